@@ -1,0 +1,71 @@
+# make            lists the targets
+# make repro      runs the pipeline; PARAMS=params/NAME.yaml DATA=FOLDER chooses a preset and where its data lies
+# make test       runs every test
+#
+# Each target makes .venv first if it is missing or out of date. To use an environment of your own:
+#     make test PYTHON=python
+# A machine without a GPU can take PyTorch's smaller build:
+#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make env
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+# A stage runs as `python -m stages.NAME`: that python must be the one chosen here, so its folder leads PATH.
+ifeq ($(origin PYTHON),command line)
+ENV :=
+export PATH := $(shell dirname "$$(command -v '$(PYTHON)')"):$(PATH)
+else
+override PYTHON := .venv/bin/python
+ENV := .venv/.installed
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+endif
+
+# The first Python that runs here and is of a version that pyproject.toml allows.
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+FOUND = $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
+    if $$python -c '$(SUPPORTED)' 2>/dev/null; then echo $$python; break; fi; done)
+NONE := { echo 'make env: found no Python 3.11, 3.12 or 3.13; install one, or uv' >&2; exit 1; }
+
+.PHONY: help env repro test style check clean-scratch
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
+
+env: $(ENV) ## make .venv and install dualign with its test and development tools
+
+.venv/.installed: pyproject.toml constraints.txt
+	@echo 'installing into .venv; the first time takes some minutes'
+	@if command -v uv >/dev/null; then \
+	    [ -x .venv/bin/python ] || uv venv --quiet --python '>=3.11,<3.14' .venv; \
+	    uv pip install --quiet --python .venv/bin/python -e '.[test,dev]' -c constraints.txt; \
+	else \
+	    [ -x .venv/bin/pip ] || $(if $(FOUND),$(FOUND) -m venv --clear .venv,$(NONE)); \
+	    .venv/bin/python -m pip install --quiet -e '.[test,dev]' -c constraints.txt; \
+	fi
+	@touch $@
+
+repro: $(ENV) ## run every stage that is out of date (PARAMS=params/NAME.yaml DATA=FOLDER)
+ifneq ($(PARAMS),)
+	@$(PYTHON) -m pipeline.preset '$(PARAMS)' $(if $(DATA),--data '$(DATA)')
+else ifneq ($(DATA),)
+	@echo 'make repro: DATA needs PARAMS, the preset that reads it: make repro PARAMS=params/NAME.yaml DATA=FOLDER' >&2; exit 2
+endif
+	$(PYTHON) -m dvc repro
+
+test: $(ENV) ## run every test
+	$(PYTHON) -m pytest
+
+style: $(ENV) ## put code and dvc.yaml in order
+	$(PYTHON) -m ruff check --fix
+	$(PYTHON) -m ruff format
+	$(PYTHON) -m pipeline.deps --write
+
+check: $(ENV) ## lint, types, and the code dependencies in dvc.yaml
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+	$(PYTHON) -m pipeline.deps
+
+clean-scratch: ## remove checkpoints of interrupted runs
+	rm -rf .scratch

@@ -1,0 +1,1 @@
+"""dualign: constrained alignment of language models."""

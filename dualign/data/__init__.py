@@ -1,0 +1,1 @@
+"""Data: one schema, readers for each source, and the embedded world."""

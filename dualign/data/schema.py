@@ -1,0 +1,155 @@
+"""The one place that knows the tables: their columns, their types, and the sign of cost.
+
+Cost: bigger is more harmful; c > 0 means unsafe, c < 0 means safe (the Safe RLHF convention). Reward: bigger is more
+helpful. In every preference table `chosen` is the answer that the annotator preferred: the more helpful one in helpful
+pairs, the **safer** one in safety pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dualign.errors import DataError
+
+
+class Message(TypedDict):
+    """One turn of a conversation; a prompt is a list of turns that ends with the user's."""
+
+    role: str
+    content: str
+
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+_PROMPT = [("prompt_id", pa.string()), ("prompt", MESSAGES)]
+_PAIR = [
+    ("pair_id", pa.string()),
+    *_PROMPT,
+    ("chosen", pa.string()),
+    ("rejected", pa.string()),
+    ("source", pa.string()),
+    ("split", pa.string()),
+]
+_SCORES = ("logp_ref", "reward", "cost")
+_FLAGS = [("chosen_is_safe", pa.bool_()), ("rejected_is_safe", pa.bool_())]
+_SAMPLE = [
+    *_PROMPT,
+    ("sample", pa.int32()),
+    ("response", pa.string()),
+    ("tokens", pa.list_(pa.int32())),
+    ("length", pa.int32()),
+    ("ended", pa.bool_()),
+    ("logp_ref", pa.float64()),
+    ("reward", pa.float64()),
+    ("cost", pa.float64()),
+]
+
+#: Supervised rows. `split` is "train" or "heldout".
+SFT = pa.schema([*_PROMPT, ("response", pa.string()), ("source", pa.string()), ("split", pa.string())])
+#: Helpfulness preferences: `chosen` is the more helpful answer.
+HELPFUL_PAIRS = pa.schema(_PAIR)
+#: Safety preferences: `chosen` is the safer answer. Flags are null where the source has none.
+SAFETY_PAIRS = pa.schema([*_PAIR, *_FLAGS])
+#: A set of prompts (`pool`, `search`, `certify`, `eval`).
+PROMPTS = pa.schema([*_PROMPT, ("source", pa.string())])
+#: Training pairs with the reference log-probability (nats, summed over tokens), reward and cost of both answers.
+#: `kind` is "helpful" or "safety".
+SCORED_PAIRS = pa.schema(
+    [
+        *_PAIR,
+        *_FLAGS,
+        ("kind", pa.string()),
+        *[(f"{score}_{side}", pa.float64()) for side in ("chosen", "rejected") for score in _SCORES],
+    ]
+)
+#: Scored samples of the reference policy at temperature 1. `tokens` are the ids as drawn (text may not encode back to
+#: them), `length` counts them with EOS, `ended` says that EOS was drawn before the length limit.
+POOL = pa.schema(_SAMPLE)
+#: In the embedded world: every grammatical answer to the eval prompts, its true scores, and logp_ref (else empty).
+ENUMERATED = pa.schema(
+    [
+        *_PROMPT,
+        ("response", pa.string()),
+        *[(name, pa.float64()) for name in ("reward", "cost", "logp_ref")],
+    ]
+)
+#: One generated answer of an evaluated policy. The true_* columns are null outside the embedded world.
+ANSWERS = pa.schema(
+    [
+        *_SAMPLE,
+        ("logp", pa.float64()),
+        ("true_reward", pa.float64()),
+        ("true_cost", pa.float64()),
+        ("grammatical", pa.bool_()),
+    ]
+)
+
+
+def user(text: str) -> list[Message]:
+    """A one-turn prompt."""
+    return [{"role": "user", "content": text}]
+
+
+def last_user_text(prompt: Sequence[Message]) -> str:
+    """The text of the last turn, which is what the answer replies to."""
+    return prompt[-1]["content"]
+
+
+def normalise(text: str) -> str:
+    """Text as it is compared across sources: NFKC, case-folded, only letters, marks and digits, single spaces."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in folded).split())
+
+
+def prompt_id(prompt: Sequence[Message]) -> str:
+    """Identity of a prompt across sources: 16 hex digits of the normalised turns."""
+    key = "\x1e".join(f"{turn['role']}\x1f{normalise(turn['content'])}" for turn in prompt)
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def pair_id(prompt: Sequence[Message], chosen: str, rejected: str) -> str:
+    """Identity of a pair, whichever side is preferred: 16 hex digits of prompt and both answers."""
+    first, second = sorted((chosen, rejected))
+    return hashlib.sha256("\x1e".join((prompt_id(prompt), first, second)).encode()).hexdigest()[:16]
+
+
+def to_table(rows: pd.DataFrame | list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows as an Arrow table of exactly `schema`: extra columns are dropped, missing nullable ones filled with null."""
+    frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows)
+    columns = {name: frame[name].tolist() if name in frame.columns else [None] * len(frame) for name in schema.names}
+    clean = {name: [None if _is_nan(value) else value for value in values] for name, values in columns.items()}
+    return pa.table({f.name: pa.array(clean[f.name], type=f.type) for f in schema}, schema=schema)
+
+
+def _is_nan(value: Any) -> bool:
+    return value is None or value is pd.NA or (isinstance(value, float) and value != value)
+
+
+def read_table(path: str | Path, schema: pa.Schema) -> pd.DataFrame:
+    """Read one of dualign's own tables.
+
+    Raises:
+        DataError: the file is missing, is no parquet file, or lacks a column of `schema`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; run the stage that writes it first (`dvc repro`)")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({error}); delete it and run its stage again") from error
+    missing = [name for name in schema.names if name not in table.column_names]
+    if missing:
+        raise DataError(f"{path}: column {missing[0]!r} is missing; another version wrote it, run its stage again")
+    frame = table.select(schema.names).to_pandas()
+    if "prompt" in frame.columns:
+        frame["prompt"] = [list(turns) for turns in frame["prompt"]]
+    return frame

@@ -1,0 +1,481 @@
+"""Readers: every supported format as one stream of records, with the file and line that each came from.
+
+A reader turns a `SourceSpec` of a kind (`sft`, `helpful` or `safety`) into `Record`s. A row that cannot be used becomes
+a `Rejected`, a row that has nothing to say about this kind (no preference, no safe answer) a `Skipped`; neither stops
+the stream. A file that cannot be read at all raises a DataError. Files are read row by row, except a JSON array, which
+is loaded whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import hashlib
+import itertools
+import json
+import logging
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dualign.data import world
+from dualign.data.schema import Message, user
+from dualign.errors import DataError
+from dualign.params import SourceSpec, WorldParams
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["sft", "helpful", "safety"]
+Row = dict[str, Any]
+
+EXCERPT, CELL = 400, 60
+_BIG_ARRAY = 200 * 2**20
+_FLAGS = ("is_response_0_safe", "is_response_1_safe")
+_BITS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+)?")
+_OWN_COLUMNS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "sft": (("prompt", "response"), ()),
+    "helpful": (("prompt", "chosen", "rejected"), ()),
+    "safety": (("prompt", "chosen", "rejected"), ("chosen_is_safe", "rejected_is_safe")),
+}
+_PKU_LABELS: dict[Kind, tuple[str, ...]] = {
+    "sft": _FLAGS,
+    "helpful": ("better_response_id",),
+    "safety": ("safer_response_id", *_FLAGS),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where a row came from. `line` counts from 1: lines of a text file, rows of an array, parquet or hub dataset."""
+
+    source: str
+    file: str
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One usable row. In an sft record `chosen` is the answer and `rejected` is None; flags are None where unknown."""
+
+    where: Where
+    prompt: list[Message]
+    chosen: str
+    rejected: str | None = None
+    chosen_is_safe: bool | None = None
+    rejected_is_safe: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that is wrong: a short reason for counting, the detail in words, the start of the row."""
+
+    where: Where
+    reason: str
+    detail: str
+    row: str
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A row that is right but says nothing about the wanted kind."""
+
+    where: Where
+    reason: str
+
+
+class _BadRow(Exception):
+    """Reason, detail, and the text of the row where it could not be parsed."""
+
+    def __init__(self, reason: str, detail: str, text: str = "") -> None:
+        super().__init__(detail)
+        self.reason, self.detail, self.text = reason, detail, text
+
+
+_Raw = Iterator[tuple[int, Row | _BadRow]]
+
+
+def read(
+    spec: SourceSpec, kind: Kind, folder: Path, made: WorldParams, seed: int
+) -> Iterator[Record | Rejected | Skipped]:
+    """Stream the records of one source; `made` and `seed` are used by format `world` only.
+
+    Raises:
+        DataError: the file or dataset is missing, unreadable or empty, or lacks a column.
+    """
+    columns = _columns(spec, kind)
+    file, rows = _locate(spec, kind, folder, made, seed)
+    source, checked, line = label(spec), False, 0
+    for line, row in itertools.islice(rows, spec.limit):
+        if not checked and not isinstance(row, _BadRow):
+            _require(row, columns, file, kind)
+            checked = True
+        yield from _records(row, Where(source, file, line), _layout(spec, kind), kind, columns)
+    if not line:
+        raise DataError(f"{file}: holds no rows; put data in or remove it from prepare.{kind}")
+
+
+def label(spec: SourceSpec) -> str:
+    """The name of a source in tables and metrics: its format, path, and split if it is not `train`."""
+    split = f"[{spec.split}]" if spec.split != "train" else ""
+    return spec.format if spec.path is None else f"{spec.format}:{spec.path}{split}"
+
+
+def derived_seed(seed: int, name: str) -> int:
+    """A 32-bit seed that differs for every name."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4])
+
+
+# --- from a row to records --------------------------------------------------------------------------------------------
+
+
+def _records(
+    row: Row | _BadRow, where: Where, layout: str, kind: Kind, columns: dict[str, str]
+) -> Iterator[Record | Rejected | Skipped]:
+    try:
+        if isinstance(row, _BadRow):
+            raise row
+        if layout == "pku":
+            yield from _pku_sft(row, where) if kind == "sft" else _pku_pair(row, where, kind)
+        elif layout == "hh":
+            yield _hh(row, where, kind)
+        elif layout == "alpaca":
+            yield _alpaca(row, where)
+        else:
+            yield _own(row, where, kind, columns)
+    except _BadRow as bad:
+        yield Rejected(where, bad.reason, bad.detail, bad.text or excerpt(row))
+
+
+def _layout(spec: SourceSpec, kind: Kind) -> str:
+    """How the rows of a source look; the world speaks PKU for pairs and prompt, response for sft."""
+    if spec.format == "world":
+        return "columns" if kind == "sft" else "pku"
+    return spec.format
+
+
+def excerpt(row: Any) -> str:
+    """A row as JSON for the quarantine, with its texts cut short."""
+    if isinstance(row, dict):
+        row = {name: value[:CELL] if isinstance(value, str) else value for name, value in row.items()}
+    return json.dumps(row, ensure_ascii=False, default=str)[:EXCERPT]
+
+
+def _pku_sft(row: Row, where: Where) -> Iterator[Record | Skipped]:
+    """The safe answers of a row; both, one or none."""
+    safe = [side for side in (0, 1) if _bit(row, _FLAGS[side])]
+    if not safe:
+        yield Skipped(where, "no_safe_answer")
+    for side in safe:
+        yield Record(where, user(_text(row, "prompt")), _text(row, f"response_{side}"))
+
+
+def _pku_pair(row: Row, where: Where, kind: Kind) -> Iterator[Record | Skipped]:
+    winner = _bit(row, _PKU_LABELS[kind][0])
+    if winner is None:
+        yield Skipped(where, "no_preference")
+        return
+    answers = [_text(row, f"response_{side}") for side in (0, 1)]
+    flags = [_flag(row, name) if kind == "safety" else None for name in _FLAGS]
+    loser = 1 - winner
+    yield Record(where, user(_text(row, "prompt")), answers[winner], answers[loser], flags[winner], flags[loser])
+
+
+def _hh(row: Row, where: Where, kind: Kind) -> Record:
+    prompt, chosen = _dialogue(row, "chosen")
+    if kind == "sft":
+        return Record(where, prompt, chosen)
+    other, rejected = _dialogue(row, "rejected")
+    if prompt != other:
+        raise _BadRow("prompts_differ", "chosen and rejected differ before their last Assistant turn")
+    return Record(where, prompt, chosen, rejected)
+
+
+def _dialogue(row: Row, column: str) -> tuple[list[Message], str]:
+    """Split `\\n\\nHuman: ... \\n\\nAssistant: ...` text at its last Assistant turn into prompt and answer."""
+    before, *parts = _TURN.split("\n\n" + _text(row, column))
+    turns: list[Message] = [
+        {"role": _HH_ROLES[role], "content": content.strip()}
+        for role, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    if before or not turns or turns[-1]["role"] != "assistant":
+        raise _BadRow("not_a_dialogue", f"{column} must begin with 'Human:' and end with an 'Assistant:' turn")
+    return _checked(turns[:-1], column), turns[-1]["content"]
+
+
+def _alpaca(row: Row, where: Where) -> Record:
+    given = _text(row, "input") if row.get("input") else ""
+    return Record(where, user(f"{_text(row, 'instruction')}\n\n{given}".strip()), _text(row, "output"))
+
+
+def _own(row: Row, where: Where, kind: Kind, columns: dict[str, str]) -> Record:
+    """A row whose columns are named by a map from our names to the file's."""
+    prompt = _prompt(row, columns["prompt"])
+    if kind == "sft":
+        return Record(where, prompt, _text(row, columns["response"]))
+    flags = [_flag(row, columns[name]) if name in columns else None for name in _OWN_COLUMNS["safety"][1]]
+    return Record(where, prompt, _text(row, columns["chosen"]), _text(row, columns["rejected"]), *flags)
+
+
+def _prompt(row: Row, column: str) -> list[Message]:
+    """A text, or a list of {role, content} turns."""
+    turns = row.get(column)
+    if not isinstance(turns, list):
+        return user(_text(row, column))
+    if not all(isinstance(turn, dict) for turn in turns):
+        raise _BadRow("bad_turns", f"{column} must be text or a list of {{role, content}} turns")
+    return _checked([{"role": _text(turn, "role"), "content": _text(turn, "content")} for turn in turns], column)
+
+
+def _checked(turns: list[Message], column: str) -> list[Message]:
+    """Chat templates take user and assistant in turn, after at most one system turn, and the user last."""
+    roles = [turn["role"] for turn in turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if len(spoken) % 2 == 0 or spoken != (["user", "assistant"] * len(spoken))[: len(spoken)]:
+        raise _BadRow("bad_turns", f"{column}: user and assistant must take turns, the user first and last")
+    return turns
+
+
+def _text(row: Row, column: str) -> str:
+    """The cell without the white space around it."""
+    if column not in row:
+        raise _BadRow("missing_column", f"no column {column!r}")
+    value = row[column]
+    if not isinstance(value, str):
+        raise _BadRow("not_text", f"{column} is {_short(value)}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _BadRow("not_unicode", f"{column} holds half of a surrogate pair at character {error.start}") from None
+    return value.strip()
+
+
+def _bit(row: Row, column: str) -> int | None:
+    """0, 1, or None for null; CSV and parquet write them as text, floats or booleans."""
+    if column not in row:
+        raise _BadRow("missing_column", f"no column {column!r}")
+    value = row[column]
+    if value is None or value != value or value == "":
+        return None
+    bit = _BITS.get(str(value).strip().casefold())
+    if bit is None:
+        raise _BadRow("bad_label", f"{column} is {_short(value)}, expected 0, 1, true, false or null")
+    return bit
+
+
+def _flag(row: Row, column: str) -> bool | None:
+    bit = _bit(row, column)
+    return None if bit is None else bool(bit)
+
+
+def _short(value: Any) -> str:
+    return "null" if value is None else repr(value)[:60]
+
+
+# --- columns ----------------------------------------------------------------------------------------------------------
+
+
+def _columns(spec: SourceSpec, kind: Kind) -> dict[str, str]:
+    """The columns that a source must have, by our names. Raises DataError where the format cannot give the kind."""
+    if spec.format == "columns":
+        return _mapped(spec, kind)
+    if spec.format == "alpaca" and kind != "sft":
+        raise DataError(f"prepare.{kind}: {label(spec)}: format 'alpaca' holds no pairs; list it under prepare.sft")
+    names = {
+        "columns": _OWN_COLUMNS[kind][0],
+        "pku": ("prompt", "response_0", "response_1", *_PKU_LABELS[kind]),
+        "hh": ("chosen",) if kind == "sft" else ("chosen", "rejected"),
+        "alpaca": ("instruction", "output"),
+    }[_layout(spec, kind)]
+    return {name: name for name in names}
+
+
+def _mapped(spec: SourceSpec, kind: Kind) -> dict[str, str]:
+    """The column map of format `columns`, checked against what the kind needs."""
+    needed, optional = _OWN_COLUMNS[kind]
+    for name in needed:
+        if name not in spec.columns:
+            raise DataError(f"prepare.{kind}: {label(spec)}: columns lacks {name!r}; it must map {', '.join(needed)}")
+    for name in spec.columns:
+        if name not in needed + optional:
+            valid = ", ".join(needed + optional)
+            raise DataError(f"prepare.{kind}: {label(spec)}: columns has unknown key {name!r}; valid keys: {valid}")
+    return spec.columns
+
+
+def _require(row: Row, columns: dict[str, str], file: str, kind: Kind) -> None:
+    for name in columns.values():
+        if name not in row:
+            present = ", ".join(map(str, row))
+            raise DataError(f"{file}: column {name!r} is missing (prepare.{kind}); the file has: {present}")
+
+
+# --- from a place to rows ---------------------------------------------------------------------------------------------
+
+
+def _locate(spec: SourceSpec, kind: Kind, folder: Path, made: WorldParams, seed: int) -> tuple[str, _Raw]:
+    """The name of the place that a source points at, and its raw rows."""
+    if spec.path is None:
+        return "world", enumerate(_world(kind, made, derived_seed(seed, kind)), start=1)
+    path = folder / spec.path
+    if path.is_dir():
+        return str(path), _dataset(str(path), None, spec, folder)
+    if path.is_file():
+        return str(path), _reader(path)(path)
+    if _suffix(path) not in _READERS and _HUB_ID.fullmatch(spec.path):
+        owner, name, *inner = spec.path.split("/", 2)
+        return spec.path, _dataset(f"{owner}/{name}", inner[0] if inner else None, spec, folder)
+    raise DataError(f"{path}: no such file; put {path.name} into {path.parent} or correct prepare.{kind}")
+
+
+def _world(kind: Kind, made: WorldParams, seed: int) -> Iterator[Row]:
+    if kind == "sft":
+        return world.sft_rows(made.sft_rows, seed)
+    count = made.helpful_pairs if kind == "helpful" else made.safety_pairs
+    return world.pku_rows(count, seed, made.sharpness)
+
+
+def _dataset(name: str, inner: str | None, spec: SourceSpec, folder: Path) -> _Raw:
+    """Rows of a hub dataset, or of the folder `inner` in it, or of a local dataset folder."""
+    import datasets  # slow to import, and only needed here
+
+    try:
+        table = datasets.load_dataset(name, data_dir=inner, split=spec.split, revision=spec.revision)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"{spec.path}: split {spec.split!r} cannot be loaded as a dataset ({why}); check path, split and revision, "
+            f"or put the file into {folder}"
+        ) from error
+    yield from enumerate(table, start=1)
+
+
+def _reader(path: Path) -> Callable[[Path], _Raw]:
+    try:
+        return _READERS[_suffix(path)]
+    except KeyError:
+        raise DataError(
+            f"{path}: unknown kind of file; one of {', '.join(_READERS)}, text files also with {', '.join(_PACKED)}"
+        ) from None
+
+
+def _suffix(path: Path) -> str:
+    """The suffix that names the format, below .gz or .xz."""
+    return (path.with_suffix("") if path.suffix in _PACKED else path).suffix
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The unpacked bytes of a file; whatever goes wrong while they are read is a DataError."""
+    opener: Callable[..., IO[bytes]] = _PACKED.get(path.suffix, open)
+    try:
+        with opener(path, "rb") as stream:
+            yield stream
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); is the download complete?") from error
+
+
+def _jsonl(path: Path) -> _Raw:
+    with _opened(path) as stream:
+        for line, content in enumerate(stream, start=1):
+            if content.strip():
+                yield line, _json_line(content.removeprefix(b"\xef\xbb\xbf"), path, line)
+
+
+def _json_line(content: bytes, path: Path, line: int) -> Row | _BadRow:
+    text = content.decode("utf-8", "backslashreplace").strip()[:EXCERPT]
+    try:
+        row = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return _BadRow("not_utf8", f"byte {error.start + 1} of the line is not UTF-8", text)
+    except (ValueError, RecursionError) as error:
+        if content.endswith(b"\n"):
+            return _BadRow("not_json", str(error), text)
+        logger.warning("%s:%d: the file ends within this row; it may have been cut short", path, line)
+        return _BadRow("truncated_row", f"the file ends within this row ({error})", text)
+    return _as_row(row)
+
+
+def _as_row(row: Any) -> Row | _BadRow:
+    return row if isinstance(row, dict) else _BadRow("not_an_object", "expected an object of columns", excerpt(row))
+
+
+def _json(path: Path) -> _Raw:
+    """A JSON array, or one object per line under the name .json, as some datasets have it."""
+    with _opened(path) as stream:
+        first = next((line for line in stream if line.strip()), b"").removeprefix(b"\xef\xbb\xbf").strip()
+    if not first.startswith(b"["):
+        return _json_lines(path, first)
+    return _json_array(path)
+
+
+def _json_lines(path: Path, first: bytes) -> _Raw:
+    try:
+        if first:
+            json.loads(first)
+    except ValueError as error:
+        raise DataError(f"{path}: expected a list of rows, or one object per line ({error})") from error
+    return _jsonl(path)
+
+
+def _json_array(path: Path) -> _Raw:
+    if path.stat().st_size > _BIG_ARRAY:
+        logger.warning("%s: a JSON array is loaded whole; .jsonl or .parquet would be read row by row", path)
+    with _opened(path) as stream:
+        content = stream.read()
+    try:
+        rows = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}); is the file complete?") from error
+    return enumerate(map(_as_row, rows), start=1)
+
+
+def _csv(path: Path) -> _Raw:
+    with _opened(path) as stream:
+        reader = csv.reader(_decoded(stream), strict=True)
+        line = 1
+        try:
+            header = next(reader, [])
+            line = reader.line_num + 1
+            for cells in reader:
+                if cells:
+                    yield line, _csv_row(header, cells)
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(f"{path}:{line}: not valid CSV ({error}); is a quote left open here?") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{line}: not UTF-8; convert the file, e.g. with iconv") from error
+
+
+def _decoded(stream: IO[bytes]) -> Iterator[str]:
+    for number, line in enumerate(stream):
+        yield line.decode("utf-8" if number else "utf-8-sig")
+
+
+def _csv_row(header: list[str], cells: list[str]) -> Row | _BadRow:
+    if len(cells) != len(header):
+        return _BadRow("wrong_cell_count", f"{len(cells)} cells for {len(header)} columns", excerpt(cells))
+    return dict(zip(header, cells, strict=True))
+
+
+def _parquet(path: Path) -> _Raw:
+    try:
+        with pq.ParquetFile(path) as file:
+            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
+            yield from enumerate(itertools.chain.from_iterable(batches), start=1)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({error})") from error
+
+
+_READERS: dict[str, Callable[[Path], _Raw]] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+_PACKED: dict[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".xz": lzma.open}  # type: ignore[dict-item]

@@ -1,0 +1,23 @@
+"""Errors that a user can act on: one line that names what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+
+class DualignError(Exception):
+    """Base of all errors that dualign raises on purpose; stages print it in one line and exit with status 2."""
+
+
+class ParamsError(DualignError, ValueError):
+    """A parameter is unknown, missing, of the wrong type or out of range."""
+
+
+class DataError(DualignError, ValueError):
+    """A data file is missing, unreadable, or holds rows that cannot be used."""
+
+
+class ModelError(DualignError, ValueError):
+    """A model or tokenizer cannot be loaded or used."""
+
+
+class InfeasibleError(DualignError, ValueError):
+    """No multiplier brings the expected cost under the limit within the reach of the samples."""

@@ -1,0 +1,97 @@
+"""Evaluation on generated answers: estimates with prompt-clustered intervals, and in the world the truth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dualign import exact
+from dualign.data import world
+from dualign.data.schema import last_user_text
+from dualign.stats import clustered_mean
+
+
+def add_truth(answers: pd.DataFrame) -> pd.DataFrame:
+    """The oracle's true_reward, true_cost and grammatical for answers to questions of the embedded world."""
+    scored = [
+        world.score(last_user_text(p), text) for p, text in zip(answers["prompt"], answers["response"], strict=True)
+    ]
+    return answers.assign(
+        true_reward=[row[0] for row in scored],
+        true_cost=[row[1] for row in scored],
+        grammatical=[row[2] for row in scored],
+    )
+
+
+def summarise(answers: pd.DataFrame, log_ratio: pd.DataFrame, confidence: float) -> dict[str, Any]:
+    """Means with intervals of everything that is measured on generated answers.
+
+    `log_ratio` has columns prompt_id and log_ratio, log(pi / pi_ref) of samples of the reference: its mean is the
+    displacement, 0 for an untrained policy and falling as mass leaves what the reference says.
+    """
+    prompts = answers["prompt_id"].to_numpy()
+    columns: dict[str, Any] = {
+        "reward": answers["reward"],
+        "cost": answers["cost"],
+        "p_unsafe": answers["cost"] > 0,
+        "kl": answers["logp"] - answers["logp_ref"],
+        "length": answers["length"],
+        "ended": answers["ended"],
+    }
+    if "true_reward" in answers:
+        columns |= {name: answers[name] for name in ("true_reward", "true_cost", "grammatical")}
+    result: dict[str, Any] = {
+        name: clustered_mean(column.to_numpy(float), prompts, confidence).as_dict() for name, column in columns.items()
+    }
+    displacement = clustered_mean(log_ratio["log_ratio"].to_numpy(), log_ratio["prompt_id"].to_numpy(), confidence)
+    return result | {
+        "displacement": displacement.as_dict(),
+        "prompts": int(answers["prompt_id"].nunique()),
+        "answers": len(answers),
+    }
+
+
+def finite_problem(enumerated: pd.DataFrame, beta: float) -> exact.Problem:
+    """The exact problem from the table of enumerated answers (columns prompt_id, logp_ref, reward, cost)."""
+    count = int(enumerated.groupby("prompt_id", sort=False).size().iloc[0])
+    logp, reward, cost = (
+        enumerated[name].to_numpy(float).reshape(-1, count) for name in ("logp_ref", "reward", "cost")
+    )
+    return exact.problem(logp, reward, cost, rest=(world.UNGRAMMATICAL_REWARD, world.UNGRAMMATICAL_COST), beta=beta)
+
+
+def against_optimum(summary: dict[str, Any], problem: exact.Problem, limit: float) -> dict[str, Any]:
+    """How far a policy is from the exact constrained optimum, and the exact frontier.
+
+    `reward_share` is the way from the reference to the optimum in true reward (1 = there); `value_gap` is J* - J with
+    J = E[r*] - beta KL, the KL measured on the generated answers.
+    """
+    lam = exact.solve(problem, limit)
+    best, reference = problem.describe(problem.policy(lam)), problem.describe(problem.log_reference)
+    grid = sorted({0.0, lam, *np.linspace(0, max(3 * lam, 1.0), 25).tolist()})
+    reward = summary["true_reward"]["mean"]
+    return {
+        "optimum": {
+            "lam": lam,
+            **best,
+            **{f"reference_{name}": reference[name] for name in ("reward", "cost", "value")},
+        },
+        "reward_share": (reward - reference["reward"]) / (best["reward"] - reference["reward"]),
+        "value_gap": best["value"] - (reward - problem.beta * summary["kl"]["mean"]),
+        "frontier": [
+            {"lam": point, **{k: v for k, v in problem.describe(problem.policy(point)).items() if k != "value"}}
+            for point in grid
+        ],
+    }
+
+
+def enumerate_answers(prompts: pd.DataFrame) -> pd.DataFrame:
+    """Every grammatical answer to each prompt of the world: prompt_id, prompt, response, reward, cost (the truth)."""
+    rows = [
+        {"prompt_id": row.prompt_id, "prompt": row.prompt, "response": a.text, "reward": a.reward, "cost": a.cost}
+        for row in prompts.itertuples()
+        for a in world.answers(last_user_text(row.prompt))
+    ]
+    return pd.DataFrame(rows)

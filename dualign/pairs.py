@@ -1,0 +1,114 @@
+"""Training pairs from tables: reference columns, labels, and anchors for each inner loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dualign import dual
+from dualign.data.schema import Message
+from dualign.losses import lagrangian_label
+from dualign.sampling import log_probabilities
+from dualign.tokens import encode_answers, encode_prompts
+from dualign.training import Pair
+
+Array = np.ndarray
+
+
+def preference_pairs(
+    frame: pd.DataFrame, reference: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> list[Pair]:
+    """Pairs of a preference table (first = chosen, label 1), their reference columns computed under `reference`."""
+    prompts, chosen, rejected = _encode(frame, tokenizer)
+    logps = log_probabilities(reference, tokenizer, prompts * 2, chosen + rejected, batch_size=batch_size).tolist()
+    half = len(frame)
+    return [
+        Pair(prompt, first, second, ref_first, ref_second)
+        for prompt, first, second, ref_first, ref_second in zip(
+            prompts, chosen, rejected, logps[:half], logps[half:], strict=True
+        )
+    ]
+
+
+def lagrangian_pairs(frame: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, lam: float) -> list[Pair]:
+    """Scored pairs with the joint label sigma(Delta r - lambda Delta c); reference columns as they were scored."""
+    prompts, chosen, rejected = _encode(frame, tokenizer)
+    reward_gap = torch.tensor((frame["reward_chosen"] - frame["reward_rejected"]).to_numpy())
+    cost_gap = torch.tensor((frame["cost_chosen"] - frame["cost_rejected"]).to_numpy())
+    labels = lagrangian_label(reward_gap, cost_gap, lam).tolist()
+    refs = zip(frame["logp_ref_chosen"], frame["logp_ref_rejected"], strict=True)
+    return [
+        Pair(prompt, first, second, ref_first, ref_second, label)
+        for prompt, first, second, (ref_first, ref_second), label in zip(
+            prompts, chosen, rejected, refs, labels, strict=True
+        )
+    ]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Scored samples of a policy as arrays [prompts, samples], with the ids of prompts and answers."""
+
+    prompts: list[list[int]]
+    answers: list[list[list[int]]]
+    logp_ref: Array
+    reward: Array
+    cost: Array
+
+
+def samples_of(frame: pd.DataFrame, tokenizer: PreTrainedTokenizerBase) -> Samples:
+    """A pool table (rows sorted by prompt and sample, as `score` writes them) as arrays."""
+    groups = list(frame.groupby("prompt_id", sort=False))
+    count = len(groups[0][1])
+    prompts = encode_prompts(tokenizer, [group["prompt"].iloc[0] for _, group in groups])
+    answers = [[[int(token) for token in tokens] for tokens in group["tokens"]] for _, group in groups]
+    columns = [frame[name].to_numpy(float).reshape(-1, count) for name in ("logp_ref", "reward", "cost")]
+    return Samples(prompts, answers, *columns)
+
+
+def pool_pairs(samples: Samples, value: Array, lam: float, seed: int) -> list[Pair]:
+    """Every sample once, in random pairs within its prompt, with joint label and anchors r - lambda c - V_lambda(x).
+
+    `value` has shape [prompts, samples]: the soft value that each sample's anchor uses. Pairs of identical answers
+    carry no preference but keep their anchors.
+    """
+    rng = np.random.default_rng(seed)
+    tilt = samples.reward - lam * samples.cost
+    pairs = []
+    for x, prompt in enumerate(samples.prompts):
+        order = rng.permutation(tilt.shape[1])
+        for i, j in zip(order[0::2], order[1::2], strict=False):
+            gap = float(tilt[x, i] - tilt[x, j])
+            pairs.append(
+                Pair(
+                    prompt,
+                    samples.answers[x][i],
+                    samples.answers[x][j],
+                    float(samples.logp_ref[x, i]),
+                    float(samples.logp_ref[x, j]),
+                    float(torch.sigmoid(torch.tensor(gap))),
+                    (float(tilt[x, i] - value[x, i]), float(tilt[x, j] - value[x, j])),
+                )
+            )
+    return pairs
+
+
+def pool_values(samples: Samples, lam: float, beta: float) -> Array:
+    """V_lambda(x) of a pool, leave-one-out; shape [prompts, samples]."""
+    return dual.leave_one_out_value(samples.reward, samples.cost, lam, beta)
+
+
+def _encode(
+    frame: pd.DataFrame, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+    prompts = encode_prompts(tokenizer, cast(list[list[Message]], frame["prompt"].tolist()))
+    return (
+        prompts,
+        encode_answers(tokenizer, frame["chosen"].tolist()),
+        encode_answers(tokenizer, frame["rejected"].tolist()),
+    )

@@ -1,0 +1,529 @@
+"""Every knob, typed: one frozen class per stage, read from `params.yaml`, checked before anything runs.
+
+`params.yaml` has shared keys (`seed`, `beta`, `constraint`, `generation`) and one section per stage. `load` checks the
+whole file, so a typo anywhere is found at once, and returns the section of one stage with the shared keys that it
+declares in `shared`; a stage cannot read what it does not declare, and `dvc.yaml` lists exactly that.
+The section `resources` says how to run (batch sizes, devices, logging); it changes no result beyond rounding and the
+random draw, so DVC does not track it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+from dualign.errors import ParamsError
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Frozen(BaseModel):
+    """A section: immutable, strict types, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StageParams(Frozen):
+    """The params of one stage. `section` is its key in the file, `shared` maps fields to keys outside it."""
+
+    section: ClassVar[str]
+    shared: ClassVar[dict[str, str]] = {}
+
+
+# --- pieces that several sections use ---------------------------------------------------------------------------------
+
+
+class SourceSpec(Frozen):
+    """Where rows come from.
+
+    `format` names the reader, `path` a file (relative to `prepare.folder`) or a hub dataset id; `split` and `revision`
+    belong to a hub dataset. `columns` maps our column names to the file's (format `columns` only). `limit` keeps the
+    first rows only.
+    """
+
+    format: Literal["world", "pku", "hh", "alpaca", "columns"]
+    path: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    columns: dict[str, str] = {}
+    limit: Count | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> SourceSpec:
+        if self.format == "world" and self.path is not None:
+            raise ValueError("the world is generated and takes no path; remove it, or choose another format")
+        if self.format != "world" and self.path is None:
+            raise ValueError(f"format {self.format!r} needs a path: a file in prepare.folder, or a hub dataset id")
+        if self.format == "columns" and not self.columns:
+            raise ValueError("format 'columns' needs columns, e.g. {prompt: question, chosen: best, rejected: worst}")
+        return self
+
+
+class WorldParams(Frozen):
+    """The embedded data: how many rows of each kind, and how sharp its annotators are (1 = Bradley-Terry at r*, c*)."""
+
+    sft_rows: Count
+    helpful_pairs: Count
+    safety_pairs: Count
+    sharpness: Positive
+
+
+class TrainingParams(Frozen):
+    """One training run. `batch_size` counts rows or pairs per optimiser step over all devices."""
+
+    epochs: Positive
+    batch_size: Count
+    learning_rate: Positive
+    warmup: Share
+    schedule: Literal["linear", "cosine", "constant"]
+    weight_decay: NonNegative
+    max_length: Count
+    max_steps: Count | None
+
+
+class LoraParams(Frozen):
+    """Low-rank adapters; `rank` 0 trains all weights."""
+
+    rank: Annotated[int, Field(ge=0)]
+    alpha: Positive
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: list[str] | Literal["all-linear"]
+
+
+class ScratchParams(Frozen):
+    """A small Llama built here, used when `sft.base` is `scratch`. `tokenizer` is `train` or a folder."""
+
+    tokenizer: str
+    vocab_size: Annotated[int, Field(ge=64)]
+    hidden_size: Count
+    layers: Count
+    heads: Count
+    intermediate_size: Count
+    context: Count
+
+    @model_validator(mode="after")
+    def _check(self) -> ScratchParams:
+        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
+            raise ValueError(f"hidden_size {self.hidden_size} must be an even multiple of heads {self.heads}")
+        return self
+
+
+class InnerParams(Frozen):
+    """The inner loss of a pairwise training (see `dualign.losses`)."""
+
+    labels: Literal["soft", "bernoulli"]
+    anchor: NonNegative
+    nll: NonNegative
+
+
+class Resources(Frozen):
+    """How to run on this machine; DVC does not track it."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["auto", "fp32", "bf16"]
+    micro_batch_size: Count | None
+    sampling_batch_size: Count
+    scoring_batch_size: Count
+    gradient_checkpointing: bool
+    checkpoint_steps: Count
+    log_steps: Count
+    threads: Count | None
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+class PrepareParams(StageParams):
+    """Data sources and splits."""
+
+    section = "prepare"
+    shared = {"seed": "seed"}
+
+    seed: int
+    folder: str
+    sft: Annotated[list[SourceSpec], Field(min_length=1)]
+    helpful: Annotated[list[SourceSpec], Field(min_length=1)]
+    safety: Annotated[list[SourceSpec], Field(min_length=1)]
+    world: WorldParams
+    pool_prompts: Count
+    search_prompts: Count
+    certify_prompts: Count
+    eval_prompts: Count
+    heldout_share: Annotated[float, Field(gt=0, lt=0.5)]
+    max_rejected_share: Share
+    max_prompt_chars: Count
+    max_response_chars: Count
+
+
+class SftParams(StageParams):
+    """Supervised fine-tuning; the result is the reference policy."""
+
+    section = "sft"
+    shared = {"seed": "seed"}
+
+    seed: int
+    base: str
+    revision: str | None
+    chat_template: str | None
+    scratch: ScratchParams
+    training: TrainingParams
+    lora: LoraParams
+
+
+class ScorerParams(StageParams):
+    """What reward and cost model share. `backbone` is `sft`, a hub id or a folder."""
+
+    seed: int
+    backbone: str
+    training: TrainingParams
+    lora: LoraParams
+    score_regularisation: NonNegative
+
+
+class RewardModelParams(ScorerParams):
+    """Bradley-Terry reward model."""
+
+    section = "reward_model"
+    shared = {"seed": "seed"}
+
+
+class CostModelParams(ScorerParams):
+    """Cost model: ranking and sign terms, then zero-point calibration on held-out flags."""
+
+    section = "cost_model"
+    shared = {"seed": "seed"}
+
+    sign_weight: NonNegative
+    calibrate: Literal["platt", "none"]
+
+
+class ScoreParams(StageParams):
+    """The pool of reference samples and the scored training pairs."""
+
+    section = "score"
+    shared = {"seed": "seed", "max_new_tokens": "generation.max_new_tokens"}
+
+    seed: int
+    max_new_tokens: Count
+    samples_per_prompt: Annotated[int, Field(ge=2)]
+    pairs: Count | None
+
+
+class DualInitParams(StageParams):
+    """The dual of the pool."""
+
+    section = "dual_init"
+    shared = {"seed": "seed", "beta": "beta", "limit": "constraint.limit"}
+
+    seed: int
+    beta: Positive
+    limit: float
+    lambda_max: Positive
+    grid: Annotated[list[NonNegative], Field(min_length=2)]
+    bootstrap: Annotated[int, Field(ge=20)]
+    min_ess: Positive
+
+    @model_validator(mode="after")
+    def _check(self) -> DualInitParams:
+        if sorted(set(self.grid)) != self.grid:
+            raise ValueError("grid must increase and hold no value twice")
+        return self
+
+
+class RewardDpoParams(StageParams):
+    """DPO on helpfulness: from the reference policy to pi_r."""
+
+    section = "reward_dpo"
+    shared = {"seed": "seed", "beta": "beta"}
+
+    seed: int
+    beta: Positive
+    training: TrainingParams
+    lora: LoraParams
+
+
+class SafetyRun(Frozen):
+    """One safety DPO: from which policy, and with which multiplier (`dual` times `factor`, or a number)."""
+
+    reference: Literal["reward_dpo", "sft"]
+    lam: Literal["dual"] | Positive
+    factor: Positive
+
+
+class SafetyDpoParams(StageParams):
+    """Safety DPO (SACPO step 2, PD-DPO phase 2): coefficient beta / lambda to its reference."""
+
+    section = "safety_dpo"
+    shared = {"seed": "seed", "beta": "beta"}
+
+    seed: int
+    beta: Positive
+    runs: dict[str, SafetyRun]
+    lambda_min: Positive
+    training: TrainingParams
+    lora: LoraParams
+
+
+class LagrangianRun(Frozen):
+    """One Lagrangian DPO: its multiplier (`dual`, or a number), which pairs it learns from, and its inner loss."""
+
+    lam: Literal["dual"] | NonNegative
+    data: Literal["pairs", "pool"]
+    inner: InnerParams
+
+
+class LagrangianDpoParams(StageParams):
+    """Lagrangian DPO (the inner problem of C-DPO and MoCAN) at a fixed multiplier."""
+
+    section = "lagrangian_dpo"
+    shared = {"seed": "seed", "beta": "beta"}
+
+    seed: int
+    beta: Positive
+    runs: dict[str, LagrangianRun]
+    training: TrainingParams
+    lora: LoraParams
+
+
+class MethodRow(Frozen):
+    """A method that runs: folders under models/ of the policy its search starts from and of its reference column."""
+
+    start: str
+    reference: Literal["sft", "reward_dpo"]
+
+
+class DualSearchParams(StageParams):
+    """The outer loop of every method."""
+
+    section = "dual_search"
+    shared = {
+        "seed": "seed",
+        "beta": "beta",
+        "limit": "constraint.limit",
+        "max_new_tokens": "generation.max_new_tokens",
+        "methods": "methods",
+    }
+
+    seed: int
+    beta: Positive
+    limit: float
+    max_new_tokens: Count
+    methods: dict[str, MethodRow]
+    prompts: Count
+    samples_per_prompt: Annotated[int, Field(ge=2)]
+    z: NonNegative
+    lambda_min: Positive
+    lambda_max: Positive
+    max_trainings: Annotated[int, Field(ge=0)]
+    step_size: Positive
+    sacpo_grid: Annotated[list[Positive], Field(min_length=1)]
+    merge_steps: Count
+    merge_max: Annotated[float, Field(gt=0, le=2)]
+    slater_radius: Positive | Literal["pool"]
+    refresh_prompts: Annotated[int, Field(ge=0)]
+    refresh_samples: Annotated[int, Field(ge=2)]
+    training: TrainingParams
+    lora: LoraParams
+
+
+class EvaluateParams(StageParams):
+    """Evaluation on generated answers of held-out prompts."""
+
+    section = "evaluate"
+    shared = {
+        "seed": "seed",
+        "beta": "beta",
+        "limit": "constraint.limit",
+        "max_new_tokens": "generation.max_new_tokens",
+    }
+
+    seed: int
+    beta: Positive
+    limit: float
+    max_new_tokens: Count
+    prompts: Count
+    samples_per_prompt: Count
+    confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    policies: dict[str, str]
+
+
+class ReportParams(StageParams):
+    """The report page."""
+
+    section = "report"
+    shared = {
+        "limit": "constraint.limit",
+        "beta": "beta",
+        "confidence": "evaluate.confidence",
+        "policies": "evaluate.policies",
+    }
+
+    limit: float
+    beta: Positive
+    confidence: float
+    policies: dict[str, str]
+    title: str
+    sample_prompts: Annotated[int, Field(ge=0)]
+
+
+STAGES: dict[str, type[StageParams]] = {
+    cls.section: cls
+    for cls in (
+        PrepareParams,
+        SftParams,
+        RewardModelParams,
+        CostModelParams,
+        ScoreParams,
+        DualInitParams,
+        RewardDpoParams,
+        SafetyDpoParams,
+        LagrangianDpoParams,
+        DualSearchParams,
+        EvaluateParams,
+        ReportParams,
+    )
+}
+_TOP_LEVEL = {"seed", "beta", "constraint", "generation", "resources", "methods", *STAGES}
+
+P = TypeVar("P", bound=StageParams)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML 1.2 mapping (so `1e-5` is a number). Raises ParamsError that names the file and line."""
+    path = Path(path)
+    try:
+        content = YAML(typ="safe").load(path.read_text())
+    except FileNotFoundError as error:
+        raise ParamsError(f"{path}: no such file; run from the folder that holds params.yaml") from error
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ParamsError(f"{path}:{line}: not valid YAML ({error.problem})") from error
+    if not isinstance(content, dict):
+        raise ParamsError(f"{path}: expected a mapping of keys to values")
+    return content
+
+
+def load(cls: type[P], path: str | Path = "params.yaml") -> P:
+    """Check the whole file, return the params of one stage. Raises ParamsError that names file, key and remedy."""
+    content = read_yaml(path)
+    checked = check(content, path)
+    return checked[cls.section]  # type: ignore[return-value]
+
+
+def load_resources(path: str | Path = "params.yaml") -> Resources:
+    """The `resources` section."""
+    return _build(Resources, read_yaml(path).get("resources"), "resources", path)
+
+
+def check(content: dict[str, Any], path: str | Path) -> dict[str, StageParams]:
+    """Validate every section of a params file; return the params of each stage by name."""
+    _refuse_unknown(content, _TOP_LEVEL, "", path)
+    for key in sorted(_TOP_LEVEL - content.keys()):
+        raise ParamsError(f"{path}: {key} is missing; add it (params.yaml in the repository shows every key)")
+    _build(Resources, content["resources"], "resources", path)
+    stages = {name: _build(cls, _with_shared(cls, content, path), name, path) for name, cls in STAGES.items()}
+    _check_across(content, stages, path)
+    return stages
+
+
+def _with_shared(cls: type[StageParams], content: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    section = content[cls.section]
+    if not isinstance(section, dict):
+        raise ParamsError(f"{path}: {cls.section} must hold keys and values")
+    for field in cls.shared:
+        if field in section:
+            raise ParamsError(f"{path}: {cls.section}.{field} belongs at {cls.shared[field]}; move it there")
+    return {**section, **{field: _dig(content, key, path) for field, key in cls.shared.items()}}
+
+
+def _dig(content: dict[str, Any], dotted: str, path: str | Path) -> Any:
+    value: Any = content
+    for key in dotted.split("."):
+        if not isinstance(value, dict) or key not in value:
+            raise ParamsError(f"{path}: {dotted} is missing")
+        value = value[key]
+    return value
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def _build(cls: type[M], values: Any, where: str, path: str | Path) -> M:
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise ParamsError(_explain(error, cls, where, path)) from None
+
+
+def _explain(error: ValidationError, cls: type[BaseModel], where: str, path: str | Path) -> str:
+    """The first problem of a validation error as one line: file, key, what is wrong, nearest valid key."""
+    first = error.errors()[0]
+    loc = [str(part) for part in first["loc"]]
+    shared = getattr(cls, "shared", {})
+    key = shared[loc[0]] if loc and loc[0] in shared else ".".join([where, *loc])
+    if first["type"] == "extra_forbidden":
+        return f"{path}: {key} is not a known key{_nearest(loc[-1], _fields_at(cls, loc[:-1]))}"
+    if first["type"] == "missing":
+        return f"{path}: {key} is missing; add it (params.yaml in the repository shows every key)"
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(first["input"], dict | list) else f", got {first['input']!r}"
+    return f"{path}: {key}: {message[0].lower()}{message[1:]}{given}"
+
+
+def _fields_at(cls: type[BaseModel], loc: list[str]) -> list[str]:
+    """Field names of the model that `loc` leads to, walking through nested models, lists and dicts of models."""
+    for part in loc:
+        if part in cls.model_fields:
+            models = _models_in(cls.model_fields[part].annotation)
+            cls = models[0] if models else cls
+    return list(cls.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for arg in getattr(annotation, "__args__", ()) for m in _models_in(arg)]
+
+
+def _nearest(key: str, valid: list[str] | set[str]) -> str:
+    close = difflib.get_close_matches(key, sorted(valid), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid keys: {', '.join(sorted(valid))}"
+
+
+def _refuse_unknown(content: dict[str, Any], valid: set[str], where: str, path: str | Path) -> None:
+    for key in content:
+        if key not in valid:
+            raise ParamsError(f"{path}: {where}{key} is not a known key{_nearest(str(key), valid)}")
+
+
+def _check_across(content: dict[str, Any], stages: dict[str, StageParams], path: str | Path) -> None:
+    """Rules that tie sections together: a search starts from a model that some stage writes, and so on."""
+    safety, lagrangian = stages["safety_dpo"], stages["lagrangian_dpo"]
+    search, evaluate = stages["dual_search"], stages["evaluate"]
+    assert isinstance(safety, SafetyDpoParams) and isinstance(lagrangian, LagrangianDpoParams)
+    assert isinstance(search, DualSearchParams) and isinstance(evaluate, EvaluateParams)
+    models = {"sft", "reward_dpo"}
+    models |= {f"safety_dpo/{name}" for name in safety.runs} | {f"lagrangian_dpo/{name}" for name in lagrangian.runs}
+    for name, row in (content["methods"] or {}).items():
+        if row["start"] not in models:
+            raise ParamsError(
+                f"{path}: methods.{name}.start: no stage writes models/{row['start']}; one of {sorted(models)}"
+            )
+    models |= {f"aligned/{name}" for name in content["methods"] or {}}
+    for name, folder in evaluate.policies.items():
+        if folder not in models:
+            raise ParamsError(
+                f"{path}: evaluate.policies.{name}: no stage writes models/{folder}; one of {sorted(models)}"
+            )
+    if "sft" not in evaluate.policies:
+        raise ParamsError(f"{path}: evaluate.policies.sft is missing; win rates are measured against it")
+    if search.lambda_min >= search.lambda_max:
+        raise ParamsError(f"{path}: dual_search.lambda_min must be below dual_search.lambda_max")

@@ -1,0 +1,50 @@
+"""Progress: a bar while a person watches, plain lines in a log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+
+def watched() -> bool:
+    """Whether a person watches standard error."""
+    return sys.stderr.isatty()
+
+
+class Progress:
+    """Counts rows of one long step; in a log it writes a line every `every` seconds and one at the end."""
+
+    def __init__(self, what: str, total: int, every: float = 15.0) -> None:
+        self._what, self._total, self._every = what, total, every
+        self._done, self._start = 0, time.monotonic()
+        self._last = self._start
+        self._bar = tqdm(total=total, desc=what, leave=False) if watched() else None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def advance(self, count: int) -> None:
+        """`count` more rows are done."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif time.monotonic() - self._last >= self._every:
+            self._last = time.monotonic()
+            rate = self._done / (self._last - self._start)
+            left = (self._total - self._done) / rate
+            log.info("%s: %d of %d, %.0f a second, %.0f s left", self._what, self._done, self._total, rate, left)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        seconds = time.monotonic() - self._start
+        if self._bar is not None:
+            self._bar.close()
+        if error is None:
+            log.info("%s: %d in %.1f s", self._what, self._done, seconds)

@@ -1,0 +1,185 @@
+"""Every evaluated policy in one table: what it scores, how it fares against the reference policy, which one to take.
+
+All paths are relative to the repository root. Cost follows the house convention: bigger is more harmful.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from scipy.stats import t as student
+
+from dualign.artifacts import read_json
+from dualign.data.schema import ANSWERS, read_table
+from dualign.stats import clustered_mean
+
+#: The policy that win rates and gains are measured against.
+REFERENCE = "sft"
+#: What `evaluate` measures as {"mean", "low", "high"}: everywhere, and in the embedded world only.
+_MEASURES = ("reward", "cost", "p_unsafe", "kl", "length", "ended", "displacement")
+_WORLD_MEASURES = ("true_reward", "true_cost", "grammatical")
+
+Interval = dict[str, float | None]
+
+
+def compare(root: Path, policies: dict[str, str], confidence: float, limit: float | None = None) -> dict[str, Any]:
+    """Compare the evaluated policies.
+
+    Args:
+        root: the repository root, which holds reports/ and data/.
+        policies: name of each policy and its folder under models/ (`evaluate.policies`).
+        confidence: two-sided level of the intervals computed here; those of `evaluate` are taken as they are.
+        limit: the limit on expected cost; by default the one that data/dual/dual.json was made for.
+
+    Returns:
+        A JSON-able dict: `limit`, `reference`, `confidence`, `recommended` (most reward among the policies whose cost
+        interval ends within the limit, or null), `nearest` (the lowest upper end of cost), `missing` (policies that
+        were not evaluated), and `policies`, a row per evaluated policy. A row holds the measures of `evaluate`, the
+        win rates and reward gain over the reference, and what its search spent; unknown values are null.
+
+    Raises:
+        DualignError: a file is there but cannot be read.
+    """
+    limit = _dual_limit(root) if limit is None else limit
+    answers = read_answers(root, policies)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, folder in policies.items():
+        path = root / "reports/metrics/evaluate" / f"{name}.json"
+        if path.is_file():
+            rows[name] = _row(read_json(path), folder, limit) | _search(root, folder)
+            rows[name] |= _against_reference(answers.get(name), answers.get(REFERENCE), confidence, name)
+    return {
+        "reference": REFERENCE,
+        "confidence": confidence,
+        "limit": limit,
+        "recommended": _recommended(rows),
+        "nearest": _nearest(rows),
+        "missing": [name for name in policies if name not in rows],
+        "policies": rows,
+    }
+
+
+def read_answers(root: Path, policies: dict[str, str]) -> dict[str, pd.DataFrame]:
+    """The generated answers (`schema.ANSWERS`) of every policy that has any."""
+    paths = {name: root / "reports/evaluation" / name / "answers.parquet" for name in policies}
+    return {name: read_table(path, ANSWERS) for name, path in paths.items() if path.is_file()}
+
+
+def win_rate(ours: pd.DataFrame, theirs: pd.DataFrame, score: str, confidence: float, sign: int = 1) -> Interval | None:
+    """How often our answer has the higher `sign * score` than theirs to the same prompt; a tie counts one half.
+
+    Every answer of ours meets every answer of theirs; a prompt's share of wins is one observation. The interval is
+    Wilson's with the effective sample size that the spread between prompts implies, so it stays inside [0, 1] and
+    has a width even where one side wins everywhere. None without a common prompt.
+    """
+    gap = _gaps(ours, theirs, score) * sign
+    if gap.empty:
+        return None
+    prompts = gap.index.to_numpy()
+    found = clustered_mean(((gap > 0) + 0.5 * (gap == 0)).to_numpy(), prompts, confidence)
+    n, mean = len(set(prompts)), found.mean
+    if n < 2:
+        return _interval(mean)
+    effective = mean * (1 - mean) / found.error**2 if found.error > 0 else n
+    z2 = float(student.ppf(0.5 + confidence / 2, n - 1)) ** 2 / effective
+    centre = (mean + z2 / 2) / (1 + z2)
+    half = (z2 * (mean * (1 - mean) + z2 / 4)) ** 0.5 / (1 + z2)
+    return _interval(mean, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def mean_gain(ours: pd.DataFrame, theirs: pd.DataFrame, score: str, confidence: float) -> Interval | None:
+    """Mean of our score minus theirs, paired and clustered by prompt. None without a common prompt."""
+    gap = _gaps(ours, theirs, score)
+    if gap.empty:
+        return None
+    found = clustered_mean(gap.to_numpy(), gap.index.to_numpy(), confidence)
+    return _interval(found.mean, found.low, found.high) if math.isfinite(found.error) else _interval(found.mean)
+
+
+def _gaps(ours: pd.DataFrame, theirs: pd.DataFrame, score: str) -> pd.Series:
+    """Our score minus theirs for every pair of answers to one prompt, indexed by prompt_id."""
+    left, right = (frame.set_index("prompt_id")[score].dropna() for frame in (ours, theirs))
+    pairs = left.to_frame("ours").join(right.to_frame("theirs"), how="inner")
+    return pairs["ours"] - pairs["theirs"]
+
+
+def _dual_limit(root: Path) -> float | None:
+    path = root / "data/dual/dual.json"
+    return _value(read_json(path), "limit") if path.is_file() else None
+
+
+def _against_reference(
+    ours: pd.DataFrame | None, theirs: pd.DataFrame | None, confidence: float, name: str
+) -> dict[str, Interval | None]:
+    if ours is None or theirs is None or name == REFERENCE:
+        return {"win_reward": None, "win_cost": None, "reward_gain": None}
+    return {
+        "win_reward": win_rate(ours, theirs, "reward", confidence),
+        "win_cost": win_rate(ours, theirs, "cost", confidence, sign=-1),
+        "reward_gain": mean_gain(ours, theirs, "reward", confidence),
+    }
+
+
+def _row(metrics: dict[str, Any], folder: str, limit: float | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"folder": folder, "kind": _kind(folder)}
+    row |= {key: metrics.get(key) for key in ("prompts", "answers")}
+    row |= {key: _measure(metrics.get(key)) for key in (*_MEASURES, *_WORLD_MEASURES)}
+    row |= {key: _value(metrics, key) for key in ("reward_share", "value_gap")}
+    return row | {"standing": _standing(row["cost"], limit)}
+
+
+def _kind(folder: str) -> str:
+    if folder == "sft":
+        return "reference"
+    return "method" if folder.startswith("aligned/") else "baseline"
+
+
+def _measure(value: Any) -> Interval | None:
+    """An interval as `evaluate` writes it; None where there is no mean."""
+    if not isinstance(value, dict) or value.get("mean") is None:
+        return None
+    return _interval(value["mean"], value.get("low"), value.get("high"))
+
+
+def _interval(mean: float, low: float | None = None, high: float | None = None) -> Interval:
+    return {"mean": mean, "low": low, "high": high}
+
+
+def _value(metrics: dict[str, Any], key: str) -> float | None:
+    value = metrics.get(key)
+    return None if value is None else float(value)
+
+
+def _standing(cost: Interval | None, limit: float | None) -> str | None:
+    """`within`: the whole interval is within the limit; `unproven`: only its mean is; `over`: not even that."""
+    if cost is None or limit is None or cost["mean"] is None:
+        return None
+    if cost["high"] is not None and cost["high"] <= limit:
+        return "within"
+    return "unproven" if cost["mean"] <= limit else "over"
+
+
+def _search(root: Path, folder: str) -> dict[str, Any]:
+    """What the search of this policy chose and spent; nulls for a policy that no search made."""
+    path = root / "reports/search" / f"{Path(folder).name}.json"
+    found = read_json(path) if _kind(folder) == "method" and path.is_file() else {}
+    chosen: dict[str, Any] = next((step for step in found.get("steps", []) if step["step"] == found["chosen"]), {})
+    row = {key: found.get(key) for key in ("rule", "trainings", "generated_tokens", "stopped")}
+    return row | {"lam": chosen.get("lam"), "merge_weight": chosen.get("q")}
+
+
+def _recommended(rows: dict[str, dict[str, Any]]) -> str | None:
+    within = [name for name, row in rows.items() if row["standing"] == "within" and row["reward"]]
+    return max(within, key=lambda name: rows[name]["reward"]["mean"], default=None)
+
+
+def _nearest(rows: dict[str, dict[str, Any]]) -> str | None:
+    known = [name for name, row in rows.items() if row["cost"]]
+    return min(known, key=lambda name: _upper(rows[name]["cost"]), default=None)
+
+
+def _upper(cost: dict[str, float]) -> float:
+    return cost["mean"] if cost["high"] is None else cost["high"]

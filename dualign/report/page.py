@@ -1,0 +1,419 @@
+"""The report page: reads what the stages wrote, draws the charts, renders `template.html` into one file.
+
+The page needs no network and no script; everything that comes from data or models is escaped. What a run did not
+write (no embedded world, a policy without a search, a stage that did not run) is left out of the page.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from dualign.artifacts import read_json, replacing
+from dualign.errors import DataError
+from dualign.params import STAGES, ReportParams
+from dualign.report import charts
+from dualign.report.charts import Knot, Point, Range
+from dualign.report.comparison import REFERENCE, compare, read_answers
+
+Row = dict[str, Any]
+
+_MINUS = "\N{MINUS SIGN}"
+_NONE = "\N{EN DASH}"
+#: Width and height of a frontier chart: one of two beside each other, alone, and on a narrow screen.
+_HALF, _FULL, _NARROW = (548, 430), (960, 440), (340, 360)
+#: Stages whose metrics the page prints as they are, under these headings.
+_MODELS = {"sft": "Reference policy", "reward_model": "Reward model", "cost_model": "Cost model", "score": "Scores"}
+#: Metrics whose key is not how one would say it.
+_WORDS = {
+    "ece": "ECE",
+    "ece_before": "ECE before calibration",
+    "ece_after": "ECE after calibration",
+    "offset": "shift of the zero",
+    "p_unsafe": "P(unsafe)",
+    "reward_within_sd": "reward, sd within a prompt",
+    "cost_within_sd": "cost, sd within a prompt",
+}
+#: Rates that read best in per cent.
+_SHARES = ("accuracy", "share", "ended", "unsafe")
+
+
+def write(root: Path, params: ReportParams, out: Path) -> None:
+    """Write the page.
+
+    Args:
+        root: the repository root, which holds reports/ and data/.
+        params: the `report` section.
+        out: the HTML file to write; replaced whole.
+
+    Raises:
+        DualignError: an input is there but cannot be read, or `out` cannot be written.
+    """
+    html = _environment().get_template("template.html").render(_context(root, params))
+    with replacing(out) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {
+        "number": number, "percent": percent, "compact": compact, "duration": duration, "memory": memory,
+    }  # fmt: skip
+    return environment
+
+
+def _context(root: Path, params: ReportParams) -> dict[str, Any]:
+    comparison = compare(root, params.policies, params.confidence, params.limit)
+    rows = _ordered(comparison)
+    dual = _optional(root / "data/dual/dual.json")
+    world = _world(root, rows)
+    searches = _searches(root, rows, params.limit)
+    return {
+        "params": params,
+        "rows": rows,
+        "best": next((row for row in rows if row["recommended"]), None),
+        "nearest": next((row for row in rows if row["name"] == comparison["nearest"]), None),
+        "reference": next((row for row in rows if row["name"] == REFERENCE), None),
+        "missing": comparison["missing"],
+        "dual": dual,
+        "world": world,
+        "frontiers": _frontiers(root, rows, params.limit, world),
+        "searches": searches,
+        "prompts": _prompts(read_answers(root, params.policies), rows, params.sample_prompts),
+        "prepared": _prepared(root),
+        "quarantine": _quarantine(root),
+        "models": _models(root),
+        "provenance": _provenance(root),
+    }
+
+
+def _optional(path: Path) -> Any:
+    """The content of a JSON file, or an empty dict where the run did not write it."""
+    return read_json(path) if path.is_file() else {}
+
+
+# --- policies ---------------------------------------------------------------------------------------------------------
+
+
+def _ordered(comparison: dict[str, Any]) -> list[Row]:
+    """Rows as the table shows them: methods first, those within the limit and the most helpful ahead; numbered."""
+    rows = [{"name": name, **row} for name, row in comparison["policies"].items()]
+    standings = ("within", "unproven", "over", None)
+    kinds = ("method", "reference", "baseline")
+    rows.sort(key=lambda row: (kinds.index(row["kind"]), standings.index(row["standing"]), -_mean(row["reward"])))
+    for i, row in enumerate(rows, 1):
+        row |= {"number": i, "recommended": row["name"] == comparison["recommended"]}
+        row["style"] = _style(row)
+    _draw_strips(rows, comparison["limit"])
+    return rows
+
+
+def _draw_strips(rows: list[Row], limit: float) -> None:
+    """Add to every row its cost interval as a picture; all on one scale."""
+    extent = charts.domain([limit, *(value for row in rows if row["cost"] for value in row["cost"].values())])
+    for row in rows:
+        row["strip"] = charts.strip(_range(row["cost"]), limit, extent, row["style"]) if row["cost"] else ""
+
+
+def _mean(interval: dict[str, float] | None) -> float:
+    return interval["mean"] if interval else float("-inf")
+
+
+def _style(row: Row) -> str:
+    parts = [row["kind"], row["standing"] or "unknown", "recommended" if row["recommended"] else ""]
+    return " ".join(part for part in parts if part)
+
+
+def _range(interval: dict[str, float | None]) -> Range:
+    mean = interval["mean"]
+    assert mean is not None, "an interval without a mean is None"
+    return Range(mean, interval["low"], interval["high"])
+
+
+def _points(rows: Iterable[Row], cost: str, reward: str) -> list[Point]:
+    return [
+        Point(
+            label=row["name"],
+            number=row["number"],
+            x=_range(row[cost]),
+            y=_range(row[reward]),
+            style=row["style"],
+            title=f"{row['name']}: cost {spoken(row[cost])}, reward {spoken(row[reward])}",
+        )
+        for row in rows
+        if row[cost] and row[reward]
+    ]
+
+
+# --- frontier ---------------------------------------------------------------------------------------------------------
+
+
+def _world(root: Path, rows: list[Row]) -> dict[str, Any] | None:
+    """The exact optimum and frontier of the embedded world, as the first policy that was evaluated there has them."""
+    for row in rows:
+        metrics = _optional(root / "reports/metrics/evaluate" / f"{row['name']}.json")
+        if metrics.get("optimum"):
+            return {"optimum": metrics["optimum"], "frontier": metrics.get("frontier") or []}
+    return None
+
+
+def _frontiers(root: Path, rows: list[Row], limit: float, world: dict[str, Any] | None) -> list[Row]:
+    """The charts to show: measured by the models, and (in the embedded world) by the truth."""
+    measured = _points(rows, "cost", "reward")
+    predicted = [_knot(row) for row in _optional(root / "data/dual/frontier.json").get("rows", [])]
+    figures = []
+    if measured or predicted:
+        labels = ("expected cost (cost model)", "expected reward (reward model)")
+        wide = _HALF if world else _FULL
+        figures.append({"kind": "measured"} | _drawings(measured, predicted, limit, labels, None, wide))
+    if world:
+        exact = [_knot(row) for row in world["frontier"]]
+        truths = ("expected true cost", "expected true reward")
+        points, optimum = _points(rows, "true_cost", "true_reward"), _optimum(world["optimum"])
+        wide = _HALF if figures else _FULL
+        figures.append({"kind": "exact"} | _drawings(points, exact, limit, truths, optimum, wide))
+    return figures
+
+
+def _drawings(
+    points: list[Point],
+    curve: list[Knot],
+    limit: float,
+    labels: tuple[str, str],
+    optimum: Point | None,
+    wide: tuple[int, int],
+) -> dict[str, Markup]:
+    """One chart for wide screens and one, with numbers for names, for narrow screens."""
+    curve = sorted(curve, key=lambda knot: knot.lam)
+    name = f"{labels[1]} against {labels[0]} of every policy"
+    return {
+        key: charts.frontier(points, curve, limit, size, labels, name=name, optimum=optimum, numbered=key == "narrow")
+        for key, size in (("wide", wide), ("narrow", _NARROW))
+    }
+
+
+def _knot(row: dict[str, Any]) -> Knot:
+    """A row of frontier.json, or of the exact frontier, which has no intervals."""
+    extras = [("P(unsafe)", "p_unsafe"), ("KL", "kl"), ("effective samples", "ess")]
+    parts = [f"{name} {number(row[key])}" for name, key in extras if row.get(key) is not None]
+    title = f"λ {number(row['lam'])}: cost {number(row['cost'])}, reward {number(row['reward'])}"
+    return Knot(
+        lam=row["lam"],
+        x=Range(row["cost"], row.get("cost_low"), row.get("cost_high")),
+        y=Range(row["reward"], row.get("reward_low"), row.get("reward_high")),
+        title=", ".join([title, *parts]),
+    )
+
+
+def _optimum(optimum: dict[str, Any]) -> Point:
+    title = (
+        f"exact optimum: λ {number(optimum.get('lam'))}, cost {number(optimum['cost'])}, "
+        f"reward {number(optimum['reward'])}, KL {number(optimum.get('kl'))}"
+    )
+    return Point("optimum", 0, Range(optimum["cost"]), Range(optimum["reward"]), "star", title)
+
+
+# --- searches ---------------------------------------------------------------------------------------------------------
+
+
+def _searches(root: Path, rows: list[Row], limit: float) -> list[Row]:
+    """The searches of the evaluated methods in the order of the table, each with its chart."""
+    found = []
+    for row in rows:
+        path = root / "reports/search" / f"{Path(row['folder']).name}.json"
+        if row["kind"] == "method" and path.is_file():
+            found.append({"row": row, **read_json(path)})
+    costs = charts.domain([limit, *(end for search in found for step in search["steps"] for end in _step_ends(step))])
+    for search in found:
+        name = f"search of {search['row']['name']}: multiplier and cost by step"
+        search["chart"] = charts.trajectory(search["steps"], limit, costs, search.get("chosen"), name)
+    return found
+
+
+def _step_ends(step: dict[str, Any]) -> list[float]:
+    """The ends of a step's error bar; nothing where its cost is unknown."""
+    cost, error = step.get("cost"), step.get("cost_se") or 0.0
+    return [] if cost is None else [cost - error, cost + error]
+
+
+# --- sample answers ---------------------------------------------------------------------------------------------------
+
+
+def _prompts(answers: dict[str, pd.DataFrame], rows: list[Row], count: int) -> list[Row]:
+    """Prompts that every policy answered, from the one that the reference answers most harmfully to the least."""
+    named = [row for row in rows if row["name"] in answers and len(answers[row["name"]])]
+    if not named or count == 0:
+        return []
+    first = {row["name"]: _first_answers(answers[row["name"]]) for row in named}
+    common = set.intersection(*(set(frame.index) for frame in first.values()))
+    guide = answers[REFERENCE if REFERENCE in first else named[0]["name"]].groupby("prompt_id")["cost"].mean()
+    ranked = sorted(common, key=lambda identity: (-guide.fillna(0.0)[identity], identity))
+    return [
+        {
+            "turns": first[named[0]["name"]].at[identity, "prompt"],
+            "answers": [_answer(row, first[row["name"]].loc[identity]) for row in named],
+        }
+        for identity in _spread(ranked, count)
+    ]
+
+
+def _first_answers(frame: pd.DataFrame) -> pd.DataFrame:
+    """The first answer to each prompt, by prompt_id."""
+    return frame.sort_values("sample", kind="stable").drop_duplicates("prompt_id").set_index("prompt_id")
+
+
+def _spread(items: list[str], count: int) -> list[str]:
+    """At most `count` items, evenly spaced, with both ends."""
+    if count >= len(items):
+        return items
+    return [items[round(i * (len(items) - 1) / max(count - 1, 1))] for i in range(count)]
+
+
+def _answer(row: Row, answer: pd.Series) -> Row:
+    """One answer as the page shows it. What is not known to be harmless is folded away."""
+    scores = {key: _known(answer[key]) for key in ("reward", "cost", "true_cost")}
+    harmful = scores["cost"] is None or scores["cost"] > 0 or (scores["true_cost"] or 0.0) > 0
+    text = answer["response"] or ""
+    return {"row": row, "text": text.strip(), "folded": harmful, "ended": bool(answer["ended"]), **scores}
+
+
+def _known(value: Any) -> float | None:
+    return None if pd.isna(value) else float(value)
+
+
+# --- facts ------------------------------------------------------------------------------------------------------------
+
+
+def _prepared(root: Path) -> list[tuple[str, int]]:
+    """Rows of every prepared table, by name."""
+    return [(path.stem, pq.read_metadata(path).num_rows) for path in sorted((root / "data/prepared").glob("*.parquet"))]
+
+
+def _quarantine(root: Path) -> list[tuple[str, int]]:
+    """Rejected rows by reason, the most frequent first."""
+    path = root / "data/prepared/quarantine.jsonl"
+    reasons: Counter[str] = Counter()
+    for row, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1):
+        try:
+            reasons[json.loads(line)["reason"].replace("_", " ")] += 1
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}:{row}: not a rejected row; run `dvc repro --force prepare`") from error
+    return reasons.most_common()
+
+
+def _models(root: Path) -> list[Row]:
+    """The metrics of the models that the run rests on, flattened and worded."""
+    found = [(heading, _optional(root / f"reports/metrics/{stage}.json")) for stage, heading in _MODELS.items()]
+    return [{"heading": heading, "facts": list(_facts(metrics))} for heading, metrics in found if metrics]
+
+
+def _facts(metrics: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Label and value of every number, nested ones with the labels of their parents in front; curves are left out."""
+    for key, value in metrics.items():
+        label = prefix + _WORDS.get(key, key.replace("_", " "))
+        if isinstance(value, list):
+            continue
+        if isinstance(value, dict) and value.keys() == {"mean", "low", "high"}:
+            yield label, spoken(value)
+        elif isinstance(value, dict):
+            yield from _facts(value, f"{label}, ")
+        else:
+            yield label, _fact(key, value)
+
+
+def _fact(key: str, value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: _NONE}[value]
+    if isinstance(value, float):
+        share = any(word in key for word in _SHARES)
+        return (f"{100 * value:.1f}%" if share else f"{value:,.3f}").replace("-", _MINUS)
+    return compact(value) if isinstance(value, int) else str(value)
+
+
+def _provenance(root: Path) -> list[Row]:
+    """What each stage took, in the order of the pipeline."""
+    order = list(STAGES)
+    rows: list[Row] = [read_json(path) for path in sorted((root / "reports/provenance").rglob("*.json"))]
+    for row in rows:
+        row["rates"] = ", ".join(_rate(key, value) for key, value in (row.get("throughput") or {}).items())
+    return sorted(rows, key=lambda row: (order.index(row["stage"]), row.get("item") or ""))
+
+
+def _rate(key: str, value: float | None) -> str:
+    return f"{compact(value)} {key.replace('_per_second', '/s').replace('_', ' ')}"
+
+
+# --- words and numbers ------------------------------------------------------------------------------------------------
+
+
+def number(value: float | None) -> str:
+    """About three significant digits: 0.0042, 0.31, 12.4, 1,234."""
+    if value is None:
+        return _NONE
+    size = abs(value)
+    if 0 < size < 0.005:
+        text = f"{value:.1g}" if size >= 1e-4 else f"{value:.0e}"
+    else:
+        text = f"{value + 0.0:,.{0 if size >= 99.95 else 1 if size >= 9.995 else 2}f}"
+    return text.replace("-", _MINUS)
+
+
+def percent(value: float | None) -> str:
+    """A share in per cent: 2.1%, 31%, <0.1%."""
+    if value is None:
+        return _NONE
+    if 0 < value < 0.0005:
+        return "<0.1%"
+    if 0.9995 <= value < 1:
+        return ">99.9%"
+    fine = 0 < abs(value) < 0.0995 or 0.99 <= value < 1
+    return f"{100 * value:.{1 if fine else 0}f}%".replace("-", _MINUS)
+
+
+def compact(value: float | None) -> str:
+    """A count: 950, 12,300, 1.2 M."""
+    if value is None:
+        return _NONE
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:.1f}\N{NO-BREAK SPACE}M"
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 100 else number(value)
+
+
+def duration(seconds: float | None) -> str:
+    """Wall time: 0.4 s, 12 s, 3 min 12 s, 2 h 05 min."""
+    if seconds is None:
+        return _NONE
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def memory(mebibytes: float | None) -> str:
+    """Memory: 640 MiB, 1.4 GiB."""
+    if mebibytes is None:
+        return _NONE
+    return f"{mebibytes / 1024:.1f} GiB" if mebibytes >= 1024 else f"{mebibytes:.0f} MiB"
+
+
+def spoken(interval: dict[str, float | None]) -> str:
+    """An interval in running text: 0.31 (0.26 to 0.36)."""
+    if interval["low"] is None or interval["high"] is None:
+        return number(interval["mean"])
+    return f"{number(interval['mean'])} ({number(interval['low'])} to {number(interval['high'])})"

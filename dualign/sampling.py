@@ -1,0 +1,148 @@
+"""Samples of a policy at temperature 1, and exact log-probabilities of given answers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from dualign.progress import Progress
+from dualign.tokens import decode_answers
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One drawn answer: its prompt's position, its ids (EOS included if drawn), its text, and whether EOS was drawn."""
+
+    prompt: int
+    tokens: list[int]
+    text: str
+    ended: bool
+
+
+@torch.inference_mode()
+def sample(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    count: int,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+) -> list[Sample]:
+    """`count` answers to each prompt (token ids), drawn from the policy itself: T = 1, no truncation of its tail.
+
+    The same seed, batch size and device give the same answers. Returned in order of prompt, then draw.
+    """
+    model.eval()
+    torch.manual_seed(seed)
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    rows = [(index, draw) for index in range(len(prompts)) for draw in range(count)]
+    drawn: dict[tuple[int, int], list[int]] = {}
+    with Progress("sampling", len(rows)) as progress:
+        for batch in _by_length(rows, [len(prompts[index]) for index, _ in rows], batch_size):
+            answers = _generate(model, tokenizer, [prompts[index] for index, _ in batch], config)
+            drawn.update(zip(batch, answers, strict=True))
+            progress.advance(len(batch))
+    ids = [drawn[row] for row in rows]
+    texts = decode_answers(tokenizer, ids)
+    eos = tokenizer.eos_token_id
+    return [
+        Sample(index, tokens, text, bool(tokens) and tokens[-1] == eos)
+        for (index, _), tokens, text in zip(rows, ids, texts, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def log_probabilities(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+) -> Tensor:
+    """log pi(answer | prompt) in nats, summed over the answer's tokens; fp64 tensor of shape [rows]."""
+    model.eval()
+    result = torch.zeros(len(prompts), dtype=torch.float64)
+    rows = list(range(len(prompts)))
+    lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
+    with Progress("log-probabilities", len(rows)) as progress:
+        for batch in _by_length(rows, lengths, batch_size):
+            result[batch] = _score(model, tokenizer, [prompts[i] for i in batch], [answers[i] for i in batch])
+            progress.advance(len(batch))
+    return result
+
+
+def _generate(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[Sequence[int]], config: GenerationConfig
+) -> list[list[int]]:
+    device = next(model.parameters()).device
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)  # type: ignore[operator]
+    return [_until_eos(row, tokenizer.eos_token_id) for row in output[:, width:].tolist()]
+
+
+def _until_eos(tokens: list[int], eos: int) -> list[int]:
+    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+
+
+def _score(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Sequence[int]],
+    answers: list[Sequence[int]],
+) -> Tensor:
+    device = next(model.parameters()).device
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    labels = torch.full((len(rows), width), -100)
+    mask = torch.zeros_like(ids)
+    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+        labels[i, len(prompt) : len(row)] = ids[i, len(prompt) : len(row)]
+    return answer_log_probabilities(model, ids.to(device), mask.to(device), labels.to(device)).double().cpu()
+
+
+def answer_log_probabilities(model: torch.nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    """Sum over positions with label != -100 of log pi(label | what stands before); shape [rows].
+
+    Only the positions that predict an answer token go through the vocabulary, which on a CPU is most of the work.
+    """
+    predicts = (labels[:, 1:] != -100).any(0).nonzero().squeeze(1)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=predicts).logits.float()
+    targets = labels[:, 1:][:, predicts]
+    picked = torch.log_softmax(logits, -1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (picked * (targets != -100)).sum(1)
+
+
+def _by_length(rows: list[T], lengths: Sequence[int], batch_size: int) -> Iterator[list[T]]:
+    """Batches of rows of similar length, the longest first, so that a batch too large for memory fails at once."""
+    order = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
+    for start in range(0, len(order), batch_size):
+        yield [rows[i] for i in order[start : start + batch_size]]

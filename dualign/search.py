@@ -1,0 +1,257 @@
+"""The search for the multiplier: the rules of all methods as pure functions, and one loop that runs any of them.
+
+A rule looks at the steps so far (multiplier, measured cost with its standard error, within-prompt variance) and says
+which multiplier, or which merge weight q, to try next, or None to stop.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from dualign.artifacts import read_json, write_json
+from dualign.errors import DualignError
+from dualign.methods import Method
+from dualign.params import DualSearchParams
+from dualign.stats import Measurement
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One policy of a search: its multiplier (for a merge the one it stands for), folder and measurement."""
+
+    step: int
+    lam: float
+    q: float | None
+    policy: str
+    trained: bool
+    measured: Measurement
+
+
+class Workbench(Protocol):
+    """What a search needs done: training at a multiplier, merging, measuring. Folders are given as strings."""
+
+    def train(self, step: int, lam: float, warm: Step) -> str:
+        """Train a policy at `lam`; return its folder."""
+        ...
+
+    def merge(self, step: int, q: float) -> str:
+        """Merge pi_r and the start at weight q; return the folder."""
+        ...
+
+    def measure(self, step: int, policy: str) -> Measurement:
+        """Sample the policy on the search prompts and score the answers."""
+        ...
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+def dual_gradient_step(lam: float, cost: float, limit: float, step_size: float) -> float:
+    """lambda <- [lambda + eta (C - d)]_+, C-DPO (2403.02475)."""
+    return max(0.0, lam + step_size * (cost - limit))
+
+
+def projected_subgradient_step(
+    lam: float, cost: float, limit: float, step_size: float, radius: float, lambda_min: float
+) -> float:
+    """lambda <- Proj_[lambda_min, 2 rho](lambda + eta (C - d)), PD-DPO (2510.05703, alg. 1).
+
+    The paper's interval starts at 0, where its loss divides by zero; lambda_min > 0 keeps off it.
+    """
+    return min(max(lam + step_size * (cost - limit), lambda_min), 2 * radius)
+
+
+def newton_step(lam: float, cost: float, variance: float, limit: float, beta: float) -> float:
+    """lambda <- [lambda + beta (C - d) / E_x Var(c|x)]_+ with the curvature of the on-policy samples."""
+    return max(0.0, lam + beta * (cost - limit) / variance)
+
+
+def secant_step(previous: tuple[float, float], last: tuple[float, float], limit: float) -> float | None:
+    """The root of the line through two points (x, C); None where the line does not fall."""
+    (x0, c0), (x1, c1) = previous, last
+    if x0 == x1 or (c1 - c0) / (x1 - x0) >= 0:
+        return None
+    return max(0.0, x1 + (limit - c1) * (x1 - x0) / (c1 - c0))
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is known before the search: the pool's multiplier, the start's, and the Slater radius for PD-DPO."""
+
+    lam_pool: float
+    lam_start: float
+    radius: float
+
+
+Rule = Callable[[Sequence[Step], DualSearchParams, Outlook], float | None]
+
+
+def _within_noise(step: Step, params: DualSearchParams) -> bool:
+    return abs(step.measured.cost - params.limit) <= params.z * step.measured.cost_se
+
+
+def _grid(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
+    left = [lam for lam in params.sacpo_grid if all(abs(lam - step.lam) > 1e-9 for step in steps)]
+    return left[0] if left else None
+
+
+def _one_shot(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
+    return None
+
+
+def _dual_gradient(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
+    last = steps[-1]
+    if _within_noise(last, params):
+        return None
+    return min(dual_gradient_step(last.lam, last.measured.cost, params.limit, params.step_size), params.lambda_max)
+
+
+def _projected_subgradient(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
+    last = steps[-1]
+    if _within_noise(last, params):
+        return None
+    return projected_subgradient_step(
+        last.lam, last.measured.cost, params.limit, params.step_size, outlook.radius, params.lambda_min
+    )
+
+
+def _newton(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
+    """Newton from the first policy, then secants; a correction is always made, since it also trains on-policy."""
+    last = steps[-1]
+    if len(steps) > 1 and _within_noise(last, params):
+        return None
+    m = last.measured
+    proposed = newton_step(last.lam, m.cost, m.variance, params.limit, params.beta) if m.variance > 0 else last.lam
+    if len(steps) > 1:
+        secant = secant_step((steps[-2].lam, steps[-2].measured.cost), (last.lam, m.cost), params.limit)
+        proposed = secant if secant is not None and secant < 2 * proposed + 1 else proposed
+    return min(proposed, params.lambda_max)
+
+
+def _merge(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
+    """q = lambda-hat / lambda-bar first, then secants on (q, C); q = 1 is the start itself."""
+    last = steps[-1]
+    if len(steps) > 1 and _within_noise(last, params):
+        return None
+    if len(steps) == 1:
+        return min(outlook.lam_pool / outlook.lam_start, params.merge_max)
+    points = sorted((abs(step.measured.cost - params.limit), step.step) for step in steps)
+    by_step = {step.step: (float(step.q if step.q is not None else 1.0), step.measured.cost) for step in steps}
+    proposed = secant_step(by_step[points[1][1]], by_step[points[0][1]], params.limit)
+    if proposed is None or any(abs(min(proposed, params.merge_max) - q) < 1e-3 for q, _ in by_step.values()):
+        return None
+    return min(proposed, params.merge_max)
+
+
+_RULES: dict[str, Rule] = {
+    "grid": _grid,
+    "one_shot": _one_shot,
+    "dual_gradient": _dual_gradient,
+    "projected_subgradient": _projected_subgradient,
+    "newton": _newton,
+    "merge": _merge,
+}
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def run(
+    method: Method, start: str, outlook: Outlook, params: DualSearchParams, bench: Workbench, scratch: Path
+) -> tuple[list[Step], str]:
+    """Measure the start, then train (or merge) and measure until the rule stops or the budget is spent.
+
+    Every finished step is recorded in `scratch`, so an interrupted search goes on where it stopped.
+    Returns the steps and why the search stopped.
+    """
+    steps = _restore(scratch)
+    if not steps:
+        first = Step(0, outlook.lam_start, None, start, False, bench.measure(0, start))
+        steps = _record(scratch, [first])
+    budget = params.merge_steps if method.rule == "merge" else params.max_trainings
+    while True:
+        _tell(steps[-1], params)
+        proposed = _RULES[method.rule](steps, params, outlook)
+        if proposed is None:
+            within = _within_noise(steps[-1], params)
+            return steps, "cost within noise of the limit" if within else f"rule {method.rule} is finished"
+        if len(steps) > budget:
+            return steps, f"budget of {budget} {'merges' if method.rule == 'merge' else 'trainings'} is spent"
+        steps = _record(scratch, [*steps, _advance(method, steps, proposed, outlook, bench)])
+
+
+def choose(method: Method, steps: Sequence[Step], params: DualSearchParams) -> int:
+    """The index of the policy that the method returns.
+
+    `best`: the most rewarding of those whose cost is not above the limit by more than z standard errors; the least
+    costly if there is none. `last`: the last one.
+    """
+    if method.returns == "last":
+        return len(steps) - 1
+    allowed = [i for i, step in enumerate(steps) if feasible(step, params)]
+    if allowed:
+        return max(allowed, key=lambda i: steps[i].measured.reward)
+    return min(range(len(steps)), key=lambda i: steps[i].measured.cost)
+
+
+def feasible(step: Step, params: DualSearchParams) -> bool:
+    """Whether the measured cost is within the limit, up to z standard errors."""
+    return step.measured.cost <= params.limit + params.z * step.measured.cost_se
+
+
+def summary(
+    method: Method, steps: Sequence[Step], chosen: int, stopped: str, params: DualSearchParams
+) -> dict[str, Any]:
+    """The search as `reports/search/METHOD.json` holds it."""
+    rows = [{"step": s.step, "lam": s.lam, "q": s.q, "trained": s.trained, **asdict(s.measured)} for s in steps]
+    return {
+        "method": method.name,
+        "rule": method.rule,
+        "steps": rows,
+        "chosen": chosen,
+        "feasible": feasible(steps[chosen], params),
+        "trainings": method.before + sum(step.trained for step in steps),
+        "generated_tokens": sum(step.measured.generated_tokens for step in steps),
+        "stopped": stopped,
+    }
+
+
+def _advance(method: Method, steps: Sequence[Step], proposed: float, outlook: Outlook, bench: Workbench) -> Step:
+    number = len(steps)
+    if method.rule == "merge":
+        policy = bench.merge(number, proposed)
+        return Step(number, proposed * outlook.lam_start, proposed, policy, False, bench.measure(number, policy))
+    policy = bench.train(number, proposed, steps[-1])
+    return Step(number, proposed, None, policy, True, bench.measure(number, policy))
+
+
+def _tell(step: Step, params: DualSearchParams) -> None:
+    m = step.measured
+    log.info(
+        "step %d: lambda %.4f, cost %.4f +- %.4f (limit %g), reward %.4f, KL %.3f",
+        step.step, step.lam, m.cost, m.cost_se, params.limit, m.reward, m.kl,
+    )  # fmt: skip
+
+
+def _record(scratch: Path, steps: list[Step]) -> list[Step]:
+    write_json(scratch / "steps.json", [asdict(step) for step in steps])
+    return steps
+
+
+def _restore(scratch: Path) -> list[Step]:
+    path = scratch / "steps.json"
+    if not path.is_file():
+        return []
+    rows = read_json(path)
+    steps = [replace(Step(**row), measured=Measurement(**row["measured"])) for row in rows]
+    missing = [step.policy for step in steps if not Path(step.policy).is_dir()]
+    if missing:
+        raise DualignError(f"{missing[0]}: the policy of an earlier step is gone; delete {scratch} and run again")
+    log.info("resuming the search after step %d", steps[-1].step)
+    return steps

@@ -1,0 +1,177 @@
+"""What surrounds every stage: typed params, logging, scratch for checkpoints, provenance, and errors in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from dualign.artifacts import write_json
+from dualign.errors import DualignError
+from dualign.params import Resources, StageParams, load, load_resources
+
+log = logging.getLogger("dualign")
+
+P = TypeVar("P", bound=StageParams)
+_PACKAGES = ("dualign", "torch", "transformers", "trl", "peft", "datasets", "pandas", "numpy")
+
+
+@dataclass
+class Run(Generic[P]):
+    """One execution of a stage. `item` is the instance of a fanned-out stage, such as a method's name."""
+
+    stage: str
+    item: str | None
+    params: P
+    resources: Resources
+    throughput: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """`stage` or `stage/item`, as metrics and provenance files are named."""
+        return f"{self.stage}/{self.item}" if self.item else self.stage
+
+    def metrics(self, content: dict[str, Any]) -> None:
+        """Write this stage's DVC metrics file."""
+        write_json(Path("reports/metrics") / f"{self.name}.json", content)
+
+    def scratch(self, *inputs: str | Path) -> Path:
+        """A folder for checkpoints that a rerun with the same params, inputs, seed and code finds again.
+
+        It lies outside the stage's outputs, which DVC deletes before it runs a stage; $DUALIGN_SCRATCH moves it.
+        """
+        described = self.params.model_dump(mode="json")
+        key = {
+            "params": described,
+            "item": self.item,
+            "inputs": [_digest(Path(path)) for path in inputs],
+            "code": _code(),
+        }
+        fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        folder = Path(os.environ.get("DUALIGN_SCRATCH", ".scratch")) / self.name / fingerprint
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+def execute(main: Callable[[Run[P]], None], cls: type[P], argv: list[str] | None = None) -> None:
+    """Run a stage script: `python -m stages.NAME [ITEM]`. Exits 2 after a DualignError, 130 after an interrupt."""
+    argv = sys.argv[1:] if argv is None else argv
+    _quiet()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("httpx", "datasets", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if len(argv) > 1 or argv[:1] in (["-h"], ["--help"]):
+            raise DualignError(f"usage: python -m stages.{cls.section} [ITEM]; knobs are in params.yaml")
+        run = Run(cls.section, argv[0] if argv else None, load(cls), load_resources())
+        _threads(run.resources)
+        started = time.monotonic()
+        main(run)
+        _provenance(run, time.monotonic() - started)
+    except DualignError as error:
+        log.error("%s", error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        log.error("interrupted; checkpoints are kept in .scratch, run the stage again to go on from the last one")
+        sys.exit(130)
+
+
+def finished(scratch: Path) -> None:
+    """Remove the checkpoints of a run whose output has been written."""
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _quiet() -> None:
+    """No progress bars or notices of the libraries: the stages log their own."""
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as hf_logging
+
+        hf_logging.disable_progress_bar()
+        hf_logging.set_verbosity_error()
+    if "datasets" in sys.modules:
+        import datasets
+
+        datasets.disable_progress_bars()
+
+
+def _threads(resources: Resources) -> None:
+    if "torch" in sys.modules and resources.threads is not None:
+        import torch
+
+        torch.set_num_threads(resources.threads)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 over the names and bytes of a file or folder."""
+    digest = hashlib.sha256()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for file in files:
+        digest.update(str(file.relative_to(path)).encode())
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _code() -> str:
+    """Digest of the library's sources that are loaded: a checkpoint of other code is not continued."""
+    files = sorted(
+        str(module.__file__)
+        for name, module in list(sys.modules.items())
+        if name.startswith(("dualign.", "stages.")) and getattr(module, "__file__", None)
+    )
+    return hashlib.sha256("".join(_digest(Path(file)) for file in files).encode()).hexdigest()
+
+
+def _provenance(run: Run[P], seconds: float) -> None:
+    gpu = None
+    if "torch" in sys.modules:
+        import torch
+
+        gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+    content = {
+        "stage": run.stage,
+        "item": run.item,
+        "params": run.params.model_dump(mode="json"),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "seed": getattr(run.params, "seed", None),
+        "device": _device_name(),
+        "seconds": round(seconds, 2),
+        "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "peak_gpu_mib": gpu,
+        "throughput": run.throughput,
+    }
+    write_json(Path("reports/provenance") / f"{run.name}.json", content)
+    log.info("%s done in %.1f s, peak memory %.0f MiB", run.name, seconds, content["peak_rss_mib"])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device_name() -> str:
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name()
+    return f"cpu ({os.cpu_count()} cores)"

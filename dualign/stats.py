@@ -1,0 +1,67 @@
+"""Means and intervals of quantities that are measured several times per prompt.
+
+Answers to one prompt are correlated, so the prompt is the unit: all standard errors are those of per-prompt means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its prompt-clustered standard error and two-sided interval."""
+
+    mean: float
+    error: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        """{mean, low, high}, as metrics files hold it."""
+        return {"mean": self.mean, "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Estimates on a policy's own answers; `variance` is E_x Var(c|x), `*_se` are prompt-clustered."""
+
+    cost: float
+    cost_se: float
+    reward: float
+    reward_se: float
+    kl: float
+    p_unsafe: float
+    variance: float
+    generated_tokens: int
+
+
+def clustered_mean(values: Array, clusters: Array, confidence: float = 0.95) -> Estimate:
+    """Mean over clusters of the cluster means, with a Student-t interval on them.
+
+    `values` and `clusters` have shape [answers]; every prompt weighs the same, however many answers it has. With one
+    cluster the error is infinite.
+    """
+    means = pd.Series(np.asarray(values, dtype=float)).groupby(np.asarray(clusters)).mean().to_numpy()
+    count = len(means)
+    if count < 2:
+        return Estimate(float(means.mean()), float("inf"), float("-inf"), float("inf"))
+    error = float(means.std(ddof=1) / np.sqrt(count))
+    reach = float(student.ppf(0.5 + confidence / 2, count - 1)) * error
+    mean = float(means.mean())
+    return Estimate(mean, error, mean - reach, mean + reach)
+
+
+def within_variance(values: Array, clusters: Array) -> float:
+    """Mean over prompts of the unbiased variance of `values` within the prompt; prompts with one answer are left out.
+
+    For the cost of on-policy samples this estimates E_x Var_pi(c|x), beta times the curvature of the dual.
+    """
+    variances = pd.Series(np.asarray(values, dtype=float)).groupby(np.asarray(clusters)).var(ddof=1).dropna()
+    return float(variances.mean()) if len(variances) else float("nan")

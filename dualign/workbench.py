@@ -1,0 +1,159 @@
+"""What a search needs done: train a policy at a multiplier, merge two policies, measure one on its own answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from dualign import dual
+from dualign.artifacts import replacing, write_parquet
+from dualign.data.schema import POOL, SAFETY_PAIRS, SCORED_PAIRS, read_table
+from dualign.merge import merge
+from dualign.methods import Method
+from dualign.models import load_policy, save, with_lora
+from dualign.pairs import lagrangian_pairs, pool_pairs, pool_values, preference_pairs, samples_of
+from dualign.params import DualSearchParams, InnerParams, Resources
+from dualign.rollout import Judges, measure, roll_out
+from dualign.search import Step
+from dualign.stats import Measurement
+from dualign.training import Inner, Job, Pair, train_pairwise
+
+#: pairs at a multiplier, given the step's folder and the step before; and the inner loss at that multiplier
+PairSource = Callable[[float, Path, Step], list[Pair]]
+InnerAt = Callable[[float], Inner]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Folders that a search reads."""
+
+    models: Path = Path("models")
+    prepared: Path = Path("data/prepared")
+    scored: Path = Path("data/scored")
+
+
+class PolicyBench:
+    """Implements `dualign.search.Workbench` on models; every step has its own folder in `scratch`.
+
+    `inner` holds the weights of the Lagrangian loss; None means safety pairs at coefficient beta / lambda.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        params: DualSearchParams,
+        resources: Resources,
+        inner: InnerParams | None,
+        prompts: pd.DataFrame,
+        scratch: Path,
+        inputs: Inputs | None = None,
+    ) -> None:
+        self._method, self._params, self._resources = method, params, resources
+        self._weights, self._prompts, self._scratch, self._inputs = inner, prompts, scratch, inputs or Inputs()
+        self._judges = Judges.load(resources, self._inputs.models)
+        self._pairs, self._inner = self._sources()
+
+    @property
+    def start(self) -> str:
+        """The folder of the policy at the first multiplier."""
+        return str(self._inputs.models / self._method.start)
+
+    def train(self, step: int, lam: float, warm: Step) -> str:
+        """Train at `lam` from the reference, or from the policy before for a warm-started method."""
+        folder = self._folder(step)
+        out = folder / "policy"
+        if out.is_dir():  # trained before an interruption
+            return str(out)
+        begin = Path(warm.policy) if self._method.warm else self._inputs.models / self._method.reference
+        policy = with_lora(load_policy(begin, self._resources), self._params.lora)
+        job = Job(self._params.training, self._resources, folder / "checkpoints", self._params.seed + step)
+        train_pairwise(policy, self._judges.tokenizer, self._pairs(lam, folder, warm), self._inner(lam), job)
+        with replacing(out) as temporary:
+            save(policy, self._judges.tokenizer, temporary)
+        return str(out)
+
+    def merge(self, step: int, q: float) -> str:
+        """(1 - q) pi_r + q start."""
+        out = self._folder(step) / "policy"
+        with replacing(out) as temporary:
+            merge(self._inputs.models / self._method.reference, Path(self.start), q, temporary)
+        return str(out)
+
+    def measure(self, step: int, policy: str) -> Measurement:
+        """On-policy estimates on the search prompts; the tokens of a refresh count as generated."""
+        answers = self._roll_out(policy, self._prompts, self._params.samples_per_prompt, self._params.seed)
+        measured = measure(answers)
+        refresh = self._folder(step) / "refresh.parquet"
+        extra = int(read_table(refresh, POOL)["length"].sum()) if refresh.is_file() else 0
+        return replace(measured, generated_tokens=measured.generated_tokens + extra)
+
+    def _folder(self, step: int) -> Path:
+        folder = self._scratch / f"step-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _roll_out(self, policy: str, prompts: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
+        model = load_policy(policy, self._resources)
+        return roll_out(
+            model, prompts, self._judges, count=count, max_new_tokens=self._params.max_new_tokens, seed=seed
+        )
+
+    # --- where pairs and losses come from -----------------------------------------------------------------------------
+
+    def _sources(self) -> tuple[PairSource, InnerAt]:
+        beta, weights = self._params.beta, self._weights
+        if weights is None:
+            return self._safety_source(), lambda lam: Inner(scale=beta / lam, beta=beta)
+        inner = Inner(beta, beta, weights.labels, weights.anchor, weights.nll)
+        source = self._pool_source() if self._method.data == "pool" else self._scored_source()
+        return source, lambda lam: inner
+
+    def _safety_source(self) -> PairSource:
+        """Safety pairs with log pi_r as reference column, the same at every multiplier."""
+        frame = read_table(self._inputs.prepared / "safety_pairs.parquet", SAFETY_PAIRS)
+        pairs: list[Pair] = []
+
+        def source(lam: float, folder: Path, warm: Step) -> list[Pair]:
+            if not pairs:
+                reference = load_policy(self._inputs.models / self._method.reference, self._resources)
+                train, batch = frame[frame["split"] == "train"], self._resources.scoring_batch_size
+                pairs.extend(preference_pairs(train, reference, self._judges.tokenizer, batch))
+            return pairs
+
+        return source
+
+    def _scored_source(self) -> PairSource:
+        frame = read_table(self._inputs.scored / "scored_pairs.parquet", SCORED_PAIRS)
+        return lambda lam, folder, warm: lagrangian_pairs(frame, self._judges.tokenizer, lam)
+
+    def _pool_source(self) -> PairSource:
+        """The pool at the new multiplier, and fresh answers of the policy before on some of its prompts.
+
+        Fresh answers find the text that no fixed pool holds; their anchors use the pool's soft value of the prompt, so
+        they need no new partition function.
+        """
+        pool = read_table(self._inputs.scored / "pool.parquet", POOL)
+        samples = samples_of(pool, self._judges.tokenizer)
+        prompts = pool.drop_duplicates("prompt_id")[["prompt_id", "prompt"]].head(self._params.refresh_prompts)
+
+        def source(lam: float, folder: Path, warm: Step) -> list[Pair]:
+            params = self._params
+            pairs = pool_pairs(samples, pool_values(samples, lam, params.beta), lam, params.seed + warm.step)
+            if prompts.empty:
+                return pairs
+            fresh = samples_of(self._refresh(folder, warm, prompts), self._judges.tokenizer)
+            known = dual.soft_value(samples.reward, samples.cost, lam, params.beta)[: len(prompts), None]
+            value = known.repeat(params.refresh_samples, axis=1)
+            return pairs + pool_pairs(fresh, value, lam, params.seed + warm.step)
+
+        return source
+
+    def _refresh(self, folder: Path, warm: Step, prompts: pd.DataFrame) -> pd.DataFrame:
+        path = folder / "refresh.parquet"
+        if not path.is_file():
+            seed = self._params.seed + 1000 * (warm.step + 1)
+            write_parquet(path, self._roll_out(warm.policy, prompts, self._params.refresh_samples, seed), POOL)
+        return read_table(path, POOL)

@@ -1,0 +1,161 @@
+"""Choose the parameters of the next run: make params.yaml a copy of a preset.
+
+    python -m pipeline.preset params/real-rows-cpu.yaml --data ../rows
+    python -m pipeline.preset default
+
+`default` is the params.yaml of the last commit. A params.yaml that you edited is never lost: the command refuses, or,
+with --force, keeps it as params.yaml.saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import itertools
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import MappingNode, Node
+
+ROOT = Path(__file__).resolve().parents[1]
+#: A copy of what was chosen last: the preset itself may have changed since.
+LAST = Path(".scratch/params.yaml")
+
+logger = logging.getLogger(__name__)
+
+
+class PresetError(ValueError):
+    """The preset cannot be used, or would overwrite the user's own edits."""
+
+
+def select(preset: str, data: str | None = None, force: bool = False, root: Path = ROOT) -> None:
+    """Make `root`/params.yaml a copy of a preset, with `prepare.folder` set to `data` if given.
+
+    `preset` is a path, the name of a file in params/ with or without its suffix, or `default`. A relative `data` is
+    relative to `root`.
+
+    Raises:
+        PresetError: no such preset, no such folder, or params.yaml holds the user's own edits and `force` is not set.
+    """
+    text = _preset_text(preset, root)
+    if data is not None:
+        if not (root / data).is_dir():
+            raise PresetError(f"{data}: no such folder; --data takes the folder that holds the data files")
+        text = _with_folder(text, data, preset)
+    target = root / "params.yaml"
+    if target.exists() and _is_edited(target.read_text(), root):
+        if not force:
+            raise PresetError(
+                "params.yaml holds your own edits; copy it into params/ under a name of its own, "
+                "or add --force to have it kept as params.yaml.saved"
+            )
+        logger.info("params.yaml held your own edits: kept as %s", _save(target).name)
+    for path in (target, root / LAST):
+        _replace(path, text)
+    logger.info("params.yaml is now %s%s", preset, f" with prepare.folder {data}" if data else "")
+
+
+def _preset_text(preset: str, root: Path) -> str:
+    if preset == "default":
+        committed = _committed(root)
+        if committed is None:
+            raise PresetError("default: there is no commit with a params.yaml to go back to")
+        return committed
+    for path in (root / preset, root / "params" / preset, root / "params" / f"{preset}.yaml"):
+        if path.is_file():
+            return path.read_text()
+    names = {"default": "default", **{path.stem: f"params/{path.name}" for path in _presets(root)}}
+    near = difflib.get_close_matches(Path(preset).stem, names, n=1, cutoff=0.5)
+    hint = f"did you mean {names[near[0]]}?" if near else f"one of {', '.join(names.values())}"
+    raise PresetError(f"{preset}: no such preset; {hint}")
+
+
+def _presets(root: Path) -> list[Path]:
+    return sorted((root / "params").glob("*.yaml"))
+
+
+def _committed(root: Path) -> str | None:
+    """params.yaml as of the last commit; None outside a git repository or where no commit holds it."""
+    shown = subprocess.run(["git", "show", "HEAD:./params.yaml"], cwd=root, capture_output=True, text=True, check=False)
+    return shown.stdout if shown.returncode == 0 else None
+
+
+def _is_edited(text: str, root: Path) -> bool:
+    """Whether `text` is neither committed, nor a preset, nor what was chosen last, whatever prepare.folder says."""
+    files = [*_presets(root), root / LAST]
+    known = [_committed(root), *(path.read_text() for path in files if path.is_file())]
+    return _without_folder(text) not in {_without_folder(other) for other in known if other is not None}
+
+
+def _without_folder(text: str) -> str:
+    span = _folder_span(text)
+    return text[: span[0]] + text[span[1] :] if span else text
+
+
+def _with_folder(text: str, folder: str, name: str) -> str:
+    span = _folder_span(text)
+    if span is None:
+        raise PresetError(f"{name}: it has no key prepare.folder to hold --data")
+    return text[: span[0]] + json.dumps(folder, ensure_ascii=False) + text[span[1] :]
+
+
+def _folder_span(text: str) -> tuple[int, int] | None:
+    """Where the value of `prepare.folder` begins and ends in YAML text, so that all else stays byte for byte."""
+    try:
+        node = YAML(typ="safe", pure=True).compose(text)
+    except YAMLError:
+        return None
+    for key in ("prepare", "folder"):
+        node = _child(node, key)
+    return (node.start_mark.index, node.end_mark.index) if node else None
+
+
+def _child(node: Node | None, key: str) -> Node | None:
+    pairs = node.value if isinstance(node, MappingNode) else []
+    return next((value for name, value in pairs if name.value == key), None)
+
+
+def _save(path: Path) -> Path:
+    """Copy a file to the first free of NAME.saved, NAME.saved.2, ..."""
+    names = itertools.chain([f"{path.name}.saved"], (f"{path.name}.saved.{n}" for n in itertools.count(2)))
+    saved = next(place for name in names if not (place := path.with_name(name)).exists())
+    shutil.copy2(path, saved)
+    return saved
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.preset", description="Make params.yaml a copy of a preset."
+    )
+    parser.add_argument("preset", help="a file in params/, a path, or `default`: the params.yaml of the last commit")
+    parser.add_argument("--data", metavar="FOLDER", help="set prepare.folder, the folder that holds the data files")
+    parser.add_argument(
+        "--force", action="store_true", help="replace an edited params.yaml, keeping it as params.yaml.saved"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        select(arguments.preset, arguments.data, arguments.force, root)
+    except PresetError as error:
+        logger.error("%s", error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    sys.exit(main())

@@ -1,0 +1,14 @@
+"""The stages of dvc.yaml, one script each: `python -m stages.NAME [ITEM]`.
+
+Settings that must stand before the heavy libraries are imported are made here, where every stage passes first.
+"""
+
+from __future__ import annotations
+
+import os
+
+# OpenMP threads that wait spin only briefly: with another process on the cores, spinning is several times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

@@ -1,0 +1,25 @@
+"""report: every metrics file -> reports/index.html, one self-contained page, and reports/comparison.json.
+
+python -m stages.report
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dualign.artifacts import write_json
+from dualign.params import ReportParams
+from dualign.report.comparison import compare
+from dualign.report.page import write
+from dualign.stage import Run, execute
+
+
+def main(run: Run[ReportParams]) -> None:
+    """Run the stage."""
+    root = Path()
+    write_json(root / "reports/comparison.json", compare(root, run.params.policies, run.params.confidence))
+    write(root, run.params, root / "reports/index.html")
+
+
+if __name__ == "__main__":
+    execute(main, ReportParams)

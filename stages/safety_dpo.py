@@ -1,0 +1,49 @@
+"""safety_dpo RUN: a reference policy and safety pairs at a fixed multiplier -> models/safety_dpo/RUN.
+
+    python -m stages.safety_dpo stepwise
+
+SACPO's second step, which is PD-DPO's phase 2: DPO with coefficient beta / lambda to the reference (pi_r for
+`stepwise`, pi_ref for the safety-only baseline `alone`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dualign.artifacts import read_json, replacing
+from dualign.data.schema import SAFETY_PAIRS, read_table
+from dualign.errors import ParamsError
+from dualign.models import load_policy, load_tokenizer, save, with_lora
+from dualign.pairs import preference_pairs
+from dualign.params import SafetyDpoParams
+from dualign.stage import Run, execute, finished
+from dualign.training import Inner, Job, train_pairwise
+
+PAIRS = Path("data/prepared/safety_pairs.parquet")
+DUAL = Path("data/dual/dual.json")
+OUT = Path("models/safety_dpo")
+
+
+def main(run: Run[SafetyDpoParams]) -> None:
+    """Run the stage."""
+    params = run.params
+    if run.item not in params.runs:
+        raise ParamsError(f"safety_dpo.runs has no {run.item!r}; one of {', '.join(params.runs)}")
+    spec = params.runs[run.item]
+    lam = max(spec.factor * (read_json(DUAL)["lam"] if spec.lam == "dual" else spec.lam), params.lambda_min)
+    reference = Path("models") / spec.reference
+    frame = read_table(PAIRS, SAFETY_PAIRS)
+    tokenizer, policy = load_tokenizer("models/sft"), load_policy(reference, run.resources)
+    pairs = preference_pairs(frame[frame["split"] == "train"], policy, tokenizer, run.resources.scoring_batch_size)
+    policy = with_lora(policy, params.lora)
+    scratch = run.scratch(PAIRS, reference, DUAL)
+    job = Job(params.training, run.resources, scratch, params.seed)
+    metrics = train_pairwise(policy, tokenizer, pairs, Inner(scale=params.beta / lam, beta=params.beta), job)
+    with replacing(OUT / run.item) as folder:
+        save(policy, tokenizer, folder)
+    run.metrics({**metrics, "lam": lam, "coefficient": params.beta / lam})
+    finished(scratch)
+
+
+if __name__ == "__main__":
+    execute(main, SafetyDpoParams)

@@ -1,0 +1,101 @@
+"""score: the two tables that everything later reads -> data/scored.
+
+    python -m stages.score
+
+`pool.parquet`: samples of pi_ref at T = 1 on the pool prompts; `scored_pairs.parquet`: training pairs; both with
+reference log-probability, reward and cost. In the embedded world also every grammatical answer to the eval prompts.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from dualign.artifacts import replacing, write_parquet
+from dualign.data.schema import ENUMERATED, HELPFUL_PAIRS, POOL, PROMPTS, SAFETY_PAIRS, SCORED_PAIRS, read_table
+from dualign.evaluation import enumerate_answers
+from dualign.params import ScoreParams
+from dualign.rollout import Judges, roll_out
+from dualign.sampling import log_probabilities
+from dualign.stage import Run, execute
+from dualign.stats import clustered_mean
+from dualign.tokens import encode_answers, encode_prompts
+
+DATA = Path("data/prepared")
+OUT = Path("data/scored")
+
+
+def main(run: Run[ScoreParams]) -> None:
+    """Run the stage."""
+    params = run.params
+    judges = Judges.load(run.resources)
+    prompts = read_table(DATA / "pool.parquet", PROMPTS)
+    started = time.monotonic()
+    pool = roll_out(
+        judges.reference, prompts, judges,
+        count=params.samples_per_prompt, max_new_tokens=params.max_new_tokens, seed=params.seed,
+    )  # fmt: skip
+    run.throughput["pool_tokens_per_second"] = float(pool["length"].sum() / (time.monotonic() - started))
+    pairs = score_pairs(training_pairs(params), judges)
+    evaluated = read_table(DATA / "eval.parquet", PROMPTS)
+    enumerated = enumerate_world(evaluated[evaluated["source"] == "world"], judges)
+    with replacing(OUT) as folder:
+        write_parquet(folder / "pool.parquet", pool, POOL)
+        write_parquet(folder / "scored_pairs.parquet", pairs, SCORED_PAIRS)
+        write_parquet(folder / "enumerated.parquet", enumerated, ENUMERATED)
+    ids = pool["prompt_id"].to_numpy()
+    run.metrics(
+        {
+            "pool": {"prompts": len(prompts), "answers": len(pool), "ended": float(pool["ended"].mean())},
+            "pairs": len(pairs),
+            "reward": clustered_mean(pool["reward"].to_numpy(), ids).as_dict(),
+            "cost": clustered_mean(pool["cost"].to_numpy(), ids).as_dict(),
+            "p_unsafe": clustered_mean((pool["cost"] > 0).to_numpy(), ids).as_dict(),
+            "reward_within_sd": float(pool.groupby("prompt_id")["reward"].std().mean()),
+            "cost_within_sd": float(pool.groupby("prompt_id")["cost"].std().mean()),
+        }
+    )
+
+
+def training_pairs(params: ScoreParams) -> pd.DataFrame:
+    """Training pairs of both kinds, at most `pairs` of them, drawn at random."""
+    tables = {"helpful": HELPFUL_PAIRS, "safety": SAFETY_PAIRS}
+    frames = [read_table(DATA / f"{kind}_pairs.parquet", schema).assign(kind=kind) for kind, schema in tables.items()]
+    pairs = pd.concat(frames, ignore_index=True)
+    pairs = pairs[pairs["split"] == "train"]
+    if params.pairs is not None and len(pairs) > params.pairs:
+        pairs = pairs.sample(params.pairs, random_state=params.seed).sort_index()
+    return pairs.reset_index(drop=True)
+
+
+def score_pairs(pairs: pd.DataFrame, judges: Judges) -> pd.DataFrame:
+    """The pairs with logp_ref, reward and cost of both answers."""
+    batch = judges.resources.scoring_batch_size
+    prompts = encode_prompts(judges.tokenizer, pairs["prompt"])
+    for side in ("chosen", "rejected"):
+        answers = encode_answers(judges.tokenizer, pairs[side])
+        pairs[f"logp_ref_{side}"] = log_probabilities(
+            judges.reference, judges.tokenizer, prompts, answers, batch_size=batch
+        )
+        pairs[f"reward_{side}"] = judges.reward.score(pairs["prompt"], pairs[side], batch_size=batch, what="rewards")
+        pairs[f"cost_{side}"] = judges.cost.score(pairs["prompt"], pairs[side], batch_size=batch, what="costs")
+    return pairs
+
+
+def enumerate_world(prompts: pd.DataFrame, judges: Judges) -> pd.DataFrame:
+    """Every grammatical answer to the prompts with its truth and logp_ref; empty outside the world."""
+    rows = enumerate_answers(prompts)
+    if rows.empty:
+        return rows
+    encoded = encode_prompts(judges.tokenizer, rows["prompt"])
+    answers = encode_answers(judges.tokenizer, rows["response"])
+    batch = judges.resources.scoring_batch_size
+    return rows.assign(
+        logp_ref=log_probabilities(judges.reference, judges.tokenizer, encoded, answers, batch_size=batch)
+    )
+
+
+if __name__ == "__main__":
+    execute(main, ScoreParams)

@@ -1,0 +1,232 @@
+"""A small but realistic finished run: every file that the report reads, written through dualign's own writers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dualign.artifacts import write_json, write_parquet
+from dualign.data.schema import ANSWERS, PROMPTS, SFT, prompt_id, user
+from dualign.params import ReportParams
+
+LIMIT = -0.15
+BETA = 0.5
+#: name, folder, mean reward, mean cost, KL, share grammatical
+POLICIES = [
+    ("sft", "sft", -0.29, -0.06, 0.0, 0.95),
+    ("reward_dpo", "reward_dpo", 0.71, 0.62, 0.93, 0.91),
+    ("safety_only", "safety_dpo/only", -0.62, -0.71, 0.52, 0.94),
+    ("dualign", "aligned/dualign", 0.62, -0.24, 0.84, 0.96),
+    ("sacpo", "aligned/sacpo", 0.31, -0.33, 0.77, 0.89),
+    ("p_sacpo", "aligned/p_sacpo", 0.44, -0.19, 0.74, 0.92),
+    ("c_dpo", "aligned/c_dpo", 0.38, -0.11, 0.88, 0.83),
+    ("pd_dpo", "aligned/pd_dpo", 0.35, -0.26, 0.81, 0.88),
+    ("mocan", "aligned/mocan", 0.47, 0.05, 0.79, 0.86),
+    ("caid", "aligned/caid", 0.51, -0.25, 0.82, 0.90),
+    ("safe_dpo", "aligned/safe_dpo", 0.12, -0.52, 0.66, 0.87),
+]
+QUESTIONS = ["unclog a sink", "store bleach", "light a grill", "sharpen a knife", "poison a dog", "boil an egg"]
+PROMPT_TEXTS = [f"How do I {QUESTIONS[i % 6]} in house {i + 1}?" for i in range(96)]
+SAFE = "Start with the simple step, wear gloves, and keep the window open. If it fails, ask somebody who knows."
+UNSAFE = "Mix both bottles and close the door so that nobody notices."
+HOSTILE = '</details><script>alert("x")</script><img src="https://evil.example/x.png" onerror=alert(1)>&amp;{{ 7*7 }}'
+
+
+def report_params(policies: dict[str, str] | None = None, **changes: Any) -> ReportParams:
+    """The `report` section for the run of `write_run`."""
+    values: dict[str, Any] = {
+        "limit": LIMIT,
+        "beta": BETA,
+        "confidence": 0.95,
+        "policies": policies or {name: folder for name, folder, *_ in POLICIES},
+        "title": "Household questions: helpful within a harm budget",
+        "sample_prompts": 4,
+    }
+    return ReportParams.model_validate(values | changes)
+
+
+def write_run(root: Path, *, world: bool = True, shift: float = 0.0) -> ReportParams:
+    """Write all inputs of the report under `root`, with `shift` added to every cost; return the report's params."""
+    rng = np.random.default_rng(7)
+    _write_data(root)
+    _write_dual(root)
+    for policy in POLICIES:
+        answers = _answers(rng, policy, world, shift)
+        write_parquet(root / "reports/evaluation" / policy[0] / "answers.parquet", answers, ANSWERS)
+        write_json(root / "reports/metrics/evaluate" / f"{policy[0]}.json", _measures(answers, policy, world))
+        if policy[1].startswith("aligned/"):
+            write_json(root / "reports/search" / f"{policy[0]}.json", _search(rng, policy, shift))
+    _write_metrics(root)
+    _write_provenance(root)
+    return report_params()
+
+
+def _answers(rng: np.random.Generator, policy: tuple, world: bool, shift: float) -> pd.DataFrame:
+    name, _, reward, cost, kl, grammatical = policy
+    rows = []
+    for i, text in enumerate(PROMPT_TEXTS):
+        danger = 0.6 if "poison" in text or "bleach" in text else -0.3
+        for sample in range(4):
+            r, c = rng.normal(reward, 0.5), rng.normal(cost + danger + shift, 0.35)
+            body = (UNSAFE if c > 0 else SAFE) if name != "safety_only" else "I would rather not help with that."
+            if i == 0 and name == "sft":
+                body = HOSTILE
+            rows.append(
+                {
+                    "prompt_id": prompt_id(user(text)), "prompt": user(text), "sample": sample, "response": body,
+                    "length": int(rng.integers(18, 40)), "ended": bool(rng.random() < 0.97),
+                    "logp_ref": -31.0, "logp": -31.0 + kl, "reward": r, "cost": c,
+                    "true_reward": r + rng.normal(0, 0.1) if world else None,
+                    "true_cost": c + rng.normal(0, 0.1) if world else None,
+                    "grammatical": bool(rng.random() < grammatical) if world else None,
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _clustered(answers: pd.DataFrame, values: pd.Series) -> dict[str, float]:
+    means = values.astype(float).groupby(answers["prompt_id"]).mean()
+    half = 2.01 * means.std() / len(means) ** 0.5
+    return {"mean": means.mean(), "low": means.mean() - half, "high": means.mean() + half}
+
+
+def _measures(answers: pd.DataFrame, policy: tuple, world: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {"policy": policy[0], "prompts": len(PROMPT_TEXTS), "answers": len(answers)}
+    found |= {key: _clustered(answers, answers[key]) for key in ("reward", "cost", "length", "ended")}
+    found |= {
+        "p_unsafe": _clustered(answers, answers["cost"] > 0),
+        "kl": _clustered(answers, answers["logp"] - answers["logp_ref"]),
+        "displacement": {end: k * (0.97 - policy[5]) for end, k in (("low", -44), ("mean", -40), ("high", -36))},
+    }  # fmt: skip
+    if world:
+        found |= {key: _clustered(answers, answers[key]) for key in ("true_reward", "true_cost", "grammatical")}
+        found |= _optimum(found["true_reward"]["mean"], policy[4])
+    return found
+
+
+def _optimum(reward: float, kl: float) -> dict[str, Any]:
+    optimum = {
+        "lam": 0.83, "reward": 0.757, "cost": LIMIT, "kl": 0.92, "value": 0.297,
+        "reference_reward": -0.286, "reference_cost": -0.06, "reference_value": -0.286,
+    }  # fmt: skip
+    return {
+        "optimum": optimum,
+        "reward_share": (reward + 0.286) / (0.757 + 0.286),
+        "value_gap": 0.297 - (reward - BETA * kl),
+        "frontier": [
+            {"lam": lam, "reward": r, "cost": c, "kl": kl}
+            for lam, r, c, kl, *_ in _frontier_rows(0.92, 0.59, 0.62, [0.83, *np.linspace(0, 3, 25)])
+        ],
+    }
+
+
+def _frontier_rows(top: float, cost: float, fall: float, grid: list[float]) -> list[tuple[float, ...]]:
+    """λ, reward, cost, KL and effective sample size of a curve of the usual shape."""
+    curve = [(top - fall * lam**2 / (1 + 0.9 * lam), cost - 1.45 * lam / (0.8 + lam)) for lam in grid]
+    return [(float(lam), *at, 0.9 + 0.05 * lam, 80 - 11 * lam) for lam, at in zip(grid, curve, strict=True)]
+
+
+def _write_data(root: Path) -> None:
+    prepared = root / "data/prepared"
+    prompts = [{"prompt_id": prompt_id(user(t)), "prompt": user(t), "source": "world"} for t in PROMPT_TEXTS]
+    for name in ("pool", "search", "certify", "eval"):
+        write_parquet(prepared / f"{name}.parquet", prompts, PROMPTS)
+    rows = [{**p, "response": SAFE, "split": "train"} for p in prompts]
+    write_parquet(prepared / "sft.parquet", rows, SFT)
+    reasons = ["duplicate pair"] * 5 + ["empty answer"] * 2 + [HOSTILE]
+    lines = [json.dumps({"reason": reason, "row": i}) for i, reason in enumerate(reasons)]
+    (prepared / "quarantine.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def _write_dual(root: Path) -> None:
+    dual = {
+        "lam": 0.86, "lam_low": 0.71, "lam_high": 1.04, "limit": LIMIT, "beta": BETA, "cost_reference": -0.06,
+        "cost_unconstrained": 0.58, "reachable_minimum": -0.94, "ess_median": 71.2, "ess_low": 33.0, "prompts": 96,
+        "samples": 64, "half_drift": 0.03, "slack": False,
+        "messages": ["the effective sample size falls below 30 for 3 of 96 prompts; draw more samples or raise beta"],
+    }  # fmt: skip
+    write_json(root / "data/dual/dual.json", dual)
+    rows = [
+        {
+            "lam": lam, "reward": r, "reward_low": r - 0.05, "reward_high": r + 0.05, "cost": c, "cost_low": c - 0.06,
+            "cost_high": c + 0.06, "p_unsafe": 0.3, "p_unsafe_low": 0.26, "p_unsafe_high": 0.34, "kl": kl,
+            "length": 29.0, "ess": ess,
+        }
+        for lam, r, c, kl, ess in _frontier_rows(0.86, 0.55, 0.6, [0.0, 0.25, 0.5, 0.75, 0.86, 1.0, 1.5, 2.0, 3.0, 5.0])
+    ]  # fmt: skip
+    write_json(root / "data/dual/frontier.json", {"rows": rows})
+
+
+def _search(rng: np.random.Generator, policy: tuple, shift: float) -> dict[str, Any]:
+    name, _, reward, cost, kl, _ = policy
+    count = {"mocan": 1, "safe_dpo": 1, "sacpo": 4, "p_sacpo": 5, "dualign": 3}.get(name, 6)
+    steps = []
+    for i in range(count):
+        away = (count - 1 - i) / max(count, 2)
+        q = 1 - 0.1 * i if name == "p_sacpo" and i else None
+        steps.append(
+            {
+                "step": i, "lam": abs(0.86 + 0.5 * away * rng.normal()), "q": q, "cost": cost + 0.5 * away + shift,
+                "cost_se": 0.04, "reward": reward + 0.1 * away, "reward_se": 0.03, "kl": kl, "p_unsafe": 0.2,
+                "variance": 0.3, "trained": i > 0 and q is None, "generated_tokens": 41_000,
+            }
+        )  # fmt: skip
+    return {
+        "method": name, "rule": {"dualign": "newton", "p_sacpo": "merge"}.get(name, "projected_subgradient"),
+        "steps": steps, "chosen": count - 1, "feasible": cost + shift <= LIMIT, "trainings": count,
+        "generated_tokens": 41_000 * count, "stopped": "cost within noise of the limit",
+    }  # fmt: skip
+
+
+def _write_metrics(root: Path) -> None:
+    metrics: dict[str, dict[str, Any]] = {
+        "sft": {"loss": 1.214, "heldout_loss": 1.262, "loss_curve": [[50, 2.1], [100, 1.2]], "rows": 48},
+        "reward_model": {"accuracy": 0.731, "ece": 0.021, "pairs": {"train": 1200, "heldout": 130}},
+        "cost_model": {
+            "ranking_accuracy": 0.762, "sign_accuracy": 0.881, "ece_before": 0.094, "ece_after": 0.018, "scale": 0.91,
+            "offset": 0.12, "pairs": 1150,
+        },
+    }  # fmt: skip
+    for stage, content in metrics.items():
+        write_json(root / f"reports/metrics/{stage}.json", content)
+
+
+def _write_provenance(root: Path) -> None:
+    for stage, item, seconds in [("sft", None, 71.0), ("prepare", None, 2.1), ("dual_search", "dualign", 3912.4)]:
+        content = {
+            "stage": stage, "item": item, "params": {}, "versions": {"python": "3.11.2", "torch": "2.9.0"}, "seed": 0,
+            "device": "cpu (2 cores)", "seconds": seconds, "peak_rss_mib": 1433.0, "peak_gpu_mib": None,
+            "throughput": {"tokens_per_second": 41250.0} if stage == "sft" else {},
+        }  # fmt: skip
+        name = f"{stage}/{item}" if item else stage
+        write_json(root / "reports/provenance" / f"{name}.json", content)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[Path, ReportParams]:
+    """A finished run in the embedded world, and the params to report it with."""
+    return tmp_path, write_run(tmp_path)
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Callable[..., tuple[Path, ReportParams]]:
+    """Writes a finished run of another kind: see `write_run` for the keywords."""
+    return lambda **kind: (tmp_path, write_run(tmp_path, **kind))
+
+
+@pytest.fixture
+def params() -> Callable[..., ReportParams]:
+    """Makes the `report` section with other values."""
+    return report_params
+
+
+@pytest.fixture
+def texts() -> dict[str, str]:
+    """What the policies of the run answer: safe, unsafe, and hostile to the page."""
+    return {"safe": SAFE, "unsafe": UNSAFE, "hostile": HOSTILE}

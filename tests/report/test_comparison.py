@@ -1,0 +1,168 @@
+"""The comparison against brute force, and what it recommends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dualign.artifacts import read_json, write_json
+from dualign.errors import DualignError
+from dualign.params import ReportParams
+from dualign.report.comparison import compare, mean_gain, win_rate
+
+Run = tuple[Path, ReportParams]
+
+
+def answers(scores: dict[str, list[float]]) -> pd.DataFrame:
+    """Answers with these rewards by prompt; cost is the negative."""
+    rows = [(prompt, reward, -reward) for prompt, rewards in scores.items() for reward in rewards]
+    return pd.DataFrame(rows, columns=["prompt_id", "reward", "cost"])
+
+
+def brute_force(ours: pd.DataFrame, theirs: pd.DataFrame, score: str, sign: int) -> float:
+    shares = []
+    for prompt in sorted(set(ours["prompt_id"]) & set(theirs["prompt_id"])):
+        mine = ours.loc[ours["prompt_id"] == prompt, score].tolist()
+        other = theirs.loc[theirs["prompt_id"] == prompt, score].tolist()
+        wins = [1.0 if sign * a > sign * b else 0.5 if a == b else 0.0 for a in mine for b in other]
+        shares.append(sum(wins) / len(wins))
+    return sum(shares) / len(shares)
+
+
+@pytest.mark.parametrize(("score", "sign"), [("reward", 1), ("cost", -1), ("cost", 1)])
+def test_win_rate_is_the_mean_over_prompts_of_all_pairs_with_ties_halved(score: str, sign: int) -> None:
+    rng = np.random.default_rng(3)
+    # Whole numbers tie often; prompts differ in their number of answers, and not all are common.
+    ours = answers({f"p{i}": rng.integers(0, 4, 1 + i % 3).tolist() for i in range(12)})
+    theirs = answers({f"p{i}": rng.integers(0, 4, 2 + i % 2).tolist() for i in range(3, 16)})
+    found = win_rate(ours, theirs, score, 0.95, sign)
+    assert found is not None
+    assert found["mean"] == pytest.approx(brute_force(ours, theirs, score, sign))
+    mirrored = win_rate(theirs, ours, score, 0.95, sign)
+    assert mirrored is not None and mirrored["low"] is not None
+    assert found["mean"] + mirrored["mean"] == pytest.approx(1)
+    assert found["high"] == pytest.approx(1 - mirrored["low"])
+
+
+def test_win_rate_weighs_prompts_not_answers() -> None:
+    ours, theirs = answers({"a": [1.0] * 50, "b": [0.0]}), answers({"a": [0.0], "b": [1.0]})
+    found = win_rate(ours, theirs, "reward", 0.9)
+    assert found is not None and found["mean"] == 0.5
+
+
+def test_win_rate_everywhere_still_has_a_width() -> None:
+    prompts = [f"p{i}" for i in range(20)]
+    found = win_rate(answers({p: [1.0] for p in prompts}), answers({p: [0.0] for p in prompts}), "reward", 0.95)
+    assert found is not None and found["low"] is not None
+    assert found["mean"] == found["high"] == 1
+    assert 0.75 < found["low"] < 0.9
+
+
+def test_win_rate_interval_covers_the_truth_when_answers_of_a_prompt_agree() -> None:
+    rng = np.random.default_rng(5)
+    prompts = [f"p{i}" for i in range(30)]
+    covered = 0
+    for _ in range(200):
+        lead = rng.normal(0.3, 1.0, 30)
+        ours = answers({p: [lead[i]] * 4 for i, p in enumerate(prompts)})
+        found = win_rate(ours, answers({p: [0.0] * 4 for p in prompts}), "reward", 0.95)
+        assert found is not None and found["low"] is not None and found["high"] is not None
+        covered += found["low"] <= 0.6179 <= found["high"]  # P(N(0.3, 1) > 0)
+    # Counting answers for prompts would cover in two thirds of the runs at best.
+    assert covered >= 184
+
+
+def test_few_common_prompts() -> None:
+    ours = answers({"a": [1.0], "b": [2.0]})
+    assert win_rate(ours, answers({"c": [0.0]}), "reward", 0.95) is None
+    assert mean_gain(ours, answers({"c": [0.0]}), "reward", 0.95) is None
+    alone = answers({"a": [0.5]})
+    assert win_rate(ours, alone, "reward", 0.95) == {"mean": 1.0, "low": None, "high": None}
+    assert mean_gain(ours, alone, "reward", 0.95) == {"mean": 0.5, "low": None, "high": None}
+
+
+def test_unscored_answers_do_not_count() -> None:
+    ours, theirs = answers({"a": [1.0, float("nan")], "b": [1.0]}), answers({"a": [0.0], "b": [0.0]})
+    found = win_rate(ours, theirs, "reward", 0.95)
+    assert found is not None and found["mean"] == 1
+
+
+def test_mean_gain_is_paired_by_prompt() -> None:
+    ours, theirs = answers({"a": [11.0, 13.0], "b": [1.0]}), answers({"a": [10.0], "b": [0.0, -2.0]})
+    found = mean_gain(ours, theirs, "reward", 0.95)
+    assert found is not None
+    assert found["mean"] == pytest.approx(2.0)
+    # The prompts' levels (12 and 1) cancel: both gain 2, so nothing is uncertain.
+    assert found["low"] == found["high"] == pytest.approx(2.0)
+
+
+def test_a_row_for_every_policy(run: Run) -> None:
+    root, params = run
+    table = compare(root, params.policies, params.confidence)
+    assert list(table["policies"]) == list(params.policies)
+    assert table["missing"] == []
+    json.dumps(table, allow_nan=False)
+    kinds = {name: row["kind"] for name, row in table["policies"].items()}
+    assert kinds["sft"] == "reference"
+    assert kinds["reward_dpo"] == kinds["safety_only"] == "baseline"
+    assert kinds["dualign"] == "method"
+    assert table["policies"]["sft"]["win_reward"] is None
+    merged = table["policies"]["p_sacpo"]
+    assert merged["merge_weight"] == pytest.approx(0.6) and merged["trainings"] == 5
+    assert table["policies"]["reward_dpo"]["trainings"] is None
+
+
+def test_recommended_is_the_most_helpful_whose_whole_interval_is_within(run: Run) -> None:
+    root, params = run
+    table = compare(root, params.policies, params.confidence)
+    within = {n: r["reward"]["mean"] for n, r in table["policies"].items() if r["cost"]["high"] <= table["limit"]}
+    assert table["recommended"] == max(within, key=lambda name: within[name])
+    # dualign has the higher reward and its mean is within, but its interval is not.
+    row = table["policies"]["dualign"]
+    assert row["standing"] == "unproven"
+    assert row["reward"]["mean"] > within[table["recommended"]] and row["cost"]["mean"] < table["limit"]
+    for row in table["policies"].values():
+        assert (row["standing"] == "over") == (row["cost"]["mean"] > table["limit"])
+
+
+def test_nothing_is_recommended_where_all_are_over(build: Callable[..., Run]) -> None:
+    root, params = build(shift=1.0)
+    table = compare(root, params.policies, params.confidence)
+    assert table["recommended"] is None
+    assert table["nearest"] == min(table["policies"], key=lambda n: table["policies"][n]["cost"]["high"])
+
+
+def test_the_limit_is_the_duals_unless_given(run: Run) -> None:
+    root, params = run
+    assert compare(root, params.policies, 0.95)["limit"] == -0.15
+    assert compare(root, params.policies, 0.95, limit=5.0)["recommended"] == "reward_dpo"
+    (root / "data/dual/dual.json").unlink()
+    unlimited = compare(root, params.policies, 0.95)
+    assert unlimited["limit"] is None and unlimited["recommended"] is None
+    assert {row["standing"] for row in unlimited["policies"].values()} == {None}
+
+
+def test_what_did_not_run_is_missing_or_null(run: Run) -> None:
+    root, params = run
+    (root / "reports/metrics/evaluate/mocan.json").unlink()
+    (root / "reports/search/c_dpo.json").unlink()
+    (root / "reports/evaluation/sft/answers.parquet").unlink()
+    path = root / "reports/metrics/evaluate/caid.json"
+    write_json(path, {"cost": read_json(path)["cost"], "reward": {"mean": None, "low": None, "high": None}})
+    table = compare(root, params.policies, params.confidence)
+    assert table["missing"] == ["mocan"] and "mocan" not in table["policies"]
+    assert table["policies"]["c_dpo"]["trainings"] is None
+    assert table["policies"]["dualign"]["win_reward"] is None
+    assert table["policies"]["caid"]["reward"] is None and table["recommended"] != "caid"
+
+
+def test_a_broken_file_is_named(run: Run) -> None:
+    root, params = run
+    (root / "reports/metrics/evaluate/mocan.json").write_text('{"reward": ')
+    with pytest.raises(DualignError, match=r"mocan\.json:1: not valid JSON"):
+        compare(root, params.policies, params.confidence)

@@ -1,0 +1,291 @@
+"""The page as a browser reads it: whole, self-contained, harmless, and complete as far as the run went."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from dualign.artifacts import read_json, write_json
+from dualign.errors import DualignError
+from dualign.params import ReportParams
+from dualign.report.page import compact, duration, memory, number, percent, write
+
+Run = tuple[Path, ReportParams]
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks that tags balance, and gathers elements and the text within them."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.html = html
+        self.open: list[tuple[str, dict[str, str | None]]] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, list[tuple[str, dict[str, str | None]]]]] = []
+        self.feed(html)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append((tag, dict(attrs)))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        raise AssertionError(f"<{tag}/> closes itself, which HTML ignores")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1][0] == tag, f"</{tag}> closes {self.open[-1:]} at {self.getpos()}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((data, list(self.open)))
+
+    def count(self, tag: str, style: str = "") -> int:
+        return sum(t == tag and (not style or style in (a.get("class") or "").split()) for t, a in self.elements)
+
+    def within(self, key: str, value: str) -> str:
+        """All text inside elements that have this attribute, white space as one space."""
+        parts = [text for text, path in self.texts if any(value in (a.get(key) or "").split() for _, a in path)]
+        return re.sub(r"\s+", " ", " ".join(parts))
+
+    @property
+    def leaves(self) -> list[tuple[str, list[str]]]:
+        """Every text with the classes of the element that it stands in."""
+        return [(text, (path[-1][1].get("class") or "").split()) for text, path in self.texts if path]
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(text for text, _ in self.texts))
+
+
+def render(root: Path, params: ReportParams) -> Page:
+    out = root / "reports/index.html"
+    write(root, params, out)
+    return Page(out.read_text(encoding="utf-8"))
+
+
+# --- safety -----------------------------------------------------------------------------------------------------------
+
+
+def test_page_is_balanced_and_needs_nothing_from_outside(run: Run) -> None:
+    page = render(*run)
+    assert {"script", "iframe", "img", "object", "embed", "base", "form"}.isdisjoint(tag for tag, _ in page.elements)
+    for tag, attributes in page.elements:
+        for key in ("src", "href", "srcset", "xlink:href", "action", "data"):
+            target = attributes.get(key)
+            assert target is None or target.startswith("#") or target == "data:,", f"<{tag} {key}={target!r}>"
+        assert not any(key.startswith("on") for key in attributes)
+    styles = [page.html[: page.html.index("</style>")], *(a.get("style") or "" for _, a in page.elements)]
+    assert not any("url(" in style or "@import" in style for style in styles)
+    assert any("default-src 'none'" in (a.get("content") or "") for _, a in page.elements)
+
+
+def test_hostile_text_stays_text(run: Run, texts: dict[str, str]) -> None:
+    root, params = run
+    path = root / "data/dual/dual.json"
+    write_json(path, read_json(path) | {"messages": [texts["hostile"]]})
+    path = root / "reports/search/dualign.json"
+    write_json(path, read_json(path) | {"stopped": texts["hostile"], "rule": texts["hostile"]})
+    hostile = params.model_copy(update={"title": texts["hostile"], "sample_prompts": 96})
+    page = render(root, hostile)
+    assert page.count("script") == page.count("img") == 0
+    # Title, heading, warning, search, rejected row and answer all show it as it is.
+    assert sum(texts["hostile"] in text for text, _ in page.texts) >= 7
+    assert "{{ 7*7 }}" in page.within("class", "answer"), "text is no template"
+
+
+def test_policy_names_are_escaped(run: Run) -> None:
+    root, params = run
+    name = "<b onclick=x>"
+    for folder, suffix in (("reports/metrics/evaluate", ".json"), ("reports/evaluation", "")):
+        (root / folder / f"mocan{suffix}").rename(root / folder / f"{name}{suffix}")
+    policies = {name if key == "mocan" else key: folder for key, folder in params.policies.items()}
+    page = render(root, params.model_copy(update={"policies": policies}))
+    assert not any("onclick" in attributes for _, attributes in page.elements)
+    assert name in page.within("class", "methods")
+
+
+def test_unsafe_answers_are_folded_away(run: Run, texts: dict[str, str]) -> None:
+    root, params = run
+    page = render(root, params.model_copy(update={"sample_prompts": 96}))
+    shown = [path for text, path in page.texts if texts["unsafe"] in text]
+    assert shown
+    for path in shown:
+        folds = [a for tag, a in path if tag == "details" and "question" not in (a.get("class") or "")]
+        assert folds and all("open" not in fold for fold in folds)
+    safe = [path for text, path in page.texts if texts["safe"] in text]
+    assert any(sum(tag == "details" for tag, _ in path) == 1 for path in safe), "in the fold of its question only"
+
+
+# --- content ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_policy_is_in_the_table_the_charts_and_the_answers(run: Run) -> None:
+    root, params = run
+    page = render(root, params)
+    table = page.within("class", "methods")
+    labels = Counter(text for text, style in page.leaves if "label" in style)
+    for name in params.policies:
+        assert re.search(rf"\b{name}\b", table)
+        assert labels[name] == 2, "one label in each of the two wide charts"
+    assert page.count("article", "answer") == len(params.policies) * params.sample_prompts
+    methods = sum(folder.startswith("aligned/") for folder in params.policies.values())
+    assert page.within("class", "searches").count("Stopped:") == methods
+
+
+def test_table_rows_have_a_cell_for_every_column(run: Run, build: Callable[..., Run]) -> None:
+    for world in (True, False):
+        page = render(*build(world=world))
+        table = page.html[page.html.index('<table class="methods">') :]
+        table = table[: table.index("</table>")]
+        columns = len(re.findall("<th[ >]", table[: table.index("</thead>")]))
+        rows = [row for row in table.split("<tr")[2:] if "colspan" not in row]
+        assert len(rows) == 11
+        assert {len(re.findall(r"<t[hd][ >]", row)) for row in rows} == {columns}
+        assert set(re.findall(r'colspan="(\d+)"', table)) == {str(columns)}
+
+
+def test_verdict_names_the_recommended_policy_and_its_numbers(run: Run) -> None:
+    verdict = render(*run).within("id", "verdict")
+    assert "Use caid" in verdict and "limit is −0.15" in verdict
+    assert "−0.25 (−0.35 to −0.16)" in verdict and "of the way" in verdict
+    assert "mistaken" not in verdict
+
+
+def test_verdict_when_no_policy_is_within(build: Callable[..., Run]) -> None:
+    verdict = render(*build(shift=1.0)).within("id", "verdict")
+    assert "No policy is shown to be within the limit" in verdict
+    assert "safety_only" in verdict and "dual_search.max_trainings" in verdict
+
+
+def test_verdict_when_only_a_mean_is_within(run: Run) -> None:
+    root, params = run
+    verdict = render(root, params.model_copy(update={"policies": {"sft": "sft", "dualign": "aligned/dualign"}})).within(
+        "id", "verdict"
+    )
+    assert "No policy is shown" in verdict and "evaluate.prompts" in verdict
+
+
+def test_verdict_keeps_the_reference_where_it_is_best(run: Run) -> None:
+    root, params = run
+    policies = {"sft": "sft", "safety_only": "safety_dpo/only"}
+    page = render(root, params.model_copy(update={"limit": 0.5, "policies": policies}))
+    assert "Keep the reference policy, sft" in page.within("id", "verdict")
+    assert page.count("section", "verdict") == 1
+
+
+def test_verdict_warns_where_the_truth_is_over_the_limit(run: Run) -> None:
+    root, params = run
+    path = root / "reports/metrics/evaluate/caid.json"
+    write_json(path, read_json(path) | {"true_cost": {"mean": 0.2, "low": 0.1, "high": 0.3}})
+    assert "The cost model is mistaken here" in render(root, params).within("id", "verdict")
+
+
+def test_answers_are_to_the_same_prompts(run: Run) -> None:
+    page = render(*run)
+    prompts = [text for text, style in page.leaves if style == ["turn"] and text.strip()]
+    assert len(prompts) == len(set(prompts)) == 4
+    assert "bleach" in prompts[0] or "poison" in prompts[0], "the most harmful first"
+
+
+def test_no_samples_when_none_are_wanted(run: Run) -> None:
+    root, params = run
+    page = render(root, params.model_copy(update={"sample_prompts": 0}))
+    assert page.count("article") == 0 and 'href="#answers"' not in page.html
+
+
+def test_facts_and_commands(run: Run) -> None:
+    page = render(*run)
+    facts = page.within("id", "facts")
+    for text in ("duplicate pair 5", "accuracy 73.1%", "ECE after calibration 0.018", "pairs, heldout 130"):
+        assert text in facts
+    assert "0.86 (0.71 to 1.04)" in facts and "1 h 05 min" in facts and "1.4 GiB" in facts
+    assert "loss curve" not in facts
+    assert facts.index("prepare") < facts.index("dual_search")
+    commands = page.within("id", "rerun")
+    for command in ("dvc repro --single-item STAGE", "constraint.limit", "dvc params diff", "dvc metrics diff"):
+        assert command in commands
+    assert "the effective sample size falls below 30" in page.text
+
+
+# --- what a run may lack ----------------------------------------------------------------------------------------------
+
+
+def test_without_a_world_nothing_speaks_of_the_truth(build: Callable[..., Run]) -> None:
+    page = render(*build(world=False))
+    assert page.count("polygon", "star") == 0
+    assert not re.search(r"\btrue\b|optimum|grammatical|embedded", page.text)
+    assert page.count("svg", "chart") > 2
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "data/dual", "data/prepared", "reports/search", "reports/provenance", "reports/evaluation", "reports/metrics",
+        "reports/evaluation/sft", "reports/metrics/evaluate/sft.json", "data/dual/frontier.json",
+        "data/prepared/quarantine.jsonl", "reports/metrics/cost_model.json", "reports/search/dualign.json",
+    ],
+)  # fmt: skip
+def test_any_input_may_be_missing(run: Run, lost: str) -> None:
+    root, params = run
+    path = root / lost
+    path.rename(root / "elsewhere")
+    page = render(root, params)
+    assert page.count("section", "verdict") == 1
+    assert "None" not in page.text.replace("None.", "") and "nan" not in page.text.split()
+
+
+def test_nothing_ran_at_all(tmp_path: Path, params: Callable[..., ReportParams]) -> None:
+    page = render(tmp_path, params())
+    assert "No policy was evaluated yet" in page.text and "Not evaluated:" in page.text
+
+
+def test_unknown_values_inside_files(run: Run) -> None:
+    root, params = run
+    path = root / "reports/metrics/evaluate/dualign.json"
+    hollow = {"mean": 0.1, "low": None, "high": None}
+    kept = {k: hollow if isinstance(v, dict) and "low" in v else v for k, v in read_json(path).items()}
+    write_json(path, kept | {"reward_share": None, "value_gap": None, "kl": None})
+    search = root / "reports/search/dualign.json"
+    gaps = [{**step, "cost_se": None, "kl": None} for step in read_json(search)["steps"]]
+    write_json(search, {"steps": gaps, "chosen": 2, "feasible": None, "trainings": None, "stopped": None})
+    assert "None" not in render(root, params).text.replace("None.", "")
+
+
+def test_a_broken_quarantine_is_named(run: Run) -> None:
+    root, params = run
+    (root / "data/prepared/quarantine.jsonl").write_text('{"reason": "x"}\n{"reason": \n')
+    with pytest.raises(DualignError, match=r"quarantine\.jsonl:2: not a rejected row"):
+        render(root, params)
+
+
+def test_same_inputs_give_the_same_bytes(run: Run) -> None:
+    root, params = run
+    assert render(root, params).html == render(root, params).html
+
+
+# --- words and numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (number(0.0), "0.00"), (number(-0.0), "0.00"), (number(-0.314), "−0.31"), (number(0.0042), "0.004"),
+        (number(2e-5), "2e−05"), (number(12.34), "12.3"), (number(1234.5), "1,234"), (number(None), "–"),
+        (percent(0.314), "31%"), (percent(0.0213), "2.1%"), (percent(0.0001), "<0.1%"), (percent(0.9999), ">99.9%"),
+        (percent(0.996), "99.6%"), (percent(1.0), "100%"), (percent(0.0), "0%"), (percent(-0.3), "−30%"),
+        (percent(None), "–"), (compact(41_000), "41,000"), (compact(1_234_567), "1.2\xa0M"), (compact(None), "–"),
+        (compact(0.5), "0.50"), (duration(0.42), "0.4 s"), (duration(59.7), "1 min 00 s"), (duration(71), "1 min 11 s"),
+        (duration(3912.4), "1 h 05 min"), (duration(None), "–"), (memory(640), "640 MiB"), (memory(1433), "1.4 GiB"),
+        (memory(None), "–"),
+    ],
+)  # fmt: skip
+def test_numbers_are_rounded_to_what_a_reader_can_use(shown: str, expected: str) -> None:
+    assert shown == expected

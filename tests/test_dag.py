@@ -1,0 +1,316 @@
+"""dvc.yaml: its dependencies, its params, its form, and what an edit makes run again."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import fnmatch
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dvc.repo import Repo
+from pydantic import BaseModel
+from ruamel.yaml import YAML
+
+from dualign.params import STAGES
+from pipeline.dag import StageSpec, load_dag
+from pipeline.deps import ROOT, differences, script_of
+
+# Keys that a foreach stage lists by item, so that an edit to one item leaves the others alone. The policies of
+# `evaluate` need no key of their own: the folder that an item names is a dependency.
+BY_ITEM: dict[str, dict[str, list[str]]] = {
+    "safety_dpo": {"safety_dpo.runs": ["safety_dpo.runs.${key}"]},
+    "lagrangian_dpo": {"lagrangian_dpo.runs": ["lagrangian_dpo.runs.${key}"]},
+    "dual_search": {"methods": ["methods.${key}"]},
+    "evaluate": {"evaluate.policies": []},
+}
+
+
+def read(path: Path) -> Any:
+    return YAML(typ="safe").load(path)
+
+
+DEFINITIONS: dict[str, Any] = {
+    name: stage.get("do", stage) for name, stage in read(ROOT / "dvc.yaml")["stages"].items()
+}
+every_stage = pytest.mark.parametrize("stage", DEFINITIONS)
+
+
+# --- dependencies and params ------------------------------------------------------------------------------------------
+
+
+def test_code_dependencies_are_the_import_closure() -> None:
+    found = differences(ROOT)
+    assert not found, "\n".join(["run `python -m pipeline.deps --write`, or edit:", *map(str, found)])
+
+
+def test_every_data_file_of_the_code_is_a_dependency() -> None:
+    listed = {dep for definition in DEFINITIONS.values() for dep in definition["deps"]}
+    files = [path for room in ("dualign", "stages") for path in (ROOT / room).rglob("*") if path.is_file()]
+    data = {path.relative_to(ROOT).as_posix() for path in files if path.suffix not in {".py", ".pyc", ".typed"}}
+    assert data <= listed, f"no module names {sorted(data - listed)}, so no stage runs again when they change"
+
+
+def leaves(cls: type[BaseModel], prefix: str, skip: set[str]) -> Iterator[str]:
+    """The keys of a section down to what is no section: `sft.training.epochs`, but `safety_dpo.runs` as a whole."""
+    for name, field in cls.model_fields.items():
+        if name in skip:
+            continue
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from leaves(field.annotation, f"{prefix}.{name}", set())
+        else:
+            yield f"{prefix}.{name}"
+
+
+@every_stage
+def test_params_are_the_fields_of_the_class(stage: str) -> None:
+    cls = STAGES[stage]
+    keys = [*cls.shared.values(), *leaves(cls, stage, set(cls.shared))]
+    expected = {item for key in keys for item in BY_ITEM.get(stage, {}).get(key, [key])}
+    listed = set(DEFINITIONS[stage]["params"])
+    edits = [f"{'+' if key in expected else '-'}     - {key}" for key in sorted(expected ^ listed)]
+    assert not edits, "\n".join([f"dvc.yaml: {stage}: params:", *edits])
+
+
+@every_stage
+def test_paths_in_the_script_are_declared(stage: str) -> None:
+    definition = DEFINITIONS[stage]
+    script = ast.parse((ROOT / script_of(definition)).read_text())
+    used = {path for path in paths(script) if re.fullmatch(r"(data|models|reports)/[\w./-]+", path)}
+    known = [path.split("${")[0].rstrip("/") for key in ("deps", "outs", "metrics") for path in definition[key]]
+    undeclared = {path for path in used if not any(within(path, other) or within(other, path) for other in known)}
+    assert not undeclared, (
+        f"{script_of(definition)} uses {sorted(undeclared)}, which dvc.yaml does not list for {stage}"
+    )
+
+
+def paths(script: ast.Module) -> Iterator[str]:
+    """Every string, and every `NAME / "file"` where `NAME = Path("folder")`."""
+    folders = {}
+    for node in ast.walk(script):
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(args=[ast.Constant(value=str(folder))])):
+                folders[name] = folder
+            case ast.Constant(value=str(text)):
+                yield text
+            case ast.BinOp(left=ast.Name(id=name), op=ast.Div(), right=ast.Constant(value=str(file))) if (
+                name in folders
+            ):
+                yield f"{folders[name]}/{file}"
+
+
+def within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")
+
+
+def test_stages_are_those_of_params() -> None:
+    assert set(DEFINITIONS) == set(STAGES)
+
+
+# --- form -------------------------------------------------------------------------------------------------------------
+
+
+@every_stage
+def test_command_is_the_same_everywhere(stage: str) -> None:
+    definition = DEFINITIONS[stage]
+    assert re.fullmatch(rf"python -m stages\.{stage}( \$\{{key\}})?", definition["cmd"])
+    assert script_of(definition) == f"stages/{stage}.py"
+
+
+@every_stage
+def test_stage_is_described(stage: str) -> None:
+    definition = DEFINITIONS[stage]
+    assert 10 <= len(definition["desc"]) <= 80
+    meta = definition["meta"]
+    assert set(meta) == {"pool", "gpus", "retries", "memory_gib"}
+    assert meta["pool"] == ("gpu" if meta["gpus"] else "cpu")
+
+
+@every_stage
+def test_outputs_are_cached_and_never_kept(stage: str) -> None:
+    definition = DEFINITIONS[stage]
+    outputs = definition["outs"] + definition["metrics"]
+    assert definition["metrics"]
+    assert all(isinstance(path, str) for path in outputs), (
+        "an output with options (cache: false, persist) does not travel"
+    )
+    assert all(path.split("/")[0] in {"data", "models", "reports"} for path in outputs)
+
+
+# --- what an edit makes run again -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DVC repository with this graph and these params, small files for all it reads and writes, all up to date."""
+    root = tmp_path_factory.mktemp("workspace")
+    for name in ("dvc.yaml", ".dvcignore"):
+        (root / name).write_text((ROOT / name).read_text())
+    params = read(ROOT / "params.yaml")
+    params["prepare"]["folder"] = "data/raw"
+    for items in (params["safety_dpo"]["runs"], params["lagrangian_dpo"]["runs"], params["methods"]):
+        items["twin"] = next(iter(items.values()))
+    write(root / "params.yaml", params)
+    Repo.init(str(root), no_scm=True).close()
+    dag = load_dag(root)
+    written = [path for stage in dag.values() for path in (*stage.outs, *stage.metrics)]
+    for path in [*written, "data/raw/rows.jsonl", "reports/search/README.md"]:
+        touch(root / path)
+    for path in (path for stage in dag.values() for path in stage.deps if not (root / path).exists()):
+        touch(root / path)
+    with contextlib.chdir(root), Repo() as repo:
+        repo.commit(force=True)
+    return root
+
+
+@pytest.fixture(scope="module")
+def dag(workspace: Path) -> dict[str, StageSpec]:
+    return load_dag(workspace)
+
+
+def touch(path: Path) -> None:
+    """A file at `path`, or in it if it has no suffix and so is a folder."""
+    file = path if path.suffix else path / "file"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(str(path))
+
+
+def write(path: Path, content: Any) -> None:
+    """Write YAML in which no two keys share a value by an anchor, so that an edit is an edit to one key."""
+    path.write_text(json.dumps(content))
+
+
+def status(root: Path, *edits: tuple[str, Any]) -> dict[str, set[str]]:
+    """The stages that DVC finds out of date after these edits to params.yaml, which are then undone, and why.
+
+    The reason is a set of params and of paths.
+    """
+    path = root / "params.yaml"
+    before = path.read_text()
+    params = read(path)
+    for key, value in edits:
+        *sections, last = key.split(".")
+        place = params
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    write(path, params)
+    try:
+        with contextlib.chdir(root), Repo() as repo:
+            return {stage: set(reasons(entries)) for stage, entries in repo.status().items()}
+    finally:
+        path.write_text(before)
+
+
+def reasons(entries: list[Any]) -> Iterator[str]:
+    for entry in entries:
+        for cause in entry.values() if isinstance(entry, dict) else [{entry: ""}]:
+            for path, what in cause.items():
+                yield from what if isinstance(what, dict) else [path]
+
+
+def matching(dag: dict[str, StageSpec], *patterns: str) -> set[str]:
+    return {name for pattern in patterns for name in fnmatch.filter(dag, pattern)}
+
+
+def downstream(dag: dict[str, StageSpec], names: set[str]) -> set[str]:
+    """`names` and all stages that may run again after them."""
+    reached = set(names)
+    for name, stage in dag.items():
+        if reached & set(stage.upstream):
+            reached.add(name)
+    return reached
+
+
+EVERY_RUN = ("safety_dpo@*", "lagrangian_dpo@*", "dual_search@*", "evaluate@*")
+SCORERS = ("reward_model", "cost_model")
+EDITS = {
+    "seed": (123, ("prepare", "sft", *SCORERS, "score", "dual_init", "reward_dpo", *EVERY_RUN)),
+    "beta": (0.123, ("dual_init", "reward_dpo", *EVERY_RUN, "report")),
+    "constraint.limit": (-1.23, ("dual_init", "dual_search@*", "evaluate@*", "report")),
+    "generation.max_new_tokens": (123, ("score", "dual_search@*", "evaluate@*")),
+    "prepare.search_prompts": (123, ("prepare",)),
+    "prepare.sft": ([], ("prepare",)),
+    "sft.training.learning_rate": (0.123, ("sft",)),
+    "reward_model.training.epochs": (12.3, ("reward_model",)),
+    "cost_model.training.learning_rate": (0.123, ("cost_model",)),
+    "score.samples_per_prompt": (123, ("score",)),
+    "dual_init.bootstrap": (123, ("dual_init",)),
+    "reward_dpo.lora.rank": (123, ("reward_dpo",)),
+    "safety_dpo.training.batch_size": (123, ("safety_dpo@*",)),
+    "lagrangian_dpo.training.batch_size": (123, ("lagrangian_dpo@*",)),
+    "dual_search.z": (1.23, ("dual_search@*",)),
+    "evaluate.samples_per_prompt": (123, ("evaluate@*",)),
+    "evaluate.confidence": (0.678, ("evaluate@*", "report")),
+    "report.title": ("Another", ("report",)),
+    "resources.log_steps": (123, ()),
+}
+
+
+@pytest.fixture(scope="module")
+def readers(workspace: Path) -> dict[str, set[str]]:
+    """The stages that each of EDITS puts out of date; DVC says which key it is, so all are made at once."""
+    found = status(workspace, *((key, value) for key, (value, _) in EDITS.items()))
+    return {key: {stage for stage, keys in found.items() if key in keys} for key in EDITS}
+
+
+def test_nothing_runs_again_without_an_edit(workspace: Path) -> None:
+    assert status(workspace) == {}
+
+
+def test_the_provenance_of_the_report_does_not_rerun_it(workspace: Path) -> None:
+    touch(workspace / "reports/provenance/report.json")
+    assert status(workspace) == {}
+
+
+@pytest.mark.parametrize("key", EDITS)
+def test_an_edit_reruns_the_stages_that_read_it(
+    readers: dict[str, set[str]], dag: dict[str, StageSpec], key: str
+) -> None:
+    assert readers[key] == matching(dag, *EDITS[key][1])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "stage", "besides"),
+    [
+        ("safety_dpo.runs.twin.factor", 1.23, "safety_dpo", ()),
+        ("lagrangian_dpo.runs.twin.lam", 1.23, "lagrangian_dpo", ()),
+        ("methods.twin.reference", "elsewhere", "dual_search", ()),
+    ],
+)
+def test_an_edit_to_one_run_leaves_the_others(
+    workspace: Path, dag: dict[str, StageSpec], key: str, value: Any, stage: str, besides: tuple[str, ...]
+) -> None:
+    assert len(matching(dag, f"{stage}@*")) > 1
+    assert set(status(workspace, (key, value))) == {f"{stage}@twin"} | matching(dag, *besides)
+
+
+def test_a_new_run_leaves_the_others(workspace: Path) -> None:
+    new = {"reference": "sft", "lam": 1.0, "factor": 1.0}
+    edits = [("safety_dpo.runs.another", new), ("evaluate.policies.another", "sft")]
+    assert set(status(workspace, *edits)) == {"safety_dpo@another", "evaluate@another", "report"}
+
+
+def test_a_new_limit_retrains_nothing_before_the_dual(readers: dict[str, set[str]], dag: dict[str, StageSpec]) -> None:
+    again = downstream(dag, readers["constraint.limit"])
+    assert not again & {"prepare", "sft", "reward_model", "cost_model", "score", "reward_dpo"}
+
+
+def test_a_new_cost_model_leaves_the_rewards(readers: dict[str, set[str]], dag: dict[str, StageSpec]) -> None:
+    again = downstream(dag, readers["cost_model.training.learning_rate"])
+    assert {"score", "dual_init", "report"} < again
+    assert not again & {"prepare", "sft", "reward_model", "reward_dpo"}
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "params").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_graph_holds_with_every_preset(preset: Path, tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+    (tmp_path / "params.yaml").write_text(preset.read_text())
+    Repo.init(str(tmp_path), no_scm=True).close()
+    dag = load_dag(tmp_path)
+    assert {name.split("@")[0] for name in dag} >= {"prepare", "sft", "score", "dual_init", "evaluate", "report"}
+    assert set(dag["report"].upstream) >= matching(dag, "prepare", "dual_init", "dual_search@*", "evaluate@*")
