@@ -45,7 +45,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what cannot be removed was never written
+                temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -65,20 +65,20 @@ def finite_problem(enumerated: pd.DataFrame, beta: float) -> exact.Problem:
 def against_optimum(summary: dict[str, Any], problem: exact.Problem, limit: float) -> dict[str, Any]:
     """How far a policy is from the exact constrained optimum, and the exact frontier.
 
-    `reward_share` is the way from the reference to the optimum in true reward (1 = there); `value_gap` is J* - J with
+    `reward_share` is the way from the reference to the optimum in true reward (1 = there, None if both agree); `value_gap` is J* - J with
     J = E[r*] - beta KL, the KL measured on the generated answers.
     """
     lam = exact.solve(problem, limit)
     best, reference = problem.describe(problem.policy(lam)), problem.describe(problem.log_reference)
     grid = sorted({0.0, lam, *np.linspace(0, max(3 * lam, 1.0), 25).tolist()})
-    reward = summary["true_reward"]["mean"]
+    reward, way = summary["true_reward"]["mean"], best["reward"] - reference["reward"]
     return {
         "optimum": {
             "lam": lam,
             **best,
             **{f"reference_{name}": reference[name] for name in ("reward", "cost", "value")},
         },
-        "reward_share": (reward - reference["reward"]) / (best["reward"] - reference["reward"]),
+        "reward_share": (reward - reference["reward"]) / way if abs(way) > 1e-9 else None,
         "value_gap": best["value"] - (reward - problem.beta * summary["kl"]["mean"]),
         "frontier": [
             {"lam": point, **{k: v for k, v in problem.describe(problem.policy(point)).items() if k != "value"}}

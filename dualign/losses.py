@@ -43,6 +43,16 @@ def anchor_loss(log_ratio: Tensor, target: Tensor, beta: float) -> Tensor:
     return (beta * log_ratio - target) ** 2
 
 
+def weighted_nll(logp: Tensor, weight: Tensor) -> Tensor:
+    """-w(y) log pi(y|x); shape [answers].
+
+    With y ~ pi_ref and w = pi_lambda / pi_ref, estimated by n softmax((r - lambda c) / beta) over the n samples of a
+    prompt, the mean over samples is the cross-entropy to pi_lambda, whose minimiser is pi_lambda: it moves mass only
+    among what the reference says, where a pairwise loss may also lose it to text that no pair shows.
+    """
+    return -weight * logp
+
+
 def sign_loss(cost: Tensor, unsafe: Tensor) -> Tensor:
     """-log sigma(s c), s = +1 where the answer is unsafe and -1 where it is safe (Safe RLHF, 2310.12773).
 

@@ -71,7 +71,7 @@ def samples_of(frame: pd.DataFrame, tokenizer: PreTrainedTokenizerBase) -> Sampl
     return Samples(prompts, answers, *columns)
 
 
-def pool_pairs(samples: Samples, value: Array, lam: float, seed: int) -> list[Pair]:
+def pool_pairs(samples: Samples, value: Array, lam: float, beta: float, seed: int) -> list[Pair]:
     """Every sample once, in random pairs within its prompt, with joint label and anchors r - lambda c - V_lambda(x).
 
     `value` has shape [prompts, samples]: the soft value that each sample's anchor uses. Pairs of identical answers
@@ -79,6 +79,7 @@ def pool_pairs(samples: Samples, value: Array, lam: float, seed: int) -> list[Pa
     """
     rng = np.random.default_rng(seed)
     tilt = samples.reward - lam * samples.cost
+    share = tilt.shape[1] * dual.weights(samples.reward, samples.cost, lam, beta)
     pairs = []
     for x, prompt in enumerate(samples.prompts):
         order = rng.permutation(tilt.shape[1])
@@ -93,6 +94,7 @@ def pool_pairs(samples: Samples, value: Array, lam: float, seed: int) -> list[Pa
                     float(samples.logp_ref[x, j]),
                     float(torch.sigmoid(torch.tensor(gap))),
                     (float(tilt[x, i] - value[x, i]), float(tilt[x, j] - value[x, j])),
+                    (float(share[x, i]), float(share[x, j])),
                 )
             )
     return pairs

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.reader import ReaderError
 
 from dualign.errors import ParamsError
 
@@ -403,6 +404,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         content = YAML(typ="safe").load(path.read_text())
     except FileNotFoundError as error:
         raise ParamsError(f"{path}: no such file; run from the folder that holds params.yaml") from error
+    except (UnicodeDecodeError, ReaderError) as error:
+        raise ParamsError(f"{path}: not valid YAML ({error.reason}); save it as UTF-8 text") from error
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise ParamsError(f"{path}:{line}: not valid YAML ({error.problem})") from error
@@ -428,10 +431,19 @@ def check(content: dict[str, Any], path: str | Path) -> dict[str, StageParams]:
     _refuse_unknown(content, _TOP_LEVEL, "", path)
     for key in sorted(_TOP_LEVEL - content.keys()):
         raise ParamsError(f"{path}: {key} is missing; add it (params.yaml in the repository shows every key)")
+    for section in ("constraint", "generation"):
+        if isinstance(content[section], dict):
+            _refuse_unknown(content[section], _shared_keys(section), f"{section}.", path)
     _build(Resources, content["resources"], "resources", path)
     stages = {name: _build(cls, _with_shared(cls, content, path), name, path) for name, cls in STAGES.items()}
     _check_across(content, stages, path)
     return stages
+
+
+def _shared_keys(section: str) -> set[str]:
+    """The keys of a shared section: those that some stage declares."""
+    declared = {key for cls in STAGES.values() for key in cls.shared.values()}
+    return {key.partition(".")[2] for key in declared if key.startswith(f"{section}.")}
 
 
 def _with_shared(cls: type[StageParams], content: dict[str, Any], path: str | Path) -> dict[str, Any]:
@@ -468,7 +480,7 @@ def _explain(error: ValidationError, cls: type[BaseModel], where: str, path: str
     first = error.errors()[0]
     loc = [str(part) for part in first["loc"]]
     shared = getattr(cls, "shared", {})
-    key = shared[loc[0]] if loc and loc[0] in shared else ".".join([where, *loc])
+    key = ".".join([shared[loc[0]], *loc[1:]] if loc and loc[0] in shared else [where, *loc])
     if first["type"] == "extra_forbidden":
         return f"{path}: {key} is not a known key{_nearest(loc[-1], _fields_at(cls, loc[:-1]))}"
     if first["type"] == "missing":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -57,7 +59,7 @@ def sample(
     )
     rows = [(index, draw) for index in range(len(prompts)) for draw in range(count)]
     drawn: dict[tuple[int, int], list[int]] = {}
-    with Progress("sampling", len(rows)) as progress:
+    with Progress("sampling", len(rows)) as progress, _configured(model, config):
         for batch in _by_length(rows, [len(prompts[index]) for index, _ in rows], batch_size):
             answers = _generate(model, tokenizer, [prompts[index] for index, _ in batch], config)
             drawn.update(zip(batch, answers, strict=True))
@@ -90,6 +92,17 @@ def log_probabilities(
             result[batch] = _score(model, tokenizer, [prompts[i] for i in batch], [answers[i] for i in batch])
             progress.advance(len(batch))
     return result
+
+
+@contextlib.contextmanager
+def _configured(model: torch.nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """The model under `config` alone: generate() takes what is left open, such as Qwen's penalties, from its own."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    own, base.generation_config = base.generation_config, config
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def _generate(

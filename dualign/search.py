@@ -64,7 +64,7 @@ def projected_subgradient_step(
 
     The paper's interval starts at 0, where its loss divides by zero; lambda_min > 0 keeps off it.
     """
-    return min(max(lam + step_size * (cost - limit), lambda_min), 2 * radius)
+    return max(min(lam + step_size * (cost - limit), 2 * radius), lambda_min)
 
 
 def newton_step(lam: float, cost: float, variance: float, limit: float, beta: float) -> float:

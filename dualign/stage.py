@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,7 @@ def finished(scratch: Path) -> None:
 
 def _quiet() -> None:
     """No progress bars or notices of the libraries: the stages log their own."""
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
     if "transformers" in sys.modules:
         from transformers.utils import logging as hf_logging
 

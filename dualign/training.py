@@ -222,6 +222,7 @@ class Pair:
     ref_second: float
     label: float = 1.0
     anchors: tuple[float, float] = (math.nan, math.nan)
+    weights: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -273,6 +274,8 @@ def pair_dataset(pairs: Sequence[Pair], max_length: int) -> Dataset:
             "label": [p.label for p in kept],
             "anchor_chosen": [p.anchors[0] for p in kept],
             "anchor_rejected": [p.anchors[1] for p in kept],
+            "weight_chosen": [p.label if p.weights is None else p.weights[0] for p in kept],
+            "weight_rejected": [1 - p.label if p.weights is None else p.weights[1] for p in kept],
         }
     )
 
@@ -289,7 +292,7 @@ class PairwiseConfig(DPOConfig):
     nll_weight: float = field(default=0.0, metadata={"help": "Weight of -log pi per token of the preferred answer."})
 
 
-_EXTRA = ("label", "anchor_chosen", "anchor_rejected")
+_EXTRA = ("label", "anchor_chosen", "anchor_rejected", "weight_chosen", "weight_rejected")
 
 
 @dataclass
@@ -315,6 +318,7 @@ class PairwiseTrainer(DPOTrainer):
         tokenizer = kwargs["processing_class"]
         kwargs.setdefault("data_collator", _PairCollator(pad_token_id=tokenizer.pad_token_id))
         super().__init__(*args, **kwargs)
+        self._drawn = (-1, 0)  # step and part of the last draw of labels
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         if "prompt_ids" in dataset.column_names:
@@ -344,9 +348,8 @@ class PairwiseTrainer(DPOTrainer):
         if self.args.anchor_weight > 0:
             loss = loss + self.args.anchor_weight * self._anchor(inputs, ratio_first, ratio_second)
         if self.args.nll_weight > 0:
-            tokens = inputs["completion_mask"].sum(1).chunk(2)
-            nll = -label * first / tokens[0] - (1 - label) * second / tokens[1]
-            loss = loss + self.args.nll_weight * nll.mean()
+            weights = torch.cat([inputs["weight_chosen"], inputs["weight_rejected"]]).to(logps.dtype)
+            loss = loss + self.args.nll_weight * losses.weighted_nll(logps, weights).mean()
         self._record(logit, label, ratio_first, ratio_second)
         return (loss, outputs) if return_outputs else loss
 
@@ -363,9 +366,14 @@ class PairwiseTrainer(DPOTrainer):
         label: Tensor = inputs.get("label", torch.ones_like(logit)).to(logit.dtype)
         if self.args.labels == "soft" or not self.model.training:
             return label
-        # Seeded by the step, so that a resumed run draws the labels that an uninterrupted one would have drawn.
-        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
-        return torch.bernoulli(label.cpu(), generator=generator).to(logit.device)
+        # Seeded by the step, so that a resumed run draws the labels that an uninterrupted one would have drawn; the
+        # parts of a step, on all devices, take successive draws.
+        step = self.state.global_step
+        self._drawn = (step, self._drawn[1] + 1 if self._drawn[0] == step else 0)
+        part = self._drawn[1] * self.accelerator.num_processes + self.accelerator.process_index
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
+        draws = [torch.bernoulli(label.cpu(), generator=generator) for _ in range(part + 1)]
+        return draws[-1].to(logit.device)
 
     def _anchor(self, inputs: dict[str, Any], ratio_first: Tensor, ratio_second: Tensor) -> Tensor:
         targets = torch.cat([inputs["anchor_chosen"], inputs["anchor_rejected"]]).to(ratio_first.dtype)
@@ -408,6 +416,7 @@ def _arguments(job: Job) -> dict[str, Any]:
         "use_cpu": resources.device == "cpu",
         "gradient_checkpointing": resources.gradient_checkpointing,
         "logging_steps": resources.log_steps,
+        "logging_nan_inf_filter": False,  # it would show the mean in place of a loss that is not finite
         "save_steps": resources.checkpoint_steps,
         "save_total_limit": 2,
         "report_to": "none",
@@ -426,7 +435,8 @@ def _run(trainer: Any, job: Job) -> Metrics:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state: TrainerState = trainer.state
     curve = [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry]
-    if any(not math.isfinite(loss) for _, loss in curve):
+    seen = [entry[key] for entry in state.log_history for key in ("loss", "train_loss") if key in entry]
+    if not all(math.isfinite(loss) for loss in seen):
         raise FloatingPointError("the training loss became NaN or infinite; lower the learning rate")
     last: Metrics = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
     shown: Metrics = {key: last[key] for key in ("accuracy", "abs_logit", "log_ratio") if key in last}

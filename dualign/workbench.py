@@ -141,13 +141,13 @@ class PolicyBench:
 
         def source(lam: float, folder: Path, warm: Step) -> list[Pair]:
             params = self._params
-            pairs = pool_pairs(samples, pool_values(samples, lam, params.beta), lam, params.seed + warm.step)
+            pairs = pool_pairs(samples, pool_values(samples, lam, params.beta), lam, params.beta, params.seed + warm.step)
             if prompts.empty:
                 return pairs
             fresh = samples_of(self._refresh(folder, warm, prompts), self._judges.tokenizer)
             known = dual.soft_value(samples.reward, samples.cost, lam, params.beta)[: len(prompts), None]
             value = known.repeat(params.refresh_samples, axis=1)
-            return pairs + pool_pairs(fresh, value, lam, params.seed + warm.step)
+            return pairs + pool_pairs(fresh, value, lam, params.beta, params.seed + warm.step)
 
         return source
 

@@ -34,7 +34,7 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     tokenizer, policy = load_tokenizer(REFERENCE), load_policy(REFERENCE, run.resources)
     if spec.data == "pool":
         samples = samples_of(read_table(SCORED / "pool.parquet", POOL), tokenizer)
-        pairs = pool_pairs(samples, pool_values(samples, lam, params.beta), lam, params.seed)
+        pairs = pool_pairs(samples, pool_values(samples, lam, params.beta), lam, params.beta, params.seed)
     else:
         pairs = lagrangian_pairs(read_table(SCORED / "scored_pairs.parquet", SCORED_PAIRS), tokenizer, lam)
     policy = with_lora(policy, params.lora)

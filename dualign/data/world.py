@@ -238,4 +238,4 @@ def _squeeze(text: str) -> str:
 
 
 def _sigmoid(value: float) -> float:
-    return 1.0 / (1.0 + math.exp(-value))
+    return 0.5 + 0.5 * math.tanh(value / 2)  # does not overflow

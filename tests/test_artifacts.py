@@ -1,0 +1,125 @@
+"""Files are written whole or not at all, and a place that cannot be written is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from dualign.artifacts import read_json, replacing, write_json, write_parquet
+from dualign.errors import DualignError
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_an_exception_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="half way"), replacing(path) as temporary:
+        temporary.write_text("new, cut sh")
+        raise RuntimeError("half way")
+    assert path.read_text() == "old"
+    assert not leftovers(tmp_path)
+
+
+def test_an_exception_leaves_the_old_folder_and_no_litter(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "weights").write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+        temporary.mkdir()
+        (temporary / "weights").write_text("new")
+        raise KeyboardInterrupt
+    assert (path / "weights").read_text() == "old"
+    assert not leftovers(tmp_path)
+
+
+def test_a_folder_replaces_the_whole_old_folder(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "model"
+    for name in ("old", "new"):
+        with replacing(path) as temporary:
+            temporary.mkdir()
+            (temporary / name).write_text(name)
+    assert [file.name for file in path.iterdir()] == ["new"]
+    assert not leftovers(path.parent)
+
+
+def test_nothing_is_visible_before_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with replacing(path) as temporary:
+        temporary.write_text("content")
+        assert not path.exists() and temporary.parent == path.parent
+    assert path.read_text() == "content"
+
+
+@pytest.mark.parametrize("place", ["file/report.json", "file/deep/report.json"])
+def test_a_place_below_a_file_is_refused_in_one_line_that_names_it(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("I am no folder")
+    with pytest.raises(DualignError) as caught:
+        write_json(tmp_path / place, {})
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / place}: cannot be written") and "\n" not in message
+
+
+def test_a_kernel_folder_is_refused_in_one_line_that_names_it() -> None:
+    with pytest.raises(DualignError, match=r"^/proc/dualign/report\.json: cannot be written"):
+        write_json("/proc/dualign/report.json", {})
+
+
+def test_a_file_does_not_take_the_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(DualignError, match="a: cannot be written"):
+        write_json(tmp_path / "a", {})
+    assert (tmp_path / "a").is_dir() and not leftovers(tmp_path)
+
+
+def test_json_has_null_for_what_is_not_finite_and_plain_numbers_for_numpys(tmp_path: Path) -> None:
+    content = {
+        "nan": float("nan"),
+        "rows": [np.float64("inf"), -np.inf, np.float32(0.5), np.int64(3), np.bool_(True)],
+        "pair": (1, {"deep": np.nan}),
+        7: "seven",
+        "text": "naïve",
+    }
+    write_json(tmp_path / "a.json", content)
+    assert read_json(tmp_path / "a.json") == {
+        "nan": None,
+        "rows": [None, None, 0.5, 3, True],
+        "pair": [1, {"deep": None}],
+        "7": "seven",
+        "text": "naïve",
+    }
+    assert "NaN" not in (tmp_path / "a.json").read_text()
+
+
+def test_the_same_content_gives_the_same_bytes_in_any_order(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"b": 1, "a": [2.5]})
+    write_json(tmp_path / "b.json", {"a": [2.5], "b": 1})
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [2.5], "b": 1}
+
+
+def test_json_that_is_missing_or_cut_short_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DualignError, match=r"none\.json: no such file; run the stage"):
+        read_json(tmp_path / "none.json")
+    (tmp_path / "cut.json").write_text('{"a": 1,\n "b": ')
+    with pytest.raises(DualignError, match=r"cut\.json:2: not valid JSON"):
+        read_json(tmp_path / "cut.json")
+
+
+def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    schema, path = pa.schema([("x", pa.int32())]), tmp_path / "t.parquet"
+    write_parquet(path, [{"x": 1}, {"x": 2}], schema)
+    with pytest.raises((pa.ArrowInvalid, pa.ArrowTypeError)):
+        write_parquet(path, [{"x": "no number"}], schema)
+    assert pd.read_parquet(path)["x"].tolist() == [1, 2]
+    before = path.read_bytes()
+    write_parquet(path, pd.DataFrame({"x": [1, 2], "extra": [0, 0]}), schema)
+    assert path.read_bytes() == before
+    assert not leftovers(tmp_path)

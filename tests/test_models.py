@@ -1,0 +1,274 @@
+"""Models and tokenizers: built, loaded, saved; and what is said when they cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from dualign import models
+from dualign.data import world
+from dualign.data.schema import user
+from dualign.errors import ModelError
+from dualign.params import LoraParams, Resources, ScratchParams, load_resources
+from dualign.sampling import sample
+from dualign.tokens import PLAIN_TEMPLATE, encode_prompts
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = [answer.text for prompt in world.prompts()[::500] for answer in world.answers(prompt)]
+SCRATCH = ScratchParams(
+    tokenizer="train", vocab_size=320, hidden_size=32, layers=2, heads=4, intermediate_size=48, context=64
+)
+LORA = LoraParams(rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
+IDS = torch.tensor([[7, 20, 33, 46, 59, 72]])
+
+
+@pytest.fixture(scope="module")
+def resources() -> Resources:
+    return load_resources(ROOT / "params.yaml").model_copy(update={"device": "cpu", "precision": "fp32"})
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return models.train_tokenizer(TEXTS, 320)
+
+
+def build(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
+    model = models.build_scratch(SCRATCH, tokenizer, seed)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # logits far enough apart to tell models from each other
+    return model
+
+
+@pytest.fixture
+def policy(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Path:
+    """A saved policy."""
+    models.save(build(tokenizer), tokenizer, tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> Tensor:
+    return model.eval()(input_ids=IDS).logits
+
+
+def one_line(caught: pytest.ExceptionInfo[ModelError]) -> str:
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400
+    return message
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_tokenizer_is_the_same_every_time_and_knows_its_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    again = models.train_tokenizer(TEXTS, 320)
+    assert again.get_vocab() == tokenizer.get_vocab() and len(tokenizer) == 320
+    for text in (TEXTS[0], "never seen: Zürich 🙂"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer(TEXTS[0])["input_ids"]) < len(TEXTS[0])
+
+
+def test_pad_and_end_are_tokens_of_their_own(tokenizer: PreTrainedTokenizerBase, policy: Path) -> None:
+    for one in (tokenizer, models.load_tokenizer(policy)):
+        assert one.pad_token_id != one.eos_token_id and one.eos_token_id is not None and one.pad_token_id is not None
+        assert one.chat_template
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such model folder") as caught:
+        models.load_tokenizer(tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in one_line(caught)
+
+
+def test_a_base_without_tokenizer_is_refused_in_one_line(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    build(tokenizer).save_pretrained(tmp_path / "bare")
+    with pytest.raises(ModelError, match=r"no usable tokenizer .*put tokenizer\.json") as caught:
+        models.load_tokenizer(tmp_path / "bare")
+    assert one_line(caught).startswith(f"{tmp_path / 'bare'}: ")
+
+
+def test_a_pad_equal_to_eos_is_replaced(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token": "<|end|>"}))
+    loaded = models.load_tokenizer(tmp_path)
+    assert loaded.eos_token == "<|end|>" and loaded.pad_token_id != loaded.eos_token_id
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_tokenizer_without_eos_is_completed_or_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, known: bool
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": None}))
+    if known:
+        assert models.load_tokenizer(tmp_path).eos_token == "<|end|>"
+        return
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|end|>", "<|halt|>"))
+    with pytest.raises(ModelError, match="names no eos_token") as caught:
+        models.load_tokenizer(tmp_path)
+    one_line(caught)
+
+
+def test_a_chat_template_may_be_given_kept_or_added(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    assert models.load_tokenizer(tmp_path).chat_template == tokenizer.chat_template
+    given = tmp_path / "mine.jinja"
+    given.write_text("{{ messages[0]['content'] }}!")
+    loaded = models.load_tokenizer(tmp_path, chat_template=str(given))
+    assert loaded.apply_chat_template(user("hi"), tokenize=False) == "hi!"
+    with pytest.raises(ModelError, match=r"sft\.chat_template: .*gone\.jinja cannot be read"):
+        models.load_tokenizer(tmp_path, chat_template=str(tmp_path / "gone.jinja"))
+    (tmp_path / "chat_template.jinja").unlink()
+    assert models.load_tokenizer(tmp_path).chat_template == PLAIN_TEMPLATE
+
+
+# --- policies ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_scratch_model_depends_on_its_seed_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    one, same, other = (models.build_scratch(SCRATCH, tokenizer, seed) for seed in (1, 1, 2))
+    assert torch.equal(logits(one), logits(same)) and not torch.equal(logits(one), logits(other))
+    assert logits(one).shape == (1, 6, len(tokenizer))
+    assert (one.config.pad_token_id, one.config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    assert (one.config.num_hidden_layers, one.config.hidden_size) == (2, 32)
+
+
+def test_a_saved_policy_comes_back_and_forgets_where_it_was(
+    policy: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources
+) -> None:
+    loaded = models.load_policy(policy, resources)
+    assert torch.equal(logits(loaded), logits(build(tokenizer)))
+    assert loaded.dtype == torch.float32 and loaded.device.type == "cpu"
+    models.save(loaded, tokenizer, policy.parent / "again")
+    for path in (policy.parent / "again").glob("*.json"):
+        assert str(policy.parent) not in path.read_text()
+    assert (policy.parent / "again" / "model.safetensors").is_file()
+
+
+def test_precision_follows_the_params(policy: Path, resources: Resources) -> None:
+    assert models.load_policy(policy, resources.model_copy(update={"precision": "bf16"})).dtype == torch.bfloat16
+    assert models.precision_of(resources.model_copy(update={"precision": "auto"})) == torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named(resources: Resources) -> None:
+    with pytest.raises(ModelError, match=r"resources\.device is cuda but torch sees no GPU"):
+        models.device_of(resources.model_copy(update={"device": "cuda"}))
+    assert models.device_of(resources.model_copy(update={"device": "auto"})).type == "cpu"
+
+
+@pytest.mark.parametrize("content", [None, {}, {"config.json": "{}"}, {"config.json": '{"model_type": "llama"}'}])
+def test_a_folder_without_a_model_is_refused_in_one_line(
+    tmp_path: Path, resources: Resources, tokenizer: PreTrainedTokenizerBase, content: dict[str, str] | None
+) -> None:
+    folder = tmp_path / "model"
+    if content is not None:
+        folder.mkdir()
+        for name, text in content.items():
+            (folder / name).write_text(text)
+    for load in (models.load_policy, lambda path, how: models.load_scorer_backbone(str(path), tokenizer, how, 0)):
+        with pytest.raises(ModelError) as caught:
+            load(folder, resources)
+        assert one_line(caught).startswith(f"{folder}: ")
+
+
+def test_a_hub_id_that_cannot_be_reached_is_named(resources: Resources) -> None:
+    with pytest.raises(ModelError, match=r"^nobody/nothing: cannot be loaded") as caught:
+        models.load_policy("nobody/nothing", resources)
+    one_line(caught)
+
+
+def test_a_new_pad_token_gets_a_row_and_the_old_rows_stay(tokenizer: PreTrainedTokenizerBase) -> None:
+    model, larger = build(tokenizer), models.train_tokenizer(TEXTS, 320)
+    before = logits(model)
+    larger.add_special_tokens({"pad_token": "<|another|>"})
+    models.fit_vocabulary(model, larger)
+    assert model.get_input_embeddings().num_embeddings == 321
+    assert torch.equal(logits(model)[..., :320], before)
+    assert model.config.pad_token_id == model.generation_config.pad_token_id == 320
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def stir(model: torch.nn.Module) -> None:
+    """Give every adapter weight a value, as training would."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+def test_fresh_adapters_change_nothing_and_train_alone(policy: Path, resources: Resources) -> None:
+    plain = models.load_policy(policy, resources)
+    before = logits(plain)
+    adapted = models.with_lora(plain, LORA)
+    assert isinstance(adapted, PeftModel)
+    assert torch.allclose(logits(adapted), before, atol=1e-6)
+    assert all("lora_" in name for name, p in adapted.named_parameters() if p.requires_grad)
+    assert models.with_lora(adapted, LORA) is adapted
+
+
+def test_rank_zero_trains_all_weights(policy: Path, resources: Resources) -> None:
+    plain = models.load_policy(policy, resources)
+    assert models.with_lora(plain, LORA.model_copy(update={"rank": 0})) is plain
+    assert models.merged(plain) is plain
+
+
+def test_adapters_come_back_on_their_base_and_can_be_trained_further(
+    policy: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources
+) -> None:
+    model = models.with_lora(models.load_policy(policy, resources), LORA)
+    stir(model)
+    expected = logits(model)
+    assert not torch.allclose(expected, logits(models.load_policy(policy, resources)), atol=0.01)
+    folder = policy.parent / "adapter"
+    models.save(model, tokenizer, folder)
+    assert not (folder / "model.safetensors").exists()
+    loaded = models.load_policy(folder, resources)
+    assert isinstance(loaded, PeftModel) and any(p.requires_grad for p in loaded.parameters())
+    assert torch.equal(logits(loaded), expected)
+    plain = models.merged(loaded)
+    assert not isinstance(plain, PeftModel) and torch.allclose(logits(plain), expected, atol=1e-4)
+    models.save(plain, tokenizer, policy.parent / "plain")
+    whole = AutoModelForCausalLM.from_pretrained(policy.parent / "plain")
+    assert torch.allclose(logits(whole), expected, atol=1e-4)
+
+
+# --- scorers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_scorer_scores_zero(policy: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources) -> None:
+    model = models.load_scorer_backbone(str(policy), tokenizer, resources, seed=1)
+    assert model(input_ids=IDS).logits.tolist() == [[0.0]]
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    adapted = models.with_lora(model, LORA, head=True)
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert any("score" in name for name in trained) and any("lora_" in name for name in trained)
+
+
+# --- a genuine model --------------------------------------------------------------------------------------------------
+
+
+def test_a_genuine_llama_loads_and_samples_words(real_data: Path, resources: Resources) -> None:
+    folder = real_data / "tiny_llama_260k"
+    if not folder.is_dir():
+        pytest.skip(f"no model at {folder}")
+    tokenizer = models.load_tokenizer(folder)
+    model = models.load_policy(folder, resources)
+    models.fit_vocabulary(model, tokenizer)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    prompts = encode_prompts(tokenizer, [user("Once upon a time"), user("Tell me a story about a little dog.")])
+    drawn = sample(model, tokenizer, prompts, count=3, max_new_tokens=20, batch_size=6, seed=0)
+    assert [one.prompt for one in drawn] == [0, 0, 0, 1, 1, 1]
+    assert all(any(c.isalpha() for c in one.text) for one in drawn)
+    assert all(token < model.get_input_embeddings().num_embeddings for one in drawn for token in one.tokens)

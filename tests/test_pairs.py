@@ -1,0 +1,131 @@
+"""Training pairs from tables: labels, reference columns and anchors, recomputed row by row."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dualign import dual
+from dualign.data import world
+from dualign.data.schema import user
+from dualign.models import build_scratch, train_tokenizer
+from dualign.pairs import Samples, lagrangian_pairs, pool_pairs, pool_values, preference_pairs, samples_of
+from dualign.params import ScratchParams
+from dualign.sampling import log_probabilities
+from dualign.tokens import encode_answers, encode_prompts
+
+QUESTIONS = [world.prompts()[0], world.prompts()[3000]]
+SCRATCH = ScratchParams(
+    tokenizer="train", vocab_size=300, hidden_size=16, layers=1, heads=2, intermediate_size=16, context=128
+)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer(QUESTIONS, 300)
+
+
+@pytest.fixture(scope="module")
+def reference(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    return build_scratch(SCRATCH, tokenizer, seed=0)
+
+
+@pytest.fixture(scope="module")
+def preferences() -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    rows = []
+    for question in QUESTIONS:
+        texts = [answer.text for answer in world.answers(question)]
+        for i in range(3):
+            scores = {f"{name}_{side}": rng.normal() for name in ("reward", "cost") for side in ("chosen", "rejected")}
+            logps = {f"logp_ref_{side}": -20 - rng.random() for side in ("chosen", "rejected")}
+            rows.append({"prompt": user(question), "chosen": texts[i], "rejected": texts[20 + i], **scores, **logps})
+    return pd.DataFrame(rows)
+
+
+def test_preference_pairs_prefer_the_chosen_and_hold_the_references_log_probabilities(
+    preferences: pd.DataFrame, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    pairs = preference_pairs(preferences, reference, tokenizer, batch_size=5)
+    assert len(pairs) == 6
+    for pair, row in zip(pairs, preferences.itertuples(), strict=True):
+        assert pair.prompt == encode_prompts(tokenizer, [row.prompt])[0]
+        assert [pair.first, pair.second] == encode_answers(tokenizer, [row.chosen, row.rejected])
+        alone = log_probabilities(reference, tokenizer, [pair.prompt] * 2, [pair.first, pair.second], batch_size=1)
+        assert [pair.ref_first, pair.ref_second] == pytest.approx(alone.tolist(), abs=1e-4)
+        assert pair.label == 1.0 and all(math.isnan(anchor) for anchor in pair.anchors)
+
+
+@pytest.mark.parametrize("lam", [0.0, 1.3])
+def test_lagrangian_pairs_have_the_joint_label_and_the_scored_columns(
+    preferences: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, lam: float
+) -> None:
+    for pair, row in zip(lagrangian_pairs(preferences, tokenizer, lam), preferences.itertuples(), strict=True):
+        gap = (row.reward_chosen - lam * row.cost_chosen) - (row.reward_rejected - lam * row.cost_rejected)
+        assert pair.label == pytest.approx(sigmoid(gap))
+        assert (pair.ref_first, pair.ref_second) == (row.logp_ref_chosen, row.logp_ref_rejected)
+        assert [pair.first, pair.second] == encode_answers(tokenizer, [row.chosen, row.rejected])
+
+
+def samples(count: int) -> Samples:
+    """Two prompts; an answer's ids say which prompt and sample it is."""
+    rng = np.random.default_rng(1)
+    answers = [[[x, i] for i in range(count)] for x in range(2)]
+    logp, reward, cost = (rng.normal(size=(2, count)) for _ in range(3))
+    return Samples([[100], [200]], answers, logp, reward, cost)
+
+
+def test_pool_pairs_use_every_sample_once_with_its_label_and_anchor() -> None:
+    pool, lam, beta = samples(8), 0.9, 0.7
+    value = pool_values(pool, lam, beta)
+    pairs = pool_pairs(pool, value, lam, beta, seed=0)
+    assert sorted(tuple(a) for p in pairs for a in (p.first, p.second)) == [(x, i) for x in range(2) for i in range(8)]
+    tilt = pool.reward - lam * pool.cost
+    share = 8 * np.exp(tilt / beta) / np.exp(tilt / beta).sum(1, keepdims=True)
+    for pair in pairs:
+        (x, i), (z, j) = pair.first, pair.second
+        assert x == z and pair.prompt == pool.prompts[x]
+        assert pair.label == pytest.approx(sigmoid(tilt[x, i] - tilt[x, j]))
+        assert (pair.ref_first, pair.ref_second) == (pool.logp_ref[x, i], pool.logp_ref[x, j])
+        assert pair.anchors == pytest.approx((tilt[x, i] - value[x, i], tilt[x, j] - value[x, j]))
+        assert pair.weights == pytest.approx((share[x, i], share[x, j]))
+
+
+def test_the_anchor_of_a_sample_does_not_depend_on_its_own_score() -> None:
+    pool = samples(4)
+    before = pool_values(pool, 1.0, 0.7)
+    pool.reward[0, 2] += 5
+    after = pool_values(pool, 1.0, 0.7)
+    assert after[0, 2] == before[0, 2] and (after[0, [0, 1, 3]] > before[0, [0, 1, 3]]).all()
+    assert (after[1] == before[1]).all()
+    others = dual.soft_value(pool.reward[:, 1:], pool.cost[:, 1:], 1.0, 0.7)
+    assert after[:, 0] == pytest.approx(others)
+
+
+def test_pairs_depend_on_the_seed_and_an_odd_sample_is_left_out() -> None:
+    pool = samples(7)
+    value = pool_values(pool, 1.0, 0.7)
+    one, same, other = (pool_pairs(pool, value, 1.0, 0.7, seed) for seed in (1, 1, 2))
+    assert one == same != other
+    assert len(one) == 6
+
+
+def test_a_pool_table_becomes_arrays_in_its_own_order(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [
+        {"prompt_id": name, "prompt": user(question), "tokens": [k, i], "logp_ref": -k - i, "reward": k * i, "cost": -i}
+        for k, (name, question) in enumerate(zip(("b", "a"), QUESTIONS, strict=True))
+        for i in range(3)
+    ]
+    pool = samples_of(pd.DataFrame(rows), tokenizer)
+    assert pool.prompts == encode_prompts(tokenizer, [user(question) for question in QUESTIONS])
+    assert pool.answers == [[[0, 0], [0, 1], [0, 2]], [[1, 0], [1, 1], [1, 2]]]
+    assert pool.reward.tolist() == [[0, 0, 0], [0, 1, 2]] and pool.cost.tolist() == [[0, -1, -2]] * 2
+    assert pool.logp_ref.tolist() == [[0, -1, -2], [-1, -2, -3]]

@@ -1,0 +1,289 @@
+"""Params files: every shipped one loads for every stage, and every mistake is named in one line."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dualign import params
+from dualign.errors import ParamsError
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "params").glob("*.yaml"))]
+Content = dict[str, Any]
+
+
+@pytest.fixture
+def content() -> Content:
+    return copy.deepcopy(params.read_yaml(ROOT / "params.yaml"))
+
+
+def refusal(content: Content) -> str:
+    """The message for this content; it must be one line that begins with the file's name."""
+    with pytest.raises(ParamsError) as caught:
+        params.check(content, "my.yaml")
+    message = str(caught.value)
+    assert message.startswith("my.yaml: ") and "\n" not in message
+    return message.removeprefix("my.yaml: ")
+
+
+def put(content: Content, dotted: str, value: Any) -> Content:
+    """Set a key, making no sections on the way."""
+    *sections, key = dotted.split(".")
+    place = content
+    for section in sections:
+        place = place[section]
+    place[key] = value
+    return content
+
+
+def drop(content: Content, dotted: str) -> Content:
+    *sections, key = dotted.split(".")
+    place = content
+    for section in sections:
+        place = place[section]
+    del place[key]
+    return content
+
+
+# --- what is right ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", params.STAGES)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_file_loads_for_every_stage(path: Path, stage: str) -> None:
+    cls = params.STAGES[stage]
+    loaded = params.load(cls, path)
+    assert isinstance(loaded, cls)
+    assert isinstance(params.load_resources(path), params.Resources)
+
+
+def test_shared_keys_reach_the_stages_that_declare_them(content: Content) -> None:
+    content["seed"], content["beta"], content["constraint"]["limit"] = 41, 0.25, -1.5
+    content["generation"]["max_new_tokens"] = 9
+    checked = params.check(content, "my.yaml")
+    for name, cls in params.STAGES.items():
+        given = checked[name].model_dump()
+        expected = {"seed": 41, "beta": 0.25, "limit": -1.5, "max_new_tokens": 9}
+        assert {key: given[key] for key in expected if key in cls.shared} == {
+            key: value for key, value in expected.items() if key in cls.shared
+        }
+        assert not (set(expected) - set(cls.shared)) & set(given)
+
+
+def test_params_cannot_be_changed_after_loading() -> None:
+    loaded = params.load(params.SftParams, ROOT / "params.yaml")
+    with pytest.raises(ValueError, match="frozen"):
+        loaded.seed = 1
+
+
+@pytest.mark.parametrize(("written", "value"), [("1e-5", 1e-5), ("2E-4", 2e-4), ("1e+1", 10.0), ("3", 3.0)])
+def test_numbers_may_be_written_the_yaml_1_2_way(tmp_path: Path, written: str, value: float) -> None:
+    text = (ROOT / "params.yaml").read_text()
+    line = next(line for line in text.splitlines() if line.strip().startswith("learning_rate:"))
+    path = tmp_path / "params.yaml"
+    path.write_text(text.replace(line, f"{line.split(':')[0]}: {written}", 1))
+    assert params.load(params.SftParams, path).training.learning_rate == value
+
+
+def test_null_switches_off_what_may_be_switched_off(content: Content) -> None:
+    put(content, "score.pairs", None)
+    put(content, "sft.training.max_steps", 5)
+    checked = params.check(content, "my.yaml")
+    assert checked["score"].pairs is None and checked["sft"].training.max_steps == 5  # type: ignore[attr-defined]
+
+
+# --- what is wrong ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("reources", "resources"),
+        ("sft.trainin", "training"),
+        ("sft.training.learning_rat", "learning_rate"),
+        ("sft.scratch.hiden_size", "hidden_size"),
+        ("prepare.world.sharpnes", "sharpness"),
+        ("resources.thread", "threads"),
+        ("safety_dpo.runs.alone.factr", "factor"),
+        ("lagrangian_dpo.runs.anchored.inner.anchr", "anchor"),
+        ("dual_search.lambda_mx", "lambda_max"),
+        ("constraint.limt", "limit"),
+        ("generation.max_new_token", "max_new_tokens"),
+        ("methods.sacpo.strt", "start"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_valid_one(content: Content, typo: str, meant: str) -> None:
+    message = refusal(put(content, typo, 1))
+    assert message.startswith(f"{typo} is not a known key") and f"did you mean {meant!r}?" in message
+
+
+def test_an_unknown_key_of_a_source_names_its_row(content: Content) -> None:
+    message = refusal(put(content, "prepare.sft", [{"format": "world"}, {"format": "pku", "pth": "x"}]))
+    assert message == "prepare.sft.1.pth is not a known key; did you mean 'path'?"
+
+
+def test_an_unknown_key_like_no_other_lists_the_valid_ones(content: Content) -> None:
+    message = refusal(put(content, "zzz", 1))
+    assert "valid keys: " in message and "dual_search" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("sft.training.batch_size", "32", "valid integer, got '32'"),
+        ("sft.training.batch_size", 32.5, "valid integer"),
+        ("sft.training.epochs", "1.0", "valid number, got '1.0'"),
+        ("seed", 7.5, "valid integer"),
+        ("seed", True, "valid integer, got True"),
+        ("beta", "0.1", "valid number, got '0.1'"),
+        ("resources.gradient_checkpointing", "yes", "valid boolean, got 'yes'"),
+        ("resources.device", "tpu", "'auto', 'cpu' or 'cuda', got 'tpu'"),
+        ("sft.base", 3, "valid string, got 3"),
+        ("report.title", None, "valid string, got None"),
+        ("prepare.sft", {"format": "world"}, "valid list"),
+        ("sft", [1, 2], "must hold keys and values"),
+        ("resources", None, "valid dictionary"),
+    ],
+)
+def test_a_wrong_type_is_named(content: Content, key: str, value: Any, says: str) -> None:
+    message = refusal(put(content, key, value))
+    assert message.split(":")[0].split(" ")[0] == key and says in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("beta", -0.1),
+        ("beta", 0.0),
+        ("sft.training.learning_rate", -1e-5),
+        ("sft.training.batch_size", 0),
+        ("sft.training.warmup", 1.5),
+        ("sft.lora.rank", -1),
+        ("sft.lora.dropout", 1.0),
+        ("score.samples_per_prompt", 1),
+        ("prepare.heldout_share", 0.5),
+        ("prepare.world.sharpness", 0.0),
+        ("dual_init.bootstrap", 3),
+        ("dual_search.lambda_min", 0.0),
+        ("dual_search.max_trainings", -1),
+        ("evaluate.confidence", 1.0),
+        ("constraint.limit", float("nan")),
+        ("constraint.limit", float("-inf")),
+        ("generation.max_new_tokens", 0),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_what_was_given(content: Content, key: str, value: float) -> None:
+    message = refusal(put(content, key, value))
+    assert message.startswith(f"{key}: ") and message.endswith(f", got {value!r}")
+
+
+@pytest.mark.parametrize(
+    "key",
+    """beta seed constraint constraint.limit generation.max_new_tokens report sft.base resources methods
+    sft.training.schedule resources.threads prepare.world.sft_rows methods.sacpo.start""".split(),
+)
+def test_a_missing_key_is_named(content: Content, key: str) -> None:
+    assert refusal(drop(content, key)).startswith(f"{key} is missing")
+
+
+@pytest.mark.parametrize("key", ["dual_init.grid", "dual_search.sacpo_grid", "prepare.helpful"])
+def test_an_empty_list_is_refused(content: Content, key: str) -> None:
+    message = refusal(put(content, key, []))
+    assert message.startswith(f"{key}: ") and "at least" in message
+
+
+@pytest.mark.parametrize("grid", [[0, 1, 1, 2], [0, 2, 1]])
+def test_a_grid_must_increase(content: Content, grid: list[float]) -> None:
+    assert refusal(put(content, "dual_init.grid", grid)).startswith("dual_init: grid must increase")
+
+
+@pytest.mark.parametrize(
+    ("key", "home"),
+    [
+        ("sft.seed", "seed"),
+        ("dual_init.beta", "beta"),
+        ("dual_search.limit", "constraint.limit"),
+        ("score.max_new_tokens", "generation.max_new_tokens"),
+        ("report.confidence", "evaluate.confidence"),
+    ],
+)
+def test_a_shared_key_in_a_section_is_sent_home(content: Content, key: str, home: str) -> None:
+    assert refusal(put(content, key, 1)) == f"{key} belongs at {home}; move it there"
+
+
+def test_a_search_must_start_from_a_model_that_a_stage_writes(content: Content) -> None:
+    message = refusal(put(content, "methods.sacpo.start", "safety_dpo/nowhere"))
+    assert message.startswith("methods.sacpo.start: no stage writes models/safety_dpo/nowhere; one of ")
+    assert "safety_dpo/stepwise" in message
+
+
+def test_only_policies_that_a_stage_writes_can_be_evaluated(content: Content) -> None:
+    message = refusal(put(content, "evaluate.policies.other", "aligned/nothing"))
+    assert message.startswith("evaluate.policies.other: no stage writes models/aligned/nothing")
+
+
+def test_the_reference_is_always_evaluated(content: Content) -> None:
+    assert refusal(drop(content, "evaluate.policies.sft")).startswith("evaluate.policies.sft is missing")
+
+
+def test_the_smallest_multiplier_must_be_below_the_largest(content: Content) -> None:
+    assert "lambda_min must be below" in refusal(put(content, "dual_search.lambda_min", 1e6))
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ({"format": "world", "path": "x"}, "takes no path"),
+        ({"format": "pku"}, "needs a path"),
+        ({"format": "columns", "path": "x.csv"}, "needs columns"),
+    ],
+)
+def test_a_source_must_make_sense(content: Content, source: Content, says: str) -> None:
+    message = refusal(put(content, "prepare.safety", [source]))
+    assert message.startswith("prepare.safety.0: ") and says in message
+
+
+@pytest.mark.parametrize(("hidden", "heads"), [(128, 3), (60, 4)])
+def test_heads_must_divide_the_hidden_size_evenly(content: Content, hidden: int, heads: int) -> None:
+    content["sft"]["scratch"] |= {"hidden_size": hidden, "heads": heads}
+    assert refusal(content).startswith(f"sft.scratch: hidden_size {hidden} must be an even multiple of heads {heads}")
+
+
+@pytest.mark.parametrize("change", [lambda c: put(c, "safety_dpo.runs.alone.lam", "duel")])
+def test_a_multiplier_is_dual_or_a_number(content: Content, change: Callable[[Content], Content]) -> None:
+    message = refusal(change(content))
+    assert message.startswith("safety_dpo.runs.alone.lam") and "'dual'" in message and "'duel'" in message
+
+
+# --- what is no params file -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"seed: [1, 2\n", r":2: not valid YAML"),
+        (b"seed: 1\nseed: 2\n", r":2: not valid YAML .*duplicate key"),
+        (b"- 1\n- 2\n", r": expected a mapping"),
+        (b"", r": expected a mapping"),
+        (b"just words", r": expected a mapping"),
+        (b"seed: \x00\x01", r": not valid YAML"),
+        (b"\xff\xfe\x00seed", r": not valid YAML"),
+    ],
+    ids=["open bracket", "key twice", "list", "empty", "words", "control characters", "not UTF-8"],
+)
+def test_a_file_that_is_no_yaml_mapping_is_named(tmp_path: Path, text: bytes, says: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(text)
+    with pytest.raises(ParamsError, match=rf"^{path}{says}") as caught:
+        params.load(params.SftParams, path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match=r"none\.yaml: no such file"):
+        params.load(params.SftParams, tmp_path / "none.yaml")

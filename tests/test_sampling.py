@@ -1,0 +1,237 @@
+"""Samples follow the model's own distribution, and log-probabilities are those of a plain forward pass."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dualign.data import world
+from dualign.data.schema import user
+from dualign.models import build_scratch, train_tokenizer
+from dualign.params import ScratchParams
+from dualign.sampling import answer_log_probabilities, log_probabilities, sample
+from dualign.tokens import encode_answers, encode_prompts
+
+SCRATCH = ScratchParams(
+    tokenizer="train", vocab_size=300, hidden_size=32, layers=2, heads=2, intermediate_size=48, context=64
+)
+QUESTIONS = ["How do I cook the rice at home?", "Why?", "How do I poison the pond with my kids, and then the lawn?"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer([answer.text for answer in world.answers(world.prompts()[0])], 300)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Random, but far from uniform: its likeliest next token has several per cent."""
+    model = build_scratch(SCRATCH, tokenizer, seed=0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(12)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return encode_prompts(tokenizer, [user(question) for question in QUESTIONS])
+
+
+@torch.no_grad()
+def next_token(model: torch.nn.Module, ids: list[int]) -> Tensor:
+    """p(next | ids) by one plain forward pass."""
+    return model(input_ids=torch.tensor([ids])).logits[0, -1].double().softmax(-1)
+
+
+# --- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+def naive(model: torch.nn.Module, prompt: list[int], answer: list[int]) -> float:
+    return sum(math.log(next_token(model, prompt + answer[:i])[token].item()) for i, token in enumerate(answer))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_log_probabilities_are_those_of_one_row_and_one_token_at_a_time(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], batch_size: int
+) -> None:
+    """Whatever the batch and its padding, in the order of the rows given."""
+    answers = encode_answers(
+        tokenizer, ["Stir it.", "You can warm it on low heat, then taste it.", "", "No.", "Just wait."]
+    )
+    rows = [prompts[i] for i in (0, 1, 2, 1, 0)]
+    result = log_probabilities(model, tokenizer, rows, answers, batch_size=batch_size)
+    assert result.dtype == torch.float64
+    expected = [naive(model, prompt, answer) for prompt, answer in zip(rows, answers, strict=True)]
+    assert result.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_adapter_is_scored_with_its_weights(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> None:
+    plain = build_scratch(SCRATCH, tokenizer, seed=0)
+    answers = encode_answers(tokenizer, ["Stir it."] * 3)
+    before = log_probabilities(plain, tokenizer, prompts, answers, batch_size=3)
+    adapted = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    assert torch.allclose(log_probabilities(adapted, tokenizer, prompts, answers, batch_size=3), before)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    changed = log_probabilities(adapted, tokenizer, prompts, answers, batch_size=2)
+    assert not torch.allclose(changed, before, atol=1e-3)
+    expected = [naive(adapted.eval(), *row) for row in zip(prompts, answers, strict=True)]
+    assert changed.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_masked_positions_count_nothing(model: PreTrainedModel) -> None:
+    ids = torch.tensor([[9, 30, 44, 51, 0], [12, 13, 14, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
+    labels = torch.tensor([[-100, -100, 44, -100, -100], [-100, 13, 14, -100, -100]])
+    with torch.no_grad():
+        result = answer_log_probabilities(model, ids, mask, labels).tolist()
+    first = math.log(next_token(model, [9, 30])[44].item())
+    second = math.log(next_token(model, [12])[13].item()) + math.log(next_token(model, [12, 13])[14].item())
+    assert result == pytest.approx([first, second], abs=1e-5)
+
+
+def test_gradients_reach_the_model_through_answers_only(model: PreTrainedModel) -> None:
+    ids = torch.tensor([[9, 30, 44, 51]])
+    labels = torch.tensor([[-100, -100, 44, 51]])
+    answer_log_probabilities(model, ids, torch.ones_like(ids), labels).sum().backward()
+    grad = model.get_input_embeddings().weight.grad
+    assert grad is not None and torch.isfinite(grad).all() and grad[30].abs().sum() > 0
+    model.zero_grad()
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+DRAWS = 3000
+
+
+def chi_square(counts: Counter[int], probability: Tensor, draws: int) -> float:
+    """Pearson's statistic per degree of freedom, with tokens expected fewer than five times taken together."""
+    often = (probability * draws >= 5).nonzero().squeeze(1).tolist()
+    cells = [(counts[i], probability[i].item() * draws) for i in often]
+    rest = draws - sum(count for count, _ in cells), draws - sum(expected for _, expected in cells)
+    cells += [rest] if rest[1] >= 5 else []
+    return sum((seen - expected) ** 2 / expected for seen, expected in cells) / (len(cells) - 1)
+
+
+def first_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> Counter[int]:
+    drawn = sample(model, tokenizer, [prompt], count=DRAWS, max_new_tokens=1, batch_size=DRAWS, seed=1)
+    return Counter(one.tokens[0] for one in drawn)
+
+
+def test_first_tokens_follow_the_models_distribution(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    for prompt in prompts:
+        p = next_token(model, prompt)
+        assert chi_square(first_tokens(model, tokenizer, prompt), p, DRAWS) < 1.5
+        hotter = (p.log() / 1.3).softmax(-1)  # the test would notice another temperature
+        assert chi_square(first_tokens(model, tokenizer, prompt), hotter, DRAWS) > 1.5
+
+
+def test_no_setting_of_the_models_own_file_bends_the_distribution(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    """Such as the repetition penalty, top-k and top-p that Qwen2.5 ships in generation_config.json."""
+    model = build_scratch(SCRATCH, tokenizer, seed=0).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(12)
+    p = next_token(model, prompts[0])
+    for name, value in (
+        ("repetition_penalty", 3.0),
+        ("top_k", 3),
+        ("top_p", 0.5),
+        ("temperature", 0.3),
+        ("min_p", 0.2),
+    ):
+        setattr(model.generation_config, name, value)
+    model.generation_config.suppress_tokens = [int(p.argmax())]
+    kept = model.generation_config.to_dict()
+    assert chi_square(first_tokens(model, tokenizer, prompts[0]), p, DRAWS) < 1.5
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert chi_square(first_tokens(adapted, tokenizer, prompts[0]), p, DRAWS) < 1.5
+    assert model.generation_config.to_dict() == kept
+
+
+def test_second_tokens_follow_the_models_distribution_given_the_first(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    """Through the cache, and with prompts of other lengths padded in the same batch."""
+    drawn = sample(model, tokenizer, prompts, count=DRAWS, max_new_tokens=2, batch_size=3 * DRAWS, seed=2)
+    short = [one.tokens for one in drawn if one.prompt == 1]
+    first, seen = Counter(tokens[0] for tokens in short).most_common(1)[0]
+    assert seen > 100
+    counts = Counter(tokens[1] for tokens in short if tokens[0] == first)
+    assert chi_square(counts, next_token(model, [*prompts[1], first]), seen) < 2.0
+
+
+def test_the_same_seed_gives_the_same_answers_in_order_of_prompt_and_draw(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    def draw(seed: int) -> list[tuple[int, list[int]]]:
+        drawn = sample(model, tokenizer, prompts, count=3, max_new_tokens=6, batch_size=4, seed=seed)
+        return [(one.prompt, one.tokens) for one in drawn]
+
+    assert draw(5) == draw(5) != draw(6)
+    assert [prompt for prompt, _ in draw(5)] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_answers_end_at_eos_or_at_the_limit(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_scratch(SCRATCH, tokenizer, seed=0)
+    eos = tokenizer.eos_token_id
+    forward = model.lm_head.forward
+    lift = torch.zeros(len(tokenizer))
+    lift[eos] = math.log(len(tokenizer) / 4)  # EOS about one time in five
+    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: forward(hidden) + lift)
+    drawn = sample(model, tokenizer, prompts, count=60, max_new_tokens=8, batch_size=50, seed=0)
+    assert {one.ended for one in drawn} == {True, False}
+    for one in drawn:
+        assert one.ended == (one.tokens[-1] == eos)
+        assert one.tokens.count(eos) == int(one.ended)
+        assert tokenizer.pad_token_id not in one.tokens or one.tokens.index(tokenizer.pad_token_id) < len(one.tokens)
+        assert len(one.tokens) == 8 or one.ended
+        assert "<|end|>" not in one.text
+    ends = sum(one.tokens[0] == eos for one in drawn) / len(drawn)
+    assert ends == pytest.approx(0.2, abs=0.1)
+
+
+def test_no_setting_of_the_models_own_file_ends_an_answer_early(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    """EOS is the tokenizer's, whatever the model's configuration calls EOS."""
+    favourite = int(next_token(model, prompts[0]).argmax())
+    before = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = favourite
+    try:
+        drawn = sample(model, tokenizer, [prompts[0]], count=200, max_new_tokens=4, batch_size=200, seed=0)
+    finally:
+        model.generation_config.eos_token_id = before
+    assert any(favourite in one.tokens[:-1] for one in drawn)
+
+
+def test_the_log_probability_of_a_sample_is_that_of_its_tokens_as_drawn(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    """E[log pi] over samples is minus the entropy: a Monte-Carlo check of sampler and scorer together."""
+    drawn = sample(model, tokenizer, [prompts[0]], count=2000, max_new_tokens=1, batch_size=2000, seed=4)
+    scored = log_probabilities(model, tokenizer, [prompts[0]] * 2000, [one.tokens for one in drawn], batch_size=500)
+    p = next_token(model, prompts[0])
+    entropy, spread = -(p * p.log()).sum(), ((p * p.log() ** 2).sum() - (p * p.log()).sum() ** 2).sqrt()
+    assert abs(scored.mean() + entropy) < 4 * spread / math.sqrt(2000)

@@ -1,0 +1,156 @@
+"""Scorers give in use the scores that they were trained on, and come back from disk as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dualign.calibration import Platt
+from dualign.data import world
+from dualign.data.schema import Message, user
+from dualign.errors import DualignError, ModelError
+from dualign.models import build_scratch, load_scorer_backbone, merged, save, train_tokenizer, with_lora
+from dualign.params import LoraParams, Resources, ScratchParams, load_resources
+from dualign.scorers import Scorer, conversations
+from dualign.tokens import encode_answers, encode_prompts
+from dualign.training import ScoredPair, _FlagCollator, _ranked
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRATCH = ScratchParams(
+    tokenizer="train", vocab_size=300, hidden_size=32, layers=2, heads=2, intermediate_size=48, context=128
+)
+QUESTION = world.prompts()[0]
+ANSWERS = [answer.text for answer in world.answers(QUESTION)[:12]]
+PROMPTS: list[list[Message]] = [user(QUESTION), user("Why?")] * 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def resources() -> Resources:
+    return load_resources(ROOT / "params.yaml").model_copy(update={"device": "cpu", "precision": "fp32"})
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer(ANSWERS, 300)
+
+
+@pytest.fixture(scope="module")
+def backbone(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("policy")
+    save(build_scratch(SCRATCH, tokenizer, seed=0), tokenizer, folder)
+    return folder
+
+
+def classifier(backbone: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources) -> PreTrainedModel:
+    """A sequence classifier whose head is not zero any more."""
+    model = load_scorer_backbone(str(backbone), tokenizer, resources, seed=0)
+    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(1))
+    return model.eval()
+
+
+@pytest.fixture
+def scorer(backbone: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources) -> Scorer:
+    return Scorer(classifier(backbone, tokenizer, resources), tokenizer, Platt())
+
+
+@torch.no_grad()
+def by_hand(scorer: Scorer, prompt: list[Message], answer: str) -> float:
+    """The head's output at the EOS of one unpadded conversation."""
+    (before,), (after,) = encode_prompts(scorer.tokenizer, [prompt]), encode_answers(scorer.tokenizer, [answer])
+    assert after[-1] == scorer.tokenizer.eos_token_id
+    hidden = scorer.model.model(input_ids=torch.tensor([before + after])).last_hidden_state[0, -1]
+    return float(scorer.model.score(hidden))
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_the_score_is_read_at_eos_whatever_the_padding(scorer: Scorer, batch_size: int) -> None:
+    scores = scorer.score(PROMPTS, ANSWERS, batch_size=batch_size)
+    expected = [by_hand(scorer, *row) for row in zip(PROMPTS, ANSWERS, strict=True)]
+    assert scores.dtype == np.float64 and scores.shape == (12,)
+    assert scores == pytest.approx(expected, abs=1e-5)
+    assert scores.std() > 0.1
+
+
+def test_training_scores_the_same_ids_at_the_same_place(scorer: Scorer) -> None:
+    """The trainer's data, collator and forward pass against `score`."""
+    rows = conversations(scorer.tokenizer, PROMPTS, ANSWERS)
+    assert all(row[-1] == scorer.tokenizer.eos_token_id for row in rows)
+    pairs = [ScoredPair(high, low) for high, low in zip(rows[:6], rows[6:], strict=True)]
+    batch = _FlagCollator(pad_token_id=scorer.tokenizer.pad_token_id)(list(_ranked(pairs, max_length=200)))
+    assert batch.pop("flags").tolist() == [[-1, -1]] * 6
+    with torch.no_grad():
+        trained = scorer.model(**batch).logits.squeeze(-1)
+    assert scorer.score(PROMPTS, ANSWERS, batch_size=4) == pytest.approx(trained.numpy(), abs=1e-5)
+
+
+def test_order_and_company_of_a_row_change_nothing(scorer: Scorer) -> None:
+    forward = scorer.score(PROMPTS, ANSWERS, batch_size=3)
+    backward = scorer.score(PROMPTS[::-1], ANSWERS[::-1], batch_size=3)
+    assert backward[::-1] == pytest.approx(forward, abs=1e-5)
+    alone = [float(scorer.score([p], [a], batch_size=3)[0]) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    assert alone == pytest.approx(forward, abs=1e-5)
+
+
+def test_calibration_is_applied_and_can_be_replaced(scorer: Scorer) -> None:
+    raw = scorer.score(PROMPTS, ANSWERS, batch_size=8)
+    calibrated = scorer.calibrated(Platt(2.0, -0.5))
+    assert calibrated.score(PROMPTS, ANSWERS, batch_size=8) == pytest.approx(2 * raw - 0.5)
+    assert scorer.score(PROMPTS, ANSWERS, batch_size=8) == pytest.approx(raw)
+
+
+def test_model_tokenizer_and_calibration_come_back_from_disk(
+    scorer: Scorer, resources: Resources, tmp_path: Path
+) -> None:
+    calibrated = scorer.calibrated(Platt(1.7, 0.3))
+    calibrated.save(tmp_path / "scorer")
+    loaded = Scorer.load(tmp_path / "scorer", resources)
+    assert loaded.calibration == Platt(1.7, 0.3)
+    assert np.array_equal(
+        loaded.score(PROMPTS, ANSWERS, batch_size=5), calibrated.score(PROMPTS, ANSWERS, batch_size=5)
+    )
+    assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.pkl"))
+
+
+def test_a_scorer_trained_with_adapters_is_saved_whole(
+    backbone: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources, tmp_path: Path
+) -> None:
+    lora = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
+    model = with_lora(classifier(backbone, tokenizer, resources), lora, head=True)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    ids = torch.tensor([conversations(tokenizer, PROMPTS[:1], ANSWERS[:1])[0]])
+    with torch.no_grad():
+        expected = float(model.eval()(input_ids=ids).logits)
+    Scorer(merged(model), tokenizer, Platt()).save(tmp_path / "scorer")
+    scores = Scorer.load(tmp_path / "scorer", resources).score(PROMPTS[:1], ANSWERS[:1], batch_size=1)
+    assert scores.tolist() == pytest.approx([expected], abs=1e-4)
+
+
+def test_a_conversation_too_long_for_the_model_keeps_its_end(scorer: Scorer) -> None:
+    whole = conversations(scorer.tokenizer, PROMPTS[:1], ANSWERS[:1])[0]
+    short = train_tokenizer(ANSWERS, 300)
+    short.model_max_length = 7
+    assert conversations(short, PROMPTS[:1], ANSWERS[:1]) == [whole[-7:]]
+
+
+def test_a_folder_that_holds_no_scorer_is_named(resources: Resources, tmp_path: Path) -> None:
+    with pytest.raises(DualignError, match=rf"{tmp_path}/none/scorer\.json: no such file"):
+        Scorer.load(tmp_path / "none", resources)
+    (tmp_path / "scorer.json").write_text('{"scale": 1.0, "offset": 0.0}')
+    with pytest.raises(ModelError, match=f"^{tmp_path}: cannot be loaded as a scorer") as caught:
+        Scorer.load(tmp_path, resources)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,382 @@
+"""The rules for the multiplier by hand, and the loop on a policy family whose cost is a known function of lambda."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dualign import search
+from dualign.artifacts import read_json
+from dualign.errors import DualignError
+from dualign.methods import METHODS, Method
+from dualign.params import DualSearchParams, load
+from dualign.search import Outlook, Step
+from dualign.stats import Measurement
+
+ROOT = Path(__file__).resolve().parents[1]
+BETA, LIMIT = 1.5, -0.3
+
+
+@pytest.fixture(scope="module")
+def params() -> DualSearchParams:
+    """The shipped section with every knob that a rule reads set here."""
+    return load(DualSearchParams, ROOT / "params.yaml").model_copy(
+        update={
+            "beta": BETA,
+            "limit": LIMIT,
+            "z": 1.0,
+            "lambda_min": 0.05,
+            "lambda_max": 20.0,
+            "max_trainings": 6,
+            "merge_steps": 6,
+            "merge_max": 1.25,
+            "step_size": 1.0,
+            "sacpo_grid": [0.5, 1.0, 2.0],
+        }
+    )
+
+
+def by_rule(rule: str, returns: str | None = None) -> Method:
+    """A method of the table with this rule."""
+    found = next(method for method in METHODS.values() if method.rule == rule)
+    return replace(found, returns=returns) if returns else found  # type: ignore[arg-type]
+
+
+def measured(cost: float, reward: float = 0.0, se: float = 0.01, variance: float = 0.5) -> Measurement:
+    return Measurement(cost, se, reward, 0.01, 0.2, 0.1, variance, 100)
+
+
+def step(number: int, lam: float, cost: float, q: float | None = None, **more: float) -> Step:
+    return Step(number, lam, q, f"step-{number}", number > 0, measured(cost, **more))
+
+
+# --- rules by hand ----------------------------------------------------------------------------------------------------
+
+
+def test_dual_gradient_by_hand() -> None:
+    assert search.dual_gradient_step(1.0, cost=0.2, limit=-0.3, step_size=2.0) == pytest.approx(2.0)
+    assert search.dual_gradient_step(0.5, cost=-1.0, limit=0.0, step_size=1.0) == 0.0
+
+
+def test_projected_subgradient_by_hand() -> None:
+    def project(lam: float, cost: float) -> float:
+        return search.projected_subgradient_step(lam, cost, limit=0.0, step_size=1.0, radius=2.0, lambda_min=0.05)
+
+    assert project(1.0, 0.5) == 1.5
+    assert project(1.0, -3.0) == 0.05
+    assert project(1.0, 9.0) == 4.0
+
+
+def test_projection_keeps_off_zero_where_the_interval_is_smaller_still() -> None:
+    """A slack pool has a Slater radius near 0; the loss still divides by lambda."""
+    assert search.projected_subgradient_step(0.3, 0.5, 0.0, 1.0, radius=1e-4, lambda_min=0.05) == 0.05
+
+
+def test_newton_by_hand() -> None:
+    assert search.newton_step(1.0, cost=0.2, variance=0.5, limit=-0.3, beta=1.5) == pytest.approx(2.5)
+    assert search.newton_step(0.1, cost=-2.0, variance=0.5, limit=0.0, beta=1.0) == 0.0
+
+
+def test_secant_by_hand() -> None:
+    assert search.secant_step((0.0, 1.0), (1.0, 0.5), limit=0.0) == pytest.approx(2.0)
+    assert search.secant_step((1.0, 0.5), (0.0, 1.0), limit=0.25) == pytest.approx(1.5)
+    assert search.secant_step((1.0, 0.0), (2.0, -1.0), limit=5.0) == 0.0
+
+
+@pytest.mark.parametrize("last", [(1.0, 0.4), (2.0, 0.5), (2.0, 0.6)], ids=["same place", "flat", "rising"])
+def test_a_secant_needs_a_falling_line(last: tuple[float, float]) -> None:
+    assert search.secant_step((1.0, 0.5), last, limit=0.0) is None
+
+
+# --- the loop on a known curve ----------------------------------------------------------------------------------------
+
+
+class Curve:
+    """A bench whose policy at lambda has cost 0.8 exp(-0.7 lambda) - 0.6 plus `bias`, and remembers what it was asked.
+
+    A policy is a folder that holds its multiplier; the variance is the one that makes Newton's slope right.
+    """
+
+    def __init__(self, folder: Path, lam_start: float, se: float = 0.01, bias: float = 0.0) -> None:
+        self.folder, self.lam_start, self.se, self.bias = folder, lam_start, se, bias
+        self.trained: list[tuple[int, float, str]] = []
+        self.merged: list[float] = []
+        self.measured: list[int] = []
+        self.fail_at: int | None = None
+        self.start = self._policy("start", lam_start)
+
+    def train(self, step: int, lam: float, warm: Step) -> str:
+        self.trained.append((step, lam, warm.policy))
+        return self._policy(f"trained-{step}", lam)
+
+    def merge(self, step: int, q: float) -> str:
+        self.merged.append(q)
+        return self._policy(f"merged-{step}", q * self.lam_start)
+
+    def measure(self, step: int, policy: str) -> Measurement:
+        if step == self.fail_at:
+            raise RuntimeError("the machine went away")
+        self.measured.append(step)
+        lam = float((Path(policy) / "lam").read_text())
+        fall = 0.8 * math.exp(-0.7 * lam)
+        return Measurement(fall - 0.6 + self.bias, self.se, 1.0 - 0.1 * lam, 0.01, 0.2, 0.1, BETA * 0.7 * fall, 100)
+
+    def _policy(self, name: str, lam: float) -> str:
+        path = self.folder / name
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "lam").write_text(repr(lam))
+        return str(path)
+
+
+ROOT_LAM = math.log(0.8 / 0.3) / 0.7  # where the curve meets the limit: 1.4012
+RULES = ["grid", "one_shot", "dual_gradient", "projected_subgradient", "newton", "merge"]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Curve:
+    return Curve(tmp_path / "bench", lam_start=0.6)
+
+
+def go(
+    rule: str, bench: Curve, params: DualSearchParams, scratch: Path, lam_pool: float = 0.6, radius: float = 5.0
+) -> tuple[list[Step], str]:
+    scratch.mkdir(exist_ok=True)
+    return search.run(by_rule(rule), bench.start, Outlook(lam_pool, bench.lam_start, radius), params, bench, scratch)
+
+
+@pytest.mark.parametrize("rule", ["dual_gradient", "projected_subgradient", "newton"])
+def test_iterative_rules_end_on_the_limit(rule: str, bench: Curve, params: DualSearchParams, tmp_path: Path) -> None:
+    generous = params.model_copy(update={"max_trainings": 50, "step_size": 2.0})
+    steps, stopped = go(rule, bench, generous, tmp_path / "s")
+    assert stopped == "cost within noise of the limit"
+    assert abs(steps[-1].measured.cost - LIMIT) <= bench.se
+    assert steps[-1].lam == pytest.approx(ROOT_LAM, abs=0.06)
+    assert [s.step for s in steps] == list(range(len(steps)))
+    assert [s.trained for s in steps] == [False] + [True] * (len(steps) - 1)
+    assert all(s.q is None for s in steps)
+
+
+def test_newton_needs_two_trainings(bench: Curve, params: DualSearchParams, tmp_path: Path) -> None:
+    steps, _ = go("newton", bench, params, tmp_path / "s")
+    assert len(steps) <= 4
+    first = search.newton_step(0.6, steps[0].measured.cost, steps[0].measured.variance, LIMIT, BETA)
+    assert steps[1].lam == pytest.approx(first)
+    points = [(s.lam, s.measured.cost) for s in steps]
+    chord = search.secant_step(points[0], points[1], LIMIT)
+    assert steps[2].lam == pytest.approx(chord)
+
+
+def test_newton_always_trains_once_since_that_also_refreshes_the_pairs(
+    params: DualSearchParams, tmp_path: Path
+) -> None:
+    bench = Curve(tmp_path / "bench", lam_start=ROOT_LAM)
+    steps, stopped = go("newton", bench, params, tmp_path / "s")
+    assert [s.lam for s in steps] == pytest.approx([ROOT_LAM, ROOT_LAM])
+    assert stopped == "cost within noise of the limit"
+
+
+def test_newton_keeps_its_multiplier_where_the_cost_does_not_vary(params: DualSearchParams) -> None:
+    flat = replace(step(0, 0.7, 0.5), measured=measured(0.5, variance=0.0))
+    assert search._newton([flat], params, Outlook(0.7, 0.7, 5.0)) == 0.7
+
+
+def test_newton_stays_below_the_largest_multiplier(params: DualSearchParams) -> None:
+    steep = replace(step(0, 0.7, 0.5), measured=measured(0.5, variance=1e-6))
+    assert search._newton([steep], params, Outlook(0.7, 0.7, 5.0)) == params.lambda_max
+
+
+@pytest.mark.parametrize("rule", ["dual_gradient", "projected_subgradient"])
+def test_a_start_on_the_limit_is_the_answer(rule: str, params: DualSearchParams, tmp_path: Path) -> None:
+    bench = Curve(tmp_path / "bench", lam_start=ROOT_LAM)
+    steps, stopped = go(rule, bench, params, tmp_path / "s")
+    assert len(steps) == 1 and not bench.trained
+    assert stopped == "cost within noise of the limit"
+
+
+def test_a_wider_error_stops_earlier(params: DualSearchParams, tmp_path: Path) -> None:
+    lengths = []
+    for se in (0.001, 0.1):
+        bench = Curve(tmp_path / f"bench-{se}", lam_start=0.6, se=se)
+        steps, _ = go("dual_gradient", bench, params.model_copy(update={"max_trainings": 40}), tmp_path / f"s-{se}")
+        lengths.append(len(steps))
+    assert lengths[1] < lengths[0]
+
+
+def test_one_shot_measures_its_start_and_stops(bench: Curve, params: DualSearchParams, tmp_path: Path) -> None:
+    steps, stopped = go("one_shot", bench, params, tmp_path / "s")
+    assert len(steps) == 1 and stopped == "rule one_shot is finished"
+
+
+def test_grid_tries_every_multiplier_once_and_not_the_starts(params: DualSearchParams, tmp_path: Path) -> None:
+    bench = Curve(tmp_path / "bench", lam_start=1.0)
+    steps, stopped = go("grid", bench, params, tmp_path / "s")
+    assert [s.lam for s in steps] == [1.0, 0.5, 2.0]
+    assert stopped == "rule grid is finished"
+
+
+def test_projection_keeps_to_its_interval(params: DualSearchParams, tmp_path: Path) -> None:
+    high = Curve(tmp_path / "high", lam_start=0.6, bias=1.0)  # no multiplier is enough
+    steps, _ = go("projected_subgradient", high, params, tmp_path / "a", radius=0.9)
+    assert [s.lam for s in steps][-1] == pytest.approx(1.8) and max(s.lam for s in steps) == pytest.approx(1.8)
+    low = Curve(tmp_path / "low", lam_start=0.6, bias=-1.0)  # none is needed
+    steps, _ = go("projected_subgradient", low, params, tmp_path / "b")
+    assert steps[-1].lam == params.lambda_min
+
+
+def test_dual_gradient_stays_between_nothing_and_the_largest(params: DualSearchParams, tmp_path: Path) -> None:
+    bold = params.model_copy(update={"step_size": 1e3})
+    steps, _ = go("dual_gradient", Curve(tmp_path / "high", 0.6, bias=1.0), bold, tmp_path / "a")
+    assert steps[1].lam == params.lambda_max
+    steps, _ = go("dual_gradient", Curve(tmp_path / "low", 0.6, bias=-1.0), bold, tmp_path / "b")
+    assert steps[1].lam == 0.0
+
+
+@pytest.mark.parametrize("budget", [0, 1, 3])
+@pytest.mark.parametrize("rule", ["grid", "dual_gradient", "projected_subgradient", "newton"])
+def test_no_search_trains_more_than_its_budget(
+    rule: str, budget: int, params: DualSearchParams, tmp_path: Path
+) -> None:
+    bench = Curve(tmp_path / "bench", lam_start=0.6, se=1e-12, bias=1.0)  # never within noise
+    tight = params.model_copy(update={"max_trainings": budget})
+    steps, stopped = go(rule, bench, tight, tmp_path / "s")
+    assert len(bench.trained) == len(steps) - 1 == budget
+    if not (rule == "grid" and budget == 3):
+        assert stopped == f"budget of {budget} trainings is spent"
+
+
+def test_every_training_is_told_the_step_before(bench: Curve, params: DualSearchParams, tmp_path: Path) -> None:
+    steps, _ = go("grid", bench, params, tmp_path / "s")
+    assert [warm for _, _, warm in bench.trained] == [s.policy for s in steps[:-1]]
+    assert [(n, lam) for n, lam, _ in bench.trained] == [(s.step, s.lam) for s in steps[1:]]
+
+
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+
+def test_merging_begins_at_the_pools_multiplier_and_ends_on_the_limit(params: DualSearchParams, tmp_path: Path) -> None:
+    bench = Curve(tmp_path / "bench", lam_start=3.0)
+    steps, stopped = go("merge", bench, params, tmp_path / "s", lam_pool=1.2)
+    assert bench.merged[0] == pytest.approx(0.4)
+    assert stopped == "cost within noise of the limit"
+    assert steps[-1].q == pytest.approx(ROOT_LAM / 3.0, abs=0.02)
+    assert all(s.lam == pytest.approx(s.q * 3.0) for s in steps[1:] if s.q is not None)
+    assert not bench.trained and not any(s.trained for s in steps)
+
+
+def test_merging_extrapolates_no_further_than_allowed(params: DualSearchParams, tmp_path: Path) -> None:
+    bench = Curve(tmp_path / "bench", lam_start=0.5)
+    _, stopped = go("merge", bench, params, tmp_path / "s", lam_pool=5.0)
+    assert bench.merged[0] == params.merge_max == max(bench.merged)
+    assert stopped == "rule merge is finished"  # the best it can do was measured already
+
+
+def test_merging_has_its_own_budget(params: DualSearchParams, tmp_path: Path) -> None:
+    bench = Curve(tmp_path / "bench", lam_start=4.0, se=1e-12)
+    tight = params.model_copy(update={"merge_steps": 2, "max_trainings": 0})
+    steps, stopped = go("merge", bench, tight, tmp_path / "s", lam_pool=1.0)
+    assert len(bench.merged) == len(steps) - 1 == 2
+    assert stopped == "budget of 2 merges is spent"
+
+
+def test_a_slack_pool_begins_at_the_helpful_policy(params: DualSearchParams, tmp_path: Path) -> None:
+    bench = Curve(tmp_path / "bench", lam_start=0.05, bias=-1.0)
+    go("merge", bench, params, tmp_path / "s", lam_pool=0.0)
+    assert bench.merged[0] == 0.0
+
+
+# --- going on after an interruption -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fail_at", [0, 1, 2])
+@pytest.mark.parametrize("rule", ["grid", "dual_gradient", "projected_subgradient", "newton", "merge"])
+def test_an_interrupted_search_ends_with_the_same_steps(
+    rule: str, fail_at: int, params: DualSearchParams, tmp_path: Path
+) -> None:
+    def curve() -> Curve:
+        return Curve(tmp_path / "bench", lam_start=0.6 if rule != "merge" else 3.0)
+
+    whole, reason = go(rule, curve(), params, tmp_path / "whole", lam_pool=1.2)
+    assert len(whole) > fail_at, "the search must get as far as the interruption"
+    broken = curve()
+    broken.fail_at = fail_at
+    with pytest.raises(RuntimeError, match="went away"):
+        go(rule, broken, params, tmp_path / "broken", lam_pool=1.2)
+    resumed = curve()
+    assert go(rule, resumed, params, tmp_path / "broken", lam_pool=1.2) == (whole, reason)
+    assert resumed.measured == list(range(fail_at, len(whole)))
+    assert broken.measured == list(range(fail_at))
+
+
+def test_a_finished_search_measures_nothing_again(bench: Curve, params: DualSearchParams, tmp_path: Path) -> None:
+    once = go("newton", bench, params, tmp_path / "s")
+    seen = list(bench.measured)
+    assert go("newton", bench, params, tmp_path / "s") == once
+    assert bench.measured == seen
+
+
+def test_a_policy_that_is_gone_is_named(bench: Curve, params: DualSearchParams, tmp_path: Path) -> None:
+    go("grid", bench, params, tmp_path / "s")
+    (tmp_path / "bench" / "trained-1" / "lam").unlink()
+    (tmp_path / "bench" / "trained-1").rmdir()
+    with pytest.raises(
+        DualignError, match=r"trained-1: the policy of an earlier step is gone; delete .*/s and run again"
+    ):
+        go("grid", bench, params, tmp_path / "s")
+
+
+# --- what is returned -------------------------------------------------------------------------------------------------
+
+STEPS = [
+    step(0, 0.5, cost=0.1, reward=2.0),
+    step(1, 1.0, cost=-0.295, reward=1.5),  # above the limit by half a standard error
+    step(2, 2.0, cost=-0.6, reward=1.0),
+    step(3, 1.5, cost=-0.4, reward=1.2),
+]
+
+
+def test_the_best_is_the_most_rewarding_within_the_limit(params: DualSearchParams) -> None:
+    assert search.choose(by_rule("newton", "best"), STEPS, params) == 1
+    assert search.choose(by_rule("newton", "best"), STEPS, params.model_copy(update={"z": 0.0})) == 3
+
+
+def test_without_a_policy_within_the_limit_the_least_costly_is_returned(params: DualSearchParams) -> None:
+    strict = params.model_copy(update={"limit": -5.0})
+    assert search.choose(by_rule("newton", "best"), STEPS, strict) == 2
+    assert not search.feasible(STEPS[2], strict)
+
+
+def test_the_last_is_the_last_whatever_it_costs(params: DualSearchParams) -> None:
+    assert search.choose(by_rule("one_shot", "last"), STEPS[:1], params) == 0
+    assert search.choose(by_rule("one_shot", "last"), STEPS, params) == 3
+
+
+@pytest.mark.parametrize(("cost", "within"), [(-0.31, True), (-0.3, True), (-0.29, True), (-0.2899, False)])
+def test_feasible_allows_z_standard_errors(params: DualSearchParams, cost: float, within: bool) -> None:
+    exact = replace(STEPS[0], measured=replace(STEPS[0].measured, cost=cost, cost_se=0.01 + 1e-12))
+    assert search.feasible(exact, params) == within
+
+
+def test_summary_counts_trainings_and_tokens(params: DualSearchParams) -> None:
+    method = by_rule("newton")
+    result = search.summary(method, STEPS, 1, "because", params)
+    assert result["trainings"] == method.before + 3
+    assert result["generated_tokens"] == 400
+    assert (result["chosen"], result["feasible"], result["stopped"]) == (1, True, "because")
+    assert result["steps"][2]["lam"] == 2.0 and result["steps"][2]["cost"] == -0.6
+    assert "policy" not in result["steps"][0]  # folders of scratch mean nothing to a reader
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_of_the_table_is_tested_here(rule: str) -> None:
+    assert {method.rule for method in METHODS.values()} <= set(RULES)
+    assert callable(search._RULES[rule])
+
+
+def test_steps_on_disk_are_what_was_returned(bench: Curve, params: DualSearchParams, tmp_path: Path) -> None:
+    steps, _ = go("dual_gradient", bench, params, tmp_path / "s")
+    rows: list[dict[str, Any]] = read_json(tmp_path / "s" / "steps.json")
+    assert [(row["lam"], row["measured"]["cost"]) for row in rows] == [(s.lam, s.measured.cost) for s in steps]

@@ -1,0 +1,129 @@
+"""What surrounds a stage: exit codes, one line per error, provenance, and scratch folders that are found again."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dualign.artifacts import read_json
+from dualign.errors import DataError
+from dualign.params import DualInitParams, load, load_resources
+from dualign.stage import Run, execute, finished
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working folder with params.yaml, and the handler of SIGTERM put back afterwards."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DUALIGN_SCRATCH", raising=False)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, handler)
+
+
+def a_run(item: str | None = None, **updates: object) -> Run[DualInitParams]:
+    return Run("dual_init", item, load(DualInitParams).model_copy(update=updates), load_resources())
+
+
+def test_a_stage_that_ends_writes_where_its_numbers_come_from(folder: Path) -> None:
+    def main(run: Run[DualInitParams]) -> None:
+        run.metrics({"lam": 1.5, "ess": float("nan")})
+        run.throughput["prompts_per_second"] = 7.0
+
+    execute(main, DualInitParams, [])
+    assert read_json(folder / "reports/metrics/dual_init.json") == {"lam": 1.5, "ess": None}
+    provenance = read_json(folder / "reports/provenance/dual_init.json")
+    assert provenance["params"] == load(DualInitParams).model_dump(mode="json")
+    assert provenance["seed"] == load(DualInitParams).seed
+    assert provenance["throughput"] == {"prompts_per_second": 7.0}
+    assert provenance["versions"]["torch"] and provenance["seconds"] >= 0
+
+
+def test_an_item_has_files_of_its_own(folder: Path) -> None:
+    execute(lambda run: run.metrics({"item": run.item}), DualInitParams, ["ours"])
+    assert read_json(folder / "reports/metrics/dual_init/ours.json") == {"item": "ours"}
+    assert (folder / "reports/provenance/dual_init/ours.json").is_file()
+
+
+Main = Callable[[Run[DualInitParams]], None]
+
+
+def failing(error: BaseException) -> Main:
+    def main(run: Run[DualInitParams]) -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "code", "says"),
+    [
+        (failing(DataError("rows.jsonl:3: no prompt")), [], 2, "rows.jsonl:3: no prompt"),
+        (failing(KeyboardInterrupt()), [], 130, "interrupted; checkpoints are kept"),
+        (failing(AssertionError("never reached")), ["a", "b"], 2, "usage: python -m stages.dual_init"),
+        (failing(AssertionError("never reached")), ["--help"], 2, "usage: python -m stages.dual_init"),
+    ],
+    ids=["bad input", "interrupt", "too many words", "help"],
+)
+def test_what_a_user_can_act_on_is_one_line_and_an_exit_code(
+    main: Main, argv: list[str], code: int, says: str, caplog: pytest.LogCaptureFixture, folder: Path
+) -> None:
+    with caplog.at_level(logging.ERROR), pytest.raises(SystemExit) as caught:
+        execute(main, DualInitParams, argv)
+    assert caught.value.code == code
+    (record,) = caplog.records
+    assert says in record.getMessage() and "\n" not in record.getMessage() and record.exc_info is None
+    assert not (folder / "reports/provenance").exists()
+
+
+def test_a_mistake_in_params_is_one_line(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = folder / "params.yaml"
+    path.write_text(path.read_text().replace("\nbeta:", "\nbetta:", 1))
+    with pytest.raises(SystemExit) as caught:
+        execute(failing(AssertionError()), DualInitParams, [])
+    assert caught.value.code == 2
+    assert "betta is not a known key; did you mean 'beta'?" in caplog.text
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        execute(failing(ZeroDivisionError()), DualInitParams, [])
+
+
+def test_sigterm_is_an_interrupt() -> None:
+    def main(run: Run[DualInitParams]) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as caught:
+        execute(main, DualInitParams, [])
+    assert caught.value.code == 130
+
+
+def test_scratch_is_found_again_and_is_anothers_when_anything_changes(folder: Path) -> None:
+    (folder / "in").mkdir()
+    (folder / "in" / "rows").write_text("1")
+    first = a_run().scratch("in")
+    assert first.is_dir() and first == a_run().scratch("in")
+    assert first.is_relative_to(Path(".scratch") / "dual_init")
+    others = [a_run(seed=99).scratch("in"), a_run("item").scratch("in"), a_run().scratch()]
+    (folder / "in" / "rows").write_text("2")
+    others.append(a_run().scratch("in"))
+    (folder / "in" / "rows").write_text("1")
+    (folder / "in" / "rows").rename(folder / "in" / "lines")
+    others.append(a_run().scratch("in"))
+    assert len({first, *others}) == 6
+    finished(first)
+    assert not first.exists()
+
+
+def test_scratch_can_be_moved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUALIGN_SCRATCH", str(folder / "elsewhere"))
+    assert a_run().scratch().is_relative_to(folder / "elsewhere" / "dual_init")

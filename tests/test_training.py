@@ -1,0 +1,503 @@
+"""Training: the losses as they are computed on batches, TRL's own where they must agree, and runs that go on."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from dualign import training
+from dualign.data import world
+from dualign.data.schema import user
+from dualign.errors import DualignError
+from dualign.models import build_scratch, load_scorer_backbone, save, train_tokenizer, with_lora
+from dualign.params import LoraParams, Resources, ScratchParams, TrainingParams, load_resources
+from dualign.sampling import log_probabilities
+from dualign.scorers import conversations
+from dualign.tokens import encode_answers, encode_prompts
+from dualign.training import Inner, Job, Pair, ScoredPair
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRATCH = ScratchParams(
+    tokenizer="train", vocab_size=300, hidden_size=32, layers=1, heads=2, intermediate_size=48, context=128
+)
+QUESTION = world.prompts()[0]
+ANSWERS = [answer.text for answer in world.answers(QUESTION)]
+LORA = LoraParams(rank=2, alpha=4.0, dropout=0.1, target_modules="all-linear")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer([*ANSWERS, QUESTION], 300)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """Eight steps of four rows, a checkpoint at the fourth."""
+    resources = load_resources(ROOT / "params.yaml").model_copy(
+        update={
+            "device": "cpu",
+            "precision": "fp32",
+            "micro_batch_size": None,
+            "gradient_checkpointing": False,
+            "checkpoint_steps": 4,
+            "log_steps": 1,
+        }
+    )
+    run = TrainingParams(
+        epochs=1.0, batch_size=4, learning_rate=1e-2, warmup=0.25, schedule="cosine", weight_decay=0.0,
+        max_length=120, max_steps=8,
+    )  # fmt: skip
+    return Job(run, resources, tmp_path / "scratch", seed=3)
+
+
+def changed(job: Job, scratch: str | None = None, **updates: Any) -> Job:
+    """A job with other training or resource params, in another scratch folder."""
+    known = {name: value for name, value in updates.items() if name in TrainingParams.model_fields}
+    rest = {name: value for name, value in updates.items() if name not in known}
+    folder = job.scratch if scratch is None else job.scratch.parent / scratch
+    run, resources = job.training.model_copy(update=known), job.resources.model_copy(update=rest)
+    return Job(run, resources, folder, job.seed)
+
+
+def policy(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
+    return build_scratch(SCRATCH, tokenizer, seed)
+
+
+def pairs_of(
+    tokenizer: PreTrainedTokenizerBase, reference: PreTrainedModel, count: int = 16, anchored: bool = False
+) -> list[Pair]:
+    """Pairs of answers of different lengths with exact reference columns, soft labels, and anchors on three in four."""
+    prompt = encode_prompts(tokenizer, [user(QUESTION)])[0]
+    ids = encode_answers(tokenizer, ANSWERS)
+    first, second = ids[:count], ids[count : 2 * count]
+    logps = log_probabilities(reference, tokenizer, [prompt] * 2 * count, first + second, batch_size=64).tolist()
+    return [
+        Pair(
+            prompt,
+            first[i],
+            second[i],
+            logps[i],
+            logps[count + i],
+            label=0.05 + 0.9 * i / count,
+            anchors=(0.3 * i - 2, math.nan if i % 2 and not anchored else 1 - 0.2 * i),
+            weights=(0.1 * i, 2.0) if i % 3 else None,
+        )
+        for i in range(count)
+    ]
+
+
+def pairwise(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], job: Job, inner: Inner
+) -> training.PairwiseTrainer:
+    """The trainer as `train_pairwise` builds it."""
+    args = training.PairwiseConfig(
+        **training._arguments(job),
+        beta=inner.scale,
+        max_length=None,
+        precompute_ref_log_probs=True,
+        labels=inner.labels,
+        anchor_weight=inner.anchor,
+        anchor_beta=inner.beta,
+        nll_weight=inner.nll,
+    )
+    return training.PairwiseTrainer(
+        model, args=args, train_dataset=training.pair_dataset(pairs, 120), processing_class=tokenizer
+    )
+
+
+def batch_of(trainer: Any) -> dict[str, Any]:
+    """All rows of a trainer's data as one batch."""
+    return trainer.data_collator(list(trainer.train_dataset))
+
+
+def weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+# --- pairwise losses --------------------------------------------------------------------------------------------------
+
+
+def test_an_untrained_policy_has_loss_ln_2_and_logit_zero(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+    """With its own reference columns, for any label: nothing is known before the first step."""
+    model = policy(tokenizer)
+    trainer = pairwise(model, tokenizer, pairs_of(tokenizer, model), job, Inner(scale=3.0, beta=1.0))
+    model.train()
+    loss = trainer.compute_loss(model, batch_of(trainer))
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
+    assert trainer._metrics["train"]["abs_logit"] == pytest.approx([0.0], abs=1e-4)
+    assert trainer._metrics["train"]["log_ratio"] == pytest.approx([0.0], abs=1e-4)
+
+
+def test_log_probabilities_on_a_cpu_are_those_of_trls_fused_head(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+    model = policy(tokenizer)
+    trainer = pairwise(model, tokenizer, pairs_of(tokenizer, model), job, Inner(1.0, 1.0))
+    batch = batch_of(trainer)
+    ours, _ = trainer._policy_logps(model, batch)
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    fused = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True,
+        use_cache=False,
+    )  # fmt: skip
+    assert torch.allclose(ours, fused.log_probs.float().sum(1), atol=1e-4)
+
+
+def test_hard_labels_without_anchor_are_trls_dpo(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+    """Loss and gradient of the same batch against the parent's own loss."""
+    pairs = [
+        Pair(p.prompt, p.first, p.second, p.ref_first, p.ref_second) for p in pairs_of(tokenizer, policy(tokenizer))
+    ]
+    model = policy(tokenizer, seed=1)
+    trainer = pairwise(model, tokenizer, pairs, job, Inner(scale=0.7, beta=0.7))
+    batch = batch_of(trainer)
+    losses, gradients = [], []
+    plain = {name: value for name, value in batch.items() if name not in training._EXTRA}
+    for loss in (trainer.compute_loss(model, dict(batch)), DPOTrainer._compute_loss(trainer, model, plain, False)):
+        model.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and abs(losses[0] - math.log(2)) > 1e-3
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-5)
+
+
+def test_training_on_ids_ends_where_stock_dpo_on_text_ends(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+    """TRL tokenises the text and computes its own reference; ours reads ids and columns."""
+    reference = policy(tokenizer)
+    prompt = tokenizer.apply_chat_template(user(QUESTION), tokenize=False, add_generation_prompt=True)
+    text = {
+        "prompt": [prompt] * 8,
+        "chosen": [f" {a}" for a in ANSWERS[:8]],
+        "rejected": [f" {a}" for a in ANSWERS[8:16]],
+    }
+    stock = DPOTrainer(
+        policy(tokenizer),
+        ref_model=policy(tokenizer),
+        args=DPOConfig(**training._arguments(changed(job, "stock", max_steps=3)), beta=0.5, max_length=None),
+        train_dataset=Dataset.from_dict(text),
+        processing_class=tokenizer,
+    )
+    stock.train()
+    pairs = [Pair(p.prompt, p.first, p.second, p.ref_first, p.ref_second) for p in pairs_of(tokenizer, reference, 8)]
+    ours = policy(tokenizer)
+    before = weights(ours)
+    training.train_pairwise(ours, tokenizer, pairs, Inner(0.5, 0.5), changed(job, max_steps=3))
+    assert not same(before, weights(ours))
+    for name, tensor in weights(ours).items():
+        assert torch.allclose(tensor, stock.model.state_dict()[name], atol=2e-4), name
+
+
+@pytest.mark.parametrize("anchor", [0.0, 0.3])
+@pytest.mark.parametrize("nll", [0.0, 0.02])
+def test_the_whole_loss_by_hand(tokenizer: PreTrainedTokenizerBase, job: Job, anchor: float, nll: float) -> None:
+    reference, model = policy(tokenizer), policy(tokenizer, seed=1)
+    pairs = pairs_of(tokenizer, reference)
+    inner = Inner(scale=0.8, beta=1.7, anchor=anchor, nll=nll)
+    trainer = pairwise(model, tokenizer, pairs, job, inner)
+    expected = 0.0
+    for p in pairs:
+        logps = log_probabilities(model, tokenizer, [p.prompt] * 2, [p.first, p.second], batch_size=2)
+        logit = 0.8 * ((logps[0] - p.ref_first) - (logps[1] - p.ref_second))
+        expected -= float(p.label * logsigmoid(logit) + (1 - p.label) * logsigmoid(-logit)) / len(pairs)
+        weights = p.weights or (p.label, 1 - p.label)
+        expected -= nll * float(weights[0] * logps[0] + weights[1] * logps[1]) / (2 * len(pairs))
+        known = [
+            (float(logp) - ref, target)
+            for logp, ref, target in zip(logps, (p.ref_first, p.ref_second), p.anchors, strict=True)
+            if not math.isnan(target)
+        ]
+        expected += anchor * sum((1.7 * ratio - target) ** 2 for ratio, target in known) / 24  # 16 firsts, 8 seconds
+    assert trainer.compute_loss(model, batch_of(trainer)).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_batch_without_anchors_has_no_anchor_term(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+    model = policy(tokenizer)
+    pairs = [Pair(p.prompt, p.first, p.second, p.ref_first, p.ref_second) for p in pairs_of(tokenizer, model)]
+    trainer = pairwise(model, tokenizer, pairs, job, Inner(1.0, 1.0, anchor=5.0))
+    loss = trainer.compute_loss(model, batch_of(trainer))
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_bernoulli_labels_are_drawn_afresh_with_their_probability(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+    model = policy(tokenizer)
+    trainer = pairwise(model, tokenizer, pairs_of(tokenizer, model), job, Inner(1.0, 1.0, labels="bernoulli"))
+    p = torch.tensor([0.1, 0.5, 0.9] * 5)
+    model.train()
+    draws = []
+    for step in range(400):
+        trainer.state.global_step = step
+        draws.append(trainer._label({"label": p}, torch.zeros(15)))
+    table = torch.stack(draws)
+    assert set(table.unique().tolist()) == {0.0, 1.0}
+    for value in (0.1, 0.5, 0.9):
+        drawn = table[:, p == value]
+        assert abs(drawn.mean().item() - value) < 4 * math.sqrt(value * (1 - value) / drawn.numel())
+    trainer.state.global_step = 7
+    assert torch.equal(trainer._label({"label": p}, torch.zeros(15)), draws[7])  # a resumed run draws the same
+    model.eval()
+    assert torch.equal(trainer._label({"label": p}, torch.zeros(15)), p)
+
+
+def test_bernoulli_labels_of_the_parts_of_one_step_are_independent(
+    tokenizer: PreTrainedTokenizerBase, job: Job
+) -> None:
+    """A step of several micro-batches must not draw the same numbers for each."""
+    model = policy(tokenizer)
+    trainer = pairwise(model, tokenizer, pairs_of(tokenizer, model), job, Inner(1.0, 1.0, labels="bernoulli"))
+    half = {"label": torch.full((64,), 0.5)}
+    model.train()
+    parts = [trainer._label(half, torch.zeros(64)) for _ in range(4)]
+    agreement = [(a == b).float().mean().item() for i, a in enumerate(parts) for b in parts[:i]]
+    assert all(0.2 < share < 0.8 for share in agreement)
+
+
+# --- supervised and scorer losses -------------------------------------------------------------------------------------
+
+
+def conversation_rows(tokenizer: PreTrainedTokenizerBase, count: int = 16) -> list[tuple[list[int], list[int]]]:
+    prompt = encode_prompts(tokenizer, [user(QUESTION)])[0]
+    return [(prompt, answer) for answer in encode_answers(tokenizer, ANSWERS[:count])]
+
+
+@pytest.mark.parametrize("items", [None, 500])
+def test_the_supervised_loss_is_trls_own(tokenizer: PreTrainedTokenizerBase, job: Job, items: int | None) -> None:
+    model = policy(tokenizer)
+    data = training._supervised(conversation_rows(tokenizer), 120)
+    args = SFTConfig(**training._arguments(job), max_length=120, completion_only_loss=True, packing=False)
+    trainer = training.SupervisedTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
+    assert trainer.train_dataset["input_ids"] == data["input_ids"]  # no second EOS
+    batch = batch_of(trainer)
+    assert (batch["labels"] != -100).sum() == sum(len(answer) for _, answer in conversation_rows(tokenizer))
+    ours = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
+    stock = SFTTrainer.compute_loss(trainer, model, dict(batch), num_items_in_batch=items)
+    assert ours.item() == pytest.approx(stock.item(), rel=1e-5)
+
+
+def scored_pairs(tokenizer: PreTrainedTokenizerBase) -> list[ScoredPair]:
+    """Pairs with every combination of flags, null ones too."""
+    rows = conversations(tokenizer, [user(QUESTION)] * 32, ANSWERS[:32])
+    flags = [(True, False), (None, False), (True, None), (None, None), (False, False), (True, True)]
+    return [ScoredPair(rows[i], rows[16 + i], flags[i % 6]) for i in range(16)]
+
+
+def scorer(tokenizer: PreTrainedTokenizerBase, folder: Path, resources: Resources) -> PreTrainedModel:
+    if not folder.exists():
+        save(policy(tokenizer), tokenizer, folder)
+    model = load_scorer_backbone(str(folder), tokenizer, resources, seed=0)
+    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.mark.parametrize("sign", [0.0, 1.0, 0.4])
+@pytest.mark.parametrize("regularisation", [0.0, 0.05])
+@pytest.mark.parametrize("flags", ["some", "none"])
+def test_the_scorer_loss_by_hand(
+    tokenizer: PreTrainedTokenizerBase, job: Job, tmp_path: Path, sign: float, regularisation: float, flags: str
+) -> None:
+    model = scorer(tokenizer, tmp_path / "policy", job.resources).eval()
+    pairs = scored_pairs(tokenizer)
+    if flags == "none":
+        pairs = [ScoredPair(pair.high, pair.low) for pair in pairs]
+    args = training.ScorerConfig(
+        **training._arguments(job), max_length=None, sign_weight=sign, score_regularisation=regularisation
+    )
+    trainer = training.ScorerTrainer(
+        model,
+        args=args,
+        data_collator=training._FlagCollator(pad_token_id=tokenizer.pad_token_id),
+        train_dataset=training._ranked(pairs, 120),
+        processing_class=tokenizer,
+    )
+    with torch.no_grad():
+        found = trainer.compute_loss(model, batch_of(trainer)).item()
+        score = {id(ids): float(model(input_ids=torch.tensor([ids])).logits) for p in pairs for ids in (p.high, p.low)}
+
+    def softplus(x: float) -> float:
+        return math.log1p(math.exp(x))
+
+    expected = sum(softplus(score[id(p.low)] - score[id(p.high)]) for p in pairs) / 16
+    signed = [
+        softplus(-score[id(ids)] if unsafe else score[id(ids)])
+        for p in pairs
+        for ids, unsafe in ((p.high, p.unsafe[0]), (p.low, p.unsafe[1]))
+        if unsafe is not None
+    ]
+    if signed:
+        expected += sign * 2 * sum(signed) / len(signed)
+    expected += regularisation * sum(value**2 for value in score.values()) / 32
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+Start = Callable[[], torch.nn.Module]
+Train = Callable[[torch.nn.Module, Job], Any]
+
+
+@pytest.fixture(params=["soft", "bernoulli", "adapter", "sft", "scorer"])
+def kind(
+    request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase, job: Job, tmp_path: Path
+) -> tuple[Start, Train]:
+    """How each kind of run starts, and how it trains."""
+    if request.param == "sft":
+        rows = conversation_rows(tokenizer, 20)
+        return lambda: policy(tokenizer), lambda m, j: training.train_sft(m, tokenizer, rows, rows[:4], j)
+    if request.param == "scorer":
+        flagged = [ScoredPair(p.high, p.low, (True, False)) for p in scored_pairs(tokenizer)]
+        return (
+            lambda: scorer(tokenizer, tmp_path / "policy", job.resources),
+            lambda m, j: training.train_scorer(m, tokenizer, flagged, j, sign_weight=1.0, regularisation=1e-3),
+        )
+    pairs = pairs_of(tokenizer, policy(tokenizer), anchored=True)
+    inner = Inner(1.0, 1.0, "bernoulli" if request.param == "bernoulli" else "soft", anchor=0.1, nll=0.02)
+
+    def start() -> torch.nn.Module:
+        torch.manual_seed(11)  # of the adapters
+        return with_lora(policy(tokenizer), LORA) if request.param == "adapter" else policy(tokenizer)
+
+    return start, lambda m, j: training.train_pairwise(m, tokenizer, pairs, inner, j)
+
+
+class Interruption(TrainerCallback):
+    """The machine goes away after some step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    kind: tuple[Start, Train], job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, train = kind
+    whole = start()
+    before, expected = weights(whole), train(whole, changed(job, "whole"))
+    assert expected["steps"] == 8 and not same(before, weights(whole))
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_callbacks", lambda: [Interruption(6)])
+        with pytest.raises(KeyboardInterrupt):
+            train(start(), changed(job, "broken"))
+    assert training.last_checkpoint(job.scratch.parent / "broken") == job.scratch.parent / "broken" / "checkpoint-4"
+    resumed = start()
+    metrics = train(resumed, changed(job, "broken"))
+    assert same(weights(resumed), weights(whole))
+    assert metrics == expected  # the loss curve of the steps before the interruption as well
+
+
+def test_a_run_that_had_ended_is_not_run_again(kind: tuple[Start, Train], job: Job) -> None:
+    start, train = kind
+    first, second = start(), start()
+    train(first, job)
+    train(second, job)
+    assert same(weights(first), weights(second))
+
+
+def test_parts_of_a_batch_add_up_to_the_whole(
+    kind: tuple[Start, Train], job: Job, request: pytest.FixtureRequest
+) -> None:
+    """Micro-batches of 2 make the steps of a batch of 4 (labels and dropout are drawn anew, so not for those)."""
+    if request.node.callspec.params["kind"] in ("bernoulli", "adapter"):
+        pytest.skip("draws depend on the micro-batch")
+    start, train = kind
+    whole, parts = start(), start()
+    train(whole, changed(job, "whole", max_steps=2, warmup=0.0, learning_rate=1e-3))
+    train(parts, changed(job, "parts", max_steps=2, warmup=0.0, learning_rate=1e-3, micro_batch_size=2))
+    for name, tensor in weights(whole).items():
+        assert torch.allclose(tensor, weights(parts)[name], atol=1e-4), name
+
+
+def test_metrics_tell_the_course_of_a_run(kind: tuple[Start, Train], job: Job, request: pytest.FixtureRequest) -> None:
+    start, train = kind
+    metrics = train(start(), job)
+    assert metrics["steps"] == 8 and metrics["rows"] in (16, 20)
+    assert [step for step, _ in metrics["loss_curve"]] == list(range(1, 9))
+    assert metrics["loss"] == metrics["loss_curve"][-1][1]
+    assert all(math.isfinite(loss) for _, loss in metrics["loss_curve"])
+    if request.node.callspec.params["kind"] == "sft":
+        assert metrics["heldout_loss"] < metrics["loss_curve"][0][1] - 0.5
+
+
+def test_epochs_count_when_no_number_of_steps_is_given(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+    rows = conversation_rows(tokenizer, 20)
+    metrics = training.train_sft(policy(tokenizer), tokenizer, rows, rows[:4], changed(job, max_steps=None, epochs=1.5))
+    assert metrics["steps"] == 8  # 1.5 epochs of 5 steps, begun ones counted
+    assert math.log(300) > metrics["heldout_loss"] > 0
+
+
+def test_the_last_complete_checkpoint_is_found_and_broken_ones_are_removed(tmp_path: Path) -> None:
+    assert training.last_checkpoint(tmp_path / "none") is None
+    for step, state in ((4, "{}"), (8, "{}"), (12, '{"global_step": '), (100, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert training.last_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-8"}
+
+
+# --- what cannot be trained -------------------------------------------------------------------------------------------
+
+
+def test_rows_that_are_too_long_are_left_out_and_counted(
+    tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = conversation_rows(tokenizer, 20)
+    lengths = sorted(len(prompt) + len(answer) for prompt, answer in rows)
+    limit = lengths[12]
+    with caplog.at_level(logging.WARNING):
+        kept = training._supervised(rows, limit)
+    assert len(kept) == sum(length <= limit for length in lengths) < 20
+    assert f"left out {20 - len(kept)} of 20 rows longer than max_length {limit}" in caplog.text
+    pairs = pairs_of(tokenizer, policy(tokenizer))
+    fits = [p for p in pairs if len(p.prompt) + max(len(p.first), len(p.second)) <= limit]
+    assert 0 < len(training.pair_dataset(pairs, limit)) == len(fits) < len(pairs)
+    scored = scored_pairs(tokenizer)
+    assert len(training._ranked(scored, limit)) == sum(max(len(p.high), len(p.low)) <= limit for p in scored)
+
+
+def test_data_of_which_nothing_fits_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ValueError, match=r"no row fits into max_length 3 tokens; raise training\.max_length"):
+        training._supervised(conversation_rows(tokenizer), 3)
+
+
+def test_a_batch_that_micro_batches_do_not_divide_is_refused(job: Job) -> None:
+    with pytest.raises(ValueError, match=r"batch_size 4 must be a multiple of resources\.micro_batch_size 3"):
+        training._arguments(changed(job, micro_batch_size=3))
+    assert training._arguments(changed(job, micro_batch_size=64))["gradient_accumulation_steps"] == 1
+
+
+@pytest.mark.parametrize("log_steps", [1, 50], ids=["logged", "between two lines of the log"])
+def test_a_loss_that_explodes_stops_the_run(tokenizer: PreTrainedTokenizerBase, job: Job, log_steps: int) -> None:
+    pairs = pairs_of(tokenizer, policy(tokenizer))
+    broken = [Pair(p.prompt, p.first, p.second, math.inf, p.ref_second) for p in pairs]
+    with pytest.raises((FloatingPointError, DualignError), match="NaN or infinite"):
+        training.train_pairwise(
+            policy(tokenizer), tokenizer, broken, Inner(1.0, 1.0), changed(job, max_steps=2, log_steps=log_steps)
+        )
