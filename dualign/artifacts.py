@@ -38,9 +38,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
             f"{path}: cannot be written ({error.strerror}); check the folder's owner and mode"
         ) from error
     except OSError as error:
-        if error.errno is None or error.filename is None:
+        if error.errno is None:
             raise
-        raise DualignError(f"{path}: cannot be written ({error.strerror}: {error.filename})") from error
+        raise DualignError(f"{path}: cannot be written ({error.strerror}: {error.filename or path.parent})") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

@@ -19,5 +19,9 @@ class ModelError(DualignError, ValueError):
     """A model or tokenizer cannot be loaded or used."""
 
 
+class TrainingError(DualignError, ArithmeticError):
+    """A training run went wrong by its own numbers."""
+
+
 class InfeasibleError(DualignError, ValueError):
     """No multiplier brings the expected cost under the limit within the reach of the samples."""

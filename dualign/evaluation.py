@@ -65,8 +65,8 @@ def finite_problem(enumerated: pd.DataFrame, beta: float) -> exact.Problem:
 def against_optimum(summary: dict[str, Any], problem: exact.Problem, limit: float) -> dict[str, Any]:
     """How far a policy is from the exact constrained optimum, and the exact frontier.
 
-    `reward_share` is the way from the reference to the optimum in true reward (1 = there, None if both agree); `value_gap` is J* - J with
-    J = E[r*] - beta KL, the KL measured on the generated answers.
+    `reward_share` is the way from the reference to the optimum in true reward (1 = there, None if both agree);
+    `value_gap` is J* - J with J = E[r*] - beta KL, the KL measured on the generated answers.
     """
     lam = exact.solve(problem, limit)
     best, reference = problem.describe(problem.policy(lam)), problem.describe(problem.log_reference)

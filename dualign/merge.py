@@ -43,6 +43,9 @@ def _merge_weights(first: Path, second: Path, q: float, out: Path) -> None:
 
 def _merge_adapters(first: Path, second: Path, q: float, out: Path) -> None:
     configs = [json.loads((path / _ADAPTER).read_text()) for path in (first, second)]
+    for folder, config in zip((first, second), configs, strict=True):
+        if any(config.get(key) for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")):
+            raise ModelError(f"{folder}: only plain LoRA adapters can be merged, not rsLoRA, DoRA or rank patterns")
     if configs[0]["base_model_name_or_path"] != configs[1]["base_model_name_or_path"]:
         raise ModelError(f"{first} and {second}: adapters on different bases cannot be merged")
     left, right = _tensors(first), _tensors(second)

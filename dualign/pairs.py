@@ -8,6 +8,7 @@ from typing import cast
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import softmax
 from transformers import PreTrainedTokenizerBase
 
 from dualign import dual
@@ -52,34 +53,40 @@ def lagrangian_pairs(frame: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, la
 
 @dataclass(frozen=True)
 class Samples:
-    """Scored samples of a policy as arrays [prompts, samples], with the ids of prompts and answers."""
+    """Scored samples of a policy as arrays [prompts, samples], with the ids of prompts and answers.
+
+    `logp` is the log-probability under the policy that drew them: logp_ref itself for the pool.
+    """
 
     prompts: list[list[int]]
     answers: list[list[list[int]]]
+    logp: Array
     logp_ref: Array
     reward: Array
     cost: Array
 
 
 def samples_of(frame: pd.DataFrame, tokenizer: PreTrainedTokenizerBase) -> Samples:
-    """A pool table (rows sorted by prompt and sample, as `score` writes them) as arrays."""
+    """A table of schema POOL or ANSWERS, its rows sorted by prompt and sample, as arrays."""
     groups = list(frame.groupby("prompt_id", sort=False))
     count = len(groups[0][1])
     prompts = encode_prompts(tokenizer, [group["prompt"].iloc[0] for _, group in groups])
     answers = [[[int(token) for token in tokens] for tokens in group["tokens"]] for _, group in groups]
-    columns = [frame[name].to_numpy(float).reshape(-1, count) for name in ("logp_ref", "reward", "cost")]
+    drawn = "logp" if "logp" in frame else "logp_ref"
+    columns = [frame[name].to_numpy(float).reshape(-1, count) for name in (drawn, "logp_ref", "reward", "cost")]
     return Samples(prompts, answers, *columns)
 
 
 def pool_pairs(samples: Samples, value: Array, lam: float, beta: float, seed: int) -> list[Pair]:
-    """Every sample once, in random pairs within its prompt, with joint label and anchors r - lambda c - V_lambda(x).
+    """Random pairs within each prompt (an odd sample is left over), with joint label, anchors and importance weights.
 
-    `value` has shape [prompts, samples]: the soft value that each sample's anchor uses. Pairs of identical answers
-    carry no preference but keep their anchors.
+    `value` has shape [prompts, samples]: V_lambda(x) in each sample's anchor r - lambda c - V_lambda(x). Pairs of
+    identical answers carry no preference but keep their anchors.
     """
     rng = np.random.default_rng(seed)
     tilt = samples.reward - lam * samples.cost
-    share = tilt.shape[1] * dual.weights(samples.reward, samples.cost, lam, beta)
+    # pi_lambda / (the policy that drew the samples), normalised to mean 1 within the prompt
+    share = tilt.shape[1] * softmax(tilt / beta + samples.logp_ref - samples.logp, axis=1)
     pairs = []
     for x, prompt in enumerate(samples.prompts):
         order = rng.permutation(tilt.shape[1])

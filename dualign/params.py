@@ -274,10 +274,14 @@ class SafetyDpoParams(StageParams):
 
 
 class LagrangianRun(Frozen):
-    """One Lagrangian DPO: its multiplier (`dual`, or a number), which pairs it learns from, and its inner loss."""
+    """One Lagrangian DPO: its multiplier (`dual`, or a number), its pairs, learning rate and inner loss.
+
+    A search that starts from it keeps its learning rate and inner loss.
+    """
 
     lam: Literal["dual"] | NonNegative
     data: Literal["pairs", "pool"]
+    learning_rate: Positive
     inner: InnerParams
 
 
@@ -318,7 +322,7 @@ class DualSearchParams(StageParams):
     limit: float
     max_new_tokens: Count
     methods: dict[str, MethodRow]
-    prompts: Count
+    prompts: Annotated[int, Field(ge=2)]
     samples_per_prompt: Annotated[int, Field(ge=2)]
     z: NonNegative
     lambda_min: Positive

@@ -27,6 +27,8 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequenc
     """Token ids of each prompt, ready for an answer to follow."""
     if not tokenizer.chat_template:
         raise ModelError("the tokenizer has no chat template; models/sft always has one, so run the sft stage first")
+    if not len(prompts):
+        return []
     texts = [
         tokenizer.apply_chat_template([dict(turn) for turn in prompt], tokenize=False, add_generation_prompt=True)
         for prompt in prompts
@@ -36,6 +38,8 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequenc
 
 def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:
     """Token ids of each answer with EOS at its end."""
+    if not len(answers):
+        return []
     ids = tokenizer([_joined(answer) for answer in answers], add_special_tokens=False)["input_ids"]
     return [[*row, tokenizer.eos_token_id] for row in ids]
 

@@ -34,6 +34,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.reward_trainer import DataCollatorForPreference as ScoredCollator
 
 from dualign import losses
+from dualign.errors import DataError, ParamsError, TrainingError
 from dualign.models import precision_of
 from dualign.params import Resources, TrainingParams
 from dualign.progress import watched
@@ -289,7 +290,7 @@ class PairwiseConfig(DPOConfig):
     )
     anchor_weight: float = field(default=0.0, metadata={"help": "Weight of the anchor to the soft value."})
     anchor_beta: float = field(default=1.0, metadata={"help": "KL weight beta inside the anchor."})
-    nll_weight: float = field(default=0.0, metadata={"help": "Weight of -log pi per token of the preferred answer."})
+    nll_weight: float = field(default=0.0, metadata={"help": "Weight of the importance-weighted -log pi."})
 
 
 _EXTRA = ("label", "anchor_chosen", "anchor_rejected", "weight_chosen", "weight_rejected")
@@ -397,7 +398,7 @@ def _arguments(job: Job) -> dict[str, Any]:
     training, resources = job.training, job.resources
     micro = min(resources.micro_batch_size or training.batch_size, training.batch_size)
     if training.batch_size % micro:
-        raise ValueError(f"batch_size {training.batch_size} must be a multiple of resources.micro_batch_size {micro}")
+        raise ParamsError(f"batch_size {training.batch_size} must be a multiple of resources.micro_batch_size {micro}")
     bf16 = precision_of(resources) is torch.bfloat16
     return {
         "output_dir": str(job.scratch),
@@ -437,7 +438,7 @@ def _run(trainer: Any, job: Job) -> Metrics:
     curve = [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry]
     seen = [entry[key] for entry in state.log_history for key in ("loss", "train_loss") if key in entry]
     if not all(math.isfinite(loss) for loss in seen):
-        raise FloatingPointError("the training loss became NaN or infinite; lower the learning rate")
+        raise TrainingError("the training loss became NaN or infinite; lower the learning rate")
     last: Metrics = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
     shown: Metrics = {key: last[key] for key in ("accuracy", "abs_logit", "log_ratio") if key in last}
     return {
@@ -486,4 +487,4 @@ def _tell_dropped(given: int, kept: int, max_length: int) -> None:
     if kept < given:
         log.warning("left out %d of %d rows longer than max_length %d tokens", given - kept, given, max_length)
     if kept == 0:
-        raise ValueError(f"no row fits into max_length {max_length} tokens; raise training.max_length")
+        raise DataError(f"no row fits into max_length {max_length} tokens; raise training.max_length")

@@ -10,7 +10,7 @@ import pandas as pd
 
 from dualign import dual
 from dualign.artifacts import replacing, write_parquet
-from dualign.data.schema import POOL, SAFETY_PAIRS, SCORED_PAIRS, read_table
+from dualign.data.schema import ANSWERS, POOL, SAFETY_PAIRS, SCORED_PAIRS, read_table
 from dualign.merge import merge
 from dualign.methods import Method
 from dualign.models import load_policy, save, with_lora
@@ -87,7 +87,7 @@ class PolicyBench:
         answers = self._roll_out(policy, self._prompts, self._params.samples_per_prompt, self._params.seed)
         measured = measure(answers)
         refresh = self._folder(step) / "refresh.parquet"
-        extra = int(read_table(refresh, POOL)["length"].sum()) if refresh.is_file() else 0
+        extra = int(read_table(refresh, ANSWERS)["length"].sum()) if refresh.is_file() else 0
         return replace(measured, generated_tokens=measured.generated_tokens + extra)
 
     def _folder(self, step: int) -> Path:
@@ -141,13 +141,14 @@ class PolicyBench:
 
         def source(lam: float, folder: Path, warm: Step) -> list[Pair]:
             params = self._params
-            pairs = pool_pairs(samples, pool_values(samples, lam, params.beta), lam, params.beta, params.seed + warm.step)
+            seed = params.seed + warm.step
+            pairs = pool_pairs(samples, pool_values(samples, lam, params.beta), lam, params.beta, seed)
             if prompts.empty:
                 return pairs
             fresh = samples_of(self._refresh(folder, warm, prompts), self._judges.tokenizer)
             known = dual.soft_value(samples.reward, samples.cost, lam, params.beta)[: len(prompts), None]
             value = known.repeat(params.refresh_samples, axis=1)
-            return pairs + pool_pairs(fresh, value, lam, params.beta, params.seed + warm.step)
+            return pairs + pool_pairs(fresh, value, lam, params.beta, seed)
 
         return source
 
@@ -155,5 +156,5 @@ class PolicyBench:
         path = folder / "refresh.parquet"
         if not path.is_file():
             seed = self._params.seed + 1000 * (warm.step + 1)
-            write_parquet(path, self._roll_out(warm.policy, prompts, self._params.refresh_samples, seed), POOL)
-        return read_table(path, POOL)
+            write_parquet(path, self._roll_out(warm.policy, prompts, self._params.refresh_samples, seed), ANSWERS)
+        return read_table(path, ANSWERS)

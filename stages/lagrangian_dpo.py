@@ -39,12 +39,13 @@ def main(run: Run[LagrangianDpoParams]) -> None:
         pairs = lagrangian_pairs(read_table(SCORED / "scored_pairs.parquet", SCORED_PAIRS), tokenizer, lam)
     policy = with_lora(policy, params.lora)
     scratch = run.scratch(SCORED, DUAL, REFERENCE)
-    job = Job(params.training, run.resources, scratch, params.seed)
+    training = params.training.model_copy(update={"learning_rate": spec.learning_rate})
+    job = Job(training, run.resources, scratch, params.seed)
     inner = Inner(params.beta, params.beta, spec.inner.labels, spec.inner.anchor, spec.inner.nll)
     metrics = train_pairwise(policy, tokenizer, pairs, inner, job)
     with replacing(OUT / run.item) as folder:
         save(policy, tokenizer, folder)
-    run.metrics({**metrics, "lam": lam, "inner": spec.inner.model_dump()})
+    run.metrics({**metrics, "lam": lam, "inner": spec.inner.model_dump(), "learning_rate": spec.learning_rate})
     finished(scratch)
 
 

@@ -80,7 +80,7 @@ def samples(count: int) -> Samples:
     rng = np.random.default_rng(1)
     answers = [[[x, i] for i in range(count)] for x in range(2)]
     logp, reward, cost = (rng.normal(size=(2, count)) for _ in range(3))
-    return Samples([[100], [200]], answers, logp, reward, cost)
+    return Samples([[100], [200]], answers, logp, logp, reward, cost)
 
 
 def test_pool_pairs_use_every_sample_once_with_its_label_and_anchor() -> None:
@@ -108,6 +108,18 @@ def test_the_anchor_of_a_sample_does_not_depend_on_its_own_score() -> None:
     assert (after[1] == before[1]).all()
     others = dual.soft_value(pool.reward[:, 1:], pool.cost[:, 1:], 1.0, 0.7)
     assert after[:, 0] == pytest.approx(others)
+
+
+def test_weights_correct_for_the_policy_that_drew_the_samples() -> None:
+    """n softmax(tilt / beta + log pi_ref - log pi): by hand on two samples, one drawn twice as often as by pi_ref."""
+    logp_ref = np.log([[0.25, 0.25], [0.25, 0.25]])
+    drawn = np.log([[0.5, 0.25], [0.25, 0.25]])
+    zero = np.zeros((2, 2))
+    samples = Samples([[100], [200]], [[[1], [2]], [[3], [4]]], drawn, logp_ref, zero, zero)
+    first, second = pool_pairs(samples, zero, 1.0, 0.7, seed=0)
+    by_answer = dict(zip(((first.first[0]), (first.second[0])), first.weights or (), strict=True))
+    assert by_answer == {1: pytest.approx(2 / 3), 2: pytest.approx(4 / 3)}
+    assert second.weights == pytest.approx((1.0, 1.0))
 
 
 def test_pairs_depend_on_the_seed_and_an_odd_sample_is_left_out() -> None:
