@@ -310,7 +310,8 @@ class PairwiseTrainer(DPOTrainer):
     """DPO with reference columns, soft labels, anchors and NLL; see `dualign.losses`.
 
     Reads the columns ref_chosen_logps, ref_rejected_logps (required), label (default 1), anchor_chosen,
-    anchor_rejected (default none), beside TRL's own.
+    anchor_rejected (default none), weight_chosen, weight_rejected (of the likelihood term,
+    default label and 1 - label), beside TRL's own.
     """
 
     _signature_columns: list[str]
@@ -349,7 +350,9 @@ class PairwiseTrainer(DPOTrainer):
         if self.args.anchor_weight > 0:
             loss = loss + self.args.anchor_weight * self._anchor(inputs, ratio_first, ratio_second)
         if self.args.nll_weight > 0:
-            weights = torch.cat([inputs["weight_chosen"], inputs["weight_rejected"]]).to(logps.dtype)
+            given = "weight_chosen" in inputs
+            weight = (inputs["weight_chosen"], inputs["weight_rejected"]) if given else (label, 1 - label)
+            weights = torch.cat(weight).to(logps.dtype)
             loss = loss + self.args.nll_weight * losses.weighted_nll(logps, weights).mean()
         self._record(logit, label, ratio_first, ratio_second)
         return (loss, outputs) if return_outputs else loss
