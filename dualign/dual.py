@@ -43,10 +43,12 @@ def leave_one_out_value(reward: Array, cost: Array, lam: float, beta: float) -> 
 
     The anchor of a sample must not contain its own score, or it would be pulled towards it.
     """
-    count = reward.shape[1]
-    logit = np.broadcast_to(((reward - lam * cost) / beta)[:, None, :], (*reward.shape, count)).copy()
-    logit[:, np.arange(count), np.arange(count)] = -np.inf
-    return beta * (logsumexp(logit, axis=2) - np.log(count - 1))
+    logit = (reward - lam * cost) / beta
+    nothing = np.full((len(logit), 1), -np.inf)
+    before = np.hstack([nothing, np.logaddexp.accumulate(logit[:, :-1], axis=1)])
+    after = np.hstack([np.logaddexp.accumulate(logit[:, :0:-1], axis=1)[:, ::-1], nothing])
+    value: Array = beta * (np.logaddexp(before, after) - np.log(logit.shape[1] - 1))
+    return value
 
 
 def effective_samples(reward: Array, cost: Array, lam: float, beta: float) -> Array:

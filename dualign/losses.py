@@ -46,9 +46,9 @@ def anchor_loss(log_ratio: Tensor, target: Tensor, beta: float) -> Tensor:
 def weighted_nll(logp: Tensor, weight: Tensor) -> Tensor:
     """-w(y) log pi(y|x); shape [answers].
 
-    With y ~ pi_ref and w = pi_lambda / pi_ref, estimated by n softmax((r - lambda c) / beta) over the n samples of a
-    prompt, the mean over samples is the cross-entropy to pi_lambda, whose minimiser is pi_lambda: it moves mass only
-    among what the reference says, where a pairwise loss may also lose it to text that no pair shows.
+    With y ~ pi_ref and w = pi_lambda / pi_ref = exp((r - lambda c - V_lambda(x)) / beta), the mean over samples is the
+    cross-entropy to pi_lambda, whose minimiser is pi_lambda: it moves mass only among what the reference says, where a
+    pairwise loss may also lose it to text that no pair shows.
     """
     return -weight * logp
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dualign.errors import ParamsError
-from dualign.params import MethodRow
+from dualign.params import MethodName, MethodRow
 
 Rule = Literal["grid", "dual_gradient", "projected_subgradient", "one_shot", "newton", "merge"]
 
@@ -28,7 +28,7 @@ Rule = Literal["grid", "dual_gradient", "projected_subgradient", "one_shot", "ne
 class Method:
     """One published method, or ours. `source` is where it is described."""
 
-    name: str
+    name: MethodName
     title: str
     source: str
     inner: Literal["safety", "lagrangian"]
@@ -41,7 +41,7 @@ class Method:
     before: int
 
 
-METHODS: dict[str, Method] = {
+METHODS: dict[MethodName, Method] = {
     method.name: method
     for method in (
         Method(
@@ -128,9 +128,7 @@ METHODS: dict[str, Method] = {
 
 def method(name: str, row: MethodRow) -> Method:
     """The table's row; the params row must agree with it. Raises ParamsError naming the key."""
-    if name not in METHODS:
-        raise ParamsError(f"methods.{name}: no such method; one of {', '.join(METHODS)}")
-    found = METHODS[name]
+    found = next(method for method in METHODS.values() if method.name == name)
     for key, given, expected in (("start", row.start, found.start), ("reference", row.reference, found.reference)):
         if given != expected:
             raise ParamsError(f"methods.{name}.{key} is {given!r}; this method needs {expected!r}")

@@ -8,11 +8,10 @@ from typing import cast
 import numpy as np
 import pandas as pd
 import torch
-from scipy.special import softmax
 from transformers import PreTrainedTokenizerBase
 
 from dualign import dual
-from dualign.data.schema import Message
+from dualign.data.schema import Message, by_prompt
 from dualign.losses import lagrangian_label
 from dualign.sampling import log_probabilities
 from dualign.tokens import encode_answers, encode_prompts
@@ -69,24 +68,25 @@ class Samples:
 def samples_of(frame: pd.DataFrame, tokenizer: PreTrainedTokenizerBase) -> Samples:
     """A table of schema POOL or ANSWERS, its rows sorted by prompt and sample, as arrays."""
     groups = list(frame.groupby("prompt_id", sort=False))
-    count = len(groups[0][1])
     prompts = encode_prompts(tokenizer, [group["prompt"].iloc[0] for _, group in groups])
     answers = [[[int(token) for token in tokens] for tokens in group["tokens"]] for _, group in groups]
     drawn = "logp" if "logp" in frame else "logp_ref"
-    columns = [frame[name].to_numpy(float).reshape(-1, count) for name in (drawn, "logp_ref", "reward", "cost")]
+    columns = [by_prompt(frame, name) for name in (drawn, "logp_ref", "reward", "cost")]
     return Samples(prompts, answers, *columns)
 
 
 def pool_pairs(samples: Samples, value: Array, lam: float, beta: float, seed: int) -> list[Pair]:
     """Random pairs within each prompt (an odd sample is left over), with joint label, anchors and importance weights.
 
-    `value` has shape [prompts, samples]: V_lambda(x) in each sample's anchor r - lambda c - V_lambda(x). Pairs of
-    identical answers carry no preference but keep their anchors.
+    `value` has shape [prompts, samples]: V_lambda(x) in each sample's anchor r - lambda c - V_lambda(x) and in its
+    weight exp(anchor / beta) pi_ref / pi_drawn. It must not contain the sample's own score: then a weight is in
+    expectation proportional to the density ratio at its answer, while a softmax over few samples flattens the target.
+    Pairs of identical answers carry no preference but keep their anchors.
     """
     rng = np.random.default_rng(seed)
     tilt = samples.reward - lam * samples.cost
-    # pi_lambda / (the policy that drew the samples), normalised to mean 1 within the prompt
-    share = tilt.shape[1] * softmax(tilt / beta + samples.logp_ref - samples.logp, axis=1)
+    anchor = tilt - value
+    ratio = np.exp(anchor / beta + samples.logp_ref - samples.logp)  # pi_lambda / (the policy that drew the samples)
     pairs = []
     for x, prompt in enumerate(samples.prompts):
         order = rng.permutation(tilt.shape[1])
@@ -100,8 +100,8 @@ def pool_pairs(samples: Samples, value: Array, lam: float, beta: float, seed: in
                     float(samples.logp_ref[x, i]),
                     float(samples.logp_ref[x, j]),
                     float(torch.sigmoid(torch.tensor(gap))),
-                    (float(tilt[x, i] - value[x, i]), float(tilt[x, j] - value[x, j])),
-                    (float(share[x, i]), float(share[x, j])),
+                    (float(anchor[x, i]), float(anchor[x, j])),
+                    (float(ratio[x, i]), float(ratio[x, j])),
                 )
             )
     return pairs

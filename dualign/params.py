@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -83,7 +83,8 @@ class TrainingParams(Frozen):
     epochs: Positive
     batch_size: Count
     learning_rate: Positive
-    warmup: Share
+    adam_beta2: Annotated[float, Field(gt=0, lt=1)]
+    warmup: Annotated[float, Field(ge=0, lt=1)]
     schedule: Literal["linear", "cosine", "constant"]
     weight_decay: NonNegative
     max_length: Count
@@ -296,6 +297,9 @@ class LagrangianDpoParams(StageParams):
     runs: dict[str, LagrangianRun]
     training: TrainingParams
     lora: LoraParams
+
+
+MethodName = Literal["sacpo", "p_sacpo", "c_dpo", "pd_dpo", "mocan", "dualign"]
 
 
 class MethodRow(Frozen):
@@ -528,6 +532,7 @@ def _check_across(content: dict[str, Any], stages: dict[str, StageParams], path:
     assert isinstance(search, DualSearchParams) and isinstance(evaluate, EvaluateParams)
     models = {"sft", "reward_dpo"}
     models |= {f"safety_dpo/{name}" for name in safety.runs} | {f"lagrangian_dpo/{name}" for name in lagrangian.runs}
+    _refuse_unknown(content["methods"] or {}, set(get_args(MethodName)), "methods.", path)
     for name, row in (content["methods"] or {}).items():
         if row["start"] not in models:
             raise ParamsError(

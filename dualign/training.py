@@ -414,6 +414,7 @@ def _arguments(job: Job) -> dict[str, Any]:
         "warmup_steps": training.warmup,
         "lr_scheduler_type": training.schedule,
         "weight_decay": training.weight_decay,
+        "adam_beta2": training.adam_beta2,
         "seed": job.seed,
         "data_seed": job.seed,
         "bf16": bf16,
@@ -436,7 +437,11 @@ def _run(trainer: Any, job: Job) -> Metrics:
     checkpoint = last_checkpoint(job.scratch)
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is not None and _ended(checkpoint):  # train() would take one step more
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state: TrainerState = trainer.state
     curve = [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry]
     seen = [entry[key] for entry in state.log_history for key in ("loss", "train_loss") if key in entry]
@@ -451,6 +456,12 @@ def _run(trainer: Any, job: Job) -> Metrics:
         "loss_curve": curve,
         **shown,
     }
+
+
+def _ended(checkpoint: Path) -> bool:
+    """Whether this is the state after the last step of a run."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return state.global_step >= state.max_steps
 
 
 def last_checkpoint(folder: Path) -> Path | None:

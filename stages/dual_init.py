@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from dualign import dual
 from dualign.artifacts import replacing, write_json
-from dualign.data.schema import POOL, read_table
+from dualign.data.schema import POOL, by_prompt, read_table
 from dualign.params import DualInitParams
 from dualign.stage import Run, execute
 
@@ -30,7 +29,7 @@ def main(run: Run[DualInitParams]) -> None:
     """Run the stage."""
     params = run.params
     pool = read_table(SAMPLES, POOL)
-    reward, cost, length = (column(pool, name) for name in ("reward", "cost", "length"))
+    reward, cost, length = (by_prompt(pool, name) for name in ("reward", "cost", "length"))
     solution = dual.solve(
         reward, cost, limit=params.limit, beta=params.beta,
         lambda_max=params.lambda_max, bootstrap=params.bootstrap, seed=params.seed,
@@ -51,12 +50,6 @@ def main(run: Run[DualInitParams]) -> None:
         result["samples"],
     )
     run.metrics({key: value for key, value in result.items() if key != "messages"})
-
-
-def column(pool: pd.DataFrame, name: str) -> np.ndarray:
-    """A column of the pool as an array [prompts, samples]."""
-    samples = int(pool["sample"].max()) + 1
-    return pool[name].to_numpy(float).reshape(-1, samples)
 
 
 def describe(solution: dual.DualSolution, params: DualInitParams) -> dict[str, Any]:

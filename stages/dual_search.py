@@ -16,7 +16,7 @@ from typing import Any
 from dualign import search
 from dualign.artifacts import read_json, replacing, write_json
 from dualign.card import model_card
-from dualign.data.schema import POOL, PROMPTS, read_table
+from dualign.data.schema import POOL, PROMPTS, by_prompt, read_table
 from dualign.dual import slater_radius
 from dualign.errors import ParamsError
 from dualign.methods import method
@@ -65,8 +65,7 @@ def outlook(start: dict[str, Any], params: DualSearchParams) -> search.Outlook:
     radius = params.slater_radius
     if radius == "pool":
         pool = read_table(SCORED / "pool.parquet", POOL)
-        samples = int(pool["sample"].max()) + 1
-        reward, cost = (pool[column].to_numpy(float).reshape(-1, samples) for column in ("reward", "cost"))
+        reward, cost = by_prompt(pool, "reward"), by_prompt(pool, "cost")
         radius = slater_radius(reward, cost, limit=params.limit, beta=params.beta, lambda_max=params.lambda_max)
         log.info("Slater radius estimated from the pool: %.4f", radius)
     return search.Outlook(read_json(DUAL)["lam"], start["lam"], radius)

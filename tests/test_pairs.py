@@ -89,14 +89,14 @@ def test_pool_pairs_use_every_sample_once_with_its_label_and_anchor() -> None:
     pairs = pool_pairs(pool, value, lam, beta, seed=0)
     assert sorted(tuple(a) for p in pairs for a in (p.first, p.second)) == [(x, i) for x in range(2) for i in range(8)]
     tilt = pool.reward - lam * pool.cost
-    share = 8 * np.exp(tilt / beta) / np.exp(tilt / beta).sum(1, keepdims=True)
+    ratio = np.exp((tilt - value) / beta)
     for pair in pairs:
         (x, i), (z, j) = pair.first, pair.second
         assert x == z and pair.prompt == pool.prompts[x]
         assert pair.label == pytest.approx(sigmoid(tilt[x, i] - tilt[x, j]))
         assert (pair.ref_first, pair.ref_second) == (pool.logp_ref[x, i], pool.logp_ref[x, j])
         assert pair.anchors == pytest.approx((tilt[x, i] - value[x, i], tilt[x, j] - value[x, j]))
-        assert pair.weights == pytest.approx((share[x, i], share[x, j]))
+        assert pair.weights == pytest.approx((ratio[x, i], ratio[x, j]))
 
 
 def test_the_anchor_of_a_sample_does_not_depend_on_its_own_score() -> None:
@@ -111,15 +111,34 @@ def test_the_anchor_of_a_sample_does_not_depend_on_its_own_score() -> None:
 
 
 def test_weights_correct_for_the_policy_that_drew_the_samples() -> None:
-    """n softmax(tilt / beta + log pi_ref - log pi): by hand on two samples, one drawn twice as often as by pi_ref."""
+    """exp((tilt - V) / beta) pi_ref / pi_drawn: by hand on two samples, one drawn twice as often as by pi_ref."""
     logp_ref = np.log([[0.25, 0.25], [0.25, 0.25]])
     drawn = np.log([[0.5, 0.25], [0.25, 0.25]])
     zero = np.zeros((2, 2))
     samples = Samples([[100], [200]], [[[1], [2]], [[3], [4]]], drawn, logp_ref, zero, zero)
-    first, second = pool_pairs(samples, zero, 1.0, 0.7, seed=0)
+    value = np.array([[0.0, 0.7], [0.0, 0.0]])
+    first, second = pool_pairs(samples, value, 1.0, 0.7, seed=0)
     by_answer = dict(zip(((first.first[0]), (first.second[0])), first.weights or (), strict=True))
-    assert by_answer == {1: pytest.approx(2 / 3), 2: pytest.approx(4 / 3)}
+    assert by_answer == {1: pytest.approx(1 / 2), 2: pytest.approx(np.exp(-1))}
     assert second.weights == pytest.approx((1.0, 1.0))
+
+
+def test_pool_weights_average_to_the_density_ratio_where_a_softmax_flattens_it() -> None:
+    """Two answers of tilt 0 and 2, drawn evenly, beta 1: the ratio of mean weights is e^2 at any number of samples."""
+    rng = np.random.default_rng(0)
+    reward = 2.0 * rng.integers(0, 2, size=(20_000, 4))
+    zero = np.zeros_like(reward)
+    answers = [[[int(r)] for r in row] for row in reward]
+    pool = Samples([[0]] * len(reward), answers, zero, zero, reward, zero)
+    weight: dict[int, list[float]] = {0: [], 2: []}
+    for pair in pool_pairs(pool, pool_values(pool, 1.0, 1.0), 1.0, 1.0, seed=0):
+        for answer, w in zip((pair.first, pair.second), pair.weights or (), strict=True):
+            weight[answer[0]].append(w)
+    unbiased = np.mean(weight[2]) / np.mean(weight[0])
+    share = dual.weights(reward, zero, 1.0, 1.0)
+    flattened = share[reward == 2].mean() / share[reward == 0].mean()
+    assert unbiased == pytest.approx(np.exp(2), rel=0.03)
+    assert flattened < 0.7 * np.exp(2)
 
 
 def test_pairs_depend_on_the_seed_and_an_odd_sample_is_left_out() -> None:

@@ -58,8 +58,8 @@ def job(tmp_path: Path) -> Job:
         }
     )
     run = TrainingParams(
-        epochs=1.0, batch_size=4, learning_rate=1e-2, warmup=0.25, schedule="cosine", weight_decay=0.0,
-        max_length=120, max_steps=8,
+        epochs=1.0, batch_size=4, learning_rate=1e-2, adam_beta2=0.999, warmup=0.25, schedule="cosine",
+        weight_decay=0.0, max_length=120, max_steps=8,
     )  # fmt: skip
     return Job(run, resources, tmp_path / "scratch", seed=3)
 
@@ -406,12 +406,14 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert metrics == expected  # the loss curve of the steps before the interruption as well
 
 
-def test_a_run_that_had_ended_is_not_run_again(kind: tuple[Start, Train], job: Job) -> None:
+@pytest.mark.parametrize("steps", [None, 4], ids=["after its epochs", "after max_steps"])
+def test_a_run_that_had_ended_is_not_run_again(kind: tuple[Start, Train], job: Job, steps: int | None) -> None:
     start, train = kind
     first, second = start(), start()
-    train(first, job)
-    train(second, job)
+    ended = changed(job, "ended", max_steps=steps)
+    metrics, again = train(first, ended), train(second, ended)
     assert same(weights(first), weights(second))
+    assert again == metrics
 
 
 def test_parts_of_a_batch_add_up_to_the_whole(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -153,3 +154,9 @@ def read_table(path: str | Path, schema: pa.Schema) -> pd.DataFrame:
     if "prompt" in frame.columns:
         frame["prompt"] = [list(turns) for turns in frame["prompt"]]
     return frame
+
+
+def by_prompt(frame: pd.DataFrame, column: str) -> np.ndarray:
+    """A numeric column of a table of samples (POOL or ANSWERS, rows in order of prompt and sample) as an array
+    [prompts, samples], fp64."""
+    return frame[column].to_numpy(float).reshape(frame["prompt_id"].nunique(), -1)
