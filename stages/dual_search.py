@@ -44,7 +44,7 @@ def main(run: Run[DualSearchParams]) -> None:
     prompts = read_table(PROMPT_SET, PROMPTS).head(params.prompts)
     start = read_json(METRICS / f"{row.start}.json")
     inner = InnerParams(**start["inner"]) if row.inner == "lagrangian" else None
-    if inner is not None:
+    if inner is not None and not row.warm:  # from the reference again: as its start was trained
         update = {"learning_rate": start["learning_rate"]}
         params = params.model_copy(update={"training": params.training.model_copy(update=update)})
     bench = PolicyBench(row, params, run.resources, inner, prompts, scratch)
