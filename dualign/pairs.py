@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dualign import dual
 from dualign.data.schema import Message, by_prompt
 from dualign.losses import lagrangian_label
+from dualign.params import TrainingParams
 from dualign.sampling import log_probabilities
 from dualign.tokens import encode_answers, encode_prompts
 from dualign.training import Pair
@@ -33,6 +34,15 @@ def preference_pairs(
             prompts, chosen, rejected, logps[:half], logps[half:], strict=True
         )
     ]
+
+
+def visited(frame: pd.DataFrame, training: TrainingParams, seed: int) -> pd.DataFrame:
+    """The rows that a run reaches: with `max_steps` a random draw of at most that many batches, otherwise all.
+
+    Reference columns of rows that no step will see are not worth computing.
+    """
+    rows = len(frame) if training.max_steps is None else training.max_steps * training.batch_size
+    return frame if rows >= len(frame) else frame.sample(rows, random_state=seed).sort_index()
 
 
 def lagrangian_pairs(frame: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, lam: float) -> list[Pair]:

@@ -14,7 +14,7 @@ from dualign.data.schema import ANSWERS, POOL, SAFETY_PAIRS, SCORED_PAIRS, read_
 from dualign.merge import merge
 from dualign.methods import Method
 from dualign.models import load_policy, save, with_lora
-from dualign.pairs import lagrangian_pairs, pool_pairs, pool_values, preference_pairs, samples_of
+from dualign.pairs import lagrangian_pairs, pool_pairs, pool_values, preference_pairs, samples_of, visited
 from dualign.params import DualSearchParams, InnerParams, Resources
 from dualign.rollout import Judges, measure, roll_out
 from dualign.search import Step
@@ -119,7 +119,8 @@ class PolicyBench:
         def source(lam: float, folder: Path, warm: Step) -> list[Pair]:
             if not pairs:
                 reference = load_policy(self._inputs.models / self._method.reference, self._resources)
-                train, batch = frame[frame["split"] == "train"], self._resources.scoring_batch_size
+                train = visited(frame[frame["split"] == "train"], self._params.training, self._params.seed)
+                batch = self._resources.scoring_batch_size
                 pairs.extend(preference_pairs(train, reference, self._judges.tokenizer, batch))
             return pairs
 

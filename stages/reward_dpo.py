@@ -10,7 +10,7 @@ from pathlib import Path
 from dualign.artifacts import replacing
 from dualign.data.schema import HELPFUL_PAIRS, read_table
 from dualign.models import load_policy, load_tokenizer, save, with_lora
-from dualign.pairs import preference_pairs
+from dualign.pairs import preference_pairs, visited
 from dualign.params import RewardDpoParams
 from dualign.stage import Run, execute, finished
 from dualign.training import Inner, Job, train_pairwise
@@ -25,7 +25,8 @@ def main(run: Run[RewardDpoParams]) -> None:
     params = run.params
     frame = read_table(PAIRS, HELPFUL_PAIRS)
     tokenizer, policy = load_tokenizer(REFERENCE), load_policy(REFERENCE, run.resources)
-    pairs = preference_pairs(frame[frame["split"] == "train"], policy, tokenizer, run.resources.scoring_batch_size)
+    train = visited(frame[frame["split"] == "train"], params.training, params.seed)
+    pairs = preference_pairs(train, policy, tokenizer, run.resources.scoring_batch_size)
     policy = with_lora(policy, params.lora)
     scratch = run.scratch(PAIRS, REFERENCE)
     job = Job(params.training, run.resources, scratch, params.seed)

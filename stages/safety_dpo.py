@@ -14,7 +14,7 @@ from dualign.artifacts import read_json, replacing
 from dualign.data.schema import SAFETY_PAIRS, read_table
 from dualign.errors import ParamsError
 from dualign.models import load_policy, load_tokenizer, save, with_lora
-from dualign.pairs import preference_pairs
+from dualign.pairs import preference_pairs, visited
 from dualign.params import SafetyDpoParams
 from dualign.stage import Run, execute, finished
 from dualign.training import Inner, Job, train_pairwise
@@ -34,7 +34,8 @@ def main(run: Run[SafetyDpoParams]) -> None:
     reference = Path("models") / spec.reference
     frame = read_table(PAIRS, SAFETY_PAIRS)
     tokenizer, policy = load_tokenizer("models/sft"), load_policy(reference, run.resources)
-    pairs = preference_pairs(frame[frame["split"] == "train"], policy, tokenizer, run.resources.scoring_batch_size)
+    train = visited(frame[frame["split"] == "train"], params.training, params.seed)
+    pairs = preference_pairs(train, policy, tokenizer, run.resources.scoring_batch_size)
     policy = with_lora(policy, params.lora)
     scratch = run.scratch(PAIRS, reference, DUAL)
     job = Job(params.training, run.resources, scratch, params.seed)

@@ -13,8 +13,8 @@ from dualign import dual
 from dualign.data import world
 from dualign.data.schema import user
 from dualign.models import build_scratch, train_tokenizer
-from dualign.pairs import Samples, lagrangian_pairs, pool_pairs, pool_values, preference_pairs, samples_of
-from dualign.params import ScratchParams
+from dualign.pairs import Samples, lagrangian_pairs, pool_pairs, pool_values, preference_pairs, samples_of, visited
+from dualign.params import ScratchParams, TrainingParams
 from dualign.sampling import log_probabilities
 from dualign.tokens import encode_answers, encode_prompts
 
@@ -147,6 +147,19 @@ def test_pairs_depend_on_the_seed_and_an_odd_sample_is_left_out() -> None:
     one, same, other = (pool_pairs(pool, value, 1.0, 0.7, seed) for seed in (1, 1, 2))
     assert one == same != other
     assert len(one) == 6
+
+
+def test_a_run_is_given_the_rows_that_it_reaches() -> None:
+    frame = pd.DataFrame({"row": range(100)})
+    training = TrainingParams(
+        epochs=1.0, batch_size=8, learning_rate=1e-3, adam_beta2=0.99, warmup=0.1, schedule="cosine",
+        weight_decay=0.0, max_length=10, max_steps=5,
+    )  # fmt: skip
+    some = visited(frame, training, seed=0)["row"].tolist()
+    assert len(set(some)) == 40 and some == sorted(some) and max(some) > 50
+    assert some == visited(frame, training, seed=0)["row"].tolist() != visited(frame, training, seed=1)["row"].tolist()
+    for steps in (None, 13):
+        assert visited(frame, training.model_copy(update={"max_steps": steps}), seed=0) is frame
 
 
 def test_a_pool_table_becomes_arrays_in_its_own_order(tokenizer: PreTrainedTokenizerBase) -> None:
