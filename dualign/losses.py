@@ -59,3 +59,95 @@ def sign_loss(cost: Tensor, unsafe: Tensor) -> Tensor:
     `unsafe` is boolean. Gives the cost model its zero: c > 0 means unsafe.
     """
     return -logsigmoid(torch.where(unsafe, cost, -cost))
+
+
+# --- the losses of other papers, and regressions that need no Bradley-Terry model -------------------------------------
+
+
+def squared_difference_loss(logit: Tensor, reward_gap: Tensor, cost_gap: Tensor, lam: float) -> Tensor:
+    """(beta Delta h - Delta r + lambda Delta c)^2, with logit = beta Delta h; in squared units of reward.
+
+    REBEL's regression (2404.16767) on r - lambda c. The minimiser is pi_lambda for any distribution of pairs; it
+    stays finite where scores far apart make Bradley-Terry labels all but certain.
+    """
+    return (logit - reward_gap + lam * cost_gap) ** 2
+
+
+def huber_difference_loss(
+    logit: Tensor, reward_gap: Tensor, cost_gap: Tensor, lam: float, threshold: float = 1.0
+) -> Tensor:
+    """The squared difference up to `threshold` (units of reward), straight beyond it: e^2 or t (2 |e| - t).
+
+    Same minimiser where the scores are exact; a pair with a wild score pulls with bounded force (Huber, 1964).
+    """
+    error = (logit - reward_gap + lam * cost_gap).abs()
+    return torch.where(error <= threshold, error**2, threshold * (2 * error - threshold))
+
+
+def ipo_loss(log_ratio_gap: Tensor, probability: Tensor, tau: float) -> Tensor:
+    """p (Delta h - 1 / (2 tau))^2 + (1 - p) (Delta h + 1 / (2 tau))^2, IPO (2310.12036, eq. 17).
+
+    p is the probability that w is preferred (1 in a data set of winners and losers). Over all pairs of answers drawn
+    from mu the minimiser is h(y) = P(y preferred to mu) / tau + const(x): it tilts by the win rate, not by the reward,
+    so its steps add up in win rates and not to the Lagrangian r - lambda c.
+    """
+    margin = 1 / (2 * tau)
+    return probability * (log_ratio_gap - margin) ** 2 + (1 - probability) * (log_ratio_gap + margin) ** 2
+
+
+def kto_loss(
+    log_ratio: Tensor,
+    desirable: Tensor,
+    reference_point: Tensor,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """w_D (1 - sigma(beta (h - z))) if desirable, else w_U (1 - sigma(beta (z - h))); KTO (2402.01306); [answers].
+
+    `desirable` is boolean. z = max(0, KL(pi || reference)) in nats is the reference point, a constant: no gradient
+    flows through it. With P(desirable | y) = s the expectation is linear in sigma(beta (h - z)): no Bradley-Terry fit,
+    and an answer with w_D s < w_U (1 - s) loses all its mass, however close the vote.
+    """
+    scaled = beta * (log_ratio - reference_point.detach())
+    return torch.where(desirable, desirable_weight * torch.sigmoid(-scaled), undesirable_weight * torch.sigmoid(scaled))
+
+
+def safe_dpo_direction(unsafe_w: Tensor, unsafe_l: Tensor) -> Tensor:
+    """SafeDPO's transform T of a preferred and a rejected answer (2505.20065): +1 keep, -1 swap, 0 drop; [pairs].
+
+    Keep where the preferred answer is safe, swap where only the rejected one is, drop where both are unsafe.
+    The arguments are boolean.
+    """
+    return torch.where(unsafe_w, torch.where(unsafe_l, 0, -1), 1)
+
+
+def safe_dpo_loss(logit: Tensor, unsafe_w: Tensor, unsafe_l: Tensor, offset: float) -> Tensor:
+    """-log sigma(beta Delta h - (u_l - u_w) Delta) on transformed pairs, u = 1 if unsafe; SafeDPO (2505.20065).
+
+    `logit` = beta Delta h of the pair as it was labelled, w preferred; dropped pairs have loss 0. The minimiser is
+    pi_ref exp(r / beta) restricted to safe answers, whatever the offset Delta (proposition 4.4).
+    """
+    direction = safe_dpo_direction(unsafe_w, unsafe_l)
+    # After the transform the preferred answer is safe, so u_l - u_w is 1 where exactly one answer is unsafe.
+    mixed = (unsafe_w ^ unsafe_l).to(logit.dtype)
+    return -direction.abs() * logsigmoid(direction * logit - offset * mixed)
+
+
+def modpo_logit(log_ratio_gap: Tensor, margin_gap: Tensor, beta: float, weight: float) -> Tensor:
+    """(beta Delta h - (1 - w) Delta m) / w, the logit of MODPO (2310.03708) for two objectives.
+
+    The pairs rank objective 0, whose weight is w; m is the margin reward of the other one, in units of reward. On
+    safety pairs with w = lambda / (1 + lambda), beta / (1 + lambda) for beta and m = beta log(pi_r / pi_ref) it equals
+    SACPO's second step and PD-DPO's phase 2 at every policy.
+    """
+    return (beta * log_ratio_gap - (1 - weight) * margin_gap) / weight
+
+
+def folded_reference(ref: Tensor, score: Tensor, beta: float) -> Tensor:
+    """log pi_ref + s / beta: a reference column that carries a score; [answers], s in units of reward.
+
+    A pairwise loss relative to it has its optimum tilted by s. With s = r step 2 needs no pi_r; with
+    s = b_r + lambda b_c, added to log pi_r, it is the optimistic phase 2 of O-PD-DPO (2510.05703, alg. 2).
+    """
+    return ref + score / beta

@@ -59,12 +59,12 @@ def pair_logit(policy: Tensor, reference: Tensor, scale: float) -> Tensor:
     return losses.pairwise_logit(first(policy), second(policy), first(reference), second(reference), scale)
 
 
-def minimiser(loss: Callable[[Tensor], Tensor]) -> Tensor:
+def minimiser(loss: Callable[[Tensor], Tensor], iterations: int = 5000) -> Tensor:
     """argmin over all tables of log-probabilities, whose level is free; rows need not sum to one."""
     table = torch.zeros(3, 5, dtype=torch.float64, requires_grad=True)
     search = torch.optim.LBFGS(
         [table],
-        max_iter=5000,
+        max_iter=iterations,
         tolerance_grad=1e-12,
         tolerance_change=1e-18,
         history_size=30,
@@ -261,3 +261,204 @@ def test_sacpo_pd_dpo_and_modpo_have_the_same_loss_at_every_policy(world: World)
         assert written.sum().item() * 2 == pytest.approx(ours.item(), rel=1e-12)
         seen.append(ours.item())
     assert len({round(value, 6) for value in seen}) == len(world.policies)
+
+
+# --- by hand: the losses of other papers ------------------------------------------------------------------------------
+
+
+def test_squared_difference_by_hand() -> None:
+    # (0.5 - 2 + 0.5 * 1)^2 = 1; an exact fit costs nothing
+    loss = losses.squared_difference_loss(tensor(0.5, 1.5), tensor(2, 2), tensor(1, 1), 0.5)
+    assert loss.tolist() == [1.0, 0.0]
+
+
+def test_huber_is_squared_near_zero_and_straight_beyond_the_threshold() -> None:
+    logit, zero = tensor(0.5, -2.0, 3.0).requires_grad_(), tensor(0, 0, 0)
+    loss = losses.huber_difference_loss(logit, zero, zero, 1.0, threshold=2.0)
+    assert loss.tolist() == [0.25, 4.0, 8.0]
+    loss.sum().backward()
+    assert logit.grad is not None and logit.grad.tolist() == [1.0, -4.0, 4.0]
+
+
+def test_ipo_by_hand() -> None:
+    # tau = 0.5 wants a gap of 1: (3 - 1)^2 if w is preferred for sure, half (3 - 1)^2 + half (3 + 1)^2 if nobody knows
+    assert losses.ipo_loss(tensor(3, 1, 3), tensor(1, 1, 0.5), 0.5).tolist() == [4.0, 0.0, 10.0]
+
+
+def test_kto_by_hand() -> None:
+    """The numbers of TRL's KTO: 1 - sigma(beta (h - z)) for desirable answers, 1 - sigma(beta (z - h)) for others."""
+    h, kind, point = tensor(3, 3, 1), torch.tensor([True, False, True]), torch.tensor(1.0, dtype=torch.float64)
+    loss = losses.kto_loss(h, kind, point, 0.5, desirable_weight=2.0, undesirable_weight=3.0)
+    sigma = 1 / (1 + math.exp(-1))
+    assert loss.tolist() == pytest.approx([2 * (1 - sigma), 3 * sigma, 1.0])
+
+
+def test_no_gradient_flows_through_ktos_reference_point() -> None:
+    h = tensor(0.3, -0.2).requires_grad_()
+    losses.kto_loss(h, torch.tensor([True, True]), h.mean(), 1.0).sum().backward()
+    slope = [-s * (1 - s) for s in torch.sigmoid(h.detach() - 0.05).tolist()]
+    assert h.grad is not None and h.grad.tolist() == pytest.approx(slope)
+
+
+def test_safe_dpo_keeps_swaps_and_drops() -> None:
+    unsafe_w, unsafe_l = torch.tensor([False, False, True, True]), torch.tensor([False, True, False, True])
+    assert losses.safe_dpo_direction(unsafe_w, unsafe_l).tolist() == [1, 1, -1, 0]
+    loss = losses.safe_dpo_loss(tensor(2, 2, 2, 2), unsafe_w, unsafe_l, 0.5)
+    expected = [math.log1p(math.exp(-x)) for x in (2, 1.5, -2.5)]  # safe pair: no offset; swapped: -2 - 0.5
+    assert loss.tolist() == pytest.approx([*expected, 0.0])
+
+
+def test_modpo_logit_by_hand() -> None:
+    # (0.5 * 4 - 0.75 * 2) / 0.25 = 2; with all the weight on its own objective it is DPO
+    assert losses.modpo_logit(tensor(4), tensor(2), 0.5, 0.25).item() == 2.0
+    assert losses.modpo_logit(tensor(4), tensor(2), 0.5, 1.0).item() == 2.0
+
+
+def test_folded_reference_by_hand() -> None:
+    assert losses.folded_reference(tensor(-3), tensor(1), 0.5).item() == -1.0
+
+
+# --- what their minimisers are ----------------------------------------------------------------------------------------
+
+
+def arbitrary_pairs() -> Tensor:
+    """A distribution of pairs that favours some answers; [prompts, answers, answers]."""
+    share = torch.rand(3, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 0.1
+    return share[:, :, None] * share[:, None, :]
+
+
+@pytest.mark.parametrize("regression", [losses.squared_difference_loss, losses.huber_difference_loss])
+def test_regression_on_score_differences_leads_to_the_tilted_policy(
+    world: World, regression: Callable[..., Tensor]
+) -> None:
+    """For any distribution of pairs, and where labels would all but saturate."""
+    reward, cost, pairs = gaps(5 * world.reward), gaps(5 * world.cost), arbitrary_pairs()
+    fitted = minimiser(lambda t: (pairs * regression(pair_logit(t, world.log_ref, BETA), reward, cost, LAM)).sum())
+    expected = world.tilt(world.log_ref, 5 * (world.reward - LAM * world.cost), BETA)
+    assert largest_gap(fitted, expected) < 1e-5
+
+
+def test_huber_bears_a_wild_score_better_than_squares_do(world: World) -> None:
+    wild = gaps(world.reward)
+    wild[0, 0, 1] += 100
+
+    def off(regression: Callable[..., Tensor]) -> float:
+        cost = gaps(world.cost)
+        fitted = minimiser(lambda t: regression(pair_logit(t, world.log_ref, BETA), wild, cost, LAM).sum())
+        return largest_gap(fitted, world.tilted)
+
+    assert off(losses.huber_difference_loss) < 0.5 * off(losses.squared_difference_loss)
+
+
+def test_ipo_tilts_by_the_win_rate_not_by_the_reward(world: World) -> None:
+    share = (0.3 * world.policies[0]).softmax(1)
+    prefer = torch.sigmoid(gaps(world.reward))
+    pairs = share[:, :, None] * share[:, None, :]
+    fitted = minimiser(lambda t: (pairs * losses.ipo_loss(pair_logit(t, world.log_ref, 1.0), prefer, BETA)).sum())
+    rate = (prefer * share[:, None, :]).sum(2)
+    assert largest_gap(fitted, world.tilt(world.log_ref, rate, BETA)) < 1e-5
+    assert largest_gap(fitted, world.helpful) > 0.05
+
+
+@pytest.mark.parametrize("probability", [0.45, 0.55])
+def test_kto_pushes_one_way_at_every_log_ratio_where_dpo_comes_to_rest(probability: float) -> None:
+    h = torch.linspace(-9, 9, 37, dtype=torch.float64, requires_grad=True)
+    yes, point = torch.ones(37, dtype=torch.bool), torch.zeros((), dtype=torch.float64)
+    marks = probability * losses.kto_loss(h, yes, point, 1.0) + (1 - probability) * losses.kto_loss(h, ~yes, point, 1.0)
+    (push,) = torch.autograd.grad(marks.sum(), h)
+    assert (push < 0).all() if probability > 0.5 else (push > 0).all()
+    (pull,) = torch.autograd.grad(losses.soft_label_loss(h, torch.full_like(h, probability)).sum(), h)
+    assert (pull < 0).any() and (pull > 0).any()
+
+
+def test_kto_empties_answers_that_the_majority_dislikes(world: World) -> None:
+    good = torch.sigmoid(world.reward - world.reward.mean(1, keepdim=True))
+    table = world.log_ref.clone().requires_grad_()
+    search = torch.optim.Adam([table], lr=0.05)
+    yes = torch.ones_like(good, dtype=torch.bool)
+    for _ in range(1000):
+        policy = table.log_softmax(1)
+        h = policy - world.log_ref
+        point = (policy.exp() * h).sum(1).mean().clamp(min=0)
+        loss = good * losses.kto_loss(h, yes, point, BETA) + (1 - good) * losses.kto_loss(h, ~yes, point, BETA)
+        search.zero_grad()
+        loss.sum().backward()
+        search.step()
+    mass = table.detach().softmax(1)
+    assert mass[good < 0.5].max() < 1e-3 < 0.02 < world.helpful.exp()[good < 0.5].max()
+    assert (mass[good > 0.5] > 5e-3).all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0])
+def test_safe_dpo_leads_to_the_helpful_policy_on_safe_answers_whatever_the_offset(world: World, offset: float) -> None:
+    unsafe = world.cost > world.cost.mean(1, keepdim=True)
+    prefer = torch.sigmoid(gaps(world.reward))
+    first, second = unsafe[:, :, None].expand_as(prefer), unsafe[:, None, :].expand_as(prefer)
+
+    def loss(t: Tensor) -> Tensor:
+        return (prefer * losses.safe_dpo_loss(pair_logit(t, world.log_ref, BETA), first, second, offset)).sum()
+
+    restricted = world.helpful.masked_fill(unsafe, -torch.inf).log_softmax(1)
+    assert largest_gap(minimiser(loss, iterations=300), restricted) < 1e-4  # the unsafe ones go on for ever
+
+
+def test_bonuses_in_the_reference_column_lead_to_the_optimistic_policy(world: World) -> None:
+    """O-PD-DPO: phase 2 from log pi_r + (b_r + lambda b_c) / beta tilts by r + b_r - lambda (c - b_c)."""
+    reward_bonus, cost_bonus = world.policies[0].exp(), world.policies[1].exp()
+    column = losses.folded_reference(world.helpful, reward_bonus + LAM * cost_bonus, BETA)
+    fitted = minimiser(lambda t: losses.soft_label_loss(pair_logit(t, column, BETA / LAM), safer(world)).sum())
+    optimistic = world.reward + reward_bonus - LAM * (world.cost - cost_bonus)
+    assert largest_gap(fitted, world.tilt(world.log_ref, optimistic, BETA)) < 1e-5
+    assert largest_gap(fitted, world.tilted) > 0.01
+
+
+def test_a_folded_reward_is_pi_r_to_every_pairwise_loss(world: World) -> None:
+    column = losses.folded_reference(world.log_ref, world.reward, BETA)
+    for policy in world.policies:
+        logit = pair_logit(policy, column, BETA / LAM)
+        assert torch.allclose(logit, pair_logit(policy, world.helpful, BETA / LAM), atol=1e-12)
+
+
+def test_modpos_logit_is_that_of_sacpos_second_step_at_every_policy(world: World) -> None:
+    weight, beta = LAM / (1 + LAM), BETA / (1 + LAM)
+    margin = gaps(BETA * (world.helpful - world.log_ref))
+    for policy in world.policies:
+        logit = losses.modpo_logit(pair_logit(policy, world.log_ref, 1.0), margin, beta, weight)
+        assert torch.allclose(logit, pair_logit(policy, world.helpful, BETA / LAM), atol=1e-12)
+        assert not torch.allclose(logit, pair_logit(policy, world.helpful, BETA), atol=1e-3)
+
+
+def test_both_orders_of_the_steps_end_at_one_policy(world: World) -> None:
+    """Each step fitted, not assumed: helpfulness then safety, and safety then helpfulness."""
+    helpful = torch.sigmoid(gaps(world.reward))
+
+    def fit(reference: Tensor, scale: float, labels: Tensor) -> Tensor:
+        return minimiser(lambda t: losses.soft_label_loss(pair_logit(t, reference, scale), labels).sum()).log_softmax(1)
+
+    one = fit(fit(world.log_ref, BETA, helpful), BETA / LAM, safer(world))
+    other = fit(fit(world.log_ref, BETA / LAM, safer(world)), BETA, helpful)
+    assert largest_gap(one, other) < 1e-5
+    # The same two numbers as coefficients of the steps in the other order are another problem.
+    wrong = fit(fit(world.log_ref, BETA, safer(world)), BETA / LAM, helpful)
+    assert largest_gap(wrong, one) > 0.02
+
+
+def test_every_stage_starts_at_logit_zero(world: World) -> None:
+    """From its own start each stage has logit 0, so its first loss is log 2 (DPO), 1 / (2 tau)^2 (IPO), 1 / 2 (KTO)."""
+    margin = gaps(BETA * (world.helpful - world.log_ref))
+    column = losses.folded_reference(world.log_ref, world.reward, BETA)
+    stages = {
+        "step 1": pair_logit(world.log_ref, world.log_ref, BETA),
+        "step 2": pair_logit(world.helpful, world.helpful, BETA / LAM),
+        "step 2, reward folded": pair_logit(world.helpful, column, BETA / LAM),
+        "MODPO": losses.modpo_logit(
+            pair_logit(world.helpful, world.log_ref, 1.0), margin, BETA / (1 + LAM), LAM / (1 + LAM)
+        ),
+    }
+    for name, logit in stages.items():
+        assert logit.abs().max() < 1e-12, name
+    # The control: step 2 measured against pi_ref, the mistake of a reference that was silently the base model.
+    assert pair_logit(world.helpful, world.log_ref, BETA / LAM).abs().max() > 0.1
+    zero = tensor(0.0)
+    assert losses.ipo_loss(zero, tensor(1), 0.25).item() == 4.0
+    assert losses.kto_loss(zero, torch.tensor([True]), zero[0], BETA).item() == 0.5

@@ -20,7 +20,7 @@ from dualign.params import check, read_yaml
 from pipeline.dag import load_dag
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("dualign", "stages", "pipeline")
+ROOMS = ("dualign", "stages", "pipeline", "bench")
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 PAGES = [
     path
@@ -50,8 +50,9 @@ def imports(path: Path) -> Iterator[str]:
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 FORBIDDEN = {
-    "dualign": {"stages", "pipeline", "dvc", "prefect"},
-    "stages": {"pipeline", "dvc", "prefect"},
+    "dualign": {"stages", "pipeline", "bench", "dvc", "prefect"},
+    "stages": {"pipeline", "bench", "dvc", "prefect"},
+    "bench": {"stages", "pipeline", "dvc", "prefect"},
     "pipeline": {"dualign", "stages", "torch", "transformers", "trl", "peft"},
 }
 

@@ -1,0 +1,1 @@
+"""Laboratories that measure the methods; each is a command: `python -m bench.NAME`."""
