@@ -80,28 +80,31 @@ def _folded(lab: Laboratory, lam: float) -> Tensor:
     return _safety_dpo(lab, losses.folded_reference(lab.reference, lab.seen_reward, lab.beta), lam)
 
 
+def _by_score(lab: Laboratory, score: Tensor, beta: float) -> Tensor:
+    """DPO on scored pairs, labelled by `score`."""
+    return lab.dpo(lab.wins(score, lab.scored_pairs), lab.reference, beta)
+
+
 def _c_dpo(lab: Laboratory, lam: float) -> Tensor:
-    return lab.dpo(lab.wins(lab.seen_reward - lam * lab.seen_cost, lab.scored_pairs), lab.reference, lab.beta)
+    return _by_score(lab, lab.seen_reward - lam * lab.seen_cost, lab.beta)
 
 
 def _c_dpo_normalised(lab: Laboratory, lam: float) -> Tensor:
-    score = (lab.seen_reward - lam * lab.seen_cost) / (1 + lam)
-    return lab.dpo(lab.wins(score, lab.scored_pairs), lab.reference, lab.beta)
+    return _by_score(lab, (lab.seen_reward - lam * lab.seen_cost) / (1 + lam), lab.beta)
 
 
 def _c_dpo_rescaled(lab: Laboratory, lam: float) -> Tensor:
-    score = (lab.seen_reward - lam * lab.seen_cost) / (1 + lam)
-    return lab.dpo(lab.wins(score, lab.scored_pairs), lab.reference, lab.beta / (1 + lam))
+    return _by_score(lab, (lab.seen_reward - lam * lab.seen_cost) / (1 + lam), lab.beta / (1 + lam))
 
 
 def _pecan_as_coded(lab: Laboratory, lam: float) -> Tensor:
     reward, cost = lab.implicit
-    return lab.dpo(lab.wins(reward - lam * cost, lab.scored_pairs), lab.reference, lab.beta)
+    return _by_score(lab, reward - lam * cost, lab.beta)
 
 
 def _pecan(lab: Laboratory, lam: float) -> Tensor:
     reward, cost = lab.implicit
-    return lab.dpo(lab.wins(lab.beta * (reward - lam * cost), lab.scored_pairs), lab.reference, lab.beta)
+    return _by_score(lab, lab.beta * (reward - lam * cost), lab.beta)
 
 
 def _safe_dpo(lab: Laboratory, lam: float) -> Tensor:

@@ -41,7 +41,7 @@ class Method:
     before: int
 
 
-METHODS: dict[MethodName, Method] = {
+METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method(
@@ -128,7 +128,9 @@ METHODS: dict[MethodName, Method] = {
 
 def method(name: str, row: MethodRow) -> Method:
     """The table's row; the params row must agree with it. Raises ParamsError naming the key."""
-    found = next(method for method in METHODS.values() if method.name == name)
+    if name not in METHODS:
+        raise ParamsError(f"methods.{name}: no such method; one of {', '.join(METHODS)}")
+    found = METHODS[name]
     for key, given, expected in (("start", row.start, found.start), ("reference", row.reference, found.reference)):
         if given != expected:
             raise ParamsError(f"methods.{name}.{key} is {given!r}; this method needs {expected!r}")

@@ -437,9 +437,10 @@ def _run(trainer: Any, job: Job) -> Metrics:
     checkpoint = last_checkpoint(job.scratch)
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)
-    if checkpoint is not None and _ended(checkpoint):  # train() would take one step more
+    saved = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
+    if saved is not None and saved.global_step >= saved.max_steps:  # it had ended; train() would take one step more
         trainer._load_from_checkpoint(str(checkpoint))
-        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        trainer.state = saved
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state: TrainerState = trainer.state
@@ -456,12 +457,6 @@ def _run(trainer: Any, job: Job) -> Metrics:
         "loss_curve": curve,
         **shown,
     }
-
-
-def _ended(checkpoint: Path) -> bool:
-    """Whether this is the state after the last step of a run."""
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    return state.global_step >= state.max_steps
 
 
 def last_checkpoint(folder: Path) -> Path | None:

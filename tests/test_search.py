@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from dualign import search
 from dualign.artifacts import read_json
-from dualign.errors import DualignError
-from dualign.methods import METHODS, Method
-from dualign.params import DualSearchParams, load
+from dualign.errors import DualignError, ParamsError
+from dualign.methods import METHODS, Method, method
+from dualign.params import DualSearchParams, MethodName, MethodRow, load
 from dualign.search import Outlook, Step
 from dualign.stats import Measurement
 
@@ -380,3 +380,9 @@ def test_steps_on_disk_are_what_was_returned(bench: Curve, params: DualSearchPar
     steps, _ = go("dual_gradient", bench, params, tmp_path / "s")
     rows: list[dict[str, Any]] = read_json(tmp_path / "s" / "steps.json")
     assert [(row["lam"], row["measured"]["cost"]) for row in rows] == [(s.lam, s.measured.cost) for s in steps]
+
+
+def test_the_params_know_the_methods_of_the_table_and_no_other() -> None:
+    assert set(get_args(MethodName)) == set(METHODS)
+    with pytest.raises(ParamsError, match=r"methods\.sacbo: no such method; one of sacpo"):
+        method("sacbo", MethodRow(start="sft", reference="sft"))
