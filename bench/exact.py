@@ -25,8 +25,8 @@ from torch import Tensor
 
 from bench.tabular import Laboratory, Settings, tilt
 from dualign import losses, search
-from dualign.artifacts import replacing, write_json
-from dualign.errors import DualignError
+from dualign.core.artifacts import replacing, write_json
+from dualign.core.errors import DualignError
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dualign import dual, exact, losses
-from dualign.errors import DualignError, InfeasibleError
+from dualign.core.errors import DualignError, InfeasibleError
 
 log = logging.getLogger(__name__)
 

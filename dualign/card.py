@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dualign.core.params import DualSearchParams
 from dualign.methods import Method
-from dualign.params import DualSearchParams
 
 
 def model_card(method: Method, search: dict[str, Any], params: DualSearchParams) -> str:

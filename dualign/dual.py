@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from scipy.special import logsumexp
 
-from dualign.errors import InfeasibleError
+from dualign.core.errors import InfeasibleError
 
 Array = np.ndarray
 _TOLERANCE = 1e-10

@@ -10,7 +10,7 @@ import pandas as pd
 from dualign import exact
 from dualign.data import world
 from dualign.data.schema import last_user_text
-from dualign.stats import clustered_mean
+from dualign.measure.stats import clustered_mean
 
 
 def add_truth(answers: pd.DataFrame) -> pd.DataFrame:

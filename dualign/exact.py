@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import logsumexp
 
-from dualign.errors import InfeasibleError
+from dualign.core.errors import InfeasibleError
 
 Array = np.ndarray
 

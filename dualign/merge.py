@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dualign.errors import ModelError
+from dualign.core.errors import ModelError
 
 _ADAPTER = "adapter_config.json"
 

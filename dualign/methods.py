@@ -18,8 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dualign.errors import ParamsError
-from dualign.params import MethodName, MethodRow
+from dualign.core.errors import ParamsError
+from dualign.core.params import MethodName, MethodRow
 
 Rule = Literal["grid", "dual_gradient", "projected_subgradient", "one_shot", "newton", "merge"]
 

@@ -11,11 +11,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dualign import dual
+from dualign.core.params import TrainingParams
 from dualign.data.schema import Message, by_prompt
+from dualign.lm.sampling import log_probabilities
+from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.losses import lagrangian_label
-from dualign.params import TrainingParams
-from dualign.sampling import log_probabilities
-from dualign.tokens import encode_answers, encode_prompts
 from dualign.training import Pair
 
 Array = np.ndarray

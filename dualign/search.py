@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from dualign.artifacts import read_json, write_json
-from dualign.errors import DualignError
+from dualign.core.artifacts import read_json, write_json
+from dualign.core.errors import DualignError
+from dualign.core.params import DualSearchParams
+from dualign.measure.stats import Measurement
 from dualign.methods import Method
-from dualign.params import DualSearchParams
-from dualign.stats import Measurement
 
 log = logging.getLogger(__name__)
 

@@ -34,11 +34,11 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.reward_trainer import DataCollatorForPreference as ScoredCollator
 
 from dualign import losses
-from dualign.errors import DataError, ParamsError, TrainingError
-from dualign.models import precision_of
-from dualign.params import Resources, TrainingParams
-from dualign.progress import watched
-from dualign.sampling import answer_log_probabilities
+from dualign.core.errors import DataError, ParamsError, TrainingError
+from dualign.core.params import Resources, TrainingParams
+from dualign.core.progress import watched
+from dualign.lm.models import precision_of
+from dualign.lm.sampling import answer_log_probabilities
 
 log = logging.getLogger(__name__)
 

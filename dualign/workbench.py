@@ -9,16 +9,16 @@ from pathlib import Path
 import pandas as pd
 
 from dualign import dual
-from dualign.artifacts import replacing, write_parquet
+from dualign.core.artifacts import replacing, write_parquet
+from dualign.core.params import DualSearchParams, InnerParams, Resources
 from dualign.data.schema import ANSWERS, POOL, SAFETY_PAIRS, SCORED_PAIRS, read_table
+from dualign.lm.models import load_policy, save, with_lora
+from dualign.measure.rollout import Judges, measure, roll_out
+from dualign.measure.stats import Measurement
 from dualign.merge import merge
 from dualign.methods import Method
-from dualign.models import load_policy, save, with_lora
 from dualign.pairs import lagrangian_pairs, pool_pairs, pool_values, preference_pairs, samples_of, visited
-from dualign.params import DualSearchParams, InnerParams, Resources
-from dualign.rollout import Judges, measure, roll_out
 from dualign.search import Step
-from dualign.stats import Measurement
 from dualign.training import Inner, Job, Pair, train_pairwise
 
 #: pairs at a multiplier, given the step's folder and the step before; and the inner loss at that multiplier

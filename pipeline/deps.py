@@ -2,7 +2,8 @@
 
 DVC reruns a stage when a file changes that the stage lists, so each stage lists its script, every module of this
 repository that the script imports, directly or through another, and every data file (a page template, say) that one of
-them names. Nobody keeps such lists right by hand:
+them names. A package that nearly every stage needs counts as one dependency, its folder: DVC's time goes by the number
+of dependencies. Nobody keeps such lists right by hand:
 
     python -m pipeline.deps           # say what is wrong, exit 1
     python -m pipeline.deps --write   # put it right
@@ -23,6 +24,7 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("dualign", "stages")
+FOLDERS = ("dualign/core", "dualign/lm", "dualign/measure", "dualign/scoring")
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ class Difference:
 
 
 def closure(script: str, root: Path = ROOT) -> list[str]:
-    """The files that `script` needs, itself first, then sorted; paths relative to `root`.
+    """The files, or folders of `FOLDERS`, that `script` needs, itself first, then sorted; paths relative to `root`.
 
     Follows absolute imports of this repository's modules, inside functions too, but not those under `TYPE_CHECKING`,
     which never run. A package's `__init__.py` is left out: it must hold no code that a stage relies on.
@@ -65,8 +67,13 @@ def closure(script: str, root: Path = ROOT) -> list[str]:
             tree = ast.parse(path.read_text(), filename=str(path))
             waiting += _imported(tree, path.relative_to(root), root)
             waiting += [file for text in _strings(tree) for file in data.get(text, ())]
-    others = sorted(path.relative_to(root).as_posix() for path in found - {root / script})
-    return [script, *others]
+    others = {_dependency(path.relative_to(root).as_posix()) for path in found - {root / script}}
+    return [script, *sorted(others)]
+
+
+def _dependency(path: str) -> str:
+    """The folder that stands for a file, or the file itself."""
+    return next((folder for folder in FOLDERS if path.startswith(f"{folder}/")), path)
 
 
 def _imported(tree: ast.AST, path: Path, root: Path) -> Iterator[Path]:
@@ -129,7 +136,7 @@ def script_of(definition: dict[str, Any]) -> str:
 
 
 def is_code(dep: str) -> bool:
-    """Whether a dependency is a file of this repository's code."""
+    """Whether a dependency is a file or folder of this repository's code."""
     return dep.split("/")[0] in ROOMS
 
 

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dualign.artifacts import replacing
-from dualign.calibration import Platt, expected_calibration_error, fit_platt, sigmoid
+from dualign.core.artifacts import replacing
+from dualign.core.params import CostModelParams
+from dualign.core.stage import Run, execute, finished
 from dualign.data.schema import SAFETY_PAIRS, read_table
-from dualign.models import load_scorer_backbone, load_tokenizer, merged, with_lora
-from dualign.params import CostModelParams
-from dualign.scorers import Scorer, conversations
-from dualign.stage import Run, execute, finished
+from dualign.lm.models import load_scorer_backbone, load_tokenizer, merged, with_lora
+from dualign.scoring.calibration import Platt, expected_calibration_error, fit_platt, sigmoid
+from dualign.scoring.scorers import Scorer, conversations
 from dualign.training import Job, ScoredPair, train_scorer
 
 log = logging.getLogger("dualign")

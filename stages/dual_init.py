@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from dualign import dual
-from dualign.artifacts import replacing, write_json
+from dualign.core.artifacts import replacing, write_json
+from dualign.core.params import DualInitParams
+from dualign.core.stage import Run, execute
 from dualign.data.schema import POOL, by_prompt, read_table
-from dualign.params import DualInitParams
-from dualign.stage import Run, execute
 
 log = logging.getLogger("dualign")
 

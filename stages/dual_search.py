@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from dualign import search
-from dualign.artifacts import read_json, replacing, write_json
 from dualign.card import model_card
+from dualign.core.artifacts import read_json, replacing, write_json
+from dualign.core.errors import ParamsError
+from dualign.core.params import DualSearchParams, InnerParams
+from dualign.core.stage import Run, execute, finished
 from dualign.data.schema import POOL, PROMPTS, by_prompt, read_table
 from dualign.dual import slater_radius
-from dualign.errors import ParamsError
 from dualign.methods import method
-from dualign.params import DualSearchParams, InnerParams
-from dualign.stage import Run, execute, finished
 from dualign.workbench import PolicyBench
 
 log = logging.getLogger("dualign")

@@ -11,16 +11,16 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from dualign.artifacts import replacing, write_parquet
+from dualign.core.artifacts import replacing, write_parquet
+from dualign.core.errors import ParamsError
+from dualign.core.params import EvaluateParams
+from dualign.core.stage import Run, execute
 from dualign.data.schema import ANSWERS, ENUMERATED, POOL, PROMPTS, read_table
-from dualign.errors import ParamsError
 from dualign.evaluation import add_truth, against_optimum, finite_problem, summarise
-from dualign.models import load_policy
-from dualign.params import EvaluateParams
-from dualign.rollout import Judges, roll_out
-from dualign.sampling import log_probabilities
-from dualign.stage import Run, execute
-from dualign.tokens import encode_prompts
+from dualign.lm.models import load_policy
+from dualign.lm.sampling import log_probabilities
+from dualign.lm.tokens import encode_prompts
+from dualign.measure.rollout import Judges, roll_out
 
 PROMPT_SET = Path("data/prepared/eval.parquet")
 SCORED = Path("data/scored")

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dualign.artifacts import read_json, replacing
+from dualign.core.artifacts import read_json, replacing
+from dualign.core.errors import ParamsError
+from dualign.core.params import LagrangianDpoParams
+from dualign.core.stage import Run, execute, finished
 from dualign.data.schema import POOL, SCORED_PAIRS, read_table
-from dualign.errors import ParamsError
-from dualign.models import load_policy, load_tokenizer, save, with_lora
+from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
 from dualign.pairs import lagrangian_pairs, pool_pairs, pool_values, samples_of
-from dualign.params import LagrangianDpoParams
-from dualign.stage import Run, execute, finished
 from dualign.training import Inner, Job, train_pairwise
 
 SCORED = Path("data/scored")

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dualign.artifacts import replacing
+from dualign.core.artifacts import replacing
+from dualign.core.params import PrepareParams
+from dualign.core.stage import Run, execute
 from dualign.data.prepare import prepare
-from dualign.params import PrepareParams
-from dualign.stage import Run, execute
 
 
 def main(run: Run[PrepareParams]) -> None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dualign.artifacts import write_json
-from dualign.params import ReportParams
+from dualign.core.artifacts import write_json
+from dualign.core.params import ReportParams
+from dualign.core.stage import Run, execute
 from dualign.report.comparison import compare
 from dualign.report.page import write
-from dualign.stage import Run, execute
 
 
 def main(run: Run[ReportParams]) -> None:

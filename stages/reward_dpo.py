@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dualign.artifacts import replacing
+from dualign.core.artifacts import replacing
+from dualign.core.params import RewardDpoParams
+from dualign.core.stage import Run, execute, finished
 from dualign.data.schema import HELPFUL_PAIRS, read_table
-from dualign.models import load_policy, load_tokenizer, save, with_lora
+from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
 from dualign.pairs import preference_pairs, visited
-from dualign.params import RewardDpoParams
-from dualign.stage import Run, execute, finished
 from dualign.training import Inner, Job, train_pairwise
 
 PAIRS = Path("data/prepared/helpful_pairs.parquet")

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dualign.artifacts import replacing
-from dualign.calibration import Platt, expected_calibration_error, sigmoid
+from dualign.core.artifacts import replacing
+from dualign.core.params import RewardModelParams
+from dualign.core.stage import Run, execute, finished
 from dualign.data.schema import HELPFUL_PAIRS, read_table
-from dualign.models import load_scorer_backbone, load_tokenizer, merged, with_lora
-from dualign.params import RewardModelParams
-from dualign.scorers import Scorer, conversations
-from dualign.stage import Run, execute, finished
+from dualign.lm.models import load_scorer_backbone, load_tokenizer, merged, with_lora
+from dualign.scoring.calibration import Platt, expected_calibration_error, sigmoid
+from dualign.scoring.scorers import Scorer, conversations
 from dualign.training import Job, ScoredPair, train_scorer
 
 PAIRS = Path("data/prepared/helpful_pairs.parquet")

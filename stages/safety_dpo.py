@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dualign.artifacts import read_json, replacing
+from dualign.core.artifacts import read_json, replacing
+from dualign.core.errors import ParamsError
+from dualign.core.params import SafetyDpoParams
+from dualign.core.stage import Run, execute, finished
 from dualign.data.schema import SAFETY_PAIRS, read_table
-from dualign.errors import ParamsError
-from dualign.models import load_policy, load_tokenizer, save, with_lora
+from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
 from dualign.pairs import preference_pairs, visited
-from dualign.params import SafetyDpoParams
-from dualign.stage import Run, execute, finished
 from dualign.training import Inner, Job, train_pairwise
 
 PAIRS = Path("data/prepared/safety_pairs.parquet")

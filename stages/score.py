@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from dualign.artifacts import replacing, write_parquet
+from dualign.core.artifacts import replacing, write_parquet
+from dualign.core.params import ScoreParams
+from dualign.core.stage import Run, execute
 from dualign.data.schema import ENUMERATED, HELPFUL_PAIRS, POOL, PROMPTS, SAFETY_PAIRS, SCORED_PAIRS, read_table
 from dualign.evaluation import enumerate_answers
-from dualign.params import ScoreParams
-from dualign.rollout import Judges, roll_out
-from dualign.sampling import log_probabilities
-from dualign.stage import Run, execute
-from dualign.stats import clustered_mean
-from dualign.tokens import encode_answers, encode_prompts
+from dualign.lm.sampling import log_probabilities
+from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.measure.rollout import Judges, roll_out
+from dualign.measure.stats import clustered_mean
 
 DATA = Path("data/prepared")
 OUT = Path("data/scored")

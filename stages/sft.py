@@ -12,9 +12,11 @@ from pathlib import Path
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from dualign.artifacts import replacing
+from dualign.core.artifacts import replacing
+from dualign.core.params import SftParams
+from dualign.core.stage import Run, execute, finished
 from dualign.data.schema import SFT, read_table
-from dualign.models import (
+from dualign.lm.models import (
     build_scratch,
     fit_vocabulary,
     load_policy,
@@ -24,9 +26,7 @@ from dualign.models import (
     train_tokenizer,
     with_lora,
 )
-from dualign.params import SftParams
-from dualign.stage import Run, execute, finished
-from dualign.tokens import encode_answers, encode_prompts
+from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.training import Job, Model, train_sft
 
 ROWS = Path("data/prepared/sft.parquet")

@@ -16,7 +16,7 @@ from dvc.repo import Repo
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from dualign.params import STAGES
+from dualign.core.params import STAGES
 from pipeline.dag import StageSpec, load_dag
 from pipeline.deps import ROOT, differences, script_of
 

@@ -9,7 +9,7 @@ import pytest
 from scipy.optimize import brentq, minimize
 
 from dualign import dual
-from dualign.errors import InfeasibleError
+from dualign.core.errors import InfeasibleError
 
 BETA, LIMIT = 0.7, -0.35
 Array = np.ndarray

@@ -8,7 +8,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 
 from dualign import dual, exact
-from dualign.errors import InfeasibleError
+from dualign.core.errors import InfeasibleError
 
 BETA = 0.7
 Array = np.ndarray

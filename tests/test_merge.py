@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dualign.errors import ModelError
+from dualign.core.errors import ModelError
 from dualign.merge import merge
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])

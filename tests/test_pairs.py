@@ -10,13 +10,13 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign import dual
+from dualign.core.params import ScratchParams, TrainingParams
 from dualign.data import world
 from dualign.data.schema import user
-from dualign.models import build_scratch, train_tokenizer
+from dualign.lm.models import build_scratch, train_tokenizer
+from dualign.lm.sampling import log_probabilities
+from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.pairs import Samples, lagrangian_pairs, pool_pairs, pool_values, preference_pairs, samples_of, visited
-from dualign.params import ScratchParams, TrainingParams
-from dualign.sampling import log_probabilities
-from dualign.tokens import encode_answers, encode_prompts
 
 QUESTIONS = [world.prompts()[0], world.prompts()[3000]]
 SCRATCH = ScratchParams(

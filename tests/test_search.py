@@ -10,12 +10,12 @@ from typing import Any, get_args
 import pytest
 
 from dualign import search
-from dualign.artifacts import read_json
-from dualign.errors import DualignError, ParamsError
+from dualign.core.artifacts import read_json
+from dualign.core.errors import DualignError, ParamsError
+from dualign.core.params import DualSearchParams, MethodName, MethodRow, load
+from dualign.measure.stats import Measurement
 from dualign.methods import METHODS, Method, method
-from dualign.params import DualSearchParams, MethodName, MethodRow, load
 from dualign.search import Outlook, Step
-from dualign.stats import Measurement
 
 ROOT = Path(__file__).resolve().parents[1]
 BETA, LIMIT = 1.5, -0.3

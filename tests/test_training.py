@@ -17,14 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from dualign import training
+from dualign.core.errors import DualignError
+from dualign.core.params import LoraParams, Resources, ScratchParams, TrainingParams, load_resources
 from dualign.data import world
 from dualign.data.schema import user
-from dualign.errors import DualignError
-from dualign.models import build_scratch, load_scorer_backbone, save, train_tokenizer, with_lora
-from dualign.params import LoraParams, Resources, ScratchParams, TrainingParams, load_resources
-from dualign.sampling import log_probabilities
-from dualign.scorers import conversations
-from dualign.tokens import encode_answers, encode_prompts
+from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_tokenizer, with_lora
+from dualign.lm.sampling import log_probabilities
+from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.scoring.scorers import conversations
 from dualign.training import Inner, Job, Pair, ScoredPair
 
 ROOT = Path(__file__).resolve().parents[1]

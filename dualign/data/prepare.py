@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from dualign.artifacts import replacing, write_parquet
+from dualign.core.artifacts import replacing, write_parquet
+from dualign.core.errors import DataError
+from dualign.core.params import PrepareParams
 from dualign.data import schema
 from dualign.data.sources import Kind, Record, Rejected, Skipped, excerpt, label, read
-from dualign.errors import DataError
-from dualign.params import PrepareParams
 
 logger = logging.getLogger(__name__)
 

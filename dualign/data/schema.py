@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dualign.errors import DataError
+from dualign.core.errors import DataError
 
 
 class Message(TypedDict):

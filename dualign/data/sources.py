@@ -26,10 +26,10 @@ from typing import IO, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dualign.core.errors import DataError
+from dualign.core.params import SourceSpec, WorldParams
 from dualign.data import world
 from dualign.data.schema import Message, user
-from dualign.errors import DataError
-from dualign.params import SourceSpec, WorldParams
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import Any
 import pandas as pd
 from scipy.stats import t as student
 
-from dualign.artifacts import read_json
+from dualign.core.artifacts import read_json
 from dualign.data.schema import ANSWERS, read_table
-from dualign.stats import clustered_mean
+from dualign.measure.stats import clustered_mean
 
 #: The policy that win rates and gains are measured against.
 REFERENCE = "sft"

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dualign.artifacts import read_json, replacing
-from dualign.errors import DataError
-from dualign.params import STAGES, ReportParams
+from dualign.core.artifacts import read_json, replacing
+from dualign.core.errors import DataError
+from dualign.core.params import STAGES, ReportParams
 from dualign.report import charts
 from dualign.report.charts import Knot, Point, Range
 from dualign.report.comparison import REFERENCE, compare, read_answers

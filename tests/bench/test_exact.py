@@ -12,7 +12,7 @@ import torch
 
 from bench import exact
 from bench.tabular import Laboratory, Settings
-from dualign.errors import DualignError
+from dualign.core.errors import DualignError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = Settings(seeds=1, prompts=4, answers=5)

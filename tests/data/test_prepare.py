@@ -16,10 +16,10 @@ import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
+from dualign.core.errors import DataError
+from dualign.core.params import PrepareParams
 from dualign.data import schema
 from dualign.data.prepare import prepare
-from dualign.errors import DataError
-from dualign.params import PrepareParams
 
 ROOT = Path(__file__).parents[2]
 REAL = Path(os.environ.get("DUALIGN_REAL_DATA", ROOT / "../shared/data"))
@@ -201,7 +201,7 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process(tmp_path: Path) -
     prepare(params(tmp_path), tmp_path / "here")
     code = (
         "import sys; from pathlib import Path; from dualign.data.prepare import prepare;"
-        "from dualign.params import PrepareParams;"
+        "from dualign.core.params import PrepareParams;"
         "prepare(PrepareParams.model_validate_json(sys.argv[1]), Path(sys.argv[2]))"
     )
     command = [sys.executable, "-c", code, params(tmp_path).model_dump_json(), str(tmp_path / "there")]

@@ -64,6 +64,14 @@ def test_closure_follows_all_that_runs(root: Path) -> None:
     ]
 
 
+def test_a_package_that_nearly_all_need_is_one_dependency(root: Path) -> None:
+    for name, text in {"__init__.py": "", "errors.py": "import dualign.leaf\n", "params.py": ""}.items():
+        (root / "dualign/core").mkdir(exist_ok=True)
+        (root / "dualign/core" / name).write_text(text)
+    (root / "stages/safety_dpo.py").write_text("import dualign.core.errors\nimport dualign.core.params\n")
+    assert closure("stages/safety_dpo.py", root) == ["stages/safety_dpo.py", "dualign/core", "dualign/leaf.py"]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dualign.artifacts import write_json, write_parquet
+from dualign.core.artifacts import write_json, write_parquet
+from dualign.core.params import ReportParams
 from dualign.data.schema import ANSWERS, PROMPTS, SFT, prompt_id, user
-from dualign.params import ReportParams
 
 LIMIT = -0.15
 BETA = 0.5

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dualign.artifacts import read_json, write_json
-from dualign.errors import DualignError
-from dualign.params import ReportParams
+from dualign.core.artifacts import read_json, write_json
+from dualign.core.errors import DualignError
+from dualign.core.params import ReportParams
 from dualign.report.comparison import compare, mean_gain, win_rate
 
 Run = tuple[Path, ReportParams]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dualign.artifacts import read_json, write_json
-from dualign.errors import DualignError
-from dualign.params import ReportParams
+from dualign.core.artifacts import read_json, write_json
+from dualign.core.errors import DualignError
+from dualign.core.params import ReportParams
 from dualign.report.page import compact, duration, memory, number, percent, write
 
 Run = tuple[Path, ReportParams]

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from dualign.artifacts import write_json
-from dualign.errors import DualignError
-from dualign.params import Resources, StageParams, load, load_resources
+from dualign.core.artifacts import write_json
+from dualign.core.errors import DualignError
+from dualign.core.params import Resources, StageParams, load, load_resources
 
 log = logging.getLogger("dualign")
 

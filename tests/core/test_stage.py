@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from dualign.artifacts import read_json
-from dualign.errors import DataError
-from dualign.params import DualInitParams, load, load_resources
-from dualign.stage import Run, execute, finished
+from dualign.core.artifacts import read_json
+from dualign.core.errors import DataError
+from dualign.core.params import DualInitParams, load, load_resources
+from dualign.core.stage import Run, execute, finished
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from dualign.artifacts import read_json, replacing, write_json, write_parquet
-from dualign.errors import DualignError
+from dualign.core.artifacts import read_json, replacing, write_json, write_parquet
+from dualign.core.errors import DualignError
 
 
 def leftovers(folder: Path) -> list[str]:

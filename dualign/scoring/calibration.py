@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import minimize
 
-from dualign.errors import DataError
+from dualign.core.errors import DataError
 
 Array = np.ndarray
 

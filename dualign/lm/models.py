@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dualign.errors import ModelError
-from dualign.params import LoraParams, Resources, ScratchParams
-from dualign.tokens import PLAIN_TEMPLATE
+from dualign.core.errors import ModelError
+from dualign.core.params import LoraParams, Resources, ScratchParams
+from dualign.lm.tokens import PLAIN_TEMPLATE
 
 log = logging.getLogger(__name__)
 

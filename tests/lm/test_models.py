@@ -11,15 +11,15 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from dualign import models
+from dualign.core.errors import ModelError
+from dualign.core.params import LoraParams, Resources, ScratchParams, load_resources
 from dualign.data import world
 from dualign.data.schema import user
-from dualign.errors import ModelError
-from dualign.params import LoraParams, Resources, ScratchParams, load_resources
-from dualign.sampling import sample
-from dualign.tokens import PLAIN_TEMPLATE, encode_prompts
+from dualign.lm import models
+from dualign.lm.sampling import sample
+from dualign.lm.tokens import PLAIN_TEMPLATE, encode_prompts
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [answer.text for prompt in world.prompts()[::500] for answer in world.answers(prompt)]
 SCRATCH = ScratchParams(
     tokenizer="train", vocab_size=320, hidden_size=32, layers=2, heads=4, intermediate_size=48, context=64

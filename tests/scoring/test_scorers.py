@@ -9,17 +9,17 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dualign.calibration import Platt
+from dualign.core.errors import DualignError, ModelError
+from dualign.core.params import LoraParams, Resources, ScratchParams, load_resources
 from dualign.data import world
 from dualign.data.schema import Message, user
-from dualign.errors import DualignError, ModelError
-from dualign.models import build_scratch, load_scorer_backbone, merged, save, train_tokenizer, with_lora
-from dualign.params import LoraParams, Resources, ScratchParams, load_resources
-from dualign.scorers import Scorer, conversations
-from dualign.tokens import encode_answers, encode_prompts
+from dualign.lm.models import build_scratch, load_scorer_backbone, merged, save, train_tokenizer, with_lora
+from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.scoring.calibration import Platt
+from dualign.scoring.scorers import Scorer, conversations
 from dualign.training import ScoredPair, _FlagCollator, _ranked
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ScratchParams(
     tokenizer="train", vocab_size=300, hidden_size=32, layers=2, heads=2, intermediate_size=48, context=128
 )

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from dualign import params
-from dualign.errors import ParamsError
+from dualign.core import params
+from dualign.core.errors import ParamsError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "params").glob("*.yaml"))]
 Content = dict[str, Any]
 

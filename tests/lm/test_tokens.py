@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from dualign.core.errors import ModelError
 from dualign.data import world
 from dualign.data.schema import Message, user
-from dualign.errors import ModelError
-from dualign.models import load_tokenizer, train_tokenizer
-from dualign.tokens import decode_answers, encode_answers, encode_prompts
+from dualign.lm.models import load_tokenizer, train_tokenizer
+from dualign.lm.tokens import decode_answers, encode_answers, encode_prompts
 
 ANSWERS = [answer.text for answer in world.answers(world.prompts()[0])]
 TALK: list[Message] = [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
-from dualign.stats import Estimate, clustered_mean, within_variance
+from dualign.measure.stats import Estimate, clustered_mean, within_variance
 
 
 def test_by_hand() -> None:

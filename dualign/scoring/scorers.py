@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from dualign.artifacts import read_json, write_json
-from dualign.calibration import Platt
+from dualign.core.artifacts import read_json, write_json
+from dualign.core.errors import ModelError
+from dualign.core.params import Resources
+from dualign.core.progress import Progress
 from dualign.data.schema import Message
-from dualign.errors import ModelError
-from dualign.models import device_of, load_tokenizer, precision_of, save
-from dualign.params import Resources
-from dualign.progress import Progress
-from dualign.tokens import encode_answers, encode_prompts
+from dualign.lm.models import device_of, load_tokenizer, precision_of, save
+from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.scoring.calibration import Platt
 
 _CARD = "scorer.json"
 

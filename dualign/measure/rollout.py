@@ -9,12 +9,12 @@ import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dualign.models import load_policy, load_tokenizer
-from dualign.params import Resources
-from dualign.sampling import log_probabilities, sample
-from dualign.scorers import Scorer
-from dualign.stats import Measurement, clustered_mean, within_variance
-from dualign.tokens import encode_prompts
+from dualign.core.params import Resources
+from dualign.lm.models import load_policy, load_tokenizer
+from dualign.lm.sampling import log_probabilities, sample
+from dualign.lm.tokens import encode_prompts
+from dualign.measure.stats import Measurement, clustered_mean, within_variance
+from dualign.scoring.scorers import Scorer
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dualign.core.errors import DualignError
 from dualign.data.schema import to_table
-from dualign.errors import DualignError
 
 
 @contextlib.contextmanager

@@ -11,12 +11,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dualign.core.params import ScratchParams
 from dualign.data import world
 from dualign.data.schema import user
-from dualign.models import build_scratch, train_tokenizer
-from dualign.params import ScratchParams
-from dualign.sampling import answer_log_probabilities, log_probabilities, sample
-from dualign.tokens import encode_answers, encode_prompts
+from dualign.lm.models import build_scratch, train_tokenizer
+from dualign.lm.sampling import answer_log_probabilities, log_probabilities, sample
+from dualign.lm.tokens import encode_answers, encode_prompts
 
 SCRATCH = ScratchParams(
     tokenizer="train", vocab_size=300, hidden_size=32, layers=2, heads=2, intermediate_size=48, context=64

@@ -13,8 +13,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from dualign.progress import Progress
-from dualign.tokens import decode_answers
+from dualign.core.progress import Progress
+from dualign.lm.tokens import decode_answers
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dualign.calibration import Platt, expected_calibration_error, fit_platt, sigmoid
-from dualign.errors import DataError
+from dualign.core.errors import DataError
+from dualign.scoring.calibration import Platt, expected_calibration_error, fit_platt, sigmoid
 
 
 def flags(scale: float, offset: float, count: int = 20_000, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,1 @@
+"""What every stage stands on: typed params, errors, artefacts, progress, the skeleton of a stage."""

@@ -1,0 +1,1 @@
+"""Answers of a policy, scored, and statistics of what was measured."""
