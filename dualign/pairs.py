@@ -16,7 +16,7 @@ from dualign.data.schema import Message, by_prompt
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.losses import lagrangian_label
-from dualign.training import Pair
+from dualign.training.pairwise import Pair
 
 Array = np.ndarray
 

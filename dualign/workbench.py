@@ -19,7 +19,8 @@ from dualign.merge import merge
 from dualign.methods import Method
 from dualign.pairs import lagrangian_pairs, pool_pairs, pool_values, preference_pairs, samples_of, visited
 from dualign.search import Step
-from dualign.training import Inner, Job, Pair, train_pairwise
+from dualign.training.pairwise import Inner, Pair, train_pairwise
+from dualign.training.run import Job
 
 #: pairs at a multiplier, given the step's folder and the step before; and the inner loss at that multiplier
 PairSource = Callable[[float, Path, Step], list[Pair]]

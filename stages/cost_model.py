@@ -22,7 +22,8 @@ from dualign.data.schema import SAFETY_PAIRS, read_table
 from dualign.lm.models import load_scorer_backbone, load_tokenizer, merged, with_lora
 from dualign.scoring.calibration import Platt, expected_calibration_error, fit_platt, sigmoid
 from dualign.scoring.scorers import Scorer, conversations
-from dualign.training import Job, ScoredPair, train_scorer
+from dualign.training.run import Job
+from dualign.training.scorer import ScoredPair, train_scorer
 
 log = logging.getLogger("dualign")
 

@@ -16,7 +16,8 @@ from dualign.core.stage import Run, execute, finished
 from dualign.data.schema import POOL, SCORED_PAIRS, read_table
 from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
 from dualign.pairs import lagrangian_pairs, pool_pairs, pool_values, samples_of
-from dualign.training import Inner, Job, train_pairwise
+from dualign.training.pairwise import Inner, train_pairwise
+from dualign.training.run import Job
 
 SCORED = Path("data/scored")
 DUAL = Path("data/dual/dual.json")

@@ -13,7 +13,8 @@ from dualign.core.stage import Run, execute, finished
 from dualign.data.schema import HELPFUL_PAIRS, read_table
 from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
 from dualign.pairs import preference_pairs, visited
-from dualign.training import Inner, Job, train_pairwise
+from dualign.training.pairwise import Inner, train_pairwise
+from dualign.training.run import Job
 
 PAIRS = Path("data/prepared/helpful_pairs.parquet")
 REFERENCE = Path("models/sft")

@@ -27,7 +27,8 @@ from dualign.lm.models import (
     with_lora,
 )
 from dualign.lm.tokens import encode_answers, encode_prompts
-from dualign.training import Job, Model, train_sft
+from dualign.training.run import Job, Model
+from dualign.training.supervised import train_sft
 
 ROWS = Path("data/prepared/sft.parquet")
 OUT = Path("models/sft")

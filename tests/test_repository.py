@@ -63,6 +63,11 @@ def test_arrows_run_one_way(path: Path) -> None:
     assert not set(imports(path)) & FORBIDDEN[room]
 
 
+@every_file
+def test_only_the_training_package_touches_trl(path: Path) -> None:
+    assert "trl" not in imports(path) or path.is_relative_to(ROOT / "dualign" / "training")
+
+
 def test_pipeline_loads_neither_torch_nor_dualign() -> None:
     modules = [
         named(path)[:-3].replace("/", ".").removesuffix(".__init__")

@@ -17,7 +17,7 @@ from dualign.lm.models import build_scratch, load_scorer_backbone, merged, save,
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer, conversations
-from dualign.training import ScoredPair, _FlagCollator, _ranked
+from dualign.training.scorer import ScoredPair, _FlagCollator, _ranked
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ScratchParams(

@@ -16,7 +16,6 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from dualign import training
 from dualign.core.errors import DualignError
 from dualign.core.params import LoraParams, Resources, ScratchParams, TrainingParams, load_resources
 from dualign.data import world
@@ -25,9 +24,14 @@ from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_t
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.scoring.scorers import conversations
-from dualign.training import Inner, Job, Pair, ScoredPair
+from dualign.training import pairwise as pairwise_training
+from dualign.training import run, supervised
+from dualign.training import scorer as scorer_training
+from dualign.training.pairwise import Inner, Pair
+from dualign.training.run import Job
+from dualign.training.scorer import ScoredPair
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ScratchParams(
     tokenizer="train", vocab_size=300, hidden_size=32, layers=1, heads=2, intermediate_size=48, context=128
 )
@@ -102,10 +106,10 @@ def pairs_of(
 
 def pairwise(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], job: Job, inner: Inner
-) -> training.PairwiseTrainer:
+) -> pairwise_training.PairwiseTrainer:
     """The trainer as `train_pairwise` builds it."""
-    args = training.PairwiseConfig(
-        **training._arguments(job),
+    args = pairwise_training.PairwiseConfig(
+        **run.arguments(job),
         beta=inner.scale,
         max_length=None,
         precompute_ref_log_probs=True,
@@ -114,8 +118,8 @@ def pairwise(
         anchor_beta=inner.beta,
         nll_weight=inner.nll,
     )
-    return training.PairwiseTrainer(
-        model, args=args, train_dataset=training.pair_dataset(pairs, 120), processing_class=tokenizer
+    return pairwise_training.PairwiseTrainer(
+        model, args=args, train_dataset=pairwise_training.pair_dataset(pairs, 120), processing_class=tokenizer
     )
 
 
@@ -168,7 +172,7 @@ def test_hard_labels_without_anchor_are_trls_dpo(tokenizer: PreTrainedTokenizerB
     trainer = pairwise(model, tokenizer, pairs, job, Inner(scale=0.7, beta=0.7))
     batch = batch_of(trainer)
     losses, gradients = [], []
-    plain = {name: value for name, value in batch.items() if name not in training._EXTRA}
+    plain = {name: value for name, value in batch.items() if name not in pairwise_training._EXTRA}
     for loss in (trainer.compute_loss(model, dict(batch)), DPOTrainer._compute_loss(trainer, model, plain, False)):
         model.zero_grad()
         loss.backward()
@@ -190,7 +194,7 @@ def test_training_on_ids_ends_where_stock_dpo_on_text_ends(tokenizer: PreTrained
     stock = DPOTrainer(
         policy(tokenizer),
         ref_model=policy(tokenizer),
-        args=DPOConfig(**training._arguments(changed(job, "stock", max_steps=3)), beta=0.5, max_length=None),
+        args=DPOConfig(**run.arguments(changed(job, "stock", max_steps=3)), beta=0.5, max_length=None),
         train_dataset=Dataset.from_dict(text),
         processing_class=tokenizer,
     )
@@ -198,7 +202,7 @@ def test_training_on_ids_ends_where_stock_dpo_on_text_ends(tokenizer: PreTrained
     pairs = [Pair(p.prompt, p.first, p.second, p.ref_first, p.ref_second) for p in pairs_of(tokenizer, reference, 8)]
     ours = policy(tokenizer)
     before = weights(ours)
-    training.train_pairwise(ours, tokenizer, pairs, Inner(0.5, 0.5), changed(job, max_steps=3))
+    pairwise_training.train_pairwise(ours, tokenizer, pairs, Inner(0.5, 0.5), changed(job, max_steps=3))
     assert not same(before, weights(ours))
     for name, tensor in weights(ours).items():
         assert torch.allclose(tensor, stock.model.state_dict()[name], atol=2e-4), name
@@ -281,9 +285,9 @@ def conversation_rows(tokenizer: PreTrainedTokenizerBase, count: int = 16) -> li
 @pytest.mark.parametrize("items", [None, 500])
 def test_the_supervised_loss_is_trls_own(tokenizer: PreTrainedTokenizerBase, job: Job, items: int | None) -> None:
     model = policy(tokenizer)
-    data = training._supervised(conversation_rows(tokenizer), 120)
-    args = SFTConfig(**training._arguments(job), max_length=120, completion_only_loss=True, packing=False)
-    trainer = training.SupervisedTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
+    data = supervised._supervised(conversation_rows(tokenizer), 120)
+    args = SFTConfig(**run.arguments(job), max_length=120, completion_only_loss=True, packing=False)
+    trainer = supervised.SupervisedTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
     assert trainer.train_dataset["input_ids"] == data["input_ids"]  # no second EOS
     batch = batch_of(trainer)
     assert (batch["labels"] != -100).sum() == sum(len(answer) for _, answer in conversation_rows(tokenizer))
@@ -317,14 +321,14 @@ def test_the_scorer_loss_by_hand(
     pairs = scored_pairs(tokenizer)
     if flags == "none":
         pairs = [ScoredPair(pair.high, pair.low) for pair in pairs]
-    args = training.ScorerConfig(
-        **training._arguments(job), max_length=None, sign_weight=sign, score_regularisation=regularisation
+    args = scorer_training.ScorerConfig(
+        **run.arguments(job), max_length=None, sign_weight=sign, score_regularisation=regularisation
     )
-    trainer = training.ScorerTrainer(
+    trainer = scorer_training.ScorerTrainer(
         model,
         args=args,
-        data_collator=training._FlagCollator(pad_token_id=tokenizer.pad_token_id),
-        train_dataset=training._ranked(pairs, 120),
+        data_collator=scorer_training._FlagCollator(pad_token_id=tokenizer.pad_token_id),
+        train_dataset=scorer_training._ranked(pairs, 120),
         processing_class=tokenizer,
     )
     with torch.no_grad():
@@ -360,12 +364,12 @@ def kind(
     """How each kind of run starts, and how it trains."""
     if request.param == "sft":
         rows = conversation_rows(tokenizer, 20)
-        return lambda: policy(tokenizer), lambda m, j: training.train_sft(m, tokenizer, rows, rows[:4], j)
+        return lambda: policy(tokenizer), lambda m, j: supervised.train_sft(m, tokenizer, rows, rows[:4], j)
     if request.param == "scorer":
         flagged = [ScoredPair(p.high, p.low, (True, False)) for p in scored_pairs(tokenizer)]
         return (
             lambda: scorer(tokenizer, tmp_path / "policy", job.resources),
-            lambda m, j: training.train_scorer(m, tokenizer, flagged, j, sign_weight=1.0, regularisation=1e-3),
+            lambda m, j: scorer_training.train_scorer(m, tokenizer, flagged, j, sign_weight=1.0, regularisation=1e-3),
         )
     pairs = pairs_of(tokenizer, policy(tokenizer), anchored=True)
     inner = Inner(1.0, 1.0, "bernoulli" if request.param == "bernoulli" else "soft", anchor=0.1, nll=0.02)
@@ -374,7 +378,7 @@ def kind(
         torch.manual_seed(11)  # of the adapters
         return with_lora(policy(tokenizer), LORA) if request.param == "adapter" else policy(tokenizer)
 
-    return start, lambda m, j: training.train_pairwise(m, tokenizer, pairs, inner, j)
+    return start, lambda m, j: pairwise_training.train_pairwise(m, tokenizer, pairs, inner, j)
 
 
 class Interruption(TrainerCallback):
@@ -396,10 +400,11 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     before, expected = weights(whole), train(whole, changed(job, "whole"))
     assert expected["steps"] == 8 and not same(before, weights(whole))
     with monkeypatch.context() as patched:
-        patched.setattr(training, "_callbacks", lambda: [Interruption(6)])
+        for module in (pairwise_training, scorer_training, supervised):
+            patched.setattr(module, "callbacks", lambda: [Interruption(6)])
         with pytest.raises(KeyboardInterrupt):
             train(start(), changed(job, "broken"))
-    assert training.last_checkpoint(job.scratch.parent / "broken") == job.scratch.parent / "broken" / "checkpoint-4"
+    assert run.last_checkpoint(job.scratch.parent / "broken") == job.scratch.parent / "broken" / "checkpoint-4"
     resumed = start()
     metrics = train(resumed, changed(job, "broken"))
     assert same(weights(resumed), weights(whole))
@@ -443,19 +448,21 @@ def test_metrics_tell_the_course_of_a_run(kind: tuple[Start, Train], job: Job, r
 
 def test_epochs_count_when_no_number_of_steps_is_given(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
     rows = conversation_rows(tokenizer, 20)
-    metrics = training.train_sft(policy(tokenizer), tokenizer, rows, rows[:4], changed(job, max_steps=None, epochs=1.5))
+    metrics = supervised.train_sft(
+        policy(tokenizer), tokenizer, rows, rows[:4], changed(job, max_steps=None, epochs=1.5)
+    )
     assert metrics["steps"] == 8  # 1.5 epochs of 5 steps, begun ones counted
     assert math.log(300) > metrics["heldout_loss"] > 0
 
 
 def test_the_last_complete_checkpoint_is_found_and_broken_ones_are_removed(tmp_path: Path) -> None:
-    assert training.last_checkpoint(tmp_path / "none") is None
+    assert run.last_checkpoint(tmp_path / "none") is None
     for step, state in ((4, "{}"), (8, "{}"), (12, '{"global_step": '), (100, None)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         if state is not None:
             (folder / "trainer_state.json").write_text(state)
-    assert training.last_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
+    assert run.last_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-8"}
 
 
@@ -469,25 +476,25 @@ def test_rows_that_are_too_long_are_left_out_and_counted(
     lengths = sorted(len(prompt) + len(answer) for prompt, answer in rows)
     limit = lengths[12]
     with caplog.at_level(logging.WARNING):
-        kept = training._supervised(rows, limit)
+        kept = supervised._supervised(rows, limit)
     assert len(kept) == sum(length <= limit for length in lengths) < 20
     assert f"left out {20 - len(kept)} of 20 rows longer than max_length {limit}" in caplog.text
     pairs = pairs_of(tokenizer, policy(tokenizer))
     fits = [p for p in pairs if len(p.prompt) + max(len(p.first), len(p.second)) <= limit]
-    assert 0 < len(training.pair_dataset(pairs, limit)) == len(fits) < len(pairs)
+    assert 0 < len(pairwise_training.pair_dataset(pairs, limit)) == len(fits) < len(pairs)
     scored = scored_pairs(tokenizer)
-    assert len(training._ranked(scored, limit)) == sum(max(len(p.high), len(p.low)) <= limit for p in scored)
+    assert len(scorer_training._ranked(scored, limit)) == sum(max(len(p.high), len(p.low)) <= limit for p in scored)
 
 
 def test_data_of_which_nothing_fits_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ValueError, match=r"no row fits into max_length 3 tokens; raise training\.max_length"):
-        training._supervised(conversation_rows(tokenizer), 3)
+        supervised._supervised(conversation_rows(tokenizer), 3)
 
 
 def test_a_batch_that_micro_batches_do_not_divide_is_refused(job: Job) -> None:
     with pytest.raises(ValueError, match=r"batch_size 4 must be a multiple of resources\.micro_batch_size 3"):
-        training._arguments(changed(job, micro_batch_size=3))
-    assert training._arguments(changed(job, micro_batch_size=64))["gradient_accumulation_steps"] == 1
+        run.arguments(changed(job, micro_batch_size=3))
+    assert run.arguments(changed(job, micro_batch_size=64))["gradient_accumulation_steps"] == 1
 
 
 @pytest.mark.parametrize("log_steps", [1, 50], ids=["logged", "between two lines of the log"])
@@ -495,6 +502,6 @@ def test_a_loss_that_explodes_stops_the_run(tokenizer: PreTrainedTokenizerBase, 
     pairs = pairs_of(tokenizer, policy(tokenizer))
     broken = [Pair(p.prompt, p.first, p.second, math.inf, p.ref_second) for p in pairs]
     with pytest.raises((FloatingPointError, DualignError), match="NaN or infinite"):
-        training.train_pairwise(
+        pairwise_training.train_pairwise(
             policy(tokenizer), tokenizer, broken, Inner(1.0, 1.0), changed(job, max_steps=2, log_steps=log_steps)
         )

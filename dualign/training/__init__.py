@@ -1,0 +1,1 @@
+"""Training with TRL: the one package that touches it."""

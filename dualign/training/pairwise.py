@@ -1,0 +1,205 @@
+"""Policies on pairs: one DPO trainer that takes reference log-probabilities, soft labels and anchors from columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from dualign import losses
+from dualign.lm.sampling import answer_log_probabilities
+from dualign.training.run import Job, Metrics, Model, arguments, callbacks, run, tell_dropped
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One training pair: ids of prompt and both answers, reference columns, label, and anchors.
+
+    `label` is P(first preferred). `anchors` are the targets of beta * log-ratio of both answers to the *anchor's*
+    reference column, which is the same column here; NaN where there is none.
+    """
+
+    prompt: list[int]
+    first: list[int]
+    second: list[int]
+    ref_first: float
+    ref_second: float
+    label: float = 1.0
+    anchors: tuple[float, float] = (math.nan, math.nan)
+    weights: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Inner:
+    """An inner loss: logit scale a, KL weight beta of the anchor, label mode, and the weights of anchor and NLL."""
+
+    scale: float
+    beta: float
+    labels: str = "soft"
+    anchor: float = 0.0
+    nll: float = 0.0
+
+
+def train_pairwise(
+    model: Model, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], inner: Inner, job: Job
+) -> Metrics:
+    """Train a policy on pairs with `dualign.losses`; returns the loss curve and statistics of the last log line."""
+    args = PairwiseConfig(
+        **arguments(job),
+        beta=inner.scale,
+        max_length=None,
+        precompute_ref_log_probs=True,
+        labels=inner.labels,
+        anchor_weight=inner.anchor,
+        anchor_beta=inner.beta,
+        nll_weight=inner.nll,
+    )
+    trainer = PairwiseTrainer(
+        model,
+        args=args,
+        train_dataset=pair_dataset(pairs, job.training.max_length),
+        processing_class=tokenizer,
+        callbacks=callbacks(),
+    )
+    return run(trainer, job)
+
+
+def pair_dataset(pairs: Sequence[Pair], max_length: int) -> Dataset:
+    """Pairs as the tokenised columns that `PairwiseTrainer` reads; pairs longer than `max_length` are left out."""
+    kept = [p for p in pairs if len(p.prompt) + max(len(p.first), len(p.second)) <= max_length]
+    tell_dropped(len(pairs), len(kept), max_length)
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [p.prompt for p in kept],
+            "chosen_ids": [p.first for p in kept],
+            "rejected_ids": [p.second for p in kept],
+            "ref_chosen_logps": [p.ref_first for p in kept],
+            "ref_rejected_logps": [p.ref_second for p in kept],
+            "label": [p.label for p in kept],
+            "anchor_chosen": [p.anchors[0] for p in kept],
+            "anchor_rejected": [p.anchors[1] for p in kept],
+            "weight_chosen": [p.label if p.weights is None else p.weights[0] for p in kept],
+            "weight_rejected": [1 - p.label if p.weights is None else p.weights[1] for p in kept],
+        }
+    )
+
+
+@dataclass
+class PairwiseConfig(DPOConfig):
+    """DPOConfig with a label mode, an anchor and a light NLL term. `beta` is the scale a of the logit."""
+
+    labels: str = field(
+        default="soft", metadata={"help": "soft: use P(chosen preferred) as it is; bernoulli: draw afresh each time."}
+    )
+    anchor_weight: float = field(default=0.0, metadata={"help": "Weight of the anchor to the soft value."})
+    anchor_beta: float = field(default=1.0, metadata={"help": "KL weight beta inside the anchor."})
+    nll_weight: float = field(default=0.0, metadata={"help": "Weight of the importance-weighted -log pi."})
+
+
+_EXTRA = ("label", "anchor_chosen", "anchor_rejected", "weight_chosen", "weight_rejected")
+
+
+@dataclass
+class _PairCollator(DataCollatorForPreference):
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super().torch_call(examples)
+        for name in _EXTRA:
+            if name in examples[0]:
+                batch[name] = torch.tensor([example[name] for example in examples])
+        return batch
+
+
+class PairwiseTrainer(DPOTrainer):
+    """DPO with reference columns, soft labels, anchors and NLL; see `dualign.losses`.
+
+    Reads the columns ref_chosen_logps, ref_rejected_logps (required), label (default 1), anchor_chosen,
+    anchor_rejected (default none), weight_chosen, weight_rejected (of the likelihood term,
+    default label and 1 - label), beside TRL's own.
+    """
+
+    _signature_columns: list[str]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        tokenizer = kwargs["processing_class"]
+        kwargs.setdefault("data_collator", _PairCollator(pad_token_id=tokenizer.pad_token_id))
+        super().__init__(*args, **kwargs)
+        self._drawn = (-1, 0)  # step and part of the last draw of labels
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        if "prompt_ids" in dataset.column_names:
+            return dataset
+        return super()._prepare_dataset(dataset, *args, **kwargs)
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        if "ref_chosen_logps" in dataset.column_names:
+            return dataset
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        missing = [name for name in _EXTRA if name not in self._signature_columns]
+        self._signature_columns = [*self._signature_columns, *missing]
+
+    def compute_loss(
+        self, model: Model, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        logps, outputs = self._policy_logps(model, inputs)
+        first, second = logps.chunk(2)
+        ratio_first, ratio_second = first - inputs["ref_chosen_logps"], second - inputs["ref_rejected_logps"]
+        zero = torch.zeros_like(first)
+        logit = losses.pairwise_logit(ratio_first, ratio_second, zero, zero, self.args.beta)
+        label = self._label(inputs, logit)
+        loss = losses.soft_label_loss(logit, label).mean()
+        if self.args.anchor_weight > 0:
+            loss = loss + self.args.anchor_weight * self._anchor(inputs, ratio_first, ratio_second)
+        if self.args.nll_weight > 0:
+            given = "weight_chosen" in inputs
+            weight = (inputs["weight_chosen"], inputs["weight_rejected"]) if given else (label, 1 - label)
+            weights = torch.cat(weight).to(logps.dtype)
+            loss = loss + self.args.nll_weight * losses.weighted_nll(logps, weights).mean()
+        self._record(logit, label, ratio_first, ratio_second)
+        return (loss, outputs) if return_outputs else loss
+
+    def _policy_logps(self, model: Model, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Summed log-probabilities of [all first answers, all second answers]."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        labels = ids.masked_fill(inputs["completion_mask"] == 0, -100)
+        if ids.is_cuda:  # TRL's fused head never holds the vocabulary-wide logits; on a CPU it scores every position
+            outputs = model(input_ids=ids, attention_mask=mask, use_cache=False, labels=labels, fused_lm_head=True)
+            return outputs.log_probs[:, -(ids.shape[1] - 1) :].float().sum(1), outputs
+        return answer_log_probabilities(model, ids, mask, labels), None
+
+    def _label(self, inputs: dict[str, Any], logit: Tensor) -> Tensor:
+        label: Tensor = inputs.get("label", torch.ones_like(logit)).to(logit.dtype)
+        if self.args.labels == "soft" or not self.model.training:
+            return label
+        # Seeded by the step, so that a resumed run draws the labels that an uninterrupted one would have drawn; the
+        # parts of a step, on all devices, take successive draws.
+        step = self.state.global_step
+        self._drawn = (step, self._drawn[1] + 1 if self._drawn[0] == step else 0)
+        part = self._drawn[1] * self.accelerator.num_processes + self.accelerator.process_index
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
+        draws = [torch.bernoulli(label.cpu(), generator=generator) for _ in range(part + 1)]
+        return draws[-1].to(logit.device)
+
+    def _anchor(self, inputs: dict[str, Any], ratio_first: Tensor, ratio_second: Tensor) -> Tensor:
+        targets = torch.cat([inputs["anchor_chosen"], inputs["anchor_rejected"]]).to(ratio_first.dtype)
+        ratios = torch.cat([ratio_first, ratio_second])
+        known = ~targets.isnan()
+        terms = losses.anchor_loss(ratios[known], targets[known], self.args.anchor_beta)
+        return terms.mean() if bool(known.any()) else ratios.sum() * 0.0
+
+    def _record(self, logit: Tensor, label: Tensor, ratio_first: Tensor, ratio_second: Tensor) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        with torch.no_grad():
+            metrics["accuracy"].append(((logit > 0) == (label > 0.5)).float().mean().item())
+            metrics["abs_logit"].append(logit.abs().mean().item())
+            metrics["log_ratio"].append(torch.cat([ratio_first, ratio_second]).mean().item())

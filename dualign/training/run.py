@@ -1,0 +1,147 @@
+"""What all training runs share: the job, TRL's arguments, checkpoints, the log.
+
+All runs keep checkpoints in a scratch folder and go on from the last complete one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from peft import PeftModel
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from dualign.core.errors import DataError, ParamsError, TrainingError
+from dualign.core.params import Resources, TrainingParams
+from dualign.core.progress import watched
+from dualign.lm.models import precision_of
+
+log = logging.getLogger(__name__)
+
+Model: TypeAlias = PreTrainedModel | PeftModel
+Metrics: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every training run needs besides its model and data. `scratch` is this run's own checkpoint folder."""
+
+    training: TrainingParams
+    resources: Resources
+    scratch: Path
+    seed: int
+
+
+def arguments(job: Job) -> dict[str, Any]:
+    training, resources = job.training, job.resources
+    micro = min(resources.micro_batch_size or training.batch_size, training.batch_size)
+    if training.batch_size % micro:
+        raise ParamsError(f"batch_size {training.batch_size} must be a multiple of resources.micro_batch_size {micro}")
+    bf16 = precision_of(resources) is torch.bfloat16
+    return {
+        "output_dir": str(job.scratch),
+        "num_train_epochs": training.epochs,
+        "max_steps": training.max_steps or -1,
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
+        "gradient_accumulation_steps": training.batch_size // micro,
+        "learning_rate": training.learning_rate,
+        "warmup_steps": training.warmup,
+        "lr_scheduler_type": training.schedule,
+        "weight_decay": training.weight_decay,
+        "adam_beta2": training.adam_beta2,
+        "seed": job.seed,
+        "data_seed": job.seed,
+        "bf16": bf16,
+        "use_cpu": resources.device == "cpu",
+        "gradient_checkpointing": resources.gradient_checkpointing,
+        "logging_steps": resources.log_steps,
+        "logging_nan_inf_filter": False,  # it would show the mean in place of a loss that is not finite
+        "save_steps": resources.checkpoint_steps,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": not watched(),
+        "dataloader_pin_memory": resources.device != "cpu" and torch.cuda.is_available(),
+        "optim": "adamw_torch",
+    }
+
+
+def run(trainer: Any, job: Job) -> Metrics:
+    """Train, from the last complete checkpoint if there is one; refuse a loss that is not finite."""
+    trainer.remove_callback(PrinterCallback)  # prints a dict per logged step beside our line
+    checkpoint = last_checkpoint(job.scratch)
+    if checkpoint is not None:
+        log.info("resuming from %s", checkpoint)
+    saved = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
+    if saved is not None and saved.global_step >= saved.max_steps:  # it had ended; train() would take one step more
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = saved
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    state: TrainerState = trainer.state
+    curve = [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry]
+    seen = [entry[key] for entry in state.log_history for key in ("loss", "train_loss") if key in entry]
+    if not all(math.isfinite(loss) for loss in seen):
+        raise TrainingError("the training loss became NaN or infinite; lower the learning rate")
+    last: Metrics = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
+    shown: Metrics = {key: last[key] for key in ("accuracy", "abs_logit", "log_ratio") if key in last}
+    return {
+        "steps": state.global_step,
+        "rows": len(trainer.train_dataset),
+        "loss": last.get("loss"),
+        "loss_curve": curve,
+        **shown,
+    }
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end (the trainer's state is written last)."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            return path
+    return None
+
+
+class _PlainLog(TrainerCallback):
+    """One line per logged step for a log file; the Trainer's own bar serves a terminal."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "loss" in logs and not watched():
+            extra = "".join(f", {key} {logs[key]:.3f}" for key in ("accuracy", "log_ratio") if key in logs)
+            log.info("step %d of %d: loss %.4f%s", state.global_step, state.max_steps, float(logs["loss"]), extra)
+
+
+def callbacks() -> list[TrainerCallback]:
+    return [_PlainLog()]
+
+
+def tell_dropped(given: int, kept: int, max_length: int) -> None:
+    if kept < given:
+        log.warning("left out %d of %d rows longer than max_length %d tokens", given - kept, given, max_length)
+    if kept == 0:
+        raise DataError(f"no row fits into max_length {max_length} tokens; raise training.max_length")

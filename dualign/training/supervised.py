@@ -1,0 +1,60 @@
+"""Supervised fine-tuning: TRL's trainer, with a cheaper loss on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from dualign.lm.sampling import answer_log_probabilities
+from dualign.training.run import Job, Metrics, Model, arguments, callbacks, run, tell_dropped
+
+
+def train_sft(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[tuple[list[int], list[int]]],
+    heldout: Sequence[tuple[list[int], list[int]]],
+    job: Job,
+) -> Metrics:
+    """Maximise log pi(answer | prompt) on (prompt ids, answer ids); returns losses per answer token, in nats."""
+    args = SFTConfig(**arguments(job), max_length=job.training.max_length, completion_only_loss=True, packing=False)
+    trainer = SupervisedTrainer(
+        model,
+        args=args,
+        train_dataset=_supervised(train, job.training.max_length),
+        eval_dataset=_supervised(heldout, job.training.max_length),
+        processing_class=tokenizer,
+        callbacks=callbacks(),
+    )
+    metrics = run(trainer, job)
+    metrics["heldout_loss"] = trainer.evaluate()["eval_loss"]
+    return metrics
+
+
+class SupervisedTrainer(SFTTrainer):
+    """SFTTrainer whose loss on a CPU puts only the answers' positions through the vocabulary (twice as fast)."""
+
+    def compute_loss(
+        self, model: Model, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs["labels"]
+        if labels.is_cuda or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        logps = answer_log_probabilities(model, inputs["input_ids"], inputs["attention_mask"], labels)
+        tokens = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        return -logps.sum() / tokens
+
+
+def _supervised(rows: Sequence[tuple[list[int], list[int]]], max_length: int) -> Dataset:
+    kept = [(prompt, answer) for prompt, answer in rows if len(prompt) + len(answer) <= max_length]
+    tell_dropped(len(rows), len(kept), max_length)
+    return Dataset.from_dict(
+        {
+            "input_ids": [prompt + answer for prompt, answer in kept],
+            "completion_mask": [[0] * len(prompt) + [1] * len(answer) for prompt, answer in kept],
+        }
+    )
