@@ -52,7 +52,7 @@ def imports(path: Path) -> Iterator[str]:
 FORBIDDEN = {
     "dualign": {"stages", "pipeline", "bench", "dvc", "prefect"},
     "stages": {"pipeline", "bench", "dvc", "prefect"},
-    "bench": {"stages", "pipeline", "dvc", "prefect"},
+    "bench": {"stages", "prefect"},
     "pipeline": {"dualign", "stages", "torch", "transformers", "trl", "peft"},
 }
 

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from bench import world as laboratory
+
 CODE = ("dualign", "stages", "pipeline", "dvc.yaml", "data/raw", "reports/search")
 
 # The whole graph at its smallest: every stage and method runs for real, on models that learn next to nothing.
@@ -116,6 +118,25 @@ def test_the_graph_ends_in_a_report_of_every_policy(finished: Path) -> None:
         assert search["steps"][search["chosen"]]["generated_tokens"] > 0
         assert method in page
     assert not (finished / ".scratch").exists() or not list((finished / ".scratch").rglob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_the_laboratory_reads_what_every_policy_is_worth_and_what_it_took(finished: Path) -> None:
+    rows = {row["policy"]: row for row in laboratory.rows_of(laboratory.Lab(7, finished))}
+    comparison = json.loads((finished / "reports/comparison.json").read_text())
+    assert rows.keys() == comparison["policies"].keys()
+    assert {name: rows[name]["trainings"] for name in ("sft", "reward_dpo", "safety_only")} == {
+        "sft": 0,
+        "reward_dpo": 1,
+        "safety_only": 1,
+    }
+    search = json.loads((finished / "reports/search/dualign.json").read_text())
+    assert rows["dualign"]["trainings"] == search["trainings"] and rows["sft"]["generated_tokens"] == 0
+    assert rows["sacpo"]["trainings"] == json.loads((finished / "reports/search/sacpo.json").read_text())["trainings"]
+    assert rows["sacpo"]["seconds"] > rows["reward_dpo"]["seconds"] > rows["sft"]["seconds"] == 0
+    for row in rows.values():
+        assert row["excess"] == pytest.approx(row["true_cost"] - 0.5) and row["excess"] > row["least_excess"]
+    assert rows["sft"]["kl"] == 0 and rows["sft"]["displacement"] == 0
 
 
 @pytest.mark.slow

@@ -1,0 +1,236 @@
+"""The laboratory, part (b): real language models of the embedded world, every method, against the exact optimum.
+
+    python -m bench.world --seeds 7 8 9 --jobs 2
+
+Runs the pipeline once for each seed, in a folder of its own, and judges every policy by the world's oracle on generated
+answers to held-out prompts. A run that was interrupted goes on where it stopped; a finished one is only read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+from dvc.repo import Repo
+
+from dualign.core.artifacts import read_json, replacing, write_json
+from dualign.core.errors import DualignError
+from dualign.core.params import EvaluateParams, load, read_yaml
+from pipeline.dag import StageSpec, load_dag
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Stages that serve every method alike; their time is nobody's.
+SHARED = {"prepare", "sft", "reward_model", "cost_model", "score", "dual_init"}
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lab:
+    """One seed's run: its folder holds params.yaml, dvc.yaml and everything that the stages write."""
+
+    seed: int
+    folder: Path
+
+    @functools.cached_property
+    def dag(self) -> dict[str, StageSpec]:
+        """The stages by name, in order."""
+        return load_dag(self.folder)
+
+
+def set_up(seed: int, params: Path, work: Path) -> Lab:
+    """Make the folder of a seed. Raises DualignError where it holds the run of other params."""
+    folder = work / f"{params.stem}-{seed}"
+    text = _with_seed(params.read_text(), seed, params)
+    if not folder.is_dir():
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            (temporary / "data/raw").mkdir(parents=True)
+            (temporary / "params.yaml").write_text(text)
+            shutil.copy(ROOT / "dvc.yaml", temporary)
+            Repo.init(str(temporary), no_scm=True).close()
+    elif (folder / "params.yaml").read_text() != text:
+        raise DualignError(f"{folder} holds the run of other params; delete it, or choose another --work")
+    return Lab(seed, folder)
+
+
+def _with_seed(text: str, seed: int, path: Path) -> str:
+    lines = text.splitlines(keepends=True)
+    places = [i for i, line in enumerate(lines) if line.startswith("seed:")]
+    if len(places) != 1:
+        raise DualignError(f"{path}: expected one line that starts with 'seed:'")
+    lines[places[0]] = f"seed: {seed}\n"
+    return "".join(lines)
+
+
+def run(lab: Lab, threads: int) -> Lab:
+    """Run every stage of a seed that has not ended, in order; their output goes to log.txt in the folder."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "0"}
+    for name, spec in lab.dag.items():
+        if _ended(lab, name).is_file():
+            continue
+        log.info("seed %d: %s", lab.seed, name)
+        command = [sys.executable, *spec.cmd.split()[1:]]
+        with (lab.folder / "log.txt").open("a") as output:
+            done = subprocess.run(command, cwd=lab.folder, env=environment, stdout=output, stderr=output, check=False)
+        if done.returncode:
+            raise DualignError(f"{lab.folder}: stage {name} failed with status {done.returncode}; see its log.txt")
+    return lab
+
+
+def _ended(lab: Lab, name: str) -> Path:
+    """The file that a stage writes last."""
+    return lab.folder / "reports/provenance" / f"{name.replace('@', '/')}.json"
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def rows_of(lab: Lab) -> Iterator[dict[str, Any]]:
+    """One row for each evaluated policy of a seed: what the oracle says of it, and what it took."""
+    policies = load(EvaluateParams, lab.folder / "params.yaml").policies
+    limit = float(read_yaml(lab.folder / "params.yaml")["constraint"]["limit"])
+    for name, folder in policies.items():
+        truth = read_json(lab.folder / "reports/metrics/evaluate" / f"{name}.json")
+        best = truth["optimum"]
+        yield {
+            "seed": lab.seed,
+            "policy": name,
+            "gap": truth["value_gap"],
+            "relative_gap": truth["value_gap"] / (best["value"] - best["reference_value"]),
+            "excess": truth["true_cost"]["mean"] - limit,
+            "least_excess": truth["true_cost"]["low"] - limit,
+            "reward_share": truth["reward_share"],
+            **{key: truth[key]["mean"] for key in ("true_reward", "true_cost", "grammatical", "displacement", "kl")},
+            **_effort(lab, folder),
+        }
+
+
+def _effort(lab: Lab, folder: str) -> dict[str, float]:
+    """Policy trainings, generated tokens and seconds that a policy took, beside what serves every method."""
+    writer = next(name for name, spec in lab.dag.items() if f"models/{folder}" in spec.outs)
+    own = sorted(_upstream(lab.dag, writer) - SHARED)
+    seconds = sum(read_json(_ended(lab, name))["seconds"] for name in own)
+    trained, tokens = sum("_dpo" in name.partition("@")[0] for name in own), 0
+    if writer.startswith("dual_search@"):
+        search = read_json(lab.folder / "reports/search" / f"{writer.partition('@')[2]}.json")
+        trained += sum(step["trained"] for step in search["steps"])
+        tokens = search["generated_tokens"]
+    return {"trainings": trained, "generated_tokens": tokens, "seconds": seconds}
+
+
+def _upstream(dag: Mapping[str, StageSpec], name: str) -> set[str]:
+    return {name}.union(*(_upstream(dag, source) for source in dag[name].upstream))
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+_COLUMNS = (
+    ("(J* − J) / (J* − J_ref)", "relative_gap", 2),
+    ("J* − J", "gap", 3),
+    ("E[c*] − limit", "excess", 3),
+    ("way in r*", "reward_share", 2),
+    ("grammatical", "grammatical", 3),
+    ("displacement", "displacement", 2),
+    ("KL", "kl", 2),
+    ("trainings", "trainings", 1),
+    ("tokens", "generated_tokens", 0),
+    ("seconds", "seconds", 0),
+)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Means over the seeds, ± their standard deviation, best policies within the limit first."""
+    heads = ["policy", "within", *(title for title, _, _ in _COLUMNS)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    by_policy = {name: [row for row in rows if row["policy"] == name] for name in {row["policy"] for row in rows}}
+    for name, own in sorted(by_policy.items(), key=lambda item: _rank(item[1])):
+        cells = [_cell([row[key] for row in own], digits) for _, key, digits in _COLUMNS]
+        lines.append(f"| {' | '.join([name, f'{sum(map(within, own))}/{len(own)}', *cells])} |")
+    return lines
+
+
+def within(row: Mapping[str, Any]) -> bool:
+    """Whether the limit lies in the confidence interval of the true cost, or above it."""
+    return bool(row["least_excess"] <= 0)
+
+
+def _rank(own: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    return -fmean(within(row) for row in own), fmean(row["gap"] for row in own)
+
+
+def _cell(values: Sequence[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    spread = f" ± {pstdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{fmean(known):.{digits}f}{spread}"
+
+
+def page(command: str, params: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The page in markdown."""
+    seeds = sorted({row["seed"] for row in rows})
+    parts = [
+        "# Language models of the world against the exact optimum",
+        f"    {command}",
+        f"{len(seeds)} seeds ({', '.join(map(str, seeds))}) of `{params}`; numbers are means over the seeds, ± their "
+        "standard deviation.",
+        "\n".join(table(rows)),
+        _NOTES,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+_NOTES = """\
+How to read it: every policy answers held-out prompts, and the world's oracle scores the text. `J* − J` is what a policy
+falls short of the exact constrained optimum in J = E[r*] − β KL; below 0 it buys reward by breaking the limit. `within`
+counts the seeds whose true cost is not above the limit beyond its 95 % confidence interval. `way in r*` is the way from
+the reference to the optimum in true reward. `displacement` is the mean log-ratio of reference samples: it falls as mass
+leaves what the reference says. Trainings, tokens and seconds are those of the policy's own steps and of those that it
+starts from; data, reference, reward and cost models and the pool serve all alike."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the laboratory; write world.json and world.md, and the page to stdout. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.world", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
+    parser.add_argument("--params", type=Path, default=Path("params/every-method.yaml"), help="of the embedded world")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds that run at the same time")
+    parser.add_argument("--work", type=Path, default=Path(".scratch/bench-world"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the results")
+    given = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    threads = max(1, (os.cpu_count() or 1) // given.jobs)
+    try:
+        labs = [set_up(seed, given.params, given.work.absolute()) for seed in given.seeds]
+        with ThreadPoolExecutor(given.jobs) as pool:
+            done = list(pool.map(lambda lab: run(lab, threads), labs))
+    except (DualignError, OSError) as error:
+        log.error("%s", error)
+        return 1
+    rows = [row for lab in done for row in rows_of(lab)]
+    command = f"python -m bench.world --seeds {' '.join(map(str, given.seeds))} --params {given.params}"
+    text = page(command, given.params, rows)
+    write_json(given.out / "world.json", {"command": command, "rows": rows})
+    with replacing(given.out / "world.md") as temporary:
+        temporary.write_text(text)
+    sys.stdout.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
