@@ -69,12 +69,13 @@ class SourceSpec(Frozen):
 
 
 class WorldParams(Frozen):
-    """The embedded data: how many rows of each kind, and how sharp its annotators are (1 = Bradley-Terry at r*, c*)."""
+    """The embedded data: rows of each kind, how sharp its annotators are, and the share of slips among its answers."""
 
     sft_rows: Count
     helpful_pairs: Count
     safety_pairs: Count
     sharpness: Positive
+    slips: Share
 
 
 class TrainingParams(Frozen):
