@@ -34,6 +34,15 @@ def lagrangian_label(reward_gap: Tensor, cost_gap: Tensor, lam: float) -> Tensor
     return torch.sigmoid(reward_gap - lam * cost_gap)
 
 
+def soft_clip(value: Tensor, bound: float) -> Tensor:
+    """R tanh(u / R), an implicit reward u = a h(y) kept within (-R, R); any shape, `bound` R > 0 in u's units.
+
+    PD-DPO's policy classes bound the implicit reward of phase 1 by R_max, that of phase 2 by C_max (2510.05703,
+    algorithm 1); this is their smooth form: the identity near 0, with a gradient everywhere.
+    """
+    return bound * torch.tanh(value / bound)
+
+
 def anchor_loss(log_ratio: Tensor, target: Tensor, beta: float) -> Tensor:
     """(beta h(y) - t(y))^2, t = r - lambda c - V_lambda(x), V_lambda(x) = beta log E_ref exp((r - lambda c) / beta).
 
@@ -137,9 +146,10 @@ def safe_dpo_loss(logit: Tensor, unsafe_w: Tensor, unsafe_l: Tensor, offset: flo
 def modpo_logit(log_ratio_gap: Tensor, margin_gap: Tensor, beta: float, weight: float) -> Tensor:
     """(beta Delta h - (1 - w) Delta m) / w, the logit of MODPO (2310.03708) for two objectives.
 
-    The pairs rank objective 0, whose weight is w; m is the margin reward of the other one, in units of reward. On
-    safety pairs with w = lambda / (1 + lambda), beta / (1 + lambda) for beta and m = beta log(pi_r / pi_ref) it equals
-    SACPO's second step and PD-DPO's phase 2 at every policy.
+    The pairs rank objective 0, whose weight is w; m is the margin reward of the other one, in units of reward. With
+    beta / (1 + lambda) for beta it is beta Delta h - lambda Delta m on helpful pairs, where w = 1 / (1 + lambda) and
+    m = -c; on safety pairs, where w = lambda / (1 + lambda) and m = beta log(pi_r / pi_ref), it equals SACPO's second
+    step and PD-DPO's phase 2 at every policy.
     """
     return (beta * log_ratio_gap - (1 - weight) * margin_gap) / weight
 

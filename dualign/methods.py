@@ -32,7 +32,7 @@ class Method:
     title: str
     source: str
     inner: Literal["safety", "lagrangian"]
-    reference: Literal["sft", "reward_dpo"]
+    reference: Literal["sft", "reward_dpo/helpful"]
     start: str
     rule: Rule
     data: Literal["safety_pairs", "scored_pairs", "pool"]
@@ -49,7 +49,7 @@ METHODS: dict[str, Method] = {
             "SACPO",
             "2404.11049",
             "safety",
-            "reward_dpo",
+            "reward_dpo/helpful",
             "safety_dpo/stepwise",
             "grid",
             "safety_pairs",
@@ -62,7 +62,7 @@ METHODS: dict[str, Method] = {
             "P-SACPO",
             "2404.11049",
             "safety",
-            "reward_dpo",
+            "reward_dpo/helpful",
             "safety_dpo/stepwise",
             "merge",
             "safety_pairs",
@@ -88,7 +88,7 @@ METHODS: dict[str, Method] = {
             "PD-DPO",
             "2510.05703",
             "safety",
-            "reward_dpo",
+            "reward_dpo/helpful",
             "safety_dpo/stepwise",
             "projected_subgradient",
             "safety_pairs",

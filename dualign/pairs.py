@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -11,29 +14,132 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dualign import dual
+from dualign.core.errors import DataError
 from dualign.core.params import TrainingParams
 from dualign.data.schema import Message, by_prompt
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
-from dualign.losses import lagrangian_label
+from dualign.losses import folded_reference, lagrangian_label, safe_dpo_direction
 from dualign.training.pairwise import Pair
+
+log = logging.getLogger(__name__)
 
 Array = np.ndarray
 
+_SWAP = {
+    "chosen": "rejected",
+    "rejected": "chosen",
+    "chosen_is_safe": "rejected_is_safe",
+    "rejected_is_safe": "chosen_is_safe",
+}
+
 
 def preference_pairs(
-    frame: pd.DataFrame, reference: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int
+    frame: pd.DataFrame,
+    reference: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    *,
+    mismatched: bool = False,
 ) -> list[Pair]:
-    """Pairs of a preference table (first = chosen, label 1), their reference columns computed under `reference`."""
-    prompts, chosen, rejected = _encode(frame, tokenizer)
-    logps = log_probabilities(reference, tokenizer, prompts * 2, chosen + rejected, batch_size=batch_size).tolist()
-    half = len(frame)
+    """Pairs of a preference table (first = chosen, label 1), their reference columns computed under `reference`.
+
+    With `mismatched` each carries an answer to another prompt, for KTO's reference point. Raises DataError where the
+    table has one prompt only.
+    """
+    encoded = zip(*_encode(frame, tokenizer), strict=True)
+    pairs = [Pair(prompt, first, second, math.nan, math.nan) for prompt, first, second in encoded]
+    return with_reference(with_mismatched(pairs) if mismatched else pairs, reference, tokenizer, batch_size)
+
+
+def with_reference(
+    pairs: Sequence[Pair], reference: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> list[Pair]:
+    """The pairs with log-probabilities under `reference` as reference columns of all their answers."""
+    others = [p.mismatched for p in pairs if p.mismatched is not None]  # all pairs have one, or none
+    answers = [p.first for p in pairs] + [p.second for p in pairs] + others
+    sides = 3 if others else 2
+    prompts = [p.prompt for p in pairs] * sides
+    logps = log_probabilities(reference, tokenizer, prompts, answers, batch_size=batch_size)
+    first, second, *mismatched = logps.reshape(sides, len(pairs)).tolist()
+    columns = zip(first, second, mismatched[0] if mismatched else [math.nan] * len(pairs), strict=True)
     return [
-        Pair(prompt, first, second, ref_first, ref_second)
-        for prompt, first, second, ref_first, ref_second in zip(
-            prompts, chosen, rejected, logps[:half], logps[half:], strict=True
-        )
+        replace(pair, ref_first=ref_first, ref_second=ref_second, ref_mismatched=ref_mismatched)
+        for pair, (ref_first, ref_second, ref_mismatched) in zip(pairs, columns, strict=True)
     ]
+
+
+def with_mismatched(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs, each with an answer of the next pair that has another prompt: the first and the second in turn.
+
+    Such answers, which nobody judged for this prompt, are where KTO estimates its reference point (2402.01306).
+    """
+    if all(pair.prompt == pairs[0].prompt for pair in pairs):
+        raise DataError("kto: all pairs have one prompt, but its reference point takes answers to others; add prompts")
+    found = []
+    for i, pair in enumerate(pairs):
+        other = next(p for p in (pairs[(i + k) % len(pairs)] for k in range(1, len(pairs))) if p.prompt != pair.prompt)
+        found.append(replace(pair, mismatched=other.second if i % 2 else other.first))
+    return found
+
+
+def with_safe_flags(pairs: Sequence[Pair], frame: pd.DataFrame) -> list[Pair]:
+    """The pairs of `frame`, an answer desirable where its flag says safe; without both flags, the chosen one alone."""
+    flags = zip(frame["chosen_is_safe"], frame["rejected_is_safe"], strict=True)
+    return [
+        pair if pd.isna(chosen) or pd.isna(rejected) else replace(pair, desirable=(bool(chosen), bool(rejected)))
+        for pair, (chosen, rejected) in zip(pairs, flags, strict=True)
+    ]
+
+
+def with_margin(pairs: Sequence[Pair], margin: Sequence[Pair], base: Sequence[Pair], weight: float) -> list[Pair]:
+    """MODPO (2310.03708) as a reference column: ref + weight (log pi_m - log pi_ref).
+
+    `margin` and `base` are the same pairs with the columns of the margin policy pi_m and of pi_ref.
+
+    MODPO's logit is (beta_M Delta h - w_1 Delta m) / w_0 with w_0 + w_1 = 1. The optimum of r + lambda m at KL weight
+    beta is that of w_0 r + w_1 m at beta_M = beta / (1 + lambda), where w_0 = 1 / (1 + lambda), w_1 = lambda w_0, so
+    the logit is beta Delta h - lambda Delta m. Safety DPO from pi_ref at coefficient beta / lambda_m has the implicit
+    reward m = -c = (beta / lambda_m) log(pi_m / pi_ref), up to a function of the prompt that cancels in Delta. Hence
+    logit = beta Delta [log pi - log pi_ref - (lambda / lambda_m) (log pi_m - log pi_ref)]: DPO at beta, and
+    `weight` = lambda / lambda_m.
+    """
+    return [
+        replace(
+            pair,
+            ref_first=pair.ref_first + weight * (m.ref_first - b.ref_first),
+            ref_second=pair.ref_second + weight * (m.ref_second - b.ref_second),
+            ref_mismatched=pair.ref_mismatched + weight * (m.ref_mismatched - b.ref_mismatched),
+        )
+        for pair, m, b in zip(pairs, margin, base, strict=True)
+    ]
+
+
+def safe_first(frame: pd.DataFrame) -> pd.DataFrame:
+    """SafeDPO's transform T of a helpful table (2505.20065): swap answers where only the rejected one is safe.
+
+    Rows of two unsafe answers are dropped as T says, rows that lack a flag with a warning: T does not know them.
+    """
+    flags = frame[["chosen_is_safe", "rejected_is_safe"]]
+    known = frame[flags.notna().all(axis=1)]
+    if len(known) < len(frame):
+        log.warning("left out %d of %d pairs without is-safe flags", len(frame) - len(known), len(frame))
+    unsafe = [~torch.from_numpy(known[name].to_numpy(bool)) for name in flags]
+    direction = safe_dpo_direction(*unsafe).numpy()
+    swapped = known.rename(columns=_SWAP)[known.columns]
+    return pd.concat([known[direction > 0], swapped[direction < 0]]).sort_index()
+
+
+def with_offset(pairs: Sequence[Pair], frame: pd.DataFrame, offset: float, beta: float) -> list[Pair]:
+    """SafeDPO's offset Delta (2505.20065) in the reference column: log ref + Delta / beta of a safe winner.
+
+    Only where the loser is unsafe. `pairs` are those of `frame`, as `safe_first` leaves it; their logit at scale `beta`
+    is beta Delta h - Delta.
+    """
+    first = torch.tensor([pair.ref_first for pair in pairs], dtype=torch.float64)
+    mixed = torch.from_numpy(~frame["rejected_is_safe"].to_numpy(bool))
+    folded = folded_reference(first, offset * mixed.double(), beta).tolist()
+    return [replace(pair, ref_first=ref) for pair, ref in zip(pairs, folded, strict=True)]
 
 
 def visited(frame: pd.DataFrame, training: TrainingParams, seed: int) -> pd.DataFrame:

@@ -1,41 +1,77 @@
-"""reward_dpo: pi_ref and helpful pairs -> models/reward_dpo, the helpful policy pi_r.
+"""reward_dpo RUN: a reference policy and helpful pairs -> models/reward_dpo/RUN.
 
-python -m stages.reward_dpo
+    python -m stages.reward_dpo helpful
+
+From pi_ref the result is pi_r, the first step of SACPO and PD-DPO; from a run of `safety_dpo` it is SACPO's second step
+in the order safety, then helpfulness. With an offset it is SafeDPO, with a margin policy MODPO.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from transformers import PreTrainedTokenizerBase
+
 from dualign.core.artifacts import replacing
-from dualign.core.params import RewardDpoParams
+from dualign.core.errors import DataError, ParamsError
+from dualign.core.params import RewardDpoParams, RewardRun
 from dualign.core.stage import Run, execute, finished
 from dualign.data.schema import HELPFUL_PAIRS, read_table
 from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
-from dualign.pairs import preference_pairs, visited
-from dualign.training.pairwise import Inner, train_pairwise
+from dualign.pairs import preference_pairs, safe_first, visited, with_margin, with_offset, with_reference
+from dualign.training.pairwise import Inner, Pair, train_pairwise
 from dualign.training.run import Job
 
 PAIRS = Path("data/prepared/helpful_pairs.parquet")
-REFERENCE = Path("models/sft")
+MODELS = Path("models")
 OUT = Path("models/reward_dpo")
 
 
 def main(run: Run[RewardDpoParams]) -> None:
     """Run the stage."""
     params = run.params
-    frame = read_table(PAIRS, HELPFUL_PAIRS)
-    tokenizer, policy = load_tokenizer(REFERENCE), load_policy(REFERENCE, run.resources)
-    train = visited(frame[frame["split"] == "train"], params.training, params.seed)
-    pairs = preference_pairs(train, policy, tokenizer, run.resources.scoring_batch_size)
+    if run.item not in params.runs:
+        raise ParamsError(f"reward_dpo.runs has no {run.item!r}; one of {', '.join(params.runs)}")
+    spec = params.runs[run.item]
+    tokenizer, policy = load_tokenizer("models/sft"), load_policy(MODELS / spec.reference, run.resources)
+    pairs = training_pairs(run, spec, policy, tokenizer)
     policy = with_lora(policy, params.lora)
-    scratch = run.scratch(PAIRS, REFERENCE)
+    scratch = run.scratch(PAIRS, *sorted({MODELS / name for name in ("sft", spec.reference, spec.margin)}))
     job = Job(params.training, run.resources, scratch, params.seed)
-    metrics = train_pairwise(policy, tokenizer, pairs, Inner(scale=params.beta, beta=params.beta), job)
-    with replacing(OUT) as folder:
+    inner = Inner(scale=params.beta, beta=params.beta, loss_type=spec.loss_type)
+    metrics = train_pairwise(policy, tokenizer, pairs, inner, job)
+    with replacing(OUT / run.item) as folder:
         save(policy, tokenizer, folder)
     run.metrics(metrics)
     finished(scratch)
+
+
+def training_pairs(
+    run: Run[RewardDpoParams], spec: RewardRun, policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> list[Pair]:
+    """The helpful pairs of a run; SafeDPO's offset and MODPO's margin stand in their reference columns."""
+    params, batch = run.params, run.resources.scoring_batch_size
+    frame = read_table(PAIRS, HELPFUL_PAIRS)
+    frame = frame[frame["split"] == "train"]
+    if spec.safe_offset is not None:
+        frame = safe_first(frame)
+        if frame.empty:
+            raise DataError(
+                f"{PAIRS}: no pair has is-safe flags and a safe answer, which reward_dpo.runs.{run.item}.safe_offset "
+                "needs; list a source with flags under prepare.helpful, or set safe_offset to null"
+            )
+    train = visited(frame, params.training, params.seed)
+    pairs = preference_pairs(train, policy, tokenizer, batch, mismatched=spec.loss_type == "kto")
+    if spec.margin != "sft":
+        margin, base = (
+            pairs
+            if name == spec.reference
+            else with_reference(pairs, load_policy(MODELS / name, run.resources), tokenizer, batch)
+            for name in (spec.margin, "sft")
+        )
+        pairs = with_margin(pairs, margin, base, spec.margin_weight)
+    return pairs if spec.safe_offset is None else with_offset(pairs, train, spec.safe_offset, params.beta)
 
 
 if __name__ == "__main__":

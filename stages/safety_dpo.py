@@ -3,7 +3,8 @@
     python -m stages.safety_dpo stepwise
 
 SACPO's second step, which is PD-DPO's phase 2: DPO with coefficient beta / lambda to the reference (pi_r for
-`stepwise`, pi_ref for the safety-only baseline `alone`).
+`stepwise`, pi_ref for the safety-only baseline `alone`), or IPO or KTO in its place. To KTO an answer is desirable if
+its flag says safe.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dualign.core.params import SafetyDpoParams
 from dualign.core.stage import Run, execute, finished
 from dualign.data.schema import SAFETY_PAIRS, read_table
 from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
-from dualign.pairs import preference_pairs, visited
+from dualign.pairs import preference_pairs, visited, with_safe_flags
 from dualign.training.pairwise import Inner, train_pairwise
 from dualign.training.run import Job
 
@@ -36,14 +37,18 @@ def main(run: Run[SafetyDpoParams]) -> None:
     frame = read_table(PAIRS, SAFETY_PAIRS)
     tokenizer, policy = load_tokenizer("models/sft"), load_policy(reference, run.resources)
     train = visited(frame[frame["split"] == "train"], params.training, params.seed)
-    pairs = preference_pairs(train, policy, tokenizer, run.resources.scoring_batch_size)
+    kto, batch = spec.loss_type == "kto", run.resources.scoring_batch_size
+    pairs = preference_pairs(train, policy, tokenizer, batch, mismatched=kto)
+    pairs = with_safe_flags(pairs, train) if kto else pairs
     policy = with_lora(policy, params.lora)
     scratch = run.scratch(PAIRS, reference, DUAL)
     job = Job(params.training, run.resources, scratch, params.seed)
-    metrics = train_pairwise(policy, tokenizer, pairs, Inner(scale=params.beta / lam, beta=params.beta), job)
+    inner = Inner(scale=params.beta / lam, beta=params.beta, loss_type=spec.loss_type, clip=spec.clip)
+    metrics = train_pairwise(policy, tokenizer, pairs, inner, job)
     with replacing(OUT / run.item) as folder:
         save(policy, tokenizer, folder)
-    run.metrics({**metrics, "lam": lam, "coefficient": params.beta / lam})
+    chosen = {"loss_type": spec.loss_type, "clip": spec.clip}
+    run.metrics({**metrics, "lam": lam, "coefficient": params.beta / lam, **chosen})
     finished(scratch)
 
 

@@ -23,6 +23,7 @@ from pipeline.deps import ROOT, differences, script_of
 # Keys that a foreach stage lists by item, so that an edit to one item leaves the others alone. The policies of
 # `evaluate` need no key of their own: the folder that an item names is a dependency.
 BY_ITEM: dict[str, dict[str, list[str]]] = {
+    "reward_dpo": {"reward_dpo.runs": ["reward_dpo.runs.${key}"]},
     "safety_dpo": {"safety_dpo.runs": ["safety_dpo.runs.${key}"]},
     "lagrangian_dpo": {"lagrangian_dpo.runs": ["lagrangian_dpo.runs.${key}"]},
     "dual_search": {"methods": ["methods.${key}"]},
@@ -152,7 +153,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).write_text((ROOT / name).read_text())
     params = read(ROOT / "params.yaml")
     params["prepare"]["folder"] = "data/raw"
-    for items in (params["safety_dpo"]["runs"], params["lagrangian_dpo"]["runs"], params["methods"]):
+    runs = (params[stage]["runs"] for stage in ("reward_dpo", "safety_dpo", "lagrangian_dpo"))
+    for items in (*runs, params["methods"]):
         items["twin"] = next(iter(items.values()))
     write(root / "params.yaml", params)
     Repo.init(str(root), no_scm=True).close()
@@ -226,11 +228,11 @@ def downstream(dag: dict[str, StageSpec], names: set[str]) -> set[str]:
     return reached
 
 
-EVERY_RUN = ("safety_dpo@*", "lagrangian_dpo@*", "dual_search@*", "evaluate@*")
+EVERY_RUN = ("reward_dpo@*", "safety_dpo@*", "lagrangian_dpo@*", "dual_search@*", "evaluate@*")
 SCORERS = ("reward_model", "cost_model")
 EDITS = {
-    "seed": (123, ("prepare", "sft", *SCORERS, "score", "dual_init", "reward_dpo", *EVERY_RUN)),
-    "beta": (0.123, ("dual_init", "reward_dpo", *EVERY_RUN, "report")),
+    "seed": (123, ("prepare", "sft", *SCORERS, "score", "dual_init", *EVERY_RUN)),
+    "beta": (0.123, ("dual_init", *EVERY_RUN, "report")),
     "constraint.limit": (-1.23, ("dual_init", "dual_search@*", "evaluate@*", "report")),
     "generation.max_new_tokens": (123, ("score", "dual_search@*", "evaluate@*")),
     "prepare.search_prompts": (123, ("prepare",)),
@@ -240,7 +242,7 @@ EDITS = {
     "cost_model.training.learning_rate": (0.123, ("cost_model",)),
     "score.samples_per_prompt": (123, ("score",)),
     "dual_init.bootstrap": (123, ("dual_init",)),
-    "reward_dpo.lora.rank": (123, ("reward_dpo",)),
+    "reward_dpo.lora.rank": (123, ("reward_dpo@*",)),
     "safety_dpo.training.batch_size": (123, ("safety_dpo@*",)),
     "lagrangian_dpo.training.batch_size": (123, ("lagrangian_dpo@*",)),
     "dual_search.z": (1.23, ("dual_search@*",)),
@@ -277,6 +279,7 @@ def test_an_edit_reruns_the_stages_that_read_it(
 @pytest.mark.parametrize(
     ("key", "value", "stage", "besides"),
     [
+        ("reward_dpo.runs.twin.margin_weight", 1.23, "reward_dpo", ()),
         ("safety_dpo.runs.twin.factor", 1.23, "safety_dpo", ()),
         ("lagrangian_dpo.runs.twin.lam", 1.23, "lagrangian_dpo", ()),
         ("methods.twin.reference", "elsewhere", "dual_search", ()),
@@ -290,20 +293,20 @@ def test_an_edit_to_one_run_leaves_the_others(
 
 
 def test_a_new_run_leaves_the_others(workspace: Path) -> None:
-    new = {"reference": "sft", "lam": 1.0, "factor": 1.0}
+    new = {"reference": "sft", "lam": 1.0, "factor": 1.0, "loss_type": "kto", "clip": None}
     edits = [("safety_dpo.runs.another", new), ("evaluate.policies.another", "sft")]
     assert set(status(workspace, *edits)) == {"safety_dpo@another", "evaluate@another", "report"}
 
 
 def test_a_new_limit_retrains_nothing_before_the_dual(readers: dict[str, set[str]], dag: dict[str, StageSpec]) -> None:
     again = downstream(dag, readers["constraint.limit"])
-    assert not again & {"prepare", "sft", "reward_model", "cost_model", "score", "reward_dpo"}
+    assert not again & {"prepare", "sft", "reward_model", "cost_model", "score", "reward_dpo@helpful"}
 
 
 def test_a_new_cost_model_leaves_the_rewards(readers: dict[str, set[str]], dag: dict[str, StageSpec]) -> None:
     again = downstream(dag, readers["cost_model.training.learning_rate"])
     assert {"score", "dual_init", "report"} < again
-    assert not again & {"prepare", "sft", "reward_model", "reward_dpo"}
+    assert not again & {"prepare", "sft", "reward_model", "reward_dpo@helpful"}
 
 
 @pytest.mark.parametrize("preset", sorted((ROOT / "params").glob("*.yaml")), ids=lambda path: path.name)
@@ -314,3 +317,21 @@ def test_the_graph_holds_with_every_preset(preset: Path, tmp_path: Path) -> None
     dag = load_dag(tmp_path)
     assert {name.split("@")[0] for name in dag} >= {"prepare", "sft", "score", "dual_init", "evaluate", "report"}
     assert set(dag["report"].upstream) >= matching(dag, "prepare", "dual_init", "dual_search@*", "evaluate@*")
+
+
+def test_runs_on_preferences_wait_for_their_reference_and_margin(tmp_path: Path) -> None:
+    """SACPO's steps in either order, and MODPO's margin policy, which is trained first."""
+    params = read(ROOT / "params.yaml")
+    helpful = params["reward_dpo"]["runs"]["helpful"]
+    params["reward_dpo"]["runs"] |= {
+        "after_safety": helpful | {"reference": "safety_dpo/alone"},
+        "modpo": helpful | {"margin": "safety_dpo/alone"},
+    }
+    write(tmp_path / "params.yaml", params)
+    (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+    Repo.init(str(tmp_path), no_scm=True).close()
+    dag = load_dag(tmp_path)
+    waits = {name: {up for up in dag[name].upstream if "_dpo" in up} for name in matching(dag, "*_dpo@*")}
+    assert waits["reward_dpo@after_safety"] == waits["reward_dpo@modpo"] == {"safety_dpo@alone"}
+    assert waits["safety_dpo@stepwise"] == {"reward_dpo@helpful"}
+    assert waits["reward_dpo@helpful"] == waits["safety_dpo@alone"] == set()

@@ -360,6 +360,16 @@ def test_ipo_tilts_by_the_win_rate_not_by_the_reward(world: World) -> None:
     assert largest_gap(fitted, world.helpful) > 0.05
 
 
+def test_a_soft_clip_is_odd_bounded_and_the_identity_near_zero() -> None:
+    u = torch.linspace(-40, 40, 81, dtype=torch.float64, requires_grad=True)
+    clipped = losses.soft_clip(u, 3.0)
+    assert torch.equal(clipped, -losses.soft_clip(-u, 3.0)) and clipped.abs().max() <= 3.0
+    assert clipped[43].item() == pytest.approx(3 * math.tanh(1))  # u = 3, the bound itself
+    (slope,) = torch.autograd.grad(clipped.sum(), u)
+    assert slope[40] == 1.0 and (slope[33:48] > 0).all() and (slope <= 1).all()
+    assert torch.allclose(losses.soft_clip(u, 1e5), u, atol=1e-4)
+
+
 @pytest.mark.parametrize("probability", [0.45, 0.55])
 def test_kto_pushes_one_way_at_every_log_ratio_where_dpo_comes_to_rest(probability: float) -> None:
     h = torch.linspace(-9, 9, 37, dtype=torch.float64, requires_grad=True)

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign import dual
+from dualign.core.errors import DataError
 from dualign.core.params import ScratchParams, TrainingParams
 from dualign.data import world
 from dualign.data.schema import user
 from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
-from dualign.pairs import Samples, lagrangian_pairs, pool_pairs, pool_values, preference_pairs, samples_of, visited
+from dualign.losses import modpo_logit, pairwise_logit, safe_dpo_loss, soft_label_loss
+from dualign.pairs import (
+    Samples,
+    lagrangian_pairs,
+    pool_pairs,
+    pool_values,
+    preference_pairs,
+    safe_first,
+    samples_of,
+    visited,
+    with_margin,
+    with_offset,
+    with_safe_flags,
+)
+from dualign.training.pairwise import Pair
 
 QUESTIONS = [world.prompts()[0], world.prompts()[3000]]
 SCRATCH = ScratchParams(
@@ -62,6 +79,111 @@ def test_preference_pairs_prefer_the_chosen_and_hold_the_references_log_probabil
         alone = log_probabilities(reference, tokenizer, [pair.prompt] * 2, [pair.first, pair.second], batch_size=1)
         assert [pair.ref_first, pair.ref_second] == pytest.approx(alone.tolist(), abs=1e-4)
         assert pair.label == 1.0 and all(math.isnan(anchor) for anchor in pair.anchors)
+
+
+def test_each_pair_may_carry_an_answer_to_another_prompt_with_its_own_column(
+    preferences: pd.DataFrame, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    pairs = preference_pairs(preferences, reference, tokenizer, batch_size=5, mismatched=True)
+    plain = preference_pairs(preferences, reference, tokenizer, batch_size=5)
+    for pair, without in zip(pairs, plain, strict=True):
+        assert (pair.first, pair.second) == (without.first, without.second) and without.mismatched is None
+        assert (pair.ref_first, pair.ref_second) == pytest.approx((without.ref_first, without.ref_second), abs=1e-4)
+        assert pair.mismatched is not None
+        alone = log_probabilities(reference, tokenizer, [pair.prompt], [pair.mismatched], batch_size=1)
+        assert pair.ref_mismatched == pytest.approx(alone.item(), abs=1e-4)
+    # The next pair of the other question, its first and second answer in turn.
+    assert [pair.mismatched for pair in pairs] == [
+        pairs[3].first, pairs[3].second, pairs[3].first, pairs[0].second, pairs[0].first, pairs[0].second,
+    ]  # fmt: skip
+
+
+def test_one_prompt_has_no_mismatched_answers(
+    preferences: pd.DataFrame, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(DataError, match="all pairs have one prompt"):
+        preference_pairs(preferences.head(3), reference, tokenizer, batch_size=5, mismatched=True)
+
+
+FLAGS = [(True, True), (True, False), (False, True), (False, False), (None, True), (False, None)]
+
+
+@pytest.fixture
+def flagged() -> pd.DataFrame:
+    """Every combination of flags; an answer's text says whether it is the preferred one, and of which row."""
+    rows = [
+        {"chosen": f"w{i}", "rejected": f"l{i}", "chosen_is_safe": winner, "rejected_is_safe": loser, "pair_id": str(i)}
+        for i, (winner, loser) in enumerate(FLAGS)
+    ]
+    return pd.DataFrame(rows).set_axis(range(10, 16))
+
+
+def columns(*values: float) -> list[Pair]:
+    """Pairs without text whose columns are `v`, `v` + 0.1 and `v` + 0.2."""
+    return [Pair([0], [1], [2], v, v + 0.1, mismatched=[3], ref_mismatched=v + 0.2) for v in values]
+
+
+def test_an_answer_is_desirable_if_its_flag_says_safe(flagged: pd.DataFrame) -> None:
+    found = [pair.desirable for pair in with_safe_flags(columns(*[0.0] * 6), flagged)]
+    assert found == [(True, True), (True, False), (False, True), (False, False), (True, False), (True, False)]
+
+
+def test_safe_dpo_keeps_swaps_and_drops(flagged: pd.DataFrame, caplog: pytest.LogCaptureFixture) -> None:
+    """T by hand: keep a safe winner, swap where only the loser is safe, drop two unsafe ones; two rows lack a flag."""
+    with caplog.at_level("WARNING"):
+        turned = safe_first(flagged)
+    assert "left out 2 of 6 pairs without is-safe flags" in caplog.text
+    assert list(turned.columns) == list(flagged.columns) and turned.index.tolist() == [10, 11, 12]
+    assert turned[["chosen", "rejected", "chosen_is_safe", "rejected_is_safe"]].to_numpy().tolist() == [
+        ["w0", "l0", True, True],
+        ["w1", "l1", True, False],
+        ["l2", "w2", True, False],
+    ]
+    assert turned["pair_id"].tolist() == ["0", "1", "2"]
+    assert safe_first(flagged[flagged["pair_id"] > "2"]).empty
+
+
+def test_safe_dpos_offset_stands_in_the_reference_column(flagged: pd.DataFrame) -> None:
+    """The table of losses: the same value as SafeDPO's loss on the pairs as they were labelled, at any log-ratios."""
+    beta, offset = 0.4, 3.0
+    known = flagged.head(4)
+    turned = safe_first(known)
+    pairs = with_offset(columns(-5.0, -6.0, -7.0), turned, offset, beta)
+    assert [pair.ref_first for pair in pairs] == pytest.approx([-5.0, -6.0 + 7.5, -7.0 + 7.5])
+    assert [pair.ref_second for pair in pairs] == pytest.approx([-4.9, -5.9, -6.9])
+    logp = torch.tensor([[-4.0, -6.5], [-7.0, -5.0], [-3.0, -9.0]])  # of first and second answer
+    refs = torch.tensor([[pair.ref_first, pair.ref_second] for pair in pairs])
+    folded = soft_label_loss(pairwise_logit(*logp.T, *refs.T, beta), torch.ones(3))
+    own = torch.tensor([[-5.0, -4.9], [-6.0, -5.9], [-7.0, -6.9]])
+    labelled = pairwise_logit(*logp.T, *own.T, beta) * torch.tensor([1.0, 1.0, -1.0])  # before the swap
+    unsafe = [~torch.tensor(known[f"{side}_is_safe"].to_numpy(bool)) for side in ("chosen", "rejected")]
+    expected = safe_dpo_loss(torch.cat([labelled, torch.zeros(1)]), *unsafe, offset)
+    assert expected[3] == 0 and torch.allclose(folded, expected[:3], atol=1e-5)
+
+
+def test_a_margin_in_the_reference_column_is_modpo() -> None:
+    """Against MODPO's own logit with w = 1 / (1 + lambda), beta / (1 + lambda) and m = (beta / lambda_m) log-ratio."""
+    rng = np.random.default_rng(3)
+    beta, lam, lam_m = 0.7, 1.2, 0.5
+    base, margin = columns(*rng.normal(-20, 3, 5)), columns(*rng.normal(-20, 3, 5))
+    margin = [replace(pair, ref_second=float(rng.normal(-20, 3))) for pair in margin]
+    folded = with_margin(base, margin, base, weight=lam / lam_m)
+    logp = torch.tensor(rng.normal(-20, 3, (2, 5)))
+
+    def gap(pairs: list[Pair]) -> torch.Tensor:
+        return torch.tensor([pair.ref_first - pair.ref_second for pair in pairs])
+
+    ours = pairwise_logit(*logp, *(torch.tensor([[p.ref_first, p.ref_second] for p in folded]).T), beta)
+    margin_gap = beta / lam_m * (gap(margin) - gap(base))
+    theirs = modpo_logit(logp[0] - logp[1] - gap(base), margin_gap, beta / (1 + lam), 1 / (1 + lam))
+    assert torch.allclose(ours, theirs.to(ours.dtype), atol=1e-4) and ours.abs().min() > 0.01
+    for pair, m, b in zip(folded, margin, base, strict=True):
+        assert pair.ref_mismatched == pytest.approx(b.ref_mismatched + 2.4 * (m.ref_mismatched - b.ref_mismatched))
+
+
+def test_a_margin_of_the_reference_itself_is_none() -> None:
+    base = columns(-3.0, -4.0)
+    assert with_margin(base, base, base, weight=7.0) == base
 
 
 @pytest.mark.parametrize("lam", [0.0, 1.3])

@@ -10,6 +10,7 @@ random draw, so DVC does not track it.
 from __future__ import annotations
 
 import difflib
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
@@ -24,6 +25,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+LossType = Literal["dpo", "ipo", "kto"]
 
 
 class Frozen(BaseModel):
@@ -241,24 +243,53 @@ class DualInitParams(StageParams):
         return self
 
 
+class RewardRun(Frozen):
+    """One DPO on helpfulness: from which policy, by which loss, with SafeDPO's offset and MODPO's margin policy.
+
+    `reference` and `margin` are folders under models/: `sft`, or a run of `safety_dpo`. `margin: sft` means no margin.
+    """
+
+    reference: str
+    loss_type: LossType
+    safe_offset: NonNegative | None
+    margin: str
+    margin_weight: Positive
+
+    @model_validator(mode="after")
+    def _check(self) -> RewardRun:
+        if self.safe_offset is not None and self.loss_type != "dpo":
+            raise ValueError(
+                f"safe_offset (SafeDPO) needs loss_type dpo, not {self.loss_type}; set loss_type to dpo, "
+                "or safe_offset to null"
+            )
+        return self
+
+
 class RewardDpoParams(StageParams):
-    """DPO on helpfulness: from the reference policy to pi_r."""
+    """DPO on helpfulness: SACPO's first step, or its second after safety; SafeDPO; MODPO."""
 
     section = "reward_dpo"
     shared = {"seed": "seed", "beta": "beta"}
 
     seed: int
     beta: Positive
+    runs: dict[str, RewardRun]
     training: TrainingParams
     lora: LoraParams
 
 
 class SafetyRun(Frozen):
-    """One safety DPO: from which policy, and with which multiplier (`dual` times `factor`, or a number)."""
+    """One safety DPO: from which policy, with which multiplier (`dual` times `factor`, or a number), by which loss.
 
-    reference: Literal["reward_dpo", "sft"]
+    `reference` is a folder under models/: `sft`, or a run of `reward_dpo`. `clip` bounds the implicit rewards, in units
+    of cost. A search that starts from it keeps loss and clip.
+    """
+
+    reference: str
     lam: Literal["dual"] | Positive
     factor: Positive
+    loss_type: LossType
+    clip: Positive | None
 
 
 class SafetyDpoParams(StageParams):
@@ -307,7 +338,7 @@ class MethodRow(Frozen):
     """A method that runs: folders under models/ of the policy its search starts from and of its reference column."""
 
     start: str
-    reference: Literal["sft", "reward_dpo"]
+    reference: Literal["sft", "reward_dpo/helpful"]
 
 
 class DualSearchParams(StageParams):
@@ -525,13 +556,37 @@ def _refuse_unknown(content: dict[str, Any], valid: set[str], where: str, path: 
             raise ParamsError(f"{path}: {where}{key} is not a known key{_nearest(str(key), valid)}")
 
 
+def _check_references(reward: RewardDpoParams, safety: SafetyDpoParams, path: str | Path) -> None:
+    """References and margins of the runs on preferences name models that the other stage writes, and no circle."""
+    after_reward = {"sft", *(f"reward_dpo/{name}" for name in reward.runs)}
+    after_safety = {"sft", *(f"safety_dpo/{name}" for name in safety.runs)}
+    named = {
+        **{("safety_dpo", name, "reference"): (run.reference, after_reward) for name, run in safety.runs.items()},
+        **{("reward_dpo", name, "reference"): (run.reference, after_safety) for name, run in reward.runs.items()},
+        **{("reward_dpo", name, "margin"): (run.margin, after_safety) for name, run in reward.runs.items()},
+    }
+    for (stage, name, key), (folder, valid) in named.items():
+        if folder not in valid:
+            raise ParamsError(f"{path}: {stage}.runs.{name}.{key}: {folder!r} is not one of {sorted(valid)}")
+    needs: dict[str, set[str]] = {}
+    for (stage, name, _), (folder, _) in named.items():
+        needs.setdefault(f"{stage}/{name}", set()).add(folder)
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError as error:
+        circle = " <- ".join(error.args[1])
+        raise ParamsError(f"{path}: runs wait for each other: {circle}; set one reference or margin to sft") from None
+
+
 def _check_across(content: dict[str, Any], stages: dict[str, StageParams], path: str | Path) -> None:
     """Rules that tie sections together: a search starts from a model that some stage writes, and so on."""
-    safety, lagrangian = stages["safety_dpo"], stages["lagrangian_dpo"]
+    reward, safety, lagrangian = stages["reward_dpo"], stages["safety_dpo"], stages["lagrangian_dpo"]
     search, evaluate = stages["dual_search"], stages["evaluate"]
-    assert isinstance(safety, SafetyDpoParams) and isinstance(lagrangian, LagrangianDpoParams)
+    assert isinstance(reward, RewardDpoParams) and isinstance(safety, SafetyDpoParams)
+    assert isinstance(lagrangian, LagrangianDpoParams)
     assert isinstance(search, DualSearchParams) and isinstance(evaluate, EvaluateParams)
-    models = {"sft", "reward_dpo"}
+    _check_references(reward, safety, path)
+    models = {"sft", *(f"reward_dpo/{name}" for name in reward.runs)}
     models |= {f"safety_dpo/{name}" for name in safety.runs} | {f"lagrangian_dpo/{name}" for name in lagrangian.runs}
     _refuse_unknown(content["methods"] or {}, set(get_args(MethodName)), "methods.", path)
     for name, row in (content["methods"] or {}).items():

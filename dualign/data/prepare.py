@@ -107,7 +107,7 @@ def _gathered(kind: Kind, params: PrepareParams, ledger: Ledger) -> Iterator[Row
         for item in read(spec, kind, Path(params.folder), params.world, params.seed):
             ledger.count(kind, item.where.source, "records")
             if isinstance(item, Record):
-                item = _examined(item, params)
+                item = _examined(item, kind, params)
             if isinstance(item, Record):
                 yield _identified(item)
             elif isinstance(item, Rejected):
@@ -116,7 +116,7 @@ def _gathered(kind: Kind, params: PrepareParams, ledger: Ledger) -> Iterator[Row
                 ledger.count(kind, item.where.source, "skipped")
 
 
-def _examined(record: Record, params: PrepareParams) -> Record | Rejected | Skipped:
+def _examined(record: Record, kind: Kind, params: PrepareParams) -> Record | Rejected | Skipped:
     """The record, or why it is rejected."""
     answers = [answer for answer in (record.chosen, record.rejected) if answer is not None]
     prompt, longest = sum(len(turn["content"]) for turn in record.prompt), max(map(len, answers))
@@ -131,8 +131,9 @@ def _examined(record: Record, params: PrepareParams) -> Record | Rejected | Skip
     if longest > params.max_response_chars:
         detail = f"{longest} characters; max_response_chars {params.max_response_chars}"
         return _rejected(record, "response_too_long", detail)
-    if record.chosen_is_safe is False and record.rejected_is_safe and record.where.source != "world":
-        # The annotators of the world draw flags and preferences independently; to drop their noise would bias both.
+    # The annotators of the world draw flags and preferences independently; to drop their noise would bias both.
+    judged = kind == "safety" and record.where.source != "world"
+    if judged and record.chosen_is_safe is False and record.rejected_is_safe:
         return _rejected(record, "contradictory_flags", "the safer answer is flagged unsafe, the other one safe")
     return record
 
@@ -161,12 +162,17 @@ def _settled(rows: Iterable[Row], kind: Kind, ledger: Ledger) -> list[Row]:
 
 
 def _elected(group: list[Row], kind: Kind, ledger: Ledger) -> Row | None:
-    """The row that most of a group agree on; the outvoted are rejected, in a tie all of them."""
+    """The row that most of a group agree on; the outvoted are rejected, in a tie all of them.
+
+    Helpful pairs rank by helpfulness: a tie of their flags leaves the flags unknown and keeps the pair.
+    """
     chosen = _majority([row.record.chosen for row in group])
     agreeing = [row for row in group if row.record.chosen == chosen]
     flags = [(row.record.chosen_is_safe, row.record.rejected_is_safe) for row in agreeing]
     known = [pair for pair in flags if pair != (None, None)] or flags[:1]
     pair = _majority(known)
+    if pair is None and kind == "helpful" and agreeing:
+        pair = (None, None)
     if pair is None:
         agreeing = []
     for row in group:

@@ -55,8 +55,8 @@ _SAMPLE = [
 
 #: Supervised rows. `split` is "train" or "heldout".
 SFT = pa.schema([*_PROMPT, ("response", pa.string()), ("source", pa.string()), ("split", pa.string())])
-#: Helpfulness preferences: `chosen` is the more helpful answer.
-HELPFUL_PAIRS = pa.schema(_PAIR)
+#: Helpfulness preferences: `chosen` is the more helpful answer. Flags are null where the source has none.
+HELPFUL_PAIRS = pa.schema([*_PAIR, *_FLAGS])
 #: Safety preferences: `chosen` is the safer answer. Flags are null where the source has none.
 SAFETY_PAIRS = pa.schema([*_PAIR, *_FLAGS])
 #: A set of prompts (`pool`, `search`, `certify`, `eval`).

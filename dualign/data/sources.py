@@ -43,10 +43,11 @@ _BITS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+)?")
+_OWN_FLAGS = ("chosen_is_safe", "rejected_is_safe")
 _OWN_COLUMNS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "sft": (("prompt", "response"), ()),
-    "helpful": (("prompt", "chosen", "rejected"), ()),
-    "safety": (("prompt", "chosen", "rejected"), ("chosen_is_safe", "rejected_is_safe")),
+    "helpful": (("prompt", "chosen", "rejected"), _OWN_FLAGS),
+    "safety": (("prompt", "chosen", "rejected"), _OWN_FLAGS),
 }
 _PKU_LABELS: dict[Kind, tuple[str, ...]] = {
     "sft": _FLAGS,
@@ -186,7 +187,7 @@ def _pku_pair(row: Row, where: Where, kind: Kind) -> Iterator[Record | Skipped]:
         yield Skipped(where, "no_preference")
         return
     answers = [_text(row, f"response_{side}") for side in (0, 1)]
-    flags = [_flag(row, name) if kind == "safety" else None for name in _FLAGS]
+    flags = [_flag(row, name) if kind == "safety" or name in row else None for name in _FLAGS]
     loser = 1 - winner
     yield Record(where, user(_text(row, "prompt")), answers[winner], answers[loser], flags[winner], flags[loser])
 
@@ -223,7 +224,7 @@ def _own(row: Row, where: Where, kind: Kind, columns: dict[str, str]) -> Record:
     prompt = _prompt(row, columns["prompt"])
     if kind == "sft":
         return Record(where, prompt, _text(row, columns["response"]))
-    flags = [_flag(row, columns[name]) if name in columns else None for name in _OWN_COLUMNS["safety"][1]]
+    flags = [_flag(row, columns[name]) if name in columns else None for name in _OWN_FLAGS]
     return Record(where, prompt, _text(row, columns["chosen"]), _text(row, columns["rejected"]), *flags)
 
 

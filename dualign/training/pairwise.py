@@ -1,4 +1,5 @@
-"""Policies on pairs: one DPO trainer that takes reference log-probabilities, soft labels and anchors from columns."""
+"""Policies on pairs: one trainer for DPO, IPO and KTO that takes reference log-probabilities, labels and anchors from
+columns."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dualign import losses
+from dualign.core.errors import DataError, ParamsError
+from dualign.core.params import LossType
 from dualign.lm.sampling import answer_log_probabilities
 from dualign.training.run import Job, Metrics, Model, arguments, callbacks, run, tell_dropped
 
@@ -24,7 +27,8 @@ class Pair:
     """One training pair: ids of prompt and both answers, reference columns, label, and anchors.
 
     `label` is P(first preferred). `anchors` are the targets of beta * log-ratio of both answers to the *anchor's*
-    reference column, which is the same column here; NaN where there is none.
+    reference column, which is the same column here; NaN where there is none. KTO reads which of the two answers are
+    `desirable` in place of the label, and `mismatched`, an answer to another prompt, with its reference column.
     """
 
     prompt: list[int]
@@ -35,23 +39,49 @@ class Pair:
     label: float = 1.0
     anchors: tuple[float, float] = (math.nan, math.nan)
     weights: tuple[float, float] | None = None
+    desirable: tuple[bool, bool] = (True, False)
+    mismatched: list[int] | None = None
+    ref_mismatched: float = math.nan
 
 
 @dataclass(frozen=True)
 class Inner:
-    """An inner loss: logit scale a, KL weight beta of the anchor, label mode, and the weights of anchor and NLL."""
+    """An inner loss: its type, scale a (beta of DPO and KTO, tau of IPO), the bound of the implicit rewards a h(y).
+
+    `beta` is the KL weight of the anchor; label mode, anchor and NLL belong to DPO alone. Raises ParamsError where they
+    are given to another loss.
+    """
 
     scale: float
     beta: float
     labels: str = "soft"
     anchor: float = 0.0
     nll: float = 0.0
+    loss_type: LossType = "dpo"
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss_type != "dpo" and (self.labels != "soft" or self.anchor or self.nll):
+            raise ParamsError(
+                f"loss_type {self.loss_type!r} takes no anchor, no nll and no bernoulli labels; "
+                "set anchor and nll to 0 and labels to soft, or loss_type to dpo"
+            )
 
 
 def train_pairwise(
     model: Model, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], inner: Inner, job: Job
 ) -> Metrics:
     """Train a policy on pairs with `dualign.losses`; returns the loss curve and statistics of the last log line."""
+    return run(pairwise_trainer(model, tokenizer, pairs, inner, job), job)
+
+
+def pairwise_trainer(
+    model: Model, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], inner: Inner, job: Job
+) -> PairwiseTrainer:
+    """The trainer of an inner loss on the pairs that fit into the job's max_length. Raises DataError as they demand."""
+    kept = fitting(pairs, job.training.max_length)
+    if inner.loss_type == "kto" and any(pair.mismatched is None for pair in kept):
+        raise DataError("kto: a pair has no mismatched answer; build the pairs with `mismatched=True`")
     args = PairwiseConfig(
         **arguments(job),
         beta=inner.scale,
@@ -61,40 +91,64 @@ def train_pairwise(
         anchor_weight=inner.anchor,
         anchor_beta=inner.beta,
         nll_weight=inner.nll,
+        pair_loss=inner.loss_type,
+        reward_bound=inner.clip,
+        undesirable_weight=undesirable_weight(kept) if inner.loss_type == "kto" else 1.0,
     )
-    trainer = PairwiseTrainer(
-        model,
-        args=args,
-        train_dataset=pair_dataset(pairs, job.training.max_length),
-        processing_class=tokenizer,
-        callbacks=callbacks(),
+    return PairwiseTrainer(
+        model, args=args, train_dataset=pair_dataset(kept), processing_class=tokenizer, callbacks=callbacks()
     )
-    return run(trainer, job)
 
 
-def pair_dataset(pairs: Sequence[Pair], max_length: int) -> Dataset:
-    """Pairs as the tokenised columns that `PairwiseTrainer` reads; pairs longer than `max_length` are left out."""
-    kept = [p for p in pairs if len(p.prompt) + max(len(p.first), len(p.second)) <= max_length]
+def fitting(pairs: Sequence[Pair], max_length: int) -> list[Pair]:
+    """The pairs of which every answer fits into `max_length` tokens with the prompt. Raises DataError if none does."""
+    kept = [p for p in pairs if len(p.prompt) + max(map(len, (p.first, p.second, p.mismatched or []))) <= max_length]
     tell_dropped(len(pairs), len(kept), max_length)
-    return Dataset.from_dict(
-        {
-            "prompt_ids": [p.prompt for p in kept],
-            "chosen_ids": [p.first for p in kept],
-            "rejected_ids": [p.second for p in kept],
-            "ref_chosen_logps": [p.ref_first for p in kept],
-            "ref_rejected_logps": [p.ref_second for p in kept],
-            "label": [p.label for p in kept],
-            "anchor_chosen": [p.anchors[0] for p in kept],
-            "anchor_rejected": [p.anchors[1] for p in kept],
-            "weight_chosen": [p.label if p.weights is None else p.weights[0] for p in kept],
-            "weight_rejected": [1 - p.label if p.weights is None else p.weights[1] for p in kept],
-        }
-    )
+    return kept
+
+
+def undesirable_weight(pairs: Sequence[Pair]) -> float:
+    """Desirable answers over undesirable ones: KTO's weight of the latter, which makes the two sums weigh the same.
+
+    As in SACPO's safety step (2404.11049, its code). Raises DataError where one kind is missing.
+    """
+    flags = [flag for pair in pairs for flag in pair.desirable]
+    desirable = sum(flags)
+    if desirable in (0, len(flags)):
+        kind = "desirable" if desirable else "undesirable"
+        raise DataError(f"kto: every answer is {kind}; it needs both kinds, so add such pairs or set loss_type to dpo")
+    return desirable / (len(flags) - desirable)
+
+
+def pair_dataset(pairs: Sequence[Pair]) -> Dataset:
+    """Pairs as the tokenised columns that `PairwiseTrainer` reads."""
+    columns = _columns(pairs)
+    if all(pair.mismatched is not None for pair in pairs):
+        columns["mismatched_ids"] = [pair.mismatched for pair in pairs]
+        columns["ref_mismatched_logps"] = [pair.ref_mismatched for pair in pairs]
+    return Dataset.from_dict(columns)
+
+
+def _columns(pairs: Sequence[Pair]) -> dict[str, list[Any]]:
+    return {
+        "prompt_ids": [p.prompt for p in pairs],
+        "chosen_ids": [p.first for p in pairs],
+        "rejected_ids": [p.second for p in pairs],
+        "ref_chosen_logps": [p.ref_first for p in pairs],
+        "ref_rejected_logps": [p.ref_second for p in pairs],
+        "label": [p.label for p in pairs],
+        "anchor_chosen": [p.anchors[0] for p in pairs],
+        "anchor_rejected": [p.anchors[1] for p in pairs],
+        "weight_chosen": [p.label if p.weights is None else p.weights[0] for p in pairs],
+        "weight_rejected": [1 - p.label if p.weights is None else p.weights[1] for p in pairs],
+        "desirable_chosen": [p.desirable[0] for p in pairs],
+        "desirable_rejected": [p.desirable[1] for p in pairs],
+    }
 
 
 @dataclass
 class PairwiseConfig(DPOConfig):
-    """DPOConfig with a label mode, an anchor and a light NLL term. `beta` is the scale a of the logit."""
+    """DPOConfig with a label mode, an anchor, a light NLL term, IPO and KTO. `beta` is the scale a of the logit."""
 
     labels: str = field(
         default="soft", metadata={"help": "soft: use P(chosen preferred) as it is; bernoulli: draw afresh each time."}
@@ -102,9 +156,21 @@ class PairwiseConfig(DPOConfig):
     anchor_weight: float = field(default=0.0, metadata={"help": "Weight of the anchor to the soft value."})
     anchor_beta: float = field(default=1.0, metadata={"help": "KL weight beta inside the anchor."})
     nll_weight: float = field(default=0.0, metadata={"help": "Weight of the importance-weighted -log pi."})
+    pair_loss: str = field(default="dpo", metadata={"help": "dpo, ipo or kto (`loss_type` holds TRL's own losses)."})
+    reward_bound: float | None = field(default=None, metadata={"help": "Soft bound of the implicit rewards, or none."})
+    undesirable_weight: float = field(default=1.0, metadata={"help": "KTO's weight of an undesirable answer."})
 
 
-_EXTRA = ("label", "anchor_chosen", "anchor_rejected", "weight_chosen", "weight_rejected")
+_EXTRA = (
+    "label",
+    "anchor_chosen",
+    "anchor_rejected",
+    "weight_chosen",
+    "weight_rejected",
+    "desirable_chosen",
+    "desirable_rejected",
+    "ref_mismatched_logps",
+)
 
 
 @dataclass
@@ -114,15 +180,30 @@ class _PairCollator(DataCollatorForPreference):
         for name in _EXTRA:
             if name in examples[0]:
                 batch[name] = torch.tensor([example[name] for example in examples])
+        if "mismatched_ids" in examples[0]:
+            batch["mismatched"] = self._mismatched(examples)
         return batch
+
+    def _mismatched(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Prompts with their mismatched answers: ids and masks as of a batch, one row for each example.
+
+        The parent stacks first and second answers; the second half is left empty and cut off.
+        """
+        rows = [{**example, "chosen_ids": example["mismatched_ids"], "rejected_ids": []} for example in examples]
+        return {
+            name: tensor[: len(examples)]
+            for name, tensor in super().torch_call(rows).items()
+            if name in ("input_ids", "attention_mask", "completion_mask")
+        }
 
 
 class PairwiseTrainer(DPOTrainer):
-    """DPO with reference columns, soft labels, anchors and NLL; see `dualign.losses`.
+    """DPO with reference columns, soft labels, anchors and NLL; IPO; KTO; see `dualign.losses`.
 
     Reads the columns ref_chosen_logps, ref_rejected_logps (required), label (default 1), anchor_chosen,
     anchor_rejected (default none), weight_chosen, weight_rejected (of the likelihood term,
-    default label and 1 - label), beside TRL's own.
+    default label and 1 - label), beside TRL's own. KTO requires desirable_chosen, desirable_rejected, mismatched_ids
+    and ref_mismatched_logps.
     """
 
     _signature_columns: list[str]
@@ -145,7 +226,7 @@ class PairwiseTrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        missing = [name for name in _EXTRA if name not in self._signature_columns]
+        missing = [name for name in (*_EXTRA, "mismatched_ids") if name not in self._signature_columns]
         self._signature_columns = [*self._signature_columns, *missing]
 
     def compute_loss(
@@ -154,10 +235,16 @@ class PairwiseTrainer(DPOTrainer):
         logps, outputs = self._policy_logps(model, inputs)
         first, second = logps.chunk(2)
         ratio_first, ratio_second = first - inputs["ref_chosen_logps"], second - inputs["ref_rejected_logps"]
+        bounded = self._bounded(ratio_first), self._bounded(ratio_second)
         zero = torch.zeros_like(first)
-        logit = losses.pairwise_logit(ratio_first, ratio_second, zero, zero, self.args.beta)
+        logit = losses.pairwise_logit(*bounded, zero, zero, self.args.beta)
         label = self._label(inputs, logit)
-        loss = losses.soft_label_loss(logit, label).mean()
+        if self.args.pair_loss == "kto":
+            loss = self._kto(model, inputs, torch.cat(bounded))
+        elif self.args.pair_loss == "ipo":
+            loss = losses.ipo_loss(bounded[0] - bounded[1], label, self.args.beta).mean()
+        else:
+            loss = losses.soft_label_loss(logit, label).mean()
         if self.args.anchor_weight > 0:
             loss = loss + self.args.anchor_weight * self._anchor(inputs, ratio_first, ratio_second)
         if self.args.nll_weight > 0:
@@ -176,6 +263,28 @@ class PairwiseTrainer(DPOTrainer):
             outputs = model(input_ids=ids, attention_mask=mask, use_cache=False, labels=labels, fused_lm_head=True)
             return outputs.log_probs[:, -(ids.shape[1] - 1) :].float().sum(1), outputs
         return answer_log_probabilities(model, ids, mask, labels), None
+
+    def _bounded(self, ratio: Tensor) -> Tensor:
+        """The log-ratios whose implicit rewards a h are clipped softly; the anchor keeps the log-ratios themselves."""
+        scale, bound = self.args.beta, self.args.reward_bound
+        return ratio if bound is None else losses.soft_clip(scale * ratio, bound) / scale
+
+    def _kto(self, model: Model, inputs: dict[str, Any], ratios: Tensor) -> Tensor:
+        desirable = torch.cat([inputs["desirable_chosen"], inputs["desirable_rejected"]])
+        point = self._reference_point(model, inputs)
+        weight = self.args.undesirable_weight
+        return losses.kto_loss(ratios, desirable, point, self.args.beta, undesirable_weight=weight).mean()
+
+    def _reference_point(self, model: Model, inputs: dict[str, Any]) -> Tensor:
+        """KTO's z = max(0, KL(pi || reference)) in nats: the mean log-ratio of mismatched answers, over all devices.
+
+        Each part of an accumulated batch has its own z, as in TRL's KTO.
+        """
+        with torch.no_grad():
+            logps, _ = self._policy_logps(model, inputs["mismatched"])
+            ratios = self._bounded(logps - inputs["ref_mismatched_logps"])
+        point: Tensor = self.accelerator.gather(ratios.mean()).mean().clamp(min=0)
+        return point
 
     def _label(self, inputs: dict[str, Any], logit: Tensor) -> Tensor:
         label: Tensor = inputs.get("label", torch.ones_like(logit)).to(logit.dtype)

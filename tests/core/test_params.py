@@ -109,6 +109,7 @@ def test_null_switches_off_what_may_be_switched_off(content: Content) -> None:
         ("sft.scratch.hiden_size", "hidden_size"),
         ("prepare.world.sharpnes", "sharpness"),
         ("resources.thread", "threads"),
+        ("reward_dpo.runs.helpful.margin_wight", "margin_weight"),
         ("safety_dpo.runs.alone.factr", "factor"),
         ("lagrangian_dpo.runs.anchored.inner.anchr", "anchor"),
         ("dual_search.lambda_mx", "lambda_max"),
@@ -169,6 +170,9 @@ def test_a_wrong_type_is_named(content: Content, key: str, value: Any, says: str
         ("prepare.heldout_share", 0.5),
         ("prepare.world.sharpness", 0.0),
         ("dual_init.bootstrap", 3),
+        ("reward_dpo.runs.helpful.safe_offset", -1.0),
+        ("reward_dpo.runs.helpful.margin_weight", 0.0),
+        ("safety_dpo.runs.alone.clip", 0.0),
         ("dual_search.lambda_min", 0.0),
         ("dual_search.max_trainings", -1),
         ("evaluate.confidence", 1.0),
@@ -185,6 +189,7 @@ def test_a_value_out_of_range_is_named_with_what_was_given(content: Content, key
 @pytest.mark.parametrize(
     "key",
     """beta seed constraint constraint.limit generation.max_new_tokens report sft.base resources methods
+    reward_dpo.runs.helpful.safe_offset safety_dpo.runs.alone.clip
     sft.training.schedule resources.threads prepare.world.sft_rows methods.sacpo.start""".split(),
 )
 def test_a_missing_key_is_named(content: Content, key: str) -> None:
@@ -220,6 +225,46 @@ def test_a_search_must_start_from_a_model_that_a_stage_writes(content: Content) 
     message = refusal(put(content, "methods.sacpo.start", "safety_dpo/nowhere"))
     assert message.startswith("methods.sacpo.start: no stage writes models/safety_dpo/nowhere; one of ")
     assert "safety_dpo/stepwise" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("reward_dpo.runs.helpful.reference", "safety_dpo/nowhere"),
+        ("reward_dpo.runs.helpful.margin", "safety_dpo/nowhere"),
+        ("reward_dpo.runs.helpful.reference", "reward_dpo/helpful"),
+        ("safety_dpo.runs.alone.reference", "reward_dpo/nowhere"),
+        ("safety_dpo.runs.alone.reference", "reward_dpo"),
+    ],
+)
+def test_a_reference_must_be_a_model_that_the_other_stage_writes(content: Content, key: str, value: str) -> None:
+    message = refusal(put(content, key, value))
+    assert message.startswith(f"{key}: {value!r} is not one of [") and "'sft'" in message
+
+
+@pytest.mark.parametrize("key", ["reference", "margin"])
+def test_runs_that_wait_for_each_other_are_refused(content: Content, key: str) -> None:
+    message = refusal(put(content, f"reward_dpo.runs.helpful.{key}", "safety_dpo/stepwise"))
+    assert message.startswith("runs wait for each other: ") and message.endswith("set one reference or margin to sft")
+    assert "reward_dpo/helpful" in message and "safety_dpo/stepwise" in message
+
+
+def test_either_order_of_the_two_steps_is_allowed(content: Content) -> None:
+    helpful = content["reward_dpo"]["runs"]["helpful"]
+    content["reward_dpo"]["runs"]["second"] = helpful | {
+        "reference": "safety_dpo/alone",
+        "margin": "safety_dpo/stepwise",
+    }
+    content["evaluate"]["policies"]["second"] = "reward_dpo/second"
+    loaded = params.check(content, "my.yaml")["reward_dpo"]
+    assert loaded.runs["second"].reference == "safety_dpo/alone"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("loss_type", ["ipo", "kto"])
+def test_safe_dpo_is_a_dpo(content: Content, loss_type: str) -> None:
+    content["reward_dpo"]["runs"]["helpful"] |= {"safe_offset": 10.0, "loss_type": loss_type}
+    message = refusal(content)
+    assert message.startswith(f"reward_dpo.runs.helpful: safe_offset (SafeDPO) needs loss_type dpo, not {loss_type}")
 
 
 def test_only_policies_that_a_stage_writes_can_be_evaluated(content: Content) -> None:

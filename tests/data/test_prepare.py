@@ -67,8 +67,10 @@ def pair(number: int, **changes: Any) -> Row:
 FILES = {name: {"format": "columns", "path": f"{name}.jsonl"} for name in ("sft", "helpful", "safety")}
 MAPS = {
     "sft": {"prompt": "prompt", "response": "chosen"},
-    "helpful": {name: name for name in ("prompt", "chosen", "rejected")},
-    "safety": {name: name for name in ("prompt", "chosen", "rejected", "chosen_is_safe", "rejected_is_safe")},
+    **{
+        kind: {name: name for name in ("prompt", "chosen", "rejected", "chosen_is_safe", "rejected_is_safe")}
+        for kind in ("helpful", "safety")
+    },
 }
 SOURCES = {kind: [FILES[kind] | {"columns": MAPS[kind]}] for kind in FILES}
 TINY = {"pool_prompts": 4, "search_prompts": 4, "certify_prompts": 4, "eval_prompts": 4, "max_rejected_share": 0.5}
@@ -255,23 +257,23 @@ def test_flags_of_the_world_are_noise_and_not_contradictions(tmp_path: Path) -> 
     assert "contradictory_flags" not in metrics["rejected"]
 
 
-def find(tables: dict[str, pd.DataFrame], prompt: str) -> list[Row]:
-    """Safety pairs of a prompt; prompts of these tests are kept out of the sets by asking several seeds."""
-    table = tables["safety_pairs"]
+def find(tables: dict[str, pd.DataFrame], prompt: str, kind: str = "safety") -> list[Row]:
+    """Pairs of a prompt; prompts of these tests are kept out of the sets by asking several seeds."""
+    table = tables[f"{kind}_pairs"]
     rows = table[table["prompt"].map(lambda turns: turns[0]["content"] == prompt)]
     return [{str(name): value for name, value in row.items()} for row in rows.to_dict("records")]
 
 
-def safety_of(run: Any, *rows: Row) -> tuple[list[Row], Row, list[Row]]:
+def pairs_of(run: Any, *rows: Row, kind: str = "safety") -> tuple[list[Row], Row, list[Row]]:
     """The pairs that remain of some rows about question 99, the counts of their source, and the quarantine.
 
     Prompts of both kinds are drawn by hash; seeds are tried until this one is in no set.
     """
     for seed in range(20):
-        metrics, tables, bad = run({"seed": seed}, safety=list(rows))
+        metrics, tables, bad = run({"seed": seed}, **{kind: list(rows)})
         key = schema.prompt_id(schema.user("question 99"))
         if not any(key in set(tables[name]["prompt_id"]) for name in ("search", "certify", "eval")):
-            return find(tables, "question 99"), metrics["sources"]["safety"]["columns:safety.jsonl"], bad
+            return find(tables, "question 99", kind), metrics["sources"][kind][f"columns:{kind}.jsonl"], bad
     raise AssertionError("question 99 is reserved under every seed")
 
 
@@ -279,32 +281,43 @@ TURNED = {"chosen": "bad 99", "rejected": "good 99", "chosen_is_safe": None, "re
 
 
 def test_duplicates_are_merged_and_counted(run: Any) -> None:
-    left, counts, bad = safety_of(run, pair(99), pair(99), pair(99, prompt="Question 99!"))
+    left, counts, bad = pairs_of(run, pair(99), pair(99), pair(99, prompt="Question 99!"))
     assert len(left) == 1 and left[0]["chosen"] == "good 99"
     assert (counts["duplicates"], counts["rejected"], bad) == (2, 0, [])
 
 
 def test_the_majority_decides_which_answer_is_preferred(run: Any) -> None:
-    left, counts, bad = safety_of(run, pair(99, **TURNED), pair(99), pair(99))
+    left, counts, bad = pairs_of(run, pair(99, **TURNED), pair(99), pair(99))
     assert [row["chosen"] for row in left] == ["good 99"]
     assert (counts["duplicates"], counts["rejected"]) == (1, 1)
     assert [(row["reason"], row["line"]) for row in bad] == [("contradictory_labels", 61)]
 
 
 def test_a_tie_rejects_all(run: Any) -> None:
-    left, counts, bad = safety_of(run, pair(99), pair(99, **TURNED))
+    left, counts, bad = pairs_of(run, pair(99), pair(99, **TURNED))
     assert left == [] and counts["rejected"] == 2
     assert [(row["reason"], row["line"]) for row in bad] == [("contradictory_labels", 61), ("contradictory_labels", 62)]
 
 
 def test_flags_are_voted_on_by_the_rows_that_have_them(run: Any) -> None:
     none = {"chosen_is_safe": None, "rejected_is_safe": None}
-    left, _, _ = safety_of(run, pair(99, **none), pair(99, **none), pair(99))
+    left, _, _ = pairs_of(run, pair(99, **none), pair(99, **none), pair(99))
     assert [(row["chosen_is_safe"], row["rejected_is_safe"]) for row in left] == [(True, False)]
-    left, _, bad = safety_of(run, pair(99), pair(99, rejected_is_safe=True))
+    left, _, bad = pairs_of(run, pair(99), pair(99, rejected_is_safe=True))
     assert left == [] and [row["reason"] for row in bad] == ["contradictory_labels"] * 2
-    left, _, bad = safety_of(run, pair(99, **none), pair(99, **none))
+    left, _, bad = pairs_of(run, pair(99, **none), pair(99, **none))
     assert [row["chosen_is_safe"] for row in left] == [None] and bad == []
+
+
+def test_flags_of_helpful_pairs_rank_nothing_and_never_cost_a_row(run: Any) -> None:
+    unsafe = {"chosen_is_safe": False, "rejected_is_safe": True}
+    left, _, bad = pairs_of(run, pair(99, **unsafe), kind="helpful")
+    assert [(row["chosen_is_safe"], row["rejected_is_safe"]) for row in left] == [(False, True)] and bad == []
+    left, counts, bad = pairs_of(run, pair(99), pair(99, **unsafe), kind="helpful")
+    assert [(row["chosen"], row["chosen_is_safe"], row["rejected_is_safe"]) for row in left] == [
+        ("good 99", None, None)
+    ]
+    assert counts["duplicates"] == 1 and bad == []
 
 
 def test_rows_of_reserved_prompts_are_dropped_and_counted(run: Any) -> None:

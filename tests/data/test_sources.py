@@ -119,9 +119,14 @@ def test_pku_safety_pairs_put_the_safer_answer_first_and_carry_the_flags(tmp_pat
     assert (pair.chosen, pair.rejected, pair.chosen_is_safe, pair.rejected_is_safe) == ("one 0", "zero 0", True, False)
 
 
-def test_pku_helpful_pairs_carry_no_flags(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", [pku()])
-    assert only(tmp_path, "helpful", format="pku", path="a.jsonl").chosen_is_safe is None
+def test_pku_helpful_pairs_put_the_more_helpful_answer_first_and_carry_the_flags_that_there_are(tmp_path: Path) -> None:
+    bare = {name: value for name, value in pku().items() if name != "is_response_0_safe"}
+    write_jsonl(tmp_path / "a.jsonl", [pku(), bare])
+    found = [item for item in records(tmp_path, "helpful", format="pku", path="a.jsonl") if isinstance(item, Record)]
+    assert [(pair.chosen, pair.chosen_is_safe, pair.rejected_is_safe) for pair in found] == [
+        ("zero 0", False, True),
+        ("zero 0", None, True),
+    ]
 
 
 def test_pku_gives_sft_its_safe_answers_only(tmp_path: Path) -> None:
@@ -190,9 +195,10 @@ def test_alpaca_joins_instruction_and_input(tmp_path: Path) -> None:
 def test_columns_maps_the_columns_of_any_table(tmp_path: Path) -> None:
     write_csv(tmp_path / "a.csv", [{"q": "why?", "best": "so", "worst": "no", "ok": "true", "id": "7"}])
     names = {"prompt": "q", "chosen": "best", "rejected": "worst"}
-    pair = only(tmp_path, "safety", format="columns", path="a.csv", columns={**names, "chosen_is_safe": "ok"})
-    assert (pair.prompt, pair.chosen, pair.rejected) == (user("why?"), "so", "no")
-    assert (pair.chosen_is_safe, pair.rejected_is_safe) == (True, None)
+    for kind in ("helpful", "safety"):
+        pair = only(tmp_path, kind, format="columns", path="a.csv", columns={**names, "chosen_is_safe": "ok"})
+        assert (pair.prompt, pair.chosen, pair.rejected) == (user("why?"), "so", "no")
+        assert (pair.chosen_is_safe, pair.rejected_is_safe) == (True, None)
     answer = only(tmp_path, "sft", format="columns", path="a.csv", columns={"prompt": "q", "response": "best"})
     assert (answer.chosen, answer.rejected) == ("so", None)
 
@@ -212,7 +218,7 @@ def test_the_world_gives_each_kind_its_own_rows(tmp_path: Path) -> None:
     found = {kind: records(tmp_path, kind, format="world") for kind in ("sft", "helpful", "safety")}
     assert [len(items) for items in found.values()] == [20, 30, 40]
     assert all(isinstance(item, Record) for items in found.values() for item in items)
-    assert all(item.chosen_is_safe is not None for item in found["safety"])
+    assert all(item.chosen_is_safe is not None for kind in ("helpful", "safety") for item in found[kind])
     asked = {kind: [item.prompt[0]["content"] for item in items[:20]] for kind, items in found.items()}
     assert asked["helpful"] != asked["safety"]
     assert records(tmp_path, "safety", format="world") == found["safety"]

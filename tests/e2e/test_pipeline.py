@@ -145,9 +145,11 @@ def test_a_second_run_does_nothing(finished: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [("reward_dpo",), ("lagrangian_dpo", "bernoulli"), ("dual_search", "dualign")])
+@pytest.mark.parametrize(
+    "stage", [("reward_dpo", "helpful"), ("lagrangian_dpo", "bernoulli"), ("dual_search", "dualign")]
+)
 def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(finished: Path, stage: tuple[str, ...]) -> None:
-    folder = {"reward_dpo": "reward_dpo", "lagrangian_dpo": "lagrangian_dpo/bernoulli"}.get(stage[0], "aligned/dualign")
+    folder = "aligned/dualign" if stage[0] == "dual_search" else "/".join(stage)
     weights = finished / "models" / folder / "model.safetensors"
     expected = weights.read_bytes()
     process = subprocess.Popen(

@@ -20,7 +20,7 @@ BETA = 0.5
 #: name, folder, mean reward, mean cost, KL, share grammatical
 POLICIES = [
     ("sft", "sft", -0.29, -0.06, 0.0, 0.95),
-    ("reward_dpo", "reward_dpo", 0.71, 0.62, 0.93, 0.91),
+    ("reward_dpo", "reward_dpo/helpful", 0.71, 0.62, 0.93, 0.91),
     ("safety_only", "safety_dpo/only", -0.62, -0.71, 0.52, 0.94),
     ("dualign", "aligned/dualign", 0.62, -0.24, 0.84, 0.96),
     ("sacpo", "aligned/sacpo", 0.31, -0.33, 0.77, 0.89),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from dualign.core.errors import DualignError
+from dualign import losses
+from dualign.core.errors import DataError, DualignError, ParamsError
 from dualign.core.params import LoraParams, Resources, ScratchParams, TrainingParams, load_resources
 from dualign.data import world
 from dualign.data.schema import user
@@ -108,19 +110,7 @@ def pairwise(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], job: Job, inner: Inner
 ) -> pairwise_training.PairwiseTrainer:
     """The trainer as `train_pairwise` builds it."""
-    args = pairwise_training.PairwiseConfig(
-        **run.arguments(job),
-        beta=inner.scale,
-        max_length=None,
-        precompute_ref_log_probs=True,
-        labels=inner.labels,
-        anchor_weight=inner.anchor,
-        anchor_beta=inner.beta,
-        nll_weight=inner.nll,
-    )
-    return pairwise_training.PairwiseTrainer(
-        model, args=args, train_dataset=pairwise_training.pair_dataset(pairs, 120), processing_class=tokenizer
-    )
+    return pairwise_training.pairwise_trainer(model, tokenizer, pairs, inner, job)
 
 
 def batch_of(trainer: Any) -> dict[str, Any]:
@@ -274,6 +264,135 @@ def test_bernoulli_labels_of_the_parts_of_one_step_are_independent(
     assert all(0.2 < share < 0.8 for share in agreement)
 
 
+# --- the other pairwise losses ----------------------------------------------------------------------------------------
+
+
+def judged(tokenizer: PreTrainedTokenizerBase, reference: PreTrainedModel, pairs: list[Pair]) -> list[Pair]:
+    """The pairs as KTO takes them: flags of every combination, and an answer to another question beside."""
+    others = encode_answers(tokenizer, [answer.text for answer in world.answers(world.prompts()[3000])][: len(pairs)])
+    logps = log_probabilities(reference, tokenizer, [p.prompt for p in pairs], others, batch_size=64).tolist()
+    flags = [(True, False), (True, True), (True, True), (False, False), (False, True)]
+    return [
+        replace(p, desirable=flags[i % 5], mismatched=other, ref_mismatched=logp)
+        for i, (p, other, logp) in enumerate(zip(pairs, others, logps, strict=True))
+    ]
+
+
+def ratios_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pair: Pair) -> list[float]:
+    """Log-ratios of first, second and mismatched answer to their columns, each answer alone."""
+    answers = [pair.first, pair.second, pair.mismatched or []]
+    logps = log_probabilities(model, tokenizer, [pair.prompt] * 3, answers, batch_size=1).tolist()
+    columns = (pair.ref_first, pair.ref_second, pair.ref_mismatched)
+    return [logp - ref for logp, ref in zip(logps, columns, strict=True)]
+
+
+def moved(ratio: float, scale: float, clip: float | None) -> float:
+    return ratio if clip is None else clip * math.tanh(scale * ratio / clip) / scale
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize("clip", [None, 0.2])
+@pytest.mark.parametrize("loss_type", ["dpo", "ipo"])
+def test_dpo_and_ipo_by_hand(tokenizer: PreTrainedTokenizerBase, job: Job, loss_type: Any, clip: float | None) -> None:
+    """IPO: p (Dh - 1/(2 tau))^2 + (1 - p) (Dh + 1/(2 tau))^2 on summed log-ratios, each bounded if there is a clip."""
+    reference, model, scale = policy(tokenizer), policy(tokenizer, seed=1), 0.8
+    pairs = judged(tokenizer, reference, pairs_of(tokenizer, reference))
+    trainer = pairwise(model, tokenizer, pairs, job, Inner(scale, 1.0, loss_type=loss_type, clip=clip))
+    expected, reached = 0.0, 0.0
+    for p in pairs:
+        first, second, _ = ratios_of(model, tokenizer, p)
+        gap = moved(first, scale, clip) - moved(second, scale, clip)
+        reached = max(reached, abs(scale * first), abs(scale * second))
+        if loss_type == "ipo":
+            expected += p.label * (gap - 1 / 1.6) ** 2 + (1 - p.label) * (gap + 1 / 1.6) ** 2
+        else:
+            expected -= p.label * math.log(sigmoid(scale * gap)) + (1 - p.label) * math.log(sigmoid(-scale * gap))
+    assert reached > 0.3  # beyond the clip, so that it shows
+    assert trainer.compute_loss(model, batch_of(trainer)).item() == pytest.approx(expected / len(pairs), rel=1e-4)
+
+
+@pytest.mark.parametrize("raised", [0.0, 5.0], ids=["below zero", "above zero"])
+@pytest.mark.parametrize("clip", [None, 2.0])
+def test_kto_by_hand(tokenizer: PreTrainedTokenizerBase, job: Job, raised: float, clip: float | None) -> None:
+    """Both answers of a pair by their flags, z from the mismatched answers alone, both kinds of one total weight."""
+    reference, model, scale = policy(tokenizer), policy(tokenizer, seed=1), 0.8
+    pairs = judged(tokenizer, reference, pairs_of(tokenizer, reference))
+    shift = raised - sum(ratios_of(model, tokenizer, p)[2] for p in pairs) / len(pairs) - 1
+    pairs = [replace(p, ref_mismatched=p.ref_mismatched - shift) for p in pairs]  # a mean log-ratio of raised - 1
+    trainer = pairwise(model, tokenizer, pairs, job, Inner(scale, 1.0, loss_type="kto", clip=clip))
+    ratios = [[moved(ratio, scale, clip) for ratio in ratios_of(model, tokenizer, p)] for p in pairs]
+    point = max(0.0, sum(mismatched for _, _, mismatched in ratios) / len(pairs))
+    assert point == 0.0 if raised == 0 else point > 1.0
+    desirable = sum(sum(p.desirable) for p in pairs)
+    weight = desirable / (2 * len(pairs) - desirable)
+    assert weight == pytest.approx(19 / 13)
+    expected = 0.0
+    for p, (first, second, _) in zip(pairs, ratios, strict=True):
+        for ratio, good in zip((first, second), p.desirable, strict=True):
+            expected += (
+                1 - sigmoid(scale * (ratio - point)) if good else weight * (1 - sigmoid(scale * (point - ratio)))
+            )
+    batch = batch_of(trainer)
+    assert trainer._reference_point(model, batch).item() == pytest.approx(point, abs=1e-4)
+    assert trainer.compute_loss(model, batch).item() == pytest.approx(expected / (2 * len(pairs)), rel=1e-4)
+
+
+def test_no_gradient_flows_through_ktos_reference_point(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+    """The gradient is the one at the same point held constant, and mismatched answers alone move nothing."""
+    model = policy(tokenizer, seed=1)
+    pairs = judged(tokenizer, policy(tokenizer), pairs_of(tokenizer, policy(tokenizer)))
+    pairs = [replace(p, ref_mismatched=p.ref_mismatched - 30) for p in pairs]
+    trainer = pairwise(model, tokenizer, pairs, job, Inner(0.1, 1.0, loss_type="kto"))
+    batch = batch_of(trainer)
+    point = trainer._reference_point(model, batch)
+    assert point > 1 and not point.requires_grad
+    trainer.compute_loss(model, batch).backward()
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    logps, _ = trainer._policy_logps(model, batch)
+    ratios = logps - torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
+    flags = torch.cat([batch["desirable_chosen"], batch["desirable_rejected"]])
+    losses.kto_loss(ratios, flags, torch.tensor(point.item()), 0.1, 1.0, 19 / 13).mean().backward()
+    expected = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("loss_type", "first"), [("dpo", math.log(2)), ("ipo", 1 / (2 * 0.25) ** 2), ("kto", 0.5)])
+def test_every_loss_starts_at_logit_zero(
+    tokenizer: PreTrainedTokenizerBase, job: Job, loss_type: Any, first: float
+) -> None:
+    """From its own reference, clipped or not: log 2 (DPO), 1 / (2 tau)^2 (IPO), the mean weight / 2 (KTO)."""
+    model = policy(tokenizer)
+    pairs = judged(tokenizer, model, pairs_of(tokenizer, model))
+    pairs = [replace(p, desirable=(True, False)) for p in pairs]
+    model.train()
+    for clip in (None, 0.5):
+        trainer = pairwise(model, tokenizer, pairs, job, Inner(0.25, 1.0, loss_type=loss_type, clip=clip))
+        assert trainer.compute_loss(model, batch_of(trainer)).item() == pytest.approx(first, rel=1e-4)
+        assert trainer._metrics["train"]["abs_logit"] == pytest.approx([0.0], abs=1e-4)
+
+
+@pytest.mark.parametrize("terms", [{"anchor": 0.1}, {"nll": 0.1}, {"labels": "bernoulli"}])
+@pytest.mark.parametrize("loss_type", ["ipo", "kto"])
+def test_terms_of_dpo_are_refused_to_other_losses(loss_type: Any, terms: dict[str, Any]) -> None:
+    with pytest.raises(ParamsError, match=rf"loss_type '{loss_type}' takes no anchor, no nll and no bernoulli labels"):
+        Inner(1.0, 1.0, loss_type=loss_type, **terms)
+
+
+def test_kto_refuses_pairs_that_it_cannot_use(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+    model = policy(tokenizer)
+    plain = pairs_of(tokenizer, model)
+    with pytest.raises(DataError, match="no mismatched answer"):
+        pairwise(model, tokenizer, plain, job, Inner(1.0, 1.0, loss_type="kto"))
+    for flag, kind in ((True, "desirable"), (False, "undesirable")):
+        one_sided = [replace(p, desirable=(flag, flag)) for p in judged(tokenizer, model, plain)]
+        with pytest.raises(DataError, match=f"every answer is {kind}"):
+            pairwise(model, tokenizer, one_sided, job, Inner(1.0, 1.0, loss_type="kto"))
+
+
 # --- supervised and scorer losses -------------------------------------------------------------------------------------
 
 
@@ -357,7 +476,7 @@ Start = Callable[[], torch.nn.Module]
 Train = Callable[[torch.nn.Module, Job], Any]
 
 
-@pytest.fixture(params=["soft", "bernoulli", "adapter", "sft", "scorer"])
+@pytest.fixture(params=["soft", "bernoulli", "adapter", "ipo", "kto", "sft", "scorer"])
 def kind(
     request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase, job: Job, tmp_path: Path
 ) -> tuple[Start, Train]:
@@ -373,6 +492,9 @@ def kind(
         )
     pairs = pairs_of(tokenizer, policy(tokenizer), anchored=True)
     inner = Inner(1.0, 1.0, "bernoulli" if request.param == "bernoulli" else "soft", anchor=0.1, nll=0.02)
+    if request.param in ("ipo", "kto"):
+        pairs = judged(tokenizer, policy(tokenizer), pairs)
+        inner = Inner(0.5, 1.0, loss_type=request.param, clip=2.0)
 
     def start() -> torch.nn.Module:
         torch.manual_seed(11)  # of the adapters
@@ -425,8 +547,8 @@ def test_parts_of_a_batch_add_up_to_the_whole(
     kind: tuple[Start, Train], job: Job, request: pytest.FixtureRequest
 ) -> None:
     """Micro-batches of 2 make the steps of a batch of 4 (labels and dropout are drawn anew, so not for those)."""
-    if request.node.callspec.params["kind"] in ("bernoulli", "adapter"):
-        pytest.skip("draws depend on the micro-batch")
+    if request.node.callspec.params["kind"] in ("bernoulli", "adapter", "kto"):
+        pytest.skip("draws, and KTO's reference point, depend on the micro-batch")
     start, train = kind
     whole, parts = start(), start()
     train(whole, changed(job, "whole", max_steps=2, warmup=0.0, learning_rate=1e-3))
@@ -481,7 +603,9 @@ def test_rows_that_are_too_long_are_left_out_and_counted(
     assert f"left out {20 - len(kept)} of 20 rows longer than max_length {limit}" in caplog.text
     pairs = pairs_of(tokenizer, policy(tokenizer))
     fits = [p for p in pairs if len(p.prompt) + max(len(p.first), len(p.second)) <= limit]
-    assert 0 < len(pairwise_training.pair_dataset(pairs, limit)) == len(fits) < len(pairs)
+    assert 0 < len(pairwise_training.fitting(pairs, limit)) == len(fits) < len(pairs)
+    short = [replace(p, mismatched=[1] * 120) if i else p for i, p in enumerate(fits)]
+    assert pairwise_training.fitting(short, limit) == fits[:1]
     scored = scored_pairs(tokenizer)
     assert len(scorer_training._ranked(scored, limit)) == sum(max(len(p.high), len(p.low)) <= limit for p in scored)
 

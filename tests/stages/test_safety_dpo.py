@@ -1,0 +1,62 @@
+"""safety_dpo on a tiny model: each loss from each reference at beta / lambda, and what a search reads of it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dualign.core.artifacts import read_json
+from dualign.core.params import Resources, SafetyDpoParams, SafetyRun, load
+from dualign.core.stage import Run
+from dualign.lm.models import load_policy
+from stages.safety_dpo import main
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAINING = {"batch_size": 8, "max_steps": 2, "max_length": 128, "learning_rate": 2e-3, "warmup": 0.0}
+
+pytestmark = pytest.mark.usefixtures("one_thread", "workspace")
+
+
+def run_of(resources: Resources, **changes: Any) -> Run[SafetyDpoParams]:
+    """The run `it` at lambda 2 x 0.8 and beta 0.4 with these changes, two steps of all eight pairs."""
+    params = load(SafetyDpoParams, ROOT / "params.yaml")
+    spec = SafetyRun(**{**params.runs["alone"].model_dump(), "factor": 2.0, **changes})
+    training = params.training.model_copy(update=TRAINING)
+    update = {"beta": 0.4, "runs": {"it": spec}, "training": training}
+    return Run("safety_dpo", "it", params.model_copy(update=update), resources)
+
+
+@pytest.mark.parametrize("reference", ["sft", "reward_dpo/helpful"])
+@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize(
+    ("loss_type", "first"),
+    [
+        ("dpo", math.log(2)),
+        ("ipo", 1 / (2 * 0.25) ** 2),
+        ("kto", 10 / 16),  # by the flags 10 of 16 answers are desirable, the others weigh as much together; each halved
+    ],
+)
+def test_a_run_starts_at_logit_zero_and_tells_the_search_its_loss(
+    resources: Resources, reference: str, clip: float | None, loss_type: str, first: float
+) -> None:
+    main(run_of(resources, reference=reference, loss_type=loss_type, clip=clip))
+    metrics = read_json("reports/metrics/safety_dpo/it.json")
+    assert (metrics["loss_type"], metrics["clip"]) == (loss_type, clip)
+    assert (metrics["lam"], metrics["coefficient"]) == pytest.approx((1.6, 0.25))
+    (_, before), (_, after) = metrics["loss_curve"]
+    assert before == pytest.approx(first, rel=1e-4) and after < before - 1e-4
+    trained, started = (load_policy(f"models/{name}", resources) for name in ("safety_dpo/it", reference))
+    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), started.parameters(), strict=True))
+
+
+def test_a_clip_changes_the_policy(resources: Resources) -> None:
+    """The first step is the same, since the clip is the identity at 0; the second is not."""
+    curves = []
+    for clip in (None, 0.01):
+        main(run_of(resources, clip=clip))
+        curves.append([loss for _, loss in read_json("reports/metrics/safety_dpo/it.json")["loss_curve"]])
+    assert curves[0][0] == pytest.approx(curves[1][0], rel=1e-5) and abs(curves[0][1] - curves[1][1]) > 1e-3
