@@ -119,9 +119,13 @@ class ScratchParams(Frozen):
 
 
 class InnerParams(Frozen):
-    """The inner loss of a pairwise training (see `dualign.losses`)."""
+    """The inner loss of a pairwise training (see `dualign.losses`).
+
+    `normalised` divides the labels' score and the pairwise coefficient by 1 + lambda.
+    """
 
     labels: Literal["soft", "bernoulli"]
+    normalised: bool
     anchor: NonNegative
     nll: NonNegative
 
@@ -275,15 +279,24 @@ class SafetyDpoParams(StageParams):
 
 
 class LagrangianRun(Frozen):
-    """One Lagrangian DPO: its multiplier (`dual`, or a number), its pairs, learning rate and inner loss.
+    """One Lagrangian DPO: its multiplier (`dual`, or a number), scores, pairs, learning rate and inner loss.
 
-    A search that starts from it keeps its learning rate and inner loss.
+    `reward` and `cost` are folders under models/: the scorers (`reward_model`, `cost_model`), or policies whose
+    log-ratios stand in for them (`reward_dpo/NAME`, `safety_dpo/NAME`). A search that starts from it keeps its learning
+    rate and inner loss.
     """
 
     lam: Literal["dual"] | NonNegative
+    reward: str
+    cost: str
     data: Literal["pairs", "pool"]
     learning_rate: Positive
     inner: InnerParams
+
+    @property
+    def implicit(self) -> bool:
+        """Whether a policy stands in for a scorer."""
+        return (self.reward, self.cost) != ("reward_model", "cost_model")
 
 
 class LagrangianDpoParams(StageParams):
@@ -530,6 +543,7 @@ def _check_across(content: dict[str, Any], stages: dict[str, StageParams], path:
     search, evaluate = stages["dual_search"], stages["evaluate"]
     assert isinstance(safety, SafetyDpoParams) and isinstance(lagrangian, LagrangianDpoParams)
     assert isinstance(search, DualSearchParams) and isinstance(evaluate, EvaluateParams)
+    _check_scores(safety, lagrangian, path)
     models = {"sft", "reward_dpo"}
     models |= {f"safety_dpo/{name}" for name in safety.runs} | {f"lagrangian_dpo/{name}" for name in lagrangian.runs}
     _refuse_unknown(content["methods"] or {}, set(get_args(MethodName)), "methods.", path)
@@ -548,3 +562,14 @@ def _check_across(content: dict[str, Any], stages: dict[str, StageParams], path:
         raise ParamsError(f"{path}: evaluate.policies.sft is missing; win rates are measured against it")
     if search.lambda_min >= search.lambda_max:
         raise ParamsError(f"{path}: dual_search.lambda_min must be below dual_search.lambda_max")
+
+
+def _check_scores(safety: SafetyDpoParams, lagrangian: LagrangianDpoParams, path: str | Path) -> None:
+    """A score is a scorer's, or the log-ratio to the reference policy of a policy that started there."""
+    costs = ["cost_model", *(f"safety_dpo/{name}" for name, run in safety.runs.items() if run.reference == "sft")]
+    for name, run in lagrangian.runs.items():
+        where = f"{path}: lagrangian_dpo.runs.{name}"
+        if run.reward != "reward_model" and run.reward.partition("/")[0] != "reward_dpo":
+            raise ParamsError(f"{where}.reward: {run.reward!r} gives no reward; reward_model or a policy of reward_dpo")
+        if run.cost not in costs:
+            raise ParamsError(f"{where}.cost: {run.cost!r} gives no cost relative to sft; one of {costs}")
