@@ -20,7 +20,8 @@ from dualign.data import world
 from dualign.data.schema import POOL, SCORED_PAIRS, by_prompt, user
 from dualign.implicit import scored_tables
 from dualign.lm.models import build_scratch, load_tokenizer, save, train_tokenizer
-from dualign.lm.tokens import encode_answers
+from dualign.lm.sampling import log_probabilities
+from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.losses import lagrangian_scale
 from dualign.training.pairwise import train_pairwise
 from stages import lagrangian_dpo
@@ -33,6 +34,7 @@ RESOURCES = Resources(
 SCRATCH = ScratchParams(
     tokenizer="train", vocab_size=300, hidden_size=16, layers=1, heads=2, intermediate_size=16, context=512
 )
+MODELS = ("sft", "reward_dpo", "safety_dpo/alone")
 COEFFICIENT, LIMIT = 2.0, -0.2
 
 
@@ -103,22 +105,28 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     questions = world.prompts()[:3]
     texts = [[answer.text for answer in world.answers(question)] for question in questions]
     tokenizer = train_tokenizer([*questions, *texts[0]], 300)
-    for seed, name in enumerate(("sft", "reward_dpo", "safety_dpo/alone")):
-        save(build_scratch(SCRATCH, tokenizer, seed), tokenizer, Path("models") / name)
+    models = {name: build_scratch(SCRATCH, tokenizer, seed) for seed, name in enumerate(MODELS)}
+    for name, model in models.items():
+        save(model, tokenizer, Path("models") / name)
+
+    def reference(question: str, text: str) -> float:
+        prompt, answer = encode_prompts(tokenizer, [user(question)]), encode_answers(tokenizer, [text])
+        return float(log_probabilities(models["sft"], tokenizer, prompt, answer, batch_size=1))
+
     pool = [
         {
             "prompt_id": str(x), "prompt": user(question), "sample": i, "response": texts[x][i],
             "tokens": encode_answers(tokenizer, [texts[x][i]])[0], "length": 1, "ended": True,
-            "logp_ref": -20 - rng.random(), "reward": rng.normal(), "cost": rng.normal(),
+            "logp_ref": reference(question, texts[x][i]), "reward": rng.normal(), "cost": rng.normal(),
         }
         for x, question in enumerate(questions) for i in range(4)
     ]  # fmt: skip
-    scores = [f"{name}_{side}" for name in ("logp_ref", "reward", "cost") for side in ("chosen", "rejected")]
     pairs = [
         {
             "pair_id": str(x), "prompt_id": str(x), "prompt": user(question), "chosen": texts[x][3],
             "rejected": texts[x][9], "source": "world", "split": "train", "kind": "helpful",
-            **{name: rng.normal() for name in scores},
+            **{f"{name}_{side}": rng.normal() for name in ("reward", "cost") for side in ("chosen", "rejected")},
+            "logp_ref_chosen": reference(question, texts[x][3]), "logp_ref_rejected": reference(question, texts[x][9]),
         }
         for x, question in enumerate(questions)
     ]  # fmt: skip
@@ -136,8 +144,7 @@ def test_pecan_trains_at_the_multiplier_of_its_own_scores(
     monkeypatch.setattr(lagrangian_dpo, "train_pairwise", lambda *args: seen.extend(args) or train_pairwise(*args))
     inner = {"labels": "soft", "normalised": normalised, "anchor": 0.3 if data == "pool" else 0.0, "nll": 0.0}
     given = stage_params(repo_root, data=data, inner=inner)
-    names = ("reward_dpo", "safety_dpo/alone")
-    tables = scored_tables(Path("data/scored"), *names, given.beta, load_tokenizer("models/sft"), RESOURCES)
+    tables = scored_tables(Path("data/scored"), *MODELS[1:], given.beta, load_tokenizer("models/sft"), RESOURCES)
     reward, cost = by_prompt(tables.pool, "reward"), by_prompt(tables.pool, "cost")
     limit = float(dual.predict(reward, cost, 0.5, given.beta, cost).mean())  # so that the multiplier is 0.5
     write_json(Path("data/dual/dual.json"), {"lam": 0.25, "limit": limit, "lambda_max": 50.0})
@@ -145,7 +152,7 @@ def test_pecan_trains_at_the_multiplier_of_its_own_scores(
 
     told = read_json(workspace / "reports/metrics/lagrangian_dpo/pecan.json")
     assert told["lam"] == pytest.approx(0.5, abs=1e-3) and told["lam_from"] == "implicit scores"
-    assert (told["reward"], told["cost"]) == names
+    assert (told["reward"], told["cost"]) == MODELS[1:]
     assert told["inner"] == inner and told["learning_rate"] == 2e-3
 
     _, _, pairs, loss, _ = seen
