@@ -29,9 +29,20 @@ def soft_label_loss(logit: Tensor, probability: Tensor) -> Tensor:
     return -probability * logsigmoid(logit) - (1 - probability) * logsigmoid(-logit)
 
 
-def lagrangian_label(reward_gap: Tensor, cost_gap: Tensor, lam: float) -> Tensor:
-    """P(y_w preferred) = sigma(Delta r - lambda Delta c), the Bradley-Terry label of r - lambda c."""
-    return torch.sigmoid(reward_gap - lam * cost_gap)
+def lagrangian_label(reward_gap: Tensor, cost_gap: Tensor, lam: float, scale: float = 1.0) -> Tensor:
+    """P(y_w preferred) = sigma(s (Delta r - lambda Delta c)), the Bradley-Terry label of s (r - lambda c)."""
+    return torch.sigmoid(scale * (reward_gap - lam * cost_gap))
+
+
+def lagrangian_scale(lam: float, normalised: bool) -> float:
+    """s = 1 / (1 + lambda) if `normalised`, else 1: the factor of the label's score and of beta alike.
+
+    C-DPO (2403.02475) takes the normalisation from Safe RLHF (2310.12773). The pairwise minimiser has
+    a Delta h = s (Delta r - lambda Delta c), which is pi_lambda for a = s beta alone. With a = beta, as published, the
+    KL weight is beta (1 + lambda): as lambda grows the policy stops at pi_ref exp(-c / beta), and a limit below the
+    cost of that is out of reach. Anchor and likelihood keep beta, since their minimiser is pi_lambda whatever s is.
+    """
+    return 1 / (1 + lam) if normalised else 1.0
 
 
 def soft_clip(value: Tensor, bound: float) -> Tensor:

@@ -151,12 +151,14 @@ def visited(frame: pd.DataFrame, training: TrainingParams, seed: int) -> pd.Data
     return frame if rows >= len(frame) else frame.sample(rows, random_state=seed).sort_index()
 
 
-def lagrangian_pairs(frame: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, lam: float) -> list[Pair]:
-    """Scored pairs with the joint label sigma(Delta r - lambda Delta c); reference columns as they were scored."""
+def lagrangian_pairs(
+    frame: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, lam: float, scale: float = 1.0
+) -> list[Pair]:
+    """Scored pairs with the joint label sigma(scale (Delta r - lambda Delta c)); reference columns as scored."""
     prompts, chosen, rejected = _encode(frame, tokenizer)
     reward_gap = torch.tensor((frame["reward_chosen"] - frame["reward_rejected"]).to_numpy())
     cost_gap = torch.tensor((frame["cost_chosen"] - frame["cost_rejected"]).to_numpy())
-    labels = lagrangian_label(reward_gap, cost_gap, lam).tolist()
+    labels = lagrangian_label(reward_gap, cost_gap, lam, scale).tolist()
     refs = zip(frame["logp_ref_chosen"], frame["logp_ref_rejected"], strict=True)
     return [
         Pair(prompt, first, second, ref_first, ref_second, label)
@@ -191,13 +193,14 @@ def samples_of(frame: pd.DataFrame, tokenizer: PreTrainedTokenizerBase) -> Sampl
     return Samples(prompts, answers, *columns)
 
 
-def pool_pairs(samples: Samples, value: Array, lam: float, beta: float, seed: int) -> list[Pair]:
+def pool_pairs(samples: Samples, value: Array, lam: float, beta: float, seed: int, scale: float = 1.0) -> list[Pair]:
     """Random pairs within each prompt (an odd sample is left over), with joint label, anchors and importance weights.
 
     `value` has shape [prompts, samples]: V_lambda(x) in each sample's anchor r - lambda c - V_lambda(x) and in its
     weight exp(anchor / beta) pi_ref / pi_drawn. It must not contain the sample's own score: then a weight is in
     expectation proportional to the density ratio at its answer, while a softmax over few samples flattens the target.
-    Pairs of identical answers carry no preference but keep their anchors.
+    `scale` multiplies r - lambda c in the label only. Pairs of identical answers carry no preference but keep their
+    anchors.
     """
     rng = np.random.default_rng(seed)
     tilt = samples.reward - lam * samples.cost
@@ -215,7 +218,7 @@ def pool_pairs(samples: Samples, value: Array, lam: float, beta: float, seed: in
                     samples.answers[x][j],
                     float(samples.logp_ref[x, i]),
                     float(samples.logp_ref[x, j]),
-                    float(torch.sigmoid(torch.tensor(gap))),
+                    float(torch.sigmoid(torch.tensor(scale * gap))),
                     (float(anchor[x, i]), float(anchor[x, j])),
                     (float(ratio[x, i]), float(ratio[x, j])),
                 )

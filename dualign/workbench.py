@@ -13,6 +13,7 @@ from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.params import DualSearchParams, InnerParams, Resources
 from dualign.data.schema import ANSWERS, POOL, SAFETY_PAIRS, SCORED_PAIRS, read_table
 from dualign.lm.models import load_policy, save, with_lora
+from dualign.losses import lagrangian_scale
 from dualign.measure.rollout import Judges, measure, roll_out
 from dualign.measure.stats import Measurement
 from dualign.merge import merge
@@ -108,9 +109,11 @@ class PolicyBench:
         beta, weights = self._params.beta, self._weights
         if weights is None:
             return self._safety_source(), lambda lam: Inner(scale=beta / lam, beta=beta)
-        inner = Inner(beta, beta, weights.labels, weights.anchor, weights.nll)
         source = self._pool_source() if self._method.data == "pool" else self._scored_source()
-        return source, lambda lam: inner
+        return source, lambda lam: Inner(beta * self._scale(lam), beta, weights.labels, weights.anchor, weights.nll)
+
+    def _scale(self, lam: float) -> float:
+        return lagrangian_scale(lam, self._weights is not None and self._weights.normalised)
 
     def _safety_source(self) -> PairSource:
         """Safety pairs with log pi_r as reference column, the same at every multiplier."""
@@ -129,7 +132,7 @@ class PolicyBench:
 
     def _scored_source(self) -> PairSource:
         frame = read_table(self._inputs.scored / "scored_pairs.parquet", SCORED_PAIRS)
-        return lambda lam, folder, warm: lagrangian_pairs(frame, self._judges.tokenizer, lam)
+        return lambda lam, folder, warm: lagrangian_pairs(frame, self._judges.tokenizer, lam, self._scale(lam))
 
     def _pool_source(self) -> PairSource:
         """The pool at the new multiplier, and fresh answers of the policy before on some of its prompts.
@@ -144,13 +147,15 @@ class PolicyBench:
         def source(lam: float, folder: Path, warm: Step) -> list[Pair]:
             params = self._params
             seed = params.seed + warm.step
-            pairs = pool_pairs(samples, pool_values(samples, lam, params.beta), lam, params.beta, seed)
+            pairs = pool_pairs(
+                samples, pool_values(samples, lam, params.beta), lam, params.beta, seed, self._scale(lam)
+            )
             if prompts.empty:
                 return pairs
             fresh = samples_of(self._refresh(folder, warm, prompts), self._judges.tokenizer)
             known = dual.soft_value(samples.reward, samples.cost, lam, params.beta)[: len(prompts), None]
             value = known.repeat(params.refresh_samples, axis=1)
-            return pairs + pool_pairs(fresh, value, lam, params.beta, seed)
+            return pairs + pool_pairs(fresh, value, lam, params.beta, seed, self._scale(lam))
 
         return source
 

@@ -66,6 +66,7 @@ def describe(solution: dual.DualSolution, params: DualInitParams) -> dict[str, A
         "lam_low": solution.lam_interval[0],
         "lam_high": solution.lam_interval[1],
         "limit": params.limit,
+        "lambda_max": params.lambda_max,
         "beta": beta,
         "cost_reference": float(cost.mean()),
         "cost_unconstrained": float(dual.predict(reward, cost, 0.0, beta, cost).mean()),

@@ -2,26 +2,37 @@
 
     python -m stages.lagrangian_dpo anchored
 
-The inner problem of C-DPO and MoCAN (scored pairs, labels drawn afresh), and ours (the pool, exact labels, anchor).
+The inner problem of C-DPO and MoCAN (scored pairs, labels drawn afresh), of PeCAN (the same, scored by policies), and
+ours (the pool, exact labels, anchor).
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
+import pandas as pd
+
+from dualign import dual
 from dualign.core.artifacts import read_json, replacing
-from dualign.core.errors import ParamsError
-from dualign.core.params import LagrangianDpoParams
+from dualign.core.errors import InfeasibleError, ParamsError
+from dualign.core.params import LagrangianDpoParams, LagrangianRun
 from dualign.core.stage import Run, execute, finished
-from dualign.data.schema import POOL, SCORED_PAIRS, read_table
+from dualign.data.schema import by_prompt
+from dualign.implicit import scored_tables
 from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
+from dualign.losses import lagrangian_scale
 from dualign.pairs import lagrangian_pairs, pool_pairs, pool_values, samples_of
 from dualign.training.pairwise import Inner, train_pairwise
 from dualign.training.run import Job
 
+log = logging.getLogger("dualign")
+
 SCORED = Path("data/scored")
 DUAL = Path("data/dual/dual.json")
+MODELS = Path("models")
 REFERENCE = Path("models/sft")
+METRICS = Path("reports/metrics")
 OUT = Path("models/lagrangian_dpo")
 
 
@@ -31,23 +42,46 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     if run.item not in params.runs:
         raise ParamsError(f"lagrangian_dpo.runs has no {run.item!r}; one of {', '.join(params.runs)}")
     spec = params.runs[run.item]
-    lam = read_json(DUAL)["lam"] if spec.lam == "dual" else spec.lam
-    tokenizer, policy = load_tokenizer(REFERENCE), load_policy(REFERENCE, run.resources)
+    tokenizer = load_tokenizer(REFERENCE)
+    tables = scored_tables(SCORED, spec.reward, spec.cost, params.beta, tokenizer, run.resources, MODELS, METRICS)
+    lam, source = multiplier(run.item, spec, tables.pool, params)
+    scale = lagrangian_scale(lam, spec.inner.normalised)
     if spec.data == "pool":
-        samples = samples_of(read_table(SCORED / "pool.parquet", POOL), tokenizer)
-        pairs = pool_pairs(samples, pool_values(samples, lam, params.beta), lam, params.beta, params.seed)
+        samples = samples_of(tables.pool, tokenizer)
+        pairs = pool_pairs(samples, pool_values(samples, lam, params.beta), lam, params.beta, params.seed, scale)
     else:
-        pairs = lagrangian_pairs(read_table(SCORED / "scored_pairs.parquet", SCORED_PAIRS), tokenizer, lam)
-    policy = with_lora(policy, params.lora)
-    scratch = run.scratch(SCORED, DUAL, REFERENCE)
+        pairs = lagrangian_pairs(tables.pairs, tokenizer, lam, scale)
+    policy = with_lora(load_policy(REFERENCE, run.resources), params.lora)
+    policies = (MODELS / spec.reward, MODELS / spec.cost, METRICS / f"{spec.cost}.json") if spec.implicit else ()
+    scratch = run.scratch(SCORED, DUAL, REFERENCE, *policies)
     training = params.training.model_copy(update={"learning_rate": spec.learning_rate})
     job = Job(training, run.resources, scratch, params.seed)
-    inner = Inner(params.beta, params.beta, spec.inner.labels, spec.inner.anchor, spec.inner.nll)
+    inner = Inner(params.beta * scale, params.beta, spec.inner.labels, spec.inner.anchor, spec.inner.nll)
     metrics = train_pairwise(policy, tokenizer, pairs, inner, job)
     with replacing(OUT / run.item) as folder:
         save(policy, tokenizer, folder)
-    run.metrics({**metrics, "lam": lam, "inner": spec.inner.model_dump(), "learning_rate": spec.learning_rate})
+    # A search that starts here takes all of these over.
+    kept = spec.model_dump(include={"reward", "cost", "inner", "learning_rate"})
+    run.metrics({**metrics, "lam": lam, "lam_from": source, **kept})
     finished(scratch)
+
+
+def multiplier(item: str, spec: LagrangianRun, pool: pd.DataFrame, params: LagrangianDpoParams) -> tuple[float, str]:
+    """The multiplier and where it is from: params, the dual of the pool, or the dual of the pool's implicit scores."""
+    if spec.lam != "dual":
+        return spec.lam, "params.yaml"
+    known = read_json(DUAL)
+    if not spec.implicit:
+        return known["lam"], str(DUAL)
+    try:
+        solution = dual.solve(
+            by_prompt(pool, "reward"), by_prompt(pool, "cost"),
+            limit=known["limit"], beta=params.beta, lambda_max=known["lambda_max"], seed=params.seed,
+        )  # fmt: skip
+    except InfeasibleError as error:
+        raise InfeasibleError(f"lagrangian_dpo.runs.{item}, scored by policies: {error}") from error
+    log.info("lambda %.4f on implicit scores, 95 %% interval %.4f to %.4f", solution.lam, *solution.lam_interval)
+    return solution.lam, "implicit scores"
 
 
 if __name__ == "__main__":

@@ -309,6 +309,18 @@ def test_a_new_cost_model_leaves_the_rewards(readers: dict[str, set[str]], dag: 
     assert not again & {"prepare", "sft", "reward_model", "reward_dpo@helpful"}
 
 
+def test_a_run_that_policies_score_waits_for_them(tmp_path: Path) -> None:
+    params = read(ROOT / "params.yaml")
+    runs = params["lagrangian_dpo"]["runs"]
+    runs["pecan"] = {**runs["bernoulli"], "reward": "reward_dpo/helpful", "cost": "safety_dpo/alone"}
+    (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+    write(tmp_path / "params.yaml", params)
+    Repo.init(str(tmp_path), no_scm=True).close()
+    dag = load_dag(tmp_path)
+    assert {"reward_dpo@helpful", "safety_dpo@alone"} <= set(dag["lagrangian_dpo@pecan"].upstream)
+    assert not {"reward_dpo@helpful", "safety_dpo@alone"} & set(dag["lagrangian_dpo@bernoulli"].upstream)
+
+
 @pytest.mark.parametrize("preset", sorted((ROOT / "params").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_graph_holds_with_every_preset(preset: Path, tmp_path: Path) -> None:
     (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())

@@ -106,6 +106,12 @@ def test_soft_label_loss_by_hand() -> None:
 def test_lagrangian_label_by_hand() -> None:
     labels = losses.lagrangian_label(tensor(1, 1, 2), tensor(2, 0, -1), 0.5)
     assert labels.tolist() == pytest.approx([0.5, 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-2.5))])
+    assert losses.lagrangian_label(tensor(2), tensor(-1), 0.5, 0.2).item() == pytest.approx(1 / (1 + math.exp(-0.5)))
+
+
+def test_lagrangian_scale_by_hand() -> None:
+    assert [losses.lagrangian_scale(lam, True) for lam in (0.0, 1.0, 3.0)] == [1.0, 0.5, 0.25]
+    assert losses.lagrangian_scale(3.0, False) == 1.0
 
 
 def test_anchor_loss_by_hand() -> None:
@@ -148,15 +154,46 @@ def test_soft_labels_lead_to_the_tilted_policy(world: World) -> None:
 
 def test_normalised_labels_need_the_coefficient_divided_too(world: World) -> None:
     """Safe RLHF's 1 / (1 + lambda) solves another problem, unless beta is divided as well (methods: C-DPO)."""
-    share = 1 + LAM
-    labels = losses.lagrangian_label(gaps(world.reward) / share, gaps(world.cost) / share, LAM)
+    scale = losses.lagrangian_scale(LAM, normalised=True)
+    weaker = world.tilt(world.log_ref, world.reward - LAM * world.cost, BETA / scale)
+    assert largest_gap(fit_normalised(world, LAM, BETA), weaker) < 1e-5
+    assert largest_gap(fit_normalised(world, LAM, BETA * scale), world.tilted) < 1e-5
 
-    def fit(scale: float) -> Tensor:
-        return minimiser(lambda t: losses.soft_label_loss(pair_logit(t, world.log_ref, scale), labels).sum())
 
-    weaker = world.tilt(world.log_ref, world.reward - LAM * world.cost, BETA * share)
-    assert largest_gap(fit(BETA), weaker) < 1e-5
-    assert largest_gap(fit(BETA / share), world.tilted) < 1e-5
+def fit_normalised(world: World, lam: float, coefficient: float) -> Tensor:
+    """The minimiser for labels sigma((Delta r - lambda Delta c) / (1 + lambda)) and any DPO coefficient."""
+    scale = losses.lagrangian_scale(lam, normalised=True)
+    labels = losses.lagrangian_label(gaps(world.reward), gaps(world.cost), lam, scale)
+    return minimiser(lambda t: losses.soft_label_loss(pair_logit(t, world.log_ref, coefficient), labels).sum())
+
+
+def test_normalised_labels_with_plain_beta_cannot_reach_a_strict_limit(world: World) -> None:
+    """At any multiplier the cost stays above that of the tilt by -c / beta; with beta divided too it falls on."""
+
+    def cost(log_policy: Tensor) -> float:
+        return float((log_policy.log_softmax(1).exp() * world.cost).sum(1).mean())
+
+    saturated = cost(world.tilt(world.log_ref, -world.cost, BETA))
+    plain = [cost(fit_normalised(world, lam, BETA)) for lam in (1.0, 10.0, 1000.0)]
+    assert plain == sorted(plain, reverse=True) and saturated < plain[-1] < saturated + 1e-2
+    assert cost(fit_normalised(world, 10.0, BETA / 11)) < saturated - 0.1
+
+
+def test_normalised_labels_share_their_minimiser_with_anchor_and_likelihood(world: World) -> None:
+    """Both keep plain beta: at pi_lambda all three terms have gradient zero, so any weights lead there."""
+    scale, tilt = losses.lagrangian_scale(LAM, normalised=True), world.reward - LAM * world.cost
+    value = BETA * (world.log_ref + tilt / BETA).logsumexp(1, keepdim=True)
+    labels = losses.lagrangian_label(gaps(world.reward), gaps(world.cost), LAM, scale)
+    share, weight = world.log_ref.exp(), ((tilt - value) / BETA).exp()
+
+    def loss(t: Tensor, scale: float) -> Tensor:
+        policy = t.log_softmax(1)
+        pairs = losses.soft_label_loss(pair_logit(policy, world.log_ref, BETA * scale), labels).sum()
+        anchor = losses.anchor_loss(policy - world.log_ref, tilt - value, BETA).sum()
+        return pairs + 0.3 * anchor + 2.0 * (share * losses.weighted_nll(policy, weight)).sum()
+
+    assert largest_gap(minimiser(lambda t: loss(t, scale)), world.tilted) < 1e-5
+    assert largest_gap(minimiser(lambda t: loss(t, 1.0)), world.tilted) > 0.01
 
 
 def test_the_anchor_leads_to_the_tilted_policy_and_its_level(world: World) -> None:

@@ -186,13 +186,13 @@ def test_a_margin_of_the_reference_itself_is_none() -> None:
     assert with_margin(base, base, base, weight=7.0) == base
 
 
-@pytest.mark.parametrize("lam", [0.0, 1.3])
+@pytest.mark.parametrize(("lam", "scale"), [(0.0, 1.0), (1.3, 1.0), (1.3, 0.4)])
 def test_lagrangian_pairs_have_the_joint_label_and_the_scored_columns(
-    preferences: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, lam: float
+    preferences: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, lam: float, scale: float
 ) -> None:
-    for pair, row in zip(lagrangian_pairs(preferences, tokenizer, lam), preferences.itertuples(), strict=True):
+    for pair, row in zip(lagrangian_pairs(preferences, tokenizer, lam, scale), preferences.itertuples(), strict=True):
         gap = (row.reward_chosen - lam * row.cost_chosen) - (row.reward_rejected - lam * row.cost_rejected)
-        assert pair.label == pytest.approx(sigmoid(gap))
+        assert pair.label == pytest.approx(sigmoid(scale * gap))
         assert (pair.ref_first, pair.ref_second) == (row.logp_ref_chosen, row.logp_ref_rejected)
         assert [pair.first, pair.second] == encode_answers(tokenizer, [row.chosen, row.rejected])
 
@@ -219,6 +219,16 @@ def test_pool_pairs_use_every_sample_once_with_its_label_and_anchor() -> None:
         assert (pair.ref_first, pair.ref_second) == (pool.logp_ref[x, i], pool.logp_ref[x, j])
         assert pair.anchors == pytest.approx((tilt[x, i] - value[x, i], tilt[x, j] - value[x, j]))
         assert pair.weights == pytest.approx((ratio[x, i], ratio[x, j]))
+
+
+def test_a_scale_changes_the_labels_of_the_pool_and_nothing_else() -> None:
+    pool, lam, beta = samples(4), 0.9, 0.7
+    value = pool_values(pool, lam, beta)
+    plain, scaled = pool_pairs(pool, value, lam, beta, 0), pool_pairs(pool, value, lam, beta, 0, 0.4)
+    assert [pair.label for pair in scaled] == pytest.approx(
+        [sigmoid(0.4 * math.log(pair.label / (1 - pair.label))) for pair in plain], rel=1e-5
+    )
+    assert [replace(pair, label=0.0) for pair in scaled] == [replace(pair, label=0.0) for pair in plain]
 
 
 def test_the_anchor_of_a_sample_does_not_depend_on_its_own_score() -> None:

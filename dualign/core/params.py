@@ -122,9 +122,13 @@ class ScratchParams(Frozen):
 
 
 class InnerParams(Frozen):
-    """The inner loss of a pairwise training (see `dualign.losses`)."""
+    """The inner loss of a pairwise training (see `dualign.losses`).
+
+    `normalised` divides the labels' score and the pairwise coefficient by 1 + lambda.
+    """
 
     labels: Literal["soft", "bernoulli"]
+    normalised: bool
     anchor: NonNegative
     nll: NonNegative
 
@@ -307,15 +311,24 @@ class SafetyDpoParams(StageParams):
 
 
 class LagrangianRun(Frozen):
-    """One Lagrangian DPO: its multiplier (`dual`, or a number), its pairs, learning rate and inner loss.
+    """One Lagrangian DPO: its multiplier (`dual`, or a number), scores, pairs, learning rate and inner loss.
 
-    A search that starts from it keeps its learning rate and inner loss.
+    `reward` and `cost` are folders under models/: the scorers (`reward_model`, `cost_model`), or policies whose
+    log-ratios stand in for them (`reward_dpo/NAME`, `safety_dpo/NAME`). A search that starts from it keeps its learning
+    rate and inner loss.
     """
 
     lam: Literal["dual"] | NonNegative
+    reward: str
+    cost: str
     data: Literal["pairs", "pool"]
     learning_rate: Positive
     inner: InnerParams
+
+    @property
+    def implicit(self) -> bool:
+        """Whether a policy stands in for a scorer."""
+        return (self.reward, self.cost) != ("reward_model", "cost_model")
 
 
 class LagrangianDpoParams(StageParams):
@@ -586,6 +599,7 @@ def _check_across(content: dict[str, Any], stages: dict[str, StageParams], path:
     assert isinstance(lagrangian, LagrangianDpoParams)
     assert isinstance(search, DualSearchParams) and isinstance(evaluate, EvaluateParams)
     _check_references(reward, safety, path)
+    _check_scores(reward, safety, lagrangian, path)
     models = {"sft", *(f"reward_dpo/{name}" for name in reward.runs)}
     models |= {f"safety_dpo/{name}" for name in safety.runs} | {f"lagrangian_dpo/{name}" for name in lagrangian.runs}
     _refuse_unknown(content["methods"] or {}, set(get_args(MethodName)), "methods.", path)
@@ -604,3 +618,24 @@ def _check_across(content: dict[str, Any], stages: dict[str, StageParams], path:
         raise ParamsError(f"{path}: evaluate.policies.sft is missing; win rates are measured against it")
     if search.lambda_min >= search.lambda_max:
         raise ParamsError(f"{path}: dual_search.lambda_min must be below dual_search.lambda_max")
+
+
+def _check_scores(
+    reward: RewardDpoParams, safety: SafetyDpoParams, lagrangian: LagrangianDpoParams, path: str | Path
+) -> None:
+    """A score is a scorer's, or the log-ratio to the reference policy of a plain DPO that started there."""
+    plain = RewardRun(reference="sft", loss_type="dpo", safe_offset=None, margin="sft", margin_weight=1.0)
+    rewards = [
+        f"reward_dpo/{k}" for k, run in reward.runs.items() if run.model_copy(update={"margin_weight": 1.0}) == plain
+    ]
+    safe = {
+        name for name, run in safety.runs.items() if (run.reference, run.loss_type, run.clip) == ("sft", "dpo", None)
+    }
+    valid = {"reward": ["reward_model", *rewards], "cost": ["cost_model", *(f"safety_dpo/{name}" for name in safe)]}
+    for name, run in lagrangian.runs.items():
+        for key, names in valid.items():
+            if getattr(run, key) not in names:
+                raise ParamsError(
+                    f"{path}: lagrangian_dpo.runs.{name}.{key}: {getattr(run, key)!r} gives no {key} relative to sft "
+                    f"(a scorer does, or a policy trained from it by plain DPO); one of {sorted(names)}"
+                )

@@ -216,7 +216,7 @@ def pku_rows(count: int, seed: int, sharpness: float, slips: float) -> Iterator[
 
 
 def _slip(prompt: str, answer: Answer, rng: random.Random) -> Answer:
-    """Ungrammatical text near an answer: a part lost, or its end (or all of it) that of an answer to another question."""
+    """Ungrammatical text near an answer: a part lost, or its end, or all of it, from an answer to another question."""
     while True:
         between = rng.choice((r" ", r"(?<=[,.]) "))  # words, phrases
         parts = re.split(between, answer.text)

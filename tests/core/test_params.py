@@ -272,6 +272,52 @@ def test_only_policies_that_a_stage_writes_can_be_evaluated(content: Content) ->
     assert message.startswith("evaluate.policies.other: no stage writes models/aligned/nothing")
 
 
+@pytest.mark.parametrize(
+    ("reward", "cost"),
+    [
+        ("reward_dpo/helpful", "safety_dpo/alone"),
+        ("reward_dpo/helpful", "cost_model"),
+        ("reward_model", "safety_dpo/alone"),
+    ],
+)
+def test_policies_may_stand_in_for_scorers(content: Content, reward: str, cost: str) -> None:
+    runs = content["lagrangian_dpo"]["runs"]
+    runs["pecan"] = {**runs["bernoulli"], "reward": reward, "cost": cost}
+    checked = params.check(content, "my.yaml")["lagrangian_dpo"]
+    assert isinstance(checked, params.LagrangianDpoParams)
+    assert {name: run.implicit for name, run in checked.runs.items()} == {
+        "bernoulli": False,
+        "anchored": False,
+        "pecan": True,
+    }
+
+
+def test_only_plain_dpo_gives_scores(content: Content) -> None:
+    """IPO and KTO, a clip, SafeDPO's offset: their log-ratios are neither r nor c."""
+    content["lagrangian_dpo"]["runs"]["pecan"] = {
+        **content["lagrangian_dpo"]["runs"]["bernoulli"],
+        "reward": "reward_dpo/helpful",
+        "cost": "safety_dpo/alone",
+    }
+    for section, run, key, value in (
+        ("reward_dpo", "helpful", "loss_type", "ipo"),
+        ("reward_dpo", "helpful", "safe_offset", 10.0),
+        ("safety_dpo", "alone", "loss_type", "kto"),
+        ("safety_dpo", "alone", "clip", 5.0),
+    ):
+        changed = put(copy.deepcopy(content), f"{section}.runs.{run}.{key}", value)
+        assert f"'{section}/{run}' gives no" in refusal(changed)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("cost", "safety_dpo/stepwise"), ("cost", "reward_model"), ("reward", "cost_model")]
+)
+def test_a_policy_scores_only_relative_to_the_reference_it_started_from(content: Content, key: str, value: str) -> None:
+    message = refusal(put(content, f"lagrangian_dpo.runs.bernoulli.{key}", value))
+    assert message.startswith(f"lagrangian_dpo.runs.bernoulli.{key}: {value!r} gives no {key}")
+    assert f"{key}_model" in message
+
+
 def test_the_reference_is_always_evaluated(content: Content) -> None:
     assert refusal(drop(content, "evaluate.policies.sft")).startswith("evaluate.policies.sft is missing")
 

@@ -1,0 +1,166 @@
+"""The stage lagrangian_dpo: which multiplier it trains at, and what it hands to a search."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dualign import dual
+from dualign.core import params
+from dualign.core.artifacts import read_json, write_json, write_parquet
+from dualign.core.errors import InfeasibleError
+from dualign.core.params import LagrangianDpoParams, Resources, ScratchParams
+from dualign.core.stage import Run
+from dualign.data import world
+from dualign.data.schema import POOL, SCORED_PAIRS, by_prompt, user
+from dualign.implicit import scored_tables
+from dualign.lm.models import build_scratch, load_tokenizer, save, train_tokenizer
+from dualign.lm.sampling import log_probabilities
+from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.losses import lagrangian_scale
+from dualign.training.pairwise import train_pairwise
+from stages import lagrangian_dpo
+from stages.lagrangian_dpo import multiplier
+
+RESOURCES = Resources(
+    device="cpu", precision="fp32", micro_batch_size=None, sampling_batch_size=8, scoring_batch_size=8,
+    gradient_checkpointing=False, checkpoint_steps=100, log_steps=1, threads=1,
+)  # fmt: skip
+SCRATCH = ScratchParams(
+    tokenizer="train", vocab_size=300, hidden_size=16, layers=1, heads=2, intermediate_size=16, context=512
+)
+MODELS = ("sft", "reward_dpo", "safety_dpo/alone")
+COEFFICIENT, LIMIT = 2.0, -0.2
+
+
+def stage_params(root: Path, **run: Any) -> LagrangianDpoParams:
+    """The shipped params, cut short, with one run `pecan` that differs from `bernoulli` in `run`."""
+    content = copy.deepcopy(params.read_yaml(root / "params.yaml"))
+    section = content["lagrangian_dpo"]
+    scorers = {"reward": "reward_dpo", "cost": "safety_dpo/alone"}
+    section["runs"] = {**section["runs"], "pecan": {**section["runs"]["bernoulli"], **scorers, **run}}
+    section["training"] |= {"max_steps": 2, "batch_size": 4, "max_length": 512}
+    checked = params.check(content, "my.yaml")["lagrangian_dpo"]
+    assert isinstance(checked, LagrangianDpoParams)
+    return checked
+
+
+# --- the multiplier ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pool() -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    ids = np.repeat([f"{x}" for x in range(30)], 8)
+    return pd.DataFrame({"prompt_id": ids, "reward": rng.normal(size=240), "cost": rng.normal(size=240)})
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory but for data/dual/dual.json."""
+    monkeypatch.chdir(tmp_path)
+    write_json(tmp_path / "data/dual/dual.json", {"lam": 0.25, "limit": LIMIT, "lambda_max": 50.0})
+    return tmp_path
+
+
+def test_a_number_is_taken_as_it_is(folder: Path, pool: pd.DataFrame, repo_root: Path) -> None:
+    given = stage_params(repo_root, lam=0.7)
+    assert multiplier("pecan", given.runs["pecan"], pool, given) == (0.7, "params.yaml")
+
+
+def test_scorers_have_the_dual_of_the_pool(folder: Path, pool: pd.DataFrame, repo_root: Path) -> None:
+    given = stage_params(repo_root)
+    assert multiplier("bernoulli", given.runs["bernoulli"], pool, given) == (0.25, "data/dual/dual.json")
+
+
+def test_implicit_scores_have_a_dual_of_their_own(folder: Path, pool: pd.DataFrame, repo_root: Path) -> None:
+    given = stage_params(repo_root)
+    lam, source = multiplier("pecan", given.runs["pecan"], pool, given)
+    cost = dual.predict(by_prompt(pool, "reward"), by_prompt(pool, "cost"), lam, given.beta, by_prompt(pool, "cost"))
+    assert cost.mean() == pytest.approx(LIMIT, abs=1e-6)
+    assert source == "implicit scores" and lam > 0
+
+
+def test_implicit_scores_that_cannot_meet_the_limit_name_their_run(
+    folder: Path, pool: pd.DataFrame, repo_root: Path
+) -> None:
+    given = stage_params(repo_root)
+    with pytest.raises(InfeasibleError, match=r"^lagrangian_dpo\.runs\.pecan, scored by policies: constraint\.limit"):
+        multiplier("pecan", given.runs["pecan"], pool.assign(cost=1.0), given)
+
+
+# --- the whole stage --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the stages before PeCAN's would have left, on models of a few thousand weights."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(3)
+    questions = world.prompts()[:3]
+    texts = [[answer.text for answer in world.answers(question)] for question in questions]
+    tokenizer = train_tokenizer([*questions, *texts[0]], 300)
+    models = {name: build_scratch(SCRATCH, tokenizer, seed) for seed, name in enumerate(MODELS)}
+    for name, model in models.items():
+        save(model, tokenizer, Path("models") / name)
+
+    def reference(question: str, text: str) -> float:
+        prompt, answer = encode_prompts(tokenizer, [user(question)]), encode_answers(tokenizer, [text])
+        return float(log_probabilities(models["sft"], tokenizer, prompt, answer, batch_size=1))
+
+    pool = [
+        {
+            "prompt_id": str(x), "prompt": user(question), "sample": i, "response": texts[x][i],
+            "tokens": encode_answers(tokenizer, [texts[x][i]])[0], "length": 1, "ended": True,
+            "logp_ref": reference(question, texts[x][i]), "reward": rng.normal(), "cost": rng.normal(),
+        }
+        for x, question in enumerate(questions) for i in range(4)
+    ]  # fmt: skip
+    pairs = [
+        {
+            "pair_id": str(x), "prompt_id": str(x), "prompt": user(question), "chosen": texts[x][3],
+            "rejected": texts[x][9], "source": "world", "split": "train", "kind": "helpful",
+            **{f"{name}_{side}": rng.normal() for name in ("reward", "cost") for side in ("chosen", "rejected")},
+            "logp_ref_chosen": reference(question, texts[x][3]), "logp_ref_rejected": reference(question, texts[x][9]),
+        }
+        for x, question in enumerate(questions)
+    ]  # fmt: skip
+    write_parquet(Path("data/scored/pool.parquet"), pd.DataFrame(pool), POOL)
+    write_parquet(Path("data/scored/scored_pairs.parquet"), pd.DataFrame(pairs), SCORED_PAIRS)
+    write_json(Path("reports/metrics/safety_dpo/alone.json"), {"coefficient": COEFFICIENT})
+    return tmp_path
+
+
+@pytest.mark.parametrize(("data", "normalised"), [("pairs", False), ("pairs", True), ("pool", True)])
+def test_pecan_trains_at_the_multiplier_of_its_own_scores(
+    workspace: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch, data: str, normalised: bool
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(lagrangian_dpo, "train_pairwise", lambda *args: seen.extend(args) or train_pairwise(*args))
+    inner = {"labels": "soft", "normalised": normalised, "anchor": 0.3 if data == "pool" else 0.0, "nll": 0.0}
+    given = stage_params(repo_root, data=data, inner=inner)
+    tables = scored_tables(Path("data/scored"), *MODELS[1:], given.beta, load_tokenizer("models/sft"), RESOURCES)
+    reward, cost = by_prompt(tables.pool, "reward"), by_prompt(tables.pool, "cost")
+    limit = float(dual.predict(reward, cost, 0.5, given.beta, cost).mean())  # so that the multiplier is 0.5
+    write_json(Path("data/dual/dual.json"), {"lam": 0.25, "limit": limit, "lambda_max": 50.0})
+    lagrangian_dpo.main(Run("lagrangian_dpo", "pecan", given, RESOURCES))
+
+    told = read_json(workspace / "reports/metrics/lagrangian_dpo/pecan.json")
+    assert told["lam"] == pytest.approx(0.5, abs=1e-3) and told["lam_from"] == "implicit scores"
+    assert (told["reward"], told["cost"]) == MODELS[1:]
+    assert told["inner"] == inner and told["learning_rate"] == 2e-3
+
+    _, _, pairs, loss, _ = seen
+    scale = lagrangian_scale(told["lam"], normalised)
+    assert (loss.scale, loss.beta) == (pytest.approx(given.beta * scale), given.beta)
+    if data == "pairs":
+        gap = (tables.pairs["reward_chosen"] - tables.pairs["reward_rejected"]) - told["lam"] * (
+            tables.pairs["cost_chosen"] - tables.pairs["cost_rejected"]
+        )
+        assert [pair.label for pair in pairs] == pytest.approx((1 / (1 + np.exp(-scale * gap))).tolist(), abs=1e-6)
+    assert (workspace / "models/lagrangian_dpo/pecan/model.safetensors").is_file()
