@@ -1,0 +1,96 @@
+"""Bonuses for answers unlike the pairs seen so far: features of the reference policy, covariance, norm.
+
+With phi(x, y) the features of an answer and pairs (y, y') compared so far, O-PD-DPO (2510.05703, alg. 2) has
+
+    Sigma = gamma I + sum (phi(y) - phi(y')) (phi(y) - phi(y'))^T,    b(y) = alpha ||phi(y)||_{Sigma^{-1}},
+
+one Sigma for the helpful pairs and one for the safety pairs. Both bonuses enter phase 2 by way of its reference column,
+log pi_r + (b_r + lambda b_c) / beta (`dualign.losses.folded_reference`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dualign.core.progress import Progress
+
+
+@torch.inference_mode()
+def features(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    batch_size: int,
+) -> Tensor:
+    """phi(x, y): the model's last hidden layer, mean over the positions of the answer (token ids, none of them empty).
+
+    fp32 on the CPU, shape [answers, hidden].
+    """
+    model.eval()
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+    found: dict[int, Tensor] = {}
+    with Progress("features", len(rows)) as progress:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            pooled = _pooled(model, tokenizer, [rows[i] for i in batch], [len(prompts[i]) for i in batch])
+            found.update(zip(batch, pooled, strict=True))
+            progress.advance(len(batch))
+    return torch.stack([found[i] for i in range(len(rows))])
+
+
+def projection(dimension_in: int, dimension_out: int, seed: int) -> Tensor:
+    """A Gaussian matrix of variance 1 / dimension_out, fp32 [dimension_in, dimension_out].
+
+    features @ projection keeps squared norms in expectation, up to a factor 1 +- sqrt(2 / dimension_out) (Johnson and
+    Lindenstrauss, 1984); it makes the covariance of a wide model small enough to invert.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(dimension_in, dimension_out, generator=generator) / dimension_out**0.5
+
+
+def precision(differences: Tensor, ridge: float) -> Tensor:
+    """Sigma^{-1} = (gamma I + sum delta delta^T)^{-1}, delta = phi(y) - phi(y') of each pair; fp64 [d, d], by Cholesky.
+
+    `differences` holds the deltas, shape [pairs, d], pairs >= 0; gamma = `ridge` > 0 in squared units of the features.
+    """
+    delta = differences.double()
+    sigma = ridge * torch.eye(delta.shape[1], dtype=torch.float64) + delta.T @ delta
+    return torch.cholesky_inverse(torch.linalg.cholesky(sigma))
+
+
+def bonus(features: Tensor, precision: Tensor, scale: float) -> Tensor:
+    """b = alpha sqrt(phi^T Sigma^{-1} phi), alpha = `scale`; fp64 [answers], in units of the score it is added to.
+
+    At most alpha ||phi|| / sqrt(gamma), its value before any pair; each pair lowers it, most along its own difference.
+    """
+    phi = features.double()
+    return scale * ((phi @ precision) * phi).sum(1).clamp(min=0).sqrt()
+
+
+def _pooled(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], starts: list[int]
+) -> Tensor:
+    """Mean hidden state of each row from position `start` to its end; [rows, hidden]."""
+    device = next(model.parameters()).device
+    ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
+    mask, weight = torch.zeros_like(ids), torch.zeros(ids.shape)
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+        weight[i, start : len(row)] = 1 / (len(row) - start)
+    # One position of logits is the least that a causal model gives beside its hidden states.
+    output = model(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        use_cache=False,
+        output_hidden_states=True,
+        logits_to_keep=1,
+    )
+    hidden = output.hidden_states[-1].float()
+    return torch.einsum("rp,rph->rh", weight.to(device), hidden).cpu()

@@ -1,0 +1,217 @@
+"""One round of O-PD-DPO (2510.05703, alg. 2): fresh pairs, and what both phases train on with them.
+
+    fresh = preference_tables(compare(collect(current, baseline), ...), source)    # pi_k against the baseline
+    exploration.observe(fresh)
+    data = union(offline, *rounds, fresh)
+    pi_r  from phase_one(data, pi_ref, ...), coefficient beta
+    pi_k+1  from phase_two(data, pi_r, exploration, lambda, beta, ...), coefficient beta / lambda
+
+Every function depends on its arguments alone: a search that keeps its fresh tables and reads them again goes on as if
+it had never stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dualign import exploration
+from dualign.core.artifacts import replacing, write_parquet
+from dualign.core.errors import DataError
+from dualign.core.params import TrainingParams
+from dualign.data.schema import HELPFUL_PAIRS, SAFETY_PAIRS, pair_id, read_table
+from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.losses import folded_reference
+from dualign.pairs import preference_pairs, visited
+from dualign.training.pairwise import Pair
+
+log = logging.getLogger(__name__)
+
+_HELPFUL, _SAFETY = "helpful_pairs.parquet", "safety_pairs.parquet"
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """D_r and D_c: tables of schemas HELPFUL_PAIRS and SAFETY_PAIRS."""
+
+    helpful: pd.DataFrame
+    safety: pd.DataFrame
+
+    @classmethod
+    def read(cls, folder: Path) -> Preferences:
+        """The training rows of `helpful_pairs` and `safety_pairs` in a folder; DataError if one cannot be read."""
+        helpful, safety = read_table(folder / _HELPFUL, HELPFUL_PAIRS), read_table(folder / _SAFETY, SAFETY_PAIRS)
+        return cls(helpful[helpful["split"] == "train"], safety[safety["split"] == "train"])
+
+    def write(self, folder: Path) -> None:
+        """Both tables, in a folder that appears whole or not at all."""
+        with replacing(folder) as temporary:
+            write_parquet(temporary / _HELPFUL, self.helpful, HELPFUL_PAIRS)
+            write_parquet(temporary / _SAFETY, self.safety, SAFETY_PAIRS)
+
+    def visited(self, training: TrainingParams, seed: int) -> Preferences:
+        """The rows that a run of each phase reaches; see `dualign.pairs.visited`."""
+        return Preferences(visited(self.helpful, training, seed), visited(self.safety, training, seed))
+
+
+def union(*parts: Preferences) -> Preferences:
+    """All rows of all parts, in their order."""
+    return Preferences(
+        pd.concat([part.helpful for part in parts], ignore_index=True),
+        pd.concat([part.safety for part in parts], ignore_index=True),
+    )
+
+
+# --- fresh pairs ------------------------------------------------------------------------------------------------------
+
+
+def collect(current: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
+    """Pairs (answer of pi_k, answer of the baseline) to the same prompts; pairs of identical texts are left out.
+
+    Both tables have columns prompt_id, prompt, sample, response, reward, cost (schemas ANSWERS and POOL have); sample i
+    of one meets sample i of the other. Returns prompt_id, prompt, first, second, reward_first, reward_second,
+    cost_first, cost_second, as `dualign.labelling.compare` reads them.
+
+    Raises DataError where a prompt and sample of one table is missing in the other.
+    """
+    keys, scores = ["prompt_id", "sample"], ["response", "reward", "cost"]
+    alone = _drawn(current) ^ _drawn(baseline)
+    if alone:
+        name, sample = min(alone)
+        raise DataError(
+            f"prompt {name}: sample {sample} stands in one table alone, of the policy's answers or of the baseline's; "
+            "draw both for the same prompts with the same count"
+        )
+    pairs = current[[*keys, "prompt", *scores]].merge(
+        baseline[[*keys, *scores]], on=keys, suffixes=("_first", "_second"), validate="one_to_one"
+    )
+    differ = pairs["response_first"] != pairs["response_second"]
+    log.info("%d fresh pairs, %d more of identical answers left out", differ.sum(), (~differ).sum())
+    renamed = pairs.rename(columns={"response_first": "first", "response_second": "second"})
+    return renamed[differ].drop(columns="sample").reset_index(drop=True)
+
+
+def _drawn(answers: pd.DataFrame) -> set[tuple[str, int]]:
+    return set(zip(answers["prompt_id"], answers["sample"], strict=True))
+
+
+def preference_tables(compared: pd.DataFrame, source: str) -> Preferences:
+    """Labelled pairs (`dualign.labelling.compare`) as training rows; `source` says where from, such as a round.
+
+    Safety flags are null: the pairs were compared, not flagged.
+    """
+    flags = {"chosen_is_safe": None, "rejected_is_safe": None}
+    return Preferences(
+        _table(compared, compared["first_more_helpful"], source),
+        _table(compared, compared["first_safer"], source).assign(**flags),
+    )
+
+
+def _table(compared: pd.DataFrame, first_wins: pd.Series, source: str) -> pd.DataFrame:
+    first, second = compared["first"], compared["second"]
+    chosen, rejected = first.where(first_wins, second), second.where(first_wins, first)
+    return pd.DataFrame(
+        {
+            "pair_id": [pair_id(*row) for row in zip(compared["prompt"], chosen, rejected, strict=True)],
+            "prompt_id": compared["prompt_id"],
+            "prompt": compared["prompt"],
+            "chosen": chosen,
+            "rejected": rejected,
+            "source": source,
+            "split": "train",
+        }
+    )
+
+
+# --- bonuses ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bonuses:
+    """How bonuses are computed: gamma, alpha_r, alpha_c, and the width of the projection (None: no projection)."""
+
+    ridge: float
+    reward_scale: float
+    cost_scale: float
+    dimension: int | None
+    seed: int
+
+
+class Exploration:
+    """The covariances of helpful and of safety pairs over the rounds, in the features of the reference policy."""
+
+    def __init__(
+        self, reference: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int, bonuses: Bonuses
+    ) -> None:
+        self._reference, self._tokenizer, self._batch_size, self._bonuses = reference, tokenizer, batch_size, bonuses
+        self._helpful: list[Tensor] = []  # differences of features, [pairs, d] of each call
+        self._safety: list[Tensor] = []
+
+    def observe(self, data: Preferences) -> None:
+        """Count in the pairs of a table: the offline ones first, then those of each round."""
+        for seen, frame in ((self._helpful, data.helpful), (self._safety, data.safety)):
+            if len(frame):
+                seen.append(self._differences(frame))
+
+    def optimism(self, prompts: list[list[int]], answers: list[list[int]], lam: float) -> Tensor:
+        """b_r + lambda b_c of each answer (token ids), fp64 [answers], in units of reward."""
+        phi, given = self._features(prompts, answers), self._bonuses
+        reward = exploration.bonus(phi, self._precision(self._helpful), given.reward_scale)
+        cost = exploration.bonus(phi, self._precision(self._safety), given.cost_scale)
+        return reward + lam * cost
+
+    def _features(self, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+        phi = exploration.features(self._reference, self._tokenizer, prompts, answers, self._batch_size)
+        if self._bonuses.dimension is None:
+            return phi
+        return phi @ exploration.projection(phi.shape[1], self._bonuses.dimension, self._bonuses.seed)
+
+    def _differences(self, frame: pd.DataFrame) -> Tensor:
+        prompts = encode_prompts(self._tokenizer, frame["prompt"].tolist())
+        answers = encode_answers(self._tokenizer, [*frame["chosen"], *frame["rejected"]])
+        chosen, rejected = self._features(prompts * 2, answers).chunk(2)
+        return chosen - rejected
+
+    def _precision(self, seen: list[Tensor]) -> Tensor:
+        return exploration.precision(torch.cat(seen), self._bonuses.ridge)
+
+
+# --- what both phases train on ----------------------------------------------------------------------------------------
+
+
+def phase_one(
+    data: Preferences, reference: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> list[Pair]:
+    """Helpful pairs with log pi_ref as reference column: DPO with coefficient beta leads to pi_r (eq. 15)."""
+    return preference_pairs(data.helpful, reference, tokenizer, batch_size)
+
+
+def phase_two(
+    data: Preferences,
+    helpful: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    explored: Exploration,
+    *,
+    lam: float,
+    beta: float,
+) -> list[Pair]:
+    """Safety pairs with log pi_r + (b_r + lambda b_c) / beta as reference column, pi_r = `helpful` (alg. 2).
+
+    DPO with coefficient beta / lambda leads to pi_ref exp((r + b_r - lambda (c - b_c)) / beta).
+    """
+    pairs = preference_pairs(data.safety, helpful, tokenizer, batch_size)
+    prompts, answers = [pair.prompt for pair in pairs], [p.first for p in pairs] + [p.second for p in pairs]
+    log_helpful = torch.tensor([p.ref_first for p in pairs] + [p.ref_second for p in pairs], dtype=torch.float64)
+    column = folded_reference(log_helpful, explored.optimism(prompts * 2, answers, lam), beta)
+    first, second = column.chunk(2)
+    return [
+        replace(pair, ref_first=ref_first, ref_second=ref_second)
+        for pair, ref_first, ref_second in zip(pairs, first.tolist(), second.tolist(), strict=True)
+    ]
