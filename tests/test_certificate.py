@@ -1,4 +1,4 @@
-"""The certificate: each bound against brute force and published values, the sequence of tests, the file and its check."""
+"""The certificate: bounds against brute force and published values, the sequence of tests, the file and its check."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def test_the_command_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_bad_options_are_refused() -> None:
-    with pytest.raises(DualignError, match="delta between 0 and 0.5"):
+    with pytest.raises(DualignError, match=r"delta between 0 and 0\.5"):
         Settings(delta=0.7)
     with pytest.raises(SystemExit):
         coverage.main(["--repeats", "0"])
