@@ -303,11 +303,13 @@ to one prompt.
   cost much) makes it err more often than delta, most with few prompts; a symmetric tail does not. Where such costs are
   possible take more prompts, or a bound that needs no normality.
 - Empirical Bernstein and betting hold for every N and every distribution in the range, at a price in power that grows
-  with the range over the standard deviation. Betting is the better of the two throughout.
+  with the range over the standard deviation. Betting is never the weaker of the two.
 - Clopper–Pearson bounds P(a prompt gets an unsafe answer), another quantity; its errors are of that probability.
 - Part 2: testing from the safest on costs nothing in false certificates; testing all and taking the best does.
 - Part 3: the model's costs are too low by 0.3 standard deviations; labels put that right, and the model's costs make
-  the labels go further. Without tuning the model's units must be those of the labels: a logit beside votes is not."""
+  the labels go further. Without tuning the model's units must be those of the labels: a logit beside votes is not.
+  One vote in ten says harmful: with ten such votes every bound that goes by the labels errs too often, with thirty
+  hardly any more."""
 
 
 def _percent(row: dict[str, Any]) -> str:
