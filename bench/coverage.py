@@ -308,7 +308,7 @@ to one prompt.
 - Part 2: testing from the safest on costs nothing in false certificates; testing all and taking the best does.
 - Part 3: the model's costs are too low by 0.3 standard deviations; labels put that right, and the model's costs make
   the labels go further. Without tuning the model's units must be those of the labels: a logit beside votes is not.
-  One vote in ten says harmful: with ten such votes every bound that goes by the labels errs too often, with thirty
+  One vote in ten says harmful: with ten such votes the labels alone and the tuned bound err too often, with thirty
   hardly any more."""
 
 
