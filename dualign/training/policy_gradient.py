@@ -225,14 +225,13 @@ class PolicyGradientTrainer(RLOOTrainer):
         reference = None if isinstance(model, PeftModel) else _frozen(model)
         self._ascent, self._options, self._job = ascent, options, job
         steps, each = _steps(len(prompts), options.samples, job)
+        rows = [[dict(turn) for turn in prompt] for prompt in prompts]
         order = _order(len(prompts), steps * each, job.seed)
         super().__init__(
             model,
             reward_funcs=ascent.lagrangian,
             args=_config(options, job, steps),
-            train_dataset=Dataset.from_dict({"prompt": [[dict(turn) for turn in prompt] for prompt in prompts]}).select(
-                order
-            ),
+            train_dataset=Dataset.from_dict({"prompt": rows}).select(order),
             processing_class=tokenizer,
             callbacks=[ascent],
         )
