@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 class DualignError(Exception):
-    """Base of all errors that dualign raises on purpose; stages print it in one line and exit with status 2."""
+    """Base of all errors that dualign raises on purpose; stages print it in one line and exit with its `status`."""
+
+    status = 2
 
 
 class ParamsError(DualignError, ValueError):
@@ -25,3 +27,9 @@ class TrainingError(DualignError, ArithmeticError):
 
 class InfeasibleError(DualignError, ValueError):
     """No multiplier brings the expected cost under the limit within the reach of the samples."""
+
+
+class AwaitingLabels(DualignError):
+    """People are asked for labels; the stage goes on once their file is there. Nothing is wrong."""
+
+    status = 3

@@ -67,7 +67,10 @@ class Run(Generic[P]):
 
 
 def execute(main: Callable[[Run[P]], None], cls: type[P], argv: list[str] | None = None) -> None:
-    """Run a stage script: `python -m stages.NAME [ITEM]`. Exits 2 after a DualignError, 130 after an interrupt."""
+    """Run a stage script: `python -m stages.NAME [ITEM]`.
+
+    Exits 2 after a DualignError, 3 where people's labels are awaited, 130 after an interrupt.
+    """
     argv = sys.argv[1:] if argv is None else argv
     _quiet()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
@@ -84,7 +87,7 @@ def execute(main: Callable[[Run[P]], None], cls: type[P], argv: list[str] | None
         _provenance(run, time.monotonic() - started)
     except DualignError as error:
         log.error("%s", error)
-        sys.exit(2)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         log.error("interrupted; checkpoints are kept in .scratch, run the stage again to go on from the last one")
         sys.exit(130)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dualign.core.artifacts import read_json
-from dualign.core.errors import DataError
+from dualign.core.errors import AwaitingLabels, DataError
 from dualign.core.params import DualInitParams, load, load_resources
 from dualign.core.stage import Run, execute, finished
 
@@ -67,11 +67,12 @@ def failing(error: BaseException) -> Main:
     ("main", "argv", "code", "says"),
     [
         (failing(DataError("rows.jsonl:3: no prompt")), [], 2, "rows.jsonl:3: no prompt"),
+        (failing(AwaitingLabels("to-label.jsonl: fill it in")), [], 3, "to-label.jsonl: fill it in"),
         (failing(KeyboardInterrupt()), [], 130, "interrupted; checkpoints are kept"),
         (failing(AssertionError("never reached")), ["a", "b"], 2, "usage: python -m stages.dual_init"),
         (failing(AssertionError("never reached")), ["--help"], 2, "usage: python -m stages.dual_init"),
     ],
-    ids=["bad input", "interrupt", "too many words", "help"],
+    ids=["bad input", "labels wanted", "interrupt", "too many words", "help"],
 )
 def test_what_a_user_can_act_on_is_one_line_and_an_exit_code(
     main: Main, argv: list[str], code: int, says: str, caplog: pytest.LogCaptureFixture, folder: Path
