@@ -43,7 +43,7 @@ def main(run: Run[SafetyDpoParams]) -> None:
     metrics = train_pairwise(policy, tokenizer, pairs, Inner(scale=params.beta / lam, beta=params.beta), job)
     with replacing(OUT / run.item) as folder:
         save(policy, tokenizer, folder)
-    run.metrics({**metrics, "lam": lam, "coefficient": params.beta / lam})
+    run.metrics({**metrics, "lam": lam, "coefficient": params.beta / lam, "reference": spec.reference})
     finished(scratch)
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 from dualign import search
 from dualign.core.artifacts import read_json
-from dualign.core.errors import DualignError, ParamsError
-from dualign.core.params import DualSearchParams, MethodName, MethodRow, load
+from dualign.core.errors import DualignError
+from dualign.core.params import DualSearchParams, load
 from dualign.measure.stats import Measurement
-from dualign.methods import METHODS, Method, method
+from dualign.methods import METHODS, Plan
 from dualign.search import Outlook, Step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,15 +35,16 @@ def params() -> DualSearchParams:
             "merge_steps": 6,
             "merge_max": 1.25,
             "step_size": 1.0,
-            "sacpo_grid": [0.5, 1.0, 2.0],
+            "grid": [0.5, 1.0, 2.0],
         }
     )
 
 
-def by_rule(rule: str, returns: str | None = None) -> Method:
+def by_rule(rule: str, returns: str | None = None) -> Plan:
     """A method of the table with this rule."""
     found = next(method for method in METHODS.values() if method.rule == rule)
-    return replace(found, returns=returns) if returns else found  # type: ignore[arg-type]
+    found = replace(found, returns=returns) if returns else found  # type: ignore[arg-type]
+    return Plan("row", found, "start", "reference")
 
 
 def measured(cost: float, reward: float = 0.0, se: float = 0.01, variance: float = 0.5) -> Measurement:
@@ -361,9 +362,8 @@ def test_feasible_allows_z_standard_errors(params: DualSearchParams, cost: float
 
 
 def test_summary_counts_trainings_and_tokens(params: DualSearchParams) -> None:
-    method = by_rule("newton")
-    result = search.summary(method, STEPS, 1, "because", params)
-    assert result["trainings"] == method.before + 3
+    result = search.summary(by_rule("newton"), STEPS, "because", params, Outlook(0.6, 0.5), before=2)
+    assert result["trainings"] == 2 + 3
     assert result["generated_tokens"] == 400
     assert (result["chosen"], result["feasible"], result["stopped"]) == (1, True, "because")
     assert result["steps"][2]["lam"] == 2.0 and result["steps"][2]["cost"] == -0.6
@@ -380,9 +380,3 @@ def test_steps_on_disk_are_what_was_returned(bench: Curve, params: DualSearchPar
     steps, _ = go("dual_gradient", bench, params, tmp_path / "s")
     rows: list[dict[str, Any]] = read_json(tmp_path / "s" / "steps.json")
     assert [(row["lam"], row["measured"]["cost"]) for row in rows] == [(s.lam, s.measured.cost) for s in steps]
-
-
-def test_the_params_know_the_methods_of_the_table_and_no_other() -> None:
-    assert set(get_args(MethodName)) == set(METHODS)
-    with pytest.raises(ParamsError, match=r"methods\.sacbo: no such method; one of sacpo"):
-        method("sacbo", MethodRow(start="sft", reference="sft"))

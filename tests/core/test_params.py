@@ -191,7 +191,7 @@ def test_a_missing_key_is_named(content: Content, key: str) -> None:
     assert refusal(drop(content, key)).startswith(f"{key} is missing")
 
 
-@pytest.mark.parametrize("key", ["dual_init.grid", "dual_search.sacpo_grid", "prepare.helpful"])
+@pytest.mark.parametrize("key", ["dual_init.grid", "dual_search.grid", "prepare.helpful"])
 def test_an_empty_list_is_refused(content: Content, key: str) -> None:
     message = refusal(put(content, key, []))
     assert message.startswith(f"{key}: ") and "at least" in message
