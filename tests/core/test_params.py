@@ -222,6 +222,33 @@ def test_a_search_must_start_from_a_model_that_a_stage_writes(content: Content) 
     assert "safety_dpo/stepwise" in message
 
 
+def test_a_row_is_the_method_of_its_name_unless_it_names_one(content: Content) -> None:
+    put(content, "methods.mine", {**content["methods"]["sacpo"], "method": "sacpo"})
+    put(content, "methods.pd_dpo.method", None)
+    rows = params.check(content, "my.yaml")["dual_search"].methods  # type: ignore[attr-defined]
+    assert (rows["mine"].method, rows["pd_dpo"].method, rows["sacpo"].rule) == ("sacpo", "pd_dpo", None)
+    put(content, "methods.sacbo", content["methods"]["sacpo"])
+    message = refusal(content)
+    assert message.startswith("methods.sacbo.method: ") and "'sacpo'" in message and message.endswith("got 'sacbo'")
+
+
+def test_a_search_keeps_the_reference_of_its_start(content: Content) -> None:
+    """But a naive merge, whose start is safety DPO from the reference policy, has a partner of its own."""
+    message = refusal(put(content, "methods.sacpo.reference", "sft"))
+    assert message.startswith("methods.sacpo.reference is 'sft', but safety_dpo/stepwise was trained against ")
+    content["methods"]["sacpo"]["reference"] = content["safety_dpo"]["runs"]["stepwise"]["reference"]
+    assert refusal(put(content, "methods.c_dpo.reference", "safety_dpo/alone")).startswith("methods.c_dpo.reference is")
+    put(content, "methods.c_dpo.reference", "sft")
+    message = refusal(put(content, "methods.sacpo.reference", "nowhere"))
+    assert message.startswith("methods.sacpo.reference: no stage writes models/nowhere")
+    content["methods"]["sacpo"]["reference"] = content["safety_dpo"]["runs"]["stepwise"]["reference"]
+    put(content, "methods.p_sacpo.start", "safety_dpo/alone")
+    params.check(content, "my.yaml")
+    assert "safety_dpo/alone was trained against 'sft'" in refusal(
+        put(content, "methods.sacpo.start", "safety_dpo/alone")
+    )
+
+
 def test_only_policies_that_a_stage_writes_can_be_evaluated(content: Content) -> None:
     message = refusal(put(content, "evaluate.policies.other", "aligned/nothing"))
     assert message.startswith("evaluate.policies.other: no stage writes models/aligned/nothing")
