@@ -7,6 +7,7 @@ which multiplier, or which merge weight q, to try next, or None to stop.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,14 +17,18 @@ from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
 from dualign.core.params import DualSearchParams
 from dualign.measure.stats import Measurement
-from dualign.methods import Method
+from dualign.methods import Plan
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One policy of a search: its multiplier (for a merge the one it stands for), folder and measurement."""
+    """One policy of a search: its multiplier (for a merge the one it stands for), folder and measurement.
+
+    `closing` marks the policy made after the search from all its steps: their mixture (its multiplier is their mean),
+    or the one trained at the tail average.
+    """
 
     step: int
     lam: float
@@ -31,10 +36,11 @@ class Step:
     policy: str
     trained: bool
     measured: Measurement
+    closing: bool = False
 
 
 class Workbench(Protocol):
-    """What a search needs done: training at a multiplier, merging, measuring. Folders are given as strings."""
+    """What a search needs done: training at a multiplier, merging, mixing, measuring. Folders are given as strings."""
 
     def train(self, step: int, lam: float, warm: Step) -> str:
         """Train a policy at `lam`; return its folder."""
@@ -42,6 +48,10 @@ class Workbench(Protocol):
 
     def merge(self, step: int, q: float) -> str:
         """Merge pi_r and the start at weight q; return the folder."""
+        ...
+
+    def mix(self, step: int, steps: Sequence[Step]) -> str:
+        """Make the mixture of all steps' policies, in equal parts; return the folder."""
         ...
 
     def measure(self, step: int, policy: str) -> Measurement:
@@ -80,13 +90,35 @@ def secant_step(previous: tuple[float, float], last: tuple[float, float], limit:
     return max(0.0, x1 + (limit - c1) * (x1 - x0) / (c1 - c0))
 
 
+def first_weight(lam_pool: float, lam_start: float, naive: bool) -> float:
+    """The merge weight q whose multiplier is that of the pool; inverts `merge_multiplier`."""
+    return lam_pool / (lam_pool + lam_start) if naive else lam_pool / lam_start
+
+
+def merge_multiplier(q: float, lam_start: float, naive: bool) -> float:
+    """The multiplier that a merge of weight q on the start stands for, to first order (P-SACPO, 2404.11049).
+
+    log pi = (1 - q) log pi_1 + q log pi_2. Where the start goes on from pi_r, its tilt is (r - lambda c) / beta, and
+    the merge's (r - q lambda c) / beta. Where it is safety DPO from pi_ref (a naive merge), the merge's tilt is
+    ((1 - q) r - q lambda c) / beta: multiplier q lambda / (1 - q) at KL weight beta / (1 - q), for q < 1.
+    """
+    return q * lam_start / (1 - q) if naive else q * lam_start
+
+
+def tail(lams: Sequence[float]) -> Sequence[float]:
+    """The last half of the multipliers, the middle one included; PD-DPO's tail average is its mean."""
+    return lams[len(lams) // 2 :]
+
+
 @dataclass(frozen=True)
 class Outlook:
-    """What is known before the search: the pool's multiplier, the start's, and the Slater radius for PD-DPO."""
+    """What is known before the search: the pool's multiplier and the start's, the Slater radius of a projected rule
+    (infinite without one), and whether a merge is naive, its start having been trained from pi_ref."""
 
     lam_pool: float
     lam_start: float
-    radius: float
+    radius: float = math.inf
+    naive: bool = False
 
 
 Rule = Callable[[Sequence[Step], DualSearchParams, Outlook], float | None]
@@ -97,7 +129,7 @@ def _within_noise(step: Step, params: DualSearchParams) -> bool:
 
 
 def _grid(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
-    left = [lam for lam in params.sacpo_grid if all(abs(lam - step.lam) > 1e-9 for step in steps)]
+    left = [lam for lam in params.grid if all(abs(lam - step.lam) > 1e-9 for step in steps)]
     return left[0] if left else None
 
 
@@ -135,18 +167,19 @@ def _newton(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -
 
 
 def _merge(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
-    """q = lambda-hat / lambda-bar first, then secants on (q, C); q = 1 is the start itself."""
+    """The weight of the pool's multiplier first, then secants on (q, C); q = 1 is the start itself."""
     last = steps[-1]
     if len(steps) > 1 and _within_noise(last, params):
         return None
     if len(steps) == 1:
-        return min(outlook.lam_pool / outlook.lam_start, params.merge_max)
+        return min(first_weight(outlook.lam_pool, outlook.lam_start, outlook.naive), params.merge_max)
     points = sorted((abs(step.measured.cost - params.limit), step.step) for step in steps)
     by_step = {step.step: (float(step.q if step.q is not None else 1.0), step.measured.cost) for step in steps}
     proposed = secant_step(by_step[points[1][1]], by_step[points[0][1]], params.limit)
-    if proposed is None or any(abs(min(proposed, params.merge_max) - q) < 1e-3 for q, _ in by_step.values()):
+    if proposed is None or (outlook.naive and proposed >= 1):  # a naive merge beyond its start has no multiplier
         return None
-    return min(proposed, params.merge_max)
+    proposed = min(proposed, params.merge_max)
+    return None if any(abs(proposed - q) < 1e-3 for q, _ in by_step.values()) else proposed
 
 
 _RULES: dict[str, Rule] = {
@@ -163,36 +196,61 @@ _RULES: dict[str, Rule] = {
 
 
 def run(
-    method: Method, start: str, outlook: Outlook, params: DualSearchParams, bench: Workbench, scratch: Path
+    plan: Plan, start: str, outlook: Outlook, params: DualSearchParams, bench: Workbench, scratch: Path
 ) -> tuple[list[Step], str]:
-    """Measure the start, then train (or merge) and measure until the rule stops or the budget is spent.
+    """Measure the start, train (or merge) and measure until the rule stops or the budget is spent, then close.
 
     Every finished step is recorded in `scratch`, so an interrupted search goes on where it stopped.
     Returns the steps and why the search stopped.
     """
-    steps = _restore(scratch)
-    if not steps:
+    recorded = _restore(scratch)
+    if not recorded:
         first = Step(0, outlook.lam_start, None, start, False, bench.measure(0, start))
-        steps = _record(scratch, [first])
-    budget = params.merge_steps if method.rule == "merge" else params.max_trainings
+        recorded = _record(scratch, [first])
+    steps, stopped = _iterate(plan, [s for s in recorded if not s.closing], outlook, params, bench, scratch)
+    if recorded[-1].closing:
+        return recorded, stopped
+    return _record(scratch, [*steps, *_close(plan, steps, bench)]), stopped
+
+
+def _iterate(
+    plan: Plan, steps: list[Step], outlook: Outlook, params: DualSearchParams, bench: Workbench, scratch: Path
+) -> tuple[list[Step], str]:
+    """Take the steps that the rule asks for, and say why they end."""
+    rule = plan.method.rule
+    budget = params.merge_steps if rule == "merge" else params.max_trainings
     while True:
         _tell(steps[-1], params)
-        proposed = _RULES[method.rule](steps, params, outlook)
+        proposed = _RULES[rule](steps, params, outlook)
         if proposed is None:
             within = _within_noise(steps[-1], params)
-            return steps, "cost within noise of the limit" if within else f"rule {method.rule} is finished"
+            return steps, "cost within noise of the limit" if within else f"rule {rule} is finished"
         if len(steps) > budget:
-            return steps, f"budget of {budget} {'merges' if method.rule == 'merge' else 'trainings'} is spent"
-        steps = _record(scratch, [*steps, _advance(method, steps, proposed, outlook, bench)])
+            return steps, f"budget of {budget} {'merges' if rule == 'merge' else 'trainings'} is spent"
+        steps = _record(scratch, [*steps, _advance(plan, steps, proposed, outlook, bench)])
 
 
-def choose(method: Method, steps: Sequence[Step], params: DualSearchParams) -> int:
+def _close(plan: Plan, steps: Sequence[Step], bench: Workbench) -> list[Step]:
+    """The step that makes what the method returns, if no step of the search is that already."""
+    number, lams = len(steps), [step.lam for step in steps]
+    if plan.method.returns == "mixture":
+        policy, lam = bench.mix(number, steps), sum(lams) / number
+    elif plan.method.returns == "tail_average" and len(tail(lams)) > 1:
+        lam = sum(tail(lams)) / len(tail(lams))
+        policy = bench.train(number, lam, steps[-1])
+    else:
+        return []
+    trained = plan.method.returns == "tail_average"
+    return [Step(number, lam, None, policy, trained, bench.measure(number, policy), closing=True)]
+
+
+def choose(plan: Plan, steps: Sequence[Step], params: DualSearchParams) -> int:
     """The index of the policy that the method returns.
 
     `best`: the most rewarding of those whose cost is not above the limit by more than z standard errors; the least
-    costly if there is none. `last`: the last one.
+    costly if there is none. Otherwise the last one: of the search, or the one that closed it.
     """
-    if method.returns == "last":
+    if plan.method.returns != "best":
         return len(steps) - 1
     allowed = [i for i, step in enumerate(steps) if feasible(step, params)]
     if allowed:
@@ -206,27 +264,42 @@ def feasible(step: Step, params: DualSearchParams) -> bool:
 
 
 def summary(
-    method: Method, steps: Sequence[Step], chosen: int, stopped: str, params: DualSearchParams
+    plan: Plan, steps: Sequence[Step], stopped: str, params: DualSearchParams, outlook: Outlook, before: int
 ) -> dict[str, Any]:
-    """The search as `reports/search/METHOD.json` holds it."""
-    rows = [{"step": s.step, "lam": s.lam, "q": s.q, "trained": s.trained, **asdict(s.measured)} for s in steps]
-    return {
+    """The search as `reports/search/NAME.json` holds it; `before` counts the trainings that made its start."""
+    rows = [
+        {"step": s.step, "lam": s.lam, "q": s.q, "trained": s.trained, "closing": s.closing, **asdict(s.measured)}
+        for s in steps
+    ]
+    chosen, method = choose(plan, steps, params), plan.method
+    found = {
+        "name": plan.name,
         "method": method.name,
+        "title": method.title,
         "rule": method.rule,
+        "returns": method.returns,
+        "cost_source": method.cost,
         "steps": rows,
         "chosen": chosen,
         "feasible": feasible(steps[chosen], params),
-        "trainings": method.before + sum(step.trained for step in steps),
+        "trainings": before + sum(step.trained for step in steps),
         "generated_tokens": sum(step.measured.generated_tokens for step in steps),
+        "labels": sum(step.measured.labels for step in steps),
         "stopped": stopped,
+    }
+    if method.rule != "projected_subgradient":
+        return found
+    return found | {
+        "slater_radius": outlook.radius,
+        "slater_from": "pool" if params.slater_radius == "pool" else "params",
     }
 
 
-def _advance(method: Method, steps: Sequence[Step], proposed: float, outlook: Outlook, bench: Workbench) -> Step:
+def _advance(plan: Plan, steps: Sequence[Step], proposed: float, outlook: Outlook, bench: Workbench) -> Step:
     number = len(steps)
-    if method.rule == "merge":
-        policy = bench.merge(number, proposed)
-        return Step(number, proposed * outlook.lam_start, proposed, policy, False, bench.measure(number, policy))
+    if plan.method.rule == "merge":
+        policy, lam = bench.merge(number, proposed), merge_multiplier(proposed, outlook.lam_start, outlook.naive)
+        return Step(number, lam, proposed, policy, False, bench.measure(number, policy))
     policy = bench.train(number, proposed, steps[-1])
     return Step(number, proposed, None, policy, True, bench.measure(number, policy))
 

@@ -1,10 +1,11 @@
-"""What a search needs done: train a policy at a multiplier, merge two policies, measure one on its own answers."""
+"""What a search needs done: train a policy at a multiplier, merge or mix policies, measure one on its own answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -12,12 +13,14 @@ from dualign import dual
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.params import DualSearchParams, InnerParams, Resources
 from dualign.data.schema import ANSWERS, POOL, SAFETY_PAIRS, SCORED_PAIRS, read_table
+from dualign.labelling import log_odds, vote
+from dualign.lm.mixture import policy_at, write_mixture
 from dualign.lm.models import load_policy, save, with_lora
 from dualign.losses import lagrangian_scale
 from dualign.measure.rollout import Judges, measure, roll_out
-from dualign.measure.stats import Measurement
+from dualign.measure.stats import Measurement, clustered_mean
 from dualign.merge import merge
-from dualign.methods import Method
+from dualign.methods import Plan
 from dualign.pairs import lagrangian_pairs, pool_pairs, pool_values, preference_pairs, samples_of, visited
 from dualign.search import Step
 from dualign.training.pairwise import Inner, Pair, train_pairwise
@@ -40,20 +43,23 @@ class Inputs:
 class PolicyBench:
     """Implements `dualign.search.Workbench` on models; every step has its own folder in `scratch`.
 
-    `inner` holds the weights of the Lagrangian loss; None means safety pairs at coefficient beta / lambda.
+    `inner` holds the weights of the Lagrangian loss; None means safety pairs at coefficient beta / lambda, with `loss`
+    the options of that loss.
     """
 
     def __init__(
         self,
-        method: Method,
+        plan: Plan,
         params: DualSearchParams,
         resources: Resources,
         inner: InnerParams | None,
         prompts: pd.DataFrame,
         scratch: Path,
         inputs: Inputs | None = None,
+        loss: dict[str, Any] | None = None,
     ) -> None:
-        self._method, self._params, self._resources = method, params, resources
+        self._plan, self._method, self._params, self._resources = plan, plan.method, params, resources
+        self._loss = loss or {}
         self._weights, self._prompts, self._scratch, self._inputs = inner, prompts, scratch, inputs or Inputs()
         self._judges = Judges.load(resources, self._inputs.models)
         self._pairs, self._inner = self._sources()
@@ -61,7 +67,7 @@ class PolicyBench:
     @property
     def start(self) -> str:
         """The folder of the policy at the first multiplier."""
-        return str(self._inputs.models / self._method.start)
+        return str(self._inputs.models / self._plan.start)
 
     def train(self, step: int, lam: float, warm: Step) -> str:
         """Train at `lam` from the reference, or from the policy before for a warm-started method."""
@@ -69,7 +75,7 @@ class PolicyBench:
         out = folder / "policy"
         if out.is_dir():  # trained before an interruption
             return str(out)
-        begin = Path(warm.policy) if self._method.warm else self._inputs.models / self._method.reference
+        begin = Path(warm.policy) if self._method.warm else self._inputs.models / self._plan.reference
         policy = with_lora(load_policy(begin, self._resources), self._params.lora)
         job = Job(self._params.training, self._resources, folder / "checkpoints", self._params.seed + step)
         train_pairwise(policy, self._judges.tokenizer, self._pairs(lam, folder, warm), self._inner(lam), job)
@@ -81,16 +87,44 @@ class PolicyBench:
         """(1 - q) pi_r + q start."""
         out = self._folder(step) / "policy"
         with replacing(out) as temporary:
-            merge(self._inputs.models / self._method.reference, Path(self.start), q, temporary)
+            merge(self._inputs.models / self._plan.reference, Path(self.start), q, temporary)
+        return str(out)
+
+    def mix(self, step: int, steps: Sequence[Step]) -> str:
+        """The policies of all steps in equal parts."""
+        out = self._folder(step) / "policy"
+        with replacing(out) as temporary:
+            write_mixture([s.policy for s in steps], [s.lam for s in steps], temporary)
         return str(out)
 
     def measure(self, step: int, policy: str) -> Measurement:
-        """On-policy estimates on the search prompts; the tokens of a refresh count as generated."""
-        answers = self._roll_out(policy, self._prompts, self._params.samples_per_prompt, self._params.seed)
+        """On-policy estimates on the search prompts; the tokens of a refresh count as generated.
+
+        The answers are kept, since people may be asked about them before the search can go on.
+        """
+        path = self._folder(step) / "answers.parquet"
+        if not path.is_file():
+            params = self._params
+            write_parquet(path, self._roll_out(policy, self._prompts, params.samples_per_prompt, params.seed), ANSWERS)
+        answers = read_table(path, ANSWERS)
         measured = measure(answers)
         refresh = self._folder(step) / "refresh.parquet"
         extra = int(read_table(refresh, ANSWERS)["length"].sum()) if refresh.is_file() else 0
-        return replace(measured, generated_tokens=measured.generated_tokens + extra)
+        measured = replace(measured, generated_tokens=measured.generated_tokens + extra)
+        return self._by_feedback(measured, answers, step) if self._method.cost == "feedback" else measured
+
+    def _by_feedback(self, measured: Measurement, answers: pd.DataFrame, step: int) -> Measurement:
+        """The cost by labels of the answers to the first prompts: the mean log-odds of their votes, by prompt."""
+        options = self._params.feedback
+        asked = answers[answers["prompt_id"].isin(self._prompts["prompt_id"].head(options.prompts))]
+        seed = self._params.seed + step
+        votes = vote(asked, source=options.source, count=options.labels, folder=Path(options.folder), seed=seed)
+        odds = log_odds(votes, options.labels, options.smoothing)
+        cost = clustered_mean(odds, asked["prompt_id"].to_numpy())
+        return replace(
+            measured, cost=cost.mean, cost_se=cost.error, labels=options.labels * len(asked),
+            model_cost=measured.cost, model_cost_se=measured.cost_se,
+        )  # fmt: skip
 
     def _folder(self, step: int) -> Path:
         folder = self._scratch / f"step-{step}"
@@ -98,7 +132,7 @@ class PolicyBench:
         return folder
 
     def _roll_out(self, policy: str, prompts: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
-        model = load_policy(policy, self._resources)
+        model = policy_at(policy, self._resources)
         return roll_out(
             model, prompts, self._judges, count=count, max_new_tokens=self._params.max_new_tokens, seed=seed
         )
@@ -108,7 +142,7 @@ class PolicyBench:
     def _sources(self) -> tuple[PairSource, InnerAt]:
         beta, weights = self._params.beta, self._weights
         if weights is None:
-            return self._safety_source(), lambda lam: Inner(scale=beta / lam, beta=beta)
+            return self._safety_source(), lambda lam: Inner(scale=beta / lam, beta=beta, **self._loss)
         source = self._pool_source() if self._method.data == "pool" else self._scored_source()
         return source, lambda lam: Inner(beta * self._scale(lam), beta, weights.labels, weights.anchor, weights.nll)
 
@@ -122,7 +156,7 @@ class PolicyBench:
 
         def source(lam: float, folder: Path, warm: Step) -> list[Pair]:
             if not pairs:
-                reference = load_policy(self._inputs.models / self._method.reference, self._resources)
+                reference = load_policy(self._inputs.models / self._plan.reference, self._resources)
                 train = visited(frame[frame["split"] == "train"], self._params.training, self._params.seed)
                 batch = self._resources.scoring_batch_size
                 pairs.extend(preference_pairs(train, reference, self._judges.tokenizer, batch))

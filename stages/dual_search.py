@@ -1,14 +1,15 @@
-"""dual_search METHOD: the outer loop of a method -> models/aligned/METHOD and reports/search/METHOD.json.
+"""dual_search NAME: the search of one row of `methods` -> models/aligned/NAME and reports/search/NAME.json.
 
     python -m stages.dual_search dualign
 
 Measures the policy at the first multiplier on its own answers, then trains (or merges) and measures again as the
-method's rule says. Every step's policy is kept until the search ends, so an interrupted search goes on.
+row's rule says. Every step's policy is kept until the search ends, so an interrupted search goes on.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from dualign.core.params import DualSearchParams, InnerParams
 from dualign.core.stage import Run, execute, finished
 from dualign.data.schema import POOL, PROMPTS, by_prompt, read_table
 from dualign.dual import slater_radius
-from dualign.methods import method
+from dualign.methods import Plan, plan
 from dualign.workbench import PolicyBench
 
 log = logging.getLogger("dualign")
@@ -38,37 +39,74 @@ def main(run: Run[DualSearchParams]) -> None:
     params = run.params
     if run.item not in params.methods:
         raise ParamsError(f"methods has no {run.item!r}; one of {', '.join(params.methods)}")
-    row = method(run.item, params.methods[run.item])
+    row = plan(run.item, params.methods[run.item])
+    start = _metrics(row.start)
+    _check_scores(row, start)
     models = {MODELS / name for name in ("sft", "reward_model", "cost_model", row.reference, row.start)}
     scratch = run.scratch(PROMPT_SET, SCORED, DUAL, *sorted(models))
     prompts = read_table(PROMPT_SET, PROMPTS).head(params.prompts)
-    start = read_json(METRICS / f"{row.start}.json")
-    inner = InnerParams(**start["inner"]) if row.inner == "lagrangian" else None
-    if inner is not None and not row.warm:  # from the reference again: as its start was trained
+    inner = InnerParams(**start["inner"]) if row.method.inner == "lagrangian" else None
+    if inner is not None and not row.method.warm:  # from the reference again: as its start was trained
         update = {"learning_rate": start["learning_rate"]}
         params = params.model_copy(update={"training": params.training.model_copy(update=update)})
-    bench = PolicyBench(row, params, run.resources, inner, prompts, scratch)
-    steps, stopped = search.run(row, bench.start, outlook(start, params), params, bench, scratch)
-    chosen = search.choose(row, steps, params)
-    result = search.summary(row, steps, chosen, stopped, params)
-    log.info("%s; the policy of step %d at lambda %.4f is returned", stopped, chosen, steps[chosen].lam)
+    bench = PolicyBench(row, params, run.resources, inner, prompts, scratch, loss=_loss(start))
+    known = outlook(row, start, params)
+    steps, stopped = search.run(row, bench.start, known, params, bench, scratch)
+    result = search.summary(row, steps, stopped, params, known, trainings(row, start))
+    chosen = steps[result["chosen"]]
+    log.info("%s; the policy of step %d at lambda %.4f is returned", stopped, chosen.step, chosen.lam)
     with replacing(MODELS / "aligned" / run.item) as folder:
-        shutil.copytree(steps[chosen].policy, folder)
+        shutil.copytree(chosen.policy, folder)
         (folder / "README.md").write_text(model_card(row, result, params))
     write_json(Path("reports/search") / f"{run.item}.json", result)
-    run.metrics({**result["steps"][chosen], **{k: result[k] for k in ("feasible", "trainings", "generated_tokens")}})
+    spent = ("feasible", "trainings", "generated_tokens", "labels")
+    run.metrics({**result["steps"][result["chosen"]], **{key: result[key] for key in spent}})
     finished(scratch)
 
 
-def outlook(start: dict[str, Any], params: DualSearchParams) -> search.Outlook:
-    """What the stages before know: the multipliers of pool and start, and PD-DPO's Slater radius."""
-    radius = params.slater_radius
-    if radius == "pool":
-        pool = read_table(SCORED / "pool.parquet", POOL)
-        reward, cost = by_prompt(pool, "reward"), by_prompt(pool, "cost")
-        radius = slater_radius(reward, cost, limit=params.limit, beta=params.beta, lambda_max=params.lambda_max)
-        log.info("Slater radius estimated from the pool: %.4f", radius)
-    return search.Outlook(read_json(DUAL)["lam"], start["lam"], radius)
+def outlook(row: Plan, start: dict[str, Any], params: DualSearchParams) -> search.Outlook:
+    """What the stages before know: the multipliers of pool and start, PD-DPO's Slater radius, the kind of merge."""
+    safe = _metrics(row.reference) if row.start.startswith("reward_dpo") else start  # where lambda was spent
+    radius = _radius(params) if row.method.rule == "projected_subgradient" else math.inf
+    naive = row.method.rule == "merge" and start["reference"] != row.reference
+    return search.Outlook(read_json(DUAL)["lam"], safe["lam"], radius, naive)
+
+
+def trainings(row: Plan, start: dict[str, Any]) -> int:
+    """How many policies were aligned for the start: itself, its reference, those whose log-ratios score its pairs."""
+    needed = {row.start, row.reference, *(start.get(key, "") for key in ("reward", "cost"))}
+    return sum("_dpo" in folder for folder in needed)
+
+
+def _radius(params: DualSearchParams) -> float:
+    if params.slater_radius != "pool":
+        return params.slater_radius
+    pool = read_table(SCORED / "pool.parquet", POOL)
+    reward, cost = by_prompt(pool, "reward"), by_prompt(pool, "cost")
+    radius = slater_radius(reward, cost, limit=params.limit, beta=params.beta, lambda_max=params.lambda_max)
+    log.info("Slater radius estimated from the pool: %.4f", radius)
+    return radius
+
+
+def _metrics(folder: str) -> dict[str, Any]:
+    """What the stage that wrote models/FOLDER measured."""
+    metrics: dict[str, Any] = read_json(METRICS / f"{folder}.json")
+    return metrics
+
+
+def _loss(start: dict[str, Any]) -> dict[str, Any]:
+    """The options of the safety loss that the start was trained with, where they are not plain DPO's."""
+    return {key: start[key] for key in ("loss_type", "clip") if start.get(key) not in (None, "dpo")}
+
+
+def _check_scores(row: Plan, start: dict[str, Any]) -> None:
+    """A start on log-ratios of policies cannot be retrained here: the tables hold the models' scores."""
+    scores = (start.get("reward", "reward_model"), start.get("cost", "cost_model"))
+    if row.method.rule != "one_shot" and scores != ("reward_model", "cost_model"):
+        raise ParamsError(
+            f"methods.{row.name}.rule: {row.method.rule!r} would train on other scores than {row.start}, which took "
+            f"{scores[0]} and {scores[1]}; only one_shot goes with it"
+        )
 
 
 if __name__ == "__main__":

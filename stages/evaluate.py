@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.errors import ParamsError
@@ -17,7 +16,7 @@ from dualign.core.params import EvaluateParams
 from dualign.core.stage import Run, execute
 from dualign.data.schema import ANSWERS, ENUMERATED, POOL, PROMPTS, read_table
 from dualign.evaluation import add_truth, against_optimum, finite_problem, summarise
-from dualign.lm.models import load_policy
+from dualign.lm.mixture import Policy, policy_at
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_prompts
 from dualign.measure.rollout import Judges, roll_out
@@ -35,7 +34,7 @@ def main(run: Run[EvaluateParams]) -> None:
     prompts = read_table(PROMPT_SET, PROMPTS).head(params.prompts)
     judges = Judges.load(run.resources)
     folder = params.policies[run.item]
-    policy = judges.reference if folder == "sft" else load_policy(Path("models") / folder, run.resources)
+    policy = judges.reference if folder == "sft" else policy_at(Path("models") / folder, run.resources)
     started = time.monotonic()
     answers = roll_out(
         policy, prompts, judges,
@@ -55,7 +54,7 @@ def main(run: Run[EvaluateParams]) -> None:
     run.metrics({**metrics, "policy": run.item})
 
 
-def displacement(policy: torch.nn.Module, judges: Judges, samples: int = 2) -> pd.DataFrame:
+def displacement(policy: Policy, judges: Judges, samples: int = 2) -> pd.DataFrame:
     """log(pi / pi_ref) of a few reference samples of every pool prompt: columns prompt_id, log_ratio."""
     pool = read_table(SCORED / "pool.parquet", POOL)
     pool = pool[pool["sample"] < samples]

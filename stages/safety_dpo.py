@@ -47,7 +47,7 @@ def main(run: Run[SafetyDpoParams]) -> None:
     metrics = train_pairwise(policy, tokenizer, pairs, inner, job)
     with replacing(OUT / run.item) as folder:
         save(policy, tokenizer, folder)
-    chosen = {"loss_type": spec.loss_type, "clip": spec.clip}
+    chosen = {"reference": spec.reference, "loss_type": spec.loss_type, "clip": spec.clip}
     run.metrics({**metrics, "lam": lam, "coefficient": params.beta / lam, **chosen})
     finished(scratch)
 

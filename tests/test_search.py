@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+import numpy as np
 import pytest
 
 from dualign import search
 from dualign.core.artifacts import read_json
-from dualign.core.errors import DualignError, ParamsError
-from dualign.core.params import DualSearchParams, MethodName, MethodRow, load
+from dualign.core.errors import DualignError
+from dualign.core.params import DualSearchParams, load
 from dualign.measure.stats import Measurement
-from dualign.methods import METHODS, Method, method
+from dualign.methods import METHODS, Plan
 from dualign.search import Outlook, Step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,15 +37,16 @@ def params() -> DualSearchParams:
             "merge_steps": 6,
             "merge_max": 1.25,
             "step_size": 1.0,
-            "sacpo_grid": [0.5, 1.0, 2.0],
+            "grid": [0.5, 1.0, 2.0],
         }
     )
 
 
-def by_rule(rule: str, returns: str | None = None) -> Method:
+def by_rule(rule: str, returns: str | None = None) -> Plan:
     """A method of the table with this rule."""
     found = next(method for method in METHODS.values() if method.rule == rule)
-    return replace(found, returns=returns) if returns else found  # type: ignore[arg-type]
+    found = replace(found, returns=returns) if returns else found  # type: ignore[arg-type]
+    return Plan("row", found, "start", "reference")
 
 
 def measured(cost: float, reward: float = 0.0, se: float = 0.01, variance: float = 0.5) -> Measurement:
@@ -87,6 +90,39 @@ def test_secant_by_hand() -> None:
     assert search.secant_step((1.0, 0.0), (2.0, -1.0), limit=5.0) == 0.0
 
 
+def test_merge_weight_and_multiplier_by_hand() -> None:
+    assert search.first_weight(0.6, 1.5, naive=False) == pytest.approx(0.4)
+    assert search.merge_multiplier(0.4, 1.5, naive=False) == pytest.approx(0.6)
+    assert search.first_weight(0.6, 1.4, naive=True) == pytest.approx(0.3)
+    assert search.merge_multiplier(0.3, 1.4, naive=True) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("q", [0.0, 0.3, 0.75])
+def test_a_merges_multiplier_is_that_of_its_tilt(q: float) -> None:
+    """On a finite answer set the weighted product of the two policies is pi_lambda at lambda_eff and beta_eff."""
+    rng = np.random.default_rng(0)
+    reference, reward, cost = (rng.normal(size=7) for _ in range(3))
+    beta, lam = 0.5, 1.2
+
+    def policy(score: np.ndarray, at: float) -> np.ndarray:
+        logits = reference + score / at
+        return np.asarray(logits - np.logaddexp.reduce(logits))
+
+    for naive, second, at in (
+        (False, policy(reward - lam * cost, beta), beta),
+        (True, policy(-lam * cost, beta), beta / (1 - q)),
+    ):
+        merged = (1 - q) * policy(reward, beta) + q * second
+        expected = policy(reward - search.merge_multiplier(q, lam, naive) * cost, at)
+        assert merged - np.logaddexp.reduce(merged) == pytest.approx(expected)
+
+
+def test_tail_by_hand() -> None:
+    assert [list(search.tail(lams)) for lams in ([1.0], [1.0, 2.0], [1.0, 2.0, 4.0], [1.0, 2.0, 4.0, 8.0])] == [
+        [1.0], [2.0], [2.0, 4.0], [4.0, 8.0],
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("last", [(1.0, 0.4), (2.0, 0.5), (2.0, 0.6)], ids=["same place", "flat", "rising"])
 def test_a_secant_needs_a_falling_line(last: tuple[float, float]) -> None:
     assert search.secant_step((1.0, 0.5), last, limit=0.0) is None
@@ -105,6 +141,7 @@ class Curve:
         self.folder, self.lam_start, self.se, self.bias = folder, lam_start, se, bias
         self.trained: list[tuple[int, float, str]] = []
         self.merged: list[float] = []
+        self.mixed: list[list[float]] = []
         self.measured: list[int] = []
         self.fail_at: int | None = None
         self.start = self._policy("start", lam_start)
@@ -116,6 +153,11 @@ class Curve:
     def merge(self, step: int, q: float) -> str:
         self.merged.append(q)
         return self._policy(f"merged-{step}", q * self.lam_start)
+
+    def mix(self, step: int, steps: Sequence[Step]) -> str:
+        """Stands for the mean multiplier; that of the costs would need more than one number."""
+        self.mixed.append([s.lam for s in steps])
+        return self._policy(f"mixed-{step}", sum(s.lam for s in steps) / len(steps))
 
     def measure(self, step: int, policy: str) -> Measurement:
         if step == self.fail_at:
@@ -142,10 +184,18 @@ def bench(tmp_path: Path) -> Curve:
 
 
 def go(
-    rule: str, bench: Curve, params: DualSearchParams, scratch: Path, lam_pool: float = 0.6, radius: float = 5.0
+    rule: str,
+    bench: Curve,
+    params: DualSearchParams,
+    scratch: Path,
+    lam_pool: float = 0.6,
+    radius: float = 5.0,
+    naive: bool = False,
+    returns: str | None = None,
 ) -> tuple[list[Step], str]:
     scratch.mkdir(exist_ok=True)
-    return search.run(by_rule(rule), bench.start, Outlook(lam_pool, bench.lam_start, radius), params, bench, scratch)
+    known = Outlook(lam_pool, bench.lam_start, radius, naive)
+    return search.run(by_rule(rule, returns), bench.start, known, params, bench, scratch)
 
 
 @pytest.mark.parametrize("rule", ["dual_gradient", "projected_subgradient", "newton"])
@@ -288,6 +338,59 @@ def test_a_slack_pool_begins_at_the_helpful_policy(params: DualSearchParams, tmp
     assert bench.merged[0] == 0.0
 
 
+def test_a_naive_merge_keeps_its_own_books(params: DualSearchParams, tmp_path: Path) -> None:
+    """Its weight of the pool's multiplier is lam / (lam + lam_start), and no weight reaches 1."""
+    bench = Curve(tmp_path / "bench", lam_start=3.0)
+    steps, stopped = go("merge", bench, params, tmp_path / "s", lam_pool=1.0, naive=True)
+    assert bench.merged[0] == pytest.approx(0.25)
+    assert steps[1].lam == pytest.approx(1.0)
+    assert all(s.lam == pytest.approx(s.q * 3.0 / (1 - s.q)) for s in steps[1:] if s.q is not None)
+    assert stopped == "cost within noise of the limit"
+    short = Curve(tmp_path / "short", lam_start=0.5)  # even its start is above the limit
+    steps, stopped = go("merge", short, params, tmp_path / "t", lam_pool=5.0, naive=True)
+    assert max(short.merged) < 1 and stopped == "rule merge is finished"
+
+
+# --- what is made after the search ------------------------------------------------------------------------------------
+
+ITERATIVE = ["dual_gradient", "projected_subgradient", "newton"]
+
+
+@pytest.mark.parametrize("rule", ITERATIVE)
+def test_a_mixture_is_of_all_steps_and_measured_itself(
+    rule: str, bench: Curve, params: DualSearchParams, tmp_path: Path
+) -> None:
+    steps, stopped = go(rule, bench, params, tmp_path / "s", returns="mixture")
+    plain, reason = go(rule, Curve(tmp_path / "plain", 0.6), params, tmp_path / "t")
+    assert [s.lam for s in steps[:-1]] == [s.lam for s in plain] and stopped == reason
+    assert bench.mixed == [[s.lam for s in plain]]
+    last = steps[-1]
+    assert last.closing and not last.trained and not any(s.closing for s in steps[:-1])
+    assert last.lam == pytest.approx(np.mean([s.lam for s in plain]))
+    assert bench.measured[-1] == last.step == len(plain)
+    assert search.choose(by_rule(rule, "mixture"), steps, params) == last.step
+
+
+@pytest.mark.parametrize("rule", ITERATIVE)
+def test_the_tail_average_is_trained_once_more(
+    rule: str, bench: Curve, params: DualSearchParams, tmp_path: Path
+) -> None:
+    steps, _ = go(rule, bench, params, tmp_path / "s", returns="tail_average")
+    before, last = steps[:-1], steps[-1]
+    assert last.closing and last.trained
+    assert last.lam == pytest.approx(np.mean([s.lam for s in before[len(before) // 2 :]]))
+    assert bench.trained[-1] == (last.step, last.lam, before[-1].policy)
+    result = search.summary(by_rule(rule, "tail_average"), steps, "because", params, Outlook(0.6, 0.6), before=1)
+    assert result["trainings"] == 1 + len(before) and result["chosen"] == last.step
+
+
+@pytest.mark.parametrize("budget", [0, 1])
+def test_a_tail_of_one_step_is_that_step(budget: int, bench: Curve, params: DualSearchParams, tmp_path: Path) -> None:
+    tight = params.model_copy(update={"max_trainings": budget})
+    steps, _ = go("dual_gradient", bench, tight, tmp_path / "s", returns="tail_average")
+    assert len(bench.trained) == budget == len(steps) - 1 and not steps[-1].closing
+
+
 # --- going on after an interruption -----------------------------------------------------------------------------------
 
 
@@ -309,6 +412,28 @@ def test_an_interrupted_search_ends_with_the_same_steps(
     assert go(rule, resumed, params, tmp_path / "broken", lam_pool=1.2) == (whole, reason)
     assert resumed.measured == list(range(fail_at, len(whole)))
     assert broken.measured == list(range(fail_at))
+
+
+@pytest.mark.parametrize("returns", ["mixture", "tail_average"])
+@pytest.mark.parametrize("closing", [False, True], ids=["in the search", "while it closes"])
+def test_an_interrupted_search_closes_the_same_way(
+    returns: str, closing: bool, params: DualSearchParams, tmp_path: Path
+) -> None:
+    def curve() -> Curve:
+        return Curve(tmp_path / "bench", lam_start=0.6)
+
+    whole, reason = go("dual_gradient", curve(), params, tmp_path / "whole", returns=returns)
+    assert whole[-1].closing
+    broken, fail_at = curve(), len(whole) - 1 if closing else 1
+    broken.fail_at = fail_at
+    with pytest.raises(RuntimeError, match="went away"):
+        go("dual_gradient", broken, params, tmp_path / "broken", returns=returns)
+    resumed = curve()
+    assert go("dual_gradient", resumed, params, tmp_path / "broken", returns=returns) == (whole, reason)
+    assert resumed.measured == list(range(fail_at, len(whole)))
+    again = curve()
+    assert go("dual_gradient", again, params, tmp_path / "broken", returns=returns) == (whole, reason)
+    assert not again.measured and not again.trained and not again.mixed
 
 
 def test_a_finished_search_measures_nothing_again(bench: Curve, params: DualSearchParams, tmp_path: Path) -> None:
@@ -361,9 +486,8 @@ def test_feasible_allows_z_standard_errors(params: DualSearchParams, cost: float
 
 
 def test_summary_counts_trainings_and_tokens(params: DualSearchParams) -> None:
-    method = by_rule("newton")
-    result = search.summary(method, STEPS, 1, "because", params)
-    assert result["trainings"] == method.before + 3
+    result = search.summary(by_rule("newton"), STEPS, "because", params, Outlook(0.6, 0.5), before=2)
+    assert result["trainings"] == 2 + 3
     assert result["generated_tokens"] == 400
     assert (result["chosen"], result["feasible"], result["stopped"]) == (1, True, "because")
     assert result["steps"][2]["lam"] == 2.0 and result["steps"][2]["cost"] == -0.6
@@ -382,7 +506,15 @@ def test_steps_on_disk_are_what_was_returned(bench: Curve, params: DualSearchPar
     assert [(row["lam"], row["measured"]["cost"]) for row in rows] == [(s.lam, s.measured.cost) for s in steps]
 
 
-def test_the_params_know_the_methods_of_the_table_and_no_other() -> None:
-    assert set(get_args(MethodName)) == set(METHODS)
-    with pytest.raises(ParamsError, match=r"methods\.sacbo: no such method; one of sacpo"):
-        method("sacbo", MethodRow(start="sft", reference="sft"))
+def test_the_slater_radius_and_its_source_are_on_record(params: DualSearchParams) -> None:
+    for given, source in (("pool", "pool"), (2.0, "params")):
+        chosen = params.model_copy(update={"slater_radius": given})
+        result = search.summary(by_rule("projected_subgradient"), STEPS, "b", chosen, Outlook(0.6, 0.5, 2.0), before=2)
+        assert (result["slater_radius"], result["slater_from"]) == (2.0, source)
+    assert "slater_radius" not in search.summary(by_rule("grid"), STEPS, "b", params, Outlook(0.6, 0.5), before=2)
+
+
+def test_labels_are_counted(params: DualSearchParams) -> None:
+    labelled = [replace(s, measured=replace(s.measured, labels=40, model_cost=0.1, model_cost_se=0.2)) for s in STEPS]
+    result = search.summary(by_rule("newton"), labelled, "b", params, Outlook(0.6, 0.5), before=1)
+    assert result["labels"] == 160 and result["steps"][0]["model_cost"] == 0.1

@@ -12,9 +12,9 @@ from __future__ import annotations
 import difflib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.reader import ReaderError
@@ -344,14 +344,40 @@ class LagrangianDpoParams(StageParams):
     lora: LoraParams
 
 
-MethodName = Literal["sacpo", "p_sacpo", "c_dpo", "pd_dpo", "mocan", "dualign"]
+MethodName = Literal["sacpo", "p_sacpo", "c_dpo", "pd_dpo", "mocan", "pecan", "caid", "dualign"]
+Rule = Literal["grid", "dual_gradient", "projected_subgradient", "one_shot", "newton", "merge"]
+Returns = Literal["last", "best", "mixture", "tail_average"]
+CostSource = Literal["model", "feedback"]
 
 
 class MethodRow(Frozen):
-    """A method that runs: folders under models/ of the policy its search starts from and of its reference column."""
+    """A search that runs: a method of `dualign/methods.py`, by default the one of the row's name, and its models.
 
+    `start` and `reference` are folders under models/: the policy at the first multiplier, and the one whose
+    log-probabilities are the reference column. The options replace the method's own choice; null keeps it.
+    """
+
+    method: MethodName
     start: str
-    reference: Literal["sft", "reward_dpo/helpful"]
+    reference: str
+    rule: Rule | None = None
+    warm: bool | None = None
+    returns: Returns | None = None
+    cost: CostSource | None = None
+
+
+class FeedbackParams(Frozen):
+    """Binary safety labels for the rows whose `cost` is `feedback`.
+
+    `labels` per answer to the first `prompts` search prompts, from `source` (see `dualign.labelling`); `smoothing` is
+    added to both counts of an answer. `folder` is where files for people go (source `file`).
+    """
+
+    prompts: Annotated[int, Field(ge=2)]
+    labels: Count
+    smoothing: Positive
+    source: Literal["oracle", "cost_model", "cost_sign", "file"]
+    folder: str
 
 
 class DualSearchParams(StageParams):
@@ -378,14 +404,24 @@ class DualSearchParams(StageParams):
     lambda_max: Positive
     max_trainings: Annotated[int, Field(ge=0)]
     step_size: Positive
-    sacpo_grid: Annotated[list[Positive], Field(min_length=1)]
+    grid: Annotated[list[Positive], Field(min_length=1)]
     merge_steps: Count
     merge_max: Annotated[float, Field(gt=0, le=2)]
     slater_radius: Positive | Literal["pool"]
+    feedback: FeedbackParams
     refresh_prompts: Annotated[int, Field(ge=0)]
     refresh_samples: Annotated[int, Field(ge=2)]
     training: TrainingParams
     lora: LoraParams
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _named(cls, rows: Any) -> Any:
+        """A row that names no method is the method of its own name."""
+        if not isinstance(rows, dict):
+            return rows
+        named = {key: {**row, "method": row.get("method") or key} for key, row in rows.items() if isinstance(row, dict)}
+        return {**rows, **named}
 
 
 class EvaluateParams(StageParams):
@@ -602,13 +638,14 @@ def _check_across(content: dict[str, Any], stages: dict[str, StageParams], path:
     _check_scores(reward, safety, lagrangian, path)
     models = {"sft", *(f"reward_dpo/{name}" for name in reward.runs)}
     models |= {f"safety_dpo/{name}" for name in safety.runs} | {f"lagrangian_dpo/{name}" for name in lagrangian.runs}
-    _refuse_unknown(content["methods"] or {}, set(get_args(MethodName)), "methods.", path)
-    for name, row in (content["methods"] or {}).items():
-        if row["start"] not in models:
-            raise ParamsError(
-                f"{path}: methods.{name}.start: no stage writes models/{row['start']}; one of {sorted(models)}"
-            )
-    models |= {f"aligned/{name}" for name in content["methods"] or {}}
+    for name, row in search.methods.items():
+        for key, folder in (("start", row.start), ("reference", row.reference)):
+            if folder not in models:
+                raise ParamsError(
+                    f"{path}: methods.{name}.{key}: no stage writes models/{folder}; one of {sorted(models)}"
+                )
+        _check_reference(name, row, safety, path)
+    models |= {f"aligned/{name}" for name in search.methods}
     for name, folder in evaluate.policies.items():
         if folder not in models:
             raise ParamsError(
@@ -639,3 +676,15 @@ def _check_scores(
                     f"{path}: lagrangian_dpo.runs.{name}.{key}: {getattr(run, key)!r} gives no {key} relative to sft "
                     f"(a scorer does, or a policy trained from it by plain DPO); one of {sorted(names)}"
                 )
+
+
+def _check_reference(name: str, row: MethodRow, safety: SafetyDpoParams, path: str | Path) -> None:
+    """A search goes on against the reference of its start; only a naive merge takes a partner of its own."""
+    stage, _, run = row.start.partition("/")
+    trained = safety.runs[run].reference if stage == "safety_dpo" else "sft" if stage == "lagrangian_dpo" else None
+    naive = row.method == "p_sacpo" and trained == "sft"
+    if trained is not None and row.reference != trained and not naive:
+        raise ParamsError(
+            f"{path}: methods.{name}.reference is {row.reference!r}, but {row.start} was trained against {trained!r}; "
+            "name that, or another start"
+        )

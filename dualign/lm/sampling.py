@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dualign.core.progress import Progress
+from dualign.lm.mixture import Mixture, Policy, mixture_log_probability
 from dualign.lm.tokens import decode_answers
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Sample:
 
 @torch.inference_mode()
 def sample(
-    model: torch.nn.Module,
+    model: Policy,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
@@ -46,6 +47,8 @@ def sample(
 
     The same seed, batch size and device give the same answers. Returned in order of prompt, then draw.
     """
+    if isinstance(model, Mixture):
+        return _sample_mixture(model, tokenizer, prompts, count, max_new_tokens, batch_size, seed)
     model.eval()
     torch.manual_seed(seed)
     config = GenerationConfig(
@@ -75,7 +78,7 @@ def sample(
 
 @torch.inference_mode()
 def log_probabilities(
-    model: torch.nn.Module,
+    model: Policy,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
@@ -83,6 +86,12 @@ def log_probabilities(
     batch_size: int,
 ) -> Tensor:
     """log pi(answer | prompt) in nats, summed over the answer's tokens; fp64 tensor of shape [rows]."""
+    if isinstance(model, Mixture):
+        parts = [
+            log_probabilities(model.component(k), tokenizer, prompts, answers, batch_size=batch_size)
+            for k in range(len(model.weights))
+        ]
+        return mixture_log_probability(torch.stack(parts), model.weights)
     model.eval()
     result = torch.zeros(len(prompts), dtype=torch.float64)
     rows = list(range(len(prompts)))
@@ -92,6 +101,28 @@ def log_probabilities(
             result[batch] = _score(model, tokenizer, [prompts[i] for i in batch], [answers[i] for i in batch])
             progress.advance(len(batch))
     return result
+
+
+def _sample_mixture(
+    mixture: Mixture,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+) -> list[Sample]:
+    """Each answer from the component that is drawn for it; every component draws from a seed of its own."""
+    chosen = mixture.draw(len(prompts) * count, seed)
+    drawn: dict[int, Sample] = {}
+    for k in sorted(set(chosen)):
+        rows = [row for row, component in enumerate(chosen) if component == k]
+        answers = sample(
+            mixture.component(k), tokenizer, [prompts[row // count] for row in rows],
+            count=1, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed + 1 + k,
+        )  # fmt: skip
+        drawn |= {row: replace(answer, prompt=row // count) for row, answer in zip(rows, answers, strict=True)}
+    return [drawn[row] for row in range(len(chosen))]
 
 
 @contextlib.contextmanager

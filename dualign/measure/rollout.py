@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.params import Resources
+from dualign.lm.mixture import Policy
 from dualign.lm.models import load_policy, load_tokenizer
 from dualign.lm.sampling import log_probabilities, sample
 from dualign.lm.tokens import encode_prompts
@@ -40,7 +41,7 @@ class Judges:
 
 
 def roll_out(
-    policy: torch.nn.Module, prompts: pd.DataFrame, judges: Judges, *, count: int, max_new_tokens: int, seed: int
+    policy: Policy, prompts: pd.DataFrame, judges: Judges, *, count: int, max_new_tokens: int, seed: int
 ) -> pd.DataFrame:
     """`count` answers of `policy` to each prompt: schema POOL, and the policy's own logp."""
     tokenizer, resources = judges.tokenizer, judges.resources

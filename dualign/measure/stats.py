@@ -30,7 +30,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Estimates on a policy's own answers; `variance` is E_x Var(c|x), `*_se` are prompt-clustered."""
+    """Estimates on a policy's own answers; `variance` is E_x Var(c|x), `*_se` are prompt-clustered.
+
+    `cost` is what a search goes by. Where that comes from safety labels, `labels` counts them and `model_cost` is the
+    cost model's estimate.
+    """
 
     cost: float
     cost_se: float
@@ -40,6 +44,9 @@ class Measurement:
     p_unsafe: float
     variance: float
     generated_tokens: int
+    labels: int = 0
+    model_cost: float | None = None
+    model_cost_se: float | None = None
 
 
 def clustered_mean(values: Array, clusters: Array, confidence: float = 0.95) -> Estimate:

@@ -439,7 +439,15 @@ def _step_bar(step: dict[str, Any], i: int, x: Scale, y: Scale) -> Markup:
 
 
 def _step_title(step: dict[str, Any]) -> str:
-    names = {"lam": "λ", "q": "q", "cost": "cost", "reward": "reward", "kl": "KL", "p_unsafe": "P(unsafe)"}
+    names = {
+        "lam": "λ",
+        "q": "q",
+        "cost": "cost",
+        "model_cost": "by the cost model",
+        "reward": "reward",
+        "kl": "KL",
+        "p_unsafe": "P(unsafe)",
+    }
     parts = []
     for key, name in names.items():
         if step.get(key) is not None:

@@ -167,7 +167,8 @@ def _search(root: Path, folder: str) -> dict[str, Any]:
     path = root / "reports/search" / f"{Path(folder).name}.json"
     found = read_json(path) if _kind(folder) == "method" and path.is_file() else {}
     chosen: dict[str, Any] = next((step for step in found.get("steps", []) if step["step"] == found["chosen"]), {})
-    row = {key: found.get(key) for key in ("rule", "trainings", "generated_tokens", "stopped")}
+    spent = ("trainings", "generated_tokens", "labels", "stopped")
+    row = {key: found.get(key) for key in ("method", "title", "rule", "returns", "cost_source", *spent)}
     return row | {"lam": chosen.get("lam"), "merge_weight": chosen.get("q")}
 
 

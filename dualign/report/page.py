@@ -30,6 +30,8 @@ _MINUS = "\N{MINUS SIGN}"
 _NONE = "\N{EN DASH}"
 #: Width and height of a frontier chart: one of two beside each other, alone, and on a narrow screen.
 _HALF, _FULL, _NARROW = (548, 430), (960, 440), (340, 360)
+#: With more policies than this the charts show row numbers instead of names.
+_CROWD = 14
 #: Stages whose metrics the page prints as they are, under these headings.
 _MODELS = {"sft": "Reference policy", "reward_model": "Reward model", "cost_model": "Cost model", "score": "Scores"}
 #: Metrics whose key is not how one would say it.
@@ -92,6 +94,7 @@ def _context(root: Path, params: ReportParams) -> dict[str, Any]:
         "dual": dual,
         "world": world,
         "frontiers": _frontiers(root, rows, params.limit, world),
+        "crowded": len(rows) > _CROWD,
         "searches": searches,
         "prompts": _prompts(read_answers(root, params.policies), rows, params.sample_prompts),
         "prepared": _prepared(root),
@@ -118,6 +121,7 @@ def _ordered(comparison: dict[str, Any]) -> list[Row]:
     for i, row in enumerate(rows, 1):
         row |= {"number": i, "recommended": row["name"] == comparison["recommended"]}
         row["style"] = _style(row)
+        row["how"] = _how(row)
     _draw_strips(rows, comparison["limit"])
     return rows
 
@@ -127,6 +131,19 @@ def _draw_strips(rows: list[Row], limit: float) -> None:
     extent = charts.domain([limit, *(value for row in rows if row["cost"] for value in row["cost"].values())])
     for row in rows:
         row["strip"] = charts.strip(_range(row["cost"]), limit, extent, row["style"]) if row["cost"] else ""
+
+
+def _how(row: Row) -> str:
+    """How a search went about it: the method where the row's name does not say it, the rule, and what is unusual."""
+    if not row.get("rule"):
+        return ""
+    parts = [row["rule"].replace("_", " ")]
+    if row.get("returns") in ("mixture", "tail_average"):
+        parts.append(row["returns"].replace("_", " "))
+    if row.get("cost_source") == "feedback":
+        parts.append("by labels")
+    own = row.get("title") and Path(row["folder"]).name != row["method"]
+    return (f"{row['title']}: " if own else "") + ", ".join(parts)
 
 
 def _mean(interval: dict[str, float] | None) -> float:
@@ -200,9 +217,10 @@ def _drawings(
     """One chart for wide screens and one, with numbers for names, for narrow screens."""
     curve = sorted(curve, key=lambda knot: knot.lam)
     name = f"{labels[1]} against {labels[0]} of every policy"
+    crowded = len(points) > _CROWD
     return {
-        key: charts.frontier(points, curve, limit, size, labels, name=name, optimum=optimum, numbered=key == "narrow")
-        for key, size in (("wide", wide), ("narrow", _NARROW))
+        key: charts.frontier(points, curve, limit, size, labels, name=name, optimum=optimum, numbered=numbered)
+        for key, size, numbered in (("wide", wide, crowded), ("narrow", _NARROW, True))
     }
 
 
@@ -237,11 +255,21 @@ def _searches(root: Path, rows: list[Row], limit: float) -> list[Row]:
         path = root / "reports/search" / f"{Path(row['folder']).name}.json"
         if row["kind"] == "method" and path.is_file():
             found.append({"row": row, **read_json(path)})
+            found[-1]["heading"] = _heading(found[-1])
+            found[-1]["returned"] = next((s for s in found[-1]["steps"] if s["step"] == found[-1].get("chosen")), {})
     costs = charts.domain([limit, *(end for search in found for step in search["steps"] for end in _step_ends(step))])
     for search in found:
         name = f"search of {search['row']['name']}: multiplier and cost by step"
         search["chart"] = charts.trajectory(search["steps"], limit, costs, search.get("chosen"), name)
     return found
+
+
+def _heading(search: Row) -> str:
+    """The method's title, with the row's name where that is not the method's own; the policy's name without a title."""
+    if not search.get("title"):
+        return str(search["row"]["name"])
+    named = "" if search["name"] == search["method"] else f" ({search['name']})"
+    return f"{search['title']}{named}"
 
 
 def _step_ends(step: dict[str, Any]) -> list[float]:

@@ -196,7 +196,7 @@ def test_a_missing_key_is_named(content: Content, key: str) -> None:
     assert refusal(drop(content, key)).startswith(f"{key} is missing")
 
 
-@pytest.mark.parametrize("key", ["dual_init.grid", "dual_search.sacpo_grid", "prepare.helpful"])
+@pytest.mark.parametrize("key", ["dual_init.grid", "dual_search.grid", "prepare.helpful"])
 def test_an_empty_list_is_refused(content: Content, key: str) -> None:
     message = refusal(put(content, key, []))
     assert message.startswith(f"{key}: ") and "at least" in message
@@ -265,6 +265,33 @@ def test_safe_dpo_is_a_dpo(content: Content, loss_type: str) -> None:
     content["reward_dpo"]["runs"]["helpful"] |= {"safe_offset": 10.0, "loss_type": loss_type}
     message = refusal(content)
     assert message.startswith(f"reward_dpo.runs.helpful: safe_offset (SafeDPO) needs loss_type dpo, not {loss_type}")
+
+
+def test_a_row_is_the_method_of_its_name_unless_it_names_one(content: Content) -> None:
+    put(content, "methods.mine", {**content["methods"]["sacpo"], "method": "sacpo"})
+    put(content, "methods.pd_dpo.method", None)
+    rows = params.check(content, "my.yaml")["dual_search"].methods  # type: ignore[attr-defined]
+    assert (rows["mine"].method, rows["pd_dpo"].method, rows["sacpo"].rule) == ("sacpo", "pd_dpo", None)
+    put(content, "methods.sacbo", content["methods"]["sacpo"])
+    message = refusal(content)
+    assert message.startswith("methods.sacbo.method: ") and "'sacpo'" in message and message.endswith("got 'sacbo'")
+
+
+def test_a_search_keeps_the_reference_of_its_start(content: Content) -> None:
+    """But a naive merge, whose start is safety DPO from the reference policy, has a partner of its own."""
+    message = refusal(put(content, "methods.sacpo.reference", "sft"))
+    assert message.startswith("methods.sacpo.reference is 'sft', but safety_dpo/stepwise was trained against ")
+    content["methods"]["sacpo"]["reference"] = content["safety_dpo"]["runs"]["stepwise"]["reference"]
+    assert refusal(put(content, "methods.c_dpo.reference", "safety_dpo/alone")).startswith("methods.c_dpo.reference is")
+    put(content, "methods.c_dpo.reference", "sft")
+    message = refusal(put(content, "methods.sacpo.reference", "nowhere"))
+    assert message.startswith("methods.sacpo.reference: no stage writes models/nowhere")
+    content["methods"]["sacpo"]["reference"] = content["safety_dpo"]["runs"]["stepwise"]["reference"]
+    put(content, "methods.p_sacpo.start", "safety_dpo/alone")
+    params.check(content, "my.yaml")
+    assert "safety_dpo/alone was trained against 'sft'" in refusal(
+        put(content, "methods.sacpo.start", "safety_dpo/alone")
+    )
 
 
 def test_only_policies_that_a_stage_writes_can_be_evaluated(content: Content) -> None:

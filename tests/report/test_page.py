@@ -271,6 +271,44 @@ def test_same_inputs_give_the_same_bytes(run: Run) -> None:
     assert render(root, params).html == render(root, params).html
 
 
+# --- rows that are not the published method ---------------------------------------------------------------------------
+
+
+def test_a_row_says_which_method_it_is_and_what_is_unusual(run: Run) -> None:
+    root, params = run
+    path = root / "reports/search/pd_dpo.json"
+    row = {
+        "method": "pd_dpo", "title": "PD-DPO", "returns": "mixture", "cost_source": "feedback", "labels": 7200,
+        "slater_radius": 1.234, "slater_from": "pool",
+    }  # fmt: skip
+    found = read_json(path)
+    found["steps"][-1] |= {"cost": -0.21, "model_cost": -0.34}
+    write_json(root / "reports/search/mine.json", found | row | {"name": "mine"})
+    write_json(path, found | row | {"name": "pd_dpo", "returns": "last", "cost_source": "model", "labels": 0})
+    folders = {name: "aligned/mine" if name == "mocan" else folder for name, folder in params.policies.items()}
+    page = render(root, params.model_copy(update={"policies": folders}))
+    searches, table = page.within("class", "searches"), page.within("class", "methods")
+    assert "PD-DPO (mine)" in searches and "PD-DPO (pd_dpo)" not in searches and "PD-DPO" in searches
+    assert "PD-DPO: projected subgradient, mixture, by labels" in table
+    assert searches.count("Slater radius ρ 1.23, estimated from the pool") == 2
+    assert searches.count("7,200 labels: cost −0.21 by them, −0.34 by the cost model") == 1
+
+
+def test_a_crowd_of_policies_is_numbered_in_the_charts(run: Run) -> None:
+    root, params = run
+    folders = dict(params.policies)
+    for k in range(6):
+        name = f"sacpo_row_{k}"
+        folders[name] = f"aligned/{name}"
+        for place in ("reports/metrics/evaluate", "reports/search"):
+            write_json(root / place / f"{name}.json", read_json(root / place / "sacpo.json"))
+    page = render(root, params.model_copy(update={"policies": folders}))
+    labels = Counter(text for text, style in page.leaves if "label" in style)
+    assert not set(folders) & set(labels) and labels["1"] == labels[str(len(folders))] == 4
+    assert page.count("ul", "numbers") == 1 and page.count("ul", "narrow") == 0
+    assert all(re.search(rf"\b{name}\b", page.within("class", "numbers")) for name in folders)
+
+
 # --- words and numbers ------------------------------------------------------------------------------------------------
 
 

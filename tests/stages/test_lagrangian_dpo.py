@@ -34,7 +34,7 @@ RESOURCES = Resources(
 SCRATCH = ScratchParams(
     tokenizer="train", vocab_size=300, hidden_size=16, layers=1, heads=2, intermediate_size=16, context=512
 )
-MODELS = ("sft", "reward_dpo", "safety_dpo/alone")
+MODELS = ("sft", "reward_dpo/helpful", "safety_dpo/alone")
 COEFFICIENT, LIMIT = 2.0, -0.2
 
 
@@ -42,7 +42,7 @@ def stage_params(root: Path, **run: Any) -> LagrangianDpoParams:
     """The shipped params, cut short, with one run `pecan` that differs from `bernoulli` in `run`."""
     content = copy.deepcopy(params.read_yaml(root / "params.yaml"))
     section = content["lagrangian_dpo"]
-    scorers = {"reward": "reward_dpo", "cost": "safety_dpo/alone"}
+    scorers = {"reward": "reward_dpo/helpful", "cost": "safety_dpo/alone"}
     section["runs"] = {**section["runs"], "pecan": {**section["runs"]["bernoulli"], **scorers, **run}}
     section["training"] |= {"max_steps": 2, "batch_size": 4, "max_length": 512}
     checked = params.check(content, "my.yaml")["lagrangian_dpo"]

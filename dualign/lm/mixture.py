@@ -1,0 +1,79 @@
+"""A mixture of policies in one folder: `mixture.json` (weights, lambdas) and one sub-folder for each component.
+
+It draws a component for every *answer*, so pi(y | x) = sum_k w_k pi_k(y | x) over whole answers; mixing the next-token
+distributions would be another policy.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dualign.core.artifacts import read_json, write_json
+from dualign.core.errors import ModelError
+from dualign.core.params import Resources
+from dualign.lm.models import load_policy
+
+FILE = "mixture.json"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Weights (they sum to 1) and folders of the components, which are loaded one at a time when they are needed."""
+
+    weights: tuple[float, ...]
+    folders: tuple[Path, ...]
+    resources: Resources
+
+    @classmethod
+    def load(cls, folder: str | Path, resources: Resources) -> Mixture:
+        """The mixture in `folder`. Raises ModelError where its file does not fit what lies there."""
+        path = Path(folder) / FILE
+        try:
+            content = read_json(path)
+            weights = tuple(float(weight) for weight in content["weights"])
+            folders = tuple(Path(folder) / str(name) for name in content["components"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{path}: lists no weights and components; run the search that wrote it again") from error
+        if len(weights) != len(folders) or min(weights, default=0.0) <= 0 or abs(sum(weights) - 1) > 1e-6:
+            raise ModelError(f"{path}: weights must be positive, sum to 1, and be one for each component")
+        return cls(weights, folders, resources)
+
+    def component(self, k: int) -> torch.nn.Module:
+        """The k-th policy, loaded."""
+        return load_policy(self.folders[k], self.resources)
+
+    def draw(self, count: int, seed: int) -> list[int]:
+        """The component of each of `count` answers."""
+        generator = torch.Generator().manual_seed(seed)
+        weights = torch.tensor(self.weights, dtype=torch.float64)
+        return torch.multinomial(weights, count, replacement=True, generator=generator).tolist()
+
+
+Policy = torch.nn.Module | Mixture
+
+
+def policy_at(folder: str | Path, resources: Resources) -> Policy:
+    """The policy in a folder: a mixture where it holds `mixture.json`, else one model."""
+    if (Path(folder) / FILE).is_file():
+        return Mixture.load(folder, resources)
+    return load_policy(folder, resources)
+
+
+def mixture_log_probability(parts: Tensor, weights: Sequence[float]) -> Tensor:
+    """log sum_k w_k exp(parts_k): parts [components, rows] of log pi_k(y | x) in nats, weights [components]; [rows]."""
+    return torch.logsumexp(parts + torch.tensor(weights, dtype=parts.dtype).log().unsqueeze(1), 0)
+
+
+def write_mixture(policies: Sequence[str | Path], lams: Sequence[float], out: Path) -> None:
+    """Copy policies to folder `out` as a mixture in equal parts; `lams` are their multipliers."""
+    names = [f"component-{k}" for k in range(len(policies))]
+    for name, policy in zip(names, policies, strict=True):
+        shutil.copytree(policy, out / name)
+    weights = [1 / len(names)] * len(names)
+    write_json(out / FILE, {"weights": weights, "components": names, "lambdas": list(lams)})

@@ -1,0 +1,111 @@
+"""What a search learns from the stages before it, and which starts it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dualign.core.artifacts import write_json, write_parquet
+from dualign.core.errors import ParamsError
+from dualign.core.params import DualSearchParams, MethodRow, load
+from dualign.data.schema import POOL, prompt_id, user
+from dualign.dual import slater_radius
+from dualign.methods import Plan, plan
+from stages import dual_search
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def params() -> DualSearchParams:
+    return load(DualSearchParams, ROOT / "params.yaml")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files of the stages before; the current one."""
+    monkeypatch.chdir(tmp_path)
+    write_json("data/dual/dual.json", {"lam": 0.8})
+    write_json("reports/metrics/safety_dpo/alone.json", {"lam": 1.25, "reference": "sft"})
+    return tmp_path
+
+
+def row_of(method: str, start: str, reference: str, **options: Any) -> Plan:
+    given = {"method": method, "start": start, "reference": reference, **options}
+    return plan("row", MethodRow.model_validate(given))
+
+
+STEPWISE = {"lam": 1.2, "reference": "reward_dpo/helpful"}
+
+
+def test_the_start_says_its_multiplier_and_whether_its_merge_is_naive(run: Path, params: DualSearchParams) -> None:
+    exact = row_of("p_sacpo", "safety_dpo/stepwise", "reward_dpo/helpful")
+    known = dual_search.outlook(exact, STEPWISE, params)
+    assert (known.lam_pool, known.lam_start, known.naive) == (0.8, 1.2, False)
+    naive = row_of("p_sacpo", "safety_dpo/alone", "reward_dpo/helpful")
+    assert dual_search.outlook(naive, {"lam": 1.25, "reference": "sft"}, params).naive
+
+
+def test_safety_first_takes_the_multiplier_of_its_first_step(run: Path, params: DualSearchParams) -> None:
+    swapped = row_of("sacpo", "reward_dpo/swapped", "safety_dpo/alone", rule="one_shot")
+    assert dual_search.outlook(swapped, {}, params).lam_start == 1.25
+    assert dual_search.trainings(swapped, {}) == 2
+
+
+def test_the_slater_radius_is_the_pools_or_the_given_one(run: Path, params: DualSearchParams) -> None:
+    rng = np.random.default_rng(0)
+    reward, cost = rng.normal(size=(6, 8)), rng.normal(size=(6, 8))
+    rows = [
+        {"prompt_id": prompt_id(user(f"q{x}")), "prompt": user(f"q{x}"), "sample": i, "response": "a", "tokens": [1],
+         "length": 1, "ended": True, "logp_ref": -1.0, "reward": reward[x, i], "cost": cost[x, i]}
+        for x in range(6) for i in range(8)
+    ]  # fmt: skip
+    write_parquet("data/scored/pool.parquet", rows, POOL)
+    pd_dpo = row_of("pd_dpo", "safety_dpo/stepwise", "reward_dpo/helpful")
+    expected = slater_radius(reward, cost, limit=params.limit, beta=params.beta, lambda_max=params.lambda_max)
+    assert dual_search.outlook(pd_dpo, STEPWISE, params).radius == pytest.approx(expected)
+    fixed = params.model_copy(update={"slater_radius": 3.5})
+    assert dual_search.outlook(pd_dpo, STEPWISE, fixed).radius == 3.5
+    grid = row_of("sacpo", "safety_dpo/stepwise", "reward_dpo/helpful")
+    assert dual_search.outlook(grid, STEPWISE, params).radius == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("row", "start", "count"),
+    [
+        (("sacpo", "safety_dpo/stepwise", "reward_dpo/helpful"), STEPWISE, 2),
+        (("p_sacpo", "safety_dpo/alone", "reward_dpo/helpful"), {}, 2),
+        (("sacpo", "safety_dpo/alone", "sft"), {}, 1),
+        (("mocan", "lagrangian_dpo/bernoulli", "sft"), {"reward": "reward_model", "cost": "cost_model"}, 1),
+        (("dualign", "lagrangian_dpo/anchored", "sft"), {}, 1),
+        (("pecan", "lagrangian_dpo/pecan", "sft"), {"reward": "reward_dpo/helpful", "cost": "safety_dpo/alone"}, 3),
+    ],
+)
+def test_every_aligned_policy_behind_a_start_is_counted(
+    row: tuple[str, str, str], start: dict[str, Any], count: int
+) -> None:
+    assert dual_search.trainings(row_of(*row), start) == count
+
+
+def test_a_start_on_other_scores_is_not_retrained() -> None:
+    start = {"reward": "reward_dpo/helpful", "cost": "safety_dpo/alone"}
+    dual_search._check_scores(row_of("pecan", "lagrangian_dpo/pecan", "sft"), start)
+    dual_search._check_scores(row_of("c_dpo", "lagrangian_dpo/bernoulli", "sft"), {})
+    with pytest.raises(ParamsError, match=r"methods\.row\.rule: 'dual_gradient' .* reward_dpo/helpful"):
+        dual_search._check_scores(row_of("c_dpo", "lagrangian_dpo/pecan", "sft"), start)
+
+
+@pytest.mark.parametrize(
+    ("start", "kept"),
+    [
+        ({}, {}),
+        ({"loss_type": "dpo", "clip": None}, {}),
+        ({"loss_type": "kto", "clip": None}, {"loss_type": "kto"}),
+        ({"loss_type": "dpo", "clip": 4.0}, {"clip": 4.0}),
+    ],
+)
+def test_a_search_keeps_the_loss_of_its_start(start: dict[str, Any], kept: dict[str, Any]) -> None:
+    assert dual_search._loss(start) == kept

@@ -1,0 +1,86 @@
+"""The method table: what a row of params may change, and what it may not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from dualign.core.errors import ParamsError
+from dualign.core.params import DualSearchParams, MethodName, MethodRow, load
+from dualign.methods import METHODS, plan
+
+ROOT = Path(__file__).resolve().parents[1]
+STARTS = {"safety": ("safety_dpo/one", "reward_dpo/helpful"), "lagrangian": ("lagrangian_dpo/one", "sft")}
+
+
+def row(method: str, **options: Any) -> MethodRow:
+    start, reference = STARTS[METHODS[method].inner]
+    return MethodRow.model_validate({"method": method, "start": start, "reference": reference, **options})
+
+
+def test_params_and_table_name_the_same_methods() -> None:
+    assert set(get_args(MethodName)) == set(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_without_options_is_the_published_method(name: str) -> None:
+    found = plan(name, row(name))
+    assert found.method == METHODS[name]
+    assert found.title == METHODS[name].title
+    assert (found.start, found.reference) == STARTS[METHODS[name].inner]
+
+
+def test_options_replace_the_methods_own_and_the_title_says_which_row_it_is() -> None:
+    found = plan("mine", row("pd_dpo", returns="mixture", cost="feedback", warm=True))
+    assert found.title == "PD-DPO (mine)"
+    assert (found.method.returns, found.method.cost, found.method.warm) == ("mixture", "feedback", True)
+    assert found.method.rule == "projected_subgradient"
+    assert plan("c", row("c_dpo", rule="grid")).method.rule == "grid"
+    assert plan("d", row("dualign", warm=False)).method.warm is False
+
+
+def test_the_published_settings() -> None:
+    """2505.19387: the dual gradient of C-DPO, warm from MoCAN's policy; 2405.19544: PeCAN is one-shot."""
+    caid, c_dpo, pecan = METHODS["caid"], METHODS["c_dpo"], METHODS["pecan"]
+    assert (caid.rule, caid.data, caid.warm) == (c_dpo.rule, c_dpo.data, True) and not c_dpo.warm
+    assert (pecan.rule, pecan.inner, pecan.returns) == ("one_shot", "lagrangian", "last")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "key"),
+    [
+        ("sacpo", {"rule": "merge"}, "rule"),
+        ("sacpo", {"rule": "newton"}, "rule"),
+        ("pd_dpo", {"rule": "dual_gradient"}, "rule"),
+        ("p_sacpo", {"rule": "grid"}, "rule"),
+        ("c_dpo", {"rule": "merge"}, "rule"),
+        ("sacpo", {"start": "lagrangian_dpo/one"}, "start"),
+        ("sacpo", {"start": "sft"}, "start"),
+        ("sacpo", {"start": "reward_dpo/swapped"}, "start"),
+        ("c_dpo", {"start": "safety_dpo/one"}, "start"),
+        ("sacpo", {"start": "reward_dpo/swapped", "rule": "one_shot"}, "reference"),
+        ("p_sacpo", {"returns": "mixture"}, "returns"),
+        ("sacpo", {"returns": "tail_average"}, "returns"),
+        ("mocan", {"returns": "mixture"}, "returns"),
+        ("p_sacpo", {"warm": True}, "warm"),
+        ("mocan", {"warm": True}, "warm"),
+        ("mocan", {"cost": "feedback"}, "cost"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_its_key(method: str, options: dict[str, Any], key: str) -> None:
+    with pytest.raises(ParamsError, match=rf"^methods\.mine\.{key}: ") as caught:
+        plan("mine", row(method, **options))
+    assert "\n" not in str(caught.value)
+
+
+def test_safety_first_is_one_shot() -> None:
+    found = plan("mine", row("sacpo", start="reward_dpo/swapped", reference="safety_dpo/alone", rule="one_shot"))
+    assert (found.start, found.reference) == ("reward_dpo/swapped", "safety_dpo/alone")
+
+
+@pytest.mark.parametrize("path", [ROOT / "params.yaml", *sorted((ROOT / "params").glob("*.yaml"))], ids=str)
+def test_every_row_of_a_shipped_file_is_accepted(path: Path) -> None:
+    rows = load(DualSearchParams, path).methods
+    assert rows and [plan(name, given).name for name, given in rows.items()] == list(rows)
