@@ -17,22 +17,28 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+import numpy as np
 from dvc.repo import Repo
 
+from dualign import exact
 from dualign.core.artifacts import read_json, replacing, write_json
 from dualign.core.errors import DualignError
-from dualign.core.params import EvaluateParams, load, read_yaml
+from dualign.core.params import EvaluateParams, load, load_resources
+from dualign.data.schema import ENUMERATED, POOL, read_table
+from dualign.evaluation import add_truth, finite_problem
+from dualign.scoring.scorers import Scorer
 from pipeline.dag import StageSpec, load_dag
 
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Stages that serve every method alike; their time is nobody's.
+ALLOWED = "(what the scorers allow)"
 SHARED = {"prepare", "sft", "reward_model", "cost_model", "score", "dual_init"}
 
 
@@ -102,9 +108,8 @@ def _ended(lab: Lab, name: str) -> Path:
 
 def rows_of(lab: Lab) -> Iterator[dict[str, Any]]:
     """One row for each evaluated policy of a seed: what the oracle says of it, and what it took."""
-    policies = load(EvaluateParams, lab.folder / "params.yaml").policies
-    limit = float(read_yaml(lab.folder / "params.yaml")["constraint"]["limit"])
-    for name, folder in policies.items():
+    params = load(EvaluateParams, lab.folder / "params.yaml")
+    for name, folder in params.policies.items():
         truth = read_json(lab.folder / "reports/metrics/evaluate" / f"{name}.json")
         best = truth["optimum"]
         yield {
@@ -112,12 +117,59 @@ def rows_of(lab: Lab) -> Iterator[dict[str, Any]]:
             "policy": name,
             "gap": truth["value_gap"],
             "relative_gap": truth["value_gap"] / (best["value"] - best["reference_value"]),
-            "excess": truth["true_cost"]["mean"] - limit,
-            "least_excess": truth["true_cost"]["low"] - limit,
+            "excess": truth["true_cost"]["mean"] - params.limit,
+            "least_excess": truth["true_cost"]["low"] - params.limit,
             "reward_share": truth["reward_share"],
             **{key: truth[key]["mean"] for key in ("true_reward", "true_cost", "grammatical", "displacement", "kl")},
             **_effort(lab, folder),
         }
+
+
+def allowed(lab: Lab) -> dict[str, Any]:
+    """What the learned scores allow: the exact tilt of pi_ref by them, at the multiplier where they meet the limit.
+
+    No training and no sampling: how far this is from the optimum is the error of reward and cost model alone. Other
+    text has the mean of their scores on what pi_ref wrote of it.
+    """
+    params = load(EvaluateParams, lab.folder / "params.yaml")
+    truth = finite_problem(read_table(lab.folder / "data/scored/enumerated.parquet", ENUMERATED), params.beta)
+    learned = replace(truth, reward=_scores(lab, "reward"), cost=_scores(lab, "cost"))
+    tables = (
+        learned.policy(exact.solve(learned, params.limit)),
+        truth.policy(exact.solve(truth, params.limit)),
+        truth.log_reference,
+    )
+    found, best, reference = map(truth.describe, tables)
+    gap = best["value"] - found["value"]
+    return {
+        "seed": lab.seed,
+        "policy": ALLOWED,
+        "gap": gap,
+        "relative_gap": gap / (best["value"] - reference["value"]),
+        "excess": found["cost"] - params.limit,
+        "least_excess": found["cost"] - params.limit,
+        "reward_share": (found["reward"] - reference["reward"]) / (best["reward"] - reference["reward"]),
+        "true_reward": found["reward"],
+        "true_cost": found["cost"],
+        "grammatical": 1 - float(np.exp(tables[0][:, -1]).mean()),
+        "displacement": None,
+        "kl": found["kl"],
+        **dict.fromkeys(("trainings", "generated_tokens", "seconds"), 0),
+    }
+
+
+def _scores(lab: Lab, name: str) -> np.ndarray:
+    """What the reward or cost model says of every grammatical answer, and last of other text, [prompts, answers]."""
+    resources, scored = load_resources(lab.folder / "params.yaml"), lab.folder / "data/scored"
+    answers = read_table(scored / "enumerated.parquet", ENUMERATED)
+    pool = add_truth(read_table(scored / "pool.parquet", POOL))
+    scorer = Scorer.load(lab.folder / "models" / f"{name}_model", resources)
+    scores = scorer.score(
+        answers["prompt"].tolist(), answers["response"].tolist(), batch_size=resources.scoring_batch_size
+    )
+    table = scores.reshape(answers["prompt_id"].nunique(), -1)
+    other = pool.loc[~pool["grammatical"].astype(bool), name]
+    return np.hstack([table, np.full((len(table), 1), other.mean() if len(other) else 0.0)])
 
 
 def _effort(lab: Lab, folder: str) -> dict[str, float]:
@@ -158,7 +210,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     heads = ["policy", "within", *(title for title, _, _ in _COLUMNS)]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     by_policy = {name: [row for row in rows if row["policy"] == name] for name in {row["policy"] for row in rows}}
-    for name, own in sorted(by_policy.items(), key=lambda item: _rank(item[1])):
+    for name, own in sorted(by_policy.items(), key=lambda item: (item[0] != ALLOWED, *_rank(item[1]))):
         cells = [_cell([row[key] for row in own], digits) for _, key, digits in _COLUMNS]
         lines.append(f"| {' | '.join([name, f'{sum(map(within, own))}/{len(own)}', *cells])} |")
     return lines
@@ -201,7 +253,8 @@ falls short of the exact constrained optimum in J = E[r*] − β KL; below 0 it 
 counts the seeds whose true cost is not above the limit beyond its 95 % confidence interval. `way in r*` is the way from
 the reference to the optimum in true reward. `displacement` is the mean log-ratio of reference samples: it falls as mass
 leaves what the reference says. Trainings, tokens and seconds are those of the policy's own steps and of those that it
-starts from; data, reference, reward and cost models and the pool serve all alike."""
+starts from; data, reference, reward and cost models and the pool serve all alike. *What the scorers allow* is no policy
+but arithmetic: the exact tilt of the reference by the learned scores, so its distance is the scorers' error alone."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -222,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DualignError, OSError) as error:
         log.error("%s", error)
         return 1
-    rows = [row for lab in done for row in rows_of(lab)]
+    rows = [row for lab in done for row in (*rows_of(lab), allowed(lab))]
     command = f"python -m bench.world --seeds {' '.join(map(str, given.seeds))} --params {given.params}"
     text = page(command, given.params, rows)
     write_json(given.out / "world.json", {"command": command, "rows": rows})

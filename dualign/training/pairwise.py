@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -86,7 +86,6 @@ def pairwise_trainer(
         **arguments(job),
         beta=inner.scale,
         max_length=None,
-        precompute_ref_log_probs=True,
         labels=inner.labels,
         anchor_weight=inner.anchor,
         anchor_beta=inner.beta,
@@ -156,6 +155,7 @@ class PairwiseConfig(DPOConfig):
     anchor_weight: float = field(default=0.0, metadata={"help": "Weight of the anchor to the soft value."})
     anchor_beta: float = field(default=1.0, metadata={"help": "KL weight beta inside the anchor."})
     nll_weight: float = field(default=0.0, metadata={"help": "Weight of the importance-weighted -log pi."})
+    precompute_ref_log_probs: bool = field(default=True, metadata={"help": "Always true: references are columns."})
     pair_loss: str = field(default="dpo", metadata={"help": "dpo, ipo or kto (`loss_type` holds TRL's own losses)."})
     reward_bound: float | None = field(default=None, metadata={"help": "Soft bound of the implicit rewards, or none."})
     undesirable_weight: float = field(default=1.0, metadata={"help": "KTO's weight of an undesirable answer."})
@@ -200,18 +200,29 @@ class _PairCollator(DataCollatorForPreference):
 class PairwiseTrainer(DPOTrainer):
     """DPO with reference columns, soft labels, anchors and NLL; IPO; KTO; see `dualign.losses`.
 
-    Reads the columns ref_chosen_logps, ref_rejected_logps (required), label (default 1), anchor_chosen,
-    anchor_rejected (default none), weight_chosen, weight_rejected (of the likelihood term,
-    default label and 1 - label), beside TRL's own. KTO requires desirable_chosen, desirable_rejected, mismatched_ids
-    and ref_mismatched_logps.
+    Takes a data set as `trl.DPOTrainer` does, and reads these columns beside TRL's own: ref_chosen_logps and
+    ref_rejected_logps (computed once under `ref_model`, or the model as it is passed, where they are missing), label
+    (P(chosen preferred), default 1), anchor_chosen, anchor_rejected (default none), weight_chosen, weight_rejected (of
+    the likelihood term, default label and 1 - label). KTO requires desirable_chosen, desirable_rejected,
+    mismatched_ids and ref_mismatched_logps. Raises ParamsError for other args than a `PairwiseConfig`.
     """
 
     _signature_columns: list[str]
+    data_collator: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        tokenizer = kwargs["processing_class"]
-        kwargs.setdefault("data_collator", _PairCollator(pad_token_id=tokenizer.pad_token_id))
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, model: str | Model, ref_model: PreTrainedModel | None = None, args: DPOConfig | None = None, **kwargs: Any
+    ) -> None:
+        if args is None:
+            raise ParamsError("PairwiseTrainer: args is missing; pass PairwiseConfig(output_dir=..., beta=...)")
+        if not isinstance(args, PairwiseConfig) or not args.precompute_ref_log_probs:
+            raise ParamsError(
+                "PairwiseTrainer: args must be a PairwiseConfig with precompute_ref_log_probs=True, since its losses "
+                "read reference log-probabilities from columns"
+            )
+        super().__init__(model, ref_model, args, **kwargs)
+        if type(self.data_collator) is DataCollatorForPreference:
+            self.data_collator = _PairCollator(**vars(self.data_collator))
         self._drawn = (-1, 0)  # step and part of the last draw of labels
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from dualign import losses
+from dualign import PairwiseConfig, PairwiseTrainer, losses
 from dualign.core.errors import DataError, DualignError, ParamsError
 from dualign.core.params import LoraParams, Resources, ScratchParams, TrainingParams, load_resources
 from dualign.data import world
@@ -391,6 +393,63 @@ def test_kto_refuses_pairs_that_it_cannot_use(tokenizer: PreTrainedTokenizerBase
         one_sided = [replace(p, desirable=(flag, flag)) for p in judged(tokenizer, model, plain)]
         with pytest.raises(DataError, match=f"every answer is {kind}"):
             pairwise(model, tokenizer, one_sided, job, Inner(1.0, 1.0, loss_type="kto"))
+
+
+# --- as a trainer of the user's own -----------------------------------------------------------------------------------
+
+
+def own_table(swapped: bool = False, **columns: list[float]) -> Dataset:
+    """A user's table: TRL's text columns, and more if given."""
+    sides = (ANSWERS[4:8], ANSWERS[:4]) if swapped else (ANSWERS[:4], ANSWERS[4:8])
+    return Dataset.from_dict({"prompt": [f"{QUESTION} "] * 4, "chosen": sides[0], "rejected": sides[1], **columns})
+
+
+def trained_on(table: Dataset, tokenizer: PreTrainedTokenizerBase, folder: Path, ours: bool) -> tuple[Any, list[float]]:
+    """Three steps of our trainer, or of TRL's own, from the same policy; returns its weights and losses."""
+    options: dict[str, Any] = {
+        "output_dir": str(folder), "beta": 0.5, "max_steps": 3, "per_device_train_batch_size": 4, "use_cpu": True,
+        "learning_rate": 1e-3, "report_to": "none", "bf16": False, "logging_steps": 1, "disable_tqdm": True,
+    }  # fmt: skip
+    args = PairwiseConfig(**options) if ours else DPOConfig(**options, precompute_ref_log_probs=True)
+    trainer = (PairwiseTrainer if ours else DPOTrainer)(
+        policy(tokenizer), args=args, train_dataset=table, processing_class=tokenizer
+    )
+    trainer.train()
+    return weights(trainer.model), [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_a_users_table_trains_as_with_stock_dpo(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Text columns, no reference columns."""
+    (left, ours), (right, stock) = (trained_on(own_table(), tokenizer, tmp_path, kind) for kind in (True, False))
+    assert ours == pytest.approx(stock, abs=1e-4) and ours[0] == pytest.approx(math.log(2), abs=1e-4) and ours[2] < 0.69
+    for name, tensor in left.items():
+        torch.testing.assert_close(tensor, right[name], atol=1e-4, rtol=1e-3)
+
+
+def test_a_label_column_turns_a_users_pairs_around(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    turned, _ = trained_on(own_table(label=[0.0] * 4), tokenizer, tmp_path, ours=True)
+    swapped, _ = trained_on(own_table(swapped=True), tokenizer, tmp_path, ours=True)
+    plain, _ = trained_on(own_table(), tokenizer, tmp_path, ours=True)
+    for name, tensor in turned.items():
+        torch.testing.assert_close(tensor, swapped[name], atol=1e-5, rtol=1e-3)
+    assert max(float((turned[name] - plain[name]).abs().max()) for name in turned) > 1e-3
+
+
+@pytest.mark.parametrize("args", [None, DPOConfig, PairwiseConfig])
+def test_a_trainer_without_reference_columns_is_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, args: type[DPOConfig] | None
+) -> None:
+    given = args and args(str(tmp_path), precompute_ref_log_probs=False, use_cpu=True, bf16=False)
+    with pytest.raises(DualignError, match="PairwiseTrainer: args"):
+        PairwiseTrainer(policy(tokenizer), args=given, train_dataset=own_table(), processing_class=tokenizer)
+
+
+def test_importing_the_library_loads_neither_torch_nor_trl() -> None:
+    code = (
+        "import sys, dualign; assert not {'torch', 'trl'} & set(sys.modules); dualign.PairwiseTrainer; dualign.nothing"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "module 'dualign' has no attribute 'nothing'" in done.stderr
 
 
 # --- supervised and scorer losses -------------------------------------------------------------------------------------
