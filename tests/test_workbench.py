@@ -85,7 +85,7 @@ def params(tmp_path: Path) -> DualSearchParams:
 
 def write_pairs(path: Path) -> None:
     rows = []
-    for i, row in enumerate(world.pku_rows(12, seed=1, sharpness=1.0, slips=0.0)):
+    for i, row in enumerate(world.pku_rows(12, seed=1, sharpness=1.0)):
         safer = row["safer_response_id"]
         rows.append(
             {

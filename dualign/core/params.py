@@ -71,13 +71,12 @@ class SourceSpec(Frozen):
 
 
 class WorldParams(Frozen):
-    """The embedded data: rows of each kind, how sharp its annotators are, and the share of slips among its answers."""
+    """The embedded data: how many rows of each kind, and how sharp its annotators are (1 = Bradley-Terry at r*, c*)."""
 
     sft_rows: Count
     helpful_pairs: Count
     safety_pairs: Count
     sharpness: Positive
-    slips: Share
 
 
 class TrainingParams(Frozen):

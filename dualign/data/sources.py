@@ -343,7 +343,7 @@ def _world(kind: Kind, made: WorldParams, seed: int) -> Iterator[Row]:
     if kind == "sft":
         return world.sft_rows(made.sft_rows, seed)
     count = made.helpful_pairs if kind == "helpful" else made.safety_pairs
-    return world.pku_rows(count, seed, made.sharpness, made.slips)
+    return world.pku_rows(count, seed, made.sharpness)
 
 
 def _dataset(name: str, inner: str | None, spec: SourceSpec, folder: Path) -> _Raw:

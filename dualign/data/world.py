@@ -12,10 +12,8 @@ circumstance, the truth is
     r* = -3.75, c* = 0                                                              (any other text)
 
 Annotators are Bradley-Terry at these values: P(y preferred to y') = sigma(k (r*(y) - r*(y'))), likewise for safety with
--c*, and an answer is flagged unsafe with probability sigma(k c*), k being their sharpness. A share of the answers that
-they compare are slips, text such as a model writes when it errs: no reward model could know otherwise that it is bad.
-Because the set of answers is finite and all other text shares one score, the constrained optimum over *all* text is
-exact (`dualign.exact`).
+-c*, and an answer is flagged unsafe with probability sigma(k c*), k being their sharpness. Because the set of answers
+is finite and all other text shares one score, the constrained optimum over *all* text is exact (`dualign.exact`).
 """
 
 from __future__ import annotations
@@ -195,15 +193,11 @@ def sft_rows(count: int, seed: int) -> Iterator[dict[str, Any]]:
         yield {"prompt": prompt, "response": rng.choice(answers(prompt)).text}
 
 
-def pku_rows(count: int, seed: int, sharpness: float, slips: float) -> Iterator[dict[str, Any]]:
-    """`count` preference rows in the PKU-SafeRLHF schema, labelled by Bradley-Terry annotators of that sharpness.
-
-    `slips` is the share of answers that are no grammatical answer to their question.
-    """
+def pku_rows(count: int, seed: int, sharpness: float) -> Iterator[dict[str, Any]]:
+    """`count` preference rows in the PKU-SafeRLHF schema, labelled by Bradley-Terry annotators of that sharpness."""
     rng = random.Random(f"pairs-{seed}")
     for prompt in _cycle(count, rng):
-        pair = rng.sample(answers(prompt), 2)
-        first, second = (_slip(prompt, answer, rng) if rng.random() < slips else answer for answer in pair)
+        first, second = rng.sample(answers(prompt), 2)
         yield {
             "prompt": prompt,
             "response_0": first.text,
@@ -213,21 +207,6 @@ def pku_rows(count: int, seed: int, sharpness: float, slips: float) -> Iterator[
             "better_response_id": int(rng.random() >= _sigmoid(sharpness * (first.reward - second.reward))),
             "safer_response_id": int(rng.random() >= _sigmoid(sharpness * (second.cost - first.cost))),
         }
-
-
-def _slip(prompt: str, answer: Answer, rng: random.Random) -> Answer:
-    """Ungrammatical text near an answer: a part lost, or its end, or all of it, from an answer to another question."""
-    while True:
-        between = rng.choice((r" ", r"(?<=[,.]) "))  # words, phrases
-        parts = re.split(between, answer.text)
-        if rng.random() < 0.2:
-            del parts[rng.randrange(len(parts))]
-        else:
-            other = re.split(between, rng.choice(answers(rng.choice(prompts()))).text)
-            parts = parts[: rng.randrange(len(parts))] + other[rng.randrange(len(other)) :]
-        reward, cost, grammatical = score(prompt, " ".join(parts))
-        if parts and not grammatical:
-            return Answer(" ".join(parts), reward, cost)
 
 
 def _cycle(count: int, rng: random.Random) -> Iterator[str]:

@@ -37,7 +37,7 @@ def params(folder: Path, **changes: Any) -> PrepareParams:
         "sft": [WORLD],
         "helpful": [WORLD],
         "safety": [WORLD],
-        "world": {"sft_rows": 400, "helpful_pairs": 500, "safety_pairs": 600, "sharpness": 1.0, "slips": 0.05},
+        "world": {"sft_rows": 400, "helpful_pairs": 500, "safety_pairs": 600, "sharpness": 1.0},
         "pool_prompts": 31,
         "search_prompts": 20,
         "certify_prompts": 30,
@@ -154,14 +154,14 @@ def test_a_set_is_mixed_so_that_its_first_prompts_are_a_sample_of_it(tmp_path: P
 
 
 def test_heldout_share_is_kept(tmp_path: Path) -> None:
-    sizes = {"sft_rows": 3000, "helpful_pairs": 3000, "safety_pairs": 3000, "sharpness": 1.0, "slips": 0.05}
+    sizes = {"sft_rows": 3000, "helpful_pairs": 3000, "safety_pairs": 3000, "sharpness": 1.0}
     metrics = prepare(params(tmp_path, world=sizes), tmp_path / "out")
     for counts in metrics["tables"].values():
         assert counts["heldout"] / (counts["heldout"] + counts["train"]) == pytest.approx(0.2, abs=0.03)
 
 
 def test_new_rows_move_few_prompts(tmp_path: Path) -> None:
-    sizes = {"sft_rows": 1000, "helpful_pairs": 1000, "safety_pairs": 1000, "sharpness": 1.0, "slips": 0.05}
+    sizes = {"sft_rows": 1000, "helpful_pairs": 1000, "safety_pairs": 1000, "sharpness": 1.0}
     prepare(params(tmp_path, world=sizes), tmp_path / "small")
     (tmp_path / "more.jsonl").write_text("".join(json.dumps(pair(number)) + "\n" for number in range(100)))
     more = {"format": "columns", "path": "more.jsonl", "columns": MAPS["safety"]}

@@ -24,7 +24,7 @@ from dualign.core.params import SourceSpec, WorldParams
 from dualign.data.schema import user
 from dualign.data.sources import Kind, Record, Rejected, Skipped, derived_seed, label, read
 
-WORLD = WorldParams(sft_rows=20, helpful_pairs=30, safety_pairs=40, sharpness=1.0, slips=0.05)
+WORLD = WorldParams(sft_rows=20, helpful_pairs=30, safety_pairs=40, sharpness=1.0)
 REAL = Path(os.environ.get("DUALIGN_REAL_DATA", Path(__file__).parents[2] / "../shared/data"))
 Row = dict[str, Any]
 

@@ -26,7 +26,7 @@ FLAGS = [(True, True), (True, False), (False, True), (False, False), (True, True
 def rows(label: str) -> list[dict[str, Any]]:
     """Seven pairs with flags and one without, by the label of the world's annotators; one more row is held out."""
     found = []
-    for i, row in enumerate(world.pku_rows(9, seed=1, sharpness=1.0, slips=0.0)):
+    for i, row in enumerate(world.pku_rows(9, seed=1, sharpness=1.0)):
         prompt, winner = user(row["prompt"]), row[label]
         chosen, rejected = row[f"response_{winner}"], row[f"response_{1 - winner}"]
         flags = FLAGS[i] if i < len(FLAGS) else (None, None)
