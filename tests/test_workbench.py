@@ -238,7 +238,7 @@ def test_a_round_compares_trains_both_policies_and_counts_what_it_took(
     quick: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path
 ) -> None:
     bench = online_bench(quick, resources, inputs, tmp_path)
-    last, measured = rounds(bench)
+    measured = rounds(bench)[1]
     fresh = [Preferences.read(tmp_path / f"step-{k}/fresh") for k in (1, 2)]
     assert all(0 < len(tables.helpful) == len(tables.safety) <= 8 for tables in fresh)
     assert set(fresh[1].safety["source"]) == {"round-2"}
