@@ -180,8 +180,7 @@ def _effort(lab: Lab, folder: str) -> dict[str, float]:
     trained, tokens = sum("_dpo" in name.partition("@")[0] for name in own), 0
     if writer.startswith("dual_search@"):
         search = read_json(lab.folder / "reports/search" / f"{writer.partition('@')[2]}.json")
-        trained += sum(step["trained"] for step in search["steps"])
-        tokens = search["generated_tokens"]
+        trained, tokens = search["trainings"], search["generated_tokens"]  # a round trains two policies
     return {"trainings": trained, "generated_tokens": tokens, "seconds": seconds}
 
 

@@ -73,6 +73,16 @@ def bonus(features: Tensor, precision: Tensor, scale: float) -> Tensor:
     return scale * ((phi @ precision) * phi).sum(1).clamp(min=0).sqrt()
 
 
+def spread(chosen: Tensor, rejected: Tensor, ridge: float) -> float:
+    """Mean of | ||phi(y)|| - ||phi(y')|| | in the norm of Sigma^{-1}, Sigma of these pairs: their bonus gap at alpha 1.
+
+    chosen, rejected: features of both answers of each pair, [pairs, d]. A pairwise loss reads a bonus by its gap within
+    a pair; its mean says little, since what all answers have in common is in no difference and so never explored.
+    """
+    norm = precision(chosen - rejected, ridge)
+    return float((bonus(chosen, norm, 1.0) - bonus(rejected, norm, 1.0)).abs().mean())
+
+
 def _pooled(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], starts: list[int]
 ) -> Tensor:

@@ -3,9 +3,11 @@
 | column    | choices                                                                                            |
 |-----------|----------------------------------------------------------------------------------------------------|
 | inner     | `safety`: DPO on safety pairs, coefficient beta / lambda to pi_r; `lagrangian`: joint labels       |
-|           | sigma(Delta r - lambda Delta c), coefficient beta to pi_ref (label mode and weights: in params)    |
+|           | sigma(Delta r - lambda Delta c), coefficient beta to pi_ref (label mode and weights: in params);   |
+|           | `policy_gradient`: REINFORCE on r - lambda c of its own answers, from pi_ref                       |
 | rule      | how the next multiplier is found (see `dualign.search`)                                            |
-| data      | `safety_pairs`, `scored_pairs`, or the `pool` of reference samples                                 |
+| data      | `safety_pairs`; these and `fresh_pairs` of every policy against the reference; `scored_pairs`; the |
+|           | `pool` of reference samples; or its `prompts` alone                                                |
 | returns   | the `last` policy; the `best`: the most rewarding one within the limit; the `mixture` of all; or   |
 |           | one trained at the `tail_average`, the mean of the last half of the multipliers                    |
 | warm      | whether each training goes on from the policy before, or starts at the reference                   |
@@ -24,11 +26,17 @@ from dualign.core.params import CostSource, MethodName, MethodRow, Returns, Rule
 
 #: Rules that train again and again, each time at a multiplier that the cost of the policy before asks for.
 ITERATIVE = ("dual_gradient", "projected_subgradient", "newton")
-#: Rules that each inner loss can follow: the safety loss divides by lambda, so its multipliers must stay off zero.
+#: Rules that each inner loss can follow: the safety loss divides by lambda, so its multipliers must stay off zero; a
+#: policy gradient moves lambda itself.
 _RULES = {
     "safety": ("grid", "one_shot", "projected_subgradient"),
     "lagrangian": ("grid", "one_shot", *ITERATIVE),
+    "policy_gradient": ("ascent",),
 }
+#: Methods that follow one of these alone: a merge trains nothing, and a round of comparisons is PD-DPO's.
+_ONLY = {"p_sacpo": ("merge",), "o_pd_dpo": ("projected_subgradient",)}
+#: Where the policy at the first multiplier may lie.
+_STARTS = {"safety": ["safety_dpo/..."], "lagrangian": ["lagrangian_dpo/..."], "policy_gradient": ["sft"]}
 
 
 @dataclass(frozen=True)
@@ -38,25 +46,27 @@ class Method:
     name: MethodName
     title: str
     source: str
-    inner: Literal["safety", "lagrangian"]
+    inner: Literal["safety", "lagrangian", "policy_gradient"]
     rule: Rule
-    data: Literal["safety_pairs", "scored_pairs", "pool"]
+    data: Literal["safety_pairs", "fresh_pairs", "scored_pairs", "pool", "prompts"]
     returns: Returns
     warm: bool = False
     cost: CostSource = "model"
 
 
-_SACPO, _CAN = "2404.11049", "2405.19544"
+_SACPO, _PD_DPO, _CAN = "2404.11049", "2510.05703", "2405.19544"
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("sacpo", "SACPO", _SACPO, "safety", "grid", "safety_pairs", "best"),
         Method("p_sacpo", "P-SACPO", _SACPO, "safety", "merge", "safety_pairs", "best"),
         Method("c_dpo", "C-DPO", "2403.02475", "lagrangian", "dual_gradient", "scored_pairs", "best"),
-        Method("pd_dpo", "PD-DPO", "2510.05703", "safety", "projected_subgradient", "safety_pairs", "last"),
+        Method("pd_dpo", "PD-DPO", _PD_DPO, "safety", "projected_subgradient", "safety_pairs", "last"),
+        Method("o_pd_dpo", "O-PD-DPO", _PD_DPO, "safety", "projected_subgradient", "fresh_pairs", "last"),
         Method("mocan", "MoCAN", _CAN, "lagrangian", "one_shot", "scored_pairs", "last"),
         Method("pecan", "PeCAN", _CAN, "lagrangian", "one_shot", "scored_pairs", "last"),
         Method("caid", "CAID", "2505.19387", "lagrangian", "dual_gradient", "scored_pairs", "last", warm=True),
+        Method("safe_rlhf", "Safe RLHF", "2310.12773", "policy_gradient", "ascent", "prompts", "last"),
         Method("dualign", "dualign (ours)", "docs/methods.md", "lagrangian", "newton", "pool", "best", warm=True),
     )
 }
@@ -89,21 +99,18 @@ def plan(name: str, row: MethodRow) -> Plan:
 
 def _problems(method: Method, row: MethodRow) -> list[str]:
     """Each key that does not go with the others, and why."""
-    rules = ("merge",) if method.name == "p_sacpo" else _RULES[method.inner]
-    stages = {"safety": ["safety_dpo"], "lagrangian": ["lagrangian_dpo"]}[method.inner]
+    rules = _ONLY.get(method.name, _RULES[method.inner])
+    starts = list(_STARTS[method.inner])
     if method.inner == "safety" and method.rule == "one_shot":
-        stages.append("reward_dpo")  # safety first, then helpfulness: nothing can be retrained at another multiplier
+        starts.append("reward_dpo/...")  # safety first, then helpfulness: no other multiplier can be trained from there
     iterates = method.rule in ITERATIVE
     checks = {
         "rule": (method.rule in rules, f"{method.rule!r} does not go with {method.name}; one of {', '.join(rules)}"),
         "start": (
-            row.start.partition("/")[0] in stages,
-            f"{row.start!r} is not trained with the loss of {method.name}; one of {'/..., '.join(stages)}/...",
+            row.start.partition("/")[0] in [start.partition("/")[0] for start in starts],
+            f"{row.start!r} is not where {method.name} starts; one of {', '.join(starts)}",
         ),
-        "reference": (
-            not row.start.startswith("reward_dpo") or row.reference.startswith("safety_dpo/"),
-            f"{row.reference!r} is no safe policy; a start in reward_dpo/ goes on from one in safety_dpo/...",
-        ),
+        "reference": _reference(method, row),
         "returns": (
             iterates or method.returns in ("last", "best"),
             f"{method.returns!r} needs a rule that trains again and again, not {method.rule!r}; last or best",
@@ -113,8 +120,17 @@ def _problems(method: Method, row: MethodRow) -> list[str]:
             f"rule {method.rule!r} trains nothing that could go on from the policy before; leave it out",
         ),
         "cost": (
-            method.cost == "model" or method.rule != "one_shot",
-            "rule 'one_shot' looks at no cost, so labels would be spent on nothing; leave it out",
+            method.cost == "model" or method.rule not in ("one_shot", "ascent"),
+            f"rule {method.rule!r} does not go by this cost, so labels would be spent on nothing; leave it out",
         ),
     }
     return [f"{key}: {problem}" for key, (holds, problem) in checks.items() if not holds]
+
+
+def _reference(method: Method, row: MethodRow) -> tuple[bool, str]:
+    """Whether the reference goes with the start, and what to name if not."""
+    if method.inner == "policy_gradient":
+        return row.reference == "sft", f"{row.reference!r} is not where {method.name} starts, its reference; name sft"
+    swapped = row.start.startswith("reward_dpo")
+    problem = f"{row.reference!r} is no safe policy; a start in reward_dpo/ goes on from one in safety_dpo/..."
+    return not swapped or row.reference.startswith("safety_dpo/"), problem

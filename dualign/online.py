@@ -13,7 +13,8 @@ it had never stopped.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -106,10 +107,8 @@ def preference_tables(compared: pd.DataFrame, source: str) -> Preferences:
 
     Safety flags are null: the pairs were compared, not flagged.
     """
-    flags = {"chosen_is_safe": None, "rejected_is_safe": None}
     return Preferences(
-        _table(compared, compared["first_more_helpful"], source),
-        _table(compared, compared["first_safer"], source).assign(**flags),
+        _table(compared, compared["first_more_helpful"], source), _table(compared, compared["first_safer"], source)
     )
 
 
@@ -125,6 +124,8 @@ def _table(compared: pd.DataFrame, first_wins: pd.Series, source: str) -> pd.Dat
             "rejected": rejected,
             "source": source,
             "split": "train",
+            "chosen_is_safe": None,
+            "rejected_is_safe": None,
         }
     )
 
@@ -134,13 +135,26 @@ def _table(compared: pd.DataFrame, first_wins: pd.Series, source: str) -> pd.Dat
 
 @dataclass(frozen=True)
 class Bonuses:
-    """How bonuses are computed: gamma, alpha_r, alpha_c, and the width of the projection (None: no projection)."""
+    """How bonuses are computed: gamma, two scales, and the width of the projection (None: no projection).
+
+    A scale is the mean gap of a bonus within the pairs that are observed first, in units of reward and of cost. It
+    fixes alpha_r and alpha_c, which stay as they are while pairs come in: the same scale suits any model and any data.
+    """
 
     ridge: float
     reward_scale: float
     cost_scale: float
     dimension: int | None
     seed: int
+
+
+@dataclass
+class _Seen:
+    """Differences of features of one kind of pairs, [pairs, d] of each call, and the alpha that the first fixed."""
+
+    scale: float
+    alpha: float = math.nan
+    differences: list[Tensor] = field(default_factory=list)
 
 
 class Exploration:
@@ -150,21 +164,21 @@ class Exploration:
         self, reference: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int, bonuses: Bonuses
     ) -> None:
         self._reference, self._tokenizer, self._batch_size, self._bonuses = reference, tokenizer, batch_size, bonuses
-        self._helpful: list[Tensor] = []  # differences of features, [pairs, d] of each call
-        self._safety: list[Tensor] = []
+        self._helpful, self._safety = _Seen(bonuses.reward_scale), _Seen(bonuses.cost_scale)
 
     def observe(self, data: Preferences) -> None:
-        """Count in the pairs of a table: the offline ones first, then those of each round."""
+        """Count in the pairs of a table: the offline ones first, which fix both alphas, then those of each round."""
         for seen, frame in ((self._helpful, data.helpful), (self._safety, data.safety)):
             if len(frame):
-                seen.append(self._differences(frame))
+                chosen, rejected = self._both(frame)
+                if not seen.differences:
+                    seen.alpha = seen.scale / exploration.spread(chosen, rejected, self._bonuses.ridge)
+                seen.differences.append(chosen - rejected)
 
     def optimism(self, prompts: list[list[int]], answers: list[list[int]], lam: float) -> Tensor:
         """b_r + lambda b_c of each answer (token ids), fp64 [answers], in units of reward."""
-        phi, given = self._features(prompts, answers), self._bonuses
-        reward = exploration.bonus(phi, self._precision(self._helpful), given.reward_scale)
-        cost = exploration.bonus(phi, self._precision(self._safety), given.cost_scale)
-        return reward + lam * cost
+        phi = self._features(prompts, answers)
+        return self._bonus(phi, self._helpful) + lam * self._bonus(phi, self._safety)
 
     def _features(self, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
         phi = exploration.features(self._reference, self._tokenizer, prompts, answers, self._batch_size)
@@ -172,14 +186,16 @@ class Exploration:
             return phi
         return phi @ exploration.projection(phi.shape[1], self._bonuses.dimension, self._bonuses.seed)
 
-    def _differences(self, frame: pd.DataFrame) -> Tensor:
+    def _both(self, frame: pd.DataFrame) -> tuple[Tensor, Tensor]:
+        """Features of the chosen and of the rejected answers."""
         prompts = encode_prompts(self._tokenizer, frame["prompt"].tolist())
         answers = encode_answers(self._tokenizer, [*frame["chosen"], *frame["rejected"]])
         chosen, rejected = self._features(prompts * 2, answers).chunk(2)
-        return chosen - rejected
+        return chosen, rejected
 
-    def _precision(self, seen: list[Tensor]) -> Tensor:
-        return exploration.precision(torch.cat(seen), self._bonuses.ridge)
+    def _bonus(self, phi: Tensor, seen: _Seen) -> Tensor:
+        norm = exploration.precision(torch.cat(seen.differences), self._bonuses.ridge)
+        return exploration.bonus(phi, norm, seen.alpha)
 
 
 # --- what both phases train on ----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ class Step:
     """One policy of a search: its multiplier (for a merge the one it stands for), folder and measurement.
 
     `closing` marks the policy made after the search from all its steps: their mixture (its multiplier is their mean),
-    or the one trained at the tail average.
+    or the one trained at the tail average. `course` is that of an ascent; see `Ascent`.
     """
 
     step: int
@@ -37,6 +37,20 @@ class Step:
     trained: bool
     measured: Measurement
     closing: bool = False
+    course: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """A policy whose training moved lambda itself: its folder, the last lambda, and its course.
+
+    The course has a row for each stretch of the training: its last `step`, and the means of `lam`, `cost`, `reward` and
+    `kl` (nats an answer) over it.
+    """
+
+    policy: str
+    lam: float
+    course: list[dict[str, float]]
 
 
 class Workbench(Protocol):
@@ -44,6 +58,10 @@ class Workbench(Protocol):
 
     def train(self, step: int, lam: float, warm: Step) -> str:
         """Train a policy at `lam`; return its folder."""
+        ...
+
+    def ascend(self, step: int) -> Ascent:
+        """Train a policy and lambda by turns, from the start."""
         ...
 
     def merge(self, step: int, q: float) -> str:
@@ -137,6 +155,11 @@ def _one_shot(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook)
     return None
 
 
+def _ascent(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
+    """One training, which moves lambda itself from where it begins."""
+    return outlook.lam_start if len(steps) == 1 else None
+
+
 def _dual_gradient(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
     last = steps[-1]
     if _within_noise(last, params):
@@ -185,6 +208,7 @@ def _merge(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) ->
 _RULES: dict[str, Rule] = {
     "grid": _grid,
     "one_shot": _one_shot,
+    "ascent": _ascent,
     "dual_gradient": _dual_gradient,
     "projected_subgradient": _projected_subgradient,
     "newton": _newton,
@@ -272,6 +296,7 @@ def summary(
         for s in steps
     ]
     chosen, method = choose(plan, steps, params), plan.method
+    each = 2 if method.data == "fresh_pairs" and params.online.retrain_reward else 1  # pi_r beside the policy
     found = {
         "name": plan.name,
         "method": method.name,
@@ -282,11 +307,14 @@ def summary(
         "steps": rows,
         "chosen": chosen,
         "feasible": feasible(steps[chosen], params),
-        "trainings": before + sum(step.trained for step in steps),
+        "trainings": before + each * sum(step.trained for step in steps),
         "generated_tokens": sum(step.measured.generated_tokens for step in steps),
         "labels": sum(step.measured.labels for step in steps),
+        "comparisons": sum(step.measured.comparisons for step in steps),
         "stopped": stopped,
     }
+    if method.rule == "ascent":
+        return found | {"course": steps[-1].course}
     if method.rule != "projected_subgradient":
         return found
     return found | {
@@ -300,6 +328,10 @@ def _advance(plan: Plan, steps: Sequence[Step], proposed: float, outlook: Outloo
     if plan.method.rule == "merge":
         policy, lam = bench.merge(number, proposed), merge_multiplier(proposed, outlook.lam_start, outlook.naive)
         return Step(number, lam, proposed, policy, False, bench.measure(number, policy))
+    if plan.method.rule == "ascent":
+        made = bench.ascend(number)
+        measured = bench.measure(number, made.policy)
+        return Step(number, made.lam, None, made.policy, True, measured, course=made.course)
     policy = bench.train(number, proposed, steps[-1])
     return Step(number, proposed, None, policy, True, bench.measure(number, policy))
 

@@ -1,4 +1,4 @@
-"""What a search needs done: train a policy at a multiplier, merge or mix policies, measure one on its own answers."""
+"""What a search needs done: train a policy, merge or mix policies, measure one on its own answers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 
 from dualign import dual
-from dualign.core.artifacts import replacing, write_parquet
-from dualign.core.params import DualSearchParams, InnerParams, Resources
+from dualign.core.artifacts import read_json, replacing, write_json, write_parquet
+from dualign.core.errors import ParamsError
+from dualign.core.params import DualSearchParams, InnerParams, Resources, TrainingParams
 from dualign.data.schema import ANSWERS, POOL, SAFETY_PAIRS, SCORED_PAIRS, read_table
-from dualign.labelling import log_odds, vote
+from dualign.labelling import compare, log_odds, vote
 from dualign.lm.mixture import policy_at, write_mixture
 from dualign.lm.models import load_policy, save, with_lora
 from dualign.losses import lagrangian_scale
@@ -21,14 +24,19 @@ from dualign.measure.rollout import Judges, measure, roll_out
 from dualign.measure.stats import Measurement, clustered_mean
 from dualign.merge import merge
 from dualign.methods import Plan
+from dualign.online import Bonuses, Exploration, Preferences, collect, phase_one, phase_two, preference_tables, union
 from dualign.pairs import lagrangian_pairs, pool_pairs, pool_values, preference_pairs, samples_of, visited
-from dualign.search import Step
+from dualign.search import Ascent, Step
 from dualign.training.pairwise import Inner, Pair, train_pairwise
-from dualign.training.run import Job
+from dualign.training.policy_gradient import PolicyGradient, train_policy_gradient
+from dualign.training.run import Job, Model
 
 #: pairs at a multiplier, given the step's folder and the step before; and the inner loss at that multiplier
 PairSource = Callable[[float, Path, Step], list[Pair]]
 InnerAt = Callable[[float], Inner]
+
+#: Rows of an ascent's course at most: what a chart can show.
+_COURSE = 50
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,8 @@ class PolicyBench:
         self._loss = loss or {}
         self._weights, self._prompts, self._scratch, self._inputs = inner, prompts, scratch, inputs or Inputs()
         self._judges = Judges.load(resources, self._inputs.models)
-        self._pairs, self._inner = self._sources()
+        if self._method.inner != "policy_gradient":
+            self._pairs, self._inner = self._sources()
 
     @property
     def start(self) -> str:
@@ -71,17 +80,29 @@ class PolicyBench:
 
     def train(self, step: int, lam: float, warm: Step) -> str:
         """Train at `lam` from the reference, or from the policy before for a warm-started method."""
-        folder = self._folder(step)
-        out = folder / "policy"
-        if out.is_dir():  # trained before an interruption
-            return str(out)
-        begin = Path(warm.policy) if self._method.warm else self._inputs.models / self._plan.reference
-        policy = with_lora(load_policy(begin, self._resources), self._params.lora)
-        job = Job(self._params.training, self._resources, folder / "checkpoints", self._params.seed + step)
-        train_pairwise(policy, self._judges.tokenizer, self._pairs(lam, folder, warm), self._inner(lam), job)
-        with replacing(out) as temporary:
-            save(policy, self._judges.tokenizer, temporary)
+        out = self._folder(step) / "policy"
+        if not out.is_dir():  # or it was trained before an interruption
+            pairs = self._pairs(lam, self._folder(step), warm)
+            begin = Path(warm.policy) if self._method.warm else self._helpful(step)
+            self._fit(begin, pairs, self._inner(lam), self._params.seed + step, out)
         return str(out)
+
+    def ascend(self, step: int) -> Ascent:
+        """Train by the policy gradient on all prompts of the pool, from the start."""
+        out, course = self._folder(step) / "policy", self._folder(step) / "course.json"
+        if not out.is_dir():
+            seed = self._params.seed + step
+            policy = self._adaptable(Path(self.start), seed)
+            job = Job(self._gradient_training(), self._resources, out.with_name("policy-checkpoints"), seed)
+            pool = read_table(self._inputs.scored / "pool.parquet", POOL).drop_duplicates("prompt_id")
+            judges = self._judges
+            found = train_policy_gradient(
+                policy, judges.tokenizer, pool["prompt"].tolist(), judges.reward, judges.cost, self._gradient(), job
+            )
+            write_json(course, {"lam": found["lambda"], "tokens": found["generated_tokens"], "course": found["course"]})
+            self._save(policy, out)
+        made = read_json(course)
+        return Ascent(str(out), made["lam"], stretches(made["course"], _COURSE))
 
     def merge(self, step: int, q: float) -> str:
         """(1 - q) pi_r + q start."""
@@ -98,7 +119,7 @@ class PolicyBench:
         return str(out)
 
     def measure(self, step: int, policy: str) -> Measurement:
-        """On-policy estimates on the search prompts; the tokens of a refresh count as generated.
+        """On-policy estimates on the search prompts, and what the policy's own training took in tokens and comparisons.
 
         The answers are kept, since people may be asked about them before the search can go on.
         """
@@ -107,11 +128,17 @@ class PolicyBench:
             params = self._params
             write_parquet(path, self._roll_out(policy, self._prompts, params.samples_per_prompt, params.seed), ANSWERS)
         answers = read_table(path, ANSWERS)
-        measured = measure(answers)
-        refresh = self._folder(step) / "refresh.parquet"
-        extra = int(read_table(refresh, ANSWERS)["length"].sum()) if refresh.is_file() else 0
-        measured = replace(measured, generated_tokens=measured.generated_tokens + extra)
+        measured, (tokens, comparisons) = measure(answers), self._spent(self._folder(step))
+        measured = replace(measured, generated_tokens=measured.generated_tokens + tokens, comparisons=comparisons)
         return self._by_feedback(measured, answers, step) if self._method.cost == "feedback" else measured
+
+    @staticmethod
+    def _spent(folder: Path) -> tuple[int, int]:
+        """Tokens generated and pairs compared for the training of a step."""
+        refresh, course, fresh = folder / "refresh.parquet", folder / "course.json", folder / "fresh"
+        tokens = int(read_table(refresh, ANSWERS)["length"].sum()) if refresh.is_file() else 0
+        tokens += read_json(course)["tokens"] if course.is_file() else 0
+        return tokens, len(Preferences.read(fresh).helpful) if fresh.is_dir() else 0
 
     def _by_feedback(self, measured: Measurement, answers: pd.DataFrame, step: int) -> Measurement:
         """The cost by labels of the answers to the first prompts: the mean log-odds of their votes, by prompt."""
@@ -131,6 +158,22 @@ class PolicyBench:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def _adaptable(self, folder: Path, seed: int) -> Model:
+        """The policy in a folder, with adapters where params ask for them; new ones are the same for the same seed."""
+        torch.manual_seed(seed)
+        return with_lora(load_policy(folder, self._resources), self._params.lora)
+
+    def _fit(self, begin: Path, pairs: Sequence[Pair], inner: Inner, seed: int, out: Path) -> None:
+        """Train the policy in `begin` on pairs and save it in `out`; checkpoints lie beside it."""
+        policy = self._adaptable(begin, seed)
+        job = Job(self._params.training, self._resources, out.with_name(f"{out.name}-checkpoints"), seed)
+        train_pairwise(policy, self._judges.tokenizer, pairs, inner, job)
+        self._save(policy, out)
+
+    def _save(self, policy: Model, out: Path) -> None:
+        with replacing(out) as temporary:
+            save(policy, self._judges.tokenizer, temporary)
+
     def _roll_out(self, policy: str, prompts: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
         model = policy_at(policy, self._resources)
         return roll_out(
@@ -142,7 +185,8 @@ class PolicyBench:
     def _sources(self) -> tuple[PairSource, InnerAt]:
         beta, weights = self._params.beta, self._weights
         if weights is None:
-            return self._safety_source(), lambda lam: Inner(scale=beta / lam, beta=beta, **self._loss)
+            source = self._fresh_source() if self._method.data == "fresh_pairs" else self._safety_source()
+            return source, lambda lam: Inner(scale=beta / lam, beta=beta, **self._loss)
         source = self._pool_source() if self._method.data == "pool" else self._scored_source()
         return source, lambda lam: Inner(beta * self._scale(lam), beta, weights.labels, weights.anchor, weights.nll)
 
@@ -199,3 +243,95 @@ class PolicyBench:
             seed = self._params.seed + 1000 * (warm.step + 1)
             write_parquet(path, self._roll_out(warm.policy, prompts, self._params.refresh_samples, seed), ANSWERS)
         return read_table(path, ANSWERS)
+
+    # --- rounds of comparisons ----------------------------------------------------------------------------------------
+
+    def _fresh_source(self) -> PairSource:
+        """O-PD-DPO (2510.05703, alg. 2): each training is a round of `dualign.online`, on the pairs of all rounds.
+
+        Of the offline pairs those count that a run would reach without fresh ones. What a round makes (answers,
+        labelled pairs, pi_r) is kept in its folder, and everything else follows from it.
+        """
+        params, judges = self._params, self._judges
+        batch = self._resources.scoring_batch_size
+        offline = Preferences.read(self._inputs.prepared).visited(params.training, params.seed)
+
+        def source(lam: float, folder: Path, warm: Step) -> list[Pair]:
+            step = warm.step + 1
+            self._compare(folder, warm)
+            seen = [offline, *(Preferences.read(self._folder(k) / "fresh") for k in range(1, step + 1))]
+            data = union(*seen)
+            if params.online.retrain_reward and not (folder / "helpful").is_dir():
+                pairs = phase_one(data, judges.reference, judges.tokenizer, batch)
+                plain = Inner(scale=params.beta, beta=params.beta)
+                self._fit(self._helpful(warm.step), pairs, plain, params.seed + step, folder / "helpful")
+            helpful = load_policy(self._helpful(step), self._resources)
+            explored = self._explored(seen)
+            return phase_two(data, helpful, judges.tokenizer, batch, explored, lam=lam, beta=params.beta)
+
+        return source
+
+    def _helpful(self, step: int) -> Path:
+        """pi_r at a step: the round's own, or the row's reference."""
+        own = self._folder(step) / "helpful"
+        return own if own.is_dir() else self._inputs.models / self._plan.reference
+
+    def _compare(self, folder: Path, warm: Step) -> None:
+        """Answers of the policy before and of the pool to some of its prompts, compared; kept as `fresh`."""
+        if (folder / "fresh").is_dir():
+            return
+        params, online, seed = self._params, self._params.online, self._params.seed + warm.step
+        pool = self._baseline()
+        prompts = pool.drop_duplicates("prompt_id")[["prompt_id", "prompt"]]
+        prompts = prompts.sample(min(params.refresh_prompts, len(prompts)), random_state=seed).sort_index()
+        pairs = collect(self._refresh(folder, warm, prompts), pool[pool["prompt_id"].isin(prompts["prompt_id"])])
+        compared = compare(pairs, source=online.labels, folder=Path(online.folder), seed=seed)
+        preference_tables(compared, f"round-{warm.step + 1}").write(folder / "fresh")
+
+    def _baseline(self) -> pd.DataFrame:
+        """The first samples of the pool to each prompt, as many as the policy draws."""
+        pool, count = read_table(self._inputs.scored / "pool.parquet", POOL), self._params.refresh_samples
+        held = int(pool["sample"].max()) + 1
+        if self._params.refresh_prompts == 0 or count > held:
+            raise ParamsError(
+                f"dual_search: {self._plan.name} compares its answers with those of the pool, {held} a prompt; set "
+                f"refresh_prompts above 0 and refresh_samples to at most {held}"
+            )
+        return pool[pool["sample"] < count]
+
+    def _explored(self, seen: Sequence[Preferences]) -> Exploration:
+        online, judges = self._params.online, self._judges
+        bonuses = Bonuses(online.ridge, online.reward_scale, online.cost_scale, online.dimension, self._params.seed)
+        batch = self._resources.scoring_batch_size
+        explored = Exploration(judges.reference, judges.tokenizer, batch, bonuses)
+        for tables in seen:
+            explored.observe(tables)
+        return explored
+
+    # --- policy gradient ----------------------------------------------------------------------------------------------
+
+    def _gradient(self) -> PolicyGradient:
+        params, given = self._params, self._params.policy_gradient
+        return PolicyGradient(
+            params.beta, params.limit, given.samples, params.max_new_tokens, given.lambda_init, given.lambda_rate,
+            params.lambda_min, params.lambda_max, given.window,
+        )  # fmt: skip
+
+    def _gradient_training(self) -> TrainingParams:
+        given = self._params.policy_gradient
+        update = {"batch_size": given.batch_size, "max_steps": given.steps, "learning_rate": given.learning_rate}
+        return self._params.training.model_copy(update=update)
+
+
+def stretches(course: dict[str, list[float]], count: int) -> list[dict[str, float]]:
+    """A course by step as at most `count` rows, each of a stretch of steps as even as can be; see `search.Ascent`.
+
+    `course` holds lambda, cost, reward and kl of every step.
+    """
+    steps = len(course["lambda"])
+    parts = np.array_split(np.arange(steps), min(count, steps))
+    keys = {"lam": "lambda", "cost": "cost", "reward": "reward", "kl": "kl"}
+    return [
+        {"step": int(part[-1]) + 1, **{key: float(np.mean(np.array(course[own])[part])) for key, own in keys.items()}}
+        for part in parts
+    ]

@@ -59,13 +59,18 @@ def main(run: Run[DualSearchParams]) -> None:
         shutil.copytree(chosen.policy, folder)
         (folder / "README.md").write_text(model_card(row, result, params))
     write_json(Path("reports/search") / f"{run.item}.json", result)
-    spent = ("feasible", "trainings", "generated_tokens", "labels")
+    spent = ("feasible", "trainings", "generated_tokens", "labels", "comparisons")
     run.metrics({**result["steps"][result["chosen"]], **{key: result[key] for key in spent}})
     finished(scratch)
 
 
 def outlook(row: Plan, start: dict[str, Any], params: DualSearchParams) -> search.Outlook:
-    """What the stages before know: the multipliers of pool and start, PD-DPO's Slater radius, the kind of merge."""
+    """What the stages before know: the multipliers of pool and start, PD-DPO's Slater radius, the kind of merge.
+
+    The reference policy as a start has no multiplier; it counts as where an ascent begins.
+    """
+    if row.method.rule == "ascent":
+        return search.Outlook(read_json(DUAL)["lam"], params.policy_gradient.lambda_init)
     safe = _metrics(row.reference) if row.start.startswith("reward_dpo") else start  # where lambda was spent
     radius = _radius(params) if row.method.rule == "projected_subgradient" else math.inf
     naive = row.method.rule == "merge" and start["reference"] != row.reference

@@ -13,7 +13,7 @@ from dualign import losses
 from dualign.core.params import LoraParams, ScratchParams
 from dualign.data import world
 from dualign.data.schema import user
-from dualign.exploration import bonus, features, precision, projection
+from dualign.exploration import bonus, features, precision, projection, spread
 from dualign.lm.models import build_scratch, train_tokenizer, with_lora
 from dualign.lm.tokens import encode_answers, encode_prompts
 
@@ -143,6 +143,13 @@ def test_a_covariance_of_barely_different_answers_can_be_inverted() -> None:
     differences = (normal(1, 8) + 1e-4 * normal(100_000, 8, seed=1)).float()
     values = bonus(normal(20, 8, seed=2), precision(differences, 1e-6), 1.0)
     assert torch.isfinite(values).all() and (values > 0).all()
+
+
+def test_the_spread_of_pairs_by_hand() -> None:
+    """Differences 2 e_1 and 2 e_2 and gamma 1: Sigma = 5 I, norms 3, 1 and 2, 0 over sqrt 5."""
+    chosen, rejected = torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    assert spread(chosen, rejected, 1.0) == pytest.approx((2 + 2) / 2 / math.sqrt(5))
+    assert spread(rejected, chosen, 1.0) == spread(chosen, rejected, 1.0)
 
 
 # --- optimism in phase 2 ----------------------------------------------------------------------------------------------

@@ -12,7 +12,11 @@ from dualign.core.params import DualSearchParams, MethodName, MethodRow, load
 from dualign.methods import METHODS, plan
 
 ROOT = Path(__file__).resolve().parents[1]
-STARTS = {"safety": ("safety_dpo/one", "reward_dpo/helpful"), "lagrangian": ("lagrangian_dpo/one", "sft")}
+STARTS = {
+    "safety": ("safety_dpo/one", "reward_dpo/helpful"),
+    "lagrangian": ("lagrangian_dpo/one", "sft"),
+    "policy_gradient": ("sft", "sft"),
+}
 
 
 def row(method: str, **options: Any) -> MethodRow:
@@ -67,6 +71,14 @@ def test_the_published_settings() -> None:
         ("p_sacpo", {"warm": True}, "warm"),
         ("mocan", {"warm": True}, "warm"),
         ("mocan", {"cost": "feedback"}, "cost"),
+        ("o_pd_dpo", {"rule": "grid"}, "rule"),
+        ("o_pd_dpo", {"start": "sft"}, "start"),
+        ("safe_rlhf", {"rule": "one_shot"}, "rule"),
+        ("safe_rlhf", {"start": "lagrangian_dpo/one"}, "start"),
+        ("safe_rlhf", {"reference": "reward_dpo/helpful"}, "reference"),
+        ("safe_rlhf", {"returns": "mixture"}, "returns"),
+        ("safe_rlhf", {"warm": True}, "warm"),
+        ("safe_rlhf", {"cost": "feedback"}, "cost"),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_its_key(method: str, options: dict[str, Any], key: str) -> None:

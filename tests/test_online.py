@@ -134,6 +134,9 @@ def test_a_union_holds_all_rows_and_a_run_is_given_those_it_reaches(tmp_path: Pa
 # --- bonuses ----------------------------------------------------------------------------------------------------------
 
 
+Ids = tuple[list[list[int]], list[list[int]]]  # prompts and answers
+
+
 class Probe:
     """Answers whose bonuses are asked for."""
 
@@ -146,7 +149,7 @@ class Probe:
 
 
 def by_hand(
-    reference: Any, tokenizer: Any, probe: Probe, tables: list[pd.DataFrame], scale: float, matrix: torch.Tensor
+    reference: Any, tokenizer: Any, ids: Ids, tables: list[pd.DataFrame], scale: float, matrix: torch.Tensor
 ) -> list[float]:
     """alpha ||phi||_{Sigma^-1}, pair by pair and answer by answer."""
 
@@ -161,8 +164,34 @@ def by_hand(
         )
         delta = phi(prompt, answers[0]) - phi(prompt, answers[1])
         sigma += np.outer(delta, delta)
-    vectors = [phi(*row) for row in zip(*probe.ids, strict=True)]
+    vectors = [phi(*row) for row in zip(*ids, strict=True)]
     return [scale * float(np.sqrt(v @ np.linalg.solve(sigma, v))) for v in vectors]
+
+
+def gap(reference: Any, tokenizer: Any, table: pd.DataFrame, matrix: torch.Tensor) -> float:
+    """Mean gap of ||phi||_{Sigma^-1} within the pairs that Sigma is of."""
+    gaps = []
+    for row in table.itertuples():
+        prompts, answers = (
+            encode_prompts(tokenizer, [row.prompt] * 2),
+            encode_answers(tokenizer, [row.chosen, row.rejected]),
+        )
+        chosen, rejected = by_hand(reference, tokenizer, (prompts, answers), [table], 1.0, matrix)
+        gaps.append(abs(chosen - rejected))
+    return float(np.mean(gaps))
+
+
+def test_a_scale_is_the_mean_gap_within_the_first_pairs(
+    reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    first = fresh((0, 1, 5), (10, 11, 30), tmp_path)
+    explored = Exploration(reference, tokenizer, 3, Bonuses(0.5, 0.4, 0.0, None, 7))
+    explored.observe(first)
+    table = first.helpful
+    prompts = encode_prompts(tokenizer, table["prompt"].tolist())
+    answers = encode_answers(tokenizer, [*table["chosen"], *table["rejected"]])
+    chosen, rejected = explored.optimism(prompts * 2, answers, LAM).chunk(2)
+    assert float((chosen - rejected).abs().mean()) == pytest.approx(0.4, rel=1e-6)
 
 
 @pytest.mark.parametrize("dimension", [None, 5])
@@ -176,8 +205,11 @@ def test_optimism_is_both_bonuses_each_of_its_own_pairs(
         explored.observe(data)
     probe = Probe(tokenizer, 1, 25, 41)
     matrix = torch.eye(16) if dimension is None else projection(16, dimension, 7)
-    reward = by_hand(reference, tokenizer, probe, [first.helpful], 0.4, matrix)
-    cost = by_hand(reference, tokenizer, probe, [first.safety, second.safety], 0.9, matrix)
+    reward_alpha, cost_alpha = (
+        scale / gap(reference, tokenizer, table, matrix) for scale, table in ((0.4, first.helpful), (0.9, first.safety))
+    )
+    reward = by_hand(reference, tokenizer, probe.ids, [first.helpful], reward_alpha, matrix)
+    cost = by_hand(reference, tokenizer, probe.ids, [first.safety, second.safety], cost_alpha, matrix)
     assert probe(explored).tolist() == pytest.approx([r + LAM * c for r, c in zip(reward, cost, strict=True)], rel=1e-4)
     assert probe(explored, 0.0).tolist() == pytest.approx(reward, rel=1e-4)
 
@@ -201,10 +233,11 @@ def test_rounds_lower_bonuses_in_whatever_order_they_come(
     reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     rounds = [fresh((0, 1, 2), (10, 11, 12), tmp_path), fresh((5, 6), (20, 21), tmp_path), fresh((7,), (41,), tmp_path)]
-    probe = Probe(tokenizer, 5, 20, 30)
+    probe, offline = Probe(tokenizer, 5, 20, 30), fresh((3, 4), (33, 34), tmp_path)  # which fixes both alphas
     ends = []
     for order in (rounds, rounds[::-1]):
         explored, values = Exploration(reference, tokenizer, 4, BONUSES), []
+        explored.observe(offline)
         for data in order:
             explored.observe(data)
             values.append(probe(explored))

@@ -17,7 +17,7 @@ from dualign.core.errors import DualignError
 from dualign.core.params import DualSearchParams, load
 from dualign.measure.stats import Measurement
 from dualign.methods import METHODS, Plan
-from dualign.search import Outlook, Step
+from dualign.search import Ascent, Outlook, Step
 
 ROOT = Path(__file__).resolve().parents[1]
 BETA, LIMIT = 1.5, -0.3
@@ -142,6 +142,7 @@ class Curve:
         self.trained: list[tuple[int, float, str]] = []
         self.merged: list[float] = []
         self.mixed: list[list[float]] = []
+        self.ascended: list[int] = []
         self.measured: list[int] = []
         self.fail_at: int | None = None
         self.start = self._policy("start", lam_start)
@@ -153,6 +154,11 @@ class Curve:
     def merge(self, step: int, q: float) -> str:
         self.merged.append(q)
         return self._policy(f"merged-{step}", q * self.lam_start)
+
+    def ascend(self, step: int) -> Ascent:
+        """Ends where the curve meets the limit."""
+        self.ascended.append(step)
+        return Ascent(self._policy(f"ascended-{step}", ROOT_LAM), ROOT_LAM, COURSE)
 
     def mix(self, step: int, steps: Sequence[Step]) -> str:
         """Stands for the mean multiplier; that of the costs would need more than one number."""
@@ -175,7 +181,8 @@ class Curve:
 
 
 ROOT_LAM = math.log(0.8 / 0.3) / 0.7  # where the curve meets the limit: 1.4012
-RULES = ["grid", "one_shot", "dual_gradient", "projected_subgradient", "newton", "merge"]
+RULES = ["grid", "one_shot", "dual_gradient", "projected_subgradient", "newton", "merge", "ascent"]
+COURSE = [{"step": 10, "lam": 1.1, "cost": 0.2, "reward": 0.5, "kl": 0.1}]
 
 
 @pytest.fixture
@@ -259,6 +266,20 @@ def test_a_wider_error_stops_earlier(params: DualSearchParams, tmp_path: Path) -
 def test_one_shot_measures_its_start_and_stops(bench: Curve, params: DualSearchParams, tmp_path: Path) -> None:
     steps, stopped = go("one_shot", bench, params, tmp_path / "s")
     assert len(steps) == 1 and stopped == "rule one_shot is finished"
+
+
+def test_an_ascent_trains_once_and_tells_its_own_multiplier_and_course(
+    bench: Curve, params: DualSearchParams, tmp_path: Path
+) -> None:
+    steps, stopped = go("ascent", bench, params, tmp_path / "s")
+    assert bench.ascended == [1] and not bench.trained and stopped == "cost within noise of the limit"
+    assert [(s.lam, s.trained, s.course) for s in steps] == [(0.6, False, []), (ROOT_LAM, True, COURSE)]
+    result = search.summary(by_rule("ascent"), steps, stopped, params, Outlook(0.6, 0.6), before=0)
+    assert result["course"] == COURSE and result["trainings"] == 1 and "course" not in result["steps"][1]
+    again = Curve(tmp_path / "again", lam_start=0.6)
+    assert go("ascent", again, params, tmp_path / "s") == (steps, stopped) and not again.ascended
+    none = params.model_copy(update={"max_trainings": 0})
+    assert go("ascent", again, none, tmp_path / "t")[1] == "budget of 0 trainings is spent" and not again.ascended
 
 
 def test_grid_tries_every_multiplier_once_and_not_the_starts(params: DualSearchParams, tmp_path: Path) -> None:
@@ -394,6 +415,15 @@ def test_a_tail_of_one_step_is_that_step(budget: int, bench: Curve, params: Dual
 # --- going on after an interruption -----------------------------------------------------------------------------------
 
 
+def test_an_ascent_whose_measurement_broke_off_is_asked_for_again(params: DualSearchParams, tmp_path: Path) -> None:
+    whole = go("ascent", Curve(tmp_path / "bench", lam_start=0.6), params, tmp_path / "whole")
+    broken = Curve(tmp_path / "bench", lam_start=0.6)
+    broken.fail_at = 1
+    with pytest.raises(RuntimeError, match="went away"):
+        go("ascent", broken, params, tmp_path / "broken")
+    assert go("ascent", Curve(tmp_path / "bench", lam_start=0.6), params, tmp_path / "broken") == whole
+
+
 @pytest.mark.parametrize("fail_at", [0, 1, 2])
 @pytest.mark.parametrize("rule", ["grid", "dual_gradient", "projected_subgradient", "newton", "merge"])
 def test_an_interrupted_search_ends_with_the_same_steps(
@@ -512,6 +542,21 @@ def test_the_slater_radius_and_its_source_are_on_record(params: DualSearchParams
         result = search.summary(by_rule("projected_subgradient"), STEPS, "b", chosen, Outlook(0.6, 0.5, 2.0), before=2)
         assert (result["slater_radius"], result["slater_from"]) == (2.0, source)
     assert "slater_radius" not in search.summary(by_rule("grid"), STEPS, "b", params, Outlook(0.6, 0.5), before=2)
+
+
+@pytest.mark.parametrize(("retrain", "count"), [(True, 2 + 2 * 3), (False, 2 + 3)])
+def test_a_round_counts_its_comparisons_and_both_its_trainings(
+    retrain: bool, count: int, params: DualSearchParams
+) -> None:
+    online = params.online.model_copy(update={"retrain_reward": retrain})
+    asked = [replace(s, measured=replace(s.measured, comparisons=30 if s.trained else 0)) for s in STEPS]
+    plan = Plan("row", METHODS["o_pd_dpo"], "start", "reference")
+    given = params.model_copy(update={"online": online})
+    result = search.summary(plan, asked, "b", given, Outlook(0.6, 0.5, 2.0), before=2)
+    assert (result["comparisons"], result["trainings"]) == (90, count)
+    assert (
+        search.summary(by_rule("projected_subgradient"), asked, "b", given, Outlook(0.6, 0.5, 2.0), 2)["trainings"] == 5
+    )
 
 
 def test_labels_are_counted(params: DualSearchParams) -> None:

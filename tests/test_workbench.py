@@ -9,26 +9,30 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
+from dualign import workbench
 from dualign.core.artifacts import write_parquet
-from dualign.core.errors import AwaitingLabels
+from dualign.core.errors import AwaitingLabels, ParamsError
 from dualign.core.params import DualSearchParams, Resources, ScratchParams, load, load_resources
 from dualign.data import world
-from dualign.data.schema import ANSWERS, SAFETY_PAIRS, prompt_id, read_table, user
+from dualign.data.schema import ANSWERS, HELPFUL_PAIRS, POOL, SAFETY_PAIRS, prompt_id, read_table, user
 from dualign.labelling import vote
 from dualign.lm.models import build_scratch, load_policy, load_scorer_backbone, load_tokenizer, save, train_tokenizer
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_prompts
+from dualign.measure.rollout import Judges, roll_out
 from dualign.measure.stats import Measurement
 from dualign.methods import METHODS, Plan
+from dualign.online import Preferences
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
-from dualign.search import Step
-from dualign.workbench import Inputs, PolicyBench
+from dualign.search import Ascent, Step
+from dualign.workbench import Inputs, PolicyBench, stretches
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRATCH = ScratchParams(
@@ -58,8 +62,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, resources: Resources) -> In
         save(policy, tokenizer, models / name)
     for seed, name in enumerate(("reward_model", "cost_model")):
         Scorer(scorer(models / "sft", tokenizer, resources, seed), tokenizer, Platt(1.0, 0.5)).save(models / name)
-    write_pairs(models / "prepared/safety_pairs.parquet")
-    return Inputs(models=models, prepared=models / "prepared", scored=models / "none")
+    write_pairs(models / "prepared/safety_pairs.parquet", "safer_response_id", SAFETY_PAIRS)
+    write_pairs(models / "prepared/helpful_pairs.parquet", "better_response_id", HELPFUL_PAIRS)
+    judges = Judges.load(resources, models)
+    pool = roll_out(judges.reference, PROMPTS, judges, count=3, max_new_tokens=8, seed=5)
+    write_parquet(models / "scored/pool.parquet", pool, POOL)
+    return Inputs(models=models, prepared=models / "prepared", scored=models / "scored")
 
 
 def scorer(folder: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources, seed: int) -> Any:
@@ -83,18 +91,18 @@ def params(tmp_path: Path) -> DualSearchParams:
     return shipped.model_copy(update={"max_new_tokens": 8, "samples_per_prompt": 3, "feedback": feedback})
 
 
-def write_pairs(path: Path) -> None:
+def write_pairs(path: Path, label: str, schema: pa.Schema) -> None:
     rows = []
     for i, row in enumerate(world.pku_rows(12, seed=1, sharpness=1.0)):
-        safer = row["safer_response_id"]
+        chosen = row[label]
         rows.append(
             {
                 "pair_id": str(i), "prompt_id": prompt_id(user(row["prompt"])), "prompt": user(row["prompt"]),
-                "chosen": row[f"response_{safer}"], "rejected": row[f"response_{1 - safer}"],
+                "chosen": row[f"response_{chosen}"], "rejected": row[f"response_{1 - chosen}"],
                 "chosen_is_safe": None, "rejected_is_safe": None, "source": "world", "split": "train",
             }
         )  # fmt: skip
-    write_parquet(path, rows, SAFETY_PAIRS)
+    write_parquet(path, rows, schema)
 
 
 def bench_of(
@@ -196,3 +204,219 @@ def test_training_begins_at_the_reference_or_at_the_policy_before(
 def distance(first: str, second: Path) -> float:
     left, right = (load_file(Path(folder) / "model.safetensors") for folder in (first, second))
     return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+# --- rounds of comparisons --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(params: DualSearchParams, tmp_path: Path) -> DualSearchParams:
+    """Rounds of two fresh answers to four prompts, two steps a training, and bonuses that can be seen."""
+    training = params.training.model_copy(update={"max_steps": 2, "batch_size": 4, "warmup": 0.0})
+    online = params.online.model_copy(
+        update={"labels": "models", "folder": str(tmp_path / "people"), "retrain_reward": True, "reward_scale": 0.3,
+                "cost_scale": 0.3, "dimension": 8}
+    )  # fmt: skip
+    update = {"training": training, "online": online, "refresh_prompts": 4, "refresh_samples": 2}
+    return params.model_copy(update=update)
+
+
+def online_bench(params: DualSearchParams, resources: Resources, inputs: Inputs, scratch: Path) -> PolicyBench:
+    plan = Plan("row", METHODS["o_pd_dpo"], "safety_dpo/one", "reward_dpo/helpful")
+    frequent = resources.model_copy(update={"checkpoint_steps": 1})
+    return PolicyBench(plan, params, frequent, None, PROMPTS, scratch, inputs)
+
+
+def rounds(bench: PolicyBench) -> tuple[str, Measurement]:
+    """Two rounds; the last policy and its measurement."""
+    first = bench.train(1, 0.7, step(0, 0.5, Path(bench.start)))
+    last = bench.train(2, 0.9, step(1, 0.7, Path(first)))
+    return last, bench.measure(2, last)
+
+
+def test_a_round_compares_trains_both_policies_and_counts_what_it_took(
+    quick: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path
+) -> None:
+    bench = online_bench(quick, resources, inputs, tmp_path)
+    measured = rounds(bench)[1]
+    fresh = [Preferences.read(tmp_path / f"step-{k}/fresh") for k in (1, 2)]
+    assert all(0 < len(tables.helpful) == len(tables.safety) <= 8 for tables in fresh)
+    assert set(fresh[1].safety["source"]) == {"round-2"}
+    refreshed = read_table(tmp_path / "step-2/refresh.parquet", ANSWERS)
+    assert len(refreshed) == 8 and measured.comparisons == len(fresh[1].helpful)
+    answers = read_table(tmp_path / "step-2/answers.parquet", ANSWERS)
+    assert measured.generated_tokens == int(answers["length"].sum() + refreshed["length"].sum())
+    assert distance(str(tmp_path / "step-1/helpful"), inputs.models / "reward_dpo/helpful") > 1e-4
+    assert distance(str(tmp_path / "step-2/helpful"), tmp_path / "step-1/helpful") > 1e-4
+    assert bench.measure(0, bench.start).comparisons == 0
+
+
+def test_a_round_trains_on_all_pairs_so_far_from_its_own_helpful_policy(
+    quick: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, float]] = []
+    train = workbench.train_pairwise
+
+    def watched(policy: Any, tokenizer: Any, pairs: Any, inner: Any, job: Any) -> Any:
+        seen.append((len(pairs), inner.scale))
+        return train(policy, tokenizer, pairs, inner, job)
+
+    monkeypatch.setattr(workbench, "train_pairwise", watched)
+    timid = quick.model_copy(
+        update={"training": quick.training.model_copy(update={"max_steps": 2, "learning_rate": 1e-7})}
+    )
+    last, _ = rounds(online_bench(timid, resources, inputs, tmp_path))
+    offline = Preferences.read(inputs.prepared).visited(timid.training, timid.seed)
+    first, second = (len(Preferences.read(tmp_path / f"step-{k}/fresh").helpful) for k in (1, 2))
+    counts = [len(offline.helpful) + first] * 2 + [len(offline.helpful) + first + second] * 2
+    assert len(offline.helpful) == 8 and [count for count, _ in seen] == counts
+    assert [scale for _, scale in seen] == pytest.approx([quick.beta, quick.beta / 0.7, quick.beta, quick.beta / 0.9])
+    assert distance(last, tmp_path / "step-2/helpful") < 1e-4
+
+
+def test_the_given_helpful_policy_may_be_kept(
+    quick: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path
+) -> None:
+    kept = quick.model_copy(update={"online": quick.online.model_copy(update={"retrain_reward": False})})
+    bench = online_bench(kept, resources, inputs, tmp_path)
+    bench.train(1, 0.7, step(0, 0.5, Path(bench.start)))
+    assert not (tmp_path / "step-1/helpful").exists()
+
+
+def test_bonuses_reach_the_policy(
+    quick: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path
+) -> None:
+    policies = []
+    for scale in (0.0, 0.5):
+        online = quick.online.model_copy(update={"cost_scale": scale, "reward_scale": 0.0, "retrain_reward": False})
+        bench = online_bench(quick.model_copy(update={"online": online}), resources, inputs, tmp_path / f"{scale}")
+        policies.append(bench.train(1, 0.7, step(0, 0.5, Path(bench.start))))
+    assert distance(policies[0], Path(policies[1])) > 1e-4
+
+
+class Killed(Exception):
+    """The machine went away."""
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "when"),
+    [
+        ("compare", 2, "before"),
+        ("preference_tables", 1, "before"),
+        ("train_pairwise", 1, "before"),
+        ("train_pairwise", 1, "after"),  # checkpoints are there, the policy is not
+        ("save", 1, "after"),
+        ("load_policy", 3, "before"),
+        ("phase_two", 1, "after"),
+        ("train_pairwise", 2, "after"),
+        ("train_pairwise", 3, "after"),
+        ("phase_two", 2, "before"),
+        ("train_pairwise", 4, "after"),
+        ("measure", 1, "before"),
+    ],
+)
+def test_a_killed_round_ends_with_the_same_policy(
+    name: str, call: int, when: str, quick: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    expected, measured = rounds(online_bench(quick, resources, inputs, tmp_path / "whole"))
+    function, calls = getattr(workbench, name), 0
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call and when == "before":
+            raise Killed
+        result = function(*args, **kwargs)
+        if calls == call:
+            raise Killed
+        return result
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(workbench, name, dying)
+        rounds(online_bench(quick, resources, inputs, tmp_path / "broken"))
+    policy, again = rounds(online_bench(quick, resources, inputs, tmp_path / "broken"))
+    assert (Path(policy) / "model.safetensors").read_bytes() == (Path(expected) / "model.safetensors").read_bytes()
+    assert again == measured
+
+
+def test_a_round_waits_for_people_and_goes_on_with_their_labels(
+    quick: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path
+) -> None:
+    asking = quick.model_copy(update={"online": quick.online.model_copy(update={"labels": "file"})})
+    start = step(0, 0.5, inputs.models / "safety_dpo/one")
+    with pytest.raises(AwaitingLabels) as caught:
+        online_bench(asking, resources, inputs, tmp_path / "s").train(1, 0.7, start)
+    assert caught.value.status == 3
+    answers = (tmp_path / "s/step-1/refresh.parquet").read_bytes()
+    (asked,) = (tmp_path / "people").glob("to-label-*.jsonl")
+    labelled = asked.read_text().replace('"more_helpful": null', '"more_helpful": "a"').replace(": null", ': "b"')
+    asked.with_name(asked.name.replace("to-label", "labelled")).write_text(labelled)
+    online_bench(asking, resources, inputs, tmp_path / "s").train(1, 0.7, start)
+    assert (tmp_path / "s/step-1/refresh.parquet").read_bytes() == answers
+    tables = Preferences.read(tmp_path / "s/step-1/fresh")
+    assert tables.helpful["chosen"].tolist() == tables.safety["rejected"].tolist()
+
+
+@pytest.mark.parametrize("update", [{"refresh_samples": 4}, {"refresh_prompts": 0}])
+def test_rounds_need_answers_of_the_pool(
+    update: dict[str, int], quick: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path
+) -> None:
+    bench = online_bench(quick.model_copy(update=update), resources, inputs, tmp_path)
+    with pytest.raises(ParamsError, match="refresh_samples to at most 3"):
+        bench.train(1, 0.7, step(0, 0.5, Path(bench.start)))
+
+
+# --- policy gradient --------------------------------------------------------------------------------------------------
+
+
+def climb(params: DualSearchParams, resources: Resources, inputs: Inputs, scratch: Path) -> tuple[Ascent, Measurement]:
+    gradient = params.policy_gradient.model_copy(
+        update={"samples": 2, "batch_size": 4, "steps": 3, "learning_rate": 1e-2, "lambda_init": 1.0}
+    )
+    given = params.model_copy(update={"policy_gradient": gradient, "max_new_tokens": 4, "limit": -2.0})
+    frequent = resources.model_copy(update={"checkpoint_steps": 1})
+    bench = PolicyBench(
+        Plan("row", METHODS["safe_rlhf"], "sft", "sft"), given, frequent, None, PROMPTS, scratch, inputs
+    )
+    made = bench.ascend(1)
+    return made, bench.measure(1, made.policy)
+
+
+def test_an_ascent_trains_policy_and_multiplier_and_counts_its_answers(
+    params: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path
+) -> None:
+    made, measured = climb(params, resources, inputs, tmp_path)
+    assert distance(made.policy, inputs.models / "sft") > 1e-3
+    assert [row["step"] for row in made.course] == [1, 2, 3] and made.lam == made.course[-1]["lam"] > 1
+    answers = read_table(tmp_path / "step-1/answers.parquet", ANSWERS)
+    own = measured.generated_tokens - int(answers["length"].sum())
+    assert 3 * 4 <= own <= 3 * 4 * 4, "three steps of four answers of at most four tokens"
+
+
+@pytest.mark.parametrize("name", ["train_policy_gradient", "write_json", "save"])
+def test_a_killed_ascent_ends_with_the_same_policy_and_course(
+    name: str, params: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    made, measured = climb(params, resources, inputs, tmp_path / "whole")
+    function = getattr(workbench, name)
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        function(*args, **kwargs)
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(workbench, name, dying)
+        climb(params, resources, inputs, tmp_path / "broken")
+    again, remeasured = climb(params, resources, inputs, tmp_path / "broken")
+    assert (again.lam, again.course, remeasured) == (made.lam, made.course, measured)
+    weights = [(Path(policy) / "model.safetensors").read_bytes() for policy in (made.policy, again.policy)]
+    assert weights[0] == weights[1]
+
+
+def test_stretches_are_means_by_hand() -> None:
+    course = {"lambda": [1.0, 2.0, 3.0, 4.0, 5.0], "cost": [0.0] * 5, "reward": [1.0] * 5, "kl": [0.0, 0, 0, 0, 3.0]}
+    rows = stretches(course, 2)
+    assert [(row["step"], row["lam"], row["kl"]) for row in rows] == [(3, 2.0, 0.0), (5, 4.5, 1.5)]
+    assert [row["lam"] for row in stretches(course, 50)] == course["lambda"]

@@ -343,8 +343,10 @@ class LagrangianDpoParams(StageParams):
     lora: LoraParams
 
 
-MethodName = Literal["sacpo", "p_sacpo", "c_dpo", "pd_dpo", "mocan", "pecan", "caid", "dualign"]
-Rule = Literal["grid", "dual_gradient", "projected_subgradient", "one_shot", "newton", "merge"]
+MethodName = Literal[
+    "sacpo", "p_sacpo", "c_dpo", "pd_dpo", "o_pd_dpo", "mocan", "pecan", "caid", "safe_rlhf", "dualign"
+]
+Rule = Literal["grid", "dual_gradient", "projected_subgradient", "one_shot", "newton", "merge", "ascent"]
 Returns = Literal["last", "best", "mixture", "tail_average"]
 CostSource = Literal["model", "feedback"]
 
@@ -379,6 +381,47 @@ class FeedbackParams(Frozen):
     folder: str
 
 
+class OnlineParams(Frozen):
+    """Rounds of O-PD-DPO (see `dualign.online`): who compares the fresh answers, and the bonuses.
+
+    `folder` is where files for people go (labels `file`); `retrain_reward` goes on training pi_r in every round;
+    `ridge` is gamma in squared units of the features; a scale is the mean gap of a bonus within an offline pair before
+    the first round, in units of reward and of cost; `dimension` projects the features, null keeps them.
+    """
+
+    labels: Literal["oracle", "models", "file"]
+    folder: str
+    retrain_reward: bool
+    ridge: Positive
+    reward_scale: NonNegative
+    cost_scale: NonNegative
+    dimension: Count | None
+
+
+class PolicyGradientParams(Frozen):
+    """Safe RLHF's run (see `dualign.training.policy_gradient`); what it does not name is `dual_search.training`'s.
+
+    `samples` answers to a prompt, `batch_size` answers and `steps` steps; lambda starts at `lambda_init`, moves at
+    `lambda_rate`, and sees the mean cost of the last `window` answers.
+    """
+
+    samples: Annotated[int, Field(ge=2)]
+    batch_size: Count
+    steps: Count
+    learning_rate: Positive
+    lambda_init: Positive
+    lambda_rate: Positive
+    window: Count
+
+    @model_validator(mode="after")
+    def _whole_prompts(self) -> PolicyGradientParams:
+        if self.batch_size % self.samples:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of samples {self.samples}: whole prompts"
+            )
+        return self
+
+
 class DualSearchParams(StageParams):
     """The outer loop of every method."""
 
@@ -410,6 +453,8 @@ class DualSearchParams(StageParams):
     feedback: FeedbackParams
     refresh_prompts: Annotated[int, Field(ge=0)]
     refresh_samples: Annotated[int, Field(ge=2)]
+    online: OnlineParams
+    policy_gradient: PolicyGradientParams
     training: TrainingParams
     lora: LoraParams
 
@@ -654,6 +699,10 @@ def _check_across(content: dict[str, Any], stages: dict[str, StageParams], path:
         raise ParamsError(f"{path}: evaluate.policies.sft is missing; win rates are measured against it")
     if search.lambda_min >= search.lambda_max:
         raise ParamsError(f"{path}: dual_search.lambda_min must be below dual_search.lambda_max")
+    if not search.lambda_min <= search.policy_gradient.lambda_init <= search.lambda_max:
+        raise ParamsError(
+            f"{path}: dual_search.policy_gradient.lambda_init must lie between dual_search.lambda_min and lambda_max"
+        )
 
 
 def _check_scores(

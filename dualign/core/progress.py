@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextvars import ContextVar
 from types import TracebackType
 
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
+
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No bar and no line of any `Progress` that begins inside: steps of something longer that tells its own."""
+    token = _quiet.set(True)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
 
 
 def watched() -> bool:
@@ -24,7 +39,8 @@ class Progress:
         self._what, self._total, self._every = what, total, every
         self._done, self._start = 0, time.monotonic()
         self._last = self._start
-        self._bar = tqdm(total=total, desc=what, leave=False) if watched() else None
+        self._quiet = _quiet.get()
+        self._bar = tqdm(total=total, desc=what, leave=False) if watched() and not self._quiet else None
 
     def __enter__(self) -> Progress:
         return self
@@ -34,7 +50,7 @@ class Progress:
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif time.monotonic() - self._last >= self._every:
+        elif not self._quiet and time.monotonic() - self._last >= self._every:
             self._last = time.monotonic()
             rate = self._done / (self._last - self._start)
             left = (self._total - self._done) / rate
@@ -46,5 +62,5 @@ class Progress:
         seconds = time.monotonic() - self._start
         if self._bar is not None:
             self._bar.close()
-        if error is None:
+        if error is None and not self._quiet:
             log.info("%s: %d in %.1f s", self._what, self._done, seconds)

@@ -33,7 +33,8 @@ class Measurement:
     """Estimates on a policy's own answers; `variance` is E_x Var(c|x), `*_se` are prompt-clustered.
 
     `cost` is what a search goes by. Where that comes from safety labels, `labels` counts them and `model_cost` is the
-    cost model's estimate.
+    cost model's estimate. `generated_tokens` are those of these answers and of what the policy was trained on;
+    `comparisons` counts the pairs of answers that were compared for its training.
     """
 
     cost: float
@@ -45,6 +46,7 @@ class Measurement:
     variance: float
     generated_tokens: int
     labels: int = 0
+    comparisons: int = 0
     model_cost: float | None = None
     model_cost_se: float | None = None
 

@@ -257,11 +257,17 @@ def _searches(root: Path, rows: list[Row], limit: float) -> list[Row]:
             found.append({"row": row, **read_json(path)})
             found[-1]["heading"] = _heading(found[-1])
             found[-1]["returned"] = next((s for s in found[-1]["steps"] if s["step"] == found[-1].get("chosen")), {})
-    costs = charts.domain([limit, *(end for search in found for step in search["steps"] for end in _step_ends(step))])
+    costs = charts.domain([limit, *(end for search in found for step in _shown(search) for end in _step_ends(step))])
     for search in found:
         name = f"search of {search['row']['name']}: multiplier and cost by step"
-        search["chart"] = charts.trajectory(search["steps"], limit, costs, search.get("chosen"), name)
+        chosen = None if search.get("course") else search.get("chosen")
+        search["chart"] = charts.trajectory(_shown(search), limit, costs, chosen, name)
     return found
+
+
+def _shown(search: Row) -> list[Row]:
+    """The steps of a search, or the course of the one training that moved lambda itself."""
+    return search.get("course") or search["steps"]
 
 
 def _heading(search: Row) -> str:

@@ -9,12 +9,11 @@ drew it.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +29,7 @@ from trl import RLOOConfig, RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from dualign.core.errors import DataError, ParamsError, TrainingError
-from dualign.core.progress import watched
+from dualign.core.progress import quiet, watched
 from dualign.data.schema import Message
 from dualign.lm.sampling import sample
 from dualign.lm.tokens import decode_answers, encode_prompts
@@ -127,8 +126,6 @@ def train_policy_gradient(
     trainer = PolicyGradientTrainer(model, ascent, kept, tokenizer, options, job)
     metrics = run(trainer, job)
     ascent.restore(trainer.state)  # of a run that had ended before
-    if isinstance(model, PeftModel):
-        model.delete_adapter("ref")  # TRL's copy of the start; it would be saved with the adapter
     return {
         **metrics,
         "rows": len(kept),
@@ -261,7 +258,7 @@ class PolicyGradientTrainer(RLOOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        with _quiet():
+        with quiet():  # sampling and scoring end at every step here
             output: dict[str, Tensor] = super()._generate_and_score_completions(inputs)
         seen = self._metrics["train"]
         self._ascent.course["kl"].append(seen["kl"][-1] * seen["completions/mean_length"][-1])  # TRL's is per token
@@ -346,15 +343,3 @@ def _order(count: int, draws: int, seed: int) -> list[int]:
     rounds = [torch.randperm(count, generator=generator) for _ in range(math.ceil(draws / count))]
     positions: list[int] = torch.cat(rounds)[:draws].tolist()
     return positions
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No lines about sampling and scoring, which end at every step here."""
-    lines = logging.getLogger("dualign.core.progress")
-    level = lines.level
-    lines.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        lines.setLevel(level)

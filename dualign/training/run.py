@@ -91,6 +91,7 @@ def run(trainer: Any, job: Job) -> Metrics:
         trainer.state = saved
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _drop_copy(trainer.model)
     state: TrainerState = trainer.state
     curve = [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry]
     seen = [entry[key] for entry in state.log_history for key in ("loss", "train_loss") if key in entry]
@@ -105,6 +106,12 @@ def run(trainer: Any, job: Job) -> Metrics:
         "loss_curve": curve,
         **shown,
     }
+
+
+def _drop_copy(model: Model) -> None:
+    """Remove TRL's frozen copy of an adapter, its reference, which would be saved in a folder `ref` beside it."""
+    if isinstance(model, PeftModel) and "ref" in model.peft_config:
+        model.delete_adapter("ref")
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -294,6 +294,17 @@ def test_a_row_says_which_method_it_is_and_what_is_unusual(run: Run) -> None:
     assert searches.count("7,200 labels: cost −0.21 by them, −0.34 by the cost model") == 1
 
 
+def test_the_course_of_an_ascent_stands_where_its_steps_would(run: Run) -> None:
+    root, params = run
+    path = root / "reports/search/mocan.json"
+    course = [{"step": 10 * k, "lam": 1 + 0.1 * k, "cost": 0.4 - 0.1 * k, "reward": 0.5, "kl": 0.3} for k in (1, 2, 3)]
+    before = render(root, params).within("class", "searches")
+    write_json(path, read_json(path) | {"course": course, "comparisons": 1200})
+    searches = render(root, params).within("class", "searches")
+    assert "step 30: λ 1.300, cost 0.100, reward 0.500, KL 0.300" in searches and "step 30" not in before
+    assert "1,200 comparisons." in searches and "comparisons" not in before
+
+
 def test_a_crowd_of_policies_is_numbered_in_the_charts(run: Run) -> None:
     root, params = run
     folders = dict(params.policies)

@@ -55,6 +55,13 @@ def test_safety_first_takes_the_multiplier_of_its_first_step(run: Path, params: 
     assert dual_search.trainings(swapped, {}) == 2
 
 
+def test_an_ascent_begins_at_its_own_multiplier_and_rests_on_no_training(run: Path, params: DualSearchParams) -> None:
+    ascent = row_of("safe_rlhf", "sft", "sft")
+    known = dual_search.outlook(ascent, {"loss": 1.2}, params)
+    assert (known.lam_pool, known.lam_start) == (0.8, params.policy_gradient.lambda_init)
+    assert dual_search.trainings(ascent, {"loss": 1.2}) == 0
+
+
 def test_the_slater_radius_is_the_pools_or_the_given_one(run: Path, params: DualSearchParams) -> None:
     rng = np.random.default_rng(0)
     reward, cost = rng.normal(size=(6, 8)), rng.normal(size=(6, 8))

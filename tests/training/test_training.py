@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -590,6 +591,19 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     metrics = train(resumed, changed(job, "broken"))
     assert same(weights(resumed), weights(whole))
     assert metrics == expected  # the loss curve of the steps before the interruption as well
+
+
+def test_an_adapter_is_saved_without_trls_copy_of_it(
+    tokenizer: PreTrainedTokenizerBase, job: Job, tmp_path: Path
+) -> None:
+    model = with_lora(policy(tokenizer), LORA)
+    for scratch in ("first", "second"):  # a search goes on from adapters
+        pairs = pairs_of(tokenizer, policy(tokenizer))
+        pairwise_training.train_pairwise(model, tokenizer, pairs, Inner(1.0, 1.0), changed(job, scratch, max_steps=2))
+        assert isinstance(model, PeftModel) and list(model.peft_config) == ["default"]
+        assert not any(".ref." in name for name in model.state_dict())
+    save(model, tokenizer, tmp_path / "saved")
+    assert (tmp_path / "saved/adapter_model.safetensors").is_file() and not (tmp_path / "saved/ref").exists()
 
 
 @pytest.mark.parametrize("steps", [None, 4], ids=["after its epochs", "after max_steps"])
