@@ -124,6 +124,15 @@ def _problems(method: Method, row: MethodRow) -> list[str]:
             f"rule {method.rule!r} does not go by this cost, so labels would be spent on nothing; leave it out",
         ),
     }
+    needed = {
+        "feedback": method.cost == "feedback",
+        "online": method.data == "fresh_pairs",
+        "policy_gradient": method.inner == "policy_gradient",
+    }
+    for key, needs in needed.items():
+        checks[key] = ((getattr(row, key) is not None) == needs, "is missing; docs/methods.md shows its keys")
+        if not needs:
+            checks[key] = (checks[key][0], f"{method.name} with cost {method.cost!r} does not read it; leave it out")
     return [f"{key}: {problem}" for key, (holds, problem) in checks.items() if not holds]
 
 

@@ -296,7 +296,7 @@ def summary(
         for s in steps
     ]
     chosen, method = choose(plan, steps, params), plan.method
-    each = 2 if method.data == "fresh_pairs" and params.online.retrain_reward else 1  # pi_r beside the policy
+    each = 2 if params.online is not None and params.online.retrain_reward else 1  # pi_r beside the policy
     found = {
         "name": plan.name,
         "method": method.name,

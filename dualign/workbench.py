@@ -143,6 +143,7 @@ class PolicyBench:
     def _by_feedback(self, measured: Measurement, answers: pd.DataFrame, step: int) -> Measurement:
         """The cost by labels of the answers to the first prompts: the mean log-odds of their votes, by prompt."""
         options = self._params.feedback
+        assert options is not None  # `methods.plan` saw to it, here and below
         asked = answers[answers["prompt_id"].isin(self._prompts["prompt_id"].head(options.prompts))]
         seed = self._params.seed + step
         votes = vote(asked, source=options.source, count=options.labels, folder=Path(options.folder), seed=seed)
@@ -261,6 +262,7 @@ class PolicyBench:
             self._compare(folder, warm)
             seen = [offline, *(Preferences.read(self._folder(k) / "fresh") for k in range(1, step + 1))]
             data = union(*seen)
+            assert params.online is not None
             if params.online.retrain_reward and not (folder / "helpful").is_dir():
                 pairs = phase_one(data, judges.reference, judges.tokenizer, batch)
                 plain = Inner(scale=params.beta, beta=params.beta)
@@ -281,6 +283,7 @@ class PolicyBench:
         if (folder / "fresh").is_dir():
             return
         params, online, seed = self._params, self._params.online, self._params.seed + warm.step
+        assert online is not None
         pool = self._baseline()
         prompts = pool.drop_duplicates("prompt_id")[["prompt_id", "prompt"]]
         prompts = prompts.sample(min(params.refresh_prompts, len(prompts)), random_state=seed).sort_index()
@@ -301,6 +304,7 @@ class PolicyBench:
 
     def _explored(self, seen: Sequence[Preferences]) -> Exploration:
         online, judges = self._params.online, self._judges
+        assert online is not None
         bonuses = Bonuses(online.ridge, online.reward_scale, online.cost_scale, online.dimension, self._params.seed)
         batch = self._resources.scoring_batch_size
         explored = Exploration(judges.reference, judges.tokenizer, batch, bonuses)
@@ -312,6 +316,7 @@ class PolicyBench:
 
     def _gradient(self) -> PolicyGradient:
         params, given = self._params, self._params.policy_gradient
+        assert given is not None
         return PolicyGradient(
             params.beta, params.limit, given.samples, params.max_new_tokens, given.lambda_init, given.lambda_rate,
             params.lambda_min, params.lambda_max, given.window,
@@ -319,6 +324,7 @@ class PolicyBench:
 
     def _gradient_training(self) -> TrainingParams:
         given = self._params.policy_gradient
+        assert given is not None
         update = {"batch_size": given.batch_size, "max_steps": given.steps, "learning_rate": given.learning_rate}
         return self._params.training.model_copy(update=update)
 

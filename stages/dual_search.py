@@ -39,7 +39,7 @@ def main(run: Run[DualSearchParams]) -> None:
     params = run.params
     if run.item not in params.methods:
         raise ParamsError(f"methods has no {run.item!r}; one of {', '.join(params.methods)}")
-    row = plan(run.item, params.methods[run.item])
+    row, params = plan(run.item, params.methods[run.item]), params.of(run.item)
     start = _metrics(row.start)
     _check_scores(row, start)
     models = {MODELS / name for name in ("sft", "reward_model", "cost_model", row.reference, row.start)}
@@ -69,7 +69,7 @@ def outlook(row: Plan, start: dict[str, Any], params: DualSearchParams) -> searc
 
     The reference policy as a start has no multiplier; it counts as where an ascent begins.
     """
-    if row.method.rule == "ascent":
+    if params.policy_gradient is not None:
         return search.Outlook(read_json(DUAL)["lam"], params.policy_gradient.lambda_init)
     safe = _metrics(row.reference) if row.start.startswith("reward_dpo") else start  # where lambda was spent
     radius = _radius(params) if row.method.rule == "projected_subgradient" else math.inf

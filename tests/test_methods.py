@@ -19,9 +19,23 @@ STARTS = {
 }
 
 
+FEEDBACK = {"prompts": 4, "labels": 3, "smoothing": 0.5, "source": "cost_model", "folder": "f"}
+ONLINE = {
+    "labels": "models", "folder": "f", "retrain_reward": True, "ridge": 1.0, "reward_scale": 0.1, "cost_scale": 0.1,
+    "dimension": None,
+}  # fmt: skip
+GRADIENT = {
+    "samples": 2, "batch_size": 4, "steps": 3, "learning_rate": 1e-2, "lambda_init": 1.0, "lambda_rate": 0.1,
+    "window": 8,
+}  # fmt: skip
+SECTIONS = {"o_pd_dpo": {"online": ONLINE}, "safe_rlhf": {"policy_gradient": GRADIENT}}
+
+
 def row(method: str, **options: Any) -> MethodRow:
+    """A row with the sections that it needs."""
     start, reference = STARTS[METHODS[method].inner]
-    return MethodRow.model_validate({"method": method, "start": start, "reference": reference, **options})
+    needed = SECTIONS.get(method, {}) | ({"feedback": FEEDBACK} if options.get("cost") == "feedback" else {})
+    return MethodRow.model_validate({"method": method, "start": start, "reference": reference, **needed, **options})
 
 
 def test_params_and_table_name_the_same_methods() -> None:
@@ -43,6 +57,25 @@ def test_options_replace_the_methods_own_and_the_title_says_which_row_it_is() ->
     assert found.method.rule == "projected_subgradient"
     assert plan("c", row("c_dpo", rule="grid")).method.rule == "grid"
     assert plan("d", row("dualign", warm=False)).method.warm is False
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "key"),
+    [
+        ("o_pd_dpo", {"online": None}, "online"),
+        ("safe_rlhf", {"policy_gradient": None}, "policy_gradient"),
+        ("pd_dpo", {"cost": "feedback", "feedback": None}, "feedback"),
+        ("pd_dpo", {"online": ONLINE}, "online"),
+        ("dualign", {"policy_gradient": GRADIENT}, "policy_gradient"),
+        ("pd_dpo", {"feedback": FEEDBACK}, "feedback"),
+    ],
+)
+def test_a_section_stands_in_the_rows_that_read_it_and_in_no_other(
+    method: str, options: dict[str, Any], key: str
+) -> None:
+    said = "is missing" if options[key] is None else "does not read it"
+    with pytest.raises(ParamsError, match=rf"^methods\.mine\.{key}: .*{said}"):
+        plan("mine", row(method, **options))
 
 
 def test_the_published_settings() -> None:

@@ -14,7 +14,7 @@ import pytest
 from dualign import search
 from dualign.core.artifacts import read_json
 from dualign.core.errors import DualignError
-from dualign.core.params import DualSearchParams, load
+from dualign.core.params import DualSearchParams, OnlineParams, load
 from dualign.measure.stats import Measurement
 from dualign.methods import METHODS, Plan
 from dualign.search import Ascent, Outlook, Step
@@ -548,15 +548,16 @@ def test_the_slater_radius_and_its_source_are_on_record(params: DualSearchParams
 def test_a_round_counts_its_comparisons_and_both_its_trainings(
     retrain: bool, count: int, params: DualSearchParams
 ) -> None:
-    online = params.online.model_copy(update={"retrain_reward": retrain})
+    online = OnlineParams(
+        labels="models", folder="f", retrain_reward=retrain, ridge=1.0, reward_scale=0.1, cost_scale=0.1, dimension=None
+    )
     asked = [replace(s, measured=replace(s.measured, comparisons=30 if s.trained else 0)) for s in STEPS]
     plan = Plan("row", METHODS["o_pd_dpo"], "start", "reference")
     given = params.model_copy(update={"online": online})
     result = search.summary(plan, asked, "b", given, Outlook(0.6, 0.5, 2.0), before=2)
     assert (result["comparisons"], result["trainings"]) == (90, count)
-    assert (
-        search.summary(by_rule("projected_subgradient"), asked, "b", given, Outlook(0.6, 0.5, 2.0), 2)["trainings"] == 5
-    )
+    offline = search.summary(by_rule("projected_subgradient"), asked, "b", params, Outlook(0.6, 0.5, 2.0), 2)
+    assert offline["trainings"] == 5
 
 
 def test_labels_are_counted(params: DualSearchParams) -> None:

@@ -18,7 +18,16 @@ from transformers import PreTrainedTokenizerBase
 from dualign import workbench
 from dualign.core.artifacts import write_parquet
 from dualign.core.errors import AwaitingLabels, ParamsError
-from dualign.core.params import DualSearchParams, Resources, ScratchParams, load, load_resources
+from dualign.core.params import (
+    DualSearchParams,
+    FeedbackParams,
+    OnlineParams,
+    PolicyGradientParams,
+    Resources,
+    ScratchParams,
+    load,
+    load_resources,
+)
 from dualign.data import world
 from dualign.data.schema import ANSWERS, HELPFUL_PAIRS, POOL, SAFETY_PAIRS, prompt_id, read_table, user
 from dualign.labelling import vote
@@ -79,15 +88,7 @@ def scorer(folder: Path, tokenizer: PreTrainedTokenizerBase, resources: Resource
 @pytest.fixture
 def params(tmp_path: Path) -> DualSearchParams:
     shipped = load(DualSearchParams, ROOT / "params.yaml")
-    feedback = shipped.feedback.model_copy(
-        update={
-            "prompts": 4,
-            "labels": 20,
-            "smoothing": 0.5,
-            "source": "cost_model",
-            "folder": str(tmp_path / "labels"),
-        }
-    )
+    feedback = FeedbackParams(prompts=4, labels=20, smoothing=0.5, source="cost_model", folder=str(tmp_path / "labels"))
     return shipped.model_copy(update={"max_new_tokens": 8, "samples_per_prompt": 3, "feedback": feedback})
 
 
@@ -213,9 +214,9 @@ def distance(first: str, second: Path) -> float:
 def quick(params: DualSearchParams, tmp_path: Path) -> DualSearchParams:
     """Rounds of two fresh answers to four prompts, two steps a training, and bonuses that can be seen."""
     training = params.training.model_copy(update={"max_steps": 2, "batch_size": 4, "warmup": 0.0})
-    online = params.online.model_copy(
-        update={"labels": "models", "folder": str(tmp_path / "people"), "retrain_reward": True, "reward_scale": 0.3,
-                "cost_scale": 0.3, "dimension": 8}
+    online = OnlineParams(
+        labels="models", folder=str(tmp_path / "people"), retrain_reward=True, ridge=1.0, reward_scale=0.3,
+        cost_scale=0.3, dimension=8,
     )  # fmt: skip
     update = {"training": training, "online": online, "refresh_prompts": 4, "refresh_samples": 2}
     return params.model_copy(update=update)
@@ -371,8 +372,8 @@ def test_rounds_need_answers_of_the_pool(
 
 
 def climb(params: DualSearchParams, resources: Resources, inputs: Inputs, scratch: Path) -> tuple[Ascent, Measurement]:
-    gradient = params.policy_gradient.model_copy(
-        update={"samples": 2, "batch_size": 4, "steps": 3, "learning_rate": 1e-2, "lambda_init": 1.0}
+    gradient = PolicyGradientParams(
+        samples=2, batch_size=4, steps=3, learning_rate=1e-2, lambda_init=1.0, lambda_rate=0.1, window=128
     )
     given = params.model_copy(update={"policy_gradient": gradient, "max_new_tokens": 4, "limit": -2.0})
     frequent = resources.model_copy(update={"checkpoint_steps": 1})

@@ -351,22 +351,6 @@ Returns = Literal["last", "best", "mixture", "tail_average"]
 CostSource = Literal["model", "feedback"]
 
 
-class MethodRow(Frozen):
-    """A search that runs: a method of `dualign/methods.py`, by default the one of the row's name, and its models.
-
-    `start` and `reference` are folders under models/: the policy at the first multiplier, and the one whose
-    log-probabilities are the reference column. The options replace the method's own choice; null keeps it.
-    """
-
-    method: MethodName
-    start: str
-    reference: str
-    rule: Rule | None = None
-    warm: bool | None = None
-    returns: Returns | None = None
-    cost: CostSource | None = None
-
-
 class FeedbackParams(Frozen):
     """Binary safety labels for the rows whose `cost` is `feedback`.
 
@@ -422,6 +406,30 @@ class PolicyGradientParams(Frozen):
         return self
 
 
+class MethodRow(Frozen):
+    """A search that runs: a method of `dualign/methods.py`, by default the one of the row's name, and its models.
+
+    `start` and `reference` are folders under models/: the policy at the first multiplier, and the one whose
+    log-probabilities are the reference column. The options replace the method's own choice; null keeps it. The sections
+    at the end belong to rows that need them: cost `feedback`, O-PD-DPO, Safe RLHF.
+    """
+
+    method: MethodName
+    start: str
+    reference: str
+    rule: Rule | None = None
+    warm: bool | None = None
+    returns: Returns | None = None
+    cost: CostSource | None = None
+    feedback: FeedbackParams | None = None
+    online: OnlineParams | None = None
+    policy_gradient: PolicyGradientParams | None = None
+
+
+#: Sections that stand in a row of `methods`, so that changing one reruns that row alone.
+ROW_SECTIONS = ("feedback", "online", "policy_gradient")
+
+
 class DualSearchParams(StageParams):
     """The outer loop of every method."""
 
@@ -450,13 +458,18 @@ class DualSearchParams(StageParams):
     merge_steps: Count
     merge_max: Annotated[float, Field(gt=0, le=2)]
     slater_radius: Positive | Literal["pool"]
-    feedback: FeedbackParams
     refresh_prompts: Annotated[int, Field(ge=0)]
     refresh_samples: Annotated[int, Field(ge=2)]
-    online: OnlineParams
-    policy_gradient: PolicyGradientParams
     training: TrainingParams
     lora: LoraParams
+    feedback: FeedbackParams | None = None
+    online: OnlineParams | None = None
+    policy_gradient: PolicyGradientParams | None = None
+
+    def of(self, name: str) -> DualSearchParams:
+        """These params with the sections of one row of `methods` in place."""
+        row = self.methods[name]
+        return self.model_copy(update={key: getattr(row, key) for key in ROW_SECTIONS})
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -689,6 +702,12 @@ def _check_across(content: dict[str, Any], stages: dict[str, StageParams], path:
                     f"{path}: methods.{name}.{key}: no stage writes models/{folder}; one of {sorted(models)}"
                 )
         _check_reference(name, row, safety, path)
+        ascent = row.policy_gradient
+        if ascent and not search.lambda_min <= ascent.lambda_init <= search.lambda_max:
+            raise ParamsError(
+                f"{path}: methods.{name}.policy_gradient.lambda_init must lie between dual_search.lambda_min and "
+                "lambda_max"
+            )
     models |= {f"aligned/{name}" for name in search.methods}
     for name, folder in evaluate.policies.items():
         if folder not in models:
@@ -699,10 +718,9 @@ def _check_across(content: dict[str, Any], stages: dict[str, StageParams], path:
         raise ParamsError(f"{path}: evaluate.policies.sft is missing; win rates are measured against it")
     if search.lambda_min >= search.lambda_max:
         raise ParamsError(f"{path}: dual_search.lambda_min must be below dual_search.lambda_max")
-    if not search.lambda_min <= search.policy_gradient.lambda_init <= search.lambda_max:
-        raise ParamsError(
-            f"{path}: dual_search.policy_gradient.lambda_init must lie between dual_search.lambda_min and lambda_max"
-        )
+    for key in ROW_SECTIONS:
+        if key in content["dual_search"]:
+            raise ParamsError(f"{path}: dual_search.{key} belongs in the row that needs it: methods.NAME.{key}")
 
 
 def _check_scores(

@@ -42,8 +42,6 @@ TINY: dict[str, Any] = {
     "dual_search.refresh_prompts": 4,
     "dual_search.refresh_samples": 2,
     "dual_search.z": 0.0,
-    "dual_search.policy_gradient.steps": 4,
-    "dual_search.policy_gradient.batch_size": 8,
     "evaluate.prompts": 8,
     "evaluate.samples_per_prompt": 2,
     "resources.threads": 1,
@@ -52,9 +50,23 @@ TINY: dict[str, Any] = {
 }
 #: Rows on answers of their own policies, beside those of params.yaml.
 ONLINE = {
-    "o_pd_dpo": {"start": "safety_dpo/stepwise", "reference": "reward_dpo/helpful"},
-    "safe_rlhf": {"start": "sft", "reference": "sft"},
-}
+    "o_pd_dpo": {
+        "start": "safety_dpo/stepwise",
+        "reference": "reward_dpo/helpful",
+        "online": {
+            "labels": "models", "folder": "data/labels", "retrain_reward": True, "ridge": 1.0, "reward_scale": 0.1,
+            "cost_scale": 0.1, "dimension": None,
+        },
+    },
+    "safe_rlhf": {
+        "start": "sft",
+        "reference": "sft",
+        "policy_gradient": {
+            "samples": 4, "batch_size": 8, "steps": 4, "learning_rate": 2e-3, "lambda_init": 1.0, "lambda_rate": 0.1,
+            "window": 128,
+        },
+    },
+}  # fmt: skip
 TRAININGS = ("sft", "reward_model", "cost_model", "reward_dpo", "safety_dpo", "lagrangian_dpo", "dual_search")
 
 

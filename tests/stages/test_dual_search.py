@@ -10,7 +10,7 @@ import pytest
 
 from dualign.core.artifacts import write_json, write_parquet
 from dualign.core.errors import ParamsError
-from dualign.core.params import DualSearchParams, MethodRow, load
+from dualign.core.params import DualSearchParams, MethodRow, PolicyGradientParams, load
 from dualign.data.schema import POOL, prompt_id, user
 from dualign.dual import slater_radius
 from dualign.methods import Plan, plan
@@ -56,9 +56,13 @@ def test_safety_first_takes_the_multiplier_of_its_first_step(run: Path, params: 
 
 
 def test_an_ascent_begins_at_its_own_multiplier_and_rests_on_no_training(run: Path, params: DualSearchParams) -> None:
-    ascent = row_of("safe_rlhf", "sft", "sft")
+    gradient = PolicyGradientParams(
+        samples=2, batch_size=4, steps=3, learning_rate=1e-2, lambda_init=0.6, lambda_rate=0.1, window=8
+    )
+    row = MethodRow(method="safe_rlhf", start="sft", reference="sft", policy_gradient=gradient)
+    ascent, params = plan("row", row), params.model_copy(update={"methods": {"row": row}}).of("row")
     known = dual_search.outlook(ascent, {"loss": 1.2}, params)
-    assert (known.lam_pool, known.lam_start) == (0.8, params.policy_gradient.lambda_init)
+    assert (known.lam_pool, known.lam_start) == (0.8, 0.6)
     assert dual_search.trainings(ascent, {"loss": 1.2}) == 0
 
 
