@@ -266,6 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the results")
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("dvc").setLevel(logging.WARNING)
     threads = max(1, (os.cpu_count() or 1) // given.jobs)
     try:
         labs = [set_up(seed, given.params, given.work.absolute()) for seed in given.seeds]
