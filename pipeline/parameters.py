@@ -5,7 +5,6 @@ Whether a value makes sense is for the stage to say that reads it.
 
 from __future__ import annotations
 
-import copy
 import difflib
 import json
 import os
@@ -37,7 +36,9 @@ def assign(text: str, settings: Mapping[str, Any]) -> str:
     Raises PipelineError where a key is not there, or its place in the file cannot be edited alone.
     """
     for key, value in settings.items():
-        expected = _changed(_load(text), key, value)
+        content = _load(text)
+        _check_key(content, key)
+        expected = _changed(content, key, value)
         text = _written(text, key, value)
         if _load(text) != expected:
             raise PipelineError(
@@ -53,8 +54,14 @@ def span(text: str, key: str) -> tuple[int, int] | None:
     except YAMLError:
         return None
     for name in key.split("."):
-        node = _child(node, name)
-    return (node.start_mark.index, _end(node)) if node else None
+        pair = _pair(node, name)
+        if pair is None:
+            return None
+        label, node = pair
+    start, end = node.start_mark.index, _end(node)
+    if start == end:  # an empty value counts as standing at the next one; its place is after its colon
+        start = end = text.index(":", label.end_mark.index) + 1
+    return start, end
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -75,18 +82,21 @@ def _load(text: str) -> Any:
 
 
 def _changed(content: Any, key: str, value: Any) -> Any:
-    """A copy of the content with one value replaced."""
-    changed = copy.deepcopy(content)
-    section, names = changed, key.split(".")
-    for place, name in enumerate(names):
-        if not isinstance(section, dict) or name not in section:
-            near = difflib.get_close_matches(key, _keys(content), n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"{'.'.join(names[:place]) or 'the file'} does not have it"
-            raise PipelineError(f"params.yaml: there is no key {key}; {hint}")
-        if place < len(names) - 1:
-            section = section[name]
-    section[names[-1]] = value
-    return changed
+    """The content with one value replaced. An alias becomes a copy, so that nothing else changes with it."""
+    name, _, rest = key.partition(".")
+    if not rest:
+        return {**content, name: value}
+    return {**content, name: _changed(content[name], rest, value)}
+
+
+def _check_key(content: Any, key: str) -> None:
+    known = _keys(content)
+    if key in known:
+        return
+    same = [other for other in known if other.split(".")[-1] == key.split(".")[-1]]
+    near = same or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"its sections are {', '.join(content)}"
+    raise PipelineError(f"params.yaml: there is no key {key}; {hint}")
 
 
 def _keys(content: Any, prefix: str = "") -> list[str]:
@@ -107,9 +117,10 @@ def _written(text: str, key: str, value: Any) -> str:
     return text[:start] + gap + shown + text[end:]
 
 
-def _child(node: Node | None, key: str) -> Node | None:
+def _pair(node: Node | None, key: str) -> tuple[Node, Node] | None:
+    """The nodes of a key and of its value."""
     pairs = node.value if isinstance(node, MappingNode) else []
-    return next((value for name, value in pairs if name.value == key), None)
+    return next(((label, value) for label, value in pairs if label.value == key), None)
 
 
 def _end(node: Node) -> int:
