@@ -59,26 +59,21 @@ def _parser() -> argparse.ArgumentParser:
 
     add("plan", _plan, "say what a run would do and why, without running anything")
     run = add("run", _run, "bring stages up to date")
-    run.add_argument(
-        "--stage", action="append", metavar="S", dest="stages",
-        help="this stage and what it reads from, if out of date; repeat for more; dual_search stands for all its instances",
+    argument = run.add_argument
+    argument(
+        "--stage", action="append", metavar="S", dest="stages", default=[],
+        help="this stage and what it reads from, where out of date; repeat for more; dual_search means all its instances",
     )  # fmt: skip
-    run.add_argument(
-        "--force", action="store_true", help="run the stages of --stage, or all, even if nothing has changed"
-    )
-    run.add_argument(
+    argument("--force", action="store_true", help="run the stages of --stage, or all, even if nothing has changed")
+    argument(
         "--set", action="append", metavar="KEY=VALUE", dest="settings", default=[],
         help="write a new value into params.yaml first, such as constraint.limit=-0.5; repeat for more",
     )  # fmt: skip
-    run.add_argument(
-        "--params", metavar="FILE", help="make params.yaml a copy of this preset first; `default` is the committed one"
-    )
-    run.add_argument(
-        "--jobs",
-        type=_positive,
-        metavar="N",
+    argument("--params", metavar="FILE", default="", help="put this preset in place of params.yaml first; or `default`")
+    argument(
+        "--jobs", type=_positive, metavar="N", default=0,
         help="stages side by side on the CPU (default: half the cores, at most 4)",
-    )
+    )  # fmt: skip
     add("serve", _serve, "offer the flow on the pages of a Prefect server, and run what is asked for there")
     status = add("status", _status, "list the last flow runs, and the stages of the newest")
     status.add_argument("--last", type=_positive, default=5, metavar="N", help="how many runs (default 5)")
@@ -143,13 +138,13 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = dict(parse(setting) for setting in arguments.settings)
     if not arguments.params:  # a slip of the pen need not wait for a server
         assign(Path("params.yaml").read_text(), settings)
-        select(_dag(), arguments.stages or [])
+        select(_dag(), arguments.stages)
     _use_running_server()
     from pipeline.flow import REFUSED, alignment
 
     state = alignment(
-        stages=arguments.stages or (), force=arguments.force, set=settings, preset=arguments.params or "",
-        jobs=arguments.jobs or 0, return_state=True,
+        stages=arguments.stages, force=arguments.force, set=settings, preset=arguments.params,
+        jobs=arguments.jobs, return_state=True,
     )  # fmt: skip
     if state.is_cancelled():
         raise KeyboardInterrupt
@@ -168,9 +163,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])  # for its flow runs
     from pipeline.flow import alignment
 
-    alignment.serve(
-        name=Path.cwd().name, limit=1, description="Run the stages of dvc.yaml in this folder, one run at a time."
-    )
+    about = "Run the stages of dvc.yaml in this folder, one run at a time."
+    alignment.serve(name=Path.cwd().name, limit=1, description=about)
     return 0
 
 
