@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     argument = run.add_argument
     argument(
         "--stage", action="append", metavar="S", dest="stages", default=[],
-        help="this stage and what it reads from, where out of date; repeat for more; dual_search means all its instances",
+        help="this stage and what it reads from, where out of date; repeat for more; dual_search means all of it",
     )  # fmt: skip
     argument("--force", action="store_true", help="run the stages of --stage, or all, even if nothing has changed")
     argument(
@@ -98,14 +98,11 @@ def _say(lines: Sequence[str]) -> None:
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows as text with aligned columns; the last one runs free."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
-    return [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
-        for row in rows
-    ]
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    return ["  ".join([*map(str.ljust, row, widths), row[-1]]).rstrip() for row in rows]
 
 
-# --- commands; each imports what it needs, for --help to be quick -------------------------------------------------------
+# --- commands; each imports what it needs, for --help to be quick -----------------------------------------------------
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -75,11 +75,27 @@ def chart(content: Chart) -> str:
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in curve.points)
         parts.append(f"<polyline points='{path}' fill='none' stroke='{colour}' stroke-width='2'/>")
     parts += _legend([curve.name for curve in curves if curve.name])
-    for name, (a, b) in points.items():
-        parts.append(f"<circle cx='{x(a):.1f}' cy='{y(b):.1f}' r='4.5' fill='{_INK}'/>")
-        side = ("end", -8) if x(a) > _WIDTH * 0.75 else ("start", 8)
-        parts.append(_text(x(a) + side[1], y(b) + 4, name, side[0]))
+    parts += _named({name: (x(a), y(b)) for name, (a, b) in points.items()})
     return _svg(_WIDTH, _HEIGHT, parts)
+
+
+def _named(points: Mapping[str, tuple[float, float]]) -> Iterable[str]:
+    """Dots with their names beside them, each name moved up or down to where it hides no other."""
+    taken: list[tuple[float, float, float]] = []
+    for name, (a, b) in sorted(points.items(), key=lambda item: item[1][1]):
+        yield f"<circle cx='{a:.1f}' cy='{b:.1f}' r='4.5' fill='{_INK}'/>"
+        width = 7.5 * len(name)
+        anchor, side = ("end", -8) if a > _WIDTH * 0.75 else ("start", 8)
+        left = a - 8 - width if anchor == "end" else a + 8
+        shifts = (4 + sign * 15 * step for step in range(8) for sign in (1, -1))
+        free = (
+            b + shift
+            for shift in shifts
+            if all(left > end or left + width < start or abs(b + shift - at) >= 14 for start, end, at in taken)
+        )
+        at = next(free, b + 4)
+        taken.append((left, left + width, at))
+        yield _text(a + side, at, name, anchor)
 
 
 class _Axis:
@@ -129,43 +145,53 @@ def _legend(names: Sequence[str]) -> Iterable[str]:
 
 # --- graph ------------------------------------------------------------------------------------------------------------
 
-_BOX, _ROW, _GAP = 128, 26, 34
+_BOX, _ROW, _GAP, _SPACE = 104, 24, 28, 6  # width and height of a box, between columns, between rows
 
 
 def graph(dag: Mapping[str, StageSpec], states: Mapping[str, str]) -> str:
     """An SVG of the stages from left to right, filled by state; stages without a state are pale.
 
-    The instances of a `foreach` stage stand in one column, in the order of `dag`.
+    The instances of a `foreach` stage stand under its name, in the order of `dag`.
     """
-    column = _columns(dag)
-    rows: dict[int, list[str]] = {}
-    for name in dag:
-        rows.setdefault(column[name], []).append(name)
-    height = max(len(names) for names in rows.values()) * (_ROW + 8) + 44
-    place = {
-        name: (12 + c * (_BOX + _GAP), 12 + (height - 44) / 2 - len(names) * (_ROW + 8) / 2 + i * (_ROW + 8))
-        for c, names in rows.items()
-        for i, name in enumerate(names)
-    }
-    edges = nx.transitive_reduction(
-        nx.DiGraph((source, name) for name in dag for source in dag[name].upstream if source in dag)
-    )
-    width = len(rows) * (_BOX + _GAP) - _GAP + 24
-    parts = [_edge(place[a], place[b]) for a, b in edges.edges]
-    parts += [_box(name, place[name], states.get(name)) for name in dag]
-    parts += _key(sorted(set(states.values())), height - 14)
-    return _svg(max(width, 420), height, parts)
+    columns = _columns(dag)
+    tallest = max(len(rows) for rows in columns) * (_ROW + _SPACE)
+    place: dict[str, tuple[float, float]] = {}
+    parts: list[str] = []
+    for column, rows in enumerate(columns):
+        top = 12 + (tallest - len(rows) * (_ROW + _SPACE)) / 2
+        for row, name in enumerate(rows):
+            at = (12.0 + column * (_BOX + _GAP), top + row * (_ROW + _SPACE))
+            if name in dag:
+                place[name] = at
+                parts.append(_box(name.split("@")[-1], at, states.get(name)))
+            else:
+                parts.append(_text(at[0] + _BOX / 2, at[1] + 19, name, "middle", weight=600))
+    pairs = ((source, name) for name, spec in dag.items() for source in spec.upstream if source in dag)
+    edges = [_edge(place[source], place[name]) for source, name in nx.transitive_reduction(nx.DiGraph(pairs)).edges]
+    width = len(columns) * (_BOX + _GAP) - _GAP + 24
+    key = _key(list(dict.fromkeys(states.values())), tallest + 34)
+    return _svg(max(width, 420), tallest + 46, [*edges, *parts, *key])
 
 
-def _columns(dag: Mapping[str, StageSpec]) -> dict[str, int]:
-    """The longest way to each stage, the instances of one `foreach` stage at the same distance."""
-    depth: dict[str, int] = {}
-    family: dict[str, int] = {}
-    for name, spec in dag.items():
-        own = max((depth[source] + 1 for source in spec.upstream if source in depth), default=0)
-        family[name.split("@")[0]] = max(own, family.get(name.split("@")[0], 0))
-        depth[name] = family[name.split("@")[0]]
-    return depth
+def _columns(dag: Mapping[str, StageSpec]) -> list[list[str]]:
+    """The stages by their distance from the start; before the instances of a `foreach` stage comes its name."""
+    families = nx.DiGraph()
+    families.add_nodes_from(_family(name) for name in dag)
+    families.add_edges_from((_family(source), _family(name)) for name in dag for source in dag[name].upstream)
+    families.remove_edges_from(list(nx.selfloop_edges(families)))
+    columns = []
+    for generation in nx.topological_generations(nx.condensation(families)):
+        members = {family for part in generation for family in nx.condensation(families).nodes[part]["members"]}
+        rows: list[str] = []
+        for family in dict.fromkeys(_family(name) for name in dag if _family(name) in members):
+            rows += [] if family in dag else [family]
+            rows += [name for name in dag if _family(name) == family]
+        columns.append(rows)
+    return columns
+
+
+def _family(stage: str) -> str:
+    return stage.split("@")[0]
 
 
 def _edge(start: tuple[float, float], end: tuple[float, float]) -> str:
@@ -178,9 +204,9 @@ def _edge(start: tuple[float, float], end: tuple[float, float]) -> str:
 def _box(name: str, place: tuple[float, float], state: str | None) -> str:
     fill = COLOURS.get(state or "", _OTHER)
     ink = "#ffffff" if state in ("Completed", "Restored", "Failed", "Cancelled", "restorable") else _INK
-    label = name if len(name) <= 19 else f"…{name[-18:]}"
+    label = name if len(name) <= 14 else f"{name[:13]}…"
     rectangle = f"<rect x='{place[0]:.0f}' y='{place[1]:.0f}' width='{_BOX}' height='{_ROW}' rx='5' fill='{fill}'/>"
-    return rectangle + _text(place[0] + _BOX / 2, place[1] + 17, label, "middle", colour=ink)
+    return rectangle + _text(place[0] + _BOX / 2, place[1] + 16, label, "middle", colour=ink)
 
 
 def _key(states: Sequence[str], y: float) -> Iterable[str]:
@@ -197,7 +223,7 @@ def _line(start: tuple[float, float], end: tuple[float, float], style: str) -> s
 
 def _text(x: float, y: float, text: str, anchor: str, colour: str = _INK, weight: int = 400) -> str:
     return (
-        f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}' font-size='12' font-weight='{weight}' "
+        f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}' font-size='13' font-weight='{weight}' "
         f"fill='{colour}' {_FONT}>{escape(text)}</text>"
     )
 
