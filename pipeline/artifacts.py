@@ -89,9 +89,8 @@ def card(root: Path, spec: StageSpec, result: Result, before: Mapping[str, Any],
     parts += [drawing.image(drawing.chart(picture), picture.title) for picture in pictures(root, spec, after)]
     parts += metrics_table(before, after)
     parts += outputs_table(lock_entry(root, spec.name))
-    page = root / REPORT
-    if REPORT.as_posix() in spec.outs and page.exists():
-        parts.append(f"The report is a file on this machine: [{REPORT}]({page.resolve().as_uri()})")
+    if REPORT.as_posix() in spec.outs:
+        parts += report_line(root)
     parts.append(f"By hand: `{spec.cmd}`, or `dvc repro --single-item {spec.name}`")
     return "\n\n".join(part for part in parts if part)
 
@@ -186,9 +185,13 @@ def summary_page(root: Path, dag: Mapping[str, StageSpec], results: Mapping[str,
     parts = [drawing.image(drawing.graph(dag, states), "stages")]
     parts += [f"**{result.message}**" for result in results.values() if result.state == "Failed"]
     parts.append("\n".join(["| stage | state | time |", "|---|---|---:|", *rows]))
-    if (root / REPORT).exists():
-        parts.append(f"The report is a file on this machine: [{REPORT}]({(root / REPORT).resolve().as_uri()})")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *report_line(root)])
+
+
+def report_line(root: Path) -> list[str]:
+    """Where the report lies; a link as well, though most browsers follow none from a web page to a file."""
+    page = (root / REPORT).resolve()
+    return [f"[Report]({page.as_uri()}), a file on the machine of the run: `{page}`"] if page.exists() else []
 
 
 def counts(results: Sequence[str]) -> str:

@@ -163,7 +163,7 @@ def graph(dag: Mapping[str, StageSpec], states: Mapping[str, str]) -> str:
             at = (12.0 + column * (_BOX + _GAP), top + row * (_ROW + _SPACE))
             if name in dag:
                 place[name] = at
-                parts.append(_box(name.split("@")[-1], at, states.get(name)))
+                parts.append(_box(name, at, states.get(name)))
             else:
                 parts.append(_text(at[0] + _BOX / 2, at[1] + 19, name, "middle", weight=600))
     pairs = ((source, name) for name, spec in dag.items() for source in spec.upstream if source in dag)
@@ -204,9 +204,11 @@ def _edge(start: tuple[float, float], end: tuple[float, float]) -> str:
 def _box(name: str, place: tuple[float, float], state: str | None) -> str:
     fill = COLOURS.get(state or "", _OTHER)
     ink = "#ffffff" if state in ("Completed", "Restored", "Failed", "Cancelled", "restorable") else _INK
-    label = name if len(name) <= 14 else f"{name[:13]}…"
+    label = name.split("@")[-1]
+    label = label if len(label) <= 14 else f"{label[:13]}…"
     rectangle = f"<rect x='{place[0]:.0f}' y='{place[1]:.0f}' width='{_BOX}' height='{_ROW}' rx='5' fill='{fill}'/>"
-    return rectangle + _text(place[0] + _BOX / 2, place[1] + 16, label, "middle", colour=ink)
+    text = _text(place[0] + _BOX / 2, place[1] + 16, label, "middle", colour=ink)
+    return f"<g><title>{escape(name)}</title>{rectangle}{text}</g>"
 
 
 def _key(states: Sequence[str], y: float) -> Iterable[str]:

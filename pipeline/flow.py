@@ -6,17 +6,16 @@ flow run and `dvc repro` leave the same workspace behind and may take turns.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import queue
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Annotated, Any, Protocol, cast
 from uuid import UUID
 
 from dvc.exceptions import DvcException
@@ -27,6 +26,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
+from pydantic import Field
 
 from pipeline import artifacts, parameters, preset
 from pipeline.artifacts import Result
@@ -122,8 +122,14 @@ class Run:
         log(logging.INFO, f"{outlook.prospect}: {', '.join(outlook.reasons)}" if outlook.reasons else "forced")
         before = artifacts.recorded_metrics(self._cache, spec, artifacts.lock_entry(self.root, spec.name))
         started = time.monotonic()
-        with self._slot(spec, restorable=outlook.prospect == "restorable" and not force) as environment:
-            outcome = self.runner.run(spec.name, log, environment, force)
+        gpus = int(spec.meta.get("gpus", 0))
+        if outlook.prospect == "restorable" and not force:
+            outcome = self.runner.run(spec.name, log, {})
+        else:
+            if self.slots.busy(gpus):
+                log(logging.INFO, "waiting for another stage to make room")
+            with self.slots.take(gpus) as environment:
+                outcome = self.runner.run(spec.name, log, environment, force)
         if outcome != "Unchanged":
             seconds = artifacts.duration(time.monotonic() - started)
             result = Result(outcome, f"{outcome} in {seconds}")
@@ -138,14 +144,6 @@ class Run:
             return self.outlooks[spec.name]
         with self._planning:
             return plan(self.root, self.dag, [spec.name])[spec.name]
-
-    @contextlib.contextmanager
-    def _slot(self, spec: StageSpec, restorable: bool) -> Iterator[dict[str, str]]:
-        if restorable:
-            yield {}
-            return
-        with self.slots.take(int(spec.meta.get("gpus", 0))) as environment:
-            yield environment
 
     def _end(
         self, name: str, make: Callable[..., State[None]], state: str, message: str, started: float
@@ -214,7 +212,7 @@ def alignment(
     force: bool = False,
     set: dict[str, Any] = AS_THEY_ARE,
     preset: str = "",
-    jobs: int = 0,
+    jobs: Annotated[int, Field(ge=0)] = 0,
 ) -> State[None]:
     """Bring the stages of dvc.yaml up to date.
 
@@ -300,6 +298,8 @@ def _execute(run: Run) -> None:
             run.results.setdefault(name, Result("Failed", f"{name}: {futures[name].state.message}"))
     except BaseException:
         run.runner.stop()
+        for future in futures.values():
+            future.wait()
         raise
 
 

@@ -37,6 +37,11 @@ class Slots:
         self._free_jobs = jobs
         self._changed = threading.Condition()
 
+    def busy(self, gpus: int) -> bool:
+        """Whether `take` would wait now."""
+        with self._changed:
+            return not self._enough(min(gpus, len(self._gpus)))
+
     @contextlib.contextmanager
     def take(self, gpus: int) -> Iterator[dict[str, str]]:
         """Wait for a slot with `gpus` GPUs, or all where the machine has fewer; yields the stage's environment.
@@ -45,7 +50,7 @@ class Slots:
         """
         wanted = min(gpus, len(self._gpus))
         with self._changed:
-            self._changed.wait_for(lambda: len(self._free_gpus) >= wanted and (wanted or self._free_jobs))
+            self._changed.wait_for(lambda: self._enough(wanted))
             taken = [self._free_gpus.pop(0) for _ in range(wanted)]
             self._free_jobs -= not taken
         try:
@@ -55,6 +60,9 @@ class Slots:
                 self._free_gpus += taken
                 self._free_jobs += not taken
                 self._changed.notify_all()
+
+    def _enough(self, gpus: int) -> bool:
+        return len(self._free_gpus) >= gpus if gpus else self._free_jobs > 0
 
     def _environment(self, taken: list[str]) -> dict[str, str]:
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(taken)} if self._gpus else {}

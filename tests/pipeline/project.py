@@ -21,7 +21,7 @@ import json, os, pathlib, signal, sys, time
 name = sys.argv[1]
 own = json.loads(pathlib.Path("params.yaml").read_text().split("# ", 1)[0])[name]
 def say(level, text): print(f"12:34:56 {level} {text}", flush=True)
-say("I", f"at work on {name}")
+say("I", f"at work on {name}, GPU {os.environ.get('CUDA_VISIBLE_DEVICES')}")
 kept = pathlib.Path(f"kept/{name}")
 kept.parent.mkdir(exist_ok=True)
 if kept.exists():

@@ -76,7 +76,7 @@ def test_a_summary_names_each_stage_and_what_failed(project: Project) -> None:
     }
     page = summary_page(project.root, load_dag(project.root), results)
     assert "| first | Unchanged | 0.1 s |" in page and "**left: no space (exit 1)**" in page
-    assert f"(file://{project.root}/reports/index.html)" in page
+    assert f"(file://{project.root}/reports/index.html), a file" in page
 
 
 def test_words() -> None:

@@ -43,14 +43,18 @@ def test_the_graph_shows_every_stage_in_the_colour_of_its_state(repo_root: Path)
     states = dict.fromkeys(dag, "Unchanged") | {"sft": "Completed", "score": "Failed"}
     del states["report"]
     root, width, height = parsed(graph(dag, states))
-    boxes = [element for element in root.iter(f"{SVG}rect") if element.get("rx") == "5"]
-    fills = dict(zip(dag, (box.get("fill") for box in boxes), strict=True))
+    boxes = {
+        title.text or "": box
+        for group in root.iter(f"{SVG}g")
+        if (title := group.find(f"{SVG}title")) is not None and (box := group.find(f"{SVG}rect")) is not None
+    }
+    assert boxes.keys() == dag.keys()
+    fills = {name: box.get("fill") for name, box in boxes.items()}
     assert fills["sft"] == COLOURS["Completed"] and fills["score"] == COLOURS["Failed"]
     assert fills["report"] not in COLOURS.values()
-    places = [(float(box.get("x", 0)), float(box.get("y", 0))) for box in boxes]
-    assert len(set(places)) == len(dag)
-    assert all(0 <= x < width - 100 and 0 <= y < height - 20 for x, y in places)
-    at = dict(zip(dag, places, strict=True))
+    at = {name: (float(box.get("x", 0)), float(box.get("y", 0))) for name, box in boxes.items()}
+    assert len(set(at.values())) == len(dag)
+    assert all(0 <= x < width - 100 and 0 <= y < height - 20 for x, y in at.values())
     assert all(at[source][0] < at[name][0] for name, spec in dag.items() for source in spec.upstream)
     assert len({at[name][0] for name in dag if name.startswith("dual_search@")}) == 1
 

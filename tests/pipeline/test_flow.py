@@ -67,7 +67,7 @@ def test_a_run_then_nothing_then_an_override_then_back(project: Project, client:
     assert done.is_completed() and done.message == "4 completed"
     assert states(client, done) == dict.fromkeys(STAGES, "Completed")
     assert "Data and pipelines are up to date" in project.dvc("status")
-    until(lambda: "at work on last" in logged(client, flow_run(done)))
+    until(lambda: "at work on last, GPU None" in logged(client, flow_run(done)))
     assert {"plan", "summary", *(f"stage-{name}" for name in STAGES)} <= set(artifacts(client, flow_run(done)))
 
     project.set(right={"value": 20})
@@ -125,12 +125,24 @@ def test_independent_stages_run_side_by_side(project: Project, client: SyncPrefe
     assert {task.name: list(task.tags) for task in tasks(client, flow_run(state)).values()}["left"] == ["cpu"]
 
 
+def test_a_stage_has_a_gpu_of_its_own(
+    project: Project, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = project.root / "dvc.yaml"
+    graph.write_text(graph.read_text().replace('"gpus": 0', '"gpus": 1', 2))  # of first and left
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    state = alignment(stages=["left", "right"], return_state=True)
+    told = ["at work on first, GPU 7", "at work on left, GPU 7", "at work on right, GPU"]
+    until(lambda: set(told) <= set(logged(client, flow_run(state))))
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
         ({"stages": ["lft"]}, "lft: no such stage; did you mean left?"),
         ({"set": {"left.valu": 1}}, "params.yaml: there is no key left.valu; did you mean left.value?"),
         ({"preset": "none"}, "none: no such preset"),
+        ({"jobs": -1}, "greater than or equal to 0"),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_changes_nothing(
@@ -138,7 +150,7 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(
 ) -> None:
     before = (project.root / "params.yaml").read_text()
     state = alignment(**asked, return_state=True)
-    assert state.name == "Refused" and message in str(state.message)
+    assert state.is_failed() and message in str(state.message)
     assert (project.root / "params.yaml").read_text() == before
 
 

@@ -37,7 +37,7 @@ def test_the_ways_in_which_a_stage_ends_well(project: Project, runner: LocalRunn
         return runner.run("first", lambda *line: log.append(line), {}, force)
 
     assert run() == "Completed"
-    assert (logging.INFO, "at work on first") in log
+    assert (logging.INFO, "at work on first, GPU None") in log
     assert not [text for _, text in log if "git add" in text or "dvc push" in text or not text.strip()]
     assert run() == "Unchanged"
     assert run(force=True) == "Completed"

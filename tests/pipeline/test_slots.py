@@ -36,7 +36,9 @@ def test_every_gpu_is_in_one_hand_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_stage_without_gpu_sees_none_and_waits_for_a_place_only() -> None:
     slots = Slots(["g0"], jobs=1)
+    assert not slots.busy(0) and not slots.busy(1)
     with slots.take(1), slots.take(0) as environment:
+        assert slots.busy(0) and slots.busy(1)
         assert environment["CUDA_VISIBLE_DEVICES"] == ""
         second = threading.Thread(target=lambda: slots.take(0).__enter__())
         second.start()
