@@ -6,13 +6,15 @@ flow run and `dvc repro` leave the same workspace behind and may take turns.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import logging
 import queue
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol, cast
@@ -23,6 +25,7 @@ from dvc.repo import Repo
 from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
@@ -40,6 +43,8 @@ from pipeline.slots import Slots, default_jobs, visible_gpus
 NAME = "alignment"
 #: Seconds before another attempt.
 RETRY_DELAY = 2.0
+#: Seconds between two looks at whether the run was cancelled on Prefect's pages.
+CANCEL_POLL = 3.0
 #: The states of a stage that is up to date.
 WELL = ("Completed", "Restored", "Unchanged")
 #: The state of a flow run that was asked for what cannot be done.
@@ -282,20 +287,23 @@ def _execute(run: Run) -> None:
     A stage whose upstream failed gets no task run: Prefect would show it as pending for ever.
     """
     futures: dict[str, PrefectFuture[Any]] = {}
-    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     running = 0
     try:
-        while True:
-            for name in run.ready(futures):
-                before = [futures[source] for source in run.dag[name].upstream if source in futures]
-                futures[name] = _task(run, run.dag[name]).submit(name, wait_for=before)
-                futures[name].add_done_callback(functools.partial(_put, ended, name))
-                running += 1
-            if not running:
-                return
-            name = ended.get()
-            running -= 1
-            run.results.setdefault(name, Result("Failed", f"{name}: {futures[name].state.message}"))
+        with _cancel_button(ended):
+            while True:
+                for name in run.ready(futures):
+                    before = [futures[source] for source in run.dag[name].upstream if source in futures]
+                    futures[name] = _task(run, run.dag[name]).submit(name, wait_for=before)
+                    futures[name].add_done_callback(functools.partial(_put, ended, name))
+                    running += 1
+                if not running:
+                    return
+                last = ended.get()
+                if last is None:
+                    raise KeyboardInterrupt
+                running -= 1
+                run.results.setdefault(last, Result("Failed", f"{last}: {futures[last].state.message}"))
     except BaseException:
         run.runner.stop()
         for future in futures.values():
@@ -303,7 +311,33 @@ def _execute(run: Run) -> None:
         raise
 
 
-def _put(ended: queue.SimpleQueue[str], name: str, _: PrefectFuture[Any]) -> None:
+@contextlib.contextmanager
+def _cancel_button(ended: queue.SimpleQueue[str | None]) -> Iterator[None]:
+    """Put None into the queue when somebody cancels this run on Prefect's pages.
+
+    Runs of a deployment have a process that watches over them; runs from the command line have nobody else.
+    """
+    over = threading.Event()
+    if runtime.deployment.id is None:
+        context = contextvars.copy_context()
+        threading.Thread(target=context.run, args=(_watch, runtime.flow_run.id, ended, over), daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _watch(run_id: str, ended: queue.SimpleQueue[str | None], over: threading.Event) -> None:
+    with get_client(sync_client=True) as client:
+        while not over.wait(CANCEL_POLL):
+            with contextlib.suppress(Exception):  # a server that is away for a moment must not end the watch
+                state = client.read_flow_run(UUID(run_id)).state
+                if state is not None and state.is_cancelling():
+                    ended.put(None)
+                    return
+
+
+def _put(ended: queue.SimpleQueue[str | None], name: str, _: PrefectFuture[Any]) -> None:
     ended.put(name)
 
 

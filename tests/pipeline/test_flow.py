@@ -14,6 +14,8 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.states import Cancelling
 
 from pipeline.flow import alignment
 from tests.pipeline.project import Project, environment, until
@@ -164,9 +166,9 @@ def test_an_override_that_breaks_the_graph_is_taken_back(project: Project, serve
     assert params.read_text() == before
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize(("how", "code"), [("interrupt", 130), ("terminate", -signal.SIGTERM), ("button", 130)])
 def test_a_cancelled_run_leaves_nothing_and_the_next_goes_on(
-    project: Project, server: str, number: signal.Signals, code: int
+    project: Project, server: str, client: SyncPrefectClient, how: str, code: int
 ) -> None:
     project.set(first={"then": "wait"})
     command = [sys.executable, "-m", "pipeline", "run", "--stage", "first"]
@@ -174,11 +176,17 @@ def test_a_cancelled_run_leaves_nothing_and_the_next_goes_on(
     run = subprocess.Popen(command, cwd=project.root, env=told, stderr=subprocess.PIPE, text=True)
     assert run.stderr is not None
     assert any("step 1 of 2" in line for line in run.stderr)
-    run.send_signal(number)
+    (newest,) = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
+    if how == "button":
+        client.set_flow_run_state(newest.id, Cancelling())
+    else:
+        run.send_signal(signal.SIGINT if how == "interrupt" else signal.SIGTERM)
     rest = run.stderr.read()
     run.stderr.close()
     assert run.wait() == code, rest
     assert not project.processes() and not project.locks()
     assert (project.root / "kept/first").read_text() == "the checkpoint"
+    ended = client.read_flow_run(newest.id).state
+    assert ended is not None and ended.name == ("Crashed" if how == "terminate" else "Cancelled")
     again = subprocess.run(command, cwd=project.root, env=told, capture_output=True, text=True, check=False)
     assert again.returncode == 0 and "resuming from the checkpoint" in again.stderr
