@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,6 @@ from typing import Literal
 import psutil
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
-from packaging.utils import canonicalize_name
 
 from pipeline.artifacts import size
 from pipeline.dag import load_dag
@@ -76,8 +76,8 @@ def _pins(root: Path) -> Iterator[Finding]:
         yield Finding("note", "constraints.txt: not here, so the versions of packages are not checked")
         return
     pins = dict(line.split("==") for line in path.read_text().split() if "==" in line and not line.startswith("#"))
-    wanted = {canonicalize_name(name): version for name, version in pins.items()}
-    installed = {canonicalize_name(dist.metadata["Name"]): dist.version for dist in importlib.metadata.distributions()}
+    wanted = {_canonical(name): version for name, version in pins.items()}
+    installed = {_canonical(dist.metadata["Name"]): dist.version for dist in importlib.metadata.distributions()}
     other = [
         f"{name} {installed[name]} (tested with {version})"
         for name, version in wanted.items()
@@ -87,6 +87,11 @@ def _pins(root: Path) -> Iterator[Finding]:
         yield Finding("note", f"versions: {', '.join(other)}; pip install -e . -c constraints.txt brings them back")
     else:
         yield Finding("ok", f"versions: Python {sys.version.split()[0]}, packages as in constraints.txt")
+
+
+def _canonical(package: str) -> str:
+    """The name under which package indexes know it: `ruamel.yaml` and `ruamel_yaml` are one."""
+    return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def _git(root: Path) -> Iterator[Finding]:

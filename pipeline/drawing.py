@@ -58,7 +58,7 @@ def image(svg: str, title: str) -> str:
 # --- charts -----------------------------------------------------------------------------------------------------------
 
 _WIDTH, _HEIGHT = 640, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 20, 34, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 82, 20, 34, 46
 
 
 def chart(content: Chart) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pipeline.__main__ import main
+from pipeline.__main__ import _parser, main
 from tests.pipeline.project import Project
 
 
@@ -76,6 +77,14 @@ def test_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.chdir(tmp_path)
     assert main(["plan"]) == 2
     assert "run this in the root of the repository" in capsys.readouterr().err
+
+
+def test_the_guide_names_commands_that_exist(repo_root: Path) -> None:
+    lines = (repo_root / "docs/prefect.md").read_text().splitlines()
+    commands = [shlex.split(line, comments=True)[3:] for line in lines if line.startswith("python -m pipeline ")]
+    assert {command[0] for command in commands} == {"plan", "run", "serve", "status", "doctor"}
+    for command in commands:
+        assert callable(_parser().parse_args(command).command)
 
 
 def test_help_and_the_graph_do_without_prefect(repo_root: Path) -> None:
