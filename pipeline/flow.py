@@ -4,7 +4,8 @@ Prefect schedules, shows and stops; what is up to date, and what a stage reads a
 flow run and `dvc repro` leave the same workspace behind and may take turns.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: Prefect loads a served flow under a name of its own, where it cannot find the
+# types of parameters by their names.
 
 import contextlib
 import contextvars
@@ -63,6 +64,31 @@ class Runner(Protocol):
     def stop(self) -> None:
         """Stop all stages and start none; returns when they have ended."""
         ...
+
+
+class _Relay:
+    """Passes a stage's lines on to its log, and shows the progress that they tell as a bar."""
+
+    EVERY = 3.0  # seconds between two updates of the bar
+
+    def __init__(self, stage: str, log: Log) -> None:
+        self.log = log
+        self._key = artifacts.key_of(stage).replace("stage-", "progress-", 1)
+        self._bar: UUID | None = None
+        self._shown = -self.EVERY
+
+    def __call__(self, level: int, line: str) -> None:
+        self.log(level, line)
+        progress = read_progress(line)
+        if progress and (time.monotonic() - self._shown >= self.EVERY or progress.done >= progress.total):
+            self._shown = time.monotonic()
+            _show(self.log, lambda: self._update(progress))
+
+    def _update(self, progress: Progress) -> None:
+        if self._bar is None:
+            self._bar = cast(UUID, create_progress_artifact(progress.percent, self._key, str(progress)))
+        else:
+            update_progress_artifact(self._bar, progress.percent, str(progress))
 
 
 @dataclass
@@ -158,31 +184,6 @@ class Run:
         return make(
             name=state, message=f"{message} ({artifacts.duration(seconds)})" if state == "Completed" else message
         )
-
-
-class _Relay:
-    """Passes a stage's lines on to its log, and shows the progress that they tell as a bar."""
-
-    EVERY = 3.0  # seconds between two updates of the bar
-
-    def __init__(self, stage: str, log: Log) -> None:
-        self.log = log
-        self._key = artifacts.key_of(stage).replace("stage-", "progress-", 1)
-        self._bar: UUID | None = None
-        self._shown = -self.EVERY
-
-    def __call__(self, level: int, line: str) -> None:
-        self.log(level, line)
-        progress = read_progress(line)
-        if progress and (time.monotonic() - self._shown >= self.EVERY or progress.done >= progress.total):
-            self._shown = time.monotonic()
-            _show(self.log, lambda: self._update(progress))
-
-    def _update(self, progress: Progress) -> None:
-        if self._bar is None:
-            self._bar = cast(UUID, create_progress_artifact(progress.percent, self._key, str(progress)))
-        else:
-            update_progress_artifact(self._bar, progress.percent, str(progress))
 
 
 def _show(log: Log, create: Callable[[], object]) -> None:

@@ -190,3 +190,30 @@ def test_a_cancelled_run_leaves_nothing_and_the_next_goes_on(
     assert ended is not None and ended.name == ("Crashed" if how == "terminate" else "Cancelled")
     again = subprocess.run(command, cwd=project.root, env=told, capture_output=True, text=True, check=False)
     assert again.returncode == 0 and "resuming from the checkpoint" in again.stderr
+
+
+def test_a_served_run_is_started_and_cancelled_from_the_pages(
+    project: Project, server: str, client: SyncPrefectClient
+) -> None:
+    project.set(first={"then": "wait"})
+    told = {**environment(), "PREFECT_API_URL": server, "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
+    serve = subprocess.Popen([sys.executable, "-m", "pipeline", "serve"], cwd=project.root, env=told)
+    try:
+        until(lambda: [made for made in client.read_deployments() if made.name == project.root.name])
+        (deployment,) = [made for made in client.read_deployments() if made.name == project.root.name]
+        asked = {"stages": ["first"], "set": {"first.value": 9}, "force": False, "preset": "", "jobs": 0}
+        run = client.create_flow_run_from_deployment(deployment.id, parameters=asked)
+        until(lambda: any("step 1 of 2" in line for line in logged(client, run.id)))
+        client.set_flow_run_state(run.id, Cancelling(), force=True)
+
+        def ended() -> str | None:
+            state = client.read_flow_run(run.id).state
+            return state.name if state and state.is_final() else None
+
+        until(ended)
+        assert ended() == "Cancelled"
+        assert (project.root / "kept/first").read_text() == "the checkpoint" and not project.locks()
+    finally:
+        serve.send_signal(signal.SIGINT)
+        serve.wait()
+    until(lambda: not project.processes())
