@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dvc.repo import Repo
 from dvc.utils.serialize import load_yaml
 
 from pipeline import drawing
@@ -42,7 +43,8 @@ def key_of(stage: str) -> str:
 def lock_entry(root: Path, stage: str) -> dict[str, Any]:
     """What dvc.lock holds about the last run of a stage; empty where it never ran."""
     path = root / "dvc.lock"
-    stages = (load_yaml(str(path)).get("stages") or {}) if path.exists() else {}
+    with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:  # a stage that ends writes the file anew
+        stages = (load_yaml(str(path)).get("stages") or {}) if path.exists() else {}
     return dict(stages.get(stage, {}))
 
 

@@ -46,8 +46,12 @@ NAME = "alignment"
 RETRY_DELAY = 2.0
 #: Seconds between two looks at whether the run was cancelled on Prefect's pages.
 CANCEL_POLL = 3.0
-#: The states of a stage that is up to date.
-WELL = ("Completed", "Restored", "Unchanged")
+#: The messages of a stage that is up to date.
+ENDED: dict[Outcome, str] = {
+    "Completed": "ran",
+    "Restored": "an earlier result was taken from DVC's run cache",
+    "Unchanged": "up to date",
+}
 #: The state of a flow run that was asked for what cannot be done.
 REFUSED = "Refused"
 AS_THEY_ARE: dict[str, Any] = {}
@@ -115,7 +119,7 @@ class Run:
 
     def ready(self, started: Container[str]) -> list[str]:
         """The stages that can start now: not started, and all that they read from has ended well."""
-        well = {name for name, result in self.results.items() if result.state in WELL}
+        well = {name for name, result in self.results.items() if result.state in ENDED}
         return [
             name
             for name in self.outlooks
@@ -129,21 +133,15 @@ class Run:
         try:
             outcome = self._ensure(spec, log)
         except StageStopped:
-            return self._end(
-                name, Cancelled, "Cancelled", "stopped; the next run goes on from its last checkpoint", started
-            )
+            message = "stopped; the next run goes on from its last checkpoint"
+            return self._end(name, Cancelled, "Cancelled", message, started)
         except (StageFailed, PipelineError) as error:
             reason = error.reason if isinstance(error, StageFailed) else str(error)
             if isinstance(error, StageFailed) and error.lasting:
                 self.refused.add(name)
             logger.error("%s; the next attempt goes on from the last checkpoint; by hand: %s", reason, spec.cmd)
             return self._end(name, Failed, "Failed", f"{name}: {reason}", started)
-        message = {
-            "Completed": "ran",
-            "Restored": "an earlier result was taken from DVC's run cache",
-            "Unchanged": "up to date",
-        }
-        return self._end(name, Completed, outcome, message[outcome], started)
+        return self._end(name, Completed, outcome, ENDED[outcome], started)
 
     def _ensure(self, spec: StageSpec, log: _Relay) -> Outcome:
         outlook = self._outlook(spec)
@@ -170,8 +168,9 @@ class Run:
         return outcome
 
     def _outlook(self, spec: StageSpec) -> Outlook:
-        """The outlook from the start of the run, or a fresh one if a stage that this one reads has changed since."""
-        if all(self.results[source].state == "Unchanged" for source in spec.upstream if source in self.results):
+        """The outlook from the start of the run, or a fresh one if it hung on stages that have ended since."""
+        settled = all(self.results[source].state == "Unchanged" for source in spec.upstream)
+        if settled and self.outlooks[spec.name].prospect != "maybe stale":
             return self.outlooks[spec.name]
         with self._planning:
             return plan(self.root, self.dag, [spec.name])[spec.name]
@@ -182,7 +181,7 @@ class Run:
         seconds = time.monotonic() - started
         self.results[name] = Result(state, message, seconds)
         return make(
-            name=state, message=f"{message} ({artifacts.duration(seconds)})" if state == "Completed" else message
+            name=state, message=f"{message} in {artifacts.duration(seconds)}" if state == "Completed" else message
         )
 
 
@@ -223,7 +222,7 @@ def alignment(
     """Bring the stages of dvc.yaml up to date.
 
     Args:
-        stages: what to bring up to date, with what it reads from; dual_search stands for all its instances. None: all.
+        stages: what to bring up to date, with what it reads from; dual_search stands for all of it. Empty: all.
         force: run the named stages, or all, even if nothing has changed.
         set: new values of params.yaml, such as {"constraint.limit": -0.5}. They stay after the run.
         preset: a file in params/ to put in place of params.yaml first; default is the committed params.yaml.

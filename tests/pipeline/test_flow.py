@@ -89,6 +89,11 @@ def test_a_run_then_nothing_then_an_override_then_back(project: Project, client:
     assert states(client, back) == {"first": "Unchanged", "left": "Restored", "right": "Unchanged", "last": "Restored"}
     assert json.loads((project.root / "metrics-left.json").read_text())["accuracy"]["mean"] == 1
 
+    script = project.root / "work.py"
+    script.write_text(f"{script.read_text()}# the same results\n")
+    alike = alignment(return_state=True)
+    assert states(client, alike) == {**dict.fromkeys(STAGES, "Unchanged"), "first": "Completed"}
+
     one = alignment(stages=["left"], force=True, return_state=True)
     assert states(client, one) == {"first": "Unchanged", "left": "Completed"}
 
