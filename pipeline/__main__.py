@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PipelineError as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    except BrokenPipeError:  # whoever reads, `head` say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run again to go on\n")
         return 130
@@ -94,6 +97,7 @@ def _check_root(root: Path) -> None:
 
 def _say(lines: Sequence[str]) -> None:
     sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

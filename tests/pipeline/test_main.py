@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -92,3 +93,12 @@ def test_help_and_the_graph_do_without_prefect(repo_root: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=repo_root, check=False).returncode == 0
     shown = subprocess.run([sys.executable, "-m", "pipeline", "-h"], cwd=repo_root, capture_output=True, text=True)
     assert "docs/prefect.md" in shown.stdout and "130  interrupted" in shown.stdout
+
+
+def test_prefect_takes_its_settings_from_the_repository(repo_root: Path) -> None:
+    code = (
+        "import sys; from prefect.settings import get_current_settings; server = get_current_settings().server\n"
+        "sys.exit((server.analytics_enabled, server.ephemeral.startup_timeout_seconds) != (False, 120))"
+    )
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    assert subprocess.run([sys.executable, "-c", code], cwd=repo_root, env=bare, check=False).returncode == 0
