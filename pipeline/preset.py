@@ -14,15 +14,12 @@ import difflib
 import itertools
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-from ruamel.yaml.nodes import MappingNode, Node
+from pipeline.parameters import replace_file, span
 
 ROOT = Path(__file__).resolve().parents[1]
 #: A copy of what was chosen last: the preset itself may have changed since.
@@ -50,7 +47,7 @@ def select(preset: str, data: str | None = None, force: bool = False, root: Path
             raise PresetError(f"{data}: no such folder; --data takes the folder that holds the data files")
         text = _with_folder(text, data, preset)
     target = root / "params.yaml"
-    if target.exists() and _is_edited(target.read_text(), root):
+    if target.exists() and is_edited(target.read_text(), root):
         if not force:
             raise PresetError(
                 "params.yaml holds your own edits; copy it into params/ under a name of its own, "
@@ -58,7 +55,7 @@ def select(preset: str, data: str | None = None, force: bool = False, root: Path
             )
         logger.info("params.yaml held your own edits: kept as %s", _save(target).name)
     for path in (target, root / LAST):
-        _replace(path, text)
+        replace_file(path, text)
     logger.info("params.yaml is now %s%s", preset, f" with prepare.folder {data}" if data else "")
 
 
@@ -87,7 +84,7 @@ def _committed(root: Path) -> str | None:
     return shown.stdout if shown.returncode == 0 else None
 
 
-def _is_edited(text: str, root: Path) -> bool:
+def is_edited(text: str, root: Path) -> bool:
     """Whether `text` is neither committed, nor a preset, nor what was chosen last, whatever prepare.folder says."""
     files = [*_presets(root), root / LAST]
     known = [_committed(root), *(path.read_text() for path in files if path.is_file())]
@@ -95,31 +92,15 @@ def _is_edited(text: str, root: Path) -> bool:
 
 
 def _without_folder(text: str) -> str:
-    span = _folder_span(text)
-    return text[: span[0]] + text[span[1] :] if span else text
+    place = span(text, "prepare.folder")
+    return text[: place[0]] + text[place[1] :] if place else text
 
 
 def _with_folder(text: str, folder: str, name: str) -> str:
-    span = _folder_span(text)
-    if span is None:
+    place = span(text, "prepare.folder")
+    if place is None:
         raise PresetError(f"{name}: it has no key prepare.folder to hold --data")
-    return text[: span[0]] + json.dumps(folder, ensure_ascii=False) + text[span[1] :]
-
-
-def _folder_span(text: str) -> tuple[int, int] | None:
-    """Where the value of `prepare.folder` begins and ends in YAML text, so that all else stays byte for byte."""
-    try:
-        node = YAML(typ="safe", pure=True).compose(text)
-    except YAMLError:
-        return None
-    for key in ("prepare", "folder"):
-        node = _child(node, key)
-    return (node.start_mark.index, node.end_mark.index) if node else None
-
-
-def _child(node: Node | None, key: str) -> Node | None:
-    pairs = node.value if isinstance(node, MappingNode) else []
-    return next((value for name, value in pairs if name.value == key), None)
+    return text[: place[0]] + json.dumps(folder, ensure_ascii=False) + text[place[1] :]
 
 
 def _save(path: Path) -> Path:
@@ -128,13 +109,6 @@ def _save(path: Path) -> Path:
     saved = next(place for name in names if not (place := path.with_name(name)).exists())
     shutil.copy2(path, saved)
     return saved
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:

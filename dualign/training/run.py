@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -69,6 +70,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "use_cpu": resources.device == "cpu",
         "gradient_checkpointing": resources.gradient_checkpointing,
         "logging_steps": resources.log_steps,
+        "include_num_input_tokens_seen": "non_padding",  # for the rate in the log
         "logging_nan_inf_filter": False,  # it would show the mean in place of a loss that is not finite
         "save_steps": resources.checkpoint_steps,
         "save_total_limit": 2,
@@ -130,6 +132,13 @@ def last_checkpoint(folder: Path) -> Path | None:
 class _PlainLog(TrainerCallback):
     """One line per logged step for a log file; the Trainer's own bar serves a terminal."""
 
+    _started, _first = 0.0, 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._started, self._first = time.monotonic(), state.global_step
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -140,7 +149,12 @@ class _PlainLog(TrainerCallback):
     ) -> None:
         if logs and "loss" in logs and not watched():
             extra = "".join(f", {key} {logs[key]:.3f}" for key in ("accuracy", "log_ratio") if key in logs)
-            log.info("step %d of %d: loss %.4f%s", state.global_step, state.max_steps, float(logs["loss"]), extra)
+            rate = logs.get("train_tokens_per_second")
+            extra += f", {rate:.0f} tokens/s" if rate else ""
+            each = (time.monotonic() - self._started) / max(state.global_step - self._first, 1)
+            left = each * (state.max_steps - state.global_step)
+            step = f"step {state.global_step} of {state.max_steps}"
+            log.info("%s: loss %.4f%s, %.0f s left", step, float(logs["loss"]), extra, left)
 
 
 def callbacks() -> list[TrainerCallback]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -173,6 +174,8 @@ def test_the_laboratory_reads_what_every_policy_is_worth_and_what_it_took(finish
 @pytest.mark.slow
 def test_a_second_run_does_nothing(finished: Path) -> None:
     assert "Data and pipelines are up to date" in run(finished, sys.executable, "-m", "dvc", "repro").stdout
+    up_to_date, total = re.findall(r"\d+", run(finished, sys.executable, "-m", "pipeline", "plan").stdout)
+    assert up_to_date == total
 
 
 @pytest.mark.slow

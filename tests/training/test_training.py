@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from dualign.training import scorer as scorer_training
 from dualign.training.pairwise import Inner, Pair
 from dualign.training.run import Job
 from dualign.training.scorer import ScoredPair
+from pipeline.progress import read_progress
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ScratchParams(
@@ -639,6 +641,15 @@ def test_metrics_tell_the_course_of_a_run(kind: tuple[Start, Train], job: Job, r
     assert all(math.isfinite(loss) for _, loss in metrics["loss_curve"])
     if request.node.callspec.params["kind"] == "sft":
         assert metrics["heldout_loss"] < metrics["loss_curve"][0][1] - 0.5
+
+
+def test_the_log_tells_how_far_a_run_is(kind: tuple[Start, Train], job: Job, caplog: pytest.LogCaptureFixture) -> None:
+    start, train = kind
+    with caplog.at_level(logging.INFO, logger="dualign"):
+        train(start(), job)
+    told = [progress for record in caplog.records if (progress := read_progress(record.message))]
+    assert [progress.done for progress in told][-1] == told[-1].total > 1
+    assert re.search(r"^loss \d+\.\d{4}.*, \d+ tokens/s, \d+ s left$", told[-1].detail), told[-1].detail
 
 
 def test_epochs_count_when_no_number_of_steps_is_given(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:

@@ -1,0 +1,215 @@
+"""The command line: what a run would do, a run, the flow for Prefect's pages, the last runs, what may be wrong.
+
+python -m pipeline plan
+python -m pipeline run --stage dual_init --set constraint.limit=-0.5
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    from pipeline.dag import StageSpec
+
+EXIT = """exit status:
+  0    done; nothing is wrong
+  1    run: a stage failed; doctor: something keeps runs from working
+  2    the command cannot be carried out as asked
+  130  interrupted; the next run goes on where this one stopped"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        _check_root(Path.cwd())
+        code: int = arguments.command(arguments)
+        return code
+    except PipelineError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    except BrokenPipeError:  # whoever reads, `head` say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; run again to go on\n")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline",
+        description="Run the stages of dvc.yaml as a Prefect flow. The guide is docs/prefect.md.",
+        epilog=EXIT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, command: Any, about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=EXIT,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        added.set_defaults(command=command)
+        return added
+
+    add("plan", _plan, "say what a run would do and why, without running anything")
+    run = add("run", _run, "bring stages up to date")
+    argument = run.add_argument
+    argument(
+        "--stage", action="append", metavar="S", dest="stages", default=[],
+        help="this stage and what it reads from, where out of date; repeat for more; dual_search means all of it",
+    )  # fmt: skip
+    argument("--force", action="store_true", help="run the stages of --stage, or all, even if nothing has changed")
+    argument(
+        "--set", action="append", metavar="KEY=VALUE", dest="settings", default=[],
+        help="write a new value into params.yaml first, such as constraint.limit=-0.5; repeat for more",
+    )  # fmt: skip
+    argument("--params", metavar="FILE", default="", help="put this preset in place of params.yaml first; or `default`")
+    argument(
+        "--jobs", type=_positive, metavar="N", default=0,
+        help="stages side by side on the CPU (default: half the cores, at most 4)",
+    )  # fmt: skip
+    add("serve", _serve, "offer the flow on the pages of a Prefect server, and run what is asked for there")
+    status = add("status", _status, "list the last flow runs, and the stages of the newest")
+    status.add_argument("--last", type=_positive, default=5, metavar="N", help="how many runs (default 5)")
+    add("doctor", _doctor, "look for what may keep a run from working")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def _check_root(root: Path) -> None:
+    if not (root / "dvc.yaml").is_file() or not (root / ".dvc").is_dir():
+        raise PipelineError(f"{root}: no dvc.yaml and .dvc here; run this in the root of the repository")
+
+
+def _say(lines: Sequence[str]) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as text with aligned columns; the last one runs free."""
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    return ["  ".join([*map(str.ljust, row, widths), row[-1]]).rstrip() for row in rows]
+
+
+# --- commands; each imports what it needs, for --help to be quick -----------------------------------------------------
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from pipeline.plan import plan
+
+    dag = _dag()
+    outlooks = plan(Path.cwd(), dag)
+    changed = [(name, outlook) for name, outlook in outlooks.items() if outlook.prospect != "up to date"]
+    _say(_columns([(name, outlook.prospect, ", ".join(outlook.reasons)) for name, outlook in changed]))
+    _say([f"{len(dag) - len(changed)} of {len(dag)} stages are up to date"])
+    return 0
+
+
+def _dag() -> dict[str, StageSpec]:
+    from dvc.exceptions import DvcException
+
+    from pipeline.dag import load_dag
+    from pipeline.plan import one_line
+
+    try:
+        return load_dag(Path.cwd())
+    except DvcException as error:
+        raise PipelineError(one_line(error)) from None
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from pipeline.parameters import assign, parse
+    from pipeline.plan import select
+
+    settings = dict(parse(setting) for setting in arguments.settings)
+    if not arguments.params:  # a slip of the pen need not wait for a server
+        assign(Path("params.yaml").read_text(), settings)
+        select(_dag(), arguments.stages)
+    _use_running_server()
+    from pipeline.flow import REFUSED, alignment
+
+    state = alignment(
+        stages=arguments.stages, force=arguments.force, set=settings, preset=arguments.params,
+        jobs=arguments.jobs, return_state=True,
+    )  # fmt: skip
+    if state.is_cancelled():
+        raise KeyboardInterrupt
+    if state.name == REFUSED:
+        raise PipelineError(state.message)
+    return 0 if state.is_completed() else 1
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from pipeline.doctor import reachable
+
+    api = _api()
+    if not reachable(api):
+        raise PipelineError(f"no Prefect server at {api}; start one in another terminal: prefect server start")
+    _use(api)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])  # for its flow runs
+    from pipeline.flow import alignment
+
+    about = "Run the stages of dvc.yaml in this folder, one run at a time."
+    alignment.serve(name=Path.cwd().name, limit=1, description=about)
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    _use_running_server()
+    from pipeline.history import last_runs
+
+    _say(last_runs(arguments.last))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from pipeline.doctor import examine
+
+    findings = list(examine(Path.cwd(), _api()))
+    _say([f"{finding.level:5}  {finding.what}" for finding in findings])
+    return int(any(finding.level == "wrong" for finding in findings))
+
+
+def _api() -> str:
+    """The address of the Prefect server: the one that is configured, else where `prefect server start` puts it."""
+    from prefect.settings import get_current_settings
+
+    settings = get_current_settings()
+    return settings.api.url or f"http://{settings.server.api.host}:{settings.server.api.port}/api"
+
+
+def _use(api: str) -> None:
+    """Make this process, and those that it starts, talk to one server."""
+    from prefect.context import refresh_global_settings_context
+
+    os.environ["PREFECT_API_URL"] = api
+    refresh_global_settings_context()
+
+
+def _use_running_server() -> None:
+    """Use the server on this machine if one runs, so that its pages show the run; else Prefect starts its own."""
+    from prefect.settings import get_current_settings
+
+    from pipeline.doctor import reachable
+
+    if get_current_settings().api.url is None and reachable(_api()):
+        _use(_api())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

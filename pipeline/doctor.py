@@ -1,0 +1,172 @@
+"""What may be wrong with a workspace and its surroundings, each finding with its remedy."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+
+from pipeline.artifacts import size
+from pipeline.dag import load_dag
+from pipeline.errors import PipelineError
+from pipeline.plan import one_line
+from pipeline.runner import exclusive
+from pipeline.slots import visible_gpus
+
+#: Free disk below which a run is likely to fail.
+ROOM = 5 * 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`wrong` keeps a run from working, `note` is worth knowing."""
+
+    level: Literal["ok", "note", "wrong"]
+    what: str
+
+
+def examine(root: Path, api: str) -> Iterator[Finding]:
+    """All findings about the workspace `root` and the Prefect server at `api`, quick ones first."""
+    yield from _graph(root)
+    yield from _pins(root)
+    yield from _git(root)
+    yield from _dvc(root)
+    yield from _locks(root)
+    yield _disk(root)
+    yield _gpus()
+    yield _server(api)
+
+
+def reachable(api: str) -> bool:
+    """Whether a Prefect server answers at this address within two seconds."""
+    try:
+        with urllib.request.urlopen(f"{api.rstrip('/')}/health", timeout=2) as answer:
+            return answer.status == 200
+    except (OSError, ValueError, urllib.error.URLError):
+        return False
+
+
+def _graph(root: Path) -> Iterator[Finding]:
+    try:
+        dag = load_dag(root)
+    except DvcException as error:
+        yield Finding("wrong", f"dvc.yaml, params.yaml: {one_line(error)}")
+        return
+    yield Finding("ok", f"dvc.yaml: {len(dag)} stages")
+
+
+def _pins(root: Path) -> Iterator[Finding]:
+    path = root / "constraints.txt"
+    if not path.exists():
+        yield Finding("note", "constraints.txt: not here, so the versions of packages are not checked")
+        return
+    pins = dict(line.split("==") for line in path.read_text().split() if "==" in line and not line.startswith("#"))
+    wanted = {_canonical(name): version for name, version in pins.items()}
+    installed = {_canonical(dist.metadata["Name"]): dist.version for dist in importlib.metadata.distributions()}
+    other = [
+        f"{name} {installed[name]} (tested with {version})"
+        for name, version in wanted.items()
+        if name in installed and installed[name].split("+")[0] != version
+    ]
+    if other:
+        yield Finding("note", f"versions: {', '.join(other)}; pip install -e . -c constraints.txt brings them back")
+    else:
+        yield Finding("ok", f"versions: Python {sys.version.split()[0]}, packages as in constraints.txt")
+
+
+def _canonical(package: str) -> str:
+    """The name under which package indexes know it: `ruamel.yaml` and `ruamel_yaml` are one."""
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def _git(root: Path) -> Iterator[Finding]:
+    git = ["git", "-C", str(root), "status", "--porcelain"]
+    answer = subprocess.run(git, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        yield Finding("note", "git: not a repository, so results cannot be traced to a commit")
+        return
+    changed = [line[3:] for line in answer.stdout.splitlines() if line[3:] != "dvc.lock"]
+    if changed:
+        yield Finding("note", f"git: {len(changed)} files differ from the last commit, first {changed[0]}")
+    else:
+        yield Finding("ok", "git: as committed")
+
+
+def _dvc(root: Path) -> Iterator[Finding]:
+    try:
+        with Repo(str(root)) as repo:
+            remote = repo.config["core"].get("remote")
+            types, cache = list(repo.cache.local.cache_types), Path(repo.cache.local.path)
+    except DvcException as error:
+        yield Finding("wrong", f"DVC: {one_line(error)}; run `dvc init` in the root of the repository")
+        return
+    if remote:
+        yield Finding("ok", f"DVC remote: {remote}")
+    else:
+        yield Finding("note", "DVC remote: none; results stay on this machine (`dvc remote add -d NAME URL`)")
+    cache.mkdir(parents=True, exist_ok=True)
+    if types[:1] == ["hardlink"] and cache.stat().st_dev != root.stat().st_dev:
+        yield Finding("note", f"DVC cache: {cache} is on another disk, so outputs are linked by symlink or copied")
+    elif "hardlink" not in types and "symlink" not in types:
+        yield Finding("note", "DVC cache: outputs are kept twice; `dvc config cache.type hardlink,symlink,copy`")
+    else:
+        yield Finding("ok", f"DVC cache: {cache}, links {', '.join(types)}")
+
+
+def _locks(root: Path) -> Iterator[Finding]:
+    try:
+        with exclusive(root):
+            yield Finding("ok", "locks: no run is going on")
+    except PipelineError as error:
+        yield Finding("note", f"locks: {error}")
+        return
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads((root / ".dvc" / "tmp" / "rwlock").read_text())
+        holders = {holder["pid"]: holder["cmd"] for entry in content.values() for holder in _holders(entry)}
+        for pid, command in holders.items():
+            if psutil.pid_exists(pid):
+                yield Finding("note", f"locks: `{command}` (process {pid}) is working here; a run waits or fails")
+            else:
+                yield Finding("note", f"locks: `{command}` was killed; DVC clears its lock by itself in the next run")
+
+
+def _holders(entry: dict[str, object]) -> Iterator[dict[str, object]]:
+    readers, writer = entry.get("read", []), entry.get("write")
+    yield from readers if isinstance(readers, list) else []
+    if isinstance(writer, dict):
+        yield writer
+
+
+def _disk(root: Path) -> Finding:
+    free = shutil.disk_usage(root).free
+    if free < ROOM:
+        return Finding("wrong", f"disk: {size(free)} free; `dvc gc --workspace` removes results that nothing uses")
+    return Finding("ok", f"disk: {size(free)} free")
+
+
+def _gpus() -> Finding:
+    gpus = visible_gpus()
+    if not gpus:
+        return Finding("note", f"GPU: none; stages run on the CPU ({os.cpu_count()} cores)")
+    return Finding("ok", f"GPU: {len(gpus)} ({', '.join(gpus)})")
+
+
+def _server(api: str) -> Finding:
+    if reachable(api):
+        return Finding("ok", f"Prefect server: {api}")
+    return Finding("note", f"Prefect server: none at {api}; `prefect server start` gives you the pages")

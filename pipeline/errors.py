@@ -1,0 +1,24 @@
+"""Errors of the pipeline that a user can act on: one line that names what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """The pipeline cannot run as asked; the command line prints it and exits with status 2."""
+
+
+class StageStopped(Exception):
+    """A stage did not end by itself: the run was cancelled."""
+
+
+class StageFailed(Exception):
+    """A stage ended with an error. `code` is the exit status of its command, None where DVC refused to start it."""
+
+    def __init__(self, stage: str, reason: str, code: int | None) -> None:
+        super().__init__(f"{stage}: {reason}")
+        self.stage, self.reason, self.code = stage, reason, code
+
+    @property
+    def lasting(self) -> bool:
+        """Whether another attempt must fail in the same way: stages exit 2 after input that they refuse."""
+        return self.code == 2

@@ -1,0 +1,372 @@
+"""The Prefect flow over the graph of dvc.yaml: a task run per stage, named after it, with DVC deciding what runs.
+
+Prefect schedules, shows and stops; what is up to date, and what a stage reads and writes, stays DVC's business, so a
+flow run and `dvc repro` leave the same workspace behind and may take turns.
+"""
+
+# No `from __future__ import annotations`: Prefect loads a served flow under a name of its own, where it cannot find the
+# types of parameters by their names.
+
+import contextlib
+import contextvars
+import functools
+import logging
+import queue
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Protocol, cast
+from uuid import UUID
+
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from prefect import flow, get_run_logger, runtime, task
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture
+from prefect.states import Cancelled, Completed, Failed
+from pydantic import Field
+
+from pipeline import artifacts, parameters, preset
+from pipeline.artifacts import Result
+from pipeline.dag import StageSpec, load_dag
+from pipeline.errors import PipelineError, StageFailed, StageStopped
+from pipeline.plan import Outlook, one_line, plan, select, with_upstream
+from pipeline.progress import Progress, read_progress
+from pipeline.runner import LocalRunner, Log, Outcome, exclusive
+from pipeline.slots import Slots, default_jobs, visible_gpus
+
+NAME = "alignment"
+#: Seconds before another attempt.
+RETRY_DELAY = 2.0
+#: Seconds between two looks at whether the run was cancelled on Prefect's pages.
+CANCEL_POLL = 3.0
+#: The messages of a stage that is up to date.
+ENDED: dict[Outcome, str] = {
+    "Completed": "ran",
+    "Restored": "an earlier result was taken from DVC's run cache",
+    "Unchanged": "up to date",
+}
+#: The state of a flow run that was asked for what cannot be done.
+REFUSED = "Refused"
+AS_THEY_ARE: dict[str, Any] = {}
+NOT_STARTED = Result("NotStarted", "a stage before it did not complete")
+
+
+class Runner(Protocol):
+    """Where stages run. `pipeline.runner.LocalRunner` runs them here."""
+
+    def run(self, stage: str, log: Log, environment: Mapping[str, str], force: bool = False) -> Outcome:
+        """Run one stage to its end; raises StageFailed or StageStopped."""
+        ...
+
+    def stop(self) -> None:
+        """Stop all stages and start none; returns when they have ended."""
+        ...
+
+
+class _Relay:
+    """Passes a stage's lines on to its log, and shows the progress that they tell as a bar."""
+
+    EVERY = 3.0  # seconds between two updates of the bar
+
+    def __init__(self, stage: str, log: Log) -> None:
+        self.log = log
+        self._key = artifacts.key_of(stage).replace("stage-", "progress-", 1)
+        self._bar: UUID | None = None
+        self._shown = -self.EVERY
+
+    def __call__(self, level: int, line: str) -> None:
+        self.log(level, line)
+        progress = read_progress(line)
+        if progress and (time.monotonic() - self._shown >= self.EVERY or progress.done >= progress.total):
+            self._shown = time.monotonic()
+            _show(self.log, lambda: self._update(progress))
+
+    def _update(self, progress: Progress) -> None:
+        if self._bar is None:
+            self._bar = cast(UUID, create_progress_artifact(progress.percent, self._key, str(progress)))
+        else:
+            update_progress_artifact(self._bar, progress.percent, str(progress))
+
+
+@dataclass
+class Run:
+    """One flow run over the stages of `outlooks`.
+
+    `results` fills up as they end; `refused` are those that another attempt cannot help.
+    """
+
+    root: Path
+    dag: Mapping[str, StageSpec]
+    outlooks: dict[str, Outlook]
+    forced: frozenset[str]
+    runner: Runner
+    slots: Slots
+    results: dict[str, Result] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
+    _cache: Path = field(init=False)
+    _planning: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        with Repo(str(self.root)) as repo:
+            self._cache = Path(repo.cache.local.path)
+
+    def ready(self, started: Container[str]) -> list[str]:
+        """The stages that can start now: not started, and all that they read from has ended well."""
+        well = {name for name, result in self.results.items() if result.state in ENDED}
+        return [
+            name
+            for name in self.outlooks
+            if name not in started and all(source in well for source in self.dag[name].upstream)
+        ]
+
+    def stage(self, name: str) -> State[None]:
+        """Bring one stage up to date: the body of its task. Its upstream stages have ended well."""
+        spec, logger, started = self.dag[name], get_run_logger(), time.monotonic()
+        log = _Relay(name, logger.log)
+        try:
+            outcome = self._ensure(spec, log)
+        except StageStopped:
+            message = "stopped; the next run goes on from its last checkpoint"
+            return self._end(name, Cancelled, "Cancelled", message, started)
+        except (StageFailed, PipelineError) as error:
+            reason = error.reason if isinstance(error, StageFailed) else str(error)
+            if isinstance(error, StageFailed) and error.lasting:
+                self.refused.add(name)
+            logger.error("%s; the next attempt goes on from the last checkpoint; by hand: %s", reason, spec.cmd)
+            return self._end(name, Failed, "Failed", f"{name}: {reason}", started)
+        return self._end(name, Completed, outcome, ENDED[outcome], started)
+
+    def _ensure(self, spec: StageSpec, log: _Relay) -> Outcome:
+        outlook = self._outlook(spec)
+        force = spec.name in self.forced
+        if outlook.prospect == "up to date" and not force:
+            return "Unchanged"
+        log(logging.INFO, f"{outlook.prospect}: {', '.join(outlook.reasons)}" if outlook.reasons else "forced")
+        before = artifacts.recorded_metrics(self._cache, spec, artifacts.lock_entry(self.root, spec.name))
+        started = time.monotonic()
+        gpus = int(spec.meta.get("gpus", 0))
+        if outlook.prospect == "restorable" and not force:
+            outcome = self.runner.run(spec.name, log, {})
+        else:
+            if self.slots.busy(gpus):
+                log(logging.INFO, "waiting for another stage to make room")
+            with self.slots.take(gpus) as environment:
+                outcome = self.runner.run(spec.name, log, environment, force)
+        if outcome != "Unchanged":
+            seconds = artifacts.duration(time.monotonic() - started)
+            result = Result(outcome, f"{outcome} in {seconds}")
+            after = artifacts.current_metrics(self.root, spec)
+            page = artifacts.card(self.root, spec, result, before, after)
+            _show(log.log, lambda: create_markdown_artifact(page, artifacts.key_of(spec.name), spec.desc))
+        return outcome
+
+    def _outlook(self, spec: StageSpec) -> Outlook:
+        """The outlook from the start of the run, or a fresh one if it hung on stages that have ended since."""
+        settled = all(self.results[source].state == "Unchanged" for source in spec.upstream)
+        if settled and self.outlooks[spec.name].prospect != "maybe stale":
+            return self.outlooks[spec.name]
+        with self._planning:
+            return plan(self.root, self.dag, [spec.name])[spec.name]
+
+    def _end(
+        self, name: str, make: Callable[..., State[None]], state: str, message: str, started: float
+    ) -> State[None]:
+        seconds = time.monotonic() - started
+        self.results[name] = Result(state, message, seconds)
+        return make(
+            name=state, message=f"{message} in {artifacts.duration(seconds)}" if state == "Completed" else message
+        )
+
+
+def _show(log: Log, create: Callable[[], object]) -> None:
+    """Make an artifact; where the server refuses, the run goes on without."""
+    try:
+        create()
+    except Exception as error:
+        log(logging.WARNING, f"an artifact is missing: {one_line(error)}")
+
+
+class _EmptyTraceback(logging.Filter):
+    """Drops what Prefect says about a failed state before it logs that state: the same, and an empty traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.exc_info != (None, None, None)
+
+
+logging.getLogger("prefect.task_runs").addFilter(_EmptyTraceback())
+
+
+def _title() -> str:
+    """The name of a flow run: what it was asked to do."""
+    asked = runtime.flow_run.parameters
+    words = [", ".join(asked.get("stages") or []) or "all stages", asked.get("preset", "")]
+    words += [f"{key}={value}" for key, value in (asked.get("set") or {}).items()]
+    return textwrap.shorten(" ".join([*filter(None, words), *(["forced"] if asked.get("force") else [])]), 80)
+
+
+@flow(name=NAME, flow_run_name=_title, persist_result=False)
+def alignment(
+    stages: Sequence[str] = (),
+    force: bool = False,
+    set: dict[str, Any] = AS_THEY_ARE,
+    preset: str = "",
+    jobs: Annotated[int, Field(ge=0)] = 0,
+) -> State[None]:
+    """Bring the stages of dvc.yaml up to date.
+
+    Args:
+        stages: what to bring up to date, with what it reads from; dual_search stands for all of it. Empty: all.
+        force: run the named stages, or all, even if nothing has changed.
+        set: new values of params.yaml, such as {"constraint.limit": -0.5}. They stay after the run.
+        preset: a file in params/ to put in place of params.yaml first; default is the committed params.yaml.
+        jobs: how many stages may run side by side on the CPU (0: half the cores, at most 4). On a GPU: one on each.
+    """
+    root = Path.cwd()
+    try:
+        with exclusive(root) as lock:
+            dag = choose(root, preset, set)
+            asked = select(dag, stages) if stages else list(dag)
+            wanted = with_upstream(dag, asked)
+            outlooks = plan(root, dag, wanted)
+            slots = Slots(visible_gpus(), jobs or default_jobs())
+            run = Run(root, dag, outlooks, frozenset(asked if force else ()), LocalRunner(root, lock), slots)
+            return _carry_out(run)
+    except PipelineError as error:
+        return Failed(name=REFUSED, message=str(error))
+    except KeyboardInterrupt:
+        return Cancelled(message="interrupted; the next run goes on where this one stopped")
+
+
+def _carry_out(run: Run) -> State[None]:
+    """Run the stages, and show before what is to be done and after what was."""
+    log = get_run_logger().log
+    page = artifacts.plan_page(run.dag, run.outlooks)
+    _show(log, lambda: create_markdown_artifact(page, "plan", "What this run is to do"))
+    try:
+        _execute(run)
+    finally:
+        results = {name: run.results.get(name, NOT_STARTED) for name in run.outlooks}
+        summary = artifacts.summary_page(run.root, run.dag, results)
+        _show(log, lambda: create_markdown_artifact(summary, "summary", "What this run did"))
+    return conclusion(results)
+
+
+def choose(root: Path, preset_name: str, settings: Mapping[str, Any]) -> dict[str, StageSpec]:
+    """Put the preset and the new values into params.yaml; returns the graph that they make.
+
+    Raises PipelineError, with params.yaml as it was, for a preset, key or value that does not do.
+    """
+    path = root / "params.yaml"
+    before = path.read_text() if path.exists() else None
+    try:
+        if preset_name:
+            preset.select(preset_name, root=root)
+        if settings:
+            text = path.read_text()
+            changed = parameters.assign(text, settings)
+            if not preset.is_edited(text, root):  # then the new values are not the user's own edits either
+                parameters.replace_file(root / preset.LAST, changed)
+            parameters.replace_file(path, changed)
+        return load_dag(root)
+    except (DvcException, preset.PresetError, PipelineError) as error:
+        if before is not None:
+            parameters.replace_file(path, before)
+        raise PipelineError(one_line(error)) from None
+
+
+def _execute(run: Run) -> None:
+    """Submit each stage once its upstream has ended well, and wait; whatever ends the wait early stops the stages.
+
+    A stage whose upstream failed gets no task run: Prefect would show it as pending for ever.
+    """
+    futures: dict[str, PrefectFuture[Any]] = {}
+    ended: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    running = 0
+    try:
+        with _cancel_button(ended):
+            while True:
+                for name in run.ready(futures):
+                    before = [futures[source] for source in run.dag[name].upstream if source in futures]
+                    futures[name] = _task(run, run.dag[name]).submit(name, wait_for=before)
+                    futures[name].add_done_callback(functools.partial(_put, ended, name))
+                    running += 1
+                if not running:
+                    return
+                last = ended.get()
+                if last is None:
+                    raise KeyboardInterrupt
+                running -= 1
+                run.results.setdefault(last, Result("Failed", f"{last}: {futures[last].state.message}"))
+    except BaseException:
+        run.runner.stop()
+        for future in futures.values():
+            future.wait()
+        raise
+
+
+@contextlib.contextmanager
+def _cancel_button(ended: queue.SimpleQueue[str | None]) -> Iterator[None]:
+    """Put None into the queue when somebody cancels this run on Prefect's pages.
+
+    Runs of a deployment have a process that watches over them; runs from the command line have nobody else.
+    """
+    over = threading.Event()
+    if runtime.deployment.id is None:
+        context = contextvars.copy_context()
+        threading.Thread(target=context.run, args=(_watch, runtime.flow_run.id, ended, over), daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _watch(run_id: str, ended: queue.SimpleQueue[str | None], over: threading.Event) -> None:
+    with get_client(sync_client=True) as client:
+        while not over.wait(CANCEL_POLL):
+            with contextlib.suppress(Exception):  # a server that is away for a moment must not end the watch
+                state = client.read_flow_run(UUID(run_id)).state
+                if state is not None and state.is_cancelling():
+                    ended.put(None)
+                    return
+
+
+def _put(ended: queue.SimpleQueue[str | None], name: str, _: PrefectFuture[Any]) -> None:
+    ended.put(name)
+
+
+def _task(run: Run, spec: StageSpec) -> Any:
+    """The Prefect task of a stage. Prefect must not cache: DVC knows what is up to date."""
+
+    def again(_task: Any, task_run: Any, state: State[Any]) -> bool:
+        return spec.name not in run.refused
+
+    make = task(
+        name=spec.name,
+        task_run_name=spec.name,
+        description=spec.desc,
+        tags=[str(spec.meta.get("pool", "cpu"))],
+        retries=int(spec.meta.get("retries", 0)),
+        retry_delay_seconds=RETRY_DELAY,
+        retry_condition_fn=again,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+    )
+    return make(run.stage)
+
+
+def conclusion(results: Mapping[str, Result]) -> State[None]:
+    """The state of the whole run, with the first stage that failed in its message."""
+    told = artifacts.counts([result.state for result in results.values()])
+    failed = [result.message for result in results.values() if result.state == "Failed"]
+    if failed:
+        return Failed(message=f"{failed[0]}; {told}")
+    if any(result.state == "Cancelled" for result in results.values()):
+        return Cancelled(message=told)
+    return Completed(message=told)

@@ -1,0 +1,128 @@
+"""A small DVC project whose stages do as params.yaml tells them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from dvc.repo import Repo
+
+# first -> left, right -> last. What a stage writes depends on its `value`; `then` says how it ends.
+WORK = """
+import json, os, pathlib, signal, sys, time
+name = sys.argv[1]
+own = json.loads(pathlib.Path("params.yaml").read_text().split("# ", 1)[0])[name]
+def say(level, text): print(f"12:34:56 {level} {text}", flush=True)
+say("I", f"at work on {name}, GPU {os.environ.get('CUDA_VISIBLE_DEVICES')}")
+kept = pathlib.Path(f"kept/{name}")
+kept.parent.mkdir(exist_ok=True)
+if kept.exists():
+    say("I", f"resuming from {kept.read_text()}")
+def stop(*_):
+    kept.write_text("the checkpoint")
+    sys.exit(130)
+if own["then"] == "refuse":
+    say("E", "params.yaml: rate must be positive")
+    sys.exit(2)
+if own["then"] == "stumble" and not kept.exists():
+    kept.write_text("step 1")
+    raise ValueError("the disk hiccuped")
+if own["then"] == "meet":
+    kept.write_text("here")
+    while len(list(kept.parent.iterdir())) < 2: time.sleep(0.02)
+if own["then"] == "wait" and not kept.exists():
+    signal.signal(signal.SIGTERM, stop)
+    say("I", "step 1 of 2: loss 0.5000")
+    time.sleep(120)
+pathlib.Path(f"out/{name}").parent.mkdir(exist_ok=True)
+pathlib.Path(f"out/{name}").write_text(str(own["value"]))
+numbers = {"accuracy": {"mean": own["value"], "low": 0.1}, "loss_curve": [[1, 0.5], [2, 0.25]]}
+pathlib.Path(f"metrics-{name}.json").write_text(json.dumps(numbers))
+"""
+READS = {"first": ("work.py",), "left": ("out/first",), "right": ("out/first",), "last": ("out/left", "out/right")}
+
+
+@dataclass(frozen=True)
+class Project:
+    """The project at `root`."""
+
+    root: Path
+
+    def set(self, **stages: dict[str, Any]) -> None:
+        """Change params of some stages: `left={"value": 3}`."""
+        path = self.root / "params.yaml"
+        params, comment = json.loads(path.read_text().split("# ", 1)[0]), "# what the stages do\n"
+        for name, values in stages.items():
+            params[name].update(values)
+        path.write_text(f"{json.dumps(params)} {comment}")
+
+    def dvc(self, *arguments: str) -> str:
+        """The output of a DVC command that must succeed."""
+        command = [sys.executable, "-m", "dvc", *arguments]
+        done = subprocess.run(command, cwd=self.root, env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def locks(self) -> dict[str, Any]:
+        """DVC's locks on files, without empty entries."""
+        path = self.root / ".dvc" / "tmp" / "rwlock"
+        return {key: value for key, value in json.loads(path.read_text() or "{}").items() if value}
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process that works here, but for this one."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.pid != os.getpid() and Path(process.cwd()) == self.root:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+
+def create(root: Path) -> Project:
+    """A fresh project in an empty folder."""
+    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+    Repo.init(str(root)).close()
+    (root / ".gitignore").write_text("/out\n/metrics-*\n/kept\n")
+    (root / "work.py").write_text(WORK)
+    stages = {
+        name: {
+            "desc": f"The {name} stage",
+            "cmd": f"python work.py {name}",
+            "deps": list(reads),
+            "params": [name],
+            "outs": [f"out/{name}"],
+            "metrics": [f"metrics-{name}.json"],
+            "meta": {"pool": "cpu", "gpus": 0, "retries": 1},
+        }
+        for name, reads in READS.items()
+    }
+    (root / "dvc.yaml").write_text(json.dumps({"stages": stages}))
+    made = Project(root)
+    params = {name: {"value": i, "then": "end"} for i, name in enumerate(READS)}
+    (root / "params.yaml").write_text(json.dumps(params) + "# ")
+    made.set()
+    return made
+
+
+def environment() -> dict[str, str]:
+    """This interpreter first on PATH, and this repository's modules."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+
+
+def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)

@@ -1,0 +1,92 @@
+"""Cards and summaries hold what DVC recorded."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+
+import pytest
+
+from pipeline.artifacts import (
+    Result,
+    card,
+    counts,
+    current_metrics,
+    duration,
+    flatten,
+    key_of,
+    lock_entry,
+    metrics_table,
+    pictures,
+    recorded_metrics,
+    size,
+    summary_page,
+)
+from pipeline.dag import load_dag
+from tests.pipeline.project import Project
+
+
+def test_a_card_tells_metrics_their_change_and_the_outputs(project: Project) -> None:
+    root, spec = project.root, load_dag(project.root)["left"]
+    cache = root / ".dvc/cache/files/md5"
+    assert lock_entry(root, "left") == {} and recorded_metrics(cache, spec, {}) == {}
+    project.dvc("repro", "--quiet", "left")
+    before = recorded_metrics(cache, spec, lock_entry(root, "left"))
+    project.set(left={"value": 1.25})
+    project.dvc("repro", "--quiet", "left")
+    page = card(root, spec, Result("Completed", "Completed in 2.0 s"), before, current_metrics(root, spec))
+    assert "## left: Completed" in page and "The left stage. Completed in 2.0 s." in page
+    assert "| accuracy | 1.25 | +0.25 |" in page
+    md5 = next(out["md5"] for out in lock_entry(root, "left")["outs"] if out["path"] == "out/left")
+    assert f"| out/left | 4 B | 1 | `{md5[:12]}` |" in page
+    picture = re.search(r"base64,([^)]+)\)", page)
+    assert picture is not None and b"loss curve" in base64.b64decode(picture[1])
+
+
+def test_changes_of_metrics() -> None:
+    after = {"new": 1, "same": 2.5, "more": 1200, "cost.mean": -0.5, "cost.low": -1.0, "name": "x", "flag": True}
+    assert metrics_table({"same": 2.5, "more": 1000, "cost.mean": -0.25}, after)[0].splitlines()[2:] == [
+        "| new | 1 | new |",
+        "| same | 2.5 |  |",
+        "| more | 1,200 | +200 |",
+        "| cost | -0.5 | -0.25 |",
+    ]
+    assert metrics_table({}, {"text": "only"}) == []
+
+
+def test_a_comparison_is_drawn_beside_the_predicted_frontier(project: Project) -> None:
+    spec = load_dag(project.root)["left"]
+    (project.root / "data/dual").mkdir(parents=True)
+    rows = [{"cost": 0.5, "reward": 1.0, "lam": 0.0}, {"cost": -0.5, "reward": 0.5, "lam": 1.0}, {"cost": None}]
+    (project.root / "data/dual/frontier.json").write_text(json.dumps({"rows": rows}))
+    policies = {"a": {"cost": {"mean": 0.1}, "reward": {"mean": 0.9}}, "b": {"cost": {"mean": 0.2}, "reward": None}}
+    (chart,) = pictures(project.root, spec, flatten({"policies": policies, "limit": -0.3}))
+    assert chart.points == {"a": (0.1, 0.9)} and chart.limit == -0.3
+    assert chart.curves[0].points == [(-0.5, 0.5), (0.5, 1.0)]
+    assert pictures(project.root, spec, {"accuracy": 1.0}) == []
+
+
+def test_a_summary_names_each_stage_and_what_failed(project: Project) -> None:
+    (project.root / "reports").mkdir()
+    (project.root / "reports/index.html").write_text("")
+    results = {
+        "first": Result("Unchanged", "up to date", 0.1),
+        "left": Result("Failed", "left: no space (exit 1)", 3.0),
+    }
+    page = summary_page(project.root, load_dag(project.root), results)
+    assert "| first | Unchanged | 0.1 s |" in page and "**left: no space (exit 1)**" in page
+    assert f"(file://{project.root}/reports/index.html), a file" in page
+
+
+def test_words() -> None:
+    assert counts(["Unchanged", "Completed", "Unchanged", "NotStarted"]) == "1 completed, 2 unchanged, 1 not started"
+    assert key_of("dual_search@p_SACPO") == "stage-dual-search-p-sacpo"
+    assert [size(value) for value in (0, 1023, 1536, 3 * 2**30)] == ["0 B", "1023 B", "1.5 KiB", "3.0 GiB"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(3.21, "3.2 s"), (59.99, "60.0 s"), (245, "4 min 5 s"), (7800, "2 h 10 min")]
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words

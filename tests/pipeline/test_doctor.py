@@ -1,0 +1,57 @@
+"""Each thing that may be wrong is found and named with its remedy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+
+from pipeline import doctor
+from pipeline.doctor import examine, reachable
+from pipeline.runner import exclusive
+from tests.pipeline.project import Project
+
+NOWHERE = "http://127.0.0.1:9/api"
+
+
+def findings(project: Project, level: str) -> str:
+    return "\n".join(finding.what for finding in examine(project.root, NOWHERE) if finding.level == level)
+
+
+def test_a_workspace_in_order(project: Project) -> None:
+    project.dvc("config", "cache.type", "hardlink,symlink,copy")
+    (project.root / "constraints.txt").write_text(f"# pins\ndvc=={doctor.importlib.metadata.version('dvc')}\n")
+    subprocess.run(["git", "add", "."], check=True)
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *identity, "commit", "-qm", "first"], check=True)
+    assert not findings(project, "wrong")
+    found = findings(project, "ok")
+    assert all(text in found for text in ("4 stages", "as in constraints.txt", "as committed", "no run is going on"))
+
+
+def test_what_is_not_as_it_should_be(project: Project) -> None:
+    (project.root / "constraints.txt").write_text("dvc==0.1\nnot-installed==1.0\n")
+    (project.root / ".dvc/tmp").mkdir(exist_ok=True)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    lock = {"out/first": {"write": {"pid": gone.pid, "cmd": "dvc repro first"}}}
+    (project.root / ".dvc/tmp/rwlock").write_text(json.dumps(lock))
+    notes = findings(project, "note")
+    for text in ("(tested with 0.1)", "differ from the last commit", "remote: none", "outputs are kept twice",
+                 "`dvc repro first` was killed", f"none at {NOWHERE}"):  # fmt: skip
+        assert text in notes
+    assert "not-installed" not in notes
+    with exclusive(project.root):
+        assert "another run uses this workspace" in findings(project, "note")
+
+
+def test_what_keeps_a_run_from_working(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project.root / "dvc.yaml").write_text("stages: {a: {cmd: 'x ${gone}'}}")
+    monkeypatch.setattr(doctor, "ROOM", 2**62)
+    wrong = findings(project, "wrong")
+    assert "dvc.yaml" in wrong and "'gone'" in wrong and "dvc gc --workspace" in wrong
+
+
+def test_a_server_is_reached_or_not(server: str) -> None:
+    assert reachable(server) and not reachable(NOWHERE) and not reachable("nonsense")

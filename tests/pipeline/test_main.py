@@ -1,0 +1,104 @@
+"""The command line: what it says, and its exit status."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.__main__ import _parser, main
+from tests.pipeline.project import Project
+
+
+def test_plan(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "first  stale  never run",
+        "left   stale  never run",
+        "right  stale  never run",
+        "last   stale  never run",
+        "0 of 4 stages are up to date",
+    ]
+    project.dvc("repro", "--quiet")
+    assert main(["plan"]) == 0
+    assert capsys.readouterr().out == "4 of 4 stages are up to date\n"
+
+
+def test_run_and_status(
+    project: Project, server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", server)
+    assert main(["run", "--stage", "right", "--set", "right.value=5", "--jobs", "1"]) == 0
+    assert (project.root / "out/right").read_text() == "5"
+    capsys.readouterr()
+    assert main(["status", "--last", "1"]) == 0
+    run, _, _, *stages = capsys.readouterr().out.splitlines()
+    assert "right right.value=5: 2 completed" in run
+    assert [line.split()[:2] for line in stages] == [["first", "Completed"], ["right", "Completed"]]
+    project.set(right={"then": "refuse"})
+    assert main(["run", "--stage", "right"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--stage", "lft"], "lft: no such stage; did you mean left?"),
+        (["run", "--set", "left.valu=1"], "did you mean left.value?"),
+        (["run", "--set", "left"], "left: write key=value"),
+    ],
+)
+def test_a_slip_is_told_in_one_line(
+    project: Project, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert message in told and len(told.strip().splitlines()) == 1
+
+
+def test_serve_needs_a_server(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.__main__._api", lambda: "http://127.0.0.1:9/api")
+    assert main(["serve"]) == 2
+    assert "start one in another terminal: prefect server start" in capsys.readouterr().err
+
+
+def test_doctor(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    assert "4 stages" in capsys.readouterr().out
+    (project.root / "dvc.yaml").write_text("stages: {a: {}}")
+    assert main(["doctor"]) == 1
+
+
+def test_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan"]) == 2
+    assert "run this in the root of the repository" in capsys.readouterr().err
+
+
+def test_the_guide_names_commands_that_exist(repo_root: Path) -> None:
+    lines = (repo_root / "docs/prefect.md").read_text().splitlines()
+    commands = [shlex.split(line, comments=True)[3:] for line in lines if line.startswith("python -m pipeline ")]
+    assert {command[0] for command in commands} == {"plan", "run", "serve", "status", "doctor"}
+    for command in commands:
+        assert callable(_parser().parse_args(command).command)
+
+
+def test_help_and_the_graph_do_without_prefect(repo_root: Path) -> None:
+    code = "import pipeline.__main__, pipeline.dag, pipeline.plan, sys; sys.exit('prefect' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=repo_root, check=False).returncode == 0
+    shown = subprocess.run([sys.executable, "-m", "pipeline", "-h"], cwd=repo_root, capture_output=True, text=True)
+    assert "docs/prefect.md" in shown.stdout and "130  interrupted" in shown.stdout
+
+
+def test_prefect_takes_its_settings_from_the_repository(repo_root: Path) -> None:
+    code = (
+        "import sys; from prefect.settings import get_current_settings; server = get_current_settings().server\n"
+        "sys.exit((server.analytics_enabled, server.ephemeral.startup_timeout_seconds) != (False, 120))"
+    )
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    assert subprocess.run([sys.executable, "-c", code], cwd=repo_root, env=bare, check=False).returncode == 0
