@@ -168,8 +168,10 @@ def solve(
 
     Raises:
         InfeasibleError: the limit is out of reach of the samples.
-        ValueError: the arrays differ in shape, hold fewer than two samples, or a value that is not finite.
+        ValueError: the arrays differ in shape, hold fewer than two samples, or a value that is not finite; or limit,
+            beta, lambda_max or bootstrap is out of range.
     """
+    _check(limit, beta, lambda_max, bootstrap)
     reward, cost = np.asarray(reward, float), np.asarray(cost, float)
     if reward.shape != cost.shape or reward.ndim != 2 or reward.shape[1] < 2:
         raise ValueError(f"reward and cost must both be [prompts, samples >= 2], got {reward.shape} and {cost.shape}")
@@ -195,21 +197,33 @@ def solve(
 
 
 def slater_radius(reward: Any, cost: Any, *, limit: float, beta: float, lambda_max: float) -> float:
-    """rho >= lambda*, PD-DPO's Slater constant, estimated from the pool.
+    """rho >= lambda*, PD-DPO's Slater constant (2510.05703), estimated from the pool.
 
-    rho = (P* - J(pi_bar)) / (d - C(pi_bar)) for a strictly feasible pi_bar; among the tilts pi_lambda with C < d the
-    one with the smallest ratio is taken, since every one is an upper bound of lambda*.
+    rho = (f* - f(pi_bar)) / (d - C(pi_bar)), f = E[r] - beta KL, bounds lambda* for every strictly feasible pi_bar. Of
+    the tilts, pi_lambda at lambda_max has the largest slack and is taken: those near lambda* would bound it tightest,
+    but so tight that [0, 2 rho] leaves no room for the pool's error. At least the upper end of the 95 % interval of
+    lambda*, at most lambda_max, which bounds lambda* too.
+
+    Raises as `solve` does.
     """
-    reward, cost = np.asarray(reward, float), np.asarray(cost, float)
-    lam = root(reward, cost, limit=limit, beta=beta, lambda_max=lambda_max)
-    optimum = dual_value(reward, cost, lam, limit=limit, beta=beta)
-    ratios = []
-    for trial in np.geomspace(max(lam, 1e-2), max(lambda_max, 2 * lam), 64)[1:]:
-        slack = limit - float(predict(reward, cost, trial, beta, cost).mean())
-        if slack > 0:
-            value = predict(reward, cost, trial, beta, reward) - beta * divergence(reward, cost, trial, beta)
-            ratios.append((optimum - float(value.mean())) / slack)
-    return max(min(ratios), lam) if ratios else lambda_max
+    solution = solve(reward, cost, limit=limit, beta=beta, lambda_max=lambda_max)
+    reward, cost, upper = solution.reward, solution.cost, solution.lam_interval[1]
+    slack = limit - float(predict(reward, cost, lambda_max, beta, cost).mean())
+    if slack <= 0:
+        return lambda_max
+    optimum = dual_value(reward, cost, solution.lam, limit=limit, beta=beta)
+    value = predict(reward, cost, lambda_max, beta, reward) - beta * divergence(reward, cost, lambda_max, beta)
+    return min(max((optimum - float(value.mean())) / slack, upper), lambda_max)
+
+
+def _check(limit: float, beta: float, lambda_max: float, bootstrap: int) -> None:
+    if not np.isfinite(limit):
+        raise ValueError(f"limit must be finite, got {limit}")
+    for name, value in (("beta", beta), ("lambda_max", lambda_max)):
+        if not (np.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be finite and above 0, got {value}")
+    if bootstrap < 1:
+        raise ValueError(f"bootstrap must be at least 1, got {bootstrap}")
 
 
 def _root_or_cap(reward: Array, cost: Array, limit: float, beta: float, lambda_max: float, share: Array) -> float:

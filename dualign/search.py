@@ -17,7 +17,7 @@ from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
 from dualign.core.params import DualSearchParams
 from dualign.measure.stats import Measurement
-from dualign.methods import Plan
+from dualign.methods import ITERATIVE, Plan
 
 log = logging.getLogger(__name__)
 
@@ -168,12 +168,14 @@ def _dual_gradient(steps: Sequence[Step], params: DualSearchParams, outlook: Out
 
 
 def _projected_subgradient(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
+    """Stops where the projection gives the last multiplier again, unless fresh comparisons make another round of it."""
     last = steps[-1]
     if _within_noise(last, params):
         return None
-    return projected_subgradient_step(
+    proposed = projected_subgradient_step(
         last.lam, last.measured.cost, params.limit, params.step_size, outlook.radius, params.lambda_min
     )
+    return None if proposed == last.lam and params.online is None else proposed
 
 
 def _newton(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
@@ -242,16 +244,24 @@ def _iterate(
 ) -> tuple[list[Step], str]:
     """Take the steps that the rule asks for, and say why they end."""
     rule = plan.method.rule
-    budget = params.merge_steps if rule == "merge" else params.max_trainings
+    if plan.method.inner == "safety":  # its loss divides by lambda
+        params = params.model_copy(update={"grid": [max(lam, params.lambda_min) for lam in params.grid]})
+    budget = {"merge": params.merge_steps, "grid": len(params.grid)}.get(rule, params.max_trainings)
     while True:
         _tell(steps[-1], params)
         proposed = _RULES[rule](steps, params, outlook)
         if proposed is None:
-            within = _within_noise(steps[-1], params)
-            return steps, "cost within noise of the limit" if within else f"rule {rule} is finished"
+            return steps, _reason(rule, steps[-1], params)
         if len(steps) > budget:
             return steps, f"budget of {budget} {'merges' if rule == 'merge' else 'trainings'} is spent"
         steps = _record(scratch, [*steps, _advance(plan, steps, proposed, outlook, bench)])
+
+
+def _reason(rule: str, last: Step, params: DualSearchParams) -> str:
+    """Why a rule proposes nothing more after this step."""
+    if rule in (*ITERATIVE, "merge") and _within_noise(last, params):
+        return "cost within noise of the limit"
+    return "lambda is at the end of its interval" if rule == "projected_subgradient" else f"rule {rule} is finished"
 
 
 def _close(plan: Plan, steps: Sequence[Step], bench: Workbench) -> list[Step]:

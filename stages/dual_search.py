@@ -42,6 +42,7 @@ def main(run: Run[DualSearchParams]) -> None:
     row, params = plan(run.item, params.methods[run.item]), params.of(run.item)
     start = _metrics(row.start)
     _check_scores(row, start)
+    _check_start(row, start)
     models = {MODELS / name for name in ("sft", "reward_model", "cost_model", row.reference, row.start)}
     scratch = run.scratch(PROMPT_SET, SCORED, DUAL, *sorted(models))
     prompts = read_table(PROMPT_SET, PROMPTS).head(params.prompts)
@@ -73,6 +74,10 @@ def outlook(row: Plan, start: dict[str, Any], params: DualSearchParams) -> searc
         return search.Outlook(read_json(DUAL)["lam"], params.policy_gradient.lambda_init)
     safe = _metrics(row.reference) if row.start.startswith("reward_dpo") else start  # where lambda was spent
     radius = _radius(params) if row.method.rule == "projected_subgradient" else math.inf
+    if safe["lam"] > 2 * radius:
+        log.warning(
+            "%s is at lambda %.4f, above the end of the interval: 2 rho = %.4f", row.start, safe["lam"], 2 * radius
+        )
     naive = row.method.rule == "merge" and start["reference"] != row.reference
     return search.Outlook(read_json(DUAL)["lam"], safe["lam"], radius, naive)
 
@@ -111,6 +116,25 @@ def _check_scores(row: Plan, start: dict[str, Any]) -> None:
         raise ParamsError(
             f"methods.{row.name}.rule: {row.method.rule!r} would train on other scores than {row.start}, which took "
             f"{scores[0]} and {scores[1]}; only one_shot goes with it"
+        )
+
+
+def _check_start(row: Plan, start: dict[str, Any]) -> None:
+    """A Lagrangian start was trained on the method's data, by the scores of policies for PeCAN and for it alone."""
+    if row.method.inner != "lagrangian":
+        return
+    data = "pool" if row.method.data == "pool" else "pairs"
+    if start["data"] != data:
+        raise ParamsError(
+            f"methods.{row.name}.start: {row.start} was trained on data {start['data']!r}, but {row.method.name} "
+            f"trains on {data!r}; name a run of lagrangian_dpo with data: {data}"
+        )
+    implicit = (start["reward"], start["cost"]) != ("reward_model", "cost_model")
+    if row.method.data == "scored_pairs" and implicit != (row.method.name == "pecan"):
+        wanted = "reward and cost from policies" if row.method.name == "pecan" else "reward_model and cost_model"
+        raise ParamsError(
+            f"methods.{row.name}.start: {row.start} took the scores of {start['reward']} and {start['cost']}, which is "
+            f"not {row.method.name}; name a run of lagrangian_dpo with {wanted}"
         )
 
 

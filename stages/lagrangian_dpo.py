@@ -61,7 +61,7 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     with replacing(OUT / run.item) as folder:
         save(policy, tokenizer, folder)
     # A search that starts here takes all of these over.
-    kept = spec.model_dump(include={"reward", "cost", "inner", "learning_rate"})
+    kept = spec.model_dump(include={"reward", "cost", "data", "inner", "learning_rate"})
     run.metrics({**metrics, "lam": lam, "lam_from": source, **kept})
     finished(scratch)
 

@@ -3,6 +3,7 @@
     python -m stages.prepare
 
 Reads the sources of `prepare.sft`, `.helpful`, `.safety`; writes data/prepared and reports/metrics/prepare.json.
+A row of `methods` that does not fit is refused here, before anything is trained.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from dualign.core.artifacts import replacing
-from dualign.core.params import PrepareParams
+from dualign.core.params import DualSearchParams, PrepareParams, load
 from dualign.core.stage import Run, execute
 from dualign.data.prepare import prepare
+from dualign.methods import plan
 
 
 def main(run: Run[PrepareParams]) -> None:
     """Run the stage."""
+    for name, row in load(DualSearchParams).methods.items():
+        plan(name, row)
     with replacing(Path("data/prepared")) as folder:
         folder.mkdir()
         metrics = prepare(run.params, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,20 +173,30 @@ def test_slater_radius_bounds_the_multiplier(seed: int) -> None:
     limit = expected_cost(reward, cost, 0.3 * seed)
     lam = dual.root(reward, cost, limit=limit, beta=BETA, lambda_max=50)
     radius = dual.slater_radius(reward, cost, limit=limit, beta=BETA, lambda_max=50)
-    assert 0 <= lam <= radius < 50
-    assert lam == 0 or radius > lam  # a policy that keeps the limit strictly proves no more than that
+    assert dual.solve(reward, cost, limit=limit, beta=BETA, lambda_max=50).lam_interval[1] <= radius
+    assert 1.15 * lam < radius <= 50  # so the interval [0, 2 rho] does not end at the root of a slightly wrong pool
 
 
-def test_slater_radius_is_the_tightest_of_its_bounds() -> None:
+def test_slater_radius_is_that_of_the_safest_answers() -> None:
+    """A tilt at a large multiplier plays the least costly sample of each prompt: E[r] - beta log n, KL in full."""
     reward, cost = pool(6, prompts=30)
     limit = expected_cost(reward, cost, 1.0)
     best = dual.dual_value(reward, cost, 1.0, limit=limit, beta=BETA)
-    for trial in (1.5, 3.0, 10.0, 40.0):
-        p = dual.weights(reward, cost, trial, BETA)
-        value = ((p * reward).sum(1) - BETA * (p * np.log(p * p.shape[1])).sum(1)).mean()
-        bound = (best - value) / (limit - (p * cost).sum(1).mean())
-        assert bound >= 1.0
-        assert dual.slater_radius(reward, cost, limit=limit, beta=BETA, lambda_max=50) <= bound + 0.05
+    safest = cost.argmin(1)
+    value = reward[np.arange(30), safest].mean() - BETA * np.log(reward.shape[1])
+    expected = (best - value) / (limit - cost.min(1).mean())
+    assert expected > 1.5
+    radius = dual.slater_radius(reward, cost, limit=limit, beta=BETA, lambda_max=1e4)
+    assert radius == pytest.approx(expected, rel=1e-3)
+
+
+def test_slater_radius_is_no_less_than_the_interval_and_no_more_than_the_largest_multiplier() -> None:
+    reward, cost = pool(6, prompts=3)
+    solution = dual.solve(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50)
+    assert dual.slater_radius(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50) >= solution.lam_interval[1]
+    barely = expected_cost(reward, cost, 50)
+    for limit in (barely + 1e-9, barely + 1e-6):
+        assert dual.slater_radius(reward, cost, limit=limit, beta=BETA, lambda_max=50) == 50
 
 
 def test_newton_needs_a_handful_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,3 +346,16 @@ def test_the_same_seed_gives_the_same_interval() -> None:
 def test_unusable_scores_are_refused(reward: Array, cost: Array, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dual.solve(reward, cost, limit=0.0, beta=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("beta", 0.0), ("beta", -1.0), ("beta", np.nan), ("limit", np.nan), ("limit", -np.inf),
+        ("lambda_max", 0.0), ("lambda_max", np.inf), ("bootstrap", 0),
+    ],
+)  # fmt: skip
+def test_unusable_settings_are_refused_by_name(name: str, value: Any) -> None:
+    given: dict[str, Any] = {"limit": LIMIT, "beta": BETA, "lambda_max": 50.0, "bootstrap": 20}
+    with pytest.raises(ValueError, match=rf"^{name} must be .*, got {value}$"):
+        dual.solve(*pool(12), **{**given, name: value})

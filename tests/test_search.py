@@ -272,7 +272,7 @@ def test_an_ascent_trains_once_and_tells_its_own_multiplier_and_course(
     bench: Curve, params: DualSearchParams, tmp_path: Path
 ) -> None:
     steps, stopped = go("ascent", bench, params, tmp_path / "s")
-    assert bench.ascended == [1] and not bench.trained and stopped == "cost within noise of the limit"
+    assert bench.ascended == [1] and not bench.trained and stopped == "rule ascent is finished"
     assert [(s.lam, s.trained, s.course) for s in steps] == [(0.6, False, []), (ROOT_LAM, True, COURSE)]
     result = search.summary(by_rule("ascent"), steps, stopped, params, Outlook(0.6, 0.6), before=0)
     assert result["course"] == COURSE and result["trainings"] == 1 and "course" not in result["steps"][1]
@@ -287,6 +287,41 @@ def test_grid_tries_every_multiplier_once_and_not_the_starts(params: DualSearchP
     steps, stopped = go("grid", bench, params, tmp_path / "s")
     assert [s.lam for s in steps] == [1.0, 0.5, 2.0]
     assert stopped == "rule grid is finished"
+
+
+def test_a_grid_is_its_own_budget_and_its_end_is_its_reason(params: DualSearchParams, tmp_path: Path) -> None:
+    bench = Curve(tmp_path / "bench", lam_start=0.6, se=10.0)  # always within noise, which a grid does not go by
+    steps, stopped = go("grid", bench, params.model_copy(update={"max_trainings": 1}), tmp_path / "s")
+    assert [s.lam for s in steps] == [0.6, 0.5, 1.0, 2.0] and stopped == "rule grid is finished"
+
+
+@pytest.mark.parametrize(("method", "least"), [("c_dpo", 0.0), ("sacpo", 0.05)])
+def test_a_grid_starts_at_zero_where_the_loss_allows(
+    method: str, least: float, bench: Curve, params: DualSearchParams, tmp_path: Path
+) -> None:
+    plan = Plan("row", replace(METHODS[method], rule="grid"), "start", "reference")
+    given = params.model_copy(update={"grid": [0.0, 1.0]})
+    (tmp_path / "s").mkdir()
+    steps, _ = search.run(plan, bench.start, Outlook(0.6, 0.6), given, bench, tmp_path / "s")
+    assert [s.lam for s in steps] == [0.6, least, 1.0]
+    assert [lam for _, lam, _ in bench.trained] == [least, 1.0]
+
+
+def test_a_projection_that_moves_no_more_ends_the_search(params: DualSearchParams, tmp_path: Path) -> None:
+    for name, bias, end in (("high", 1.0, 1.8), ("low", -1.0, params.lambda_min)):
+        bench = Curve(tmp_path / name, lam_start=0.6, bias=bias)
+        steps, stopped = go("projected_subgradient", bench, params, tmp_path / f"s-{name}", radius=0.9)
+        assert [s.lam for s in steps].count(end) == 1 and steps[-1].lam == end
+        assert stopped == "lambda is at the end of its interval"
+
+
+def test_rounds_of_comparisons_go_on_at_the_end_of_the_interval(params: DualSearchParams) -> None:
+    online = OnlineParams(
+        labels="models", folder="f", retrain_reward=True, ridge=1.0, reward_scale=0.1, cost_scale=0.1, dimension=None
+    )
+    at_the_end, known = [step(3, 1.8, cost=0.5)], Outlook(0.6, 0.6, radius=0.9)
+    assert search._projected_subgradient(at_the_end, params, known) is None
+    assert search._projected_subgradient(at_the_end, params.model_copy(update={"online": online}), known) == 1.8
 
 
 def test_projection_keeps_to_its_interval(params: DualSearchParams, tmp_path: Path) -> None:
@@ -307,7 +342,7 @@ def test_dual_gradient_stays_between_nothing_and_the_largest(params: DualSearchP
 
 
 @pytest.mark.parametrize("budget", [0, 1, 3])
-@pytest.mark.parametrize("rule", ["grid", "dual_gradient", "projected_subgradient", "newton"])
+@pytest.mark.parametrize("rule", ["dual_gradient", "projected_subgradient", "newton"])
 def test_no_search_trains_more_than_its_budget(
     rule: str, budget: int, params: DualSearchParams, tmp_path: Path
 ) -> None:
@@ -315,8 +350,7 @@ def test_no_search_trains_more_than_its_budget(
     tight = params.model_copy(update={"max_trainings": budget})
     steps, stopped = go(rule, bench, tight, tmp_path / "s")
     assert len(bench.trained) == len(steps) - 1 == budget
-    if not (rule == "grid" and budget == 3):
-        assert stopped == f"budget of {budget} trainings is spent"
+    assert stopped == f"budget of {budget} trainings is spent"
 
 
 def test_every_training_is_told_the_step_before(bench: Curve, params: DualSearchParams, tmp_path: Path) -> None:

@@ -454,7 +454,7 @@ class DualSearchParams(StageParams):
     lambda_max: Positive
     max_trainings: Annotated[int, Field(ge=0)]
     step_size: Positive
-    grid: Annotated[list[Positive], Field(min_length=1)]
+    grid: Annotated[list[NonNegative], Field(min_length=1)]
     merge_steps: Count
     merge_max: Annotated[float, Field(gt=0, le=2)]
     slater_radius: Positive | Literal["pool"]

@@ -54,6 +54,9 @@ class Run(Generic[P]):
         It lies outside the stage's outputs, which DVC deletes before it runs a stage; $DUALIGN_SCRATCH moves it.
         """
         described = self.params.model_dump(mode="json")
+        for fan in ("methods", "runs", "policies"):  # of what is fanned out, the other items do not matter
+            if self.item in described.get(fan, {}):
+                described[fan] = described[fan][self.item]
         key = {
             "params": described,
             "item": self.item,

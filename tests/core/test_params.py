@@ -202,6 +202,11 @@ def test_an_empty_list_is_refused(content: Content, key: str) -> None:
     assert message.startswith(f"{key}: ") and "at least" in message
 
 
+def test_the_grid_of_a_search_may_begin_at_zero(content: Content) -> None:
+    params.check(put(content, "dual_search.grid", [0.0, 1.0]), "my.yaml")
+    assert refusal(put(content, "dual_search.grid", [1.0, -0.5])).startswith("dual_search.grid.1: ")
+
+
 @pytest.mark.parametrize("grid", [[0, 1, 1, 2], [0, 2, 1]])
 def test_a_grid_must_increase(content: Content, grid: list[float]) -> None:
     assert refusal(put(content, "dual_init.grid", grid)).startswith("dual_init: grid must increase")

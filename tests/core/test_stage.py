@@ -7,12 +7,21 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dualign.core.artifacts import read_json
 from dualign.core.errors import AwaitingLabels, DataError
-from dualign.core.params import DualInitParams, load, load_resources
+from dualign.core.params import (
+    DualInitParams,
+    DualSearchParams,
+    EvaluateParams,
+    SafetyDpoParams,
+    StageParams,
+    load,
+    load_resources,
+)
 from dualign.core.stage import Run, execute, finished
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,6 +132,27 @@ def test_scratch_is_found_again_and_is_anothers_when_anything_changes(folder: Pa
     assert len({first, *others}) == 6
     finished(first)
     assert not first.exists()
+
+
+@pytest.mark.parametrize(
+    ("cls", "key", "edit"),
+    [
+        (DualSearchParams, "methods", {"returns": "mixture"}),
+        (SafetyDpoParams, "runs", {"factor": 9.0}),
+        (EvaluateParams, "policies", "models/other"),
+    ],
+)
+def test_scratch_is_kept_when_another_item_is_edited(cls: type[StageParams], key: str, edit: Any) -> None:
+    params = load(cls)
+    items = getattr(params, key)
+    own, other = list(items)[:2]
+
+    def scratch(name: str) -> Path:
+        changed = edit if isinstance(edit, str) else items[name].model_copy(update=edit)
+        edited = params.model_copy(update={key: {**items, name: changed}})
+        return Run(cls.section, own, edited, load_resources()).scratch()
+
+    assert scratch(other) == Run(cls.section, own, params, load_resources()).scratch() != scratch(own)
 
 
 def test_scratch_can_be_moved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

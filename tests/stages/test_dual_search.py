@@ -109,6 +109,54 @@ def test_a_start_on_other_scores_is_not_retrained() -> None:
         dual_search._check_scores(row_of("c_dpo", "lagrangian_dpo/pecan", "sft"), start)
 
 
+POLICIES, SCORERS = ("reward_dpo/helpful", "safety_dpo/alone"), ("reward_model", "cost_model")
+
+
+def started(data: str, scores: tuple[str, str] = SCORERS) -> dict[str, Any]:
+    return {"data": data, "reward": scores[0], "cost": scores[1]}
+
+
+@pytest.mark.parametrize(
+    ("method", "start"),
+    [
+        ("mocan", started("pairs")),
+        ("caid", started("pairs")),
+        ("pecan", started("pairs", POLICIES)),
+        ("dualign", started("pool")),
+    ],
+)
+def test_a_start_that_fits_is_taken(method: str, start: dict[str, Any]) -> None:
+    dual_search._check_start(row_of(method, "lagrangian_dpo/run", "sft"), start)
+    dual_search._check_start(row_of("pd_dpo", "safety_dpo/stepwise", "reward_dpo/helpful"), STEPWISE)
+
+
+@pytest.mark.parametrize(
+    ("method", "start", "says"),
+    [
+        ("dualign", started("pairs"), "data 'pairs', but dualign trains on 'pool'"),
+        ("mocan", started("pool"), "data 'pool', but mocan trains on 'pairs'"),
+        ("pecan", started("pool", POLICIES), "data 'pool', but pecan trains on 'pairs'"),
+        ("mocan", started("pairs", POLICIES), "safety_dpo/alone, which is not mocan; .* reward_model and cost_model"),
+        ("c_dpo", started("pairs", POLICIES), "safety_dpo/alone, which is not c_dpo"),
+        ("caid", started("pairs", (SCORERS[0], POLICIES[1])), "safety_dpo/alone, which is not caid"),
+        ("pecan", started("pairs"), "cost_model, which is not pecan; .* reward and cost from policies"),
+    ],
+)
+def test_a_start_of_another_method_is_refused(method: str, start: dict[str, Any], says: str) -> None:
+    with pytest.raises(ParamsError, match=rf"^methods\.row\.start: lagrangian_dpo/run .*{says}"):
+        dual_search._check_start(row_of(method, "lagrangian_dpo/run", "sft"), start)
+
+
+def test_a_start_beyond_the_interval_is_told(
+    run: Path, params: DualSearchParams, caplog: pytest.LogCaptureFixture
+) -> None:
+    pd_dpo = row_of("pd_dpo", "safety_dpo/stepwise", "reward_dpo/helpful")
+    dual_search.outlook(pd_dpo, STEPWISE, params.model_copy(update={"slater_radius": 0.6}))
+    assert not caplog.records  # 1.2 is its end
+    dual_search.outlook(pd_dpo, STEPWISE, params.model_copy(update={"slater_radius": 0.5}))
+    assert "safety_dpo/stepwise is at lambda 1.2000, above the end of the interval: 2 rho = 1.0000" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("start", "kept"),
     [

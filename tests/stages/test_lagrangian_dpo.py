@@ -153,7 +153,7 @@ def test_pecan_trains_at_the_multiplier_of_its_own_scores(
     told = read_json(workspace / "reports/metrics/lagrangian_dpo/pecan.json")
     assert told["lam"] == pytest.approx(0.5, abs=1e-3) and told["lam_from"] == "implicit scores"
     assert (told["reward"], told["cost"]) == MODELS[1:]
-    assert told["inner"] == inner and told["learning_rate"] == 2e-3
+    assert told["data"] == data and told["inner"] == inner and told["learning_rate"] == 2e-3
 
     _, _, pairs, loss, _ = seen
     scale = lagrangian_scale(told["lam"], normalised)
