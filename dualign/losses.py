@@ -68,7 +68,8 @@ def weighted_nll(logp: Tensor, weight: Tensor) -> Tensor:
 
     With y ~ pi_ref and w = pi_lambda / pi_ref = exp((r - lambda c - V_lambda(x)) / beta), the mean over samples is the
     cross-entropy to pi_lambda, whose minimiser is pi_lambda: it moves mass only among what the reference says, where a
-    pairwise loss may also lose it to text that no pair shows.
+    pairwise loss may also lose it to text that no pair shows. log pi is a sum over the answer's tokens: neither the
+    term nor its weight compares with a mean over tokens, such as the `sft` loss of TRL's DPO trainer.
     """
     return -weight * logp
 

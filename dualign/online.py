@@ -152,6 +152,7 @@ class Bonuses:
 class _Seen:
     """Differences of features of one kind of pairs, [pairs, d] of each call, and the alpha that the first fixed."""
 
+    key: str  # of the scale in a row's section `online`
     scale: float
     alpha: float = math.nan
     differences: list[Tensor] = field(default_factory=list)
@@ -164,15 +165,19 @@ class Exploration:
         self, reference: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int, bonuses: Bonuses
     ) -> None:
         self._reference, self._tokenizer, self._batch_size, self._bonuses = reference, tokenizer, batch_size, bonuses
-        self._helpful, self._safety = _Seen(bonuses.reward_scale), _Seen(bonuses.cost_scale)
+        self._helpful = _Seen("reward_scale", bonuses.reward_scale)
+        self._safety = _Seen("cost_scale", bonuses.cost_scale)
 
     def observe(self, data: Preferences) -> None:
-        """Count in the pairs of a table: the offline ones first, which fix both alphas, then those of each round."""
+        """Count in the pairs of a table: the offline ones first, which fix both alphas, then those of each round.
+
+        Raises DataError where the first pairs fix none, since the answers of each have one and the same bonus.
+        """
         for seen, frame in ((self._helpful, data.helpful), (self._safety, data.safety)):
             if len(frame):
                 chosen, rejected = self._both(frame)
                 if not seen.differences:
-                    seen.alpha = seen.scale / exploration.spread(chosen, rejected, self._bonuses.ridge)
+                    seen.alpha = _alpha(seen, exploration.spread(chosen, rejected, self._bonuses.ridge))
                 seen.differences.append(chosen - rejected)
 
     def optimism(self, prompts: list[list[int]], answers: list[list[int]], lam: float) -> Tensor:
@@ -196,6 +201,16 @@ class Exploration:
     def _bonus(self, phi: Tensor, seen: _Seen) -> Tensor:
         norm = exploration.precision(torch.cat(seen.differences), self._bonuses.ridge)
         return exploration.bonus(phi, norm, seen.alpha)
+
+
+def _alpha(seen: _Seen, spread: float) -> float:
+    """The factor that makes `scale` of the first pairs' mean gap at alpha 1."""
+    if spread == 0 and seen.scale > 0:
+        raise DataError(
+            f"online.{seen.key}: both answers of every first pair have features of the same norm, so no bonus has this "
+            "mean gap; give pairs of different answers, raise online.dimension or set it to null, or the scale to 0"
+        )
+    return seen.scale / spread if spread else 0.0
 
 
 # --- what both phases train on ----------------------------------------------------------------------------------------

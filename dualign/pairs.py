@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign import dual
 from dualign.core.errors import DataError
-from dualign.core.params import TrainingParams
+from dualign.core.params import LossType, TrainingParams
 from dualign.data.schema import Message, by_prompt
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
@@ -92,6 +92,23 @@ def with_safe_flags(pairs: Sequence[Pair], frame: pd.DataFrame) -> list[Pair]:
     ]
 
 
+def safety_training_pairs(
+    frame: pd.DataFrame,
+    reference: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    loss_type: LossType,
+) -> list[Pair]:
+    """Pairs of a safety table as a loss reads them, their reference columns computed under `reference`.
+
+    KTO's have mismatched answers, and an answer is desirable if its flag says safe. Raises DataError as
+    `preference_pairs` does.
+    """
+    kto = loss_type == "kto"
+    pairs = preference_pairs(frame, reference, tokenizer, batch_size, mismatched=kto)
+    return with_safe_flags(pairs, frame) if kto else pairs
+
+
 def with_margin(pairs: Sequence[Pair], margin: Sequence[Pair], base: Sequence[Pair], weight: float) -> list[Pair]:
     """MODPO (2310.03708) as a reference column: ref + weight (log pi_m - log pi_ref).
 
@@ -109,7 +126,6 @@ def with_margin(pairs: Sequence[Pair], margin: Sequence[Pair], base: Sequence[Pa
             pair,
             ref_first=pair.ref_first + weight * (m.ref_first - b.ref_first),
             ref_second=pair.ref_second + weight * (m.ref_second - b.ref_second),
-            ref_mismatched=pair.ref_mismatched + weight * (m.ref_mismatched - b.ref_mismatched),
         )
         for pair, m, b in zip(pairs, margin, base, strict=True)
     ]

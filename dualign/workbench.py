@@ -25,7 +25,7 @@ from dualign.measure.stats import Measurement, clustered_mean
 from dualign.merge import merge
 from dualign.methods import Plan
 from dualign.online import Bonuses, Exploration, Preferences, collect, phase_one, phase_two, preference_tables, union
-from dualign.pairs import lagrangian_pairs, pool_pairs, pool_values, preference_pairs, samples_of, visited
+from dualign.pairs import lagrangian_pairs, pool_pairs, pool_values, safety_training_pairs, samples_of, visited
 from dualign.search import Ascent, Step
 from dualign.training.pairwise import Inner, Pair, train_pairwise
 from dualign.training.policy_gradient import PolicyGradient, train_policy_gradient
@@ -52,7 +52,7 @@ class PolicyBench:
     """Implements `dualign.search.Workbench` on models; every step has its own folder in `scratch`.
 
     `inner` holds the weights of the Lagrangian loss; None means safety pairs at coefficient beta / lambda, with `loss`
-    the options of that loss.
+    the options of that loss. `reward_clip` bounds the implicit rewards of pi_r where a round trains it.
     """
 
     def __init__(
@@ -65,9 +65,10 @@ class PolicyBench:
         scratch: Path,
         inputs: Inputs | None = None,
         loss: dict[str, Any] | None = None,
+        reward_clip: float | None = None,
     ) -> None:
         self._plan, self._method, self._params, self._resources = plan, plan.method, params, resources
-        self._loss = loss or {}
+        self._loss, self._reward_clip = loss or {}, reward_clip
         self._weights, self._prompts, self._scratch, self._inputs = inner, prompts, scratch, inputs or Inputs()
         self._judges = Judges.load(resources, self._inputs.models)
         if self._method.inner != "policy_gradient":
@@ -203,8 +204,8 @@ class PolicyBench:
             if not pairs:
                 reference = load_policy(self._inputs.models / self._plan.reference, self._resources)
                 train = visited(frame[frame["split"] == "train"], self._params.training, self._params.seed)
-                batch = self._resources.scoring_batch_size
-                pairs.extend(preference_pairs(train, reference, self._judges.tokenizer, batch))
+                batch, loss_type = self._resources.scoring_batch_size, self._loss.get("loss_type", "dpo")
+                pairs.extend(safety_training_pairs(train, reference, self._judges.tokenizer, batch, loss_type))
             return pairs
 
         return source
@@ -265,8 +266,8 @@ class PolicyBench:
             assert params.online is not None
             if params.online.retrain_reward and not (folder / "helpful").is_dir():
                 pairs = phase_one(data, judges.reference, judges.tokenizer, batch)
-                plain = Inner(scale=params.beta, beta=params.beta)
-                self._fit(self._helpful(warm.step), pairs, plain, params.seed + step, folder / "helpful")
+                first = Inner(scale=params.beta, beta=params.beta, clip=self._reward_clip)
+                self._fit(self._helpful(warm.step), pairs, first, params.seed + step, folder / "helpful")
             helpful = load_policy(self._helpful(step), self._resources)
             explored = self._explored(seen)
             return phase_two(data, helpful, judges.tokenizer, batch, explored, lam=lam, beta=params.beta)

@@ -43,6 +43,8 @@ def main(run: Run[DualSearchParams]) -> None:
     start = _metrics(row.start)
     _check_scores(row, start)
     _check_start(row, start)
+    reference = _metrics(row.reference)
+    _check_losses(row, start, reference)
     models = {MODELS / name for name in ("sft", "reward_model", "cost_model", row.reference, row.start)}
     scratch = run.scratch(PROMPT_SET, SCORED, DUAL, *sorted(models))
     prompts = read_table(PROMPT_SET, PROMPTS).head(params.prompts)
@@ -50,7 +52,8 @@ def main(run: Run[DualSearchParams]) -> None:
     if inner is not None and not row.method.warm:  # from the reference again: as its start was trained
         update = {"learning_rate": start["learning_rate"]}
         params = params.model_copy(update={"training": params.training.model_copy(update=update)})
-    bench = PolicyBench(row, params, run.resources, inner, prompts, scratch, loss=_loss(start))
+    loss, clip = _loss(start), reference.get("clip")
+    bench = PolicyBench(row, params, run.resources, inner, prompts, scratch, loss=loss, reward_clip=clip)
     known = outlook(row, start, params)
     steps, stopped = search.run(row, bench.start, known, params, bench, scratch)
     result = search.summary(row, steps, stopped, params, known, trainings(row, start))
@@ -136,6 +139,17 @@ def _check_start(row: Plan, start: dict[str, Any]) -> None:
             f"methods.{row.name}.start: {row.start} took the scores of {start['reward']} and {start['cost']}, which is "
             f"not {row.method.name}; name a run of lagrangian_dpo with {wanted}"
         )
+
+
+def _check_losses(row: Plan, start: dict[str, Any], reference: dict[str, Any]) -> None:
+    """Rounds of comparisons add rewards and bonuses, which takes policies of Bradley-Terry's loss, DPO."""
+    for key, metrics in (("start", start), ("reference", reference)):
+        loss_type = metrics.get("loss_type", "dpo")
+        if row.method.data == "fresh_pairs" and loss_type != "dpo":
+            raise ParamsError(
+                f"methods.{row.name}.{key}: {getattr(row, key)} was trained by {loss_type}, but {row.method.name} goes "
+                "on by dpo; name a run with loss_type dpo"
+            )
 
 
 if __name__ == "__main__":

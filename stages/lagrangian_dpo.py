@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -44,7 +45,8 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     spec = params.runs[run.item]
     tokenizer = load_tokenizer(REFERENCE)
     tables = scored_tables(SCORED, spec.reward, spec.cost, params.beta, tokenizer, run.resources, MODELS, METRICS)
-    lam, source = multiplier(run.item, spec, tables.pool, params)
+    found = multiplier(run.item, spec, tables.pool, params)
+    lam = found["lam"]
     scale = lagrangian_scale(lam, spec.inner.normalised)
     if spec.data == "pool":
         samples = samples_of(tables.pool, tokenizer)
@@ -54,25 +56,29 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     policy = with_lora(load_policy(REFERENCE, run.resources), params.lora)
     policies = (MODELS / spec.reward, MODELS / spec.cost, METRICS / f"{spec.cost}.json") if spec.implicit else ()
     scratch = run.scratch(SCORED, DUAL, REFERENCE, *policies)
-    training = params.training.model_copy(update={"learning_rate": spec.learning_rate})
+    rate = spec.learning_rate or params.training.learning_rate
+    training = params.training.model_copy(update={"learning_rate": rate})
     job = Job(training, run.resources, scratch, params.seed)
     inner = Inner(params.beta * scale, params.beta, spec.inner.labels, spec.inner.anchor, spec.inner.nll)
     metrics = train_pairwise(policy, tokenizer, pairs, inner, job)
     with replacing(OUT / run.item) as folder:
         save(policy, tokenizer, folder)
     # A search that starts here takes all of these over.
-    kept = spec.model_dump(include={"reward", "cost", "data", "inner", "learning_rate"})
-    run.metrics({**metrics, "lam": lam, "lam_from": source, **kept})
+    kept = spec.model_dump(include={"reward", "cost", "data", "inner"})
+    run.metrics({**metrics, **found, **kept, "learning_rate": rate})
     finished(scratch)
 
 
-def multiplier(item: str, spec: LagrangianRun, pool: pd.DataFrame, params: LagrangianDpoParams) -> tuple[float, str]:
-    """The multiplier and where it is from: params, the dual of the pool, or the dual of the pool's implicit scores."""
+def multiplier(item: str, spec: LagrangianRun, pool: pd.DataFrame, params: LagrangianDpoParams) -> dict[str, Any]:
+    """The multiplier and where it is from: params, the dual of the pool, or the dual of the pool's implicit scores.
+
+    The last is solved here, so its 95 % interval `lam_interval` comes with it.
+    """
     if spec.lam != "dual":
-        return spec.lam, "params.yaml"
+        return {"lam": spec.lam, "lam_from": "params.yaml"}
     known = read_json(DUAL)
     if not spec.implicit:
-        return known["lam"], str(DUAL)
+        return {"lam": known["lam"], "lam_from": str(DUAL)}
     try:
         solution = dual.solve(
             by_prompt(pool, "reward"), by_prompt(pool, "cost"),
@@ -81,7 +87,7 @@ def multiplier(item: str, spec: LagrangianRun, pool: pd.DataFrame, params: Lagra
     except InfeasibleError as error:
         raise InfeasibleError(f"lagrangian_dpo.runs.{item}, scored by policies: {error}") from error
     log.info("lambda %.4f on implicit scores, 95 %% interval %.4f to %.4f", solution.lam, *solution.lam_interval)
-    return solution.lam, "implicit scores"
+    return {"lam": solution.lam, "lam_from": "implicit scores", "lam_interval": list(solution.lam_interval)}
 
 
 if __name__ == "__main__":

@@ -39,11 +39,11 @@ def main(run: Run[RewardDpoParams]) -> None:
     policy = with_lora(policy, params.lora)
     scratch = run.scratch(PAIRS, *sorted({MODELS / name for name in ("sft", spec.reference, spec.margin)}))
     job = Job(params.training, run.resources, scratch, params.seed)
-    inner = Inner(scale=params.beta, beta=params.beta, loss_type=spec.loss_type)
+    inner = Inner(scale=params.beta, beta=params.beta, loss_type=spec.loss_type, clip=spec.clip)
     metrics = train_pairwise(policy, tokenizer, pairs, inner, job)
     with replacing(OUT / run.item) as folder:
         save(policy, tokenizer, folder)
-    run.metrics(metrics)
+    run.metrics({**metrics, "reference": spec.reference, "loss_type": spec.loss_type, "clip": spec.clip})
     finished(scratch)
 
 

@@ -17,7 +17,7 @@ from dualign.core.params import SafetyDpoParams
 from dualign.core.stage import Run, execute, finished
 from dualign.data.schema import SAFETY_PAIRS, read_table
 from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
-from dualign.pairs import preference_pairs, visited, with_safe_flags
+from dualign.pairs import safety_training_pairs, visited
 from dualign.training.pairwise import Inner, train_pairwise
 from dualign.training.run import Job
 
@@ -37,9 +37,7 @@ def main(run: Run[SafetyDpoParams]) -> None:
     frame = read_table(PAIRS, SAFETY_PAIRS)
     tokenizer, policy = load_tokenizer("models/sft"), load_policy(reference, run.resources)
     train = visited(frame[frame["split"] == "train"], params.training, params.seed)
-    kto, batch = spec.loss_type == "kto", run.resources.scoring_batch_size
-    pairs = preference_pairs(train, policy, tokenizer, batch, mismatched=kto)
-    pairs = with_safe_flags(pairs, train) if kto else pairs
+    pairs = safety_training_pairs(train, policy, tokenizer, run.resources.scoring_batch_size, spec.loss_type)
     policy = with_lora(policy, params.lora)
     scratch = run.scratch(PAIRS, reference, DUAL)
     job = Job(params.training, run.resources, scratch, params.seed)

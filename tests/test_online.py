@@ -194,6 +194,21 @@ def test_a_scale_is_the_mean_gap_within_the_first_pairs(
     assert float((chosen - rejected).abs().mean()) == pytest.approx(0.4, rel=1e-6)
 
 
+@pytest.mark.parametrize("key", ["reward_scale", "cost_scale"])
+def test_first_pairs_without_a_gap_fix_no_scale(
+    reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, key: str
+) -> None:
+    pairs = fresh((0, 1), (10, 11), tmp_path)
+    same = Preferences(*(table.assign(rejected=table["chosen"]) for table in (pairs.helpful, pairs.safety)))
+    scales = {"reward_scale": 0.0, "cost_scale": 0.0}
+    explored = Exploration(reference, tokenizer, 1, Bonuses(0.5, **scales | {key: 0.4}, dimension=None, seed=7))
+    with pytest.raises(DataError, match=rf"online\.{key}: .* online\.dimension"):
+        explored.observe(same)
+    none = Exploration(reference, tokenizer, 1, Bonuses(0.5, **scales, dimension=None, seed=7))
+    none.observe(same)
+    assert Probe(tokenizer, 0, 1)(none).tolist() == [0.0] * 4
+
+
 @pytest.mark.parametrize("dimension", [None, 5])
 def test_optimism_is_both_bonuses_each_of_its_own_pairs(
     reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dimension: int | None, tmp_path: Path

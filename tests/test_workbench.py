@@ -202,6 +202,31 @@ def test_training_begins_at_the_reference_or_at_the_policy_before(
     assert (Path(trained) / "model.safetensors").stat().st_mtime_ns == before, "a finished training is not repeated"
 
 
+@pytest.mark.parametrize("loss_type", ["ipo", "kto"])
+def test_a_training_keeps_the_loss_of_the_start_and_its_pairs(
+    loss_type: str, params: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """KTO takes an answer as desirable by its flag, and a mismatched answer to each pair."""
+    flagged = read_table(inputs.prepared / "safety_pairs.parquet", SAFETY_PAIRS)
+    flagged = flagged.assign(chosen_is_safe=True, rejected_is_safe=[i % 2 == 0 for i in range(len(flagged))])
+    write_parquet(tmp_path / "prepared/safety_pairs.parquet", flagged, SAFETY_PAIRS)
+    seen: list[Any] = []
+    train = workbench.train_pairwise
+    monkeypatch.setattr(workbench, "train_pairwise", lambda *args: seen.extend(args) or train(*args))
+    short = params.model_copy(update={"training": params.training.model_copy(update={"max_steps": 2, "batch_size": 6})})
+    plan = Plan("row", METHODS["pd_dpo"], "safety_dpo/one", "reward_dpo/helpful")
+    given, options = replace(inputs, prepared=tmp_path / "prepared"), {"loss_type": loss_type}
+    bench = PolicyBench(plan, short, resources, None, PROMPTS, tmp_path / "s", given, loss=options)
+    trained = bench.train(1, 0.7, step(0, 0.5, Path(bench.start)))
+    assert distance(trained, inputs.models / "reward_dpo/helpful") > 1e-4
+    _, _, pairs, inner, _ = seen
+    assert inner.loss_type == loss_type and len(pairs) == 12
+    if loss_type == "kto":
+        assert [pair.desirable for pair in pairs] == [(True, i % 2 == 0) for i in range(12)]
+        assert all(math.isfinite(pair.ref_mismatched) for pair in pairs)
+
+
 def distance(first: str, second: Path) -> float:
     left, right = (load_file(Path(folder) / "model.safetensors") for folder in (first, second))
     return max(float((left[name] - right[name]).abs().max()) for name in left)
@@ -222,10 +247,12 @@ def quick(params: DualSearchParams, tmp_path: Path) -> DualSearchParams:
     return params.model_copy(update=update)
 
 
-def online_bench(params: DualSearchParams, resources: Resources, inputs: Inputs, scratch: Path) -> PolicyBench:
+def online_bench(
+    params: DualSearchParams, resources: Resources, inputs: Inputs, scratch: Path, **losses: Any
+) -> PolicyBench:
     plan = Plan("row", METHODS["o_pd_dpo"], "safety_dpo/one", "reward_dpo/helpful")
     frequent = resources.model_copy(update={"checkpoint_steps": 1})
-    return PolicyBench(plan, params, frequent, None, PROMPTS, scratch, inputs)
+    return PolicyBench(plan, params, frequent, None, PROMPTS, scratch, inputs, **losses)
 
 
 def rounds(bench: PolicyBench) -> tuple[str, Measurement]:
@@ -256,17 +283,20 @@ def test_a_round_trains_on_all_pairs_so_far_from_its_own_helpful_policy(
     quick: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, float]] = []
+    clips: list[float | None] = []
     train = workbench.train_pairwise
 
     def watched(policy: Any, tokenizer: Any, pairs: Any, inner: Any, job: Any) -> Any:
         seen.append((len(pairs), inner.scale))
+        clips.append(inner.clip)
         return train(policy, tokenizer, pairs, inner, job)
 
     monkeypatch.setattr(workbench, "train_pairwise", watched)
     timid = quick.model_copy(
         update={"training": quick.training.model_copy(update={"max_steps": 2, "learning_rate": 1e-7})}
     )
-    last, _ = rounds(online_bench(timid, resources, inputs, tmp_path))
+    last, _ = rounds(online_bench(timid, resources, inputs, tmp_path, loss={"clip": 3.0}, reward_clip=7.0))
+    assert clips == [7.0, 3.0] * 2
     offline = Preferences.read(inputs.prepared).visited(timid.training, timid.seed)
     first, second = (len(Preferences.read(tmp_path / f"step-{k}/fresh").helpful) for k in (1, 2))
     counts = [len(offline.helpful) + first] * 2 + [len(offline.helpful) + first + second] * 2

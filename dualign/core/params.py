@@ -249,11 +249,14 @@ class DualInitParams(StageParams):
 class RewardRun(Frozen):
     """One DPO on helpfulness: from which policy, by which loss, with SafeDPO's offset and MODPO's margin policy.
 
-    `reference` and `margin` are folders under models/: `sft`, or a run of `safety_dpo`. `margin: sft` means no margin.
+    `reference` and `margin` are folders under models/: `sft`, or a run of `safety_dpo`, for a margin one of plain DPO
+    from `sft`. `margin: sft` means no margin. `clip` bounds the implicit rewards, in units of reward; it goes with
+    neither offset nor margin, which stand in the reference column and would be bounded too.
     """
 
     reference: str
     loss_type: LossType
+    clip: Positive | None
     safe_offset: NonNegative | None
     margin: str
     margin_weight: Positive
@@ -264,6 +267,15 @@ class RewardRun(Frozen):
             raise ValueError(
                 f"safe_offset (SafeDPO) needs loss_type dpo, not {self.loss_type}; set loss_type to dpo, "
                 "or safe_offset to null"
+            )
+        if self.margin != "sft" and (self.loss_type != "dpo" or self.safe_offset is not None):
+            raise ValueError(
+                f"margin {self.margin!r} (MODPO) needs loss_type dpo and safe_offset null; set these, or margin to sft"
+            )
+        if self.clip is not None and (self.margin != "sft" or self.safe_offset is not None):
+            raise ValueError(
+                "clip goes with neither safe_offset nor margin; set clip to null, or safe_offset to null and margin "
+                "to sft"
             )
         return self
 
@@ -313,15 +325,15 @@ class LagrangianRun(Frozen):
     """One Lagrangian DPO: its multiplier (`dual`, or a number), scores, pairs, learning rate and inner loss.
 
     `reward` and `cost` are folders under models/: the scorers (`reward_model`, `cost_model`), or policies whose
-    log-ratios stand in for them (`reward_dpo/NAME`, `safety_dpo/NAME`). A search that starts from it keeps its learning
-    rate and inner loss.
+    log-ratios stand in for them (`reward_dpo/NAME`, `safety_dpo/NAME`). `learning_rate` null takes the section's. A
+    search that starts from it keeps its learning rate and inner loss.
     """
 
     lam: Literal["dual"] | NonNegative
     reward: str
     cost: str
     data: Literal["pairs", "pool"]
-    learning_rate: Positive
+    learning_rate: Positive | None
     inner: InnerParams
 
     @property
@@ -663,17 +675,22 @@ def _refuse_unknown(content: dict[str, Any], valid: set[str], where: str, path: 
 
 
 def _check_references(reward: RewardDpoParams, safety: SafetyDpoParams, path: str | Path) -> None:
-    """References and margins of the runs on preferences name models that the other stage writes, and no circle."""
+    """References and margins of the runs on preferences name models that the other stage writes, and no circle.
+
+    A margin is the cost that `losses.modpo_logit` asks for only if its policy is that of plain safety DPO from `sft`.
+    """
     after_reward = {"sft", *(f"reward_dpo/{name}" for name in reward.runs)}
     after_safety = {"sft", *(f"safety_dpo/{name}" for name in safety.runs)}
+    margins = {"sft", *_cost_policies(safety)}
     named = {
         **{("safety_dpo", name, "reference"): (run.reference, after_reward) for name, run in safety.runs.items()},
         **{("reward_dpo", name, "reference"): (run.reference, after_safety) for name, run in reward.runs.items()},
-        **{("reward_dpo", name, "margin"): (run.margin, after_safety) for name, run in reward.runs.items()},
+        **{("reward_dpo", name, "margin"): (run.margin, margins) for name, run in reward.runs.items()},
     }
     for (stage, name, key), (folder, valid) in named.items():
         if folder not in valid:
-            raise ParamsError(f"{path}: {stage}.runs.{name}.{key}: {folder!r} is not one of {sorted(valid)}")
+            why = " (none, or a policy of plain safety DPO from sft)" if key == "margin" else ""
+            raise ParamsError(f"{path}: {stage}.runs.{name}.{key}: {folder!r} is not one of {sorted(valid)}{why}")
     needs: dict[str, set[str]] = {}
     for (stage, name, _), (folder, _) in named.items():
         needs.setdefault(f"{stage}/{name}", set()).add(folder)
@@ -681,7 +698,15 @@ def _check_references(reward: RewardDpoParams, safety: SafetyDpoParams, path: st
         TopologicalSorter(needs).prepare()
     except CycleError as error:
         circle = " <- ".join(error.args[1])
-        raise ParamsError(f"{path}: runs wait for each other: {circle}; set one reference or margin to sft") from None
+        raise ParamsError(f"{path}: runs wait for each other: {circle}; set one reference to sft") from None
+
+
+def _cost_policies(safety: SafetyDpoParams) -> set[str]:
+    """Runs whose log-ratio to the reference policy is a cost: plain DPO that started there."""
+    plain = ("sft", "dpo", None)
+    return {
+        f"safety_dpo/{name}" for name, run in safety.runs.items() if (run.reference, run.loss_type, run.clip) == plain
+    }
 
 
 def _check_across(content: dict[str, Any], stages: dict[str, StageParams], path: str | Path) -> None:
@@ -727,14 +752,11 @@ def _check_scores(
     reward: RewardDpoParams, safety: SafetyDpoParams, lagrangian: LagrangianDpoParams, path: str | Path
 ) -> None:
     """A score is a scorer's, or the log-ratio to the reference policy of a plain DPO that started there."""
-    plain = RewardRun(reference="sft", loss_type="dpo", safe_offset=None, margin="sft", margin_weight=1.0)
+    plain = RewardRun(reference="sft", loss_type="dpo", clip=None, safe_offset=None, margin="sft", margin_weight=1.0)
     rewards = [
         f"reward_dpo/{k}" for k, run in reward.runs.items() if run.model_copy(update={"margin_weight": 1.0}) == plain
     ]
-    safe = {
-        name for name, run in safety.runs.items() if (run.reference, run.loss_type, run.clip) == ("sft", "dpo", None)
-    }
-    valid = {"reward": ["reward_model", *rewards], "cost": ["cost_model", *(f"safety_dpo/{name}" for name in safe)]}
+    valid = {"reward": ["reward_model", *rewards], "cost": ["cost_model", *_cost_policies(safety)]}
     for name, run in lagrangian.runs.items():
         for key, names in valid.items():
             if getattr(run, key) not in names:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, get_args
 
 import torch
 from datasets import Dataset
@@ -147,7 +147,10 @@ def _columns(pairs: Sequence[Pair]) -> dict[str, list[Any]]:
 
 @dataclass
 class PairwiseConfig(DPOConfig):
-    """DPOConfig with a label mode, an anchor, a light NLL term, IPO and KTO. `beta` is the scale a of the logit."""
+    """DPOConfig with a label mode, an anchor, a light NLL term, IPO and KTO. `beta` is the scale a of the logit.
+
+    Raises ParamsError for a value that no loss here reads: an option of TRL's own losses, a term of another loss.
+    """
 
     labels: str = field(
         default="soft", metadata={"help": "soft: use P(chosen preferred) as it is; bernoulli: draw afresh each time."}
@@ -159,6 +162,35 @@ class PairwiseConfig(DPOConfig):
     pair_loss: str = field(default="dpo", metadata={"help": "dpo, ipo or kto (`loss_type` holds TRL's own losses)."})
     reward_bound: float | None = field(default=None, metadata={"help": "Soft bound of the implicit rewards, or none."})
     undesirable_weight: float = field(default=1.0, metadata={"help": "KTO's weight of an undesirable answer."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, default in _trl_defaults().items():
+            if getattr(self, name) != default:
+                remedy = f"leave it at {default!r}; the losses of PairwiseTrainer are chosen by pair_loss and labels"
+                raise ParamsError(f"PairwiseConfig: {name} belongs to TRL's own losses and is not read here; {remedy}")
+        for name, valid in (("pair_loss", get_args(LossType)), ("labels", ("soft", "bernoulli"))):
+            if getattr(self, name) not in valid:
+                raise ParamsError(f"PairwiseConfig: {name} {getattr(self, name)!r} is not one of {', '.join(valid)}")
+        for name in ("anchor_weight", "nll_weight"):
+            if not getattr(self, name) >= 0:
+                raise ParamsError(f"PairwiseConfig: {name} {getattr(self, name)} must be 0 (no such term) or more")
+        if self.reward_bound is not None and not self.reward_bound > 0:
+            raise ParamsError(f"PairwiseConfig: reward_bound {self.reward_bound} must be above 0, or None for no bound")
+        neutral = {"labels": "soft", "anchor_weight": 0.0, "nll_weight": 0.0} if self.pair_loss != "dpo" else {}
+        neutral |= {"undesirable_weight": 1.0} if self.pair_loss != "kto" else {}
+        for name, value in neutral.items():
+            if getattr(self, name) != value:
+                remedy = f"leave it at {value!r}, or choose another pair_loss"
+                raise ParamsError(f"PairwiseConfig: {name} does not go with pair_loss {self.pair_loss!r}; {remedy}")
+
+
+def _trl_defaults() -> dict[str, Any]:
+    """Options of TRL's own losses, which nothing here reads, and their defaults."""
+    names = ("loss_type", "loss_weights", "label_smoothing", "use_weighting", "ld_alpha", "f_divergence_type",
+             "f_alpha_divergence_coef", "discopop_tau")  # fmt: skip
+    known = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(DPOConfig)}
+    return {name: known[name] for name in names}
 
 
 _EXTRA = (
@@ -197,6 +229,24 @@ class _PairCollator(DataCollatorForPreference):
         }
 
 
+_KTO = ("desirable_chosen", "desirable_rejected", "mismatched_ids", "ref_mismatched_logps")
+
+
+def _check_columns(columns: Sequence[str], args: PairwiseConfig, table: str) -> None:
+    """Refuse a table without a column that the losses of `args` read; a stream that knows no columns passes."""
+    needed: dict[str, str] = {}
+    if args.anchor_weight > 0:
+        needed |= dict.fromkeys(("anchor_chosen", "anchor_rejected"), "or set anchor_weight to 0")
+    if args.pair_loss == "kto":
+        needed |= dict.fromkeys(_KTO, "or set pair_loss to dpo or ipo")
+    for pair in (("ref_chosen_logps", "ref_rejected_logps"), ("weight_chosen", "weight_rejected")):
+        if any(name in columns for name in pair):  # computed, or taken from the label, where both are missing
+            needed |= dict.fromkeys(pair, f"or leave out both {' and '.join(pair)}")
+    for name, remedy in needed.items():
+        if columns and name not in columns:
+            raise DataError(f"PairwiseTrainer: {table} has no column {name}; add it, {remedy}")
+
+
 class PairwiseTrainer(DPOTrainer):
     """DPO with reference columns, soft labels, anchors and NLL; IPO; KTO; see `dualign.losses`.
 
@@ -204,7 +254,8 @@ class PairwiseTrainer(DPOTrainer):
     ref_rejected_logps (computed once under `ref_model`, or the model as it is passed, where they are missing), label
     (P(chosen preferred), default 1), anchor_chosen, anchor_rejected (default none), weight_chosen, weight_rejected (of
     the likelihood term, default label and 1 - label). KTO requires desirable_chosen, desirable_rejected,
-    mismatched_ids and ref_mismatched_logps. Raises ParamsError for other args than a `PairwiseConfig`.
+    mismatched_ids and ref_mismatched_logps, the anchor its two columns. Raises ParamsError for other args than a
+    `PairwiseConfig`, DataError for a table that lacks a column.
     """
 
     _signature_columns: list[str]
@@ -220,6 +271,10 @@ class PairwiseTrainer(DPOTrainer):
                 "PairwiseTrainer: args must be a PairwiseConfig with precompute_ref_log_probs=True, since its losses "
                 "read reference log-probabilities from columns"
             )
+        for name in ("train_dataset", "eval_dataset"):
+            given = kwargs.get(name)
+            for table in given.values() if isinstance(given, dict) else [given]:
+                _check_columns(getattr(table, "column_names", None) or [], args, name)
         super().__init__(model, ref_model, args, **kwargs)
         if type(self.data_collator) is DataCollatorForPreference:
             self.data_collator = _PairCollator(**vars(self.data_collator))

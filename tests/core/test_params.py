@@ -172,6 +172,7 @@ def test_a_wrong_type_is_named(content: Content, key: str, value: Any, says: str
         ("dual_init.bootstrap", 3),
         ("reward_dpo.runs.helpful.safe_offset", -1.0),
         ("reward_dpo.runs.helpful.margin_weight", 0.0),
+        ("reward_dpo.runs.helpful.clip", 0.0),
         ("safety_dpo.runs.alone.clip", 0.0),
         ("dual_search.lambda_min", 0.0),
         ("dual_search.max_trainings", -1),
@@ -189,7 +190,8 @@ def test_a_value_out_of_range_is_named_with_what_was_given(content: Content, key
 @pytest.mark.parametrize(
     "key",
     """beta seed constraint constraint.limit generation.max_new_tokens report sft.base resources methods
-    reward_dpo.runs.helpful.safe_offset safety_dpo.runs.alone.clip
+    reward_dpo.runs.helpful.safe_offset reward_dpo.runs.helpful.clip safety_dpo.runs.alone.clip
+    lagrangian_dpo.runs.bernoulli.learning_rate
     sft.training.schedule resources.threads prepare.world.sft_rows methods.sacpo.start""".split(),
 )
 def test_a_missing_key_is_named(content: Content, key: str) -> None:
@@ -247,10 +249,9 @@ def test_a_reference_must_be_a_model_that_the_other_stage_writes(content: Conten
     assert message.startswith(f"{key}: {value!r} is not one of [") and "'sft'" in message
 
 
-@pytest.mark.parametrize("key", ["reference", "margin"])
-def test_runs_that_wait_for_each_other_are_refused(content: Content, key: str) -> None:
-    message = refusal(put(content, f"reward_dpo.runs.helpful.{key}", "safety_dpo/stepwise"))
-    assert message.startswith("runs wait for each other: ") and message.endswith("set one reference or margin to sft")
+def test_runs_that_wait_for_each_other_are_refused(content: Content) -> None:
+    message = refusal(put(content, "reward_dpo.runs.helpful.reference", "safety_dpo/stepwise"))
+    assert message.startswith("runs wait for each other: ") and message.endswith("set one reference to sft")
     assert "reward_dpo/helpful" in message and "safety_dpo/stepwise" in message
 
 
@@ -258,7 +259,7 @@ def test_either_order_of_the_two_steps_is_allowed(content: Content) -> None:
     helpful = content["reward_dpo"]["runs"]["helpful"]
     content["reward_dpo"]["runs"]["second"] = helpful | {
         "reference": "safety_dpo/alone",
-        "margin": "safety_dpo/stepwise",
+        "margin": "safety_dpo/alone",
     }
     content["evaluate"]["policies"]["second"] = "reward_dpo/second"
     loaded = params.check(content, "my.yaml")["reward_dpo"]
@@ -270,6 +271,35 @@ def test_safe_dpo_is_a_dpo(content: Content, loss_type: str) -> None:
     content["reward_dpo"]["runs"]["helpful"] |= {"safe_offset": 10.0, "loss_type": loss_type}
     message = refusal(content)
     assert message.startswith(f"reward_dpo.runs.helpful: safe_offset (SafeDPO) needs loss_type dpo, not {loss_type}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("reference", "reward_dpo/helpful"), ("loss_type", "ipo"), ("loss_type", "kto"), ("clip", 5.0)]
+)
+def test_a_margin_policy_is_one_of_plain_safety_dpo(content: Content, key: str, value: Any) -> None:
+    """The cost that MODPO's margin stands for is the log-ratio to sft of no other policy."""
+    helpful, alone = content["reward_dpo"]["runs"]["helpful"], content["safety_dpo"]["runs"]["alone"]
+    content["reward_dpo"]["runs"]["modpo"] = helpful | {"margin": "safety_dpo/alone"}
+    content["evaluate"]["policies"]["modpo"] = "reward_dpo/modpo"
+    params.check(content, "my.yaml")
+    alone[key] = value
+    message = refusal(content)
+    assert message.startswith("reward_dpo.runs.modpo.margin: 'safety_dpo/alone' is not one of ['sft'] (none, or a ")
+
+
+@pytest.mark.parametrize("change", [{"loss_type": "ipo"}, {"loss_type": "kto"}, {"safe_offset": 10.0}])
+def test_modpo_is_a_dpo_without_an_offset(content: Content, change: Content) -> None:
+    content["reward_dpo"]["runs"]["helpful"] |= {"margin": "safety_dpo/alone", **change}
+    message = refusal(content)
+    assert message.startswith(
+        "reward_dpo.runs.helpful: margin 'safety_dpo/alone' (MODPO) needs loss_type dpo and safe_"
+    )
+
+
+@pytest.mark.parametrize("change", [{"margin": "safety_dpo/alone"}, {"safe_offset": 10.0}])
+def test_a_clip_would_bound_offset_and_margin_too(content: Content, change: Content) -> None:
+    content["reward_dpo"]["runs"]["helpful"] |= {"clip": 5.0, **change}
+    assert refusal(content).startswith("reward_dpo.runs.helpful: clip goes with neither safe_offset nor margin")
 
 
 def test_a_row_is_the_method_of_its_name_unless_it_names_one(content: Content) -> None:
@@ -334,6 +364,7 @@ def test_only_plain_dpo_gives_scores(content: Content) -> None:
     for section, run, key, value in (
         ("reward_dpo", "helpful", "loss_type", "ipo"),
         ("reward_dpo", "helpful", "safe_offset", 10.0),
+        ("reward_dpo", "helpful", "clip", 5.0),
         ("safety_dpo", "alone", "loss_type", "kto"),
         ("safety_dpo", "alone", "clip", 5.0),
     ):

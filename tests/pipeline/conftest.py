@@ -23,5 +23,5 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
     """The address of a Prefect server with an empty database."""
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=600):
         yield str(get_current_settings().api.url)

@@ -168,3 +168,21 @@ def test_a_start_beyond_the_interval_is_told(
 )
 def test_a_search_keeps_the_loss_of_its_start(start: dict[str, Any], kept: dict[str, Any]) -> None:
     assert dual_search._loss(start) == kept
+
+
+ONLINE = {
+    "labels": "models", "folder": "data/labels", "retrain_reward": True, "ridge": 1.0, "reward_scale": 0.1,
+    "cost_scale": 0.1, "dimension": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", ["ipo", "kto"])
+def test_rounds_of_comparisons_go_on_from_dpo_alone(loss_type: str) -> None:
+    other = {"loss_type": loss_type}
+    rounds = row_of("o_pd_dpo", "safety_dpo/stepwise", "reward_dpo/helpful", online=ONLINE)
+    dual_search._check_losses(rounds, {"loss_type": "dpo"}, {})
+    with pytest.raises(ParamsError, match=rf"methods\.row\.start: safety_dpo/stepwise was trained by {loss_type}"):
+        dual_search._check_losses(rounds, other, {})
+    with pytest.raises(ParamsError, match=rf"methods\.row\.reference: reward_dpo/helpful was trained by {loss_type}"):
+        dual_search._check_losses(rounds, {}, other)
+    dual_search._check_losses(row_of("pd_dpo", "safety_dpo/stepwise", "reward_dpo/helpful"), other, other)

@@ -70,20 +70,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_number_is_taken_as_it_is(folder: Path, pool: pd.DataFrame, repo_root: Path) -> None:
     given = stage_params(repo_root, lam=0.7)
-    assert multiplier("pecan", given.runs["pecan"], pool, given) == (0.7, "params.yaml")
+    assert multiplier("pecan", given.runs["pecan"], pool, given) == {"lam": 0.7, "lam_from": "params.yaml"}
 
 
 def test_scorers_have_the_dual_of_the_pool(folder: Path, pool: pd.DataFrame, repo_root: Path) -> None:
     given = stage_params(repo_root)
-    assert multiplier("bernoulli", given.runs["bernoulli"], pool, given) == (0.25, "data/dual/dual.json")
+    expected = {"lam": 0.25, "lam_from": "data/dual/dual.json"}
+    assert multiplier("bernoulli", given.runs["bernoulli"], pool, given) == expected
 
 
 def test_implicit_scores_have_a_dual_of_their_own(folder: Path, pool: pd.DataFrame, repo_root: Path) -> None:
     given = stage_params(repo_root)
-    lam, source = multiplier("pecan", given.runs["pecan"], pool, given)
+    found = multiplier("pecan", given.runs["pecan"], pool, given)
+    lam, (low, high) = found["lam"], found["lam_interval"]
     cost = dual.predict(by_prompt(pool, "reward"), by_prompt(pool, "cost"), lam, given.beta, by_prompt(pool, "cost"))
     assert cost.mean() == pytest.approx(LIMIT, abs=1e-6)
-    assert source == "implicit scores" and lam > 0
+    assert found["lam_from"] == "implicit scores" and 0 < low < lam < high
 
 
 def test_implicit_scores_that_cannot_meet_the_limit_name_their_run(
@@ -136,14 +138,16 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("data", "normalised"), [("pairs", False), ("pairs", True), ("pool", True)])
+@pytest.mark.parametrize(
+    ("data", "normalised", "rate"), [("pairs", False, None), ("pairs", True, 3e-3), ("pool", True, None)]
+)
 def test_pecan_trains_at_the_multiplier_of_its_own_scores(
-    workspace: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch, data: str, normalised: bool
+    workspace: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch, data: str, normalised: bool, rate: float | None
 ) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(lagrangian_dpo, "train_pairwise", lambda *args: seen.extend(args) or train_pairwise(*args))
     inner = {"labels": "soft", "normalised": normalised, "anchor": 0.3 if data == "pool" else 0.0, "nll": 0.0}
-    given = stage_params(repo_root, data=data, inner=inner)
+    given = stage_params(repo_root, data=data, inner=inner, learning_rate=rate)
     tables = scored_tables(Path("data/scored"), *MODELS[1:], given.beta, load_tokenizer("models/sft"), RESOURCES)
     reward, cost = by_prompt(tables.pool, "reward"), by_prompt(tables.pool, "cost")
     limit = float(dual.predict(reward, cost, 0.5, given.beta, cost).mean())  # so that the multiplier is 0.5
@@ -153,9 +157,13 @@ def test_pecan_trains_at_the_multiplier_of_its_own_scores(
     told = read_json(workspace / "reports/metrics/lagrangian_dpo/pecan.json")
     assert told["lam"] == pytest.approx(0.5, abs=1e-3) and told["lam_from"] == "implicit scores"
     assert (told["reward"], told["cost"]) == MODELS[1:]
-    assert told["data"] == data and told["inner"] == inner and told["learning_rate"] == 2e-3
+    assert told["data"] == data
+    low, high = told["lam_interval"]
+    assert low <= told["lam"] <= high
 
-    _, _, pairs, loss, _ = seen
+    _, _, pairs, loss, job = seen
+    effective = given.training.learning_rate if rate is None else rate
+    assert told["inner"] == inner and told["learning_rate"] == job.training.learning_rate == effective
     scale = lagrangian_scale(told["lam"], normalised)
     assert (loss.scale, loss.beta) == (pytest.approx(given.beta * scale), given.beta)
     if data == "pairs":

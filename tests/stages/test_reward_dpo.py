@@ -70,6 +70,17 @@ def test_a_run_starts_at_logit_zero_from_its_own_reference(
     assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), started.parameters(), strict=True))
 
 
+def test_a_clip_changes_the_policy_and_the_search_is_told(resources: Resources) -> None:
+    """The first step is the same, since the clip is the identity at 0; the second is not."""
+    curves = []
+    for clip in (None, 0.01):
+        main(run_of(resources, clip=clip))
+        metrics = read_json("reports/metrics/reward_dpo/it.json")
+        assert (metrics["reference"], metrics["loss_type"], metrics["clip"]) == ("sft", "dpo", clip)
+        curves.append([loss for _, loss in metrics["loss_curve"]])
+    assert curves[0][0] == pytest.approx(curves[1][0], rel=1e-5) and abs(curves[0][1] - curves[1][1]) > 1e-3
+
+
 def test_the_reference_of_the_other_order_is_the_safe_policy(
     resources: Resources, tokenizer: PreTrainedTokenizerBase
 ) -> None:

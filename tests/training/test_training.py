@@ -447,6 +447,54 @@ def test_a_trainer_without_reference_columns_is_refused(
         PairwiseTrainer(policy(tokenizer), args=given, train_dataset=own_table(), processing_class=tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"pair_loss": "sigmoid"}, "pair_loss"),
+        ({"labels": "hard"}, "labels"),
+        ({"loss_type": "ipo"}, "loss_type"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]}, "loss_type"),
+        ({"loss_weights": [2.0]}, "loss_weights"),
+        ({"label_smoothing": 0.1}, "label_smoothing"),
+        ({"use_weighting": True}, "use_weighting"),
+        ({"ld_alpha": 0.5}, "ld_alpha"),
+        ({"f_divergence_type": "js_divergence"}, "f_divergence_type"),
+        ({"reward_bound": 0.0}, "reward_bound"),
+        ({"anchor_weight": -1.0}, "anchor_weight"),
+        ({"nll_weight": math.nan}, "nll_weight"),
+        ({"undesirable_weight": 2.0}, "undesirable_weight"),
+        *(({"pair_loss": loss, name: value}, name) for loss in ("ipo", "kto")
+          for name, value in (("anchor_weight", 0.1), ("nll_weight", 0.1), ("labels", "bernoulli"))),
+    ],
+)  # fmt: skip
+def test_an_option_that_no_loss_would_read_is_refused(tmp_path: Path, options: dict[str, Any], name: str) -> None:
+    with pytest.raises(ParamsError, match=f"^PairwiseConfig: {name} "):
+        PairwiseConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+@pytest.mark.parametrize("split", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize(
+    ("options", "columns", "missing"),
+    [
+        ({"anchor_weight": 0.1}, (), "anchor_chosen"),
+        ({"anchor_weight": 0.1}, ("anchor_chosen",), "anchor_rejected"),
+        ({"pair_loss": "kto"}, (), "desirable_chosen"),
+        ({"pair_loss": "kto"}, ("desirable_chosen", "desirable_rejected"), "mismatched_ids"),
+        ({}, ("ref_chosen_logps",), "ref_rejected_logps"),
+        ({"nll_weight": 0.1}, ("weight_chosen",), "weight_rejected"),
+    ],
+)
+def test_a_table_without_a_column_that_the_loss_reads_is_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, split: str, options: dict[str, Any], columns: tuple[str, ...],
+    missing: str,
+) -> None:  # fmt: skip
+    args = PairwiseConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+    table = own_table(**dict.fromkeys(columns, [0.0] * 4))
+    tables = {"train_dataset": table} if split == "train_dataset" else {"eval_dataset": {"held_out": table}}
+    with pytest.raises(DataError, match=f"PairwiseTrainer: {split} has no column {missing}; add it, or "):
+        PairwiseTrainer(policy(tokenizer), args=args, processing_class=tokenizer, **tables)
+
+
 def test_importing_the_library_loads_neither_torch_nor_trl() -> None:
     code = (
         "import sys, dualign; assert not {'torch', 'trl'} & set(sys.modules); dualign.PairwiseTrainer; dualign.nothing"
