@@ -220,5 +220,5 @@ def test_a_served_run_is_started_and_cancelled_from_the_pages(
         assert (project.root / "kept/first").read_text() == "the checkpoint" and not project.locks()
     finally:
         serve.send_signal(signal.SIGINT)
-        serve.wait()
+        serve.wait(60)
     until(lambda: not project.processes())
