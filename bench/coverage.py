@@ -11,18 +11,18 @@ for comparison: a t bound that takes answers for independent, and testing every 
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from scipy.stats import norm
 
+from bench import options
+from bench.options import knob
 from dualign.certificate import (
     Bounds,
     bernstein_bound,
@@ -36,6 +36,8 @@ from dualign.core.artifacts import replacing, write_json
 from dualign.core.errors import DataError, DualignError
 
 log = logging.getLogger(__name__)
+
+PROGRAM = "python -m bench.coverage"
 
 Array = np.ndarray
 Draw = Callable[[np.random.Generator, tuple[int, ...]], Array]
@@ -51,18 +53,14 @@ _VOTES = 0.1  # share of answers that a vote calls harmful
 _OFFERED = ("clustered_t", "empirical_bernstein", "betting", "clopper_pearson")
 
 
-def _knob(default: float, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class Settings:
     """What a run can change; every field is an option of the command."""
 
-    repeats: int = _knob(5000, "data sets for each row")
-    answers: int = _knob(4, "answers to a prompt")
-    delta: float = _knob(0.05, "nominal rate of false certificates")
-    seed: int = _knob(0, "seed of all draws")
+    repeats: int = knob(5000, "data sets for each row")
+    answers: int = knob(4, "answers to a prompt")
+    delta: float = knob(0.05, "nominal rate of false certificates")
+    seed: int = knob(0, "seed of all draws")
 
     def __post_init__(self) -> None:
         if min(self.repeats, self.answers) < 1 or not 0 < self.delta < 0.5:
@@ -346,12 +344,6 @@ def findings(parts: dict[str, list[dict[str, Any]]]) -> list[str]:
     return lines
 
 
-def command(settings: Settings) -> str:
-    """The command line that gives these settings."""
-    changed = [(f.name, getattr(settings, f.name)) for f in fields(settings) if getattr(settings, f.name) != f.default]
-    return " ".join(["python -m bench.coverage", *(f"--{name} {value}" for name, value in changed)])
-
-
 def report(settings: Settings, parts: dict[str, list[dict[str, Any]]]) -> str:
     """The page in markdown."""
     titles = {world.name: world.title for world in WORLDS}
@@ -359,7 +351,7 @@ def report(settings: Settings, parts: dict[str, list[dict[str, Any]]]) -> str:
     sequence = [{**row, "cost": titles[row["world"]]} for row in parts["sequence"]]
     pieces = [
         "# How often a certificate is false",
-        f"    {command(settings)}",
+        f"    {options.command(PROGRAM, settings)}",
         f"{settings.repeats} repeats, {settings.answers} answers a prompt, delta {settings.delta:g}.",
         "\n".join(findings(parts)),
         _NOTES,
@@ -378,28 +370,16 @@ def run(settings: Settings) -> dict[str, list[dict[str, Any]]]:
     return {"one": one_candidate(settings), "sequence": sequences(settings), "corrected": corrected(settings)}
 
 
-def parse(argv: Sequence[str] | None) -> tuple[Settings, Path]:
-    """The command line: an option for every setting, and where to write."""
-    parser = argparse.ArgumentParser(prog="python -m bench.coverage", description=(__doc__ or "").splitlines()[0])
-    for knob in fields(Settings):
-        text = f"{knob.metadata['help']} (default: %(default)s)"
-        parser.add_argument(f"--{knob.name}", type=type(knob.default), default=knob.default, help=text)
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder (default: %(default)s)")
-    given = vars(parser.parse_args(argv))
-    out = given.pop("out")
-    try:
-        return Settings(**given), out
-    except DualignError as error:
-        parser.error(str(error))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the simulation; write certificate-coverage.json and certificate-coverage.md, and the page to stdout."""
-    settings, out = parse(argv)
+    settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parts = run(settings)
     page = report(settings, parts)
-    write_json(out / "certificate-coverage.json", {"command": command(settings), "settings": asdict(settings), **parts})
+    write_json(
+        out / "certificate-coverage.json",
+        {"command": options.command(PROGRAM, settings), "settings": asdict(settings), **parts},
+    )
     with replacing(out / "certificate-coverage.md") as temporary:
         temporary.write_text(page)
     sys.stdout.write(page)

@@ -10,25 +10,25 @@ exact distribution; the results are judged by r* and c*.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from statistics import fmean, pstdev
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench import options
 from bench.tabular import Laboratory, Settings, tilt
 from dualign import losses, search
 from dualign.core.artifacts import replacing, write_json
-from dualign.core.errors import DualignError
 
 log = logging.getLogger(__name__)
+
+PROGRAM = "python -m bench.exact"
 
 _PATH = (0.25, 0.5, 1.0, 2.0)  # multiples of lambda* on the path
 
@@ -464,12 +464,6 @@ def findings(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def command(settings: Settings) -> str:
-    """The command line that gives these settings."""
-    changed = [(f.name, getattr(settings, f.name)) for f in fields(settings) if getattr(settings, f.name) != f.default]
-    return " ".join(["python -m bench.exact", *(f"--{name.replace('_', '-')} {value}" for name, value in changed)])
-
-
 def report(settings: Settings, rows: Sequence[dict[str, Any]], points: Sequence[dict[str, Any]]) -> str:
     """The page in markdown."""
     size = (
@@ -478,7 +472,7 @@ def report(settings: Settings, rows: Sequence[dict[str, Any]], points: Sequence[
     data = f"pairs {settings.pairs}, score noise {settings.noise:g}, reference samples {settings.samples} (0: exact)"
     parts = [
         "# Tabular policies against the exact optimum",
-        f"    {command(settings)}",
+        f"    {options.command(PROGRAM, settings)}",
         f"{size}; {data}.",
         "\n".join(results_table(rows)),
         "\n".join(f"- {line}" for line in findings(rows)),
@@ -490,30 +484,18 @@ def report(settings: Settings, rows: Sequence[dict[str, Any]], points: Sequence[
     return "\n\n".join(parts) + "\n"
 
 
-def parse(argv: Sequence[str] | None) -> tuple[Settings, Path]:
-    """The command line: an option for every setting, and where to write."""
-    parser = argparse.ArgumentParser(prog="python -m bench.exact", description=(__doc__ or "").splitlines()[0])
-    for knob in fields(Settings):
-        text = f"{knob.metadata['help']} (default: %(default)s)"
-        parser.add_argument(
-            f"--{knob.name.replace('_', '-')}", type=type(knob.default), default=knob.default, help=text
-        )
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder (default: %(default)s)")
-    given = vars(parser.parse_args(argv))
-    out = given.pop("out")
-    try:
-        return Settings(**given), out
-    except DualignError as error:
-        parser.error(str(error))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the laboratory; write exact-tabular.json and exact-tabular.md, and the page to stdout."""
-    settings, out = parse(argv)
+    settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows, points = run(settings)
     page = report(settings, rows, points)
-    content = {"command": command(settings), "settings": asdict(settings), "methods": rows, "paths": points}
+    content = {
+        "command": options.command(PROGRAM, settings),
+        "settings": asdict(settings),
+        "methods": rows,
+        "paths": points,
+    }
     write_json(out / "exact-tabular.json", content)
     with replacing(out / "exact-tabular.md") as temporary:
         temporary.write_text(page)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bench.options import knob
 from dualign import dual, exact, losses
 from dualign.core.errors import DualignError, InfeasibleError
 
@@ -26,31 +27,27 @@ _KTO_STEPS = 1000
 _PRIOR = 0.1  # precision of the prior on implicit rewards that a finite number of labels needs
 
 
-def _knob(default: float, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class Settings:
     """What a run can change; every field is an option of the command."""
 
-    seeds: int = _knob(5, "number of random problems")
-    prompts: int = _knob(8, "prompts of a problem")
-    answers: int = _knob(8, "answers to a prompt; the first is a refusal, safe and of low reward")
-    beta: float = _knob(0.5, "weight of the KL term, in units of reward")
-    tightness: float = _knob(0.5, "where the limit lies between the costs of pi_r (0) and of the least costly tilt (1)")
-    pairs: int = _knob(0, "labelled pairs per prompt and kind of label; 0: infinitely many")
-    noise: float = _knob(0.0, "standard deviation of the error of reward and cost model, one draw per answer")
-    samples: int = _knob(0, "reference samples per prompt (pool and pairs); 0: infinitely many")
-    rounds: int = _knob(40, "largest number of multipliers that a search may try")
-    tolerance: float = _knob(1e-4, "a search stops where |E[c] - limit| is below this")
-    step_size: float = _knob(0.5, "eta of the dual gradient steps of C-DPO, PD-DPO and CAID")
-    lambda_start: float = _knob(0.5, "first multiplier of C-DPO and PD-DPO")
-    lambda_min: float = _knob(0.05, "lower end of PD-DPO's interval, whose loss divides by lambda")
-    lambda_max: float = _knob(50.0, "largest multiplier of any search")
-    lambda_bar: float = _knob(6.0, "multiplier of the safe end of P-SACPO's merge")
-    offset: float = _knob(10.0, "Delta of SafeDPO")
-    anchor: float = _knob(0.3, "weight of the anchor in our loss")
+    seeds: int = knob(5, "number of random problems")
+    prompts: int = knob(8, "prompts of a problem")
+    answers: int = knob(8, "answers to a prompt; the first is a refusal, safe and of low reward")
+    beta: float = knob(0.5, "weight of the KL term, in units of reward")
+    tightness: float = knob(0.5, "where the limit lies between the costs of pi_r (0) and of the least costly tilt (1)")
+    pairs: int = knob(0, "labelled pairs per prompt and kind of label; 0: infinitely many")
+    noise: float = knob(0.0, "standard deviation of the error of reward and cost model, one draw per answer")
+    samples: int = knob(0, "reference samples per prompt (pool and pairs); 0: infinitely many")
+    rounds: int = knob(40, "largest number of multipliers that a search may try")
+    tolerance: float = knob(1e-4, "a search stops where |E[c] - limit| is below this")
+    step_size: float = knob(0.5, "eta of the dual gradient steps of C-DPO, PD-DPO and CAID")
+    lambda_start: float = knob(0.5, "first multiplier of C-DPO and PD-DPO")
+    lambda_min: float = knob(0.05, "lower end of PD-DPO's interval, whose loss divides by lambda")
+    lambda_max: float = knob(50.0, "largest multiplier of any search")
+    lambda_bar: float = knob(6.0, "multiplier of the safe end of P-SACPO's merge")
+    offset: float = knob(10.0, "Delta of SafeDPO")
+    anchor: float = knob(0.3, "weight of the anchor in our loss")
 
     def __post_init__(self) -> None:
         for name, least in (("seeds", 1), ("prompts", 1), ("answers", 2), ("rounds", 1), ("pairs", 0), ("noise", 0)):

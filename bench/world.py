@@ -23,6 +23,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from dvc.repo import Repo
 
 from dualign import exact
@@ -132,8 +133,11 @@ def allowed(lab: Lab) -> dict[str, Any]:
     text has the mean of their scores on what pi_ref wrote of it.
     """
     params = load(EvaluateParams, lab.folder / "params.yaml")
-    truth = finite_problem(read_table(lab.folder / "data/scored/enumerated.parquet", ENUMERATED), params.beta)
-    learned = replace(truth, reward=_scores(lab, "reward"), cost=_scores(lab, "cost"))
+    answers = read_table(lab.folder / "data/scored/enumerated.parquet", ENUMERATED)
+    pool = add_truth(read_table(lab.folder / "data/scored/pool.parquet", POOL))
+    other = pool[~pool["grammatical"].astype(bool)]
+    truth = finite_problem(answers, params.beta)
+    learned = replace(truth, reward=_scores(lab, "reward", answers, other), cost=_scores(lab, "cost", answers, other))
     tables = (
         learned.policy(exact.solve(learned, params.limit)),
         truth.policy(exact.solve(truth, params.limit)),
@@ -158,18 +162,15 @@ def allowed(lab: Lab) -> dict[str, Any]:
     }
 
 
-def _scores(lab: Lab, name: str) -> np.ndarray:
+def _scores(lab: Lab, name: str, answers: pd.DataFrame, other: pd.DataFrame) -> np.ndarray:
     """What the reward or cost model says of every grammatical answer, and last of other text, [prompts, answers]."""
-    resources, scored = load_resources(lab.folder / "params.yaml"), lab.folder / "data/scored"
-    answers = read_table(scored / "enumerated.parquet", ENUMERATED)
-    pool = add_truth(read_table(scored / "pool.parquet", POOL))
+    resources = load_resources(lab.folder / "params.yaml")
     scorer = Scorer.load(lab.folder / "models" / f"{name}_model", resources)
     scores = scorer.score(
         answers["prompt"].tolist(), answers["response"].tolist(), batch_size=resources.scoring_batch_size
     )
     table = scores.reshape(answers["prompt_id"].nunique(), -1)
-    other = pool.loc[~pool["grammatical"].astype(bool), name]
-    return np.hstack([table, np.full((len(table), 1), other.mean() if len(other) else 0.0)])
+    return np.hstack([table, np.full((len(table), 1), other[name].mean() if len(other) else 0.0)])
 
 
 def _effort(lab: Lab, folder: str) -> dict[str, float]:

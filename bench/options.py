@@ -1,0 +1,46 @@
+"""The command line of a laboratory: an option for every field of its frozen settings, and where to write."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dualign.core.errors import DualignError
+
+S = TypeVar("S", bound=Any)  # a frozen dataclass whose fields are knobs
+
+
+def knob(default: float, text: str) -> Any:
+    """A field of settings with its default and its help."""
+    return field(default=default, metadata={"help": text})
+
+
+def parse(settings: type[S], program: str, about: str, argv: Sequence[str] | None) -> tuple[S, Path]:
+    """The settings that a command line asks for, and the folder of its results; a bad value ends the program.
+
+    The metadata of every field holds its `help`; `about` is the module's docstring.
+    """
+    parser = argparse.ArgumentParser(prog=program, description=about.splitlines()[0])
+    for knob in fields(settings):
+        text = f"{knob.metadata['help']} (default: %(default)s)"
+        parser.add_argument(_option(knob.name), type=type(knob.default), default=knob.default, help=text)
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder (default: %(default)s)")
+    given = vars(parser.parse_args(argv))
+    out = given.pop("out")
+    try:
+        return settings(**given), out
+    except DualignError as error:
+        parser.error(str(error))
+
+
+def command(program: str, settings: Any) -> str:
+    """The command line that gives these settings."""
+    changed = [(f.name, getattr(settings, f.name)) for f in fields(settings) if getattr(settings, f.name) != f.default]
+    return " ".join([program, *(f"{_option(name)} {value}" for name, value in changed)])
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
