@@ -531,10 +531,10 @@ def solve_many(
         ValueError: shapes differ, a group is empty, or a value is not finite or out of range.
     """
     joint = _joint(reward, costs, limits, beta, members, names, lambda_max)
-    lams, steps = _projected_newton(joint.moments, np.zeros(len(joint.limits)), joint.top)
+    lams, steps = _projected_newton(joint.moments, np.zeros(len(joint.limits)), joint.top, joint.impossible)
     value, slope, _ = joint.moments(lams)
     short = (lams >= joint.top) & (slope < -1e-7)
-    if short.any():
+    if short.any() or joint.impossible(lams):
         raise InfeasibleError(joint.conflict(lams, short))
     return JointSolution(lams * joint.reward_sd / joint.sd, joint.predicted(lams), value * joint.reward_sd, steps)
 
@@ -559,31 +559,39 @@ class _Joint:
         total = logsumexp(logit, axis=1)
         w = np.exp(logit - total[:, None])
         mean = (w * self.excess).sum(2)
-        flat = self.excess.reshape(len(lams), -1)
-        count = len(w)
-        second = (flat * w.ravel()) @ flat.T / count - mean @ mean.T / count
+        centred = (self.excess - mean[:, :, None]).reshape(len(lams), -1)  # E[c^2] - E[c]^2 would not stay above 0
         value = self.beta * float((total - np.log(w.shape[1])).mean())
-        return value, -mean.mean(1), second / self.beta
+        return value, -mean.mean(1), (centred * w.ravel()) @ centred.T / (len(w) * self.beta)
 
     def predicted(self, lams: Array) -> Array:
         """Mean of each quantity over its group, in its own units [K]."""
         return self.limits - self.sd * self.moments(lams)[1] / self.members.mean(1)
 
+    def impossible(self, lams: Array) -> bool:
+        """Whether mean_x min_i sum_k lambda_k excess_k > 0: then no weights of the samples keep all limits (Farkas)."""
+        return bool(np.tensordot(lams, self.excess, 1).min(1).mean() > 1e-12 * lams.sum())
+
     def conflict(self, lams: Array, short: Array) -> str:
         """Which limits cannot be kept, alone or together, and what is reached."""
-        names, reached = np.array(self.names), self.predicted(lams)
-        for k in np.flatnonzero(short):
-            alone = self.predicted(np.where(np.arange(len(lams)) == k, self.top, 0.0))[k]
-            if alone > self.limits[k]:
+        reached, each = self.predicted(lams), np.eye(len(lams))
+        said = [f"{name} {limit:g}" for name, limit in zip(self.names, self.limits, strict=True)]
+        for k in range(len(lams)):
+            if self.impossible(each[k]):
+                least = self.limits[k] + self.sd[k] * self.excess[k].min(1).mean() / self.members[k].mean()
                 return (
-                    f"{names[k]} {self.limits[k]:g} is out of the samples' reach even alone: at the largest multiplier "
-                    f"and beta {self.beta * self.reward_sd:g} its predicted value is still {alone:.4g}; raise it above "
-                    "that, lower beta, or draw more samples (score.samples_per_prompt)"
+                    f"{said[k]} is out of the samples' reach: the least that it can be is {least:.4g}; raise it above "
+                    "that, or draw more samples (score.samples_per_prompt)"
                 )
-        said = [f"{names[k]} {self.limits[k]:g} (reached {reached[k]:.4g})" for k in np.flatnonzero(short)]
-        others = ", ".join(names[(lams > 0) & ~short])
-        beside = f" beside {others}" if others else ""
-        return f"limits conflict: {', '.join(said)} cannot be kept{beside}, though each can alone; raise one of them"
+        if not self.impossible(lams):
+            missed = ", ".join(f"{said[k]} (reached {reached[k]:.4g})" for k in np.flatnonzero(short))
+            return (
+                f"{missed} is not kept at the largest multiplier; raise lambda_max, or the limit above what is reached"
+            )
+        for k in range(len(lams)):  # leave out what the contradiction does not need
+            without = lams * (1 - each[k])
+            lams = without if self.impossible(without) else lams
+        needed = ", ".join(said[k] for k in np.flatnonzero(lams))
+        return f"limits conflict: no weights of the samples keep {needed} together, though each can be kept; raise one"
 
 
 def _joint(
@@ -612,16 +620,18 @@ def _joint(
 
 
 def _projected_newton(
-    moments: Callable[[Array], tuple[float, Array, Array]], lams: Array, top: float
+    moments: Callable[[Array], tuple[float, Array, Array]], lams: Array, top: float, hopeless: Callable[[Array], bool]
 ) -> tuple[Array, int]:
-    """The minimiser of a smooth convex function on [0, top]^K, and the steps taken.
+    """The minimiser of a smooth convex function on [0, top]^K, and the steps taken; ends early where it is `hopeless`.
 
-    Coordinates held at a bound by the gradient take a gradient step, the others a Newton step; both are projected and
-    shortened until the function falls.
+    Coordinates held at a bound by the gradient take a gradient step, the others a Newton step, no longer than the box;
+    both are projected and shortened until the function falls.
     """
     value, slope, curvature = moments(lams)
     steps = 0
-    while (residual := float(np.abs(lams - np.clip(lams - slope, 0.0, top)).max())) > _TOLERANCE and steps < 500:
+    while (residual := float(np.abs(lams - np.clip(lams - slope, 0.0, top)).max())) > _TOLERANCE:
+        if steps == 500 or hopeless(lams):
+            break
         steps += 1
         near = min(1e-3, residual) * min(1.0, top)
         held = ((lams <= near) & (slope > 0)) | ((lams >= top - near) & (slope < 0))
@@ -629,6 +639,7 @@ def _projected_newton(
         inner = curvature[np.ix_(~held, ~held)]
         ridge = 1e-12 * float(np.trace(inner)) + 1e-200
         direction[~held] = np.linalg.solve(inner + ridge * np.eye(len(inner)), -slope[~held])
+        direction *= min(1.0, top / max(float(np.abs(direction).max()), top))
         for halvings in range(80):
             tried = np.clip(lams + 0.5**halvings * direction, 0.0, top)
             found = moments(tried)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.optimize import brentq, linprog, minimize
-from scipy.special import logsumexp
 
 from dualign import dual
 from dualign.certificate import sample_size, upper_bound
@@ -540,38 +539,38 @@ def several(seed: int) -> tuple[Array, Array, Array, Array]:
 
 
 def primal(reward: Array, costs: Array, limits: Array, members: Array, beta: float) -> tuple[Array, float]:
-    """The policy of the constrained problem and its E[r] - beta KL by a general solver, on standardised scores."""
+    """The weights of the samples that solve the constrained problem, a concave one, and its E[r] - beta KL."""
     prompts, samples = reward.shape
-    unit, sd = reward.std(), costs.std((1, 2))
+    unit, (rows, bounds, sums) = reward.std(), linear(costs, limits, members)
 
-    def policy(table: Array) -> Array:
-        logit = table.reshape(prompts, samples)
-        return np.asarray(np.exp(logit - logsumexp(logit, axis=1, keepdims=True)))
-
-    def value(table: Array) -> float:
-        p = policy(table)
-        return float(((p * reward).sum(1) - beta * (p * np.log(p * samples + 1e-300)).sum(1)).mean()) / unit
-
-    def room(table: Array) -> Array:
-        mean = (policy(table) * costs).sum(2)
-        return (limits - (mean * members).sum(1) / members.sum(1)) / sd
+    def loss(w: Array) -> tuple[float, Array]:
+        tilt = reward.ravel() / unit - beta / unit * np.log(w * samples)
+        return -float(w @ tilt) / prompts, (beta / unit - tilt) / prompts
 
     found = minimize(
-        lambda table: -value(table), np.zeros(reward.size), method="SLSQP",
-        constraints=[{"type": "ineq", "fun": room}], options={"maxiter": 2000, "ftol": 1e-14},
+        loss, np.full(reward.size, 1 / samples), jac=True, method="SLSQP", bounds=[(1e-12, 1)] * reward.size,
+        constraints=[
+            {"type": "ineq", "fun": lambda w: bounds - rows @ w, "jac": lambda w: -rows},
+            {"type": "eq", "fun": lambda w: sums @ w - 1, "jac": lambda w: sums},
+        ],
+        options={"maxiter": 500, "ftol": 1e-12},
     )  # fmt: skip
-    assert room(found.x).min() > -1e-6
-    return policy(found.x), -found.fun * unit
+    assert (bounds - rows @ found.x).min() > -1e-6
+    return found.x.reshape(prompts, samples), -found.fun * unit
+
+
+def linear(costs: Array, limits: Array, members: Array) -> tuple[Array, Array, Array]:
+    """Means of the costs and sums of each prompt's weights as matrices on all weights, and the limits, in sds."""
+    count, prompts, samples = costs.shape
+    share, sd = members / members.sum(1, keepdims=True), costs.std((1, 2))
+    rows = (costs * share[:, :, None] / sd[:, None, None]).reshape(count, -1)
+    return rows, limits / sd, np.kron(np.eye(prompts), np.ones(samples))
 
 
 def feasible(costs: Array, limits: Array, members: Array) -> bool:
     """Whether any weights of the samples keep all limits, by linear programming."""
-    count, prompts, samples = costs.shape
-    share = members / members.sum(1, keepdims=True)
-    sd = costs.std((1, 2))
-    rows = ((costs * share[:, :, None]) / sd[:, None, None]).reshape(count, -1)
-    sums = np.kron(np.eye(prompts), np.ones(samples))
-    return bool(linprog(np.zeros(prompts * samples), rows, limits / sd, sums, np.ones(prompts)).status == 0)
+    rows, bounds, sums = linear(costs, limits, members)
+    return bool(linprog(np.zeros(rows.shape[1]), rows, bounds, sums, np.ones(len(sums))).status == 0)
 
 
 @pytest.mark.parametrize("seed", range(30))
