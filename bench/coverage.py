@@ -23,7 +23,7 @@ from scipy.stats import norm
 
 from bench import options
 from bench.options import knob
-from dualign.certificate import (
+from dualign.bounds import (
     Bounds,
     bernstein_bound,
     betting_bound,

@@ -1,14 +1,15 @@
-"""The certificate: the most helpful candidate whose mean cost keeps the limit, with probability 1 - delta.
+"""The certificate: the most helpful candidate that keeps what is required, with probability 1 - delta.
 
-A bound U(data) with P(mean cost > U) <= delta is computed from answers to prompts that nothing else has seen, and a
-candidate is certified if U <= limit. Prompts are drawn independently, answers to one prompt are not: what every bound
-counts are per-prompt means. Candidates stand in a fixed order, safest first; testing stops at the first that fails, so
-each is tested at the full delta (`fixed_sequence`). `python -m bench.coverage` measures how often each bound errs.
+A bound U(data) with P(mean cost > U) <= delta (`dualign.bounds`) is computed from answers to prompts that nothing else
+has seen, and a candidate is certified if U <= limit. Candidates stand in a fixed order, safest first; testing stops at
+the first that fails, so each is tested at the full delta (`fixed_sequence`). Where several things are required a
+candidate must pass the test of each: that it keeps all is said only if no test fails, so each of these may have the
+full delta too (the intersection-union test; Berger 1982).
 
-    python -m dualign.certificate verify reports/certificate/certificate.json
+    python -m dualign.certificate verify
 
-recomputes a certificate from the saved answers. It cannot see whether the prompts were kept from training and search,
-nor whether the order, the limit and the range of the cost were chosen before the answers were drawn: that is assumed.
+recomputes certificates from the saved answers. It cannot see whether the prompts were kept from training and search,
+nor whether the order, the limits and the range of the cost were chosen before the answers were drawn: that is assumed.
 """
 
 from __future__ import annotations
@@ -18,281 +19,105 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
-from scipy.stats import beta as beta_distribution
-from scipy.stats import norm
-from scipy.stats import t as student
 
+from dualign.bounds import (
+    Bounds,
+    Method,
+    binomial_bound,
+    check_delta,
+    check_test,
+    clustered,
+    corrected_upper_bound,
+    prompt_means,
+    sample_size,
+    upper_bound,
+)
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DataError, DualignError, ParamsError
-from dualign.data.schema import ANSWERS, read_table
+from dualign.data.schema import ANSWERS, LABELS, read_table
 
-Array = np.ndarray
-Method = Literal["clustered_t", "empirical_bernstein", "betting", "clopper_pearson"]
-Bounds = tuple[float, float]
+__all__ = ["corrected_upper_bound", "fixed_sequence", "issue", "read", "sample_size", "upper_bound", "verify"]
 
-PLACE = Path("reports/certificate/certificate.json")
+T = TypeVar("T")
 
-_ALL_IN = 0.75  # largest share of the capital that one bet may lose: c of 2010.09686, "1/2 or 3/4"
-_HALVINGS = 50
-_NOTHING = 1e-12  # a spread below this share of the values is rounding
-
-
-# --- bounds of a mean: the last axis runs over independent prompts, axes before it over separate data sets ------------
+#: Where the stage `certify` puts certificates: a folder for each of its rows, with a file of this name.
+PLACE, FILE = Path("reports/certificate"), "certificate.json"
+#: Exit status of `verify` where every certificate holds, and one of them says that no policy is certified.
+NONE_CERTIFIED = 4
 
 
-def t_bound(means: Array, delta: float) -> Array:
-    """mean + t_{1-delta, N-1} s / sqrt(N) of per-prompt means [..., N].
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    Exact for normal means and in the limit of many prompts. With few prompts and a long upper tail (rare, very harmful
-    answers) it errs more often than delta, since prompts without such an answer make both the mean and s too small:
-    where 2 % of answers cause all the harm, alike within a prompt, 21 % of the time with 50 prompts, 10 % with 200 and
-    6.5 % with 1000 instead of 5 % (bench/results/certificate-coverage.md).
+
+class Requirement(_Record):
+    """What a candidate must keep: the mean of a quantity of its answers is at most `limit`.
+
+    `cost`: the cost model's cost, tested by `method`. Known for some answers and tested by `corrected_upper_bound`
+    (`prediction_powered`): `truth`, the true cost, and `harm`, the share of people who call an answer harmful.
     """
-    count = means.shape[-1]
-    return means.mean(-1) + student.ppf(1 - delta, count - 1) * means.std(-1, ddof=1) / math.sqrt(count)
+
+    name: str
+    quantity: Literal["cost", "truth", "harm"]
+    limit: FiniteFloat
+    method: Method | Literal["prediction_powered"]
+    bounds: tuple[FiniteFloat, FiniteFloat] | None = None
+
+    def __str__(self) -> str:
+        """The inequality, as a person reads it."""
+        quantity = "P(unsafe answer to a prompt)" if self.method == "clopper_pearson" else f"E[{self.name}]"
+        return f"{quantity} <= {self.limit:g}"
 
 
-def bernstein_bound(means: Array, delta: float, bounds: Bounds) -> Array:
-    """mean + sqrt(2 s^2 ln(2/delta) / N) + 7 R ln(2/delta) / (3 (N - 1)) of means [..., N] in `bounds` of width R.
+class Check(_Record):
+    """One requirement tested on one candidate.
 
-    Maurer and Pontil (0907.3740), theorem 4. Valid for every N, and loose.
+    `estimate` is what `bound` bounds: the mean, or the share of prompts with an unsafe answer. `raised` is the share of
+    answers whose cost lay below the range and was raised to it.
     """
-    count, (low, high) = means.shape[-1], bounds
-    log = math.log(2 / delta)
-    spread = np.sqrt(2 * means.var(-1, ddof=1) * log / count)
-    return np.minimum(high, means.mean(-1) + spread + 7 * (high - low) * log / (3 * (count - 1)))
+
+    requirement: str
+    prompts: int
+    answers: int
+    estimate: FiniteFloat
+    bound: FiniteFloat
+    raised: FiniteFloat
+    kept: bool
 
 
-def betting_bound(means: Array, delta: float, bounds: Bounds) -> Array:
-    """The least mean m that a gambler against m rejects; `means` [..., N] in `bounds`, in the order of betting.
+class Tested(_Record):
+    """One candidate's tests; it is certified if every requirement is kept."""
 
-    Waudby-Smith and Ramdas (2010.09686), the one-sided half of their hedged capital. With x and m scaled to [0, 1],
-
-        K_t(m) = prod_{i <= t} (1 - l_i (x_i - m)),   l_i = min(sqrt(2 ln(1/delta) / (N v_{i-1})), c / (1 - m))
-
-    where v_{i-1} is the variance of what came before, is a nonnegative supermartingale if the mean is m or more, so by
-    Ville's inequality max_t K_t(m) >= 1/delta with probability delta at most. K_t grows in m: bisection finds the root.
-    Valid for every N, and the tightest such bound here. It depends on the order, which must not depend on the values.
-    """
-    low, high = bounds
-    scaled = (means - low) / (high - low)
-    stake = np.sqrt(2 * math.log(1 / delta) / (scaled.shape[-1] * _variance_before(scaled)))
-    kept, rejected = np.zeros(scaled.shape[:-1]), np.ones(scaled.shape[:-1])
-    for _ in range(_HALVINGS):
-        middle = (kept + rejected) / 2
-        m = middle[..., None]
-        capital = np.log1p(-np.minimum(stake, _ALL_IN / (1 - m)) * (scaled - m)).cumsum(-1).max(-1)
-        beaten = capital >= math.log(1 / delta)
-        kept, rejected = np.where(beaten, kept, middle), np.where(beaten, middle, rejected)
-    return low + (high - low) * rejected
+    name: str
+    checks: tuple[Check, ...]
+    certified: bool
 
 
-def _variance_before(scaled: Array) -> Array:
-    """v_{i-1} of values in [0, 1]: their variance so far, with one made-up value of mean 1/2 and variance 1/4."""
-    seen = np.arange(2, scaled.shape[-1] + 2)
-    centre = (0.5 + scaled.cumsum(-1)) / seen
-    variance = (0.25 + ((scaled - centre) ** 2).cumsum(-1)) / seen
-    return np.concatenate([np.full_like(scaled[..., :1], 0.25), variance[..., :-1]], axis=-1)
+@dataclass(frozen=True)
+class Decision:
+    """The candidates that were tested, in order."""
 
+    tested: tuple[Tested, ...]
 
-def binomial_bound(hits: Array, count: int, delta: float) -> Array:
-    """The p at which `hits` of `count` or fewer have probability delta (Clopper and Pearson 1934); 1 if all hit."""
-    hits = np.asarray(hits)
-    return np.where(hits == count, 1.0, beta_distribution.ppf(1 - delta, hits + 1, np.maximum(count - hits, 1)))
+    @property
+    def certified(self) -> tuple[str, ...]:
+        """Names of the candidates that keep all; with probability 1 - delta all of them do."""
+        return tuple(test.name for test in self.tested if test.certified)
 
-
-# --- bounds of a policy's cost ----------------------------------------------------------------------------------------
-
-
-def upper_bound(
-    costs: Any,
-    prompts: Any,
-    *,
-    delta: float = 0.05,
-    method: Method = "clustered_t",
-    bounds: Bounds | None = None,
-    seed: int = 0,
-) -> float:
-    """One-sided upper bound of the mean cost over prompts (`clopper_pearson`: of P(a prompt gets an unsafe answer)).
-
-    Args:
-        costs: [answers], in units of cost; above 0 is unsafe. prompts: [answers], the id of each answer's prompt.
-        delta: probability that the bound lies below the truth.
-        method: `clustered_t`, `empirical_bernstein`, `betting` (these two need `bounds`) or `clopper_pearson`.
-        bounds: the range that the cost is known to lie in, known from how it is made and not from these answers.
-            A cost below it is raised to it, which can only raise the bound. One above it is refused: lowering it
-            would put the bound below the truth. To certify a cost without an upper end, constrain one that has it.
-        seed: fixes the order in which `betting` takes the prompts.
-
-    Returns:
-        The bound, in units of cost (`clopper_pearson`: a probability; it falls with fewer answers per prompt).
-
-    Raises:
-        ParamsError: delta, method or bounds cannot be used. DataError: the answers cannot.
-    """
-    _check(delta, method, bounds)
-    values, codes = _clustered(costs, prompts, bounds)
-    means = _means(values, codes)
-    if method == "clopper_pearson":
-        return float(binomial_bound((_means(values > 0, codes) > 0).sum(), len(means), delta))
-    if method == "clustered_t":
-        if means.std() <= _NOTHING * max(1.0, float(np.abs(means).max())):
-            raise DataError(
-                "costs: every prompt has the same mean cost, so clustered_t has no error to go by; "
-                "use method betting or empirical_bernstein with bounds"
-            )
-        return float(t_bound(means, delta))
-    assert bounds is not None  # _check has seen to it
-    if method == "empirical_bernstein":
-        return float(bernstein_bound(means, delta, bounds))
-    return float(betting_bound(np.random.default_rng(seed).permutation(means), delta, bounds))
-
-
-def corrected_upper_bound(
-    costs: Any,
-    prompts: Any,
-    labelled_costs_model: Any,
-    labelled_costs_true: Any,
-    labelled_prompts: Any,
-    *,
-    delta: float = 0.05,
-    tuned: bool = True,
-) -> float:
-    """Upper bound of the mean true cost, from model costs of many answers and true costs of some: inference on both.
-
-    With f the model's cost, y the true one, N prompts in all and n with labels,
-
-        theta = mean_n y + w (mean_N f - mean_n f),   bound = theta + t_{1-delta, n-1} SE(theta)
-
-    Prediction-powered inference (Angelopoulos et al. 2301.09633) is w = 1: proxy mean plus rectifier. `tuned` takes the
-    w of least variance instead (PPI++, 2311.01453, with one degree of freedom less), which a useless or differently
-    scaled model cannot harm: y may be a vote, 1 for harmful and 0 for not, and f a logit. The limit is in units of y.
-
-    Means are over per-prompt means; SE adds up each prompt's share in both sums, so labelled answers may be among
-    `costs`, or answers to the same prompts, or to others. The labelled prompts must be a random sample of the same
-    prompts, and answers of the same policy. The bound is asymptotic: with 10 harmful votes among 100 labels it errs 9 %
-    of the time instead of 5 %, with 30 among 300 6.4 %. One that holds for every n: `upper_bound` of f and of y - f,
-    each with bounds and at delta / 2, added up.
-
-    Args:
-        costs, prompts: [answers]. labelled_*: [labels]; an answer with several votes has several rows.
-
-    Raises:
-        ParamsError: delta is out of range. DataError: the arrays cannot be used.
-    """
-    _check_delta(delta)
-    proxy, pool_ids = _answers(costs, prompts)
-    model, ids = _answers(labelled_costs_model, labelled_prompts, "labelled_costs_model", "labelled_prompts")
-    truth, _ = _answers(labelled_costs_true, labelled_prompts, "labelled_costs_true", "labelled_prompts")
-    codes, everyone = pd.factorize(np.concatenate([pool_ids, ids]))
-    split, union = len(proxy), len(everyone)
-    f_all, f, y = (
-        _means(values, group, union)
-        for values, group in ((proxy, codes[:split]), (model, codes[split:]), (truth, codes[split:]))
-    )
-    count = int(np.isfinite(y).sum())
-    if count < 3 or np.isfinite(f_all).sum() < 3:
-        raise DataError(
-            f"a corrected bound needs 3 prompts with labels and 3 with model costs at the very least, got {count} "
-            f"and {np.isfinite(f_all).sum()}; label some hundred"
-        )
-    gap, label = _shares(f_all) - _shares(f), _shares(y)
-    weight = _tuned_weight(gap, label, float(np.nanmax(np.abs(f_all)))) if tuned else 1.0
-    error = float(np.linalg.norm(label + weight * gap))
-    if error <= _NOTHING * max(1.0, float(np.nanmax(np.abs(y)))):
-        raise DataError(
-            "labelled_costs_true: the labels do not vary, so there is no error to go by; label more answers"
-        )
-    centre = np.nanmean(y) + weight * (np.nanmean(f_all) - np.nanmean(f))
-    return float(centre + student.ppf(1 - delta, count - 1 - tuned) * error)
-
-
-def _shares(means: Array) -> Array:
-    """What each prompt adds to the error of their mean, 0 where it has none; the squares add up to s^2 / N."""
-    count = np.isfinite(means).sum()
-    return np.nan_to_num(means - np.nanmean(means)) / math.sqrt(count * (count - 1))
-
-
-def _tuned_weight(gap: Array, label: Array, scale: float) -> float:
-    """The w of least |label + w gap|; 0 if the model's costs, of size `scale`, say nothing."""
-    square = float(gap @ gap)
-    return -float(gap @ label) / square if square > (_NOTHING * max(1.0, scale)) ** 2 else 0.0
-
-
-def sample_size(sd: float, margin: float, delta: float = 0.05, power: float = 0.8) -> int:
-    """Prompts for `clustered_t` to certify with probability `power` a policy whose cost is `margin` below the limit.
-
-    N >= ((z_{1-delta} + z_power) sd / margin)^2; power 0.5 leaves (1.645 sd / margin)^2 at delta 0.05. `sd` is the
-    standard deviation of per-prompt means, which falls with more answers per prompt. In units of cost, like `margin`.
-    """
-    _check_delta(delta)
-    for name, value in (("sd", sd), ("margin", margin)):
-        if not 0 < value < math.inf:
-            raise ParamsError(f"{name} must be above 0 and finite, got {value}")
-    if not 0.5 <= power < 1:
-        raise ParamsError(f"power must be at least 0.5 and below 1, got {power}")
-    return max(2, math.ceil(((norm.ppf(1 - delta) + norm.ppf(power)) * sd / margin) ** 2))
-
-
-def _check_delta(delta: float) -> None:
-    if not 0 < delta < 1:
-        raise ParamsError(f"delta must lie between 0 and 1, got {delta}")
-
-
-def _check(delta: float, method: str, bounds: Bounds | None) -> None:
-    _check_delta(delta)
-    if method not in get_args(Method):
-        raise ParamsError(f"method {method!r} is not one of {', '.join(get_args(Method))}")
-    if bounds is None and method in ("empirical_bernstein", "betting"):
-        raise ParamsError(f"method {method} needs bounds, the lowest and highest cost that an answer can have")
-    if bounds is not None and not -math.inf < bounds[0] < bounds[1] < math.inf:
-        raise ParamsError(f"bounds must be two finite numbers, the lower first, got {bounds}")
-
-
-def _answers(costs: Any, prompts: Any, name: str = "costs", ids_name: str = "prompts") -> tuple[Array, Array]:
-    """Both as arrays [answers]; refuses what is not one finite value and one id per answer."""
-    values, ids = np.asarray(costs, float), np.asarray(prompts)
-    if values.ndim != 1 or values.shape != ids.shape:
-        raise DataError(f"{name} and {ids_name} must hold one value per answer, got {values.shape} and {ids.shape}")
-    if not np.isfinite(values).all():
-        row = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise DataError(f"{name}: {values[row]} at row {row} is not a finite number; score that answer again")
-    if pd.isna(ids).any():
-        raise DataError(f"{ids_name}: no id at row {int(np.flatnonzero(pd.isna(ids))[0])}")
-    return values, ids
-
-
-def _clustered(costs: Any, prompts: Any, bounds: Bounds | None) -> tuple[Array, Array]:
-    """Costs within `bounds`, and the number of each answer's prompt in the order of ids."""
-    values, ids = _answers(costs, prompts)
-    codes, distinct = pd.factorize(ids, sort=True)
-    if len(distinct) < 2:
-        raise DataError(f"prompts: a bound needs answers to at least 2 prompts, got {len(distinct)}")
-    if bounds is None:
-        return values, codes
-    above = int((values > bounds[1]).sum())
-    if above:
-        raise DataError(
-            f"costs: {above} of {len(values)} answers cost more than bounds allow ({values.max():g} > {bounds[1]:g}); "
-            "give the true range, or constrain a cost that has one, such as P(unsafe)"
-        )
-    return np.maximum(values, bounds[0]), codes
-
-
-def _means(values: Array, codes: Array, count: int = 0) -> Array:
-    """Mean of the values of each code [max(count, codes)]; NaN for a code without any."""
-    with np.errstate(invalid="ignore"):
-        return np.bincount(codes, values, count) / np.bincount(codes, minlength=count)
+    @property
+    def returned(self) -> str | None:
+        """The last certified candidate, which is the most helpful one; None if the first test failed."""
+        return self.certified[-1] if self.certified else None
 
 
 # --- the sequence of tests --------------------------------------------------------------------------------------------
@@ -304,42 +129,6 @@ class Candidate(NamedTuple):
     name: str
     costs: Any
     prompts: Any
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Tested(_Record):
-    """One test. `estimate` is what `bound` bounds: the mean cost, or the share of prompts with an unsafe answer.
-
-    `raised` is the share of answers whose cost lay below the range and was raised to it.
-    """
-
-    name: str
-    prompts: int
-    answers: int
-    estimate: FiniteFloat
-    bound: FiniteFloat
-    raised: FiniteFloat
-    certified: bool
-
-
-@dataclass(frozen=True)
-class Decision:
-    """The tests that were made, in order."""
-
-    tested: tuple[Tested, ...]
-
-    @property
-    def certified(self) -> tuple[str, ...]:
-        """Names of the candidates that keep the limit; with probability 1 - delta all of them do."""
-        return tuple(test.name for test in self.tested if test.certified)
-
-    @property
-    def returned(self) -> str | None:
-        """The last certified candidate, which is the most helpful one; None if the first test failed."""
-        return self.certified[-1] if self.certified else None
 
 
 def fixed_sequence(
@@ -360,14 +149,27 @@ def fixed_sequence(
     Raises:
         ParamsError, DataError: as `upper_bound`, naming the candidate.
     """
-    _check(delta, method, bounds)
+    check_test(delta, method, bounds)
     if not math.isfinite(limit):
         raise ParamsError(f"limit must be a finite number, got {limit}")
+    required = Requirement(name="c", quantity="cost", limit=limit, method=method, bounds=bounds)
+
+    def test(candidate: tuple[str, Any, Any]) -> tuple[Check, ...]:
+        return (_check(required, candidate[1], candidate[2], delta, seed),)
+
+    return _until_failure(((candidate[0], candidate) for candidate in candidates), test)
+
+
+def _until_failure(candidates: Iterable[tuple[str, T]], test: Callable[[T], tuple[Check, ...]]) -> Decision:
     tested: list[Tested] = []
-    for candidate in candidates:
-        if candidate[0] in {test.name for test in tested}:
-            raise DataError(f"candidate {candidate[0]!r} stands in the order twice")
-        tested.append(_test(Candidate(*candidate), limit, delta, method, bounds, seed))
+    for name, candidate in candidates:
+        if name in {past.name for past in tested}:
+            raise DataError(f"candidate {name!r} stands in the order twice")
+        try:
+            checks = test(candidate)
+        except DataError as error:
+            raise DataError(f"candidate {name!r}: {error}") from error
+        tested.append(Tested(name=name, checks=checks, certified=all(check.kept for check in checks)))
         if not tested[-1].certified:
             break
     if not tested:
@@ -375,22 +177,44 @@ def fixed_sequence(
     return Decision(tuple(tested))
 
 
-def _test(candidate: Candidate, limit: float, delta: float, method: Method, bounds: Bounds | None, seed: int) -> Tested:
-    name, costs, prompts = candidate
-    try:
-        bound = upper_bound(costs, prompts, delta=delta, method=method, bounds=bounds, seed=seed)
-    except DataError as error:
-        raise DataError(f"candidate {name!r}: {error}") from error
-    values, codes = _clustered(costs, prompts, bounds)
-    means = _means(values, codes)
-    return Tested(
-        name=name,
+def _check(required: Requirement, costs: Any, prompts: Any, delta: float, seed: int) -> Check:
+    method, bounds = required.method, required.bounds
+    assert method != "prediction_powered"
+    bound = upper_bound(costs, prompts, delta=delta, method=method, bounds=bounds, seed=seed)
+    values, codes = clustered(costs, prompts, bounds)
+    means = prompt_means(values, codes)
+    unsafe = prompt_means(values > 0, codes) > 0
+    return Check(
+        requirement=required.name,
         prompts=len(means),
         answers=len(values),
-        estimate=float((_means(values > 0, codes) > 0).mean() if method == "clopper_pearson" else means.mean()),
+        estimate=float(unsafe.mean() if method == "clopper_pearson" else means.mean()),
         bound=bound,
-        raised=0.0 if bounds is None else float((np.asarray(costs, float) < bounds[0]).mean()),
-        certified=bound <= limit,
+        raised=0.0 if bounds is None else float((pd.Series(costs) < bounds[0]).mean()),
+        kept=bound <= required.limit,
+    )
+
+
+def _check_labels(required: Requirement, answers: pd.DataFrame, labels: pd.DataFrame, delta: float) -> Check:
+    """The mean truth of all answers by the labels of some of them.
+
+    Where nobody calls any answer harmful there is no spread to go by, and P(a labelled answer is called harmful by
+    anyone), which is the larger, is bounded instead.
+    """
+    if required.quantity == "harm" and not labels["truth"].any():
+        bound = float(binomial_bound(np.array(0), labels["prompt_id"].nunique(), delta))
+    else:
+        bound = corrected_upper_bound(
+            answers["cost"], answers["prompt_id"], labels["cost"], labels["truth"], labels["prompt_id"], delta=delta
+        )
+    return Check(
+        requirement=required.name,
+        prompts=int(labels["prompt_id"].nunique()),
+        answers=len(labels),
+        estimate=float(labels.groupby("prompt_id")["truth"].mean().mean()),
+        bound=bound,
+        raised=0.0,
+        kept=bound <= required.limit,
     )
 
 
@@ -398,79 +222,123 @@ def _test(candidate: Candidate, limit: float, delta: float, method: Method, boun
 
 
 class Table(_Record):
-    """A saved table of answers; `path` is relative to the certificate's folder."""
+    """A saved table; `path` is relative to the certificate's folder."""
 
     path: str
     sha256: str
 
 
+class Evidence(NamedTuple):
+    """What a candidate is judged by: the files of its answers (schema `ANSWERS`) and of their labels (`LABELS`)."""
+
+    answers: Path
+    labels: Path | None = None
+
+
 class Certificate(_Record):
     """All that is needed to check a certificate again; "no certified policy" is one too (`returned` is None).
 
-    `candidates` is the whole order, `tested` the tests made, `tables` the answers of those. `sampling_seeds` (of the
-    answers) and `versions` (of the packages that computed it) tell where it comes from; no check depends on them.
+    `candidates` is the whole order, `tested` the tests made, `tables` and `labels` what they were made on.
+    `sampling_seeds` (of the answers) and `versions` (of the packages that computed it) tell where it comes from; no
+    check depends on them.
     """
 
-    limit: FiniteFloat
     delta: float = Field(gt=0, lt=1)
-    method: Method
-    bounds: tuple[FiniteFloat, FiniteFloat] | None
     seed: int
+    requirements: tuple[Requirement, ...] = Field(min_length=1)
     candidates: tuple[str, ...]
     tested: tuple[Tested, ...]
     certified: tuple[str, ...]
     returned: str | None
     tables: dict[str, Table]
+    labels: dict[str, Table]
     sampling_seeds: dict[str, int]
     versions: dict[str, str]
 
     @property
     def statement(self) -> str:
         """What it says, in one line."""
-        quantity = "P(unsafe answer to a prompt)" if self.method == "clopper_pearson" else "E[c]"
         last = next((test for test in self.tested if test.name == self.returned), self.tested[0])
-        bound = f"{self.method} bound {last.bound:.4g}, {last.prompts} prompts"
+        said = [
+            f"{required} ({required.method} bound {check.bound:.4g}, {check.prompts} prompts)"
+            for required, check in zip(self.requirements, last.checks, strict=True)
+            if self.returned is not None or not check.kept
+        ]
         if self.returned is None:
-            return f"no certified policy; {last.name!r} is not shown to keep {quantity} <= {self.limit:g} ({bound})"
-        return f"{self.returned!r} keeps {quantity} <= {self.limit:g} at confidence {1 - self.delta:g} ({bound})"
+            return f"no certified policy; {last.name!r} is not shown to keep {' and '.join(said)}"
+        return f"{last.name!r} keeps {' and '.join(said)} at confidence {1 - self.delta:g}"
 
 
 def issue(
     path: str | Path,
-    tables: Mapping[str, str | Path],
+    candidates: Sequence[str],
+    evidence: Callable[[str], Evidence],
+    requirements: Sequence[Requirement],
     *,
-    limit: float,
     delta: float = 0.05,
-    method: Method = "clustered_t",
-    bounds: Bounds | None = None,
     seed: int = 0,
     sampling_seeds: Mapping[str, int] | None = None,
 ) -> Certificate:
-    """Certify saved answers and write the certificate to `path`.
+    """Certify by saved answers and write the certificate to `path`.
 
-    `tables` gives the parquet file (schema `ANSWERS`) of each candidate, safest first; files after the first failure
-    are not read. Other arguments as in `upper_bound`. Raises DataError and ParamsError as `fixed_sequence`.
+    Args:
+        candidates: their names, safest first.
+        evidence: the files of a candidate; called for those that are tested, one after the other, so it may draw
+            the answers.
+        requirements: what each must keep, all at confidence 1 - delta.
+        seed: fixes the order in which `betting` takes the prompts.
+
+    Raises:
+        DataError, ParamsError: as `fixed_sequence`.
     """
-    decision = fixed_sequence(
-        (_candidate(name, Path(file)) for name, file in tables.items()),
-        limit=limit, delta=delta, method=method, bounds=bounds, seed=seed,
-    )  # fmt: skip
+    path, used = Path(path), dict[str, Evidence]()
+
+    def find(name: str) -> Evidence:
+        used[name] = evidence(name)
+        return used[name]
+
+    decision = _decide(candidates, find, requirements, delta, seed)
+    folder = path.parent
     certificate = Certificate(
-        limit=limit,
         delta=delta,
-        method=method,
-        bounds=bounds,
         seed=seed,
-        candidates=tuple(tables),
+        requirements=tuple(requirements),
+        candidates=tuple(candidates),
         tested=decision.tested,
         certified=decision.certified,
         returned=decision.returned,
-        tables={test.name: _table(Path(tables[test.name]), Path(path).parent) for test in decision.tested},
+        tables={name: _table(files.answers, folder) for name, files in used.items()},
+        labels={name: _table(files.labels, folder) for name, files in used.items() if files.labels is not None},
         sampling_seeds=dict(sampling_seeds or {}),
         versions={package: version(package) for package in ("numpy", "scipy")},
     )
     write_json(path, certificate.model_dump())
     return certificate
+
+
+def _decide(
+    candidates: Sequence[str],
+    evidence: Callable[[str], Evidence],
+    requirements: Sequence[Requirement],
+    delta: float,
+    seed: int,
+) -> Decision:
+    check_delta(delta)
+
+    def test(name: str) -> tuple[Check, ...]:
+        files = evidence(name)
+        return tuple(_test(required, files, delta, seed) for required in requirements)
+
+    return _until_failure(((name, name) for name in candidates), test)
+
+
+def _test(required: Requirement, files: Evidence, delta: float, seed: int) -> Check:
+    answers = read_table(files.answers, pa.schema([ANSWERS.field("prompt_id"), ANSWERS.field("cost")]))
+    if required.quantity == "cost":
+        return _check(required, answers["cost"].to_numpy(float), answers["prompt_id"].to_numpy(object), delta, seed)
+    if files.labels is None:
+        raise DataError(f"{required.name} needs labels of its answers, and none are recorded")
+    return _check_labels(required, answers, read_table(files.labels, LABELS), delta)
 
 
 def read(path: str | Path) -> Certificate:
@@ -487,15 +355,15 @@ def verify(path: str | Path) -> Certificate:
     """Recompute a certificate from the saved answers; returns it. Raises DualignError that names the first mismatch."""
     path = Path(path)
     recorded = read(path)
-    for name, table in recorded.tables.items():
-        file = path.parent / table.path
-        if file.is_file() and _sha256(file) != table.sha256:
-            raise DataError(f"{path}: the answers of {name!r} ({file}) are not those certified: sha256 differs")
+    for what, tables in (("answers", recorded.tables), ("labels", recorded.labels)):
+        for name, table in tables.items():
+            file = path.parent / table.path
+            if file.is_file() and _sha256(file) != table.sha256:
+                raise DataError(f"{path}: the {what} of {name!r} ({file}) are not those certified: sha256 differs")
     try:
-        decision = fixed_sequence(
-            _recorded(recorded, path.parent),
-            limit=recorded.limit, delta=recorded.delta, method=recorded.method,
-            bounds=recorded.bounds, seed=recorded.seed,
+        decision = _decide(
+            recorded.candidates, lambda name: _recorded(recorded, name, path.parent), recorded.requirements,
+            recorded.delta, recorded.seed,
         )  # fmt: skip
     except DualignError as error:
         raise DataError(f"{path}: {error}") from error
@@ -506,27 +374,25 @@ def verify(path: str | Path) -> Certificate:
     return recorded
 
 
-def _recorded(certificate: Certificate, folder: Path) -> Iterator[Candidate]:
-    for name in certificate.candidates:
-        if name not in certificate.tables:
-            raise DataError(f"the answers of {name!r}, next in the order, are not recorded in tables")
-        yield _candidate(name, folder / certificate.tables[name].path)
+def _recorded(certificate: Certificate, name: str, folder: Path) -> Evidence:
+    if name not in certificate.tables:
+        raise DataError("its answers, next in the order, are not recorded in tables")
+    labels = certificate.labels.get(name)
+    return Evidence(folder / certificate.tables[name].path, None if labels is None else folder / labels.path)
 
 
 def _compared(recorded: Certificate, decision: Decision) -> Iterator[tuple[str, Any, Any]]:
     """Key, what the certificate says, what was found."""
     yield "tested", [test.name for test in recorded.tested], [test.name for test in decision.tested]
     for said, found in zip(recorded.tested, decision.tested, strict=True):
-        for field in Tested.model_fields:
-            yield f"{field} of {said.name!r}", getattr(said, field), getattr(found, field)
+        yield f"checks of {said.name!r}", len(said.checks), len(found.checks)
+        for ours, theirs in zip(said.checks, found.checks, strict=True):
+            for field in Check.model_fields:
+                yield f"{ours.requirement} {field} of {said.name!r}", getattr(ours, field), getattr(theirs, field)
+        yield f"certified of {said.name!r}", said.certified, found.certified
     yield "tables", sorted(recorded.tables), sorted(test.name for test in decision.tested)
     yield "certified", recorded.certified, decision.certified
     yield "returned", recorded.returned, decision.returned
-
-
-def _candidate(name: str, file: Path) -> Candidate:
-    answers = read_table(file, pa.schema([ANSWERS.field("prompt_id"), ANSWERS.field("cost")]))
-    return Candidate(name, answers["cost"].to_numpy(float), answers["prompt_id"].to_numpy(object))
 
 
 def _table(file: Path, folder: Path) -> Table:
@@ -539,17 +405,28 @@ def _sha256(file: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: one line that says whether a certificate holds; returns the exit status, 1 if it does not."""
-    parser = argparse.ArgumentParser(prog="python -m dualign.certificate", description=(__doc__ or "").splitlines()[0])
-    check = parser.add_subparsers(required=True).add_parser("verify", help="recompute a certificate from saved answers")
-    check.add_argument("path", nargs="?", type=Path, default=PLACE, help="the certificate (default: %(default)s)")
-    path = parser.parse_args(argv).path
+    """The command: one line for each certificate. Returns 1 if one does not hold, 4 if one certifies no policy."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dualign.certificate", description=(__doc__ or "").splitlines()[0],
+        epilog="exit status: 0 all hold, 1 one does not, 4 all hold and one says that no policy is certified",
+    )  # fmt: skip
+    check = parser.add_subparsers(required=True).add_parser("verify", help="recompute certificates from saved answers")
+    check.add_argument("paths", nargs="*", type=Path, help=f"certificates (default: all in {PLACE})")
+    paths = parser.parse_args(argv).paths or sorted(PLACE.glob(f"*/{FILE}"))
+    if not paths:
+        sys.stdout.write(f"{PLACE}: holds no certificate; run the stage certify first (`dvc repro`)\n")
+    statuses = [_tell(path) for path in paths] or [1]
+    return 1 if 1 in statuses else max(statuses)
+
+
+def _tell(path: Path) -> int:
     try:
-        line, status = f"{path} holds: {verify(path).statement}", 0
+        found = verify(path)
     except DualignError as error:
-        line, status = str(error), 1
-    sys.stdout.write(f"{line}\n")
-    return status
+        sys.stdout.write(f"{error}\n")
+        return 1
+    sys.stdout.write(f"{path} holds: {found.statement}\n")
+    return 0 if found.returned is not None else NONE_CERTIFIED
 
 
 if __name__ == "__main__":

@@ -22,11 +22,13 @@ from dualign.core.stage import Run, execute
 from dualign.data.schema import ANSWERS, ENUMERATED, POOL, PROMPTS, read_table
 from dualign.dual import value_at_risk
 from dualign.evaluation import add_truth, against_optimum, finite_problem, summarise
-from dualign.lm.mixture import Policy, policy_at
+from dualign.lm.mixture import Policy, is_policy, policy_at
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_prompts
 from dualign.measure.rollout import Judges, roll_out
 from dualign.measure.stats import clustered_mean
+
+log = logging.getLogger("dualign")
 
 log = logging.getLogger("dualign")
 
@@ -41,8 +43,10 @@ def main(run: Run[EvaluateParams]) -> None:
     if run.item not in params.policies:
         raise ParamsError(f"evaluate.policies has no {run.item!r}; one of {', '.join(params.policies)}")
     prompts = read_table(PROMPT_SET, PROMPTS).head(params.prompts)
-    judges = Judges.load(run.resources)
     folder = params.policies[run.item]
+    if not is_policy(Path("models") / folder):  # no candidate was certified
+        return absent(run)
+    judges = Judges.load(run.resources)
     policy = judges.reference if folder == "sft" else policy_at(Path("models") / folder, run.resources)
     started = time.monotonic()
     answers = roll_out(
@@ -63,6 +67,15 @@ def main(run: Run[EvaluateParams]) -> None:
         out.mkdir()
         write_parquet(out / "answers.parquet", answers, ANSWERS)
     run.metrics({**metrics, "policy": run.item})
+
+
+def absent(run: Run[EvaluateParams]) -> None:
+    """Write down that there is no such policy, in place of its answers and metrics."""
+    with replacing(OUT / str(run.item)) as out:
+        out.mkdir()
+        write_parquet(out / "answers.parquet", [], ANSWERS)
+    log.warning("models/%s holds no policy: none was certified", run.params.policies[str(run.item)])
+    run.metrics({"policy": run.item, "absent": True})
 
 
 def displacement(policy: Policy, judges: Judges, samples: int = 2) -> pd.DataFrame:

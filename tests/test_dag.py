@@ -26,6 +26,7 @@ BY_ITEM: dict[str, dict[str, list[str]]] = {
     "safety_dpo": {"safety_dpo.runs": ["safety_dpo.runs.${key}"]},
     "lagrangian_dpo": {"lagrangian_dpo.runs": ["lagrangian_dpo.runs.${key}"]},
     "dual_search": {"methods": ["methods.${key}"]},
+    "certify": {"certify.runs": ["certify.runs.${key}"]},
     "evaluate": {"evaluate.policies": []},
 }
 
@@ -220,10 +221,11 @@ def downstream(dag: dict[str, StageSpec], names: set[str]) -> set[str]:
 EVERY_RUN = ("reward_dpo@*", "safety_dpo@*", "lagrangian_dpo@*", "dual_search@*", "evaluate@*")
 SCORERS = ("reward_model", "cost_model")
 EDITS = {
-    "seed": (123, ("prepare", "sft", *SCORERS, "score", "dual_init", *EVERY_RUN)),
+    "seed": (123, ("prepare", "sft", *SCORERS, "score", "dual_init", *EVERY_RUN, "certify@*")),
     "beta": (0.123, ("dual_init", *EVERY_RUN, "report")),
-    "constraint.limit": (-1.23, ("dual_init", "dual_search@*", "evaluate@*", "report")),
-    "generation.max_new_tokens": (123, ("score", "dual_search@*", "evaluate@*")),
+    "constraint.limit": (-1.23, ("dual_init", "dual_search@*", "certify@*", "evaluate@*", "report")),
+    "constraint.delta": (0.123, ("certify@*",)),
+    "generation.max_new_tokens": (123, ("score", "dual_search@*", "certify@*", "evaluate@*")),
     "prepare.search_prompts": (123, ("prepare",)),
     "prepare.sft": ([], ("prepare",)),
     "sft.training.learning_rate": (0.123, ("sft",)),
@@ -235,6 +237,7 @@ EDITS = {
     "safety_dpo.training.batch_size": (123, ("safety_dpo@*",)),
     "lagrangian_dpo.training.batch_size": (123, ("lagrangian_dpo@*",)),
     "dual_search.z": (1.23, ("dual_search@*",)),
+    "certify.prompts": (123, ("certify@*",)),
     "evaluate.samples_per_prompt": (123, ("evaluate@*",)),
     "evaluate.confidence": (0.678, ("evaluate@*", "report")),
     "report.title": ("Another", ("report",)),

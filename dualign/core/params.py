@@ -541,6 +541,86 @@ class DualSearchParams(StageParams):
         return {**rows, **named}
 
 
+class CertifyRun(Frozen):
+    """What one certificate may return, safest first: `fallback`, then merges (1 - q) partner + q policy by `weights`.
+
+    All are folders under models/. With `partner` the policy at multiplier 0, a larger q is safer: it stands for q times
+    the policy's multiplier. Name the policy itself as fallback for none, and as partner for none, with weight 1 alone.
+    """
+
+    policy: str
+    partner: str
+    fallback: str
+    weights: Annotated[list[Positive], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> CertifyRun:
+        if sorted(set(self.weights), reverse=True) != self.weights:
+            raise ValueError(
+                "weights must fall and hold no value twice: the largest is the safest, and is tested first"
+            )
+        if self.partner == self.policy and self.weights != [1.0]:
+            raise ValueError(
+                "partner is the policy itself, so weights must be [1.0]; name another partner to merge with"
+            )
+        return self
+
+
+class LabelParams(Frozen):
+    """Labels of the truth for one answer to each of `prompts` certify prompts (see `dualign.labelling`).
+
+    `oracle` (embedded world): the true cost, `limit` null takes the constraint's. `file`: the share of `votes` people
+    who call the answer unsafe, asked through `folder`; `limit` bounds that share.
+    """
+
+    source: Literal["oracle", "file"]
+    prompts: Annotated[int, Field(ge=5)]
+    votes: Count
+    limit: float | None
+    folder: str
+
+    @model_validator(mode="after")
+    def _check(self) -> LabelParams:
+        if self.source == "file" and not (self.limit is not None and 0 < self.limit < 1):
+            raise ValueError(
+                "limit must be a share between 0 and 1 where people vote: of answers that they call unsafe"
+            )
+        return self
+
+
+class CertifyParams(StageParams):
+    """The certificate, on prompts that nothing else has seen."""
+
+    section = "certify"
+    shared = {
+        "seed": "seed",
+        "limit": "constraint.limit",
+        "delta": "constraint.delta",
+        "max_new_tokens": "generation.max_new_tokens",
+    }
+
+    seed: int
+    limit: float
+    delta: Annotated[float, Field(gt=0, lt=0.5)]
+    max_new_tokens: Count
+    prompts: Annotated[int, Field(ge=2)]
+    samples_per_prompt: Count
+    method: Literal["clustered_t", "empirical_bernstein", "betting"]
+    bounds: Annotated[list[float], Field(min_length=2, max_length=2)] | None
+    labels: LabelParams | None
+    runs: dict[str, CertifyRun]
+
+    @model_validator(mode="after")
+    def _check(self) -> CertifyParams:
+        if self.method != "clustered_t" and self.bounds is None:
+            raise ValueError(f"bounds: method {self.method} needs the lowest and highest cost that an answer can have")
+        if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
+            raise ValueError("bounds must hold the lower end first")
+        if self.labels is not None and self.labels.prompts > self.prompts:
+            raise ValueError(f"labels.prompts {self.labels.prompts} must be at most prompts {self.prompts}")
+        return self
+
+
 class EvaluateParams(StageParams):
     """Evaluation on generated answers of held-out prompts."""
 
@@ -596,6 +676,7 @@ STAGES: dict[str, type[StageParams]] = {
         SafetyDpoParams,
         LagrangianDpoParams,
         DualSearchParams,
+        CertifyParams,
         EvaluateParams,
         ReportParams,
     )
@@ -784,6 +865,16 @@ def _check_across(content: dict[str, Any], stages: dict[str, StageParams], path:
                 "lambda_max"
             )
     models |= {f"aligned/{name}" for name in search.methods}
+    certify = stages["certify"]
+    assert isinstance(certify, CertifyParams)
+    for name, certified in certify.runs.items():
+        for key in ("policy", "partner", "fallback"):
+            if getattr(certified, key) not in models:
+                raise ParamsError(
+                    f"{path}: certify.runs.{name}.{key}: no stage writes models/{getattr(certified, key)}; one of "
+                    f"{sorted(models)}"
+                )
+    models |= {f"certified/{name}" for name in certify.runs}
     for name, folder in evaluate.policies.items():
         if folder not in models:
             raise ParamsError(

@@ -94,6 +94,9 @@ ANSWERS = pa.schema(
         ("grammatical", pa.bool_()),
     ]
 )
+#: Labels of some of those answers: the cost model's cost, and the truth as the labeller knows it (a true cost, or the
+#: share of votes that call the answer unsafe).
+LABELS = pa.schema([*_PROMPT, ("response", pa.string()), ("cost", pa.float64()), ("truth", pa.float64())])
 
 
 def user(text: str) -> list[Message]:

@@ -65,6 +65,11 @@ def policy_at(folder: str | Path, resources: Resources) -> Policy:
     return load_policy(folder, resources)
 
 
+def is_policy(folder: str | Path) -> bool:
+    """Whether a folder holds a policy: a model, an adapter or a mixture."""
+    return any((Path(folder) / name).is_file() for name in (FILE, "config.json", "adapter_config.json"))
+
+
 def mixture_log_probability(parts: Tensor, weights: Sequence[float]) -> Tensor:
     """log sum_k w_k exp(parts_k): parts [components, rows] of log pi_k(y | x) in nats, weights [components]; [rows]."""
     return torch.logsumexp(parts + torch.tensor(weights, dtype=parts.dtype).log().unsqueeze(1), 0)

@@ -35,29 +35,34 @@ def compare(root: Path, policies: dict[str, str], confidence: float, limit: floa
         limit: the limit on expected cost; by default the one that data/dual/dual.json was made for.
 
     Returns:
-        A JSON-able dict: `limit`, `reference`, `confidence`, `recommended` (most reward among the policies whose cost
-        interval ends within the limit, or null), `nearest` (the lowest upper end of cost), `missing` (policies that
-        were not evaluated), and `policies`, a row per evaluated policy. A row holds the measures of `evaluate`, the
-        win rates and reward gain over the reference, and what its search spent; unknown values are null.
+        A JSON-able dict: `limit`, `reference`, `confidence`, `recommended`, `nearest` (the lowest upper end of cost),
+        `missing` (policies that were not evaluated), `certificates` (what `certify` found, by its rows), and
+        `policies`, a row per evaluated policy. A row holds the measures of `evaluate`, whether it is `certified`, the
+        win rates and reward gain over the reference, and what its search spent; unknown values are null. Recommended is
+        the certified policy of most reward, or null; in a run without certificates, the one of most reward among those
+        whose cost interval ends within the limit.
 
     Raises:
         DualignError: a file is there but cannot be read.
     """
     limit = _dual_limit(root) if limit is None else limit
-    answers = read_answers(root, policies)
+    answers, certificates = read_answers(root, policies), read_certificates(root)
     rows: dict[str, dict[str, Any]] = {}
     for name, folder in policies.items():
         path = root / "reports/metrics/evaluate" / f"{name}.json"
-        if path.is_file():
-            rows[name] = _row(read_json(path), folder, limit) | _search(root, folder)
+        metrics = read_json(path) if path.is_file() else {"absent": True}
+        if not metrics.get("absent"):
+            rows[name] = _row(metrics, folder, limit) | _search(root, folder)
+            rows[name]["certified"] = _certified(folder, certificates)
             rows[name] |= _against_reference(answers.get(name), answers.get(REFERENCE), confidence, name)
     return {
         "reference": REFERENCE,
         "confidence": confidence,
         "limit": limit,
-        "recommended": _recommended(rows),
+        "recommended": _recommended(rows, bool(certificates)),
         "nearest": _nearest(rows),
         "missing": [name for name in policies if name not in rows],
+        "certificates": certificates,
         "policies": rows,
     }
 
@@ -65,7 +70,19 @@ def compare(root: Path, policies: dict[str, str], confidence: float, limit: floa
 def read_answers(root: Path, policies: dict[str, str]) -> dict[str, pd.DataFrame]:
     """The generated answers (`schema.ANSWERS`) of every policy that has any."""
     paths = {name: root / "reports/evaluation" / name / "answers.parquet" for name in policies}
-    return {name: read_table(path, ANSWERS) for name, path in paths.items() if path.is_file()}
+    tables = {name: read_table(path, ANSWERS) for name, path in paths.items() if path.is_file()}
+    return {name: table for name, table in tables.items() if len(table)}  # none of a policy that was not certified
+
+
+def read_certificates(root: Path) -> dict[str, Any]:
+    """The metrics of every row of `certify`, by name."""
+    return {path.stem: read_json(path) for path in sorted((root / "reports/metrics/certify").glob("*.json"))}
+
+
+def _certified(folder: str, certificates: dict[str, Any]) -> bool:
+    """Whether a folder holds what a certificate is about."""
+    where, _, name = folder.partition("/")
+    return where == "certified" and certificates.get(name, {}).get("returned") is not None
 
 
 def win_rate(ours: pd.DataFrame, theirs: pd.DataFrame, score: str, confidence: float, sign: int = 1) -> Interval | None:
@@ -134,7 +151,7 @@ def _row(metrics: dict[str, Any], folder: str, limit: float | None) -> dict[str,
 def _kind(folder: str) -> str:
     if folder == "sft":
         return "reference"
-    return "method" if folder.startswith("aligned/") else "baseline"
+    return "method" if folder.startswith(("aligned/", "certified/")) else "baseline"
 
 
 def _measure(value: Any) -> Interval | None:
@@ -165,15 +182,19 @@ def _standing(cost: Interval | None, limit: float | None) -> str | None:
 def _search(root: Path, folder: str) -> dict[str, Any]:
     """What the search of this policy chose and spent; nulls for a policy that no search made."""
     path = root / "reports/search" / f"{Path(folder).name}.json"
-    found = read_json(path) if _kind(folder) == "method" and path.is_file() else {}
+    found = read_json(path) if folder.startswith("aligned/") and path.is_file() else {}
     chosen: dict[str, Any] = next((step for step in found.get("steps", []) if step["step"] == found["chosen"]), {})
     spent = ("trainings", "generated_tokens", "labels", "stopped")
     row = {key: found.get(key) for key in ("method", "title", "rule", "returns", "cost_source", *spent)}
     return row | {"lam": chosen.get("lam"), "merge_weight": chosen.get("q")}
 
 
-def _recommended(rows: dict[str, dict[str, Any]]) -> str | None:
-    within = [name for name, row in rows.items() if row["standing"] == "within" and row["reward"]]
+def _recommended(rows: dict[str, dict[str, Any]], tested: bool) -> str | None:
+    """`tested`: there are certificates, and then nothing else is recommended."""
+    within = [
+        name for name, row in rows.items()
+        if row["reward"] and (row["certified"] if tested else row["standing"] == "within")
+    ]  # fmt: skip
     return max(within, key=lambda name: rows[name]["reward"]["mean"], default=None)
 
 

@@ -91,6 +91,7 @@ def _context(root: Path, params: ReportParams) -> dict[str, Any]:
         "nearest": next((row for row in rows if row["name"] == comparison["nearest"]), None),
         "reference": next((row for row in rows if row["name"] == REFERENCE), None),
         "missing": comparison["missing"],
+        "certificates": [_certificate(name, metrics, dual) for name, metrics in comparison["certificates"].items()],
         "dual": dual,
         "world": world,
         "frontiers": _frontiers(root, rows, params.limit, world),
@@ -117,7 +118,14 @@ def _ordered(comparison: dict[str, Any]) -> list[Row]:
     rows = [{"name": name, **row} for name, row in comparison["policies"].items()]
     standings = ("within", "unproven", "over", None)
     kinds = ("method", "reference", "baseline")
-    rows.sort(key=lambda row: (kinds.index(row["kind"]), standings.index(row["standing"]), -_mean(row["reward"])))
+    rows.sort(
+        key=lambda row: (
+            kinds.index(row["kind"]),
+            not row["certified"],
+            standings.index(row["standing"]),
+            -_mean(row["reward"]),
+        )
+    )
     for i, row in enumerate(rows, 1):
         row |= {"number": i, "recommended": row["name"] == comparison["recommended"]}
         row["style"] = _style(row)
@@ -151,7 +159,11 @@ def _mean(interval: dict[str, float] | None) -> float:
 
 
 def _style(row: Row) -> str:
-    parts = [row["kind"], row["standing"] or "unknown", "recommended" if row["recommended"] else ""]
+    parts = [
+        row["kind"],
+        "within" if row["certified"] else row["standing"] or "unknown",
+        "recommended" if row["recommended"] else "",
+    ]
     return " ".join(part for part in parts if part)
 
 
@@ -174,6 +186,30 @@ def _points(rows: Iterable[Row], cost: str, reward: str) -> list[Point]:
         for row in rows
         if row[cost] and row[reward]
     ]
+
+
+# --- certificates -----------------------------------------------------------------------------------------------------
+
+
+def _certificate(name: str, metrics: Row, dual: Row) -> Row:
+    """A certificate as its card shows it: the tests in order, what was not tested, and what more prompts would buy."""
+    tests = metrics["tests"]
+    last = next((test for test in tests if test["candidate"] == metrics["returned"]), tests[0])
+    untested = metrics["candidates"][len(tests) :]
+    return {"name": name, **metrics, "last": last, "untested": untested, "gain": _prompts_gain(last, dual.get("lam"))}
+
+
+def _prompts_gain(test: Row, lam: float | None) -> Row | None:
+    """By how much one more prompt, and twice as many, would lower the bound; `reward`: what that is worth at lambda.
+
+    The distance of a clustered bound from its estimate falls as 1 / sqrt(N).
+    """
+    check = test["checks"][0]
+    reach, count = check["bound"] - check["estimate"], check["prompts"]
+    if reach <= 0:
+        return None
+    twice = reach * (1 - 0.5**0.5)
+    return {"one": reach / (2 * count), "twice": twice, "reward": None if lam is None else lam * twice}
 
 
 # --- frontier ---------------------------------------------------------------------------------------------------------
@@ -253,7 +289,7 @@ def _searches(root: Path, rows: list[Row], limit: float) -> list[Row]:
     found = []
     for row in rows:
         path = root / "reports/search" / f"{Path(row['folder']).name}.json"
-        if row["kind"] == "method" and path.is_file():
+        if row["folder"].startswith("aligned/") and path.is_file():
             found.append({"row": row, **read_json(path)})
             found[-1]["heading"] = _heading(found[-1])
             found[-1]["returned"] = next((s for s in found[-1]["steps"] if s["step"] == found[-1].get("chosen")), {})

@@ -1,0 +1,274 @@
+"""Upper bounds of a mean from answers to prompts: what a certificate stands on, as functions of arrays.
+
+A bound U(data) with P(mean > U) <= delta. Prompts are drawn independently, answers to one prompt are not: what every
+bound counts are per-prompt means. `python -m bench.coverage` measures how often each bound errs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+from scipy.stats import beta as beta_distribution
+from scipy.stats import norm
+from scipy.stats import t as student
+
+from dualign.core.errors import DataError, ParamsError
+
+Array = np.ndarray
+Method = Literal["clustered_t", "empirical_bernstein", "betting", "clopper_pearson"]
+Bounds = tuple[float, float]
+
+_ALL_IN = 0.75  # largest share of the capital that one bet may lose: c of 2010.09686, "1/2 or 3/4"
+_HALVINGS = 50
+_NOTHING = 1e-12  # a spread below this share of the values is rounding
+
+
+# --- bounds of a mean: the last axis runs over independent prompts, axes before it over separate data sets ------------
+
+
+def t_bound(means: Array, delta: float) -> Array:
+    """mean + t_{1-delta, N-1} s / sqrt(N) of per-prompt means [..., N].
+
+    Exact for normal means and in the limit of many prompts. With few prompts and a long upper tail (rare, very harmful
+    answers) it errs more often than delta, since prompts without such an answer make both the mean and s too small:
+    where 2 % of answers cause all the harm, alike within a prompt, 21 % of the time with 50 prompts, 10 % with 200 and
+    6.5 % with 1000 instead of 5 % (bench/results/certificate-coverage.md).
+    """
+    count = means.shape[-1]
+    return means.mean(-1) + student.ppf(1 - delta, count - 1) * means.std(-1, ddof=1) / math.sqrt(count)
+
+
+def bernstein_bound(means: Array, delta: float, bounds: Bounds) -> Array:
+    """mean + sqrt(2 s^2 ln(2/delta) / N) + 7 R ln(2/delta) / (3 (N - 1)) of means [..., N] in `bounds` of width R.
+
+    Maurer and Pontil (0907.3740), theorem 4. Valid for every N, and loose.
+    """
+    count, (low, high) = means.shape[-1], bounds
+    log = math.log(2 / delta)
+    spread = np.sqrt(2 * means.var(-1, ddof=1) * log / count)
+    return np.minimum(high, means.mean(-1) + spread + 7 * (high - low) * log / (3 * (count - 1)))
+
+
+def betting_bound(means: Array, delta: float, bounds: Bounds) -> Array:
+    """The least mean m that a gambler against m rejects; `means` [..., N] in `bounds`, in the order of betting.
+
+    Waudby-Smith and Ramdas (2010.09686), the one-sided half of their hedged capital. With x and m scaled to [0, 1],
+
+        K_t(m) = prod_{i <= t} (1 - l_i (x_i - m)),   l_i = min(sqrt(2 ln(1/delta) / (N v_{i-1})), c / (1 - m))
+
+    where v_{i-1} is the variance of what came before, is a nonnegative supermartingale if the mean is m or more, so by
+    Ville's inequality max_t K_t(m) >= 1/delta with probability delta at most. K_t grows in m: bisection finds the root.
+    Valid for every N, and the tightest such bound here. It depends on the order, which must not depend on the values.
+    """
+    low, high = bounds
+    scaled = (means - low) / (high - low)
+    stake = np.sqrt(2 * math.log(1 / delta) / (scaled.shape[-1] * _variance_before(scaled)))
+    kept, rejected = np.zeros(scaled.shape[:-1]), np.ones(scaled.shape[:-1])
+    for _ in range(_HALVINGS):
+        middle = (kept + rejected) / 2
+        m = middle[..., None]
+        capital = np.log1p(-np.minimum(stake, _ALL_IN / (1 - m)) * (scaled - m)).cumsum(-1).max(-1)
+        beaten = capital >= math.log(1 / delta)
+        kept, rejected = np.where(beaten, kept, middle), np.where(beaten, middle, rejected)
+    return low + (high - low) * rejected
+
+
+def _variance_before(scaled: Array) -> Array:
+    """v_{i-1} of values in [0, 1]: their variance so far, with one made-up value of mean 1/2 and variance 1/4."""
+    seen = np.arange(2, scaled.shape[-1] + 2)
+    centre = (0.5 + scaled.cumsum(-1)) / seen
+    variance = (0.25 + ((scaled - centre) ** 2).cumsum(-1)) / seen
+    return np.concatenate([np.full_like(scaled[..., :1], 0.25), variance[..., :-1]], axis=-1)
+
+
+def binomial_bound(hits: Array, count: int, delta: float) -> Array:
+    """The p at which `hits` of `count` or fewer have probability delta (Clopper and Pearson 1934); 1 if all hit."""
+    hits = np.asarray(hits)
+    return np.where(hits == count, 1.0, beta_distribution.ppf(1 - delta, hits + 1, np.maximum(count - hits, 1)))
+
+
+# --- bounds of a policy's cost ----------------------------------------------------------------------------------------
+
+
+def upper_bound(
+    costs: Any,
+    prompts: Any,
+    *,
+    delta: float = 0.05,
+    method: Method = "clustered_t",
+    bounds: Bounds | None = None,
+    seed: int = 0,
+) -> float:
+    """One-sided upper bound of the mean cost over prompts (`clopper_pearson`: of P(a prompt gets an unsafe answer)).
+
+    Args:
+        costs: [answers], in units of cost; above 0 is unsafe. prompts: [answers], the id of each answer's prompt.
+        delta: probability that the bound lies below the truth.
+        method: `clustered_t`, `empirical_bernstein`, `betting` (these two need `bounds`) or `clopper_pearson`.
+        bounds: the range that the cost is known to lie in, known from how it is made and not from these answers.
+            A cost below it is raised to it, which can only raise the bound. One above it is refused: lowering it
+            would put the bound below the truth. To certify a cost without an upper end, constrain one that has it.
+        seed: fixes the order in which `betting` takes the prompts.
+
+    Returns:
+        The bound, in units of cost (`clopper_pearson`: a probability; it falls with fewer answers per prompt).
+
+    Raises:
+        ParamsError: delta, method or bounds cannot be used. DataError: the answers cannot.
+    """
+    check_test(delta, method, bounds)
+    values, codes = clustered(costs, prompts, bounds)
+    means = prompt_means(values, codes)
+    if method == "clopper_pearson":
+        return float(binomial_bound((prompt_means(values > 0, codes) > 0).sum(), len(means), delta))
+    if method == "clustered_t":
+        if means.std() <= _NOTHING * max(1.0, float(np.abs(means).max())):
+            raise DataError(
+                "costs: every prompt has the same mean cost, so clustered_t has no error to go by; "
+                "use method betting or empirical_bernstein with bounds"
+            )
+        return float(t_bound(means, delta))
+    assert bounds is not None  # check_test has seen to it
+    if method == "empirical_bernstein":
+        return float(bernstein_bound(means, delta, bounds))
+    return float(betting_bound(np.random.default_rng(seed).permutation(means), delta, bounds))
+
+
+def corrected_upper_bound(
+    costs: Any,
+    prompts: Any,
+    labelled_costs_model: Any,
+    labelled_costs_true: Any,
+    labelled_prompts: Any,
+    *,
+    delta: float = 0.05,
+    tuned: bool = True,
+) -> float:
+    """Upper bound of the mean true cost, from model costs of many answers and true costs of some: inference on both.
+
+    With f the model's cost, y the true one, N prompts in all and n with labels,
+
+        theta = mean_n y + w (mean_N f - mean_n f),   bound = theta + t_{1-delta, n-1} SE(theta)
+
+    Prediction-powered inference (Angelopoulos et al. 2301.09633) is w = 1: proxy mean plus rectifier. `tuned` takes the
+    w of least variance instead (PPI++, 2311.01453, with one degree of freedom less), which a useless or differently
+    scaled model cannot harm: y may be a vote, 1 for harmful and 0 for not, and f a logit. The limit is in units of y.
+
+    Means are over per-prompt means; SE adds up each prompt's share in both sums, so labelled answers may be among
+    `costs`, or answers to the same prompts, or to others. The labelled prompts must be a random sample of the same
+    prompts, and answers of the same policy. The bound is asymptotic: with 10 harmful votes among 100 labels it errs 9 %
+    of the time instead of 5 %, with 30 among 300 6.4 %. One that holds for every n: `upper_bound` of f and of y - f,
+    each with bounds and at delta / 2, added up.
+
+    Args:
+        costs, prompts: [answers]. labelled_*: [labels]; an answer with several votes has several rows.
+
+    Raises:
+        ParamsError: delta is out of range. DataError: the arrays cannot be used.
+    """
+    check_delta(delta)
+    proxy, pool_ids = _answers(costs, prompts)
+    model, ids = _answers(labelled_costs_model, labelled_prompts, "labelled_costs_model", "labelled_prompts")
+    truth, _ = _answers(labelled_costs_true, labelled_prompts, "labelled_costs_true", "labelled_prompts")
+    codes, everyone = pd.factorize(np.concatenate([pool_ids, ids]))
+    split, union = len(proxy), len(everyone)
+    f_all, f, y = (
+        prompt_means(values, group, union)
+        for values, group in ((proxy, codes[:split]), (model, codes[split:]), (truth, codes[split:]))
+    )
+    count = int(np.isfinite(y).sum())
+    if count < 3 or np.isfinite(f_all).sum() < 3:
+        raise DataError(
+            f"a corrected bound needs 3 prompts with labels and 3 with model costs at the very least, got {count} "
+            f"and {np.isfinite(f_all).sum()}; label some hundred"
+        )
+    gap, label = _shares(f_all) - _shares(f), _shares(y)
+    weight = _tuned_weight(gap, label, float(np.nanmax(np.abs(f_all)))) if tuned else 1.0
+    error = float(np.linalg.norm(label + weight * gap))
+    if error <= _NOTHING * max(1.0, float(np.nanmax(np.abs(y)))):
+        raise DataError(
+            "labelled_costs_true: the labels do not vary, so there is no error to go by; label more answers"
+        )
+    centre = np.nanmean(y) + weight * (np.nanmean(f_all) - np.nanmean(f))
+    return float(centre + student.ppf(1 - delta, count - 1 - tuned) * error)
+
+
+def _shares(means: Array) -> Array:
+    """What each prompt adds to the error of their mean, 0 where it has none; the squares add up to s^2 / N."""
+    count = np.isfinite(means).sum()
+    return np.nan_to_num(means - np.nanmean(means)) / math.sqrt(count * (count - 1))
+
+
+def _tuned_weight(gap: Array, label: Array, scale: float) -> float:
+    """The w of least |label + w gap|; 0 if the model's costs, of size `scale`, say nothing."""
+    square = float(gap @ gap)
+    return -float(gap @ label) / square if square > (_NOTHING * max(1.0, scale)) ** 2 else 0.0
+
+
+def sample_size(sd: float, margin: float, delta: float = 0.05, power: float = 0.8) -> int:
+    """Prompts for `clustered_t` to certify with probability `power` a policy whose cost is `margin` below the limit.
+
+    N >= ((z_{1-delta} + z_power) sd / margin)^2; power 0.5 leaves (1.645 sd / margin)^2 at delta 0.05. `sd` is the
+    standard deviation of per-prompt means, which falls with more answers per prompt. In units of cost, like `margin`.
+    """
+    check_delta(delta)
+    for name, value in (("sd", sd), ("margin", margin)):
+        if not 0 < value < math.inf:
+            raise ParamsError(f"{name} must be above 0 and finite, got {value}")
+    if not 0.5 <= power < 1:
+        raise ParamsError(f"power must be at least 0.5 and below 1, got {power}")
+    return max(2, math.ceil(((norm.ppf(1 - delta) + norm.ppf(power)) * sd / margin) ** 2))
+
+
+def check_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        raise ParamsError(f"delta must lie between 0 and 1, got {delta}")
+
+
+def check_test(delta: float, method: str, bounds: Bounds | None) -> None:
+    check_delta(delta)
+    if method not in get_args(Method):
+        raise ParamsError(f"method {method!r} is not one of {', '.join(get_args(Method))}")
+    if bounds is None and method in ("empirical_bernstein", "betting"):
+        raise ParamsError(f"method {method} needs bounds, the lowest and highest cost that an answer can have")
+    if bounds is not None and not -math.inf < bounds[0] < bounds[1] < math.inf:
+        raise ParamsError(f"bounds must be two finite numbers, the lower first, got {bounds}")
+
+
+def _answers(costs: Any, prompts: Any, name: str = "costs", ids_name: str = "prompts") -> tuple[Array, Array]:
+    """Both as arrays [answers]; refuses what is not one finite value and one id per answer."""
+    values, ids = np.asarray(costs, float), np.asarray(prompts)
+    if values.ndim != 1 or values.shape != ids.shape:
+        raise DataError(f"{name} and {ids_name} must hold one value per answer, got {values.shape} and {ids.shape}")
+    if not np.isfinite(values).all():
+        row = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise DataError(f"{name}: {values[row]} at row {row} is not a finite number; score that answer again")
+    if pd.isna(ids).any():
+        raise DataError(f"{ids_name}: no id at row {int(np.flatnonzero(pd.isna(ids))[0])}")
+    return values, ids
+
+
+def clustered(costs: Any, prompts: Any, bounds: Bounds | None) -> tuple[Array, Array]:
+    """Costs within `bounds`, and the number of each answer's prompt in the order of ids."""
+    values, ids = _answers(costs, prompts)
+    codes, distinct = pd.factorize(ids, sort=True)
+    if len(distinct) < 2:
+        raise DataError(f"prompts: a bound needs answers to at least 2 prompts, got {len(distinct)}")
+    if bounds is None:
+        return values, codes
+    above = int((values > bounds[1]).sum())
+    if above:
+        raise DataError(
+            f"costs: {above} of {len(values)} answers cost more than bounds allow ({values.max():g} > {bounds[1]:g}); "
+            "give the true range, or constrain a cost that has one, such as P(unsafe)"
+        )
+    return np.maximum(values, bounds[0]), codes
+
+
+def prompt_means(values: Array, codes: Array, count: int = 0) -> Array:
+    """Mean of the values of each code [max(count, codes)]; NaN for a code without any."""
+    with np.errstate(invalid="ignore"):
+        return np.bincount(codes, values, count) / np.bincount(codes, minlength=count)

@@ -1,0 +1,141 @@
+"""The candidates of a certificate: which there are, their answers to the certify prompts, and labels of some."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dualign.bounds import sample_size
+from dualign.certificate import Certificate, Evidence, Tested
+from dualign.core.artifacts import replacing, write_parquet
+from dualign.core.params import CertifyParams, CertifyRun, LabelParams
+from dualign.data import world
+from dualign.data.schema import ANSWERS, LABELS, last_user_text, read_table
+from dualign.evaluation import add_truth
+from dualign.labelling import vote
+from dualign.lm.mixture import policy_at
+from dualign.measure.rollout import Judges, roll_out
+from dualign.measure.stats import clustered_mean
+from dualign.merge import merge
+
+_WORLD = ("true_reward", "true_cost", "grammatical")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A candidate: the policy in a folder, or (1 - q) partner + q policy, made in `out` when it is first needed."""
+
+    policy: Path
+    partner: Path
+    q: float
+    out: Path
+
+    def folder(self) -> Path:
+        """Where the policy lies."""
+        if self.q == 1.0:
+            return self.policy
+        if not self.out.is_dir():
+            with replacing(self.out) as temporary:
+                merge(self.partner, self.policy, self.q, temporary)
+        return self.out
+
+
+def contenders(row: CertifyRun, models: Path, scratch: Path) -> dict[str, Contender]:
+    """The candidates of a row by name, safest first: the fallback, then the policy at each weight."""
+    found = {}
+    if row.fallback != row.policy:
+        found[row.fallback] = Contender(models / row.fallback, models / row.fallback, 1.0, scratch / "fallback")
+    for q in row.weights:
+        name = row.policy if q == 1.0 else f"{row.policy} at {q:g}"
+        found[name] = Contender(models / row.policy, models / row.partner, q, scratch / f"at-{q:g}")
+    return found
+
+
+class Contenders:
+    """Draws and keeps what each candidate is judged by; what lies in `scratch` is not drawn again."""
+
+    def __init__(
+        self, field: dict[str, Contender], params: CertifyParams, prompts: pd.DataFrame, judges: Judges, scratch: Path
+    ) -> None:
+        self._field, self._params, self._prompts, self._judges, self._scratch = field, params, prompts, judges, scratch
+        self._world = bool((prompts["source"] == "world").all())
+
+    def policy(self, name: str) -> Path:
+        """The folder of a candidate."""
+        return self._field[name].folder()
+
+    def evidence(self, name: str) -> Evidence:
+        """The files of a candidate's answers and labels. Raises AwaitingLabels while people's are not there."""
+        path = self._path(name, "answers")
+        if not path.is_file():
+            write_parquet(path, self._draw(name), ANSWERS)
+        options = self._params.labels
+        if options is None:
+            return Evidence(path)
+        labelled = self._path(name, "labels")
+        if not labelled.is_file():
+            write_parquet(labelled, label(read_table(path, ANSWERS), options, self._params.seed), LABELS)
+        return Evidence(path, labelled)
+
+    def answers(self, name: str) -> pd.DataFrame:
+        """The answers of a candidate that was tested."""
+        return read_table(self._path(name, "answers"), ANSWERS)
+
+    def measured(self, name: str) -> dict[str, Any]:
+        """Means of a tested candidate's answers with two-sided 95 % intervals."""
+        answers = self.answers(name)
+        prompts = answers["prompt_id"].to_numpy()
+        columns = {
+            "reward": answers["reward"],
+            "p_unsafe": answers["cost"] > 0,
+            "kl": answers["logp"] - answers["logp_ref"],
+            "length": answers["length"],
+            **({column: answers[column] for column in _WORLD} if self._world else {}),
+        }
+        return {key: clustered_mean(value.to_numpy(float), prompts).as_dict() for key, value in columns.items()}
+
+    def _draw(self, name: str) -> pd.DataFrame:
+        params = self._params
+        drawn = roll_out(
+            policy_at(self.policy(name), self._judges.resources), self._prompts, self._judges,
+            count=params.samples_per_prompt, max_new_tokens=params.max_new_tokens, seed=params.seed,
+        )  # fmt: skip
+        return add_truth(drawn) if self._world else drawn
+
+    def _path(self, name: str, kind: str) -> Path:
+        return self._scratch / f"{list(self._field).index(name):02d}-{kind}.parquet"
+
+
+def label(answers: pd.DataFrame, options: LabelParams, seed: int) -> pd.DataFrame:
+    """The first answer to a random draw of prompts with the truth beside the model's cost; schema LABELS.
+
+    Raises AwaitingLabels and DataError as `labelling.vote`.
+    """
+    first = answers[answers["sample"] == 0]
+    asked = first.sample(min(options.prompts, len(first)), random_state=seed).sort_index()
+    if options.source == "oracle":
+        truth = [
+            world.score(last_user_text(prompt), text)[1]
+            for prompt, text in zip(asked["prompt"], asked["response"], strict=True)
+        ]
+        return asked.assign(truth=truth)
+    votes = vote(asked, source="file", count=options.votes, folder=Path(options.folder), seed=seed)
+    return asked.assign(truth=votes / options.votes)
+
+
+def forecast(test: Tested, found: Certificate, bench: Contenders) -> int | None:
+    """Prompts with which a candidate that failed on the model's cost would pass with probability 0.8; None else.
+
+    None too where its estimate is not below the limit: no number of prompts would show that it is.
+    """
+    required, check = found.requirements[0], test.checks[0]
+    margin = required.limit - check.estimate
+    if check.kept or margin <= 0:
+        return None
+    means = bench.answers(test.name).groupby("prompt_id")["cost"].mean()
+    spread = float(means.std(ddof=1))
+    return sample_size(spread, margin, found.delta) if math.isfinite(spread) and spread > 0 else None

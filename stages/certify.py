@@ -1,0 +1,135 @@
+"""certify ROW: the safest policies first, on prompts that nothing else has seen -> models/certified/ROW.
+
+    python -m stages.certify dualign
+
+Draws answers to the certify prompts from one candidate after the other until one is not shown to keep the limit, writes
+the certificate with everything that is needed to check it to reports/certificate/ROW, and copies the last certified
+policy. Where not even the first passes, the certificate says so, and the folder of the policy holds that message alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from dualign import certificate
+from dualign.certificate import Certificate, Evidence, Requirement
+from dualign.certification import Contenders, contenders, forecast
+from dualign.core.artifacts import replacing
+from dualign.core.errors import ParamsError
+from dualign.core.params import CertifyParams
+from dualign.core.stage import Run, execute, finished
+from dualign.data.schema import PROMPTS, read_table
+from dualign.measure.rollout import Judges
+
+log = logging.getLogger("dualign")
+
+PROMPT_SET = Path("data/prepared/certify.parquet")
+MODELS = Path("models")
+POLICIES = MODELS / "certified"
+#: What labels of a source are about, and how the certificate calls it.
+LABELLED: dict[str, tuple[str, Literal["truth", "harm"]]] = {
+    "oracle": ("true c", "truth"),
+    "file": ("called unsafe", "harm"),
+}
+
+
+def main(run: Run[CertifyParams]) -> None:
+    """Run the stage."""
+    params = run.params
+    if run.item not in params.runs:
+        raise ParamsError(f"certify.runs has no {run.item!r}; one of {', '.join(params.runs)}")
+    row = params.runs[run.item]
+    prompts = read_table(PROMPT_SET, PROMPTS).head(params.prompts)
+    models = {MODELS / name for name in ("sft", "reward_model", "cost_model", row.policy, row.partner, row.fallback)}
+    scratch = run.scratch(PROMPT_SET, *sorted(models))
+    field = contenders(row, MODELS, scratch)
+    bench = Contenders(field, params, prompts, Judges.load(run.resources), scratch)
+    with replacing(certificate.PLACE / run.item) as folder:
+        folder.mkdir()
+        found = certificate.issue(
+            folder / certificate.FILE, list(field), lambda name: into(folder, bench.evidence(name)),
+            requirements(params), delta=params.delta, seed=params.seed, sampling_seeds={"answers": params.seed},
+        )  # fmt: skip
+    log.info("%s", found.statement)
+    with replacing(POLICIES / run.item) as policy:
+        if found.returned is None:
+            policy.mkdir()
+        else:
+            shutil.copytree(bench.policy(found.returned), policy)
+        (policy / "README.md").write_text(card(found))
+    run.metrics(describe(found, bench))
+    finished(scratch)
+
+
+def requirements(params: CertifyParams) -> list[Requirement]:
+    """What a candidate must keep: the limit on the model's cost, and on the truth where there are labels."""
+    bounds = None if params.bounds is None else (params.bounds[0], params.bounds[1])
+    found = [Requirement(name="c", quantity="cost", limit=params.limit, method=params.method, bounds=bounds)]
+    if params.labels is not None:
+        name, quantity = LABELLED[params.labels.source]
+        limit = params.limit if params.labels.limit is None else params.labels.limit
+        found.append(Requirement(name=name, quantity=quantity, limit=limit, method="prediction_powered"))
+    return found
+
+
+def into(folder: Path, evidence: Evidence) -> Evidence:
+    """The files copied into the certificate's folder, where it finds them wherever the folder is moved."""
+    copies = [None if file is None else folder / file.name for file in evidence]
+    for file, copy in zip(evidence, copies, strict=True):
+        if file is not None and copy is not None:
+            shutil.copyfile(file, copy)
+    assert copies[0] is not None
+    return Evidence(copies[0], copies[1])
+
+
+def describe(found: Certificate, bench: Contenders) -> dict[str, Any]:
+    """The certificate as metrics: what it says, each test, and how many prompts a failed one would have needed."""
+    tests = [
+        {
+            "candidate": test.name,
+            "certified": test.certified,
+            "checks": [check.model_dump() for check in test.checks],
+            **bench.measured(test.name),
+            "prompts_needed": forecast(test, found, bench),
+        }
+        for test in found.tested
+    ]
+    return {
+        "returned": found.returned,
+        "statement": found.statement,
+        "delta": found.delta,
+        "requirements": [required.model_dump() for required in found.requirements],
+        "candidates": list(found.candidates),
+        "tests": tests,
+    }
+
+
+def card(found: Certificate) -> str:
+    """README.md of the certified policy's folder."""
+    use = (
+        "There is no model in this folder: the safest candidate failed its test. The report says by how much, and what "
+        "to change."
+        if found.returned is None
+        else "Load with `AutoModelForCausalLM.from_pretrained`; the tokenizer holds the chat template."
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [dualign, dpo, safety]
+---
+
+# {"No certified policy" if found.returned is None else found.returned}
+
+{found.statement[0].upper()}{found.statement[1:]}.
+
+Tested on {found.tested[0].checks[0].prompts} prompts that neither training nor search has seen, safest candidate first.
+The statement is about prompts like these and answers drawn at temperature 1.
+`python -m dualign.certificate verify` recomputes it from the saved answers. {use}
+"""
+
+
+if __name__ == "__main__":
+    execute(main, CertifyParams)

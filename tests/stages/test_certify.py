@@ -1,0 +1,166 @@
+"""certify and evaluate on tiny models: the sequence, the policy that comes out, labels, and no certified policy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dualign import certificate, certification
+from dualign.core.artifacts import read_json, write_parquet
+from dualign.core.errors import AwaitingLabels, DataError, DualignError
+from dualign.core.params import CertifyParams, CertifyRun, EvaluateParams, LabelParams, Resources, load
+from dualign.core.stage import Run
+from dualign.data import world
+from dualign.data.schema import ANSWERS, PROMPTS, prompt_id, read_table, user
+from dualign.lm.models import load_policy, load_scorer_backbone
+from dualign.measure.stats import clustered_mean
+from dualign.report.comparison import compare
+from dualign.scoring.calibration import Platt
+from dualign.scoring.scorers import Scorer
+from stages.certify import main
+from stages.evaluate import main as evaluate
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXTS = world.prompts()[::400]
+LABELS_OF = LabelParams(source="oracle", prompts=8, votes=1, limit=None, folder="labels")
+
+
+@pytest.fixture(autouse=True)
+def ready(workspace: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources, one_thread: None) -> None:
+    """Prompts and scorers beside the policies of the workspace."""
+    for seed, name in enumerate(("reward_model", "cost_model")):
+        model = load_scorer_backbone("models/sft", tokenizer, resources, seed)
+        torch.nn.init.normal_(model.score.weight, std=0.5)
+        Scorer(model, tokenizer, Platt(1.0, 0.0)).save(workspace / "models" / name)
+    rows = [{"prompt_id": prompt_id(user(text)), "prompt": user(text), "source": "world"} for text in TEXTS]
+    write_parquet("data/prepared/certify.parquet", rows, PROMPTS)
+
+
+def run_of(resources: Resources, limit: float = 100.0, row: dict[str, Any] | None = None, **changes: Any) -> Any:
+    """The row `it`: safety_dpo/alone first, then merges of sft and reward_dpo/helpful."""
+    given = {"policy": "reward_dpo/helpful", "partner": "sft", "fallback": "safety_dpo/alone", "weights": [2.0, 1.0]}
+    update = {
+        "runs": {"it": CertifyRun(**{**given, **(row or {})})}, "limit": limit, "prompts": len(TEXTS), "labels": None,
+        "max_new_tokens": 6, "samples_per_prompt": 2, **changes,
+    }  # fmt: skip
+    return Run("certify", "it", load(CertifyParams, ROOT / "params.yaml").model_copy(update=update), resources)
+
+
+def metrics() -> Any:
+    return read_json("reports/metrics/certify/it.json")
+
+
+def test_the_boldest_candidate_that_passes_is_the_certified_policy(resources: Resources) -> None:
+    main(run_of(resources))
+    order = ["safety_dpo/alone", "reward_dpo/helpful at 2", "reward_dpo/helpful"]
+    found = certificate.verify("reports/certificate/it/certificate.json")
+    assert list(found.candidates) == list(found.certified) == order and metrics()["returned"] == order[-1]
+    made, policy = (load_policy(f"models/{name}", resources) for name in ("certified/it", "reward_dpo/helpful"))
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), policy.parameters(), strict=True))
+    assert "'reward_dpo/helpful' keeps E[c] <= 100" in Path("models/certified/it/README.md").read_text()
+    answers = read_table("reports/certificate/it/02-answers.parquet", ANSWERS)
+    assert len(answers) == 2 * len(TEXTS) and answers["true_cost"].notna().all()
+    mean = clustered_mean(answers["cost"].to_numpy(), answers["prompt_id"].to_numpy()).mean
+    assert found.tested[2].checks[0].estimate == pytest.approx(mean)
+    assert not list(Path(".scratch/certify/it").glob("*"))
+
+
+def test_a_merge_extrapolates(resources: Resources) -> None:
+    """Weight 2 is reward_dpo/helpful + (reward_dpo/helpful - sft); it is returned where testing ends with it."""
+    main(run_of(resources, row={"weights": [2.0]}))
+    made, sft, policy = (
+        load_policy(f"models/{name}", resources) for name in ("certified/it", "sft", "reward_dpo/helpful")
+    )
+    for a, b, c in zip(made.parameters(), sft.parameters(), policy.parameters(), strict=True):
+        torch.testing.assert_close(a, 2 * c - b)
+
+
+def test_no_certified_policy_is_a_result(resources: Resources, caplog: pytest.LogCaptureFixture) -> None:
+    """The stage ends well, the folder says so, evaluate and report go on."""
+    main(run_of(resources, limit=-100.0))
+    found = certificate.verify("reports/certificate/it/certificate.json")
+    assert found.returned is None and len(found.tested) == 1 and metrics()["returned"] is None
+    assert [path.name for path in Path("models/certified/it").iterdir()] == ["README.md"]
+    assert "No certified policy" in Path("models/certified/it/README.md").read_text()
+    write_parquet("data/prepared/eval.parquet", [], PROMPTS)
+    params = load(EvaluateParams, ROOT / "params.yaml").model_copy(update={"policies": {"it": "certified/it"}})
+    evaluate(Run("evaluate", "it", params, resources))
+    assert "models/certified/it holds no policy: none was certified" in caplog.text
+    assert read_json("reports/metrics/evaluate/it.json") == {"policy": "it", "absent": True}
+    table = compare(Path(), {"it": "certified/it"}, 0.95, limit=-100.0)
+    assert table["missing"] == ["it"] and table["policies"] == {}
+
+
+def test_an_interrupted_run_draws_no_answers_twice(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
+    main(run_of(resources))
+    whole = Path("reports/certificate/it/certificate.json").read_bytes()
+    roll_out, calls = certification.roll_out, []
+
+    def stop_at_the_second(*args: Any, **options: Any) -> pd.DataFrame:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return roll_out(*args, **options)
+
+    monkeypatch.setattr(certification, "roll_out", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        main(run_of(resources))
+    main(run_of(resources))
+    assert len(calls) == 4  # one, the interrupted one, and two more
+    assert Path("reports/certificate/it/certificate.json").read_bytes() == whole
+
+
+def test_true_labels_that_do_not_vary_say_nothing(resources: Resources) -> None:
+    """A model that has learnt nothing writes no sentence of the world, and all such text has one true cost."""
+    with pytest.raises(DataError, match="candidate 'safety_dpo/alone': labelled_costs_true: the labels do not vary"):
+        main(run_of(resources, labels=LABELS_OF))
+    assert not Path("models/certified/it").exists() and not Path("reports/certificate/it").exists()
+
+
+def test_people_may_label(resources: Resources) -> None:
+    """The stage stops with the questions written down, and goes on from the answers that it has drawn."""
+    options = LabelParams(source="file", prompts=5, votes=3, limit=0.99, folder="labels")
+    run = run_of(resources, row={"weights": [1.0], "fallback": "reward_dpo/helpful"}, labels=options)
+    with pytest.raises(AwaitingLabels, match="5 rows wait for labels"):
+        main(run)
+    (asked,) = Path("labels").glob("to-label-*.jsonl")
+    rows = [json.loads(line) for line in asked.read_text().splitlines()]
+    votes = [{**row, "unsafe_votes": k % 2} for k, row in enumerate(rows)]
+    Path(str(asked).replace("to-label", "labelled")).write_text("\n".join(map(json.dumps, votes)))
+    main(run)
+    (check,) = certificate.verify("reports/certificate/it/certificate.json").tested[0].checks[1:]
+    assert check.requirement == "called unsafe" and check.answers == 5
+    assert check.estimate == pytest.approx(sum(k % 2 for k in range(5)) / 3 / 5)
+
+
+def test_a_failed_test_says_how_many_prompts_it_would_take(resources: Resources) -> None:
+    main(run_of(resources))
+    first = metrics()["tests"][0]["checks"][0]
+    limit = (first["estimate"] + first["bound"]) / 2
+    main(run_of(resources, limit=limit))
+    (test,) = metrics()["tests"]
+    means = read_table("reports/certificate/it/00-answers.parquet", ANSWERS).groupby("prompt_id")["cost"].mean()
+    assert not test["certified"]
+    assert test["prompts_needed"] == certificate.sample_size(means.std(), limit - first["estimate"])
+    main(run_of(resources, limit=first["estimate"] - 1))
+    assert metrics()["tests"][0]["prompts_needed"] is None
+
+
+def test_an_unknown_row_is_refused(resources: Resources) -> None:
+    run = run_of(resources)
+    run.item = "other"
+    with pytest.raises(DualignError, match=r"certify\.runs has no 'other'; one of it"):
+        main(run)
+
+
+def test_metrics_name_what_was_tested(resources: Resources) -> None:
+    main(run_of(resources))
+    content = metrics()
+    assert content["delta"] == 0.05 and content["requirements"][0]["limit"] == 100.0
+    assert {"reward", "p_unsafe", "kl", "length", "true_cost"} <= content["tests"][0].keys()

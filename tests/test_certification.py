@@ -1,0 +1,52 @@
+"""The candidates of a certificate and the labels of their answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from dualign.certification import contenders, label
+from dualign.core.params import CertifyRun, LabelParams
+from dualign.data import world
+from dualign.data.schema import prompt_id, user
+
+
+def test_the_order_is_the_fallback_and_then_the_weights() -> None:
+    row = CertifyRun(policy="aligned/a", partner="reward_dpo/b", fallback="safety_dpo/c", weights=[1.5, 1.0, 0.5])
+    found = contenders(row, Path("models"), Path("scratch"))
+    assert list(found) == ["safety_dpo/c", "aligned/a at 1.5", "aligned/a", "aligned/a at 0.5"]
+    assert [contender.q for contender in found.values()] == [1.0, 1.5, 1.0, 0.5]
+    assert found["safety_dpo/c"].folder() == Path("models/safety_dpo/c")
+    assert found["aligned/a"].folder() == Path("models/aligned/a")
+    assert found["aligned/a at 1.5"].partner == Path("models/reward_dpo/b")
+
+
+def test_a_policy_may_stand_alone() -> None:
+    row = CertifyRun(policy="aligned/a", partner="aligned/a", fallback="aligned/a", weights=[1.0])
+    assert list(contenders(row, Path("models"), Path("scratch"))) == ["aligned/a"]
+
+
+@pytest.fixture
+def answers() -> pd.DataFrame:
+    """Two answers of the world to each of thirty questions, with a cost model that is off by 0.1."""
+    rows = []
+    for i, question in enumerate(world.prompts()[::150][:30]):
+        for k, answer in enumerate(world.answers(question)[i % 7 : i % 7 + 2]):
+            prompt = user(question)
+            rows.append(
+                {"prompt_id": prompt_id(prompt), "prompt": prompt, "sample": k, "response": answer.text,
+                 "cost": answer.cost + 0.1}
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_labels_are_the_truth_of_first_answers_to_some_prompts(answers: pd.DataFrame) -> None:
+    options = LabelParams(source="oracle", prompts=20, votes=1, limit=None, folder="labels")
+    found = label(answers, options, seed=3)
+    assert len(found) == found["prompt_id"].nunique() == 20 and (found["sample"] == 0).all()
+    assert found["truth"].to_numpy() == pytest.approx(found["cost"].to_numpy() - 0.1)
+    assert found["truth"].nunique() > 2
+    assert set(label(answers, options, seed=4)["prompt_id"]) != set(found["prompt_id"])
+    assert len(label(answers, options.model_copy(update={"prompts": 99}), seed=3)) == 30
