@@ -178,6 +178,9 @@ def test_a_wrong_type_is_named(content: Content, key: str, value: Any, says: str
         ("dual_search.max_trainings", -1),
         ("evaluate.confidence", 1.0),
         ("constraint.limit", float("nan")),
+        ("constraint.power", 0.4),
+        ("constraint.power", 1.0),
+        ("dual_init.cvar_level", 1.0),
         ("constraint.limit", float("-inf")),
         ("generation.max_new_tokens", 0),
     ],
@@ -207,6 +210,52 @@ def test_an_empty_list_is_refused(content: Content, key: str) -> None:
 def test_the_grid_of_a_search_may_begin_at_zero(content: Content) -> None:
     params.check(put(content, "dual_search.grid", [0.0, 1.0]), "my.yaml")
     assert refusal(put(content, "dual_search.grid", [1.0, -0.5])).startswith("dual_search.grid.1: ")
+
+
+FURTHER = {"quantity": "cvar", "limit": 1.0, "level": 0.9, "prompts": "(?i)child"}
+
+
+def test_further_limits_are_read_with_what_they_leave_out(content: Content) -> None:
+    checked = params.check(
+        put(content, "constraint.also", {"tail": FURTHER, "short": {"quantity": "length", "limit": 9}}), "my.yaml"
+    )
+    for stage in ("dual_init", "evaluate"):
+        also = checked[stage].also  # type: ignore[attr-defined]
+        assert also["tail"].model_dump() == FURTHER and also["short"].limit == 9.0
+        assert (also["short"].level, also["short"].prompts) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"level": None}, "level goes with quantity cvar and with no other"),
+        ({"quantity": "cost"}, "level goes with quantity cvar and with no other"),
+        (
+            {"quantity": "p_unsafe", "level": None, "limit": 1.5},
+            "the limit of p_unsafe is a share between 0 and 1, not 1.5",
+        ),
+        ({"quantity": "length", "level": None, "limit": 0.0}, "the limit of length is in tokens and above 0, not 0"),
+        ({"prompts": "(child"}, "prompts '(child' is no regular expression"),
+    ],
+)
+def test_a_further_limit_that_makes_no_sense_is_refused(content: Content, change: Content, says: str) -> None:
+    message = refusal(put(content, "constraint.also", {"it": FURTHER | change}))
+    assert message.startswith(f"constraint.also.it: {says}")
+
+
+def test_a_further_limit_of_an_unknown_quantity_is_refused(content: Content) -> None:
+    message = refusal(put(content, "constraint.also", {"it": FURTHER | {"quantity": "lenght"}}))
+    assert message.startswith("constraint.also.it.quantity: ") and message.endswith("got 'lenght'")
+    assert refusal(put(content, "constraint.also", {"it": {"limit": 1.0}})).startswith(
+        "constraint.also.it.quantity is missing"
+    )
+
+
+@pytest.mark.parametrize("lam", ["dual", "stock", 0.7])
+def test_a_multiplier_is_solved_or_a_number(content: Content, lam: Any) -> None:
+    for key in ("lagrangian_dpo.runs.anchored.lam", "safety_dpo.runs.alone.lam"):
+        params.check(put(content, key, lam), "my.yaml")
+        assert refusal(put(copy.deepcopy(content), key, "dal")).startswith(key)
 
 
 @pytest.mark.parametrize("grid", [[0, 1, 1, 2], [0, 2, 1]])

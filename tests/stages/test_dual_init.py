@@ -1,0 +1,255 @@
+"""The stage dual_init: what it writes, what it warns of, and how further limits reach the labels of a training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dualign import dual
+from dualign.core.artifacts import read_json, write_json, write_parquet
+from dualign.core.params import ConstraintSpec, DualInitParams, LagrangianDpoParams, Resources, load
+from dualign.core.stage import Run
+from dualign.data import world
+from dualign.data.schema import (
+    DUAL_PROMPTS,
+    POOL,
+    PROMPTS,
+    SCORED_PAIRS,
+    by_prompt,
+    pair_id,
+    prompt_id,
+    read_table,
+    user,
+)  # fmt: skip
+from dualign.lm.models import build_scratch, load_scorer_backbone, save
+from dualign.lm.tokens import answer_lengths, encode_prompts
+from dualign.losses import lagrangian_label
+from dualign.measure.rollout import Judges, roll_out
+from dualign.scoring.calibration import Platt
+from dualign.scoring.scorers import Scorer
+from dualign.training.pairwise import train_pairwise
+from stages import dual_init, lagrangian_dpo
+from tests.stages.conftest import ROOT, SCRATCH
+
+LIMIT = -0.3
+
+
+def rows(prompts: int = 60, samples: int = 8) -> list[dict[str, Any]]:
+    """A pool whose more helpful answers are longer and tend to be more harmful."""
+    rng = np.random.default_rng(0)
+    reward = rng.normal(size=(prompts, samples))
+    cost = 0.6 * reward + rng.normal(size=reward.shape)
+    length = np.round(20 + 3 * reward + 3 * rng.normal(size=reward.shape)).clip(1)
+    return [
+        {"prompt_id": prompt_id(user(f"q{x}")), "prompt": user(f"q{x}"), "sample": i, "response": "a", "tokens": [1],
+         "length": int(length[x, i]), "ended": True, "logp_ref": -1.0, "reward": reward[x, i], "cost": cost[x, i]}
+        for x in range(prompts) for i in range(samples)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory with a scored pool, and what the cost model says of its zero."""
+    monkeypatch.chdir(tmp_path)
+    write_parquet("data/scored/pool.parquet", rows(), POOL)
+    write_json("reports/metrics/cost_model.json", {"zero_error": 0.05})
+    return tmp_path
+
+
+def run_of(resources: Resources, **changes: Any) -> Run[DualInitParams]:
+    """The shipped params at a beta that leaves enough effective samples, with these changes."""
+    params = load(DualInitParams, ROOT / "params.yaml")
+    return Run("dual_init", None, params.model_copy(update={"limit": LIMIT, "bootstrap": 50, **changes}), resources)
+
+
+def solved(run: Run[DualInitParams]) -> dict[str, Any]:
+    dual_init.main(run)
+    result: dict[str, Any] = read_json("data/dual/dual.json")
+    return result
+
+
+def scores() -> tuple[np.ndarray, np.ndarray]:
+    pool = read_table("data/scored/pool.parquet", POOL)
+    return by_prompt(pool, "reward"), by_prompt(pool, "cost")
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_files_hold_the_solution_of_the_pool(resources: Resources) -> None:
+    run = run_of(resources)
+    result, (reward, cost), beta = solved(run), scores(), run.params.beta
+    lam = result["lam"]
+    assert lam == pytest.approx(dual.root(reward, cost, limit=LIMIT, beta=beta, lambda_max=50), abs=1e-12)
+    assert result["prices"] == [] and result["messages"] == []
+    assert result["standardised"] == pytest.approx(
+        {
+            "reward_sd": np.sqrt(reward.var(1).mean()),
+            "cost_sd": np.sqrt(cost.var(1).mean()),
+            "beta": beta / np.sqrt(reward.var(1).mean()),
+            "lam": lam * np.sqrt(cost.var(1).mean() / reward.var(1).mean()),
+        }
+    )
+    halves = [dual.predict(reward[:, h], cost[:, h], lam, beta, cost[:, h]).mean() for h in (slice(4), slice(4, 8))]
+    assert result["half_drift_cost"] == pytest.approx(np.mean(halves) - LIMIT)
+    table = read_table("data/dual/prompts.parquet", DUAL_PROMPTS)
+    pool = read_table("data/scored/pool.parquet", POOL)
+    assert table["prompt_id"].tolist() == pool["prompt_id"].drop_duplicates().tolist()
+    assert table["cost"].mean() == pytest.approx(LIMIT)
+    assert table["value"].to_numpy() == pytest.approx(dual.soft_value(reward, cost, lam, beta))
+    assert table["ess"].median() == pytest.approx(result["ess_median"])
+    frontier = read_json("data/dual/frontier.json")
+    assert frontier["cvar_level"] == run.params.cvar_level
+    assert [row["lam"] for row in frontier["rows"]] == sorted({*run.params.grid, lam})
+    at = next(row for row in frontier["rows"] if row["lam"] == lam)
+    assert at["kl"] == pytest.approx(table["kl"].mean()) and at["cost"] == pytest.approx(LIMIT)
+    assert read_json("reports/metrics/dual_init.json")["lam_stock"] == result["lam_stock"]
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_stock_leaves_room_for_the_certificate_and_null_leaves_none(resources: Resources) -> None:
+    run = run_of(resources)
+    result, (reward, cost), beta = solved(run), scores(), run.params.beta
+    lam = result["lam_stock"]
+    assert lam > result["lam"] and result["aim"] == pytest.approx(LIMIT - result["stock"])
+    assert dual.predict(reward, cost, lam, beta, cost).mean() == pytest.approx(result["aim"])
+    sd = dual.spread_of_means(reward, cost, lam, beta, run.params.certify_samples)
+    assert result["stock"] == pytest.approx(
+        dual.stock(sd, run.params.certify_prompts, delta=run.params.delta, power=run.params.power or 0)
+    )
+    none = solved(run_of(resources, power=None))
+    assert (none["aim"], none["stock"], none["lam_stock"]) == (LIMIT, 0.0, none["lam"])
+
+
+@pytest.mark.usefixtures("folder")
+def test_lambda_moves_with_the_error_of_the_zero(resources: Resources) -> None:
+    result, (reward, cost) = solved(run_of(resources)), scores()
+    ends = [dual.root(reward, cost, limit=LIMIT + e, beta=1.5, lambda_max=50) for e in (0.05, -0.05)]
+    assert [result["lam_zero_low"], result["lam_zero_high"]] == pytest.approx(ends)
+    assert result["lam_slope"] * -0.1 == pytest.approx(ends[1] - ends[0], rel=0.1)
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("told", [{}, {"zero_error": None}])
+def test_an_unknown_error_of_the_zero_moves_nothing(resources: Resources, told: dict[str, None]) -> None:
+    write_json("reports/metrics/cost_model.json", told)
+    result = solved(run_of(resources))
+    assert result["zero_error"] is result["lam_zero_low"] is result["lam_zero_high"] is None
+
+
+@pytest.mark.usefixtures("folder")
+def test_few_effective_samples_come_with_a_beta_and_a_number_of_samples(
+    resources: Resources, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_of(resources, beta=0.5, min_ess=5.0)
+    [message] = solved(run)["messages"]
+    assert message in caplog.text
+    beta = float(message.split("raise beta from 0.5 to ")[1].split(";")[0])
+    assert solved(run_of(resources, beta=1.03 * beta, min_ess=5.0))["messages"] == []  # two digits of it are told
+    wanted = float(message.split("draw ")[1].split(" ")[0])
+    reward, cost = scores()
+    lam = dual.root(reward, cost, limit=LIMIT, beta=0.5, lambda_max=50)
+    assert wanted == round(dual.samples_for_ess(reward, cost, lam, 0.5, 5.0))
+    [hopeless] = solved(run_of(resources, beta=0.02, min_ess=7.9))["messages"]
+    assert "no beta gives more at this limit" in hopeless and "more samples than 8 a prompt will hardly do" in hopeless
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_stock_out_of_reach_is_told(resources: Resources) -> None:
+    reward, cost = scores()
+    limit = float(dual.predict(reward, cost, 50.0, 1.5, cost).mean()) + 1e-3
+    [message] = solved(run_of(resources, limit=limit, min_ess=0.1))["messages"]
+    assert message.startswith(
+        "the aim that leaves room for a certificate is out of the samples' reach: lam_stock takes"
+    )
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_limit_on_length_shortens_what_the_pool_predicts(resources: Resources) -> None:
+    plain = solved(run_of(resources))
+    free = next(r for r in read_json("data/dual/frontier.json")["rows"] if r["lam"] == plain["lam"])
+    result = solved(run_of(resources, also={"short": ConstraintSpec(quantity="length", limit=18.0)}))
+    [found] = result["prices"]
+    row = next(r for r in read_json("data/dual/frontier.json")["rows"] if r["lam"] == result["lam"])
+    assert free["length"] > 18.5 and row["length"] == pytest.approx(18.0, abs=1e-5)
+    assert row["cost"] == pytest.approx(LIMIT) and row["reward"] < free["reward"]
+    assert found["lam"] > 0 and found["predicted"] == pytest.approx(18.0, abs=1e-6)
+    reward, cost = scores()
+    length = by_prompt(read_table("data/scored/pool.parquet", POOL), "length")
+    joint = dual.solve_many(reward, [cost, length], limits=[LIMIT, 18.0], beta=1.5, lambda_max=50)
+    assert [result["lam"], found["lam"]] == pytest.approx(joint.lams.tolist(), abs=1e-7)
+    assert row["reward"] == pytest.approx(
+        float((dual.weights(reward - found["lam"] * length, cost, result["lam"], 1.5) * reward).sum(1).mean())
+    )
+
+
+# --- through the stages, on a tiny model ------------------------------------------------------------------------------
+
+QUESTIONS = world.prompts()[::500]
+
+
+@pytest.fixture
+def tiny(
+    tokenizer: PreTrainedTokenizerBase, resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool of a tiny model that ends most answers early, scored by two random scorers, and some scored pairs."""
+    monkeypatch.chdir(tmp_path)
+    policy = build_scratch(SCRATCH, tokenizer, 0)
+    with torch.no_grad():  # the logit of EOS is about 4, those of 300 others about 0
+        prompt = torch.tensor(encode_prompts(tokenizer, [user(QUESTIONS[0])]))
+        state = policy.model(input_ids=prompt).last_hidden_state[0].mean(0)
+        policy.lm_head.weight[tokenizer.eos_token_id] = 4 * state / (state @ state)
+    save(policy, tokenizer, Path("models/sft"))
+    for seed, name in enumerate(("reward_model", "cost_model")):
+        backbone = load_scorer_backbone("models/sft", tokenizer, resources, seed)
+        torch.nn.init.normal_(backbone.score.weight, std=0.5)
+        Scorer(backbone, tokenizer, Platt()).save(Path("models") / name)
+    judges = Judges.load(resources)
+    prompts = pd.DataFrame([{"prompt_id": prompt_id(user(q)), "prompt": user(q), "source": "world"} for q in QUESTIONS])
+    write_parquet("data/prepared/pool.parquet", prompts, PROMPTS)
+    pool = roll_out(judges.reference, prompts, judges, count=6, max_new_tokens=12, seed=3)
+    write_parquet("data/scored/pool.parquet", pool, POOL)
+    pairs = [
+        {"pair_id": pair_id(user(q), "yes indeed, so it is", "no"), "prompt_id": prompt_id(user(q)), "prompt": user(q),
+         "chosen": "yes indeed, so it is", "rejected": "no", "source": "world", "split": "train", "kind": "helpful",
+         **{f"{name}_{side}": 0.1 for name in ("reward", "cost", "logp_ref") for side in ("chosen", "rejected")}}
+        for q in QUESTIONS
+    ]  # fmt: skip
+    write_parquet("data/scored/scored_pairs.parquet", pairs, SCORED_PAIRS)
+    write_json("reports/metrics/cost_model.json", {})
+
+
+@pytest.mark.usefixtures("one_thread", "tiny")
+def test_a_limit_on_length_reaches_the_labels_of_a_training(
+    resources: Resources, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = read_table("data/scored/pool.parquet", POOL)
+    beta = 0.1 * float(pool.groupby("prompt_id")["reward"].std().mean())  # random scorers hardly tell answers apart
+    changes = {"beta": beta, "limit": float(pool["cost"].max()) + 1.0, "power": None}
+    free = solved(run_of(resources, **changes))
+    before = next(r for r in read_json("data/dual/frontier.json")["rows"] if r["lam"] == free["lam"])["length"]
+    also = {"short": ConstraintSpec(quantity="length", limit=before - 1)}
+    result = solved(run_of(resources, **changes, also=also))
+    [found] = result["prices"]
+    after = next(r for r in read_json("data/dual/frontier.json")["rows"] if r["lam"] == result["lam"])["length"]
+    assert found["lam"] > 0 and after == pytest.approx(before - 1, abs=1e-5)
+
+    seen: list[Any] = []
+    monkeypatch.setattr(lagrangian_dpo, "train_pairwise", lambda *args: seen.append(args[2]) or train_pairwise(*args))
+    given = load(LagrangianDpoParams, ROOT / "params.yaml")
+    training = given.training.model_copy(update={"max_steps": 1, "batch_size": 2})
+    given = given.model_copy(update={"training": training, "beta": beta})
+    for name in ("anchored", "bernoulli"):
+        lagrangian_dpo.main(Run("lagrangian_dpo", name, given, resources))
+    on_pool, on_pairs = seen
+    tilt = by_prompt(pool, "reward") - found["lam"] * by_prompt(pool, "length")  # lambda itself is 0
+    values = dual.leave_one_out_value(tilt, tilt, 0.0, given.beta)
+    anchors = [anchor for pair in on_pool for anchor in pair.anchors]
+    assert sorted(anchors) == pytest.approx(sorted((tilt - values).ravel().tolist()), abs=1e-6)
+    long, short = answer_lengths(tokenizer, ["yes indeed, so it is", "no"])
+    expected = lagrangian_label(torch.tensor([-found["lam"] * (long - short)]), torch.zeros(1), 0.0, 1.0)
+    assert [pair.label for pair in on_pairs] == pytest.approx([float(expected)] * len(QUESTIONS), abs=1e-6)
