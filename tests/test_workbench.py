@@ -15,12 +15,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from dualign import workbench
+from dualign import dual, workbench
+from dualign.constraints import Constraint, Price, priced
 from dualign.core.artifacts import write_parquet
 from dualign.core.errors import AwaitingLabels, ParamsError
 from dualign.core.params import (
     DualSearchParams,
     FeedbackParams,
+    InnerParams,
     OnlineParams,
     PolicyGradientParams,
     Resources,
@@ -29,7 +31,7 @@ from dualign.core.params import (
     load_resources,
 )
 from dualign.data import world
-from dualign.data.schema import ANSWERS, HELPFUL_PAIRS, POOL, SAFETY_PAIRS, prompt_id, read_table, user
+from dualign.data.schema import ANSWERS, HELPFUL_PAIRS, POOL, SAFETY_PAIRS, SCORED_PAIRS, prompt_id, read_table, user
 from dualign.labelling import vote
 from dualign.lm.models import build_scratch, load_policy, load_scorer_backbone, load_tokenizer, save, train_tokenizer
 from dualign.lm.sampling import log_probabilities
@@ -38,6 +40,7 @@ from dualign.measure.rollout import Judges, roll_out
 from dualign.measure.stats import Measurement
 from dualign.methods import METHODS, Plan
 from dualign.online import Preferences
+from dualign.pairs import pool_pairs, pool_values, samples_of
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
 from dualign.search import Ascent, Step
@@ -225,6 +228,37 @@ def test_a_training_keeps_the_loss_of_the_start_and_its_pairs(
     if loss_type == "kto":
         assert [pair.desirable for pair in pairs] == [(True, i % 2 == 0) for i in range(12)]
         assert all(math.isfinite(pair.ref_mismatched) for pair in pairs)
+
+
+def test_prices_are_charged_to_the_pool_to_fresh_answers_and_to_pairs(
+    params: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path
+) -> None:
+    inner = InnerParams(labels="soft", normalised=False, anchor=0.3, nll=0.0)
+    prices = [Price(Constraint("short", "length", 4.0), 0.2, 4.0), Price(Constraint("harm", "p_unsafe", 0.1), 0.7, 0.1)]
+    small = params.model_copy(update={"refresh_prompts": 3, "refresh_samples": 2})
+    before = step(0, 0.5, inputs.models / "sft")
+
+    def bench(method: str) -> PolicyBench:
+        plan = Plan("row", METHODS[method], "sft", "sft")
+        return PolicyBench(plan, small, resources, inner, PROMPTS, tmp_path / method, inputs, prices=prices)
+
+    tokenizer = load_tokenizer(inputs.models / "sft")
+    pool = priced(read_table(inputs.scored / "pool.parquet", POOL), prices)
+    found = bench("dualign")._pairs(0.5, tmp_path, before)
+    fresh = samples_of(priced(read_table(tmp_path / "refresh.parquet", ANSWERS), prices), tokenizer)
+    samples, beta = samples_of(pool, tokenizer), small.beta
+    value = dual.soft_value(samples.reward, samples.cost, 0.5, beta)[:3, None].repeat(2, axis=1)
+    on_pool = pool_pairs(samples, pool_values(samples, 0.5, beta), 0.5, beta, small.seed)
+    assert found == on_pool + pool_pairs(fresh, value, 0.5, beta, small.seed)
+
+    rows = read_table(inputs.prepared / "helpful_pairs.parquet", HELPFUL_PAIRS)
+    scores = {f"{name}_{side}": 0.5 for name in ("logp_ref", "reward", "cost") for side in ("chosen", "rejected")}
+    write_parquet(tmp_path / "scored/scored_pairs.parquet", rows.assign(kind="helpful", **scores), SCORED_PAIRS)
+    plan, given = Plan("row", METHODS["c_dpo"], "sft", "sft"), replace(inputs, scored=tmp_path / "scored")
+    on_pairs = PolicyBench(plan, small, resources, inner, PROMPTS, tmp_path, given, prices=prices)
+    pairs = on_pairs._pairs(0.5, tmp_path, before)
+    gap = np.array([len(pair.first) - len(pair.second) for pair in pairs])  # all are unsafe, so length alone tells
+    assert [pair.label for pair in pairs] == pytest.approx((1 / (1 + np.exp(0.2 * gap))).tolist(), abs=1e-6)
 
 
 def distance(first: str, second: Path) -> float:

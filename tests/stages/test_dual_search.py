@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dualign.constraints import Constraint, Price
 from dualign.core.artifacts import write_json, write_parquet
 from dualign.core.errors import ParamsError
 from dualign.core.params import DualSearchParams, MethodRow, PolicyGradientParams, load
@@ -82,6 +83,17 @@ def test_the_slater_radius_is_the_pools_or_the_given_one(run: Path, params: Dual
     assert dual_search.outlook(pd_dpo, STEPWISE, fixed).radius == 3.5
     grid = row_of("sacpo", "safety_dpo/stepwise", "reward_dpo/helpful")
     assert dual_search.outlook(grid, STEPWISE, params).radius == float("inf")
+
+
+def test_prices_go_to_searches_that_train_on_scores(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert dual_search.further_limits(row_of("mocan", "lagrangian_dpo/bernoulli", "sft")) == []
+    price = Price(Constraint("short", "length", 9.0), 0.1, 9.0)
+    write_json("data/dual/dual.json", {"lam": 0.8, "prices": [price.as_dict()]})
+    for method, start in (("dualign", "lagrangian_dpo/anchored"), ("c_dpo", "lagrangian_dpo/bernoulli")):
+        assert dual_search.further_limits(row_of(method, start, "sft")) == [price]
+    assert not caplog.records
+    assert dual_search.further_limits(row_of("pd_dpo", "safety_dpo/stepwise", "reward_dpo/helpful")) == []
+    assert "methods.row does not train on scores of a table and ignores constraint.also" in caplog.text
 
 
 @pytest.mark.parametrize(

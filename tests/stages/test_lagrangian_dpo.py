@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from dualign import dual
+from dualign.constraints import Constraint, Price
 from dualign.core import params
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.errors import InfeasibleError
@@ -18,7 +19,7 @@ from dualign.core.params import LagrangianDpoParams, Resources, ScratchParams
 from dualign.core.stage import Run
 from dualign.data import world
 from dualign.data.schema import POOL, SCORED_PAIRS, by_prompt, user
-from dualign.implicit import scored_tables
+from dualign.implicit import Tables, scored_tables
 from dualign.lm.models import build_scratch, load_tokenizer, save, train_tokenizer
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
@@ -36,6 +37,8 @@ SCRATCH = ScratchParams(
 )
 MODELS = ("sft", "reward_dpo/helpful", "safety_dpo/alone")
 COEFFICIENT, LIMIT = 2.0, -0.2
+SOLVED = {"lam": 0.25, "lam_stock": 0.4, "aim": -0.3, "lambda_max": 50.0}
+PRICE = Price(Constraint("short", "length", 9.0), 0.1, 9.0)
 
 
 def stage_params(root: Path, **run: Any) -> LagrangianDpoParams:
@@ -64,7 +67,7 @@ def pool() -> pd.DataFrame:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory but for data/dual/dual.json."""
     monkeypatch.chdir(tmp_path)
-    write_json(tmp_path / "data/dual/dual.json", {"lam": 0.25, "limit": LIMIT, "lambda_max": 50.0})
+    write_json(tmp_path / "data/dual/dual.json", {**SOLVED, "limit": LIMIT})
     return tmp_path
 
 
@@ -77,6 +80,36 @@ def test_scorers_have_the_dual_of_the_pool(folder: Path, pool: pd.DataFrame, rep
     given = stage_params(repo_root)
     expected = {"lam": 0.25, "lam_from": "data/dual/dual.json"}
     assert multiplier("bernoulli", given.runs["bernoulli"], pool, given) == expected
+
+
+def test_the_stock_is_the_pools_or_an_aim_for_implicit_scores(
+    folder: Path, pool: pd.DataFrame, repo_root: Path
+) -> None:
+    given = stage_params(repo_root, lam="stock")
+    stocked = given.runs["bernoulli"].model_copy(update={"lam": "stock"})
+    assert multiplier("bernoulli", stocked, pool, given)["lam"] == 0.4
+    lam = multiplier("pecan", given.runs["pecan"], pool, given)["lam"]
+    cost = dual.predict(by_prompt(pool, "reward"), by_prompt(pool, "cost"), lam, given.beta, by_prompt(pool, "cost"))
+    assert cost.mean() == pytest.approx(SOLVED["aim"], abs=1e-6)
+
+
+def test_prices_are_charged_with_a_solved_multiplier_on_the_scorers_scores(
+    folder: Path, pool: pd.DataFrame, repo_root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_json("data/dual/dual.json", {**SOLVED, "limit": LIMIT, "prices": [PRICE.as_dict()]})
+    given = stage_params(repo_root)
+    rows = pool.assign(prompt=[user("q")] * len(pool), length=np.arange(len(pool)))
+    tables = Tables(rows, rows.assign(reward=1.0))
+    runs = {name: given.runs["bernoulli"].model_copy(update={"lam": name}) for name in ("dual", "stock")}
+    for spec in runs.values():
+        charged = lagrangian_dpo.charged("it", spec, tables, None)  # type: ignore[arg-type]  # no texts to count
+        assert charged.pool["reward"].tolist() == pytest.approx((rows["reward"] - 0.1 * rows["length"]).tolist())
+        assert charged.pairs["reward"].tolist() == pytest.approx((1 - 0.1 * rows["length"]).tolist())
+    by_hand = given.runs["bernoulli"].model_copy(update={"lam": 0.7})
+    assert lagrangian_dpo.charged("it", by_hand, tables, None).pool is rows  # type: ignore[arg-type]
+    assert not caplog.records
+    assert lagrangian_dpo.charged("pecan", given.runs["pecan"], tables, None) is tables  # type: ignore[arg-type]
+    assert "lagrangian_dpo.runs.pecan is scored by policies and ignores constraint.also" in caplog.text
 
 
 def test_implicit_scores_have_a_dual_of_their_own(folder: Path, pool: pd.DataFrame, repo_root: Path) -> None:

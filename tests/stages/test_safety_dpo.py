@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from dualign.core.artifacts import read_json
+from dualign.core.artifacts import read_json, write_json
 from dualign.core.params import Resources, SafetyDpoParams, SafetyRun, load
 from dualign.core.stage import Run
 from dualign.lm.models import load_policy
-from stages.safety_dpo import main
+from stages.safety_dpo import main, multiplier
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = {"batch_size": 8, "max_steps": 2, "max_length": 128, "learning_rate": 2e-3, "warmup": 0.0}
@@ -60,3 +60,15 @@ def test_a_clip_changes_the_policy(resources: Resources) -> None:
         main(run_of(resources, clip=clip))
         curves.append([loss for _, loss in read_json("reports/metrics/safety_dpo/it.json")["loss_curve"]])
     assert curves[0][0] == pytest.approx(curves[1][0], rel=1e-5) and abs(curves[0][1] - curves[1][1]) > 1e-3
+
+
+def test_a_multiplier_is_the_duals_its_stocked_one_or_a_number_and_prices_are_told(
+    resources: Resources, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_json("data/dual/dual.json", {"lam": 0.8, "lam_stock": 1.1, "prices": []})
+    specs = {lam: run_of(resources, lam=lam).params.runs["it"] for lam in ("dual", "stock", 0.3)}
+    assert [multiplier("it", spec) for spec in specs.values()] == [0.8, 1.1, 0.3]
+    assert not caplog.records
+    write_json("data/dual/dual.json", {"lam": 0.8, "prices": [{"name": "short"}]})
+    assert multiplier("it", specs["dual"]) == 0.8
+    assert "safety_dpo.runs.it trains on preferences and ignores constraint.also" in caplog.text
