@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from ruamel.yaml import YAML
 from scipy.optimize import minimize
 
 from dualign import dual
 from dualign.constraints import Constraint, Price, Scored, constraint, price, priced, prices_in
 from dualign.core.errors import InfeasibleError, ParamsError
-from dualign.core.params import ConstraintSpec
+from dualign.core.params import ConstraintSpec, check, read_yaml
 from dualign.data.schema import user
 
 BETA, LIMIT, TOP = 0.8, 0.1, 1e3
@@ -282,3 +285,17 @@ def test_pairs_pay_on_both_sides_and_their_tokens_are_counted() -> None:
 def test_no_prices_leave_the_table_as_it_is() -> None:
     frame = samples()
     assert priced(frame, []) is frame
+
+
+# --- the guide --------------------------------------------------------------------------------------------------------
+
+
+def test_the_limits_of_the_guide_are_ones_that_params_take(repo_root: Path) -> None:
+    text = (repo_root / "docs/constraints.md").read_text()
+    block = next(part for part in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL) if "also:" in part)
+    content = read_yaml(repo_root / "params.yaml")
+    content["constraint"] |= YAML(typ="safe").load(block)["constraint"]
+    also = check(content, "guide")["dual_init"].also  # type: ignore[attr-defined]
+    assert {spec.quantity for spec in also.values()} == {"cost", "p_unsafe", "cvar", "length"}
+    prompts = [user("Is it safe for Children?"), user("A grandchild?")]
+    assert constraint("children", also["children"]).applies(prompts).tolist() == [True, False]
