@@ -37,6 +37,7 @@ from dualign.bounds import (
     check_delta,
     check_test,
     clustered,
+    corrected,
     corrected_upper_bound,
     prompt_means,
     sample_size,
@@ -202,16 +203,16 @@ def _check_labels(required: Requirement, answers: pd.DataFrame, labels: pd.DataF
     anyone), which is the larger, is bounded instead.
     """
     if required.quantity == "harm" and not labels["truth"].any():
-        bound = float(binomial_bound(np.array(0), labels["prompt_id"].nunique(), delta))
+        estimate, bound = 0.0, float(binomial_bound(np.array(0), labels["prompt_id"].nunique(), delta))
     else:
-        bound = corrected_upper_bound(
+        estimate, bound = corrected(
             answers["cost"], answers["prompt_id"], labels["cost"], labels["truth"], labels["prompt_id"], delta=delta
         )
     return Check(
         requirement=required.name,
         prompts=int(labels["prompt_id"].nunique()),
         answers=len(labels),
-        estimate=float(labels.groupby("prompt_id")["truth"].mean().mean()),
+        estimate=estimate,
         bound=bound,
         raised=0.0,
         kept=bound <= required.limit,

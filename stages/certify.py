@@ -93,7 +93,7 @@ def describe(found: Certificate, bench: Contenders) -> dict[str, Any]:
             "certified": test.certified,
             "checks": [check.model_dump() for check in test.checks],
             **bench.measured(test.name),
-            "prompts_needed": forecast(test, found, bench),
+            "prompts_needed": forecast(test, found),
         }
         for test in found.tested
     ]

@@ -17,7 +17,7 @@ from dualign.core.errors import AwaitingLabels, DataError, DualignError
 from dualign.core.params import CertifyParams, CertifyRun, EvaluateParams, LabelParams, Resources, load
 from dualign.core.stage import Run
 from dualign.data import world
-from dualign.data.schema import ANSWERS, PROMPTS, prompt_id, read_table, user
+from dualign.data.schema import ANSWERS, LABELS, PROMPTS, prompt_id, read_table, user
 from dualign.lm.models import load_policy, load_scorer_backbone
 from dualign.measure.stats import clustered_mean
 from dualign.report.comparison import compare
@@ -136,7 +136,8 @@ def test_people_may_label(resources: Resources) -> None:
     main(run)
     (check,) = certificate.verify("reports/certificate/it/certificate.json").tested[0].checks[1:]
     assert check.requirement == "called unsafe" and check.answers == 5
-    assert check.estimate == pytest.approx(sum(k % 2 for k in range(5)) / 3 / 5)
+    labels = read_table("reports/certificate/it/00-labels.parquet", LABELS)
+    assert sorted(labels["truth"]) == pytest.approx([0, 0, 0, 1 / 3, 1 / 3])
 
 
 def test_a_failed_test_says_how_many_prompts_it_would_take(resources: Resources) -> None:
@@ -147,7 +148,8 @@ def test_a_failed_test_says_how_many_prompts_it_would_take(resources: Resources)
     (test,) = metrics()["tests"]
     means = read_table("reports/certificate/it/00-answers.parquet", ANSWERS).groupby("prompt_id")["cost"].mean()
     assert not test["certified"]
-    assert test["prompts_needed"] == certificate.sample_size(means.std(), limit - first["estimate"])
+    planned = certificate.sample_size(means.std(), limit - first["estimate"])  # of normal quantiles, not Student's
+    assert planned <= test["prompts_needed"] <= 1.5 * planned
     main(run_of(resources, limit=first["estimate"] - 1))
     assert metrics()["tests"][0]["prompts_needed"] is None
 
