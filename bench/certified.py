@@ -27,7 +27,7 @@ from dualign.core.params import CertifyParams, load
 log = logging.getLogger(__name__)
 
 PROGRAM = "python -m bench.certified"
-#: The row of `certify`, and the policies of `evaluate` that are judged: what the search returned, and what was certified.
+#: The row of `certify`, and the policies that are judged: what the search returned, and what was certified.
 ROW, SEARCHED, CERTIFIED = "dualign", "dualign", "certified"
 UNUSED = ("evaluate@sft", "report")
 
@@ -138,9 +138,9 @@ def _number(value: float | None, digits: int) -> str:
 
 _NOTES = """\
 How to read it: E[c*] is the true cost of a policy's answers to held-out prompts, by the oracle; *above* counts the runs
-where its mean is above the limit, *beyond the interval* those where even its 95 % confidence interval is. *Way in r\\** is
-the way from the reference to the exact optimum at the limit, in true reward. A search aims at the limit, so about every
-other policy that it returns is above it; a certificate may be wrong in a share δ of runs."""
+where its mean is above the limit, *beyond the interval* those where even its 95 % confidence interval is. `way in r*`
+is the way from the reference to the exact optimum at the limit, in true reward. A search aims at the limit, so about
+every other policy that it returns is above it; a certificate may be wrong in a share δ of runs."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
