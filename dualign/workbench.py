@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pandas as pd
 import torch
 
 from dualign import dual
+from dualign.constraints import Price, priced
 from dualign.core.artifacts import read_json, replacing, write_json, write_parquet
 from dualign.core.errors import ParamsError
 from dualign.core.params import DualSearchParams, InnerParams, Resources, TrainingParams
@@ -19,6 +21,7 @@ from dualign.data.schema import ANSWERS, POOL, SAFETY_PAIRS, SCORED_PAIRS, read_
 from dualign.labelling import compare, log_odds, vote
 from dualign.lm.mixture import policy_at, write_mixture
 from dualign.lm.models import load_policy, save, with_lora
+from dualign.lm.tokens import answer_lengths
 from dualign.losses import lagrangian_scale
 from dualign.measure.rollout import Judges, measure, roll_out
 from dualign.measure.stats import Measurement, clustered_mean
@@ -52,7 +55,8 @@ class PolicyBench:
     """Implements `dualign.search.Workbench` on models; every step has its own folder in `scratch`.
 
     `inner` holds the weights of the Lagrangian loss; None means safety pairs at coefficient beta / lambda, with `loss`
-    the options of that loss. `reward_clip` bounds the implicit rewards of pi_r where a round trains it.
+    the options of that loss. `reward_clip` bounds the implicit rewards of pi_r where a round trains it. `prices` of
+    further limits are charged to the rewards that a Lagrangian loss reads.
     """
 
     def __init__(
@@ -66,9 +70,10 @@ class PolicyBench:
         inputs: Inputs | None = None,
         loss: dict[str, Any] | None = None,
         reward_clip: float | None = None,
+        prices: Sequence[Price] = (),
     ) -> None:
         self._plan, self._method, self._params, self._resources = plan, plan.method, params, resources
-        self._loss, self._reward_clip = loss or {}, reward_clip
+        self._loss, self._reward_clip, self._prices = loss or {}, reward_clip, prices
         self._weights, self._prompts, self._scratch, self._inputs = inner, prompts, scratch, inputs or Inputs()
         self._judges = Judges.load(resources, self._inputs.models)
         if self._method.inner != "policy_gradient":
@@ -195,6 +200,9 @@ class PolicyBench:
     def _scale(self, lam: float) -> float:
         return lagrangian_scale(lam, self._weights is not None and self._weights.normalised)
 
+    def _priced(self, frame: pd.DataFrame) -> pd.DataFrame:
+        return priced(frame, self._prices, partial(answer_lengths, self._judges.tokenizer))
+
     def _safety_source(self) -> PairSource:
         """Safety pairs with log pi_r as reference column, the same at every multiplier."""
         frame = read_table(self._inputs.prepared / "safety_pairs.parquet", SAFETY_PAIRS)
@@ -211,7 +219,7 @@ class PolicyBench:
         return source
 
     def _scored_source(self) -> PairSource:
-        frame = read_table(self._inputs.scored / "scored_pairs.parquet", SCORED_PAIRS)
+        frame = self._priced(read_table(self._inputs.scored / "scored_pairs.parquet", SCORED_PAIRS))
         return lambda lam, folder, warm: lagrangian_pairs(frame, self._judges.tokenizer, lam, self._scale(lam))
 
     def _pool_source(self) -> PairSource:
@@ -220,7 +228,7 @@ class PolicyBench:
         Fresh answers find the text that no fixed pool holds; their anchors use the pool's soft value of the prompt, so
         they need no new partition function.
         """
-        pool = read_table(self._inputs.scored / "pool.parquet", POOL)
+        pool = self._priced(read_table(self._inputs.scored / "pool.parquet", POOL))
         samples = samples_of(pool, self._judges.tokenizer)
         prompts = pool.drop_duplicates("prompt_id")[["prompt_id", "prompt"]].head(self._params.refresh_prompts)
 
@@ -232,7 +240,7 @@ class PolicyBench:
             )
             if prompts.empty:
                 return pairs
-            fresh = samples_of(self._refresh(folder, warm, prompts), self._judges.tokenizer)
+            fresh = samples_of(self._priced(self._refresh(folder, warm, prompts)), self._judges.tokenizer)
             known = dual.soft_value(samples.reward, samples.cost, lam, params.beta)[: len(prompts), None]
             value = known.repeat(params.refresh_samples, axis=1)
             return pairs + pool_pairs(fresh, value, lam, params.beta, seed, self._scale(lam))

@@ -2,7 +2,8 @@
 
     python -m stages.dual_init
 
-Seconds on a CPU: a new `constraint.limit` reruns from here.
+Seconds on a CPU: a new `constraint.limit` reruns from here. Further limits (`constraint.also`) are solved together with
+the limit, and their prices charged to the reward.
 """
 
 from __future__ import annotations
@@ -12,55 +13,72 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from dualign import dual
-from dualign.core.artifacts import replacing, write_json
+from dualign.constraints import Price, Scored, price, priced
+from dualign.core.artifacts import read_json, replacing, write_json, write_parquet
+from dualign.core.errors import InfeasibleError
 from dualign.core.params import DualInitParams
 from dualign.core.stage import Run, execute
-from dualign.data.schema import POOL, by_prompt, read_table
+from dualign.data.schema import DUAL_PROMPTS, POOL, by_prompt, read_table
 
 log = logging.getLogger("dualign")
 
 SAMPLES = Path("data/scored/pool.parquet")
+COST_MODEL = Path("reports/metrics/cost_model.json")
 OUT = Path("data/dual")
+
+#: More samples a prompt than this are no advice.
+_AFFORDABLE = 1024
 
 
 def main(run: Run[DualInitParams]) -> None:
     """Run the stage."""
     params = run.params
     pool = read_table(SAMPLES, POOL)
+    prompts = pool.drop_duplicates("prompt_id")
     reward, cost, length = (by_prompt(pool, name) for name in ("reward", "cost", "length"))
+    scored = Scored(reward, cost, length, prompts["prompt"].tolist())
+    prices = price(scored, params.also, limit=params.limit, beta=params.beta, lambda_max=params.lambda_max)
     solution = dual.solve(
-        reward, cost, limit=params.limit, beta=params.beta,
+        by_prompt(priced(pool, prices), "reward"), cost, limit=params.limit, beta=params.beta,
         lambda_max=params.lambda_max, bootstrap=params.bootstrap, seed=params.seed,
     )  # fmt: skip
-    result = describe(solution, params)
+    stocked = with_stock(solution, params)
+    error = read_json(COST_MODEL).get("zero_error")
+    result = describe(solution, params) | sensitivity(solution, params, error) | _named(stocked)
+    result |= {"prices": [found.as_dict() for found in prices], "messages": messages(solution, params, stocked)}
     grid = sorted({*params.grid, solution.lam})
+    frontier = solution.frontier(grid, length, reward=reward, level=params.cvar_level)
     with replacing(OUT) as folder:
         folder.mkdir()
         write_json(folder / "dual.json", result)
-        write_json(folder / "frontier.json", {"rows": solution.frontier(grid, length)})
-    for message in result["messages"]:
-        log.warning("%s", message)
-    log.info(
-        "lambda %.4f, 95 %% interval %.4f to %.4f, median ESS %.1f of %d",
-        solution.lam,
-        *solution.lam_interval,
-        result["ess_median"],
-        result["samples"],
-    )
+        write_json(folder / "frontier.json", {"rows": frontier, "cvar_level": params.cvar_level})
+        write_parquet(folder / "prompts.parquet", by_prompts(solution, prompts), DUAL_PROMPTS)
+    _tell(solution, result, prices)
     run.metrics({key: value for key, value in result.items() if key != "messages"})
+
+
+def with_stock(solution: dual.DualSolution, params: DualInitParams) -> dual.Stocked:
+    """The multiplier that leaves room for a certificate; the solution's own where `constraint.power` is null."""
+    if params.power is None:
+        return dual.Stocked(solution.lam, params.limit, 0.0, True)
+    reward, cost, beta, power = solution.reward, solution.cost, solution.beta, params.power
+
+    def margin(lam: float) -> float:
+        sd = dual.spread_of_means(reward, cost, lam, beta, params.certify_samples)
+        return dual.stock(sd, params.certify_prompts, delta=params.delta, power=power)
+
+    return dual.solve_with_stock(
+        reward, cost, limit=params.limit, beta=beta, lambda_max=params.lambda_max, margin=margin
+    )
 
 
 def describe(solution: dual.DualSolution, params: DualInitParams) -> dict[str, Any]:
     """The solved dual with its diagnostics, as data/dual/dual.json holds it."""
     reward, cost, beta = solution.reward, solution.cost, solution.beta
-    half = cost.shape[1] // 2
-    halves = [
-        dual.root(reward[:, part], cost[:, part], limit=params.limit, beta=beta, lambda_max=params.lambda_max)
-        for part in (slice(0, half), slice(half, 2 * half))
-        if dual.predict(reward[:, part], cost[:, part], params.lambda_max, beta, cost[:, part]).mean() <= params.limit
-    ]
+    scales = solution.scales
     return {
         "lam": solution.lam,
         "lam_low": solution.lam_interval[0],
@@ -69,33 +87,137 @@ def describe(solution: dual.DualSolution, params: DualInitParams) -> dict[str, A
         "lambda_max": params.lambda_max,
         "beta": beta,
         "cost_reference": float(cost.mean()),
-        "cost_unconstrained": float(dual.predict(reward, cost, 0.0, beta, cost).mean()),
-        "reachable_minimum": float(dual.predict(reward, cost, params.lambda_max, beta, cost).mean()),
+        "cost_unconstrained": _cost(solution, 0.0),
+        "reachable_minimum": _cost(solution, params.lambda_max),
         "ess_median": float(np.median(solution.ess)),
         "ess_low": float(np.quantile(solution.ess, 0.1)),
-        "half_drift": float(np.mean(halves) - solution.lam) if halves else None,
         "prompts": cost.shape[0],
         "samples": cost.shape[1],
         "slack": solution.slack,
-        "messages": messages(solution, params),
+        "newton_steps": solution.steps,
+        "standardised": {
+            "reward_sd": scales.reward,
+            "cost_sd": scales.cost,
+            "beta": beta / scales.reward,
+            "lam": solution.lam * scales.cost / scales.reward,
+        },
+    } | drift(reward, cost, solution.lam, params)
+
+
+def drift(reward: np.ndarray, cost: np.ndarray, lam: float, params: DualInitParams) -> dict[str, float | None]:
+    """What half of each prompt's samples change: lambda (`half_drift`), and the cost predicted at `lam`.
+
+    Means over both halves, less the value of all samples. Few samples bias both, so drift says that more are needed.
+    """
+    half, beta = cost.shape[1] // 2, params.beta
+    roots, costs = [], []
+    for part in (slice(0, half), slice(half, 2 * half)):
+        r, c = reward[:, part], cost[:, part]
+        costs.append(dual.predict(r, c, lam, beta, c).mean())
+        if dual.predict(r, c, params.lambda_max, beta, c).mean() <= params.limit:
+            roots.append(dual.root(r, c, limit=params.limit, beta=beta, lambda_max=params.lambda_max))
+    whole = dual.predict(reward, cost, lam, beta, cost).mean()
+    return {
+        "half_drift": float(np.mean(roots) - lam) if roots else None,
+        "half_drift_cost": float(np.mean(costs) - whole),
     }
 
 
-def messages(solution: dual.DualSolution, params: DualInitParams) -> list[str]:
+def sensitivity(solution: dual.DualSolution, params: DualInitParams, error: float | None) -> dict[str, float | None]:
+    """How lambda moves with the limit, and between the limits one standard error of the cost's zero apart.
+
+    `error` is that standard error in units of cost, None where it is not known. A multiplier out of reach is None too.
+    """
+
+    def at(limit: float) -> float | None:
+        try:
+            return dual.root(
+                solution.reward, solution.cost, limit=limit, beta=params.beta, lambda_max=params.lambda_max
+            )
+        except InfeasibleError:
+            return None
+
+    return {
+        "lam_slope": solution.slope,
+        "zero_error": error,
+        "lam_zero_low": None if error is None else at(params.limit + error),
+        "lam_zero_high": None if error is None else at(params.limit - error),
+    }
+
+
+def messages(solution: dual.DualSolution, params: DualInitParams, stocked: dual.Stocked) -> list[str]:
     """What a user should know about this dual, with the remedy."""
     found = []
     if solution.slack:
         found.append("the limit is slack: the unconstrained optimum keeps it, so lambda is 0")
-    ess = float(np.median(solution.ess))
-    if ess < params.min_ess:
-        spread = float((solution.reward - solution.lam * solution.cost).std(1).mean())
-        wanted = params.min_ess / ess * solution.cost.shape[1]
+    if not stocked.reached:
         found.append(
-            f"median effective sample size {ess:.1f} is below {params.min_ess:g}, so predictions lean on few samples: "
-            f"draw about {wanted:.0f} samples a prompt (score.samples_per_prompt), or raise beta (now {params.beta:g}; "
-            f"r - lambda c has a within-prompt sd of {spread:.2f})"
+            f"the aim that leaves room for a certificate is out of the samples' reach: lam_stock takes the lowest cost "
+            f"that is not, {stocked.aim:.4g}; raise certify.prompts or constraint.limit, or lower constraint.power"
         )
+    if float(np.median(solution.ess)) < params.min_ess:
+        found.append(_low_ess(solution, params))
     return found
+
+
+def _low_ess(solution: dual.DualSolution, params: DualInitParams) -> str:
+    """How few effective samples there are, and which beta or how many samples would give `dual_init.min_ess`."""
+    reward, cost, count = solution.reward, solution.cost, solution.cost.shape[1]
+    beta = dual.beta_for_ess(
+        reward, cost, limit=params.limit, beta=params.beta, lambda_max=params.lambda_max, ess=params.min_ess
+    )
+    wanted = dual.samples_for_ess(reward, cost, solution.lam, params.beta, params.min_ess)
+    by_beta = (
+        f"raise beta from {params.beta:g} to {beta:.2g}"
+        if beta is not None
+        else "no beta gives more at this limit, so raise constraint.limit"
+    )
+    by_samples = (
+        f"draw {wanted:.0f} samples a prompt or more (now {count}, score.samples_per_prompt)"
+        if wanted <= _AFFORDABLE
+        else f"more samples than {count} a prompt will hardly do"
+    )
+    return (
+        f"median effective sample size {np.median(solution.ess):.1f} of {count} is below {params.min_ess:g}, so "
+        f"predictions lean on few samples: {by_beta}; {by_samples}"
+    )
+
+
+def by_prompts(solution: dual.DualSolution, prompts: pd.DataFrame) -> pd.DataFrame:
+    """A row for each prompt at the solution's multiplier: schema DUAL_PROMPTS."""
+    given = (solution.reward, solution.cost, solution.lam, solution.beta)
+    return pd.DataFrame(
+        {
+            "prompt_id": prompts["prompt_id"].to_numpy(),
+            "ess": solution.ess,
+            "value": solution.value,
+            "kl": dual.divergence(*given),
+            "cost": dual.predict(*given, solution.cost),
+        }
+    )
+
+
+def _cost(solution: dual.DualSolution, lam: float) -> float:
+    return float(dual.predict(solution.reward, solution.cost, lam, solution.beta, solution.cost).mean())
+
+
+def _named(stocked: dual.Stocked) -> dict[str, float]:
+    return {"aim": stocked.aim, "stock": stocked.stock, "lam_stock": stocked.lam}
+
+
+def _tell(solution: dual.DualSolution, result: dict[str, Any], prices: list[Price]) -> None:
+    for message in result["messages"]:
+        log.warning("%s", message)
+    log.info(
+        "lambda %.4f, 95 %% interval %.4f to %.4f, median ESS %.1f of %d, %d Newton steps",
+        solution.lam,
+        *solution.lam_interval,
+        result["ess_median"],
+        result["samples"],
+        solution.steps,
+    )
+    for found in prices:
+        log.info("%s: price %.4g, predicted %.4g", found.constraint.key, found.lam, found.predicted)
 
 
 if __name__ == "__main__":

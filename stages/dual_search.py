@@ -16,6 +16,7 @@ from typing import Any
 
 from dualign import search
 from dualign.card import model_card
+from dualign.constraints import Price, prices_in
 from dualign.core.artifacts import read_json, replacing, write_json
 from dualign.core.errors import ParamsError
 from dualign.core.params import DualSearchParams, InnerParams
@@ -53,7 +54,9 @@ def main(run: Run[DualSearchParams]) -> None:
         update = {"learning_rate": start["learning_rate"]}
         params = params.model_copy(update={"training": params.training.model_copy(update=update)})
     loss, clip = _loss(start), reference.get("clip")
-    bench = PolicyBench(row, params, run.resources, inner, prompts, scratch, loss=loss, reward_clip=clip)
+    bench = PolicyBench(
+        row, params, run.resources, inner, prompts, scratch, loss=loss, reward_clip=clip, prices=further_limits(row)
+    )
     known = outlook(row, start, params)
     steps, stopped = search.run(row, bench.start, known, params, bench, scratch)
     result = search.summary(row, steps, stopped, params, known, trainings(row, start))
@@ -83,6 +86,15 @@ def outlook(row: Plan, start: dict[str, Any], params: DualSearchParams) -> searc
         )
     naive = row.method.rule == "merge" and start["reference"] != row.reference
     return search.Outlook(read_json(DUAL)["lam"], safe["lam"], radius, naive)
+
+
+def further_limits(row: Plan) -> list[Price]:
+    """Prices of the limits beside the one on cost, for a search whose loss reads scores; no other can keep them."""
+    prices = prices_in(read_json(DUAL))
+    if prices and row.method.inner != "lagrangian":
+        log.warning("methods.%s does not train on scores of a table and ignores constraint.also", row.name)
+        return []
+    return prices
 
 
 def trainings(row: Plan, start: dict[str, Any]) -> int:

@@ -7,20 +7,28 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+from dualign.constraints import constraint
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.errors import ParamsError
-from dualign.core.params import EvaluateParams
+from dualign.core.params import ConstraintSpec, EvaluateParams
 from dualign.core.stage import Run, execute
 from dualign.data.schema import ANSWERS, ENUMERATED, POOL, PROMPTS, read_table
+from dualign.dual import value_at_risk
 from dualign.evaluation import add_truth, against_optimum, finite_problem, summarise
 from dualign.lm.mixture import Policy, is_policy, policy_at
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_prompts
 from dualign.measure.rollout import Judges, roll_out
+from dualign.measure.stats import clustered_mean
+
+log = logging.getLogger("dualign")
 
 log = logging.getLogger("dualign")
 
@@ -53,6 +61,8 @@ def main(run: Run[EvaluateParams]) -> None:
         enumerated = read_table(SCORED / "enumerated.parquet", ENUMERATED)
         kept = enumerated[enumerated["prompt_id"].isin(prompts["prompt_id"])]
         metrics |= against_optimum(metrics, finite_problem(kept, params.beta), params.limit)
+    if params.also:
+        metrics["also"] = further_limits(answers, params.also, params.confidence)
     with replacing(OUT / run.item) as out:
         out.mkdir()
         write_parquet(out / "answers.parquet", answers, ANSWERS)
@@ -78,6 +88,29 @@ def displacement(policy: Policy, judges: Judges, samples: int = 2) -> pd.DataFra
     return pd.DataFrame(
         {"prompt_id": pool["prompt_id"].to_numpy(), "log_ratio": logp.numpy() - pool["logp_ref"].to_numpy()}
     )
+
+
+def further_limits(
+    answers: pd.DataFrame, also: Mapping[str, ConstraintSpec], confidence: float
+) -> dict[str, dict[str, float | None]]:
+    """What the answers show of each further limit: {name: {mean, low, high, limit}}, on the prompts that it is on.
+
+    A CVaR is that of the answers, the mean of t + (c - t)_+ / (1 - level) at their value at risk t.
+    """
+    found: dict[str, dict[str, float | None]] = {}
+    for name, spec in also.items():
+        further = constraint(name, spec)
+        rows = answers[further.applies(answers["prompt"].tolist())]
+        if rows.empty:
+            log.warning("%s.prompts: %r is found in no evaluated prompt", further.key, further.prompts)
+            found[name] = {"mean": None, "low": None, "high": None, "limit": spec.limit}
+            continue
+        cost, length = (rows[column].to_numpy(float) for column in ("cost", "length"))
+        if spec.level is not None:
+            further = replace(further, threshold=value_at_risk(cost, np.ones_like(cost), spec.level))
+        values = clustered_mean(further.values(cost, length), rows["prompt_id"].to_numpy(), confidence)
+        found[name] = {**values.as_dict(), "limit": spec.limit}
+    return found
 
 
 if __name__ == "__main__":

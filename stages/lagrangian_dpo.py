@@ -9,19 +9,23 @@ ours (the pool, exact labels, anchor).
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from transformers import PreTrainedTokenizerBase
 
 from dualign import dual
+from dualign.constraints import priced, prices_in
 from dualign.core.artifacts import read_json, replacing
 from dualign.core.errors import InfeasibleError, ParamsError
-from dualign.core.params import LagrangianDpoParams, LagrangianRun
+from dualign.core.params import SOLVED, LagrangianDpoParams, LagrangianRun
 from dualign.core.stage import Run, execute, finished
 from dualign.data.schema import by_prompt
-from dualign.implicit import scored_tables
+from dualign.implicit import Tables, scored_tables
 from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
+from dualign.lm.tokens import answer_lengths
 from dualign.losses import lagrangian_scale
 from dualign.pairs import lagrangian_pairs, pool_pairs, pool_values, samples_of
 from dualign.training.pairwise import Inner, train_pairwise
@@ -46,6 +50,7 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     tokenizer = load_tokenizer(REFERENCE)
     tables = scored_tables(SCORED, spec.reward, spec.cost, params.beta, tokenizer, run.resources, MODELS, METRICS)
     found = multiplier(run.item, spec, tables.pool, params)
+    tables = charged(run.item, spec, tables, tokenizer)
     lam = found["lam"]
     scale = lagrangian_scale(lam, spec.inner.normalised)
     if spec.data == "pool":
@@ -72,22 +77,36 @@ def main(run: Run[LagrangianDpoParams]) -> None:
 def multiplier(item: str, spec: LagrangianRun, pool: pd.DataFrame, params: LagrangianDpoParams) -> dict[str, Any]:
     """The multiplier and where it is from: params, the dual of the pool, or the dual of the pool's implicit scores.
 
-    The last is solved here, so its 95 % interval `lam_interval` comes with it.
+    The last is solved here, so its 95 % interval `lam_interval` comes with it. `stock` stays below the limit by the
+    pool's safety stock.
     """
-    if spec.lam != "dual":
+    if not isinstance(spec.lam, str):
         return {"lam": spec.lam, "lam_from": "params.yaml"}
     known = read_json(DUAL)
     if not spec.implicit:
-        return {"lam": known["lam"], "lam_from": str(DUAL)}
+        return {"lam": known[SOLVED[spec.lam]], "lam_from": str(DUAL)}
     try:
         solution = dual.solve(
             by_prompt(pool, "reward"), by_prompt(pool, "cost"),
-            limit=known["limit"], beta=params.beta, lambda_max=known["lambda_max"], seed=params.seed,
+            limit=known["limit" if spec.lam == "dual" else "aim"], beta=params.beta,
+            lambda_max=known["lambda_max"], seed=params.seed,
         )  # fmt: skip
     except InfeasibleError as error:
         raise InfeasibleError(f"lagrangian_dpo.runs.{item}, scored by policies: {error}") from error
     log.info("lambda %.4f on implicit scores, 95 %% interval %.4f to %.4f", solution.lam, *solution.lam_interval)
     return {"lam": solution.lam, "lam_from": "implicit scores", "lam_interval": list(solution.lam_interval)}
+
+
+def charged(item: str, spec: LagrangianRun, tables: Tables, tokenizer: PreTrainedTokenizerBase) -> Tables:
+    """The tables with the prices of further limits in their rewards.
+
+    A multiplier given as a number has none beside it, and prices of scorers mean nothing on implicit scores.
+    """
+    prices = prices_in(read_json(DUAL)) if isinstance(spec.lam, str) else []
+    if prices and spec.implicit:
+        log.warning("lagrangian_dpo.runs.%s is scored by policies and ignores constraint.also", item)
+        return tables
+    return Tables(*(priced(table, prices, partial(answer_lengths, tokenizer)) for table in tables))
 
 
 if __name__ == "__main__":

@@ -9,17 +9,20 @@ its flag says safe.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from dualign.core.artifacts import read_json, replacing
 from dualign.core.errors import ParamsError
-from dualign.core.params import SafetyDpoParams
+from dualign.core.params import SOLVED, SafetyDpoParams, SafetyRun
 from dualign.core.stage import Run, execute, finished
 from dualign.data.schema import SAFETY_PAIRS, read_table
 from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
 from dualign.pairs import safety_training_pairs, visited
 from dualign.training.pairwise import Inner, train_pairwise
 from dualign.training.run import Job
+
+log = logging.getLogger("dualign")
 
 PAIRS = Path("data/prepared/safety_pairs.parquet")
 DUAL = Path("data/dual/dual.json")
@@ -32,7 +35,7 @@ def main(run: Run[SafetyDpoParams]) -> None:
     if run.item not in params.runs:
         raise ParamsError(f"safety_dpo.runs has no {run.item!r}; one of {', '.join(params.runs)}")
     spec = params.runs[run.item]
-    lam = max(spec.factor * (read_json(DUAL)["lam"] if spec.lam == "dual" else spec.lam), params.lambda_min)
+    lam = max(spec.factor * multiplier(run.item, spec), params.lambda_min)
     reference = Path("models") / spec.reference
     frame = read_table(PAIRS, SAFETY_PAIRS)
     tokenizer, policy = load_tokenizer("models/sft"), load_policy(reference, run.resources)
@@ -48,6 +51,19 @@ def main(run: Run[SafetyDpoParams]) -> None:
     chosen = {"reference": spec.reference, "loss_type": spec.loss_type, "clip": spec.clip}
     run.metrics({**metrics, "lam": lam, "coefficient": params.beta / lam, **chosen})
     finished(scratch)
+
+
+def multiplier(item: str, spec: SafetyRun) -> float:
+    """The multiplier before `factor`: a number, or the solved dual's.
+
+    Preferences have no scores that the prices of further limits could be charged to; they are not kept here.
+    """
+    if not isinstance(spec.lam, str):
+        return spec.lam
+    known = read_json(DUAL)
+    if known.get("prices"):
+        log.warning("safety_dpo.runs.%s trains on preferences and ignores constraint.also", item)
+    return float(known[SOLVED[spec.lam]])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ random draw, so DVC does not track it.
 from __future__ import annotations
 
 import difflib
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -26,6 +27,10 @@ NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 LossType = Literal["dpo", "ipo", "kto"]
+Quantity = Literal["cost", "p_unsafe", "cvar", "length"]
+#: Multipliers that a run may name, and the key of data/dual/dual.json that holds each.
+Solved = Literal["dual", "stock"]
+SOLVED = {"dual": "lam", "stock": "lam_stock"}
 
 
 class Frozen(BaseModel):
@@ -132,6 +137,33 @@ class InnerParams(Frozen):
     nll: NonNegative
 
 
+class ConstraintSpec(Frozen):
+    """A further limit on the mean of a quantity of the answers; see `dualign.constraints`.
+
+    `level` belongs to `cvar`, the mean cost of the worst 1 - level of the answers. `prompts` is a regular expression:
+    the limit is on those prompts in whose last user text it is found; null is all.
+    """
+
+    quantity: Quantity
+    limit: float
+    level: Annotated[float, Field(gt=0, lt=1)] | None = None
+    prompts: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ConstraintSpec:
+        if (self.quantity == "cvar") != (self.level is not None):
+            raise ValueError("level goes with quantity cvar and with no other; set it to 0.9, say, or to null")
+        if self.quantity == "p_unsafe" and not 0 < self.limit < 1:
+            raise ValueError(f"the limit of p_unsafe is a share between 0 and 1, not {self.limit:g}; give such a share")
+        if self.quantity == "length" and self.limit <= 0:
+            raise ValueError(f"the limit of length is in tokens and above 0, not {self.limit:g}; give such a number")
+        try:
+            re.compile(self.prompts or "")
+        except re.error as error:
+            raise ValueError(f"prompts {self.prompts!r} is no regular expression ({error}); correct it") from None
+        return self
+
+
 class Resources(Frozen):
     """How to run on this machine; DVC does not track it."""
 
@@ -229,15 +261,30 @@ class DualInitParams(StageParams):
     """The dual of the pool."""
 
     section = "dual_init"
-    shared = {"seed": "seed", "beta": "beta", "limit": "constraint.limit"}
+    shared = {
+        "seed": "seed",
+        "beta": "beta",
+        "limit": "constraint.limit",
+        "delta": "constraint.delta",
+        "power": "constraint.power",
+        "also": "constraint.also",
+        "certify_prompts": "certify.prompts",
+        "certify_samples": "certify.samples_per_prompt",
+    }
 
     seed: int
     beta: Positive
     limit: float
+    delta: Annotated[float, Field(gt=0, lt=0.5)]
+    power: Annotated[float, Field(ge=0.5, lt=1)] | None
+    also: dict[str, ConstraintSpec]
+    certify_prompts: Annotated[int, Field(ge=2)]
+    certify_samples: Count
     lambda_max: Positive
     grid: Annotated[list[NonNegative], Field(min_length=2)]
     bootstrap: Annotated[int, Field(ge=20)]
     min_ess: Positive
+    cvar_level: Annotated[float, Field(gt=0, lt=1)]
 
     @model_validator(mode="after")
     def _check(self) -> DualInitParams:
@@ -294,14 +341,15 @@ class RewardDpoParams(StageParams):
 
 
 class SafetyRun(Frozen):
-    """One safety DPO: from which policy, with which multiplier (`dual` times `factor`, or a number), by which loss.
+    """One safety DPO: from which policy, with which multiplier, by which loss.
 
-    `reference` is a folder under models/: `sft`, or a run of `reward_dpo`. `clip` bounds the implicit rewards, in units
-    of cost. A search that starts from it keeps loss and clip.
+    `lam` is `dual`, `stock` or a number, and is multiplied by `factor`. `reference` is a folder under models/: `sft` or
+    a run of `reward_dpo`. `clip` bounds the implicit rewards, in units of cost. A search that starts from it keeps loss
+    and clip.
     """
 
     reference: str
-    lam: Literal["dual"] | Positive
+    lam: Solved | Positive
     factor: Positive
     loss_type: LossType
     clip: Positive | None
@@ -322,14 +370,14 @@ class SafetyDpoParams(StageParams):
 
 
 class LagrangianRun(Frozen):
-    """One Lagrangian DPO: its multiplier (`dual`, or a number), scores, pairs, learning rate and inner loss.
+    """One Lagrangian DPO: its multiplier (`dual`, `stock` or a number), scores, pairs, learning rate and inner loss.
 
     `reward` and `cost` are folders under models/: the scorers (`reward_model`, `cost_model`), or policies whose
     log-ratios stand in for them (`reward_dpo/NAME`, `safety_dpo/NAME`). `learning_rate` null takes the section's. A
     search that starts from it keeps its learning rate and inner loss.
     """
 
-    lam: Literal["dual"] | NonNegative
+    lam: Solved | NonNegative
     reward: str
     cost: str
     data: Literal["pairs", "pool"]
@@ -581,12 +629,14 @@ class EvaluateParams(StageParams):
         "seed": "seed",
         "beta": "beta",
         "limit": "constraint.limit",
+        "also": "constraint.also",
         "max_new_tokens": "generation.max_new_tokens",
     }
 
     seed: int
     beta: Positive
     limit: float
+    also: dict[str, ConstraintSpec]
     max_new_tokens: Count
     prompts: Count
     samples_per_prompt: Count

@@ -74,6 +74,8 @@ SCORED_PAIRS = pa.schema(
 #: Scored samples of the reference policy at temperature 1. `tokens` are the ids as drawn (text may not encode back to
 #: them), `length` counts them with EOS, `ended` says that EOS was drawn before the length limit.
 POOL = pa.schema(_SAMPLE)
+#: The solved dual by pool prompt, at its multiplier: effective samples, soft value, KL (nats), predicted cost.
+DUAL_PROMPTS = pa.schema([_PROMPT[0], *[(name, pa.float64()) for name in ("ess", "value", "kl", "cost")]])
 #: In the embedded world: every grammatical answer to the eval prompts, its true scores, and logp_ref (else empty).
 ENUMERATED = pa.schema(
     [

@@ -44,6 +44,11 @@ def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -
     return [[*row, tokenizer.eos_token_id] for row in ids]
 
 
+def answer_lengths(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[int]:
+    """Tokens of each answer, EOS included."""
+    return [len(row) for row in encode_answers(tokenizer, answers)]
+
+
 def decode_answers(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> list[str]:
     """Text of each answer, without EOS and without the space that joins it to the prompt."""
     return [text.strip() for text in tokenizer.batch_decode([list(row) for row in ids], skip_special_tokens=True)]
