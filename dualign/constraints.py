@@ -56,6 +56,13 @@ class Constraint:
         known = {"cost": cost, "p_unsafe": cost > 0, "length": length}
         return np.asarray(known[self.quantity], float)
 
+    def bounds(self, cost: tuple[float, float], longest: int) -> tuple[float, float]:
+        """The range of the quantity, from that of the cost and the longest answer in tokens."""
+        if self.quantity in ("cost", "cvar"):
+            low, high = self.values(np.array(cost), np.zeros(2)).tolist()
+            return low, high
+        return (0.0, 1.0) if self.quantity == "p_unsafe" else (0.0, float(longest))
+
     def applies(self, prompts: Sequence[Sequence[Message]]) -> Array:
         """Whether the limit is on each prompt: its pattern is found in the last user text; shape [prompts], bool."""
         if self.prompts is None:

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dualign import certificate, certification
-from dualign.core.artifacts import read_json, write_parquet
+from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.errors import AwaitingLabels, DataError, DualignError
 from dualign.core.params import CertifyParams, CertifyRun, EvaluateParams, LabelParams, Resources, load
 from dualign.core.stage import Run
@@ -40,6 +40,34 @@ def ready(workspace: Path, tokenizer: PreTrainedTokenizerBase, resources: Resour
         Scorer(model, tokenizer, Platt(1.0, 0.0)).save(workspace / "models" / name)
     rows = [{"prompt_id": prompt_id(user(text)), "prompt": user(text), "source": "world"} for text in TEXTS]
     write_parquet("data/prepared/certify.parquet", rows, PROMPTS)
+
+
+FURTHER = {
+    "name": "short", "quantity": "length", "level": None, "prompts": None, "threshold": None, "lam": 0.1,
+    "predicted": 5.0,
+}  # fmt: skip
+
+
+def test_further_limits_are_tests_too(resources: Resources) -> None:
+    """The worst case of a cost is far above the limit on its tail, and the limit on the mean is kept."""
+    for limit, returned in ((1000.0, "reward_dpo/helpful"), (-1000.0, None)):
+        tail = {**FURTHER, "limit": limit, "name": "tail", "quantity": "cvar", "level": 0.5, "threshold": -100.0}
+        write_json("data/dual/dual.json", {"lam": 0.8, "prices": [tail]})
+        main(run_of(resources))
+        found = certificate.verify("reports/certificate/it/certificate.json")
+        assert [required.name for required in found.requirements] == ["c", "tail"] and found.returned == returned
+
+
+def test_bounded_methods_have_the_range_of_every_quantity(resources: Resources) -> None:
+    prices = [
+        {**FURTHER, "limit": 6.0},
+        {**FURTHER, "limit": 0.9, "name": "rare", "quantity": "p_unsafe"},
+        {**FURTHER, "limit": 9.0, "name": "tail", "quantity": "cvar", "level": 0.5, "threshold": 1.0},
+    ]
+    write_json("data/dual/dual.json", {"lam": 0.8, "prices": prices})
+    main(run_of(resources, method="betting", bounds=[-50.0, 50.0]))
+    found = certificate.verify("reports/certificate/it/certificate.json")
+    assert [required.bounds for required in found.requirements] == [(-50, 50), (0, 6), (0, 1), (1, 99)]
 
 
 def run_of(resources: Resources, limit: float = 100.0, row: dict[str, Any] | None = None, **changes: Any) -> Any:
