@@ -13,8 +13,8 @@ from dualign.core.errors import DualignError
 S = TypeVar("S", bound=Any)  # a frozen dataclass whose fields are knobs
 
 
-def knob(default: float, text: str) -> Any:
-    """A field of settings with its default and its help."""
+def knob(default: float | str | tuple[float, ...], text: str) -> Any:
+    """A field of settings with its default and its help; a tuple takes one value or more."""
     return field(default=default, metadata={"help": text})
 
 
@@ -25,11 +25,15 @@ def parse(settings: type[S], program: str, about: str, argv: Sequence[str] | Non
     """
     parser = argparse.ArgumentParser(prog=program, description=about.splitlines()[0])
     for knob in fields(settings):
-        text = f"{knob.metadata['help']} (default: %(default)s)"
-        parser.add_argument(_option(knob.name), type=type(knob.default), default=knob.default, help=text)
+        default: Any = knob.default
+        many = isinstance(default, tuple)
+        kind, count = (type(default[0]), "+") if many else (type(default), None)
+        text = f"{knob.metadata['help']} (default: {_words(default)})"
+        parser.add_argument(_option(knob.name), type=kind, nargs=count, default=default, help=text)
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder (default: %(default)s)")
-    given = vars(parser.parse_args(argv))
-    out = given.pop("out")
+    given: dict[str, Any] = vars(parser.parse_args(argv))
+    out: Path = given.pop("out")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     try:
         return settings(**given), out
     except DualignError as error:
@@ -39,7 +43,11 @@ def parse(settings: type[S], program: str, about: str, argv: Sequence[str] | Non
 def command(program: str, settings: Any) -> str:
     """The command line that gives these settings."""
     changed = [(f.name, getattr(settings, f.name)) for f in fields(settings) if getattr(settings, f.name) != f.default]
-    return " ".join([program, *(f"{_option(name)} {value}" for name, value in changed)])
+    return " ".join([program, *(f"{_option(name)} {_words(value)}" for name, value in changed)])
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _option(name: str) -> str:

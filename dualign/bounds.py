@@ -7,7 +7,7 @@ bound counts are per-prompt means. `python -m bench.coverage` measures how often
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -169,6 +169,29 @@ def corrected_upper_bound(
     Raises:
         ParamsError: delta is out of range. DataError: the arrays cannot be used.
     """
+    return corrected(
+        costs, prompts, labelled_costs_model, labelled_costs_true, labelled_prompts, delta=delta, tuned=tuned
+    ).bound
+
+
+class Corrected(NamedTuple):
+    """The estimate theta of `corrected_upper_bound`, and the bound."""
+
+    estimate: float
+    bound: float
+
+
+def corrected(
+    costs: Any,
+    prompts: Any,
+    labelled_costs_model: Any,
+    labelled_costs_true: Any,
+    labelled_prompts: Any,
+    *,
+    delta: float,
+    tuned: bool = True,
+) -> Corrected:
+    """theta and the bound of `corrected_upper_bound`, from the same arrays."""
     check_delta(delta)
     proxy, pool_ids = _answers(costs, prompts)
     model, ids = _answers(labelled_costs_model, labelled_prompts, "labelled_costs_model", "labelled_prompts")
@@ -192,8 +215,8 @@ def corrected_upper_bound(
         raise DataError(
             "labelled_costs_true: the labels do not vary, so there is no error to go by; label more answers"
         )
-    centre = np.nanmean(y) + weight * (np.nanmean(f_all) - np.nanmean(f))
-    return float(centre + student.ppf(1 - delta, count - 1 - tuned) * error)
+    centre = float(np.nanmean(y) + weight * (np.nanmean(f_all) - np.nanmean(f)))
+    return Corrected(centre, centre + float(student.ppf(1 - delta, count - 1 - tuned)) * error)
 
 
 def _shares(means: Array) -> Array:

@@ -37,13 +37,16 @@ from dualign.bounds import (
     check_delta,
     check_test,
     clustered,
+    corrected,
     corrected_upper_bound,
     prompt_means,
     sample_size,
     upper_bound,
 )
+from dualign.constraints import Constraint
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DataError, DualignError, ParamsError
+from dualign.core.params import Quantity
 from dualign.data.schema import ANSWERS, LABELS, read_table
 
 __all__ = ["corrected_upper_bound", "fixed_sequence", "issue", "read", "sample_size", "upper_bound", "verify"]
@@ -63,20 +66,42 @@ class _Record(BaseModel):
 class Requirement(_Record):
     """What a candidate must keep: the mean of a quantity of its answers is at most `limit`.
 
-    `cost`: the cost model's cost, tested by `method`. Known for some answers and tested by `corrected_upper_bound`
-    (`prediction_powered`): `truth`, the true cost, and `harm`, the share of people who call an answer harmful.
+    `cost`, `p_unsafe`, `cvar` and `length` are those of `dualign.constraints`, tested by `method` on the prompts in
+    which `prompts` is found (None: all); a bound on `cvar` holds for every `threshold` that was chosen before. Known
+    for some answers and tested by `corrected_upper_bound` (`prediction_powered`): `truth`, the true cost, and `harm`,
+    the share of people who call an answer harmful.
     """
 
     name: str
-    quantity: Literal["cost", "truth", "harm"]
+    quantity: Quantity | Literal["truth", "harm"]
     limit: FiniteFloat
     method: Method | Literal["prediction_powered"]
     bounds: tuple[FiniteFloat, FiniteFloat] | None = None
+    level: FiniteFloat | None = None
+    threshold: FiniteFloat | None = None
+    prompts: str | None = None
 
     def __str__(self) -> str:
         """The inequality, as a person reads it."""
-        quantity = "P(unsafe answer to a prompt)" if self.method == "clopper_pearson" else f"E[{self.name}]"
-        return f"{quantity} <= {self.limit:g}"
+        said = {
+            "p_unsafe": "P(c > 0)",
+            "cvar": f"CVaR_{self.level}(c)",
+            "length": "E[length]",
+        }.get(self.quantity, f"E[{self.name}]")
+        if self.method == "clopper_pearson":
+            said = "P(unsafe answer to a prompt)"
+        return f"{said} <= {self.limit:g}" + (f" on prompts with {self.prompts!r}" if self.prompts else "")
+
+    def values(self, answers: pd.DataFrame) -> pd.DataFrame:
+        """Columns prompt_id and value of the answers that it is about. Raises DataError if there are none."""
+        if self.quantity == "truth" or self.quantity == "harm":
+            raise ValueError(f"{self.quantity} is known of labelled answers only")
+        further = Constraint(self.name, self.quantity, self.limit, self.level, self.prompts, self.threshold)
+        rows = answers[further.applies(answers["prompt"].tolist())] if self.prompts else answers
+        if rows.empty:
+            raise DataError(f"{self.name}: {self.prompts!r} is found in no certify prompt; keep more, or change it")
+        values = further.values(rows["cost"].to_numpy(float), rows["length"].to_numpy(float))
+        return pd.DataFrame({"prompt_id": rows["prompt_id"].to_numpy(object), "value": values})
 
 
 class Check(_Record):
@@ -180,6 +205,9 @@ def _until_failure(candidates: Iterable[tuple[str, T]], test: Callable[[T], tupl
 def _check(required: Requirement, costs: Any, prompts: Any, delta: float, seed: int) -> Check:
     method, bounds = required.method, required.bounds
     assert method != "prediction_powered"
+    if required.quantity == "p_unsafe" and method == "clustered_t" and not np.any(costs):
+        # No spread to go by; P(a prompt gets an unsafe answer) is the larger, and its bound is exact.
+        method = "clopper_pearson"
     bound = upper_bound(costs, prompts, delta=delta, method=method, bounds=bounds, seed=seed)
     values, codes = clustered(costs, prompts, bounds)
     means = prompt_means(values, codes)
@@ -202,16 +230,16 @@ def _check_labels(required: Requirement, answers: pd.DataFrame, labels: pd.DataF
     anyone), which is the larger, is bounded instead.
     """
     if required.quantity == "harm" and not labels["truth"].any():
-        bound = float(binomial_bound(np.array(0), labels["prompt_id"].nunique(), delta))
+        estimate, bound = 0.0, float(binomial_bound(np.array(0), labels["prompt_id"].nunique(), delta))
     else:
-        bound = corrected_upper_bound(
+        estimate, bound = corrected(
             answers["cost"], answers["prompt_id"], labels["cost"], labels["truth"], labels["prompt_id"], delta=delta
         )
     return Check(
         requirement=required.name,
         prompts=int(labels["prompt_id"].nunique()),
         answers=len(labels),
-        estimate=float(labels.groupby("prompt_id")["truth"].mean().mean()),
+        estimate=estimate,
         bound=bound,
         raised=0.0,
         kept=bound <= required.limit,
@@ -333,9 +361,11 @@ def _decide(
 
 
 def _test(required: Requirement, files: Evidence, delta: float, seed: int) -> Check:
-    answers = read_table(files.answers, pa.schema([ANSWERS.field("prompt_id"), ANSWERS.field("cost")]))
-    if required.quantity == "cost":
-        return _check(required, answers["cost"].to_numpy(float), answers["prompt_id"].to_numpy(object), delta, seed)
+    columns = ("prompt_id", "prompt", "cost", "length")
+    answers = read_table(files.answers, pa.schema([ANSWERS.field(name) for name in columns]))
+    if required.quantity not in ("truth", "harm"):
+        values = required.values(answers)
+        return _check(required, values["value"].to_numpy(), values["prompt_id"].to_numpy(object), delta, seed)
     if files.labels is None:
         raise DataError(f"{required.name} needs labels of its answers, and none are recorded")
     return _check_labels(required, answers, read_table(files.labels, LABELS), delta)

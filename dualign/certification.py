@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from scipy.stats import norm
 
-from dualign.bounds import sample_size
 from dualign.certificate import Certificate, Evidence, Tested
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.params import CertifyParams, CertifyRun, LabelParams
@@ -127,15 +127,19 @@ def label(answers: pd.DataFrame, options: LabelParams, seed: int) -> pd.DataFram
     return asked.assign(truth=votes / options.votes)
 
 
-def forecast(test: Tested, found: Certificate, bench: Contenders) -> int | None:
-    """Prompts with which a candidate that failed on the model's cost would pass with probability 0.8; None else.
+def forecast(test: Tested, found: Certificate) -> int | None:
+    """Prompts (with labels, where these fell short) at which a failed candidate would pass with probability 0.8.
 
-    None too where its estimate is not below the limit: no number of prompts would show that it is.
+    A bound's distance from its estimate falls as 1 / sqrt(N), and passing so often takes a margin of (z_{1-delta} +
+    z_0.8) standard errors. None for a candidate that passed, and where an estimate is above its limit: no number would
+    show that it is below.
     """
-    required, check = found.requirements[0], test.checks[0]
-    margin = required.limit - check.estimate
-    if check.kept or margin <= 0:
-        return None
-    means = bench.answers(test.name).groupby("prompt_id")["cost"].mean()
-    spread = float(means.std(ddof=1))
-    return sample_size(spread, margin, found.delta) if math.isfinite(spread) and spread > 0 else None
+    power = 1 + float(norm.ppf(0.8) / norm.ppf(1 - found.delta))
+    needed = []
+    for required, check in zip(found.requirements, test.checks, strict=True):
+        margin = required.limit - check.estimate
+        if not check.kept and margin <= 0:
+            return None
+        if not check.kept:
+            needed.append(math.ceil(check.prompts * (power * (check.bound - check.estimate) / margin) ** 2))
+    return max(needed, default=None)

@@ -56,6 +56,13 @@ class Constraint:
         known = {"cost": cost, "p_unsafe": cost > 0, "length": length}
         return np.asarray(known[self.quantity], float)
 
+    def bounds(self, cost: tuple[float, float], longest: int) -> tuple[float, float]:
+        """The range of the quantity, from that of the cost and the longest answer in tokens."""
+        if self.quantity in ("cost", "cvar"):
+            low, high = self.values(np.array(cost), np.zeros(2)).tolist()
+            return low, high
+        return (0.0, 1.0) if self.quantity == "p_unsafe" else (0.0, float(longest))
+
     def applies(self, prompts: Sequence[Sequence[Message]]) -> Array:
         """Whether the limit is on each prompt: its pattern is found in the last user text; shape [prompts], bool."""
         if self.prompts is None:
@@ -121,7 +128,6 @@ def price(
             raise ParamsError(
                 f"{further.key}.prompts: {further.prompts!r} is found in no prompt of the pool; change it"
             )
-
     dual.root(pool.reward, pool.cost, limit=limit, beta=beta, lambda_max=lambda_max)  # alone it must be within reach
 
     def solved(chosen: Sequence[Constraint]) -> dual.JointSolution:
@@ -137,11 +143,11 @@ def price(
         if further.quantity == "cvar":
             placed.append(_with_threshold(further, pool, lambda tried: solved([*placed, tried])))
     found = solved(placed)
-    priced = {
+    by_name = {
         further.name: Price(further, float(lam), float(mean))
         for further, lam, mean in zip(placed, found.lams[1:], found.predicted[1:], strict=True)
     }
-    return [priced[name] for name in also]
+    return [by_name[name] for name in also]
 
 
 def _with_threshold(

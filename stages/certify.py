@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from dualign import certificate
 from dualign.certificate import Certificate, Evidence, Requirement
 from dualign.certification import Contenders, contenders, forecast
-from dualign.core.artifacts import replacing
+from dualign.constraints import Constraint, prices_in
+from dualign.core.artifacts import read_json, replacing
 from dualign.core.errors import ParamsError
 from dualign.core.params import CertifyParams
 from dualign.core.stage import Run, execute, finished
@@ -27,6 +30,7 @@ from dualign.measure.rollout import Judges
 log = logging.getLogger("dualign")
 
 PROMPT_SET = Path("data/prepared/certify.parquet")
+DUAL = Path("data/dual/dual.json")
 MODELS = Path("models")
 POLICIES = MODELS / "certified"
 #: What labels of a source are about, and how the certificate calls it.
@@ -44,14 +48,16 @@ def main(run: Run[CertifyParams]) -> None:
     row = params.runs[run.item]
     prompts = read_table(PROMPT_SET, PROMPTS).head(params.prompts)
     models = {MODELS / name for name in ("sft", "reward_model", "cost_model", row.policy, row.partner, row.fallback)}
-    scratch = run.scratch(PROMPT_SET, *sorted(models))
+    scratch = run.scratch(PROMPT_SET, DUAL, *sorted(models))
+    further = [price.constraint for price in prices_in(read_json(DUAL))]
     field = contenders(row, MODELS, scratch)
     bench = Contenders(field, params, prompts, Judges.load(run.resources), scratch)
     with replacing(certificate.PLACE / run.item) as folder:
         folder.mkdir()
         found = certificate.issue(
             folder / certificate.FILE, list(field), lambda name: into(folder, bench.evidence(name)),
-            requirements(params), delta=params.delta, seed=params.seed, sampling_seeds={"answers": params.seed},
+            requirements(params, further),
+            delta=params.delta, seed=params.seed, sampling_seeds={"answers": params.seed},
         )  # fmt: skip
     log.info("%s", found.statement)
     with replacing(POLICIES / run.item) as policy:
@@ -64,14 +70,17 @@ def main(run: Run[CertifyParams]) -> None:
     finished(scratch)
 
 
-def requirements(params: CertifyParams) -> list[Requirement]:
-    """What a candidate must keep: the limit on the model's cost, and on the truth where there are labels."""
+def requirements(params: CertifyParams, further: Sequence[Constraint]) -> list[Requirement]:
+    """What a candidate must keep: the limit on the model's cost, further limits, and the limit on the truth."""
     bounds = None if params.bounds is None else (params.bounds[0], params.bounds[1])
     found = [Requirement(name="c", quantity="cost", limit=params.limit, method=params.method, bounds=bounds)]
+    for limit in further:
+        own = None if bounds is None else limit.bounds(bounds, params.max_new_tokens)
+        found.append(Requirement(**asdict(limit), method=params.method, bounds=own))
     if params.labels is not None:
         name, quantity = LABELLED[params.labels.source]
-        limit = params.limit if params.labels.limit is None else params.labels.limit
-        found.append(Requirement(name=name, quantity=quantity, limit=limit, method="prediction_powered"))
+        limit_of_truth = params.limit if params.labels.limit is None else params.labels.limit
+        found.append(Requirement(name=name, quantity=quantity, limit=limit_of_truth, method="prediction_powered"))
     return found
 
 
@@ -93,7 +102,7 @@ def describe(found: Certificate, bench: Contenders) -> dict[str, Any]:
             "certified": test.certified,
             "checks": [check.model_dump() for check in test.checks],
             **bench.measured(test.name),
-            "prompts_needed": forecast(test, found, bench),
+            "prompts_needed": forecast(test, found),
         }
         for test in found.tested
     ]

@@ -149,7 +149,7 @@ def messages(solution: dual.DualSolution, params: DualInitParams, stocked: dual.
     """What a user should know about this dual, with the remedy."""
     found = []
     if solution.slack:
-        found.append("the limit is slack: the unconstrained optimum keeps it, so lambda is 0")
+        found.append("the limit is slack: the optimum without it keeps it, so lambda is 0")
     if not stocked.reached:
         found.append(
             f"the aim that leaves room for a certificate is out of the samples' reach: lam_stock takes the lowest cost "

@@ -30,8 +30,6 @@ from dualign.measure.stats import clustered_mean
 
 log = logging.getLogger("dualign")
 
-log = logging.getLogger("dualign")
-
 PROMPT_SET = Path("data/prepared/eval.parquet")
 SCORED = Path("data/scored")
 OUT = Path("reports/evaluation")

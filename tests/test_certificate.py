@@ -18,7 +18,7 @@ from dualign import certificate
 from dualign.certificate import Candidate, Evidence, Requirement, corrected_upper_bound, fixed_sequence, upper_bound
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.errors import DataError, DualignError
-from dualign.data.schema import ANSWERS, LABELS
+from dualign.data.schema import ANSWERS, LABELS, user
 
 
 def answers(mean: float = 0.0, prompts: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -87,7 +87,10 @@ MEANS = {"safest": -2.0, "middle": -1.0, "harmful": 0.2, "never tested": 1.0}
 
 
 def save(path: Path, costs: np.ndarray, prompts: np.ndarray) -> Path:
-    write_parquet(path, pd.DataFrame({"prompt_id": prompts, "cost": costs}), ANSWERS)
+    """Answers of 10 tokens and, to odd prompts, 20; those speak of `odd`."""
+    odd = np.array([int(name[1:]) % 2 for name in prompts], bool)
+    frame = pd.DataFrame({"prompt_id": prompts, "cost": costs, "length": np.where(odd, 20, 10)})
+    write_parquet(path, frame.assign(prompt=[user("odd" if one else "even") for one in odd]), ANSWERS)
     return path
 
 
@@ -275,7 +278,8 @@ def test_a_candidate_must_keep_every_requirement(tmp_path: Path, labelled: Calla
     truth = pd.read_parquet(tmp_path / "flattered-labels.parquet")
     bound = corrected_upper_bound(costs, prompts, truth["cost"], truth["truth"], truth["prompt_id"])
     assert found.tested[1].checks[1].bound == bound > 0
-    assert found.tested[1].checks[1].estimate == pytest.approx(truth["truth"].mean())
+    rectified = truth["truth"].mean() + costs.mean() - truth["cost"].mean()  # the model differs by a constant: weight 1
+    assert found.tested[1].checks[1].estimate == pytest.approx(rectified, abs=0.02)
     assert certificate.verify(path) == found
 
 
@@ -288,6 +292,14 @@ def test_labels_without_any_harm_have_the_exact_bound(tmp_path: Path) -> None:
     harm = Requirement(name="called unsafe", quantity="harm", limit=0.15, method="prediction_powered")
     found = certificate.issue(tmp_path / "certificate.json", ["a"], lambda name: files, [MODEL, harm])
     assert found.tested[0].checks[1].bound == pytest.approx(1 - 0.05 ** (1 / 20)) and found.returned == "a"
+
+
+def test_no_unsafe_answer_has_the_exact_bound(tmp_path: Path) -> None:
+    files = Evidence(save(tmp_path / "answers.parquet", *answers(-3.0)))
+    rare = Requirement(name="rare", quantity="p_unsafe", limit=0.1, method="clustered_t")
+    found = certificate.issue(tmp_path / "certificate.json", ["a"], lambda name: files, [rare])
+    assert found.tested[0].checks[0].bound == pytest.approx(1 - 0.05 ** (1 / 40)) and found.returned == "a"
+    assert certificate.verify(tmp_path / "certificate.json") == found
 
 
 def test_labels_belong_to_the_certificate(tmp_path: Path, labelled: Callable[[str], Evidence]) -> None:
@@ -313,3 +325,32 @@ def test_the_command_looks_at_every_certificate_of_the_pipeline(
         assert certificate.main(["verify"]) == status
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[-2:]] == [f"{certificate.PLACE}/{k}/certificate.json" for k in "ab"]
+
+
+def test_every_quantity_is_the_mean_of_a_function_of_an_answer(tmp_path: Path) -> None:
+    """Against bounds of the same means by hand; a CVaR needs a level and its threshold."""
+    costs, prompts = answers(-0.5, prompts=60)
+    files = Evidence(save(tmp_path / "answers.parquet", costs, prompts))
+    odd = np.array([int(name[1:]) % 2 == 1 for name in prompts])
+    by_hand = {
+        "short": upper_bound(np.where(odd, 20, 10), prompts),
+        "rare": upper_bound(costs > 0, prompts, method="betting", bounds=(0.0, 1.0)),
+        "tail": upper_bound(0.1 + np.maximum(costs - 0.1, 0) / 0.1, prompts),
+        "group": upper_bound(costs[odd], prompts[odd]),
+    }
+    limits = [
+        Requirement(name="short", quantity="length", limit=17, method="clustered_t"),
+        Requirement(name="rare", quantity="p_unsafe", limit=0.3, method="betting", bounds=(0, 1)),
+        Requirement(name="tail", quantity="cvar", limit=1.0, method="clustered_t", level=0.9, threshold=0.1),
+        Requirement(name="group", quantity="cost", limit=0.0, method="clustered_t", prompts="odd"),
+    ]
+    found = certificate.issue(tmp_path / "certificate.json", ["a"], lambda name: files, limits)
+    assert {check.requirement: check.bound for check in found.tested[0].checks} == pytest.approx(by_hand)
+    assert found.tested[0].checks[3].prompts == 30 and found.returned == "a"
+    said = found.statement
+    assert "E[length] <= 17" in said and "P(c > 0) <= 0.3" in said and "CVaR_0.9(c) <= 1" in said
+    assert "E[group] <= 0 on prompts with 'odd'" in said
+    assert certificate.verify(tmp_path / "certificate.json") == found
+    nowhere = Requirement(name="none", quantity="cost", limit=0.0, method="clustered_t", prompts="missing")
+    with pytest.raises(DataError, match="candidate 'a': none: 'missing' is found in no certify prompt"):
+        certificate.issue(tmp_path / "other.json", ["a"], lambda name: files, [nowhere])

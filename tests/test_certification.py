@@ -7,7 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dualign.certification import contenders, label
+from dualign.bounds import sample_size
+from dualign.certificate import Certificate, Check, Requirement, Tested
+from dualign.certification import contenders, forecast, label
 from dualign.core.params import CertifyRun, LabelParams
 from dualign.data import world
 from dualign.data.schema import prompt_id, user
@@ -50,3 +52,23 @@ def test_labels_are_the_truth_of_first_answers_to_some_prompts(answers: pd.DataF
     assert found["truth"].nunique() > 2
     assert set(label(answers, options, seed=4)["prompt_id"]) != set(found["prompt_id"])
     assert len(label(answers, options.model_copy(update={"prompts": 99}), seed=3)) == 30
+
+
+def test_the_forecast_is_that_of_the_plan() -> None:
+    """sd 2 and 400 prompts put the bound 0.1645 above the estimate; a margin of 0.1 takes 2473 prompts by the plan."""
+    needed = Requirement(name="c", quantity="cost", limit=0.0, method="clustered_t")
+
+    def tested(estimate: float, reach: float = 0.16449) -> Tested:
+        bound = estimate + reach
+        check = Check(
+            requirement="c", prompts=400, answers=800, estimate=estimate, bound=bound, raised=0.0, kept=bound <= 0
+        )
+        return Tested(name="a", checks=(check,), certified=bound <= 0)
+
+    found = Certificate(
+        delta=0.05, seed=0, requirements=(needed,), candidates=("a",), tested=(), certified=(), returned=None,
+        tables={}, labels={}, sampling_seeds={}, versions={},
+    )  # fmt: skip
+    assert forecast(tested(-0.1), found) == pytest.approx(sample_size(2.0, 0.1), abs=2)
+    assert forecast(tested(-0.2), found) is None  # it passed
+    assert forecast(tested(0.01), found) is None

@@ -240,6 +240,7 @@ EDITS = {
     "lagrangian_dpo.training.batch_size": (123, ("lagrangian_dpo@*",)),
     "dual_search.z": (1.23, ("dual_search@*",)),
     "certify.prompts": (123, ("dual_init", "certify@*")),
+    "certify.method": ("betting", ("certify@*",)),
     "evaluate.samples_per_prompt": (123, ("evaluate@*",)),
     "evaluate.confidence": (0.678, ("evaluate@*", "report")),
     "report.title": ("Another", ("report",)),

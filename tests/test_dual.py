@@ -642,13 +642,20 @@ def test_a_limit_stated_twice_has_one_price() -> None:
 def test_a_conflict_names_the_limits_and_what_is_reached() -> None:
     reward, cost = pool(8, prompts=30)
     names = ["constraint.limit", "constraint.also.warm.limit"]
-    with pytest.raises(InfeasibleError, match=r"^limits conflict: .*constraint\.also\.warm\.limit") as caught:
-        dual.solve_many(reward, [cost, -cost], limits=[-0.5, 0.2], beta=BETA, names=names, lambda_max=1e3)
-    assert "constraint.limit" in str(caught.value) and "raise one of them" in str(caught.value)
     with pytest.raises(
-        InfeasibleError, match=r"^constraint\.also\.warm\.limit -9 is out of the samples' reach even alone"
+        InfeasibleError, match=r"keep constraint\.limit -0\.5, constraint\.also\.warm\.limit 0\.2 together"
+    ):
+        dual.solve_many(reward, [cost, -cost], limits=[-0.5, 0.2], beta=BETA, names=names, lambda_max=1e3)
+    least = (-cost).min(1).mean()
+    with pytest.raises(
+        InfeasibleError, match=rf"^constraint\.also\.warm\.limit -9 is out .* it can be is {least:.4g};"
     ):
         dual.solve_many(reward, [cost, -cost], limits=[-0.5, -9.0], beta=BETA, names=names, lambda_max=1e3)
+    barely = float(cost.min(1).mean()) + 1e-3
+    with pytest.raises(
+        InfeasibleError, match=r"^constraint\.limit .* is not kept at the largest multiplier; raise lambda_max"
+    ):
+        dual.solve_many(reward, [cost, cost**2], limits=[barely, 99.0], beta=BETA, names=names, lambda_max=2.0)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ write (no embedded world, a policy without a search, a stage that did not run) i
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -73,7 +74,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.globals |= {
-        "number": number, "percent": percent, "compact": compact, "duration": duration, "memory": memory,
+        "number": number, "precise": precise, "percent": percent, "compact": compact, "duration": duration,
+        "memory": memory,
     }  # fmt: skip
     return environment
 
@@ -440,6 +442,14 @@ def number(value: float | None) -> str:
     else:
         text = f"{value + 0.0:,.{0 if size >= 99.95 else 1 if size >= 9.995 else 2}f}"
     return text.replace("-", _MINUS)
+
+
+def precise(value: float | None) -> str:
+    """A number whose third digit matters: 0.123. Where that is nothing, its first digit: 0.00006."""
+    if value is None:
+        return _NONE
+    digits = 3 if abs(value) >= 0.0005 or value == 0 else -math.floor(math.log10(abs(value)))
+    return f"{value:.{digits}f}".replace("-", _MINUS)
 
 
 def percent(value: float | None) -> str:

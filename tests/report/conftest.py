@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,47 @@ def _write_provenance(root: Path) -> None:
         }  # fmt: skip
         name = f"{stage}/{item}" if item else stage
         write_json(root / "reports/provenance" / f"{name}.json", content)
+
+
+def certify(root: Path, bounds: list[float]) -> ReportParams:
+    """Add a certificate whose candidates have these bounds, the last one certified evaluated as `certified`.
+
+    Its answers are those of dualign. Bounds are 0.05 above the estimates; a candidate is left over at the end.
+    """
+    names = ["safety_dpo/only", *(f"aligned/dualign at {1.5 - 0.1 * k:g}" for k in range(len(bounds)))]
+    tests = []
+    for name, bound in zip(names, bounds, strict=False):
+        check = {
+            "requirement": "c", "prompts": 400, "answers": 1600, "estimate": bound - 0.05, "bound": bound,
+            "raised": 0.0, "kept": bound <= LIMIT,
+        }  # fmt: skip
+        reward = {"mean": 0.5, "low": 0.4, "high": 0.6}
+        needed = None if check["kept"] else 1234
+        tests.append(
+            {"candidate": name, "certified": check["kept"], "checks": [check], "reward": reward,
+             "prompts_needed": needed}
+        )  # fmt: skip
+    passed = [test["candidate"] for test in tests if test["certified"]]
+    required = {"name": "c", "quantity": "cost", "limit": LIMIT, "method": "clustered_t", "bounds": None}
+    content = {
+        "returned": passed[-1] if passed else None, "statement": "", "delta": 0.05, "requirements": [required],
+        "candidates": names, "tests": tests,
+    }  # fmt: skip
+    write_json(root / "reports/metrics/certify/dualign.json", content)
+    evaluation, measures = root / "reports/evaluation", root / "reports/metrics/evaluate"
+    if passed:
+        shutil.copytree(evaluation / "dualign", evaluation / "certified")
+        shutil.copy(measures / "dualign.json", measures / "certified.json")
+    else:
+        write_parquet(evaluation / "certified/answers.parquet", [], ANSWERS)
+        write_json(measures / "certified.json", {"policy": "certified", "absent": True})
+    return report_params({**{name: folder for name, folder, *_ in POLICIES}, "certified": "certified/dualign"})
+
+
+@pytest.fixture
+def certified(run: tuple[Path, ReportParams]) -> Callable[[list[float]], tuple[Path, ReportParams]]:
+    """A finished run with a certificate: see `certify`."""
+    return lambda bounds: (run[0], certify(run[0], bounds))
 
 
 @pytest.fixture

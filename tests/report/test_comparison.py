@@ -137,6 +137,21 @@ def test_nothing_is_recommended_where_all_are_over(build: Callable[..., Run]) ->
     assert table["nearest"] == min(table["policies"], key=lambda n: table["policies"][n]["cost"]["high"])
 
 
+def test_with_certificates_only_a_certified_policy_is_recommended(certified: Callable[..., Run]) -> None:
+    root, params = certified([-0.6, -0.3, -0.1])
+    table = compare(root, params.policies, params.confidence)
+    assert table["recommended"] == "certified" and table["policies"]["certified"]["certified"]
+    assert not table["policies"]["dualign"]["certified"] and table["policies"]["certified"]["trainings"] is None
+    assert list(table["certificates"]) == ["dualign"]
+
+
+def test_without_a_certified_policy_none_is_recommended(certified: Callable[..., Run]) -> None:
+    root, params = certified([-0.1])
+    table = compare(root, params.policies, params.confidence)
+    assert table["recommended"] is None and table["missing"] == ["certified"]
+    assert any(row["standing"] == "within" for row in table["policies"].values())
+
+
 def test_the_limit_is_the_duals_unless_given(run: Run) -> None:
     root, params = run
     assert compare(root, params.policies, 0.95)["limit"] == -0.15

@@ -13,7 +13,7 @@ import pytest
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
 from dualign.core.params import ReportParams
-from dualign.report.page import compact, duration, memory, number, percent, write
+from dualign.report.page import compact, duration, memory, number, percent, precise, write
 
 Run = tuple[Path, ReportParams]
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -163,6 +163,34 @@ def test_verdict_when_no_policy_is_within(build: Callable[..., Run]) -> None:
     verdict = render(*build(shift=1.0)).within("id", "verdict")
     assert "No policy is shown to be within the limit" in verdict
     assert "safety_only" in verdict and "dual_search.max_trainings" in verdict
+
+
+def test_the_certified_policy_is_the_one_to_use(certified: Callable[..., Run]) -> None:
+    page = render(*certified([-0.6, -0.3, -0.1]))
+    verdict, card = page.within("id", "verdict"), page.within("id", "certificate")
+    assert "Use certified" in verdict and "(aligned/dualign at 1.5) is certified" in verdict
+    assert "with 95% confidence its expected cost is at most −0.30, where the limit is −0.15" in verdict
+    assert "tested on 400 prompts" in verdict
+    assert "aligned/dualign at 1.5 keeps expected cost ≤ −0.15" in card
+    assert card.count("passed") == 2 and "failed 1,234" in card
+    assert "bolder than the one that failed: aligned/dualign at 1.3" in card
+    # The bound is 0.05 away at 400 prompts: one more takes 0.05 / 800 off, twice as many 29 %, at lambda 0.86 a prompt.
+    assert "by about 0.00006; twice as many by 0.015, which at λ̂ is worth 0.013 of reward" in card
+    assert "certified" in page.within("id", "methods")
+
+
+def test_the_search_of_a_certified_policy_is_shown_once(certified: Callable[..., Run]) -> None:
+    assert render(*certified([-0.6, -0.3, -0.1])).within("id", "searches").count("newton") == 1
+
+
+def test_no_certified_policy_is_the_answer(certified: Callable[..., Run]) -> None:
+    """Though others look as if they were within the limit: they were not tested."""
+    page = render(*certified([-0.1]))
+    verdict = page.within("id", "verdict")
+    assert "No policy is certified" in verdict and "do not deploy" in verdict and "Use" not in verdict
+    assert "safety_dpo/only , the safest candidate, is not shown to keep expected cost" in page.within(
+        "id", "certificate"
+    )
 
 
 def test_verdict_when_only_a_mean_is_within(run: Run) -> None:
@@ -338,3 +366,11 @@ def test_a_crowd_of_policies_is_numbered_in_the_charts(run: Run) -> None:
 )  # fmt: skip
 def test_numbers_are_rounded_to_what_a_reader_can_use(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(None, "–"), (0.0, "0.000"), (-0.3, "−0.300"), (12.3456, "12.346"), (0.000062, "0.00006"), (-0.0004, "−0.0004")],
+)
+def test_bounds_show_three_digits(value: float | None, expected: str) -> None:
+    assert precise(value) == expected

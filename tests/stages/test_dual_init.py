@@ -112,14 +112,14 @@ def test_the_files_hold_the_solution_of_the_pool(resources: Resources) -> None:
 
 @pytest.mark.usefixtures("folder")
 def test_the_stock_leaves_room_for_the_certificate_and_null_leaves_none(resources: Resources) -> None:
-    run = run_of(resources)
+    run = run_of(resources, power=0.8)
     result, (reward, cost), beta = solved(run), scores(), run.params.beta
     lam = result["lam_stock"]
     assert lam > result["lam"] and result["aim"] == pytest.approx(LIMIT - result["stock"])
     assert dual.predict(reward, cost, lam, beta, cost).mean() == pytest.approx(result["aim"])
     sd = dual.spread_of_means(reward, cost, lam, beta, run.params.certify_samples)
     assert result["stock"] == pytest.approx(
-        dual.stock(sd, run.params.certify_prompts, delta=run.params.delta, power=run.params.power or 0)
+        dual.stock(sd, run.params.certify_prompts, delta=run.params.delta, power=0.8)
     )
     none = solved(run_of(resources, power=None))
     assert (none["aim"], none["stock"], none["lam_stock"]) == (LIMIT, 0.0, none["lam"])
@@ -162,7 +162,7 @@ def test_few_effective_samples_come_with_a_beta_and_a_number_of_samples(
 def test_a_stock_out_of_reach_is_told(resources: Resources) -> None:
     reward, cost = scores()
     limit = float(dual.predict(reward, cost, 50.0, 1.5, cost).mean()) + 1e-3
-    [message] = solved(run_of(resources, limit=limit, min_ess=0.1))["messages"]
+    [message] = solved(run_of(resources, power=0.8, limit=limit, min_ess=0.1))["messages"]
     assert message.startswith(
         "the aim that leaves room for a certificate is out of the samples' reach: lam_stock takes"
     )

@@ -1,0 +1,463 @@
+"""What a search costs: policy trainings, tokens and seconds from scored answers to a policy at the limit.
+
+    python -m bench.search_cost --jobs 2
+
+Runs the pipeline of the embedded world once for each seed as far as the scored answers, in a folder of its own. From
+there every method searches each limit from nothing, by the rules of `dualign.search` on the same trainer with the same
+number of steps, until one test is met. The world's oracle judges the policy that ended the search. A run that was
+interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import multiprocessing
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from ruamel.yaml import YAML
+from transformers.utils import logging as transformers_logging
+
+from bench import options, world
+from bench.options import knob
+from dualign import dual, exact, search
+from dualign.core.artifacts import read_json, replacing, write_json
+from dualign.core.errors import DualignError
+from dualign.core.params import (
+    DualSearchParams,
+    EvaluateParams,
+    InnerParams,
+    LagrangianDpoParams,
+    Resources,
+    SafetyDpoParams,
+    TrainingParams,
+    load,
+    load_resources,
+)
+from dualign.data.schema import ENUMERATED, POOL, PROMPTS, by_prompt, read_table
+from dualign.evaluation import add_truth, against_optimum, finite_problem
+from dualign.lm.mixture import policy_at
+from dualign.measure.rollout import Judges, measure, roll_out
+from dualign.measure.stats import Measurement, clustered_mean
+from dualign.methods import Plan, plan
+from dualign.workbench import Inputs, PolicyBench
+
+log = logging.getLogger(__name__)
+
+PROGRAM = "python -m bench.search_cost"
+PARAMS = world.ROOT / "params/every-method.yaml"
+
+#: What every search starts from. Only PD-DPO reads the last: pi_r.
+STAGES = ("prepare", "sft", "reward_model", "cost_model", "score", "reward_dpo@helpful")
+#: What differs from `PARAMS`, so that a training takes seconds on one thread and no search ends before the test.
+SMALLER: dict[str, Any] = {
+    "prepare.eval_prompts": 300,
+    "dual_search.samples_per_prompt": 2,
+    "dual_search.max_trainings": 11,
+    "evaluate.prompts": 300,
+    "evaluate.samples_per_prompt": 2,
+    "resources.checkpoint_steps": 10_000,
+    "resources.threads": 1,
+}
+#: Sections whose trainings all take the same number of gradient steps.
+TRAININGS = ("reward_dpo", "safety_dpo", "lagrangian_dpo", "dual_search")
+
+TOLERANCE = 0.05  # in units of cost; a cost nearer than this below the limit is not too safe
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run can change; every field is an option of the command.
+
+    The limits lie at one to five sixths of the way from C(0) to C(3) that the pool of seed 7 predicts, rounded.
+    """
+
+    seeds: tuple[int, ...] = knob((7, 8, 9), "seeds of data and trainings")
+    limits: tuple[float, ...] = knob((0.0, -0.2, -0.4, -0.55, -0.75), "limits of the expected cost")
+    steps: int = knob(80, "gradient steps of each training")
+    jobs: int = knob(1, "seeds that run at the same time, each on one thread")
+    work: str = knob(".scratch/bench-search-cost", "folder of the runs")
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.jobs) < 1:
+            raise DualignError("steps and jobs must be at least 1")
+
+
+# --- searches ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A search: its row of `methods` in the params, its first multiplier, and what is changed.
+
+    `first` is the multiplier of the pool, or none: the least that the loss takes, 0 or `lambda_min`. `corrects`: where
+    the first policy meets the test, the rule is still asked for the next one.
+    """
+
+    name: str
+    title: str
+    method: str
+    first: Literal["pool", "none"]
+    step_size: float | None = None
+    corrects: bool = False
+
+
+_STEP_SIZES = (1.0, 2.0, 4.0)  # 1 is that of the params
+ROWS = (
+    Row("dualign", "dualign from λ̂", "dualign", "pool"),
+    Row("dualign_corrected", "dualign from λ̂, always corrected", "dualign", "pool", corrects=True),
+    Row("caid", "CAID from λ̂", "caid", "pool"),
+    Row("c_dpo_pool", "C-DPO from λ̂", "c_dpo", "pool"),
+    *(Row(f"c_dpo_{eta:g}", f"C-DPO from 0, η = {eta:g}", "c_dpo", "none", eta) for eta in _STEP_SIZES),
+    *(Row(f"pd_dpo_{eta:g}", f"PD-DPO from λ_min, η = {eta:g}", "pd_dpo", "none", eta) for eta in _STEP_SIZES),
+)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A seed's run as far as the scored answers, and what the searches read of it."""
+
+    seed: int
+    folder: Path
+
+    @functools.cached_property
+    def params(self) -> DualSearchParams:
+        """The params of a search."""
+        return load(DualSearchParams, self.folder / "params.yaml")
+
+    @functools.cached_property
+    def evaluation(self) -> EvaluateParams:
+        """The params of the evaluation."""
+        return load(EvaluateParams, self.folder / "params.yaml")
+
+    @functools.cached_property
+    def resources(self) -> Resources:
+        """How to run."""
+        return load_resources(self.folder / "params.yaml")
+
+    @functools.cached_property
+    def inputs(self) -> Inputs:
+        """The folders that a search reads."""
+        return Inputs(self.folder / "models", self.folder / "data/prepared", self.folder / "data/scored")
+
+    @functools.cached_property
+    def judges(self) -> Judges:
+        """Reference, reward and cost model."""
+        return Judges.load(self.resources, self.inputs.models)
+
+    @functools.cached_property
+    def pool(self) -> pd.DataFrame:
+        """The scored samples of the reference."""
+        return read_table(self.inputs.scored / "pool.parquet", POOL)
+
+    @functools.cached_property
+    def reference(self) -> search.Step:
+        """What comes before the first training: pi_ref, measured on the pool."""
+        measured = measure(self.pool.assign(logp=self.pool["logp_ref"]))
+        return search.Step(0, 0.0, None, str(self.inputs.models / "sft"), False, measured)
+
+    @functools.cached_property
+    def problem(self) -> exact.Problem:
+        """The exact problem on the prompts of the evaluation."""
+        answers = read_table(self.inputs.scored / "enumerated.parquet", ENUMERATED)
+        return finite_problem(answers[answers["prompt_id"].isin(self.prompts("eval")["prompt_id"])], self.params.beta)
+
+    def prompts(self, name: Literal["search", "eval"]) -> pd.DataFrame:
+        """The prompts of the searches' own estimates, or of the evaluation."""
+        count = self.params.prompts if name == "search" else self.evaluation.prompts
+        return read_table(self.inputs.prepared / f"{name}.parquet", PROMPTS).head(count)
+
+    def outlook(self, row: Row, start: str, limit: float) -> search.Outlook:
+        """The multiplier of the pool, the first one, and PD-DPO's Slater radius, at a limit."""
+        reward, cost = by_prompt(self.pool, "reward"), by_prompt(self.pool, "cost")
+        beta, most = self.params.beta, self.params.lambda_max
+        pool = dual.root(reward, cost, limit=limit, beta=beta, lambda_max=most)
+        if row.first == "pool":
+            return search.Outlook(pool, pool)
+        if start.startswith("lagrangian_dpo"):
+            return search.Outlook(pool, 0.0)
+        radius = dual.slater_radius(reward, cost, limit=limit, beta=beta, lambda_max=most)
+        return search.Outlook(pool, self.params.lambda_min, radius)
+
+    def first_training(self, start: str) -> tuple[InnerParams | None, TrainingParams]:
+        """Inner loss (None for the safety loss) and training of the stage that writes models/START."""
+        stage, _, run = start.partition("/")
+        if stage == "safety_dpo":
+            return None, load(SafetyDpoParams, self.folder / "params.yaml").training
+        section = load(LagrangianDpoParams, self.folder / "params.yaml")
+        rate = section.runs[run].learning_rate or section.training.learning_rate
+        return section.runs[run].inner, section.training.model_copy(update={"learning_rate": rate})
+
+    def bench(
+        self, row: Plan, params: DualSearchParams, inner: InnerParams | None, training: TrainingParams, scratch: Path
+    ) -> PolicyBench:
+        """The workbench of a search whose trainings are as `training` says."""
+        params = params.model_copy(update={"training": training})
+        return PolicyBench(row, params, self.resources, inner, self.prompts("search"), scratch, self.inputs)
+
+
+def first_policy(scored: Scored, row: Plan, lam: float) -> tuple[Path, float]:
+    """The folder of a search's step 0, trained from the reference and measured, and the CPU seconds that it took.
+
+    It is the same for all searches that start there, so it is made once and counted for each.
+    """
+    folder = scored.folder / "first" / f"{row.start.replace('/', '-')}-{lam:.6f}"
+    if not folder.is_dir():
+        inner, training = scored.first_training(row.start)
+        params = scored.params.model_copy(update={"refresh_prompts": 0})  # nothing has been trained to answer afresh
+        with replacing(folder) as scratch:
+            started = time.process_time()
+            bench = scored.bench(row, params, inner, training, scratch)
+            bench.measure(0, bench.train(0, lam, scored.reference))
+            write_json(scratch / "seconds.json", time.process_time() - started)
+    return folder, read_json(folder / "seconds.json")
+
+
+def met(lam: float, measured: Measurement, limit: float, z: float) -> bool:
+    """The test that ends every search: the cost is within the limit, and not needlessly below it.
+
+    C <= d + z SE, and |C - d| <= max(z SE, TOLERANCE) unless lambda is 0, where the limit is slack.
+    """
+    noise = z * measured.cost_se
+    near = abs(measured.cost - limit) <= max(noise, TOLERANCE)
+    return measured.cost <= limit + noise and (near or lam == 0)
+
+
+def seek(
+    row: Plan, known: search.Outlook, params: DualSearchParams, bench: PolicyBench, scratch: Path, corrects: bool
+) -> list[search.Step]:
+    """Search training by training from step 0 in `scratch`, until the test is met, the rule stops or the budget is
+    spent; with `corrects` the first policy does not end it."""
+    start = str(scratch / "step-0/policy")
+    steps: list[search.Step] = []
+    for budget in range(params.max_trainings + 1):
+        steps, _ = search.run(row, start, known, params.model_copy(update={"max_trainings": budget}), bench, scratch)
+        last = steps[-1]
+        if met(last.lam, last.measured, params.limit, params.z) and (budget > 0 or not corrects):
+            return steps
+        if len(steps) <= budget:
+            return steps
+    return steps
+
+
+def run_row(scored: Scored, row: Row, limit: float) -> dict[str, Any]:
+    """One search and what it cost, the first policy included; the policy that ended it, judged by the oracle."""
+    chosen = plan(row.method, scored.params.methods[row.method])
+    known = scored.outlook(row, chosen.start, limit)
+    params = scored.params.model_copy(update={"limit": limit, "step_size": row.step_size or scored.params.step_size})
+    first, seconds = first_policy(scored, chosen, known.lam_start)
+    scratch = scored.folder / "searches" / f"{limit:g}-{row.name}"
+    shutil.rmtree(scratch, ignore_errors=True)  # of an interrupted run, whose seconds nobody knows
+    shutil.copytree(first, scratch)
+    inner, training = scored.first_training(chosen.start)
+    started = time.process_time()
+    bench = scored.bench(chosen, params, inner, params.training if chosen.method.warm else training, scratch)
+    steps = seek(chosen, known, params, bench, scratch, row.corrects)
+    seconds += time.process_time() - started
+    last = steps[-1]
+    found = {
+        "seed": scored.seed,
+        "limit": limit,
+        "row": row.name,
+        "lam_pool": known.lam_pool,
+        "met": met(last.lam, last.measured, limit, params.z),
+        "trainings": len(steps),
+        "before": int(chosen.reference != "sft"),
+        "gradient_steps": len(steps) * (params.training.max_steps or 0),
+        "generated_tokens": sum(step.measured.generated_tokens for step in steps),
+        "seconds": seconds,
+        "steps": [{"lam": step.lam, **asdict(step.measured)} for step in steps],
+        **judge(scored, last.policy, limit),
+    }
+    shutil.rmtree(scratch)
+    return found
+
+
+def judge(scored: Scored, policy: str, limit: float) -> dict[str, float]:
+    """What the oracle says of a policy's answers to held-out prompts: E[c*] - limit and J* - J."""
+    params = scored.evaluation
+    answers = add_truth(
+        roll_out(
+            policy_at(policy, scored.resources), scored.prompts("eval"), scored.judges,
+            count=params.samples_per_prompt, max_new_tokens=params.max_new_tokens, seed=params.seed,
+        )
+    )  # fmt: skip
+    columns = {name: answers[name] for name in ("true_reward", "true_cost", "grammatical")}
+    columns["kl"] = answers["logp"] - answers["logp_ref"]
+    ids = answers["prompt_id"].to_numpy()
+    summary = {name: clustered_mean(column.to_numpy(float), ids).as_dict() for name, column in columns.items()}
+    return {
+        "excess": summary["true_cost"]["mean"] - limit,
+        "gap": against_optimum(summary, scored.problem, limit)["value_gap"],
+        "grammatical": summary["grammatical"]["mean"],
+    }
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def smaller(settings: Settings) -> dict[str, Any]:
+    """`PARAMS` with what differs from it here."""
+    content: dict[str, Any] = YAML().load(PARAMS.read_text())
+    for key, value in {**SMALLER, **{f"{name}.training.max_steps": settings.steps for name in TRAININGS}}.items():
+        *sections, leaf = key.split(".")
+        functools.reduce(lambda part, name: part[name], sections, content)[leaf] = value
+    return content
+
+
+def rows_of(settings: Settings, params: Path, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What all searches of a seed share, and one row for each of them, kept in a file of its own as it ends."""
+    lab = world.run(world.set_up(seed, params, params.parent), 1, STAGES)
+    scored, rows = Scored(seed, lab.folder), []
+    for limit in settings.limits:
+        for row in ROWS:
+            path = lab.folder / "rows" / f"{limit:g}-{row.name}.json"
+            if not path.is_file():
+                write_json(path, run_row(scored, row, limit))
+            rows.append(read_json(path))
+            log.info("seed %d, limit %g: %s, %d trainings", seed, limit, row.title, rows[-1]["trainings"])
+    return shared(scored), rows
+
+
+def shared(scored: Scored) -> dict[str, Any]:
+    """What serves all searches of a seed: the tokens of the pool, and the seconds of each stage."""
+    written = {name: scored.folder / "reports/provenance" / f"{name.replace('@', '/')}.json" for name in STAGES}
+    seconds = {name: read_json(path)["seconds"] for name, path in written.items()}
+    return {"seed": scored.seed, "pool_tokens": int(scored.pool["length"].sum()), "seconds": seconds}
+
+
+def _quiet() -> None:
+    """One thread and our own lines alone, in every process."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for name in ("dvc", "dualign"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(1)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line for each search: over seeds and limits, the median, mean and largest number of trainings, and means."""
+    heads = (
+        "search", "test met", "trainings, median", "mean", "most", "gradient steps", "tokens", "CPU seconds",
+        "E[c*] − limit", "J* − J", "grammatical",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row, own in _by_row(rows):
+        trainings = [found["trainings"] for found in own]
+        means = {key: fmean(found[key] for found in own) for key in _MEANS}
+        cells = [
+            row.title + (" (and π_r)" if own[0]["before"] else ""),
+            f"{sum(found['met'] for found in own)}/{len(own)}",
+            f"{median(trainings):g}", f"{fmean(trainings):.1f}", f"{max(trainings)}",
+            *(f"{means[key]:.{digits}f}" for key, digits in _MEANS.items()),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+_MEANS = {"gradient_steps": 0, "generated_tokens": 0, "seconds": 0, "excess": 3, "gap": 3, "grammatical": 3}
+
+
+def by_limit(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Trainings of every seed at each limit."""
+    limits = sorted({found["limit"] for found in rows}, reverse=True)
+    lines = ["| search | " + " | ".join(f"d = {limit:g}" for limit in limits) + " |", "|---" * (len(limits) + 1) + "|"]
+    for row, own in _by_row(rows):
+        cells = [
+            ", ".join(f"{found['trainings']}{'' if found['met'] else '+'}" for found in own if found["limit"] == limit)
+            for limit in limits
+        ]
+        lines.append(f"| {row.title} | {' | '.join(cells)} |")
+    return lines
+
+
+def best_step_sizes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The step size with the fewest trainings for each method that was given several, in hindsight."""
+    means = {row: fmean(found["trainings"] for found in own) for row, own in _by_row(rows) if row.step_size}
+    lines = []
+    for method in dict.fromkeys(row.method for row in means):
+        best = min((row for row in means if row.method == method), key=means.__getitem__)
+        lines.append(f"Best in hindsight: {best.title}, {means[best]:.1f} trainings on average.")
+    return lines
+
+
+def _by_row(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Row, list[Mapping[str, Any]]]]:
+    return [(row, [found for found in rows if found["row"] == row.name]) for row in ROWS]
+
+
+def page(settings: Settings, common: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The page in markdown."""
+    tokens, score, helpful = (
+        fmean(values)
+        for values in (
+            [found["pool_tokens"] for found in common],
+            [found["seconds"]["score"] for found in common],
+            [found["seconds"]["reward_dpo@helpful"] for found in common],
+        )
+    )
+    parts = [
+        "# What a search costs",
+        f"    {options.command(PROGRAM, settings)}",
+        f"{len(settings.seeds)} seeds × {len(settings.limits)} limits; trainings of {settings.steps} gradient steps. "
+        f"Made once for all searches of a seed: the pool, {tokens:.0f} tokens, drawn and scored with the pairs in "
+        f"{score:.0f} s; for PD-DPO alone π_r, one more training of {helpful:.0f} s.",
+        "\n".join(table(rows)),
+        "\n".join(f"- {line}" for line in best_step_sizes(rows)),
+        _NOTES,
+        "## Trainings by limit",
+        "One number for each seed; `+` means that the test was not met.",
+        "\n".join(by_limit(rows)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+_NOTES = f"""\
+How to read it: every search starts from nothing, its first policy counts, and it goes on by its own rule until the cost
+of the policy's own answers to the search prompts is at most z standard errors above the limit and at most
+{TOLERANCE:g} (or z standard errors) from it, z as in the params, or 12 policies are trained. λ̂ is the multiplier of
+the pool. *Always corrected* is dualign as shipped, which trains once more even where its first policy meets the test.
+Tokens are those that the policies generate to be measured or trained on; seconds are the processor's.
+`E[c*] − limit` and `J* − J` are those of the policy that ended the search, by the oracle on held-out prompts:
+what the scorers misjudge is in them."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the laboratory; write search-cost.json and .md, and the page to stdout. Returns the exit status."""
+    settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
+    _quiet()
+    params = Path(settings.work).absolute() / "search-cost.yaml"
+    try:
+        with replacing(params) as temporary:
+            YAML().dump(smaller(settings), temporary)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(settings.jobs, mp_context=context, initializer=_quiet) as pool:
+            found = list(pool.map(functools.partial(rows_of, settings, params), settings.seeds))
+    except (DualignError, OSError) as error:
+        log.error("%s", error)
+        return 1
+    common, rows = [part for part, _ in found], [row for _, own in found for row in own]
+    text = page(settings, common, rows)
+    content = {"command": options.command(PROGRAM, settings), "settings": asdict(settings), "shared": common}
+    write_json(out / "search-cost.json", {**content, "rows": rows})
+    with replacing(out / "search-cost.md") as temporary:
+        temporary.write_text(text)
+    sys.stdout.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""The study of certified policies: what it reads of a run, and what it counts. The runs are those of bench.world."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import certified, world
+from dualign.core.artifacts import read_json, write_json
+
+
+def lab(root: Path, repo_root: Path, seed: int, *, returned: str | None, cost: float) -> world.Lab:
+    """The folder of a finished run at limit -0.3: every stage has its provenance, so none runs."""
+    made = world.set_up(seed, repo_root / "params/quick.yaml", root)
+    for name in made.dag:
+        write_json(made.folder / "reports/provenance" / f"{name.replace('@', '/')}.json", {})
+    metrics = made.folder / "reports/metrics"
+    tests = [{"candidate": "a at 2", "checks": [{"bound": -0.5}, {"bound": -0.4}]}, {"candidate": "a", "checks": []}]
+    write_json(metrics / "certify/dualign.json", {"returned": returned, "tests": tests if returned else tests[1:]})
+    for name, shift in (("dualign", 0.2), ("certified", 0.0)):
+        mean = cost + shift
+        truth = {"true_cost": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}, "reward_share": 0.8}
+        absent = name == "certified" and returned is None
+        write_json(metrics / f"evaluate/{name}.json", {"absent": True} if absent else truth)
+    return made
+
+
+def test_a_row_is_the_truth_less_the_limit(repo_root: Path, tmp_path: Path) -> None:
+    row = certified.row_of(lab(tmp_path, repo_root, 1, returned="a at 2", cost=-0.35))
+    assert row == {
+        "seed": 1, "returned": "a at 2", "tests": 2, "bound": pytest.approx(-0.1),
+        "certified_excess": pytest.approx(-0.05), "certified_least": pytest.approx(-0.15), "certified_share": 0.8,
+        "dualign_excess": pytest.approx(0.15), "dualign_least": pytest.approx(0.05), "dualign_share": 0.8,
+    }  # fmt: skip
+    none = certified.row_of(lab(tmp_path, repo_root, 2, returned=None, cost=-0.35))
+    assert none["returned"] is none["bound"] is none["certified_excess"] is None and none["dualign_excess"] is not None
+
+
+def test_violations_are_counted_over_the_policies_that_there_are() -> None:
+    def row(excess: float | None) -> dict[str, Any]:
+        return {"x_excess": excess, "x_least": None if excess is None else excess - 0.1, "x_share": 0.5}
+
+    found = certified.violations([row(-0.2), row(0.05), row(0.3), row(None)], "x")
+    assert found == {
+        "runs": 4, "policies": 3, "above": 2, "surely": 1, "excess": pytest.approx(0.05), "share": pytest.approx(0.5),
+    }  # fmt: skip
+    assert certified.violations([row(None)], "x") == {
+        "runs": 1, "policies": 0, "above": 0, "surely": 0, "excess": None, "share": None,
+    }  # fmt: skip
+
+
+def test_finished_runs_are_read_and_written_up(
+    repo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    lab(work, repo_root, 5, returned="a at 2", cost=-0.35)
+    lab(work, repo_root, 6, returned=None, cost=-0.35)
+    given = ["--seeds", "2", "--first", "5", "--params", str(repo_root / "params/quick.yaml")]
+    assert certified.main([*given, "--work", str(work), "--out", str(out)]) == 0
+    page = capsys.readouterr().out
+    assert (out / "certified.md").read_text() == page
+    assert "| of the search alone | 2 of 2 | 2 | 2 | 0.150 | 0.80 |" in page
+    assert "| certified | 1 of 2 | 0 | 0 | -0.050 | 0.80 |" in page and "| 6 | no policy | 1 | – | – | – |" in page
+    content = read_json(out / "certified.json")
+    assert content["certified"]["policies"] == 1 and len(content["rows"]) == 2
+    shutil.rmtree(work)
+    assert certified.main(["--seeds", "1", "--params", "missing.yaml", "--work", str(work), "--out", str(out)]) == 1
