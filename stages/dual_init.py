@@ -170,7 +170,7 @@ def _low_ess(solution: dual.DualSolution, params: DualInitParams) -> str:
     by_beta = (
         f"raise beta from {params.beta:g} to {beta:.2g}"
         if beta is not None
-        else "no beta gives more at this limit, so raise constraint.limit"
+        else "no beta gives as many at this limit, so raise constraint.limit"
     )
     by_samples = (
         f"draw {wanted:.0f} samples a prompt or more (now {count}, score.samples_per_prompt)"

@@ -573,7 +573,7 @@ def feasible(costs: Array, limits: Array, members: Array) -> bool:
     return bool(linprog(np.zeros(rows.shape[1]), rows, bounds, sums, np.ones(len(sums))).status == 0)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(14))
 def test_multipliers_of_several_limits_solve_the_constrained_problem(seed: int) -> None:
     reward, costs, limits, members = several(seed)
     beta = 0.7 * reward.std()
@@ -596,9 +596,9 @@ def test_multipliers_of_several_limits_solve_the_constrained_problem(seed: int) 
     assert found.steps <= 25
 
 
-def test_the_thirty_seeds_meet_every_ending() -> None:
+def test_the_fourteen_seeds_meet_every_ending() -> None:
     endings = []
-    for seed in range(30):
+    for seed in range(14):
         reward, costs, limits, members = several(seed)
         if feasible(costs, limits, members):
             top = 1e4 * float(reward.std() / costs[0].std())

@@ -155,7 +155,9 @@ def test_few_effective_samples_come_with_a_beta_and_a_number_of_samples(
     lam = dual.root(reward, cost, limit=LIMIT, beta=0.5, lambda_max=50)
     assert wanted == round(dual.samples_for_ess(reward, cost, lam, 0.5, 5.0))
     [hopeless] = solved(run_of(resources, beta=0.02, min_ess=7.9))["messages"]
-    assert "no beta gives more at this limit" in hopeless and "more samples than 8 a prompt will hardly do" in hopeless
+    assert (
+        "no beta gives as many at this limit" in hopeless and "more samples than 8 a prompt will hardly do" in hopeless
+    )
 
 
 @pytest.mark.usefixtures("folder")
