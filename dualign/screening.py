@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from scipy.special import softmax
 
 Array = np.ndarray
 
 
 @dataclass(frozen=True)
 class Screening:
-    """The cost of the merge of weight `q` as the pool sees it: estimate, prompt-clustered standard error, and ESS."""
+    """The cost of the merge of weight `q` as the pool sees it: estimate, standard error, median ESS of a prompt."""
 
     q: float
     cost: float
@@ -24,20 +25,16 @@ class Screening:
 
 
 def off_policy_cost(log_ratio: Array, cost: Array) -> tuple[float, float, float]:
-    """E_pi[c] from reference samples: (estimate, standard error, effective sample size).
+    """E_pi[c] from reference samples: (estimate, standard error, median effective sample size of a prompt).
 
-    `log_ratio` is log(pi / pi_ref) of the samples, known exactly, and `cost` their c; both [prompts, samples].
-    With w = pi / pi_ref, whose mean is 1 for every prompt, E_pi[c] = E[w c] / E[w], both means over all samples: one
-    normalisation for the pool in place of one for each prompt, whose bias at a handful of samples a prompt would not
-    go away with more prompts, and which knows that E[w c] - c0 E[w] does not depend on the zero c0 of the cost.
-    The standard error is that of the linearised ratio, sum_i w (c - C) of a prompt, over prompts. The effective sample
-    size (sum w)^2 / sum w^2 counts samples of the whole pool; where it is small, a few samples speak for all, and
-    estimate and error are not to be trusted.
+    `log_ratio` is log(pi / pi_ref) of the samples and `cost` their c, both [prompts, samples]. With w = pi / pi_ref it is
+    the mean over prompts of sum_i w_i c_i / sum_i w_i, as the dual predicts pi_lambda, and the error is that of this
+    mean. Normalised within the prompt, a weight can move one prompt alone: a training may raise some odd answer of the
+    reference ten thousandfold, which would drown the whole pool under weights whose mean is known to be 1. The price
+    is a bias towards the reference where the effective sample size 1 / sum w^2 (w normalised) is a small number.
     """
     log_ratio, cost = np.asarray(log_ratio, float), np.asarray(cost, float)
-    weight = np.exp(log_ratio - log_ratio.max())
-    weight /= weight.mean()
-    mean = float((weight * cost).mean())
-    influence = (weight * (cost - mean)).mean(1)
-    error = float(influence.std(ddof=1) / np.sqrt(len(cost))) if len(cost) > 1 else float("inf")
-    return mean, error, float(weight.sum() ** 2 / (weight**2).sum())
+    weight = softmax(log_ratio, axis=1)
+    each = (weight * cost).sum(1)
+    error = float(each.std(ddof=1) / np.sqrt(len(each))) if len(each) > 1 else float("inf")
+    return float(each.mean()), error, float(np.median(1 / (weight**2).sum(1)))
