@@ -27,8 +27,8 @@ class Screening:
 def off_policy_cost(log_ratio: Array, cost: Array) -> tuple[float, float, float]:
     """E_pi[c] from reference samples: (estimate, standard error, median effective sample size of a prompt).
 
-    `log_ratio` is log(pi / pi_ref) of the samples and `cost` their c, both [prompts, samples]. With w = pi / pi_ref it is
-    the mean over prompts of sum_i w_i c_i / sum_i w_i, as the dual predicts pi_lambda, and the error is that of this
+    `log_ratio` is log(pi / pi_ref) of the samples and `cost` their c, both [prompts, samples]. With w = pi / pi_ref it
+    is the mean over prompts of sum_i w_i c_i / sum_i w_i, as the dual predicts pi_lambda, and the error is that of this
     mean. Normalised within the prompt, a weight can move one prompt alone: a training may raise some odd answer of the
     reference ten thousandfold, which would drown the whole pool under weights whose mean is known to be 1. The price
     is a bias towards the reference where the effective sample size 1 / sum w^2 (w normalised) is a small number.
