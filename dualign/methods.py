@@ -12,8 +12,10 @@
 |           | one trained at the `tail_average`, the mean of the last half of the multipliers                    |
 | warm      | whether each training goes on from the policy before, or starts at the reference                   |
 | cost      | what the rule goes by: scores of the cost `model`, or binary `feedback`                            |
+| aims      | the cost that the rule steers to: the `limit`, or below it by the safety `stock` of the dual       |
 
-A row of `methods` in params names a method, where it starts and its reference, and may replace the last four columns.
+A row of `methods` in params names a method, where it starts and its reference, and may replace the last five columns
+and the rule.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dualign.core.errors import ParamsError
-from dualign.core.params import CostSource, MethodName, MethodRow, Returns, Rule
+from dualign.core.params import Aim, CostSource, MethodName, MethodRow, Returns, Rule
 
 #: Rules that train again and again, each time at a multiplier that the cost of the policy before asks for.
 ITERATIVE = ("dual_gradient", "projected_subgradient", "newton")
@@ -33,8 +35,12 @@ _RULES = {
     "lagrangian": ("grid", "one_shot", *ITERATIVE),
     "policy_gradient": ("ascent",),
 }
-#: Methods that follow one of these alone: a merge trains nothing, and a round of comparisons is PD-DPO's.
-_ONLY = {"p_sacpo": ("merge",), "o_pd_dpo": ("projected_subgradient",)}
+#: Methods with rules of their own: a merge trains nothing, and a round of comparisons is PD-DPO's.
+_ONLY = {
+    "p_sacpo": ("merge",),
+    "o_pd_dpo": ("projected_subgradient",),
+    "dualign": (*_RULES["lagrangian"], "merge"),  # of two policies of lambda_path
+}
 #: Where the policy at the first multiplier may lie.
 _STARTS = {"safety": ["safety_dpo/..."], "lagrangian": ["lagrangian_dpo/..."], "policy_gradient": ["sft"]}
 
@@ -52,6 +58,7 @@ class Method:
     returns: Returns
     warm: bool = False
     cost: CostSource = "model"
+    aims: Aim = "limit"
 
 
 _SACPO, _PD_DPO, _CAN = "2404.11049", "2510.05703", "2405.19544"
@@ -89,7 +96,8 @@ class Plan:
 
 def plan(name: str, row: MethodRow) -> Plan:
     """The row `methods.NAME` over the table. Raises ParamsError naming the key that does not go with the others."""
-    options = {key: value for key in ("rule", "warm", "returns", "cost") if (value := getattr(row, key)) is not None}
+    keys = ("rule", "warm", "returns", "cost", "aims")
+    options = {key: value for key in keys if (value := getattr(row, key)) is not None}
     method = replace(METHODS[row.method], **options)
     problems = _problems(method, row)
     if problems:
@@ -103,6 +111,8 @@ def _problems(method: Method, row: MethodRow) -> list[str]:
     starts = list(_STARTS[method.inner])
     if method.inner == "safety" and method.rule == "one_shot":
         starts.append("reward_dpo/...")  # safety first, then helpfulness: no other multiplier can be trained from there
+    if method.inner == "lagrangian" and method.rule == "merge":
+        starts = ["lambda_path/..."]
     iterates = method.rule in ITERATIVE
     checks = {
         "rule": (method.rule in rules, f"{method.rule!r} does not go with {method.name}; one of {', '.join(rules)}"),
@@ -122,6 +132,10 @@ def _problems(method: Method, row: MethodRow) -> list[str]:
         "cost": (
             method.cost == "model" or method.rule not in ("one_shot", "ascent"),
             f"rule {method.rule!r} does not go by this cost, so labels would be spent on nothing; leave it out",
+        ),
+        "aims": (
+            method.aims == "limit" or method.rule not in ("one_shot", "ascent"),
+            f"rule {method.rule!r} does not steer by measured costs; leave it out",
         ),
     }
     needed = {

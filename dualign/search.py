@@ -1,7 +1,8 @@
 """The search for the multiplier: the rules of all methods as pure functions, and one loop that runs any of them.
 
 A rule looks at the steps so far (multiplier, measured cost with its standard error, within-prompt variance) and says
-which multiplier, or which merge weight q, to try next, or None to stop.
+which multiplier, or which merge weight q, to try next, or None to stop. It steers to the aim: the limit, or below it by
+the safety stock. A merge weight is corrected on the cost curve that the pool shows before anything is generated.
 """
 
 from __future__ import annotations
@@ -13,13 +14,22 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
 from dualign.core.params import DualSearchParams
 from dualign.measure.stats import Measurement
 from dualign.methods import ITERATIVE, Plan
+from dualign.screening import Screening
+from dualign.tilt import Tilt
 
 log = logging.getLogger(__name__)
+
+#: R^2 from which a policy counts as the tilt that was fitted to it: a tenth of its variance is left out at most.
+_BELIEVED = 0.9
+#: Weights that are screened for one merge at most; each takes a forward pass over the pool.
+_SCREENINGS = 8
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,8 @@ class Step:
     """One policy of a search: its multiplier (for a merge the one it stands for), folder and measurement.
 
     `closing` marks the policy made after the search from all its steps: their mixture (its multiplier is their mean),
-    or the one trained at the tail average. `course` is that of an ascent; see `Ascent`.
+    or the one trained at the tail average. `course` is that of an ascent; see `Ascent`. `tilt` is what the policy
+    reached on the pool; `screened` are the merges that were looked at there before this one was made.
     """
 
     step: int
@@ -38,6 +49,13 @@ class Step:
     measured: Measurement
     closing: bool = False
     course: list[dict[str, float]] = field(default_factory=list)
+    tilt: Tilt | None = None
+    screened: list[Screening] = field(default_factory=list)
+
+    @property
+    def weight(self) -> float:
+        """The merge weight: q, and 1 for the start of a merge."""
+        return 1.0 if self.q is None else self.q
 
 
 @dataclass(frozen=True)
@@ -65,7 +83,11 @@ class Workbench(Protocol):
         ...
 
     def merge(self, step: int, q: float) -> str:
-        """Merge pi_r and the start at weight q; return the folder."""
+        """Merge the reference and the start at weight q; return the folder."""
+        ...
+
+    def screen(self, q: float) -> Screening:
+        """The cost of the merge of weight q on the pool, without generation."""
         ...
 
     def mix(self, step: int, steps: Sequence[Step]) -> str:
@@ -74,6 +96,10 @@ class Workbench(Protocol):
 
     def measure(self, step: int, policy: str) -> Measurement:
         """Sample the policy on the search prompts and score the answers."""
+        ...
+
+    def tilt(self, policy: str) -> Tilt:
+        """The effective tilt of the policy on the pool."""
         ...
 
 
@@ -100,6 +126,19 @@ def newton_step(lam: float, cost: float, variance: float, limit: float, beta: fl
     return max(0.0, lam + beta * (cost - limit) / variance)
 
 
+def tilt_step(lam: float, tilt: Tilt, cost: float, variance: float, limit: float) -> float | None:
+    """Newton's step for what the policy reached, told in what it was told: lambda <- lambda (lam_req / lam_eff).
+
+    A policy trained at `lam` whose effective tilt is (beta_eff, lam_eff) has dC / dlam_eff = -V / beta_eff, so it needs
+    lam_req = lam_eff + beta_eff (C - d) / V; and it answers to a command as lam_eff / lam did. A training that reaches
+    its target exactly makes this `newton_step`. None where the policy has no effective multiplier above 0.
+    """
+    if tilt.beta_eff is None or tilt.lam_eff is None or tilt.lam_eff <= 0 or variance <= 0:
+        return None
+    required = tilt.lam_eff + tilt.beta_eff * (cost - limit) / variance
+    return max(0.0, lam * required / tilt.lam_eff)
+
+
 def secant_step(previous: tuple[float, float], last: tuple[float, float], limit: float) -> float | None:
     """The root of the line through two points (x, C); None where the line does not fall."""
     (x0, c0), (x1, c1) = previous, last
@@ -108,19 +147,55 @@ def secant_step(previous: tuple[float, float], last: tuple[float, float], limit:
     return max(0.0, x1 + (limit - c1) * (x1 - x0) / (c1 - c0))
 
 
-def first_weight(lam_pool: float, lam_start: float, naive: bool) -> float:
-    """The merge weight q whose multiplier is that of the pool; inverts `merge_multiplier`."""
-    return lam_pool / (lam_pool + lam_start) if naive else lam_pool / lam_start
+def regression_root(
+    lams: Sequence[float], costs: Sequence[float], errors: Sequence[float], limit: float
+) -> float | None:
+    """The root of the line fitted to all steps (lambda, C), each with weight 1 / error^2; None where it does not fall.
+
+    What the secant of two noisy steps says hangs on the noise of both, divided by their distance: two steps near each
+    other throw it far off. The line through all of them averages multipliers in place of policies.
+    """
+    x, y = np.asarray(lams, float), np.asarray(costs, float)
+    weight = 1 / np.maximum(np.asarray(errors, float), 1e-12) ** 2
+    weight = weight / weight.max() if np.isfinite(weight.max()) and weight.max() > 0 else np.ones_like(x)
+    centre, level = float(np.average(x, weights=weight)), float(np.average(y, weights=weight))
+    across, along = float(weight @ ((x - centre) * (y - level))), float(weight @ (x - centre) ** 2)
+    return max(0.0, centre + (limit - level) * along / across) if across < 0 else None
 
 
-def merge_multiplier(q: float, lam_start: float, naive: bool) -> float:
+def first_weight(lam_pool: float, lam_start: float, naive: bool, lam_reference: float = 0.0) -> float:
+    """The merge weight q >= 0 whose multiplier is that of the pool; inverts `merge_multiplier`."""
+    if naive:
+        return lam_pool / (lam_pool + lam_start)
+    return max(0.0, (lam_pool - lam_reference) / (lam_start - lam_reference))
+
+
+def merge_multiplier(q: float, lam_start: float, naive: bool, lam_reference: float = 0.0) -> float:
     """The multiplier that a merge of weight q on the start stands for, to first order (P-SACPO, 2404.11049).
 
-    log pi = (1 - q) log pi_1 + q log pi_2. Where the start goes on from pi_r, its tilt is (r - lambda c) / beta, and
-    the merge's (r - q lambda c) / beta. Where it is safety DPO from pi_ref (a naive merge), the merge's tilt is
-    ((1 - q) r - q lambda c) / beta: multiplier q lambda / (1 - q) at KL weight beta / (1 - q), for q < 1.
+    log pi = (1 - q) log pi_1 + q log pi_2. Where the start's tilt is (r - lambda c) / beta and the other's
+    (r - lambda_1 c) / beta, lambda_1 = 0 for pi_r, the merge's is that of (1 - q) lambda_1 + q lambda at the same beta.
+    Where the start is safety DPO from pi_ref (a naive merge), the merge's tilt is ((1 - q) r - q lambda c) / beta:
+    multiplier q lambda / (1 - q) at KL weight beta / (1 - q), for q < 1.
     """
-    return q * lam_start / (1 - q) if naive else q * lam_start
+    return q * lam_start / (1 - q) if naive else (1 - q) * lam_reference + q * lam_start
+
+
+def next_weight(points: Sequence[tuple[float, float]], limit: float, largest: float) -> float | None:
+    """The merge weight, at most `largest`, of the secant through the two points (q, C) nearest to the limit.
+
+    Where points lie on both sides of the limit and that secant leaves the interval between the nearest of each side, it
+    is the one through these two. None where the line does not fall, or its root is a point already.
+    """
+    ordered = sorted(points, key=lambda point: abs(point[1] - limit))
+    found = secant_step(ordered[1], ordered[0], limit)
+    over, under = ([point for point in ordered if (point[1] > limit) is side] for side in (True, False))
+    if over and under and (found is None or not over[0][0] <= found <= under[0][0]):
+        found = secant_step(over[0], under[0], limit)
+    if found is None:
+        return None
+    found = min(found, largest)
+    return None if any(abs(found - q) < 1e-3 for q, _ in points) else found
 
 
 def tail(lams: Sequence[float]) -> Sequence[float]:
@@ -131,19 +206,26 @@ def tail(lams: Sequence[float]) -> Sequence[float]:
 @dataclass(frozen=True)
 class Outlook:
     """What is known before the search: the pool's multiplier and the start's, the Slater radius of a projected rule
-    (infinite without one), and whether a merge is naive, its start having been trained from pi_ref."""
+    (infinite without one), whether a merge is naive, its start having been trained from pi_ref, the multiplier of its
+    reference, and the cost to steer to (None: the limit)."""
 
     lam_pool: float
     lam_start: float
     radius: float = math.inf
     naive: bool = False
+    lam_reference: float = 0.0
+    aim: float | None = None
+
+    def target(self, params: DualSearchParams) -> float:
+        """The cost that a rule steers to."""
+        return params.limit if self.aim is None else self.aim
 
 
 Rule = Callable[[Sequence[Step], DualSearchParams, Outlook], float | None]
 
 
-def _within_noise(step: Step, params: DualSearchParams) -> bool:
-    return abs(step.measured.cost - params.limit) <= params.z * step.measured.cost_se
+def _within_noise(step: Step, params: DualSearchParams, outlook: Outlook) -> bool:
+    return abs(step.measured.cost - outlook.target(params)) <= params.z * step.measured.cost_se
 
 
 def _grid(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
@@ -162,49 +244,86 @@ def _ascent(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -
 
 def _dual_gradient(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
     last = steps[-1]
-    if _within_noise(last, params):
+    if _within_noise(last, params, outlook):
         return None
-    return min(dual_gradient_step(last.lam, last.measured.cost, params.limit, params.step_size), params.lambda_max)
+    found = dual_gradient_step(last.lam, last.measured.cost, outlook.target(params), params.step_size)
+    return min(found, params.lambda_max)
 
 
 def _projected_subgradient(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
     """Stops where the projection gives the last multiplier again, unless fresh comparisons make another round of it."""
     last = steps[-1]
-    if _within_noise(last, params):
+    if _within_noise(last, params, outlook):
         return None
     proposed = projected_subgradient_step(
-        last.lam, last.measured.cost, params.limit, params.step_size, outlook.radius, params.lambda_min
+        last.lam, last.measured.cost, outlook.target(params), params.step_size, outlook.radius, params.lambda_min
     )
     return None if proposed == last.lam and params.online is None else proposed
 
 
 def _newton(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
     """Newton from the first policy, then secants; a correction is always made, since it also trains on-policy."""
-    last = steps[-1]
-    if len(steps) > 1 and _within_noise(last, params):
+    if len(steps) > 1 and _within_noise(steps[-1], params, outlook):
         return None
+    return min(_preferred(corrections(steps, params, outlook), steps, params, outlook), params.lambda_max)
+
+
+def corrections(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> dict[str, float | None]:
+    """The next multiplier by each reckoning: `newton`, `tilt`, `secant` of the last two steps, `average` of all."""
+    last, target = steps[-1], outlook.target(params)
     m = last.measured
-    proposed = newton_step(last.lam, m.cost, m.variance, params.limit, params.beta) if m.variance > 0 else last.lam
-    if len(steps) > 1:
-        secant = secant_step((steps[-2].lam, steps[-2].measured.cost), (last.lam, m.cost), params.limit)
-        proposed = secant if secant is not None and secant < 2 * proposed + 1 else proposed
-    return min(proposed, params.lambda_max)
+    lams, costs = [step.lam for step in steps], [step.measured.cost for step in steps]
+    points, errors = list(zip(lams, costs, strict=True)), [step.measured.cost_se for step in steps]
+    return {
+        "newton": newton_step(last.lam, m.cost, m.variance, target, params.beta) if m.variance > 0 else last.lam,
+        "tilt": tilt_step(last.lam, last.tilt, m.cost, m.variance, target) if last.tilt else None,
+        "secant": secant_step(points[-2], points[-1], target) if len(points) > 1 else None,
+        "average": regression_root(lams, costs, errors, target) if len(points) > 2 else None,
+    }
+
+
+def _preferred(
+    found: dict[str, float | None], steps: Sequence[Step], params: DualSearchParams, outlook: Outlook
+) -> float:
+    """The correction that is taken.
+
+    The first is Newton's, told in commands where the policy is the tilt that was fitted to it. Later ones are secants,
+    which know the slope itself; one that runs away gives way to Newton. The last training of a search whose costs lie
+    on both sides of the aim goes to the average, within the multipliers that were tried.
+    """
+    newton, costs, lams = found["newton"], [step.measured.cost for step in steps], [step.lam for step in steps]
+    assert newton is not None
+    if len(steps) == 1:
+        tilt = found["tilt"]
+        return tilt if tilt is not None and _believed(steps[0].tilt) else newton
+    last_training, between = len(steps) == params.max_trainings, min(costs) < outlook.target(params) < max(costs)
+    if last_training and between and found["average"] is not None:
+        return min(max(found["average"], min(lams)), max(lams))
+    secant = found["secant"]
+    return secant if secant is not None and secant < 2 * newton + 1 else newton
+
+
+def _believed(tilt: Tilt | None) -> bool:
+    """Whether the fit explains the policy, and tells its multiplier from 0."""
+    if tilt is None or tilt.r2 is None or tilt.lam_eff is None or tilt.lam_eff_se is None:
+        return False
+    return tilt.r2 >= _BELIEVED and tilt.lam_eff > 2 * tilt.lam_eff_se
 
 
 def _merge(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
     """The weight of the pool's multiplier first, then secants on (q, C); q = 1 is the start itself."""
-    last = steps[-1]
-    if len(steps) > 1 and _within_noise(last, params):
-        return None
     if len(steps) == 1:
-        return min(first_weight(outlook.lam_pool, outlook.lam_start, outlook.naive), params.merge_max)
-    points = sorted((abs(step.measured.cost - params.limit), step.step) for step in steps)
-    by_step = {step.step: (float(step.q if step.q is not None else 1.0), step.measured.cost) for step in steps}
-    proposed = secant_step(by_step[points[1][1]], by_step[points[0][1]], params.limit)
-    if proposed is None or (outlook.naive and proposed >= 1):  # a naive merge beyond its start has no multiplier
+        first = first_weight(outlook.lam_pool, outlook.lam_start, outlook.naive, outlook.lam_reference)
+        return min(first, params.merge_max)
+    if _within_noise(steps[-1], params, outlook):
         return None
-    proposed = min(proposed, params.merge_max)
-    return None if any(abs(proposed - q) < 1e-3 for q, _ in by_step.values()) else proposed
+    return _merge_between([(step.weight, step.measured.cost) for step in steps], params, outlook)
+
+
+def _merge_between(points: Sequence[tuple[float, float]], params: DualSearchParams, outlook: Outlook) -> float | None:
+    found = next_weight(points, outlook.target(params), params.merge_max)
+    beyond = found is not None and outlook.naive and found >= 1  # there a naive merge has no multiplier
+    return None if beyond else found
 
 
 _RULES: dict[str, Rule] = {
@@ -218,25 +337,59 @@ _RULES: dict[str, Rule] = {
 }
 
 
+# --- the pool's cost curve --------------------------------------------------------------------------------------------
+
+
+def screened_weight(
+    steps: Sequence[Step], proposed: float, params: DualSearchParams, outlook: Outlook, bench: Workbench
+) -> tuple[float, list[Screening]]:
+    """A proposed merge weight, corrected on the pool's cost curve while that can be trusted; and what was screened.
+
+    Only forward passes: secants on the screened costs, moved by what the last policy measured above its own screening
+    (the pool holds other prompts, and its answers may have been trained on), until the cost is nearer to the aim than a
+    measurement can tell. A weight whose effective sample size is below `min_ess` ends it: that one is measured next.
+    """
+    last, target = steps[-1], outlook.target(params)
+    known = next((seen for seen in last.screened if seen.q == last.weight), None)
+    tried = [known or bench.screen(last.weight)]
+    shift = last.measured.cost - tried[0].cost if tried[0].ess >= params.min_ess else 0.0
+    points = [(step.weight, step.measured.cost) for step in steps]
+    q = proposed
+    for _ in range(_SCREENINGS):
+        tried.append(bench.screen(q))
+        cost = tried[-1].cost + shift
+        if tried[-1].ess < params.min_ess or abs(cost - target) <= params.z * last.measured.cost_se / 2:
+            break
+        points.append((q, cost))
+        better = _merge_between(points, params, outlook)
+        if better is None:
+            break
+        q = better
+    return q, tried
+
+
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
 def run(
     plan: Plan, start: str, outlook: Outlook, params: DualSearchParams, bench: Workbench, scratch: Path
 ) -> tuple[list[Step], str]:
-    """Measure the start, train (or merge) and measure until the rule stops or the budget is spent, then close.
+    """Measure the start, train (or merge) and measure until the rule stops or a budget is spent, then close.
 
     Every finished step is recorded in `scratch`, so an interrupted search goes on where it stopped.
     Returns the steps and why the search stopped.
     """
     recorded = _restore(scratch)
     if not recorded:
-        first = Step(0, outlook.lam_start, None, start, False, bench.measure(0, start))
-        recorded = _record(scratch, [first])
+        recorded = _record(scratch, [_measured(bench, 0, outlook.lam_start, start)])
     steps, stopped = _iterate(plan, [s for s in recorded if not s.closing], outlook, params, bench, scratch)
-    if recorded[-1].closing:
-        return recorded, stopped
-    return _record(scratch, [*steps, *_close(plan, steps, bench)]), stopped
+    averages = plan.method.returns == "tail_average" and len(tail([step.lam for step in steps])) > 1
+    closes = averages or plan.method.returns == "mixture"
+    if not closes or recorded[-1].closing:
+        return recorded if recorded[-1].closing else steps, stopped
+    if _unaffordable(plan, steps, params, trains=averages):
+        return steps, _out_of_tokens(params)
+    return _record(scratch, [*steps, _close(plan, steps, bench)]), stopped
 
 
 def _iterate(
@@ -251,61 +404,86 @@ def _iterate(
         _tell(steps[-1], params)
         proposed = _RULES[rule](steps, params, outlook)
         if proposed is None:
-            return steps, _reason(rule, steps[-1], params)
+            return steps, _reason(rule, steps[-1], params, outlook)
         if len(steps) > budget:
             return steps, f"budget of {budget} {'merges' if rule == 'merge' else 'trainings'} is spent"
-        steps = _record(scratch, [*steps, _advance(plan, steps, proposed, outlook, bench)])
+        if _unaffordable(plan, steps, params, trains=rule != "merge"):
+            return steps, _out_of_tokens(params)
+        steps = _record(scratch, [*steps, _advance(plan, steps, proposed, params, outlook, bench)])
 
 
-def _reason(rule: str, last: Step, params: DualSearchParams) -> str:
+def _reason(rule: str, last: Step, params: DualSearchParams, outlook: Outlook) -> str:
     """Why a rule proposes nothing more after this step."""
-    if rule in (*ITERATIVE, "merge") and _within_noise(last, params):
-        return "cost within noise of the limit"
+    if rule in (*ITERATIVE, "merge") and _within_noise(last, params, outlook):
+        return f"cost within noise of the {'limit' if outlook.target(params) == params.limit else 'aim'}"
     return "lambda is at the end of its interval" if rule == "projected_subgradient" else f"rule {rule} is finished"
 
 
-def _close(plan: Plan, steps: Sequence[Step], bench: Workbench) -> list[Step]:
-    """The step that makes what the method returns, if no step of the search is that already."""
+def answers_drawn(plan: Plan, params: DualSearchParams, trained: bool) -> int:
+    """How many answers a step generates: to be measured and, where it is trained on its own, to be trained."""
+    drawn = params.prompts * params.samples_per_prompt
+    if trained and plan.method.data in ("pool", "fresh_pairs"):
+        drawn += params.refresh_prompts * params.refresh_samples
+    if trained and params.policy_gradient is not None:
+        drawn += params.policy_gradient.steps * params.policy_gradient.batch_size
+    return drawn
+
+
+def _unaffordable(plan: Plan, steps: Sequence[Step], params: DualSearchParams, trains: bool) -> bool:
+    """Whether the next step would exceed `max_tokens`, if its answers are as long as those of the last one."""
+    if params.max_tokens is None:
+        return False
+    last = steps[-1]
+    length = last.measured.generated_tokens / answers_drawn(plan, params, last.trained)
+    spent = sum(step.measured.generated_tokens for step in steps)
+    return spent + length * answers_drawn(plan, params, trains) > params.max_tokens
+
+
+def _out_of_tokens(params: DualSearchParams) -> str:
+    return f"budget of {params.max_tokens} generated tokens is spent"
+
+
+def _close(plan: Plan, steps: Sequence[Step], bench: Workbench) -> Step:
+    """The step that makes what the method returns from all steps of the search."""
     number, lams = len(steps), [step.lam for step in steps]
     if plan.method.returns == "mixture":
-        policy, lam = bench.mix(number, steps), sum(lams) / number
-    elif plan.method.returns == "tail_average" and len(tail(lams)) > 1:
-        lam = sum(tail(lams)) / len(tail(lams))
-        policy = bench.train(number, lam, steps[-1])
-    else:
-        return []
-    trained = plan.method.returns == "tail_average"
-    return [Step(number, lam, None, policy, trained, bench.measure(number, policy), closing=True)]
+        return _measured(bench, number, sum(lams) / number, bench.mix(number, steps), closing=True)
+    lam = sum(tail(lams)) / len(tail(lams))
+    return _measured(bench, number, lam, bench.train(number, lam, steps[-1]), trained=True, closing=True)
 
 
-def choose(plan: Plan, steps: Sequence[Step], params: DualSearchParams) -> int:
+def choose(
+    plan: Plan, steps: Sequence[Step], params: DualSearchParams, aim: float | None = None, stopped: str = ""
+) -> int:
     """The index of the policy that the method returns.
 
-    `best`: the most rewarding of those whose cost is not above the limit by more than z standard errors; the least
-    costly if there is none. Otherwise the last one: of the search, or the one that closed it.
+    `best`: the most rewarding of those whose cost is not above the aim (None: the limit) by more than z standard
+    errors, else of those as near to the limit; the least costly if there is none. Otherwise the last one: of the
+    search, or the one that closed it. A search that ran out of tokens before that returns its best so far.
     """
-    if plan.method.returns != "best":
+    if plan.method.returns != "best" and stopped != _out_of_tokens(params):
         return len(steps) - 1
-    allowed = [i for i, step in enumerate(steps) if feasible(step, params)]
-    if allowed:
-        return max(allowed, key=lambda i: steps[i].measured.reward)
+    for bound in (params.limit if aim is None else aim, params.limit):
+        allowed = [i for i, step in enumerate(steps) if _keeps(step, bound, params)]
+        if allowed:
+            return max(allowed, key=lambda i: steps[i].measured.reward)
     return min(range(len(steps)), key=lambda i: steps[i].measured.cost)
 
 
 def feasible(step: Step, params: DualSearchParams) -> bool:
     """Whether the measured cost is within the limit, up to z standard errors."""
-    return step.measured.cost <= params.limit + params.z * step.measured.cost_se
+    return _keeps(step, params.limit, params)
+
+
+def _keeps(step: Step, bound: float, params: DualSearchParams) -> bool:
+    return step.measured.cost <= bound + params.z * step.measured.cost_se
 
 
 def summary(
     plan: Plan, steps: Sequence[Step], stopped: str, params: DualSearchParams, outlook: Outlook, before: int
 ) -> dict[str, Any]:
     """The search as `reports/search/NAME.json` holds it; `before` counts the trainings that made its start."""
-    rows = [
-        {"step": s.step, "lam": s.lam, "q": s.q, "trained": s.trained, "closing": s.closing, **asdict(s.measured)}
-        for s in steps
-    ]
-    chosen, method = choose(plan, steps, params), plan.method
+    chosen, method = choose(plan, steps, params, outlook.aim, stopped), plan.method
     each = 2 if params.online is not None and params.online.retrain_reward else 1  # pi_r beside the policy
     found = {
         "name": plan.name,
@@ -314,7 +492,9 @@ def summary(
         "rule": method.rule,
         "returns": method.returns,
         "cost_source": method.cost,
-        "steps": rows,
+        "aim": outlook.target(params),
+        "steps": [_row(plan, steps[: i + 1], params, outlook) for i in range(len(steps))],
+        "screened": [seen.as_dict() for step in steps for seen in step.screened],
         "chosen": chosen,
         "feasible": feasible(steps[chosen], params),
         "trainings": before + each * sum(step.trained for step in steps),
@@ -333,17 +513,37 @@ def summary(
     }
 
 
-def _advance(plan: Plan, steps: Sequence[Step], proposed: float, outlook: Outlook, bench: Workbench) -> Step:
+def _row(plan: Plan, steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> dict[str, Any]:
+    """The last of these steps as a summary holds it; after Newton's rule with what each reckoning says comes next."""
+    s = steps[-1]
+    row = {"step": s.step, "lam": s.lam, "q": s.q, "trained": s.trained, "closing": s.closing, **asdict(s.measured)}
+    row["tilt"] = s.tilt.as_dict() if s.tilt else None
+    if plan.method.rule == "newton" and not s.closing:
+        row["next"] = corrections(steps, params, outlook)
+    return row
+
+
+def _advance(
+    plan: Plan, steps: Sequence[Step], proposed: float, params: DualSearchParams, outlook: Outlook, bench: Workbench
+) -> Step:
     number = len(steps)
     if plan.method.rule == "merge":
-        policy, lam = bench.merge(number, proposed), merge_multiplier(proposed, outlook.lam_start, outlook.naive)
-        return Step(number, lam, proposed, policy, False, bench.measure(number, policy))
+        q, seen = proposed, list[Screening]()
+        if plan.method.cost == "model":  # labels are on another scale than the pool's costs
+            q, seen = screened_weight(steps, proposed, params, outlook, bench)
+        lam = merge_multiplier(q, outlook.lam_start, outlook.naive, outlook.lam_reference)
+        return _measured(bench, number, lam, bench.merge(number, q), q=q, screened=seen)
     if plan.method.rule == "ascent":
         made = bench.ascend(number)
-        measured = bench.measure(number, made.policy)
-        return Step(number, made.lam, None, made.policy, True, measured, course=made.course)
-    policy = bench.train(number, proposed, steps[-1])
-    return Step(number, proposed, None, policy, True, bench.measure(number, policy))
+        return _measured(bench, number, made.lam, made.policy, trained=True, course=made.course)
+    return _measured(bench, number, proposed, bench.train(number, proposed, steps[-1]), trained=True)
+
+
+def _measured(
+    bench: Workbench, number: int, lam: float, policy: str, q: float | None = None, trained: bool = False, **more: Any
+) -> Step:
+    """A step of the search: the policy, measured on its own answers, and its tilt."""
+    return Step(number, lam, q, policy, trained, bench.measure(number, policy), tilt=bench.tilt(policy), **more)
 
 
 def _tell(step: Step, params: DualSearchParams) -> None:
@@ -363,10 +563,17 @@ def _restore(scratch: Path) -> list[Step]:
     path = scratch / "steps.json"
     if not path.is_file():
         return []
-    rows = read_json(path)
-    steps = [replace(Step(**row), measured=Measurement(**row["measured"])) for row in rows]
+    steps = [_step(row) for row in read_json(path)]
     missing = [step.policy for step in steps if not Path(step.policy).is_dir()]
     if missing:
         raise DualignError(f"{missing[0]}: the policy of an earlier step is gone; delete {scratch} and run again")
     log.info("resuming the search after step %d", steps[-1].step)
     return steps
+
+
+def _step(row: dict[str, Any]) -> Step:
+    """A step as `_record` wrote it."""
+    tilt, screened = row["tilt"], [Screening(**seen) for seen in row["screened"]]
+    return replace(
+        Step(**row), measured=Measurement(**row["measured"]), tilt=Tilt(**tilt) if tilt else None, screened=screened
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,21 @@ from dualign.constraints import Price, priced
 from dualign.core.artifacts import read_json, replacing, write_json, write_parquet
 from dualign.core.errors import ParamsError
 from dualign.core.params import DualSearchParams, InnerParams, Resources, TrainingParams
-from dualign.data.schema import ANSWERS, POOL, SAFETY_PAIRS, SCORED_PAIRS, read_table
+from dualign.data.schema import ANSWERS, POOL, SAFETY_PAIRS, SCORED_PAIRS, by_prompt, read_table
 from dualign.labelling import compare, log_odds, vote
 from dualign.lm.mixture import policy_at, write_mixture
 from dualign.lm.models import load_policy, save, with_lora
 from dualign.lm.tokens import answer_lengths
 from dualign.losses import lagrangian_scale
-from dualign.measure.rollout import Judges, measure, roll_out
+from dualign.measure.rollout import Judges, log_ratios, measure, roll_out
 from dualign.measure.stats import Measurement, clustered_mean
 from dualign.merge import merge
 from dualign.methods import Plan
 from dualign.online import Bonuses, Exploration, Preferences, collect, phase_one, phase_two, preference_tables, union
 from dualign.pairs import lagrangian_pairs, pool_pairs, pool_values, safety_training_pairs, samples_of, visited
+from dualign.screening import Screening, off_policy_cost
 from dualign.search import Ascent, Step
+from dualign.tilt import TILT_SAMPLES, Tilt, tilt_on
 from dualign.training.pairwise import Inner, Pair, train_pairwise
 from dualign.training.policy_gradient import PolicyGradient, train_policy_gradient
 from dualign.training.run import Job, Model
@@ -100,8 +102,7 @@ class PolicyBench:
             seed = self._params.seed + step
             policy = self._adaptable(Path(self.start), seed)
             job = Job(self._gradient_training(), self._resources, out.with_name("policy-checkpoints"), seed)
-            pool = read_table(self._inputs.scored / "pool.parquet", POOL).drop_duplicates("prompt_id")
-            judges = self._judges
+            pool, judges = self._pool.drop_duplicates("prompt_id"), self._judges
             found = train_policy_gradient(
                 policy, judges.tokenizer, pool["prompt"].tolist(), judges.reward, judges.cost, self._gradient(), job
             )
@@ -111,8 +112,15 @@ class PolicyBench:
         return Ascent(str(out), made["lam"], stretches(made["course"], _COURSE))
 
     def merge(self, step: int, q: float) -> str:
-        """(1 - q) pi_r + q start."""
-        out = self._folder(step) / "policy"
+        """(1 - q) reference + q start, in weight space."""
+        return self._merged(q, self._folder(step) / "policy")
+
+    def screen(self, q: float) -> Screening:
+        """The cost of the merge of weight q by importance weights on the whole pool."""
+        ratio = self._pool_ratio(self._merged(q, self._scratch / "screened"), self._pool)
+        return Screening(q, *off_policy_cost(ratio, by_prompt(self._pool, "cost")))
+
+    def _merged(self, q: float, out: Path) -> str:
         with replacing(out) as temporary:
             merge(self._inputs.models / self._plan.reference, Path(self.start), q, temporary)
         return str(out)
@@ -137,6 +145,20 @@ class PolicyBench:
         measured, (tokens, comparisons) = measure(answers), self._spent(self._folder(step))
         measured = replace(measured, generated_tokens=measured.generated_tokens + tokens, comparisons=comparisons)
         return self._by_feedback(measured, answers, step) if self._method.cost == "feedback" else measured
+
+    def tilt(self, policy: str) -> Tilt:
+        """The effective tilt of a policy on the first samples of every pool prompt."""
+        few = self._pool[self._pool["sample"] < TILT_SAMPLES]
+        return tilt_on(few, self._pool_ratio(policy, few))
+
+    def _pool_ratio(self, policy: str, samples: pd.DataFrame) -> np.ndarray:
+        """log(pi / pi_ref) of pool samples; shape [prompts, samples]."""
+        ratios = log_ratios(policy_at(policy, self._resources), samples, self._judges)
+        return ratios.reshape(samples["prompt_id"].nunique(), -1)
+
+    @cached_property
+    def _pool(self) -> pd.DataFrame:
+        return read_table(self._inputs.scored / "pool.parquet", POOL)
 
     @staticmethod
     def _spent(folder: Path) -> tuple[int, int]:
@@ -228,7 +250,7 @@ class PolicyBench:
         Fresh answers find the text that no fixed pool holds; their anchors use the pool's soft value of the prompt, so
         they need no new partition function.
         """
-        pool = self._priced(read_table(self._inputs.scored / "pool.parquet", POOL))
+        pool = self._priced(self._pool)
         samples = samples_of(pool, self._judges.tokenizer)
         prompts = pool.drop_duplicates("prompt_id")[["prompt_id", "prompt"]].head(self._params.refresh_prompts)
 
@@ -302,7 +324,7 @@ class PolicyBench:
 
     def _baseline(self) -> pd.DataFrame:
         """The first samples of the pool to each prompt, as many as the policy draws."""
-        pool, count = read_table(self._inputs.scored / "pool.parquet", POOL), self._params.refresh_samples
+        pool, count = self._pool, self._params.refresh_samples
         held = int(pool["sample"].max()) + 1
         if self._params.refresh_prompts == 0 or count > held:
             raise ParamsError(

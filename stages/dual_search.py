@@ -76,16 +76,26 @@ def outlook(row: Plan, start: dict[str, Any], params: DualSearchParams) -> searc
 
     The reference policy as a start has no multiplier; it counts as where an ascent begins.
     """
+    lam, aim = goal(row)
     if params.policy_gradient is not None:
-        return search.Outlook(read_json(DUAL)["lam"], params.policy_gradient.lambda_init)
+        return search.Outlook(lam, params.policy_gradient.lambda_init)
     safe = _metrics(row.reference) if row.start.startswith("reward_dpo") else start  # where lambda was spent
     radius = _radius(params) if row.method.rule == "projected_subgradient" else math.inf
     if safe["lam"] > 2 * radius:
         log.warning(
             "%s is at lambda %.4f, above the end of the interval: 2 rho = %.4f", row.start, safe["lam"], 2 * radius
         )
-    naive = row.method.rule == "merge" and start["reference"] != row.reference
-    return search.Outlook(read_json(DUAL)["lam"], safe["lam"], radius, naive)
+    path = row.reference.startswith("lambda_path/")
+    naive = row.method.rule == "merge" and not path and start["reference"] != row.reference
+    return search.Outlook(lam, safe["lam"], radius, naive, _metrics(row.reference)["lam"] if path else 0.0, aim)
+
+
+def goal(row: Plan) -> tuple[float, float | None]:
+    """The pool's multiplier and the cost to steer to (None: the limit), with the safety stock where the row says so."""
+    known = read_json(DUAL)
+    if row.method.aims == "limit":
+        return known["lam"], None
+    return known.get("lam_stock", known["lam"]), known.get("aim")
 
 
 def further_limits(row: Plan) -> list[Price]:
@@ -100,7 +110,7 @@ def further_limits(row: Plan) -> list[Price]:
 def trainings(row: Plan, start: dict[str, Any]) -> int:
     """How many policies were aligned for the start: itself, its reference, those whose log-ratios score its pairs."""
     needed = {row.start, row.reference, *(start.get(key, "") for key in ("reward", "cost"))}
-    return sum("_dpo" in folder for folder in needed)
+    return sum("_dpo" in folder or folder.startswith("lambda_path/") for folder in needed)
 
 
 def _radius(params: DualSearchParams) -> float:

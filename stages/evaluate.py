@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,10 +24,9 @@ from dualign.data.schema import ANSWERS, ENUMERATED, POOL, PROMPTS, read_table
 from dualign.dual import value_at_risk
 from dualign.evaluation import add_truth, against_optimum, finite_problem, summarise
 from dualign.lm.mixture import Policy, is_policy, policy_at
-from dualign.lm.sampling import log_probabilities
-from dualign.lm.tokens import encode_prompts
-from dualign.measure.rollout import Judges, roll_out
+from dualign.measure.rollout import Judges, log_ratios, roll_out
 from dualign.measure.stats import clustered_mean
+from dualign.tilt import TILT_SAMPLES, tilt_on
 
 log = logging.getLogger("dualign")
 
@@ -54,7 +54,8 @@ def main(run: Run[EvaluateParams]) -> None:
     run.throughput["tokens_per_second"] = float(answers["length"].sum() / (time.monotonic() - started))
     world = bool((prompts["source"] == "world").all())
     answers = add_truth(answers) if world else answers
-    metrics = summarise(answers, displacement(policy, judges), params.confidence)
+    log_ratio, tilt = on_the_pool(policy, judges)
+    metrics = summarise(answers, log_ratio, params.confidence) | {"tilt": tilt}
     if world:
         enumerated = read_table(SCORED / "enumerated.parquet", ENUMERATED)
         kept = enumerated[enumerated["prompt_id"].isin(prompts["prompt_id"])]
@@ -76,16 +77,16 @@ def absent(run: Run[EvaluateParams]) -> None:
     run.metrics({"policy": run.item, "absent": True})
 
 
-def displacement(policy: Policy, judges: Judges, samples: int = 2) -> pd.DataFrame:
-    """log(pi / pi_ref) of a few reference samples of every pool prompt: columns prompt_id, log_ratio."""
+def on_the_pool(policy: Policy, judges: Judges) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """What a few reference samples of every pool prompt say of a policy: log(pi / pi_ref) of each, and its tilt.
+
+    The table has columns prompt_id and log_ratio.
+    """
     pool = read_table(SCORED / "pool.parquet", POOL)
-    pool = pool[pool["sample"] < samples]
-    prompts = encode_prompts(judges.tokenizer, pool["prompt"])
-    answers = [[int(token) for token in tokens] for tokens in pool["tokens"]]
-    logp = log_probabilities(policy, judges.tokenizer, prompts, answers, batch_size=judges.resources.scoring_batch_size)
-    return pd.DataFrame(
-        {"prompt_id": pool["prompt_id"].to_numpy(), "log_ratio": logp.numpy() - pool["logp_ref"].to_numpy()}
-    )
+    pool = pool[pool["sample"] < TILT_SAMPLES]
+    ratios = log_ratios(policy, pool, judges)
+    table = pd.DataFrame({"prompt_id": pool["prompt_id"].to_numpy(), "log_ratio": ratios})
+    return table, tilt_on(pool, ratios).as_dict()
 
 
 def further_limits(

@@ -18,18 +18,15 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign import dual
 from dualign.constraints import priced, prices_in
-from dualign.core.artifacts import read_json, replacing
+from dualign.core.artifacts import read_json
 from dualign.core.errors import InfeasibleError, ParamsError
 from dualign.core.params import SOLVED, LagrangianDpoParams, LagrangianRun
 from dualign.core.stage import Run, execute, finished
 from dualign.data.schema import by_prompt
 from dualign.implicit import Tables, scored_tables
-from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
+from dualign.lagrangian import pairs_at, train_at
+from dualign.lm.models import load_tokenizer
 from dualign.lm.tokens import answer_lengths
-from dualign.losses import lagrangian_scale
-from dualign.pairs import lagrangian_pairs, pool_pairs, pool_values, samples_of
-from dualign.training.pairwise import Inner, train_pairwise
-from dualign.training.run import Job
 
 log = logging.getLogger("dualign")
 
@@ -51,26 +48,13 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     tables = scored_tables(SCORED, spec.reward, spec.cost, params.beta, tokenizer, run.resources, MODELS, METRICS)
     found = multiplier(run.item, spec, tables.pool, params)
     tables = charged(run.item, spec, tables, tokenizer)
-    lam = found["lam"]
-    scale = lagrangian_scale(lam, spec.inner.normalised)
-    if spec.data == "pool":
-        samples = samples_of(tables.pool, tokenizer)
-        pairs = pool_pairs(samples, pool_values(samples, lam, params.beta), lam, params.beta, params.seed, scale)
-    else:
-        pairs = lagrangian_pairs(tables.pairs, tokenizer, lam, scale)
-    policy = with_lora(load_policy(REFERENCE, run.resources), params.lora)
+    frame = tables.pool if spec.data == "pool" else tables.pairs
+    pairs = pairs_at(found["lam"], frame, spec.data, spec, params, tokenizer)
     policies = (MODELS / spec.reward, MODELS / spec.cost, METRICS / f"{spec.cost}.json") if spec.implicit else ()
     scratch = run.scratch(SCORED, DUAL, REFERENCE, *policies)
-    rate = spec.learning_rate or params.training.learning_rate
-    training = params.training.model_copy(update={"learning_rate": rate})
-    job = Job(training, run.resources, scratch, params.seed)
-    inner = Inner(params.beta * scale, params.beta, spec.inner.labels, spec.inner.anchor, spec.inner.nll)
-    metrics = train_pairwise(policy, tokenizer, pairs, inner, job)
-    with replacing(OUT / run.item) as folder:
-        save(policy, tokenizer, folder)
-    # A search that starts here takes all of these over.
-    kept = spec.model_dump(include={"reward", "cost", "data", "inner"})
-    run.metrics({**metrics, **found, **kept, "learning_rate": rate})
+    metrics = train_at(found["lam"], pairs, REFERENCE, spec, params, run.resources, scratch, OUT / run.item)
+    # A search that starts here looks at these, and takes the rest over.
+    run.metrics({**metrics, **found, **spec.model_dump(include={"reward", "cost", "data"})})
     finished(scratch)
 
 

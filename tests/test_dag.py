@@ -25,6 +25,7 @@ BY_ITEM: dict[str, dict[str, list[str]]] = {
     "reward_dpo": {"reward_dpo.runs": ["reward_dpo.runs.${key}"]},
     "safety_dpo": {"safety_dpo.runs": ["safety_dpo.runs.${key}"]},
     "lagrangian_dpo": {"lagrangian_dpo.runs": ["lagrangian_dpo.runs.${key}"]},
+    "lambda_path": {"lambda_path.runs": ["lambda_path.runs.${key}"]},
     "dual_search": {"methods": ["methods.${key}"]},
     "certify": {"certify.runs": ["certify.runs.${key}"]},
     "evaluate": {"evaluate.policies": []},
@@ -143,7 +144,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).write_text((ROOT / name).read_text())
     params = read(ROOT / "params.yaml")
     params["prepare"]["folder"] = "data/raw"
-    runs = (params[stage]["runs"] for stage in ("reward_dpo", "safety_dpo", "lagrangian_dpo"))
+    params["lambda_path"]["runs"] = read(ROOT / "params/any-limit.yaml")["lambda_path"]["runs"]
+    runs = (params[stage]["runs"] for stage in ("reward_dpo", "safety_dpo", "lagrangian_dpo", "lambda_path"))
     for items in (*runs, params["methods"]):
         items["twin"] = next(iter(items.values()))
     write(root / "params.yaml", params)
@@ -218,7 +220,7 @@ def downstream(dag: dict[str, StageSpec], names: set[str]) -> set[str]:
     return reached
 
 
-EVERY_RUN = ("reward_dpo@*", "safety_dpo@*", "lagrangian_dpo@*", "dual_search@*", "evaluate@*")
+EVERY_RUN = ("reward_dpo@*", "safety_dpo@*", "lagrangian_dpo@*", "lambda_path@*", "dual_search@*", "evaluate@*")
 SCORERS = ("reward_model", "cost_model")
 EDITS = {
     "seed": (123, ("prepare", "sft", *SCORERS, "score", "dual_init", *EVERY_RUN, "certify@*")),
@@ -238,7 +240,9 @@ EDITS = {
     "reward_dpo.lora.rank": (123, ("reward_dpo@*",)),
     "safety_dpo.training.batch_size": (123, ("safety_dpo@*",)),
     "lagrangian_dpo.training.batch_size": (123, ("lagrangian_dpo@*",)),
+    "lambda_path.training.batch_size": (123, ("lambda_path@*",)),
     "dual_search.z": (1.23, ("dual_search@*",)),
+    "dual_search.max_tokens": (12345, ("dual_search@*",)),
     "certify.prompts": (123, ("dual_init", "certify@*")),
     "certify.method": ("betting", ("certify@*",)),
     "evaluate.samples_per_prompt": (123, ("evaluate@*",)),
@@ -279,6 +283,7 @@ def test_an_edit_reruns_the_stages_that_read_it(
         ("reward_dpo.runs.twin.margin_weight", 1.23, "reward_dpo", ()),
         ("safety_dpo.runs.twin.factor", 1.23, "safety_dpo", ()),
         ("lagrangian_dpo.runs.twin.lam", 1.23, "lagrangian_dpo", ()),
+        ("lambda_path.runs.twin.lam", 1.23, "lambda_path", ()),
         ("methods.twin.reference", "elsewhere", "dual_search", ()),
         ("methods.twin.online", {"ridge": 2.0}, "dual_search", ()),
     ],
@@ -299,6 +304,21 @@ def test_a_new_run_leaves_the_others(workspace: Path) -> None:
 def test_a_new_limit_retrains_nothing_before_the_dual(readers: dict[str, set[str]], dag: dict[str, StageSpec]) -> None:
     again = downstream(dag, readers["constraint.limit"])
     assert not again & {"prepare", "sft", "reward_model", "cost_model", "score", "reward_dpo@helpful"}
+    assert not again & matching(dag, "lambda_path@*") and matching(dag, "lambda_path@*")
+
+
+def test_one_policy_for_any_limit_is_merged_anew_without_training(tmp_path: Path) -> None:
+    """With its preset a new limit runs the dual, the merge and what judges it; the path is trained one by one."""
+    (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+    (tmp_path / "params.yaml").write_text((ROOT / "params/any-limit.yaml").read_text())
+    Repo.init(str(tmp_path), no_scm=True).close()
+    dag = load_dag(tmp_path)
+    readers = {name for name, stage in dag.items() if "constraint.limit" in stage.params}
+    assert not {name for name in downstream(dag, readers) if "_dpo" in name or "_path" in name}
+    assert "dual_search@dualign" in readers
+    assert set(dag["dual_search@dualign"].upstream) >= {"lambda_path@slack", "lambda_path@strict"}
+    assert "lambda_path@slack" in dag["lambda_path@strict"].upstream
+    assert "lambda_path@strict" not in dag["lambda_path@slack"].upstream
 
 
 def test_a_new_cost_model_leaves_the_rewards(readers: dict[str, set[str]], dag: dict[str, StageSpec]) -> None:

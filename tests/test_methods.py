@@ -112,12 +112,26 @@ def test_the_published_settings() -> None:
         ("safe_rlhf", {"returns": "mixture"}, "returns"),
         ("safe_rlhf", {"warm": True}, "warm"),
         ("safe_rlhf", {"cost": "feedback"}, "cost"),
+        ("safe_rlhf", {"aims": "stock"}, "aims"),
+        ("mocan", {"aims": "stock"}, "aims"),
+        ("dualign", {"rule": "merge"}, "start"),
+        ("dualign", {"start": "lambda_path/strict", "reference": "lambda_path/slack"}, "start"),
+        ("c_dpo", {"rule": "merge", "start": "lambda_path/strict", "reference": "lambda_path/slack"}, "rule"),
+        ("dualign", {"rule": "merge", "start": "lambda_path/strict", "returns": "mixture"}, "returns"),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_its_key(method: str, options: dict[str, Any], key: str) -> None:
     with pytest.raises(ParamsError, match=rf"^methods\.mine\.{key}: ") as caught:
         plan("mine", row(method, **options))
     assert "\n" not in str(caught.value)
+
+
+def test_ours_may_merge_two_policies_of_the_path_and_aim_below_the_limit() -> None:
+    ends = {"start": "lambda_path/strict", "reference": "lambda_path/slack"}
+    found = plan("mine", row("dualign", rule="merge", aims="stock", **ends))
+    assert (found.method.rule, found.method.aims, found.start, found.reference) == ("merge", "stock", *ends.values())
+    assert all(method.aims == "limit" for method in METHODS.values())
+    assert plan("a", row("sacpo", aims="stock")).method.aims == "stock"  # a grid returns by it
 
 
 def test_safety_first_is_one_shot() -> None:

@@ -17,7 +17,9 @@ from dualign.core.errors import DualignError
 from dualign.core.params import DualSearchParams, OnlineParams, load
 from dualign.measure.stats import Measurement
 from dualign.methods import METHODS, Plan
+from dualign.screening import Screening
 from dualign.search import Ascent, Outlook, Step
+from dualign.tilt import Tilt
 
 ROOT = Path(__file__).resolve().parents[1]
 BETA, LIMIT = 1.5, -0.3
@@ -36,6 +38,8 @@ def params() -> DualSearchParams:
             "max_trainings": 6,
             "merge_steps": 6,
             "merge_max": 1.25,
+            "min_ess": 100.0,
+            "max_tokens": None,
             "step_size": 1.0,
             "grid": [0.5, 1.0, 2.0],
         }
@@ -51,6 +55,13 @@ def by_rule(rule: str, returns: str | None = None) -> Plan:
 
 def measured(cost: float, reward: float = 0.0, se: float = 0.01, variance: float = 0.5) -> Measurement:
     return Measurement(cost, se, reward, 0.01, 0.2, 0.1, variance, 100)
+
+
+def tilted(lam: float | None, beta: float = BETA, r2: float = 1.0, lam_se: float = 0.01) -> Tilt:
+    """The tilt of a policy; lam None: one that does not tilt towards reward."""
+    if lam is None:
+        return Tilt(-0.1, -0.2, 0.0, 0.01, 0.01, 0.0, None, None, None, None, r2)
+    return Tilt(1 / beta, -lam / beta, 0.0, 0.01, 0.01, 0.0, beta, 0.02, lam, lam_se, r2)
 
 
 def step(number: int, lam: float, cost: float, q: float | None = None, **more: float) -> Step:
@@ -84,6 +95,64 @@ def test_newton_by_hand() -> None:
     assert search.newton_step(0.1, cost=-2.0, variance=0.5, limit=0.0, beta=1.0) == 0.0
 
 
+def test_tilt_step_by_hand() -> None:
+    """Told 1.0 and reached 0.8 at beta 2: it needs 0.8 + 2 x 0.1 / 0.5 = 1.2, half as much again."""
+    found = search.tilt_step(1.0, tilted(0.8, beta=2.0), cost=0.2, variance=0.5, limit=0.1)
+    assert found == pytest.approx(1.5)
+    assert search.tilt_step(1.0, tilted(0.1, beta=2.0), cost=-0.2, variance=0.5, limit=0.1) == 0.0
+
+
+def test_a_policy_that_reached_what_it_was_told_makes_newtons_step() -> None:
+    newton = search.newton_step(0.7, cost=0.2, variance=0.5, limit=-0.3, beta=BETA)
+    assert search.tilt_step(0.7, tilted(0.7), cost=0.2, variance=0.5, limit=-0.3) == pytest.approx(newton)
+
+
+@pytest.mark.parametrize(("lam", "variance"), [(None, 0.5), (-0.2, 0.5), (0.0, 0.5), (0.7, 0.0)])
+def test_a_policy_without_a_multiplier_has_no_tilt_step(lam: float | None, variance: float) -> None:
+    assert search.tilt_step(0.7, tilted(lam), cost=0.2, variance=variance, limit=-0.3) is None
+
+
+def test_the_average_of_two_steps_is_their_secant() -> None:
+    points = ((0.5, 0.2), (1.5, -0.4))
+    found = search.regression_root(*zip(*points, strict=True), errors=[0.01, 0.03], limit=-0.3)
+    assert found == pytest.approx(search.secant_step(*points, limit=-0.3))
+
+
+def test_the_average_is_the_weighted_line_of_least_squares() -> None:
+    lams, costs, errors = [0.4, 1.0, 1.6, 1.2], [0.3, -0.1, -0.5, -0.1], [0.1, 0.05, 0.2, 0.07]
+    slope, level = np.polyfit(lams, costs, 1, w=1 / np.array(errors))
+    assert search.regression_root(lams, costs, errors, -0.3) == pytest.approx((-0.3 - level) / slope)
+    exact = search.regression_root(lams, [0.5 - 0.6 * lam for lam in lams], errors, limit=-0.3)
+    assert exact == pytest.approx(0.8 / 0.6)
+
+
+@pytest.mark.parametrize("costs", [[0.1, 0.1, 0.1], [0.1, 0.2, 0.4]], ids=["flat", "rising"])
+def test_an_average_needs_a_falling_line(costs: list[float]) -> None:
+    assert search.regression_root([1.0, 2.0, 3.0], costs, [0.1] * 3, 0.0) is None
+
+
+@pytest.mark.parametrize("slope", [0.6, 1.0, 1.6])
+def test_the_average_beats_the_secant_where_costs_are_noisy(slope: float, params: DualSearchParams) -> None:
+    """Searches on the curve with noise, Newton's curvature off by a factor: which last multiplier is nearer?"""
+    rng, noise, known = np.random.default_rng(0), 0.05, Outlook(0.6, 0.6)
+    last, goes_on = (params.model_copy(update={"max_trainings": count, "z": 0.0}) for count in (4, 9))
+    errors = []
+    for _ in range(400):
+        steps: list[Step] = []
+        lam = float(rng.uniform(0.6, 2.4))
+        for number in range(4):
+            fall = 0.8 * math.exp(-0.7 * lam)
+            cost = fall - 0.6 + noise * float(rng.normal())
+            steps.append(step(number, lam, cost, se=noise, variance=BETA * 0.7 * fall * slope))
+            lam = search._newton(steps, goes_on, known) or 0.0
+        average = search._newton(steps, last, known)
+        assert average is not None
+        if average != lam:  # the costs lie on both sides
+            errors.append([abs(0.8 * math.exp(-0.7 * found) - 0.3) for found in (lam, average)])
+    secant, averaged = np.mean(errors, 0)
+    assert len(errors) > 300 and averaged < 0.85 * secant
+
+
 def test_secant_by_hand() -> None:
     assert search.secant_step((0.0, 1.0), (1.0, 0.5), limit=0.0) == pytest.approx(2.0)
     assert search.secant_step((1.0, 0.5), (0.0, 1.0), limit=0.25) == pytest.approx(1.5)
@@ -95,6 +164,33 @@ def test_merge_weight_and_multiplier_by_hand() -> None:
     assert search.merge_multiplier(0.4, 1.5, naive=False) == pytest.approx(0.6)
     assert search.first_weight(0.6, 1.4, naive=True) == pytest.approx(0.3)
     assert search.merge_multiplier(0.3, 1.4, naive=True) == pytest.approx(0.6)
+    assert search.first_weight(0.9, 2.0, naive=False, lam_reference=0.4) == pytest.approx(0.3125)
+    assert search.merge_multiplier(0.3125, 2.0, naive=False, lam_reference=0.4) == pytest.approx(0.9)
+    assert search.first_weight(0.1, 2.0, naive=False, lam_reference=0.4) == 0.0  # slacker than both ends
+
+
+def test_a_merge_of_two_policies_of_the_path_is_the_one_between() -> None:
+    """On a finite answer set (1 - q) log pi_slack + q log pi_strict is log pi_lambda at the same beta, for every q."""
+    rng = np.random.default_rng(1)
+    reference, reward, cost = (rng.normal(size=9) for _ in range(3))
+
+    def policy(lam: float) -> np.ndarray:
+        logits = reference + (reward - lam * cost) / BETA
+        return np.asarray(logits - np.logaddexp.reduce(logits))
+
+    for q in (0.0, 0.35, 1.0, 1.25):
+        merged = (1 - q) * policy(0.4) + q * policy(2.0)
+        merged = merged - np.logaddexp.reduce(merged)
+        assert merged == pytest.approx(policy(search.merge_multiplier(q, 2.0, naive=False, lam_reference=0.4)))
+
+
+def test_the_next_weight_by_hand() -> None:
+    line = [(0.0, 1.0), (0.5, 0.4), (1.0, -0.2)]
+    assert search.next_weight(line, 0.1, 1.25) == pytest.approx(0.75)
+    assert search.next_weight(line, -0.8, 1.25) == 1.25  # no further than allowed
+    assert search.next_weight([(0.1, 0.3), (0.6, -0.15), (1.0, -0.25)], 0.0, 1.25) == pytest.approx(0.1 + 0.5 * 2 / 3)
+    assert search.next_weight([(0.2, 0.1), (0.6, 0.3)], 0.0, 1.25) is None  # it does not fall
+    assert search.next_weight([(0.2, 0.1), (0.6, 0.0001)], 0.0, 1.25) is None  # there already
 
 
 @pytest.mark.parametrize("q", [0.0, 0.3, 0.75])
@@ -137,8 +233,12 @@ class Curve:
     A policy is a folder that holds its multiplier; the variance is the one that makes Newton's slope right.
     """
 
-    def __init__(self, folder: Path, lam_start: float, se: float = 0.01, bias: float = 0.0) -> None:
+    def __init__(
+        self, folder: Path, lam_start: float, se: float = 0.01, bias: float = 0.0, ess: float = 0.0, reach: float = 1.0
+    ) -> None:
         self.folder, self.lam_start, self.se, self.bias = folder, lam_start, se, bias
+        self.ess, self.reach = ess, reach
+        self.screened: list[float] = []
         self.trained: list[tuple[int, float, str]] = []
         self.merged: list[float] = []
         self.mixed: list[list[float]] = []
@@ -165,13 +265,26 @@ class Curve:
         self.mixed.append([s.lam for s in steps])
         return self._policy(f"mixed-{step}", sum(s.lam for s in steps) / len(steps))
 
+    def screen(self, q: float) -> Screening:
+        """The curve without its bias, as from other prompts; trusted as far as `ess` says, less for larger weights."""
+        self.screened.append(q)
+        return Screening(q, self._cost(q * self.lam_start) - self.bias, 0.02, self.ess * (1.5 - q))
+
+    def tilt(self, policy: str) -> Tilt:
+        """A training reaches `reach` times what it was told."""
+        return tilted(self.reach * float((Path(policy) / "lam").read_text()), r2=1.0 if self.reach != 1.0 else 0.5)
+
+    def _cost(self, lam: float) -> float:
+        return 0.8 * math.exp(-0.7 * lam) - 0.6 + self.bias
+
     def measure(self, step: int, policy: str) -> Measurement:
         if step == self.fail_at:
             raise RuntimeError("the machine went away")
         self.measured.append(step)
         lam = float((Path(policy) / "lam").read_text())
-        fall = 0.8 * math.exp(-0.7 * lam)
-        return Measurement(fall - 0.6 + self.bias, self.se, 1.0 - 0.1 * lam, 0.01, 0.2, 0.1, BETA * 0.7 * fall, 100)
+        effective = self.reach * lam
+        variance = BETA * 0.7 * 0.8 * math.exp(-0.7 * effective)
+        return Measurement(self._cost(effective), self.se, 1.0 - 0.1 * lam, 0.01, 0.2, 0.1, variance, 100)
 
     def _policy(self, name: str, lam: float) -> str:
         path = self.folder / name
@@ -199,9 +312,10 @@ def go(
     radius: float = 5.0,
     naive: bool = False,
     returns: str | None = None,
+    aim: float | None = None,
 ) -> tuple[list[Step], str]:
     scratch.mkdir(exist_ok=True)
-    known = Outlook(lam_pool, bench.lam_start, radius, naive)
+    known = Outlook(lam_pool, bench.lam_start, radius, naive, aim=aim)
     return search.run(by_rule(rule, returns), bench.start, known, params, bench, scratch)
 
 
@@ -225,6 +339,128 @@ def test_newton_needs_two_trainings(bench: Curve, params: DualSearchParams, tmp_
     points = [(s.lam, s.measured.cost) for s in steps]
     chord = search.secant_step(points[0], points[1], LIMIT)
     assert steps[2].lam == pytest.approx(chord)
+
+
+def test_a_first_correction_is_told_in_commands_where_the_tilt_is_believed(
+    params: DualSearchParams, tmp_path: Path
+) -> None:
+    """Every training reaches 0.6 of what it is told; Newton alone would go 0.6 of the way."""
+    lazy = Curve(tmp_path / "lazy", lam_start=1.0, reach=0.6)
+    steps, _ = go("newton", lazy, params, tmp_path / "s")
+    m = steps[0].measured
+    newton = search.newton_step(1.0, m.cost, m.variance, LIMIT, BETA)
+    assert steps[1].lam == pytest.approx(1.0 + (newton - 1.0) / 0.6)
+    assert abs(steps[1].measured.cost - LIMIT) < abs(lazy._cost(0.6 * newton) - LIMIT)
+    doubted = replace(steps[0], tilt=tilted(0.6, r2=0.89))
+    unclear = replace(steps[0], tilt=tilted(0.6, lam_se=0.31))
+    for first in (doubted, unclear, replace(steps[0], tilt=None)):
+        assert search._newton([first], params, Outlook(1.0, 1.0)) == pytest.approx(newton)
+    later = search._newton(steps[:2], params, Outlook(1.0, 1.0))
+    assert later == pytest.approx(search.secant_step(*((s.lam, s.measured.cost) for s in steps[:2]), LIMIT))
+
+
+SWINGING = [step(0, 0.6, -0.05), step(1, 1.7, -0.36), step(2, 1.2, -0.24), step(3, 1.5, -0.33)]
+
+
+def test_the_last_training_of_a_search_that_swings_goes_to_the_average(params: DualSearchParams) -> None:
+    lams, costs = [s.lam for s in SWINGING], [s.measured.cost for s in SWINGING]
+    average = search.regression_root(lams, costs, [0.01] * 4, LIMIT)
+    secant = search.secant_step((1.2, -0.24), (1.5, -0.33), LIMIT)
+    known = Outlook(0.6, 0.6)
+    last = params.model_copy(update={"max_trainings": 4})
+    assert search._newton(SWINGING, last, known) == pytest.approx(average) != pytest.approx(secant)
+    assert search._newton(SWINGING, params, known) == pytest.approx(secant)  # two trainings are left
+    one_side = [replace(s, measured=measured(s.measured.cost + 0.5)) for s in SWINGING]
+    assert search._newton(one_side, last, known) == pytest.approx(
+        search.secant_step((1.2, 0.26), (1.5, 0.17), LIMIT), rel=1e-6
+    )
+
+
+def test_every_reckoning_is_on_record(params: DualSearchParams) -> None:
+    steps = [replace(s, tilt=tilted(0.5 * s.lam)) for s in SWINGING]
+    rows = search.summary(by_rule("newton"), steps, "b", params, Outlook(0.6, 0.6), before=1)["steps"]
+    assert rows[0]["next"].keys() == {"newton", "tilt", "secant", "average"}
+    assert rows[0]["next"]["secant"] is None and rows[1]["next"]["average"] is None
+    assert rows[3]["next"]["secant"] == pytest.approx(search.secant_step((1.2, -0.24), (1.5, -0.33), LIMIT))
+    assert rows[3]["next"]["average"] == search.corrections(steps, params, Outlook(0.6, 0.6))["average"]
+    assert rows[2]["tilt"]["lam_eff"] == pytest.approx(0.6)
+    assert "next" not in search.summary(by_rule("grid"), steps, "b", params, Outlook(0.6, 0.6), before=1)["steps"][0]
+
+
+# --- the aim ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["dual_gradient", "projected_subgradient", "newton", "merge"])
+def test_a_rule_ends_on_the_aim_below_the_limit(rule: str, params: DualSearchParams, tmp_path: Path) -> None:
+    generous = params.model_copy(update={"max_trainings": 50, "step_size": 2.0})
+    bench = Curve(tmp_path / "bench", lam_start=3.0 if rule == "merge" else 0.6)
+    steps, stopped = go(rule, bench, generous, tmp_path / "s", lam_pool=1.2, aim=LIMIT - 0.1)
+    assert stopped == "cost within noise of the aim"
+    assert abs(steps[-1].measured.cost - (LIMIT - 0.1)) <= bench.se
+    known = Outlook(1.2, 0.6, aim=LIMIT - 0.1)
+    assert search.summary(by_rule(rule), steps, stopped, generous, known, 1)["aim"] == pytest.approx(LIMIT - 0.1)
+
+
+def test_the_best_keeps_the_aim_else_the_limit_else_costs_least(params: DualSearchParams) -> None:
+    plan = by_rule("newton", "best")
+    assert search.choose(plan, STEPS, params, aim=-0.45) == 2  # the only one below it
+    assert search.choose(plan, STEPS, params, aim=-0.9) == 1  # none: the most rewarding within the limit
+    assert search.choose(plan, STEPS, params, aim=-0.4) == 3
+    assert search.choose(plan, STEPS[:1], params, aim=-0.4) == 0
+    result = search.summary(plan, STEPS, "b", params, Outlook(0.6, 0.5, aim=-0.9), before=1)
+    assert result["chosen"] == 1 and result["feasible"]  # feasible is a matter of the limit
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def spent(steps: Sequence[Step]) -> int:
+    return sum(s.measured.generated_tokens for s in steps)
+
+
+@pytest.mark.parametrize("rule", ["grid", "dual_gradient", "projected_subgradient", "newton", "merge"])
+def test_no_search_spends_more_tokens_than_it_may(rule: str, params: DualSearchParams, tmp_path: Path) -> None:
+    def curve(name: str) -> Curve:
+        return Curve(tmp_path / name, lam_start=3.0 if rule == "merge" else 0.6, se=1e-12)
+
+    even = params.model_copy(update={"refresh_prompts": 0, "grid": [0.5, 1.0, 2.0, 3.0]})  # every step takes 100
+    for budget, count in ((250, 2), (299, 2), (300, 3)):
+        tight = even.model_copy(update={"max_tokens": budget})
+        steps, stopped = go(rule, curve(f"{budget}"), tight, tmp_path / f"s{budget}", lam_pool=1.2)
+        assert len(steps) == count and spent(steps) <= budget
+        assert stopped == f"budget of {budget} generated tokens is spent"
+
+
+def test_answers_for_the_next_training_are_foreseen(params: DualSearchParams, tmp_path: Path) -> None:
+    """100 tokens for the start's answers foretell 150 where half as many are drawn to be trained on."""
+    update = {"prompts": 10, "samples_per_prompt": 2, "refresh_prompts": 5, "refresh_samples": 2}
+    for budget, count in ((249, 1), (250, 2)):
+        tight = params.model_copy(update={**update, "max_tokens": budget, "max_trainings": 1})
+        steps, _ = go("newton", Curve(tmp_path / f"{budget}", 0.6), tight, tmp_path / f"s{budget}")
+        assert len(steps) == count
+    assert search.answers_drawn(by_rule("newton"), params.model_copy(update=update), trained=False) == 20
+    assert search.answers_drawn(by_rule("grid"), params.model_copy(update=update), trained=True) == 20
+
+
+@pytest.mark.parametrize("returns", ["last", "mixture", "tail_average"])
+def test_a_search_out_of_tokens_returns_its_best_so_far(returns: str, params: DualSearchParams, tmp_path: Path) -> None:
+    wide = params.model_copy(update={"max_tokens": 320, "step_size": 8.0, "refresh_prompts": 0})
+    steps, stopped = go("dual_gradient", Curve(tmp_path / "b", 0.6), wide, tmp_path / "s", returns=returns)
+    assert len(steps) == 3 and not any(s.closing for s in steps) and stopped.startswith("budget of 320 generated")
+    plan = by_rule("dual_gradient", returns)
+    result = search.summary(plan, steps, stopped, wide, Outlook(0.6, 0.6), before=0)
+    allowed = [i for i, s in enumerate(steps) if search.feasible(s, wide)]
+    assert allowed and result["chosen"] == max(allowed, key=lambda i: steps[i].measured.reward)
+    assert result["chosen"] == 1 and result["feasible"]
+
+
+def test_a_search_that_cannot_pay_for_its_closing_says_so(params: DualSearchParams, tmp_path: Path) -> None:
+    free = params.model_copy(update={"refresh_prompts": 0})
+    whole, reason = go("newton", Curve(tmp_path / "a", 0.6), free, tmp_path / "s", returns="mixture")
+    assert whole[-1].closing and reason == "cost within noise of the limit"
+    tight = free.model_copy(update={"max_tokens": spent(whole) - 1})
+    steps, stopped = go("newton", Curve(tmp_path / "b", 0.6), tight, tmp_path / "t", returns="mixture")
+    assert len(steps) == len(whole) - 1 and stopped == f"budget of {spent(whole) - 1} generated tokens is spent"
 
 
 def test_newton_always_trains_once_since_that_also_refreshes_the_pairs(
@@ -406,6 +642,55 @@ def test_a_naive_merge_keeps_its_own_books(params: DualSearchParams, tmp_path: P
     assert max(short.merged) < 1 and stopped == "rule merge is finished"
 
 
+@pytest.mark.parametrize("bias", [0.0, 0.15])
+def test_screening_saves_measurements(bias: float, params: DualSearchParams, tmp_path: Path) -> None:
+    """The pool's multiplier is far off; without screening the secant finds the weight by measuring."""
+    exact = params.model_copy(update={"z": 0.5})
+    blind, seeing = (Curve(tmp_path / f"{ess}", lam_start=4.0, bias=bias, ess=ess) for ess in (0.0, 1000.0))
+    steps, _ = go("merge", blind, exact, tmp_path / "a", lam_pool=0.4)
+    fewer, stopped = go("merge", seeing, exact, tmp_path / "b", lam_pool=0.4)
+    assert stopped == "cost within noise of the limit"
+    assert len(seeing.measured) == 2 < len(blind.measured) and spent(fewer) < spent(steps)
+    assert fewer[1].q == fewer[1].screened[-1].q
+    result = search.summary(by_rule("merge"), fewer, stopped, exact, Outlook(0.4, 4.0), before=2)
+    assert [seen["q"] for seen in result["screened"]] == seeing.screened
+    assert result["screened"][0].keys() == {"q", "cost", "cost_se", "ess"} and result["screened"][0]["q"] == 1.0
+
+
+def test_a_weight_that_few_samples_speak_for_is_measured_unscreened(params: DualSearchParams, tmp_path: Path) -> None:
+    blind, doubting = (Curve(tmp_path / f"{ess}", lam_start=3.0, ess=ess) for ess in (0.0, 60.0))
+    plain, _ = go("merge", blind, params, tmp_path / "a", lam_pool=1.2)
+    steps, _ = go("merge", doubting, params, tmp_path / "b", lam_pool=1.2)
+    assert [s.q for s in steps] == [s.q for s in plain]
+    assert all(seen.ess < params.min_ess for s in steps for seen in s.screened)
+
+
+def test_screening_stops_where_the_samples_end(params: DualSearchParams, tmp_path: Path) -> None:
+    """ESS falls with the weight: 100 is at q = 0.5, the root at 0.70; the secant's guess beyond it is measured."""
+    bench = Curve(tmp_path / "b", lam_start=2.0, ess=100.0)
+    steps, stopped = go("merge", bench, params, tmp_path / "s", lam_pool=0.4)
+    assert bench.screened[:2] == [1.0, pytest.approx(0.2)]
+    trusted = [seen for seen in steps[1].screened if seen.ess >= params.min_ess]
+    assert trusted and steps[1].q == steps[1].screened[-1].q and steps[1].screened[-1].ess < params.min_ess
+    assert stopped == "cost within noise of the limit"
+
+
+def test_labels_are_not_screened(params: DualSearchParams, tmp_path: Path) -> None:
+    bench = Curve(tmp_path / "b", lam_start=3.0, ess=1000.0)
+    (tmp_path / "s").mkdir()
+    plan = Plan("row", replace(METHODS["p_sacpo"], cost="feedback"), "start", "reference")
+    search.run(plan, bench.start, Outlook(1.2, 3.0), params, bench, tmp_path / "s")
+    assert bench.merged and not bench.screened
+
+
+def test_a_merge_between_two_multipliers_keeps_its_books(params: DualSearchParams, tmp_path: Path) -> None:
+    bench = Curve(tmp_path / "b", lam_start=3.0)
+    (tmp_path / "s").mkdir()
+    known = Outlook(1.2, 3.0, lam_reference=0.3)
+    steps, _ = search.run(by_rule("merge"), bench.start, known, params, bench, tmp_path / "s")
+    assert steps[1].q == pytest.approx(1 / 3) and steps[1].lam == pytest.approx(1.2)
+
+
 # --- what is made after the search ------------------------------------------------------------------------------------
 
 ITERATIVE = ["dual_gradient", "projected_subgradient", "newton"]
@@ -459,12 +744,15 @@ def test_an_ascent_whose_measurement_broke_off_is_asked_for_again(params: DualSe
 
 
 @pytest.mark.parametrize("fail_at", [0, 1, 2])
+@pytest.mark.parametrize(("ess", "max_tokens"), [(0.0, None), (130.0, None), (0.0, 400)])
 @pytest.mark.parametrize("rule", ["grid", "dual_gradient", "projected_subgradient", "newton", "merge"])
 def test_an_interrupted_search_ends_with_the_same_steps(
-    rule: str, fail_at: int, params: DualSearchParams, tmp_path: Path
+    rule: str, ess: float, max_tokens: int | None, fail_at: int, params: DualSearchParams, tmp_path: Path
 ) -> None:
+    params = params.model_copy(update={"max_tokens": max_tokens, "refresh_prompts": 0, "z": 0.5})
+
     def curve() -> Curve:
-        return Curve(tmp_path / "bench", lam_start=0.6 if rule != "merge" else 3.0)
+        return Curve(tmp_path / "bench", lam_start=0.6 if rule != "merge" else 3.0, ess=ess, bias=0.1 if ess else 0.0)
 
     whole, reason = go(rule, curve(), params, tmp_path / "whole", lam_pool=1.2)
     assert len(whole) > fail_at, "the search must get as far as the interruption"

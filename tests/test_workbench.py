@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from dualign.core.params import (
     DualSearchParams,
     FeedbackParams,
     InnerParams,
+    LoraParams,
     OnlineParams,
     PolicyGradientParams,
     Resources,
@@ -31,9 +33,28 @@ from dualign.core.params import (
     load_resources,
 )
 from dualign.data import world
-from dualign.data.schema import ANSWERS, HELPFUL_PAIRS, POOL, SAFETY_PAIRS, SCORED_PAIRS, prompt_id, read_table, user
+from dualign.data.schema import (
+    ANSWERS,
+    HELPFUL_PAIRS,
+    POOL,
+    SAFETY_PAIRS,
+    SCORED_PAIRS,
+    by_prompt,
+    prompt_id,
+    read_table,
+    user,
+)
 from dualign.labelling import vote
-from dualign.lm.models import build_scratch, load_policy, load_scorer_backbone, load_tokenizer, save, train_tokenizer
+from dualign.lm.models import (
+    build_scratch,
+    load_policy,
+    load_scorer_backbone,
+    load_tokenizer,
+    merged,
+    save,
+    train_tokenizer,
+    with_lora,
+)
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_prompts
 from dualign.measure.rollout import Judges, roll_out
@@ -43,7 +64,9 @@ from dualign.online import Preferences
 from dualign.pairs import pool_pairs, pool_values, samples_of
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
+from dualign.screening import off_policy_cost
 from dualign.search import Ascent, Step
+from dualign.tilt import effective_tilt
 from dualign.workbench import Inputs, PolicyBench, stretches
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,6 +185,83 @@ def test_people_are_asked_once_about_answers_that_are_kept(
     found = bench_of(given, resources, inputs, tmp_path / "s", cost="feedback").measure(1, "gone, and not needed")
     assert found.cost == pytest.approx(math.log(3.5 / 0.5)) and found.cost_se == 0
     assert (tmp_path / "s/step-1/answers.parquet").read_bytes() == kept
+
+
+# --- what the pool says without generation ---------------------------------------------------------------------------
+
+
+def ours(params: DualSearchParams, resources: Resources, inputs: Inputs, scratch: Path) -> PolicyBench:
+    """Our bench on a merge of two policies, any two."""
+    plan = Plan("row", replace(METHODS["dualign"], rule="merge"), "safety_dpo/one", "reward_dpo/helpful")
+    inner = InnerParams(labels="soft", normalised=False, anchor=0.3, nll=0.0)
+    return PolicyBench(plan, params, resources, inner, PROMPTS, scratch, inputs)
+
+
+def pool_logp(folder: Path | str, resources: Resources, inputs: Inputs) -> np.ndarray:
+    """Log-probabilities of the pool's answers under the policy in a folder, [prompts, samples]."""
+    pool = read_table(inputs.scored / "pool.parquet", POOL)
+    tokenizer = load_tokenizer(inputs.models / "sft")
+    prompts, tokens = encode_prompts(tokenizer, pool["prompt"].tolist()), [list(ids) for ids in pool["tokens"]]
+    logp = log_probabilities(load_policy(folder, resources), tokenizer, prompts, tokens, batch_size=9)
+    return logp.numpy().reshape(pool["prompt_id"].nunique(), -1)
+
+
+def test_a_merge_is_screened_on_the_pool_without_an_answer(
+    params: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = ours(params, resources, inputs, tmp_path)
+    monkeypatch.delattr(workbench, "roll_out")
+    seen = bench.screen(0.3)
+    ratio = pool_logp(bench.merge(1, 0.3), resources, inputs) - pool_logp(inputs.models / "sft", resources, inputs)
+    cost = by_prompt(read_table(inputs.scored / "pool.parquet", POOL), "cost")
+    assert seen.q == 0.3
+    assert (seen.cost, seen.cost_se, seen.ess) == pytest.approx(off_policy_cost(ratio, cost), rel=1e-3)
+    assert bench.screen(0.3) == seen and bench.screen(0.6).cost != seen.cost
+
+
+def test_a_policys_tilt_is_read_off_the_first_samples(
+    params: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = ours(params, resources, inputs, tmp_path)
+    ratio = pool_logp(bench.start, resources, inputs) - pool_logp(inputs.models / "sft", resources, inputs)
+    pool = read_table(inputs.scored / "pool.parquet", POOL)
+    expected = effective_tilt(ratio, *(by_prompt(pool, name) for name in ("reward", "cost", "length")))
+    assert bench.tilt(bench.start).as_dict() == pytest.approx(expected.as_dict(), rel=1e-3, abs=1e-6)
+    monkeypatch.setattr(workbench, "TILT_SAMPLES", 2)
+    two = [by_prompt(pool, name)[:, :2] for name in ("reward", "cost", "length")]
+    assert bench.tilt(bench.start).as_dict() == pytest.approx(
+        effective_tilt(ratio[:, :2], *two).as_dict(), rel=1e-3, abs=1e-6
+    )
+    assert bench.tilt(str(inputs.models / "sft")).reward_slope == pytest.approx(0, abs=1e-5)
+
+
+def test_a_merge_between_adapters_is_the_policy_between(
+    params: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path
+) -> None:
+    """Two adapters on the reference, as a path trained with lora leaves them: products are merged, not factors."""
+    shutil.copytree(inputs.models, tmp_path / "models")
+    lora = LoraParams(rank=2, alpha=6.0, dropout=0.0, target_modules=["q_proj", "v_proj"])
+    tokenizer, weights = load_tokenizer(inputs.models / "sft"), {}
+    for seed, name in enumerate(("reward_dpo/helpful", "safety_dpo/one")):
+        policy = with_lora(load_policy(tmp_path / "models/sft", resources), lora)
+        torch.manual_seed(seed)
+        for key, parameter in policy.named_parameters():
+            if "lora_" in key:
+                torch.nn.init.normal_(parameter, std=0.3)
+        shutil.rmtree(tmp_path / "models" / name)
+        save(policy, tokenizer, tmp_path / "models" / name)
+        weights[name] = merged(policy).state_dict()
+    bench = ours(params, resources, replace(inputs, models=tmp_path / "models"), tmp_path / "s")
+    between = load_policy(tmp_path / "models/sft", resources)
+    first, second = weights.values()
+    between.load_state_dict({key: 0.6 * first[key] + 0.4 * second[key] for key in first})
+    save(between, tokenizer, tmp_path / "between")
+    made = bench.merge(1, 0.4)
+    assert (Path(made) / "adapter_model.safetensors").is_file()
+    expected = pool_logp(tmp_path / "between", resources, inputs)
+    assert pool_logp(made, resources, inputs) == pytest.approx(expected, abs=1e-3)
+    ends = [pool_logp(tmp_path / "models" / name, resources, inputs) for name in weights]
+    assert all(np.abs(expected - end).max() > 0.05 for end in ends)
 
 
 # --- making policies --------------------------------------------------------------------------------------------------

@@ -369,20 +369,27 @@ class SafetyDpoParams(StageParams):
     lora: LoraParams
 
 
-class LagrangianRun(Frozen):
-    """One Lagrangian DPO: its multiplier (`dual`, `stock` or a number), scores, pairs, learning rate and inner loss.
+class LagrangianSpec(Frozen):
+    """How a Lagrangian is trained: learning rate (null takes the section's) and inner loss.
+
+    A search that starts from such a policy keeps both.
+    """
+
+    learning_rate: Positive | None
+    inner: InnerParams
+
+
+class LagrangianRun(LagrangianSpec):
+    """One Lagrangian DPO: its multiplier (`dual`, `stock` or a number), scores and pairs.
 
     `reward` and `cost` are folders under models/: the scorers (`reward_model`, `cost_model`), or policies whose
-    log-ratios stand in for them (`reward_dpo/NAME`, `safety_dpo/NAME`). `learning_rate` null takes the section's. A
-    search that starts from it keeps its learning rate and inner loss.
+    log-ratios stand in for them (`reward_dpo/NAME`, `safety_dpo/NAME`).
     """
 
     lam: Solved | NonNegative
     reward: str
     cost: str
     data: Literal["pairs", "pool"]
-    learning_rate: Positive | None
-    inner: InnerParams
 
     @property
     def implicit(self) -> bool:
@@ -390,17 +397,41 @@ class LagrangianRun(Frozen):
         return (self.reward, self.cost) != ("reward_model", "cost_model")
 
 
-class LagrangianDpoParams(StageParams):
+class LagrangianParams(StageParams):
+    """What the stages that train a Lagrangian share."""
+
+    seed: int
+    beta: Positive
+    training: TrainingParams
+    lora: LoraParams
+
+
+class LagrangianDpoParams(LagrangianParams):
     """Lagrangian DPO (the inner problem of C-DPO and MoCAN) at a fixed multiplier."""
 
     section = "lagrangian_dpo"
     shared = {"seed": "seed", "beta": "beta"}
 
-    seed: int
-    beta: Positive
     runs: dict[str, LagrangianRun]
-    training: TrainingParams
-    lora: LoraParams
+
+
+class LambdaPathRun(LagrangianSpec):
+    """One policy of the path: its multiplier, and the policy that its training goes on from.
+
+    `begin` is a folder under models/: `sft`, or another run of `lambda_path`. The reference is pi_ref either way.
+    """
+
+    lam: NonNegative
+    begin: str
+
+
+class LambdaPathParams(LagrangianParams):
+    """Our own Lagrangian trainings at multipliers that no limit has a say in."""
+
+    section = "lambda_path"
+    shared = {"seed": "seed", "beta": "beta"}
+
+    runs: dict[str, LambdaPathRun]
 
 
 MethodName = Literal[
@@ -409,6 +440,7 @@ MethodName = Literal[
 Rule = Literal["grid", "dual_gradient", "projected_subgradient", "one_shot", "newton", "merge", "ascent"]
 Returns = Literal["last", "best", "mixture", "tail_average"]
 CostSource = Literal["model", "feedback"]
+Aim = Literal["limit", "stock"]
 
 
 class FeedbackParams(Frozen):
@@ -481,6 +513,7 @@ class MethodRow(Frozen):
     warm: bool | None = None
     returns: Returns | None = None
     cost: CostSource | None = None
+    aims: Aim | None = None
     feedback: FeedbackParams | None = None
     online: OnlineParams | None = None
     policy_gradient: PolicyGradientParams | None = None
@@ -517,6 +550,8 @@ class DualSearchParams(StageParams):
     grid: Annotated[list[NonNegative], Field(min_length=1)]
     merge_steps: Count
     merge_max: Annotated[float, Field(gt=0, le=2)]
+    min_ess: Positive
+    max_tokens: Count | None
     slater_radius: Positive | Literal["pool"]
     refresh_prompts: Annotated[int, Field(ge=0)]
     refresh_samples: Annotated[int, Field(ge=2)]
@@ -675,6 +710,7 @@ STAGES: dict[str, type[StageParams]] = {
         RewardDpoParams,
         SafetyDpoParams,
         LagrangianDpoParams,
+        LambdaPathParams,
         DualSearchParams,
         CertifyParams,
         EvaluateParams,
@@ -843,14 +879,16 @@ def _cost_policies(safety: SafetyDpoParams) -> set[str]:
 def _check_across(content: dict[str, Any], stages: dict[str, StageParams], path: str | Path) -> None:
     """Rules that tie sections together: a search starts from a model that some stage writes, and so on."""
     reward, safety, lagrangian = stages["reward_dpo"], stages["safety_dpo"], stages["lagrangian_dpo"]
-    search, evaluate = stages["dual_search"], stages["evaluate"]
+    lambda_path, search, evaluate = stages["lambda_path"], stages["dual_search"], stages["evaluate"]
     assert isinstance(reward, RewardDpoParams) and isinstance(safety, SafetyDpoParams)
-    assert isinstance(lagrangian, LagrangianDpoParams)
+    assert isinstance(lagrangian, LagrangianDpoParams) and isinstance(lambda_path, LambdaPathParams)
     assert isinstance(search, DualSearchParams) and isinstance(evaluate, EvaluateParams)
     _check_references(reward, safety, path)
     _check_scores(reward, safety, lagrangian, path)
+    _check_path(lambda_path, path)
     models = {"sft", *(f"reward_dpo/{name}" for name in reward.runs)}
     models |= {f"safety_dpo/{name}" for name in safety.runs} | {f"lagrangian_dpo/{name}" for name in lagrangian.runs}
+    models |= {f"lambda_path/{name}" for name in lambda_path.runs}
     for name, row in search.methods.items():
         for key, folder in (("start", row.start), ("reference", row.reference)):
             if folder not in models:
@@ -858,6 +896,7 @@ def _check_across(content: dict[str, Any], stages: dict[str, StageParams], path:
                     f"{path}: methods.{name}.{key}: no stage writes models/{folder}; one of {sorted(models)}"
                 )
         _check_reference(name, row, safety, path)
+        _check_ends(name, row, lambda_path, path)
         ascent = row.policy_gradient
         if ascent and not search.lambda_min <= ascent.lambda_init <= search.lambda_max:
             raise ParamsError(
@@ -916,4 +955,29 @@ def _check_reference(name: str, row: MethodRow, safety: SafetyDpoParams, path: s
         raise ParamsError(
             f"{path}: methods.{name}.reference is {row.reference!r}, but {row.start} was trained against {trained!r}; "
             "name that, or another start"
+        )
+
+
+def _check_path(given: LambdaPathParams, path: str | Path) -> None:
+    """Runs of the path begin at `sft` or at another run, and no two wait for each other."""
+    valid = {"sft", *(f"lambda_path/{name}" for name in given.runs)}
+    for name, run in given.runs.items():
+        if run.begin not in valid:
+            raise ParamsError(f"{path}: lambda_path.runs.{name}.begin: {run.begin!r} is not one of {sorted(valid)}")
+    try:
+        TopologicalSorter({f"lambda_path/{name}": {run.begin} for name, run in given.runs.items()}).prepare()
+    except CycleError as error:
+        circle = " <- ".join(error.args[1])
+        raise ParamsError(f"{path}: runs wait for each other: {circle}; let one begin at sft") from None
+
+
+def _check_ends(name: str, row: MethodRow, given: LambdaPathParams, path: str | Path) -> None:
+    """A search on the path merges two of its policies, the stricter one as its start."""
+    ends = [folder.partition("/")[2] for folder in (row.start, row.reference) if folder.startswith("lambda_path/")]
+    if not ends:
+        return
+    if len(ends) == 1 or given.runs[ends[0]].lam <= given.runs[ends[1]].lam:
+        raise ParamsError(
+            f"{path}: methods.{name}: start and reference must both be runs of lambda_path, and the start's lam must "
+            f"be the larger one; got {row.start} and {row.reference}"
         )

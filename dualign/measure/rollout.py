@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -75,6 +76,15 @@ def roll_out(
     frame["reward"] = judges.reward.score(frame["prompt"].tolist(), texts, batch_size=batch, what="rewards")
     frame["cost"] = judges.cost.score(frame["prompt"].tolist(), texts, batch_size=batch, what="costs")
     return frame
+
+
+def log_ratios(policy: Policy, samples: pd.DataFrame, judges: Judges) -> np.ndarray:
+    """log(pi / pi_ref) in nats of given answers (schema POOL, such as samples of the reference); shape [rows]."""
+    prompts = encode_prompts(judges.tokenizer, samples["prompt"].tolist())
+    answers = [[int(token) for token in tokens] for tokens in samples["tokens"]]
+    logp = log_probabilities(policy, judges.tokenizer, prompts, answers, batch_size=judges.resources.scoring_batch_size)
+    ratios: np.ndarray = logp.numpy() - samples["logp_ref"].to_numpy()
+    return ratios
 
 
 def measure(frame: pd.DataFrame) -> Measurement:

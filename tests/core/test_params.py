@@ -176,6 +176,8 @@ def test_a_wrong_type_is_named(content: Content, key: str, value: Any, says: str
         ("safety_dpo.runs.alone.clip", 0.0),
         ("dual_search.lambda_min", 0.0),
         ("dual_search.max_trainings", -1),
+        ("dual_search.max_tokens", 0),
+        ("dual_search.min_ess", 0.0),
         ("evaluate.confidence", 1.0),
         ("constraint.limit", float("nan")),
         ("constraint.power", 0.4),
@@ -376,6 +378,50 @@ def test_a_search_keeps_the_reference_of_its_start(content: Content) -> None:
     assert "safety_dpo/alone was trained against 'sft'" in refusal(
         put(content, "methods.sacpo.start", "safety_dpo/alone")
     )
+
+
+SPEC: Content = {"learning_rate": None, "inner": {"labels": "soft", "normalised": False, "anchor": 0.3, "nll": 2.0}}
+
+
+def on_the_path(content: Content) -> Content:
+    """Two policies of the path, and a row that merges them."""
+    content["lambda_path"]["runs"] = {
+        "slack": {**SPEC, "lam": 0.0, "begin": "sft"},
+        "strict": {**SPEC, "lam": 3.0, "begin": "lambda_path/slack"},
+    }
+    ends = {"start": "lambda_path/strict", "reference": "lambda_path/slack"}
+    content["methods"]["dualign"] = {"rule": "merge", **ends}
+    return content
+
+
+def test_a_search_merges_two_policies_of_the_path_the_stricter_one_as_its_start(content: Content) -> None:
+    params.check(on_the_path(content), "my.yaml")
+    turned = put(copy.deepcopy(content), "methods.dualign.start", "lambda_path/slack")
+    said = (
+        "methods.dualign: start and reference must both be runs of lambda_path, and the start's lam must be the larger"
+    )
+    assert refusal(turned).startswith(said)
+    assert refusal(put(copy.deepcopy(content), "methods.dualign.reference", "sft")).startswith(said)
+    assert refusal(put(copy.deepcopy(content), "lambda_path.runs.slack.lam", 3.0)).startswith(said)
+    assert refusal(put(content, "methods.dualign.start", "lambda_path/none")).startswith(
+        "methods.dualign.start: no stage"
+    )
+
+
+@pytest.mark.parametrize("begin", ["lambda_path/none", "reward_dpo/helpful"])
+def test_the_path_begins_at_the_reference_or_goes_on(content: Content, begin: str) -> None:
+    message = refusal(put(on_the_path(content), "lambda_path.runs.strict.begin", begin))
+    assert message.startswith(f"lambda_path.runs.strict.begin: {begin!r} is not one of [") and "'sft'" in message
+
+
+def test_runs_of_the_path_do_not_wait_for_each_other(content: Content) -> None:
+    message = refusal(put(on_the_path(content), "lambda_path.runs.slack.begin", "lambda_path/strict"))
+    assert message.startswith("runs wait for each other: ") and message.endswith("let one begin at sft")
+
+
+def test_the_path_knows_no_dual(content: Content) -> None:
+    message = refusal(put(on_the_path(content), "lambda_path.runs.slack.lam", "dual"))
+    assert message.startswith("lambda_path.runs.slack.lam: ") and "valid number" in message
 
 
 def test_only_policies_that_a_stage_writes_can_be_evaluated(content: Content) -> None:

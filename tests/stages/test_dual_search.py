@@ -50,6 +50,37 @@ def test_the_start_says_its_multiplier_and_whether_its_merge_is_naive(run: Path,
     assert dual_search.outlook(naive, {"lam": 1.25, "reference": "sft"}, params).naive
 
 
+@pytest.fixture
+def path(run: Path) -> Path:
+    """The same folder with two policies of the path."""
+    for name, lam in (("slack", 0.2), ("strict", 3.0)):
+        write_json(f"reports/metrics/lambda_path/{name}.json", {"lam": lam, "data": "pool"})
+    return run
+
+
+PATH = ("dualign", "lambda_path/strict", "lambda_path/slack")
+
+
+def test_a_merge_on_the_path_knows_both_its_multipliers(path: Path, params: DualSearchParams) -> None:
+    row = row_of(*PATH, rule="merge")
+    known = dual_search.outlook(row, {"lam": 3.0}, params)
+    assert (known.lam_pool, known.lam_start, known.lam_reference, known.naive) == (0.8, 3.0, 0.2, False)
+    assert dual_search.trainings(row, {"reward": "reward_model", "cost": "cost_model"}) == 2
+
+
+def test_the_aim_is_the_limit_unless_the_row_says_stock_and_the_dual_knows_one(run: Path) -> None:
+    plain, stocked = (row_of("dualign", "lagrangian_dpo/anchored", "sft", aims=aims) for aims in (None, "stock"))
+    assert dual_search.goal(plain) == dual_search.goal(stocked) == (0.8, None)
+    write_json("data/dual/dual.json", {"lam": 0.8, "lam_stock": 1.1, "aim": -0.4})
+    assert dual_search.goal(plain) == (0.8, None) and dual_search.goal(stocked) == (1.1, -0.4)
+
+
+def test_a_stocked_search_steers_to_the_aim(path: Path, params: DualSearchParams) -> None:
+    write_json("data/dual/dual.json", {"lam": 0.8, "lam_stock": 1.1, "aim": -0.4})
+    known = dual_search.outlook(row_of(*PATH, rule="merge", aims="stock"), {"lam": 3.0}, params)
+    assert (known.lam_pool, known.aim, known.target(params)) == (1.1, -0.4, -0.4)
+
+
 def test_safety_first_takes_the_multiplier_of_its_first_step(run: Path, params: DualSearchParams) -> None:
     swapped = row_of("sacpo", "reward_dpo/swapped", "safety_dpo/alone", rule="one_shot")
     assert dual_search.outlook(swapped, {}, params).lam_start == 1.25

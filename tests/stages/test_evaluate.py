@@ -1,15 +1,85 @@
-"""What an evaluation says of further limits."""
+"""The stage evaluate: what it says of a policy from the pool's samples and of further limits, beside its answers."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
 
-from dualign.core.params import ConstraintSpec
-from dualign.data.schema import user
+from dualign.core.artifacts import read_json, write_parquet
+from dualign.core.params import ConstraintSpec, EvaluateParams, Resources, load
+from dualign.core.stage import Run
+from dualign.data import world
+from dualign.data.schema import POOL, PROMPTS, by_prompt, prompt_id, read_table, user
+from dualign.lm.models import load_policy, load_scorer_backbone
+from dualign.lm.sampling import log_probabilities
+from dualign.lm.tokens import encode_prompts
+from dualign.measure.rollout import Judges, roll_out
 from dualign.measure.stats import clustered_mean
+from dualign.scoring.calibration import Platt
+from dualign.scoring.scorers import Scorer
+from dualign.tilt import TILT_SAMPLES, effective_tilt
+from stages import evaluate
 from stages.evaluate import further_limits
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def judged(workspace: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources) -> Path:
+    """The folder of the stages with scorers, a pool of five samples a prompt, and prompts from nowhere in the world."""
+    for seed, name in enumerate(("reward_model", "cost_model")):
+        scorer = load_scorer_backbone("models/sft", tokenizer, resources, seed)
+        torch.nn.init.normal_(scorer.score.weight, std=0.5)
+        Scorer(scorer, tokenizer, Platt(1.0, 0.5)).save(workspace / "models" / name)
+    questions = world.prompts()[::900]
+    prompts = [{"prompt_id": prompt_id(user(q)), "prompt": user(q), "source": "somewhere"} for q in questions]
+    write_parquet(workspace / "data/prepared/eval.parquet", prompts, PROMPTS)
+    judges = Judges.load(resources)
+    frame = read_table(workspace / "data/prepared/eval.parquet", PROMPTS)
+    pool = roll_out(judges.reference, frame, judges, count=5, max_new_tokens=6, seed=1)
+    write_parquet(workspace / "data/scored/pool.parquet", pool, POOL)
+    return workspace
+
+
+def test_the_pool_tells_displacement_and_tilt_of_its_first_samples(
+    judged: Path, resources: Resources, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    shipped = load(EvaluateParams, ROOT / "params.yaml")
+    policies = {"sft": "sft", "helpful": "reward_dpo/helpful"}
+    params = shipped.model_copy(update={"policies": policies, "max_new_tokens": 6, "samples_per_prompt": 2})
+    for name in policies:
+        evaluate.main(Run("evaluate", name, params, resources))
+
+    pool = read_table("data/scored/pool.parquet", POOL)
+    pool = pool[pool["sample"] < TILT_SAMPLES]
+    rows, tokens = encode_prompts(tokenizer, pool["prompt"].tolist()), [list(ids) for ids in pool["tokens"]]
+    first, second = (
+        log_probabilities(load_policy(Path("models") / folder, resources), tokenizer, rows, tokens, batch_size=8)
+        for folder in policies.values()
+    )
+    ratio = (second - first).numpy()
+    told = read_json("reports/metrics/evaluate/helpful.json")
+    expected = clustered_mean(ratio, pool["prompt_id"].to_numpy(), params.confidence)
+    assert told["displacement"] == pytest.approx(expected.as_dict(), abs=1e-4)
+    scores = [by_prompt(pool, name) for name in ("reward", "cost", "length")]
+    tilt = effective_tilt(np.reshape(ratio, scores[0].shape), *scores).as_dict()
+    assert told["tilt"].keys() == tilt.keys()
+    assert {key: told["tilt"][key] for key in ("reward_slope", "cost_slope", "r2")} == pytest.approx(
+        {key: tilt[key] for key in ("reward_slope", "cost_slope", "r2")}, rel=1e-2, abs=1e-3
+    )
+    own = read_json("reports/metrics/evaluate/sft.json")
+    assert own["displacement"]["mean"] == pytest.approx(0, abs=1e-4)
+    assert own["tilt"]["reward_slope"] == pytest.approx(0, abs=1e-4)
+
+
+# --- further limits ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

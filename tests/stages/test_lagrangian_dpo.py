@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dualign import dual
+from dualign import dual, lagrangian
 from dualign.constraints import Constraint, Price
 from dualign.core import params
 from dualign.core.artifacts import read_json, write_json, write_parquet
@@ -178,7 +178,7 @@ def test_pecan_trains_at_the_multiplier_of_its_own_scores(
     workspace: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch, data: str, normalised: bool, rate: float | None
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(lagrangian_dpo, "train_pairwise", lambda *args: seen.extend(args) or train_pairwise(*args))
+    monkeypatch.setattr(lagrangian, "train_pairwise", lambda *args: seen.extend(args) or train_pairwise(*args))
     inner = {"labels": "soft", "normalised": normalised, "anchor": 0.3 if data == "pool" else 0.0, "nll": 0.0}
     given = stage_params(repo_root, data=data, inner=inner, learning_rate=rate)
     tables = scored_tables(Path("data/scored"), *MODELS[1:], given.beta, load_tokenizer("models/sft"), RESOURCES)

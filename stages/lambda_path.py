@@ -1,0 +1,43 @@
+"""lambda_path RUN: pi_ref and the pool at a multiplier given by number -> models/lambda_path/RUN.
+
+    python -m stages.lambda_path strict
+
+Our own training (exact labels, anchor), as in lagrangian_dpo, but nothing here depends on the dual or the limit: a row
+of `methods` that merges two of these policies has a new policy for a new limit without training.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dualign.core.errors import ParamsError
+from dualign.core.params import LambdaPathParams
+from dualign.core.stage import Run, execute, finished
+from dualign.data.schema import POOL, read_table
+from dualign.lagrangian import pairs_at, train_at
+from dualign.lm.models import load_tokenizer
+
+SAMPLES = Path("data/scored/pool.parquet")
+MODELS = Path("models")
+OUT = Path("models/lambda_path")
+
+
+def main(run: Run[LambdaPathParams]) -> None:
+    """Run the stage."""
+    params = run.params
+    if run.item not in params.runs:
+        raise ParamsError(f"lambda_path.runs has no {run.item!r}; one of {', '.join(params.runs) or 'none'}")
+    spec = params.runs[run.item]
+    begin = MODELS / spec.begin
+    scratch = run.scratch(SAMPLES, begin)
+    tokenizer = load_tokenizer(MODELS / "sft")
+    pairs = pairs_at(spec.lam, read_table(SAMPLES, POOL), "pool", spec, params, tokenizer)
+    metrics = train_at(spec.lam, pairs, begin, spec, params, run.resources, scratch, OUT / run.item)
+    # What a search from here looks at, as it would in the metrics of lagrangian_dpo.
+    scored = {"reward": "reward_model", "cost": "cost_model", "data": "pool"}
+    run.metrics({**metrics, **scored, "lam": spec.lam, "begin": spec.begin})
+    finished(scratch)
+
+
+if __name__ == "__main__":
+    execute(main, LambdaPathParams)

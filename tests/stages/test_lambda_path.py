@@ -1,0 +1,102 @@
+"""The stage lambda_path: what it trains, from where, and that no dual has a say in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from dualign import lagrangian
+from dualign.core.artifacts import read_json, write_parquet
+from dualign.core.errors import ParamsError
+from dualign.core.params import LambdaPathParams, Resources, check, read_yaml
+from dualign.core.stage import Run
+from dualign.data import world
+from dualign.data.schema import POOL, prompt_id, read_table, user
+from dualign.lm.models import load_policy
+from dualign.lm.sampling import log_probabilities
+from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.pairs import pool_pairs, pool_values, samples_of
+from dualign.training.pairwise import train_pairwise
+from stages import lambda_path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def stage_params(**training: Any) -> LambdaPathParams:
+    """The preset's section, cut short."""
+    content = read_yaml(ROOT / "params/any-limit.yaml")
+    content["lambda_path"]["training"] |= {"max_steps": 2, "batch_size": 4, **training}
+    checked = check(content, "my.yaml")["lambda_path"]
+    assert isinstance(checked, LambdaPathParams)
+    return checked
+
+
+@pytest.fixture
+def pooled(workspace: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources) -> Path:
+    """The folder of the stages with a pool of three prompts, and no dual."""
+    (workspace / "data/dual/dual.json").unlink()
+    rng, reference = np.random.default_rng(3), load_policy(workspace / "models/sft", resources)
+    rows = []
+    for question in world.prompts()[:3]:
+        texts = [answer.text for answer in world.answers(question)[:4]]
+        prompts, tokens = encode_prompts(tokenizer, [user(question)] * 4), encode_answers(tokenizer, texts)
+        logp = log_probabilities(reference, tokenizer, prompts, tokens, batch_size=4).tolist()
+        rows += [
+            {"prompt_id": prompt_id(user(question)), "prompt": user(question), "sample": i, "response": texts[i],
+             "tokens": tokens[i], "length": len(tokens[i]), "ended": True, "logp_ref": logp[i],
+             "reward": rng.normal(), "cost": rng.normal()}
+            for i in range(4)
+        ]  # fmt: skip
+    write_parquet(workspace / "data/scored/pool.parquet", rows, POOL)
+    return workspace
+
+
+def distance(first: Path, second: Path) -> float:
+    left, right = (load_file(folder / "model.safetensors") for folder in (first, second))
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def test_the_second_training_goes_on_from_the_first_against_the_same_reference(
+    pooled: Path, resources: Resources, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(lagrangian, "train_pairwise", lambda *args: seen.append(args) or train_pairwise(*args))
+    params = stage_params()
+    for name in ("slack", "strict"):
+        lambda_path.main(Run("lambda_path", name, params, resources))
+    samples = samples_of(read_table(pooled / "data/scored/pool.parquet", POOL), tokenizer)
+    for (_, _, pairs, inner, job), run in zip(seen, params.runs.values(), strict=True):
+        assert pairs == pool_pairs(
+            samples, pool_values(samples, run.lam, params.beta), run.lam, params.beta, params.seed
+        )
+        assert (inner.scale, inner.beta, inner.anchor, inner.nll) == (params.beta, params.beta, 0.3, 2.0)
+        assert job.training.learning_rate == run.learning_rate
+    told = read_json(pooled / "reports/metrics/lambda_path/strict.json")
+    assert (told["lam"], told["begin"], told["data"]) == (params.runs["strict"].lam, "lambda_path/slack", "pool")
+    assert (told["reward"], told["cost"]) == ("reward_model", "cost_model")
+    assert told["inner"] == params.runs["strict"].inner.model_dump() and told["learning_rate"] == 8e-3
+
+
+def test_it_begins_where_it_is_told_to(pooled: Path, resources: Resources) -> None:
+    still = stage_params(warmup=0.0)
+    runs = {name: run.model_copy(update={"learning_rate": 1e-9}) for name, run in still.runs.items()}
+    runs["strict"] = runs["strict"].model_copy(update={"begin": "lambda_path/other"})
+    (pooled / "models/lambda_path").mkdir()
+    (pooled / "models/safety_dpo/alone").rename(pooled / "models/lambda_path/other")
+    params = still.model_copy(update={"runs": runs})
+    for name, begin in (("slack", "sft"), ("strict", "lambda_path/other")):
+        lambda_path.main(Run("lambda_path", name, params, resources))
+        assert distance(pooled / "models/lambda_path" / name, pooled / "models" / begin) < 1e-6
+    assert distance(pooled / "models/lambda_path/strict", pooled / "models/sft") > 1e-3
+
+
+def test_an_unknown_run_is_named(pooled: Path, resources: Resources) -> None:
+    with pytest.raises(ParamsError, match=r"lambda_path\.runs has no 'other'; one of slack, strict"):
+        lambda_path.main(Run("lambda_path", "other", stage_params(), resources))
