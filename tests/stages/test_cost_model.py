@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import DataError
+from dualign.core.params import CostModelParams, Resources, load
+from dualign.core.stage import Run
+from dualign.data import world
+from dualign.data.schema import SAFETY_PAIRS, pair_id, prompt_id, user
 from dualign.scoring.calibration import (
     Isotonic,
     Platt,
@@ -18,7 +24,13 @@ from dualign.scoring.calibration import (
     platt_zero_error,
     sigmoid,
 )
-from stages.cost_model import calibrate
+from dualign.scoring.scorers import Scorer
+from stages.cost_model import calibrate, heldout_answers, main
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAINING = {"batch_size": 16, "max_steps": 40, "max_length": 128, "learning_rate": 1e-2, "warmup": 0.0}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +124,45 @@ def test_one_prompt_cannot_both_calibrate_and_judge(answers: pd.DataFrame) -> No
     one: dict[str, Any] = {"prompt_id": "0001", "unsafe": [True, False] * 400}
     with pytest.raises(DataError, match=r"two prompts.*prepare\.heldout_share"):
         calibrate(answers.assign(**one), "platt", seed=0)
+
+
+def flagged_pairs(count: int) -> pd.DataFrame:
+    """Pairs of the world, every other one held out."""
+    found = []
+    for i, row in enumerate(world.pku_rows(count, seed=1, sharpness=4.0)):
+        prompt, safer = user(row["prompt"]), row["safer_response_id"]
+        chosen, rejected = row[f"response_{safer}"], row[f"response_{1 - safer}"]
+        found.append(
+            {
+                "pair_id": pair_id(prompt, chosen, rejected),
+                "prompt_id": prompt_id(prompt),
+                "prompt": prompt,
+                "chosen": chosen,
+                "rejected": rejected,
+                "source": "world",
+                "split": ("train", "heldout")[i % 2],
+                "chosen_is_safe": row[f"is_response_{safer}_safe"],
+                "rejected_is_safe": row[f"is_response_{1 - safer}_safe"],
+            }
+        )
+    return pd.DataFrame(found)
+
+
+@pytest.mark.parametrize("kind", ["platt", "isotonic"])
+def test_the_stage_saves_the_calibration_that_its_metrics_describe(
+    workspace: Path, resources: Resources, kind: str
+) -> None:
+    pairs = flagged_pairs(400)
+    write_parquet(workspace / "data/prepared/safety_pairs.parquet", pairs.to_dict("records"), SAFETY_PAIRS)
+    params = load(CostModelParams, ROOT / "params.yaml")
+    training = params.training.model_copy(update=TRAINING)
+    main(Run("cost_model", None, params.model_copy(update={"training": training, "calibrate": kind}), resources))
+    metrics = read_json("reports/metrics/cost_model.json")
+    scorer = Scorer.load("models/cost_model", resources)
+    assert isinstance(scorer.calibration, Isotonic if kind == "isotonic" else Platt)
+    heldout = pairs[pairs["split"] == "heldout"]
+    raw = heldout_answers(scorer.calibrated(Platt()), heldout, 64)
+    again, expected = calibrate(raw, kind, seed=params.seed)
+    assert again(raw["score"].to_numpy()) == pytest.approx(scorer.calibration(raw["score"].to_numpy()), abs=1e-4)
+    assert metrics["zero_error"] == pytest.approx(expected["zero_error"], rel=1e-3)
+    assert metrics["ece_after"] == pytest.approx(metrics[kind]["ece"]) == pytest.approx(expected["ece_after"], abs=1e-3)
