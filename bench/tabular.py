@@ -55,21 +55,14 @@ class Settings:
     anchor: float = knob(0.3, "weight of the anchor in our loss")
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("seeds", 1),
-            ("prompts", 1),
-            ("answers", 2),
-            ("rounds", 1),
-            ("fresh", 1),
-            ("pairs", 0),
-            ("noise", 0),
-        ):
+        lower = {"seeds": 1, "prompts": 1, "answers": 2, "rounds": 1, "fresh": 1, "pairs": 0, "noise": 0, "bonus": 0}
+        for name, least in lower.items():
             if getattr(self, name) < least:
                 raise DualignError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.samples == 1 or self.samples < 0:
             raise DualignError(f"samples must be 0 or at least 2, got {self.samples}")
-        if not (self.beta > 0 and 0 < self.tightness < 1 and self.lambda_min > 0):
-            raise DualignError("beta and lambda_min must be above 0, tightness between 0 and 1")
+        if not (min(self.beta, self.lambda_min, self.ascent_start) > 0 and 0 < self.tightness < 1):
+            raise DualignError("beta, lambda_min and ascent_start must be above 0, tightness between 0 and 1")
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
