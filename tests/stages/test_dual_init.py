@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dualign import dual
+from dualign import dual, lagrangian
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.params import ConstraintSpec, DualInitParams, LagrangianDpoParams, Resources, load
 from dualign.core.stage import Run
@@ -241,7 +241,7 @@ def test_a_limit_on_length_reaches_the_labels_of_a_training(
     assert found["lam"] > 0 and after == pytest.approx(before - 1, abs=1e-5)
 
     seen: list[Any] = []
-    monkeypatch.setattr(lagrangian_dpo, "train_pairwise", lambda *args: seen.append(args[2]) or train_pairwise(*args))
+    monkeypatch.setattr(lagrangian, "train_pairwise", lambda *args: seen.append(args[2]) or train_pairwise(*args))
     given = load(LagrangianDpoParams, ROOT / "params.yaml")
     training = given.training.model_copy(update={"max_steps": 1, "batch_size": 2})
     given = given.model_copy(update={"training": training, "beta": beta})
