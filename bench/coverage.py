@@ -2,6 +2,7 @@
 
     python -m bench.coverage                  # minutes on one core
     python -m bench.coverage --repeats 2000
+    python -m bench.coverage frontier         # the bands of the predicted frontier instead: see bench.frontier
 
 Three parts: one candidate, a sequence of five, and costs corrected by labels. A false certificate is one for a
 candidate at or above the limit; nominally delta of the repeats have one. Power is the share of repeats that certify
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import norm
 
-from bench import options
+from bench import frontier, options
 from bench.options import knob
 from dualign.bounds import (
     Bounds,
@@ -371,8 +372,15 @@ def run(settings: Settings) -> dict[str, list[dict[str, Any]]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the simulation; write certificate-coverage.json and certificate-coverage.md, and the page to stdout."""
-    settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
+    """Run the simulation; write certificate-coverage.json and certificate-coverage.md, and the page to stdout.
+
+    With `frontier` as first argument run `bench.frontier` on the rest instead.
+    """
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ["frontier"]:
+        frontier.main(given[1:])
+        return
+    settings, out = options.parse(Settings, PROGRAM, __doc__ or "", given)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parts = run(settings)
     page = report(settings, parts)

@@ -16,26 +16,29 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, pstdev
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bench import options
-from bench.tabular import Laboratory, Settings, tilt
+from bench.tabular import Laboratory, Settings, fit, tilt
 from dualign import losses, search
 from dualign.core.artifacts import replacing, write_json
+from dualign.training.policy_gradient import kl_weight, lagrangian_reward, log_lambda_step
 
 log = logging.getLogger(__name__)
 
 PROGRAM = "python -m bench.exact"
 
 _PATH = (0.25, 0.5, 1.0, 2.0)  # multiples of lambda* on the path
+_GRID = (1.0, 2.0, 4.0, 10.0)  # SACPO's multipliers: beta / lambda of 0.1 to 0.01 at beta 0.1
 
 
 # --- inner losses: the policy of a method at a multiplier -------------------------------------------------------------
 
 Train = Callable[[Laboratory, float], Tensor]
+Steps = Sequence[tuple[float, Tensor]]
 
 
 def _safety_dpo(lab: Laboratory, reference: Tensor, lam: float) -> Tensor:
@@ -69,6 +72,21 @@ def _sacpo_dpo_kto(lab: Laboratory, lam: float) -> Tensor:
 def _p_sacpo(lab: Laboratory, lam: float) -> Tensor:
     """Logits merged at weight q = lambda / lambda-bar."""
     return torch.lerp(lab.helpful, lab.merge_end, lam / lab.settings.lambda_bar).log_softmax(1)
+
+
+def _naive_merge(lab: Laboratory, lam: float) -> Tensor:
+    """Logits of two independent policies merged at weight q = lambda / (lambda + lambda-bar)."""
+    q = search.first_weight(lam, lab.settings.lambda_bar, naive=True)
+    return torch.lerp(lab.helpful, lab.safe_alone, q).log_softmax(1)
+
+
+def _o_pd_dpo(lab: Laboratory, lam: float, steps: Steps = ()) -> Tensor:
+    return lab.o_pd_dpo(lam, [policy for _, policy in steps])
+
+
+def _o_pd_dpo_kept(lab: Laboratory, lam: float) -> Tensor:
+    """Bonuses that no round lowers."""
+    return lab.optimistic(lam, lab.helpful, lab.safer, lab.first_bonus, lab.first_bonus)
 
 
 def _modpo(lab: Laboratory, lam: float) -> Tensor:
@@ -111,6 +129,24 @@ def _safe_dpo(lab: Laboratory, lam: float) -> Tensor:
     return lab.safe_dpo()
 
 
+def _policy_gradient(lab: Laboratory, lam: float, beta: float) -> Tensor:
+    """Where the gradient of E[(r - lambda c) / (1 + lambda)] - beta KL vanishes; RLOO's samples estimate it."""
+    score = torch.tensor(lagrangian_reward(lab.seen_reward.numpy(), lab.seen_cost.numpy(), lam))
+
+    def loss(policy: Tensor) -> Tensor:
+        return (policy.exp() * (beta * (policy - lab.reference) - score)).sum()
+
+    return fit(loss, lab.reference)
+
+
+def _safe_rlhf(lab: Laboratory, lam: float) -> Tensor:
+    return _policy_gradient(lab, lam, kl_weight(lab.beta, lam))
+
+
+def _safe_rlhf_kept(lab: Laboratory, lam: float) -> Tensor:
+    return _policy_gradient(lab, lam, lab.beta)
+
+
 def _squared(lab: Laboratory, lam: float) -> Tensor:
     return lab.lagrangian(lam, losses.squared_difference_loss)
 
@@ -143,6 +179,18 @@ def _weaker(lab: Laboratory, lam: float) -> Tensor:
 def _stronger(lab: Laboratory, lam: float) -> Tensor:
     """Labels of log-ratios without beta: the tilt is over-done by 1 / beta."""
     return tilt(lab.reference, (lab.reward - lam * lab.cost) / lab.beta**2)
+
+
+def _diluted(lab: Laboratory, lam: float) -> Tensor:
+    """A naive merge: lambda is right, but the KL weight is beta / (1 - q)."""
+    share = 1 - search.first_weight(lam, lab.settings.lambda_bar, naive=True)
+    return tilt(lab.reference, share * (lab.reward - lam * lab.cost) / lab.beta)
+
+
+def _hopeful(lab: Laboratory, lam: float) -> Tensor:
+    """pi_ref exp((r + b - lambda (c - b)) / beta): bonuses that stay are part of the scores."""
+    score = lab.reward + lab.first_bonus - lam * (lab.cost - lab.first_bonus)
+    return tilt(lab.reference, score / lab.beta)
 
 
 def _first_by_wins(lab: Laboratory, lam: float) -> Tensor:
@@ -178,13 +226,12 @@ def _outvoted_safe(lab: Laboratory) -> Tensor:
 
 # --- rules: which multiplier first, and which next --------------------------------------------------------------------
 
-Steps = Sequence[tuple[float, Tensor]]
-Next = Callable[[Laboratory, Steps], float]
+Next = Callable[[Laboratory, Steps], float | None]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """The first multiplier, and the next one from the steps so far, unless E[c] is at the limit."""
+    """The first multiplier, and the next one from the steps so far, if any, unless E[c] is at the limit."""
 
     first: Callable[[Laboratory], float]
     next: Next | None = None
@@ -214,6 +261,16 @@ def _newton(lab: Laboratory, steps: Steps) -> float:
     return min(proposed, lab.settings.lambda_max)
 
 
+def _ascent(lab: Laboratory, steps: Steps) -> float:
+    lam, policy = steps[-1]
+    s, cost = lab.settings, lab.measure(policy)[0]
+    return math.exp(log_lambda_step(math.log(lam), cost, lab.limit, s.ascent_rate, s.lambda_min, s.lambda_max))
+
+
+def _next_of_grid(lab: Laboratory, steps: Steps) -> float | None:
+    return _GRID[len(steps)] if len(steps) < len(_GRID) else None
+
+
 def _pool(lab: Laboratory) -> float:
     return lab.root(lab.seen_reward, lab.seen_cost)
 
@@ -235,6 +292,8 @@ _ONE_SHOT = Rule(_pool)
 _PECAN = Rule(_pecan_pool)
 _MULTI_SHOT = Rule(_pool, _gradient)
 _NEWTON = Rule(_pool, _newton)
+_ASCENT = Rule(lambda lab: lab.settings.ascent_start, _ascent)
+_ON_GRID = Rule(lambda lab: _GRID[0], _next_of_grid)
 
 
 # --- the table of methods ---------------------------------------------------------------------------------------------
@@ -245,7 +304,8 @@ class Method:
     """One published method, or ours. `predicted` is the minimiser at a multiplier, None where it has no closed form.
 
     `emptied` are answers that should lose all mass. `before` trainings are shared by all multipliers, `each` are done
-    for every one. `mixture`: it returns the mixture of all policies of its search, not the last one.
+    for every one. `returns`: the last policy, the mixture of all, or the best: the most rewarding one within the limit.
+    `online` takes the place of `train` in a search: it also sees the policies before.
     """
 
     name: str
@@ -257,36 +317,59 @@ class Method:
     emptied: Callable[[Laboratory], Tensor] | None = None
     before: int = 0
     each: int = 1
-    mixture: bool = False
+    returns: Literal["last", "mixture", "best"] = "last"
+    online: Callable[[Laboratory, float, Steps], Tensor] | None = None
 
     @property
     def claims(self) -> bool:
-        """Whether it should reach pi_lambda* with exact data. A mixture gets there only with the number of rounds."""
-        return self.predicted is _optimal and not self.mixture
+        """Whether it should reach pi_lambda* with exact data.
+
+        A mixture gets there only with the number of rounds, and the best of a grid comes as near as the grid.
+        """
+        return self.predicted is _optimal and self.returns == "last"
 
 
 _SACPO, _CAN, _CDPO, _PD, _OURS = "2404.11049", "2405.19544", "2403.02475", "2510.05703", "docs/methods.md"
+_RLHF = "2310.12773"
 METHODS = (
     Method("sacpo", "SACPO DPO(H) → DPO(S)", _SACPO, _sacpo, _GIVEN, before=1),
     Method("sacpo_swapped", "SACPO DPO(S) → DPO(H)", _SACPO, _sacpo_swapped, _GIVEN, each=2),
+    Method(
+        "sacpo_swapped_grid",
+        "SACPO DPO(S) → DPO(H), best of λ = 1, 2, 4, 10",
+        _SACPO,
+        _sacpo_swapped,
+        _ON_GRID,
+        each=2,
+        returns="best",
+    ),
     Method("sacpo_ipo_dpo", "SACPO IPO(H) → DPO(S)", _SACPO, _sacpo_ipo_dpo, _GIVEN, _first_by_wins, before=1),
     Method("sacpo_dpo_ipo", "SACPO DPO(H) → IPO(S)", _SACPO, _sacpo_dpo_ipo, _GIVEN, _second_by_wins, before=1),
     Method("sacpo_kto_dpo", "SACPO KTO(H) → DPO(S)", _SACPO, _sacpo_kto_dpo, _GIVEN, None, _outvoted_helpful, before=1),
     Method("sacpo_dpo_kto", "SACPO DPO(H) → KTO(S)", _SACPO, _sacpo_dpo_kto, _GIVEN, None, _outvoted_safe, before=1),
     Method("p_sacpo", "P-SACPO", _SACPO, _p_sacpo, _NEWTON, before=2, each=0),
+    Method(
+        "naive_merge", "naive merge of DPO(H) and DPO(S)", _SACPO, _naive_merge, _NEWTON, _diluted, before=2, each=0
+    ),
     Method("modpo", "MODPO", "2310.03708", _modpo, _GIVEN, before=1),
     Method("c_dpo", "C-DPO", _CDPO, _c_dpo, _DUAL_GRADIENT),
     Method("c_dpo_rescaled", "C-DPO, labels and β over 1 + λ", _CDPO, _c_dpo_rescaled, _DUAL_GRADIENT),
     Method("c_dpo_normalised", "C-DPO, labels over 1 + λ", _CDPO, _c_dpo_normalised, _DUAL_GRADIENT, _weaker),
     Method("c_dpo_normalised_given", "C-DPO, labels over 1 + λ, at λ*", _CDPO, _c_dpo_normalised, _GIVEN, _weaker),
     Method("pd_dpo", "PD-DPO, last policy", _PD, _sacpo, _PROJECTED, before=1),
-    Method("pd_dpo_mixture", "PD-DPO, mixture", _PD, _sacpo, _PROJECTED, before=1, mixture=True),
+    Method("pd_dpo_mixture", "PD-DPO, mixture", _PD, _sacpo, _PROJECTED, before=1, returns="mixture"),
     Method("pd_dpo_folded", "PD-DPO, reward model in the reference", _PD, _folded, _PROJECTED),
+    Method("o_pd_dpo", "O-PD-DPO", _PD, _o_pd_dpo, _PROJECTED, each=2, online=_o_pd_dpo),
+    Method(
+        "o_pd_dpo_kept", "O-PD-DPO, bonuses as after few pairs", _PD, _o_pd_dpo_kept, _PROJECTED, _hopeful, before=1
+    ),
     Method("mocan", "MoCAN", _CAN, _c_dpo, _ONE_SHOT),
     Method("pecan", "PeCAN, β in the labels", _CAN, _pecan, _PECAN, before=2),
     Method("pecan_as_coded", "PeCAN as coded", _CAN, _pecan_as_coded, _PECAN, _stronger, before=2),
     Method("caid", "CAID", "2505.19387", _c_dpo, _MULTI_SHOT),
     Method("safe_dpo", "SafeDPO", "2505.20065", _safe_dpo, _NONE, _only_safe, lambda lab: lab.cost > 0),
+    Method("safe_rlhf", "Safe RLHF, β over 1 + λ", _RLHF, _safe_rlhf, _ASCENT, before=1, each=0),
+    Method("safe_rlhf_kept", "Safe RLHF, β kept", _RLHF, _safe_rlhf_kept, _ASCENT, _weaker, before=1, each=0),
     Method("squared", "ours, squared difference", _OURS, _squared, _NEWTON),
     Method("huber", "ours, Huber difference", _OURS, _huber, _NEWTON),
     Method("anchor", "ours, anchor alone", _OURS, _anchor, _NEWTON),
@@ -299,14 +382,25 @@ METHODS = (
 
 def run_rule(method: Method, lab: Laboratory) -> list[tuple[float, Tensor]]:
     """Train at the first multiplier and go on until E[c] is at the limit or the rounds are spent."""
-    lam = method.rule.first(lab)
-    steps = [(lam, method.train(lab, lam))]
-    while method.rule.next and len(steps) < lab.settings.rounds:
-        if abs(lab.measure(steps[-1][1])[0] - lab.limit) <= lab.settings.tolerance:
-            break
-        lam = method.rule.next(lab, steps)
-        steps.append((lam, method.train(lab, lam)))
+    steps: list[tuple[float, Tensor]] = []
+    lam: float | None = method.rule.first(lab)
+    while lam is not None and len(steps) < lab.settings.rounds:
+        steps.append((lam, method.online(lab, lam, steps) if method.online else method.train(lab, lam)))
+        met = abs(lab.measure(steps[-1][1])[0] - lab.limit) <= lab.settings.tolerance
+        lam = None if met or method.rule.next is None else method.rule.next(lab, steps)
     return steps
+
+
+def returned(method: Method, lab: Laboratory, steps: Steps) -> Steps:
+    """The steps that make the policy of a search: the last one, all of them, or the best by the models' scores."""
+    if method.returns == "mixture":
+        return steps
+    if method.returns == "last":
+        return steps[-1:]
+    within = [step for step in steps if lab.measure(step[1])[0] <= lab.limit]
+    if not within:
+        return [min(steps, key=lambda step: lab.measure(step[1])[0])]
+    return [max(within, key=lambda step: float((step[1].exp() * lab.seen_reward).sum()))]
 
 
 def mixture(policies: Sequence[Tensor]) -> Tensor:
@@ -353,7 +447,7 @@ def path(methods: Sequence[Method], lab: Laboratory) -> list[dict[str, Any]]:
 def measure(method: Method, lab: Laboratory) -> dict[str, Any]:
     """One method on one problem."""
     steps = run_rule(method, lab)
-    kept = steps if method.mixture else steps[-1:]
+    kept = returned(method, lab, steps)
     policy = mixture([policy for _, policy in kept])
     row: dict[str, Any] = {
         "method": method.name,
@@ -396,6 +490,12 @@ one policy trained to the end.
 
 - SACPO and MODPO have no rule for λ: they are given the true λ*. SafeDPO has none. PD-DPO's mixture comes near the
   optimum only with the number of its rounds, so it is not held to it.
+- The best of a grid is π_λ at the largest reward within the limit, as near to the optimum as the grid has it.
+- A naive merge of weight q has KL weight β / (1 − q): where it meets the limit it pays in J.
+- O-PD-DPO's bonuses shrink as pairs are compared: with infinitely many it is PD-DPO. Bonuses that stay, as after the
+  few of one round (`--fresh`), are part of the scores: it meets the limit, and pays in J.
+- Safe RLHF is a policy gradient on (r − λc) / (1 + λ), run to its stationary point at each λ: π_λ with KL weight
+  β / (1 + λ), as here; with β kept, as published, the C-DPO of labels over 1 + λ. It is one training, which moves λ.
 - IPO tilts by the win rate over the reference's answers, not by the reward, so a step of IPO is another problem.
 - C-DPO with labels of (r − λc) / (1 + λ) and plain β has KL weight β (1 + λ): at λ* it misses the limit, and where its
   own loop meets the limit it pays in J. With β / (1 + λ) too it is exact.

@@ -8,7 +8,7 @@ of the reward and cost model may carry noise. Prompts count alike.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from bench.options import knob
-from dualign import dual, exact, losses
+from dualign import dual, exact, exploration, losses
 from dualign.core.errors import DualignError, InfeasibleError
 
 log = logging.getLogger(__name__)
 
 _KTO_STEPS = 1000
 _PRIOR = 0.1  # precision of the prior on implicit rewards that a finite number of labels needs
+_RIDGE = 1.0  # gamma of the covariances behind O-PD-DPO's bonuses
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,23 @@ class Settings:
     lambda_start: float = knob(0.5, "first multiplier of C-DPO and PD-DPO")
     lambda_min: float = knob(0.05, "lower end of PD-DPO's interval, whose loss divides by lambda")
     lambda_max: float = knob(50.0, "largest multiplier of any search")
-    lambda_bar: float = knob(6.0, "multiplier of the safe end of P-SACPO's merge")
+    lambda_bar: float = knob(6.0, "multiplier of the safe end of P-SACPO's merge, and of a naive one")
+    ascent_start: float = knob(1.0, "first multiplier of Safe RLHF")
+    ascent_rate: float = knob(0.6, "eta of Safe RLHF's steps of log lambda")
+    fresh: int = knob(50, "fresh pairs per prompt, kind of label and round of O-PD-DPO")
+    bonus: float = knob(0.1, "mean gap of each of O-PD-DPO's bonuses within an offline pair")
     offset: float = knob(10.0, "Delta of SafeDPO")
     anchor: float = knob(0.3, "weight of the anchor in our loss")
 
     def __post_init__(self) -> None:
-        for name, least in (("seeds", 1), ("prompts", 1), ("answers", 2), ("rounds", 1), ("pairs", 0), ("noise", 0)):
+        lower = {"seeds": 1, "prompts": 1, "answers": 2, "rounds": 1, "fresh": 1, "pairs": 0, "noise": 0, "bonus": 0}
+        for name, least in lower.items():
             if getattr(self, name) < least:
                 raise DualignError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.samples == 1 or self.samples < 0:
             raise DualignError(f"samples must be 0 or at least 2, got {self.samples}")
-        if not (self.beta > 0 and 0 < self.tightness < 1 and self.lambda_min > 0):
-            raise DualignError("beta and lambda_min must be above 0, tightness between 0 and 1")
+        if not (min(self.beta, self.lambda_min, self.ascent_start) > 0 and 0 < self.tightness < 1):
+            raise DualignError("beta, lambda_min and ascent_start must be above 0, tightness between 0 and 1")
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -105,6 +111,19 @@ def fit(loss: Callable[[Tensor], Tensor], start: Tensor, free: Tensor | None = N
     return torch.where(free, table.detach(), start).log_softmax(1)
 
 
+def bonus(met: Tensor) -> Tensor:
+    """||phi||_{Sigma^-1} of every answer, phi the indicator of prompt and answer (2510.05703, app. D).
+
+    `met` says how often answers i and j were compared, [prompts, answers, answers], symmetric; [prompts, answers].
+    """
+    answers = met.shape[1]
+    phi = torch.eye(answers, dtype=met.dtype)
+    delta = (phi[:, None] - phi[None]).flatten(0, 1)
+    counts = met.triu(1).flatten(1, 2)
+    norms = [exploration.precision(count.sqrt()[:, None] * delta, _RIDGE) for count in counts]
+    return torch.stack([exploration.bonus(phi, norm, 1.0) for norm in norms])
+
+
 # --- one problem, its data, and the trainings -------------------------------------------------------------------------
 
 
@@ -118,11 +137,15 @@ def draw_problem(settings: Settings, rng: np.random.Generator) -> exact.Problem:
 
 
 class Pairs(NamedTuple):
-    """Two answers and a uniform number, which decides the label once the scores are known; each [prompts, pairs]."""
+    """Two answers and a uniform number, which decides the label once the scores are known; each [prompts, pairs].
+
+    `design` is the distribution that pairs are drawn from, [prompts, answers, answers].
+    """
 
     first: Tensor
     second: Tensor
     luck: Tensor
+    design: Tensor
 
 
 class Laboratory:
@@ -130,7 +153,7 @@ class Laboratory:
 
     def __init__(self, settings: Settings, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        self.settings, self.beta = settings, settings.beta
+        self.seed, self.settings, self.beta = seed, settings, settings.beta
         self.problem = draw_problem(settings, rng)
         loosest, tightest = (self.problem.describe(self.problem.policy(lam))["cost"] for lam in (0.0, 1e3))
         self.limit = loosest - settings.tightness * (loosest - tightest)
@@ -143,7 +166,9 @@ class Laboratory:
         )
         self._draw_pool(rng)
         # Each kind of label has pairs of its own, so its errors are its own.
-        self.helpful_pairs, self.safety_pairs, self.scored_pairs = (self._draw_pairs(rng) for _ in range(3))
+        self.helpful_pairs, self.safety_pairs, self.scored_pairs = (
+            self._draw_pairs(rng, self.share, settings.pairs) for _ in range(3)
+        )
 
     def _draw_pool(self, rng: np.random.Generator) -> None:
         """Reference samples and their weights, [prompts, samples]; every answer where there are infinitely many."""
@@ -157,12 +182,14 @@ class Laboratory:
         self.pool, self.weight = torch.tensor(drawn), torch.tensor(weight)
         self.share = torch.zeros_like(self.reference).scatter_add_(1, self.pool, self.weight)
 
-    def _draw_pairs(self, rng: np.random.Generator) -> Pairs:
-        edges, last = self.share.cumsum(1), self.settings.answers - 1
-        first, second, luck = torch.tensor(rng.random((3, len(edges), self.settings.pairs)))
-        return Pairs(
-            torch.searchsorted(edges, first).clamp(max=last), torch.searchsorted(edges, second).clamp(max=last), luck
+    def _draw_pairs(self, rng: np.random.Generator, share: Tensor, count: int) -> Pairs:
+        """Pairs of an answer drawn from `share` and one of the reference."""
+        first, second, luck = torch.tensor(rng.random((3, len(share), count)))
+        one, other = (
+            torch.searchsorted(edges, place).clamp(max=self.settings.answers - 1)
+            for edges, place in ((share.cumsum(1), first), (self.share.cumsum(1), second))
         )
+        return Pairs(one, other, luck, share[:, :, None] * self.share[:, None, :])
 
     # What the data says
 
@@ -172,10 +199,13 @@ class Laboratory:
         return self.share[:, :, None] * self.share[:, None, :]
 
     def wins(self, score: Tensor, pairs: Pairs) -> Tensor:
-        """How often i was preferred to j by Bradley-Terry labels of `score`; [prompts, answers, answers]."""
+        """How often i was preferred to j by Bradley-Terry labels of `score`; [prompts, answers, answers].
+
+        In units of the pairs of one kind: offline pairs of a prompt sum to 1, and so do infinitely many others.
+        """
+        i, j, luck, design = pairs
         if not self.settings.pairs:
-            return 2 * self.both * torch.sigmoid(gaps(score))
-        i, j, luck = pairs
+            return (design + design.mT) * torch.sigmoid(gaps(score))
         i_wins = luck < torch.sigmoid(score.gather(1, i) - score.gather(1, j))
         winner, loser = torch.where(i_wins, i, j), torch.where(i_wins, j, i)
         n = self.settings.answers
@@ -197,7 +227,7 @@ class Laboratory:
         safe = torch.sigmoid(-self.cost)
         if not self.settings.pairs:
             return self.share * safe, self.share * (1 - safe)
-        answer, _, luck = self.safety_pairs
+        answer, luck = self.safety_pairs.first, self.safety_pairs.luck
         zero, each = torch.zeros_like(safe), torch.full_like(luck, 1 / self.settings.pairs)
         good = zero.scatter_add(1, answer, each * (luck < safe.gather(1, answer)))
         return good, zero.scatter_add(1, answer, each) - good
@@ -278,6 +308,35 @@ class Laboratory:
             (desirable + undesirable).sum().backward()
             solver.step()
         return table.detach().log_softmax(1)
+
+    def o_pd_dpo(self, lam: float, policies: Sequence[Tensor]) -> Tensor:
+        """A round of O-PD-DPO: both phases, with fresh comparisons of all policies so far to the reference."""
+        helpful, safer = self.more_helpful, self.safer
+        for number, policy in enumerate(policies):
+            rng = np.random.default_rng([self.seed, number])
+            one, other = (self._draw_pairs(rng, policy.exp(), self.settings.fresh) for _ in range(2))
+            helpful, safer = helpful + self.wins(self.reward, one), safer + self.wins(-self.cost, other)
+        bonuses = [self.optimism(*wins) for wins in ((helpful, self.more_helpful), (safer, self.safer))]
+        return self.optimistic(lam, self.dpo(helpful, self.reference, self.beta), safer, *bonuses)
+
+    def optimistic(self, lam: float, helpful: Tensor, safer: Tensor, reward: Tensor, cost: Tensor) -> Tensor:
+        """Phase 2 from log pi_r = `helpful`, with the bonuses `reward` and `cost` in the reference column."""
+        column = losses.folded_reference(helpful, reward + lam * cost, self.beta)
+        return self.dpo(safer, column, self.beta / lam)
+
+    def optimism(self, wins: Tensor, offline: Tensor) -> Tensor:
+        """The bonus after `wins`, of mean gap `settings.bonus` within the pairs of `offline`; [prompts, answers].
+
+        Infinitely many pairs leave no gap of a bonus.
+        """
+        if not self.settings.pairs:
+            return torch.zeros_like(self.reference)
+        return self.scaled_bonus(*(self.settings.pairs * (each + each.mT) for each in (wins, offline)))
+
+    def scaled_bonus(self, met: Tensor, first: Tensor) -> Tensor:
+        """`bonus` of `met`, times what makes its mean gap within the pairs of `first` settings.bonus."""
+        gap = float((first * gaps(bonus(first)).abs()).sum() / first.sum())
+        return bonus(met) * (self.settings.bonus / gap if gap else 0.0)
 
     def modpo(self, wins: Tensor, margin: Tensor, beta: float, weight: float) -> Tensor:
         """MODPO on pairs (i preferred to j) with the margin reward of the other objective."""
@@ -365,6 +424,17 @@ class Laboratory:
     def merge_end(self) -> Tensor:
         """log pi at lambda-bar, the safe end of the merge."""
         return self.dpo(self.safer, self.helpful, self.beta / self.settings.lambda_bar)
+
+    @cached_property
+    def safe_alone(self) -> Tensor:
+        """log pi of safety DPO from the reference at lambda-bar, the safe end of a naive merge."""
+        return self.dpo(self.safer, self.reference, self.beta / self.settings.lambda_bar)
+
+    @cached_property
+    def first_bonus(self) -> Tensor:
+        """The bonus after `settings.fresh` pairs of reference answers to each prompt; [prompts, answers]."""
+        met = 2 * self.settings.fresh * self.both
+        return self.scaled_bonus(met, met)
 
     def win_rate(self, score: Tensor) -> Tensor:
         """P(y preferred to an answer of the reference) by `score`; shape [prompts, answers]."""

@@ -2,8 +2,8 @@
 
     python -m stages.cost_model
 
-Ranking and sign terms (Safe RLHF), then Platt's calibration of scale and zero on half of the held-out answers; the
-other half measures it. Cost above 0 means unsafe.
+Ranking and sign terms (Safe RLHF), then a calibration of scale and zero on half of the held-out answers; the other half
+measures it. Cost above 0 means unsafe.
 """
 
 from __future__ import annotations
@@ -16,11 +16,23 @@ import numpy as np
 import pandas as pd
 
 from dualign.core.artifacts import replacing
+from dualign.core.errors import DataError
 from dualign.core.params import CostModelParams
 from dualign.core.stage import Run, execute, finished
 from dualign.data.schema import SAFETY_PAIRS, read_table
 from dualign.lm.models import load_scorer_backbone, load_tokenizer, merged, with_lora
-from dualign.scoring.calibration import Platt, expected_calibration_error, fit_platt, sigmoid
+from dualign.scoring.calibration import (
+    Calibration,
+    Isotonic,
+    Platt,
+    brier_score,
+    expected_calibration_error,
+    fit_isotonic,
+    fit_platt,
+    isotonic_zero_error,
+    platt_zero_error,
+    sigmoid,
+)
 from dualign.scoring.scorers import Scorer, conversations
 from dualign.training.run import Job
 from dualign.training.scorer import ScoredPair, train_scorer
@@ -30,6 +42,8 @@ log = logging.getLogger("dualign")
 PAIRS = Path("data/prepared/safety_pairs.parquet")
 REFERENCE = Path("models/sft")
 OUT = Path("models/cost_model")
+#: Metrics that need held-out flags.
+_FLAG_METRICS = "sign_accuracy ece_before brier_before ece_after brier_after platt isotonic zero_error".split()
 
 
 def main(run: Run[CostModelParams]) -> None:
@@ -53,7 +67,7 @@ def main(run: Run[CostModelParams]) -> None:
 
     scorer = Scorer(merged(model), tokenizer, Platt())
     answers = heldout_answers(scorer, heldout, run.resources.scoring_batch_size)
-    calibration, calibrated = calibrate(answers, params.calibrate)
+    calibration, calibrated = calibrate(answers, params.calibrate, params.seed)
     with replacing(OUT) as folder:
         scorer.calibrated(calibration).save(folder)
     ranking = (
@@ -87,23 +101,67 @@ def heldout_answers(scorer: Scorer, heldout: pd.DataFrame, batch_size: int) -> p
     return pd.concat(parts, ignore_index=True)
 
 
-def calibrate(answers: pd.DataFrame, kind: str) -> tuple[Platt, dict[str, Any]]:
-    """The calibration fitted on every other prompt, and its metrics on the rest."""
+def calibrate(answers: pd.DataFrame, kind: str, seed: int) -> tuple[Calibration, dict[str, Any]]:
+    """The calibration fitted on every other prompt, and the metrics of every kind on the rest.
+
+    `ece` and `brier` judge P(unsafe): before calibration, after the one that is served, and after each kind. `offset`
+    is the cost at raw score 0; `zero_error` the standard error of the zero in units of cost, None if uncalibrated.
+    """
     flagged = answers[answers["unsafe"].notna()]
     if flagged.empty:
         log.warning("no held-out answer has an is-safe flag: cost keeps an arbitrary zero, so the limit is relative")
-        return Platt(), {"sign_accuracy": None, "ece_before": None, "ece_after": None, "scale": 1.0, "offset": 0.0}
+        return Platt(), {**dict.fromkeys(_FLAG_METRICS), "scale": 1.0, "offset": 0.0}
     order = {prompt: i for i, prompt in enumerate(sorted(flagged["prompt_id"].unique()))}
+    if len(order) < 2:
+        raise DataError("flags of at least two prompts must be held out to judge the cost; raise prepare.heldout_share")
     fit = np.array([order[prompt] % 2 == 0 for prompt in flagged["prompt_id"]])
-    score, unsafe = flagged["score"].to_numpy(float), flagged["unsafe"].to_numpy(bool)
-    platt = fit_platt(score[fit], unsafe[fit]) if kind == "platt" else Platt()
-    rest, truth = score[~fit], unsafe[~fit]
-    return platt, {
-        "sign_accuracy": float(((platt(rest) > 0) == truth).mean()),
-        "ece_before": expected_calibration_error(sigmoid(rest), truth),
-        "ece_after": expected_calibration_error(sigmoid(platt(rest)), truth),
-        "scale": platt.scale,
-        "offset": platt.offset,
+    found = _fitted(flagged[fit], kind)
+    quality = {name: _quality(each, flagged[~fit]) for name, each in found.items()}
+    served, after = found[kind], quality[kind]
+    return served, {
+        "sign_accuracy": after["sign_accuracy"],
+        **{f"{name}_before": quality["none"][name] for name in ("ece", "brier")},
+        **{f"{name}_after": after[name] for name in ("ece", "brier")},
+        **{name: quality.get(name) for name in ("platt", "isotonic")},
+        "scale": served.scale,
+        "offset": float(served(np.zeros(1))[0]),
+        "zero_error": _zero_error(found, kind, flagged[fit], seed),
+    }
+
+
+def _fitted(answers: pd.DataFrame, kind: str) -> dict[str, Calibration]:
+    """Every kind of calibration; the raw score alone where that is asked for and nothing else can be fitted."""
+    score, unsafe = answers["score"].to_numpy(float), answers["unsafe"].to_numpy(bool)
+    try:
+        line = fit_platt(score, unsafe)
+    except DataError as error:
+        if kind != "none":
+            raise
+        log.warning("the uncalibrated cost is compared with no calibration: %s", error)
+        return {"none": Platt()}
+    return {"none": Platt(), "platt": line, "isotonic": fit_isotonic(score, unsafe, line)}
+
+
+def _zero_error(found: dict[str, Calibration], kind: str, answers: pd.DataFrame, seed: int) -> float | None:
+    """The standard error of the zero that is served; None where no flag has set it."""
+    data = (answers["score"].to_numpy(float), answers["unsafe"].to_numpy(bool), answers["prompt_id"].to_numpy())
+    line, served = found.get("platt"), found[kind]
+    if kind == "none" or not isinstance(line, Platt):
+        return None
+    if isinstance(served, Isotonic):
+        return isotonic_zero_error(served, *data, line, np.random.default_rng(seed))
+    return platt_zero_error(line, *data)
+
+
+def _quality(calibration: Calibration, answers: pd.DataFrame) -> dict[str, float]:
+    """How well P(unsafe) fits the flags of answers that it was not fitted to."""
+    unsafe = answers["unsafe"].to_numpy(bool)
+    cost = calibration(answers["score"].to_numpy(float))
+    probability = sigmoid(cost)
+    return {
+        "sign_accuracy": float(((cost > 0) == unsafe).mean()),
+        "ece": expected_calibration_error(probability, unsafe),
+        "brier": brier_score(probability, unsafe),
     }
 
 

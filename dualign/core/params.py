@@ -242,7 +242,7 @@ class CostModelParams(ScorerParams):
     shared = {"seed": "seed"}
 
     sign_weight: NonNegative
-    calibrate: Literal["platt", "none"]
+    calibrate: Literal["platt", "isotonic", "none"]
 
 
 class ScoreParams(StageParams):

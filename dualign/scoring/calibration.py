@@ -1,26 +1,76 @@
-"""Calibration of scores to probabilities: Platt's two parameters, and the expected calibration error."""
+"""Calibration of scores to probabilities: Platt's line, an isotonic curve, and how well either fits.
+
+A calibration maps the cost model's raw score to a cost whose sigmoid is P(unsafe). It rises strictly, so it never
+changes a ranking; what it sets is the unit of cost and its zero, where P(unsafe) = 1/2.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
+from scipy.optimize import isotonic_regression, minimize
 
 from dualign.core.errors import DataError
 
 Array = np.ndarray
 
+_RIDGE = 1e-3  # on the squared scale of standardised scores: keeps it finite where the scores separate the flags
+_PRIOR = 2.0  # answers that Platt's line is worth in every block of the isotonic fit
+_RESAMPLES = 200  # of the prompts, for the error of the isotonic zero
+
 
 @dataclass(frozen=True)
 class Platt:
-    """P(unsafe) = sigma(scale * score + offset); the calibrated cost is that logit, 0 at even odds."""
+    """P(unsafe) = sigmoid(scale * score + offset); the calibrated cost is that logit, 0 at even odds."""
 
     scale: float = 1.0
     offset: float = 0.0
 
     def __call__(self, score: Array) -> Array:
         return self.scale * score + self.offset
+
+    @property
+    def zero(self) -> float:
+        """The score whose cost is 0."""
+        return -self.offset / self.scale
+
+
+@dataclass(frozen=True)
+class Isotonic:
+    """P(unsafe) = sigmoid(cost): straight between the points (scores, costs), of slope `scale` outside of them.
+
+    Both tuples rise strictly, and have one length, at least 1.
+    """
+
+    scale: float
+    scores: tuple[float, ...]
+    costs: tuple[float, ...]
+
+    def __call__(self, score: Array) -> Array:
+        outside = np.minimum(score - self.scores[0], 0) + np.maximum(score - self.scores[-1], 0)
+        return np.asarray(np.interp(score, self.scores, self.costs) + self.scale * outside)
+
+    @property
+    def zero(self) -> float:
+        """The score whose cost is 0."""
+        outside = min(-self.costs[0], 0.0) + max(-self.costs[-1], 0.0)
+        return float(np.interp(0.0, self.costs, self.scores)) + outside / self.scale
+
+
+Calibration = Platt | Isotonic
+
+
+def from_card(card: Mapping[str, Any]) -> Calibration:
+    """The calibration whose fields a scorer's card holds: scale and offset, or scale, scores and costs."""
+    if "scores" in card:
+        return Isotonic(card["scale"], tuple(card["scores"]), tuple(card["costs"]))
+    return Platt(card["scale"], card["offset"])
+
+
+# --- fits -------------------------------------------------------------------------------------------------------------
 
 
 def fit_platt(score: Array, unsafe: Array) -> Platt:
@@ -33,12 +83,12 @@ def fit_platt(score: Array, unsafe: Array) -> Platt:
         raise DataError(
             "calibration needs held-out answers of both kinds, safe and unsafe; raise prepare.heldout_share"
         )
-    spread = max(float(score.std()), 1e-12)
+    spread = _spread(score)
     x = score / spread
     sign = np.where(unsafe, 1.0, -1.0)
 
     def negative_log_likelihood(theta: Array) -> float:
-        return float(np.logaddexp(0, -sign * (theta[0] * x + theta[1])).sum() + 1e-3 * theta[0] ** 2)
+        return float(np.logaddexp(0, -sign * (theta[0] * x + theta[1])).sum() + _RIDGE * theta[0] ** 2)
 
     fit = minimize(negative_log_likelihood, np.array([1.0, 0.0]), method="BFGS").x
     if fit[0] <= 0:
@@ -49,12 +99,87 @@ def fit_platt(score: Array, unsafe: Array) -> Platt:
     return Platt(float(fit[0] / spread), float(fit[1]))
 
 
+def platt_zero_error(platt: Platt, score: Array, unsafe: Array, prompts: Array) -> float:
+    """Standard error of the zero of `platt`, fitted to these answers (all shape [n]), in units of cost.
+
+    The zero lies at the score s0 = -b / a, and the delta method gives a sd(s0) = sqrt(v' S v), v = (s0, 1): the error
+    of the cost that the fit gives an answer of even odds. S = H^-1 (sum_x g_x g_x') H^-1 N / (N - 1) is the covariance
+    of (a, b), clustered by prompt (Liang and Zeger, 1986): H the Hessian of the negative log-likelihood, g_x the sum of
+    its gradients over the answers to prompt x of N; answers to one prompt err together.
+    """
+    design = np.stack([score, np.ones_like(score)], 1)
+    probability = sigmoid(platt(score))
+    ridge = np.diag([2 * _RIDGE * _spread(score) ** 2, 0.0])
+    hessian = (design * (probability * (1 - probability))[:, None]).T @ design + ridge
+    _, cluster = np.unique(prompts, return_inverse=True)
+    count = int(cluster.max()) + 1
+    gradient = np.zeros((count, 2))
+    np.add.at(gradient, cluster, design * (probability - unsafe)[:, None])
+    direction = np.linalg.solve(hessian, np.array([platt.zero, 1.0]))
+    return float(np.linalg.norm(gradient @ direction) * np.sqrt(count / max(count - 1, 1)))
+
+
+def fit_isotonic(score: Array, unsafe: Array, platt: Platt) -> Isotonic:
+    """P(unsafe) as an increasing function of the score, by pool adjacent violators (Zadrozny and Elkan, 2002).
+
+    `platt` is the line fitted to the same answers; score, unsafe (bool): shape [n]. A block of n answers, k of them
+    unsafe, has P = (k + m p) / (n + m), p being the mean of sigma(platt) over it and m = 2: never 0 or 1, and close to
+    the line where flags are few. Blocks that this puts out of order are pooled again. The cost is the logit of P at the
+    block's mean score, straight between blocks, and has Platt's slope outside, where there is nothing to go by.
+    """
+    points, where = np.unique(np.asarray(score, float), return_inverse=True)
+    count = np.bincount(where).astype(float)
+    columns = np.stack([count, np.bincount(where, unsafe), count * points, count * sigmoid(platt(points))])
+    starts = isotonic_regression(columns[1] / count, weights=count).blocks[:-1]
+    blocks = np.add.reduceat(columns, starts, axis=1)
+    while (fall := np.diff(_smoothed(blocks)) <= 0).any():
+        keep = np.flatnonzero(np.r_[True, ~fall])
+        blocks = np.add.reduceat(blocks, keep, axis=1)
+    probability = _smoothed(blocks)
+    logit = np.log(probability) - np.log1p(-probability)
+    return Isotonic(platt.scale, tuple((blocks[2] / blocks[0]).tolist()), tuple(logit.tolist()))
+
+
+def isotonic_zero_error(
+    fitted: Isotonic, score: Array, unsafe: Array, prompts: Array, platt: Platt, rng: np.random.Generator
+) -> float:
+    """Standard error of the zero of `fitted`, in units of cost; arguments as for `fit_isotonic` and `platt_zero_error`.
+
+    The spread of the cost at that score over fits to resampled prompts. About twice that of Platt's zero: a curve goes
+    by the flags near the zero, a line by all of them.
+    """
+    _, cluster = np.unique(prompts, return_inverse=True)
+    count, costs = int(cluster.max()) + 1, []
+    for times in rng.multinomial(count, np.full(count, 1 / count), size=_RESAMPLES):
+        rows = np.repeat(np.arange(len(score)), times[cluster])
+        costs.append(fit_isotonic(score[rows], unsafe[rows], platt)(np.array(fitted.zero)))
+    return float(np.std(costs))
+
+
+def _smoothed(blocks: Array) -> Array:
+    """(k + m p) / (n + m) of each block; rows: answers, unsafe ones, and the sums of scores and of Platt's P."""
+    count, unsafe, _, expected = blocks
+    return np.asarray((unsafe + _PRIOR * expected / count) / (count + _PRIOR))
+
+
+def _spread(score: Array) -> float:
+    return max(float(score.std()), 1e-12)
+
+
+# --- how well a probability fits --------------------------------------------------------------------------------------
+
+
 def expected_calibration_error(probability: Array, outcome: Array, bins: int = 10) -> float:
     """Mean gap between predicted probability and observed share over bins of equal count (Naeini et al. 2015)."""
     order = np.argsort(probability, kind="stable")
     parts = [part for part in np.array_split(order, bins) if len(part)]
     gaps = [len(part) * abs(float(probability[part].mean() - outcome[part].mean())) for part in parts]
     return sum(gaps) / len(probability)
+
+
+def brier_score(probability: Array, outcome: Array) -> float:
+    """Mean of (p - outcome)^2 (Brier, 1950): 0 is perfect, 0.25 is what p = 1/2 gets everywhere."""
+    return float(np.mean((probability - outcome) ** 2))
 
 
 def sigmoid(x: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,15 @@ from dualign.core.progress import Progress
 from dualign.data.schema import Message
 from dualign.lm.models import device_of, load_tokenizer, precision_of, save
 from dualign.lm.tokens import encode_answers, encode_prompts
-from dualign.scoring.calibration import Platt
+from dualign.scoring.calibration import Calibration, from_card
 
 _CARD = "scorer.json"
 
 
 class Scorer:
-    """A sequence classifier with one output and its calibration: score = scale * output + offset."""
+    """A sequence classifier with one output, and the calibration that makes it a score."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, calibration: Platt) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, calibration: Calibration) -> None:
         self.model, self.tokenizer, self.calibration = model, tokenizer, calibration
 
     @classmethod
@@ -35,14 +36,14 @@ class Scorer:
             model = AutoModelForSequenceClassification.from_pretrained(str(folder), dtype=precision_of(resources))
         except (OSError, ValueError) as error:
             raise ModelError(f"{folder}: cannot be loaded as a scorer ({error})") from error
-        return cls(model.to(device_of(resources)), load_tokenizer(folder), Platt(card["scale"], card["offset"]))
+        return cls(model.to(device_of(resources)), load_tokenizer(folder), from_card(card))
 
     def save(self, folder: Path) -> None:
         """Write model, tokenizer and calibration."""
         save(self.model, self.tokenizer, folder)
-        write_json(folder / _CARD, {"scale": self.calibration.scale, "offset": self.calibration.offset})
+        write_json(folder / _CARD, asdict(self.calibration))
 
-    def calibrated(self, calibration: Platt) -> Scorer:
+    def calibrated(self, calibration: Calibration) -> Scorer:
         """The same model behind another calibration."""
         return Scorer(self.model, self.tokenizer, calibration)
 

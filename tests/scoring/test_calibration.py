@@ -1,12 +1,28 @@
-"""Platt's calibration recovers what made the flags; the calibration error by hand."""
+"""Calibrations recover what made the flags, against brute force; their errors by hand and by simulation."""
 
 from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from dualign.core.errors import DataError
-from dualign.scoring.calibration import Platt, expected_calibration_error, fit_platt, sigmoid
+from dualign.scoring import calibration
+from dualign.scoring.calibration import (
+    Isotonic,
+    Platt,
+    brier_score,
+    expected_calibration_error,
+    fit_isotonic,
+    fit_platt,
+    from_card,
+    isotonic_zero_error,
+    platt_zero_error,
+    sigmoid,
+)
 
 
 def flags(scale: float, offset: float, count: int = 20_000, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -79,3 +95,160 @@ def test_calibration_lowers_the_calibration_error() -> None:
 def test_sigmoid_does_not_overflow() -> None:
     with np.errstate(over="raise"):
         assert sigmoid(np.array([-1e4, 0.0, 1e4])).tolist() == [0.0, 0.5, 1.0]
+
+
+def test_brier_score_by_hand() -> None:
+    """(0.8 - 1)^2, (0.1 - 0)^2, (0.5 - 1)^2."""
+    assert brier_score(np.array([0.8, 0.1, 0.5]), np.array([True, False, True])) == pytest.approx(0.30 / 3)
+
+
+# --- the error of the zero --------------------------------------------------------------------------------------------
+
+
+def correlated(rng: np.random.Generator, prompts: int, platt: Platt) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two answers to each prompt whose flags are decided by one uniform number: logistic each, and they agree much."""
+    score = rng.normal(size=(prompts, 1)) + 0.3 * rng.normal(size=(prompts, 2))
+    unsafe = rng.random((prompts, 1)) < sigmoid(platt(score))
+    return score.ravel(), unsafe.ravel(), np.arange(prompts).repeat(2)
+
+
+def test_the_error_of_the_zero_is_its_spread_over_data_sets() -> None:
+    """The cost that a fit gives an answer of true cost 0, over 500 data sets: as wide as zero_error says on average."""
+    truth, rng = Platt(1.5, -0.6), np.random.default_rng(0)
+    zero = np.array([-truth.offset / truth.scale])
+    costs, clustered, independent = [], [], []
+    for _ in range(500):
+        score, unsafe, prompts = correlated(rng, 300, truth)
+        fitted = fit_platt(score, unsafe)
+        costs.append(fitted(zero)[0])
+        clustered.append(platt_zero_error(fitted, score, unsafe, prompts))
+        independent.append(platt_zero_error(fitted, score, unsafe, np.arange(len(score))))
+    assert np.mean(clustered) == pytest.approx(np.std(costs), rel=0.08)
+    assert np.mean(independent) < 0.85 * np.std(costs)  # answers to one prompt taken for independent
+
+
+def test_the_error_of_the_zero_does_not_depend_on_the_unit_or_the_origin_of_the_score() -> None:
+    score, unsafe, prompts = correlated(np.random.default_rng(1), 200, Platt(1.0, 0.4))
+    errors = [
+        platt_zero_error(fit_platt(unit * score + shift, unsafe), unit * score + shift, unsafe, prompts)
+        for unit, shift in ((1.0, 0.0), (100.0, 0.0), (0.01, 0.0), (1.0, 5.0))
+    ]
+    assert errors == pytest.approx([errors[0]] * 4, rel=0.01)
+
+
+def test_the_error_of_the_isotonic_zero_is_its_spread_over_data_sets() -> None:
+    truth, rng = Platt(1.5, -0.6), np.random.default_rng(0)
+    costs, errors = [], []
+    for repeat in range(200):
+        score, unsafe, prompts = correlated(rng, 300, truth)
+        line = fit_platt(score, unsafe)
+        fitted = fit_isotonic(score, unsafe, line)
+        costs.append(fitted(np.array(truth.zero)))
+        if repeat < 15:
+            errors.append(isotonic_zero_error(fitted, score, unsafe, prompts, line, np.random.default_rng(repeat)))
+    assert np.mean(errors) == pytest.approx(np.std(costs), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [Platt(2.0, -1.0), Isotonic(2.0, (0.0, 1.0), (-1.0, 3.0)), Isotonic(2.0, (0.0, 1.0), (1.0, 3.0)),
+     Isotonic(0.5, (0.0, 1.0), (-3.0, -1.0))],
+)  # fmt: skip
+def test_the_zero_is_where_the_cost_is_zero(calibration: Platt | Isotonic) -> None:
+    assert calibration(np.array(calibration.zero)) == pytest.approx(0.0, abs=1e-12)
+
+
+# --- isotonic ---------------------------------------------------------------------------------------------------------
+
+
+def best_monotone(target: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """The increasing vector of least weighted squared error, among all that are means over blocks of neighbours."""
+    n, best, least = len(target), target, np.inf
+    for cuts in itertools.product([False, True], repeat=n - 1):
+        part = np.r_[0, np.cumsum(cuts)]
+        mean = np.bincount(part, weight * target) / np.bincount(part, weight)
+        error = float((weight * (target - mean[part]) ** 2).sum())
+        if (np.diff(mean) >= 0).all() and error < least:
+            best, least = mean[part], error
+    return best
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_isotonic_without_smoothing_is_the_exhaustive_monotone_fit(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tied scores among eight answers; shares of 0 and 1 are moved off the ends by a little smoothing."""
+    monkeypatch.setattr(calibration, "_PRIOR", 1e-9)
+    rng = np.random.default_rng(seed)
+    score, unsafe = rng.integers(0, 7, 10).astype(float), rng.random(10) < 0.5
+    points = np.unique(score)
+    share = np.array([unsafe[score == point].mean() for point in points])
+    expected = best_monotone(share, np.array([(score == point).sum() for point in points], float))
+    fitted = fit_isotonic(score, unsafe, Platt())
+    centres = [points[expected == value] for value in np.unique(expected)]
+    sizes = [[(score == point).sum() for point in block] for block in centres]
+    assert fitted.scores == pytest.approx([np.average(b, weights=s) for b, s in zip(centres, sizes, strict=True)])
+    assert sigmoid(np.array(fitted.costs)) == pytest.approx(np.unique(expected), abs=1e-6)
+
+
+def test_blocks_are_smoothed_towards_platts_line_and_pooled_where_that_puts_them_out_of_order() -> None:
+    """One safe answer at 0, then 98 safe and 2 unsafe at 1 (a block: 0.02), 3 of 4 unsafe at 2; the line says 1/2.
+
+    Smoothed by two answers: 1 / 3, 3 / 102, 4 / 6: the first two are out of order, and together have 3 / 103.
+    """
+    score = np.r_[0.0, np.ones(100), np.full(4, 2.0)]
+    unsafe = np.r_[False, np.arange(100) < 2, np.arange(4) < 3]
+    fitted = fit_isotonic(score, unsafe, Platt(1e-9, 0.0))
+    assert fitted.scores == pytest.approx((100 / 101, 2.0))
+    assert sigmoid(np.array(fitted.costs)) == pytest.approx([3 / 103, 4 / 6])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_isotonic_rises_strictly_so_that_no_ranking_changes(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    score = rng.normal(size=200)
+    unsafe = rng.random(200) < sigmoid(2 * score)
+    fitted = fit_isotonic(score, unsafe, fit_platt(score, unsafe))
+    everywhere = np.linspace(-6, 6, 5001)
+    assert (np.diff(fitted(everywhere)) > 0).all()
+    assert (np.argsort(fitted(score)) == np.argsort(score)).all()
+    assert np.isfinite(fitted(np.array([-1e6, 1e6]))).all()
+
+
+def test_isotonic_costs_are_logits_straight_between_blocks_and_of_platts_slope_outside() -> None:
+    fitted = Isotonic(2.0, (0.0, 1.0, 3.0), (-1.0, 0.5, 1.0))
+    assert fitted(np.array([-1.0, 0.0, 0.5, 1.0, 2.0, 3.0, 5.0])) == pytest.approx([-3, -1, -0.25, 0.5, 0.75, 1, 5])
+    assert Isotonic(2.0, (1.0,), (0.5,))(np.array([0.0, 1.0, 2.0])) == pytest.approx([-1.5, 0.5, 2.5])
+
+
+def test_isotonic_bends_where_the_flags_do_and_platt_cannot() -> None:
+    """P(unsafe) rises slowly from 0.1 to 0.3 and then at once to 0.9."""
+    rng = np.random.default_rng(0)
+    score = rng.uniform(-1, 1, 8000)
+    truth = np.where(score < 0.5, 0.1 + 0.1333 * (score + 1), 0.9)
+    unsafe, fit = rng.random(8000) < truth, np.arange(8000) < 4000
+    line = fit_platt(score[fit], unsafe[fit])
+    curve = fit_isotonic(score[fit], unsafe[fit], line)
+    errors = [expected_calibration_error(sigmoid(each(score[~fit])), unsafe[~fit]) for each in (line, curve)]
+    assert errors[1] < 0.03 < 0.06 < errors[0]
+    assert (curve(score) > 0)[np.abs(score - 0.5) > 0.05] == pytest.approx((truth > 0.5)[np.abs(score - 0.5) > 0.05])
+
+
+def test_where_the_line_is_right_isotonic_is_near_it_and_with_few_flags_almost_it() -> None:
+    score, unsafe = flags(1.5, 0.3)
+    line = fit_platt(score, unsafe)
+    inner = np.linspace(-2, 2, 41)
+    assert np.abs(sigmoid(fit_isotonic(score, unsafe, line)(inner)) - sigmoid(line(inner))).max() < 0.06
+    few = fit_isotonic(np.array([-1.0, 1.0]), np.array([False, True]), line)
+    low, high = sigmoid(line(np.array([-1.0, 1.0])))
+    assert sigmoid(np.array(few.costs)) == pytest.approx([(0 + 2 * low) / 3, (1 + 2 * high) / 3])
+
+
+def test_flags_that_scores_separate_perfectly_keep_isotonic_finite_and_its_signs_right() -> None:
+    score = np.linspace(-1, 1, 50)
+    fitted = fit_isotonic(score, score > 0.2, fit_platt(score, score > 0.2))
+    assert len(fitted.scores) == 2 and np.isfinite(fitted.costs).all()
+    assert fitted.costs[0] < 0 < fitted.costs[1]
+
+
+@pytest.mark.parametrize("saved", [Platt(1.7, -0.3), Isotonic(1.2, (-0.5, 0.1, 2.0), (-2.0, 0.25, 0.75))])
+def test_a_calibration_comes_back_from_its_card(saved: Platt | Isotonic) -> None:
+    assert from_card(json.loads(json.dumps(asdict(saved)))) == saved

@@ -15,7 +15,7 @@ from dualign.data import world
 from dualign.data.schema import Message, user
 from dualign.lm.models import build_scratch, load_scorer_backbone, merged, save, train_tokenizer, with_lora
 from dualign.lm.tokens import encode_answers, encode_prompts
-from dualign.scoring.calibration import Platt
+from dualign.scoring.calibration import Isotonic, Platt
 from dualign.scoring.scorers import Scorer, conversations
 from dualign.training.scorer import ScoredPair, _FlagCollator, _ranked
 
@@ -105,13 +105,14 @@ def test_calibration_is_applied_and_can_be_replaced(scorer: Scorer) -> None:
     assert scorer.score(PROMPTS, ANSWERS, batch_size=8) == pytest.approx(raw)
 
 
+@pytest.mark.parametrize("calibration", [Platt(1.7, 0.3), Isotonic(1.2, (-0.5, 0.1, 2.0), (-2.0, 0.25, 0.75))])
 def test_model_tokenizer_and_calibration_come_back_from_disk(
-    scorer: Scorer, resources: Resources, tmp_path: Path
+    scorer: Scorer, resources: Resources, tmp_path: Path, calibration: Platt | Isotonic
 ) -> None:
-    calibrated = scorer.calibrated(Platt(1.7, 0.3))
+    calibrated = scorer.calibrated(calibration)
     calibrated.save(tmp_path / "scorer")
     loaded = Scorer.load(tmp_path / "scorer", resources)
-    assert loaded.calibration == Platt(1.7, 0.3)
+    assert loaded.calibration == calibration
     assert np.array_equal(
         loaded.score(PROMPTS, ANSWERS, batch_size=5), calibrated.score(PROMPTS, ANSWERS, batch_size=5)
     )

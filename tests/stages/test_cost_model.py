@@ -1,0 +1,168 @@
+"""cost_model's calibration: fitted on every other prompt, judged on the rest, for every kind that is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dualign.core.artifacts import read_json, write_parquet
+from dualign.core.errors import DataError
+from dualign.core.params import CostModelParams, Resources, load
+from dualign.core.stage import Run
+from dualign.data import world
+from dualign.data.schema import SAFETY_PAIRS, pair_id, prompt_id, user
+from dualign.scoring.calibration import (
+    Isotonic,
+    Platt,
+    fit_isotonic,
+    fit_platt,
+    isotonic_zero_error,
+    platt_zero_error,
+    sigmoid,
+)
+from dualign.scoring.scorers import Scorer
+from stages.cost_model import calibrate, heldout_answers, main
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAINING = {"batch_size": 16, "max_steps": 40, "max_length": 128, "learning_rate": 1e-2, "warmup": 0.0}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def answers() -> pd.DataFrame:
+    """Two answers to each of 400 prompts; P(unsafe) = sigmoid(2 score + 1), flags missing in every tenth row."""
+    rng = np.random.default_rng(0)
+    score = rng.normal(size=800)
+    unsafe = (rng.random(800) < sigmoid(2 * score + 1)).astype(object)
+    unsafe[::10] = None
+    prompts = [f"{i:04d}" for i in rng.permutation(400)] * 2
+    return pd.DataFrame({"side": "chosen", "prompt_id": prompts, "score": score, "unsafe": unsafe})
+
+
+def halves(answers: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The prompts that calibrate, and those that judge."""
+    flagged = answers[answers["unsafe"].notna()]
+    names = sorted(flagged["prompt_id"].unique())
+    return flagged[flagged["prompt_id"].isin(names[::2])], flagged[flagged["prompt_id"].isin(names[1::2])]
+
+
+def arrays(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    return frame["score"].to_numpy(float), frame["unsafe"].to_numpy(bool)
+
+
+def test_each_kind_is_fitted_on_half_of_the_prompts(answers: pd.DataFrame) -> None:
+    score, unsafe = arrays(halves(answers)[0])
+    line = fit_platt(score, unsafe)
+    assert calibrate(answers, "platt", seed=0)[0] == line
+    assert calibrate(answers, "isotonic", seed=0)[0] == fit_isotonic(score, unsafe, line)
+    assert calibrate(answers, "none", seed=0)[0] == Platt()
+
+
+@pytest.mark.parametrize("kind", ["platt", "isotonic", "none"])
+def test_metrics_are_those_of_the_other_half_whatever_is_served(answers: pd.DataFrame, kind: str) -> None:
+    served, metrics = calibrate(answers, kind, seed=0)
+    score, unsafe = arrays(halves(answers)[1])
+    assert metrics["sign_accuracy"] == pytest.approx(((served(score) > 0) == unsafe).mean())
+    assert metrics["brier_after"] == pytest.approx(((sigmoid(served(score)) - unsafe) ** 2).mean())
+    assert metrics["brier_before"] == pytest.approx(((sigmoid(score) - unsafe) ** 2).mean())
+    every = {each: calibrate(answers, each, seed=0)[1] for each in ("platt", "isotonic")}
+    for each, own in every.items():
+        assert metrics[each] == {
+            "sign_accuracy": own["sign_accuracy"], "ece": own["ece_after"], "brier": own["brier_after"]
+        }  # fmt: skip
+        assert own["ece_after"] < 0.8 * own["ece_before"] and own["brier_after"] < own["brier_before"]
+        assert own["ece_before"] == metrics["ece_before"]
+
+
+@pytest.mark.parametrize("kind", ["platt", "isotonic"])
+def test_the_zero_moves_by_the_offset_up_to_its_error(answers: pd.DataFrame, kind: str) -> None:
+    served, metrics = calibrate(answers, kind, seed=0)
+    fit, _ = halves(answers)
+    line, data = fit_platt(*arrays(fit)), (*arrays(fit), fit["prompt_id"].to_numpy())
+    if isinstance(served, Isotonic):
+        expected = isotonic_zero_error(served, *data, line, np.random.default_rng(0))
+    else:
+        expected = platt_zero_error(line, *data)
+    assert metrics["offset"] == pytest.approx(float(served(np.zeros(1))[0]))
+    assert metrics["offset"] == pytest.approx(1.0, abs=0.7)
+    assert metrics["zero_error"] == pytest.approx(expected)
+    assert 0.05 < metrics["zero_error"] < 0.5
+    assert abs(float(served(np.array([-0.5]))[0])) < 4 * metrics["zero_error"]
+    assert isinstance(served, Isotonic) == (kind == "isotonic")
+
+
+def test_without_flags_the_zero_is_arbitrary_and_the_metrics_say_nothing(
+    answers: pd.DataFrame, caplog: pytest.LogCaptureFixture
+) -> None:
+    served, metrics = calibrate(answers.assign(unsafe=None), "isotonic", seed=0)
+    assert served == Platt() and "no held-out answer has an is-safe flag" in caplog.text
+    assert (metrics.pop("scale"), metrics.pop("offset")) == (1.0, 0.0)
+    assert metrics == dict.fromkeys(metrics) and metrics.keys() == calibrate(answers, "platt", seed=0)[1].keys() - {
+        "scale", "offset"
+    }  # fmt: skip
+
+
+def test_no_calibration_is_asked_for_and_none_could_be_fitted(
+    answers: pd.DataFrame, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model that scores the wrong way round is still measured where its scores are served as they are."""
+    wrong = answers.assign(score=-answers["score"])
+    served, metrics = calibrate(wrong, "none", seed=0)
+    assert served == Platt() and metrics["platt"] is metrics["isotonic"] is metrics["zero_error"] is None
+    assert metrics["sign_accuracy"] < 0.5 and "below safe ones" in caplog.text
+    for kind in ("platt", "isotonic"):
+        with pytest.raises(DataError, match="below safe ones"):
+            calibrate(wrong, kind, seed=0)
+
+
+def test_one_prompt_cannot_both_calibrate_and_judge(answers: pd.DataFrame) -> None:
+    one: dict[str, Any] = {"prompt_id": "0001", "unsafe": [True, False] * 400}
+    with pytest.raises(DataError, match=r"two prompts.*prepare\.heldout_share"):
+        calibrate(answers.assign(**one), "platt", seed=0)
+
+
+def flagged_pairs(count: int) -> pd.DataFrame:
+    """Pairs of the world, every other one held out."""
+    found = []
+    for i, row in enumerate(world.pku_rows(count, seed=1, sharpness=4.0)):
+        prompt, safer = user(row["prompt"]), row["safer_response_id"]
+        chosen, rejected = row[f"response_{safer}"], row[f"response_{1 - safer}"]
+        found.append(
+            {
+                "pair_id": pair_id(prompt, chosen, rejected),
+                "prompt_id": prompt_id(prompt),
+                "prompt": prompt,
+                "chosen": chosen,
+                "rejected": rejected,
+                "source": "world",
+                "split": ("train", "heldout")[i % 2],
+                "chosen_is_safe": row[f"is_response_{safer}_safe"],
+                "rejected_is_safe": row[f"is_response_{1 - safer}_safe"],
+            }
+        )
+    return pd.DataFrame(found)
+
+
+@pytest.mark.parametrize("kind", ["platt", "isotonic"])
+def test_the_stage_saves_the_calibration_that_its_metrics_describe(
+    workspace: Path, resources: Resources, kind: str
+) -> None:
+    pairs = flagged_pairs(400)
+    write_parquet(workspace / "data/prepared/safety_pairs.parquet", pairs.to_dict("records"), SAFETY_PAIRS)
+    params = load(CostModelParams, ROOT / "params.yaml")
+    training = params.training.model_copy(update=TRAINING)
+    main(Run("cost_model", None, params.model_copy(update={"training": training, "calibrate": kind}), resources))
+    metrics = read_json("reports/metrics/cost_model.json")
+    scorer = Scorer.load("models/cost_model", resources)
+    assert isinstance(scorer.calibration, Isotonic if kind == "isotonic" else Platt)
+    heldout = pairs[pairs["split"] == "heldout"]
+    raw = heldout_answers(scorer.calibrated(Platt()), heldout, 64)
+    again, expected = calibrate(raw, kind, seed=params.seed)
+    assert again(raw["score"].to_numpy()) == pytest.approx(scorer.calibration(raw["score"].to_numpy()), abs=1e-4)
+    assert metrics["zero_error"] == pytest.approx(expected["zero_error"], rel=1e-3)
+    assert metrics["ece_after"] == pytest.approx(metrics[kind]["ece"]) == pytest.approx(expected["ece_after"], abs=1e-3)
