@@ -158,7 +158,8 @@ class PolicyBench:
 
     @cached_property
     def _pool(self) -> pd.DataFrame:
-        return read_table(self._inputs.scored / "pool.parquet", POOL)
+        """The pool, with the prices of further limits in its rewards."""
+        return self._priced(read_table(self._inputs.scored / "pool.parquet", POOL))
 
     @staticmethod
     def _spent(folder: Path) -> tuple[int, int]:
@@ -250,9 +251,8 @@ class PolicyBench:
         Fresh answers find the text that no fixed pool holds; their anchors use the pool's soft value of the prompt, so
         they need no new partition function.
         """
-        pool = self._priced(self._pool)
-        samples = samples_of(pool, self._judges.tokenizer)
-        prompts = pool.drop_duplicates("prompt_id")[["prompt_id", "prompt"]].head(self._params.refresh_prompts)
+        samples = samples_of(self._pool, self._judges.tokenizer)
+        prompts = self._pool.drop_duplicates("prompt_id")[["prompt_id", "prompt"]].head(self._params.refresh_prompts)
 
         def source(lam: float, folder: Path, warm: Step) -> list[Pair]:
             params = self._params

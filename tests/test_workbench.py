@@ -330,6 +330,24 @@ def test_a_training_keeps_the_loss_of_the_start_and_its_pairs(
         assert all(math.isfinite(pair.ref_mismatched) for pair in pairs)
 
 
+def test_a_tilt_is_towards_the_reward_that_is_trained_on(
+    params: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path
+) -> None:
+    inner = InnerParams(labels="soft", normalised=False, anchor=0.3, nll=0.0)
+    prices = [Price(Constraint("mild", "cost", 0.0), 0.7, 0.0)]
+    plan = Plan("row", METHODS["dualign"], "sft", "sft")
+    bench = PolicyBench(plan, params, resources, inner, PROMPTS, tmp_path, inputs, prices=prices)
+    policy = inputs.models / "safety_dpo/one"
+    ratio = pool_logp(policy, resources, inputs) - pool_logp(inputs.models / "sft", resources, inputs)
+    pool = read_table(inputs.scored / "pool.parquet", POOL)
+    paid, free = (
+        effective_tilt(ratio, *(by_prompt(table, name) for name in ("reward", "cost", "length"))).cost_slope
+        for table in (priced(pool, prices), pool)
+    )
+    assert bench.tilt(str(policy)).cost_slope == pytest.approx(paid, rel=1e-2)
+    assert abs(paid - free) > 0.05 * abs(paid)
+
+
 def test_prices_are_charged_to_the_pool_to_fresh_answers_and_to_pairs(
     params: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ruamel.yaml import YAML
@@ -24,7 +25,9 @@ from dualign.measure.stats import Measurement
 from dualign.methods import plan
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
+from dualign.screening import Screening
 from dualign.search import Ascent, Outlook, Step
+from dualign.tilt import Tilt, effective_tilt
 from stages import score
 
 SCRATCH = ScratchParams(
@@ -87,6 +90,13 @@ class Line:
 
     def measure(self, step: int, policy: str) -> Measurement:
         return measured(self.cost - self.slope * self.lams[step], se=0.06)
+
+    def tilt(self, policy: str) -> Tilt:
+        """None to believe: no correction goes by it."""
+        return effective_tilt(*np.zeros((4, 2, 2)))
+
+    def screen(self, q: float) -> Screening:
+        raise NotImplementedError
 
     def ascend(self, step: int) -> Ascent:
         raise NotImplementedError
