@@ -493,7 +493,8 @@ one policy trained to the end.
 - The best of a grid is π_λ at the largest reward within the limit, as near to the optimum as the grid has it.
 - A naive merge of weight q has KL weight β / (1 − q): where it meets the limit it pays in J.
 - O-PD-DPO's bonuses shrink as pairs are compared: with infinitely many it is PD-DPO. Bonuses that stay, as after the
-  few of one round (`--fresh`), are part of the scores: it meets the limit, and pays in J.
+  few of one round (`--fresh`), are part of the scores: it meets the limit, and pays in J. With a finite pool they lead
+  to answers that no pair shows, which its rounds then compare. Its path below is its first round.
 - Safe RLHF is a policy gradient on (r − λc) / (1 + λ), run to its stationary point at each λ: π_λ with KL weight
   β / (1 + λ), as here; with β kept, as published, the C-DPO of labels over 1 + λ. It is one training, which moves λ.
 - IPO tilts by the win rate over the reference's answers, not by the reward, so a step of IPO is another problem.
