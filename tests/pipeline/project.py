@@ -22,7 +22,7 @@ name = sys.argv[1]
 own = json.loads(pathlib.Path("params.yaml").read_text().split("# ", 1)[0])[name]
 def say(level, text): print(f"12:34:56 {level} {text}", flush=True)
 say("I", f"at work on {name}, GPU {os.environ.get('CUDA_VISIBLE_DEVICES')}")
-kept = pathlib.Path(f"kept/{name}")
+kept = pathlib.Path(os.environ.get("DUALIGN_SCRATCH", "kept"), name)
 kept.parent.mkdir(exist_ok=True)
 if kept.exists():
     say("I", f"resuming from {kept.read_text()}")
@@ -86,6 +86,13 @@ class Project:
             except psutil.Error:
                 continue
         return found
+
+
+def git(root: Path, *arguments: str) -> str:
+    """The output of a git command that must succeed."""
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
+    command = ["git", "-C", str(root), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def create(root: Path) -> Project:
