@@ -82,6 +82,15 @@ def _parser() -> argparse.ArgumentParser:
     add("serve", _serve, "offer the flow on the pages of a Prefect server, and run what is asked for there")
     status = add("status", _status, "list the last flow runs, and the stages of the newest")
     status.add_argument("--last", type=_positive, default=5, metavar="N", help="how many runs (default 5)")
+    grid = add("sweep", _sweep, "run a grid of params, each point in a working tree of its own, as DVC experiments")
+    grid.add_argument("grid", nargs="+", metavar="KEY=VALUE,...", help="the values of a key of params.yaml")
+    grid.add_argument("--stage", action="append", metavar="S", dest="stages", default=[], help="as for run")
+    grid.add_argument("--jobs", type=_positive, metavar="N", default=0, help="as for run")
+    grid.add_argument("--cluster", action="store_true", help="as for run; all points at the same time")
+    grid.add_argument(
+        "--metric", action="append", metavar="M", dest="metrics", default=[],
+        help="a column of the table, such as policies.*.cost.mean; repeat for more (default: some that differ)",
+    )  # fmt: skip
     deploy = add(
         "deploy", _deploy, "tell a Prefect server how workers run a stage: pools and the deployments of prefect.yaml"
     )
@@ -171,6 +180,27 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0 if state.is_completed() else 1
 
 
+def _sweep(arguments: argparse.Namespace) -> int:
+    import logging
+
+    from pipeline.plan import select
+    from pipeline.sweep import grid, sweep, table
+
+    points = grid(arguments.grid)
+    select(_dag(), arguments.stages)
+    if arguments.cluster:
+        _need_server()
+    else:
+        _use_running_server()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = [option for stage in arguments.stages for option in ("--stage", stage)]
+    options += ["--jobs", str(arguments.jobs)] if arguments.jobs else []
+    options += ["--cluster"] if arguments.cluster else []
+    sweep(Path.cwd(), points, arguments.stages, options, side_by_side=arguments.cluster)
+    _say(_columns(table(points, arguments.metrics)))
+    return int(any(point.end != "completed" for point in points))
+
+
 def _deploy(arguments: argparse.Namespace) -> int:
     _need_server()
     from pipeline.deploy import deploy
@@ -236,7 +266,7 @@ def _need_server() -> None:
     api = _api()
     if not reachable(api):
         raise PipelineError(
-            f"no Prefect server at {api}; start one in another terminal (prefect server start), or set PREFECT_API_URL"
+            f"no Prefect server at {api}; set PREFECT_API_URL, or start one in another terminal: prefect server start"
         )
     _use(api)
 

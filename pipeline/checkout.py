@@ -11,7 +11,7 @@ import logging
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dvc.repo import Repo
@@ -25,19 +25,21 @@ CARRIED = ("params.yaml", "dvc.lock")
 PATIENCE = 60.0
 
 
-def published(root: Path) -> str:
-    """The commit of the workspace, which workers can fetch.
-
-    Raises PipelineError where files differ from it, or where it was not pushed.
-    """
-    changed = [line[3:] for line in _git(root, "status", "--porcelain").splitlines() if line[3:] not in CARRIED]
+def committed(root: Path) -> str:
+    """The commit of the workspace; raises PipelineError where files differ from it."""
+    changed = [line[3:] for line in git(root, "status", "--porcelain").splitlines() if line[3:] not in CARRIED]
     if changed:
         raise PipelineError(
-            f"{len(changed)} files differ from the last commit, first {changed[0]}; workers run commits, so commit and "
-            "push them (params.yaml and dvc.lock travel by themselves)"
+            f"{len(changed)} files differ from the last commit, first {changed[0]}; what runs elsewhere is a commit, "
+            "so commit them (params.yaml and dvc.lock travel by themselves)"
         )
-    commit = _git(root, "rev-parse", "HEAD").strip()
-    if not _git(root, "branch", "--remotes", "--contains", commit):
+    return git(root, "rev-parse", "HEAD").strip()
+
+
+def published(root: Path) -> str:
+    """The commit of the workspace, which workers can fetch; raises PipelineError also where it was not pushed."""
+    commit = committed(root)
+    if not git(root, "branch", "--remotes", "--contains", commit):
         raise PipelineError(f"commit {commit[:10]} is on no remote branch, where workers look for it; git push it")
     return commit
 
@@ -85,14 +87,14 @@ def _add(root: Path, commit: str, tree: Path) -> None:
         if subprocess.run(
             ["git", "-C", str(root), "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True
         ).returncode:
-            _git(root, "fetch", "--quiet", "origin")
+            git(root, "fetch", "--quiet", "origin")
         _remove(root, tree)
-        _git(root, "worktree", "add", "--quiet", "--force", "--detach", str(tree), commit)
+        git(root, "worktree", "add", "--quiet", "--force", "--detach", str(tree), commit)
 
 
 def _remove(root: Path, tree: Path) -> None:
     shutil.rmtree(tree, ignore_errors=True)
-    _git(root, "worktree", "prune")
+    git(root, "worktree", "prune")
 
 
 def _share(root: Path, tree: Path) -> None:
@@ -111,7 +113,25 @@ def _share(root: Path, tree: Path) -> None:
             settings.setdefault("remote", {}).setdefault(remote, {})["url"] = url
 
 
-def _git(root: Path, *arguments: str) -> str:
+def put(tree: Path, files: Mapping[str, str]) -> None:
+    """Write texts at paths in a tree; raises PipelineError for a path that leads out of it."""
+    for name, text in files.items():
+        path = (tree / name).resolve()
+        if not path.is_relative_to(tree.resolve()):
+            raise PipelineError(f"{name}: not a path in the repository")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def tidy(root: Path) -> None:
+    """Remove the trees that killed runs have left."""
+    folder = root / ".dvc" / "tmp" / "stages"
+    for tree in [path for path in folder.glob("*") if path.is_dir()]:
+        with contextlib.suppress(PipelineError), held(folder / f"{tree.name}.lock", "in use"):
+            _remove(root, tree)
+
+
+def git(root: Path, *arguments: str) -> str:
     """The output of a git command; raises PipelineError with what git says where it fails."""
     done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
     if done.returncode:

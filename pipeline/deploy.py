@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any
 from prefect.client.orchestration import get_client
 from ruamel.yaml import YAML
 
+from pipeline.checkout import tidy
 from pipeline.dag import StageSpec
 from pipeline.errors import PipelineError
 
@@ -73,7 +75,11 @@ def become_worker(root: Path, dag: Mapping[str, StageSpec], pool: str, limit: in
     """
     if pool not in pools_of(dag):
         raise PipelineError(f"{pool}: no stage of dvc.yaml has this pool; one of {', '.join(pools_of(dag))}")
+    tidy(root)
     os.environ["DUALIGN_ROOT"] = str(root)
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # Prefect ends a worker by it, and shells have background jobs ignore it
     name = f"{os.uname().nodename}-{os.getpid()}"
     command = [
         sys.executable,

@@ -30,7 +30,7 @@ from prefect.states import Completed, Failed
 from pydantic import BaseModel
 
 from pipeline import records
-from pipeline.checkout import working_tree
+from pipeline.checkout import put, working_tree
 from pipeline.dag import StageSpec, load_dag
 from pipeline.errors import PipelineError, StageFailed
 from pipeline.plan import Outlook
@@ -88,7 +88,7 @@ def stage(
     with _signs_of_life(node):
         try:
             with working_tree(root, commit, f"{stage.replace('/', '-')}-{key}", log) as (tree, lock):
-                _put(tree, {"params.yaml": params, **answers})
+                put(tree, {"params.yaml": params, **answers})
                 report = _run(tree, lock, stage, recorded, force, log, node)
         except PipelineError as error:
             report = Report(outcome="Failed", node=node, reason=str(error))
@@ -96,15 +96,6 @@ def stage(
     if report.outcome == "Failed":
         return Failed(message=report.reason)
     return Completed(name=report.outcome, message=f"on {node} in {time.monotonic() - started:.0f} s")
-
-
-def _put(tree: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        path = (tree / name).resolve()
-        if not path.is_relative_to(tree.resolve()):
-            raise PipelineError(f"{name}: not a path in the repository")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
 
 
 def _run(tree: Path, lock: int, name: str, recorded: dict[str, Any], force: bool, log: Log, node: str) -> Report:
