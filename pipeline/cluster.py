@@ -253,7 +253,8 @@ class Cluster:
             for path, text in report.questions.items():
                 (self._root / path).parent.mkdir(parents=True, exist_ok=True)
                 (self._root / path).write_text(text)
-            raise StageFailed(spec.name, f"{report.reason} (on {report.node})", report.code)
+            error = StageFailed(spec.name, report.reason, report.code)
+            raise error if error.waiting else StageFailed(spec.name, f"{report.reason}, on {report.node}", report.code)
         with self._mutex:
             records.merge(self._root, {spec.name: report.record})
             self._ended.append(spec.name)
