@@ -253,10 +253,21 @@ def _api() -> str:
 
 def _use(api: str) -> None:
     """Make this process, and those that it starts, talk to one server."""
+    from prefect.client.orchestration import get_client
     from prefect.context import refresh_global_settings_context
+    from prefect.exceptions import PrefectHTTPStatusError
 
     os.environ["PREFECT_API_URL"] = api
     refresh_global_settings_context()
+    try:
+        with get_client(sync_client=True) as client:
+            client.read_flows(limit=1)
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code != 401:
+            raise
+        raise PipelineError(
+            f"the Prefect server at {api} wants another PREFECT_API_AUTH_STRING=USER:PASSWORD"
+        ) from None
 
 
 def _need_server() -> None:
@@ -277,7 +288,9 @@ def _use_running_server() -> None:
 
     from pipeline.doctor import reachable
 
-    if get_current_settings().api.url is None and reachable(_api()):
+    if get_current_settings().api.url is not None:
+        _need_server()
+    elif reachable(_api()):
         _use(_api())
 
 

@@ -21,8 +21,8 @@ from pipeline.runner import Log, held
 
 #: What a run may change without a commit: it travels with each stage.
 CARRIED = ("params.yaml", "dvc.lock")
-#: Seconds to wait for another run of the very same stage, say one whose worker was killed and that still stops.
-PATIENCE = 60.0
+#: Seconds to wait for another run of the very same stage, whose worker was killed say, and between two looks.
+PATIENCE, PAUSE = 60.0, 5.0
 
 
 def committed(root: Path) -> str:
@@ -77,7 +77,7 @@ def _in_turn(path: Path, log: Log) -> Iterator[int]:
                 if time.monotonic() > deadline:
                     raise
                 log(logging.INFO, str(error))
-                time.sleep(5)
+                time.sleep(PAUSE)
         yield lock
 
 

@@ -35,9 +35,14 @@ if own["then"] == "refuse":
 if own["then"] == "stumble" and not kept.exists():
     kept.write_text("step 1")
     raise ValueError("the disk hiccuped")
-if own["then"] == "meet":
+if "meet" in own["then"]:
     kept.write_text("here")
     while len(list(kept.parent.iterdir())) < 2: time.sleep(0.02)
+if "ask" in own["then"] and not pathlib.Path("labels/labelled-1.jsonl").exists():
+    pathlib.Path("labels").mkdir(exist_ok=True)
+    pathlib.Path("labels/to-label-1.jsonl").write_text("unsafe: null")
+    say("E", "labels/to-label-1.jsonl: fill it in")
+    sys.exit(3)
 if own["then"] == "wait" and not kept.exists():
     signal.signal(signal.SIGTERM, stop)
     say("I", "step 1 of 2: loss 0.5000")
@@ -99,7 +104,7 @@ def create(root: Path) -> Project:
     """A fresh project in an empty folder."""
     subprocess.run(["git", "init", "-q"], cwd=root, check=True)
     Repo.init(str(root)).close()
-    (root / ".gitignore").write_text("/out\n/metrics-*\n/kept\n")
+    (root / ".gitignore").write_text("/out\n/metrics-*\n/kept\n/.scratch\n/labels\n__pycache__\n")
     (root / "work.py").write_text(WORK)
     stages = {
         name: {
