@@ -28,7 +28,7 @@ Outcome = Literal["Completed", "Unchanged", "Restored"]
 #: Takes a level of `logging` and one line.
 Log = Callable[[int, str], None]
 
-_GUARD = Path(__file__).with_name("guard.py")
+_GUARD, _FETCH = Path(__file__).with_name("guard.py"), Path(__file__).with_name("fetch.py")
 _STAMP = re.compile(r"\d\d:\d\d:\d\d ([DIWEC]) (.*)")
 _LEVELS = {
     "D": logging.DEBUG, "I": logging.INFO, "W": logging.WARNING, "E": logging.ERROR, "C": logging.CRITICAL,
@@ -96,21 +96,21 @@ class LocalRunner:
             outcome = _outcome(stage, line) or outcome
 
         options = [*(["--force"] if force else []), *(["--pull"] if self._pull else [])]
-        self._dvc(["repro", "--single-item", *options, stage], stage, follow, environment)
+        self._follow([*_dvc(), "repro", "--single-item", *options, stage], stage, follow, environment)
         return outcome
 
     def pull(self, stage: str, paths: Sequence[str], log: Log) -> None:
-        """Fetch from the DVC remote what lies at `paths`; errors as for `run`."""
+        """Put the outputs at `paths` into the workspace, from DVC's cache or remote; errors as for `run`."""
         if paths:
-            self._dvc(["pull", *paths], stage, log, {})
+            self._follow([sys.executable, "-P", str(_FETCH), *paths], stage, log, {})
 
     def push(self, stage: str, log: Log) -> None:
         """Send the results of a stage, and the run cache in which others find them, to the DVC remote."""
-        self._dvc(["push", "--run-cache", stage], stage, log, {})
+        self._follow([*_dvc(), "push", "--run-cache", stage], stage, log, {})
 
-    def _dvc(self, command: Sequence[str], stage: str, log: Log, environment: Mapping[str, str]) -> None:
+    def _follow(self, command: Sequence[str], stage: str, log: Log, environment: Mapping[str, str]) -> None:
         lines: collections.deque[tuple[int, str]] = collections.deque(maxlen=200)
-        with self._started([*_dvc(), *command], stage, environment) as guard:
+        with self._started(command, stage, environment) as guard:
             assert guard.stdout is not None
             for level, line in read_lines(guard.stdout):
                 lines.append((level, line))
