@@ -22,7 +22,7 @@ from uuid import UUID, uuid4
 
 import httpx
 from dvc.repo import Repo
-from prefect import runtime
+from prefect import get_run_logger, runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun, WorkerStatus
@@ -31,7 +31,7 @@ from prefect.settings import get_current_settings
 from prefect.states import Cancelling, Crashed
 
 from pipeline import records
-from pipeline.checkout import published
+from pipeline.checkout import published, put
 from pipeline.dag import StageSpec
 from pipeline.errors import PipelineError, StageFailed, StageStopped
 from pipeline.plan import Outlook
@@ -44,7 +44,7 @@ POLL = 2.0
 SILENCE = 6 * BEAT
 #: Seconds that a flow run may take to start on a worker that has taken it; a container image may have to be fetched.
 START = 900.0
-#: How often a stage is handed out anew after its worker was lost.
+#: How often a stage is handed out before losing its workers counts as its failure.
 LOSSES = 3
 #: Seconds for which a run that was cancelled waits for its stages to end.
 STOPPING = 45.0
@@ -149,8 +149,10 @@ class Cluster:
     def fetch_metrics(self, runner: LocalRunner) -> None:
         """Put the metrics of the stages that have ended into the workspace, where `dvc metrics` reads them."""
         paths = [path for name in self._ended for path in self._dag[name].metrics]
-        with contextlib.suppress(StageFailed, StageStopped):
+        try:
             runner.pull("metrics", paths, lambda *_: None)
+        except StageFailed as error:
+            get_run_logger().warning("%s; `dvc pull` brings them", error)
 
     def _submit(self, spec: StageSpec, force: bool, log: Log) -> _Watch:
         pool = str(spec.meta.get("pool", "cpu"))
@@ -198,8 +200,10 @@ class Cluster:
             if watch.run.state is not None and watch.run.state.is_final():
                 return self._report(watch.id)
             self._patiently(lambda: self._check(watch))
-            if deadline < float("inf") or not self._stopped.wait(POLL):
-                time.sleep(POLL if deadline < float("inf") else 0)
+            if deadline < float("inf"):
+                time.sleep(POLL)
+            else:
+                self._stopped.wait(POLL)
         raise StageStopped(watch.run.name)
 
     def _check(self, watch: _Watch) -> None:
@@ -250,9 +254,7 @@ class Cluster:
 
     def _received(self, spec: StageSpec, report: Report, log: Log) -> Outcome:
         if report.outcome == "Failed":
-            for path, text in report.questions.items():
-                (self._root / path).parent.mkdir(parents=True, exist_ok=True)
-                (self._root / path).write_text(text)
+            put(self._root, report.questions)
             error = StageFailed(spec.name, report.reason, report.code)
             raise error if error.waiting else StageFailed(spec.name, f"{report.reason}, on {report.node}", report.code)
         with self._mutex:

@@ -138,8 +138,10 @@ def _reach(repo: Repo) -> str:
         return ""
     try:
         remote = repo.cloud.get_remote()
-        local = remote.fs.protocol == "local"  # its folder is made by the first push
-        remote.fs.ls(str(next(at for at in Path(remote.path).parents if at.exists())) if local else remote.path)
+        if remote.fs.protocol == "local":  # its folder is made by the first push
+            place = next(at for at in (Path(remote.path), *Path(remote.path).parents) if at.exists())
+            return "" if place.is_dir() and os.access(place, os.W_OK) else f"{place} is no folder to write to"
+        remote.fs.ls(remote.path)
     except Exception as error:  # each kind of storage has its own
         return one_line(error) or type(error).__name__
     return ""

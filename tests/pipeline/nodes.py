@@ -43,14 +43,6 @@ class Nodes:
         clone = str(self.folder / name)
         return [process for process in psutil.process_iter() if _works_in(process, clone)]
 
-    def kill(self, name: str) -> None:
-        """End the worker and the flow runs of a node as a crash would; what they started must see to itself."""
-        worker = psutil.Process(self.workers[name].pid)
-        below = [process for process in worker.children(recursive=True) if "prefect" in " ".join(process.cmdline())]
-        for process in [worker, *below]:
-            process.kill()
-        self.workers.pop(name).wait()
-
     def stop(self) -> None:
         """Stop all workers."""
         for worker in self.workers.values():
