@@ -22,6 +22,7 @@ EXIT = """exit status:
   0    done; nothing is wrong
   1    run: a stage failed; doctor: something keeps runs from working
   2    the command cannot be carried out as asked
+  3    run: nothing failed, but a stage waits for labels of people; its message names the file
   130  interrupted; the next run goes on where this one stopped"""
 
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline",
-        description="Run the stages of dvc.yaml as a Prefect flow. The guide is docs/prefect.md.",
+        description="Run the stages of dvc.yaml as a Prefect flow. The guides are docs/prefect.md and docs/cluster.md.",
         epilog=EXIT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -77,9 +78,30 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs", type=_positive, metavar="N", default=0,
         help="stages side by side on the CPU (default: half the cores, at most 4)",
     )  # fmt: skip
+    argument("--cluster", action="store_true", help="run the stages on workers, not here (docs/cluster.md)")
     add("serve", _serve, "offer the flow on the pages of a Prefect server, and run what is asked for there")
     status = add("status", _status, "list the last flow runs, and the stages of the newest")
     status.add_argument("--last", type=_positive, default=5, metavar="N", help="how many runs (default 5)")
+    grid = add("sweep", _sweep, "run a grid of params, each point in a working tree of its own, as DVC experiments")
+    grid.add_argument("grid", nargs="+", metavar="KEY=VALUE,...", help="the values of a key of params.yaml")
+    grid.add_argument("--stage", action="append", metavar="S", dest="stages", default=[], help="as for run")
+    grid.add_argument("--jobs", type=_positive, metavar="N", default=0, help="as for run")
+    grid.add_argument("--cluster", action="store_true", help="as for run; all points at the same time")
+    grid.add_argument(
+        "--metric", action="append", metavar="M", dest="metrics", default=[],
+        help="a column of the table, such as policies.*.cost.mean; repeat for more (default: some that differ)",
+    )  # fmt: skip
+    deploy = add(
+        "deploy", _deploy, "tell a Prefect server how workers run a stage: pools and the deployments of prefect.yaml"
+    )
+    deploy.add_argument(
+        "--type", choices=("process", "docker", "kubernetes"), default="process",
+        help="the type of pools that are not there yet (default process)",
+    )  # fmt: skip
+    work = add("work", _work, "be a worker: take stages of a pool and run them in this clone, one after the other")
+    work.add_argument("pool", metavar="POOL", help="cpu or gpu, as `meta: pool` of the stages in dvc.yaml says")
+    work.add_argument("--limit", type=_positive, default=1, metavar="N", help="stages at the same time (default 1)")
+    work.add_argument("--once", action="store_true", help="end when no stage of the pool is waiting, as in a batch job")
     add("doctor", _doctor, "look for what may keep a run from working")
     return parser
 
@@ -141,26 +163,62 @@ def _run(arguments: argparse.Namespace) -> int:
         assign(Path("params.yaml").read_text(), settings)
         select(_dag(), arguments.stages)
     _use_running_server()
-    from pipeline.flow import REFUSED, alignment
+    if arguments.cluster:
+        _need_server()
+    from pipeline.flow import REFUSED, WAITING, alignment
 
     state = alignment(
         stages=arguments.stages, force=arguments.force, set=settings, preset=arguments.params,
-        jobs=arguments.jobs, return_state=True,
+        jobs=arguments.jobs, cluster=arguments.cluster, return_state=True,
     )  # fmt: skip
     if state.is_cancelled():
         raise KeyboardInterrupt
     if state.name == REFUSED:
         raise PipelineError(state.message)
+    if state.name == WAITING:
+        return 3
     return 0 if state.is_completed() else 1
 
 
-def _serve(arguments: argparse.Namespace) -> int:
-    from pipeline.doctor import reachable
+def _sweep(arguments: argparse.Namespace) -> int:
+    import logging
 
-    api = _api()
-    if not reachable(api):
-        raise PipelineError(f"no Prefect server at {api}; start one in another terminal: prefect server start")
-    _use(api)
+    from pipeline.plan import select
+    from pipeline.sweep import grid, sweep, table
+
+    points = grid(arguments.grid)
+    select(_dag(), arguments.stages)
+    if arguments.cluster:
+        _need_server()
+    else:
+        _use_running_server()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = [option for stage in arguments.stages for option in ("--stage", stage)]
+    options += ["--jobs", str(arguments.jobs)] if arguments.jobs else []
+    options += ["--cluster"] if arguments.cluster else []
+    sweep(Path.cwd(), points, arguments.stages, options, side_by_side=arguments.cluster)
+    _say(_columns(table(points, arguments.metrics)))
+    return int(any(point.end != "completed" for point in points))
+
+
+def _deploy(arguments: argparse.Namespace) -> int:
+    _need_server()
+    from pipeline.deploy import deploy
+
+    _say(deploy(Path.cwd(), _dag(), arguments.type))
+    return 0
+
+
+def _work(arguments: argparse.Namespace) -> int:
+    _need_server()
+    from pipeline.deploy import become_worker
+
+    become_worker(Path.cwd(), _dag(), arguments.pool, arguments.limit, arguments.once)
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    _need_server()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])  # for its flow runs
     from pipeline.flow import alignment
 
@@ -195,10 +253,33 @@ def _api() -> str:
 
 def _use(api: str) -> None:
     """Make this process, and those that it starts, talk to one server."""
+    from prefect.client.orchestration import get_client
     from prefect.context import refresh_global_settings_context
+    from prefect.exceptions import PrefectHTTPStatusError
 
     os.environ["PREFECT_API_URL"] = api
     refresh_global_settings_context()
+    try:
+        with get_client(sync_client=True) as client:
+            client.read_flows(limit=1)
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code != 401:
+            raise
+        raise PipelineError(
+            f"the Prefect server at {api} wants another PREFECT_API_AUTH_STRING=USER:PASSWORD"
+        ) from None
+
+
+def _need_server() -> None:
+    """Use the server that is configured, or the one on this machine; raises PipelineError where none answers."""
+    from pipeline.doctor import reachable
+
+    api = _api()
+    if not reachable(api):
+        raise PipelineError(
+            f"no Prefect server at {api}; set PREFECT_API_URL, or start one in another terminal: prefect server start"
+        )
+    _use(api)
 
 
 def _use_running_server() -> None:
@@ -207,7 +288,9 @@ def _use_running_server() -> None:
 
     from pipeline.doctor import reachable
 
-    if get_current_settings().api.url is None and reachable(_api()):
+    if get_current_settings().api.url is not None:
+        _need_server()
+    elif reachable(_api()):
         _use(_api())
 
 

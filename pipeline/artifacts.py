@@ -14,10 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dvc.repo import Repo
-from dvc.utils.serialize import load_yaml
-
-from pipeline import drawing
+from pipeline import drawing, records
 from pipeline.dag import StageSpec
 from pipeline.plan import Outlook
 
@@ -38,14 +35,6 @@ class Result:
 def key_of(stage: str) -> str:
     """The artifact key of a stage; Prefect takes lower case letters, digits and dashes."""
     return "stage-" + re.sub(r"[^a-z0-9]+", "-", stage.lower()).strip("-")
-
-
-def lock_entry(root: Path, stage: str) -> dict[str, Any]:
-    """What dvc.lock holds about the last run of a stage; empty where it never ran."""
-    path = root / "dvc.lock"
-    with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:  # a stage that ends writes the file anew
-        stages = (load_yaml(str(path)).get("stages") or {}) if path.exists() else {}
-    return dict(stages.get(stage, {}))
 
 
 def recorded_metrics(cache: Path, spec: StageSpec, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,7 +79,7 @@ def card(root: Path, spec: StageSpec, result: Result, before: Mapping[str, Any],
     parts = [f"## {spec.name}: {result.state}", f"{spec.desc}. {result.message}."]
     parts += [drawing.image(drawing.chart(picture), picture.title) for picture in pictures(root, spec, after)]
     parts += metrics_table(before, after)
-    parts += outputs_table(lock_entry(root, spec.name))
+    parts += outputs_table(records.read(root, [spec.name]).get(spec.name, {}))
     if REPORT.as_posix() in spec.outs:
         parts += report_line(root)
     parts.append(f"By hand: `{spec.cmd}`, or `dvc repro --single-item {spec.name}`")

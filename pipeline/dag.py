@@ -9,6 +9,7 @@ from typing import Any
 
 import networkx as nx
 from dvc.repo import Repo
+from dvc.stage import PipelineStage
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,15 @@ class StageSpec:
 def load_dag(root: str | Path = ".") -> dict[str, StageSpec]:
     """The stages by name, every stage after its upstream ones, else in the order of dvc.yaml.
 
+    What `dvc add` tracks is data, not a stage.
+
     Raises dvc.exceptions.DvcException where dvc.yaml is invalid or names a key that params.yaml lacks.
     """
     with Repo(str(root)) as repo:
         graph = repo.index.graph  # an edge points from a stage to what it reads
         place = {stage: i for i, stage in enumerate(repo.index.stages)}
         order = nx.lexicographical_topological_sort(graph.reverse(copy=False), key=place.__getitem__)
-        return {stage.name: _spec(stage, graph) for stage in order}
+        return {stage.name: _spec(stage, graph) for stage in order if isinstance(stage, PipelineStage)}
 
 
 def _spec(stage: Any, graph: nx.DiGraph) -> StageSpec:
@@ -52,5 +55,5 @@ def _spec(stage: Any, graph: nx.DiGraph) -> StageSpec:
         outs=tuple(out.def_path for out in stage.outs if not out.metric),
         metrics=tuple(out.def_path for out in stage.outs if out.metric),
         meta=dict(stage.meta or {}),
-        upstream=tuple(sorted(source.name for source in graph.successors(stage))),
+        upstream=tuple(sorted(source.name for source in graph.successors(stage) if isinstance(source, PipelineStage))),
     )

@@ -110,15 +110,19 @@ def _git(root: Path) -> Iterator[Finding]:
 def _dvc(root: Path) -> Iterator[Finding]:
     try:
         with Repo(str(root)) as repo:
-            remote = repo.config["core"].get("remote")
+            remote, reached = repo.config["core"].get("remote"), _reach(repo)
             types, cache = list(repo.cache.local.cache_types), Path(repo.cache.local.path)
     except DvcException as error:
         yield Finding("wrong", f"DVC: {one_line(error)}; run `dvc init` in the root of the repository")
         return
-    if remote:
-        yield Finding("ok", f"DVC remote: {remote}")
-    else:
+    if not remote:
         yield Finding("note", "DVC remote: none; results stay on this machine (`dvc remote add -d NAME URL`)")
+    elif reached:
+        yield Finding(
+            "wrong", f"DVC remote: {remote} cannot be reached: {reached}; `dvc remote modify {remote}` sets it up"
+        )
+    else:
+        yield Finding("ok", f"DVC remote: {remote}")
     cache.mkdir(parents=True, exist_ok=True)
     if types[:1] == ["hardlink"] and cache.stat().st_dev != root.stat().st_dev:
         yield Finding("note", f"DVC cache: {cache} is on another disk, so outputs are linked by symlink or copied")
@@ -126,6 +130,21 @@ def _dvc(root: Path) -> Iterator[Finding]:
         yield Finding("note", "DVC cache: outputs are kept twice; `dvc config cache.type hardlink,symlink,copy`")
     else:
         yield Finding("ok", f"DVC cache: {cache}, links {', '.join(types)}")
+
+
+def _reach(repo: Repo) -> str:
+    """Why the default remote does not answer, in one line; empty where it does, or there is none."""
+    if not repo.config["core"].get("remote"):
+        return ""
+    try:
+        remote = repo.cloud.get_remote()
+        if remote.fs.protocol == "local":  # its folder is made by the first push
+            place = next(at for at in (Path(remote.path), *Path(remote.path).parents) if at.exists())
+            return "" if place.is_dir() and os.access(place, os.W_OK) else f"{place} is no folder to write to"
+        remote.fs.ls(remote.path)
+    except Exception as error:  # each kind of storage has its own
+        return one_line(error) or type(error).__name__
+    return ""
 
 
 def _locks(root: Path) -> Iterator[Finding]:

@@ -22,6 +22,7 @@ COLOURS = {
     "stale": "#e08e2b",
     "maybe stale": "#f0c987",
     "Failed": "#d64545",
+    "AwaitingLabels": "#b7791f",
     "Cancelled": "#7d5ba6",
 }
 _OTHER = "#e4e7eb"

@@ -19,6 +19,11 @@ class StageFailed(Exception):
         self.stage, self.reason, self.code = stage, reason, code
 
     @property
+    def waiting(self) -> bool:
+        """Whether the stage waits for people, and goes on once they have done what `reason` asks for: it exits 3."""
+        return self.code == 3
+
+    @property
     def lasting(self) -> bool:
-        """Whether another attempt must fail in the same way: stages exit 2 after input that they refuse."""
-        return self.code == 2
+        """Whether another attempt must end in the same way: stages exit 2 after input that they refuse."""
+        return self.code == 2 or self.waiting

@@ -18,13 +18,12 @@ import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol, cast
+from typing import Annotated, Any, Protocol
 from uuid import UUID
 
 from dvc.exceptions import DvcException
-from dvc.repo import Repo
 from prefect import flow, get_run_logger, runtime, task
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
@@ -34,12 +33,13 @@ from pydantic import Field
 
 from pipeline import artifacts, parameters, preset
 from pipeline.artifacts import Result
+from pipeline.cluster import joined
 from pipeline.dag import StageSpec, load_dag
 from pipeline.errors import PipelineError, StageFailed, StageStopped
-from pipeline.plan import Outlook, one_line, plan, select, with_upstream
-from pipeline.progress import Progress, read_progress
+from pipeline.plan import Outlook, one_line, select, with_upstream
 from pipeline.runner import LocalRunner, Log, Outcome, exclusive
 from pipeline.slots import Slots, default_jobs, visible_gpus
+from pipeline.workspace import Workspace, show
 
 NAME = "alignment"
 #: Seconds before another attempt.
@@ -54,45 +54,26 @@ ENDED: dict[Outcome, str] = {
 }
 #: The state of a flow run that was asked for what cannot be done.
 REFUSED = "Refused"
+#: The state of a stage that waits for people, and of a run in which nothing else is open.
+WAITING = "AwaitingLabels"
 AS_THEY_ARE: dict[str, Any] = {}
 NOT_STARTED = Result("NotStarted", "a stage before it did not complete")
 
 
-class Runner(Protocol):
-    """Where stages run. `pipeline.runner.LocalRunner` runs them here."""
+class Place(Protocol):
+    """Where stages run: `pipeline.workspace.Workspace` here, `pipeline.cluster.Cluster` on workers."""
 
-    def run(self, stage: str, log: Log, environment: Mapping[str, str], force: bool = False) -> Outcome:
-        """Run one stage to its end; raises StageFailed or StageStopped."""
+    def outlooks(self, stages: Sequence[str]) -> dict[str, Outlook]:
+        """What a run would do with these stages; upstream ones that are not among them count as up to date."""
+        ...
+
+    def run(self, spec: StageSpec, log: Log, outlook: Outlook, force: bool) -> Outcome:
+        """Run one stage to its end; raises StageFailed, StageStopped or PipelineError."""
         ...
 
     def stop(self) -> None:
         """Stop all stages and start none; returns when they have ended."""
         ...
-
-
-class _Relay:
-    """Passes a stage's lines on to its log, and shows the progress that they tell as a bar."""
-
-    EVERY = 3.0  # seconds between two updates of the bar
-
-    def __init__(self, stage: str, log: Log) -> None:
-        self.log = log
-        self._key = artifacts.key_of(stage).replace("stage-", "progress-", 1)
-        self._bar: UUID | None = None
-        self._shown = -self.EVERY
-
-    def __call__(self, level: int, line: str) -> None:
-        self.log(level, line)
-        progress = read_progress(line)
-        if progress and (time.monotonic() - self._shown >= self.EVERY or progress.done >= progress.total):
-            self._shown = time.monotonic()
-            _show(self.log, lambda: self._update(progress))
-
-    def _update(self, progress: Progress) -> None:
-        if self._bar is None:
-            self._bar = cast(UUID, create_progress_artifact(progress.percent, self._key, str(progress)))
-        else:
-            update_progress_artifact(self._bar, progress.percent, str(progress))
 
 
 @dataclass
@@ -106,16 +87,9 @@ class Run:
     dag: Mapping[str, StageSpec]
     outlooks: dict[str, Outlook]
     forced: frozenset[str]
-    runner: Runner
-    slots: Slots
+    place: Place
     results: dict[str, Result] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
-    _cache: Path = field(init=False)
-    _planning: threading.Lock = field(default_factory=threading.Lock)
-
-    def __post_init__(self) -> None:
-        with Repo(str(self.root)) as repo:
-            self._cache = Path(repo.cache.local.path)
 
     def ready(self, started: Container[str]) -> list[str]:
         """The stages that can start now: not started, and all that they read from has ended well."""
@@ -129,51 +103,38 @@ class Run:
     def stage(self, name: str) -> State[None]:
         """Bring one stage up to date: the body of its task. Its upstream stages have ended well."""
         spec, logger, started = self.dag[name], get_run_logger(), time.monotonic()
-        log = _Relay(name, logger.log)
         try:
-            outcome = self._ensure(spec, log)
+            outcome = self._ensure(spec, logger.log)
         except StageStopped:
             message = "stopped; the next run goes on from its last checkpoint"
             return self._end(name, Cancelled, "Cancelled", message, started)
-        except (StageFailed, PipelineError) as error:
-            reason = error.reason if isinstance(error, StageFailed) else str(error)
-            if isinstance(error, StageFailed) and error.lasting:
+        except PipelineError as error:
+            logger.error("%s", error)
+            return self._end(name, Failed, "Failed", f"{name}: {error}", started)
+        except StageFailed as error:
+            if error.lasting:
                 self.refused.add(name)
-            logger.error("%s; the next attempt goes on from the last checkpoint; by hand: %s", reason, spec.cmd)
-            return self._end(name, Failed, "Failed", f"{name}: {reason}", started)
+            if error.waiting:
+                logger.warning("%s; then run again", error.reason)
+                return self._end(name, Failed, WAITING, str(error), started)
+            logger.error("%s; the next attempt goes on from the last checkpoint; by hand: %s", error.reason, spec.cmd)
+            return self._end(name, Failed, "Failed", str(error), started)
         return self._end(name, Completed, outcome, ENDED[outcome], started)
 
-    def _ensure(self, spec: StageSpec, log: _Relay) -> Outcome:
+    def _ensure(self, spec: StageSpec, log: Log) -> Outcome:
         outlook = self._outlook(spec)
         force = spec.name in self.forced
         if outlook.prospect == "up to date" and not force:
             return "Unchanged"
         log(logging.INFO, f"{outlook.prospect}: {', '.join(outlook.reasons)}" if outlook.reasons else "forced")
-        before = artifacts.recorded_metrics(self._cache, spec, artifacts.lock_entry(self.root, spec.name))
-        started = time.monotonic()
-        gpus = int(spec.meta.get("gpus", 0))
-        if outlook.prospect == "restorable" and not force:
-            outcome = self.runner.run(spec.name, log, {})
-        else:
-            if self.slots.busy(gpus):
-                log(logging.INFO, "waiting for another stage to make room")
-            with self.slots.take(gpus) as environment:
-                outcome = self.runner.run(spec.name, log, environment, force)
-        if outcome != "Unchanged":
-            seconds = artifacts.duration(time.monotonic() - started)
-            result = Result(outcome, f"{outcome} in {seconds}")
-            after = artifacts.current_metrics(self.root, spec)
-            page = artifacts.card(self.root, spec, result, before, after)
-            _show(log.log, lambda: create_markdown_artifact(page, artifacts.key_of(spec.name), spec.desc))
-        return outcome
+        return self.place.run(spec, log, outlook, force)
 
     def _outlook(self, spec: StageSpec) -> Outlook:
         """The outlook from the start of the run, or a fresh one if it hung on stages that have ended since."""
         settled = all(self.results[source].state == "Unchanged" for source in spec.upstream)
         if settled and self.outlooks[spec.name].prospect != "maybe stale":
             return self.outlooks[spec.name]
-        with self._planning:
-            return plan(self.root, self.dag, [spec.name])[spec.name]
+        return self.place.outlooks([spec.name])[spec.name]
 
     def _end(
         self, name: str, make: Callable[..., State[None]], state: str, message: str, started: float
@@ -183,14 +144,6 @@ class Run:
         return make(
             name=state, message=f"{message} in {artifacts.duration(seconds)}" if state == "Completed" else message
         )
-
-
-def _show(log: Log, create: Callable[[], object]) -> None:
-    """Make an artifact; where the server refuses, the run goes on without."""
-    try:
-        create()
-    except Exception as error:
-        log(logging.WARNING, f"an artifact is missing: {one_line(error)}")
 
 
 class _EmptyTraceback(logging.Filter):
@@ -218,6 +171,7 @@ def alignment(
     set: dict[str, Any] = AS_THEY_ARE,
     preset: str = "",
     jobs: Annotated[int, Field(ge=0)] = 0,
+    cluster: bool = False,
 ) -> State[None]:
     """Bring the stages of dvc.yaml up to date.
 
@@ -227,6 +181,7 @@ def alignment(
         set: new values of params.yaml, such as {"constraint.limit": -0.5}. They stay after the run.
         preset: a file in params/ to put in place of params.yaml first; default is the committed params.yaml.
         jobs: how many stages may run side by side on the CPU (0: half the cores, at most 4). On a GPU: one on each.
+        cluster: run the stages on workers, in the pools that dvc.yaml names (docs/cluster.md), not here.
     """
     root = Path.cwd()
     try:
@@ -234,27 +189,39 @@ def alignment(
             dag = choose(root, preset, set)
             asked = select(dag, stages) if stages else list(dag)
             wanted = with_upstream(dag, asked)
-            outlooks = plan(root, dag, wanted)
-            slots = Slots(visible_gpus(), jobs or default_jobs())
-            run = Run(root, dag, outlooks, frozenset(asked if force else ()), LocalRunner(root, lock), slots)
-            return _carry_out(run)
+            runner = LocalRunner(root, lock)
+            with _place(root, dag, runner, jobs, wanted if cluster else None) as place:
+                run = Run(root, dag, place.outlooks(wanted), frozenset(asked if force else ()), place)
+                return _carry_out(run)
     except PipelineError as error:
         return Failed(name=REFUSED, message=str(error))
     except KeyboardInterrupt:
         return Cancelled(message="interrupted; the next run goes on where this one stopped")
 
 
+@contextlib.contextmanager
+def _place(
+    root: Path, dag: Mapping[str, StageSpec], runner: LocalRunner, jobs: int, on_workers: Sequence[str] | None
+) -> Iterator[Place]:
+    """This workspace, or the workers for the stages `on_workers`."""
+    if on_workers is None:
+        yield Workspace(root, dag, runner, Slots(visible_gpus(), jobs or default_jobs()))
+    else:
+        with joined(root, dag, on_workers, runner) as cluster:
+            yield cluster
+
+
 def _carry_out(run: Run) -> State[None]:
     """Run the stages, and show before what is to be done and after what was."""
     log = get_run_logger().log
     page = artifacts.plan_page(run.dag, run.outlooks)
-    _show(log, lambda: create_markdown_artifact(page, "plan", "What this run is to do"))
+    show(log, lambda: create_markdown_artifact(page, "plan", "What this run is to do"))
     try:
         _execute(run)
     finally:
         results = {name: run.results.get(name, NOT_STARTED) for name in run.outlooks}
         summary = artifacts.summary_page(run.root, run.dag, results)
-        _show(log, lambda: create_markdown_artifact(summary, "summary", "What this run did"))
+        show(log, lambda: create_markdown_artifact(summary, "summary", "What this run did"))
     return conclusion(results)
 
 
@@ -305,7 +272,7 @@ def _execute(run: Run) -> None:
                 running -= 1
                 run.results.setdefault(last, Result("Failed", f"{last}: {futures[last].state.message}"))
     except BaseException:
-        run.runner.stop()
+        run.place.stop()
         for future in futures.values():
             future.wait()
         raise
@@ -367,6 +334,9 @@ def conclusion(results: Mapping[str, Result]) -> State[None]:
     failed = [result.message for result in results.values() if result.state == "Failed"]
     if failed:
         return Failed(message=f"{failed[0]}; {told}")
+    waiting = [result.message for result in results.values() if result.state == WAITING]
+    if waiting:
+        return Failed(name=WAITING, message=f"{waiting[0]}; {told}")
     if any(result.state == "Cancelled" for result in results.values()):
         return Cancelled(message=told)
     return Completed(message=told)

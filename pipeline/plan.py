@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dvc.exceptions import DvcException
 from dvc.repo import Repo, lock_repo
+from dvc.stage import PipelineStage
 
 from pipeline.dag import StageSpec
 from pipeline.errors import PipelineError
@@ -42,7 +43,7 @@ def plan(root: Path, dag: Mapping[str, StageSpec], stages: Sequence[str] | None 
     outlooks: dict[str, Outlook] = {}
     try:
         with Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
-            loaded = {stage.name: stage for stage in repo.index.stages}
+            loaded = {stage.name: stage for stage in repo.index.stages if isinstance(stage, PipelineStage)}
             for name in names:
                 before = {outlooks[source].prospect for source in dag[name].upstream if source in outlooks}
                 outlooks[name] = _outlook(loaded[name], repo, settled=before <= {"up to date"})
@@ -52,13 +53,24 @@ def plan(root: Path, dag: Mapping[str, StageSpec], stages: Sequence[str] | None 
 
 
 def _outlook(stage: Any, repo: Any, settled: bool) -> Outlook:
-    """`settled` says that no upstream stage will change: the stage will read what is in the workspace."""
     entries: list[Any] = next(iter(stage.status(check_updates=False).values()), [])
+    return outlook_of(stage, entries, settled, lambda: _restorable(stage, repo))
+
+
+def outlook_of(stage: Any, entries: Sequence[Any], settled: bool, restorable: Callable[[], bool]) -> Outlook:
+    """The outlook of a DVC stage.
+
+    Args:
+        stage: with what dvc.lock records about it.
+        entries: what has changed since, as DVC's `stage.status()` tells it.
+        settled: no upstream stage will change, so that the stage will read what is there now.
+        restorable: whether an earlier result can be had; asked only where it matters.
+    """
     if not entries:
         return Outlook("up to date" if settled else "maybe stale")
     recorded = any(out.hash_info for out in stage.outs)
     reasons = tuple(_reasons(entries)) if recorded else ("never run",)
-    return Outlook("restorable" if settled and _restorable(stage, repo) else "stale", reasons)
+    return Outlook("restorable" if settled and restorable() else "stale", reasons)
 
 
 def _reasons(entries: Sequence[Any]) -> Iterator[str]:

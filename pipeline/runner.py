@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Literal
 
@@ -28,7 +28,7 @@ Outcome = Literal["Completed", "Unchanged", "Restored"]
 #: Takes a level of `logging` and one line.
 Log = Callable[[int, str], None]
 
-_GUARD = Path(__file__).with_name("guard.py")
+_GUARD, _FETCH = Path(__file__).with_name("guard.py"), Path(__file__).with_name("fetch.py")
 _STAMP = re.compile(r"\d\d:\d\d:\d\d ([DIWEC]) (.*)")
 _LEVELS = {
     "D": logging.DEBUG, "I": logging.INFO, "W": logging.WARNING, "E": logging.ERROR, "C": logging.CRITICAL,
@@ -46,16 +46,20 @@ def exclusive(root: Path) -> Iterator[int]:
 
     Raises PipelineError while another run, or a stage that still stops, holds it.
     """
-    path = root / ".dvc" / "tmp" / "run.lock"
-    path.parent.mkdir(exist_ok=True)
+    with held(root / ".dvc" / "tmp" / "run.lock", "another run uses this workspace") as lock:
+        yield lock
+
+
+@contextlib.contextmanager
+def held(path: Path, taken: str) -> Iterator[int]:
+    """Hold a lock file, as `exclusive` does; raises a PipelineError that begins with `taken` while another has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.seek(0)
-            raise PipelineError(
-                f"another run uses this workspace (process {handle.read()}); wait for it, or cancel it"
-            ) from None
+            raise PipelineError(f"{taken} (process {handle.read()}); wait for it, or cancel it") from None
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()
@@ -65,11 +69,12 @@ def exclusive(root: Path) -> Iterator[int]:
 class LocalRunner:
     """Runs stages in the workspace `root`, any number side by side.
 
-    `lock` is the descriptor from `exclusive`, which a stage holds too until it has ended.
+    `lock` is the descriptor from `exclusive`, which a stage holds too until it has ended. With `pull`, inputs and
+    earlier results that lie in the DVC remote alone count as well.
     """
 
-    def __init__(self, root: Path, lock: int) -> None:
-        self._root, self._lock = root, lock
+    def __init__(self, root: Path, lock: int, pull: bool = False) -> None:
+        self._root, self._lock, self._pull = root, lock, pull
         self._guards: set[subprocess.Popen[bytes]] = set()
         self._mutex = threading.Lock()
         self.stopped = False
@@ -83,24 +88,43 @@ class LocalRunner:
             StageFailed: the stage, or DVC, reported an error.
             StageStopped: `stop` was called.
         """
-        lines: collections.deque[tuple[int, str]] = collections.deque(maxlen=200)
         outcome: Outcome = "Completed"
-        with self._started(stage, environment, force) as guard:
+
+        def follow(level: int, line: str) -> None:
+            nonlocal outcome
+            log(level, line)
+            outcome = _outcome(stage, line) or outcome
+
+        options = [*(["--force"] if force else []), *(["--pull"] if self._pull else [])]
+        self._follow([*_dvc(), "repro", "--single-item", *options, stage], stage, follow, environment)
+        return outcome
+
+    def pull(self, stage: str, paths: Sequence[str], log: Log) -> None:
+        """Put the outputs at `paths` into the workspace, from DVC's cache or remote; errors as for `run`."""
+        if paths:
+            self._follow([sys.executable, "-P", str(_FETCH), *paths], stage, log, {})
+
+    def push(self, stage: str, log: Log) -> None:
+        """Send the results of a stage, and the run cache in which others find them, to the DVC remote."""
+        self._follow([*_dvc(), "push", "--run-cache", stage], stage, log, {})
+
+    def _follow(self, command: Sequence[str], stage: str, log: Log, environment: Mapping[str, str]) -> None:
+        lines: collections.deque[tuple[int, str]] = collections.deque(maxlen=200)
+        with self._started(command, stage, environment) as guard:
             assert guard.stdout is not None
             for level, line in read_lines(guard.stdout):
                 lines.append((level, line))
                 log(level, line)
-                outcome = _outcome(stage, line) or outcome
             code = guard.wait()
         if self.stopped:
             raise StageStopped(stage)
         if code:
             raise failure(stage, list(lines))
-        return outcome
 
     @contextlib.contextmanager
-    def _started(self, stage: str, environment: Mapping[str, str], force: bool) -> Iterator[subprocess.Popen[bytes]]:
-        command = [*_dvc(), "repro", "--single-item", *(["--force"] if force else []), stage]
+    def _started(
+        self, command: Sequence[str], stage: str, environment: Mapping[str, str]
+    ) -> Iterator[subprocess.Popen[bytes]]:
         with self._mutex:
             if self.stopped:
                 raise StageStopped(stage)
@@ -177,9 +201,12 @@ def _level(text: str) -> int:
 def _outcome(stage: str, line: str) -> Outcome | None:
     if line == f"Stage '{stage}' didn't change, skipping":
         return "Unchanged"
-    if line == f"Stage '{stage}' is cached - skipping run, checking out outputs":
+    if line in (
+        f"Stage '{stage}' is cached - skipping run, checking out outputs",
+        f"Pulling data for stage: '{stage}'",
+    ):
         return "Restored"
-    return None
+    return "Completed" if line == f"Unable to pull data for stage: '{stage}'" else None
 
 
 def failure(stage: str, lines: list[tuple[int, str]]) -> StageFailed:

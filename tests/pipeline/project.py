@@ -22,7 +22,7 @@ name = sys.argv[1]
 own = json.loads(pathlib.Path("params.yaml").read_text().split("# ", 1)[0])[name]
 def say(level, text): print(f"12:34:56 {level} {text}", flush=True)
 say("I", f"at work on {name}, GPU {os.environ.get('CUDA_VISIBLE_DEVICES')}")
-kept = pathlib.Path(f"kept/{name}")
+kept = pathlib.Path(os.environ.get("DUALIGN_SCRATCH", "kept"), name)
 kept.parent.mkdir(exist_ok=True)
 if kept.exists():
     say("I", f"resuming from {kept.read_text()}")
@@ -35,9 +35,14 @@ if own["then"] == "refuse":
 if own["then"] == "stumble" and not kept.exists():
     kept.write_text("step 1")
     raise ValueError("the disk hiccuped")
-if own["then"] == "meet":
+if "meet" in own["then"]:
     kept.write_text("here")
     while len(list(kept.parent.iterdir())) < 2: time.sleep(0.02)
+if "ask" in own["then"] and not pathlib.Path("labels/labelled-1.jsonl").exists():
+    pathlib.Path("labels").mkdir(exist_ok=True)
+    pathlib.Path("labels/to-label-1.jsonl").write_text("unsafe: null")
+    say("E", "labels/to-label-1.jsonl: fill it in")
+    sys.exit(3)
 if own["then"] == "wait" and not kept.exists():
     signal.signal(signal.SIGTERM, stop)
     say("I", "step 1 of 2: loss 0.5000")
@@ -88,11 +93,18 @@ class Project:
         return found
 
 
+def git(root: Path, *arguments: str) -> str:
+    """The output of a git command that must succeed."""
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
+    command = ["git", "-C", str(root), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 def create(root: Path) -> Project:
     """A fresh project in an empty folder."""
     subprocess.run(["git", "init", "-q"], cwd=root, check=True)
     Repo.init(str(root)).close()
-    (root / ".gitignore").write_text("/out\n/metrics-*\n/kept\n")
+    (root / ".gitignore").write_text("/out\n/metrics-*\n/kept\n/.scratch\n/labels\n__pycache__\n")
     (root / "work.py").write_text(WORK)
     stages = {
         name: {

@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from pipeline import records
 from pipeline.artifacts import (
     Result,
     card,
@@ -16,7 +17,6 @@ from pipeline.artifacts import (
     duration,
     flatten,
     key_of,
-    lock_entry,
     metrics_table,
     pictures,
     recorded_metrics,
@@ -30,15 +30,15 @@ from tests.pipeline.project import Project
 def test_a_card_tells_metrics_their_change_and_the_outputs(project: Project) -> None:
     root, spec = project.root, load_dag(project.root)["left"]
     cache = root / ".dvc/cache/files/md5"
-    assert lock_entry(root, "left") == {} and recorded_metrics(cache, spec, {}) == {}
+    assert records.read(root, ["left"]) == {} and recorded_metrics(cache, spec, {}) == {}
     project.dvc("repro", "--quiet", "left")
-    before = recorded_metrics(cache, spec, lock_entry(root, "left"))
+    before = recorded_metrics(cache, spec, records.read(root, ["left"])["left"])
     project.set(left={"value": 1.25})
     project.dvc("repro", "--quiet", "left")
     page = card(root, spec, Result("Completed", "Completed in 2.0 s"), before, current_metrics(root, spec))
     assert "## left: Completed" in page and "The left stage. Completed in 2.0 s." in page
     assert "| accuracy | 1.25 | +0.25 |" in page
-    md5 = next(out["md5"] for out in lock_entry(root, "left")["outs"] if out["path"] == "out/left")
+    md5 = next(out["md5"] for out in records.read(root, ["left"])["left"]["outs"] if out["path"] == "out/left")
     assert f"| out/left | 4 B | 1 | `{md5[:12]}` |" in page
     picture = re.search(r"base64,([^)]+)\)", page)
     assert picture is not None and b"loss curve" in base64.b64decode(picture[1])

@@ -46,6 +46,14 @@ def test_what_is_not_as_it_should_be(project: Project) -> None:
         assert "another run uses this workspace" in findings(project, "note")
 
 
+def test_a_remote_that_answers_or_does_not(project: Project) -> None:
+    project.dvc("remote", "add", "-q", "-d", "store", str(project.root.parent / "made-by-the-first-push"))
+    assert "DVC remote: store" in findings(project, "ok")
+    project.dvc("remote", "modify", "-q", "store", "url", str(project.root / "work.py" / "store"))
+    assert "DVC remote: store cannot be reached: " in findings(project, "wrong")
+    assert "work.py is no folder to write to" in findings(project, "wrong")
+
+
 def test_what_keeps_a_run_from_working(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     (project.root / "dvc.yaml").write_text("stages: {a: {cmd: 'x ${gone}'}}")
     monkeypatch.setattr(doctor, "ROOM", 2**62)

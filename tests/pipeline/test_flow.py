@@ -113,6 +113,19 @@ def test_a_failure_says_why_and_what_follows_is_not_started(project: Project, cl
     assert reason in artifacts(client, flow_run(state))["summary"]
 
 
+def test_a_stage_that_waits_for_people_is_not_tried_again_and_goes_on_after_them(
+    project: Project, client: SyncPrefectClient
+) -> None:
+    project.set(first={"then": "ask"})
+    state = alignment(stages=["left"], return_state=True)
+    said = "first: labels/to-label-1.jsonl: fill it in (exit 3)"
+    assert (state.name, state.message) == ("AwaitingLabels", f"{said}; 1 awaiting labels, 1 not started")
+    task = tasks(client, flow_run(state))["first"]
+    assert (task.run_count, task.state.name) == (1, "AwaitingLabels")
+    (project.root / "labels/labelled-1.jsonl").write_text("unsafe: 1")
+    assert alignment(stages=["first"], return_state=True).is_completed()
+
+
 def test_another_attempt_goes_on(project: Project, client: SyncPrefectClient) -> None:
     project.set(first={"then": "stumble"})
     state = alignment(stages=["first"], return_state=True)

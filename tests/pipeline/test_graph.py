@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
-from pipeline.artifacts import lock_entry
+from pipeline import records
 from pipeline.flow import alignment
 
 LITTLE = {
@@ -44,5 +44,5 @@ def test_the_first_stage_runs_and_says_what_it_does_not_take(
     done = alignment(stages=["prepare"], set={"prepare.heldout_share": 0.1}, return_state=True)
     assert done.message == "1 completed"
     assert json.loads(Path("reports/metrics/prepare.json").read_text())["prompts"]["pool"] == 12
-    assert {out["path"] for out in lock_entry(tmp_path, "prepare")["outs"]} >= {"data/prepared"}
+    assert {out["path"] for out in records.read(tmp_path, ["prepare"])["prepare"]["outs"]} >= {"data/prepared"}
     assert alignment(stages=["prepare"], return_state=True).message == "1 unchanged"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -41,6 +42,8 @@ def test_run_and_status(
     assert [line.split()[:2] for line in stages] == [["first", "Completed"], ["right", "Completed"]]
     project.set(right={"then": "refuse"})
     assert main(["run", "--stage", "right"]) == 1
+    project.set(right={"then": "ask"})
+    assert main(["run", "--stage", "right"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -81,9 +84,11 @@ def test_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def test_the_guide_names_commands_that_exist(repo_root: Path) -> None:
-    lines = (repo_root / "docs/prefect.md").read_text().splitlines()
-    commands = [shlex.split(line, comments=True)[3:] for line in lines if line.startswith("python -m pipeline ")]
-    assert {command[0] for command in commands} == {"plan", "run", "serve", "status", "doctor"}
+    pages = [(repo_root / "docs" / page).read_text().splitlines() for page in ("prefect.md", "cluster.md")]
+    found = [re.match(r"(?:\w+=\S+ |exec )*python -m pipeline (.*)", line) for page in pages for line in page]
+    commands = [shlex.split(match[1], comments=True) for match in found if match]
+    told = {"plan", "run", "serve", "status", "doctor", "deploy", "work", "sweep"}
+    assert {command[0] for command in commands} == told
     for command in commands:
         assert callable(_parser().parse_args(command).command)
 

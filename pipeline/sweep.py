@@ -1,0 +1,160 @@
+"""A grid of params: each point runs in a working tree of its own, becomes a DVC experiment, and is a row of one table.
+
+Trees share the workspace's cache and scratch folder, so what the points have in common runs once.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dvc.repo.experiments.refs import ExpRefInfo
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline import artifacts
+from pipeline.checkout import committed, git, put, working_tree
+from pipeline.dag import StageSpec, load_dag
+from pipeline.errors import PipelineError
+from pipeline.parameters import assign
+
+#: Columns of metrics in the table; `dvc exp show` has all.
+COLUMNS = 6
+#: How a point ended, by the exit status of `python -m pipeline run`.
+ENDS = {0: "completed", 1: "failed", 2: "refused", 3: "awaits labels", 130: "interrupted"}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Point:
+    """One choice of params, how its run ended, and the metrics of its stages by dotted key."""
+
+    settings: dict[str, Any]
+    end: str = "not run"
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """`beta=0.1,constraint.limit=-0.5`, without what git forbids in a name."""
+        text = ",".join(f"{key}={json.dumps(value)}" for key, value in self.settings.items())
+        return re.sub(r"\.{2,}|[^\w.,=+-]+", "-", text).strip(".-")
+
+
+def grid(arguments: Sequence[str]) -> list[Point]:
+    """The points of `["beta=0.1,0.5", "seed=1,2"]`, the last key changing fastest; values are YAML.
+
+    Raises PipelineError for what is no list of values.
+    """
+    axes: dict[str, list[Any]] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        try:
+            values = YAML(typ="safe", pure=True).load(f"[{text}]")
+        except YAMLError:
+            values = []
+        if not equals or not key.strip() or not values or None in values:
+            raise PipelineError(f"{argument}: write key=value,value,... for example constraint.limit=-0.5,0")
+        axes[key.strip()] = values
+    return [Point(dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+
+
+def sweep(
+    root: Path, points: Sequence[Point], stages: Sequence[str], options: Sequence[str], side_by_side: bool
+) -> None:
+    """Run every point, and write into it how it ended and its metrics; points that completed become experiments.
+
+    Args:
+        root: the workspace; its params.yaml and dvc.lock are where each point starts.
+        points: from `grid`.
+        stages: whose metrics count; empty for those that no other stage reads.
+        options: for `python -m pipeline run` in each tree.
+        side_by_side: all at the same time, as on a cluster, instead of one after the other.
+
+    Raises PipelineError, before anything runs, for a key that is not there or files that no commit holds.
+    """
+    commit, text = committed(root), (root / "params.yaml").read_text()
+    texts = [assign(text, point.settings) for point in points]
+    with ThreadPoolExecutor(len(points) if side_by_side else 1) as pool:
+        futures = [
+            pool.submit(_run, root, commit, point, params, stages, options)
+            for point, params in zip(points, texts, strict=True)
+        ]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _run(root: Path, commit: str, point: Point, params: str, stages: Sequence[str], options: Sequence[str]) -> None:
+    lock = root / "dvc.lock"
+    files = {"params.yaml": params, **({"dvc.lock": lock.read_text()} if lock.exists() else {})}
+    told = {"DUALIGN_SCRATCH": str(root / ".scratch"), **os.environ}
+    with working_tree(root, commit, f"sweep-{point.name}", log.log) as (tree, _):
+        put(tree, files)
+        log.info("%s: starts", point.name)
+        command = [sys.executable, "-m", "pipeline", "run", *options]
+        code = subprocess.run(command, cwd=tree, env=told, check=False).returncode
+        point.end = ENDS.get(code, f"exit {code}")
+        log.info("%s: %s", point.name, point.end)
+        dag = load_dag(tree)
+        for spec in dag.values():
+            if spec.name in stages or spec.name.split("@")[0] in stages or (not stages and _is_last(spec, dag)):
+                point.metrics.update(artifacts.current_metrics(tree, spec))
+        if code == 0:
+            _save(tree, commit, point.name)
+
+
+def _is_last(spec: StageSpec, dag: Mapping[str, StageSpec]) -> bool:
+    return not any(spec.name in other.upstream for other in dag.values())
+
+
+def _save(tree: Path, commit: str, name: str) -> None:
+    """Keep params and records as a DVC experiment of the commit: a commit on it under the ref that DVC looks for.
+
+    `dvc exp save` does the same from the files, which a cluster's coordinator does not have.
+    """
+    git(tree, "add", "--force", "params.yaml", "dvc.lock")
+    made = git(tree, "write-tree").strip()
+    saved = git(tree, "commit-tree", made, "-p", commit, "-m", f"dvc: commit experiment {name}").strip()
+    git(tree, "update-ref", str(ExpRefInfo(commit, name)), saved)
+
+
+def table(points: Sequence[Point], patterns: Sequence[str]) -> list[list[str]]:
+    """A row per point under a row of titles: its params, how it ended, and metrics.
+
+    `patterns` chooses metrics, as in `policies.*.cost.mean`; without one, those in which points differ, a few at most.
+    """
+    keys = list(points[0].settings)
+    metrics = list(dict.fromkeys(key for point in points for key in point.metrics if _numbers(points, key)))
+    if patterns:
+        shown = [key for key in metrics if any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)]
+    else:
+        shown = [key for key in metrics if len(set(map(str, _numbers(points, key)))) > 1][:COLUMNS]
+    rows = [
+        [*map(_told, point.settings.values()), point.end, *(_told(point.metrics.get(key, "")) for key in shown)]
+        for point in points
+    ]
+    return [[*keys, "", *shown], *rows]
+
+
+def _told(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _numbers(points: Sequence[Point], key: str) -> list[float]:
+    values = [point.metrics.get(key) for point in points]
+    return [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]

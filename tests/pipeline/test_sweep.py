@@ -1,0 +1,68 @@
+"""A grid of params: its points, their runs, the experiments that they become, and the table."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipeline.__main__ import main
+from pipeline.errors import PipelineError
+from pipeline.sweep import Point, grid, table
+from tests.pipeline.project import Project, git
+
+
+def test_points_are_the_product_of_the_values() -> None:
+    points = grid(["a.b=1e-5,0.5", "c=x,[1, 2]"])
+    assert [list(point.settings.values()) for point in points] == [
+        [1e-5, "x"], [1e-5, [1, 2]], [0.5, "x"], [0.5, [1, 2]],
+    ]  # fmt: skip
+    assert [point.name for point in points[:2]] == ["a.b=1e-05,c=-x", "a.b=1e-05,c=-1,-2"]
+    for wrong in ("a", "a=", "=1", "a=[1", "a=1,,2"):
+        with pytest.raises(PipelineError, match="write key=value"):
+            grid([wrong])
+
+
+def test_a_table_shows_what_differs_or_what_is_asked_for() -> None:
+    points = [
+        Point({"a": 1}, "completed", {"m.x": 0.25, "m.same": 3, "m.flag": True, "m.curve": [1]}),
+        Point({"a": 2}, "completed", {"m.x": 1 / 3, "m.same": 3, "m.flag": True, "m.curve": [2]}),
+        Point({"a": 3}, "failed"),
+    ]
+    assert table(points, []) == [
+        ["a", "", "m.x"], ["1", "completed", "0.25"], ["2", "completed", "0.3333"], ["3", "failed", ""],
+    ]  # fmt: skip
+    assert table(points, ["m.s*"])[:2] == [["a", "", "m.same"], ["1", "completed", "3"]]
+
+
+def test_a_sweep_leaves_the_workspace_alone_and_its_points_as_experiments(
+    project: Project, server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", server)
+    for who in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{who}_NAME", "test")
+        monkeypatch.setenv(f"GIT_{who}_EMAIL", "test@example.org")
+    git(project.root, "add", ".")
+    git(project.root, "commit", "-qm", "first")
+    before = (project.root / "params.yaml").read_text()
+    assert main(["sweep", "left.value=7,8", "--stage", "left"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows == [["left.value", "accuracy.mean"], ["7", "completed", "7"], ["8", "completed", "8"]]
+    assert (project.root / "params.yaml").read_text() == before
+    assert not [path for path in (project.root / ".dvc/tmp/stages").iterdir() if path.is_dir()]
+    assert sorted(project.dvc("exp", "list", "--name-only").split()) == ["left.value=7", "left.value=8"]
+    shown = json.loads(project.dvc("exp", "show", "--json"))
+    kept = {
+        row["name"]: row["data"] for found in shown for entry in found["experiments"] or [] for row in entry["revs"]
+    }
+    assert kept["left.value=8"]["metrics"]["metrics-left.json"]["data"]["accuracy"]["mean"] == 8
+
+
+def test_a_sweep_is_refused_before_anything_runs(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    git(project.root, "add", ".")
+    git(project.root, "commit", "-qm", "first")
+    assert main(["sweep", "left.valu=1,2"]) == 2
+    assert "did you mean left.value?" in capsys.readouterr().err
+    (project.root / "work.py").write_text("")
+    assert main(["sweep", "left.value=1,2"]) == 2
+    assert "1 files differ from the last commit, first work.py" in capsys.readouterr().err
