@@ -117,8 +117,14 @@ ROWS = (
     Row("dualign", "dualign from λ̂", "dualign", "pool"),
     Row("caid", "CAID from λ̂", "caid", "pool"),
     Row("c_dpo_pool", "C-DPO from λ̂", "c_dpo", "pool"),
-    *(Row(f"c_dpo_{eta:g}", f"C-DPO from 0, η = {eta:g}", "c_dpo", "none", eta) for eta in _STEP_SIZES),
-    *(Row(f"pd_dpo_{eta:g}", f"PD-DPO from λ_min, η = {eta:g}", "pd_dpo", "none", eta) for eta in _STEP_SIZES),
+    *(
+        row
+        for eta in _STEP_SIZES
+        for row in (
+            Row(f"c_dpo_{eta:g}", f"C-DPO from 0, η = {eta:g}", "c_dpo", "none", eta),
+            Row(f"pd_dpo_{eta:g}", f"PD-DPO from λ_min, η = {eta:g}", "pd_dpo", "none", eta),
+        )
+    ),
 )
 
 
