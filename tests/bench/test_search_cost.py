@@ -264,7 +264,7 @@ def test_the_table_counts_trainings_and_marks_searches_that_did_not_end() -> Non
     rows += [made(row.name, 2, met=row.name != "caid", limit=-0.5) for row in ROWS]
     line = next(line for line in search_cost.table(rows) if line.startswith("| dualign from λ̂ |"))
     assert [cell.strip() for cell in line.strip("|").split("|")][1:5] == ["2/2", "1.5", "1.5", "2"]
-    assert "| CAID from λ̂ | 4 | 2+ |" in search_cost.by_limit(rows)
+    assert "| CAID from λ̂, η = 1 | 4 | 2+ |" in search_cost.by_limit(rows)
 
 
 def test_the_best_step_size_is_that_of_the_fewest_trainings() -> None:
