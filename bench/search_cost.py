@@ -115,11 +115,11 @@ class Row:
 ROWS = (
     Row("dualign", "dualign from λ̂", "dualign", "pool"),
     Row("c_dpo_1", "C-DPO from 0, η = 1", "c_dpo", "none", 1.0),  # the step size of the params
-    Row("pd_dpo_1", "PD-DPO from λ_min, η = 1", "pd_dpo", "none", 1.0),
     Row("caid", "CAID from λ̂, η = 1", "caid", "pool"),
-    Row("c_dpo_pool", "C-DPO from λ̂, η = 1", "c_dpo", "pool"),
     Row("c_dpo_2", "C-DPO from 0, η = 2", "c_dpo", "none", 2.0),
     Row("pd_dpo_2", "PD-DPO from λ_min, η = 2", "pd_dpo", "none", 2.0),
+    Row("pd_dpo_1", "PD-DPO from λ_min, η = 1", "pd_dpo", "none", 1.0),
+    Row("c_dpo_pool", "C-DPO from λ̂, η = 1", "c_dpo", "pool"),
     Row("c_dpo_4", "C-DPO from 0, η = 4", "c_dpo", "none", 4.0),
     Row("pd_dpo_4", "PD-DPO from λ_min, η = 4", "pd_dpo", "none", 4.0),
 )
