@@ -62,6 +62,7 @@ STAGES = ("prepare", "sft", "reward_model", "cost_model", "score", "reward_dpo@h
 #: What differs from `PARAMS`, so that a training takes seconds on one thread and no search ends before the test.
 SMALLER: dict[str, Any] = {
     "prepare.eval_prompts": 300,
+    "dual_search.prompts": 300,
     "dual_search.samples_per_prompt": 2,
     "dual_search.max_trainings": 11,
     "evaluate.prompts": 300,
@@ -69,7 +70,7 @@ SMALLER: dict[str, Any] = {
     "resources.checkpoint_steps": 10_000,
     "resources.threads": 1,
 }
-#: Sections whose trainings all take the same number of gradient steps.
+#: Sections whose trainings are all of the same size.
 TRAININGS = ("reward_dpo", "safety_dpo", "lagrangian_dpo", "dual_search")
 
 TOLERANCE = 0.05  # in units of cost; a cost nearer than this below the limit is not too safe
@@ -85,12 +86,13 @@ class Settings:
     seeds: tuple[int, ...] = knob((7, 8, 9), "seeds of data and trainings")
     limits: tuple[float, ...] = knob((0.0, -0.2, -0.4, -0.55, -0.75), "limits of the expected cost")
     steps: int = knob(80, "gradient steps of each training")
+    pairs: int = knob(16, "pairs of each step")
     jobs: int = knob(1, "seeds that run at the same time, each on one thread")
     work: str = knob(".scratch/bench-search-cost", "folder of the runs")
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.jobs) < 1:
-            raise DualignError("steps and jobs must be at least 1")
+        if min(self.steps, self.pairs, self.jobs) < 1:
+            raise DualignError("steps, pairs and jobs must be at least 1")
 
 
 # --- searches ---------------------------------------------------------------------------------------------------------
@@ -100,8 +102,7 @@ class Settings:
 class Row:
     """A search: its row of `methods` in the params, its first multiplier, and what is changed.
 
-    `first` is the multiplier of the pool, or none: the least that the loss takes, 0 or `lambda_min`. `corrects`: where
-    the first policy meets the test, the rule is still asked for the next one.
+    `first` is the multiplier of the pool, or none: the least that the loss takes, 0 or `lambda_min`.
     """
 
     name: str
@@ -109,17 +110,18 @@ class Row:
     method: str
     first: Literal["pool", "none"]
     step_size: float | None = None
-    corrects: bool = False
 
 
-_STEP_SIZES = (1.0, 2.0, 4.0)  # 1 is that of the params
 ROWS = (
     Row("dualign", "dualign from λ̂", "dualign", "pool"),
-    Row("dualign_corrected", "dualign from λ̂, always corrected", "dualign", "pool", corrects=True),
-    Row("caid", "CAID from λ̂", "caid", "pool"),
-    Row("c_dpo_pool", "C-DPO from λ̂", "c_dpo", "pool"),
-    *(Row(f"c_dpo_{eta:g}", f"C-DPO from 0, η = {eta:g}", "c_dpo", "none", eta) for eta in _STEP_SIZES),
-    *(Row(f"pd_dpo_{eta:g}", f"PD-DPO from λ_min, η = {eta:g}", "pd_dpo", "none", eta) for eta in _STEP_SIZES),
+    Row("c_dpo_1", "C-DPO from 0, η = 1", "c_dpo", "none", 1.0),  # the step size of the params
+    Row("caid", "CAID from λ̂, η = 1", "caid", "pool"),
+    Row("c_dpo_2", "C-DPO from 0, η = 2", "c_dpo", "none", 2.0),
+    Row("pd_dpo_2", "PD-DPO from λ_min, η = 2", "pd_dpo", "none", 2.0),
+    Row("pd_dpo_1", "PD-DPO from λ_min, η = 1", "pd_dpo", "none", 1.0),
+    Row("c_dpo_pool", "C-DPO from λ̂, η = 1", "c_dpo", "pool"),
+    Row("c_dpo_4", "C-DPO from 0, η = 4", "c_dpo", "none", 4.0),
+    Row("pd_dpo_4", "PD-DPO from λ_min, η = 4", "pd_dpo", "none", 4.0),
 )
 
 
@@ -234,19 +236,17 @@ def met(lam: float, measured: Measurement, limit: float, z: float) -> bool:
 
 
 def seek(
-    row: Plan, known: search.Outlook, params: DualSearchParams, bench: PolicyBench, scratch: Path, corrects: bool
+    row: Plan, known: search.Outlook, params: DualSearchParams, bench: search.Workbench, scratch: Path
 ) -> list[search.Step]:
     """Search training by training from step 0 in `scratch`, until the test is met, the rule stops or the budget is
-    spent; with `corrects` the first policy does not end it."""
+    spent."""
     start = str(scratch / "step-0/policy")
     steps: list[search.Step] = []
     for budget in range(params.max_trainings + 1):
         steps, _ = search.run(row, start, known, params.model_copy(update={"max_trainings": budget}), bench, scratch)
         last = steps[-1]
-        if met(last.lam, last.measured, params.limit, params.z) and (budget > 0 or not corrects):
-            return steps
-        if len(steps) <= budget:
-            return steps
+        if met(last.lam, last.measured, params.limit, params.z) or len(steps) <= budget:
+            break
     return steps
 
 
@@ -262,7 +262,7 @@ def run_row(scored: Scored, row: Row, limit: float) -> dict[str, Any]:
     inner, training = scored.first_training(chosen.start)
     started = time.process_time()
     bench = scored.bench(chosen, params, inner, params.training if chosen.method.warm else training, scratch)
-    steps = seek(chosen, known, params, bench, scratch, row.corrects)
+    steps = seek(chosen, known, params, bench, scratch)
     seconds += time.process_time() - started
     last = steps[-1]
     found = {
@@ -309,24 +309,30 @@ def judge(scored: Scored, policy: str, limit: float) -> dict[str, float]:
 def smaller(settings: Settings) -> dict[str, Any]:
     """`PARAMS` with what differs from it here."""
     content: dict[str, Any] = YAML().load(PARAMS.read_text())
-    for key, value in {**SMALLER, **{f"{name}.training.max_steps": settings.steps for name in TRAININGS}}.items():
-        *sections, leaf = key.split(".")
+    sizes = {"max_steps": settings.steps, "batch_size": settings.pairs}
+    trainings = {f"{name}.training.{key}": size for name in TRAININGS for key, size in sizes.items()}
+    for path, value in {**SMALLER, **trainings}.items():
+        *sections, leaf = path.split(".")
         functools.reduce(lambda part, name: part[name], sections, content)[leaf] = value
     return content
 
 
-def rows_of(settings: Settings, params: Path, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What all searches of a seed share, and one row for each of them, kept in a file of its own as it ends."""
-    lab = world.run(world.set_up(seed, params, params.parent), 1, STAGES)
-    scored, rows = Scored(seed, lab.folder), []
-    for limit in settings.limits:
-        for row in ROWS:
-            path = lab.folder / "rows" / f"{limit:g}-{row.name}.json"
-            if not path.is_file():
-                write_json(path, run_row(scored, row, limit))
-            rows.append(read_json(path))
-            log.info("seed %d, limit %g: %s, %d trainings", seed, limit, row.title, rows[-1]["trainings"])
-    return shared(scored), rows
+@functools.lru_cache
+def scored_at(seed: int, params: Path) -> Scored:
+    """The run of a seed, its stages done as far as the scored answers."""
+    return Scored(seed, world.run(world.set_up(seed, params, params.parent), 1, STAGES).folder)
+
+
+def rows_of(row: Row, limits: Sequence[float], params: Path, seed: int) -> list[dict[str, Any]]:
+    """One search for each limit, kept in a file of its own as it ends."""
+    scored, rows = scored_at(seed, params), []
+    for limit in limits:
+        path = scored.folder / "rows" / f"{limit:g}-{row.name}.json"
+        if not path.is_file():
+            write_json(path, run_row(scored, row, limit))
+        rows.append(read_json(path))
+        log.info("seed %d, limit %g: %s, %d trainings", seed, limit, row.title, rows[-1]["trainings"])
+    return rows
 
 
 def shared(scored: Scored) -> dict[str, Any]:
@@ -412,9 +418,9 @@ def page(settings: Settings, common: Sequence[Mapping[str, Any]], rows: Sequence
     parts = [
         "# What a search costs",
         f"    {options.command(PROGRAM, settings)}",
-        f"{len(settings.seeds)} seeds × {len(settings.limits)} limits; trainings of {settings.steps} gradient steps. "
-        f"Made once for all searches of a seed: the pool, {tokens:.0f} tokens, drawn and scored with the pairs in "
-        f"{score:.0f} s; for PD-DPO alone π_r, one more training of {helpful:.0f} s.",
+        f"{len(settings.seeds)} seeds × {len(settings.limits)} limits; trainings of {settings.steps} steps of "
+        f"{settings.pairs} pairs. Once for all searches of a seed: the pool, {tokens:.0f} tokens, drawn and scored "
+        f"with the pairs in {score:.0f} s; for PD-DPO alone π_r, one more training of {helpful:.0f} s.",
         "\n".join(table(rows)),
         "\n".join(f"- {line}" for line in best_step_sizes(rows)),
         _NOTES,
@@ -429,10 +435,10 @@ _NOTES = f"""\
 How to read it: every search starts from nothing, its first policy counts, and it goes on by its own rule until the cost
 of the policy's own answers to the search prompts is at most z standard errors above the limit and at most
 {TOLERANCE:g} (or z standard errors) from it, z as in the params, or 12 policies are trained. λ̂ is the multiplier of
-the pool. *Always corrected* is dualign as shipped, which trains once more even where its first policy meets the test.
-Tokens are those that the policies generate to be measured or trained on; seconds are the processor's.
-`E[c*] − limit` and `J* − J` are those of the policy that ended the search, by the oracle on held-out prompts:
-what the scorers misjudge is in them."""
+the pool. dualign as shipped trains once more where its first policy meets the test already; that is left out here.
+Tokens are those that the policies generate to be measured or trained on; seconds are the processor's. `E[c*] − limit`
+and `J* − J` are those of the policy that ended the search, by the oracle on held-out prompts: what the scorers misjudge
+is in them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -445,11 +451,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             YAML().dump(smaller(settings), temporary)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(settings.jobs, mp_context=context, initializer=_quiet) as pool:
-            found = list(pool.map(functools.partial(rows_of, settings, params), settings.seeds))
+            tasks = [functools.partial(rows_of, row, settings.limits, params) for row in ROWS]
+            rows = [found for task in tasks for own in pool.map(task, settings.seeds) for found in own]
     except (DualignError, OSError) as error:
         log.error("%s", error)
         return 1
-    common, rows = [part for part, _ in found], [row for _, own in found for row in own]
+    common = [shared(scored_at(seed, params)) for seed in settings.seeds]
     text = page(settings, common, rows)
     content = {"command": options.command(PROGRAM, settings), "settings": asdict(settings), "shared": common}
     write_json(out / "search-cost.json", {**content, "rows": rows})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,6 @@ TINY = {
     "dual_search.max_trainings": 2,
     "dual_search.refresh_prompts": 4,
     "dual_search.refresh_samples": 2,
-    "dual_search.training.batch_size": 4,
-    "lagrangian_dpo.training.batch_size": 4,
-    "safety_dpo.training.batch_size": 4,
     "resources.device": "cpu",
 }
 BY_NAME = {row.name: row for row in ROWS}
@@ -115,7 +111,7 @@ def sought(row: str, first: float, tmp_path: Path, *, slope: float, limit: float
     (tmp_path / "step-0/policy").mkdir(parents=True)
     line = Line(0.5, slope, first)
     chosen = plan(BY_NAME[row].method, found.methods[BY_NAME[row].method])
-    steps = seek(chosen, Outlook(first, first), params, line, tmp_path, BY_NAME[row].corrects)  # type: ignore[arg-type]
+    steps = seek(chosen, Outlook(first, first), params, line, tmp_path)
     assert [step.lam for step in steps] == line.lams
     return line.lams
 
@@ -126,9 +122,8 @@ def test_the_dual_gradient_trains_until_half_of_the_excess_is_gone_often_enough(
     assert lams == pytest.approx([0.0, 0.8, 1.2, 1.4, 1.5])
 
 
-def test_a_search_that_starts_at_the_limit_ends_there_unless_it_corrects(tmp_path: Path) -> None:
-    assert sought("dualign", 1.6, tmp_path / "plain", slope=0.5, limit=-0.3) == [1.6]
-    assert sought("dualign_corrected", 1.6, tmp_path / "more", slope=0.5, limit=-0.3) == pytest.approx([1.6, 1.6])
+def test_a_search_that_starts_at_the_limit_ends_there(tmp_path: Path) -> None:
+    assert sought("dualign", 1.6, tmp_path, slope=0.5, limit=-0.3) == [1.6]
 
 
 def test_the_first_policy_counts_against_the_budget(tmp_path: Path) -> None:
@@ -143,7 +138,7 @@ def test_the_first_policy_counts_against_the_budget(tmp_path: Path) -> None:
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     for key, value in TINY.items():
         monkeypatch.setitem(search_cost.SMALLER, key, value)
-    return Settings(seeds=(3,), limits=(0.0,), steps=2, work=str(tmp_path))
+    return Settings(seeds=(3,), limits=(0.0,), steps=2, pairs=4, work=str(tmp_path))
 
 
 @pytest.fixture
@@ -194,13 +189,10 @@ def reachable(scored: Scored) -> float:
     return float(dual.predict(reward, cost, 1.0, scored.params.beta, cost).mean())
 
 
-def test_every_row_says_what_it_took_and_a_second_run_only_reads(
-    settings: Settings, scored: Scored, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_every_row_says_what_it_took_and_a_second_run_only_reads(scored: Scored, tmp_path: Path) -> None:
     limit = reachable(scored)
-    settings = replace(settings, limits=(limit,))
-    common, rows = rows_of(settings, tmp_path / "search-cost.yaml", 3)
-    assert common["pool_tokens"] == scored.pool["length"].sum() and common["seconds"]["score"] == 2.0
+    params = tmp_path / "search-cost.yaml"
+    rows = [found for row in ROWS for found in rows_of(row, (limit,), params, 3)]
     assert [row["row"] for row in rows] == [row.name for row in ROWS]
     assert not list((scored.folder / "searches").iterdir())
     for row in rows:
@@ -215,10 +207,9 @@ def test_every_row_says_what_it_took_and_a_second_run_only_reads(
     kept = scored.folder / f"rows/{limit:g}-caid.json"
     write_json(kept, {**read_json(kept), "trainings": 99})
     (scored.folder / f"rows/{limit:g}-dualign.json").unlink()
-    again = {row["row"]: row for row in rows_of(settings, tmp_path / "search-cost.yaml", 3)[1]}
-    assert again["caid"]["trainings"] == 99
-    seconds = {"seconds": 0.0}
-    assert {**again["dualign"], **seconds} == {**rows[0], **seconds}
+    assert rows_of(BY_NAME["caid"], (limit,), params, 3)[0]["trainings"] == 99
+    again, seconds = rows_of(BY_NAME["dualign"], (limit,), params, 3)[0], {"seconds": 0.0}
+    assert {**again, **seconds} == {**rows[0], **seconds}
 
 
 def test_an_interrupted_search_starts_again_from_its_first_policy(scored: Scored) -> None:
@@ -245,13 +236,28 @@ def test_the_first_policy_is_that_of_the_stage(scored: Scored) -> None:
 
 
 def test_the_command_writes_a_page_of_all_rows(
-    settings: Settings, scored: Scored, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    scored: Scored, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limit = round(reachable(scored), 2)
-    argv = ["--seeds", "3", "--limits", str(limit), "--steps", "2", "--work", str(tmp_path), "--out", str(tmp_path)]
+    argv = [
+        "--seeds",
+        "3",
+        "--limits",
+        str(limit),
+        "--steps",
+        "2",
+        "--pairs",
+        "4",
+        "--work",
+        str(tmp_path),
+        "--out",
+        str(tmp_path),
+    ]
     assert search_cost.main(argv) == 0
     content, page = read_json(tmp_path / "search-cost.json"), (tmp_path / "search-cost.md").read_text()
     assert capsys.readouterr().out == page and len(content["rows"]) == len(ROWS)
+    shared = content["shared"][0]
+    assert shared["pool_tokens"] == scored.pool["length"].sum() and shared["seconds"]["score"] == 2.0
     assert all(row.title in page for row in ROWS) and f"--limits {limit}" in content["command"]
 
 
@@ -268,7 +274,7 @@ def test_the_table_counts_trainings_and_marks_searches_that_did_not_end() -> Non
     rows += [made(row.name, 2, met=row.name != "caid", limit=-0.5) for row in ROWS]
     line = next(line for line in search_cost.table(rows) if line.startswith("| dualign from λ̂ |"))
     assert [cell.strip() for cell in line.strip("|").split("|")][1:5] == ["2/2", "1.5", "1.5", "2"]
-    assert "| CAID from λ̂ | 4 | 2+ |" in search_cost.by_limit(rows)
+    assert "| CAID from λ̂, η = 1 | 4 | 2+ |" in search_cost.by_limit(rows)
 
 
 def test_the_best_step_size_is_that_of_the_fewest_trainings() -> None:
