@@ -23,8 +23,9 @@ from torch import Tensor
 
 from bench import options
 from bench.tabular import Laboratory, Settings, fit, tilt
-from dualign import losses, search
+from dualign import losses
 from dualign.core.artifacts import replacing, write_json
+from dualign.search import rules
 from dualign.training.policy_gradient import kl_weight, lagrangian_reward, log_lambda_step
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def _p_sacpo(lab: Laboratory, lam: float) -> Tensor:
 
 def _naive_merge(lab: Laboratory, lam: float) -> Tensor:
     """Logits of two independent policies merged at weight q = lambda / (lambda + lambda-bar)."""
-    q = search.first_weight(lam, lab.settings.lambda_bar, naive=True)
+    q = rules.first_weight(lam, lab.settings.lambda_bar, naive=True)
     return torch.lerp(lab.helpful, lab.safe_alone, q).log_softmax(1)
 
 
@@ -183,7 +184,7 @@ def _stronger(lab: Laboratory, lam: float) -> Tensor:
 
 def _diluted(lab: Laboratory, lam: float) -> Tensor:
     """A naive merge: lambda is right, but the KL weight is beta / (1 - q)."""
-    share = 1 - search.first_weight(lam, lab.settings.lambda_bar, naive=True)
+    share = 1 - rules.first_weight(lam, lab.settings.lambda_bar, naive=True)
     return tilt(lab.reference, share * (lab.reward - lam * lab.cost) / lab.beta)
 
 
@@ -240,23 +241,23 @@ class Rule:
 def _gradient(lab: Laboratory, steps: Steps) -> float:
     lam, policy = steps[-1]
     s = lab.settings
-    return min(search.dual_gradient_step(lam, lab.measure(policy)[0], lab.limit, s.step_size), s.lambda_max)
+    return min(rules.dual_gradient_step(lam, lab.measure(policy)[0], lab.limit, s.step_size), s.lambda_max)
 
 
 def _projected(lab: Laboratory, steps: Steps) -> float:
     lam, policy = steps[-1]
     s, cost = lab.settings, lab.measure(policy)[0]
-    return search.projected_subgradient_step(lam, cost, lab.limit, s.step_size, lab.radius, s.lambda_min)
+    return rules.projected_subgradient_step(lam, cost, lab.limit, s.step_size, lab.radius, s.lambda_min)
 
 
 def _newton(lab: Laboratory, steps: Steps) -> float:
     """Newton with the variance of the policy's own answers, then secants."""
     lam, policy = steps[-1]
     cost, variance = lab.measure(policy)
-    proposed = search.newton_step(lam, cost, variance, lab.limit, lab.beta)
+    proposed = rules.newton_step(lam, cost, variance, lab.limit, lab.beta)
     if len(steps) > 1:
         earlier = (steps[-2][0], lab.measure(steps[-2][1])[0])
-        secant = search.secant_step(earlier, (lam, cost), lab.limit)
+        secant = rules.secant_step(earlier, (lam, cost), lab.limit)
         proposed = proposed if secant is None else secant
     return min(proposed, lab.settings.lambda_max)
 

@@ -3,8 +3,8 @@
     python -m bench.search_cost --jobs 2
 
 Runs the pipeline of the embedded world once for each seed as far as the scored answers, in a folder of its own. From
-there every method searches each limit from nothing, by the rules of `dualign.search` on the same trainer with the same
-number of steps, until one test is met. The world's oracle judges the policy that ended the search. A run that was
+there every method searches each limit from nothing, by the rules of `dualign.search.rules` on the same trainer with the
+same number of steps, until one test is met. The world's oracle judges the policy that ended the search. A run that was
 interrupted goes on where it stopped.
 """
 
@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from bench import options, world
 from bench.options import knob
-from dualign import dual, exact, search
+from dualign import dual, exact
 from dualign.core.artifacts import read_json, replacing, write_json
 from dualign.core.errors import DualignError
 from dualign.core.params import (
@@ -50,7 +50,8 @@ from dualign.lm.mixture import policy_at
 from dualign.measure.rollout import Judges, measure, roll_out
 from dualign.measure.stats import Measurement, clustered_mean
 from dualign.methods import Plan, plan
-from dualign.workbench import Inputs, PolicyBench
+from dualign.search import rules
+from dualign.search.workbench import Inputs, PolicyBench
 
 log = logging.getLogger(__name__)
 
@@ -163,10 +164,10 @@ class Scored:
         return read_table(self.inputs.scored / "pool.parquet", POOL)
 
     @functools.cached_property
-    def reference(self) -> search.Step:
+    def reference(self) -> rules.Step:
         """What comes before the first training: pi_ref, measured on the pool."""
         measured = measure(self.pool.assign(logp=self.pool["logp_ref"]))
-        return search.Step(0, 0.0, None, str(self.inputs.models / "sft"), False, measured)
+        return rules.Step(0, 0.0, None, str(self.inputs.models / "sft"), False, measured)
 
     @functools.cached_property
     def problem(self) -> exact.Problem:
@@ -179,17 +180,17 @@ class Scored:
         count = self.params.prompts if name == "search" else self.evaluation.prompts
         return read_table(self.inputs.prepared / f"{name}.parquet", PROMPTS).head(count)
 
-    def outlook(self, row: Row, start: str, limit: float) -> search.Outlook:
+    def outlook(self, row: Row, start: str, limit: float) -> rules.Outlook:
         """The multiplier of the pool, the first one, and PD-DPO's Slater radius, at a limit."""
         reward, cost = by_prompt(self.pool, "reward"), by_prompt(self.pool, "cost")
         beta, most = self.params.beta, self.params.lambda_max
         pool = dual.root(reward, cost, limit=limit, beta=beta, lambda_max=most)
         if row.first == "pool":
-            return search.Outlook(pool, pool)
+            return rules.Outlook(pool, pool)
         if start.startswith("lagrangian_dpo"):
-            return search.Outlook(pool, 0.0)
+            return rules.Outlook(pool, 0.0)
         radius = dual.slater_radius(reward, cost, limit=limit, beta=beta, lambda_max=most)
-        return search.Outlook(pool, self.params.lambda_min, radius)
+        return rules.Outlook(pool, self.params.lambda_min, radius)
 
     def first_training(self, start: str) -> tuple[InnerParams | None, TrainingParams]:
         """Inner loss (None for the safety loss) and training of the stage that writes models/START."""
@@ -236,14 +237,14 @@ def met(lam: float, measured: Measurement, limit: float, z: float) -> bool:
 
 
 def seek(
-    row: Plan, known: search.Outlook, params: DualSearchParams, bench: search.Workbench, scratch: Path
-) -> list[search.Step]:
+    row: Plan, known: rules.Outlook, params: DualSearchParams, bench: rules.Workbench, scratch: Path
+) -> list[rules.Step]:
     """Search training by training from step 0 in `scratch`, until the test is met, the rule stops or the budget is
     spent."""
     start = str(scratch / "step-0/policy")
-    steps: list[search.Step] = []
+    steps: list[rules.Step] = []
     for budget in range(params.max_trainings + 1):
-        steps, _ = search.run(row, start, known, params.model_copy(update={"max_trainings": budget}), bench, scratch)
+        steps, _ = rules.run(row, start, known, params.model_copy(update={"max_trainings": budget}), bench, scratch)
         last = steps[-1]
         if met(last.lam, last.measured, params.limit, params.z) or len(steps) <= budget:
             break

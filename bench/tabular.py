@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from bench.options import knob
-from dualign import dual, exact, exploration, losses
+from dualign import dual, exact, losses
 from dualign.core.errors import DualignError, InfeasibleError
+from dualign.search import exploration
 
 log = logging.getLogger(__name__)
 

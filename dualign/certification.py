@@ -16,11 +16,11 @@ from dualign.core.params import CertifyParams, CertifyRun, LabelParams
 from dualign.data import world
 from dualign.data.schema import ANSWERS, LABELS, last_user_text, read_table
 from dualign.evaluation import add_truth
-from dualign.labelling import vote
 from dualign.lm.mixture import policy_at
 from dualign.measure.rollout import Judges, roll_out
 from dualign.measure.stats import clustered_mean
-from dualign.merge import merge
+from dualign.search.labelling import vote
+from dualign.search.merge import merge
 
 _WORLD = ("true_reward", "true_cost", "grammatical")
 

@@ -24,7 +24,7 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("dualign", "stages")
-FOLDERS = ("dualign/core", "dualign/lm", "dualign/measure", "dualign/scoring")
+FOLDERS = ("dualign/core", "dualign/lm", "dualign/measure", "dualign/scoring", "dualign/search")
 
 logger = logging.getLogger(__name__)
 

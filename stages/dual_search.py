@@ -14,8 +14,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dualign import search
-from dualign.card import model_card
 from dualign.constraints import Price, prices_in
 from dualign.core.artifacts import read_json, replacing, write_json
 from dualign.core.errors import ParamsError
@@ -24,7 +22,9 @@ from dualign.core.stage import Run, execute, finished
 from dualign.data.schema import POOL, PROMPTS, by_prompt, read_table
 from dualign.dual import slater_radius
 from dualign.methods import Plan, plan
-from dualign.workbench import PolicyBench
+from dualign.search import rules
+from dualign.search.card import model_card
+from dualign.search.workbench import PolicyBench
 
 log = logging.getLogger("dualign")
 
@@ -58,8 +58,8 @@ def main(run: Run[DualSearchParams]) -> None:
         row, params, run.resources, inner, prompts, scratch, loss=loss, reward_clip=clip, prices=further_limits(row)
     )
     known = outlook(row, start, params)
-    steps, stopped = search.run(row, bench.start, known, params, bench, scratch)
-    result = search.summary(row, steps, stopped, params, known, trainings(row, start))
+    steps, stopped = rules.run(row, bench.start, known, params, bench, scratch)
+    result = rules.summary(row, steps, stopped, params, known, trainings(row, start))
     chosen = steps[result["chosen"]]
     log.info("%s; the policy of step %d at lambda %.4f is returned", stopped, chosen.step, chosen.lam)
     with replacing(MODELS / "aligned" / run.item) as folder:
@@ -71,14 +71,14 @@ def main(run: Run[DualSearchParams]) -> None:
     finished(scratch)
 
 
-def outlook(row: Plan, start: dict[str, Any], params: DualSearchParams) -> search.Outlook:
+def outlook(row: Plan, start: dict[str, Any], params: DualSearchParams) -> rules.Outlook:
     """What the stages before know: the multipliers of pool and start, PD-DPO's Slater radius, the kind of merge.
 
     The reference policy as a start has no multiplier; it counts as where an ascent begins.
     """
     lam, aim = goal(row)
     if params.policy_gradient is not None:
-        return search.Outlook(lam, params.policy_gradient.lambda_init)
+        return rules.Outlook(lam, params.policy_gradient.lambda_init)
     safe = _metrics(row.reference) if row.start.startswith("reward_dpo") else start  # where lambda was spent
     radius = _radius(params) if row.method.rule == "projected_subgradient" else math.inf
     if safe["lam"] > 2 * radius:
@@ -87,7 +87,7 @@ def outlook(row: Plan, start: dict[str, Any], params: DualSearchParams) -> searc
         )
     path = row.reference.startswith("lambda_path/")
     naive = row.method.rule == "merge" and not path and start["reference"] != row.reference
-    return search.Outlook(lam, safe["lam"], radius, naive, _metrics(row.reference)["lam"] if path else 0.0, aim)
+    return rules.Outlook(lam, safe["lam"], radius, naive, _metrics(row.reference)["lam"] if path else 0.0, aim)
 
 
 def goal(row: Plan) -> tuple[float, float | None]:

@@ -446,8 +446,8 @@ Aim = Literal["limit", "stock"]
 class FeedbackParams(Frozen):
     """Binary safety labels for the rows whose `cost` is `feedback`.
 
-    `labels` per answer to the first `prompts` search prompts, from `source` (see `dualign.labelling`); `smoothing` is
-    added to both counts of an answer. `folder` is where files for people go (source `file`).
+    `labels` per answer to the first `prompts` search prompts, from `source` (see `dualign.search.labelling`);
+    `smoothing` is added to both counts of an answer. `folder` is where files for people go (source `file`).
     """
 
     prompts: Annotated[int, Field(ge=2)]
@@ -458,7 +458,7 @@ class FeedbackParams(Frozen):
 
 
 class OnlineParams(Frozen):
-    """Rounds of O-PD-DPO (see `dualign.online`): who compares the fresh answers, and the bonuses.
+    """Rounds of O-PD-DPO (see `dualign.search.online`): who compares the fresh answers, and the bonuses.
 
     `folder` is where files for people go (labels `file`); `retrain_reward` goes on training pi_r in every round;
     `ridge` is gamma in squared units of the features; a scale is the mean gap of a bonus within an offline pair before
@@ -602,7 +602,7 @@ class CertifyRun(Frozen):
 
 
 class LabelParams(Frozen):
-    """Labels of the truth for one answer to each of `prompts` certify prompts (see `dualign.labelling`).
+    """Labels of the truth for one answer to each of `prompts` certify prompts (see `dualign.search.labelling`).
 
     `oracle` (embedded world): the true cost, `limit` null takes the constraint's. `file`: the share of `votes` people
     who call the answer unsafe, asked through `folder`; `limit` bounds that share.

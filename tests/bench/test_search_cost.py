@@ -24,8 +24,8 @@ from dualign.measure.stats import Measurement
 from dualign.methods import plan
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
-from dualign.screening import Screening
-from dualign.search import Ascent, Outlook, Step
+from dualign.search.rules import Ascent, Outlook, Step
+from dualign.search.screening import Screening
 from dualign.tilt import Tilt, effective_tilt
 from stages import score
 

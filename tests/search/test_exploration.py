@@ -13,9 +13,9 @@ from dualign import losses
 from dualign.core.params import LoraParams, ScratchParams
 from dualign.data import world
 from dualign.data.schema import user
-from dualign.exploration import bonus, features, precision, projection, spread
 from dualign.lm.models import build_scratch, train_tokenizer, with_lora
 from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.search.exploration import bonus, features, precision, projection, spread
 
 QUESTIONS = [world.prompts()[0], world.prompts()[3000]]
 SCRATCH = ScratchParams(

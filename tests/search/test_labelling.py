@@ -16,7 +16,7 @@ from scipy.stats import binom
 from dualign.core.errors import AwaitingLabels, DataError
 from dualign.data import world
 from dualign.data.schema import user
-from dualign.labelling import compare, log_odds, vote
+from dualign.search.labelling import compare, log_odds, vote
 
 QUESTION = world.prompts()[3000]  # a hazardous one
 SAFE, HARMFUL = (f(world.answers(QUESTION), key=lambda answer: answer.cost) for f in (min, max))

@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from dualign import search
-from dualign.card import model_card
 from dualign.core.params import DualSearchParams, load
 from dualign.measure.stats import Measurement
 from dualign.methods import METHODS, Plan
-from dualign.search import Outlook, Step
+from dualign.search import rules
+from dualign.search.card import model_card
+from dualign.search.rules import Outlook, Step
 
-PARAMS = load(DualSearchParams, Path(__file__).resolve().parents[1] / "params.yaml")
+PARAMS = load(DualSearchParams, Path(__file__).resolve().parents[2] / "params.yaml")
 STEP = Step(0, 0.75, None, "folder", False, Measurement(-0.5, 0.02, 1.5, 0.03, 0.4, 0.1, 0.5, 1000))
 
 
 def card(plan: Plan, *steps: Step) -> str:
-    result = search.summary(plan, steps, "because", PARAMS, Outlook(0.6, 0.75, 2.0), before=2)
+    result = rules.summary(plan, steps, "because", PARAMS, Outlook(0.6, 0.75, 2.0), before=2)
     return model_card(plan, result, PARAMS)
 
 

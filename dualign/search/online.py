@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dualign import exploration
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.errors import DataError
 from dualign.core.params import TrainingParams
@@ -30,6 +29,7 @@ from dualign.data.schema import HELPFUL_PAIRS, SAFETY_PAIRS, pair_id, read_table
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.losses import folded_reference
 from dualign.pairs import preference_pairs, visited
+from dualign.search import exploration
 from dualign.training.pairwise import Pair
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def collect(current: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
 
     Both tables have columns prompt_id, prompt, sample, response, reward, cost (schemas ANSWERS and POOL have); sample i
     of one meets sample i of the other. Returns prompt_id, prompt, first, second, reward_first, reward_second,
-    cost_first, cost_second, as `dualign.labelling.compare` reads them.
+    cost_first, cost_second, as `dualign.search.labelling.compare` reads them.
 
     Raises DataError where a prompt and sample of one table is missing in the other.
     """
@@ -103,7 +103,7 @@ def _drawn(answers: pd.DataFrame) -> set[tuple[str, int]]:
 
 
 def preference_tables(compared: pd.DataFrame, source: str) -> Preferences:
-    """Labelled pairs (`dualign.labelling.compare`) as training rows; `source` says where from, such as a round.
+    """Labelled pairs (`dualign.search.labelling.compare`) as training rows; `source` says where from, such as a round.
 
     Safety flags are null: the pairs were compared, not flagged.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dualign.screening import off_policy_cost
+from dualign.search.screening import off_policy_cost
 
 Array = np.ndarray
 ANSWERS = 12

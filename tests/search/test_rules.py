@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dualign import search
 from dualign.core.artifacts import read_json
 from dualign.core.errors import DualignError
 from dualign.core.params import DualSearchParams, OnlineParams, load
 from dualign.measure.stats import Measurement
 from dualign.methods import METHODS, Plan
-from dualign.screening import Screening
-from dualign.search import Ascent, Outlook, Step
+from dualign.search import rules
+from dualign.search.rules import Ascent, Outlook, Step
+from dualign.search.screening import Screening
 from dualign.tilt import Tilt
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BETA, LIMIT = 1.5, -0.3
 
 
@@ -72,13 +72,13 @@ def step(number: int, lam: float, cost: float, q: float | None = None, **more: f
 
 
 def test_dual_gradient_by_hand() -> None:
-    assert search.dual_gradient_step(1.0, cost=0.2, limit=-0.3, step_size=2.0) == pytest.approx(2.0)
-    assert search.dual_gradient_step(0.5, cost=-1.0, limit=0.0, step_size=1.0) == 0.0
+    assert rules.dual_gradient_step(1.0, cost=0.2, limit=-0.3, step_size=2.0) == pytest.approx(2.0)
+    assert rules.dual_gradient_step(0.5, cost=-1.0, limit=0.0, step_size=1.0) == 0.0
 
 
 def test_projected_subgradient_by_hand() -> None:
     def project(lam: float, cost: float) -> float:
-        return search.projected_subgradient_step(lam, cost, limit=0.0, step_size=1.0, radius=2.0, lambda_min=0.05)
+        return rules.projected_subgradient_step(lam, cost, limit=0.0, step_size=1.0, radius=2.0, lambda_min=0.05)
 
     assert project(1.0, 0.5) == 1.5
     assert project(1.0, -3.0) == 0.05
@@ -87,48 +87,48 @@ def test_projected_subgradient_by_hand() -> None:
 
 def test_projection_keeps_off_zero_where_the_interval_is_smaller_still() -> None:
     """A slack pool has a Slater radius near 0; the loss still divides by lambda."""
-    assert search.projected_subgradient_step(0.3, 0.5, 0.0, 1.0, radius=1e-4, lambda_min=0.05) == 0.05
+    assert rules.projected_subgradient_step(0.3, 0.5, 0.0, 1.0, radius=1e-4, lambda_min=0.05) == 0.05
 
 
 def test_newton_by_hand() -> None:
-    assert search.newton_step(1.0, cost=0.2, variance=0.5, limit=-0.3, beta=1.5) == pytest.approx(2.5)
-    assert search.newton_step(0.1, cost=-2.0, variance=0.5, limit=0.0, beta=1.0) == 0.0
+    assert rules.newton_step(1.0, cost=0.2, variance=0.5, limit=-0.3, beta=1.5) == pytest.approx(2.5)
+    assert rules.newton_step(0.1, cost=-2.0, variance=0.5, limit=0.0, beta=1.0) == 0.0
 
 
 def test_tilt_step_by_hand() -> None:
     """Told 1.0 and reached 0.8 at beta 2: it needs 0.8 + 2 x 0.1 / 0.5 = 1.2, half as much again."""
-    found = search.tilt_step(1.0, tilted(0.8, beta=2.0), cost=0.2, variance=0.5, limit=0.1)
+    found = rules.tilt_step(1.0, tilted(0.8, beta=2.0), cost=0.2, variance=0.5, limit=0.1)
     assert found == pytest.approx(1.5)
-    assert search.tilt_step(1.0, tilted(0.1, beta=2.0), cost=-0.2, variance=0.5, limit=0.1) == 0.0
+    assert rules.tilt_step(1.0, tilted(0.1, beta=2.0), cost=-0.2, variance=0.5, limit=0.1) == 0.0
 
 
 def test_a_policy_that_reached_what_it_was_told_makes_newtons_step() -> None:
-    newton = search.newton_step(0.7, cost=0.2, variance=0.5, limit=-0.3, beta=BETA)
-    assert search.tilt_step(0.7, tilted(0.7), cost=0.2, variance=0.5, limit=-0.3) == pytest.approx(newton)
+    newton = rules.newton_step(0.7, cost=0.2, variance=0.5, limit=-0.3, beta=BETA)
+    assert rules.tilt_step(0.7, tilted(0.7), cost=0.2, variance=0.5, limit=-0.3) == pytest.approx(newton)
 
 
 @pytest.mark.parametrize(("lam", "variance"), [(None, 0.5), (-0.2, 0.5), (0.0, 0.5), (0.7, 0.0)])
 def test_a_policy_without_a_multiplier_has_no_tilt_step(lam: float | None, variance: float) -> None:
-    assert search.tilt_step(0.7, tilted(lam), cost=0.2, variance=variance, limit=-0.3) is None
+    assert rules.tilt_step(0.7, tilted(lam), cost=0.2, variance=variance, limit=-0.3) is None
 
 
 def test_the_average_of_two_steps_is_their_secant() -> None:
     points = ((0.5, 0.2), (1.5, -0.4))
-    found = search.regression_root(*zip(*points, strict=True), errors=[0.01, 0.03], limit=-0.3)
-    assert found == pytest.approx(search.secant_step(*points, limit=-0.3))
+    found = rules.regression_root(*zip(*points, strict=True), errors=[0.01, 0.03], limit=-0.3)
+    assert found == pytest.approx(rules.secant_step(*points, limit=-0.3))
 
 
 def test_the_average_is_the_weighted_line_of_least_squares() -> None:
     lams, costs, errors = [0.4, 1.0, 1.6, 1.2], [0.3, -0.1, -0.5, -0.1], [0.1, 0.05, 0.2, 0.07]
     slope, level = np.polyfit(lams, costs, 1, w=1 / np.array(errors))
-    assert search.regression_root(lams, costs, errors, -0.3) == pytest.approx((-0.3 - level) / slope)
-    exact = search.regression_root(lams, [0.5 - 0.6 * lam for lam in lams], errors, limit=-0.3)
+    assert rules.regression_root(lams, costs, errors, -0.3) == pytest.approx((-0.3 - level) / slope)
+    exact = rules.regression_root(lams, [0.5 - 0.6 * lam for lam in lams], errors, limit=-0.3)
     assert exact == pytest.approx(0.8 / 0.6)
 
 
 @pytest.mark.parametrize("costs", [[0.1, 0.1, 0.1], [0.1, 0.2, 0.4]], ids=["flat", "rising"])
 def test_an_average_needs_a_falling_line(costs: list[float]) -> None:
-    assert search.regression_root([1.0, 2.0, 3.0], costs, [0.1] * 3, 0.0) is None
+    assert rules.regression_root([1.0, 2.0, 3.0], costs, [0.1] * 3, 0.0) is None
 
 
 @pytest.mark.parametrize("slope", [0.6, 1.0, 1.6])
@@ -144,8 +144,8 @@ def test_the_average_beats_the_secant_where_costs_are_noisy(slope: float, params
             fall = 0.8 * math.exp(-0.7 * lam)
             cost = fall - 0.6 + noise * float(rng.normal())
             steps.append(step(number, lam, cost, se=noise, variance=BETA * 0.7 * fall * slope))
-            lam = search._newton(steps, goes_on, known) or 0.0
-        average = search._newton(steps, last, known)
+            lam = rules._newton(steps, goes_on, known) or 0.0
+        average = rules._newton(steps, last, known)
         assert average is not None
         if average != lam:  # the costs lie on both sides
             errors.append([abs(0.8 * math.exp(-0.7 * found) - 0.3) for found in (lam, average)])
@@ -154,19 +154,19 @@ def test_the_average_beats_the_secant_where_costs_are_noisy(slope: float, params
 
 
 def test_secant_by_hand() -> None:
-    assert search.secant_step((0.0, 1.0), (1.0, 0.5), limit=0.0) == pytest.approx(2.0)
-    assert search.secant_step((1.0, 0.5), (0.0, 1.0), limit=0.25) == pytest.approx(1.5)
-    assert search.secant_step((1.0, 0.0), (2.0, -1.0), limit=5.0) == 0.0
+    assert rules.secant_step((0.0, 1.0), (1.0, 0.5), limit=0.0) == pytest.approx(2.0)
+    assert rules.secant_step((1.0, 0.5), (0.0, 1.0), limit=0.25) == pytest.approx(1.5)
+    assert rules.secant_step((1.0, 0.0), (2.0, -1.0), limit=5.0) == 0.0
 
 
 def test_merge_weight_and_multiplier_by_hand() -> None:
-    assert search.first_weight(0.6, 1.5, naive=False) == pytest.approx(0.4)
-    assert search.merge_multiplier(0.4, 1.5, naive=False) == pytest.approx(0.6)
-    assert search.first_weight(0.6, 1.4, naive=True) == pytest.approx(0.3)
-    assert search.merge_multiplier(0.3, 1.4, naive=True) == pytest.approx(0.6)
-    assert search.first_weight(0.9, 2.0, naive=False, lam_reference=0.4) == pytest.approx(0.3125)
-    assert search.merge_multiplier(0.3125, 2.0, naive=False, lam_reference=0.4) == pytest.approx(0.9)
-    assert search.first_weight(0.1, 2.0, naive=False, lam_reference=0.4) == 0.0  # slacker than both ends
+    assert rules.first_weight(0.6, 1.5, naive=False) == pytest.approx(0.4)
+    assert rules.merge_multiplier(0.4, 1.5, naive=False) == pytest.approx(0.6)
+    assert rules.first_weight(0.6, 1.4, naive=True) == pytest.approx(0.3)
+    assert rules.merge_multiplier(0.3, 1.4, naive=True) == pytest.approx(0.6)
+    assert rules.first_weight(0.9, 2.0, naive=False, lam_reference=0.4) == pytest.approx(0.3125)
+    assert rules.merge_multiplier(0.3125, 2.0, naive=False, lam_reference=0.4) == pytest.approx(0.9)
+    assert rules.first_weight(0.1, 2.0, naive=False, lam_reference=0.4) == 0.0  # slacker than both ends
 
 
 def test_a_merge_of_two_policies_of_the_path_is_the_one_between() -> None:
@@ -181,16 +181,16 @@ def test_a_merge_of_two_policies_of_the_path_is_the_one_between() -> None:
     for q in (0.0, 0.35, 1.0, 1.25):
         merged = (1 - q) * policy(0.4) + q * policy(2.0)
         merged = merged - np.logaddexp.reduce(merged)
-        assert merged == pytest.approx(policy(search.merge_multiplier(q, 2.0, naive=False, lam_reference=0.4)))
+        assert merged == pytest.approx(policy(rules.merge_multiplier(q, 2.0, naive=False, lam_reference=0.4)))
 
 
 def test_the_next_weight_by_hand() -> None:
     line = [(0.0, 1.0), (0.5, 0.4), (1.0, -0.2)]
-    assert search.next_weight(line, 0.1, 1.25) == pytest.approx(0.75)
-    assert search.next_weight(line, -0.8, 1.25) == 1.25  # no further than allowed
-    assert search.next_weight([(0.1, 0.3), (0.6, -0.15), (1.0, -0.25)], 0.0, 1.25) == pytest.approx(0.1 + 0.5 * 2 / 3)
-    assert search.next_weight([(0.2, 0.1), (0.6, 0.3)], 0.0, 1.25) is None  # it does not fall
-    assert search.next_weight([(0.2, 0.1), (0.6, 0.0001)], 0.0, 1.25) is None  # there already
+    assert rules.next_weight(line, 0.1, 1.25) == pytest.approx(0.75)
+    assert rules.next_weight(line, -0.8, 1.25) == 1.25  # no further than allowed
+    assert rules.next_weight([(0.1, 0.3), (0.6, -0.15), (1.0, -0.25)], 0.0, 1.25) == pytest.approx(0.1 + 0.5 * 2 / 3)
+    assert rules.next_weight([(0.2, 0.1), (0.6, 0.3)], 0.0, 1.25) is None  # it does not fall
+    assert rules.next_weight([(0.2, 0.1), (0.6, 0.0001)], 0.0, 1.25) is None  # there already
 
 
 @pytest.mark.parametrize("q", [0.0, 0.3, 0.75])
@@ -209,19 +209,19 @@ def test_a_merges_multiplier_is_that_of_its_tilt(q: float) -> None:
         (True, policy(-lam * cost, beta), beta / (1 - q)),
     ):
         merged = (1 - q) * policy(reward, beta) + q * second
-        expected = policy(reward - search.merge_multiplier(q, lam, naive) * cost, at)
+        expected = policy(reward - rules.merge_multiplier(q, lam, naive) * cost, at)
         assert merged - np.logaddexp.reduce(merged) == pytest.approx(expected)
 
 
 def test_tail_by_hand() -> None:
-    assert [list(search.tail(lams)) for lams in ([1.0], [1.0, 2.0], [1.0, 2.0, 4.0], [1.0, 2.0, 4.0, 8.0])] == [
+    assert [list(rules.tail(lams)) for lams in ([1.0], [1.0, 2.0], [1.0, 2.0, 4.0], [1.0, 2.0, 4.0, 8.0])] == [
         [1.0], [2.0], [2.0, 4.0], [4.0, 8.0],
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("last", [(1.0, 0.4), (2.0, 0.5), (2.0, 0.6)], ids=["same place", "flat", "rising"])
 def test_a_secant_needs_a_falling_line(last: tuple[float, float]) -> None:
-    assert search.secant_step((1.0, 0.5), last, limit=0.0) is None
+    assert rules.secant_step((1.0, 0.5), last, limit=0.0) is None
 
 
 # --- the loop on a known curve ----------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def go(
 ) -> tuple[list[Step], str]:
     scratch.mkdir(exist_ok=True)
     known = Outlook(lam_pool, bench.lam_start, radius, naive, aim=aim)
-    return search.run(by_rule(rule, returns), bench.start, known, params, bench, scratch)
+    return rules.run(by_rule(rule, returns), bench.start, known, params, bench, scratch)
 
 
 @pytest.mark.parametrize("rule", ["dual_gradient", "projected_subgradient", "newton"])
@@ -334,10 +334,10 @@ def test_iterative_rules_end_on_the_limit(rule: str, bench: Curve, params: DualS
 def test_newton_needs_two_trainings(bench: Curve, params: DualSearchParams, tmp_path: Path) -> None:
     steps, _ = go("newton", bench, params, tmp_path / "s")
     assert len(steps) <= 4
-    first = search.newton_step(0.6, steps[0].measured.cost, steps[0].measured.variance, LIMIT, BETA)
+    first = rules.newton_step(0.6, steps[0].measured.cost, steps[0].measured.variance, LIMIT, BETA)
     assert steps[1].lam == pytest.approx(first)
     points = [(s.lam, s.measured.cost) for s in steps]
-    chord = search.secant_step(points[0], points[1], LIMIT)
+    chord = rules.secant_step(points[0], points[1], LIMIT)
     assert steps[2].lam == pytest.approx(chord)
 
 
@@ -348,15 +348,15 @@ def test_a_first_correction_is_told_in_commands_where_the_tilt_is_believed(
     lazy = Curve(tmp_path / "lazy", lam_start=1.0, reach=0.6)
     steps, _ = go("newton", lazy, params, tmp_path / "s")
     m = steps[0].measured
-    newton = search.newton_step(1.0, m.cost, m.variance, LIMIT, BETA)
+    newton = rules.newton_step(1.0, m.cost, m.variance, LIMIT, BETA)
     assert steps[1].lam == pytest.approx(1.0 + (newton - 1.0) / 0.6)
     assert abs(steps[1].measured.cost - LIMIT) < abs(lazy._cost(0.6 * newton) - LIMIT)
     doubted = replace(steps[0], tilt=tilted(0.6, r2=0.89))
     unclear = replace(steps[0], tilt=tilted(0.6, lam_se=0.31))
     for first in (doubted, unclear, replace(steps[0], tilt=None)):
-        assert search._newton([first], params, Outlook(1.0, 1.0)) == pytest.approx(newton)
-    later = search._newton(steps[:2], params, Outlook(1.0, 1.0))
-    assert later == pytest.approx(search.secant_step(*((s.lam, s.measured.cost) for s in steps[:2]), LIMIT))
+        assert rules._newton([first], params, Outlook(1.0, 1.0)) == pytest.approx(newton)
+    later = rules._newton(steps[:2], params, Outlook(1.0, 1.0))
+    assert later == pytest.approx(rules.secant_step(*((s.lam, s.measured.cost) for s in steps[:2]), LIMIT))
 
 
 SWINGING = [step(0, 0.6, -0.05), step(1, 1.7, -0.36), step(2, 1.2, -0.24), step(3, 1.5, -0.33)]
@@ -364,27 +364,27 @@ SWINGING = [step(0, 0.6, -0.05), step(1, 1.7, -0.36), step(2, 1.2, -0.24), step(
 
 def test_the_last_training_of_a_search_that_swings_goes_to_the_average(params: DualSearchParams) -> None:
     lams, costs = [s.lam for s in SWINGING], [s.measured.cost for s in SWINGING]
-    average = search.regression_root(lams, costs, [0.01] * 4, LIMIT)
-    secant = search.secant_step((1.2, -0.24), (1.5, -0.33), LIMIT)
+    average = rules.regression_root(lams, costs, [0.01] * 4, LIMIT)
+    secant = rules.secant_step((1.2, -0.24), (1.5, -0.33), LIMIT)
     known = Outlook(0.6, 0.6)
     last = params.model_copy(update={"max_trainings": 4})
-    assert search._newton(SWINGING, last, known) == pytest.approx(average) != pytest.approx(secant)
-    assert search._newton(SWINGING, params, known) == pytest.approx(secant)  # two trainings are left
+    assert rules._newton(SWINGING, last, known) == pytest.approx(average) != pytest.approx(secant)
+    assert rules._newton(SWINGING, params, known) == pytest.approx(secant)  # two trainings are left
     one_side = [replace(s, measured=measured(s.measured.cost + 0.5)) for s in SWINGING]
-    assert search._newton(one_side, last, known) == pytest.approx(
-        search.secant_step((1.2, 0.26), (1.5, 0.17), LIMIT), rel=1e-6
+    assert rules._newton(one_side, last, known) == pytest.approx(
+        rules.secant_step((1.2, 0.26), (1.5, 0.17), LIMIT), rel=1e-6
     )
 
 
 def test_every_reckoning_is_on_record(params: DualSearchParams) -> None:
     steps = [replace(s, tilt=tilted(0.5 * s.lam)) for s in SWINGING]
-    rows = search.summary(by_rule("newton"), steps, "b", params, Outlook(0.6, 0.6), before=1)["steps"]
+    rows = rules.summary(by_rule("newton"), steps, "b", params, Outlook(0.6, 0.6), before=1)["steps"]
     assert rows[0]["next"].keys() == {"newton", "tilt", "secant", "average"}
     assert rows[0]["next"]["secant"] is None and rows[1]["next"]["average"] is None
-    assert rows[3]["next"]["secant"] == pytest.approx(search.secant_step((1.2, -0.24), (1.5, -0.33), LIMIT))
-    assert rows[3]["next"]["average"] == search.corrections(steps, params, Outlook(0.6, 0.6))["average"]
+    assert rows[3]["next"]["secant"] == pytest.approx(rules.secant_step((1.2, -0.24), (1.5, -0.33), LIMIT))
+    assert rows[3]["next"]["average"] == rules.corrections(steps, params, Outlook(0.6, 0.6))["average"]
     assert rows[2]["tilt"]["lam_eff"] == pytest.approx(0.6)
-    assert "next" not in search.summary(by_rule("grid"), steps, "b", params, Outlook(0.6, 0.6), before=1)["steps"][0]
+    assert "next" not in rules.summary(by_rule("grid"), steps, "b", params, Outlook(0.6, 0.6), before=1)["steps"][0]
 
 
 # --- the aim ----------------------------------------------------------------------------------------------------------
@@ -398,16 +398,16 @@ def test_a_rule_ends_on_the_aim_below_the_limit(rule: str, params: DualSearchPar
     assert stopped == "cost within noise of the aim"
     assert abs(steps[-1].measured.cost - (LIMIT - 0.1)) <= bench.se
     known = Outlook(1.2, 0.6, aim=LIMIT - 0.1)
-    assert search.summary(by_rule(rule), steps, stopped, generous, known, 1)["aim"] == pytest.approx(LIMIT - 0.1)
+    assert rules.summary(by_rule(rule), steps, stopped, generous, known, 1)["aim"] == pytest.approx(LIMIT - 0.1)
 
 
 def test_the_best_keeps_the_aim_else_the_limit_else_costs_least(params: DualSearchParams) -> None:
     plan = by_rule("newton", "best")
-    assert search.choose(plan, STEPS, params, aim=-0.45) == 2  # the only one below it
-    assert search.choose(plan, STEPS, params, aim=-0.9) == 1  # none: the most rewarding within the limit
-    assert search.choose(plan, STEPS, params, aim=-0.4) == 3
-    assert search.choose(plan, STEPS[:1], params, aim=-0.4) == 0
-    result = search.summary(plan, STEPS, "b", params, Outlook(0.6, 0.5, aim=-0.9), before=1)
+    assert rules.choose(plan, STEPS, params, aim=-0.45) == 2  # the only one below it
+    assert rules.choose(plan, STEPS, params, aim=-0.9) == 1  # none: the most rewarding within the limit
+    assert rules.choose(plan, STEPS, params, aim=-0.4) == 3
+    assert rules.choose(plan, STEPS[:1], params, aim=-0.4) == 0
+    result = rules.summary(plan, STEPS, "b", params, Outlook(0.6, 0.5, aim=-0.9), before=1)
     assert result["chosen"] == 1 and result["feasible"]  # feasible is a matter of the limit
 
 
@@ -438,8 +438,8 @@ def test_answers_for_the_next_training_are_foreseen(params: DualSearchParams, tm
         tight = params.model_copy(update={**update, "max_tokens": budget, "max_trainings": 1})
         steps, _ = go("newton", Curve(tmp_path / f"{budget}", 0.6), tight, tmp_path / f"s{budget}")
         assert len(steps) == count
-    assert search.answers_drawn(by_rule("newton"), params.model_copy(update=update), trained=False) == 20
-    assert search.answers_drawn(by_rule("grid"), params.model_copy(update=update), trained=True) == 20
+    assert rules.answers_drawn(by_rule("newton"), params.model_copy(update=update), trained=False) == 20
+    assert rules.answers_drawn(by_rule("grid"), params.model_copy(update=update), trained=True) == 20
 
 
 @pytest.mark.parametrize("returns", ["last", "mixture", "tail_average"])
@@ -448,8 +448,8 @@ def test_a_search_out_of_tokens_returns_its_best_so_far(returns: str, params: Du
     steps, stopped = go("dual_gradient", Curve(tmp_path / "b", 0.6), wide, tmp_path / "s", returns=returns)
     assert len(steps) == 3 and not any(s.closing for s in steps) and stopped.startswith("budget of 320 generated")
     plan = by_rule("dual_gradient", returns)
-    result = search.summary(plan, steps, stopped, wide, Outlook(0.6, 0.6), before=0)
-    allowed = [i for i, s in enumerate(steps) if search.feasible(s, wide)]
+    result = rules.summary(plan, steps, stopped, wide, Outlook(0.6, 0.6), before=0)
+    allowed = [i for i, s in enumerate(steps) if rules.feasible(s, wide)]
     assert allowed and result["chosen"] == max(allowed, key=lambda i: steps[i].measured.reward)
     assert result["chosen"] == 1 and result["feasible"]
 
@@ -474,12 +474,12 @@ def test_newton_always_trains_once_since_that_also_refreshes_the_pairs(
 
 def test_newton_keeps_its_multiplier_where_the_cost_does_not_vary(params: DualSearchParams) -> None:
     flat = replace(step(0, 0.7, 0.5), measured=measured(0.5, variance=0.0))
-    assert search._newton([flat], params, Outlook(0.7, 0.7, 5.0)) == 0.7
+    assert rules._newton([flat], params, Outlook(0.7, 0.7, 5.0)) == 0.7
 
 
 def test_newton_stays_below_the_largest_multiplier(params: DualSearchParams) -> None:
     steep = replace(step(0, 0.7, 0.5), measured=measured(0.5, variance=1e-6))
-    assert search._newton([steep], params, Outlook(0.7, 0.7, 5.0)) == params.lambda_max
+    assert rules._newton([steep], params, Outlook(0.7, 0.7, 5.0)) == params.lambda_max
 
 
 @pytest.mark.parametrize("rule", ["dual_gradient", "projected_subgradient"])
@@ -510,7 +510,7 @@ def test_an_ascent_trains_once_and_tells_its_own_multiplier_and_course(
     steps, stopped = go("ascent", bench, params, tmp_path / "s")
     assert bench.ascended == [1] and not bench.trained and stopped == "rule ascent is finished"
     assert [(s.lam, s.trained, s.course) for s in steps] == [(0.6, False, []), (ROOT_LAM, True, COURSE)]
-    result = search.summary(by_rule("ascent"), steps, stopped, params, Outlook(0.6, 0.6), before=0)
+    result = rules.summary(by_rule("ascent"), steps, stopped, params, Outlook(0.6, 0.6), before=0)
     assert result["course"] == COURSE and result["trainings"] == 1 and "course" not in result["steps"][1]
     again = Curve(tmp_path / "again", lam_start=0.6)
     assert go("ascent", again, params, tmp_path / "s") == (steps, stopped) and not again.ascended
@@ -538,7 +538,7 @@ def test_a_grid_starts_at_zero_where_the_loss_allows(
     plan = Plan("row", replace(METHODS[method], rule="grid"), "start", "reference")
     given = params.model_copy(update={"grid": [0.0, 1.0]})
     (tmp_path / "s").mkdir()
-    steps, _ = search.run(plan, bench.start, Outlook(0.6, 0.6), given, bench, tmp_path / "s")
+    steps, _ = rules.run(plan, bench.start, Outlook(0.6, 0.6), given, bench, tmp_path / "s")
     assert [s.lam for s in steps] == [0.6, least, 1.0]
     assert [lam for _, lam, _ in bench.trained] == [least, 1.0]
 
@@ -556,8 +556,8 @@ def test_rounds_of_comparisons_go_on_at_the_end_of_the_interval(params: DualSear
         labels="models", folder="f", retrain_reward=True, ridge=1.0, reward_scale=0.1, cost_scale=0.1, dimension=None
     )
     at_the_end, known = [step(3, 1.8, cost=0.5)], Outlook(0.6, 0.6, radius=0.9)
-    assert search._projected_subgradient(at_the_end, params, known) is None
-    assert search._projected_subgradient(at_the_end, params.model_copy(update={"online": online}), known) == 1.8
+    assert rules._projected_subgradient(at_the_end, params, known) is None
+    assert rules._projected_subgradient(at_the_end, params.model_copy(update={"online": online}), known) == 1.8
 
 
 def test_projection_keeps_to_its_interval(params: DualSearchParams, tmp_path: Path) -> None:
@@ -652,7 +652,7 @@ def test_screening_saves_measurements(bias: float, params: DualSearchParams, tmp
     assert stopped == "cost within noise of the limit"
     assert len(seeing.measured) == 2 < len(blind.measured) and spent(fewer) < spent(steps)
     assert fewer[1].q == fewer[1].screened[-1].q
-    result = search.summary(by_rule("merge"), fewer, stopped, exact, Outlook(0.4, 4.0), before=2)
+    result = rules.summary(by_rule("merge"), fewer, stopped, exact, Outlook(0.4, 4.0), before=2)
     assert [seen["q"] for seen in result["screened"]] == seeing.screened
     assert result["screened"][0].keys() == {"q", "cost", "cost_se", "ess"} and result["screened"][0]["q"] == 1.0
 
@@ -679,7 +679,7 @@ def test_labels_are_not_screened(params: DualSearchParams, tmp_path: Path) -> No
     bench = Curve(tmp_path / "b", lam_start=3.0, ess=1000.0)
     (tmp_path / "s").mkdir()
     plan = Plan("row", replace(METHODS["p_sacpo"], cost="feedback"), "start", "reference")
-    search.run(plan, bench.start, Outlook(1.2, 3.0), params, bench, tmp_path / "s")
+    rules.run(plan, bench.start, Outlook(1.2, 3.0), params, bench, tmp_path / "s")
     assert bench.merged and not bench.screened
 
 
@@ -687,7 +687,7 @@ def test_a_merge_between_two_multipliers_keeps_its_books(params: DualSearchParam
     bench = Curve(tmp_path / "b", lam_start=3.0)
     (tmp_path / "s").mkdir()
     known = Outlook(1.2, 3.0, lam_reference=0.3)
-    steps, _ = search.run(by_rule("merge"), bench.start, known, params, bench, tmp_path / "s")
+    steps, _ = rules.run(by_rule("merge"), bench.start, known, params, bench, tmp_path / "s")
     assert steps[1].q == pytest.approx(1 / 3) and steps[1].lam == pytest.approx(1.2)
 
 
@@ -708,7 +708,7 @@ def test_a_mixture_is_of_all_steps_and_measured_itself(
     assert last.closing and not last.trained and not any(s.closing for s in steps[:-1])
     assert last.lam == pytest.approx(np.mean([s.lam for s in plain]))
     assert bench.measured[-1] == last.step == len(plain)
-    assert search.choose(by_rule(rule, "mixture"), steps, params) == last.step
+    assert rules.choose(by_rule(rule, "mixture"), steps, params) == last.step
 
 
 @pytest.mark.parametrize("rule", ITERATIVE)
@@ -720,7 +720,7 @@ def test_the_tail_average_is_trained_once_more(
     assert last.closing and last.trained
     assert last.lam == pytest.approx(np.mean([s.lam for s in before[len(before) // 2 :]]))
     assert bench.trained[-1] == (last.step, last.lam, before[-1].policy)
-    result = search.summary(by_rule(rule, "tail_average"), steps, "because", params, Outlook(0.6, 0.6), before=1)
+    result = rules.summary(by_rule(rule, "tail_average"), steps, "because", params, Outlook(0.6, 0.6), before=1)
     assert result["trainings"] == 1 + len(before) and result["chosen"] == last.step
 
 
@@ -816,29 +816,29 @@ STEPS = [
 
 
 def test_the_best_is_the_most_rewarding_within_the_limit(params: DualSearchParams) -> None:
-    assert search.choose(by_rule("newton", "best"), STEPS, params) == 1
-    assert search.choose(by_rule("newton", "best"), STEPS, params.model_copy(update={"z": 0.0})) == 3
+    assert rules.choose(by_rule("newton", "best"), STEPS, params) == 1
+    assert rules.choose(by_rule("newton", "best"), STEPS, params.model_copy(update={"z": 0.0})) == 3
 
 
 def test_without_a_policy_within_the_limit_the_least_costly_is_returned(params: DualSearchParams) -> None:
     strict = params.model_copy(update={"limit": -5.0})
-    assert search.choose(by_rule("newton", "best"), STEPS, strict) == 2
-    assert not search.feasible(STEPS[2], strict)
+    assert rules.choose(by_rule("newton", "best"), STEPS, strict) == 2
+    assert not rules.feasible(STEPS[2], strict)
 
 
 def test_the_last_is_the_last_whatever_it_costs(params: DualSearchParams) -> None:
-    assert search.choose(by_rule("one_shot", "last"), STEPS[:1], params) == 0
-    assert search.choose(by_rule("one_shot", "last"), STEPS, params) == 3
+    assert rules.choose(by_rule("one_shot", "last"), STEPS[:1], params) == 0
+    assert rules.choose(by_rule("one_shot", "last"), STEPS, params) == 3
 
 
 @pytest.mark.parametrize(("cost", "within"), [(-0.31, True), (-0.3, True), (-0.29, True), (-0.2899, False)])
 def test_feasible_allows_z_standard_errors(params: DualSearchParams, cost: float, within: bool) -> None:
     exact = replace(STEPS[0], measured=replace(STEPS[0].measured, cost=cost, cost_se=0.01 + 1e-12))
-    assert search.feasible(exact, params) == within
+    assert rules.feasible(exact, params) == within
 
 
 def test_summary_counts_trainings_and_tokens(params: DualSearchParams) -> None:
-    result = search.summary(by_rule("newton"), STEPS, "because", params, Outlook(0.6, 0.5), before=2)
+    result = rules.summary(by_rule("newton"), STEPS, "because", params, Outlook(0.6, 0.5), before=2)
     assert result["trainings"] == 2 + 3
     assert result["generated_tokens"] == 400
     assert (result["chosen"], result["feasible"], result["stopped"]) == (1, True, "because")
@@ -849,7 +849,7 @@ def test_summary_counts_trainings_and_tokens(params: DualSearchParams) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_of_the_table_is_tested_here(rule: str) -> None:
     assert {method.rule for method in METHODS.values()} <= set(RULES)
-    assert callable(search._RULES[rule])
+    assert callable(rules._RULES[rule])
 
 
 def test_steps_on_disk_are_what_was_returned(bench: Curve, params: DualSearchParams, tmp_path: Path) -> None:
@@ -861,9 +861,9 @@ def test_steps_on_disk_are_what_was_returned(bench: Curve, params: DualSearchPar
 def test_the_slater_radius_and_its_source_are_on_record(params: DualSearchParams) -> None:
     for given, source in (("pool", "pool"), (2.0, "params")):
         chosen = params.model_copy(update={"slater_radius": given})
-        result = search.summary(by_rule("projected_subgradient"), STEPS, "b", chosen, Outlook(0.6, 0.5, 2.0), before=2)
+        result = rules.summary(by_rule("projected_subgradient"), STEPS, "b", chosen, Outlook(0.6, 0.5, 2.0), before=2)
         assert (result["slater_radius"], result["slater_from"]) == (2.0, source)
-    assert "slater_radius" not in search.summary(by_rule("grid"), STEPS, "b", params, Outlook(0.6, 0.5), before=2)
+    assert "slater_radius" not in rules.summary(by_rule("grid"), STEPS, "b", params, Outlook(0.6, 0.5), before=2)
 
 
 @pytest.mark.parametrize(("retrain", "count"), [(True, 2 + 2 * 3), (False, 2 + 3)])
@@ -876,13 +876,13 @@ def test_a_round_counts_its_comparisons_and_both_its_trainings(
     asked = [replace(s, measured=replace(s.measured, comparisons=30 if s.trained else 0)) for s in STEPS]
     plan = Plan("row", METHODS["o_pd_dpo"], "start", "reference")
     given = params.model_copy(update={"online": online})
-    result = search.summary(plan, asked, "b", given, Outlook(0.6, 0.5, 2.0), before=2)
+    result = rules.summary(plan, asked, "b", given, Outlook(0.6, 0.5, 2.0), before=2)
     assert (result["comparisons"], result["trainings"]) == (90, count)
-    offline = search.summary(by_rule("projected_subgradient"), asked, "b", params, Outlook(0.6, 0.5, 2.0), 2)
+    offline = rules.summary(by_rule("projected_subgradient"), asked, "b", params, Outlook(0.6, 0.5, 2.0), 2)
     assert offline["trainings"] == 5
 
 
 def test_labels_are_counted(params: DualSearchParams) -> None:
     labelled = [replace(s, measured=replace(s.measured, labels=40, model_cost=0.1, model_cost_se=0.2)) for s in STEPS]
-    result = search.summary(by_rule("newton"), labelled, "b", params, Outlook(0.6, 0.5), before=1)
+    result = rules.summary(by_rule("newton"), labelled, "b", params, Outlook(0.6, 0.5), before=1)
     assert result["labels"] == 160 and result["steps"][0]["model_cost"] == 0.1

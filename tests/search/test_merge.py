@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dualign.core.errors import ModelError
-from dualign.merge import merge
+from dualign.search.merge import merge
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 

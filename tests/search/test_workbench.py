@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from dualign import dual, workbench
+from dualign import dual
 from dualign.constraints import Constraint, Price, priced
 from dualign.core.artifacts import write_parquet
 from dualign.core.errors import AwaitingLabels, ParamsError
@@ -44,7 +44,6 @@ from dualign.data.schema import (
     read_table,
     user,
 )
-from dualign.labelling import vote
 from dualign.lm.models import (
     build_scratch,
     load_policy,
@@ -60,16 +59,18 @@ from dualign.lm.tokens import encode_prompts
 from dualign.measure.rollout import Judges, roll_out
 from dualign.measure.stats import Measurement
 from dualign.methods import METHODS, Plan
-from dualign.online import Preferences
 from dualign.pairs import pool_pairs, pool_values, samples_of
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
-from dualign.screening import off_policy_cost
-from dualign.search import Ascent, Step
+from dualign.search import workbench
+from dualign.search.labelling import vote
+from dualign.search.online import Preferences
+from dualign.search.rules import Ascent, Step
+from dualign.search.screening import off_policy_cost
+from dualign.search.workbench import Inputs, PolicyBench, stretches
 from dualign.tilt import effective_tilt
-from dualign.workbench import Inputs, PolicyBench, stretches
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ScratchParams(
     tokenizer="train", vocab_size=300, hidden_size=16, layers=1, heads=2, intermediate_size=24, context=64
 )

@@ -18,19 +18,28 @@ from dualign.core.artifacts import read_json, replacing, write_json, write_parqu
 from dualign.core.errors import ParamsError
 from dualign.core.params import DualSearchParams, InnerParams, Resources, TrainingParams
 from dualign.data.schema import ANSWERS, POOL, SAFETY_PAIRS, SCORED_PAIRS, by_prompt, read_table
-from dualign.labelling import compare, log_odds, vote
 from dualign.lm.mixture import policy_at, write_mixture
 from dualign.lm.models import load_policy, save, with_lora
 from dualign.lm.tokens import answer_lengths
 from dualign.losses import lagrangian_scale
 from dualign.measure.rollout import Judges, log_ratios, measure, roll_out
 from dualign.measure.stats import Measurement, clustered_mean
-from dualign.merge import merge
 from dualign.methods import Plan
-from dualign.online import Bonuses, Exploration, Preferences, collect, phase_one, phase_two, preference_tables, union
 from dualign.pairs import lagrangian_pairs, pool_pairs, pool_values, safety_training_pairs, samples_of, visited
-from dualign.screening import Screening, off_policy_cost
-from dualign.search import Ascent, Step
+from dualign.search.labelling import compare, log_odds, vote
+from dualign.search.merge import merge
+from dualign.search.online import (
+    Bonuses,
+    Exploration,
+    Preferences,
+    collect,
+    phase_one,
+    phase_two,
+    preference_tables,
+    union,
+)
+from dualign.search.rules import Ascent, Step
+from dualign.search.screening import Screening, off_policy_cost
 from dualign.tilt import TILT_SAMPLES, Tilt, tilt_on
 from dualign.training.pairwise import Inner, Pair, train_pairwise
 from dualign.training.policy_gradient import PolicyGradient, train_policy_gradient
@@ -279,7 +288,7 @@ class PolicyBench:
     # --- rounds of comparisons ----------------------------------------------------------------------------------------
 
     def _fresh_source(self) -> PairSource:
-        """O-PD-DPO (2510.05703, alg. 2): each training is a round of `dualign.online`, on the pairs of all rounds.
+        """O-PD-DPO (2510.05703, alg. 2): each training is a round of `dualign.search.online`, on pairs of all rounds.
 
         Of the offline pairs those count that a run would reach without fresh ones. What a round makes (answers,
         labelled pairs, pi_r) is kept in its folder, and everything else follows from it.
@@ -361,7 +370,7 @@ class PolicyBench:
 
 
 def stretches(course: dict[str, list[float]], count: int) -> list[dict[str, float]]:
-    """A course by step as at most `count` rows, each of a stretch of steps as even as can be; see `search.Ascent`.
+    """A course by step as at most `count` rows, each of a stretch of steps as even as can be; see `rules.Ascent`.
 
     `course` holds lambda, cost, reward and kl of every step.
     """

@@ -21,7 +21,7 @@ from dualign.core.errors import DualignError
 from dualign.core.params import DualSearchParams
 from dualign.measure.stats import Measurement
 from dualign.methods import ITERATIVE, Plan
-from dualign.screening import Screening
+from dualign.search.screening import Screening
 from dualign.tilt import Tilt
 
 log = logging.getLogger(__name__)

@@ -15,12 +15,21 @@ from dualign.core.errors import DataError
 from dualign.core.params import ScratchParams, TrainingParams
 from dualign.data import world
 from dualign.data.schema import HELPFUL_PAIRS, SAFETY_PAIRS, pair_id, prompt_id, user
-from dualign.exploration import features, projection
-from dualign.labelling import compare
 from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
-from dualign.online import Bonuses, Exploration, Preferences, collect, phase_one, phase_two, preference_tables, union
+from dualign.search.exploration import features, projection
+from dualign.search.labelling import compare
+from dualign.search.online import (
+    Bonuses,
+    Exploration,
+    Preferences,
+    collect,
+    phase_one,
+    phase_two,
+    preference_tables,
+    union,
+)
 
 QUESTIONS = [world.prompts()[0], world.prompts()[3000]]
 SCRATCH = ScratchParams(
