@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextvars
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -75,6 +76,10 @@ def test_what_workers_cannot_run_is_refused(nodes: Nodes, client: SyncPrefectCli
     git(root, "commit", "-qam", "reads what no one else has")
     git(root, "push", "-q")
     assert "kept: neither git nor DVC holds it" in str(run("first").message)
+    (root / "kept").mkdir()
+    (root / "kept/rows").write_text("")
+    assert "kept/rows: neither git nor DVC holds it" in str(run("first").message)
+    shutil.rmtree(root / "kept")
     (root / "dvc.yaml").write_text(graph)
     git(root, "commit", "-qam", "as before")
     git(root, "push", "-q")
