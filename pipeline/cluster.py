@@ -93,8 +93,8 @@ def _check_inputs(root: Path, dag: Mapping[str, StageSpec], stages: Sequence[str
             missing = [file for file in others if not repo.dvcignore.is_ignored_file(str(root / file))]
             if missing or not _files(root, path, "--cached"):
                 raise PipelineError(
-                    f"{missing[0] if missing else path}: neither git nor DVC holds it, so workers cannot have it; `dvc add` "
-                    "a folder of such files, as docs/cluster.md says, or name an absolute path that all nodes have"
+                    f"{missing[0] if missing else path}: neither git nor DVC holds it, so workers cannot have it; "
+                    "`dvc add` a folder of such files, as docs/cluster.md says, or name an absolute path that all nodes have"
                 )
 
 
