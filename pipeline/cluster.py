@@ -94,7 +94,7 @@ def _check_inputs(root: Path, dag: Mapping[str, StageSpec], stages: Sequence[str
             if missing or not _files(root, path, "--cached"):
                 raise PipelineError(
                     f"{missing[0] if missing else path}: neither git nor DVC holds it, so workers cannot have it; "
-                    "`dvc add` a folder of such files, as docs/cluster.md says, or name an absolute path that all nodes have"
+                    "`dvc add` a folder of such files, as docs/cluster.md says, or name an absolute path"
                 )
 
 
