@@ -84,12 +84,17 @@ def _in_turn(path: Path, log: Log) -> Iterator[int]:
 def _add(root: Path, commit: str, tree: Path) -> None:
     with (root / ".dvc" / "tmp" / "worktrees.lock").open("w") as turn:  # git's own lock fails at once
         fcntl.flock(turn, fcntl.LOCK_EX)
-        if subprocess.run(
-            ["git", "-C", str(root), "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True
-        ).returncode:
+        if not _has(root, commit):
             git(root, "fetch", "--quiet", "origin")
+        if not _has(root, commit):
+            raise PipelineError(f"commit {commit[:10]} is not in the remote of {root}; see `git remote -v` there")
         _remove(root, tree)
         git(root, "worktree", "add", "--quiet", "--force", "--detach", str(tree), commit)
+
+
+def _has(root: Path, commit: str) -> bool:
+    command = ["git", "-C", str(root), "cat-file", "-e", f"{commit}^{{commit}}"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def _remove(root: Path, tree: Path) -> None:

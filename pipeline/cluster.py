@@ -87,13 +87,22 @@ def _check_inputs(root: Path, dag: Mapping[str, StageSpec], stages: Sequence[str
     """Whether workers can have all that the stages read: from git, from DVC, or at the same absolute path."""
     with Repo(str(root)) as repo:
         for path in sorted({dep for name in stages for dep in dag[name].deps if not Path(dep).is_absolute()}):
-            git = ["git", "-C", str(root), "ls-files", "--", path]
-            held = subprocess.run(git, capture_output=True, text=True, check=False).stdout
-            if not held and not records.written(repo, str(root / path)):
+            if records.written(repo, str(root / path)):
+                continue
+            others = _files(root, path, "--others")
+            missing = [file for file in others if not repo.dvcignore.is_ignored_file(str(root / file))]
+            if missing or not _files(root, path, "--cached"):
                 raise PipelineError(
-                    f"{path}: neither git nor DVC holds it, so workers cannot have it; `dvc add {path}`, "
-                    f"`dvc push`, then commit {path}.dvc and push it"
+                    f"{missing[0] if missing else path}: neither git nor DVC holds it, so workers cannot have it; "
+                    "`dvc add` a folder of such files, as docs/cluster.md says, or name an absolute path"
                 )
+
+
+def _files(root: Path, path: str, which: str) -> list[str]:
+    """The files at or in a path that git holds (`--cached`), or does not (`--others`)."""
+    command = ["git", "-C", str(root), "ls-files", "-z", which, "--", path]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return [file for file in listed.split("\0") if file]
 
 
 def _deployment(client: SyncPrefectClient, pool: str) -> UUID:

@@ -73,7 +73,10 @@ def test_a_commit_that_came_later_is_fetched_and_one_that_is_nowhere_is_told(clo
     commit = git(project.root, "rev-parse", "HEAD").strip()
     with working_tree(clone, commit, "one", logging.log) as (tree, _):
         assert (tree / "work.py").read_text() == "# newer\n"
-    with pytest.raises(PipelineError, match="git worktree"), working_tree(clone, "0" * 40, "one", logging.log):
+    with (
+        pytest.raises(PipelineError, match="commit 0000000000 is not in the remote"),
+        working_tree(clone, "0" * 40, "one", logging.log),
+    ):
         pass
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,10 +29,11 @@ def dvc(root: Path, *arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=root, env=environment(), check=True)
 
 
-@pytest.fixture
-def clones(tmp_path: Path) -> tuple[Path, Path]:
-    """A repository in which all stages have run and whose results were pushed, and a clone that has nothing but git."""
-    root, clone = tmp_path / "root", tmp_path / "clone"
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a repository in which all stages have run, and the remote to which its results were pushed."""
+    folder = tmp_path_factory.mktemp("made")
+    root = folder / "root"
     root.mkdir()
     git(root, "init", "-q")
     Repo.init(str(root)).close()
@@ -46,13 +48,20 @@ def clones(tmp_path: Path) -> tuple[Path, Path]:
         (root / name).write_text(name)
     (root / ".gitignore").write_text("/made\n/reports/*\n!/reports/README\n/page\n")
     dvc(root, "add", "-q", "raw/x")
-    dvc(root, "remote", "add", "-q", "-d", "store", str(tmp_path / "store"))
+    dvc(root, "remote", "add", "-q", "-d", "store", "../store")
     dvc(root, "repro", "-q")
     dvc(root, "push", "-q")
     git(root, "add", ".")
     git(root, "commit", "-qm", "first")
-    git(tmp_path, "clone", "-q", str(root), str(clone))
-    return root, clone
+    return folder
+
+
+@pytest.fixture
+def clones(made: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The repository, and a clone of it that has nothing but what git holds."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True, symlinks=True)
+    git(tmp_path, "clone", "-q", "root", "clone")
+    return tmp_path / "root", tmp_path / "clone"
 
 
 def outlooks(root: Path) -> dict[str, Outlook]:

@@ -45,17 +45,17 @@ def test_a_sweep_leaves_the_workspace_alone_and_its_points_as_experiments(
     git(project.root, "add", ".")
     git(project.root, "commit", "-qm", "first")
     before = (project.root / "params.yaml").read_text()
-    assert main(["sweep", "left.value=7,8", "--stage", "left"]) == 0
+    assert main(["sweep", "first.value=7,8", "--stage", "first"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows == [["left.value", "accuracy.mean"], ["7", "completed", "7"], ["8", "completed", "8"]]
+    assert rows == [["first.value", "accuracy.mean"], ["7", "completed", "7"], ["8", "completed", "8"]]
     assert (project.root / "params.yaml").read_text() == before
     assert not [path for path in (project.root / ".dvc/tmp/stages").iterdir() if path.is_dir()]
-    assert sorted(project.dvc("exp", "list", "--name-only").split()) == ["left.value=7", "left.value=8"]
+    assert sorted(project.dvc("exp", "list", "--name-only").split()) == ["first.value=7", "first.value=8"]
     shown = json.loads(project.dvc("exp", "show", "--json"))
     kept = {
         row["name"]: row["data"] for found in shown for entry in found["experiments"] or [] for row in entry["revs"]
     }
-    assert kept["left.value=8"]["metrics"]["metrics-left.json"]["data"]["accuracy"]["mean"] == 8
+    assert kept["first.value=8"]["metrics"]["metrics-first.json"]["data"]["accuracy"]["mean"] == 8
 
 
 def test_a_sweep_is_refused_before_anything_runs(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
