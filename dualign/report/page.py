@@ -42,14 +42,14 @@ _WORDS = {
     "ece": "ECE",
     "ece_before": "ECE before calibration",
     "ece_after": "ECE after calibration",
-    "isotonic": "isotonic curve",
     "offset": "shift of the zero",
-    "platt": "Platt line",
     "p_unsafe": "P(unsafe)",
     "reward_within_sd": "reward, sd within a prompt",
     "cost_within_sd": "cost, sd within a prompt",
     "zero_error": "standard error of the zero",
 }
+#: Metrics that the table of calibrations shows.
+_CALIBRATED = ("ece_before", "ece_after", "brier_before", "brier_after", "platt", "isotonic")
 #: Rates that read best in per cent.
 _SHARES = ("accuracy", "share", "ended", "unsafe")
 
@@ -425,7 +425,28 @@ def _quarantine(root: Path) -> list[tuple[str, int]]:
 def _models(root: Path) -> list[Row]:
     """The metrics of the models that the run rests on, flattened and worded."""
     found = [(heading, _optional(root / f"reports/metrics/{stage}.json")) for stage, heading in _MODELS.items()]
-    return [{"heading": heading, "facts": list(_facts(metrics))} for heading, metrics in found if metrics]
+    return [_model(heading, metrics) for heading, metrics in found if metrics]
+
+
+def _model(heading: str, metrics: Row) -> Row:
+    """A model's card; where calibrations were compared, their table takes the place of the numbers before and after."""
+    kinds = _calibrations(metrics)
+    shown = {key: value for key, value in metrics.items() if not kinds or key not in _CALIBRATED}
+    return {"heading": heading, "facts": list(_facts(shown)), "calibrations": kinds}
+
+
+def _calibrations(metrics: Row) -> list[Row]:
+    """How well P(unsafe) fits held-out flags by each calibration, and which is served; empty where none was."""
+    if not any(metrics.get(key) for key in ("platt", "isotonic")):
+        return []
+    after = [metrics.get(f"{key}_after") for key in ("ece", "brier")]
+    before = {key: metrics.get(f"{key}_before") for key in ("ece", "brier")}
+    kinds = {"none": before, "line (Platt)": metrics.get("platt"), "curve (isotonic)": metrics.get("isotonic")}
+    return [
+        {"kind": kind, "sign_accuracy": None, **quality, "served": [quality["ece"], quality["brier"]] == after}
+        for kind, quality in kinds.items()
+        if quality
+    ]
 
 
 def _facts(metrics: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

@@ -233,7 +233,7 @@ def test_no_samples_when_none_are_wanted(run: Run) -> None:
 def test_facts_and_commands(run: Run) -> None:
     page = render(*run)
     facts = page.within("id", "facts")
-    for text in ("duplicate pair 5", "accuracy 73.1%", "ECE after calibration 0.018", "pairs, heldout 130"):
+    for text in ("duplicate pair 5", "accuracy 73.1%", "sign accuracy 88.1%", "pairs, heldout 130"):
         assert text in facts
     assert "0.86 (0.71 to 1.04)" in facts and "1 h 05 min" in facts and "1.4 GiB" in facts
     assert "loss curve" not in facts
@@ -311,9 +311,9 @@ def test_further_limits_stand_by_policy(run: Run) -> None:
 def test_facts_about_the_multiplier_and_the_calibrations(run: Run) -> None:
     facts = render(*run).within("id", "facts")
     for text in (
-        "λ̂ with the limit 0.1 lower +0.17", "standard error (0.05) off 0.78 to out of reach",
+        "change of λ̂, limit 0.1 lower +0.17", "zero of cost 0.05 (one standard error) off 0.78 to out of reach",
         "room for a certificate 0.06 of cost", "−0.21, 0.97", "standard error of the zero 0.050",
-        "Platt line, ECE 0.018", "isotonic curve, Brier score 0.116", "isotonic curve, sign accuracy 87.9%",
+        "none 0.094 0.131 – line (Platt), served 0.018 0.118 88% curve (isotonic) 0.012 0.116 88%",
     ):  # fmt: skip
         assert text in facts
 
@@ -362,7 +362,7 @@ def test_files_of_an_older_run(run: Run) -> None:
     for path in [*(root / "reports").rglob("*.json"), *(root / "data/dual").glob("*.json")]:
         write_json(path, older(read_json(path)))
     page = render(root, params)
-    assert "None" not in page.text.replace("None.", "")
+    assert "None" not in page.text.replace("None.", "") and "ECE after calibration 0.018" in page.within("id", "facts")
     assert page.within("id", "further") == "" and page.count("line", "aim") == 0
     assert (
         "tilt" not in page.within("class", "searches") and "no tilt" not in page.within("id", "reached").split("R²")[1]
