@@ -34,7 +34,10 @@ class Range:
 
 @dataclass(frozen=True)
 class Point:
-    """A policy in the plane of cost (x) and reward (y). `style` is a CSS class, `number` its row in the table."""
+    """A policy in the plane of cost (x) and reward (y). `style` is a CSS class, `number` its row in the table.
+
+    `predicted` is where it was expected, as (cost, reward).
+    """
 
     label: str
     number: int
@@ -42,6 +45,7 @@ class Point:
     y: Range
     style: str
     title: str
+    predicted: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def frontier(
     """Policies against a frontier.
 
     Args:
-        points: the policies, with error bars.
+        points: the policies, with error bars, and a line to where each was predicted.
         curve: the frontier by increasing multiplier; its intervals, where known, make a band.
         limit: the limit on cost, a vertical line.
         size: width and height.
@@ -129,7 +133,7 @@ def frontier(
         _over_limit(x, y, limit),
         *_axes(x, y, labels),
         _limit_line(x, y, limit),
-        _clipped(x, y, [_band(curve, x, y), _polyline(curve, x, y)]),
+        _clipped(x, y, [_band(curve, x, y), _polyline(curve, x, y), *(_miss(p, x, y) for p in points)]),
         *(_error_bars(p, x, y) for p in points),
         *(_knot(knot, x, y, 2.6 if len(knots) <= 12 else 1.8) for knot in knots),
         *(_star(star, x(star.x.mean), y(star.y.mean)) for star in stars),
@@ -141,7 +145,12 @@ def frontier(
 
 
 def trajectory(
-    steps: Sequence[dict[str, Any]], limit: float | None, costs: tuple[float, float], chosen: int | None, name: str
+    steps: Sequence[dict[str, Any]],
+    limit: float | None,
+    costs: tuple[float, float],
+    chosen: int | None,
+    name: str,
+    aim: float | None = None,
 ) -> Markup:
     """One search: its knob (λ, or the merge weight q where that is what moves) above, its cost below, by step.
 
@@ -151,13 +160,14 @@ def trajectory(
         costs: domain of the cost axis, the same for all searches so that they can be compared.
         chosen: `step` of the step that the search returned; drawn filled.
         name: what the picture shows, for screen readers.
+        aim: the cost that the search steered to, where that is not the limit.
     """
     if any(s.get("q") is not None for s in steps):
         # The start of a merge has no weight of its own: it is what weight 1 gives.
         knob, symbol, steps = "q", "q", [s if s.get("q") is not None else {**s, "q": 1.0} for s in steps]
     else:
         knob, symbol = "lam", "λ"
-    x = Scale(-0.5, max(len(steps), 2) - 0.5, 50, 332)
+    x = Scale(-0.5, max(len(steps), 2) - 0.5, 56, 332)
     upper = Scale(*domain([0.0, *(s.get(knob) for s in steps)], 0.12), 84, 10)
     lower = Scale(*costs, 202, 104)
     children = [
@@ -166,7 +176,8 @@ def trajectory(
         *(_step_dot(s, i, knob, x, upper, chosen) for i, s in enumerate(steps)),
         _over_limit_below(x, lower, limit),
         *_axes(x, lower, ("", "cost"), ticks=3, x_ticks=False),
-        _horizontal_limit(x, lower, limit),
+        _horizontal(x, lower, limit, "limit"),
+        _horizontal(x, lower, aim, "aim"),
         _path([(i, s.get("cost")) for i, s in enumerate(steps)], x, lower),
         *(_step_bar(s, i, x, lower) for i, s in enumerate(steps)),
         *(_step_dot(s, i, "cost", x, lower, chosen) for i, s in enumerate(steps)),
@@ -253,10 +264,12 @@ def _over_limit_below(x: Scale, y: Scale, limit: float | None) -> Markup:
     return _element("rect", x=x.start, y=y.end, width=x.end - x.start, height=max(0.0, y(limit) - y.end), class_="over")
 
 
-def _horizontal_limit(x: Scale, y: Scale, limit: float | None) -> Markup:
-    if limit is None:
+def _horizontal(x: Scale, y: Scale, level: float | None, name: str) -> Markup:
+    """A line across a cost-by-step plot; the aim is named, to tell it from the limit."""
+    if level is None:
         return Markup()
-    return _element("line", x1=x.start, x2=x.end, y1=y(limit), y2=y(limit), class_="limit")
+    line = _element("line", x1=x.start, x2=x.end, y1=y(level), y2=y(level), class_=name)
+    return line if name == "limit" else line + _text(x.end, y(level) + 10, name, "aim-text", "end")
 
 
 # --- the frontier -----------------------------------------------------------------------------------------------------
@@ -289,6 +302,14 @@ def _pairs(corners: Iterable[tuple[float, float]]) -> str:
 
 def _knot(knot: Knot, x: Scale, y: Scale, r: float) -> Markup:
     return _element("circle", _element("title", knot.title), cx=x(knot.x.mean), cy=y(knot.y.mean), r=r, class_="knot")
+
+
+def _miss(point: Point, x: Scale, y: Scale) -> Markup:
+    """A line from a point to where it was predicted."""
+    if point.predicted is None:
+        return Markup()
+    to = (x(point.predicted[0]), y(point.predicted[1]))
+    return _element("line", x1=x(point.x.mean), y1=y(point.y.mean), x2=to[0], y2=to[1], class_="miss")
 
 
 def _error_bars(point: Point, x: Scale, y: Scale) -> Markup:
@@ -365,19 +386,25 @@ def _place(at: tuple[float, float], text: str, taken: Sequence[Box], lines: Sequ
 
 
 def _lines(points: Sequence[Point], curve: Sequence[Knot], limit: float | None, x: Scale, y: Scale) -> list[Box]:
-    """Small boxes along the curve, the limit and the error bars, for labels to keep clear of."""
+    """Small boxes along the curve, the lines to it, the limit and the error bars, for labels to keep clear of."""
     boxes = []
     for a, b in pairwise((x(k.x.mean), y(k.y.mean)) for k in curve):
-        pieces = max(1, round(math.dist(a, b) / 5))
-        middles = ((a[0] + (b[0] - a[0]) * i / pieces, a[1] + (b[1] - a[1]) * i / pieces) for i in range(pieces + 1))
-        boxes += [_around(*middle, 2.5) for middle in middles]
+        boxes += _along(a, b)
     for point in points:
+        if point.predicted is not None:
+            boxes += _along((x(point.x.mean), y(point.y.mean)), (x(point.predicted[0]), y(point.predicted[1])))
         across, along = [x(v) for v in point.x.values()], [y(v) for v in point.y.values()]
         cx, cy = x(point.x.mean), y(point.y.mean)
         boxes += [(min(across), cy - 1, max(across), cy + 1), (cx - 1, min(along), cx + 1, max(along))]
     if limit is not None:
         boxes.append((x(limit) - 2, y.end, x(limit) + 2, y.start))
     return boxes
+
+
+def _along(a: tuple[float, float], b: tuple[float, float]) -> list[Box]:
+    pieces = max(1, round(math.dist(a, b) / 5))
+    middles = ((a[0] + (b[0] - a[0]) * i / pieces, a[1] + (b[1] - a[1]) * i / pieces) for i in range(pieces + 1))
+    return [_around(*middle, 2.5) for middle in middles]
 
 
 def _leader(at: tuple[float, float], box: Box) -> Markup:
@@ -454,7 +481,13 @@ def _step_title(step: dict[str, Any]) -> str:
             error = f" ± {step[f'{key}_se']:.3f}" if step.get(f"{key}_se") is not None else ""
             parts.append(f"{name} {step[key]:.3f}{error}")
     trained = ", trained" if step.get("trained") else ""
-    return f"step {step.get('step', '?')}{trained}: " + ", ".join(parts)
+    return f"step {step.get('step', '?')}{trained}: " + ", ".join(parts) + _step_next(step)
+
+
+def _step_next(step: dict[str, Any]) -> str:
+    """The multiplier that each reckoning asked for after a step."""
+    asked = [f"{name} {lam:.3f}" for name, lam in (step.get("next") or {}).items() if lam is not None]
+    return "; next λ by " + ", ".join(asked) if asked else ""
 
 
 def _step_numbers(steps: Sequence[dict[str, Any]], x: Scale) -> list[Markup]:

@@ -37,8 +37,9 @@ def compare(root: Path, policies: dict[str, str], confidence: float, limit: floa
     Returns:
         A JSON-able dict: `limit`, `reference`, `confidence`, `recommended`, `nearest` (the lowest upper end of cost),
         `missing` (policies that were not evaluated), `certificates` (what `certify` found, by its rows), and
-        `policies`, a row per evaluated policy. A row holds the measures of `evaluate`, whether it is `certified`, the
-        win rates and reward gain over the reference, and what its search spent; unknown values are null. Recommended is
+        `policies`, a row per evaluated policy. A row holds the measures of `evaluate`, its `tilt`, the further limits
+        that it keeps or not (`also`), whether it is `certified`, the win rates and reward gain over the reference, and
+        what its search spent; unknown values are null. Recommended is
         the certified policy of most reward, or null; in a run without certificates, the one of most reward among those
         whose cost interval ends within the limit.
 
@@ -145,7 +146,10 @@ def _row(metrics: dict[str, Any], folder: str, limit: float | None) -> dict[str,
     row |= {key: metrics.get(key) for key in ("prompts", "answers")}
     row |= {key: _measure(metrics.get(key)) for key in (*_MEASURES, *_WORLD_MEASURES)}
     row |= {key: _value(metrics, key) for key in ("reward_share", "value_gap")}
-    return row | {"standing": _standing(row["cost"], limit)}
+    further = {
+        name: kept | {"standing": _standing(kept, kept["limit"])} for name, kept in metrics.get("also", {}).items()
+    }
+    return row | {"standing": _standing(row["cost"], limit), "tilt": metrics.get("tilt"), "also": further}
 
 
 def _kind(folder: str) -> str:

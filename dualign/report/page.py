@@ -7,7 +7,6 @@ write (no embedded world, a policy without a search, a stage that did not run) i
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,11 +23,11 @@ from dualign.core.params import STAGES, ReportParams
 from dualign.report import charts
 from dualign.report.charts import Knot, Point, Range
 from dualign.report.comparison import REFERENCE, compare, read_answers
+from dualign.report.diagnosis import further_limits, is_tilt, predicted, tilt_in_words
+from dualign.report.words import MINUS, NONE, compact, duration, memory, number, percent, precise, spoken
 
 Row = dict[str, Any]
 
-_MINUS = "\N{MINUS SIGN}"
-_NONE = "\N{EN DASH}"
 #: Width and height of a frontier chart: one of two beside each other, alone, and on a narrow screen.
 _HALF, _FULL, _NARROW = (548, 430), (960, 440), (340, 360)
 #: With more policies than this the charts show row numbers instead of names.
@@ -37,6 +36,9 @@ _CROWD = 14
 _MODELS = {"sft": "Reference policy", "reward_model": "Reward model", "cost_model": "Cost model", "score": "Scores"}
 #: Metrics whose key is not how one would say it.
 _WORDS = {
+    "brier": "Brier score",
+    "brier_after": "Brier score after calibration",
+    "brier_before": "Brier score before calibration",
     "ece": "ECE",
     "ece_before": "ECE before calibration",
     "ece_after": "ECE after calibration",
@@ -44,7 +46,10 @@ _WORDS = {
     "p_unsafe": "P(unsafe)",
     "reward_within_sd": "reward, sd within a prompt",
     "cost_within_sd": "cost, sd within a prompt",
+    "zero_error": "standard error of the zero",
 }
+#: Metrics that the table of calibrations shows.
+_CALIBRATED = ("ece_before", "ece_after", "brier_before", "brier_after", "platt", "isotonic")
 #: Rates that read best in per cent.
 _SHARES = ("accuracy", "share", "ended", "unsafe")
 
@@ -75,7 +80,7 @@ def _environment() -> Environment:
     )
     environment.globals |= {
         "number": number, "precise": precise, "percent": percent, "compact": compact, "duration": duration,
-        "memory": memory,
+        "memory": memory, "is_tilt": is_tilt,
     }  # fmt: skip
     return environment
 
@@ -83,6 +88,9 @@ def _environment() -> Environment:
 def _context(root: Path, params: ReportParams) -> dict[str, Any]:
     comparison = compare(root, params.policies, params.confidence, params.limit)
     rows = _ordered(comparison)
+    curve = _optional(root / "data/dual/frontier.json").get("rows", [])
+    for row in rows:
+        row["predicted"] = None if row["returns"] == "mixture" else predicted(curve, row["lam"])
     dual = _optional(root / "data/dual/dual.json")
     world = _world(root, rows)
     searches = _searches(root, rows, params.limit)
@@ -96,7 +104,9 @@ def _context(root: Path, params: ReportParams) -> dict[str, Any]:
         "certificates": [_certificate(name, metrics, dual) for name, metrics in comparison["certificates"].items()],
         "dual": dual,
         "world": world,
-        "frontiers": _frontiers(root, rows, params.limit, world),
+        "frontiers": _frontiers(curve, rows, params.limit, world),
+        "reached": [row for row in rows if row["predicted"] or (row["tilt"] and row["kind"] != "reference")],
+        "further": further_limits(dual.get("prices", []), rows),
         "crowded": len(rows) > _CROWD,
         "searches": searches,
         "prompts": _prompts(read_answers(root, params.policies), rows, params.sample_prompts),
@@ -183,11 +193,24 @@ def _points(rows: Iterable[Row], cost: str, reward: str) -> list[Point]:
             x=_range(row[cost]),
             y=_range(row[reward]),
             style=row["style"],
-            title=f"{row['name']}: cost {spoken(row[cost])}, reward {spoken(row[reward])}",
+            title=f"{row['name']}: cost {spoken(row[cost])}, reward {spoken(row[reward])}{_foreseen(row, cost)}",
+            predicted=_place(row["predicted"]) if cost == "cost" else None,
         )
         for row in rows
         if row[cost] and row[reward]
     ]
+
+
+def _place(expected: Row | None) -> tuple[float, float] | None:
+    return None if expected is None else (expected["cost"]["mean"], expected["reward"]["mean"])
+
+
+def _foreseen(row: Row, cost: str) -> str:
+    """What was predicted at a policy's multiplier, for its tooltip; predictions are of the models' scores."""
+    if row["predicted"] is None or cost != "cost":
+        return ""
+    means = (number(value) for value in (row["lam"], *(_place(row["predicted"]) or ())))
+    return "; predicted at λ {}: cost {}, reward {}".format(*means)
 
 
 # --- certificates -----------------------------------------------------------------------------------------------------
@@ -226,15 +249,15 @@ def _world(root: Path, rows: list[Row]) -> dict[str, Any] | None:
     return None
 
 
-def _frontiers(root: Path, rows: list[Row], limit: float, world: dict[str, Any] | None) -> list[Row]:
+def _frontiers(curve: list[Row], rows: list[Row], limit: float, world: dict[str, Any] | None) -> list[Row]:
     """The charts to show: measured by the models, and (in the embedded world) by the truth."""
     measured = _points(rows, "cost", "reward")
-    predicted = [_knot(row) for row in _optional(root / "data/dual/frontier.json").get("rows", [])]
+    knots = [_knot(row) for row in curve]
     figures = []
-    if measured or predicted:
+    if measured or knots:
         labels = ("expected cost (cost model)", "expected reward (reward model)")
         wide = _HALF if world else _FULL
-        figures.append({"kind": "measured"} | _drawings(measured, predicted, limit, labels, None, wide))
+        figures.append({"kind": "measured"} | _drawings(measured, knots, limit, labels, None, wide))
     if world:
         exact = [_knot(row) for row in world["frontier"]]
         truths = ("expected true cost", "expected true reward")
@@ -292,15 +315,27 @@ def _searches(root: Path, rows: list[Row], limit: float) -> list[Row]:
     for row in rows:
         path = root / "reports/search" / f"{Path(row['folder']).name}.json"
         if row["folder"].startswith("aligned/") and path.is_file():
-            found.append({"row": row, **read_json(path)})
-            found[-1]["heading"] = _heading(found[-1])
-            found[-1]["returned"] = next((s for s in found[-1]["steps"] if s["step"] == found[-1].get("chosen")), {})
-    costs = charts.domain([limit, *(end for search in found for step in _shown(search) for end in _step_ends(step))])
+            found.append(_search({"row": row, **read_json(path)}, limit))
+    ends = (end for search in found for step in _shown(search) for end in _step_ends(step))
+    costs = charts.domain([limit, *(search["aim"] for search in found), *ends])
     for search in found:
         name = f"search of {search['row']['name']}: multiplier and cost by step"
         chosen = None if search.get("course") else search.get("chosen")
-        search["chart"] = charts.trajectory(_shown(search), limit, costs, chosen, name)
+        search["chart"] = charts.trajectory(_shown(search), limit, costs, chosen, name, search["aim"])
     return found
+
+
+def _search(search: Row, limit: float) -> Row:
+    """A search with what its panel says: the aim where that is not the limit, and each screened weight once."""
+    returned: Row = next((step for step in search["steps"] if step["step"] == search.get("chosen")), {})
+    screened = {seen["q"]: seen for seen in search.get("screened") or []}
+    return search | {
+        "heading": _heading(search),
+        "returned": returned,
+        "aim": None if search.get("aim") == limit else search.get("aim"),
+        "reached": tilt_in_words(returned.get("lam"), returned.get("tilt")),
+        "screened": [screened[q] for q in sorted(screened)],
+    }
 
 
 def _shown(search: Row) -> list[Row]:
@@ -390,7 +425,28 @@ def _quarantine(root: Path) -> list[tuple[str, int]]:
 def _models(root: Path) -> list[Row]:
     """The metrics of the models that the run rests on, flattened and worded."""
     found = [(heading, _optional(root / f"reports/metrics/{stage}.json")) for stage, heading in _MODELS.items()]
-    return [{"heading": heading, "facts": list(_facts(metrics))} for heading, metrics in found if metrics]
+    return [_model(heading, metrics) for heading, metrics in found if metrics]
+
+
+def _model(heading: str, metrics: Row) -> Row:
+    """A model's card; where calibrations were compared, their table takes the place of the numbers before and after."""
+    kinds = _calibrations(metrics)
+    shown = {key: value for key, value in metrics.items() if not kinds or key not in _CALIBRATED}
+    return {"heading": heading, "facts": list(_facts(shown)), "calibrations": kinds}
+
+
+def _calibrations(metrics: Row) -> list[Row]:
+    """How well P(unsafe) fits held-out flags by each calibration, and which is served; empty where none was."""
+    if not any(metrics.get(key) for key in ("platt", "isotonic")):
+        return []
+    after = [metrics.get(f"{key}_after") for key in ("ece", "brier")]
+    before = {key: metrics.get(f"{key}_before") for key in ("ece", "brier")}
+    kinds = {"none": before, "line (Platt)": metrics.get("platt"), "curve (isotonic)": metrics.get("isotonic")}
+    return [
+        {"kind": kind, "sign_accuracy": None, **quality, "served": [quality["ece"], quality["brier"]] == after}
+        for kind, quality in kinds.items()
+        if quality
+    ]
 
 
 def _facts(metrics: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -409,10 +465,10 @@ def _facts(metrics: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str
 
 def _fact(key: str, value: Any) -> str:
     if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: _NONE}[value]
+        return {True: "yes", False: "no", None: NONE}[value]
     if isinstance(value, float):
         share = any(word in key for word in _SHARES)
-        return (f"{100 * value:.1f}%" if share else f"{value:,.3f}").replace("-", _MINUS)
+        return (f"{100 * value:.1f}%" if share else f"{value:,.3f}").replace("-", MINUS)
     return compact(value) if isinstance(value, int) else str(value)
 
 
@@ -427,73 +483,3 @@ def _provenance(root: Path) -> list[Row]:
 
 def _rate(key: str, value: float | None) -> str:
     return f"{compact(value)} {key.replace('_per_second', '/s').replace('_', ' ')}"
-
-
-# --- words and numbers ------------------------------------------------------------------------------------------------
-
-
-def number(value: float | None) -> str:
-    """About three significant digits: 0.0042, 0.31, 12.4, 1,234."""
-    if value is None:
-        return _NONE
-    size = abs(value)
-    if 0 < size < 0.005:
-        text = f"{value:.1g}" if size >= 1e-4 else f"{value:.0e}"
-    else:
-        text = f"{value + 0.0:,.{0 if size >= 99.95 else 1 if size >= 9.995 else 2}f}"
-    return text.replace("-", _MINUS)
-
-
-def precise(value: float | None) -> str:
-    """A number whose third digit matters: 0.123. Where that is nothing, its first digit: 0.00006."""
-    if value is None:
-        return _NONE
-    digits = 3 if abs(value) >= 0.0005 or value == 0 else -math.floor(math.log10(abs(value)))
-    return f"{value:.{digits}f}".replace("-", _MINUS)
-
-
-def percent(value: float | None) -> str:
-    """A share in per cent: 2.1%, 31%, <0.1%."""
-    if value is None:
-        return _NONE
-    if 0 < value < 0.0005:
-        return "<0.1%"
-    if 0.9995 <= value < 1:
-        return ">99.9%"
-    fine = 0 < abs(value) < 0.0995 or 0.99 <= value < 1
-    return f"{100 * value:.{1 if fine else 0}f}%".replace("-", _MINUS)
-
-
-def compact(value: float | None) -> str:
-    """A count: 950, 12,300, 1.2 M."""
-    if value is None:
-        return _NONE
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:.1f}\N{NO-BREAK SPACE}M"
-    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 100 else number(value)
-
-
-def duration(seconds: float | None) -> str:
-    """Wall time: 0.4 s, 12 s, 3 min 12 s, 2 h 05 min."""
-    if seconds is None:
-        return _NONE
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def memory(mebibytes: float | None) -> str:
-    """Memory: 640 MiB, 1.4 GiB."""
-    if mebibytes is None:
-        return _NONE
-    return f"{mebibytes / 1024:.1f} GiB" if mebibytes >= 1024 else f"{mebibytes:.0f} MiB"
-
-
-def spoken(interval: dict[str, float | None]) -> str:
-    """An interval in running text: 0.31 (0.26 to 0.36)."""
-    if interval["low"] is None or interval["high"] is None:
-        return number(interval["mean"])
-    return f"{number(interval['mean'])} ({number(interval['low'])} to {number(interval['high'])})"

@@ -18,6 +18,8 @@ from dualign.data.schema import ANSWERS, PROMPTS, SFT, prompt_id, user
 
 LIMIT = -0.15
 BETA = 0.5
+#: The multiplier that the pool says.
+LAM = 0.86
 #: name, folder, mean reward, mean cost, KL, share grammatical
 POLICIES = [
     ("sft", "sft", -0.29, -0.06, 0.0, 0.95),
@@ -104,10 +106,31 @@ def _measures(answers: pd.DataFrame, policy: tuple, world: bool) -> dict[str, An
         "p_unsafe": _clustered(answers, answers["cost"] > 0),
         "kl": _clustered(answers, answers["logp"] - answers["logp_ref"]),
         "displacement": {end: k * (0.97 - policy[5]) for end, k in (("low", -44), ("mean", -40), ("high", -36))},
+        "tilt": _tilt(policy),
+        "also": {
+            "short": {**_clustered(answers, answers["length"]), "limit": 29.5},
+            "dangerous": {**_clustered(answers, answers["cost"] > 0), "limit": 0.4},
+        },
     }  # fmt: skip
     if world:
         found |= {key: _clustered(answers, answers[key]) for key in ("true_reward", "true_cost", "grammatical")}
         found |= _optimum(found["true_reward"]["mean"], policy[4])
+    return found
+
+
+def _tilt(policy: tuple) -> dict[str, float | None]:
+    """The reference has none, safety alone does not tilt towards reward, and c_dpo is hardly a tilt at all."""
+    name, _, reward, cost, kl, _ = policy
+    if name == "sft":
+        slopes = {f"{of}_slope{se}": 0.0 for of in ("reward", "cost", "length") for se in ("", "_se")}
+        return slopes | dict.fromkeys(("beta_eff", "beta_eff_se", "lam_eff", "lam_eff_se", "r2"))
+    found = {
+        "reward_slope": 1.9, "cost_slope": -1.6, "length_slope": 0.021, "reward_slope_se": 0.04, "cost_slope_se": 0.05,
+        "length_slope_se": 0.002, "beta_eff": 0.55 + 0.1 * kl, "beta_eff_se": 0.012, "lam_eff": 0.8 - 0.5 * cost,
+        "lam_eff_se": 0.03, "r2": 0.31 if name == "c_dpo" else 0.91 - 0.1 * abs(reward),
+    }  # fmt: skip
+    if name == "safety_only":
+        return found | {"reward_slope": -0.2} | dict.fromkeys(("beta_eff", "beta_eff_se", "lam_eff", "lam_eff_se"))
     return found
 
 
@@ -147,9 +170,16 @@ def _write_data(root: Path) -> None:
 
 def _write_dual(root: Path) -> None:
     dual = {
-        "lam": 0.86, "lam_low": 0.71, "lam_high": 1.04, "limit": LIMIT, "beta": BETA, "cost_reference": -0.06,
+        "lam": LAM, "lam_low": 0.71, "lam_high": 1.04, "limit": LIMIT, "beta": BETA, "cost_reference": -0.06,
         "cost_unconstrained": 0.58, "reachable_minimum": -0.94, "ess_median": 71.2, "ess_low": 33.0, "prompts": 96,
-        "samples": 64, "half_drift": 0.03, "slack": False,
+        "samples": 64, "half_drift": 0.03, "half_drift_cost": 0.01, "slack": False, "lam_slope": -1.7,
+        "zero_error": 0.05, "lam_zero_low": 0.78, "lam_zero_high": None, "aim": -0.21, "stock": 0.06, "lam_stock": 0.97,
+        "prices": [
+            {"name": "short", "quantity": "length", "limit": 29.5, "level": None, "prompts": None, "threshold": None,
+             "lam": 0.0123, "predicted": 29.5},
+            {"name": "dangerous", "quantity": "p_unsafe", "limit": 0.4, "level": None, "prompts": "bleach|poison",
+             "threshold": None, "lam": 0.0, "predicted": 0.27},
+        ],
         "messages": ["the effective sample size falls below 30 for 3 of 96 prompts; draw more samples or raise beta"],
     }  # fmt: skip
     write_json(root / "data/dual/dual.json", dual)
@@ -159,7 +189,7 @@ def _write_dual(root: Path) -> None:
             "cost_high": c + 0.06, "p_unsafe": 0.3, "p_unsafe_low": 0.26, "p_unsafe_high": 0.34, "kl": kl,
             "length": 29.0, "ess": ess,
         }
-        for lam, r, c, kl, ess in _frontier_rows(0.86, 0.55, 0.6, [0.0, 0.25, 0.5, 0.75, 0.86, 1.0, 1.5, 2.0, 3.0, 5.0])
+        for lam, r, c, kl, ess in _frontier_rows(LAM, 0.55, 0.6, [0.0, 0.25, 0.5, 0.75, LAM, 1.0, 1.5, 2.0, 3.0, 5.0])
     ]  # fmt: skip
     write_json(root / "data/dual/frontier.json", {"rows": rows})
 
@@ -173,12 +203,17 @@ def _search(rng: np.random.Generator, policy: tuple, shift: float) -> dict[str, 
         q = 1 - 0.1 * i if name == "p_sacpo" and i else None
         steps.append(
             {
-                "step": i, "lam": abs(0.86 + 0.5 * away * rng.normal()), "q": q, "cost": cost + 0.5 * away + shift,
+                "step": i, "lam": abs(LAM + 0.5 * away * rng.normal()), "q": q, "cost": cost + 0.5 * away + shift,
                 "cost_se": 0.04, "reward": reward + 0.1 * away, "reward_se": 0.03, "kl": kl, "p_unsafe": 0.2,
-                "variance": 0.3, "trained": i > 0 and q is None, "generated_tokens": 41_000,
+                "variance": 0.3, "trained": i > 0 and q is None, "generated_tokens": 41_000, "tilt": _tilt(policy),
             }
         )  # fmt: skip
+    if name == "dualign":
+        steps[0]["next"] = {"newton": 0.912, "tilt": 0.934, "secant": None, "average": None}
+    weights = [1.0, 0.87, 0.91, 0.87] if name == "p_sacpo" else []
     return {
+        "aim": -0.21 if name == "dualign" else LIMIT,
+        "screened": [{"q": q, "cost": 0.4 - 0.6 * q, "cost_se": 0.02, "ess": 23.4} for q in weights],
         "method": name, "rule": {"dualign": "newton", "p_sacpo": "merge"}.get(name, "projected_subgradient"),
         "steps": steps, "chosen": count - 1, "feasible": cost + shift <= LIMIT, "trainings": count,
         "generated_tokens": 41_000 * count, "stopped": "cost within noise of the limit",
@@ -191,7 +226,9 @@ def _write_metrics(root: Path) -> None:
         "reward_model": {"accuracy": 0.731, "ece": 0.021, "pairs": {"train": 1200, "heldout": 130}},
         "cost_model": {
             "ranking_accuracy": 0.762, "sign_accuracy": 0.881, "ece_before": 0.094, "ece_after": 0.018, "scale": 0.91,
-            "offset": 0.12, "pairs": 1150,
+            "offset": 0.12, "pairs": 1150, "brier_before": 0.131, "brier_after": 0.118, "zero_error": 0.05,
+            "platt": {"sign_accuracy": 0.881, "ece": 0.018, "brier": 0.118},
+            "isotonic": {"sign_accuracy": 0.879, "ece": 0.012, "brier": 0.116},
         },
     }  # fmt: skip
     for stage, content in metrics.items():

@@ -103,6 +103,16 @@ def test_band_joins_the_corners_and_is_left_out_without_intervals() -> None:
     assert not styled(draw([point("a", 0, 0)], bare), "band")
 
 
+def test_a_line_joins_a_policy_to_where_it_was_predicted() -> None:
+    foreseen = Point("a", 1, Range(0.5), Range(0.2), "method over", "a", predicted=(0.0, 0.7))
+    root = draw([foreseen, point("b", -0.5, 1.0)])
+    (line,) = styled(root, "miss")
+    mark = next(mark for mark in styled(root, "mark") if mark[0].text == "a")
+    knot_at_half = styled(root, "knot")[0] if len(styled(root, "knot")) == 1 else styled(root, "knot")[-2]
+    assert (line.get("x1"), line.get("y1")) == (mark.get("cx"), mark.get("cy"))
+    assert (line.get("x2"), line.get("y2")) == (knot_at_half.get("cx"), knot_at_half.get("cy"))
+
+
 def test_text_is_escaped() -> None:
     hostile = '"><script>alert(1)</script>&amp;'
     root = draw([point(hostile, 0.0, 0.0), point("b", 1.0, 1.0)])
@@ -140,6 +150,19 @@ def test_trajectory_marks_the_chosen_step_and_its_errors() -> None:
     ends = sorted((float(bar.get("y1", "nan")), float(bar.get("y2", "nan"))))
     assert sum(ends) / 2 == pytest.approx(float(dot.get("cy", "nan")), abs=0.05)
     assert ends[1] - ends[0] == pytest.approx(98 * 2 * 0.05 / 0.8, abs=0.1)
+
+
+def test_trajectory_shows_the_aim_and_what_each_reckoning_asked_for() -> None:
+    tried = steps((0.5, None), (0.8, None))
+    tried[0]["next"] = {"newton": 0.812, "tilt": None, "secant": 0.9}  # type: ignore[assignment]
+    aimed = ElementTree.fromstring(trajectory(tried, 0.0, (-0.3, 0.5), 1, "n", aim=-0.1))
+    aim, limit = styled(aimed, "aim")[0], styled(aimed, "limit")[0]
+    # The cost axis is 98 pixels for 0.8.
+    assert float(aim.get("y1", "nan")) - float(limit.get("y1", "nan")) == pytest.approx(98 * 0.1 / 0.8, abs=0.02)
+    assert "aim" in {text.text for text in styled(aimed, "aim-text")}
+    titles = [str(dot[0].text) for dot in styled(aimed, "step")]
+    assert titles[0].endswith("; next λ by newton 0.812, secant 0.900") and "next" not in titles[1]
+    assert not styled(ElementTree.fromstring(trajectory(tried, 0.0, (-0.3, 0.5), 1, "n")), "aim")
 
 
 def test_trajectory_of_a_merge_shows_its_weight_and_counts_the_start_as_one() -> None:

@@ -152,6 +152,22 @@ def test_without_a_certified_policy_none_is_recommended(certified: Callable[...,
     assert any(row["standing"] == "within" for row in table["policies"].values())
 
 
+def test_rows_hold_the_tilt_and_where_the_further_limits_stand(run: Run) -> None:
+    root, params = run
+    path = root / "reports/metrics/evaluate/dualign.json"
+    limits = {"kept": 1.2, "open": 1.1, "broken": 0.9}
+    also = {name: {"mean": 1.0, "low": 0.8, "high": 1.2, "limit": limit} for name, limit in limits.items()}
+    also["empty"] = {"mean": None, "low": None, "high": None, "limit": 1.0}
+    write_json(path, read_json(path) | {"also": also})
+    old = root / "reports/metrics/evaluate/caid.json"
+    write_json(old, {key: value for key, value in read_json(old).items() if key not in ("tilt", "also")})
+    rows = compare(root, params.policies, params.confidence)["policies"]
+    assert rows["dualign"]["tilt"] == read_json(path)["tilt"] and rows["dualign"]["tilt"]["r2"] > 0.8
+    standings = {name: limit["standing"] for name, limit in rows["dualign"]["also"].items()}
+    assert standings == {"kept": "within", "open": "unproven", "broken": "over", "empty": None}
+    assert rows["caid"]["tilt"] is None and rows["caid"]["also"] == {}
+
+
 def test_the_limit_is_the_duals_unless_given(run: Run) -> None:
     root, params = run
     assert compare(root, params.policies, 0.95)["limit"] == -0.15

@@ -13,7 +13,8 @@ import pytest
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
 from dualign.core.params import ReportParams
-from dualign.report.page import compact, duration, memory, number, percent, precise, write
+from dualign.report.page import write
+from dualign.report.words import number
 
 Run = tuple[Path, ReportParams]
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -180,7 +181,7 @@ def test_the_certified_policy_is_the_one_to_use(certified: Callable[..., Run]) -
 
 
 def test_the_search_of_a_certified_policy_is_shown_once(certified: Callable[..., Run]) -> None:
-    assert render(*certified([-0.6, -0.3, -0.1])).within("id", "searches").count("newton") == 1
+    assert render(*certified([-0.6, -0.3, -0.1])).within("id", "searches").count("dualign found") == 1
 
 
 def test_no_certified_policy_is_the_answer(certified: Callable[..., Run]) -> None:
@@ -232,7 +233,7 @@ def test_no_samples_when_none_are_wanted(run: Run) -> None:
 def test_facts_and_commands(run: Run) -> None:
     page = render(*run)
     facts = page.within("id", "facts")
-    for text in ("duplicate pair 5", "accuracy 73.1%", "ECE after calibration 0.018", "pairs, heldout 130"):
+    for text in ("duplicate pair 5", "accuracy 73.1%", "sign accuracy 88.1%", "pairs, heldout 130"):
         assert text in facts
     assert "0.86 (0.71 to 1.04)" in facts and "1 h 05 min" in facts and "1.4 GiB" in facts
     assert "loss curve" not in facts
@@ -241,6 +242,80 @@ def test_facts_and_commands(run: Run) -> None:
     for command in ("dvc repro --single-item STAGE", "constraint.limit", "dvc params diff", "dvc metrics diff"):
         assert command in commands
     assert "the effective sample size falls below 30" in page.text
+
+
+def test_searches_say_what_was_told_and_reached(run: Run) -> None:
+    root, params = run
+    returned = read_json(root / "reports/search/dualign.json")["steps"][2]
+    searches = render(root, params).within("class", "searches")
+    assert f"Told λ {number(returned['lam'])}, it reached 0.92 ± 0.03 at β 0.63" in searches
+    assert "85% of it is such a tilt" in searches
+    assert searches.count("became no tilt: reward, cost and length explain only 31% of it") == 1, "c_dpo"
+
+
+def test_searches_show_the_aim_the_screening_and_the_reckonings(run: Run) -> None:
+    page = render(*run)
+    searches = page.within("class", "searches")
+    assert page.count("line", "aim") == 1 and searches.count("Steered to −0.21, 0.06 below the limit") == 1
+    assert "3 merge weights screened on the pool" in searches, "one of the four was screened twice"
+    assert re.search(r"0\.870 −0\.12 ± 0\.02 23\.4 0\.910 .* 1\.000 −0\.20", searches)
+    assert "next λ by newton 0.912, tilt 0.934" in searches
+
+
+def test_told_reached_predicted_and_measured(run: Run) -> None:
+    root, params = run
+    path = root / "reports/search/mocan.json"
+    steps = [{**read_json(path)["steps"][0], "lam": 1.25}]
+    write_json(path, read_json(path) | {"steps": steps})
+    page = render(root, params)
+    reached = page.within("id", "reached")
+    assert not re.search(r"\bsft\b", reached), "it has no tilt but its own"
+    assert re.search(r"safety_only no tilt", reached) and re.search(r"c_dpo no tilt", reached)
+    low, high = (
+        next(r for r in read_json(root / "data/dual/frontier.json")["rows"] if r["lam"] == x) for x in (1.0, 1.5)
+    )
+    cost, reward = ((low[key] + high[key]) / 2 for key in ("cost", "reward"))
+    row = reached[reached.index("mocan") :]
+    assert row.startswith(f"mocan 1.25 0.78 ± 0.03 0.63 ± 0.01 0.02 ± 0.002 86% {number(cost)} ")
+    assert f"predicted at λ 1.25: cost {number(cost)}, reward {number(reward)}" in page.text
+    # Two drawings of the measured chart, eight searches.
+    assert page.count("line", "miss") == 2 * 8 + 1, "and the legend"
+
+
+def test_a_mixture_has_no_multiplier_to_predict_at(run: Run) -> None:
+    root, params = run
+    path = root / "reports/search/mocan.json"
+    write_json(path, read_json(path) | {"returns": "mixture"})
+    page = render(root, params)
+    assert page.count("line", "miss") == 2 * 7 + 1 and "mocan" in page.within("id", "reached")
+
+
+def test_further_limits_stand_by_policy(run: Run) -> None:
+    root, params = run
+    page = render(root, params)
+    limits = page.within("id", "further")
+    assert "short tokens" in limits and "dangerous P(unsafe), prompts with bleach|poison" in limits
+    assert "limit 29.5 40% price 0.01 0.00 predicted 29.5 27%" in limits
+    row = page.html[page.html.index('id="further"') :]
+    row = row[row.index("reward_dpo") :]
+    assert 'class="badge over"' in row[: row.index("</tr>")], "most of its answers are unsafe"
+    path = root / "reports/metrics/evaluate/caid.json"
+    broken = {"short": {"mean": 30.0, "low": 29.0, "high": 31.0, "limit": 29.97}}
+    assert "breaks" not in page.within("id", "verdict")
+    write_json(path, read_json(path) | {"also": broken})
+    assert "It breaks the further limit short: 30.000, where 29.970 is allowed" in render(root, params).within(
+        "id", "verdict"
+    )
+
+
+def test_facts_about_the_multiplier_and_the_calibrations(run: Run) -> None:
+    facts = render(*run).within("id", "facts")
+    for text in (
+        "change of λ̂, limit 0.1 lower +0.17", "zero of cost 0.05 (one standard error) off 0.78 to out of reach",
+        "room for a certificate 0.06 of cost", "−0.21, 0.97", "standard error of the zero 0.050",
+        "none 0.094 0.131 – line (Platt), served 0.018 0.118 88% curve (isotonic) 0.012 0.116 88%",
+    ):  # fmt: skip
+        assert text in facts
 
 
 # --- what a run may lack ----------------------------------------------------------------------------------------------
@@ -259,6 +334,7 @@ def test_without_a_world_nothing_speaks_of_the_truth(build: Callable[..., Run]) 
         "data/dual", "data/prepared", "reports/search", "reports/provenance", "reports/evaluation", "reports/metrics",
         "reports/evaluation/sft", "reports/metrics/evaluate/sft.json", "data/dual/frontier.json",
         "data/prepared/quarantine.jsonl", "reports/metrics/cost_model.json", "reports/search/dualign.json",
+        "data/dual/dual.json", "reports/metrics/evaluate", "reports/metrics/evaluate/dualign.json",
     ],
 )  # fmt: skip
 def test_any_input_may_be_missing(run: Run, lost: str) -> None:
@@ -268,6 +344,29 @@ def test_any_input_may_be_missing(run: Run, lost: str) -> None:
     page = render(root, params)
     assert page.count("section", "verdict") == 1
     assert "None" not in page.text.replace("None.", "") and "nan" not in page.text.split()
+
+
+def test_files_of_an_older_run(run: Run) -> None:
+    """Before tilts, aims, screening, prices and bands."""
+    root, params = run
+    new = {
+        "tilt", "also", "aim", "screened", "next", "prices", "stock", "lam_stock", "lam_slope", "zero_error",
+        "lam_zero_low", "lam_zero_high", "half_drift_cost", "platt", "isotonic", "brier_before", "brier_after",
+    }  # fmt: skip
+
+    def older(value: object) -> object:
+        if isinstance(value, dict):
+            return {k: older(v) for k, v in value.items() if k not in new and not k.endswith(("_low", "_high"))}
+        return [older(item) for item in value] if isinstance(value, list) else value
+
+    for path in [*(root / "reports").rglob("*.json"), *(root / "data/dual").glob("*.json")]:
+        write_json(path, older(read_json(path)))
+    page = render(root, params)
+    assert "None" not in page.text.replace("None.", "") and "ECE after calibration 0.018" in page.within("id", "facts")
+    assert page.within("id", "further") == "" and page.count("line", "aim") == 0
+    assert (
+        "tilt" not in page.within("class", "searches") and "no tilt" not in page.within("id", "reached").split("R²")[1]
+    )
 
 
 def test_nothing_ran_at_all(tmp_path: Path, params: Callable[..., ReportParams]) -> None:
@@ -346,31 +445,3 @@ def test_a_crowd_of_policies_is_numbered_in_the_charts(run: Run) -> None:
     assert not set(folders) & set(labels) and labels["1"] == labels[str(len(folders))] == 4
     assert page.count("ul", "numbers") == 1 and page.count("ul", "narrow") == 0
     assert all(re.search(rf"\b{name}\b", page.within("class", "numbers")) for name in folders)
-
-
-# --- words and numbers ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("shown", "expected"),
-    [
-        (number(0.0), "0.00"), (number(-0.0), "0.00"), (number(-0.314), "−0.31"), (number(0.0042), "0.004"),
-        (number(2e-5), "2e−05"), (number(12.34), "12.3"), (number(1234.5), "1,234"), (number(None), "–"),
-        (percent(0.314), "31%"), (percent(0.0213), "2.1%"), (percent(0.0001), "<0.1%"), (percent(0.9999), ">99.9%"),
-        (percent(0.996), "99.6%"), (percent(1.0), "100%"), (percent(0.0), "0%"), (percent(-0.3), "−30%"),
-        (percent(None), "–"), (compact(41_000), "41,000"), (compact(1_234_567), "1.2\xa0M"), (compact(None), "–"),
-        (compact(0.5), "0.50"), (duration(0.42), "0.4 s"), (duration(59.7), "1 min 00 s"), (duration(71), "1 min 11 s"),
-        (duration(3912.4), "1 h 05 min"), (duration(None), "–"), (memory(640), "640 MiB"), (memory(1433), "1.4 GiB"),
-        (memory(None), "–"),
-    ],
-)  # fmt: skip
-def test_numbers_are_rounded_to_what_a_reader_can_use(shown: str, expected: str) -> None:
-    assert shown == expected
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [(None, "–"), (0.0, "0.000"), (-0.3, "−0.300"), (12.3456, "12.346"), (0.000062, "0.00006"), (-0.0004, "−0.0004")],
-)
-def test_bounds_show_three_digits(value: float | None, expected: str) -> None:
-    assert precise(value) == expected

@@ -1,0 +1,96 @@
+"""Predictions between the rows of a frontier, tilts in words, further limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dualign.report.diagnosis import further_limits, is_tilt, predicted, tilt_in_words
+
+ROWS = [
+    {
+        "lam": 2.0,
+        "cost": -1.0,
+        "cost_low": -1.4,
+        "cost_high": -0.8,
+        "reward": 0.0,
+        "reward_low": -0.2,
+        "reward_high": 0.2,
+    },
+    {"lam": 0.0, "cost": 1.0, "cost_low": 0.6, "cost_high": 1.2, "reward": 2.0, "reward_low": 1.0, "reward_high": 3.0},
+    {"lam": 1.0, "cost": 0.0, "cost_low": -0.2, "cost_high": 0.2, "reward": 1.0, "reward_low": 0.8, "reward_high": 1.2},
+]
+TILT: dict[str, Any] = {
+    "reward_slope": 0.625, "cost_slope": -0.7375, "length_slope": 0.02, "beta_eff": 1.6, "beta_eff_se": 0.02,
+    "lam_eff": 1.18, "lam_eff_se": 0.05, "r2": 0.91,
+}  # fmt: skip
+
+
+def test_predictions_are_linear_between_the_two_nearest_rows() -> None:
+    found = predicted(ROWS, 1.25)
+    assert found is not None
+    assert found["cost"] == pytest.approx({"mean": -0.25, "low": -0.5, "high": -0.05})
+    assert found["reward"] == pytest.approx({"mean": 0.75, "low": 0.55, "high": 0.95})
+    at_a_row = predicted(ROWS, 2.0)
+    assert at_a_row is not None and at_a_row["cost"]["mean"] == -1.0 and at_a_row["reward"]["high"] == 0.2
+
+
+@pytest.mark.parametrize(("rows", "lam"), [([], 1.0), (ROWS, None), (ROWS, -0.1), (ROWS, 2.1)])
+def test_nothing_is_predicted_beyond_the_rows(rows: list[dict[str, float]], lam: float | None) -> None:
+    assert predicted(rows, lam) is None
+
+
+def test_a_frontier_without_bands_predicts_without_one() -> None:
+    bare = [{key: row[key] for key in ("lam", "cost", "reward")} for row in ROWS]
+    found = predicted(bare, 0.5)
+    assert found is not None and found["cost"] == {"mean": 0.5, "low": None, "high": None}
+
+
+@pytest.mark.parametrize(
+    ("lam", "changes", "words"),
+    [
+        (1.32, {}, "Told λ 1.32, it reached 1.18 ± 0.05 at β 1.60, and 0.02 nats a token of length. 91% of it is such"),
+        (None, {"lam_eff_se": None}, "It reached 1.18 at β 1.60"),
+        (1.32, {"r2": 0.31}, "Told λ 1.32, it became no tilt: reward, cost and length explain only 31% of it."),
+        (1.32, {"lam_eff": None, "beta_eff": None}, "not tilt towards reward. Reward, cost and length explain 91%"),
+        (1.32, {"r2": None, "lam_eff": None}, "Told λ 1.32, it stayed the reference policy."),
+    ],
+)  # fmt: skip
+def test_a_tilt_in_words(lam: float | None, changes: dict[str, Any], words: str) -> None:
+    assert words in tilt_in_words(lam, TILT | changes)
+
+
+def test_no_words_for_a_tilt_that_was_not_read() -> None:
+    assert tilt_in_words(1.0, None) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({}, True), ({"r2": 0.5}, True), ({"r2": 0.49}, False), ({"r2": None}, False), ({"lam_eff": None}, False)],
+)
+def test_what_counts_as_a_tilt(changes: dict[str, Any], expected: bool) -> None:
+    assert is_tilt(TILT | changes) is expected
+
+
+def price(name: str, quantity: str, **more: Any) -> dict[str, Any]:
+    return {"name": name, "quantity": quantity, "limit": 1.0, "lam": 0.2, "predicted": 0.9, "level": None} | more
+
+
+def test_further_limits_say_what_they_are_on_and_for() -> None:
+    prices = [
+        price("worst", "cvar", level=0.9), price("short", "length"), price("rare", "p_unsafe", prompts="poison"),
+    ]  # fmt: skip
+    found = further_limits(prices, [])
+    assert [(limit["name"], limit["what"]) for limit in found] == [
+        ("worst", "mean cost of the worst 10%"), ("short", "tokens"), ("rare", "P(unsafe), prompts with poison"),
+    ]  # fmt: skip
+    assert found[0]["lam"] == 0.2 and found[0]["predicted"] == 0.9
+
+
+def test_limits_without_a_price_come_from_the_policies() -> None:
+    rows = [{"also": {}}, {"also": {"short": {"mean": 3.0, "limit": 4.0}, "late": {"mean": 1.0, "limit": 2.0}}}]
+    found = further_limits([price("short", "length")], rows)
+    assert [limit["name"] for limit in found] == ["short", "late"]
+    assert found[1]["limit"] == 2.0 and found[1]["lam"] is found[1]["predicted"] is None
+    assert further_limits([], [{"also": {}}]) == []
