@@ -3,11 +3,11 @@
     python -m bench.coverage frontier               # minutes on one core
     python -m bench.coverage frontier --pools 1000
 
-A pool is drawn anew, prompts and answers, and `dualign.dual` predicts E[r], E[c] and P(unsafe) of pi_lambda from it
-with 95 % bands; KL gets one from the same resamples. The truth is that of the population of prompts. The bands know the
-spread between prompts, but not the bias of weights that a prompt's few samples normalise themselves: about the shift
-E_lambda[f] - E_ref[f] over the effective sample size. More prompts narrow the bands around that bias. Beside the
-library's bands stand those of the same estimates with the bias taken out by a jackknife over the samples.
+A pool is drawn anew, prompts and answers, and `dualign.dual` predicts E[r], E[c], P(unsafe) and KL of pi_lambda from it
+with 95 % bands. The truth is that of the population of prompts. The bands know the spread between prompts, but not the
+bias of weights that a prompt's few samples normalise themselves: about the shift E_lambda[f] - E_ref[f] over the
+effective sample size. More prompts narrow the bands around that bias, so the library takes it out by a jackknife over
+the samples (`dual.jackknife_weights`). Beside its bands stand those of the plain estimates.
 """
 
 from __future__ import annotations
@@ -135,30 +135,14 @@ class Finite:
         return {"reward": found["reward"], "cost": found["cost"], "p_unsafe": unsafe, "kl": found["kl"]}
 
 
-# --- one pool: the library's bands, and jackknifed ones ---------------------------------------------------------------
+# --- one pool: the library's bands, and those of the plain estimates --------------------------------------------------
 
 
-def jackknifed(reward: Array, cost: Array, lam: float, beta: float) -> dict[str, Array]:
-    """`dual.predict` and `dual.divergence` with their bias of order 1 / n taken out; each [prompts].
-
-    n f - (n - 1) mean_i f_(-i), f_(-i) the same estimate without sample i (Quenouille, 1956).
-    """
+def plain(reward: Array, cost: Array, lam: float, beta: float) -> dict[str, Array]:
+    """The self-normalised estimates of each quantity; each [prompts]."""
     w = dual.weights(reward, cost, lam, beta)
-    n, rest = w.shape[1], np.maximum(1 - w, 1e-12)
-
-    def corrected(value: Array) -> Array:
-        weighted = w * value
-        whole = weighted.sum(1)
-        return np.asarray(n * whole - (n - 1) * ((whole[:, None] - weighted) / rest).mean(1))
-
-    # The soft value without sample i is V + beta log((1 - w_i) n / (n - 1)).
-    value = dual.soft_value(reward, cost, lam, beta) - (n - 1) * beta * np.log(rest * n / (n - 1)).mean(1)
-    return {
-        "reward": corrected(reward),
-        "cost": corrected(cost),
-        "p_unsafe": corrected(cost > 0),
-        "kl": (corrected(reward - lam * cost) - value) / beta,
-    }
+    each = {name: (w * value).sum(1) for name, value in (("reward", reward), ("cost", cost), ("p_unsafe", cost > 0))}
+    return {**each, "kl": dual.divergence(reward, cost, lam, beta)}
 
 
 def solved(reward: Array, cost: Array, beta: float, rng: np.random.Generator, bootstrap: int) -> dual.DualSolution:
@@ -178,18 +162,17 @@ def band(solution: dual.DualSolution, each: Array) -> tuple[float, float]:
 
 
 def of_pool(solution: dual.DualSolution, lam: float, truth: dict[str, float]) -> dict[str, float]:
-    """Of one pool: ESS, the error of each estimate and whether its band covers the truth, as it is and jackknifed."""
+    """Of one pool: ESS, the error of each estimate and whether its band covers the truth, the library's and plain."""
     (row,) = solution.frontier([lam])
-    own = jackknifed(solution.reward, solution.cost, lam, solution.beta)
     found = {"ess": row["ess"]}
-    for name in _NAMES:
-        if name == "kl":
-            low, high = band(solution, dual.divergence(solution.reward, solution.cost, lam, solution.beta))
-        else:
-            low, high = row[f"{name}_low"], row[f"{name}_high"]
-        found |= {f"{name}_error": row[name] - truth[name], name: float(low <= truth[name] <= high)}
-        low, high = band(solution, own[name])
-        found[f"{name}_jackknifed"] = float(low <= truth[name] <= high)
+    for name, each in plain(solution.reward, solution.cost, lam, solution.beta).items():
+        low, high = band(solution, each)
+        found |= {
+            f"{name}_error": row[name] - truth[name],
+            name: float(row[f"{name}_low"] <= truth[name] <= row[f"{name}_high"]),
+            f"{name}_plain_error": float(each.mean()) - truth[name],
+            f"{name}_plain": float(low <= truth[name] <= high),
+        }
     return found
 
 
@@ -213,7 +196,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
 def pools(
     world: World, beta: float, prompts: int, samples: int, rng: np.random.Generator, settings: Settings
 ) -> list[dict[str, Any]]:
-    """One row for each multiplier: shares of the pools, and the bias of each estimate in units of its spread."""
+    """One row for each multiplier: shares of the pools, and bias and root mean square error of each estimate."""
     truths = {lam: world.truth(lam, beta) for lam in _LAMS}
     found: dict[float, list[dict[str, float]]] = {lam: [] for lam in _LAMS}
     for _ in range(settings.pools):
@@ -225,12 +208,13 @@ def pools(
 
 
 def _shares(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Shares that cover; biases in units of the estimate's standard deviation over pools."""
     shares = {"ess": fmean(each["ess"] for each in found)}
-    for name in _NAMES:
+    for name in (*_NAMES, *(f"{name}_plain" for name in _NAMES)):
         errors = np.array([each[f"{name}_error"] for each in found])
         shares[name] = fmean(each[name] for each in found)
-        shares[f"{name}_jackknifed"] = fmean(each[f"{name}_jackknifed"] for each in found)
         shares[f"{name}_bias"] = float(errors.mean() / max(errors.std(), 1e-12))
+        shares[f"{name}_rms"] = float(np.sqrt((errors**2).mean()))
     return shares
 
 
