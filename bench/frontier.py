@@ -3,11 +3,11 @@
     python -m bench.coverage frontier               # minutes on one core
     python -m bench.coverage frontier --pools 1000
 
-A pool is drawn anew, prompts and answers, and `dualign.dual` predicts E[r], E[c] and P(unsafe) of pi_lambda from it
-with 95 % bands; KL gets one from the same resamples. The truth is that of the population of prompts. The bands know the
-spread between prompts, but not the bias of weights that a prompt's few samples normalise themselves: about the shift
-E_lambda[f] - E_ref[f] over the effective sample size. More prompts narrow the bands around that bias. Beside the
-library's bands stand those of the same estimates with the bias taken out by a jackknife over the samples.
+A pool is drawn anew, prompts and answers, and `dualign.dual` predicts E[r], E[c], P(unsafe) and KL of pi_lambda from it
+with 95 % bands. The truth is that of the population of prompts. The bands know the spread between prompts, but not the
+bias of weights that a prompt's few samples normalise themselves: about the shift E_lambda[f] - E_ref[f] over the
+effective sample size. More prompts narrow the bands around that bias, so the library takes it out by a jackknife over
+the samples (`dual.jackknife_weights`). Beside its bands stand those of the plain estimates.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, Protocol
 
 import numpy as np
@@ -135,30 +135,14 @@ class Finite:
         return {"reward": found["reward"], "cost": found["cost"], "p_unsafe": unsafe, "kl": found["kl"]}
 
 
-# --- one pool: the library's bands, and jackknifed ones ---------------------------------------------------------------
+# --- one pool: the library's bands, and those of the plain estimates --------------------------------------------------
 
 
-def jackknifed(reward: Array, cost: Array, lam: float, beta: float) -> dict[str, Array]:
-    """`dual.predict` and `dual.divergence` with their bias of order 1 / n taken out; each [prompts].
-
-    n f - (n - 1) mean_i f_(-i), f_(-i) the same estimate without sample i (Quenouille, 1956).
-    """
+def plain(reward: Array, cost: Array, lam: float, beta: float) -> dict[str, Array]:
+    """The self-normalised estimates of each quantity; each [prompts]."""
     w = dual.weights(reward, cost, lam, beta)
-    n, rest = w.shape[1], np.maximum(1 - w, 1e-12)
-
-    def corrected(value: Array) -> Array:
-        weighted = w * value
-        whole = weighted.sum(1)
-        return np.asarray(n * whole - (n - 1) * ((whole[:, None] - weighted) / rest).mean(1))
-
-    # The soft value without sample i is V + beta log((1 - w_i) n / (n - 1)).
-    value = dual.soft_value(reward, cost, lam, beta) - (n - 1) * beta * np.log(rest * n / (n - 1)).mean(1)
-    return {
-        "reward": corrected(reward),
-        "cost": corrected(cost),
-        "p_unsafe": corrected(cost > 0),
-        "kl": (corrected(reward - lam * cost) - value) / beta,
-    }
+    each = {name: (w * value).sum(1) for name, value in (("reward", reward), ("cost", cost), ("p_unsafe", cost > 0))}
+    return {**each, "kl": dual.divergence(reward, cost, lam, beta)}
 
 
 def solved(reward: Array, cost: Array, beta: float, rng: np.random.Generator, bootstrap: int) -> dual.DualSolution:
@@ -178,18 +162,17 @@ def band(solution: dual.DualSolution, each: Array) -> tuple[float, float]:
 
 
 def of_pool(solution: dual.DualSolution, lam: float, truth: dict[str, float]) -> dict[str, float]:
-    """Of one pool: ESS, the error of each estimate and whether its band covers the truth, as it is and jackknifed."""
+    """Of one pool: ESS, the error of each estimate and whether its band covers the truth, the library's and plain."""
     (row,) = solution.frontier([lam])
-    own = jackknifed(solution.reward, solution.cost, lam, solution.beta)
     found = {"ess": row["ess"]}
-    for name in _NAMES:
-        if name == "kl":
-            low, high = band(solution, dual.divergence(solution.reward, solution.cost, lam, solution.beta))
-        else:
-            low, high = row[f"{name}_low"], row[f"{name}_high"]
-        found |= {f"{name}_error": row[name] - truth[name], name: float(low <= truth[name] <= high)}
-        low, high = band(solution, own[name])
-        found[f"{name}_jackknifed"] = float(low <= truth[name] <= high)
+    for name, each in plain(solution.reward, solution.cost, lam, solution.beta).items():
+        low, high = band(solution, each)
+        found |= {
+            f"{name}_error": row[name] - truth[name],
+            name: float(row[f"{name}_low"] <= truth[name] <= row[f"{name}_high"]),
+            f"{name}_plain_error": float(each.mean()) - truth[name],
+            f"{name}_plain": float(low <= truth[name] <= high),
+        }
     return found
 
 
@@ -213,7 +196,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
 def pools(
     world: World, beta: float, prompts: int, samples: int, rng: np.random.Generator, settings: Settings
 ) -> list[dict[str, Any]]:
-    """One row for each multiplier: shares of the pools, and the bias of each estimate in units of its spread."""
+    """One row for each multiplier: shares of the pools, and bias and root mean square error of each estimate."""
     truths = {lam: world.truth(lam, beta) for lam in _LAMS}
     found: dict[float, list[dict[str, float]]] = {lam: [] for lam in _LAMS}
     for _ in range(settings.pools):
@@ -225,32 +208,33 @@ def pools(
 
 
 def _shares(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Shares that cover; biases in units of the estimate's standard deviation over pools."""
     shares = {"ess": fmean(each["ess"] for each in found)}
-    for name in _NAMES:
+    for name in (*_NAMES, *(f"{name}_plain" for name in _NAMES)):
         errors = np.array([each[f"{name}_error"] for each in found])
         shares[name] = fmean(each[name] for each in found)
-        shares[f"{name}_jackknifed"] = fmean(each[f"{name}_jackknifed"] for each in found)
         shares[f"{name}_bias"] = float(errors.mean() / max(errors.std(), 1e-12))
+        shares[f"{name}_rms"] = float(np.sqrt((errors**2).mean()))
     return shares
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
 
 _NOTES = """\
-How to read it: the share of pools whose 95 % band covers the truth, as the library gives it / with jackknifed
-estimates, over all rows of a class (the β, samples and λ that lead to its median ESS); in bold below 92 %. *bias* is
-the largest mean error of the reward's or the cost's estimate in units of its standard deviation over pools: at 1 a
-two-sided 95 % band covers 83 %, at 2 it covers 48 %.
+How to read it: the share of pools whose 95 % band covers the truth, as the library gives it / with plain estimates,
+over all rows of a class (the β, samples and λ that lead to its median ESS); in bold below 92 %. *bias* is the largest
+mean error of the reward's or the cost's estimate in units of its standard deviation over pools, the library's / the
+plain one's: at 1 a two-sided 95 % band covers 83 %, at 2 it covers 48 %. *error* is the root mean square error of the
+library's estimates over that of the plain ones: the median over the rows and the four quantities.
 
-- The bands miss by bias, not by width. Weights that a prompt's samples normalise themselves pull every estimate towards
-  the reference, by about its shift over the ESS. The bootstrap over prompts does not see it, and more prompts make it
-  worse: the band narrows, the bias stays. So ESS 30 is enough for a hundred prompts, not for a thousand.
-- Leaving out one sample at a time takes the bias of order 1 / n out. With ESS 30 and more all four quantities are then
-  covered in about 94 % of the pools; where scores have a bounded range (finite), from an ESS of 10.
-- KL has the largest bias beside its spread over prompts; without the jackknife its band says little at any ESS here.
-- Below an ESS of 30 the library's bands are not to be believed, nor, where scores are unbounded (gaussian), the
-  jackknifed ones: what the tilt leads to lies where a prompt has no samples. The predicted frontier is then short of
-  what the tilt really does, in reward, cost and KL alike."""
+- Plain bands miss by bias, not by width. Weights that a prompt's samples normalise themselves pull every estimate
+  towards the reference, by about its shift over the ESS. The bootstrap over prompts does not see it, and more prompts
+  make it worse: the band narrows, the bias stays. KL has the largest bias beside its spread over prompts.
+- The library leaves out one sample at a time, which takes the bias of order 1 / n out. With ESS 30 and more all four
+  quantities are then covered in about 94 % of the pools; where scores have a bounded range (finite), from an ESS of 10.
+- Below an ESS of 30 not all bands are to be believed where scores are unbounded (gaussian): what the tilt leads to lies
+  where a prompt has no samples. The library's estimates are nearer to the truth than the plain ones there too, but
+  still short of what the tilt really does, in reward, cost and KL alike."""
 
 
 def ess_class(ess: float) -> str:
@@ -266,7 +250,7 @@ def _share(value: float) -> str:
 
 def class_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each world, class of ESS and count of prompts."""
-    head = ["world", "median ESS", "prompts", "rows", "reward", "cost", "P(unsafe)", "KL", "bias"]
+    head = ["world", "median ESS", "prompts", "rows", "reward", "cost", "P(unsafe)", "KL", "bias", "error"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for world in dict.fromkeys(row["world"] for row in rows):
         for lower in _CLASSES:
@@ -280,9 +264,15 @@ def class_table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _coverages(rows: Sequence[dict[str, Any]]) -> list[str]:
-    bias = max(abs(row[f"{name}_bias"]) for row in rows for name in ("reward", "cost"))
-    pairs = [[fmean(row[key] for row in rows) for key in (name, f"{name}_jackknifed")] for name in _NAMES]
-    return [*(" / ".join(map(_share, pair)) for pair in pairs), f"{bias:.2f}"]
+    pairs = [[fmean(row[key] for row in rows) for key in (name, f"{name}_plain")] for name in _NAMES]
+    worst = [max(abs(row[f"{name}{kind}_bias"]) for row in rows for name in _NAMES[:2]) for kind in ("", "_plain")]
+    bias = " / ".join(f"{each:.2f}" for each in worst)
+    return [*(" / ".join(map(_share, pair)) for pair in pairs), bias, f"{_relative_error(rows):.2f}"]
+
+
+def _relative_error(rows: Sequence[dict[str, Any]]) -> float:
+    """Root mean square error of the library's estimates over that of the plain ones, the median."""
+    return median(row[f"{name}_rms"] / row[f"{name}_plain_rms"] for row in rows for name in _NAMES)
 
 
 def findings(rows: Sequence[dict[str, Any]], least_ess: float = 30.0) -> list[str]:
@@ -291,7 +281,7 @@ def findings(rows: Sequence[dict[str, Any]], least_ess: float = 30.0) -> list[st
     few = [row for row in rows if row["ess"] < least_ess]
     return [
         f"Median ESS {sign} {least_ess:g}, {title}: {_overall(own, names)} of the library's bands cover the truth, "
-        f"{_overall(own, [f'{name}_jackknifed' for name in names])} of the jackknifed ones."
+        f"{_overall(own, [f'{name}_plain' for name in names])} of those of plain estimates."
         for sign, own in (("≥", enough), ("<", few))
         for title, names in (("reward, cost and P(unsafe)", _NAMES[:3]), ("KL", _NAMES[3:]))
         if own

@@ -86,6 +86,35 @@ def divergence(reward: Array, cost: Array, lam: float, beta: float) -> Array:
     return (tilt - soft_value(reward, cost, lam, beta)) / beta
 
 
+# --- the same without the bias of few samples -------------------------------------------------------------------------
+
+
+def jackknife_weights(reward: Array, cost: Array, lam: float, beta: float) -> Array:
+    """Weights whose weighted sums have no bias of order 1 / n; each row sums to one, some weights may be negative.
+
+    The jackknife of f = sum_j w_j f_j is n f - (n - 1) mean_i f_(-i), f_(-i) being f without sample i (Quenouille
+    1956). As f - f_(-i) = w_i (f_i - f_(-i)), it is sum_j a_j f_j with a = w + (n - 1) / n (w - sum_i w_i w_(-i)) and
+    w_(-i) the weights without sample i. It is within max f_j - min f_j of f, even where one sample has all the weight.
+    """
+    w = weights(reward, cost, lam, beta)
+    count = w.shape[1]
+    heaviest = np.arange(count) == w.argmax(1)[:, None]
+    # Beside the heaviest the others may be too light for 1 - w: their weights without it are computed anew.
+    others = weights(np.where(heaviest, -np.inf, reward - lam * cost), np.zeros_like(w), 0.0, beta)
+    odds = np.where(heaviest, 0.0, w / np.where(heaviest, 1.0, 1.0 - w))
+    left_out = w * (odds.sum(1, keepdims=True) - odds) + w.max(1, keepdims=True) * others
+    jackknifed: Array = w + (count - 1) / count * (w - left_out)
+    return jackknifed
+
+
+def jackknife_value(reward: Array, cost: Array, lam: float, beta: float) -> Array:
+    """V_lambda(x) less its bias of order 1 / n: n V - (n - 1) mean_i V_(-i), as in `jackknife_weights`; [prompts]."""
+    count = reward.shape[1]
+    without = leave_one_out_value(reward, cost, lam, beta).mean(1)
+    value: Array = count * soft_value(reward, cost, lam, beta) - (count - 1) * without
+    return value
+
+
 # --- the tail of a distribution ---------------------------------------------------------------------------------------
 
 
@@ -257,24 +286,38 @@ class DualSolution:
     ) -> list[dict[str, float]]:
         """Predicted reward, cost, P(unsafe), CVaR, KL, ESS (and length) of pi_lambda for each multiplier.
 
-        Each has a 95 % band (`_low`, `_high`) from a bootstrap over prompts. CVaR is that of the cost at `level`, its
-        band at the estimate's value at risk. `reward` replaces the one that was solved with where further limits are
-        priced into that. ESS is the median over prompts.
+        Each has a 95 % band (`_low`, `_high`) from a bootstrap over prompts. All but the ESS are jackknifed
+        (`jackknife_weights`): self-normalised weights pull every mean towards the reference, and no band over prompts
+        sees that. lambda itself is the root of the plain estimate, as published, so the cost at it differs from the
+        limit by about that bias, which is what half of the samples drift by (`half_drift_cost` of dual_init). No mean
+        leaves the range of its scores in the pool, no CVaR is below the cost, no KL below 0.
+
+        CVaR is that of the cost at `level`, its band at the value at risk of the plain weights. `reward` replaces the
+        one that was solved with where further limits are priced into that. ESS is the median over prompts.
         """
         scores = {"reward": self.reward if reward is None else reward, "cost": self.cost, "p_unsafe": self.cost > 0}
         scores |= {} if length is None else {"length": length}
         return [self._predicted(lam, scores, level) for lam in lams]
 
     def _predicted(self, lam: float, scores: Mapping[str, Array], level: float) -> dict[str, float]:
-        w = weights(self.reward, self.cost, lam, self.beta)
-        tail = shortfall(self.cost, value_at_risk(self.cost, w, level), level)
-        each = {name: (w * score).sum(1) for name, score in {**scores, "cvar": tail}.items()}
-        each["kl"] = divergence(self.reward, self.cost, lam, self.beta)
-        row: dict[str, float] = {"lam": float(lam)}
-        for name, values in each.items():
-            row |= _banded(name, float(values.mean()), self.resamples @ values)
-        ess = 1.0 / (w**2).sum(1)
-        return row | _banded("ess", float(np.median(ess)), _medians(ess, self.resamples))
+        given = (self.reward, self.cost, lam, self.beta)
+        plain, w = weights(*given), jackknife_weights(*given)
+        ess = 1.0 / (plain**2).sum(1)
+        shares = np.vstack([np.full(len(ess), 1.0 / len(ess)), self.resamples])  # first all prompts alike
+
+        def means(score: Array) -> Array:
+            return np.clip(shares @ (w * score).sum(1), score.min(), score.max())
+
+        found = {name: means(score.astype(float)) for name, score in scores.items()}
+        tail = shortfall(self.cost, value_at_risk(self.cost, plain, level), level)
+        found["cvar"] = np.maximum(means(tail), found["cost"])
+        tilt = (w * (self.reward - lam * self.cost)).sum(1)
+        found["kl"] = np.maximum(shares @ (tilt - jackknife_value(*given)) / self.beta, 0.0)
+        found["ess"] = np.append(np.median(ess), _medians(ess, self.resamples))
+        row = {"lam": float(lam)}
+        for name, values in found.items():
+            row |= _banded(name, float(values[0]), values[1:])
+        return row
 
 
 def _banded(name: str, value: float, resampled: Array) -> dict[str, float]:
