@@ -397,13 +397,17 @@ def best_step_sizes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     means = {row: fmean(found["trainings"] for found in own) for row, own in _by_row(rows) if row.step_size}
     lines = []
     for method in dict.fromkeys(row.method for row in means):
-        best = min((row for row in means if row.method == method), key=means.__getitem__)
-        lines.append(f"Best in hindsight: {best.title}, {means[best]:.1f} trainings on average.")
+        tried = [row for row in means if row.method == method]
+        best = min(tried, key=means.__getitem__)
+        if len(tried) > 1:
+            lines.append(f"Best step size in hindsight: {best.title}, {means[best]:.1f} trainings on average.")
     return lines
 
 
 def _by_row(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Row, list[Mapping[str, Any]]]]:
-    return [(row, [found for found in rows if found["row"] == row.name]) for row in ROWS]
+    """The searches that have been made, in the order of `ROWS`."""
+    found = [(row, [one for one in rows if one["row"] == row.name]) for row in ROWS]
+    return [(row, own) for row, own in found if own]
 
 
 def page(settings: Settings, common: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -442,27 +446,38 @@ and `J* − J` are those of the policy that ended the search, by the oracle on h
 is in them."""
 
 
+def publish(
+    settings: Settings, out: Path, common: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> str:
+    """Write search-cost.json and search-cost.md of the rows so far; returns the page."""
+    content = {"command": options.command(PROGRAM, settings), "settings": asdict(settings), "shared": common}
+    write_json(out / "search-cost.json", {**content, "rows": rows})
+    text = page(settings, common, rows)
+    with replacing(out / "search-cost.md") as temporary:
+        temporary.write_text(text)
+    return text
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the laboratory; write search-cost.json and .md, and the page to stdout. Returns the exit status."""
+    """Run the laboratory; its files hold the rows that have ended, and the page goes to stdout. Returns the status."""
     settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
     _quiet()
     params = Path(settings.work).absolute() / "search-cost.yaml"
+    rows: list[dict[str, Any]] = []
+    text = ""
     try:
         with replacing(params) as temporary:
             YAML().dump(smaller(settings), temporary)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(settings.jobs, mp_context=context, initializer=_quiet) as pool:
-            tasks = [functools.partial(rows_of, row, settings.limits, params) for row in ROWS]
-            rows = [found for task in tasks for own in pool.map(task, settings.seeds) for found in own]
+            for row in ROWS:
+                task = functools.partial(rows_of, row, settings.limits, params)
+                rows += [found for own in pool.map(task, settings.seeds) for found in own]
+                common = [shared(scored_at(seed, params)) for seed in settings.seeds]
+                text = publish(settings, out, common, rows)
     except (DualignError, OSError) as error:
         log.error("%s", error)
         return 1
-    common = [shared(scored_at(seed, params)) for seed in settings.seeds]
-    text = page(settings, common, rows)
-    content = {"command": options.command(PROGRAM, settings), "settings": asdict(settings), "shared": common}
-    write_json(out / "search-cost.json", {**content, "rows": rows})
-    with replacing(out / "search-cost.md") as temporary:
-        temporary.write_text(text)
     sys.stdout.write(text)
     return 0
 

@@ -282,6 +282,7 @@ def test_the_best_step_size_is_that_of_the_fewest_trainings() -> None:
     lines = search_cost.best_step_sizes(rows)
     assert [line.split(": ")[1].split(",")[0] for line in lines] == ["C-DPO from 0", "PD-DPO from λ_min"]
     assert all("η = 2, 3.0 trainings" in line for line in lines)
+    assert not search_cost.best_step_sizes([found for found in rows if found["row"].endswith("_1")])
 
 
 def test_all_trainings_take_the_same_number_of_steps(tmp_path: Path) -> None:
