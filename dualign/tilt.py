@@ -23,6 +23,8 @@ Array = np.ndarray
 
 #: Samples of each pool prompt that a tilt is read off: a forward pass over a part of the pool.
 TILT_SAMPLES = 4
+#: Nats. Log-ratios that vary less are the rounding of a policy that is the reference itself.
+_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Tilt:
     """The regression of a policy's log-ratios. A slope is in nats a unit of reward, of cost, a token.
 
     `beta_eff` is 1 / reward_slope and `lam_eff` is -cost_slope / reward_slope; None where the policy does not tilt
-    towards reward. `*_se` are standard errors clustered by prompt. `r2` is None for a policy equal to the reference.
+    towards reward. `*_se` are standard errors clustered by prompt. For a policy equal to the reference all slopes are 0
+    and `r2` is None.
     """
 
     reward_slope: float
@@ -71,8 +74,9 @@ def effective_tilt(log_ratio: Array, reward: Array, cost: Array, length: Array) 
     score = np.einsum("pnj,pn->pj", x, residual)
     covariance = bread @ (score.T @ score) @ bread * len(y) / (len(y) - 1)
     total = float((y**2).sum())
-    r2 = 1 - float((residual**2).sum()) / total if total > 0 else None
-    return _tilt(slopes, covariance, r2)
+    if total <= y.size * _ROUNDING**2:
+        return _tilt(np.zeros(3), np.zeros((3, 3)), None)
+    return _tilt(slopes, covariance, 1 - float((residual**2).sum()) / total)
 
 
 def tilt_on(samples: pd.DataFrame, log_ratio: Array) -> Tilt:

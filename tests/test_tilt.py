@@ -113,3 +113,11 @@ def test_a_table_is_read_by_prompt() -> None:
     table = pd.DataFrame({"prompt_id": ids, "reward": reward.ravel(), "cost": cost.ravel(), "length": length.ravel()})
     y = tilted(reward, cost, length)
     assert tilt_on(table, y.ravel()) == effective_tilt(y, reward, cost, length)
+
+
+def test_rounding_of_the_reference_itself_is_no_tilt() -> None:
+    rng = np.random.default_rng(0)
+    reward, cost, length = rng.normal(size=(3, 40, 4))
+    tilt = effective_tilt(1e-5 * rng.normal(size=(40, 4)), reward, cost, length)
+    assert (tilt.reward_slope, tilt.cost_slope, tilt.length_slope) == (0, 0, 0)
+    assert tilt.r2 is tilt.beta_eff is tilt.lam_eff is None
