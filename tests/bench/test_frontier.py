@@ -54,8 +54,8 @@ def test_plain_estimates_and_the_librarys_are_told_apart() -> None:
         low, high = np.quantile(solution.resamples @ each[name], [0.025, 0.975])
         assert found[f"{name}_plain"] == (low <= truth[name] <= high)
         assert found[f"{name}_plain_error"] == pytest.approx(each[name].mean() - truth[name])
-        assert found[f"{name}_error"] == pytest.approx(row[name] - truth[name])
-    assert found["cost_plain"] == 0 and abs(found["cost_error"]) < 0.4 * abs(found["cost_plain_error"])
+        assert found[name] == (row[f"{name}_low"] <= truth[name] <= row[f"{name}_high"])
+    assert found["cost_plain"] == 0 and abs(row["cost"] - truth["cost"]) < 0.4 * abs(found["cost_plain_error"])
 
 
 def test_bands_are_those_of_a_solved_pool() -> None:
@@ -81,7 +81,6 @@ def test_many_effective_samples_cover_and_few_do_not() -> None:
     assert min(good[name] for name in ("reward", "cost", "p_unsafe", "kl")) > 0.89  # 95 % less four standard errors
     poor = rows_of(0.5, 400, 8)[2]
     assert poor["ess"] < 5 and poor["cost_plain"] < 0.2 and abs(poor["cost_plain_bias"]) > 3
-    assert poor["cost_rms"] < 0.7 * poor["cost_plain_rms"]
 
 
 def test_classes_have_their_lower_ends() -> None:
@@ -100,7 +99,7 @@ def test_the_command_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(content["rows"]) == 2 * 3 * 3 * 3 * 4
     for row in content["rows"]:
         for name in frontier._NAMES:
-            assert 0 <= row[name] <= 1 and 0 <= row[f"{name}_plain"] <= 1 and math.isfinite(row[f"{name}_bias"])
+            assert 0 <= row[name] <= 1 and 0 <= row[f"{name}_plain"] <= 1 and math.isfinite(row[f"{name}_plain_bias"])
 
 
 def test_bad_options_are_refused() -> None:
