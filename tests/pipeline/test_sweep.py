@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,8 @@ from pipeline.__main__ import main
 from pipeline.errors import PipelineError
 from pipeline.sweep import Point, grid, table
 from tests.pipeline.project import Project, git
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_points_are_the_product_of_the_values() -> None:
@@ -39,6 +42,7 @@ def test_a_sweep_leaves_the_workspace_alone_and_its_points_as_experiments(
     project: Project, server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", server)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # a point runs the pipeline of its own tree; this project has none
     for who in ("AUTHOR", "COMMITTER"):
         monkeypatch.setenv(f"GIT_{who}_NAME", "test")
         monkeypatch.setenv(f"GIT_{who}_EMAIL", "test@example.org")
