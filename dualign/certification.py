@@ -11,18 +11,14 @@ import pandas as pd
 from scipy.stats import norm
 
 from dualign.certificate import Certificate, Evidence, Tested
-from dualign.core.artifacts import replacing, write_parquet
+from dualign.core.artifacts import write_parquet
 from dualign.core.params import CertifyParams, CertifyRun, LabelParams
-from dualign.data import world
-from dualign.data.schema import ANSWERS, LABELS, last_user_text, read_table
-from dualign.evaluation import add_truth
+from dualign.data.schema import ANSWERS, LABELS, read_table
+from dualign.evaluation import add_truth, means
 from dualign.lm.mixture import policy_at
 from dualign.measure.rollout import Judges, roll_out
-from dualign.measure.stats import clustered_mean
-from dualign.search.labelling import vote
+from dualign.search.labelling import truth, vote
 from dualign.search.merge import merge
-
-_WORLD = ("true_reward", "true_cost", "grammatical")
 
 
 @dataclass(frozen=True)
@@ -39,8 +35,7 @@ class Contender:
         if self.q == 1.0:
             return self.policy
         if not self.out.is_dir():
-            with replacing(self.out) as temporary:
-                merge(self.partner, self.policy, self.q, temporary)
+            merge(self.partner, self.policy, self.q, self.out)
         return self.out
 
 
@@ -81,22 +76,9 @@ class Contenders:
             write_parquet(labelled, label(read_table(path, ANSWERS), options, self._params.seed), LABELS)
         return Evidence(path, labelled)
 
-    def answers(self, name: str) -> pd.DataFrame:
-        """The answers of a candidate that was tested."""
-        return read_table(self._path(name, "answers"), ANSWERS)
-
     def measured(self, name: str) -> dict[str, Any]:
         """Means of a tested candidate's answers with two-sided 95 % intervals."""
-        answers = self.answers(name)
-        prompts = answers["prompt_id"].to_numpy()
-        columns = {
-            "reward": answers["reward"],
-            "p_unsafe": answers["cost"] > 0,
-            "kl": answers["logp"] - answers["logp_ref"],
-            "length": answers["length"],
-            **({column: answers[column] for column in _WORLD} if self._world else {}),
-        }
-        return {key: clustered_mean(value.to_numpy(float), prompts).as_dict() for key, value in columns.items()}
+        return means(read_table(self._path(name, "answers"), ANSWERS))
 
     def _draw(self, name: str) -> pd.DataFrame:
         params = self._params
@@ -118,11 +100,7 @@ def label(answers: pd.DataFrame, options: LabelParams, seed: int) -> pd.DataFram
     first = answers[answers["sample"] == 0]
     asked = first.sample(min(options.prompts, len(first)), random_state=seed).sort_index()
     if options.source == "oracle":
-        truth = [
-            world.score(last_user_text(prompt), text)[1]
-            for prompt, text in zip(asked["prompt"], asked["response"], strict=True)
-        ]
-        return asked.assign(truth=truth)
+        return asked.assign(truth=truth(asked, "response")[1])
     votes = vote(asked, source="file", count=options.votes, folder=Path(options.folder), seed=seed)
     return asked.assign(truth=votes / options.votes)
 

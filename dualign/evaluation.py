@@ -12,6 +12,9 @@ from dualign.data import world
 from dualign.data.schema import last_user_text
 from dualign.measure.stats import clustered_mean
 
+#: What the world's oracle says of an answer; null elsewhere.
+_TRUTH = ("true_reward", "true_cost", "grammatical")
+
 
 def add_truth(answers: pd.DataFrame) -> pd.DataFrame:
     """The oracle's true_reward, true_cost and grammatical for answers to questions of the embedded world."""
@@ -25,12 +28,8 @@ def add_truth(answers: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def summarise(answers: pd.DataFrame, log_ratio: pd.DataFrame, confidence: float) -> dict[str, Any]:
-    """Means with intervals of everything that is measured on generated answers.
-
-    `log_ratio` has columns prompt_id and log_ratio, log(pi / pi_ref) of samples of the reference: its mean is the
-    displacement, 0 for an untrained policy and falling as mass leaves what the reference says.
-    """
+def means(answers: pd.DataFrame, confidence: float = 0.95) -> dict[str, dict[str, float]]:
+    """Means with prompt-clustered intervals of scores, KL, length and, where it is known, the truth of answers."""
     prompts = answers["prompt_id"].to_numpy()
     columns: dict[str, Any] = {
         "reward": answers["reward"],
@@ -40,13 +39,21 @@ def summarise(answers: pd.DataFrame, log_ratio: pd.DataFrame, confidence: float)
         "length": answers["length"],
         "ended": answers["ended"],
     }
-    if "true_reward" in answers:
-        columns |= {name: answers[name] for name in ("true_reward", "true_cost", "grammatical")}
-    result: dict[str, Any] = {
+    known = [name for name in _TRUTH if name in answers and answers[name].notna().all()]
+    columns |= {name: answers[name] for name in known}
+    return {
         name: clustered_mean(column.to_numpy(float), prompts, confidence).as_dict() for name, column in columns.items()
     }
+
+
+def summarise(answers: pd.DataFrame, log_ratio: pd.DataFrame, confidence: float) -> dict[str, Any]:
+    """Everything that is measured of a policy: `means` of its answers, and its displacement.
+
+    `log_ratio` has columns prompt_id and log_ratio, log(pi / pi_ref) of samples of the reference: its mean is the
+    displacement, 0 for an untrained policy and falling as mass leaves what the reference says.
+    """
     displacement = clustered_mean(log_ratio["log_ratio"].to_numpy(), log_ratio["prompt_id"].to_numpy(), confidence)
-    return result | {
+    return means(answers, confidence) | {
         "displacement": displacement.as_dict(),
         "prompts": int(answers["prompt_id"].nunique()),
         "answers": len(answers),

@@ -118,6 +118,13 @@ def _share(root: Path, tree: Path) -> None:
             settings.setdefault("remote", {}).setdefault(remote, {})["url"] = url
 
 
+def listed(root: Path, path: str, which: str = "--cached") -> list[str]:
+    """The files at or in a path that git holds (`--cached`), or does not (`--others`); none outside a repository."""
+    command = ["git", "-C", str(root), "ls-files", "-z", which, "--", path]
+    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return [file for file in found.split("\0") if file]
+
+
 def put(tree: Path, files: Mapping[str, str]) -> None:
     """Write texts at paths in a tree; raises PipelineError for a path that leads out of it."""
     for name, text in files.items():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from prefect.settings import get_current_settings
 from prefect.states import Cancelling, Crashed
 
 from pipeline import records
-from pipeline.checkout import published, put
+from pipeline.checkout import listed, published, put
 from pipeline.dag import StageSpec
 from pipeline.errors import PipelineError, StageFailed, StageStopped
 from pipeline.plan import Outlook
@@ -89,20 +88,13 @@ def _check_inputs(root: Path, dag: Mapping[str, StageSpec], stages: Sequence[str
         for path in sorted({dep for name in stages for dep in dag[name].deps if not Path(dep).is_absolute()}):
             if records.written(repo, str(root / path)):
                 continue
-            others = _files(root, path, "--others")
+            others = listed(root, path, "--others")
             missing = [file for file in others if not repo.dvcignore.is_ignored_file(str(root / file))]
-            if missing or not _files(root, path, "--cached"):
+            if missing or not listed(root, path):
                 raise PipelineError(
                     f"{missing[0] if missing else path}: neither git nor DVC holds it, so workers cannot have it; "
                     "`dvc add` a folder of such files, as docs/cluster.md says, or name an absolute path"
                 )
-
-
-def _files(root: Path, path: str, which: str) -> list[str]:
-    """The files at or in a path that git holds (`--cached`), or does not (`--others`)."""
-    command = ["git", "-C", str(root), "ls-files", "-z", which, "--", path]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return [file for file in listed.split("\0") if file]
 
 
 def _deployment(client: SyncPrefectClient, pool: str) -> UUID:

@@ -77,14 +77,9 @@ def become_worker(root: Path, dag: Mapping[str, StageSpec], pool: str, limit: in
         raise PipelineError(f"{pool}: no stage of dvc.yaml has this pool; one of {', '.join(pools_of(dag))}")
     tidy(root)
     os.environ["DUALIGN_ROOT"] = str(root)
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # Prefect ends a worker by it, and shells have background jobs ignore it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # it ends a worker, and shells have background jobs ignore it
     name = f"{os.uname().nodename}-{os.getpid()}"
-    command = [
-        sys.executable,
-        "-m",
-        "prefect",
+    worker = [
         "worker",
         "start",
         "--pool",
@@ -93,5 +88,6 @@ def become_worker(root: Path, dag: Mapping[str, StageSpec], pool: str, limit: in
         name,
         "--limit",
         str(limit),
+        *(["--run-once"] if once else []),
     ]
-    os.execv(sys.executable, [*command, *(["--run-once"] if once else [])])
+    os.execv(sys.executable, [sys.executable, "-m", "prefect", *worker])

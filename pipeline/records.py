@@ -8,7 +8,6 @@ from DVC's cache or remote.
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from dvc_data.hashfile.hash import file_md5
 from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.tree import Tree
 
+from pipeline.checkout import listed
 from pipeline.dag import StageSpec
 from pipeline.errors import PipelineError
 from pipeline.plan import Outlook, one_line, outlook_of
@@ -135,9 +135,7 @@ def _below(
 
 def _committed(repo: Repo, path: str) -> Iterator[tuple[tuple[str, ...], str]]:
     """The files in a folder that git holds and DVC does not ignore."""
-    git = ["git", "-C", repo.root_dir, "ls-files", "-z", "--", path]
-    listed = subprocess.run(git, capture_output=True, text=True, check=False).stdout
-    for name in filter(None, listed.split("\0")):
+    for name in listed(Path(repo.root_dir), path):
         file = Path(repo.root_dir, name)
         if file.is_file() and not repo.dvcignore.is_ignored_file(str(file)):
             yield file.relative_to(path).parts, file_md5(str(file), repo.fs, name="md5")

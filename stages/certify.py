@@ -26,6 +26,7 @@ from dualign.core.params import CertifyParams
 from dualign.core.stage import Run, execute, finished
 from dualign.data.schema import PROMPTS, read_table
 from dualign.measure.rollout import Judges
+from dualign.search.card import HEAD, MODEL
 
 log = logging.getLogger("dualign")
 
@@ -122,14 +123,9 @@ def card(found: Certificate) -> str:
         "There is no model in this folder: the safest candidate failed its test. The report says by how much, and what "
         "to change."
         if found.returned is None
-        else "Load with `AutoModelForCausalLM.from_pretrained`; the tokenizer holds the chat template."
+        else MODEL
     )
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [dualign, dpo, safety]
----
-
+    return f"""{HEAD}
 # {"No certified policy" if found.returned is None else found.returned}
 
 {found.statement[0].upper()}{found.statement[1:]}.

@@ -39,9 +39,8 @@ def compare(root: Path, policies: dict[str, str], confidence: float, limit: floa
         `missing` (policies that were not evaluated), `certificates` (what `certify` found, by its rows), and
         `policies`, a row per evaluated policy. A row holds the measures of `evaluate`, its `tilt`, the further limits
         that it keeps or not (`also`), whether it is `certified`, the win rates and reward gain over the reference, and
-        what its search spent; unknown values are null. Recommended is
-        the certified policy of most reward, or null; in a run without certificates, the one of most reward among those
-        whose cost interval ends within the limit.
+        what its search spent; unknown values are null. Recommended is the certified policy of most reward, or null; in
+        a run without certificates, the one of most reward among those whose cost interval ends within the limit.
 
     Raises:
         DualignError: a file is there but cannot be read.

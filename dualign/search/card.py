@@ -7,7 +7,13 @@ from typing import Any
 from dualign.core.params import DualSearchParams
 from dualign.methods import Plan
 
-_MODEL = "Load with `AutoModelForCausalLM.from_pretrained`; the tokenizer holds the chat template."
+HEAD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [dualign, dpo, safety]
+---
+"""
+MODEL = "Load with `AutoModelForCausalLM.from_pretrained`; the tokenizer holds the chat template."
 _MIXTURE = """This is a mixture: each answer comes from one component, drawn by the weights in `mixture.json`.
 In dualign `policy_at(FOLDER, load_resources())` (`dualign.lm.mixture`, `dualign.core.params`) loads it and
 `dualign.lm.sampling.sample` draws from it. Elsewhere draw a component yourself; each folder `component-*` loads with
@@ -18,12 +24,7 @@ def model_card(plan: Plan, search: dict[str, Any], params: DualSearchParams) -> 
     """README.md of a policy folder: what it is, how it was found, and what was measured on the search prompts."""
     step = search["steps"][search["chosen"]]
     mixture = step["closing"] and plan.method.returns == "mixture"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [dualign, dpo, safety]
----
-
+    return f"""{HEAD}
 # {plan.title}
 
 Aligned by dualign: expected reward as high as possible, less {params.beta:g} times the KL divergence to the reference
@@ -40,7 +41,7 @@ policy, with expected cost at most {params.limit:g} (cost above 0 is unsafe). Me
 | trainings, generated tokens | {search["trainings"]}, {search["generated_tokens"]} |
 
 These are the scores of learned reward and cost models, not of people, on prompts that the search used. Held-out figures
-are in the report. {_MIXTURE if mixture else _MODEL}
+are in the report. {_MIXTURE if mixture else MODEL}
 """
 
 

@@ -52,7 +52,7 @@ def vote(answers: pd.DataFrame, *, source: VoteSource, count: int, folder: Path,
     """
     if source == "file":
         return _people_vote(answers, count, folder)
-    cost = _truth(answers, "response")[1] if source == "oracle" else _finite(answers, "cost")
+    cost = truth(answers, "response")[1] if source == "oracle" else _finite(answers, "cost")
     if source == "cost_sign":
         return np.where(cost > 0, count, 0)
     return np.random.default_rng(seed).binomial(count, expit(cost))
@@ -73,7 +73,7 @@ def compare(pairs: pd.DataFrame, *, source: CompareSource, folder: Path, seed: i
     if source == "file":
         return _people_compare(pairs, folder)
     if source == "oracle":
-        (reward_first, cost_first), (reward_second, cost_second) = _truth(pairs, "first"), _truth(pairs, "second")
+        (reward_first, cost_first), (reward_second, cost_second) = truth(pairs, "first"), truth(pairs, "second")
     else:
         reward_first, reward_second = _finite(pairs, "reward_first"), _finite(pairs, "reward_second")
         cost_first, cost_second = _finite(pairs, "cost_first"), _finite(pairs, "cost_second")
@@ -101,7 +101,7 @@ def log_odds(votes: Array, count: int, smoothing: float) -> Array:
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
-def _truth(frame: pd.DataFrame, column: str) -> tuple[Array, Array]:
+def truth(frame: pd.DataFrame, column: str) -> tuple[Array, Array]:
     """r* and c* of the texts in `column`; shape [rows] each."""
     questions = set(world.prompts())
     asked = [last_user_text(prompt) for prompt in frame["prompt"]]

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from dualign.core.artifacts import replacing
 from dualign.core.errors import ModelError
 
 _ADAPTER = "adapter_config.json"
 
 
 def merge(first: Path, second: Path, q: float, out: Path) -> None:
-    """Write the policy (1 - q) first + q second to folder `out`; q may be above 1 (extrapolation).
+    """Write the policy (1 - q) first + q second to folder `out`, whole or not at all; q may be above 1 (extrapolation).
 
     Both must be full models of one shape, or adapters on one base. Adapters are merged by concatenating ranks, which
     sums the products B A; averaging A and B apart (PEFT's `linear`) would add cross terms.
@@ -23,10 +24,9 @@ def merge(first: Path, second: Path, q: float, out: Path) -> None:
     adapters = [(path / _ADAPTER).is_file() for path in (first, second)]
     if adapters[0] != adapters[1]:
         raise ModelError(f"{first} and {second}: one is an adapter and the other a full model; train both alike")
-    shutil.copytree(
-        first, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "README.md")
-    )
-    (_merge_adapters if adapters[0] else _merge_weights)(first, second, q, out)
+    with replacing(out) as folder:
+        shutil.copytree(first, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "README.md"))
+        (_merge_adapters if adapters[0] else _merge_weights)(first, second, q, folder)
 
 
 def _merge_weights(first: Path, second: Path, q: float, out: Path) -> None:

@@ -130,8 +130,7 @@ class PolicyBench:
         return Screening(q, *off_policy_cost(ratio, by_prompt(self._pool, "cost")))
 
     def _merged(self, q: float, out: Path) -> str:
-        with replacing(out) as temporary:
-            merge(self._inputs.models / self._plan.reference, Path(self.start), q, temporary)
+        merge(self._inputs.models / self._plan.reference, Path(self.start), q, out)
         return str(out)
 
     def mix(self, step: int, steps: Sequence[Step]) -> str:
