@@ -44,7 +44,7 @@ from dualign.core.params import (
     load,
     load_resources,
 )
-from dualign.data.schema import ENUMERATED, POOL, PROMPTS, by_prompt, read_table
+from dualign.core.schema import ENUMERATED, POOL, PROMPTS, by_prompt, read_table
 from dualign.evaluation import add_truth, against_optimum, finite_problem
 from dualign.lm.mixture import policy_at
 from dualign.measure.rollout import Judges, measure, roll_out

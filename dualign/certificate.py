@@ -47,7 +47,7 @@ from dualign.constraints import Constraint
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DataError, DualignError, ParamsError
 from dualign.core.params import Quantity
-from dualign.data.schema import ANSWERS, LABELS, read_table
+from dualign.core.schema import ANSWERS, LABELS, read_table
 
 __all__ = ["corrected_upper_bound", "fixed_sequence", "issue", "read", "sample_size", "upper_bound", "verify"]
 

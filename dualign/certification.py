@@ -13,7 +13,7 @@ from scipy.stats import norm
 from dualign.certificate import Certificate, Evidence, Tested
 from dualign.core.artifacts import write_parquet
 from dualign.core.params import CertifyParams, CertifyRun, LabelParams
-from dualign.data.schema import ANSWERS, LABELS, read_table
+from dualign.core.schema import ANSWERS, LABELS, read_table
 from dualign.evaluation import add_truth, means
 from dualign.lm.mixture import policy_at
 from dualign.measure.rollout import Judges, roll_out

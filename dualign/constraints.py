@@ -21,7 +21,7 @@ import pandas as pd
 from dualign import dual
 from dualign.core.errors import InfeasibleError, ParamsError
 from dualign.core.params import ConstraintSpec, Quantity
-from dualign.data.schema import Message, last_user_text
+from dualign.core.schema import Message, last_user_text
 
 Array = np.ndarray
 #: Thresholds that are tried for a CVaR, first over the whole range and then in rounds around the best.

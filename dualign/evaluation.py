@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from dualign import exact
+from dualign.core.schema import last_user_text
 from dualign.data import world
-from dualign.data.schema import last_user_text
 from dualign.measure.stats import clustered_mean
 
 #: What the world's oracle says of an answer; null elsewhere.

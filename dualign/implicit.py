@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from dualign.core.artifacts import read_json
 from dualign.core.errors import ModelError
 from dualign.core.params import Resources
-from dualign.data.schema import POOL, SCORED_PAIRS, read_table
+from dualign.core.schema import POOL, SCORED_PAIRS, read_table
 from dualign.lm.models import load_policy
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts

@@ -23,8 +23,8 @@ from dualign.constraints import Constraint, prices_in
 from dualign.core.artifacts import read_json, replacing
 from dualign.core.errors import ParamsError
 from dualign.core.params import CertifyParams
+from dualign.core.schema import PROMPTS, read_table
 from dualign.core.stage import Run, execute, finished
-from dualign.data.schema import PROMPTS, read_table
 from dualign.measure.rollout import Judges
 from dualign.search.card import HEAD, MODEL
 

@@ -18,8 +18,8 @@ import pandas as pd
 from dualign.core.artifacts import replacing
 from dualign.core.errors import DataError
 from dualign.core.params import CostModelParams
+from dualign.core.schema import SAFETY_PAIRS, read_table
 from dualign.core.stage import Run, execute, finished
-from dualign.data.schema import SAFETY_PAIRS, read_table
 from dualign.lm.models import load_scorer_backbone, load_tokenizer, merged, with_lora
 from dualign.scoring.calibration import (
     Calibration,

@@ -20,8 +20,8 @@ from dualign.constraints import Price, Scored, price, priced
 from dualign.core.artifacts import read_json, replacing, write_json, write_parquet
 from dualign.core.errors import InfeasibleError
 from dualign.core.params import DualInitParams
+from dualign.core.schema import DUAL_PROMPTS, POOL, by_prompt, read_table
 from dualign.core.stage import Run, execute
-from dualign.data.schema import DUAL_PROMPTS, POOL, by_prompt, read_table
 
 log = logging.getLogger("dualign")
 

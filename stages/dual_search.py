@@ -18,8 +18,8 @@ from dualign.constraints import Price, prices_in
 from dualign.core.artifacts import read_json, replacing, write_json
 from dualign.core.errors import ParamsError
 from dualign.core.params import DualSearchParams, InnerParams
+from dualign.core.schema import POOL, PROMPTS, by_prompt, read_table
 from dualign.core.stage import Run, execute, finished
-from dualign.data.schema import POOL, PROMPTS, by_prompt, read_table
 from dualign.dual import slater_radius
 from dualign.methods import Plan, plan
 from dualign.search import rules

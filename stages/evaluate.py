@@ -19,14 +19,14 @@ from dualign.constraints import constraint
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.errors import ParamsError
 from dualign.core.params import ConstraintSpec, EvaluateParams
+from dualign.core.schema import ANSWERS, ENUMERATED, POOL, PROMPTS, read_table
 from dualign.core.stage import Run, execute
-from dualign.data.schema import ANSWERS, ENUMERATED, POOL, PROMPTS, read_table
 from dualign.dual import value_at_risk
 from dualign.evaluation import add_truth, against_optimum, finite_problem, summarise
 from dualign.lm.mixture import Policy, is_policy, policy_at
 from dualign.measure.rollout import Judges, log_ratios, roll_out
 from dualign.measure.stats import clustered_mean
-from dualign.tilt import TILT_SAMPLES, tilt_on
+from dualign.measure.tilt import TILT_SAMPLES, tilt_on
 
 log = logging.getLogger("dualign")
 

@@ -21,8 +21,8 @@ from dualign.constraints import priced, prices_in
 from dualign.core.artifacts import read_json
 from dualign.core.errors import InfeasibleError, ParamsError
 from dualign.core.params import SOLVED, LagrangianDpoParams, LagrangianRun
+from dualign.core.schema import by_prompt
 from dualign.core.stage import Run, execute, finished
-from dualign.data.schema import by_prompt
 from dualign.implicit import Tables, scored_tables
 from dualign.lagrangian import pairs_at, train_at
 from dualign.lm.models import load_tokenizer

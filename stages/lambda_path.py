@@ -12,8 +12,8 @@ from pathlib import Path
 
 from dualign.core.errors import ParamsError
 from dualign.core.params import LambdaPathParams
+from dualign.core.schema import POOL, read_table
 from dualign.core.stage import Run, execute, finished
-from dualign.data.schema import POOL, read_table
 from dualign.lagrangian import pairs_at, train_at
 from dualign.lm.models import load_tokenizer
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from dualign.core.artifacts import replacing
 from dualign.core.params import RewardModelParams
+from dualign.core.schema import HELPFUL_PAIRS, read_table
 from dualign.core.stage import Run, execute, finished
-from dualign.data.schema import HELPFUL_PAIRS, read_table
 from dualign.lm.models import load_scorer_backbone, load_tokenizer, merged, with_lora
 from dualign.scoring.calibration import Platt, expected_calibration_error, sigmoid
 from dualign.scoring.scorers import Scorer, conversations

@@ -15,8 +15,8 @@ from pathlib import Path
 from dualign.core.artifacts import read_json, replacing
 from dualign.core.errors import ParamsError
 from dualign.core.params import SOLVED, SafetyDpoParams, SafetyRun
+from dualign.core.schema import SAFETY_PAIRS, read_table
 from dualign.core.stage import Run, execute, finished
-from dualign.data.schema import SAFETY_PAIRS, read_table
 from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
 from dualign.pairs import safety_training_pairs, visited
 from dualign.training.pairwise import Inner, train_pairwise

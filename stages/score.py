@@ -15,8 +15,8 @@ import pandas as pd
 
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.params import ScoreParams
+from dualign.core.schema import ENUMERATED, HELPFUL_PAIRS, POOL, PROMPTS, SAFETY_PAIRS, SCORED_PAIRS, read_table
 from dualign.core.stage import Run, execute
-from dualign.data.schema import ENUMERATED, HELPFUL_PAIRS, POOL, PROMPTS, SAFETY_PAIRS, SCORED_PAIRS, read_table
 from dualign.evaluation import enumerate_answers
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import replacing
 from dualign.core.params import SftParams
+from dualign.core.schema import SFT, read_table
 from dualign.core.stage import Run, execute, finished
-from dualign.data.schema import SFT, read_table
 from dualign.lm.models import (
     build_scratch,
     fit_vocabulary,

@@ -18,7 +18,7 @@ from dualign import certificate
 from dualign.certificate import Candidate, Evidence, Requirement, corrected_upper_bound, fixed_sequence, upper_bound
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.errors import DataError, DualignError
-from dualign.data.schema import ANSWERS, LABELS, user
+from dualign.core.schema import ANSWERS, LABELS, user
 
 
 def answers(mean: float = 0.0, prompts: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -11,8 +11,8 @@ from dualign.bounds import sample_size
 from dualign.certificate import Certificate, Check, Requirement, Tested
 from dualign.certification import contenders, forecast, label
 from dualign.core.params import CertifyRun, LabelParams
+from dualign.core.schema import prompt_id, user
 from dualign.data import world
-from dualign.data.schema import prompt_id, user
 
 
 def test_the_order_is_the_fallback_and_then_the_weights() -> None:

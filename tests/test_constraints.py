@@ -17,7 +17,7 @@ from dualign import dual
 from dualign.constraints import Constraint, Price, Scored, constraint, price, priced, prices_in
 from dualign.core.errors import InfeasibleError, ParamsError
 from dualign.core.params import ConstraintSpec, check, read_yaml
-from dualign.data.schema import user
+from dualign.core.schema import user
 
 BETA, LIMIT, TOP = 0.8, 0.1, 1e3
 Array = np.ndarray

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from dualign import evaluation
+from dualign.core.schema import user
 from dualign.data import world
-from dualign.data.schema import user
 from dualign.evaluation import against_optimum, enumerate_answers, finite_problem
 
 BETA, LIMIT = 1.5, -0.3

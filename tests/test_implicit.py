@@ -16,8 +16,8 @@ from dualign import dual, exact
 from dualign.core.artifacts import write_json, write_parquet
 from dualign.core.errors import ModelError
 from dualign.core.params import Resources, ScratchParams
+from dualign.core.schema import POOL, SCORED_PAIRS, user
 from dualign.data import world
-from dualign.data.schema import POOL, SCORED_PAIRS, user
 from dualign.implicit import (
     Tables,
     cost_offset,

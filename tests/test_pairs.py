@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dualign import dual
 from dualign.core.errors import DataError
 from dualign.core.params import LossType, ScratchParams, TrainingParams
+from dualign.core.schema import user
 from dualign.data import world
-from dualign.data.schema import user
 from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts

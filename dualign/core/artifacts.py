@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dualign.core.errors import DualignError
-from dualign.data.schema import to_table
+from dualign.core.schema import to_table
 
 
 @contextlib.contextmanager
@@ -67,7 +67,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_parquet(path: str | Path, rows: pd.DataFrame | list[dict[str, Any]], schema: pa.Schema) -> None:
-    """Write one of dualign's tables (see `dualign.data.schema`)."""
+    """Write one of dualign's tables (see `dualign.core.schema`)."""
     table = to_table(rows, schema)
     with replacing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")

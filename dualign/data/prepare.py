@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from dualign.core import schema
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.errors import DataError
 from dualign.core.params import PrepareParams
-from dualign.data import schema
 from dualign.data.sources import Kind, Record, Rejected, Skipped, excerpt, label, read
 
 logger = logging.getLogger(__name__)

@@ -28,8 +28,8 @@ import pyarrow.parquet as pq
 
 from dualign.core.errors import DataError
 from dualign.core.params import SourceSpec, WorldParams
+from dualign.core.schema import Message, user
 from dualign.data import world
-from dualign.data.schema import Message, user
 
 logger = logging.getLogger(__name__)
 

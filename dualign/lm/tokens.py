@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.errors import ModelError
-from dualign.data.schema import Message
+from dualign.core.schema import Message
 
 #: Used for a tokenizer that has no chat template: the format of Alpaca-7B in Safe RLHF and SACPO.
 PLAIN_TEMPLATE = (

@@ -13,7 +13,7 @@ import pandas as pd
 from scipy.stats import t as student
 
 from dualign.core.artifacts import read_json
-from dualign.data.schema import ANSWERS, read_table
+from dualign.core.schema import ANSWERS, read_table
 from dualign.measure.stats import clustered_mean
 
 #: The policy that win rates and gains are measured against.

@@ -1,6 +1,6 @@
 """What trainings reached of what they were told, and what the pool predicted of what came of it.
 
-Pure functions of what other stages wrote: a tilt as `dualign.tilt` reads it off a policy, the rows of
+Pure functions of what other stages wrote: a tilt as `dualign.measure.tilt` reads it off a policy, the rows of
 data/dual/frontier.json, and the prices in data/dual/dual.json.
 """
 

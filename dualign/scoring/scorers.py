@@ -14,7 +14,7 @@ from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import ModelError
 from dualign.core.params import Resources
 from dualign.core.progress import Progress
-from dualign.data.schema import Message
+from dualign.core.schema import Message
 from dualign.lm.models import device_of, load_tokenizer, precision_of, save
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.scoring.calibration import Calibration, from_card

@@ -19,8 +19,8 @@ from scipy.special import expit
 
 from dualign.core.artifacts import replacing
 from dualign.core.errors import AwaitingLabels, DataError
+from dualign.core.schema import Message, last_user_text
 from dualign.data import world
-from dualign.data.schema import Message, last_user_text
 
 Array = np.ndarray
 VoteSource = Literal["oracle", "cost_model", "cost_sign", "file"]

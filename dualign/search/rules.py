@@ -20,9 +20,9 @@ from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
 from dualign.core.params import DualSearchParams
 from dualign.measure.stats import Measurement
+from dualign.measure.tilt import Tilt
 from dualign.methods import ITERATIVE, Plan
 from dualign.search.screening import Screening
-from dualign.tilt import Tilt
 
 log = logging.getLogger(__name__)
 

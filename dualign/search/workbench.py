@@ -17,13 +17,14 @@ from dualign.constraints import Price, priced
 from dualign.core.artifacts import read_json, replacing, write_json, write_parquet
 from dualign.core.errors import ParamsError
 from dualign.core.params import DualSearchParams, InnerParams, Resources, TrainingParams
-from dualign.data.schema import ANSWERS, POOL, SAFETY_PAIRS, SCORED_PAIRS, by_prompt, read_table
+from dualign.core.schema import ANSWERS, POOL, SAFETY_PAIRS, SCORED_PAIRS, by_prompt, read_table
 from dualign.lm.mixture import policy_at, write_mixture
 from dualign.lm.models import load_policy, save, with_lora
 from dualign.lm.tokens import answer_lengths
 from dualign.losses import lagrangian_scale
 from dualign.measure.rollout import Judges, log_ratios, measure, roll_out
 from dualign.measure.stats import Measurement, clustered_mean
+from dualign.measure.tilt import TILT_SAMPLES, Tilt, tilt_on
 from dualign.methods import Plan
 from dualign.pairs import lagrangian_pairs, pool_pairs, pool_values, safety_training_pairs, samples_of, visited
 from dualign.search.labelling import compare, log_odds, vote
@@ -40,7 +41,6 @@ from dualign.search.online import (
 )
 from dualign.search.rules import Ascent, Step
 from dualign.search.screening import Screening, off_policy_cost
-from dualign.tilt import TILT_SAMPLES, Tilt, tilt_on
 from dualign.training.pairwise import Inner, Pair, train_pairwise
 from dualign.training.policy_gradient import PolicyGradient, train_policy_gradient
 from dualign.training.run import Job, Model

@@ -30,7 +30,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from dualign.core.errors import DataError, ParamsError, TrainingError
 from dualign.core.progress import quiet, watched
-from dualign.data.schema import Message
+from dualign.core.schema import Message
 from dualign.lm.sampling import sample
 from dualign.lm.tokens import decode_answers, encode_prompts
 from dualign.scoring.scorers import Scorer

@@ -16,17 +16,17 @@ from dualign import dual
 from dualign.core import params as parameters
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.params import DualSearchParams, ScoreParams, ScratchParams, load, load_resources
+from dualign.core.schema import HELPFUL_PAIRS, PROMPTS, SAFETY_PAIRS, by_prompt, pair_id, prompt_id, user
 from dualign.core.stage import Run
 from dualign.data import world as embedded
-from dualign.data.schema import HELPFUL_PAIRS, PROMPTS, SAFETY_PAIRS, by_prompt, pair_id, prompt_id, user
 from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_tokenizer
 from dualign.measure.stats import Measurement
+from dualign.measure.tilt import Tilt, effective_tilt
 from dualign.methods import plan
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
 from dualign.search.rules import Ascent, Outlook, Step
 from dualign.search.screening import Screening
-from dualign.tilt import Tilt, effective_tilt
 from stages import score
 
 SCRATCH = ScratchParams(

@@ -16,9 +16,9 @@ import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
+from dualign.core import schema
 from dualign.core.errors import DataError
 from dualign.core.params import PrepareParams
-from dualign.data import schema
 from dualign.data.prepare import prepare
 
 ROOT = Path(__file__).parents[2]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from dualign.core.errors import DataError
 from dualign.core.params import SourceSpec, WorldParams
-from dualign.data.schema import user
+from dualign.core.schema import user
 from dualign.data.sources import Kind, Record, Rejected, Skipped, derived_seed, label, read
 
 WORLD = WorldParams(sft_rows=20, helpful_pairs=30, safety_pairs=40, sharpness=1.0)

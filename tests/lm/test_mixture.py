@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign.core.errors import ModelError
 from dualign.core.params import Resources, ScratchParams, load_resources
+from dualign.core.schema import user
 from dualign.data import world
-from dualign.data.schema import user
 from dualign.lm.mixture import Mixture, mixture_log_probability, policy_at, write_mixture
 from dualign.lm.models import build_scratch, save, train_tokenizer
 from dualign.lm.sampling import log_probabilities, sample

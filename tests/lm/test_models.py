@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from dualign.core.errors import ModelError
 from dualign.core.params import LoraParams, Resources, ScratchParams, load_resources
+from dualign.core.schema import user
 from dualign.data import world
-from dualign.data.schema import user
 from dualign.lm import models
 from dualign.lm.sampling import sample
 from dualign.lm.tokens import PLAIN_TEMPLATE, encode_prompts

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign.core.params import ScratchParams
+from dualign.core.schema import user
 from dualign.data import world
-from dualign.data.schema import user
 from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.lm.sampling import answer_log_probabilities, log_probabilities, sample
 from dualign.lm.tokens import encode_answers, encode_prompts

@@ -8,8 +8,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.errors import ModelError
+from dualign.core.schema import Message, user
 from dualign.data import world
-from dualign.data.schema import Message, user
 from dualign.lm.models import load_tokenizer, train_tokenizer
 from dualign.lm.tokens import decode_answers, encode_answers, encode_prompts
 

@@ -14,7 +14,7 @@ import pytest
 
 from dualign.core.artifacts import write_json, write_parquet
 from dualign.core.params import ReportParams
-from dualign.data.schema import ANSWERS, PROMPTS, SFT, prompt_id, user
+from dualign.core.schema import ANSWERS, PROMPTS, SFT, prompt_id, user
 
 LIMIT = -0.15
 BETA = 0.5

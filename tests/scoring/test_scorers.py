@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign.core.errors import DualignError, ModelError
 from dualign.core.params import LoraParams, Resources, ScratchParams, load_resources
+from dualign.core.schema import Message, user
 from dualign.data import world
-from dualign.data.schema import Message, user
 from dualign.lm.models import build_scratch, load_scorer_backbone, merged, save, train_tokenizer, with_lora
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.scoring.calibration import Isotonic, Platt

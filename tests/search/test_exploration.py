@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign import losses
 from dualign.core.params import LoraParams, ScratchParams
+from dualign.core.schema import user
 from dualign.data import world
-from dualign.data.schema import user
 from dualign.lm.models import build_scratch, train_tokenizer, with_lora
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.search.exploration import bonus, features, precision, projection, spread

@@ -14,8 +14,8 @@ from scipy.special import expit
 from scipy.stats import binom
 
 from dualign.core.errors import AwaitingLabels, DataError
+from dualign.core.schema import user
 from dualign.data import world
-from dualign.data.schema import user
 from dualign.search.labelling import compare, log_odds, vote
 
 QUESTION = world.prompts()[3000]  # a hazardous one

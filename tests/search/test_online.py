@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign.core.errors import DataError
 from dualign.core.params import ScratchParams, TrainingParams
+from dualign.core.schema import HELPFUL_PAIRS, SAFETY_PAIRS, pair_id, prompt_id, user
 from dualign.data import world
-from dualign.data.schema import HELPFUL_PAIRS, SAFETY_PAIRS, pair_id, prompt_id, user
 from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts

@@ -15,11 +15,11 @@ from dualign.core.artifacts import read_json
 from dualign.core.errors import DualignError
 from dualign.core.params import DualSearchParams, OnlineParams, load
 from dualign.measure.stats import Measurement
+from dualign.measure.tilt import Tilt
 from dualign.methods import METHODS, Plan
 from dualign.search import rules
 from dualign.search.rules import Ascent, Outlook, Step
 from dualign.search.screening import Screening
-from dualign.tilt import Tilt
 
 ROOT = Path(__file__).resolve().parents[2]
 BETA, LIMIT = 1.5, -0.3

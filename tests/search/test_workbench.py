@@ -32,8 +32,7 @@ from dualign.core.params import (
     load,
     load_resources,
 )
-from dualign.data import world
-from dualign.data.schema import (
+from dualign.core.schema import (
     ANSWERS,
     HELPFUL_PAIRS,
     POOL,
@@ -44,6 +43,7 @@ from dualign.data.schema import (
     read_table,
     user,
 )
+from dualign.data import world
 from dualign.lm.models import (
     build_scratch,
     load_policy,
@@ -58,6 +58,7 @@ from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_prompts
 from dualign.measure.rollout import Judges, roll_out
 from dualign.measure.stats import Measurement
+from dualign.measure.tilt import effective_tilt
 from dualign.methods import METHODS, Plan
 from dualign.pairs import pool_pairs, pool_values, samples_of
 from dualign.scoring.calibration import Platt
@@ -68,7 +69,6 @@ from dualign.search.online import Preferences
 from dualign.search.rules import Ascent, Step
 from dualign.search.screening import off_policy_cost
 from dualign.search.workbench import Inputs, PolicyBench, stretches
-from dualign.tilt import effective_tilt
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ScratchParams(

@@ -15,9 +15,9 @@ from dualign import certificate, certification
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.errors import AwaitingLabels, DataError, DualignError
 from dualign.core.params import CertifyParams, CertifyRun, EvaluateParams, LabelParams, Resources, load
+from dualign.core.schema import ANSWERS, LABELS, PROMPTS, prompt_id, read_table, user
 from dualign.core.stage import Run
 from dualign.data import world
-from dualign.data.schema import ANSWERS, LABELS, PROMPTS, prompt_id, read_table, user
 from dualign.lm.models import load_policy, load_scorer_backbone
 from dualign.measure.stats import clustered_mean
 from dualign.report.comparison import compare

@@ -12,9 +12,9 @@ import pytest
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import DataError
 from dualign.core.params import CostModelParams, Resources, load
+from dualign.core.schema import SAFETY_PAIRS, pair_id, prompt_id, user
 from dualign.core.stage import Run
 from dualign.data import world
-from dualign.data.schema import SAFETY_PAIRS, pair_id, prompt_id, user
 from dualign.scoring.calibration import (
     Isotonic,
     Platt,

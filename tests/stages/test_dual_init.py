@@ -14,9 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dualign import dual, lagrangian
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.params import ConstraintSpec, DualInitParams, LagrangianDpoParams, Resources, load
-from dualign.core.stage import Run
-from dualign.data import world
-from dualign.data.schema import (
+from dualign.core.schema import (
     DUAL_PROMPTS,
     POOL,
     PROMPTS,
@@ -27,6 +25,8 @@ from dualign.data.schema import (
     read_table,
     user,
 )  # fmt: skip
+from dualign.core.stage import Run
+from dualign.data import world
 from dualign.lm.models import build_scratch, load_scorer_backbone, save
 from dualign.lm.tokens import answer_lengths, encode_prompts
 from dualign.losses import lagrangian_label

@@ -12,7 +12,7 @@ from dualign.constraints import Constraint, Price
 from dualign.core.artifacts import write_json, write_parquet
 from dualign.core.errors import ParamsError
 from dualign.core.params import DualSearchParams, MethodRow, PolicyGradientParams, load
-from dualign.data.schema import POOL, prompt_id, user
+from dualign.core.schema import POOL, prompt_id, user
 from dualign.dual import slater_radius
 from dualign.methods import Plan, plan
 from stages import dual_search

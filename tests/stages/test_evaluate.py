@@ -12,17 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.params import ConstraintSpec, EvaluateParams, Resources, load
+from dualign.core.schema import POOL, PROMPTS, by_prompt, prompt_id, read_table, user
 from dualign.core.stage import Run
 from dualign.data import world
-from dualign.data.schema import POOL, PROMPTS, by_prompt, prompt_id, read_table, user
 from dualign.lm.models import load_policy, load_scorer_backbone
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_prompts
 from dualign.measure.rollout import Judges, roll_out
 from dualign.measure.stats import clustered_mean
+from dualign.measure.tilt import TILT_SAMPLES, effective_tilt
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
-from dualign.tilt import TILT_SAMPLES, effective_tilt
 from stages import evaluate
 from stages.evaluate import further_limits
 

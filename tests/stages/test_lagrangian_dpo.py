@@ -16,9 +16,9 @@ from dualign.core import params
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.errors import InfeasibleError
 from dualign.core.params import LagrangianDpoParams, Resources, ScratchParams
+from dualign.core.schema import POOL, SCORED_PAIRS, by_prompt, user
 from dualign.core.stage import Run
 from dualign.data import world
-from dualign.data.schema import POOL, SCORED_PAIRS, by_prompt, user
 from dualign.implicit import Tables, scored_tables
 from dualign.lm.models import build_scratch, load_tokenizer, save, train_tokenizer
 from dualign.lm.sampling import log_probabilities

@@ -14,9 +14,9 @@ from dualign import lagrangian
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import ParamsError
 from dualign.core.params import LambdaPathParams, Resources, check, read_yaml
+from dualign.core.schema import POOL, prompt_id, read_table, user
 from dualign.core.stage import Run
 from dualign.data import world
-from dualign.data.schema import POOL, prompt_id, read_table, user
 from dualign.lm.models import load_policy
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts

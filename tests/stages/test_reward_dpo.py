@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import DataError, ParamsError
 from dualign.core.params import Resources, RewardDpoParams, RewardRun, load
+from dualign.core.schema import HELPFUL_PAIRS
 from dualign.core.stage import Run
-from dualign.data.schema import HELPFUL_PAIRS
 from dualign.lm.models import load_policy
 from dualign.lm.sampling import log_probabilities
 from dualign.training.pairwise import Pair

@@ -19,8 +19,8 @@ from trl import RLOOTrainer
 
 from dualign.core.errors import DataError, DualignError, ParamsError, TrainingError
 from dualign.core.params import LoraParams, ScratchParams, TrainingParams, load_resources
+from dualign.core.schema import Message, user
 from dualign.data import world
-from dualign.data.schema import Message, user
 from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_tokenizer, with_lora
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import decode_answers, encode_prompts

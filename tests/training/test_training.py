@@ -24,8 +24,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from dualign import PairwiseConfig, PairwiseTrainer, losses
 from dualign.core.errors import DataError, DualignError, ParamsError
 from dualign.core.params import LoraParams, Resources, ScratchParams, TrainingParams, load_resources
+from dualign.core.schema import user
 from dualign.data import world
-from dualign.data.schema import user
 from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_tokenizer, with_lora
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts

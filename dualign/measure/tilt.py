@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pandas as pd
 
-from dualign.data.schema import by_prompt
+from dualign.core.schema import by_prompt
 
 Array = np.ndarray
 

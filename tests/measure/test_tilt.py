@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dualign.tilt import Tilt, effective_tilt, tilt_on
+from dualign.measure.tilt import Tilt, effective_tilt, tilt_on
 
 Array = np.ndarray
 BETA, LAM, SLOPE = 1.7, 0.9, 0.03

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dualign.core import schema
 from dualign.core.artifacts import write_parquet
 from dualign.core.errors import DataError
-from dualign.data import schema
 
 
 @pytest.mark.parametrize(
