@@ -22,7 +22,8 @@ from bench import options, world
 from bench.options import knob
 from dualign.core.artifacts import read_json, replacing, write_json
 from dualign.core.errors import DualignError
-from dualign.core.params import CertifyParams, load
+from dualign.core.loading import load
+from dualign.core.params import CertifyParams
 
 log = logging.getLogger(__name__)
 

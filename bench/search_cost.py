@@ -33,6 +33,7 @@ from bench.options import knob
 from dualign import dual, exact
 from dualign.core.artifacts import read_json, replacing, write_json
 from dualign.core.errors import DualignError
+from dualign.core.loading import load, load_resources
 from dualign.core.params import (
     DualSearchParams,
     EvaluateParams,
@@ -41,8 +42,6 @@ from dualign.core.params import (
     Resources,
     SafetyDpoParams,
     TrainingParams,
-    load,
-    load_resources,
 )
 from dualign.core.schema import ENUMERATED, POOL, PROMPTS, by_prompt, read_table
 from dualign.evaluation import add_truth, against_optimum, finite_problem

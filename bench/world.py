@@ -29,7 +29,8 @@ from dvc.repo import Repo
 from dualign import exact
 from dualign.core.artifacts import read_json, replacing, write_json
 from dualign.core.errors import DualignError
-from dualign.core.params import EvaluateParams, load, load_resources
+from dualign.core.loading import load, load_resources
+from dualign.core.params import EvaluateParams
 from dualign.core.schema import ENUMERATED, POOL, read_table
 from dualign.evaluation import add_truth, finite_problem
 from dualign.scoring.scorers import Scorer

@@ -11,7 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dualign.core.artifacts import replacing
-from dualign.core.params import DualSearchParams, PrepareParams, load
+from dualign.core.loading import load
+from dualign.core.params import DualSearchParams, PrepareParams
 from dualign.core.stage import Run, execute
 from dualign.data.prepare import prepare
 from dualign.methods import plan

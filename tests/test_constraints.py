@@ -16,7 +16,8 @@ from scipy.optimize import minimize
 from dualign import dual
 from dualign.constraints import Constraint, Price, Scored, constraint, price, priced, prices_in
 from dualign.core.errors import InfeasibleError, ParamsError
-from dualign.core.params import ConstraintSpec, check, read_yaml
+from dualign.core.loading import check, read_yaml
+from dualign.core.params import ConstraintSpec
 from dualign.core.schema import user
 
 BETA, LIMIT, TOP = 0.8, 0.1, 1e3

@@ -8,7 +8,8 @@ from typing import Any, get_args
 import pytest
 
 from dualign.core.errors import ParamsError
-from dualign.core.params import DualSearchParams, MethodName, MethodRow, load
+from dualign.core.loading import load
+from dualign.core.params import DualSearchParams, MethodName, MethodRow
 from dualign.methods import METHODS, plan
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,7 +21,8 @@ from typing import Any, Generic, TypeVar
 
 from dualign.core.artifacts import write_json
 from dualign.core.errors import DualignError
-from dualign.core.params import Resources, StageParams, load, load_resources
+from dualign.core.loading import load, load_resources
+from dualign.core.params import Resources, StageParams
 
 log = logging.getLogger("dualign")
 

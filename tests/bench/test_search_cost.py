@@ -15,7 +15,8 @@ from bench.search_cost import PARAMS, ROWS, Scored, Settings, first_policy, met,
 from dualign import dual
 from dualign.core import params as parameters
 from dualign.core.artifacts import read_json, write_json, write_parquet
-from dualign.core.params import DualSearchParams, ScoreParams, ScratchParams, load, load_resources
+from dualign.core.loading import load, load_resources
+from dualign.core.params import DualSearchParams, ScoreParams, ScratchParams
 from dualign.core.schema import HELPFUL_PAIRS, PROMPTS, SAFETY_PAIRS, by_prompt, pair_id, prompt_id, user
 from dualign.core.stage import Run
 from dualign.data import world as embedded

@@ -13,15 +13,8 @@ import pytest
 
 from dualign.core.artifacts import read_json
 from dualign.core.errors import AwaitingLabels, DataError
-from dualign.core.params import (
-    DualInitParams,
-    DualSearchParams,
-    EvaluateParams,
-    SafetyDpoParams,
-    StageParams,
-    load,
-    load_resources,
-)
+from dualign.core.loading import load, load_resources
+from dualign.core.params import DualInitParams, DualSearchParams, EvaluateParams, SafetyDpoParams, StageParams
 from dualign.core.stage import Run, execute, finished
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign.core.errors import ModelError
-from dualign.core.params import Resources, ScratchParams, load_resources
+from dualign.core.loading import load_resources
+from dualign.core.params import Resources, ScratchParams
 from dualign.core.schema import user
 from dualign.data import world
 from dualign.lm.mixture import Mixture, mixture_log_probability, policy_at, write_mixture

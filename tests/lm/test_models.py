@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign.core.errors import ModelError
-from dualign.core.params import LoraParams, Resources, ScratchParams, load_resources
+from dualign.core.loading import load_resources
+from dualign.core.params import LoraParams, Resources, ScratchParams
 from dualign.core.schema import user
 from dualign.data import world
 from dualign.lm import models

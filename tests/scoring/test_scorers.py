@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign.core.errors import DualignError, ModelError
-from dualign.core.params import LoraParams, Resources, ScratchParams, load_resources
+from dualign.core.loading import load_resources
+from dualign.core.params import LoraParams, Resources, ScratchParams
 from dualign.core.schema import Message, user
 from dualign.data import world
 from dualign.lm.models import build_scratch, load_scorer_backbone, merged, save, train_tokenizer, with_lora

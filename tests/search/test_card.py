@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from dualign.core.params import DualSearchParams, load
+from dualign.core.loading import load
+from dualign.core.params import DualSearchParams
 from dualign.measure.stats import Measurement
 from dualign.methods import METHODS, Plan
 from dualign.search import rules

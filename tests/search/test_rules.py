@@ -13,7 +13,8 @@ import pytest
 
 from dualign.core.artifacts import read_json
 from dualign.core.errors import DualignError
-from dualign.core.params import DualSearchParams, OnlineParams, load
+from dualign.core.loading import load
+from dualign.core.params import DualSearchParams, OnlineParams
 from dualign.measure.stats import Measurement
 from dualign.measure.tilt import Tilt
 from dualign.methods import METHODS, Plan

@@ -20,6 +20,7 @@ from dualign import dual
 from dualign.constraints import Constraint, Price, priced
 from dualign.core.artifacts import write_parquet
 from dualign.core.errors import AwaitingLabels, ParamsError
+from dualign.core.loading import load, load_resources
 from dualign.core.params import (
     DualSearchParams,
     FeedbackParams,
@@ -29,8 +30,6 @@ from dualign.core.params import (
     PolicyGradientParams,
     Resources,
     ScratchParams,
-    load,
-    load_resources,
 )
 from dualign.core.schema import (
     ANSWERS,

@@ -9,7 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import write_json, write_parquet
-from dualign.core.params import Resources, ScratchParams, load_resources
+from dualign.core.loading import load_resources
+from dualign.core.params import Resources, ScratchParams
 from dualign.core.schema import HELPFUL_PAIRS, SAFETY_PAIRS, pair_id, prompt_id, user
 from dualign.data import world
 from dualign.lm.models import build_scratch, save, train_tokenizer

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from dualign import certificate, certification
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.errors import AwaitingLabels, DataError, DualignError
-from dualign.core.params import CertifyParams, CertifyRun, EvaluateParams, LabelParams, Resources, load
+from dualign.core.loading import load
+from dualign.core.params import CertifyParams, CertifyRun, EvaluateParams, LabelParams, Resources
 from dualign.core.schema import ANSWERS, LABELS, PROMPTS, prompt_id, read_table, user
 from dualign.core.stage import Run
 from dualign.data import world

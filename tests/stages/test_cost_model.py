@@ -11,7 +11,8 @@ import pytest
 
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import DataError
-from dualign.core.params import CostModelParams, Resources, load
+from dualign.core.loading import load
+from dualign.core.params import CostModelParams, Resources
 from dualign.core.schema import SAFETY_PAIRS, pair_id, prompt_id, user
 from dualign.core.stage import Run
 from dualign.data import world

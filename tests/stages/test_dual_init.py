@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign import dual, lagrangian
 from dualign.core.artifacts import read_json, write_json, write_parquet
-from dualign.core.params import ConstraintSpec, DualInitParams, LagrangianDpoParams, Resources, load
+from dualign.core.loading import load
+from dualign.core.params import ConstraintSpec, DualInitParams, LagrangianDpoParams, Resources
 from dualign.core.schema import (
     DUAL_PROMPTS,
     POOL,

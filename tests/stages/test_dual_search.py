@@ -11,7 +11,8 @@ import pytest
 from dualign.constraints import Constraint, Price
 from dualign.core.artifacts import write_json, write_parquet
 from dualign.core.errors import ParamsError
-from dualign.core.params import DualSearchParams, MethodRow, PolicyGradientParams, load
+from dualign.core.loading import load
+from dualign.core.params import DualSearchParams, MethodRow, PolicyGradientParams
 from dualign.core.schema import POOL, prompt_id, user
 from dualign.dual import slater_radius
 from dualign.methods import Plan, plan

@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import read_json, write_parquet
-from dualign.core.params import ConstraintSpec, EvaluateParams, Resources, load
+from dualign.core.loading import load
+from dualign.core.params import ConstraintSpec, EvaluateParams, Resources
 from dualign.core.schema import POOL, PROMPTS, by_prompt, prompt_id, read_table, user
 from dualign.core.stage import Run
 from dualign.data import world

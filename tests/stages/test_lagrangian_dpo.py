@@ -12,7 +12,7 @@ import pytest
 
 from dualign import dual, lagrangian
 from dualign.constraints import Constraint, Price
-from dualign.core import params
+from dualign.core import loading
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.errors import InfeasibleError
 from dualign.core.params import LagrangianDpoParams, Resources, ScratchParams
@@ -43,12 +43,12 @@ PRICE = Price(Constraint("short", "length", 9.0), 0.1, 9.0)
 
 def stage_params(root: Path, **run: Any) -> LagrangianDpoParams:
     """The shipped params, cut short, with one run `pecan` that differs from `bernoulli` in `run`."""
-    content = copy.deepcopy(params.read_yaml(root / "params.yaml"))
+    content = copy.deepcopy(loading.read_yaml(root / "params.yaml"))
     section = content["lagrangian_dpo"]
     scorers = {"reward": "reward_dpo/helpful", "cost": "safety_dpo/alone"}
     section["runs"] = {**section["runs"], "pecan": {**section["runs"]["bernoulli"], **scorers, **run}}
     section["training"] |= {"max_steps": 2, "batch_size": 4, "max_length": 512}
-    checked = params.check(content, "my.yaml")["lagrangian_dpo"]
+    checked = loading.check(content, "my.yaml")["lagrangian_dpo"]
     assert isinstance(checked, LagrangianDpoParams)
     return checked
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from dualign import lagrangian
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import ParamsError
-from dualign.core.params import LambdaPathParams, Resources, check, read_yaml
+from dualign.core.loading import check, read_yaml
+from dualign.core.params import LambdaPathParams, Resources
 from dualign.core.schema import POOL, prompt_id, read_table, user
 from dualign.core.stage import Run
 from dualign.data import world

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dualign.core.errors import ParamsError
-from dualign.core.params import PrepareParams, load, load_resources
+from dualign.core.loading import load, load_resources
+from dualign.core.params import PrepareParams
 from dualign.core.stage import Run
 from stages import prepare
 

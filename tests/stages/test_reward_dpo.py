@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import DataError, ParamsError
-from dualign.core.params import Resources, RewardDpoParams, RewardRun, load
+from dualign.core.loading import load
+from dualign.core.params import Resources, RewardDpoParams, RewardRun
 from dualign.core.schema import HELPFUL_PAIRS
 from dualign.core.stage import Run
 from dualign.lm.models import load_policy

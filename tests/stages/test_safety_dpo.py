@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dualign.core.artifacts import read_json, write_json
-from dualign.core.params import Resources, SafetyDpoParams, SafetyRun, load
+from dualign.core.loading import load
+from dualign.core.params import Resources, SafetyDpoParams, SafetyRun
 from dualign.core.stage import Run
 from dualign.lm.models import load_policy
 from stages.safety_dpo import main, multiplier

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from trl import RLOOTrainer
 
 from dualign.core.errors import DataError, DualignError, ParamsError, TrainingError
-from dualign.core.params import LoraParams, ScratchParams, TrainingParams, load_resources
+from dualign.core.loading import load_resources
+from dualign.core.params import LoraParams, ScratchParams, TrainingParams
 from dualign.core.schema import Message, user
 from dualign.data import world
 from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_tokenizer, with_lora

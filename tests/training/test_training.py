@@ -23,7 +23,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from dualign import PairwiseConfig, PairwiseTrainer, losses
 from dualign.core.errors import DataError, DualignError, ParamsError
-from dualign.core.params import LoraParams, Resources, ScratchParams, TrainingParams, load_resources
+from dualign.core.loading import load_resources
+from dualign.core.params import LoraParams, Resources, ScratchParams, TrainingParams
 from dualign.core.schema import user
 from dualign.data import world
 from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_tokenizer, with_lora

@@ -1,0 +1,167 @@
+"""Rules that tie the sections of `params.yaml` together: who starts from whose model, and whether that makes sense."""
+
+from __future__ import annotations
+
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+from dualign.core.errors import ParamsError
+from dualign.core.params import (
+    ROW_SECTIONS,
+    CertifyParams,
+    DualSearchParams,
+    EvaluateParams,
+    LagrangianDpoParams,
+    LambdaPathParams,
+    MethodRow,
+    RewardDpoParams,
+    RewardRun,
+    SafetyDpoParams,
+    StageParams,
+)
+
+
+def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: str | Path) -> None:
+    """Raise ParamsError unless each run names models that some stage writes, and may be combined with them."""
+    reward, safety, lagrangian = stages["reward_dpo"], stages["safety_dpo"], stages["lagrangian_dpo"]
+    lambda_path, search = stages["lambda_path"], stages["dual_search"]
+    certify, evaluate = stages["certify"], stages["evaluate"]
+    assert isinstance(reward, RewardDpoParams) and isinstance(safety, SafetyDpoParams)
+    assert isinstance(lagrangian, LagrangianDpoParams) and isinstance(lambda_path, LambdaPathParams)
+    assert isinstance(search, DualSearchParams) and isinstance(certify, CertifyParams)
+    assert isinstance(evaluate, EvaluateParams)
+    _check_references(reward, safety, path)
+    _check_scores(reward, safety, lagrangian, path)
+    _check_path(lambda_path, path)
+    _check_search(content["dual_search"], search, path)
+    written = {"sft", *(f"{stage}/{name}" for stage in _TRAINED for name in content[stage]["runs"])}
+    for name, row in search.methods.items():
+        _check_written({"start": row.start, "reference": row.reference}, written, f"methods.{name}", path)
+        _check_reference(name, row, safety, path)
+        _check_ends(name, row, lambda_path, path)
+    written |= {f"aligned/{name}" for name in search.methods}
+    for name, run in certify.runs.items():
+        named = {"policy": run.policy, "partner": run.partner, "fallback": run.fallback}
+        _check_written(named, written, f"certify.runs.{name}", path)
+    written |= {f"certified/{name}" for name in certify.runs}
+    _check_written(evaluate.policies, written, "evaluate.policies", path)
+    if "sft" not in evaluate.policies:
+        raise ParamsError(f"{path}: evaluate.policies.sft is missing; win rates are measured against it")
+
+
+#: Stages whose runs each write a policy.
+_TRAINED = ("reward_dpo", "safety_dpo", "lagrangian_dpo", "lambda_path")
+
+
+def _check_written(named: dict[str, str], written: set[str], where: str, path: str | Path) -> None:
+    """Every folder that is named, by key, is one that some stage writes under models/."""
+    for key, folder in named.items():
+        if folder not in written:
+            raise ParamsError(f"{path}: {where}.{key}: no stage writes models/{folder}; one of {sorted(written)}")
+
+
+def _check_search(section: dict[str, Any], search: DualSearchParams, path: str | Path) -> None:
+    """The interval of multipliers is one, and what belongs to a row stands there."""
+    if search.lambda_min >= search.lambda_max:
+        raise ParamsError(f"{path}: dual_search.lambda_min must be below dual_search.lambda_max")
+    for key in ROW_SECTIONS:
+        if key in section:
+            raise ParamsError(f"{path}: dual_search.{key} belongs in the row that needs it: methods.NAME.{key}")
+    for name, row in search.methods.items():
+        ascent = row.policy_gradient
+        if ascent and not search.lambda_min <= ascent.lambda_init <= search.lambda_max:
+            raise ParamsError(
+                f"{path}: methods.{name}.policy_gradient.lambda_init must lie between dual_search.lambda_min and "
+                "lambda_max"
+            )
+
+
+def _check_references(reward: RewardDpoParams, safety: SafetyDpoParams, path: str | Path) -> None:
+    """References and margins of the runs on preferences name models that the other stage writes, and no circle.
+
+    A margin is the cost that `losses.modpo_logit` asks for only if its policy is that of plain safety DPO from `sft`.
+    """
+    after_reward = {"sft", *(f"reward_dpo/{name}" for name in reward.runs)}
+    after_safety = {"sft", *(f"safety_dpo/{name}" for name in safety.runs)}
+    margins = {"sft", *_cost_policies(safety)}
+    named = {
+        **{("safety_dpo", name, "reference"): (run.reference, after_reward) for name, run in safety.runs.items()},
+        **{("reward_dpo", name, "reference"): (run.reference, after_safety) for name, run in reward.runs.items()},
+        **{("reward_dpo", name, "margin"): (run.margin, margins) for name, run in reward.runs.items()},
+    }
+    for (stage, name, key), (folder, valid) in named.items():
+        if folder not in valid:
+            why = " (none, or a policy of plain safety DPO from sft)" if key == "margin" else ""
+            raise ParamsError(f"{path}: {stage}.runs.{name}.{key}: {folder!r} is not one of {sorted(valid)}{why}")
+    needs: dict[str, set[str]] = {}
+    for (stage, name, _), (folder, _) in named.items():
+        needs.setdefault(f"{stage}/{name}", set()).add(folder)
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError as error:
+        circle = " <- ".join(error.args[1])
+        raise ParamsError(f"{path}: runs wait for each other: {circle}; set one reference to sft") from None
+
+
+def _cost_policies(safety: SafetyDpoParams) -> set[str]:
+    """Runs whose log-ratio to the reference policy is a cost: plain DPO that started there."""
+    plain = ("sft", "dpo", None)
+    return {
+        f"safety_dpo/{name}" for name, run in safety.runs.items() if (run.reference, run.loss_type, run.clip) == plain
+    }
+
+
+def _check_scores(
+    reward: RewardDpoParams, safety: SafetyDpoParams, lagrangian: LagrangianDpoParams, path: str | Path
+) -> None:
+    """A score is a scorer's, or the log-ratio to the reference policy of a plain DPO that started there."""
+    plain = RewardRun(reference="sft", loss_type="dpo", clip=None, safe_offset=None, margin="sft", margin_weight=1.0)
+    rewards = [
+        f"reward_dpo/{k}" for k, run in reward.runs.items() if run.model_copy(update={"margin_weight": 1.0}) == plain
+    ]
+    valid = {"reward": ["reward_model", *rewards], "cost": ["cost_model", *_cost_policies(safety)]}
+    for name, run in lagrangian.runs.items():
+        for key, names in valid.items():
+            if getattr(run, key) not in names:
+                raise ParamsError(
+                    f"{path}: lagrangian_dpo.runs.{name}.{key}: {getattr(run, key)!r} gives no {key} relative to sft "
+                    f"(a scorer does, or a policy trained from it by plain DPO); one of {sorted(names)}"
+                )
+
+
+def _check_reference(name: str, row: MethodRow, safety: SafetyDpoParams, path: str | Path) -> None:
+    """A search goes on against the reference of its start; only a naive merge takes a partner of its own."""
+    stage, _, run = row.start.partition("/")
+    trained = safety.runs[run].reference if stage == "safety_dpo" else "sft" if stage == "lagrangian_dpo" else None
+    naive = row.method == "p_sacpo" and trained == "sft"
+    if trained is not None and row.reference != trained and not naive:
+        raise ParamsError(
+            f"{path}: methods.{name}.reference is {row.reference!r}, but {row.start} was trained against {trained!r}; "
+            "name that, or another start"
+        )
+
+
+def _check_path(given: LambdaPathParams, path: str | Path) -> None:
+    """Runs of the path begin at `sft` or at another run, and no two wait for each other."""
+    valid = {"sft", *(f"lambda_path/{name}" for name in given.runs)}
+    for name, run in given.runs.items():
+        if run.begin not in valid:
+            raise ParamsError(f"{path}: lambda_path.runs.{name}.begin: {run.begin!r} is not one of {sorted(valid)}")
+    try:
+        TopologicalSorter({f"lambda_path/{name}": {run.begin} for name, run in given.runs.items()}).prepare()
+    except CycleError as error:
+        circle = " <- ".join(error.args[1])
+        raise ParamsError(f"{path}: runs wait for each other: {circle}; let one begin at sft") from None
+
+
+def _check_ends(name: str, row: MethodRow, given: LambdaPathParams, path: str | Path) -> None:
+    """A search on the path merges two of its policies, the stricter one as its start."""
+    ends = [folder.partition("/")[2] for folder in (row.start, row.reference) if folder.startswith("lambda_path/")]
+    if not ends:
+        return
+    if len(ends) == 1 or given.runs[ends[0]].lam <= given.runs[ends[1]].lam:
+        raise ParamsError(
+            f"{path}: methods.{name}: start and reference must both be runs of lambda_path, and the start's lam must "
+            f"be the larger one; got {row.start} and {row.reference}"
+        )

@@ -1,0 +1,139 @@
+"""Reads `params.yaml`: the whole file is checked before anything runs, so a typo anywhere is found at once."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.reader import ReaderError
+
+from dualign.core.consistency import check_across
+from dualign.core.errors import ParamsError
+from dualign.core.params import STAGES, Resources, StageParams
+
+_TOP_LEVEL = {"seed", "beta", "constraint", "generation", "resources", "methods", *STAGES}
+
+P = TypeVar("P", bound=StageParams)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML 1.2 mapping (so `1e-5` is a number). Raises ParamsError that names the file and line."""
+    path = Path(path)
+    try:
+        content = YAML(typ="safe").load(path.read_text())
+    except FileNotFoundError as error:
+        raise ParamsError(f"{path}: no such file; run from the folder that holds params.yaml") from error
+    except (UnicodeDecodeError, ReaderError) as error:
+        raise ParamsError(f"{path}: not valid YAML ({error.reason}); save it as UTF-8 text") from error
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ParamsError(f"{path}:{line}: not valid YAML ({error.problem})") from error
+    if not isinstance(content, dict):
+        raise ParamsError(f"{path}: expected a mapping of keys to values")
+    return content
+
+
+def load(cls: type[P], path: str | Path = "params.yaml") -> P:
+    """Check the whole file, return the params of one stage. Raises ParamsError that names file, key and remedy."""
+    content = read_yaml(path)
+    checked = check(content, path)
+    return checked[cls.section]  # type: ignore[return-value]
+
+
+def load_resources(path: str | Path = "params.yaml") -> Resources:
+    """The `resources` section."""
+    return _build(Resources, read_yaml(path).get("resources"), "resources", path)
+
+
+def check(content: dict[str, Any], path: str | Path) -> dict[str, StageParams]:
+    """Validate every section of a params file; return the params of each stage by name."""
+    _refuse_unknown(content, _TOP_LEVEL, "", path)
+    for key in sorted(_TOP_LEVEL - content.keys()):
+        raise ParamsError(f"{path}: {key} is missing; add it (params.yaml in the repository shows every key)")
+    for section in ("constraint", "generation"):
+        if isinstance(content[section], dict):
+            _refuse_unknown(content[section], _shared_keys(section), f"{section}.", path)
+    _build(Resources, content["resources"], "resources", path)
+    stages = {name: _build(cls, _with_shared(cls, content, path), name, path) for name, cls in STAGES.items()}
+    check_across(content, stages, path)
+    return stages
+
+
+def _shared_keys(section: str) -> set[str]:
+    """The keys of a shared section: those that some stage declares."""
+    declared = {key for cls in STAGES.values() for key in cls.shared.values()}
+    return {key.partition(".")[2] for key in declared if key.startswith(f"{section}.")}
+
+
+def _with_shared(cls: type[StageParams], content: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    section = content[cls.section]
+    if not isinstance(section, dict):
+        raise ParamsError(f"{path}: {cls.section} must hold keys and values")
+    for field in cls.shared:
+        if field in section:
+            raise ParamsError(f"{path}: {cls.section}.{field} belongs at {cls.shared[field]}; move it there")
+    return {**section, **{field: _dig(content, key, path) for field, key in cls.shared.items()}}
+
+
+def _dig(content: dict[str, Any], dotted: str, path: str | Path) -> Any:
+    value: Any = content
+    for key in dotted.split("."):
+        if not isinstance(value, dict) or key not in value:
+            raise ParamsError(f"{path}: {dotted} is missing")
+        value = value[key]
+    return value
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def _build(cls: type[M], values: Any, where: str, path: str | Path) -> M:
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise ParamsError(_explain(error, cls, where, path)) from None
+
+
+def _explain(error: ValidationError, cls: type[BaseModel], where: str, path: str | Path) -> str:
+    """The first problem of a validation error as one line: file, key, what is wrong, nearest valid key."""
+    first = error.errors()[0]
+    loc = [str(part) for part in first["loc"]]
+    shared = getattr(cls, "shared", {})
+    key = ".".join([shared[loc[0]], *loc[1:]] if loc and loc[0] in shared else [where, *loc])
+    if first["type"] == "extra_forbidden":
+        return f"{path}: {key} is not a known key{_nearest(loc[-1], _fields_at(cls, loc[:-1]))}"
+    if first["type"] == "missing":
+        return f"{path}: {key} is missing; add it (params.yaml in the repository shows every key)"
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(first["input"], dict | list) else f", got {first['input']!r}"
+    return f"{path}: {key}: {message[0].lower()}{message[1:]}{given}"
+
+
+def _fields_at(cls: type[BaseModel], loc: list[str]) -> list[str]:
+    """Field names of the model that `loc` leads to, walking through nested models, lists and dicts of models."""
+    for part in loc:
+        if part in cls.model_fields:
+            models = _models_in(cls.model_fields[part].annotation)
+            cls = models[0] if models else cls
+    return list(cls.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for arg in getattr(annotation, "__args__", ()) for m in _models_in(arg)]
+
+
+def _nearest(key: str, valid: list[str] | set[str]) -> str:
+    close = difflib.get_close_matches(key, sorted(valid), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid keys: {', '.join(sorted(valid))}"
+
+
+def _refuse_unknown(content: dict[str, Any], valid: set[str], where: str, path: str | Path) -> None:
+    for key in content:
+        if key not in valid:
+            raise ParamsError(f"{path}: {where}{key} is not a known key{_nearest(str(key), valid)}")

@@ -1,0 +1,153 @@
+"""Params files: every shipped one loads for every stage, and every mistake is named in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dualign.core import loading, params
+from dualign.core.errors import ParamsError
+from tests.core.mistakes import Content, drop, put, refusal
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "params").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("stage", params.STAGES)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_file_loads_for_every_stage(path: Path, stage: str) -> None:
+    cls = params.STAGES[stage]
+    loaded = loading.load(cls, path)
+    assert isinstance(loaded, cls)
+    assert isinstance(loading.load_resources(path), params.Resources)
+
+
+def test_shared_keys_reach_the_stages_that_declare_them(content: Content) -> None:
+    content["seed"], content["beta"], content["constraint"]["limit"] = 41, 0.25, -1.5
+    content["generation"]["max_new_tokens"] = 9
+    checked = loading.check(content, "my.yaml")
+    for name, cls in params.STAGES.items():
+        given = checked[name].model_dump()
+        expected = {"seed": 41, "beta": 0.25, "limit": -1.5, "max_new_tokens": 9}
+        assert {key: given[key] for key in expected if key in cls.shared} == {
+            key: value for key, value in expected.items() if key in cls.shared
+        }
+        assert not (set(expected) - set(cls.shared)) & set(given)
+
+
+@pytest.mark.parametrize(("written", "value"), [("1e-5", 1e-5), ("2E-4", 2e-4), ("1e+1", 10.0), ("3", 3.0)])
+def test_numbers_may_be_written_the_yaml_1_2_way(tmp_path: Path, written: str, value: float) -> None:
+    text = (ROOT / "params.yaml").read_text()
+    line = next(line for line in text.splitlines() if line.strip().startswith("learning_rate:"))
+    path = tmp_path / "params.yaml"
+    path.write_text(text.replace(line, f"{line.split(':')[0]}: {written}", 1))
+    assert loading.load(params.SftParams, path).training.learning_rate == value
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("reources", "resources"),
+        ("sft.trainin", "training"),
+        ("sft.training.learning_rat", "learning_rate"),
+        ("sft.scratch.hiden_size", "hidden_size"),
+        ("prepare.world.sharpnes", "sharpness"),
+        ("resources.thread", "threads"),
+        ("reward_dpo.runs.helpful.margin_wight", "margin_weight"),
+        ("safety_dpo.runs.alone.factr", "factor"),
+        ("lagrangian_dpo.runs.anchored.inner.anchr", "anchor"),
+        ("dual_search.lambda_mx", "lambda_max"),
+        ("constraint.limt", "limit"),
+        ("generation.max_new_token", "max_new_tokens"),
+        ("methods.sacpo.strt", "start"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_valid_one(content: Content, typo: str, meant: str) -> None:
+    message = refusal(put(content, typo, 1))
+    assert message.startswith(f"{typo} is not a known key") and f"did you mean {meant!r}?" in message
+
+
+def test_an_unknown_key_of_a_source_names_its_row(content: Content) -> None:
+    message = refusal(put(content, "prepare.sft", [{"format": "world"}, {"format": "pku", "pth": "x"}]))
+    assert message == "prepare.sft.1.pth is not a known key; did you mean 'path'?"
+
+
+def test_an_unknown_key_like_no_other_lists_the_valid_ones(content: Content) -> None:
+    message = refusal(put(content, "zzz", 1))
+    assert "valid keys: " in message and "dual_search" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("sft.training.batch_size", "32", "valid integer, got '32'"),
+        ("sft.training.batch_size", 32.5, "valid integer"),
+        ("sft.training.epochs", "1.0", "valid number, got '1.0'"),
+        ("seed", 7.5, "valid integer"),
+        ("seed", True, "valid integer, got True"),
+        ("beta", "0.1", "valid number, got '0.1'"),
+        ("resources.gradient_checkpointing", "yes", "valid boolean, got 'yes'"),
+        ("resources.device", "tpu", "'auto', 'cpu' or 'cuda', got 'tpu'"),
+        ("sft.base", 3, "valid string, got 3"),
+        ("report.title", None, "valid string, got None"),
+        ("prepare.sft", {"format": "world"}, "valid list"),
+        ("sft", [1, 2], "must hold keys and values"),
+        ("resources", None, "valid dictionary"),
+    ],
+)
+def test_a_wrong_type_is_named(content: Content, key: str, value: Any, says: str) -> None:
+    message = refusal(put(content, key, value))
+    assert message.split(":")[0].split(" ")[0] == key and says in message
+
+
+@pytest.mark.parametrize(
+    "key",
+    """beta seed constraint constraint.limit generation.max_new_tokens report sft.base resources methods
+    reward_dpo.runs.helpful.safe_offset reward_dpo.runs.helpful.clip safety_dpo.runs.alone.clip
+    lagrangian_dpo.runs.bernoulli.learning_rate
+    sft.training.schedule resources.threads prepare.world.sft_rows methods.sacpo.start""".split(),
+)
+def test_a_missing_key_is_named(content: Content, key: str) -> None:
+    assert refusal(drop(content, key)).startswith(f"{key} is missing")
+
+
+@pytest.mark.parametrize(
+    ("key", "home"),
+    [
+        ("sft.seed", "seed"),
+        ("dual_init.beta", "beta"),
+        ("dual_search.limit", "constraint.limit"),
+        ("score.max_new_tokens", "generation.max_new_tokens"),
+        ("report.confidence", "evaluate.confidence"),
+    ],
+)
+def test_a_shared_key_in_a_section_is_sent_home(content: Content, key: str, home: str) -> None:
+    assert refusal(put(content, key, 1)) == f"{key} belongs at {home}; move it there"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"seed: [1, 2\n", r":2: not valid YAML"),
+        (b"seed: 1\nseed: 2\n", r":2: not valid YAML .*duplicate key"),
+        (b"- 1\n- 2\n", r": expected a mapping"),
+        (b"", r": expected a mapping"),
+        (b"just words", r": expected a mapping"),
+        (b"seed: \x00\x01", r": not valid YAML"),
+        (b"\xff\xfe\x00seed", r": not valid YAML"),
+    ],
+    ids=["open bracket", "key twice", "list", "empty", "words", "control characters", "not UTF-8"],
+)
+def test_a_file_that_is_no_yaml_mapping_is_named(tmp_path: Path, text: bytes, says: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(text)
+    with pytest.raises(ParamsError, match=rf"^{path}{says}") as caught:
+        loading.load(params.SftParams, path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match=r"none\.yaml: no such file"):
+        loading.load(params.SftParams, tmp_path / "none.yaml")
