@@ -4,6 +4,8 @@
 #
 # Each target makes .venv first if it is missing or out of date. To use an environment of your own:
 #     make test PYTHON=python
+# Tests run in as many processes as there are cores, up to four; another number:
+#     make test JOBS=1
 # A machine without a GPU can take PyTorch's smaller build:
 #     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make env
 
@@ -26,6 +28,8 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 FOUND = $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
     if $$python -c '$(SUPPORTED)' 2>/dev/null; then echo $$python; break; fi; done)
 NONE := { echo 'make env: found no Python 3.11, 3.12 or 3.13; install one, or uv' >&2; exit 1; }
+
+JOBS := auto
 
 .PHONY: help env repro test style check clean-scratch
 
@@ -54,7 +58,7 @@ endif
 	$(PYTHON) -m dvc repro
 
 test: $(ENV) ## run every test
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses $(JOBS) --maxprocesses 4 --dist loadfile
 
 style: $(ENV) ## put code and dvc.yaml in order
 	$(PYTHON) -m ruff check --fix

@@ -1,4 +1,4 @@
-"""What all tests share: no network, two threads, and real rows where there are any."""
+"""What all tests share: no network, two threads (one where tests run side by side), real rows where there are any."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ os.environ.update(
     TRANSFORMERS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     TOKENIZERS_PARALLELISM="false",
-    OMP_NUM_THREADS="2",
+    OMP_NUM_THREADS="1" if "PYTEST_XDIST_WORKER" in os.environ else "2",
     DVC_NO_ANALYTICS="1",
     DO_NOT_TRACK="1",
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
