@@ -57,8 +57,23 @@ log = logging.getLogger(__name__)
 PROGRAM = "python -m bench.search_cost"
 PARAMS = world.ROOT / "params/every-method.yaml"
 
-#: What every search starts from. Only PD-DPO reads the last: pi_r.
-STAGES = ("prepare", "sft", "reward_model", "cost_model", "score", "reward_dpo@helpful")
+#: Our training at two multipliers for all limits of a seed; the row `path` merges them.
+PATH: dict[str, Any] = {
+    name: {
+        "lam": lam,
+        "begin": begin,
+        "learning_rate": 8e-3,
+        "inner": {"labels": "soft", "normalised": False, "anchor": 0.3, "nll": 2.0},
+    }
+    for name, lam, begin in (("slack", 0.0, "sft"), ("strict", 3.0, "lambda_path/slack"))
+}
+#: What every search starts from, and what only some do: pi_r for PD-DPO, two policies for merges.
+SCORED = ("prepare", "sft", "reward_model", "cost_model", "score")
+SHARED = {
+    "reward_dpo/helpful": ("reward_dpo@helpful",),
+    "lambda_path/slack": tuple(f"lambda_path@{name}" for name in PATH),
+}
+STAGES = (*SCORED, *(stage for stages in SHARED.values() for stage in stages))
 #: What differs from `PARAMS`, so that a training takes seconds on one thread and no search ends before the test.
 SMALLER: dict[str, Any] = {
     "prepare.eval_prompts": 300,
@@ -69,9 +84,13 @@ SMALLER: dict[str, Any] = {
     "evaluate.samples_per_prompt": 2,
     "resources.checkpoint_steps": 10_000,
     "resources.threads": 1,
-}
+    "lambda_path.runs": PATH,
+    "methods.path": {
+        "method": "dualign", "rule": "merge", "start": "lambda_path/strict", "reference": "lambda_path/slack"
+    },
+}  # fmt: skip
 #: Sections whose trainings are all of the same size.
-TRAININGS = ("reward_dpo", "safety_dpo", "lagrangian_dpo", "dual_search")
+TRAININGS = ("reward_dpo", "safety_dpo", "lagrangian_dpo", "lambda_path", "dual_search")
 
 TOLERANCE = 0.05  # in units of cost; a cost nearer than this below the limit is not too safe
 
@@ -102,18 +121,20 @@ class Settings:
 class Row:
     """A search: its row of `methods` in the params, its first multiplier, and what is changed.
 
-    `first` is the multiplier of the pool, or none: the least that the loss takes, 0 or `lambda_min`.
+    `first` is the multiplier of the pool, none (the least that the loss takes, 0 or `lambda_min`), or that of a policy
+    that is there for all limits.
     """
 
     name: str
     title: str
     method: str
-    first: Literal["pool", "none"]
+    first: Literal["pool", "none", "path"]
     step_size: float | None = None
 
 
 ROWS = (
     Row("dualign", "dualign from λ̂", "dualign", "pool"),
+    Row("path", "dualign, merges between λ = 0 and 3", "path", "path"),
     Row("c_dpo_1", "C-DPO from 0, η = 1", "c_dpo", "none", 1.0),  # the step size of the params
     Row("caid", "CAID from λ̂, η = 1", "caid", "pool"),
     Row("c_dpo_2", "C-DPO from 0, η = 2", "c_dpo", "none", 2.0),
@@ -186,6 +207,8 @@ class Scored:
         pool = dual.root(reward, cost, limit=limit, beta=beta, lambda_max=most)
         if row.first == "pool":
             return rules.Outlook(pool, pool)
+        if row.first == "path":
+            return rules.Outlook(pool, PATH["strict"]["lam"], lam_reference=PATH["slack"]["lam"])
         if start.startswith("lagrangian_dpo"):
             return rules.Outlook(pool, 0.0)
         radius = dual.slater_radius(reward, cost, limit=limit, beta=beta, lambda_max=most)
@@ -236,44 +259,55 @@ def met(lam: float, measured: Measurement, limit: float, z: float) -> bool:
 
 
 def seek(
-    row: Plan, known: rules.Outlook, params: DualSearchParams, bench: rules.Workbench, scratch: Path
+    row: Plan, start: str, known: rules.Outlook, params: DualSearchParams, bench: rules.Workbench, scratch: Path
 ) -> list[rules.Step]:
-    """Search training by training from step 0 in `scratch`, until the test is met, the rule stops or the budget is
-    spent."""
-    start = str(scratch / "step-0/policy")
+    """Search policy by policy from `start`, until the test is met, the rule stops or the budget is spent."""
     steps: list[rules.Step] = []
     for budget in range(params.max_trainings + 1):
-        steps, _ = rules.run(row, start, known, params.model_copy(update={"max_trainings": budget}), bench, scratch)
+        spent = params.model_copy(update={"max_trainings": budget, "merge_steps": budget})
+        steps, _ = rules.run(row, start, known, spent, bench, scratch)
         last = steps[-1]
         if met(last.lam, last.measured, params.limit, params.z) or len(steps) <= budget:
             break
     return steps
 
 
+def begin(
+    scored: Scored, row: Row, chosen: Plan, params: DualSearchParams, lam: float, scratch: Path
+) -> tuple[PolicyBench, str, float]:
+    """The workbench of a search in `scratch`, its first policy and the CPU seconds that this took for it alone."""
+    inner, training = (None, params.training) if row.first == "path" else scored.first_training(chosen.start)
+    bench = scored.bench(chosen, params, inner, params.training if chosen.method.warm else training, scratch)
+    if row.first == "path":
+        scratch.mkdir(parents=True)
+        return bench, str(scored.inputs.models / chosen.start), 0.0
+    first, seconds = first_policy(scored, chosen, lam)
+    shutil.copytree(first, scratch)
+    return bench, str(scratch / "step-0/policy"), seconds
+
+
 def run_row(scored: Scored, row: Row, limit: float) -> dict[str, Any]:
-    """One search and what it cost, the first policy included; the policy that ended it, judged by the oracle."""
+    """One search and what it cost, its own first policy included; the policy that ended it, judged by the oracle."""
     chosen = plan(row.method, scored.params.methods[row.method])
     known = scored.outlook(row, chosen.start, limit)
     params = scored.params.model_copy(update={"limit": limit, "step_size": row.step_size or scored.params.step_size})
-    first, seconds = first_policy(scored, chosen, known.lam_start)
     scratch = scored.folder / "searches" / f"{limit:g}-{row.name}"
     shutil.rmtree(scratch, ignore_errors=True)  # of an interrupted run, whose seconds nobody knows
-    shutil.copytree(first, scratch)
-    inner, training = scored.first_training(chosen.start)
+    bench, start, seconds = begin(scored, row, chosen, params, known.lam_start, scratch)
     started = time.process_time()
-    bench = scored.bench(chosen, params, inner, params.training if chosen.method.warm else training, scratch)
-    steps = seek(chosen, known, params, bench, scratch)
+    steps = seek(chosen, start, known, params, bench, scratch)
     seconds += time.process_time() - started
-    last = steps[-1]
+    last, trainings = steps[-1], sum(step.trained for step in steps) + (row.first != "path")
     found = {
         "seed": scored.seed,
         "limit": limit,
         "row": row.name,
         "lam_pool": known.lam_pool,
         "met": met(last.lam, last.measured, limit, params.z),
-        "trainings": len(steps),
-        "before": int(chosen.reference != "sft"),
-        "gradient_steps": len(steps) * (params.training.max_steps or 0),
+        "trainings": trainings,
+        "policies": len(steps),
+        "before": len(SHARED.get(chosen.reference, ())),
+        "gradient_steps": trainings * (params.training.max_steps or 0),
         "generated_tokens": sum(step.measured.generated_tokens for step in steps),
         "seconds": seconds,
         "steps": [{"lam": step.lam, **asdict(step.measured)} for step in steps],
@@ -358,7 +392,7 @@ def _quiet() -> None:
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """One line for each search: over seeds and limits, the median, mean and largest number of trainings, and means."""
     heads = (
-        "search", "test met", "trainings, median", "mean", "most", "gradient steps", "tokens", "CPU seconds",
+        "search", "test met", "trainings, median", "mean", "most", "policies", "gradient steps", "tokens", "CPU seconds",
         "E[c*] − limit", "J* − J", "grammatical",
     )  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -366,7 +400,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         trainings = [found["trainings"] for found in own]
         means = {key: fmean(found[key] for found in own) for key in _MEANS}
         cells = [
-            row.title + (" (and π_r)" if own[0]["before"] else ""),
+            row.title + (f" (and {own[0]['before']} for all limits)" if own[0]["before"] else ""),
             f"{sum(found['met'] for found in own)}/{len(own)}",
             f"{median(trainings):g}", f"{fmean(trainings):.1f}", f"{max(trainings)}",
             *(f"{means[key]:.{digits}f}" for key, digits in _MEANS.items()),
@@ -375,7 +409,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-_MEANS = {"gradient_steps": 0, "generated_tokens": 0, "seconds": 0, "excess": 3, "gap": 3, "grammatical": 3}
+_MEANS = {
+    "policies": 1,
+    "gradient_steps": 0,
+    "generated_tokens": 0,
+    "seconds": 0,
+    "excess": 3,
+    "gap": 3,
+    "grammatical": 3,
+}
 
 
 def by_limit(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -411,20 +453,18 @@ def _by_row(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Row, list[Mapping[s
 
 def page(settings: Settings, common: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:
     """The page in markdown."""
-    tokens, score, helpful = (
-        fmean(values)
-        for values in (
-            [found["pool_tokens"] for found in common],
-            [found["seconds"]["score"] for found in common],
-            [found["seconds"]["reward_dpo@helpful"] for found in common],
-        )
+    tokens = fmean(found["pool_tokens"] for found in common)
+    score, helpful, path = (
+        fmean(sum(found["seconds"][stage] for stage in stages) for found in common)
+        for stages in (("score",), *SHARED.values())
     )
     parts = [
         "# What a search costs",
         f"    {options.command(PROGRAM, settings)}",
         f"{len(settings.seeds)} seeds × {len(settings.limits)} limits; trainings of {settings.steps} steps of "
         f"{settings.pairs} pairs. Once for all searches of a seed: the pool, {tokens:.0f} tokens, drawn and scored "
-        f"with the pairs in {score:.0f} s; for PD-DPO alone π_r, one more training of {helpful:.0f} s.",
+        f"with the pairs in {score:.0f} s; for PD-DPO alone π_r, one training of {helpful:.0f} s; for the merges alone "
+        f"two trainings of {path:.0f} s.",
         "\n".join(table(rows)),
         "\n".join(f"- {line}" for line in best_step_sizes(rows)),
         _NOTES,
@@ -439,8 +479,8 @@ _NOTES = f"""\
 How to read it: every search starts from nothing, its first policy counts, and it goes on by its own rule until the cost
 of the policy's own answers to the search prompts is at most z standard errors above the limit and at most
 {TOLERANCE:g} (or z standard errors) from it, z as in the params, or 12 policies are trained. λ̂ is the multiplier of
-the pool. dualign as shipped trains once more where its first policy meets the test already; that is left out here.
-Tokens are those that the policies generate to be measured or trained on; seconds are the processor's. `E[c*] − limit`
+the pool. Merges train nothing for a limit; *policies* counts what was measured. dualign as shipped trains once more
+where its first policy meets the test already; that is left out here. Tokens are those that the policies generate to be measured or trained on; seconds are the processor's. `E[c*] − limit`
 and `J* − J` are those of the policy that ended the search, by the oracle on held-out prompts: what the scorers misjudge
 is in them."""
 

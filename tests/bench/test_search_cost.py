@@ -13,10 +13,10 @@ from ruamel.yaml import YAML
 from bench import search_cost, world
 from bench.search_cost import PARAMS, ROWS, Scored, Settings, first_policy, met, rows_of, run_row, seek, smaller
 from dualign import dual
-from dualign.core import params as parameters
+from dualign.core import loading
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.loading import load, load_resources
-from dualign.core.params import DualSearchParams, ScoreParams, ScratchParams
+from dualign.core.params import DualSearchParams, LagrangianDpoParams, ScoreParams, ScratchParams
 from dualign.core.schema import HELPFUL_PAIRS, PROMPTS, SAFETY_PAIRS, by_prompt, pair_id, prompt_id, user
 from dualign.core.stage import Run
 from dualign.data import world as embedded
@@ -112,7 +112,7 @@ def sought(row: str, first: float, tmp_path: Path, *, slope: float, limit: float
     (tmp_path / "step-0/policy").mkdir(parents=True)
     line = Line(0.5, slope, first)
     chosen = plan(BY_NAME[row].method, found.methods[BY_NAME[row].method])
-    steps = seek(chosen, Outlook(first, first), params, line, tmp_path)
+    steps = seek(chosen, str(tmp_path / "step-0/policy"), Outlook(first, first), params, line, tmp_path)
     assert [step.lam for step in steps] == line.lams
     return line.lams
 
@@ -151,7 +151,7 @@ def scored(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(lab.folder)
     resources = load_resources()
     tokenizer = train_tokenizer([answer.text for answer in embedded.answers(embedded.prompts()[0])], 300)
-    for seed, name in enumerate(("sft", "reward_dpo/helpful")):
+    for seed, name in enumerate(("sft", *search_cost.SHARED, "lambda_path/strict")):
         save(build_scratch(SCRATCH, tokenizer, seed), tokenizer, Path("models") / name)
     for seed, name in enumerate(("reward_model", "cost_model")):
         backbone = load_scorer_backbone("models/sft", tokenizer, resources, seed)
@@ -197,13 +197,14 @@ def test_every_row_says_what_it_took_and_a_second_run_only_reads(scored: Scored,
     assert [row["row"] for row in rows] == [row.name for row in ROWS]
     assert not list((scored.folder / "searches").iterdir())
     for row in rows:
-        assert row["trainings"] == len(row["steps"]) <= 3 and row["gradient_steps"] == 2 * row["trainings"]
+        assert row["trainings"] == (0 if row["row"] == "path" else len(row["steps"])) <= 3
+        assert row["policies"] == len(row["steps"]) and row["gradient_steps"] == 2 * row["trainings"]
         assert row["generated_tokens"] == sum(step["generated_tokens"] for step in row["steps"]) > 0
-        assert row["met"] or row["trainings"] == 3 or row["row"].startswith("pd_dpo")
-        assert row["before"] == row["row"].startswith("pd_dpo") and row["seconds"] > 0
+        assert row["met"] or row["policies"] == 3 or row["row"].startswith(("pd_dpo", "path"))
+        assert row["before"] == {"pd": 1, "pa": 2}.get(row["row"][:2], 0) and row["seconds"] > 0
     firsts = {row["row"]: row["steps"][0]["lam"] for row in rows}
     assert firsts["dualign"] == firsts["caid"] == firsts["c_dpo_pool"] == pytest.approx(1.0)
-    assert firsts["c_dpo_1"] == 0.0 and firsts["pd_dpo_1"] == scored.params.lambda_min
+    assert firsts["path"] == 3.0 and firsts["c_dpo_1"] == 0.0 and firsts["pd_dpo_1"] == scored.params.lambda_min
     assert len(list((scored.folder / "first").iterdir())) == 4  # two losses at the pool's multiplier, two without
     kept = scored.folder / f"rows/{limit:g}-caid.json"
     write_json(kept, {**read_json(kept), "trainings": 99})
@@ -226,7 +227,7 @@ def test_the_first_policy_is_that_of_the_stage(scored: Scored) -> None:
     """Same loss, learning rate, seed and pairs: the weights are those that lagrangian_dpo writes."""
     from stages import lagrangian_dpo
 
-    spec = load(parameters.LagrangianDpoParams)
+    spec = load(LagrangianDpoParams)
     anchored = spec.runs["anchored"].model_copy(update={"lam": 0.7})
     params = spec.model_copy(update={"runs": {"anchored": anchored}})
     write_json("data/dual/dual.json", {"lam": 0.7})
@@ -289,8 +290,8 @@ def test_the_best_step_size_is_that_of_the_fewest_trainings() -> None:
 def test_all_trainings_take_the_same_number_of_steps(tmp_path: Path) -> None:
     with (tmp_path / "params.yaml").open("w") as handle:
         YAML().dump(smaller(Settings(steps=7)), handle)
-    content = parameters.read_yaml(tmp_path / "params.yaml")
-    parameters.check(content, tmp_path / "params.yaml")
+    content = loading.read_yaml(tmp_path / "params.yaml")
+    loading.check(content, tmp_path / "params.yaml")
     assert {content[name]["training"]["max_steps"] for name in search_cost.TRAININGS} == {7}
-    before = parameters.read_yaml(PARAMS)
+    before = loading.read_yaml(PARAMS)
     assert before["sft"] == content["sft"] and before["reward_model"] == content["reward_model"]
