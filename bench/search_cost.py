@@ -392,8 +392,8 @@ def _quiet() -> None:
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """One line for each search: over seeds and limits, the median, mean and largest number of trainings, and means."""
     heads = (
-        "search", "test met", "trainings, median", "mean", "most", "policies", "gradient steps", "tokens", "CPU seconds",
-        "E[c*] − limit", "J* − J", "grammatical",
+        "search", "test met", "trainings, median", "mean", "most", "policies", "gradient steps", "tokens",
+        "CPU seconds", "E[c*] − limit", "J* − J", "grammatical",
     )  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row, own in _by_row(rows):
@@ -480,9 +480,9 @@ How to read it: every search starts from nothing, its first policy counts, and i
 of the policy's own answers to the search prompts is at most z standard errors above the limit and at most
 {TOLERANCE:g} (or z standard errors) from it, z as in the params, or 12 policies are trained. λ̂ is the multiplier of
 the pool. Merges train nothing for a limit; *policies* counts what was measured. dualign as shipped trains once more
-where its first policy meets the test already; that is left out here. Tokens are those that the policies generate to be measured or trained on; seconds are the processor's. `E[c*] − limit`
-and `J* − J` are those of the policy that ended the search, by the oracle on held-out prompts: what the scorers misjudge
-is in them."""
+where its first policy meets the test already; that is left out here. Tokens are those that the policies generate to be
+measured or trained on; seconds are the processor's. `E[c*] − limit` and `J* − J` are those of the policy that ended the
+search, by the oracle on held-out prompts: what the scorers misjudge is in them."""
 
 
 def publish(
