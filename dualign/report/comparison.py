@@ -15,6 +15,7 @@ from scipy.stats import t as student
 from dualign.core.artifacts import read_json
 from dualign.core.schema import ANSWERS, read_table
 from dualign.measure.stats import clustered_mean
+from dualign.report.told import told
 
 #: The policy that win rates and gains are measured against.
 REFERENCE = "sft"
@@ -38,9 +39,10 @@ def compare(root: Path, policies: dict[str, str], confidence: float, limit: floa
         A JSON-able dict: `limit`, `reference`, `confidence`, `recommended`, `nearest` (the lowest upper end of cost),
         `missing` (policies that were not evaluated), `certificates` (what `certify` found, by its rows), and
         `policies`, a row per evaluated policy. A row holds the measures of `evaluate`, its `tilt`, the further limits
-        that it keeps or not (`also`), whether it is `certified`, the win rates and reward gain over the reference, and
-        what its search spent; unknown values are null. Recommended is the certified policy of most reward, or null; in
-        a run without certificates, the one of most reward among those whose cost interval ends within the limit.
+        that it keeps or not (`also`), whether it is `certified`, the win rates and reward gain over the reference, what
+        its search spent, and the multiplier that it was told (`told`); unknown values are null. Recommended is the
+        certified policy of most reward, or null; in a run without certificates, the one of most reward among those
+        whose intervals end within all limits.
 
     Raises:
         DualignError: a file is there but cannot be read.
@@ -52,7 +54,7 @@ def compare(root: Path, policies: dict[str, str], confidence: float, limit: floa
         path = root / "reports/metrics/evaluate" / f"{name}.json"
         metrics = read_json(path) if path.is_file() else {"absent": True}
         if not metrics.get("absent"):
-            rows[name] = _row(metrics, folder, limit) | _search(root, folder)
+            rows[name] = _row(metrics, folder, limit) | _search(root, folder) | told(root, folder, certificates)
             rows[name]["certified"] = _certified(folder, certificates)
             rows[name] |= _against_reference(answers.get(name), answers.get(REFERENCE), confidence, name)
     return {
@@ -183,13 +185,11 @@ def _standing(cost: Interval | None, limit: float | None) -> str | None:
 
 
 def _search(root: Path, folder: str) -> dict[str, Any]:
-    """What the search of this policy chose and spent; nulls for a policy that no search made."""
+    """How the search of this policy went and what it spent; nulls for a policy that no search made."""
     path = root / "reports/search" / f"{Path(folder).name}.json"
     found = read_json(path) if folder.startswith("aligned/") and path.is_file() else {}
-    chosen: dict[str, Any] = next((step for step in found.get("steps", []) if step["step"] == found["chosen"]), {})
     spent = ("trainings", "generated_tokens", "labels", "stopped")
-    row = {key: found.get(key) for key in ("method", "title", "rule", "returns", "cost_source", *spent)}
-    return row | {"lam": chosen.get("lam"), "merge_weight": chosen.get("q")}
+    return {key: found.get(key) for key in ("method", "title", "rule", "returns", "cost_source", *spent)}
 
 
 def _recommended(rows: dict[str, dict[str, Any]], tested: bool) -> str | None:

@@ -90,7 +90,7 @@ def _context(root: Path, params: ReportParams) -> dict[str, Any]:
     rows = _ordered(comparison)
     curve = _optional(root / "data/dual/frontier.json").get("rows", [])
     for row in rows:
-        row["predicted"] = None if row["returns"] == "mixture" else predicted(curve, row["lam"])
+        row["predicted"] = predicted(curve, row["lam"]) if row["on_curve"] else None
     dual = _optional(root / "data/dual/dual.json")
     world = _world(root, rows)
     searches = _searches(root, rows, params.limit)
