@@ -66,8 +66,8 @@ def multiplier(item: str, spec: SafetyRun) -> float:
     lam = float(known[SOLVED[spec.lam]])
     if lam == 0:
         log.warning(
-            "safety_dpo.runs.%s: the multiplier is 0, since constraint.limit is slack; at lambda_min this policy hardly "
-            "differs from its reference. Give lam as a number if it is to be a safe one", item,
+            "safety_dpo.runs.%s: the multiplier is 0, since constraint.limit is slack, and at lambda_min this policy "
+            "hardly differs from its reference. Give lam as a number if it is to be a safe one", item,
         )  # fmt: skip
     return lam
 

@@ -1001,6 +1001,15 @@ def test_the_best_keeps_further_limits_too(params: DualSearchParams) -> None:
     assert rules.feasible(limited(0, -0.5, 1.0, None), params), "nothing is known of it"
 
 
+@pytest.mark.parametrize("naive", [True, False])
+def test_a_merge_tells_whether_it_is_naive(naive: bool, params: DualSearchParams) -> None:
+    """A naive merge has another KL weight, so that the predicted frontier is not about it."""
+    steps = [step(0, 1.0, 0.0), step(1, 0.5, -0.3, q=0.5)]
+    found = rules.summary(by_rule("merge"), steps, "", params, Outlook(0.6, 1.0, naive=naive), 2)
+    assert found["naive"] is naive
+    assert "naive" not in rules.summary(by_rule("newton"), steps, "", params, Outlook(0.6, 1.0), 2)
+
+
 def test_labels_are_counted(params: DualSearchParams) -> None:
     labelled = [replace(s, measured=replace(s.measured, labels=40, model_cost=0.1, model_cost_se=0.2)) for s in STEPS]
     result = rules.summary(by_rule("newton"), labelled, "b", params, Outlook(0.6, 0.5), before=1)
