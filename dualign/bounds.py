@@ -7,6 +7,7 @@ bound counts are per-prompt means. `python -m bench.coverage` measures how often
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -247,8 +248,8 @@ def sample_size(sd: float, margin: float, delta: float = 0.05, power: float = 0.
 
 
 def check_delta(delta: float) -> None:
-    if not 0 < delta < 1:
-        raise ParamsError(f"delta must lie between 0 and 1, got {delta}")
+    if not isinstance(delta, Real) or not 0 < delta < 1:
+        raise ParamsError(f"delta must lie between 0 and 1, got {delta!r}")
 
 
 def check_test(delta: float, method: str, bounds: Bounds | None) -> None:
@@ -257,13 +258,24 @@ def check_test(delta: float, method: str, bounds: Bounds | None) -> None:
         raise ParamsError(f"method {method!r} is not one of {', '.join(get_args(Method))}")
     if bounds is None and method in ("empirical_bernstein", "betting"):
         raise ParamsError(f"method {method} needs bounds, the lowest and highest cost that an answer can have")
-    if bounds is not None and not -math.inf < bounds[0] < bounds[1] < math.inf:
+    if bounds is not None and not _is_range(bounds):
         raise ParamsError(f"bounds must be two finite numbers, the lower first, got {bounds}")
+
+
+def _is_range(bounds: Any) -> bool:
+    try:
+        low, high = bounds
+        return bool(-math.inf < low < high < math.inf)
+    except (TypeError, ValueError):
+        return False
 
 
 def _answers(costs: Any, prompts: Any, name: str = "costs", ids_name: str = "prompts") -> tuple[Array, Array]:
     """Both as arrays [answers]; refuses what is not one finite value and one id per answer."""
-    values, ids = np.asarray(costs, float), np.asarray(prompts)
+    try:
+        values, ids = np.asarray(costs, float), np.asarray(prompts)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name} must be numbers, one per answer, and {ids_name} ids: {error}") from error
     if values.ndim != 1 or values.shape != ids.shape:
         raise DataError(f"{name} and {ids_name} must hold one value per answer, got {values.shape} and {ids.shape}")
     if not np.isfinite(values).all():

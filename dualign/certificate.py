@@ -180,6 +180,8 @@ def fixed_sequence(
     required = Requirement(name="c", quantity="cost", limit=limit, method=method, bounds=bounds)
 
     def test(candidate: tuple[str, Any, Any]) -> tuple[Check, ...]:
+        if len(candidate) != 3:
+            raise DataError("a candidate is (name, costs, prompts), three things in a row")
         return (_check(required, candidate[1], candidate[2], delta, seed),)
 
     return _until_failure(((candidate[0], candidate) for candidate in candidates), test)
@@ -441,11 +443,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="exit status: 0 all hold, 1 one does not, 4 all hold and one says that no policy is certified",
     )  # fmt: skip
     check = parser.add_subparsers(required=True).add_parser("verify", help="recompute certificates from saved answers")
-    check.add_argument("paths", nargs="*", type=Path, help=f"certificates (default: all in {PLACE})")
-    paths = parser.parse_args(argv).paths or sorted(PLACE.glob(f"*/{FILE}"))
-    if not paths:
-        sys.stdout.write(f"{PLACE}: holds no certificate; run the stage certify first (`dvc repro`)\n")
-    statuses = [_tell(path) for path in paths] or [1]
+    check.add_argument("paths", nargs="*", type=Path, help=f"certificates, or folders of some (default: {PLACE})")
+    statuses = []
+    for path in parser.parse_args(argv).paths or [PLACE]:
+        found = [path] if path.is_file() else sorted([*path.glob(FILE), *path.glob(f"*/{FILE}")])
+        if not found:
+            sys.stdout.write(f"{path}: holds no certificate; run the stage certify first (`dvc repro`)\n")
+        statuses += [_tell(file) for file in found] or [1]
     return 1 if 1 in statuses else max(statuses)
 
 

@@ -63,6 +63,10 @@ class Contenders:
         """The folder of a candidate."""
         return self._field[name].folder()
 
+    def contender(self, name: str) -> Contender:
+        """What a candidate is made of."""
+        return self._field[name]
+
     def evidence(self, name: str) -> Evidence:
         """The files of a candidate's answers and labels. Raises AwaitingLabels while people's are not there."""
         path = self._path(name, "answers")

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from dualign import certificate
 from dualign.certificate import Certificate, Evidence, Requirement
-from dualign.certification import Contenders, contenders, forecast
+from dualign.certification import Contender, Contenders, contenders, forecast
 from dualign.constraints import Constraint, prices_in
 from dualign.core.artifacts import read_json, replacing
 from dualign.core.errors import ParamsError
@@ -102,6 +102,7 @@ def describe(found: Certificate, bench: Contenders) -> dict[str, Any]:
             "candidate": test.name,
             "certified": test.certified,
             "checks": [check.model_dump() for check in test.checks],
+            **made_of(bench.contender(test.name)),
             **bench.measured(test.name),
             "prompts_needed": forecast(test, found),
         }
@@ -115,6 +116,12 @@ def describe(found: Certificate, bench: Contenders) -> dict[str, Any]:
         "candidates": list(found.candidates),
         "tests": tests,
     }
+
+
+def made_of(contender: Contender) -> dict[str, Any]:
+    """A candidate as (1 - q) partner + q policy, folders under models/."""
+    policy, partner = (path.relative_to(MODELS).as_posix() for path in (contender.policy, contender.partner))
+    return {"policy": policy, "partner": partner, "q": contender.q}
 
 
 def card(found: Certificate) -> str:

@@ -9,6 +9,7 @@ the limit, and their prices charged to the reward.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def main(run: Run[DualInitParams]) -> None:
     stocked = with_stock(solution, params)
     error = read_json(COST_MODEL).get("zero_error")
     result = describe(solution, params) | sensitivity(solution, params, error) | _named(stocked)
-    result |= {"prices": [found.as_dict() for found in prices], "messages": messages(solution, params, stocked)}
+    result |= {"prices": [found.as_dict() for found in prices], "messages": messages(solution, params, stocked, prices)}
     grid = sorted({*params.grid, solution.lam})
     frontier = solution.frontier(grid, length, reward=reward, level=params.cvar_level)
     with replacing(OUT) as folder:
@@ -145,10 +146,14 @@ def sensitivity(solution: dual.DualSolution, params: DualInitParams, error: floa
     }
 
 
-def messages(solution: dual.DualSolution, params: DualInitParams, stocked: dual.Stocked) -> list[str]:
+def messages(
+    solution: dual.DualSolution, params: DualInitParams, stocked: dual.Stocked, prices: Sequence[Price] = ()
+) -> list[str]:
     """What a user should know about this dual, with the remedy."""
     found = []
-    if solution.slack:
+    if solution.slack and any(price.lam > 0 for price in prices):
+        found.append("constraint.limit is slack: with the limits of constraint.also it is kept, so lambda is 0")
+    elif solution.slack:
         found.append("the limit is slack: the optimum without it keeps it, so lambda is 0")
     if not stocked.reached:
         found.append(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def outlook(row: Plan, start: dict[str, Any], params: DualSearchParams) -> rules
         )
     path = row.reference.startswith("lambda_path/")
     naive = row.method.rule == "merge" and not path and start["reference"] != row.reference
-    return rules.Outlook(lam, safe["lam"], radius, naive, _metrics(row.reference)["lam"] if path else 0.0, aim)
+    lam_reference = _metrics(row.reference)["lam"] if path else 0.0
+    return rules.Outlook(lam, safe["lam"], radius, naive, lam_reference, aim, prices_of(row, start))
 
 
 def goal(row: Plan) -> tuple[float, float | None]:
@@ -99,12 +101,22 @@ def goal(row: Plan) -> tuple[float, float | None]:
 
 
 def further_limits(row: Plan) -> list[Price]:
-    """Prices of the limits beside the one on cost, for a search whose loss reads scores; no other can keep them."""
+    """The limits beside the one on cost with the pool's prices, 0 for a search whose loss reads no scores.
+
+    Such a search has no way to steer to them, but they decide which of its policies are feasible.
+    """
     prices = prices_in(read_json(DUAL))
     if prices and row.method.inner != "lagrangian":
-        log.warning("methods.%s does not train on scores of a table and ignores constraint.also", row.name)
-        return []
+        log.warning("methods.%s does not train on scores of a table: no price steers it to constraint.also", row.name)
+        return [replace(price, lam=0.0) for price in prices]
     return prices
+
+
+def prices_of(row: Plan, start: dict[str, Any]) -> tuple[float, ...]:
+    """The prices that Newton's rule begins at: the pool's, or 0 where the start took its multiplier by number."""
+    if row.method.rule != "newton":
+        return ()
+    return tuple(price.lam if start.get("lam_from") == str(DUAL) else 0.0 for price in prices_in(read_json(DUAL)))
 
 
 def trainings(row: Plan, start: dict[str, Any]) -> int:

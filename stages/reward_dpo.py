@@ -43,7 +43,7 @@ def main(run: Run[RewardDpoParams]) -> None:
     metrics = train_pairwise(policy, tokenizer, pairs, inner, job)
     with replacing(OUT / run.item) as folder:
         save(policy, tokenizer, folder)
-    run.metrics({**metrics, "reference": spec.reference, "loss_type": spec.loss_type, "clip": spec.clip})
+    run.metrics({**metrics, **spec.model_dump(exclude={"margin_weight"})})
     finished(scratch)
 
 

@@ -63,7 +63,13 @@ def multiplier(item: str, spec: SafetyRun) -> float:
     known = read_json(DUAL)
     if known.get("prices"):
         log.warning("safety_dpo.runs.%s trains on preferences and ignores constraint.also", item)
-    return float(known[SOLVED[spec.lam]])
+    lam = float(known[SOLVED[spec.lam]])
+    if lam == 0:
+        log.warning(
+            "safety_dpo.runs.%s: the multiplier is 0, since constraint.limit is slack, and at lambda_min this policy "
+            "hardly differs from its reference. Give lam as a number if it is to be a safe one", item,
+        )  # fmt: skip
+    return lam
 
 
 if __name__ == "__main__":

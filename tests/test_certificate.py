@@ -74,6 +74,7 @@ def test_the_limit_of_clopper_pearson_is_a_probability_and_raised_costs_are_repo
         ([("a", *answers(-2)), ("a", *answers(-2))], 0.0, "'a' stands in the order twice"),
         ([("a", [1.0], ["p"])], 0.0, "candidate 'a': prompts: .* at least 2 prompts"),
         ([("a", *answers())], float("nan"), "limit must be a finite number"),
+        ([("a", answers()[0])], 0.0, r"candidate 'a': a candidate is \(name, costs, prompts\)"),
     ],
 )
 def test_sequences_that_cannot_be_tested(candidates: list[Any], limit: float, message: str) -> None:
@@ -239,6 +240,22 @@ def test_the_command(issued: Path) -> None:
     issued.write_text(json.dumps({}))
     wrong = subprocess.run([*command, str(issued)], capture_output=True, text=True, check=False)
     assert wrong.returncode == 1 and len(wrong.stdout.splitlines()) == 1 and wrong.stderr == ""
+
+
+def test_a_folder_stands_for_the_certificates_in_it(
+    issued: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (issued.parent, issued.parent.parent):
+        assert certificate.main(["verify", str(folder)]) == 0
+        assert capsys.readouterr().out.startswith(f"{issued} holds: 'middle'")
+    empty = tmp_path / "nothing here"
+    empty.mkdir()
+    for wrong in (empty, issued.with_name("certificat.json")):
+        assert certificate.main(["verify", str(issued), str(wrong)]) == 1
+        first, second = capsys.readouterr().out.splitlines()
+        assert first.startswith(f"{issued} holds") and second.startswith(f"{wrong}: holds no certificate")
+    with pytest.raises(DualignError, match="no JSON file"):
+        certificate.read(issued.parent)
 
 
 # --- several requirements ---------------------------------------------------------------------------------------------

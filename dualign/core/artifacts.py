@@ -62,6 +62,8 @@ def read_json(path: str | Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
         raise DualignError(f"{path}: no such file; run the stage that writes it first (`dvc repro`)") from error
+    except (IsADirectoryError, UnicodeDecodeError) as error:
+        raise DualignError(f"{path}: no JSON file; name one") from error
     except json.JSONDecodeError as error:
         raise DualignError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
 

@@ -97,6 +97,13 @@ def domain(values: Iterable[float | None], pad: float = 0.06) -> tuple[float, fl
     return low - air, high + air
 
 
+def near(limit: float | None, values: Iterable[float | None]) -> float | None:
+    """The limit where a chart of these values can show it: within three times their extent of them; else None."""
+    low, high = domain(values)
+    reach = 3 * (high - low)
+    return limit if limit is not None and low - reach <= limit <= high + reach else None
+
+
 def frontier(
     points: Sequence[Point],
     curve: Sequence[Knot],
@@ -113,7 +120,7 @@ def frontier(
     Args:
         points: the policies, with error bars, and a line to where each was predicted.
         curve: the frontier by increasing multiplier; its intervals, where known, make a band.
-        limit: the limit on cost, a vertical line.
+        limit: the limit on cost, a vertical line; None where it is not `near`.
         size: width and height.
         labels: titles of the x and the y axis.
         name: what the picture shows, for screen readers.

@@ -15,6 +15,7 @@ from scipy.stats import t as student
 from dualign.core.artifacts import read_json
 from dualign.core.schema import ANSWERS, read_table
 from dualign.measure.stats import clustered_mean
+from dualign.report.told import told
 
 #: The policy that win rates and gains are measured against.
 REFERENCE = "sft"
@@ -35,12 +36,14 @@ def compare(root: Path, policies: dict[str, str], confidence: float, limit: floa
         limit: the limit on expected cost; by default the one that data/dual/dual.json was made for.
 
     Returns:
-        A JSON-able dict: `limit`, `reference`, `confidence`, `recommended`, `nearest` (the lowest upper end of cost),
-        `missing` (policies that were not evaluated), `certificates` (what `certify` found, by its rows), and
-        `policies`, a row per evaluated policy. A row holds the measures of `evaluate`, its `tilt`, the further limits
-        that it keeps or not (`also`), whether it is `certified`, the win rates and reward gain over the reference, and
-        what its search spent; unknown values are null. Recommended is the certified policy of most reward, or null; in
-        a run without certificates, the one of most reward among those whose cost interval ends within the limit.
+        A JSON-able dict: `limit`, `reference`, `confidence`, `recommended`, `nearest` (the lowest upper end of cost;
+        with further limits that of the excess over any of them, in half widths of its interval), `missing` (policies
+        that were not evaluated), `uncertified` (those that no candidate was certified for), `certificates` (what
+        `certify` found, by its rows), and `policies`, a row per evaluated policy. A row holds the measures of
+        `evaluate`, its `tilt`, the further limits that it keeps or not (`also`), its `standing` to all limits, whether
+        it is `certified`, the win rates and reward gain over the reference, what its search spent, and the multiplier
+        that it was told (`told`); unknown values are null. Recommended is the certified policy of most reward, or null;
+        in a run without certificates, the one of most reward among those whose intervals end within all limits.
 
     Raises:
         DualignError: a file is there but cannot be read.
@@ -48,11 +51,14 @@ def compare(root: Path, policies: dict[str, str], confidence: float, limit: floa
     limit = _dual_limit(root) if limit is None else limit
     answers, certificates = read_answers(root, policies), read_certificates(root)
     rows: dict[str, dict[str, Any]] = {}
+    uncertified = []
     for name, folder in policies.items():
         path = root / "reports/metrics/evaluate" / f"{name}.json"
-        metrics = read_json(path) if path.is_file() else {"absent": True}
-        if not metrics.get("absent"):
-            rows[name] = _row(metrics, folder, limit) | _search(root, folder)
+        metrics = read_json(path) if path.is_file() else {}
+        if metrics.get("absent"):
+            uncertified.append(name)
+        elif metrics:
+            rows[name] = _row(metrics, folder, limit) | _search(root, folder) | told(root, folder, certificates)
             rows[name]["certified"] = _certified(folder, certificates)
             rows[name] |= _against_reference(answers.get(name), answers.get(REFERENCE), confidence, name)
     return {
@@ -60,8 +66,9 @@ def compare(root: Path, policies: dict[str, str], confidence: float, limit: floa
         "confidence": confidence,
         "limit": limit,
         "recommended": _recommended(rows, bool(certificates)),
-        "nearest": _nearest(rows),
-        "missing": [name for name in policies if name not in rows],
+        "nearest": _nearest(rows, limit),
+        "missing": [name for name in policies if name not in rows and name not in uncertified],
+        "uncertified": uncertified,
         "certificates": certificates,
         "policies": rows,
     }
@@ -148,7 +155,9 @@ def _row(metrics: dict[str, Any], folder: str, limit: float | None) -> dict[str,
     further = {
         name: kept | {"standing": _standing(kept, kept["limit"])} for name, kept in metrics.get("also", {}).items()
     }
-    return row | {"standing": _standing(row["cost"], limit), "tilt": metrics.get("tilt"), "also": further}
+    standings = [] if limit is None else [_standing(row["cost"], limit), *(k["standing"] for k in further.values())]
+    worst = next((standing for standing in ("over", "unproven", "within") if standing in standings), None)
+    return row | {"standing": worst, "tilt": metrics.get("tilt"), "also": further}
 
 
 def _kind(folder: str) -> str:
@@ -183,13 +192,11 @@ def _standing(cost: Interval | None, limit: float | None) -> str | None:
 
 
 def _search(root: Path, folder: str) -> dict[str, Any]:
-    """What the search of this policy chose and spent; nulls for a policy that no search made."""
+    """How the search of this policy went and what it spent; nulls for a policy that no search made."""
     path = root / "reports/search" / f"{Path(folder).name}.json"
     found = read_json(path) if folder.startswith("aligned/") and path.is_file() else {}
-    chosen: dict[str, Any] = next((step for step in found.get("steps", []) if step["step"] == found["chosen"]), {})
     spent = ("trainings", "generated_tokens", "labels", "stopped")
-    row = {key: found.get(key) for key in ("method", "title", "rule", "returns", "cost_source", *spent)}
-    return row | {"lam": chosen.get("lam"), "merge_weight": chosen.get("q")}
+    return {key: found.get(key) for key in ("method", "title", "rule", "returns", "cost_source", *spent)}
 
 
 def _recommended(rows: dict[str, dict[str, Any]], tested: bool) -> str | None:
@@ -201,9 +208,17 @@ def _recommended(rows: dict[str, dict[str, Any]], tested: bool) -> str | None:
     return max(within, key=lambda name: rows[name]["reward"]["mean"], default=None)
 
 
-def _nearest(rows: dict[str, dict[str, Any]]) -> str | None:
+def _nearest(rows: dict[str, dict[str, Any]], limit: float | None) -> str | None:
     known = [name for name, row in rows.items() if row["cost"]]
-    return min(known, key=lambda name: _upper(rows[name]["cost"]), default=None)
+    return min(known, key=lambda name: _excess(rows[name], limit), default=None)
+
+
+def _excess(row: dict[str, Any], limit: float | None) -> float:
+    """The upper end of cost; with further limits the largest excess of an upper end over its limit, in half widths."""
+    if not row["also"] or limit is None:
+        return _upper(row["cost"])
+    ends = [(row["cost"], limit), *((kept, kept["limit"]) for kept in row["also"].values() if kept["mean"] is not None)]
+    return max((_upper(found) - bound) / max(_upper(found) - found["mean"], 1e-12) for found, bound in ends)
 
 
 def _upper(cost: dict[str, float]) -> float:

@@ -1,4 +1,4 @@
-"""What trainings reached of what they were told, and what the pool predicted of what came of it.
+"""What trainings reached of what they were told, what the pool predicted of what came of it, and what tests were on.
 
 Pure functions of what other stages wrote: a tilt as `dualign.measure.tilt` reads it off a policy, the rows of
 data/dual/frontier.json, and the prices in data/dual/dual.json.
@@ -76,6 +76,78 @@ def further_limits(prices: Iterable[Mapping[str, Any]], rows: Sequence[Row]) -> 
         name: {"name": name, "limit": kept["limit"], **unknown} for row in rows for name, kept in row["also"].items()
     }
     return [*priced.values(), *(limit for name, limit in others.items() if name not in priced)]
+
+
+def further_by_step(steps: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Each further limit over the steps of a search: its `means` with the last `error`, and the `prices` that moved."""
+    rows = [step.get("further") or [] for step in steps]
+    if not rows or not all(rows):
+        return []
+    prices = [step.get("prices") or [] for step in steps]
+    return [
+        {
+            **known,
+            "means": [row[k]["mean"] for row in rows],
+            "prices": [paid[k] for paid in prices] if all(prices) else [],
+        }
+        for k, known in enumerate(rows[-1])
+        if known["mean"] is not None
+    ]
+
+
+def required_in_words(required: Mapping[str, Any]) -> dict[str, Any]:
+    """What a requirement of a certificate is on: `what` in words, and whether it is a `share`, shown in per cent."""
+    quantity, method = required["quantity"], required["method"]
+    what = {
+        "cost": "expected cost",
+        "p_unsafe": "share of unsafe answers",
+        "length": "mean length in tokens",
+        "cvar": f"mean cost of the worst {percent(1 - (required.get('level') or 0.0))} of answers",
+        "truth": "true cost",
+        "harm": "share of answers that people call unsafe",
+    }.get(quantity, quantity)
+    if method == "clopper_pearson":
+        what = "share of prompts with an unsafe answer"
+    on = f" on prompts with {required['prompts']}" if required.get("prompts") else ""
+    return {"what": what + on, "share": quantity in ("p_unsafe", "harm") or method == "clopper_pearson"}
+
+
+def prompts_gain(test: Row, requirements: Sequence[Mapping[str, Any]], solved: Mapping[str, Any]) -> Row | None:
+    """What one more prompt, and twice as many, would take off the bound that is nearest to its limit.
+
+    Nearest in units of its own reach, bound less estimate, which falls as 1 / sqrt(N) with the prompts (of the truth:
+    with the labelled ones). `worth` is what twice as many are worth in E[r] - beta KL, to first order: the multiplier
+    of that limit, by the share of prompts that it is on, times what its bound falls by. None if it has no multiplier.
+    """
+    pairs = [
+        (check, required)
+        for check, required in zip(test["checks"], requirements, strict=True)
+        if check["bound"] > check["estimate"]
+    ]
+    if not pairs:
+        return None
+    check, required = min(pairs, key=lambda pair: (pair[1]["limit"] - pair[0]["bound"]) / _reach(pair[0]))
+    twice = _reach(check) * (1 - 0.5**0.5)
+    price = _multiplier(required, solved)
+    share = 1.0 if not required.get("prompts") else check["prompts"] / test["checks"][0]["prompts"]
+    return {
+        **required_in_words(required),
+        "labelled": required["quantity"] in ("truth", "harm"),
+        "one": _reach(check) / (2 * check["prompts"]),
+        "twice": twice,
+        "worth": None if price is None else price * share * twice,
+    }
+
+
+def _reach(check: Mapping[str, Any]) -> float:
+    return float(check["bound"]) - float(check["estimate"])
+
+
+def _multiplier(required: Mapping[str, Any], solved: Mapping[str, Any]) -> float | None:
+    """The pool's multiplier of a requirement; the truth's is that of the cost, votes of people have none."""
+    if required["quantity"] == "truth" or required["name"] == "c":
+        return solved.get("lam")
+    return next((price["lam"] for price in solved.get("prices", []) if price["name"] == required["name"]), None)
 
 
 def _what(price: Mapping[str, Any]) -> str:

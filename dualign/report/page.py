@@ -23,7 +23,15 @@ from dualign.core.params import STAGES, ReportParams
 from dualign.report import charts
 from dualign.report.charts import Knot, Point, Range
 from dualign.report.comparison import REFERENCE, compare, read_answers
-from dualign.report.diagnosis import further_limits, is_tilt, predicted, tilt_in_words
+from dualign.report.diagnosis import (
+    further_by_step,
+    further_limits,
+    is_tilt,
+    predicted,
+    prompts_gain,
+    required_in_words,
+    tilt_in_words,
+)
 from dualign.report.words import MINUS, NONE, compact, duration, memory, number, percent, precise, spoken
 
 Row = dict[str, Any]
@@ -78,6 +86,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["number"] = number
     environment.globals |= {
         "number": number, "precise": precise, "percent": percent, "compact": compact, "duration": duration,
         "memory": memory, "is_tilt": is_tilt,
@@ -90,10 +99,13 @@ def _context(root: Path, params: ReportParams) -> dict[str, Any]:
     rows = _ordered(comparison)
     curve = _optional(root / "data/dual/frontier.json").get("rows", [])
     for row in rows:
-        row["predicted"] = None if row["returns"] == "mixture" else predicted(curve, row["lam"])
+        row["predicted"] = predicted(curve, row["lam"]) if row["on_curve"] else None
     dual = _optional(root / "data/dual/dual.json")
     world = _world(root, rows)
-    searches = _searches(root, rows, params.limit)
+    near = _near(rows, dual, params.limit)
+    _draw_strips(rows, near)
+    searches = _searches(root, rows, params.limit, near)
+    further = further_limits(dual.get("prices", []), rows)
     return {
         "params": params,
         "rows": rows,
@@ -101,12 +113,14 @@ def _context(root: Path, params: ReportParams) -> dict[str, Any]:
         "nearest": next((row for row in rows if row["name"] == comparison["nearest"]), None),
         "reference": next((row for row in rows if row["name"] == REFERENCE), None),
         "missing": comparison["missing"],
+        "uncertified": comparison["uncertified"],
         "certificates": [_certificate(name, metrics, dual) for name, metrics in comparison["certificates"].items()],
         "dual": dual,
         "world": world,
-        "frontiers": _frontiers(curve, rows, params.limit, world),
+        "frontiers": _frontiers(curve, rows, near, world),
+        "limit_shown": near is not None,
         "reached": [row for row in rows if row["predicted"] or (row["tilt"] and row["kind"] != "reference")],
-        "further": further_limits(dual.get("prices", []), rows),
+        "further": further,
         "crowded": len(rows) > _CROWD,
         "searches": searches,
         "prompts": _prompts(read_answers(root, params.policies), rows, params.sample_prompts),
@@ -142,11 +156,16 @@ def _ordered(comparison: dict[str, Any]) -> list[Row]:
         row |= {"number": i, "recommended": row["name"] == comparison["recommended"]}
         row["style"] = _style(row)
         row["how"] = _how(row)
-    _draw_strips(rows, comparison["limit"])
     return rows
 
 
-def _draw_strips(rows: list[Row], limit: float) -> None:
+def _near(rows: list[Row], dual: Row, limit: float) -> float | None:
+    """The limit on cost if the charts can show it beside all costs there are; None for one that is far off."""
+    costs = [dual.get("cost_reference"), dual.get("cost_unconstrained"), dual.get("reachable_minimum")]
+    return charts.near(limit, [*costs, *(value for row in rows if row["cost"] for value in row["cost"].values())])
+
+
+def _draw_strips(rows: list[Row], limit: float | None) -> None:
     """Add to every row its cost interval as a picture; all on one scale."""
     extent = charts.domain([limit, *(value for row in rows if row["cost"] for value in row["cost"].values())])
     for row in rows:
@@ -221,20 +240,9 @@ def _certificate(name: str, metrics: Row, dual: Row) -> Row:
     tests = metrics["tests"]
     last = next((test for test in tests if test["candidate"] == metrics["returned"]), tests[0])
     untested = metrics["candidates"][len(tests) :]
-    return {"name": name, **metrics, "last": last, "untested": untested, "gain": _prompts_gain(last, dual.get("lam"))}
-
-
-def _prompts_gain(test: Row, lam: float | None) -> Row | None:
-    """By how much one more prompt, and twice as many, would lower the bound; `reward`: what that is worth at lambda.
-
-    The distance of a clustered bound from its estimate falls as 1 / sqrt(N).
-    """
-    check = test["checks"][0]
-    reach, count = check["bound"] - check["estimate"], check["prompts"]
-    if reach <= 0:
-        return None
-    twice = reach * (1 - 0.5**0.5)
-    return {"one": reach / (2 * count), "twice": twice, "reward": None if lam is None else lam * twice}
+    required = [{**one, **required_in_words(one)} for one in metrics["requirements"]]
+    gain = prompts_gain(last, metrics["requirements"], dual)
+    return {"name": name, **metrics, "requirements": required, "last": last, "untested": untested, "gain": gain}
 
 
 # --- frontier ---------------------------------------------------------------------------------------------------------
@@ -249,7 +257,7 @@ def _world(root: Path, rows: list[Row]) -> dict[str, Any] | None:
     return None
 
 
-def _frontiers(curve: list[Row], rows: list[Row], limit: float, world: dict[str, Any] | None) -> list[Row]:
+def _frontiers(curve: list[Row], rows: list[Row], limit: float | None, world: dict[str, Any] | None) -> list[Row]:
     """The charts to show: measured by the models, and (in the embedded world) by the truth."""
     measured = _points(rows, "cost", "reward")
     knots = [_knot(row) for row in curve]
@@ -270,7 +278,7 @@ def _frontiers(curve: list[Row], rows: list[Row], limit: float, world: dict[str,
 def _drawings(
     points: list[Point],
     curve: list[Knot],
-    limit: float,
+    limit: float | None,
     labels: tuple[str, str],
     optimum: Point | None,
     wide: tuple[int, int],
@@ -309,19 +317,19 @@ def _optimum(optimum: dict[str, Any]) -> Point:
 # --- searches ---------------------------------------------------------------------------------------------------------
 
 
-def _searches(root: Path, rows: list[Row], limit: float) -> list[Row]:
-    """The searches of the evaluated methods in the order of the table, each with its chart."""
+def _searches(root: Path, rows: list[Row], limit: float, near: float | None) -> list[Row]:
+    """The searches of the evaluated methods in the order of the table, each with its chart; `near` as it shows it."""
     found = []
     for row in rows:
         path = root / "reports/search" / f"{Path(row['folder']).name}.json"
         if row["folder"].startswith("aligned/") and path.is_file():
             found.append(_search({"row": row, **read_json(path)}, limit))
     ends = (end for search in found for step in _shown(search) for end in _step_ends(step))
-    costs = charts.domain([limit, *(search["aim"] for search in found), *ends])
+    costs = charts.domain([near, *(search["aim"] for search in found), *ends])
     for search in found:
         name = f"search of {search['row']['name']}: multiplier and cost by step"
         chosen = None if search.get("course") else search.get("chosen")
-        search["chart"] = charts.trajectory(_shown(search), limit, costs, chosen, name, search["aim"])
+        search["chart"] = charts.trajectory(_shown(search), near, costs, chosen, name, search["aim"])
     return found
 
 
@@ -335,6 +343,7 @@ def _search(search: Row, limit: float) -> Row:
         "aim": None if search.get("aim") == limit else search.get("aim"),
         "reached": tilt_in_words(returned.get("lam"), returned.get("tilt")),
         "screened": [screened[q] for q in sorted(screened)],
+        "further": further_by_step(search["steps"]),
     }
 
 

@@ -19,9 +19,10 @@ import numpy as np
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
 from dualign.core.params import DualSearchParams
-from dualign.measure.stats import Measurement
+from dualign.measure.stats import LimitEstimate, Measurement
 from dualign.measure.tilt import Tilt
 from dualign.methods import ITERATIVE, Plan
+from dualign.search.further import joint_newton_step
 from dualign.search.screening import Screening
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ class Step:
 
     `closing` marks the policy made after the search from all its steps: their mixture (its multiplier is their mean),
     or the one trained at the tail average. `course` is that of an ascent; see `Ascent`. `tilt` is what the policy
-    reached on the pool; `screened` are the merges that were looked at there before this one was made.
+    reached on the pool; `screened` are the merges that were looked at there before this one was made. `prices` are the
+    multipliers of further limits that it was trained at, in the order of `measured.further`.
     """
 
     step: int
@@ -51,6 +53,7 @@ class Step:
     course: list[dict[str, float]] = field(default_factory=list)
     tilt: Tilt | None = None
     screened: list[Screening] = field(default_factory=list)
+    prices: tuple[float, ...] = ()
 
     @property
     def weight(self) -> float:
@@ -74,8 +77,8 @@ class Ascent:
 class Workbench(Protocol):
     """What a search needs done: training at a multiplier, merging, mixing, measuring. Folders are given as strings."""
 
-    def train(self, step: int, lam: float, warm: Step) -> str:
-        """Train a policy at `lam`; return its folder."""
+    def train(self, step: int, lam: float, warm: Step, prices: Sequence[float] | None = None) -> str:
+        """Train a policy at `lam` and these prices of further limits (None: the pool's); return its folder."""
         ...
 
     def ascend(self, step: int) -> Ascent:
@@ -205,9 +208,12 @@ def tail(lams: Sequence[float]) -> Sequence[float]:
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is known before the search: the pool's multiplier and the start's, the Slater radius of a projected rule
-    (infinite without one), whether a merge is naive, its start having been trained from pi_ref, the multiplier of its
-    reference, and the cost to steer to (None: the limit)."""
+    """What is known before the search.
+
+    The pool's multiplier and the start's, the Slater radius of a projected rule (infinite without one), whether a merge
+    is naive, its start having been trained from pi_ref, the multiplier of its reference, the cost to steer to (None:
+    the limit), and the prices of further limits that the start was trained at, where the rule corrects them.
+    """
 
     lam_pool: float
     lam_start: float
@@ -215,6 +221,7 @@ class Outlook:
     naive: bool = False
     lam_reference: float = 0.0
     aim: float | None = None
+    prices: tuple[float, ...] = ()
 
     def target(self, params: DualSearchParams) -> float:
         """The cost that a rule steers to."""
@@ -224,8 +231,21 @@ class Outlook:
 Rule = Callable[[Sequence[Step], DualSearchParams, Outlook], float | None]
 
 
-def _within_noise(step: Step, params: DualSearchParams, outlook: Outlook) -> bool:
-    return abs(step.measured.cost - outlook.target(params)) <= params.z * step.measured.cost_se
+def _solved(step: Step, params: DualSearchParams, outlook: Outlook) -> bool:
+    """Whether a step meets the conditions of optimality up to noise: each limit is met, or kept at multiplier 0."""
+    m = step.measured
+    met = [_met(m.cost - outlook.target(params), m.cost_se, step.lam, params)]
+    if step.prices:
+        met += [
+            _met(known.mean - known.limit, known.error, price, params)
+            for known, price in zip(m.further, step.prices, strict=True)
+            if known.mean is not None and known.error is not None
+        ]
+    return all(met)
+
+
+def _met(excess: float, error: float, lam: float, params: DualSearchParams) -> bool:
+    return abs(excess) <= params.z * error or (lam == 0 and excess < 0)
 
 
 def _grid(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
@@ -244,7 +264,7 @@ def _ascent(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -
 
 def _dual_gradient(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
     last = steps[-1]
-    if _within_noise(last, params, outlook):
+    if _solved(last, params, outlook):
         return None
     found = dual_gradient_step(last.lam, last.measured.cost, outlook.target(params), params.step_size)
     return min(found, params.lambda_max)
@@ -253,7 +273,7 @@ def _dual_gradient(steps: Sequence[Step], params: DualSearchParams, outlook: Out
 def _projected_subgradient(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
     """Stops where the projection gives the last multiplier again, unless fresh comparisons make another round of it."""
     last = steps[-1]
-    if _within_noise(last, params, outlook):
+    if _solved(last, params, outlook):
         return None
     proposed = projected_subgradient_step(
         last.lam, last.measured.cost, outlook.target(params), params.step_size, outlook.radius, params.lambda_min
@@ -263,7 +283,7 @@ def _projected_subgradient(steps: Sequence[Step], params: DualSearchParams, outl
 
 def _newton(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
     """Newton from the first policy, then secants; a correction is always made, since it also trains on-policy."""
-    if len(steps) > 1 and _within_noise(steps[-1], params, outlook):
+    if len(steps) > 1 and _solved(steps[-1], params, outlook):
         return None
     return min(_preferred(corrections(steps, params, outlook), steps, params, outlook), params.lambda_max)
 
@@ -272,6 +292,8 @@ def corrections(steps: Sequence[Step], params: DualSearchParams, outlook: Outloo
     """The next multiplier by each reckoning: `newton`, `tilt`, `secant` of the last two steps, `average` of all."""
     last, target = steps[-1], outlook.target(params)
     m = last.measured
+    if last.prices:  # all multipliers move at once, so costs lie on no line in lambda
+        return {"newton": jointly(last, params, outlook)[0], "tilt": None, "secant": None, "average": None}
     lams, costs = [step.lam for step in steps], [step.measured.cost for step in steps]
     points, errors = list(zip(lams, costs, strict=True)), [step.measured.cost_se for step in steps]
     return {
@@ -280,6 +302,14 @@ def corrections(steps: Sequence[Step], params: DualSearchParams, outlook: Outloo
         "secant": secant_step(points[-2], points[-1], target) if len(points) > 1 else None,
         "average": regression_root(lams, costs, errors, target) if len(points) > 2 else None,
     }
+
+
+def jointly(step: Step, params: DualSearchParams, outlook: Outlook) -> list[float]:
+    """The next multiplier and the next prices of further limits, by Newton's step for all of them at once."""
+    m = step.measured
+    excess = [0.0 if k.mean is None else k.share * (k.mean - k.limit) for k in m.further]
+    lams, over = np.array([step.lam, *step.prices]), np.array([m.cost - outlook.target(params), *excess])
+    return joint_newton_step(lams, over, np.array(m.covariance), params.beta).tolist()
 
 
 def _preferred(
@@ -315,7 +345,7 @@ def _merge(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) ->
     if len(steps) == 1:
         first = first_weight(outlook.lam_pool, outlook.lam_start, outlook.naive, outlook.lam_reference)
         return min(first, params.merge_max)
-    if _within_noise(steps[-1], params, outlook):
+    if _solved(steps[-1], params, outlook):
         return None
     return _merge_between([(step.weight, step.measured.cost) for step in steps], params, outlook)
 
@@ -381,7 +411,7 @@ def run(
     """
     recorded = _restore(scratch)
     if not recorded:
-        recorded = _record(scratch, [_measured(bench, 0, outlook.lam_start, start)])
+        recorded = _record(scratch, [_measured(bench, 0, outlook.lam_start, start, prices=outlook.prices)])
     steps, stopped = _iterate(plan, [s for s in recorded if not s.closing], outlook, params, bench, scratch)
     averages = plan.method.returns == "tail_average" and len(tail([step.lam for step in steps])) > 1
     closes = averages or plan.method.returns == "mixture"
@@ -406,7 +436,8 @@ def _iterate(
         if proposed is None:
             return steps, _reason(rule, steps[-1], params, outlook)
         if len(steps) > budget:
-            return steps, f"budget of {budget} {'merges' if rule == 'merge' else 'trainings'} is spent"
+            what = "merge" if rule == "merge" else "training"
+            return steps, f"budget of {budget} {what}{'' if budget == 1 else 's'} is spent"
         if _unaffordable(plan, steps, params, trains=rule != "merge"):
             return steps, _out_of_tokens(params)
         steps = _record(scratch, [*steps, _advance(plan, steps, proposed, params, outlook, bench)])
@@ -414,7 +445,11 @@ def _iterate(
 
 def _reason(rule: str, last: Step, params: DualSearchParams, outlook: Outlook) -> str:
     """Why a rule proposes nothing more after this step."""
-    if rule in (*ITERATIVE, "merge") and _within_noise(last, params, outlook):
+    if rule in (*ITERATIVE, "merge") and _solved(last, params, outlook):
+        if last.prices:
+            return "all limits are met within noise, or kept at price 0"
+        if abs(last.measured.cost - outlook.target(params)) > params.z * last.measured.cost_se:
+            return "the limit is kept at lambda 0"
         return f"cost within noise of the {'limit' if outlook.target(params) == params.limit else 'aim'}"
     return "lambda is at the end of its interval" if rule == "projected_subgradient" else f"rule {rule} is finished"
 
@@ -457,8 +492,9 @@ def choose(
 ) -> int:
     """The index of the policy that the method returns.
 
-    `best`: the most rewarding of those whose cost is not above the aim (None: the limit) by more than z standard
-    errors, else of those as near to the limit; the least costly if there is none. Otherwise the last one: of the
+    `best`: the most rewarding of those that keep further limits and whose cost is not above the aim (None: the limit),
+    all up to z standard errors, else of those as near to the limit. If there is none: the one whose largest excess over
+    a limit is least, in standard errors, and without further limits the least costly. Otherwise the last one: of the
     search, or the one that closed it. A search that ran out of tokens before that returns its best so far.
     """
     if plan.method.returns != "best" and stopped != _out_of_tokens(params):
@@ -467,16 +503,27 @@ def choose(
         allowed = [i for i, step in enumerate(steps) if _keeps(step, bound, params)]
         if allowed:
             return max(allowed, key=lambda i: steps[i].measured.reward)
-    return min(range(len(steps)), key=lambda i: steps[i].measured.cost)
+    return min(range(len(steps)), key=lambda i: _excess(steps[i], params.limit))
+
+
+def _excess(step: Step, limit: float) -> float:
+    """The largest excess over a limit in standard errors; without further limits the cost."""
+    m = step.measured
+    if not m.further:
+        return m.cost
+    over = [(m.cost - limit, m.cost_se), *((k.mean - k.limit, k.error) for k in m.further if k.mean is not None)]
+    return max(excess / max(error or 0.0, 1e-12) for excess, error in over)
 
 
 def feasible(step: Step, params: DualSearchParams) -> bool:
-    """Whether the measured cost is within the limit, up to z standard errors."""
+    """Whether all limits are kept by the measured means, up to z standard errors."""
     return _keeps(step, params.limit, params)
 
 
 def _keeps(step: Step, bound: float, params: DualSearchParams) -> bool:
-    return step.measured.cost <= bound + params.z * step.measured.cost_se
+    m = step.measured
+    kept = [k.mean is None or k.mean <= k.limit + params.z * (k.error or 0.0) for k in m.further]
+    return m.cost <= bound + params.z * m.cost_se and all(kept)
 
 
 def summary(
@@ -505,6 +552,8 @@ def summary(
     }
     if method.rule == "ascent":
         return found | {"course": steps[-1].course}
+    if method.rule == "merge":
+        return found | {"naive": outlook.naive}
     if method.rule != "projected_subgradient":
         return found
     return found | {
@@ -517,7 +566,8 @@ def _row(plan: Plan, steps: Sequence[Step], params: DualSearchParams, outlook: O
     """The last of these steps as a summary holds it; after Newton's rule with what each reckoning says comes next."""
     s = steps[-1]
     row = {"step": s.step, "lam": s.lam, "q": s.q, "trained": s.trained, "closing": s.closing, **asdict(s.measured)}
-    row["tilt"] = s.tilt.as_dict() if s.tilt else None
+    row |= {"tilt": s.tilt.as_dict() if s.tilt else None, "prices": list(s.prices)}
+    del row["covariance"]
     if plan.method.rule == "newton" and not s.closing:
         row["next"] = corrections(steps, params, outlook)
     return row
@@ -536,7 +586,10 @@ def _advance(
     if plan.method.rule == "ascent":
         made = bench.ascend(number)
         return _measured(bench, number, made.lam, made.policy, trained=True, course=made.course)
-    return _measured(bench, number, proposed, bench.train(number, proposed, steps[-1]), trained=True)
+    last = steps[-1]
+    prices = tuple(jointly(last, params, outlook)[1:]) if plan.method.rule == "newton" and last.prices else last.prices
+    policy = bench.train(number, proposed, last, prices or None)
+    return _measured(bench, number, proposed, policy, trained=True, prices=prices)
 
 
 def _measured(
@@ -573,7 +626,12 @@ def _restore(scratch: Path) -> list[Step]:
 
 def _step(row: dict[str, Any]) -> Step:
     """A step as `_record` wrote it."""
-    tilt, screened = row["tilt"], [Screening(**seen) for seen in row["screened"]]
+    tilt, screened, measured = row["tilt"], [Screening(**seen) for seen in row["screened"]], row["measured"]
+    measured |= {
+        "further": tuple(LimitEstimate(**known) for known in measured["further"]),
+        "covariance": tuple(tuple(line) for line in measured["covariance"]),
+    }
     return replace(
-        Step(**row), measured=Measurement(**row["measured"]), tilt=Tilt(**tilt) if tilt else None, screened=screened
-    )
+        Step(**row), measured=Measurement(**measured), tilt=Tilt(**tilt) if tilt else None, screened=screened,
+        prices=tuple(row["prices"]),
+    )  # fmt: skip

@@ -27,6 +27,7 @@ from dualign.measure.stats import Measurement, clustered_mean
 from dualign.measure.tilt import TILT_SAMPLES, Tilt, tilt_on
 from dualign.methods import Plan
 from dualign.pairs import lagrangian_pairs, pool_pairs, pool_values, safety_training_pairs, samples_of, visited
+from dualign.search.further import measure_further
 from dualign.search.labelling import compare, log_odds, vote
 from dualign.search.merge import merge
 from dualign.search.online import (
@@ -66,8 +67,8 @@ class PolicyBench:
     """Implements `dualign.search.Workbench` on models; every step has its own folder in `scratch`.
 
     `inner` holds the weights of the Lagrangian loss; None means safety pairs at coefficient beta / lambda, with `loss`
-    the options of that loss. `reward_clip` bounds the implicit rewards of pi_r where a round trains it. `prices` of
-    further limits are charged to the rewards that a Lagrangian loss reads.
+    the options of that loss. `reward_clip` bounds the implicit rewards of pi_r where a round trains it. Further limits
+    are measured on every policy, and their `prices` charged to the rewards that a Lagrangian loss reads.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class PolicyBench:
         prices: Sequence[Price] = (),
     ) -> None:
         self._plan, self._method, self._params, self._resources = plan, plan.method, params, resources
-        self._loss, self._reward_clip, self._prices = loss or {}, reward_clip, prices
+        self._loss, self._reward_clip, self._prices = loss or {}, reward_clip, list(prices)
         self._weights, self._prompts, self._scratch, self._inputs = inner, prompts, scratch, inputs or Inputs()
         self._judges = Judges.load(resources, self._inputs.models)
         if self._method.inner != "policy_gradient":
@@ -95,8 +96,13 @@ class PolicyBench:
         """The folder of the policy at the first multiplier."""
         return str(self._inputs.models / self._plan.start)
 
-    def train(self, step: int, lam: float, warm: Step) -> str:
-        """Train at `lam` from the reference, or from the policy before for a warm-started method."""
+    def train(self, step: int, lam: float, warm: Step, prices: Sequence[float] | None = None) -> str:
+        """Train at `lam` from the reference, or from the policy before for a warm-started method.
+
+        `prices` of further limits stay what they are, for tilts too, until another training changes them.
+        """
+        if prices is not None:
+            self._prices = [replace(old, lam=new) for old, new in zip(self._prices, prices, strict=True)]
         out = self._folder(step) / "policy"
         if not out.is_dir():  # or it was trained before an interruption
             pairs = self._pairs(lam, self._folder(step), warm)
@@ -151,7 +157,11 @@ class PolicyBench:
             write_parquet(path, self._roll_out(policy, self._prompts, params.samples_per_prompt, params.seed), ANSWERS)
         answers = read_table(path, ANSWERS)
         measured, (tokens, comparisons) = measure(answers), self._spent(self._folder(step))
-        measured = replace(measured, generated_tokens=measured.generated_tokens + tokens, comparisons=comparisons)
+        further, covariance = measure_further(answers, [price.constraint for price in self._prices])
+        measured = replace(
+            measured, generated_tokens=measured.generated_tokens + tokens, comparisons=comparisons, further=further,
+            covariance=covariance,
+        )  # fmt: skip
         return self._by_feedback(measured, answers, step) if self._method.cost == "feedback" else measured
 
     def tilt(self, policy: str) -> Tilt:
@@ -164,10 +174,14 @@ class PolicyBench:
         ratios = log_ratios(policy_at(policy, self._resources), samples, self._judges)
         return ratios.reshape(samples["prompt_id"].nunique(), -1)
 
-    @cached_property
+    @property
     def _pool(self) -> pd.DataFrame:
         """The pool, with the prices of further limits in its rewards."""
-        return self._priced(read_table(self._inputs.scored / "pool.parquet", POOL))
+        return self._priced(self._scored_pool)
+
+    @cached_property
+    def _scored_pool(self) -> pd.DataFrame:
+        return read_table(self._inputs.scored / "pool.parquet", POOL)
 
     @staticmethod
     def _spent(folder: Path) -> tuple[int, int]:
@@ -250,8 +264,10 @@ class PolicyBench:
         return source
 
     def _scored_source(self) -> PairSource:
-        frame = self._priced(read_table(self._inputs.scored / "scored_pairs.parquet", SCORED_PAIRS))
-        return lambda lam, folder, warm: lagrangian_pairs(frame, self._judges.tokenizer, lam, self._scale(lam))
+        frame = read_table(self._inputs.scored / "scored_pairs.parquet", SCORED_PAIRS)
+        return lambda lam, folder, warm: lagrangian_pairs(
+            self._priced(frame), self._judges.tokenizer, lam, self._scale(lam)
+        )
 
     def _pool_source(self) -> PairSource:
         """The pool at the new multiplier, and fresh answers of the policy before on some of its prompts.
@@ -259,11 +275,12 @@ class PolicyBench:
         Fresh answers find the text that no fixed pool holds; their anchors use the pool's soft value of the prompt, so
         they need no new partition function.
         """
-        samples = samples_of(self._pool, self._judges.tokenizer)
-        prompts = self._pool.drop_duplicates("prompt_id")[["prompt_id", "prompt"]].head(self._params.refresh_prompts)
+        prompts = self._scored_pool.drop_duplicates("prompt_id")[["prompt_id", "prompt"]].head(
+            self._params.refresh_prompts
+        )
 
         def source(lam: float, folder: Path, warm: Step) -> list[Pair]:
-            params = self._params
+            params, samples = self._params, samples_of(self._pool, self._judges.tokenizer)
             seed = params.seed + warm.step
             pairs = pool_pairs(
                 samples, pool_values(samples, lam, params.beta), lam, params.beta, seed, self._scale(lam)

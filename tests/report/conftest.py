@@ -251,9 +251,14 @@ def certify(root: Path, bounds: list[float]) -> ReportParams:
 
     Its answers are those of dualign. Bounds are 0.05 above the estimates; a candidate is left over at the end.
     """
-    names = ["safety_dpo/only", *(f"aligned/dualign at {1.5 - 0.1 * k:g}" for k in range(len(bounds)))]
+    weights = [1.5 - 0.1 * k for k in range(len(bounds))]
+    names = ["safety_dpo/only", *(f"aligned/dualign at {q:g}" for q in weights)]
+    made = [{"policy": "safety_dpo/only", "partner": "safety_dpo/only", "q": 1.0}]
+    made += [{"policy": "aligned/dualign", "partner": "reward_dpo/helpful", "q": q} for q in weights]
+    plain = {"reference": "sft", "loss_type": "dpo", "clip": None, "safe_offset": None, "margin": "sft"}
+    write_json(root / "reports/metrics/reward_dpo/helpful.json", plain)
     tests = []
-    for name, bound in zip(names, bounds, strict=False):
+    for name, of, bound in zip(names, made, bounds, strict=False):
         check = {
             "requirement": "c", "prompts": 400, "answers": 1600, "estimate": bound - 0.05, "bound": bound,
             "raised": 0.0, "kept": bound <= LIMIT,
@@ -261,7 +266,7 @@ def certify(root: Path, bounds: list[float]) -> ReportParams:
         reward = {"mean": 0.5, "low": 0.4, "high": 0.6}
         needed = None if check["kept"] else 1234
         tests.append(
-            {"candidate": name, "certified": check["kept"], "checks": [check], "reward": reward,
+            {"candidate": name, **of, "certified": check["kept"], "checks": [check], "reward": reward,
              "prompts_needed": needed}
         )  # fmt: skip
     passed = [test["candidate"] for test in tests if test["certified"]]

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from dualign.report import charts
 from dualign.report.charts import Knot, Point, Range, Scale, domain, frontier, strip, trajectory
 
 LABELS = ("cost", "reward")
@@ -95,6 +96,14 @@ def test_the_far_ends_of_a_frontier_do_not_squeeze_the_policies() -> None:
     near = [float(mark.get("cy", "nan")) for mark in styled(draw(points), "mark")]
     assert [float(mark.get("cy", "nan")) for mark in styled(draw(points, far), "mark")] == near
     assert len(styled(draw(points, far), "knot")) == len(styled(draw(points, CURVE), "knot"))
+
+
+def test_a_limit_is_shown_unless_it_is_far_from_all_values() -> None:
+    values = [-0.4, None, 0.6]  # extent 1.12 with air
+    assert [charts.near(limit, values) for limit in (-3.9, -3.8, 0.0, 4.0, 4.1, 100.0)] == [
+        None, -3.8, 0.0, 4.0, None, None,
+    ]  # fmt: skip
+    assert charts.near(None, values) is None
 
 
 def test_band_joins_the_corners_and_is_left_out_without_intervals() -> None:

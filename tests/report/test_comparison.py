@@ -120,18 +120,41 @@ def test_a_row_for_every_policy(run: Run) -> None:
 def test_recommended_is_the_most_helpful_whose_whole_interval_is_within(run: Run) -> None:
     root, params = run
     table = compare(root, params.policies, params.confidence)
-    within = {n: r["reward"]["mean"] for n, r in table["policies"].items() if r["cost"]["high"] <= table["limit"]}
+    within = {
+        name: row["reward"]["mean"]
+        for name, row in table["policies"].items()
+        if row["cost"]["high"] <= table["limit"] and all(k["high"] <= k["limit"] for k in row["also"].values())
+    }
     assert table["recommended"] == max(within, key=lambda name: within[name])
     # dualign has the higher reward and its mean is within, but its interval is not.
     row = table["policies"]["dualign"]
     assert row["standing"] == "unproven"
     assert row["reward"]["mean"] > within[table["recommended"]] and row["cost"]["mean"] < table["limit"]
     for row in table["policies"].values():
-        assert (row["standing"] == "over") == (row["cost"]["mean"] > table["limit"])
+        broken = any(kept["mean"] > kept["limit"] for kept in row["also"].values())
+        assert (row["standing"] == "over") == (row["cost"]["mean"] > table["limit"] or broken)
+
+
+def test_a_slack_limit_on_cost_leaves_the_further_limits(run: Run) -> None:
+    """The nearest is the one that is least over them, not the least costly."""
+    root, params = run
+    shares = {"sft": 0.3, "safety_only": 0.4, "dualign": 0.2}
+    for name, mean in shares.items():
+        path = root / "reports/metrics/evaluate" / f"{name}.json"
+        rare = {"mean": mean, "low": mean - 0.05, "high": mean + 0.05, "limit": 0.1}
+        write_json(path, read_json(path) | {"also": {"rare": rare}})
+    policies = {name: params.policies[name] for name in shares}
+    table = compare(root, policies, params.confidence, limit=100.0)
+    assert {row["standing"] for row in table["policies"].values()} == {"over"}
+    assert table["recommended"] is None and table["nearest"] == "dualign"
 
 
 def test_nothing_is_recommended_where_all_are_over(build: Callable[..., Run]) -> None:
     root, params = build(shift=1.0)
+    table = compare(root, params.policies, params.confidence)
+    assert table["recommended"] is None
+    for path in (root / "reports/metrics/evaluate").glob("*.json"):  # without further limits
+        write_json(path, read_json(path) | {"also": {}})
     table = compare(root, params.policies, params.confidence)
     assert table["recommended"] is None
     assert table["nearest"] == min(table["policies"], key=lambda n: table["policies"][n]["cost"]["high"])
@@ -148,7 +171,7 @@ def test_with_certificates_only_a_certified_policy_is_recommended(certified: Cal
 def test_without_a_certified_policy_none_is_recommended(certified: Callable[..., Run]) -> None:
     root, params = certified([-0.1])
     table = compare(root, params.policies, params.confidence)
-    assert table["recommended"] is None and table["missing"] == ["certified"]
+    assert table["recommended"] is None and table["missing"] == [] and table["uncertified"] == ["certified"]
     assert any(row["standing"] == "within" for row in table["policies"].values())
 
 
@@ -171,7 +194,7 @@ def test_rows_hold_the_tilt_and_where_the_further_limits_stand(run: Run) -> None
 def test_the_limit_is_the_duals_unless_given(run: Run) -> None:
     root, params = run
     assert compare(root, params.policies, 0.95)["limit"] == -0.15
-    assert compare(root, params.policies, 0.95, limit=5.0)["recommended"] == "reward_dpo"
+    assert compare(root, params.policies, 0.95, limit=5.0)["recommended"] == "caid", "others break further limits"
     (root / "data/dual/dual.json").unlink()
     unlimited = compare(root, params.policies, 0.95)
     assert unlimited["limit"] is None and unlimited["recommended"] is None

@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from dualign.report.diagnosis import further_limits, is_tilt, predicted, tilt_in_words
+from dualign.report.diagnosis import (
+    further_by_step,
+    further_limits,
+    is_tilt,
+    predicted,
+    prompts_gain,
+    required_in_words,
+    tilt_in_words,
+)
 
 ROWS = [
     {
@@ -94,3 +102,75 @@ def test_limits_without_a_price_come_from_the_policies() -> None:
     assert [limit["name"] for limit in found] == ["short", "late"]
     assert found[1]["limit"] == 2.0 and found[1]["lam"] is found[1]["predicted"] is None
     assert further_limits([], [{"also": {}}]) == []
+
+
+# --- requirements of a certificate ------------------------------------------------------------------------------------
+
+
+def required(quantity: str, name: str, limit: float, **more: Any) -> dict[str, Any]:
+    return {"name": name, "quantity": quantity, "limit": limit, "method": "clustered_t", **more}
+
+
+def check(estimate: float, bound: float, prompts: int = 400) -> dict[str, Any]:
+    return {"estimate": estimate, "bound": bound, "prompts": prompts}
+
+
+@pytest.mark.parametrize(
+    ("given", "what", "share"),
+    [
+        (required("cost", "c", 0.0), "expected cost", False),
+        (required("p_unsafe", "rare", 0.1, prompts="child"), "share of unsafe answers on prompts with child", True),
+        (required("cvar", "tail", 1.0, level=0.95), "mean cost of the worst 5.0% of answers", False),
+        (required("truth", "true c", 0.0), "true cost", False),
+        (required("harm", "called unsafe", 0.1), "share of answers that people call unsafe", True),
+        ({**required("cost", "c", 0.1), "method": "clopper_pearson"}, "share of prompts with an unsafe answer", True),
+    ],
+)
+def test_a_requirement_in_words(given: dict[str, Any], what: str, share: bool) -> None:
+    assert required_in_words(given) == {"what": what, "share": share}
+
+
+DUAL = {"lam": 2.0, "prices": [{"name": "rare", "lam": 5.0}]}
+
+
+def test_more_prompts_help_the_bound_that_is_nearest_to_its_limit() -> None:
+    """By hand: reach 0.04 at 400 prompts; one more takes 0.04 / 800 off it, twice as many 1 - 1 / sqrt(2) of it."""
+    limits = [required("cost", "c", 1.0), required("p_unsafe", "rare", 0.1)]
+    found = prompts_gain({"checks": [check(-0.3, -0.2), check(0.05, 0.09)]}, limits, DUAL)
+    assert found is not None and found["what"] == "share of unsafe answers"
+    assert found["one"] == pytest.approx(0.00005) and found["twice"] == pytest.approx(0.04 * (1 - 0.5**0.5))
+    assert found["worth"] == pytest.approx(5.0 * found["twice"])
+    exact = 0.04 - 0.04 * (400 / 401) ** 0.5  # what the law of 1 / sqrt(N) takes off with one prompt more
+    assert found["one"] == pytest.approx(exact, rel=0.01)
+    failed = prompts_gain({"checks": [check(0.9, 1.01), check(0.05, 0.09)]}, limits, DUAL)
+    assert (
+        failed is not None
+        and failed["what"] == "expected cost"
+        and failed["worth"] == pytest.approx(2.0 * 0.11 * (1 - 0.5**0.5))
+    )
+
+
+def test_a_gain_on_some_prompts_is_worth_their_share_and_one_on_votes_is_not_priced() -> None:
+    on_some = [required("cost", "c", 1.0), required("p_unsafe", "rare", 0.1, prompts="child")]
+    found = prompts_gain({"checks": [check(-0.3, -0.2), check(0.05, 0.09, prompts=100)]}, on_some, DUAL)
+    assert found is not None and found["worth"] == pytest.approx(5.0 * 0.25 * found["twice"])
+    people = [required("cost", "c", 1.0), required("harm", "called unsafe", 0.1)]
+    voted = prompts_gain({"checks": [check(-0.3, -0.2), check(0.05, 0.09)]}, people, DUAL)
+    assert voted is not None and voted["worth"] is None and voted["labelled"]
+    truth = [required("cost", "c", 1.0), required("truth", "true c", 0.1)]
+    true = prompts_gain({"checks": [check(-0.3, -0.2), check(0.05, 0.09)]}, truth, DUAL)
+    assert true is not None and true["worth"] == pytest.approx(2.0 * true["twice"])
+
+
+def test_a_bound_without_reach_gains_nothing() -> None:
+    assert prompts_gain({"checks": [check(0.5, 0.5)]}, [required("cost", "c", 1.0)], DUAL) is None
+
+
+def test_further_limits_by_step() -> None:
+    def step(mean: float | None, prices: list[float]) -> dict[str, Any]:
+        return {"further": [{"name": "rare", "limit": 0.1, "mean": mean, "error": 0.01}], "prices": prices}
+
+    (rare,) = further_by_step([step(0.16, [5.4]), step(0.1, [6.2])])
+    assert (rare["means"], rare["prices"], rare["limit"]) == ([0.16, 0.1], [5.4, 6.2], 0.1)
+    assert further_by_step([step(0.16, []), step(0.1, [])])[0]["prices"] == []
+    assert further_by_step([{}, {}]) == further_by_step([]) == further_by_step([step(None, [])]) == []

@@ -170,13 +170,13 @@ def test_the_certified_policy_is_the_one_to_use(certified: Callable[..., Run]) -
     page = render(*certified([-0.6, -0.3, -0.1]))
     verdict, card = page.within("id", "verdict"), page.within("id", "certificate")
     assert "Use certified" in verdict and "(aligned/dualign at 1.5) is certified" in verdict
-    assert "with 95% confidence its expected cost is at most −0.30, where the limit is −0.15" in verdict
+    assert "with 95% confidence its expected cost is at most −0.30 (limit −0.15). It was tested" in verdict
     assert "tested on 400 prompts" in verdict
-    assert "aligned/dualign at 1.5 keeps expected cost ≤ −0.15" in card
+    assert "aligned/dualign at 1.5 : its expected cost is at most −0.30 (limit −0.15)." in card
     assert card.count("passed") == 2 and "failed 1,234" in card
     assert "bolder than the one that failed: aligned/dualign at 1.3" in card
     # The bound is 0.05 away at 400 prompts: one more takes 0.05 / 800 off, twice as many 29 %, at lambda 0.86 a prompt.
-    assert "by about 0.00006; twice as many by 0.015, which at λ̂ is worth 0.013 of reward" in card
+    assert "by about 0.00006, twice as many by 0.015, worth 0.013 of reward net of the KL term" in card
     assert "certified" in page.within("id", "methods")
 
 
@@ -189,9 +189,10 @@ def test_no_certified_policy_is_the_answer(certified: Callable[..., Run]) -> Non
     page = render(*certified([-0.1]))
     verdict = page.within("id", "verdict")
     assert "No policy is certified" in verdict and "do not deploy" in verdict and "Use" not in verdict
-    assert "safety_dpo/only , the safest candidate, is not shown to keep expected cost" in page.within(
-        "id", "certificate"
-    )
+    card = page.within("id", "certificate")
+    assert "safety_dpo/only , the first candidate, is not shown to keep expected cost ≤ −0.15." in card
+    assert "Not evaluated: certified, since no policy was certified for it." in page.text
+    assert "to add it" not in page.text, "there is nothing to run"
 
 
 def test_verdict_when_only_a_mean_is_within(run: Run) -> None:
@@ -205,6 +206,9 @@ def test_verdict_when_only_a_mean_is_within(run: Run) -> None:
 def test_verdict_keeps_the_reference_where_it_is_best(run: Run) -> None:
     root, params = run
     policies = {"sft": "sft", "safety_only": "safety_dpo/only"}
+    for name in policies:
+        path = root / f"reports/metrics/evaluate/{name}.json"
+        write_json(path, read_json(path) | {"also": {}})
     page = render(root, params.model_copy(update={"limit": 0.5, "policies": policies}))
     assert "Keep the reference policy, sft" in page.within("id", "verdict")
     assert page.count("section", "verdict") == 1
@@ -301,11 +305,48 @@ def test_further_limits_stand_by_policy(run: Run) -> None:
     assert 'class="badge over"' in row[: row.index("</tr>")], "most of its answers are unsafe"
     path = root / "reports/metrics/evaluate/caid.json"
     broken = {"short": {"mean": 30.0, "low": 29.0, "high": 31.0, "limit": 29.97}}
-    assert "breaks" not in page.within("id", "verdict")
+    assert "Use caid" in page.within("id", "verdict") and "breaks" not in page.within("id", "verdict")
     write_json(path, read_json(path) | {"also": broken})
-    assert "It breaks the further limit short: 30.000, where 29.970 is allowed" in render(root, params).within(
-        "id", "verdict"
+    assert "Use caid" not in render(root, params).within("id", "verdict")
+
+
+def test_a_certified_policy_that_breaks_a_further_limit_afterwards_is_told(certified: Callable[..., Run]) -> None:
+    root, params = certified([-0.6, -0.3, -0.1])
+    path = root / "reports/metrics/evaluate/certified.json"
+    broken = {"short": {"mean": 30.0, "low": 29.0, "high": 31.0, "limit": 29.97}}
+    write_json(path, read_json(path) | {"also": broken})
+    verdict = render(root, params).within("id", "verdict")
+    assert (
+        "Use certified" in verdict and "It breaks the further limit short: 30.000, where 29.970 is allowed" in verdict
     )
+
+
+def test_p_unsafe_as_the_only_limit(certified: Callable[..., Run]) -> None:
+    """A limit on cost that is far off squeezes no chart, and words and gains are about the limit that binds."""
+    root, params = certified([-0.6, -0.3, -0.1])
+    path = root / "reports/metrics/certify/dualign.json"
+    found = read_json(path)
+    found["requirements"][0]["limit"] = 100.0
+    rare = {"name": "rare", "quantity": "p_unsafe", "limit": 0.1, "method": "clustered_t", "bounds": None}
+    found["requirements"].append(rare)
+    for test, bound in zip(found["tests"], (0.06, 0.09, 0.12), strict=True):
+        kept = {"requirement": "rare", "estimate": bound - 0.02, "bound": bound, "kept": bound <= 0.1}
+        test["checks"].append({**test["checks"][0], **kept})
+    write_json(path, found)
+    dual = read_json(root / "data/dual/dual.json")
+    price = {**dual["prices"][1], "name": "rare", "limit": 0.1, "prompts": None, "lam": 5.0}
+    write_json(root / "data/dual/dual.json", dual | {"lam": 0.0, "limit": 100.0, "prices": [price]})
+    page = render(root, params.model_copy(update={"limit": 100.0}))
+    card = page.within("id", "certificate")
+    assert (
+        "its expected cost is at most −0.30 (limit 100) and its share of unsafe answers is at most 9.0% (limit 10%)."
+        in card
+    )
+    # 0.02 away at 400 prompts: twice as many take 29 % off that, 5.9 points of a thousand, at price 5.
+    assert "nearest to its limit is that on its share of unsafe answers" in card
+    assert "by about 0.003 points, twice as many by 0.586 points, worth 0.029 of reward net of the KL term" in card
+    assert page.count("line", "limit") == 0 and "The limit on cost, 100, is far beyond these costs" in page.text
+    assert "rare (P(unsafe)) at most 10%" in page.text
 
 
 def test_facts_about_the_multiplier_and_the_calibrations(run: Run) -> None:

@@ -15,7 +15,7 @@ from dualign.core.artifacts import read_json
 from dualign.core.errors import DualignError
 from dualign.core.loading import load
 from dualign.core.params import DualSearchParams, OnlineParams
-from dualign.measure.stats import Measurement
+from dualign.measure.stats import LimitEstimate, Measurement
 from dualign.measure.tilt import Tilt
 from dualign.methods import METHODS, Plan
 from dualign.search import rules
@@ -248,7 +248,7 @@ class Curve:
         self.fail_at: int | None = None
         self.start = self._policy("start", lam_start)
 
-    def train(self, step: int, lam: float, warm: Step) -> str:
+    def train(self, step: int, lam: float, warm: Step, prices: Sequence[float] | None = None) -> str:
         self.trained.append((step, lam, warm.policy))
         return self._policy(f"trained-{step}", lam)
 
@@ -491,6 +491,20 @@ def test_a_start_on_the_limit_is_the_answer(rule: str, params: DualSearchParams,
     assert stopped == "cost within noise of the limit"
 
 
+@pytest.mark.parametrize("rule", ["dual_gradient", "newton", "merge"])
+def test_a_limit_that_is_kept_at_multiplier_0_ends_the_search(
+    rule: str, params: DualSearchParams, tmp_path: Path
+) -> None:
+    """Newton's rule trains once all the same, since that refreshes the pairs; there is nothing to train for after."""
+    start = 1.2 if rule == "merge" else 0.0  # a merge has its multiplier 0 at weight 0
+    bench = Curve(tmp_path / "bench", lam_start=start, bias=-0.9)  # cost -0.7 at multiplier 0, limit -0.3
+    steps, stopped = go(rule, bench, params, tmp_path / "s", lam_pool=0.0)
+    assert stopped == "the limit is kept at lambda 0" and steps[-1].lam == 0.0
+    assert len(steps) == {"dual_gradient": 1, "newton": 2, "merge": 2}[rule]
+    over = Curve(tmp_path / "over", lam_start=start)  # 0.2 at multiplier 0
+    assert len(go(rule, over, params, tmp_path / "t", lam_pool=0.0)[0]) > 2
+
+
 def test_a_wider_error_stops_earlier(params: DualSearchParams, tmp_path: Path) -> None:
     lengths = []
     for se in (0.001, 0.1):
@@ -587,7 +601,7 @@ def test_no_search_trains_more_than_its_budget(
     tight = params.model_copy(update={"max_trainings": budget})
     steps, stopped = go(rule, bench, tight, tmp_path / "s")
     assert len(bench.trained) == len(steps) - 1 == budget
-    assert stopped == f"budget of {budget} trainings is spent"
+    assert stopped == f"budget of {budget} training{'' if budget == 1 else 's'} is spent"
 
 
 def test_every_training_is_told_the_step_before(bench: Curve, params: DualSearchParams, tmp_path: Path) -> None:
@@ -881,6 +895,120 @@ def test_a_round_counts_its_comparisons_and_both_its_trainings(
     assert (result["comparisons"], result["trainings"]) == (90, count)
     offline = rules.summary(by_rule("projected_subgradient"), asked, "b", params, Outlook(0.6, 0.5, 2.0), 2)
     assert offline["trainings"] == 5
+
+
+# --- further limits ---------------------------------------------------------------------------------------------------
+
+
+class Tilts(Curve):
+    """A bench of exact tilts of enumerated answers whose trainings spend only `reach` of every multiplier.
+
+    The quantities are the cost and 1 where it is above 0; a policy is a folder with both multipliers.
+    """
+
+    def __init__(self, folder: Path, limit: float, prices: tuple[float, ...], lam_start: float, reach: float) -> None:
+        rng = np.random.default_rng(3)
+        self.reward, self.cost = rng.normal(size=(40, 60)), rng.normal(-0.4, 1.0, size=(40, 60)) + 0.3
+        self.reward += 0.6 * self.cost
+        self.limit, self.asked = limit, [(lam_start, *prices)]
+        super().__init__(folder, lam_start=lam_start, se=0.004, reach=reach)
+
+    def train(self, step: int, lam: float, warm: Step, prices: Sequence[float] | None = None) -> str:
+        assert prices is not None
+        self.asked.append((lam, *prices))
+        return super().train(step, lam, warm)
+
+    def measure(self, step: int, policy: str) -> Measurement:
+        lam, price = (self.reach * value for value in self.asked[step])
+        unsafe = (self.cost > 0).astype(float)
+        logit = (self.reward - lam * self.cost - price * unsafe) / BETA
+        weight = np.exp(logit) / np.exp(logit).sum(1, keepdims=True)
+        mean_c, mean_u = (weight * self.cost).sum(1), (weight * unsafe).sum(1)
+        columns = [self.cost - mean_c[:, None], unsafe - mean_u[:, None]]
+        covariance = tuple(tuple(float((weight * a * b).sum(1).mean()) for b in columns) for a in columns)
+        reward, cost = float((weight * self.reward).sum(1).mean()), float(mean_c.mean())
+        further = (LimitEstimate("rare", self.limit, 1.0, float(mean_u.mean()), self.se),)
+        return Measurement(
+            cost, self.se, reward, 0.01, 0.2, float(mean_u.mean()), covariance[0][0], 100, further=further,
+            covariance=covariance,
+        )  # fmt: skip
+
+
+def jointly(bench: Tilts, params: DualSearchParams, scratch: Path, limit: float) -> tuple[list[Step], str]:
+    scratch.mkdir()
+    known = Outlook(bench.lam_start, bench.lam_start, prices=bench.asked[0][1:])
+    return rules.run(by_rule("newton"), bench.start, known, params.model_copy(update={"limit": limit}), bench, scratch)
+
+
+def test_newton_moves_all_multipliers_until_all_limits_are_met(params: DualSearchParams, tmp_path: Path) -> None:
+    bench = Tilts(tmp_path / "bench", 0.2, (0.6,), lam_start=0.4, reach=0.7)
+    steps, stopped = jointly(bench, params, tmp_path / "s", -0.3)
+    assert stopped == "all limits are met within noise, or kept at price 0"
+    last = steps[-1]
+    assert (last.lam, *last.prices) == bench.asked[-1] and len(steps) <= 5
+    (rare,) = last.measured.further
+    assert rare.mean is not None
+    for price, excess in ((last.lam, last.measured.cost + 0.3), (last.prices[0], rare.mean - 0.2)):
+        assert abs(excess) <= 0.004 or (price == 0 and excess < 0)
+    assert not all(abs(e) <= 0.004 for e in (steps[0].measured.cost + 0.3, steps[0].measured.p_unsafe - 0.2))
+
+
+def test_p_unsafe_as_the_only_limit_moves_its_price_and_leaves_lambda_at_0(
+    params: DualSearchParams, tmp_path: Path
+) -> None:
+    """One training and one correction take P(unsafe) from twice its noise above the limit to the limit."""
+    bench = Tilts(tmp_path / "bench", 0.2, (1.5,), lam_start=0.0, reach=0.8)
+    steps, stopped = jointly(bench, params, tmp_path / "s", 100.0)
+    assert stopped == "all limits are met within noise, or kept at price 0"
+    assert {step.lam for step in steps} == {0.0} and steps[1].prices > steps[0].prices
+    assert abs(steps[-1].measured.p_unsafe - 0.2) <= 0.004 < steps[0].measured.p_unsafe - 0.2
+    found = rules.summary(
+        by_rule("newton"), steps, stopped, params.model_copy(update={"limit": 100.0}), Outlook(0.0, 0.0), 1
+    )
+    assert found["chosen"] == len(steps) - 1 and found["feasible"]
+    assert found["steps"][-1]["prices"] == list(steps[-1].prices) and "covariance" not in found["steps"][-1]
+
+
+def test_an_interrupted_search_of_several_limits_ends_with_the_same_steps(
+    params: DualSearchParams, tmp_path: Path
+) -> None:
+    whole, _ = jointly(Tilts(tmp_path / "bench", 0.2, (0.6,), 0.4, 0.7), params, tmp_path / "s", -0.3)
+    broken = Tilts(tmp_path / "bench", 0.2, (0.6,), 0.4, 0.7)
+    broken.fail_at = 2
+    measure = broken.measure
+    broken.measure = lambda step, policy: Curve.measure(broken, step, policy) if step == 2 else measure(step, policy)  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError):
+        jointly(broken, params, tmp_path / "t", -0.3)
+    again = Tilts(tmp_path / "bench", 0.2, (0.6,), 0.4, 0.7)
+    again.asked = broken.asked[:2]
+    known = Outlook(0.4, 0.4, prices=(0.6,))
+    update = params.model_copy(update={"limit": -0.3})
+    resumed, _ = rules.run(by_rule("newton"), again.start, known, update, again, tmp_path / "t")
+    assert [replace(s, policy="") for s in resumed] == [replace(s, policy="") for s in whole]
+
+
+def limited(number: int, cost: float, reward: float, mean: float | None) -> Step:
+    further = (LimitEstimate("rare", 0.2, 1.0, mean, 0.01),)
+    return replace(step(number, 1.0, cost), measured=replace(measured(cost, reward), further=further))
+
+
+def test_the_best_keeps_further_limits_too(params: DualSearchParams) -> None:
+    """Up to z standard errors; where none keeps all, the one that is nearest in them."""
+    plan = by_rule("newton")
+    steps = [limited(0, -0.5, 3.0, 0.3), limited(1, -0.5, 1.0, 0.209), limited(2, -0.1, 2.0, 0.1)]
+    assert rules.choose(plan, steps, params) == 1
+    assert [rules.feasible(s, params) for s in steps] == [False, True, False]
+    assert rules.choose(plan, [limited(0, -0.9, 3.0, 0.3), limited(1, -0.27, 1.0, 0.24)], params) == 1
+    assert rules.feasible(limited(0, -0.5, 1.0, None), params), "nothing is known of it"
+
+
+@pytest.mark.parametrize("naive", [True, False])
+def test_a_merge_tells_whether_it_is_naive(naive: bool, params: DualSearchParams) -> None:
+    """A naive merge has another KL weight, so that the predicted frontier is not about it."""
+    steps = [step(0, 1.0, 0.0), step(1, 0.5, -0.3, q=0.5)]
+    found = rules.summary(by_rule("merge"), steps, "", params, Outlook(0.6, 1.0, naive=naive), 2)
+    assert found["naive"] is naive
+    assert "naive" not in rules.summary(by_rule("newton"), steps, "", params, Outlook(0.6, 1.0), 2)
 
 
 def test_labels_are_counted(params: DualSearchParams) -> None:

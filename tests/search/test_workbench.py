@@ -379,6 +379,34 @@ def test_prices_are_charged_to_the_pool_to_fresh_answers_and_to_pairs(
     assert [pair.label for pair in pairs] == pytest.approx((1 / (1 + np.exp(0.2 * gap))).tolist(), abs=1e-6)
 
 
+def test_corrected_prices_reach_the_pairs_of_a_training_and_the_tilts_after(
+    params: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told price 0.9 in place of 0.2, a training sees the labels of a bench that began at 0.9."""
+    inner = InnerParams(labels="soft", normalised=False, anchor=0.3, nll=0.0)
+    small = params.model_copy(update={"refresh_prompts": 3, "refresh_samples": 2})
+    plan, before = Plan("row", METHODS["dualign"], "sft", "sft"), step(0, 0.5, inputs.models / "sft")
+    limit = Constraint("mild", "cost", 0.0)
+
+    def bench(name: str, price: float) -> PolicyBench:
+        prices = [Price(limit, price, 0.0)]
+        return PolicyBench(plan, small, resources, inner, PROMPTS, tmp_path / name, inputs, prices=prices)
+
+    seen: list[Any] = []
+    monkeypatch.setattr(workbench, "train_pairwise", lambda policy, tokenizer, pairs, inner, job: seen.append(pairs))
+    told, began = bench("told", 0.2), bench("began", 0.9)
+    told.train(1, 0.5, before, [0.9])
+    began.train(1, 0.5, before)
+    bench("kept", 0.2).train(1, 0.5, before)
+    assert seen[0] == seen[1] != seen[2]
+    policy = str(inputs.models / "safety_dpo/one")
+    assert told.tilt(policy) == began.tilt(policy) != bench("other", 0.2).tilt(policy)
+    measured = told.measure(1, policy)
+    (mild,) = measured.further
+    assert mild.mean == pytest.approx(measured.cost) and mild.error == pytest.approx(measured.cost_se)
+    assert np.allclose(measured.covariance, measured.variance)  # the same quantity twice
+
+
 def distance(first: str, second: Path) -> float:
     left, right = (load_file(Path(folder) / "model.safetensors") for folder in (first, second))
     return max(float((left[name] - right[name]).abs().max()) for name in left)

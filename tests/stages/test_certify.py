@@ -123,7 +123,7 @@ def test_no_certified_policy_is_a_result(resources: Resources, caplog: pytest.Lo
     assert "models/certified/it holds no policy: none was certified" in caplog.text
     assert read_json("reports/metrics/evaluate/it.json") == {"policy": "it", "absent": True}
     table = compare(Path(), {"it": "certified/it"}, 0.95, limit=-100.0)
-    assert table["missing"] == ["it"] and table["policies"] == {}
+    assert table["uncertified"] == ["it"] and table["missing"] == [] and table["policies"] == {}
 
 
 def test_an_interrupted_run_draws_no_answers_twice(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,3 +195,6 @@ def test_metrics_name_what_was_tested(resources: Resources) -> None:
     content = metrics()
     assert content["delta"] == 0.05 and content["requirements"][0]["limit"] == 100.0
     assert {"reward", "p_unsafe", "kl", "length", "true_cost"} <= content["tests"][0].keys()
+    alone = {"policy": "safety_dpo/alone", "partner": "safety_dpo/alone", "q": 1.0}
+    merged = {"policy": "reward_dpo/helpful", "partner": "sft", "q": 2.0}
+    assert content["tests"][0].items() >= alone.items() and content["tests"][1].items() >= merged.items()

@@ -195,6 +195,27 @@ def test_a_limit_on_length_shortens_what_the_pool_predicts(resources: Resources)
         assert row[name] == pytest.approx(float((w * score).sum(1).mean()))
 
 
+@pytest.mark.usefixtures("folder")
+def test_p_unsafe_alone_has_a_price_and_a_limit_that_is_slack_none(resources: Resources) -> None:
+    """By bisection of P(unsafe) under exp((r - price 1{c > 0}) / beta); lambda is 0, and the message says which."""
+    reward, cost = scores()
+    unsafe = (cost > 0).astype(float)
+    wanted = 0.5 * float((dual.weights(reward, cost, 0.0, 1.5) * unsafe).sum(1).mean())
+    spec = ConstraintSpec(quantity="p_unsafe", limit=wanted)
+    result = solved(run_of(resources, limit=100.0, also={"rare": spec}, min_ess=0.1))
+    low, high = 0.0, 50.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        over = float((dual.weights(reward, unsafe, middle, 1.5) * unsafe).sum(1).mean()) > wanted
+        low, high = (middle, high) if over else (low, middle)
+    [found] = result["prices"]
+    assert result["lam"] == 0.0 and result["slack"] and found["lam"] == pytest.approx(high, rel=1e-5)
+    assert result["messages"] == [
+        "constraint.limit is slack: with the limits of constraint.also it is kept, so lambda is 0"
+    ]
+    assert "the limit is slack" in solved(run_of(resources, limit=100.0, min_ess=0.1))["messages"][0]
+
+
 # --- through the stages, on a tiny model ------------------------------------------------------------------------------
 
 QUESTIONS = world.prompts()[::500]

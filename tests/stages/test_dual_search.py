@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,21 @@ def test_prices_go_to_searches_that_train_on_scores(run: Path, caplog: pytest.Lo
     for method, start in (("dualign", "lagrangian_dpo/anchored"), ("c_dpo", "lagrangian_dpo/bernoulli")):
         assert dual_search.further_limits(row_of(method, start, "sft")) == [price]
     assert not caplog.records
-    assert dual_search.further_limits(row_of("pd_dpo", "safety_dpo/stepwise", "reward_dpo/helpful")) == []
-    assert "methods.row does not train on scores of a table and ignores constraint.also" in caplog.text
+    unpriced = dual_search.further_limits(row_of("pd_dpo", "safety_dpo/stepwise", "reward_dpo/helpful"))
+    assert unpriced == [replace(price, lam=0.0)], "the limit itself still decides what is feasible"
+    assert "methods.row does not train on scores of a table: no price steers it to constraint.also" in caplog.text
+
+
+def test_newton_begins_at_the_prices_that_its_start_paid(run: Path, params: DualSearchParams) -> None:
+    price = Price(Constraint("short", "length", 9.0), 0.1, 9.0)
+    write_json("data/dual/dual.json", {"lam": 0.8, "prices": [price.as_dict()]})
+    write_json("reports/metrics/sft.json", {})
+    dualign = row_of("dualign", "lagrangian_dpo/anchored", "sft")
+    for source, prices in (("data/dual/dual.json", (0.1,)), ("params.yaml", (0.0,))):
+        assert dual_search.outlook(dualign, {"lam": 0.8, "lam_from": source}, params).prices == prices
+    c_dpo = row_of("c_dpo", "lagrangian_dpo/bernoulli", "sft")
+    start = {"lam": 0.8, "lam_from": "data/dual/dual.json"}
+    assert dual_search.outlook(c_dpo, start, params).prices == (), "its rule moves lambda alone"
 
 
 @pytest.mark.parametrize(

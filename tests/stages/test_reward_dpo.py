@@ -78,6 +78,7 @@ def test_a_clip_changes_the_policy_and_the_search_is_told(resources: Resources) 
         main(run_of(resources, clip=clip))
         metrics = read_json("reports/metrics/reward_dpo/it.json")
         assert (metrics["reference"], metrics["loss_type"], metrics["clip"]) == ("sft", "dpo", clip)
+        assert (metrics["margin"], metrics["safe_offset"]) == ("sft", None)
         curves.append([loss for _, loss in metrics["loss_curve"]])
     assert curves[0][0] == pytest.approx(curves[1][0], rel=1e-5) and abs(curves[0][1] - curves[1][1]) > 1e-3
 

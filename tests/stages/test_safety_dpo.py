@@ -73,3 +73,7 @@ def test_a_multiplier_is_the_duals_its_stocked_one_or_a_number_and_prices_are_to
     write_json("data/dual/dual.json", {"lam": 0.8, "prices": [{"name": "short"}]})
     assert multiplier("it", specs["dual"]) == 0.8
     assert "safety_dpo.runs.it trains on preferences and ignores constraint.also" in caplog.text
+    assert "the multiplier is 0" not in caplog.text
+    write_json("data/dual/dual.json", {"lam": 0.0, "prices": []})
+    assert multiplier("it", specs["dual"]) == 0.0
+    assert "safety_dpo.runs.it: the multiplier is 0, since constraint.limit is slack" in caplog.text

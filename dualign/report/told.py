@@ -1,0 +1,82 @@
+"""The multiplier that a policy was told: by its training, its search, or the merge that was certified.
+
+The optimum at lambda is the tilt (r - lambda c) / beta of the reference policy. A merge (1 - q) a + q b of two such
+policies is one too, to first order, at (1 - q) lambda_a + q lambda_b (P-SACPO, 2404.11049): log pi is nearly linear in
+the weights between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dualign.core.artifacts import read_json
+
+Row = dict[str, Any]
+
+
+def told(root: Path, folder: str, certificates: Mapping[str, Any]) -> Row:
+    """What a policy's folder under models/ was told: {"lam", "merge_weight", "on_curve"}.
+
+    `lam` is None where there is no such tilt: a mixture, the reference, DPO on safety alone, IPO, KTO, SafeDPO, MODPO,
+    and a merge with one of them. `on_curve`: whether the predicted frontier at `lam` is about this policy. It is not
+    where a naive merge has another KL weight, and where a merge takes another share of the prices of further limits.
+    """
+    kind, _, name = folder.partition("/")
+    if kind == "certified":
+        return _certified(root, certificates.get(name, {}))
+    if kind == "aligned":
+        return _searched(_json(root, f"reports/search/{name}.json"))
+    return _row(_trained(_json(root, f"reports/metrics/{folder}.json"), kind))
+
+
+def merged_multiplier(q: float, lam: float | None, partner: float | None) -> float | None:
+    """(1 - q) lambda_partner + q lambda; the policy's own at weight 1, None where either is unknown."""
+    if q == 1.0:
+        return lam
+    return None if lam is None or partner is None else (1 - q) * partner + q * lam
+
+
+def _certified(root: Path, certificate: Mapping[str, Any]) -> Row:
+    """The candidate that was returned; a certificate of an older run does not tell what it was merged from."""
+    tests = certificate.get("tests", [])
+    test: Row = next((test for test in tests if test["candidate"] == certificate["returned"]), {})
+    if "q" not in test:
+        return _row(None)
+    policy, partner = (told(root, test[key], {}) for key in ("policy", "partner"))
+    q = test["q"]
+    if q == 1.0:
+        return policy
+    if not (policy["on_curve"] and partner["on_curve"]):
+        return _row(None, q)
+    priced = any(price["lam"] > 0 for price in _json(root, "data/dual/dual.json").get("prices", []))
+    return _row(merged_multiplier(q, policy["lam"], partner["lam"]), q, on_curve=not priced)
+
+
+def _searched(search: Mapping[str, Any]) -> Row:
+    chosen: Row = next((step for step in search.get("steps", []) if step["step"] == search["chosen"]), {})
+    on_curve = search.get("returns") != "mixture" and not search.get("naive")
+    return _row(chosen.get("lam"), chosen.get("q"), on_curve)
+
+
+def _trained(metrics: Mapping[str, Any], kind: str) -> float | None:
+    """The multiplier of a policy that no search made, from the metrics of its training."""
+    plain = metrics.get("loss_type") == "dpo" and metrics.get("clip") is None
+    if kind == "reward_dpo":
+        helpful = metrics.get("reference") == "sft" == metrics.get("margin") and metrics.get("safe_offset") is None
+        return 0.0 if plain and helpful else None
+    second = plain and str(metrics.get("reference")).startswith("reward_dpo/")
+    if kind in ("lagrangian_dpo", "lambda_path") or (kind == "safety_dpo" and second):
+        lam = metrics.get("lam")
+        return None if lam is None else float(lam)
+    return None
+
+
+def _row(lam: float | None, merge_weight: float | None = None, on_curve: bool = True) -> Row:
+    return {"lam": lam, "merge_weight": merge_weight, "on_curve": on_curve}
+
+
+def _json(root: Path, path: str) -> Row:
+    found: Row = read_json(root / path) if (root / path).is_file() else {}
+    return found
