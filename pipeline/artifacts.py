@@ -76,12 +76,10 @@ def card(root: Path, spec: StageSpec, result: Result, before: Mapping[str, Any],
         before: its metrics of the run before, empty if there was none.
         after: its metrics now.
     """
-    parts = [f"## {spec.name}: {result.state}", f"{spec.desc}. {result.message}."]
+    parts = [f"## {spec.name}: {result.message}"]
     parts += [drawing.image(drawing.chart(picture), picture.title) for picture in pictures(root, spec, after)]
     parts += metrics_table(before, after)
     parts += outputs_table(records.read(root, [spec.name]).get(spec.name, {}))
-    if REPORT.as_posix() in spec.outs:
-        parts += report_line(root)
     parts.append(f"By hand: `{spec.cmd}`, or `dvc repro --single-item {spec.name}`")
     return "\n\n".join(part for part in parts if part)
 
@@ -164,25 +162,38 @@ def plan_page(dag: Mapping[str, StageSpec], outlooks: Mapping[str, Outlook]) -> 
         if outlook.prospect != "up to date"
     ]
     table = (
-        "\n".join(["| stage | | since its last run |", "|---|---|---|", *rows]) if rows else "Everything is up to date."
+        "\n".join(["| stage | outlook | what changed since its last run |", "|---|---|---|", *rows])
+        if rows
+        else "Everything is up to date."
     )
     return "\n\n".join([drawing.image(drawing.graph(dag, states), "stages"), table])
 
 
 def summary_page(root: Path, dag: Mapping[str, StageSpec], results: Mapping[str, Result]) -> str:
-    """What a run did: the graph by state, and a line per stage."""
+    """What a run did: the graph by state, and a line per stage, linked to its card where it has a new one."""
     states = {name: result.state for name, result in results.items()}
-    rows = [f"| {name} | {result.state} | {duration(result.seconds)} |" for name, result in results.items()]
-    parts = [drawing.image(drawing.graph(dag, states), "stages")]
+    rows = [_row(name, result) for name, result in results.items()]
+    parts = [f"## {counts(list(states.values()))}", drawing.image(drawing.graph(dag, states), "stages")]
     parts += [f"**{result.message}**" for result in results.values() if result.state == "Failed"]
     parts.append("\n".join(["| stage | state | time |", "|---|---|---:|", *rows]))
-    return "\n\n".join([*parts, *report_line(root)])
+    return "\n\n".join([*parts, *_report_line(root, dag, states)])
 
 
-def report_line(root: Path) -> list[str]:
+def _row(name: str, result: Result) -> str:
+    carded = result.state in ("Completed", "Restored")
+    stage = f"[{name}](/artifacts/key/{key_of(name)})" if carded else name
+    return f"| {stage} | {_words(result.state)} | {duration(result.seconds) if result.seconds >= 0.05 else ''} |"
+
+
+def _report_line(root: Path, dag: Mapping[str, StageSpec], states: Mapping[str, str]) -> list[str]:
     """Where the report lies; a link as well, though most browsers follow none from a web page to a file."""
     page = (root / REPORT).resolve()
-    return [f"[Report]({page.as_uri()}), a file on the machine of the run: `{page}`"] if page.exists() else []
+    if page.exists():
+        return [f"[Report]({page.as_uri()}), a file on the machine of the run: `{page}`"]
+    made = [
+        name for name in states if REPORT.as_posix() in dag[name].outs and states[name] in ("Completed", "Restored")
+    ]
+    return [f"Report: `dvc pull {name}` puts it here: `{page}`" for name in made]
 
 
 def counts(results: Sequence[str]) -> str:

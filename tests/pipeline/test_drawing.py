@@ -59,6 +59,22 @@ def test_the_graph_shows_every_stage_in_the_colour_of_its_state(repo_root: Path)
     assert len({at[name][0] for name in dag if name.startswith("dual_search@")}) == 1
 
 
+def test_no_line_of_the_graph_passes_under_a_box(repo_root: Path) -> None:
+    root, _, _ = parsed(graph(load_dag(repo_root), {}))
+    boxes = [
+        (float(box.get("x", 0)), float(box.get("y", 0)), float(box.get("height", 0)))
+        for group in root.iter(f"{SVG}g")
+        if (box := group.find(f"{SVG}rect")) is not None
+    ]
+    passages = 0
+    for line in root.iter(f"{SVG}path"):
+        for left, y in re.findall(r"([\d.]+) ([\d.]+) H[\d.]+", line.get("d", "")):
+            passages += 1
+            column = [(top, height) for x, top, height in boxes if x == float(left)]
+            assert column and not any(top < float(y) < top + height for top, height in column)
+    assert passages, "some lines are longer than a column"
+
+
 def test_an_image_holds_the_svg() -> None:
     encoded = re.search(r"base64,([^)]+)\)", image("<svg>ß</svg>", "title"))
     assert encoded is not None and base64.b64decode(encoded[1]).decode() == "<svg>ß</svg>"
