@@ -21,6 +21,8 @@ from pipeline.plan import Outlook
 #: The page that the report stage writes, and the frontier that the dual predicts.
 REPORT = Path("reports/index.html")
 FRONTIER = Path("data/dual/frontier.json")
+#: What a card compares policies by.
+COMPARED = ("reward.mean", "cost.mean", "p_unsafe.mean", "kl.mean", "length.mean", "win_reward.mean")
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,39 @@ def card(root: Path, spec: StageSpec, result: Result, before: Mapping[str, Any],
     """
     parts = [f"## {spec.name}: {result.message}"]
     parts += [drawing.image(drawing.chart(picture), picture.title) for picture in pictures(root, spec, after)]
+    parts += policies_table(before, after)
     parts += metrics_table(before, after)
     parts += outputs_table(records.read(root, [spec.name]).get(spec.name, {}))
     parts.append(f"By hand: `{spec.cmd}`, or `dvc repro --single-item {spec.name}`")
     return "\n\n".join(part for part in parts if part)
 
 
+def policies_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """A comparison's numbers that matter most, a row per policy, each with what has changed; the file has the rest."""
+    names = dict.fromkeys(match[1] for key in after if (match := re.match(r"policies\.([^.]+)\.", key)))
+    shown = [column for column in COMPARED if any(f"policies.{name}.{column}" in after for name in names)]
+    rows = []
+    for name in names:
+        cells = [_cell(before.get(key), after.get(key)) for key in (f"policies.{name}.{column}" for column in shown)]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    titles = " | ".join(column.removesuffix(".mean") for column in shown)
+    return ["\n".join([f"| policy | {titles} |", f"|---|{'---:|' * len(shown)}", *rows])] if rows and shown else []
+
+
+def _cell(before: Any, now: Any) -> str:
+    if not _is_number(now):
+        return ""
+    return f"{_number(now)} ({_change(before, now)})" if _is_number(before) and before != now else _number(now)
+
+
 def metrics_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Each number of the metrics and what it was before; interval ends and lists are left to the file."""
-    keys = [key for key, value in after.items() if _is_number(value) and not key.endswith((".low", ".high"))]
+    """Each number of the metrics and what it was before; interval ends, lists and policies are left to others."""
+    left_out = (".low", ".high")
+    keys = [
+        key
+        for key, value in after.items()
+        if _is_number(value) and not key.endswith(left_out) and not key.startswith("policies.")
+    ]
     if not keys:
         return []
     rows = [
@@ -182,7 +208,7 @@ def summary_page(root: Path, dag: Mapping[str, StageSpec], results: Mapping[str,
 def _row(name: str, result: Result) -> str:
     carded = result.state in ("Completed", "Restored")
     stage = f"[{name}](/artifacts/key/{key_of(name)})" if carded else name
-    return f"| {stage} | {_words(result.state)} | {duration(result.seconds) if result.seconds >= 0.05 else ''} |"
+    return f"| {stage} | {_words(result.state)} | {'' if result.state == 'Unchanged' else duration(result.seconds)} |"
 
 
 def _report_line(root: Path, dag: Mapping[str, StageSpec], states: Mapping[str, str]) -> list[str]:

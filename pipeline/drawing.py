@@ -134,7 +134,8 @@ def _frame(content: Chart, x: _Axis, y: _Axis) -> Iterable[str]:
     if content.limit is not None:
         at = x(content.limit)
         yield _line((at, _TOP), (at, bottom), f"stroke='{COLOURS['Failed']}' stroke-dasharray='5 4'")
-        yield _text(at + 5, bottom - 6, f"limit {content.limit:g}", "start")
+        side, anchor = (-5, "end") if at > _WIDTH * 0.75 else (5, "start")
+        yield _text(at + side, bottom - 6, f"limit {content.limit:g}", anchor)
 
 
 def _legend(names: Sequence[str]) -> Iterable[str]:

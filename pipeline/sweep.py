@@ -147,14 +147,15 @@ def _save(tree: Path, commit: str, name: str) -> None:
 def table(points: Sequence[Point], patterns: Sequence[str]) -> list[list[str]]:
     """A row per point under a row of titles: its params, how it ended, and metrics.
 
-    `patterns` chooses metrics, as in `policies.*.cost.mean`; without one, those in which points differ, a few at most.
+    `patterns` chooses metrics, as in `policies.*.cost.mean`; without one, a few, those in which points differ if any.
     """
     keys = list(points[0].settings)
     metrics = list(dict.fromkeys(key for point in points for key in point.metrics if _numbers(points, key)))
     if patterns:
         shown = [key for key in metrics if any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)]
     else:
-        shown = [key for key in metrics if len(set(map(str, _numbers(points, key)))) > 1][:COLUMNS]
+        differ = [key for key in metrics if len(set(map(str, _numbers(points, key)))) > 1]
+        shown = (differ or metrics)[:COLUMNS]
     rows = [
         [*map(_told, point.settings.values()), point.end, *(_told(point.metrics.get(key, "")) for key in shown)]
         for point in points

@@ -20,6 +20,7 @@ from pipeline.artifacts import (
     key_of,
     metrics_table,
     pictures,
+    policies_table,
     recorded_metrics,
     size,
     summary_page,
@@ -54,6 +55,18 @@ def test_changes_of_metrics() -> None:
         "| cost | -0.5 | -0.25 |",
     ]
     assert metrics_table({}, {"text": "only"}) == []
+
+
+def test_a_comparison_has_a_row_for_each_policy() -> None:
+    policies = {"a": {"cost": {"mean": 0.1, "low": 0.0}, "odd": 3}, "b": {"cost": {"mean": 0.2}, "reward": {"mean": 1}}}
+    after = flatten({"policies": policies, "limit": -0.3})
+    assert policies_table({"policies.a.cost.mean": 0.3}, after)[0].splitlines() == [
+        "| policy | reward | cost |",
+        "|---|---:|---:|",
+        "| a |  | 0.1 (-0.2) |",
+        "| b | 1 | 0.2 |",
+    ]
+    assert "policies" not in metrics_table({}, after)[0] and policies_table({}, {"limit": 1.0}) == []
 
 
 def test_a_comparison_is_drawn_beside_the_predicted_frontier(project: Project) -> None:

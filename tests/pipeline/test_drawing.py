@@ -38,6 +38,13 @@ def test_a_chart_of_one_value_or_none_is_a_picture_too() -> None:
     assert "no values" in chart(Chart("t", "x", "y", [Curve("", [(math.inf, 1.0)])]))
 
 
+def test_the_name_of_a_limit_stays_in_the_frame() -> None:
+    for limit, anchor in ((0.0, "start"), (9.5, "end")):
+        root, _, _ = parsed(chart(Chart("t", "cost", "reward", [Curve("", [(0.0, 1.0), (9.0, 2.0)])], limit=limit)))
+        (label,) = [element for element in root.iter(f"{SVG}text") if str(element.text).startswith("limit")]
+        assert label.get("text-anchor") == anchor
+
+
 def test_the_graph_shows_every_stage_in_the_colour_of_its_state(repo_root: Path) -> None:
     dag = load_dag(repo_root)
     states = dict.fromkeys(dag, "Unchanged") | {"sft": "Completed", "score": "Failed"}
