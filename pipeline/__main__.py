@@ -195,8 +195,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = [option for stage in arguments.stages for option in ("--stage", stage)]
     options += ["--jobs", str(arguments.jobs)] if arguments.jobs else []
-    options += ["--cluster"] if arguments.cluster else []
-    sweep(Path.cwd(), points, arguments.stages, options, side_by_side=arguments.cluster)
+    sweep(Path.cwd(), points, arguments.stages, options, arguments.cluster)
     _say(_columns(table(points, arguments.metrics)))
     return int(any(point.end != "completed" for point in points))
 

@@ -21,6 +21,8 @@ from pipeline.plan import Outlook
 #: The page that the report stage writes, and the frontier that the dual predicts.
 REPORT = Path("reports/index.html")
 FRONTIER = Path("data/dual/frontier.json")
+#: What a card compares policies by.
+COMPARED = ("reward.mean", "cost.mean", "p_unsafe.mean", "kl.mean", "length.mean", "win_reward.mean")
 
 
 @dataclass(frozen=True)
@@ -76,19 +78,41 @@ def card(root: Path, spec: StageSpec, result: Result, before: Mapping[str, Any],
         before: its metrics of the run before, empty if there was none.
         after: its metrics now.
     """
-    parts = [f"## {spec.name}: {result.state}", f"{spec.desc}. {result.message}."]
+    parts = [f"## {spec.name}: {result.message}"]
     parts += [drawing.image(drawing.chart(picture), picture.title) for picture in pictures(root, spec, after)]
+    parts += policies_table(before, after)
     parts += metrics_table(before, after)
     parts += outputs_table(records.read(root, [spec.name]).get(spec.name, {}))
-    if REPORT.as_posix() in spec.outs:
-        parts += report_line(root)
     parts.append(f"By hand: `{spec.cmd}`, or `dvc repro --single-item {spec.name}`")
     return "\n\n".join(part for part in parts if part)
 
 
+def policies_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """A comparison's numbers that matter most, a row per policy, each with what has changed; the file has the rest."""
+    names = dict.fromkeys(match[1] for key in after if (match := re.match(r"policies\.([^.]+)\.", key)))
+    shown = [column for column in COMPARED if any(f"policies.{name}.{column}" in after for name in names)]
+    rows = []
+    for name in names:
+        cells = [_cell(before.get(key), after.get(key)) for key in (f"policies.{name}.{column}" for column in shown)]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    titles = " | ".join(column.removesuffix(".mean") for column in shown)
+    return ["\n".join([f"| policy | {titles} |", f"|---|{'---:|' * len(shown)}", *rows])] if rows and shown else []
+
+
+def _cell(before: Any, now: Any) -> str:
+    if not _is_number(now):
+        return ""
+    return f"{_number(now)} ({_change(before, now)})" if _is_number(before) and before != now else _number(now)
+
+
 def metrics_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Each number of the metrics and what it was before; interval ends and lists are left to the file."""
-    keys = [key for key, value in after.items() if _is_number(value) and not key.endswith((".low", ".high"))]
+    """Each number of the metrics and what it was before; interval ends, lists and policies are left to others."""
+    left_out = (".low", ".high")
+    keys = [
+        key
+        for key, value in after.items()
+        if _is_number(value) and not key.endswith(left_out) and not key.startswith("policies.")
+    ]
     if not keys:
         return []
     rows = [
@@ -164,25 +188,38 @@ def plan_page(dag: Mapping[str, StageSpec], outlooks: Mapping[str, Outlook]) -> 
         if outlook.prospect != "up to date"
     ]
     table = (
-        "\n".join(["| stage | | since its last run |", "|---|---|---|", *rows]) if rows else "Everything is up to date."
+        "\n".join(["| stage | outlook | what changed since its last run |", "|---|---|---|", *rows])
+        if rows
+        else "Everything is up to date."
     )
     return "\n\n".join([drawing.image(drawing.graph(dag, states), "stages"), table])
 
 
 def summary_page(root: Path, dag: Mapping[str, StageSpec], results: Mapping[str, Result]) -> str:
-    """What a run did: the graph by state, and a line per stage."""
+    """What a run did: the graph by state, and a line per stage, linked to its card where it has a new one."""
     states = {name: result.state for name, result in results.items()}
-    rows = [f"| {name} | {result.state} | {duration(result.seconds)} |" for name, result in results.items()]
-    parts = [drawing.image(drawing.graph(dag, states), "stages")]
+    rows = [_row(name, result) for name, result in results.items()]
+    parts = [f"## {counts(list(states.values()))}", drawing.image(drawing.graph(dag, states), "stages")]
     parts += [f"**{result.message}**" for result in results.values() if result.state == "Failed"]
     parts.append("\n".join(["| stage | state | time |", "|---|---|---:|", *rows]))
-    return "\n\n".join([*parts, *report_line(root)])
+    return "\n\n".join([*parts, *_report_line(root, dag, states)])
 
 
-def report_line(root: Path) -> list[str]:
+def _row(name: str, result: Result) -> str:
+    carded = result.state in ("Completed", "Restored")
+    stage = f"[{name}](/artifacts/key/{key_of(name)})" if carded else name
+    return f"| {stage} | {_words(result.state)} | {'' if result.state == 'Unchanged' else duration(result.seconds)} |"
+
+
+def _report_line(root: Path, dag: Mapping[str, StageSpec], states: Mapping[str, str]) -> list[str]:
     """Where the report lies; a link as well, though most browsers follow none from a web page to a file."""
     page = (root / REPORT).resolve()
-    return [f"[Report]({page.as_uri()}), a file on the machine of the run: `{page}`"] if page.exists() else []
+    if page.exists():
+        return [f"[Report]({page.as_uri()}), a file on the machine of the run: `{page}`"]
+    made = [
+        name for name in states if REPORT.as_posix() in dag[name].outs and states[name] in ("Completed", "Restored")
+    ]
+    return [f"Report: `dvc pull {name}` puts it here: `{page}`" for name in made]
 
 
 def counts(results: Sequence[str]) -> str:

@@ -8,7 +8,6 @@ remote, so a stage whose worker is lost starts again on another, which finds wha
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import threading
 import time
@@ -23,8 +22,13 @@ import httpx
 from dvc.repo import Repo
 from prefect import get_run_logger, runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
-from prefect.client.schemas.objects import FlowRun, WorkerStatus
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    TaskRunFilter,
+    TaskRunFilterId,
+)
+from prefect.client.schemas.objects import Artifact, FlowRun, WorkerStatus
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import get_current_settings
 from prefect.states import Cancelling, Crashed
@@ -33,7 +37,7 @@ from pipeline import records
 from pipeline.checkout import listed, published, put
 from pipeline.dag import StageSpec
 from pipeline.errors import PipelineError, StageFailed, StageStopped
-from pipeline.plan import Outlook
+from pipeline.plan import Outlook, one_line
 from pipeline.runner import LocalRunner, Log, Outcome
 from pipeline.worker import ANSWERS, BEAT, LIFE, NAME, REPORT, Report
 
@@ -49,6 +53,8 @@ LOSSES = 3
 STOPPING = 45.0
 #: Seconds after which a stage that no worker takes is told of.
 UNTAKEN = 20.0
+#: Seconds for which the server may lag behind with its records of task runs, and between two looks.
+LAG, LOOK = 60.0, 0.2
 #: Bytes of labels that travel with a stage; Prefect's servers take 512 KiB of parameters.
 ROOM = 300_000
 
@@ -166,14 +172,28 @@ class Cluster:
             "answers": self._answers(),
         }
         key = str(uuid4())  # an answer that is lost on its way does not make two runs
+        parent = self._recorded(UUID(runtime.task_run.id))
         run = self._patiently(
             lambda: self._client.create_flow_run_from_deployment(
                 self._deployments[pool], parameters=asked, name=spec.name, idempotency_key=key,
-                parent_task_run_id=UUID(runtime.task_run.id),
+                parent_task_run_id=parent,
             )
         )  # fmt: skip
         log(logging.INFO, f"handed to pool {pool}: {_page(run)}")
         return _Watch(run, pool, log)
+
+    def _recorded(self, task_run: UUID) -> UUID | None:
+        """A task run once the server knows it; until then it refuses flow runs below it. None where it takes too long.
+
+        Prefect's server records task runs some time after they began, a busy one seconds later.
+        """
+        only = TaskRunFilter(id=TaskRunFilterId(any_=[task_run]))
+        deadline = time.monotonic() + LAG
+        while not self._patiently(lambda: self._client.read_task_runs(task_run_filter=only)):
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(LOOK)
+        return task_run
 
     def _answers(self) -> dict[str, str]:
         """The labels of people that lie in the workspace."""
@@ -235,23 +255,18 @@ class Cluster:
                 f"no worker of pool {watch.pool} is online; start one: python -m pipeline work {watch.pool}",
             )
 
-    def _artifacts(self, run: UUID) -> list[tuple[str | None, str | None, datetime | None, object]]:
+    def _artifacts(self, run: UUID) -> list[Artifact]:
         only = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]))
-        found = self._client.read_artifacts(artifact_filter=only)
-        return [(made.type, made.key, made.updated, made.data) for made in found]
+        return self._client.read_artifacts(artifact_filter=only)
 
     def _sign_of_life(self, run: UUID) -> datetime | None:
-        return max(
-            (at for kind, key, at, _ in self._artifacts(run) if kind == LIFE and key is None and at), default=None
-        )
+        signs = [made.updated for made in self._artifacts(run) if made.description == LIFE]
+        return max(filter(None, signs), default=None)
 
     def _report(self, run: UUID) -> Report | None:
         """What the worker said, None where it ended without a word."""
         found = self._patiently(lambda: self._artifacts(run))
-        data = next((data for kind, key, _, data in found if kind == REPORT and key is None), None)
-        while isinstance(data, str):
-            data = json.loads(data)
-        return Report.model_validate(data) if data is not None else None
+        return next((Report.of_page(str(made.data)) for made in found if made.description == REPORT), None)
 
     def _received(self, spec: StageSpec, report: Report, log: Log) -> Outcome:
         if report.outcome == "Failed":
@@ -265,17 +280,22 @@ class Cluster:
         return cast(Outcome, report.outcome)
 
     def _patiently(self, call: Callable[[], T]) -> T:
-        """Call the server until it answers: one that is away for a while must not end a run."""
+        """Call the server until it answers: one that is away for a while must not end a run.
+
+        Raises PipelineError where it refuses, or does not answer while the run is being stopped.
+        """
         tries = 0
         while True:
             try:
                 return call()
+            except ObjectNotFound:
+                raise PipelineError("the Prefect server does not know this run any more; run again") from None
             except (httpx.TransportError, PrefectHTTPStatusError) as error:
                 tries += self._stopped.is_set()
-                if tries > STOPPING / POLL or (
-                    isinstance(error, PrefectHTTPStatusError) and not error.response.is_server_error
-                ):
-                    raise
+                if isinstance(error, PrefectHTTPStatusError) and not error.response.is_server_error:
+                    raise PipelineError(f"the Prefect server refuses: {error.response.text[:300]}") from None
+                if tries > STOPPING / POLL:
+                    raise PipelineError(f"the Prefect server does not answer: {one_line(error)}") from None
                 time.sleep(POLL)
 
 

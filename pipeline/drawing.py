@@ -26,7 +26,7 @@ COLOURS = {
     "Cancelled": "#7d5ba6",
 }
 _OTHER = "#e4e7eb"
-_INK, _PALE = "#1f2933", "#cbd2d9"
+_INK, _PALE, _LINE = "#1f2933", "#cbd2d9", "#9fb3c8"
 _LINES = ("#3b82c4", "#e08e2b", "#2e9e5b", "#7d5ba6")
 _FONT = "font-family='system-ui, sans-serif'"
 
@@ -113,7 +113,7 @@ class _Axis:
     def ticks(self) -> list[float]:
         raw = (self.high - self.low) / 5
         power = 10.0 ** math.floor(math.log10(raw))
-        step = next(k * power for k in (1.0, 2.0, 5.0, 10.0) if k * power >= raw)
+        step = next(k * power for k in (1.0, 2.0, 2.5, 5.0, 10.0) if k * power >= raw)
         first = math.ceil(self.low / step)
         return [k * step for k in range(first, math.floor(self.high / step) + 1)]
 
@@ -134,7 +134,8 @@ def _frame(content: Chart, x: _Axis, y: _Axis) -> Iterable[str]:
     if content.limit is not None:
         at = x(content.limit)
         yield _line((at, _TOP), (at, bottom), f"stroke='{COLOURS['Failed']}' stroke-dasharray='5 4'")
-        yield _text(at + 5, bottom - 6, f"limit {content.limit:g}", "start")
+        side, anchor = (-5, "end") if at > _WIDTH * 0.75 else (5, "start")
+        yield _text(at + side, bottom - 6, f"limit {content.limit:g}", anchor)
 
 
 def _legend(names: Sequence[str]) -> Iterable[str]:
@@ -168,7 +169,8 @@ def graph(dag: Mapping[str, StageSpec], states: Mapping[str, str]) -> str:
             else:
                 parts.append(_text(at[0] + _BOX / 2, at[1] + 19, name, "middle", weight=600))
     pairs = ((source, name) for name, spec in dag.items() for source in spec.upstream if source in dag)
-    edges = [_edge(place[source], place[name]) for source, name in nx.transitive_reduction(nx.DiGraph(pairs)).edges]
+    shown = nx.transitive_reduction(nx.DiGraph(pairs)).edges
+    edges = [_edge(place[source], place[name], place.values()) for source, name in shown]
     width = len(columns) * (_BOX + _GAP) - _GAP + 24
     key = _key(list(dict.fromkeys(states.values())), tallest + 34)
     return _svg(max(width, 420), tallest + 46, [*edges, *parts, *key])
@@ -195,11 +197,27 @@ def _family(stage: str) -> str:
     return stage.split("@")[0]
 
 
-def _edge(start: tuple[float, float], end: tuple[float, float]) -> str:
-    x1, y1, x2, y2 = start[0] + _BOX, start[1] + _ROW / 2, end[0], end[1] + _ROW / 2
-    bend = (x1 + x2) / 2 if x2 - x1 < 2 * _GAP else x2 - _GAP / 2
-    path = f"M{x1:.0f} {y1:.0f} C{bend:.0f} {y1:.0f} {bend:.0f} {y2:.0f} {x2:.0f} {y2:.0f}"
-    return f"<path d='{path}' fill='none' stroke='{_PALE}' stroke-width='1.2'/>"
+def _edge(start: tuple[float, float], end: tuple[float, float], boxes: Iterable[tuple[float, float]]) -> str:
+    """A line from one box to another that passes the columns between them where they have no box."""
+    x, y = start[0] + _BOX, start[1] + _ROW / 2
+    path = f"M{x:.0f} {y:.0f}"
+    for left in sorted({column for column, _ in boxes if start[0] < column <= end[0]}):
+        rest = (left - x) / (end[0] - x)
+        wanted = y + rest * (end[1] + _ROW / 2 - y)
+        at = wanted if left == end[0] else _passage(wanted, [top for column, top in boxes if column == left])
+        path += f" C{x + _GAP / 2:.0f} {y:.0f} {left - _GAP / 2:.0f} {at:.0f} {left:.0f} {at:.0f}"
+        x, y = left, at
+        if left < end[0]:
+            x = left + _BOX
+            path += f" H{x:.0f}"
+    return f"<path d='{path}' fill='none' stroke='{_LINE}' stroke-width='1.2'/>"
+
+
+def _passage(wanted: float, tops: Sequence[float]) -> float:
+    """The height nearest to `wanted` that no box has which begins at one of `tops`."""
+    edges = [edge for top in tops for edge in (top - _SPACE / 2, top + _ROW + _SPACE / 2)]
+    free = [y for y in (wanted, *edges) if not any(top - _SPACE / 2 < y < top + _ROW + _SPACE / 2 for top in tops)]
+    return min(free, key=lambda height: abs(height - wanted))
 
 
 def _box(name: str, place: tuple[float, float], state: str | None) -> str:
@@ -217,7 +235,7 @@ def _key(states: Sequence[str], y: float) -> Iterable[str]:
     for state in states:
         yield f"<rect x='{at:.0f}' y='{y - 11:.0f}' width='12' height='12' rx='3' fill='{COLOURS.get(state, _OTHER)}'/>"
         yield _text(at + 18, y, state, "start")
-        at += 34 + 7 * len(state)
+        at += 42 + 7.5 * len(state)
 
 
 def _line(start: tuple[float, float], end: tuple[float, float], style: str) -> str:

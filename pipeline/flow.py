@@ -270,7 +270,9 @@ def _execute(run: Run) -> None:
                 if last is None:
                     raise KeyboardInterrupt
                 running -= 1
-                run.results.setdefault(last, Result("Failed", f"{last}: {futures[last].state.message}"))
+                if last not in run.results:  # its task broke off, by no error of the stage
+                    futures[last].wait()  # for the state, which the server may not know yet
+                    run.results[last] = Result("Failed", f"{last}: {futures[last].state.message}")
     except BaseException:
         run.place.stop()
         for future in futures.values():

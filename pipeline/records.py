@@ -73,6 +73,14 @@ def written(repo: Repo, path: str) -> list[Any]:
     return [out for out in repo.index.outs if _within(out.fs_path, path) or _within(path, out.fs_path)]
 
 
+def fetch_metrics(repo: Repo, stage: str) -> None:
+    """Have DVC's cache hold the metrics that dvc.lock records of a stage; from the remote, if need be."""
+    metrics = [out for out in repo.index.outs if out.metric and out.stage.name == stage and out.hash_info]
+    for out in metrics:
+        for odb, objects in out.get_used_objs().items():
+            repo.cloud.pull(objects, odb=odb)
+
+
 def _within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(f"{folder}{os.sep}")
 

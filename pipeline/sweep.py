@@ -24,7 +24,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline import artifacts
-from pipeline.checkout import committed, git, put, working_tree
+from pipeline.checkout import CARRIED, committed, git, published, put, working_tree
 from pipeline.dag import StageSpec, load_dag
 from pipeline.errors import PipelineError
 from pipeline.parameters import assign
@@ -70,26 +70,26 @@ def grid(arguments: Sequence[str]) -> list[Point]:
     return [Point(dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
 
 
-def sweep(
-    root: Path, points: Sequence[Point], stages: Sequence[str], options: Sequence[str], side_by_side: bool
-) -> None:
+def sweep(root: Path, points: Sequence[Point], stages: Sequence[str], options: Sequence[str], cluster: bool) -> None:
     """Run every point, and write into it how it ended and its metrics; points that completed become experiments.
 
     Args:
         root: the workspace; its params.yaml and dvc.lock are where each point starts.
         points: from `grid`.
         stages: whose metrics count; empty for those that no other stage reads.
-        options: for `python -m pipeline run` in each tree.
-        side_by_side: all at the same time, as on a cluster, instead of one after the other.
+        options: for `python -m pipeline run` in each tree, beside the point's own.
+        cluster: all at the same time, on workers, instead of one after the other, here.
 
-    Raises PipelineError, before anything runs, for a key that is not there or files that no commit holds.
+    Raises PipelineError, before anything runs, for a key that is not there, or a commit or files that points or workers
+    cannot have.
     """
-    commit, text = committed(root), (root / "params.yaml").read_text()
-    texts = [assign(text, point.settings) for point in points]
-    with ThreadPoolExecutor(len(points) if side_by_side else 1) as pool:
+    commit = published(root) if cluster else committed(root)
+    for point in points:
+        assign((root / "params.yaml").read_text(), point.settings)
+    with ThreadPoolExecutor(len(points) if cluster else 1) as pool:
         futures = [
-            pool.submit(_run, root, commit, point, params, stages, options)
-            for point, params in zip(points, texts, strict=True)
+            pool.submit(_run, root, commit, point, stages, [*options, *(["--cluster"] if cluster else [])])
+            for point in points
         ]
         try:
             for future in futures:
@@ -99,15 +99,15 @@ def sweep(
             raise
 
 
-def _run(root: Path, commit: str, point: Point, params: str, stages: Sequence[str], options: Sequence[str]) -> None:
-    lock = root / "dvc.lock"
-    files = {"params.yaml": params, **({"dvc.lock": lock.read_text()} if lock.exists() else {})}
+def _run(root: Path, commit: str, point: Point, stages: Sequence[str], options: Sequence[str]) -> None:
+    files = {name: (root / name).read_text() for name in CARRIED if (root / name).exists()}
+    settings = [word for key, value in point.settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     told = {"DUALIGN_SCRATCH": str(root / ".scratch"), **os.environ}
     with working_tree(root, commit, f"sweep-{point.name}", log.log) as (tree, _):
         put(tree, files)
         log.info("%s: starts", point.name)
-        command = [sys.executable, "-m", "pipeline", "run", *options]
-        code = subprocess.run(command, cwd=tree, env=told, check=False).returncode
+        command = [sys.executable, "-m", "pipeline", "run", *settings, *options]
+        code = _followed(command, tree, told, point.name)
         point.end = ENDS.get(code, f"exit {code}")
         log.info("%s: %s", point.name, point.end)
         dag = load_dag(tree)
@@ -116,6 +116,17 @@ def _run(root: Path, commit: str, point: Point, params: str, stages: Sequence[st
                 point.metrics.update(artifacts.current_metrics(tree, spec))
         if code == 0:
             _save(tree, commit, point.name)
+
+
+def _followed(command: Sequence[str], tree: Path, environment: Mapping[str, str], name: str) -> int:
+    """Run a command, each line of its output with the name of its point before it; returns its exit status."""
+    with subprocess.Popen(
+        command, cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            log.info("%s | %s", name, line.rstrip())
+    return process.returncode
 
 
 def _is_last(spec: StageSpec, dag: Mapping[str, StageSpec]) -> bool:
@@ -136,14 +147,15 @@ def _save(tree: Path, commit: str, name: str) -> None:
 def table(points: Sequence[Point], patterns: Sequence[str]) -> list[list[str]]:
     """A row per point under a row of titles: its params, how it ended, and metrics.
 
-    `patterns` chooses metrics, as in `policies.*.cost.mean`; without one, those in which points differ, a few at most.
+    `patterns` chooses metrics, as in `policies.*.cost.mean`; without one, a few, those in which points differ if any.
     """
     keys = list(points[0].settings)
     metrics = list(dict.fromkeys(key for point in points for key in point.metrics if _numbers(points, key)))
     if patterns:
         shown = [key for key in metrics if any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)]
     else:
-        shown = [key for key in metrics if len(set(map(str, _numbers(points, key)))) > 1][:COLUMNS]
+        differ = [key for key in metrics if len(set(map(str, _numbers(points, key)))) > 1]
+        shown = (differ or metrics)[:COLUMNS]
     rows = [
         [*map(_told, point.settings.values()), point.end, *(_told(point.metrics.get(key, "")) for key in shown)]
         for point in points

@@ -23,7 +23,7 @@ from uuid import UUID
 import httpx
 from dvc.repo import Repo
 from prefect import flow, get_run_logger, runtime
-from prefect.artifacts import Artifact, create_markdown_artifact
+from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.client.schemas.objects import State
@@ -44,8 +44,10 @@ NAME = "stage"
 BEAT = 10.0
 #: How often a report is offered to a server that does not answer.
 TRIES = 12
-#: The type of the artifacts that hold a report, and of those that are signs of life.
-REPORT, LIFE = "json", "markdown"
+#: By their descriptions: the artifact that holds a report, and the one that is a sign of life.
+REPORT, LIFE = "What the coordinator is told", "Where it runs"
+#: Around a report, for Prefect's pages to show it as it is.
+_FENCE = ("```json\n", "\n```")
 #: Files that a stage leaves for people when it exits 3, and those in which they answer, by the name of their folder.
 QUESTIONS, ANSWERS = "to-label-*.jsonl", "labelled-*.jsonl"
 
@@ -63,6 +65,16 @@ class Report(BaseModel):
     code: int | None = None
     record: dict[str, Any] = {}
     questions: dict[str, str] = {}
+
+    @property
+    def page(self) -> str:
+        """As markdown."""
+        return f"{_FENCE[0]}{self.model_dump_json(indent=2)}{_FENCE[1]}"
+
+    @classmethod
+    def of_page(cls, page: str) -> "Report":
+        """The report that `page` shows."""
+        return cls.model_validate_json(page.removeprefix(_FENCE[0]).removesuffix(_FENCE[1]))
 
 
 @flow(name=NAME, flow_run_name="{stage}", persist_result=False)
@@ -101,7 +113,7 @@ def stage(
         return Cancelled(message="stopped; the next run goes on from its last checkpoint")
     except PipelineError as error:
         report = Report(outcome="Failed", node=node, reason=str(error))
-    _tell(stage, report)
+    _tell(report)
     if report.outcome == "Failed":
         return Failed(message=report.reason)
     return Completed(name=report.outcome, message=f"on {node} in {time.monotonic() - started:.0f} s")
@@ -128,6 +140,8 @@ def _fetch(tree: Path, runner: LocalRunner, spec: StageSpec, log: Log) -> None:
     """Put what a stage reads into its tree; a folder may hold outputs of many stages."""
     with Repo(str(tree)) as repo:
         outs = {out.fs_path for dep in spec.deps for out in records.written(repo, str(tree / dep))}
+        with contextlib.suppress(Exception):  # a card tells what changed since the last run, where that can be had
+            records.fetch_metrics(repo, spec.name)
     try:
         runner.pull(spec.name, sorted(os.path.relpath(path, tree) for path in outs), log)
     except StageFailed as error:
@@ -141,15 +155,14 @@ def _questions(tree: Path) -> dict[str, str]:
     return {path.relative_to(tree).as_posix(): path.read_text() for path in tree.rglob(QUESTIONS)}
 
 
-def _tell(stage: str, report: Report) -> None:
+def _tell(report: Report) -> None:
     """Make the report an artifact; a server that is away for a moment must not cost the result."""
-    made = Artifact(type=REPORT, description=f"What dvc.lock records of {stage}", data=report.model_dump_json())
     for _ in range(TRIES):
         with contextlib.suppress(httpx.TransportError):
-            made.create()
+            create_markdown_artifact(report.page, description=REPORT)
             return
         time.sleep(BEAT)
-    made.create()
+    create_markdown_artifact(report.page, description=REPORT)
 
 
 @contextlib.contextmanager
@@ -160,7 +173,7 @@ def _signs_of_life(node: str, runners: Sequence[LocalRunner]) -> Iterator[None]:
     """
     over = threading.Event()
     run = UUID(runtime.flow_run.id)
-    sign = cast(UUID, create_markdown_artifact(f"Runs on {node}.", description="Sign of life"))
+    sign = cast(UUID, create_markdown_artifact(f"Runs on {node}.", description=LIFE))
 
     def beat() -> None:
         while not over.wait(BEAT):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import re
 
@@ -19,6 +20,7 @@ from pipeline.artifacts import (
     key_of,
     metrics_table,
     pictures,
+    policies_table,
     recorded_metrics,
     size,
     summary_page,
@@ -36,7 +38,7 @@ def test_a_card_tells_metrics_their_change_and_the_outputs(project: Project) -> 
     project.set(left={"value": 1.25})
     project.dvc("repro", "--quiet", "left")
     page = card(root, spec, Result("Completed", "Completed in 2.0 s"), before, current_metrics(root, spec))
-    assert "## left: Completed" in page and "The left stage. Completed in 2.0 s." in page
+    assert "## left: Completed in 2.0 s" in page
     assert "| accuracy | 1.25 | +0.25 |" in page
     md5 = next(out["md5"] for out in records.read(root, ["left"])["left"]["outs"] if out["path"] == "out/left")
     assert f"| out/left | 4 B | 1 | `{md5[:12]}` |" in page
@@ -55,6 +57,18 @@ def test_changes_of_metrics() -> None:
     assert metrics_table({}, {"text": "only"}) == []
 
 
+def test_a_comparison_has_a_row_for_each_policy() -> None:
+    policies = {"a": {"cost": {"mean": 0.1, "low": 0.0}, "odd": 3}, "b": {"cost": {"mean": 0.2}, "reward": {"mean": 1}}}
+    after = flatten({"policies": policies, "limit": -0.3})
+    assert policies_table({"policies.a.cost.mean": 0.3}, after)[0].splitlines() == [
+        "| policy | reward | cost |",
+        "|---|---:|---:|",
+        "| a |  | 0.1 (-0.2) |",
+        "| b | 1 | 0.2 |",
+    ]
+    assert "policies" not in metrics_table({}, after)[0] and policies_table({}, {"limit": 1.0}) == []
+
+
 def test_a_comparison_is_drawn_beside_the_predicted_frontier(project: Project) -> None:
     spec = load_dag(project.root)["left"]
     (project.root / "data/dual").mkdir(parents=True)
@@ -68,15 +82,28 @@ def test_a_comparison_is_drawn_beside_the_predicted_frontier(project: Project) -
 
 
 def test_a_summary_names_each_stage_and_what_failed(project: Project) -> None:
-    (project.root / "reports").mkdir()
-    (project.root / "reports/index.html").write_text("")
     results = {
-        "first": Result("Unchanged", "up to date", 0.1),
+        "first": Result("Unchanged", "up to date", 0.01),
         "left": Result("Failed", "left: no space (exit 1)", 3.0),
+        "right": Result("Restored", "from the cache", 0.2),
     }
-    page = summary_page(project.root, load_dag(project.root), results)
-    assert "| first | Unchanged | 0.1 s |" in page and "**left: no space (exit 1)**" in page
-    assert f"(file://{project.root}/reports/index.html), a file" in page
+    dag = load_dag(project.root)
+    page = summary_page(project.root, dag, results)
+    assert page.startswith("## 1 restored, 1 unchanged, 1 failed\n") and "**left: no space (exit 1)**" in page
+    for row in ("| first | unchanged |  |", "| left | failed | 3.0 s |", "| [right](/artifacts/key/stage-right) |"):
+        assert row in page
+
+
+def test_a_summary_says_where_the_report_is(project: Project) -> None:
+    dag = load_dag(project.root)
+    dag["last"] = dataclasses.replace(dag["last"], outs=("reports/index.html",))
+    made = {"last": Result("Completed", "ran", 1.0)}
+    page = project.root / "reports/index.html"
+    assert f"Report: `dvc pull last` puts it here: `{page}`" in summary_page(project.root, dag, made), "workers have it"
+    assert "Report" not in summary_page(project.root, dag, {"last": Result("Failed", "last: no")})
+    page.parent.mkdir()
+    page.write_text("")
+    assert f"(file://{page}), a file" in summary_page(project.root, dag, made)
 
 
 def test_words() -> None:

@@ -38,6 +38,13 @@ def test_a_chart_of_one_value_or_none_is_a_picture_too() -> None:
     assert "no values" in chart(Chart("t", "x", "y", [Curve("", [(math.inf, 1.0)])]))
 
 
+def test_the_name_of_a_limit_stays_in_the_frame() -> None:
+    for limit, anchor in ((0.0, "start"), (9.5, "end")):
+        root, _, _ = parsed(chart(Chart("t", "cost", "reward", [Curve("", [(0.0, 1.0), (9.0, 2.0)])], limit=limit)))
+        (label,) = [element for element in root.iter(f"{SVG}text") if str(element.text).startswith("limit")]
+        assert label.get("text-anchor") == anchor
+
+
 def test_the_graph_shows_every_stage_in_the_colour_of_its_state(repo_root: Path) -> None:
     dag = load_dag(repo_root)
     states = dict.fromkeys(dag, "Unchanged") | {"sft": "Completed", "score": "Failed"}
@@ -57,6 +64,22 @@ def test_the_graph_shows_every_stage_in_the_colour_of_its_state(repo_root: Path)
     assert all(0 <= x < width - 100 and 0 <= y < height - 20 for x, y in at.values())
     assert all(at[source][0] < at[name][0] for name, spec in dag.items() for source in spec.upstream)
     assert len({at[name][0] for name in dag if name.startswith("dual_search@")}) == 1
+
+
+def test_no_line_of_the_graph_passes_under_a_box(repo_root: Path) -> None:
+    root, _, _ = parsed(graph(load_dag(repo_root), {}))
+    boxes = [
+        (float(box.get("x", 0)), float(box.get("y", 0)), float(box.get("height", 0)))
+        for group in root.iter(f"{SVG}g")
+        if (box := group.find(f"{SVG}rect")) is not None
+    ]
+    passages = 0
+    for line in root.iter(f"{SVG}path"):
+        for left, y in re.findall(r"([\d.]+) ([\d.]+) H[\d.]+", line.get("d", "")):
+            passages += 1
+            column = [(top, height) for x, top, height in boxes if x == float(left)]
+            assert column and not any(top < float(y) < top + height for top, height in column)
+    assert passages, "some lines are longer than a column"
 
 
 def test_an_image_holds_the_svg() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -154,6 +156,19 @@ def test_a_stage_has_a_gpu_of_its_own(
     state = alignment(stages=["left", "right"], return_state=True)
     told = ["at work on first, GPU 7", "at work on left, GPU 7", "at work on right, GPU"]
     until(lambda: set(told) <= set(logged(client, flow_run(state))))
+
+
+def test_a_notebook_starts_a_run_and_reads_its_result(project: Project, server: str, repo_root: Path) -> None:
+    (cell,) = re.findall(r"```python\n(.*?)```", (repo_root / "docs/prefect.md").read_text(), re.DOTALL)
+    here = {"dual_init": "left", "constraint.limit": "left.value", "-0.5": "9", "reports/metrics/": "metrics-"}
+    for there, name in {**here, '["lam"]': '["accuracy"]["mean"]'}.items():
+        assert there in cell
+        cell = cell.replace(there, name)
+    lines = "".join(f"    {line}\n" for line in cell.splitlines())
+    script = f"import asyncio\nasync def cell():\n{lines}\nasyncio.run(cell())"  # a notebook has a loop that runs
+    told = {**environment(), "PREFECT_API_URL": server}
+    done = subprocess.run([sys.executable, "-c", script], cwd=project.root, env=told, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["Completed - 2 completed", "9"], done.stderr
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def test_a_table_shows_what_differs_or_what_is_asked_for() -> None:
     assert table(points, []) == [
         ["a", "", "m.x"], ["1", "completed", "0.25"], ["2", "completed", "0.3333"], ["3", "failed", ""],
     ]  # fmt: skip
+    assert table(points[:1], [])[0] == ["a", "", "m.x", "m.same"], "where nothing differs, what there is"
     assert table(points, ["m.s*"])[:2] == [["a", "", "m.same"], ["1", "completed", "3"]]
 
 
