@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 
 #: R^2 from which a policy counts as the tilt that was fitted to it: a tenth of its variance is left out at most.
 _BELIEVED = 0.9
+#: Standard deviation of what trained policies answer to a multiplier, in units of the slope that theory gives.
+SLOPE_ERROR = 0.25
+#: Units of cost; a measurement is not taken to be more exact.
+_EXACT = 1e-6
 #: Weights that are screened for one merge at most; each takes a forward pass over the pool.
 _SCREENINGS = 8
 
@@ -150,20 +154,23 @@ def secant_step(previous: tuple[float, float], last: tuple[float, float], limit:
     return max(0.0, x1 + (limit - c1) * (x1 - x0) / (c1 - c0))
 
 
-def regression_root(
-    lams: Sequence[float], costs: Sequence[float], errors: Sequence[float], limit: float
-) -> float | None:
-    """The root of the line fitted to all steps (lambda, C), each with weight 1 / error^2; None where it does not fall.
+def line_root(
+    lams: Sequence[float], costs: Sequence[float], errors: Sequence[float], slope: float, limit: float
+) -> float:
+    """The root of the line C = a - s lambda through all steps, where theory says s = `slope` > 0 beforehand.
 
-    What the secant of two noisy steps says hangs on the noise of both, divided by their distance: two steps near each
-    other throw it far off. The line through all of them averages multipliers in place of policies.
+    a and s minimise sum_k (C_k - a + s lambda_k)^2 / error_k^2 + (s - slope)^2 / (`SLOPE_ERROR` slope)^2. With one step
+    it is Newton's; with steps far apart, or many, the regression of all of them, which averages multipliers in place of
+    policies; steps that noise does not tell apart keep the slope of theory, where a secant would be thrown far off or
+    stand still. A line that falls less than a quarter of that is not believed.
     """
     x, y = np.asarray(lams, float), np.asarray(costs, float)
-    weight = 1 / np.maximum(np.asarray(errors, float), 1e-12) ** 2
-    weight = weight / weight.max() if np.isfinite(weight.max()) and weight.max() > 0 else np.ones_like(x)
+    weight = 1 / np.maximum(np.asarray(errors, float), _EXACT) ** 2
     centre, level = float(np.average(x, weights=weight)), float(np.average(y, weights=weight))
-    across, along = float(weight @ ((x - centre) * (y - level))), float(weight @ (x - centre) ** 2)
-    return max(0.0, centre + (limit - level) * along / across) if across < 0 else None
+    along, across = float(weight @ (x - centre) ** 2), float(weight @ ((x - centre) * (y - level)))
+    prior = 1 / (SLOPE_ERROR * slope) ** 2
+    found = (prior * slope - across) / (prior + along)
+    return max(0.0, centre + (level - limit) / max(found, slope / 4))
 
 
 def first_weight(lam_pool: float, lam_start: float, naive: bool, lam_reference: float = 0.0) -> float:
@@ -282,26 +289,32 @@ def _projected_subgradient(steps: Sequence[Step], params: DualSearchParams, outl
 
 
 def _newton(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
-    """Newton from the first policy, then secants; a correction is always made, since it also trains on-policy."""
+    """The line through all steps, Newton's after the first; one correction is always made: it also trains on-policy."""
     if len(steps) > 1 and _solved(steps[-1], params, outlook):
         return None
-    return min(_preferred(corrections(steps, params, outlook), steps, params, outlook), params.lambda_max)
+    found = corrections(steps, params, outlook)
+    proposed = found["newton"] if found["line"] is None else found["line"]
+    assert proposed is not None
+    return min(proposed, params.lambda_max)
 
 
 def corrections(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> dict[str, float | None]:
-    """The next multiplier by each reckoning: `newton`, `tilt`, `secant` of the last two steps, `average` of all."""
-    last, target = steps[-1], outlook.target(params)
+    """The next multiplier by each reckoning: `newton`, `tilt`, and the `line` through all steps, which is taken.
+
+    The line's slope beforehand is Newton's, told in commands where the policy is the tilt that was fitted to it. With
+    prices of further limits all multipliers move at once, so costs lie on no line in lambda.
+    """
+    last, target, beta = steps[-1], outlook.target(params), params.beta
     m = last.measured
-    if last.prices:  # all multipliers move at once, so costs lie on no line in lambda
-        return {"newton": jointly(last, params, outlook)[0], "tilt": None, "secant": None, "average": None}
-    lams, costs = [step.lam for step in steps], [step.measured.cost for step in steps]
-    points, errors = list(zip(lams, costs, strict=True)), [step.measured.cost_se for step in steps]
-    return {
-        "newton": newton_step(last.lam, m.cost, m.variance, target, params.beta) if m.variance > 0 else last.lam,
-        "tilt": tilt_step(last.lam, last.tilt, m.cost, m.variance, target) if last.tilt else None,
-        "secant": secant_step(points[-2], points[-1], target) if len(points) > 1 else None,
-        "average": regression_root(lams, costs, errors, target) if len(points) > 2 else None,
-    }
+    if last.prices:
+        return {"newton": jointly(last, params, outlook)[0], "tilt": None, "line": None}
+    if m.variance <= 0:
+        return {"newton": last.lam, "tilt": None, "line": None}
+    newton = newton_step(last.lam, m.cost, m.variance, target, beta)
+    tilt = tilt_step(last.lam, last.tilt, m.cost, m.variance, target) if last.tilt else None
+    slope = m.variance / beta * _answer(last.tilt, last.lam, beta)
+    lams, costs, errors = zip(*((step.lam, step.measured.cost, step.measured.cost_se) for step in steps), strict=True)
+    return {"newton": newton, "tilt": tilt, "line": line_root(lams, costs, errors, slope, target)}
 
 
 def jointly(step: Step, params: DualSearchParams, outlook: Outlook) -> list[float]:
@@ -312,25 +325,12 @@ def jointly(step: Step, params: DualSearchParams, outlook: Outlook) -> list[floa
     return joint_newton_step(lams, over, np.array(m.covariance), params.beta).tolist()
 
 
-def _preferred(
-    found: dict[str, float | None], steps: Sequence[Step], params: DualSearchParams, outlook: Outlook
-) -> float:
-    """The correction that is taken.
-
-    The first is Newton's, told in commands where the policy is the tilt that was fitted to it. Later ones are secants,
-    which know the slope itself; one that runs away gives way to Newton. The last training of a search whose costs lie
-    on both sides of the aim goes to the average, within the multipliers that were tried.
-    """
-    newton, costs, lams = found["newton"], [step.measured.cost for step in steps], [step.lam for step in steps]
-    assert newton is not None
-    if len(steps) == 1:
-        tilt = found["tilt"]
-        return tilt if tilt is not None and _believed(steps[0].tilt) else newton
-    last_training, between = len(steps) == params.max_trainings, min(costs) < outlook.target(params) < max(costs)
-    if last_training and between and found["average"] is not None:
-        return min(max(found["average"], min(lams)), max(lams))
-    secant = found["secant"]
-    return secant if secant is not None and secant < 2 * newton + 1 else newton
+def _answer(tilt: Tilt | None, lam: float, beta: float) -> float:
+    """What a policy makes of its command, (lam_eff / beta_eff) / (lambda / beta); 1 where the fit is not believed."""
+    if not _believed(tilt) or lam <= 0:
+        return 1.0
+    assert tilt is not None and tilt.lam_eff is not None and tilt.beta_eff is not None
+    return tilt.lam_eff / lam * beta / tilt.beta_eff
 
 
 def _believed(tilt: Tilt | None) -> bool:

@@ -209,7 +209,7 @@ def _search(rng: np.random.Generator, policy: tuple, shift: float) -> dict[str, 
             }
         )  # fmt: skip
     if name == "dualign":
-        steps[0]["next"] = {"newton": 0.912, "tilt": 0.934, "secant": None, "average": None}
+        steps[0]["next"] = {"newton": 0.912, "tilt": 0.934, "line": 0.934}
     weights = [1.0, 0.87, 0.91, 0.87] if name == "p_sacpo" else []
     return {
         "aim": -0.21 if name == "dualign" else LIMIT,

@@ -263,7 +263,7 @@ def test_searches_show_the_aim_the_screening_and_the_reckonings(run: Run) -> Non
     assert page.count("line", "aim") == 1 and searches.count("Steered to −0.21, 0.06 below the limit") == 1
     assert "3 merge weights screened on the pool" in searches, "one of the four was screened twice"
     assert re.search(r"0\.870 −0\.12 ± 0\.02 23\.4 0\.910 .* 1\.000 −0\.20", searches)
-    assert "next λ by newton 0.912, tilt 0.934" in searches
+    assert "next λ by line 0.934, newton 0.912, tilt 0.934" in searches
 
 
 def test_told_reached_predicted_and_measured(run: Run) -> None:

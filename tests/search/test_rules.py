@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 
 from dualign.core.artifacts import read_json
 from dualign.core.errors import DualignError
@@ -113,31 +114,48 @@ def test_a_policy_without_a_multiplier_has_no_tilt_step(lam: float | None, varia
     assert rules.tilt_step(0.7, tilted(lam), cost=0.2, variance=variance, limit=-0.3) is None
 
 
-def test_the_average_of_two_steps_is_their_secant() -> None:
+def test_the_line_of_one_step_is_newtons() -> None:
+    newton = rules.newton_step(0.7, cost=0.2, variance=0.5, limit=-0.3, beta=BETA)
+    assert rules.line_root([0.7], [0.2], [0.05], 0.5 / BETA, -0.3) == pytest.approx(newton)
+    assert rules.line_root([0.1], [-2.0], [0.05], 0.5, 0.0) == 0.0
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_the_line_minimises_what_its_docstring_says(count: int) -> None:
+    rng = np.random.default_rng(count)
+    lams, slope, limit = rng.uniform(0.2, 2.0, count), 0.6, -0.3
+    costs, errors = 0.4 - 0.5 * lams + rng.normal(0, 0.05, count), rng.uniform(0.03, 0.1, count)
+
+    def objective(line: np.ndarray) -> float:
+        a, s = line
+        misfit = ((costs - a + s * lams) / errors) ** 2
+        return float(misfit.sum() + ((s - slope) / (rules.SLOPE_ERROR * slope)) ** 2)
+
+    a, s = minimize(objective, [0.0, slope], method="Nelder-Mead", options={"xatol": 1e-10, "fatol": 1e-14}).x
+    assert rules.line_root(lams, costs, errors, slope, limit) == pytest.approx((a - limit) / s, rel=1e-6)
+
+
+def test_steps_far_apart_make_it_the_secant_and_steps_that_noise_confuses_newtons() -> None:
     points = ((0.5, 0.2), (1.5, -0.4))
-    found = rules.regression_root(*zip(*points, strict=True), errors=[0.01, 0.03], limit=-0.3)
-    assert found == pytest.approx(rules.secant_step(*points, limit=-0.3))
-
-
-def test_the_average_is_the_weighted_line_of_least_squares() -> None:
-    lams, costs, errors = [0.4, 1.0, 1.6, 1.2], [0.3, -0.1, -0.5, -0.1], [0.1, 0.05, 0.2, 0.07]
-    slope, level = np.polyfit(lams, costs, 1, w=1 / np.array(errors))
-    assert rules.regression_root(lams, costs, errors, -0.3) == pytest.approx((-0.3 - level) / slope)
-    exact = rules.regression_root(lams, [0.5 - 0.6 * lam for lam in lams], errors, limit=-0.3)
-    assert exact == pytest.approx(0.8 / 0.6)
+    lams, costs = zip(*points, strict=True)
+    secant = rules.secant_step(*points, limit=-0.3)
+    assert rules.line_root(lams, costs, [1e-4, 1e-4], 0.2, -0.3) == pytest.approx(secant, rel=1e-4)
+    near = rules.line_root([1.0, 1.02], [0.1, 0.05], [0.05, 0.05], 0.5, -0.3)  # the secant falls 2.5 a unit
+    assert near == pytest.approx(1.01 + 0.375 / 0.5, rel=0.02)
 
 
 @pytest.mark.parametrize("costs", [[0.1, 0.1, 0.1], [0.1, 0.2, 0.4]], ids=["flat", "rising"])
-def test_an_average_needs_a_falling_line(costs: list[float]) -> None:
-    assert rules.regression_root([1.0, 2.0, 3.0], costs, [0.1] * 3, 0.0) is None
+def test_a_line_that_does_not_fall_is_not_believed(costs: list[float]) -> None:
+    found = rules.line_root([1.0, 2.0, 3.0], costs, [0.001] * 3, 0.8, 0.0)
+    assert found == pytest.approx(2.0 + float(np.mean(costs)) / 0.2)
 
 
 @pytest.mark.parametrize("slope", [0.6, 1.0, 1.6])
-def test_the_average_beats_the_secant_where_costs_are_noisy(slope: float, params: DualSearchParams) -> None:
-    """Searches on the curve with noise, Newton's curvature off by a factor: which last multiplier is nearer?"""
+def test_the_line_beats_the_secant_where_costs_are_noisy(slope: float, params: DualSearchParams) -> None:
+    """Searches on the curve with noise, Newton's curvature off by a factor: whose next multiplier is nearer?"""
     rng, noise, known = np.random.default_rng(0), 0.05, Outlook(0.6, 0.6)
-    last, goes_on = (params.model_copy(update={"max_trainings": count, "z": 0.0}) for count in (4, 9))
-    errors = []
+    exact = params.model_copy(update={"z": 0.0})
+    errors: dict[str, list[float]] = {"secant": [], "line": []}
     for _ in range(400):
         steps: list[Step] = []
         lam = float(rng.uniform(0.6, 2.4))
@@ -145,13 +163,13 @@ def test_the_average_beats_the_secant_where_costs_are_noisy(slope: float, params
             fall = 0.8 * math.exp(-0.7 * lam)
             cost = fall - 0.6 + noise * float(rng.normal())
             steps.append(step(number, lam, cost, se=noise, variance=BETA * 0.7 * fall * slope))
-            lam = rules._newton(steps, goes_on, known) or 0.0
-        average = rules._newton(steps, last, known)
-        assert average is not None
-        if average != lam:  # the costs lie on both sides
-            errors.append([abs(0.8 * math.exp(-0.7 * found) - 0.3) for found in (lam, average)])
-    secant, averaged = np.mean(errors, 0)
-    assert len(errors) > 300 and averaged < 0.85 * secant
+            lam = rules._newton(steps, exact, known) or 0.0
+        (x0, c0), (x1, c1) = ((s.lam, s.measured.cost) for s in steps[-2:])
+        secant = rules.secant_step((x0, c0), (x1, c1), LIMIT)
+        if secant is not None:
+            for name, found in (("secant", secant), ("line", lam)):
+                errors[name].append(abs(0.8 * math.exp(-0.7 * found) - 0.3))
+    assert len(errors["line"]) > 200 and np.mean(errors["line"]) < 0.75 * np.mean(errors["secant"])
 
 
 def test_secant_by_hand() -> None:
@@ -337,9 +355,9 @@ def test_newton_needs_two_trainings(bench: Curve, params: DualSearchParams, tmp_
     assert len(steps) <= 4
     first = rules.newton_step(0.6, steps[0].measured.cost, steps[0].measured.variance, LIMIT, BETA)
     assert steps[1].lam == pytest.approx(first)
-    points = [(s.lam, s.measured.cost) for s in steps]
-    chord = rules.secant_step(points[0], points[1], LIMIT)
-    assert steps[2].lam == pytest.approx(chord)
+    lams, costs = [s.lam for s in steps[:2]], [s.measured.cost for s in steps[:2]]
+    slope = steps[1].measured.variance / BETA
+    assert steps[2].lam == pytest.approx(rules.line_root(lams, costs, [bench.se] * 2, slope, LIMIT))
 
 
 def test_a_first_correction_is_told_in_commands_where_the_tilt_is_believed(
@@ -356,34 +374,22 @@ def test_a_first_correction_is_told_in_commands_where_the_tilt_is_believed(
     unclear = replace(steps[0], tilt=tilted(0.6, lam_se=0.31))
     for first in (doubted, unclear, replace(steps[0], tilt=None)):
         assert rules._newton([first], params, Outlook(1.0, 1.0)) == pytest.approx(newton)
+    slope = 0.6 * steps[1].measured.variance / BETA  # beforehand
+    lams, costs = [s.lam for s in steps[:2]], [s.measured.cost for s in steps[:2]]
     later = rules._newton(steps[:2], params, Outlook(1.0, 1.0))
-    assert later == pytest.approx(rules.secant_step(*((s.lam, s.measured.cost) for s in steps[:2]), LIMIT))
+    assert later == pytest.approx(rules.line_root(lams, costs, [lazy.se] * 2, slope, LIMIT))
 
 
 SWINGING = [step(0, 0.6, -0.05), step(1, 1.7, -0.36), step(2, 1.2, -0.24), step(3, 1.5, -0.33)]
 
 
-def test_the_last_training_of_a_search_that_swings_goes_to_the_average(params: DualSearchParams) -> None:
-    lams, costs = [s.lam for s in SWINGING], [s.measured.cost for s in SWINGING]
-    average = rules.regression_root(lams, costs, [0.01] * 4, LIMIT)
-    secant = rules.secant_step((1.2, -0.24), (1.5, -0.33), LIMIT)
-    known = Outlook(0.6, 0.6)
-    last = params.model_copy(update={"max_trainings": 4})
-    assert rules._newton(SWINGING, last, known) == pytest.approx(average) != pytest.approx(secant)
-    assert rules._newton(SWINGING, params, known) == pytest.approx(secant)  # two trainings are left
-    one_side = [replace(s, measured=measured(s.measured.cost + 0.5)) for s in SWINGING]
-    assert rules._newton(one_side, last, known) == pytest.approx(
-        rules.secant_step((1.2, 0.26), (1.5, 0.17), LIMIT), rel=1e-6
-    )
-
-
 def test_every_reckoning_is_on_record(params: DualSearchParams) -> None:
     steps = [replace(s, tilt=tilted(0.5 * s.lam)) for s in SWINGING]
     rows = rules.summary(by_rule("newton"), steps, "b", params, Outlook(0.6, 0.6), before=1)["steps"]
-    assert rows[0]["next"].keys() == {"newton", "tilt", "secant", "average"}
-    assert rows[0]["next"]["secant"] is None and rows[1]["next"]["average"] is None
-    assert rows[3]["next"]["secant"] == pytest.approx(rules.secant_step((1.2, -0.24), (1.5, -0.33), LIMIT))
-    assert rows[3]["next"]["average"] == rules.corrections(steps, params, Outlook(0.6, 0.6))["average"]
+    assert all(row["next"].keys() == {"newton", "tilt", "line"} for row in rows)
+    assert rows[0]["next"]["line"] == pytest.approx(rows[0]["next"]["tilt"])
+    assert rows[3]["next"] == rules.corrections(steps, params, Outlook(0.6, 0.6))
+    assert len(set(rows[3]["next"].values())) == 3
     assert rows[2]["tilt"]["lam_eff"] == pytest.approx(0.6)
     assert "next" not in rules.summary(by_rule("grid"), steps, "b", params, Outlook(0.6, 0.6), before=1)["steps"][0]
 
