@@ -20,6 +20,9 @@ from dualign.measure.rollout import Judges, roll_out
 from dualign.search.labelling import truth, vote
 from dualign.search.merge import merge
 
+#: Tests of shares that take the exact bound where nothing was seen.
+_EXACT = (("p_unsafe", "clustered_t"), ("harm", "prediction_powered"))
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -113,8 +116,9 @@ def forecast(test: Tested, found: Certificate) -> int | None:
     """Prompts (with labels, where these fell short) at which a failed candidate would pass with probability 0.8.
 
     A bound's distance from its estimate falls as 1 / sqrt(N), and passing so often takes a margin of (z_{1-delta} +
-    z_0.8) standard errors. None for a candidate that passed, and where an estimate is above its limit: no number would
-    show that it is below.
+    z_0.8) standard errors. The exact bound of a share of which none was seen, 1 - delta^(1 / N), falls faster: there it
+    is the number that passes if again none is seen. None for a candidate that passed, and where an estimate is above
+    its limit: no number would show that it is below.
     """
     power = 1 + float(norm.ppf(0.8) / norm.ppf(1 - found.delta))
     needed = []
@@ -122,6 +126,9 @@ def forecast(test: Tested, found: Certificate) -> int | None:
         margin = required.limit - check.estimate
         if not check.kept and margin <= 0:
             return None
-        if not check.kept:
+        exact = (required.quantity, required.method) in _EXACT
+        if not check.kept and check.estimate == 0 and exact:
+            needed.append(math.ceil(math.log(found.delta) / math.log1p(-required.limit)))
+        elif not check.kept:
             needed.append(math.ceil(check.prompts * (power * (check.bound - check.estimate) / margin) ** 2))
     return max(needed, default=None)

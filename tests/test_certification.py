@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from dualign.bounds import sample_size
+from dualign.bounds import binomial_bound, sample_size
 from dualign.certificate import Certificate, Check, Requirement, Tested
 from dualign.certification import contenders, forecast, label
 from dualign.core.params import CertifyRun, LabelParams
@@ -72,3 +73,16 @@ def test_the_forecast_is_that_of_the_plan() -> None:
     assert forecast(tested(-0.1), found) == pytest.approx(sample_size(2.0, 0.1), abs=2)
     assert forecast(tested(-0.2), found) is None  # it passed
     assert forecast(tested(0.01), found) is None
+
+
+def test_the_forecast_where_nothing_unsafe_was_seen_is_that_of_the_exact_bound() -> None:
+    """At 598 prompts without an unsafe answer the bound is within half a per cent, at 597 it is not."""
+    needed = Requirement(name="rare", quantity="p_unsafe", limit=0.005, method="clustered_t")
+    bound = float(binomial_bound(np.array(0), 400, 0.05))
+    check = Check(requirement="rare", prompts=400, answers=800, estimate=0.0, bound=bound, raised=0.0, kept=False)
+    found = Certificate(
+        delta=0.05, seed=0, requirements=(needed,), candidates=("a",), tested=(), certified=(), returned=None,
+        tables={}, labels={}, sampling_seeds={}, versions={},
+    )  # fmt: skip
+    assert forecast(Tested(name="a", checks=(check,), certified=False), found) == 598
+    assert [bool(binomial_bound(np.array(0), n, 0.05) <= 0.005) for n in (597, 598)] == [False, True]

@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from scipy.optimize import minimize
 
 from dualign import dual
+from dualign.certification import contenders
 from dualign.constraints import Constraint, Price, Scored, constraint, price, priced, prices_in
 from dualign.core.errors import InfeasibleError, ParamsError
 from dualign.core.loading import check, read_yaml
@@ -300,3 +301,16 @@ def test_the_limits_of_the_guide_are_ones_that_params_take(repo_root: Path) -> N
     assert {spec.quantity for spec in also.values()} == {"cost", "p_unsafe", "cvar", "length"}
     prompts = [user("Is it safe for Children?"), user("A grandchild?")]
     assert constraint("children", also["children"]).applies(prompts).tolist() == [True, False]
+
+
+def test_the_recipe_for_p_unsafe_alone_is_one_that_params_take(repo_root: Path) -> None:
+    text = (repo_root / "docs/constraints.md").read_text()
+    recipe = YAML(typ="safe").load(re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)[-1])
+    content = read_yaml(repo_root / "params/quick.yaml")
+    content["constraint"] |= recipe["constraint"]
+    content["certify"] |= recipe["certify"]
+    stages = check(content, "guide")
+    assert stages["dual_init"].also["rare"].quantity == "p_unsafe"  # type: ignore[attr-defined]
+    row = stages["certify"].runs["dualign"]  # type: ignore[attr-defined]
+    found = contenders(row, Path("models"), Path("scratch"))
+    assert next(iter(found)) == "aligned/dualign at 1.6", "no safety DPO at multiplier 0 goes first"

@@ -174,7 +174,7 @@ def trajectory(
         knob, symbol, steps = "q", "q", [s if s.get("q") is not None else {**s, "q": 1.0} for s in steps]
     else:
         knob, symbol = "lam", "λ"
-    x = Scale(-0.5, max(len(steps), 2) - 0.5, 56, 332)
+    x = Scale(-0.5, max(len(steps), 2) - 0.5, 64, 332)
     upper = Scale(*domain([0.0, *(s.get(knob) for s in steps)], 0.12), 84, 10)
     lower = Scale(*costs, 202, 104)
     children = [

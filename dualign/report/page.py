@@ -241,8 +241,11 @@ def _certificate(name: str, metrics: Row, dual: Row) -> Row:
     last = next((test for test in tests if test["candidate"] == metrics["returned"]), tests[0])
     untested = metrics["candidates"][len(tests) :]
     required = [{**one, **required_in_words(one)} for one in metrics["requirements"]]
-    gain = prompts_gain(last, metrics["requirements"], dual)
-    return {"name": name, **metrics, "requirements": required, "last": last, "untested": untested, "gain": gain}
+    failed = [one for one, check in zip(required, last["checks"], strict=True) if not check["kept"]]
+    return {
+        "name": name, **metrics, "requirements": required, "last": last, "failed": failed, "untested": untested,
+        "gain": prompts_gain(last, metrics["requirements"], dual),
+    }  # fmt: skip
 
 
 # --- frontier ---------------------------------------------------------------------------------------------------------

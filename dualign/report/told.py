@@ -17,17 +17,18 @@ Row = dict[str, Any]
 
 
 def told(root: Path, folder: str, certificates: Mapping[str, Any]) -> Row:
-    """What a policy's folder under models/ was told: {"lam", "merge_weight", "on_curve"}.
+    """What a policy's folder under models/ was told: {"lam", "merge_weight", "on_curve", "tilts"}.
 
     `lam` is None where there is no such tilt: a mixture, the reference, DPO on safety alone, IPO, KTO, SafeDPO, MODPO,
-    and a merge with one of them. `on_curve`: whether the predicted frontier at `lam` is about this policy. It is not
-    where a naive merge has another KL weight, and where a merge takes another share of the prices of further limits.
+    and a merge with one of them. `tilts`: whether it is one model at KL weight beta, no mixture or naive merge, and so
+    may be merged on. `on_curve`: whether the predicted frontier at `lam` is about this policy; besides, the prices of
+    further limits must be those of the curve, not corrected by a search or taken in another share by a merge.
     """
     kind, _, name = folder.partition("/")
     if kind == "certified":
         return _certified(root, certificates.get(name, {}))
     if kind == "aligned":
-        return _searched(_json(root, f"reports/search/{name}.json"))
+        return _searched(_json(root, f"reports/search/{name}.json"), _prices(root))
     return _row(_trained(_json(root, f"reports/metrics/{folder}.json"), kind))
 
 
@@ -48,16 +49,20 @@ def _certified(root: Path, certificate: Mapping[str, Any]) -> Row:
     q = test["q"]
     if q == 1.0:
         return policy
-    if not (policy["on_curve"] and partner["on_curve"]):
-        return _row(None, q)
-    priced = any(price["lam"] > 0 for price in _json(root, "data/dual/dual.json").get("prices", []))
-    return _row(merged_multiplier(q, policy["lam"], partner["lam"]), q, on_curve=not priced)
+    if not (policy["tilts"] and partner["tilts"]):
+        return _row(None, q, tilts=False)
+    return _row(merged_multiplier(q, policy["lam"], partner["lam"]), q, on_curve=not any(_prices(root)))
 
 
-def _searched(search: Mapping[str, Any]) -> Row:
+def _searched(search: Mapping[str, Any], prices: list[float]) -> Row:
     chosen: Row = next((step for step in search.get("steps", []) if step["step"] == search["chosen"]), {})
-    on_curve = search.get("returns") != "mixture" and not search.get("naive")
-    return _row(chosen.get("lam"), chosen.get("q"), on_curve)
+    tilts = search.get("returns") != "mixture" and not search.get("naive")
+    return _row(chosen.get("lam"), chosen.get("q"), tilts and chosen.get("prices") in (None, [], prices), tilts)
+
+
+def _prices(root: Path) -> list[float]:
+    """The pool's prices of further limits, which the predicted frontier includes."""
+    return [float(price["lam"]) for price in _json(root, "data/dual/dual.json").get("prices", [])]
 
 
 def _trained(metrics: Mapping[str, Any], kind: str) -> float | None:
@@ -73,8 +78,8 @@ def _trained(metrics: Mapping[str, Any], kind: str) -> float | None:
     return None
 
 
-def _row(lam: float | None, merge_weight: float | None = None, on_curve: bool = True) -> Row:
-    return {"lam": lam, "merge_weight": merge_weight, "on_curve": on_curve}
+def _row(lam: float | None, merge_weight: float | None = None, on_curve: bool = True, tilts: bool = True) -> Row:
+    return {"lam": lam, "merge_weight": merge_weight, "on_curve": on_curve and tilts, "tilts": tilts}
 
 
 def _json(root: Path, path: str) -> Row:

@@ -588,7 +588,7 @@ def _advance(
         return _measured(bench, number, made.lam, made.policy, trained=True, course=made.course)
     last = steps[-1]
     prices = tuple(jointly(last, params, outlook)[1:]) if plan.method.rule == "newton" and last.prices else last.prices
-    policy = bench.train(number, proposed, last, prices or None)
+    policy = bench.train(number, proposed, last, *([prices] if prices else []))
     return _measured(bench, number, proposed, policy, trained=True, prices=prices)
 
 

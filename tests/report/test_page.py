@@ -321,6 +321,21 @@ def test_a_certified_policy_that_breaks_a_further_limit_afterwards_is_told(certi
     )
 
 
+def test_a_failed_certificate_names_what_is_not_kept(certified: Callable[..., Run]) -> None:
+    root, params = certified([-0.1])
+    path = root / "reports/metrics/certify/dualign.json"
+    found = read_json(path)
+    found["requirements"].append({**found["requirements"][0], "name": "true c", "quantity": "truth"})
+    found["tests"][0]["checks"].append({**found["tests"][0]["checks"][0], "bound": -0.3, "kept": True})
+    write_json(path, found)
+    card = render(root, params).within("id", "certificate")
+    assert "is not shown to keep expected cost ≤ −0.15. If no policy" in card, "the true cost is kept"
+    found["tests"][0]["checks"][0] |= {"bound": -0.3, "kept": True}
+    found["tests"][0]["checks"][1] |= {"bound": -0.1, "kept": False}
+    write_json(path, found)
+    assert "is not shown to keep true cost ≤ −0.15. If" in render(root, params).within("id", "certificate")
+
+
 def test_p_unsafe_as_the_only_limit(certified: Callable[..., Run]) -> None:
     """A limit on cost that is far off squeezes no chart, and words and gains are about the limit that binds."""
     root, params = certified([-0.6, -0.3, -0.1])

@@ -59,7 +59,7 @@ def certificate(policy: str, partner: str, q: float) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_a_training_was_told_a_multiplier_or_none(root: Path, folder: str, lam: float | None) -> None:
-    assert told(root, folder, {}) == {"lam": lam, "merge_weight": None, "on_curve": True}
+    assert told(root, folder, {}) == {"lam": lam, "merge_weight": None, "on_curve": True, "tilts": True}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,8 @@ def test_a_training_was_told_a_multiplier_or_none(root: Path, folder: str, lam: 
 def test_the_frontier_is_not_about_naive_merges_and_mixtures(
     root: Path, name: str, weight: float | None, on_curve: bool
 ) -> None:
-    assert told(root, f"aligned/{name}", {}) == {"lam": 1.1, "merge_weight": weight, "on_curve": on_curve}
+    expected = {"lam": 1.1, "merge_weight": weight, "on_curve": on_curve, "tilts": on_curve}
+    assert told(root, f"aligned/{name}", {}) == expected
 
 
 @pytest.mark.parametrize(
@@ -96,9 +97,20 @@ def test_a_merge_is_off_the_curve_where_it_takes_its_share_of_further_prices(roo
     for price, on_curve in ((0.0, True), (0.3, False)):
         write_json(root / "data/dual/dual.json", {"prices": [{"name": "short", "lam": price}]})
         found = told(root, "certified/row", certificate("aligned/dualign", "reward_dpo/plain", 1.5))
-        assert found == {"lam": pytest.approx(1.8), "merge_weight": 1.5, "on_curve": on_curve}
+        assert found == {"lam": pytest.approx(1.8), "merge_weight": 1.5, "on_curve": on_curve, "tilts": True}
         whole = told(root, "certified/row", certificate("aligned/dualign", "reward_dpo/plain", 1.0))
         assert whole["on_curve"]
+
+
+def test_a_search_that_corrected_prices_left_the_curve(root: Path) -> None:
+    write_json(root / "data/dual/dual.json", {"prices": [{"name": "short", "lam": 0.3}]})
+    for prices, on_curve in (([0.3], True), ([0.4], False), ([], True)):
+        steps = [{"step": 0, "lam": 1.1, "q": None, "prices": prices}]
+        write_json(root / "reports/search/corrected.json", {"steps": steps, "chosen": 0})
+        found = told(root, "aligned/corrected", {})
+        assert (found["lam"], found["on_curve"], found["tilts"]) == (1.1, on_curve, True)
+    merged = told(root, "certified/row", certificate("aligned/corrected", "reward_dpo/plain", 1.5))
+    assert merged["lam"] == pytest.approx(1.65)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +122,9 @@ def test_a_merge_is_off_the_curve_where_it_takes_its_share_of_further_prices(roo
     ],
 )
 def test_no_certified_policy_and_older_certificates_tell_nothing(root: Path, certificates: dict[str, Any]) -> None:
-    assert told(root, "certified/row", certificates) == {"lam": None, "merge_weight": None, "on_curve": True}
+    assert told(root, "certified/row", certificates) == {
+        "lam": None, "merge_weight": None, "on_curve": True, "tilts": True,
+    }  # fmt: skip
 
 
 def test_the_multiplier_of_a_merge_by_hand() -> None:
