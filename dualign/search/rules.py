@@ -289,7 +289,7 @@ def _projected_subgradient(steps: Sequence[Step], params: DualSearchParams, outl
 
 
 def _newton(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
-    """The line through all steps, Newton's after the first; one correction is always made: it also trains on-policy."""
+    """The line through all trainings, Newton's at first; one correction is always made: it also trains on-policy."""
     if len(steps) > 1 and _solved(steps[-1], params, outlook):
         return None
     found = corrections(steps, params, outlook)
@@ -299,10 +299,11 @@ def _newton(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -
 
 
 def corrections(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> dict[str, float | None]:
-    """The next multiplier by each reckoning: `newton`, `tilt`, and the `line` through all steps, which is taken.
+    """The next multiplier by each reckoning: `newton`, `tilt`, and the `line` through all trainings, which is taken.
 
-    The line's slope beforehand is Newton's, told in commands where the policy is the tilt that was fitted to it. With
-    prices of further limits all multipliers move at once, so costs lie on no line in lambda.
+    The start was trained elsewhere, longer or less, and from the reference: it is on the line only until the search has
+    a training of its own. The line's slope beforehand is Newton's, told in commands where the policy is the tilt that
+    was fitted to it. With prices of further limits all multipliers move at once, so costs lie on no line in lambda.
     """
     last, target, beta = steps[-1], outlook.target(params), params.beta
     m = last.measured
@@ -313,7 +314,8 @@ def corrections(steps: Sequence[Step], params: DualSearchParams, outlook: Outloo
     newton = newton_step(last.lam, m.cost, m.variance, target, beta)
     tilt = tilt_step(last.lam, last.tilt, m.cost, m.variance, target) if last.tilt else None
     slope = m.variance / beta * _answer(last.tilt, last.lam, beta)
-    lams, costs, errors = zip(*((step.lam, step.measured.cost, step.measured.cost_se) for step in steps), strict=True)
+    alike = [step for step in steps if step.trained] or steps
+    lams, costs, errors = zip(*((step.lam, step.measured.cost, step.measured.cost_se) for step in alike), strict=True)
     return {"newton": newton, "tilt": tilt, "line": line_root(lams, costs, errors, slope, target)}
 
 

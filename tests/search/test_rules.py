@@ -162,7 +162,7 @@ def test_the_line_beats_the_secant_where_costs_are_noisy(slope: float, params: D
         for number in range(4):
             fall = 0.8 * math.exp(-0.7 * lam)
             cost = fall - 0.6 + noise * float(rng.normal())
-            steps.append(step(number, lam, cost, se=noise, variance=BETA * 0.7 * fall * slope))
+            steps.append(step(number + 1, lam, cost, se=noise, variance=BETA * 0.7 * fall * slope))
             lam = rules._newton(steps, exact, known) or 0.0
         (x0, c0), (x1, c1) = ((s.lam, s.measured.cost) for s in steps[-2:])
         secant = rules.secant_step((x0, c0), (x1, c1), LIMIT)
@@ -355,9 +355,12 @@ def test_newton_needs_two_trainings(bench: Curve, params: DualSearchParams, tmp_
     assert len(steps) <= 4
     first = rules.newton_step(0.6, steps[0].measured.cost, steps[0].measured.variance, LIMIT, BETA)
     assert steps[1].lam == pytest.approx(first)
-    lams, costs = [s.lam for s in steps[:2]], [s.measured.cost for s in steps[:2]]
-    slope = steps[1].measured.variance / BETA
-    assert steps[2].lam == pytest.approx(rules.line_root(lams, costs, [bench.se] * 2, slope, LIMIT))
+    second = rules.newton_step(steps[1].lam, steps[1].measured.cost, steps[1].measured.variance, LIMIT, BETA)
+    assert steps[2].lam == pytest.approx(second)  # the start is of another training, so it tells no slope
+    exact = params.model_copy(update={"z": 0.0})
+    lams, costs = [s.lam for s in steps[1:3]], [s.measured.cost for s in steps[1:3]]
+    line = rules.line_root(lams, costs, [bench.se] * 2, steps[2].measured.variance / BETA, LIMIT)
+    assert rules._newton(steps[:3], exact, Outlook(0.6, 0.6)) == pytest.approx(line)
 
 
 def test_a_first_correction_is_told_in_commands_where_the_tilt_is_believed(
@@ -374,10 +377,8 @@ def test_a_first_correction_is_told_in_commands_where_the_tilt_is_believed(
     unclear = replace(steps[0], tilt=tilted(0.6, lam_se=0.31))
     for first in (doubted, unclear, replace(steps[0], tilt=None)):
         assert rules._newton([first], params, Outlook(1.0, 1.0)) == pytest.approx(newton)
-    slope = 0.6 * steps[1].measured.variance / BETA  # beforehand
-    lams, costs = [s.lam for s in steps[:2]], [s.measured.cost for s in steps[:2]]
-    later = rules._newton(steps[:2], params, Outlook(1.0, 1.0))
-    assert later == pytest.approx(rules.line_root(lams, costs, [lazy.se] * 2, slope, LIMIT))
+    second, later = steps[1], rules._newton(steps[:2], params, Outlook(1.0, 1.0))
+    assert later == rules.tilt_step(second.lam, second.tilt, second.measured.cost, second.measured.variance, LIMIT)
 
 
 SWINGING = [step(0, 0.6, -0.05), step(1, 1.7, -0.36), step(2, 1.2, -0.24), step(3, 1.5, -0.33)]
