@@ -252,21 +252,14 @@ def _api() -> str:
 
 def _use(api: str) -> None:
     """Make this process, and those that it starts, talk to one server."""
-    from prefect.client.orchestration import get_client
     from prefect.context import refresh_global_settings_context
-    from prefect.exceptions import PrefectHTTPStatusError
 
+    from pipeline.doctor import admitted
+
+    if not admitted(api):
+        raise PipelineError(f"the Prefect server at {api} wants another PREFECT_API_AUTH_STRING=USER:PASSWORD")
     os.environ["PREFECT_API_URL"] = api
     refresh_global_settings_context()
-    try:
-        with get_client(sync_client=True) as client:
-            client.read_flows(limit=1)
-    except PrefectHTTPStatusError as error:
-        if error.response.status_code != 401:
-            raise
-        raise PipelineError(
-            f"the Prefect server at {api} wants another PREFECT_API_AUTH_STRING=USER:PASSWORD"
-        ) from None
 
 
 def _need_server() -> None:
@@ -275,6 +268,8 @@ def _need_server() -> None:
 
     api = _api()
     if not reachable(api):
+        if reachable(f"{api.rstrip('/')}/api"):
+            raise PipelineError(f"PREFECT_API_URL={api} lacks its end: PREFECT_API_URL={api.rstrip('/')}/api")
         raise PipelineError(
             f"no Prefect server at {api}; set PREFECT_API_URL, or start one in another terminal: prefect server start"
         )

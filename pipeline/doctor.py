@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import importlib.metadata
 import json
@@ -59,6 +60,20 @@ def reachable(api: str) -> bool:
             return answer.status == 200
     except (OSError, ValueError, urllib.error.URLError):
         return False
+
+
+def admitted(api: str) -> bool:
+    """Whether a Prefect server that answers lets us in, by PREFECT_API_AUTH_STRING or without."""
+    from prefect.settings import get_current_settings
+
+    secret = get_current_settings().api.auth_string
+    key = base64.b64encode(secret.get_secret_value().encode()).decode() if secret else ""
+    asked = urllib.request.Request(f"{api.rstrip('/')}/admin/version", headers={"Authorization": f"Basic {key}"})
+    try:
+        with urllib.request.urlopen(asked, timeout=10):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code != 401
 
 
 def _graph(root: Path) -> Iterator[Finding]:
@@ -187,5 +202,7 @@ def _gpus() -> Finding:
 
 def _server(api: str) -> Finding:
     if reachable(api):
-        return Finding("ok", f"Prefect server: {api}")
+        if admitted(api):
+            return Finding("ok", f"Prefect server: {api}")
+        return Finding("wrong", f"Prefect server: {api} wants another PREFECT_API_AUTH_STRING=USER:PASSWORD")
     return Finding("note", f"Prefect server: none at {api}; `prefect server start` gives you the pages")

@@ -117,7 +117,8 @@ class Run:
             if error.waiting:
                 logger.warning("%s; then run again", error.reason)
                 return self._end(name, Failed, WAITING, str(error), started)
-            logger.error("%s; the next attempt goes on from the last checkpoint; by hand: %s", error.reason, spec.cmd)
+            hint = "" if error.lasting else "the next attempt goes on from the last checkpoint; "
+            logger.error("%s; %sby hand: %s", error.reason, hint, spec.cmd)
             return self._end(name, Failed, "Failed", str(error), started)
         return self._end(name, Completed, outcome, ENDED[outcome], started)
 

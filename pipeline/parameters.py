@@ -22,8 +22,8 @@ from pipeline.errors import PipelineError
 def parse(argument: str) -> tuple[str, Any]:
     """`constraint.limit=-0.5` as key and value. Raises PipelineError where it is no assignment."""
     key, equals, text = argument.partition("=")
-    if not equals or not key.strip():
-        raise PipelineError(f"{argument}: write key=value, for example constraint.limit=-0.5")
+    if not equals or not key.strip() or not text.strip():
+        raise PipelineError(f"{argument}: write key=value, for example constraint.limit=-0.5, or key=null for no value")
     try:
         return key.strip(), YAML(typ="safe", pure=True).load(text)
     except YAMLError:

@@ -34,6 +34,7 @@ class Nodes:
             git(self.folder, "clone", "-q", str(self.folder / "origin"), name)
         told = {**environment(), "PREFECT_API_URL": self.server, "DUALIGN_SCRATCH": str(self.folder / "kept")}
         told.pop("PYTHONPATH")  # a node has its own code
+        told["PREFECT_WORKER_QUERY_SECONDS"] = "0.5"
         command = [sys.executable, "-m", "pipeline", "work", "cpu"]
         with (self.folder / f"{name}.log").open("ab") as log:
             self.workers[name] = subprocess.Popen(command, cwd=clone, env=told, stdout=log, stderr=log)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import http.server
 import json
 import subprocess
+import threading
 
 import pytest
+from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
 
 from pipeline import doctor
-from pipeline.doctor import examine, reachable
+from pipeline.doctor import admitted, examine, reachable
 from pipeline.runner import exclusive
 from tests.pipeline.project import Project
 
@@ -61,5 +65,28 @@ def test_what_keeps_a_run_from_working(project: Project, monkeypatch: pytest.Mon
     assert "dvc.yaml" in wrong and "'gone'" in wrong and "dvc gc --workspace" in wrong
 
 
+class Guarded(http.server.BaseHTTPRequestHandler):
+    """As Prefect's server with a password: who is there is told to all, the rest to those who know it."""
+
+    def do_GET(self) -> None:
+        known = self.headers["Authorization"] == f"Basic {base64.b64encode(b'team:secret').decode()}"
+        self.send_response(200 if known or self.path == "/api/health" else 401)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_server_with_a_password(project: Project) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Guarded) as guarded:
+        threading.Thread(target=guarded.serve_forever, daemon=True).start()
+        api = f"http://127.0.0.1:{guarded.server_port}/api"
+        for told, level in (("", "wrong"), ("team:guess", "wrong"), ("team:secret", "ok")):
+            with temporary_settings({PREFECT_API_AUTH_STRING: told}):
+                (found,) = [finding for finding in examine(project.root, api) if "Prefect server" in finding.what]
+            assert found.level == level and ("PREFECT_API_AUTH_STRING" in found.what) == (level == "wrong")
+        guarded.shutdown()
+
+
 def test_a_server_is_reached_or_not(server: str) -> None:
-    assert reachable(server) and not reachable(NOWHERE) and not reachable("nonsense")
+    assert reachable(server) and admitted(server) and not reachable(NOWHERE) and not reachable("nonsense")

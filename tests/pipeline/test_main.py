@@ -52,6 +52,7 @@ def test_run_and_status(
         (["run", "--stage", "lft"], "lft: no such stage; did you mean left?"),
         (["run", "--set", "left.valu=1"], "did you mean left.value?"),
         (["run", "--set", "left"], "left: write key=value"),
+        (["run", "--set", "left.value="], "left.value=: write key=value"),
     ],
 )
 def test_a_slip_is_told_in_one_line(
@@ -68,6 +69,15 @@ def test_serve_needs_a_server(
     monkeypatch.setattr("pipeline.__main__._api", lambda: "http://127.0.0.1:9/api")
     assert main(["serve"]) == 2
     assert "start one in another terminal: prefect server start" in capsys.readouterr().err
+
+
+def test_an_address_without_its_end(
+    project: Project, server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = server.removesuffix("/api")
+    monkeypatch.setattr("pipeline.__main__._api", lambda: short)
+    assert main(["deploy"]) == 2
+    assert f"PREFECT_API_URL={short} lacks its end: PREFECT_API_URL={short}/api" in capsys.readouterr().err
 
 
 def test_doctor(project: Project, capsys: pytest.CaptureFixture[str]) -> None:

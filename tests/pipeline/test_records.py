@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
-from pipeline import records
+from pipeline import artifacts, records
 from pipeline.dag import load_dag
 from pipeline.plan import Outlook, plan
-from tests.pipeline.project import environment, git
+from tests.pipeline.project import Project, environment, git
 
 # `one` reads a file of a folder that `make` writes, `two` a part of it, `all` a folder in which both of them write.
 GRAPH = {
@@ -118,3 +118,17 @@ def test_what_never_ran_is_stale_and_a_lost_listing_is_no_reason_to_trust(clones
     assert outlooks(clone)["one"].prospect == "stale"
     (clone / "dvc.lock").unlink()
     assert outlooks(clone) == dict.fromkeys(GRAPH, Outlook("stale", ("never run",)))
+
+
+def test_metrics_of_the_run_before_are_fetched_alone(project: Project) -> None:
+    root, spec = project.root, load_dag(project.root)["first"]
+    project.dvc("remote", "add", "-q", "-d", "store", str(root.parent / f"{root.name}-store"))
+    project.dvc("repro", "-q", "first")
+    project.dvc("push", "-q", "first")
+    shutil.rmtree(root / ".dvc/cache")
+    entry, cache = records.read(root, ["first"])["first"], root / ".dvc/cache/files/md5"
+    assert artifacts.recorded_metrics(cache, spec, entry) == {}
+    with Repo(str(root)) as repo:
+        records.fetch_metrics(repo, "first")
+    assert artifacts.recorded_metrics(cache, spec, entry)["accuracy.mean"] == 0
+    assert len([file for file in cache.rglob("*") if file.is_file()]) == 1

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.sorting import FlowRunSort
 
 from pipeline.__main__ import main
 from pipeline.errors import PipelineError
@@ -53,6 +55,9 @@ def test_a_sweep_leaves_the_workspace_alone_and_its_points_as_experiments(
     assert main(["sweep", "first.value=7,8", "--stage", "first"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows == [["first.value", "accuracy.mean"], ["7", "completed", "7"], ["8", "completed", "8"]]
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(limit=2, sort=FlowRunSort.START_TIME_DESC)
+    assert {run.name for run in runs} == {"first first.value=7", "first first.value=8"}
     assert (project.root / "params.yaml").read_text() == before
     assert not [path for path in (project.root / ".dvc/tmp/stages").iterdir() if path.is_dir()]
     assert sorted(project.dvc("exp", "list", "--name-only").split()) == ["first.value=7", "first.value=8"]
