@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -123,6 +124,7 @@ class Cluster:
         self._ended: list[str] = []
         self._mutex = threading.Lock()
         self._stopped = threading.Event()
+        self._until = math.inf  # what the clock says when a run that was stopped waits no more
 
     def outlooks(self, stages: Sequence[str]) -> dict[str, Outlook]:
         """What a run would do with these stages, by the records of dvc.lock."""
@@ -151,6 +153,7 @@ class Cluster:
 
     def stop(self) -> None:
         """Have the workers stop; `run` returns once they have."""
+        self._until = min(self._until, time.monotonic() + STOPPING)
         self._stopped.set()
 
     def fetch_metrics(self, runner: LocalRunner) -> None:
@@ -212,16 +215,16 @@ class Cluster:
 
         Raises _Lost where the worker has fallen silent, StageStopped where it does not stop when told to.
         """
-        deadline = float("inf")
-        while time.monotonic() < deadline:
-            if self._stopped.is_set() and deadline == float("inf"):
-                deadline = time.monotonic() + STOPPING
+        told = False
+        while time.monotonic() < self._until:
+            if self._stopped.is_set() and not told:
+                told = True
                 self._patiently(lambda: self._client.set_flow_run_state(watch.id, Cancelling()))
             watch.run = self._patiently(lambda: self._client.read_flow_run(watch.id))
             if watch.run.state is not None and watch.run.state.is_final():
                 return self._report(watch.id)
             self._patiently(lambda: self._check(watch))
-            if deadline < float("inf"):
+            if told:
                 time.sleep(POLL)
             else:
                 self._stopped.wait(POLL)
@@ -284,17 +287,15 @@ class Cluster:
 
         Raises PipelineError where it refuses, or does not answer while the run is being stopped.
         """
-        tries = 0
         while True:
             try:
                 return call()
             except ObjectNotFound:
                 raise PipelineError("the Prefect server does not know this run any more; run again") from None
             except (httpx.TransportError, PrefectHTTPStatusError) as error:
-                tries += self._stopped.is_set()
                 if isinstance(error, PrefectHTTPStatusError) and not error.response.is_server_error:
                     raise PipelineError(f"the Prefect server refuses: {error.response.text[:300]}") from None
-                if tries > STOPPING / POLL:
+                if time.monotonic() > self._until:
                     raise PipelineError(f"the Prefect server does not answer: {one_line(error)}") from None
                 time.sleep(POLL)
 

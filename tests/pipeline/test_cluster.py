@@ -20,6 +20,7 @@ from prefect import task
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelling, Running
 
 from pipeline import cluster, records
@@ -100,6 +101,20 @@ def parent_of(client: SyncPrefectClient, made: FlowRun) -> UUID:
     parent = client.read_task_run(made.parent_task_run_id).flow_run_id
     assert parent is not None
     return parent
+
+
+def test_a_run_that_is_stopped_does_not_wait_for_a_server_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "STOPPING", 0.5)
+    monkeypatch.setattr(cluster, "POLL", 0.2)
+    (tmp_path / "params.yaml").write_text("")
+    nowhere = {PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}
+    with temporary_settings(nowhere), get_client(sync_client=True) as client:
+        place = cluster.Cluster(tmp_path, {}, "", {}, client)
+        place.stop()
+        with pytest.raises(PipelineError, match="the Prefect server does not answer"):
+            place._patiently(lambda: client.read_flow_run(uuid4()))
 
 
 def test_a_stage_is_handed_out_once_the_server_knows_its_task(
