@@ -68,6 +68,12 @@ def read_json(path: str | Path) -> Any:
         raise DualignError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
 
 
+def read_optional_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object of a file, or {} where there is no such file: its stage did not run, or did not write it."""
+    found: dict[str, Any] = read_json(path) if Path(path).is_file() else {}
+    return found
+
+
 def write_parquet(path: str | Path, rows: pd.DataFrame | list[dict[str, Any]], schema: pa.Schema) -> None:
     """Write one of dualign's tables (see `dualign.core.schema`)."""
     table = to_table(rows, schema)

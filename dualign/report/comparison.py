@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from scipy.stats import t as student
 
-from dualign.core.artifacts import read_json
+from dualign.core.artifacts import read_json, read_optional_json
 from dualign.core.schema import ANSWERS, read_table
 from dualign.measure.stats import clustered_mean
 from dualign.report.told import told
@@ -53,8 +53,7 @@ def compare(root: Path, policies: dict[str, str], confidence: float, limit: floa
     rows: dict[str, dict[str, Any]] = {}
     uncertified = []
     for name, folder in policies.items():
-        path = root / "reports/metrics/evaluate" / f"{name}.json"
-        metrics = read_json(path) if path.is_file() else {}
+        metrics = read_optional_json(root / "reports/metrics/evaluate" / f"{name}.json")
         if metrics.get("absent"):
             uncertified.append(name)
         elif metrics:
@@ -131,8 +130,7 @@ def _gaps(ours: pd.DataFrame, theirs: pd.DataFrame, score: str) -> pd.Series:
 
 
 def _dual_limit(root: Path) -> float | None:
-    path = root / "data/dual/dual.json"
-    return _value(read_json(path), "limit") if path.is_file() else None
+    return _value(read_optional_json(root / "data/dual/dual.json"), "limit")
 
 
 def _against_reference(
@@ -194,7 +192,7 @@ def _standing(cost: Interval | None, limit: float | None) -> str | None:
 def _search(root: Path, folder: str) -> dict[str, Any]:
     """How the search of this policy went and what it spent; nulls for a policy that no search made."""
     path = root / "reports/search" / f"{Path(folder).name}.json"
-    found = read_json(path) if folder.startswith("aligned/") and path.is_file() else {}
+    found = read_optional_json(path) if folder.startswith("aligned/") else {}
     spent = ("trainings", "generated_tokens", "labels", "stopped")
     return {key: found.get(key) for key in ("method", "title", "rule", "returns", "cost_source", *spent)}
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dualign.core.artifacts import read_json, replacing
+from dualign.core.artifacts import read_json, read_optional_json, replacing
 from dualign.core.errors import DataError
 from dualign.core.params import STAGES, ReportParams
 from dualign.report import charts
@@ -97,10 +97,10 @@ def _environment() -> Environment:
 def _context(root: Path, params: ReportParams) -> dict[str, Any]:
     comparison = compare(root, params.policies, params.confidence, params.limit)
     rows = _ordered(comparison)
-    curve = _optional(root / "data/dual/frontier.json").get("rows", [])
+    curve = read_optional_json(root / "data/dual/frontier.json").get("rows", [])
     for row in rows:
         row["predicted"] = predicted(curve, row["lam"]) if row["on_curve"] else None
-    dual = _optional(root / "data/dual/dual.json")
+    dual = read_optional_json(root / "data/dual/dual.json")
     world = _world(root, rows)
     near = _near(rows, dual, params.limit)
     _draw_strips(rows, near)
@@ -129,11 +129,6 @@ def _context(root: Path, params: ReportParams) -> dict[str, Any]:
         "models": _models(root),
         "provenance": _provenance(root),
     }
-
-
-def _optional(path: Path) -> Any:
-    """The content of a JSON file, or an empty dict where the run did not write it."""
-    return read_json(path) if path.is_file() else {}
 
 
 # --- policies ---------------------------------------------------------------------------------------------------------
@@ -254,7 +249,7 @@ def _certificate(name: str, metrics: Row, dual: Row) -> Row:
 def _world(root: Path, rows: list[Row]) -> dict[str, Any] | None:
     """The exact optimum and frontier of the embedded world, as the first policy that was evaluated there has them."""
     for row in rows:
-        metrics = _optional(root / "reports/metrics/evaluate" / f"{row['name']}.json")
+        metrics = read_optional_json(root / "reports/metrics/evaluate" / f"{row['name']}.json")
         if metrics.get("optimum"):
             return {"optimum": metrics["optimum"], "frontier": metrics.get("frontier") or []}
     return None
@@ -436,7 +431,9 @@ def _quarantine(root: Path) -> list[tuple[str, int]]:
 
 def _models(root: Path) -> list[Row]:
     """The metrics of the models that the run rests on, flattened and worded."""
-    found = [(heading, _optional(root / f"reports/metrics/{stage}.json")) for stage, heading in _MODELS.items()]
+    found = [
+        (heading, read_optional_json(root / f"reports/metrics/{stage}.json")) for stage, heading in _MODELS.items()
+    ]
     return [_model(heading, metrics) for heading, metrics in found if metrics]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dualign.core.artifacts import read_json
+from dualign.core.artifacts import read_optional_json
 
 Row = dict[str, Any]
 
@@ -28,8 +28,8 @@ def told(root: Path, folder: str, certificates: Mapping[str, Any]) -> Row:
     if kind == "certified":
         return _certified(root, certificates.get(name, {}))
     if kind == "aligned":
-        return _searched(_json(root, f"reports/search/{name}.json"), _prices(root))
-    return _row(_trained(_json(root, f"reports/metrics/{folder}.json"), kind))
+        return _searched(read_optional_json(root / f"reports/search/{name}.json"), _prices(root))
+    return _row(_trained(read_optional_json(root / f"reports/metrics/{folder}.json"), kind))
 
 
 def merged_multiplier(q: float, lam: float | None, partner: float | None) -> float | None:
@@ -62,7 +62,7 @@ def _searched(search: Mapping[str, Any], prices: list[float]) -> Row:
 
 def _prices(root: Path) -> list[float]:
     """The pool's prices of further limits, which the predicted frontier includes."""
-    return [float(price["lam"]) for price in _json(root, "data/dual/dual.json").get("prices", [])]
+    return [float(price["lam"]) for price in read_optional_json(root / "data/dual/dual.json").get("prices", [])]
 
 
 def _trained(metrics: Mapping[str, Any], kind: str) -> float | None:
@@ -80,8 +80,3 @@ def _trained(metrics: Mapping[str, Any], kind: str) -> float | None:
 
 def _row(lam: float | None, merge_weight: float | None = None, on_curve: bool = True, tilts: bool = True) -> Row:
     return {"lam": lam, "merge_weight": merge_weight, "on_curve": on_curve and tilts, "tilts": tilts}
-
-
-def _json(root: Path, path: str) -> Row:
-    found: Row = read_json(root / path) if (root / path).is_file() else {}
-    return found

@@ -510,11 +510,9 @@ def choose(
 
 def _excess(step: Step, limit: float) -> float:
     """The largest excess over a limit in standard errors; without further limits the cost."""
-    m = step.measured
-    if not m.further:
-        return m.cost
-    over = [(m.cost - limit, m.cost_se), *((k.mean - k.limit, k.error) for k in m.further if k.mean is not None)]
-    return max(excess / max(error or 0.0, 1e-12) for excess, error in over)
+    if not step.measured.further:
+        return step.measured.cost
+    return max((mean - bound) / max(error, 1e-12) for mean, bound, error in _against(step, limit))
 
 
 def feasible(step: Step, params: DualSearchParams) -> bool:
@@ -523,9 +521,14 @@ def feasible(step: Step, params: DualSearchParams) -> bool:
 
 
 def _keeps(step: Step, bound: float, params: DualSearchParams) -> bool:
+    return all(mean <= limit + params.z * error for mean, limit, error in _against(step, bound))
+
+
+def _against(step: Step, bound: float) -> list[tuple[float, float, float]]:
+    """(mean, limit, standard error) of the cost, with `bound` as its limit, and of each further limit that is known."""
     m = step.measured
-    kept = [k.mean is None or k.mean <= k.limit + params.z * (k.error or 0.0) for k in m.further]
-    return m.cost <= bound + params.z * m.cost_se and all(kept)
+    further = [(k.mean, k.limit, k.error or 0.0) for k in m.further if k.mean is not None]
+    return [(m.cost, bound, m.cost_se), *further]
 
 
 def summary(
@@ -589,8 +592,8 @@ def _advance(
         made = bench.ascend(number)
         return _measured(bench, number, made.lam, made.policy, trained=True, course=made.course)
     last = steps[-1]
-    prices = tuple(jointly(last, params, outlook)[1:]) if plan.method.rule == "newton" and last.prices else last.prices
-    policy = bench.train(number, proposed, last, *([prices] if prices else []))
+    prices = tuple(jointly(last, params, outlook)[1:]) if last.prices else ()  # only Newton's rule begins with any
+    policy = bench.train(number, proposed, last, prices or None)
     return _measured(bench, number, proposed, policy, trained=True, prices=prices)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Line:
     def __init__(self, cost: float, slope: float, first: float) -> None:
         self.cost, self.slope, self.lams = cost, slope, [first]
 
-    def train(self, step: int, lam: float, warm: Step) -> str:
+    def train(self, step: int, lam: float, warm: Step, prices: Sequence[float] | None = None) -> str:
         self.lams.append(lam)
         folder = Path(warm.policy).parents[1] / f"step-{step}/policy"
         folder.mkdir(parents=True)

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from dualign.core.artifacts import read_json, replacing, write_json, write_parquet
+from dualign.core.artifacts import read_json, read_optional_json, replacing, write_json, write_parquet
 from dualign.core.errors import DualignError
 
 
@@ -111,6 +111,15 @@ def test_json_that_is_missing_or_cut_short_is_named(tmp_path: Path) -> None:
     (tmp_path / "cut.json").write_text('{"a": 1,\n "b": ')
     with pytest.raises(DualignError, match=r"cut\.json:2: not valid JSON"):
         read_json(tmp_path / "cut.json")
+
+
+def test_json_that_a_stage_may_not_have_written_is_empty_and_one_cut_short_still_named(tmp_path: Path) -> None:
+    assert read_optional_json(tmp_path / "none.json") == {}
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert read_optional_json(tmp_path / "a.json") == {"a": 1}
+    (tmp_path / "cut.json").write_text("{")
+    with pytest.raises(DualignError, match=r"cut\.json:1: not valid JSON"):
+        read_optional_json(tmp_path / "cut.json")
 
 
 def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
