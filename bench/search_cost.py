@@ -80,6 +80,7 @@ SMALLER: dict[str, Any] = {
     "dual_search.prompts": 300,
     "dual_search.samples_per_prompt": 2,
     "dual_search.max_trainings": 11,
+    "dual_search.merge_steps": 11,
     "evaluate.prompts": 300,
     "evaluate.samples_per_prompt": 2,
     "resources.checkpoint_steps": 10_000,
@@ -262,14 +263,11 @@ def seek(
     row: Plan, start: str, known: rules.Outlook, params: DualSearchParams, bench: rules.Workbench, scratch: Path
 ) -> list[rules.Step]:
     """Search policy by policy from `start`, until the test is met, the rule stops or the budget is spent."""
-    steps: list[rules.Step] = []
-    for budget in range(params.max_trainings + 1):
-        spent = params.model_copy(update={"max_trainings": budget, "merge_steps": budget})
-        steps, _ = rules.run(row, start, known, spent, bench, scratch)
-        last = steps[-1]
-        if met(last.lam, last.measured, params.limit, params.z) or len(steps) <= budget:
-            break
-    return steps
+
+    def enough(step: rules.Step) -> bool:
+        return met(step.lam, step.measured, params.limit, params.z)
+
+    return rules.run(row, start, known, params, bench, scratch, enough)[0]
 
 
 def begin(

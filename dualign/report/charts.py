@@ -487,8 +487,15 @@ def _step_title(step: dict[str, Any]) -> str:
         if step.get(key) is not None:
             error = f" ± {step[f'{key}_se']:.3f}" if step.get(f"{key}_se") is not None else ""
             parts.append(f"{name} {step[key]:.3f}{error}")
-    trained = ", trained" if step.get("trained") else ""
-    return f"step {step.get('step', '?')}{trained}: " + ", ".join(parts) + _step_next(step)
+    return f"step {step.get('step', '?')}{_step_made(step)}: " + ", ".join(parts) + _step_next(step)
+
+
+def _step_made(step: dict[str, Any]) -> str:
+    """How the policy of a step came about, where the search made it."""
+    if blend := step.get("blend"):
+        parts = ((1 - blend["weight"], blend["first"]), (blend["weight"], blend["second"]))
+        return ", merged: " + " + ".join(f"{weight:.2f} step {number}" for weight, number in parts)
+    return ", trained" if step.get("trained") else ""
 
 
 def _step_next(step: dict[str, Any]) -> str:

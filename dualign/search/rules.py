@@ -2,7 +2,8 @@
 
 A rule looks at the steps so far (multiplier, measured cost with its standard error, within-prompt variance) and says
 which multiplier, or which merge weight q, to try next, or None to stop. It steers to the aim: the limit, or below it by
-the safety stock. A merge weight is corrected on the cost curve that the pool shows before anything is generated.
+the safety stock. A merge weight is corrected on the cost curve that the pool shows before anything is generated. Where
+two policies of a search by Newton's rule lie on both sides of the limit, merging them comes before another training.
 """
 
 from __future__ import annotations
@@ -38,13 +39,23 @@ _SCREENINGS = 8
 
 
 @dataclass(frozen=True)
+class Blend:
+    """A merge of two policies of the search itself: (1 - weight) first + weight second, the numbers of their steps."""
+
+    first: int
+    second: int
+    weight: float
+
+
+@dataclass(frozen=True)
 class Step:
     """One policy of a search: its multiplier (for a merge the one it stands for), folder and measurement.
 
     `closing` marks the policy made after the search from all its steps: their mixture (its multiplier is their mean),
     or the one trained at the tail average. `course` is that of an ascent; see `Ascent`. `tilt` is what the policy
     reached on the pool; `screened` are the merges that were looked at there before this one was made. `prices` are the
-    multipliers of further limits that it was trained at, in the order of `measured.further`.
+    multipliers of further limits that it was trained at, in the order of `measured.further`. `q` is the weight of a
+    merge of start and reference; `blend` says which policies of the search were merged in place of a training.
     """
 
     step: int
@@ -58,6 +69,7 @@ class Step:
     tilt: Tilt | None = None
     screened: list[Screening] = field(default_factory=list)
     prices: tuple[float, ...] = ()
+    blend: Blend | None = None
 
     @property
     def weight(self) -> float:
@@ -91,6 +103,10 @@ class Workbench(Protocol):
 
     def merge(self, step: int, q: float) -> str:
         """Merge the reference and the start at weight q; return the folder."""
+        ...
+
+    def blend(self, step: int, first: str, second: str, weight: float) -> str:
+        """Merge two policies, (1 - weight) first + weight second; return the folder."""
         ...
 
     def screen(self, q: float) -> Screening:
@@ -206,6 +222,25 @@ def next_weight(points: Sequence[tuple[float, float]], limit: float, largest: fl
         return None
     found = min(found, largest)
     return None if any(abs(found - q) < 1e-3 for q, _ in points) else found
+
+
+def next_blend(steps: Sequence[Step], limit: float) -> Blend | None:
+    """The merge that should cost `limit`, of the two policies nearest to it, one above it and one below.
+
+    Where their log-ratios are tilts by r - lambda c, merging them is choosing a multiplier between theirs, at the price
+    of a measurement and not of a training. None without such two, or if that merge has been measured.
+    """
+    own = [step for step in steps if step.blend is None]
+    over, under = ([step for step in own if (step.measured.cost > limit) is side] for side in (True, False))
+    if not over or not under:
+        return None
+    first, second = (min(side, key=lambda step: abs(step.measured.cost - limit)) for side in (over, under))
+    points = [(0.0, first.measured.cost), (1.0, second.measured.cost)]
+    for step in steps:
+        if step.blend is not None and (step.blend.first, step.blend.second) == (first.step, second.step):
+            points.append((step.blend.weight, step.measured.cost))
+    weight = next_weight(points, limit, 1.0)
+    return None if weight is None else Blend(first.step, second.step, weight)
 
 
 def tail(lams: Sequence[float]) -> Sequence[float]:
@@ -404,17 +439,23 @@ def screened_weight(
 
 
 def run(
-    plan: Plan, start: str, outlook: Outlook, params: DualSearchParams, bench: Workbench, scratch: Path
+    plan: Plan,
+    start: str,
+    outlook: Outlook,
+    params: DualSearchParams,
+    bench: Workbench,
+    scratch: Path,
+    enough: Callable[[Step], bool] = lambda step: False,
 ) -> tuple[list[Step], str]:
     """Measure the start, train (or merge) and measure until the rule stops or a budget is spent, then close.
 
-    Every finished step is recorded in `scratch`, so an interrupted search goes on where it stopped.
-    Returns the steps and why the search stopped.
+    Every finished step is recorded in `scratch`, so an interrupted search goes on where it stopped. The first step that
+    is `enough` ends it before its rule does. Returns the steps and why the search stopped.
     """
     recorded = _restore(scratch)
     if not recorded:
         recorded = _record(scratch, [_measured(bench, 0, outlook.lam_start, start, prices=outlook.prices)])
-    steps, stopped = _iterate(plan, [s for s in recorded if not s.closing], outlook, params, bench, scratch)
+    steps, stopped = _iterate(plan, [s for s in recorded if not s.closing], outlook, params, bench, scratch, enough)
     averages = plan.method.returns == "tail_average" and len(tail([step.lam for step in steps])) > 1
     closes = averages or plan.method.returns == "mixture"
     if not closes or recorded[-1].closing:
@@ -425,24 +466,41 @@ def run(
 
 
 def _iterate(
-    plan: Plan, steps: list[Step], outlook: Outlook, params: DualSearchParams, bench: Workbench, scratch: Path
+    plan: Plan,
+    steps: list[Step],
+    outlook: Outlook,
+    params: DualSearchParams,
+    bench: Workbench,
+    scratch: Path,
+    enough: Callable[[Step], bool],
 ) -> tuple[list[Step], str]:
-    """Take the steps that the rule asks for, and say why they end."""
+    """Take the steps that the rule asks for, or the blends that save them, and say why they end."""
     rule = plan.method.rule
     if plan.method.inner == "safety":  # its loss divides by lambda
         params = params.model_copy(update={"grid": [max(lam, params.lambda_min) for lam in params.grid]})
     budget = {"merge": params.merge_steps, "grid": len(params.grid)}.get(rule, params.max_trainings)
     while True:
         _tell(steps[-1], params)
+        if enough(steps[-1]):
+            return steps, "it was enough"
         proposed = _RULES[rule](steps, params, outlook)
         if proposed is None:
             return steps, _reason(rule, steps[-1], params, outlook)
-        if len(steps) > budget:
+        blends = sum(step.blend is not None for step in steps)
+        blend = next_blend(steps, outlook.target(params)) if _blends(plan, steps[-1], blends, params) else None
+        if blend is None and len(steps) - blends > budget:
             what = "merge" if rule == "merge" else "training"
             return steps, f"budget of {budget} {what}{'' if budget == 1 else 's'} is spent"
-        if _unaffordable(plan, steps, params, trains=rule != "merge"):
+        if _unaffordable(plan, steps, params, trains=rule != "merge" and blend is None):
             return steps, _out_of_tokens(params)
-        steps = _record(scratch, [*steps, _advance(plan, steps, proposed, params, outlook, bench)])
+        made = _blended(steps, blend, bench) if blend else _advance(plan, steps, proposed, params, outlook, bench)
+        steps = _record(scratch, [*steps, made])
+
+
+def _blends(plan: Plan, last: Step, blends: int, params: DualSearchParams) -> bool:
+    """Whether a search may merge policies of its own: by Newton's rule, one limit alone and one policy to return."""
+    alone = plan.method.rule == "newton" and not last.prices and plan.method.returns in ("last", "best")
+    return alone and blends < params.merge_steps
 
 
 def _reason(rule: str, last: Step, params: DualSearchParams, outlook: Outlook) -> str:
@@ -572,6 +630,7 @@ def _row(plan: Plan, steps: Sequence[Step], params: DualSearchParams, outlook: O
     s = steps[-1]
     row = {"step": s.step, "lam": s.lam, "q": s.q, "trained": s.trained, "closing": s.closing, **asdict(s.measured)}
     row |= {"tilt": s.tilt.as_dict() if s.tilt else None, "prices": list(s.prices)}
+    row |= {"blend": asdict(s.blend) if s.blend else None}
     del row["covariance"]
     if plan.method.rule == "newton" and not s.closing:
         row["next"] = corrections(steps, params, outlook)
@@ -595,6 +654,12 @@ def _advance(
     prices = tuple(jointly(last, params, outlook)[1:]) if last.prices else ()  # only Newton's rule begins with any
     policy = bench.train(number, proposed, last, prices or None)
     return _measured(bench, number, proposed, policy, trained=True, prices=prices)
+
+
+def _blended(steps: Sequence[Step], blend: Blend, bench: Workbench) -> Step:
+    first, second, number = steps[blend.first], steps[blend.second], len(steps)
+    lam = (1 - blend.weight) * first.lam + blend.weight * second.lam
+    return _measured(bench, number, lam, bench.blend(number, first.policy, second.policy, blend.weight), blend=blend)
 
 
 def _measured(
@@ -638,5 +703,5 @@ def _step(row: dict[str, Any]) -> Step:
     }
     return replace(
         Step(**row), measured=Measurement(**measured), tilt=Tilt(**tilt) if tilt else None, screened=screened,
-        prices=tuple(row["prices"]),
+        prices=tuple(row["prices"]), blend=Blend(**row["blend"]) if row["blend"] else None,
     )  # fmt: skip

@@ -130,6 +130,12 @@ class PolicyBench:
         """(1 - q) reference + q start, in weight space."""
         return self._merged(q, self._folder(step) / "policy")
 
+    def blend(self, step: int, first: str, second: str, weight: float) -> str:
+        """(1 - weight) first + weight second, in weight space."""
+        out = self._folder(step) / "policy"
+        merge(Path(first), Path(second), weight, out)
+        return str(out)
+
     def screen(self, q: float) -> Screening:
         """The cost of the merge of weight q by importance weights on the whole pool."""
         ratio = self._pool_ratio(self._merged(q, self._scratch / "screened"), self._pool)

@@ -102,6 +102,9 @@ class Line:
     def merge(self, step: int, q: float) -> str:
         pytest.fail("no rule of these rows asks for it")
 
+    def blend(self, step: int, first: str, second: str, weight: float) -> str:
+        pytest.fail("no policy of these rows goes beyond the limit")
+
     def mix(self, step: int, steps: Any) -> str:
         pytest.fail("no rule of these rows asks for it")
 

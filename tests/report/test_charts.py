@@ -174,6 +174,19 @@ def test_trajectory_shows_the_aim_and_what_each_reckoning_asked_for() -> None:
     assert not styled(ElementTree.fromstring(trajectory(tried, 0.0, (-0.3, 0.5), 1, "n")), "aim")
 
 
+def test_a_step_says_how_it_was_made() -> None:
+    made = steps((0.5, None), (0.8, None), (0.7, None))
+    made[1]["trained"] = True  # type: ignore[assignment]
+    made[2]["blend"] = {"first": 0, "second": 1, "weight": 0.75}  # type: ignore[assignment]
+    root = ElementTree.fromstring(trajectory(made, 0.0, (-0.3, 0.5), 1, "n"))
+    titles = [title.text or "" for title in root.iter("title")]
+    assert [title.partition(": λ")[0] for title in titles[:3]] == [
+        "step 0",
+        "step 1, trained",
+        "step 2, merged: 0.25 step 0 + 0.75 step 1",
+    ]
+
+
 def test_trajectory_of_a_merge_shows_its_weight_and_counts_the_start_as_one() -> None:
     root = ElementTree.fromstring(trajectory(steps((0.9, None), (0.5, 0.5)), 0.0, (-0.3, 0.5), 1, "n"))
     assert "q" in {text.text for text in styled(root, "axis")}

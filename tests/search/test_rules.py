@@ -20,7 +20,7 @@ from dualign.measure.stats import LimitEstimate, Measurement
 from dualign.measure.tilt import Tilt
 from dualign.methods import METHODS, Plan
 from dualign.search import rules
-from dualign.search.rules import Ascent, Outlook, Step
+from dualign.search.rules import Ascent, Blend, Outlook, Step
 from dualign.search.screening import Screening
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -260,6 +260,7 @@ class Curve:
         self.screened: list[float] = []
         self.trained: list[tuple[int, float, str]] = []
         self.merged: list[float] = []
+        self.blended: list[tuple[str, str, float]] = []
         self.mixed: list[list[float]] = []
         self.ascended: list[int] = []
         self.measured: list[int] = []
@@ -273,6 +274,12 @@ class Curve:
     def merge(self, step: int, q: float) -> str:
         self.merged.append(q)
         return self._policy(f"merged-{step}", q * self.lam_start)
+
+    def blend(self, step: int, first: str, second: str, weight: float) -> str:
+        """Two tilts at one beta merge to the tilt at the multiplier between."""
+        self.blended.append((first, second, weight))
+        left, right = (float((Path(folder) / "lam").read_text()) for folder in (first, second))
+        return self._policy(f"blended-{step}", (1 - weight) * left + weight * right)
 
     def ascend(self, step: int) -> Ascent:
         """Ends where the curve meets the limit."""
@@ -615,6 +622,85 @@ def test_every_training_is_told_the_step_before(bench: Curve, params: DualSearch
     steps, _ = go("grid", bench, params, tmp_path / "s")
     assert [warm for _, _, warm in bench.trained] == [s.policy for s in steps[:-1]]
     assert [(n, lam) for n, lam, _ in bench.trained] == [(s.step, s.lam) for s in steps[1:]]
+
+
+def test_a_search_ends_at_the_first_step_that_is_enough(bench: Curve, params: DualSearchParams, tmp_path: Path) -> None:
+    steps, stopped = rules.run(
+        by_rule("grid"), bench.start, Outlook(0.6, 0.6), params, bench, tmp_path, lambda step: step.lam >= 1.0
+    )
+    assert ([s.lam for s in steps], stopped) == ([0.6, 0.5, 1.0], "it was enough")
+
+
+# --- blends -----------------------------------------------------------------------------------------------------------
+
+
+class Swings(Curve):
+    """Trainings go on from the policy before, so each answers to 1.5 times what it is told: Newton goes too far."""
+
+    def train(self, step: int, lam: float, warm: Step, prices: Sequence[float] | None = None) -> str:
+        return super().train(step, 1.5 * lam, warm)
+
+
+def test_the_next_blend_by_hand() -> None:
+    above, below = step(0, 0.6, cost=0.1), step(1, 1.8, cost=-0.5)
+    assert rules.next_blend([above, below], LIMIT) == Blend(0, 1, pytest.approx(0.4 / 0.6))
+    assert rules.next_blend([above], LIMIT) is None and rules.next_blend([below], LIMIT) is None
+    nearer = step(2, 1.2, cost=-0.2)
+    assert rules.next_blend([above, below, nearer], LIMIT) == Blend(2, 1, pytest.approx(1 / 3))
+    known = replace(step(2, 1.4, cost=-0.4), trained=False, blend=Blend(0, 1, 2 / 3))
+    assert rules.next_blend([above, below, known], LIMIT) == Blend(
+        0, 1, pytest.approx(1 / 3)
+    )  # on the line of the two nearest
+    met = replace(known, measured=measured(LIMIT))
+    assert rules.next_blend([above, below, met], LIMIT) is None  # its root is there
+
+
+def test_policies_on_both_sides_of_the_limit_are_merged_in_place_of_a_training(
+    params: DualSearchParams, tmp_path: Path
+) -> None:
+    bench = Swings(tmp_path / "bench", lam_start=0.6)
+    steps, stopped = go("newton", bench, params, tmp_path / "s")
+    assert stopped == "cost within noise of the limit" and abs(steps[-1].measured.cost - LIMIT) <= bench.se
+    assert [s.trained for s in steps] == [False, True, False, False]
+    weights = [0.7475, 0.6426]  # the secant of start and training, then the one of the start and the first blend
+    assert [weight for *_, weight in bench.blended] == pytest.approx(weights, abs=1e-4)
+    assert {ends[:2] for ends in bench.blended} == {(steps[0].policy, steps[1].policy)}
+    for made, weight in zip(steps[2:], weights, strict=True):
+        assert made.lam == pytest.approx((1 - weight) * steps[0].lam + weight * steps[1].lam, abs=1e-4)
+    rows = rules.summary(by_rule("newton"), steps, stopped, params, Outlook(0.6, 0.6), before=1)
+    assert (rows["trainings"], rows["chosen"]) == (2, 3)
+    assert rows["steps"][3]["blend"] == {"first": 0, "second": 1, "weight": bench.blended[1][2]}
+    assert rows["steps"][1]["blend"] is None
+
+
+def test_blends_have_their_budget_and_trainings_theirs(params: DualSearchParams, tmp_path: Path) -> None:
+    never = params.model_copy(update={"z": 0.0, "max_trainings": 2, "merge_steps": 3})
+    bench = Swings(tmp_path / "bench", lam_start=0.6)
+    steps, stopped = go("newton", bench, never, tmp_path / "s")
+    assert (len(bench.trained), len(bench.blended), len(steps)) == (2, 3, 6)
+    assert stopped == "budget of 2 trainings is spent"
+    without = never.model_copy(update={"merge_steps": 0})
+    assert all(s.blend is None for s in go("newton", Swings(tmp_path / "b", 0.6), without, tmp_path / "t")[0])
+
+
+@pytest.mark.parametrize("returns", ["mixture", "tail_average"])
+def test_what_is_made_of_all_steps_is_made_of_trainings(returns: str, params: DualSearchParams, tmp_path: Path) -> None:
+    bench = Swings(tmp_path / "bench", lam_start=0.6)
+    steps, _ = go("newton", bench, params, tmp_path / "s", returns=returns)
+    assert len(steps) > 3 and not bench.blended
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 3])
+def test_an_interrupted_search_with_blends_ends_with_the_same_steps(
+    fail_at: int, params: DualSearchParams, tmp_path: Path
+) -> None:
+    whole, reason = go("newton", Swings(tmp_path / "bench", 0.6), params, tmp_path / "whole")
+    broken, resumed = Swings(tmp_path / "bench", 0.6), Swings(tmp_path / "bench", 0.6)
+    broken.fail_at = fail_at
+    with pytest.raises(RuntimeError, match="went away"):
+        go("newton", broken, params, tmp_path / "broken")
+    assert go("newton", resumed, params, tmp_path / "broken") == (whole, reason)
+    assert resumed.measured == list(range(fail_at, len(whole)))
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------

@@ -261,6 +261,8 @@ def test_a_merge_between_adapters_is_the_policy_between(
     expected = pool_logp(tmp_path / "between", resources, inputs)
     assert pool_logp(made, resources, inputs) == pytest.approx(expected, abs=1e-3)
     ends = [pool_logp(tmp_path / "models" / name, resources, inputs) for name in weights]
+    blend = bench.blend(2, *(str(tmp_path / "models" / name) for name in weights), 0.4)
+    assert blend.endswith("step-2/policy") and pool_logp(blend, resources, inputs) == pytest.approx(expected, abs=1e-3)
     assert all(np.abs(expected - end).max() > 0.05 for end in ends)
 
 
