@@ -6,8 +6,9 @@
 
 Three parts: one candidate, a sequence of five, and costs corrected by labels. A false certificate is one for a
 candidate at or above the limit; nominally delta of the repeats have one. Power is the share of repeats that certify
-when the limit lies some standard errors above the mean. Two procedures that the library does not offer stand beside
-for comparison: a t bound that takes answers for independent, and testing every candidate.
+when the limit lies some standard errors above the mean. Three procedures that the library does not offer stand beside
+for comparison: t without the term in the skewness, a t bound that takes answers for independent, and testing every
+candidate. A fourth part has costs that clustered t does not hold for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import norm
+from scipy.stats import t as student
 
 from bench import frontier, options
 from bench.options import knob
@@ -52,6 +54,7 @@ _UNSAFE = float(norm.ppf(0.98))  # the flag of clopper_pearson: a normal cost ab
 _MODEL = {"slope": 0.8, "noise": 0.4, "bias": -0.3}  # the model's cost of an answer, given the true one
 _VOTES = 0.1  # share of answers that a vote calls harmful
 _OFFERED = ("clustered_t", "empirical_bernstein", "betting", "clopper_pearson")
+_MANY = (50, 100, 200, 1000)  # prompts of part 4
 
 
 @dataclass(frozen=True)
@@ -100,10 +103,10 @@ def _lognormal(end: float) -> World:
     return World("lognormal", f"log-normal, cut at e^{end:g}", draw, (-mean, math.exp(end) - mean))
 
 
-def _rare(share: float) -> World:
+def _rare(share: float, name: str = "rare") -> World:
     """1 with probability `share`, else 0, less the mean."""
     return World(
-        "rare",
+        name,
         f"{share:.0%} of answers cost 1, others 0",
         lambda rng, shape: (rng.random(shape) < share) - share,
         (-share, 1 - share),
@@ -117,6 +120,12 @@ WORLDS = (
     _lognormal(4),
     _rare(0.02),
 )  # fmt: skip
+
+BEYOND = (
+    _rare(0.01, "rarer"),
+    _rare(0.03, "less rare"),
+    World("pareto", "Pareto of index 2.5", lambda rng, shape: rng.pareto(2.5, shape) - 1 / 1.5, (-1 / 1.5, math.inf)),
+)
 
 
 def unsafe_prompts(icc: float, answers: int) -> float:
@@ -133,11 +142,11 @@ def all_bounds(costs: Array, world: World, icc: float, settings: Settings, mean:
     """Each method's bounds [...] less the limit, from costs [..., prompts, answers] of mean 0.
 
     `mean` [...] moves the costs and their range. The limit is a mean cost of 0; for clopper_pearson, the share of
-    unsafe prompts that goes with it. clustered_t refuses data without any spread: its bound is infinite there.
+    unsafe prompts that goes with it.
     """
     means, bounds = costs.mean(-1), world.range(icc)
     found = {
-        "clustered_t": np.where(np.ptp(means, -1) > 1e-9, t_bound(means, settings.delta), np.inf) + mean,
+        **{name: bound + mean for name, bound in t_bounds(means, settings.delta).items()},
         "empirical_bernstein": bernstein_bound(means, settings.delta, bounds) + mean,
         "betting": betting_bound(means, settings.delta, bounds) + mean,
         "independent_t": t_bound(costs.reshape(*costs.shape[:-2], -1), settings.delta) + mean,
@@ -147,6 +156,16 @@ def all_bounds(costs: Array, world: World, icc: float, settings: Settings, mean:
         limit = unsafe_prompts(icc, costs.shape[-1])
         found["clopper_pearson"] = binomial_bound(unsafe, costs.shape[-2], settings.delta) - limit
     return found
+
+
+def t_bounds(means: Array, delta: float) -> dict[str, Array]:
+    """The t bound [...] of means [..., prompts] with its term in the skewness and without; infinite without spread."""
+    count, spread = means.shape[-1], np.ptp(means, -1) > 1e-9
+    plain = means.mean(-1) + student.ppf(1 - delta, count - 1) * means.std(-1, ddof=1) / math.sqrt(count)
+    return {
+        "clustered_t": np.where(spread, t_bound(means, delta), np.inf),  # the library refuses such data
+        "plain_t": np.where(spread, plain, np.inf),
+    }
 
 
 def measured(false: Any, delta: float) -> dict[str, Any]:
@@ -218,7 +237,7 @@ def _sequence(
     false = mean >= 0
     rows: list[dict[str, Any]] = []
     passed = {method: bound <= 0 for method, bound in all_bounds(costs, world, icc, settings, mean).items()}
-    for method in (method for method in _OFFERED if method in passed):
+    for method in (method for method in (*_OFFERED, "plain_t") if method in passed):
         certified = in_sequence(passed[method])
         best = (certified == ~false).all(-1)
         row = {"method": method, **measured((certified & false).any(-1), settings.delta)}
@@ -275,21 +294,39 @@ def _labelled_draw(
     return {"mean": float(label.mean()), **bounds}
 
 
+# --- part 4: costs beyond clustered t ---------------------------------------------------------------------------------
+
+
+def beyond(settings: Settings, icc: float = 0.5) -> list[dict[str, Any]]:
+    """The t bounds where few prompts are expected to hold the harm, or the tail has no third moment."""
+    rows: list[dict[str, Any]] = []
+    for index, world in enumerate(BEYOND):
+        for prompts in _MANY:
+            rng = np.random.default_rng([settings.seed, 4, index, prompts])
+            means = world.costs(rng, (settings.repeats, prompts, settings.answers), icc).mean(-1)
+            where = {"world": world.name, "icc": icc, "prompts": prompts}
+            for method, bound in t_bounds(means, settings.delta).items():
+                rows.append({**where, "method": method, **measured(bound <= 0, settings.delta)})
+    log.info("beyond clustered t")
+    return rows
+
+
 # --- report -----------------------------------------------------------------------------------------------------------
 
 _TITLES = {
     "clustered_t": "clustered t",
+    "plain_t": "*clustered t without its term in the skewness*",
     "empirical_bernstein": "empirical Bernstein",
     "betting": "betting",
     "clopper_pearson": "Clopper–Pearson",
-    "independent_t": "*t, answers as independent*",
+    "independent_t": "*the formula of clustered t, answers as independent*",
     "test_all": "*clustered t, every candidate tested*",
     "model_only": "*clustered t on the model's costs*",
     "labels_only": "clustered t on the labels",
     "corrected": "corrected",
     "corrected_tuned": "corrected, tuned",
 }
-_COMPARISON = ("independent_t", "test_all", "model_only")
+_COMPARISON = ("plain_t", "independent_t", "test_all", "model_only")
 
 _NOTES = """\
 How to read it: *false* is the share of repeats with a certificate for a candidate whose mean cost is at the limit or
@@ -298,17 +335,21 @@ certify when the limit lies k standard errors above the mean: of the mean over p
 (part 3). Rows in italics are no bounds of the library; they show what it avoids. ICC is the correlation of two answers
 to one prompt.
 
-- Clustered t is exact for normal costs, with whatever correlation. A long upper tail (log-normal; rare answers that
-  cost much) makes it err more often than delta, most with few prompts; a symmetric tail does not. Where such costs are
-  possible take more prompts, or a bound that needs no normality.
+- Clustered t is t with a term in the skewness of the prompts' means. Without the term a long upper tail (log-normal;
+  rare answers that cost much) makes t err more often than delta, most with few prompts; a symmetric tail does not. The
+  term costs little power for normal costs. For such tails it costs more: at 2.5, with 50 prompts a third of it under
+  the log-normal and half or more where harm is rare, with 1000 a tenth or less.
 - Empirical Bernstein and betting hold for every N and every distribution in the range, at a price in power that grows
   with the range over the standard deviation. Betting is never the weaker of the two.
 - Clopper–Pearson bounds P(a prompt gets an unsafe answer), another quantity; its errors are of that probability.
 - Part 2: testing from the safest on costs nothing in false certificates; testing all and taking the best does.
 - Part 3: the model's costs are too low by 0.3 standard deviations; labels put that right, and the model's costs make
   the labels go further. Without tuning the model's units must be those of the labels: a logit beside votes is not.
-  One vote in ten says harmful: with ten such votes the labels alone and the tuned bound err too often, with thirty
-  hardly any more."""
+  One vote in ten says harmful.
+- Part 4: the term cannot make up for what the sample does not show. With 1 % or 3 % of answers that cause all the harm
+  and as few prompts that one or two of them are expected to be harmful as a whole, or with a tail that has no third
+  moment (Pareto), clustered t errs too often. Where such costs are possible take more prompts, or a bound with a
+  range."""
 
 
 def _percent(row: dict[str, Any]) -> str:
@@ -328,9 +369,9 @@ def _table(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> str:
 
 
 def findings(parts: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """The worst rate of each bound over all parts, and where it fails."""
+    """The worst rate of each bound over parts 1 to 3, and where it fails; that of clustered t in part 4."""
     lines = []
-    rows = [row for part in parts.values() for row in part]
+    rows = [row for name, part in parts.items() if name != "beyond" for row in part]
     for method in (method for method in _TITLES if method not in _COMPARISON):
         own = [row for row in rows if row["method"] == method]
         failing = sum(not row["holds"] for row in own)
@@ -342,14 +383,17 @@ def findings(parts: dict[str, list[dict[str, Any]]]) -> list[str]:
             f"more than delta + 1 % in {failing} of {len(own)} rows" if failing else f"holds in all {len(own)} rows"
         )
         lines.append(f"- {_TITLES[method]}: at worst {_percent(worst)} ({where}); {verdict}.")
-    return lines
+    worst = max((row for row in parts["beyond"] if row["method"] == "clustered_t"), key=lambda row: row["rate"])
+    where = f"world {worst['world']}, icc {worst['icc']}, prompts {worst['prompts']}"
+    return [*lines, f"- clustered t, beyond what it holds for (part 4): at worst {_percent(worst)} ({where})."]
 
 
 def report(settings: Settings, parts: dict[str, list[dict[str, Any]]]) -> str:
     """The page in markdown."""
-    titles = {world.name: world.title for world in WORLDS}
-    one = [{**row, "cost": titles[row["world"]]} for row in parts["one"]]
-    sequence = [{**row, "cost": titles[row["world"]]} for row in parts["sequence"]]
+    titles = {world.name: world.title for world in (*WORLDS, *BEYOND)}
+    one, sequence, outside = (
+        [{**row, "cost": titles[row["world"]]} for row in parts[part]] for part in ("one", "sequence", "beyond")
+    )
     pieces = [
         "# How often a certificate is false",
         f"    {options.command(PROGRAM, settings)}",
@@ -362,13 +406,20 @@ def report(settings: Settings, parts: dict[str, list[dict[str, Any]]]) -> str:
         _table(sequence, ("sequence", "cost", "icc", "prompts")),
         "## 3. Costs corrected by labels",
         _table(parts["corrected"], ("labels", "labelled", "icc", "prompts")),
+        "## 4. Beyond clustered t",
+        _table(outside, ("cost", "icc", "prompts")),
     ]
     return "\n\n".join(pieces) + "\n"
 
 
 def run(settings: Settings) -> dict[str, list[dict[str, Any]]]:
-    """All three parts."""
-    return {"one": one_candidate(settings), "sequence": sequences(settings), "corrected": corrected(settings)}
+    """All four parts."""
+    return {
+        "one": one_candidate(settings),
+        "sequence": sequences(settings),
+        "corrected": corrected(settings),
+        "beyond": beyond(settings),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -116,7 +116,8 @@ def forecast(test: Tested, found: Certificate) -> int | None:
     """Prompts (with labels, where these fell short) at which a failed candidate would pass with probability 0.8.
 
     A bound's distance from its estimate falls as 1 / sqrt(N), and passing so often takes a margin of (z_{1-delta} +
-    z_0.8) standard errors. The exact bound of a share of which none was seen, 1 - delta^(1 / N), falls faster: there it
+    z_0.8) standard errors. What skewness adds to the distance falls as 1 / N, so for skewed costs the number is on the
+    safe side. The exact bound of a share of which none was seen, 1 - delta^(1 / N), falls faster: there it
     is the number that passes if again none is seen. None for a candidate that passed, and where an estimate is above
     its limit: no number would show that it is below.
     """

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dualign.bounds import binomial_bound, sample_size
+from dualign.bounds import binomial_bound, sample_size, t_bound, upper_bound
 from dualign.certificate import Certificate, Check, Requirement, Tested
 from dualign.certification import contenders, forecast, label
 from dualign.core.params import CertifyRun, LabelParams
@@ -73,6 +73,26 @@ def test_the_forecast_is_that_of_the_plan() -> None:
     assert forecast(tested(-0.1), found) == pytest.approx(sample_size(2.0, 0.1), abs=2)
     assert forecast(tested(-0.2), found) is None  # it passed
     assert forecast(tested(0.01), found) is None
+
+
+def test_the_forecast_of_skewed_costs_is_on_the_safe_side() -> None:
+    """Exponential costs of 100 prompts, the limit a standard error above the mean; then 1000 data sets of that size."""
+    rng, ids = np.random.default_rng(0), np.arange(100)
+    costs = rng.exponential(size=100)
+    limit = float(costs.mean() + costs.std() / 10)
+    needed = Requirement(name="c", quantity="cost", limit=limit, method="clustered_t")
+    bound = upper_bound(costs, ids)
+    check = Check(
+        requirement="c", prompts=100, answers=100, estimate=float(costs.mean()), bound=bound, raised=0.0, kept=False
+    )
+    found = Certificate(
+        delta=0.05, seed=0, requirements=(needed,), candidates=("a",), tested=(), certified=(), returned=None,
+        tables={}, labels={}, sampling_seeds={}, versions={},
+    )  # fmt: skip
+    count = forecast(Tested(name="a", checks=(check,), certified=False), found)
+    assert count is not None and count > sample_size(float(costs.std(ddof=1)), limit - float(costs.mean()))
+    passed = t_bound(rng.choice(costs, size=(1000, count)), 0.05) <= limit
+    assert 0.8 < passed.mean() < 0.95
 
 
 def test_the_forecast_where_nothing_unsafe_was_seen_is_that_of_the_exact_bound() -> None:

@@ -16,6 +16,7 @@ from bench import coverage
 from bench.coverage import WORLDS, Settings
 from dualign.certificate import fixed_sequence, upper_bound
 from dualign.core.errors import DualignError
+from dualign.measure.stats import clustered_mean
 
 every_world = pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
 SMALL = Settings(repeats=300)
@@ -102,9 +103,34 @@ def test_clustered_t_is_nominal_for_normal_costs_and_independent_t_is_not(one: l
     assert np.mean(independent) == pytest.approx(0.15, abs=0.03)
 
 
-def test_clustered_t_fails_where_harm_is_rare(one: list[dict[str, Any]]) -> None:
-    few, many = (rates(one, world="rare", icc=0.5, method="clustered_t", prompts=n)[0] for n in (50, 1000))
-    assert few > 0.12 > many
+def test_clustered_t_holds_under_long_tails_and_t_without_the_skewness_does_not(one: list[dict[str, Any]]) -> None:
+    for world in ("lognormal", "rare"):
+        assert max(rates(one, world=world, method="clustered_t")) < 0.06 + 3 * math.sqrt(0.06 / 300)
+        few, many = (rates(one, world=world, icc=0.5, method="plain_t", prompts=n)[0] for n in (50, 1000))
+        assert few > 0.10 > many
+
+
+def test_t_without_the_skewness_is_the_interval_of_the_library_and_never_above() -> None:
+    means = WORLDS[2].costs(np.random.default_rng(1), (20, 30, 4), 0.5).mean(-1)
+    found = coverage.t_bounds(means, 0.1)
+    expected = [clustered_mean(row, np.arange(30), confidence=0.8).high for row in means]
+    assert found["plain_t"] == pytest.approx(np.array(expected))
+    assert (found["clustered_t"] >= found["plain_t"] - 1e-12).all()
+    assert np.isinf(coverage.t_bounds(np.zeros((2, 30)), 0.1)["clustered_t"]).all()
+
+
+@pytest.mark.parametrize("world", coverage.BEYOND, ids=lambda world: world.name)
+def test_worlds_beyond_have_mean_zero(world: coverage.World) -> None:
+    costs = world.costs(np.random.default_rng(0), (200_000, 2), 0.5)
+    assert abs(costs.mean()) < 5 * costs.std() / math.sqrt(200_000)
+    assert costs.min() >= world.range(0.5)[0] - 1e-12
+
+
+def test_no_t_holds_for_harm_that_the_sample_hardly_shows() -> None:
+    rows = coverage.beyond(Settings(repeats=2000))
+    few = {"world": "less rare", "prompts": 50}
+    assert 0.065 < rates(rows, method="clustered_t", **few)[0] < 0.10 < rates(rows, method="plain_t", **few)[0]
+    assert rates(rows, method="clustered_t", world="less rare", prompts=1000)[0] < 0.06
 
 
 def test_power_rises_with_the_margin(one: list[dict[str, Any]]) -> None:
@@ -140,7 +166,7 @@ def test_the_command_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == page
     assert content["command"] == "python -m bench.coverage --repeats 4 --answers 2 --seed 1"
     assert content["command"] in page and str(tmp_path) not in page
-    rows = [row for part in ("one", "sequence", "corrected") for row in content[part]]
+    rows = [row for part in ("one", "sequence", "corrected", "beyond") for row in content[part]]
     assert page.count("%") > len(rows) and {row["method"] for row in rows} == set(coverage._TITLES)
     assert all(math.isfinite(row["rate"]) and math.isfinite(row["error"]) for row in rows)
 
