@@ -3,7 +3,7 @@
     python -m stages.dual_init
 
 Seconds on a CPU: a new `constraint.limit` reruns from here. Further limits (`constraint.also`) are solved together with
-the limit, and their prices charged to the reward.
+the limit, and their prices charged to the reward. The same is done at other KL weights (`dual_init.betas`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ SAMPLES = Path("data/scored/pool.parquet")
 COST_MODEL = Path("reports/metrics/cost_model.json")
 OUT = Path("data/dual")
 
+#: A solved dual with the prices that its reward was charged.
+Solved = tuple[dual.DualSolution, list[Price]]
 #: More samples a prompt than this are no advice.
 _AFFORDABLE = 1024
 
@@ -41,24 +43,56 @@ def main(run: Run[DualInitParams]) -> None:
     prompts = pool.drop_duplicates("prompt_id")
     reward, cost, length = (by_prompt(pool, name) for name in ("reward", "cost", "length"))
     scored = Scored(reward, cost, length, prompts["prompt"].tolist())
-    prices = price(scored, params.also, limit=params.limit, beta=params.beta, lambda_max=params.lambda_max)
-    solution = dual.solve(
-        by_prompt(priced(pool, prices), "reward"), cost, limit=params.limit, beta=params.beta,
-        lambda_max=params.lambda_max, bootstrap=params.bootstrap, seed=params.seed,
-    )  # fmt: skip
+    own = solve_at(params.beta, pool, scored, params)
+    solution, prices = own
     stocked = with_stock(solution, params)
     error = read_json(COST_MODEL).get("zero_error")
     result = describe(solution, params) | sensitivity(solution, params, error) | _named(stocked)
     result |= {"prices": [found.as_dict() for found in prices], "messages": messages(solution, params, stocked, prices)}
     grid = sorted({*params.grid, solution.lam})
     frontier = solution.frontier(grid, length, reward=reward, level=params.cvar_level)
+    betas = by_beta(pool, scored, params, own)
     with replacing(OUT) as folder:
         folder.mkdir()
         write_json(folder / "dual.json", result)
         write_json(folder / "frontier.json", {"rows": frontier, "cvar_level": params.cvar_level})
+        write_json(folder / "betas.json", {"rows": betas, "beta": params.beta, "min_ess": params.min_ess})
         write_parquet(folder / "prompts.parquet", by_prompts(solution, prompts), DUAL_PROMPTS)
     _tell(solution, result, prices)
     run.metrics({key: value for key, value in result.items() if key != "messages"})
+
+
+def solve_at(beta: float, pool: pd.DataFrame, scored: Scored, params: DualInitParams) -> Solved:
+    """The dual at a KL weight and the prices of further limits, solved together and charged to the reward.
+
+    Raises InfeasibleError where the limits cannot be kept.
+    """
+    prices = price(scored, params.also, limit=params.limit, beta=beta, lambda_max=params.lambda_max)
+    solution = dual.solve(
+        by_prompt(priced(pool, prices), "reward"), scored.cost, limit=params.limit, beta=beta,
+        lambda_max=params.lambda_max, bootstrap=params.bootstrap, seed=params.seed,
+    )  # fmt: skip
+    return solution, prices
+
+
+def by_beta(pool: pd.DataFrame, scored: Scored, params: DualInitParams, own: Solved) -> list[dict[str, Any]]:
+    """What the pool predicts of the policy that meets the limits, for each KL weight of `betas` and for `beta`.
+
+    A row is that of the frontier at the multiplier for this `beta`, with its interval `lam_low`, `lam_high` and the
+    `prices` of further limits, in their order. Limits out of reach within `lambda_max` leave `lam` None and say why in
+    `infeasible`. `own` is solved at `beta` itself. Empty without `betas`.
+    """
+    rows: list[dict[str, Any]] = []
+    for beta in sorted({*params.betas, params.beta}) if params.betas else ():
+        try:
+            solution, prices = own if beta == params.beta else solve_at(beta, pool, scored, params)
+        except InfeasibleError as error:
+            rows.append({"beta": beta, "lam": None, "infeasible": str(error)})
+            continue
+        [row] = solution.frontier([solution.lam], scored.length, reward=scored.reward, level=params.cvar_level)
+        low, high = solution.lam_interval
+        rows.append({"beta": beta, **row, "lam_low": low, "lam_high": high, "prices": [found.lam for found in prices]})
+    return rows
 
 
 def with_stock(solution: dual.DualSolution, params: DualInitParams) -> dual.Stocked:

@@ -273,14 +273,17 @@ class DualInitParams(StageParams):
     certify_samples: Count
     lambda_max: Positive
     grid: Annotated[list[NonNegative], Field(min_length=2)]
+    betas: list[Positive]
     bootstrap: Annotated[int, Field(ge=20)]
     min_ess: Positive
     cvar_level: Annotated[float, Field(gt=0, lt=1)]
 
     @model_validator(mode="after")
     def _check(self) -> DualInitParams:
-        if sorted(set(self.grid)) != self.grid:
-            raise ValueError("grid must increase and hold no value twice")
+        for key in ("grid", "betas"):
+            values = getattr(self, key)
+            if sorted(set(values)) != values:
+                raise ValueError(f"{key} must increase and hold no value twice")
         return self
 
 

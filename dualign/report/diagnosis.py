@@ -1,7 +1,7 @@
 """What trainings reached of what they were told, what the pool predicted of what came of it, and what tests were on.
 
 Pure functions of what other stages wrote: a tilt as `dualign.measure.tilt` reads it off a policy, the rows of
-data/dual/frontier.json, and the prices in data/dual/dual.json.
+data/dual/frontier.json and of betas.json beside it, and the prices in data/dual/dual.json.
 """
 
 from __future__ import annotations
@@ -37,6 +37,29 @@ def predicted(frontier: Sequence[Mapping[str, Any]], lam: float | None) -> dict[
     return {
         name: {"mean": at(name), "low": at(f"{name}_low"), "high": at(f"{name}_high")} for name in ("cost", "reward")
     }
+
+
+def other_betas(table: Mapping[str, Any]) -> list[Row]:
+    """The rows of data/dual/betas.json with each quantity as {"mean", "low", "high"}; an end that is not known is None.
+
+    `in_use` marks the run's own beta, `guess` a row with fewer effective samples than `min_ess`. Where the limit is out
+    of reach, `lam` is None.
+    """
+    return [
+        {
+            "beta": row["beta"],
+            "in_use": row["beta"] == table["beta"],
+            "guess": row.get("ess", np.inf) < table["min_ess"],
+            "infeasible": row.get("infeasible", ""),
+            "lam": None if row["lam"] is None else _interval(row, "lam"),
+            **{key: _interval(row, key) for key in ("reward", "kl", "p_unsafe", "ess")},
+        }
+        for row in table.get("rows", [])
+    ]
+
+
+def _interval(row: Mapping[str, Any], key: str) -> dict[str, float | None]:
+    return {"mean": row.get(key), "low": row.get(f"{key}_low"), "high": row.get(f"{key}_high")}
 
 
 def is_tilt(tilt: Mapping[str, Any]) -> bool:

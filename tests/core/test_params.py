@@ -122,9 +122,16 @@ def test_a_multiplier_is_solved_or_a_number(content: Content, lam: Any) -> None:
         assert refusal(put(copy.deepcopy(content), key, "dal")).startswith(key)
 
 
-@pytest.mark.parametrize("grid", [[0, 1, 1, 2], [0, 2, 1]])
-def test_a_grid_must_increase(content: Content, grid: list[float]) -> None:
-    assert refusal(put(content, "dual_init.grid", grid)).startswith("dual_init: grid must increase")
+@pytest.mark.parametrize("key", ["grid", "betas"])
+@pytest.mark.parametrize("values", [[0.5, 1, 1, 2], [0.5, 2, 1]])
+def test_a_grid_must_increase(content: Content, key: str, values: list[float]) -> None:
+    assert refusal(put(content, f"dual_init.{key}", values)).startswith(f"dual_init: {key} must increase")
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("inf"), float("nan")])
+def test_other_kl_weights_are_positive_numbers_or_none_at_all(content: Content, wrong: float) -> None:
+    loading.check(put(content, "dual_init.betas", []), "my.yaml")
+    assert refusal(put(content, "dual_init.betas", [wrong, 1.0])).startswith("dual_init.betas.0: ")
 
 
 @pytest.mark.parametrize("loss_type", ["ipo", "kto"])

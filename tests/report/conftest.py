@@ -172,7 +172,7 @@ def _write_dual(root: Path) -> None:
     dual = {
         "lam": LAM, "lam_low": 0.71, "lam_high": 1.04, "limit": LIMIT, "beta": BETA, "cost_reference": -0.06,
         "cost_unconstrained": 0.58, "reachable_minimum": -0.94, "ess_median": 71.2, "ess_low": 33.0, "prompts": 96,
-        "samples": 64, "half_drift": 0.03, "half_drift_cost": 0.01, "slack": False, "lam_slope": -1.7,
+        "samples": 128, "half_drift": 0.03, "half_drift_cost": 0.01, "slack": False, "lam_slope": -1.7,
         "zero_error": 0.05, "lam_zero_low": 0.78, "lam_zero_high": None, "aim": -0.21, "stock": 0.06, "lam_stock": 0.97,
         "prices": [
             {"name": "short", "quantity": "length", "limit": 29.5, "level": None, "prompts": None, "threshold": None,
@@ -192,6 +192,22 @@ def _write_dual(root: Path) -> None:
         for lam, r, c, kl, ess in _frontier_rows(LAM, 0.55, 0.6, [0.0, 0.25, 0.5, 0.75, LAM, 1.0, 1.5, 2.0, 3.0, 5.0])
     ]  # fmt: skip
     write_json(root / "data/dual/frontier.json", {"rows": rows})
+    write_json(root / "data/dual/betas.json", {"rows": _beta_rows(), "beta": BETA, "min_ess": 30.0})
+
+
+def _beta_rows() -> list[dict[str, Any]]:
+    """At the smallest KL weight few samples are left; at the largest the multiplier does not reach the limit."""
+    means = [
+        {"beta": 0.2, "lam": 0.52, "reward": 0.81, "kl": 2.4, "p_unsafe": 0.22, "ess": 8.1},
+        {"beta": BETA, "lam": LAM, "reward": 0.65, "kl": 0.94, "p_unsafe": 0.3, "ess": 71.2},
+        {"beta": 1.0, "lam": 1.31, "reward": 0.44, "kl": 0.41, "p_unsafe": 0.335, "ess": 102.6},
+    ]
+    found = [
+        {"beta": row.pop("beta"), "prices": [0.0123, 0.0]}
+        | {f"{key}{end}": v * by for key, v in row.items() for end, by in (("", 1), ("_low", 0.93), ("_high", 1.06))}
+        for row in means
+    ]
+    return [*found, {"beta": 4.0, "lam": None, "infeasible": "constraint.limit -0.15 is out of the samples' reach"}]
 
 
 def _search(rng: np.random.Generator, policy: tuple, shift: float) -> dict[str, Any]:

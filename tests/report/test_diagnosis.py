@@ -1,4 +1,4 @@
-"""Predictions between the rows of a frontier, tilts in words, further limits."""
+"""Predictions between the rows of a frontier and at other KL weights, tilts in words, further limits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dualign.report.diagnosis import (
     further_by_step,
     further_limits,
     is_tilt,
+    other_betas,
     predicted,
     prompts_gain,
     required_in_words,
@@ -53,6 +54,18 @@ def test_a_frontier_without_bands_predicts_without_one() -> None:
     bare = [{key: row[key] for key in ("lam", "cost", "reward")} for row in ROWS]
     found = predicted(bare, 0.5)
     assert found is not None and found["cost"] == {"mean": 0.5, "low": None, "high": None}
+
+
+def test_other_betas_mark_the_one_in_use_guesses_and_what_is_out_of_reach() -> None:
+    means = {"lam": 0.7, "reward": 1.0, "kl": 2.0, "p_unsafe": 0.1, "p_unsafe_low": 0.05, "p_unsafe_high": 0.2}
+    out = {"beta": 3.0, "lam": None, "infeasible": "too far"}
+    rows = [{"beta": 0.5, "ess": 3.9, **means}, {"beta": 1.5, "ess": 4.0, **means}, out]
+    few, own, far = other_betas({"rows": rows, "beta": 1.5, "min_ess": 4.0})
+    assert [(row["in_use"], row["guess"]) for row in (few, own, far)] == [(False, True), (True, False), (False, False)]
+    assert few["p_unsafe"] == {"mean": 0.1, "low": 0.05, "high": 0.2}
+    assert own["lam"] == {"mean": 0.7, "low": None, "high": None} and own["infeasible"] == ""
+    assert (far["beta"], far["lam"], far["infeasible"]) == (3.0, None, "too far")
+    assert other_betas({}) == []
 
 
 @pytest.mark.parametrize(

@@ -364,6 +364,30 @@ def test_p_unsafe_as_the_only_limit(certified: Callable[..., Run]) -> None:
     assert "rare (P(unsafe)) at most 10%" in page.text
 
 
+def test_other_kl_weights_with_the_one_in_use_guesses_and_what_is_out_of_reach(run: Run) -> None:
+    root, params = run
+    page = render(root, params)
+    table = page.within("class", "betas")
+    assert "0.2 0.52 0.48 … 0.55 0.81 0.75 … 0.86 2.40 2.23 … 2.54 22% 20% … 23% 8.10 a guess 0.5 in use 0.86" in table
+    assert table.count("a guess") == table.count("in use") == 1 and table.endswith("4 limits out of reach ")
+    assert page.within("class", "used").startswith("0.5 in use 0.86") and page.count("tr", "used") == 1
+    assert any("out of the samples' reach" in (a.get("title") or "") for tag, a in page.elements if tag == "td")
+    note = page.within("id", "betas")
+    assert "of 128 each" in note and "fewer of them than dual_init.min_ess" in note
+
+
+def test_without_a_guess_no_word_of_it_and_without_other_kl_weights_no_table(run: Run) -> None:
+    root, params = run
+    path = root / "data/dual/betas.json"
+    write_json(path, read_json(path) | {"min_ess": 4.0})
+    assert "guess" not in render(root, params).within("id", "betas")
+    write_json(path, {"rows": [], "beta": params.beta, "min_ess": 4.0})
+    assert "Other β" not in render(root, params).text
+    path.unlink()
+    page = render(root, params)
+    assert "Other β" not in page.text and page.within("id", "betas") == ""
+
+
 def test_facts_about_the_multiplier_and_the_calibrations(run: Run) -> None:
     facts = render(*run).within("id", "facts")
     for text in (
@@ -391,6 +415,7 @@ def test_without_a_world_nothing_speaks_of_the_truth(build: Callable[..., Run]) 
         "reports/evaluation/sft", "reports/metrics/evaluate/sft.json", "data/dual/frontier.json",
         "data/prepared/quarantine.jsonl", "reports/metrics/cost_model.json", "reports/search/dualign.json",
         "data/dual/dual.json", "reports/metrics/evaluate", "reports/metrics/evaluate/dualign.json",
+        "data/dual/betas.json",
     ],
 )  # fmt: skip
 def test_any_input_may_be_missing(run: Run, lost: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.optimize import brentq
 from transformers import PreTrainedTokenizerBase
 
 from dualign import dual, lagrangian
@@ -214,6 +215,93 @@ def test_p_unsafe_alone_has_a_price_and_a_limit_that_is_slack_none(resources: Re
         "constraint.limit is slack: with the limits of constraint.also it is kept, so lambda is 0"
     ]
     assert "the limit is slack" in solved(run_of(resources, limit=100.0, min_ess=0.1))["messages"][0]
+
+
+# --- other KL weights ------------------------------------------------------------------------------------------------
+
+
+def tilted(reward: np.ndarray, cost: np.ndarray, lam: float, beta: float, score: np.ndarray) -> float:
+    """The mean of `score` under exp((r - lambda c) / beta), by sums over each prompt's samples."""
+    means = []
+    for r, c, s in zip(reward, cost, score, strict=True):
+        w = np.exp((r - lam * c - (r - lam * c).max()) / beta)
+        means.append(float((w * s).sum() / w.sum()))
+    return float(np.mean(means))
+
+
+def left_out(of: Any, count: int) -> float:
+    """The jackknife: n f - (n - 1) mean_i f_(-i), `of` being a function of the samples that are kept."""
+    every = np.arange(count)
+    return float(count * of(every) - (count - 1) * np.mean([of(np.delete(every, i)) for i in every]))
+
+
+def predicted_at(run: Run[DualInitParams]) -> dict[float, dict[str, Any]]:
+    dual_init.main(run)
+    return {row["beta"]: row for row in read_json("data/dual/betas.json")["rows"]}
+
+
+@pytest.mark.usefixtures("folder")
+def test_another_kl_weight_meets_the_limit_at_its_own_multiplier(resources: Resources) -> None:
+    """Against the root of the weighted cost by Brent's method and predictions by sums, each sample left out in turn."""
+    run = run_of(resources, betas=[0.7, 4.0])
+    rows = predicted_at(run)
+    reward, cost = scores()
+    length = by_prompt(read_table("data/scored/pool.parquet", POOL), "length")
+    assert list(rows) == [0.7, 1.5, 4.0]
+    for beta, row in rows.items():
+        lam = brentq(lambda x, b=beta: tilted(reward, cost, x, b, cost) - LIMIT, 0, 50, xtol=1e-13)
+        assert row["lam"] == pytest.approx(lam, abs=1e-9) and row["lam_low"] < lam < row["lam_high"]
+        for name, score in {"reward": reward, "cost": cost, "p_unsafe": cost > 0, "length": length}.items():
+            mean = left_out(lambda k, b=beta, x=lam, s=score: tilted(reward[:, k], cost[:, k], x, b, s[:, k]), 8)
+            assert row[name] == pytest.approx(mean, abs=1e-7), name
+            assert row[f"{name}_low"] < mean < row[f"{name}_high"]
+        w = np.exp((reward - lam * cost) / beta)
+        assert row["ess"] == pytest.approx(np.median(w.sum(1) ** 2 / (w**2).sum(1)), abs=1e-7)
+        tilt = left_out(lambda k, b=beta, x=lam: kl(reward[:, k], cost[:, k], x, b), 8)
+        assert row["kl"] == pytest.approx(tilt, abs=1e-7)
+    table, frontier = read_json("data/dual/betas.json"), read_json("data/dual/frontier.json")["rows"]
+    assert (table["beta"], table["min_ess"]) == (1.5, run.params.min_ess)
+    [own] = [row for row in frontier if row["lam"] == rows[1.5]["lam"]]
+    assert own.items() <= rows[1.5].items() and rows[1.5]["prices"] == []
+
+
+def kl(reward: np.ndarray, cost: np.ndarray, lam: float, beta: float) -> float:
+    """KL of the weights against equal ones, in the mean over prompts."""
+    w = np.exp((reward - lam * cost) / beta)
+    w /= w.sum(1, keepdims=True)
+    return float((w * np.log(w * w.shape[1])).sum(1).mean())
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_larger_kl_weight_stays_nearer_and_earns_less_at_the_limit(resources: Resources) -> None:
+    write_parquet("data/scored/pool.parquet", rows(prompts=40, samples=64), POOL)
+    found = list(predicted_at(run_of(resources, betas=[0.75, 1.0, 1.5, 3.0, 6.0])).values())
+    for key, sign in (("kl", -1), ("reward", -1), ("lam", 1), ("ess", 1)):
+        assert (np.diff([sign * row[key] for row in found]) > 0).all(), key
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_kl_weight_that_cannot_meet_the_limit_says_so_and_none_leaves_no_table(resources: Resources) -> None:
+    lams = {beta: row["lam"] for beta, row in predicted_at(run_of(resources, betas=[1.5, 6.0])).items()}
+    top = (lams[1.5] + lams[6.0]) / 2
+    found = predicted_at(run_of(resources, betas=[6.0], lambda_max=top))
+    assert found[1.5]["lam"] == pytest.approx(lams[1.5])
+    assert found[6.0].keys() == {"beta", "lam", "infeasible"} and found[6.0]["lam"] is None
+    assert f"at lambda_max {top:g} and beta 6 the predicted cost is still" in found[6.0]["infeasible"]
+    assert predicted_at(run_of(resources, betas=[])) == {}
+
+
+@pytest.mark.usefixtures("folder")
+def test_further_limits_are_solved_anew_at_each_kl_weight(resources: Resources) -> None:
+    also = {"short": ConstraintSpec(quantity="length", limit=18.0)}
+    row = predicted_at(run_of(resources, betas=[3.0], also=also))[3.0]
+    reward, cost = scores()
+    length = by_prompt(read_table("data/scored/pool.parquet", POOL), "length")
+    joint = dual.solve_many(reward, [cost, length], limits=[LIMIT, 18.0], beta=3.0, lambda_max=50)
+    assert [row["lam"], *row["prices"]] == pytest.approx(joint.lams.tolist(), abs=1e-7)
+    assert tilted(reward - row["prices"][0] * length, cost, row["lam"], 3.0, length) == pytest.approx(18.0, abs=1e-5)
+    w = dual.jackknife_weights(reward - row["prices"][0] * length, cost, row["lam"], 3.0)
+    assert row["reward"] == pytest.approx((w * reward).sum(1).mean())
 
 
 # --- through the stages, on a tiny model ------------------------------------------------------------------------------
