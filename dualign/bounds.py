@@ -44,9 +44,9 @@ def t_bound(means: Array, delta: float) -> Array:
     up for the skewness that few prompts do not show. The bound is never below the t bound, and is it where g <= 0.
 
     Nominal in the limit of many prompts. At delta 0.05, with 50, 200 or 1000 prompts and tails up to the log-normal or
-    2 % of answers that cause all the harm, it errs 5.5 % at most, where t alone errs up to 21 %. No bound without a known
-    range can hold for harm that the sample hardly shows: where one or two prompts of the sample are expected to be
-    harmful as a whole it errs up to 8 %, and 6.5 % under a Pareto tail of index 2.5: the figures are those of
+    2 % of answers that cause all the harm, it errs 5.5 % at most, where t alone errs up to 21 %. No bound without a
+    known range can hold for harm that the sample hardly shows: where one or two prompts of the sample are expected to
+    be harmful as a whole it errs up to 8 %, and 6.5 % under a Pareto tail of index 2.5: the figures are those of
     bench/results/certificate-coverage.md. With fewer than 20 prompts it is far wider than t, and with fewer than 10 it
     may err up to 9 % under a log-normal tail all the same; with 2 it is t, and errs 12 %.
     """
