@@ -74,7 +74,7 @@ SHARED = {
     "lambda_path/slack": tuple(f"lambda_path@{name}" for name in PATH),
 }
 STAGES = (*SCORED, *(stage for stages in SHARED.values() for stage in stages))
-#: What differs from `PARAMS`, so that a training takes seconds on one thread and no search ends before the test.
+#: What differs from `PARAMS`: measurements are smaller, one thread each, and no search ends before the test.
 SMALLER: dict[str, Any] = {
     "prepare.eval_prompts": 300,
     "dual_search.prompts": 300,
@@ -105,8 +105,8 @@ class Settings:
 
     seeds: tuple[int, ...] = knob((7, 8, 9), "seeds of data and trainings")
     limits: tuple[float, ...] = knob((0.0, -0.2, -0.4, -0.55, -0.75), "limits of the expected cost")
-    steps: int = knob(80, "gradient steps of each training")
-    pairs: int = knob(16, "pairs of each step")
+    steps: int = knob(600, "gradient steps of each training; as many as shipped params take to train ours at λ̂")
+    pairs: int = knob(32, "pairs of each step")
     jobs: int = knob(1, "seeds that run at the same time, each on one thread")
     work: str = knob(".scratch/bench-search-cost", "folder of the runs")
 
