@@ -42,10 +42,11 @@ def main(run: Run[EvaluateParams]) -> None:
         raise ParamsError(f"evaluate.policies has no {run.item!r}; one of {', '.join(params.policies)}")
     prompts = read_table(PROMPT_SET, PROMPTS).head(params.prompts)
     folder = params.policies[run.item]
-    if not is_policy(Path("models") / folder):  # no candidate was certified
+    path = Path("models") / folder
+    if path.is_dir() and not is_policy(path):  # no candidate was certified
         return absent(run)
     judges = Judges.load(run.resources)
-    policy = judges.reference if folder == "sft" else policy_at(Path("models") / folder, run.resources)
+    policy = judges.reference if folder == "sft" else policy_at(path, run.resources)
     started = time.monotonic()
     answers = roll_out(
         policy, prompts, judges,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,9 @@ def test_no_certified_policy_is_a_result(resources: Resources, caplog: pytest.Lo
     assert read_json("reports/metrics/evaluate/it.json") == {"policy": "it", "absent": True}
     table = compare(Path(), {"it": "certified/it"}, 0.95, limit=-100.0)
     assert table["uncertified"] == ["it"] and table["missing"] == [] and table["policies"] == {}
+    shutil.rmtree("models/certified/it")
+    with pytest.raises(DualignError, match="models/certified/it: no such model folder"):  # the stage has not run
+        evaluate(Run("evaluate", "it", params, resources))
 
 
 def test_an_interrupted_run_draws_no_answers_twice(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
