@@ -658,6 +658,7 @@ def _advance(
 
 def _blended(steps: Sequence[Step], blend: Blend, bench: Workbench) -> Step:
     first, second, number = steps[blend.first], steps[blend.second], len(steps)
+    log.info("merging steps %d and %d, weight %.3f, in place of a training", blend.first, blend.second, blend.weight)
     lam = (1 - blend.weight) * first.lam + blend.weight * second.lam
     return _measured(bench, number, lam, bench.blend(number, first.policy, second.policy, blend.weight), blend=blend)
 
