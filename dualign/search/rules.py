@@ -486,9 +486,8 @@ def _iterate(
         proposed = _RULES[rule](steps, params, outlook)
         if proposed is None:
             return steps, _reason(rule, steps[-1], params, outlook)
-        blends = sum(step.blend is not None for step in steps)
-        blend = next_blend(steps, outlook.target(params)) if _blends(plan, steps[-1], blends, params) else None
-        if blend is None and len(steps) - blends > budget:
+        blend = _blend_first(plan, steps, params, outlook)
+        if blend is None and sum(step.blend is None for step in steps) > budget:
             what = "merge" if rule == "merge" else "training"
             return steps, f"budget of {budget} {what}{'' if budget == 1 else 's'} is spent"
         if _unaffordable(plan, steps, params, trains=rule != "merge" and blend is None):
@@ -497,10 +496,11 @@ def _iterate(
         steps = _record(scratch, [*steps, made])
 
 
-def _blends(plan: Plan, last: Step, blends: int, params: DualSearchParams) -> bool:
-    """Whether a search may merge policies of its own: by Newton's rule, one limit alone and one policy to return."""
-    alone = plan.method.rule == "newton" and not last.prices and plan.method.returns in ("last", "best")
-    return alone and blends < params.merge_steps
+def _blend_first(plan: Plan, steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> Blend | None:
+    """What to merge before another training: by Newton's rule, for one limit alone and where one policy is returned."""
+    alone = plan.method.rule == "newton" and not steps[-1].prices and plan.method.returns in ("last", "best")
+    left = params.merge_steps - sum(step.blend is not None for step in steps)
+    return next_blend(steps, outlook.target(params)) if alone and left > 0 else None
 
 
 def _reason(rule: str, last: Step, params: DualSearchParams, outlook: Outlook) -> str:
@@ -659,7 +659,7 @@ def _advance(
 def _blended(steps: Sequence[Step], blend: Blend, bench: Workbench) -> Step:
     first, second, number = steps[blend.first], steps[blend.second], len(steps)
     log.info("merging steps %d and %d, weight %.3f, in place of a training", blend.first, blend.second, blend.weight)
-    lam = (1 - blend.weight) * first.lam + blend.weight * second.lam
+    lam = merge_multiplier(blend.weight, second.lam, False, first.lam)
     return _measured(bench, number, lam, bench.blend(number, first.policy, second.policy, blend.weight), blend=blend)
 
 

@@ -96,6 +96,11 @@ class PolicyBench:
         """The folder of the policy at the first multiplier."""
         return str(self._inputs.models / self._plan.start)
 
+    @property
+    def _reference(self) -> str:
+        """The folder of the policy that the start is merged with."""
+        return str(self._inputs.models / self._plan.reference)
+
     def train(self, step: int, lam: float, warm: Step, prices: Sequence[float] | None = None) -> str:
         """Train at `lam` from the reference, or from the policy before for a warm-started method.
 
@@ -128,21 +133,20 @@ class PolicyBench:
 
     def merge(self, step: int, q: float) -> str:
         """(1 - q) reference + q start, in weight space."""
-        return self._merged(q, self._folder(step) / "policy")
+        return self.blend(step, self._reference, self.start, q)
 
     def blend(self, step: int, first: str, second: str, weight: float) -> str:
         """(1 - weight) first + weight second, in weight space."""
-        out = self._folder(step) / "policy"
-        merge(Path(first), Path(second), weight, out)
-        return str(out)
+        return self._merged(first, second, weight, self._folder(step) / "policy")
 
     def screen(self, q: float) -> Screening:
         """The cost of the merge of weight q by importance weights on the whole pool."""
-        ratio = self._pool_ratio(self._merged(q, self._scratch / "screened"), self._pool)
+        ratio = self._pool_ratio(self._merged(self._reference, self.start, q, self._scratch / "screened"), self._pool)
         return Screening(q, *off_policy_cost(ratio, by_prompt(self._pool, "cost")))
 
-    def _merged(self, q: float, out: Path) -> str:
-        merge(self._inputs.models / self._plan.reference, Path(self.start), q, out)
+    @staticmethod
+    def _merged(first: str, second: str, weight: float, out: Path) -> str:
+        merge(Path(first), Path(second), weight, out)
         return str(out)
 
     def mix(self, step: int, steps: Sequence[Step]) -> str:
