@@ -99,8 +99,12 @@ def _build(cls: type[M], values: Any, where: str, path: str | Path) -> M:
 
 
 def _explain(error: ValidationError, cls: type[BaseModel], where: str, path: str | Path) -> str:
-    """The first problem of a validation error as one line: file, key, what is wrong, nearest valid key."""
-    first = error.errors()[0]
+    """The first problem of a validation error as one line: file, key, what is wrong, nearest valid key.
+
+    An unknown key comes before a missing one, since a typo makes both.
+    """
+    found = error.errors()
+    first = next((problem for problem in found if problem["type"] == "extra_forbidden"), found[0])
     loc = [str(part) for part in first["loc"]]
     shared = getattr(cls, "shared", {})
     key = ".".join([shared[loc[0]], *loc[1:]] if loc and loc[0] in shared else [where, *loc])

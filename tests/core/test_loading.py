@@ -46,7 +46,7 @@ def test_numbers_may_be_written_the_yaml_1_2_way(tmp_path: Path, written: str, v
     assert loading.load(params.SftParams, path).training.learning_rate == value
 
 
-@pytest.mark.parametrize(
+typos = pytest.mark.parametrize(
     ("typo", "meant"),
     [
         ("reources", "resources"),
@@ -64,8 +64,18 @@ def test_numbers_may_be_written_the_yaml_1_2_way(tmp_path: Path, written: str, v
         ("methods.sacpo.strt", "start"),
     ],
 )
+
+
+@typos
 def test_an_unknown_key_is_named_with_the_nearest_valid_one(content: Content, typo: str, meant: str) -> None:
     message = refusal(put(content, typo, 1))
+    assert message.startswith(f"{typo} is not a known key") and f"did you mean {meant!r}?" in message
+
+
+@typos
+def test_a_misspelt_key_is_unknown_before_the_right_one_is_missing(content: Content, typo: str, meant: str) -> None:
+    *sections, _ = typo.split(".")
+    message = refusal(put(drop(content, ".".join([*sections, meant])), typo, 1))
     assert message.startswith(f"{typo} is not a known key") and f"did you mean {meant!r}?" in message
 
 
