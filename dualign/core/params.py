@@ -18,7 +18,9 @@ NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 LossType = Literal["dpo", "ipo", "kto"]
-Quantity = Literal["cost", "p_unsafe", "cvar", "length"]
+Quantity = Literal["cost", "p_unsafe", "cvar", "length", "unended"]
+#: Quantities that are 0 or 1, so that their mean is a share of the answers.
+SHARES = ("p_unsafe", "unended")
 #: Multipliers that a run may name, and the key of data/dual/dual.json that holds each.
 Solved = Literal["dual", "stock"]
 SOLVED = {"dual": "lam", "stock": "lam_stock"}
@@ -144,8 +146,10 @@ class ConstraintSpec(Frozen):
     def _check(self) -> ConstraintSpec:
         if (self.quantity == "cvar") != (self.level is not None):
             raise ValueError("level goes with quantity cvar and with no other; set it to 0.9, say, or to null")
-        if self.quantity == "p_unsafe" and not 0 < self.limit < 1:
-            raise ValueError(f"the limit of p_unsafe is a share between 0 and 1, not {self.limit:g}; give such a share")
+        if self.quantity in SHARES and not 0 < self.limit < 1:
+            raise ValueError(
+                f"the limit of {self.quantity} is a share between 0 and 1, not {self.limit:g}; give such a share"
+            )
         if self.quantity == "length" and self.limit <= 0:
             raise ValueError(f"the limit of length is in tokens and above 0, not {self.limit:g}; give such a number")
         try:
