@@ -46,7 +46,7 @@ from dualign.bounds import (
 from dualign.constraints import Constraint
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DataError, DualignError, ParamsError
-from dualign.core.params import Quantity
+from dualign.core.params import SHARES, Quantity, Share
 from dualign.core.schema import ANSWERS, LABELS, read_table
 
 __all__ = ["corrected_upper_bound", "fixed_sequence", "issue", "read", "sample_size", "upper_bound", "verify"]
@@ -66,10 +66,10 @@ class _Record(BaseModel):
 class Requirement(_Record):
     """What a candidate must keep: the mean of a quantity of its answers is at most `limit`.
 
-    `cost`, `p_unsafe`, `cvar` and `length` are those of `dualign.constraints`, tested by `method` on the prompts in
-    which `prompts` is found (None: all); a bound on `cvar` holds for every `threshold` that was chosen before. Known
-    for some answers and tested by `corrected_upper_bound` (`prediction_powered`): `truth`, the true cost, and `harm`,
-    the share of people who call an answer harmful.
+    `cost`, `p_unsafe`, `cvar`, `length` and `unended` are those of `dualign.constraints`, tested by `method` on the
+    prompts in which `prompts` is found (None: all); a bound on `cvar` holds for every `threshold` that was chosen
+    before. Known for some answers and tested by `corrected_upper_bound` (`prediction_powered`): `truth`, the true cost,
+    and `harm`, the share of people who call an answer harmful.
     """
 
     name: str
@@ -87,6 +87,7 @@ class Requirement(_Record):
             "p_unsafe": "P(c > 0)",
             "cvar": f"CVaR_{self.level}(c)",
             "length": "E[length]",
+            "unended": "P(unended)",
         }.get(self.quantity, f"E[{self.name}]")
         if self.method == "clopper_pearson":
             said = "P(unsafe answer to a prompt)"
@@ -100,7 +101,7 @@ class Requirement(_Record):
         rows = answers[further.applies(answers["prompt"].tolist())] if self.prompts else answers
         if rows.empty:
             raise DataError(f"{self.name}: {self.prompts!r} is found in no certify prompt; keep more, or change it")
-        values = further.values(rows["cost"].to_numpy(float), rows["length"].to_numpy(float))
+        values = further.values(*(rows[name].to_numpy(float) for name in ("cost", "length", "ended")))
         return pd.DataFrame({"prompt_id": rows["prompt_id"].to_numpy(object), "value": values})
 
 
@@ -207,12 +208,12 @@ def _until_failure(candidates: Iterable[tuple[str, T]], test: Callable[[T], tupl
 def _check(required: Requirement, costs: Any, prompts: Any, delta: float, seed: int) -> Check:
     method, bounds = required.method, required.bounds
     assert method != "prediction_powered"
-    if required.quantity == "p_unsafe" and method == "clustered_t" and not np.any(costs):
-        # No spread to go by; P(a prompt gets an unsafe answer) is the larger, and its bound is exact.
-        method = "clopper_pearson"
-    bound = upper_bound(costs, prompts, delta=delta, method=method, bounds=bounds, seed=seed)
     values, codes = clustered(costs, prompts, bounds)
     means = prompt_means(values, codes)
+    if required.quantity in SHARES and method == "clustered_t" and np.ptp(means) == 0:
+        # No spread to go by; P(a prompt gets any such answer) is the larger, and its bound is exact.
+        method = "clopper_pearson"
+    bound = upper_bound(costs, prompts, delta=delta, method=method, bounds=bounds, seed=seed)
     unsafe = prompt_means(values > 0, codes) > 0
     return Check(
         requirement=required.name,
@@ -268,18 +269,21 @@ class Evidence(NamedTuple):
 class Certificate(_Record):
     """All that is needed to check a certificate again; "no certified policy" is one too (`returned` is None).
 
-    `candidates` is the whole order, `tested` the tests made, `tables` and `labels` what they were made on.
+    `candidates` is the whole order, `tested` the tests made, `tables` and `labels` what they were made on. Answers have
+    at most `max_new_tokens` tokens; `ended` is the share of each tested candidate's that ended by themselves.
     `sampling_seeds` (of the answers) and `versions` (of the packages that computed it) tell where it comes from; no
     check depends on them.
     """
 
     delta: float = Field(gt=0, lt=1)
     seed: int
+    max_new_tokens: int = Field(ge=1)
     requirements: tuple[Requirement, ...] = Field(min_length=1)
     candidates: tuple[str, ...]
     tested: tuple[Tested, ...]
     certified: tuple[str, ...]
     returned: str | None
+    ended: dict[str, Share]
     tables: dict[str, Table]
     labels: dict[str, Table]
     sampling_seeds: dict[str, int]
@@ -294,9 +298,15 @@ class Certificate(_Record):
             for required, check in zip(self.requirements, last.checks, strict=True)
             if self.returned is not None or not check.kept
         ]
+        about = f", for {self.answers(last.name)}"
         if self.returned is None:
-            return f"no certified policy; {last.name!r} is not shown to keep {' and '.join(said)}"
-        return f"{last.name!r} keeps {' and '.join(said)} at confidence {1 - self.delta:g}"
+            return f"no certified policy; {last.name!r} is not shown to keep {' and '.join(said)}{about}"
+        return f"{last.name!r} keeps {' and '.join(said)} at confidence {1 - self.delta:g}{about}"
+
+    def answers(self, name: str) -> str:
+        """What the answers of a tested candidate are, in words."""
+        share = f"{100 * self.ended[name]:.4g} %"
+        return f"answers of at most {self.max_new_tokens} tokens, of which {share} ended by themselves"
 
 
 def issue(
@@ -305,6 +315,7 @@ def issue(
     evidence: Callable[[str], Evidence],
     requirements: Sequence[Requirement],
     *,
+    max_new_tokens: int,
     delta: float = 0.05,
     seed: int = 0,
     sampling_seeds: Mapping[str, int] | None = None,
@@ -316,6 +327,7 @@ def issue(
         evidence: the files of a candidate; called for those that are tested, one after the other, so it may draw
             the answers.
         requirements: what each must keep, all at confidence 1 - delta.
+        max_new_tokens: where answers were cut.
         seed: fixes the order in which `betting` takes the prompts.
 
     Raises:
@@ -332,11 +344,13 @@ def issue(
     certificate = Certificate(
         delta=delta,
         seed=seed,
+        max_new_tokens=max_new_tokens,
         requirements=tuple(requirements),
         candidates=tuple(candidates),
         tested=decision.tested,
         certified=decision.certified,
         returned=decision.returned,
+        ended={name: _ended(files.answers, max_new_tokens) for name, files in used.items()},
         tables={name: _table(files.answers, folder) for name, files in used.items()},
         labels={name: _table(files.labels, folder) for name, files in used.items() if files.labels is not None},
         sampling_seeds=dict(sampling_seeds or {}),
@@ -363,14 +377,28 @@ def _decide(
 
 
 def _test(required: Requirement, files: Evidence, delta: float, seed: int) -> Check:
-    columns = ("prompt_id", "prompt", "cost", "length")
-    answers = read_table(files.answers, pa.schema([ANSWERS.field(name) for name in columns]))
+    answers = _columns(files.answers, "prompt_id", "prompt", "cost", "length", "ended")
     if required.quantity not in ("truth", "harm"):
         values = required.values(answers)
         return _check(required, values["value"].to_numpy(), values["prompt_id"].to_numpy(object), delta, seed)
     if files.labels is None:
         raise DataError(f"{required.name} needs labels of its answers, and none are recorded")
     return _check_labels(required, answers, read_table(files.labels, LABELS), delta)
+
+
+def _columns(answers: Path, *names: str) -> pd.DataFrame:
+    return read_table(answers, pa.schema([ANSWERS.field(name) for name in names]))
+
+
+def _ended(file: Path, max_new_tokens: int) -> float:
+    """The share of answers that ended by themselves. Raises DataError if one was not drawn with `max_new_tokens`."""
+    answers = _columns(file, "length", "ended")
+    length, ended = answers["length"].to_numpy(int), answers["ended"].to_numpy(bool)
+    wrong = length[np.where(ended, length > max_new_tokens, length != max_new_tokens)]
+    if wrong.size:
+        cut = f"was not cut at max_new_tokens {max_new_tokens}"
+        raise DataError(f"{file}: an answer of {wrong[0]} tokens {cut}; draw the answers again (run certify)")
+    return float(ended.mean())
 
 
 def read(path: str | Path) -> Certificate:
@@ -380,6 +408,8 @@ def read(path: str | Path) -> Certificate:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the content"
+        if first["type"] == "missing":
+            raise DataError(f"{path}: {key} is missing; another version wrote it, run certify again") from None
         raise DataError(f"{path}: not a certificate: {key}: {first['msg'].lower()}") from None
 
 
@@ -397,9 +427,13 @@ def verify(path: str | Path) -> Certificate:
             recorded.candidates, lambda name: _recorded(recorded, name, path.parent), recorded.requirements,
             recorded.delta, recorded.seed,
         )  # fmt: skip
+        ended = {
+            test.name: _ended(path.parent / recorded.tables[test.name].path, recorded.max_new_tokens)
+            for test in decision.tested
+        }
     except DualignError as error:
         raise DataError(f"{path}: {error}") from error
-    for key, said, found in _compared(recorded, decision):
+    for key, said, found in _compared(recorded, decision, ended):
         same = math.isclose(said, found, rel_tol=1e-9, abs_tol=1e-12) if isinstance(said, float) else said == found
         if not same:
             raise DataError(f"{path}: {key} is {said!r}, but the answers give {found!r}")
@@ -413,7 +447,7 @@ def _recorded(certificate: Certificate, name: str, folder: Path) -> Evidence:
     return Evidence(folder / certificate.tables[name].path, None if labels is None else folder / labels.path)
 
 
-def _compared(recorded: Certificate, decision: Decision) -> Iterator[tuple[str, Any, Any]]:
+def _compared(recorded: Certificate, decision: Decision, ended: Mapping[str, float]) -> Iterator[tuple[str, Any, Any]]:
     """Key, what the certificate says, what was found."""
     yield "tested", [test.name for test in recorded.tested], [test.name for test in decision.tested]
     for said, found in zip(recorded.tested, decision.tested, strict=True):
@@ -423,6 +457,9 @@ def _compared(recorded: Certificate, decision: Decision) -> Iterator[tuple[str, 
                 yield f"{ours.requirement} {field} of {said.name!r}", getattr(ours, field), getattr(theirs, field)
         yield f"certified of {said.name!r}", said.certified, found.certified
     yield "tables", sorted(recorded.tables), sorted(test.name for test in decision.tested)
+    yield "ended", sorted(recorded.ended), sorted(ended)
+    for name, share in ended.items():
+        yield f"ended of {name!r}", recorded.ended[name], share
     yield "certified", recorded.certified, decision.certified
     yield "returned", recorded.returned, decision.returned
 

@@ -12,7 +12,7 @@ from scipy.stats import norm
 
 from dualign.certificate import Certificate, Evidence, Tested
 from dualign.core.artifacts import write_parquet
-from dualign.core.params import CertifyParams, CertifyRun, LabelParams
+from dualign.core.params import SHARES, CertifyParams, CertifyRun, LabelParams
 from dualign.core.schema import ANSWERS, LABELS, read_table
 from dualign.evaluation import add_truth, means
 from dualign.lm.mixture import policy_at
@@ -21,7 +21,7 @@ from dualign.search.labelling import truth, vote
 from dualign.search.merge import merge
 
 #: Tests of shares that take the exact bound where nothing was seen.
-_EXACT = (("p_unsafe", "clustered_t"), ("harm", "prediction_powered"))
+_EXACT = (*((share, "clustered_t") for share in SHARES), ("harm", "prediction_powered"))
 
 
 @dataclass(frozen=True)

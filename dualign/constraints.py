@@ -1,4 +1,4 @@
-"""Further limits beside the one on the mean cost: P(unsafe), CVaR, length, or cost on a group of prompts.
+"""Further limits beside the one on the mean cost: P(unsafe), CVaR, length, unended answers, or cost on some prompts.
 
 Every quantity is the mean of a function f_k of an answer, so the optimum stays in closed form,
 
@@ -20,7 +20,7 @@ import pandas as pd
 
 from dualign import dual
 from dualign.core.errors import InfeasibleError, ParamsError
-from dualign.core.params import ConstraintSpec, Quantity
+from dualign.core.params import SHARES, ConstraintSpec, Quantity
 from dualign.core.schema import Message, last_user_text
 
 Array = np.ndarray
@@ -32,8 +32,9 @@ _GRID, _ZOOM, _ROUNDS = 25, 9, 3
 class Constraint:
     """A limit on the mean of one quantity over the prompts that `prompts` matches (None: all).
 
-    `cost`: c. `p_unsafe`: 1{c > 0}. `length`: tokens. `cvar`: t + (c - t)_+ / (1 - level) with t = `threshold`, whose
-    mean bounds CVaR_level(c) from above for every t and is equal to it at the best one (Rockafellar and Uryasev 2000).
+    `cost`: c. `p_unsafe`: 1{c > 0}. `length`: tokens. `unended`: 1{cut at the most tokens that are drawn, before EOS}.
+    `cvar`: t + (c - t)_+ / (1 - level) with t = `threshold`, whose mean bounds CVaR_level(c) from above for every t and
+    is equal to it at the best one (Rockafellar and Uryasev 2000).
     """
 
     name: str
@@ -48,20 +49,20 @@ class Constraint:
         """Where it stands in the parameter file."""
         return f"constraint.also.{self.name}"
 
-    def values(self, cost: Array, length: Array) -> Array:
-        """The quantity of each answer, of any shape, from its cost and its length in tokens."""
+    def values(self, cost: Array, length: Array, ended: Array) -> Array:
+        """The quantity of each answer, of any shape, from its cost, its length in tokens, and whether it ended."""
         if self.quantity == "cvar":
             assert self.threshold is not None and self.level is not None
             return dual.shortfall(cost, self.threshold, self.level)
-        known = {"cost": cost, "p_unsafe": cost > 0, "length": length}
+        known = {"cost": cost, "p_unsafe": cost > 0, "length": length, "unended": np.logical_not(ended)}
         return np.asarray(known[self.quantity], float)
 
     def bounds(self, cost: tuple[float, float], longest: int) -> tuple[float, float]:
         """The range of the quantity, from that of the cost and the longest answer in tokens."""
         if self.quantity in ("cost", "cvar"):
-            low, high = self.values(np.array(cost), np.zeros(2)).tolist()
+            low, high = self.values(np.array(cost), np.zeros(2), np.ones(2)).tolist()
             return low, high
-        return (0.0, 1.0) if self.quantity == "p_unsafe" else (0.0, float(longest))
+        return (0.0, 1.0) if self.quantity in SHARES else (0.0, float(longest))
 
     def applies(self, prompts: Sequence[Sequence[Message]]) -> Array:
         """Whether the limit is on each prompt: its pattern is found in the last user text; shape [prompts], bool."""
@@ -105,6 +106,7 @@ class Scored:
     reward: Array
     cost: Array
     length: Array
+    ended: Array
     prompts: Sequence[Sequence[Message]]
 
 
@@ -124,16 +126,13 @@ def price(
         return []
     limits = [constraint(name, spec) for name, spec in also.items()]
     for further in limits:
-        if not further.applies(pool.prompts).any():
-            raise ParamsError(
-                f"{further.key}.prompts: {further.prompts!r} is found in no prompt of the pool; change it"
-            )
+        _check(further, pool)
     dual.root(pool.reward, pool.cost, limit=limit, beta=beta, lambda_max=lambda_max)  # alone it must be within reach
 
     def solved(chosen: Sequence[Constraint]) -> dual.JointSolution:
         members = [np.ones(len(pool.cost), bool), *(further.applies(pool.prompts) for further in chosen)]
         return dual.solve_many(
-            pool.reward, [pool.cost, *(further.values(pool.cost, pool.length) for further in chosen)],
+            pool.reward, [pool.cost, *(further.values(pool.cost, pool.length, pool.ended) for further in chosen)],
             limits=[limit, *(further.limit for further in chosen)], beta=beta, members=members,
             names=["constraint.limit", *(f"{further.key}.limit" for further in chosen)], lambda_max=lambda_max,
         )  # fmt: skip
@@ -148,6 +147,19 @@ def price(
         for further, lam, mean in zip(placed, found.lams[1:], found.predicted[1:], strict=True)
     }
     return [by_name[name] for name in also]
+
+
+def _check(further: Constraint, pool: Scored) -> None:
+    """Raises where a limit is on no prompt of the pool, or where too many have no sample that ended."""
+    members = further.applies(pool.prompts)
+    if not members.any():
+        raise ParamsError(f"{further.key}.prompts: {further.prompts!r} is found in no prompt of the pool; change it")
+    never = 1 - float(pool.ended[members].any(1).mean())
+    if further.quantity == "unended" and never > further.limit:
+        raise InfeasibleError(
+            f"{further.key}.limit {further.limit:g} is out of the samples' reach: {100 * never:.3g} % of the prompts "
+            "have no sample that ended; raise generation.max_new_tokens, or the limit above that"
+        )
 
 
 def _with_threshold(
@@ -168,7 +180,7 @@ def _with_threshold(
     cost = pool.cost[further.applies(pool.prompts)]
     least = cost.min(1)
     floor = replace(further, threshold=dual.value_at_risk(least, np.ones(len(least)), further.level or 0.0))
-    reached = float(floor.values(least, least).mean())
+    reached = float(floor.values(least, np.zeros_like(least), np.ones_like(least)).mean())
     if reached > further.limit:
         raise InfeasibleError(
             f"{further.key}.limit {further.limit:g} is out of the samples' reach: the least costly samples of the "
@@ -196,8 +208,8 @@ def priced(
     """A table with r' = r - sum_k lambda_k f_k in place of its rewards, on the prompts that each limit is on.
 
     `frame` is of schema POOL, ANSWERS or SCORED_PAIRS, with the cost model's costs. Pairs hold no lengths: `lengths`
-    counts the tokens of answers, EOS included, and is called only if a price is on length. Without prices the table is
-    returned as it is.
+    counts the tokens of answers, EOS included, and is called only if a price is on length. The answers of pairs all
+    ended. Without prices the table is returned as it is.
     """
     if not prices:
         return frame
@@ -207,8 +219,10 @@ def priced(
     for side in [""] if "reward" in frame else ["_chosen", "_rejected"]:
         cost = frame[f"cost{side}"].to_numpy(float)
         length = _lengths(frame, side, lengths) if on_length else np.zeros_like(cost)
+        ended = np.ones_like(cost) if side else frame["ended"].to_numpy(float)
         charge = sum(
-            found.lam * found.constraint.applies(prompts) * found.constraint.values(cost, length) for found in prices
+            found.lam * found.constraint.applies(prompts) * found.constraint.values(cost, length, ended)
+            for found in prices
         )
         columns[f"reward{side}"] = frame[f"reward{side}"].to_numpy(float) - charge
     return frame.assign(**columns)

@@ -57,8 +57,8 @@ def main(run: Run[CertifyParams]) -> None:
         folder.mkdir()
         found = certificate.issue(
             folder / certificate.FILE, list(field), lambda name: into(folder, bench.evidence(name)),
-            requirements(params, further),
-            delta=params.delta, seed=params.seed, sampling_seeds={"answers": params.seed},
+            requirements(params, further), max_new_tokens=params.max_new_tokens, delta=params.delta, seed=params.seed,
+            sampling_seeds={"answers": params.seed},
         )  # fmt: skip
     log.info("%s", found.statement)
     with replacing(POLICIES / run.item) as policy:
@@ -112,6 +112,7 @@ def describe(found: Certificate, bench: Contenders) -> dict[str, Any]:
         "returned": found.returned,
         "statement": found.statement,
         "delta": found.delta,
+        "max_new_tokens": found.max_new_tokens,
         "requirements": [required.model_dump() for required in found.requirements],
         "candidates": list(found.candidates),
         "tests": tests,
@@ -138,7 +139,7 @@ def card(found: Certificate) -> str:
 {found.statement[0].upper()}{found.statement[1:]}.
 
 Tested on {found.tested[0].checks[0].prompts} prompts that neither training nor search has seen, safest candidate first.
-The statement is about prompts like these and answers drawn at temperature 1.
+The statement is about prompts like these and answers drawn at temperature 1; one that was cut is judged as it stands.
 `python -m dualign.certificate verify` recomputes it from the saved answers. {use}
 """
 

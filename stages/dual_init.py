@@ -41,8 +41,8 @@ def main(run: Run[DualInitParams]) -> None:
     params = run.params
     pool = read_table(SAMPLES, POOL)
     prompts = pool.drop_duplicates("prompt_id")
-    reward, cost, length = (by_prompt(pool, name) for name in ("reward", "cost", "length"))
-    scored = Scored(reward, cost, length, prompts["prompt"].tolist())
+    reward, cost, length, ended = (by_prompt(pool, name) for name in ("reward", "cost", "length", "ended"))
+    scored = Scored(reward, cost, length, ended, prompts["prompt"].tolist())
     own = solve_at(params.beta, pool, scored, params)
     solution, prices = own
     stocked = with_stock(solution, params)

@@ -66,7 +66,7 @@ def main(run: Run[EvaluateParams]) -> None:
     with replacing(OUT / run.item) as out:
         out.mkdir()
         write_parquet(out / "answers.parquet", answers, ANSWERS)
-    run.metrics({**metrics, "policy": run.item})
+    run.metrics({**metrics, "policy": run.item, "max_new_tokens": params.max_new_tokens})
 
 
 def absent(run: Run[EvaluateParams]) -> None:
@@ -105,10 +105,10 @@ def further_limits(
             log.warning("%s.prompts: %r is found in no evaluated prompt", further.key, further.prompts)
             found[name] = {"mean": None, "low": None, "high": None, "limit": spec.limit}
             continue
-        cost, length = (rows[column].to_numpy(float) for column in ("cost", "length"))
+        cost, length, ended = (rows[column].to_numpy(float) for column in ("cost", "length", "ended"))
         if spec.level is not None:
             further = replace(further, threshold=value_at_risk(cost, np.ones_like(cost), spec.level))
-        values = clustered_mean(further.values(cost, length), rows["prompt_id"].to_numpy(), confidence)
+        values = clustered_mean(further.values(cost, length, ended), rows["prompt_id"].to_numpy(), confidence)
         found[name] = {**values.as_dict(), "limit": spec.limit}
     return found
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,15 @@ def test_sequences_that_cannot_be_tested(candidates: list[Any], limit: float, me
 
 # --- the file ---------------------------------------------------------------------------------------------------------
 
+certify = partial(certificate.issue, max_new_tokens=20)
 MEANS = {"safest": -2.0, "middle": -1.0, "harmful": 0.2, "never tested": 1.0}
 
 
 def save(path: Path, costs: np.ndarray, prompts: np.ndarray) -> Path:
-    """Answers of 10 tokens and, to odd prompts, 20; those speak of `odd`."""
+    """Answers of 10 tokens and, to odd prompts, 20; those speak of `odd`. The first answers to two of them were cut."""
     odd = np.array([int(name[1:]) % 2 for name in prompts], bool)
-    frame = pd.DataFrame({"prompt_id": prompts, "cost": costs, "length": np.where(odd, 20, 10)})
+    ended = ~np.isin(np.arange(len(prompts)), [3, 9])
+    frame = pd.DataFrame({"prompt_id": prompts, "cost": costs, "length": np.where(odd, 20, 10), "ended": ended})
     write_parquet(path, frame.assign(prompt=[user("odd" if one else "even") for one in odd]), ANSWERS)
     return path
 
@@ -104,7 +107,7 @@ def issue(path: Path, tables: dict[str, Path], limit: float, **options: Any) -> 
     """A certificate of the model's cost alone."""
     keys = {key: options.pop(key) for key in ("method", "bounds") if key in options}
     required = Requirement(name="c", quantity="cost", limit=limit, **{"method": "clustered_t", **keys})
-    return certificate.issue(path, list(tables), lambda name: Evidence(tables[name]), [required], **options)
+    return certify(path, list(tables), lambda name: Evidence(tables[name]), [required], **options)
 
 
 @pytest.fixture
@@ -139,7 +142,8 @@ def test_it_holds_wherever_its_folder_is_moved(
 ) -> None:
     shutil.move(issued.parent, tmp_path / "elsewhere")
     status, line = checked(tmp_path / "elsewhere" / issued.name, capsys)
-    assert status == 0 and "holds: 'middle' keeps E[c] <= 0 (betting bound -" in line and "confidence 0.9" in line
+    assert status == 0 and "holds: 'middle' keeps E[c] <= 0 (betting bound -" in line
+    assert line.endswith("confidence 0.9, for answers of at most 20 tokens, of which 98.33 % ended by themselves\n")
 
 
 def test_no_certified_policy_is_a_certificate(
@@ -196,6 +200,20 @@ def other_answers_and_hash(path: Path) -> None:
         ),
         (edit(lambda c: c["tested"].pop()), "tested is"),
         (edit(lambda c: c["candidates"].reverse()), "'never tested': its answers, next in the order"),
+        (
+            edit(lambda c: c.update(max_new_tokens=19)),
+            "safest.*: an answer of 20 tokens was not cut at .* 19",
+        ),
+        (
+            edit(lambda c: c.update(max_new_tokens=30)),
+            "safest.*: an answer of 20 tokens was not cut at .* 30",
+        ),
+        (edit(lambda c: c["ended"].update(middle=1.0)), r"ended of 'middle' is 1\.0, but the answers give 0\.983"),
+        (edit(lambda c: c["ended"].pop("harmful")), "ended is"),
+        (
+            edit(lambda c: c.pop("max_new_tokens")),
+            "max_new_tokens is missing; another version wrote it, run",
+        ),
         (edit(lambda c: c["tables"].update(other={"path": "x", "sha256": ""})), "tables is"),
         (
             edit(lambda c: c["requirements"][0].update(bounds=[-4.0, -3.0])),
@@ -203,7 +221,7 @@ def other_answers_and_hash(path: Path) -> None:
         ),
         (edit(lambda c: c["tables"]["safest"].update(path="gone.parquet")), "gone.parquet: no such file"),
         (edit(lambda c: c.update(delta=1.5)), "not a certificate: delta: "),
-        (edit(lambda c: c.pop("seed")), "not a certificate: seed: field required"),
+        (edit(lambda c: c.pop("seed")), "seed is missing; another version wrote it, run certify again"),
         (edit(lambda c: c["tested"][0].update(checks=[])), "checks of 'safest' is 0"),
         (
             edit(lambda c: c["tested"][0]["checks"][0].update(bound=None)),
@@ -285,8 +303,8 @@ def labelled(tmp_path: Path) -> Callable[[str], Evidence]:
 def test_a_candidate_must_keep_every_requirement(tmp_path: Path, labelled: Callable[[str], Evidence]) -> None:
     """The model's cost alone certifies both; the truth of thirty labels refuses the one that the model flatters."""
     path, names = tmp_path / "certificate.json", ["safe", "flattered"]
-    assert certificate.issue(path, names, labelled, [MODEL]).certified == ("safe", "flattered")
-    found = certificate.issue(path, names, labelled, [MODEL, TRUTH])
+    assert certify(path, names, labelled, [MODEL]).certified == ("safe", "flattered")
+    found = certify(path, names, labelled, [MODEL, TRUTH])
     assert found.certified == ("safe",) and found.returned == "safe"
     assert [check.kept for check in found.tested[1].checks] == [True, False]
     assert found.statement.startswith("'safe' keeps E[c] <= 0 (clustered_t bound -1.9")
@@ -307,21 +325,46 @@ def test_labels_without_any_harm_have_the_exact_bound(tmp_path: Path) -> None:
     write_parquet(tmp_path / "labels.parquet", frame.assign(prompt=[[]] * 20), LABELS)
     files = Evidence(save(tmp_path / "answers.parquet", costs, prompts), tmp_path / "labels.parquet")
     harm = Requirement(name="called unsafe", quantity="harm", limit=0.15, method="prediction_powered")
-    found = certificate.issue(tmp_path / "certificate.json", ["a"], lambda name: files, [MODEL, harm])
+    found = certify(tmp_path / "certificate.json", ["a"], lambda name: files, [MODEL, harm])
     assert found.tested[0].checks[1].bound == pytest.approx(1 - 0.05 ** (1 / 20)) and found.returned == "a"
 
 
 def test_no_unsafe_answer_has_the_exact_bound(tmp_path: Path) -> None:
     files = Evidence(save(tmp_path / "answers.parquet", *answers(-3.0)))
     rare = Requirement(name="rare", quantity="p_unsafe", limit=0.1, method="clustered_t")
-    found = certificate.issue(tmp_path / "certificate.json", ["a"], lambda name: files, [rare])
+    found = certify(tmp_path / "certificate.json", ["a"], lambda name: files, [rare])
     assert found.tested[0].checks[0].bound == pytest.approx(1 - 0.05 ** (1 / 40)) and found.returned == "a"
     assert certificate.verify(tmp_path / "certificate.json") == found
 
 
+def test_answers_that_all_ended_have_the_exact_bound(tmp_path: Path) -> None:
+    """None of 20 even prompts has one that was cut, 2 of 20 odd ones have one."""
+    files = Evidence(save(tmp_path / "answers.parquet", *answers(-3.0)))
+    whole = Requirement(name="whole", quantity="unended", limit=0.2, method="clustered_t", prompts="even")
+    cut = whole.model_copy(update={"prompts": "odd"})
+    found = certify(tmp_path / "certificate.json", ["a"], lambda name: files, [whole, cut])
+    first, second = found.tested[0].checks
+    assert (first.estimate, first.bound) == (0.0, pytest.approx(1 - 0.05 ** (1 / 20)))
+    share = np.where(np.arange(20) < 2, 1 / 3, 0.0)
+    assert (second.estimate, second.bound) == pytest.approx((share.mean(), upper_bound(share, np.arange(20))))
+    assert certificate.verify(tmp_path / "certificate.json") == found
+
+
+def test_answers_that_were_all_cut_fail_their_test(tmp_path: Path) -> None:
+    costs, prompts = answers(-3.0)
+    frame = pd.DataFrame({"prompt_id": prompts, "cost": costs, "length": 20, "ended": False})
+    write_parquet(tmp_path / "cut.parquet", frame.assign(prompt=[user("q")] * len(frame)), ANSWERS)
+    whole = Requirement(name="whole", quantity="unended", limit=0.5, method="clustered_t")
+    files = Evidence(tmp_path / "cut.parquet")
+    found = certify(tmp_path / "certificate.json", ["a"], lambda name: files, [MODEL, whole])
+    assert found.returned is None and (found.tested[0].checks[1].estimate, found.tested[0].checks[1].bound) == (1, 1)
+    assert "'a' is not shown to keep P(unended) <= 0.5 (clustered_t bound 1, 40 prompts), for" in found.statement
+    assert found.statement.endswith("for answers of at most 20 tokens, of which 0 % ended by themselves")
+
+
 def test_labels_belong_to_the_certificate(tmp_path: Path, labelled: Callable[[str], Evidence]) -> None:
     path = tmp_path / "certificate.json"
-    certificate.issue(path, ["safe"], labelled, [MODEL, TRUTH])
+    certify(path, ["safe"], labelled, [MODEL, TRUTH])
     content = read_json(path)
     (tmp_path / "safe-labels.parquet").write_bytes(b"")
     with pytest.raises(DataError, match=r"the labels of 'safe' .* are not those certified: sha256 differs"):
@@ -355,19 +398,21 @@ def test_every_quantity_is_the_mean_of_a_function_of_an_answer(tmp_path: Path) -
         "tail": upper_bound(0.1 + np.maximum(costs - 0.1, 0) / 0.1, prompts),
         "group": upper_bound(costs[odd], prompts[odd]),
     }
+    by_hand["whole"] = upper_bound(np.isin(np.arange(180), [3, 9]), prompts)
     limits = [
         Requirement(name="short", quantity="length", limit=17, method="clustered_t"),
         Requirement(name="rare", quantity="p_unsafe", limit=0.3, method="betting", bounds=(0, 1)),
         Requirement(name="tail", quantity="cvar", limit=1.0, method="clustered_t", level=0.9, threshold=0.1),
         Requirement(name="group", quantity="cost", limit=0.0, method="clustered_t", prompts="odd"),
+        Requirement(name="whole", quantity="unended", limit=0.1, method="clustered_t"),
     ]
-    found = certificate.issue(tmp_path / "certificate.json", ["a"], lambda name: files, limits)
+    found = certify(tmp_path / "certificate.json", ["a"], lambda name: files, limits)
     assert {check.requirement: check.bound for check in found.tested[0].checks} == pytest.approx(by_hand)
     assert found.tested[0].checks[3].prompts == 30 and found.returned == "a"
     said = found.statement
     assert "E[length] <= 17" in said and "P(c > 0) <= 0.3" in said and "CVaR_0.9(c) <= 1" in said
-    assert "E[group] <= 0 on prompts with 'odd'" in said
+    assert "E[group] <= 0 on prompts with 'odd'" in said and "P(unended) <= 0.1" in said
     assert certificate.verify(tmp_path / "certificate.json") == found
     nowhere = Requirement(name="none", quantity="cost", limit=0.0, method="clustered_t", prompts="missing")
     with pytest.raises(DataError, match="candidate 'a': none: 'missing' is found in no certify prompt"):
-        certificate.issue(tmp_path / "other.json", ["a"], lambda name: files, [nowhere])
+        certify(tmp_path / "other.json", ["a"], lambda name: files, [nowhere])

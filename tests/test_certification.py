@@ -11,7 +11,7 @@ import pytest
 from dualign.bounds import binomial_bound, sample_size, t_bound, upper_bound
 from dualign.certificate import Certificate, Check, Requirement, Tested
 from dualign.certification import contenders, forecast, label
-from dualign.core.params import CertifyRun, LabelParams
+from dualign.core.params import SHARES, CertifyRun, LabelParams, Quantity
 from dualign.core.schema import prompt_id, user
 from dualign.data import world
 
@@ -68,7 +68,7 @@ def test_the_forecast_is_that_of_the_plan() -> None:
 
     found = Certificate(
         delta=0.05, seed=0, requirements=(needed,), candidates=("a",), tested=(), certified=(), returned=None,
-        tables={}, labels={}, sampling_seeds={}, versions={},
+        max_new_tokens=9, ended={}, tables={}, labels={}, sampling_seeds={}, versions={},
     )  # fmt: skip
     assert forecast(tested(-0.1), found) == pytest.approx(sample_size(2.0, 0.1), abs=2)
     assert forecast(tested(-0.2), found) is None  # it passed
@@ -87,7 +87,7 @@ def test_the_forecast_of_skewed_costs_is_on_the_safe_side() -> None:
     )
     found = Certificate(
         delta=0.05, seed=0, requirements=(needed,), candidates=("a",), tested=(), certified=(), returned=None,
-        tables={}, labels={}, sampling_seeds={}, versions={},
+        max_new_tokens=9, ended={}, tables={}, labels={}, sampling_seeds={}, versions={},
     )  # fmt: skip
     count = forecast(Tested(name="a", checks=(check,), certified=False), found)
     assert count is not None and count > sample_size(float(costs.std(ddof=1)), limit - float(costs.mean()))
@@ -95,14 +95,15 @@ def test_the_forecast_of_skewed_costs_is_on_the_safe_side() -> None:
     assert 0.8 < passed.mean() < 0.95
 
 
-def test_the_forecast_where_nothing_unsafe_was_seen_is_that_of_the_exact_bound() -> None:
-    """At 598 prompts without an unsafe answer the bound is within half a per cent, at 597 it is not."""
-    needed = Requirement(name="rare", quantity="p_unsafe", limit=0.005, method="clustered_t")
+@pytest.mark.parametrize("quantity", SHARES)
+def test_the_forecast_where_none_was_seen_is_that_of_the_exact_bound(quantity: Quantity) -> None:
+    """At 598 prompts without any such answer the bound is within half a per cent, at 597 it is not."""
+    needed = Requirement(name="rare", quantity=quantity, limit=0.005, method="clustered_t")
     bound = float(binomial_bound(np.array(0), 400, 0.05))
     check = Check(requirement="rare", prompts=400, answers=800, estimate=0.0, bound=bound, raised=0.0, kept=False)
     found = Certificate(
         delta=0.05, seed=0, requirements=(needed,), candidates=("a",), tested=(), certified=(), returned=None,
-        tables={}, labels={}, sampling_seeds={}, versions={},
+        max_new_tokens=9, ended={}, tables={}, labels={}, sampling_seeds={}, versions={},
     )  # fmt: skip
     assert forecast(Tested(name="a", checks=(check,), certified=False), found) == 598
     assert [bool(binomial_bound(np.array(0), n, 0.05) <= 0.005) for n in (597, 598)] == [False, True]

@@ -31,13 +31,17 @@ def pool(seed: int, prompts: int = 3, samples: int = 6) -> Scored:
     reward = rng.normal(size=(prompts, samples))
     cost = 0.6 * reward + rng.normal(size=reward.shape)
     length = np.round(20 + 6 * (0.5 * reward + rng.normal(size=reward.shape)))
-    return Scored(reward, cost, length, [user(f"question {x}") for x in range(prompts)])
+    return Scored(reward, cost, length, length < 22, [user(f"question {x}") for x in range(prompts)])
+
+
+def values_of(given: Scored, further: Constraint) -> Array:
+    return further.values(given.cost, given.length, given.ended)
 
 
 def tilted(given: Scored, prices: list[Price], limit: float = LIMIT) -> Array:
     """Weights of the samples at the prices, with the main limit's multiplier solved on the charged reward."""
     charge = sum(
-        found.lam * found.constraint.applies(given.prompts)[:, None] * found.constraint.values(given.cost, given.length)
+        found.lam * found.constraint.applies(given.prompts)[:, None] * values_of(given, found.constraint)
         for found in prices
     )
     lam = dual.root(given.reward - charge, given.cost, limit=limit, beta=BETA, lambda_max=TOP)
@@ -87,16 +91,25 @@ def primal(given: Scored, room: Callable[[Array], float], extra: float | None = 
 
 def test_values_of_each_kind_by_hand() -> None:
     cost, length = np.array([[-1.0, 0.0], [0.5, 2.0]]), np.array([[3.0, 4.0], [5.0, 6.0]])
+    ended = np.array([[1.0, 1.0], [1.0, 0.0]])
     kinds: dict[str, Any] = {
         "cost": cost,
         "p_unsafe": [[0, 0], [1, 1]],
         "length": length,
+        "unended": [[0, 0], [0, 1]],
         "cvar": [[0.5, 0.5], [0.5, 0.5 + 1.5 / 0.25]],
     }
     for quantity, expected in kinds.items():
         further = Constraint("it", quantity, 0.0, level=0.75, threshold=0.5)  # type: ignore[arg-type]
-        assert further.values(cost, length).tolist() == np.asarray(expected, float).tolist()
-        assert further.values(cost[1], length[1]).shape == (2,)
+        assert further.values(cost, length, ended).tolist() == np.asarray(expected, float).tolist()
+        assert further.values(cost[1], length[1], ended[1] > 0).tolist() == np.asarray(expected, float)[1].tolist()
+
+
+def test_the_range_of_each_kind() -> None:
+    ranges = {"cost": (-2.0, 3.0), "p_unsafe": (0.0, 1.0), "length": (0.0, 50.0), "unended": (0.0, 1.0)}
+    for quantity, expected in {**ranges, "cvar": (0.5, 0.5 + 2.5 / 0.25)}.items():
+        further = Constraint("it", quantity, 0.0, level=0.75, threshold=0.5)  # type: ignore[arg-type]
+        assert further.bounds((-2.0, 3.0), 50) == expected
 
 
 def test_a_pattern_is_looked_for_in_the_last_user_text() -> None:
@@ -122,12 +135,22 @@ def test_prices_come_back_from_their_file() -> None:
 
 def test_a_price_on_length_by_hand() -> None:
     """Two answers of 10 and 20 tokens, one reward: E[length] <= 12 needs odds of 1 to 4, a price of beta log 4 / 10."""
-    given = Scored(np.zeros((1, 2)), np.full((1, 2), -9.0), np.array([[10.0, 20.0]]), [user("q")])
+    given = Scored(np.zeros((1, 2)), np.full((1, 2), -9.0), np.array([[10.0, 20.0]]), np.ones((1, 2)), [user("q")])
     [found] = price(
         given, {"short": ConstraintSpec(quantity="length", limit=12.0)}, limit=0.0, beta=2.0, lambda_max=9.0
     )
     assert found.lam == pytest.approx(2.0 * np.log(4) / 10)
     assert found.predicted == pytest.approx(12.0)
+
+
+def test_a_price_on_answers_that_do_not_end_by_hand() -> None:
+    """One of four is cut: P(unended) <= 0.1 needs odds of 1 to 9 for 1 to 3, a price of beta log 3. A mild limit: 0."""
+    ended = np.array([[1.0, 1.0, 0.0, 1.0]])
+    given = Scored(np.zeros((1, 4)), np.full((1, 4), -9.0), np.full((1, 4), 5.0), ended, [user("q")])
+    for limit, lam, mean in ((0.1, 2.0 * np.log(3), 0.1), (0.3, 0.0, 0.25)):
+        also = {"whole": ConstraintSpec(quantity="unended", limit=limit)}
+        [found] = price(given, also, limit=0.0, beta=2.0, lambda_max=99.0)
+        assert (found.lam, found.predicted) == pytest.approx((lam, mean))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -137,14 +160,15 @@ def test_a_price_on_length_by_hand() -> None:
         {"quantity": "cost", "limit": -0.1, "prompts": "question [01]"},
         {"quantity": "p_unsafe", "limit": 0.3},
         {"quantity": "length", "limit": 19.0},
+        {"quantity": "unended", "limit": 0.2},
     ],
-    ids=["cost on a group", "p_unsafe", "length"],
+    ids=["cost on a group", "p_unsafe", "length", "unended"],
 )
 def test_prices_solve_the_constrained_problem(spec: dict[str, Any], seed: int) -> None:
     given = pool(seed)
     further = constraint("it", ConstraintSpec(**spec))
     group = further.applies(given.prompts)
-    values = further.values(given.cost, given.length)
+    values = values_of(given, further)
 
     def room(z: Array) -> float:
         w = z.reshape(values.shape)
@@ -188,7 +212,7 @@ def test_limits_together_cost_no_less_than_apart_and_slack_ones_nothing() -> Non
     assert prices[0].lam > 0 and prices[1].lam > 0 and prices[2].lam == 0
     w = tilted(given, prices)
     for found in prices:
-        mean = float((w * found.constraint.values(given.cost, given.length)).sum(1).mean())
+        mean = float((w * values_of(given, found.constraint)).sum(1).mean())
         assert mean <= found.constraint.limit + 1e-7 and mean == pytest.approx(found.predicted, abs=1e-6)
     for name in also:
         alone = tilted(given, price(given, {name: also[name]}, limit=LIMIT, beta=BETA, lambda_max=TOP))
@@ -207,11 +231,17 @@ def test_without_further_limits_there_are_no_prices() -> None:
             {"quantity": "cvar", "level": 0.9, "limit": -9.0},
             r"^constraint\.also\.it\.limit -9 is out .* a CVaR of -?\d",
         ),
+        (
+            {"quantity": "unended", "limit": 0.2},
+            r"it\.limit 0\.2 is out of .* 33\.3 % of the prompts have no sample that ended; raise generation\.max_new",
+        ),
     ],
 )
 def test_a_limit_out_of_reach_is_named(spec: dict[str, Any], says: str) -> None:
+    given = pool(2)
+    given.ended[0] = False
     with pytest.raises(InfeasibleError, match=says):
-        price(pool(2), {"it": ConstraintSpec(**spec)}, limit=LIMIT, beta=BETA, lambda_max=TOP)
+        price(given, {"it": ConstraintSpec(**spec)}, limit=LIMIT, beta=BETA, lambda_max=TOP)
 
 
 def test_the_main_limit_out_of_reach_is_told_as_ever() -> None:
@@ -221,7 +251,7 @@ def test_the_main_limit_out_of_reach_is_told_as_ever() -> None:
 
 
 def test_limits_in_conflict_are_named() -> None:
-    given = Scored(np.zeros((1, 2)), np.array([[-1.0, 1.0]]), np.array([[20.0, 10.0]]), [user("q")])
+    given = Scored(np.zeros((1, 2)), np.array([[-1.0, 1.0]]), np.array([[20.0, 10.0]]), np.ones((1, 2)), [user("q")])
     also = {
         "short": ConstraintSpec(quantity="length", limit=12.0),
         "idle": ConstraintSpec(quantity="length", limit=30.0),
@@ -256,6 +286,7 @@ def samples() -> pd.DataFrame:
             "reward": [1.0, 1.0, 1.0],
             "cost": [-0.5, 0.5, 0.5],
             "length": [10, 20, 30],
+            "ended": [True, False, True],
         }
     )
 
@@ -284,6 +315,14 @@ def test_pairs_pay_on_both_sides_and_their_tokens_are_counted() -> None:
     assert priced(frame, PRICES[1:])["reward_rejected"].tolist() == [-2.0, 0.0]
 
 
+def test_answers_that_did_not_end_pay_and_those_of_pairs_all_ended() -> None:
+    whole = Price(Constraint("whole", "unended", 0.1), 3.0, 0.1)
+    assert priced(samples(), [whole])["reward"].tolist() == [1.0, -2.0, 1.0]
+    pair = {"prompt": [user("q")], "reward_chosen": [1.0], "reward_rejected": [0.0], "cost_chosen": [0.0]}
+    charged = priced(pd.DataFrame({**pair, "cost_rejected": [0.0]}), [whole])
+    assert charged[["reward_chosen", "reward_rejected"]].to_numpy().tolist() == [[1.0, 0.0]]
+
+
 def test_no_prices_leave_the_table_as_it_is() -> None:
     frame = samples()
     assert priced(frame, []) is frame
@@ -298,7 +337,7 @@ def test_the_limits_of_the_guide_are_ones_that_params_take(repo_root: Path) -> N
     content = read_yaml(repo_root / "params.yaml")
     content["constraint"] |= YAML(typ="safe").load(block)["constraint"]
     also = check(content, "guide")["dual_init"].also  # type: ignore[attr-defined]
-    assert {spec.quantity for spec in also.values()} == {"cost", "p_unsafe", "cvar", "length"}
+    assert {spec.quantity for spec in also.values()} == {"cost", "p_unsafe", "cvar", "length", "unended"}
     prompts = [user("Is it safe for Children?"), user("A grandchild?")]
     assert constraint("children", also["children"]).applies(prompts).tolist() == [True, False]
 

@@ -30,10 +30,10 @@ def measure_further(answers: pd.DataFrame, limits: Sequence[Constraint]) -> Furt
     if not limits:
         return FurtherLimits((), ())
     prompts, texts = answers["prompt_id"].to_numpy(), answers["prompt"].tolist()
-    cost, length = (answers[name].to_numpy(float) for name in ("cost", "length"))
+    cost, length, ended = (answers[name].to_numpy(float) for name in ("cost", "length", "ended"))
     found, values = [], [cost]
     for limit in limits:
-        on, value = limit.applies(texts), limit.values(cost, length)
+        on, value = limit.applies(texts), limit.values(cost, length, ended)
         share = float(pd.Series(on).groupby(prompts).first().mean())
         mean = clustered_mean(value[on], prompts[on]) if on.any() else None
         known = (None, None) if mean is None else (mean.mean, mean.error)

@@ -20,6 +20,7 @@ ANSWERS = pd.DataFrame(
         "prompt": [user(text) for text in ("a child", "a child", "a dog", "a dog", "a child's dog", "a child's dog")],
         "cost": [-1.0, 1.0, -2.0, -2.0, 0.5, 1.5],
         "length": [4, 6, 5, 5, 8, 12],
+        "ended": [True, True, True, True, True, False],
     }
 )
 
@@ -43,6 +44,15 @@ def test_limits_on_answers_by_hand() -> None:
         [0.0, 0.0, 0.0, 0.0],
     ]
     np.testing.assert_allclose(found.covariance, expected, atol=1e-12)
+
+
+def test_answers_that_did_not_end_are_counted_by_hand() -> None:
+    found = measure_further(ANSWERS, [Constraint("whole", "unended", 0.1)])
+    error = float(np.std([0.0, 0.0, 0.5], ddof=1) / np.sqrt(3))
+    (whole,) = found.estimates
+    assert (whole.mean, whole.error) == pytest.approx((1 / 6, error))
+    # Within prompts, over all three: the cut answer costs 1 more than the other to its prompt.
+    np.testing.assert_allclose(found.covariance, [[2.5 / 3, 0.5 / 3], [0.5 / 3, 0.5 / 3]], atol=1e-12)
 
 
 def test_without_limits_nothing_is_measured() -> None:

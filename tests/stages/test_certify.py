@@ -63,13 +63,14 @@ def test_further_limits_are_tests_too(resources: Resources) -> None:
 def test_bounded_methods_have_the_range_of_every_quantity(resources: Resources) -> None:
     prices = [
         {**FURTHER, "limit": 6.0},
+        {**FURTHER, "limit": 0.99, "name": "whole", "quantity": "unended"},
         {**FURTHER, "limit": 0.9, "name": "rare", "quantity": "p_unsafe"},
         {**FURTHER, "limit": 9.0, "name": "tail", "quantity": "cvar", "level": 0.5, "threshold": 1.0},
     ]
     write_json("data/dual/dual.json", {"lam": 0.8, "prices": prices})
     main(run_of(resources, method="betting", bounds=[-50.0, 50.0]))
     found = certificate.verify("reports/certificate/it/certificate.json")
-    assert [required.bounds for required in found.requirements] == [(-50, 50), (0, 6), (0, 1), (1, 99)]
+    assert [required.bounds for required in found.requirements] == [(-50, 50), (0, 6), (0, 1), (0, 1), (1, 99)]
 
 
 def run_of(resources: Resources, limit: float = 100.0, row: dict[str, Any] | None = None, **changes: Any) -> Any:
@@ -99,6 +100,24 @@ def test_the_boldest_candidate_that_passes_is_the_certified_policy(resources: Re
     mean = clustered_mean(answers["cost"].to_numpy(), answers["prompt_id"].to_numpy()).mean
     assert found.tested[2].checks[0].estimate == pytest.approx(mean)
     assert not list(Path(".scratch/certify/it").glob("*"))
+
+
+def test_the_certificate_tells_where_answers_were_cut_and_how_many_ended(resources: Resources) -> None:
+    """An untrained model ends one answer in ten within 40 tokens, so that a limit on unended answers is not kept."""
+    whole = {**FURTHER, "limit": 0.1, "name": "whole", "quantity": "unended"}
+    run = run_of(resources, row={"weights": [1.0], "fallback": "reward_dpo/helpful"}, max_new_tokens=40)
+    for prices, returned in (([], "reward_dpo/helpful"), ([whole], None)):
+        write_json("data/dual/dual.json", {"lam": 0.8, "prices": prices})
+        main(run)
+        found = certificate.verify("reports/certificate/it/certificate.json")
+        share = float(read_table("reports/certificate/it/00-answers.parquet", ANSWERS)["ended"].mean())
+        assert 0 < share < 0.5 and found.returned == returned
+        assert (found.max_new_tokens, found.ended) == (40, {"reward_dpo/helpful": share})
+        said = f"for answers of at most 40 tokens, of which {100 * share:.4g} % ended by themselves"
+        assert found.statement.endswith(said) and said in Path("models/certified/it/README.md").read_text()
+        assert metrics()["max_new_tokens"] == 40
+        assert metrics()["tests"][0]["ended"]["mean"] == pytest.approx(share)
+    assert found.tested[0].checks[1].estimate == pytest.approx(1 - share)
 
 
 def test_a_merge_extrapolates(resources: Resources) -> None:

@@ -197,6 +197,22 @@ def test_a_limit_on_length_shortens_what_the_pool_predicts(resources: Resources)
 
 
 @pytest.mark.usefixtures("folder")
+def test_a_limit_on_answers_that_do_not_end_is_met_on_the_pool(resources: Resources) -> None:
+    """Against both limits solved at once, and the share of cut samples under the tilt by sums; cut at 22 tokens."""
+    write_parquet("data/scored/pool.parquet", [{**row, "ended": row["length"] < 22} for row in rows()], POOL)
+    reward, cost = scores()
+    cut = 1.0 - by_prompt(read_table("data/scored/pool.parquet", POOL), "ended")
+    assert tilted(reward, cost, solved(run_of(resources))["lam"], 1.5, cut) > 0.2
+    result = solved(run_of(resources, also={"whole": ConstraintSpec(quantity="unended", limit=0.1)}))
+    [found] = result["prices"]
+    joint = dual.solve_many(reward, [cost, cut], limits=[LIMIT, 0.1], beta=1.5, lambda_max=50)
+    assert [result["lam"], found["lam"]] == pytest.approx(joint.lams.tolist(), abs=1e-7) and found["lam"] > 0
+    charged = reward - found["lam"] * cut
+    assert tilted(charged, cost, result["lam"], 1.5, cut) == pytest.approx(0.1, abs=1e-5)
+    assert tilted(charged, cost, result["lam"], 1.5, cost) == pytest.approx(LIMIT, abs=1e-5)
+
+
+@pytest.mark.usefixtures("folder")
 def test_p_unsafe_alone_has_a_price_and_a_limit_that_is_slack_none(resources: Resources) -> None:
     """By bisection of P(unsafe) under exp((r - price 1{c > 0}) / beta); lambda is 0, and the message says which."""
     reward, cost = scores()

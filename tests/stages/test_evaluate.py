@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.loading import load
 from dualign.core.params import ConstraintSpec, EvaluateParams, Resources
-from dualign.core.schema import POOL, PROMPTS, by_prompt, prompt_id, read_table, user
+from dualign.core.schema import ANSWERS, POOL, PROMPTS, by_prompt, prompt_id, read_table, user
 from dualign.core.stage import Run
 from dualign.data import world
 from dualign.lm.models import load_policy, load_scorer_backbone
@@ -76,6 +76,8 @@ def test_the_pool_tells_displacement_and_tilt_of_its_first_samples(
         {key: tilt[key] for key in ("reward_slope", "cost_slope", "r2")}, rel=1e-2, abs=1e-3
     )
     own = read_json("reports/metrics/evaluate/sft.json")
+    ended = read_table("reports/evaluation/sft/answers.parquet", ANSWERS)["ended"]
+    assert (own["max_new_tokens"], own["ended"]["mean"]) == (6, pytest.approx(ended.mean()))
     assert own["displacement"]["mean"] == pytest.approx(0, abs=1e-4)
     assert own["tilt"]["reward_slope"] == pytest.approx(0, abs=1e-4)
 
@@ -93,6 +95,7 @@ def answers() -> pd.DataFrame:
             "prompt": [user(text) for text in texts],
             "cost": rng.normal(size=200),
             "length": rng.integers(1, 30, 200),
+            "ended": rng.random(200) < 0.8,
         }
     )
 
@@ -100,13 +103,20 @@ def answers() -> pd.DataFrame:
 def test_each_limit_has_its_mean_and_interval_by_prompt(answers: pd.DataFrame) -> None:
     also = {
         "short": ConstraintSpec(quantity="length", limit=12.0),
+        "whole": ConstraintSpec(quantity="unended", limit=0.1),
         "kitchen": ConstraintSpec(quantity="p_unsafe", limit=0.4, prompts="kitchen"),
         "tail": ConstraintSpec(quantity="cvar", limit=1.5, level=0.9),
     }
     found = further_limits(answers, also, 0.9)
-    assert {name: row["limit"] for name, row in found.items()} == {"short": 12.0, "kitchen": 0.4, "tail": 1.5}
+    assert {name: row["limit"] for name, row in found.items()} == {
+        "short": 12.0, "whole": 0.1, "kitchen": 0.4, "tail": 1.5,
+    }  # fmt: skip
     kitchen = answers[answers["prompt_id"].str.contains("kitchen")]
-    for name, rows, values in (("short", answers, answers["length"]), ("kitchen", kitchen, kitchen["cost"] > 0)):
+    by_hand = (
+        ("short", answers, answers["length"]), ("whole", answers, ~answers["ended"]),
+        ("kitchen", kitchen, kitchen["cost"] > 0),
+    )  # fmt: skip
+    for name, rows, values in by_hand:
         expected = clustered_mean(values.to_numpy(float), rows["prompt_id"].to_numpy(), 0.9).as_dict()
         assert {key: found[name][key] for key in expected} == pytest.approx(expected)
     tail = found["tail"]
