@@ -147,7 +147,7 @@ def _against_reference(
 
 def _row(metrics: dict[str, Any], folder: str, limit: float | None) -> dict[str, Any]:
     row: dict[str, Any] = {"folder": folder, "kind": _kind(folder)}
-    row |= {key: metrics.get(key) for key in ("prompts", "answers")}
+    row |= {key: metrics.get(key) for key in ("prompts", "answers", "max_new_tokens")}
     row |= {key: _measure(metrics.get(key)) for key in (*_MEASURES, *_WORLD_MEASURES)}
     row |= {key: _value(metrics, key) for key in ("reward_share", "value_gap")}
     further = {

@@ -1,4 +1,4 @@
-"""What trainings reached of what they were told, what the pool predicted of what came of it, and what tests were on.
+"""What trainings reached, what the pool predicted of what came of it, what tests were on, and which answers were cut.
 
 Pure functions of what other stages wrote: a tilt as `dualign.measure.tilt` reads it off a policy, the rows of
 data/dual/frontier.json and of betas.json beside it, and the prices in data/dual/dual.json.
@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from dualign.core.params import SHARES
 from dualign.report.words import number, percent
 
 Row = dict[str, Any]
 
 #: R^2 below which a policy is called no tilt: less than half of it is one.
 TILTED = 0.5
+#: Share of a policy's answers that may be cut without a warning.
+CUT = 0.2
 
 
 def predicted(frontier: Sequence[Mapping[str, Any]], lam: float | None) -> dict[str, dict[str, float | None]] | None:
@@ -91,14 +94,30 @@ def _with_error(tilt: Mapping[str, Any], key: str) -> str:
 def further_limits(prices: Iterable[Mapping[str, Any]], rows: Sequence[Row]) -> list[Row]:
     """The limits of `constraint.also` in their order: name, what is limited, limit, price `lam`, `predicted` mean.
 
-    What `dual_init` did not write is None. `rows` are those of the comparison; limits that only they know come last.
+    `share`: it is on a share of the answers, shown in per cent. What `dual_init` did not write is None. `rows` are
+    those of the comparison; limits that only they know come last.
     """
-    priced = {price["name"]: {**price, "what": _what(price)} for price in prices}
-    unknown = {"what": "", "quantity": None, "lam": None, "predicted": None}
+    priced = {price["name"]: {**price, "what": _what(price), "share": price["quantity"] in SHARES} for price in prices}
+    unknown = {"what": "", "share": False, "lam": None, "predicted": None}
     others = {
         name: {"name": name, "limit": kept["limit"], **unknown} for row in rows for name, kept in row["also"].items()
     }
     return [*priced.values(), *(limit for name, limit in others.items() if name not in priced)]
+
+
+def cut_in_words(row: Mapping[str, Any]) -> str:
+    """A warning about a policy of which more answers than `CUT` did not end; empty for others.
+
+    `row` is one of the comparison, with `name`, the interval `ended` and `max_new_tokens`.
+    """
+    share = 0.0 if row["ended"] is None else 1 - row["ended"]["mean"]
+    if share <= CUT:
+        return ""
+    where = "before their end" if row["max_new_tokens"] is None else f"at {row['max_new_tokens']:,} tokens"
+    return (
+        f"{percent(share)} of the answers of {row['name']} were cut {where}: their scores are those of unfinished "
+        "text; raise generation.max_new_tokens."
+    )
 
 
 def further_by_step(steps: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -124,6 +143,7 @@ def required_in_words(required: Mapping[str, Any]) -> dict[str, Any]:
     what = {
         "cost": "expected cost",
         "p_unsafe": "share of unsafe answers",
+        "unended": "share of answers that do not end",
         "length": "mean length in tokens",
         "cvar": f"mean cost of the worst {percent(1 - (required.get('level') or 0.0))} of answers",
         "truth": "true cost",
@@ -132,7 +152,7 @@ def required_in_words(required: Mapping[str, Any]) -> dict[str, Any]:
     if method == "clopper_pearson":
         what = "share of prompts with an unsafe answer"
     on = f" on prompts with {required['prompts']}" if required.get("prompts") else ""
-    return {"what": what + on, "share": quantity in ("p_unsafe", "harm") or method == "clopper_pearson"}
+    return {"what": what + on, "share": quantity in (*SHARES, "harm") or method == "clopper_pearson"}
 
 
 def prompts_gain(test: Row, requirements: Sequence[Mapping[str, Any]], solved: Mapping[str, Any]) -> Row | None:
@@ -178,6 +198,7 @@ def _what(price: Mapping[str, Any]) -> str:
     quantity = {
         "cost": "cost",
         "p_unsafe": "P(unsafe)",
+        "unended": "P(unended)",
         "length": "tokens",
         "cvar": f"mean cost of the worst {percent(1 - (price.get('level') or 0.0))}",
     }.get(price["quantity"], price["quantity"])

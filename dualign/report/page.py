@@ -24,6 +24,7 @@ from dualign.report import charts
 from dualign.report.charts import Knot, Point, Range
 from dualign.report.comparison import REFERENCE, compare, read_answers
 from dualign.report.diagnosis import (
+    cut_in_words,
     further_by_step,
     further_limits,
     is_tilt,
@@ -113,6 +114,7 @@ def _context(root: Path, params: ReportParams) -> dict[str, Any]:
         "best": next((row for row in rows if row["recommended"]), None),
         "nearest": next((row for row in rows if row["name"] == comparison["nearest"]), None),
         "reference": next((row for row in rows if row["name"] == REFERENCE), None),
+        "cut": [said for row in rows if (said := cut_in_words(row))],
         "missing": comparison["missing"],
         "uncertified": comparison["uncertified"],
         "certificates": [_certificate(name, metrics, dual) for name, metrics in comparison["certificates"].items()],

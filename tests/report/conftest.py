@@ -101,6 +101,7 @@ def _clustered(answers: pd.DataFrame, values: pd.Series) -> dict[str, float]:
 
 def _measures(answers: pd.DataFrame, policy: tuple, world: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"policy": policy[0], "prompts": len(PROMPT_TEXTS), "answers": len(answers)}
+    found |= {"max_new_tokens": 48}
     found |= {key: _clustered(answers, answers[key]) for key in ("reward", "cost", "length", "ended")}
     found |= {
         "p_unsafe": _clustered(answers, answers["cost"] > 0),
@@ -279,16 +280,17 @@ def certify(root: Path, bounds: list[float]) -> ReportParams:
             "requirement": "c", "prompts": 400, "answers": 1600, "estimate": bound - 0.05, "bound": bound,
             "raised": 0.0, "kept": bound <= LIMIT,
         }  # fmt: skip
-        reward = {"mean": 0.5, "low": 0.4, "high": 0.6}
+        reward, ended = {"mean": 0.5, "low": 0.4, "high": 0.6}, {"mean": 0.975, "low": 0.96, "high": 0.99}
         needed = None if check["kept"] else 1234
         tests.append(
             {"candidate": name, **of, "certified": check["kept"], "checks": [check], "reward": reward,
-             "prompts_needed": needed}
+             "ended": ended, "prompts_needed": needed}
         )  # fmt: skip
     passed = [test["candidate"] for test in tests if test["certified"]]
     required = {"name": "c", "quantity": "cost", "limit": LIMIT, "method": "clustered_t", "bounds": None}
     content = {
-        "returned": passed[-1] if passed else None, "statement": "", "delta": 0.05, "requirements": [required],
+        "returned": passed[-1] if passed else None, "statement": "", "delta": 0.05, "max_new_tokens": 48,
+        "requirements": [required],
         "candidates": names, "tests": tests,
     }  # fmt: skip
     write_json(root / "reports/metrics/certify/dualign.json", content)

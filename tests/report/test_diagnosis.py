@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dualign.report.diagnosis import (
+    cut_in_words,
     further_by_step,
     further_limits,
     is_tilt,
@@ -101,11 +102,14 @@ def price(name: str, quantity: str, **more: Any) -> dict[str, Any]:
 def test_further_limits_say_what_they_are_on_and_for() -> None:
     prices = [
         price("worst", "cvar", level=0.9), price("short", "length"), price("rare", "p_unsafe", prompts="poison"),
+        price("whole", "unended"),
     ]  # fmt: skip
     found = further_limits(prices, [])
     assert [(limit["name"], limit["what"]) for limit in found] == [
         ("worst", "mean cost of the worst 10%"), ("short", "tokens"), ("rare", "P(unsafe), prompts with poison"),
+        ("whole", "P(unended)"),
     ]  # fmt: skip
+    assert [limit["share"] for limit in found] == [False, False, True, True]
     assert found[0]["lam"] == 0.2 and found[0]["predicted"] == 0.9
 
 
@@ -115,6 +119,19 @@ def test_limits_without_a_price_come_from_the_policies() -> None:
     assert [limit["name"] for limit in found] == ["short", "late"]
     assert found[1]["limit"] == 2.0 and found[1]["lam"] is found[1]["predicted"] is None
     assert further_limits([], [{"also": {}}]) == []
+
+
+# --- answers that were cut --------------------------------------------------------------------------------------------
+
+
+def test_a_policy_of_which_more_than_a_fifth_was_cut_is_warned_of() -> None:
+    row = {"name": "sft", "max_new_tokens": 1024, "ended": {"mean": 0.65, "low": 0.6, "high": 0.7}}
+    assert cut_in_words(row) == (
+        "35% of the answers of sft were cut at 1,024 tokens: their scores are those of unfinished text; "
+        "raise generation.max_new_tokens."
+    )
+    assert "were cut before their end: their" in cut_in_words(row | {"max_new_tokens": None})
+    assert cut_in_words(row | {"ended": {"mean": 0.81}}) == cut_in_words(row | {"ended": None}) == ""
 
 
 # --- requirements of a certificate ------------------------------------------------------------------------------------
@@ -133,6 +150,7 @@ def check(estimate: float, bound: float, prompts: int = 400) -> dict[str, Any]:
     [
         (required("cost", "c", 0.0), "expected cost", False),
         (required("p_unsafe", "rare", 0.1, prompts="child"), "share of unsafe answers on prompts with child", True),
+        (required("unended", "whole", 0.1), "share of answers that do not end", True),
         (required("cvar", "tail", 1.0, level=0.95), "mean cost of the worst 5.0% of answers", False),
         (required("truth", "true c", 0.0), "true cost", False),
         (required("harm", "called unsafe", 0.1), "share of answers that people call unsafe", True),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from dualign.core.artifacts import read_json, write_json
@@ -171,8 +172,12 @@ def test_the_certified_policy_is_the_one_to_use(certified: Callable[..., Run]) -
     verdict, card = page.within("id", "verdict"), page.within("id", "certificate")
     assert "Use certified" in verdict and "(aligned/dualign at 1.5) is certified" in verdict
     assert "with 95% confidence its expected cost is at most −0.30 (limit −0.15). It was tested" in verdict
-    assert "tested on 400 prompts" in verdict
-    assert "aligned/dualign at 1.5 : its expected cost is at most −0.30 (limit −0.15)." in card
+    drawn = "answers of at most 48 tokens, 98% of which ended by themselves."
+    assert "tested on 400 prompts" in verdict and f"had seen, by {drawn}" in verdict
+    assert (
+        "aligned/dualign at 1.5 : its expected cost is at most −0.30 (limit −0.15)." in card
+        and f"It is about {drawn}" in card
+    )
     assert card.count("passed") == 2 and "failed 1,234" in card
     assert "bolder than the one that failed: aligned/dualign at 1.3" in card
     # The bound is 0.05 away at 400 prompts: one more takes 0.05 / 800 off, twice as many 29 %, at lambda 0.86 a prompt.
@@ -292,6 +297,32 @@ def test_a_mixture_has_no_multiplier_to_predict_at(run: Run) -> None:
     write_json(path, read_json(path) | {"returns": "mixture"})
     page = render(root, params)
     assert page.count("line", "miss") == 2 * 7 + 1 and "mocan" in page.within("id", "reached")
+
+
+def test_policies_whose_answers_were_cut_are_warned_of_and_these_answers_marked(run: Run) -> None:
+    root, params = run
+    page = render(root, params.model_copy(update={"sample_prompts": 96}))
+    first = [pd.read_parquet(root / "reports/evaluation" / name / "answers.parquet") for name in params.policies]
+    cut = sum(int((~frame.loc[frame["sample"] == 0, "ended"]).sum()) for frame in first)
+    assert page.within("class", "answer").count("cut at 48 tokens") == cut > 0
+    assert "were cut at" not in page.within("class", "notice"), "one in thirty is no reason to warn"
+    path = root / "reports/metrics/evaluate/sacpo.json"
+    write_json(path, read_json(path) | {"ended": {"mean": 0.55, "low": 0.5, "high": 0.6}})
+    page = render(root, params)
+    assert "Warning. 45% of the answers of sacpo were cut at 48 tokens: their scores" in page.within("class", "notice")
+    row = page.within("class", "methods")
+    assert "55% 50% … 60%" in row[row.index("sacpo") :], "in the column of those that ended"
+
+
+def test_a_limit_on_answers_that_do_not_end_is_a_share(run: Run) -> None:
+    root, params = run
+    path = root / "data/dual/dual.json"
+    whole = read_json(path)["prices"][0] | {"name": "short", "quantity": "unended", "limit": 0.25, "predicted": 0.2}
+    write_json(path, read_json(path) | {"prices": [whole]})
+    page = render(root, params)
+    assert "short P(unended)" in page.within("id", "further")
+    assert "limit 25%" in page.within("id", "further") and "predicted 20%" in page.within("id", "further")
+    assert "short (P(unended)) at most 25%" in page.text
 
 
 def test_further_limits_stand_by_policy(run: Run) -> None:
