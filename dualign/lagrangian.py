@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import replacing
@@ -53,8 +52,7 @@ def train_at(
     job = Job(params.training.model_copy(update={"learning_rate": rate}), resources, scratch, params.seed)
     inner = Inner(params.beta * scale, params.beta, spec.inner.labels, spec.inner.anchor, spec.inner.nll)
     tokenizer = load_tokenizer(begin)
-    torch.manual_seed(params.seed)  # of new adapters
-    policy = with_lora(load_policy(begin, resources), params.lora)
+    policy = with_lora(load_policy(begin, resources, trained=params.lora.rank == 0), params.lora, params.seed)
     metrics = train_pairwise(policy, tokenizer, pairs, inner, job)
     with replacing(out) as folder:
         save(policy, tokenizer, folder)

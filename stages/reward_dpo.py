@@ -34,9 +34,10 @@ def main(run: Run[RewardDpoParams]) -> None:
     if run.item not in params.runs:
         raise ParamsError(f"reward_dpo.runs has no {run.item!r}; one of {', '.join(params.runs)}")
     spec = params.runs[run.item]
-    tokenizer, policy = load_tokenizer("models/sft"), load_policy(MODELS / spec.reference, run.resources)
+    tokenizer = load_tokenizer("models/sft")
+    policy = load_policy(MODELS / spec.reference, run.resources, trained=params.lora.rank == 0)
     pairs = training_pairs(run, spec, policy, tokenizer)
-    policy = with_lora(policy, params.lora)
+    policy = with_lora(policy, params.lora, params.seed)
     scratch = run.scratch(PAIRS, *sorted({MODELS / name for name in ("sft", spec.reference, spec.margin)}))
     job = Job(params.training, run.resources, scratch, params.seed)
     inner = Inner(scale=params.beta, beta=params.beta, loss_type=spec.loss_type, clip=spec.clip)

@@ -33,7 +33,9 @@ def main(run: Run[RewardModelParams]) -> None:
     train, heldout = (pairs[pairs["split"] == split] for split in ("train", "heldout"))
     backbone = str(REFERENCE) if params.backbone == "sft" else params.backbone
     tokenizer = load_tokenizer(backbone)
-    model = with_lora(load_scorer_backbone(backbone, tokenizer, run.resources, params.seed), params.lora, head=True)
+    whole = params.lora.rank == 0
+    model = load_scorer_backbone(backbone, tokenizer, run.resources, params.seed, trained=whole)
+    model = with_lora(model, params.lora, params.seed, head=True)
     high, low = (conversations(tokenizer, train["prompt"], train[side]) for side in ("chosen", "rejected"))
     scratch = run.scratch(PAIRS, REFERENCE)
     job = Job(params.training, run.resources, scratch, params.seed)

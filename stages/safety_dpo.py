@@ -38,10 +38,11 @@ def main(run: Run[SafetyDpoParams]) -> None:
     lam = max(spec.factor * multiplier(run.item, spec), params.lambda_min)
     reference = Path("models") / spec.reference
     frame = read_table(PAIRS, SAFETY_PAIRS)
-    tokenizer, policy = load_tokenizer("models/sft"), load_policy(reference, run.resources)
+    tokenizer = load_tokenizer("models/sft")
+    policy = load_policy(reference, run.resources, trained=params.lora.rank == 0)
     train = visited(frame[frame["split"] == "train"], params.training, params.seed)
     pairs = safety_training_pairs(train, policy, tokenizer, run.resources.scoring_batch_size, spec.loss_type)
-    policy = with_lora(policy, params.lora)
+    policy = with_lora(policy, params.lora, params.seed)
     scratch = run.scratch(PAIRS, reference, DUAL)
     job = Job(params.training, run.resources, scratch, params.seed)
     inner = Inner(scale=params.beta / lam, beta=params.beta, loss_type=spec.loss_type, clip=spec.clip)

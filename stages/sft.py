@@ -2,7 +2,8 @@
 
     python -m stages.sft
 
-The base is a hub id, a folder, or `scratch`: a small Llama and a tokenizer built here from the data.
+The base is a hub id, a folder (with `gguf_file` a GGUF file in it), or `scratch`: a small Llama and a tokenizer built
+here from the data. With `train: false` the base itself is pi_ref; its format is checked and its held-out loss measured.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import replacing
+from dualign.core.errors import DataError
 from dualign.core.params import SftParams
 from dualign.core.schema import SFT, read_table
 from dualign.core.stage import Run, execute, finished
+from dualign.lm.loading import check_context
 from dualign.lm.models import (
     build_scratch,
     fit_vocabulary,
@@ -26,9 +29,9 @@ from dualign.lm.models import (
     train_tokenizer,
     with_lora,
 )
-from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.lm.tokens import encode_conversations
 from dualign.training.run import Job, Model
-from dualign.training.supervised import train_sft
+from dualign.training.supervised import heldout_loss, train_sft
 
 ROWS = Path("data/prepared/sft.parquet")
 OUT = Path("models/sft")
@@ -38,20 +41,20 @@ def main(run: Run[SftParams]) -> None:
     """Run the stage."""
     params = run.params
     rows = read_table(ROWS, SFT)
+    scratch = run.scratch(ROWS, *local_inputs(params))
     model, tokenizer = base(run, rows)
-    model = with_lora(model, params.lora)
-    parts = {
-        split: list(
-            zip(encode_prompts(tokenizer, part["prompt"]), encode_answers(tokenizer, part["response"]), strict=True)
-        )
-        for split, part in rows.groupby("split")
-    }
-    scratch = run.scratch(ROWS)
+    check_context(model, params.training.max_length, "sft.training.max_length")
+    train, heldout = encoded(rows, tokenizer)
     job = Job(params.training, run.resources, scratch, params.seed)
-    metrics = train_sft(model, tokenizer, parts["train"], parts["heldout"], job)
+    if params.train:
+        model = with_lora(model, params.lora, params.seed)
+        metrics = train_sft(model, tokenizer, train, heldout, job)
+    else:
+        metrics = {"heldout_loss": heldout_loss(model, tokenizer, heldout, job)}
     with replacing(OUT) as folder:
         save(merged(model), tokenizer, folder)
-    run.metrics({**metrics, "parameters": sum(p.numel() for p in model.parameters()), "vocabulary": len(tokenizer)})
+    parameters = sum(weight.numel() for weight in model.parameters())
+    run.metrics({**metrics, "trained": params.train, "parameters": parameters, "vocabulary": len(tokenizer)})
     finished(scratch)
 
 
@@ -59,9 +62,13 @@ def base(run: Run[SftParams], rows: pd.DataFrame) -> tuple[Model, PreTrainedToke
     """The model to start from and its tokenizer."""
     params = run.params
     if params.base != "scratch":
-        tokenizer = load_tokenizer(params.base, params.revision, params.chat_template)
-        model = load_policy(params.base, run.resources, params.revision)
-        fit_vocabulary(model, tokenizer)
+        tokenizer = load_tokenizer(params.base, params.revision, params.chat_template, params.gguf_file)
+        model = load_policy(
+            params.base, run.resources, params.revision,
+            gguf_file=params.gguf_file, trained=params.train and params.lora.rank == 0, rounded=params.train,
+        )  # fmt: skip
+        run.sources["sft.base"] = getattr(model.config, "_commit_hash", None) or params.base
+        fit_vocabulary(model, tokenizer, params.seed)
         return model, tokenizer
     if params.scratch.tokenizer == "train":
         train = rows[rows["split"] == "train"]
@@ -75,6 +82,22 @@ def base(run: Run[SftParams], rows: pd.DataFrame) -> tuple[Model, PreTrainedToke
         tokenizer = load_tokenizer(params.scratch.tokenizer, None, params.chat_template)
     tokenizer.model_max_length = params.scratch.context
     return build_scratch(params.scratch, tokenizer, params.seed), tokenizer
+
+
+def local_inputs(params: SftParams) -> list[Path]:
+    """The folders and files beside the data that the result depends on: what lies in them counts, not their names."""
+    named = (params.base, params.chat_template, params.scratch.tokenizer)
+    return [Path(name) for name in named if name is not None and Path(name).exists()]
+
+
+def encoded(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[list[int], list[int]]]]:
+    """Ids of prompt and answer of the training and of the held-out rows. Raises DataError for a row by number."""
+    try:
+        ids = encode_conversations(tokenizer, rows["prompt"].tolist(), rows["response"].tolist())
+    except DataError as error:
+        raise DataError(f"{ROWS}: {error}") from error
+    splits = rows["split"].tolist()
+    return [[row for row, own in zip(ids, splits, strict=True) if own == split] for split in ("train", "heldout")]
 
 
 if __name__ == "__main__":

@@ -160,10 +160,13 @@ class ConstraintSpec(Frozen):
 
 
 class Resources(Frozen):
-    """How to run on this machine; DVC does not track it."""
+    """How to run on this machine; DVC does not track it.
+
+    `precision` is what matrices are multiplied in: `bf16` keeps weights that are trained in fp32, `pure_bf16` does not.
+    """
 
     device: Literal["auto", "cpu", "cuda"]
-    precision: Literal["auto", "fp32", "bf16"]
+    precision: Literal["auto", "fp32", "bf16", "pure_bf16"]
     micro_batch_size: Count | None
     sampling_batch_size: Count
     scoring_batch_size: Count
@@ -199,14 +202,16 @@ class PrepareParams(StageParams):
 
 
 class SftParams(StageParams):
-    """Supervised fine-tuning; the result is the reference policy."""
+    """Supervised fine-tuning; the result is the reference policy. `train` false takes the base as it is."""
 
     section = "sft"
     shared = {"seed": "seed"}
 
     seed: int
+    train: bool
     base: str
     revision: str | None
+    gguf_file: str | None
     chat_template: str | None
     scratch: ScratchParams
     training: TrainingParams

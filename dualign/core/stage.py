@@ -32,13 +32,17 @@ _PACKAGES = ("dualign", "torch", "transformers", "trl", "peft", "datasets", "pan
 
 @dataclass
 class Run(Generic[P]):
-    """One execution of a stage. `item` is the instance of a fanned-out stage, such as a method's name."""
+    """One execution of a stage. `item` is the instance of a fanned-out stage, such as a method's name.
+
+    `throughput` and `sources` (hub models with the commit that was read) are written into the provenance.
+    """
 
     stage: str
     item: str | None
     params: P
     resources: Resources
     throughput: dict[str, float] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -165,6 +169,7 @@ def _provenance(run: Run[P], seconds: float) -> None:
         "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
         "peak_gpu_mib": gpu,
         "throughput": run.throughput,
+        "sources": run.sources,
     }
     write_json(Path("reports/provenance") / f"{run.name}.json", content)
     log.info("%s done in %.1f s, peak memory %.0f MiB", run.name, seconds, content["peak_rss_mib"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -21,8 +25,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dualign.core.errors import ModelError
+from dualign.core.errors import ModelError, ParamsError
 from dualign.core.params import LoraParams, Resources, ScratchParams
+from dualign.lm.loading import first_line, load_model, load_reported, require, with_adapter
+from dualign.lm.numerics import check_head, device_of, in_precision, precision_of
+from dualign.lm.templates import read_template, settle
 from dualign.lm.tokens import PLAIN_TEMPLATE
 
 log = logging.getLogger(__name__)
@@ -35,24 +42,6 @@ _SCRATCH_TEMPLATE = (
     "{% endfor %}"
 )
 _SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
-
-
-def device_of(resources: Resources) -> torch.device:
-    """The device to run on: CUDA where there is one, unless params say otherwise."""
-    if resources.device == "cuda" and not torch.cuda.is_available():
-        raise ModelError(
-            "resources.device is cuda but torch sees no GPU; set it to auto, or install a CUDA build of torch"
-        )
-    use_cuda = resources.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if use_cuda else "cpu")
-
-
-def precision_of(resources: Resources) -> torch.dtype:
-    """bf16 on a GPU that has it, fp32 elsewhere, unless params say otherwise."""
-    if resources.precision == "auto":
-        capable = device_of(resources).type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if capable else torch.float32
-    return torch.bfloat16 if resources.precision == "bf16" else torch.float32
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
@@ -76,40 +65,64 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def load_tokenizer(
-    path: str | Path, revision: str | None = None, chat_template: str | None = None
+    path: str | Path, revision: str | None = None, chat_template: str | None = None, gguf_file: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer with EOS, a pad token of its own and a chat template (`chat_template` names a Jinja file).
+    """A tokenizer with a chat template (`chat_template` names a Jinja file), an EOS that ends turns, and a pad token.
 
-    Raises ModelError if there is no tokenizer at `path`, or one without an EOS token.
+    Raises ModelError if there is no tokenizer at `path`, one without an EOS token, or a template that cannot be used.
     """
-    _require(path)
+    require(path)
+    options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises many kinds here, down to bare Exception
         raise ModelError(
-            f"{path}: no usable tokenizer ({_first_line(error)}); put tokenizer.json and tokenizer_config.json there"
+            f"{path}: no usable tokenizer ({first_line(error)}); put tokenizer.json and tokenizer_config.json there"
         ) from error
     if tokenizer.eos_token is None:
         if "<|end|>" not in tokenizer.get_vocab() and "<|endoftext|>" not in tokenizer.get_vocab():
             raise ModelError(f"{path}: the tokenizer names no eos_token; set it in tokenizer_config.json")
         tokenizer.eos_token = "<|end|>" if "<|end|>" in tokenizer.get_vocab() else "<|endoftext|>"
-    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        # A pad equal to EOS makes reward models read the score one token before EOS.
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    if chat_template is not None:
-        tokenizer.chat_template = _read_template(chat_template)
-    elif not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_TEMPLATE
+    tokenizer.chat_template = read_template(chat_template) if chat_template else tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    settle(tokenizer, str(chat_template or path))
+    _with_pad(tokenizer)
     return tokenizer
 
 
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError as error:
-        raise ModelError(
-            f"sft.chat_template: {path} cannot be read ({error.strerror}); give a Jinja file or null"
-        ) from error
+#: Names of tokens that a base holds in reserve and never says, in order of preference.
+_SPARE = re.compile(
+    r"<\|finetune_right_pad_id\|>|<pad>|\[PAD\]|<\|pad(?:ding)?\|>|<\|reserved_special_token_\d+\|>|<reserved_\d+>"
+    r"|<unused\d+>|\[unused\d+\]|<\|extra_\d+\|>|<\|dummy_\d+\|>"
+)
+_TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>")
+
+
+def _with_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A pad token that the base has and never says; one is added only where there is none.
+
+    A pad equal to EOS makes reward models read the score one token before EOS.
+    """
+    taken = {tokenizer.eos_token, tokenizer.bos_token}
+    if tokenizer.pad_token is not None and tokenizer.pad_token not in taken:
+        return
+    held = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    spare = sorted(filter(_SPARE.fullmatch, held))
+    named = [name for name in _TEXT_ENDS if name in held]
+    silent = [tokenizer.unk_token] if _knows_every_byte(tokenizer) and tokenizer.unk_token else []
+    found = next((token for token in [*spare, *named, *silent] if token not in taken), None)
+    if found is None:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    else:
+        tokenizer.pad_token = found
+
+
+def _knows_every_byte(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether any text can be encoded without the unknown token."""
+    unknown = tokenizer.unk_token_id
+    return (
+        unknown is not None and unknown not in tokenizer("\U0001f9ff\x00\u4e00", add_special_tokens=False)["input_ids"]
+    )
 
 
 # --- policies ---------------------------------------------------------------------------------------------------------
@@ -133,33 +146,82 @@ def build_scratch(params: ScratchParams, vocabulary: PreTrainedTokenizerBase, se
     return LlamaForCausalLM(config)
 
 
-def load_policy(path: str | Path, resources: Resources, revision: str | None = None) -> PreTrainedModel | PeftModel:
-    """A causal language model, or an adapter on its base, on the device in the chosen precision."""
-    _require(path)
+def load_policy(
+    path: str | Path,
+    resources: Resources,
+    revision: str | None = None,
+    *,
+    gguf_file: str | None = None,
+    trained: bool = False,
+    rounded: bool = False,
+) -> PreTrainedModel | PeftModel:
+    """A causal language model, or an adapter on its base, on the device in the chosen precision.
+
+    `trained` says that all its weights are to change: they are fp32 then, under bf16 as well; `rounded` that they begin
+    as what the precision computes with. An adapter's base is frozen either way. Raises ModelError as `load_model` does.
+    """
+    require(path)
     adapter = Path(path) / "adapter_config.json"
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else str(path)
+    base = _base_of(adapter) if adapter.is_file() else str(path)
+    computed = precision_of(resources)
+    dtype = computed if rounded or computed is torch.float32 else "auto"
+    model = load_model(AutoModelForCausalLM, base, dtype=dtype, revision=revision, gguf_file=gguf_file)
+    whole = trained and not adapter.is_file()
+    model = in_precision(model, resources, trained=whole)
+    check_head(model, base)
+    return with_adapter(model, path).to(device_of(resources)) if adapter.is_file() else model
+
+
+def _base_of(adapter: Path) -> str:
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=precision_of(resources))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{base}: cannot be loaded as a causal language model ({_first_line(error)})") from error
-    if adapter.is_file():
-        model = PeftModel.from_pretrained(model, str(path), is_trainable=True)
-    return model.to(device_of(resources))
+        return str(json.loads(adapter.read_text())["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{adapter}: names no base_model_name_or_path; run the stage that wrote it again") from error
 
 
-def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the model's embeddings and special ids agree with the tokenizer."""
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:
+    """Make the model's embeddings, special ids and end tokens agree with the tokenizer.
+
+    New rows are drawn from `seed`, and the vocabulary is rounded up to a multiple of 64. Generation ends at every token
+    that ends a turn or that the base ends a text with; other settings of sampling are dropped where they are not valid.
+    """
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    for config in (model.config, getattr(model, "generation_config", None)):
-        if config is not None:
-            config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+        with seeded(seed):
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False, pad_to_multiple_of=64)
+    ends = end_tokens(model, tokenizer)
+    model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        model.generation_config = _savable(generation)
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+
+
+def _savable(config: GenerationConfig) -> GenerationConfig:
+    """The settings if they can be saved; else none but the tokens, since dualign samples in its own way."""
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        log.warning("generation_config.json is left out, since it cannot be saved (%s)", first_line(error))
+        return GenerationConfig(bos_token_id=config.bos_token_id)
+    return config
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random draws of torch from `seed`; those outside go on as if none had been made."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def with_lora(
-    model: PreTrainedModel | PeftModel, lora: LoraParams, *, head: bool = False
+    model: PreTrainedModel | PeftModel, lora: LoraParams, seed: int, *, head: bool = False
 ) -> PreTrainedModel | PeftModel:
-    """The model with fresh adapters if `lora.rank` > 0 and it has none yet; `head` adds the score head."""
+    """The model with fresh adapters if `lora.rank` > 0 and it has none yet; `head` adds the score head.
+
+    Adapters are drawn from `seed`. Raises ParamsError for target modules that the model does not have.
+    """
     if lora.rank == 0 or isinstance(model, PeftModel):
         return model
     config = LoraConfig(
@@ -170,7 +232,24 @@ def with_lora(
         target_modules=lora.target_modules,
         modules_to_save=["score"] if head else None,
     )
-    return get_peft_model(model, config)
+    try:
+        with seeded(seed):
+            return get_peft_model(model, config)
+    except ValueError as error:
+        linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+        names = sorted({name.rpartition(".")[2] for name in linear})
+        raise ParamsError(
+            f"lora.target_modules {lora.target_modules} does not fit {type(model).__name__} ({first_line(error)}); it "
+            f"has {', '.join(names)}; or write all-linear"
+        ) from error
+
+
+def end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids at which an answer ends: the end of a turn, and all at which the base ends a text."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    listed = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
+    others = listed if isinstance(listed, list) else [listed]
+    return [tokenizer.eos_token_id, *(end for end in others if end not in (None, tokenizer.eos_token_id))]
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -191,26 +270,19 @@ def save(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def load_scorer_backbone(
-    path: str, tokenizer: PreTrainedTokenizerBase, resources: Resources, seed: int
+    path: str, tokenizer: PreTrainedTokenizerBase, resources: Resources, seed: int, *, trained: bool = True
 ) -> PreTrainedModel:
-    """A sequence classifier with one fresh output on top of a language model."""
-    _require(path)
-    torch.manual_seed(seed)
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=precision_of(resources))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be loaded as a scorer ({_first_line(error)})") from error
-    fit_vocabulary(model, tokenizer)
-    torch.nn.init.zeros_(model.score.weight)
-    return model.to(device_of(resources))
+    """A sequence classifier with one output on top of a language model.
 
-
-def _require(path: str | Path) -> None:
-    """A path that looks local must exist; what is left is a hub id."""
-    local = str(path).startswith((".", "/", "models/")) or Path(path).exists()
-    if local and not Path(path).is_dir():
-        raise ModelError(f"{path}: no such model folder; run the stage that writes it, or correct the path")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    A head that the checkpoint has is kept; a fresh one begins at zero. `trained` as for `load_policy`.
+    """
+    with seeded(seed):
+        model, missing = load_reported(
+            AutoModelForSequenceClassification, path, dtype="auto", fresh=("score.",), num_labels=1
+        )
+    fit_vocabulary(model, tokenizer, seed)
+    if missing:
+        torch.nn.init.zeros_(model.score.weight)
+    else:
+        log.info("%s: the score head of the checkpoint is kept", path)
+    return in_precision(model, resources, trained=trained)

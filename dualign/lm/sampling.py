@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -14,7 +15,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dualign.core.progress import Progress
+from dualign.lm.loading import check_context, context_of
 from dualign.lm.mixture import Mixture, Policy, mixture_log_probability
+from dualign.lm.models import end_tokens
+from dualign.lm.numerics import answer_log_probabilities
 from dualign.lm.tokens import decode_answers
 
 log = logging.getLogger(__name__)
@@ -51,13 +55,16 @@ def sample(
         return _sample_mixture(model, tokenizer, prompts, count, max_new_tokens, batch_size, seed)
     model.eval()
     torch.manual_seed(seed)
+    ends = end_tokens(model, tokenizer)
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    check_context(model, longest + max_new_tokens, f"a prompt of {longest} tokens and generation.max_new_tokens")
     config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
         max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
     )
     rows = [(index, draw) for index in range(len(prompts)) for draw in range(count)]
@@ -69,9 +76,8 @@ def sample(
             progress.advance(len(batch))
     ids = [drawn[row] for row in rows]
     texts = decode_answers(tokenizer, ids)
-    eos = tokenizer.eos_token_id
     return [
-        Sample(index, tokens, text, bool(tokens) and tokens[-1] == eos)
+        Sample(index, tokens, text, bool(tokens) and tokens[-1] in ends)
         for (index, _), tokens, text in zip(rows, ids, texts, strict=True)
     ]
 
@@ -85,7 +91,10 @@ def log_probabilities(
     *,
     batch_size: int,
 ) -> Tensor:
-    """log pi(answer | prompt) in nats, summed over the answer's tokens; fp64 tensor of shape [rows]."""
+    """log pi(answer | prompt) in nats, summed over the answer's tokens; fp64 tensor of shape [rows].
+
+    NaN for a row that is longer than the model's context, which no training takes either.
+    """
     if isinstance(model, Mixture):
         parts = [
             log_probabilities(model.component(k), tokenizer, prompts, answers, batch_size=batch_size)
@@ -93,11 +102,15 @@ def log_probabilities(
         ]
         return mixture_log_probability(torch.stack(parts), model.weights)
     model.eval()
-    result = torch.zeros(len(prompts), dtype=torch.float64)
-    rows = list(range(len(prompts)))
+    result = torch.full((len(prompts),), math.nan, dtype=torch.float64)
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
+    context = context_of(model) or max(lengths, default=0)
+    rows = [row for row, length in enumerate(lengths) if length <= context]
+    if len(rows) < len(lengths):
+        log.warning("%d of %d answers are longer than the context of %d tokens with their prompt and get no "
+                    "log-probability", len(lengths) - len(rows), len(lengths), context)  # fmt: skip
     with Progress("log-probabilities", len(rows)) as progress:
-        for batch in _by_length(rows, lengths, batch_size):
+        for batch in _by_length(rows, [lengths[row] for row in rows], batch_size):
             result[batch] = _score(model, tokenizer, [prompts[i] for i in batch], [answers[i] for i in batch])
             progress.advance(len(batch))
     return result
@@ -147,11 +160,13 @@ def _generate(
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)  # type: ignore[operator]
-    return [_until_eos(row, tokenizer.eos_token_id) for row in output[:, width:].tolist()]
+    return [_until_end(row, set(config.eos_token_id)) for row in output[:, width:].tolist()]
 
 
-def _until_eos(tokens: list[int], eos: int) -> list[int]:
-    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
+    """Tokens up to and with the first that ends an answer."""
+    last = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: last + 1]
 
 
 def _score(
@@ -171,18 +186,6 @@ def _score(
         mask[i, : len(row)] = 1
         labels[i, len(prompt) : len(row)] = ids[i, len(prompt) : len(row)]
     return answer_log_probabilities(model, ids.to(device), mask.to(device), labels.to(device)).double().cpu()
-
-
-def answer_log_probabilities(model: torch.nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-    """Sum over positions with label != -100 of log pi(label | what stands before); shape [rows].
-
-    Only the positions that predict an answer token go through the vocabulary, which on a CPU is most of the work.
-    """
-    predicts = (labels[:, 1:] != -100).any(0).nonzero().squeeze(1)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=predicts).logits.float()
-    targets = labels[:, 1:][:, predicts]
-    picked = torch.log_softmax(logits, -1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return (picked * (targets != -100)).sum(1)
 
 
 def _by_length(rows: list[T], lengths: Sequence[int], batch_size: int) -> Iterator[list[T]]:

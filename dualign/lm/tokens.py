@@ -1,16 +1,27 @@
 """Text to token ids, in one place, so that a policy is trained, sampled and scored on the same ids.
 
-The prompt is rendered by the tokenizer's chat template with the generation prompt; an answer is its own tokens and EOS.
+With T(x, y) the ids of the whole conversation as the tokenizer's chat template renders it, cut after the token that
+ends the turn, a prompt's ids are those of the template's generation prompt, and an answer's ids are what T(x, y) has
+after them. Text stays text: content that spells a control token is encoded as the characters it is made of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from dualign.core.errors import ModelError
-from dualign.core.schema import Message
+from dualign.core.errors import DataError, ModelError
+from dualign.core.schema import Message, user
+
+log = logging.getLogger(__name__)
 
 #: Used for a tokenizer that has no chat template: the format of Alpaca-7B in Safe RLHF and SACPO.
 PLAIN_TEMPLATE = (
@@ -22,26 +33,70 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
 )
 
+#: What is asked of every template: a question, and answers that begin in different ways.
+QUESTION = "Who wrote it?"
+_ANSWERS = ("Sure", "I", "1", '"No"', "élan", "The end.")
+#: Templates of thinking models render an empty thought; others do not read this.
+_OPTIONS = {"enable_thinking": False}
+#: Private characters, which stand for control tokens that content spells while a template is rendered.
+_MARKS = (0xF0000, 0x10FF00)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a template lays out an answer: the text after it up to and with the token that ends the turn.
+
+    `end` is that token's text, None where the template writes none and EOS is appended; `after` is all that follows an
+    answer. `extends` says that a whole conversation begins with its generation prompt. `trim` counts ids at the end of
+    a prompt that merge with the answer's first characters; they count as the answer's.
+    """
+
+    end: str | None
+    after: str
+    extends: bool
+    trim: int = 0
+
+
+_LAYOUTS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, Layout]] = WeakKeyDictionary()
+
+
+def layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
+    """The layout of the tokenizer's template, found by rendering. Raises ModelError where it cannot be used."""
+    template = tokenizer.chat_template
+    if not template:
+        raise ModelError("the tokenizer has no chat template; models/sft always has one, so run the sft stage first")
+    known = _LAYOUTS.get(tokenizer)
+    if known is None or known[0] != template:
+        known = _LAYOUTS[tokenizer] = (template, _found_layout(tokenizer))
+    return known[1]
+
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
-    """Token ids of each prompt, ready for an answer to follow."""
-    if not tokenizer.chat_template:
-        raise ModelError("the tokenizer has no chat template; models/sft always has one, so run the sft stage first")
-    if not len(prompts):
-        return []
-    texts = [
-        tokenizer.apply_chat_template([dict(turn) for turn in prompt], tokenize=False, add_generation_prompt=True)
-        for prompt in prompts
-    ]
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    """Token ids of each prompt, ready for an answer to follow. Raises DataError where the template refuses one."""
+    found = layout(tokenizer)
+    ids = _encode(tokenizer, prompts, lambda turns: _heads(tokenizer, turns, found))
+    return [row[: len(row) - found.trim] for row in ids]
 
 
 def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:
-    """Token ids of each answer with EOS at its end."""
-    if not len(answers):
-        return []
-    ids = tokenizer([_joined(answer) for answer in answers], add_special_tokens=False)["input_ids"]
-    return [[*row, tokenizer.eos_token_id] for row in ids]
+    """Token ids of each answer as it ends a conversation, up to and with the token that ends the turn."""
+    end = [] if layout(tokenizer).end else [tokenizer.eos_token_id]
+    return [[*row, *end] for row in _tails(tokenizer, answers, ended=True)]
+
+
+def encode_conversations(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Message]],
+    answers: Sequence[str],
+    ended: Sequence[bool] | None = None,
+) -> list[tuple[list[int], list[int]]]:
+    """Ids of prompt and answer of each row; an answer that did not end (`ended` False) has no end of turn."""
+    encoded = encode_answers(tokenizer, answers)
+    if ended is not None and not all(ended):
+        opened = _tails(tokenizer, answers, ended=False)
+        rows = zip(encoded, opened, ended, strict=True)
+        encoded = [whole if done else part for whole, part, done in rows]
+    return list(zip(encode_prompts(tokenizer, prompts), encoded, strict=True))
 
 
 def answer_lengths(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[int]:
@@ -50,10 +105,206 @@ def answer_lengths(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -
 
 
 def decode_answers(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> list[str]:
-    """Text of each answer, without EOS and without the space that joins it to the prompt."""
-    return [text.strip() for text in tokenizer.batch_decode([list(row) for row in ids], skip_special_tokens=True)]
+    """Text of each answer, without control tokens and without white space around it."""
+    texts = tokenizer.batch_decode(
+        [list(row) for row in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return [text.strip() for text in texts]
 
 
-def _joined(answer: str) -> str:
-    """An answer as it follows a prompt: after one space, which byte-level and sentencepiece vocabularies expect."""
-    return " " + answer.strip()
+def retokenised_share(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], drawn: Sequence[Sequence[int]]
+) -> float:
+    """Share of drawn answers whose text encodes to other ids than were drawn: what scorers see is not what was said."""
+    if not len(texts):
+        return 0.0
+    pairs = zip(encode_answers(tokenizer, texts), drawn, strict=True)
+    other = sum(list(map(int, ids)) != encoded for encoded, ids in pairs)
+    return other / len(texts)
+
+
+def _tails(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], *, ended: bool) -> list[list[int]]:
+    """Ids of conversations after the prompt, up to the end of the turn or, with `ended` False, of the text alone."""
+    found = layout(tokenizer)
+    question = user(QUESTION)
+    (head,) = encode_prompts(tokenizer, [question])
+    turns = [[*question, _assistant(answer)] for answer in answers]
+    ids = _encode(tokenizer, turns, lambda marked: _wholes(tokenizer, marked, found, ended=ended))
+    return [row[len(head) :] for row in ids]
+
+
+# --- how a template lays out a conversation ---------------------------------------------------------------------------
+
+
+def _found_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
+    """Render a question with and without an answer, and see what the template made of it."""
+    question = user(QUESTION)
+    answer = _ANSWERS[0]
+    (head,) = render(tokenizer, [question], answering=True)
+    (whole,) = render(tokenizer, [[*question, _assistant(answer)]])
+    if QUESTION not in head or answer not in whole.rpartition(QUESTION)[2]:
+        raise ModelError("the chat template ignores its messages; give another Jinja file as sft.chat_template")
+    after = whole.rpartition(answer)[2]
+    extends = whole.startswith(head)
+    if not extends:
+        log.warning("the chat template opens an answer otherwise than it asks for one; prompts end where both agree")
+    control = _control(tokenizer).search(after)
+    found = Layout(control[0] if control else None, after, extends)
+    return Layout(found.end, after, extends, _merged(tokenizer, found))
+
+
+def _merged(tokenizer: PreTrainedTokenizerBase, found: Layout) -> int:
+    """Ids at the end of a prompt that some answer's first characters merge with."""
+    (head,) = _encode(tokenizer, [user(QUESTION)], lambda turns: _heads(tokenizer, turns, found))
+    turns = [[*user(QUESTION), _assistant(answer)] for answer in _ANSWERS]
+    rows = _encode(tokenizer, turns, lambda marked: _wholes(tokenizer, marked, found))
+    trim = max(len(head) - _common(head, row) for row in rows)
+    if trim:
+        log.info("%d token(s) at the end of a prompt merge with the answer and count as its first", trim)
+    return trim
+
+
+def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Length of the longest common prefix."""
+    count = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def _heads(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Sequence[Message]], found: Layout) -> list[str]:
+    """The text before each answer: the generation prompt, as far as a whole conversation begins with it."""
+    heads = render(tokenizer, turns, answering=True)
+    if found.extends:
+        return heads
+    wholes = render(tokenizer, [[*prompt, _assistant(_ANSWERS[0])] for prompt in turns])
+    return [head[: _common(head, whole)] for head, whole in zip(heads, wholes, strict=True)]
+
+
+def _wholes(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Sequence[Message]], found: Layout, *, ended: bool = True
+) -> list[str]:
+    """The text of each conversation, cut after the end of its last turn, or before it if that did not end."""
+    (head,) = _heads(tokenizer, [user(QUESTION)], found)
+    wholes = render(tokenizer, turns)
+    if found.end is None or not ended:
+        return [whole.removesuffix(found.after) for whole in wholes]
+    return [whole[: whole.index(found.end, len(head)) + len(found.end)] for whole in wholes]
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]], *, answering: bool = False
+) -> list[str]:
+    """Each conversation as the template writes it, with `answering` up to where an answer begins.
+
+    Raises DataError that names the row which the template refuses, ModelError if it is no Jinja template.
+    """
+
+    def one(turns: Sequence[Message]) -> str:
+        text = tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=answering, **_OPTIONS
+        )
+        return str(text)
+
+    texts = []
+    for row, turns in enumerate(conversations, start=1):
+        try:
+            texts.append(one(turns))
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelError(
+                f"the chat template is no valid Jinja (line {error.lineno}: {error.message}); mend the tokenizer's, or "
+                "give a file as sft.chat_template"
+            ) from error
+        except (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError) as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise DataError(
+                f"row {row} (turns {roles}: {turns[-1]['content'][:40]!r}): the chat template refuses it ({error}); "
+                "leave such rows out, or give another template as sft.chat_template"
+            ) from error
+    return texts
+
+
+def _assistant(answer: str) -> Message:
+    return {"role": "assistant", "content": answer.strip()}
+
+
+# --- text that stays text ---------------------------------------------------------------------------------------------
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Message]], texts_of: Any) -> list[list[int]]:
+    """Ids of conversations as `texts_of` renders them, with control tokens that content spells kept as text."""
+    if not len(rows):
+        return []
+    spelt = _spelt(tokenizer, rows)
+    if not spelt:
+        plain: list[list[int]] = tokenizer(texts_of(rows), add_special_tokens=False)["input_ids"]
+        return plain
+    marks = _marks(rows, len(spelt))
+    stands_for = dict(zip(spelt, marks, strict=True))
+    marked = [[_replaced(turn, tokenizer, stands_for) for turn in turns] for turns in rows]
+    back = {mark: token for token, mark in stands_for.items()}
+    return [_literal_ids(tokenizer, text, back) for text in texts_of(marked)]
+
+
+def _spelt(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Message]]) -> list[str]:
+    """The control tokens that some content spells."""
+    pattern = _control(tokenizer)
+    found: set[str] = set()
+    for turns in rows:
+        for turn in turns:
+            found.update(pattern.findall(turn["content"]))
+    return sorted(found)
+
+
+def _marks(rows: Sequence[Sequence[Message]], count: int) -> list[str]:
+    """`count` characters that no content holds."""
+    used: set[str] = set()
+    for turns in rows:
+        for turn in turns:
+            used.update(turn["content"])
+    free = (chr(code) for code in range(*_MARKS) if chr(code) not in used)
+    return [next(free) for _ in range(count)]
+
+
+def _replaced(turn: Message, tokenizer: PreTrainedTokenizerBase, stands_for: dict[str, str]) -> Message:
+    content = _control(tokenizer).sub(lambda match: stands_for[match[0]], turn["content"])
+    return {"role": turn["role"], "content": content}
+
+
+def _literal_ids(tokenizer: PreTrainedTokenizerBase, text: str, back: dict[str, str]) -> list[int]:
+    """Ids of a rendered text in which marks stand for words that only look like control tokens.
+
+    The text is cut at the template's own control tokens, where a tokenizer cuts it too. Exact for byte-level
+    vocabularies; a sentencepiece one may begin a piece with an empty one more.
+    """
+    if not any(mark in text for mark in back):
+        plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return plain
+    ids: list[int] = []
+    pattern = _control(tokenizer)
+    at = 0
+    for match in [*pattern.finditer(text), None]:
+        part = text[at : match.start()] if match else text[at:]
+        for mark, token in back.items():
+            part = part.replace(mark, token)
+        if part:
+            ids += tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if match:
+            ids.append(tokenizer.convert_tokens_to_ids(match[0]))
+            at = match.end()
+    return ids
+
+
+def _control(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """A pattern of the tokenizer's control tokens."""
+    added = tokenizer.added_tokens_decoder.values()
+    special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    return _pattern(tuple(sorted(special)))
+
+
+@lru_cache(maxsize=64)
+def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from dualign import dual
 from dualign.constraints import Price, priced
@@ -222,8 +221,8 @@ class PolicyBench:
 
     def _adaptable(self, folder: Path, seed: int) -> Model:
         """The policy in a folder, with adapters where params ask for them; new ones are the same for the same seed."""
-        torch.manual_seed(seed)
-        return with_lora(load_policy(folder, self._resources), self._params.lora)
+        lora = self._params.lora
+        return with_lora(load_policy(folder, self._resources, trained=lora.rank == 0), lora, seed)
 
     def _fit(self, begin: Path, pairs: Sequence[Pair], inner: Inner, seed: int, out: Path) -> None:
         """Train the policy in `begin` on pairs and save it in `out`; checkpoints lie beside it."""

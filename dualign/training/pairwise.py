@@ -18,8 +18,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from dualign import losses
 from dualign.core.errors import DataError, ParamsError
 from dualign.core.params import LossType
-from dualign.lm.sampling import answer_log_probabilities
-from dualign.training.run import Job, Metrics, Model, arguments, callbacks, run, tell_dropped
+from dualign.lm.numerics import answer_log_probabilities
+from dualign.training.run import Job, Metrics, Model, arguments, callbacks, run, tell_dropped, without_dropout
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ def pairwise_trainer(
         **arguments(job),
         beta=inner.scale,
         max_length=None,
+        disable_dropout=False,  # the base's is off already, see `without_dropout`; an adapter's is asked for
         labels=inner.labels,
         anchor_weight=inner.anchor,
         anchor_beta=inner.beta,
@@ -95,7 +96,11 @@ def pairwise_trainer(
         undesirable_weight=undesirable_weight(kept) if inner.loss_type == "kto" else 1.0,
     )
     return PairwiseTrainer(
-        model, args=args, train_dataset=pair_dataset(kept), processing_class=tokenizer, callbacks=callbacks()
+        without_dropout(model),
+        args=args,
+        train_dataset=pair_dataset(kept),
+        processing_class=tokenizer,
+        callbacks=callbacks(),
     )
 
 
@@ -298,7 +303,7 @@ class PairwiseTrainer(DPOTrainer):
     def compute_loss(
         self, model: Model, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        logps, outputs = self._policy_logps(model, inputs)
+        logps = self._policy_logps(model, inputs)
         first, second = logps.chunk(2)
         ratio_first, ratio_second = first - inputs["ref_chosen_logps"], second - inputs["ref_rejected_logps"]
         bounded = self._bounded(ratio_first), self._bounded(ratio_second)
@@ -319,16 +324,13 @@ class PairwiseTrainer(DPOTrainer):
             weights = torch.cat(weight).to(logps.dtype)
             loss = loss + self.args.nll_weight * losses.weighted_nll(logps, weights).mean()
         self._record(logit, label, ratio_first, ratio_second)
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {}) if return_outputs else loss
 
-    def _policy_logps(self, model: Model, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+    def _policy_logps(self, model: Model, inputs: dict[str, Any]) -> Tensor:
         """Summed log-probabilities of [all first answers, all second answers]."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         labels = ids.masked_fill(inputs["completion_mask"] == 0, -100)
-        if ids.is_cuda:  # TRL's fused head never holds the vocabulary-wide logits; on a CPU it scores every position
-            outputs = model(input_ids=ids, attention_mask=mask, use_cache=False, labels=labels, fused_lm_head=True)
-            return outputs.log_probs[:, -(ids.shape[1] - 1) :].float().sum(1), outputs
-        return answer_log_probabilities(model, ids, mask, labels), None
+        return answer_log_probabilities(model, ids, mask, labels)
 
     def _bounded(self, ratio: Tensor) -> Tensor:
         """The log-ratios whose implicit rewards a h are clipped softly; the anchor keeps the log-ratios themselves."""
@@ -347,7 +349,7 @@ class PairwiseTrainer(DPOTrainer):
         Each part of an accumulated batch has its own z, as in TRL's KTO.
         """
         with torch.no_grad():
-            logps, _ = self._policy_logps(model, inputs["mismatched"])
+            logps = self._policy_logps(model, inputs["mismatched"])
             ratios = self._bounded(logps - inputs["ref_mismatched_logps"])
         point: Tensor = self.accelerator.gather(ratios.mean()).mean().clamp(min=0)
         return point

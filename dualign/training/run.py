@@ -5,17 +5,20 @@ All runs keep checkpoints in a scratch folder and go on from the last complete o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -28,7 +31,8 @@ from transformers import (
 from dualign.core.errors import DataError, ParamsError, TrainingError
 from dualign.core.params import Resources, TrainingParams
 from dualign.core.progress import watched
-from dualign.lm.models import precision_of
+from dualign.lm.loading import check_context, first_line
+from dualign.lm.numerics import precision_of
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +87,7 @@ def arguments(job: Job) -> dict[str, Any]:
 
 def run(trainer: Any, job: Job) -> Metrics:
     """Train, from the last complete checkpoint if there is one; refuse a loss that is not finite."""
+    check_context(trainer.model, job.training.max_length, "training.max_length")
     trainer.remove_callback(PrinterCallback)  # prints a dict per logged step beside our line
     checkpoint = last_checkpoint(job.scratch)
     if checkpoint is not None:
@@ -92,7 +97,8 @@ def run(trainer: Any, job: Job) -> Metrics:
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = saved
     else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with _writable(job.scratch):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _drop_copy(trainer.model)
     state: TrainerState = trainer.state
     curve = [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry]
@@ -108,6 +114,29 @@ def run(trainer: Any, job: Job) -> Metrics:
         "loss_curve": curve,
         **shown,
     }
+
+
+@contextlib.contextmanager
+def _writable(scratch: Path) -> Iterator[None]:
+    """A checkpoint that cannot be written as one line; the ones before it stay."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        told = str(error)
+        if not (isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in told):
+            raise
+        raise TrainingError(
+            f"{scratch}: a checkpoint cannot be written ({first_line(error)}); free space there, name another place in "
+            "$DUALIGN_SCRATCH, or raise resources.checkpoint_steps, and run the stage again: it goes on"
+        ) from error
+
+
+def without_dropout(model: Model) -> Model:
+    """The model without the dropout of its base, which pairs and scores do not want; an adapter's own is kept."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+    return model
 
 
 def _drop_copy(model: Model) -> None:

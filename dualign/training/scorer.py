@@ -13,7 +13,7 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from dualign import losses
-from dualign.training.run import Job, Metrics, Model, arguments, callbacks, run, tell_dropped
+from dualign.training.run import Job, Metrics, Model, arguments, callbacks, run, tell_dropped, without_dropout
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,15 @@ def train_scorer(
 
     `regularisation` weighs the mean squared score (Safe RLHF uses 1e-3), which keeps scores from drifting.
     """
-    args = ScorerConfig(**arguments(job), max_length=None, sign_weight=sign_weight, score_regularisation=regularisation)
+    args = ScorerConfig(
+        **arguments(job),
+        max_length=None,
+        disable_dropout=False,
+        sign_weight=sign_weight,
+        score_regularisation=regularisation,
+    )
     trainer = ScorerTrainer(
-        model,
+        without_dropout(model),
         args=args,
         data_collator=_FlagCollator(pad_token_id=tokenizer.pad_token_id),
         train_dataset=_ranked(pairs, job.training.max_length),

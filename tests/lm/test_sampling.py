@@ -206,10 +206,10 @@ def test_answers_end_at_eos_or_at_the_limit(
     assert ends == pytest.approx(0.2, abs=0.1)
 
 
-def test_no_setting_of_the_models_own_file_ends_an_answer_early(
+def test_an_answer_ends_at_every_token_with_which_the_base_ends_a_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> None:
-    """EOS is the tokenizer's, whatever the model's configuration calls EOS."""
+    """The end of a turn, and the list of the base's generation_config.json."""
     favourite = int(next_token(model, prompts[0]).argmax())
     before = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = favourite
@@ -217,7 +217,8 @@ def test_no_setting_of_the_models_own_file_ends_an_answer_early(
         drawn = sample(model, tokenizer, [prompts[0]], count=200, max_new_tokens=4, batch_size=200, seed=0)
     finally:
         model.generation_config.eos_token_id = before
-    assert any(favourite in one.tokens[:-1] for one in drawn)
+    stopped = [one for one in drawn if favourite in one.tokens]
+    assert stopped and all(one.tokens.index(favourite) == len(one.tokens) - 1 and one.ended for one in stopped)
 
 
 def test_the_log_probability_of_a_sample_is_that_of_its_tokens_as_drawn(

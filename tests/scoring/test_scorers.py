@@ -124,7 +124,7 @@ def test_a_scorer_trained_with_adapters_is_saved_whole(
     backbone: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources, tmp_path: Path
 ) -> None:
     lora = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
-    model = with_lora(classifier(backbone, tokenizer, resources), lora, head=True)
+    model = with_lora(classifier(backbone, tokenizer, resources), lora, 0, head=True)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))

@@ -243,7 +243,7 @@ def test_a_merge_between_adapters_is_the_policy_between(
     lora = LoraParams(rank=2, alpha=6.0, dropout=0.0, target_modules=["q_proj", "v_proj"])
     tokenizer, weights = load_tokenizer(inputs.models / "sft"), {}
     for seed, name in enumerate(("reward_dpo/helpful", "safety_dpo/one")):
-        policy = with_lora(load_policy(tmp_path / "models/sft", resources), lora)
+        policy = with_lora(load_policy(tmp_path / "models/sft", resources), lora, 0)
         torch.manual_seed(seed)
         for key, parameter in policy.named_parameters():
             if "lora_" in key:

@@ -124,7 +124,7 @@ def started(kind: str, tokenizer: PreTrainedTokenizerBase) -> Any:
     if kind == "whole":
         return model
     torch.manual_seed(11)
-    model = with_lora(model, LORA)
+    model = with_lora(model, LORA, 0)
     disturb(model)
     return model
 

@@ -150,7 +150,7 @@ def test_log_probabilities_on_a_cpu_are_those_of_trls_fused_head(tokenizer: PreT
     model = policy(tokenizer)
     trainer = pairwise(model, tokenizer, pairs_of(tokenizer, model), job, Inner(1.0, 1.0))
     batch = batch_of(trainer)
-    ours, _ = trainer._policy_logps(model, batch)
+    ours = trainer._policy_logps(model, batch)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     fused = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True,
@@ -358,7 +358,7 @@ def test_no_gradient_flows_through_ktos_reference_point(tokenizer: PreTrainedTok
     trainer.compute_loss(model, batch).backward()
     found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
-    logps, _ = trainer._policy_logps(model, batch)
+    logps = trainer._policy_logps(model, batch)
     ratios = logps - torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
     flags = torch.cat([batch["desirable_chosen"], batch["desirable_rejected"]])
     losses.kto_loss(ratios, flags, torch.tensor(point.item()), 0.1, 1.0, 19 / 13).mean().backward()
@@ -609,7 +609,7 @@ def kind(
 
     def start() -> torch.nn.Module:
         torch.manual_seed(11)  # of the adapters
-        return with_lora(policy(tokenizer), LORA) if request.param == "adapter" else policy(tokenizer)
+        return with_lora(policy(tokenizer), LORA, 0) if request.param == "adapter" else policy(tokenizer)
 
     return start, lambda m, j: pairwise_training.train_pairwise(m, tokenizer, pairs, inner, j)
 
@@ -647,7 +647,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 def test_an_adapter_is_saved_without_trls_copy_of_it(
     tokenizer: PreTrainedTokenizerBase, job: Job, tmp_path: Path
 ) -> None:
-    model = with_lora(policy(tokenizer), LORA)
+    model = with_lora(policy(tokenizer), LORA, 0)
     for scratch in ("first", "second"):  # a search goes on from adapters
         pairs = pairs_of(tokenizer, policy(tokenizer))
         pairwise_training.train_pairwise(model, tokenizer, pairs, Inner(1.0, 1.0), changed(job, scratch, max_steps=2))

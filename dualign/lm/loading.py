@@ -1,0 +1,217 @@
+"""Weights from a folder, a hub or a GGUF file: all of them there, finite, in their own shapes, or an error by name."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from dualign.core.errors import ModelError, ParamsError
+
+_POINTER = b"version https://git-lfs"
+_NAMED = 3  # weights that an error names
+#: Configuration keys that hold the longest sequence that a model can read.
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+
+
+def require(path: str | Path) -> None:
+    """A path that looks local must exist; what is left is a hub id. Raises ModelError."""
+    local = str(path).startswith((".", "/", "models/")) or Path(path).exists()
+    if local and not Path(path).is_dir():
+        raise ModelError(f"{path}: no such model folder; run the stage that writes it, or correct the path")
+
+
+def load_model(
+    auto: Any,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    fresh: Sequence[str] = (),
+    **options: Any,
+) -> PreTrainedModel:
+    """`load_reported` without the names."""
+    return load_reported(auto, path, dtype=dtype, revision=revision, gguf_file=gguf_file, fresh=fresh, **options)[0]
+
+
+def load_reported(
+    auto: Any,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    fresh: Sequence[str] = (),
+    **options: Any,
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model of the class `auto` (one of transformers' AutoModel classes) with every weight of the checkpoint.
+
+    `fresh` names prefixes of weights that may be missing, such as a scorer's head; those that were come back beside the
+    model. `dtype` "auto" keeps the stored one.
+
+    Raises:
+        ModelError: no such model, weights missing, damaged, of other shapes or not finite, a quantised base, or one
+            that needs code of its own.
+    """
+    require(path)
+    _check_files(Path(path))
+    config = load_config(path, revision, gguf_file)
+    options |= {"gguf_file": gguf_file} if gguf_file else {"config": _with(config, options)}
+    try:
+        model, report = auto.from_pretrained(
+            str(path), revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
+    except Exception as error:  # transformers, safetensors and torch raise many kinds here
+        raise ModelError(f"{path}: cannot be loaded as {_what(auto)} ({first_line(error)})") from error
+    _check_report(path, report, fresh)
+    _check_finite(path, model)
+    return (_plain(model) if gguf_file else model), sorted(report["missing_keys"])
+
+
+def load_config(path: str | Path, revision: str | None = None, gguf_file: str | None = None) -> PretrainedConfig:
+    """A model's configuration. Raises ModelError for one that needs foreign code or is quantised."""
+    options = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        config = AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=False, **options)
+    except Exception as error:  # as above
+        raise ModelError(f"{path}: {_refusal(error)}") from error
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None and not gguf_file:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+        raise ModelError(
+            f"{path}: the weights are quantised ({method}) and cannot be trained; take the unquantised ones"
+        )
+    return config
+
+
+def context_of(model: torch.nn.Module) -> int | None:
+    """The longest sequence in tokens that a model can read; None where its configuration does not say."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = [getattr(text, key, None) for key in _CONTEXT]
+    return next((int(value) for value in found if isinstance(value, int) and value > 0), None)
+
+
+def check_context(model: torch.nn.Module, tokens: int, what: str) -> None:
+    """Refuse sequences longer than a model can read. Raises ParamsError that says `what` is that long."""
+    context = context_of(model)
+    if context is not None and tokens > context:
+        raise ParamsError(f"{what}: {tokens} tokens, but the context of the model is {context}; lower it")
+
+
+def with_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
+    """The model with the saved adapter in folder `path`. Raises ModelError where the two do not belong together."""
+    _check_files(Path(path))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            adapted = PeftModel.from_pretrained(model, str(path), is_trainable=True)
+        except Exception as error:  # peft raises many kinds here
+            raise ModelError(f"{path}: the adapter does not fit its base ({first_line(error)})") from error
+    missing = [str(one.message) for one in told if "missing adapter keys" in str(one.message)]
+    if missing:
+        raise ModelError(f"{path}: the adapter does not fit its base ({missing[0][:200]})")
+    _check_finite(path, adapted)
+    return adapted
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, short."""
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def _with(config: PretrainedConfig, options: dict[str, Any]) -> PretrainedConfig:
+    """The configuration with options that belong to it, such as `num_labels`, which are taken out of `options`."""
+    for key in [key for key in options if hasattr(config, key)]:
+        setattr(config, key, options.pop(key))
+    return config
+
+
+def _check_files(folder: Path) -> None:
+    """Weights in a local folder must be there, and no pointers to them."""
+    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
+        with file.open("rb") as stream:
+            head = stream.read(len(_POINTER))
+        if head == _POINTER:
+            raise ModelError(f"{file}: is a git-lfs pointer and not the weights; run git lfs pull in that folder")
+        if file.suffix == ".safetensors":
+            _check_length(file)
+
+
+def _check_length(file: Path) -> None:
+    """A safetensors file is as long as its header says."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length)) if length < size else {}
+        ends = [row["data_offsets"][1] for name, row in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, IndexError):
+        header, ends = {}, []
+    if not header or 8 + length + max(ends, default=0) != size:
+        raise ModelError(f"{file}: is cut short or damaged; download it again")
+
+
+def _check_report(path: str | Path, report: dict[str, Any], fresh: Sequence[str]) -> None:
+    """Refuse weights that the checkpoint lacks or has in other shapes."""
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(tuple(fresh)))
+    other = sorted(str(row[0]) if isinstance(row, tuple) else str(row) for row in report["mismatched_keys"])
+    unused = sorted(report["unexpected_keys"])
+    if other:
+        raise ModelError(
+            f"{path}: {_some(other)} have other shapes in the checkpoint than config.json says; mend either"
+        )
+    if missing:
+        hint = f"; it holds {_some(unused)} instead, so the weights may be another model's" if unused else ""
+        raise ModelError(f"{path}: the checkpoint lacks {_some(missing)}, which would be random{hint}")
+
+
+def _check_finite(path: str | Path, model: torch.nn.Module) -> None:
+    bad = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+    if bad:
+        raise ModelError(f"{path}: {_some(bad)} hold NaN or infinite weights; take another checkpoint")
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """A model read from GGUF without its note of a quantisation, which would keep it from being saved."""
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain: PreTrainedModel = type(model)(config)
+    state = model.state_dict()
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    for (name, buffer), (_, own) in zip(plain.named_buffers(), model.named_buffers(), strict=True):
+        if buffer.is_meta:
+            parent, _, leaf = name.rpartition(".")
+            plain.get_submodule(parent).register_buffer(leaf, own, persistent=False)
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def _refusal(error: Exception) -> str:
+    text = str(error)
+    if "trust_remote_code" in text or "custom code" in text:
+        return (
+            "the model needs code of its own repository, which dualign never runs; take a model whose architecture "
+            "transformers knows"
+        )
+    return f"no usable config.json ({first_line(error)})"
+
+
+def _what(auto: Any) -> str:
+    return "a scorer" if "Classification" in auto.__name__ else "a causal language model"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,82 @@
+"""Chat templates made fit for use: one BOS, a pinned date, a known end of turn.
+
+What is settled here is written into the tokenizer that is saved, so that whoever loads a policy renders what it was
+trained on.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import re
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from dualign.core.errors import ModelError
+from dualign.core.schema import user
+from dualign.lm.tokens import QUESTION, layout, render
+
+log = logging.getLogger(__name__)
+
+#: What a template that writes today's date writes instead. Llama 3.2 falls back on this day where it knows no other.
+PINNED = datetime.date(2024, 7, 26)
+_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+_EOS = re.compile(r"(?<![.\w'\"])eos_token(?!\w)")
+
+
+def read_template(path: str) -> str:
+    """The text of a Jinja file. Raises ModelError where it cannot be read."""
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"sft.chat_template: {path} cannot be read ({error}); give a Jinja file or null") from error
+
+
+def settle(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Pin the template's date, give it the base's BOS, and make EOS the token that ends a turn.
+
+    `source` is what errors name. Raises ModelError where the template cannot be used.
+    """
+    tokenizer.chat_template = _pinned(tokenizer.chat_template, source)
+    try:
+        _with_bos(tokenizer)
+        _with_turn_end(tokenizer)
+    except ModelError as error:
+        raise ModelError(f"{source}: {error}") from error
+
+
+def _pinned(template: str, source: str) -> str:
+    """The template with its calls for today's date replaced by a fixed date."""
+    dated = _NOW.sub(lambda match: repr(PINNED.strftime(match[2])), template)
+    if "strftime_now(" in dated:
+        raise ModelError(
+            f"{source}: the chat template asks for today's date in a way that cannot be pinned; write a date into a "
+            "copy of it and name that as sft.chat_template"
+        )
+    if dated != template:
+        log.info("%s: the chat template writes a date; it is pinned to %s", source, PINNED.isoformat())
+    return dated
+
+
+def _with_bos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the BOS that the tokenizer puts before every text into a template that leaves it out."""
+    bos = tokenizer.bos_token
+    if bos is None or tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        return
+    (text,) = render(tokenizer, [user(QUESTION)], answering=True)
+    if not text.startswith(bos):
+        log.info("the chat template writes no BOS, which the base has always seen; %s is put before it", bos)
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+
+
+def _with_turn_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the token that the template writes after an answer the tokenizer's EOS, as the template means it."""
+    found = layout(tokenizer)
+    if found.end is None:
+        log.info("the chat template ends no turn; answers end with %s", tokenizer.eos_token)
+    elif found.end != tokenizer.eos_token:
+        log.info("turns end with %s, which becomes EOS in place of %s", found.end, tokenizer.eos_token)
+        literal = repr(tokenizer.eos_token)
+        tokenizer.chat_template = _EOS.sub(lambda match: literal, tokenizer.chat_template)
+        tokenizer.eos_token = found.end
