@@ -98,7 +98,7 @@ def test_prices_are_charged_with_a_solved_multiplier_on_the_scorers_scores(
 ) -> None:
     write_json("data/dual/dual.json", {**SOLVED, "limit": LIMIT, "prices": [PRICE.as_dict()]})
     given = stage_params(repo_root)
-    rows = pool.assign(prompt=[user("q")] * len(pool), length=np.arange(len(pool)))
+    rows = pool.assign(prompt=[user("q")] * len(pool), length=np.arange(len(pool)), ended=True)
     tables = Tables(rows, rows.assign(reward=1.0))
     runs = {name: given.runs["bernoulli"].model_copy(update={"lam": name}) for name in ("dual", "stock")}
     for spec in runs.values():
