@@ -198,7 +198,7 @@ def _what(price: Mapping[str, Any]) -> str:
     quantity = {
         "cost": "cost",
         "p_unsafe": "P(unsafe)",
-        "unended": "P(unended)",
+        "unended": "answers cut",
         "length": "tokens",
         "cvar": f"mean cost of the worst {percent(1 - (price.get('level') or 0.0))}",
     }.get(price["quantity"], price["quantity"])

@@ -107,7 +107,7 @@ def test_further_limits_say_what_they_are_on_and_for() -> None:
     found = further_limits(prices, [])
     assert [(limit["name"], limit["what"]) for limit in found] == [
         ("worst", "mean cost of the worst 10%"), ("short", "tokens"), ("rare", "P(unsafe), prompts with poison"),
-        ("whole", "P(unended)"),
+        ("whole", "answers cut"),
     ]  # fmt: skip
     assert [limit["share"] for limit in found] == [False, False, True, True]
     assert found[0]["lam"] == 0.2 and found[0]["predicted"] == 0.9

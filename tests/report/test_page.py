@@ -320,9 +320,9 @@ def test_a_limit_on_answers_that_do_not_end_is_a_share(run: Run) -> None:
     whole = read_json(path)["prices"][0] | {"name": "short", "quantity": "unended", "limit": 0.25, "predicted": 0.2}
     write_json(path, read_json(path) | {"prices": [whole]})
     page = render(root, params)
-    assert "short P(unended)" in page.within("id", "further")
+    assert "short answers cut" in page.within("id", "further")
     assert "limit 25%" in page.within("id", "further") and "predicted 20%" in page.within("id", "further")
-    assert "short (P(unended)) at most 25%" in page.text
+    assert "short (answers cut) at most 25%" in page.text
 
 
 def test_further_limits_stand_by_policy(run: Run) -> None:
