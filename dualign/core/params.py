@@ -218,14 +218,59 @@ class SftParams(StageParams):
     lora: LoraParams
 
 
+class GivenScorer(Frozen):
+    """A scorer that exists already (docs/scorers.md): where it is, how it is read, and what a higher score means.
+
+    `path` is a hub id or a folder; `label` names the output of a classifier of several; `template` is a Jinja file for
+    a tokenizer without a chat template of its own. `unsafe`, `safe` and `prefix` are what a guard says: the words of its
+    verdict, and what it writes before them.
+    """
+
+    path: str
+    kind: Literal["classifier", "labels", "safe_rlhf", "guard"]
+    higher_is: Literal["harmful", "helpful"]
+    revision: str | None = None
+    label: str | None = None
+    template: str | None = None
+    unsafe: Annotated[list[str], Field(min_length=1)] = ["unsafe"]
+    safe: Annotated[list[str], Field(min_length=1)] = ["safe"]
+    prefix: str = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> GivenScorer:
+        if (self.kind == "labels") != (self.label is not None):
+            raise ValueError("kind labels needs a label, the name of one output, and no other kind takes one")
+        if self.kind == "safe_rlhf" and self.template is not None:
+            raise ValueError("kind safe_rlhf has a template of its own; remove template")
+        if self.kind != "guard" and self.model_fields_set & {"unsafe", "safe", "prefix"}:
+            raise ValueError("unsafe, safe and prefix are a guard's verdict; remove them, or choose kind guard")
+        if self.kind == "guard" and self.higher_is != "harmful":
+            raise ValueError("a guard's score is the log-odds of its unsafe words, so higher_is must be harmful")
+        return self
+
+
 class ScorerParams(StageParams):
-    """What reward and cost model share. `backbone` is `sft`, a hub id or a folder."""
+    """What reward and cost model share. `backbone` is `sft`, a hub id or a folder.
+
+    `given` scorers are served instead of a trained one, which leaves `backbone`, `training`, `lora` and the weights of
+    the loss unused. `spread` weighs their disagreement: it lowers a reward and raises a cost.
+    """
 
     seed: int
+    given: Annotated[list[GivenScorer], Field(min_length=1)] | None
+    spread: NonNegative
     backbone: str
     training: TrainingParams
     lora: LoraParams
     score_regularisation: NonNegative
+
+    @model_validator(mode="after")
+    def _check(self) -> ScorerParams:
+        if self.given is not None and self.backbone != "sft":
+            raise ValueError("given scorers are not trained, so backbone must be sft, which nothing reads then")
+        if self.spread > 0 and len(self.given or ()) < 2:
+            raise ValueError("spread weighs how far several given scorers differ; give two or more, or set it to 0")
+        return self
 
 
 class RewardModelParams(ScorerParams):

@@ -94,7 +94,7 @@ def load_config(path: str | Path, revision: str | None = None, gguf_file: str | 
 
 def context_of(model: torch.nn.Module) -> int | None:
     """The longest sequence in tokens that a model can read; None where its configuration does not say."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = [getattr(text, key, None) for key in _CONTEXT]
     return next((int(value) for value in found if isinstance(value, int) and value > 0), None)
