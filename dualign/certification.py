@@ -11,11 +11,12 @@ import pandas as pd
 from scipy.stats import norm
 
 from dualign.certificate import Certificate, Evidence, Tested
-from dualign.core.artifacts import write_parquet
+from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.params import SHARES, CertifyParams, CertifyRun, LabelParams
 from dualign.core.schema import ANSWERS, LABELS, read_table
 from dualign.evaluation import add_truth, means
 from dualign.lm.mixture import policy_at
+from dualign.lm.publish import publish
 from dualign.measure.rollout import Judges, roll_out
 from dualign.search.labelling import truth, vote
 from dualign.search.merge import merge
@@ -26,7 +27,10 @@ _EXACT = (*((share, "clustered_t") for share in SHARES), ("harm", "prediction_po
 
 @dataclass(frozen=True)
 class Contender:
-    """A candidate: the policy in a folder, or (1 - q) partner + q policy, made in `out` when it is first needed."""
+    """A candidate: the policy in a folder, or (1 - q) partner + q policy, made in `out` when it is first needed.
+
+    It is tested in the form in which it would leave.
+    """
 
     policy: Path
     partner: Path
@@ -35,10 +39,15 @@ class Contender:
 
     def folder(self) -> Path:
         """Where the policy lies."""
-        if self.q == 1.0:
+        if self.out.is_dir():
+            return self.out
+        if self.q == 1.0 and not (self.policy / "adapter_config.json").is_file():
             return self.policy
-        if not self.out.is_dir():
-            merge(self.partner, self.policy, self.q, self.out)
+        merged = self.policy if self.q == 1.0 else self.out.with_name(f"{self.out.name}-merged")
+        if not merged.is_dir():
+            merge(self.partner, self.policy, self.q, merged)
+        with replacing(self.out) as folder:
+            publish(merged, folder)
         return self.out
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from dualign.core.params import DualSearchParams, InnerParams
 from dualign.core.schema import POOL, PROMPTS, by_prompt, read_table
 from dualign.core.stage import Run, execute, finished
 from dualign.dual import slater_radius
+from dualign.lm.publish import publish
 from dualign.methods import Plan, plan
 from dualign.search import rules
 from dualign.search.card import model_card
@@ -64,7 +64,7 @@ def main(run: Run[DualSearchParams]) -> None:
     chosen = steps[result["chosen"]]
     log.info("%s; the policy of step %d at lambda %.4f is returned", stopped, chosen.step, chosen.lam)
     with replacing(MODELS / "aligned" / run.item) as folder:
-        shutil.copytree(chosen.policy, folder)
+        publish(Path(chosen.policy), folder)
         (folder / "README.md").write_text(model_card(row, result, params))
     write_json(Path("reports/search") / f"{run.item}.json", result)
     spent = ("feasible", "trainings", "generated_tokens", "labels", "comparisons")

@@ -162,7 +162,7 @@ def load_policy(
     """
     require(path)
     adapter = Path(path) / "adapter_config.json"
-    base = _base_of(adapter) if adapter.is_file() else str(path)
+    base = adapter_base(path) if adapter.is_file() else str(path)
     computed = precision_of(resources)
     dtype = computed if rounded or computed is torch.float32 else "auto"
     model = load_model(AutoModelForCausalLM, base, dtype=dtype, revision=revision, gguf_file=gguf_file)
@@ -172,7 +172,9 @@ def load_policy(
     return with_adapter(model, path).to(device_of(resources)) if adapter.is_file() else model
 
 
-def _base_of(adapter: Path) -> str:
+def adapter_base(path: str | Path) -> str:
+    """The base that the adapter in a folder names."""
+    adapter = Path(path) / "adapter_config.json"
     try:
         return str(json.loads(adapter.read_text())["base_model_name_or_path"])
     except (OSError, ValueError, KeyError, TypeError) as error:

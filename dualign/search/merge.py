@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dualign.core.artifacts import replacing
 from dualign.core.errors import ModelError
+from dualign.lm.publish import adapter_in
 
 _ADAPTER = "adapter_config.json"
 
@@ -18,9 +19,11 @@ _ADAPTER = "adapter_config.json"
 def merge(first: Path, second: Path, q: float, out: Path) -> None:
     """Write the policy (1 - q) first + q second to folder `out`, whole or not at all; q may be above 1 (extrapolation).
 
-    Both must be full models of one shape, or adapters on one base. Adapters are merged by concatenating ranks, which
+    Both must be full models of one shape, or adapters on one base, which a published policy has beside its weights. Adapters are merged by concatenating ranks, which
     sums the products B A; averaging A and B apart (PEFT's `linear`) would add cross terms.
     """
+    if all((adapter_in(path) / _ADAPTER).is_file() for path in (first, second)):
+        first, second = adapter_in(first), adapter_in(second)
     adapters = [(path / _ADAPTER).is_file() for path in (first, second)]
     if adapters[0] != adapters[1]:
         raise ModelError(f"{first} and {second}: one is an adapter and the other a full model; train both alike")

@@ -32,7 +32,7 @@ from dualign.core.errors import DataError, ParamsError, TrainingError
 from dualign.core.params import Resources, TrainingParams
 from dualign.core.progress import watched
 from dualign.lm.loading import check_context, first_line
-from dualign.lm.numerics import precision_of
+from dualign.lm.numerics import device_of, precision_of
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ def arguments(job: Job) -> dict[str, Any]:
     if training.batch_size % micro:
         raise ParamsError(f"batch_size {training.batch_size} must be a multiple of resources.micro_batch_size {micro}")
     bf16 = precision_of(resources) is torch.bfloat16
+    on_cpu = device_of(resources).type == "cpu"
     return {
         "output_dir": str(job.scratch),
         "num_train_epochs": training.epochs,
@@ -71,7 +72,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "seed": job.seed,
         "data_seed": job.seed,
         "bf16": bf16,
-        "use_cpu": resources.device == "cpu",
+        "use_cpu": on_cpu,
         "gradient_checkpointing": resources.gradient_checkpointing,
         "logging_steps": resources.log_steps,
         "include_num_input_tokens_seen": "non_padding",  # for the rate in the log
@@ -80,7 +81,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "save_total_limit": 2,
         "report_to": "none",
         "disable_tqdm": not watched(),
-        "dataloader_pin_memory": resources.device != "cpu" and torch.cuda.is_available(),
+        "dataloader_pin_memory": not on_cpu,
         "optim": "adamw_torch",
     }
 

@@ -1,0 +1,52 @@
+"""Policies as they leave the repository: whole weights, which load from any folder and on any machine.
+
+Stages train adapters on `models/sft`, a name that means nothing elsewhere. What is published holds the base with the
+adapter folded in, in fp32, since bf16 would round most of a small change away. The adapter itself stays beside it in
+`adapter/`, where merges find it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dualign.core.artifacts import read_json, write_json
+from dualign.lm.loading import load_model, with_adapter
+from dualign.lm.mixture import FILE
+from dualign.lm.models import adapter_base, merged, save
+
+#: Sub-folder of a published policy that holds its adapter.
+ADAPTER = "adapter"
+
+
+def publish(policy: Path, out: Path) -> None:
+    """Write the policy in a folder to folder `out`, which must not exist, in a form that needs no other folder."""
+    if (policy / FILE).is_file():
+        _publish_mixture(policy, out)
+    elif (policy / "adapter_config.json").is_file():
+        _publish_adapter(policy, out)
+    else:
+        shutil.copytree(policy, out)
+
+
+def _publish_mixture(policy: Path, out: Path) -> None:
+    out.mkdir(parents=True)
+    content = read_json(policy / FILE)
+    for name in content["components"]:
+        publish(policy / name, out / name)
+    write_json(out / FILE, content)
+
+
+def _publish_adapter(policy: Path, out: Path) -> None:
+    base = load_model(AutoModelForCausalLM, adapter_base(policy), dtype=torch.float32)
+    save(merged(with_adapter(base, policy)), AutoTokenizer.from_pretrained(str(policy)), out)
+    shutil.copytree(policy, out / ADAPTER)
+
+
+def adapter_in(policy: Path) -> Path:
+    """The folder of a policy's adapter: `adapter/` of one that was published, else the policy's own."""
+    inner = policy / ADAPTER
+    return inner if inner.is_dir() else policy
