@@ -19,7 +19,7 @@ from dualign.core.schema import ENUMERATED, HELPFUL_PAIRS, POOL, PROMPTS, SAFETY
 from dualign.core.stage import Run, execute
 from dualign.evaluation import enumerate_answers
 from dualign.lm.sampling import log_probabilities
-from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.lm.tokens import encode_answers, encode_prompts, retokenised_share
 from dualign.measure.rollout import Judges, roll_out
 from dualign.measure.stats import clustered_mean
 
@@ -46,9 +46,12 @@ def main(run: Run[ScoreParams]) -> None:
         write_parquet(folder / "scored_pairs.parquet", pairs, SCORED_PAIRS)
         write_parquet(folder / "enumerated.parquet", enumerated, ENUMERATED)
     ids = pool["prompt_id"].to_numpy()
+    whole = pool[pool["ended"]]
+    other = retokenised_share(judges.tokenizer, whole["response"].tolist(), whole["tokens"].tolist())
+    drawn = {"prompts": len(prompts), "answers": len(pool), "ended": float(pool["ended"].mean())}
     run.metrics(
         {
-            "pool": {"prompts": len(prompts), "answers": len(pool), "ended": float(pool["ended"].mean())},
+            "pool": {**drawn, "retokenised": other},
             "pairs": len(pairs),
             "reward": clustered_mean(pool["reward"].to_numpy(), ids).as_dict(),
             "cost": clustered_mean(pool["cost"].to_numpy(), ids).as_dict(),

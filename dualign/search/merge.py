@@ -19,8 +19,9 @@ _ADAPTER = "adapter_config.json"
 def merge(first: Path, second: Path, q: float, out: Path) -> None:
     """Write the policy (1 - q) first + q second to folder `out`, whole or not at all; q may be above 1 (extrapolation).
 
-    Both must be full models of one shape, or adapters on one base, which a published policy has beside its weights. Adapters are merged by concatenating ranks, which
-    sums the products B A; averaging A and B apart (PEFT's `linear`) would add cross terms.
+    Both must be full models of one shape, or adapters on one base, which a published policy has beside its weights.
+    Adapters are merged by concatenating ranks, which sums the products B A; averaging A and B apart (PEFT's `linear`)
+    would add cross terms.
     """
     if all((adapter_in(path) / _ADAPTER).is_file() for path in (first, second)):
         first, second = adapter_in(first), adapter_in(second)
