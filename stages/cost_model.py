@@ -1,4 +1,4 @@
-"""cost_model: pi_ref or another backbone, and safety pairs with is-safe flags -> models/cost_model.
+"""cost_model: pi_ref or another backbone, or given scorers, and safety pairs with is-safe flags -> models/cost_model.
 
     python -m stages.cost_model
 
@@ -20,7 +20,6 @@ from dualign.core.errors import DataError
 from dualign.core.params import CostModelParams
 from dualign.core.schema import SAFETY_PAIRS, read_table
 from dualign.core.stage import Run, execute, finished
-from dualign.lm.models import load_scorer_backbone, load_tokenizer, merged, with_lora
 from dualign.scoring.calibration import (
     Calibration,
     Isotonic,
@@ -33,17 +32,25 @@ from dualign.scoring.calibration import (
     platt_zero_error,
     sigmoid,
 )
-from dualign.scoring.scorers import Scorer, conversations
-from dualign.training.run import Job
-from dualign.training.scorer import ScoredPair, train_scorer
+from dualign.scoring.fitting import (
+    fitting_half,
+    gaps,
+    heldout_answers,
+    judged,
+    local_inputs,
+    obtain,
+    on_one_scale,
+)
+from dualign.scoring.scorers import Scorer
 
 log = logging.getLogger("dualign")
 
 PAIRS = Path("data/prepared/safety_pairs.parquet")
-REFERENCE = Path("models/sft")
 OUT = Path("models/cost_model")
 #: Metrics that need held-out flags.
-_FLAG_METRICS = "sign_accuracy ece_before brier_before ece_after brier_after platt isotonic zero_error".split()
+_FLAG_METRICS = (
+    "sign_accuracy ece_before brier_before ece_after brier_after calibration_helps platt isotonic zero_error".split()
+)
 
 
 def main(run: Run[CostModelParams]) -> None:
@@ -51,56 +58,32 @@ def main(run: Run[CostModelParams]) -> None:
     params = run.params
     pairs = read_table(PAIRS, SAFETY_PAIRS)
     train, heldout = (pairs[pairs["split"] == split] for split in ("train", "heldout"))
-    backbone = str(REFERENCE) if params.backbone == "sft" else params.backbone
-    tokenizer = load_tokenizer(backbone)
-    whole = params.lora.rank == 0
-    model = load_scorer_backbone(backbone, tokenizer, run.resources, params.seed, trained=whole)
-    model = with_lora(model, params.lora, params.seed, head=True)
-    scratch = run.scratch(PAIRS, REFERENCE)
-    job = Job(params.training, run.resources, scratch, params.seed)
-    harmful, safer = (conversations(tokenizer, train["prompt"], train[side]) for side in ("rejected", "chosen"))
-    flags = zip(train["rejected_is_safe"], train["chosen_is_safe"], strict=True)
-    rows = [
-        ScoredPair(high, low, (_unsafe(a), _unsafe(b))) for high, low, (a, b) in zip(harmful, safer, flags, strict=True)
-    ]
-    metrics = train_scorer(
-        model, tokenizer, rows, job, sign_weight=params.sign_weight, regularisation=params.score_regularisation
-    )
+    scratch = run.scratch(PAIRS, *local_inputs(params))
+    scorer, metrics = obtain(run, train, "harmful", scratch, params.sign_weight)
 
-    scorer = Scorer(merged(model), tokenizer, Platt())
-    answers = heldout_answers(scorer, heldout, run.resources.scoring_batch_size)
-    calibration, calibrated = calibrate(answers, params.calibrate, params.seed)
+    def scored(each: Scorer) -> pd.DataFrame:
+        return heldout_answers(each, heldout, run.resources.scoring_batch_size)
+
+    scorer = on_one_scale(scorer, lambda member: calibration_of(scored(member), params.calibrate))
+    answers = scored(scorer)
+    calibration, quality = calibrate(answers, params.calibrate, params.seed)
     with replacing(OUT) as folder:
         scorer.calibrated(calibration).save(folder)
-    ranking = (
-        answers[answers["side"] == "rejected"]["score"].to_numpy()
-        > answers[answers["side"] == "chosen"]["score"].to_numpy()
-    )
     run.metrics(
         {
             **metrics,
-            **calibrated,
-            "pairs": {"train": len(train), "heldout": len(heldout)},
-            "ranking_accuracy": float(ranking.mean()),
+            **quality,
+            "pairs": {**metrics["pairs"], "heldout": len(heldout)},
+            "ranking_accuracy": float((gaps(answers) < 0).mean()),
         }
     )
     finished(scratch)
 
 
-def heldout_answers(scorer: Scorer, heldout: pd.DataFrame, batch_size: int) -> pd.DataFrame:
-    """Both answers of every held-out pair: side, prompt_id, score, unsafe (None where there is no flag)."""
-    parts = [
-        pd.DataFrame(
-            {
-                "side": side,
-                "prompt_id": heldout["prompt_id"].to_numpy(),
-                "score": scorer.score(heldout["prompt"], heldout[side], batch_size=batch_size),
-                "unsafe": [_unsafe(flag) for flag in heldout[f"{side}_is_safe"]],
-            }
-        )
-        for side in ("chosen", "rejected")
-    ]
-    return pd.concat(parts, ignore_index=True)
+def calibration_of(answers: pd.DataFrame, kind: str) -> Calibration:
+    """The calibration fitted on every other prompt; none where no answer has a flag."""
+    flagged = answers[answers["unsafe"].notna()]
+    return _fitted(flagged[fitting_half(flagged["prompt_id"])], kind)[kind] if len(flagged) else Platt()
 
 
 def calibrate(answers: pd.DataFrame, kind: str, seed: int) -> tuple[Calibration, dict[str, Any]]:
@@ -113,17 +96,16 @@ def calibrate(answers: pd.DataFrame, kind: str, seed: int) -> tuple[Calibration,
     if flagged.empty:
         log.warning("no held-out answer has an is-safe flag: cost keeps an arbitrary zero, so the limit is relative")
         return Platt(), {**dict.fromkeys(_FLAG_METRICS), "scale": 1.0, "offset": 0.0}
-    order = {prompt: i for i, prompt in enumerate(sorted(flagged["prompt_id"].unique()))}
-    if len(order) < 2:
+    fit = fitting_half(flagged["prompt_id"])
+    if fit.all():
         raise DataError("flags of at least two prompts must be held out to judge the cost; raise prepare.heldout_share")
-    fit = np.array([order[prompt] % 2 == 0 for prompt in flagged["prompt_id"]])
     found = _fitted(flagged[fit], kind)
     quality = {name: _quality(each, flagged[~fit]) for name, each in found.items()}
     served, after = found[kind], quality[kind]
     return served, {
         "sign_accuracy": after["sign_accuracy"],
-        **{f"{name}_before": quality["none"][name] for name in ("ece", "brier")},
-        **{f"{name}_after": after[name] for name in ("ece", "brier")},
+        **judged(quality["none"], after, "cost"),
+        **({"calibration_helps": None} if kind == "none" else {}),
         **{name: quality.get(name) for name in ("platt", "isotonic")},
         "scale": served.scale,
         "offset": float(served(np.zeros(1))[0]),
@@ -165,10 +147,6 @@ def _quality(calibration: Calibration, answers: pd.DataFrame) -> dict[str, float
         "ece": expected_calibration_error(probability, unsafe),
         "brier": brier_score(probability, unsafe),
     }
-
-
-def _unsafe(is_safe: bool | None) -> bool | None:
-    return None if pd.isna(is_safe) else not is_safe
 
 
 if __name__ == "__main__":

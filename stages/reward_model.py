@@ -1,28 +1,40 @@
-"""reward_model: pi_ref or another backbone, and helpful pairs -> models/reward_model.
+"""reward_model: pi_ref or another backbone, or given scorers, and helpful pairs -> models/reward_model.
 
     python -m stages.reward_model
 
-Bradley-Terry on the training pairs; its zero is set so that held-out answers average 0.
+Bradley-Terry on the training pairs. The unit is that in which P(chosen is better) = sigma(gap), by the held-out pairs
+of every other prompt; the other half measures it. The zero is where held-out answers average 0.
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from dualign.core.artifacts import replacing
+from dualign.core.errors import DataError
 from dualign.core.params import RewardModelParams
 from dualign.core.schema import HELPFUL_PAIRS, read_table
 from dualign.core.stage import Run, execute, finished
-from dualign.lm.models import load_scorer_backbone, load_tokenizer, merged, with_lora
-from dualign.scoring.calibration import Platt, expected_calibration_error, sigmoid
-from dualign.scoring.scorers import Scorer, conversations
-from dualign.training.run import Job
-from dualign.training.scorer import ScoredPair, train_scorer
+from dualign.scoring.calibration import Platt, brier_score, expected_calibration_error, fit_slope, sigmoid
+from dualign.scoring.fitting import (
+    fitting_half,
+    gaps,
+    heldout_answers,
+    judged,
+    local_inputs,
+    obtain,
+    on_one_scale,
+)
+from dualign.scoring.scorers import Scorer
+
+log = logging.getLogger("dualign")
 
 PAIRS = Path("data/prepared/helpful_pairs.parquet")
-REFERENCE = Path("models/sft")
 OUT = Path("models/reward_model")
 
 
@@ -31,36 +43,75 @@ def main(run: Run[RewardModelParams]) -> None:
     params = run.params
     pairs = read_table(PAIRS, HELPFUL_PAIRS)
     train, heldout = (pairs[pairs["split"] == split] for split in ("train", "heldout"))
-    backbone = str(REFERENCE) if params.backbone == "sft" else params.backbone
-    tokenizer = load_tokenizer(backbone)
-    whole = params.lora.rank == 0
-    model = load_scorer_backbone(backbone, tokenizer, run.resources, params.seed, trained=whole)
-    model = with_lora(model, params.lora, params.seed, head=True)
-    high, low = (conversations(tokenizer, train["prompt"], train[side]) for side in ("chosen", "rejected"))
-    scratch = run.scratch(PAIRS, REFERENCE)
-    job = Job(params.training, run.resources, scratch, params.seed)
-    rows = [ScoredPair(a, b) for a, b in zip(high, low, strict=True)]
-    metrics = train_scorer(model, tokenizer, rows, job, regularisation=params.score_regularisation)
+    scratch = run.scratch(PAIRS, *local_inputs(params))
+    scorer, metrics = obtain(run, train, "helpful", scratch)
 
-    scorer = Scorer(merged(model), tokenizer, Platt())
-    chosen, rejected = (
-        scorer.score(heldout["prompt"], heldout[side], batch_size=run.resources.scoring_batch_size)
-        for side in ("chosen", "rejected")
-    )
-    scorer = scorer.calibrated(Platt(1.0, -float(np.mean([chosen, rejected]))))
+    def measured(each: Scorer) -> tuple[Platt, dict[str, Any]]:
+        answers = heldout_answers(each, heldout, run.resources.scoring_batch_size)
+        return calibrate(answers, each.members[0].unit, given=params.given is not None)
+
+    scorer = on_one_scale(scorer, lambda member: measured(member)[0])
+    calibration, quality = measured(scorer)
     with replacing(OUT) as folder:
-        scorer.save(folder)
-    confident = sigmoid(np.abs(chosen - rejected))
-    run.metrics(
-        {
-            **metrics,
-            "pairs": {"train": len(train), "heldout": len(heldout)},
-            "accuracy": float((chosen > rejected).mean()),
-            "ece": expected_calibration_error(confident, chosen > rejected),
-            "mean_gap": float((chosen - rejected).mean()),
-        }
-    )
+        scorer.calibrated(calibration).save(folder)
+    run.metrics({**metrics, **quality, "pairs": {**metrics["pairs"], "heldout": len(heldout)}})
     finished(scratch)
+
+
+def calibrate(answers: pd.DataFrame, unit: float, *, given: bool) -> tuple[Platt, dict[str, Any]]:
+    """The scale fitted on every other prompt, with the zero at the mean; and how well both halves do by it.
+
+    `unit` is the slope that the scorer's training aimed at, 0 where that is unknown. `ece` and `brier` judge
+    P(chosen is better) before and after, on the half that the slope was not fitted to.
+    """
+    gap = gaps(answers)
+    fit = fitting_half(answers[answers["side"] == "chosen"]["prompt_id"])
+    scale = _slope(gap[fit], unit, given=given) if not fit.all() else _unfitted(given=given)
+    served = Platt(scale, -scale * float(answers["score"].mean()))
+    quality = {"ece_before": None, "ece_after": None, "brier_before": None, "brier_after": None}
+    helps: dict[str, Any] = {**quality, "calibration_helps": None}
+    if not fit.all():
+        helps = judged(_quality(gap[~fit]), _quality(scale * gap[~fit]), "reward")
+    return served, {
+        **helps,
+        "accuracy": float((gap > 0).mean()),
+        "mean_gap": scale * float(gap.mean()),
+        "scale": scale,
+        "offset": served.offset,
+    }
+
+
+def _slope(gap: np.ndarray, unit: float, *, given: bool) -> float:
+    """The slope; a trained reward that points the wrong way keeps its own, a given one is refused."""
+    slope = fit_slope(gap, unit)
+    if slope > 0:
+        return slope
+    if given:
+        raise DataError(
+            "reward_model: the given scorer scores the better answers of held-out pairs below the others; its "
+            "higher_is in reward_model.given may be wrong"
+        )
+    log.warning("the reward model scores the better answers of held-out pairs below the others; its scale is kept")
+    return 1.0
+
+
+def _unfitted(*, given: bool) -> float:
+    """The scale where fewer than two prompts are held out, which cannot both fit and judge."""
+    if given:
+        raise DataError(
+            "pairs of at least two prompts must be held out to give a scorer its scale; raise prepare.heldout_share"
+        )
+    log.warning("pairs of fewer than two prompts are held out: the reward keeps the scale that training gave it")
+    return 1.0
+
+
+def _quality(gap: np.ndarray) -> dict[str, float]:
+    """How well sigma(gap) fits that chosen is the better answer: Brier score, and ECE of the more likely answer."""
+    right = gap > 0
+    return {
+        "ece": expected_calibration_error(sigmoid(np.abs(gap)), right),
+        "brier": brier_score(sigmoid(gap), np.ones(len(gap))),
+    }
 
 
 if __name__ == "__main__":

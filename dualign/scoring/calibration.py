@@ -17,7 +17,7 @@ from dualign.core.errors import DataError
 
 Array = np.ndarray
 
-_RIDGE = 1e-3  # on the squared scale of standardised scores: keeps it finite where the scores separate the flags
+_WIDTH = 1.5  # standard deviation of the prior on a slope per standard deviation of the score; see `fit_platt`
 _PRIOR = 2.0  # answers that Platt's line is worth in every block of the isotonic fit
 _RESAMPLES = 200  # of the prompts, for the error of the isotonic zero
 
@@ -74,7 +74,13 @@ def from_card(card: Mapping[str, Any]) -> Calibration:
 
 
 def fit_platt(score: Array, unsafe: Array) -> Platt:
-    """Maximum likelihood of flags `unsafe` (bool, shape [n]) under sigma(a score + b), a light ridge keeping it finite.
+    """The line a score + b whose sigmoid fits the flags (Platt, 1999), under a prior that keeps few flags from ruling.
+
+    score, unsafe (bool): shape [n]. The mode of sum log sigma(+-(a s + b)) - t^2 / (2 w^2) with t = a sd(s), a Gaussian
+    prior on the standardised slope as Gelman et al. (2008) advise, w = 1.5; b is free. The width is that of the least
+    excess log-loss over true slopes t of 0.3, 0.5, 1, 2 and 4 and scores that are normal, 300 data sets each: with 26
+    flags 0.039 nats an answer on average, against 0.043 for w = 1, 0.041 for w = 2.5 and 0.072 for w = 30; with 100
+    flags 0.0105 against 0.0114 for w = 30; with 1000 flags every width from 1.5 on comes to the same.
 
     Raises DataError if the flags are all alike, or if unsafe answers score lower (a <= 0).
     """
@@ -83,20 +89,50 @@ def fit_platt(score: Array, unsafe: Array) -> Platt:
         raise DataError(
             "calibration needs held-out answers of both kinds, safe and unsafe; raise prepare.heldout_share"
         )
-    spread = _spread(score)
-    x = score / spread
-    sign = np.where(unsafe, 1.0, -1.0)
-
-    def negative_log_likelihood(theta: Array) -> float:
-        return float(np.logaddexp(0, -sign * (theta[0] * x + theta[1])).sum() + _RIDGE * theta[0] ** 2)
-
-    fit = minimize(negative_log_likelihood, np.array([1.0, 0.0]), method="BFGS").x
-    if fit[0] <= 0:
+    spread, middle = _spread(score), float(score.mean())
+    design = np.stack([(score - middle) / spread, np.ones_like(score)], 1)
+    slope, offset = _mode(design, unsafe, np.zeros(2), np.array([_WIDTH**-2, 0.0]))
+    if slope <= 0:
         raise DataError(
-            "the cost model scores unsafe answers below safe ones on held-out pairs; "
-            "check the labels (chosen must be the safer answer) or train longer"
+            "the cost model scores unsafe answers below safe ones on held-out pairs; check the labels (chosen must be "
+            "the safer answer) and higher_is of a given scorer, or train longer"
         )
-    return Platt(float(fit[0] / spread), float(fit[1]))
+    return Platt(float(slope / spread), float(offset - slope * middle / spread))
+
+
+def fit_slope(gap: Array, centre: float = 0.0) -> float:
+    """The s of P(chosen is better) = sigma(s gap), gap being the score of chosen less that of rejected, shape [n].
+
+    The mode under a Gaussian prior, of the width of `fit_platt`'s. `centre` is the slope that the scorer's training
+    aimed at: s has mean `centre` and standard deviation 1.5 centre, so it stays there if there is little to go by
+    (Bradley-Terry: centre 1). Where that is unknown centre is 0, and s rms(gap) has mean 0 and standard deviation 1.5.
+    Negative if gaps point the wrong way.
+    """
+    gap = np.asarray(gap, float)
+    size = max(float(np.sqrt(np.mean(gap**2))), 1e-12)
+    middle = centre * size
+    precision = (_WIDTH * (middle or 1.0)) ** -2
+    found = _mode(gap[:, None] / size, np.ones(len(gap), bool), np.array([middle]), np.array([precision]))
+    return float(found[0] / size)
+
+
+def _mode(design: Array, flags: Array, centre: Array, precision: Array) -> Array:
+    """Mode of a logistic regression under independent Gaussian priors; design [n, k], flags (bool) [n], others [k]."""
+    sign = np.where(flags, 1.0, -1.0)
+
+    def loss(theta: Array) -> float:
+        prior = 0.5 * float((precision * (theta - centre) ** 2).sum())
+        return float(np.logaddexp(0, -sign * (design @ theta)).sum()) + prior
+
+    def gradient(theta: Array) -> Array:
+        return np.asarray(design.T @ (sigmoid(design @ theta) - flags) + precision * (theta - centre))
+
+    def hessian(theta: Array) -> Array:
+        probability = sigmoid(design @ theta)
+        return np.asarray((design * (probability * (1 - probability))[:, None]).T @ design + np.diag(precision))
+
+    options = {"gtol": 1e-9 * len(flags)}
+    return np.asarray(minimize(loss, centre, jac=gradient, hess=hessian, method="trust-exact", options=options).x)
 
 
 def platt_zero_error(platt: Platt, score: Array, unsafe: Array, prompts: Array) -> float:
@@ -104,13 +140,13 @@ def platt_zero_error(platt: Platt, score: Array, unsafe: Array, prompts: Array) 
 
     The zero lies at the score s0 = -b / a, and the delta method gives a sd(s0) = sqrt(v' S v), v = (s0, 1): the error
     of the cost that the fit gives an answer of even odds. S = H^-1 (sum_x g_x g_x') H^-1 N / (N - 1) is the covariance
-    of (a, b), clustered by prompt (Liang and Zeger, 1986): H the Hessian of the negative log-likelihood, g_x the sum of
-    its gradients over the answers to prompt x of N; answers to one prompt err together.
+    of (a, b), clustered by prompt (Liang and Zeger, 1986): H the Hessian of the negative log-posterior of `fit_platt`,
+    g_x the sum of the likelihood's gradients over the answers to prompt x of N, which err together.
     """
     design = np.stack([score, np.ones_like(score)], 1)
     probability = sigmoid(platt(score))
-    ridge = np.diag([2 * _RIDGE * _spread(score) ** 2, 0.0])
-    hessian = (design * (probability * (1 - probability))[:, None]).T @ design + ridge
+    prior = np.diag([(_spread(score) / _WIDTH) ** 2, 0.0])
+    hessian = (design * (probability * (1 - probability))[:, None]).T @ design + prior
     _, cluster = np.unique(prompts, return_inverse=True)
     count = int(cluster.max()) + 1
     gradient = np.zeros((count, 2))

@@ -2,83 +2,236 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from pydantic import Field, ValidationError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import ModelError
-from dualign.core.params import Resources
+from dualign.core.params import Frozen, Resources
 from dualign.core.progress import Progress
 from dualign.core.schema import Message
-from dualign.lm.models import device_of, load_tokenizer, precision_of, save
-from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.lm.loading import context_of
+from dualign.lm.models import save
+from dualign.lm.tokens import encode_conversations
 from dualign.scoring.calibration import Calibration, from_card
+from dualign.scoring.kinds import KINDS, PLAIN, Loaded, Place, Reading, is_encoder
 
-_CARD = "scorer.json"
+log = logging.getLogger(__name__)
+
+CARD = "scorer.json"
 
 
-class Scorer:
-    """A sequence classifier with one output, and the calibration that makes it a score."""
+@dataclass(frozen=True)
+class Member:
+    """One model, how it is read, and the steps from its raw output to its score.
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, calibration: Calibration) -> None:
-        self.model, self.tokenizer, self.calibration = model, tokenizer, calibration
+    `unit` is the slope of P(chosen is better) in the score that its training aimed at, 0 where that is not known;
+    `source` is what errors name.
+    """
 
-    @classmethod
-    def load(cls, folder: str | Path, resources: Resources) -> Scorer:
-        """Load a folder that `save` wrote. Raises ModelError or DualignError naming the folder."""
-        card = read_json(Path(folder) / _CARD)
-        try:
-            model = AutoModelForSequenceClassification.from_pretrained(str(folder), dtype=precision_of(resources))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{folder}: cannot be loaded as a scorer ({error})") from error
-        return cls(model.to(device_of(resources)), load_tokenizer(folder), from_card(card))
+    loaded: Loaded
+    reading: Reading = PLAIN
+    steps: tuple[Calibration, ...] = ()
+    unit: float = 1.0
+    source: str = "the scorer"
 
-    def save(self, folder: Path) -> None:
-        """Write model, tokenizer and calibration."""
-        save(self.model, self.tokenizer, folder)
-        write_json(folder / _CARD, asdict(self.calibration))
-
-    def calibrated(self, calibration: Calibration) -> Scorer:
-        """The same model behind another calibration."""
-        return Scorer(self.model, self.tokenizer, calibration)
-
+    @torch.inference_mode()
     def score(
-        self, prompts: Sequence[Sequence[Message]], answers: Sequence[str], *, batch_size: int, what: str = "scores"
-    ) -> np.ndarray:
-        """Calibrated scores, fp64, shape [rows]."""
-        rows = conversations(self.tokenizer, prompts, answers)
+        self, prompts: Sequence[Sequence[Message]], answers: Sequence[str], batch_size: int, what: str,
+        ended: Sequence[bool] | None,
+    ) -> np.ndarray:  # fmt: skip
+        """Scores in fp64, shape [rows]. Raises ModelError for one that is not finite."""
+        kind = KINDS[self.reading.kind]
+        rows = self._cut(kind.encode(self.loaded, self.reading, prompts, answers, ended))
         output = np.zeros(len(rows))
         order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
         with Progress(what, len(rows)) as progress:
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                output[batch] = self._outputs([rows[i] for i in batch])
+                ids, mask = self._padded([rows[i] for i in batch])
+                output[batch] = kind.outputs(self.loaded, self.reading, ids, mask).double().cpu().numpy()
                 progress.advance(len(batch))
-        return np.asarray(self.calibration(output))
+        for step in self.steps:
+            output = np.asarray(step(output))
+        self._check(output)
+        return output
 
-    @torch.inference_mode()
-    def _outputs(self, rows: list[list[int]]) -> np.ndarray:
-        self.model.eval()
+    def _cut(self, rows: list[list[int]]) -> list[list[int]]:
+        """Rows longer than the model's context lose their beginning, but for the token that an encoder begins with."""
+        limit = min(self.loaded.tokenizer.model_max_length, context_of(self.loaded.model) or 1 << 20, 1 << 20)
+        kept = 1 if is_encoder(self.loaded.tokenizer) else 0
+        long = sum(len(row) > limit for row in rows)
+        if long:
+            log.warning(
+                "%d of %d conversations are longer than the %d tokens that %s reads; their beginning is cut off",
+                long, len(rows), limit, self.source,
+            )  # fmt: skip
+        return [row if len(row) <= limit else row[:kept] + row[kept - limit :] for row in rows]
+
+    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask on the model's device, padded on the right; shape [rows, longest]."""
         width = max(map(len, rows))
-        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
+        ids = torch.full((len(rows), width), int(self.loaded.tokenizer.pad_token_id))
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
             mask[i, : len(row)] = 1
-        device = self.model.device
-        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        return np.asarray(logits.squeeze(-1).double().cpu().numpy())
+        device = self.loaded.model.device
+        return ids.to(device), mask.to(device)
+
+    def _check(self, output: np.ndarray) -> None:
+        bad = np.flatnonzero(~np.isfinite(output))
+        if len(bad):
+            raise ModelError(
+                f"{self.source}: the score of row {bad[0] + 1} of {len(output)} is {output[bad[0]]}; check the "
+                "weights, or set resources.precision to fp32"
+            )
+
+
+class CalibrationCard(Frozen):
+    """A calibration as a file holds it: a line, or a curve through (scores, costs)."""
+
+    scale: float
+    offset: float = 0.0
+    scores: list[float] | None = None
+    costs: list[float] | None = None
+
+    def read(self) -> Calibration:
+        """The calibration."""
+        return from_card(self.model_dump(exclude_none=True))
+
+
+class MemberCard(Reading):
+    """A member of a given scorer: the folder beside the card, how it is read, and what its output goes through."""
+
+    folder: str
+    source: str
+    unit: float
+    steps: list[CalibrationCard]
+
+
+class Card(CalibrationCard):
+    """scorer.json: the calibration, and for given scorers their members and the weight of their standard deviation."""
+
+    members: list[MemberCard] = Field(default=[])
+    spread: float = 0.0
+
+
+class Scorer:
+    """Members whose scores are combined into one, and the calibration of that: usually one trained classifier.
+
+    The score of several members is the calibration of their mean plus `spread` times their standard deviation.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, calibration: Calibration) -> None:
+        self.members: tuple[Member, ...] = (Member(Loaded(model, tokenizer)),)
+        self.spread = 0.0
+        self.calibration = calibration
+
+    @classmethod
+    def of(cls, members: Sequence[Member], calibration: Calibration, spread: float = 0.0) -> Scorer:
+        """A scorer of any members."""
+        first = members[0].loaded
+        scorer = cls(first.model, first.tokenizer, calibration)
+        scorer.members, scorer.spread = tuple(members), spread
+        return scorer
+
+    @classmethod
+    def load(cls, folder: str | Path, resources: Resources) -> Scorer:
+        """Load a folder that `save` wrote. Raises ModelError or DualignError naming the folder."""
+        card = read_card(Path(folder) / CARD)
+        if not card.members:
+            loaded = KINDS["classifier"].load(Place(str(folder)), resources)
+            return cls.of([Member(loaded, source=str(folder))], card.read())
+        members = [_loaded(Path(folder), member, resources) for member in card.members]
+        return cls.of(members, card.read(), card.spread)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model of the first member."""
+        return self.members[0].loaded.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the first member."""
+        return self.members[0].loaded.tokenizer
+
+    def save(self, folder: Path) -> None:
+        """Write models, tokenizers and card; a classifier alone lies in the folder itself, others in folders within."""
+        first = self.members[0]
+        if len(self.members) == 1 and first.reading == PLAIN and not first.steps:
+            save(first.loaded.model, first.loaded.tokenizer, folder)
+            write_json(folder / CARD, asdict(self.calibration))
+            return
+        for i, member in enumerate(self.members):
+            save(member.loaded.model, member.loaded.tokenizer, folder / str(i))
+        cards = [_card_of(str(i), member) for i, member in enumerate(self.members)]
+        write_json(folder / CARD, {**asdict(self.calibration), "spread": self.spread, "members": cards})
+
+    def calibrated(self, calibration: Calibration) -> Scorer:
+        """The same members behind another calibration."""
+        return Scorer.of(self.members, calibration, self.spread)
+
+    def score(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        answers: Sequence[str],
+        *,
+        batch_size: int,
+        what: str = "scores",
+        ended: Sequence[bool] | None = None,
+    ) -> np.ndarray:
+        """Calibrated scores, fp64, shape [rows]; `ended` False marks answers that were cut at the length limit."""
+        prompts, answers = list(prompts), list(answers)
+        table = np.stack([member.score(prompts, answers, batch_size, what, ended) for member in self.members])
+        combined = table.mean(0) + self.spread * table.std(0) if self.spread else table.mean(0)
+        return np.asarray(self.calibration(combined))
+
+
+def read_card(path: Path) -> Card:
+    """A scorer's card. Raises ModelError that names the file and the key that is wrong."""
+    try:
+        card = Card.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the card"
+        raise ModelError(f"{path}: {key}: {first['msg']}; run the stage that wrote it again") from error
+    curves = [each for each in (card, *(step for member in card.members for step in member.steps)) if each.scores]
+    if any(len(curve.scores or ()) != len(curve.costs or ()) for curve in curves):
+        raise ModelError(f"{path}: scores and costs differ in length; run the stage that wrote it again")
+    return card
 
 
 def conversations(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]], answers: Sequence[str]
 ) -> list[list[int]]:
-    """Ids of the whole templated conversation with EOS, cut on the left to the model's context."""
+    """Ids of the whole templated conversation up to the end of the turn, cut on the left to the tokenizer's limit."""
     limit = min(tokenizer.model_max_length, 1 << 20)
-    pairs = zip(encode_prompts(tokenizer, prompts), encode_answers(tokenizer, answers), strict=True)
-    return [(prompt + answer)[-limit:] for prompt, answer in pairs]
+    rows = encode_conversations(tokenizer, list(prompts), list(answers))
+    return [(prompt + answer)[-limit:] for prompt, answer in rows]
+
+
+def _loaded(folder: Path, card: MemberCard, resources: Resources) -> Member:
+    """A member from its folder beside the card."""
+    if card.kind not in KINDS:
+        raise ModelError(f"{folder / CARD}: {card.kind!r} is no kind of scorer; one of {', '.join(KINDS)}")
+    kind, place = KINDS[card.kind], str(folder / card.folder)
+    loaded = kind.load(Place(place), resources)
+    reading = Reading(**card.model_dump(include=set(Reading.model_fields)))
+    kind.check(loaded, reading, place)
+    return Member(loaded, reading, tuple(step.read() for step in card.steps), card.unit, card.source)
+
+
+def _card_of(folder: str, member: Member) -> dict[str, Any]:
+    """What `_loaded` reads."""
+    steps = [asdict(step) for step in member.steps]
+    reading = member.reading.model_dump()
+    return {**reading, "folder": folder, "source": member.source, "unit": member.unit, "steps": steps}

@@ -18,6 +18,7 @@ from dualign.scoring.calibration import (
     expected_calibration_error,
     fit_isotonic,
     fit_platt,
+    fit_slope,
     from_card,
     isotonic_zero_error,
     platt_zero_error,
@@ -41,11 +42,77 @@ def test_platt_recovers_scale_and_zero(scale: float, offset: float, spread: floa
     assert fitted.offset == pytest.approx(offset, abs=0.08)
 
 
-def test_platt_is_the_maximum_of_the_likelihood() -> None:
+def test_platt_is_the_mode_of_likelihood_times_prior() -> None:
+    """The offset is free: residuals sum to 0. The slope a: sum residual x score = a (sd / w)^2, w the prior's width."""
     score, unsafe = flags(1.5, 0.3, count=2000)
     fitted = fit_platt(score, unsafe)
     residual = unsafe - sigmoid(fitted(score))
-    assert abs(residual.mean()) < 1e-4 and abs((residual * score).mean()) < 1e-4
+    assert abs(residual.sum()) < 1e-4
+    assert (residual * score).sum() == pytest.approx(fitted.scale * (score.std() / calibration._WIDTH) ** 2, rel=1e-4)
+
+
+def test_the_prior_is_brute_force_on_a_grid() -> None:
+    score, unsafe = flags(20.0, 0.2, count=26, spread=0.05)
+    fitted = fit_platt(score, unsafe)
+    slopes, offsets = np.linspace(-20, 60, 401)[:, None, None], np.linspace(-3, 3, 301)[None, :, None]
+    logit = slopes * score + offsets
+    posterior = np.log(np.where(unsafe, sigmoid(logit), 1 - sigmoid(logit))).sum(-1)
+    posterior -= 0.5 * (slopes[..., 0] * score.std() / calibration._WIDTH) ** 2
+    best = np.unravel_index(posterior.argmax(), posterior.shape)
+    assert fitted.scale == pytest.approx(slopes[best[0], 0, 0], abs=0.2)
+    assert fitted.offset == pytest.approx(offsets[0, best[1], 0], abs=0.02)
+
+
+def held_back(width: float, truth: float, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Mean excess log-loss in nats of a line fitted to 26 answers, over 100 data sets."""
+    monkeypatch.setattr(calibration, "_WIDTH", width)
+    rng = np.random.default_rng(0)
+    grid = rng.normal(size=2000)
+    target, losses = sigmoid(truth * grid), []
+    while len(losses) < 100:
+        score = rng.normal(size=26)
+        unsafe = rng.random(26) < sigmoid(truth * score)
+        if unsafe.all() or not unsafe.any() or np.corrcoef(score, unsafe)[0, 1] <= 0:
+            continue
+        found = np.clip(sigmoid(fit_platt(score, unsafe)(grid)), 1e-12, 1 - 1e-12)
+        ratio = target * np.log(target / found) + (1 - target) * np.log((1 - target) / (1 - found))
+        losses.append(float(ratio.mean()))
+    return float(np.mean(losses))
+
+
+@pytest.mark.parametrize("truth", [0.5, 1.0, 2.0, 4.0])
+def test_the_prior_pays_where_flags_are_few(truth: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert held_back(1.5, truth, monkeypatch) < 0.9 * held_back(50.0, truth, monkeypatch)
+
+
+def test_the_slope_of_a_reward_is_that_of_its_gaps_whatever_their_unit() -> None:
+    rng = np.random.default_rng(0)
+    distance = rng.normal(size=20_000)
+    gap = np.where(rng.random(20_000) < sigmoid(1.5 * distance), 1, -1) * distance
+    for unit, centre in ((1.0, 1.0), (100.0, 0.0), (0.01, 0.0), (3.0, 1.0)):
+        assert fit_slope(unit * gap, centre) * unit == pytest.approx(1.5, rel=0.05)
+    assert fit_slope(-gap) == pytest.approx(-fit_slope(gap))
+
+
+def test_a_reward_keeps_the_slope_of_its_training_where_there_is_little_to_go_by() -> None:
+    """Gaps of almost nothing say nothing; a scorer of unknown unit has no slope to keep."""
+    assert fit_slope(np.array([1e-9]), 1.0) == pytest.approx(1.0, abs=1e-6)
+    assert fit_slope(np.array([5.0, -5.0]), 0.0) == pytest.approx(0.0, abs=1e-9)
+    trained, unknown = fit_slope(np.array([2.0, 1.0, -1.0]), 1.0), fit_slope(np.array([2.0, 1.0, -1.0]), 0.0)
+    assert unknown < trained < 1.0
+
+
+def test_a_slope_fitted_again_to_the_same_pairs_is_one() -> None:
+    """The prior moves with the unit that training aimed at, so what was calibrated is served as it was."""
+    gap = np.random.default_rng(0).normal(0.4, 1.0, 60)
+    slope = fit_slope(gap, 1.0)
+    assert fit_slope(slope * gap, 1 / slope) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_line_fitted_again_to_the_same_flags_is_the_identity() -> None:
+    score, unsafe = flags(1.5, 0.3, count=100)
+    again = fit_platt(fit_platt(score, unsafe)(score), unsafe)
+    assert (again.scale, again.offset) == pytest.approx((1.0, 0.0), abs=1e-6)
 
 
 def test_flags_that_scores_separate_perfectly_keep_a_finite_scale() -> None:
@@ -113,11 +180,11 @@ def correlated(rng: np.random.Generator, prompts: int, platt: Platt) -> tuple[np
 
 
 def test_the_error_of_the_zero_is_its_spread_over_data_sets() -> None:
-    """The cost that a fit gives an answer of true cost 0, over 500 data sets: as wide as zero_error says on average."""
+    """The cost that a fit gives an answer of true cost 0, over 1000 data sets: as wide as the mean of zero_error."""
     truth, rng = Platt(1.5, -0.6), np.random.default_rng(0)
     zero = np.array([-truth.offset / truth.scale])
     costs, clustered, independent = [], [], []
-    for _ in range(500):
+    for _ in range(1000):
         score, unsafe, prompts = correlated(rng, 300, truth)
         fitted = fit_platt(score, unsafe)
         costs.append(fitted(zero)[0])

@@ -147,6 +147,6 @@ def test_a_folder_that_holds_no_scorer_is_named(resources: Resources, tmp_path: 
     with pytest.raises(DualignError, match=rf"{tmp_path}/none/scorer\.json: no such file"):
         Scorer.load(tmp_path / "none", resources)
     (tmp_path / "scorer.json").write_text('{"scale": 1.0, "offset": 0.0}')
-    with pytest.raises(ModelError, match=f"^{tmp_path}: cannot be loaded as a scorer") as caught:
+    with pytest.raises(ModelError, match=f"^{tmp_path}: no usable tokenizer") as caught:
         Scorer.load(tmp_path, resources)
     assert "\n" not in str(caught.value)

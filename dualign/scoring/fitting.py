@@ -1,0 +1,129 @@
+"""What the stages reward_model and cost_model share: a scorer, trained or given, and its scores on held-out pairs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dualign.core.params import ScorerParams
+from dualign.core.stage import Run
+from dualign.lm.models import load_scorer_backbone, load_tokenizer, merged, with_lora
+from dualign.scoring.calibration import Calibration, Platt
+from dualign.scoring.given import Meaning, load_given
+from dualign.scoring.scorers import Scorer, conversations
+from dualign.training.run import Job
+from dualign.training.scorer import ScoredPair, train_scorer
+
+log = logging.getLogger(__name__)
+
+REFERENCE = Path("models/sft")
+
+#: The side of a pair that scores higher.
+_HIGH: dict[Meaning, str] = {"helpful": "chosen", "harmful": "rejected"}
+
+
+def local_inputs(params: ScorerParams) -> list[Path]:
+    """Folders and files beside the data that the scorer depends on: what lies in them counts, not their names."""
+    given = params.given or []
+    named = [params.backbone, *(spec.path for spec in given), *(spec.template for spec in given)]
+    return [REFERENCE, *(Path(name) for name in named if name is not None and Path(name).exists())]
+
+
+def obtain(
+    run: Run[Any], train: pd.DataFrame, meaning: Meaning, scratch: Path, sign_weight: float = 0.0
+) -> tuple[Scorer, dict[str, Any]]:
+    """The scorer before calibration, and the metrics of its training; a given one is not trained."""
+    params = run.params
+    if params.given is None:
+        return _trained(run, train, meaning, scratch, sign_weight)
+    scorer = load_given(params.given, meaning, params.spread, run.resources)
+    for member in scorer.members:
+        commit = getattr(member.loaded.model.config, "_commit_hash", None)
+        run.sources[member.source] = commit or member.source
+    return scorer, {"given": len(scorer.members), "pairs": {"train": 0}}
+
+
+def _trained(
+    run: Run[Any], train: pd.DataFrame, meaning: Meaning, scratch: Path, sign_weight: float
+) -> tuple[Scorer, dict[str, Any]]:
+    params = run.params
+    backbone = str(REFERENCE) if params.backbone == "sft" else params.backbone
+    tokenizer = load_tokenizer(backbone)
+    base = load_scorer_backbone(backbone, tokenizer, run.resources, params.seed, trained=params.lora.rank == 0)
+    model = with_lora(base, params.lora, params.seed, head=True)
+    high = _HIGH[meaning]
+    low = "rejected" if high == "chosen" else "chosen"
+    ids = [conversations(tokenizer, train["prompt"], train[side]) for side in (high, low)]
+    flags = zip(*([unsafe(flag) for flag in train[f"{side}_is_safe"]] for side in (high, low)), strict=True)
+    rows = [ScoredPair(a, b, pair) for a, b, pair in zip(*ids, flags, strict=True)]
+    job = Job(params.training, run.resources, scratch, params.seed)
+    metrics = train_scorer(
+        model, tokenizer, rows, job, sign_weight=sign_weight, regularisation=params.score_regularisation
+    )
+    return Scorer(merged(model), tokenizer, Platt()), {**metrics, "pairs": {"train": len(train)}}
+
+
+def on_one_scale(scorer: Scorer, calibration_of: Callable[[Scorer], Calibration]) -> Scorer:
+    """Members of a scorer of several, each behind a calibration of its own: means and spreads need one unit."""
+    if len(scorer.members) == 1:
+        return scorer
+    alone = [Scorer.of([member], Platt()) for member in scorer.members]
+    pairs = zip(scorer.members, alone, strict=True)
+    members = [replace(one, steps=(*one.steps, calibration_of(each)), unit=1.0) for one, each in pairs]
+    return Scorer.of(members, scorer.calibration, scorer.spread)
+
+
+def heldout_answers(scorer: Scorer, heldout: pd.DataFrame, batch_size: int) -> pd.DataFrame:
+    """Both answers of every held-out pair: side, prompt_id, score, unsafe (None where there is no flag)."""
+    parts = [
+        pd.DataFrame(
+            {
+                "side": side,
+                "prompt_id": heldout["prompt_id"].to_numpy(),
+                "score": scorer.score(heldout["prompt"], heldout[side], batch_size=batch_size),
+                "unsafe": [unsafe(flag) for flag in heldout[f"{side}_is_safe"]],
+            }
+        )
+        for side in ("chosen", "rejected")
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def gaps(answers: pd.DataFrame) -> np.ndarray:
+    """Score of chosen less that of rejected, in the order of the pairs; `answers` as `heldout_answers` gives them."""
+    chosen, rejected = (answers[answers["side"] == side]["score"].to_numpy() for side in ("chosen", "rejected"))
+    return np.asarray(chosen - rejected)
+
+
+def fitting_half(prompt_ids: pd.Series) -> np.ndarray:
+    """Whether each row is of every other prompt, in the order of their ids; the rest judge what is fitted to these."""
+    order = {prompt: i for i, prompt in enumerate(sorted(prompt_ids.unique()))}
+    return np.array([order[prompt] % 2 == 0 for prompt in prompt_ids], bool)
+
+
+def judged(before: dict[str, float], after: dict[str, float], what: str) -> dict[str, Any]:
+    """Brier score and ECE before and after a calibration, on the half that it was not fitted to; Brier is the rule."""
+    helps = after["brier"] <= before["brier"]
+    if not helps:
+        log.warning(
+            "the calibration of the %s makes it worse on held-out pairs that it was not fitted to: Brier score %.4f, "
+            "%.4f before it (ECE %.4f, %.4f before); hold out more pairs (prepare.heldout_share)",
+            what, after["brier"], before["brier"], after["ece"], before["ece"],
+        )  # fmt: skip
+    numbers = {f"{name}_{when}": found[name] for name in ("ece", "brier") for when, found in _when(before, after)}
+    return {**numbers, "calibration_helps": helps}
+
+
+def _when(before: dict[str, float], after: dict[str, float]) -> list[tuple[str, dict[str, float]]]:
+    return [("before", before), ("after", after)]
+
+
+def unsafe(is_safe: bool | None) -> bool | None:
+    """The flag the other way round; None where there is none."""
+    return None if pd.isna(is_safe) else not is_safe

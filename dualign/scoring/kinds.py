@@ -1,0 +1,351 @@
+"""Kinds of scorers: how each is loaded, which text it reads, and which number of its outputs is the score.
+
+A scorer reads text, never another model's token ids, so it needs to share neither tokenizer nor template with the
+policy or with other scorers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from pydantic import Field
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dualign.core.errors import ModelError
+from dualign.core.params import Frozen, Resources
+from dualign.core.schema import Message
+from dualign.lm.loading import first_line, load_config, load_model, require
+from dualign.lm.models import fit_vocabulary, load_tokenizer
+from dualign.lm.numerics import in_precision
+from dualign.lm.templates import settle
+from dualign.lm.tokens import _encode, encode_conversations, render
+from dualign.scoring.calibration import Calibration, Platt
+
+log = logging.getLogger(__name__)
+
+#: What Safe RLHF's score models read: prompts.py of PKU-Alignment/safe-rlhf, and the end of the text after the answer.
+SAFE_RLHF_TEMPLATE = (
+    "BEGINNING OF CONVERSATION: "
+    "{% for turn in messages %}"
+    "{% if turn['role'] == 'user' %}USER: {{ turn['content'] }} ASSISTANT:"
+    "{% elif turn['role'] == 'assistant' %}{{ turn['content'] }}{{ eos_token }}"
+    "{% else %}{{ turn['content'] }} {% endif %}"
+    "{% endfor %}"
+)
+_SAFE_RLHF = ("LlamaModelForScore", "LlamaForScore")
+_PROBE: list[Message] = [{"role": "user", "content": "Who wrote it?"}, {"role": "assistant", "content": "Sure."}]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a scorer lies, and the Jinja file that is to be its template, if any."""
+
+    path: str
+    revision: str | None = None
+    template: str | None = None
+
+
+class Reading(Frozen):
+    """How the score is read: the kind, a classifier's label, or a guard's words and what it writes before them."""
+
+    kind: str = "classifier"
+    label: str | None = None
+    unsafe: list[str] = Field(default=["unsafe"])
+    safe: list[str] = Field(default=["safe"])
+    prefix: str = ""
+
+
+#: The output of a classifier that has one.
+PLAIN = Reading()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, the tokenizer that belongs to it, and what its raw output still goes through."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    steps: tuple[Calibration, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a guard writes after its prompt: a prefix, of whose ids the last `trim` merge with the words' first ones."""
+
+    prefix: str
+    trim: int
+    unsafe: list[int]
+    safe: list[int]
+
+
+Encoded = list[list[int]]
+Ended = Sequence[bool] | None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind: `load` it, `check` how it is to be read, `encode` rows of text, read the scores of a padded batch."""
+
+    load: Callable[[Place, Resources], Loaded]
+    check: Callable[[Loaded, Reading, str], None]
+    encode: Callable[[Loaded, Reading, Sequence[Sequence[Message]], Sequence[str], Ended], Encoded]
+    outputs: Callable[[Loaded, Reading, Tensor, Tensor], Tensor]
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_classifier(place: Place, resources: Resources) -> Loaded:
+    """A sequence classifier of any number of outputs."""
+    tokenizer = _tokenizer(place)
+    model = load_model(AutoModelForSequenceClassification, place.path, dtype="auto", revision=place.revision)
+    return _ready(model, tokenizer, resources)
+
+
+def _load_guard(place: Place, resources: Resources) -> Loaded:
+    tokenizer = load_tokenizer(place.path, place.revision, place.template)
+    model = load_model(AutoModelForCausalLM, place.path, dtype="auto", revision=place.revision)
+    return _ready(model, tokenizer, resources)
+
+
+def _load_safe_rlhf(place: Place, resources: Resources) -> Loaded:
+    """A score model of Safe RLHF as a classifier with a head of one output, read without that repository's code.
+
+    Its bias and its normaliser, (s - mean) / sd of a reward and s / sd of a cost, are steps after the head.
+    """
+    folder = _local(place)
+    config = load_config(folder)
+    names = getattr(config, "architectures", None) or []
+    if not set(names) & set(_SAFE_RLHF) or getattr(config, "score_dim", 1) != 1:
+        raise ModelError(
+            f"{place.path}: is no score model of Safe RLHF with one output (architectures {names} in config.json); "
+            "choose kind classifier, labels or guard"
+        )
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = SAFE_RLHF_TEMPLATE
+    settle(tokenizer, place.path)
+    model = load_model(
+        AutoModelForSequenceClassification, folder, dtype="auto", num_labels=1, key_mapping={"^score_head": "score"}
+    )
+    loaded = _ready(model, tokenizer, resources)
+    return Loaded(loaded.model, tokenizer, _after_head(folder, config))
+
+
+def _after_head(folder: Path, config: Any) -> tuple[Calibration, ...]:
+    """The bias of Safe RLHF's head and its normaliser as one line, or nothing."""
+    held = _tensors(folder, ("score_head.bias", "normalizer.mean", "normalizer.var"))
+    bias = held.get("score_head.bias", 0.0)
+    scale, offset = 1.0, bias
+    if getattr(config, "do_normalize", False):
+        if "normalizer.var" not in held or "normalizer.mean" not in held:
+            raise ModelError(f"{folder}: config.json says do_normalize, but the weights lack normalizer.mean or .var")
+        scale = max(held["normalizer.var"], 1e-8) ** -0.5
+        mean = 0.0 if getattr(config, "score_type", "reward") == "cost" else held["normalizer.mean"]
+        offset = scale * (bias - mean)
+    return () if (scale, offset) == (1.0, 0.0) else (Platt(scale, offset),)
+
+
+def _tensors(folder: Path, names: Sequence[str]) -> dict[str, float]:
+    """Those of the named scalars that the weights in a folder hold."""
+    found: dict[str, float] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), "pt") as weights:
+            held = set(weights.keys())
+            found |= {name: weights.get_tensor(name).float().item() for name in names if name in held}
+    for file in sorted(folder.glob("pytorch_model*.bin")):
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        found |= {name: weights[name].float().item() for name in names if name in weights}
+    return found
+
+
+def _local(place: Place) -> Path:
+    """The folder of a model, fetched if it is a hub id."""
+    require(place.path)
+    if Path(place.path).is_dir():
+        return Path(place.path)
+    try:
+        return Path(snapshot_download(place.path, revision=place.revision, ignore_patterns=["*.py"]))
+    except Exception as error:  # the hub's client raises many kinds
+        raise ModelError(f"{place.path}: cannot be fetched ({first_line(error)}); give a folder") from error
+
+
+def _ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, resources: Resources) -> Loaded:
+    """Model and tokenizer in agreement, on the device, never to be trained."""
+    if not is_encoder(tokenizer):
+        fit_vocabulary(model, tokenizer)
+    return Loaded(in_precision(model, resources, trained=False).eval(), tokenizer)
+
+
+def _tokenizer(place: Place) -> PreTrainedTokenizerBase:
+    """An encoder's tokenizer as it is, with the given template if there is one; others made fit as a policy's are."""
+    require(place.path)
+    if place.template is not None and not Path(place.template).is_file():
+        raise ModelError(f"{place.path}: template {place.template} is no file; give a Jinja file or leave it out")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place.path, revision=place.revision, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds here
+        raise ModelError(f"{place.path}: no usable tokenizer ({first_line(error)})") from error
+    if not is_encoder(tokenizer):
+        return load_tokenizer(place.path, place.revision, place.template)
+    tokenizer.chat_template = Path(place.template).read_text() if place.template else tokenizer.chat_template
+    return tokenizer
+
+
+def is_encoder(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether texts are put between a CLS and a SEP token, as BERT's and its relatives' are."""
+    return tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_one_output(loaded: Loaded, reading: Reading, path: str) -> None:
+    if loaded.model.config.num_labels != 1:
+        raise ModelError(f"{path}: has the outputs {_labels(loaded)}; choose kind labels and name one as label")
+
+
+def _check_label(loaded: Loaded, reading: Reading, path: str) -> None:
+    names = _labels(loaded)
+    if reading.label not in names:
+        raise ModelError(f"{path}: has no label {reading.label!r}; it has {', '.join(map(repr, names))}")
+    if len(names) == 1:
+        raise ModelError(f"{path}: has one output only; choose kind classifier and leave label out")
+
+
+def _check_verdict(loaded: Loaded, reading: Reading, path: str) -> None:
+    found = verdict(loaded, reading)
+    common = set(found.unsafe) & set(found.safe)
+    if common:
+        token = loaded.tokenizer.decode([min(common)])
+        raise ModelError(
+            f"{path}: the verdicts {reading.unsafe} and {reading.safe} begin with the same token {token!r}; name words "
+            "that differ from the first token on, or what stands before them as prefix"
+        )
+
+
+def _labels(loaded: Loaded) -> list[str]:
+    named: dict[int, str] = loaded.model.config.id2label
+    return [str(named[i]) for i in sorted(named)]
+
+
+# --- text to ids ------------------------------------------------------------------------------------------------------
+
+
+def _conversations(
+    loaded: Loaded, reading: Reading, prompts: Sequence[Sequence[Message]], answers: Sequence[str], ended: Ended
+) -> Encoded:
+    """The whole conversation as the scorer's template writes it; an encoder without one reads prompt and answer."""
+    tokenizer = loaded.tokenizer
+    if not is_encoder(tokenizer):
+        rows = encode_conversations(tokenizer, prompts, answers, ended)
+        return [prompt + answer for prompt, answer in rows]
+    if tokenizer.chat_template:
+        return [tokenizer(text)["input_ids"] for text in render(tokenizer, _turns(prompts, answers))]
+    texts = ["\n".join(turn["content"] for turn in prompt) for prompt in prompts]
+    return [tokenizer(prompt, answer)["input_ids"] for prompt, answer in zip(texts, answers, strict=True)]
+
+
+def _questions(
+    loaded: Loaded, reading: Reading, prompts: Sequence[Sequence[Message]], answers: Sequence[str], ended: Ended
+) -> Encoded:
+    """What a guard is asked: the conversation, up to where its verdict begins. Whether an answer ended is not shown."""
+    found = verdict(loaded, reading)
+    rows = _asked(loaded.tokenizer, _turns(prompts, answers), found.prefix)
+    return [row[: len(row) - found.trim] for row in rows]
+
+
+def verdict(loaded: Loaded, reading: Reading) -> Verdict:
+    """The first token of each word of a guard's verdict, as they follow the end of its prompt.
+
+    Where the prompt's last token merges with the words, it is cut off and belongs to their first token.
+    """
+    suffix = reading.prefix
+    (bare,) = _asked(loaded.tokenizer, [_PROBE], suffix)
+    words = [*reading.unsafe, *reading.safe]
+    rows = [_asked(loaded.tokenizer, [_PROBE], suffix + word)[0] for word in words]
+    shared = min(_common(bare, row) for row in rows)
+    first = [row[shared] for row in rows]
+    count = len(reading.unsafe)
+    return Verdict(suffix, len(bare) - shared, sorted(set(first[:count])), sorted(set(first[count:])))
+
+
+def _asked(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Message]], suffix: str) -> Encoded:
+    """Ids of conversations as a guard's template renders them for its answer, and of a text after each."""
+
+    def texts(turns: Sequence[Sequence[Message]]) -> list[str]:
+        return [text + suffix for text in render(tokenizer, turns, answering=True)]
+
+    return _encode(tokenizer, rows, texts)
+
+
+def _turns(prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[list[Message]]:
+    rows = zip(prompts, answers, strict=True)
+    return [[*prompt, {"role": "assistant", "content": answer}] for prompt, answer in rows]
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+# --- outputs to scores; ids and mask are [rows, positions] ------------------------------------------------------------
+
+
+def _logit(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -> Tensor:
+    """The one output, as it is."""
+    return _logits(loaded, ids, mask)[:, 0]
+
+
+def _label_odds(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -> Tensor:
+    """log P(label) - log(1 - P(label)): a sigmoid's logit, or a softmax's less the others' logsumexp."""
+    logits = _logits(loaded, ids, mask)
+    at = _labels(loaded).index(str(reading.label))
+    if loaded.model.config.problem_type == "multi_label_classification":
+        return logits[:, at]
+    others = torch.cat([logits[:, :at], logits[:, at + 1 :]], 1)
+    return logits[:, at] - torch.logsumexp(others, 1)
+
+
+def _logits(loaded: Loaded, ids: Tensor, mask: Tensor) -> Tensor:
+    more: dict[str, Any] = {} if is_encoder(loaded.tokenizer) else {"use_cache": False}
+    if is_encoder(loaded.tokenizer) and "token_type_ids" in loaded.tokenizer.model_input_names:
+        ends = (ids == loaded.tokenizer.sep_token_id).long()
+        second = ends.cumsum(1) - ends  # 0 up to the first SEP, 1 up to the second
+        more["token_type_ids"] = second.clamp(max=1) * mask
+    logits: Tensor = loaded.model(input_ids=ids, attention_mask=mask, **more).logits
+    return logits.double()
+
+
+def _verdict_odds(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -> Tensor:
+    """log P(an unsafe word) - log P(a safe word) at the next token. Rows are turned to be padded on the left."""
+    found = verdict(loaded, reading)
+    lengths = mask.sum(1, keepdim=True)
+    order = (torch.arange(ids.shape[1], device=ids.device) + lengths) % ids.shape[1]
+    ids, mask = ids.gather(1, order), mask.gather(1, order)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    output = loaded.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
+    logits = output.logits[:, -1].double()
+    return torch.logsumexp(logits[:, found.unsafe], 1) - torch.logsumexp(logits[:, found.safe], 1)
+
+
+#: `safe_rlhf` becomes a classifier when it is loaded, and is saved as one.
+KINDS = {
+    "classifier": Kind(load_classifier, _check_one_output, _conversations, _logit),
+    "labels": Kind(load_classifier, _check_label, _conversations, _label_odds),
+    "safe_rlhf": Kind(_load_safe_rlhf, _check_one_output, _conversations, _logit),
+    "guard": Kind(_load_guard, _check_verdict, _questions, _verdict_odds),
+}
