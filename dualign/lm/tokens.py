@@ -106,6 +106,8 @@ def answer_lengths(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -
 
 def decode_answers(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> list[str]:
     """Text of each answer, without control tokens and without white space around it."""
+    if not len(ids):
+        return []  # where transformers would find one empty text
     texts = tokenizer.batch_decode(
         [list(row) for row in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -243,7 +245,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Message]
         return plain
     marks = _marks(rows, len(spelt))
     stands_for = dict(zip(spelt, marks, strict=True))
-    marked = [[_replaced(turn, tokenizer, stands_for) for turn in turns] for turns in rows]
+    pattern = _control(tokenizer)
+    marked = [_replaced(turns, pattern, stands_for) for turns in rows]
     back = {mark: token for token, mark in stands_for.items()}
     return [_literal_ids(tokenizer, text, back) for text in texts_of(marked)]
 
@@ -268,33 +271,59 @@ def _marks(rows: Sequence[Sequence[Message]], count: int) -> list[str]:
     return [next(free) for _ in range(count)]
 
 
-def _replaced(turn: Message, tokenizer: PreTrainedTokenizerBase, stands_for: dict[str, str]) -> Message:
-    content = _control(tokenizer).sub(lambda match: stands_for[match[0]], turn["content"])
-    return {"role": turn["role"], "content": content}
+def _replaced(turns: Sequence[Message], pattern: re.Pattern[str], stands_for: dict[str, str]) -> list[Message]:
+    contents = [pattern.sub(lambda match: stands_for[match[0]], turn["content"]) for turn in turns]
+    return [{"role": turn["role"], "content": content} for turn, content in zip(turns, contents, strict=True)]
 
 
 def _literal_ids(tokenizer: PreTrainedTokenizerBase, text: str, back: dict[str, str]) -> list[int]:
     """Ids of a rendered text in which marks stand for words that only look like control tokens.
 
-    The text is cut at the template's own control tokens, where a tokenizer cuts it too. Exact for byte-level
-    vocabularies; a sentencepiece one may begin a piece with an empty one more.
+    The text is cut at the template's own control tokens, where a tokenizer cuts it too, and each part is encoded as it
+    is there.
     """
     if not any(mark in text for mark in back):
         plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return plain
     ids: list[int] = []
-    pattern = _control(tokenizer)
-    at = 0
-    for match in [*pattern.finditer(text), None]:
-        part = text[at : match.start()] if match else text[at:]
-        for mark, token in back.items():
-            part = part.replace(mark, token)
-        if part:
-            ids += tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        if match:
-            ids.append(tokenizer.convert_tokens_to_ids(match[0]))
-            at = match.end()
+    for part, token in _parts(tokenizer, text):
+        for mark, spelt in back.items():
+            part = part.replace(mark, spelt)
+        ids += _part_ids(tokenizer, part, first=not ids)
+        ids += [tokenizer.convert_tokens_to_ids(token)] if token else []
     return ids
+
+
+def _parts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[str, str | None]]:
+    """Each part of a text with the control token after it; one that takes the white space beside it has taken it."""
+    added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    parts: list[tuple[str, str | None]] = []
+    at = 0
+    for match in _control(tokenizer).finditer(text):
+        known = added.get(match[0])
+        part = text[at : match.start()]
+        parts.append((part.rstrip() if known and known.lstrip else part, match[0]))
+        at = match.end()
+        if known and known.rstrip:
+            at += len(text[at:]) - len(text[at:].lstrip())
+    return [*parts, (text[at:], None)]
+
+
+def _part_ids(tokenizer: PreTrainedTokenizerBase, part: str, *, first: bool) -> list[int]:
+    """Ids of a part without control tokens. Some tokenizers put a space before a text's first part, and no other."""
+    if not part:
+        return []
+
+    def plain(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return ids
+
+    after_control: list[int] = tokenizer(f"{tokenizer.eos_token}a", add_special_tokens=False)["input_ids"][1:]
+    if first or after_control == plain("a"):
+        return plain(part)
+    lead = plain("\n")
+    ids = plain(f"\n{part}")
+    return ids[len(lead) :] if ids[: len(lead)] == lead else plain(part)
 
 
 def _control(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
