@@ -14,7 +14,7 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import replacing
-from dualign.core.errors import DataError
+from dualign.core.errors import DataError, ModelError
 from dualign.core.params import SftParams
 from dualign.core.schema import SFT, read_table
 from dualign.core.stage import Run, execute, finished
@@ -61,6 +61,8 @@ def main(run: Run[SftParams]) -> None:
 def base(run: Run[SftParams], rows: pd.DataFrame) -> tuple[Model, PreTrainedTokenizerBase]:
     """The model to start from and its tokenizer."""
     params = run.params
+    if (Path(params.base) / "adapter_config.json").is_file():
+        raise ModelError(f"sft.base: {params.base} holds an adapter; name its base, or a folder that has it folded in")
     if params.base != "scratch":
         tokenizer = load_tokenizer(params.base, params.revision, params.chat_template, params.gguf_file)
         model = load_policy(
