@@ -44,7 +44,10 @@ class Judges:
 def roll_out(
     policy: Policy, prompts: pd.DataFrame, judges: Judges, *, count: int, max_new_tokens: int, seed: int
 ) -> pd.DataFrame:
-    """`count` answers of `policy` to each prompt: schema POOL, and the policy's own logp."""
+    """`count` answers of `policy` to each prompt: schema POOL, and the policy's own logp.
+
+    An answer that was cut at `max_new_tokens` is scored as it stands, without EOS.
+    """
     tokenizer, resources = judges.tokenizer, judges.resources
     encoded = encode_prompts(tokenizer, prompts["prompt"].tolist())
     drawn = sample(
@@ -72,9 +75,11 @@ def roll_out(
         if same
         else log_probabilities(policy, tokenizer, rows, frame["tokens"].tolist(), batch_size=batch)
     )
-    texts = frame["response"].tolist()
-    frame["reward"] = judges.reward.score(frame["prompt"].tolist(), texts, batch_size=batch, what="rewards")
-    frame["cost"] = judges.cost.score(frame["prompt"].tolist(), texts, batch_size=batch, what="costs")
+    for score, judge in (("reward", judges.reward), ("cost", judges.cost)):
+        frame[score] = judge.score(
+            frame["prompt"].tolist(), frame["response"].tolist(), batch_size=batch, what=f"{score}s",
+            ended=frame["ended"].tolist(),
+        )  # fmt: skip
     return frame
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import norm
 from transformers import PreTrainedTokenizerBase
 
 from dualign import certificate, certification
@@ -201,7 +202,8 @@ def test_a_failed_test_says_how_many_prompts_it_would_take(resources: Resources)
     means = read_table("reports/certificate/it/00-answers.parquet", ANSWERS).groupby("prompt_id")["cost"].mean()
     assert not test["certified"]
     planned = certificate.sample_size(means.std(), limit - first["estimate"])  # of normal quantiles, not Student's
-    assert planned <= test["prompts_needed"] <= 1.5 * planned
+    reach = 2 * (1 + norm.ppf(0.8) / norm.ppf(0.95))  # the limit is half as far from the estimate as the bound
+    assert planned <= test["prompts_needed"] == pytest.approx(len(means) * reach**2, abs=1)
     main(run_of(resources, limit=first["estimate"] - 1))
     assert metrics()["tests"][0]["prompts_needed"] is None
 
