@@ -90,10 +90,12 @@ def load_tokenizer(
     return tokenizer
 
 
-#: Names of tokens that a base holds in reserve and never says, in order of preference.
-_SPARE = re.compile(
-    r"<\|finetune_right_pad_id\|>|<pad>|\[PAD\]|<\|pad(?:ding)?\|>|<\|reserved_special_token_\d+\|>|<reserved_\d+>"
-    r"|<unused\d+>|\[unused\d+\]|<\|extra_\d+\|>|<\|dummy_\d+\|>"
+#: Names of tokens that a base holds in reserve and never says: those that are meant for padding, then any.
+_SPARE = (
+    re.compile(r"<\|finetune_right_pad_id\|>|<pad>|\[PAD\]|<\|pad(?:ding)?\|>"),
+    re.compile(
+        r"<\|reserved_special_token_\d+\|>|<reserved_\d+>|<unused\d+>|\[unused\d+\]|<\|extra_\d+\|>|<\|dummy_\d+\|>"
+    ),
 )
 _TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>")
 
@@ -106,8 +108,8 @@ def _with_pad(tokenizer: PreTrainedTokenizerBase) -> None:
     taken = {tokenizer.eos_token, tokenizer.bos_token}
     if tokenizer.pad_token is not None and tokenizer.pad_token not in taken:
         return
-    held = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    spare = sorted(filter(_SPARE.fullmatch, held))
+    held = sorted(token.content for token in tokenizer.added_tokens_decoder.values())
+    spare = [name for names in _SPARE for name in held if names.fullmatch(name)]
     named = [name for name in _TEXT_ENDS if name in held]
     silent = [tokenizer.unk_token] if _knows_every_byte(tokenizer) and tokenizer.unk_token else []
     found = next((token for token in [*spare, *named, *silent] if token not in taken), None)

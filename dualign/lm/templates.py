@@ -13,15 +13,17 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from dualign.core.errors import ModelError
+from dualign.core.errors import DataError, ModelError
 from dualign.core.schema import user
-from dualign.lm.tokens import QUESTION, layout, render
+from dualign.lm.tokens import QUESTION, layout, render, told
 
 log = logging.getLogger(__name__)
 
 #: What a template that writes today's date writes instead. Llama 3.2 falls back on this day where it knows no other.
 PINNED = datetime.date(2024, 7, 26)
-_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+_NOW = re.compile(r"""strftime_now\(\s*(['"])((?:(?!\1).)*)\1\s*\)""")
+#: What a template may still say of the date once its calls are replaced.
+_HARMLESS = re.compile(r"\{#.*?#\}|strftime_now\s+is\s+(?:not\s+)?(?:un)?defined", re.DOTALL)
 _EOS = re.compile(r"(?<![.\w'\"])eos_token(?!\w)")
 
 
@@ -44,12 +46,17 @@ def settle(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
         _with_turn_end(tokenizer)
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from error
+    except DataError as error:
+        raise ModelError(
+            f"{source}: the chat template refuses a question and its answer ({told(error.__cause__ or error)}); give "
+            "another Jinja file as sft.chat_template"
+        ) from error
 
 
 def _pinned(template: str, source: str) -> str:
     """The template with its calls for today's date replaced by a fixed date."""
     dated = _NOW.sub(lambda match: repr(PINNED.strftime(match[2])), template)
-    if "strftime_now(" in dated:
+    if "strftime_now" in _HARMLESS.sub("", dated):
         raise ModelError(
             f"{source}: the chat template asks for today's date in a way that cannot be pinned; write a date into a "
             "copy of it and name that as sft.chat_template"

@@ -216,16 +216,21 @@ def render(
             texts.append(one(turns))
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(
-                f"the chat template is no valid Jinja (line {error.lineno}: {error.message}); mend the tokenizer's, or "
+                f"the chat template is no valid Jinja (line {error.lineno}: {told(error)}); mend the tokenizer's, or "
                 "give a file as sft.chat_template"
             ) from error
-        except (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError) as error:
+        except Exception as error:  # whatever the template's expressions raise
             roles = ", ".join(turn["role"] for turn in turns)
             raise DataError(
-                f"row {row} (turns {roles}: {turns[-1]['content'][:40]!r}): the chat template refuses it ({error}); "
-                "leave such rows out, or give another template as sft.chat_template"
+                f"row {row} (turns {roles}: {turns[-1]['content'][:40]!r}): the chat template refuses it "
+                f"({told(error)}); leave such rows out, or give another template as sft.chat_template"
             ) from error
     return texts
+
+
+def told(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _assistant(answer: str) -> Message:
