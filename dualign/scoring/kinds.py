@@ -18,6 +18,7 @@ from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -47,6 +48,7 @@ SAFE_RLHF_TEMPLATE = (
     "{% endfor %}"
 )
 _SAFE_RLHF = ("LlamaModelForScore", "LlamaForScore")
+_SCALARS = ("score_head.bias", "normalizer.mean", "normalizer.var")
 _PROBE: list[Message] = [{"role": "user", "content": "Who wrote it?"}, {"role": "assistant", "content": "Sure."}]
 
 
@@ -138,16 +140,28 @@ def _load_safe_rlhf(place: Place, resources: Resources) -> Loaded:
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = SAFE_RLHF_TEMPLATE
     settle(tokenizer, place.path)
-    model = load_model(
-        AutoModelForSequenceClassification, folder, dtype="auto", num_labels=1, key_mapping={"^score_head": "score"}
-    )
-    loaded = _ready(model, tokenizer, resources)
-    return Loaded(loaded.model, tokenizer, _after_head(folder, config))
+    held = _tensors(folder, ("score_head.weight", *_SCALARS))
+    model = _headed(load_model(AutoModel, folder, dtype="auto"), held.pop("score_head.weight", None), place.path)
+    scalars = {name: tensor.float().item() for name, tensor in held.items()}
+    return Loaded(_ready(model, tokenizer, resources).model, tokenizer, _after_head(scalars, config, folder))
 
 
-def _after_head(folder: Path, config: Any) -> tuple[Calibration, ...]:
+def _headed(backbone: PreTrainedModel, head: Tensor | None, path: str) -> PreTrainedModel:
+    """The classifier of a backbone and a head [1, hidden] that was stored under another name."""
+    backbone.config.num_labels = 1
+    with torch.device("meta"):
+        model: Any = AutoModelForSequenceClassification.from_config(backbone.config)
+    if head is None or head.shape != model.score.weight.shape or not bool(torch.isfinite(head).all()):
+        shape = None if head is None else tuple(head.shape)
+        raise ModelError(f"{path}: score_head.weight is {shape}, not finite numbers {tuple(model.score.weight.shape)}")
+    setattr(model, model.base_model_prefix, backbone)
+    model.score.weight = torch.nn.Parameter(head)
+    scorer: PreTrainedModel = model
+    return scorer
+
+
+def _after_head(held: dict[str, float], config: Any, folder: Path) -> tuple[Calibration, ...]:
     """The bias of Safe RLHF's head and its normaliser as one line, or nothing."""
-    held = _tensors(folder, ("score_head.bias", "normalizer.mean", "normalizer.var"))
     bias = held.get("score_head.bias", 0.0)
     scale, offset = 1.0, bias
     if getattr(config, "do_normalize", False):
@@ -159,16 +173,16 @@ def _after_head(folder: Path, config: Any) -> tuple[Calibration, ...]:
     return () if (scale, offset) == (1.0, 0.0) else (Platt(scale, offset),)
 
 
-def _tensors(folder: Path, names: Sequence[str]) -> dict[str, float]:
-    """Those of the named scalars that the weights in a folder hold."""
-    found: dict[str, float] = {}
+def _tensors(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Those of the named tensors that the weights in a folder hold."""
+    found: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(str(file), "pt") as weights:
             held = set(weights.keys())
-            found |= {name: weights.get_tensor(name).float().item() for name in names if name in held}
+            found |= {name: weights.get_tensor(name) for name in names if name in held}
     for file in sorted(folder.glob("pytorch_model*.bin")):
         weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        found |= {name: weights[name].float().item() for name in names if name in weights}
+        found |= {name: weights[name].clone() for name in names if name in weights}
     return found
 
 
