@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from dualign.core.errors import ModelError, ParamsError
@@ -119,8 +120,21 @@ def with_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
     missing = [str(one.message) for one in told if "missing adapter keys" in str(one.message)]
     if missing:
         raise ModelError(f"{path}: the adapter does not fit its base ({missing[0][:200]})")
+    _check_used(Path(path), adapted)
     _check_finite(path, adapted)
     return adapted
+
+
+def _check_used(folder: Path, adapted: PeftModel) -> None:
+    """Every adapter weight of the file has its place in the model."""
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return
+    with safe_open(file, "pt") as stored:
+        held = {name for name in stored.keys() if "lora_" in name}  # noqa: SIM118
+    unused = sorted(held - set(get_peft_model_state_dict(adapted, save_embedding_layers=False)))
+    if unused:
+        raise ModelError(f"{folder}: the adapter does not fit its base, which has no place for {_some(unused)}")
 
 
 def first_line(error: BaseException) -> str:
@@ -144,6 +158,20 @@ def _check_files(folder: Path) -> None:
             raise ModelError(f"{file}: is a git-lfs pointer and not the weights; run git lfs pull in that folder")
         if file.suffix == ".safetensors":
             _check_length(file)
+    if not (folder / "model.safetensors").is_file():
+        for index in sorted(folder.glob("model.safetensors.index.json")):
+            _check_shards(index)
+
+
+def _check_shards(index: Path) -> None:
+    """Every shard that an index names is there."""
+    try:
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: is no index of shards ({first_line(error)}); download it again") from error
+    gone = next((name for name in sorted(map(str, shards)) if not (index.parent / name).is_file()), None)
+    if gone is not None:
+        raise ModelError(f"{index.parent / gone}: is missing, though {index.name} names it; download it again")
 
 
 def _check_length(file: Path) -> None:

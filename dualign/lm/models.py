@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.pytorch_utils import Conv1D
 
 from dualign.core.errors import ModelError, ParamsError
 from dualign.core.params import LoraParams, Resources, ScratchParams
@@ -178,9 +179,12 @@ def adapter_base(path: str | Path) -> str:
     """The base that the adapter in a folder names."""
     adapter = Path(path) / "adapter_config.json"
     try:
-        return str(json.loads(adapter.read_text())["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{adapter}: names no base_model_name_or_path; run the stage that wrote it again") from error
+        named = json.loads(adapter.read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        named = None
+    if not isinstance(named, str) or not named:
+        raise ModelError(f"{adapter}: names no base_model_name_or_path; run the stage that wrote it again")
+    return named
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:
@@ -240,7 +244,7 @@ def with_lora(
         with seeded(seed):
             return get_peft_model(model, config)
     except ValueError as error:
-        linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+        linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D))
         names = sorted({name.rpartition(".")[2] for name in linear})
         raise ParamsError(
             f"lora.target_modules {lora.target_modules} does not fit {type(model).__name__} ({first_line(error)}); it "
@@ -267,7 +271,17 @@ def save(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase,
     if not isinstance(model, PeftModel):
         model.config._name_or_path = ""
     model.save_pretrained(str(folder))
+    if isinstance(model, PeftModel):
+        _sort_targets(folder / "adapter_config.json")
     tokenizer.save_pretrained(str(folder))
+
+
+def _sort_targets(config: Path) -> None:
+    """The adapter's target modules in order: peft writes a set of them, in another order in every process."""
+    content = json.loads(config.read_text())
+    if isinstance(content.get("target_modules"), list):
+        content["target_modules"] = sorted(content["target_modules"])
+        config.write_text(json.dumps(content, indent=2, sort_keys=True))
 
 
 # --- scorers ----------------------------------------------------------------------------------------------------------
