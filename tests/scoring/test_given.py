@@ -18,7 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dualign.core.errors import DualignError, ModelError
+from dualign.core import loading
+from dualign.core.errors import DualignError, ModelError, ParamsError
 from dualign.core.params import GivenScorer, Resources
 from dualign.core.schema import Message, user
 from dualign.data import world
@@ -26,7 +27,7 @@ from dualign.lm.models import load_tokenizer
 from dualign.scoring.calibration import Isotonic, Platt
 from dualign.scoring.given import load_given
 from dualign.scoring.scorers import CARD, Scorer
-from tests.scoring.conftest import TEXTS, Maker
+from tests.scoring.conftest import ROOT, TEXTS, Maker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -261,6 +262,39 @@ def test_a_scorer_that_dualign_wrote_scores_as_it_served(
     scorer.calibrated(Platt(2.0, 1.0)).save(tmp_path / "second")
     again = Scorer.load(tmp_path / "second", resources).score(PROMPTS, ANSWERS, batch_size=4)
     assert again == pytest.approx(2 * served + 1, abs=1e-5)
+
+
+# --- params -----------------------------------------------------------------------------------------------------------
+
+
+SPEC: dict[str, Any] = {"path": "a/b", "kind": "classifier", "higher_is": "harmful"}
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"given": []}, "cost_model.given: list should have at least 1 item"),
+        ({"given": [{**SPEC, "kind": "oracle"}]}, "cost_model.given.0.kind: input should be 'classifier', 'labels', "),
+        ({"given": [{**SPEC, "higher_is": "better"}]}, "cost_model.given.0.higher_is: input should be 'harmful' or "),
+        ({"given": [{"path": "a/b", "kind": "guard"}]}, "cost_model.given.0.higher_is is missing"),
+        ({"given": [{**SPEC, "lable": "toxic"}]}, "cost_model.given.0.lable is not a known key; did you mean 'label'?"),
+        ({"given": [{**SPEC, "kind": "labels"}]}, "cost_model.given.0: kind labels needs a label"),
+        ({"given": [{**SPEC, "kind": "safe_rlhf", "label": "x"}]}, "cost_model.given.0: kind labels needs a label, "),
+        ({"given": [{**SPEC, "kind": "safe_rlhf", "template": "x"}]}, "cost_model.given.0: kind safe_rlhf has a temp"),
+        ({"given": [{**SPEC, "safe": ["no"]}]}, "cost_model.given.0: unsafe, safe and prefix are a guard's verdict"),
+        ({"given": [{**SPEC, "kind": "guard", "higher_is": "helpful"}]}, "cost_model.given.0: a guard's score is the "),
+        ({"given": [SPEC], "backbone": "c/d"}, "cost_model: given scorers are not trained, so backbone must be sft"),
+        ({"given": [SPEC], "spread": 1.0}, "cost_model: spread weighs how far several given scorers differ"),
+        ({"spread": 1.0}, "cost_model: spread weighs how far several given scorers differ"),
+        ({"spread": -1.0}, "cost_model.spread: input should be greater than or equal to 0"),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused_by_key(section: dict[str, Any], told: str) -> None:
+    content = loading.read_yaml(ROOT / "params.yaml")
+    content["cost_model"] |= section
+    with pytest.raises(ParamsError) as caught:
+        loading.check(content, "my.yaml")
+    assert str(caught.value).startswith(f"my.yaml: {told}") and "\n" not in str(caught.value)
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import DataError
 from dualign.core.loading import load
-from dualign.core.params import CostModelParams, Resources
+from dualign.core.params import CostModelParams, GivenScorer, Resources
 from dualign.core.schema import SAFETY_PAIRS, pair_id, prompt_id, user
 from dualign.core.stage import Run
 from dualign.data import world
@@ -125,6 +126,33 @@ def test_one_prompt_cannot_both_calibrate_and_judge(answers: pd.DataFrame) -> No
     one: dict[str, Any] = {"prompt_id": "0001", "unsafe": [True, False] * 400}
     with pytest.raises(DataError, match=r"two prompts.*prepare\.heldout_share"):
         calibrate(answers.assign(**one), "platt", seed=0)
+
+
+def test_a_calibration_that_makes_it_worse_is_told(answers: pd.DataFrame, caplog: pytest.LogCaptureFixture) -> None:
+    """Flags of the fitting half are certain, those of the other half are a coin's."""
+    fit, rest = halves(answers)
+    rng = np.random.default_rng(1)
+    certain = pd.concat([fit.assign(unsafe=fit["score"] > 0), rest.assign(unsafe=rng.random(len(rest)) < 0.5)])
+    small = certain.assign(score=0.01 * certain["score"].astype(float))
+    metrics = calibrate(small, "platt", seed=0)[1]
+    assert metrics["calibration_helps"] is False and metrics["brier_after"] > metrics["brier_before"]
+    assert f"Brier score {metrics['brier_after']:.4f}, {metrics['brier_before']:.4f} before it" in caplog.text
+    caplog.clear()
+    assert calibrate(answers, "platt", seed=0)[1]["calibration_helps"] is True and not caplog.text
+    assert calibrate(answers, "none", seed=0)[1]["calibration_helps"] is None and not caplog.text
+
+
+def test_a_guard_may_be_the_cost_model(workspace: Path, resources: Resources) -> None:
+    """Any causal language model with a template will do here, since its verdicts are served as they are."""
+    write_parquet(workspace / "data/prepared/safety_pairs.parquet", flagged_pairs(40).to_dict("records"), SAFETY_PAIRS)
+    params = load(CostModelParams, ROOT / "params.yaml")
+    guard = GivenScorer(path="models/safety_dpo/alone", kind="guard", higher_is="harmful", safe=["safe", "fine"])
+    run = Run("cost_model", None, params.model_copy(update={"given": [guard], "calibrate": "none"}), resources)
+    main(run)
+    shutil.rmtree("models/safety_dpo")
+    scores = Scorer.load("models/cost_model", resources).score([user("Why?")], ["So."], batch_size=1)
+    assert np.isfinite(scores).all() and run.sources == {guard.path: guard.path}
+    assert read_json("reports/metrics/cost_model.json")["calibration_helps"] is None
 
 
 def flagged_pairs(count: int) -> pd.DataFrame:
