@@ -157,7 +157,8 @@ class _Ascent(TrainerCallback, ExportableState):
     def lagrangian(self, prompts: list[list[Message]], completion_ids: list[list[int]], **_: Any) -> list[float]:
         """TRL's reward function: one step of lambda, then (r - lambda c) / (1 + lambda) of each answer."""
         texts = decode_answers(self._tokenizer, completion_ids)
-        reward, cost = (scorer.score(prompts, texts, batch_size=self._batch) for scorer in self._scorers)
+        ended = [ids[-1:] == [self._tokenizer.eos_token_id] for ids in completion_ids]
+        reward, cost = (scorer.score(prompts, texts, batch_size=self._batch, ended=ended) for scorer in self._scorers)
         if not (np.isfinite(reward).all() and np.isfinite(cost).all()):
             raise TrainingError("the reward or cost model gave a score that is NaN or infinite; train it again")
         costs, options = gather_object(cost.tolist()), self._options

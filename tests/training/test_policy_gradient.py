@@ -187,7 +187,8 @@ def test_answers_are_rewarded_by_the_models_own_scores(
         ids = [[start + i, start + 2 * i, tokenizer.eos_token_id][: 1 + i % 3] for i in range(8)]
         prompts = [PROMPTS[i % 3] for i in range(8)]
         found = ascent.lagrangian(prompts=prompts, completion_ids=ids, completions=None, trainer_state=None)
-        r, c = (scorer.score(prompts, decode_answers(tokenizer, ids), batch_size=8) for scorer in scorers)
+        done = [row[-1] == tokenizer.eos_token_id for row in ids]
+        r, c = (scorer.score(prompts, decode_answers(tokenizer, ids), batch_size=8, ended=done) for scorer in scorers)
         costs, tokens = [*costs, *c], tokens + sum(map(len, ids))
         log_lambda += 0.02 * math.exp(log_lambda) * (np.mean(costs[-12:]) + 0.2)
         lam = math.exp(log_lambda)
@@ -234,7 +235,8 @@ def test_advantages_by_hand(
     answers = [ids[:length] for ids, length in pairs]
     logp, ref = (log_probabilities(m, tokenizer, prompts, answers, batch_size=8).numpy() for m in (policy, reference))
     assert batch["old_logps"].numpy() == pytest.approx(logp, abs=1e-4)
-    r, c = (scorer.score(rows, decode_answers(tokenizer, answers), batch_size=8) for scorer in scorers)
+    done = [answer[-1] == tokenizer.eos_token_id for answer in answers]
+    r, c = (scorer.score(rows, decode_answers(tokenizer, answers), batch_size=8, ended=done) for scorer in scorers)
     lam = math.exp(log_lambda_step(math.log(1.5), float(c.mean()), -0.2, 0.02, 0.1, 20.0))
     value = ((r - lam * c - 0.5 * (logp - ref)) / (1 + lam)).reshape(2, 4)
     expected = value - (value.sum(1, keepdims=True) - value) / 3
@@ -275,7 +277,8 @@ def test_a_run_at_a_fixed_lambda_ends_at_pi_lambda(
     def divergence(p: np.ndarray, q: np.ndarray) -> float:
         return float((p * np.log(p / q)).sum())
 
-    r, c = (s.score(PROMPTS[:1] * len(tokenizer), words(tokenizer), batch_size=300) for s in scorers)
+    done = [token == tokenizer.eos_token_id for token in range(len(tokenizer))]
+    r, c = (s.score(PROMPTS[:1] * len(tokenizer), words(tokenizer), batch_size=300, ended=done) for s in scorers)
     start = distribution()
 
     def tilted(weight: float) -> np.ndarray:
