@@ -261,8 +261,8 @@ def end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Plain weights: adapters folded in."""
-    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+    """Plain weights: adapters folded in, in fp32, since bf16 would lose most of a small adapter."""
+    return model.float().merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 def save(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -7,6 +7,7 @@ head over the vocabulary and its softmax are fp32. A frozen model keeps its matr
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -48,12 +49,25 @@ def precision_of(resources: Resources) -> torch.dtype:
 
 
 class Fp32Head(torch.nn.Linear):
-    """A linear head that multiplies in fp32, whatever autocast says, on hidden states as the layers leave them."""
+    """A linear head that multiplies in fp32, whatever autocast says, what bf16 holds of hidden states and weights.
+
+    A trained head is rounded as a frozen one is stored, so that both give the same logits.
+    """
 
     def forward(self, hidden: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
         with torch.autocast(hidden.device.type, enabled=False):
-            return torch.nn.functional.linear(hidden.to(torch.bfloat16).float(), self.weight.float(), bias)
+            return torch.nn.functional.linear(hidden.to(torch.bfloat16).float(), self._weights(), bias)
+
+    def _weights(self) -> Tensor:
+        return self.weight.to(torch.bfloat16).float()
+
+
+class Fp32Score(Fp32Head):
+    """A scorer's head, whose few weights are stored in fp32, frozen or not."""
+
+    def _weights(self) -> Tensor:
+        return self.weight.float()
 
 
 def in_precision(model: Any, resources: Resources, *, trained: bool) -> Any:
@@ -74,11 +88,12 @@ def in_precision(model: Any, resources: Resources, *, trained: bool) -> Any:
 
 def _compute_in_bf16(model: Any, device: torch.device) -> None:
     """Autocast around the forward pass, bf16 hidden states from the embeddings on, and an fp32 head."""
-    model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
+    forward = torch.autocast(device.type, torch.bfloat16)(type(model).forward)
+    model.forward = MethodType(forward, model)  # a method of its own, so that a copy's is the copy's
     model.get_input_embeddings().register_forward_hook(lambda module, given, output: output.to(torch.bfloat16))
     head = head_of(model)
-    if type(head) is torch.nn.Linear:
-        head.__class__ = Fp32Head  # a class and no patch of `forward`: a copy of the head is one too
+    if type(head) is torch.nn.Linear:  # a class and no patch of `forward`: a copy of the head is one too
+        head.__class__ = Fp32Score if head is getattr(model, "score", None) else Fp32Head
 
 
 def head_of(model: Any) -> torch.nn.Module | None:
