@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor
@@ -25,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from dualign.core.errors import ModelError
 from dualign.core.params import Frozen, Resources
@@ -129,21 +129,23 @@ def _load_safe_rlhf(place: Place, resources: Resources) -> Loaded:
 
     Its bias and its normaliser, (s - mean) / sd of a reward and s / sd of a cost, are steps after the head.
     """
-    folder = _local(place)
-    config = load_config(folder)
+    require(place.path)
+    config = load_config(place.path, place.revision)
     names = getattr(config, "architectures", None) or []
     if not set(names) & set(_SAFE_RLHF) or getattr(config, "score_dim", 1) != 1:
         raise ModelError(
             f"{place.path}: is no score model of Safe RLHF with one output (architectures {names} in config.json); "
             "choose kind classifier, labels or guard"
         )
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(place.path, place.revision)
     tokenizer.chat_template = SAFE_RLHF_TEMPLATE
     settle(tokenizer, place.path)
+    backbone = load_model(AutoModel, place.path, dtype="auto", revision=place.revision)
+    folder = Path(str(cached_file(place.path, "config.json", revision=place.revision))).parent  # with the weights now
     held = _tensors(folder, ("score_head.weight", *_SCALARS))
-    model = _headed(load_model(AutoModel, folder, dtype="auto"), held.pop("score_head.weight", None), place.path)
+    model = _headed(backbone, held.pop("score_head.weight", None), place.path)
     scalars = {name: tensor.float().item() for name, tensor in held.items()}
-    return Loaded(_ready(model, tokenizer, resources).model, tokenizer, _after_head(scalars, config, folder))
+    return Loaded(_ready(model, tokenizer, resources).model, tokenizer, _after_head(scalars, config, place.path))
 
 
 def _headed(backbone: PreTrainedModel, head: Tensor | None, path: str) -> PreTrainedModel:
@@ -160,13 +162,13 @@ def _headed(backbone: PreTrainedModel, head: Tensor | None, path: str) -> PreTra
     return scorer
 
 
-def _after_head(held: dict[str, float], config: Any, folder: Path) -> tuple[Calibration, ...]:
+def _after_head(held: dict[str, float], config: Any, path: str) -> tuple[Calibration, ...]:
     """The bias of Safe RLHF's head and its normaliser as one line, or nothing."""
     bias = held.get("score_head.bias", 0.0)
     scale, offset = 1.0, bias
     if getattr(config, "do_normalize", False):
         if "normalizer.var" not in held or "normalizer.mean" not in held:
-            raise ModelError(f"{folder}: config.json says do_normalize, but the weights lack normalizer.mean or .var")
+            raise ModelError(f"{path}: config.json says do_normalize, but the weights lack normalizer.mean or .var")
         scale = max(held["normalizer.var"], 1e-8) ** -0.5
         mean = 0.0 if getattr(config, "score_type", "reward") == "cost" else held["normalizer.mean"]
         offset = scale * (bias - mean)
@@ -184,17 +186,6 @@ def _tensors(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
         weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         found |= {name: weights[name].clone() for name in names if name in weights}
     return found
-
-
-def _local(place: Place) -> Path:
-    """The folder of a model, fetched if it is a hub id."""
-    require(place.path)
-    if Path(place.path).is_dir():
-        return Path(place.path)
-    try:
-        return Path(snapshot_download(place.path, revision=place.revision, ignore_patterns=["*.py"]))
-    except Exception as error:  # the hub's client raises many kinds
-        raise ModelError(f"{place.path}: cannot be fetched ({first_line(error)}); give a folder") from error
 
 
 def _ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, resources: Resources) -> Loaded:
