@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from dualign.core.artifacts import write_json, write_parquet
 from dualign.core.errors import ModelError
 from dualign.core.loading import load_resources
 from dualign.core.params import LoraParams, Resources, ScratchParams
-from dualign.core.schema import user
+from dualign.core.schema import HELPFUL_PAIRS, SAFETY_PAIRS, SFT, user
 from dualign.data import world
 from dualign.lm import models
 from dualign.lm.sampling import sample
 from dualign.lm.tokens import PLAIN_TEMPLATE, encode_prompts
+from tests.lm.layouts import CHATS, byte_level
+from tests.stages.conftest import rows as pair_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [answer.text for prompt in world.prompts()[::500] for answer in world.answers(prompt)]
@@ -276,3 +292,53 @@ def test_a_genuine_llama_loads_and_samples_words(real_data: Path, resources: Res
     assert [one.prompt for one in drawn] == [0, 0, 0, 1, 1, 1]
     assert all(any(c.isalpha() for c in one.text) for one in drawn)
     assert all(token < model.get_input_embeddings().num_embeddings for one in drawn for token in one.tokens)
+
+
+# --- the same seed ----------------------------------------------------------------------------------------------------
+
+
+def workspace(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """What the stages of `seeded_runs` read: a base, one without a pad token, supervised rows and pairs."""
+    long = SCRATCH.model_copy(update={"context": 128})
+    models.save(models.build_scratch(long, tokenizer, 0), tokenizer, folder / "base/lora")
+    padless = byte_level(CHATS["reasoner"])
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(padless), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=256,
+    )).save_pretrained(folder / "base/grown")  # fmt: skip
+    padless.save_pretrained(folder / "base/grown")
+    pairs = pair_rows("better_response_id")
+    kept = {name: [row[name] for row in pairs] for name in ("prompt_id", "prompt", "source", "split")}
+    rows = pd.DataFrame(kept).assign(response=[row["chosen"] for row in pairs])
+    prepared = folder / "data/prepared"
+    write_parquet(prepared / "sft.parquet", rows.to_dict("records"), SFT)
+    write_parquet(prepared / "helpful_pairs.parquet", pairs, HELPFUL_PAIRS)
+    write_parquet(prepared / "safety_pairs.parquet", pair_rows("safer_response_id"), SAFETY_PAIRS)
+    write_json(folder / "data/dual/dual.json", {"lam": 0.8})
+    return folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of the models by name."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and "sft" not in path.parts]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_two_processes_write_the_same_bytes(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Adapters and rows for new tokens are drawn from the seed, and nothing depends on the order of a set."""
+    first = workspace(tmp_path / "first", tokenizer)
+    shutil.copytree(first, tmp_path / "second")
+    running = []
+    for seed, name in enumerate(("first", "second")):
+        environment = os.environ | {"PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "tests.lm.seeded_runs", str(tmp_path / name)]
+        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL))
+    assert [process.wait(timeout=300) for process in running] == [0, 0]
+    one, other = (digests(tmp_path / name / "models") for name in ("first", "second"))
+    assert one == other
+    written = {f"{name}/model.safetensors" for name in ("lora", "grown")}
+    written |= {f"{name}/adapter_model.safetensors" for name in ("reward_dpo/helpful", "safety_dpo/alone")}
+    assert written <= one.keys()
+    grown = json.loads((tmp_path / "first/models/grown/config.json").read_text())
+    assert grown["vocab_size"] == 448 and load_file(tmp_path / "first/models/grown/model.safetensors")
+    assert not (tmp_path / "first/models/reward_dpo/helpful/ref").exists()
