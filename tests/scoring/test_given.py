@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -86,8 +87,6 @@ def beaver(spec: GivenScorer) -> np.ndarray:
     """Safe RLHF by hand: LlamaModel and head at the last token of its own text, rendered by its own rules."""
     tokenizer = AutoTokenizer.from_pretrained(spec.path)
     model = AutoModelForSequenceClassification.from_pretrained(spec.path, num_labels=1)
-    from safetensors.torch import load_file
-
     weights = load_file(Path(spec.path) / "model.safetensors")
     backbone = LlamaModel(model.config).eval()
     backbone.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
@@ -186,6 +185,25 @@ def test_an_encoder_reads_what_a_given_template_writes(encoder: Maker, resources
     scorer = load_given([encoder(template=str(tmp_path / "answer.jinja"))], "helpful", 0.0, resources)
     one, other = (scorer.score([user(text)] * 9, ANSWERS, batch_size=4) for text in ("Why?", QUESTION))
     assert one == pytest.approx(other) and one.std() > 0.01
+
+
+def test_safe_rlhf_stores_its_weights_in_either_format(safe_rlhf: Maker, resources: Resources) -> None:
+    spec = safe_rlhf({"score_head.bias": torch.tensor([0.5])})
+    expected = scored(spec, resources)
+    file = Path(spec.path) / "model.safetensors"
+    torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+    file.unlink()
+    assert scored(spec, resources) == pytest.approx(expected, abs=1e-6)
+
+
+def test_every_kind_scores_in_bf16_much_as_in_fp32(
+    classifier: Maker, labels: Maker, guard: Maker, safe_rlhf: Maker, encoder: Maker, resources: Resources
+) -> None:
+    narrow = resources.model_copy(update={"precision": "bf16"})
+    specs = [classifier(), labels("single_label_classification", "fine"), guard(), safe_rlhf(), encoder()]
+    for spec in specs:
+        wide, rounded = (scored(spec, each) for each in (resources, narrow))
+        assert rounded == pytest.approx(wide, abs=0.2 * wide.std() + 0.02), spec.kind
 
 
 # --- answers that did not end, long rows, numbers that are none -------------------------------------------------------
