@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 REFERENCE = Path("models/sft")
 
+#: A rise of the Brier score that is none.
+_HARMLESS = 1e-3
 #: The side of a pair that scores higher.
 _HIGH: dict[Meaning, str] = {"helpful": "chosen", "harmful": "rejected"}
 
@@ -108,8 +110,11 @@ def fitting_half(prompt_ids: pd.Series) -> np.ndarray:
 
 
 def judged(before: dict[str, float], after: dict[str, float], what: str) -> dict[str, Any]:
-    """Brier score and ECE before and after a calibration, on the half that it was not fitted to; Brier is the rule."""
-    helps = after["brier"] <= before["brier"]
+    """Brier score and ECE before and after a calibration, on the half that it was not fitted to; Brier is the rule.
+
+    A Brier score that rises by less than 0.001 is no harm: where the raw score is right already, chance moves it so.
+    """
+    helps = after["brier"] <= before["brier"] + _HARMLESS
     if not helps:
         log.warning(
             "the calibration of the %s makes it worse on held-out pairs that it was not fitted to: Brier score %.4f, "
