@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +13,17 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dualign.core.errors import ParamsError
+from dualign.core.loading import load_resources
 from dualign.core.params import ScratchParams
 from dualign.core.schema import user
 from dualign.data import world
 from dualign.lm.models import build_scratch, train_tokenizer
+from dualign.lm.numerics import in_precision
 from dualign.lm.sampling import answer_log_probabilities, log_probabilities, sample
 from dualign.lm.tokens import encode_answers, encode_prompts
 
+ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ScratchParams(
     tokenizer="train", vocab_size=300, hidden_size=32, layers=2, heads=2, intermediate_size=48, context=64
 )
@@ -230,3 +236,51 @@ def test_the_log_probability_of_a_sample_is_that_of_its_tokens_as_drawn(
     p = next_token(model, prompts[0])
     entropy, spread = -(p * p.log()).sum(), ((p * p.log() ** 2).sum() - (p * p.log()).sum() ** 2).sqrt()
     assert abs(scored.mean() + entropy) < 4 * spread / math.sqrt(2000)
+
+
+# --- the context, and bf16 --------------------------------------------------------------------------------------------
+
+
+def test_no_prompts_have_no_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    assert sample(model, tokenizer, [], count=3, max_new_tokens=4, batch_size=2, seed=0) == []
+    assert log_probabilities(model, tokenizer, [], [], batch_size=2).shape == (0,)
+
+
+def test_answers_that_would_leave_the_context_are_refused(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompt = [9] * 20
+    options = {"count": 1, "batch_size": 1, "seed": 0}
+    (one,) = sample(model, tokenizer, [prompt], max_new_tokens=44, **options)
+    assert one.ended or len(one.tokens) == 44
+    with pytest.raises(ParamsError, match=r"^a prompt of 20 tokens and generation\.max_new_tokens: 65 tokens.*is 64"):
+        sample(model, tokenizer, [prompt], max_new_tokens=45, **options)
+
+
+def test_rows_beyond_the_context_have_no_log_probability(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [[9] * 20, [9] * 21, [9] * 3]
+    answers = [[12] * 44, [12] * 44, [12] * 2]
+    with caplog.at_level(logging.WARNING):
+        found = log_probabilities(model, tokenizer, rows, answers, batch_size=3)
+    assert found.isnan().tolist() == [False, True, False]
+    assert "1 of 3 answers are longer than the context of 64 tokens" in caplog.text
+    alone = log_probabilities(model, tokenizer, rows[2:], answers[2:], batch_size=1)
+    assert found[2].item() == pytest.approx(alone[0].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_first_tokens_follow_the_models_distribution_in_bf16(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], trained: bool
+) -> None:
+    """As the scorer gives it: its log-probabilities of all first tokens are a distribution, and the sampler's."""
+    resources = load_resources(ROOT / "params.yaml").model_copy(update={"device": "cpu", "precision": "bf16"})
+    plain = build_scratch(SCRATCH, tokenizer, seed=0).eval()
+    with torch.no_grad():
+        plain.lm_head.weight.mul_(12)
+    narrow = in_precision(plain, resources, trained=trained)
+    vocabulary = [[token] for token in range(narrow.config.vocab_size)]
+    scored = log_probabilities(narrow, tokenizer, [prompts[0]] * len(vocabulary), vocabulary, batch_size=100)
+    assert scored.exp().sum().item() == pytest.approx(1.0, abs=1e-3)
+    assert chi_square(first_tokens(narrow, tokenizer, prompts[0]), scored.exp(), DRAWS) < 1.5
