@@ -222,8 +222,8 @@ class GivenScorer(Frozen):
     """A scorer that exists already (docs/scorers.md): where it is, how it is read, and what a higher score means.
 
     `path` is a hub id or a folder; `label` names the output of a classifier of several; `template` is a Jinja file for
-    a tokenizer without a chat template of its own. `unsafe`, `safe` and `prefix` are what a guard says: the words of its
-    verdict, and what it writes before them.
+    a tokenizer without a chat template of its own. `unsafe`, `safe` and `prefix` are what a guard says: the words of
+    its verdict, and what it writes before them.
     """
 
     path: str
