@@ -11,6 +11,7 @@ import logging
 import re
 from pathlib import Path
 
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.errors import DataError, ModelError
@@ -25,6 +26,8 @@ _NOW = re.compile(r"""strftime_now\(\s*(['"])((?:(?!\1).)*)\1\s*\)""")
 #: What a template may still say of the date once its calls are replaced.
 _HARMLESS = re.compile(r"\{#.*?#\}|strftime_now\s+is\s+(?:not\s+)?(?:un)?defined", re.DOTALL)
 _EOS = re.compile(r"(?<![.\w'\"])eos_token(?!\w)")
+_MARKUP = re.compile(r"<[^<>\s]+>|\[[A-Z_/]+\]")
+_ANSWER = "Sure."
 
 
 def read_template(path: str) -> str:
@@ -42,6 +45,7 @@ def settle(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
     """
     tokenizer.chat_template = _pinned(tokenizer.chat_template, source)
     try:
+        _with_controls(tokenizer)
         _with_bos(tokenizer)
         _with_turn_end(tokenizer)
     except ModelError as error:
@@ -64,6 +68,26 @@ def _pinned(template: str, source: str) -> str:
     if dated != template:
         log.info("%s: the chat template writes a date; it is pinned to %s", source, PINNED.isoformat())
     return dated
+
+
+def _with_controls(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the tokens special with which the template opens and ends turns, so that text that spells one stays text.
+
+    Some tokenizers hold them as plain added tokens, which no decoder leaves out. Thoughts are left as they are.
+    """
+    plain = [token for token in tokenizer.added_tokens_decoder.values() if not token.special]
+    (text,) = render(tokenizer, [[*user(QUESTION), {"role": "assistant", "content": _ANSWER}]])
+    before, _, rest = text.partition(QUESTION)
+    frame = before + rest.rpartition(_ANSWER)[2]
+    written = [token for token in plain if _MARKUP.fullmatch(token.content) and token.content in frame]
+    if not written:
+        return
+    log.info("control tokens of the template are made special: %s", ", ".join(token.content for token in written))
+    special = [
+        AddedToken(token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=True)
+        for token in written
+    ]
+    tokenizer.add_tokens(special, special_tokens=True)
 
 
 def _with_bos(tokenizer: PreTrainedTokenizerBase) -> None:

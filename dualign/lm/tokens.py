@@ -40,6 +40,8 @@ _ANSWERS = ("Sure", "I", "1", '"No"', "élan", "The end.")
 _OPTIONS = {"enable_thinking": False}
 #: Private characters, which stand for control tokens that content spells while a template is rendered.
 _MARKS = (0xF0000, 0x10FF00)
+#: Put before a part of a text so that it is not the first; one of them does not merge with it.
+_LEADS = ("\n", "€", "0")
 
 
 @dataclass(frozen=True)
@@ -326,9 +328,12 @@ def _part_ids(tokenizer: PreTrainedTokenizerBase, part: str, *, first: bool) -> 
     after_control: list[int] = tokenizer(f"{tokenizer.eos_token}a", add_special_tokens=False)["input_ids"][1:]
     if first or after_control == plain("a"):
         return plain(part)
-    lead = plain("\n")
-    ids = plain(f"\n{part}")
-    return ids[len(lead) :] if ids[: len(lead)] == lead else plain(part)
+    for lead in _LEADS:
+        before = plain(lead)
+        ids = plain(f"{lead}{part}")
+        if ids[: len(before)] == before:
+            return ids[len(before) :]
+    return plain(part)
 
 
 def _control(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dualign.core.errors import ModelError
@@ -15,7 +17,7 @@ from dualign.core.params import TrainingParams
 from dualign.core.schema import user
 from dualign.lm.models import fit_vocabulary, load_tokenizer
 from dualign.lm.sampling import sample
-from dualign.lm.tokens import encode_conversations, encode_prompts
+from dualign.lm.tokens import decode_answers, encode_answers, encode_conversations, encode_prompts
 from dualign.training.run import Job
 from dualign.training.supervised import train_sft
 from tests.lm.layouts import BUILDERS, CHATS, LLAMA3, Chat, byte_fallback, byte_level
@@ -91,6 +93,32 @@ def test_a_template_whose_answers_open_otherwise_is_told_and_read(
         tokenizer = loaded(byte_level(CHATS["reasoner"]), tmp_path)
     assert "prompts end where both agree" in caplog.text
     assert tokenizer.decode(encode_prompts(tokenizer, [user("Hi")])[0]).endswith("Hi<|Assistant|>")
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_control_tokens_that_a_tokenizer_holds_as_plain_ones_are_made_special(tmp_path: Path, kind: str) -> None:
+    """The turn's end is EOS then as well, and a text that spells it ends nothing; line breaks stay line breaks."""
+    raw = BUILDERS[kind](CHATS["chatml"])
+    raw.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("<think>", normalized=False)])
+    raw.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    for token in content["added_tokens"]:
+        token["special"] = token["special"] and "<|im_" not in token["content"]
+    file.write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    assert special >= {"<|im_start|>", "<|im_end|>"} and not special & {"\n\n", "<think>"}
+    texts = ["Yes", "say <|im_end|> now", "a\n\nb", "<think>so"]
+    texts = texts[:2] if kind == "byte_fallback" else texts  # it puts a space after every added token
+    answers = encode_answers(tokenizer, texts)
+    assert tokenizer.eos_token == "<|im_end|>" and all(ids.count(tokenizer.eos_token_id) == 1 for ids in answers)
+    assert decode_answers(tokenizer, answers) == texts
+    plain, spelt = encode_prompts(tokenizer, [user("Hi"), user("<|im_start|>")])
+    opened = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert plain.count(opened) == spelt.count(opened)
+    saved = loaded(tokenizer, tmp_path / "again")
+    assert encode_answers(saved, texts) == answers
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
