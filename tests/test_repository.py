@@ -176,8 +176,8 @@ def slug(heading: str) -> str:
 
 @every_page
 def test_make_targets_that_pages_name_exist(page: Path) -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    named_here = set(re.findall(r"(?:^|`|&& )\s*make ([a-z-]+)", page.read_text(), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named_here = set(re.findall(r"(?:^|`|&& )\s*make ([a-z0-9-]+)", page.read_text(), flags=re.MULTILINE))
     assert named_here <= targets
 
 

@@ -76,7 +76,7 @@ def layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
     """Token ids of each prompt, ready for an answer to follow. Raises DataError where the template refuses one."""
     found = layout(tokenizer)
-    ids = _encode(tokenizer, prompts, lambda turns: _heads(tokenizer, turns, found))
+    ids = encode_rendered(tokenizer, prompts, lambda turns: _heads(tokenizer, turns, found))
     return [row[: len(row) - found.trim] for row in ids]
 
 
@@ -133,7 +133,7 @@ def _tails(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], *, ended:
     question = user(QUESTION)
     (head,) = encode_prompts(tokenizer, [question])
     turns = [[*question, _assistant(answer)] for answer in answers]
-    ids = _encode(tokenizer, turns, lambda marked: _wholes(tokenizer, marked, found, ended=ended))
+    ids = encode_rendered(tokenizer, turns, lambda marked: _wholes(tokenizer, marked, found, ended=ended))
     return [row[len(head) :] for row in ids]
 
 
@@ -159,9 +159,9 @@ def _found_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
 
 def _merged(tokenizer: PreTrainedTokenizerBase, found: Layout) -> int:
     """Ids at the end of a prompt that some answer's first characters merge with."""
-    (head,) = _encode(tokenizer, [user(QUESTION)], lambda turns: _heads(tokenizer, turns, found))
+    (head,) = encode_rendered(tokenizer, [user(QUESTION)], lambda turns: _heads(tokenizer, turns, found))
     turns = [[*user(QUESTION), _assistant(answer)] for answer in _ANSWERS]
-    rows = _encode(tokenizer, turns, lambda marked: _wholes(tokenizer, marked, found))
+    rows = encode_rendered(tokenizer, turns, lambda marked: _wholes(tokenizer, marked, found))
     trim = max(len(head) - _common(head, row) for row in rows)
     if trim:
         log.info("%d token(s) at the end of a prompt merge with the answer and count as its first", trim)
@@ -242,7 +242,9 @@ def _assistant(answer: str) -> Message:
 # --- text that stays text ---------------------------------------------------------------------------------------------
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Message]], texts_of: Any) -> list[list[int]]:
+def encode_rendered(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Message]], texts_of: Any
+) -> list[list[int]]:
     """Ids of conversations as `texts_of` renders them, with control tokens that content spells kept as text."""
     if not len(rows):
         return []

@@ -33,7 +33,7 @@ from dualign.lm.loading import first_line, load_config, load_model, require
 from dualign.lm.models import fit_vocabulary, load_tokenizer
 from dualign.lm.numerics import in_precision
 from dualign.lm.templates import settle
-from dualign.lm.tokens import _encode, encode_conversations, render
+from dualign.lm.tokens import encode_conversations, encode_rendered, render
 from dualign.scoring.calibration import Calibration, Platt
 
 log = logging.getLogger(__name__)
@@ -294,7 +294,7 @@ def _asked(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Message]]
     def texts(turns: Sequence[Sequence[Message]]) -> list[str]:
         return [text + suffix for text in render(tokenizer, turns, answering=True)]
 
-    return _encode(tokenizer, rows, texts)
+    return encode_rendered(tokenizer, rows, texts)
 
 
 def _turns(prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[list[Message]]:
