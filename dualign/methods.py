@@ -42,7 +42,11 @@ _ONLY = {
     "dualign": (*_RULES["lagrangian"], "merge"),  # of two policies of lambda_path
 }
 #: Where the policy at the first multiplier may lie.
-_STARTS = {"safety": ["safety_dpo/..."], "lagrangian": ["lagrangian_dpo/..."], "policy_gradient": ["sft"]}
+_STARTS = {
+    "safety": ["safety_dpo/...", "safety_path/..."],
+    "lagrangian": ["lagrangian_dpo/..."],
+    "policy_gradient": ["sft"],
+}
 
 
 @dataclass(frozen=True)
@@ -155,5 +159,8 @@ def _reference(method: Method, row: MethodRow) -> tuple[bool, str]:
     if method.inner == "policy_gradient":
         return row.reference == "sft", f"{row.reference!r} is not where {method.name} starts, its reference; name sft"
     swapped = row.start.startswith("reward_dpo")
-    problem = f"{row.reference!r} is no safe policy; a start in reward_dpo/ goes on from one in safety_dpo/..."
-    return not swapped or row.reference.startswith("safety_dpo/"), problem
+    problem = (
+        f"{row.reference!r} is no safe policy; a start in reward_dpo/ goes on from one in safety_dpo/... or "
+        "safety_path/..."
+    )
+    return not swapped or row.reference.startswith(("safety_dpo/", "safety_path/")), problem

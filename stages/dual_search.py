@@ -122,7 +122,7 @@ def prices_of(row: Plan, start: dict[str, Any]) -> tuple[float, ...]:
 def trainings(row: Plan, start: dict[str, Any]) -> int:
     """How many policies were aligned for the start: itself, its reference, those whose log-ratios score its pairs."""
     needed = {row.start, row.reference, *(start.get(key, "") for key in ("reward", "cost"))}
-    return sum("_dpo" in folder or folder.startswith("lambda_path/") for folder in needed)
+    return sum("_dpo" in folder or "_path/" in folder for folder in needed)
 
 
 def _radius(params: DualSearchParams) -> float:

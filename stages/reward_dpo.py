@@ -2,8 +2,8 @@
 
     python -m stages.reward_dpo helpful
 
-From pi_ref the result is pi_r, the first step of SACPO and PD-DPO; from a run of `safety_dpo` it is SACPO's second step
-in the order safety, then helpfulness. With an offset it is SafeDPO, with a margin policy MODPO.
+From pi_ref the result is pi_r, the first step of SACPO and PD-DPO; from a run on safety preferences it is SACPO's
+second step in the order safety, then helpfulness. With an offset it is SafeDPO, with a margin policy MODPO.
 """
 
 from __future__ import annotations

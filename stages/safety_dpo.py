@@ -12,15 +12,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from dualign.core.artifacts import read_json, replacing
+from dualign.core.artifacts import read_json
 from dualign.core.errors import ParamsError
 from dualign.core.params import SOLVED, SafetyDpoParams, SafetyRun
 from dualign.core.schema import SAFETY_PAIRS, read_table
 from dualign.core.stage import Run, execute, finished
-from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
-from dualign.pairs import safety_training_pairs, visited
-from dualign.training.pairwise import Inner, train_pairwise
-from dualign.training.run import Job
+from dualign.safety import train_at
 
 log = logging.getLogger("dualign")
 
@@ -38,19 +35,8 @@ def main(run: Run[SafetyDpoParams]) -> None:
     lam = max(spec.factor * multiplier(run.item, spec), params.lambda_min)
     reference = Path("models") / spec.reference
     frame = read_table(PAIRS, SAFETY_PAIRS)
-    tokenizer = load_tokenizer("models/sft")
-    policy = load_policy(reference, run.resources, trained=params.lora.rank == 0)
-    train = visited(frame[frame["split"] == "train"], params.training, params.seed)
-    pairs = safety_training_pairs(train, policy, tokenizer, run.resources.scoring_batch_size, spec.loss_type)
-    policy = with_lora(policy, params.lora, params.seed)
     scratch = run.scratch(PAIRS, reference, DUAL)
-    job = Job(params.training, run.resources, scratch, params.seed)
-    inner = Inner(scale=params.beta / lam, beta=params.beta, loss_type=spec.loss_type, clip=spec.clip)
-    metrics = train_pairwise(policy, tokenizer, pairs, inner, job)
-    with replacing(OUT / run.item) as folder:
-        save(policy, tokenizer, folder)
-    chosen = {"reference": spec.reference, "loss_type": spec.loss_type, "clip": spec.clip}
-    run.metrics({**metrics, "lam": lam, "coefficient": params.beta / lam, **chosen})
+    run.metrics(train_at(lam, frame, reference, spec, params, run.resources, scratch, OUT / run.item))
     finished(scratch)
 
 

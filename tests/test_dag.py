@@ -26,6 +26,7 @@ BY_ITEM: dict[str, dict[str, list[str]]] = {
     "safety_dpo": {"safety_dpo.runs": ["safety_dpo.runs.${key}"]},
     "lagrangian_dpo": {"lagrangian_dpo.runs": ["lagrangian_dpo.runs.${key}"]},
     "lambda_path": {"lambda_path.runs": ["lambda_path.runs.${key}"]},
+    "safety_path": {"safety_path.runs": ["safety_path.runs.${key}"]},
     "dual_search": {"methods": ["methods.${key}"]},
     "certify": {"certify.runs": ["certify.runs.${key}"]},
     "evaluate": {"evaluate.policies": []},
@@ -139,6 +140,10 @@ def test_outputs_are_cached_and_never_kept(stage: str) -> None:
 # --- what an edit makes run again -------------------------------------------------------------------------------------
 
 
+#: Stages whose runs each write a policy.
+TRAININGS = ("reward_dpo", "safety_dpo", "lagrangian_dpo", "lambda_path", "safety_path")
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DVC repository with this graph and these params, small files for all it reads and writes, all up to date."""
@@ -148,7 +153,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = read(ROOT / "params.yaml")
     params["prepare"]["folder"] = "data/raw"
     params["lambda_path"]["runs"] = read(ROOT / "params/any-limit.yaml")["lambda_path"]["runs"]
-    runs = (params[stage]["runs"] for stage in ("reward_dpo", "safety_dpo", "lagrangian_dpo", "lambda_path"))
+    params["safety_path"]["runs"] = {"strict": {"reference": "sft", "lam": 4.0, "loss_type": "dpo", "clip": None}}
+    runs = (params[stage]["runs"] for stage in TRAININGS)
     for items in (*runs, params["methods"]):
         items["twin"] = next(iter(items.values()))
     write(root / "params.yaml", params)
@@ -223,7 +229,7 @@ def downstream(dag: dict[str, StageSpec], names: set[str]) -> set[str]:
     return reached
 
 
-EVERY_RUN = ("reward_dpo@*", "safety_dpo@*", "lagrangian_dpo@*", "lambda_path@*", "dual_search@*", "evaluate@*")
+EVERY_RUN = (*(f"{stage}@*" for stage in TRAININGS), "dual_search@*", "evaluate@*")
 SCORERS = ("reward_model", "cost_model")
 EDITS = {
     "seed": (123, ("prepare", "sft", *SCORERS, "score", "dual_init", *EVERY_RUN, "certify@*")),
@@ -244,6 +250,7 @@ EDITS = {
     "safety_dpo.training.batch_size": (123, ("safety_dpo@*",)),
     "lagrangian_dpo.training.batch_size": (123, ("lagrangian_dpo@*",)),
     "lambda_path.training.batch_size": (123, ("lambda_path@*",)),
+    "safety_path.training.batch_size": (123, ("safety_path@*",)),
     "dual_search.z": (1.23, ("dual_search@*",)),
     "dual_search.max_tokens": (12345, ("dual_search@*",)),
     "certify.prompts": (123, ("dual_init", "certify@*")),
@@ -287,6 +294,7 @@ def test_an_edit_reruns_the_stages_that_read_it(
         ("safety_dpo.runs.twin.factor", 1.23, "safety_dpo", ()),
         ("lagrangian_dpo.runs.twin.lam", 1.23, "lagrangian_dpo", ()),
         ("lambda_path.runs.twin.lam", 1.23, "lambda_path", ()),
+        ("safety_path.runs.twin.lam", 1.23, "safety_path", ()),
         ("methods.twin.reference", "elsewhere", "dual_search", ()),
         ("methods.twin.online", {"ridge": 2.0}, "dual_search", ()),
     ],
@@ -307,7 +315,8 @@ def test_a_new_run_leaves_the_others(workspace: Path) -> None:
 def test_a_new_limit_retrains_nothing_before_the_dual(readers: dict[str, set[str]], dag: dict[str, StageSpec]) -> None:
     again = downstream(dag, readers["constraint.limit"])
     assert not again & {"prepare", "sft", "reward_model", "cost_model", "score", "reward_dpo@helpful"}
-    assert not again & matching(dag, "lambda_path@*") and matching(dag, "lambda_path@*")
+    for path in ("lambda_path@*", "safety_path@*"):
+        assert not again & matching(dag, path) and matching(dag, path)
 
 
 def test_one_policy_for_any_limit_is_merged_anew_without_training(tmp_path: Path) -> None:
@@ -327,7 +336,7 @@ def test_one_policy_for_any_limit_is_merged_anew_without_training(tmp_path: Path
 def test_a_new_cost_model_leaves_the_rewards(readers: dict[str, set[str]], dag: dict[str, StageSpec]) -> None:
     again = downstream(dag, readers["cost_model.training.learning_rate"])
     assert {"score", "dual_init", "report"} < again
-    assert not again & {"prepare", "sft", "reward_model", "reward_dpo@helpful"}
+    assert not again & {"prepare", "sft", "reward_model", "reward_dpo@helpful", *matching(dag, "safety_path@*")}
 
 
 def test_a_run_that_policies_score_waits_for_them(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from dualign.core.params import (
     RewardDpoParams,
     RewardRun,
     SafetyDpoParams,
+    SafetyPathParams,
+    SafetySpec,
     StageParams,
 )
 
@@ -25,20 +27,21 @@ from dualign.core.params import (
 def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: str | Path) -> None:
     """Raise ParamsError unless each run names models that some stage writes, and may be combined with them."""
     reward, safety, lagrangian = stages["reward_dpo"], stages["safety_dpo"], stages["lagrangian_dpo"]
-    lambda_path, search = stages["lambda_path"], stages["dual_search"]
+    lambda_path, safety_path, search = stages["lambda_path"], stages["safety_path"], stages["dual_search"]
     certify, evaluate = stages["certify"], stages["evaluate"]
     assert isinstance(reward, RewardDpoParams) and isinstance(safety, SafetyDpoParams)
     assert isinstance(lagrangian, LagrangianDpoParams) and isinstance(lambda_path, LambdaPathParams)
     assert isinstance(search, DualSearchParams) and isinstance(certify, CertifyParams)
-    assert isinstance(evaluate, EvaluateParams)
-    _check_references(reward, safety, path)
-    _check_scores(reward, safety, lagrangian, path)
+    assert isinstance(evaluate, EvaluateParams) and isinstance(safety_path, SafetyPathParams)
+    safe = _on_safety(safety, safety_path)
+    _check_references(reward, safe, path)
+    _check_scores(reward, safe, lagrangian, path)
     _check_path(lambda_path, path)
     _check_search(content["dual_search"], search, path)
     written = {"sft", *(f"{stage}/{name}" for stage in _TRAINED for name in content[stage]["runs"])}
     for name, row in search.methods.items():
         _check_written({"start": row.start, "reference": row.reference}, written, f"methods.{name}", path)
-        _check_reference(name, row, safety, path)
+        _check_reference(name, row, safe, path)
         _check_ends(name, row, lambda_path, path)
     written |= {f"aligned/{name}" for name in search.methods}
     for name, run in certify.runs.items():
@@ -51,7 +54,13 @@ def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: 
 
 
 #: Stages whose runs each write a policy.
-_TRAINED = ("reward_dpo", "safety_dpo", "lagrangian_dpo", "lambda_path")
+_TRAINED = ("reward_dpo", "safety_dpo", "lagrangian_dpo", "lambda_path", "safety_path")
+
+
+def _on_safety(safety: SafetyDpoParams, safety_path: SafetyPathParams) -> dict[str, SafetySpec]:
+    """The runs on safety preferences, by their folders under models/."""
+    found: dict[str, SafetySpec] = {f"safety_dpo/{name}": run for name, run in safety.runs.items()}
+    return found | {f"safety_path/{name}": run for name, run in safety_path.runs.items()}
 
 
 def _check_written(named: dict[str, str], written: set[str], where: str, path: str | Path) -> None:
@@ -77,26 +86,27 @@ def _check_search(section: dict[str, Any], search: DualSearchParams, path: str |
             )
 
 
-def _check_references(reward: RewardDpoParams, safety: SafetyDpoParams, path: str | Path) -> None:
-    """References and margins of the runs on preferences name models that the other stage writes, and no circle.
+def _check_references(reward: RewardDpoParams, safe: dict[str, SafetySpec], path: str | Path) -> None:
+    """References and margins of the runs on preferences name models that the other kind writes, and no circle.
 
     A margin is the cost that `losses.modpo_logit` asks for only if its policy is that of plain safety DPO from `sft`.
     """
     after_reward = {"sft", *(f"reward_dpo/{name}" for name in reward.runs)}
-    after_safety = {"sft", *(f"safety_dpo/{name}" for name in safety.runs)}
-    margins = {"sft", *_cost_policies(safety)}
+    after_safety = {"sft", *safe}
+    margins = {"sft", *_cost_policies(safe)}
     named = {
-        **{("safety_dpo", name, "reference"): (run.reference, after_reward) for name, run in safety.runs.items()},
-        **{("reward_dpo", name, "reference"): (run.reference, after_safety) for name, run in reward.runs.items()},
-        **{("reward_dpo", name, "margin"): (run.margin, margins) for name, run in reward.runs.items()},
+        **{(own, "reference"): (run.reference, after_reward) for own, run in safe.items()},
+        **{(f"reward_dpo/{name}", "reference"): (run.reference, after_safety) for name, run in reward.runs.items()},
+        **{(f"reward_dpo/{name}", "margin"): (run.margin, margins) for name, run in reward.runs.items()},
     }
-    for (stage, name, key), (folder, valid) in named.items():
+    for (own, key), (folder, valid) in named.items():
+        stage, _, name = own.partition("/")
         if folder not in valid:
             why = " (none, or a policy of plain safety DPO from sft)" if key == "margin" else ""
             raise ParamsError(f"{path}: {stage}.runs.{name}.{key}: {folder!r} is not one of {sorted(valid)}{why}")
     needs: dict[str, set[str]] = {}
-    for (stage, name, _), (folder, _) in named.items():
-        needs.setdefault(f"{stage}/{name}", set()).add(folder)
+    for (own, _), (folder, _) in named.items():
+        needs.setdefault(own, set()).add(folder)
     try:
         TopologicalSorter(needs).prepare()
     except CycleError as error:
@@ -104,23 +114,21 @@ def _check_references(reward: RewardDpoParams, safety: SafetyDpoParams, path: st
         raise ParamsError(f"{path}: runs wait for each other: {circle}; set one reference to sft") from None
 
 
-def _cost_policies(safety: SafetyDpoParams) -> set[str]:
+def _cost_policies(safe: dict[str, SafetySpec]) -> set[str]:
     """Runs whose log-ratio to the reference policy is a cost: plain DPO that started there."""
     plain = ("sft", "dpo", None)
-    return {
-        f"safety_dpo/{name}" for name, run in safety.runs.items() if (run.reference, run.loss_type, run.clip) == plain
-    }
+    return {own for own, run in safe.items() if (run.reference, run.loss_type, run.clip) == plain}
 
 
 def _check_scores(
-    reward: RewardDpoParams, safety: SafetyDpoParams, lagrangian: LagrangianDpoParams, path: str | Path
+    reward: RewardDpoParams, safe: dict[str, SafetySpec], lagrangian: LagrangianDpoParams, path: str | Path
 ) -> None:
     """A score is a scorer's, or the log-ratio to the reference policy of a plain DPO that started there."""
     plain = RewardRun(reference="sft", loss_type="dpo", clip=None, safe_offset=None, margin="sft", margin_weight=1.0)
     rewards = [
         f"reward_dpo/{k}" for k, run in reward.runs.items() if run.model_copy(update={"margin_weight": 1.0}) == plain
     ]
-    valid = {"reward": ["reward_model", *rewards], "cost": ["cost_model", *_cost_policies(safety)]}
+    valid = {"reward": ["reward_model", *rewards], "cost": ["cost_model", *_cost_policies(safe)]}
     for name, run in lagrangian.runs.items():
         for key, names in valid.items():
             if getattr(run, key) not in names:
@@ -130,10 +138,11 @@ def _check_scores(
                 )
 
 
-def _check_reference(name: str, row: MethodRow, safety: SafetyDpoParams, path: str | Path) -> None:
+def _check_reference(name: str, row: MethodRow, safe: dict[str, SafetySpec], path: str | Path) -> None:
     """A search goes on against the reference of its start; only a naive merge takes a partner of its own."""
-    stage, _, run = row.start.partition("/")
-    trained = safety.runs[run].reference if stage == "safety_dpo" else "sft" if stage == "lagrangian_dpo" else None
+    trained = "sft" if row.start.startswith("lagrangian_dpo/") else None
+    if row.start in safe:
+        trained = safe[row.start].reference
     naive = row.method == "p_sacpo" and trained == "sft"
     if trained is not None and row.reference != trained and not naive:
         raise ParamsError(

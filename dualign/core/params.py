@@ -208,7 +208,7 @@ class SftParams(StageParams):
     shared = {"seed": "seed"}
 
     seed: int
-    train: bool
+    train: bool | None
     base: str
     revision: str | None
     gguf_file: str | None
@@ -216,6 +216,14 @@ class SftParams(StageParams):
     scratch: ScratchParams
     training: TrainingParams
     lora: LoraParams
+
+    @model_validator(mode="after")
+    def _check(self) -> SftParams:
+        if self.base == "scratch" and not self.train:
+            raise ValueError("train is off, but base 'scratch' knows nothing yet; set train to true, or name a base")
+        if self.base == "scratch" and self.gguf_file is not None:
+            raise ValueError("gguf_file belongs to a base that is a folder or a hub id; set it to null")
+        return self
 
 
 class GivenScorer(Frozen):
@@ -344,9 +352,9 @@ class DualInitParams(StageParams):
 class RewardRun(Frozen):
     """One DPO on helpfulness: from which policy, by which loss, with SafeDPO's offset and MODPO's margin policy.
 
-    `reference` and `margin` are folders under models/: `sft`, or a run of `safety_dpo`, for a margin one of plain DPO
-    from `sft`. `margin: sft` means no margin. `clip` bounds the implicit rewards, in units of reward; it goes with
-    neither offset nor margin, which stand in the reference column and would be bounded too.
+    `reference` and `margin` are folders under models/: `sft`, or a run of `safety_dpo` or `safety_path`, for a margin
+    one of plain DPO from `sft`. `margin: sft` means no margin. `clip` bounds the implicit rewards, in units of reward;
+    it goes with neither offset nor margin, which stand in the reference column and would be bounded too.
     """
 
     reference: str
@@ -388,33 +396,42 @@ class RewardDpoParams(StageParams):
     lora: LoraParams
 
 
-class SafetyRun(Frozen):
-    """One safety DPO: from which policy, with which multiplier, by which loss.
+class SafetySpec(Frozen):
+    """How a safety DPO is trained: from which policy, by which loss.
 
-    `lam` is `dual`, `stock` or a number, and is multiplied by `factor`. `reference` is a folder under models/: `sft` or
-    a run of `reward_dpo`. `clip` bounds the implicit rewards, in units of cost. A search that starts from it keeps loss
-    and clip.
+    `reference` is a folder under models/: `sft` or a run of `reward_dpo`. `clip` bounds the implicit rewards, in units
+    of cost. A search that starts from it keeps loss and clip.
     """
 
     reference: str
-    lam: Solved | Positive
-    factor: Positive
     loss_type: LossType
     clip: Positive | None
 
 
-class SafetyDpoParams(StageParams):
+class SafetyRun(SafetySpec):
+    """One safety DPO: `lam` is `dual`, `stock` or a number, and is multiplied by `factor`."""
+
+    lam: Solved | Positive
+    factor: Positive
+
+
+class SafetyParams(StageParams):
+    """What the stages that train on safety preferences share."""
+
+    seed: int
+    beta: Positive
+    training: TrainingParams
+    lora: LoraParams
+
+
+class SafetyDpoParams(SafetyParams):
     """Safety DPO (SACPO step 2, PD-DPO phase 2): coefficient beta / lambda to its reference."""
 
     section = "safety_dpo"
     shared = {"seed": "seed", "beta": "beta"}
 
-    seed: int
-    beta: Positive
     runs: dict[str, SafetyRun]
     lambda_min: Positive
-    training: TrainingParams
-    lora: LoraParams
 
 
 class LagrangianSpec(Frozen):
@@ -480,6 +497,21 @@ class LambdaPathParams(LagrangianParams):
     shared = {"seed": "seed", "beta": "beta"}
 
     runs: dict[str, LambdaPathRun]
+
+
+class SafetyPathRun(SafetySpec):
+    """One safety DPO at the multiplier `lam`, a number."""
+
+    lam: Positive
+
+
+class SafetyPathParams(SafetyParams):
+    """Safety DPO at multipliers that no scorer and no limit has a say in."""
+
+    section = "safety_path"
+    shared = {"seed": "seed", "beta": "beta"}
+
+    runs: dict[str, SafetyPathRun]
 
 
 MethodName = Literal[
@@ -759,6 +791,7 @@ STAGES: dict[str, type[StageParams]] = {
         SafetyDpoParams,
         LagrangianDpoParams,
         LambdaPathParams,
+        SafetyPathParams,
         DualSearchParams,
         CertifyParams,
         EvaluateParams,

@@ -72,7 +72,7 @@ def _trained(metrics: Mapping[str, Any], kind: str) -> float | None:
         helpful = metrics.get("reference") == "sft" == metrics.get("margin") and metrics.get("safe_offset") is None
         return 0.0 if plain and helpful else None
     second = plain and str(metrics.get("reference")).startswith("reward_dpo/")
-    if kind in ("lagrangian_dpo", "lambda_path") or (kind == "safety_dpo" and second):
+    if kind in ("lagrangian_dpo", "lambda_path") or (kind in ("safety_dpo", "safety_path") and second):
         lam = metrics.get("lam")
         return None if lam is None else float(lam)
     return None

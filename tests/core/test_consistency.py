@@ -186,3 +186,42 @@ def test_the_smallest_multiplier_must_be_below_the_largest(content: Content) -> 
 def test_the_path_knows_no_dual(content: Content) -> None:
     message = refusal(put(on_the_path(content), "lambda_path.runs.slack.lam", "dual"))
     assert message.startswith("lambda_path.runs.slack.lam: ") and "valid number" in message
+
+
+def on_the_safety_path(content: Content) -> Content:
+    """Two policies by number, one after the helpful policy and one from the reference."""
+    spec = {"lam": 4.0, "loss_type": "dpo", "clip": None}
+    content["safety_path"]["runs"] = {
+        "second": {**spec, "reference": "reward_dpo/helpful"},
+        "alone": {**spec, "reference": "sft"},
+    }
+    return content
+
+
+def test_a_policy_of_the_safety_path_is_named_wherever_one_of_safety_dpo_is(content: Content) -> None:
+    on_the_safety_path(content)
+    helpful = content["reward_dpo"]["runs"]["helpful"]
+    content["reward_dpo"]["runs"]["modpo"] = helpful | {"margin": "safety_path/alone"}
+    content["reward_dpo"]["runs"]["after"] = helpful | {"reference": "safety_path/alone"}
+    bernoulli = content["lagrangian_dpo"]["runs"]["bernoulli"]
+    content["lagrangian_dpo"]["runs"]["pecan"] = {**bernoulli, "cost": "safety_path/alone"}
+    put(content, "methods.p_sacpo.start", "safety_path/second")
+    put(content, "certify.runs.dualign.fallback", "safety_path/alone")
+    put(content, "evaluate.policies.second", "safety_path/second")
+    loading.check(content, "my.yaml")
+    said = "methods.p_sacpo.reference is 'sft', but safety_path/second was trained against 'reward_dpo/helpful'"
+    assert refusal(put(content, "methods.p_sacpo.reference", "sft")).startswith(said)
+
+
+def test_the_safety_path_knows_no_dual_and_no_circle(content: Content) -> None:
+    on_the_safety_path(content)
+    for key, value, says in (
+        ("safety_path.runs.second.lam", "dual", "valid number"),
+        ("safety_path.runs.second.lam", 0.0, "greater than 0"),
+        ("safety_path.runs.second.reference", "safety_dpo/alone", "is not one of"),
+        ("evaluate.policies.other", "safety_path/none", "no stage writes"),
+    ):
+        message = refusal(put(copy.deepcopy(content), key, value))
+        assert message.startswith(f"{key}: ") and says in message
+    circle = put(content, "reward_dpo.runs.helpful.reference", "safety_path/second")
+    assert refusal(circle).startswith("runs wait for each other: ")

@@ -24,6 +24,8 @@ TRAINED: dict[str, Any] = {
     "safety_dpo/kto": {"reference": "reward_dpo/plain", "loss_type": "kto", "clip": None, "lam": 1.5},
     "lagrangian_dpo/anchored": {"lam": 0.8},
     "lambda_path/strict": {"lam": 2.0},
+    "safety_path/lam_4": {"lam": 4.0, "reference": "reward_dpo/helpful", "loss_type": "dpo", "clip": None},
+    "safety_path/alone": {"lam": 4.0, "reference": "sft", "loss_type": "dpo", "clip": None},
 }
 SEARCHED: dict[str, Any] = {
     "dualign": {"steps": [{"step": 0, "lam": 0.8, "q": None}, {"step": 1, "lam": 1.2, "q": None}], "chosen": 1},
@@ -55,6 +57,7 @@ def certificate(policy: str, partner: str, q: float) -> dict[str, Any]:
         ("reward_dpo/old", None),
         ("safety_dpo/alone", None), ("safety_dpo/stepwise", 1.5), ("safety_dpo/kto", None),
         ("lagrangian_dpo/anchored", 0.8), ("lambda_path/strict", 2.0), ("lambda_path/not_run", None),
+        ("safety_path/lam_4", 4.0), ("safety_path/alone", None),
         ("aligned/dualign", 1.2), ("aligned/not_run", None),
     ],
 )  # fmt: skip

@@ -1,0 +1,38 @@
+"""safety_path RUN: a reference policy and safety pairs at a multiplier given by number -> models/safety_path/RUN.
+
+    python -m stages.safety_path lam_10
+
+Safety DPO with coefficient beta / lambda to its reference, as in safety_dpo, but nothing here depends on a scorer, the
+dual or the limit: SACPO's second step as it was published.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dualign.core.errors import ParamsError
+from dualign.core.params import SafetyPathParams
+from dualign.core.schema import SAFETY_PAIRS, read_table
+from dualign.core.stage import Run, execute, finished
+from dualign.safety import train_at
+
+PAIRS = Path("data/prepared/safety_pairs.parquet")
+MODELS = Path("models")
+OUT = Path("models/safety_path")
+
+
+def main(run: Run[SafetyPathParams]) -> None:
+    """Run the stage."""
+    params = run.params
+    if run.item not in params.runs:
+        raise ParamsError(f"safety_path.runs has no {run.item!r}; one of {', '.join(params.runs) or 'none'}")
+    spec = params.runs[run.item]
+    reference = MODELS / spec.reference
+    scratch = run.scratch(PAIRS, reference)
+    frame = read_table(PAIRS, SAFETY_PAIRS)
+    run.metrics(train_at(spec.lam, frame, reference, spec, params, run.resources, scratch, OUT / run.item))
+    finished(scratch)
+
+
+if __name__ == "__main__":
+    execute(main, SafetyPathParams)
