@@ -11,14 +11,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dualign.core.artifacts import replacing
 from dualign.core.errors import DataError, ModelError
 from dualign.core.params import SftParams
 from dualign.core.schema import SFT, read_table
 from dualign.core.stage import Run, execute, finished
-from dualign.lm.loading import check_context
+from dualign.lm.loading import check_context, load_model
 from dualign.lm.models import (
     build_scratch,
     fit_vocabulary,
@@ -52,9 +52,9 @@ def main(run: Run[SftParams]) -> None:
     else:
         metrics = {"heldout_loss": heldout_loss(model, tokenizer, heldout, job)}
     with replacing(OUT) as folder:
-        save(merged(model), tokenizer, folder)
+        save(merged(model) if params.train else untouched(params, tokenizer), tokenizer, folder)
     parameters = sum(weight.numel() for weight in model.parameters())
-    run.metrics({**metrics, "trained": params.train, "parameters": parameters, "vocabulary": len(tokenizer)})
+    run.metrics({**metrics, "trained": bool(params.train), "parameters": parameters, "vocabulary": len(tokenizer)})
     finished(scratch)
 
 
@@ -65,9 +65,10 @@ def base(run: Run[SftParams], rows: pd.DataFrame) -> tuple[Model, PreTrainedToke
         raise ModelError(f"sft.base: {params.base} holds an adapter; name its base, or a folder that has it folded in")
     if params.base != "scratch":
         tokenizer = load_tokenizer(params.base, params.revision, params.chat_template, params.gguf_file)
+        whole = bool(params.train) and params.lora.rank == 0
         model = load_policy(
             params.base, run.resources, params.revision,
-            gguf_file=params.gguf_file, trained=params.train and params.lora.rank == 0, rounded=params.train,
+            gguf_file=params.gguf_file, trained=whole, rounded=bool(params.train),
         )  # fmt: skip
         run.sources["sft.base"] = getattr(model.config, "_commit_hash", None) or params.base
         fit_vocabulary(model, tokenizer, params.seed)
@@ -84,6 +85,15 @@ def base(run: Run[SftParams], rows: pd.DataFrame) -> tuple[Model, PreTrainedToke
         tokenizer = load_tokenizer(params.scratch.tokenizer, None, params.chat_template)
     tokenizer.model_max_length = params.scratch.context
     return build_scratch(params.scratch, tokenizer, params.seed), tokenizer
+
+
+def untouched(params: SftParams, tokenizer: PreTrainedTokenizerBase) -> Model:
+    """The base in the precision that it is stored in, whatever the run computes with."""
+    model = load_model(
+        AutoModelForCausalLM, params.base, dtype="auto", revision=params.revision, gguf_file=params.gguf_file
+    )
+    fit_vocabulary(model, tokenizer, params.seed)
+    return model
 
 
 def local_inputs(params: SftParams) -> list[Path]:

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 
 from bench import world as laboratory
 
-CODE = ("dualign", "stages", "pipeline", "dvc.yaml", "data/raw", "reports/search")
+CODE = ("dualign", "stages", "pipeline", "dvc.yaml", "data/raw", "models/base/README.md", "reports/search")
 
 # The whole graph at its smallest: every stage and method runs for real, on models that learn next to nothing.
 TINY: dict[str, Any] = {
