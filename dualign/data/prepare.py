@@ -42,11 +42,16 @@ FAILED = "quarantine-failed.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A record that passed, with the identity of its prompt and of the whole row."""
+    """A record that passed, with the identity of its prompt and of the whole row.
+
+    `family` is the identity of the prompt up to its first user turn: dialogues are released at several lengths, and a
+    longer one holds the answers of the shorter.
+    """
 
     record: Record
     prompt_id: str
     key: str
+    family: str
 
 
 class Ledger:
@@ -90,7 +95,9 @@ def prepare(params: PrepareParams, folder_out: Path) -> dict[str, Any]:
     rows = {kind: _settled(_gathered(kind, params, ledger), kind, ledger) for kind in KINDS}
     _check_sources(params, ledger, failed)
     reserved = _reserved(params, rows)
-    tables = {kind: _table(rows[kind], kind, params, reserved, ledger) for kind in KINDS}
+    family = _families(rows)
+    taken = {family[prompt] for drawn in reserved.values() for prompt in drawn}
+    tables = {kind: _table(rows[kind], kind, params, taken, ledger) for kind in KINDS}
     _check_splits(tables)
     train = {kind: {row["prompt_id"] for row in tables[kind] if row["split"] == "train"} for kind in PAIRS}
     sets = {**reserved, "pool": _draw("pool", params.pool_prompts, train, params.seed, "prepare.pool_prompts")}
@@ -147,9 +154,11 @@ def _rejected(record: Record, reason: str, detail: str) -> Rejected:
 
 def _identified(record: Record) -> Row:
     prompt = schema.prompt_id(record.prompt)
+    first = next(i for i, turn in enumerate(record.prompt) if turn["role"] == "user")
+    family = schema.prompt_id(record.prompt[: first + 1])
     if record.rejected is None:
-        return Row(record, prompt, f"{prompt}\x1e{record.chosen}")
-    return Row(record, prompt, schema.pair_id(record.prompt, record.chosen, record.rejected))
+        return Row(record, prompt, f"{prompt}\x1e{record.chosen}", family)
+    return Row(record, prompt, schema.pair_id(record.prompt, record.chosen, record.rejected), family)
 
 
 def _settled(rows: Iterable[Row], kind: Kind, ledger: Ledger) -> list[Row]:
@@ -215,9 +224,11 @@ def _check_sources(params: PrepareParams, ledger: Ledger, failed: Path) -> None:
 def _too_many(params: PrepareParams, kind: Kind, source: str, ledger: Ledger, failed: Path) -> str:
     records, rejected = ledger.of(kind, source, "records"), ledger.of(kind, source, "rejected")
     common = ", ".join(f"{reason} {count}" for reason, count in list(ledger.why(kind, source).items())[:3])
+    first = next(entry for entry in ledger.quarantine if (entry["kind"], entry["source"]) == (kind, source))
     return (
         f"prepare.{kind}: {source}: {rejected} of {records} records rejected ({common}), more than "
-        f"prepare.max_rejected_share {params.max_rejected_share:g}; see {failed}, then mend the rows or raise the share"
+        f"prepare.max_rejected_share {params.max_rejected_share:g}; the first is {first['file']}:{first['line']} "
+        f"({first['detail']}); see {failed}, then mend the rows or raise the share"
     )
 
 
@@ -229,14 +240,24 @@ def _sources(params: PrepareParams, kind: Kind) -> list[str]:
 
 
 def _reserved(params: PrepareParams, rows: dict[Kind, list[Row]]) -> dict[str, dict[str, Kind]]:
-    """The prompts of search, certify and eval, each with the kind of pair that it was drawn from."""
+    """The prompts of search, certify and eval, each with the kind of pair that it was drawn from.
+
+    What shares its first question with a prompt of one set is in no other.
+    """
+    family = _families(rows)
     free = {kind: {row.prompt_id for row in rows[kind]} for kind in PAIRS}
     sets: dict[str, dict[str, Kind]] = {}
     for name in RESERVED:
         count = getattr(params, f"{name}_prompts")
         sets[name] = _draw(name, count, free, params.seed, SET_SIZES)
-        free = {kind: ids - sets[name].keys() for kind, ids in free.items()}
+        taken = {family[prompt] for prompt in sets[name]}
+        free = {kind: {prompt for prompt in ids if family[prompt] not in taken} for kind, ids in free.items()}
     return sets
+
+
+def _families(rows: dict[Kind, list[Row]]) -> dict[str, str]:
+    """The family of every prompt of a pair."""
+    return {row.prompt_id: row.family for kind in PAIRS for row in rows[kind]}
 
 
 def _draw(name: str, count: int, free: dict[Kind, set[str]], seed: int, remedy: str) -> dict[str, Kind]:
@@ -262,16 +283,13 @@ def _place(seed: int, name: str, prompt_id: str) -> float:
     return int.from_bytes(sha256(f"{seed}:{name}:{prompt_id}".encode()).digest()[:6]) / 2**48
 
 
-def _table(
-    rows: list[Row], kind: Kind, params: PrepareParams, reserved: dict[str, dict[str, Kind]], ledger: Ledger
-) -> list[dict[str, Any]]:
-    """The rows of one table, without those whose prompt is reserved."""
-    taken = {prompt for drawn in reserved.values() for prompt in drawn}
+def _table(rows: list[Row], kind: Kind, params: PrepareParams, taken: set[str], ledger: Ledger) -> list[dict[str, Any]]:
+    """The rows of one table, without those whose first question is that of a reserved prompt."""
     table = []
     for row in rows:
-        ledger.count(kind, row.record.where.source, "reserved" if row.prompt_id in taken else "kept")
-        if row.prompt_id not in taken:
-            heldout = _place(params.seed, "heldout", row.prompt_id) < params.heldout_share
+        ledger.count(kind, row.record.where.source, "reserved" if row.family in taken else "kept")
+        if row.family not in taken:
+            heldout = _place(params.seed, "heldout", row.family) < params.heldout_share
             table.append(_as_dict(row, "heldout" if heldout else "train"))
     return table
 

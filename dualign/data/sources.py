@@ -18,7 +18,7 @@ import logging
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -30,6 +30,7 @@ from dualign.core.errors import DataError
 from dualign.core.params import SourceSpec, WorldParams
 from dualign.core.schema import Message, user
 from dualign.data import world
+from dualign.data.messages import BadRow, check_unicode, split_answer, turns_in
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +44,19 @@ _BITS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+)?")
+#: Files that describe a data set and hold no rows; and words of names that say which split a file belongs to.
+_DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json"}
+_SPLITS = ("train", "test", "valid")
 _OWN_FLAGS = ("chosen_is_safe", "rejected_is_safe")
-_OWN_COLUMNS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "sft": (("prompt", "response"), ()),
-    "helpful": (("prompt", "chosen", "rejected"), _OWN_FLAGS),
-    "safety": (("prompt", "chosen", "rejected"), _OWN_FLAGS),
+#: Sets of columns that format `columns` may map, of which one must be whole; and what may stand beside them.
+_OWN_COLUMNS: dict[Kind, tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]] = {
+    "sft": ((("prompt", "response"), ("messages",)), ()),
+    "helpful": ((("chosen", "rejected"),), ("prompt", *_OWN_FLAGS)),
+    "safety": ((("chosen", "rejected"),), ("prompt", *_OWN_FLAGS)),
 }
+_SEVERITY = ("response_0_severity_level", "response_1_severity_level")
+#: What str() makes of a missing value.
+_NULLS = {"nan", "NaN", "None", "null", "NULL", "N/A"}
 _PKU_LABELS: dict[Kind, tuple[str, ...]] = {
     "sft": _FLAGS,
     "helpful": ("better_response_id",),
@@ -95,15 +103,7 @@ class Skipped:
     reason: str
 
 
-class _BadRow(Exception):
-    """Reason, detail, and the text of the row where it could not be parsed."""
-
-    def __init__(self, reason: str, detail: str, text: str = "") -> None:
-        super().__init__(detail)
-        self.reason, self.detail, self.text = reason, detail, text
-
-
-_Raw = Iterator[tuple[int, Row | _BadRow]]
+_Raw = Iterator[tuple[int, Row | BadRow]]
 
 
 def read(
@@ -115,15 +115,36 @@ def read(
         DataError: the file or dataset is missing, unreadable or empty, or lacks a column.
     """
     columns = _columns(spec, kind)
-    file, rows = _locate(spec, kind, folder, made, seed)
-    source, checked, line = label(spec), False, 0
-    for line, row in itertools.islice(rows, spec.limit):
-        if not checked and not isinstance(row, _BadRow):
-            _require(row, columns, file, kind)
-            checked = True
-        yield from _records(row, Where(source, file, line), _layout(spec, kind), kind, columns)
-    if not line:
-        raise DataError(f"{file}: holds no rows; put data in or remove it from prepare.{kind}")
+    place, files = _locate(spec, kind, folder, made, seed)
+    seen: dict[str, None] = {}
+    nulls: list[Where] = []
+    count = 0
+    for file, line, row in itertools.islice(_rows(files), spec.limit):
+        count += 1
+        seen |= dict.fromkeys(row if isinstance(row, dict) else ())
+        for item in _records(row, Where(label(spec), file, line), _layout(spec, kind), kind, columns):
+            if isinstance(item, Record) and _says_null(item):
+                nulls.append(item.where)
+            yield item
+    if not count:
+        raise DataError(f"{place}: holds no rows; put data in or remove it from prepare.{kind}")
+    _require(seen, columns, place, kind)
+    if nulls:
+        logger.warning(
+            "%s:%d: a text says just 'nan', 'None' or the like, and so do those of %d more rows; if these are missing "
+            "values, leave the rows out", nulls[0].file, nulls[0].line, len(nulls) - 1,
+        )  # fmt: skip
+
+
+def _says_null(record: Record) -> bool:
+    """Whether a text of the record is what is written for a missing value."""
+    return not _NULLS.isdisjoint((record.chosen, record.rejected, record.prompt[-1]["content"]))
+
+
+def _rows(files: Iterable[tuple[str, _Raw]]) -> Iterator[tuple[str, int, Row | BadRow]]:
+    for file, rows in files:
+        for line, row in rows:
+            yield file, line, row
 
 
 def label(spec: SourceSpec) -> str:
@@ -141,10 +162,10 @@ def derived_seed(seed: int, name: str) -> int:
 
 
 def _records(
-    row: Row | _BadRow, where: Where, layout: str, kind: Kind, columns: dict[str, str]
+    row: Row | BadRow, where: Where, layout: str, kind: Kind, columns: dict[str, str]
 ) -> Iterator[Record | Rejected | Skipped]:
     try:
-        if isinstance(row, _BadRow):
+        if isinstance(row, BadRow):
             raise row
         if layout == "pku":
             yield from _pku_sft(row, where) if kind == "sft" else _pku_pair(row, where, kind)
@@ -154,7 +175,7 @@ def _records(
             yield _alpaca(row, where)
         else:
             yield _own(row, where, kind, columns)
-    except _BadRow as bad:
+    except BadRow as bad:
         yield Rejected(where, bad.reason, bad.detail, bad.text or excerpt(row))
 
 
@@ -182,6 +203,7 @@ def _pku_sft(row: Row, where: Where) -> Iterator[Record | Skipped]:
 
 
 def _pku_pair(row: Row, where: Where, kind: Kind) -> Iterator[Record | Skipped]:
+    _check_severity(row)
     winner = _bit(row, _PKU_LABELS[kind][0])
     if winner is None:
         yield Skipped(where, "no_preference")
@@ -192,13 +214,21 @@ def _pku_pair(row: Row, where: Where, kind: Kind) -> Iterator[Record | Skipped]:
     yield Record(where, user(_text(row, "prompt")), answers[winner], answers[loser], flags[winner], flags[loser])
 
 
+def _check_severity(row: Row) -> None:
+    """The release of 2024 rates the harm of an answer from 0 to 3: 0 is what it flags as safe."""
+    for severity, flag in zip(_SEVERITY, _FLAGS, strict=True):
+        level, safe = row.get(severity), _flag(row, flag)
+        if isinstance(level, int) and safe is not None and safe != (level == 0):
+            raise BadRow("contradictory_severity", f"{flag} is {safe}, but {severity} is {level}")
+
+
 def _hh(row: Row, where: Where, kind: Kind) -> Record:
     prompt, chosen = _dialogue(row, "chosen")
     if kind == "sft":
         return Record(where, prompt, chosen)
     other, rejected = _dialogue(row, "rejected")
     if prompt != other:
-        raise _BadRow("prompts_differ", "chosen and rejected differ before their last Assistant turn")
+        raise BadRow("prompts_differ", "chosen and rejected differ before their last Assistant turn")
     return Record(where, prompt, chosen, rejected)
 
 
@@ -210,7 +240,7 @@ def _dialogue(row: Row, column: str) -> tuple[list[Message], str]:
         for role, content in zip(parts[::2], parts[1::2], strict=True)
     ]
     if before or not turns or turns[-1]["role"] != "assistant":
-        raise _BadRow("not_a_dialogue", f"{column} must begin with 'Human:' and end with an 'Assistant:' turn")
+        raise BadRow("not_a_dialogue", f"{column} must begin with 'Human:' and end with an 'Assistant:' turn")
     return _checked(turns[:-1], column), turns[-1]["content"]
 
 
@@ -221,21 +251,37 @@ def _alpaca(row: Row, where: Where) -> Record:
 
 def _own(row: Row, where: Where, kind: Kind, columns: dict[str, str]) -> Record:
     """A row whose columns are named by a map from our names to the file's."""
-    prompt = _prompt(row, columns["prompt"])
+    prompt = _prompt(row, columns["prompt"]) if "prompt" in columns else None
     if kind == "sft":
-        return Record(where, prompt, _text(row, columns["response"]))
+        whole = columns.get("messages") or columns["response"]
+        return Record(where, *_answer(row, whole, prompt))
     flags = [_flag(row, columns[name]) if name in columns else None for name in _OWN_FLAGS]
-    return Record(where, prompt, _text(row, columns["chosen"]), _text(row, columns["rejected"]), *flags)
+    before, chosen = _answer(row, columns["chosen"], prompt)
+    other, rejected = _answer(row, columns["rejected"], prompt)
+    if before != other:
+        raise BadRow("prompts_differ", "chosen and rejected differ before their last assistant turn")
+    return Record(where, before, chosen, rejected, *flags)
 
 
 def _prompt(row: Row, column: str) -> list[Message]:
-    """A text, or a list of {role, content} turns."""
-    turns = row.get(column)
-    if not isinstance(turns, list):
-        return user(_text(row, column))
-    if not all(isinstance(turn, dict) for turn in turns):
-        raise _BadRow("bad_turns", f"{column} must be text or a list of {{role, content}} turns")
-    return _checked([{"role": _text(turn, "role"), "content": _text(turn, "content")} for turn in turns], column)
+    """A text, or a list of turns."""
+    turns = turns_in(row.get(column), column)
+    return user(_text(row, column)) if turns is None else _checked(turns, column)
+
+
+def _answer(row: Row, column: str, prompt: list[Message] | None) -> tuple[list[Message], str]:
+    """Prompt and answer of a cell: a text, an answer as a message, or a whole dialogue that begins with the prompt."""
+    turns = turns_in(row.get(column), column)
+    if turns is None:
+        if prompt is None:
+            raise BadRow("no_prompt", f"{column} is text and no dialogue, so columns must map prompt as well")
+        return prompt, _text(row, column)
+    before, answer = split_answer(turns, column)
+    if prompt is None:
+        return _checked(before, column), answer
+    if before and before != prompt:
+        raise BadRow("prompts_differ", f"{column} is a dialogue that does not begin with the prompt of the row")
+    return prompt, answer
 
 
 def _checked(turns: list[Message], column: str) -> list[Message]:
@@ -243,34 +289,28 @@ def _checked(turns: list[Message], column: str) -> list[Message]:
     roles = [turn["role"] for turn in turns]
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     if len(spoken) % 2 == 0 or spoken != (["user", "assistant"] * len(spoken))[: len(spoken)]:
-        raise _BadRow("bad_turns", f"{column}: user and assistant must take turns, the user first and last")
+        raise BadRow("bad_turns", f"{column}: user and assistant must take turns, the user first and last")
     return turns
 
 
 def _text(row: Row, column: str) -> str:
     """The cell without the white space around it."""
     if column not in row:
-        raise _BadRow("missing_column", f"no column {column!r}")
+        raise BadRow("missing_column", f"no column {column!r}")
     value = row[column]
     if not isinstance(value, str):
-        raise _BadRow("not_text", f"{column} is {_short(value)}, expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise _BadRow("not_unicode", f"{column} holds half of a surrogate pair at character {error.start}") from None
-    return value.strip()
+        raise BadRow("not_text", f"{column} is {_short(value)}, expected text")
+    return check_unicode(value, column).strip()
 
 
 def _bit(row: Row, column: str) -> int | None:
-    """0, 1, or None for null; CSV and parquet write them as text, floats or booleans."""
-    if column not in row:
-        raise _BadRow("missing_column", f"no column {column!r}")
-    value = row[column]
-    if value is None or value != value or value == "":
+    """0, 1, or None for null and for a key that this row leaves out; CSV and parquet write text, floats or booleans."""
+    value = row.get(column)
+    if value is None or value != value or value == "" or value in _NULLS:
         return None
     bit = _BITS.get(str(value).strip().casefold())
     if bit is None:
-        raise _BadRow("bad_label", f"{column} is {_short(value)}, expected 0, 1, true, false or null")
+        raise BadRow("bad_label", f"{column} is {_short(value)}, expected 0, 1, true, false or null")
     return bit
 
 
@@ -293,7 +333,7 @@ def _columns(spec: SourceSpec, kind: Kind) -> dict[str, str]:
     if spec.format == "alpaca" and kind != "sft":
         raise DataError(f"prepare.{kind}: {label(spec)}: format 'alpaca' holds no pairs; list it under prepare.sft")
     names = {
-        "columns": _OWN_COLUMNS[kind][0],
+        "columns": _OWN_COLUMNS[kind][0][0],
         "pku": ("prompt", "response_0", "response_1", *_PKU_LABELS[kind]),
         "hh": ("chosen",) if kind == "sft" else ("chosen", "rejected"),
         "alpaca": ("instruction", "output"),
@@ -303,40 +343,64 @@ def _columns(spec: SourceSpec, kind: Kind) -> dict[str, str]:
 
 def _mapped(spec: SourceSpec, kind: Kind) -> dict[str, str]:
     """The column map of format `columns`, checked against what the kind needs."""
-    needed, optional = _OWN_COLUMNS[kind]
-    for name in needed:
-        if name not in spec.columns:
-            raise DataError(f"prepare.{kind}: {label(spec)}: columns lacks {name!r}; it must map {', '.join(needed)}")
+    choices, optional = _OWN_COLUMNS[kind]
+    known = [*itertools.chain(*choices), *optional]
     for name in spec.columns:
-        if name not in needed + optional:
-            valid = ", ".join(needed + optional)
+        if name not in known:
+            valid = ", ".join(known)
             raise DataError(f"prepare.{kind}: {label(spec)}: columns has unknown key {name!r}; valid keys: {valid}")
+    if not any(set(names) <= spec.columns.keys() for names in choices):
+        lacking = next(name for name in choices[0] if name not in spec.columns)
+        either = ", or ".join(" and ".join(names) for names in choices)
+        raise DataError(f"prepare.{kind}: {label(spec)}: columns lacks {lacking!r}; it must map {either}")
     return spec.columns
 
 
-def _require(row: Row, columns: dict[str, str], file: str, kind: Kind) -> None:
+def _require(seen: Iterable[str], columns: dict[str, str], file: str, kind: Kind) -> None:
+    """Refuse a source of which no row has a column; one that some rows leave out is null there."""
+    present = list(map(str, seen))
     for name in columns.values():
-        if name not in row:
-            present = ", ".join(map(str, row))
-            raise DataError(f"{file}: column {name!r} is missing (prepare.{kind}); the file has: {present}")
+        if name not in present and present:
+            raise DataError(f"{file}: column {name!r} is missing (prepare.{kind}); the file has: {', '.join(present)}")
 
 
 # --- from a place to rows ---------------------------------------------------------------------------------------------
 
 
-def _locate(spec: SourceSpec, kind: Kind, folder: Path, made: WorldParams, seed: int) -> tuple[str, _Raw]:
-    """The name of the place that a source points at, and its raw rows."""
+def _locate(
+    spec: SourceSpec, kind: Kind, folder: Path, made: WorldParams, seed: int
+) -> tuple[str, Iterable[tuple[str, _Raw]]]:
+    """The name of the place that a source points at, and its files with their raw rows."""
     if spec.path is None:
-        return "world", enumerate(_world(kind, made, derived_seed(seed, kind)), start=1)
+        return "world", [("world", enumerate(_world(kind, made, derived_seed(seed, kind)), start=1))]
     path = folder / spec.path
     if path.is_dir():
-        return str(path), _dataset(str(path), None, spec, folder)
+        files = _plain_files(path, spec)
+        if files:
+            return str(path), ((str(file), _reader(file)(file)) for file in files)
+        return str(path), [(str(path), _dataset(str(path), None, spec, folder))]
     if path.is_file():
-        return str(path), _reader(path)(path)
+        return str(path), [(str(path), _reader(path)(path))]
     if _suffix(path) not in _READERS and _HUB_ID.fullmatch(spec.path):
         owner, name, *inner = spec.path.split("/", 2)
-        return spec.path, _dataset(f"{owner}/{name}", inner[0] if inner else None, spec, folder)
+        return spec.path, [(spec.path, _dataset(f"{owner}/{name}", inner[0] if inner else None, spec, folder))]
     raise DataError(f"{path}: no such file; put {path.name} into {path.parent} or correct prepare.{kind}")
+
+
+def _plain_files(folder: Path, spec: SourceSpec) -> list[Path]:
+    """The files of a folder that are read one by one, in order of their names.
+
+    None for a folder that `datasets` knows better: one that it saved, or whose page says which file belongs where.
+    Where names speak of splits, those of the split count.
+    """
+    page = folder / "README.md"
+    if list(folder.rglob("*.arrow")) or (page.is_file() and "\nconfigs:" in page.read_text(errors="replace")):
+        return []
+    files = [file for file in sorted(folder.rglob("*")) if _suffix(file) in _READERS and file.name not in _DESCRIPTIONS]
+    named = [file for file in files if any(word in file.relative_to(folder).as_posix() for word in _SPLITS)]
+    if named or spec.split != "train":
+        return [file for file in named if spec.split in file.relative_to(folder).as_posix()]
+    return files
 
 
 def _world(kind: Kind, made: WorldParams, seed: int) -> Iterator[Row]:
@@ -350,15 +414,25 @@ def _dataset(name: str, inner: str | None, spec: SourceSpec, folder: Path) -> _R
     """Rows of a hub dataset, or of the folder `inner` in it, or of a local dataset folder."""
     import datasets  # slow to import, and only needed here
 
+    datasets.disable_progress_bars()
     try:
         table = datasets.load_dataset(name, data_dir=inner, split=spec.split, revision=spec.revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = _root_cause(error)
         raise DataError(
             f"{spec.path}: split {spec.split!r} cannot be loaded as a dataset ({why}); check path, split and revision, "
             f"or put the file into {folder}"
         ) from error
     yield from enumerate(table, start=1)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first line of what an exception was raised from in the first place, and the last of it where it says more."""
+    cause = error
+    while cause.__cause__ is not None or cause.__context__ is not None:
+        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+    told = [(str(one).strip() or type(one).__name__).splitlines()[0] for one in (error, cause)]
+    return ": ".join(dict.fromkeys(told))
 
 
 def _reader(path: Path) -> Callable[[Path], _Raw]:
@@ -393,22 +467,38 @@ def _jsonl(path: Path) -> _Raw:
                 yield line, _json_line(content.removeprefix(b"\xef\xbb\xbf"), path, line)
 
 
-def _json_line(content: bytes, path: Path, line: int) -> Row | _BadRow:
+def _json_line(content: bytes, path: Path, line: int) -> Row | BadRow:
     text = content.decode("utf-8", "backslashreplace").strip()[:EXCERPT]
     try:
-        row = json.loads(content.decode("utf-8"))
+        row = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
+    except _RepeatedKey as error:
+        return BadRow("duplicate_key", str(error), text)
     except UnicodeDecodeError as error:
-        return _BadRow("not_utf8", f"byte {error.start + 1} of the line is not UTF-8", text)
+        return BadRow("not_utf8", f"byte {error.start + 1} of the line is not UTF-8", text)
     except (ValueError, RecursionError) as error:
         if content.endswith(b"\n"):
-            return _BadRow("not_json", str(error), text)
+            return BadRow("not_json", str(error), text)
         logger.warning("%s:%d: the file ends within this row; it may have been cut short", path, line)
-        return _BadRow("truncated_row", f"the file ends within this row ({error})", text)
+        return BadRow("truncated_row", f"the file ends within this row ({error})", text)
     return _as_row(row)
 
 
-def _as_row(row: Any) -> Row | _BadRow:
-    return row if isinstance(row, dict) else _BadRow("not_an_object", "expected an object of columns", excerpt(row))
+class _RepeatedKey(ValueError):
+    """An object that has a key twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
+    """A JSON object, of which json would keep the last value of a key that stands in it twice."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _RepeatedKey(f"key {twice!r} stands twice in one object; keep one")
+    return row
+
+
+def _as_row(row: Any) -> Row | BadRow:
+    return row if isinstance(row, dict) else BadRow("not_an_object", "expected an object of columns", excerpt(row))
 
 
 def _json(path: Path) -> _Raw:
@@ -435,7 +525,7 @@ def _json_array(path: Path) -> _Raw:
     with _opened(path) as stream:
         content = stream.read()
     try:
-        rows = json.loads(content.decode("utf-8-sig"))
+        rows = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); is the file complete?") from error
     return enumerate(map(_as_row, rows), start=1)
@@ -447,6 +537,7 @@ def _csv(path: Path) -> _Raw:
         line = 1
         try:
             header = next(reader, [])
+            _refuse_repeated(header, path)
             line = reader.line_num + 1
             for cells in reader:
                 if cells:
@@ -458,20 +549,27 @@ def _csv(path: Path) -> _Raw:
             raise DataError(f"{path}:{line}: not UTF-8; convert the file, e.g. with iconv") from error
 
 
+def _refuse_repeated(names: Sequence[str], path: Path) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}: column {twice[0]!r} stands twice; rename one of the two")
+
+
 def _decoded(stream: IO[bytes]) -> Iterator[str]:
     for number, line in enumerate(stream):
         yield line.decode("utf-8" if number else "utf-8-sig")
 
 
-def _csv_row(header: list[str], cells: list[str]) -> Row | _BadRow:
+def _csv_row(header: list[str], cells: list[str]) -> Row | BadRow:
     if len(cells) != len(header):
-        return _BadRow("wrong_cell_count", f"{len(cells)} cells for {len(header)} columns", excerpt(cells))
+        return BadRow("wrong_cell_count", f"{len(cells)} cells for {len(header)} columns", excerpt(cells))
     return dict(zip(header, cells, strict=True))
 
 
 def _parquet(path: Path) -> _Raw:
     try:
         with pq.ParquetFile(path) as file:
+            _refuse_repeated(file.schema_arrow.names, path)
             batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
             yield from enumerate(itertools.chain.from_iterable(batches), start=1)
     except (pa.ArrowException, OSError) as error:

@@ -197,15 +197,20 @@ def _read(path: Path, asked: dict[str, Item], allowed: dict[str, Sequence[Any]])
         if name in labels:
             raise DataError(f"{where}: id {name!r} stands in two rows; leave one")
         for field, values in allowed.items():
-            label = row.get(field)
+            label = _whole(row.get(field))
             if type(label) is not type(values[0]) or label not in values:
                 choice = f"{min(values)} to {max(values)}" if isinstance(values, range) else " or ".join(values)
                 raise DataError(f"{where}: id {name!r}: {field} is {label!r}; it must be {choice}")
-        labels[name] = row
+        labels[name] = {**row, **{field: _whole(row.get(field)) for field in allowed}}
     missing = [name for name in asked if name not in labels]
     if missing:
         raise DataError(f"{path}: {len(missing)} rows are missing, the first has id {missing[0]!r}; label them too")
     return labels
+
+
+def _whole(label: Any) -> Any:
+    """A whole number that a table program has written as 1.0, as the number that it is."""
+    return int(label) if isinstance(label, float) and label.is_integer() else label
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Item]]:

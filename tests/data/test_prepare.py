@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ruamel.yaml import YAML
 from dualign.core import schema
 from dualign.core.errors import DataError
 from dualign.core.params import PrepareParams
+from dualign.core.schema import normalise, user
 from dualign.data.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +120,35 @@ def test_every_prompt_is_in_one_place_only(tmp_path: Path) -> None:
     assert set.union(*found.values()) == {"search", "certify", "eval", "heldout", "train"}
     assert [len(tables[name]) for name in SETS] == [20, 30, 41, 31]
     assert all(tables[name]["prompt_id"].is_unique for name in SETS)
+
+
+def questions(tables: dict[str, pd.DataFrame]) -> dict[str, set[str]]:
+    """The splits and reserved sets in which dialogues that begin with a question stand, by question."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for name, table in tables.items():
+        if name == "pool":
+            continue
+        splits = table["split"] if "split" in table else [name] * len(table)
+        for prompt, split in zip(table["prompt"], splits, strict=True):
+            first = next(turn["content"] for turn in prompt if turn["role"] == "user")
+            found[normalise(first)].add(split)
+    return found
+
+
+def test_a_dialogue_that_goes_on_stays_with_its_beginning(tmp_path: Path) -> None:
+    """HH releases a dialogue at several lengths: the longer prompt holds an answer to the shorter one."""
+    write_files(tmp_path)
+    begun = [pair(number) for number in range(60)]
+    longer = []
+    for row in begun[::2]:
+        turns = [*user(row["prompt"]), {"role": "assistant", "content": row["chosen"]}, *user("And then?")]
+        longer.append({**row, "prompt": turns, "chosen": "Then this.", "rejected": "Then that."})
+    for kind in ("helpful", "safety"):
+        (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*begun, *longer]))
+    prepare(params(tmp_path, **SOURCES, **TINY), tmp_path / "out")
+    tables = read_all(tmp_path / "out")
+    assert {len(where) for where in questions(tables).values()} == {1}
+    assert any(len(prompt) > 1 for prompt in tables["helpful_pairs"]["prompt"])
 
 
 def test_one_spelling_of_a_prompt_does_not_leak_into_another_set(tmp_path: Path) -> None:
@@ -346,7 +377,8 @@ def test_too_many_bad_rows_stop_the_run_and_show_where_they_are(run: Any, tmp_pa
     failed = tmp_path / "quarantine-failed.jsonl"
     message = (
         r"prepare\.safety: columns:safety\.jsonl: 10 of 70 records rejected \(empty_answer 9, empty_prompt 1\), "
-        rf"more than prepare\.max_rejected_share 0\.1; see {re.escape(str(failed))}"
+        r"more than prepare\.max_rejected_share 0\.1; the first is .*safety\.jsonl:61 \(an answer is empty\); "
+        rf"see {re.escape(str(failed))}"
     )
     with pytest.raises(DataError, match=message):
         run({"max_rejected_share": 0.1}, safety=rows)
@@ -400,8 +432,10 @@ def test_the_examples_of_the_guide_are_read_without_a_rejected_row(tmp_path: Pat
 
 
 def test_the_guide_lists_every_reason(run: Any) -> None:
-    code = "".join((ROOT / "dualign" / "data" / name).read_text() for name in ("sources.py", "prepare.py"))
-    reasons = set(re.findall(r'(?:_BadRow|_rejected)\((?:row\.?\w*, |record, )?"(\w+)"', code))
+    code = "".join(
+        (ROOT / "dualign" / "data" / name).read_text() for name in ("sources.py", "messages.py", "prepare.py")
+    )
+    reasons = set(re.findall(r'(?:BadRow|_rejected)\((?:row\.?\w*, |record, )?"(\w+)"', code))
     listed = set(re.findall(r"`(\w+)`", GUIDE.split("## The quarantine")[1].split("## If prepare stops")[0]))
     assert len(reasons) >= 15 and reasons <= listed
 
@@ -434,7 +468,9 @@ def test_genuine_sources_together(tmp_path: Path) -> None:
     }
     limits = {"max_prompt_chars": 8000, "max_response_chars": 4000, "max_rejected_share": 0.02}
     metrics = prepare(params(REAL, **sources, **limits), tmp_path / "out")
-    assert {len(where) for where in places(read_all(tmp_path / "out")).values()} == {1}
+    tables = read_all(tmp_path / "out")
+    assert {len(where) for where in places(tables).values()} == {1}
+    assert {len(where) for where in questions(tables).values()} == {1}
     expected = {"empty_answer": 12, "bad_turns": 24, "identical_answers": 4, "response_too_long": 5}
     assert expected | {"prompt_too_long": 2, "empty_prompt": 2, "not_a_dialogue": 2} == metrics["rejected"]
     assert metrics["sources"]["sft"]["columns:pku_sft/sft_safety.jsonl"]["duplicates"] == 57

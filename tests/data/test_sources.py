@@ -318,7 +318,7 @@ def test_a_wrong_cell_is_rejected_with_its_value_and_line(
     [
         (b'{"prompt": "q", ', "not_json"),
         (b"[1, 2]", "not_an_object"),
-        (b'{"prompt": "q"}', "missing_column"),
+        (b'{"prompt": "q", "better_response_id": 0, "safer_response_id": 0}', "missing_column"),
         (b'{"prompt": "\xff"}', "not_utf8"),
         (b"[" * 100_000, "not_json"),
     ],
@@ -403,7 +403,7 @@ def test_a_missing_column_is_named_with_those_present(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"prompt": "q"}, "columns lacks 'response'; it must map prompt, response"),
+        ({"prompt": "q"}, "columns lacks 'response'; it must map prompt and response, or messages"),
         ({"prompt": "q", "response": "a", "chosen": "b"}, "unknown key 'chosen'; valid keys: prompt, response"),
         ({"prompt": "q", "response": "b"}, "column 'b' is missing .*the file has: q, a"),
     ],

@@ -232,7 +232,7 @@ Change = Callable[[list[dict[str, Any]]], Any]
         (lambda rows: rows.append(rows[0]), r":3: id '\w{16}' stands in two rows"),
         (lambda rows: rows[1].update(unsafe_votes=None), r":2: id '\w{16}': unsafe_votes is None; it must be 0 to 5"),
         (lambda rows: rows[1].update(unsafe_votes=6), ":2: .*unsafe_votes is 6; it must be 0 to 5"),
-        (lambda rows: rows[1].update(unsafe_votes=2.0), ":2: .*unsafe_votes is 2.0; it must be 0 to 5"),
+        (lambda rows: rows[1].update(unsafe_votes=2.5), ":2: .*unsafe_votes is 2.5; it must be 0 to 5"),
         (lambda rows: rows[1].update(unsafe_votes=True), ":2: .*unsafe_votes is True; it must be 0 to 5"),
         (lambda rows: rows[1].pop("unsafe_votes"), ":2: .*unsafe_votes is None"),
         (lambda rows: rows[1].pop("id"), ":2: id 'None' was not asked for"),
