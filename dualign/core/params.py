@@ -261,13 +261,15 @@ class ScorerParams(StageParams):
     """What reward and cost model share. `backbone` is `sft`, a hub id or a folder.
 
     `given` scorers are served instead of a trained one, which leaves `backbone`, `training`, `lora` and the weights of
-    the loss unused. `spread` weighs their disagreement: it lowers a reward and raises a cost.
+    the loss unused. `spread` weighs their disagreement: it lowers a reward and raises a cost. `cut_share` of the
+    training pairs have their answers cut, so that the scorer can read an answer that did not end.
     """
 
     seed: int
     given: Annotated[list[GivenScorer], Field(min_length=1)] | None
     spread: NonNegative
     backbone: str
+    cut_share: Share
     training: TrainingParams
     lora: LoraParams
     score_regularisation: NonNegative

@@ -14,6 +14,7 @@ import pandas as pd
 from dualign.core.params import ScorerParams
 from dualign.core.stage import Run
 from dualign.lm.models import load_scorer_backbone, load_tokenizer, merged, with_lora
+from dualign.lm.tokens import encode_prompts
 from dualign.scoring.calibration import Calibration, Platt
 from dualign.scoring.given import Meaning, load_given
 from dualign.scoring.scorers import Scorer, conversations
@@ -62,6 +63,9 @@ def _trained(
     high = _HIGH[meaning]
     low = "rejected" if high == "chosen" else "chosen"
     ids = [conversations(tokenizer, train["prompt"], train[side]) for side in (high, low)]
+    ids = with_cuts(
+        ids, [len(row) for row in encode_prompts(tokenizer, train["prompt"])], params.cut_share, params.seed
+    )
     flags = zip(*([unsafe(flag) for flag in train[f"{side}_is_safe"]] for side in (high, low)), strict=True)
     rows = [ScoredPair(a, b, pair) for a, b, pair in zip(*ids, flags, strict=True)]
     job = Job(params.training, run.resources, scratch, params.seed)
@@ -69,6 +73,28 @@ def _trained(
         model, tokenizer, rows, job, sign_weight=sign_weight, regularisation=params.score_regularisation
     )
     return Scorer(merged(model), tokenizer, Platt()), {**metrics, "pairs": {"train": len(train)}}
+
+
+def with_cuts(sides: list[list[list[int]]], prompts: list[int], share: float, seed: int) -> list[list[list[int]]]:
+    """The conversations of both sides, a random `share` of the pairs with both answers cut somewhere in their last half.
+
+    A scorer that has read ends of turns alone says next to nothing of an answer that was cut: its score is that of the
+    last token, whatever that is. `prompts` holds the tokens of each prompt, of which none is cut.
+    """
+    rng = np.random.default_rng(seed)
+    chosen = rng.random(len(prompts)) < share
+    kept = rng.uniform(0.5, 1.0, (len(sides), len(prompts)))
+    found = []
+    for side, keeps in zip(sides, kept, strict=True):
+        rows = zip(side, prompts, chosen, keeps, strict=True)
+        found.append([_cut(row, start, keep) if cut else row for row, start, cut, keep in rows])
+    return found
+
+
+def _cut(row: list[int], prompt: int, keep: float) -> list[int]:
+    """A conversation whose answer keeps a share of its tokens, at least one, and never its end."""
+    answer = len(row) - prompt
+    return row[: prompt + max(1, min(int(keep * answer), answer - 1))]
 
 
 def on_one_scale(scorer: Scorer, calibration_of: Callable[[Scorer], Calibration]) -> Scorer:
