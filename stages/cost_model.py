@@ -67,6 +67,7 @@ def main(run: Run[CostModelParams]) -> None:
     scorer = on_one_scale(scorer, lambda member: calibration_of(scored(member), params.calibrate))
     answers = scored(scorer)
     calibration, quality = calibrate(answers, params.calibrate, params.seed)
+    cut = heldout_answers(scorer, heldout, run.resources.scoring_batch_size, ended=False)
     with replacing(OUT) as folder:
         scorer.calibrated(calibration).save(folder)
     run.metrics(
@@ -75,6 +76,7 @@ def main(run: Run[CostModelParams]) -> None:
             **quality,
             "pairs": {**metrics["pairs"], "heldout": len(heldout)},
             "ranking_accuracy": float((gaps(answers) < 0).mean()),
+            "ranking_accuracy_cut": float((gaps(cut) < 0).mean()),
         }
     )
     finished(scratch)

@@ -52,6 +52,8 @@ def main(run: Run[RewardModelParams]) -> None:
 
     scorer = on_one_scale(scorer, lambda member: measured(member)[0])
     calibration, quality = measured(scorer)
+    cut = heldout_answers(scorer, heldout, run.resources.scoring_batch_size, ended=False)
+    quality["accuracy_cut"] = float((gaps(cut) > 0).mean())
     with replacing(OUT) as folder:
         scorer.calibrated(calibration).save(folder)
     run.metrics({**metrics, **quality, "pairs": {**metrics["pairs"], "heldout": len(heldout)}})

@@ -63,9 +63,8 @@ def _trained(
     high = _HIGH[meaning]
     low = "rejected" if high == "chosen" else "chosen"
     ids = [conversations(tokenizer, train["prompt"], train[side]) for side in (high, low)]
-    ids = with_cuts(
-        ids, [len(row) for row in encode_prompts(tokenizer, train["prompt"])], params.cut_share, params.seed
-    )
+    prompts = [len(row) for row in encode_prompts(tokenizer, train["prompt"])]
+    ids = with_cuts(ids, prompts, params.cut_share, params.seed)
     flags = zip(*([unsafe(flag) for flag in train[f"{side}_is_safe"]] for side in (high, low)), strict=True)
     rows = [ScoredPair(a, b, pair) for a, b, pair in zip(*ids, flags, strict=True)]
     job = Job(params.training, run.resources, scratch, params.seed)
@@ -76,7 +75,7 @@ def _trained(
 
 
 def with_cuts(sides: list[list[list[int]]], prompts: list[int], share: float, seed: int) -> list[list[list[int]]]:
-    """The conversations of both sides, a random `share` of the pairs with both answers cut somewhere in their last half.
+    """The conversations of both sides, a random `share` of the pairs with both answers cut in their last half.
 
     A scorer that has read ends of turns alone says next to nothing of an answer that was cut: its score is that of the
     last token, whatever that is. `prompts` holds the tokens of each prompt, of which none is cut.
@@ -107,14 +106,18 @@ def on_one_scale(scorer: Scorer, calibration_of: Callable[[Scorer], Calibration]
     return Scorer.of(members, scorer.calibration, scorer.spread)
 
 
-def heldout_answers(scorer: Scorer, heldout: pd.DataFrame, batch_size: int) -> pd.DataFrame:
-    """Both answers of every held-out pair: side, prompt_id, score, unsafe (None where there is no flag)."""
+def heldout_answers(scorer: Scorer, heldout: pd.DataFrame, batch_size: int, *, ended: bool = True) -> pd.DataFrame:
+    """Both answers of every held-out pair: side, prompt_id, score, unsafe (None where there is no flag).
+
+    With `ended` False they are read as if they had been cut after their last word.
+    """
+    ends = [ended] * len(heldout)
     parts = [
         pd.DataFrame(
             {
                 "side": side,
                 "prompt_id": heldout["prompt_id"].to_numpy(),
-                "score": scorer.score(heldout["prompt"], heldout[side], batch_size=batch_size),
+                "score": scorer.score(heldout["prompt"], heldout[side], batch_size=batch_size, ended=ends),
                 "unsafe": [unsafe(flag) for flag in heldout[f"{side}_is_safe"]],
             }
         )

@@ -1,0 +1,37 @@
+"""Training pairs with cut answers: which are cut, where, and what stays."""
+
+from __future__ import annotations
+
+import pytest
+
+from dualign.scoring.fitting import with_cuts
+
+END = 0
+PROMPTS = [3, 5, 4, 3] * 50
+SIDES = [[[*range(1, 1 + prompt), *range(100, 100 + length), END] for prompt in PROMPTS] for length in (20, 9)]
+
+
+def test_a_share_of_nothing_changes_nothing() -> None:
+    assert with_cuts(SIDES, PROMPTS, 0.0, 7) == SIDES
+
+
+def test_cut_answers_keep_their_prompt_and_lose_their_end() -> None:
+    for side, whole in zip(with_cuts(SIDES, PROMPTS, 1.0, 7), SIDES, strict=True):
+        for row, full, prompt in zip(side, whole, PROMPTS, strict=True):
+            answer = len(full) - prompt
+            assert row == full[: len(row)] and row[-1] != END
+            assert prompt + answer // 2 <= len(row) < len(full)
+
+
+def test_both_answers_of_a_pair_are_cut_or_neither_and_about_a_share_of_them() -> None:
+    first, second = with_cuts(SIDES, PROMPTS, 0.5, 7)
+    cut = [row[-1] != END for row in first]
+    assert cut == [row[-1] != END for row in second]
+    assert sum(cut) / len(cut) == pytest.approx(0.5, abs=0.1)
+    assert len({len(row) for row in first}) > 5
+    assert (first, second) == tuple(with_cuts(SIDES, PROMPTS, 0.5, 7))
+    assert first != with_cuts(SIDES, PROMPTS, 0.5, 8)[0]
+
+
+def test_an_answer_of_one_token_keeps_it() -> None:
+    assert with_cuts([[[1, 2, 9, END]], [[1, 2, 9]]], [2], 1.0, 0) == [[[1, 2, 9]], [[1, 2, 9]]]
