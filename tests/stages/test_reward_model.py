@@ -216,3 +216,22 @@ def test_what_lies_in_local_folders_counts_for_the_fingerprint(
     guard = GivenScorer(path="some/hub-id", kind="guard", higher_is="harmful", template="guard.jinja")
     given = params.model_copy(update={"given": [guard]})
     assert local_inputs(given) == [Path("models/sft"), Path("guard.jinja")]
+
+
+@pytest.mark.parametrize(("stage", "key"), [("reward_model", "accuracy"), ("cost_model", "ranking_accuracy")])
+def test_cut_answers_are_trained_on_and_measured(filled: Path, resources: Resources, stage: str, key: str) -> None:
+    """What is measured is the ranking of held-out pairs whose answers are read without their end."""
+    plain = run(stage, resources, cut_share=0.0)
+    metrics = run(stage, resources, cut_share=1.0)
+    assert metrics["loss"] != plain["loss"]
+    table, schema = {
+        "reward_model": ("helpful_pairs", HELPFUL_PAIRS), "cost_model": ("safety_pairs", SAFETY_PAIRS)
+    }[stage]  # fmt: skip
+    pairs = read_table(f"data/prepared/{table}.parquet", schema)
+    heldout = pairs[pairs["split"] == "heldout"]
+    scorer = Scorer.load(f"models/{stage}", resources)
+    sign = 1 if stage == "reward_model" else -1
+    for ended, name in ((True, key), (False, f"{key}_cut")):
+        answers = heldout_answers(scorer, heldout, 64, ended=ended)
+        chosen, rejected = (answers[answers["side"] == side]["score"].to_numpy() for side in ("chosen", "rejected"))
+        assert metrics[name] == pytest.approx((sign * (chosen - rejected) > 0).mean(), abs=0.02)
