@@ -28,18 +28,9 @@ def require(path: str | Path) -> None:
         raise ModelError(f"{path}: no such model folder; run the stage that writes it, or correct the path")
 
 
-def load_model(
-    auto: Any,
-    path: str | Path,
-    *,
-    dtype: torch.dtype | str,
-    revision: str | None = None,
-    gguf_file: str | None = None,
-    fresh: Sequence[str] = (),
-    **options: Any,
-) -> PreTrainedModel:
-    """`load_reported` without the names."""
-    return load_reported(auto, path, dtype=dtype, revision=revision, gguf_file=gguf_file, fresh=fresh, **options)[0]
+def load_model(auto: Any, path: str | Path, **options: Any) -> PreTrainedModel:
+    """The model alone of `load_reported`, which takes the same options."""
+    return load_reported(auto, path, **options)[0]
 
 
 def load_reported(
