@@ -45,7 +45,7 @@ def _parsed(text: str) -> Any:
         return text
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return value if isinstance(value, list) and all(map(_is_turn, value)) else text
 
@@ -57,6 +57,8 @@ def _is_turn(value: Any) -> bool:
 def _turn(value: Any, column: str) -> Message:
     if not _is_turn(value):
         raise BadRow("bad_turns", f"{column} must be text or a list of {{role, content}} turns")
+    if value.get("tool_calls"):
+        raise BadRow("bad_turns", f"{column}: a turn calls a tool, which is no text to train on")
     role_key, content_key = next(pair for pair in _KEYS if pair[0] in value and pair[1] in value)
     role = _ROLES.get(str(value[role_key]), str(value[role_key]))
     if role not in _SPOKEN:
@@ -75,7 +77,7 @@ def _content(value: Any, column: str) -> str:
 
 def _part(value: Any, column: str) -> str:
     text = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(text, str):
+    if not isinstance(text, str) or value.get("type", "text") != "text":
         raise BadRow("not_text", f"{column}: a message holds a part that is no text, such as an image")
     return text
 

@@ -45,8 +45,10 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+)?")
 #: Files that describe a data set and hold no rows; and words of names that say which split a file belongs to.
-_DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json"}
-_SPLITS = ("train", "test", "valid")
+_DESCRIPTIONS = {
+    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json", "config.json",
+}  # fmt: skip
+_SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 _OWN_FLAGS = ("chosen_is_safe", "rejected_is_safe")
 #: Sets of columns that format `columns` may map, of which one must be whole; and what may stand beside them.
 _OWN_COLUMNS: dict[Kind, tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]] = {
@@ -306,7 +308,8 @@ def _text(row: Row, column: str) -> str:
 def _bit(row: Row, column: str) -> int | None:
     """0, 1, or None for null and for a key that this row leaves out; CSV and parquet write text, floats or booleans."""
     value = row.get(column)
-    if value is None or value != value or value == "" or value in _NULLS:
+    text = value.strip() if isinstance(value, str) else value
+    if value is None or value != value or text == "" or (isinstance(text, str) and text in _NULLS):
         return None
     bit = _BITS.get(str(value).strip().casefold())
     if bit is None:
@@ -396,11 +399,13 @@ def _plain_files(folder: Path, spec: SourceSpec) -> list[Path]:
     page = folder / "README.md"
     if list(folder.rglob("*.arrow")) or (page.is_file() and "\nconfigs:" in page.read_text(errors="replace")):
         return []
-    files = [file for file in sorted(folder.rglob("*")) if _suffix(file) in _READERS and file.name not in _DESCRIPTIONS]
-    named = [file for file in files if any(word in file.relative_to(folder).as_posix() for word in _SPLITS)]
-    if named or spec.split != "train":
-        return [file for file in named if spec.split in file.relative_to(folder).as_posix()]
-    return files
+    names = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if _suffix(file) in _READERS]
+    shown = [name for name in names if not any(part.startswith((".", "_")) for part in name.parts)]
+    files = [name for name in shown if name.name not in _DESCRIPTIONS]
+    named = {name: set(_SPLIT.findall(name.as_posix())) for name in files}
+    if any(named.values()) or spec.split != "train":
+        files = [name for name in files if spec.split in named[name]]
+    return [folder / name for name in files]
 
 
 def _world(kind: Kind, made: WorldParams, seed: int) -> Iterator[Row]:

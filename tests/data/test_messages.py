@@ -68,7 +68,8 @@ def test_text_parts_of_a_message_are_joined(tmp_path: Path) -> None:
 
 
 def test_text_that_only_begins_like_json_stays_text(tmp_path: Path) -> None:
-    rows = [{"prompt": text, "chosen": "a", "rejected": "b"} for text in ('[{"x": 1}] is what?', '[{"x": 1}]')]
+    texts = ('[{"x": 1}] is what?', '[{"x": 1}]', '[{"x": ' + "[" * 5000)
+    rows = [{"prompt": text, "chosen": "a", "rejected": "b"} for text in texts]
     assert [found.prompt for found in records(tmp_path, "helpful", rows, PAIR)] == [user(row["prompt"]) for row in rows]
 
 
@@ -80,6 +81,11 @@ def test_text_that_only_begins_like_json_stays_text(tmp_path: Path) -> None:
         ({"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"}, "bad_turns"),
         ({"prompt": ["x"], "chosen": "a", "rejected": "b"}, "bad_turns"),
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "a", "rejected": "b"}, "not_text"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image", "text": "x"}]}], "chosen": "a", "rejected": "b"},
+            "not_text",
+        ),
+        ({"prompt": TALK, "chosen": [{**said("a"), "tool_calls": [{}]}], "rejected": "b"}, "bad_turns"),
         ({"prompt": [{"role": "user", "content": "\ud800"}], "chosen": "a", "rejected": "b"}, "not_unicode"),
     ],
 )
@@ -152,6 +158,13 @@ def test_missing_values_written_as_text_are_told(tmp_path: Path, caplog: pytest.
     assert "a.jsonl:2: a text says just 'nan'" in caplog.text and "1 more rows" in caplog.text
 
 
+@pytest.mark.parametrize("cell", [[1], {"a": 1}])
+def test_a_label_that_is_no_single_value_is_rejected(tmp_path: Path, cell: Any) -> None:
+    lines(tmp_path / "a.jsonl", [pku(0, better_response_id=cell)])
+    (found,) = stream(tmp_path, "helpful", "a.jsonl")
+    assert isinstance(found, Rejected) and found.reason == "bad_label"
+
+
 def test_a_label_that_says_nan_is_null(tmp_path: Path) -> None:
     pd.DataFrame([pku(0, better_response_id="nan"), pku(1)]).to_csv(tmp_path / "a.csv", index=False)
     first, second = stream(tmp_path, "helpful", "a.csv")
@@ -204,6 +217,18 @@ def test_a_split_of_a_folder_is_in_the_names_of_its_files(tmp_path: Path) -> Non
     lines(tmp_path / "set/test.jsonl", [pku(2)])
     assert len(stream(tmp_path, "helpful", "set")) == 2
     assert len(stream(tmp_path, "helpful", "set", split="test")) == 1
+
+
+def test_a_split_is_a_word_of_a_name_and_not_a_part_of_one(tmp_path: Path) -> None:
+    """`constraints` is no train, `latest` no test; hidden folders and descriptions hold no rows."""
+    for number, name in enumerate(("constraints.jsonl", "latest.jsonl", "a.jsonl")):
+        lines(tmp_path / "set" / name, [pku(number)])
+    lines(tmp_path / "set/.ipynb_checkpoints/a.jsonl", [pku(9)])
+    (tmp_path / "set/config.json").write_text("{}")
+    assert len(stream(tmp_path, "helpful", "set")) == 3
+    lines(tmp_path / "set/dev.jsonl", [pku(5)])
+    lines(tmp_path / "set/train-0.jsonl", [pku(6), pku(7)])
+    assert [len(stream(tmp_path, "helpful", "set", split)) for split in ("train", "dev")] == [2, 1]
 
 
 def test_a_folder_that_datasets_cannot_load_says_why(tmp_path: Path) -> None:
