@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import subprocess
 import sys
 import tempfile
@@ -134,6 +133,7 @@ def measure(way: str, given: Settings) -> float:
     ids = torch.randint(100, 1000, (given.rows, given.tokens), generator=torch.Generator().manual_seed(given.seed))
     mask = torch.ones_like(ids)
     ids, mask = ids.to(model.device), mask.to(model.device)
+    _forget_peak(model.device)
     before = _peak(model.device)
     with torch.inference_mode():
         if way == "chunked":
@@ -144,10 +144,20 @@ def measure(way: str, given: Settings) -> float:
     return _peak(model.device) - before
 
 
+def _forget_peak(device: torch.device) -> None:
+    """Begin the peak anew: loading a model takes more than it holds."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak(device: torch.device) -> float:
+    """Peak memory in MiB since `_forget_peak`; of a CPU that of the process, as Linux counts it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def _conversations(given: Settings, count: int, length: int | None = None) -> tuple[list[list[int]], list[list[int]]]:
