@@ -44,7 +44,7 @@ FAILED = "quarantine-failed.jsonl"
 class Row:
     """A record that passed, with the identity of its prompt and of the whole row.
 
-    `family` is the identity of the prompt up to its first user turn: dialogues are released at several lengths, and a
+    `family` is the identity of the prompt's first user turn alone: dialogues are released at several lengths, and a
     longer one holds the answers of the shorter.
     """
 
@@ -154,8 +154,8 @@ def _rejected(record: Record, reason: str, detail: str) -> Rejected:
 
 def _identified(record: Record) -> Row:
     prompt = schema.prompt_id(record.prompt)
-    first = next(i for i, turn in enumerate(record.prompt) if turn["role"] == "user")
-    family = schema.prompt_id(record.prompt[: first + 1])
+    first = next(turn["content"] for turn in record.prompt if turn["role"] == "user")
+    family = schema.prompt_id(schema.user(first))
     if record.rejected is None:
         return Row(record, prompt, f"{prompt}\x1e{record.chosen}", family)
     return Row(record, prompt, schema.pair_id(record.prompt, record.chosen, record.rejected), family)

@@ -248,6 +248,7 @@ def _dialogue(row: Row, column: str) -> tuple[list[Message], str]:
 
 def _alpaca(row: Row, where: Where) -> Record:
     given = _text(row, "input") if row.get("input") else ""
+    given = "" if given in _NULLS else given
     return Record(where, user(f"{_text(row, 'instruction')}\n\n{given}".strip()), _text(row, "output"))
 
 

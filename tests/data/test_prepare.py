@@ -151,6 +151,17 @@ def test_a_dialogue_that_goes_on_stays_with_its_beginning(tmp_path: Path) -> Non
     assert any(len(prompt) > 1 for prompt in tables["helpful_pairs"]["prompt"])
 
 
+def test_a_question_under_a_system_turn_stays_with_the_question_alone(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    plain = [pair(number) for number in range(60)]
+    system = {"role": "system", "content": "Be brief."}
+    told = [{**row, "prompt": [system, *user(row["prompt"])]} for row in plain[::2]]
+    for kind in ("helpful", "safety"):
+        (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*plain, *told]))
+    prepare(params(tmp_path, **SOURCES, **TINY), tmp_path / "out")
+    assert {len(where) for where in questions(read_all(tmp_path / "out")).values()} == {1}
+
+
 def test_one_spelling_of_a_prompt_does_not_leak_into_another_set(tmp_path: Path) -> None:
     loud = [pair(number, prompt=f"  QUESTION {number}?!") for number in range(60)]
     write_files(tmp_path)
