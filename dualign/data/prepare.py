@@ -94,8 +94,8 @@ def prepare(params: PrepareParams, folder_out: Path) -> dict[str, Any]:
     failed.unlink(missing_ok=True)
     rows = {kind: _settled(_gathered(kind, params, ledger), kind, ledger) for kind in KINDS}
     _check_sources(params, ledger, failed)
-    reserved = _reserved(params, rows)
     family = _families(rows)
+    reserved = _reserved(params, rows, family)
     taken = {family[prompt] for drawn in reserved.values() for prompt in drawn}
     tables = {kind: _table(rows[kind], kind, params, taken, ledger) for kind in KINDS}
     _check_splits(tables)
@@ -154,11 +154,15 @@ def _rejected(record: Record, reason: str, detail: str) -> Rejected:
 
 def _identified(record: Record) -> Row:
     prompt = schema.prompt_id(record.prompt)
-    first = next(turn["content"] for turn in record.prompt if turn["role"] == "user")
-    family = schema.prompt_id(schema.user(first))
+    family = prompt if len(record.prompt) == 1 else _family(record)
     if record.rejected is None:
         return Row(record, prompt, f"{prompt}\x1e{record.chosen}", family)
     return Row(record, prompt, schema.pair_id(record.prompt, record.chosen, record.rejected), family)
+
+
+def _family(record: Record) -> str:
+    first = next(turn["content"] for turn in record.prompt if turn["role"] == "user")
+    return schema.prompt_id(schema.user(first))
 
 
 def _settled(rows: Iterable[Row], kind: Kind, ledger: Ledger) -> list[Row]:
@@ -239,12 +243,11 @@ def _sources(params: PrepareParams, kind: Kind) -> list[str]:
 # --- prompts: which set each belongs to -------------------------------------------------------------------------------
 
 
-def _reserved(params: PrepareParams, rows: dict[Kind, list[Row]]) -> dict[str, dict[str, Kind]]:
+def _reserved(params: PrepareParams, rows: dict[Kind, list[Row]], family: dict[str, str]) -> dict[str, dict[str, Kind]]:
     """The prompts of search, certify and eval, each with the kind of pair that it was drawn from.
 
     What shares its first question with a prompt of one set is in no other.
     """
-    family = _families(rows)
     free = {kind: {row.prompt_id for row in rows[kind]} for kind in PAIRS}
     sets: dict[str, dict[str, Kind]] = {}
     for name in RESERVED:

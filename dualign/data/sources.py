@@ -309,8 +309,8 @@ def _text(row: Row, column: str) -> str:
 def _bit(row: Row, column: str) -> int | None:
     """0, 1, or None for null and for a key that this row leaves out; CSV and parquet write text, floats or booleans."""
     value = row.get(column)
-    text = value.strip() if isinstance(value, str) else value
-    if value is None or value != value or text == "" or (isinstance(text, str) and text in _NULLS):
+    blank = isinstance(value, str) and value.strip() in {"", *_NULLS}
+    if value is None or value != value or blank:
         return None
     bit = _BITS.get(str(value).strip().casefold())
     if bit is None:
@@ -394,7 +394,7 @@ def _locate(
 def _plain_files(folder: Path, spec: SourceSpec) -> list[Path]:
     """The files of a folder that are read one by one, in order of their names.
 
-    None for a folder that `datasets` knows better: one that it saved, or whose page says which file belongs where.
+    Empty for a folder that `datasets` knows better: one that it saved, or whose page says which file belongs where.
     Where names speak of splits, those of the split count.
     """
     page = folder / "README.md"

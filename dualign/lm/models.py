@@ -72,14 +72,27 @@ def load_tokenizer(
 
     Raises ModelError if there is no tokenizer at `path`, one without an EOS token, or a template that cannot be used.
     """
+    return made_fit(read_tokenizer(path, revision, gguf_file), path, chat_template)
+
+
+def read_tokenizer(
+    path: str | Path, revision: str | None = None, gguf_file: str | None = None
+) -> PreTrainedTokenizerBase:
+    """A tokenizer as it is stored. Raises ModelError if there is none at `path`."""
     require(path)
     options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=False, **options)
+        return AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises many kinds here, down to bare Exception
         raise ModelError(
             f"{path}: no usable tokenizer ({first_line(error)}); put tokenizer.json and tokenizer_config.json there"
         ) from error
+
+
+def made_fit(
+    tokenizer: PreTrainedTokenizerBase, path: str | Path, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer with all that `load_tokenizer` promises; `path` is what errors name."""
     if tokenizer.eos_token is None:
         if "<|end|>" not in tokenizer.get_vocab() and "<|endoftext|>" not in tokenizer.get_vocab():
             raise ModelError(f"{path}: the tokenizer names no eos_token; set it in tokenizer_config.json")

@@ -82,8 +82,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequenc
 
 def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:
     """Token ids of each answer as it ends a conversation, up to and with the token that ends the turn."""
-    end = [] if layout(tokenizer).end else [tokenizer.eos_token_id]
-    return [[*row, *end] for row in _tails(tokenizer, answers, ended=True)]
+    return _tails(tokenizer, answers, [True] * len(answers))
 
 
 def encode_conversations(
@@ -93,11 +92,7 @@ def encode_conversations(
     ended: Sequence[bool] | None = None,
 ) -> list[tuple[list[int], list[int]]]:
     """Ids of prompt and answer of each row; an answer that did not end (`ended` False) has no end of turn."""
-    encoded = encode_answers(tokenizer, answers)
-    if ended is not None and not all(ended):
-        opened = _tails(tokenizer, answers, ended=False)
-        rows = zip(encoded, opened, ended, strict=True)
-        encoded = [whole if done else part for whole, part, done in rows]
+    encoded = encode_answers(tokenizer, answers) if ended is None else _tails(tokenizer, answers, ended)
     return list(zip(encode_prompts(tokenizer, prompts), encoded, strict=True))
 
 
@@ -127,14 +122,15 @@ def retokenised_share(
     return other / len(texts)
 
 
-def _tails(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], *, ended: bool) -> list[list[int]]:
-    """Ids of conversations after the prompt, up to the end of the turn or, with `ended` False, of the text alone."""
+def _tails(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], ended: Sequence[bool]) -> list[list[int]]:
+    """Ids of conversations after the prompt, up to the end of the turn or, where `ended` is False, of the text."""
     found = layout(tokenizer)
     question = user(QUESTION)
     (head,) = encode_prompts(tokenizer, [question])
     turns = [[*question, _assistant(answer)] for answer in answers]
-    ids = encode_rendered(tokenizer, turns, lambda marked: _wholes(tokenizer, marked, found, ended=ended))
-    return [row[len(head) :] for row in ids]
+    ids = encode_rendered(tokenizer, turns, lambda marked: _wholes(tokenizer, marked, found, ended))
+    end = [] if found.end else [tokenizer.eos_token_id]
+    return [row[len(head) :] + (end if done else []) for row, done in zip(ids, ended, strict=True)]
 
 
 # --- how a template lays out a conversation ---------------------------------------------------------------------------
@@ -161,14 +157,15 @@ def _merged(tokenizer: PreTrainedTokenizerBase, found: Layout) -> int:
     """Ids at the end of a prompt that some answer's first characters merge with."""
     (head,) = encode_rendered(tokenizer, [user(QUESTION)], lambda turns: _heads(tokenizer, turns, found))
     turns = [[*user(QUESTION), _assistant(answer)] for answer in _ANSWERS]
-    rows = encode_rendered(tokenizer, turns, lambda marked: _wholes(tokenizer, marked, found))
-    trim = max(len(head) - _common(head, row) for row in rows)
+    ended = [True] * len(turns)
+    rows = encode_rendered(tokenizer, turns, lambda marked: _wholes(tokenizer, marked, found, ended))
+    trim = max(len(head) - common_prefix(head, row) for row in rows)
     if trim:
         log.info("%d token(s) at the end of a prompt merge with the answer and count as its first", trim)
     return trim
 
 
-def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
+def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Length of the longest common prefix."""
     count = 0
     for a, b in zip(first, second, strict=False):
@@ -184,18 +181,22 @@ def _heads(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Sequence[Message]
     if found.extends:
         return heads
     wholes = render(tokenizer, [[*prompt, _assistant(_ANSWERS[0])] for prompt in turns])
-    return [head[: _common(head, whole)] for head, whole in zip(heads, wholes, strict=True)]
+    return [head[: common_prefix(head, whole)] for head, whole in zip(heads, wholes, strict=True)]
 
 
 def _wholes(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Sequence[Message]], found: Layout, *, ended: bool = True
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Sequence[Message]], found: Layout, ended: Sequence[bool]
 ) -> list[str]:
     """The text of each conversation, cut after the end of its last turn, or before it if that did not end."""
     (head,) = _heads(tokenizer, [user(QUESTION)], found)
-    wholes = render(tokenizer, turns)
-    if found.end is None or not ended:
-        return [whole.removesuffix(found.after) for whole in wholes]
-    return [whole[: whole.index(found.end, len(head)) + len(found.end)] for whole in wholes]
+    end = found.end
+
+    def cut(whole: str, done: bool) -> str:
+        if end is None or not done:
+            return whole.removesuffix(found.after)
+        return whole[: whole.index(end, len(head)) + len(end)]
+
+    return [cut(whole, done) for whole, done in zip(render(tokenizer, turns), ended, strict=True)]
 
 
 def render(

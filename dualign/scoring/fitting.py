@@ -63,8 +63,9 @@ def _trained(
     high = _HIGH[meaning]
     low = "rejected" if high == "chosen" else "chosen"
     ids = [conversations(tokenizer, train["prompt"], train[side]) for side in (high, low)]
-    prompts = [len(row) for row in encode_prompts(tokenizer, train["prompt"])]
-    ids = with_cuts(ids, prompts, params.cut_share, params.seed)
+    if params.cut_share > 0:
+        prompts = [len(row) for row in encode_prompts(tokenizer, train["prompt"])]
+        ids = with_cuts(ids, prompts, params.cut_share, params.seed)
     flags = zip(*([unsafe(flag) for flag in train[f"{side}_is_safe"]] for side in (high, low)), strict=True)
     rows = [ScoredPair(a, b, pair) for a, b, pair in zip(*ids, flags, strict=True)]
     job = Job(params.training, run.resources, scratch, params.seed)

@@ -20,7 +20,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,12 +27,12 @@ from transformers.utils import cached_file
 
 from dualign.core.errors import ModelError
 from dualign.core.params import Frozen, Resources
-from dualign.core.schema import Message
-from dualign.lm.loading import first_line, load_config, load_model, require
-from dualign.lm.models import fit_vocabulary, load_tokenizer
+from dualign.core.schema import Message, user
+from dualign.lm.loading import load_config, load_model, require
+from dualign.lm.models import fit_vocabulary, load_tokenizer, made_fit, read_tokenizer
 from dualign.lm.numerics import in_precision
 from dualign.lm.templates import settle
-from dualign.lm.tokens import encode_conversations, encode_rendered, render
+from dualign.lm.tokens import QUESTION, common_prefix, encode_conversations, encode_rendered, render
 from dualign.scoring.calibration import Calibration, Platt
 
 log = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ SAFE_RLHF_TEMPLATE = (
 )
 _SAFE_RLHF = ("LlamaModelForScore", "LlamaForScore")
 _SCALARS = ("score_head.bias", "normalizer.mean", "normalizer.var")
-_PROBE: list[Message] = [{"role": "user", "content": "Who wrote it?"}, {"role": "assistant", "content": "Sure."}]
+_PROBE: list[Message] = [*user(QUESTION), {"role": "assistant", "content": "Sure."}]
 
 
 @dataclass(frozen=True)
@@ -200,12 +199,9 @@ def _tokenizer(place: Place) -> PreTrainedTokenizerBase:
     require(place.path)
     if place.template is not None and not Path(place.template).is_file():
         raise ModelError(f"{place.path}: template {place.template} is no file; give a Jinja file or leave it out")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place.path, revision=place.revision, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds here
-        raise ModelError(f"{place.path}: no usable tokenizer ({first_line(error)})") from error
+    tokenizer = read_tokenizer(place.path, place.revision)
     if not is_encoder(tokenizer):
-        return load_tokenizer(place.path, place.revision, place.template)
+        return made_fit(tokenizer, place.path, place.template)
     tokenizer.chat_template = Path(place.template).read_text() if place.template else tokenizer.chat_template
     return tokenizer
 
@@ -282,7 +278,7 @@ def verdict(loaded: Loaded, reading: Reading) -> Verdict:
     (bare,) = _asked(loaded.tokenizer, [_PROBE], suffix)
     words = [*reading.unsafe, *reading.safe]
     rows = [_asked(loaded.tokenizer, [_PROBE], suffix + word)[0] for word in words]
-    shared = min(_common(bare, row) for row in rows)
+    shared = min(common_prefix(bare, row) for row in rows)
     first = [row[shared] for row in rows]
     count = len(reading.unsafe)
     return Verdict(suffix, len(bare) - shared, sorted(set(first[:count])), sorted(set(first[count:])))
@@ -300,11 +296,6 @@ def _asked(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Message]]
 def _turns(prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[list[Message]]:
     rows = zip(prompts, answers, strict=True)
     return [[*prompt, {"role": "assistant", "content": answer}] for prompt, answer in rows]
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 # --- outputs to scores; ids and mask are [rows, positions] ------------------------------------------------------------
