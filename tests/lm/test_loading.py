@@ -27,12 +27,10 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from dualign.core.errors import ModelError, ParamsError
-from dualign.core.loading import load_resources
 from dualign.core.params import LoraParams, Resources
 from dualign.lm import loading, models
 from tests.lm.layouts import CHATS, byte_level
 
-ROOT = Path(__file__).resolve().parents[2]
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
 SMALL = {
     "vocab_size": 96,
@@ -58,11 +56,6 @@ CONFIGS: dict[str, PretrainedConfig] = {
 IDS = torch.tensor([[7, 20, 33, 46, 59, 72]])
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def resources() -> Resources:
-    return load_resources(ROOT / "params.yaml").model_copy(update={"device": "cpu", "precision": "fp32"})
 
 
 def built(name: str, seed: int = 0) -> PreTrainedModel:

@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign.core.errors import ModelError
-from dualign.core.loading import load_resources
 from dualign.core.params import Resources, ScratchParams
 from dualign.core.schema import user
 from dualign.data import world
@@ -21,18 +20,12 @@ from dualign.lm.models import build_scratch, save, train_tokenizer
 from dualign.lm.sampling import log_probabilities, sample
 from dualign.lm.tokens import encode_answers, encode_prompts
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ScratchParams(
     tokenizer="train", vocab_size=300, hidden_size=16, layers=1, heads=2, intermediate_size=24, context=64
 )
 QUESTIONS = ["How do I cook the rice at home?", "Why?", "How do I poison the pond with my kids, and then the lawn?"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def resources() -> Resources:
-    return load_resources(ROOT / "params.yaml").model_copy(update={"device": "cpu", "precision": "fp32"})
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,6 @@ from transformers import (
 
 from dualign.core.artifacts import write_json, write_parquet
 from dualign.core.errors import ModelError
-from dualign.core.loading import load_resources
 from dualign.core.params import LoraParams, Resources, ScratchParams
 from dualign.core.schema import HELPFUL_PAIRS, SAFETY_PAIRS, SFT, user
 from dualign.data import world
@@ -43,11 +42,6 @@ SCRATCH = ScratchParams(
 )
 LORA = LoraParams(rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
 IDS = torch.tensor([[7, 20, 33, 46, 59, 72]])
-
-
-@pytest.fixture(scope="module")
-def resources() -> Resources:
-    return load_resources(ROOT / "params.yaml").model_copy(update={"device": "cpu", "precision": "fp32"})
 
 
 @pytest.fixture(scope="module")

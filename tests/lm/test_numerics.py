@@ -26,7 +26,6 @@ from transformers import (
 )
 
 from dualign.core.errors import ModelError
-from dualign.core.loading import load_resources
 from dualign.core.params import LoraParams, Resources, TrainingParams
 from dualign.lm import models, numerics
 from dualign.lm.numerics import answer_log_probabilities
@@ -35,7 +34,6 @@ from dualign.training.run import Job, without_dropout
 from dualign.training.supervised import train_sft
 from tests.lm.layouts import CHATS, byte_level
 
-ROOT = Path(__file__).resolve().parents[2]
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
 SMALL = {
     "vocab_size": 90,
@@ -65,11 +63,6 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def resources() -> Resources:
-    return load_resources(ROOT / "params.yaml").model_copy(update={"device": "cpu", "precision": "fp32"})
 
 
 def in_bf16(resources: Resources, **changes: Any) -> Resources:

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from dualign.core.loading import load_resources
 from dualign.core.params import LoraParams, Resources, ScratchParams
 from dualign.data import world
 from dualign.lm import models
@@ -19,7 +18,6 @@ from dualign.lm.mixture import policy_at, write_mixture
 from dualign.lm.publish import ADAPTER, publish
 from dualign.search.merge import merge
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [answer.text for prompt in world.prompts()[::500] for answer in world.answers(prompt)]
 SCRATCH = ScratchParams(
     tokenizer="train", vocab_size=320, hidden_size=32, layers=2, heads=4, intermediate_size=48, context=64
@@ -28,11 +26,6 @@ LORA = LoraParams(rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
 IDS = torch.tensor([[7, 20, 33, 46, 59, 72]])
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def resources() -> Resources:
-    return load_resources(ROOT / "params.yaml").model_copy(update={"device": "cpu", "precision": "fp32"})
 
 
 @pytest.fixture(scope="module")
