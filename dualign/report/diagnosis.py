@@ -105,18 +105,20 @@ def further_limits(prices: Iterable[Mapping[str, Any]], rows: Sequence[Row]) -> 
     return [*priced.values(), *(limit for name, limit in others.items() if name not in priced)]
 
 
-def cut_in_words(row: Mapping[str, Any]) -> str:
-    """A warning about a policy of which more answers than `CUT` did not end; empty for others.
+def cut_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One warning about the policies of which more answers than `CUT` did not end; empty where there are none.
 
-    `row` is one of the comparison, with `name`, the interval `ended` and `max_new_tokens`.
+    `rows` are those of the comparison, each with `name`, the interval `ended` and `max_new_tokens`.
     """
-    share = 0.0 if row["ended"] is None else 1 - row["ended"]["mean"]
-    if share <= CUT:
+    shares = {row["name"]: 1 - row["ended"]["mean"] for row in rows if row["ended"] is not None}
+    told = [f"{percent(share)} of {name}" for name, share in shares.items() if share > CUT]
+    if not told:
         return ""
-    where = "before their end" if row["max_new_tokens"] is None else f"at {row['max_new_tokens']:,} tokens"
+    limits = sorted({row["max_new_tokens"] for row in rows if row["max_new_tokens"] is not None})
+    where = f"at {' or '.join(f'{limit:,}' for limit in limits)} tokens" if limits else "before their end"
     return (
-        f"{percent(share)} of the answers of {row['name']} were cut {where}: their scores are those of unfinished "
-        "text; raise generation.max_new_tokens."
+        f"Answers were cut {where}, and their scores are those of unfinished text: {', '.join(told)}; raise "
+        "generation.max_new_tokens."
     )
 
 

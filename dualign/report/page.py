@@ -114,7 +114,7 @@ def _context(root: Path, params: ReportParams) -> dict[str, Any]:
         "best": next((row for row in rows if row["recommended"]), None),
         "nearest": next((row for row in rows if row["name"] == comparison["nearest"]), None),
         "reference": next((row for row in rows if row["name"] == REFERENCE), None),
-        "cut": [said for row in rows if (said := cut_in_words(row))],
+        "cut": cut_in_words(rows),
         "missing": comparison["missing"],
         "uncertified": comparison["uncertified"],
         "certificates": [_certificate(name, metrics, dual) for name, metrics in comparison["certificates"].items()],
