@@ -20,9 +20,10 @@ from dualign import certificate
 from dualign.certificate import Certificate, Evidence, Requirement
 from dualign.certification import Contender, Contenders, contenders, forecast
 from dualign.constraints import Constraint, prices_in
-from dualign.core.artifacts import read_json, replacing
+from dualign.core.artifacts import replacing
 from dualign.core.errors import ParamsError
 from dualign.core.params import CertifyParams
+from dualign.core.records import SolvedDual, read_record
 from dualign.core.schema import PROMPTS, read_table
 from dualign.core.stage import Run, execute, finished
 from dualign.measure.rollout import Judges
@@ -50,7 +51,7 @@ def main(run: Run[CertifyParams]) -> None:
     prompts = read_table(PROMPT_SET, PROMPTS).head(params.prompts)
     models = {MODELS / name for name in ("sft", "reward_model", "cost_model", row.policy, row.partner, row.fallback)}
     scratch = run.scratch(PROMPT_SET, DUAL, *sorted(models))
-    further = [price.constraint for price in prices_in(read_json(DUAL))]
+    further = [price.constraint for price in prices_in(read_record(DUAL, SolvedDual))]
     field = contenders(row, MODELS, scratch)
     bench = Contenders(field, params, prompts, Judges.load(run.resources), scratch)
     with replacing(certificate.PLACE / run.item) as folder:

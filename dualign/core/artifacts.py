@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dualign.core.errors import DualignError
+from dualign.core.errors import DataError, DualignError
 from dualign.core.schema import to_table
 
 
@@ -70,7 +70,9 @@ def read_json(path: str | Path) -> Any:
 
 def read_optional_json(path: str | Path) -> dict[str, Any]:
     """The JSON object of a file, or {} where there is no such file: its stage did not run, or did not write it."""
-    found: dict[str, Any] = read_json(path) if Path(path).is_file() else {}
+    found = read_json(path) if Path(path).is_file() else {}
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: not a JSON object; run the stage that wrote it again (`dvc repro --force`)")
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dualign.core.params import SHARES
+from dualign.core.records import Betas
 from dualign.report.words import number, percent
 
 Row = dict[str, Any]
@@ -42,12 +43,13 @@ def predicted(frontier: Sequence[Mapping[str, Any]], lam: float | None) -> dict[
     }
 
 
-def other_betas(table: Mapping[str, Any]) -> list[Row]:
+def other_betas(table: Betas) -> list[Row]:
     """The rows of data/dual/betas.json with each quantity as {"mean", "low", "high"}; an end that is not known is None.
 
     `in_use` marks the run's own beta, `guess` a row with fewer effective samples than `min_ess`. Where the limit is out
     of reach, `lam` is None.
     """
+    rows: list[Any] = [*table["rows"]]
     return [
         {
             "beta": row["beta"],
@@ -57,7 +59,7 @@ def other_betas(table: Mapping[str, Any]) -> list[Row]:
             "lam": None if row["lam"] is None else _interval(row, "lam"),
             **{key: _interval(row, key) for key in ("reward", "kl", "p_unsafe", "ess")},
         }
-        for row in table.get("rows", [])
+        for row in rows
     ]
 
 

@@ -66,7 +66,7 @@ def test_other_betas_mark_the_one_in_use_guesses_and_what_is_out_of_reach() -> N
     assert few["p_unsafe"] == {"mean": 0.1, "low": 0.05, "high": 0.2}
     assert own["lam"] == {"mean": 0.7, "low": None, "high": None} and own["infeasible"] == ""
     assert (far["beta"], far["lam"], far["infeasible"]) == (3.0, None, "too far")
-    assert other_betas({}) == []
+    assert other_betas({"rows": [], "beta": 1.5, "min_ess": 4.0}) == []
 
 
 @pytest.mark.parametrize(
