@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from scipy.stats import t as student
 
-from dualign.core.artifacts import read_json, read_optional_json
+from dualign.core.artifacts import listed, read_json, read_optional_json
 from dualign.core.schema import ANSWERS, read_table
 from dualign.measure.stats import clustered_mean
 from dualign.report.told import told
@@ -82,7 +82,7 @@ def read_answers(root: Path, policies: dict[str, str]) -> dict[str, pd.DataFrame
 
 def read_certificates(root: Path) -> dict[str, Any]:
     """The metrics of every row of `certify`, by name."""
-    return {path.stem: read_json(path) for path in sorted((root / "reports/metrics/certify").glob("*.json"))}
+    return {path.stem: read_json(path) for path in listed(root / "reports/metrics/certify", "*.json")}
 
 
 def _certified(folder: str, certificates: dict[str, Any]) -> bool:

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dualign.core.artifacts import replacing
+from dualign.core.artifacts import listed, read_json, replacing
 from dualign.core.errors import ModelError
+from dualign.lm.loading import check_files
 from dualign.lm.publish import adapter_in
 
 _ADAPTER = "adapter_config.json"
@@ -46,7 +47,7 @@ def _merge_weights(first: Path, second: Path, q: float, out: Path) -> None:
 
 
 def _merge_adapters(first: Path, second: Path, q: float, out: Path) -> None:
-    configs = [json.loads((path / _ADAPTER).read_text()) for path in (first, second)]
+    configs = [read_json(path / _ADAPTER) for path in (first, second)]
     for folder, config in zip((first, second), configs, strict=True):
         if any(config.get(key) for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")):
             raise ModelError(f"{folder}: only plain LoRA adapters can be merged, not rsLoRA, DoRA or rank patterns")
@@ -71,7 +72,8 @@ def _merge_adapters(first: Path, second: Path, q: float, out: Path) -> None:
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
+    check_files(folder)
+    files = listed(folder, "*.safetensors")
     if not files:
         raise ModelError(f"{folder}: holds no safetensors file")
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
