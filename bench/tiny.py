@@ -58,9 +58,11 @@ class World:
 
     def __init__(self, work: Path, stages: Sequence[str]) -> None:
         self.folder, self._kept = work / "world", work / "kept"
+        self._system = self.folder / "tmp"  # in place of the system's folder of temporary files
         if not self.folder.is_dir():
             with replacing(self.folder) as temporary:
                 _copy(temporary)
+        self._system.mkdir(exist_ok=True)
         self.dag = {name: spec for name, spec in load_dag(self.folder).items() if name != "report"}
         unknown = sorted(set(stages) - set(self.dag))
         if unknown:
@@ -93,7 +95,7 @@ class World:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = {
             **os.environ, "PATH": path, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-            "DVC_NO_ANALYTICS": "1",
+            "DVC_NO_ANALYTICS": "1", "TMPDIR": str(self._system),
         }  # fmt: skip
         environment.pop("DUALIGN_SCRATCH", None)
         small = None if limit is None else partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
@@ -148,7 +150,7 @@ class World:
         scratch = [path for path in (self.folder / ".scratch").rglob("*") if path.is_file()]
         places = [self.folder / name for name in ("data", "models", "reports")]
         written = [path for place in places for path in place.rglob(".*") if path.name != ".gitignore"]
-        return sorted(str(path.relative_to(self.folder)) for path in {*scratch, *written})
+        return sorted(str(path.relative_to(self.folder)) for path in {*scratch, *written, *self._system.iterdir()})
 
     def restore(self) -> None:
         """Everything as the first run left it."""

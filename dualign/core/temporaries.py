@@ -26,11 +26,12 @@ def scratch_root() -> Path:
 def room_for(parent: Path) -> Path:
     """Where what is to be renamed into `parent` may lie: a folder on its file system.
 
-    In a workspace that is `tmp` of the scratch folder: DVC looks into the folders of outputs, and would call them
-    changed.
+    In a workspace that is `tmp` of the scratch folder, or of `.scratch` where $DUALIGN_SCRATCH is elsewhere: DVC looks
+    into the folders of outputs, and would call them changed.
     """
-    if "DUALIGN_SCRATCH" in os.environ or Path("dvc.yaml").is_file():
-        room = scratch_root() / "tmp"
+    roots = [scratch_root()] if "DUALIGN_SCRATCH" in os.environ else []
+    roots += [Path(".scratch")] if Path("dvc.yaml").is_file() else []
+    for room in [root / "tmp" for root in roots]:
         with contextlib.suppress(OSError):  # a place that cannot be used is done without
             room.mkdir(parents=True, exist_ok=True)
             if room.stat().st_dev == parent.stat().st_dev and os.access(room, os.W_OK):

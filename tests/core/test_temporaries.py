@@ -98,7 +98,9 @@ def test_another_file_system_and_a_scratch_folder_that_cannot_be_used_are_done_w
         assert room_for(memory) == memory
     (workspace / "file").touch()
     monkeypatch.setenv("DUALIGN_SCRATCH", str(workspace / "file"))
-    assert room_for(workspace) == workspace and scratch_root() == workspace / "file"
+    assert room_for(workspace) == Path(".scratch/tmp") and scratch_root() == workspace / "file"
+    (workspace / "dvc.yaml").unlink()
+    assert room_for(workspace) == workspace
 
 
 def test_a_rename_that_crosses_mounts_ends_whole_all_the_same(workspace: Path) -> None:
