@@ -44,7 +44,7 @@ from dualign.bounds import (
     upper_bound,
 )
 from dualign.constraints import Constraint
-from dualign.core.artifacts import read_json, write_json
+from dualign.core.artifacts import listed, read_json, write_json
 from dualign.core.errors import DataError, DualignError, ParamsError
 from dualign.core.params import SHARES, Quantity, Share
 from dualign.core.schema import ANSWERS, LABELS, read_table
@@ -483,7 +483,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("paths", nargs="*", type=Path, help=f"certificates, or folders of some (default: {PLACE})")
     statuses = []
     for path in parser.parse_args(argv).paths or [PLACE]:
-        found = [path] if path.is_file() else sorted([*path.glob(FILE), *path.glob(f"*/{FILE}")])
+        found = [path] if path.is_file() else [*listed(path, FILE), *listed(path, f"*/{FILE}")]
         if not found:
             sys.stdout.write(f"{path}: holds no certificate; run the stage certify first (`dvc repro`)\n")
         statuses += [_tell(file) for file in found] or [1]

@@ -32,6 +32,7 @@ from dualign.search.workbench import PolicyBench
 log = logging.getLogger("dualign")
 
 PROMPT_SET = Path("data/prepared/search.parquet")
+PAIRS = (Path("data/prepared/helpful_pairs.parquet"), Path("data/prepared/safety_pairs.parquet"))
 SCORED = Path("data/scored")
 DUAL = Path("data/dual/dual.json")
 MODELS = Path("models")
@@ -50,7 +51,8 @@ def main(run: Run[DualSearchParams]) -> None:
     reference = _metrics(row.reference)
     _check_losses(row, start, reference)
     models = {MODELS / name for name in ("sft", "reward_model", "cost_model", row.reference, row.start)}
-    scratch = run.scratch(PROMPT_SET, SCORED, DUAL, *sorted(models))
+    measured = {METRICS / f"{name}.json" for name in (row.start, row.reference)}
+    scratch = run.scratch(PROMPT_SET, *PAIRS, SCORED, DUAL, *sorted(models), *sorted(measured))
     prompts = read_table(PROMPT_SET, PROMPTS).head(params.prompts)
     inner = InnerParams(**start["inner"]) if row.method.inner == "lagrangian" else None
     if inner is not None and not row.method.warm:  # from the reference again: as its start was trained

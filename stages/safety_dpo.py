@@ -23,6 +23,7 @@ log = logging.getLogger("dualign")
 
 PAIRS = Path("data/prepared/safety_pairs.parquet")
 DUAL = Path("data/dual/dual.json")
+MODELS = Path("models")
 OUT = Path("models/safety_dpo")
 
 
@@ -33,9 +34,9 @@ def main(run: Run[SafetyDpoParams]) -> None:
         raise ParamsError(f"safety_dpo.runs has no {run.item!r}; one of {', '.join(params.runs)}")
     spec = params.runs[run.item]
     lam = max(spec.factor * multiplier(run.item, spec), params.lambda_min)
-    reference = Path("models") / spec.reference
+    reference = MODELS / spec.reference
     frame = read_table(PAIRS, SAFETY_PAIRS)
-    scratch = run.scratch(PAIRS, reference, DUAL)
+    scratch = run.scratch(PAIRS, DUAL, *sorted({MODELS / "sft", reference}))
     run.metrics(train_at(lam, frame, reference, spec, params, run.resources, scratch, OUT / run.item))
     finished(scratch)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 from scipy.stats import t as student
 
+from dualign.core.artifacts import listed
 from dualign.core.records import (
     Certified,
     SearchResult,
@@ -89,9 +90,7 @@ def read_answers(root: Path, policies: dict[str, str]) -> dict[str, pd.DataFrame
 
 def read_certificates(root: Path) -> dict[str, Any]:
     """The metrics of every row of `certify`, by name."""
-    return {
-        path.stem: read_record(path, Certified) for path in sorted((root / "reports/metrics/certify").glob("*.json"))
-    }
+    return {path.stem: read_record(path, Certified) for path in listed(root / "reports/metrics/certify", "*.json")}
 
 
 def _certified(folder: str, certificates: dict[str, Any]) -> bool:

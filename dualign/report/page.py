@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dualign.core.artifacts import read_optional_json, replacing
+from dualign.core.artifacts import listed, read_optional_json, replacing
 from dualign.core.errors import DataError
 from dualign.core.params import STAGES, ReportParams
 from dualign.core.records import (
@@ -431,7 +431,7 @@ def _known(value: Any) -> float | None:
 
 def _prepared(root: Path) -> list[tuple[str, int]]:
     """Rows of every prepared table, by name."""
-    return [(path.stem, pq.read_metadata(path).num_rows) for path in sorted((root / "data/prepared").glob("*.parquet"))]
+    return [(path.stem, pq.read_metadata(path).num_rows) for path in listed(root / "data/prepared", "*.parquet")]
 
 
 def _quarantine(root: Path) -> list[tuple[str, int]]:
@@ -501,9 +501,7 @@ def _fact(key: str, value: Any) -> str:
 def _provenance(root: Path) -> list[Row]:
     """What each stage took, in the order of the pipeline."""
     order = list(STAGES)
-    written: list[Any] = [
-        read_record(path, Provenance) for path in sorted((root / "reports/provenance").rglob("*.json"))
-    ]
+    written: list[Any] = [read_record(path, Provenance) for path in listed(root / "reports/provenance", "**/*.json")]
     rows = [row for row in written if row["stage"] != "report"]  # of an earlier run: this one's is not known yet
     for row in rows:
         row["rates"] = ", ".join(_rate(key, value) for key, value in row["throughput"].items())

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from dualign.core.artifacts import replacing
+from dualign.core.artifacts import listed, replacing
 from dualign.core.errors import ModelError
 from dualign.core.records import AdapterConfig, read_record
+from dualign.lm.loading import check_files
 from dualign.lm.publish import adapter_in
 
 _ADAPTER = "adapter_config.json"
@@ -73,7 +74,8 @@ def _merge_adapters(first: Path, second: Path, q: float, out: Path) -> None:
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
+    check_files(folder)
+    files = listed(folder, "*.safetensors")
     if not files:
         raise ModelError(f"{folder}: holds no safetensors file")
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
