@@ -65,7 +65,8 @@ def killed(world: World, spec: StageSpec, draw: random.Random, number: int, comm
     time.sleep(draw.uniform(0, 4 * LOOK))
     if process.poll() is None:
         os.killpg(process.pid, number)
-    return _again(world, spec, f"{signal.Signals(number).name} {how}", process.wait(LONG), command=command)
+    stopped, told = process.wait(LONG), "Traceback" not in world.said
+    return _again(world, spec, f"{signal.Signals(number).name} {how}", stopped, told=told, command=command)
 
 
 def full(world: World, spec: StageSpec, draw: random.Random) -> Trial:
@@ -151,6 +152,8 @@ def trials_of(world: World, mode: str, count: int, seed: int) -> list[Trial]:
     """So many stops of one mode."""
     draw = random.Random(seed)
     chosen = [spec for spec in world.chosen if mode != "torn" or world.costs[spec.name]["checkpoints"]]
+    if mode == "pipeline":
+        world.commit()
     made = []
     for _ in range(count):
         spec = draw.choice(chosen)

@@ -26,7 +26,16 @@ from pipeline.parameters import assign
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = ("dualign", "stages", "pipeline", "dvc.yaml", "data/raw", "models/base/README.md", "reports/search/README.md")
+CODE = (
+    "dualign",
+    "stages",
+    "pipeline",
+    "dvc.yaml",
+    ".dvcignore",
+    "data/raw",
+    "models/base/README.md",
+    "reports/search/README.md",
+)
 TRAININGS = ("sft", "reward_model", "cost_model", "reward_dpo", "safety_dpo", "lagrangian_dpo", "dual_search")
 #: The whole graph at its smallest, with three checkpoints in every training.
 TINY: dict[str, Any] = {
@@ -95,7 +104,7 @@ class World:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = {
             **os.environ, "PATH": path, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-            "DVC_NO_ANALYTICS": "1", "TMPDIR": str(self._system),
+            "DVC_NO_ANALYTICS": "1", "PREFECT_HOME": str(self.folder.with_name("prefect")), "TMPDIR": str(self._system),
         }  # fmt: skip
         environment.pop("DUALIGN_SCRATCH", None)
         small = None if limit is None else partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
@@ -151,6 +160,12 @@ class World:
         places = [self.folder / name for name in ("data", "models", "reports")]
         written = [path for place in places for path in place.rglob(".*") if path.name != ".gitignore"]
         return sorted(str(path.relative_to(self.folder)) for path in {*scratch, *written, *self._system.iterdir()})
+
+    def commit(self) -> None:
+        """Tell DVC that all is up to date, so that it runs what it is forced to alone."""
+        command = ["-m", "dvc", "commit", "--force", "--quiet", *self.costs]
+        if self.start(self.chosen[0], command).wait(LONG):
+            raise DualignError(f"{self.folder}: dvc commit failed; see log.txt beside it")
 
     def restore(self) -> None:
         """Everything as the first run left it."""

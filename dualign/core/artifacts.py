@@ -53,7 +53,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         told = write_fault(error)
         if told is None:
             raise
-        raise DualignError(f"{path}: cannot be written ({told})") from error
+        remedy = _REMEDIES.get(_number(error) or 0)
+        raise DualignError(f"{path}: cannot be written ({told})" + (f"; {remedy}" if remedy else "")) from error
 
 
 def write_fault(error: BaseException) -> str | None:
@@ -66,8 +67,7 @@ def write_fault(error: BaseException) -> str | None:
         text = str(error).strip()
         return text.splitlines()[0] if "PytorchStreamWriter" in text or "inline_container" in text else None
     named = getattr(error, "filename", None)
-    remedy = _REMEDIES.get(number)
-    return os.strerror(number) + (f": {named}" if named else "") + (f"; {remedy}" if remedy else "")
+    return os.strerror(number) + (f": {named}" if named else "")
 
 
 def is_full(error: BaseException) -> bool:

@@ -114,7 +114,7 @@ def execute(main: Callable[[Run[P]], None], cls: type[P], argv: list[str] | None
     except Exception as error:
         if not is_full(error):
             raise
-        log.error("%s, and run the stage again", write_fault(error))
+        log.error("%s; free space there and run the stage again", write_fault(error))
         sys.exit(DualignError.status)
 
 
