@@ -23,7 +23,8 @@ from dualign.core import schema
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.errors import DataError
 from dualign.core.params import PrepareParams
-from dualign.data.sources import Kind, Record, Rejected, Skipped, excerpt, label, read
+from dualign.data.rows import excerpt
+from dualign.data.sources import Kind, Record, Rejected, Skipped, label, read
 
 logger = logging.getLogger(__name__)
 

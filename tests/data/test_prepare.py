@@ -443,9 +443,7 @@ def test_the_examples_of_the_guide_are_read_without_a_rejected_row(tmp_path: Pat
 
 
 def test_the_guide_lists_every_reason(run: Any) -> None:
-    code = "".join(
-        (ROOT / "dualign" / "data" / name).read_text() for name in ("sources.py", "messages.py", "prepare.py")
-    )
+    code = "".join(path.read_text() for path in sorted((ROOT / "dualign" / "data").glob("*.py")))
     reasons = set(re.findall(r'(?:BadRow|_rejected)\((?:row\.?\w*, |record, )?"(\w+)"', code))
     listed = set(re.findall(r"`(\w+)`", GUIDE.split("## The quarantine")[1].split("## If prepare stops")[0]))
     assert len(reasons) >= 15 and reasons <= listed
