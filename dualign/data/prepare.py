@@ -7,7 +7,6 @@ used go to `quarantine.jsonl` with the reason and the place they came from.
 
 from __future__ import annotations
 
-import heapq
 import json
 import logging
 from collections import Counter
@@ -101,7 +100,7 @@ def prepare(params: PrepareParams, folder_out: Path) -> dict[str, Any]:
     tables = {kind: _table(rows[kind], kind, params, taken, ledger) for kind in KINDS}
     _check_splits(tables)
     train = {kind: {row["prompt_id"] for row in tables[kind] if row["split"] == "train"} for kind in PAIRS}
-    sets = {**reserved, "pool": _draw("pool", params.pool_prompts, train, params.seed, "prepare.pool_prompts")}
+    sets = {**reserved, "pool": _draw("pool", params.pool_prompts, train, params.seed, "prepare.pool_prompts", {})}
     _write(folder_out, tables, {name: _prompts(drawn, rows) for name, drawn in sets.items()}, ledger)
     return _metrics(params, tables, sets, ledger)
 
@@ -247,13 +246,13 @@ def _sources(params: PrepareParams, kind: Kind) -> list[str]:
 def _reserved(params: PrepareParams, rows: dict[Kind, list[Row]], family: dict[str, str]) -> dict[str, dict[str, Kind]]:
     """The prompts of search, certify and eval, each with the kind of pair that it was drawn from.
 
-    What shares its first question with a prompt of one set is in no other.
+    Of what shares its first question a set holds one prompt, and no other set any.
     """
     free = {kind: {row.prompt_id for row in rows[kind]} for kind in PAIRS}
     sets: dict[str, dict[str, Kind]] = {}
     for name in RESERVED:
         count = getattr(params, f"{name}_prompts")
-        sets[name] = _draw(name, count, free, params.seed, SET_SIZES)
+        sets[name] = _draw(name, count, free, params.seed, SET_SIZES, family)
         taken = {family[prompt] for prompt in sets[name]}
         free = {kind: {prompt for prompt in ids if family[prompt] not in taken} for kind, ids in free.items()}
     return sets
@@ -264,21 +263,31 @@ def _families(rows: dict[Kind, list[Row]]) -> dict[str, str]:
     return {row.prompt_id: row.family for kind in PAIRS for row in rows[kind]}
 
 
-def _draw(name: str, count: int, free: dict[Kind, set[str]], seed: int, remedy: str) -> dict[str, Kind]:
-    """`count` prompts, half from each kind of pair, those with the lowest hash; in the order of the hash."""
+def _draw(
+    name: str, count: int, free: dict[Kind, set[str]], seed: int, remedy: str, family: dict[str, str]
+) -> dict[str, Kind]:
+    """`count` prompts, half from each kind of pair, those with the lowest hash; in the order of the hash.
+
+    Of the prompts of one family that with the lowest hash is drawn; a prompt that `family` does not know is its own.
+    """
 
     def place(prompt_id: str) -> tuple[float, str]:
         return _place(seed, name, prompt_id), prompt_id
 
     drawn: dict[str, Kind] = {}
+    met: set[str] = set()
     for kind, wanted in zip(PAIRS, (count - count // 2, count // 2), strict=True):
-        left = free[kind] - drawn.keys()
-        if len(left) < wanted:
+        left: dict[str, str] = {}
+        for prompt in sorted(free[kind], key=place):
+            left.setdefault(family.get(prompt, prompt), prompt)
+        first = [prompt for group, prompt in left.items() if group not in met]
+        if len(first) < wanted:
             raise DataError(
-                f"prepare: the set {name!r} takes {wanted} prompts from the {kind} pairs, but {len(left)} are left; "
+                f"prepare: the set {name!r} takes {wanted} prompts from the {kind} pairs, but {len(first)} are left; "
                 f"lower {remedy}, or add {kind} pairs with other prompts"
             )
-        drawn |= dict.fromkeys(heapq.nsmallest(wanted, left, key=place), kind)
+        drawn |= dict.fromkeys(first[:wanted], kind)
+        met |= {family.get(prompt, prompt) for prompt in first[:wanted]}
     return dict(sorted(drawn.items(), key=lambda item: place(item[0])))
 
 
