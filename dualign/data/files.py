@@ -407,7 +407,8 @@ def _texts(file: pq.ParquetFile) -> list[str]:
     """The columns that Arrow can leave as references to a dictionary."""
     deltas = {chunk.path_in_schema for chunk in _chunks(file.metadata) if _DELTAS & {*chunk.encodings}}
     columns = map(file.schema.column, range(len(file.schema)))
-    return [one.path for one in columns if one.physical_type == "BYTE_ARRAY" and one.path not in deltas]
+    texts = [one for one in columns if one.physical_type == "BYTE_ARRAY" and one.logical_type.type != "DECIMAL"]
+    return [one.path for one in texts if one.path not in deltas]
 
 
 def _batch_size(metadata: Any) -> int:

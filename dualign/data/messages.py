@@ -15,6 +15,17 @@ _KEYS = (("role", "content"), ("from", "value"))
 _ROLES = {"human": "user", "gpt": "assistant", "prompter": "user"}
 _SPOKEN = ("system", "user", "assistant")
 _SPEAKERS = (*_ROLES, *_SPOKEN, "developer", "tool", "function", "bot", "model")
+_TURN_KEYS = {
+    "role",
+    "content",
+    "from",
+    "value",
+    "tool_calls",
+    "tool_call_id",
+    "function_call",
+    "reasoning_content",
+    "weight",
+}
 #: The beginning of an object or a list of them, as text; a key of a turn; and a turn that says whose it is.
 _LIKE = re.compile(r"\s*\[?\s*\{")
 _KEY = re.compile(r"""['"](role|from|content)['"]\s*:""")
@@ -78,11 +89,11 @@ def _is_turn(value: Any) -> bool:
 
 
 def _speaks(value: Any) -> bool:
-    """Whether an object is a turn or part of one: it has content, or names who speaks."""
-    if not isinstance(value, dict):
-        return False
+    """Whether an object is a turn, or what is left of one: only keys of turns, and content or who speaks among them."""
+    if not isinstance(value, dict) or _is_turn(value):
+        return isinstance(value, dict)
     named = any(value.get(key) in _SPEAKERS for key in ("role", "from"))
-    return named or "content" in value or _is_turn(value)
+    return value.keys() <= _TURN_KEYS and (named or "content" in value)
 
 
 def _turn(value: Any, column: str) -> Message:

@@ -38,6 +38,8 @@ RESERVED = ("search", "certify", "eval")
 SET_SIZES = "prepare.search_prompts, prepare.certify_prompts or prepare.eval_prompts"
 SPLITS = ("train", "heldout")
 FAILED = "quarantine-failed.jsonl"
+#: Rejected rows of one kind and source that are listed: a small file may unpack to any number of them.
+QUARANTINE_LIMIT = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +69,30 @@ class Ledger:
         self.counts[kind, source, outcome] += 1
 
     def reject(self, kind: Kind, bad: Rejected) -> None:
-        """Note one record as rejected and put it in the quarantine."""
+        """Note one record as rejected and put it in the quarantine, unless too many of its source are there."""
         self.counts[kind, bad.where.source, "rejected"] += 1
         self.reasons[kind, bad.where.source, bad.reason] += 1
+        beyond = self.counts[kind, bad.where.source, "rejected"] - QUARANTINE_LIMIT
+        if beyond == 1:
+            logger.warning(
+                "%s: more than %d rows are rejected; the others are counted, but not listed in the quarantine",
+                bad.where.source, QUARANTINE_LIMIT,
+            )  # fmt: skip
+        if beyond > 0:
+            return
         entry = {"kind": kind, "reason": bad.reason, "detail": bad.detail, **asdict(bad.where), "row": bad.row}
         self.quarantine.append(entry)
 
     def of(self, kind: Kind, source: str, outcome: str) -> int:
         """How many records of a source had this outcome."""
         return self.counts[kind, source, outcome]
+
+    def by_reason(self) -> dict[str, int]:
+        """Rejected records of all sources by reason."""
+        total: Counter[str] = Counter()
+        for (_, _, reason), count in self.reasons.items():
+            total[reason] += count
+        return dict(total)
 
     def why(self, kind: Kind, source: str) -> dict[str, int]:
         """Rejected records of a source by reason, the commonest first."""
@@ -369,7 +386,7 @@ def _metrics(
     return {
         "tables": {TABLES[kind][0]: dict(Counter(row["split"] for row in table)) for kind, table in tables.items()},
         "prompts": {name: len(drawn) for name, drawn in sets.items()},
-        "rejected": dict(Counter(entry["reason"] for entry in ledger.quarantine)),
+        "rejected": ledger.by_reason(),
         "safety_flags": _flags(tables["safety"]),
         "sources": {
             kind: {source: _outcomes(kind, source, ledger) for source in _sources(params, kind)} for kind in KINDS

@@ -84,6 +84,7 @@ def test_text_that_only_begins_like_json_stays_text(tmp_path: Path) -> None:
     texts = (
         '[{"x": 1}] is what?', '[{"x": 1}]', '[{"x": ' + "[" * 5000, "{'x': 1}", '{"role": "admin", "id": 1}',
         "[{'x': 'content'}, {'y': 2}]", '[{"role": "admin", "id": 1}]', "[{ int role; }]", '{"role": "user"} is what?',
+        '{"title": "x", "content": "y"}', '[{"name": "Bo", "role": "user"}]', "[{'title': 'x', 'content': 'y'}]",
     )  # fmt: skip
     rows = [{"prompt": text, "chosen": "a", "rejected": "b"} for text in texts]
     assert [found.prompt for found in records(tmp_path, "helpful", rows, PAIR)] == [user(row["prompt"]) for row in rows]

@@ -450,6 +450,17 @@ def test_too_many_bad_rows_stop_the_run_and_show_where_they_are(run: Any, tmp_pa
     assert not failed.exists()
 
 
+def test_the_quarantine_of_a_source_is_bounded_and_every_row_counted(
+    run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dualign.data.prepare.QUARANTINE_LIMIT", 4)
+    rows = [pair(200 + number, rejected="") for number in range(9)]
+    metrics, _, bad = run(safety=rows, helpful=[pair(300, prompt="")])
+    assert [(row["kind"], row["line"]) for row in bad] == [("helpful", 61)] + [("safety", 61 + n) for n in range(4)]
+    assert metrics["rejected"] == {"empty_prompt": 1, "empty_answer": 9}
+    assert "columns:safety.jsonl: more than 4 rows are rejected; the others are counted" in caplog.text
+
+
 def test_a_source_that_says_nothing_of_its_kind_is_refused(tmp_path: Path) -> None:
     write_files(tmp_path)
     row = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": None}
