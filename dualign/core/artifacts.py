@@ -130,7 +130,9 @@ def read_json(path: str | Path) -> Any:
     except (IsADirectoryError, UnicodeDecodeError) as error:
         raise DualignError(f"{path}: no JSON file; name one") from error
     except json.JSONDecodeError as error:
-        raise DualignError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
+        raise DualignError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); run its stage again") from error
+    except RecursionError as error:
+        raise DualignError(f"{path}: JSON nested too deeply to be a stage's; run its stage again") from error
 
 
 def read_optional_json(path: str | Path) -> dict[str, Any]:
