@@ -22,6 +22,13 @@ _OPEN = with_config(ConfigDict(extra="allow"))
 
 
 @_OPEN
+class PreparedMetrics(TypedDict):
+    """reports/metrics/prepare.json, as far as another stage reads it: rejected rows by reason."""
+
+    rejected: dict[str, int]
+
+
+@_OPEN
 class PriceRow(TypedDict):
     """A further limit with its multiplier, in data/dual/dual.json (`dualign.constraints.Price`)."""
 

@@ -6,7 +6,6 @@ write (no embedded world, a policy without a search, a stage that did not run) i
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,11 +17,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dualign.core.artifacts import listed, read_optional_json, replacing
-from dualign.core.errors import DataError
 from dualign.core.params import STAGES, ReportParams
 from dualign.core.records import (
     Betas,
     Frontier,
+    PreparedMetrics,
     Provenance,
     SearchResult,
     SolvedDual,
@@ -435,15 +434,10 @@ def _prepared(root: Path) -> list[tuple[str, int]]:
 
 
 def _quarantine(root: Path) -> list[tuple[str, int]]:
-    """Rejected rows by reason, the most frequent first."""
-    path = root / "data/prepared/quarantine.jsonl"
-    reasons: Counter[str] = Counter()
-    for row, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1):
-        try:
-            reasons[json.loads(line)["reason"].replace("_", " ")] += 1
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}:{row}: not a rejected row; run `dvc repro --force prepare`") from error
-    return reasons.most_common()
+    """Rejected rows by reason, the most frequent first; the file that lists them holds the first ones only."""
+    found = read_optional_record(root / "reports/metrics/prepare.json", PreparedMetrics)
+    counts = Counter(found["rejected"] if found else {})
+    return [(reason.replace("_", " "), count) for reason, count in counts.most_common()]
 
 
 def _models(root: Path) -> list[Row]:

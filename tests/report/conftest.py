@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -164,9 +163,8 @@ def _write_data(root: Path) -> None:
         write_parquet(prepared / f"{name}.parquet", prompts, PROMPTS)
     rows = [{**p, "response": SAFE, "split": "train"} for p in prompts]
     write_parquet(prepared / "sft.parquet", rows, SFT)
-    reasons = ["duplicate pair"] * 5 + ["empty answer"] * 2 + [HOSTILE]
-    lines = [json.dumps({"reason": reason, "row": i}) for i, reason in enumerate(reasons)]
-    (prepared / "quarantine.jsonl").write_text("\n".join(lines) + "\n")
+    rejected = {"duplicate_pair": 5, "empty_answer": 2, HOSTILE: 1}
+    write_json(root / "reports/metrics/prepare.json", {"rejected": rejected})
 
 
 def _write_dual(root: Path) -> None:

@@ -445,7 +445,7 @@ def test_without_a_world_nothing_speaks_of_the_truth(build: Callable[..., Run]) 
     [
         "data/dual", "data/prepared", "reports/search", "reports/provenance", "reports/evaluation", "reports/metrics",
         "reports/evaluation/sft", "reports/metrics/evaluate/sft.json", "data/dual/frontier.json",
-        "data/prepared/quarantine.jsonl", "reports/metrics/cost_model.json", "reports/search/dualign.json",
+        "reports/metrics/prepare.json", "reports/metrics/cost_model.json", "reports/search/dualign.json",
         "data/dual/dual.json", "reports/metrics/evaluate", "reports/metrics/evaluate/dualign.json",
         "data/dual/betas.json",
     ],
@@ -464,7 +464,7 @@ def test_any_input_may_be_missing(run: Run, lost: str) -> None:
     [
         ("data/dual/dual.json", "aim"), ("data/dual/frontier.json", "rows"), ("data/dual/betas.json", "min_ess"),
         ("reports/search/dualign.json", "screened"), ("reports/metrics/evaluate/sft.json", "kl"),
-        ("reports/provenance/sft.json", "throughput"),
+        ("reports/provenance/sft.json", "throughput"), ("reports/metrics/prepare.json", "rejected"),
     ],
 )  # fmt: skip
 def test_a_file_of_another_shape_is_named_with_its_key(run: Run, file: str, key: str) -> None:
@@ -506,13 +506,6 @@ def test_unknown_values_inside_files(run: Run) -> None:
     found = read_json(search)
     write_json(search, found | {"steps": [{**step, "cost_se": None, "kl": None} for step in found["steps"]]})
     assert "None" not in render(root, params).text.replace("None.", "")
-
-
-def test_a_broken_quarantine_is_named(run: Run) -> None:
-    root, params = run
-    (root / "data/prepared/quarantine.jsonl").write_text('{"reason": "x"}\n{"reason": \n')
-    with pytest.raises(DualignError, match=r"quarantine\.jsonl:2: not a rejected row"):
-        render(root, params)
 
 
 def test_same_inputs_give_the_same_bytes(run: Run) -> None:
