@@ -377,6 +377,7 @@ def _damaged(whole: bytes) -> dict[str, bytes | None]:
 def template_cases(root: Path) -> Iterator[Case]:
     """Chat templates that are no template, refuse rows or ignore them."""
     content = _params(root)
+    shutil.copytree(root / "models/sft", root / "models/base/whole")
     bad: dict[str, bytes | None] = {
         "missing": None, "empty": b"", "not UTF-8": b"\xff\xfe\x00", "an open block": b"{% for m in messages %}",
         "an unknown filter": b"{{ messages | odd }}", "an unknown tag": b"{% odd %}",
@@ -387,7 +388,7 @@ def template_cases(root: Path) -> Iterator[Case]:
         "reaches for the system": b"{{ ''.__class__.__mro__[1].__subclasses__() }}",
     }  # fmt: skip
     for what, text in bad.items():
-        content["sft"]["chat_template"] = "models/base/odd.jinja"
+        content["sft"] |= {"base": "models/base/whole", "chat_template": "models/base/odd.jinja"}
         changes = {"params.yaml": _yaml(content), "models/base/odd.jinja": text}
         yield Case("templates", what, ("odd.jinja",), stage("sft"), changes)
 
@@ -512,7 +513,7 @@ def judge(case: Case) -> Verdict:
 
 
 def judged(root: Path, kinds: Sequence[str]) -> Iterator[Verdict]:
-    """The verdicts of all cases of these kinds, in a workspace that is left as it was."""
+    """The verdicts of all cases of these kinds, in a workspace of their own."""
     os.chdir(root)
     for kind in kinds:
         for case in KINDS[kind](root):
@@ -552,9 +553,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     out = given.out.absolute()
-    world = World(given.work.absolute(), [])
-    verdicts = list(judged(world.folder, given.kinds))
-    world.restore()
+    yard = given.work.absolute() / "spoiled"
+    shutil.rmtree(yard, ignore_errors=True)
+    shutil.copytree(World(given.work.absolute(), []).folder, yard)
+    verdicts = list(judged(yard, given.kinds))
     write_json(out / "bad-input.json", [asdict(verdict) for verdict in verdicts])
     with replacing(out / "bad-input.md") as file:
         file.write_text(page(verdicts))

@@ -220,8 +220,14 @@ class SftParams(StageParams):
     def _check(self) -> SftParams:
         if self.base == "scratch" and not self.train:
             raise ValueError("train is off, but base 'scratch' knows nothing yet; set train to true, or name a base")
-        if self.base == "scratch" and self.gguf_file is not None:
-            raise ValueError("gguf_file belongs to a base that is a folder or a hub id; set it to null")
+        for name in ("gguf_file", "revision"):
+            if self.base == "scratch" and getattr(self, name) is not None:
+                raise ValueError(f"{name} belongs to a base that is a folder or a hub id; set it to null")
+        if self.base == "scratch" and self.scratch.tokenizer == "train" and self.chat_template is not None:
+            raise ValueError(
+                "chat_template belongs to a tokenizer that exists, and scratch.tokenizer 'train' makes one with a "
+                "template of its own; set it to null"
+            )
         return self
 
 

@@ -31,11 +31,14 @@ _ANSWER = "Sure."
 
 
 def read_template(path: str) -> str:
-    """The text of a Jinja file. Raises ModelError where it cannot be read."""
+    """The text of a Jinja file. Raises ModelError where it cannot be read, or holds nothing."""
     try:
-        return Path(path).read_text()
+        text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"sft.chat_template: {path} cannot be read ({error}); give a Jinja file or null") from error
+    if not text.strip():
+        raise ModelError(f"sft.chat_template: {path} is empty; give a Jinja file or null")
+    return text
 
 
 def settle(tokenizer: PreTrainedTokenizerBase, source: str) -> None:

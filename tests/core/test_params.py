@@ -179,6 +179,12 @@ def test_a_source_must_make_sense(content: Content, source: Content, says: str) 
     assert message.startswith("prepare.safety.0: ") and says in message
 
 
+@pytest.mark.parametrize("key", ["gguf_file", "revision", "chat_template"])
+def test_what_a_base_from_scratch_cannot_use_is_refused(content: Content, key: str) -> None:
+    content["sft"][key] = "mine"
+    assert refusal(content).startswith(f"sft: {key} belongs to a ")
+
+
 @pytest.mark.parametrize(("hidden", "heads"), [(128, 3), (60, 4)])
 def test_heads_must_divide_the_hidden_size_evenly(content: Content, hidden: int, heads: int) -> None:
     content["sft"]["scratch"] |= {"hidden_size": hidden, "heads": heads}

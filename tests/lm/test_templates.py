@@ -185,6 +185,13 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path, chat_template=str(tmp_path / "mine.jinja"))
 
 
+def test_an_empty_template_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jinja"
+    path.write_text("\n")
+    with pytest.raises(ModelError, match=r"^sft\.chat_template: .*mine\.jinja is empty; give a Jinja file or null$"):
+        read_template(str(path))
+
+
 # --- pad --------------------------------------------------------------------------------------------------------------
 
 
