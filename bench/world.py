@@ -92,7 +92,7 @@ def run(lab: Lab, threads: int, stages: Sequence[str] | None = None) -> Lab:
         if (stages is not None and name not in stages) or _ended(lab, name).is_file():
             continue
         log.info("seed %d: %s", lab.seed, name)
-        command = [sys.executable, *spec.cmd.split()[1:]]
+        command = [sys.executable, *spec.by_hand.split()[1:]]
         with (lab.folder / "log.txt").open("a") as output:
             done = subprocess.run(command, cwd=lab.folder, env=environment, stdout=output, stderr=output, check=False)
         if done.returncode:

@@ -155,12 +155,13 @@ def _dag() -> dict[str, StageSpec]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from pipeline import names, yaml_text
     from pipeline.parameters import assign, parse
     from pipeline.plan import select
 
     settings = dict(parse(setting) for setting in arguments.settings)
     if not arguments.params:  # a slip of the pen need not wait for a server
-        assign(Path("params.yaml").read_text(), settings)
+        names.check(Path.cwd(), assign(yaml_text.read(Path("params.yaml")), settings))
         select(_dag(), arguments.stages)
     _use_running_server()
     if arguments.cluster:

@@ -83,7 +83,7 @@ def card(root: Path, spec: StageSpec, result: Result, before: Mapping[str, Any],
     parts += policies_table(before, after)
     parts += metrics_table(before, after)
     parts += outputs_table(records.read(root, [spec.name]).get(spec.name, {}))
-    parts.append(f"By hand: `{spec.cmd}`, or `dvc repro --single-item {spec.name}`")
+    parts.append(f"By hand: `{spec.by_hand}`, or `dvc repro --single-item {spec.name}`")
     return "\n\n".join(part for part in parts if part)
 
 

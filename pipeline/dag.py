@@ -11,13 +11,15 @@ import networkx as nx
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
 
+from pipeline import names
+
 
 @dataclass(frozen=True)
 class StageSpec:
     """One stage, with `foreach` and `${}` resolved. Paths are relative to the root.
 
-    `name` is how DVC addresses it (`sft`, `safety_dpo@sacpo`), `params` are keys of params.yaml, `outs` leaves out the
-    `metrics`, and `upstream` names the stages that write what this one reads.
+    `name` is how DVC addresses it (`sft`, `safety_dpo@sacpo`), also in `$DVC_STAGE` while it runs `cmd`; `params` are
+    keys of params.yaml, `outs` leaves out the `metrics`, `upstream` names the stages that write what this one reads.
     """
 
     name: str
@@ -30,14 +32,21 @@ class StageSpec:
     meta: Mapping[str, Any]
     upstream: tuple[str, ...]
 
+    @property
+    def by_hand(self) -> str:
+        """`cmd` for a terminal, where no DVC says which stage it is."""
+        return self.cmd.replace('"$DVC_STAGE"', self.name.rpartition("@")[2])
+
 
 def load_dag(root: str | Path = ".") -> dict[str, StageSpec]:
     """The stages by name, every stage after its upstream ones, else in the order of dvc.yaml.
 
     What `dvc add` tracks is data, not a stage.
 
-    Raises dvc.exceptions.DvcException where dvc.yaml is invalid or names a key that params.yaml lacks.
+    Raises dvc.exceptions.DvcException where dvc.yaml is invalid or names a key that params.yaml lacks, and before that
+    PipelineError where a name in params.yaml is none.
     """
+    names.check(Path(root))
     with Repo(str(root)) as repo:
         graph = repo.index.graph  # an edge points from a stage to what it reads
         place = {stage: i for i, stage in enumerate(repo.index.stages)}

@@ -79,7 +79,7 @@ def admitted(api: str) -> bool:
 def _graph(root: Path) -> Iterator[Finding]:
     try:
         dag = load_dag(root)
-    except DvcException as error:
+    except (DvcException, PipelineError) as error:
         yield Finding("wrong", f"dvc.yaml, params.yaml: {one_line(error)}")
         return
     yield Finding("ok", f"dvc.yaml: {len(dag)} stages")

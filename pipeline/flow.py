@@ -31,7 +31,7 @@ from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
 from pydantic import Field
 
-from pipeline import artifacts, parameters, preset
+from pipeline import artifacts, names, parameters, preset, yaml_text
 from pipeline.artifacts import Result
 from pipeline.cluster import joined
 from pipeline.dag import StageSpec, load_dag
@@ -118,7 +118,7 @@ class Run:
                 logger.warning("%s; then run again", error.reason)
                 return self._end(name, Failed, WAITING, str(error), started)
             hint = "" if error.lasting else "the next attempt goes on from the last checkpoint; "
-            logger.error("%s; %sby hand: %s", error.reason, hint, spec.cmd)
+            logger.error("%s; %sby hand: %s", error.reason, hint, spec.by_hand)
             return self._end(name, Failed, "Failed", str(error), started)
         return self._end(name, Completed, outcome, ENDED[outcome], started)
 
@@ -232,13 +232,14 @@ def choose(root: Path, preset_name: str, settings: Mapping[str, Any]) -> dict[st
     Raises PipelineError, with params.yaml as it was, for a preset, key or value that does not do.
     """
     path = root / "params.yaml"
-    before = path.read_text() if path.exists() else None
+    before = yaml_text.read(path) if path.exists() else None
     try:
         if preset_name:
             preset.select(preset_name, root=root)
         if settings:
-            text = path.read_text()
+            text = yaml_text.read(path)
             changed = parameters.assign(text, settings)
+            names.check(root, changed)
             if not preset.is_edited(text, root):  # then the new values are not the user's own edits either
                 parameters.replace_file(root / preset.LAST, changed)
             parameters.replace_file(path, changed)

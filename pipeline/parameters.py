@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import CollectionNode, MappingNode, Node
 
+from pipeline import yaml_text
 from pipeline.errors import PipelineError
 
 
@@ -25,9 +26,9 @@ def parse(argument: str) -> tuple[str, Any]:
     if not equals or not key.strip() or not text.strip():
         raise PipelineError(f"{argument}: write key=value, for example constraint.limit=-0.5, or key=null for no value")
     try:
-        return key.strip(), YAML(typ="safe", pure=True).load(text)
-    except YAMLError:
-        raise PipelineError(f"{argument}: the value is not YAML; put a text in quotes") from None
+        return key.strip(), yaml_text.load(text, "the value")
+    except PipelineError as error:
+        raise PipelineError(f"{key.strip()[:100]}: {error}; put a text in quotes") from None
 
 
 def assign(text: str, settings: Mapping[str, Any]) -> str:
@@ -36,11 +37,11 @@ def assign(text: str, settings: Mapping[str, Any]) -> str:
     Raises PipelineError where a key is not there, or its place in the file cannot be edited alone.
     """
     for key, value in settings.items():
-        content = _load(text)
+        content = _mapping(text)
         _check_key(content, key)
         expected = _changed(content, key, value)
         text = _written(text, key, value)
-        if _load(text) != expected:
+        if yaml_text.load(text) != expected:
             raise PipelineError(
                 f"params.yaml: {key} cannot be set alone (an alias, or an unusual layout); edit the file"
             )
@@ -50,8 +51,9 @@ def assign(text: str, settings: Mapping[str, Any]) -> str:
 def span(text: str, key: str) -> tuple[int, int] | None:
     """Where the value of a dotted key begins and ends in YAML text; None where there is no such key."""
     try:
+        yaml_text.check(text)
         node = YAML(typ="safe", pure=True).compose(text)
-    except YAMLError:
+    except (PipelineError, YAMLError):
         return None
     for name in key.split("."):
         pair = _pair(node, name)
@@ -72,13 +74,11 @@ def replace_file(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _load(text: str) -> Any:
-    try:
-        return YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" line {where.line + 1}:" if where else ""
-        raise PipelineError(f"params.yaml:{line} not valid YAML; correct the file") from None
+def _mapping(text: str) -> dict[str, Any]:
+    content = yaml_text.load(text)
+    if not isinstance(content, dict):
+        raise PipelineError("params.yaml: expected a mapping of keys to values")
+    return content
 
 
 def _changed(content: Any, key: str, value: Any) -> Any:
@@ -108,13 +108,25 @@ def _keys(content: Any, prefix: str = "") -> list[str]:
 def _written(text: str, key: str, value: Any) -> str:
     try:
         shown = json.dumps(value, ensure_ascii=False, allow_nan=False)  # JSON is YAML 1.2
-    except (TypeError, ValueError):
-        raise PipelineError(f"params.yaml: {key}: {value!r} is no number, text, truth value, list or mapping") from None
+    except (TypeError, ValueError, RecursionError):
+        raise PipelineError(
+            f"params.yaml: {key}: {_told(value)} is no number, text, truth value, list or mapping"
+        ) from None
     place = span(text, key)
-    assert place is not None, "the key is in the content"
+    if place is None:
+        raise PipelineError(
+            f"params.yaml: {key} comes from a merge (<<), or an alias, and has no place of its own; edit the file"
+        )
     start, end = place
     gap = " " if text[start - 1 : start] == ":" else ""
     return text[:start] + gap + shown + text[end:]
+
+
+def _told(value: Any) -> str:
+    try:
+        return repr(value)[:100]
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list in itself
+        return f"this {type(value).__name__}"
 
 
 def _pair(node: Node | None, key: str) -> tuple[Node, Node] | None:

@@ -4,7 +4,7 @@
     python -m pipeline.preset default
 
 `default` is the params.yaml of the last commit. A params.yaml that you edited is never lost: the command refuses, or,
-with --force, keeps it as params.yaml.saved.
+with --force, keeps it as params.yaml.saved. Params that no stage would take do not replace those that are there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pipeline import yaml_text
+from pipeline.errors import PipelineError
 from pipeline.parameters import replace_file, span
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,15 +41,20 @@ def select(preset: str, data: str | None = None, force: bool = False, root: Path
     relative to `root`.
 
     Raises:
-        PresetError: no such preset, no such folder, or params.yaml holds the user's own edits and `force` is not set.
+        PresetError: no such preset, or one that no stage would take; no such folder; or params.yaml holds the user's
+            own edits and `force` is not set.
     """
-    text = _preset_text(preset, root)
+    try:
+        text = _preset_text(preset, root)
+    except PipelineError as error:
+        raise PresetError(str(error)) from None
     if data is not None:
         if not (root / data).is_dir():
             raise PresetError(f"{data}: no such folder; --data takes the folder that holds the data files")
         text = _with_folder(text, data, preset)
+    _validate(text, preset, root)
     target = root / "params.yaml"
-    if target.exists() and is_edited(target.read_text(), root):
+    if target.exists() and is_edited(_text(target), root):
         if not force:
             raise PresetError(
                 "params.yaml holds your own edits; copy it into params/ under a name of its own, "
@@ -67,11 +74,32 @@ def _preset_text(preset: str, root: Path) -> str:
         return committed
     for path in (root / preset, root / "params" / preset, root / "params" / f"{preset}.yaml"):
         if path.is_file():
-            return path.read_text()
+            return yaml_text.read(path)
     names = {"default": "default", **{path.stem: f"params/{path.name}" for path in _presets(root)}}
     near = difflib.get_close_matches(Path(preset).stem, names, n=1, cutoff=0.5)
     hint = f"did you mean {names[near[0]]}?" if near else f"one of {', '.join(names.values())}"
     raise PresetError(f"{preset}: no such preset; {hint}")
+
+
+def _validate(text: str, name: str, root: Path) -> None:
+    """Have the library say whether these are params; it must not be imported here, so it runs as a command."""
+    checked = subprocess.run(
+        [sys.executable, "-m", "dualign.core.loading", name],
+        cwd=root,
+        input=text.encode(errors="replace"),
+        capture_output=True,
+        check=False,
+    )
+    if checked.returncode:
+        said = checked.stderr.decode(errors="replace").strip().splitlines()
+        raise PresetError(
+            said[-1] if said else f"{name}: cannot be checked; python -m dualign.core.loading does not run"
+        )
+
+
+def _text(path: Path) -> str:
+    """The text of a file of the user's, whatever it holds."""
+    return path.read_text(errors="replace")
 
 
 def _presets(root: Path) -> list[Path]:
@@ -80,14 +108,14 @@ def _presets(root: Path) -> list[Path]:
 
 def _committed(root: Path) -> str | None:
     """params.yaml as of the last commit; None outside a git repository or where no commit holds it."""
-    shown = subprocess.run(["git", "show", "HEAD:./params.yaml"], cwd=root, capture_output=True, text=True, check=False)
-    return shown.stdout if shown.returncode == 0 else None
+    shown = subprocess.run(["git", "show", "HEAD:./params.yaml"], cwd=root, capture_output=True, check=False)
+    return shown.stdout.decode(errors="replace") if shown.returncode == 0 else None
 
 
 def is_edited(text: str, root: Path) -> bool:
     """Whether `text` is neither committed, nor a preset, nor what was chosen last, whatever prepare.folder says."""
     files = [*_presets(root), root / LAST]
-    known = [_committed(root), *(path.read_text() for path in files if path.is_file())]
+    known = [_committed(root), *(_text(path) for path in files if path.is_file())]
     return _without_folder(text) not in {_without_folder(other) for other in known if other is not None}
 
 

@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from dvc.repo.experiments.refs import ExpRefInfo
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from pipeline import artifacts
+from pipeline import artifacts, names, yaml_text
 from pipeline.checkout import CARRIED, committed, git, published, put, working_tree
 from pipeline.dag import StageSpec, load_dag
 from pipeline.errors import PipelineError
@@ -61,8 +59,8 @@ def grid(arguments: Sequence[str]) -> list[Point]:
     for argument in arguments:
         key, equals, text = argument.partition("=")
         try:
-            values = YAML(typ="safe", pure=True).load(f"[{text}]")
-        except YAMLError:
+            values = yaml_text.load(f"[{text}]", "the values")
+        except PipelineError:
             values = []
         if not equals or not key.strip() or not values or None in values:
             raise PipelineError(f"{argument}: write key=value,value,... for example constraint.limit=-0.5,0")
@@ -85,7 +83,7 @@ def sweep(root: Path, points: Sequence[Point], stages: Sequence[str], options: S
     """
     commit = published(root) if cluster else committed(root)
     for point in points:
-        assign((root / "params.yaml").read_text(), point.settings)
+        names.check(root, assign(yaml_text.read(root / "params.yaml"), point.settings))
     with ThreadPoolExecutor(len(points) if cluster else 1) as pool:
         futures = [
             pool.submit(_run, root, commit, point, stages, [*options, *(["--cluster"] if cluster else [])])

@@ -30,7 +30,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Failed
 from pydantic import BaseModel
 
-from pipeline import records
+from pipeline import names, records
 from pipeline.checkout import put, working_tree
 from pipeline.dag import StageSpec, load_dag
 from pipeline.errors import PipelineError, StageFailed, StageStopped
@@ -102,6 +102,7 @@ def stage(
     log = get_run_logger().log
     runners: list[LocalRunner] = []  # once there is a tree for one
     try:
+        names.check_stage(stage)
         with (
             _signs_of_life(node, runners),
             working_tree(root, commit, f"{stage.replace('/', '-')}-{key}", log) as (tree, lock),
@@ -125,6 +126,8 @@ def _run(
     """Fetch what a stage reads, run it, and hand over its result."""
     records.merge(tree, recorded)
     dag = load_dag(tree)
+    if name not in dag:
+        raise PipelineError(f"{name}: no such stage at this commit and with these params")
     try:
         _fetch(tree, runner, dag[name], log)
         place = Workspace(tree, dag, runner, Slots(visible_gpus(), 1))

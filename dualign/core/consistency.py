@@ -34,6 +34,7 @@ def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: 
     assert isinstance(search, DualSearchParams) and isinstance(certify, CertifyParams)
     assert isinstance(evaluate, EvaluateParams) and isinstance(safety_path, SafetyPathParams)
     safe = _on_safety(safety, safety_path)
+    _check_prompts(stages, path)
     _check_references(reward, safe, path)
     _check_scores(reward, safe, lagrangian, path)
     _check_path(lambda_path, path)
@@ -51,6 +52,35 @@ def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: 
     _check_written(evaluate.policies, written, "evaluate.policies", path)
     if "sft" not in evaluate.policies:
         raise ParamsError(f"{path}: evaluate.policies.sft is missing; win rates are measured against it")
+
+
+#: How many prompts are used, and how many `prepare` draws for it.
+_DRAWN = {
+    "dual_search.prompts": "prepare.search_prompts",
+    "dual_search.refresh_prompts": "prepare.pool_prompts",
+    "certify.prompts": "prepare.certify_prompts",
+    "evaluate.prompts": "prepare.eval_prompts",
+}
+
+
+def _check_prompts(stages: dict[str, StageParams], path: str | Path) -> None:
+    """No estimate asks for more prompts than are drawn for it: it would be made on fewer, with a wider error."""
+    search = stages["dual_search"]
+    assert isinstance(search, DualSearchParams)
+    asked = {key: (_number(stages, key), drawn) for key, drawn in _DRAWN.items()}
+    for name, row in search.methods.items():
+        if row.feedback:
+            asked[f"methods.{name}.feedback.prompts"] = (row.feedback.prompts, "prepare.search_prompts")
+    for key, (count, drawn) in asked.items():
+        there = _number(stages, drawn)
+        if count > there:
+            what = f"{key} {count} is more than the {there} that {drawn} draws"
+            raise ParamsError(f"{path}: {what}; ask for fewer, or draw more")
+
+
+def _number(stages: dict[str, StageParams], key: str) -> int:
+    stage, _, field = key.partition(".")
+    return int(getattr(stages[stage], field))
 
 
 #: Stages whose runs each write a policy.

@@ -1,37 +1,38 @@
-"""Reads `params.yaml`: the whole file is checked before anything runs, so a typo anywhere is found at once."""
+"""Reads `params.yaml`: the whole file is checked before anything runs, so a typo anywhere is found at once.
+
+python -m dualign.core.loading params.yaml < params.yaml
+"""
 
 from __future__ import annotations
 
 import difflib
+import logging
+import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
-from ruamel.yaml.reader import ReaderError
 
+from dualign.core import yaml_text
 from dualign.core.consistency import check_across
 from dualign.core.errors import ParamsError
+from dualign.core.names import cut, shown
 from dualign.core.params import STAGES, Resources, StageParams
 
 _TOP_LEVEL = {"seed", "beta", "constraint", "generation", "resources", "methods", *STAGES}
+
+log = logging.getLogger("dualign")
 
 P = TypeVar("P", bound=StageParams)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML 1.2 mapping (so `1e-5` is a number). Raises ParamsError that names the file and line."""
-    path = Path(path)
-    try:
-        content = YAML(typ="safe").load(path.read_text())
-    except FileNotFoundError as error:
-        raise ParamsError(f"{path}: no such file; run from the folder that holds params.yaml") from error
-    except (UnicodeDecodeError, ReaderError) as error:
-        raise ParamsError(f"{path}: not valid YAML ({error.reason}); save it as UTF-8 text") from error
-    except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise ParamsError(f"{path}:{line}: not valid YAML ({error.problem})") from error
+    return mapping(yaml_text.read(Path(path)), path)
+
+
+def mapping(content: Any, path: str | Path) -> dict[str, Any]:
+    """The content of a file, which must be a mapping."""
     if not isinstance(content, dict):
         raise ParamsError(f"{path}: expected a mapping of keys to values")
     return content
@@ -105,15 +106,15 @@ def _explain(error: ValidationError, cls: type[BaseModel], where: str, path: str
     """
     found = error.errors()
     first = next((problem for problem in found if problem["type"] == "extra_forbidden"), found[0])
-    loc = [str(part) for part in first["loc"]]
+    loc = [str(part) for part in first["loc"] if part != "[key]"]
     shared = getattr(cls, "shared", {})
-    key = ".".join([shared[loc[0]], *loc[1:]] if loc and loc[0] in shared else [where, *loc])
+    key = ".".join(map(shown, [shared[loc[0]], *loc[1:]] if loc and loc[0] in shared else [where, *loc]))
     if first["type"] == "extra_forbidden":
         return f"{path}: {key} is not a known key{_nearest(loc[-1], _fields_at(cls, loc[:-1]))}"
     if first["type"] == "missing":
         return f"{path}: {key} is missing; add it (params.yaml in the repository shows every key)"
     message = first["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(first["input"], dict | list) else f", got {first['input']!r}"
+    given = "" if isinstance(first["input"], dict | list) else f", got {cut(repr(first['input']))}"
     return f"{path}: {key}: {message[0].lower()}{message[1:]}{given}"
 
 
@@ -140,4 +141,21 @@ def _nearest(key: str, valid: list[str] | set[str]) -> str:
 def _refuse_unknown(content: dict[str, Any], valid: set[str], where: str, path: str | Path) -> None:
     for key in content:
         if key not in valid:
-            raise ParamsError(f"{path}: {where}{key} is not a known key{_nearest(str(key), valid)}")
+            raise ParamsError(f"{path}: {where}{shown(str(key))} is not a known key{_nearest(str(key), valid)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check the params on standard input, which messages call by the name that is given; returns the exit status."""
+    given = sys.argv[1:] if argv is None else argv
+    name = given[0] if given else "params.yaml"
+    try:
+        check(mapping(yaml_text.parse(sys.stdin.buffer.read(yaml_text.LARGEST + 1), name), name), name)
+    except ParamsError as error:
+        log.error("%s", error)
+        return error.status
+    return 0
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    sys.exit(main())

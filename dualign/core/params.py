@@ -13,9 +13,19 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+from dualign.core.names import Inside, Model, Name, Place, RunName
+
+#: What numpy takes ends at 2**32 - 1; the other half is for seeds that are derived by adding to this one.
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+#: No number here is larger: more is a slip of the pen that ends in an overflow, or in no time that anybody has.
+MOST = 10**9
+Number = Annotated[float, Field(ge=-MOST, le=MOST)]
+Positive = Annotated[float, Field(gt=0, le=MOST)]
+NonNegative = Annotated[float, Field(ge=0, le=MOST)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+#: A count of what costs a forward pass, a file or a thread each.
+Few = Annotated[int, Field(ge=1, le=10_000)]
+Two = Annotated[int, Field(ge=2, le=10_000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 LossType = Literal["dpo", "ipo", "kto"]
 Quantity = Literal["cost", "p_unsafe", "cvar", "length", "unended"]
@@ -50,9 +60,9 @@ class SourceSpec(Frozen):
     """
 
     format: Literal["world", "pku", "hh", "alpaca", "columns"]
-    path: str | None = None
-    split: str = "train"
-    revision: str | None = None
+    path: Inside | None = None
+    split: Place = "train"
+    revision: Place | None = None
     columns: dict[str, str] = {}
     limit: Count | None = None
 
@@ -79,8 +89,8 @@ class WorldParams(Frozen):
 class TrainingParams(Frozen):
     """One training run. `batch_size` counts rows or pairs per optimiser step over all devices."""
 
-    epochs: Positive
-    batch_size: Count
+    epochs: Annotated[float, Field(gt=0, le=10_000)]
+    batch_size: Annotated[int, Field(ge=1, le=10**6)]
     learning_rate: Positive
     adam_beta2: Annotated[float, Field(gt=0, lt=1)]
     warmup: Annotated[float, Field(ge=0, lt=1)]
@@ -93,7 +103,7 @@ class TrainingParams(Frozen):
 class LoraParams(Frozen):
     """Low-rank adapters; `rank` 0 trains all weights."""
 
-    rank: Annotated[int, Field(ge=0)]
+    rank: Annotated[int, Field(ge=0, le=10_000)]
     alpha: Positive
     dropout: Annotated[float, Field(ge=0, lt=1)]
     target_modules: list[str] | Literal["all-linear"]
@@ -102,13 +112,13 @@ class LoraParams(Frozen):
 class ScratchParams(Frozen):
     """A small Llama built here, used when `sft.base` is `scratch`. `tokenizer` is `train` or a folder."""
 
-    tokenizer: str
-    vocab_size: Annotated[int, Field(ge=64)]
-    hidden_size: Count
-    layers: Count
-    heads: Count
-    intermediate_size: Count
-    context: Count
+    tokenizer: Place
+    vocab_size: Annotated[int, Field(ge=64, le=10**6)]
+    hidden_size: Annotated[int, Field(ge=1, le=10**5)]
+    layers: Few
+    heads: Few
+    intermediate_size: Annotated[int, Field(ge=1, le=10**6)]
+    context: Annotated[int, Field(ge=1, le=10**7)]
 
     @model_validator(mode="after")
     def _check(self) -> ScratchParams:
@@ -137,7 +147,7 @@ class ConstraintSpec(Frozen):
     """
 
     quantity: Quantity
-    limit: float
+    limit: Number
     level: Annotated[float, Field(gt=0, lt=1)] | None = None
     prompts: str | None = None
 
@@ -153,7 +163,7 @@ class ConstraintSpec(Frozen):
             raise ValueError(f"the limit of length is in tokens and above 0, not {self.limit:g}; give such a number")
         try:
             re.compile(self.prompts or "")
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"prompts {self.prompts!r} is no regular expression ({error}); correct it") from None
         return self
 
@@ -172,7 +182,7 @@ class Resources(Frozen):
     gradient_checkpointing: bool
     checkpoint_steps: Count
     log_steps: Count
-    threads: Count | None
+    threads: Few | None
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
@@ -184,8 +194,8 @@ class PrepareParams(StageParams):
     section = "prepare"
     shared = {"seed": "seed"}
 
-    seed: int
-    folder: str
+    seed: Seed
+    folder: Place
     sft: Annotated[list[SourceSpec], Field(min_length=1)]
     helpful: Annotated[list[SourceSpec], Field(min_length=1)]
     safety: Annotated[list[SourceSpec], Field(min_length=1)]
@@ -206,12 +216,12 @@ class SftParams(StageParams):
     section = "sft"
     shared = {"seed": "seed"}
 
-    seed: int
+    seed: Seed
     train: bool | None
-    base: str
-    revision: str | None
-    gguf_file: str | None
-    chat_template: str | None
+    base: Place
+    revision: Place | None
+    gguf_file: Place | None
+    chat_template: Place | None
     scratch: ScratchParams
     training: TrainingParams
     lora: LoraParams
@@ -239,12 +249,12 @@ class GivenScorer(Frozen):
     its verdict, and what it writes before them.
     """
 
-    path: str
+    path: Place
     kind: Literal["classifier", "labels", "safe_rlhf", "guard"]
     higher_is: Literal["harmful", "helpful"]
-    revision: str | None = None
-    label: str | None = None
-    template: str | None = None
+    revision: Place | None = None
+    label: Place | None = None
+    template: Place | None = None
     unsafe: Annotated[list[str], Field(min_length=1)] = ["unsafe"]
     safe: Annotated[list[str], Field(min_length=1)] = ["safe"]
     prefix: str = ""
@@ -270,10 +280,10 @@ class ScorerParams(StageParams):
     training pairs have their answers cut, so that the scorer can read an answer that did not end.
     """
 
-    seed: int
+    seed: Seed
     given: Annotated[list[GivenScorer], Field(min_length=1)] | None
     spread: NonNegative
-    backbone: str
+    backbone: Place
     cut_share: Share
     training: TrainingParams
     lora: LoraParams
@@ -311,9 +321,9 @@ class ScoreParams(StageParams):
     section = "score"
     shared = {"seed": "seed", "max_new_tokens": "generation.max_new_tokens"}
 
-    seed: int
+    seed: Seed
     max_new_tokens: Count
-    samples_per_prompt: Annotated[int, Field(ge=2)]
+    samples_per_prompt: Two
     pairs: Count | None
 
 
@@ -332,18 +342,18 @@ class DualInitParams(StageParams):
         "certify_samples": "certify.samples_per_prompt",
     }
 
-    seed: int
+    seed: Seed
     beta: Positive
-    limit: float
+    limit: Number
     delta: Annotated[float, Field(gt=0, lt=0.5)]
     power: Annotated[float, Field(ge=0.5, lt=1)] | None
-    also: dict[str, ConstraintSpec]
-    certify_prompts: Annotated[int, Field(ge=2)]
-    certify_samples: Count
+    also: dict[Name, ConstraintSpec]
+    certify_prompts: Annotated[int, Field(ge=2, le=MOST)]
+    certify_samples: Few
     lambda_max: Positive
     grid: Annotated[list[NonNegative], Field(min_length=2)]
     betas: list[Positive]
-    bootstrap: Annotated[int, Field(ge=20)]
+    bootstrap: Annotated[int, Field(ge=20, le=100_000)]
     min_ess: Positive
     cvar_level: Annotated[float, Field(gt=0, lt=1)]
 
@@ -364,11 +374,11 @@ class RewardRun(Frozen):
     it goes with neither offset nor margin, which stand in the reference column and would be bounded too.
     """
 
-    reference: str
+    reference: Model
     loss_type: LossType
     clip: Positive | None
     safe_offset: NonNegative | None
-    margin: str
+    margin: Model
     margin_weight: Positive
 
     @model_validator(mode="after")
@@ -396,9 +406,9 @@ class RewardDpoParams(StageParams):
     section = "reward_dpo"
     shared = {"seed": "seed", "beta": "beta"}
 
-    seed: int
+    seed: Seed
     beta: Positive
-    runs: dict[str, RewardRun]
+    runs: dict[RunName, RewardRun]
     training: TrainingParams
     lora: LoraParams
 
@@ -410,7 +420,7 @@ class SafetySpec(Frozen):
     of cost. A search that starts from it keeps loss and clip.
     """
 
-    reference: str
+    reference: Model
     loss_type: LossType
     clip: Positive | None
 
@@ -425,7 +435,7 @@ class SafetyRun(SafetySpec):
 class SafetyParams(StageParams):
     """What the stages that train on safety preferences share."""
 
-    seed: int
+    seed: Seed
     beta: Positive
     training: TrainingParams
     lora: LoraParams
@@ -437,7 +447,7 @@ class SafetyDpoParams(SafetyParams):
     section = "safety_dpo"
     shared = {"seed": "seed", "beta": "beta"}
 
-    runs: dict[str, SafetyRun]
+    runs: dict[RunName, SafetyRun]
     lambda_min: Positive
 
 
@@ -459,8 +469,8 @@ class LagrangianRun(LagrangianSpec):
     """
 
     lam: Solved | NonNegative
-    reward: str
-    cost: str
+    reward: Model
+    cost: Model
     data: Literal["pairs", "pool"]
 
     @property
@@ -472,7 +482,7 @@ class LagrangianRun(LagrangianSpec):
 class LagrangianParams(StageParams):
     """What the stages that train a Lagrangian share."""
 
-    seed: int
+    seed: Seed
     beta: Positive
     training: TrainingParams
     lora: LoraParams
@@ -484,7 +494,7 @@ class LagrangianDpoParams(LagrangianParams):
     section = "lagrangian_dpo"
     shared = {"seed": "seed", "beta": "beta"}
 
-    runs: dict[str, LagrangianRun]
+    runs: dict[RunName, LagrangianRun]
 
 
 class LambdaPathRun(LagrangianSpec):
@@ -494,7 +504,7 @@ class LambdaPathRun(LagrangianSpec):
     """
 
     lam: NonNegative
-    begin: str
+    begin: Model
 
 
 class LambdaPathParams(LagrangianParams):
@@ -503,7 +513,7 @@ class LambdaPathParams(LagrangianParams):
     section = "lambda_path"
     shared = {"seed": "seed", "beta": "beta"}
 
-    runs: dict[str, LambdaPathRun]
+    runs: dict[RunName, LambdaPathRun]
 
 
 class SafetyPathRun(SafetySpec):
@@ -518,7 +528,7 @@ class SafetyPathParams(SafetyParams):
     section = "safety_path"
     shared = {"seed": "seed", "beta": "beta"}
 
-    runs: dict[str, SafetyPathRun]
+    runs: dict[RunName, SafetyPathRun]
 
 
 MethodName = Literal[
@@ -537,11 +547,11 @@ class FeedbackParams(Frozen):
     `smoothing` is added to both counts of an answer. `folder` is where files for people go (source `file`).
     """
 
-    prompts: Annotated[int, Field(ge=2)]
-    labels: Count
+    prompts: Annotated[int, Field(ge=2, le=MOST)]
+    labels: Few
     smoothing: Positive
     source: Literal["oracle", "cost_model", "cost_sign", "file"]
-    folder: str
+    folder: Inside
 
 
 class OnlineParams(Frozen):
@@ -553,7 +563,7 @@ class OnlineParams(Frozen):
     """
 
     labels: Literal["oracle", "models", "file"]
-    folder: str
+    folder: Inside
     retrain_reward: bool
     ridge: Positive
     reward_scale: NonNegative
@@ -568,8 +578,8 @@ class PolicyGradientParams(Frozen):
     `lambda_rate`, and sees the mean cost of the last `window` answers.
     """
 
-    samples: Annotated[int, Field(ge=2)]
-    batch_size: Count
+    samples: Two
+    batch_size: Annotated[int, Field(ge=1, le=10**6)]
     steps: Count
     learning_rate: Positive
     lambda_init: Positive
@@ -594,8 +604,8 @@ class MethodRow(Frozen):
     """
 
     method: MethodName
-    start: str
-    reference: str
+    start: Model
+    reference: Model
     rule: Rule | None = None
     warm: bool | None = None
     returns: Returns | None = None
@@ -622,26 +632,26 @@ class DualSearchParams(StageParams):
         "methods": "methods",
     }
 
-    seed: int
+    seed: Seed
     beta: Positive
-    limit: float
+    limit: Number
     max_new_tokens: Count
-    methods: dict[str, MethodRow]
-    prompts: Annotated[int, Field(ge=2)]
-    samples_per_prompt: Annotated[int, Field(ge=2)]
+    methods: dict[RunName, MethodRow]
+    prompts: Annotated[int, Field(ge=2, le=MOST)]
+    samples_per_prompt: Two
     z: NonNegative
     lambda_min: Positive
     lambda_max: Positive
-    max_trainings: Annotated[int, Field(ge=0)]
+    max_trainings: Annotated[int, Field(ge=0, le=10_000)]
     step_size: Positive
     grid: Annotated[list[NonNegative], Field(min_length=1)]
-    merge_steps: Count
+    merge_steps: Few
     merge_max: Annotated[float, Field(gt=0, le=2)]
     min_ess: Positive
     max_tokens: Count | None
     slater_radius: Positive | Literal["pool"]
-    refresh_prompts: Annotated[int, Field(ge=0)]
-    refresh_samples: Annotated[int, Field(ge=2)]
+    refresh_prompts: Annotated[int, Field(ge=0, le=MOST)]
+    refresh_samples: Two
     training: TrainingParams
     lora: LoraParams
     feedback: FeedbackParams | None = None
@@ -670,9 +680,9 @@ class CertifyRun(Frozen):
     the policy's multiplier. Name the policy itself as fallback for none, and as partner for none, with weight 1 alone.
     """
 
-    policy: str
-    partner: str
-    fallback: str
+    policy: Model
+    partner: Model
+    fallback: Model
     weights: Annotated[list[Positive], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -696,10 +706,10 @@ class LabelParams(Frozen):
     """
 
     source: Literal["oracle", "file"]
-    prompts: Annotated[int, Field(ge=5)]
-    votes: Count
-    limit: float | None
-    folder: str
+    prompts: Annotated[int, Field(ge=5, le=MOST)]
+    votes: Few
+    limit: Number | None
+    folder: Inside
 
     @model_validator(mode="after")
     def _check(self) -> LabelParams:
@@ -721,16 +731,16 @@ class CertifyParams(StageParams):
         "max_new_tokens": "generation.max_new_tokens",
     }
 
-    seed: int
-    limit: float
+    seed: Seed
+    limit: Number
     delta: Annotated[float, Field(gt=0, lt=0.5)]
     max_new_tokens: Count
-    prompts: Annotated[int, Field(ge=2)]
-    samples_per_prompt: Count
+    prompts: Annotated[int, Field(ge=2, le=MOST)]
+    samples_per_prompt: Few
     method: Literal["clustered_t", "empirical_bernstein", "betting"]
-    bounds: Annotated[list[float], Field(min_length=2, max_length=2)] | None
+    bounds: Annotated[list[Number], Field(min_length=2, max_length=2)] | None
     labels: LabelParams | None
-    runs: dict[str, CertifyRun]
+    runs: dict[RunName, CertifyRun]
 
     @model_validator(mode="after")
     def _check(self) -> CertifyParams:
@@ -755,15 +765,15 @@ class EvaluateParams(StageParams):
         "max_new_tokens": "generation.max_new_tokens",
     }
 
-    seed: int
+    seed: Seed
     beta: Positive
-    limit: float
-    also: dict[str, ConstraintSpec]
+    limit: Number
+    also: dict[Name, ConstraintSpec]
     max_new_tokens: Count
     prompts: Count
-    samples_per_prompt: Count
+    samples_per_prompt: Few
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
-    policies: dict[str, str]
+    policies: dict[Name, Model]
 
 
 class ReportParams(StageParams):
@@ -777,12 +787,12 @@ class ReportParams(StageParams):
         "policies": "evaluate.policies",
     }
 
-    limit: float
+    limit: Number
     beta: Positive
     confidence: float
-    policies: dict[str, str]
+    policies: dict[Name, Model]
     title: str
-    sample_prompts: Annotated[int, Field(ge=0)]
+    sample_prompts: Annotated[int, Field(ge=0, le=10_000)]
 
 
 STAGES: dict[str, type[StageParams]] = {

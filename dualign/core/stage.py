@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from dualign.core.artifacts import is_full, listed, write_fault, write_json
-from dualign.core.errors import DualignError
+from dualign.core.errors import DualignError, ParamsError
 from dualign.core.loading import load, load_resources
+from dualign.core.names import NAME, shown
 from dualign.core.params import Resources, StageParams
 from dualign.core.temporaries import room_for, scratch_root, temporary_folder
 
@@ -85,7 +86,7 @@ class Run(Generic[P]):
 
 
 def execute(main: Callable[[Run[P]], None], cls: type[P], argv: list[str] | None = None) -> None:
-    """Run a stage script: `python -m stages.NAME [ITEM]`.
+    """Run a stage script: `python -m stages.NAME [ITEM]`; ITEM may also be DVC's name of the stage, `NAME@ITEM`.
 
     Exits 2 after a DualignError, 3 where people's labels are awaited, 130 after an interrupt.
     """
@@ -98,7 +99,7 @@ def execute(main: Callable[[Run[P]], None], cls: type[P], argv: list[str] | None
     try:
         if len(argv) > 1 or argv[:1] in (["-h"], ["--help"]):
             raise DualignError(f"usage: python -m stages.{cls.section} [ITEM]; knobs are in params.yaml")
-        run = Run(cls.section, argv[0] if argv else None, load(cls), load_resources())
+        run = Run(cls.section, _item(argv[0]) if argv else None, load(cls), load_resources())
         _threads(run.resources)
         started = time.monotonic()
         main(run)
@@ -116,6 +117,14 @@ def execute(main: Callable[[Run[P]], None], cls: type[P], argv: list[str] | None
             raise
         log.error("%s; free space there and run the stage again", write_fault(error))
         sys.exit(DualignError.status)
+
+
+def _item(given: str) -> str:
+    """The item of `evaluate@sft`, as DVC calls its stage, or of plain `sft`."""
+    name = given.rpartition("@")[2]
+    if not NAME.fullmatch(name):
+        raise ParamsError(f"{shown(given)} is not the name of a run; params.yaml has their names")
+    return name
 
 
 def finished(scratch: Path) -> None:

@@ -16,10 +16,30 @@ from torch import Tensor
 
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import ModelError
+from dualign.core.names import NAME, shown
 from dualign.core.params import Resources
 from dualign.lm.models import load_policy
 
 FILE = "mixture.json"
+
+
+def components(folder: str | Path) -> tuple[tuple[float, ...], tuple[str, ...]]:
+    """Weights and sub-folders of the mixture in `folder`. Raises ModelError where its file is none of ours."""
+    path = Path(folder) / FILE
+    try:
+        content = read_json(path)
+        weights = tuple(float(weight) for weight in content["weights"])
+        names = tuple(str(name) for name in content["components"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path}: lists no weights and components; run the search that wrote it again") from error
+    if len(weights) != len(names) or min(weights, default=0.0) <= 0 or not abs(sum(weights) - 1) <= 1e-6:
+        raise ModelError(f"{path}: weights must be positive, sum to 1, and be one for each component")
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise ModelError(
+                f"{path}: component {shown(name)} is no folder beside it; run the search that wrote it again"
+            )
+    return weights, names
 
 
 @dataclass(frozen=True)
@@ -33,16 +53,8 @@ class Mixture:
     @classmethod
     def load(cls, folder: str | Path, resources: Resources) -> Mixture:
         """The mixture in `folder`. Raises ModelError where its file does not fit what lies there."""
-        path = Path(folder) / FILE
-        try:
-            content = read_json(path)
-            weights = tuple(float(weight) for weight in content["weights"])
-            folders = tuple(Path(folder) / str(name) for name in content["components"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{path}: lists no weights and components; run the search that wrote it again") from error
-        if len(weights) != len(folders) or min(weights, default=0.0) <= 0 or abs(sum(weights) - 1) > 1e-6:
-            raise ModelError(f"{path}: weights must be positive, sum to 1, and be one for each component")
-        return cls(weights, folders, resources)
+        weights, names = components(folder)
+        return cls(weights, tuple(Path(folder) / name for name in names), resources)
 
     def component(self, k: int) -> torch.nn.Module:
         """The k-th policy, loaded."""

@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dualign.core.artifacts import read_json, write_json
 from dualign.lm.loading import load_model, with_adapter
-from dualign.lm.mixture import FILE
+from dualign.lm.mixture import FILE, components
 from dualign.lm.models import adapter_base, merged, save
 
 #: Sub-folder of a published policy that holds its adapter.
@@ -34,10 +33,9 @@ def publish(policy: Path, out: Path) -> None:
 
 def _publish_mixture(policy: Path, out: Path) -> None:
     out.mkdir(parents=True)
-    content = read_json(policy / FILE)
-    for name in content["components"]:
+    for name in components(policy)[1]:
         publish(policy / name, out / name)
-    write_json(out / FILE, content)
+    shutil.copy(policy / FILE, out)
 
 
 def _publish_adapter(policy: Path, out: Path) -> None:

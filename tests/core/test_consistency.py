@@ -225,3 +225,27 @@ def test_the_safety_path_knows_no_dual_and_no_circle(content: Content) -> None:
         assert message.startswith(f"{key}: ") and says in message
     circle = put(content, "reward_dpo.runs.helpful.reference", "safety_path/second")
     assert refusal(circle).startswith("runs wait for each other: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "drawn"),
+    [
+        ("dual_search.prompts", "prepare.search_prompts"),
+        ("dual_search.refresh_prompts", "prepare.pool_prompts"),
+        ("certify.prompts", "prepare.certify_prompts"),
+        ("evaluate.prompts", "prepare.eval_prompts"),
+    ],
+)
+def test_no_estimate_asks_for_more_prompts_than_are_drawn(content: Content, key: str, drawn: str) -> None:
+    stage, _, field = drawn.partition(".")
+    there = content[stage][field]
+    loading.check(put(content, key, there), "my.yaml")
+    message = refusal(put(content, key, there + 1))
+    assert message == f"{key} {there + 1} is more than the {there} that {drawn} draws; ask for fewer, or draw more"
+
+
+def test_labels_ask_for_no_more_prompts_than_the_search_has() -> None:
+    content = loading.read_yaml(ROOT / "params/every-method.yaml")
+    name = next(name for name, row in content["methods"].items() if row.get("feedback"))
+    message = refusal(put(content, f"methods.{name}.feedback.prompts", 10**6))
+    assert message.startswith(f"methods.{name}.feedback.prompts 1000000 is more than the ")

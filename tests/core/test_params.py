@@ -58,11 +58,64 @@ def test_null_switches_off_what_may_be_switched_off(content: Content) -> None:
         ("dual_init.cvar_level", 1.0),
         ("constraint.limit", float("-inf")),
         ("generation.max_new_tokens", 0),
+        ("seed", -1),
+        ("seed", 2**31),
+        ("seed", 2**32),
+        ("resources.threads", 100_000_000_000),
+        ("sft.training.epochs", 1e300),
+        ("sft.training.batch_size", 10**9),
+        ("sft.lora.rank", 10**6),
+        ("sft.scratch.layers", 10**6),
+        ("score.samples_per_prompt", 10**9),
+        ("dual_init.bootstrap", 10**9),
+        ("dual_search.max_trainings", 10**9),
+        ("generation.max_new_tokens", 10**12),
+        ("beta", 1e300),
+        ("beta", 10**400),
+        ("constraint.limit", 1e12),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_was_given(content: Content, key: str, value: float) -> None:
     message = refusal(put(content, key, value))
-    assert message.startswith(f"{key}: ") and message.endswith(f", got {value!r}")
+    assert message.startswith(f"{key}: ") and (message.endswith(f", got {value!r}") or len(repr(value)) > 100)
+
+
+@pytest.mark.parametrize("seed", [0, 2**31 - 1])
+def test_seeds_that_are_derived_from_the_largest_one_are_seeds(content: Content, seed: int) -> None:
+    """numpy takes up to 2**32 - 1; stages add the number of a training, and a thousand times it."""
+    assert loading.check(put(content, "seed", seed), "my.yaml")["sft"].seed == seed  # type: ignore[attr-defined]
+    longest = loading.check(put(content, "dual_search.max_trainings", 10_000), "my.yaml")["dual_search"]
+    assert seed + 1000 * (longest.max_trainings + 2) < 2**32  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        (
+            "prepare.sft",
+            [{"format": "pku", "path": "../rows.jsonl"}],
+            "a relative path does not lead out of its folder",
+        ),
+        ("prepare.sft", [{"format": "pku", "path": "a/../../rows.jsonl"}], "a relative path does not lead out"),
+        ("prepare.sft", [{"format": "pku", "path": ""}], "a text on one line"),
+        ("certify.labels.folder", "../labels", "a relative path does not lead out of its folder"),
+        ("prepare.folder", "rows\nmore", "a text on one line"),
+        ("sft.base", "", "a text on one line"),
+        ("constraint.also", {"it": {"quantity": "length", "limit": 9.0, "prompts": "a{99999999999}"}}, "no regular"),
+        ("constraint.also", {"it": {"quantity": "length", "limit": 9.0, "prompts": "(" * 5000}}, "no regular"),
+    ],
+)
+def test_a_path_out_of_its_folder_and_a_text_that_is_none_are_refused(
+    content: Content, key: str, value: Any, says: str
+) -> None:
+    message = refusal(put(content, key, value))
+    assert message.startswith(key) and says in message and len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("folder", ["/data/rows", "../rows", "data/raw", "my rows", "ö"])
+def test_rows_may_lie_in_any_folder(content: Content, folder: str) -> None:
+    loading.check(put(content, "prepare.folder", folder), "my.yaml")
+    loading.check(put(content, "prepare.sft", [{"format": "pku", "path": f"{folder.strip('.')}/a.jsonl"}]), "my.yaml")
 
 
 @pytest.mark.parametrize("key", ["dual_init.grid", "dual_search.grid", "prepare.helpful"])

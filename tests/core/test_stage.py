@@ -230,3 +230,18 @@ def test_a_full_disk_is_one_line_wherever_it_is_met(caplog: pytest.LogCaptureFix
 def test_scratch_can_be_moved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DUALIGN_SCRATCH", str(folder / "elsewhere"))
     assert a_run().scratch().is_relative_to(folder / "elsewhere" / "dual_init")
+
+
+@pytest.mark.parametrize("given", ["ours", "dual_init@ours", "../dvc.yaml:dual_init@ours"])
+def test_an_item_may_be_named_as_dvc_names_its_stage(folder: Path, given: str) -> None:
+    execute(lambda run: run.metrics({"item": run.item}), DualInitParams, [given])
+    assert read_json(folder / "reports/metrics/dual_init/ours.json") == {"item": "ours"}
+
+
+@pytest.mark.parametrize("given", ["../../x", "evaluate@../x", "evaluate@", "", "x\ny", "x;y"], ids=ascii)
+def test_an_item_that_is_no_name_writes_nothing(folder: Path, caplog: pytest.LogCaptureFixture, given: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        execute(lambda run: run.metrics({}), DualInitParams, [given])
+    assert caught.value.code == 2 and "is not the name of a run" in caplog.text
+    assert len(caplog.messages) == 1 and len(caplog.messages[0].splitlines()) == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["params.yaml"]

@@ -134,6 +134,11 @@ def test_the_component_is_drawn_by_weight_and_whatever_the_answer_says(folder: P
         ({"weights": [1.5, -0.5], "components": ["component-0", "component-1"]}, "must be positive"),
         ({"weights": [], "components": []}, "must be positive"),
         ([1, 2], "no weights and components"),
+        ({"weights": [float("nan")], "components": ["component-0"]}, "sum to 1"),
+        ({"weights": [1.0], "components": ["../component-0"]}, "component '../component-0' is no folder beside it"),
+        ({"weights": [1.0], "components": ["/etc"]}, "component '/etc' is no folder"),
+        ({"weights": [1.0], "components": ["."]}, "is no folder"),
+        ({"weights": [1.0], "components": ["a\nb"]}, r"component 'a\\nb' is no folder"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, resources: Resources, content: object, says: str) -> None:

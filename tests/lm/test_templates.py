@@ -186,10 +186,11 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_empty_template_is_refused(tmp_path: Path) -> None:
+    byte_level(CHATS["chatml"]).save_pretrained(tmp_path)
     path = tmp_path / "mine.jinja"
     path.write_text("\n")
     with pytest.raises(ModelError, match=r"^sft\.chat_template: .*mine\.jinja is empty; give a Jinja file or null$"):
-        read_template(str(path))
+        load_tokenizer(tmp_path, chat_template=str(path))
 
 
 # --- pad --------------------------------------------------------------------------------------------------------------

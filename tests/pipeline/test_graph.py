@@ -21,6 +21,11 @@ LITTLE = {
     "prepare.search_prompts": 8,
     "prepare.certify_prompts": 8,
     "prepare.eval_prompts": 8,
+    "dual_search.prompts": 8,
+    "dual_search.refresh_prompts": 4,
+    "certify.prompts": 8,
+    "certify.labels": None,
+    "evaluate.prompts": 8,
 }
 
 

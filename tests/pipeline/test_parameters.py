@@ -101,3 +101,28 @@ def test_assignments_are_read_as_yaml_1_2() -> None:
 def test_the_span_of_a_key() -> None:
     assert span("a: {b: 12}\n", "a.b") == (7, 9)
     assert span("a: 1\n", "a.b") is None and span("a: [", "a") is None
+
+
+def test_a_key_that_a_merge_brings_is_refused() -> None:
+    with pytest.raises(PipelineError, match=r"params.yaml: b\.x comes from a merge"):
+        assign("a: &a {x: 1}\nb: {<<: *a, y: 2}\n", {"b.x": 3})
+
+
+@pytest.mark.parametrize("value", ["[" * 5000, "9" * 5000, "2024-99-99", "!!python/name:os.system x", "&a [*a]"])
+def test_a_value_beyond_the_limits_is_refused_in_one_line(value: str) -> None:
+    with pytest.raises(PipelineError, match="seed: the value:") as caught:
+        parse(f"seed={value}")
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 400
+
+
+def test_a_setting_deeper_than_params_are_is_refused() -> None:
+    deep: Any = 1
+    for _ in range(3000):
+        deep = [deep]
+    with pytest.raises(PipelineError, match=r"params\.yaml: (seed|line 2)"):
+        assign(TEXT, {"seed": deep})
+
+
+def test_a_list_is_no_params() -> None:
+    with pytest.raises(PipelineError, match="expected a mapping"):
+        assign("- 1\n- 2\n", {"seed": 1})

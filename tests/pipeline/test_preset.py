@@ -10,9 +10,11 @@ from ruamel.yaml import YAML
 
 from pipeline.preset import PresetError, main, select
 
-DEFAULT = "seed: 1  # λ\nprepare:\n  folder: data/raw   # where rows lie\n  pool_prompts: 10\n"
-SMALL = "# a small run\nseed: 2\nprepare: {folder: data/raw, pool_prompts: 3}\n"
-LARGE = "seed: 3\n\nprepare:\n  # rows\n  folder: 'rows # here'\nrate: 5.0e-5\n"
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULT = (ROOT / "params.yaml").read_text().replace("seed: 7 ", "seed: 1  # λ")
+SMALL = "# a small run\n" + DEFAULT.replace("seed: 1 ", "seed: 2 ")
+LARGE = DEFAULT.replace("seed: 1 ", "seed: 3 ").replace("folder: data/raw ", "# rows\n  folder: 'rows # here' ")
+BROKEN = DEFAULT.replace("seed: 1 ", "seed: -1 ")
 
 
 def git(root: Path, *arguments: str) -> None:
@@ -21,12 +23,13 @@ def git(root: Path, *arguments: str) -> None:
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with a committed params.yaml, two presets and a folder of rows."""
     for name, text in {"params.yaml": DEFAULT, "params/small-cpu.yaml": SMALL, "params/large-gpu.yaml": LARGE}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "my rows").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # where the library lies that checks a preset
     git(tmp_path, "init")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "first")
@@ -46,9 +49,9 @@ def test_params_become_the_preset(root: Path, name: str) -> None:
 
 def test_a_preset_may_lie_anywhere(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     preset = tmp_path_factory.mktemp("elsewhere") / "own.yaml"
-    preset.write_text("seed: 9\n")
+    preset.write_text(DEFAULT.replace("seed: 1 ", "seed: 9 "))
     select(str(preset), root=root)
-    assert params(root) == "seed: 9\n"
+    assert params(root) == preset.read_text()
 
 
 @pytest.mark.parametrize(
@@ -70,7 +73,7 @@ def test_data_changes_the_folder_alone(root: Path, name: str, old: str, folder: 
 
 def test_a_preset_may_change_and_be_chosen_again(root: Path) -> None:
     select("small-cpu", root=root)
-    (root / "params/small-cpu.yaml").write_text(SMALL.replace("seed: 2", "seed: 5"))
+    (root / "params/small-cpu.yaml").write_text(SMALL.replace("seed: 2 ", "seed: 5 "))
     select("small-cpu", "my rows", root=root)
     assert "seed: 5" in params(root)
     (root / "params/small-cpu.yaml").unlink()
@@ -79,7 +82,7 @@ def test_a_preset_may_change_and_be_chosen_again(root: Path) -> None:
 
 
 def test_edits_are_not_lost(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    mine = DEFAULT.replace("seed: 1", "seed: 7")
+    mine = DEFAULT.replace("seed: 1 ", "seed: 7 ")
     (root / "params.yaml").write_text(mine)
     assert main(["small-cpu"], root) == 2
     assert params(root) == mine
@@ -118,7 +121,8 @@ def test_params_may_be_absent(root: Path) -> None:
     assert params(root) == SMALL
 
 
-def test_without_a_commit_presets_work_and_default_says_why(tmp_path: Path) -> None:
+def test_without_a_commit_presets_work_and_default_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "params").mkdir()
     (tmp_path / "params/small.yaml").write_text(SMALL)
     select("small", root=tmp_path)
@@ -149,3 +153,30 @@ def test_data_needs_a_place_in_the_preset(root: Path) -> None:
     (root / "params/bare.yaml").write_text("seed: 4\n")
     with pytest.raises(PresetError, match=r"no key prepare\.folder"):
         select("bare", "my rows", root=root)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (BROKEN.encode(), "broken: seed: input should be greater than or equal to 0, got -1"),
+        (
+            DEFAULT.replace("    sft: sft", '    "x;y": sft\n    sft: sft').encode(),
+            "broken: evaluate.policies.'x;y': a name",
+        ),
+        (b"seed: 4\n", "broken: beta is missing"),
+        (b"seed: [1\n", "broken:2: not valid YAML"),
+        (b"a: " + b"[" * 5000, "broken:1: more than 20 lists"),
+        (b"\xff", "broken.yaml: not valid YAML"),
+        (b"x" * 300_000, "broken.yaml: more than 200 kB"),
+    ],
+    ids=["seed", "name", "part", "text", "deep", "bytes", "large"],
+)
+@pytest.mark.parametrize("force", [[], ["--force"]], ids=["", "force"])
+def test_a_preset_that_no_stage_takes_replaces_nothing(
+    root: Path, caplog: pytest.LogCaptureFixture, content: bytes, message: str, force: list[str]
+) -> None:
+    (root / "params/broken.yaml").write_bytes(content)
+    assert main(["broken", *force], root) == 2
+    assert len(caplog.records) == 1 and len(caplog.text.strip().splitlines()) == 1
+    assert caplog.messages[0].startswith(message)
+    assert params(root) == DEFAULT and not (root / ".scratch").exists() and not list(root.glob("*.saved"))
