@@ -110,7 +110,7 @@ class World:
         small = None if limit is None else partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
         with self._log.open("wb") as output:
             return subprocess.Popen(
-                [sys.executable, *(command or spec.cmd.split()[1:])], cwd=self.folder, env=environment,
+                [sys.executable, *(command or spec.by_hand.split()[1:])], cwd=self.folder, env=environment,
                 stdout=output, stderr=output, start_new_session=True, preexec_fn=small,
             )  # fmt: skip
 
