@@ -66,6 +66,8 @@ def read_json(path: str | Path) -> Any:
         raise DualignError(f"{path}: no JSON file; name one") from error
     except json.JSONDecodeError as error:
         raise DualignError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
+    except RecursionError as error:
+        raise DualignError(f"{path}: nested too deep; no stage wrote it, so run the one that does again") from error
 
 
 def read_optional_json(path: str | Path) -> dict[str, Any]:
