@@ -22,7 +22,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -47,7 +47,7 @@ from dualign.bounds import (
     sample_size,
     upper_bound,
 )
-from dualign.constraints import Constraint
+from dualign.constraints import Constraint, prices_in
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DataError, DualignError, ParamsError
 from dualign.core.params import SHARES, CertifyRun, Quantity, Share
@@ -279,12 +279,14 @@ def _check_labels(required: Requirement, answers: pd.DataFrame, labels: pd.DataF
 class Origin(NamedTuple):
     """What a certificate was made from, beside the answers: compared by `verify` where it is still there.
 
-    The row of `certify.runs`; the file of prompts, of which the first are answered; the folder of a candidate's model
-    by its name; the folder that will hold the certified policy; that of the cost model.
+    The row of `certify.runs`; the file of prompts, of which the first are answered; the solved dual, which holds the
+    further limits; the folder of a candidate's model by its name; the folder that will hold the certified policy; that
+    of the cost model.
     """
 
     plan: CertifyRun
     prompts: Path
+    limits: Path
     model: Callable[[str], Path]
     policy: Path
     cost_model: Path
@@ -294,7 +296,8 @@ class Certificate(Record):
     """All that is needed to check a certificate again; "no certified policy" is one too (`returned` is None).
 
     `candidates` is the whole order, that of `plan`, `tested` the tests made, `tables` and `labels` what they were made
-    on: `samples_per_prompt` answers to each of the first prompts of `prompts`. Answers have at most `max_new_tokens`
+    on: `samples_per_prompt` answers to each of the first prompts of `prompts`. `limits` holds the further limits, each
+    of which must be among the `requirements`. Answers have at most `max_new_tokens`
     tokens; `ended` is the share of each tested candidate's that ended by themselves. `weights` are the hashes of the
     files of each tested candidate's model, `policy` is where the certified one lies, `cost_model` the one that gave the
     costs. What a caller of `issue` did not name is None or empty. `sampling_seeds` (of the answers) and `versions` (of
@@ -315,6 +318,7 @@ class Certificate(Record):
     samples_per_prompt: int = Field(ge=1)
     plan: CertifyRun | None
     prompts: Table | None
+    limits: Table | None
     weights: dict[str, dict[str, str]]
     policy: str | None
     cost_model: Folder | None
@@ -397,6 +401,7 @@ def issue(
         samples_per_prompt=_agreed(used, weights, None if origin is None else origin.prompts),
         plan=None if origin is None else origin.plan,
         prompts=None if origin is None else seen.table(origin.prompts, folder),
+        limits=None if origin is None else seen.table(origin.limits, folder),
         weights=weights,
         policy=None if origin is None else seen.relative(origin.policy, folder),
         cost_model=None if origin is None else seen.model(origin.cost_model, folder),
@@ -500,6 +505,7 @@ def absent(path: str | Path, recorded: Certificate) -> list[str]:
     found = {
         "its plan": recorded.plan is not None,
         "its prompts": recorded.prompts is not None and (folder / recorded.prompts.path).is_file(),
+        "its limits": recorded.limits is not None and (folder / recorded.limits.path).is_file(),
         "the certified policy": recorded.policy is not None and (folder / recorded.policy).is_dir(),
     }
     return [name for name, there in found.items() if not there]
@@ -535,6 +541,9 @@ def _as_planned(recorded: Certificate, folder: Path) -> None:
     """Raises DataError where the candidates are not those of the plan, or the policy is not the one that was tested."""
     if recorded.plan is not None and list(order(recorded.plan)) != list(recorded.candidates):
         raise DataError(f"candidates are {list(recorded.candidates)}, but the plan has {list(order(recorded.plan))}")
+    if recorded.limits is not None and (folder / recorded.limits.path).is_file():
+        _unchanged(folder, recorded.limits, "its limits")
+        _all_required(folder / recorded.limits.path, recorded.requirements)
     tested = sorted(test.name for test in recorded.tested)
     if recorded.weights and sorted(recorded.weights) != tested:
         raise DataError(f"weights are those of {sorted(recorded.weights)}, but {tested} were tested")
@@ -545,6 +554,17 @@ def _as_planned(recorded: Certificate, folder: Path) -> None:
         seen.check_files(place, {}, "no policy is certified, and what lies there")
     else:
         seen.check_files(place, recorded.weights.get(recorded.returned, {}), f"the policy {recorded.returned!r}")
+
+
+def _all_required(file: Path, requirements: Sequence[Requirement]) -> None:
+    """Raises DataError where a further limit of the solved dual in `file` is not required as it stands there."""
+    try:
+        limits = [asdict(price.constraint) for price in prices_in(read_json(file))]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: holds no limits that can be read ({error}); run dual_init again") from error
+    for limit in limits:
+        if not any(all(getattr(required, key) == value for key, value in limit.items()) for required in requirements):
+            raise DataError(f"the limit {limit['name']!r} of {file} is not among the requirements as it stands there")
 
 
 def _recorded(certificate: Certificate, name: str, folder: Path) -> Evidence:

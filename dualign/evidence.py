@@ -197,19 +197,25 @@ def check_together(tables: Mapping[str, pd.DataFrame], count: int, weights: Mapp
     asked = {name: set(answers["prompt_id"]) for name, answers in tables.items()}
     first = next(iter(tables))
     for name, answers in tables.items():
-        own = len(answers) / max(len(asked[name]), 1)
+        each = len(answers) / max(len(asked[name]), 1)
         if asked[name] != asked[first]:
             raise DataError(f"candidates {first!r} and {name!r} have answers to different prompts")
-        if own != count:
-            raise DataError(f"candidate {name!r} has {own:g} answers to each prompt, and {count} are stated")
+        if each != count:
+            raise DataError(f"candidate {name!r} has {each:g} answers to each prompt, and {count} are stated")
     ordered = {name: _identity(answers) for name, answers in tables.items()}
     for one, other in combinations(tables, 2):
-        alike = one in weights and weights[one] == weights.get(other)
+        own = _parameters(weights.get(one, {}))
+        alike = bool(own) and own == _parameters(weights.get(other, {}))
         if ordered[one].equals(ordered[other]) and not alike:
             raise DataError(
                 f"candidates {one!r} and {other!r} have the same answers, with the same probabilities and costs; one "
                 "was copied from the other"
             )
+
+
+def _parameters(hashes: Mapping[str, str]) -> dict[str, str]:
+    """The hashes of a model's own weights, without its settings, its tokenizer and adapters beside it."""
+    return {name: found for name, found in hashes.items() if Path(name).suffix == ".safetensors" and "/" not in name}
 
 
 def _identity(answers: pd.DataFrame) -> pd.DataFrame:

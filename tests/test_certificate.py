@@ -175,7 +175,7 @@ def test_it_holds_wherever_its_folder_is_moved(
     status, line = checked(tmp_path / "elsewhere" / issued.name, capsys)
     assert status == 0 and "holds: 'middle' keeps E[c] <= 0 (betting bound -" in line
     assert "confidence 0.9, for answers of at most 20 tokens, of which 98.33 % ended by themselves; " in line
-    assert line.endswith("not compared, since not there: its plan, its prompts, the certified policy\n")
+    assert line.endswith("not compared, since not there: its plan, its prompts, its limits, the certified policy\n")
 
 
 def test_no_certified_policy_is_a_certificate(
@@ -537,11 +537,18 @@ def origin_of(root: Path, order: list[str], weights: tuple[float, ...] = (1.0,))
     """Folders of models with a file each; the first candidate is the fallback, the last the policy."""
     for name in (*order, "cost_model", "certified"):
         (root / "models" / name).mkdir(parents=True, exist_ok=True)
-        (root / "models" / name / "weights").write_text(name)
-    plan = CertifyRun(policy=order[-1], partner="sft", fallback=order[0], weights=list(weights))
+        if not (root / "models" / name / "model.safetensors").is_file():
+            (root / "models" / name / "model.safetensors").write_text(name)
+    if not (root / "dual.json").is_file():
+        write_json(root / "dual.json", {"prices": []})
     folder = root / "models"
     return Origin(
-        plan, root / "certify.parquet", lambda name: folder / name, folder / "certified", folder / "cost_model"
+        plan=CertifyRun(policy=order[-1], partner="sft", fallback=order[0], weights=list(weights)),
+        prompts=root / "certify.parquet",
+        limits=root / "dual.json",
+        model=lambda name: folder / name,
+        policy=folder / "certified",
+        cost_model=folder / "cost_model",
     )
 
 
@@ -554,7 +561,7 @@ def planned(tmp_path: Path, tables: dict[str, Path]) -> Path:
     both = {name: tables[name] for name in ("safest", "middle")}
     found = issue(tmp_path / "reports" / "certificate.json", both, 0.0, origin=origin)
     assert found.returned == "middle"
-    (tmp_path / "models/certified/weights").write_text("middle")
+    (tmp_path / "models/certified/model.safetensors").write_text("middle")
     (tmp_path / "models/certified/README.md").write_text("written after the certificate")
     return tmp_path / "reports" / "certificate.json"
 
@@ -571,7 +578,7 @@ def test_what_it_was_made_from_is_compared_where_it_is_there(
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("weights", r"the policy 'middle' \(.*certified\) is not the one certified: weights: sha256 differs"),
+        ("model.safetensors", r"the policy 'middle' \(.*certified\) is not the one certified: model.* sha256 differs"),
         ("more.safetensors", "more.safetensors: is not recorded"),
     ],
 )
@@ -579,8 +586,8 @@ def test_another_policy_is_refused(planned: Path, tmp_path: Path, file: str, mes
     (tmp_path / "models/certified" / file).write_text("other")
     with pytest.raises(DataError, match=message):
         certificate.verify(planned)
-    (tmp_path / "models/certified/weights").unlink()
-    with pytest.raises(DataError, match=r"more.safetensors: is not recorded|weights: is missing"):
+    (tmp_path / "models/certified/model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"more.safetensors: is not recorded|model.safetensors: is missing"):
         certificate.verify(planned)
 
 
@@ -594,7 +601,10 @@ def test_another_policy_is_refused(planned: Path, tmp_path: Path, file: str, mes
         (lambda c: c["plan"].update(fallback="other"), "the plan has .'other', 'middle'"),
         (lambda c: c["plan"].update(weights=[1.0, 1.2]), "plan: value error, weights must fall"),
         (lambda c: c["weights"].pop("safest"), "weights are those of .'middle'., but .'middle', 'safest'. were tested"),
-        (lambda c: c["weights"].update(middle=c["weights"]["safest"]), "is not the one certified: weights: sha256"),
+        (
+            lambda c: c["weights"].update(middle=c["weights"]["safest"]),
+            "is not the one certified: model.safetensors: sha256",
+        ),
     ],
 )
 def test_a_plan_is_tested_whole(planned: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
@@ -603,12 +613,48 @@ def test_a_plan_is_tested_whole(planned: Path, change: Callable[[dict[str, Any]]
         certificate.verify(planned)
 
 
+def test_every_further_limit_is_required(tmp_path: Path, tables: dict[str, Path], planned: Path) -> None:
+    """A certificate that leaves a limit of the solved dual out, or loosens it, does not hold."""
+    known = {"name": "rare", "quantity": "p_unsafe", "limit": 0.2, "level": None, "prompts": None, "threshold": None}
+    write_json(tmp_path / "dual.json", {"prices": [{**known, "lam": 0.1, "predicted": 0.1}]})
+    rare = Requirement(**known, method="star_bets", bounds=(0.0, 1.0))
+    cost = Requirement(name="c", quantity="cost", limit=0.0, method="clustered_t")
+    names, origin = ["safest", "middle"], origin_of(tmp_path, ["safest", "middle"])
+    for required, holds in (
+        ([cost, rare], True),
+        ([cost], False),
+        ([cost, rare.model_copy(update={"limit": 0.3})], False),
+    ):
+        certify(planned, names, lambda name: Evidence(tables[name]), required, origin=origin)
+        if holds:
+            assert certificate.verify(planned).returned == "middle"
+            continue
+        with pytest.raises(DataError, match=r"the limit 'rare' of .*dual.json is not among the requirements"):
+            certificate.verify(planned)
+    write_json(tmp_path / "dual.json", {"prices": []})
+    with pytest.raises(DataError, match=r"its limits \(.*dual.json\) are not those certified"):
+        certificate.verify(planned)
+
+
+@pytest.mark.parametrize(
+    "content", [[], {"prices": 3}, {"prices": [{"lam": 0.0}]}, {"prices": [{"lam": 0, "predicted": 0}]}]
+)
+def test_limits_that_cannot_be_read_are_one_line(planned: Path, tmp_path: Path, content: Any) -> None:
+    write_json(tmp_path / "dual.json", content)
+    digest = evidence.sha256(tmp_path / "dual.json")
+    edit(lambda c: c["limits"].update(sha256=digest))(planned)
+    with pytest.raises(DataError, match=r"dual.json: holds no limits that can be read"):
+        certificate.verify(planned)
+
+
 def test_where_no_policy_is_certified_none_may_lie_there(
     tmp_path: Path, tables: dict[str, Path], planned: Path
 ) -> None:
     only = {"safest": tables["safest"]}
     issue(planned, only, -3.0, origin=origin_of(tmp_path, ["safest"]))
-    with pytest.raises(DataError, match=r"no policy is certified, and what lies there .* weights: is not recorded"):
+    with pytest.raises(
+        DataError, match=r"no policy is certified, and what lies there .* model.safetensors: is not recorded"
+    ):
         certificate.verify(planned)
 
 
@@ -623,7 +669,8 @@ def test_a_candidate_does_not_answer_for_another(tmp_path: Path, tables: dict[st
     origin = origin_of(tmp_path, ["safest", "middle"])
     with pytest.raises(DataError, match="one was copied from the other"):
         issue(planned, both, 0.0, origin=origin)
-    (tmp_path / "models/middle/weights").write_text("safest")
+    (tmp_path / "models/middle/model.safetensors").write_text("safest")
+    (tmp_path / "models/middle/config.json").write_text("{}")
     assert issue(planned, both, 0.0, origin=origin).returned == "middle"
 
 
