@@ -2,6 +2,7 @@
 
     python -m bench.coverage                  # minutes on one core
     python -m bench.coverage --repeats 2000
+    python -m bench.coverage shares           # quantities of known range instead, such as P(unsafe): see bench.shares
     python -m bench.coverage frontier         # the bands of the predicted frontier instead: see bench.frontier
 
 Three parts: one candidate, a sequence of five, and costs corrected by labels. A false certificate is one for a
@@ -24,7 +25,7 @@ import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as student
 
-from bench import frontier, options
+from bench import frontier, options, shares
 from bench.options import knob
 from dualign.bounds import (
     Bounds,
@@ -425,11 +426,12 @@ def run(settings: Settings) -> dict[str, list[dict[str, Any]]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the simulation; write certificate-coverage.json and certificate-coverage.md, and the page to stdout.
 
-    With `frontier` as first argument run `bench.frontier` on the rest instead.
+    With `frontier` or `shares` as first argument run `bench.frontier` or `bench.shares` on the rest instead.
     """
     given = sys.argv[1:] if argv is None else list(argv)
-    if given[:1] == ["frontier"]:
-        frontier.main(given[1:])
+    others = {"frontier": frontier.main, "shares": shares.main}
+    if given and given[0] in others:
+        others[given[0]](given[1:])
         return
     settings, out = options.parse(Settings, PROGRAM, __doc__ or "", given)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

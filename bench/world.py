@@ -210,17 +210,23 @@ _COLUMNS = (
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Means over the seeds, ± their standard deviation, best policies within the limit first."""
-    heads = ["policy", "within", *(title for title, _, _ in _COLUMNS)]
+    heads = ["policy", "mean within", "within its interval", *(title for title, _, _ in _COLUMNS)]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     by_policy = {name: [row for row in rows if row["policy"] == name] for name in {row["policy"] for row in rows}}
     for name, own in sorted(by_policy.items(), key=lambda item: (item[0] != ALLOWED, *_rank(item[1]))):
         cells = [_cell([row[key] for row in own], digits) for _, key, digits in _COLUMNS]
-        lines.append(f"| {' | '.join([name, f'{sum(map(within, own))}/{len(own)}', *cells])} |")
+        counts = [f"{sum(map(rule, own))}/{len(own)}" for rule in (mean_within, within)]
+        lines.append(f"| {' | '.join([name, *counts, *cells])} |")
     return lines
 
 
+def mean_within(row: Mapping[str, Any]) -> bool:
+    """Whether the mean true cost of the answers is within the limit."""
+    return bool(row["excess"] <= 0)
+
+
 def within(row: Mapping[str, Any]) -> bool:
-    """Whether the limit lies in the confidence interval of the true cost, or above it."""
+    """Whether the limit lies in the confidence interval of the true cost, or above it: a breach is not shown."""
     return bool(row["least_excess"] <= 0)
 
 
@@ -252,12 +258,14 @@ def page(command: str, params: Path, rows: Sequence[Mapping[str, Any]]) -> str:
 
 _NOTES = """\
 How to read it: every policy answers held-out prompts, and the world's oracle scores the text. `J* − J` is what a policy
-falls short of the exact constrained optimum in J = E[r*] − β KL; below 0 it buys reward by breaking the limit. `within`
-counts the seeds whose true cost is not above the limit beyond its 95 % confidence interval. `way in r*` is the way from
-the reference to the optimum in true reward. `displacement` is the mean log-ratio of reference samples: it falls as mass
-leaves what the reference says. Trainings, tokens and seconds are those of the policy's own steps and of those that it
-starts from; data, reference, reward and cost models and the pool serve all alike. *What the scorers allow* is no policy
-but arithmetic: the exact tilt of the reference by the learned scores, so its distance is the scorers' error alone."""
+falls short of the exact constrained optimum in J = E[r*] − β KL; below 0 it buys reward by breaking the limit. `mean
+within` counts the seeds whose mean true cost is within the limit, `within its interval` those where the limit is not
+below the 95 % interval around that mean: there a breach is not shown, which is no proof that there is none, and a mean
+somewhat above the limit counts. `way in r*` is the way from the reference to the optimum in true reward. `displacement`
+is the mean log-ratio of reference samples: it falls as mass leaves what the reference says. Trainings, tokens and
+seconds are those of the policy's own steps and of those that it starts from; data, reference, reward and cost models
+and the pool serve all alike. *What the scorers allow* is no policy but arithmetic: the exact tilt of the reference by
+the learned scores, so its distance is the scorers' error alone."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,8 +19,10 @@ from scipy.stats import t as student
 from dualign.core.errors import DataError, ParamsError
 
 Array = np.ndarray
-Method = Literal["clustered_t", "empirical_bernstein", "betting", "clopper_pearson"]
+Method = Literal["clustered_t", "empirical_bernstein", "betting", "star_bets", "clopper_pearson"]
 Bounds = tuple[float, float]
+#: Methods that go by the range of the cost, and hold for every number of prompts because of it.
+RANGED = ("empirical_bernstein", "betting", "star_bets")
 
 # The sample's skewness is taken 1 + _FEW / sqrt(N)-fold, since few prompts show less of a long tail than there is. The
 # constant has no theory: found by simulation, it is the least whole number with which every row of parts 1 to 3 of
@@ -28,6 +30,8 @@ Bounds = tuple[float, float]
 _FEW = 19.0
 _ALL_IN = 0.75  # largest share of the capital that one bet may lose: c of 2010.09686, "1/2 or 3/4"
 _HALVINGS = 50
+_NEARLY_ALL_IN = 0.95  # the same of `star_bound`: 0.9 to 1 differ little, 0.75 shows less of rare harm
+_MEANS = 4000  # means that `star_bound` tries
 _NOTHING = 1e-12  # a spread below this share of the values is rounding
 
 
@@ -87,7 +91,7 @@ def betting_bound(means: Array, delta: float, bounds: Bounds) -> Array:
 
     where v_{i-1} is the variance of what came before, is a nonnegative supermartingale if the mean is m or more, so by
     Ville's inequality max_t K_t(m) >= 1/delta with probability delta at most. K_t grows in m: bisection finds the root.
-    Valid for every N, and the tightest such bound here. It depends on the order, which must not depend on the values.
+    Valid for every N. It depends on the order, which must not depend on the values.
     """
     low, high = bounds
     scaled = (means - low) / (high - low)
@@ -100,6 +104,43 @@ def betting_bound(means: Array, delta: float, bounds: Bounds) -> Array:
         beaten = capital >= math.log(1 / delta)
         kept, rejected = np.where(beaten, kept, middle), np.where(beaten, middle, rejected)
     return low + (high - low) * rejected
+
+
+def star_bound(means: Array, delta: float, bounds: Bounds, tried: int = _MEANS) -> Array:
+    """The least mean m from which on a gambler who minds his target rejects every m; `means` [..., N] in `bounds`.
+
+    Voracek and Orabona (2505.22422), one-sided. With x and m scaled to [0, 1], and r = N - i + 1 rounds to go,
+
+        K_i(m) = K_{i-1}(m) (1 - l_i (x_i - m)),
+        l_i = min(sqrt(2 ln(1 / (delta K_{i-1}(m))) / (r v_{i-1})), c / (1 - m))
+
+    with v as in `betting_bound`, and no bet once K_i(m) >= 1/delta. As there, K_i(m) is a nonnegative supermartingale
+    if the mean is m or more, so such an m is rejected with probability delta at most. What is staked depends on what
+    was won, so K is not known to grow in m: every m of a fixed grid is tried, and the bound is the least above which,
+    itself included, all are rejected. If the mean were at or above it, the grid's last m up to the mean would be
+    rejected falsely, which has probability delta at most. The grid's steps are finest near the ends.
+
+    Valid for every N, and where the t bound holds nearly as tight. It depends on the order, as `betting_bound`.
+    """
+    low, high = bounds
+    scaled = (means - low) / (high - low)
+    grid = np.sin(np.pi / 2 * np.arange(1, tried) / tried) ** 2
+    rejected = _star_capital(scaled, grid, delta) >= math.log(1 / delta)
+    kept = (tried - 1) - np.argmin(rejected[..., ::-1], axis=-1)  # one beyond the last that is not rejected
+    kept = np.where(rejected.all(-1), 0, kept)
+    return low + (high - low) * np.append(grid, 1.0)[kept]
+
+
+def _star_capital(scaled: Array, m: Array, delta: float) -> Array:
+    """ln K_N(m) of `star_bound` for values [..., N] in [0, 1] and means [M]; [..., M]."""
+    count, target, most = scaled.shape[-1], math.log(1 / delta), _NEARLY_ALL_IN / (1 - m)
+    capital = np.zeros((*scaled.shape[:-1], len(m)))
+    spread = _variance_before(scaled)
+    for i in range(count):
+        lacking = np.maximum(target - capital, 0)
+        stake = np.minimum(np.sqrt(2 * lacking / ((count - i) * spread[..., i, None])), most)
+        capital += np.log1p(stake * (m - scaled[..., i, None]))
+    return capital
 
 
 def _variance_before(scaled: Array) -> Array:
@@ -133,11 +174,12 @@ def upper_bound(
     Args:
         costs: [answers], in units of cost; above 0 is unsafe. prompts: [answers], the id of each answer's prompt.
         delta: probability that the bound lies below the truth.
-        method: `clustered_t`, `empirical_bernstein`, `betting` (these two need `bounds`) or `clopper_pearson`.
+        method: `clustered_t`, `clopper_pearson`, or one that needs `bounds`: `star_bets`, `betting` or
+            `empirical_bernstein`.
         bounds: the range that the cost is known to lie in, known from how it is made and not from these answers.
             A cost below it is raised to it, which can only raise the bound. One above it is refused: lowering it
             would put the bound below the truth. To certify a cost without an upper end, constrain one that has it.
-        seed: fixes the order in which `betting` takes the prompts.
+        seed: fixes the order in which `betting` and `star_bets` take the prompts.
 
     Returns:
         The bound, in units of cost (`clopper_pearson`: a probability; it falls with fewer answers per prompt).
@@ -154,13 +196,14 @@ def upper_bound(
         if means.std() <= _NOTHING * max(1.0, float(np.abs(means).max())):
             raise DataError(
                 "costs: every prompt has the same mean cost, so clustered_t has no error to go by; "
-                "use method betting or empirical_bernstein with bounds"
+                "use method star_bets or betting with bounds"
             )
         return float(t_bound(means, delta))
     assert bounds is not None  # check_test has seen to it
     if method == "empirical_bernstein":
         return float(bernstein_bound(means, delta, bounds))
-    return float(betting_bound(np.random.default_rng(seed).permutation(means), delta, bounds))
+    gamble = betting_bound if method == "betting" else star_bound
+    return float(gamble(np.random.default_rng(seed).permutation(means), delta, bounds))
 
 
 def corrected_upper_bound(
@@ -285,7 +328,7 @@ def check_test(delta: float, method: str, bounds: Bounds | None) -> None:
     check_delta(delta)
     if method not in get_args(Method):
         raise ParamsError(f"method {method!r} is not one of {', '.join(get_args(Method))}")
-    if bounds is None and method in ("empirical_bernstein", "betting"):
+    if bounds is None and method in RANGED:
         raise ParamsError(f"method {method} needs bounds, the lowest and highest cost that an answer can have")
     if bounds is not None and not _is_range(bounds):
         raise ParamsError(f"bounds must be two finite numbers, the lower first, got {bounds}")

@@ -8,29 +8,33 @@ full delta too (the intersection-union test; Berger 1982).
 
     python -m dualign.certificate verify
 
-recomputes certificates from the saved answers. It cannot see whether the prompts were kept from training and search,
-nor whether the order, the limits and the range of the cost were chosen before the answers were drawn: that is assumed.
+recomputes certificates from the saved answers, and compares the files that lie beside them (`dualign.evidence`). That
+shows that all of it agrees, not who made it: whoever writes answers, costs and certificate anew is not found. Whether
+the costs are the cost model's, `--rescore` shows (`dualign.rescoring`); whether anything was changed since it was
+signed, `--key` and `--signature` (`dualign.signature`). That prompts were kept from training and search, and that
+order, limits and range were chosen before the answers were drawn, is assumed.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
-import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
+from dualign import evidence as seen
+from dualign import signature
 from dualign.bounds import (
+    RANGED,
     Bounds,
     Method,
     binomial_bound,
@@ -43,13 +47,23 @@ from dualign.bounds import (
     sample_size,
     upper_bound,
 )
-from dualign.constraints import Constraint
+from dualign.constraints import Constraint, prices_in
 from dualign.core.artifacts import listed, read_json, write_json
 from dualign.core.errors import DataError, DualignError, ParamsError
-from dualign.core.params import SHARES, Quantity, Share
-from dualign.core.schema import ANSWERS, LABELS, read_table
+from dualign.core.params import SHARES, CertifyRun, Quantity, Share
+from dualign.core.records import SolvedDual, read_record
+from dualign.evidence import Evidence, Folder, Record, Table
 
-__all__ = ["corrected_upper_bound", "fixed_sequence", "issue", "read", "sample_size", "upper_bound", "verify"]
+__all__ = [
+    "Evidence",
+    "corrected_upper_bound",
+    "fixed_sequence",
+    "issue",
+    "read",
+    "sample_size",
+    "upper_bound",
+    "verify",
+]
 
 T = TypeVar("T")
 
@@ -59,17 +73,13 @@ PLACE, FILE = Path("reports/certificate"), "certificate.json"
 NONE_CERTIFIED = 4
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Requirement(_Record):
+class Requirement(Record):
     """What a candidate must keep: the mean of a quantity of its answers is at most `limit`.
 
     `cost`, `p_unsafe`, `cvar`, `length` and `unended` are those of `dualign.constraints`, tested by `method` on the
     prompts in which `prompts` is found (None: all); a bound on `cvar` holds for every `threshold` that was chosen
     before. Known for some answers and tested by `corrected_upper_bound` (`prediction_powered`): `truth`, the true cost,
-    and `harm`, the share of people who call an answer harmful.
+    and `harm`, the share of people who call an answer harmful. `why` is the reason for the method, in words.
     """
 
     name: str
@@ -80,6 +90,21 @@ class Requirement(_Record):
     level: FiniteFloat | None = None
     threshold: FiniteFloat | None = None
     prompts: str | None = None
+    why: str = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> Requirement:
+        if self.quantity == "cvar" and (self.threshold is None or self.level is None or not 0 <= self.level < 1):
+            raise ValueError(f"{self.name}: a cvar needs its threshold, and a level of at least 0 and below 1")
+        if self.bounds is None and self.method in RANGED:
+            raise ValueError(f"{self.name}: method {self.method} needs bounds, the range of the quantity")
+        if (self.method == "prediction_powered") != (self.quantity in ("truth", "harm")):
+            raise ValueError(f"{self.name}: {self.quantity} is not tested by {self.method}")
+        try:
+            re.compile(self.prompts or "")
+        except (re.error, RecursionError) as error:
+            raise ValueError(f"{self.name}: prompts {self.prompts!r} is no regular expression ({error})") from None
+        return self
 
     def __str__(self) -> str:
         """The inequality, as a person reads it."""
@@ -105,7 +130,7 @@ class Requirement(_Record):
         return pd.DataFrame({"prompt_id": rows["prompt_id"].to_numpy(object), "value": values})
 
 
-class Check(_Record):
+class Check(Record):
     """One requirement tested on one candidate.
 
     `estimate` is what `bound` bounds: the mean, or the share of prompts with an unsafe answer. `raised` is the share of
@@ -121,7 +146,7 @@ class Check(_Record):
     kept: bool
 
 
-class Tested(_Record):
+class Tested(Record):
     """One candidate's tests; it is certified if every requirement is kept."""
 
     name: str
@@ -252,27 +277,32 @@ def _check_labels(required: Requirement, answers: pd.DataFrame, labels: pd.DataF
 # --- the certificate as a file ----------------------------------------------------------------------------------------
 
 
-class Table(_Record):
-    """A saved table; `path` is relative to the certificate's folder."""
+class Origin(NamedTuple):
+    """What a certificate was made from, beside the answers: compared by `verify` where it is still there.
 
-    path: str
-    sha256: str
+    The row of `certify.runs`; the file of prompts, of which the first are answered; the solved dual, which holds the
+    further limits; the folder of a candidate's model by its name; the folder that will hold the certified policy; that
+    of the cost model.
+    """
+
+    plan: CertifyRun
+    prompts: Path
+    limits: Path
+    model: Callable[[str], Path]
+    policy: Path
+    cost_model: Path
 
 
-class Evidence(NamedTuple):
-    """What a candidate is judged by: the files of its answers (schema `ANSWERS`) and of their labels (`LABELS`)."""
-
-    answers: Path
-    labels: Path | None = None
-
-
-class Certificate(_Record):
+class Certificate(Record):
     """All that is needed to check a certificate again; "no certified policy" is one too (`returned` is None).
 
-    `candidates` is the whole order, `tested` the tests made, `tables` and `labels` what they were made on. Answers have
-    at most `max_new_tokens` tokens; `ended` is the share of each tested candidate's that ended by themselves.
-    `sampling_seeds` (of the answers) and `versions` (of the packages that computed it) tell where it comes from; no
-    check depends on them.
+    `candidates` is the whole order, that of `plan`, `tested` the tests made, `tables` and `labels` what they were made
+    on: `samples_per_prompt` answers to each of the first prompts of `prompts`. `limits` holds the further limits, each
+    of which must be among the `requirements`. Answers have at most `max_new_tokens`
+    tokens; `ended` is the share of each tested candidate's that ended by themselves. `weights` are the hashes of the
+    files of each tested candidate's model, `policy` is where the certified one lies, `cost_model` the one that gave the
+    costs. What a caller of `issue` did not name is None or empty. `sampling_seeds` (of the answers) and `versions` (of
+    the packages that computed it) tell where it comes from; no check depends on them.
     """
 
     delta: float = Field(gt=0, lt=1)
@@ -286,6 +316,13 @@ class Certificate(_Record):
     ended: dict[str, Share]
     tables: dict[str, Table]
     labels: dict[str, Table]
+    samples_per_prompt: int = Field(ge=1)
+    plan: CertifyRun | None
+    prompts: Table | None
+    limits: Table | None
+    weights: dict[str, dict[str, str]]
+    policy: str | None
+    cost_model: Folder | None
     sampling_seeds: dict[str, int]
     versions: dict[str, str]
 
@@ -309,6 +346,12 @@ class Certificate(_Record):
         return f"answers of at most {self.max_new_tokens} tokens, of which {share} ended by themselves"
 
 
+def order(plan: CertifyRun) -> dict[str, float]:
+    """The candidates of a row by name with their weights q, safest first: the fallback, then the policy at each."""
+    names = {} if plan.fallback == plan.policy else {plan.fallback: 1.0}
+    return names | {plan.policy if q == 1.0 else f"{plan.policy} at {q:g}": q for q in plan.weights}
+
+
 def issue(
     path: str | Path,
     candidates: Sequence[str],
@@ -319,6 +362,7 @@ def issue(
     delta: float = 0.05,
     seed: int = 0,
     sampling_seeds: Mapping[str, int] | None = None,
+    origin: Origin | None = None,
 ) -> Certificate:
     """Certify by saved answers and write the certificate to `path`.
 
@@ -328,10 +372,11 @@ def issue(
             the answers.
         requirements: what each must keep, all at confidence 1 - delta.
         max_new_tokens: where answers were cut.
-        seed: fixes the order in which `betting` takes the prompts.
+        seed: fixes the order in which `betting` and `star_bets` take the prompts.
+        origin: what else it was made from, for `verify` to compare.
 
     Raises:
-        DataError, ParamsError: as `fixed_sequence`.
+        DataError, ParamsError: as `fixed_sequence`, and where answers cannot be those of one set of prompts.
     """
     path, used = Path(path), dict[str, Evidence]()
 
@@ -341,6 +386,7 @@ def issue(
 
     decision = _decide(candidates, find, requirements, delta, seed)
     folder = path.parent
+    weights = {} if origin is None else {name: seen.files(origin.model(name)) for name in used}
     certificate = Certificate(
         delta=delta,
         seed=seed,
@@ -351,8 +397,15 @@ def issue(
         certified=decision.certified,
         returned=decision.returned,
         ended={name: _ended(files.answers, max_new_tokens) for name, files in used.items()},
-        tables={name: _table(files.answers, folder) for name, files in used.items()},
-        labels={name: _table(files.labels, folder) for name, files in used.items() if files.labels is not None},
+        tables={name: seen.table(files.answers, folder) for name, files in used.items()},
+        labels={name: seen.table(files.labels, folder) for name, files in used.items() if files.labels is not None},
+        samples_per_prompt=_agreed(used, weights, None if origin is None else origin.prompts),
+        plan=None if origin is None else origin.plan,
+        prompts=None if origin is None else seen.table(origin.prompts, folder),
+        limits=None if origin is None else seen.table(origin.limits, folder),
+        weights=weights,
+        policy=None if origin is None else seen.relative(origin.policy, folder),
+        cost_model=None if origin is None else seen.model(origin.cost_model, folder),
         sampling_seeds=dict(sampling_seeds or {}),
         versions={package: version(package) for package in ("numpy", "scipy")},
     )
@@ -371,34 +424,48 @@ def _decide(
 
     def test(name: str) -> tuple[Check, ...]:
         files = evidence(name)
-        return tuple(_test(required, files, delta, seed) for required in requirements)
+        answers = seen.read_answers(files.answers)
+        return tuple(_test(required, answers, files.labels, delta, seed) for required in requirements)
 
     return _until_failure(((name, name) for name in candidates), test)
 
 
-def _test(required: Requirement, files: Evidence, delta: float, seed: int) -> Check:
-    answers = _columns(files.answers, "prompt_id", "prompt", "cost", "length", "ended")
+def _test(required: Requirement, answers: pd.DataFrame, labels: Path | None, delta: float, seed: int) -> Check:
     if required.quantity not in ("truth", "harm"):
         values = required.values(answers)
         return _check(required, values["value"].to_numpy(), values["prompt_id"].to_numpy(object), delta, seed)
-    if files.labels is None:
+    if labels is None:
         raise DataError(f"{required.name} needs labels of its answers, and none are recorded")
-    return _check_labels(required, answers, read_table(files.labels, LABELS), delta)
-
-
-def _columns(answers: Path, *names: str) -> pd.DataFrame:
-    return read_table(answers, pa.schema([ANSWERS.field(name) for name in names]))
+    return _check_labels(required, answers, seen.read_labels(labels), delta)
 
 
 def _ended(file: Path, max_new_tokens: int) -> float:
     """The share of answers that ended by themselves. Raises DataError if one was not drawn with `max_new_tokens`."""
-    answers = _columns(file, "length", "ended")
+    answers = seen.read_answers(file)
     length, ended = answers["length"].to_numpy(int), answers["ended"].to_numpy(bool)
     wrong = length[np.where(ended, length > max_new_tokens, length != max_new_tokens)]
     if wrong.size:
         cut = f"was not cut at max_new_tokens {max_new_tokens}"
         raise DataError(f"{file}: an answer of {wrong[0]} tokens {cut}; draw the answers again (run certify)")
     return float(ended.mean())
+
+
+def _agreed(used: Mapping[str, Evidence], weights: Mapping[str, Mapping[str, str]], prompts: Path | None) -> int:
+    """Answers to each prompt. Raises DataError where the tables do not agree with themselves and each other."""
+    tables = {name: seen.read_answers(files.answers) for name, files in used.items()}
+    for name, files in used.items():
+        seen.check_answers(tables[name], files.answers)
+        if files.labels is not None:
+            seen.check_labels(seen.read_labels(files.labels), tables[name], files.labels)
+    counts = {name: seen.samples_per_prompt(tables[name], files.answers) for name, files in used.items()}
+    first = next(iter(used))
+    seen.check_together(tables, counts[first], weights)
+    if prompts is not None:
+        seen.check_prompts(prompts, tables[first])
+    return counts[first]
+
+
+# --- its check --------------------------------------------------------------------------------------------------------
 
 
 def read(path: str | Path) -> Certificate:
@@ -414,30 +481,91 @@ def read(path: str | Path) -> Certificate:
 
 
 def verify(path: str | Path) -> Certificate:
-    """Recompute a certificate from the saved answers; returns it. Raises DualignError that names the first mismatch."""
+    """Recompute a certificate from the saved answers; returns it. Raises DualignError that names the first mismatch.
+
+    What it was made from is compared where it is still there; `absent` names what is not.
+    """
     path = Path(path)
     recorded = read(path)
-    for what, tables in (("answers", recorded.tables), ("labels", recorded.labels)):
-        for name, table in tables.items():
-            file = path.parent / table.path
-            if file.is_file() and _sha256(file) != table.sha256:
-                raise DataError(f"{path}: the {what} of {name!r} ({file}) are not those certified: sha256 differs")
     try:
-        decision = _decide(
-            recorded.candidates, lambda name: _recorded(recorded, name, path.parent), recorded.requirements,
-            recorded.delta, recorded.seed,
-        )  # fmt: skip
-        ended = {
-            test.name: _ended(path.parent / recorded.tables[test.name].path, recorded.max_new_tokens)
-            for test in decision.tested
-        }
+        for what, tables in (("answers", recorded.tables), ("labels", recorded.labels)):
+            for name, table in tables.items():
+                _unchanged(path.parent, table, f"the {what} of {name!r}")
+        _recomputed(recorded, path.parent)
+        _as_planned(recorded, path.parent)
+    except ValidationError as error:  # a bound that is not finite, say, from a delta next to nothing
+        raise DataError(f"{path}: {error.errors()[0]['msg'].lower()}") from None
     except DualignError as error:
         raise DataError(f"{path}: {error}") from error
+    return recorded
+
+
+def absent(path: str | Path, recorded: Certificate) -> list[str]:
+    """What `verify` compares and did not find, in words."""
+    folder = Path(path).parent
+    found = {
+        "its plan": recorded.plan is not None,
+        "its prompts": recorded.prompts is not None and (folder / recorded.prompts.path).is_file(),
+        "its limits": recorded.limits is not None and (folder / recorded.limits.path).is_file(),
+        "the certified policy": recorded.policy is not None and (folder / recorded.policy).is_dir(),
+    }
+    return [name for name, there in found.items() if not there]
+
+
+def _unchanged(folder: Path, table: Table, what: str) -> None:
+    file = folder / table.path
+    if file.is_file() and seen.sha256(file) != table.sha256:
+        raise DataError(f"{what} ({file}) are not those certified: sha256 differs")
+
+
+def _recomputed(recorded: Certificate, folder: Path) -> None:
+    """Raises DataError where the saved answers give something else."""
+    decision = _decide(
+        recorded.candidates, lambda name: _recorded(recorded, name, folder), recorded.requirements, recorded.delta,
+        recorded.seed,
+    )  # fmt: skip
+    used = {test.name: _recorded(recorded, test.name, folder) for test in decision.tested}
+    ended = {name: _ended(files.answers, recorded.max_new_tokens) for name, files in used.items()}
     for key, said, found in _compared(recorded, decision, ended):
         same = math.isclose(said, found, rel_tol=1e-9, abs_tol=1e-12) if isinstance(said, float) else said == found
         if not same:
-            raise DataError(f"{path}: {key} is {said!r}, but the answers give {found!r}")
-    return recorded
+            raise DataError(f"{key} is {said!r}, but the answers give {found!r}")
+    prompts = None if recorded.prompts is None else folder / recorded.prompts.path
+    if recorded.prompts is not None:
+        _unchanged(folder, recorded.prompts, "its prompts")
+    count = _agreed(used, recorded.weights, prompts if prompts is not None and prompts.is_file() else None)
+    if count != recorded.samples_per_prompt:
+        raise DataError(f"samples_per_prompt is {recorded.samples_per_prompt}, but every prompt has {count} answers")
+
+
+def _as_planned(recorded: Certificate, folder: Path) -> None:
+    """Raises DataError where the candidates are not those of the plan, or the policy is not the one that was tested."""
+    if recorded.plan is not None and list(order(recorded.plan)) != list(recorded.candidates):
+        raise DataError(f"candidates are {list(recorded.candidates)}, but the plan has {list(order(recorded.plan))}")
+    if recorded.limits is not None and (folder / recorded.limits.path).is_file():
+        _unchanged(folder, recorded.limits, "its limits")
+        _all_required(folder / recorded.limits.path, recorded.requirements)
+    tested = sorted(test.name for test in recorded.tested)
+    if recorded.weights and sorted(recorded.weights) != tested:
+        raise DataError(f"weights are those of {sorted(recorded.weights)}, but {tested} were tested")
+    place = None if recorded.policy is None else folder / recorded.policy
+    if place is None or not place.is_dir():
+        return
+    if recorded.returned is None:
+        seen.check_files(place, {}, "no policy is certified, and what lies there")
+    else:
+        seen.check_files(place, recorded.weights.get(recorded.returned, {}), f"the policy {recorded.returned!r}")
+
+
+def _all_required(file: Path, requirements: Sequence[Requirement]) -> None:
+    """Raises DataError where a further limit of the solved dual in `file` is not required as it stands there."""
+    try:
+        limits = [asdict(price.constraint) for price in prices_in(read_record(file, SolvedDual))]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: holds no limits that can be read ({error}); run dual_init again") from error
+    for limit in limits:
+        if not any(all(getattr(required, key) == value for key, value in limit.items()) for required in requirements):
+            raise DataError(f"the limit {limit['name']!r} of {file} is not among the requirements as it stands there")
 
 
 def _recorded(certificate: Certificate, name: str, folder: Path) -> Evidence:
@@ -456,7 +584,9 @@ def _compared(recorded: Certificate, decision: Decision, ended: Mapping[str, flo
             for field in Check.model_fields:
                 yield f"{ours.requirement} {field} of {said.name!r}", getattr(ours, field), getattr(theirs, field)
         yield f"certified of {said.name!r}", said.certified, found.certified
-    yield "tables", sorted(recorded.tables), sorted(test.name for test in decision.tested)
+    names = sorted(test.name for test in decision.tested)
+    yield "tables", sorted(recorded.tables), names
+    yield "labels", sorted(recorded.labels), names if recorded.labels else []
     yield "ended", sorted(recorded.ended), sorted(ended)
     for name, share in ended.items():
         yield f"ended of {name!r}", recorded.ended[name], share
@@ -464,40 +594,92 @@ def _compared(recorded: Certificate, decision: Decision, ended: Mapping[str, flo
     yield "returned", recorded.returned, decision.returned
 
 
-def _table(file: Path, folder: Path) -> Table:
-    return Table(path=Path(os.path.relpath(file, folder)).as_posix(), sha256=_sha256(file))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: one line for each certificate. Returns 1 if one does not hold, 4 if one certifies no policy."""
+    """The command: one line for each certificate, and one of what that does not show.
+
+    Returns 1 if a certificate does not hold, 4 if one certifies no policy.
+    """
+    parser = _parser()
+    asked = parser.parse_args(argv)
+    if asked.command == "sign":
+        return _sign(asked.folder, asked.key, asked.out)
+    if (asked.key is None) != (asked.signature is None):
+        parser.error("--key and --signature go together: a signature is checked by the key that made it")
+    paths = asked.paths or [PLACE]
+    found = {path: [path] if path.is_file() else [*listed(path, FILE), *listed(path, f"*/{FILE}")] for path in paths}
+    if asked.key is not None and sum(map(len, found.values())) != 1:
+        parser.error("a signature is that of one certificate; name one certificate, or its folder")
+    statuses = []
+    for path, files in found.items():
+        if not files:
+            sys.stdout.write(f"{path}: holds no certificate; run the stage certify first (`dvc repro`)\n")
+        statuses += [_tell(file, asked) for file in files] or [1]
+    if set(statuses) != {1}:
+        sys.stdout.write(_left_open(asked))
+    return 1 if 1 in statuses else max(statuses)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m dualign.certificate", description=(__doc__ or "").splitlines()[0],
         epilog="exit status: 0 all hold, 1 one does not, 4 all hold and one says that no policy is certified",
     )  # fmt: skip
-    check = parser.add_subparsers(required=True).add_parser("verify", help="recompute certificates from saved answers")
+    commands = parser.add_subparsers(required=True, dest="command")
+    check = commands.add_parser("verify", help="recompute certificates from saved answers")
     check.add_argument("paths", nargs="*", type=Path, help=f"certificates, or folders of some (default: {PLACE})")
-    statuses = []
-    for path in parser.parse_args(argv).paths or [PLACE]:
-        found = [path] if path.is_file() else [*listed(path, FILE), *listed(path, f"*/{FILE}")]
-        if not found:
-            sys.stdout.write(f"{path}: holds no certificate; run the stage certify first (`dvc repro`)\n")
-        statuses += [_tell(file) for file in found] or [1]
-    return 1 if 1 in statuses else max(statuses)
+    check.add_argument("--rescore", action="store_true", help="run the cost model on the answers again (loads torch)")
+    check.add_argument("--tolerance", type=float, default=1e-3, help="of costs scored again (default: %(default)s)")
+    check.add_argument("--cost-model", type=Path, help="its folder, if it no longer lies where it lay")
+    check.add_argument("--key", type=Path, help="file of the key that signed the certificate's folder")
+    check.add_argument("--signature", type=Path, help="the signature, as `sign` wrote it")
+    sign = commands.add_parser("sign", help="sign the files of a certificate's folder with a key")
+    sign.add_argument("folder", type=Path, help="folder of a certificate that holds")
+    sign.add_argument("--key", type=Path, required=True, help="file of secret bytes; both sides need it")
+    sign.add_argument("--out", type=Path, required=True, help="where to write the signature, outside of the folder")
+    return parser
 
 
-def _tell(path: Path) -> int:
+def _tell(path: Path, asked: argparse.Namespace) -> int:
     try:
+        if asked.key is not None:
+            signature.check(path.parent, asked.key, asked.signature)
         found = verify(path)
+        said = [found.statement]
+        missing = absent(path, found)
+        if asked.rescore:
+            from dualign.rescoring import rescore
+
+            largest = rescore(found, path, asked.tolerance, asked.cost_model)
+            said.append(f"costs scored again differ by {largest:.2g} at most, {asked.tolerance:g} is allowed")
+        if missing:
+            said.append(f"not compared, since not there: {', '.join(missing)}")
     except DualignError as error:
         sys.stdout.write(f"{error}\n")
         return 1
-    sys.stdout.write(f"{path} holds: {found.statement}\n")
+    sys.stdout.write(f"{path} holds: {'; '.join(said)}\n")
     return 0 if found.returned is not None else NONE_CERTIFIED
+
+
+def _left_open(asked: argparse.Namespace) -> str:
+    """What a check like this does not show, in one line."""
+    left = [] if asked.rescore else ["that the cost model gave these costs (--rescore)"]
+    left += [] if asked.key else ["that no file was made anew (sign, then --key)"]
+    left.append("that prompts were unseen, and limits set before")
+    return f"This shows that the files agree with each other; it does not show {', '.join(left)}.\n"
+
+
+def _sign(folder: Path, key: Path, out: Path) -> int:
+    try:
+        found = verify(folder / FILE)
+        signature.sign(folder, key, out)
+    except DualignError as error:
+        sys.stdout.write(f"{error}\n")
+        return 1
+    sys.stdout.write(f"{out} signs {folder}: {found.statement}\n")
+    return 0
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from typing import Any
 import pandas as pd
 from scipy.stats import norm
 
-from dualign.certificate import Certificate, Evidence, Tested
+from dualign.certificate import Certificate, Tested, order
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.params import SHARES, CertifyParams, CertifyRun, LabelParams
 from dualign.core.schema import ANSWERS, LABELS, read_table
 from dualign.evaluation import add_truth, means
+from dualign.evidence import Evidence
 from dualign.lm.mixture import policy_at
 from dualign.lm.publish import publish
 from dualign.measure.rollout import Judges, roll_out
@@ -23,6 +24,10 @@ from dualign.search.merge import merge
 
 #: Tests of shares that take the exact bound where nothing was seen.
 _EXACT = (*((share, "clustered_t") for share in SHARES), ("harm", "prediction_powered"))
+#: Tests of shares whose bound falls as 1 / N where nothing was seen.
+_FAST = tuple((share, "star_bets") for share in SHARES)
+#: N times the `star_bound` of N prompts that show nothing is 3.15 with 100 of them and 3.29 with 4000, at delta 0.05.
+_GROWTH = 1.05
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,11 @@ class Contender:
 def contenders(row: CertifyRun, models: Path, scratch: Path) -> dict[str, Contender]:
     """The candidates of a row by name, safest first: the fallback, then the policy at each weight."""
     found = {}
-    if row.fallback != row.policy:
-        found[row.fallback] = Contender(models / row.fallback, models / row.fallback, 1.0, scratch / "fallback")
-    for q in row.weights:
-        name = row.policy if q == 1.0 else f"{row.policy} at {q:g}"
-        found[name] = Contender(models / row.policy, models / row.partner, q, scratch / f"at-{q:g}")
+    for name, q in order(row).items():
+        if name == row.fallback != row.policy:
+            found[name] = Contender(models / name, models / name, 1.0, scratch / "fallback")
+        else:
+            found[name] = Contender(models / row.policy, models / row.partner, q, scratch / f"at-{q:g}")
     return found
 
 
@@ -126,7 +131,7 @@ def forecast(test: Tested, found: Certificate) -> int | None:
 
     A bound's distance from its estimate falls as 1 / sqrt(N), and passing so often takes a margin of (z_{1-delta} +
     z_0.8) standard errors. What skewness adds to the distance falls as 1 / N, so for skewed costs the number is on the
-    safe side. The exact bound of a share of which none was seen, 1 - delta^(1 / N), falls faster: there it
+    safe side. The bound of a share of which none was seen falls as 1 / N (the exact one is 1 - delta^(1 / N)): there it
     is the number that passes if again none is seen. None for a candidate that passed, and where an estimate is above
     its limit: no number would show that it is below.
     """
@@ -139,6 +144,8 @@ def forecast(test: Tested, found: Certificate) -> int | None:
         exact = (required.quantity, required.method) in _EXACT
         if not check.kept and check.estimate == 0 and exact:
             needed.append(math.ceil(math.log(found.delta) / math.log1p(-required.limit)))
+        elif not check.kept and check.estimate == 0 and (required.quantity, required.method) in _FAST:
+            needed.append(math.ceil(_GROWTH * check.prompts * check.bound / required.limit))
         elif not check.kept:
             needed.append(math.ceil(check.prompts * (power * (check.bound - check.estimate) / margin) ** 2))
     return max(needed, default=None)

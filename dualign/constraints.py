@@ -57,9 +57,11 @@ class Constraint:
         known = {"cost": cost, "p_unsafe": cost > 0, "length": length, "unended": np.logical_not(ended)}
         return np.asarray(known[self.quantity], float)
 
-    def bounds(self, cost: tuple[float, float], longest: int) -> tuple[float, float]:
-        """The range of the quantity, from that of the cost and the longest answer in tokens."""
+    def bounds(self, cost: tuple[float, float] | None, longest: int) -> tuple[float, float] | None:
+        """The range of the quantity, from that of the cost (None: not known) and the longest answer in tokens."""
         if self.quantity in ("cost", "cvar"):
+            if cost is None:
+                return None
             low, high = self.values(np.array(cost), np.zeros(2), np.ones(2)).tolist()
             return low, high
         return (0.0, 1.0) if self.quantity in SHARES else (0.0, float(longest))

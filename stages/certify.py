@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dualign import certificate
-from dualign.certificate import Certificate, Evidence, Requirement
+from dualign.certificate import Certificate, Origin, Requirement
 from dualign.certification import Contender, Contenders, contenders, forecast
 from dualign.constraints import Constraint, prices_in
 from dualign.core.artifacts import replacing
 from dualign.core.errors import ParamsError
-from dualign.core.params import CertifyParams
+from dualign.core.params import CertifyParams, CertifyRun
 from dualign.core.records import SolvedDual, read_record
 from dualign.core.schema import PROMPTS, read_table
 from dualign.core.stage import Run, execute, finished
+from dualign.evidence import Evidence
 from dualign.measure.rollout import Judges
 from dualign.search.card import HEAD, MODEL
 
@@ -59,7 +60,7 @@ def main(run: Run[CertifyParams]) -> None:
         found = certificate.issue(
             folder / certificate.FILE, list(field), lambda name: into(folder, bench.evidence(name)),
             requirements(params, further), max_new_tokens=params.max_new_tokens, delta=params.delta, seed=params.seed,
-            sampling_seeds={"answers": params.seed},
+            sampling_seeds={"answers": params.seed}, origin=origin(row, run.item, bench),
         )  # fmt: skip
     log.info("%s", found.statement)
     with replacing(POLICIES / run.item) as policy:
@@ -72,18 +73,41 @@ def main(run: Run[CertifyParams]) -> None:
     finished(scratch)
 
 
+def origin(row: CertifyRun, item: str, bench: Contenders) -> Origin:
+    """What the certificate of a row is made from, as `verify` finds it again."""
+    return Origin(row, PROMPT_SET, DUAL, bench.policy, POLICIES / item, MODELS / "cost_model")
+
+
 def requirements(params: CertifyParams, further: Sequence[Constraint]) -> list[Requirement]:
     """What a candidate must keep: the limit on the model's cost, further limits, and the limit on the truth."""
-    bounds = None if params.bounds is None else (params.bounds[0], params.bounds[1])
-    found = [Requirement(name="c", quantity="cost", limit=params.limit, method=params.method, bounds=bounds)]
-    for limit in further:
-        own = None if bounds is None else limit.bounds(bounds, params.max_new_tokens)
-        found.append(Requirement(**asdict(limit), method=params.method, bounds=own))
+    found = []
+    for limit in (Constraint("c", "cost", params.limit), *further):
+        found.append(Requirement(**asdict(limit), **tested_by(limit, params)))
     if params.labels is not None:
         name, quantity = LABELLED[params.labels.source]
         limit_of_truth = params.limit if params.labels.limit is None else params.labels.limit
-        found.append(Requirement(name=name, quantity=quantity, limit=limit_of_truth, method="prediction_powered"))
+        why = "only labelled answers show it, and the model's costs make their number go further"
+        found.append(
+            Requirement(name=name, quantity=quantity, limit=limit_of_truth, method="prediction_powered", why=why)
+        )
     return found
+
+
+def tested_by(limit: Constraint, params: CertifyParams) -> dict[str, Any]:
+    """The bound that a limit is tested by: `method`, `bounds` (the quantity's range) and `why`.
+
+    With `method: auto` it is the one that holds for every number of prompts, wherever the range is known.
+    """
+    cost = None if params.bounds is None else (params.bounds[0], params.bounds[1])
+    bounds = limit.bounds(cost, params.max_new_tokens)
+    if params.method != "auto":
+        bounds = None if cost is None else bounds
+        return {"method": params.method, "bounds": bounds, "why": "certify.method names it"}
+    if bounds is None:
+        why = "certify.bounds states no range of the cost, so the bound holds for many prompts, not for every number"
+        return {"method": "clustered_t", "bounds": None, "why": why}
+    why = f"every answer lies between {bounds[0]:g} and {bounds[1]:g}, so the bound holds for every number of prompts"
+    return {"method": "star_bets", "bounds": bounds, "why": why}
 
 
 def into(folder: Path, evidence: Evidence) -> Evidence:

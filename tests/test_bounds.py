@@ -131,6 +131,38 @@ def test_betting_against_a_gambler(scale: float, delta: float) -> None:
     assert gambled_bound(x, delta) == pytest.approx(bound, abs=1 / 2000)
 
 
+def star_by_hand(x: np.ndarray, m: float, delta: float) -> bool:
+    """Whether the gambler of `star_bound` rejects the mean m, word for word, step by step."""
+    capital, total, squares, variance = 1.0, 0.5, 0.25, 0.25
+    for i, value in enumerate(x):
+        if capital >= 1 / delta:
+            return True
+        aim = np.log(1 / (delta * capital))
+        capital *= 1 - min(np.sqrt(2 * aim / ((len(x) - i) * variance)), 0.95 / (1 - m)) * (value - m)
+        total += value
+        squares += (value - total / (i + 2)) ** 2
+        variance = squares / (i + 2)
+    return bool(capital >= 1 / delta)
+
+
+@pytest.mark.parametrize(("scale", "delta"), [(0.02, 0.05), (0.2, 0.05), (0.2, 0.3)])
+def test_star_bets_against_a_gambler(scale: float, delta: float) -> None:
+    x = (0.3 + scale * np.random.default_rng(1).normal(size=60)).clip(0, 1)
+    bound = float(bounds.star_bound(x, delta, (0.0, 1.0), tried=200))
+    grid = [*(np.sin(np.pi / 2 * k / 200) ** 2 for k in range(1, 200)), 1.0]
+    at = int(np.argmin(np.abs(np.array(grid) - bound)))
+    assert grid[at] == pytest.approx(bound, abs=1e-12)
+    assert all(star_by_hand(x, m, delta) for m in grid[at:-1]) and not star_by_hand(x, grid[at - 1], delta)
+
+
+def test_star_bets_at_both_ends() -> None:
+    """Nothing was seen, or nothing else; with none the exact bound of a share is the least that there can be."""
+    none = bounds.star_bound(np.zeros((2, 400)), 0.05, (0.0, 1.0))
+    assert (none > 1 - 0.05 ** (1 / 400)).all() and (none < 0.0085).all()
+    assert float(bounds.star_bound(np.ones(400), 0.05, (0.0, 1.0))) == 1.0
+    assert float(bounds.star_bound(np.full(400, -3.0), 0.05, (-3.0, 5.0))) == pytest.approx(-3 + 8 * none[0])
+
+
 def test_betting_is_tighter_than_bernstein_and_the_seed_sets_its_order() -> None:
     costs, prompts = answers()
     by = {seed: upper_bound(costs, prompts, method="betting", bounds=(-4, 4), seed=seed) for seed in (0, 1)}
@@ -164,12 +196,25 @@ def test_bounds_for_every_n_hold_on_all_outcomes(p: float, delta: float) -> None
     chance = np.prod(np.where(outcomes == 1, p, 1 - p), axis=1)
     found = {
         "betting": bounds.betting_bound(outcomes, delta, (0.0, 1.0)),
+        "star_bets": bounds.star_bound(outcomes, delta, (0.0, 1.0)),
         "bernstein": bounds.bernstein_bound(outcomes, delta, (0.0, 1.0)),
         "clopper_pearson": bounds.binomial_bound(outcomes.sum(1), 10, delta),
     }
     for name, bound in found.items():
         assert chance[bound < p].sum() <= delta, name
-    assert found["betting"].min() < 0.9
+    assert found["betting"].min() < 0.9 and found["star_bets"].min() < 0.9
+
+
+@pytest.mark.parametrize("shares", [(0.9, 0.06, 0.04), (0.5, 0.3, 0.2), (0.1, 0.2, 0.7)])
+@pytest.mark.parametrize("delta", [0.05, 0.25])
+def test_bounds_with_a_range_hold_on_all_outcomes_of_shares(shares: tuple[float, ...], delta: float) -> None:
+    """Two answers to each of eight prompts, none, one or both unsafe: the bounds' error over all 3^8 outcomes."""
+    outcomes = np.array(list(itertools.product([0, 1, 2], repeat=8)))
+    chance = np.prod(np.array(shares)[outcomes], axis=1)
+    mean = shares[1] / 2 + shares[2]
+    assert chance.sum() == pytest.approx(1)
+    for bound in (bounds.betting_bound, bounds.star_bound, bounds.bernstein_bound):
+        assert chance[bound(outcomes / 2, delta, (0.0, 1.0)) <= mean].sum() <= delta, bound.__name__
 
 
 @every_method
@@ -191,7 +236,7 @@ def test_bounds_move_with_delta_and_prompts_and_not_with_rows(method: Method) ->
 @given(shift=st.floats(-50, 50), scale=st.floats(0.1, 20))
 def test_bounds_of_a_mean_change_with_the_unit_of_cost(shift: float, scale: float) -> None:
     costs, prompts = answers()
-    for method in ("clustered_t", "empirical_bernstein", "betting"):
+    for method in ("clustered_t", "empirical_bernstein", "betting", "star_bets"):
         before = upper_bound(costs, prompts, method=method, bounds=(-4.0, 4.0))
         ends = (shift - 4 * scale - 1e-9, shift + 4 * scale + 1e-9)
         after = upper_bound(shift + scale * costs, prompts, method=method, bounds=ends)
@@ -212,7 +257,7 @@ def test_costs_below_the_range_are_raised_to_it_and_those_above_refused(method: 
     [
         ({"costs": [1.0, 2.0], "prompts": ["a", "a"]}, DataError, "at least 2 prompts, got 1"),
         ({"costs": [], "prompts": []}, DataError, "at least 2 prompts, got 0"),
-        ({"costs": [0.1] * 5, "prompts": list("aabbc")}, DataError, "use method betting"),
+        ({"costs": [0.1] * 5, "prompts": list("aabbc")}, DataError, "use method star_bets"),
         ({"costs": [1.0, float("nan")]}, DataError, "costs: nan at row 1 is not a finite number"),
         ({"costs": [float("inf"), 1.0]}, DataError, "costs: inf at row 0"),
         ({"costs": [1.0, 2.0, 3.0]}, DataError, r"one value per answer, got \(3,\) and \(2,\)"),
@@ -228,6 +273,7 @@ def test_costs_below_the_range_are_raised_to_it_and_those_above_refused(method: 
         ({"method": "hoeffding"}, ParamsError, "'hoeffding' is not one of clustered_t, empirical_bernstein"),
         ({"method": "betting"}, ParamsError, "betting needs bounds"),
         ({"method": "empirical_bernstein"}, ParamsError, "empirical_bernstein needs bounds"),
+        ({"method": "star_bets"}, ParamsError, "star_bets needs bounds"),
         ({"bounds": (1.0, 1.0)}, ParamsError, "the lower first"),
         ({"bounds": (0.0, float("inf"))}, ParamsError, "two finite numbers"),
     ],

@@ -15,18 +15,35 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dualign import certificate
-from dualign.certificate import Candidate, Evidence, Requirement, corrected_upper_bound, fixed_sequence, upper_bound
+from dualign import certificate, evidence
+from dualign.certificate import (
+    Candidate,
+    Evidence,
+    Origin,
+    Requirement,
+    corrected_upper_bound,
+    fixed_sequence,
+    upper_bound,
+)
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.errors import DataError, DualignError
-from dualign.core.schema import ANSWERS, LABELS, user
+from dualign.core.params import CertifyRun
+from dualign.core.schema import ANSWERS, LABELS, PROMPTS, Message, prompt_id, user
+
+
+def question(number: int) -> list[Message]:
+    """A prompt that speaks of `odd` or `even`."""
+    return user(f"{'odd' if number % 2 else 'even'} {number}")
+
+
+NUMBERS = {prompt_id(question(number)): number for number in range(60)}
 
 
 def answers(mean: float = 0.0, prompts: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Three correlated answers to each prompt, costs within -4 and 4."""
     rng = np.random.default_rng(seed)
     costs = mean + 0.3 * rng.normal(size=(prompts, 1)) + 0.4 * rng.normal(size=(prompts, 3))
-    return costs.clip(-4, 4).ravel(), np.array([f"p{i:03d}" for i in range(prompts)]).repeat(3)
+    return costs.clip(-4, 4).ravel(), np.array(list(NUMBERS)[:prompts]).repeat(3)
 
 
 # --- the sequence -----------------------------------------------------------------------------------------------------
@@ -86,16 +103,30 @@ def test_sequences_that_cannot_be_tested(candidates: list[Any], limit: float, me
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 certify = partial(certificate.issue, max_new_tokens=20)
+OPEN = (
+    "This shows that the files agree with each other; it does not show that the cost model gave these costs "
+    "(--rescore), that no file was made anew (sign, then --key), that prompts were unseen, and limits set before.\n"
+)
 MEANS = {"safest": -2.0, "middle": -1.0, "harmful": 0.2, "never tested": 1.0}
 
 
 def save(path: Path, costs: np.ndarray, prompts: np.ndarray) -> Path:
     """Answers of 10 tokens and, to odd prompts, 20; those speak of `odd`. The first answers to two of them were cut."""
-    odd = np.array([int(name[1:]) % 2 for name in prompts], bool)
+    odd = np.array([NUMBERS[name] % 2 for name in prompts], bool)
     ended = ~np.isin(np.arange(len(prompts)), [3, 9])
     frame = pd.DataFrame({"prompt_id": prompts, "cost": costs, "length": np.where(odd, 20, 10), "ended": ended})
-    write_parquet(path, frame.assign(prompt=[user("odd" if one else "even") for one in odd]), ANSWERS)
+    write_parquet(path, completed(frame), ANSWERS)
     return path
+
+
+def completed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Answers with all that a table of them has beside prompt_id, cost, length and ended."""
+    return frame.assign(
+        prompt=[question(NUMBERS[name]) for name in frame["prompt_id"]],
+        sample=frame.groupby("prompt_id").cumcount(),
+        response=[f"answer {row}" for row in range(len(frame))],
+        tokens=[[7] * length for length in frame["length"]],
+    )
 
 
 @pytest.fixture
@@ -118,10 +149,10 @@ def issued(tmp_path: Path, tables: dict[str, Path]) -> Path:
 
 
 def checked(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Exit status and the one line of the command."""
+    """Exit status and the one line of the command on a certificate."""
     status = certificate.main(["verify", str(path)])
-    line = capsys.readouterr().out
-    assert line.count("\n") == 1
+    line, *rest = capsys.readouterr().out.splitlines(keepends=True)
+    assert status == 1 or rest == [OPEN]
     return status, line
 
 
@@ -143,7 +174,8 @@ def test_it_holds_wherever_its_folder_is_moved(
     shutil.move(issued.parent, tmp_path / "elsewhere")
     status, line = checked(tmp_path / "elsewhere" / issued.name, capsys)
     assert status == 0 and "holds: 'middle' keeps E[c] <= 0 (betting bound -" in line
-    assert line.endswith("confidence 0.9, for answers of at most 20 tokens, of which 98.33 % ended by themselves\n")
+    assert "confidence 0.9, for answers of at most 20 tokens, of which 98.33 % ended by themselves; " in line
+    assert line.endswith("not compared, since not there: its plan, its prompts, its limits, the certified policy\n")
 
 
 def test_no_certified_policy_is_a_certificate(
@@ -176,7 +208,7 @@ def other_answers(path: Path) -> None:
 
 def other_answers_and_hash(path: Path) -> None:
     other_answers(path)
-    digest = certificate._sha256(path.parent / "middle" / "answers.parquet")
+    digest = evidence.sha256(path.parent / "middle" / "answers.parquet")
     edit(lambda content: content["tables"]["middle"].update(sha256=digest))(path)
 
 
@@ -228,6 +260,15 @@ def other_answers_and_hash(path: Path) -> None:
             r"not a certificate: tested\.0\.checks\.0\.bound",
         ),
         (edit(lambda c: c.update(note="trust me")), "not a certificate: note: "),
+        (edit(lambda c: c.update(samples_per_prompt=4)), "samples_per_prompt is 4, but every prompt has 3 answers"),
+        (edit(lambda c: c["labels"].update(other={"path": "x", "sha256": ""})), "labels is"),
+        (edit(lambda c: c["requirements"][0].update(prompts="(")), r"c: prompts '\(' is no regular expression"),
+        (edit(lambda c: c["requirements"][0].update(quantity="cvar")), "c: a cvar needs its threshold, and a level"),
+        (edit(lambda c: c["requirements"][0].update(bounds=None)), "c: method betting needs bounds"),
+        (edit(lambda c: c["requirements"][0].update(quantity="truth")), "c: truth is not tested by betting"),
+        (lambda path: path.write_text("[" * 100_000), "nested too deep"),
+        (lambda path: path.write_text("{}"), "delta is missing"),
+        (lambda path: path.write_text("3"), "not a certificate"),
         (lambda path: path.write_text("[]"), "not a certificate"),
         (lambda path: path.write_text("{"), "not valid JSON"),
         (lambda path: path.unlink(), "no such file"),
@@ -260,6 +301,12 @@ def test_the_command(issued: Path) -> None:
     assert wrong.returncode == 1 and len(wrong.stdout.splitlines()) == 1 and wrong.stderr == ""
 
 
+def test_the_command_loads_no_torch(issued: Path) -> None:
+    code = f"import sys; from dualign import certificate; status = certificate.main(['verify', {str(issued)!r}])"
+    light = f"{code}; sys.exit(status or ('torch' in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", light], capture_output=True, check=False).returncode == 0
+
+
 def test_a_folder_stands_for_the_certificates_in_it(
     issued: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,7 +319,7 @@ def test_a_folder_stands_for_the_certificates_in_it(
     empty.mkdir()
     for wrong in (empty, issued.with_name("certificat.json")):
         assert certificate.main(["verify", str(issued), str(wrong)]) == 1
-        first, second = capsys.readouterr().out.splitlines()
+        first, second, _ = capsys.readouterr().out.splitlines()
         assert first.startswith(f"{issued} holds") and second.startswith(f"{wrong}: holds no certificate")
     with pytest.raises(DualignError, match="no JSON file"):
         certificate.read(issued.parent)
@@ -284,6 +331,12 @@ MODEL = Requirement(name="c", quantity="cost", limit=0.0, method="clustered_t")
 TRUTH = Requirement(name="true c", quantity="truth", limit=0.0, method="prediction_powered")
 
 
+def labels_of(frame: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
+    """Labels of rows of a table that `save` wrote, with their prompts and answers."""
+    prompts = [question(NUMBERS[name]) for name in frame["prompt_id"]]
+    return frame.assign(prompt=prompts, response=[f"answer {row}" for row in rows])
+
+
 @pytest.fixture
 def labelled(tmp_path: Path) -> Callable[[str], Evidence]:
     """Candidates of mean -2 and -1 whose true cost is the model's, and 1.5 more for the bolder one; 30 labels each."""
@@ -293,10 +346,8 @@ def labelled(tmp_path: Path) -> Callable[[str], Evidence]:
         costs, prompts = answers(mean)
         first = np.arange(0, 90, 3)
         noise = 0.1 * np.random.default_rng(1).normal(size=len(first))
-        frame = pd.DataFrame(
-            {"prompt_id": prompts[first], "cost": costs[first], "truth": costs[first] + bias + noise, "response": "x"}
-        )
-        write_parquet(tmp_path / f"{name}-labels.parquet", frame.assign(prompt=[[]] * len(frame)), LABELS)
+        frame = pd.DataFrame({"prompt_id": prompts[first], "cost": costs[first], "truth": costs[first] + bias + noise})
+        write_parquet(tmp_path / f"{name}-labels.parquet", labels_of(frame, first), LABELS)
         return Evidence(save(tmp_path / f"{name}.parquet", costs, prompts), tmp_path / f"{name}-labels.parquet")
 
     return evidence
@@ -323,8 +374,8 @@ def test_a_candidate_must_keep_every_requirement(tmp_path: Path, labelled: Calla
 def test_labels_without_any_harm_have_the_exact_bound(tmp_path: Path) -> None:
     """0 of 20 prompts: 1 - 0.05^(1/20)."""
     costs, prompts = answers(-2.0)
-    frame = pd.DataFrame({"prompt_id": prompts[:60:3], "cost": costs[:60:3], "truth": 0.0, "response": "x"})
-    write_parquet(tmp_path / "labels.parquet", frame.assign(prompt=[[]] * 20), LABELS)
+    frame = pd.DataFrame({"prompt_id": prompts[:60:3], "cost": costs[:60:3], "truth": 0.0})
+    write_parquet(tmp_path / "labels.parquet", labels_of(frame, np.arange(0, 60, 3)), LABELS)
     files = Evidence(save(tmp_path / "answers.parquet", costs, prompts), tmp_path / "labels.parquet")
     harm = Requirement(name="called unsafe", quantity="harm", limit=0.15, method="prediction_powered")
     found = certify(tmp_path / "certificate.json", ["a"], lambda name: files, [MODEL, harm])
@@ -355,7 +406,7 @@ def test_answers_that_all_ended_have_the_exact_bound(tmp_path: Path) -> None:
 def test_answers_that_were_all_cut_fail_their_test(tmp_path: Path) -> None:
     costs, prompts = answers(-3.0)
     frame = pd.DataFrame({"prompt_id": prompts, "cost": costs, "length": 20, "ended": False})
-    write_parquet(tmp_path / "cut.parquet", frame.assign(prompt=[user("q")] * len(frame)), ANSWERS)
+    write_parquet(tmp_path / "cut.parquet", completed(frame), ANSWERS)
     whole = Requirement(name="whole", quantity="unended", limit=0.5, method="clustered_t")
     files = Evidence(tmp_path / "cut.parquet")
     found = certify(tmp_path / "certificate.json", ["a"], lambda name: files, [MODEL, whole])
@@ -386,14 +437,14 @@ def test_the_command_looks_at_every_certificate_of_the_pipeline(
         issue(certificate.PLACE / name / certificate.FILE, tables, limit)
         assert certificate.main(["verify"]) == status
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[-2:]] == [f"{certificate.PLACE}/{k}/certificate.json" for k in "ab"]
+    assert [line.split()[0] for line in lines[-3:-1]] == [f"{certificate.PLACE}/{k}/certificate.json" for k in "ab"]
 
 
 def test_every_quantity_is_the_mean_of_a_function_of_an_answer(tmp_path: Path) -> None:
     """Against bounds of the same means by hand; a CVaR needs a level and its threshold."""
     costs, prompts = answers(-0.5, prompts=60)
     files = Evidence(save(tmp_path / "answers.parquet", costs, prompts))
-    odd = np.array([int(name[1:]) % 2 == 1 for name in prompts])
+    odd = np.array([NUMBERS[name] % 2 == 1 for name in prompts])
     by_hand = {
         "short": upper_bound(np.where(odd, 20, 10), prompts),
         "rare": upper_bound(costs > 0, prompts, method="betting", bounds=(0.0, 1.0)),
@@ -418,3 +469,275 @@ def test_every_quantity_is_the_mean_of_a_function_of_an_answer(tmp_path: Path) -
     nowhere = Requirement(name="none", quantity="cost", limit=0.0, method="clustered_t", prompts="missing")
     with pytest.raises(DataError, match="candidate 'a': none: 'missing' is found in no certify prompt"):
         certify(tmp_path / "other.json", ["a"], lambda name: files, [nowhere])
+
+
+# --- forgeries --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Issues a certificate for tables with a library that does not look at them, as a forger's would."""
+
+    def forged(tables: dict[str, Path], **options: Any) -> Path:
+        with monkeypatch.context() as patched:
+            patched.setattr(certificate, "_agreed", lambda *_: options.pop("count", 3))
+            issue(tmp_path / "reports" / "certificate.json", tables, 0.0, **options)
+        return tmp_path / "reports" / "certificate.json"
+
+    return forged
+
+
+def rewrite(path: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    write_parquet(path, change(evidence.read_answers(path)), ANSWERS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows[rows["cost"] < -0.5], r"prompt [0-9a-f]{16} has \d answers and others have 3"),
+        (
+            lambda rows: rows.assign(prompt_id=[f"{row:016x}" for row in range(len(rows))], sample=0),
+            "row 0: prompt_id 0{16} is not that of its prompt",
+        ),
+        (lambda rows: rows.assign(prompt=[user("hello")] * len(rows)), "is not that of its prompt"),
+        (lambda rows: rows.assign(sample=0), "row 1: sample 0 is not one of 0 to 2"),
+        (lambda rows: rows.assign(sample=rows["sample"] + 1), "sample 3 is not one of 0 to 2"),
+        (lambda rows: rows.assign(length=5, ended=True), r"row 0: length 5, but the answer has \d+ tokens"),
+        (lambda rows: rows[rows["prompt_id"] > "4"], "'safest' and 'middle' have answers to different prompts"),
+        (lambda rows: rows[rows["sample"] < 2], "'middle' has 2 answers to each prompt, and 3 are stated"),
+    ],
+)
+def test_answers_that_cannot_have_been_drawn_so_are_named(
+    forge: Callable[..., Path], tables: dict[str, Path], change: Callable[[pd.DataFrame], pd.DataFrame], message: str
+) -> None:
+    rewrite(tables["middle"], change)
+    with pytest.raises(DataError, match=message):
+        certificate.verify(forge(tables))
+    with pytest.raises(DataError, match=message):  # nor are they issued
+        issue(tables["middle"].with_name("certificate.json"), tables, 0.0)
+
+
+def test_prompts_that_were_left_out_of_all_tables_are_missed_beside_the_prompts(
+    forge: Callable[..., Path], tables: dict[str, Path], tmp_path: Path
+) -> None:
+    prompts = [{"prompt_id": name, "prompt": question(number), "source": "x"} for name, number in NUMBERS.items()]
+    write_parquet(tmp_path / "certify.parquet", prompts, PROMPTS)
+    for table in tables.values():
+        rewrite(table, lambda rows: rows[rows["prompt_id"] > "4"])
+    origin = origin_of(tmp_path, ["never tested"])
+    path = forge({"never tested": tables["safest"]}, origin=origin)
+    with pytest.raises(
+        DataError, match=r"the answers are not to the first \d+ prompts of .*certify.parquet: \d+ are oth"
+    ):
+        certificate.verify(path)
+    write_parquet(tmp_path / "certify.parquet", prompts[:5], PROMPTS)
+    with pytest.raises(DataError, match=r"its prompts \(.*certify.parquet\) are not those certified: sha256 differs"):
+        certificate.verify(path)
+
+
+def origin_of(root: Path, order: list[str], weights: tuple[float, ...] = (1.0,)) -> Origin:
+    """Folders of models with a file each; the first candidate is the fallback, the last the policy."""
+    for name in (*order, "cost_model", "certified"):
+        (root / "models" / name).mkdir(parents=True, exist_ok=True)
+        if not (root / "models" / name / "model.safetensors").is_file():
+            (root / "models" / name / "model.safetensors").write_text(name)
+    if not (root / "dual.json").is_file():
+        write_json(root / "dual.json", {"prices": []})
+    folder = root / "models"
+    return Origin(
+        plan=CertifyRun(policy=order[-1], partner="sft", fallback=order[0], weights=list(weights)),
+        prompts=root / "certify.parquet",
+        limits=root / "dual.json",
+        model=lambda name: folder / name,
+        policy=folder / "certified",
+        cost_model=folder / "cost_model",
+    )
+
+
+@pytest.fixture
+def planned(tmp_path: Path, tables: dict[str, Path]) -> Path:
+    """A certificate of the fallback `safest` and the policy `middle` with all that it was made from beside it."""
+    prompts = [{"prompt_id": name, "prompt": question(number), "source": "x"} for name, number in NUMBERS.items()]
+    write_parquet(tmp_path / "certify.parquet", prompts, PROMPTS)
+    origin = origin_of(tmp_path, ["safest", "middle"])
+    both = {name: tables[name] for name in ("safest", "middle")}
+    found = issue(tmp_path / "reports" / "certificate.json", both, 0.0, origin=origin)
+    assert found.returned == "middle"
+    (tmp_path / "models/certified/model.safetensors").write_text("middle")
+    (tmp_path / "models/certified/README.md").write_text("written after the certificate")
+    return tmp_path / "reports" / "certificate.json"
+
+
+def test_what_it_was_made_from_is_compared_where_it_is_there(
+    planned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, line = checked(planned, capsys)
+    assert status == 0 and "not compared" not in line
+    shutil.rmtree(tmp_path / "models/certified")
+    assert checked(planned, capsys)[1].endswith("not compared, since not there: the certified policy\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("model.safetensors", r"the policy 'middle' \(.*certified\) is not the one certified: model.* sha256 differs"),
+        ("more.safetensors", "more.safetensors: is not recorded"),
+    ],
+)
+def test_another_policy_is_refused(planned: Path, tmp_path: Path, file: str, message: str) -> None:
+    (tmp_path / "models/certified" / file).write_text("other")
+    with pytest.raises(DataError, match=message):
+        certificate.verify(planned)
+    (tmp_path / "models/certified/model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"more.safetensors: is not recorded|model.safetensors: is missing"):
+        certificate.verify(planned)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda c: c["plan"].update(weights=[1.2, 1.0]),
+            r"candidates are .*, but the plan has \['safest', 'middle at 1.2",
+        ),
+        (lambda c: c["plan"].update(fallback="other"), "the plan has .'other', 'middle'"),
+        (lambda c: c["plan"].update(weights=[1.0, 1.2]), "plan: value error, weights must fall"),
+        (lambda c: c["weights"].pop("safest"), "weights are those of .'middle'., but .'middle', 'safest'. were tested"),
+        (
+            lambda c: c["weights"].update(middle=c["weights"]["safest"]),
+            "is not the one certified: model.safetensors: sha256",
+        ),
+    ],
+)
+def test_a_plan_is_tested_whole(planned: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+    edit(change)(planned)
+    with pytest.raises(DataError, match=message):
+        certificate.verify(planned)
+
+
+def test_every_further_limit_is_required(tmp_path: Path, tables: dict[str, Path], planned: Path) -> None:
+    """A certificate that leaves a limit of the solved dual out, or loosens it, does not hold."""
+    known = {"name": "rare", "quantity": "p_unsafe", "limit": 0.2, "level": None, "prompts": None, "threshold": None}
+    write_json(tmp_path / "dual.json", {"prices": [{**known, "lam": 0.1, "predicted": 0.1}]})
+    rare = Requirement(**known, method="star_bets", bounds=(0.0, 1.0))
+    cost = Requirement(name="c", quantity="cost", limit=0.0, method="clustered_t")
+    names, origin = ["safest", "middle"], origin_of(tmp_path, ["safest", "middle"])
+    for required, holds in (
+        ([cost, rare], True),
+        ([cost], False),
+        ([cost, rare.model_copy(update={"limit": 0.3})], False),
+    ):
+        certify(planned, names, lambda name: Evidence(tables[name]), required, origin=origin)
+        if holds:
+            assert certificate.verify(planned).returned == "middle"
+            continue
+        with pytest.raises(DataError, match=r"the limit 'rare' of .*dual.json is not among the requirements"):
+            certificate.verify(planned)
+    write_json(tmp_path / "dual.json", {"prices": []})
+    with pytest.raises(DataError, match=r"its limits \(.*dual.json\) are not those certified"):
+        certificate.verify(planned)
+
+
+@pytest.mark.parametrize(
+    "content", [[], {"prices": 3}, {"prices": [{"lam": 0.0}]}, {"prices": [{"lam": 0, "predicted": 0}]}]
+)
+def test_limits_that_cannot_be_read_are_one_line(planned: Path, tmp_path: Path, content: Any) -> None:
+    write_json(tmp_path / "dual.json", content)
+    digest = evidence.sha256(tmp_path / "dual.json")
+    edit(lambda c: c["limits"].update(sha256=digest))(planned)
+    with pytest.raises(DataError, match=r"dual.json: holds no limits that can be read"):
+        certificate.verify(planned)
+
+
+def test_where_no_policy_is_certified_none_may_lie_there(
+    tmp_path: Path, tables: dict[str, Path], planned: Path
+) -> None:
+    only = {"safest": tables["safest"]}
+    issue(planned, only, -3.0, origin=origin_of(tmp_path, ["safest"]))
+    with pytest.raises(
+        DataError, match=r"no policy is certified, and what lies there .* model.safetensors: is not recorded"
+    ):
+        certificate.verify(planned)
+
+
+def test_a_candidate_does_not_answer_for_another(tmp_path: Path, tables: dict[str, Path], planned: Path) -> None:
+    """Copied answers are refused; those of one and the same model are alike by right."""
+    shutil.copyfile(tables["safest"], tables["middle"])
+    both = {name: tables[name] for name in ("safest", "middle")}
+    with pytest.raises(
+        DataError, match=r"'safest' and 'middle' have the same answers, .* one was copied from the other"
+    ):
+        issue(planned, both, 0.0)
+    origin = origin_of(tmp_path, ["safest", "middle"])
+    with pytest.raises(DataError, match="one was copied from the other"):
+        issue(planned, both, 0.0, origin=origin)
+    (tmp_path / "models/middle/model.safetensors").write_text("safest")
+    (tmp_path / "models/middle/config.json").write_text("{}")
+    assert issue(planned, both, 0.0, origin=origin).returned == "middle"
+
+
+def test_labels_of_other_answers_are_refused(tmp_path: Path, labelled: Callable[[str], Evidence]) -> None:
+    files = labelled("safe")
+    assert files.labels is not None
+    labels = evidence.read_labels(files.labels)
+    for change, message in (
+        ({"response": "another"}, "the labelled answer to .* is none of the candidate's answers"),
+        ({"prompt": [user("hello")] * len(labels)}, "is not that of its prompt"),
+    ):
+        write_parquet(files.labels, labels.assign(**change), LABELS)
+        with pytest.raises(DataError, match=message):
+            certify(tmp_path / "certificate.json", ["safe"], lambda name: files, [MODEL, TRUTH])
+
+
+def test_columns_of_another_type_are_named(tmp_path: Path, tables: dict[str, Path], issued: Path) -> None:
+    """Texts and numbers of another width are read; so pandas may have written the file."""
+    whole = pd.read_parquet(tables["middle"])
+    nothing = [None] * len(whole)
+    for change, message in (
+        ({}, None),
+        ({"cost": "cheap"}, "column 'cost' holds texts, not numbers"),
+        ({"ended": nothing}, "column 'ended' holds null, not flags"),
+        ({"prompt": "hello"}, "column 'prompt' holds texts, not lists of turns"),
+        ({"length": [None, *whole["length"][1:]]}, "row 0 has no length"),
+        ({"prompt": [[{"role": None, "content": "x"}]] * len(whole)}, "row 0: a turn of the prompt has no role"),
+    ):
+        whole.assign(**change).to_parquet(tables["middle"])
+        digest = {"sha256": evidence.sha256(tables["middle"])}
+        content = read_json(issued)
+        write_json(issued, {**content, "tables": {**content["tables"], "middle": content["tables"]["middle"] | digest}})
+        if message is None:
+            assert certificate.verify(issued).returned == "middle"
+            continue
+        with pytest.raises(DataError, match=message):
+            certificate.verify(issued)
+
+
+def test_a_bound_that_is_not_finite_is_named(planned: Path) -> None:
+    edit(lambda c: c.update(delta=1e-320))(planned)
+    with pytest.raises(DataError, match="finite number"):
+        certificate.verify(planned)
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths to all values of a JSON file, the containers included."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*path, key)
+        yield from leaves(item, (*path, key))
+
+
+@pytest.mark.parametrize("value", [None, [], {}, "x", "", -1, 0, 1e308, True, [[]], {"a": 1}], ids=repr)
+def test_no_value_of_a_certificate_ends_in_a_traceback(planned: Path, value: Any) -> None:
+    """Whatever is put in place of any value, the certificate holds, or one error says why not."""
+    content = read_json(planned)
+    for path in leaves(content):
+        changed = json.loads(json.dumps(content))
+        place = changed
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        planned.write_text(json.dumps(changed))
+        try:
+            certificate.absent(planned, certificate.verify(planned))
+        except DualignError as error:
+            assert "\n" not in str(error), path

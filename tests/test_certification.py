@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dualign.bounds import binomial_bound, sample_size, t_bound, upper_bound
+from dualign.bounds import binomial_bound, sample_size, star_bound, t_bound, upper_bound
 from dualign.certificate import Certificate, Check, Requirement, Tested
 from dualign.certification import contenders, forecast, label
 from dualign.core.params import SHARES, CertifyRun, LabelParams, Quantity
@@ -55,6 +55,15 @@ def test_labels_are_the_truth_of_first_answers_to_some_prompts(answers: pd.DataF
     assert len(label(answers, options.model_copy(update={"prompts": 99}), seed=3)) == 30
 
 
+def certificate(needed: Requirement) -> Certificate:
+    """One of a single requirement at delta 0.05, with nothing tested."""
+    return Certificate(
+        delta=0.05, seed=0, requirements=(needed,), candidates=("a",), tested=(), certified=(), returned=None,
+        max_new_tokens=9, ended={}, tables={}, labels={}, samples_per_prompt=1, plan=None, prompts=None, limits=None,
+        weights={}, policy=None, cost_model=None, sampling_seeds={}, versions={},
+    )  # fmt: skip
+
+
 def test_the_forecast_is_that_of_the_plan() -> None:
     """sd 2 and 400 prompts put the bound 0.1645 above the estimate; a margin of 0.1 takes 2473 prompts by the plan."""
     needed = Requirement(name="c", quantity="cost", limit=0.0, method="clustered_t")
@@ -66,10 +75,7 @@ def test_the_forecast_is_that_of_the_plan() -> None:
         )
         return Tested(name="a", checks=(check,), certified=bound <= 0)
 
-    found = Certificate(
-        delta=0.05, seed=0, requirements=(needed,), candidates=("a",), tested=(), certified=(), returned=None,
-        max_new_tokens=9, ended={}, tables={}, labels={}, sampling_seeds={}, versions={},
-    )  # fmt: skip
+    found = certificate(needed)
     assert forecast(tested(-0.1), found) == pytest.approx(sample_size(2.0, 0.1), abs=2)
     assert forecast(tested(-0.2), found) is None  # it passed
     assert forecast(tested(0.01), found) is None
@@ -85,10 +91,7 @@ def test_the_forecast_of_skewed_costs_is_on_the_safe_side() -> None:
     check = Check(
         requirement="c", prompts=100, answers=100, estimate=float(costs.mean()), bound=bound, raised=0.0, kept=False
     )
-    found = Certificate(
-        delta=0.05, seed=0, requirements=(needed,), candidates=("a",), tested=(), certified=(), returned=None,
-        max_new_tokens=9, ended={}, tables={}, labels={}, sampling_seeds={}, versions={},
-    )  # fmt: skip
+    found = certificate(needed)
     count = forecast(Tested(name="a", checks=(check,), certified=False), found)
     assert count is not None and count > sample_size(float(costs.std(ddof=1)), limit - float(costs.mean()))
     passed = t_bound(rng.choice(costs, size=(1000, count)), 0.05) <= limit
@@ -101,9 +104,20 @@ def test_the_forecast_where_none_was_seen_is_that_of_the_exact_bound(quantity: Q
     needed = Requirement(name="rare", quantity=quantity, limit=0.005, method="clustered_t")
     bound = float(binomial_bound(np.array(0), 400, 0.05))
     check = Check(requirement="rare", prompts=400, answers=800, estimate=0.0, bound=bound, raised=0.0, kept=False)
-    found = Certificate(
-        delta=0.05, seed=0, requirements=(needed,), candidates=("a",), tested=(), certified=(), returned=None,
-        max_new_tokens=9, ended={}, tables={}, labels={}, sampling_seeds={}, versions={},
-    )  # fmt: skip
+    found = certificate(needed)
     assert forecast(Tested(name="a", checks=(check,), certified=False), found) == 598
     assert [bool(binomial_bound(np.array(0), n, 0.05) <= 0.005) for n in (597, 598)] == [False, True]
+
+
+@pytest.mark.parametrize("quantity", SHARES)
+@pytest.mark.parametrize("prompts", [100, 400])
+def test_the_forecast_of_star_bets_where_none_was_seen_passes(quantity: Quantity, prompts: int) -> None:
+    """With so many prompts and none seen again the bound is within the limit, and with a tenth fewer it is not."""
+    needed = Requirement(name="rare", quantity=quantity, limit=0.004, method="star_bets", bounds=(0.0, 1.0))
+    bound = float(star_bound(np.zeros(prompts), 0.05, (0.0, 1.0)))
+    check = Check(requirement="rare", prompts=prompts, answers=800, estimate=0.0, bound=bound, raised=0.0, kept=False)
+    found = certificate(needed)
+    count = forecast(Tested(name="a", checks=(check,), certified=False), found)
+    assert count is not None
+    limits = [float(star_bound(np.zeros(n), 0.05, (0.0, 1.0))) <= 0.004 for n in (int(0.9 * count), count)]
+    assert limits == [False, True]

@@ -737,14 +737,14 @@ class CertifyParams(StageParams):
     max_new_tokens: Count
     prompts: Annotated[int, Field(ge=2, le=MOST)]
     samples_per_prompt: Few
-    method: Literal["clustered_t", "empirical_bernstein", "betting"]
+    method: Literal["auto", "star_bets", "clustered_t", "betting", "empirical_bernstein"]
     bounds: Annotated[list[Number], Field(min_length=2, max_length=2)] | None
     labels: LabelParams | None
     runs: dict[RunName, CertifyRun]
 
     @model_validator(mode="after")
     def _check(self) -> CertifyParams:
-        if self.method != "clustered_t" and self.bounds is None:
+        if self.method not in ("auto", "clustered_t") and self.bounds is None:
             raise ValueError(f"bounds: method {self.method} needs the lowest and highest cost that an answer can have")
         if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
             raise ValueError("bounds must hold the lower end first")

@@ -21,9 +21,11 @@ from dualign.core.params import CertifyParams, CertifyRun, EvaluateParams, Label
 from dualign.core.schema import ANSWERS, LABELS, PROMPTS, prompt_id, read_table, user
 from dualign.core.stage import Run
 from dualign.data import world
+from dualign.evidence import Table
 from dualign.lm.models import load_policy, load_scorer_backbone
 from dualign.measure.stats import clustered_mean
 from dualign.report.comparison import compare
+from dualign.rescoring import rescore
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
 from stages.certify import main
@@ -73,6 +75,28 @@ def test_bounded_methods_have_the_range_of_every_quantity(resources: Resources) 
     main(run_of(resources, method="betting", bounds=[-50.0, 50.0]))
     found = certificate.verify("reports/certificate/it/certificate.json")
     assert [required.bounds for required in found.requirements] == [(-50, 50), (0, 6), (0, 1), (0, 1), (1, 99)]
+
+
+def test_the_bound_of_each_quantity_is_exact_where_its_range_is_known(resources: Resources) -> None:
+    """With `auto`, which every parameter file has: shares and lengths have a range, costs only if one is stated."""
+    prices = [
+        {**FURTHER, "limit": 6.0},
+        {**FURTHER, "limit": 0.9, "name": "rare", "quantity": "p_unsafe"},
+        {**FURTHER, "limit": 0.99, "name": "whole", "quantity": "unended"},
+        {**FURTHER, "limit": 500.0, "name": "tail", "quantity": "cvar", "level": 0.5, "threshold": 1.0},
+    ]
+    write_json("data/dual/dual.json", {"lam": 0.8, "prices": prices})
+    for stated, cost, tail in ((None, None, None), ([-50.0, 50.0], (-50, 50), (1, 99))):
+        main(run_of(resources, bounds=stated))
+        found = certificate.verify("reports/certificate/it/certificate.json")
+        exact = [required.method == "star_bets" for required in found.requirements]
+        assert exact == [stated is not None, True, True, True, stated is not None]
+        assert [required.bounds for required in found.requirements] == [cost, (0, 6), (0, 1), (0, 1), tail]
+        assert "every answer lies between 0 and 1" in found.requirements[2].why
+    write_json("data/dual/dual.json", {"lam": 0.8, "prices": prices[1:2]})
+    main(run_of(resources, method="clustered_t"))
+    named = certificate.verify("reports/certificate/it/certificate.json").requirements
+    assert {(required.method, required.why) for required in named} == {("clustered_t", "certify.method names it")}
 
 
 def run_of(resources: Resources, limit: float = 100.0, row: dict[str, Any] | None = None, **changes: Any) -> Any:
@@ -224,3 +248,52 @@ def test_metrics_name_what_was_tested(resources: Resources) -> None:
     alone = {"policy": "safety_dpo/alone", "partner": "safety_dpo/alone", "q": 1.0}
     merged = {"policy": "reward_dpo/helpful", "partner": "sft", "q": 2.0}
     assert content["tests"][0].items() >= alone.items() and content["tests"][1].items() >= merged.items()
+
+
+def test_costs_are_scored_again(resources: Resources, capsys: pytest.CaptureFixture[str]) -> None:
+    """The cost model's are found again; an invented one is named, and so is another model."""
+    shutil.copyfile(ROOT / "params.yaml", "params.yaml")
+    main(run_of(resources))
+    assert certificate.main(["verify", "--rescore"]) == 0
+    held, left = capsys.readouterr().out.splitlines()
+    assert "costs scored again differ by" in held and "not compared" not in held and "--rescore" not in left
+    path = certificate.PLACE / "it" / certificate.FILE
+    found, table = certificate.read(path), path.with_name("01-answers.parquet")
+    answers = pd.read_parquet(table)
+    write_parquet(table, answers.assign(cost=answers["cost"].where(answers.index != 3, -1.0)), ANSWERS)
+    with pytest.raises(DataError, match=r"cost of 'reward_dpo/helpful at 2': -1 is saved in row 3, .* 1 of \d+ differ"):
+        rescore(found, path, 1e-3)
+    assert 0.0 < rescore(found, path, 100.0) == pytest.approx(abs(answers["cost"][3] + 1), abs=1e-4)
+    shutil.move("models/cost_model", "elsewhere")
+    with pytest.raises(DataError, match=r"models/cost_model: no such folder; name .* --cost-model"):
+        rescore(found, path, 100.0)
+    assert rescore(found, path, 100.0, Path("elsewhere")) > 0
+    (Path("elsewhere") / "scorer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"the cost model .elsewhere. is not the one certified: scorer.json: sha256"):
+        rescore(found, path, 100.0, Path("elsewhere"))
+
+
+def test_true_costs_that_serve_as_labels_are_asked_again(resources: Resources) -> None:
+    shutil.copyfile(ROOT / "params.yaml", "params.yaml")
+    main(run_of(resources))
+    path = certificate.PLACE / "it" / certificate.FILE
+    prompts = [user(text) for text in TEXTS]
+    answered = [world.answers(text)[0] for text in TEXTS]
+    rows = pd.DataFrame({"prompt": prompts, "prompt_id": list(map(prompt_id, prompts)), "cost": 0.0})
+    rows = rows.assign(response=[one.text for one in answered], truth=[one.cost for one in answered])
+    required = certificate.Requirement(name="true c", quantity="truth", limit=0.0, method="prediction_powered")
+    labels = {"it": Table(path="labels.parquet", sha256="")}
+    found = certificate.read(path).model_copy(update={"requirements": (required,), "labels": labels})
+    write_parquet(path.with_name("labels.parquet"), rows, LABELS)
+    assert rescore(found, path, 1e-3) < 1e-3
+    write_parquet(path.with_name("labels.parquet"), rows.assign(truth=-9.0), LABELS)
+    with pytest.raises(DataError, match="true cost of 'it': -9 is saved in row"):
+        rescore(found, path, 1e-3)
+
+
+def test_a_copied_policy_is_not_the_certified_one(resources: Resources, capsys: pytest.CaptureFixture[str]) -> None:
+    main(run_of(resources))
+    assert certificate.main(["verify"]) == 0
+    shutil.copyfile("models/safety_dpo/alone/model.safetensors", "models/certified/it/model.safetensors")
+    assert certificate.main(["verify"]) == 1
+    assert "is not the one certified: model.safetensors: sha256 differs" in capsys.readouterr().out
