@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -18,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
+from pipeline import locks
 from pipeline.artifacts import size
 from pipeline.dag import load_dag
 from pipeline.errors import PipelineError
@@ -165,25 +163,33 @@ def _reach(repo: Repo) -> str:
 def _locks(root: Path) -> Iterator[Finding]:
     try:
         with exclusive(root):
-            yield Finding("ok", "locks: no run is going on")
+            found = list(_dvc_locks(root))
     except PipelineError as error:
         yield Finding("note", f"locks: {error}")
         return
-    with contextlib.suppress(OSError, ValueError):
-        content = json.loads((root / ".dvc" / "tmp" / "rwlock").read_text())
-        holders = {holder["pid"]: holder["cmd"] for entry in content.values() for holder in _holders(entry)}
-        for pid, command in holders.items():
-            if psutil.pid_exists(pid):
-                yield Finding("note", f"locks: `{command}` (process {pid}) is working here; a run waits or fails")
-            else:
-                yield Finding("note", f"locks: `{command}` was killed; DVC clears its lock by itself in the next run")
+    yield from found or [Finding("ok", "locks: no run is going on")]
 
 
-def _holders(entry: dict[str, object]) -> Iterator[dict[str, object]]:
-    readers, writer = entry.get("read", []), entry.get("write")
-    yield from readers if isinstance(readers, list) else []
-    if isinstance(writer, dict):
-        yield writer
+def _dvc_locks(root: Path) -> Iterator[Finding]:
+    """What DVC's locks tell while no run of this pipeline is going on."""
+    try:
+        whole = locks.whole(root)
+        holders = locks.holders(root)
+    except PipelineError as error:
+        yield Finding("wrong", f"locks: {error}")
+        return
+    except DvcException:  # its configuration is broken, which another finding tells
+        return
+    if whole:
+        yield Finding("note", f"locks: {whole}")
+    for holder in holders:
+        yield Finding("wrong" if holder.replaced else "note", f"locks: {holder.told}")
+    for process in locks.orphans(root, [holder.pid for holder in holders]):
+        yield Finding(
+            "wrong",
+            f"locks: `{' '.join(process.cmdline())}` (process {process.pid}) runs on, the stage of a dvc that was "
+            f"killed; kill {process.pid} before the next run",
+        )
 
 
 def _disk(root: Path) -> Finding:

@@ -35,6 +35,12 @@ if own["then"] == "refuse":
 if own["then"] == "stumble" and not kept.exists():
     kept.write_text("step 1")
     raise ValueError("the disk hiccuped")
+how, _, number = own["then"].partition(" ")
+if how == "die":
+    os.kill(os.getpid(), int(number))
+if how == "exit":
+    print("the last word")
+    sys.exit(int(number))
 if "meet" in own["then"]:
     kept.write_text("here")
     while len(list(kept.parent.iterdir())) < 2: time.sleep(0.02)
@@ -75,6 +81,13 @@ class Project:
         done = subprocess.run(command, cwd=self.root, env=environment(), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """A DVC command that goes on by itself."""
+        command = [sys.executable, "-m", "dvc", *arguments]
+        return subprocess.Popen(
+            command, cwd=self.root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     def locks(self) -> dict[str, Any]:
         """DVC's locks on files, without empty entries."""
