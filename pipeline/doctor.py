@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import importlib.metadata
 import os
 import re
 import shutil
-import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +16,11 @@ from typing import Literal
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
-from pipeline import locks
+from pipeline import identity, locks, server
 from pipeline.artifacts import size
+from pipeline.checkout import asked, complaint
 from pipeline.dag import load_dag
+from pipeline.damage import damages
 from pipeline.errors import PipelineError
 from pipeline.plan import one_line
 from pipeline.runner import exclusive
@@ -39,46 +38,31 @@ class Finding:
     what: str
 
 
-def examine(root: Path, api: str) -> Iterator[Finding]:
-    """All findings about the workspace `root` and the Prefect server at `api`, quick ones first."""
+def examine(root: Path, api: str, thorough: bool = False) -> Iterator[Finding]:
+    """All findings about the workspace `root` and the Prefect server at `api`, quick ones first.
+
+    `thorough` reads all of DVC's cache.
+    """
     yield from _graph(root)
     yield from _pins(root)
     yield from _git(root)
     yield from _dvc(root)
+    yield from _damages(root, thorough)
     yield from _locks(root)
     yield _disk(root)
     yield _gpus()
+    yield _workspace(root)
     yield _server(api)
-
-
-def reachable(api: str) -> bool:
-    """Whether a Prefect server answers at this address within two seconds."""
-    try:
-        with urllib.request.urlopen(f"{api.rstrip('/')}/health", timeout=2) as answer:
-            return answer.status == 200
-    except (OSError, ValueError, urllib.error.URLError):
-        return False
-
-
-def admitted(api: str) -> bool:
-    """Whether a Prefect server that answers lets us in, by PREFECT_API_AUTH_STRING or without."""
-    from prefect.settings import get_current_settings
-
-    secret = get_current_settings().api.auth_string
-    key = base64.b64encode(secret.get_secret_value().encode()).decode() if secret else ""
-    asked = urllib.request.Request(f"{api.rstrip('/')}/admin/version", headers={"Authorization": f"Basic {key}"})
-    try:
-        with urllib.request.urlopen(asked, timeout=10):
-            return True
-    except urllib.error.HTTPError as error:
-        return error.code != 401
 
 
 def _graph(root: Path) -> Iterator[Finding]:
     try:
         dag = load_dag(root)
     except DvcException as error:
-        yield Finding("wrong", f"dvc.yaml, params.yaml: {one_line(error)}")
+        remedy = (
+            "; take one side of a merge, git checkout --ours dvc.lock, then run" if "'dvc.lock'" in str(error) else ""
+        )
+        yield Finding("wrong", f"dvc.yaml, params.yaml: {one_line(error)}{remedy}")
         return
     yield Finding("ok", f"dvc.yaml: {len(dag)} stages")
 
@@ -108,10 +92,12 @@ def _canonical(package: str) -> str:
 
 
 def _git(root: Path) -> Iterator[Finding]:
-    git = ["git", "-C", str(root), "status", "--porcelain"]
-    answer = subprocess.run(git, capture_output=True, text=True, check=False)
-    if answer.returncode:
+    answer = asked(root, "status", "--porcelain")
+    if "not a git repository" in answer.stderr:
         yield Finding("note", "git: not a repository, so results cannot be traced to a commit")
+        return
+    if answer.returncode:
+        yield Finding("wrong", f"git: {complaint(answer.stderr)}")
         return
     changed = [line[3:] for line in answer.stdout.splitlines() if line[3:] != "dvc.lock"]
     if changed:
@@ -158,6 +144,12 @@ def _reach(repo: Repo) -> str:
     except Exception as error:  # each kind of storage has its own
         return one_line(error) or type(error).__name__
     return ""
+
+
+def _damages(root: Path, thorough: bool) -> Iterator[Finding]:
+    with contextlib.suppress(DvcException):  # another finding tells why DVC cannot read its files
+        for damage in damages(root, thorough):
+            yield Finding("wrong", f"DVC cache: {damage.told}")
 
 
 def _locks(root: Path) -> Iterator[Finding]:
@@ -207,8 +199,16 @@ def _gpus() -> Finding:
 
 
 def _server(api: str) -> Finding:
-    if reachable(api):
-        if admitted(api):
-            return Finding("ok", f"Prefect server: {api}")
-        return Finding("wrong", f"Prefect server: {api} wants another PREFECT_API_AUTH_STRING=USER:PASSWORD")
+    wrong = server.problem(api)
+    if not wrong:
+        return Finding("ok", f"Prefect server: {api}")
+    if server.reachable(api) or server.origin():
+        return Finding("wrong", f"Prefect server: {wrong}")
     return Finding("note", f"Prefect server: none at {api}; `prefect server start` gives you the pages")
+
+
+def _workspace(root: Path) -> Finding:
+    try:
+        return Finding("ok", f"workspace: {identity.name(root)}, {identity.place(root)}")
+    except PipelineError as error:
+        return Finding("wrong", f"workspace: {error}")

@@ -38,6 +38,8 @@ if own["then"] == "stumble" and not kept.exists():
 how, _, number = own["then"].partition(" ")
 if how == "die":
     os.kill(os.getpid(), int(number))
+if how == "sleep":
+    time.sleep(int(number))
 if how == "exit":
     print("the last word")
     sys.exit(int(number))
@@ -54,7 +56,8 @@ if own["then"] == "wait" and not kept.exists():
     say("I", "step 1 of 2: loss 0.5000")
     time.sleep(120)
 pathlib.Path(f"out/{name}").parent.mkdir(exist_ok=True)
-pathlib.Path(f"out/{name}").write_text(str(own["value"]))
+rows = "".join(sorted(path.read_text() for path in pathlib.Path("rows").glob("*.txt")))
+pathlib.Path(f"out/{name}").write_text(f"{own['value']}{rows}")
 numbers = {"accuracy": {"mean": own["value"], "low": 0.1}, "loss_curve": [[1, 0.5], [2, 0.25]]}
 pathlib.Path(f"metrics-{name}.json").write_text(json.dumps(numbers))
 """
@@ -145,7 +148,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": path, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
 
-def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 120.0) -> None:
     """Wait for a condition."""
     deadline = time.monotonic() + seconds
     while not condition():

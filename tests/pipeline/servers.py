@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.doctor import reachable
+from pipeline.server import reachable
 
 
 @contextlib.contextmanager

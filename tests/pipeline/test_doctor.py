@@ -8,8 +8,9 @@ import pytest
 from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
 
 from pipeline import doctor
-from pipeline.doctor import admitted, examine, reachable
+from pipeline.doctor import examine
 from pipeline.runner import exclusive
+from pipeline.server import admitted, reachable
 from tests.pipeline.project import Project
 from tests.pipeline.servers import serving
 
