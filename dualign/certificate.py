@@ -559,10 +559,7 @@ def _as_planned(recorded: Certificate, folder: Path) -> None:
 
 def _all_required(file: Path, requirements: Sequence[Requirement]) -> None:
     """Raises DataError where a further limit of the solved dual in `file` is not required as it stands there."""
-    try:
-        limits = [asdict(price.constraint) for price in prices_in(read_record(file, SolvedDual))]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: holds no limits that can be read ({error}); run dual_init again") from error
+    limits = [asdict(price.constraint) for price in prices_in(read_record(file, SolvedDual))]
     for limit in limits:
         if not any(all(getattr(required, key) == value for key, value in limit.items()) for required in requirements):
             raise DataError(f"the limit {limit['name']!r} of {file} is not among the requirements as it stands there")

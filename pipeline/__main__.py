@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import identity, server
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -80,8 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     argument("--cluster", action="store_true", help="run the stages on workers, not here (docs/cluster.md)")
     add("serve", _serve, "offer the flow on the pages of a Prefect server, and run what is asked for there")
-    status = add("status", _status, "list the last flow runs, and the stages of the newest")
+    status = add("status", _status, "list the last flow runs of this workspace, and the stages of the newest")
     status.add_argument("--last", type=_positive, default=5, metavar="N", help="how many runs (default 5)")
+    status.add_argument("--all", action="store_true", help="those of every workspace that shares the server")
     grid = add("sweep", _sweep, "run a grid of params, each point in a working tree of its own, as DVC experiments")
     grid.add_argument("grid", nargs="+", metavar="KEY=VALUE,...", help="the values of a key of params.yaml")
     grid.add_argument("--stage", action="append", metavar="S", dest="stages", default=[], help="as for run")
@@ -102,7 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     work.add_argument("pool", metavar="POOL", help="cpu or gpu, as `meta: pool` of the stages in dvc.yaml says")
     work.add_argument("--limit", type=_positive, default=1, metavar="N", help="stages at the same time (default 1)")
     work.add_argument("--once", action="store_true", help="end when no stage of the pool is waiting, as in a batch job")
-    add("doctor", _doctor, "look for what may keep a run from working")
+    doctor = add("doctor", _doctor, "look for what may keep a run from working")
+    doctor.add_argument(
+        "--cache", action="store_true", help="read all of DVC's cache too, for results that are damaged"
+    )
     return parser
 
 
@@ -163,9 +168,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if not arguments.params:  # a slip of the pen need not wait for a server
         names.check(Path.cwd(), assign(yaml_text.read(Path("params.yaml")), settings))
         select(_dag(), arguments.stages)
-    _use_running_server()
+    server.use_running()
     if arguments.cluster:
-        _need_server()
+        server.need()
     from pipeline.flow import REFUSED, WAITING, alignment
 
     state = alignment(
@@ -190,9 +195,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
     points = grid(arguments.grid)
     select(_dag(), arguments.stages)
     if arguments.cluster:
-        _need_server()
+        server.need()
     else:
-        _use_running_server()
+        server.use_running()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = [option for stage in arguments.stages for option in ("--stage", stage)]
     options += ["--jobs", str(arguments.jobs)] if arguments.jobs else []
@@ -202,7 +207,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _deploy(arguments: argparse.Namespace) -> int:
-    _need_server()
+    server.need()
     from pipeline.deploy import deploy
 
     _say(deploy(Path.cwd(), _dag(), arguments.type))
@@ -210,7 +215,7 @@ def _deploy(arguments: argparse.Namespace) -> int:
 
 
 def _work(arguments: argparse.Namespace) -> int:
-    _need_server()
+    server.need()
     from pipeline.deploy import become_worker
 
     become_worker(Path.cwd(), _dag(), arguments.pool, arguments.limit, arguments.once)
@@ -218,75 +223,27 @@ def _work(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    _need_server()
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])  # for its flow runs
-    from pipeline.flow import alignment
+    server.need()
+    from pipeline.serving import serve
 
-    about = "Run the stages of dvc.yaml in this folder, one run at a time."
-    alignment.serve(name=Path.cwd().name, limit=1, description=about)
+    serve(Path.cwd())
     return 0
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    _use_running_server()
+    server.use_running()
     from pipeline.history import last_runs
 
-    _say(last_runs(arguments.last))
+    _say(last_runs(arguments.last, "" if arguments.all else identity.name(Path.cwd())))
     return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from pipeline.doctor import examine
 
-    findings = list(examine(Path.cwd(), _api()))
+    findings = list(examine(Path.cwd(), server.address(), arguments.cache))
     _say([f"{finding.level:5}  {finding.what}" for finding in findings])
     return int(any(finding.level == "wrong" for finding in findings))
-
-
-def _api() -> str:
-    """The address of the Prefect server: the one that is configured, else where `prefect server start` puts it."""
-    from prefect.settings import get_current_settings
-
-    settings = get_current_settings()
-    return settings.api.url or f"http://{settings.server.api.host}:{settings.server.api.port}/api"
-
-
-def _use(api: str) -> None:
-    """Make this process, and those that it starts, talk to one server."""
-    from prefect.context import refresh_global_settings_context
-
-    from pipeline.doctor import admitted
-
-    if not admitted(api):
-        raise PipelineError(f"the Prefect server at {api} wants another PREFECT_API_AUTH_STRING=USER:PASSWORD")
-    os.environ["PREFECT_API_URL"] = api
-    refresh_global_settings_context()
-
-
-def _need_server() -> None:
-    """Use the server that is configured, or the one on this machine; raises PipelineError where none answers."""
-    from pipeline.doctor import reachable
-
-    api = _api()
-    if not reachable(api):
-        if reachable(f"{api.rstrip('/')}/api"):
-            raise PipelineError(f"PREFECT_API_URL={api} lacks its end: PREFECT_API_URL={api.rstrip('/')}/api")
-        raise PipelineError(
-            f"no Prefect server at {api}; set PREFECT_API_URL, or start one in another terminal: prefect server start"
-        )
-    _use(api)
-
-
-def _use_running_server() -> None:
-    """Use the server on this machine if one runs, so that its pages show the run; else Prefect starts its own."""
-    from prefect.settings import get_current_settings
-
-    from pipeline.doctor import reachable
-
-    if get_current_settings().api.url is not None:
-        _need_server()
-    elif reachable(_api()):
-        _use(_api())
 
 
 if __name__ == "__main__":

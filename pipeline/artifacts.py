@@ -1,7 +1,7 @@
 """What Prefect shows beside a run: a card per stage, the plan before it, the graph and a summary after it.
 
 The functions here make markdown from DVC's records; `pipeline.flow` hands it to Prefect. Cards keep a history by key,
-so the page of `stage-sft` shows each result that sft ever had.
+so the page of sft's card shows each result that sft ever had in this workspace.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Result:
     seconds: float = 0.0
 
 
-def key_of(stage: str) -> str:
-    """The artifact key of a stage; Prefect takes lower case letters, digits and dashes."""
-    return "stage-" + re.sub(r"[^a-z0-9]+", "-", stage.lower()).strip("-")
+def key_of(stage: str, workspace: str) -> str:
+    """The artifact key of a stage in a workspace; Prefect takes lower case letters, digits and dashes."""
+    return "stage-" + re.sub(r"[^a-z0-9]+", "-", f"{stage} {workspace}".lower()).strip("-")
 
 
 def recorded_metrics(cache: Path, spec: StageSpec, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,19 +195,19 @@ def plan_page(dag: Mapping[str, StageSpec], outlooks: Mapping[str, Outlook]) -> 
     return "\n\n".join([drawing.image(drawing.graph(dag, states), "stages"), table])
 
 
-def summary_page(root: Path, dag: Mapping[str, StageSpec], results: Mapping[str, Result]) -> str:
+def summary_page(root: Path, workspace: str, dag: Mapping[str, StageSpec], results: Mapping[str, Result]) -> str:
     """What a run did: the graph by state, and a line per stage, linked to its card where it has a new one."""
     states = {name: result.state for name, result in results.items()}
-    rows = [_row(name, result) for name, result in results.items()]
+    rows = [_row(name, workspace, result) for name, result in results.items()]
     parts = [f"## {counts(list(states.values()))}", drawing.image(drawing.graph(dag, states), "stages")]
     parts += [f"**{result.message}**" for result in results.values() if result.state == "Failed"]
     parts.append("\n".join(["| stage | state | time |", "|---|---|---:|", *rows]))
     return "\n\n".join([*parts, *_report_line(root, dag, states)])
 
 
-def _row(name: str, result: Result) -> str:
+def _row(name: str, workspace: str, result: Result) -> str:
     carded = result.state in ("Completed", "Restored")
-    stage = f"[{name}](/artifacts/key/{key_of(name)})" if carded else name
+    stage = f"[{name}](/artifacts/key/{key_of(name, workspace)})" if carded else name
     return f"| {stage} | {_words(result.state)} | {'' if result.state == 'Unchanged' else duration(result.seconds)} |"
 
 

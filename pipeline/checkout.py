@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import os
 import shutil
 import subprocess
 import time
@@ -119,10 +120,14 @@ def _share(root: Path, tree: Path) -> None:
 
 
 def listed(root: Path, path: str, which: str = "--cached") -> list[str]:
-    """The files at or in a path that git holds (`--cached`), or does not (`--others`); none outside a repository."""
-    command = ["git", "-C", str(root), "ls-files", "-z", which, "--", path]
-    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return [file for file in found.split("\0") if file]
+    """The files at or in a path that git holds (`--cached`), or does not (`--others`); none outside a repository.
+
+    Raises PipelineError where there is a repository that git does not trust.
+    """
+    found = asked(root, "ls-files", "-z", which, "--", path)
+    if _distrusts(found.stderr):
+        raise PipelineError(f"git: {complaint(found.stderr)}")
+    return [file for file in found.stdout.split("\0") if file]
 
 
 def put(tree: Path, files: Mapping[str, str]) -> None:
@@ -145,8 +150,26 @@ def tidy(root: Path) -> None:
 
 def git(root: Path, *arguments: str) -> str:
     """The output of a git command; raises PipelineError with what git says where it fails."""
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    done = asked(root, *arguments)
     if done.returncode:
-        said = done.stderr.strip().splitlines()
-        raise PipelineError(f"git {arguments[0]}: {said[-1] if said else 'failed'}; look at {root}")
+        raise PipelineError(f"git {arguments[0]}: {complaint(done.stderr)}; look at {root}")
     return done.stdout
+
+
+def asked(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A git command that may fail, its messages in English."""
+    told = {**os.environ, "LC_ALL": "C"}
+    return subprocess.run(["git", "-C", str(root), *arguments], env=told, capture_output=True, text=True, check=False)
+
+
+def complaint(said: str) -> str:
+    """Why git refused, in one line; where it distrusts the owner of a folder, with its own remedy."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    remedy = next((line for line in lines if line.startswith("git config ")), "")
+    if _distrusts(said) and remedy:
+        return f"the folder belongs to another user, which git calls dubious ownership; {remedy}"
+    return lines[-1] if lines else "failed"
+
+
+def _distrusts(said: str) -> bool:
+    return "dubious ownership" in said

@@ -29,18 +29,19 @@ from prefect.client.schemas.filters import (
     TaskRunFilter,
     TaskRunFilterId,
 )
-from prefect.client.schemas.objects import Artifact, FlowRun, WorkerStatus
+from prefect.client.schemas.objects import Artifact, FlowRun
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import get_current_settings
 from prefect.states import Cancelling, Crashed
 
-from pipeline import records
-from pipeline.checkout import listed, published, put
+from pipeline import identity, inputs, pools, records
+from pipeline.checkout import published, put
 from pipeline.dag import StageSpec
 from pipeline.errors import PipelineError, StageFailed, StageStopped
 from pipeline.plan import Outlook, one_line
 from pipeline.runner import LocalRunner, Log, Outcome
-from pipeline.worker import ANSWERS, BEAT, LIFE, NAME, REPORT, Report
+from pipeline.turn import Turn
+from pipeline.worker import BEAT, LIFE, NAME, REPORT, Report
 
 #: Seconds between two looks at a stage.
 POLL = 2.0
@@ -70,10 +71,10 @@ def joined(root: Path, dag: Mapping[str, StageSpec], stages: Sequence[str], runn
     """
     _check_remote(root)
     commit = published(root)
-    _check_inputs(root, dag, stages)
+    inputs.check_held(root, dag, stages)
     with get_client(sync_client=True) as client:
-        pools = {str(dag[name].meta.get("pool", "cpu")) for name in stages}
-        cluster = Cluster(root, dag, commit, {pool: _deployment(client, pool) for pool in sorted(pools)}, client)
+        needed = sorted({str(dag[name].meta.get("pool", "cpu")) for name in stages})
+        cluster = Cluster(root, dag, commit, {pool: _deployment(client, pool) for pool in needed}, client)
         try:
             yield cluster
         finally:
@@ -87,21 +88,6 @@ def _check_remote(root: Path) -> None:
                 "results of workers travel through a DVC remote, and there is none; `dvc remote add -d NAME URL`, then "
                 "commit .dvc/config and push it"
             )
-
-
-def _check_inputs(root: Path, dag: Mapping[str, StageSpec], stages: Sequence[str]) -> None:
-    """Whether workers can have all that the stages read: from git, from DVC, or at the same absolute path."""
-    with Repo(str(root)) as repo:
-        for path in sorted({dep for name in stages for dep in dag[name].deps if not Path(dep).is_absolute()}):
-            if records.written(repo, str(root / path)):
-                continue
-            others = listed(root, path, "--others")
-            missing = [file for file in others if not repo.dvcignore.is_ignored_file(str(root / file))]
-            if missing or not listed(root, path):
-                raise PipelineError(
-                    f"{missing[0] if missing else path}: neither git nor DVC holds it, so workers cannot have it; "
-                    "`dvc add` a folder of such files, as docs/cluster.md says, or name an absolute path"
-                )
 
 
 def _deployment(client: SyncPrefectClient, pool: str) -> UUID:
@@ -120,6 +106,7 @@ class Cluster:
     ) -> None:  # fmt: skip
         self._root, self._dag, self._commit = root, dag, commit
         self._deployments, self._client = deployments, client
+        self._owner = identity.name(root)
         self._params = (root / "params.yaml").read_text()
         self._ended: list[str] = []
         self._mutex = threading.Lock()
@@ -131,13 +118,13 @@ class Cluster:
         with self._mutex:
             return records.plan(self._root, self._dag, stages)
 
-    def run(self, spec: StageSpec, log: Log, outlook: Outlook, force: bool) -> Outcome:
+    def run(self, spec: StageSpec, log: Log, outlook: Outlook, force: bool, turn: Turn) -> Outcome:
         """Have one stage run on a worker, and take over its record.
 
         Raises StageFailed, StageStopped, or PipelineError where labels of people are too many to travel.
         """
         for _ in range(LOSSES):
-            watch = self._submit(spec, force, log)
+            watch = self._submit(spec, force, log, turn)
             try:
                 report, why = self._follow(watch), ""
             except _Lost as lost:
@@ -164,7 +151,7 @@ class Cluster:
         except StageFailed as error:
             get_run_logger().warning("%s; `dvc pull` brings them", error)
 
-    def _submit(self, spec: StageSpec, force: bool, log: Log) -> _Watch:
+    def _submit(self, spec: StageSpec, force: bool, log: Log, turn: Turn) -> _Watch:
         pool = str(spec.meta.get("pool", "cpu"))
         asked = {
             "stage": spec.name,
@@ -179,11 +166,11 @@ class Cluster:
         run = self._patiently(
             lambda: self._client.create_flow_run_from_deployment(
                 self._deployments[pool], parameters=asked, name=spec.name, idempotency_key=key,
-                parent_task_run_id=parent,
+                parent_task_run_id=parent, tags=[identity.tag(self._owner)],
             )
         )  # fmt: skip
-        log(logging.INFO, f"handed to pool {pool}: {_page(run)}")
-        return _Watch(run, pool, log)
+        turn.waits(f"handed to pool {pool}: {_page(run)}")
+        return _Watch(run, pool, log, turn)
 
     def _recorded(self, task_run: UUID) -> UUID | None:
         """A task run once the server knows it; until then it refuses flow runs below it. None where it takes too long.
@@ -200,12 +187,10 @@ class Cluster:
 
     def _answers(self) -> dict[str, str]:
         """The labels of people that lie in the workspace."""
-        folders = [path for path in self._root.iterdir() if path.is_dir() and not path.name.startswith(".")]
-        files = [file for folder in folders for file in sorted(folder.rglob(ANSWERS))]
-        answers = {file.relative_to(self._root).as_posix(): file.read_text() for file in files}
+        answers = inputs.answers(self._root)
         if sum(map(len, answers.values())) > ROOM:
             raise PipelineError(
-                f"{files[0].parent.relative_to(self._root)}: more than {ROOM // 1000} kB of labels do not travel "
+                f"{Path(min(answers)).parent}: more than {ROOM // 1000} kB of labels do not travel "
                 "with a stage; set `folder` in params.yaml to an absolute path that every node sees"
             )
         return answers
@@ -221,6 +206,8 @@ class Cluster:
                 told = True
                 self._patiently(lambda: self._client.set_flow_run_state(watch.id, Cancelling()))
             watch.run = self._patiently(lambda: self._client.read_flow_run(watch.id))
+            if watch.run.start_time is not None:
+                watch.turn.works(watch.run.estimated_run_time.total_seconds())
             if watch.run.state is not None and watch.run.state.is_final():
                 return self._report(watch.id)
             self._patiently(lambda: self._check(watch))
@@ -235,8 +222,8 @@ class Cluster:
         assert state is not None
         if state.is_scheduled():
             watch.quiet += POLL
-            if watch.quiet > UNTAKEN and not watch.warned:
-                watch.warned = True
+            if watch.quiet > UNTAKEN:
+                watch.quiet = 0.0
                 self._tell_why_untaken(watch)
             return
         sign = self._sign_of_life(watch.id) if state.is_running() or state.is_cancelling() else None
@@ -249,14 +236,12 @@ class Cluster:
             raise _Lost(message)
 
     def _tell_why_untaken(self, watch: _Watch) -> None:
-        workers = self._client.read_workers_for_work_pool(watch.pool)
-        if any(worker.status == WorkerStatus.ONLINE for worker in workers):
-            watch.log(logging.INFO, f"the workers of pool {watch.pool} are busy; the stage waits its turn")
-        else:
-            watch.log(
-                logging.WARNING,
-                f"no worker of pool {watch.pool} is online; start one: python -m pipeline work {watch.pool}",
-            )
+        """Say why no worker takes a stage, once and whenever that changes."""
+        why = pools.obstacle(self._client, watch.pool, watch.run.work_queue_name)
+        busy = f"the workers of pool {watch.pool} are busy; the stage waits its turn"
+        if (why or busy) != watch.told:
+            watch.told = why or busy
+            watch.log(logging.WARNING if why else logging.INFO, watch.told)
 
     def _artifacts(self, run: UUID) -> list[Artifact]:
         only = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]))
@@ -311,9 +296,10 @@ class _Watch:
     run: FlowRun
     pool: str
     log: Log
+    turn: Turn
     sign: object = None
     quiet: float = 0.0
-    warned: bool = False
+    told: str = ""
 
     @property
     def id(self) -> UUID:

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import importlib.metadata
-import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
+from pipeline import identity, locks, server
 from pipeline.artifacts import size
+from pipeline.checkout import asked, complaint
 from pipeline.dag import load_dag
+from pipeline.damage import damages
 from pipeline.errors import PipelineError
 from pipeline.plan import one_line
 from pipeline.runner import exclusive
@@ -41,46 +38,31 @@ class Finding:
     what: str
 
 
-def examine(root: Path, api: str) -> Iterator[Finding]:
-    """All findings about the workspace `root` and the Prefect server at `api`, quick ones first."""
+def examine(root: Path, api: str, thorough: bool = False) -> Iterator[Finding]:
+    """All findings about the workspace `root` and the Prefect server at `api`, quick ones first.
+
+    `thorough` reads all of DVC's cache.
+    """
     yield from _graph(root)
     yield from _pins(root)
     yield from _git(root)
     yield from _dvc(root)
+    yield from _damages(root, thorough)
     yield from _locks(root)
     yield _disk(root)
     yield _gpus()
+    yield _workspace(root)
     yield _server(api)
-
-
-def reachable(api: str) -> bool:
-    """Whether a Prefect server answers at this address within two seconds."""
-    try:
-        with urllib.request.urlopen(f"{api.rstrip('/')}/health", timeout=2) as answer:
-            return answer.status == 200
-    except (OSError, ValueError, urllib.error.URLError):
-        return False
-
-
-def admitted(api: str) -> bool:
-    """Whether a Prefect server that answers lets us in, by PREFECT_API_AUTH_STRING or without."""
-    from prefect.settings import get_current_settings
-
-    secret = get_current_settings().api.auth_string
-    key = base64.b64encode(secret.get_secret_value().encode()).decode() if secret else ""
-    asked = urllib.request.Request(f"{api.rstrip('/')}/admin/version", headers={"Authorization": f"Basic {key}"})
-    try:
-        with urllib.request.urlopen(asked, timeout=10):
-            return True
-    except urllib.error.HTTPError as error:
-        return error.code != 401
 
 
 def _graph(root: Path) -> Iterator[Finding]:
     try:
         dag = load_dag(root)
     except (DvcException, PipelineError) as error:
-        yield Finding("wrong", f"dvc.yaml, params.yaml: {one_line(error)}")
+        remedy = (
+            "; take one side of a merge, git checkout --ours dvc.lock, then run" if "'dvc.lock'" in str(error) else ""
+        )
+        yield Finding("wrong", f"dvc.yaml, params.yaml: {one_line(error)}{remedy}")
         return
     yield Finding("ok", f"dvc.yaml: {len(dag)} stages")
 
@@ -110,10 +92,12 @@ def _canonical(package: str) -> str:
 
 
 def _git(root: Path) -> Iterator[Finding]:
-    git = ["git", "-C", str(root), "status", "--porcelain"]
-    answer = subprocess.run(git, capture_output=True, text=True, check=False)
-    if answer.returncode:
+    answer = asked(root, "status", "--porcelain")
+    if "not a git repository" in answer.stderr:
         yield Finding("note", "git: not a repository, so results cannot be traced to a commit")
+        return
+    if answer.returncode:
+        yield Finding("wrong", f"git: {complaint(answer.stderr)}")
         return
     changed = [line[3:] for line in answer.stdout.splitlines() if line[3:] != "dvc.lock"]
     if changed:
@@ -162,28 +146,42 @@ def _reach(repo: Repo) -> str:
     return ""
 
 
+def _damages(root: Path, thorough: bool) -> Iterator[Finding]:
+    with contextlib.suppress(DvcException):  # another finding tells why DVC cannot read its files
+        for damage in damages(root, thorough):
+            yield Finding("wrong", f"DVC cache: {damage.told}")
+
+
 def _locks(root: Path) -> Iterator[Finding]:
     try:
         with exclusive(root):
-            yield Finding("ok", "locks: no run is going on")
+            found = list(_dvc_locks(root))
     except PipelineError as error:
         yield Finding("note", f"locks: {error}")
         return
-    with contextlib.suppress(OSError, ValueError):
-        content = json.loads((root / ".dvc" / "tmp" / "rwlock").read_text())
-        holders = {holder["pid"]: holder["cmd"] for entry in content.values() for holder in _holders(entry)}
-        for pid, command in holders.items():
-            if psutil.pid_exists(pid):
-                yield Finding("note", f"locks: `{command}` (process {pid}) is working here; a run waits or fails")
-            else:
-                yield Finding("note", f"locks: `{command}` was killed; DVC clears its lock by itself in the next run")
+    yield from found or [Finding("ok", "locks: no run is going on")]
 
 
-def _holders(entry: dict[str, object]) -> Iterator[dict[str, object]]:
-    readers, writer = entry.get("read", []), entry.get("write")
-    yield from readers if isinstance(readers, list) else []
-    if isinstance(writer, dict):
-        yield writer
+def _dvc_locks(root: Path) -> Iterator[Finding]:
+    """What DVC's locks tell while no run of this pipeline is going on."""
+    try:
+        whole = locks.whole(root)
+        holders = locks.holders(root)
+    except PipelineError as error:
+        yield Finding("wrong", f"locks: {error}")
+        return
+    except DvcException:  # its configuration is broken, which another finding tells
+        return
+    if whole:
+        yield Finding("note", f"locks: {whole}")
+    for holder in holders:
+        yield Finding("wrong" if holder.replaced else "note", f"locks: {holder.told}")
+    for process in locks.orphans(root, [holder.pid for holder in holders]):
+        yield Finding(
+            "wrong",
+            f"locks: `{' '.join(process.cmdline())}` (process {process.pid}) runs on, the stage of a dvc that was "
+            f"killed; kill {process.pid} before the next run",
+        )
 
 
 def _disk(root: Path) -> Finding:
@@ -201,8 +199,16 @@ def _gpus() -> Finding:
 
 
 def _server(api: str) -> Finding:
-    if reachable(api):
-        if admitted(api):
-            return Finding("ok", f"Prefect server: {api}")
-        return Finding("wrong", f"Prefect server: {api} wants another PREFECT_API_AUTH_STRING=USER:PASSWORD")
+    wrong = server.problem(api)
+    if not wrong:
+        return Finding("ok", f"Prefect server: {api}")
+    if server.reachable(api) or server.origin():
+        return Finding("wrong", f"Prefect server: {wrong}")
     return Finding("note", f"Prefect server: none at {api}; `prefect server start` gives you the pages")
+
+
+def _workspace(root: Path) -> Finding:
+    try:
+        return Finding("ok", f"workspace: {identity.name(root)}, {identity.place(root)}")
+    except PipelineError as error:
+        return Finding("wrong", f"workspace: {error}")

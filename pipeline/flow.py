@@ -14,7 +14,6 @@ import logging
 import queue
 import textwrap
 import threading
-import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
 from pydantic import Field
 
-from pipeline import artifacts, names, parameters, preset, yaml_text
+from pipeline import artifacts, identity, names, parameters, preset, yaml_text
 from pipeline.artifacts import Result
 from pipeline.cluster import joined
 from pipeline.dag import StageSpec, load_dag
@@ -39,6 +38,7 @@ from pipeline.errors import PipelineError, StageFailed, StageStopped
 from pipeline.plan import Outlook, one_line, select, with_upstream
 from pipeline.runner import LocalRunner, Log, Outcome, exclusive
 from pipeline.slots import Slots, default_jobs, visible_gpus
+from pipeline.turn import Turn
 from pipeline.workspace import Workspace, show
 
 NAME = "alignment"
@@ -67,8 +67,11 @@ class Place(Protocol):
         """What a run would do with these stages; upstream ones that are not among them count as up to date."""
         ...
 
-    def run(self, spec: StageSpec, log: Log, outlook: Outlook, force: bool) -> Outcome:
-        """Run one stage to its end; raises StageFailed, StageStopped or PipelineError."""
+    def run(self, spec: StageSpec, log: Log, outlook: Outlook, force: bool, turn: Turn) -> Outcome:
+        """Run one stage to its end, with `turn` told when it waits.
+
+        Raises StageFailed, StageStopped or PipelineError.
+        """
         ...
 
     def stop(self) -> None:
@@ -78,12 +81,13 @@ class Place(Protocol):
 
 @dataclass
 class Run:
-    """One flow run over the stages of `outlooks`.
+    """One flow run over the stages of `outlooks`, in the workspace `root` whose name is `owner`.
 
     `results` fills up as they end; `refused` are those that another attempt cannot help.
     """
 
     root: Path
+    owner: str
     dag: Mapping[str, StageSpec]
     outlooks: dict[str, Outlook]
     forced: frozenset[str]
@@ -102,33 +106,34 @@ class Run:
 
     def stage(self, name: str) -> State[None]:
         """Bring one stage up to date: the body of its task. Its upstream stages have ended well."""
-        spec, logger, started = self.dag[name], get_run_logger(), time.monotonic()
+        spec, logger = self.dag[name], get_run_logger()
+        turn = Turn(logger.log)
         try:
-            outcome = self._ensure(spec, logger.log)
+            outcome = self._ensure(spec, logger.log, turn)
         except StageStopped:
             message = "stopped; the next run goes on from its last checkpoint"
-            return self._end(name, Cancelled, "Cancelled", message, started)
+            return self._end(name, Cancelled, "Cancelled", message, turn)
         except PipelineError as error:
             logger.error("%s", error)
-            return self._end(name, Failed, "Failed", f"{name}: {error}", started)
+            return self._end(name, Failed, "Failed", f"{name}: {error}", turn)
         except StageFailed as error:
             if error.lasting:
                 self.refused.add(name)
             if error.waiting:
                 logger.warning("%s; then run again", error.reason)
-                return self._end(name, Failed, WAITING, str(error), started)
+                return self._end(name, Failed, WAITING, str(error), turn)
             hint = "" if error.lasting else "the next attempt goes on from the last checkpoint; "
             logger.error("%s; %sby hand: %s", error.reason, hint, spec.by_hand)
-            return self._end(name, Failed, "Failed", str(error), started)
-        return self._end(name, Completed, outcome, ENDED[outcome], started)
+            return self._end(name, Failed, "Failed", str(error), turn)
+        return self._end(name, Completed, outcome, ENDED[outcome], turn)
 
-    def _ensure(self, spec: StageSpec, log: Log) -> Outcome:
+    def _ensure(self, spec: StageSpec, log: Log, turn: Turn) -> Outcome:
         outlook = self._outlook(spec)
         force = spec.name in self.forced
         if outlook.prospect == "up to date" and not force:
             return "Unchanged"
         log(logging.INFO, f"{outlook.prospect}: {', '.join(outlook.reasons)}" if outlook.reasons else "forced")
-        return self.place.run(spec, log, outlook, force)
+        return self.place.run(spec, log, outlook, force, turn)
 
     def _outlook(self, spec: StageSpec) -> Outlook:
         """The outlook from the start of the run, or a fresh one if it hung on stages that have ended since."""
@@ -137,10 +142,8 @@ class Run:
             return self.outlooks[spec.name]
         return self.place.outlooks([spec.name])[spec.name]
 
-    def _end(
-        self, name: str, make: Callable[..., State[None]], state: str, message: str, started: float
-    ) -> State[None]:
-        seconds = time.monotonic() - started
+    def _end(self, name: str, make: Callable[..., State[None]], state: str, message: str, turn: Turn) -> State[None]:
+        seconds = turn.seconds
         self.results[name] = Result(state, message, seconds)
         return make(
             name=state, message=f"{message} in {artifacts.duration(seconds)}" if state == "Completed" else message
@@ -158,11 +161,14 @@ logging.getLogger("prefect.task_runs").addFilter(_EmptyTraceback())
 
 
 def _title() -> str:
-    """The name of a flow run: what it was asked to do."""
+    """The name of a flow run: what it was asked to do, after the name that it has from the pages of a deployment."""
     asked = runtime.flow_run.parameters
     words = [", ".join(asked.get("stages") or []) or "all stages", asked.get("preset", "")]
     words += [f"{key}={value}" for key, value in (asked.get("set") or {}).items()]
-    return textwrap.shorten(" ".join([*filter(None, words), *(["forced"] if asked.get("force") else [])]), 80)
+    title = " ".join([*filter(None, words), *(["forced"] if asked.get("force") else [])])
+    name = str(runtime.flow_run.name) if runtime.deployment.id else ""
+    before = f"{name.split(': ')[0]}: " if name else ""  # a run that is started again has its title already
+    return textwrap.shorten(f"{before}{title}", max(80, len(before) + 40))
 
 
 @flow(name=NAME, flow_run_name=_title, persist_result=False)
@@ -186,18 +192,27 @@ def alignment(
     """
     root = Path.cwd()
     try:
+        owner = identity.name(root)
+        _mark(owner)
         with exclusive(root) as lock:
             dag = choose(root, preset, set)
             asked = select(dag, stages) if stages else list(dag)
             wanted = with_upstream(dag, asked)
             runner = LocalRunner(root, lock)
             with _place(root, dag, runner, jobs, wanted if cluster else None) as place:
-                run = Run(root, dag, place.outlooks(wanted), frozenset(asked if force else ()), place)
+                run = Run(root, owner, dag, place.outlooks(wanted), frozenset(asked if force else ()), place)
                 return _carry_out(run)
     except PipelineError as error:
         return Failed(name=REFUSED, message=str(error))
     except KeyboardInterrupt:
         return Cancelled(message="interrupted; the next run goes on where this one stopped")
+
+
+def _mark(workspace: str) -> None:
+    """Say in the tags of this flow run whose it is, however it was started."""
+    tags = {*runtime.flow_run.tags, identity.tag(workspace)}
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(UUID(runtime.flow_run.id), tags=sorted(tags))
 
 
 @contextlib.contextmanager
@@ -206,7 +221,7 @@ def _place(
 ) -> Iterator[Place]:
     """This workspace, or the workers for the stages `on_workers`."""
     if on_workers is None:
-        yield Workspace(root, dag, runner, Slots(visible_gpus(), jobs or default_jobs()))
+        yield Workspace(root, dag, runner, Slots(visible_gpus(), jobs or default_jobs()), identity.name(root))
     else:
         with joined(root, dag, on_workers, runner) as cluster:
             yield cluster
@@ -221,7 +236,7 @@ def _carry_out(run: Run) -> State[None]:
         _execute(run)
     finally:
         results = {name: run.results.get(name, NOT_STARTED) for name in run.outlooks}
-        summary = artifacts.summary_page(run.root, run.dag, results)
+        summary = artifacts.summary_page(run.root, run.owner, run.dag, results)
         show(log, lambda: create_markdown_artifact(summary, "summary", "What this run did"))
     return conclusion(results)
 

@@ -5,22 +5,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterTags,
+)
 from prefect.client.schemas.objects import FlowRun, TaskRun
 from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
 
 from pipeline.artifacts import duration
 from pipeline.flow import NAME
+from pipeline.identity import of_tags, tag
 
 
-def last_runs(count: int) -> list[str]:
-    """The last `count` runs, newest first, a line each, then a line per stage of the newest that has one."""
+def last_runs(count: int, workspace: str) -> list[str]:
+    """The last `count` runs, newest first, a line each, then a line per stage of the newest that has one.
+
+    `workspace` is the name of the one whose runs they are; empty for all, each line with its workspace.
+    """
     with get_client(sync_client=True) as client:
-        flow = FlowFilter(name=FlowFilterName(any_=[NAME]))
-        runs = client.read_flow_runs(flow_filter=flow, sort=FlowRunSort.START_TIME_DESC, limit=count)
+        runs = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=[NAME])),
+            flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[tag(workspace)])) if workspace else None,
+            sort=FlowRunSort.START_TIME_DESC,
+            limit=count,
+        )
+        title = f"runs of workspace {workspace}:" if workspace else "runs of all workspaces:"
         if not runs:
-            return ["no runs yet; start one: python -m pipeline run"]
-        return [_run_line(run) for run in runs] + ["", *_stages(client, runs)]
+            others = "; status --all lists those of other workspaces" if workspace else ""
+            return [title, f"none yet; start one: python -m pipeline run{others}"]
+        return [title, *(_run_line(run, whose=not workspace) for run in runs), "", *_stages(client, runs)]
 
 
 def _stages(client: SyncPrefectClient, runs: Sequence[FlowRun]) -> list[str]:
@@ -32,10 +48,11 @@ def _stages(client: SyncPrefectClient, runs: Sequence[FlowRun]) -> list[str]:
     return []
 
 
-def _run_line(run: FlowRun) -> str:
+def _run_line(run: FlowRun, whose: bool) -> str:
     state, message = (run.state.name, run.state.message) if run.state else ("", "")
     seconds = duration(run.total_run_time.total_seconds())
-    return f"{_when(run)}  {state or '':10}  {seconds:>12}  {run.name}: {message or ''}"
+    owner = f"{of_tags(run.tags) or 'unknown workspace'}: " if whose else ""
+    return f"{_when(run)}  {state or '':10}  {seconds:>12}  {owner}{run.name}: {message or ''}"
 
 
 def _task_line(task: TaskRun) -> str:

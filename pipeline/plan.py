@@ -15,6 +15,7 @@ from dvc.stage import PipelineStage
 
 from pipeline.dag import StageSpec
 from pipeline.errors import PipelineError
+from pipeline.locks import meaning
 
 # A dry restore says on standard output that it restores.
 logging.getLogger("dvc.stage.cache").setLevel(logging.WARNING)
@@ -48,7 +49,7 @@ def plan(root: Path, dag: Mapping[str, StageSpec], stages: Sequence[str] | None 
                 before = {outlooks[source].prospect for source in dag[name].upstream if source in outlooks}
                 outlooks[name] = _outlook(loaded[name], repo, settled=before <= {"up to date"})
     except DvcException as error:
-        raise PipelineError(f"DVC cannot tell what is out of date: {one_line(error)}") from None
+        raise PipelineError(f"DVC cannot tell what is out of date: {meaning(str(error))}") from None
     return outlooks
 
 

@@ -23,7 +23,8 @@ from dvc_data.hashfile.tree import Tree
 from pipeline.checkout import listed
 from pipeline.dag import StageSpec
 from pipeline.errors import PipelineError
-from pipeline.plan import Outlook, one_line, outlook_of
+from pipeline.locks import meaning
+from pipeline.plan import Outlook, outlook_of
 
 #: The record of a stage, as dvc.lock has it.
 Record = dict[str, Any]
@@ -64,7 +65,7 @@ def plan(root: Path, dag: Mapping[str, StageSpec], stages: Sequence[str] | None 
                 changes = list(_changes(loaded[name], repo))
                 outlooks[name] = outlook_of(loaded[name], changes, before <= {"up to date"}, lambda: False)
     except DvcException as error:
-        raise PipelineError(f"DVC cannot tell what is out of date: {one_line(error)}") from None
+        raise PipelineError(f"DVC cannot tell what is out of date: {meaning(str(error))}") from None
     return outlooks
 
 

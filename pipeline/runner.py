@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from pipeline.errors import PipelineError, StageFailed, StageStopped
+from pipeline.locks import meaning
 
 #: How a stage ended well: it ran, DVC found nothing to do, or DVC had its result from an earlier run.
 Outcome = Literal["Completed", "Unchanged", "Restored"]
@@ -218,10 +219,10 @@ def failure(stage: str, lines: list[tuple[int, str]]) -> StageFailed:
     dvc = " ".join(text.removeprefix("ERROR: ") for _, text in lines if text.startswith("ERROR: "))
     exited = re.search(r"exited with (-?\d+)", dvc)
     if exited is None:
-        reason = re.sub(r"^failed to reproduce '[^']*': ", "", dvc) or "DVC ended without a word; see its output above"
-        if "being blocked" in " ".join([dvc, *(text for _, text in own)]):
-            reason = "another dvc command uses this workspace; wait for it, then run again"
-        return StageFailed(stage, reason, None)
+        reason = re.sub(r"^failed to reproduce '[^']*': ", "", dvc)
+        if "being blocked" in dvc:  # by whom is in the lines after it
+            reason = " ".join([dvc, *(text for _, text in own)])
+        return StageFailed(stage, meaning(reason) or "DVC ended without a word; see its output above", None)
     code = int(exited[1])
     number = -code if code < 0 else code - 128
     if number in {member.value for member in signal.Signals}:

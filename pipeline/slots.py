@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 
 def visible_gpus() -> tuple[str, ...]:
@@ -28,7 +28,10 @@ def default_jobs() -> int:
 
 
 class Slots:
-    """Hands out GPUs one stage each, and `jobs` places for stages that use none. Safe between threads."""
+    """Hands out GPUs one stage each, and `jobs` places for stages that use none, in the order in which they were asked.
+
+    Safe between threads.
+    """
 
     def __init__(self, gpus: Sequence[str], jobs: int) -> None:
         self._gpus = tuple(gpus)
@@ -36,23 +39,16 @@ class Slots:
         self._free_gpus = list(gpus)
         self._free_jobs = jobs
         self._changed = threading.Condition()
-
-    def busy(self, gpus: int) -> bool:
-        """Whether `take` would wait now."""
-        with self._changed:
-            return not self._enough(min(gpus, len(self._gpus)))
+        self._queues: dict[bool, list[object]] = {True: [], False: []}  # who waits for GPUs, and who for a place
 
     @contextlib.contextmanager
-    def take(self, gpus: int) -> Iterator[dict[str, str]]:
-        """Wait for a slot with `gpus` GPUs, or all where the machine has fewer; yields the stage's environment.
+    def take(self, gpus: int, waits: Callable[[], object] = lambda: None) -> Iterator[dict[str, str]]:
+        """Take a slot with `gpus` GPUs, or all where the machine has fewer; yields the stage's environment.
 
-        On a machine without GPUs such a stage runs on the CPU.
+        `waits` is called where there is none at once. On a machine without GPUs such a stage runs on the CPU.
         """
         wanted = min(gpus, len(self._gpus))
-        with self._changed:
-            self._changed.wait_for(lambda: self._enough(wanted))
-            taken = [self._free_gpus.pop(0) for _ in range(wanted)]
-            self._free_jobs -= not taken
+        taken = self._wait(wanted, waits)
         try:
             yield self._environment(taken)
         finally:
@@ -60,6 +56,28 @@ class Slots:
                 self._free_gpus += taken
                 self._free_jobs += not taken
                 self._changed.notify_all()
+
+    def _wait(self, wanted: int, waits: Callable[[], object]) -> list[str]:
+        """The GPUs of a slot, once it is this caller's turn."""
+        queue, ticket = self._queues[wanted > 0], object()
+
+        def turn() -> bool:
+            return queue[0] is ticket and self._enough(wanted)
+
+        with self._changed:
+            queue.append(ticket)
+            now = turn()
+        if not now:
+            waits()
+        with self._changed:
+            try:
+                self._changed.wait_for(turn)
+                taken = [self._free_gpus.pop(0) for _ in range(wanted)]
+                self._free_jobs -= not taken
+            finally:
+                queue.remove(ticket)
+                self._changed.notify_all()  # there may be enough left for the next one
+        return taken
 
     def _enough(self, gpus: int) -> bool:
         return len(self._free_gpus) >= gpus if gpus else self._free_jobs > 0

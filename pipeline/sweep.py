@@ -19,13 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dvc.exceptions import DvcException
 from dvc.repo.experiments.refs import ExpRefInfo
 
-from pipeline import artifacts, names, yaml_text
+from pipeline import artifacts, identity, inputs, names, yaml_text
 from pipeline.checkout import CARRIED, committed, git, published, put, working_tree
 from pipeline.dag import StageSpec, load_dag
 from pipeline.errors import PipelineError
 from pipeline.parameters import assign
+from pipeline.plan import one_line
 
 #: Columns of metrics in the table; `dvc exp show` has all.
 COLUMNS = 6
@@ -82,6 +84,7 @@ def sweep(root: Path, points: Sequence[Point], stages: Sequence[str], options: S
     cannot have.
     """
     commit = published(root) if cluster else committed(root)
+    _check_inputs(root, cluster)
     for point in points:
         names.check(root, assign(yaml_text.read(root / "params.yaml"), point.settings))
     with ThreadPoolExecutor(len(points) if cluster else 1) as pool:
@@ -97,18 +100,36 @@ def sweep(root: Path, points: Sequence[Point], stages: Sequence[str], options: S
             raise
 
 
+def _check_inputs(root: Path, cluster: bool) -> None:
+    """Raise PipelineError where a working tree could not have what the stages read here."""
+    dag = load_dag(root)
+    if cluster:
+        inputs.check_held(root, dag, dag)
+    elif linked := inputs.loose(root, dag, dag):
+        log.info("%d files that git ignores are linked into each point's tree, first %s", len(linked), linked[0])
+
+
 def _run(root: Path, commit: str, point: Point, stages: Sequence[str], options: Sequence[str]) -> None:
     files = {name: (root / name).read_text() for name in CARRIED if (root / name).exists()}
     settings = [word for key, value in point.settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    told = {"DUALIGN_SCRATCH": str(root / ".scratch"), **os.environ}
+    told = {"DUALIGN_SCRATCH": str(root / ".scratch"), **os.environ, identity.VARIABLE: identity.name(root)}
+    files["params.yaml"] = assign(files["params.yaml"], point.settings)
     with working_tree(root, commit, f"sweep-{point.name}", log.log) as (tree, _):
-        put(tree, files)
+        put(tree, {**files, **inputs.answers(root)})
+        try:
+            dag = load_dag(tree)
+        except DvcException as error:
+            point.end = ENDS[2]
+            log.error("%s: %s", point.name, one_line(error))
+            return
+        if "--cluster" not in options:
+            inputs.carry(root, tree, dag)
         log.info("%s: starts", point.name)
         command = [sys.executable, "-m", "pipeline", "run", *settings, *options]
         code = _followed(command, tree, told, point.name)
         point.end = ENDS.get(code, f"exit {code}")
         log.info("%s: %s", point.name, point.end)
-        dag = load_dag(tree)
+        put(root, inputs.questions(tree))
         for spec in dag.values():
             if spec.name in stages or spec.name.split("@")[0] in stages or (not stages and _is_last(spec, dag)):
                 point.metrics.update(artifacts.current_metrics(tree, spec))

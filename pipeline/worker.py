@@ -30,13 +30,14 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Failed
 from pydantic import BaseModel
 
-from pipeline import names, records
+from pipeline import identity, inputs, names, records
 from pipeline.checkout import put, working_tree
 from pipeline.dag import StageSpec, load_dag
 from pipeline.errors import PipelineError, StageFailed, StageStopped
 from pipeline.plan import Outlook
 from pipeline.runner import LocalRunner, Log
 from pipeline.slots import Slots, visible_gpus
+from pipeline.turn import Turn
 from pipeline.workspace import Workspace
 
 NAME = "stage"
@@ -48,8 +49,6 @@ TRIES = 12
 REPORT, LIFE = "What the coordinator is told", "Where it runs"
 #: Around a report, for Prefect's pages to show it as it is.
 _FENCE = ("```json\n", "\n```")
-#: Files that a stage leaves for people when it exits 3, and those in which they answer, by the name of their folder.
-QUESTIONS, ANSWERS = "to-label-*.jsonl", "labelled-*.jsonl"
 
 
 class Report(BaseModel):
@@ -130,11 +129,11 @@ def _run(
         raise PipelineError(f"{name}: no such stage at this commit and with these params")
     try:
         _fetch(tree, runner, dag[name], log)
-        place = Workspace(tree, dag, runner, Slots(visible_gpus(), 1))
-        outcome = place.run(dag[name], log, Outlook("stale"), force)
+        place = Workspace(tree, dag, runner, Slots(visible_gpus(), 1), identity.of_tags(runtime.flow_run.tags))
+        outcome = place.run(dag[name], log, Outlook("stale"), force, Turn(log))
         runner.push(name, log)
     except StageFailed as error:
-        questions = _questions(tree) if error.waiting else {}
+        questions = inputs.questions(tree) if error.waiting else {}
         return Report(outcome="Failed", node=node, reason=error.reason, code=error.code, questions=questions)
     return Report(outcome=outcome, node=node, record=records.read(tree, [name])[name])
 
@@ -152,12 +151,6 @@ def _fetch(tree: Path, runner: LocalRunner, spec: StageSpec, log: Log) -> None:
         raise StageFailed(
             spec.name, f"its inputs cannot be had from the DVC remote: {error.reason}; {remedy}", None
         ) from None
-
-
-def _questions(tree: Path) -> dict[str, str]:
-    found = [path.relative_to(tree) for path in sorted(tree.rglob(QUESTIONS))]
-    whole = [path for path in found if not any(part.startswith(".") for part in path.parts)]
-    return {path.as_posix(): (tree / path).read_text() for path in whole}
 
 
 def _tell(report: Report) -> None:

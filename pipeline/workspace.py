@@ -20,12 +20,14 @@ from pipeline.plan import Outlook, one_line, plan
 from pipeline.progress import Progress, read_progress
 from pipeline.runner import LocalRunner, Log, Outcome
 from pipeline.slots import Slots
+from pipeline.turn import Turn
 
 
 class Workspace:
-    """The stages of `dag` in the workspace `root`, which is the working directory."""
+    """The stages of `dag` in the workspace `root`, which is the working directory; `owner` is the name on its cards."""
 
-    def __init__(self, root: Path, dag: Mapping[str, StageSpec], runner: LocalRunner, slots: Slots) -> None:
+    def __init__(self, root: Path, dag: Mapping[str, StageSpec], runner: LocalRunner, slots: Slots, owner: str) -> None:
+        self._owner = owner
         self._root, self._dag, self._runner, self._slots = root, dag, runner, slots
         self._planning = threading.Lock()
         with Repo(str(root)) as repo:
@@ -36,32 +38,30 @@ class Workspace:
         with self._planning:
             return plan(self._root, self._dag, stages)
 
-    def run(self, spec: StageSpec, log: Log, outlook: Outlook, force: bool) -> Outcome:
+    def run(self, spec: StageSpec, log: Log, outlook: Outlook, force: bool, turn: Turn) -> Outcome:
         """Run or restore one stage, with its progress as a bar and its result as a card.
 
         Raises StageFailed or StageStopped.
         """
-        relay = _Relay(spec.name, log)
+        relay = _Relay(artifacts.key_of(spec.name, self._owner), log)
         recorded = records.read(self._root, [spec.name]).get(spec.name, {})
         before = artifacts.recorded_metrics(self._cache, spec, recorded)
-        started = time.monotonic()
-        gpus = int(spec.meta.get("gpus", 0))
         if outlook.prospect == "restorable" and not force:
             outcome = self._runner.run(spec.name, relay, {})
         else:
-            if self._slots.busy(gpus):
-                log(logging.INFO, "waiting for another stage to make room")
-            with self._slots.take(gpus) as environment:
+            gpus = int(spec.meta.get("gpus", 0))
+            with self._slots.take(gpus, lambda: turn.waits("waiting for a slot: other stages work")) as environment:
+                turn.works()
                 outcome = self._runner.run(spec.name, relay, environment, force)
         if outcome != "Unchanged":
-            self._card(spec, log, outcome, before, time.monotonic() - started)
+            self._card(spec, log, outcome, before, turn.seconds)
         return outcome
 
     def _card(self, spec: StageSpec, log: Log, outcome: Outcome, before: Mapping[str, object], seconds: float) -> None:
         result = Result(outcome, f"{outcome} in {artifacts.duration(seconds)}")
         after = artifacts.current_metrics(self._root, spec)
         page = artifacts.card(self._root, spec, result, before, after)
-        show(log, lambda: create_markdown_artifact(page, artifacts.key_of(spec.name), spec.desc))
+        show(log, lambda: create_markdown_artifact(page, artifacts.key_of(spec.name, self._owner), spec.desc))
 
     def stop(self) -> None:
         """Stop all stages and start none; returns when they have ended."""
@@ -73,9 +73,9 @@ class _Relay:
 
     EVERY = 3.0  # seconds between two updates of the bar
 
-    def __init__(self, stage: str, log: Log) -> None:
+    def __init__(self, card: str, log: Log) -> None:
         self.log = log
-        self._key = artifacts.key_of(stage).replace("stage-", "progress-", 1)
+        self._key = card.replace("stage-", "progress-", 1)
         self._bar: UUID | None = None
         self._shown = -self.EVERY
 

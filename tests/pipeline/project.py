@@ -35,6 +35,14 @@ if own["then"] == "refuse":
 if own["then"] == "stumble" and not kept.exists():
     kept.write_text("step 1")
     raise ValueError("the disk hiccuped")
+how, _, number = own["then"].partition(" ")
+if how == "die":
+    os.kill(os.getpid(), int(number))
+if how == "sleep":
+    time.sleep(int(number))
+if how == "exit":
+    print("the last word")
+    sys.exit(int(number))
 if "meet" in own["then"]:
     kept.write_text("here")
     while len(list(kept.parent.iterdir())) < 2: time.sleep(0.02)
@@ -48,7 +56,8 @@ if own["then"] == "wait" and not kept.exists():
     say("I", "step 1 of 2: loss 0.5000")
     time.sleep(120)
 pathlib.Path(f"out/{name}").parent.mkdir(exist_ok=True)
-pathlib.Path(f"out/{name}").write_text(str(own["value"]))
+rows = "".join(sorted(path.read_text() for path in pathlib.Path("rows").glob("*.txt")))
+pathlib.Path(f"out/{name}").write_text(f"{own['value']}{rows}")
 numbers = {"accuracy": {"mean": own["value"], "low": 0.1}, "loss_curve": [[1, 0.5], [2, 0.25]]}
 pathlib.Path(f"metrics-{name}.json").write_text(json.dumps(numbers))
 """
@@ -75,6 +84,13 @@ class Project:
         done = subprocess.run(command, cwd=self.root, env=environment(), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """A DVC command that goes on by itself."""
+        command = [sys.executable, "-m", "dvc", *arguments]
+        return subprocess.Popen(
+            command, cwd=self.root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     def locks(self) -> dict[str, Any]:
         """DVC's locks on files, without empty entries."""
@@ -132,7 +148,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": path, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
 
-def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 120.0) -> None:
     """Wait for a condition."""
     deadline = time.monotonic() + seconds
     while not condition():

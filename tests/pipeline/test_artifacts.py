@@ -88,9 +88,13 @@ def test_a_summary_names_each_stage_and_what_failed(project: Project) -> None:
         "right": Result("Restored", "from the cache", 0.2),
     }
     dag = load_dag(project.root)
-    page = summary_page(project.root, dag, results)
+    page = summary_page(project.root, "here", dag, results)
     assert page.startswith("## 1 restored, 1 unchanged, 1 failed\n") and "**left: no space (exit 1)**" in page
-    for row in ("| first | unchanged |  |", "| left | failed | 3.0 s |", "| [right](/artifacts/key/stage-right) |"):
+    for row in (
+        "| first | unchanged |  |",
+        "| left | failed | 3.0 s |",
+        "| [right](/artifacts/key/stage-right-here) |",
+    ):
         assert row in page
 
 
@@ -99,16 +103,18 @@ def test_a_summary_says_where_the_report_is(project: Project) -> None:
     dag["last"] = dataclasses.replace(dag["last"], outs=("reports/index.html",))
     made = {"last": Result("Completed", "ran", 1.0)}
     page = project.root / "reports/index.html"
-    assert f"Report: `dvc pull last` puts it here: `{page}`" in summary_page(project.root, dag, made), "workers have it"
-    assert "Report" not in summary_page(project.root, dag, {"last": Result("Failed", "last: no")})
+    assert f"Report: `dvc pull last` puts it here: `{page}`" in summary_page(project.root, "here", dag, made), (
+        "workers have it"
+    )
+    assert "Report" not in summary_page(project.root, "here", dag, {"last": Result("Failed", "last: no")})
     page.parent.mkdir()
     page.write_text("")
-    assert f"(file://{page}), a file" in summary_page(project.root, dag, made)
+    assert f"(file://{page}), a file" in summary_page(project.root, "here", dag, made)
 
 
 def test_words() -> None:
     assert counts(["Unchanged", "Completed", "Unchanged", "NotStarted"]) == "1 completed, 2 unchanged, 1 not started"
-    assert key_of("dual_search@p_SACPO") == "stage-dual-search-p-sacpo"
+    assert key_of("dual_search@p_SACPO", "Al.node1-3f") == "stage-dual-search-p-sacpo-al-node1-3f"
     assert [size(value) for value in (0, 1023, 1536, 3 * 2**30)] == ["0 B", "1023 B", "1.5 KiB", "3.0 GiB"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -12,7 +13,8 @@ import pytest
 from dvc.repo import Repo
 
 from pipeline import checkout
-from pipeline.checkout import committed, published, put, tidy, working_tree
+from pipeline.checkout import committed, listed, published, put, tidy, working_tree
+from pipeline.doctor import examine
 from pipeline.errors import PipelineError
 from pipeline.runner import held
 from tests.pipeline.project import Project, git
@@ -49,6 +51,16 @@ def test_only_commits_that_others_can_fetch_run_elsewhere(clone: Path) -> None:
     committed(clone)
     with pytest.raises(PipelineError, match="is on no remote branch"):
         published(clone)
+
+
+def test_a_folder_that_git_does_not_trust_is_told_with_its_remedy(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    remedy = f"dubious ownership; git config --global --add safe.directory {clone}"
+    for ask in (lambda: committed(clone), lambda: listed(clone, ".")):
+        with pytest.raises(PipelineError, match=re.escape(remedy)):
+            ask()
+    (found,) = [finding for finding in examine(clone, "http://127.0.0.1:9/api") if finding.what.startswith("git")]
+    assert found.level == "wrong" and remedy in found.what
 
 
 def test_a_tree_shares_cache_remote_and_settings_and_goes(clone: Path) -> None:

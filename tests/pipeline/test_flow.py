@@ -19,6 +19,8 @@ from prefect.client.schemas.objects import State
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Cancelling
 
+from pipeline import identity
+from pipeline.artifacts import key_of
 from pipeline.flow import alignment
 from tests.pipeline.project import Project, environment, until
 
@@ -67,12 +69,13 @@ def artifacts(client: SyncPrefectClient, run: UUID) -> dict[str, str]:
 
 
 def test_a_run_then_nothing_then_an_override_then_back(project: Project, client: SyncPrefectClient) -> None:
+    mine = identity.name(project.root)
     done = alignment(jobs=2, return_state=True)
     assert done.is_completed() and done.message == "4 completed"
     assert states(client, done) == dict.fromkeys(STAGES, "Completed")
     assert "Data and pipelines are up to date" in project.dvc("status")
     until(lambda: "at work on last, GPU None" in logged(client, flow_run(done)))
-    assert {"plan", "summary", *(f"stage-{name}" for name in STAGES)} <= set(artifacts(client, flow_run(done)))
+    assert {"plan", "summary", *(key_of(name, mine) for name in STAGES)} <= set(artifacts(client, flow_run(done)))
 
     project.set(right={"value": 20})
     project.dvc("repro", "--quiet")
@@ -84,7 +87,7 @@ def test_a_run_then_nothing_then_an_override_then_back(project: Project, client:
     new = alignment(set={"left.value": 30}, return_state=True)
     assert states(client, new) == {"first": "Unchanged", "left": "Completed", "right": "Unchanged", "last": "Completed"}
     assert (project.root / "params.yaml").read_text() == text.replace('"value": 1', '"value": 30')
-    assert "| accuracy | 30 | +29 |" in artifacts(client, flow_run(new))["stage-left"]
+    assert "| accuracy | 30 | +29 |" in artifacts(client, flow_run(new))[key_of("left", mine)]
     assert "Data and pipelines are up to date" in project.dvc("status")
 
     back = alignment(set={"left.value": 1}, return_state=True)
@@ -145,6 +148,28 @@ def test_independent_stages_run_side_by_side(project: Project, client: SyncPrefe
     state = alignment(stages=["left", "right"], jobs=2, return_state=True)
     assert states(client, state) == {"first": "Completed", "left": "Completed", "right": "Completed"}
     assert {task.name: list(task.tags) for task in tasks(client, flow_run(state)).values()}["left"] == ["cpu"]
+
+
+def test_the_time_of_a_stage_is_without_its_wait_for_a_slot(project: Project, client: SyncPrefectClient) -> None:
+    alignment(stages=["first"], return_state=True)
+    project.set(left={"then": "sleep 8"}, right={"then": "sleep 8"})
+    state = alignment(stages=["left", "right"], jobs=1, return_state=True)
+    first, second = sorted(tasks(client, flow_run(state)).values(), key=lambda run: run.start_time)[-2:]
+    assert {first.name, second.name} == {"left", "right"}
+    assert (second.start_time - first.start_time).total_seconds() >= 8, "it began when it had waited"
+    for run in (first, second):
+        told = re.fullmatch(r"ran in ([\d.]+) s", run.state.message)
+        worked = (run.end_time - run.start_time).total_seconds()
+        assert told is not None and 8 <= float(told[1]) <= worked + 0.1
+        assert worked == pytest.approx(run.total_run_time.total_seconds(), abs=0.1)
+    states_of = {run.name: client.read_task_run_states(run.id) for run in (first, second)}
+    passed = {
+        name: [one.name for one in sorted(found, key=lambda one: one.timestamp)] for name, found in states_of.items()
+    }
+    assert passed[first.name][-2:] == ["Running", "Completed"] and "AwaitingSlot" not in passed[first.name]
+    assert passed[second.name][-4:] == ["Running", "AwaitingSlot", "Running", "Completed"]
+    assert [one.type.value for one in states_of[second.name] if one.name == "AwaitingSlot"] == ["PENDING"]
+    until(lambda: "waiting for a slot: other stages work" in logged(client, flow_run(state)))
 
 
 def test_a_stage_has_a_gpu_of_its_own(
@@ -232,8 +257,8 @@ def test_a_served_run_is_started_and_cancelled_from_the_pages(
     told = {**environment(), "PREFECT_API_URL": server, "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
     serve = subprocess.Popen([sys.executable, "-m", "pipeline", "serve"], cwd=project.root, env=told)
     try:
-        until(lambda: [made for made in client.read_deployments() if made.name == project.root.name])
-        (deployment,) = [made for made in client.read_deployments() if made.name == project.root.name]
+        until(lambda: [made for made in client.read_deployments() if made.name == identity.name(project.root)])
+        (deployment,) = [made for made in client.read_deployments() if made.name == identity.name(project.root)]
         asked = {"stages": ["first"], "set": {"first.value": 9}, "force": False, "preset": "", "jobs": 0}
         run = client.create_flow_run_from_deployment(deployment.id, parameters=asked)
         until(lambda: any("step 1 of 2" in line for line in logged(client, run.id)))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import identity
 from pipeline.__main__ import _parser, main
 from tests.pipeline.project import Project
 
@@ -37,9 +38,15 @@ def test_run_and_status(
     assert (project.root / "out/right").read_text() == "5"
     capsys.readouterr()
     assert main(["status", "--last", "1"]) == 0
-    run, _, _, *stages = capsys.readouterr().out.splitlines()
-    assert "right right.value=5: 2 completed" in run
+    title, run, _, _, *stages = capsys.readouterr().out.splitlines()
+    mine = identity.name(project.root)
+    assert title == f"runs of workspace {mine}:" and "right right.value=5: 2 completed" in run
     assert [line.split()[:2] for line in stages] == [["first", "Completed"], ["right", "Completed"]]
+    monkeypatch.setenv("DUALIGN_WORKSPACE", "others")
+    assert main(["status"]) == 0
+    assert "none yet; start one" in capsys.readouterr().out
+    assert main(["status", "--all", "--last", "1"]) == 0
+    assert f"{mine}: right right.value=5: 2 completed" in capsys.readouterr().out
     project.set(right={"then": "refuse"})
     assert main(["run", "--stage", "right"]) == 1
     project.set(right={"then": "ask"})
@@ -63,19 +70,11 @@ def test_a_slip_is_told_in_one_line(
     assert message in told and len(told.strip().splitlines()) == 1
 
 
-def test_serve_needs_a_server(
-    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("pipeline.__main__._api", lambda: "http://127.0.0.1:9/api")
-    assert main(["serve"]) == 2
-    assert "start one in another terminal: prefect server start" in capsys.readouterr().err
-
-
 def test_an_address_without_its_end(
     project: Project, server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = server.removesuffix("/api")
-    monkeypatch.setattr("pipeline.__main__._api", lambda: short)
+    monkeypatch.setattr("pipeline.server.address", lambda: short)
     assert main(["deploy"]) == 2
     assert f"PREFECT_API_URL={short} lacks its end: PREFECT_API_URL={short}/api" in capsys.readouterr().err
 
@@ -113,7 +112,8 @@ def test_help_and_the_graph_do_without_prefect(repo_root: Path) -> None:
 def test_prefect_takes_its_settings_from_the_repository(repo_root: Path) -> None:
     code = (
         "import sys; from prefect.settings import get_current_settings; server = get_current_settings().server\n"
-        "sys.exit((server.analytics_enabled, server.ephemeral.startup_timeout_seconds) != (False, 120))"
+        "told = server.analytics_enabled, server.ui.v2_enabled, server.ephemeral.startup_timeout_seconds\n"
+        "sys.exit(told != (False, False, 120))"
     )
     bare = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     assert subprocess.run([sys.executable, "-c", code], cwd=repo_root, env=bare, check=False).returncode == 0

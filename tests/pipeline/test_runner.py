@@ -10,7 +10,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
+from dvc.lock import make_lock
+from tqdm import tqdm
 
 from pipeline.errors import PipelineError, StageFailed, StageStopped
 from pipeline.runner import LocalRunner, exclusive, failure, read_lines
@@ -115,11 +118,16 @@ def test_when_the_run_is_killed_its_stages_stop_and_hold_the_workspace_until_the
 
 
 def test_lines_are_whole_and_bars_are_left_out() -> None:
+    drawn = io.StringIO()
+    with tqdm(total=10, desc="files", file=drawn, mininterval=0) as bar:
+        bar.update(3)
+    bars = drawn.getvalue().strip()
+    assert "30%" in bars
     raw = (
         b"12:00:00 I one\n\n12:00:01 W two\r\n"
-        b" 10%|#   | 1/10\r 20%|##  | 2/10\rthree\n 30%|###  | 3/10\n5it [00:01, 4.2it/s]\n"
+        b"%s\rthree\n%s\n5it [00:01, 4.2it/s]\n"
         b"ERROR: failed to reproduce 'x': exited with 1\nERROR: no space\n\tgit add dvc.lock\nbad \xff byte"
-    )
+    ) % (bars.encode(), bars.encode())
     assert list(read_lines(io.BytesIO(raw))) == [
         (logging.INFO, "one"),
         (logging.WARNING, "two"),
@@ -131,20 +139,32 @@ def test_lines_are_whole_and_bars_are_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dvc", "reason"),
+    ("then", "reason"),
     [
-        ("failed to reproduce 'x': failed to run: python w, exited with -9", "killed by SIGKILL; the machine ran out"),
-        ("failed to reproduce 'x': failed to run: python w, exited with 137", "killed by SIGKILL"),
-        ("failed to reproduce 'x': failed to run: python w, exited with 139", "killed by SIGSEGV$"),
-        ("failed to reproduce 'x': failed to run: python w, exited with 3", r"the last word \(exit 3\)"),
-        ("failed to reproduce 'x': Unable to acquire lock", "^x: Unable to acquire lock"),
-        ("'out' is busy, it is being blocked by: (PID 1): dvc repro", "another dvc command uses this workspace"),
+        ("die 9", r"^first: killed by SIGKILL; the machine ran out of memory\?$"),
+        ("exit 137", "^first: killed by SIGKILL; the machine ran out"),
+        ("die 11", "^first: killed by SIGSEGV$"),
+        ("exit 5", r"^first: the last word \(exit 5\)$"),
     ],
 )
-def test_reasons(dvc: str, reason: str) -> None:
-    lines = [(logging.INFO, "> python w"), (logging.INFO, "the last word"), (logging.ERROR, f"ERROR: {dvc}")]
+def test_reasons(project: Project, runner: LocalRunner, then: str, reason: str) -> None:
+    project.set(first={"then": then})
     with pytest.raises(StageFailed, match=reason):
-        raise failure("x", lines)
+        runner.run("first", lambda *line: None, {})
+
+
+def test_whoever_blocks_a_stage_is_named(project: Project, runner: LocalRunner) -> None:
+    project.set(first={"then": "wait"})
+    with project.start("repro", "first") as other:
+        assert other.stdout is not None
+        assert any("step 1" in line for line in other.stdout)
+        told = rf"^first: `dvc repro first` \(process {other.pid}\) uses this workspace; wait for it, then run again$"
+        with pytest.raises(StageFailed, match=told):
+            runner.run("first", lambda *line: None, {})
+        for child in psutil.Process(other.pid).children():
+            child.terminate()
+    with make_lock(str(project.root / ".dvc/tmp/rwlock.lock")), pytest.raises(StageFailed, match="another dvc command"):
+        runner.run("first", lambda *line: None, {})
 
 
 def test_a_stage_that_says_nothing_has_a_reason_too() -> None:

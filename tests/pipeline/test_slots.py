@@ -35,17 +35,44 @@ def test_every_gpu_is_in_one_hand_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_stage_without_gpu_sees_none_and_waits_for_a_place_only() -> None:
-    slots = Slots(["g0"], jobs=1)
-    assert not slots.busy(0) and not slots.busy(1)
-    with slots.take(1), slots.take(0) as environment:
-        assert slots.busy(0) and slots.busy(1)
+    slots, waiting = Slots(["g0"], jobs=1), threading.Event()
+    with slots.take(1, pytest.fail), slots.take(0, pytest.fail) as environment:
         assert environment["CUDA_VISIBLE_DEVICES"] == ""
-        second = threading.Thread(target=lambda: slots.take(0).__enter__())
+        second = threading.Thread(target=lambda: slots.take(0, waiting.set).__enter__())
         second.start()
+        assert waiting.wait(10)
         second.join(0.1)
         assert second.is_alive()
     second.join(10)
     assert not second.is_alive()
+
+
+def test_slots_are_handed_out_in_the_order_in_which_they_were_asked_for() -> None:
+    slots, order = Slots(["g0", "g1"], jobs=1), list[str]()
+    threads: list[threading.Thread] = []
+
+    def ask(name: str, gpus: int) -> None:
+        waiting = threading.Event()
+
+        def work() -> None:
+            with slots.take(gpus, waiting.set):
+                order.append(name)
+
+        threads.append(threading.Thread(target=work))
+        threads[-1].start()
+        assert waiting.wait(10)
+
+    with slots.take(0):
+        with slots.take(1):
+            ask("both", 2)
+            ask("one", 1)  # there is a GPU for it, but it came later
+            for i in range(20):
+                ask(f"place {i}", 0)
+        threads[1].join(10)
+        assert order == ["both", "one"]
+    for thread in threads:
+        thread.join(10)
+    assert order == ["both", "one", *(f"place {i}" for i in range(20))]
 
 
 def test_without_gpus_all_stages_share_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

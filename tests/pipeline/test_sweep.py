@@ -41,16 +41,40 @@ def test_a_table_shows_what_differs_or_what_is_asked_for() -> None:
     assert table(points, ["m.s*"])[:2] == [["a", "", "m.same"], ["1", "completed", "3"]]
 
 
-def test_a_sweep_leaves_the_workspace_alone_and_its_points_as_experiments(
-    project: Project, server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def sweeping(project: Project, server: str, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A project with a commit, and rows that git ignores."""
     monkeypatch.setenv("PREFECT_API_URL", server)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # a point runs the pipeline of its own tree; this project has none
     for who in ("AUTHOR", "COMMITTER"):
         monkeypatch.setenv(f"GIT_{who}_NAME", "test")
         monkeypatch.setenv(f"GIT_{who}_EMAIL", "test@example.org")
+    graph, rows = json.loads((project.root / "dvc.yaml").read_text()), project.root / "rows"
+    graph["stages"]["first"]["deps"].append("rows")
+    (project.root / "dvc.yaml").write_text(json.dumps(graph))
+    rows.mkdir()
+    (rows / ".gitignore").write_text("*.txt\n")
+    (rows / "mine.txt").write_text(" and my rows")
     git(project.root, "add", ".")
     git(project.root, "commit", "-qm", "first")
+    return project
+
+
+def test_a_point_that_waits_for_people_leaves_its_question_and_reads_the_answer(
+    sweeping: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweeping.set(first={"then": "ask"})
+    assert main(["sweep", "first.value=7", "--stage", "first"]) == 1
+    assert "awaits labels" in capsys.readouterr().out
+    question = sweeping.root / "labels/to-label-1.jsonl"
+    question.with_name("labelled-1.jsonl").write_text(question.read_text().replace("null", "1"))
+    assert main(["sweep", "first.value=7", "--stage", "first"]) == 0
+
+
+def test_a_sweep_leaves_the_workspace_alone_and_its_points_as_experiments(
+    sweeping: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = sweeping
     before = (project.root / "params.yaml").read_text()
     assert main(["sweep", "first.value=7,8", "--stage", "first"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -61,6 +85,9 @@ def test_a_sweep_leaves_the_workspace_alone_and_its_points_as_experiments(
     assert (project.root / "params.yaml").read_text() == before
     assert not [path for path in (project.root / ".dvc/tmp/stages").iterdir() if path.is_dir()]
     assert sorted(project.dvc("exp", "list", "--name-only").split()) == ["first.value=7", "first.value=8"]
+    project.set(first={"value": 8})
+    assert "is cached" in project.dvc("repro", "first"), "git ignores the rows, and the points read them"
+    assert (project.root / "out/first").read_text() == "8 and my rows"
     shown = json.loads(project.dvc("exp", "show", "--json"))
     kept = {
         row["name"]: row["data"] for found in shown for entry in found["experiments"] or [] for row in entry["revs"]
