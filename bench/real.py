@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dualign.core.artifacts import read_json, replacing, write_json
+from dualign.core.artifacts import listed, read_json, replacing, write_json
 from dualign.core.errors import DualignError
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def collect(run: Path) -> dict[str, Any]:
     """What the run's reports say: rows of policies, metrics of scorers, certificates, and the price of stages."""
     compared = read_json(run / "reports/comparison.json")
     scorers = {name: read_json(run / f"reports/metrics/{name}.json") for name in ("reward_model", "cost_model")}
-    prices = [_price(read_json(path)) for path in sorted((run / "reports/provenance").rglob("*.json"))]
+    prices = [_price(read_json(path)) for path in listed(run / "reports/provenance", "**/*.json")]
     return {
         "limit": compared["limit"],
         "policies": {name: _row(row) for name, row in compared["policies"].items()},

@@ -48,9 +48,10 @@ from dualign.bounds import (
     upper_bound,
 )
 from dualign.constraints import Constraint, prices_in
-from dualign.core.artifacts import read_json, write_json
+from dualign.core.artifacts import listed, read_json, write_json
 from dualign.core.errors import DataError, DualignError, ParamsError
 from dualign.core.params import SHARES, CertifyRun, Quantity, Share
+from dualign.core.records import SolvedDual, read_record
 from dualign.evidence import Evidence, Folder, Record, Table
 
 __all__ = [
@@ -281,9 +282,10 @@ class Origin(NamedTuple):
 
     The row of `certify.runs`; the file of prompts, of which the first are answered; the solved dual, which holds the
     further limits; the folder of a candidate's model by its name; the folder that will hold the certified policy; that
-    of the cost model.
+    of the cost model. `place` is the folder that will hold the certificate, as seen from which they are recorded.
     """
 
+    place: Path
     plan: CertifyRun
     prompts: Path
     limits: Path
@@ -400,11 +402,11 @@ def issue(
         labels={name: seen.table(files.labels, folder) for name, files in used.items() if files.labels is not None},
         samples_per_prompt=_agreed(used, weights, None if origin is None else origin.prompts),
         plan=None if origin is None else origin.plan,
-        prompts=None if origin is None else seen.table(origin.prompts, folder),
-        limits=None if origin is None else seen.table(origin.limits, folder),
+        prompts=None if origin is None else seen.table(origin.prompts, origin.place),
+        limits=None if origin is None else seen.table(origin.limits, origin.place),
         weights=weights,
-        policy=None if origin is None else seen.relative(origin.policy, folder),
-        cost_model=None if origin is None else seen.model(origin.cost_model, folder),
+        policy=None if origin is None else seen.relative(origin.policy, origin.place),
+        cost_model=None if origin is None else seen.model(origin.cost_model, origin.place),
         sampling_seeds=dict(sampling_seeds or {}),
         versions={package: version(package) for package in ("numpy", "scipy")},
     )
@@ -558,11 +560,7 @@ def _as_planned(recorded: Certificate, folder: Path) -> None:
 
 def _all_required(file: Path, requirements: Sequence[Requirement]) -> None:
     """Raises DataError where a further limit of the solved dual in `file` is not required as it stands there."""
-    try:
-        limits = [asdict(price.constraint) for price in prices_in(read_json(file))]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: holds no limits that can be read ({error}); run dual_init again") from error
-    for limit in limits:
+    for limit in (asdict(price.constraint) for price in prices_in(read_record(file, SolvedDual))):
         if not any(all(getattr(required, key) == value for key, value in limit.items()) for required in requirements):
             raise DataError(f"the limit {limit['name']!r} of {file} is not among the requirements as it stands there")
 
@@ -608,7 +606,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (asked.key is None) != (asked.signature is None):
         parser.error("--key and --signature go together: a signature is checked by the key that made it")
     paths = asked.paths or [PLACE]
-    found = {path: [path] if path.is_file() else sorted([*path.glob(FILE), *path.glob(f"*/{FILE}")]) for path in paths}
+    found = {path: [path] if path.is_file() else [*listed(path, FILE), *listed(path, f"*/{FILE}")] for path in paths}
     if asked.key is not None and sum(map(len, found.values())) != 1:
         parser.error("a signature is that of one certificate; name one certificate, or its folder")
     statuses = []

@@ -21,9 +21,9 @@ import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dualign.core.artifacts import read_json
 from dualign.core.errors import ModelError
 from dualign.core.params import Resources
+from dualign.core.records import read_trained
 from dualign.core.schema import POOL, SCORED_PAIRS, read_table
 from dualign.lm.models import load_policy
 from dualign.lm.sampling import log_probabilities
@@ -85,7 +85,7 @@ def scored_tables(
     if reward != "reward_model":
         tables = with_implicit_reward(tables, load_policy(models / reward, resources), tokenizer, beta, batch)
     if cost != "cost_model":
-        coefficient = read_json(metrics / f"{cost}.json")["coefficient"]
+        coefficient = read_trained(metrics, cost)["coefficient"]
         tables = with_implicit_cost(tables, load_policy(models / cost, resources), tokenizer, coefficient, batch)
     return tables
 

@@ -152,7 +152,9 @@ def _fetch(tree: Path, runner: LocalRunner, spec: StageSpec, log: Log) -> None:
 
 
 def _questions(tree: Path) -> dict[str, str]:
-    return {path.relative_to(tree).as_posix(): path.read_text() for path in tree.rglob(QUESTIONS)}
+    found = [path.relative_to(tree) for path in sorted(tree.rglob(QUESTIONS))]
+    whole = [path for path in found if not any(part.startswith(".") for part in path.parts)]
+    return {path.as_posix(): (tree / path).read_text() for path in whole}
 
 
 def _tell(report: Report) -> None:

@@ -20,9 +20,10 @@ from dualign import certificate
 from dualign.certificate import Certificate, Origin, Requirement
 from dualign.certification import Contender, Contenders, contenders, forecast
 from dualign.constraints import Constraint, prices_in
-from dualign.core.artifacts import read_json, replacing
+from dualign.core.artifacts import replacing
 from dualign.core.errors import ParamsError
 from dualign.core.params import CertifyParams, CertifyRun
+from dualign.core.records import SolvedDual, read_record
 from dualign.core.schema import PROMPTS, read_table
 from dualign.core.stage import Run, execute, finished
 from dualign.evidence import Evidence
@@ -51,7 +52,7 @@ def main(run: Run[CertifyParams]) -> None:
     prompts = read_table(PROMPT_SET, PROMPTS).head(params.prompts)
     models = {MODELS / name for name in ("sft", "reward_model", "cost_model", row.policy, row.partner, row.fallback)}
     scratch = run.scratch(PROMPT_SET, DUAL, *sorted(models))
-    further = [price.constraint for price in prices_in(read_json(DUAL))]
+    further = [price.constraint for price in prices_in(read_record(DUAL, SolvedDual))]
     field = contenders(row, MODELS, scratch)
     bench = Contenders(field, params, prompts, Judges.load(run.resources), scratch)
     with replacing(certificate.PLACE / run.item) as folder:
@@ -74,7 +75,7 @@ def main(run: Run[CertifyParams]) -> None:
 
 def origin(row: CertifyRun, item: str, bench: Contenders) -> Origin:
     """What the certificate of a row is made from, as `verify` finds it again."""
-    return Origin(row, PROMPT_SET, DUAL, bench.policy, POLICIES / item, MODELS / "cost_model")
+    return Origin(certificate.PLACE / item, row, PROMPT_SET, DUAL, bench.policy, POLICIES / item, MODELS / "cost_model")
 
 
 def requirements(params: CertifyParams, further: Sequence[Constraint]) -> list[Requirement]:

@@ -18,9 +18,10 @@ import pandas as pd
 
 from dualign import dual
 from dualign.constraints import Price, Scored, price, priced
-from dualign.core.artifacts import read_json, replacing, write_json, write_parquet
+from dualign.core.artifacts import replacing, write_json, write_parquet
 from dualign.core.errors import InfeasibleError
 from dualign.core.params import DualInitParams
+from dualign.core.records import CostModelMetrics, read_record
 from dualign.core.schema import DUAL_PROMPTS, POOL, by_prompt, read_table
 from dualign.core.stage import Run, execute
 
@@ -46,7 +47,7 @@ def main(run: Run[DualInitParams]) -> None:
     own = solve_at(params.beta, pool, scored, params)
     solution, prices = own
     stocked = with_stock(solution, params)
-    error = read_json(COST_MODEL).get("zero_error")
+    error = read_record(COST_MODEL, CostModelMetrics)["zero_error"]
     result = describe(solution, params) | sensitivity(solution, params, error) | _named(stocked)
     result |= {"prices": [found.as_dict() for found in prices], "messages": messages(solution, params, stocked, prices)}
     grid = sorted({*params.grid, solution.lam})

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dualign.constraints import Price, prices_in
-from dualign.core.artifacts import read_json, replacing, write_json
+from dualign.core.artifacts import replacing, write_json
 from dualign.core.errors import ParamsError
 from dualign.core.params import DualSearchParams, InnerParams
+from dualign.core.records import SolvedDual, read_record, read_trained
 from dualign.core.schema import POOL, PROMPTS, by_prompt, read_table
 from dualign.core.stage import Run, execute, finished
 from dualign.dual import slater_radius
@@ -30,6 +32,7 @@ from dualign.search.workbench import PolicyBench
 log = logging.getLogger("dualign")
 
 PROMPT_SET = Path("data/prepared/search.parquet")
+PAIRS = (Path("data/prepared/helpful_pairs.parquet"), Path("data/prepared/safety_pairs.parquet"))
 SCORED = Path("data/scored")
 DUAL = Path("data/dual/dual.json")
 MODELS = Path("models")
@@ -48,7 +51,8 @@ def main(run: Run[DualSearchParams]) -> None:
     reference = _metrics(row.reference)
     _check_losses(row, start, reference)
     models = {MODELS / name for name in ("sft", "reward_model", "cost_model", row.reference, row.start)}
-    scratch = run.scratch(PROMPT_SET, SCORED, DUAL, *sorted(models))
+    measured = {METRICS / f"{name}.json" for name in (row.start, row.reference)}
+    scratch = run.scratch(PROMPT_SET, *PAIRS, SCORED, DUAL, *sorted(models), *sorted(measured))
     prompts = read_table(PROMPT_SET, PROMPTS).head(params.prompts)
     inner = InnerParams(**start["inner"]) if row.method.inner == "lagrangian" else None
     if inner is not None and not row.method.warm:  # from the reference again: as its start was trained
@@ -72,7 +76,7 @@ def main(run: Run[DualSearchParams]) -> None:
     finished(scratch)
 
 
-def outlook(row: Plan, start: dict[str, Any], params: DualSearchParams) -> rules.Outlook:
+def outlook(row: Plan, start: Mapping[str, Any], params: DualSearchParams) -> rules.Outlook:
     """What the stages before know: the multipliers of pool and start, PD-DPO's Slater radius, the kind of merge.
 
     The reference policy as a start has no multiplier; it counts as where an ascent begins.
@@ -94,10 +98,10 @@ def outlook(row: Plan, start: dict[str, Any], params: DualSearchParams) -> rules
 
 def goal(row: Plan) -> tuple[float, float | None]:
     """The pool's multiplier and the cost to steer to (None: the limit), with the safety stock where the row says so."""
-    known = read_json(DUAL)
+    known = read_record(DUAL, SolvedDual)
     if row.method.aims == "limit":
         return known["lam"], None
-    return known.get("lam_stock", known["lam"]), known.get("aim")
+    return known["lam_stock"], known["aim"]
 
 
 def further_limits(row: Plan) -> list[Price]:
@@ -105,21 +109,23 @@ def further_limits(row: Plan) -> list[Price]:
 
     Such a search has no way to steer to them, but they decide which of its policies are feasible.
     """
-    prices = prices_in(read_json(DUAL))
+    prices = prices_in(read_record(DUAL, SolvedDual))
     if prices and row.method.inner != "lagrangian":
         log.warning("methods.%s does not train on scores of a table: no price steers it to constraint.also", row.name)
         return [replace(price, lam=0.0) for price in prices]
     return prices
 
 
-def prices_of(row: Plan, start: dict[str, Any]) -> tuple[float, ...]:
+def prices_of(row: Plan, start: Mapping[str, Any]) -> tuple[float, ...]:
     """The prices that Newton's rule begins at: the pool's, or 0 where the start took its multiplier by number."""
     if row.method.rule != "newton":
         return ()
-    return tuple(price.lam if start.get("lam_from") == str(DUAL) else 0.0 for price in prices_in(read_json(DUAL)))
+    return tuple(
+        price.lam if start.get("lam_from") == str(DUAL) else 0.0 for price in prices_in(read_record(DUAL, SolvedDual))
+    )
 
 
-def trainings(row: Plan, start: dict[str, Any]) -> int:
+def trainings(row: Plan, start: Mapping[str, Any]) -> int:
     """How many policies were aligned for the start: itself, its reference, those whose log-ratios score its pairs."""
     needed = {row.start, row.reference, *(start.get(key, "") for key in ("reward", "cost"))}
     return sum("_dpo" in folder or "_path/" in folder for folder in needed)
@@ -135,18 +141,17 @@ def _radius(params: DualSearchParams) -> float:
     return radius
 
 
-def _metrics(folder: str) -> dict[str, Any]:
+def _metrics(folder: str) -> Mapping[str, Any]:
     """What the stage that wrote models/FOLDER measured."""
-    metrics: dict[str, Any] = read_json(METRICS / f"{folder}.json")
-    return metrics
+    return read_trained(METRICS, folder)
 
 
-def _loss(start: dict[str, Any]) -> dict[str, Any]:
+def _loss(start: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the safety loss that the start was trained with, where they are not plain DPO's."""
     return {key: start[key] for key in ("loss_type", "clip") if start.get(key) not in (None, "dpo")}
 
 
-def _check_scores(row: Plan, start: dict[str, Any]) -> None:
+def _check_scores(row: Plan, start: Mapping[str, Any]) -> None:
     """A start on log-ratios of policies cannot be retrained here: the tables hold the models' scores."""
     scores = (start.get("reward", "reward_model"), start.get("cost", "cost_model"))
     if row.method.rule != "one_shot" and scores != ("reward_model", "cost_model"):
@@ -156,7 +161,7 @@ def _check_scores(row: Plan, start: dict[str, Any]) -> None:
         )
 
 
-def _check_start(row: Plan, start: dict[str, Any]) -> None:
+def _check_start(row: Plan, start: Mapping[str, Any]) -> None:
     """A Lagrangian start was trained on the method's data, by the scores of policies for PeCAN and for it alone."""
     if row.method.inner != "lagrangian":
         return
@@ -175,7 +180,7 @@ def _check_start(row: Plan, start: dict[str, Any]) -> None:
         )
 
 
-def _check_losses(row: Plan, start: dict[str, Any], reference: dict[str, Any]) -> None:
+def _check_losses(row: Plan, start: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
     """Rounds of comparisons add rewards and bonuses, which takes policies of Bradley-Terry's loss, DPO."""
     for key, metrics in (("start", start), ("reference", reference)):
         loss_type = metrics.get("loss_type", "dpo")

@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign import dual
 from dualign.constraints import priced, prices_in
-from dualign.core.artifacts import read_json
 from dualign.core.errors import InfeasibleError, ParamsError
-from dualign.core.params import SOLVED, LagrangianDpoParams, LagrangianRun
+from dualign.core.params import LagrangianDpoParams, LagrangianRun
+from dualign.core.records import SolvedDual, read_record, solved_multiplier
 from dualign.core.schema import by_prompt
 from dualign.core.stage import Run, execute, finished
 from dualign.implicit import Tables, scored_tables
@@ -66,9 +66,9 @@ def multiplier(item: str, spec: LagrangianRun, pool: pd.DataFrame, params: Lagra
     """
     if not isinstance(spec.lam, str):
         return {"lam": spec.lam, "lam_from": "params.yaml"}
-    known = read_json(DUAL)
+    known = read_record(DUAL, SolvedDual)
     if not spec.implicit:
-        return {"lam": known[SOLVED[spec.lam]], "lam_from": str(DUAL)}
+        return {"lam": solved_multiplier(known, spec.lam), "lam_from": str(DUAL)}
     try:
         solution = dual.solve(
             by_prompt(pool, "reward"), by_prompt(pool, "cost"),
@@ -86,7 +86,7 @@ def charged(item: str, spec: LagrangianRun, tables: Tables, tokenizer: PreTraine
 
     A multiplier given as a number has none beside it, and prices of scorers mean nothing on implicit scores.
     """
-    prices = prices_in(read_json(DUAL)) if isinstance(spec.lam, str) else []
+    prices = prices_in(read_record(DUAL, SolvedDual)) if isinstance(spec.lam, str) else []
     if prices and spec.implicit:
         log.warning("lagrangian_dpo.runs.%s is scored by policies and ignores constraint.also", item)
         return tables

@@ -29,7 +29,7 @@ def main(run: Run[LambdaPathParams]) -> None:
         raise ParamsError(f"lambda_path.runs has no {run.item!r}; one of {', '.join(params.runs) or 'none'}")
     spec = params.runs[run.item]
     begin = MODELS / spec.begin
-    scratch = run.scratch(SAMPLES, begin)
+    scratch = run.scratch(SAMPLES, *sorted({MODELS / "sft", begin}))
     tokenizer = load_tokenizer(MODELS / "sft")
     pairs = pairs_at(spec.lam, read_table(SAMPLES, POOL), "pool", spec, params, tokenizer)
     metrics = train_at(spec.lam, pairs, begin, spec, params, run.resources, scratch, OUT / run.item)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from dualign.core.artifacts import read_json
 from dualign.core.errors import ParamsError
-from dualign.core.params import SOLVED, SafetyDpoParams, SafetyRun
+from dualign.core.params import SafetyDpoParams, SafetyRun
+from dualign.core.records import SolvedDual, read_record, solved_multiplier
 from dualign.core.schema import SAFETY_PAIRS, read_table
 from dualign.core.stage import Run, execute, finished
 from dualign.safety import train_at
@@ -23,6 +23,7 @@ log = logging.getLogger("dualign")
 
 PAIRS = Path("data/prepared/safety_pairs.parquet")
 DUAL = Path("data/dual/dual.json")
+MODELS = Path("models")
 OUT = Path("models/safety_dpo")
 
 
@@ -33,9 +34,9 @@ def main(run: Run[SafetyDpoParams]) -> None:
         raise ParamsError(f"safety_dpo.runs has no {run.item!r}; one of {', '.join(params.runs)}")
     spec = params.runs[run.item]
     lam = max(spec.factor * multiplier(run.item, spec), params.lambda_min)
-    reference = Path("models") / spec.reference
+    reference = MODELS / spec.reference
     frame = read_table(PAIRS, SAFETY_PAIRS)
-    scratch = run.scratch(PAIRS, reference, DUAL)
+    scratch = run.scratch(PAIRS, DUAL, *sorted({MODELS / "sft", reference}))
     run.metrics(train_at(lam, frame, reference, spec, params, run.resources, scratch, OUT / run.item))
     finished(scratch)
 
@@ -47,10 +48,10 @@ def multiplier(item: str, spec: SafetyRun) -> float:
     """
     if not isinstance(spec.lam, str):
         return spec.lam
-    known = read_json(DUAL)
-    if known.get("prices"):
+    known = read_record(DUAL, SolvedDual)
+    if known["prices"]:
         log.warning("safety_dpo.runs.%s trains on preferences and ignores constraint.also", item)
-    lam = float(known[SOLVED[spec.lam]])
+    lam = solved_multiplier(known, spec.lam)
     if lam == 0:
         log.warning(
             "safety_dpo.runs.%s: the multiplier is 0, since constraint.limit is slack, and at lambda_min this policy "

@@ -28,7 +28,7 @@ def main(run: Run[SafetyPathParams]) -> None:
         raise ParamsError(f"safety_path.runs has no {run.item!r}; one of {', '.join(params.runs) or 'none'}")
     spec = params.runs[run.item]
     reference = MODELS / spec.reference
-    scratch = run.scratch(PAIRS, reference)
+    scratch = run.scratch(PAIRS, *sorted({MODELS / "sft", reference}))
     frame = read_table(PAIRS, SAFETY_PAIRS)
     run.metrics(train_at(spec.lam, frame, reference, spec, params, run.resources, scratch, OUT / run.item))
     finished(scratch)

@@ -7,6 +7,7 @@ import contextlib
 import fnmatch
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,21 @@ def readers(workspace: Path) -> dict[str, set[str]]:
 
 def test_nothing_runs_again_without_an_edit(workspace: Path) -> None:
     assert status(workspace) == {}
+
+
+def test_what_a_killed_process_left_beside_an_output_makes_nothing_run_again(workspace: Path) -> None:
+    """Where the scratch folder is on another file system, temporaries lie in the folders of outputs."""
+    left = []
+    for folder in ("models", "reports/evaluation", "reports/certificate", "reports/provenance", "data"):
+        place = workspace / folder / ".tmp-0a1b2c3d"
+        touch(place / "sft/weights.bin")
+        place.with_name(f"{place.name}.lock").touch()
+        left += [place, place.with_name(f"{place.name}.lock")]
+    try:
+        assert status(workspace) == {}
+    finally:
+        for path in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def test_the_provenance_of_the_report_does_not_rerun_it(workspace: Path) -> None:

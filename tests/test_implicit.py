@@ -30,6 +30,7 @@ from dualign.implicit import (
 from dualign.lm.models import build_scratch, save, train_tokenizer
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
+from tests.written import safety
 
 Array = np.ndarray
 BETA, BETA_R, BETA_G, LIMIT = 0.7, 0.4, 1.9, -0.3  # each policy has a coefficient of its own
@@ -230,7 +231,7 @@ def test_each_score_is_read_from_where_the_run_says(
     write_parquet(tmp_path / "scored_pairs.parquet", tables.pairs, SCORED_PAIRS)
     for name in ("reward_dpo/helpful", "safety_dpo/alone"):
         save(policy, tokenizer, tmp_path / name)
-    write_json(tmp_path / "safety_dpo/alone.json", {"coefficient": BETA_G})
+    write_json(tmp_path / "safety_dpo/alone.json", safety(coefficient=BETA_G))
 
     def read(reward: str, cost: str) -> Tables:
         return scored_tables(tmp_path, reward, cost, BETA_R, tokenizer, RESOURCES, models=tmp_path, metrics=tmp_path)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,38 +17,101 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dualign.core.errors import DualignError
+from dualign.core.errors import DataError, DualignError
 from dualign.core.schema import to_table
+from dualign.core.temporaries import room_for, temporary_folder
+
+_OS_ERROR = re.compile(r"(?:os error |[Ee]rrno )(\d+)")
+_ROOM, _MODE = "free space there", "check the folder's owner and mode"
+#: Numbers of the system's errors of writing, and what to do.
+_REMEDIES = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EACCES: _MODE,
+    errno.EPERM: _MODE,
+    errno.EROFS: "it is mounted read-only",
+    errno.EIO: "look after the disk",
+}
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it takes the place of `path`, on failure it is removed.
+    """Yield a temporary path; on success it takes the place of `path`, on failure it is removed.
 
     Works for a file and for a folder (created by the body). Raises DualignError where the place cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if temporary.is_dir() and path.is_dir():
-            shutil.rmtree(path)
-        temporary.replace(path)
-    except PermissionError as error:
-        raise DualignError(
-            f"{path}: cannot be written ({error.strerror}); check the folder's owner and mode"
-        ) from error
-    except OSError as error:
-        if error.errno is None:
+        with temporary_folder(room_for(path.parent)) as place:
+            yield place / path.name
+            _put(place / path.name, path)
+    except DualignError:
+        raise
+    except Exception as error:
+        told = write_fault(error)
+        if told is None:
             raise
-        raise DualignError(f"{path}: cannot be written ({error.strerror}: {error.filename or path.parent})") from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):  # what cannot be removed was never written
-                temporary.unlink(missing_ok=True)
+        remedy = _REMEDIES.get(_number(error) or 0)
+        raise DualignError(f"{path}: cannot be written ({told})" + (f"; {remedy}" if remedy else "")) from error
+
+
+def write_fault(error: BaseException) -> str | None:
+    """What an exception says of a file that cannot be written, in one line; None where it is about something else.
+
+    safetensors and torch tell of a full disk by exceptions of their own, the system's number in their text at best.
+    """
+    number = _number(error)
+    if number is None:
+        text = str(error).strip()
+        return text.splitlines()[0] if "PytorchStreamWriter" in text or "inline_container" in text else None
+    named = getattr(error, "filename", None)
+    return os.strerror(number) + (f": {named}" if named else "")
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an exception says that a disk is full, or somebody's share of it."""
+    return _number(error) in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _number(error: BaseException) -> int | None:
+    """The system's number of an error, also where only its text holds one, and it is about writing."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = _OS_ERROR.search(str(error))
+    return int(found[1]) if found is not None and int(found[1]) in _REMEDIES else None
+
+
+def _put(new: Path, path: Path) -> None:
+    """Move what is whole to its place, also where one file system is mounted twice, which renames do not cross."""
+    try:
+        _rename(new, path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with temporary_folder(path.parent) as beside:
+            shutil.move(new, beside)
+            _rename(beside / new.name, path)
+
+
+def _rename(new: Path, path: Path) -> None:
+    """Rename over what is there. An old folder goes as a whole too: half of it would be taken for an output."""
+    if not (new.is_dir() and path.is_dir()):
+        new.replace(path)
+        return
+    old = path.rename(new.with_name(f"{new.name}.old"))
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+
+
+def listed(folder: Path, pattern: str) -> list[Path]:
+    """What a pattern finds in a folder, in order, but nothing hidden, such as what a killed process was writing."""
+    found = sorted(folder.glob(pattern))
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -65,14 +130,16 @@ def read_json(path: str | Path) -> Any:
     except (IsADirectoryError, UnicodeDecodeError) as error:
         raise DualignError(f"{path}: no JSON file; name one") from error
     except json.JSONDecodeError as error:
-        raise DualignError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
+        raise DualignError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); run its stage again") from error
     except RecursionError as error:
-        raise DualignError(f"{path}: nested too deep; no stage wrote it, so run the one that does again") from error
+        raise DualignError(f"{path}: JSON nested too deeply to be a stage's; run its stage again") from error
 
 
 def read_optional_json(path: str | Path) -> dict[str, Any]:
     """The JSON object of a file, or {} where there is no such file: its stage did not run, or did not write it."""
-    found: dict[str, Any] = read_json(path) if Path(path).is_file() else {}
+    found = read_json(path) if Path(path).is_file() else {}
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: not a JSON object; run the stage that wrote it again (`dvc repro --force`)")
     return found
 
 

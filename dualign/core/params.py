@@ -21,9 +21,8 @@ LossType = Literal["dpo", "ipo", "kto"]
 Quantity = Literal["cost", "p_unsafe", "cvar", "length", "unended"]
 #: Quantities that are 0 or 1, so that their mean is a share of the answers.
 SHARES = ("p_unsafe", "unended")
-#: Multipliers that a run may name, and the key of data/dual/dual.json that holds each.
+#: Multipliers that a run may name: the pool's own, or the one with a safety stock.
 Solved = Literal["dual", "stock"]
-SOLVED = {"dual": "lam", "stock": "lam_stock"}
 
 
 class Frozen(BaseModel):

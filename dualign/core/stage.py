@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -9,7 +10,6 @@ import logging
 import os
 import platform
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from dualign.core.artifacts import write_json
+from dualign.core.artifacts import is_full, listed, write_fault, write_json
 from dualign.core.errors import DualignError
 from dualign.core.loading import load, load_resources
 from dualign.core.params import Resources, StageParams
+from dualign.core.temporaries import room_for, scratch_root, temporary_folder
 
 log = logging.getLogger("dualign")
 
@@ -54,9 +55,11 @@ class Run(Generic[P]):
         write_json(Path("reports/metrics") / f"{self.name}.json", content)
 
     def scratch(self, *inputs: str | Path) -> Path:
-        """A folder for checkpoints that a rerun with the same params, inputs, seed and code finds again.
+        """A folder for checkpoints that a rerun with the same params, inputs, seed, code and libraries finds again.
 
-        It lies outside the stage's outputs, which DVC deletes before it runs a stage; $DUALIGN_SCRATCH moves it.
+        `inputs` are all files and folders that the result depends on; their contents count. It lies outside the stage's
+        outputs, which DVC deletes before it runs a stage; $DUALIGN_SCRATCH moves it. Raises DualignError where an input
+        is missing or the folder cannot be made.
         """
         described = self.params.model_dump(mode="json")
         for fan in ("methods", "runs", "policies"):  # of what is fanned out, the other items do not matter
@@ -67,10 +70,17 @@ class Run(Generic[P]):
             "item": self.item,
             "inputs": [_digest(Path(path)) for path in inputs],
             "code": _code(),
+            "versions": {name: _version(name) for name in _PACKAGES},
         }
         fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        folder = Path(os.environ.get("DUALIGN_SCRATCH", ".scratch")) / self.name / fingerprint
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = scratch_root() / self.name / fingerprint
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DualignError(
+                f"{folder}: checkpoints cannot be kept there ({write_fault(error)}); name a folder that can be written "
+                "in $DUALIGN_SCRATCH"
+            ) from error
         return folder
 
 
@@ -97,13 +107,24 @@ def execute(main: Callable[[Run[P]], None], cls: type[P], argv: list[str] | None
         log.error("%s", error)
         sys.exit(error.status)
     except KeyboardInterrupt:
-        log.error("interrupted; checkpoints are kept in .scratch, run the stage again to go on from the last one")
+        log.error(
+            "interrupted; checkpoints are kept in %s, run the stage again to go on from the last one", scratch_root()
+        )
         sys.exit(130)
+    except Exception as error:
+        if not is_full(error):
+            raise
+        log.error("%s; free space there and run the stage again", write_fault(error))
+        sys.exit(DualignError.status)
 
 
 def finished(scratch: Path) -> None:
-    """Remove the checkpoints of a run whose output has been written."""
-    shutil.rmtree(scratch, ignore_errors=True)
+    """Remove the checkpoints of a run whose output has been written.
+
+    They go as a whole, since a rerun would take half of them for all: a kill may come here too.
+    """
+    with contextlib.suppress(OSError), temporary_folder(room_for(scratch.parent)) as place:
+        scratch.rename(place / scratch.name)
 
 
 def _quiet() -> None:
@@ -132,9 +153,11 @@ def _interrupt(signum: int, frame: Any) -> None:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 over the names and bytes of a file or folder."""
+    """SHA-256 over the names and bytes of a file or folder, without what is hidden in it."""
+    if not path.exists():
+        raise DualignError(f"{path}: no such file or folder; run the stage that writes it first (`dvc repro`)")
     digest = hashlib.sha256()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    files = [file for file in listed(path, "**/*") if file.is_file()] if path.is_dir() else [path]
     for file in files:
         digest.update(str(file.relative_to(path)).encode())
         with file.open("rb") as handle:
@@ -143,13 +166,19 @@ def _digest(path: Path) -> str:
 
 
 def _code() -> str:
-    """Digest of the library's sources that are loaded: a checkpoint of other code is not continued."""
-    files = sorted(
+    """Digest of the sources that are loaded, the stage's script too: a checkpoint of other code is not continued."""
+    files = {
         str(module.__file__)
         for name, module in list(sys.modules.items())
-        if name.startswith(("dualign.", "stages.")) and getattr(module, "__file__", None)
-    )
-    return hashlib.sha256("".join(_digest(Path(file)) for file in files).encode()).hexdigest()
+        if _own_name(name, module).startswith(("dualign.", "stages.")) and getattr(module, "__file__", None)
+    }
+    return hashlib.sha256("".join(_digest(Path(file)) for file in sorted(files)).encode()).hexdigest()
+
+
+def _own_name(name: str, module: Any) -> str:
+    """A module's name; `python -m stages.NAME` runs it as `__main__`."""
+    spec = getattr(module, "__spec__", None)
+    return spec.name if name == "__main__" and spec is not None else name
 
 
 def _provenance(run: Run[P], seconds: float) -> None:

@@ -1,32 +1,46 @@
-"""Conversations as data sets hold them: message lists in a cell, as objects or as JSON text, in the common dialects."""
+"""Conversations as data sets hold them: message lists in a cell, as objects or as text, in the common dialects."""
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from typing import Any
 
 from dualign.core.schema import Message
+from dualign.data.rows import BadRow, unique
 
 #: Keys of a turn: role and content as in OpenAI's and TRL's data, from and value as in ShareGPT's.
 _KEYS = (("role", "content"), ("from", "value"))
 _ROLES = {"human": "user", "gpt": "assistant", "prompter": "user"}
 _SPOKEN = ("system", "user", "assistant")
-
-
-class BadRow(Exception):
-    """A row that cannot be used: reason, detail, and the text of the row where it could not be parsed."""
-
-    def __init__(self, reason: str, detail: str, text: str = "") -> None:
-        super().__init__(detail)
-        self.reason, self.detail, self.text = reason, detail, text
+_SPEAKERS = (*_ROLES, *_SPOKEN, "developer", "tool", "function", "bot", "model")
+_TURN_KEYS = {
+    "role",
+    "content",
+    "from",
+    "value",
+    "tool_calls",
+    "tool_call_id",
+    "function_call",
+    "reasoning_content",
+    "weight",
+}
+#: The beginning of an object or a list of them, as text; a key of a turn; and a turn that says whose it is.
+_LIKE = re.compile(r"\s*\[?\s*\{")
+_KEY = re.compile(r"""['"](role|from|content)['"]\s*:""")
+_SPEAKING = re.compile(rf"""\s*\[.*?['"](role|from)['"]\s*:\s*['"]({"|".join(_SPEAKERS)})['"]""", re.DOTALL)
+#: Characters of a list written in Python that is read; its parser takes a hundred times as much memory.
+_PYTHON_LIMIT = 2**20
 
 
 def turns_in(value: Any, column: str) -> list[Message] | None:
-    """The turns of a cell that holds a message list, or its JSON text; None for other text.
+    """The turns of a cell that holds a message list, or its text in JSON or Python; None for other text.
 
-    Raises BadRow for a list that is none of messages, or holds turns that no chat template takes here.
+    Raises BadRow for a list that is none of messages, or holds turns that no chat template takes here, and for a text
+    that looks like messages and cannot be read as a list of them.
     """
-    listed = _parsed(value) if isinstance(value, str) else value
+    listed = _parsed(value, column) if isinstance(value, str) else value
     if not isinstance(listed, list):
         return None
     return [_turn(one, column) for one in listed]
@@ -39,19 +53,47 @@ def split_answer(turns: list[Message], column: str) -> tuple[list[Message], str]
     return turns[:-1], turns[-1]["content"]
 
 
-def _parsed(text: str) -> Any:
-    """What a text that looks like a list of objects says as JSON; the text itself where it is something else."""
-    if not text.lstrip().startswith("[{"):
+def _parsed(text: str, column: str) -> Any:
+    """What a text that looks like a list of messages says in JSON or Python; the text itself if it is another."""
+    if not (_LIKE.match(text) and _KEY.search(text)):
         return text
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return value if isinstance(value, list) and all(map(_is_turn, value)) else text
+        value = _read(text)
+    except ValueError as error:
+        if not _SPEAKING.match(text):
+            return text
+        raise BadRow("bad_turns", f"{column} looks like messages, but is no list of them: {error}") from None
+    if isinstance(value, dict) and _speaks(value):
+        raise BadRow("bad_turns", f"{column} is a message outside a list; put [ and ] around it")
+    return value if isinstance(value, list) and any(map(_speaks, value)) else text
+
+
+def _read(text: str) -> Any:
+    """A text in JSON, or as Python and so pandas write lists. Raises ValueError where it is neither."""
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError:
+        pass
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    try:
+        if len(text) <= _PYTHON_LIMIT:
+            return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        pass
+    raise ValueError("it is neither JSON nor a list as Python writes it; write the cell as JSON")
 
 
 def _is_turn(value: Any) -> bool:
     return isinstance(value, dict) and any(role in value and content in value for role, content in _KEYS)
+
+
+def _speaks(value: Any) -> bool:
+    """Whether an object is a turn, or what is left of one: only keys of turns, and content or who speaks among them."""
+    if not isinstance(value, dict) or _is_turn(value):
+        return isinstance(value, dict)
+    named = any(value.get(key) in _SPEAKERS for key in ("role", "from"))
+    return value.keys() <= _TURN_KEYS and (named or "content" in value)
 
 
 def _turn(value: Any, column: str) -> Message:

@@ -7,7 +7,6 @@ used go to `quarantine.jsonl` with the reason and the place they came from.
 
 from __future__ import annotations
 
-import heapq
 import json
 import logging
 from collections import Counter
@@ -23,7 +22,8 @@ from dualign.core import schema
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.errors import DataError
 from dualign.core.params import PrepareParams
-from dualign.data.sources import Kind, Record, Rejected, Skipped, excerpt, label, read
+from dualign.data.rows import excerpt
+from dualign.data.sources import Kind, Record, Rejected, Skipped, label, read
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ RESERVED = ("search", "certify", "eval")
 SET_SIZES = "prepare.search_prompts, prepare.certify_prompts or prepare.eval_prompts"
 SPLITS = ("train", "heldout")
 FAILED = "quarantine-failed.jsonl"
+#: Rejected rows of one kind and source that are listed: a small file may unpack to any number of them.
+QUARANTINE_LIMIT = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +69,30 @@ class Ledger:
         self.counts[kind, source, outcome] += 1
 
     def reject(self, kind: Kind, bad: Rejected) -> None:
-        """Note one record as rejected and put it in the quarantine."""
+        """Note one record as rejected and put it in the quarantine, unless too many of its source are there."""
         self.counts[kind, bad.where.source, "rejected"] += 1
         self.reasons[kind, bad.where.source, bad.reason] += 1
+        beyond = self.counts[kind, bad.where.source, "rejected"] - QUARANTINE_LIMIT
+        if beyond == 1:
+            logger.warning(
+                "%s: more than %d rows are rejected; the others are counted, but not listed in the quarantine",
+                bad.where.source, QUARANTINE_LIMIT,
+            )  # fmt: skip
+        if beyond > 0:
+            return
         entry = {"kind": kind, "reason": bad.reason, "detail": bad.detail, **asdict(bad.where), "row": bad.row}
         self.quarantine.append(entry)
 
     def of(self, kind: Kind, source: str, outcome: str) -> int:
         """How many records of a source had this outcome."""
         return self.counts[kind, source, outcome]
+
+    def by_reason(self) -> dict[str, int]:
+        """Rejected records of all sources by reason."""
+        total: Counter[str] = Counter()
+        for (_, _, reason), count in self.reasons.items():
+            total[reason] += count
+        return dict(total)
 
     def why(self, kind: Kind, source: str) -> dict[str, int]:
         """Rejected records of a source by reason, the commonest first."""
@@ -100,7 +117,7 @@ def prepare(params: PrepareParams, folder_out: Path) -> dict[str, Any]:
     tables = {kind: _table(rows[kind], kind, params, taken, ledger) for kind in KINDS}
     _check_splits(tables)
     train = {kind: {row["prompt_id"] for row in tables[kind] if row["split"] == "train"} for kind in PAIRS}
-    sets = {**reserved, "pool": _draw("pool", params.pool_prompts, train, params.seed, "prepare.pool_prompts")}
+    sets = {**reserved, "pool": _draw("pool", params.pool_prompts, train, params.seed, "prepare.pool_prompts", {})}
     _write(folder_out, tables, {name: _prompts(drawn, rows) for name, drawn in sets.items()}, ledger)
     return _metrics(params, tables, sets, ledger)
 
@@ -246,13 +263,13 @@ def _sources(params: PrepareParams, kind: Kind) -> list[str]:
 def _reserved(params: PrepareParams, rows: dict[Kind, list[Row]], family: dict[str, str]) -> dict[str, dict[str, Kind]]:
     """The prompts of search, certify and eval, each with the kind of pair that it was drawn from.
 
-    What shares its first question with a prompt of one set is in no other.
+    Of what shares its first question a set holds one prompt, and no other set any.
     """
     free = {kind: {row.prompt_id for row in rows[kind]} for kind in PAIRS}
     sets: dict[str, dict[str, Kind]] = {}
     for name in RESERVED:
         count = getattr(params, f"{name}_prompts")
-        sets[name] = _draw(name, count, free, params.seed, SET_SIZES)
+        sets[name] = _draw(name, count, free, params.seed, SET_SIZES, family)
         taken = {family[prompt] for prompt in sets[name]}
         free = {kind: {prompt for prompt in ids if family[prompt] not in taken} for kind, ids in free.items()}
     return sets
@@ -263,21 +280,31 @@ def _families(rows: dict[Kind, list[Row]]) -> dict[str, str]:
     return {row.prompt_id: row.family for kind in PAIRS for row in rows[kind]}
 
 
-def _draw(name: str, count: int, free: dict[Kind, set[str]], seed: int, remedy: str) -> dict[str, Kind]:
-    """`count` prompts, half from each kind of pair, those with the lowest hash; in the order of the hash."""
+def _draw(
+    name: str, count: int, free: dict[Kind, set[str]], seed: int, remedy: str, family: dict[str, str]
+) -> dict[str, Kind]:
+    """`count` prompts, half from each kind of pair, those with the lowest hash; in the order of the hash.
+
+    Of the prompts of one family that with the lowest hash is drawn; a prompt that `family` does not know is its own.
+    """
 
     def place(prompt_id: str) -> tuple[float, str]:
         return _place(seed, name, prompt_id), prompt_id
 
     drawn: dict[str, Kind] = {}
+    met: set[str] = set()
     for kind, wanted in zip(PAIRS, (count - count // 2, count // 2), strict=True):
-        left = free[kind] - drawn.keys()
-        if len(left) < wanted:
+        left: dict[str, str] = {}
+        for prompt in sorted(free[kind], key=place):
+            left.setdefault(family.get(prompt, prompt), prompt)
+        first = [prompt for group, prompt in left.items() if group not in met]
+        if len(first) < wanted:
             raise DataError(
-                f"prepare: the set {name!r} takes {wanted} prompts from the {kind} pairs, but {len(left)} are left; "
+                f"prepare: the set {name!r} takes {wanted} prompts from the {kind} pairs, but {len(first)} are left; "
                 f"lower {remedy}, or add {kind} pairs with other prompts"
             )
-        drawn |= dict.fromkeys(heapq.nsmallest(wanted, left, key=place), kind)
+        drawn |= dict.fromkeys(first[:wanted], kind)
+        met |= {family.get(prompt, prompt) for prompt in first[:wanted]}
     return dict(sorted(drawn.items(), key=lambda item: place(item[0])))
 
 
@@ -359,7 +386,7 @@ def _metrics(
     return {
         "tables": {TABLES[kind][0]: dict(Counter(row["split"] for row in table)) for kind, table in tables.items()},
         "prompts": {name: len(drawn) for name, drawn in sets.items()},
-        "rejected": dict(Counter(entry["reason"] for entry in ledger.quarantine)),
+        "rejected": ledger.by_reason(),
         "safety_flags": _flags(tables["safety"]),
         "sources": {
             kind: {source: _outcomes(kind, source, ledger) for source in _sources(params, kind)} for kind in KINDS

@@ -2,53 +2,37 @@
 
 A reader turns a `SourceSpec` of a kind (`sft`, `helpful` or `safety`) into `Record`s. A row that cannot be used becomes
 a `Rejected`, a row that has nothing to say about this kind (no preference, no safe answer) a `Skipped`; neither stops
-the stream. A file that cannot be read at all raises a DataError. Files are read row by row, except a JSON array, which
-is loaded whole.
+the stream. A file that cannot be read at all, lacks a column or holds labels of unclear meaning raises a DataError.
 """
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import gzip
 import hashlib
 import itertools
-import json
 import logging
-import lzma
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any, Literal
 
 from dualign.core.errors import DataError
 from dualign.core.params import SourceSpec, WorldParams
 from dualign.core.schema import Message, user
 from dualign.data import world
-from dualign.data.messages import BadRow, check_unicode, split_answer, turns_in
+from dualign.data.files import Files, locate
+from dualign.data.messages import check_unicode, split_answer, turns_in
+from dualign.data.rows import BadRow, Row, excerpt
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["sft", "helpful", "safety"]
-Row = dict[str, Any]
 
-EXCERPT, CELL = 400, 60
-_BIG_ARRAY = 200 * 2**20
 _FLAGS = ("is_response_0_safe", "is_response_1_safe")
-_BITS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
+_SEVERITY = ("response_0_severity_level", "response_1_severity_level")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+)?")
-#: Files that describe a data set and hold no rows; and words of names that say which split a file belongs to.
-_DESCRIPTIONS = {
-    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json", "config.json",
-}  # fmt: skip
-_SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 _OWN_FLAGS = ("chosen_is_safe", "rejected_is_safe")
 #: Sets of columns that format `columns` may map, of which one must be whole; and what may stand beside them.
 _OWN_COLUMNS: dict[Kind, tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]] = {
@@ -56,14 +40,17 @@ _OWN_COLUMNS: dict[Kind, tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]] = 
     "helpful": ((("chosen", "rejected"),), ("prompt", *_OWN_FLAGS)),
     "safety": ((("chosen", "rejected"),), ("prompt", *_OWN_FLAGS)),
 }
-_SEVERITY = ("response_0_severity_level", "response_1_severity_level")
-#: What str() makes of a missing value.
-_NULLS = {"nan", "NaN", "None", "null", "NULL", "N/A"}
 _PKU_LABELS: dict[Kind, tuple[str, ...]] = {
     "sft": _FLAGS,
     "helpful": ("better_response_id",),
     "safety": ("safer_response_id", *_FLAGS),
 }
+#: What programs write for a missing value; a number as CSV, JSON and parquet write it; and the two truth values.
+_NULLS = {"nan", "NaN", "None", "null", "NULL", "N/A", "#N/A", "NA", "<NA>"}
+_NUMBER = re.compile(r"[+-]?[0-9]{1,9}(\.0*)?")
+_TRUTH = {"false": 0, "true": 1}
+#: Labels beyond 0 and 1 that are slips of the pen in a file; more of them are a code of its own.
+_SLIPS, _SLIP_SHARE = 1, 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,48 +92,45 @@ class Skipped:
     reason: str
 
 
-_Raw = Iterator[tuple[int, Row | BadRow]]
-
-
 def read(
     spec: SourceSpec, kind: Kind, folder: Path, made: WorldParams, seed: int
 ) -> Iterator[Record | Rejected | Skipped]:
     """Stream the records of one source; `made` and `seed` are used by format `world` only.
 
     Raises:
-        DataError: the file or dataset is missing, unreadable or empty, or lacks a column.
+        DataError: the file or dataset is missing, unreadable or empty, lacks a column, or its labels are not 0 and 1.
     """
     columns = _columns(spec, kind)
-    place, files = _locate(spec, kind, folder, made, seed)
-    seen: dict[str, None] = {}
-    nulls: list[Where] = []
-    count = 0
+    place, files = _located(spec, kind, folder, made, seed)
+    whole = _Whole(kind, columns, _labels(spec, kind, columns))
     for file, line, row in itertools.islice(_rows(files), spec.limit):
-        count += 1
-        seen |= dict.fromkeys(row if isinstance(row, dict) else ())
+        whole.row(file, row)
         for item in _records(row, Where(label(spec), file, line), _layout(spec, kind), kind, columns):
-            if isinstance(item, Record) and _says_null(item):
-                nulls.append(item.where)
+            whole.item(item)
             yield item
-    if not count:
-        raise DataError(f"{place}: holds no rows; put data in or remove it from prepare.{kind}")
-    _require(seen, columns, place, kind)
-    if nulls:
-        logger.warning(
-            "%s:%d: a text says just 'nan', 'None' or the like, and so do those of %d more rows; if these are missing "
-            "values, leave the rows out", nulls[0].file, nulls[0].line, len(nulls) - 1,
-        )  # fmt: skip
+    whole.check(place)
 
 
-def _says_null(record: Record) -> bool:
-    """Whether a text of the record is what is written for a missing value."""
-    return not _NULLS.isdisjoint((record.chosen, record.rejected, record.prompt[-1]["content"]))
+def _located(spec: SourceSpec, kind: Kind, folder: Path, made: WorldParams, seed: int) -> tuple[str, Files]:
+    if spec.path is None:
+        return "world", [("world", enumerate(_world(kind, made, derived_seed(seed, kind)), start=1))]
+    return locate(spec, spec.path, folder, f"prepare.{kind}")
 
 
-def _rows(files: Iterable[tuple[str, _Raw]]) -> Iterator[tuple[str, int, Row | BadRow]]:
+def _world(kind: Kind, made: WorldParams, seed: int) -> Iterator[Row]:
+    if kind == "sft":
+        return world.sft_rows(made.sft_rows, seed)
+    count = made.helpful_pairs if kind == "helpful" else made.safety_pairs
+    return world.pku_rows(count, seed, made.sharpness)
+
+
+def _rows(files: Files) -> Iterator[tuple[str, int, Row | BadRow]]:
     for file, rows in files:
+        line = 0
         for line, row in rows:
             yield file, line, row
+        if not line:
+            logger.warning("%s: holds no rows", file)
 
 
 def label(spec: SourceSpec) -> str:
@@ -188,15 +172,9 @@ def _layout(spec: SourceSpec, kind: Kind) -> str:
     return spec.format
 
 
-def excerpt(row: Any) -> str:
-    """A row as JSON for the quarantine, with its texts cut short."""
-    if isinstance(row, dict):
-        row = {name: value[:CELL] if isinstance(value, str) else value for name, value in row.items()}
-    return json.dumps(row, ensure_ascii=False, default=str)[:EXCERPT]
-
-
 def _pku_sft(row: Row, where: Where) -> Iterator[Record | Skipped]:
     """The safe answers of a row; both, one or none."""
+    _check_severity(row)
     safe = [side for side in (0, 1) if _bit(row, _FLAGS[side])]
     if not safe:
         yield Skipped(where, "no_safe_answer")
@@ -219,8 +197,8 @@ def _pku_pair(row: Row, where: Where, kind: Kind) -> Iterator[Record | Skipped]:
 def _check_severity(row: Row) -> None:
     """The release of 2024 rates the harm of an answer from 0 to 3: 0 is what it flags as safe."""
     for severity, flag in zip(_SEVERITY, _FLAGS, strict=True):
-        level, safe = row.get(severity), _flag(row, flag)
-        if isinstance(level, int) and safe is not None and safe != (level == 0):
+        level, safe = _code(row, severity, 3, "0, 1, 2, 3"), _flag(row, flag)
+        if level is not None and safe is not None and safe != (level == 0):
             raise BadRow("contradictory_severity", f"{flag} is {safe}, but {severity} is {level}")
 
 
@@ -247,8 +225,7 @@ def _dialogue(row: Row, column: str) -> tuple[list[Message], str]:
 
 
 def _alpaca(row: Row, where: Where) -> Record:
-    given = _text(row, "input") if row.get("input") else ""
-    given = "" if given in _NULLS else given
+    given = "" if _missing(row.get("input")) else _text(row, "input")
     return Record(where, user(f"{_text(row, 'instruction')}\n\n{given}".strip()), _text(row, "output"))
 
 
@@ -273,18 +250,26 @@ def _prompt(row: Row, column: str) -> list[Message]:
 
 
 def _answer(row: Row, column: str, prompt: list[Message] | None) -> tuple[list[Message], str]:
-    """Prompt and answer of a cell: a text, an answer as a message, or a whole dialogue that begins with the prompt."""
+    """Prompt and answer of a cell: a text, an answer as a message, or a whole dialogue.
+
+    A dialogue has its own prompt, of which that of the row must be a part: UltraFeedback's is the question alone.
+    """
     turns = turns_in(row.get(column), column)
     if turns is None:
         if prompt is None:
             raise BadRow("no_prompt", f"{column} is text and no dialogue, so columns must map prompt as well")
         return prompt, _text(row, column)
     before, answer = split_answer(turns, column)
-    if prompt is None:
-        return _checked(before, column), answer
-    if before and before != prompt:
-        raise BadRow("prompts_differ", f"{column} is a dialogue that does not begin with the prompt of the row")
-    return prompt, answer
+    if prompt is not None and not before:
+        return prompt, answer
+    if prompt is not None and not _within(prompt, before):
+        raise BadRow("prompts_differ", f"{column} is a dialogue that does not hold the prompt of the row")
+    return _checked(before, column), answer
+
+
+def _within(part: list[Message], whole: list[Message]) -> bool:
+    """Whether the turns stand one after the other in others."""
+    return any(whole[start : start + len(part)] == part for start in range(len(whole)))
 
 
 def _checked(turns: list[Message], column: str) -> list[Message]:
@@ -303,19 +288,40 @@ def _text(row: Row, column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
         raise BadRow("not_text", f"{column} is {_short(value)}, expected text")
+    if turns_in(value, column) is not None:
+        raise BadRow("not_text", f"{column} holds a list of messages, which format 'columns' reads")
     return check_unicode(value, column).strip()
 
 
-def _bit(row: Row, column: str) -> int | None:
-    """0, 1, or None for null and for a key that this row leaves out; CSV and parquet write text, floats or booleans."""
+def _missing(value: Any) -> bool:
+    """Whether a cell is null, not a number, blank, or text that stands for these."""
+    if isinstance(value, str):
+        return value.strip() in {"", *_NULLS}
+    return value is None or value != value
+
+
+def _number(value: Any) -> float | None:
+    """The whole number of a cell, which CSV, JSON and parquet write as text, integer or float; None without one."""
+    if isinstance(value, str):
+        return float(value) if _NUMBER.fullmatch(value.strip()) else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and value == value else None
+
+
+def _code(row: Row, column: str, top: int, expected: str) -> int | None:
+    """A whole number from 0 to `top`, or None for null and for a key that this row leaves out."""
     value = row.get(column)
-    blank = isinstance(value, str) and value.strip() in {"", *_NULLS}
-    if value is None or value != value or blank:
+    if _missing(value):
         return None
-    bit = _BITS.get(str(value).strip().casefold())
-    if bit is None:
-        raise BadRow("bad_label", f"{column} is {_short(value)}, expected 0, 1, true, false or null")
-    return bit
+    number = _number(value)
+    if number is None or number not in range(top + 1):
+        raise BadRow("bad_label", f"{column} is {_short(value)}, expected {expected} or null")
+    return int(number)
+
+
+def _bit(row: Row, column: str) -> int | None:
+    """0, 1, or None for null."""
+    truth = _TRUTH.get(str(row.get(column)).strip().casefold())
+    return _code(row, column, 1, "0, 1, true, false") if truth is None else truth
 
 
 def _flag(row: Row, column: str) -> bool | None:
@@ -325,6 +331,82 @@ def _flag(row: Row, column: str) -> bool | None:
 
 def _short(value: Any) -> str:
     return "null" if value is None else repr(value)[:60]
+
+
+# --- what is true of a source as a whole ------------------------------------------------------------------------------
+
+
+@dataclass
+class _Whole:
+    """The columns of every file of a source, the numbers in its label columns, and the texts that say null."""
+
+    kind: Kind
+    columns: dict[str, str]
+    labels: tuple[str, ...]
+    seen: dict[str, dict[str, None]] = field(default_factory=dict)
+    codes: dict[str, Counter[float]] = field(default_factory=dict)
+    nulls: list[Where] = field(default_factory=list)
+
+    def row(self, file: str, row: Row | BadRow) -> None:
+        """Note a raw row."""
+        seen = self.seen.setdefault(file, {})
+        if isinstance(row, BadRow):
+            return
+        seen |= dict.fromkeys(row)
+        for name in self.labels:
+            number = _number(row.get(name))
+            if number is not None:
+                self.codes.setdefault(name, Counter())[number] += 1
+
+    def item(self, item: Record | Rejected | Skipped) -> None:
+        """Note what became of a row."""
+        if isinstance(item, Record) and _says_null(item):
+            self.nulls.append(item.where)
+
+    def check(self, place: str) -> None:
+        """Refuse a source without rows, a file without a column that is needed, and labels of unclear meaning."""
+        if not self.seen:
+            raise DataError(f"{place}: holds no rows; put data in or remove it from prepare.{self.kind}")
+        for file, seen in self.seen.items():
+            _require(seen, self.columns, file, self.kind)
+        for name, codes in self.codes.items():
+            _check_codes(codes, name, place)
+        if self.nulls:
+            logger.warning(
+                "%s:%d: a text says just 'nan', 'None' or the like, and so do those of %d more rows; if these are "
+                "missing values, leave the rows out", self.nulls[0].file, self.nulls[0].line, len(self.nulls) - 1,
+            )  # fmt: skip
+
+
+def _says_null(record: Record) -> bool:
+    """Whether a text of the record is what is written for a missing value."""
+    return not _NULLS.isdisjoint((record.chosen, record.rejected, record.prompt[-1]["content"]))
+
+
+def _labels(spec: SourceSpec, kind: Kind, columns: dict[str, str]) -> tuple[str, ...]:
+    """The columns that hold 0 or 1."""
+    if _layout(spec, kind) == "pku":
+        return tuple(dict.fromkeys((*_PKU_LABELS[kind], *_FLAGS)))
+    return tuple(columns[name] for name in _OWN_FLAGS if name in columns)
+
+
+def _check_codes(codes: Counter[float], column: str, place: str) -> None:
+    """Refuse a column that codes the two answers otherwise, by 1 and 2, say: its 1 may mean what is 0 here."""
+    strays = sum(count for code, count in codes.items() if code not in (0, 1))
+    if strays > max(_SLIPS, _SLIP_SHARE * codes.total()):
+        found = ", ".join(f"{_short(code)} ({count} rows)" for code, count in sorted(codes.items())[:5])
+        raise DataError(
+            f"{place}: column {column!r} holds {found}, so what its 1 means is unclear; accepted are 0 (no, or the "
+            "first answer), 1 (yes, or the second), true, false and null: write it in these"
+        )
+
+
+def _require(seen: Iterable[str], columns: dict[str, str], file: str, kind: Kind) -> None:
+    """Refuse a file of which no row has a column; one that some rows leave out is null there."""
+    present = list(map(str, seen))
+    for name in columns.values():
+        if name not in present and present:
+            raise DataError(f"{file}: column {name!r} is missing (prepare.{kind}); the file has: {', '.join(present)}")
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------
@@ -358,229 +440,3 @@ def _mapped(spec: SourceSpec, kind: Kind) -> dict[str, str]:
         either = ", or ".join(" and ".join(names) for names in choices)
         raise DataError(f"prepare.{kind}: {label(spec)}: columns lacks {lacking!r}; it must map {either}")
     return spec.columns
-
-
-def _require(seen: Iterable[str], columns: dict[str, str], file: str, kind: Kind) -> None:
-    """Refuse a source of which no row has a column; one that some rows leave out is null there."""
-    present = list(map(str, seen))
-    for name in columns.values():
-        if name not in present and present:
-            raise DataError(f"{file}: column {name!r} is missing (prepare.{kind}); the file has: {', '.join(present)}")
-
-
-# --- from a place to rows ---------------------------------------------------------------------------------------------
-
-
-def _locate(
-    spec: SourceSpec, kind: Kind, folder: Path, made: WorldParams, seed: int
-) -> tuple[str, Iterable[tuple[str, _Raw]]]:
-    """The name of the place that a source points at, and its files with their raw rows."""
-    if spec.path is None:
-        return "world", [("world", enumerate(_world(kind, made, derived_seed(seed, kind)), start=1))]
-    path = folder / spec.path
-    if path.is_dir():
-        files = _plain_files(path, spec)
-        if files:
-            return str(path), ((str(file), _reader(file)(file)) for file in files)
-        return str(path), [(str(path), _dataset(str(path), None, spec, folder))]
-    if path.is_file():
-        return str(path), [(str(path), _reader(path)(path))]
-    if _suffix(path) not in _READERS and _HUB_ID.fullmatch(spec.path):
-        owner, name, *inner = spec.path.split("/", 2)
-        return spec.path, [(spec.path, _dataset(f"{owner}/{name}", inner[0] if inner else None, spec, folder))]
-    raise DataError(f"{path}: no such file; put {path.name} into {path.parent} or correct prepare.{kind}")
-
-
-def _plain_files(folder: Path, spec: SourceSpec) -> list[Path]:
-    """The files of a folder that are read one by one, in order of their names.
-
-    Empty for a folder that `datasets` knows better: one that it saved, or whose page says which file belongs where.
-    Where names speak of splits, those of the split count.
-    """
-    page = folder / "README.md"
-    if list(folder.rglob("*.arrow")) or (page.is_file() and "\nconfigs:" in page.read_text(errors="replace")):
-        return []
-    names = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if _suffix(file) in _READERS]
-    shown = [name for name in names if not any(part.startswith((".", "_")) for part in name.parts)]
-    files = [name for name in shown if name.name not in _DESCRIPTIONS]
-    named = {name: set(_SPLIT.findall(name.as_posix())) for name in files}
-    if any(named.values()) or spec.split != "train":
-        files = [name for name in files if spec.split in named[name]]
-    return [folder / name for name in files]
-
-
-def _world(kind: Kind, made: WorldParams, seed: int) -> Iterator[Row]:
-    if kind == "sft":
-        return world.sft_rows(made.sft_rows, seed)
-    count = made.helpful_pairs if kind == "helpful" else made.safety_pairs
-    return world.pku_rows(count, seed, made.sharpness)
-
-
-def _dataset(name: str, inner: str | None, spec: SourceSpec, folder: Path) -> _Raw:
-    """Rows of a hub dataset, or of the folder `inner` in it, or of a local dataset folder."""
-    import datasets  # slow to import, and only needed here
-
-    datasets.disable_progress_bars()
-    try:
-        table = datasets.load_dataset(name, data_dir=inner, split=spec.split, revision=spec.revision)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        why = _root_cause(error)
-        raise DataError(
-            f"{spec.path}: split {spec.split!r} cannot be loaded as a dataset ({why}); check path, split and revision, "
-            f"or put the file into {folder}"
-        ) from error
-    yield from enumerate(table, start=1)
-
-
-def _root_cause(error: BaseException) -> str:
-    """The first line of what an exception was raised from in the first place, and the last of it where it says more."""
-    cause = error
-    while cause.__cause__ is not None or cause.__context__ is not None:
-        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-    told = [(str(one).strip() or type(one).__name__).splitlines()[0] for one in (error, cause)]
-    return ": ".join(dict.fromkeys(told))
-
-
-def _reader(path: Path) -> Callable[[Path], _Raw]:
-    try:
-        return _READERS[_suffix(path)]
-    except KeyError:
-        raise DataError(
-            f"{path}: unknown kind of file; one of {', '.join(_READERS)}, text files also with {', '.join(_PACKED)}"
-        ) from None
-
-
-def _suffix(path: Path) -> str:
-    """The suffix that names the format, below .gz or .xz."""
-    return (path.with_suffix("") if path.suffix in _PACKED else path).suffix
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The unpacked bytes of a file; whatever goes wrong while they are read is a DataError."""
-    opener: Callable[..., IO[bytes]] = _PACKED.get(path.suffix, open)
-    try:
-        with opener(path, "rb") as stream:
-            yield stream
-    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); is the download complete?") from error
-
-
-def _jsonl(path: Path) -> _Raw:
-    with _opened(path) as stream:
-        for line, content in enumerate(stream, start=1):
-            if content.strip():
-                yield line, _json_line(content.removeprefix(b"\xef\xbb\xbf"), path, line)
-
-
-def _json_line(content: bytes, path: Path, line: int) -> Row | BadRow:
-    text = content.decode("utf-8", "backslashreplace").strip()[:EXCERPT]
-    try:
-        row = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
-    except _RepeatedKey as error:
-        return BadRow("duplicate_key", str(error), text)
-    except UnicodeDecodeError as error:
-        return BadRow("not_utf8", f"byte {error.start + 1} of the line is not UTF-8", text)
-    except (ValueError, RecursionError) as error:
-        if content.endswith(b"\n"):
-            return BadRow("not_json", str(error), text)
-        logger.warning("%s:%d: the file ends within this row; it may have been cut short", path, line)
-        return BadRow("truncated_row", f"the file ends within this row ({error})", text)
-    return _as_row(row)
-
-
-class _RepeatedKey(ValueError):
-    """An object that has a key twice."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> Row:
-    """A JSON object, of which json would keep the last value of a key that stands in it twice."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _RepeatedKey(f"key {twice!r} stands twice in one object; keep one")
-    return row
-
-
-def _as_row(row: Any) -> Row | BadRow:
-    return row if isinstance(row, dict) else BadRow("not_an_object", "expected an object of columns", excerpt(row))
-
-
-def _json(path: Path) -> _Raw:
-    """A JSON array, or one object per line under the name .json, as some datasets have it."""
-    with _opened(path) as stream:
-        first = next((line for line in stream if line.strip()), b"").removeprefix(b"\xef\xbb\xbf").strip()
-    if not first.startswith(b"["):
-        return _json_lines(path, first)
-    return _json_array(path)
-
-
-def _json_lines(path: Path, first: bytes) -> _Raw:
-    try:
-        if first:
-            json.loads(first)
-    except ValueError as error:
-        raise DataError(f"{path}: expected a list of rows, or one object per line ({error})") from error
-    return _jsonl(path)
-
-
-def _json_array(path: Path) -> _Raw:
-    if path.stat().st_size > _BIG_ARRAY:
-        logger.warning("%s: a JSON array is loaded whole; .jsonl or .parquet would be read row by row", path)
-    with _opened(path) as stream:
-        content = stream.read()
-    try:
-        rows = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); is the file complete?") from error
-    return enumerate(map(_as_row, rows), start=1)
-
-
-def _csv(path: Path) -> _Raw:
-    with _opened(path) as stream:
-        reader = csv.reader(_decoded(stream), strict=True)
-        line = 1
-        try:
-            header = next(reader, [])
-            _refuse_repeated(header, path)
-            line = reader.line_num + 1
-            for cells in reader:
-                if cells:
-                    yield line, _csv_row(header, cells)
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise DataError(f"{path}:{line}: not valid CSV ({error}); is a quote left open here?") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{line}: not UTF-8; convert the file, e.g. with iconv") from error
-
-
-def _refuse_repeated(names: Sequence[str], path: Path) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"{path}: column {twice[0]!r} stands twice; rename one of the two")
-
-
-def _decoded(stream: IO[bytes]) -> Iterator[str]:
-    for number, line in enumerate(stream):
-        yield line.decode("utf-8" if number else "utf-8-sig")
-
-
-def _csv_row(header: list[str], cells: list[str]) -> Row | BadRow:
-    if len(cells) != len(header):
-        return BadRow("wrong_cell_count", f"{len(cells)} cells for {len(header)} columns", excerpt(cells))
-    return dict(zip(header, cells, strict=True))
-
-
-def _parquet(path: Path) -> _Raw:
-    try:
-        with pq.ParquetFile(path) as file:
-            _refuse_repeated(file.schema_arrow.names, path)
-            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
-            yield from enumerate(itertools.chain.from_iterable(batches), start=1)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({error})") from error
-
-
-_READERS: dict[str, Callable[[Path], _Raw]] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-_PACKED: dict[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".xz": lzma.open}  # type: ignore[dict-item]

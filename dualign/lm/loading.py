@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from dualign.core.artifacts import listed
 from dualign.core.errors import ModelError, ParamsError
 
 _POINTER = b"version https://git-lfs"
@@ -53,7 +54,7 @@ def load_reported(
             that needs code of its own.
     """
     require(path)
-    _check_files(Path(path))
+    check_files(Path(path))
     config = load_config(path, revision, gguf_file)
     options |= {"gguf_file": gguf_file} if gguf_file else {"config": _with(config, options)}
     try:
@@ -101,7 +102,7 @@ def check_context(model: torch.nn.Module, tokens: int, what: str) -> None:
 
 def with_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
     """The model with the saved adapter in folder `path`. Raises ModelError where the two do not belong together."""
-    _check_files(Path(path))
+    check_files(Path(path))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
@@ -140,9 +141,9 @@ def _with(config: PretrainedConfig, options: dict[str, Any]) -> PretrainedConfig
     return config
 
 
-def _check_files(folder: Path) -> None:
-    """Weights in a local folder must be there, and no pointers to them."""
-    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
+def check_files(folder: Path) -> None:
+    """Weights in a local folder must be whole, and no pointers to them. Raises ModelError that names the file."""
+    for file in listed(folder, "*.safetensors") + listed(folder, "*.bin"):
         with file.open("rb") as stream:
             head = stream.read(len(_POINTER))
         if head == _POINTER:
@@ -150,7 +151,7 @@ def _check_files(folder: Path) -> None:
         if file.suffix == ".safetensors":
             _check_length(file)
     if not (folder / "model.safetensors").is_file():
-        for index in sorted(folder.glob("model.safetensors.index.json")):
+        for index in listed(folder, "model.safetensors.index.json"):
             _check_shards(index)
 
 

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dualign.core.errors import ModelError, ParamsError
 from dualign.core.params import LoraParams, Resources, ScratchParams
+from dualign.core.records import AdapterConfig, read_record
 from dualign.lm.loading import first_line, load_model, load_reported, require, with_adapter
 from dualign.lm.numerics import check_head, device_of, in_precision, precision_of
 from dualign.lm.templates import read_template, settle
@@ -190,14 +191,7 @@ def load_policy(
 
 def adapter_base(path: str | Path) -> str:
     """The base that the adapter in a folder names."""
-    adapter = Path(path) / "adapter_config.json"
-    try:
-        named = json.loads(adapter.read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        named = None
-    if not isinstance(named, str) or not named:
-        raise ModelError(f"{adapter}: names no base_model_name_or_path; run the stage that wrote it again")
-    return named
+    return read_record(Path(path) / "adapter_config.json", AdapterConfig)["base_model_name_or_path"]
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:

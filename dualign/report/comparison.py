@@ -12,7 +12,15 @@ from typing import Any
 import pandas as pd
 from scipy.stats import t as student
 
-from dualign.core.artifacts import read_json, read_optional_json
+from dualign.core.artifacts import listed
+from dualign.core.records import (
+    Certified,
+    SearchResult,
+    SolvedDual,
+    read_evaluated,
+    read_optional_record,
+    read_record,
+)
 from dualign.core.schema import ANSWERS, read_table
 from dualign.measure.stats import clustered_mean
 from dualign.report.told import told
@@ -53,8 +61,8 @@ def compare(root: Path, policies: dict[str, str], confidence: float, limit: floa
     rows: dict[str, dict[str, Any]] = {}
     uncertified = []
     for name, folder in policies.items():
-        metrics = read_optional_json(root / "reports/metrics/evaluate" / f"{name}.json")
-        if metrics.get("absent"):
+        metrics: Any = read_evaluated(root / "reports/metrics", name)
+        if metrics and "absent" in metrics:
             uncertified.append(name)
         elif metrics:
             rows[name] = _row(metrics, folder, limit) | _search(root, folder) | told(root, folder, certificates)
@@ -82,7 +90,7 @@ def read_answers(root: Path, policies: dict[str, str]) -> dict[str, pd.DataFrame
 
 def read_certificates(root: Path) -> dict[str, Any]:
     """The metrics of every row of `certify`, by name."""
-    return {path.stem: read_json(path) for path in sorted((root / "reports/metrics/certify").glob("*.json"))}
+    return {path.stem: read_record(path, Certified) for path in listed(root / "reports/metrics/certify", "*.json")}
 
 
 def _certified(folder: str, certificates: dict[str, Any]) -> bool:
@@ -130,7 +138,8 @@ def _gaps(ours: pd.DataFrame, theirs: pd.DataFrame, score: str) -> pd.Series:
 
 
 def _dual_limit(root: Path) -> float | None:
-    return _value(read_optional_json(root / "data/dual/dual.json"), "limit")
+    known = read_optional_record(root / "data/dual/dual.json", SolvedDual)
+    return known["limit"] if known else None
 
 
 def _against_reference(
@@ -192,9 +201,9 @@ def _standing(cost: Interval | None, limit: float | None) -> str | None:
 def _search(root: Path, folder: str) -> dict[str, Any]:
     """How the search of this policy went and what it spent; nulls for a policy that no search made."""
     path = root / "reports/search" / f"{Path(folder).name}.json"
-    found = read_optional_json(path) if folder.startswith("aligned/") else {}
+    found: Any = read_optional_record(path, SearchResult) if folder.startswith("aligned/") else None
     spent = ("trainings", "generated_tokens", "labels", "stopped")
-    return {key: found.get(key) for key in ("method", "title", "rule", "returns", "cost_source", *spent)}
+    return {key: found and found[key] for key in ("method", "title", "rule", "returns", "cost_source", *spent)}
 
 
 def _recommended(rows: dict[str, dict[str, Any]], tested: bool) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dualign.core.params import SHARES
+from dualign.core.records import Betas
 from dualign.report.words import number, percent
 
 Row = dict[str, Any]
@@ -42,12 +43,13 @@ def predicted(frontier: Sequence[Mapping[str, Any]], lam: float | None) -> dict[
     }
 
 
-def other_betas(table: Mapping[str, Any]) -> list[Row]:
+def other_betas(table: Betas) -> list[Row]:
     """The rows of data/dual/betas.json with each quantity as {"mean", "low", "high"}; an end that is not known is None.
 
     `in_use` marks the run's own beta, `guess` a row with fewer effective samples than `min_ess`. Where the limit is out
     of reach, `lam` is None.
     """
+    rows: list[Any] = [*table["rows"]]
     return [
         {
             "beta": row["beta"],
@@ -57,7 +59,7 @@ def other_betas(table: Mapping[str, Any]) -> list[Row]:
             "lam": None if row["lam"] is None else _interval(row, "lam"),
             **{key: _interval(row, key) for key in ("reward", "kl", "p_unsafe", "ess")},
         }
-        for row in table.get("rows", [])
+        for row in rows
     ]
 
 
@@ -105,18 +107,20 @@ def further_limits(prices: Iterable[Mapping[str, Any]], rows: Sequence[Row]) -> 
     return [*priced.values(), *(limit for name, limit in others.items() if name not in priced)]
 
 
-def cut_in_words(row: Mapping[str, Any]) -> str:
-    """A warning about a policy of which more answers than `CUT` did not end; empty for others.
+def cut_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One warning about the policies of which more answers than `CUT` did not end; empty where there are none.
 
-    `row` is one of the comparison, with `name`, the interval `ended` and `max_new_tokens`.
+    `rows` are those of the comparison, each with `name`, the interval `ended` and `max_new_tokens`.
     """
-    share = 0.0 if row["ended"] is None else 1 - row["ended"]["mean"]
-    if share <= CUT:
+    shares = {row["name"]: 1 - row["ended"]["mean"] for row in rows if row["ended"] is not None}
+    told = [f"{percent(share)} of {name}" for name, share in shares.items() if share > CUT]
+    if not told:
         return ""
-    where = "before their end" if row["max_new_tokens"] is None else f"at {row['max_new_tokens']:,} tokens"
+    limits = sorted({row["max_new_tokens"] for row in rows if row["max_new_tokens"] is not None})
+    where = f"at {' or '.join(f'{limit:,}' for limit in limits)} tokens" if limits else "before their end"
     return (
-        f"{percent(share)} of the answers of {row['name']} were cut {where}: their scores are those of unfinished "
-        "text; raise generation.max_new_tokens."
+        f"Answers were cut {where}, and their scores are those of unfinished text: {', '.join(told)}; raise "
+        "generation.max_new_tokens."
     )
 
 

@@ -17,9 +17,19 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dualign.core.artifacts import read_json, read_optional_json, replacing
+from dualign.core.artifacts import listed, read_optional_json, replacing
 from dualign.core.errors import DataError
 from dualign.core.params import STAGES, ReportParams
+from dualign.core.records import (
+    Betas,
+    Frontier,
+    Provenance,
+    SearchResult,
+    SolvedDual,
+    read_evaluated,
+    read_optional_record,
+    read_record,
+)
 from dualign.report import charts
 from dualign.report.charts import Knot, Point, Range
 from dualign.report.comparison import REFERENCE, compare, read_answers
@@ -34,7 +44,7 @@ from dualign.report.diagnosis import (
     required_in_words,
     tilt_in_words,
 )
-from dualign.report.words import MINUS, NONE, compact, duration, memory, number, percent, precise, spoken
+from dualign.report.words import MINUS, NONE, compact, duration, memory, number, percent, precise, spoken, visible
 
 Row = dict[str, Any]
 
@@ -87,6 +97,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=visible,
     )
     environment.filters["number"] = number
     environment.globals |= {
@@ -99,10 +110,12 @@ def _environment() -> Environment:
 def _context(root: Path, params: ReportParams) -> dict[str, Any]:
     comparison = compare(root, params.policies, params.confidence, params.limit)
     rows = _ordered(comparison)
-    curve = read_optional_json(root / "data/dual/frontier.json").get("rows", [])
+    frontier = read_optional_record(root / "data/dual/frontier.json", Frontier)
+    curve: list[Any] = [*frontier["rows"]] if frontier else []
+    betas = read_optional_record(root / "data/dual/betas.json", Betas)
     for row in rows:
         row["predicted"] = predicted(curve, row["lam"]) if row["on_curve"] else None
-    dual = read_optional_json(root / "data/dual/dual.json")
+    dual: Any = read_optional_record(root / "data/dual/dual.json", SolvedDual) or {}
     world = _world(root, rows)
     near = _near(rows, dual, params.limit)
     _draw_strips(rows, near)
@@ -114,7 +127,7 @@ def _context(root: Path, params: ReportParams) -> dict[str, Any]:
         "best": next((row for row in rows if row["recommended"]), None),
         "nearest": next((row for row in rows if row["name"] == comparison["nearest"]), None),
         "reference": next((row for row in rows if row["name"] == REFERENCE), None),
-        "cut": [said for row in rows if (said := cut_in_words(row))],
+        "cut": cut_in_words(rows),
         "missing": comparison["missing"],
         "uncertified": comparison["uncertified"],
         "certificates": [_certificate(name, metrics, dual) for name, metrics in comparison["certificates"].items()],
@@ -122,7 +135,7 @@ def _context(root: Path, params: ReportParams) -> dict[str, Any]:
         "world": world,
         "frontiers": _frontiers(curve, rows, near, world),
         "limit_shown": near is not None,
-        "betas": other_betas(read_optional_json(root / "data/dual/betas.json")),
+        "betas": other_betas(betas) if betas else [],
         "reached": [row for row in rows if row["predicted"] or (row["tilt"] and row["kind"] != "reference")],
         "further": further,
         "crowded": len(rows) > _CROWD,
@@ -253,7 +266,7 @@ def _certificate(name: str, metrics: Row, dual: Row) -> Row:
 def _world(root: Path, rows: list[Row]) -> dict[str, Any] | None:
     """The exact optimum and frontier of the embedded world, as the first policy that was evaluated there has them."""
     for row in rows:
-        metrics = read_optional_json(root / "reports/metrics/evaluate" / f"{row['name']}.json")
+        metrics: Any = read_evaluated(root / "reports/metrics", row["name"])
         if metrics.get("optimum"):
             return {"optimum": metrics["optimum"], "frontier": metrics.get("frontier") or []}
     return None
@@ -325,7 +338,7 @@ def _searches(root: Path, rows: list[Row], limit: float, near: float | None) -> 
     for row in rows:
         path = root / "reports/search" / f"{Path(row['folder']).name}.json"
         if row["folder"].startswith("aligned/") and path.is_file():
-            found.append(_search({"row": row, **read_json(path)}, limit))
+            found.append(_search({"row": row, **read_record(path, SearchResult)}, limit))
     ends = (end for search in found for step in _shown(search) for end in _step_ends(step))
     costs = charts.domain([near, *(search["aim"] for search in found), *ends])
     for search in found:
@@ -418,7 +431,7 @@ def _known(value: Any) -> float | None:
 
 def _prepared(root: Path) -> list[tuple[str, int]]:
     """Rows of every prepared table, by name."""
-    return [(path.stem, pq.read_metadata(path).num_rows) for path in sorted((root / "data/prepared").glob("*.parquet"))]
+    return [(path.stem, pq.read_metadata(path).num_rows) for path in listed(root / "data/prepared", "*.parquet")]
 
 
 def _quarantine(root: Path) -> list[tuple[str, int]]:
@@ -488,9 +501,10 @@ def _fact(key: str, value: Any) -> str:
 def _provenance(root: Path) -> list[Row]:
     """What each stage took, in the order of the pipeline."""
     order = list(STAGES)
-    rows: list[Row] = [read_json(path) for path in sorted((root / "reports/provenance").rglob("*.json"))]
+    written: list[Any] = [read_record(path, Provenance) for path in listed(root / "reports/provenance", "**/*.json")]
+    rows = [row for row in written if row["stage"] != "report"]  # of an earlier run: this one's is not known yet
     for row in rows:
-        row["rates"] = ", ".join(_rate(key, value) for key, value in (row.get("throughput") or {}).items())
+        row["rates"] = ", ".join(_rate(key, value) for key, value in row["throughput"].items())
     return sorted(rows, key=lambda row: (order.index(row["stage"]), row.get("item") or ""))
 
 

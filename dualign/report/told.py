@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dualign.core.artifacts import read_optional_json
+from dualign.core.records import SearchResult, SolvedDual, read_optional_record, read_trained
 
 Row = dict[str, Any]
 
@@ -28,8 +28,10 @@ def told(root: Path, folder: str, certificates: Mapping[str, Any]) -> Row:
     if kind == "certified":
         return _certified(root, certificates.get(name, {}))
     if kind == "aligned":
-        return _searched(read_optional_json(root / f"reports/search/{name}.json"), _prices(root))
-    return _row(_trained(read_optional_json(root / f"reports/metrics/{folder}.json"), kind))
+        return _searched(read_optional_record(root / f"reports/search/{name}.json", SearchResult), _prices(root))
+    metrics = root / "reports/metrics"
+    known = read_trained(metrics, folder) if (metrics / f"{folder}.json").is_file() else {}
+    return _row(_trained(known, kind))
 
 
 def merged_multiplier(q: float, lam: float | None, partner: float | None) -> float | None:
@@ -54,15 +56,18 @@ def _certified(root: Path, certificate: Mapping[str, Any]) -> Row:
     return _row(merged_multiplier(q, policy["lam"], partner["lam"]), q, on_curve=not any(_prices(root)))
 
 
-def _searched(search: Mapping[str, Any], prices: list[float]) -> Row:
-    chosen: Row = next((step for step in search.get("steps", []) if step["step"] == search["chosen"]), {})
-    tilts = search.get("returns") != "mixture" and not search.get("naive")
-    return _row(chosen.get("lam"), chosen.get("q"), tilts and chosen.get("prices") in (None, [], prices), tilts)
+def _searched(search: SearchResult | None, prices: list[float]) -> Row:
+    if search is None:
+        return _row(None)
+    chosen = search["steps"][search["chosen"]]
+    tilts = search["returns"] != "mixture" and not search.get("naive")
+    return _row(chosen["lam"], chosen["q"], tilts and chosen["prices"] in ([], prices), tilts)
 
 
 def _prices(root: Path) -> list[float]:
     """The pool's prices of further limits, which the predicted frontier includes."""
-    return [float(price["lam"]) for price in read_optional_json(root / "data/dual/dual.json").get("prices", [])]
+    known = read_optional_record(root / "data/dual/dual.json", SolvedDual)
+    return [price["lam"] for price in known["prices"]] if known else []
 
 
 def _trained(metrics: Mapping[str, Any], kind: str) -> float | None:

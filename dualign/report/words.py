@@ -1,11 +1,40 @@
-"""Numbers as the page writes them: with as many digits as a reader can use, and a true minus sign."""
+"""Numbers and text as the page writes them: digits that a reader can use, a true minus sign, nothing invisible."""
 
 from __future__ import annotations
 
 import math
+import unicodedata
+from typing import Any
+
+from markupsafe import Markup
 
 MINUS = "\N{MINUS SIGN}"
 NONE = "\N{EN DASH}"
+
+
+#: Control characters that text has good reason to hold.
+_PLAIN = "\n\r\t"
+#: Format characters that joined scripts and emoji need: zero-width joiner and non-joiner.
+_JOINERS = "\u200c\u200d"
+
+
+def visible(value: Any) -> Any:
+    """Text with control characters, and format characters that reorder or hide text, written out: `\\u202e`.
+
+    Anything but plain text stays as it is. A page shows what a row holds, not what the row makes of the page.
+    """
+    if not isinstance(value, str) or isinstance(value, Markup) or (value.isascii() and value.isprintable()):
+        return value
+    return "".join(_written_out(char) if _hides(char) else char for char in value)
+
+
+def _hides(char: str) -> bool:
+    return char not in _PLAIN and char not in _JOINERS and unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def _written_out(char: str) -> str:
+    code = ord(char)
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def number(value: float | None) -> str:

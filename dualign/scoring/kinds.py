@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from dualign.core.artifacts import listed
 from dualign.core.errors import ModelError
 from dualign.core.params import Frozen, Resources
 from dualign.core.schema import Message, user
@@ -177,11 +178,11 @@ def _after_head(held: dict[str, float], config: Any, path: str) -> tuple[Calibra
 def _tensors(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
     """Those of the named tensors that the weights in a folder hold."""
     found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in listed(folder, "*.safetensors"):
         with safe_open(str(file), "pt") as weights:
             held = set(weights.keys())
             found |= {name: weights.get_tensor(name) for name in names if name in held}
-    for file in sorted(folder.glob("pytorch_model*.bin")):
+    for file in listed(folder, "pytorch_model*.bin"):
         weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         found |= {name: weights[name].clone() for name in names if name in weights}
     return found

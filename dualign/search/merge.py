@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from dualign.core.artifacts import replacing
+from dualign.core.artifacts import listed, replacing
 from dualign.core.errors import ModelError
+from dualign.core.records import AdapterConfig, read_record
+from dualign.lm.loading import check_files
 from dualign.lm.publish import adapter_in
 
 _ADAPTER = "adapter_config.json"
@@ -46,7 +49,7 @@ def _merge_weights(first: Path, second: Path, q: float, out: Path) -> None:
 
 
 def _merge_adapters(first: Path, second: Path, q: float, out: Path) -> None:
-    configs = [json.loads((path / _ADAPTER).read_text()) for path in (first, second)]
+    configs = [read_record(path / _ADAPTER, AdapterConfig) for path in (first, second)]
     for folder, config in zip((first, second), configs, strict=True):
         if any(config.get(key) for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")):
             raise ModelError(f"{folder}: only plain LoRA adapters can be merged, not rsLoRA, DoRA or rank patterns")
@@ -65,13 +68,14 @@ def _merge_adapters(first: Path, second: Path, q: float, out: Path) -> None:
         else:
             raise ModelError(f"{first}: {name} is no LoRA weight; only plain LoRA adapters can be merged")
     rank = configs[0]["r"] + configs[1]["r"]
-    config = {**configs[0], "r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
-    (out / _ADAPTER).write_text(json.dumps(config, indent=2, sort_keys=True))
+    merged: dict[str, Any] = {**configs[0], "r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
+    (out / _ADAPTER).write_text(json.dumps(merged, indent=2, sort_keys=True))
     save_file(mixed, out / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
+    check_files(folder)
+    files = listed(folder, "*.safetensors")
     if not files:
         raise ModelError(f"{folder}: holds no safetensors file")
     return {name: tensor for file in files for name, tensor in load_file(file).items()}

@@ -687,7 +687,11 @@ def _restore(scratch: Path) -> list[Step]:
     path = scratch / "steps.json"
     if not path.is_file():
         return []
-    steps = [_step(row) for row in read_json(path)]
+    try:
+        steps = [_step(row) for row in read_json(path)]
+    except DualignError as error:
+        log.warning("%s: the search begins again, with what its steps have trained and drawn", error)
+        return []
     missing = [step.policy for step in steps if not Path(step.policy).is_dir()]
     if missing:
         raise DualignError(f"{missing[0]}: the policy of an earlier step is gone; delete {scratch} and run again")

@@ -1,15 +1,13 @@
 """What all training runs share: the job, TRL's arguments, checkpoints, the log.
 
-All runs keep checkpoints in a scratch folder and go on from the last complete one.
+All runs keep checkpoints in a scratch folder and go on from the last whole one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +16,6 @@ from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -28,11 +25,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from dualign.core.errors import DataError, ParamsError, TrainingError
+from dualign.core.artifacts import write_fault
+from dualign.core.errors import DataError, DualignError, ParamsError, TrainingError
 from dualign.core.params import Resources, TrainingParams
 from dualign.core.progress import watched
-from dualign.lm.loading import check_context, first_line
+from dualign.lm.loading import check_context
 from dualign.lm.numerics import device_of, precision_of
+from dualign.training.checkpoints import Sealing, last_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +77,6 @@ def arguments(job: Job) -> dict[str, Any]:
         "include_num_input_tokens_seen": "non_padding",  # for the rate in the log
         "logging_nan_inf_filter": False,  # it would show the mean in place of a loss that is not finite
         "save_steps": resources.checkpoint_steps,
-        "save_total_limit": 2,
         "report_to": "none",
         "disable_tqdm": not watched(),
         "dataloader_pin_memory": not on_cpu,
@@ -87,9 +85,10 @@ def arguments(job: Job) -> dict[str, Any]:
 
 
 def run(trainer: Any, job: Job) -> Metrics:
-    """Train, from the last complete checkpoint if there is one; refuse a loss that is not finite."""
+    """Train, from the last whole checkpoint if there is one; refuse a loss that is not finite."""
     check_context(trainer.model, job.training.max_length, "training.max_length")
     trainer.remove_callback(PrinterCallback)  # prints a dict per logged step beside our line
+    trainer.add_callback(Sealing())
     checkpoint = last_checkpoint(job.scratch)
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)
@@ -122,12 +121,14 @@ def _writable(scratch: Path) -> Iterator[None]:
     """A checkpoint that cannot be written as one line; the ones before it stay."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        told = str(error)
-        if not (isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in told):
+    except DualignError:
+        raise
+    except Exception as error:
+        told = write_fault(error)
+        if told is None:
             raise
         raise TrainingError(
-            f"{scratch}: a checkpoint cannot be written ({first_line(error)}); free space there, name another place in "
+            f"{scratch}: a checkpoint cannot be written ({told}); free space there, name another place in "
             "$DUALIGN_SCRATCH, or raise resources.checkpoint_steps, and run the stage again: it goes on"
         ) from error
 
@@ -144,19 +145,6 @@ def _drop_copy(model: Model) -> None:
     """Remove TRL's frozen copy of an adapter, its reference, which would be saved in a folder `ref` beside it."""
     if isinstance(model, PeftModel) and "ref" in model.peft_config:
         model.delete_adapter("ref")
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end (the trainer's state is written last)."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            return path
-    return None
 
 
 class _PlainLog(TrainerCallback):

@@ -30,6 +30,7 @@ from dualign.scoring.scorers import Scorer
 from dualign.search.rules import Ascent, Outlook, Step
 from dualign.search.screening import Screening
 from stages import score
+from tests.written import solved
 
 SCRATCH = ScratchParams(
     tokenizer="train", vocab_size=300, hidden_size=16, layers=1, heads=2, intermediate_size=24, context=128
@@ -234,7 +235,7 @@ def test_the_first_policy_is_that_of_the_stage(scored: Scored) -> None:
     spec = load(LagrangianDpoParams)
     anchored = spec.runs["anchored"].model_copy(update={"lam": 0.7})
     params = spec.model_copy(update={"runs": {"anchored": anchored}})
-    write_json("data/dual/dual.json", {"lam": 0.7})
+    write_json("data/dual/dual.json", solved(lam=0.7))
     lagrangian_dpo.main(Run("lagrangian_dpo", "anchored", params, scored.resources))
     found, seconds = first_policy(scored, plan("dualign", scored.params.methods["dualign"]), 0.7)
     stage = scored.folder / "models/lagrangian_dpo/anchored/model.safetensors"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from dualign.core.artifacts import read_json, read_optional_json, replacing, write_json, write_parquet
+from dualign.core.artifacts import listed, read_json, read_optional_json, replacing, write_json, write_parquet
 from dualign.core.errors import DualignError
 
 
@@ -54,7 +57,7 @@ def test_nothing_is_visible_before_the_end(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     with replacing(path) as temporary:
         temporary.write_text("content")
-        assert not path.exists() and temporary.parent == path.parent
+        assert not path.exists() and temporary.exists()
     assert path.read_text() == "content"
 
 
@@ -70,6 +73,59 @@ def test_a_place_below_a_file_is_refused_in_one_line_that_names_it(tmp_path: Pat
 def test_a_kernel_folder_is_refused_in_one_line_that_names_it() -> None:
     with pytest.raises(DualignError, match=r"^/proc/dualign/report\.json: cannot be written"):
         write_json("/proc/dualign/report.json", {})
+
+
+FULL = """
+import logging, resource, signal, sys
+import numpy, pyarrow, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from dualign.core.artifacts import replacing, write_parquet
+from dualign.core.errors import DualignError
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+many = {"a": torch.rand(100_000)}
+schema = pyarrow.schema([("a", pyarrow.float64())])
+rows = [{"a": float(value)} for value in numpy.random.default_rng(0).random(20_000)]
+writes = {
+    "text": lambda path: path.write_text("a" * 100_000),
+    "safetensors": lambda path: save_file(many, path),
+    "torch": lambda path: torch.save(many, path),
+}
+for name, write in writes.items():
+    try:
+        with replacing(name) as temporary:
+            write(temporary)
+    except DualignError as error:
+        print(error)
+try:
+    write_parquet("parquet", rows, schema)
+except DualignError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_is_full_is_one_line_whoever_writes(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["text", "safetensors", "torch", "parquet"]
+    assert all("cannot be written (" in line for line in lines)
+    assert sum("File too large" in line and "ulimit" in line for line in lines) == 3  # torch does not say why
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_hidden_is_not_listed(tmp_path: Path) -> None:
+    for name in ("b/a.json", "a.json", ".tmp-1/a.json", ".c.json", "b/.d/a.json"):
+        write_json(tmp_path / name, {})
+    assert listed(tmp_path, "**/*.json") == [tmp_path / "a.json", tmp_path / "b/a.json"]
+    assert listed(tmp_path, "*/a.json") == [tmp_path / "b/a.json"]
+    assert listed(tmp_path / "none", "*") == []
 
 
 def test_a_file_does_not_take_the_place_of_a_folder(tmp_path: Path) -> None:

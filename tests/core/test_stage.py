@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ from typing import Any
 import pytest
 
 from dualign.core.artifacts import read_json
-from dualign.core.errors import AwaitingLabels, DataError
+from dualign.core.errors import AwaitingLabels, DataError, DualignError
 from dualign.core.loading import load, load_resources
 from dualign.core.params import DualInitParams, DualSearchParams, EvaluateParams, SafetyDpoParams, StageParams
 from dualign.core.stage import Run, execute, finished
@@ -146,6 +150,81 @@ def test_scratch_is_kept_when_another_item_is_edited(cls: type[StageParams], key
         return Run(cls.section, own, edited, load_resources()).scratch()
 
     assert scratch(other) == Run(cls.section, own, params, load_resources()).scratch() != scratch(own)
+
+
+SCRIPT = """
+from dualign.core.params import DualInitParams
+from dualign.core.stage import execute
+
+def main(run):
+    print(run.scratch())
+
+if __name__ == "__main__":
+    execute(main, DualInitParams, [])
+"""
+
+
+def test_scratch_is_anothers_when_the_script_of_the_stage_changes(folder: Path) -> None:
+    """Under `python -m stages.NAME` the script is `__main__`."""
+    (folder / "stages").mkdir()
+    (folder / "stages/__init__.py").touch()
+
+    def scratch(script: str) -> str:
+        (folder / "stages/own.py").write_text(script)
+        environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "stages.own"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert scratch(SCRIPT) == scratch(SCRIPT) != scratch(SCRIPT + "# another rule\n")
+
+
+def test_scratch_wants_its_inputs_and_a_place_that_can_be_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DualignError, match=r"^models/sft: no such file or folder; run the stage that writes it"):
+        a_run().scratch("models/sft")
+    (folder / "file").touch()
+    monkeypatch.setenv("DUALIGN_SCRATCH", str(folder / "file"))
+    with pytest.raises(DualignError, match=r"file/dual_init/\w+: checkpoints cannot be kept .*DUALIGN_SCRATCH"):
+        a_run().scratch()
+
+
+def test_what_is_hidden_in_an_input_does_not_count(folder: Path) -> None:
+    (folder / "in").mkdir()
+    first = a_run().scratch("in")
+    (folder / "in/.tmp-1").mkdir()
+    (folder / "in/.tmp-1/rows").touch()
+    assert a_run().scratch("in") == first
+
+
+def test_a_kill_at_the_end_leaves_the_whole_scratch_folder_or_none(folder: Path) -> None:
+    files, scratch = 20_000, folder / ".scratch/stage/run"
+    scratch.mkdir(parents=True)
+    for number in range(files):
+        (scratch / str(number)).touch()
+    code = "import sys; from pathlib import Path; from dualign.core.stage import finished; finished(Path(sys.argv[1]))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code, str(scratch)], env=environment)
+    while len(list(scratch.glob("*"))) == files:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert not list(scratch.glob("*"))
+    finished(a_run().scratch())
+    assert len(list((folder / ".scratch").rglob(".tmp-*"))) == 2  # of another stage, whose next run will remove them
+
+
+def test_a_full_disk_is_one_line_wherever_it_is_met(caplog: pytest.LogCaptureFixture) -> None:
+    def main(run: Run[DualInitParams]) -> None:
+        with open("/dev/full", "w") as full:
+            full.write("a")
+
+    with caplog.at_level(logging.ERROR), pytest.raises(SystemExit) as caught:
+        execute(main, DualInitParams, [])
+    assert caught.value.code == 2 and "No space left on device" in caplog.text and "Traceback" not in caplog.text
 
 
 def test_scratch_can_be_moved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,8 +43,21 @@ def said(text: str) -> dict[str, str]:
         ({"prompt": json.dumps(TALK), "chosen": "So.", "rejected": json.dumps([said("No.")])}, PAIR),
         ({"prompt": SHAREGPT, "chosen": {"from": "gpt", "value": "So."}, "rejected": "No."}, PAIR),
         ({"prompt": SHAREGPT, "chosen": [{"from": "gpt", "value": "So."}], "rejected": "No."}, PAIR),
+        ({"prompt": "Why?", "chosen": [*TALK, said("So.")], "rejected": [*TALK, said("No.")]}, PAIR),
+        ({"prompt": repr(TALK), "chosen": "So.", "rejected": repr([said("No.")])}, PAIR),
+        ({"prompt": f" {SHAREGPT} ", "chosen": str([{"from": "gpt", "value": "So."}]), "rejected": "No."}, PAIR),
     ],
-    ids=["conversational", "implicit prompt", "ultrafeedback", "json text", "one message alone", "sharegpt"],
+    ids=[
+        "conversational",
+        "implicit prompt",
+        "ultrafeedback",
+        "json text",
+        "one message alone",
+        "sharegpt",
+        "question of a dialogue with a system turn",
+        "python text",
+        "sharegpt as python text",
+    ],
 )
 def test_pairs_of_messages(tmp_path: Path, row: dict[str, Any], columns: dict[str, str]) -> None:
     (found,) = records(tmp_path, "helpful", [row], columns)
@@ -68,7 +81,11 @@ def test_text_parts_of_a_message_are_joined(tmp_path: Path) -> None:
 
 
 def test_text_that_only_begins_like_json_stays_text(tmp_path: Path) -> None:
-    texts = ('[{"x": 1}] is what?', '[{"x": 1}]', '[{"x": ' + "[" * 5000)
+    texts = (
+        '[{"x": 1}] is what?', '[{"x": 1}]', '[{"x": ' + "[" * 5000, "{'x': 1}", '{"role": "admin", "id": 1}',
+        "[{'x': 'content'}, {'y': 2}]", '[{"role": "admin", "id": 1}]', "[{ int role; }]", '{"role": "user"} is what?',
+        '{"title": "x", "content": "y"}', '[{"name": "Bo", "role": "user"}]', "[{'title': 'x', 'content': 'y'}]",
+    )  # fmt: skip
     rows = [{"prompt": text, "chosen": "a", "rejected": "b"} for text in texts]
     assert [found.prompt for found in records(tmp_path, "helpful", rows, PAIR)] == [user(row["prompt"]) for row in rows]
 
@@ -92,6 +109,81 @@ def test_text_that_only_begins_like_json_stays_text(tmp_path: Path) -> None:
 def test_a_conversation_that_cannot_be_used_is_rejected(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
     (found,) = records(tmp_path, "helpful", [row], PAIR)
     assert isinstance(found, Rejected) and found.reason == reason
+
+
+MORE = [*TALK, said("So?"), *user("And?")]
+
+
+@pytest.mark.parametrize("prompt", ["Why?", "And?", [*user("Why?"), said("So?"), *user("And?")], MORE])
+def test_what_two_dialogues_share_is_their_prompt(tmp_path: Path, prompt: Any) -> None:
+    """The prompt column of UltraFeedback and of its kin holds a question of the dialogue, not what stands before it."""
+    row = {"prompt": prompt, "chosen": [*MORE, said("Yes.")], "rejected": [*MORE, said("No.")]}
+    (found,) = records(tmp_path, "helpful", [row], PAIR)
+    assert (found.prompt, found.chosen, found.rejected) == (MORE, "Yes.", "No.")
+    supervised = {"prompt": "prompt", "response": "chosen"}
+    (found,) = records(tmp_path, "sft", [row], supervised)
+    assert (found.prompt, found.chosen) == (MORE, "Yes.")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rejected"),
+    [
+        ("Else?", [*MORE, said("No.")]),
+        ("Why?", [*TALK, said("No?"), *user("And?"), said("No.")]),
+        ("Why?", [*user("Why?"), said("No.")]),
+        ("Why?", [said("No.")]),
+        ("Why?", "No."),
+    ],
+)
+def test_dialogues_of_other_prompts_are_rejected(tmp_path: Path, prompt: str, rejected: Any) -> None:
+    row = {"prompt": prompt, "chosen": [*MORE, said("Yes.")], "rejected": rejected}
+    (found,) = records(tmp_path, "helpful", [row], PAIR)
+    assert found.reason == "prompts_differ"
+
+
+def test_conversations_that_pandas_wrote_are_read_or_refused(tmp_path: Path) -> None:
+    """A list goes into CSV as Python writes it; a list that came out of parquet is an array, written without commas."""
+    talk = [*TALK, said('It\'s "so".\nYes.')]
+    table = pd.DataFrame({"messages": [talk, talk[1:]]})
+    table.to_csv(tmp_path / "list.csv")
+    table.to_parquet(tmp_path / "a.parquet")
+    pd.read_parquet(tmp_path / "a.parquet").to_csv(tmp_path / "array.csv")
+    spec = SourceSpec(format="columns", path="list.csv", columns={"messages": "messages"})
+    first, second = read(spec, "sft", tmp_path, MADE, 0)
+    assert (first.prompt, first.chosen) == (TALK, 'It\'s "so".\nYes.') and second.prompt == TALK[1:]
+    for bad in read(spec.model_copy(update={"path": "array.csv"}), "sft", tmp_path, MADE, 0):
+        assert isinstance(bad, Rejected) and bad.reason == "bad_turns" and "write the cell as JSON" in bad.detail
+
+
+UNUSABLE = {
+    "a turn without content": json.dumps([*TALK, {"role": "assistant"}]),
+    "no turn with content": json.dumps([{"role": "user"}]),
+    "a turn without a role": json.dumps([*TALK, {"content": "So."}]),
+    "no role": repr([{"content": "So."}]),
+    "content that is none": repr([{"role": "user", "content": None}]),
+    "a turn that is a text": json.dumps([*TALK, "So."]),
+    "cut off": json.dumps(TALK)[:-5],
+    "cut off in Python": repr(TALK)[:-5],
+    "not a number": "[{'role': 'user', 'content': nan}]",
+    "more behind it": json.dumps(TALK) + json.dumps(TALK),
+    "a key twice": '[{"role": "user", "role": "system", "content": "x"}]',
+    "a message alone": json.dumps(said("So.")),
+    "a message alone in Python": repr(said("So.")),
+    "very long": repr([{"role": "user", "content": "x" * 2**20}]),
+}
+
+
+@pytest.mark.parametrize("text", UNUSABLE.values(), ids=UNUSABLE)
+def test_text_that_looks_like_messages_and_is_unusable_is_never_prose(tmp_path: Path, text: str) -> None:
+    for row in ({"prompt": text, "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": text, "rejected": "b"}):
+        (found,) = records(tmp_path, "helpful", [row], PAIR)
+        assert isinstance(found, Rejected) and found.reason in ("bad_turns", "not_text") and found.detail
+
+
+def test_messages_in_formats_of_texts_are_rejected(tmp_path: Path) -> None:
+    lines(tmp_path / "a.jsonl", [pku(0, prompt=json.dumps(TALK)), pku(1, response_0=repr([said("So.")]))])
+    for found in stream(tmp_path, "helpful", "a.jsonl"):
+        assert found.reason == "not_text" and "format 'columns' reads" in found.detail
 
 
 def test_texts_without_a_prompt_are_rejected(tmp_path: Path) -> None:
@@ -146,9 +238,13 @@ def test_what_stands_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "x", "response": "y", "prompt": "z"}\n')
     (found,) = read(spec.model_copy(update={"path": "a.jsonl"}), "sft", tmp_path, MADE, 0)
     assert isinstance(found, Rejected) and found.reason == "duplicate_key"
-    (tmp_path / "a.json").write_text('[{"prompt": "x", "response": "y", "prompt": "z"}]')
-    with pytest.raises(DataError, match=r"a\.json: not valid JSON \(key 'prompt' stands twice"):
-        list(read(spec.model_copy(update={"path": "a.json"}), "sft", tmp_path, MADE, 0))
+    for twice in ('{"prompt": "x", "response": "y", "prompt": "z"}', '{"prompt": "x", "more": [{"a": 1, "a": 2}]}'):
+        (tmp_path / "a.json").write_text(
+            f'[{{"prompt": "q", "response": "a"}}, {twice}, {{"prompt": "x", "response": "y"}}]'
+        )
+        first, bad, last = read(spec.model_copy(update={"path": "a.json"}), "sft", tmp_path, MADE, 0)
+        assert isinstance(first, Record) and isinstance(last, Record) and last.where.line == 3
+        assert (bad.reason, bad.where.line) == ("duplicate_key", 2) and bad.row == twice
 
 
 def test_missing_values_written_as_text_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -156,6 +252,27 @@ def test_missing_values_written_as_text_are_told(tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.WARNING):
         stream(tmp_path, "helpful", "a.jsonl")
     assert "a.jsonl:2: a text says just 'nan'" in caplog.text and "1 more rows" in caplog.text
+
+
+@pytest.mark.parametrize("none", [None, float("nan"), "nan", "None", "", " ", "<NA>"])
+def test_an_input_that_is_missing_is_none(tmp_path: Path, none: Any) -> None:
+    lines(tmp_path / "a.jsonl", [{"instruction": "Sing.", "input": none, "output": "la"}])
+    (found,) = read(SourceSpec(format="alpaca", path="a.jsonl"), "sft", tmp_path, MADE, 0)
+    assert (found.prompt, found.chosen) == (user("Sing."), "la")
+
+
+def test_an_input_that_is_no_text_is_rejected(tmp_path: Path) -> None:
+    lines(tmp_path / "a.jsonl", [{"instruction": "Double it.", "input": 0, "output": "0"}])
+    (found,) = read(SourceSpec(format="alpaca", path="a.jsonl"), "sft", tmp_path, MADE, 0)
+    assert isinstance(found, Rejected) and found.reason == "not_text" and "input is 0" in found.detail
+
+
+@pytest.mark.parametrize("none", [None, float("nan")])
+@pytest.mark.parametrize("name", ["instruction", "output"])
+def test_a_prompt_or_an_answer_that_is_missing_is_rejected(tmp_path: Path, name: str, none: Any) -> None:
+    lines(tmp_path / "a.jsonl", [{"instruction": "Sing.", "output": "la", name: none}])
+    (found,) = read(SourceSpec(format="alpaca", path="a.jsonl"), "sft", tmp_path, MADE, 0)
+    assert isinstance(found, Rejected) and found.reason == "not_text" and name in found.detail
 
 
 @pytest.mark.parametrize("cell", [[1], {"a": 1}])
@@ -190,9 +307,63 @@ def test_the_release_with_severities_is_read_and_checked(tmp_path: Path) -> None
     lines(tmp_path / "a.jsonl", rows)
     for kind in ("sft", "helpful", "safety"):
         found = stream(tmp_path, kind, "a.jsonl")
-        reasons = [item.reason for item in found if isinstance(item, Rejected)]
         assert isinstance(found[0], Record)
-        assert kind == "sft" or reasons == ["contradictory_severity"] * 2
+        assert [item.reason for item in found[1:]] == ["contradictory_severity"] * 2
+
+
+@pytest.mark.parametrize("two", [2, 2.0, "2", "2.0", " 2 "])
+def test_severities_are_read_as_csv_json_and_parquet_write_them(tmp_path: Path, two: Any) -> None:
+    zero = type(two)(0)
+    safe = pku(0, response_0_severity_level=zero, response_1_severity_level=two)
+    lines(tmp_path / "a.jsonl", [safe, {**safe, "is_response_1_safe": True}, {**safe, "is_response_0_safe": None}])
+    for kind in ("sft", "helpful", "safety"):
+        found = stream(tmp_path, kind, "a.jsonl")
+        assert isinstance(found[0], Record) and found[1].reason == "contradictory_severity"
+        assert isinstance(found[2], Record | Skipped)
+
+
+@pytest.mark.parametrize("level", [4, -1, 1.5, "5", "high", True, [1]])
+def test_a_severity_out_of_its_range_is_rejected(tmp_path: Path, level: Any) -> None:
+    lines(tmp_path / "a.jsonl", [pku(0, response_1_severity_level=level)])
+    for kind in ("sft", "helpful", "safety"):
+        (found,) = stream(tmp_path, kind, "a.jsonl")
+        assert isinstance(found, Rejected) and found.reason == "bad_label"
+        assert "response_1_severity_level is " in found.detail and "expected 0, 1, 2, 3 or null" in found.detail
+
+
+@pytest.mark.parametrize("none", [None, float("nan"), "", "nan"])
+def test_a_severity_may_be_null(tmp_path: Path, none: Any) -> None:
+    lines(tmp_path / "a.jsonl", [pku(0, response_0_severity_level=none, response_1_severity_level=none)])
+    assert all(isinstance(stream(tmp_path, kind, "a.jsonl")[0], Record) for kind in ("sft", "helpful", "safety"))
+
+
+# --- labels of another code -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["helpful", "safety"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_labels_that_count_from_one_are_refused(tmp_path: Path, kind: Kind, as_text: bool) -> None:
+    name = "better_response_id" if kind == "helpful" else "safer_response_id"
+    lines(tmp_path / "a.jsonl", [pku(n, **{name: str(1 + n % 2) if as_text else 1 + n % 2}) for n in range(6)])
+    with pytest.raises(DataError, match=rf"a\.jsonl: column '{name}' holds 1.* \(3 rows\), 2.* \(3 rows\)") as caught:
+        stream(tmp_path, kind, "a.jsonl")
+    assert "accepted are 0" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_flags_of_another_code_are_refused_and_a_slip_is_a_rejected_row(tmp_path: Path) -> None:
+    columns = {**PAIR, "chosen_is_safe": "ok"}
+    rows = [{"prompt": f"q {n}", "chosen": "a", "rejected": "b", "ok": 1 - 2 * (n % 2)} for n in range(6)]
+    with pytest.raises(DataError, match=r"column 'ok' holds -1 \(3 rows\), 1 \(3 rows\)"):
+        records(tmp_path, "helpful", rows, columns)
+    slip = [{**row, "ok": 2 if number == 0 else 1} for number, row in enumerate(rows)]
+    found = records(tmp_path, "helpful", slip, columns)
+    assert [type(item) for item in found] == [Rejected] + [Record] * 5
+
+
+def test_a_tie_that_is_coded_as_two_is_refused(tmp_path: Path) -> None:
+    lines(tmp_path / "a.jsonl", [pku(n, better_response_id=n % 3) for n in range(9)])
+    with pytest.raises(DataError, match=r"column 'better_response_id' holds 0 .*, 2 "):
+        stream(tmp_path, "helpful", "a.jsonl")
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -231,9 +402,46 @@ def test_a_split_is_a_word_of_a_name_and_not_a_part_of_one(tmp_path: Path) -> No
     assert [len(stream(tmp_path, "helpful", "set", split)) for split in ("train", "dev")] == [2, 1]
 
 
-def test_a_folder_that_datasets_cannot_load_says_why(tmp_path: Path) -> None:
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set/notes.txt").write_text("nothing")
-    with pytest.raises(DataError, match=r"set: split 'dev' cannot be loaded as a dataset \(.+\)") as caught:
-        stream(tmp_path, "helpful", "set", split="dev")
-    assert "\n" not in str(caught.value)
+def test_a_file_of_a_folder_that_lacks_a_column_is_named(tmp_path: Path) -> None:
+    bare = {name: value for name, value in pku(1).items() if name != "better_response_id"}
+    lines(tmp_path / "set/a.jsonl", [pku(0)])
+    lines(tmp_path / "set/b.jsonl", [bare, bare])
+    with pytest.raises(DataError, match=r"set/b\.jsonl: column 'better_response_id' is missing"):
+        stream(tmp_path, "helpful", "set")
+    lines(tmp_path / "set/b.jsonl", [bare, pku(2)])
+    assert [type(item) for item in stream(tmp_path, "helpful", "set")] == [Record, Skipped, Record]
+
+
+def test_what_is_wrong_with_a_folder_is_told_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+
+    def refusal(split: str = "train") -> str:
+        with pytest.raises(DataError) as caught:
+            stream(tmp_path, "helpful", "set", split)
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "the folder holds no files; put data into it" in refusal()
+    (folder / "rows.xlsx").write_text("nothing")
+    assert "no file of a kind that is read, but rows.xlsx; convert them to .jsonl" in refusal()
+    (folder / "a.jsonl.gz").write_text("nothing")
+    assert "a.jsonl.gz: cannot be read (Not a gzipped file" in refusal()
+    (folder / "a.jsonl.gz").unlink()
+    (folder / "a.jsonl").symlink_to("nowhere")
+    assert "a.jsonl: cannot be read" in refusal() and "does a link lead nowhere?" in refusal()
+    assert "no file's name speaks of split 'dev'; names speak of: none" in refusal("dev")
+    (folder / "a.jsonl").unlink()
+    lines(folder / "test.jsonl", [pku(0)])
+    assert "no file's name speaks of split 'train'; names speak of: test" in refusal()
+    caplog.clear()
+    lines(folder / "train.jsonl", [pku(0)])
+    assert len(stream(tmp_path, "helpful", "set")) == 1
+    assert f"{folder}: not read: rows.xlsx" in caplog.text
+
+
+def test_a_file_without_rows_in_a_folder_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines(tmp_path / "set/a.jsonl", [pku(0)])
+    lines(tmp_path / "set/b.jsonl", [])
+    assert len(stream(tmp_path, "helpful", "set")) == 1
+    assert f"{tmp_path / 'set/b.jsonl'}: holds no rows" in caplog.text

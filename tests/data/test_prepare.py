@@ -162,6 +162,58 @@ def test_a_question_under_a_system_turn_stays_with_the_question_alone(tmp_path: 
     assert {len(where) for where in questions(read_all(tmp_path / "out")).values()} == {1}
 
 
+def dialogues(number: int, lengths: int) -> list[Row]:
+    """Pairs of one dialogue at several lengths."""
+    turns, found = user(f"question {number}"), []
+    for length in range(lengths):
+        found.append({**pair(number), "prompt": list(turns), "chosen": f"so {length}", "rejected": f"no {length}"})
+        turns += [{"role": "assistant", "content": f"so {length}"}, *user(f"and {length}?")]
+    return found
+
+
+def families(table: pd.DataFrame) -> list[str]:
+    return [normalise(next(turn["content"] for turn in turns if turn["role"] == "user")) for turns in table["prompt"]]
+
+
+def test_a_reserved_set_holds_one_prompt_of_a_dialogue(tmp_path: Path) -> None:
+    """Prompts that begin alike are no independent draws, so an estimate over a set counts each dialogue once."""
+    write_files(tmp_path)
+    rows = {"helpful": range(40), "safety": range(20, 60)}
+    for kind, numbers in rows.items():
+        lines = [json.dumps(row) + "\n" for number in numbers for row in dialogues(number, 5)]
+        (tmp_path / f"{kind}.jsonl").write_text("".join(lines))
+    sizes = {"search_prompts": 12, "certify_prompts": 12, "eval_prompts": 12, "pool_prompts": 60}
+    prepare(params(tmp_path, **SOURCES, **TINY | sizes), tmp_path / "out")
+    tables = read_all(tmp_path / "out")
+    drawn = [name for which in ("search", "certify", "eval") for name in families(tables[which])]
+    assert len(drawn) == 36 == len(set(drawn))
+    assert {len(where) for where in questions(tables).values()} == {1}
+    assert len(set(families(tables["pool"]))) < 60  # training prompts are drawn one by one
+
+
+def test_families_that_are_left_are_counted(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    for kind in ("helpful", "safety"):
+        lines = [json.dumps(row) + "\n" for number in range(10) for row in dialogues(number, 9)]
+        (tmp_path / f"{kind}.jsonl").write_text("".join(lines))
+    for count, kind, wanted, left in ((22, "helpful", 11, 10), (12, "safety", 6, 4)):
+        message = f"the set 'search' takes {wanted} prompts from the {kind} pairs, but {left} are left"
+        with pytest.raises(DataError, match=message):
+            prepare(params(tmp_path, **SOURCES, **TINY | {"search_prompts": count}), tmp_path / "out")
+
+
+def test_prompts_of_one_turn_are_drawn_by_their_own_hash(run: Any) -> None:
+    """The draw by families leaves data of one turn where it was: those with the lowest hash of seed, set and prompt."""
+    _, tables, _ = run()
+
+    def place(key: str) -> bytes:
+        return hashlib.sha256(f"3:search:{key}".encode()).digest()[:6]
+
+    keys = [[schema.prompt_id(user(f"question {start + n}")) for n in range(60)] for start in (1000, 2000)]
+    lowest = [key for of_kind in keys for key in sorted(of_kind, key=place)[:2]]
+    assert list(tables["search"]["prompt_id"]) == sorted(lowest, key=place)
+
+
 def test_one_spelling_of_a_prompt_does_not_leak_into_another_set(tmp_path: Path) -> None:
     loud = [pair(number, prompt=f"  QUESTION {number}?!") for number in range(60)]
     write_files(tmp_path)
@@ -398,6 +450,17 @@ def test_too_many_bad_rows_stop_the_run_and_show_where_they_are(run: Any, tmp_pa
     assert not failed.exists()
 
 
+def test_the_quarantine_of_a_source_is_bounded_and_every_row_counted(
+    run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dualign.data.prepare.QUARANTINE_LIMIT", 4)
+    rows = [pair(200 + number, rejected="") for number in range(9)]
+    metrics, _, bad = run(safety=rows, helpful=[pair(300, prompt="")])
+    assert [(row["kind"], row["line"]) for row in bad] == [("helpful", 61)] + [("safety", 61 + n) for n in range(4)]
+    assert metrics["rejected"] == {"empty_prompt": 1, "empty_answer": 9}
+    assert "columns:safety.jsonl: more than 4 rows are rejected; the others are counted" in caplog.text
+
+
 def test_a_source_that_says_nothing_of_its_kind_is_refused(tmp_path: Path) -> None:
     write_files(tmp_path)
     row = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": None}
@@ -443,9 +506,7 @@ def test_the_examples_of_the_guide_are_read_without_a_rejected_row(tmp_path: Pat
 
 
 def test_the_guide_lists_every_reason(run: Any) -> None:
-    code = "".join(
-        (ROOT / "dualign" / "data" / name).read_text() for name in ("sources.py", "messages.py", "prepare.py")
-    )
+    code = "".join(path.read_text() for path in sorted((ROOT / "dualign" / "data").glob("*.py")))
     reasons = set(re.findall(r'(?:BadRow|_rejected)\((?:row\.?\w*, |record, )?"(\w+)"', code))
     listed = set(re.findall(r"`(\w+)`", GUIDE.split("## The quarantine")[1].split("## If prepare stops")[0]))
     assert len(reasons) >= 15 and reasons <= listed

@@ -34,6 +34,7 @@ from dualign.lm.sampling import sample
 from dualign.lm.tokens import PLAIN_TEMPLATE, encode_prompts
 from tests.lm.layouts import CHATS, byte_level
 from tests.stages.conftest import rows as pair_rows
+from tests.written import solved
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [answer.text for prompt in world.prompts()[::500] for answer in world.answers(prompt)]
@@ -308,7 +309,7 @@ def workspace(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     write_parquet(prepared / "sft.parquet", rows.to_dict("records"), SFT)
     write_parquet(prepared / "helpful_pairs.parquet", pairs, HELPFUL_PAIRS)
     write_parquet(prepared / "safety_pairs.parquet", pair_rows("safer_response_id"), SAFETY_PAIRS)
-    write_json(folder / "data/dual/dual.json", {"lam": 0.8})
+    write_json(folder / "data/dual/dual.json", solved())
     return folder
 
 

@@ -173,7 +173,8 @@ def _write_dual(root: Path) -> None:
     dual = {
         "lam": LAM, "lam_low": 0.71, "lam_high": 1.04, "limit": LIMIT, "beta": BETA, "cost_reference": -0.06,
         "cost_unconstrained": 0.58, "reachable_minimum": -0.94, "ess_median": 71.2, "ess_low": 33.0, "prompts": 96,
-        "samples": 128, "half_drift": 0.03, "half_drift_cost": 0.01, "slack": False, "lam_slope": -1.7,
+        "samples": 128, "half_drift": 0.03, "half_drift_cost": 0.01, "slack": False, "lambda_max": 50.0,
+        "lam_slope": -1.7,
         "zero_error": 0.05, "lam_zero_low": 0.78, "lam_zero_high": None, "aim": -0.21, "stock": 0.06, "lam_stock": 0.97,
         "prices": [
             {"name": "short", "quantity": "length", "limit": 29.5, "level": None, "prompts": None, "threshold": None,
@@ -192,7 +193,7 @@ def _write_dual(root: Path) -> None:
         }
         for lam, r, c, kl, ess in _frontier_rows(LAM, 0.55, 0.6, [0.0, 0.25, 0.5, 0.75, LAM, 1.0, 1.5, 2.0, 3.0, 5.0])
     ]  # fmt: skip
-    write_json(root / "data/dual/frontier.json", {"rows": rows})
+    write_json(root / "data/dual/frontier.json", {"rows": rows, "cvar_level": 0.9})
     write_json(root / "data/dual/betas.json", {"rows": _beta_rows(), "beta": BETA, "min_ess": 30.0})
 
 
@@ -223,6 +224,7 @@ def _search(rng: np.random.Generator, policy: tuple, shift: float) -> dict[str, 
                 "step": i, "lam": abs(LAM + 0.5 * away * rng.normal()), "q": q, "cost": cost + 0.5 * away + shift,
                 "cost_se": 0.04, "reward": reward + 0.1 * away, "reward_se": 0.03, "kl": kl, "p_unsafe": 0.2,
                 "variance": 0.3, "trained": i > 0 and q is None, "generated_tokens": 41_000, "tilt": _tilt(policy),
+                "prices": [],
             }
         )  # fmt: skip
     if name == "dualign":
@@ -231,7 +233,8 @@ def _search(rng: np.random.Generator, policy: tuple, shift: float) -> dict[str, 
     return {
         "aim": -0.21 if name == "dualign" else LIMIT,
         "screened": [{"q": q, "cost": 0.4 - 0.6 * q, "cost_se": 0.02, "ess": 23.4} for q in weights],
-        "method": name, "rule": {"dualign": "newton", "p_sacpo": "merge"}.get(name, "projected_subgradient"),
+        "name": name, "method": name, "title": "", "returns": "last", "cost_source": "model", "labels": 0,
+        "rule": {"dualign": "newton", "p_sacpo": "merge"}.get(name, "projected_subgradient"),
         "steps": steps, "chosen": count - 1, "feasible": cost + shift <= LIMIT, "trainings": count,
         "generated_tokens": 41_000 * count, "stopped": "cost within noise of the limit",
     }  # fmt: skip
@@ -239,7 +242,10 @@ def _search(rng: np.random.Generator, policy: tuple, shift: float) -> dict[str, 
 
 def _write_metrics(root: Path) -> None:
     metrics: dict[str, dict[str, Any]] = {
-        "sft": {"loss": 1.214, "heldout_loss": 1.262, "loss_curve": [[50, 2.1], [100, 1.2]], "rows": 48},
+        "sft": {
+            "loss": 1.214, "heldout_loss": 1.262, "parameters": 98_304,
+            "loss_curve": [[50, 2.1], [100, 1.2]], "rows": 48,
+        },
         "reward_model": {"accuracy": 0.731, "ece": 0.021, "pairs": {"train": 1200, "heldout": 130}},
         "cost_model": {
             "ranking_accuracy": 0.762, "sign_accuracy": 0.881, "ece_before": 0.094, "ece_after": 0.018, "scale": 0.91,

@@ -66,7 +66,7 @@ def test_other_betas_mark_the_one_in_use_guesses_and_what_is_out_of_reach() -> N
     assert few["p_unsafe"] == {"mean": 0.1, "low": 0.05, "high": 0.2}
     assert own["lam"] == {"mean": 0.7, "low": None, "high": None} and own["infeasible"] == ""
     assert (far["beta"], far["lam"], far["infeasible"]) == (3.0, None, "too far")
-    assert other_betas({}) == []
+    assert other_betas({"rows": [], "beta": 1.5, "min_ess": 4.0}) == []
 
 
 @pytest.mark.parametrize(
@@ -124,14 +124,17 @@ def test_limits_without_a_price_come_from_the_policies() -> None:
 # --- answers that were cut --------------------------------------------------------------------------------------------
 
 
-def test_a_policy_of_which_more_than_a_fifth_was_cut_is_warned_of() -> None:
+def test_policies_of_which_more_than_a_fifth_was_cut_are_warned_of_in_one_line() -> None:
     row = {"name": "sft", "max_new_tokens": 1024, "ended": {"mean": 0.65, "low": 0.6, "high": 0.7}}
-    assert cut_in_words(row) == (
-        "35% of the answers of sft were cut at 1,024 tokens: their scores are those of unfinished text; "
+    whole = row | {"name": "whole", "ended": {"mean": 0.81}}
+    worse = row | {"name": "sacpo", "ended": {"mean": 0.25}}
+    assert cut_in_words([row, whole, worse]) == (
+        "Answers were cut at 1,024 tokens, and their scores are those of unfinished text: 35% of sft, 75% of sacpo; "
         "raise generation.max_new_tokens."
     )
-    assert "were cut before their end: their" in cut_in_words(row | {"max_new_tokens": None})
-    assert cut_in_words(row | {"ended": {"mean": 0.81}}) == cut_in_words(row | {"ended": None}) == ""
+    assert "cut at 64 or 1,024 tokens" in cut_in_words([row, worse | {"max_new_tokens": 64}])
+    assert "cut before their end, and" in cut_in_words([row | {"max_new_tokens": None}])
+    assert cut_in_words([whole, row | {"ended": None}]) == cut_in_words([]) == ""
 
 
 # --- requirements of a certificate ------------------------------------------------------------------------------------

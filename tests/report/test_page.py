@@ -305,11 +305,12 @@ def test_policies_whose_answers_were_cut_are_warned_of_and_these_answers_marked(
     first = [pd.read_parquet(root / "reports/evaluation" / name / "answers.parquet") for name in params.policies]
     cut = sum(int((~frame.loc[frame["sample"] == 0, "ended"]).sum()) for frame in first)
     assert page.within("class", "answer").count("cut at 48 tokens") == cut > 0
-    assert "were cut at" not in page.within("class", "notice"), "one in thirty is no reason to warn"
+    assert "cut at 48 tokens" not in page.within("class", "notice"), "one in thirty is no reason to warn"
     path = root / "reports/metrics/evaluate/sacpo.json"
     write_json(path, read_json(path) | {"ended": {"mean": 0.55, "low": 0.5, "high": 0.6}})
     page = render(root, params)
-    assert "Warning. 45% of the answers of sacpo were cut at 48 tokens: their scores" in page.within("class", "notice")
+    notice = page.within("class", "notice")
+    assert "Answers were cut at 48 tokens" in notice and "unfinished text: 45% of sacpo; raise" in notice
     row = page.within("class", "methods")
     assert "55% 50% … 60%" in row[row.index("sacpo") :], "in the column of those that ended"
 
@@ -458,27 +459,36 @@ def test_any_input_may_be_missing(run: Run, lost: str) -> None:
     assert "None" not in page.text.replace("None.", "") and "nan" not in page.text.split()
 
 
-def test_files_of_an_older_run(run: Run) -> None:
-    """Before tilts, aims, screening, prices and bands."""
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("data/dual/dual.json", "aim"), ("data/dual/frontier.json", "rows"), ("data/dual/betas.json", "min_ess"),
+        ("reports/search/dualign.json", "screened"), ("reports/metrics/evaluate/sft.json", "kl"),
+        ("reports/provenance/sft.json", "throughput"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_shape_is_named_with_its_key(run: Run, file: str, key: str) -> None:
+    """Of an older run, say: nothing that it lacks is left out of the page in silence."""
     root, params = run
-    new = {
-        "tilt", "also", "aim", "screened", "next", "prices", "stock", "lam_stock", "lam_slope", "zero_error",
-        "lam_zero_low", "lam_zero_high", "half_drift_cost", "platt", "isotonic", "brier_before", "brier_after",
-    }  # fmt: skip
+    path = root / file
+    write_json(path, {name: value for name, value in read_json(path).items() if name != key})
+    with pytest.raises(DualignError, match=rf"{path.name}: {key}: field required; run the stage that wrote it again"):
+        render(root, params)
 
-    def older(value: object) -> object:
-        if isinstance(value, dict):
-            return {k: older(v) for k, v in value.items() if k not in new and not k.endswith(("_low", "_high"))}
-        return [older(item) for item in value] if isinstance(value, list) else value
 
-    for path in [*(root / "reports").rglob("*.json"), *(root / "data/dual").glob("*.json")]:
-        write_json(path, older(read_json(path)))
+def test_the_page_does_not_tell_of_an_earlier_report(run: Run) -> None:
+    root, params = run
     page = render(root, params)
-    assert "None" not in page.text.replace("None.", "") and "ECE after calibration 0.018" in page.within("id", "facts")
-    assert page.within("id", "further") == "" and page.count("line", "aim") == 0
-    assert (
-        "tilt" not in page.within("class", "searches") and "no tilt" not in page.within("id", "reached").split("R²")[1]
-    )
+    own = read_json(root / "reports/provenance/sft.json") | {"stage": "report", "seconds": 77.0}
+    write_json(root / "reports/provenance/report.json", own)
+    assert render(root, params).html == page.html, "a second run writes the same page"
+
+
+def test_characters_that_reorder_or_hide_are_written_out(run: Run) -> None:
+    root, params = run
+    page = render(root, params.model_copy(update={"title": "safe \u202eelif\x00\u200b"}))
+    assert "safe \\u202eelif\\u0000\\u200b" in page.text
+    assert not set(page.html) & set("\u202e\x00\u200b")
 
 
 def test_nothing_ran_at_all(tmp_path: Path, params: Callable[..., ReportParams]) -> None:
@@ -491,10 +501,10 @@ def test_unknown_values_inside_files(run: Run) -> None:
     path = root / "reports/metrics/evaluate/dualign.json"
     hollow = {"mean": 0.1, "low": None, "high": None}
     kept = {k: hollow if isinstance(v, dict) and "low" in v else v for k, v in read_json(path).items()}
-    write_json(path, kept | {"reward_share": None, "value_gap": None, "kl": None})
+    write_json(path, kept | {"reward_share": None, "value_gap": None})
     search = root / "reports/search/dualign.json"
-    gaps = [{**step, "cost_se": None, "kl": None} for step in read_json(search)["steps"]]
-    write_json(search, {"steps": gaps, "chosen": 2, "feasible": None, "trainings": None, "stopped": None})
+    found = read_json(search)
+    write_json(search, found | {"steps": [{**step, "cost_se": None, "kl": None} for step in found["steps"]]})
     assert "None" not in render(root, params).text.replace("None.", "")
 
 

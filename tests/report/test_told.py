@@ -9,6 +9,7 @@ import pytest
 
 from dualign.core.artifacts import write_json
 from dualign.report.told import merged_multiplier, told
+from tests.written import lagrangian, safety, searched, solved
 
 PLAIN = {"reference": "sft", "loss_type": "dpo", "clip": None, "safe_offset": None, "margin": "sft"}
 TRAINED: dict[str, Any] = {
@@ -18,20 +19,19 @@ TRAINED: dict[str, Any] = {
     "reward_dpo/safe_dpo": PLAIN | {"safe_offset": 1.0},
     "reward_dpo/modpo": PLAIN | {"margin": "safety_dpo/alone"},
     "reward_dpo/second": PLAIN | {"reference": "safety_dpo/alone"},
-    "reward_dpo/old": {"reference": "sft", "loss_type": "dpo", "clip": None},
-    "safety_dpo/alone": {"reference": "sft", "loss_type": "dpo", "clip": None, "lam": 1.5},
-    "safety_dpo/stepwise": {"reference": "reward_dpo/plain", "loss_type": "dpo", "clip": None, "lam": 1.5},
-    "safety_dpo/kto": {"reference": "reward_dpo/plain", "loss_type": "kto", "clip": None, "lam": 1.5},
-    "lagrangian_dpo/anchored": {"lam": 0.8},
-    "lambda_path/strict": {"lam": 2.0},
-    "safety_path/lam_4": {"lam": 4.0, "reference": "reward_dpo/helpful", "loss_type": "dpo", "clip": None},
-    "safety_path/alone": {"lam": 4.0, "reference": "sft", "loss_type": "dpo", "clip": None},
+    "safety_dpo/alone": safety(lam=1.5),
+    "safety_dpo/stepwise": safety(reference="reward_dpo/plain", lam=1.5),
+    "safety_dpo/kto": safety(reference="reward_dpo/plain", loss_type="kto", lam=1.5),
+    "lagrangian_dpo/anchored": lagrangian(lam=0.8),
+    "lambda_path/strict": lagrangian(lam=2.0),
+    "safety_path/lam_4": safety(reference="reward_dpo/helpful", lam=4.0),
+    "safety_path/alone": safety(lam=4.0),
 }
 SEARCHED: dict[str, Any] = {
-    "dualign": {"steps": [{"step": 0, "lam": 0.8, "q": None}, {"step": 1, "lam": 1.2, "q": None}], "chosen": 1},
-    "on_path": {"steps": [{"step": 0, "lam": 1.1, "q": 0.55}], "chosen": 0, "naive": False},
-    "naive": {"steps": [{"step": 0, "lam": 1.1, "q": 0.55}], "chosen": 0, "naive": True},
-    "mixed": {"steps": [{"step": 0, "lam": 1.1, "q": None}], "chosen": 0, "returns": "mixture"},
+    "dualign": searched({"lam": 0.8}, {"lam": 1.2}),
+    "on_path": searched({"lam": 1.1, "q": 0.55}, naive=False),
+    "naive": searched({"lam": 1.1, "q": 0.55}, naive=True),
+    "mixed": searched({"lam": 1.1}, returns="mixture"),
 }
 
 
@@ -54,7 +54,6 @@ def certificate(policy: str, partner: str, q: float) -> dict[str, Any]:
     [
         ("sft", None), ("reward_dpo/plain", 0.0), ("reward_dpo/ipo", None), ("reward_dpo/clipped", None),
         ("reward_dpo/safe_dpo", None), ("reward_dpo/modpo", None), ("reward_dpo/second", None),
-        ("reward_dpo/old", None),
         ("safety_dpo/alone", None), ("safety_dpo/stepwise", 1.5), ("safety_dpo/kto", None),
         ("lagrangian_dpo/anchored", 0.8), ("lambda_path/strict", 2.0), ("lambda_path/not_run", None),
         ("safety_path/lam_4", 4.0), ("safety_path/alone", None),
@@ -98,7 +97,7 @@ def test_a_certified_merge_stands_for_what_its_policies_were_told(
 def test_a_merge_is_off_the_curve_where_it_takes_its_share_of_further_prices(root: Path) -> None:
     """The curve has all prices, a merge at weight 1.5 with a policy without them one and a half."""
     for price, on_curve in ((0.0, True), (0.3, False)):
-        write_json(root / "data/dual/dual.json", {"prices": [{"name": "short", "lam": price}]})
+        write_json(root / "data/dual/dual.json", solved(prices=[{"name": "short", "lam": price}]))
         found = told(root, "certified/row", certificate("aligned/dualign", "reward_dpo/plain", 1.5))
         assert found == {"lam": pytest.approx(1.8), "merge_weight": 1.5, "on_curve": on_curve, "tilts": True}
         whole = told(root, "certified/row", certificate("aligned/dualign", "reward_dpo/plain", 1.0))
@@ -106,10 +105,9 @@ def test_a_merge_is_off_the_curve_where_it_takes_its_share_of_further_prices(roo
 
 
 def test_a_search_that_corrected_prices_left_the_curve(root: Path) -> None:
-    write_json(root / "data/dual/dual.json", {"prices": [{"name": "short", "lam": 0.3}]})
+    write_json(root / "data/dual/dual.json", solved(prices=[{"name": "short", "lam": 0.3}]))
     for prices, on_curve in (([0.3], True), ([0.4], False), ([], True)):
-        steps = [{"step": 0, "lam": 1.1, "q": None, "prices": prices}]
-        write_json(root / "reports/search/corrected.json", {"steps": steps, "chosen": 0})
+        write_json(root / "reports/search/corrected.json", searched({"lam": 1.1, "prices": prices}))
         found = told(root, "aligned/corrected", {})
         assert (found["lam"], found["on_curve"], found["tilts"]) == (1.1, on_curve, True)
     merged = told(root, "certified/row", certificate("aligned/corrected", "reward_dpo/plain", 1.5))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from markupsafe import Markup
 
-from dualign.report.words import compact, duration, memory, number, percent, precise
+from dualign.report.words import compact, duration, memory, number, percent, precise, visible
 
 
 @pytest.mark.parametrize(
@@ -30,3 +31,23 @@ def test_numbers_are_rounded_to_what_a_reader_can_use(shown: str, expected: str)
 )
 def test_bounds_show_three_digits(value: float | None, expected: str) -> None:
     assert precise(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain text,\nwith\ttabs", "plain text,\nwith\ttabs"),
+        ("grün, 你好, é", "grün, 你好, é"),
+        ("a\u202eb", "a\\u202eb"),
+        ("a\x00b\x1bc", "a\\u0000b\\u001bc"),
+        ("zero\u200bwidth\ufeff", "zero\\u200bwidth\\ufeff"),
+        ("\U0001f468\u200d\U0001f469", "\U0001f468\u200d\U0001f469"),
+        ("tag \U000e0041", "tag \\U000e0041"),
+        ("half a pair \ud800", "half a pair \\ud800"),
+        (Markup("<b>\u202e</b>"), Markup("<b>\u202e</b>")),
+        (1.5, 1.5),
+        (None, None),
+    ],
+)
+def test_characters_that_hide_or_reorder_text_are_written_out(text: object, shown: object) -> None:
+    assert visible(text) == shown

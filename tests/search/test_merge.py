@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dualign.core.errors import ModelError
+from dualign.core.errors import DualignError, ModelError
 from dualign.search.merge import merge
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -181,3 +181,17 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     message = refused(tmp_path / "empty", write(tiny(1), tmp_path / "a"), tmp_path / "out")
     assert message == f"{tmp_path / 'empty'}: holds no safetensors file"
+
+
+def test_weights_and_configurations_that_are_cut_short_are_named(tmp_path: Path) -> None:
+    first, second = write(tiny(1), tmp_path / "a"), write(tiny(2), tmp_path / "b")
+    file = second / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"b/model\.safetensors: is cut short or damaged"):
+        merge(first, second, 0.5, tmp_path / "out")
+    for folder in (tmp_path / "c", tmp_path / "d"):
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(DualignError, match=r"c/adapter_config\.json:1: not valid JSON"):
+        merge(tmp_path / "c", tmp_path / "d", 0.5, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

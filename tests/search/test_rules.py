@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -894,6 +895,17 @@ def test_an_interrupted_search_closes_the_same_way(
     again = curve()
     assert go("dual_gradient", again, params, tmp_path / "broken", returns=returns) == (whole, reason)
     assert not again.measured and not again.trained and not again.mixed
+
+
+def test_a_search_whose_journal_is_torn_begins_again_and_says_so(
+    params: DualSearchParams, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = go("newton", Curve(tmp_path / "bench", lam_start=0.6), params, tmp_path / "s")
+    journal = tmp_path / "s" / "steps.json"
+    journal.write_text(journal.read_text()[:-40])
+    assert go("newton", Curve(tmp_path / "bench", lam_start=0.6), params, tmp_path / "s") == whole
+    (line,) = [record.getMessage() for record in caplog.records if "begins again" in record.getMessage()]
+    assert re.search(r"steps\.json:\d+: not valid JSON", line) and "\n" not in line
 
 
 def test_a_finished_search_measures_nothing_again(bench: Curve, params: DualSearchParams, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dualign.core.params import Resources, ScratchParams
 from dualign.core.schema import HELPFUL_PAIRS, SAFETY_PAIRS, pair_id, prompt_id, user
 from dualign.data import world
 from dualign.lm.models import build_scratch, save, train_tokenizer
+from tests.written import solved
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ScratchParams(
@@ -60,7 +61,7 @@ def workspace(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: p
         save(build_scratch(SCRATCH, tokenizer, seed), tokenizer, tmp_path / "models" / name)
     write_parquet(tmp_path / "data/prepared/helpful_pairs.parquet", rows("better_response_id"), HELPFUL_PAIRS)
     write_parquet(tmp_path / "data/prepared/safety_pairs.parquet", rows("safer_response_id"), SAFETY_PAIRS)
-    write_json(tmp_path / "data/dual/dual.json", {"lam": 0.8})
+    write_json(tmp_path / "data/dual/dual.json", solved())
     return tmp_path
 
 

@@ -30,6 +30,7 @@ from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
 from stages.certify import main
 from stages.evaluate import main as evaluate
+from tests.written import solved
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = world.prompts()[::400]
@@ -57,7 +58,7 @@ def test_further_limits_are_tests_too(resources: Resources) -> None:
     """The worst case of a cost is far above the limit on its tail, and the limit on the mean is kept."""
     for limit, returned in ((1000.0, "reward_dpo/helpful"), (-1000.0, None)):
         tail = {**FURTHER, "limit": limit, "name": "tail", "quantity": "cvar", "level": 0.5, "threshold": -100.0}
-        write_json("data/dual/dual.json", {"lam": 0.8, "prices": [tail]})
+        write_json("data/dual/dual.json", solved(prices=[tail]))
         main(run_of(resources))
         found = certificate.verify("reports/certificate/it/certificate.json")
         assert [required.name for required in found.requirements] == ["c", "tail"] and found.returned == returned
@@ -70,7 +71,7 @@ def test_bounded_methods_have_the_range_of_every_quantity(resources: Resources) 
         {**FURTHER, "limit": 0.9, "name": "rare", "quantity": "p_unsafe"},
         {**FURTHER, "limit": 9.0, "name": "tail", "quantity": "cvar", "level": 0.5, "threshold": 1.0},
     ]
-    write_json("data/dual/dual.json", {"lam": 0.8, "prices": prices})
+    write_json("data/dual/dual.json", solved(prices=prices))
     main(run_of(resources, method="betting", bounds=[-50.0, 50.0]))
     found = certificate.verify("reports/certificate/it/certificate.json")
     assert [required.bounds for required in found.requirements] == [(-50, 50), (0, 6), (0, 1), (0, 1), (1, 99)]
@@ -84,7 +85,7 @@ def test_the_bound_of_each_quantity_is_exact_where_its_range_is_known(resources:
         {**FURTHER, "limit": 0.99, "name": "whole", "quantity": "unended"},
         {**FURTHER, "limit": 500.0, "name": "tail", "quantity": "cvar", "level": 0.5, "threshold": 1.0},
     ]
-    write_json("data/dual/dual.json", {"lam": 0.8, "prices": prices})
+    write_json("data/dual/dual.json", solved(prices=prices))
     for stated, cost, tail in ((None, None, None), ([-50.0, 50.0], (-50, 50), (1, 99))):
         main(run_of(resources, bounds=stated))
         found = certificate.verify("reports/certificate/it/certificate.json")
@@ -92,7 +93,7 @@ def test_the_bound_of_each_quantity_is_exact_where_its_range_is_known(resources:
         assert exact == [stated is not None, True, True, True, stated is not None]
         assert [required.bounds for required in found.requirements] == [cost, (0, 6), (0, 1), (0, 1), tail]
         assert "every answer lies between 0 and 1" in found.requirements[2].why
-    write_json("data/dual/dual.json", {"lam": 0.8, "prices": prices[1:2]})
+    write_json("data/dual/dual.json", solved(prices=prices[1:2]))
     main(run_of(resources, method="clustered_t"))
     named = certificate.verify("reports/certificate/it/certificate.json").requirements
     assert {(required.method, required.why) for required in named} == {("clustered_t", "certify.method names it")}
@@ -132,7 +133,7 @@ def test_the_certificate_tells_where_answers_were_cut_and_how_many_ended(resourc
     whole = {**FURTHER, "limit": 0.1, "name": "whole", "quantity": "unended"}
     run = run_of(resources, row={"weights": [1.0], "fallback": "reward_dpo/helpful"}, max_new_tokens=40)
     for prices, returned in (([], "reward_dpo/helpful"), ([whole], None)):
-        write_json("data/dual/dual.json", {"lam": 0.8, "prices": prices})
+        write_json("data/dual/dual.json", solved(prices=prices))
         main(run)
         found = certificate.verify("reports/certificate/it/certificate.json")
         share = float(read_table("reports/certificate/it/00-answers.parquet", ANSWERS)["ended"].mean())

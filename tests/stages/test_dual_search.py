@@ -18,6 +18,7 @@ from dualign.core.schema import POOL, prompt_id, user
 from dualign.dual import slater_radius
 from dualign.methods import Plan, plan
 from stages import dual_search
+from tests.written import lagrangian, safety, solved
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,8 +32,8 @@ def params() -> DualSearchParams:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files of the stages before; the current one."""
     monkeypatch.chdir(tmp_path)
-    write_json("data/dual/dual.json", {"lam": 0.8})
-    write_json("reports/metrics/safety_dpo/alone.json", {"lam": 1.25, "reference": "sft"})
+    write_json("data/dual/dual.json", solved())
+    write_json("reports/metrics/safety_dpo/alone.json", safety())
     return tmp_path
 
 
@@ -56,7 +57,7 @@ def test_the_start_says_its_multiplier_and_whether_its_merge_is_naive(run: Path,
 def path(run: Path) -> Path:
     """The same folder with two policies of the path."""
     for name, lam in (("slack", 0.2), ("strict", 3.0)):
-        write_json(f"reports/metrics/lambda_path/{name}.json", {"lam": lam, "data": "pool"})
+        write_json(f"reports/metrics/lambda_path/{name}.json", lagrangian(lam=lam))
     return run
 
 
@@ -72,13 +73,13 @@ def test_a_merge_on_the_path_knows_both_its_multipliers(path: Path, params: Dual
 
 def test_the_aim_is_the_limit_unless_the_row_says_stock_and_the_dual_knows_one(run: Path) -> None:
     plain, stocked = (row_of("dualign", "lagrangian_dpo/anchored", "sft", aims=aims) for aims in (None, "stock"))
-    assert dual_search.goal(plain) == dual_search.goal(stocked) == (0.8, None)
-    write_json("data/dual/dual.json", {"lam": 0.8, "lam_stock": 1.1, "aim": -0.4})
+    assert dual_search.goal(plain) == (0.8, None) and dual_search.goal(stocked) == (0.8, -0.3)
+    write_json("data/dual/dual.json", solved(lam_stock=1.1, aim=-0.4))
     assert dual_search.goal(plain) == (0.8, None) and dual_search.goal(stocked) == (1.1, -0.4)
 
 
 def test_a_stocked_search_steers_to_the_aim(path: Path, params: DualSearchParams) -> None:
-    write_json("data/dual/dual.json", {"lam": 0.8, "lam_stock": 1.1, "aim": -0.4})
+    write_json("data/dual/dual.json", solved(lam_stock=1.1, aim=-0.4))
     known = dual_search.outlook(row_of(*PATH, rule="merge", aims="stock"), {"lam": 3.0}, params)
     assert (known.lam_pool, known.aim, known.target(params)) == (1.1, -0.4, -0.4)
 
@@ -121,7 +122,7 @@ def test_the_slater_radius_is_the_pools_or_the_given_one(run: Path, params: Dual
 def test_prices_go_to_searches_that_train_on_scores(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert dual_search.further_limits(row_of("mocan", "lagrangian_dpo/bernoulli", "sft")) == []
     price = Price(Constraint("short", "length", 9.0), 0.1, 9.0)
-    write_json("data/dual/dual.json", {"lam": 0.8, "prices": [price.as_dict()]})
+    write_json("data/dual/dual.json", solved(prices=[price.as_dict()]))
     for method, start in (("dualign", "lagrangian_dpo/anchored"), ("c_dpo", "lagrangian_dpo/bernoulli")):
         assert dual_search.further_limits(row_of(method, start, "sft")) == [price]
     assert not caplog.records
@@ -132,8 +133,8 @@ def test_prices_go_to_searches_that_train_on_scores(run: Path, caplog: pytest.Lo
 
 def test_newton_begins_at_the_prices_that_its_start_paid(run: Path, params: DualSearchParams) -> None:
     price = Price(Constraint("short", "length", 9.0), 0.1, 9.0)
-    write_json("data/dual/dual.json", {"lam": 0.8, "prices": [price.as_dict()]})
-    write_json("reports/metrics/sft.json", {})
+    write_json("data/dual/dual.json", solved(prices=[price.as_dict()]))
+    write_json("reports/metrics/sft.json", {"heldout_loss": None, "parameters": 1})
     dualign = row_of("dualign", "lagrangian_dpo/anchored", "sft")
     for source, prices in (("data/dual/dual.json", (0.1,)), ("params.yaml", (0.0,))):
         assert dual_search.outlook(dualign, {"lam": 0.8, "lam_from": source}, params).prices == prices

@@ -27,6 +27,7 @@ from dualign.losses import lagrangian_scale
 from dualign.training.pairwise import train_pairwise
 from stages import lagrangian_dpo
 from stages.lagrangian_dpo import multiplier
+from tests.written import safety, solved
 
 RESOURCES = Resources(
     device="cpu", precision="fp32", micro_batch_size=None, sampling_batch_size=8, scoring_batch_size=8,
@@ -37,7 +38,7 @@ SCRATCH = ScratchParams(
 )
 MODELS = ("sft", "reward_dpo/helpful", "safety_dpo/alone")
 COEFFICIENT, LIMIT = 2.0, -0.2
-SOLVED = {"lam": 0.25, "lam_stock": 0.4, "aim": -0.3, "lambda_max": 50.0}
+SOLVED = solved(lam=0.25, lam_stock=0.4, aim=-0.3)
 PRICE = Price(Constraint("short", "length", 9.0), 0.1, 9.0)
 
 
@@ -167,7 +168,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ]  # fmt: skip
     write_parquet(Path("data/scored/pool.parquet"), pd.DataFrame(pool), POOL)
     write_parquet(Path("data/scored/scored_pairs.parquet"), pd.DataFrame(pairs), SCORED_PAIRS)
-    write_json(Path("reports/metrics/safety_dpo/alone.json"), {"coefficient": COEFFICIENT})
+    write_json(Path("reports/metrics/safety_dpo/alone.json"), safety(coefficient=COEFFICIENT))
     return tmp_path
 
 
@@ -184,7 +185,7 @@ def test_pecan_trains_at_the_multiplier_of_its_own_scores(
     tables = scored_tables(Path("data/scored"), *MODELS[1:], given.beta, load_tokenizer("models/sft"), RESOURCES)
     reward, cost = by_prompt(tables.pool, "reward"), by_prompt(tables.pool, "cost")
     limit = float(dual.predict(reward, cost, 0.5, given.beta, cost).mean())  # so that the multiplier is 0.5
-    write_json(Path("data/dual/dual.json"), {"lam": 0.25, "limit": limit, "lambda_max": 50.0})
+    write_json(Path("data/dual/dual.json"), solved(lam=0.25, limit=limit))
     lagrangian_dpo.main(Run("lagrangian_dpo", "pecan", given, RESOURCES))
 
     told = read_json(workspace / "reports/metrics/lagrangian_dpo/pecan.json")

@@ -15,6 +15,7 @@ from dualign.core.params import Resources, SafetyDpoParams, SafetyRun
 from dualign.core.stage import Run
 from dualign.lm.models import load_policy
 from stages.safety_dpo import main, multiplier
+from tests.written import solved
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = {"batch_size": 8, "max_steps": 2, "max_length": 128, "learning_rate": 2e-3, "warmup": 0.0}
@@ -66,14 +67,14 @@ def test_a_clip_changes_the_policy(resources: Resources) -> None:
 def test_a_multiplier_is_the_duals_its_stocked_one_or_a_number_and_prices_are_told(
     resources: Resources, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_json("data/dual/dual.json", {"lam": 0.8, "lam_stock": 1.1, "prices": []})
+    write_json("data/dual/dual.json", solved(lam_stock=1.1))
     specs = {lam: run_of(resources, lam=lam).params.runs["it"] for lam in ("dual", "stock", 0.3)}
     assert [multiplier("it", spec) for spec in specs.values()] == [0.8, 1.1, 0.3]
     assert not caplog.records
-    write_json("data/dual/dual.json", {"lam": 0.8, "prices": [{"name": "short"}]})
+    write_json("data/dual/dual.json", solved(prices=[{"name": "short"}]))
     assert multiplier("it", specs["dual"]) == 0.8
     assert "safety_dpo.runs.it trains on preferences and ignores constraint.also" in caplog.text
     assert "the multiplier is 0" not in caplog.text
-    write_json("data/dual/dual.json", {"lam": 0.0, "prices": []})
+    write_json("data/dual/dual.json", solved(lam=0.0))
     assert multiplier("it", specs["dual"]) == 0.0
     assert "safety_dpo.runs.it: the multiplier is 0, since constraint.limit is slack" in caplog.text

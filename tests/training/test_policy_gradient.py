@@ -27,7 +27,8 @@ from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import decode_answers, encode_prompts
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
-from dualign.training import policy_gradient, run
+from dualign.training import policy_gradient
+from dualign.training.checkpoints import last_checkpoint
 from dualign.training.policy_gradient import (
     PolicyGradient,
     PolicyGradientTrainer,
@@ -378,7 +379,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(policy_gradient._Ascent, "on_step_end", interrupt)
         train(started(kind, tokenizer), broken)
-    assert run.last_checkpoint(broken.scratch) == broken.scratch / "checkpoint-4"
+    assert last_checkpoint(broken.scratch) == broken.scratch / "checkpoint-4"
     resumed = started(kind, tokenizer)
     metrics = train(resumed, broken)
     assert same(weights(resumed), weights(whole))

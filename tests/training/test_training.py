@@ -34,6 +34,7 @@ from dualign.scoring.scorers import conversations
 from dualign.training import pairwise as pairwise_training
 from dualign.training import run, supervised
 from dualign.training import scorer as scorer_training
+from dualign.training.checkpoints import last_checkpoint
 from dualign.training.pairwise import Inner, Pair
 from dualign.training.run import Job
 from dualign.training.scorer import ScoredPair
@@ -637,7 +638,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
             patched.setattr(module, "callbacks", lambda: [Interruption(6)])
         with pytest.raises(KeyboardInterrupt):
             train(start(), changed(job, "broken"))
-    assert run.last_checkpoint(job.scratch.parent / "broken") == job.scratch.parent / "broken" / "checkpoint-4"
+    assert last_checkpoint(job.scratch.parent / "broken") == job.scratch.parent / "broken" / "checkpoint-4"
     resumed = start()
     metrics = train(resumed, changed(job, "broken"))
     assert same(weights(resumed), weights(whole))
@@ -708,17 +709,6 @@ def test_epochs_count_when_no_number_of_steps_is_given(tokenizer: PreTrainedToke
     )
     assert metrics["steps"] == 8  # 1.5 epochs of 5 steps, begun ones counted
     assert math.log(300) > metrics["heldout_loss"] > 0
-
-
-def test_the_last_complete_checkpoint_is_found_and_broken_ones_are_removed(tmp_path: Path) -> None:
-    assert run.last_checkpoint(tmp_path / "none") is None
-    for step, state in ((4, "{}"), (8, "{}"), (12, '{"global_step": '), (100, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    assert run.last_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-8"}
 
 
 # --- what cannot be trained -------------------------------------------------------------------------------------------

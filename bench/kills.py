@@ -1,0 +1,201 @@
+"""Stops at random moments: whether a stage that is run again ends with the bytes of one left in peace, and no debris.
+
+    python -m bench.kills --count 50 --signal KILL
+    python -m bench.kills --count 50 --disk | --torn | --pipeline
+
+Runs the graph once on a tiny world, then takes one stage instance after the other at random: forgets its outputs,
+starts it, stops it, runs it again and compares. `--disk` lets no file grow beyond a random size instead, `--torn`
+damages one file of a checkpoint, `--pipeline` kills `python -m pipeline run`. Results of several modes are kept side by
+side. The world is that of `bench.tiny`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.tiny import LONG, LOOK, World
+from dualign.core.artifacts import listed, read_optional_json, replacing, write_json
+from dualign.core.errors import DualignError
+from pipeline.dag import StageSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One stop: `how` and when, the statuses of both runs, whether the bytes are the same, and what was left behind.
+
+    `told` says whether the log has the line that it should: no traceback, and what was passed over.
+    """
+
+    stage: str
+    how: str
+    stopped: int
+    status: int
+    same: bool
+    told: bool
+    debris: list[str]
+
+
+# --- ways to stop -----------------------------------------------------------------------------------------------------
+
+
+def killed(world: World, spec: StageSpec, draw: random.Random, number: int, command: Sequence[str] = ()) -> Trial:
+    """Send a signal to a stage and its children: at a random moment, or right after one of its files has changed."""
+    costs = world.costs[spec.name]
+    if command or draw.random() < 0.5:
+        wait = draw.uniform(0, costs["seconds"] * (2 if command else 1))
+        how, enough = f"after {wait:.1f} s", _after(wait)
+    else:
+        change = draw.randint(2, max(2, costs["changes"]))
+        how, enough = f"at change {change}", lambda seen: len(seen) >= change
+    world.forget(spec)
+    process = world.start(spec, command)
+    world.watch(process, spec, enough)
+    time.sleep(draw.uniform(0, 4 * LOOK))
+    if process.poll() is None:
+        os.killpg(process.pid, number)
+    stopped, told = process.wait(LONG), "Traceback" not in world.said
+    return _again(world, spec, f"{signal.Signals(number).name} {how}", stopped, told=told, command=command)
+
+
+def full(world: World, spec: StageSpec, draw: random.Random) -> Trial:
+    """Let no file grow beyond a random size, as a full disk would not."""
+    sizes = [file.stat().st_size for out in spec.outs for file in (world.folder / out).rglob("*") if file.is_file()]
+    limit = draw.randint(1_000, max([30_000, *sizes]))
+    world.forget(spec)
+    stopped = world.start(spec, limit=limit).wait(LONG)
+    said = stopped in (0, DualignError.status) and "Traceback" not in world.said
+    return _again(world, spec, f"no file above {limit} bytes", stopped, told=said)
+
+
+def torn(world: World, spec: StageSpec, draw: random.Random) -> Trial:
+    """Stop a training after its second checkpoint and cut, empty or remove one file of one of them."""
+    world.forget(spec)
+    process = world.start(spec)
+    world.watch(process, spec, lambda seen: any(path.endswith("checkpoint-4/manifest.json") for path in seen[-1]))
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    stopped = process.wait()
+    found = sorted((world.folder / ".scratch").rglob("checkpoint-*"))
+    files = [file for folder in found for file in listed(folder, "**/*") if file.is_file()]
+    file, damage = draw.choice(files), draw.choice(("cut", "emptied", "removed"))
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2 if damage == "cut" else 0])
+    if damage == "removed":
+        file.unlink()
+    newest = "checkpoint-4" in file.parts
+    return _again(world, spec, f"{file.parent.name}/{file.name} {damage}", stopped, passes=newest)
+
+
+def _after(seconds: float) -> Callable[[list[set[str]]], bool]:
+    deadline = time.monotonic() + seconds
+    return lambda seen: time.monotonic() >= deadline
+
+
+def _again(
+    world: World, spec: StageSpec, how: str, stopped: int, *, told: bool = True, passes: bool = False,
+    command: Sequence[str] = (),
+) -> Trial:  # fmt: skip
+    """Run the stage to its end and compare; the world is put right where it was not."""
+    status = world.start(spec, command).wait(LONG)
+    while command and status == 2 and "another run uses this workspace" in world.said:  # its stages still stop
+        time.sleep(1.0)
+        status = world.start(spec, command).wait(LONG)
+    said = "Traceback" not in world.said and (not passes or "is passed over and removed" in world.said)
+    differs, debris = world.differs(), world.debris()
+    trial = Trial(spec.name, how, stopped, status, not differs, told and said, debris)
+    log.info("%s", trial)
+    if status or differs or debris:
+        (world.folder.parent / f"failed-{spec.name}-{time.monotonic_ns()}.txt").write_text(f"{trial}\n{world.said}")
+        world.restore()
+    return trial
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def page(found: dict[str, Any]) -> str:
+    """A table for each mode, a row for each stage."""
+    lines = ["# Kills", ""]
+    for mode, result in sorted(found.items()):
+        trials = [Trial(**row) for row in result["trials"]]
+        lines += [f"`{result['command']}`", "", "| stage | stops | while it ran | same bytes | told | left behind |"]
+        lines.append("|---|---|---|---|---|---|")
+        lines += [_row(name, [t for t in trials if t.stage == name]) for name in sorted({t.stage for t in trials})]
+        lines += [_row(f"all ({mode})", trials), ""]
+    return "\n".join(lines)
+
+
+def _row(name: str, trials: Sequence[Trial]) -> str:
+    counts = (
+        len(trials),
+        sum(trial.stopped != 0 for trial in trials),
+        sum(trial.same and trial.status == 0 for trial in trials),
+        sum(trial.told for trial in trials),
+        sum(len(trial.debris) for trial in trials),
+    )
+    return f"| {name} | {' | '.join(map(str, counts))} |"
+
+
+def trials_of(world: World, mode: str, count: int, seed: int) -> list[Trial]:
+    """So many stops of one mode."""
+    draw = random.Random(seed)
+    chosen = [spec for spec in world.chosen if mode != "torn" or world.costs[spec.name]["checkpoints"]]
+    if mode == "pipeline":
+        world.commit()
+    made = []
+    for _ in range(count):
+        spec = draw.choice(chosen)
+        if mode in ("disk", "torn"):
+            made.append((full if mode == "disk" else torn)(world, spec, draw))
+        elif mode == "pipeline":
+            command = ["-m", "pipeline", "run", "--force", "--stage", spec.name]
+            made.append(killed(world, spec, draw, signal.SIGKILL, command))
+        else:
+            made.append(killed(world, spec, draw, signal.Signals[f"SIG{mode}"]))
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the laboratory; write kills.json and kills.md. Returns 1 if a stop was not made good."""
+    parser = argparse.ArgumentParser(prog="python -m bench.kills", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--count", type=int, default=20, help="stops (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is stopped and when (default: %(default)s)")
+    parser.add_argument("--stages", nargs="+", default=[], help="instances such as sft or reward_dpo@helpful")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--signal", choices=("KILL", "TERM"), dest="mode", default="KILL", help="(default: KILL)")
+    for mode in ("disk", "torn", "pipeline"):
+        modes.add_argument(f"--{mode}", action="store_const", const=mode, dest="mode")
+    parser.add_argument("--work", type=Path, default=Path(".scratch/bench-kills"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the results")
+    given = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        world = World(given.work.absolute(), given.stages)
+        trials = trials_of(world, given.mode, given.count, given.seed)
+    except DualignError as error:
+        log.error("%s", error)
+        return error.status
+    option = f"--signal {given.mode}" if given.mode.isupper() else f"--{given.mode}"
+    command = f"python -m bench.kills --count {given.count} --seed {given.seed} {option}"
+    row = {"command": command, "trials": [asdict(trial) for trial in trials]}
+    found = {**read_optional_json(given.out / "kills.json"), given.mode: row}
+    write_json(given.out / "kills.json", found)
+    with replacing(given.out / "kills.md") as file:
+        file.write_text(page(found))
+    return int(any(trial.status or not trial.same or not trial.told or trial.debris for trial in trials))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""The whole graph on a tiny world, run once: the bytes that every later run of a stage must end with.
+
+What `bench.kills` stops and runs again. The world is a copy of the code as it is when its folder is first made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dualign.core.artifacts import read_optional_json, replacing, write_json
+from dualign.core.errors import DualignError
+from pipeline.dag import StageSpec, load_dag
+from pipeline.parameters import assign
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE = (
+    "dualign",
+    "stages",
+    "pipeline",
+    "dvc.yaml",
+    ".dvcignore",
+    "data/raw",
+    "models/base/README.md",
+    "reports/search/README.md",
+)
+TRAININGS = ("sft", "reward_model", "cost_model", "reward_dpo", "safety_dpo", "lagrangian_dpo", "dual_search")
+#: The whole graph at its smallest, with three checkpoints in every training.
+TINY: dict[str, Any] = {
+    "generation.max_new_tokens": 12,
+    **{f"prepare.world.{kind}": 300 for kind in ("sft_rows", "helpful_pairs", "safety_pairs")},
+    **{f"prepare.{kind}_prompts": 8 for kind in ("pool", "search", "certify", "eval")},
+    **{f"sft.scratch.{key}": size for key, size in (("hidden_size", 16), ("layers", 1), ("intermediate_size", 32))},
+    "sft.scratch.heads": 2,
+    "cost_model.calibrate": "none",
+    "score.samples_per_prompt": 4,
+    "score.pairs": 40,
+    "constraint.limit": 0.5,
+    "dual_search.z": 0.0,
+    **{f"dual_search.refresh_{key}": size for key, size in (("prompts", 4), ("samples", 2))},
+    **{f"{stage}.prompts": 8 for stage in ("dual_search", "certify", "evaluate")},
+    **{f"{stage}.samples_per_prompt": 2 for stage in ("dual_search", "certify", "evaluate")},
+    "certify.labels": None,
+    **{f"{stage}.training.max_steps": 6 for stage in TRAININGS},
+    "resources.threads": 1,
+    "resources.log_steps": 2,
+    "resources.checkpoint_steps": 2,
+}
+#: Seconds between two looks at the files of a stage, and the longest time that a run may take.
+LOOK, LONG = 0.005, 1800.0
+
+
+class World:
+    """A workspace whose stages have all run once, beside a copy of it and what each stage took."""
+
+    def __init__(self, work: Path, stages: Sequence[str]) -> None:
+        self.folder, self._kept = work / "world", work / "kept"
+        self._system = self.folder / "tmp"  # in place of the system's folder of temporary files
+        if not self.folder.is_dir():
+            with replacing(self.folder) as temporary:
+                _copy(temporary)
+        self._system.mkdir(exist_ok=True)
+        self.dag = {name: spec for name, spec in load_dag(self.folder).items() if name != "report"}
+        unknown = sorted(set(stages) - set(self.dag))
+        if unknown:
+            raise DualignError(f"no stage {unknown[0]}; one of {', '.join(self.dag)}")
+        self.costs = read_optional_json(work / "costs.json")
+        for name in self.dag:
+            if name not in self.costs and (not stages or name in self._upstream(stages)):
+                self.costs[name] = self._first(self.dag[name])
+                write_json(work / "costs.json", self.costs)
+        self.chosen = [self.dag[name] for name in stages or self.costs]
+
+    def _upstream(self, stages: Sequence[str]) -> set[str]:
+        above = {up for name in stages for up in self.dag[name].upstream}
+        return {*stages, *(self._upstream(sorted(above)) if above else ())}
+
+    def _first(self, spec: StageSpec) -> dict[str, Any]:
+        """Run a stage and say how long it took, how often its files changed, and whether it kept checkpoints."""
+        log.info("reference: %s", spec.name)
+        started, process = time.monotonic(), self.start(spec)
+        seen = self.watch(process, spec)
+        if process.wait():
+            raise DualignError(f"{self.folder}: stage {spec.name} failed; see log.txt beside it")
+        for out in self._outs(spec):
+            _copy_over(self.folder / out, self._kept / out)
+        torn = any("checkpoint-4" in path for state in seen for path in state)
+        return {"seconds": time.monotonic() - started, "changes": len(seen), "checkpoints": torn}
+
+    def start(self, spec: StageSpec, command: Sequence[str] = (), limit: int | None = None) -> subprocess.Popen[bytes]:
+        """Start a stage, or another command, in a process group of its own; files stay below `limit` bytes."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {
+            **os.environ, "PATH": path, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+            "DVC_NO_ANALYTICS": "1", "PREFECT_HOME": str(self.folder.with_name("prefect")), "TMPDIR": str(self._system),
+        }  # fmt: skip
+        environment.pop("DUALIGN_SCRATCH", None)
+        small = None if limit is None else partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+        with self._log.open("wb") as output:
+            return subprocess.Popen(
+                [sys.executable, *(command or spec.cmd.split()[1:])], cwd=self.folder, env=environment,
+                stdout=output, stderr=output, start_new_session=True, preexec_fn=small,
+            )  # fmt: skip
+
+    @property
+    def _log(self) -> Path:
+        return self.folder.with_name("log.txt")
+
+    @property
+    def said(self) -> str:
+        """What the last command wrote."""
+        return self._log.read_text(errors="replace")
+
+    def watch(
+        self, process: subprocess.Popen[bytes], spec: StageSpec, enough: Callable[[list[set[str]]], bool] | None = None
+    ) -> list[set[str]]:
+        """The states of a stage's files until it ends, or until they are `enough`."""
+        seen = [self._state(spec)]
+        deadline = time.monotonic() + LONG
+        while process.poll() is None and time.monotonic() < deadline and not (enough and enough(seen)):
+            state = self._state(spec)
+            if state != seen[-1]:
+                seen.append(state)
+            time.sleep(LOOK)
+        return seen
+
+    def _state(self, spec: StageSpec) -> set[str]:
+        found = {str(path) for path in (self.folder / ".scratch").rglob("*")}
+        return found | {out for out in self._outs(spec) if (self.folder / out).exists()}
+
+    @staticmethod
+    def _outs(spec: StageSpec) -> list[str]:
+        return [*spec.outs, *spec.metrics]
+
+    def forget(self, spec: StageSpec) -> None:
+        """Remove a stage's outputs, as DVC does before it runs one."""
+        for out in self._outs(spec):
+            _remove(self.folder / out)
+
+    def differs(self) -> list[str]:
+        """Outputs of any stage that are not byte for byte what they were; provenance holds times and does not count."""
+        outs = {out for name in self.costs for out in self._outs(self.dag[name]) if "/provenance/" not in out}
+        return sorted(out for out in outs if _digest(self.folder / out) != _digest(self._kept / out))
+
+    def debris(self) -> list[str]:
+        """Temporaries anywhere, and what lies in the scratch folder although no run is unfinished."""
+        scratch = [path for path in (self.folder / ".scratch").rglob("*") if path.is_file()]
+        places = [self.folder / name for name in ("data", "models", "reports")]
+        written = [path for place in places for path in place.rglob(".*") if path.name != ".gitignore"]
+        return sorted(str(path.relative_to(self.folder)) for path in {*scratch, *written, *self._system.iterdir()})
+
+    def commit(self) -> None:
+        """Tell DVC that all is up to date, so that it runs what it is forced to alone."""
+        command = ["-m", "dvc", "commit", "--force", "--quiet", *self.costs]
+        if self.start(self.chosen[0], command).wait(LONG):
+            raise DualignError(f"{self.folder}: dvc commit failed; see log.txt beside it")
+
+    def restore(self) -> None:
+        """Everything as the first run left it."""
+        for path in (".scratch", *self.debris()):
+            _remove(self.folder / path)
+        for name in self.costs:
+            for out in self._outs(self.dag[name]):
+                _copy_over(self._kept / out, self.folder / out)
+
+
+def _copy(folder: Path) -> None:
+    """A repository with the code and the params of the tiny world."""
+    for name in CODE:
+        _copy_over(ROOT / name, folder / name)
+    (folder / "params.yaml").write_text(assign((ROOT / "params.yaml").read_text(), TINY))
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+        subprocess.run(command, cwd=folder, check=True)
+
+
+def _copy_over(source: Path, target: Path) -> None:
+    _remove(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copyfile(source, target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _digest(path: Path) -> dict[str, str]:
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return {
+        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()
+    }

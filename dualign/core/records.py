@@ -1,0 +1,304 @@
+"""The JSON files that one stage writes and another reads, as types: a file of another shape is refused by file and key.
+
+A key that stands in a class must be in the file; what else the file holds is kept as it is. Numbers that may not exist
+(an interval of one prompt, say) are null in JSON and None here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
+
+from dualign.core.artifacts import read_json
+from dualign.core.errors import DataError
+from dualign.core.params import Solved
+
+R = TypeVar("R")
+_OPEN = with_config(ConfigDict(extra="allow"))
+
+
+@_OPEN
+class PriceRow(TypedDict):
+    """A further limit with its multiplier, in data/dual/dual.json (`dualign.constraints.Price`)."""
+
+    name: str
+    quantity: str
+    limit: float
+    level: float | None
+    prompts: str | None
+    threshold: float | None
+    lam: float
+    predicted: float
+
+
+@_OPEN
+class SolvedDual(TypedDict):
+    """data/dual/dual.json: the multiplier of the pool, the one with a safety stock, and what they were solved for."""
+
+    lam: float
+    lam_low: float | None
+    lam_high: float | None
+    lam_stock: float
+    aim: float
+    limit: float
+    beta: float
+    lambda_max: float
+    slack: bool
+    prices: list[PriceRow]
+    messages: list[str]
+
+
+@_OPEN
+class FrontierRow(TypedDict):
+    """A row of the predicted frontier; bands stand beside each mean."""
+
+    lam: float
+    cost: float
+    reward: float
+
+
+@_OPEN
+class Frontier(TypedDict):
+    """data/dual/frontier.json."""
+
+    rows: list[FrontierRow]
+    cvar_level: float
+
+
+@_OPEN
+class BetaRow(TypedDict):
+    """What the pool predicts at one KL weight; `lam` is None where the limit is out of reach."""
+
+    beta: float
+    lam: float | None
+
+
+@_OPEN
+class Betas(TypedDict):
+    """data/dual/betas.json."""
+
+    rows: list[BetaRow]
+    beta: float
+    min_ess: float
+
+
+@_OPEN
+class CostModelMetrics(TypedDict):
+    """reports/metrics/cost_model.json, as far as another stage reads it."""
+
+    zero_error: float | None
+
+
+@_OPEN
+class ReferenceMetrics(TypedDict):
+    """reports/metrics/sft.json: the reference policy, as a start of a search."""
+
+    heldout_loss: float | None
+    parameters: int
+
+
+@_OPEN
+class RewardMetrics(TypedDict):
+    """reports/metrics/reward_dpo/RUN.json."""
+
+    reference: str
+    loss_type: str
+    clip: float | None
+    safe_offset: float | None
+    margin: str
+
+
+@_OPEN
+class SafetyMetrics(TypedDict):
+    """reports/metrics/safety_dpo/RUN.json and safety_path/RUN.json."""
+
+    lam: float
+    coefficient: float
+    reference: str
+    loss_type: str
+    clip: float | None
+
+
+@_OPEN
+class LagrangianMetrics(TypedDict):
+    """reports/metrics/lagrangian_dpo/RUN.json and lambda_path/RUN.json."""
+
+    lam: float
+    lam_from: NotRequired[str]
+    reward: str
+    cost: str
+    data: str
+    inner: dict[str, Any]
+    learning_rate: float
+
+
+@_OPEN
+class SearchStep(TypedDict):
+    """A policy that a search measured."""
+
+    step: int
+    lam: float
+    q: float | None
+    cost: float | None
+    cost_se: float | None
+    reward: float | None
+    kl: float | None
+    tilt: dict[str, float | None] | None
+    prices: list[float]
+
+
+@_OPEN
+class SearchResult(TypedDict):
+    """reports/search/NAME.json."""
+
+    name: str
+    method: str
+    title: str
+    rule: str
+    returns: str
+    cost_source: str
+    aim: float
+    steps: list[SearchStep]
+    screened: list[dict[str, Any]]
+    chosen: int
+    trainings: int
+    generated_tokens: int
+    labels: int
+    stopped: str
+
+
+@_OPEN
+class IntervalRow(TypedDict):
+    """A mean with its interval."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
+@_OPEN
+class Evaluated(TypedDict):
+    """reports/metrics/evaluate/NAME.json of a policy that is there."""
+
+    policy: str
+    prompts: int
+    answers: int
+    max_new_tokens: int
+    reward: IntervalRow
+    cost: IntervalRow
+    p_unsafe: IntervalRow
+    kl: IntervalRow
+    length: IntervalRow
+    ended: IntervalRow
+
+
+@_OPEN
+class NotEvaluated(TypedDict):
+    """reports/metrics/evaluate/NAME.json where no policy was certified."""
+
+    policy: str
+    absent: Literal[True]
+
+
+@_OPEN
+class CandidateTest(TypedDict):
+    """A candidate's test in the metrics of `certify`."""
+
+    candidate: str
+    certified: bool
+    checks: list[dict[str, Any]]
+    policy: str
+    partner: str
+    q: float
+
+
+@_OPEN
+class Certified(TypedDict):
+    """reports/metrics/certify/NAME.json."""
+
+    returned: str | None
+    statement: str
+    delta: float
+    requirements: list[dict[str, Any]]
+    candidates: list[str]
+    tests: list[CandidateTest]
+
+
+@_OPEN
+class Provenance(TypedDict):
+    """reports/provenance/STAGE.json or STAGE/ITEM.json."""
+
+    stage: str
+    item: str | None
+    params: dict[str, Any]
+    versions: dict[str, str | None]
+    seconds: float
+    peak_rss_mib: float
+    throughput: dict[str, float | None]
+
+
+@_OPEN
+class AdapterConfig(TypedDict):
+    """adapter_config.json of a LoRA adapter, as far as dualign reads it."""
+
+    base_model_name_or_path: str
+    r: int
+    lora_alpha: float
+
+
+#: What the metrics of a policy hold, by the stage that trained it.
+TRAINED: dict[str, Any] = {
+    "sft": ReferenceMetrics,
+    "reward_dpo": RewardMetrics,
+    "safety_dpo": SafetyMetrics,
+    "safety_path": SafetyMetrics,
+    "lagrangian_dpo": LagrangianMetrics,
+    "lambda_path": LagrangianMetrics,
+}
+
+
+def solved_multiplier(known: SolvedDual, which: Solved) -> float:
+    """The pool's multiplier that a run names."""
+    return known["lam"] if which == "dual" else known["lam_stock"]
+
+
+def read_record(path: str | Path, record: type[R]) -> R:
+    """Read a JSON file of a stage as a record. Raises DataError with the file and the key that is missing or wrong."""
+    return _validated(Path(path), record, read_json(path))
+
+
+def read_optional_record(path: str | Path, record: type[R]) -> R | None:
+    """The record in a file, or None where there is no such file: its stage did not run."""
+    return read_record(path, record) if Path(path).is_file() else None
+
+
+def read_trained(metrics: str | Path, folder: str) -> Mapping[str, Any]:
+    """The metrics of the stage that wrote models/FOLDER, in folder `metrics` (reports/metrics)."""
+    found: Mapping[str, Any] = read_record(Path(metrics) / f"{folder}.json", TRAINED[folder.partition("/")[0]])
+    return found
+
+
+def read_evaluated(metrics: str | Path, name: str) -> Evaluated | NotEvaluated | None:
+    """What `evaluate` wrote of a policy in folder `metrics`; None where it was not evaluated."""
+    path = Path(metrics) / "evaluate" / f"{name}.json"
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    record: Any = NotEvaluated if isinstance(content, dict) and "absent" in content else Evaluated
+    found: Evaluated | NotEvaluated = _validated(path, record, content)
+    return found
+
+
+def _validated(path: Path, record: type[R], content: Any) -> R:
+    try:
+        return TypeAdapter(record).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the file"
+        raise DataError(
+            f"{path}: {key}: {first['msg'].lower()}; run the stage that wrote it again (`dvc repro --force`)"
+        ) from error

@@ -1,0 +1,58 @@
+"""Kills at random moments: two of the quickest stage, and that the laboratory would see what went wrong."""
+
+from __future__ import annotations
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from bench import kills
+from bench.tiny import World
+from dualign.core.artifacts import read_json
+from dualign.core.errors import DualignError
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.mark.slow
+def test_a_stage_that_is_killed_ends_with_the_same_bytes_when_it_is_run_again(work: Path) -> None:
+    options = ["--count", "2", "--stages", "prepare", "--work", str(work), "--out", str(work)]
+    assert kills.main(options) == 0
+    trials = read_json(work / "kills.json")["KILL"]["trials"]
+    assert len(trials) == 2 and all(trial["same"] and not trial["debris"] for trial in trials)
+    assert "| all (KILL) | 2 |" in (work / "kills.md").read_text()
+
+
+@pytest.mark.slow
+def test_other_bytes_and_what_is_left_behind_are_seen_and_put_right(work: Path) -> None:
+    world = World(work, ["prepare"])
+    assert world.differs() == [] == world.debris()
+    pool = world.folder / "data/prepared/pool.parquet"
+    pool.write_bytes(pool.read_bytes()[:-1])
+    for name in ("models/.tmp-1/sft/weights", ".scratch/sft/0/checkpoint-2/weights", "reports/.x.1.tmp"):
+        (world.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (world.folder / name).touch()
+    assert world.differs() == ["data/prepared"]
+    left = [".scratch/sft/0/checkpoint-2/weights", "models/.tmp-1", "reports/.x.1.tmp"]
+    assert world.debris() == left
+    trial = kills.killed(world, world.dag["prepare"], random.Random(1), signal.SIGTERM)
+    assert trial.status == 0 and trial.same and trial.debris == left
+    assert not world.debris()
+
+
+def test_an_unknown_stage_is_refused(work: Path) -> None:
+    with pytest.raises(DualignError, match="no stage nobody; one of prepare, sft"):
+        World(work, ["nobody"])
+
+
+def test_the_page_counts_by_stage_and_mode() -> None:
+    one = {"stage": "sft", "how": "", "stopped": -9, "status": 0, "same": True, "told": True, "debris": []}
+    bad = {**one, "stage": "score", "same": False, "told": False, "debris": ["a", "b"]}
+    lines = kills.page({"KILL": {"command": "c", "trials": [one, one, bad]}}).splitlines()
+    assert "| sft | 2 | 2 | 2 | 2 | 0 |" in lines and "| score | 1 | 1 | 0 | 0 | 2 |" in lines
+    assert "| all (KILL) | 3 | 3 | 2 | 2 | 2 |" in lines
