@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +261,9 @@ def test_costs_are_scored_again(resources: Resources, capsys: pytest.CaptureFixt
     held, left = capsys.readouterr().out.splitlines()
     assert "costs scored again differ by" in held and "not compared" not in held and "--rescore" not in left
     path = certificate.PLACE / "it" / certificate.FILE
+    command = [sys.executable, "-m", "dualign.certificate", "verify", "--rescore", "--tolerance", "0.01"]
+    alone = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
+    assert alone.returncode == 0 and b"differ by" in alone.stdout and b"Traceback" not in alone.stderr
     found, table = certificate.read(path), path.with_name("01-answers.parquet")
     answers = pd.read_parquet(table)
     write_parquet(table, answers.assign(cost=answers["cost"].where(answers.index != 3, -1.0)), ANSWERS)
