@@ -241,7 +241,7 @@ def _with_source(whole: Content, **changes: Any) -> bytes:
 def label_cases(root: Path) -> Iterator[Case]:
     """Labels of people: files that are not what was asked for."""
     content = json.loads(json.dumps(_params(root)))
-    content["certify"]["labels"] = {"source": "file", "prompts": 4, "votes": 1, "limit": 0.5, "folder": "data/labels"}
+    content["certify"]["labels"] = {"source": "file", "prompts": 5, "votes": 1, "limit": 0.5, "folder": "data/labels"}
     params = _yaml(content)
     ask = Case("labels", "", (), stage("certify", "dualign"), {"params.yaml": params})
     with spoiled(root, ask.changes):

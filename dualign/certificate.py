@@ -282,9 +282,10 @@ class Origin(NamedTuple):
 
     The row of `certify.runs`; the file of prompts, of which the first are answered; the solved dual, which holds the
     further limits; the folder of a candidate's model by its name; the folder that will hold the certified policy; that
-    of the cost model.
+    of the cost model. `place` is the folder that will hold the certificate, as seen from which they are recorded.
     """
 
+    place: Path
     plan: CertifyRun
     prompts: Path
     limits: Path
@@ -401,11 +402,11 @@ def issue(
         labels={name: seen.table(files.labels, folder) for name, files in used.items() if files.labels is not None},
         samples_per_prompt=_agreed(used, weights, None if origin is None else origin.prompts),
         plan=None if origin is None else origin.plan,
-        prompts=None if origin is None else seen.table(origin.prompts, folder),
-        limits=None if origin is None else seen.table(origin.limits, folder),
+        prompts=None if origin is None else seen.table(origin.prompts, origin.place),
+        limits=None if origin is None else seen.table(origin.limits, origin.place),
         weights=weights,
-        policy=None if origin is None else seen.relative(origin.policy, folder),
-        cost_model=None if origin is None else seen.model(origin.cost_model, folder),
+        policy=None if origin is None else seen.relative(origin.policy, origin.place),
+        cost_model=None if origin is None else seen.model(origin.cost_model, origin.place),
         sampling_seeds=dict(sampling_seeds or {}),
         versions={package: version(package) for package in ("numpy", "scipy")},
     )

@@ -75,7 +75,7 @@ def main(run: Run[CertifyParams]) -> None:
 
 def origin(row: CertifyRun, item: str, bench: Contenders) -> Origin:
     """What the certificate of a row is made from, as `verify` finds it again."""
-    return Origin(row, PROMPT_SET, DUAL, bench.policy, POLICIES / item, MODELS / "cost_model")
+    return Origin(certificate.PLACE / item, row, PROMPT_SET, DUAL, bench.policy, POLICIES / item, MODELS / "cost_model")
 
 
 def requirements(params: CertifyParams, further: Sequence[Constraint]) -> list[Requirement]:

@@ -167,7 +167,7 @@ def test_no_door_of_the_pipeline_lets_a_name_in(
     assert (root / "params.yaml").read_text() == before
     repository(root, renamed(whole, "evaluate.policies", name))
     for command in (["plan"], ["run"], ["run", "--cluster"], ["sweep", "seed=1,2"], ["work", "gpu"]):
-        monkeypatch.setattr("pipeline.__main__._need_server", lambda: None)
+        monkeypatch.setattr("pipeline.server.need", lambda: None)
         assert main(command) == 2, command
         told = capsys.readouterr().err
         assert told.startswith("params.yaml: evaluate.policies.") and len(told.splitlines()) == 1

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +88,7 @@ def test_the_bound_of_each_quantity_is_exact_where_its_range_is_known(resources:
         {**FURTHER, "limit": 0.99, "name": "whole", "quantity": "unended"},
         {**FURTHER, "limit": 500.0, "name": "tail", "quantity": "cvar", "level": 0.5, "threshold": 1.0},
     ]
-    write_json("data/dual/dual.json", {"lam": 0.8, "prices": prices})
+    write_json("data/dual/dual.json", solved(prices=prices))
     for stated, cost, tail in ((None, None, None), ([-50.0, 50.0], (-50, 50), (1, 99))):
         main(run_of(resources, bounds=stated))
         found = certificate.verify("reports/certificate/it/certificate.json")
@@ -93,7 +96,7 @@ def test_the_bound_of_each_quantity_is_exact_where_its_range_is_known(resources:
         assert exact == [stated is not None, True, True, True, stated is not None]
         assert [required.bounds for required in found.requirements] == [cost, (0, 6), (0, 1), (0, 1), tail]
         assert "every answer lies between 0 and 1" in found.requirements[2].why
-    write_json("data/dual/dual.json", {"lam": 0.8, "prices": prices[1:2]})
+    write_json("data/dual/dual.json", solved(prices=prices[1:2]))
     main(run_of(resources, method="clustered_t"))
     named = certificate.verify("reports/certificate/it/certificate.json").requirements
     assert {(required.method, required.why) for required in named} == {("clustered_t", "certify.method names it")}
@@ -258,6 +261,9 @@ def test_costs_are_scored_again(resources: Resources, capsys: pytest.CaptureFixt
     held, left = capsys.readouterr().out.splitlines()
     assert "costs scored again differ by" in held and "not compared" not in held and "--rescore" not in left
     path = certificate.PLACE / "it" / certificate.FILE
+    command = [sys.executable, "-m", "dualign.certificate", "verify", "--rescore", "--tolerance", "0.01"]
+    alone = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
+    assert alone.returncode == 0 and b"differ by" in alone.stdout and b"Traceback" not in alone.stderr
     found, table = certificate.read(path), path.with_name("01-answers.parquet")
     answers = pd.read_parquet(table)
     write_parquet(table, answers.assign(cost=answers["cost"].where(answers.index != 3, -1.0)), ANSWERS)
