@@ -27,14 +27,8 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = (
-    "dualign",
-    "stages",
-    "pipeline",
-    "dvc.yaml",
-    ".dvcignore",
-    "data/raw",
-    "models/base/README.md",
-    "reports/search/README.md",
+    *("dualign", "stages", "pipeline", "dvc.yaml", ".dvcignore", "prefect.toml", "data/raw"),
+    *("models/base/README.md", "reports/search/README.md"),
 )
 TRAININGS = ("sft", "reward_model", "cost_model", "reward_dpo", "safety_dpo", "lagrangian_dpo", "dual_search")
 #: The whole graph at its smallest, with three checkpoints in every training.
