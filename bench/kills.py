@@ -18,7 +18,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -148,23 +148,30 @@ def _row(name: str, trials: Sequence[Trial]) -> str:
     return f"| {name} | {' | '.join(map(str, counts))} |"
 
 
-def trials_of(world: World, mode: str, count: int, seed: int) -> list[Trial]:
-    """So many stops of one mode."""
+def trials_of(world: World, mode: str, count: int, seed: int) -> Iterator[Trial]:
+    """So many stops of one mode, one after the other."""
     draw = random.Random(seed)
     chosen = [spec for spec in world.chosen if mode != "torn" or world.costs[spec.name]["checkpoints"]]
     if mode == "pipeline":
         world.commit()
-    made = []
     for _ in range(count):
         spec = draw.choice(chosen)
         if mode in ("disk", "torn"):
-            made.append((full if mode == "disk" else torn)(world, spec, draw))
+            yield (full if mode == "disk" else torn)(world, spec, draw)
         elif mode == "pipeline":
             command = ["-m", "pipeline", "run", "--force", "--stage", spec.name]
-            made.append(killed(world, spec, draw, signal.SIGKILL, command))
+            yield killed(world, spec, draw, signal.SIGKILL, command)
         else:
-            made.append(killed(world, spec, draw, signal.Signals[f"SIG{mode}"]))
-    return made
+            yield killed(world, spec, draw, signal.Signals[f"SIG{mode}"])
+
+
+def write(out: Path, mode: str, command: str, trials: Sequence[Trial]) -> None:
+    """Put the trials of a mode in place of its earlier ones in kills.json, and all into kills.md."""
+    row = {"command": command, "trials": [asdict(trial) for trial in trials]}
+    found = {**read_optional_json(out / "kills.json"), mode: row}
+    write_json(out / "kills.json", found)
+    with replacing(out / "kills.md") as file:
+        file.write_text(page(found))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -181,19 +188,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the results")
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    option = f"--signal {given.mode}" if given.mode.isupper() else f"--{given.mode}"
+    command = f"python -m bench.kills --count {given.count} --seed {given.seed} {option}"
+    trials: list[Trial] = []
     try:
         world = World(given.work.absolute(), given.stages)
-        trials = trials_of(world, given.mode, given.count, given.seed)
+        for trial in trials_of(world, given.mode, given.count, given.seed):
+            trials.append(trial)
+            write(given.out, given.mode, command, trials)
     except DualignError as error:
         log.error("%s", error)
         return error.status
-    option = f"--signal {given.mode}" if given.mode.isupper() else f"--{given.mode}"
-    command = f"python -m bench.kills --count {given.count} --seed {given.seed} {option}"
-    row = {"command": command, "trials": [asdict(trial) for trial in trials]}
-    found = {**read_optional_json(given.out / "kills.json"), given.mode: row}
-    write_json(given.out / "kills.json", found)
-    with replacing(given.out / "kills.md") as file:
-        file.write_text(page(found))
     return int(any(trial.status or not trial.same or not trial.told or trial.debris for trial in trials))
 
 

@@ -27,14 +27,8 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = (
-    "dualign",
-    "stages",
-    "pipeline",
-    "dvc.yaml",
-    ".dvcignore",
-    "data/raw",
-    "models/base/README.md",
-    "reports/search/README.md",
+    *("dualign", "stages", "pipeline", "dvc.yaml", ".dvcignore", "prefect.toml", "data/raw"),
+    *("models/base/README.md", "reports/search/README.md"),
 )
 TRAININGS = ("sft", "reward_model", "cost_model", "reward_dpo", "safety_dpo", "lagrangian_dpo", "dual_search")
 #: The whole graph at its smallest, with three checkpoints in every training.
@@ -137,7 +131,9 @@ class World:
         return seen
 
     def _state(self, spec: StageSpec) -> set[str]:
-        found = {str(path) for path in (self.folder / ".scratch").rglob("*")}
+        found = set()
+        for place, folders, files in os.walk(self.folder / ".scratch"):  # where a folder may go while it is looked at
+            found |= {os.path.join(place, name) for name in (*folders, *files)}
         return found | {out for out in self._outs(spec) if (self.folder / out).exists()}
 
     @staticmethod
@@ -159,7 +155,9 @@ class World:
         scratch = [path for path in (self.folder / ".scratch").rglob("*") if path.is_file()]
         places = [self.folder / name for name in ("data", "models", "reports")]
         written = [path for place in places for path in place.rglob(".*") if path.name != ".gitignore"]
-        return sorted(str(path.relative_to(self.folder)) for path in {*scratch, *written, *self._system.iterdir()})
+        # torch has one cache for all its processes there, which is no debris
+        system = [path for path in self._system.iterdir() if not path.name.startswith("torchinductor_")]
+        return sorted(str(path.relative_to(self.folder)) for path in [*scratch, *written, *system])
 
     def commit(self) -> None:
         """Tell DVC that all is up to date, so that it runs what it is forced to alone."""

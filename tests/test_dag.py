@@ -284,7 +284,8 @@ def test_what_a_killed_process_left_beside_an_output_makes_nothing_run_again(wor
         place = workspace / folder / ".tmp-0a1b2c3d"
         touch(place / "sft/weights.bin")
         place.with_name(f"{place.name}.lock").touch()
-        left += [place, place.with_name(f"{place.name}.lock")]
+        touch(workspace / folder / ".sft.9.tmp/weights.bin")  # of versions before
+        left += [place, place.with_name(f"{place.name}.lock"), workspace / folder / ".sft.9.tmp"]
     try:
         assert status(workspace) == {}
     finally:
