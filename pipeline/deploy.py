@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,11 +62,18 @@ def _check(root: Path, pools: list[str]) -> None:
 
 def _prefect(root: Path, *command: str) -> None:
     call = [sys.executable, "-m", "prefect", "--no-prompt", *command]
-    told = {"DUALIGN_IMAGE": IMAGE, **os.environ}
+    told = {"DUALIGN_IMAGE": IMAGE, **os.environ, "COLUMNS": "1000"}  # it breaks lines at a terminal's width
     done = subprocess.run(call, cwd=root, env=told, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        raise PipelineError(f"prefect {' '.join(command[:2])}: {said[-1] if said else 'failed'}")
+        name = " ".join(word for word in command[:2] if not word.startswith("-"))
+        raise PipelineError(f"prefect {name}: {_complaint(done.stdout + done.stderr)}")
+
+
+def _complaint(said: str) -> str:
+    """The line in which Prefect says what is wrong: the last one, or the end of a traceback above its closing line."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    told = [line for line in lines if line != "An exception occurred."]
+    return re.sub(r"^(\w+\.)+\w+: ", "", told[-1]) if told else "failed"
 
 
 def become_worker(root: Path, dag: Mapping[str, StageSpec], pool: str, limit: int, once: bool) -> None:

@@ -202,7 +202,7 @@ def _server(api: str) -> Finding:
     wrong = server.problem(api)
     if not wrong:
         return Finding("ok", f"Prefect server: {api}")
-    if server.reachable(api) or server.origin():
+    if server.reachable(api) or server.origin(api):
         return Finding("wrong", f"Prefect server: {wrong}")
     return Finding("note", f"Prefect server: none at {api}; `prefect server start` gives you the pages")
 

@@ -21,13 +21,13 @@ def address() -> str:
     return settings.api.url or f"http://{settings.server.api.host}:{settings.server.api.port}/api"
 
 
-def origin() -> str:
-    """Who configured the address, and how to take it back; empty where nobody did."""
+def origin(api: str) -> str:
+    """Who configured the address, and how to take it back; empty where nobody configured this one."""
     from prefect.context import get_settings_context
     from prefect.settings import PREFECT_API_URL, get_current_settings
 
     configured = get_current_settings().api.url
-    if configured is None:
+    if configured != api:
         return ""
     if os.environ.get("PREFECT_API_URL"):
         return "PREFECT_API_URL of this shell (unset PREFECT_API_URL)"
@@ -70,7 +70,7 @@ def problem(api: str) -> str:
         return f"the Prefect server at {api} wants another PREFECT_API_AUTH_STRING=USER:PASSWORD"
     if reachable(f"{api.rstrip('/')}/api"):
         return f"PREFECT_API_URL={api} lacks its end: PREFECT_API_URL={api.rstrip('/')}/api"
-    who = origin()
+    who = origin(api)
     if who:
         return f"no Prefect server answers at {api}, which is from {who}; start that server, or take the address back"
     return f"no Prefect server at {api}; set PREFECT_API_URL, or start one in another terminal: prefect server start"
@@ -90,7 +90,8 @@ def use_running() -> None:
 
     Raises PipelineError where one is configured and runs cannot use it.
     """
-    if origin() or reachable(address()):
+    api = address()
+    if origin(api) or reachable(api):
         need()
 
 

@@ -89,6 +89,8 @@ def test_what_workers_cannot_run_is_refused(
     (root / "kept").mkdir()
     (root / "kept/rows").write_text("")
     assert "kept/rows: neither git nor DVC holds it" in str(run("first").message)
+    assert main(["sweep", "first.value=7", "--cluster"]) == 2
+    assert "kept/rows: neither git nor DVC holds it" in capsys.readouterr().err
     shutil.rmtree(root / "kept")
     (root / "dvc.yaml").write_text(graph)
     git(root, "commit", "-qam", "as before")

@@ -22,6 +22,23 @@ def test_every_pool_has_a_deployment_of_its_name(repo_root: Path) -> None:
         assert f"def {name}(" in (repo_root / path).read_text()
 
 
+@pytest.mark.slow
+def test_what_prefect_refuses_is_told_in_its_own_words(
+    project: Project, repo_root: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", server)
+    dag = load_dag(project.root)
+    (project.root / "prefect.yaml").write_text((repo_root / "prefect.yaml").read_text())
+    with pytest.raises(
+        PipelineError, match=r"^prefect work-pool create: Unknown work pool type 'none'\. Please choose"
+    ):
+        deploy(project.root, dag, "none")
+    (project.root / "pipeline").mkdir()
+    (project.root / "pipeline/worker.py").write_text("")
+    with pytest.raises(PipelineError, match=r"^prefect deploy: Flow function with name 'stage' not found in"):
+        deploy(project.root, dag, "process")
+
+
 def test_a_pool_without_a_deployment_is_named(project: Project, repo_root: Path) -> None:
     dag = load_dag(project.root)
     with pytest.raises(PipelineError, match=r"prefect\.yaml: not here"):
