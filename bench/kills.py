@@ -190,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     option = f"--signal {given.mode}" if given.mode.isupper() else f"--{given.mode}"
     command = f"python -m bench.kills --count {given.count} --seed {given.seed} {option}"
+    command += f" --stages {' '.join(given.stages)}" if given.stages else ""
     trials: list[Trial] = []
     try:
         world = World(given.work.absolute(), given.stages)

@@ -71,6 +71,7 @@ class World:
         if unknown:
             raise DualignError(f"no stage {unknown[0]}; one of {', '.join(self.dag)}")
         self.costs = read_optional_json(work / "costs.json")
+        self.restore()  # the laboratory itself may have been killed
         for name in self.dag:
             if name not in self.costs and (not stages or name in self._upstream(stages)):
                 self.costs[name] = self._first(self.dag[name])
