@@ -297,13 +297,14 @@ class Origin(NamedTuple):
 class Certificate(Record):
     """All that is needed to check a certificate again; "no certified policy" is one too (`returned` is None).
 
-    `candidates` is the whole order, that of `plan`, `tested` the tests made, `tables` and `labels` what they were made
-    on: `samples_per_prompt` answers to each of the first prompts of `prompts`. `limits` holds the further limits, each
-    of which must be among the `requirements`. Answers have at most `max_new_tokens`
-    tokens; `ended` is the share of each tested candidate's that ended by themselves. `weights` are the hashes of the
-    files of each tested candidate's model, `policy` is where the certified one lies, `cost_model` the one that gave the
-    costs. What a caller of `issue` did not name is None or empty. `sampling_seeds` (of the answers) and `versions` (of
-    the packages that computed it) tell where it comes from; no check depends on them.
+    `candidates` is the whole order, that of `plan`, `tested` the tests made, `tables` and `labels` what they were
+    made on: `samples_per_prompt` answers to each of the first prompts of `prompts`. `limits` holds the further
+    limits, each of which must be among the `requirements`. `same` are pairs of candidates with the same answers.
+    Answers have at most `max_new_tokens` tokens; `ended` is the share of each tested candidate's that ended by
+    themselves. `weights` are the hashes of the files of each tested candidate's model, `policy` is where the
+    certified one lies, `cost_model` the one that gave the costs. What a caller of `issue` did not name is None or
+    empty. `sampling_seeds` (of the answers) and `versions` (of the packages that computed it) tell where it comes
+    from; no check depends on them.
     """
 
     delta: float = Field(gt=0, lt=1)
@@ -318,6 +319,7 @@ class Certificate(Record):
     tables: dict[str, Table]
     labels: dict[str, Table]
     samples_per_prompt: int = Field(ge=1)
+    same: tuple[tuple[str, str], ...]
     plan: CertifyRun | None
     prompts: Table | None
     limits: Table | None
@@ -388,6 +390,7 @@ def issue(
     decision = _decide(candidates, find, requirements, delta, seed)
     folder = path.parent
     weights = {} if origin is None else {name: seen.files(origin.model(name)) for name in used}
+    count, same = _agreed(used, None if origin is None else origin.prompts)
     certificate = Certificate(
         delta=delta,
         seed=seed,
@@ -400,7 +403,8 @@ def issue(
         ended={name: _ended(files.answers, max_new_tokens) for name, files in used.items()},
         tables={name: seen.table(files.answers, folder) for name, files in used.items()},
         labels={name: seen.table(files.labels, folder) for name, files in used.items() if files.labels is not None},
-        samples_per_prompt=_agreed(used, weights, None if origin is None else origin.prompts),
+        samples_per_prompt=count,
+        same=same,
         plan=None if origin is None else origin.plan,
         prompts=None if origin is None else seen.table(origin.prompts, origin.place),
         limits=None if origin is None else seen.table(origin.limits, origin.place),
@@ -451,8 +455,11 @@ def _ended(file: Path, max_new_tokens: int) -> float:
     return float(ended.mean())
 
 
-def _agreed(used: Mapping[str, Evidence], weights: Mapping[str, Mapping[str, str]], prompts: Path | None) -> int:
-    """Answers to each prompt. Raises DataError where the tables do not agree with themselves and each other."""
+def _agreed(used: Mapping[str, Evidence], prompts: Path | None) -> tuple[int, tuple[tuple[str, str], ...]]:
+    """Answers to each prompt, and pairs of candidates with the same answers.
+
+    Raises DataError where the tables do not agree with themselves and each other.
+    """
     tables = {name: seen.read_answers(files.answers) for name, files in used.items()}
     for name, files in used.items():
         seen.check_answers(tables[name], files.answers)
@@ -460,10 +467,10 @@ def _agreed(used: Mapping[str, Evidence], weights: Mapping[str, Mapping[str, str
             seen.check_labels(seen.read_labels(files.labels), tables[name], files.labels)
     counts = {name: seen.samples_per_prompt(tables[name], files.answers) for name, files in used.items()}
     first = next(iter(used))
-    seen.check_together(tables, counts[first], weights)
+    seen.check_together(tables, counts[first])
     if prompts is not None:
         seen.check_prompts(prompts, tables[first])
-    return counts[first]
+    return counts[first], seen.same(tables)
 
 
 # --- its check --------------------------------------------------------------------------------------------------------
@@ -534,9 +541,11 @@ def _recomputed(recorded: Certificate, folder: Path) -> None:
     prompts = None if recorded.prompts is None else folder / recorded.prompts.path
     if recorded.prompts is not None:
         _unchanged(folder, recorded.prompts, "its prompts")
-    count = _agreed(used, recorded.weights, prompts if prompts is not None and prompts.is_file() else None)
+    count, same = _agreed(used, prompts if prompts is not None and prompts.is_file() else None)
     if count != recorded.samples_per_prompt:
         raise DataError(f"samples_per_prompt is {recorded.samples_per_prompt}, but every prompt has {count} answers")
+    if same != recorded.same:
+        raise DataError(f"candidates with the same answers are {list(same)}, and {list(recorded.same)} are stated")
 
 
 def _as_planned(recorded: Certificate, folder: Path) -> None:
@@ -652,6 +661,7 @@ def _tell(path: Path, asked: argparse.Namespace) -> int:
 
             largest = rescore(found, path, asked.tolerance, asked.cost_model)
             said.append(f"costs scored again differ by {largest:.2g} at most, {asked.tolerance:g} is allowed")
+        said += [alike(pair) for pair in found.same]
         if missing:
             said.append(f"not compared, since not there: {', '.join(missing)}")
     except DualignError as error:
@@ -659,6 +669,11 @@ def _tell(path: Path, asked: argparse.Namespace) -> int:
         return 1
     sys.stdout.write(f"{path} holds: {'; '.join(said)}\n")
     return 0 if found.returned is not None else NONE_CERTIFIED
+
+
+def alike(pair: tuple[str, str]) -> str:
+    """What a reader should know of two candidates with the same answers."""
+    return f"{pair[0]!r} and {pair[1]!r} have the same answers: they hardly differ, or one was copied from the other"
 
 
 def _left_open(asked: argparse.Namespace) -> str:

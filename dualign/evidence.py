@@ -188,11 +188,10 @@ def check_labels(labels: pd.DataFrame, answers: pd.DataFrame, path: Path) -> Non
             raise DataError(f"{path}: row {row}: the labelled answer to {key[0]} is none of the candidate's answers")
 
 
-def check_together(tables: Mapping[str, pd.DataFrame], count: int, weights: Mapping[str, Mapping[str, str]]) -> None:
-    """Raises DataError where candidates were not given the same prompts, or two of them have the same answers.
+def check_together(tables: Mapping[str, pd.DataFrame], count: int) -> None:
+    """Raises DataError where candidates were not given the same prompts, or do not have `count` answers to each.
 
-    Tables of answers by candidate, `count` to a prompt; `weights` are hashes of their models, where these are known.
-    Candidates with one model, such as merges of a policy with itself, may well answer alike.
+    Tables of answers by candidate.
     """
     asked = {name: set(answers["prompt_id"]) for name, answers in tables.items()}
     first = next(iter(tables))
@@ -202,20 +201,15 @@ def check_together(tables: Mapping[str, pd.DataFrame], count: int, weights: Mapp
             raise DataError(f"candidates {first!r} and {name!r} have answers to different prompts")
         if each != count:
             raise DataError(f"candidate {name!r} has {each:g} answers to each prompt, and {count} are stated")
+
+
+def same(tables: Mapping[str, pd.DataFrame]) -> tuple[tuple[str, str], ...]:
+    """Pairs of candidates with the same answers, of the same probabilities and costs.
+
+    They are one policy, or next to it, as merges of policies that hardly differ are; or one was copied from the other.
+    """
     ordered = {name: _identity(answers) for name, answers in tables.items()}
-    for one, other in combinations(tables, 2):
-        own = _parameters(weights.get(one, {}))
-        alike = bool(own) and own == _parameters(weights.get(other, {}))
-        if ordered[one].equals(ordered[other]) and not alike:
-            raise DataError(
-                f"candidates {one!r} and {other!r} have the same answers, with the same probabilities and costs; one "
-                "was copied from the other"
-            )
-
-
-def _parameters(hashes: Mapping[str, str]) -> dict[str, str]:
-    """The hashes of a model's own weights, without its settings, its tokenizer and adapters beside it."""
-    return {name: found for name, found in hashes.items() if Path(name).suffix == ".safetensors" and "/" not in name}
+    return tuple((one, other) for one, other in combinations(tables, 2) if ordered[one].equals(ordered[other]))
 
 
 def _identity(answers: pd.DataFrame) -> pd.DataFrame:

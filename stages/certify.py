@@ -63,6 +63,8 @@ def main(run: Run[CertifyParams]) -> None:
             sampling_seeds={"answers": params.seed}, origin=origin(row, run.item, bench),
         )  # fmt: skip
     log.info("%s", found.statement)
+    for pair in found.same:
+        log.warning("%s", certificate.alike(pair))
     with replacing(POLICIES / run.item) as policy:
         if found.returned is None:
             policy.mkdir()

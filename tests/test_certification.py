@@ -59,8 +59,8 @@ def certificate(needed: Requirement) -> Certificate:
     """One of a single requirement at delta 0.05, with nothing tested."""
     return Certificate(
         delta=0.05, seed=0, requirements=(needed,), candidates=("a",), tested=(), certified=(), returned=None,
-        max_new_tokens=9, ended={}, tables={}, labels={}, samples_per_prompt=1, plan=None, prompts=None, limits=None,
-        weights={}, policy=None, cost_model=None, sampling_seeds={}, versions={},
+        max_new_tokens=9, ended={}, tables={}, labels={}, samples_per_prompt=1, same=(), plan=None,
+        prompts=None, limits=None, weights={}, policy=None, cost_model=None, sampling_seeds={}, versions={},
     )  # fmt: skip
 
 
