@@ -67,9 +67,10 @@ def span(text: str, key: str) -> tuple[int, int] | None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all; what a kill leaves lies in DVC's own folder for such things."""
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    room = path.parent / ".dvc" / "tmp"
+    temporary = (room if room.is_dir() else path.parent) / f".{path.name}.{os.getpid()}.tmp"
     temporary.write_text(text)
     temporary.replace(path)
 

@@ -11,11 +11,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from dualign.lm.loading import load_model, with_adapter
 from dualign.lm.mixture import FILE, components
-from dualign.lm.models import adapter_base, merged, save
+from dualign.lm.models import adapter_base, merged, read_tokenizer, save
 
 #: Sub-folder of a published policy that holds its adapter.
 ADAPTER = "adapter"
@@ -40,7 +40,7 @@ def _publish_mixture(policy: Path, out: Path) -> None:
 
 def _publish_adapter(policy: Path, out: Path) -> None:
     base = load_model(AutoModelForCausalLM, adapter_base(policy), dtype=torch.float32)
-    save(merged(with_adapter(base, policy)), AutoTokenizer.from_pretrained(str(policy)), out)
+    save(merged(with_adapter(base, policy)), read_tokenizer(policy), out)
     shutil.copytree(policy, out / ADAPTER)
 
 
