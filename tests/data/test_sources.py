@@ -410,7 +410,7 @@ def test_alpaca_holds_no_pairs(tmp_path: Path) -> None:
         records(tmp_path, "helpful", format="alpaca", path="a.json")
 
 
-@pytest.mark.parametrize("path", ["nosuch.jsonl", "owner/nosuch.jsonl", "nosuch", "../owner/nosuch"])
+@pytest.mark.parametrize("path", ["nosuch.jsonl", "owner/nosuch.jsonl", "nosuch"])
 def test_a_missing_file_is_named_with_its_folder(tmp_path: Path, path: str) -> None:
     with pytest.raises(DataError, match=r"no such file; put nosuch.* into .*or correct prepare\.sft") as caught:
         records(tmp_path, "sft", format="alpaca", path=path)
