@@ -173,10 +173,11 @@ def _run(arguments: argparse.Namespace) -> int:
         server.need()
     from pipeline.flow import REFUSED, WAITING, alignment
 
-    state = alignment(
-        stages=arguments.stages, force=arguments.force, set=settings, preset=arguments.params,
-        jobs=arguments.jobs, cluster=arguments.cluster, return_state=True,
-    )  # fmt: skip
+    with server.own_server():
+        state = alignment(
+            stages=arguments.stages, force=arguments.force, set=settings, preset=arguments.params,
+            jobs=arguments.jobs, cluster=arguments.cluster, return_state=True,
+        )  # fmt: skip
     if state.is_cancelled():
         raise KeyboardInterrupt
     if state.name == REFUSED:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 
 from pipeline.errors import PipelineError
 
@@ -93,6 +95,20 @@ def use_running() -> None:
     api = address()
     if origin(api) or reachable(api):
         need()
+
+
+@contextlib.contextmanager
+def own_server() -> Iterator[None]:
+    """Around what may start Prefect's own server: raises PipelineError where that does not come up in time."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "ephemeral Prefect API server" not in str(error):
+            raise
+        raise PipelineError(
+            "Prefect's own server did not come up; start one in another terminal, prefect server start, or give it "
+            "more time: PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS=600"
+        ) from error
 
 
 def _use(api: str) -> None:

@@ -52,3 +52,10 @@ def test_a_dead_address_of_the_shell_or_of_a_file_is_told_too(project: Project, 
     (project.root / "prefect.toml").write_text(f'[api]\nurl = "{DEAD}"\n')
     code, said = told(project, home, "pipeline", "run")
     assert code == 2 and "PREFECT_API_URL of .env, prefect.toml or pyproject.toml here" in said
+
+
+def test_a_server_of_ones_own_that_does_not_come_up_is_one_line(project: Project, home: Path) -> None:
+    late = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "0", "PREFECT_SERVER_EPHEMERAL_ENABLED": "true"}
+    code, said = told(project, home, "pipeline", "run", "--stage", "first", **late)
+    assert code == 2 and "\nPrefect's own server did not come up; start one in another terminal" in said
+    assert "Traceback" not in said
