@@ -319,6 +319,8 @@ def handed_cases(root: Path) -> Iterator[Case]:
     for file, (name, item) in HANDED.items():
         missing = () if name == "report" or file.startswith("models/sft/tokenizer_c") else (None,)
         for content in (*SHAPES, *missing):
+            if file.endswith("tokenizer_config.json") and content == b"{}":  # the defaults of transformers
+                continue
             what = f"{file}: {'missing' if content is None else repr(content[:12])}"
             yield Case("stage inputs", what, (Path(file).name,), stage(name, item), {file: content})
     other = (root / "data/prepared/eval.parquet").read_bytes()
@@ -329,9 +331,9 @@ def handed_cases(root: Path) -> Iterator[Case]:
             "cut": whole[: len(whole) // 2],
             "text": b"a,b\n",
             "missing": None,
-            "another table": None if "prompts" in file else other,
+            "another table": None if Path(file).stem in ("pool", "search", "certify", "eval") else other,
         }.items():
-            if content == whole or (name == "report" and content is None) or (what == "another table" and item):
+            if (name == "report" or what == "another table") and content is None:
                 continue
             yield Case("stage inputs", f"{file}: {what}", (Path(file).name,), stage(name, item), {file: content})
 
@@ -354,7 +356,7 @@ def model_cases(root: Path) -> Iterator[Case]:
             "an unknown type": {"model_type": "odd"}, "a wider model": {"hidden_size": 24},
             "code of its own": {"model_type": "odd", "auto_map": {"AutoModelForCausalLM": "m.M", "AutoConfig": "m.C"}},
             "quantised": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            "a short context": {"max_position_embeddings": 4},
+            **({} if name == "score" and "reward" in folder else {"a short context": {"max_position_embeddings": 4}}),
         }.items():  # fmt: skip
             changes = {config.relative_to(root).as_posix(): json.dumps(told | change).encode()}
             yield Case("models", f"{folder}: {what}", (Path(folder).name,), stage(name, item), changes)
@@ -412,7 +414,7 @@ def command_cases(root: Path) -> Iterator[Case]:
     }.items():  # fmt: skip
         yield Case("command line", f"pipeline {' '.join(arguments)}", (told,), runs(*arguments))
     for arguments, told in {
-        ("nobody",): "nobody", ("params/../../x",): "x", ("default", "--data", "nowhere"): "nowhere", (): "preset",
+        ("nobody",): "nobody", ("params/../../x",): "x", ("params.yaml", "--data", "nowhere"): "nowhere", (): "preset",
         ("data/raw",): "raw", ("dvc.yaml",): "dvc.yaml",
     }.items():  # fmt: skip
         yield Case("command line", f"pipeline.preset {' '.join(arguments)}", (told,), presets(*arguments))

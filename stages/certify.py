@@ -21,7 +21,6 @@ from dualign.certificate import Certificate, Origin, Requirement
 from dualign.certification import Contender, Contenders, contenders, forecast
 from dualign.constraints import Constraint, prices_in
 from dualign.core.artifacts import replacing
-from dualign.core.errors import ParamsError
 from dualign.core.params import CertifyParams, CertifyRun
 from dualign.core.records import SolvedDual, read_record
 from dualign.core.schema import PROMPTS, read_table
@@ -46,26 +45,24 @@ LABELLED: dict[str, tuple[str, Literal["truth", "harm"]]] = {
 def main(run: Run[CertifyParams]) -> None:
     """Run the stage."""
     params = run.params
-    if run.item not in params.runs:
-        raise ParamsError(f"certify.runs has no {run.item!r}; one of {', '.join(params.runs)}")
-    row = params.runs[run.item]
+    item, row = run.pick(params.runs, "certify.runs")
     prompts = read_table(PROMPT_SET, PROMPTS).head(params.prompts)
     models = {MODELS / name for name in ("sft", "reward_model", "cost_model", row.policy, row.partner, row.fallback)}
     scratch = run.scratch(PROMPT_SET, DUAL, *sorted(models))
     further = [price.constraint for price in prices_in(read_record(DUAL, SolvedDual))]
     field = contenders(row, MODELS, scratch)
     bench = Contenders(field, params, prompts, Judges.load(run.resources), scratch)
-    with replacing(certificate.PLACE / run.item) as folder:
+    with replacing(certificate.PLACE / item) as folder:
         folder.mkdir()
         found = certificate.issue(
             folder / certificate.FILE, list(field), lambda name: into(folder, bench.evidence(name)),
             requirements(params, further), max_new_tokens=params.max_new_tokens, delta=params.delta, seed=params.seed,
-            sampling_seeds={"answers": params.seed}, origin=origin(row, run.item, bench),
+            sampling_seeds={"answers": params.seed}, origin=origin(row, item, bench),
         )  # fmt: skip
     log.info("%s", found.statement)
     for pair in found.same:
         log.warning("%s", certificate.alike(pair))
-    with replacing(POLICIES / run.item) as policy:
+    with replacing(POLICIES / item) as policy:
         if found.returned is None:
             policy.mkdir()
         else:

@@ -42,9 +42,9 @@ METRICS = Path("reports/metrics")
 def main(run: Run[DualSearchParams]) -> None:
     """Run the stage."""
     params = run.params
-    if run.item not in params.methods:
-        raise ParamsError(f"methods has no {run.item!r}; one of {', '.join(params.methods)}")
-    row, params = plan(run.item, params.methods[run.item]), params.of(run.item)
+    item, spec = run.pick(params.methods, "methods")
+    row = plan(item, spec)
+    params = params.of(row.name)
     start = _metrics(row.start)
     _check_scores(row, start)
     _check_start(row, start)
@@ -67,10 +67,10 @@ def main(run: Run[DualSearchParams]) -> None:
     result = rules.summary(row, steps, stopped, params, known, trainings(row, start))
     chosen = steps[result["chosen"]]
     log.info("%s; the policy of step %d at lambda %.4f is returned", stopped, chosen.step, chosen.lam)
-    with replacing(MODELS / "aligned" / run.item) as folder:
+    with replacing(MODELS / "aligned" / item) as folder:
         publish(Path(chosen.policy), folder)
         (folder / "README.md").write_text(model_card(row, result, params))
-    write_json(Path("reports/search") / f"{run.item}.json", result)
+    write_json(Path("reports/search") / f"{item}.json", result)
     spent = ("feasible", "trainings", "generated_tokens", "labels", "comparisons")
     run.metrics({**result["steps"][result["chosen"]], **{key: result[key] for key in spent}})
     finished(scratch)

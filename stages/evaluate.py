@@ -17,7 +17,6 @@ import pandas as pd
 
 from dualign.constraints import constraint
 from dualign.core.artifacts import replacing, write_parquet
-from dualign.core.errors import ParamsError
 from dualign.core.params import ConstraintSpec, EvaluateParams
 from dualign.core.schema import ANSWERS, ENUMERATED, POOL, PROMPTS, read_table
 from dualign.core.stage import Run, execute
@@ -38,10 +37,8 @@ OUT = Path("reports/evaluation")
 def main(run: Run[EvaluateParams]) -> None:
     """Run the stage."""
     params = run.params
-    if run.item not in params.policies:
-        raise ParamsError(f"evaluate.policies has no {run.item!r}; one of {', '.join(params.policies)}")
+    item, folder = run.pick(params.policies, "evaluate.policies")
     prompts = read_table(PROMPT_SET, PROMPTS).head(params.prompts)
-    folder = params.policies[run.item]
     path = Path("models") / folder
     if path.is_dir() and not is_policy(path):  # no candidate was certified
         return absent(run)
@@ -63,10 +60,10 @@ def main(run: Run[EvaluateParams]) -> None:
         metrics |= against_optimum(metrics, finite_problem(kept, params.beta), params.limit)
     if params.also:
         metrics["also"] = further_limits(answers, params.also, params.confidence)
-    with replacing(OUT / run.item) as out:
+    with replacing(OUT / item) as out:
         out.mkdir()
         write_parquet(out / "answers.parquet", answers, ANSWERS)
-    run.metrics({**metrics, "policy": run.item, "max_new_tokens": params.max_new_tokens})
+    run.metrics({**metrics, "policy": item, "max_new_tokens": params.max_new_tokens})
 
 
 def absent(run: Run[EvaluateParams]) -> None:

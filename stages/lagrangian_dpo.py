@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign import dual
 from dualign.constraints import priced, prices_in
-from dualign.core.errors import InfeasibleError, ParamsError
+from dualign.core.errors import InfeasibleError
 from dualign.core.params import LagrangianDpoParams, LagrangianRun
 from dualign.core.records import SolvedDual, read_record, solved_multiplier
 from dualign.core.schema import by_prompt
@@ -41,18 +41,16 @@ OUT = Path("models/lagrangian_dpo")
 def main(run: Run[LagrangianDpoParams]) -> None:
     """Run the stage."""
     params = run.params
-    if run.item not in params.runs:
-        raise ParamsError(f"lagrangian_dpo.runs has no {run.item!r}; one of {', '.join(params.runs)}")
-    spec = params.runs[run.item]
+    item, spec = run.pick(params.runs, "lagrangian_dpo.runs")
     tokenizer = load_tokenizer(REFERENCE)
     tables = scored_tables(SCORED, spec.reward, spec.cost, params.beta, tokenizer, run.resources, MODELS, METRICS)
-    found = multiplier(run.item, spec, tables.pool, params)
-    tables = charged(run.item, spec, tables, tokenizer)
+    found = multiplier(item, spec, tables.pool, params)
+    tables = charged(item, spec, tables, tokenizer)
     frame = tables.pool if spec.data == "pool" else tables.pairs
     pairs = pairs_at(found["lam"], frame, spec.data, spec, params, tokenizer)
     policies = (MODELS / spec.reward, MODELS / spec.cost, METRICS / f"{spec.cost}.json") if spec.implicit else ()
     scratch = run.scratch(SCORED, DUAL, REFERENCE, *policies)
-    metrics = train_at(found["lam"], pairs, REFERENCE, spec, params, run.resources, scratch, OUT / run.item)
+    metrics = train_at(found["lam"], pairs, REFERENCE, spec, params, run.resources, scratch, OUT / item)
     # A search that starts here looks at these, and takes the rest over.
     run.metrics({**metrics, **found, **spec.model_dump(include={"reward", "cost", "data"})})
     finished(scratch)

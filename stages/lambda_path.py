@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dualign.core.errors import ParamsError
 from dualign.core.params import LambdaPathParams
 from dualign.core.schema import POOL, read_table
 from dualign.core.stage import Run, execute, finished
@@ -25,14 +24,12 @@ OUT = Path("models/lambda_path")
 def main(run: Run[LambdaPathParams]) -> None:
     """Run the stage."""
     params = run.params
-    if run.item not in params.runs:
-        raise ParamsError(f"lambda_path.runs has no {run.item!r}; one of {', '.join(params.runs) or 'none'}")
-    spec = params.runs[run.item]
+    item, spec = run.pick(params.runs, "lambda_path.runs")
     begin = MODELS / spec.begin
     scratch = run.scratch(SAMPLES, *sorted({MODELS / "sft", begin}))
     tokenizer = load_tokenizer(MODELS / "sft")
     pairs = pairs_at(spec.lam, read_table(SAMPLES, POOL), "pool", spec, params, tokenizer)
-    metrics = train_at(spec.lam, pairs, begin, spec, params, run.resources, scratch, OUT / run.item)
+    metrics = train_at(spec.lam, pairs, begin, spec, params, run.resources, scratch, OUT / item)
     # What a search from here looks at, as it would in the metrics of lagrangian_dpo.
     scored = {"reward": "reward_model", "cost": "cost_model", "data": "pool"}
     run.metrics({**metrics, **scored, "lam": spec.lam, "begin": spec.begin})

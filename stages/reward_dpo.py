@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import replacing
-from dualign.core.errors import DataError, ParamsError
+from dualign.core.errors import DataError
 from dualign.core.params import RewardDpoParams, RewardRun
 from dualign.core.schema import HELPFUL_PAIRS, read_table
 from dualign.core.stage import Run, execute, finished
@@ -31,9 +31,7 @@ OUT = Path("models/reward_dpo")
 def main(run: Run[RewardDpoParams]) -> None:
     """Run the stage."""
     params = run.params
-    if run.item not in params.runs:
-        raise ParamsError(f"reward_dpo.runs has no {run.item!r}; one of {', '.join(params.runs)}")
-    spec = params.runs[run.item]
+    item, spec = run.pick(params.runs, "reward_dpo.runs")
     tokenizer = load_tokenizer("models/sft")
     policy = load_policy(MODELS / spec.reference, run.resources, trained=params.lora.rank == 0)
     pairs = training_pairs(run, spec, policy, tokenizer)
@@ -42,7 +40,7 @@ def main(run: Run[RewardDpoParams]) -> None:
     job = Job(params.training, run.resources, scratch, params.seed)
     inner = Inner(scale=params.beta, beta=params.beta, loss_type=spec.loss_type, clip=spec.clip)
     metrics = train_pairwise(policy, tokenizer, pairs, inner, job)
-    with replacing(OUT / run.item) as folder:
+    with replacing(OUT / item) as folder:
         save(policy, tokenizer, folder)
     run.metrics({**metrics, **spec.model_dump(exclude={"margin_weight"})})
     finished(scratch)

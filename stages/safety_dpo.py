@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from dualign.core.errors import ParamsError
 from dualign.core.params import SafetyDpoParams, SafetyRun
 from dualign.core.records import SolvedDual, read_record, solved_multiplier
 from dualign.core.schema import SAFETY_PAIRS, read_table
@@ -30,14 +29,12 @@ OUT = Path("models/safety_dpo")
 def main(run: Run[SafetyDpoParams]) -> None:
     """Run the stage."""
     params = run.params
-    if run.item not in params.runs:
-        raise ParamsError(f"safety_dpo.runs has no {run.item!r}; one of {', '.join(params.runs)}")
-    spec = params.runs[run.item]
-    lam = max(spec.factor * multiplier(run.item, spec), params.lambda_min)
+    item, spec = run.pick(params.runs, "safety_dpo.runs")
+    lam = max(spec.factor * multiplier(item, spec), params.lambda_min)
     reference = MODELS / spec.reference
     frame = read_table(PAIRS, SAFETY_PAIRS)
     scratch = run.scratch(PAIRS, DUAL, *sorted({MODELS / "sft", reference}))
-    run.metrics(train_at(lam, frame, reference, spec, params, run.resources, scratch, OUT / run.item))
+    run.metrics(train_at(lam, frame, reference, spec, params, run.resources, scratch, OUT / item))
     finished(scratch)
 
 

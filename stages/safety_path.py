@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dualign.core.errors import ParamsError
 from dualign.core.params import SafetyPathParams
 from dualign.core.schema import SAFETY_PAIRS, read_table
 from dualign.core.stage import Run, execute, finished
@@ -24,13 +23,11 @@ OUT = Path("models/safety_path")
 def main(run: Run[SafetyPathParams]) -> None:
     """Run the stage."""
     params = run.params
-    if run.item not in params.runs:
-        raise ParamsError(f"safety_path.runs has no {run.item!r}; one of {', '.join(params.runs) or 'none'}")
-    spec = params.runs[run.item]
+    item, spec = run.pick(params.runs, "safety_path.runs")
     reference = MODELS / spec.reference
     scratch = run.scratch(PAIRS, *sorted({MODELS / "sft", reference}))
     frame = read_table(PAIRS, SAFETY_PAIRS)
-    run.metrics(train_at(spec.lam, frame, reference, spec, params, run.resources, scratch, OUT / run.item))
+    run.metrics(train_at(spec.lam, frame, reference, spec, params, run.resources, scratch, OUT / item))
     finished(scratch)
 
 

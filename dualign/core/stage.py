@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -29,6 +29,7 @@ from dualign.core.temporaries import room_for, scratch_root, temporary_folder
 log = logging.getLogger("dualign")
 
 P = TypeVar("P", bound=StageParams)
+Row = TypeVar("Row")
 _PACKAGES = ("dualign", "torch", "transformers", "trl", "peft", "datasets", "pandas", "numpy")
 
 
@@ -50,6 +51,15 @@ class Run(Generic[P]):
     def name(self) -> str:
         """`stage` or `stage/item`, as metrics and provenance files are named."""
         return f"{self.stage}/{self.item}" if self.item else self.stage
+
+    def pick(self, rows: Mapping[str, Row], where: str) -> tuple[str, Row]:
+        """This instance's name and its row in the table at key `where`. Raises ParamsError where it has none."""
+        names = ", ".join(rows) or "none"
+        if self.item is None:
+            raise ParamsError(f"python -m stages.{self.stage} NAME: which one of {where}? {names}")
+        if self.item not in rows:
+            raise ParamsError(f"{where} has no {self.item!r}; one of {names}")
+        return self.item, rows[self.item]
 
     def metrics(self, content: dict[str, Any]) -> None:
         """Write this stage's DVC metrics file."""

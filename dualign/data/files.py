@@ -394,7 +394,7 @@ def _parquet(path: Path) -> Raw:
                 for start, piece in _pieces(first, batch, path):
                     yield from enumerate(_unpacked(piece, schema).to_pylist(), start=start)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({error})") from error
+        raise DataError(f"{path}: not a readable parquet file ({str(error).strip().splitlines()[0]})") from error
 
 
 def _chunks(metadata: Any) -> list[Any]:

@@ -97,7 +97,8 @@ def check_context(model: torch.nn.Module, tokens: int, what: str) -> None:
     """Refuse sequences longer than a model can read. Raises ParamsError that says `what` is that long."""
     context = context_of(model)
     if context is not None and tokens > context:
-        raise ParamsError(f"{what}: {tokens} tokens, but the context of the model is {context}; lower it")
+        name = getattr(getattr(model, "config", None), "_name_or_path", "") or "the model"
+        raise ParamsError(f"{what}: {tokens} tokens, but the context of {name} is {context}; lower it")
 
 
 def with_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
