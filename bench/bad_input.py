@@ -3,8 +3,8 @@
     python -m bench.bad_input
 
 Takes the tiny world of `bench.tiny`, spoils one file or argument at a time, and runs the command that reads it. Clear
-is an error of one line that names the file, key or argument and ends with an exit status; a traceback, an error that
-names nothing, and bad input that is taken are not.
+is an error of one line that names the file, key or argument, says what to do, and ends with an exit status. Not clear
+are a traceback, an error that names nothing, and bad input that is taken.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import traceback
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 
 #: The longest error that is still one line to read.
 LONGEST = 700
+#: How an error says what would be right, or what to do.
+_REMEDY = re.compile(r"; |must|should|one of|did you mean|expected|write key=|in place of|for example|e\.g\.")
 Command = Callable[[], object]
 Content = dict[str, Any]
 
@@ -499,6 +502,7 @@ def judge(case: Case) -> Verdict:
     usage = lines[0].startswith("usage:")
     line = lines[-1] if usage else said
     unnamed = [name for name in case.names if name not in line]
+    helps = usage or _REMEDY.search(line)
     if status == 0:
         unclear = "taken"
     elif status == "traceback" or "Traceback" in said:
@@ -509,6 +513,8 @@ def judge(case: Case) -> Verdict:
         unclear = f"{len(line)} characters"
     elif unnamed:
         unclear = f"does not name {unnamed[0]!r}"
+    elif not helps:
+        unclear = "does not say what to do"
     else:
         unclear = ""
     return Verdict(case.kind, case.what, line if unclear != "traceback" else said[-500:], unclear)

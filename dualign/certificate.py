@@ -523,7 +523,9 @@ def absent(path: str | Path, recorded: Certificate) -> list[str]:
 def _unchanged(folder: Path, table: Table, what: str) -> None:
     file = folder / table.path
     if file.is_file() and seen.sha256(file) != table.sha256:
-        raise DataError(f"{what} ({file}) are not those certified: sha256 differs")
+        raise DataError(
+            f"{what} ({file}) are not those certified: sha256 differs; run certify again, or bring back the file"
+        )
 
 
 def _recomputed(recorded: Certificate, folder: Path) -> None:

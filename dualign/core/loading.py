@@ -84,7 +84,7 @@ def _dig(content: dict[str, Any], dotted: str, path: str | Path) -> Any:
     value: Any = content
     for key in dotted.split("."):
         if not isinstance(value, dict) or key not in value:
-            raise ParamsError(f"{path}: {dotted} is missing")
+            raise ParamsError(f"{path}: {dotted} is missing; add it (params.yaml in the repository shows every key)")
         value = value[key]
     return value
 

@@ -69,7 +69,7 @@ def parse(content: bytes, path: str | Path) -> Any:
         raise ParamsError(f"{path}: not valid YAML ({error.reason}); save it as UTF-8 text") from None
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise ParamsError(f"{path}:{line}: not valid YAML ({_short(error.problem)})") from None
+        raise ParamsError(f"{path}:{line}: not valid YAML ({_short(error.problem)}); correct it there") from None
     except _Refused as error:
         raise ParamsError(f"{path}:{error.line}: {error}") from None
     except YAMLError as error:

@@ -394,7 +394,8 @@ def _parquet(path: Path) -> Raw:
                 for start, piece in _pieces(first, batch, path):
                     yield from enumerate(_unpacked(piece, schema).to_pylist(), start=start)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({str(error).strip().splitlines()[0]})") from error
+        why = str(error).strip().splitlines()[0]
+        raise DataError(f"{path}: not a readable parquet file ({why}); is it complete? write it again") from error
 
 
 def _chunks(metadata: Any) -> list[Any]:

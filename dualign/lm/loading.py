@@ -63,7 +63,9 @@ def load_reported(
             ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
     except Exception as error:  # transformers, safetensors and torch raise many kinds here
-        raise ModelError(f"{path}: cannot be loaded as {_what(auto)} ({first_line(error)})") from error
+        raise ModelError(
+            f"{path}: cannot be loaded as {_what(auto)} ({first_line(error)}); is the folder complete?"
+        ) from error
     _check_report(path, report, fresh)
     _check_finite(path, model)
     return (_plain(model) if gguf_file else model), sorted(report["missing_keys"])
@@ -192,7 +194,9 @@ def _check_report(path: str | Path, report: dict[str, Any], fresh: Sequence[str]
         )
     if missing:
         hint = f"; it holds {_some(unused)} instead, so the weights may be another model's" if unused else ""
-        raise ModelError(f"{path}: the checkpoint lacks {_some(missing)}, which would be random{hint}")
+        raise ModelError(
+            f"{path}: the checkpoint lacks {_some(missing)}, which would be random{hint}; take the whole checkpoint"
+        )
 
 
 def _check_finite(path: str | Path, model: torch.nn.Module) -> None:
@@ -226,7 +230,9 @@ def _refusal(error: Exception) -> str:
             "the model needs code of its own repository, which dualign never runs; take a model whose architecture "
             "transformers knows"
         )
-    return f"no usable config.json ({first_line(error)})"
+    return (
+        f"no usable config.json ({first_line(error)}); is the folder complete, and of a kind that transformers knows?"
+    )
 
 
 def _what(auto: Any) -> str:

@@ -35,7 +35,8 @@ def fails() -> None:
     ("command", "unclear"),
     [
         (says("my.json: lam: field required; run its stage again"), ""),
-        (says("something is wrong"), "does not name 'my.json'"),
+        (says("something is wrong; mend it"), "does not name 'my.json'"),
+        (says("my.json: lam is wrong"), "does not say what to do"),
         (says("my.json: wrong", "and more"), "2 lines"),
         (says("my.json: " + "x" * 800), "809 characters"),
         (says("my.json is fine", status=0), "taken"),
