@@ -23,7 +23,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelling, Running
 
-from pipeline import cluster, records, worker
+from pipeline import cluster, inputs, records
 from pipeline.__main__ import main
 from pipeline.dag import load_dag
 from pipeline.errors import PipelineError
@@ -209,4 +209,4 @@ def test_a_question_that_is_half_written_is_not_sent(tmp_path: Path) -> None:
     for name in ("data/labels/to-label-1.jsonl", "data/labels/.tmp-1/to-label-1.jsonl", ".scratch/to-label-2.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
-    assert worker._questions(tmp_path) == {"data/labels/to-label-1.jsonl": "{}"}
+    assert inputs.questions(tmp_path) == {"data/labels/to-label-1.jsonl": "{}"}
