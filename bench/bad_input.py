@@ -22,7 +22,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,11 @@ def params_cases(root: Path) -> Iterator[Case]:
         yield Case("params", what, ("params.yaml",), stage("prepare"), {"params.yaml": text})
     for place, extreme in _extremes():
         yield _params_case("params", f"{'.'.join(place)}: {extreme!r:.30}", place[-1], whole, place, extreme)
+    for section, item in (("dual_search", "sacpo"), ("certify", "dualign"), ("evaluate", "sft")):
+        case = _params_case(
+            "params", f"{section}.prompts beyond what is drawn", "prompts", whole, (section, "prompts"), 999
+        )
+        yield replace(case, command=stage(section, item))
 
 
 def _extremes() -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -141,8 +146,6 @@ def _extremes() -> Iterator[tuple[tuple[str, ...], Any]]:
     for key in ("threads", "micro_batch_size", "sampling_batch_size"):
         for value in (0, -1, 10**11):
             yield ("resources", key), value
-    for section in ("dual_search", "certify", "evaluate"):
-        yield (section, "prompts"), 10**6
 
 
 def names_cases(root: Path) -> Iterator[Case]:

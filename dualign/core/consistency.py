@@ -34,7 +34,6 @@ def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: 
     assert isinstance(search, DualSearchParams) and isinstance(certify, CertifyParams)
     assert isinstance(evaluate, EvaluateParams) and isinstance(safety_path, SafetyPathParams)
     safe = _on_safety(safety, safety_path)
-    _check_prompts(stages, path)
     _check_references(reward, safe, path)
     _check_scores(reward, safe, lagrangian, path)
     _check_path(lambda_path, path)
@@ -63,8 +62,11 @@ _DRAWN = {
 }
 
 
-def _check_prompts(stages: dict[str, StageParams], path: str | Path) -> None:
-    """No estimate asks for more prompts than are drawn for it: it would be made on fewer, with a wider error."""
+def check_prompts(stages: dict[str, StageParams], path: str | Path, only: str = "") -> None:
+    """No estimate asks for more prompts than are drawn for it: it would be made on fewer, with a wider error.
+
+    `only` leaves out the estimates of other stages than this one, which do without them. Raises ParamsError.
+    """
     search = stages["dual_search"]
     assert isinstance(search, DualSearchParams)
     asked = {key: (_number(stages, key), drawn) for key, drawn in _DRAWN.items()}
@@ -73,7 +75,8 @@ def _check_prompts(stages: dict[str, StageParams], path: str | Path) -> None:
             asked[f"methods.{name}.feedback.prompts"] = (row.feedback.prompts, "prepare.search_prompts")
     for key, (count, drawn) in asked.items():
         there = _number(stages, drawn)
-        if count > there:
+        user = key.partition(".")[0].replace("methods", "dual_search")
+        if count > there and only in ("", user):
             what = f"{key} {count} is more than the {there} that {drawn} draws"
             raise ParamsError(f"{path}: {what}; ask for fewer, or draw more")
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from dualign.core import yaml_text
-from dualign.core.consistency import check_across
+from dualign.core.consistency import check_across, check_prompts
 from dualign.core.errors import ParamsError
 from dualign.core.names import cut, shown
 from dualign.core.params import STAGES, Resources, StageParams
@@ -39,10 +39,13 @@ def mapping(content: Any, path: str | Path) -> dict[str, Any]:
 
 
 def load(cls: type[P], path: str | Path = "params.yaml") -> P:
-    """Check the whole file, return the params of one stage. Raises ParamsError that names file, key and remedy."""
-    content = read_yaml(path)
-    checked = check(content, path)
-    return checked[cls.section]  # type: ignore[return-value]
+    """Check the whole file, return the params of one stage. Raises ParamsError that names file, key and remedy.
+
+    Only the stage whose own estimates ask for more prompts than are drawn refuses them; `check` does for all.
+    """
+    stages = _sections(read_yaml(path), path)
+    check_prompts(stages, path, cls.section)
+    return stages[cls.section]  # type: ignore[return-value]
 
 
 def load_resources(path: str | Path = "params.yaml") -> Resources:
@@ -52,6 +55,12 @@ def load_resources(path: str | Path = "params.yaml") -> Resources:
 
 def check(content: dict[str, Any], path: str | Path) -> dict[str, StageParams]:
     """Validate every section of a params file; return the params of each stage by name."""
+    stages = _sections(content, path)
+    check_prompts(stages, path)
+    return stages
+
+
+def _sections(content: dict[str, Any], path: str | Path) -> dict[str, StageParams]:
     _refuse_unknown(content, _TOP_LEVEL, "", path)
     for key in sorted(_TOP_LEVEL - content.keys()):
         raise ParamsError(f"{path}: {key} is missing; add it (params.yaml in the repository shows every key)")

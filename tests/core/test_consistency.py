@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from dualign.core import loading, params
+from dualign.core.errors import ParamsError
+from dualign.core.params import EvaluateParams, SftParams
 from tests.core.mistakes import Content, drop, put, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -242,6 +245,16 @@ def test_no_estimate_asks_for_more_prompts_than_are_drawn(content: Content, key:
     loading.check(put(content, key, there), "my.yaml")
     message = refusal(put(content, key, there + 1))
     assert message == f"{key} {there + 1} is more than the {there} that {drawn} draws; ask for fewer, or draw more"
+
+
+def test_a_stage_refuses_too_many_prompts_of_its_own_estimates_only(content: Content, tmp_path: Path) -> None:
+    put(content, "evaluate.prompts", content["prepare"]["eval_prompts"] + 1)
+    path = tmp_path / "params.yaml"
+    with path.open("w") as file:
+        YAML().dump(content, file)
+    assert loading.load(SftParams, path).section == "sft"
+    with pytest.raises(ParamsError, match=r"evaluate\.prompts .* ask for fewer, or draw more"):
+        loading.load(EvaluateParams, path)
 
 
 def test_labels_ask_for_no_more_prompts_than_the_search_has() -> None:
