@@ -41,11 +41,14 @@ def mapping(content: Any, path: str | Path) -> dict[str, Any]:
 def load(cls: type[P], path: str | Path = "params.yaml") -> P:
     """Check the whole file, return the params of one stage. Raises ParamsError that names file, key and remedy.
 
-    Only the stage whose own estimates ask for more prompts than are drawn refuses them; `check` does for all.
+    Estimates on more prompts than are drawn pass here: `check_estimates` and `check` refuse them.
     """
-    stages = _sections(read_yaml(path), path)
-    check_prompts(stages, path, cls.section)
-    return stages[cls.section]  # type: ignore[return-value]
+    return _sections(read_yaml(path), path)[cls.section]  # type: ignore[return-value]
+
+
+def check_estimates(section: str, path: str | Path = "params.yaml") -> None:
+    """Raise ParamsError where a stage's own estimates ask for more prompts than are drawn for them."""
+    check_prompts(_sections(read_yaml(path), path), path, section)
 
 
 def load_resources(path: str | Path = "params.yaml") -> Resources:
