@@ -201,7 +201,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(finished: Path, sta
         cwd=finished, env=environment(), stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not list((finished / ".scratch").rglob("checkpoint-2/trainer_state.json")):
+    while not list((finished / ".scratch").rglob("checkpoint-2/manifest.json")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

@@ -27,8 +27,12 @@ def test_what_prefect_refuses_is_told_in_its_own_words(
     project: Project, repo_root: Path, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", server)
+    graph = project.root / "dvc.yaml"  # with a pool that no other test makes on this server
+    graph.write_text(graph.read_text().replace('"pool": "cpu"', '"pool": "lone"').replace("pool: cpu", "pool: lone"))
     dag = load_dag(project.root)
-    (project.root / "prefect.yaml").write_text((repo_root / "prefect.yaml").read_text())
+    assert pools_of(dag) == ["lone"]
+    told = (repo_root / "prefect.yaml").read_text().replace("name: cpu", "name: lone")
+    (project.root / "prefect.yaml").write_text(told)
     with pytest.raises(
         PipelineError, match=r"^prefect work-pool create: Unknown work pool type 'none'\. Please choose"
     ):
