@@ -115,6 +115,7 @@ def execute(main: Callable[[Run[P]], None], cls: type[P], argv: list[str] | None
         started = time.monotonic()
         main(run)
         _provenance(run, time.monotonic() - started)
+        signal.signal(signal.SIGTERM, _too_late)
     except DualignError as error:
         log.error("%s", error)
         sys.exit(error.status)
@@ -170,6 +171,10 @@ def _threads(resources: Resources) -> None:
 
 def _interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
+
+
+def _too_late(signum: int, frame: Any) -> None:
+    """All is written: an interrupt while the interpreter ends would be a traceback and no more."""
 
 
 def _digest(path: Path) -> str:

@@ -69,6 +69,12 @@ def failing(error: BaseException) -> Main:
     return main
 
 
+def test_a_signal_after_all_is_written_does_nothing(folder: Path) -> None:
+    execute(lambda run: run.metrics({}), DualInitParams, [])
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert (folder / "reports/provenance/dual_init.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("main", "argv", "code", "says"),
     [
