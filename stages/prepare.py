@@ -14,17 +14,19 @@ from dualign.core.artifacts import replacing
 from dualign.core.loading import load
 from dualign.core.params import DualSearchParams, PrepareParams
 from dualign.core.stage import Run, execute
-from dualign.data.prepare import prepare
+from dualign.data.prepare import FAILED, prepare
 from dualign.methods import plan
+
+OUT = Path("data/prepared")
 
 
 def main(run: Run[PrepareParams]) -> None:
     """Run the stage."""
     for name, row in load(DualSearchParams).methods.items():
         plan(name, row)
-    with replacing(Path("data/prepared")) as folder:
+    with replacing(OUT) as folder:
         folder.mkdir()
-        metrics = prepare(run.params, folder)
+        metrics = prepare(run.params, folder, OUT.with_name(FAILED))
     run.metrics(metrics)
 
 

@@ -99,15 +99,16 @@ class Ledger:
         return {name: n for (k, s, name), n in self.reasons.most_common() if (k, s) == (kind, source)}
 
 
-def prepare(params: PrepareParams, folder_out: Path) -> dict[str, Any]:
+def prepare(params: PrepareParams, folder_out: Path, failed: Path | None = None) -> dict[str, Any]:
     """Write all tables, prompt sets and the quarantine into `folder_out`; return the counts as metrics.
 
     Raises:
-        DataError: a source cannot be read or has too many bad rows (these are then found beside `folder_out` in
-            `quarantine-failed.jsonl`), there are too few prompts for the sets, or a split stays empty.
+        DataError: a source cannot be read or has too many bad rows (these are then found in the file `failed`, by
+            default `quarantine-failed.jsonl` beside `folder_out`), there are too few prompts for the sets, or a split
+            stays empty.
     """
     ledger = Ledger()
-    failed = folder_out.with_name(FAILED)
+    failed = failed or folder_out.with_name(FAILED)
     failed.unlink(missing_ok=True)
     rows = {kind: _settled(_gathered(kind, params, ledger), kind, ledger) for kind in KINDS}
     _check_sources(params, ledger, failed)

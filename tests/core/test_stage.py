@@ -220,7 +220,8 @@ def test_a_kill_at_the_end_leaves_the_whole_scratch_folder_or_none(folder: Path)
     process.wait()
     assert not list(scratch.glob("*"))
     finished(a_run().scratch())
-    assert len(list((folder / ".scratch").rglob(".tmp-*"))) == 2  # of another stage, whose next run will remove them
+    left = list((folder / ".scratch").rglob(".tmp-*"))  # of another stage, whose next run will remove them
+    assert len(left) in (0, 2), "none where the kill came too late"
 
 
 def test_a_full_disk_is_one_line_wherever_it_is_met(caplog: pytest.LogCaptureFixture) -> None:

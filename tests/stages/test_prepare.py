@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
-from dualign.core.errors import ParamsError
+from dualign.core.errors import DataError, ParamsError
 from dualign.core.loading import load, load_resources
 from dualign.core.params import PrepareParams
 from dualign.core.stage import Run
@@ -24,3 +25,19 @@ def test_a_row_that_does_not_fit_stops_the_first_stage(tmp_path: Path, monkeypat
     with pytest.raises(ParamsError, match=r"^methods\.mocan\.rule: 'merge' does not go with mocan"):
         prepare.main(Run("prepare", None, load(PrepareParams), load_resources()))
     assert not Path("data").exists() and not Path("reports").exists()
+
+
+def test_rejected_rows_are_kept_where_the_error_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a workspace, whose temporary folders are elsewhere and go with the stage."""
+    monkeypatch.chdir(tmp_path)
+    content = YAML(typ="safe").load(ROOT / "params.yaml")
+    source = {"format": "columns", "path": "rows.jsonl", "columns": {n: n for n in ("prompt", "chosen", "rejected")}}
+    content["prepare"]["helpful"] = [source]
+    with Path("params.yaml").open("w") as file:
+        YAML(typ="safe").dump(content, file)
+    Path("dvc.yaml").touch()
+    Path("data/raw").mkdir(parents=True)
+    Path("data/raw/rows.jsonl").write_text('{"prompt": "a", "chosen": "", "rejected": "b"}\n')
+    with pytest.raises(DataError, match=r"see data/quarantine-failed\.jsonl, then mend the rows"):
+        prepare.main(Run("prepare", None, load(PrepareParams), load_resources()))
+    assert '"empty_answer"' in Path("data/quarantine-failed.jsonl").read_text()
