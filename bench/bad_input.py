@@ -30,9 +30,9 @@ import numpy as np
 from ruamel.yaml import YAML
 from safetensors.numpy import load, save
 
+from bench import options
 from bench.tiny import World
 from dualign import certificate
-from dualign.core.artifacts import replacing, write_json
 from dualign.core.params import STAGES
 from dualign.core.stage import execute
 from pipeline import __main__ as pipeline
@@ -568,10 +568,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     shutil.rmtree(yard, ignore_errors=True)
     shutil.copytree(World(given.work.absolute(), []).folder, yard)
     verdicts = list(judged(yard, given.kinds))
-    write_json(out / "bad-input.json", [asdict(verdict) for verdict in verdicts])
-    with replacing(out / "bad-input.md") as file:
-        file.write_text(page(verdicts))
-    sys.stdout.write(page(verdicts))
+    text = page(verdicts)
+    options.publish(out, "bad-input", [asdict(verdict) for verdict in verdicts], text)
+    sys.stdout.write(text)
     return int(any(verdict.unclear for verdict in verdicts))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from bench import options, world
 from bench.options import knob
-from dualign.core.artifacts import read_json, replacing, write_json
+from dualign.core.artifacts import read_json
 from dualign.core.errors import DualignError
 from dualign.core.loading import load
 from dualign.core.params import CertifyParams
@@ -123,7 +123,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "search: E[c*] − limit",
         "way in r*",
     )
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = options.head(heads)
     for row in rows:
         numbers = [
             _number(row["bound"], 3), _number(row["certified_excess"], 3), _number(row["certified_share"], 2),
@@ -161,9 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = page(settings, delta, rows)
     counts = {name: violations(rows, name) for name in (SEARCHED, CERTIFIED)}
     content = {"command": options.command(PROGRAM, settings), "settings": asdict(settings), **counts, "rows": rows}
-    write_json(out / "certified.json", content)
-    with replacing(out / "certified.md") as temporary:
-        temporary.write_text(text)
+    options.publish(out, "certified", content, text)
     sys.stdout.write(text)
     return 0
 

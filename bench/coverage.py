@@ -36,8 +36,7 @@ from dualign.bounds import (
     t_bound,
     upper_bound,
 )
-from dualign.core.artifacts import replacing, write_json
-from dualign.core.errors import DataError, DualignError
+from dualign.core.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -59,17 +58,10 @@ _MANY = (50, 100, 200, 1000)  # prompts of part 4
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a run can change; every field is an option of the command."""
+class Settings(shares.Settings):
+    """The same that `bench.shares` can change, with more repeats."""
 
     repeats: int = knob(5000, "data sets for each row")
-    answers: int = knob(4, "answers to a prompt")
-    delta: float = knob(0.05, "nominal rate of false certificates")
-    seed: int = knob(0, "seed of all draws")
-
-    def __post_init__(self) -> None:
-        if min(self.repeats, self.answers) < 1 or not 0 < self.delta < 0.5:
-            raise DualignError("repeats and answers must be at least 1, delta between 0 and 0.5")
 
 
 # --- worlds: costs of mean 0 in a known range -------------------------------------------------------------------------
@@ -437,12 +429,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parts = run(settings)
     page = report(settings, parts)
-    write_json(
-        out / "certificate-coverage.json",
-        {"command": options.command(PROGRAM, settings), "settings": asdict(settings), **parts},
-    )
-    with replacing(out / "certificate-coverage.md") as temporary:
-        temporary.write_text(page)
+    content = {"command": options.command(PROGRAM, settings), "settings": asdict(settings), **parts}
+    options.publish(out, "certificate-coverage", content, page)
     sys.stdout.write(page)
 
 

@@ -24,7 +24,6 @@ from torch import Tensor
 from bench import options
 from bench.tabular import Laboratory, Settings, fit, tilt
 from dualign import losses
-from dualign.core.artifacts import replacing, write_json
 from dualign.search import rules
 from dualign.training.policy_gradient import kl_weight, lagrangian_reward, log_lambda_step
 
@@ -598,9 +597,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "methods": rows,
         "paths": points,
     }
-    write_json(out / "exact-tabular.json", content)
-    with replacing(out / "exact-tabular.md") as temporary:
-        temporary.write_text(page)
+    options.publish(out, "exact-tabular", content, page)
     sys.stdout.write(page)
 
 

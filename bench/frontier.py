@@ -26,7 +26,6 @@ from scipy.stats import norm
 from bench import options, tabular
 from bench.options import knob
 from dualign import dual, exact
-from dualign.core.artifacts import replacing, write_json
 from dualign.core.errors import DualignError
 
 log = logging.getLogger(__name__)
@@ -305,7 +304,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = run(settings)
     page = report(settings, rows)
     content = {"command": options.command(PROGRAM, settings), "settings": asdict(settings), "rows": rows}
-    write_json(out / "frontier-coverage.json", content)
-    with replacing(out / "frontier-coverage.md") as temporary:
-        temporary.write_text(page)
+    options.publish(out, "frontier-coverage", content, page)
     sys.stdout.write(page)

@@ -23,8 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import options
 from bench.tiny import LONG, LOOK, World
-from dualign.core.artifacts import listed, read_optional_json, replacing, write_json
+from dualign.core.artifacts import listed, read_optional_json
 from dualign.core.errors import DualignError
 from pipeline.dag import StageSpec
 
@@ -169,9 +170,7 @@ def write(out: Path, mode: str, command: str, trials: Sequence[Trial]) -> None:
     """Put the trials of a mode in place of its earlier ones in kills.json, and all into kills.md."""
     row = {"command": command, "trials": [asdict(trial) for trial in trials]}
     found = {**read_optional_json(out / "kills.json"), mode: row}
-    write_json(out / "kills.json", found)
-    with replacing(out / "kills.md") as file:
-        file.write_text(page(found))
+    options.publish(out, "kills", found, page(found))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,7 +24,6 @@ import torch
 
 from bench import options
 from bench.options import knob
-from dualign.core.artifacts import replacing, write_json
 from dualign.core.errors import DualignError
 from dualign.core.params import LoraParams, Resources, TrainingParams
 from dualign.lm.models import load_policy, load_tokenizer, with_lora
@@ -200,9 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     given, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
     found = {"log_ratios": log_ratios(given), "training": training(given), "memory": memory(given)}
-    write_json(out / "numerics.json", {"settings": asdict(given), **found})
-    with replacing(out / "numerics.md") as file:
-        file.write_text(page(given, found))
+    options.publish(out, "numerics", {"settings": asdict(given), **found}, page(given, found))
     return 0
 
 

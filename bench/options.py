@@ -8,6 +8,7 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dualign.core.artifacts import replacing, write_json
 from dualign.core.errors import DualignError
 
 S = TypeVar("S", bound=Any)  # a frozen dataclass whose fields are knobs
@@ -44,6 +45,18 @@ def command(program: str, settings: Any) -> str:
     """The command line that gives these settings."""
     changed = [(f.name, getattr(settings, f.name)) for f in fields(settings) if getattr(settings, f.name) != f.default]
     return " ".join([program, *(f"{_option(name)} {_words(value)}" for name, value in changed)])
+
+
+def publish(out: Path, name: str, content: Any, page: str) -> None:
+    """Write the results of a laboratory: NAME.json with its content and NAME.md with its page."""
+    write_json(out / f"{name}.json", content)
+    with replacing(out / f"{name}.md") as temporary:
+        temporary.write_text(page)
+
+
+def head(titles: Sequence[str]) -> list[str]:
+    """The first two lines of a table in markdown."""
+    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
 
 
 def _words(value: Any) -> str:

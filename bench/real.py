@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dualign.core.artifacts import listed, read_json, replacing, write_json
+from bench import options
+from dualign.core.artifacts import listed, read_json
 from dualign.core.errors import DualignError
 
 log = logging.getLogger(__name__)
@@ -93,9 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DualignError as error:
         log.error("%s", error)
         return error.status
-    write_json(given.out / f"{given.name}.json", found)
-    with replacing(given.out / f"{given.name}.md") as file:
-        file.write_text(page(found, f"{PROGRAM} --name {given.name}"))
+    options.publish(given.out, given.name, found, page(found, f"{PROGRAM} --name {given.name}"))
     log.info("%s", given.out / f"{given.name}.md")
     return 0
 

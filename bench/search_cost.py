@@ -393,7 +393,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "search", "test met", "trainings, median", "mean", "most", "policies", "gradient steps", "tokens",
         "CPU seconds", "E[c*] − limit", "J* − J", "grammatical",
     )  # fmt: skip
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = options.head(heads)
     for row, own in _by_row(rows):
         trainings = [found["trainings"] for found in own]
         means = {key: fmean(found[key] for found in own) for key in _MEANS}
@@ -488,10 +488,8 @@ def publish(
 ) -> str:
     """Write search-cost.json and search-cost.md of the rows so far; returns the page."""
     content = {"command": options.command(PROGRAM, settings), "settings": asdict(settings), "shared": common}
-    write_json(out / "search-cost.json", {**content, "rows": rows})
     text = page(settings, common, rows)
-    with replacing(out / "search-cost.md") as temporary:
-        temporary.write_text(text)
+    options.publish(out, "search-cost", {**content, "rows": rows}, text)
     return text
 
 

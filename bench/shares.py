@@ -27,7 +27,6 @@ import numpy as np
 from bench import options
 from bench.options import knob
 from dualign.bounds import bernstein_bound, betting_bound, binomial_bound, star_bound, t_bound
-from dualign.core.artifacts import replacing, write_json
 from dualign.core.errors import DualignError
 
 log = logging.getLogger(__name__)
@@ -201,7 +200,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         "bound",
         *(f"power at {margin:g}" for margin in _MARGINS),
     ]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = options.head(heads)
     for row in rows:
         power = [f"{row[f'power_{margin:g}']:.1%}" for margin in _MARGINS]
         place = [row["world"], f"{row['icc']:g}", str(row["prompts"])]
@@ -230,7 +229,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = run(settings)
     page = report(settings, rows)
     content = {"command": options.command(PROGRAM, settings), "settings": asdict(settings), "rows": rows}
-    write_json(out / "share-coverage.json", content)
-    with replacing(out / "share-coverage.md") as temporary:
-        temporary.write_text(page)
+    options.publish(out, "share-coverage", content, page)
     sys.stdout.write(page)

@@ -26,8 +26,9 @@ import numpy as np
 import pandas as pd
 from dvc.repo import Repo
 
+from bench import options
 from dualign import exact
-from dualign.core.artifacts import read_json, replacing, write_json
+from dualign.core.artifacts import read_json, replacing
 from dualign.core.errors import DualignError
 from dualign.core.loading import load, load_resources
 from dualign.core.params import EvaluateParams
@@ -211,7 +212,7 @@ _COLUMNS = (
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Means over the seeds, ± their standard deviation, best policies within the limit first."""
     heads = ["policy", "mean within", "within its interval", *(title for title, _, _ in _COLUMNS)]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = options.head(heads)
     by_policy = {name: [row for row in rows if row["policy"] == name] for name in {row["policy"] for row in rows}}
     for name, own in sorted(by_policy.items(), key=lambda item: (item[0] != ALLOWED, *_rank(item[1]))):
         cells = [_cell([row[key] for row in own], digits) for _, key, digits in _COLUMNS]
@@ -290,9 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [row for lab in done for row in (*rows_of(lab), allowed(lab))]
     command = f"python -m bench.world --seeds {' '.join(map(str, given.seeds))} --params {given.params}"
     text = page(command, given.params, rows)
-    write_json(given.out / "world.json", {"command": command, "rows": rows})
-    with replacing(given.out / "world.md") as temporary:
-        temporary.write_text(text)
+    options.publish(given.out, "world", {"command": command, "rows": rows}, text)
     sys.stdout.write(text)
     return 0
 

@@ -48,7 +48,7 @@ from dualign.bounds import (
     upper_bound,
 )
 from dualign.constraints import Constraint, prices_in
-from dualign.core.artifacts import listed, read_json, write_json
+from dualign.core.artifacts import listed, read_json, sha256, write_json
 from dualign.core.errors import DataError, DualignError, ParamsError
 from dualign.core.params import SHARES, CertifyRun, Quantity, Share
 from dualign.core.records import SolvedDual, read_record
@@ -522,7 +522,7 @@ def absent(path: str | Path, recorded: Certificate) -> list[str]:
 
 def _unchanged(folder: Path, table: Table, what: str) -> None:
     file = folder / table.path
-    if file.is_file() and seen.sha256(file) != table.sha256:
+    if file.is_file() and sha256(file) != table.sha256:
         raise DataError(
             f"{what} ({file}) are not those certified: sha256 differs; run certify again, or bring back the file"
         )

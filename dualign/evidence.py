@@ -5,7 +5,6 @@ All of it can be seen without running a model. Whether the answers are those tha
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from itertools import combinations
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
+from dualign.core.artifacts import hashes, sha256
 from dualign.core.errors import DataError
 from dualign.core.schema import ANSWERS, LABELS, PROMPTS, prompt_id, read_table
 
@@ -70,14 +70,7 @@ def model(place: Path, folder: Path) -> Folder:
 
 def files(folder: Path) -> dict[str, str]:
     """The hashes of all files of a model's folder but its README.md, by their paths in it."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CARD)
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in found}
-
-
-def sha256(file: Path) -> str:
-    """The hash of a file's bytes, in hex."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    return {name: found for name, found in hashes(folder).items() if name != CARD}
 
 
 def check_files(folder: Path, recorded: Mapping[str, str], what: str) -> None:

@@ -15,9 +15,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from dualign.core.artifacts import read_json, write_json
+from dualign.core.artifacts import hashes, read_json, write_json
 from dualign.core.errors import DataError, ParamsError
-from dualign.evidence import sha256
 
 _ALGORITHM = "hmac-sha256"
 _LEAST_KEY = 16  # bytes
@@ -30,8 +29,8 @@ def sign(folder: Path, key: Path, out: Path) -> None:
     """
     if out.resolve().is_relative_to(folder.resolve()):
         raise ParamsError(f"--out {out} lies in {folder}, whose files it signs; name a place outside of it")
-    hashes = _hashes(folder)
-    write_json(out, {"algorithm": _ALGORITHM, "files": hashes, "signature": _signature(hashes, key)})
+    found = hashes(folder)
+    write_json(out, {"algorithm": _ALGORITHM, "files": found, "signature": _signature(found, key)})
 
 
 def check(folder: Path, key: Path, signature: Path) -> None:
@@ -39,24 +38,19 @@ def check(folder: Path, key: Path, signature: Path) -> None:
     content = read_json(signature)
     if not isinstance(content, dict) or content.keys() != {"algorithm", "files", "signature"}:
         raise DataError(f"{signature}: not a signature; write one with `python -m dualign.certificate sign`")
-    hashes, recorded = _hashes(folder), content["files"]
+    found, recorded = hashes(folder), content["files"]
     if content["algorithm"] != _ALGORITHM or not isinstance(recorded, dict):
         raise DataError(f"{signature}: not a signature by {_ALGORITHM}")
     if not hmac.compare_digest(_signature(recorded, key).encode(), str(content["signature"]).encode()):
         raise DataError(f"{signature}: not signed with the key of {key}, or changed since")
-    for name in sorted({*hashes, *recorded}):
-        if hashes.get(name) != recorded.get(name):
-            how = "was added" if name not in recorded else "is missing" if name not in hashes else "was changed"
+    for name in sorted({*found, *recorded}):
+        if found.get(name) != recorded.get(name):
+            how = "was added" if name not in recorded else "is missing" if name not in found else "was changed"
             raise DataError(f"{folder / name} {how} since {signature} was written")
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in found}
-
-
-def _signature(hashes: Mapping[str, str], key: Path) -> str:
-    message = json.dumps(hashes, sort_keys=True, ensure_ascii=True).encode()
+def _signature(found: Mapping[str, str], key: Path) -> str:
+    message = json.dumps(found, sort_keys=True, ensure_ascii=True).encode()
     return hmac.new(_key(key), message, hashlib.sha256).hexdigest()
 
 

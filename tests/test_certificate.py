@@ -25,7 +25,7 @@ from dualign.certificate import (
     fixed_sequence,
     upper_bound,
 )
-from dualign.core.artifacts import read_json, write_json, write_parquet
+from dualign.core.artifacts import read_json, sha256, write_json, write_parquet
 from dualign.core.errors import DataError, DualignError
 from dualign.core.params import CertifyRun
 from dualign.core.schema import ANSWERS, LABELS, PROMPTS, Message, prompt_id, user
@@ -209,7 +209,7 @@ def other_answers(path: Path) -> None:
 
 def other_answers_and_hash(path: Path) -> None:
     other_answers(path)
-    digest = evidence.sha256(path.parent / "middle" / "answers.parquet")
+    digest = sha256(path.parent / "middle" / "answers.parquet")
     edit(lambda content: content["tables"]["middle"].update(sha256=digest))(path)
 
 
@@ -701,7 +701,7 @@ def test_columns_of_another_type_are_named(tmp_path: Path, tables: dict[str, Pat
         ({"prompt": [[{"role": None, "content": "x"}]] * len(whole)}, "row 0: a turn of the prompt has no role"),
     ):
         whole.assign(**change).to_parquet(tables["middle"])
-        digest = {"sha256": evidence.sha256(tables["middle"])}
+        digest = {"sha256": sha256(tables["middle"])}
         content = read_json(issued)
         write_json(issued, {**content, "tables": {**content["tables"], "middle": content["tables"]["middle"] | digest}})
         if message is None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +43,29 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Works for a file and for a folder (created by the body). Raises DualignError where the place cannot be written.
     """
     path = Path(path)
-    try:
+
+    def refusal(told: str, remedy: str) -> DualignError:
+        return DualignError(f"{path}: cannot be written ({told})" + (f"; {remedy}" if remedy else ""))
+
+    with faults_told(refusal):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(room_for(path.parent)) as place:
             yield place / path.name
             _put(place / path.name, path)
+
+
+@contextlib.contextmanager
+def faults_told(refusal: Callable[[str, str], DualignError]) -> Iterator[None]:
+    """Raise what `refusal` makes of a fault of writing and its remedy, which may be empty; other errors pass."""
+    try:
+        yield
     except DualignError:
         raise
     except Exception as error:
         told = write_fault(error)
         if told is None:
             raise
-        remedy = _REMEDIES.get(_number(error) or 0)
-        raise DualignError(f"{path}: cannot be written ({told})" + (f"; {remedy}" if remedy else "")) from error
+        raise refusal(told, _REMEDIES.get(_number(error) or 0, "")) from error
 
 
 def write_fault(error: BaseException) -> str | None:
@@ -112,6 +123,18 @@ def listed(folder: Path, pattern: str) -> list[Path]:
     """What a pattern finds in a folder, in order, but nothing hidden, such as what a killed process was writing."""
     found = sorted(folder.glob(pattern))
     return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def sha256(file: Path) -> str:
+    """The hash of a file's bytes, in hex."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The hashes of all files in a folder, by their paths in it."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in found}
 
 
 def write_json(path: str | Path, content: Any) -> None:

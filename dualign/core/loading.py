@@ -41,19 +41,29 @@ def mapping(content: Any, path: str | Path) -> dict[str, Any]:
 def load(cls: type[P], path: str | Path = "params.yaml") -> P:
     """Check the whole file, return the params of one stage. Raises ParamsError that names file, key and remedy.
 
-    Estimates on more prompts than are drawn pass here: `check_estimates` and `check` refuse them.
+    Estimates on more prompts than are drawn pass here: `for_run` and `check` refuse them.
     """
     return _sections(read_yaml(path), path)[cls.section]  # type: ignore[return-value]
 
 
-def check_estimates(section: str, path: str | Path = "params.yaml") -> None:
-    """Raise ParamsError where a stage's own estimates ask for more prompts than are drawn for them."""
-    check_prompts(_sections(read_yaml(path), path), path, section)
+def for_run(cls: type[P], path: str | Path = "params.yaml") -> tuple[P, Resources]:
+    """The params of a stage that is to run and the `resources`, of one reading of the file.
+
+    Raises ParamsError, also where the stage's own estimates ask for more prompts than are drawn for them.
+    """
+    content = read_yaml(path)
+    stages = _sections(content, path)
+    check_prompts(stages, path, cls.section)
+    return stages[cls.section], _resources(content, path)  # type: ignore[return-value]
 
 
 def load_resources(path: str | Path = "params.yaml") -> Resources:
     """The `resources` section."""
-    return _build(Resources, read_yaml(path).get("resources"), "resources", path)
+    return _resources(read_yaml(path), path)
+
+
+def _resources(content: dict[str, Any], path: str | Path) -> Resources:
+    return _build(Resources, content.get("resources"), "resources", path)
 
 
 def check(content: dict[str, Any], path: str | Path) -> dict[str, StageParams]:
@@ -70,7 +80,7 @@ def _sections(content: dict[str, Any], path: str | Path) -> dict[str, StageParam
     for section in ("constraint", "generation"):
         if isinstance(content[section], dict):
             _refuse_unknown(content[section], _shared_keys(section), f"{section}.", path)
-    _build(Resources, content["resources"], "resources", path)
+    _resources(content, path)
     stages = {name: _build(cls, _with_shared(cls, content, path), name, path) for name, cls in STAGES.items()}
     check_across(content, stages, path)
     return stages

@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from dualign.core.artifacts import is_full, listed, write_fault, write_json
 from dualign.core.errors import DualignError, ParamsError
-from dualign.core.loading import check_estimates, load, load_resources
+from dualign.core.loading import for_run
 from dualign.core.names import NAME, shown
 from dualign.core.params import Resources, StageParams
 from dualign.core.temporaries import room_for, scratch_root, temporary_folder
@@ -109,8 +109,8 @@ def execute(main: Callable[[Run[P]], None], cls: type[P], argv: list[str] | None
     try:
         if len(argv) > 1 or argv[:1] in (["-h"], ["--help"]):
             raise DualignError(f"usage: python -m stages.{cls.section} [ITEM]; knobs are in params.yaml")
-        check_estimates(cls.section)
-        run = Run(cls.section, _item(argv[0]) if argv else None, load(cls), load_resources())
+        item = _item(argv[0]) if argv else None
+        run = Run(cls.section, item, *for_run(cls))
         _threads(run.resources)
         started = time.monotonic()
         main(run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dualign.core.artifacts import write_json
+from dualign.core.artifacts import sha256, write_json
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +84,7 @@ def _named(file: Path, folder: Path) -> str:
 
 
 def _facts(file: Path) -> dict[str, Any]:
-    with file.open("rb") as handle:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def _sync(path: Path) -> None:

@@ -5,11 +5,9 @@ All runs keep checkpoints in a scratch folder and go on from the last whole one.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,8 +23,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from dualign.core.artifacts import write_fault
-from dualign.core.errors import DataError, DualignError, ParamsError, TrainingError
+from dualign.core.artifacts import faults_told
+from dualign.core.errors import DataError, ParamsError, TrainingError
 from dualign.core.params import Resources, TrainingParams
 from dualign.core.progress import watched
 from dualign.lm.loading import check_context
@@ -97,7 +95,7 @@ def run(trainer: Any, job: Job) -> Metrics:
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = saved
     else:
-        with _writable(job.scratch):
+        with faults_told(lambda told, _: _unwritten(job.scratch, told)):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _drop_copy(trainer.model)
     state: TrainerState = trainer.state
@@ -116,21 +114,12 @@ def run(trainer: Any, job: Job) -> Metrics:
     }
 
 
-@contextlib.contextmanager
-def _writable(scratch: Path) -> Iterator[None]:
-    """A checkpoint that cannot be written as one line; the ones before it stay."""
-    try:
-        yield
-    except DualignError:
-        raise
-    except Exception as error:
-        told = write_fault(error)
-        if told is None:
-            raise
-        raise TrainingError(
-            f"{scratch}: a checkpoint cannot be written ({told}); free space there, name another place in "
-            "$DUALIGN_SCRATCH, or raise resources.checkpoint_steps, and run the stage again: it goes on"
-        ) from error
+def _unwritten(scratch: Path, told: str) -> TrainingError:
+    """What is said of a checkpoint that cannot be written; the ones before it stay."""
+    return TrainingError(
+        f"{scratch}: a checkpoint cannot be written ({told}); free space there, name another place in "
+        "$DUALIGN_SCRATCH, or raise resources.checkpoint_steps, and run the stage again: it goes on"
+    )
 
 
 def without_dropout(model: Model) -> Model:

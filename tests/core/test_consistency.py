@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 
 from dualign.core import loading, params
 from dualign.core.errors import ParamsError
+from dualign.core.params import EvaluateParams, SftParams
 from tests.core.mistakes import Content, drop, put, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -251,9 +252,9 @@ def test_a_stage_refuses_too_many_prompts_of_its_own_estimates_only(content: Con
     path = tmp_path / "params.yaml"
     with path.open("w") as file:
         YAML().dump(content, file)
-    loading.check_estimates("sft", path)
+    assert loading.for_run(SftParams, path)[0].section == "sft"
     with pytest.raises(ParamsError, match=r"evaluate\.prompts .* ask for fewer, or draw more"):
-        loading.check_estimates("evaluate", path)
+        loading.for_run(EvaluateParams, path)
 
 
 def test_labels_ask_for_no_more_prompts_than_the_search_has() -> None:
