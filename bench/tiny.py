@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class World:
         self._system = self.folder / "tmp"  # in place of the system's folder of temporary files
         if not self.folder.is_dir():
             with replacing(self.folder) as temporary:
-                _copy(temporary)
+                copy(temporary, TINY)
         self._system.mkdir(exist_ok=True)
         self.dag = {name: spec for name, spec in load_dag(self.folder).items() if name != "report"}
         unknown = sorted(set(stages) - set(self.dag))
@@ -175,11 +175,11 @@ class World:
                 _copy_over(self._kept / out, self.folder / out)
 
 
-def _copy(folder: Path) -> None:
-    """A repository with the code and the params of the tiny world."""
+def copy(folder: Path, params: Mapping[str, Any]) -> None:
+    """A repository with the code and the shipped params, these changed."""
     for name in CODE:
         _copy_over(ROOT / name, folder / name)
-    (folder / "params.yaml").write_text(assign((ROOT / "params.yaml").read_text(), TINY))
+    (folder / "params.yaml").write_text(assign((ROOT / "params.yaml").read_text(), params))
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, cwd=folder, check=True)
 

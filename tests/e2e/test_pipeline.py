@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,41 +15,14 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from bench import tiny
 from bench import world as laboratory
-
-CODE = ("dualign", "stages", "pipeline", "dvc.yaml", "data/raw", "models/base/README.md", "reports/search")
 
 # The whole graph at its smallest: every stage and method runs for real, on models that learn next to nothing.
 TINY: dict[str, Any] = {
-    "generation.max_new_tokens": 12,
-    "prepare.world.sft_rows": 300,
-    "prepare.world.helpful_pairs": 300,
-    "prepare.world.safety_pairs": 300,
+    **tiny.TINY,
     "prepare.pool_prompts": 12,
-    "prepare.search_prompts": 8,
-    "prepare.certify_prompts": 8,
-    "prepare.eval_prompts": 8,
-    "sft.scratch.hidden_size": 16,
-    "sft.scratch.layers": 1,
-    "sft.scratch.heads": 2,
-    "sft.scratch.intermediate_size": 32,
-    "cost_model.calibrate": "none",
-    "score.samples_per_prompt": 4,
-    "score.pairs": 40,
-    "constraint.limit": 0.5,
-    "dual_search.prompts": 8,
-    "dual_search.samples_per_prompt": 2,
-    "dual_search.refresh_prompts": 4,
-    "dual_search.refresh_samples": 2,
-    "dual_search.z": 0.0,
-    "certify.prompts": 8,
-    "certify.samples_per_prompt": 2,
-    "certify.labels": None,
-    "evaluate.prompts": 8,
-    "evaluate.samples_per_prompt": 2,
-    "resources.threads": 1,
-    "resources.log_steps": 2,
-    "resources.checkpoint_steps": 2,
+    **{f"{stage}.training.max_steps": 4 for stage in tiny.TRAININGS},
 }
 #: Rows on answers of their own policies, beside those of params.yaml.
 ONLINE = {
@@ -71,35 +43,18 @@ ONLINE = {
         },
     },
 }  # fmt: skip
-TRAININGS = ("sft", "reward_model", "cost_model", "reward_dpo", "safety_dpo", "lagrangian_dpo", "dual_search")
 
 
-def copy_repository(source: Path, target: Path) -> None:
+def copy_repository(target: Path) -> None:
     """A clean copy with its own DVC repository and the tiny params."""
-    for name in CODE:
-        place = target / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if (source / name).is_dir():
-            shutil.copytree(source / name, place, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source / name, place)
+    tiny.copy(target, TINY)
     yaml = YAML()
-    params = yaml.load((source / "params.yaml").read_text())
-    steps = {f"{stage}.training.max_steps": 4 for stage in TRAININGS}
-    for key, value in {**TINY, **steps}.items():
-        *folders, leaf = key.split(".")
-        section = params
-        for folder in folders:
-            section = section[folder]
-        assert leaf in section, key
-        section[leaf] = value
+    params = yaml.load((target / "params.yaml").read_text())
     for name, row in ONLINE.items():
         params["methods"][name] = row
         params["evaluate"]["policies"][name] = f"aligned/{name}"
     with (target / "params.yaml").open("w") as handle:
         yaml.dump(params, handle)
-    run(target, "git", "init", "-q")
-    run(target, sys.executable, "-m", "dvc", "init", "-q")
 
 
 def environment() -> dict[str, str]:
@@ -125,10 +80,10 @@ def fails(root: Path, *argv: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository in which `dvc repro` has run to the end."""
     root = tmp_path_factory.mktemp("repository")
-    copy_repository(repo_root, root)
+    copy_repository(root)
     run(root, sys.executable, "-m", "dvc", "repro")
     return root
 
