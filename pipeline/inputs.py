@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dvc.repo import Repo
-from ruamel.yaml import YAML
 
-from pipeline import records
+from pipeline import records, yaml_text
 from pipeline.checkout import listed
 from pipeline.dag import StageSpec
 from pipeline.errors import PipelineError
@@ -79,7 +78,7 @@ def _deps(dag: Mapping[str, StageSpec], stages: Iterable[str]) -> set[str]:
 
 def _named(root: Path) -> Iterator[str]:
     """The texts in params.yaml that are paths of something here."""
-    content = YAML(typ="safe", pure=True).load(root / "params.yaml")
+    content = yaml_text.load(yaml_text.read(root / "params.yaml"))
     yield from (text for text in _texts(content) if not Path(text).is_absolute() and _exists(root / text))
 
 
