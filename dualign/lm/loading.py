@@ -67,6 +67,8 @@ def load_reported(
             f"{path}: cannot be loaded as {_what(auto)} ({first_line(error)}); is the folder complete?"
         ) from error
     _check_report(path, report, fresh)
+    if dtype == "auto":
+        _as_stored(Path(path), model)
     _check_finite(path, model)
     return (_plain(model) if gguf_file else model), sorted(report["missing_keys"])
 
@@ -197,6 +199,16 @@ def _check_report(path: str | Path, report: dict[str, Any], fresh: Sequence[str]
         raise ModelError(
             f"{path}: the checkpoint lacks {_some(missing)}, which would be random{hint}; take the whole checkpoint"
         )
+
+
+def _as_stored(folder: Path, model: PreTrainedModel) -> None:
+    """Weights in fp32 of a folder that stores others narrower, as a scorer's head is: "auto" rounds them all alike."""
+    weights = dict(model.named_parameters())
+    for file in listed(folder, "*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            for name in weights.keys() & set(stored.keys()):
+                if weights[name].dtype != torch.float32 and stored.get_slice(name).get_dtype() == "F32":
+                    weights[name].data = stored.get_tensor(name)
 
 
 def _check_finite(path: str | Path, model: torch.nn.Module) -> None:

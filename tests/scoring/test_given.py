@@ -251,11 +251,13 @@ def test_disagreement_raises_a_cost_and_lowers_a_reward(
     assert scores == pytest.approx(table.mean(0) + sign * 0.7 * table.std(0), abs=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("calibration", [Platt(1.7, 0.3), Isotonic(1.2, (-0.5, 0.1, 2.0), (-2.0, 0.25, 0.75))])
 def test_every_kind_comes_back_from_disk(
     classifier: Maker, labels: Maker, guard: Maker, safe_rlhf: Maker, resources: Resources, tmp_path: Path,
-    calibration: Platt | Isotonic,
+    calibration: Platt | Isotonic, precision: str,
 ) -> None:  # fmt: skip
+    resources = resources.model_copy(update={"precision": precision})
     bias = {"score_head.bias": torch.tensor([0.5])}
     specs = [classifier(higher_is="helpful"), labels("single_label_classification", "fine"), guard(), safe_rlhf(bias)]
     for chosen in (specs, *([spec] for spec in specs)):
@@ -268,10 +270,12 @@ def test_every_kind_comes_back_from_disk(
     assert not list(tmp_path.glob("saved*/**/*.py"))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("calibration", [Platt(1.7, 0.3), Isotonic(1.2, (-0.5, 0.1, 2.0), (-2.0, 0.25, 0.75))])
 def test_a_scorer_that_dualign_wrote_scores_as_it_served(
-    classifier: Maker, resources: Resources, tmp_path: Path, calibration: Platt | Isotonic
+    classifier: Maker, resources: Resources, tmp_path: Path, calibration: Platt | Isotonic, precision: str
 ) -> None:
+    resources = resources.model_copy(update={"precision": precision})
     load_given([classifier()], "harmful", 0.0, resources).calibrated(calibration).save(tmp_path / "first")
     served = Scorer.load(tmp_path / "first", resources).score(PROMPTS, ANSWERS, batch_size=4)
     given = GivenScorer(path=str(tmp_path / "first"), kind="classifier", higher_is="harmful")
