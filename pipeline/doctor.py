@@ -177,10 +177,12 @@ def _dvc_locks(root: Path) -> Iterator[Finding]:
     for holder in holders:
         yield Finding("wrong" if holder.replaced else "note", f"locks: {holder.told}")
     for process in locks.orphans(root, [holder.pid for holder in holders]):
+        # DVC starts a stage by $SHELL, and not every shell hands its own process over to the command
+        numbers = " ".join(str(one.pid) for one in [process, *process.children(recursive=True)])
         yield Finding(
             "wrong",
             f"locks: `{' '.join(process.cmdline())}` (process {process.pid}) runs on, the stage of a dvc that was "
-            f"killed; kill {process.pid} before the next run",
+            f"killed; kill {numbers} before the next run",
         )
 
 

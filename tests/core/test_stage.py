@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -205,23 +204,45 @@ def test_what_is_hidden_in_an_input_does_not_count(folder: Path) -> None:
     assert a_run().scratch("in") == first
 
 
-def test_a_kill_at_the_end_leaves_the_whole_scratch_folder_or_none(folder: Path) -> None:
-    files, scratch = 20_000, folder / ".scratch/stage/run"
+KILLED_AT = """
+import os, signal, sys
+from pathlib import Path
+
+from dualign.core.stage import finished
+
+event, at = sys.argv[2], int(sys.argv[3])
+seen = []
+
+
+def hook(name, arguments):
+    if name == event:
+        seen.append(name)
+        if len(seen) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+sys.addaudithook(hook)
+finished(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("event", "at", "whole"), [("os.rename", 1, True), ("os.remove", 1, False), ("os.remove", 5, False)]
+)
+def test_a_kill_at_the_end_leaves_the_whole_scratch_folder_or_none(
+    folder: Path, event: str, at: int, whole: bool
+) -> None:
+    files, scratch = 9, folder / ".scratch/stage/run"
     scratch.mkdir(parents=True)
     for number in range(files):
         (scratch / str(number)).touch()
-    code = "import sys; from pathlib import Path; from dualign.core.stage import finished; finished(Path(sys.argv[1]))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", code, str(scratch)], env=environment)
-    while len(list(scratch.glob("*"))) == files:
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
-    assert not list(scratch.glob("*"))
+    command = [sys.executable, "-c", KILLED_AT, str(scratch), event, str(at)]
+    killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(scratch.glob("*"))) == (files if whole else 0)
     finished(a_run().scratch())
     left = list((folder / ".scratch").rglob(".tmp-*"))  # of another stage, whose next run will remove them
-    assert len(left) in (0, 2), "none where the kill came too late"
+    assert len(left) == 2
 
 
 def test_a_full_disk_is_one_line_wherever_it_is_met(caplog: pytest.LogCaptureFixture) -> None:

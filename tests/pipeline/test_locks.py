@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,9 +34,12 @@ def told(project: Project) -> dict[str, list[str]]:
     }
 
 
-@pytest.fixture
-def at_work(project: Project) -> Iterator[subprocess.Popen[str]]:
-    """A `dvc repro first` whose stage is under way."""
+@pytest.fixture(params=["/bin/sh", "/bin/bash"])
+def at_work(
+    project: Project, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[subprocess.Popen[str]]:
+    """A `dvc repro first` whose stage is under way, started by a shell that stays (dash) and by one that does not."""
+    monkeypatch.setenv("SHELL", request.param)
     project.set(first={"then": "wait"})
     with project.start("repro", "first") as dvc:
         assert dvc.stdout is not None
@@ -48,14 +52,17 @@ def at_work(project: Project) -> Iterator[subprocess.Popen[str]]:
 def test_a_dvc_at_work_is_told_from_one_that_was_killed(project: Project, at_work: subprocess.Popen[str]) -> None:
     said = f"`dvc repro first` (process {at_work.pid}) uses this workspace; wait for it, then run again"
     assert told(project) == {"ok": [], "note": [said], "wrong": []}
-    (stage,) = [process for process in project.processes() if "work.py" in process.cmdline()]
+    stages = [process for process in project.processes() if "work.py" in " ".join(process.cmdline())]
     at_work.kill()
     at_work.wait()
     found = told(project)
     assert found["note"] == ["`dvc repro first` was killed; DVC passes over its locks by itself"]
-    assert len(found["wrong"]) == 1 and f"kill {stage.pid} before the next run" in found["wrong"][0]
-    stage.send_signal(signal.SIGTERM)
-    psutil.wait_procs([stage], timeout=10)
+    (wrong,) = found["wrong"]
+    named = re.search(r"kill ([\d ]+) before the next run", wrong)
+    assert named and {int(number) for number in named[1].split()} == {stage.pid for stage in stages}
+    for stage in stages:
+        stage.send_signal(signal.SIGTERM)
+    psutil.wait_procs(stages, timeout=10)
     assert told(project)["wrong"] == []
     project.dvc("repro", "--quiet", "first")
     assert not told(project)["wrong"]
