@@ -34,6 +34,7 @@ TRAININGS = ("sft", "reward_model", "cost_model", "reward_dpo", "safety_dpo", "l
 #: The whole graph at its smallest, with three checkpoints in every training.
 TINY: dict[str, Any] = {
     "generation.max_new_tokens": 12,
+    "pessimism.share": 0.1,
     **{f"prepare.world.{kind}": 300 for kind in ("sft_rows", "helpful_pairs", "safety_pairs")},
     **{f"prepare.{kind}_prompts": 8 for kind in ("pool", "search", "certify", "eval")},
     **{f"sft.scratch.{key}": size for key, size in (("hidden_size", 16), ("layers", 1), ("intermediate_size", 32))},

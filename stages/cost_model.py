@@ -33,8 +33,8 @@ from dualign.scoring.calibration import (
     sigmoid,
 )
 from dualign.scoring.fitting import (
-    fitting_half,
     gaps,
+    halves,
     heldout_answers,
     judged,
     local_inputs,
@@ -83,26 +83,27 @@ def main(run: Run[CostModelParams]) -> None:
 
 
 def calibration_of(answers: pd.DataFrame, kind: str) -> Calibration:
-    """The calibration fitted on every other prompt; none where no answer has a flag."""
+    """The calibration fitted on all held-out answers; none where no answer has a flag."""
     flagged = answers[answers["unsafe"].notna()]
-    return _fitted(flagged[fitting_half(flagged["prompt_id"])], kind)[kind] if len(flagged) else Platt()
+    return _fitted(flagged, kind)[kind] if len(flagged) else Platt()
 
 
 def calibrate(answers: pd.DataFrame, kind: str, seed: int) -> tuple[Calibration, dict[str, Any]]:
-    """The calibration fitted on every other prompt, and the metrics of every kind on the rest.
+    """The calibration fitted on all flagged held-out answers, and the metrics of every kind.
 
-    `ece` and `brier` judge P(unsafe): before calibration, after the one that is served, and after each kind. `offset`
-    is the cost at raw score 0; `zero_error` the standard error of the zero in units of cost, None if uncalibrated.
+    `ece` and `brier` judge P(unsafe): before calibration, after the one that is served, and after each kind, each half
+    of the prompts by what was fitted to the other. `offset` is the cost at raw score 0; `zero_error` the standard error
+    of the zero in units of cost, None if uncalibrated.
     """
     flagged = answers[answers["unsafe"].notna()]
     if flagged.empty:
         log.warning("no held-out answer has an is-safe flag: cost keeps an arbitrary zero, so the limit is relative")
         return Platt(), {**dict.fromkeys(_FLAG_METRICS), "scale": 1.0, "offset": 0.0}
-    fit = fitting_half(flagged["prompt_id"])
-    if fit.all():
+    parts = halves(flagged["prompt_id"])
+    if not parts:
         raise DataError("flags of at least two prompts must be held out to judge the cost; raise prepare.heldout_share")
-    found = _fitted(flagged[fit], kind)
-    quality = {name: _quality(each, flagged[~fit]) for name, each in found.items()}
+    found = _fitted(flagged, kind)
+    quality = _judged_crosswise(flagged, parts, kind)
     served, after = found[kind], quality[kind]
     return served, {
         "sign_accuracy": after["sign_accuracy"],
@@ -111,8 +112,29 @@ def calibrate(answers: pd.DataFrame, kind: str, seed: int) -> tuple[Calibration,
         **{name: quality.get(name) for name in ("platt", "isotonic")},
         "scale": served.scale,
         "offset": float(served(np.zeros(1))[0]),
-        "zero_error": _zero_error(found, kind, flagged[fit], seed),
+        "zero_error": _zero_error(found, kind, flagged, seed),
     }
+
+
+def _judged_crosswise(answers: pd.DataFrame, parts: list[np.ndarray], kind: str) -> dict[str, dict[str, float]]:
+    """The quality of every kind of calibration, each half of the answers judged by what was fitted to the other.
+
+    A half that cannot be fitted, its flags being all alike, judges nothing; raises DataError where both cannot.
+    """
+    costs: dict[str, list[np.ndarray]] = {}
+    flags: list[np.ndarray] = []
+    for fit, judge in (parts, parts[::-1]):
+        try:
+            found = _fitted(answers[fit], kind)
+        except DataError:
+            if judge is parts[0] and not flags:
+                raise
+            continue
+        flags.append(answers[judge]["unsafe"].to_numpy(bool))
+        for name, each in found.items():
+            costs.setdefault(name, []).append(each(answers[judge]["score"].to_numpy(float)))
+    unsafe = np.concatenate(flags)
+    return {name: _quality(np.concatenate(parts), unsafe) for name, parts in costs.items() if len(parts) == len(flags)}
 
 
 def _fitted(answers: pd.DataFrame, kind: str) -> dict[str, Calibration]:
@@ -139,10 +161,8 @@ def _zero_error(found: dict[str, Calibration], kind: str, answers: pd.DataFrame,
     return platt_zero_error(line, *data)
 
 
-def _quality(calibration: Calibration, answers: pd.DataFrame) -> dict[str, float]:
-    """How well P(unsafe) fits the flags of answers that it was not fitted to."""
-    unsafe = answers["unsafe"].to_numpy(bool)
-    cost = calibration(answers["score"].to_numpy(float))
+def _quality(cost: np.ndarray, unsafe: np.ndarray) -> dict[str, float]:
+    """How well P(unsafe) fits the flags of answers that the cost was not fitted to; both [answers]."""
     probability = sigmoid(cost)
     return {
         "sign_accuracy": float(((cost > 0) == unsafe).mean()),

@@ -24,10 +24,11 @@ from dualign.core.params import DualInitParams
 from dualign.core.records import CostModelMetrics, read_record
 from dualign.core.schema import DUAL_PROMPTS, POOL, by_prompt, read_table
 from dualign.core.stage import Run, execute
+from dualign.support import Doubt, doubt, doubted
 
 log = logging.getLogger("dualign")
 
-SAMPLES = Path("data/scored/pool.parquet")
+SCORED = Path("data/scored")
 COST_MODEL = Path("reports/metrics/cost_model.json")
 OUT = Path("data/dual")
 
@@ -40,7 +41,9 @@ _AFFORDABLE = 1024
 def main(run: Run[DualInitParams]) -> None:
     """Run the stage."""
     params = run.params
-    pool = read_table(SAMPLES, POOL)
+    raw = read_table(SCORED / "pool.parquet", POOL)
+    found = doubt(SCORED, raw, params.pessimism)
+    pool = doubted(raw, found)
     prompts = pool.drop_duplicates("prompt_id")
     reward, cost, length, ended = (by_prompt(pool, name) for name in ("reward", "cost", "length", "ended"))
     scored = Scored(reward, cost, length, ended, prompts["prompt"].tolist())
@@ -49,10 +52,12 @@ def main(run: Run[DualInitParams]) -> None:
     stocked = with_stock(solution, params)
     error = read_record(COST_MODEL, CostModelMetrics)["zero_error"]
     result = describe(solution, params) | sensitivity(solution, params, error) | _named(stocked)
-    result |= {"prices": [found.as_dict() for found in prices], "messages": messages(solution, params, stocked, prices)}
+    result |= {"prices": [price.as_dict() for price in prices], "pessimism": doubts(found, raw)}
+    result |= {"messages": messages(solution, params, stocked, prices)}
     grid = sorted({*params.grid, solution.lam})
-    frontier = solution.frontier(grid, length, reward=reward, level=params.cvar_level)
-    betas = by_beta(pool, scored, params, own)
+    believed = by_prompt(raw, "reward")  # what is shown is never lowered
+    frontier = solution.frontier(grid, length, reward=believed, level=params.cvar_level)
+    betas = by_beta(pool, scored, believed, params, own)
     with replacing(OUT) as folder:
         folder.mkdir()
         write_json(folder / "dual.json", result)
@@ -76,12 +81,14 @@ def solve_at(beta: float, pool: pd.DataFrame, scored: Scored, params: DualInitPa
     return solution, prices
 
 
-def by_beta(pool: pd.DataFrame, scored: Scored, params: DualInitParams, own: Solved) -> list[dict[str, Any]]:
+def by_beta(
+    pool: pd.DataFrame, scored: Scored, reward: np.ndarray, params: DualInitParams, own: Solved
+) -> list[dict[str, Any]]:
     """What the pool predicts of the policy that meets the limits, for each KL weight of `betas` and for `beta`.
 
     A row is that of the frontier at the multiplier for this `beta`, with its interval `lam_low`, `lam_high` and the
     `prices` of further limits, in their order. Limits out of reach within `lambda_max` leave `lam` None and say why in
-    `infeasible`. `own` is solved at `beta` itself. Empty without `betas`.
+    `infeasible`. `own` is solved at `beta` itself, `reward` is the one that is shown. Empty without `betas`.
     """
     rows: list[dict[str, Any]] = []
     for beta in sorted({*params.betas, params.beta}) if params.betas else ():
@@ -90,7 +97,7 @@ def by_beta(pool: pd.DataFrame, scored: Scored, params: DualInitParams, own: Sol
         except InfeasibleError as error:
             rows.append({"beta": beta, "lam": None, "infeasible": str(error)})
             continue
-        [row] = solution.frontier([solution.lam], scored.length, reward=scored.reward, level=params.cvar_level)
+        [row] = solution.frontier([solution.lam], scored.length, reward=reward, level=params.cvar_level)
         low, high = solution.lam_interval
         rows.append({"beta": beta, **row, "lam_low": low, "lam_high": high, "prices": [found.lam for found in prices]})
     return rows
@@ -138,6 +145,16 @@ def describe(solution: dual.DualSolution, params: DualInitParams) -> dict[str, A
             "lam": solution.lam * scales.cost / scales.reward,
         },
     } | drift(reward, cost, solution.lam, params)
+
+
+def doubts(found: Doubt | None, pool: pd.DataFrame) -> dict[str, float] | None:
+    """How many answers of the pool are off the support, the mean of their g, and what g = 1 costs; None without."""
+    if found is None:
+        return None
+    beyond = found.beyond(pool)
+    off = beyond > 0
+    degree = float(beyond[off].mean()) if off.any() else 0.0
+    return {"answers": int(off.sum()), "degree": degree, "reward": found.reward, "cost": found.cost}
 
 
 def drift(reward: np.ndarray, cost: np.ndarray, lam: float, params: DualInitParams) -> dict[str, float | None]:

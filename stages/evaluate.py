@@ -18,7 +18,7 @@ import pandas as pd
 from dualign.constraints import constraint
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.params import ConstraintSpec, EvaluateParams
-from dualign.core.schema import ANSWERS, ENUMERATED, POOL, PROMPTS, read_table
+from dualign.core.schema import ANSWERS, ENUMERATED, POOL, PROMPTS, SUPPORT, read_table
 from dualign.core.stage import Run, execute
 from dualign.dual import value_at_risk
 from dualign.evaluation import add_truth, against_optimum, finite_problem, summarise
@@ -26,6 +26,7 @@ from dualign.lm.mixture import Policy, is_policy, policy_at
 from dualign.measure.rollout import Judges, log_ratios, roll_out
 from dualign.measure.stats import clustered_mean
 from dualign.measure.tilt import TILT_SAMPLES, tilt_on
+from dualign.support import HELD_OUT, columns, fit_support
 
 log = logging.getLogger("dualign")
 
@@ -54,6 +55,7 @@ def main(run: Run[EvaluateParams]) -> None:
     answers = add_truth(answers) if world else answers
     log_ratio, tilt = on_the_pool(policy, judges)
     metrics = summarise(answers, log_ratio, params.confidence) | {"tilt": tilt}
+    metrics["off_support"] = off_support(answers, params)
     if world:
         enumerated = read_table(SCORED / "enumerated.parquet", ENUMERATED)
         kept = enumerated[enumerated["prompt_id"].isin(prompts["prompt_id"])]
@@ -85,6 +87,18 @@ def on_the_pool(policy: Policy, judges: Judges) -> tuple[pd.DataFrame, dict[str,
     ratios = log_ratios(policy, pool, judges)
     table = pd.DataFrame({"prompt_id": pool["prompt_id"].to_numpy(), "log_ratio": ratios})
     return table, tilt_on(pool, ratios).as_dict()
+
+
+def off_support(answers: pd.DataFrame, params: EvaluateParams) -> dict[str, float] | None:
+    """The share of answers that surprise pi_ref more than a share `pessimism.share` of held-out pair answers does.
+
+    None where there are too few of these to tell. The scores of such answers are extrapolation.
+    """
+    held_out = read_table(SCORED / HELD_OUT, SUPPORT)
+    if len(held_out) * params.support_share < 1:
+        return None
+    beyond = fit_support(*columns(held_out), params.support_share).beyond(*columns(answers)) > 0
+    return clustered_mean(beyond, answers["prompt_id"].to_numpy(), params.confidence).as_dict()
 
 
 def further_limits(

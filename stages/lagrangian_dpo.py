@@ -27,6 +27,7 @@ from dualign.implicit import Tables, scored_tables
 from dualign.lagrangian import pairs_at, train_at
 from dualign.lm.models import load_tokenizer
 from dualign.lm.tokens import answer_lengths
+from dualign.support import doubt, doubted
 
 log = logging.getLogger("dualign")
 
@@ -45,8 +46,9 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     tokenizer = load_tokenizer(REFERENCE)
     tables = scored_tables(SCORED, spec.reward, spec.cost, params.beta, tokenizer, run.resources, MODELS, METRICS)
     found = multiplier(item, spec, tables.pool, params)
+    off_support = None if spec.implicit else doubt(SCORED, tables.pool, params.pessimism)
     tables = charged(item, spec, tables, tokenizer)
-    frame = tables.pool if spec.data == "pool" else tables.pairs
+    frame = doubted(tables.pool, off_support) if spec.data == "pool" else tables.pairs
     pairs = pairs_at(found["lam"], frame, spec.data, spec, params, tokenizer)
     policies = (MODELS / spec.reward, MODELS / spec.cost, METRICS / f"{spec.cost}.json") if spec.implicit else ()
     scratch = run.scratch(SCORED, DUAL, REFERENCE, *policies)

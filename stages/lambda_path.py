@@ -15,8 +15,10 @@ from dualign.core.schema import POOL, read_table
 from dualign.core.stage import Run, execute, finished
 from dualign.lagrangian import pairs_at, train_at
 from dualign.lm.models import load_tokenizer
+from dualign.support import HELD_OUT, doubt, doubted
 
-SAMPLES = Path("data/scored/pool.parquet")
+SCORED = Path("data/scored")
+SAMPLES = SCORED / "pool.parquet"
 MODELS = Path("models")
 OUT = Path("models/lambda_path")
 
@@ -26,9 +28,11 @@ def main(run: Run[LambdaPathParams]) -> None:
     params = run.params
     item, spec = run.pick(params.runs, "lambda_path.runs")
     begin = MODELS / spec.begin
-    scratch = run.scratch(SAMPLES, *sorted({MODELS / "sft", begin}))
+    scratch = run.scratch(SAMPLES, SCORED / HELD_OUT, *sorted({MODELS / "sft", begin}))
     tokenizer = load_tokenizer(MODELS / "sft")
-    pairs = pairs_at(spec.lam, read_table(SAMPLES, POOL), "pool", spec, params, tokenizer)
+    pool = read_table(SAMPLES, POOL)
+    pool = doubted(pool, doubt(SCORED, pool, params.pessimism))
+    pairs = pairs_at(spec.lam, pool, "pool", spec, params, tokenizer)
     metrics = train_at(spec.lam, pairs, begin, spec, params, run.resources, scratch, OUT / item)
     # What a search from here looks at, as it would in the metrics of lagrangian_dpo.
     scored = {"reward": "reward_model", "cost": "cost_model", "data": "pool"}

@@ -22,8 +22,8 @@ from dualign.core.schema import HELPFUL_PAIRS, read_table
 from dualign.core.stage import Run, execute, finished
 from dualign.scoring.calibration import Platt, brier_score, expected_calibration_error, fit_slope, sigmoid
 from dualign.scoring.fitting import (
-    fitting_half,
     gaps,
+    halves,
     heldout_answers,
     judged,
     local_inputs,
@@ -61,19 +61,19 @@ def main(run: Run[RewardModelParams]) -> None:
 
 
 def calibrate(answers: pd.DataFrame, unit: float, *, given: bool) -> tuple[Platt, dict[str, Any]]:
-    """The scale fitted on every other prompt, with the zero at the mean; and how well both halves do by it.
+    """The scale fitted on all held-out pairs, with the zero at the mean; and how well they do by it.
 
     `unit` is the slope that the scorer's training aimed at, 0 where that is unknown. `ece` and `brier` judge
-    P(chosen is better) before and after, on the half that the slope was not fitted to.
+    P(chosen is better) before and after, each half of the prompts by the slope that was fitted to the other.
     """
     gap = gaps(answers)
-    fit = fitting_half(answers[answers["side"] == "chosen"]["prompt_id"])
-    scale = _slope(gap[fit], unit, given=given) if not fit.all() else _unfitted(given=given)
+    parts = halves(answers[answers["side"] == "chosen"]["prompt_id"])
+    scale = _slope(gap, unit, given=given) if parts else _unfitted(given=given)
     served = Platt(scale, -scale * float(answers["score"].mean()))
     quality = {"ece_before": None, "ece_after": None, "brier_before": None, "brier_after": None}
     helps: dict[str, Any] = {**quality, "calibration_helps": None}
-    if not fit.all():
-        helps = judged(_quality(gap[~fit]), _quality(scale * gap[~fit]), "reward")
+    if parts:
+        helps = judged(_quality(gap), _quality(_crossed(gap, parts, unit)), "reward")
     return served, {
         **helps,
         "accuracy": float((gap > 0).mean()),
@@ -81,6 +81,14 @@ def calibrate(answers: pd.DataFrame, unit: float, *, given: bool) -> tuple[Platt
         "scale": scale,
         "offset": served.offset,
     }
+
+
+def _crossed(gap: np.ndarray, parts: list[np.ndarray], unit: float) -> np.ndarray:
+    """The gaps, each half scaled by the slope that was fitted to the other."""
+    crossed = gap.copy()
+    for fit, judge in (parts, parts[::-1]):
+        crossed[judge] *= fit_slope(gap[fit], unit)
+    return crossed
 
 
 def _slope(gap: np.ndarray, unit: float, *, given: bool) -> float:

@@ -3,7 +3,8 @@
     python -m stages.score
 
 `pool.parquet`: samples of pi_ref at T = 1 on the pool prompts; `scored_pairs.parquet`: training pairs; both with
-reference log-probability, reward and cost. In the embedded world also every grammatical answer to the eval prompts.
+reference log-probability, reward and cost. `support.parquet`: how likely pi_ref finds answers of held-out pairs. In the
+embedded world also every grammatical answer to the eval prompts.
 """
 
 from __future__ import annotations
@@ -15,16 +16,29 @@ import pandas as pd
 
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.params import ScoreParams
-from dualign.core.schema import ENUMERATED, HELPFUL_PAIRS, POOL, PROMPTS, SAFETY_PAIRS, SCORED_PAIRS, read_table
+from dualign.core.schema import (
+    ENUMERATED,
+    HELPFUL_PAIRS,
+    POOL,
+    PROMPTS,
+    SAFETY_PAIRS,
+    SCORED_PAIRS,
+    SUPPORT,
+    read_table,
+)
 from dualign.core.stage import Run, execute
 from dualign.evaluation import enumerate_answers
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts, retokenised_share
 from dualign.measure.rollout import Judges, roll_out
 from dualign.measure.stats import clustered_mean
+from dualign.support import HELD_OUT
 
 DATA = Path("data/prepared")
 OUT = Path("data/scored")
+
+#: Held-out pairs that show what the scorers' data cover; their answers tell a share of a tenth of a percent.
+_SUPPORT_PAIRS = 2000
 
 
 def main(run: Run[ScoreParams]) -> None:
@@ -38,12 +52,14 @@ def main(run: Run[ScoreParams]) -> None:
         count=params.samples_per_prompt, max_new_tokens=params.max_new_tokens, seed=params.seed,
     )  # fmt: skip
     run.throughput["pool_tokens_per_second"] = float(pool["length"].sum() / (time.monotonic() - started))
-    pairs = score_pairs(training_pairs(params), judges)
+    pairs = score_pairs(pairs_of("train", params.pairs, params.seed), judges)
+    support = support_rows(pairs_of("heldout", _SUPPORT_PAIRS, params.seed), judges)
     evaluated = read_table(DATA / "eval.parquet", PROMPTS)
     enumerated = enumerate_world(evaluated[evaluated["source"] == "world"], judges)
     with replacing(OUT) as folder:
         write_parquet(folder / "pool.parquet", pool, POOL)
         write_parquet(folder / "scored_pairs.parquet", pairs, SCORED_PAIRS)
+        write_parquet(folder / HELD_OUT, support, SUPPORT)
         write_parquet(folder / "enumerated.parquet", enumerated, ENUMERATED)
     ids = pool["prompt_id"].to_numpy()
     whole = pool[pool["ended"]]
@@ -53,6 +69,7 @@ def main(run: Run[ScoreParams]) -> None:
         {
             "pool": {**drawn, "retokenised": other},
             "pairs": len(pairs),
+            "support_answers": len(support),
             "reward": clustered_mean(pool["reward"].to_numpy(), ids).as_dict(),
             "cost": clustered_mean(pool["cost"].to_numpy(), ids).as_dict(),
             "p_unsafe": clustered_mean((pool["cost"] > 0).to_numpy(), ids).as_dict(),
@@ -62,14 +79,14 @@ def main(run: Run[ScoreParams]) -> None:
     )
 
 
-def training_pairs(params: ScoreParams) -> pd.DataFrame:
-    """Training pairs of both kinds, at most `pairs` of them, drawn at random."""
+def pairs_of(split: str, most: int | None, seed: int) -> pd.DataFrame:
+    """Pairs of both kinds of a split, at most `most` of them (None: all), drawn at random."""
     tables = {"helpful": HELPFUL_PAIRS, "safety": SAFETY_PAIRS}
     frames = [read_table(DATA / f"{kind}_pairs.parquet", schema).assign(kind=kind) for kind, schema in tables.items()]
     pairs = pd.concat(frames, ignore_index=True)
-    pairs = pairs[pairs["split"] == "train"]
-    if params.pairs is not None and len(pairs) > params.pairs:
-        pairs = pairs.sample(params.pairs, random_state=params.seed).sort_index()
+    pairs = pairs[pairs["split"] == split]
+    if most is not None and len(pairs) > most:
+        pairs = pairs.sample(most, random_state=seed).sort_index()
     return pairs.reset_index(drop=True)
 
 
@@ -85,6 +102,15 @@ def score_pairs(pairs: pd.DataFrame, judges: Judges) -> pd.DataFrame:
         pairs[f"reward_{side}"] = judges.reward.score(pairs["prompt"], pairs[side], batch_size=batch, what="rewards")
         pairs[f"cost_{side}"] = judges.cost.score(pairs["prompt"], pairs[side], batch_size=batch, what="costs")
     return pairs
+
+
+def support_rows(pairs: pd.DataFrame, judges: Judges) -> pd.DataFrame:
+    """Length and logp_ref of both answers of each pair: schema SUPPORT."""
+    prompts = encode_prompts(judges.tokenizer, [*pairs["prompt"], *pairs["prompt"]])
+    answers = encode_answers(judges.tokenizer, [*pairs["chosen"], *pairs["rejected"]])
+    batch = judges.resources.scoring_batch_size
+    logp = log_probabilities(judges.reference, judges.tokenizer, prompts, answers, batch_size=batch)
+    return pd.DataFrame({"length": [len(answer) for answer in answers], "logp_ref": logp.tolist()})
 
 
 def enumerate_world(prompts: pd.DataFrame, judges: Judges) -> pd.DataFrame:

@@ -50,6 +50,7 @@ PRESETS = {
 TINY: dict[str, Any] = {
     "constraint.limit": 5.0,
     "generation.max_new_tokens": 8,
+    "pessimism.share": 0.1,
     "prepare.world.sft_rows": 60,
     "prepare.world.helpful_pairs": 200,
     "prepare.world.safety_pairs": 200,

@@ -19,7 +19,7 @@ from dualign.core.errors import ParamsError
 from dualign.core.names import cut, shown
 from dualign.core.params import STAGES, Resources, StageParams
 
-_TOP_LEVEL = {"seed", "beta", "constraint", "generation", "resources", "methods", *STAGES}
+_TOP_LEVEL = {"seed", "beta", "constraint", "generation", "pessimism", "resources", "methods", *STAGES}
 
 log = logging.getLogger("dualign")
 

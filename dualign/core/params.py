@@ -168,6 +168,18 @@ class ConstraintSpec(Frozen):
         return self
 
 
+class PessimismParams(Frozen):
+    """Scores off the support of the scorers' data (see `dualign.support`).
+
+    An answer is beyond it where it surprises pi_ref more than all but a `share` of the answers of held-out pairs do.
+    There `reward` is taken off its reward and `cost` put on its cost, in within-prompt standard deviations of the pool.
+    """
+
+    share: Annotated[float, Field(gt=0, lt=0.5)]
+    reward: NonNegative
+    cost: NonNegative
+
+
 class Resources(Frozen):
     """How to run on this machine; DVC does not track it.
 
@@ -334,6 +346,7 @@ class DualInitParams(StageParams):
     shared = {
         "seed": "seed",
         "beta": "beta",
+        "pessimism": "pessimism",
         "limit": "constraint.limit",
         "delta": "constraint.delta",
         "power": "constraint.power",
@@ -344,6 +357,7 @@ class DualInitParams(StageParams):
 
     seed: Seed
     beta: Positive
+    pessimism: PessimismParams
     limit: Number
     delta: Annotated[float, Field(gt=0, lt=0.5)]
     power: Annotated[float, Field(ge=0.5, lt=1)] | None
@@ -484,6 +498,7 @@ class LagrangianParams(StageParams):
 
     seed: Seed
     beta: Positive
+    pessimism: PessimismParams
     training: TrainingParams
     lora: LoraParams
 
@@ -492,7 +507,7 @@ class LagrangianDpoParams(LagrangianParams):
     """Lagrangian DPO (the inner problem of C-DPO and MoCAN) at a fixed multiplier."""
 
     section = "lagrangian_dpo"
-    shared = {"seed": "seed", "beta": "beta"}
+    shared = {"seed": "seed", "beta": "beta", "pessimism": "pessimism"}
 
     runs: dict[RunName, LagrangianRun]
 
@@ -511,7 +526,7 @@ class LambdaPathParams(LagrangianParams):
     """Our own Lagrangian trainings at multipliers that no limit has a say in."""
 
     section = "lambda_path"
-    shared = {"seed": "seed", "beta": "beta"}
+    shared = {"seed": "seed", "beta": "beta", "pessimism": "pessimism"}
 
     runs: dict[RunName, LambdaPathRun]
 
@@ -627,6 +642,7 @@ class DualSearchParams(StageParams):
     shared = {
         "seed": "seed",
         "beta": "beta",
+        "pessimism": "pessimism",
         "limit": "constraint.limit",
         "max_new_tokens": "generation.max_new_tokens",
         "methods": "methods",
@@ -634,6 +650,7 @@ class DualSearchParams(StageParams):
 
     seed: Seed
     beta: Positive
+    pessimism: PessimismParams
     limit: Number
     max_new_tokens: Count
     methods: dict[RunName, MethodRow]
@@ -762,6 +779,7 @@ class EvaluateParams(StageParams):
         "beta": "beta",
         "limit": "constraint.limit",
         "also": "constraint.also",
+        "support_share": "pessimism.share",
         "max_new_tokens": "generation.max_new_tokens",
     }
 
@@ -769,6 +787,7 @@ class EvaluateParams(StageParams):
     beta: Positive
     limit: Number
     also: dict[Name, ConstraintSpec]
+    support_share: float
     max_new_tokens: Count
     prompts: Count
     samples_per_prompt: Few

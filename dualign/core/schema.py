@@ -71,6 +71,8 @@ SCORED_PAIRS = pa.schema(
         *[(f"{score}_{side}", pa.float64()) for side in ("chosen", "rejected") for score in _SCORES],
     ]
 )
+#: Answers of held-out pairs as the reference policy sees them: what the scorers' own data cover (`dualign.support`).
+SUPPORT = pa.schema([("length", pa.int32()), ("logp_ref", pa.float64())])
 #: Scored samples of the reference policy at temperature 1. `tokens` are the ids as drawn (text may not encode back to
 #: them), `length` counts them with EOS, `ended` says that EOS was drawn before the length limit.
 POOL = pa.schema(_SAMPLE)

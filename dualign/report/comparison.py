@@ -28,7 +28,7 @@ from dualign.report.told import told
 #: The policy that win rates and gains are measured against.
 REFERENCE = "sft"
 #: What `evaluate` measures as {"mean", "low", "high"}: everywhere, and in the embedded world only.
-_MEASURES = ("reward", "cost", "p_unsafe", "kl", "length", "ended", "displacement")
+_MEASURES = ("reward", "cost", "p_unsafe", "kl", "length", "ended", "displacement", "off_support")
 _WORLD_MEASURES = ("true_reward", "true_cost", "grammatical")
 
 Interval = dict[str, float | None]

@@ -133,14 +133,18 @@ def gaps(answers: pd.DataFrame) -> np.ndarray:
     return np.asarray(chosen - rejected)
 
 
-def fitting_half(prompt_ids: pd.Series) -> np.ndarray:
-    """Whether each row is of every other prompt, in the order of their ids; the rest judge what is fitted to these."""
+def halves(prompt_ids: pd.Series) -> list[np.ndarray]:
+    """Rows of every other prompt, in the order of their ids, and the rest: each judges what is fitted to the other.
+
+    Empty where there are not two prompts. Shape of a half: [rows], boolean.
+    """
     order = {prompt: i for i, prompt in enumerate(sorted(prompt_ids.unique()))}
-    return np.array([order[prompt] % 2 == 0 for prompt in prompt_ids], bool)
+    first = np.array([order[prompt] % 2 == 0 for prompt in prompt_ids], bool)
+    return [first, ~first] if len(order) > 1 else []
 
 
 def judged(before: dict[str, float], after: dict[str, float], what: str) -> dict[str, Any]:
-    """Brier score and ECE before and after a calibration, on the half that it was not fitted to; Brier is the rule.
+    """Brier score and ECE before and after a calibration, on pairs that it was not fitted to; Brier is the rule.
 
     A Brier score that rises by less than 0.001 is no harm: where the raw score is right already, chance moves it so.
     """

@@ -41,6 +41,7 @@ from dualign.search.online import (
 )
 from dualign.search.rules import Ascent, Step
 from dualign.search.screening import Screening, off_policy_cost
+from dualign.support import Doubt, doubt, doubted
 from dualign.training.pairwise import Inner, Pair, train_pairwise
 from dualign.training.policy_gradient import PolicyGradient, train_policy_gradient
 from dualign.training.run import Job, Model
@@ -141,7 +142,7 @@ class PolicyBench:
     def screen(self, q: float) -> Screening:
         """The cost of the merge of weight q by importance weights on the whole pool."""
         ratio = self._pool_ratio(self._merged(self._reference, self.start, q, self._scratch / "screened"), self._pool)
-        return Screening(q, *off_policy_cost(ratio, by_prompt(self._pool, "cost")))
+        return Screening(q, *off_policy_cost(ratio, by_prompt(self._scored_pool, "cost")))
 
     @staticmethod
     def _merged(first: str, second: str, weight: float, out: Path) -> str:
@@ -185,7 +186,7 @@ class PolicyBench:
 
     @property
     def _pool(self) -> pd.DataFrame:
-        """The pool, with the prices of further limits in its rewards."""
+        """The pool as a training reads it: with pessimistic scores, and prices of further limits in its rewards."""
         return self._priced(self._scored_pool)
 
     @cached_property
@@ -255,7 +256,14 @@ class PolicyBench:
         return lagrangian_scale(lam, self._weights is not None and self._weights.normalised)
 
     def _priced(self, frame: pd.DataFrame) -> pd.DataFrame:
-        return priced(frame, self._prices, partial(answer_lengths, self._judges.tokenizer))
+        return priced(doubted(frame, self._doubt), self._prices, partial(answer_lengths, self._judges.tokenizer))
+
+    @cached_property
+    def _doubt(self) -> Doubt | None:
+        """Pessimism of a method that trains on the pool; the others are as published."""
+        if self._method.data != "pool":
+            return None
+        return doubt(self._inputs.scored, self._scored_pool, self._params.pessimism)
 
     def _safety_source(self) -> PairSource:
         """Safety pairs with log pi_r as reference column, the same at every multiplier."""

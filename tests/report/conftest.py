@@ -106,6 +106,7 @@ def _measures(answers: pd.DataFrame, policy: tuple, world: bool) -> dict[str, An
         "p_unsafe": _clustered(answers, answers["cost"] > 0),
         "kl": _clustered(answers, answers["logp"] - answers["logp_ref"]),
         "displacement": {end: k * (0.97 - policy[5]) for end, k in (("low", -44), ("mean", -40), ("high", -36))},
+        "off_support": {"low": 0.01, "mean": 0.02, "high": 0.03} if policy[0] != "safety_only" else None,
         "tilt": _tilt(policy),
         "also": {
             "short": {**_clustered(answers, answers["length"]), "limit": 29.5},
@@ -172,7 +173,7 @@ def _write_dual(root: Path) -> None:
         "lam": LAM, "lam_low": 0.71, "lam_high": 1.04, "limit": LIMIT, "beta": BETA, "cost_reference": -0.06,
         "cost_unconstrained": 0.58, "reachable_minimum": -0.94, "ess_median": 71.2, "ess_low": 33.0, "prompts": 96,
         "samples": 128, "half_drift": 0.03, "half_drift_cost": 0.01, "slack": False, "lambda_max": 50.0,
-        "lam_slope": -1.7,
+        "lam_slope": -1.7, "pessimism": {"answers": 37, "degree": 0.8, "reward": 1.9, "cost": 0.0},
         "zero_error": 0.05, "lam_zero_low": 0.78, "lam_zero_high": None, "aim": -0.21, "stock": 0.06, "lam_stock": 0.97,
         "prices": [
             {"name": "short", "quantity": "length", "limit": 29.5, "level": None, "prompts": None, "threshold": None,

@@ -424,6 +424,7 @@ def test_facts_about_the_multiplier_and_the_calibrations(run: Run) -> None:
     facts = render(*run).within("id", "facts")
     for text in (
         "change of λ̂, limit 0.1 lower +0.17", "zero of cost 0.05 (one standard error) off 0.78 to out of reach",
+        "answers off the support 37, doubted by 80% on average",
         "room for a certificate 0.06 of cost", "−0.21, 0.97", "standard error of the zero 0.050",
         "none 0.094 0.131 – line (Platt), served 0.018 0.118 88% curve (isotonic) 0.012 0.116 88%",
     ):  # fmt: skip

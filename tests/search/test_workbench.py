@@ -27,6 +27,7 @@ from dualign.core.params import (
     InnerParams,
     LoraParams,
     OnlineParams,
+    PessimismParams,
     PolicyGradientParams,
     Resources,
     ScratchParams,
@@ -37,6 +38,7 @@ from dualign.core.schema import (
     POOL,
     SAFETY_PAIRS,
     SCORED_PAIRS,
+    SUPPORT,
     by_prompt,
     prompt_id,
     read_table,
@@ -68,6 +70,7 @@ from dualign.search.online import Preferences
 from dualign.search.rules import Ascent, Step
 from dualign.search.screening import off_policy_cost
 from dualign.search.workbench import Inputs, PolicyBench, stretches
+from dualign.support import doubt
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ScratchParams(
@@ -76,6 +79,8 @@ SCRATCH = ScratchParams(
 PROMPTS = pd.DataFrame(
     [{"prompt_id": prompt_id(user(q)), "prompt": user(q), "source": "world"} for q in world.prompts()[::700]]
 )
+
+BELIEVING, PESSIMISTIC = (PessimismParams(share=0.4, reward=reward, cost=0.0) for reward in (0.0, 2.0))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -102,6 +107,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, resources: Resources) -> In
     judges = Judges.load(resources, models)
     pool = roll_out(judges.reference, PROMPTS, judges, count=3, max_new_tokens=8, seed=5)
     write_parquet(models / "scored/pool.parquet", pool, POOL)
+    known = pool[pool["sample"] < 2][["length", "logp_ref"]]
+    write_parquet(models / "scored/support.parquet", known, SUPPORT)
     return Inputs(models=models, prepared=models / "prepared", scored=models / "scored")
 
 
@@ -115,7 +122,8 @@ def scorer(folder: Path, tokenizer: PreTrainedTokenizerBase, resources: Resource
 def params(tmp_path: Path) -> DualSearchParams:
     shipped = load(DualSearchParams, ROOT / "params.yaml")
     feedback = FeedbackParams(prompts=4, labels=20, smoothing=0.5, source="cost_model", folder=str(tmp_path / "labels"))
-    return shipped.model_copy(update={"max_new_tokens": 8, "samples_per_prompt": 3, "feedback": feedback})
+    update = {"max_new_tokens": 8, "samples_per_prompt": 3, "feedback": feedback, "pessimism": BELIEVING}
+    return shipped.model_copy(update=update)
 
 
 def write_pairs(path: Path, label: str, schema: pa.Schema) -> None:
@@ -384,6 +392,39 @@ def test_prices_are_charged_to_the_pool_to_fresh_answers_and_to_pairs(
     pairs = on_pairs._pairs(0.5, tmp_path, before)
     gap = np.array([len(pair.first) - len(pair.second) for pair in pairs])  # all are unsafe, so length alone tells
     assert [pair.label for pair in pairs] == pytest.approx((1 / (1 + np.exp(0.2 * gap))).tolist(), abs=1e-6)
+
+
+def test_answers_off_the_support_are_doubted_in_the_pool_and_in_fresh_answers(
+    params: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path
+) -> None:
+    """Half of the answers surprise the reference more than the held-out ones do; a method on pairs believes all."""
+    inner = InnerParams(labels="soft", normalised=False, anchor=0.3, nll=0.0)
+    update = {"refresh_prompts": 3, "refresh_samples": 2, "pessimism": PESSIMISTIC}
+    wary, before = params.model_copy(update=update), step(0, 0.5, inputs.models / "sft")
+
+    def bench(method: str, weights: InnerParams | None) -> PolicyBench:
+        plan = Plan("row", METHODS[method], "sft", "sft")
+        return PolicyBench(plan, wary, resources, weights, PROMPTS, tmp_path / method, inputs)
+
+    pool, tokenizer = read_table(inputs.scored / "pool.parquet", POOL), load_tokenizer(inputs.models / "sft")
+    found = doubt(inputs.scored, pool, PESSIMISTIC)
+    assert found is not None and 0 < (found.beyond(pool) > 0).mean() < 1
+    pairs = bench("dualign", inner)._pairs(0.5, tmp_path, before)
+    fresh = samples_of(found.scores(read_table(tmp_path / "refresh.parquet", ANSWERS)), tokenizer)
+    samples, beta = samples_of(found.scores(pool), tokenizer), wary.beta
+    value = dual.soft_value(samples.reward, samples.cost, 0.5, beta)[:3, None].repeat(2, axis=1)
+    on_pool = pool_pairs(samples, pool_values(samples, 0.5, beta), 0.5, beta, wary.seed)
+    assert pairs == on_pool + pool_pairs(fresh, value, 0.5, beta, wary.seed)
+    assert pairs != bench_without(params, resources, inputs, inner, tmp_path)._pairs(0.5, tmp_path, before)
+    assert bench("sacpo", None)._pool["reward"].tolist() == pool["reward"].tolist()
+
+
+def bench_without(
+    params: DualSearchParams, resources: Resources, inputs: Inputs, inner: InnerParams, folder: Path
+) -> PolicyBench:
+    """The same without pessimism."""
+    small = params.model_copy(update={"refresh_prompts": 3, "refresh_samples": 2})
+    return PolicyBench(Plan("row", METHODS["dualign"], "sft", "sft"), small, resources, inner, PROMPTS, folder, inputs)
 
 
 def test_corrected_prices_reach_the_pairs_of_a_training_and_the_tilts_after(

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from dualign.core.artifacts import write_json, write_parquet
 from dualign.core.loading import load_resources
 from dualign.core.params import Resources, ScratchParams
-from dualign.core.schema import HELPFUL_PAIRS, SAFETY_PAIRS, pair_id, prompt_id, user
+from dualign.core.schema import HELPFUL_PAIRS, SAFETY_PAIRS, SUPPORT, pair_id, prompt_id, user
 from dualign.data import world
 from dualign.lm.models import build_scratch, save, train_tokenizer
-from tests.written import solved
+from tests.written import held_out, solved
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ScratchParams(
@@ -62,6 +62,7 @@ def workspace(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: p
     write_parquet(tmp_path / "data/prepared/helpful_pairs.parquet", rows("better_response_id"), HELPFUL_PAIRS)
     write_parquet(tmp_path / "data/prepared/safety_pairs.parquet", rows("safer_response_id"), SAFETY_PAIRS)
     write_json(tmp_path / "data/dual/dual.json", solved())
+    write_parquet(tmp_path / "data/scored/support.parquet", held_out(), SUPPORT)
     return tmp_path
 
 

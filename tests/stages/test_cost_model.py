@@ -46,9 +46,13 @@ def answers() -> pd.DataFrame:
     return pd.DataFrame({"side": "chosen", "prompt_id": prompts, "score": score, "unsafe": unsafe})
 
 
+def flagged_of(answers: pd.DataFrame) -> pd.DataFrame:
+    return answers[answers["unsafe"].notna()]
+
+
 def halves(answers: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The prompts that calibrate, and those that judge."""
-    flagged = answers[answers["unsafe"].notna()]
+    """Flagged answers to every other prompt, and to the rest."""
+    flagged = flagged_of(answers)
     names = sorted(flagged["prompt_id"].unique())
     return flagged[flagged["prompt_id"].isin(names[::2])], flagged[flagged["prompt_id"].isin(names[1::2])]
 
@@ -57,8 +61,21 @@ def arrays(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     return frame["score"].to_numpy(float), frame["unsafe"].to_numpy(bool)
 
 
-def test_each_kind_is_fitted_on_half_of_the_prompts(answers: pd.DataFrame) -> None:
-    score, unsafe = arrays(halves(answers)[0])
+def crossed(answers: pd.DataFrame, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Costs of either half by what is fitted to the other, and their flags."""
+    first, second = halves(answers)
+    costs, flags = [], []
+    for fit, judge in ((first, second), (second, first)):
+        line = fit_platt(*arrays(fit))
+        fitted = {"platt": line, "isotonic": fit_isotonic(*arrays(fit), line), "none": Platt()}[kind]
+        score, unsafe = arrays(judge)
+        costs.append(fitted(score))
+        flags.append(unsafe)
+    return np.concatenate(costs), np.concatenate(flags)
+
+
+def test_what_is_served_is_fitted_on_all_flags(answers: pd.DataFrame) -> None:
+    score, unsafe = arrays(flagged_of(answers))
     line = fit_platt(score, unsafe)
     assert calibrate(answers, "platt", seed=0)[0] == line
     assert calibrate(answers, "isotonic", seed=0)[0] == fit_isotonic(score, unsafe, line)
@@ -66,11 +83,12 @@ def test_each_kind_is_fitted_on_half_of_the_prompts(answers: pd.DataFrame) -> No
 
 
 @pytest.mark.parametrize("kind", ["platt", "isotonic", "none"])
-def test_metrics_are_those_of_the_other_half_whatever_is_served(answers: pd.DataFrame, kind: str) -> None:
-    served, metrics = calibrate(answers, kind, seed=0)
-    score, unsafe = arrays(halves(answers)[1])
-    assert metrics["sign_accuracy"] == pytest.approx(((served(score) > 0) == unsafe).mean())
-    assert metrics["brier_after"] == pytest.approx(((sigmoid(served(score)) - unsafe) ** 2).mean())
+def test_each_half_is_judged_by_a_fit_to_the_other_whatever_is_served(answers: pd.DataFrame, kind: str) -> None:
+    metrics = calibrate(answers, kind, seed=0)[1]
+    cost, flags = crossed(answers, kind)
+    assert metrics["sign_accuracy"] == pytest.approx(((cost > 0) == flags).mean())
+    assert metrics["brier_after"] == pytest.approx(((sigmoid(cost) - flags) ** 2).mean())
+    score, unsafe = arrays(flagged_of(answers))
     assert metrics["brier_before"] == pytest.approx(((sigmoid(score) - unsafe) ** 2).mean())
     every = {each: calibrate(answers, each, seed=0)[1] for each in ("platt", "isotonic")}
     for each, own in every.items():
@@ -84,7 +102,7 @@ def test_metrics_are_those_of_the_other_half_whatever_is_served(answers: pd.Data
 @pytest.mark.parametrize("kind", ["platt", "isotonic"])
 def test_the_zero_moves_by_the_offset_up_to_its_error(answers: pd.DataFrame, kind: str) -> None:
     served, metrics = calibrate(answers, kind, seed=0)
-    fit, _ = halves(answers)
+    fit = flagged_of(answers)
     line, data = fit_platt(*arrays(fit)), (*arrays(fit), fit["prompt_id"].to_numpy())
     if isinstance(served, Isotonic):
         expected = isotonic_zero_error(served, *data, line, np.random.default_rng(0))
@@ -129,7 +147,7 @@ def test_one_prompt_cannot_both_calibrate_and_judge(answers: pd.DataFrame) -> No
 
 
 def test_a_calibration_that_makes_it_worse_is_told(answers: pd.DataFrame, caplog: pytest.LogCaptureFixture) -> None:
-    """Flags of the fitting half are certain, those of the other half are a coin's."""
+    """Flags of one half are certain, those of the other half are a coin's."""
     fit, rest = halves(answers)
     rng = np.random.default_rng(1)
     certain = pd.concat([fit.assign(unsafe=fit["score"] > 0), rest.assign(unsafe=rng.random(len(rest)) < 0.5)])
@@ -140,6 +158,15 @@ def test_a_calibration_that_makes_it_worse_is_told(answers: pd.DataFrame, caplog
     caplog.clear()
     assert calibrate(answers, "platt", seed=0)[1]["calibration_helps"] is True and not caplog.text
     assert calibrate(answers, "none", seed=0)[1]["calibration_helps"] is None and not caplog.text
+
+
+def test_a_half_of_one_kind_of_flag_judges_without_fitting(answers: pd.DataFrame) -> None:
+    fit, rest = halves(answers)
+    lopsided = pd.concat([fit, rest.assign(unsafe=False)])
+    served, metrics = calibrate(lopsided, "platt", seed=0)
+    assert served == fit_platt(*arrays(lopsided))
+    score, unsafe = arrays(rest.assign(unsafe=False))
+    assert metrics["brier_after"] == pytest.approx(((sigmoid(fit_platt(*arrays(fit))(score)) - unsafe) ** 2).mean())
 
 
 def test_a_guard_may_be_the_cost_model(workspace: Path, resources: Resources) -> None:

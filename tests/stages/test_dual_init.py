@@ -15,12 +15,19 @@ from transformers import PreTrainedTokenizerBase
 from dualign import dual, lagrangian
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.loading import load
-from dualign.core.params import ConstraintSpec, DualInitParams, LagrangianDpoParams, Resources
+from dualign.core.params import (
+    ConstraintSpec,
+    DualInitParams,
+    LagrangianDpoParams,
+    PessimismParams,
+    Resources,
+)
 from dualign.core.schema import (
     DUAL_PROMPTS,
     POOL,
     PROMPTS,
     SCORED_PAIRS,
+    SUPPORT,
     by_prompt,
     pair_id,
     prompt_id,
@@ -38,6 +45,7 @@ from dualign.scoring.scorers import Scorer
 from dualign.training.pairwise import train_pairwise
 from stages import dual_init, lagrangian_dpo
 from tests.stages.conftest import ROOT, SCRATCH
+from tests.written import held_out
 
 LIMIT = -0.3
 
@@ -60,6 +68,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory with a scored pool, and what the cost model says of its zero."""
     monkeypatch.chdir(tmp_path)
     write_parquet("data/scored/pool.parquet", rows(), POOL)
+    write_parquet("data/scored/support.parquet", held_out(), SUPPORT)
     write_json("reports/metrics/cost_model.json", {"zero_error": 0.05})
     return tmp_path
 
@@ -113,6 +122,32 @@ def test_the_files_hold_the_solution_of_the_pool(resources: Resources) -> None:
     assert at["cost"] == pytest.approx(LIMIT - result["half_drift_cost"], abs=0.5 * abs(result["half_drift_cost"]))
     assert at["kl"] > table["kl"].mean()  # few samples leave a KL too small
     assert read_json("reports/metrics/dual_init.json")["lam_stock"] == result["lam_stock"]
+
+
+@pytest.mark.usefixtures("folder")
+def test_answers_off_the_support_are_doubted_in_the_dual_and_shown_as_scored(resources: Resources) -> None:
+    """The best answer of every prompt is text that no pair is like."""
+    pool = pd.DataFrame(rows())
+    best = pool.groupby("prompt_id")["reward"].transform("max") == pool["reward"]
+    write_parquet("data/scored/pool.parquet", pool.assign(logp_ref=np.where(best, -1000.0, -6 * pool["length"])), POOL)
+    pessimism = PessimismParams(share=0.01, reward=2.0, cost=0.5)
+    run = run_of(resources, pessimism=pessimism)
+    result, (reward, cost) = solved(run), scores()
+    drop, rise = 2 * np.sqrt(reward.var(1).mean()), 0.5 * np.sqrt(cost.var(1).mean())
+    doubted = (
+        reward - drop * by_prompt(pool.assign(best=best), "best"),
+        cost + rise * by_prompt(pool.assign(best=best), "best"),
+    )
+    beta = run.params.beta
+    assert result["lam"] == pytest.approx(dual.root(*doubted, limit=LIMIT, beta=beta, lambda_max=50), abs=1e-12)
+    assert result["pessimism"] == pytest.approx({"answers": 60, "degree": 1.0, "reward": drop, "cost": rise})
+    at = next(row for row in read_json("data/dual/frontier.json")["rows"] if row["lam"] == result["lam"])
+    w = dual.jackknife_weights(*doubted, result["lam"], beta)
+    assert at["reward"] == pytest.approx((w * reward).sum(1).mean())
+    assert solved(run_of(resources, pessimism=pessimism.model_copy(update={"reward": 0.0, "cost": 0.0})))[
+        "lam"
+    ] == pytest.approx(dual.root(reward, cost, limit=LIMIT, beta=beta, lambda_max=50), abs=1e-12)
+    assert read_json("data/dual/dual.json")["pessimism"] is None
 
 
 @pytest.mark.usefixtures("folder")
@@ -352,6 +387,7 @@ def tiny(
         for q in QUESTIONS
     ]  # fmt: skip
     write_parquet("data/scored/scored_pairs.parquet", pairs, SCORED_PAIRS)
+    write_parquet("data/scored/support.parquet", [{"length": 5, "logp_ref": -900.0}] * 200, SUPPORT)
     write_json("reports/metrics/cost_model.json", {"zero_error": None})
 
 

@@ -22,6 +22,7 @@ from dualign.lm.models import load_policy
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.pairs import pool_pairs, pool_values, samples_of
+from dualign.support import doubt
 from dualign.training.pairwise import train_pairwise
 from stages import lambda_path
 
@@ -83,6 +84,22 @@ def test_the_second_training_goes_on_from_the_first_against_the_same_reference(
     assert (told["lam"], told["begin"], told["data"]) == (params.runs["strict"].lam, "lambda_path/slack", "pool")
     assert (told["reward"], told["cost"]) == ("reward_model", "cost_model")
     assert told["inner"] == params.runs["strict"].inner.model_dump() and told["learning_rate"] == 8e-3
+
+
+def test_answers_off_the_support_are_doubted_in_labels_and_anchors(
+    pooled: Path, resources: Resources, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(lagrangian, "train_pairwise", lambda *args: seen.append(args) or train_pairwise(*args))
+    params, pool = stage_params(), read_table(pooled / "data/scored/pool.parquet", POOL)
+    odd = pool.assign(logp_ref=pool["logp_ref"].where(pool["sample"] > 0, -2000.0))
+    write_parquet(pooled / "data/scored/pool.parquet", odd, POOL)
+    lambda_path.main(Run("lambda_path", "slack", params, resources))
+    found = doubt(pooled / "data/scored", odd, params.pessimism)
+    assert found is not None and found.beyond(odd).tolist() == [1.0, 0, 0, 0] * 3
+    samples, run = samples_of(found.scores(odd), tokenizer), params.runs["slack"]
+    expected = pool_pairs(samples, pool_values(samples, run.lam, params.beta), run.lam, params.beta, params.seed)
+    assert seen[0][2] == expected
 
 
 def test_it_begins_where_it_is_told_to(pooled: Path, resources: Resources) -> None:

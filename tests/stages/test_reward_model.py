@@ -49,12 +49,14 @@ def gap() -> np.ndarray:
     return np.where(rng.random(800) < sigmoid(distance / 4), distance, -distance)
 
 
-def test_the_scale_is_fitted_on_half_of_the_prompts_and_judged_on_the_rest(gap: np.ndarray) -> None:
+def test_the_scale_is_fitted_on_all_pairs_and_judged_on_each_half_by_the_other(gap: np.ndarray) -> None:
     served, metrics = calibrate(answers_of(gap), 1.0, given=False)
-    assert served.scale == pytest.approx(fit_slope(gap[::2], 1.0)) == pytest.approx(0.25, abs=0.05)
-    other = gap[1::2]
-    assert metrics["brier_before"] == pytest.approx(((1 - sigmoid(other)) ** 2).mean())
-    assert metrics["brier_after"] == pytest.approx(((1 - sigmoid(served.scale * other)) ** 2).mean())
+    assert served.scale == pytest.approx(fit_slope(gap, 1.0)) == pytest.approx(0.25, abs=0.05)
+    assert metrics["brier_before"] == pytest.approx(((1 - sigmoid(gap)) ** 2).mean())
+    crossed = gap.copy()
+    crossed[1::2] *= fit_slope(gap[::2], 1.0)
+    crossed[::2] *= fit_slope(gap[1::2], 1.0)
+    assert metrics["brier_after"] == pytest.approx(((1 - sigmoid(crossed)) ** 2).mean())
     assert metrics["ece_after"] < 0.5 * metrics["ece_before"] and metrics["calibration_helps"]
     assert metrics["accuracy"] == pytest.approx((gap > 0).mean())
     assert metrics["mean_gap"] == pytest.approx(served.scale * gap.mean())
@@ -62,7 +64,7 @@ def test_the_scale_is_fitted_on_half_of_the_prompts_and_judged_on_the_rest(gap: 
 
 
 def test_a_scale_that_makes_it_worse_is_told(gap: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
-    """The prompts that fit say that gaps are right, those that judge say they are not."""
+    """Every other prompt says that gaps are right, the rest say that they are not."""
     at_odds = np.abs(gap)
     at_odds[1::2] *= np.where(np.arange(400) % 2, 1, -1)
     metrics = calibrate(answers_of(0.1 * at_odds), 1.0, given=False)[1]
