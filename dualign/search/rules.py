@@ -324,8 +324,11 @@ def _projected_subgradient(steps: Sequence[Step], params: DualSearchParams, outl
 
 
 def _newton(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
-    """The line through all trainings, Newton's at first; one correction is always made: it also trains on-policy."""
-    if len(steps) > 1 and _solved(steps[-1], params, outlook):
+    """The line through all trainings, Newton's at first. A start within noise of the aim is not corrected.
+
+    Its multiplier is that of the whole pool, which says more than the fewer prompts of one measurement do.
+    """
+    if _solved(steps[-1], params, outlook):
         return None
     found = corrections(steps, params, outlook)
     proposed = found["newton"] if found["line"] is None else found["line"]
