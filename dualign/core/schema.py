@@ -7,6 +7,7 @@ pairs, the **safer** one in safety pairs.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import unicodedata
 from collections.abc import Sequence
@@ -109,8 +110,12 @@ def last_user_text(prompt: Sequence[Message]) -> str:
     return prompt[-1]["content"]
 
 
+@functools.lru_cache(maxsize=8192)
 def normalise(text: str) -> str:
-    """Text as it is compared across sources: NFKC, case-folded, only letters, marks and digits, single spaces."""
+    """Text as it is compared across sources: NFKC, case-folded, only letters, marks and digits, single spaces.
+
+    Kept for the next row, which is often another answer to the same prompt.
+    """
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in folded).split())
 
