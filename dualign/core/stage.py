@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -101,6 +102,7 @@ def execute(main: Callable[[Run[P]], None], cls: type[P], argv: list[str] | None
     Exits 2 after a DualignError, 3 where people's labels are awaited, 130 after an interrupt.
     """
     argv = sys.argv[1:] if argv is None else argv
+    _collect_again()
     _quiet()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "datasets", "filelock"):
@@ -146,6 +148,13 @@ def finished(scratch: Path) -> None:
     """
     with contextlib.suppress(OSError), temporary_folder(room_for(scratch.parent)) as place:
         scratch.rename(place / scratch.name)
+
+
+def _collect_again() -> None:
+    """Look for garbage again where `stages` put it off, but not among what was imported, which stays."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def _quiet() -> None:

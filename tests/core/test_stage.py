@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -56,6 +57,21 @@ def test_an_item_has_files_of_its_own(folder: Path) -> None:
     execute(lambda run: run.metrics({"item": run.item}), DualInitParams, ["ours"])
     assert read_json(folder / "reports/metrics/dual_init/ours.json") == {"item": "ours"}
     assert (folder / "reports/provenance/dual_init/ours.json").is_file()
+
+
+def test_garbage_is_looked_for_again_once_a_stage_has_been_imported() -> None:
+    code = "import sys, gc; sys.argv[0] = {argv!r}; import stages; sys.exit(gc.isenabled())"
+    begun = [sys.executable, "-c", code.format(argv="-m")]  # what argv is while Python looks for `-m stages.NAME`
+    assert subprocess.run(begun, cwd=ROOT, check=False).returncode == 0
+    assert subprocess.run([*begun[:2], code.format(argv="pytest")], cwd=ROOT, check=False).returncode == 1
+    gc.disable()
+    try:
+        execute(lambda run: run.metrics({"collecting": gc.isenabled()}), DualInitParams, [])
+        assert gc.isenabled() and gc.get_freeze_count() > 0
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    assert read_json("reports/metrics/dual_init.json") == {"collecting": True}
 
 
 Main = Callable[[Run[DualInitParams]], None]
