@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from dualign.certificate import Certificate, Tested, order
 from dualign.core.artifacts import replacing, write_parquet
@@ -135,7 +135,7 @@ def forecast(test: Tested, found: Certificate) -> int | None:
     is the number that passes if again none is seen. None for a candidate that passed, and where an estimate is above
     its limit: no number would show that it is below.
     """
-    power = 1 + float(norm.ppf(0.8) / norm.ppf(1 - found.delta))
+    power = 1 + float(ndtri(0.8) / ndtri(1 - found.delta))
     needed = []
     for required, check in zip(found.requirements, test.checks, strict=True):
         margin = required.limit - check.estimate
