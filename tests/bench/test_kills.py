@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import kills
+from bench import kills, tiny
 from bench.tiny import World
 from dualign.core.artifacts import read_json
 from dualign.core.errors import DualignError
@@ -26,6 +26,24 @@ def test_a_stage_that_is_killed_ends_with_the_same_bytes_when_it_is_run_again(wo
     trials = read_json(work / "kills.json")["KILL"]["trials"]
     assert len(trials) == 2 and all(trial["same"] and not trial["debris"] for trial in trials)
     assert "| all (KILL) | 2 |" in (work / "kills.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_stage_whose_worker_is_killed_goes_to_the_next_and_ends_with_the_same_bytes(work: Path) -> None:
+    options = ["--count", "1", "--stages", "prepare", "--worker", "--work", str(work), "--out", str(work)]
+    assert kills.main(options) == 0
+    (trial,) = read_json(work / "kills.json")["worker"]["trials"]
+    assert trial["stopped"] == -signal.SIGKILL and trial["same"] and trial["told"] and not trial["debris"]
+
+
+def test_what_a_node_has_left_is_seen(tmp_path: Path) -> None:
+    for name in ("models/.tmp-1/weights", "reports/.x.1.tmp", "data/.gitignore", ".scratch/sft/0/checkpoint-2/weights"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert tiny.debris(tmp_path) == [".scratch/sft/0/checkpoint-2/weights", "models/.tmp-1", "reports/.x.1.tmp"]
+    for name in ("torchinductor_me", "runner_storage", "tmp1prefect", "tmp1"):
+        (tmp_path / "system" / name).mkdir(parents=True)
+    assert tiny.temporaries(tmp_path / "system") == ["tmp1"]
 
 
 @pytest.mark.slow

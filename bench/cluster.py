@@ -1,0 +1,182 @@
+"""The tiny world on a cluster of this one machine: a coordinator without outputs, and a node for each pool of dvc.yaml.
+
+What `bench.kills --worker` takes the power from. Commits travel through a bare repository, results through a folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+from dvc.repo import Repo
+
+from bench.nodes import Nodes, serving
+from bench.tiny import LONG, ROOT, World, debris, differs, state, temporaries
+from dualign.core.errors import DualignError
+from pipeline.checkout import git
+from pipeline.dag import StageSpec
+
+log = logging.getLogger(__name__)
+
+COORDINATOR = "coordinator"
+#: Seconds without a sign of life after which a worker counts as lost here; a user waits `pipeline.cluster.SILENCE`.
+SILENCE = 25.0
+_RUN = (
+    f"import sys; from pipeline import __main__, cluster; cluster.SILENCE = {SILENCE}; sys.exit(__main__.main())",
+    *("run", "--cluster", "--force", "--stage"),
+)
+
+
+class Cluster:
+    """Clones of a world in `folder`, their workers started; `world` stays as it is."""
+
+    def __init__(self, world: World, folder: Path, server: str) -> None:
+        self.world, self._folder = world, folder
+        self._system = folder / "tmp"
+        self._system.mkdir()
+        self.nodes = Nodes(folder, {**world.environment(self._system), "PREFECT_API_URL": server})
+        self._root = self.nodes.clone(COORDINATOR)
+        self._objects = _objects(world.folder)
+        self._command("pipeline", "deploy")
+        self._pools = sorted({pool_of(spec) for spec in world.dag.values()})
+        for pool in self._pools:
+            self.nodes.start(pool, pool)
+
+    def _command(self, *module: str) -> None:
+        """Run a module at the coordinator, whose own code counts."""
+        process = self._start("-m", *module)
+        if process.wait(LONG):
+            raise DualignError(f"{self._root}: python -m {' '.join(module)} failed; see {self._log} there")
+
+    def _start(self, *command: str) -> subprocess.Popen[bytes]:
+        told = {name: text for name, text in self.nodes.settings.items() if name != "PYTHONPATH"}
+        with self._log.open("wb") as output:
+            return subprocess.Popen([sys.executable, *command], cwd=self._root, env=told, stdout=output, stderr=output)
+
+    @property
+    def _log(self) -> Path:
+        return self._folder / f"{COORDINATOR}.log"
+
+    @property
+    def said(self) -> str:
+        """What the coordinator's last command wrote, and the workers since `forget`."""
+        logs = [self._log, *(self._folder / f"{pool}.log" for pool in self._pools)]
+        return "\n".join(f"{path.name}:\n{path.read_text(errors='replace')}" for path in logs)
+
+    def run(self, spec: StageSpec) -> subprocess.Popen[bytes]:
+        """Start a run of one stage on the workers."""
+        return self._start("-c", *_RUN, spec.name)
+
+    def forget(self, spec: StageSpec) -> None:
+        """Every clone as it was made, and nothing in the remote of what this stage alone has written."""
+        git(self._root, "checkout", "-q", "dvc.lock")
+        for name in (COORDINATOR, *self._pools):
+            git(self._folder / name, "clean", "-fdxq", "--exclude", "__pycache__")
+        others = {item for name, items in self._objects.items() if name != spec.name for item in items}
+        for item in self._objects[spec.name] - others:
+            (self._folder / "store/files/md5" / item[:2] / item[2:]).unlink()
+        for pool in self._pools:
+            os.truncate(self._folder / f"{pool}.log", 0)
+
+    def trees(self, spec: StageSpec) -> list[Path]:
+        """The trees in which a node has the stage in hand."""
+        node = self._folder / pool_of(spec)
+        return [path for path in (node / ".dvc/tmp/stages").glob("*") if path.is_dir()]
+
+    def state(self, spec: StageSpec) -> set[str]:
+        """The files of a stage on its node, none while it is not in hand there."""
+        node = self._folder / pool_of(spec)
+        return {found for tree in self.trees(spec) for found in state(tree, spec, node / ".scratch")}
+
+    def lose(self, spec: StageSpec) -> bool:
+        """Take the power from the node that has a stage, and start it again; returns whether it had it in hand."""
+        pool = pool_of(spec)
+        self.nodes.kill(pool)
+        held = bool(self.trees(spec))
+        self.nodes.start(pool, pool)
+        return held
+
+    def fetch(self, spec: StageSpec) -> list[str]:
+        """Bring a stage's results to the coordinator; returns those that are not what they were."""
+        self._command("dvc", "pull", "-q", spec.name)
+        return differs(self._root, self.world.kept, [spec])
+
+    def debris(self) -> list[str]:
+        """What any clone holds that a run should have taken away, and processes that still work at nodes."""
+        found = [f"tmp/{name}" for name in temporaries(self._system)]
+        for clone in (self._root, *(self._folder / pool for pool in self._pools)):
+            trees = [path.name for path in (clone / ".dvc/tmp/stages").glob("*") if path.is_dir()]
+            found += [f"{clone.name}/{name}" for name in (*debris(clone), *_changed(clone), *trees)]
+        return sorted([*found, *self._orphans()])
+
+    def _orphans(self) -> Iterator[str]:
+        """What works at a node besides its worker."""
+        for pool in self._pools:
+            for process in self.nodes.processes(pool):
+                if process.pid != self.nodes.workers[pool].pid:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        yield f"{pool}/process {' '.join(process.cmdline())}"
+
+    def restore(self) -> None:
+        """The remote as it was filled first; what else a failed trial has left goes with `forget`."""
+        for pool in self._pools:
+            self.nodes.kill(pool)
+            self.nodes.start(pool, pool)
+        shutil.copytree(self.world.folder / ".dvc/cache/files", self._folder / "store/files", dirs_exist_ok=True)
+
+
+@contextlib.contextmanager
+def on_nodes(world: World) -> Iterator[Cluster]:
+    """The cluster of a world, made anew, with a Prefect server of its own."""
+    folder = world.folder.with_name("cluster")
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "prefect").mkdir(parents=True)
+    _found(world, folder)
+    with serving(folder / "prefect") as server:
+        cluster = Cluster(world, folder, server)
+        try:
+            yield cluster
+        finally:
+            cluster.nodes.stop()
+
+
+def _found(world: World, folder: Path) -> None:
+    """Commit a world, results and all, and put it where clones find it."""
+    world.commit()
+    shutil.copyfile(ROOT / ".dvc/config", world.folder / ".dvc/config")
+    for command in (["remote", "add", "-q", "-d", "-f", "store", str(folder / "store")], ["push", "-q", *world.costs]):
+        world.dvc(*command)
+    git(world.folder, "add", "--all", "--", ".", ":!tmp")
+    who = ["-c", "user.name=bench", "-c", "user.email=bench@localhost", "-c", "commit.gpgsign=false"]
+    git(world.folder, *who, "commit", "-q", "--allow-empty", "-m", "The tiny world")
+    git(folder, "clone", "-q", "--bare", str(world.folder), "origin")
+
+
+def _objects(root: Path) -> dict[str, set[str]]:
+    """The hashes of the files in DVC's cache that each stage's outputs are made of."""
+    found: dict[str, set[str]] = {}
+    with Repo(str(root)) as repo:
+        for out in repo.index.outs:
+            if out.hash_info:
+                listing = out.get_dir_cache() if out.hash_info.isdir else ()
+                hashes = {out.hash_info.value, *(info.value for _, _, info in listing)}
+                found.setdefault(out.stage.name, set()).update(hashes)
+    return found
+
+
+def _changed(clone: Path) -> list[str]:
+    """What git sees in a clone beside the record of the run."""
+    lines = git(clone, "status", "--porcelain").splitlines()
+    return [line for line in lines if line[3:] != "dvc.lock"]
+
+
+def pool_of(spec: StageSpec) -> str:
+    """The pool whose workers run a stage."""
+    return str(spec.meta.get("pool", "cpu"))
