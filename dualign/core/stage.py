@@ -32,7 +32,7 @@ log = logging.getLogger("dualign")
 P = TypeVar("P", bound=StageParams)
 Row = TypeVar("Row")
 #: Seconds after which a stage that was told to stop, and goes on, is told again.
-AGAIN = 1.0
+AGAIN = 0.2
 _PACKAGES = ("dualign", "torch", "transformers", "trl", "peft", "datasets", "pandas", "numpy")
 
 
@@ -186,11 +186,14 @@ def _on_signals(handler: Callable[[int, Any], None]) -> None:
 def _interrupt(signum: int, frame: Any) -> None:
     """Stop here, and look a moment later whether that was heard.
 
-    Python drops what is raised in a destructor or in a callback of a weak reference, of which an import has thousands;
-    libraries have their bare `except` too. While an interrupt cleans up it is let be.
+    Python drops what is raised in a destructor, and a signal that comes while garbage is collected, a second at a time
+    after imports, is heard in one; libraries have their bare `except` too. While an interrupt cleans up it is let be.
     """
     signal.setitimer(signal.ITIMER_REAL, AGAIN)
-    if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    if error is None:
         raise KeyboardInterrupt
 
 
