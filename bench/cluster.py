@@ -6,7 +6,6 @@ What `bench.kills --worker` takes the power from. Commits travel through a bare 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shutil
 import subprocess
@@ -23,10 +22,9 @@ from dualign.core.errors import DualignError
 from pipeline.checkout import git
 from pipeline.dag import StageSpec
 
-log = logging.getLogger(__name__)
-
 COORDINATOR = "coordinator"
-#: Seconds without a sign of life after which a worker counts as lost here; a user waits `pipeline.cluster.SILENCE`.
+#: Seconds without a sign of life after which a worker counts as lost here, where a user waits a minute: there is no
+#: option, so the coordinator's `pipeline.cluster.SILENCE` is set. Workers give a sign every ten seconds, as ever.
 SILENCE = 25.0
 _RUN = (
     f"import sys; from pipeline import __main__, cluster; cluster.SILENCE = {SILENCE}; sys.exit(__main__.main())",
@@ -35,7 +33,7 @@ _RUN = (
 
 
 class Cluster:
-    """Clones of a world in `folder`, their workers started; `world` stays as it is."""
+    """Clones of a world in `folder`, which see each other through the Prefect server at an address."""
 
     def __init__(self, world: World, folder: Path, server: str) -> None:
         self.world, self._folder = world, folder
@@ -44,18 +42,17 @@ class Cluster:
         self.nodes = Nodes(folder, {**world.environment(self._system), "PREFECT_API_URL": server})
         self._root = self.nodes.clone(COORDINATOR)
         self._objects = _objects(world.folder)
-        self._command("pipeline", "deploy")
         self._pools = sorted({pool_of(spec) for spec in world.dag.values()})
+
+    def start(self) -> None:
+        """Tell the server of the pools, and start a worker for each."""
+        if self._start("-m", "pipeline", "deploy").wait(LONG):
+            raise DualignError(f"{self._root}: python -m pipeline deploy failed; see {self._log}")
         for pool in self._pools:
             self.nodes.start(pool, pool)
 
-    def _command(self, *module: str) -> None:
-        """Run a module at the coordinator, whose own code counts."""
-        process = self._start("-m", *module)
-        if process.wait(LONG):
-            raise DualignError(f"{self._root}: python -m {' '.join(module)} failed; see {self._log} there")
-
     def _start(self, *command: str) -> subprocess.Popen[bytes]:
+        """Start a command at the coordinator, whose own code counts."""
         told = {name: text for name, text in self.nodes.settings.items() if name != "PYTHONPATH"}
         with self._log.open("wb") as output:
             return subprocess.Popen([sys.executable, *command], cwd=self._root, env=told, stdout=output, stderr=output)
@@ -105,7 +102,8 @@ class Cluster:
 
     def fetch(self, spec: StageSpec) -> list[str]:
         """Bring a stage's results to the coordinator; returns those that are not what they were."""
-        self._command("dvc", "pull", "-q", spec.name)
+        if self._start("-m", "dvc", "pull", "-q", spec.name).wait(LONG):
+            return [f"dvc pull: {self._log.read_text()}"]
         return differs(self._root, self.world.kept, [spec])
 
     def debris(self) -> list[str]:
@@ -125,11 +123,12 @@ class Cluster:
                         yield f"{pool}/process {' '.join(process.cmdline())}"
 
     def restore(self) -> None:
-        """The remote as it was filled first; what else a failed trial has left goes with `forget`."""
+        """Nodes that do nothing, and the remote as it was filled first; what else is left goes with `forget`."""
         for pool in self._pools:
             self.nodes.kill(pool)
             self.nodes.start(pool, pool)
-        shutil.copytree(self.world.folder / ".dvc/cache/files", self._folder / "store/files", dirs_exist_ok=True)
+        shutil.rmtree(self._folder / "store/files")
+        shutil.copytree(self.world.folder / ".dvc/cache/files", self._folder / "store/files")
 
 
 @contextlib.contextmanager
@@ -142,6 +141,7 @@ def on_nodes(world: World) -> Iterator[Cluster]:
     with serving(folder / "prefect") as server:
         cluster = Cluster(world, folder, server)
         try:
+            cluster.start()
             yield cluster
         finally:
             cluster.nodes.stop()

@@ -106,7 +106,8 @@ def lost(cluster: Cluster, spec: StageSpec, draw: random.Random) -> Trial:
     status = run.wait(LONG)
     said = cluster.said
     told = _quiet(world, spec, said) and (not held or "handing the stage out again" in said)
-    differing, debris = cluster.fetch(spec) if status == 0 else ["all"], cluster.debris()
+    differing = cluster.fetch(spec) if status == 0 else ["the run failed"]
+    debris = cluster.debris()
     trial = Trial(spec.name, f"worker {how}", -signal.SIGKILL * held, status, not differing, told, debris)
     log.info("%s", trial)
     if status or differing or debris:
