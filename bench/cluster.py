@@ -6,7 +6,6 @@ What `bench.kills --worker` takes the power from. Commits travel through a bare 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import subprocess
 import sys
@@ -40,9 +39,9 @@ class Cluster:
         self._system = folder / "tmp"
         self._system.mkdir()
         self.nodes = Nodes(folder, {**world.environment(self._system), "PREFECT_API_URL": server})
-        self._root = self.nodes.clone(COORDINATOR)
-        self._objects = _objects(world.folder)
         self._pools = sorted({pool_of(spec) for spec in world.dag.values()})
+        self._root, *_ = self._clones = [self.nodes.clone(name) for name in (COORDINATOR, *self._pools)]
+        self._objects = _objects(world.folder)
 
     def start(self) -> None:
         """Tell the server of the pools, and start a worker for each."""
@@ -74,13 +73,14 @@ class Cluster:
     def forget(self, spec: StageSpec) -> None:
         """Every clone as it was made, and nothing in the remote of what this stage alone has written."""
         git(self._root, "checkout", "-q", "dvc.lock")
-        for name in (COORDINATOR, *self._pools):
-            git(self._folder / name, "clean", "-fdxq", "--exclude", "__pycache__")
+        for clone in self._clones:
+            git(clone, "clean", "-fdxq", "--exclude", "__pycache__")
         others = {item for name, items in self._objects.items() if name != spec.name for item in items}
         for item in self._objects[spec.name] - others:
-            (self._folder / "store/files/md5" / item[:2] / item[2:]).unlink()
+            path = self._folder / "store/files/md5" / item[:2] / item[2:]
+            path.unlink(missing_ok=True)  # a stage that was forgotten before has made another provenance
         for pool in self._pools:
-            os.truncate(self._folder / f"{pool}.log", 0)
+            (self._folder / f"{pool}.log").write_bytes(b"")
 
     def trees(self, spec: StageSpec) -> list[Path]:
         """The trees in which a node has the stage in hand."""
@@ -109,22 +109,23 @@ class Cluster:
     def debris(self) -> list[str]:
         """What any clone holds that a run should have taken away, and processes that still work at nodes."""
         found = [f"tmp/{name}" for name in temporaries(self._system)]
-        for clone in (self._root, *(self._folder / pool for pool in self._pools)):
+        for clone in self._clones:
             trees = [path.name for path in (clone / ".dvc/tmp/stages").glob("*") if path.is_dir()]
             found += [f"{clone.name}/{name}" for name in (*debris(clone), *_changed(clone), *trees)]
         return sorted([*found, *self._orphans()])
 
     def _orphans(self) -> Iterator[str]:
         """What works at a node besides its worker."""
+        workers = {worker.pid for worker in self.nodes.workers.values()}
         for pool in self._pools:
             for process in self.nodes.processes(pool):
-                if process.pid != self.nodes.workers[pool].pid:
+                if process.pid not in workers:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         yield f"{pool}/process {' '.join(process.cmdline())}"
 
     def restore(self) -> None:
         """Nodes that do nothing, and the remote as it was filled first; what else is left goes with `forget`."""
-        for pool in self._pools:
+        for pool in list(self.nodes.workers):
             self.nodes.kill(pool)
             self.nodes.start(pool, pool)
         shutil.rmtree(self._folder / "store/files")
@@ -137,7 +138,7 @@ def on_nodes(world: World) -> Iterator[Cluster]:
     folder = world.folder.with_name("cluster")
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "prefect").mkdir(parents=True)
-    _found(world, folder)
+    publish(world, folder)
     with serving(folder / "prefect") as server:
         cluster = Cluster(world, folder, server)
         try:
@@ -147,7 +148,7 @@ def on_nodes(world: World) -> Iterator[Cluster]:
             cluster.nodes.stop()
 
 
-def _found(world: World, folder: Path) -> None:
+def publish(world: World, folder: Path) -> None:
     """Commit a world, results and all, and put it where clones find it."""
     world.commit()
     shutil.copyfile(ROOT / ".dvc/config", world.folder / ".dvc/config")
