@@ -7,6 +7,10 @@ Runs the graph once on a tiny world, then takes one stage instance after the oth
 starts it, stops it, runs it again and compares. `--disk` lets no file grow beyond a random size instead, `--torn`
 damages one file of a checkpoint, `--pipeline` kills `python -m pipeline run`. Results of several modes are kept side by
 side. The world is that of `bench.tiny`.
+
+`--worker` has `python -m pipeline run --cluster` hand the stage to a worker, takes the power from that worker once it
+has the stage in hand, and starts it again (`bench.cluster`). There the run waits 25 seconds for a sign of life, not a
+minute.
 """
 
 from __future__ import annotations
