@@ -76,6 +76,9 @@ T = TypeVar("T")
 
 #: Where the stage `certify` puts certificates: a folder for each of its rows, with a file of this name.
 PLACE, FILE = Path("reports/certificate"), "certificate.json"
+#: Least share of answers that weighted ones are worth for a test to pass: where weights are uneven, the largest may not
+#: have been drawn, and no bound of what was drawn holds (`bench.dense`).
+LEAST_ESS = 0.8
 #: Exit status of `verify` where every certificate holds, and one of them says that no policy is certified.
 NONE_CERTIFIED = 4
 
@@ -175,7 +178,8 @@ class Check(Record):
 class Tested(Record):
     """One candidate's tests; it is certified if every requirement is kept.
 
-    `ess` is the share of answers that weighted ones are worth, None where the candidate drew its answers itself.
+    `ess` is the share of answers that weighted ones are worth, None where the candidate drew its answers itself; below
+    `LEAST_ESS` nothing is kept.
     """
 
     name: str
@@ -471,9 +475,12 @@ def _decide(
     def test(name: str) -> tuple[Check, ...]:
         files = evidence(name)
         answers = seen.read_answers(files.answers)
+        checks = tuple(_test(required, answers, files.labels, delta, seed) for required in requirements)
         if "weight" in answers:
             worth[name] = seen.effective_share(answers["weight"].to_numpy())
-        return tuple(_test(required, answers, files.labels, delta, seed) for required in requirements)
+        if worth.get(name, 1.0) < LEAST_ESS:
+            return tuple(check.model_copy(update={"kept": False}) for check in checks)
+        return checks
 
     found = _until_failure(((name, name) for name in candidates), test)
     return Decision(tuple(tested.model_copy(update={"ess": worth.get(tested.name)}) for tested in found.tested))

@@ -167,14 +167,20 @@ def screen(
     """
     told = [required for required in requirements if required.quantity not in ("truth", "harm")]
     asked, knots = prompts.head(options.prompts), list[Knot]()
+    weighing = options.reweigh and all(required.reweighs for required in requirements)
+    before: pd.DataFrame | None = None
     for name, contender in contenders(row, MODELS, scratch).items():
+        policy = policy_at(contender.folder(), judges.resources)
         answers = roll_out(
-            policy_at(contender.folder(), judges.resources), asked, judges,
+            policy, asked, judges,
             count=options.samples_per_prompt, max_new_tokens=params.max_new_tokens, seed=params.seed,
         )  # fmt: skip
         q = None if name == row.fallback != row.policy else contender.q
         shown = tuple(_shown(required, answers) for required in told)
+        if weighing and before is not None:
+            knots[-1] = _bent(knots[-1], before, log_ratios(policy, before, judges), contender.q)
         knots.append(Knot(name=name, q=q, seen=tuple(one for one in shown if one is not None)))
+        before = None if q is None else answers
     tight = all(required.method == "clustered_t" for required in told)
     return Screen(
         prompts=len(asked),
@@ -184,9 +190,16 @@ def screen(
         delta=params.delta,
         tests=options.tests,
         thrifty=tight,
-        reweighed=options.reweigh and all(required.reweighs for required in requirements),
+        reweighed=weighing,
         knots=tuple(knots),
     )
+
+
+def _bent(knot: Knot, answers: pd.DataFrame, next_ratio: np.ndarray, next_q: float) -> Knot:
+    """A knot with its `bend`, from the log-ratios to the reference that the next policy gives to its answers."""
+    assert knot.q is not None
+    change = next_ratio - (answers["logp"] - answers["logp_ref"]).to_numpy()
+    return knot.model_copy(update={"bend": float(change.var()) / (next_q - knot.q) ** 2})
 
 
 def _shown(required: Requirement, answers: pd.DataFrame) -> Seen | None:

@@ -25,6 +25,7 @@ Array = np.ndarray
 
 _GRID = 200  # weights are multiples of 1 / _GRID
 _SURE = 4.0  # standard errors by which a candidate must be expected to pass before it is given fewer answers
+_WORTH = 0.85  # least share of answers that weighted ones are expected to be worth
 _FAR = 50.0  # an expected excess beyond this, in standard errors, is no more certain
 
 
@@ -47,10 +48,15 @@ class Seen(Record):
 
 
 class Knot(Record):
-    """A candidate that was screened; `q` is its weight, None that of the fallback."""
+    """A candidate that was screened; `q` is its weight, None that of the fallback.
+
+    `bend` is the variance of log(pi_next / pi) of its answers over the squared step to the next weight of the path: how
+    fast the policies part. None where nothing is reweighed, and at the end of the path.
+    """
 
     name: str
     q: float | None = Field(gt=0)
+    bend: float | None = Field(default=None, ge=0)
     seen: tuple[Seen, ...] = Field(min_length=1)
 
 
@@ -149,7 +155,8 @@ def sequence(screen: Screen) -> Planned:
 
     u is made monotone along the path and read off between the knots. Tested are the safest knot and, for each level,
     the last weight that is not expected above it. The candidate nearest to u = 0 draws the answers, if one is to do so
-    for others. Fallback and safest knot may need but few (`_samples`).
+    for others; then those at which weighted answers would be worth too few are left out. Fallback and safest knot may
+    need but few answers (`_samples`).
     """
     path = screen.path
     u, sigma = np.array([excess(knot, screen, screen.samples_per_prompt) for knot in path]).T
@@ -159,10 +166,25 @@ def sequence(screen: Screen) -> Planned:
     below = [np.flatnonzero(expected <= level) for level in levels(float(np.median(sigma)), screen.tests)]
     chosen = sorted({0, *(int(found[-1]) for found in below if len(found))})
     safest = [_samples(knot, screen) for knot in screen.knots if knot.q is None or knot is path[0]]
+    drawer = min(chosen[1:], key=lambda index: abs(float(expected[index])), default=None)
+    if screen.reweighed and drawer is not None:
+        worth = overlap(path, grid, float(grid[drawer]))
+        chosen = [index for index in chosen if index == 0 or worth[index] >= _WORTH]
+    drawn = len(safest) - 1 + chosen.index(drawer) if screen.reweighed and drawer is not None else None
     samples = (*safest, *(screen.samples_per_prompt for _ in chosen[1:]))
-    nearest = 1 + int(np.abs(expected[chosen[1:]]).argmin()) if len(chosen) > 1 else 0
-    drawn = len(safest) - 1 + nearest if screen.reweighed and nearest else None
     return Planned(tuple(float(grid[index]) for index in chosen), samples, drawn)
+
+
+def overlap(path: tuple[Knot, ...], weights: Array, drawn: float) -> Array:
+    """The share of answers that those of weight `drawn` are expected to be worth at each of `weights`.
+
+    Were log-ratios normal, their variance (s(q) - s(drawn))^2 with s' = sqrt(bend), it would be exp(-variance).
+    """
+    knots = np.array([knot.q for knot in path], float)
+    speeds = np.sqrt([knot.bend or 0.0 for knot in path[:-1]])
+    way = np.concatenate([[0.0], np.cumsum(speeds * -np.diff(knots))])
+    found: Array = np.exp(-((np.interp(-weights, -knots, way) - np.interp(-drawn, -knots, way)) ** 2))
+    return found
 
 
 def _grid(knots: Array) -> Array:

@@ -756,7 +756,7 @@ def test_the_weighted_value_has_the_candidates_mean_by_every_answer_there_is() -
         assert (drew * value).sum(1) == pytest.approx((own * costs).sum(1))
 
 
-TILTS = {"gentle": 0.0, "bolder": 0.4, "boldest": 3.0}
+TILTS = {"gentle": 0.0, "bolder": 0.3, "boldest": 3.0}
 
 
 def tilted(file: Path, tilt: float, costs: np.ndarray, prompts: np.ndarray) -> Path:
@@ -792,7 +792,7 @@ def test_one_draw_and_its_labels_serve_a_path(tmp_path: Path, path: Callable[[st
     assert ess == sorted(ess, reverse=True) and ess[2] < 0.3
     costs, prompts = answers(-0.5)
     z = (costs - costs.mean()) / costs.std()
-    weight = np.exp(0.4 * z - 0.08)
+    weight = np.exp(0.3 * z - 0.045)
     model, truth = found.tested[1].checks
     assert model.bound == pytest.approx(upper_bound(weight * costs, prompts))
     told = pd.read_parquet(tmp_path / "bolder-labels.parquet")
@@ -802,6 +802,20 @@ def test_one_draw_and_its_labels_serve_a_path(tmp_path: Path, path: Callable[[st
     )
     assert truth.bound == pytest.approx(bound)
     assert certificate.verify(file) == found
+
+
+def test_answers_that_are_worth_little_certify_nothing(tmp_path: Path, path: Callable[[str], Evidence]) -> None:
+    """By its weights the boldest has a mean cost far below the limit, and a bound too; nobody drew what it does."""
+    costs, prompts = answers(-0.5)
+    tilted(tmp_path / "boldest.parquet", -3.0, costs, prompts)
+    only = Evidence(tmp_path / "boldest.parquet")
+    found = certify(
+        tmp_path / "certificate.json", ["boldest"], lambda name: only, [MODEL.model_copy(update={"limit": 9.0})]
+    )
+    (test,) = found.tested
+    assert test.ess is not None and test.ess < 0.8 and test.checks[0].bound < 9.0
+    assert not test.checks[0].kept and found.returned is None
+    assert certificate.verify(tmp_path / "certificate.json") == found
 
 
 def test_at_the_policy_that_drew_nothing_changes(tmp_path: Path, path: Callable[[str], Evidence]) -> None:

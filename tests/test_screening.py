@@ -12,7 +12,7 @@ from scipy.stats import norm
 
 from dualign.core.artifacts import write_json
 from dualign.core.errors import DataError
-from dualign.screening import Knot, Screen, Seen, excess, levels, read, seen, sequence
+from dualign.screening import Knot, Screen, Seen, excess, levels, overlap, read, seen, sequence
 
 
 def knot(q: float | None, mean: float, between: float = 0.2, within: float = 0.8, prompts: int = 200) -> Knot:
@@ -99,6 +99,23 @@ def test_who_is_sure_to_pass_draws_fewer_answers() -> None:
 
 def test_each_draws_its_own_answers_where_they_cannot_be_weighed() -> None:
     assert sequence(screen(*PATH, reweighed=False)).drawn is None
+
+
+def test_weights_at_which_one_draw_is_worth_little_are_left_out() -> None:
+    """Normal log-ratios of variance v have effective share exp(-v); the second half of the path bends by far more."""
+    steep = tuple(
+        one.model_copy(update={"bend": bend}) for one, bend in zip(PATH, (None, 1.0, 1.0, 400.0, None), strict=True)
+    )
+    z = np.random.default_rng(0).normal(size=1_000_000)
+    weight = np.exp(0.5 * z - 0.125)
+    share = weight.sum() ** 2 / (len(weight) * (weight**2).sum())
+    assert float(overlap(steep[1:], np.array([1.5]), 1.0)[0]) == pytest.approx(share, rel=0.01)
+    plan = sequence(screen(*steep))
+    assert plan.drawn is not None
+    drawn = plan.weights[plan.drawn - 1]
+    assert (overlap(steep[1:], np.array(plan.weights), drawn) >= 0.85).all()
+    assert min(plan.weights) > min(sequence(screen(*PATH)).weights) and max(plan.weights) == 1.5
+    assert len(plan.samples) == len(plan.weights) + 1
 
 
 def test_a_path_that_is_safe_or_harmful_throughout() -> None:
