@@ -16,7 +16,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from bench import options, shares
 from bench.options import knob
 from dualign.bounds import t_bound
 from dualign.certificate import LEAST_ESS
+from dualign.screening import WORTH
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ _SLACK = 0.01  # on top of delta, before a sequence counts as failing
 _COARSE, _FINE = 1.6, 0.2  # steps of the path in standard errors; 0.05 of a weight is 1.6 on the shipped path
 _REACH = 8.0  # the path starts so many standard errors below the limit, and goes half as far beyond
 _DRAWN = -1.6  # where the policy stands that draws for all
+_AT_ONCE = 50  # data sets side by side, which keeps them in the processor's cache
 _SCREENED = 400  # answers that tell which policies one draw can serve
 TITLES = {
     "coarse": "coarse, own answers (the default before)",
@@ -48,8 +50,9 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Settings(shares.Settings):
-    """The same that `bench.shares` can change."""
+    """The same that `bench.shares` can change, with fewer repeats."""
 
+    repeats: int = knob(1000, "data sets for each row")
     samples: int = knob(16, "answers to a prompt of the policy that draws for all")
 
 
@@ -95,6 +98,13 @@ WORLDS = (
 )
 
 
+class Outcome(NamedTuple):
+    """Of each repeat: where the returned policy stands, in standard errors above the limit, and answers to a prompt."""
+
+    stands: Array
+    answers: Array
+
+
 def means_of(world: World, icc: float, common: Array, at: float, count: int, rng: np.random.Generator) -> Array:
     """Means [repeats, prompts] of `count` own answers of the policy of mean `at`; `common` is what a prompt adds."""
     own = world.draw(rng, (*common.shape, count), at / math.sqrt(1 - icc))
@@ -117,7 +127,7 @@ def weighed(
 def returned(bounds: Iterator[Array], count: int) -> Array:
     """Of each repeat, the position of the last policy certified in sequence at limit 0; -1 for none."""
     going, last = np.array(True), np.array(-1)
-    for index, bound in zip(range(count), bounds, strict=True):
+    for index, bound in zip(range(count), bounds, strict=False):
         going = going & (bound <= 0)
         last = np.where(going, index, last)
         if not going.any():
@@ -130,20 +140,45 @@ def sequences(
 ) -> Iterator[dict[str, Any]]:
     """A row for each sequence: its false certificates, and what it returns, in standard errors of `answers` answers."""
     error = math.sqrt((icc + (1 - icc) / settings.answers) / prompts)
-    common = world.draw(rng, (settings.repeats, prompts), 0.0)
-    own = {"coarse": (_COARSE, settings.answers), "dense": (_FINE, settings.answers)}
-    for name, (step, count) in own.items():
-        path = _path(step) * error
-        bounds = (t_bound(means_of(world, icc, common, at, count, rng), settings.delta) for at in path)
-        yield {"sequence": name, **_measured(returned(bounds, len(path)), path / error, settings, own=count)}
+    parts = [min(_AT_ONCE, settings.repeats - start) for start in range(0, settings.repeats, _AT_ONCE)]
+    found: list[dict[str, Outcome]] = []
+    for repeats in parts:
+        common = world.draw(rng, (repeats, prompts), 0.0)
+        found.append(_own(world, icc, error, common, rng, settings) | _shared(world, icc, error, common, rng, settings))
+    for name in TITLES:
+        stands, answers = (np.concatenate([part[name][k] for part in found]) for k in (0, 1))
+        yield {"sequence": name, **_measured(stands, answers, settings.delta)}
+
+
+def _own(
+    world: World, icc: float, error: float, common: Array, rng: np.random.Generator, settings: Settings
+) -> dict[str, Outcome]:
+    """The sequences in which each policy draws its own answers."""
+    found = {}
+    for name, step in {"coarse": _COARSE, "dense": _FINE}.items():
+        path = _path(step)
+        means = (means_of(world, icc, common, at * error, settings.answers, rng) for at in path)
+        last = returned((t_bound(mean, settings.delta) for mean in means), len(path))
+        tests = np.minimum(last + 2, len(path))
+        found[name] = Outcome(path[np.maximum(last, 0)], settings.answers * tests)
+    return found
+
+
+def _shared(
+    world: World, icc: float, error: float, common: Array, rng: np.random.Generator, settings: Settings
+) -> dict[str, Outcome]:
+    """The sequences for which one policy draws."""
+    found = {}
     for name, place in {"weighed": _DRAWN, "far": -_REACH, "unguarded": -_REACH}.items():
-        path, at = _path(_FINE) * error, place * error
+        path, at = _path(_FINE), place * error
         parts = world.draw(rng, (*common.shape, settings.samples), at / math.sqrt(1 - icc))
         if name == "weighed":
-            path = path[_worth(world, icc, at, path, rng) >= LEAST_ESS]
-        tests = weighed(world, icc, common, parts, at, path)
-        weighed_bounds = _guarded(tests, 0.0 if name == "unguarded" else LEAST_ESS, settings.delta)
-        yield {"sequence": name, **_measured(returned(weighed_bounds, len(path)), path / error, settings, own=0)}
+            path = path[_worth(world, icc, at, path * error, rng) >= WORTH]
+        tests = weighed(world, icc, common, parts, at, path * error)
+        least = 0.0 if name == "unguarded" else LEAST_ESS
+        last = returned(_guarded(tests, least, settings.delta), len(path))
+        found[name] = Outcome(path[np.maximum(last, 0)], np.full(len(common), settings.samples))
+    return found
 
 
 def _worth(world: World, icc: float, at: float, path: Array, rng: np.random.Generator) -> Array:
@@ -164,18 +199,15 @@ def _path(step: float) -> Array:
     return np.arange(-round(_REACH / step), round(_REACH / 2 / step) + 1) * step
 
 
-def _measured(last: Array, path: Array, settings: Settings, own: int) -> dict[str, Any]:
+def _measured(stands: Array, answers: Array, delta: float) -> dict[str, Any]:
     """`below`: how far the returned policy stands below the limit on average (the path's start, if there is none)."""
-    last = np.broadcast_to(last, (settings.repeats,))
-    stands = path[np.maximum(last, 0)]
     rate = float((stands >= -1e-9).mean())
-    drawn = own * (np.minimum(last + 2, len(path))).mean() if own else settings.samples
     return {
         "rate": rate,
-        "error": math.sqrt(rate * (1 - rate) / settings.repeats),
-        "holds": rate <= settings.delta + _SLACK,
+        "error": math.sqrt(rate * (1 - rate) / len(stands)),
+        "holds": rate <= delta + _SLACK,
         "below": float(-stands.mean()),
-        "answers": float(drawn),
+        "answers": float(answers.mean()),
     }
 
 

@@ -25,7 +25,7 @@ Array = np.ndarray
 
 _GRID = 200  # weights are multiples of 1 / _GRID
 _SURE = 4.0  # standard errors by which a candidate must be expected to pass before it is given fewer answers
-_WORTH = 0.85  # least share of answers that weighted ones are expected to be worth
+WORTH = 0.9  # least share of answers that weighted ones are expected to be worth
 _FAR = 50.0  # an expected excess beyond this, in standard errors, is no more certain
 
 
@@ -169,7 +169,7 @@ def sequence(screen: Screen) -> Planned:
     drawer = min(chosen[1:], key=lambda index: abs(float(expected[index])), default=None)
     if screen.reweighed and drawer is not None:
         worth = overlap(path, grid, float(grid[drawer]))
-        chosen = [index for index in chosen if index == 0 or worth[index] >= _WORTH]
+        chosen = [index for index in chosen if index == 0 or worth[index] >= WORTH]
     drawn = len(safest) - 1 + chosen.index(drawer) if screen.reweighed and drawer is not None else None
     samples = (*safest, *(screen.samples_per_prompt for _ in chosen[1:]))
     return Planned(tuple(float(grid[index]) for index in chosen), samples, drawn)
