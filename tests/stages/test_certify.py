@@ -333,6 +333,8 @@ def test_a_screened_path_is_tested_by_one_draw(resources: Resources) -> None:
     assert all(test.ess is None for test in direct) and all(0 < (test.ess or 0) <= 1 for test in weighed)
     drawn = next(test for test in weighed if test.name == found.drawn)
     assert drawn.ess == pytest.approx(1.0) and len(weighed) >= 1
+    shutil.copy(ROOT / "params.yaml", "params.yaml")
+    assert rescore(found, Path("reports/certificate/it/certificate.json"), 1e-3) < 1e-3
     table = pd.read_parquet(
         f"reports/certificate/it/{list(found.candidates).index(weighed[0].name):02d}-answers.parquet"
     )
