@@ -92,8 +92,7 @@ class Contenders:
         counts = [params.samples_per_prompt] * len(field) if plan is None else plan.samples
         self._counts = dict(zip(field, counts, strict=True))
         self._drawn = None if plan is None or plan.drawn is None else list(field)[plan.drawn]
-        later = len(field) if plan is None else len(field) - len(plan.weights) + 1
-        self._weighed = set(list(field)[later:]) if self._drawn is not None else set[str]()
+        self._weighed = set[str]() if plan is None or plan.drawn is None else set(list(field)[plan.own :])
 
     def policy(self, name: str) -> Path:
         """The folder of a candidate."""

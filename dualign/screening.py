@@ -25,7 +25,7 @@ Array = np.ndarray
 
 _GRID = 200  # weights are multiples of 1 / _GRID
 _SURE = 4.0  # standard errors by which a candidate must be expected to pass before it is given fewer answers
-WORTH = 0.9  # least share of answers that weighted ones are expected to be worth
+WORTH = 0.95  # least share of answers that weighted ones are expected to be worth
 _FAR = 50.0  # an expected excess beyond this, in standard errors, is no more certain
 
 
@@ -65,7 +65,7 @@ class Screen(Record):
 
     `samples` answers to each of `prompts` prompts were drawn; a certificate at `delta` draws up to `samples_per_prompt`
     to each of `certify_prompts`, for about `tests` weights. `thrifty`: where a bound is sure to pass, fewer answers.
-    `reweighed`: one candidate draws the answers for all weights but the safest.
+    `reweighed`: one candidate draws the answers for all weights near the limit.
     """
 
     prompts: int = Field(ge=2)
@@ -87,12 +87,13 @@ class Screen(Record):
 class Planned(NamedTuple):
     """The weights to test, safest first, and the number of answers a prompt of each candidate, the fallback first.
 
-    `drawn` is the position of the candidate whose answers serve those after the safest weight; None if each draws its
-    own.
+    The first `own` candidates draw their answers themselves; `drawn` is the position of the one whose answers serve all
+    later ones, None if these do as well.
     """
 
     weights: tuple[float, ...]
     samples: tuple[int, ...]
+    own: int
     drawn: int | None
 
 
@@ -153,10 +154,10 @@ def levels(sigma: float, tests: int) -> Array:
 def sequence(screen: Screen) -> Planned:
     """The weights to test and how many answers each has: a function of the screen alone.
 
-    u is made monotone along the path and read off between the knots. Tested are the safest knot and, for each level,
-    the last weight that is not expected above it. The candidate nearest to u = 0 draws the answers, if one is to do so
-    for others; then those at which weighted answers would be worth too few are left out. Fallback and safest knot may
-    need but few answers (`_samples`).
+    u is made monotone along the path and read off between the knots. Near the limit each level has the last weight that
+    is not expected above it. The one nearest to u = 0 draws the answers, if one is to do so for others; then those at
+    which weighted answers would be worth too few are left out. The knots that are safer than all these are tested
+    before them, on answers of their own, of which a sure one needs but few (`_samples`): they catch a bad forecast.
     """
     path = screen.path
     u, sigma = np.array([excess(knot, screen, screen.samples_per_prompt) for knot in path]).T
@@ -164,15 +165,16 @@ def sequence(screen: Screen) -> Planned:
     grid = _grid(knots)
     expected = np.interp(-grid, -knots, isotonic_regression(u).x)
     below = [np.flatnonzero(expected <= level) for level in levels(float(np.median(sigma)), screen.tests)]
-    chosen = sorted({0, *(int(found[-1]) for found in below if len(found))})
-    safest = [_samples(knot, screen) for knot in screen.knots if knot.q is None or knot is path[0]]
-    drawer = min(chosen[1:], key=lambda index: abs(float(expected[index])), default=None)
+    near = sorted({int(found[-1]) for found in below if len(found)} - {0})
+    drawer = min(near, key=lambda index: abs(float(expected[index])), default=None)
     if screen.reweighed and drawer is not None:
         worth = overlap(path, grid, float(grid[drawer]))
-        chosen = [index for index in chosen if index == 0 or worth[index] >= WORTH]
-    drawn = len(safest) - 1 + chosen.index(drawer) if screen.reweighed and drawer is not None else None
-    samples = (*safest, *(screen.samples_per_prompt for _ in chosen[1:]))
-    return Planned(tuple(float(grid[index]) for index in chosen), samples, drawn)
+        near = [index for index in near if worth[index] >= WORTH]
+    net = [knot for knot in path if knot is path[0] or (near and (knot.q or 0) > grid[near[0]])]
+    own = [_samples(knot, screen) for knot in screen.knots if knot.q is None or knot in net]
+    drawn = len(own) + near.index(drawer) if screen.reweighed and drawer is not None else None
+    weights = (*(float(knot.q or 0) for knot in net), *(float(grid[index]) for index in near))
+    return Planned(weights, (*own, *(screen.samples_per_prompt for _ in near)), len(own), drawn)
 
 
 def overlap(path: tuple[Knot, ...], weights: Array, drawn: float) -> Array:

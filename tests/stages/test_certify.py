@@ -329,7 +329,7 @@ def test_a_screened_path_is_tested_by_one_draw(resources: Resources) -> None:
     )
     assert screen.knots[0].name == "safety_dpo/alone" and len(screen.knots) == 4
     assert plan.drawn is not None and found.drawn == found.candidates[plan.drawn]
-    direct, weighed = found.tested[: len(found.tested) - len(plan.weights) + 1], found.tested[-len(plan.weights) + 1 :]
+    direct, weighed = found.tested[: plan.own], found.tested[plan.own :]
     assert all(test.ess is None for test in direct) and all(0 < (test.ess or 0) <= 1 for test in weighed)
     drawn = next(test for test in weighed if test.name == found.drawn)
     assert drawn.ess == pytest.approx(1.0) and len(weighed) >= 1
