@@ -48,6 +48,8 @@ TINY: dict[str, Any] = {
     **{f"{stage}.prompts": 8 for stage in ("dual_search", "certify", "evaluate")},
     **{f"{stage}.samples_per_prompt": 2 for stage in ("dual_search", "certify", "evaluate")},
     "certify.labels": None,
+    "certify.screen.prompts": 8,
+    "certify.screen.tests": 3,
     **{f"{stage}.training.max_steps": 6 for stage in TRAININGS},
     "resources.threads": 1,
     "resources.log_steps": 2,

@@ -95,6 +95,8 @@ ANSWERS = pa.schema(
         ("grammatical", pa.bool_()),
     ]
 )
+#: Answers that another policy drew: `logp` is the candidate's log-probability, `logp_drawn` that of the other.
+REWEIGHTED = pa.schema([*ANSWERS, ("logp_drawn", pa.float64())])
 #: Labels of some of those answers: the cost model's cost, and the truth as the labeller knows it (a true cost, or the
 #: share of votes that call the answer unsafe).
 LABELS = pa.schema([*_PROMPT, ("response", pa.string()), ("cost", pa.float64()), ("truth", pa.float64())])
