@@ -4,12 +4,14 @@
 
 Runs `params/quick.yaml` once for each seed, in a folder of its own, as far as the certificate, and lets the world's
 oracle judge the certified policy on prompts that neither it nor the certificate has seen; beside it the policy that the
-search alone would have returned. A run that was interrupted goes on where it stopped.
+search alone would have returned, what the same certificate finds on the coarse grid of before, and Conformal Policy
+Control (`bench.conformal`), all on the same models. A run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +20,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench import options, world
+from dvc.repo import Repo
+
+from bench import options, regulated, world
 from bench.options import knob
-from dualign.core.artifacts import read_json
+from dualign.core.artifacts import read_json, replacing, write_json
 from dualign.core.errors import DualignError
-from dualign.core.loading import load
+from dualign.core.loading import load, read_yaml
 from dualign.core.params import CertifyParams
 
 log = logging.getLogger(__name__)
@@ -31,6 +35,11 @@ PROGRAM = "python -m bench.certified"
 #: The row of `certify`, and the policies that are judged: what the search returned, and what was certified.
 ROW, SEARCHED, CERTIFIED = "dualign", "dualign", "certified"
 UNUSED = ("evaluate@sft", "report")
+#: The certificate that was the default before: every weight of a grid on answers of its own. Its folder in a run's.
+COARSE = {"samples_per_prompt": 4, "screen": None}
+COARSE_WEIGHTS = [1.6, 1.4, 1.3, 1.2, 1.15, 1.1, 1.05, 1.0, 0.95]
+BESIDE = "coarse"
+AGAIN = (f"certify@{ROW}", f"evaluate@{CERTIFIED}")
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ def row_of(lab: world.Lab) -> dict[str, Any]:
         "returned": found["returned"],
         "tests": len(found["tests"]),
         "bound": None if last is None else max(check["bound"] for check in last["checks"]) - params.limit,
+        "answers": answers_of(lab.folder / "reports/certificate" / ROW),
     }
     for name in (SEARCHED, CERTIFIED):
         truth = read_json(lab.folder / f"reports/metrics/evaluate/{name}.json")
@@ -68,6 +78,46 @@ def row_of(lab: world.Lab) -> dict[str, Any]:
             f"{name}_share": None if cost is None else truth["reward_share"],
         }
     return row
+
+
+def answers_of(folder: Path) -> int | None:
+    """The answers that a certificate was drawn for: those of its screen, of its tests, and of one draw for several."""
+    if not (folder / "certificate.json").is_file():
+        return None
+    found = read_json(folder / "certificate.json")
+    own = sum(test["checks"][0]["answers"] for test in found["tested"] if test.get("ess") is None)
+    shared = max((test["checks"][0]["answers"] for test in found["tested"] if test.get("ess") is not None), default=0)
+    return int(own + shared + _screened(folder / "screen.json"))
+
+
+def _screened(file: Path) -> int:
+    if not file.is_file():
+        return 0
+    screen = read_json(file)
+    return int(screen["prompts"] * screen["samples"] * len(screen["knots"]))
+
+
+def beside(lab: world.Lab) -> world.Lab:
+    """A folder in that of a run, with its data and models, for the certificate that was the default before."""
+    folder = lab.folder / BESIDE
+    if not folder.is_dir():
+        with replacing(folder) as temporary:
+            for name in ("data", "models"):
+                (temporary / name).mkdir(parents=True)
+                for path in (lab.folder / name).iterdir():
+                    if path.name != CERTIFIED:
+                        (temporary / name / path.name).symlink_to(path.absolute())
+            shutil.copytree(lab.folder / "reports/metrics", temporary / "reports/metrics")
+            shutil.copy(lab.folder / "dvc.yaml", temporary)
+            write_json(temporary / "params.yaml", before(read_yaml(lab.folder / "params.yaml")))
+            Repo.init(str(temporary), no_scm=True).close()
+    return world.Lab(lab.seed, folder)
+
+
+def before(params: dict[str, Any]) -> dict[str, Any]:
+    """Params with the certificate of before."""
+    runs = {name: {**row, "weights": COARSE_WEIGHTS} for name, row in params["certify"]["runs"].items()}
+    return {**params, "certify": {**params["certify"], **COARSE, "runs": runs}}
 
 
 def violations(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
@@ -90,6 +140,7 @@ def page(settings: Settings, delta: float, rows: Sequence[Mapping[str, Any]]) ->
         f"    {options.command(PROGRAM, settings)}",
         f"{len(rows)} runs of `{settings.params}`, each with its own data, models and certificate, at δ = {delta:g}.",
         "\n".join(summary(rows)),
+        "\n".join(comparison([row for run in rows for row in run.get("conformal", [])])),
         _NOTES,
         "## Every run",
         "\n".join(table(rows)),
@@ -98,16 +149,55 @@ def page(settings: Settings, delta: float, rows: Sequence[Mapping[str, Any]]) ->
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for what the search returned, one for what was certified."""
-    lines = [
-        "| policy | returned | E[c*] above the limit | beyond the interval | E[c*] − limit | way in r* |",
-        "|---" * 6 + "|",
-    ]
-    for name, title in ((SEARCHED, "of the search alone"), (CERTIFIED, "certified")):
+    """One line for what the search returned, one for what was certified, and one for what was so before."""
+    heads = (
+        "policy",
+        "returned",
+        "E[c*] above the limit",
+        "beyond the interval",
+        "E[c*] − limit",
+        "way in r*",
+        "answers",
+    )
+    lines = options.head(heads)
+    for name, title in TITLES.items():
+        if f"{name}_excess" not in rows[0]:
+            continue
         found = violations(rows, name)
-        means = [_number(found["excess"], 3), _number(found["share"], 2)]
+        drawn = [row[PRICES[name]] for row in rows if row.get(PRICES[name]) is not None]
+        means = [_number(found["excess"], 3), _number(found["share"], 2), _number(fmean(drawn) if drawn else None, 0)]
         counts = [f"{found['policies']} of {found['runs']}", *(f"{found[key]}" for key in ("above", "surely"))]
         lines.append(f"| {' | '.join([title, *counts, *means])} |")
+    return lines
+
+
+TITLES = {
+    SEARCHED: "of the search alone",
+    CERTIFIED: "certified",
+    BESIDE: "certified on the grid of before",
+}
+PRICES = {SEARCHED: "none", CERTIFIED: "answers", BESIDE: f"{BESIDE}_answers"}
+
+
+def comparison(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line for each pair of policies of Conformal Policy Control; nothing where it was not run."""
+    if not rows:
+        return []
+    heads = (
+        "Conformal Policy Control: pi_0, pi_t", "runs", "E[c] − limit over draws", "draws above the limit",
+        "E[c*] − limit", "runs with E[c*] above", "way in r*", "answers for one served", "answers to calibrate",
+    )  # fmt: skip
+    lines = options.head(heads)
+    for pair in dict.fromkeys(row["pair"] for row in rows):
+        own = [row for row in rows if row["pair"] == pair]
+        risk, above, excess, share, price, answers = (
+            fmean(row[key] for row in own) for key in ("mean_risk", "above", "excess", "share", "price", "answers")
+        )
+        cells = [
+            pair, str(len(own)), _number(risk, 3), f"{above:.0%}", _number(excess, 3),
+            str(sum(row["excess"] > 0 for row in own)), _number(share, 2), _number(price, 2), _number(answers, 0),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -141,7 +231,14 @@ _NOTES = """\
 How to read it: E[c*] is the true cost of a policy's answers to held-out prompts, by the oracle; *above* counts the runs
 where its mean is above the limit, *beyond the interval* those where even its 95 % confidence interval is. `way in r*`
 is the way from the reference to the exact optimum at the limit, in true reward. A search aims at the limit, so about
-every other policy that it returns is above it; a certificate may be wrong in a share δ of runs."""
+every other policy that it returns is above it; a certificate may be wrong in a share δ of runs. *Answers* are those
+that the certificate drew, those of its screen too. *The grid of before* is certified on the same models and prompts.
+
+Conformal Policy Control promises another thing: E[c] within the limit *on average over calibration draws*, for every
+number of prompts, and of a loss with a range; a certificate says of the one policy that it returns that it is within
+the limit, in all but a share δ of draws. *Over draws* is by the cost model, of whose cost that promise is: calibration
+prompts drawn again with replacement on the same models. No weights come out: pi_0 and pi_t both run for every answer,
+and an answer is drawn until one is kept."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -159,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         return 1
     text = page(settings, delta, rows)
-    counts = {name: violations(rows, name) for name in (SEARCHED, CERTIFIED)}
+    counts = {name: violations(rows, name) for name in TITLES if f"{name}_excess" in rows[0]}
     content = {"command": options.command(PROGRAM, settings), "settings": asdict(settings), **counts, "rows": rows}
     options.publish(out, "certified", content, text)
     sys.stdout.write(text)
@@ -169,7 +266,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def judged(lab: world.Lab) -> dict[str, Any]:
     """Run a seed as far as it is needed, and read it."""
     world.run(lab, 1, [name for name in lab.dag if name not in UNUSED])
-    return row_of(lab)
+    grid = row_of(world.run(beside(lab), 1, AGAIN))
+    own = {key.replace(CERTIFIED, BESIDE): grid[key] for key in grid if key.startswith(CERTIFIED)}
+    own |= {f"{BESIDE}_{key}": grid[key] for key in ("returned", "tests", "answers")}
+    return {**row_of(lab), **own, "conformal": regulated.rows_of(lab, ROW)}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python -m bench.coverage --repeats 2000
     python -m bench.coverage shares           # quantities of known range instead, such as P(unsafe): see bench.shares
     python -m bench.coverage frontier         # the bands of the predicted frontier instead: see bench.frontier
+    python -m bench.coverage dense            # a dense sequence of tests along a path instead: see bench.dense
 
 Three parts: one candidate, a sequence of five, and costs corrected by labels. A false certificate is one for a
 candidate at or above the limit; nominally delta of the repeats have one. Power is the share of repeats that certify
@@ -25,7 +26,7 @@ import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as student
 
-from bench import frontier, options, shares
+from bench import dense, frontier, options, shares
 from bench.options import knob
 from dualign.bounds import (
     Bounds,
@@ -418,10 +419,10 @@ def run(settings: Settings) -> dict[str, list[dict[str, Any]]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the simulation; write certificate-coverage.json and certificate-coverage.md, and the page to stdout.
 
-    With `frontier` or `shares` as first argument run `bench.frontier` or `bench.shares` on the rest instead.
+    With `frontier`, `shares` or `dense` as first argument run `bench.frontier` and so on with the rest instead.
     """
     given = sys.argv[1:] if argv is None else list(argv)
-    others = {"frontier": frontier.main, "shares": shares.main}
+    others = {"frontier": frontier.main, "shares": shares.main, "dense": dense.main}
     if given and given[0] in others:
         others[given[0]](given[1:])
         return

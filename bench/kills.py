@@ -1,12 +1,16 @@
 """Stops at random moments: whether a stage that is run again ends with the bytes of one left in peace, and no debris.
 
     python -m bench.kills --count 50 --signal KILL
-    python -m bench.kills --count 50 --disk | --torn | --pipeline
+    python -m bench.kills --count 50 --disk | --torn | --pipeline | --worker
 
 Runs the graph once on a tiny world, then takes one stage instance after the other at random: forgets its outputs,
 starts it, stops it, runs it again and compares. `--disk` lets no file grow beyond a random size instead, `--torn`
 damages one file of a checkpoint, `--pipeline` kills `python -m pipeline run`. Results of several modes are kept side by
 side. The world is that of `bench.tiny`.
+
+`--worker` has `python -m pipeline run --cluster` hand the stage to a worker, takes the power from that worker once it
+has the stage in hand, and starts it again (`bench.cluster`). There the run waits 25 seconds for a sign of life, not a
+minute.
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import options
-from bench.tiny import LONG, LOOK, World
+from bench.cluster import Cluster, on_nodes
+from bench.tiny import LONG, LOOK, World, watch
 from dualign.core.artifacts import listed, read_optional_json
 from dualign.core.errors import DualignError
 from pipeline.dag import StageSpec
@@ -53,20 +58,14 @@ class Trial:
 
 def killed(world: World, spec: StageSpec, draw: random.Random, number: int, command: Sequence[str] = ()) -> Trial:
     """Send a signal to a stage and its children: at a random moment, or right after one of its files has changed."""
-    costs = world.costs[spec.name]
-    if command or draw.random() < 0.5:
-        wait = draw.uniform(0, costs["seconds"] * (2 if command else 1))
-        how, enough = f"after {wait:.1f} s", _after(wait)
-    else:
-        change = draw.randint(2, max(2, costs["changes"]))
-        how, enough = f"at change {change}", lambda seen: len(seen) >= change
+    how, enough = _moment(world, spec, draw, 2 if command else 1, changes=not command)
     world.forget(spec)
     process = world.start(spec, command)
     world.watch(process, spec, enough)
     time.sleep(draw.uniform(0, 4 * LOOK))
     if process.poll() is None:
         os.killpg(process.pid, number)
-    stopped, told = process.wait(LONG), "Traceback" not in world.said
+    stopped, told = process.wait(LONG), _quiet(world, spec, world.said)
     return _again(world, spec, f"{signal.Signals(number).name} {how}", stopped, told=told, command=command)
 
 
@@ -76,7 +75,7 @@ def full(world: World, spec: StageSpec, draw: random.Random) -> Trial:
     limit = draw.randint(1_000, max([30_000, *sizes]))
     world.forget(spec)
     stopped = world.start(spec, limit=limit).wait(LONG)
-    said = stopped in (0, DualignError.status) and "Traceback" not in world.said
+    said = stopped in (0, DualignError.status) and _quiet(world, spec, world.said)
     return _again(world, spec, f"no file above {limit} bytes", stopped, told=said)
 
 
@@ -99,6 +98,52 @@ def torn(world: World, spec: StageSpec, draw: random.Random) -> Trial:
     return _again(world, spec, f"{file.parent.name}/{file.name} {damage}", stopped, passes=newest)
 
 
+def lost(cluster: Cluster, spec: StageSpec, draw: random.Random) -> Trial:
+    """Kill a worker, with all below it, that has a stage in hand, and start one in its place."""
+    world = cluster.world
+    cluster.forget(spec)
+    run = cluster.run(spec)
+    watch(run, lambda: cluster.state(spec), lambda seen: bool(cluster.trees(spec)))
+    how, enough = _moment(world, spec, draw, 2)  # its inputs are fetched and its results pushed there too
+    watch(run, lambda: cluster.state(spec), enough)
+    held = cluster.lose(spec)
+    status = run.wait(LONG)
+    said = cluster.said
+    told = _quiet(world, spec, said) and (not held or "handing the stage out again" in said)
+    differing = cluster.fetch(spec) if status == 0 else ["the run failed"]
+    debris = cluster.debris()
+    trial = Trial(spec.name, f"worker {how}", -signal.SIGKILL * held, status, not differing, told, debris)
+    log.info("%s", trial)
+    if status or differing or debris:
+        _keep(world, spec, f"{trial}\n{differing}\n{said}")
+        cluster.restore()
+    return trial
+
+
+def _moment(
+    world: World, spec: StageSpec, draw: random.Random, longer: float = 1.0, *, changes: bool = True
+) -> tuple[str, Callable[[list[set[str]]], bool]]:
+    """When to stop a stage: after random seconds, up to so many times as it took, or when its files change."""
+    costs = world.costs[spec.name]
+    if changes and draw.random() >= 0.5:
+        change = draw.randint(2, max(2, costs["changes"]))
+        return f"at change {change}", lambda seen: len(seen) >= change
+    wait = draw.uniform(0, costs["seconds"] * longer)
+    return f"after {wait:.1f} s", _after(wait)
+
+
+def _quiet(world: World, spec: StageSpec, said: str) -> bool:
+    """Whether a log has no traceback; one that has is kept."""
+    quiet = "Traceback" not in said
+    if not quiet:
+        _keep(world, spec, said)
+    return quiet
+
+
+def _keep(world: World, spec: StageSpec, text: str) -> None:
+    (world.folder.parent / f"failed-{spec.name}-{time.monotonic_ns()}.txt").write_text(text)
+
+
 def _after(seconds: float) -> Callable[[list[set[str]]], bool]:
     deadline = time.monotonic() + seconds
     return lambda seen: time.monotonic() >= deadline
@@ -113,12 +158,12 @@ def _again(
     while command and status == 2 and "another run uses this workspace" in world.said:  # its stages still stop
         time.sleep(1.0)
         status = world.start(spec, command).wait(LONG)
-    said = "Traceback" not in world.said and (not passes or "is passed over and removed" in world.said)
+    said = _quiet(world, spec, world.said) and (not passes or "is passed over and removed" in world.said)
     differs, debris = world.differs(), world.debris()
     trial = Trial(spec.name, how, stopped, status, not differs, told and said, debris)
     log.info("%s", trial)
     if status or differs or debris:
-        (world.folder.parent / f"failed-{spec.name}-{time.monotonic_ns()}.txt").write_text(f"{trial}\n{world.said}")
+        _keep(world, spec, f"{trial}\n{world.said}")
         world.restore()
     return trial
 
@@ -153,6 +198,10 @@ def trials_of(world: World, mode: str, count: int, seed: int) -> Iterator[Trial]
     """So many stops of one mode, one after the other."""
     draw = random.Random(seed)
     chosen = [spec for spec in world.chosen if mode != "torn" or world.costs[spec.name]["checkpoints"]]
+    if mode == "worker":
+        with on_nodes(world) as cluster:
+            yield from (lost(cluster, draw.choice(chosen), draw) for _ in range(count))
+        return
     if mode == "pipeline":
         world.commit()
     for _ in range(count):
@@ -181,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", nargs="+", default=[], help="instances such as sft or reward_dpo@helpful")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--signal", choices=("KILL", "TERM"), dest="mode", default="KILL", help="(default: KILL)")
-    for mode in ("disk", "torn", "pipeline"):
+    for mode in ("disk", "torn", "pipeline", "worker"):
         modes.add_argument(f"--{mode}", action="store_const", const=mode, dest="mode")
     parser.add_argument("--work", type=Path, default=Path(".scratch/bench-kills"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the results")

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = (
-    *("dualign", "stages", "pipeline", "dvc.yaml", ".dvcignore", "prefect.toml", "data/raw"),
-    *("models/base/README.md", "reports/search/README.md"),
+    *("dualign", "stages", "pipeline", "dvc.yaml", ".dvcignore", ".gitignore", "prefect.toml", "prefect.yaml"),
+    *("data/raw", "models/base/README.md", "reports/search/README.md"),
 )
 TRAININGS = ("sft", "reward_model", "cost_model", "reward_dpo", "safety_dpo", "lagrangian_dpo", "dual_search")
 #: The whole graph at its smallest, with three checkpoints in every training.
@@ -48,11 +49,16 @@ TINY: dict[str, Any] = {
     **{f"{stage}.prompts": 8 for stage in ("dual_search", "certify", "evaluate")},
     **{f"{stage}.samples_per_prompt": 2 for stage in ("dual_search", "certify", "evaluate")},
     "certify.labels": None,
+    "certify.screen.prompts": 8,
+    "certify.screen.tests": 3,
     **{f"{stage}.training.max_steps": 6 for stage in TRAININGS},
     "resources.threads": 1,
     "resources.log_steps": 2,
     "resources.checkpoint_steps": 2,
 }
+#: Torch has one cache there for all its processes. Prefect has one folder for all runs, and two small ones for each
+#: flow run, which nobody removes after a kill.
+_OTHERS = re.compile(r"torchinductor_|runner_storage$|prefect-workspace-attempt-|tmp\w+prefect$")
 #: Seconds between two looks at the files of a stage, and the longest time that a run may take.
 LOOK, LONG = 0.005, 1800.0
 
@@ -61,7 +67,7 @@ class World:
     """A workspace whose stages have all run once, beside a copy of it and what each stage took."""
 
     def __init__(self, work: Path, stages: Sequence[str]) -> None:
-        self.folder, self._kept = work / "world", work / "kept"
+        self.folder, self.kept = work / "world", work / "kept"
         self._system = self.folder / "tmp"  # in place of the system's folder of temporary files
         if not self.folder.is_dir():
             with replacing(self.folder) as temporary:
@@ -90,25 +96,30 @@ class World:
         seen = self.watch(process, spec)
         if process.wait():
             raise DualignError(f"{self.folder}: stage {spec.name} failed; see log.txt beside it")
-        for out in self._outs(spec):
-            _copy_over(self.folder / out, self._kept / out)
+        for out in outs_of(spec):
+            _copy_over(self.folder / out, self.kept / out)
         torn = any("checkpoint-4" in path for state in seen for path in state)
         return {"seconds": time.monotonic() - started, "changes": len(seen), "checkpoints": torn}
 
     def start(self, spec: StageSpec, command: Sequence[str] = (), limit: int | None = None) -> subprocess.Popen[bytes]:
         """Start a stage, or another command, in a process group of its own; files stay below `limit` bytes."""
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = {
-            **os.environ, "PATH": path, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-            "DVC_NO_ANALYTICS": "1", "PREFECT_HOME": str(self.folder.with_name("prefect")), "TMPDIR": str(self._system),
-        }  # fmt: skip
-        environment.pop("DUALIGN_SCRATCH", None)
         small = None if limit is None else partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
         with self._log.open("wb") as output:
             return subprocess.Popen(
-                [sys.executable, *(command or spec.by_hand.split()[1:])], cwd=self.folder, env=environment,
-                stdout=output, stderr=output, start_new_session=True, preexec_fn=small,
+                [sys.executable, *(command or spec.by_hand.split()[1:])],
+                cwd=self.folder, env=self.environment(self._system), stdout=output, stderr=output,
+                start_new_session=True, preexec_fn=small,
             )  # fmt: skip
+
+    def environment(self, system: Path) -> dict[str, str]:
+        """The variables under which a stage runs alike everywhere, with `system` for temporary files."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {
+            **os.environ, "PATH": path, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+            "DVC_NO_ANALYTICS": "1", "PREFECT_HOME": str(self.folder.with_name("prefect")), "TMPDIR": str(system),
+        }  # fmt: skip
+        environment.pop("DUALIGN_SCRATCH", None)
+        return environment
 
     @property
     def _log(self) -> Path:
@@ -123,57 +134,84 @@ class World:
         self, process: subprocess.Popen[bytes], spec: StageSpec, enough: Callable[[list[set[str]]], bool] | None = None
     ) -> list[set[str]]:
         """The states of a stage's files until it ends, or until they are `enough`."""
-        seen = [self._state(spec)]
-        deadline = time.monotonic() + LONG
-        while process.poll() is None and time.monotonic() < deadline and not (enough and enough(seen)):
-            state = self._state(spec)
-            if state != seen[-1]:
-                seen.append(state)
-            time.sleep(LOOK)
-        return seen
-
-    def _state(self, spec: StageSpec) -> set[str]:
-        found = set()
-        for place, folders, files in os.walk(self.folder / ".scratch"):  # where a folder may go while it is looked at
-            found |= {os.path.join(place, name) for name in (*folders, *files)}
-        return found | {out for out in self._outs(spec) if (self.folder / out).exists()}
-
-    @staticmethod
-    def _outs(spec: StageSpec) -> list[str]:
-        return [*spec.outs, *spec.metrics]
+        return watch(process, lambda: state(self.folder, spec, self.folder / ".scratch"), enough)
 
     def forget(self, spec: StageSpec) -> None:
         """Remove a stage's outputs, as DVC does before it runs one."""
-        for out in self._outs(spec):
+        for out in outs_of(spec):
             _remove(self.folder / out)
 
     def differs(self) -> list[str]:
-        """Outputs of any stage that are not byte for byte what they were; provenance holds times and does not count."""
-        outs = {out for name in self.costs for out in self._outs(self.dag[name]) if "/provenance/" not in out}
-        return sorted(out for out in outs if _digest(self.folder / out) != _digest(self._kept / out))
+        """Outputs of any stage that are not byte for byte what they were."""
+        return differs(self.folder, self.kept, [self.dag[name] for name in self.costs])
 
     def debris(self) -> list[str]:
-        """Temporaries anywhere, and what lies in the scratch folder although no run is unfinished."""
-        scratch = [path for path in (self.folder / ".scratch").rglob("*") if path.is_file()]
-        places = [self.folder / name for name in ("data", "models", "reports")]
-        written = [path for place in places for path in place.rglob(".*") if path.name != ".gitignore"]
-        # torch has one cache for all its processes there, which is no debris
-        system = [path for path in self._system.iterdir() if not path.name.startswith("torchinductor_")]
-        return sorted(str(path.relative_to(self.folder)) for path in [*scratch, *written, *system])
+        """What the workspace, and the system's folder, hold although no run is unfinished."""
+        return sorted([*debris(self.folder), *(f"tmp/{name}" for name in temporaries(self._system))])
 
     def commit(self) -> None:
         """Tell DVC that all is up to date, so that it runs what it is forced to alone."""
-        command = ["-m", "dvc", "commit", "--force", "--quiet", *self.costs]
-        if self.start(self.chosen[0], command).wait(LONG):
-            raise DualignError(f"{self.folder}: dvc commit failed; see log.txt beside it")
+        self.dvc("commit", "--force", "--quiet", *self.costs)
+
+    def dvc(self, *arguments: str) -> None:
+        """A DVC command that must succeed."""
+        if self.start(self.chosen[0], ["-m", "dvc", *arguments]).wait(LONG):
+            raise DualignError(f"{self.folder}: dvc {arguments[0]} failed; see log.txt beside it")
 
     def restore(self) -> None:
         """Everything as the first run left it."""
         for path in (".scratch", *self.debris()):
             _remove(self.folder / path)
         for name in self.costs:
-            for out in self._outs(self.dag[name]):
-                _copy_over(self._kept / out, self.folder / out)
+            for out in outs_of(self.dag[name]):
+                _copy_over(self.kept / out, self.folder / out)
+
+
+def outs_of(spec: StageSpec) -> list[str]:
+    """All that a stage writes, metrics too."""
+    return [*spec.outs, *spec.metrics]
+
+
+def watch(
+    process: subprocess.Popen[bytes], look: Callable[[], set[str]],
+    enough: Callable[[list[set[str]]], bool] | None = None,
+) -> list[set[str]]:  # fmt: skip
+    """What `look` sees, as often as that changes, until a process ends or it has seen `enough`."""
+    seen = [look()]
+    deadline = time.monotonic() + LONG
+    while process.poll() is None and time.monotonic() < deadline and not (enough and enough(seen)):
+        now = look()
+        if now != seen[-1]:
+            seen.append(now)
+        time.sleep(LOOK)
+    return seen
+
+
+def state(root: Path, spec: StageSpec, scratch: Path) -> set[str]:
+    """The files of a stage: all in the scratch folder, and those of its outputs that are there."""
+    found = set()
+    for place, folders, files in os.walk(scratch):  # where a folder may go while it is looked at
+        found |= {os.path.join(place, name) for name in (*folders, *files)}
+    return found | {out for out in outs_of(spec) if (root / out).exists()}
+
+
+def differs(root: Path, kept: Path, specs: Iterable[StageSpec]) -> list[str]:
+    """Outputs of stages that are not byte for byte what they were; provenance holds times and does not count."""
+    outs = {out for spec in specs for out in outs_of(spec) if "/provenance/" not in out}
+    return sorted(out for out in outs if _digest(root / out) != _digest(kept / out))
+
+
+def debris(root: Path) -> list[str]:
+    """Temporaries anywhere, and what lies in the scratch folder although no run is unfinished."""
+    scratch = [path for path in (root / ".scratch").rglob("*") if path.is_file()]
+    places = [root / name for name in ("data", "models", "reports")]
+    written = [path for place in places for path in place.rglob(".*") if path.name != ".gitignore"]
+    return sorted(str(path.relative_to(root)) for path in [*scratch, *written])
+
+
+def temporaries(system: Path) -> list[str]:
+    """What was left in the system's folder of temporary files, but for what torch and Prefect keep there themselves."""
+    return sorted(path.name for path in system.iterdir() if not _OTHERS.match(path.name))
 
 
 def copy(folder: Path, params: Mapping[str, Any]) -> None:

@@ -13,6 +13,13 @@ shows that all of it agrees, not who made it: whoever writes answers, costs and 
 the costs are the cost model's, `--rescore` shows (`dualign.rescoring`); whether anything was changed since it was
 signed, `--key` and `--signature` (`dualign.signature`). That prompts were kept from training and search, and that
 order, limits and range were chosen before the answers were drawn, is assumed.
+
+A candidate may be judged by answers that another policy drew. With w = pi(y|x) / pi_drawn(y|x) and E_drawn[w] = 1,
+
+    E_drawn[d + w (c - d)] = E_pi[c],
+
+so a bound of the mean of d + w (c - d), d the limit, is one of E_pi[c]: one draw serves a whole path of policies, and
+the tests along it can be as dense as one likes. Near the limit c - d is small, and so is what the weights add.
 """
 
 from __future__ import annotations
@@ -25,14 +32,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
 from dualign import evidence as seen
-from dualign import signature
+from dualign import screening, signature
 from dualign.bounds import (
     RANGED,
     Bounds,
@@ -69,6 +76,9 @@ T = TypeVar("T")
 
 #: Where the stage `certify` puts certificates: a folder for each of its rows, with a file of this name.
 PLACE, FILE = Path("reports/certificate"), "certificate.json"
+#: Least share of answers that weighted ones are worth for a test to pass: where weights are uneven, the largest may not
+#: have been drawn, and no bound of what was drawn holds (`bench.dense`).
+LEAST_ESS = 0.8
 #: Exit status of `verify` where every certificate holds, and one of them says that no policy is certified.
 NONE_CERTIFIED = 4
 
@@ -118,8 +128,25 @@ class Requirement(Record):
             said = "P(unsafe answer to a prompt)"
         return f"{said} <= {self.limit:g}" + (f" on prompts with {self.prompts!r}" if self.prompts else "")
 
+    @property
+    def reweighs(self) -> bool:
+        """Whether answers of another policy can be weighed for it: no range holds for a weighted value."""
+        if self.method == "prediction_powered":
+            return self.quantity == "truth"
+        return self.method == "clustered_t" and self.bounds is None and self.quantity not in SHARES
+
+    def weighted(self, values: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """d + w (v - d) with d the limit: by the policy that drew, its mean is that of v by the candidate."""
+        if not self.reweighs:
+            raise DataError(f"{self.name}: {self.method} of {self.quantity} takes no answers that another policy drew")
+        found: np.ndarray = self.limit + weight * (values - self.limit)
+        return found
+
     def values(self, answers: pd.DataFrame) -> pd.DataFrame:
-        """Columns prompt_id and value of the answers that it is about. Raises DataError if there are none."""
+        """Columns prompt_id and value of the answers that it is about, weighed if another policy drew them.
+
+        Raises DataError if there are none.
+        """
         if self.quantity == "truth" or self.quantity == "harm":
             raise ValueError(f"{self.quantity} is known of labelled answers only")
         further = Constraint(self.name, self.quantity, self.limit, self.level, self.prompts, self.threshold)
@@ -127,6 +154,8 @@ class Requirement(Record):
         if rows.empty:
             raise DataError(f"{self.name}: {self.prompts!r} is found in no certify prompt; keep more, or change it")
         values = further.values(*(rows[name].to_numpy(float) for name in ("cost", "length", "ended")))
+        if "weight" in rows:
+            values = self.weighted(values, rows["weight"].to_numpy(float))
         return pd.DataFrame({"prompt_id": rows["prompt_id"].to_numpy(object), "value": values})
 
 
@@ -147,9 +176,14 @@ class Check(Record):
 
 
 class Tested(Record):
-    """One candidate's tests; it is certified if every requirement is kept."""
+    """One candidate's tests; it is certified if every requirement is kept.
+
+    `ess` is the share of answers that weighted ones are worth, None where the candidate drew its answers itself; below
+    `LEAST_ESS` nothing is kept.
+    """
 
     name: str
+    ess: Share | None = None
     checks: tuple[Check, ...]
     certified: bool
 
@@ -298,8 +332,10 @@ class Certificate(Record):
     """All that is needed to check a certificate again; "no certified policy" is one too (`returned` is None).
 
     `candidates` is the whole order, that of `plan`, `tested` the tests made, `tables` and `labels` what they were
-    made on: `samples_per_prompt` answers to each of the first prompts of `prompts`. `limits` holds the further
-    limits, each of which must be among the `requirements`. `same` are pairs of candidates with the same answers.
+    made on: `samples_per_prompt` answers to each of the first prompts of `prompts` (by candidate, where they differ).
+    Those of some candidates may be answers that `drawn`, another of the order, gave. `screen` is what the order was
+    chosen by (`dualign.screening`). `limits` holds the further limits, each of which must be among the `requirements`.
+    `same` are pairs of candidates with the same answers.
     Answers have at most `max_new_tokens` tokens; `ended` is the share of each tested candidate's that ended by
     themselves. `weights` are the hashes of the files of each tested candidate's model, `policy` is where the
     certified one lies, `cost_model` the one that gave the costs. What a caller of `issue` did not name is None or
@@ -318,7 +354,9 @@ class Certificate(Record):
     ended: dict[str, Share]
     tables: dict[str, Table]
     labels: dict[str, Table]
-    samples_per_prompt: int = Field(ge=1)
+    samples_per_prompt: Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]]
+    drawn: str | None = None
+    screen: Table | None = None
     same: tuple[tuple[str, str], ...]
     plan: CertifyRun | None
     prompts: Table | None
@@ -366,6 +404,7 @@ def issue(
     seed: int = 0,
     sampling_seeds: Mapping[str, int] | None = None,
     origin: Origin | None = None,
+    screen: Path | None = None,
 ) -> Certificate:
     """Certify by saved answers and write the certificate to `path`.
 
@@ -377,6 +416,7 @@ def issue(
         max_new_tokens: where answers were cut.
         seed: fixes the order in which `betting` and `star_bets` take the prompts.
         origin: what else it was made from, for `verify` to compare.
+        screen: the file that order and numbers of answers follow from (`dualign.screening`), beside the certificate.
 
     Raises:
         DataError, ParamsError: as `fixed_sequence`, and where answers cannot be those of one set of prompts.
@@ -387,10 +427,11 @@ def issue(
         used[name] = evidence(name)
         return used[name]
 
+    plan = None if screen is None else _planned(screen, candidates)
     decision = _decide(candidates, find, requirements, delta, seed)
     folder = path.parent
     weights = {} if origin is None else {name: seen.files(origin.model(name)) for name in used}
-    count, same = _agreed(used, None if origin is None else origin.prompts)
+    counts, same = _agreed(used, None if origin is None else origin.prompts, plan)
     certificate = Certificate(
         delta=delta,
         seed=seed,
@@ -403,7 +444,9 @@ def issue(
         ended={name: _ended(files.answers, max_new_tokens) for name, files in used.items()},
         tables={name: seen.table(files.answers, folder) for name, files in used.items()},
         labels={name: seen.table(files.labels, folder) for name, files in used.items() if files.labels is not None},
-        samples_per_prompt=count,
+        samples_per_prompt=_in_short(counts),
+        drawn=None if plan is None or plan.drawn is None else candidates[plan.drawn],
+        screen=None if screen is None else seen.table(screen, folder),
         same=same,
         plan=None if origin is None else origin.plan,
         prompts=None if origin is None else seen.table(origin.prompts, origin.place),
@@ -427,12 +470,20 @@ def _decide(
 ) -> Decision:
     check_delta(delta)
 
+    worth = dict[str, float]()
+
     def test(name: str) -> tuple[Check, ...]:
         files = evidence(name)
         answers = seen.read_answers(files.answers)
-        return tuple(_test(required, answers, files.labels, delta, seed) for required in requirements)
+        checks = tuple(_test(required, answers, files.labels, delta, seed) for required in requirements)
+        if "weight" in answers:
+            worth[name] = seen.effective_share(answers["weight"].to_numpy())
+        if worth.get(name, 1.0) < LEAST_ESS:
+            return tuple(check.model_copy(update={"kept": False}) for check in checks)
+        return checks
 
-    return _until_failure(((name, name) for name in candidates), test)
+    found = _until_failure(((name, name) for name in candidates), test)
+    return Decision(tuple(tested.model_copy(update={"ess": worth.get(tested.name)}) for tested in found.tested))
 
 
 def _test(required: Requirement, answers: pd.DataFrame, labels: Path | None, delta: float, seed: int) -> Check:
@@ -441,7 +492,13 @@ def _test(required: Requirement, answers: pd.DataFrame, labels: Path | None, del
         return _check(required, values["value"].to_numpy(), values["prompt_id"].to_numpy(object), delta, seed)
     if labels is None:
         raise DataError(f"{required.name} needs labels of its answers, and none are recorded")
-    return _check_labels(required, answers, seen.read_labels(labels), delta)
+    told = seen.read_labels(labels)
+    if "weight" not in answers:
+        return _check_labels(required, answers, told, delta)
+    weight = seen.weights_of(told, answers, labels)
+    told = told.assign(**{key: required.weighted(told[key].to_numpy(float), weight) for key in ("cost", "truth")})
+    costs = required.weighted(answers["cost"].to_numpy(float), answers["weight"].to_numpy())
+    return _check_labels(required, answers.assign(cost=costs), told, delta)
 
 
 def _ended(file: Path, max_new_tokens: int) -> float:
@@ -452,11 +509,13 @@ def _ended(file: Path, max_new_tokens: int) -> float:
     if wrong.size:
         cut = f"was not cut at max_new_tokens {max_new_tokens}"
         raise DataError(f"{file}: an answer of {wrong[0]} tokens {cut}; draw the answers again (run certify)")
-    return float(ended.mean())
+    return float(np.average(ended, weights=answers["weight"])) if "weight" in answers else float(ended.mean())
 
 
-def _agreed(used: Mapping[str, Evidence], prompts: Path | None) -> tuple[int, tuple[tuple[str, str], ...]]:
-    """Answers to each prompt, and pairs of candidates with the same answers.
+def _agreed(
+    used: Mapping[str, Evidence], prompts: Path | None, plan: screening.Planned | None
+) -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
+    """Answers to each prompt by candidate, and pairs of candidates with the same answers.
 
     Raises DataError where the tables do not agree with themselves and each other.
     """
@@ -467,10 +526,25 @@ def _agreed(used: Mapping[str, Evidence], prompts: Path | None) -> tuple[int, tu
             seen.check_labels(seen.read_labels(files.labels), tables[name], files.labels)
     counts = {name: seen.samples_per_prompt(tables[name], files.answers) for name, files in used.items()}
     first = next(iter(used))
-    seen.check_together(tables, counts[first])
+    planned = [counts[first]] * len(used) if plan is None else plan.samples
+    seen.check_together(tables, dict(zip(used, planned, strict=False)))
+    seen.check_drawn(tables)
     if prompts is not None:
         seen.check_prompts(prompts, tables[first])
-    return counts[first], seen.same(tables)
+    return counts, seen.same(tables)
+
+
+def _in_short(counts: Mapping[str, int]) -> int | dict[str, int]:
+    """One number where all candidates have as many answers to a prompt, else that of each."""
+    return next(iter(counts.values())) if len(set(counts.values())) == 1 else dict(counts)
+
+
+def _planned(screen: Path, candidates: Sequence[str]) -> screening.Planned:
+    """What follows from the screen in a file. Raises DataError where it is none, or of another number of candidates."""
+    plan = screening.sequence(screening.read(screen))
+    if len(plan.samples) != len(candidates):
+        raise DataError(f"{screen}: {len(plan.samples)} candidates follow from it, and {len(candidates)} are tested")
+    return plan
 
 
 # --- its check --------------------------------------------------------------------------------------------------------
@@ -537,17 +611,35 @@ def _recomputed(recorded: Certificate, folder: Path) -> None:
     used = {test.name: _recorded(recorded, test.name, folder) for test in decision.tested}
     ended = {name: _ended(files.answers, recorded.max_new_tokens) for name, files in used.items()}
     for key, said, found in _compared(recorded, decision, ended):
-        same = math.isclose(said, found, rel_tol=1e-9, abs_tol=1e-12) if isinstance(said, float) else said == found
+        numbers = isinstance(said, float) and isinstance(found, float)
+        same = math.isclose(said, found, rel_tol=1e-9, abs_tol=1e-12) if numbers else said == found
         if not same:
             raise DataError(f"{key} is {said!r}, but the answers give {found!r}")
     prompts = None if recorded.prompts is None else folder / recorded.prompts.path
     if recorded.prompts is not None:
         _unchanged(folder, recorded.prompts, "its prompts")
-    count, same = _agreed(used, prompts if prompts is not None and prompts.is_file() else None)
+    plan = _replanned(recorded, folder)
+    counts, same = _agreed(used, prompts if prompts is not None and prompts.is_file() else None, plan)
+    count = _in_short(counts)
     if count != recorded.samples_per_prompt:
         raise DataError(f"samples_per_prompt is {recorded.samples_per_prompt}, but every prompt has {count} answers")
     if same != recorded.same:
         raise DataError(f"candidates with the same answers are {list(same)}, and {list(recorded.same)} are stated")
+
+
+def _replanned(recorded: Certificate, folder: Path) -> screening.Planned | None:
+    """What follows from its screen. Raises DataError where the screen or what is said to follow is another."""
+    if recorded.screen is None:
+        return None
+    file = folder / recorded.screen.path
+    _unchanged(folder, recorded.screen, "its screen")
+    plan = _planned(file, recorded.candidates)
+    drawn = None if plan.drawn is None else recorded.candidates[plan.drawn]
+    if drawn != recorded.drawn:
+        raise DataError(f"answers were drawn by {recorded.drawn!r}, but the screen gives {drawn!r}")
+    if recorded.plan is not None and recorded.plan.weights != list(plan.weights):
+        raise DataError(f"weights are {recorded.plan.weights}, but the screen gives {list(plan.weights)}")
+    return plan
 
 
 def _as_planned(recorded: Certificate, folder: Path) -> None:
@@ -593,6 +685,7 @@ def _compared(recorded: Certificate, decision: Decision, ended: Mapping[str, flo
             for field in Check.model_fields:
                 yield f"{ours.requirement} {field} of {said.name!r}", getattr(ours, field), getattr(theirs, field)
         yield f"certified of {said.name!r}", said.certified, found.certified
+        yield f"ess of {said.name!r}", said.ess, found.ess
     names = sorted(test.name for test in decision.tested)
     yield "tables", sorted(recorded.tables), names
     yield "labels", sorted(recorded.labels), names if recorded.labels else []

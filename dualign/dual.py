@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import logsumexp
-from scipy.stats import norm
+from scipy.special import logsumexp, ndtri
 
 from dualign.core.errors import InfeasibleError
 
@@ -494,7 +493,7 @@ def stock(sd: float, prompts: int, *, delta: float, power: float) -> float:
     A policy with its mean cost there passes a one-sided clustered-t bound at level delta on N prompts with probability
     `power`. `sd` is that of per-prompt means; `certificate.sample_size` solves the same equation for N.
     """
-    return float((norm.ppf(1 - delta) + norm.ppf(power)) * sd / np.sqrt(prompts))
+    return float((ndtri(1 - delta) + ndtri(power)) * sd / np.sqrt(prompts))
 
 
 class Stocked(NamedTuple):

@@ -29,7 +29,10 @@ def add_truth(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def means(answers: pd.DataFrame, confidence: float = 0.95) -> dict[str, dict[str, float]]:
-    """Means with prompt-clustered intervals of scores, KL, length and, where it is known, the truth of answers."""
+    """Means with prompt-clustered intervals of scores, KL, length and, where it is known, the truth of answers.
+
+    A column `weight` holds importance weights w of mean 1: a value v counts as m + w (v - m), m = sum w v / sum w.
+    """
     prompts = answers["prompt_id"].to_numpy()
     columns: dict[str, Any] = {
         "reward": answers["reward"],
@@ -41,9 +44,18 @@ def means(answers: pd.DataFrame, confidence: float = 0.95) -> dict[str, dict[str
     }
     known = [name for name in _TRUTH if name in answers and answers[name].notna().all()]
     columns |= {name: answers[name] for name in known}
+    weight = answers["weight"].to_numpy(float) if "weight" in answers else None
     return {
-        name: clustered_mean(column.to_numpy(float), prompts, confidence).as_dict() for name, column in columns.items()
+        name: clustered_mean(_weighted(column.to_numpy(float), weight), prompts, confidence).as_dict()
+        for name, column in columns.items()
     }
+
+
+def _weighted(values: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
+    if weight is None:
+        return values
+    mean = float(np.average(values, weights=weight))
+    return mean + weight * (values - mean)
 
 
 def summarise(answers: pd.DataFrame, log_ratio: pd.DataFrame, confidence: float) -> dict[str, Any]:

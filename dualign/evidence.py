@@ -26,6 +26,10 @@ CARD = "README.md"
 #: What tells one answer from another; equal in all of these, two candidates' answers are the same.
 _NEVER_NULL = ("prompt_id", "prompt", "sample", "response", "length", "ended")
 _IDENTITY = ("prompt_id", "sample", "response", "logp", "cost")
+_LABELLED = ("prompt_id", "response", "cost")
+#: The column of answers that another policy drew, by which they are weighed, and what is equal in all tables of such.
+DRAWN = "logp_drawn"
+_DRAWN_ALIKE = ("prompt_id", "sample", "response", "length", "ended", "cost", DRAWN)
 
 
 class Record(BaseModel):
@@ -97,7 +101,49 @@ def read_answers(path: Path) -> pd.DataFrame:
         empty = np.flatnonzero(frame[name].isna().to_numpy())
         if len(empty):
             raise DataError(f"{path}: row {empty[0]} has no {name}; draw the answers again (run certify)")
+    if DRAWN in pq.read_schema(path).names:
+        drawn = read_table(path, pa.schema([(DRAWN, pa.float64())]))[DRAWN]
+        frame = frame.assign(**{DRAWN: drawn, "weight": _weights(frame["logp"], drawn, path)})
     return frame
+
+
+def _weights(own: pd.Series, drawn: pd.Series, path: Path) -> np.ndarray:
+    """w = exp(log pi - log pi_drawn) of answers that another policy drew: E_drawn[w f] = E[f] for every f."""
+    with np.errstate(over="ignore"):
+        found: np.ndarray = np.exp(own.to_numpy(float) - drawn.to_numpy(float))
+    wrong = np.flatnonzero(~np.isfinite(found))
+    if len(wrong):
+        raise DataError(f"{path}: row {wrong[0]} has no weight: logp and {DRAWN} must be finite; run certify again")
+    return found
+
+
+def effective_share(weight: np.ndarray) -> float:
+    """(sum w)^2 / (n sum w^2): the share of answers that so many weighted ones are worth, 1 if all weigh the same."""
+    return float(weight.sum() ** 2 / (len(weight) * (weight**2).sum()))
+
+
+def weights_of(labels: pd.DataFrame, answers: pd.DataFrame, path: Path) -> np.ndarray:
+    """The weight of each labelled answer. Raises DataError where one is none of the candidate's answers."""
+    known = answers.drop_duplicates(list(_LABELLED)).set_index(list(_LABELLED))["weight"]
+    found: np.ndarray = known.reindex(pd.MultiIndex.from_frame(labels[list(_LABELLED)])).to_numpy(float)
+    wrong = np.flatnonzero(np.isnan(found))
+    if len(wrong):
+        raise DataError(f"{path}: row {wrong[0]}: the labelled answer is none of the candidate's answers")
+    return found
+
+
+def check_drawn(tables: Mapping[str, pd.DataFrame]) -> None:
+    """Raises DataError where candidates that are judged by another's answers are not judged by the same ones."""
+    drawn = {name: answers for name, answers in tables.items() if DRAWN in answers}
+    ordered = {
+        name: answers[list(_DRAWN_ALIKE)].sort_values(["prompt_id", "sample"], ignore_index=True)
+        for name, answers in drawn.items()
+    }
+    first = next(iter(ordered), None)
+    for name, answers in ordered.items():
+        if first is not None and not answers.equals(ordered[first]):
+            raise DataError(f"candidates {first!r} and {name!r} are judged by answers that another policy drew, and "
+                            "these are not the same ones")  # fmt: skip
 
 
 def read_labels(path: Path) -> pd.DataFrame:
@@ -174,15 +220,15 @@ def check_ids(frame: pd.DataFrame, path: Path) -> None:
 def check_labels(labels: pd.DataFrame, answers: pd.DataFrame, path: Path) -> None:
     """Raises DataError where a label is on no answer of the candidate with that cost."""
     check_ids(labels, path)
-    keys = ["prompt_id", "response", "cost"]
+    keys = list(_LABELLED)
     known = set(answers[keys].itertuples(index=False, name=None))
     for row, key in enumerate(labels[keys].itertuples(index=False, name=None)):
         if key not in known:
             raise DataError(f"{path}: row {row}: the labelled answer to {key[0]} is none of the candidate's answers")
 
 
-def check_together(tables: Mapping[str, pd.DataFrame], count: int) -> None:
-    """Raises DataError where candidates were not given the same prompts, or do not have `count` answers to each.
+def check_together(tables: Mapping[str, pd.DataFrame], counts: Mapping[str, int]) -> None:
+    """Raises DataError where candidates were not given the same prompts, or have not as many answers to each as stated.
 
     Tables of answers by candidate.
     """
@@ -192,8 +238,10 @@ def check_together(tables: Mapping[str, pd.DataFrame], count: int) -> None:
         each = len(answers) / max(len(asked[name]), 1)
         if asked[name] != asked[first]:
             raise DataError(f"candidates {first!r} and {name!r} have answers to different prompts")
-        if each != count:
-            raise DataError(f"candidate {name!r} has {each:g} answers to each prompt, and {count} are stated")
+        if each != counts.get(name):
+            raise DataError(
+                f"candidate {name!r} has {each:g} answers to each prompt, and {counts.get(name)} are stated"
+            )
 
 
 def same(tables: Mapping[str, pd.DataFrame]) -> tuple[tuple[str, str], ...]:

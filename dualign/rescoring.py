@@ -13,7 +13,7 @@ import numpy as np
 from dualign.certificate import Certificate
 from dualign.core.errors import DataError
 from dualign.core.loading import load_resources
-from dualign.evidence import check_files, read_answers, read_labels
+from dualign.evidence import DRAWN, check_files, read_answers, read_labels
 from dualign.scoring.scorers import Scorer
 from dualign.search.labelling import truth
 
@@ -34,9 +34,12 @@ def rescore(found: Certificate, path: Path, tolerance: float, cost_model: Path |
     check_files(folder, found.cost_model.files, "the cost model")
     resources = load_resources()
     scorer = Scorer.load(folder, resources)
-    largest = 0.0
+    largest, shared = 0.0, False
     for name, table in found.tables.items():
         answers = read_answers(path.parent / table.path)
+        if DRAWN in answers and shared:  # the same answers at the same costs, as `verify` has seen
+            continue
+        shared = shared or DRAWN in answers
         again = scorer.score(
             answers["prompt"].tolist(), answers["response"].tolist(), batch_size=resources.scoring_batch_size,
             what=f"costs of {name}", ended=answers["ended"].tolist(),

@@ -16,11 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from dualign import certificate
+from dualign import certificate, screening
 from dualign.certificate import Certificate, Origin, Requirement
-from dualign.certification import Contender, Contenders, contenders, forecast
+from dualign.certification import MODELS, Contender, Contenders, contenders, forecast, screen
 from dualign.constraints import Constraint, prices_in
-from dualign.core.artifacts import replacing
+from dualign.core.artifacts import replacing, write_json
 from dualign.core.params import CertifyParams, CertifyRun
 from dualign.core.records import SolvedDual, read_record
 from dualign.core.schema import PROMPTS, read_table
@@ -32,8 +32,9 @@ from dualign.search.card import HEAD, MODEL
 log = logging.getLogger("dualign")
 
 PROMPT_SET = Path("data/prepared/certify.parquet")
+SCREENED = Path("data/prepared/search.parquet")
+SCREEN = "screen.json"
 DUAL = Path("data/dual/dual.json")
-MODELS = Path("models")
 POLICIES = MODELS / "certified"
 #: What labels of a source are about, and how the certificate calls it.
 LABELLED: dict[str, tuple[str, Literal["truth", "harm"]]] = {
@@ -48,16 +49,22 @@ def main(run: Run[CertifyParams]) -> None:
     item, row = run.pick(params.runs, "certify.runs")
     prompts = read_table(PROMPT_SET, PROMPTS).head(params.prompts)
     models = {MODELS / name for name in ("sft", "reward_model", "cost_model", row.policy, row.partner, row.fallback)}
-    scratch = run.scratch(PROMPT_SET, DUAL, *sorted(models))
+    screened = [] if params.screen is None else [SCREENED]
+    scratch = run.scratch(PROMPT_SET, *screened, DUAL, *sorted(models))
     further = [price.constraint for price in prices_in(read_record(DUAL, SolvedDual))]
+    required, judges = requirements(params, further), Judges.load(run.resources)
+    seen = screened_once(row, required, params, judges, scratch)
+    plan = None if seen is None else screening.sequence(screening.read(seen))
+    row = row if plan is None else row.model_copy(update={"weights": list(plan.weights)})
     field = contenders(row, MODELS, scratch)
-    bench = Contenders(field, params, prompts, Judges.load(run.resources), scratch)
+    bench = Contenders(field, params, prompts, judges, scratch, plan)
     with replacing(certificate.PLACE / item) as folder:
         folder.mkdir()
         found = certificate.issue(
             folder / certificate.FILE, list(field), lambda name: into(folder, bench.evidence(name)),
-            requirements(params, further), max_new_tokens=params.max_new_tokens, delta=params.delta, seed=params.seed,
+            required, max_new_tokens=params.max_new_tokens, delta=params.delta, seed=params.seed,
             sampling_seeds={"answers": params.seed}, origin=origin(row, item, bench),
+            screen=None if seen is None else Path(shutil.copy(seen, folder)),
         )  # fmt: skip
     log.info("%s", found.statement)
     for pair in found.same:
@@ -70,6 +77,19 @@ def main(run: Run[CertifyParams]) -> None:
         (policy / "README.md").write_text(card(found))
     run.metrics(describe(found, bench))
     finished(scratch)
+
+
+def screened_once(
+    row: CertifyRun, required: Sequence[Requirement], params: CertifyParams, judges: Judges, scratch: Path
+) -> Path | None:
+    """The file of the screen, made if it is not there; None where the weights are tested as they stand."""
+    if params.screen is None or len(row.weights) < 2:
+        return None
+    file = scratch / SCREEN
+    if not file.is_file():
+        prompts = read_table(SCREENED, PROMPTS)
+        write_json(file, screen(row, required, params, params.screen, prompts, judges, scratch).model_dump())
+    return file
 
 
 def origin(row: CertifyRun, item: str, bench: Contenders) -> Origin:

@@ -28,7 +28,7 @@ from dualign.certificate import (
 from dualign.core.artifacts import read_json, sha256, write_json, write_parquet
 from dualign.core.errors import DataError, DualignError
 from dualign.core.params import CertifyRun
-from dualign.core.schema import ANSWERS, LABELS, PROMPTS, Message, prompt_id, user
+from dualign.core.schema import ANSWERS, LABELS, PROMPTS, REWEIGHTED, Message, prompt_id, user
 from tests.written import solved
 
 
@@ -481,7 +481,7 @@ def forge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 
     def forged(tables: dict[str, Path], **options: Any) -> Path:
         with monkeypatch.context() as patched:
-            patched.setattr(certificate, "_agreed", lambda *_: (3, ()))
+            patched.setattr(certificate, "_agreed", lambda used, *_: (dict.fromkeys(used, 3), ()))
             issue(tmp_path / "reports" / "certificate.json", tables, 0.0, **options)
         return tmp_path / "reports" / "certificate.json"
 
@@ -740,3 +740,137 @@ def test_no_value_of_a_certificate_ends_in_a_traceback(planned: Path, value: Any
             certificate.absent(planned, certificate.verify(planned))
         except DualignError as error:
             assert "\n" not in str(error), path
+
+
+# --- answers that another policy drew ---------------------------------------------------------------------------------
+
+
+def test_the_weighted_value_has_the_candidates_mean_by_every_answer_there_is() -> None:
+    """Three prompts of five answers each, all summed up: E_drawn[d + w (c - d)] is E_pi[c] for every limit d."""
+    rng = np.random.default_rng(0)
+    drew, own = rng.dirichlet(np.ones(5), 3), rng.dirichlet(np.ones(5), 3)
+    costs = rng.normal(size=(3, 5))
+    for limit in (-1.0, 0.0, 2.5):
+        needed = MODEL.model_copy(update={"limit": limit})
+        value = needed.weighted(costs, own / drew)
+        assert (drew * value).sum(1) == pytest.approx((own * costs).sum(1))
+
+
+TILTS = {"gentle": 0.0, "bolder": 0.3, "boldest": 3.0}
+
+
+def tilted(file: Path, tilt: float, costs: np.ndarray, prompts: np.ndarray) -> Path:
+    """Answers that a policy drew with log-probability -2, as a tilt by their standardised costs has them."""
+    save(file, costs, prompts)
+    z = (costs - costs.mean()) / costs.std()
+    frame = pd.read_parquet(file).assign(logp=-2.0 + tilt * z - tilt**2 / 2, logp_drawn=-2.0)
+    write_parquet(file, frame, REWEIGHTED)
+    return file
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Callable[[str], Evidence]:
+    """A path of tilts by one draw of mean cost -0.5, with a label of the truth, 0.1 above, for 30 prompts."""
+
+    def evidence(name: str) -> Evidence:
+        costs, prompts = answers(-0.5)
+        first = np.arange(0, 90, 3)
+        noise = 0.1 * np.random.default_rng(1).normal(size=len(first))
+        frame = pd.DataFrame({"prompt_id": prompts[first], "cost": costs[first], "truth": costs[first] + 0.1 + noise})
+        write_parquet(tmp_path / f"{name}-labels.parquet", labels_of(frame, first), LABELS)
+        file = tilted(tmp_path / f"{name}.parquet", TILTS[name], costs, prompts)
+        return Evidence(file, tmp_path / f"{name}-labels.parquet")
+
+    return evidence
+
+
+def test_one_draw_and_its_labels_serve_a_path(tmp_path: Path, path: Callable[[str], Evidence]) -> None:
+    file = tmp_path / "certificate.json"
+    found = certify(file, list(TILTS), path, [MODEL, TRUTH])
+    assert found.certified == ("gentle", "bolder") and found.tested[0].ess == pytest.approx(1.0)
+    ess = [test.ess or 0.0 for test in found.tested]
+    assert ess == sorted(ess, reverse=True) and ess[2] < 0.3
+    costs, prompts = answers(-0.5)
+    z = (costs - costs.mean()) / costs.std()
+    weight = np.exp(0.3 * z - 0.045)
+    model, truth = found.tested[1].checks
+    assert model.bound == pytest.approx(upper_bound(weight * costs, prompts))
+    told = pd.read_parquet(tmp_path / "bolder-labels.parquet")
+    own = weight[:90:3]
+    bound = corrected_upper_bound(
+        weight * costs, prompts, own * told["cost"], own * told["truth"], told["prompt_id"].to_numpy()
+    )
+    assert truth.bound == pytest.approx(bound)
+    assert certificate.verify(file) == found
+
+
+def test_answers_that_are_worth_little_certify_nothing(tmp_path: Path, path: Callable[[str], Evidence]) -> None:
+    """By its weights the boldest has a mean cost far below the limit, and a bound too; nobody drew what it does."""
+    costs, prompts = answers(-0.5)
+    tilted(tmp_path / "boldest.parquet", -3.0, costs, prompts)
+    only = Evidence(tmp_path / "boldest.parquet")
+    found = certify(
+        tmp_path / "certificate.json", ["boldest"], lambda name: only, [MODEL.model_copy(update={"limit": 9.0})]
+    )
+    (test,) = found.tested
+    assert test.ess is not None and test.ess < 0.8 and test.checks[0].bound < 9.0
+    assert not test.checks[0].kept and found.returned is None
+    assert certificate.verify(tmp_path / "certificate.json") == found
+
+
+def test_at_the_policy_that_drew_nothing_changes(tmp_path: Path, path: Callable[[str], Evidence]) -> None:
+    """With weights of 1 a test is that of the answers as they are."""
+    found = certify(tmp_path / "certificate.json", ["gentle"], path, [MODEL, TRUTH])
+    save(tmp_path / "gentle.parquet", *answers(-0.5))
+    plain = Evidence(tmp_path / "gentle.parquet", tmp_path / "gentle-labels.parquet")
+    again = certify(tmp_path / "plain.json", ["gentle"], lambda name: plain, [MODEL, TRUTH])
+    for one, other in zip(found.tested[0].checks, again.tested[0].checks, strict=True):
+        assert one.bound == pytest.approx(other.bound) and one.estimate == pytest.approx(other.estimate)
+    assert found.ended == pytest.approx(again.ended)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda frame: frame.assign(logp_drawn=-2.1), "'gentle' and 'bolder' are judged by answers that another poli"),
+        (lambda frame: frame.assign(logp=np.nan), "row 0 has no weight: logp and logp_drawn must be finite"),
+        (lambda frame: frame.assign(logp=1e4), "row 0 has no weight"),
+    ],
+)
+def test_weights_of_no_common_draw_are_refused(
+    tmp_path: Path, path: Callable[[str], Evidence], change: Callable[[pd.DataFrame], pd.DataFrame], message: str
+) -> None:
+    def evidence(name: str) -> Evidence:
+        files = path(name)
+        if name == "bolder":
+            write_parquet(files.answers, change(pd.read_parquet(files.answers)), REWEIGHTED)
+        return files
+
+    with pytest.raises(DataError, match=message):
+        certify(tmp_path / "certificate.json", list(TILTS), evidence, [MODEL])
+
+
+@pytest.mark.parametrize(
+    "needed",
+    [
+        Requirement(name="rare", quantity="p_unsafe", limit=0.9, method="clustered_t"),
+        Requirement(name="c", quantity="cost", limit=0.0, method="star_bets", bounds=(-4.0, 4.0)),
+    ],
+)
+def test_shares_and_ranges_take_no_weighted_answers(
+    tmp_path: Path, path: Callable[[str], Evidence], needed: Requirement
+) -> None:
+    """A weighted value has no range, and where no answer is unsafe its spread says nothing of those that are."""
+    with pytest.raises(DataError, match="takes no answers that another policy drew"):
+        certify(tmp_path / "certificate.json", ["gentle"], path, [needed])
+
+
+def test_a_certificate_of_before_screens_still_holds(issued: Path) -> None:
+    """One that was written without the keys of screens and weights."""
+    content = read_json(issued)
+    for key in ("screen", "drawn"):
+        content.pop(key)
+    for test in content["tested"]:
+        test.pop("ess")
+    write_json(issued, content)
+    assert certificate.verify(issued).returned == "middle"

@@ -73,6 +73,9 @@ def check_prompts(stages: dict[str, StageParams], path: str | Path, only: str = 
     for name, row in search.methods.items():
         if row.feedback:
             asked[f"methods.{name}.feedback.prompts"] = (row.feedback.prompts, "prepare.search_prompts")
+    certify = stages["certify"]
+    if isinstance(certify, CertifyParams) and certify.screen is not None:
+        asked["certify.screen.prompts"] = (certify.screen.prompts, "prepare.search_prompts")
     for key, (count, drawn) in asked.items():
         there = _number(stages, drawn)
         user = key.partition(".")[0].replace("methods", "dual_search")

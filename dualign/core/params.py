@@ -737,6 +737,19 @@ class LabelParams(Frozen):
         return self
 
 
+class ScreenParams(Frozen):
+    """How a certificate chooses the weights that it tests, on prompts of the search (see `dualign.screening`).
+
+    `samples_per_prompt` answers to each of `prompts` search prompts at each of a row's weights say where about `tests`
+    weights between them are to stand. With `reweigh` one of these draws answers for all, where that is exact.
+    """
+
+    prompts: Annotated[int, Field(ge=2, le=MOST)]
+    samples_per_prompt: Annotated[int, Field(ge=2, le=10_000)]
+    tests: Annotated[int, Field(ge=1, le=1000)]
+    reweigh: bool
+
+
 class CertifyParams(StageParams):
     """The certificate, on prompts that nothing else has seen."""
 
@@ -757,6 +770,7 @@ class CertifyParams(StageParams):
     method: Literal["auto", "star_bets", "clustered_t", "betting", "empirical_bernstein"]
     bounds: Annotated[list[Number], Field(min_length=2, max_length=2)] | None
     labels: LabelParams | None
+    screen: ScreenParams | None
     runs: dict[RunName, CertifyRun]
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ pairs, the **safer** one in safety pairs.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import unicodedata
 from collections.abc import Sequence
@@ -96,6 +97,8 @@ ANSWERS = pa.schema(
         ("grammatical", pa.bool_()),
     ]
 )
+#: Answers that another policy drew: `logp` is the candidate's log-probability, `logp_drawn` that of the other.
+REWEIGHTED = pa.schema([*ANSWERS, ("logp_drawn", pa.float64())])
 #: Labels of some of those answers: the cost model's cost, and the truth as the labeller knows it (a true cost, or the
 #: share of votes that call the answer unsafe).
 LABELS = pa.schema([*_PROMPT, ("response", pa.string()), ("cost", pa.float64()), ("truth", pa.float64())])
@@ -111,8 +114,12 @@ def last_user_text(prompt: Sequence[Message]) -> str:
     return prompt[-1]["content"]
 
 
+@functools.lru_cache(maxsize=8192)
 def normalise(text: str) -> str:
-    """Text as it is compared across sources: NFKC, case-folded, only letters, marks and digits, single spaces."""
+    """Text as it is compared across sources: NFKC, case-folded, only letters, marks and digits, single spaces.
+
+    Kept for the next row, which is often another answer to the same prompt.
+    """
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in folded).split())
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -30,6 +32,8 @@ log = logging.getLogger("dualign")
 
 P = TypeVar("P", bound=StageParams)
 Row = TypeVar("Row")
+#: Seconds after which a stage that was told to stop, and goes on, is told again.
+AGAIN = 0.2
 _PACKAGES = ("dualign", "torch", "transformers", "trl", "peft", "datasets", "pandas", "numpy")
 
 
@@ -101,11 +105,13 @@ def execute(main: Callable[[Run[P]], None], cls: type[P], argv: list[str] | None
     Exits 2 after a DualignError, 3 where people's labels are awaited, 130 after an interrupt.
     """
     argv = sys.argv[1:] if argv is None else argv
+    _collect_again()
     _quiet()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "datasets", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    signal.signal(signal.SIGTERM, _interrupt)
+    _on_signals(_interrupt)
+    sys.unraisablehook = functools.partial(_dropped, sys.unraisablehook)
     try:
         if len(argv) > 1 or argv[:1] in (["-h"], ["--help"]):
             raise DualignError(f"usage: python -m stages.{cls.section} [ITEM]; knobs are in params.yaml")
@@ -115,7 +121,7 @@ def execute(main: Callable[[Run[P]], None], cls: type[P], argv: list[str] | None
         started = time.monotonic()
         main(run)
         _provenance(run, time.monotonic() - started)
-        signal.signal(signal.SIGTERM, _too_late)
+        _on_signals(_too_late)
     except DualignError as error:
         log.error("%s", error)
         sys.exit(error.status)
@@ -129,6 +135,8 @@ def execute(main: Callable[[Run[P]], None], cls: type[P], argv: list[str] | None
             raise
         log.error("%s; free space there and run the stage again", write_fault(error))
         sys.exit(DualignError.status)
+    finally:
+        _on_signals(_too_late)
 
 
 def _item(given: str) -> str:
@@ -146,6 +154,13 @@ def finished(scratch: Path) -> None:
     """
     with contextlib.suppress(OSError), temporary_folder(room_for(scratch.parent)) as place:
         scratch.rename(place / scratch.name)
+
+
+def _collect_again() -> None:
+    """Look for garbage again where `stages` put it off, but not among what was imported, which stays."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def _quiet() -> None:
@@ -169,12 +184,36 @@ def _threads(resources: Resources) -> None:
         torch.set_num_threads(resources.threads)
 
 
+def _on_signals(handler: Callable[[int, Any], None]) -> None:
+    """Have what stops a stage call `handler`; Ctrl-C too, except where a shell lets its background jobs ignore it."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 def _interrupt(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+    """Stop here, and look a moment later whether that was heard.
+
+    Python drops what is raised in a destructor, and a signal that comes while garbage is collected, a second at a time
+    after imports, is heard in one; libraries have their bare `except` too. While an interrupt cleans up it is let be.
+    """
+    signal.setitimer(signal.ITIMER_REAL, AGAIN)
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    if error is None:
+        raise KeyboardInterrupt
+
+
+def _dropped(before: Callable[[Any], Any], told: Any) -> None:
+    """Of what Python drops, an interrupt is no news: it comes again."""
+    if not isinstance(told.exc_value, KeyboardInterrupt):
+        before(told)
 
 
 def _too_late(signum: int, frame: Any) -> None:
-    """All is written: an interrupt while the interpreter ends would be a traceback and no more."""
+    """All is written, or has failed: an interrupt while the interpreter ends would be a traceback and no more."""
 
 
 def _digest(path: Path) -> str:

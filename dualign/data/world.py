@@ -21,7 +21,6 @@ from __future__ import annotations
 import functools
 import math
 import random
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -150,6 +149,7 @@ def prompts() -> tuple[str, ...]:
     )
 
 
+@functools.lru_cache(maxsize=8192)
 def answers(prompt: str) -> tuple[Answer, ...]:
     """The 42 grammatical answers to a question of the world, with r* and c*.
 
@@ -234,7 +234,7 @@ def _by_text(prompt: str) -> dict[str, Answer]:
 
 
 def _squeeze(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip()
+    return " ".join(text.split())
 
 
 def _sigmoid(value: float) -> float:

@@ -204,7 +204,8 @@ def render(
 ) -> list[str]:
     """Each conversation as the template writes it, with `answering` up to where an answer begins.
 
-    Raises DataError that names the row which the template refuses, ModelError if it is no Jinja template.
+    Rows that are alike are rendered once: prompts come back in every pair and every sample. Raises DataError that names
+    the row which the template refuses, ModelError if it is no Jinja template.
     """
 
     def one(turns: Sequence[Message]) -> str:
@@ -213,10 +214,14 @@ def render(
         )
         return str(text)
 
+    known: dict[tuple[tuple[str, str], ...], str] = {}
     texts = []
     for row, turns in enumerate(conversations, start=1):
+        key = tuple((turn["role"], turn["content"]) for turn in turns)
         try:
-            texts.append(one(turns))
+            if key not in known:
+                known[key] = one(turns)
+            texts.append(known[key])
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(
                 f"the chat template is no valid Jinja (line {error.lineno}: {told(error)}); mend the tokenizer's, or "
@@ -251,14 +256,20 @@ def encode_rendered(
         return []
     spelt = _spelt(tokenizer, rows)
     if not spelt:
-        plain: list[list[int]] = tokenizer(texts_of(rows), add_special_tokens=False)["input_ids"]
-        return plain
+        return _plain_ids(tokenizer, texts_of(rows))
     marks = _marks(rows, len(spelt))
     stands_for = dict(zip(spelt, marks, strict=True))
     pattern = _control(tokenizer)
     marked = [_replaced(turns, pattern, stands_for) for turns in rows]
     back = {mark: token for token, mark in stands_for.items()}
     return [_literal_ids(tokenizer, text, back) for text in texts_of(marked)]
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text, of which each is encoded once."""
+    distinct = list(dict.fromkeys(texts))
+    ids = dict(zip(distinct, tokenizer(distinct, add_special_tokens=False)["input_ids"], strict=True))
+    return [list(ids[text]) for text in texts]
 
 
 def _spelt(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Message]]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from dualign.core.artifacts import listed
 from dualign.core.records import (
@@ -115,7 +115,7 @@ def win_rate(ours: pd.DataFrame, theirs: pd.DataFrame, score: str, confidence: f
     if n < 2:
         return _interval(mean)
     effective = mean * (1 - mean) / found.error**2 if found.error > 0 else n
-    z2 = float(student.ppf(0.5 + confidence / 2, n - 1)) ** 2 / effective
+    z2 = float(stdtrit(n - 1, 0.5 + confidence / 2)) ** 2 / effective
     centre = (mean + z2 / 2) / (1 + z2)
     half = (z2 * (mean * (1 - mean) + z2 / 4)) ** 0.5 / (1 + z2)
     return _interval(mean, max(0.0, centre - half), min(1.0, centre + half))

@@ -19,7 +19,17 @@ from dualign import losses
 from dualign.core.errors import DataError, ParamsError
 from dualign.core.params import LossType
 from dualign.lm.numerics import answer_log_probabilities
-from dualign.training.run import Job, Metrics, Model, arguments, callbacks, run, tell_dropped, without_dropout
+from dualign.training.run import (
+    Job,
+    Metrics,
+    Model,
+    Uncounted,
+    arguments,
+    callbacks,
+    run,
+    tell_dropped,
+    without_dropout,
+)
 
 
 @dataclass(frozen=True)
@@ -252,7 +262,7 @@ def _check_columns(columns: Sequence[str], args: PairwiseConfig, table: str) -> 
             raise DataError(f"PairwiseTrainer: {table} has no column {name}; add it, {remedy}")
 
 
-class PairwiseTrainer(DPOTrainer):
+class PairwiseTrainer(Uncounted, DPOTrainer):
     """DPO with reference columns, soft labels, anchors and NLL; IPO; KTO; see `dualign.losses`.
 
     Takes a data set as `trl.DPOTrainer` does, and reads these columns beside TRL's own: ref_chosen_logps and

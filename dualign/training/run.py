@@ -82,6 +82,13 @@ def arguments(job: Job) -> dict[str, Any]:
     }
 
 
+class Uncounted:
+    """A base of trainers that count no floating-point operations: it took a walk through all weights at every step."""
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0
+
+
 def run(trainer: Any, job: Job) -> Metrics:
     """Train, from the last whole checkpoint if there is one; refuse a loss that is not finite."""
     check_context(trainer.model, job.training.max_length, "training.max_length")

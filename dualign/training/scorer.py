@@ -13,7 +13,17 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from dualign import losses
-from dualign.training.run import Job, Metrics, Model, arguments, callbacks, run, tell_dropped, without_dropout
+from dualign.training.run import (
+    Job,
+    Metrics,
+    Model,
+    Uncounted,
+    arguments,
+    callbacks,
+    run,
+    tell_dropped,
+    without_dropout,
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,7 @@ class _FlagCollator(DataCollatorForPreference):
         return batch
 
 
-class ScorerTrainer(RewardTrainer):
+class ScorerTrainer(Uncounted, RewardTrainer):
     """RewardTrainer for a reward model, or for a cost model whose `chosen` is the more harmful answer."""
 
     _signature_columns: list[str]

@@ -11,7 +11,10 @@ from trl import SFTConfig, SFTTrainer
 
 from dualign.lm.numerics import answer_log_probabilities
 from dualign.lm.sampling import log_probabilities
-from dualign.training.run import Job, Metrics, Model, arguments, callbacks, run, tell_dropped
+from dualign.training.run import Job, Metrics, Model, Uncounted, arguments, callbacks, run, tell_dropped
+
+#: Label of a token that the loss leaves out.
+_IGNORED = -100
 
 
 def train_sft(
@@ -22,7 +25,8 @@ def train_sft(
     job: Job,
 ) -> Metrics:
     """Maximise log pi(answer | prompt) on (prompt ids, answer ids); returns losses per answer token, in nats."""
-    args = SFTConfig(**arguments(job), max_length=job.training.max_length, completion_only_loss=True, packing=False)
+    # The rows fit, and their labels are made here: TRL would walk through them twice, one by one, for the same.
+    args = SFTConfig(**arguments(job), max_length=None, packing=False)
     trainer = SupervisedTrainer(
         model,
         args=args,
@@ -49,7 +53,7 @@ def heldout_loss(
     return -float(logps.sum()) / sum(map(len, answers))
 
 
-class SupervisedTrainer(SFTTrainer):
+class SupervisedTrainer(Uncounted, SFTTrainer):
     """SFTTrainer whose loss puts only the answers' positions through the vocabulary, in fp32."""
 
     def compute_loss(
@@ -74,6 +78,6 @@ def _supervised(rows: Sequence[tuple[list[int], list[int]]], max_length: int) ->
     return Dataset.from_dict(
         {
             "input_ids": [prompt + answer for prompt, answer in kept],
-            "completion_mask": [[0] * len(prompt) + [1] * len(answer) for prompt, answer in kept],
+            "labels": [[_IGNORED] * len(prompt) + list(answer) for prompt, answer in kept],
         }
     )

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import kills
-from bench.tiny import World
+from bench import cluster, kills
+from bench.tiny import World, differs
 from dualign.core.artifacts import read_json
 from dualign.core.errors import DualignError
 
@@ -26,6 +26,38 @@ def test_a_stage_that_is_killed_ends_with_the_same_bytes_when_it_is_run_again(wo
     trials = read_json(work / "kills.json")["KILL"]["trials"]
     assert len(trials) == 2 and all(trial["same"] and not trial["debris"] for trial in trials)
     assert "| all (KILL) | 2 |" in (work / "kills.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_stage_whose_worker_is_killed_goes_to_the_next_and_ends_with_the_same_bytes(work: Path) -> None:
+    options = ["--count", "1", "--stages", "prepare", "--worker", "--work", str(work), "--out", str(work)]
+    assert kills.main(options) == 0
+    (trial,) = read_json(work / "kills.json")["worker"]["trials"]
+    assert trial["stopped"] == -signal.SIGKILL and trial["same"] and trial["told"] and not trial["debris"]
+
+
+@pytest.mark.slow
+def test_what_a_cluster_has_lost_or_left_is_seen_and_put_right(work: Path, tmp_path: Path) -> None:
+    world = World(work, ["prepare"])
+    spec = world.dag["prepare"]
+    cluster.publish(world, tmp_path)
+    made = cluster.Cluster(world, tmp_path, "http://127.0.0.1:9/api")
+    assert made.fetch(spec) == [] == made.debris()
+    pool = tmp_path / "coordinator/data/prepared/pool.parquet"
+    content = pool.read_bytes()
+    pool.unlink()
+    pool.write_bytes(content[:-1])
+    (tmp_path / "cpu/.dvc/tmp/stages/prepare-1").mkdir(parents=True)
+    (tmp_path / "gpu/models/.tmp-1").mkdir()
+    (tmp_path / "gpu/params.yaml").unlink()
+    (tmp_path / "tmp/of-a-stage").mkdir()
+    assert differs(tmp_path / "coordinator", world.kept, [spec]) == ["data/prepared"]
+    assert made.debris() == ["cpu/prepare-1", "gpu/ D params.yaml", "gpu/models/.tmp-1", "tmp/of-a-stage"]
+    for _ in range(2):
+        made.forget(spec)
+        assert "dvc pull" in made.fetch(spec)[0]
+    made.restore()
+    assert made.fetch(spec) == []
 
 
 @pytest.mark.slow

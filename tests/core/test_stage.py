@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dualign.core import stage
 from dualign.core.artifacts import read_json
 from dualign.core.errors import AwaitingLabels, DataError, DualignError
 from dualign.core.loading import load, load_resources
@@ -25,13 +30,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working folder with params.yaml, and the handler of SIGTERM put back afterwards."""
+    """A working folder with params.yaml; what a stage does about signals is put back afterwards."""
     shutil.copy(ROOT / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DUALIGN_SCRATCH", raising=False)
-    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(stage, "AGAIN", 0.1)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
     yield tmp_path
-    signal.signal(signal.SIGTERM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def a_run(item: str | None = None, **updates: object) -> Run[DualInitParams]:
@@ -58,6 +67,21 @@ def test_an_item_has_files_of_its_own(folder: Path) -> None:
     assert (folder / "reports/provenance/dual_init/ours.json").is_file()
 
 
+def test_garbage_is_looked_for_again_once_a_stage_has_been_imported() -> None:
+    code = "import sys, gc; sys.argv[0] = {argv!r}; import stages; sys.exit(gc.isenabled())"
+    begun = [sys.executable, "-c", code.format(argv="-m")]  # what argv is while Python looks for `-m stages.NAME`
+    assert subprocess.run(begun, cwd=ROOT, check=False).returncode == 0
+    assert subprocess.run([*begun[:2], code.format(argv="pytest")], cwd=ROOT, check=False).returncode == 1
+    gc.disable()
+    try:
+        execute(lambda run: run.metrics({"collecting": gc.isenabled()}), DualInitParams, [])
+        assert gc.isenabled() and gc.get_freeze_count() > 0
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    assert read_json("reports/metrics/dual_init.json") == {"collecting": True}
+
+
 Main = Callable[[Run[DualInitParams]], None]
 
 
@@ -68,9 +92,10 @@ def failing(error: BaseException) -> Main:
     return main
 
 
-def test_a_signal_after_all_is_written_does_nothing(folder: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_all_is_written_does_nothing(folder: Path, number: signal.Signals) -> None:
     execute(lambda run: run.metrics({}), DualInitParams, [])
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)
     assert (folder / "reports/provenance/dual_init.json").is_file()
 
 
@@ -110,13 +135,80 @@ def test_a_bug_keeps_its_traceback() -> None:
         execute(failing(ZeroDivisionError()), DualInitParams, [])
 
 
-def test_sigterm_is_an_interrupt() -> None:
+def at_once() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def in_a_destructor() -> None:
+    class Left:
+        def __del__(self) -> None:
+            at_once()
+
+    Left()
+
+
+def in_a_callback() -> None:
+    class Left: ...
+
+    left = Left()
+    ref = weakref.ref(left, lambda _: at_once())
+    del left
+    assert ref() is None
+
+
+def where_all_is_caught() -> None:
+    with contextlib.suppress(BaseException):
+        at_once()
+
+
+@pytest.mark.parametrize("told", [at_once, in_a_destructor, in_a_callback, where_all_is_caught])
+def test_a_stage_stops_wherever_a_signal_comes(
+    told: Callable[[], None], capfd: pytest.CaptureFixture[str], folder: Path
+) -> None:
     def main(run: Run[DualInitParams]) -> None:
-        signal.raise_signal(signal.SIGTERM)
+        told()
+        time.sleep(20)
+        run.metrics({})
 
     with pytest.raises(SystemExit) as caught:
         execute(main, DualInitParams, [])
     assert caught.value.code == 130
+    assert "Traceback" not in capfd.readouterr().err
+    assert not (folder / "reports").exists()
+
+
+def test_what_cleans_up_after_a_signal_is_let_be(folder: Path) -> None:
+    def main(run: Run[DualInitParams]) -> None:
+        try:
+            at_once()
+        finally:
+            time.sleep(0.3)
+            try:
+                (folder / "never written").unlink()
+            except FileNotFoundError:
+                at_once()
+            (folder / "cleaned").touch()
+
+    with pytest.raises(SystemExit) as caught:
+        execute(main, DualInitParams, [])
+    assert caught.value.code == 130 and (folder / "cleaned").exists()
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_what_else_is_dropped_is_told(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Left:
+        def __del__(self) -> None:
+            raise ValueError("a fault of its own")
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    execute(lambda run: Left() and None, DualInitParams, [])
+    assert "a fault of its own" in capfd.readouterr().err
+
+
+def test_ctrl_c_stays_ignored_where_a_shell_has_set_it_so() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    execute(lambda run: signal.raise_signal(signal.SIGINT), DualInitParams, [])
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 def test_scratch_is_found_again_and_is_anothers_when_anything_changes(folder: Path) -> None:

@@ -21,6 +21,7 @@ from dualign.lm.tokens import (
     encode_conversations,
     encode_prompts,
     layout,
+    render,
     retokenised_share,
 )
 from tests.lm.layouts import BUILDERS, CHATS, THINKING
@@ -113,6 +114,31 @@ def test_the_embedded_template_by_hand(scratch: PreTrainedTokenizerBase) -> None
         "<|system|> Be brief.<|user|> How do I cook the rice?<|assistant|> Just stir it.<|end|>"
         "<|user|> And the soup?<|assistant|>"
     )
+
+
+def test_rows_that_are_alike_are_rendered_once_and_keep_lists_of_their_own(
+    scratch: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [encode_prompts(scratch, [prompt])[0] for prompt in (TALK, QUESTIONS[0])]
+    rendered: list[list[Message]] = []
+    template = scratch.apply_chat_template
+    monkeypatch.setattr(
+        scratch, "apply_chat_template", lambda turns, **options: rendered.append(turns) or template(turns, **options)
+    )
+    ids = encode_prompts(scratch, [TALK, QUESTIONS[0], TALK, TALK])
+    assert rendered == [TALK, QUESTIONS[0]]
+    assert ids == [expected[0], expected[1], expected[0], expected[0]]
+    ids[0].append(0)
+    assert ids[2] == expected[0]
+
+
+def test_a_refused_row_has_its_own_number_behind_rows_that_are_alike(
+    scratch: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    monkeypatch.setattr(scratch, "chat_template", refusing)
+    with pytest.raises(DataError, match=r"^row 4 \(turns user: .*no system"):
+        render(scratch, [TALK, TALK, TALK, QUESTIONS[0]])
 
 
 def test_a_tokenizer_without_template_gets_the_one_of_the_papers(real_data: Path) -> None:

@@ -7,12 +7,12 @@ import subprocess
 import pytest
 from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
 
+from bench.nodes import serving
 from pipeline import doctor
 from pipeline.doctor import examine
 from pipeline.runner import exclusive
 from pipeline.server import admitted, reachable
 from tests.pipeline.project import Project
-from tests.pipeline.servers import serving
 
 NOWHERE = "http://127.0.0.1:9/api"
 

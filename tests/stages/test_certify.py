@@ -10,17 +10,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from scipy.stats import norm
 from transformers import PreTrainedTokenizerBase
 
-from dualign import certificate, certification
-from dualign.core.artifacts import read_json, write_json, write_parquet
+from dualign import certificate, certification, screening
+from dualign.core.artifacts import read_json, sha256, write_json, write_parquet
 from dualign.core.errors import AwaitingLabels, DataError, DualignError
 from dualign.core.loading import load
-from dualign.core.params import CertifyParams, CertifyRun, EvaluateParams, LabelParams, Resources
+from dualign.core.params import CertifyParams, CertifyRun, EvaluateParams, LabelParams, Resources, ScreenParams
 from dualign.core.schema import ANSWERS, LABELS, PROMPTS, prompt_id, read_table, user
 from dualign.core.stage import Run
 from dualign.data import world
@@ -107,7 +108,7 @@ def run_of(resources: Resources, limit: float = 100.0, row: dict[str, Any] | Non
     given = {"policy": "reward_dpo/helpful", "partner": "sft", "fallback": "safety_dpo/alone", "weights": [2.0, 1.0]}
     update = {
         "runs": {"it": CertifyRun(**{**given, **(row or {})})}, "limit": limit, "prompts": len(TEXTS), "labels": None,
-        "max_new_tokens": 6, "samples_per_prompt": 2, **changes,
+        "max_new_tokens": 6, "samples_per_prompt": 2, "screen": None, **changes,
     }  # fmt: skip
     return Run("certify", "it", load(CertifyParams, ROOT / "params.yaml").model_copy(update=update), resources)
 
@@ -303,3 +304,82 @@ def test_a_copied_policy_is_not_the_certified_one(resources: Resources, capsys: 
     shutil.copyfile("models/safety_dpo/alone/model.safetensors", "models/certified/it/model.safetensors")
     assert certificate.main(["verify"]) == 1
     assert "is not the one certified: model.safetensors: sha256 differs" in capsys.readouterr().out
+
+
+SCREEN = ScreenParams(prompts=6, samples_per_prompt=2, tests=5, reweigh=True)
+
+
+def screened_run(resources: Resources, **changes: Any) -> Any:
+    """Four answers a prompt; the path is screened on six prompts of the search."""
+    texts = world.prompts()[7::500]
+    rows = [{"prompt_id": prompt_id(user(text)), "prompt": user(text), "source": "world"} for text in texts]
+    write_parquet("data/prepared/search.parquet", rows, PROMPTS)
+    given = {"screen": SCREEN, "samples_per_prompt": 4, "row": {"weights": [2.0, 1.0, 0.5]}}
+    return run_of(resources, **{**given, **changes})
+
+
+def test_a_screened_path_is_tested_by_one_draw(resources: Resources) -> None:
+    """Costs weighed by the ratio of probabilities, on one policy's answers; verify recomputes the whole."""
+    main(screened_run(resources))
+    found = certificate.verify("reports/certificate/it/certificate.json")
+    screen = screening.read(Path("reports/certificate/it/screen.json"))
+    plan = screening.sequence(screen)
+    assert (
+        found.plan is not None and tuple(found.plan.weights) == plan.weights and found.returned == found.candidates[-1]
+    )
+    assert screen.knots[0].name == "safety_dpo/alone" and len(screen.knots) == 4
+    assert plan.drawn is not None and found.drawn == found.candidates[plan.drawn]
+    direct, weighed = found.tested[: plan.own], found.tested[plan.own :]
+    assert all(test.ess is None for test in direct) and all(0 < (test.ess or 0) <= 1 for test in weighed)
+    drawn = next(test for test in weighed if test.name == found.drawn)
+    assert drawn.ess == pytest.approx(1.0) and len(weighed) >= 1
+    shutil.copy(ROOT / "params.yaml", "params.yaml")
+    assert rescore(found, Path("reports/certificate/it/certificate.json"), 1e-3) < 1e-3
+    table = pd.read_parquet(
+        f"reports/certificate/it/{list(found.candidates).index(weighed[0].name):02d}-answers.parquet"
+    )
+    weight = np.exp(table["logp"] - table["logp_drawn"])
+    value = 100.0 + weight * (table["cost"] - 100.0)
+    assert weighed[0].checks[0].estimate == pytest.approx(value.groupby(table["prompt_id"]).mean().mean())
+
+
+def test_a_screen_that_was_edited_is_found(resources: Resources) -> None:
+    main(screened_run(resources))
+    path = Path("reports/certificate/it/certificate.json")
+    screen = read_json(path.with_name("screen.json"))
+    screen["knots"][1]["q"] = 1.9
+    write_json(path.with_name("screen.json"), screen)
+    with pytest.raises(DataError, match=r"its screen .* are not those certified: sha256 differs"):
+        certificate.verify(path)
+    content = read_json(path)
+    content["screen"]["sha256"] = sha256(path.with_name("screen.json"))
+    write_json(path, content)
+    with pytest.raises(DataError, match=r"candidates follow from it|the screen gives"):
+        certificate.verify(path)
+
+
+def test_limits_with_a_range_are_tested_on_answers_of_the_candidates_own(resources: Resources) -> None:
+    write_json("data/dual/dual.json", solved(prices=[{**FURTHER, "limit": 6.0}]))
+    main(screened_run(resources))
+    found = certificate.verify("reports/certificate/it/certificate.json")
+    assert found.drawn is None and all(test.ess is None for test in found.tested)
+    assert found.samples_per_prompt == 4  # no candidate is sure to pass by a bound that is not that of the plan
+
+
+def test_an_interrupted_screen_is_not_drawn_twice(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = screened_run(resources)
+    drawn = list[int]()
+    real = certification.roll_out
+
+    def count(policy: Any, prompts: Any, judges: Any, **options: Any) -> Any:
+        drawn.append(len(prompts))
+        if len(drawn) > 5:
+            raise KeyboardInterrupt
+        return real(policy, prompts, judges, **options)
+
+    monkeypatch.setattr(certification, "roll_out", count)
+    with pytest.raises(KeyboardInterrupt):
+        main(run)
+    first, drawn[:] = drawn[:], []
+    main(run)
+    assert len(first) == 6 and 6 not in drawn

@@ -517,7 +517,7 @@ def conversation_rows(tokenizer: PreTrainedTokenizerBase, count: int = 16) -> li
 def test_the_supervised_loss_is_trls_own(tokenizer: PreTrainedTokenizerBase, job: Job, items: int | None) -> None:
     model = policy(tokenizer)
     data = supervised._supervised(conversation_rows(tokenizer), 120)
-    args = SFTConfig(**run.arguments(job), max_length=120, completion_only_loss=True, packing=False)
+    args = SFTConfig(**run.arguments(job), max_length=None, packing=False)
     trainer = supervised.SupervisedTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
     assert trainer.train_dataset["input_ids"] == data["input_ids"]  # no second EOS
     batch = batch_of(trainer)
@@ -525,6 +525,24 @@ def test_the_supervised_loss_is_trls_own(tokenizer: PreTrainedTokenizerBase, job
     ours = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
     stock = SFTTrainer.compute_loss(trainer, model, dict(batch), num_items_in_batch=items)
     assert ours.item() == pytest.approx(stock.item(), rel=1e-5)
+
+
+def test_supervised_labels_are_those_that_trl_makes_of_a_mask(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+    rows = conversation_rows(tokenizer)
+    masks = [[0] * len(prompt) + [1] * len(answer) for prompt, answer in rows]
+    masked = Dataset.from_dict({"input_ids": [prompt + answer for prompt, answer in rows], "completion_mask": masks})
+    args = SFTConfig(**run.arguments(job), max_length=120, completion_only_loss=True, packing=False)
+    stock = SFTTrainer(policy(tokenizer), args=args, train_dataset=masked, processing_class=tokenizer).train_dataset
+    ours = supervised._supervised(rows, 120)
+    assert {name: ours[name][:] for name in ours.column_names} == {name: stock[name][:] for name in stock.column_names}
+
+
+@pytest.mark.parametrize("kind", ["sft", "scorer", "pairs"])
+def test_no_step_walks_through_the_weights_to_count_operations(kind: str) -> None:
+    trainer = {"sft": supervised.SupervisedTrainer, "scorer": scorer_training.ScorerTrainer, "pairs": PairwiseTrainer}[
+        kind
+    ]
+    assert trainer.floating_point_ops(object.__new__(trainer), {"input_ids": torch.ones(1, 1)}) == 0
 
 
 def scored_pairs(tokenizer: PreTrainedTokenizerBase) -> list[ScoredPair]:
