@@ -479,13 +479,11 @@ def test_a_search_that_cannot_pay_for_its_closing_says_so(params: DualSearchPara
     assert len(steps) == len(whole) - 1 and stopped == f"budget of {spent(whole) - 1} generated tokens is spent"
 
 
-def test_newton_always_trains_once_since_that_also_refreshes_the_pairs(
-    params: DualSearchParams, tmp_path: Path
-) -> None:
-    bench = Curve(tmp_path / "bench", lam_start=ROOT_LAM)
-    steps, stopped = go("newton", bench, params, tmp_path / "s")
-    assert [s.lam for s in steps] == pytest.approx([ROOT_LAM, ROOT_LAM])
-    assert stopped == "cost within noise of the limit"
+def test_newton_leaves_a_start_that_meets_the_limit(params: DualSearchParams, tmp_path: Path) -> None:
+    steps, stopped = go("newton", Curve(tmp_path / "bench", lam_start=ROOT_LAM), params, tmp_path / "s")
+    assert [s.lam for s in steps] == [ROOT_LAM] and stopped == "cost within noise of the limit"
+    off = Curve(tmp_path / "off", lam_start=0.5 * ROOT_LAM)
+    assert len(go("newton", off, params, tmp_path / "t")[0]) > 1
 
 
 def test_newton_keeps_its_multiplier_where_the_cost_does_not_vary(params: DualSearchParams) -> None:
@@ -510,12 +508,11 @@ def test_a_start_on_the_limit_is_the_answer(rule: str, params: DualSearchParams,
 def test_a_limit_that_is_kept_at_multiplier_0_ends_the_search(
     rule: str, params: DualSearchParams, tmp_path: Path
 ) -> None:
-    """Newton's rule trains once all the same, since that refreshes the pairs; there is nothing to train for after."""
     start = 1.2 if rule == "merge" else 0.0  # a merge has its multiplier 0 at weight 0
     bench = Curve(tmp_path / "bench", lam_start=start, bias=-0.9)  # cost -0.7 at multiplier 0, limit -0.3
     steps, stopped = go(rule, bench, params, tmp_path / "s", lam_pool=0.0)
     assert stopped == "the limit is kept at lambda 0" and steps[-1].lam == 0.0
-    assert len(steps) == {"dual_gradient": 1, "newton": 2, "merge": 2}[rule]
+    assert len(steps) == {"dual_gradient": 1, "newton": 1, "merge": 2}[rule]
     over = Curve(tmp_path / "over", lam_start=start)  # 0.2 at multiplier 0
     assert len(go(rule, over, params, tmp_path / "t", lam_pool=0.0)[0]) > 2
 
