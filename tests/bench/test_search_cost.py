@@ -36,6 +36,7 @@ SCRATCH = ScratchParams(
     tokenizer="train", vocab_size=300, hidden_size=16, layers=1, heads=2, intermediate_size=24, context=128
 )
 TINY = {
+    "pessimism.reward": 0.0,  # no pair is held out here
     "generation.max_new_tokens": 8,
     "score.samples_per_prompt": 4,
     "dual_search.prompts": 8,

@@ -45,6 +45,10 @@ ONLINE = {
 }  # fmt: skip
 
 
+#: A search on the pool that trains although the limit of this world is slack; nothing but a test of it reads it.
+BY_GRID = {"method": "dualign", "start": "lagrangian_dpo/anchored", "reference": "sft", "rule": "grid"}
+
+
 def copy_repository(target: Path) -> None:
     """A clean copy with its own DVC repository and the tiny params."""
     tiny.copy(target, TINY)
@@ -53,6 +57,7 @@ def copy_repository(target: Path) -> None:
     for name, row in ONLINE.items():
         params["methods"][name] = row
         params["evaluate"]["policies"][name] = f"aligned/{name}"
+    params["methods"]["by_grid"] = BY_GRID
     with (target / "params.yaml").open("w") as handle:
         yaml.dump(params, handle)
 
@@ -142,7 +147,7 @@ def test_a_second_run_does_nothing(finished: Path) -> None:
     [
         ("reward_dpo", "helpful"),
         ("lagrangian_dpo", "bernoulli"),
-        ("dual_search", "dualign"),
+        ("dual_search", "by_grid"),
         ("dual_search", "o_pd_dpo"),
         ("dual_search", "safe_rlhf"),
     ],
