@@ -49,7 +49,9 @@ def train_at(
     """
     scale = lagrangian_scale(lam, spec.inner.normalised)
     rate = spec.learning_rate or params.training.learning_rate
-    job = Job(params.training.model_copy(update={"learning_rate": rate}), resources, scratch, params.seed)
+    steps = spec.max_steps or params.training.max_steps
+    training = params.training.model_copy(update={"learning_rate": rate, "max_steps": steps})
+    job = Job(training, resources, scratch, params.seed)
     inner = Inner(params.beta * scale, params.beta, spec.inner.labels, spec.inner.anchor, spec.inner.nll)
     tokenizer = load_tokenizer(begin)
     policy = with_lora(load_policy(begin, resources, trained=params.lora.rank == 0), params.lora, params.seed)

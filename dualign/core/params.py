@@ -466,12 +466,13 @@ class SafetyDpoParams(SafetyParams):
 
 
 class LagrangianSpec(Frozen):
-    """How a Lagrangian is trained: learning rate (null takes the section's) and inner loss.
+    """How a Lagrangian is trained: learning rate and steps (null takes the section's), and inner loss.
 
-    A search that starts from such a policy keeps both.
+    A search that starts from such a policy keeps learning rate and loss; its trainings have steps of their own.
     """
 
     learning_rate: Positive | None
+    max_steps: Count | None = None
     inner: InnerParams
 
 

@@ -102,6 +102,14 @@ def test_answers_off_the_support_are_doubted_in_labels_and_anchors(
     assert seen[0][2] == expected
 
 
+def test_a_run_may_have_steps_of_its_own(pooled: Path, resources: Resources) -> None:
+    params = stage_params()
+    runs = {"slack": params.runs["slack"].model_copy(update={"max_steps": 3})}
+    for own, steps in ((params, 2), (params.model_copy(update={"runs": runs}), 3)):
+        lambda_path.main(Run("lambda_path", "slack", own, resources))
+        assert read_json(pooled / "reports/metrics/lambda_path/slack.json")["steps"] == steps
+
+
 def test_it_begins_where_it_is_told_to(pooled: Path, resources: Resources) -> None:
     still = stage_params(warmup=0.0)
     runs = {name: run.model_copy(update={"learning_rate": 1e-9}) for name, run in still.runs.items()}
