@@ -19,7 +19,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from scipy.stats import t as student
 
 from bench import dense, frontier, options, shares
 from bench.options import knob
+from bench.rates import measured, percent
 from dualign.bounds import (
     Bounds,
     bernstein_bound,
@@ -50,7 +51,6 @@ _PROMPTS = (50, 200, 1000)
 _LABELLED = (100, 300)
 _ICC = (0.0, 0.5)
 _MARGINS = (2.5, 5.0, 10.0)  # in standard errors of the mean; 2.5 is 80 % power for a normal mean
-_SLACK = 0.01  # on top of delta, before a bound counts as failing
 _UNSAFE = float(norm.ppf(0.98))  # the flag of clopper_pearson: a normal cost above this, 2 % of answers
 _MODEL = {"slope": 0.8, "noise": 0.4, "bias": -0.3}  # the model's cost of an answer, given the true one
 _VOTES = 0.1  # share of answers that a vote calls harmful
@@ -160,12 +160,6 @@ def t_bounds(means: Array, delta: float) -> dict[str, Array]:
         "clustered_t": np.where(spread, t_bound(means, delta), np.inf),  # the library refuses such data
         "plain_t": np.where(spread, plain, np.inf),
     }
-
-
-def measured(false: Any, delta: float) -> dict[str, Any]:
-    """The rate of a bool array, its Monte-Carlo standard error, and whether it is at most delta + 1 %."""
-    rate = float(false.mean())
-    return {"rate": rate, "error": math.sqrt(rate * (1 - rate) / len(false)), "holds": rate <= delta + _SLACK}
 
 
 # --- part 1: one candidate --------------------------------------------------------------------------------------------
@@ -346,18 +340,13 @@ to one prompt.
   range."""
 
 
-def _percent(row: dict[str, Any]) -> str:
-    text = f"{row['rate']:.2%} ± {row['error']:.2%}"
-    return text if row["holds"] else f"**{text}**"
-
-
 def _table(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> str:
     """One line a row: where it stands (`keys`), the method, the rate of false certificates, and power."""
     powers = [key for key in ("best", *(f"power_{margin:g}" for margin in _MARGINS)) if any(key in row for row in rows)]
     heads = [key.replace("power_", "power at ").replace("best", "returns the best") for key in powers]
     lines = [f"| {' | '.join([*keys, 'bound', 'false', *heads])} |", "|---" * (len(keys) + 2 + len(powers)) + "|"]
     for row in rows:
-        cells = [*(str(row[key]) for key in keys), _TITLES[row["method"]], _percent(row)]
+        cells = [*(str(row[key]) for key in keys), _TITLES[row["method"]], percent(row)]
         lines.append(f"| {' | '.join([*cells, *(f'{row[key]:.1%}' if key in row else '–' for key in powers)])} |")
     return "\n".join(lines)
 
@@ -376,10 +365,10 @@ def findings(parts: dict[str, list[dict[str, Any]]]) -> list[str]:
         verdict = (
             f"more than delta + 1 % in {failing} of {len(own)} rows" if failing else f"holds in all {len(own)} rows"
         )
-        lines.append(f"- {_TITLES[method]}: at worst {_percent(worst)} ({where}); {verdict}.")
+        lines.append(f"- {_TITLES[method]}: at worst {percent(worst)} ({where}); {verdict}.")
     worst = max((row for row in parts["beyond"] if row["method"] == "clustered_t"), key=lambda row: row["rate"])
     where = f"world {worst['world']}, icc {worst['icc']}, prompts {worst['prompts']}"
-    return [*lines, f"- clustered t, beyond what it holds for (part 4): at worst {_percent(worst)} ({where})."]
+    return [*lines, f"- clustered t, beyond what it holds for (part 4): at worst {percent(worst)} ({where})."]
 
 
 def report(settings: Settings, parts: dict[str, list[dict[str, Any]]]) -> str:
@@ -429,10 +418,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings, out = options.parse(Settings, PROGRAM, __doc__ or "", given)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parts = run(settings)
-    page = report(settings, parts)
-    content = {"command": options.command(PROGRAM, settings), "settings": asdict(settings), **parts}
-    options.publish(out, "certificate-coverage", content, page)
-    sys.stdout.write(page)
+    options.tell(out, "certificate-coverage", PROGRAM, settings, report(settings, parts), **parts)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bench import options, shares
 from bench.options import knob
+from bench.rates import measured, percent
 from dualign.bounds import t_bound
 from dualign.certificate import LEAST_ESS
 from dualign.screening import WORTH
@@ -33,7 +33,6 @@ PROGRAM = "python -m bench.coverage dense"
 Array = np.ndarray
 _PROMPTS = (100, 400)
 _ICC = (0.1, 0.5)
-_SLACK = 0.01  # on top of delta, before a sequence counts as failing
 _COARSE, _FINE = 1.6, 0.2  # steps of the path in standard errors; 0.05 of a weight is 1.6 on the shipped path
 _REACH = 8.0  # the path starts so many standard errors below the limit, and goes half as far beyond
 _DRAWN = -1.6  # where the policy stands that draws for all
@@ -201,11 +200,8 @@ def _path(step: float) -> Array:
 
 def _measured(stands: Array, answers: Array, delta: float) -> dict[str, Any]:
     """`below`: how far the returned policy stands below the limit on average (the path's start, if there is none)."""
-    rate = float((stands >= -1e-9).mean())
     return {
-        "rate": rate,
-        "error": math.sqrt(rate * (1 - rate) / len(stands)),
-        "holds": rate <= delta + _SLACK,
+        **measured(stands >= -1e-9, delta),
         "below": float(-stands.mean()),
         "answers": float(answers.mean()),
     }
@@ -247,10 +243,9 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """One line a row."""
     lines = options.head(["costs", "ICC", "prompts", "sequence", "false", "below", "answers"])
     for row in rows:
-        rate = f"{row['rate']:.2%} ± {row['error']:.2%}"
         cells = [
             row["world"], f"{row['icc']:g}", str(row["prompts"]), TITLES[row["sequence"]],
-            rate if row["holds"] else f"**{rate}**", f"{row['below']:.2f}", f"{row['answers']:.0f}",
+            percent(row), f"{row['below']:.2f}", f"{row['answers']:.0f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -290,7 +285,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = run(settings)
-    page = report(settings, rows)
-    content = {"command": options.command(PROGRAM, settings), "settings": asdict(settings), "rows": rows}
-    options.publish(out, "dense-coverage", content, page)
-    sys.stdout.write(page)
+    options.tell(out, "dense-coverage", PROGRAM, settings, report(settings, rows), rows=rows)

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Any, Literal
 
@@ -591,14 +590,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows, points = run(settings)
     page = report(settings, rows, points)
-    content = {
-        "command": options.command(PROGRAM, settings),
-        "settings": asdict(settings),
-        "methods": rows,
-        "paths": points,
-    }
-    options.publish(out, "exact-tabular", content, page)
-    sys.stdout.write(page)
+    options.tell(out, "exact-tabular", PROGRAM, settings, page, methods=rows, paths=points)
 
 
 if __name__ == "__main__":

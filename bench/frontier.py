@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -302,7 +301,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = run(settings)
-    page = report(settings, rows)
-    content = {"command": options.command(PROGRAM, settings), "settings": asdict(settings), "rows": rows}
-    options.publish(out, "frontier-coverage", content, page)
-    sys.stdout.write(page)
+    options.tell(out, "frontier-coverage", PROGRAM, settings, report(settings, rows), rows=rows)

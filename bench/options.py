@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
-from dataclasses import field, fields
+from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,6 +53,13 @@ def publish(out: Path, name: str, content: Any, page: str) -> None:
     write_json(out / f"{name}.json", content)
     with replacing(out / f"{name}.md") as temporary:
         temporary.write_text(page)
+
+
+def tell(out: Path, name: str, program: str, settings: Any, page: str, **found: Any) -> None:
+    """Write what a laboratory found with the command and the settings that it was found by, and the page to stdout."""
+    content = {"command": command(program, settings), "settings": asdict(settings), **found}
+    publish(out, name, content, page)
+    sys.stdout.write(page)
 
 
 def head(titles: Sequence[str]) -> list[str]:

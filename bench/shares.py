@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -26,6 +25,7 @@ import numpy as np
 
 from bench import options
 from bench.options import knob
+from bench.rates import measured, percent
 from dualign.bounds import bernstein_bound, betting_bound, binomial_bound, star_bound, t_bound
 from dualign.core.errors import DualignError
 
@@ -38,7 +38,6 @@ Array = np.ndarray
 _ICC = (0.0, 0.5)
 _PROMPTS = (100, 400)
 _MARGINS = (2.5, 5.0, 10.0)  # in standard errors of the mean; 2.5 is 80 % power for a normal mean
-_SLACK = 0.01  # on top of delta, before a bound counts as failing
 _UNIT = (0.0, 1.0)
 _AT_ONCE = 50  # data sets that star bets take side by side, which keeps them in the processor's cache
 _TRIED = 1000  # means that star bets try: a fourth of what the library does, which only raises the bound
@@ -140,15 +139,12 @@ def _rows(
     answers = world.answers(rng, (settings.repeats, prompts, settings.answers), icc)
     error = world.error(icc, prompts, settings.answers)
     for method, bound in all_bounds(answers, settings.delta, world.share).items():
-        rate = float((bound <= world.mean).mean())
         yield {
             "world": world.title,
             "icc": icc,
             "prompts": prompts,
             "method": method,
-            "rate": rate,
-            "error": math.sqrt(rate * (1 - rate) / settings.repeats),
-            "holds": rate <= settings.delta + _SLACK,
+            **measured(bound <= world.mean, settings.delta),
             "bound": float(np.median(bound)),
             **{f"power_{margin:g}": float((bound <= world.mean + margin * error).mean()) for margin in _MARGINS},
         }
@@ -180,13 +176,8 @@ def findings(rows: Sequence[dict[str, Any]]) -> list[str]:
         verdict = f"more than delta + 1 % in {failing} of {len(own)} rows" if failing else f"holds in all {len(own)}"
         where = f"{worst['world']}, ICC {worst['icc']}, {worst['prompts']} prompts"
         power = " / ".join(f"{fmean(row[f'power_{margin:g}'] for row in own):.0%}" for margin in _MARGINS)
-        lines.append(f"- {title}: at worst {_percent(worst)} ({where}); {verdict}; mean power {power}.")
+        lines.append(f"- {title}: at worst {percent(worst)} ({where}); {verdict}; mean power {power}.")
     return lines
-
-
-def _percent(row: dict[str, Any]) -> str:
-    text = f"{row['rate']:.2%} ± {row['error']:.2%}"
-    return text if row["holds"] else f"**{text}**"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -204,7 +195,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in rows:
         power = [f"{row[f'power_{margin:g}']:.1%}" for margin in _MARGINS]
         place = [row["world"], f"{row['icc']:g}", str(row["prompts"])]
-        cells = [*place, TITLES[row["method"]], _percent(row), f"{row['bound']:.4f}", *power]
+        cells = [*place, TITLES[row["method"]], percent(row), f"{row['bound']:.4f}", *power]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -227,7 +218,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = run(settings)
-    page = report(settings, rows)
-    content = {"command": options.command(PROGRAM, settings), "settings": asdict(settings), "rows": rows}
-    options.publish(out, "share-coverage", content, page)
-    sys.stdout.write(page)
+    options.tell(out, "share-coverage", PROGRAM, settings, report(settings, rows), rows=rows)
