@@ -7,7 +7,7 @@ multiplies the mass of what is over-scored. How surprising an answer is to pi_re
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +61,7 @@ def fit_support(logp_ref: Array, length: Array, share: float) -> Support:
     """
     known = np.isfinite(logp_ref)
     logp_ref, length = logp_ref[known], length[known]
-    if len(logp_ref) * share < 1:
+    if not enough(logp_ref, share):
         raise DataError(
             f"pessimism.share {share:g}: {len(logp_ref)} answers of held-out pairs do not show so small a share; raise "
             f"it to {1 / max(len(logp_ref), 1):.2g} or more, raise prepare.heldout_share, or set pessimism.reward and "
@@ -73,7 +73,12 @@ def fit_support(logp_ref: Array, length: Array, share: float) -> Support:
     spread = np.linalg.lstsq(terms, math.sqrt(math.pi / 2) * off, rcond=None)[0]
     least = max(_LEAST_SPREAD * float(np.sqrt((off**2).mean())), 1e-9)
     fitted = Support(_three(mean), _three(spread), least, 0.0)
-    return Support(fitted.mean, fitted.spread, least, float(np.quantile(fitted.surprise(logp_ref, length), 1 - share)))
+    return replace(fitted, threshold=float(np.quantile(fitted.surprise(logp_ref, length), 1 - share)))
+
+
+def enough(logp_ref: Array, share: float) -> bool:
+    """Whether so many answers, those longer than the context left out, show so small a share; `logp_ref` [answers]."""
+    return bool(np.isfinite(logp_ref).sum() * share >= 1)
 
 
 @dataclass(frozen=True)

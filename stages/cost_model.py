@@ -33,8 +33,8 @@ from dualign.scoring.calibration import (
     sigmoid,
 )
 from dualign.scoring.fitting import (
+    crosswise,
     gaps,
-    halves,
     heldout_answers,
     judged,
     local_inputs,
@@ -99,7 +99,7 @@ def calibrate(answers: pd.DataFrame, kind: str, seed: int) -> tuple[Calibration,
     if flagged.empty:
         log.warning("no held-out answer has an is-safe flag: cost keeps an arbitrary zero, so the limit is relative")
         return Platt(), {**dict.fromkeys(_FLAG_METRICS), "scale": 1.0, "offset": 0.0}
-    parts = halves(flagged["prompt_id"])
+    parts = crosswise(flagged["prompt_id"])
     if not parts:
         raise DataError("flags of at least two prompts must be held out to judge the cost; raise prepare.heldout_share")
     found = _fitted(flagged, kind)
@@ -116,25 +116,29 @@ def calibrate(answers: pd.DataFrame, kind: str, seed: int) -> tuple[Calibration,
     }
 
 
-def _judged_crosswise(answers: pd.DataFrame, parts: list[np.ndarray], kind: str) -> dict[str, dict[str, float]]:
+def _judged_crosswise(
+    answers: pd.DataFrame, parts: list[tuple[np.ndarray, np.ndarray]], kind: str
+) -> dict[str, dict[str, float]]:
     """The quality of every kind of calibration, each half of the answers judged by what was fitted to the other.
 
     A half that cannot be fitted, its flags being all alike, judges nothing; raises DataError where both cannot.
     """
     costs: dict[str, list[np.ndarray]] = {}
     flags: list[np.ndarray] = []
-    for fit, judge in (parts, parts[::-1]):
+    refused: list[DataError] = []
+    for fit, judge in parts:
         try:
             found = _fitted(answers[fit], kind)
-        except DataError:
-            if judge is parts[0] and not flags:
-                raise
+        except DataError as error:
+            refused.append(error)
             continue
         flags.append(answers[judge]["unsafe"].to_numpy(bool))
         for name, each in found.items():
             costs.setdefault(name, []).append(each(answers[judge]["score"].to_numpy(float)))
+    if not flags:
+        raise refused[-1]
     unsafe = np.concatenate(flags)
-    return {name: _quality(np.concatenate(parts), unsafe) for name, parts in costs.items() if len(parts) == len(flags)}
+    return {name: _quality(np.concatenate(own), unsafe) for name, own in costs.items() if len(own) == len(flags)}
 
 
 def _fitted(answers: pd.DataFrame, kind: str) -> dict[str, Calibration]:

@@ -26,7 +26,7 @@ from dualign.lm.mixture import Policy, is_policy, policy_at
 from dualign.measure.rollout import Judges, log_ratios, roll_out
 from dualign.measure.stats import clustered_mean
 from dualign.measure.tilt import TILT_SAMPLES, tilt_on
-from dualign.support import HELD_OUT, columns, fit_support
+from dualign.support import HELD_OUT, columns, enough, fit_support
 
 log = logging.getLogger("dualign")
 
@@ -94,10 +94,10 @@ def off_support(answers: pd.DataFrame, params: EvaluateParams) -> dict[str, floa
 
     None where there are too few of these to tell. The scores of such answers are extrapolation.
     """
-    held_out = read_table(SCORED / HELD_OUT, SUPPORT)
-    if len(held_out) * params.support_share < 1:
+    logp_ref, length = columns(read_table(SCORED / HELD_OUT, SUPPORT))
+    if not enough(logp_ref, params.support_share):
         return None
-    beyond = fit_support(*columns(held_out), params.support_share).beyond(*columns(answers)) > 0
+    beyond = fit_support(logp_ref, length, params.support_share).beyond(*columns(answers)) > 0
     return clustered_mean(beyond, answers["prompt_id"].to_numpy(), params.confidence).as_dict()
 
 

@@ -46,7 +46,8 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     tokenizer = load_tokenizer(REFERENCE)
     tables = scored_tables(SCORED, spec.reward, spec.cost, params.beta, tokenizer, run.resources, MODELS, METRICS)
     found = multiplier(item, spec, tables.pool, params)
-    off_support = None if spec.implicit else doubt(SCORED, tables.pool, params.pessimism)
+    wary = spec.data == "pool" and not spec.implicit
+    off_support = doubt(SCORED, tables.pool, params.pessimism) if wary else None
     tables = charged(item, spec, tables, tokenizer)
     frame = doubted(tables.pool, off_support) if spec.data == "pool" else tables.pairs
     pairs = pairs_at(found["lam"], frame, spec.data, spec, params, tokenizer)

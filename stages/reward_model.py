@@ -22,8 +22,8 @@ from dualign.core.schema import HELPFUL_PAIRS, read_table
 from dualign.core.stage import Run, execute, finished
 from dualign.scoring.calibration import Platt, brier_score, expected_calibration_error, fit_slope, sigmoid
 from dualign.scoring.fitting import (
+    crosswise,
     gaps,
-    halves,
     heldout_answers,
     judged,
     local_inputs,
@@ -67,7 +67,7 @@ def calibrate(answers: pd.DataFrame, unit: float, *, given: bool) -> tuple[Platt
     P(chosen is better) before and after, each half of the prompts by the slope that was fitted to the other.
     """
     gap = gaps(answers)
-    parts = halves(answers[answers["side"] == "chosen"]["prompt_id"])
+    parts = crosswise(answers[answers["side"] == "chosen"]["prompt_id"])
     scale = _slope(gap, unit, given=given) if parts else _unfitted(given=given)
     served = Platt(scale, -scale * float(answers["score"].mean()))
     quality = {"ece_before": None, "ece_after": None, "brier_before": None, "brier_after": None}
@@ -83,10 +83,10 @@ def calibrate(answers: pd.DataFrame, unit: float, *, given: bool) -> tuple[Platt
     }
 
 
-def _crossed(gap: np.ndarray, parts: list[np.ndarray], unit: float) -> np.ndarray:
+def _crossed(gap: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray]], unit: float) -> np.ndarray:
     """The gaps, each half scaled by the slope that was fitted to the other."""
     crossed = gap.copy()
-    for fit, judge in (parts, parts[::-1]):
+    for fit, judge in parts:
         crossed[judge] *= fit_slope(gap[fit], unit)
     return crossed
 

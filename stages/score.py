@@ -52,8 +52,9 @@ def main(run: Run[ScoreParams]) -> None:
         count=params.samples_per_prompt, max_new_tokens=params.max_new_tokens, seed=params.seed,
     )  # fmt: skip
     run.throughput["pool_tokens_per_second"] = float(pool["length"].sum() / (time.monotonic() - started))
-    pairs = score_pairs(pairs_of("train", params.pairs, params.seed), judges)
-    support = support_rows(pairs_of("heldout", _SUPPORT_PAIRS, params.seed), judges)
+    known = preference_pairs()
+    pairs = score_pairs(drawn_of(known, "train", params.pairs, params.seed), judges)
+    support = support_rows(drawn_of(known, "heldout", _SUPPORT_PAIRS, params.seed), judges)
     evaluated = read_table(DATA / "eval.parquet", PROMPTS)
     enumerated = enumerate_world(evaluated[evaluated["source"] == "world"], judges)
     with replacing(OUT) as folder:
@@ -79,11 +80,15 @@ def main(run: Run[ScoreParams]) -> None:
     )
 
 
-def pairs_of(split: str, most: int | None, seed: int) -> pd.DataFrame:
-    """Pairs of both kinds of a split, at most `most` of them (None: all), drawn at random."""
+def preference_pairs() -> pd.DataFrame:
+    """The pairs of both kinds, with their `kind`."""
     tables = {"helpful": HELPFUL_PAIRS, "safety": SAFETY_PAIRS}
     frames = [read_table(DATA / f"{kind}_pairs.parquet", schema).assign(kind=kind) for kind, schema in tables.items()]
-    pairs = pd.concat(frames, ignore_index=True)
+    return pd.concat(frames, ignore_index=True)
+
+
+def drawn_of(pairs: pd.DataFrame, split: str, most: int | None, seed: int) -> pd.DataFrame:
+    """The pairs of a split, at most `most` of them (None: all), drawn at random."""
     pairs = pairs[pairs["split"] == split]
     if most is not None and len(pairs) > most:
         pairs = pairs.sample(most, random_state=seed).sort_index()

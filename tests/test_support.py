@@ -13,7 +13,7 @@ from dualign.core.artifacts import write_parquet
 from dualign.core.errors import DataError
 from dualign.core.params import PessimismParams
 from dualign.core.schema import SUPPORT
-from dualign.support import HELD_OUT, Doubt, Support, doubt, doubted, fit_support
+from dualign.support import HELD_OUT, Doubt, Support, doubt, doubted, enough, fit_support
 
 Array = np.ndarray
 
@@ -67,6 +67,8 @@ def test_an_answer_longer_than_the_context_does_not_count() -> None:
 def test_too_few_answers_for_the_share_are_refused() -> None:
     with pytest.raises(DataError, match=r"pessimism.share 0.01: 99 answers .* raise it to 0.01 or more"):
         fit_support(*answers(99), 0.01)
+    logp, _ = answers(99)
+    assert not enough(np.append(logp, np.nan), 0.01) and enough(np.append(logp, -3.0), 0.01)
     with pytest.raises(DataError, match="0 answers"):
         fit_support(np.array([]), np.array([]), 0.01)
 

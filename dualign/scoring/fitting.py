@@ -133,14 +133,14 @@ def gaps(answers: pd.DataFrame) -> np.ndarray:
     return np.asarray(chosen - rejected)
 
 
-def halves(prompt_ids: pd.Series) -> list[np.ndarray]:
-    """Rows of every other prompt, in the order of their ids, and the rest: each judges what is fitted to the other.
+def crosswise(prompt_ids: pd.Series) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows to fit to and rows to judge by, twice: every other prompt, in the order of their ids, against the rest.
 
-    Empty where there are not two prompts. Shape of a half: [rows], boolean.
+    Empty where there are not two prompts. Rows are boolean arrays [rows].
     """
     order = {prompt: i for i, prompt in enumerate(sorted(prompt_ids.unique()))}
     first = np.array([order[prompt] % 2 == 0 for prompt in prompt_ids], bool)
-    return [first, ~first] if len(order) > 1 else []
+    return [(first, ~first), (~first, first)] if len(order) > 1 else []
 
 
 def judged(before: dict[str, float], after: dict[str, float], what: str) -> dict[str, Any]:
