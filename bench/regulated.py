@@ -127,13 +127,13 @@ def _judged(
     chosen = [calibrated(ratio[rows], loss[rows], mixed[rows], alpha, most, grid) for rows in again]
     does = {bound: _does(tables["eval"], bound, low, high) for bound in {made, *chosen}}
     risks = np.array([does[bound]["cost"] for bound in chosen]) - limit
-    way = best["reward"] - best["reference_reward"]
+    way = best["reward"] - best["nearest_reward"]
     return {
         "bound": None if made is None else (made if np.isfinite(made) else "inf"),
         "mean_risk": float(risks.mean()),
         "above": float((risks > 0).mean()),
         "excess": does[made]["true_cost"] - limit,
-        "share": (does[made]["true_reward"] - best["reference_reward"]) / way,
+        "share": (does[made]["true_reward"] - best["nearest_reward"]) / way,
         "price": does[made]["price"],
         "risk": None if made is None else adjusted_risk(ratio, loss, mixed, made, most) + low - limit,
         "answers": int(safe.ratio.size + bold.ratio[:, :WEIGHED].size),

@@ -91,7 +91,8 @@ def outlook(row: Plan, start: Mapping[str, Any], params: DualSearchParams) -> ru
             "%s is at lambda %.4f, above the end of the interval: 2 rho = %.4f", row.start, safe["lam"], 2 * radius
         )
     path = row.reference.startswith("lambda_path/")
-    naive = row.method.rule == "merge" and not path and start["reference"] != row.reference
+    merges = row.method.rule == "merge" and row.method.inner == "safety"
+    naive = merges and start["reference"] != row.reference  # the start's tilt holds no reward
     lam_reference = _metrics(row.reference)["lam"] if path else 0.0
     return rules.Outlook(lam, safe["lam"], radius, naive, lam_reference, aim, prices_of(row, start))
 

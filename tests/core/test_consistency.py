@@ -115,6 +115,16 @@ def test_a_search_merges_two_policies_of_the_path_the_stricter_one_as_its_start(
     )
 
 
+def test_a_start_of_its_own_is_merged_with_plain_dpo_on_helpfulness(content: Content) -> None:
+    merge = {"rule": "merge", "start": "lagrangian_dpo/anchored", "reference": "reward_dpo/helpful"}
+    content["methods"]["dualign"] = merge
+    loading.check(content, "my.yaml")
+    put(content, "reward_dpo.runs.helpful.clip", 2.0)
+    assert refusal(content).startswith("methods.dualign.reference: 'reward_dpo/helpful' is no plain DPO from sft")
+    content["methods"]["dualign"] = {**merge, "rule": "newton"}
+    assert "lagrangian_dpo/anchored was trained against 'sft'" in refusal(content)
+
+
 @pytest.mark.parametrize("begin", ["lambda_path/none", "reward_dpo/helpful"])
 def test_the_path_begins_at_the_reference_or_goes_on(content: Content, begin: str) -> None:
     message = refusal(put(on_the_path(content), "lambda_path.runs.strict.begin", begin))

@@ -53,6 +53,12 @@ def test_the_start_says_its_multiplier_and_whether_its_merge_is_naive(run: Path,
     assert dual_search.outlook(naive, {"lam": 1.25, "reference": "sft"}, params).naive
 
 
+def test_a_start_that_holds_the_reward_is_no_naive_merge(run: Path, params: DualSearchParams) -> None:
+    row = row_of("dualign", "lagrangian_dpo/anchored", "reward_dpo/helpful", rule="merge")
+    known = dual_search.outlook(row, lagrangian(lam=0.8), params)
+    assert (known.lam_pool, known.lam_start, known.lam_reference, known.naive) == (0.8, 0.8, 0.0, False)
+
+
 @pytest.fixture
 def path(run: Path) -> Path:
     """The same folder with two policies of the path."""
