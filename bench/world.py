@@ -260,13 +260,14 @@ def page(command: str, params: Path, rows: Sequence[Mapping[str, Any]]) -> str:
 _NOTES = """\
 How to read it: every policy answers held-out prompts, and the world's oracle scores the text. `J* − J` is what a policy
 falls short of the exact constrained optimum in J = E[r*] − β KL; below 0 it buys reward by breaking the limit. J_0 is
-that of the policy nearest to the reference that keeps the limit: the reference itself where that keeps it. `mean within` counts the seeds whose mean true cost is within the limit, `within its interval` those where the limit is not
+that of the policy nearest to the reference that keeps the limit: the reference itself where that keeps it. `mean
+within` counts the seeds whose mean true cost is within the limit, `within its interval` those where the limit is not
 below the 95 % interval around that mean: there a breach is not shown, which is no proof that there is none, and a mean
-somewhat above the limit counts. `way in r*` is the way from that nearest policy to the optimum in true reward. `displacement`
-is the mean log-ratio of reference samples: it falls as mass leaves what the reference says. Trainings, tokens and
-seconds are those of the policy's own steps and of those that it starts from; data, reference, reward and cost models
-and the pool serve all alike. *What the scorers allow* is no policy but arithmetic: the exact tilt of the reference by
-the learned scores, so its distance is the scorers' error alone."""
+somewhat above the limit counts. `way in r*` is the way from that nearest policy to the optimum in true reward.
+`displacement` is the mean log-ratio of reference samples: it falls as mass leaves what the reference says. Trainings,
+tokens and seconds are those of the policy's own steps and of those that it starts from; data, reference, reward and
+cost models and the pool serve all alike. *What the scorers allow* is no policy but arithmetic: the exact tilt of the
+reference by the learned scores, so its distance is the scorers' error alone."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

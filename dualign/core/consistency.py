@@ -180,7 +180,7 @@ def _check_scores(
 
 
 def _check_reference(name: str, row: MethodRow, safe: dict[str, SafetySpec], path: str | Path) -> None:
-    """A search goes on against the reference of its start; a naive merge and one of ours take a partner of their own."""
+    """A search goes on against the reference of its start; naive merges and ours have a partner of their own."""
     trained = "sft" if row.start.startswith("lagrangian_dpo/") else None
     if row.start in safe:
         trained = safe[row.start].reference
