@@ -33,8 +33,8 @@ from safetensors.numpy import load, save
 from bench import options
 from bench.tiny import World
 from dualign import certificate
-from dualign.core.params import STAGES
-from dualign.core.stage import execute
+from dualign.params.stages import STAGES
+from dualign.stage import execute
 from pipeline import __main__ as pipeline
 from pipeline import preset
 

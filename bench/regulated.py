@@ -19,12 +19,12 @@ import pandas as pd
 from bench.conformal import adjusted_risk, calibrated, clipped, grid_of, regulated
 from bench.world import Lab
 from dualign.core.artifacts import read_json, write_json
-from dualign.core.loading import load, load_resources
-from dualign.core.params import CertifyParams, CertifyRun
 from dualign.core.schema import POOL, PROMPTS, by_prompt, read_table
 from dualign.evaluation import add_truth
 from dualign.lm.mixture import policy_at
 from dualign.measure.rollout import Judges, log_ratios, roll_out
+from dualign.params.certify import CertifyParams, CertifyRun
+from dualign.params.loading import load, load_resources
 from dualign.search.merge import merge
 
 Array = np.ndarray

@@ -30,10 +30,10 @@ from bench import options
 from dualign import exact
 from dualign.core.artifacts import read_json, replacing
 from dualign.core.errors import DualignError
-from dualign.core.loading import load, load_resources
-from dualign.core.params import EvaluateParams
 from dualign.core.schema import ENUMERATED, POOL, read_table
 from dualign.evaluation import add_truth, finite_problem
+from dualign.params.evaluate import EvaluateParams
+from dualign.params.loading import load, load_resources
 from dualign.scoring.scorers import Scorer
 from pipeline.dag import StageSpec, load_dag
 from pipeline.errors import PipelineError

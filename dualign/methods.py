@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dualign.core.errors import ParamsError
-from dualign.core.params import Aim, CostSource, MethodName, MethodRow, Returns, Rule
+from dualign.params.search import Aim, CostSource, MethodName, MethodRow, Returns, Rule
 
 #: Rules that train again and again, each time at a multiplier that the cost of the policy before asks for.
 ITERATIVE = ("dual_gradient", "projected_subgradient", "newton")

@@ -16,7 +16,8 @@ import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
-from dualign.core.params import ROW_SECTIONS, STAGES
+from dualign.params.search import ROW_SECTIONS
+from dualign.params.stages import STAGES
 from pipeline.dag import StageSpec, load_dag
 from pipeline.deps import ROOT, differences, script_of
 

@@ -8,9 +8,9 @@ from typing import Any, get_args
 import pytest
 
 from dualign.core.errors import ParamsError
-from dualign.core.loading import load
-from dualign.core.params import DualSearchParams, MethodName, MethodRow
 from dualign.methods import METHODS, plan
+from dualign.params.loading import load
+from dualign.params.search import DualSearchParams, MethodName, MethodRow
 
 ROOT = Path(__file__).resolve().parents[1]
 STARTS = {

@@ -19,10 +19,10 @@ import numpy as np
 
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
-from dualign.core.params import DualSearchParams
 from dualign.measure.stats import LimitEstimate, Measurement
 from dualign.measure.tilt import Tilt
 from dualign.methods import ITERATIVE, Plan
+from dualign.params.search import DualSearchParams
 from dualign.search.further import joint_newton_step
 from dualign.search.screening import Screening
 

@@ -9,8 +9,8 @@ import pytest
 
 from bench import world
 from dualign.core.errors import DualignError
-from dualign.core.loading import load
-from dualign.core.params import EvaluateParams
+from dualign.params.evaluate import EvaluateParams
+from dualign.params.loading import load
 
 
 def row(policy: str, seed: int, **numbers: Any) -> dict[str, Any]:

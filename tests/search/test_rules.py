@@ -15,11 +15,11 @@ from scipy.optimize import minimize
 
 from dualign.core.artifacts import read_json
 from dualign.core.errors import DualignError
-from dualign.core.loading import load
-from dualign.core.params import DualSearchParams, OnlineParams
 from dualign.measure.stats import LimitEstimate, Measurement
 from dualign.measure.tilt import Tilt
 from dualign.methods import METHODS, Plan
+from dualign.params.loading import load
+from dualign.params.search import DualSearchParams, OnlineParams
 from dualign.search import rules
 from dualign.search.rules import Ascent, Blend, Outlook, Step
 from dualign.search.screening import Screening

@@ -12,11 +12,11 @@ import pytest
 from dualign.constraints import Constraint, Price
 from dualign.core.artifacts import write_json, write_parquet
 from dualign.core.errors import ParamsError
-from dualign.core.loading import load
-from dualign.core.params import DualSearchParams, MethodRow, PolicyGradientParams
 from dualign.core.schema import POOL, prompt_id, user
 from dualign.dual import slater_radius
 from dualign.methods import Plan, plan
+from dualign.params.loading import load
+from dualign.params.search import DualSearchParams, MethodRow, PolicyGradientParams
 from stages import dual_search
 from tests.written import lagrangian, safety, solved
 
@@ -101,7 +101,7 @@ def test_an_ascent_begins_at_its_own_multiplier_and_rests_on_no_training(run: Pa
         samples=2, batch_size=4, steps=3, learning_rate=1e-2, lambda_init=0.6, lambda_rate=0.1, window=8
     )
     row = MethodRow(method="safe_rlhf", start="sft", reference="sft", policy_gradient=gradient)
-    ascent, params = plan("row", row), params.model_copy(update={"methods": {"row": row}}).of("row")
+    ascent, params = plan("row", row), dual_search.with_row(params.model_copy(update={"methods": {"row": row}}), "row")
     known = dual_search.outlook(ascent, {"loss": 1.2}, params)
     assert (known.lam_pool, known.lam_start) == (0.8, 0.6)
     assert dual_search.trainings(ascent, {"loss": 1.2}) == 0

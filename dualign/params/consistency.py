@@ -7,20 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from dualign.core.errors import ParamsError
-from dualign.core.params import (
-    ROW_SECTIONS,
-    CertifyParams,
-    DualSearchParams,
-    EvaluateParams,
+from dualign.params.base import StageParams
+from dualign.params.certify import CertifyParams
+from dualign.params.evaluate import EvaluateParams
+from dualign.params.search import ROW_SECTIONS, DualSearchParams, MethodRow
+from dualign.params.training import (
     LagrangianDpoParams,
     LambdaPathParams,
-    MethodRow,
     RewardDpoParams,
     RewardRun,
     SafetyDpoParams,
     SafetyPathParams,
     SafetySpec,
-    StageParams,
 )
 
 

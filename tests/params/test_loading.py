@@ -7,28 +7,31 @@ from typing import Any
 
 import pytest
 
-from dualign.core import loading, params
 from dualign.core.errors import ParamsError
-from tests.core.mistakes import Content, drop, put, refusal
+from dualign.params import loading
+from dualign.params.base import Resources
+from dualign.params.models import SftParams
+from dualign.params.stages import STAGES
+from tests.params.mistakes import Content, drop, put, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "params").glob("*.yaml"))]
 
 
-@pytest.mark.parametrize("stage", params.STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_file_loads_for_every_stage(path: Path, stage: str) -> None:
-    cls = params.STAGES[stage]
+    cls = STAGES[stage]
     loaded = loading.load(cls, path)
     assert isinstance(loaded, cls)
-    assert isinstance(loading.load_resources(path), params.Resources)
+    assert isinstance(loading.load_resources(path), Resources)
 
 
 def test_shared_keys_reach_the_stages_that_declare_them(content: Content) -> None:
     content["seed"], content["beta"], content["constraint"]["limit"] = 41, 0.25, -1.5
     content["generation"]["max_new_tokens"] = 9
     checked = loading.check(content, "my.yaml")
-    for name, cls in params.STAGES.items():
+    for name, cls in STAGES.items():
         given = checked[name].model_dump()
         expected = {"seed": 41, "beta": 0.25, "limit": -1.5, "max_new_tokens": 9}
         assert {key: given[key] for key in expected if key in cls.shared} == {
@@ -43,7 +46,7 @@ def test_numbers_may_be_written_the_yaml_1_2_way(tmp_path: Path, written: str, v
     line = next(line for line in text.splitlines() if line.strip().startswith("learning_rate:"))
     path = tmp_path / "params.yaml"
     path.write_text(text.replace(line, f"{line.split(':')[0]}: {written}", 1))
-    assert loading.load(params.SftParams, path).training.learning_rate == value
+    assert loading.load(SftParams, path).training.learning_rate == value
 
 
 typos = pytest.mark.parametrize(
@@ -154,10 +157,10 @@ def test_a_file_that_is_no_yaml_mapping_is_named(tmp_path: Path, text: bytes, sa
     path = tmp_path / "params.yaml"
     path.write_bytes(text)
     with pytest.raises(ParamsError, match=rf"^{path}{says}") as caught:
-        loading.load(params.SftParams, path)
+        loading.load(SftParams, path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match=r"none\.yaml: no such file"):
-        loading.load(params.SftParams, tmp_path / "none.yaml")
+        loading.load(SftParams, tmp_path / "none.yaml")

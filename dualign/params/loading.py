@@ -1,6 +1,6 @@
 """Reads `params.yaml`: the whole file is checked before anything runs, so a typo anywhere is found at once.
 
-python -m dualign.core.loading params.yaml < params.yaml
+python -m dualign.params.loading params.yaml < params.yaml
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from dualign.core import yaml_text
-from dualign.core.consistency import check_across, check_prompts
 from dualign.core.errors import ParamsError
 from dualign.core.names import cut, shown
-from dualign.core.params import STAGES, Resources, StageParams
+from dualign.params.base import Resources, StageParams
+from dualign.params.consistency import check_across, check_prompts
+from dualign.params.stages import STAGES
 
 _TOP_LEVEL = {"seed", "beta", "constraint", "generation", "pessimism", "resources", "methods", *STAGES}
 
