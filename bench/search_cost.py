@@ -46,6 +46,7 @@ from dualign.params.search import DualSearchParams
 from dualign.params.training import InnerParams, LagrangianDpoParams, SafetyDpoParams
 from dualign.search import rules
 from dualign.search.workbench import Inputs, PolicyBench
+from pipeline.overlay import whole
 
 log = logging.getLogger(__name__)
 
@@ -335,7 +336,7 @@ def judge(scored: Scored, policy: str, limit: float) -> dict[str, float]:
 
 def smaller(settings: Settings) -> dict[str, Any]:
     """`PARAMS` with what differs from it here."""
-    content: dict[str, Any] = YAML().load(PARAMS.read_text())
+    content: dict[str, Any] = YAML().load(whole(PARAMS))
     sizes = {"max_steps": settings.steps, "batch_size": settings.pairs}
     trainings = {f"{name}.training.{key}": size for name in TRAININGS for key, size in sizes.items()}
     for path, value in {**SMALLER, **trainings}.items():

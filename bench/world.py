@@ -37,6 +37,7 @@ from dualign.params.loading import load, load_resources
 from dualign.scoring.scorers import Scorer
 from pipeline.dag import StageSpec, load_dag
 from pipeline.errors import PipelineError
+from pipeline.overlay import whole
 from pipeline.parameters import assign
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def set_up(seed: int, params: Path, work: Path, limit: float | None = None) -> L
 
 def _settled(params: Path, settings: Mapping[str, Any]) -> str:
     try:
-        return assign(params.read_text(), settings)
+        return assign(whole(params), settings)
     except PipelineError as error:
         raise DualignError(f"{params}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Choose the parameters of the next run: make params.yaml a copy of a preset.
+"""Choose the parameters of the next run: make params.yaml a preset, written out whole.
 
     python -m pipeline.preset params/real-rows-cpu.yaml --data ../rows
     python -m pipeline.preset default
@@ -18,14 +18,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from pipeline import yaml_text
 from pipeline.errors import PipelineError
+from pipeline.overlay import differences, whole
 from pipeline.parameters import replace_file, span
 
 ROOT = Path(__file__).resolve().parents[1]
 #: A copy of what was chosen last: the preset itself may have changed since.
 LAST = Path(".scratch/params.yaml")
+#: Characters of a value that are shown.
+_SHOWN = 80
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +67,8 @@ def select(preset: str, data: str | None = None, force: bool = False, root: Path
     for path in (target, root / LAST):
         replace_file(path, text)
     logger.info("params.yaml is now %s%s", preset, f" with prepare.folder {data}" if data else "")
+    for key, value in _differences(preset, root).items():
+        logger.info("  %s", _line(key, value))
 
 
 def _preset_text(preset: str, root: Path) -> str:
@@ -72,13 +77,30 @@ def _preset_text(preset: str, root: Path) -> str:
         if committed is None:
             raise PresetError("default: there is no commit with a params.yaml to go back to")
         return committed
-    for path in (root / preset, root / "params" / preset, root / "params" / f"{preset}.yaml"):
-        if path.is_file():
-            return yaml_text.read(path)
+    path = _preset_file(preset, root)
+    if path is not None:
+        return whole(path)
     names = {"default": "default", **{path.stem: f"params/{path.name}" for path in _presets(root)}}
     near = difflib.get_close_matches(Path(preset).stem, names, n=1, cutoff=0.5)
     hint = f"did you mean {names[near[0]]}?" if near else f"one of {', '.join(names.values())}"
     raise PresetError(f"{preset}: no such preset; {hint}")
+
+
+def _preset_file(preset: str, root: Path) -> Path | None:
+    places = (root / preset, root / "params" / preset, root / "params" / f"{preset}.yaml")
+    return next((path for path in places if path.is_file()), None)
+
+
+def _differences(preset: str, root: Path) -> dict[str, Any]:
+    """What a preset changes of the file that it extends; nothing for `default`, or one that is whole."""
+    path = None if preset == "default" else _preset_file(preset, root)
+    return {} if path is None else differences(path)
+
+
+def _line(key: str, value: Any) -> str:
+    """A key and its value on one line, long ones cut."""
+    text = json.dumps(value, ensure_ascii=False)
+    return f"{key}: {text}" if len(text) <= _SHOWN else f"{key}: {text[:_SHOWN]}..."
 
 
 def _validate(text: str, name: str, root: Path) -> None:
@@ -95,6 +117,14 @@ def _validate(text: str, name: str, root: Path) -> None:
         raise PresetError(
             said[-1] if said else f"{name}: cannot be checked; python -m dualign.params.loading does not run"
         )
+
+
+def _whole(path: Path) -> str:
+    """What a file in params/ is written out as; its own text where it cannot be."""
+    try:
+        return whole(path)
+    except PipelineError:
+        return _text(path)
 
 
 def _text(path: Path) -> str:
@@ -115,7 +145,7 @@ def _committed(root: Path) -> str | None:
 def is_edited(text: str, root: Path) -> bool:
     """Whether `text` is neither committed, nor a preset, nor what was chosen last, whatever prepare.folder says."""
     files = [*_presets(root), root / LAST]
-    known = [_committed(root), *(_text(path) for path in files if path.is_file())]
+    known = [_committed(root), *(_whole(path) for path in files if path.is_file())]
     return _without_folder(text) not in {_without_folder(other) for other in known if other is not None}
 
 

@@ -20,6 +20,7 @@ from dualign.core.errors import InfeasibleError, ParamsError
 from dualign.core.schema import user
 from dualign.params.dual import ConstraintSpec
 from dualign.params.loading import check, read_yaml
+from tests.shipped import preset
 
 BETA, LIMIT, TOP = 0.8, 0.1, 1e3
 Array = np.ndarray
@@ -345,7 +346,7 @@ def test_the_limits_of_the_guide_are_ones_that_params_take(repo_root: Path) -> N
 def test_the_recipe_for_p_unsafe_alone_is_one_that_params_take(repo_root: Path) -> None:
     text = (repo_root / "docs/constraints.md").read_text()
     recipe = YAML(typ="safe").load(re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)[-1])
-    content = read_yaml(repo_root / "params/quick.yaml")
+    content = preset("quick")
     content["constraint"] |= recipe["constraint"]
     content["certify"] |= recipe["certify"]
     stages = check(content, "guide")

@@ -21,6 +21,8 @@ from dualign.params.search import ROW_SECTIONS
 from dualign.params.stages import STAGES
 from pipeline.dag import StageSpec, load_dag
 from pipeline.deps import ROOT, differences, script_of
+from pipeline.overlay import whole
+from tests.shipped import PRESETS, preset
 
 # Keys that a foreach stage lists by item, so that an edit to one item leaves the others alone. The policies of
 # `evaluate` need no key of their own: the folder that an item names is a dependency.
@@ -156,7 +158,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).write_text((ROOT / name).read_text())
     params = read(ROOT / "params.yaml")
     params["prepare"]["folder"] = "data/raw"
-    params["lambda_path"]["runs"] = read(ROOT / "params/any-limit.yaml")["lambda_path"]["runs"]
+    params["lambda_path"]["runs"] = preset("any-limit")["lambda_path"]["runs"]
     params["safety_path"]["runs"] = {"strict": {"reference": "sft", "lam": 4.0, "loss_type": "dpo", "clip": None}}
     runs = (params[stage]["runs"] for stage in TRAININGS)
     for items in (*runs, params["methods"]):
@@ -344,7 +346,7 @@ def test_a_new_limit_retrains_nothing_before_the_dual(readers: dict[str, set[str
 def test_one_policy_for_any_limit_is_merged_anew_without_training(tmp_path: Path) -> None:
     """With its preset a new limit runs the dual, the merge and what judges it; the path is trained one by one."""
     (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
-    (tmp_path / "params.yaml").write_text((ROOT / "params/any-limit.yaml").read_text())
+    (tmp_path / "params.yaml").write_text(whole(ROOT / "params/any-limit.yaml"))
     Repo.init(str(tmp_path), no_scm=True).close()
     dag = load_dag(tmp_path)
     readers = {name for name, stage in dag.items() if "constraint.limit" in stage.params}
@@ -373,10 +375,10 @@ def test_a_run_that_policies_score_waits_for_them(tmp_path: Path) -> None:
     assert not {"reward_dpo@helpful", "safety_dpo@alone"} & set(dag["lagrangian_dpo@bernoulli"].upstream)
 
 
-@pytest.mark.parametrize("preset", sorted((ROOT / "params").glob("*.yaml")), ids=lambda path: path.name)
-def test_the_graph_holds_with_every_preset(preset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
+def test_the_graph_holds_with_every_preset(path: Path, tmp_path: Path) -> None:
     (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
-    (tmp_path / "params.yaml").write_text(preset.read_text())
+    (tmp_path / "params.yaml").write_text(whole(path))
     Repo.init(str(tmp_path), no_scm=True).close()
     dag = load_dag(tmp_path)
     assert {name.split("@")[0] for name in dag} >= {"prepare", "sft", "score", "dual_init", "evaluate", "report"}

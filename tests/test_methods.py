@@ -11,6 +11,7 @@ from dualign.core.errors import ParamsError
 from dualign.methods import METHODS, plan
 from dualign.params.loading import load
 from dualign.params.search import DualSearchParams, MethodName, MethodRow
+from tests.shipped import SHIPPED, written
 
 ROOT = Path(__file__).resolve().parents[1]
 STARTS = {
@@ -144,7 +145,7 @@ def test_safety_first_is_one_shot() -> None:
     assert (found.start, found.reference) == ("reward_dpo/swapped", "safety_dpo/alone")
 
 
-@pytest.mark.parametrize("path", [ROOT / "params.yaml", *sorted((ROOT / "params").glob("*.yaml"))], ids=str)
-def test_every_row_of_a_shipped_file_is_accepted(path: Path) -> None:
-    rows = load(DualSearchParams, path).methods
+@pytest.mark.parametrize("path", SHIPPED, ids=str)
+def test_every_row_of_a_shipped_file_is_accepted(path: Path, tmp_path: Path) -> None:
+    rows = load(DualSearchParams, written(path, tmp_path)).methods
     assert rows and [plan(name, given).name for name, given in rows.items()] == list(rows)

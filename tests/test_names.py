@@ -26,6 +26,7 @@ from pipeline.__main__ import main
 from pipeline.errors import PipelineError
 from tests.params.mistakes import Content, put
 from tests.pipeline.project import environment
+from tests.shipped import preset
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Where params.yaml names runs, and policies.
@@ -69,7 +70,7 @@ SHOWN = [json.dumps(name) for name in HOSTILE]
 def whole() -> Content:
     """The params, with a run in every section that has none."""
     content = loading.read_yaml(ROOT / "params.yaml")
-    content["lambda_path"]["runs"] = loading.read_yaml(ROOT / "params/any-limit.yaml")["lambda_path"]["runs"]
+    content["lambda_path"]["runs"] = preset("any-limit")["lambda_path"]["runs"]
     content["safety_path"]["runs"] = {"strict": {"reference": "sft", "lam": 4.0, "loss_type": "dpo", "clip": None}}
     content["constraint"]["also"] = {"short": {"quantity": "length", "limit": 25}}
     return content

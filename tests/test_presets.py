@@ -26,11 +26,12 @@ from transformers import (
 
 from dualign.core.artifacts import read_json
 from dualign.core.errors import DualignError
-from dualign.params.loading import check, load, load_resources, read_yaml
+from dualign.params.loading import check, load, load_resources
 from dualign.params.stages import STAGES
 from dualign.params.training import SafetyPathParams
 from dualign.stage import Run
 from pipeline.dag import StageSpec, load_dag
+from tests import shipped
 from tests.lm.layouts import CHATS, byte_fallback, byte_level
 from tests.params.mistakes import put
 
@@ -203,7 +204,7 @@ def run_stage(name: str) -> None:
 
 def hub_presets() -> set[str]:
     """Files of params/ whose base is a hub id."""
-    bases = {path.stem: read_yaml(path)["sft"]["base"] for path in (ROOT / "params").glob("*.yaml")}
+    bases = {path.stem: shipped.preset(path.stem)["sft"]["base"] for path in shipped.PRESETS}
     return {name for name, base in bases.items() if base != "scratch" and not base.startswith("models/")}
 
 
@@ -216,7 +217,7 @@ def test_a_preset_runs_from_its_data_to_its_report(
     preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    content = cut(read_yaml(ROOT / f"params/{preset}.yaml"), tmp_path / "base")
+    content = cut(shipped.preset(preset), tmp_path / "base")
     check(copy.deepcopy(content), "params.yaml")
     write_base(*PRESETS[preset], tmp_path / "base")
     for seed, name in enumerate(("reward_model", "cost_model")):
@@ -234,7 +235,7 @@ def test_a_preset_runs_from_its_data_to_its_report(
 
 
 def test_sacpo_is_trained_at_the_published_coefficients() -> None:
-    checked = check(read_yaml(ROOT / "params/sacpo-alpaca-7b.yaml"), "it")["safety_path"]
+    checked = check(shipped.preset("sacpo-alpaca-7b"), "it")["safety_path"]
     assert isinstance(checked, SafetyPathParams)
     second = {name: run for name, run in checked.runs.items() if run.reference == "reward_dpo/helpful"}
     assert [checked.beta / run.lam for run in second.values()] == pytest.approx([0.01, 0.025, 0.05, 0.1])

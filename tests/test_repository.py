@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 
 from dualign.params.loading import check, read_yaml
 from pipeline.dag import load_dag
+from tests.shipped import SHIPPED, written
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("dualign", "stages", "pipeline", "bench")
@@ -121,9 +122,9 @@ def test_functions_are_short_and_nothing_prints(path: Path) -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [ROOT / "params.yaml", *sorted((ROOT / "params").glob("*.yaml"))], ids=named)
-def test_parameter_files_are_valid(path: Path) -> None:
-    check(read_yaml(path), path)
+@pytest.mark.parametrize("path", SHIPPED, ids=named)
+def test_parameter_files_are_valid(path: Path, tmp_path: Path) -> None:
+    check(read_yaml(written(path, tmp_path)), path)
 
 
 def test_git_ignores_outputs_and_keeps_their_descriptions() -> None:

@@ -77,6 +77,8 @@ def check(content: dict[str, Any], path: str | Path) -> dict[str, StageParams]:
 
 
 def _sections(content: dict[str, Any], path: str | Path) -> dict[str, StageParams]:
+    if "extends" in content:
+        raise ParamsError(f"{path}: says only what differs from another file; `make repro PARAMS={path}` writes it out")
     _refuse_unknown(content, _TOP_LEVEL, "", path)
     for key in sorted(_TOP_LEVEL - content.keys()):
         raise ParamsError(f"{path}: {key} is missing; add it (params.yaml in the repository shows every key)")

@@ -15,9 +15,9 @@ from dualign.params.evaluate import EvaluateParams
 from dualign.params.models import SftParams
 from dualign.params.training import LagrangianDpoParams
 from tests.params.mistakes import Content, drop, put, refusal
+from tests.shipped import preset
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "params").glob("*.yaml"))]
 
 
 def test_a_search_must_start_from_a_model_that_a_stage_writes(content: Content) -> None:
@@ -266,7 +266,7 @@ def test_a_stage_refuses_too_many_prompts_of_its_own_estimates_only(content: Con
 
 
 def test_labels_ask_for_no_more_prompts_than_the_search_has() -> None:
-    content = loading.read_yaml(ROOT / "params/every-method.yaml")
+    content = preset("every-method")
     name = next(name for name, row in content["methods"].items() if row.get("feedback"))
     message = refusal(put(content, f"methods.{name}.feedback.prompts", 10**6))
     assert message.startswith(f"methods.{name}.feedback.prompts 1000000 is more than the ")

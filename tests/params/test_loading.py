@@ -14,15 +14,15 @@ from dualign.params.models import SftParams
 from dualign.params.stages import STAGES
 from dualign.params.training import RewardDpoParams
 from tests.params.mistakes import Content, drop, put, refusal
+from tests.shipped import SHIPPED, written
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "params").glob("*.yaml"))]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_every_shipped_file_loads_for_every_stage(path: Path, stage: str) -> None:
-    cls = STAGES[stage]
+def test_every_shipped_file_loads_for_every_stage(path: Path, stage: str, tmp_path: Path) -> None:
+    cls, path = STAGES[stage], written(path, tmp_path)
     loaded = loading.load(cls, path)
     assert isinstance(loaded, cls)
     assert isinstance(loading.load_resources(path), Resources)

@@ -14,7 +14,6 @@ from dualign.params.models import SftParams
 from tests.params.mistakes import Content, put, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "params").glob("*.yaml"))]
 
 
 def test_params_cannot_be_changed_after_loading() -> None:

@@ -20,12 +20,13 @@ from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.pairs import pool_pairs, pool_values, samples_of
 from dualign.params.base import Resources
-from dualign.params.loading import check, read_yaml
+from dualign.params.loading import check
 from dualign.params.training import LambdaPathParams
 from dualign.stage import Run
 from dualign.support import doubt
 from dualign.training.pairwise import train_pairwise
 from stages import lambda_path
+from tests.shipped import preset
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def stage_params(**training: Any) -> LambdaPathParams:
     """The preset's section, cut short."""
-    content = read_yaml(ROOT / "params/any-limit.yaml")
+    content = preset("any-limit")
     content["lambda_path"]["training"] |= {"max_steps": 2, "batch_size": 4, **training}
     checked = check(content, "my.yaml")["lambda_path"]
     assert isinstance(checked, LambdaPathParams)

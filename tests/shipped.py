@@ -1,0 +1,26 @@
+"""The shipped params files: whole, whether they are written so or as overlays of the default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dualign.core import yaml_text
+from pipeline.overlay import whole
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESETS = sorted((ROOT / "params").glob("*.yaml"))
+SHIPPED = [ROOT / "params.yaml", *PRESETS]
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The content of params/NAME.yaml written out whole."""
+    content: dict[str, Any] = yaml_text.parse(whole(ROOT / f"params/{name}.yaml").encode(), name)
+    return content
+
+
+def written(path: Path, folder: Path) -> Path:
+    """A params file written out whole into a folder."""
+    place = folder / path.name
+    place.write_text(whole(path))
+    return place
