@@ -62,7 +62,7 @@ def set_up(name: str, root: Path, work: Path, inputs: Path | None) -> Side:
             _copy(root / path, folder / path)
         for path in WRITTEN if inputs is not None else ():
             shutil.copytree(Path(str(inputs)) / path, folder / path, dirs_exist_ok=True)
-        _call([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], folder)
+        _call(["-m", "dvc", "init", "--no-scm"], folder)
     return side
 
 
@@ -108,23 +108,34 @@ def importing(script: str, folder: Path) -> float:
 
 def idle(folder: Path) -> float:
     """Processor seconds of `dvc repro` where nothing is to be done."""
-    _call([sys.executable, "-m", "dvc", "commit", "-q", "-f"], folder)
+    commit(folder)
     return least(["-m", "dvc", "repro"], folder)
 
 
-def idle_of_one_stage(work: Path) -> float:
-    """The same for a project of one stage."""
+def commit(folder: Path) -> None:
+    """Have DVC take what is there for the result of every stage."""
+    _call(["-m", "dvc", "commit", "-f"], folder)
+
+
+def one_stage(work: Path) -> Path:
+    """A project of one stage, which has not run where it is new."""
     folder = work / "one-stage"
     if not folder.is_dir():
         with replacing(folder) as temporary:
             temporary.mkdir()
             (temporary / "dvc.yaml").write_text(ONE_STAGE)
-            _call([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], temporary)
-    return least(["-m", "dvc", "repro"], folder)
+            _call(["-m", "dvc", "init", "--no-scm"], temporary)
+    return folder
 
 
 def _call(command: Sequence[str], folder: Path) -> None:
-    subprocess.run(command, cwd=folder, env=_environment(folder), check=True, capture_output=True)
+    """Run a command of the environment's python; raises DualignError with the last line it printed where it fails."""
+    ended = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=_environment(folder), capture_output=True, text=True, check=False
+    )
+    if ended.returncode:
+        last = (ended.stderr.strip() or ended.stdout.strip()).rpartition("\n")[2]
+        raise DualignError(f"{folder}: {' '.join(command[1:])} ended with {ended.returncode}: {last}")
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -150,7 +161,8 @@ def measure(sides: Sequence[Side], stages: Sequence[str], work: Path, *, whole: 
             found[spec.name]["same"] = len({str(_written(spec, side.folder)) for side in sides}) == 1
             write_json(work / "costs.json", found)
     if whole:
-        found["idle"] = {**{side.name: idle(side.folder) for side in sides}, "one stage": idle_of_one_stage(work)}
+        found["idle"] = {side.name: idle(side.folder) for side in sides}
+        found["idle"]["one stage"] = least(["-m", "dvc", "repro"], one_stage(work))
         write_json(work / "costs.json", found)
     return found
 
