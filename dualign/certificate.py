@@ -119,7 +119,11 @@ class Requirement(Record):
         return self
 
     def __str__(self) -> str:
-        """The inequality, as a person reads it."""
+        """The inequality, as a person reads it.
+
+        >>> str(Requirement(name="c", quantity="length", limit=80, method="clustered_t", prompts="[?]"))
+        "E[length] <= 80 on prompts with '[?]'"
+        """
         said = {
             "p_unsafe": "P(c > 0)",
             "cvar": f"CVaR_{self.level}(c)",
@@ -138,7 +142,14 @@ class Requirement(Record):
         return self.method == "clustered_t" and self.bounds is None and self.quantity not in SHARES
 
     def weighted(self, values: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        """d + w (v - d) with d the limit: by the policy that drew, its mean is that of v by the candidate."""
+        """d + w (v - d) with d the limit: by the policy that drew, its mean is that of v by the candidate.
+
+        Twice as likely under the candidate, twice as far from the limit:
+
+        >>> required = Requirement(name="c", quantity="cost", limit=1.0, method="clustered_t")
+        >>> required.weighted(np.array([4.0, 0.5]), weight=np.array([2.0, 1.0]))
+        array([7. , 0.5])
+        """
         if not self.reweighs:
             raise DataError(f"{self.name}: {self.method} of {self.quantity} takes no answers that another policy drew")
         found: np.ndarray = self.limit + weight * (values - self.limit)
@@ -235,6 +246,14 @@ def fixed_sequence(
 
     Raises:
         ParamsError, DataError: as `upper_bound`, naming the candidate.
+
+    Costs of 200 answers, one a prompt. The bold policy is 0.1 above the limit in the mean:
+
+    >>> policies = {"safe": [-1.0, -0.6], "middling": [-0.5, 0.1], "bold": [-0.2, 0.4]}
+    >>> candidates = [(name, np.tile(costs, 100), range(200)) for name, costs in policies.items()]
+    >>> found = fixed_sequence(candidates, limit=0.0)
+    >>> found.certified, found.returned
+    (('safe', 'middling'), 'middling')
     """
     check_test(delta, method, bounds)
     if not math.isfinite(limit):
