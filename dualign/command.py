@@ -149,7 +149,7 @@ def enter(root: Path) -> None:
 
 def _script(name: str, package: str, rest: list[str]) -> NoReturn:
     """Become `python -m PACKAGE.SCRIPT`: a script goes with the library of its checkout, here another may be loaded."""
-    known = sorted(path.stem for path in Path(package).glob("*.py") if _is_script(path))
+    known = scripts(package)
     if not rest or rest[0].startswith("-"):
         raise DualignError(f"usage: dualign {name} NAME ...; NAME is one of {', '.join(known)}")
     if rest[0] not in known:
@@ -157,5 +157,7 @@ def _script(name: str, package: str, rest: list[str]) -> NoReturn:
     os.execv(sys.executable, [sys.executable, "-m", f"{package}.{rest[0]}", *rest[1:]])
 
 
-def _is_script(path: Path) -> bool:
-    return '\nif __name__ == "__main__":' in path.read_text()
+def scripts(package: str) -> list[str]:
+    """The names of a package's scripts, in the checkout that has been entered."""
+    start = '\nif __name__ == "__main__":'
+    return sorted(path.stem for path in Path(package).glob("*.py") if start in path.read_text())

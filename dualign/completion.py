@@ -13,7 +13,7 @@ from pathlib import Path
 
 import shtab
 
-from dualign.command import COMMANDS, PIPELINE, Command, enter, overview, project
+from dualign.command import COMMANDS, PIPELINE, Command, enter, overview, project, scripts
 from dualign.core.errors import DualignError
 
 #: What an argument is called that names a file or a folder.
@@ -58,10 +58,14 @@ def _in_project() -> bool:
 
 def _parser_of(name: str, command: Command) -> argparse.ArgumentParser | None:
     """The parser of a command, where it has one."""
-    make = None if command.scripts else getattr(importlib.import_module(command.module), "parser", None)
+    if command.scripts:
+        made = argparse.ArgumentParser(f"dualign {name}")
+        made.add_argument("name", choices=scripts(command.module))
+        return made
+    make = getattr(importlib.import_module(command.module), "parser", None)
     if make is None:
         return None
-    made: argparse.ArgumentParser = make(f"dualign {name}")
+    made = make(f"dualign {name}")
     return _commands(made)[name] if command.module == PIPELINE else made
 
 

@@ -86,9 +86,12 @@ def elsewhere(tmp_path: Path) -> Path:
     return place
 
 
-def dualign(site: Path, folder: Path, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
-    """The installed command, run in a folder."""
-    environment = {**os.environ, "PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"}
+def dualign(
+    site: Path, folder: Path, *arguments: str, given: str = "", beside: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The installed command, run in a folder; Python finds what lies `beside` it too."""
+    path = os.pathsep.join(map(str, filter(None, [site, beside])))
+    environment = {**os.environ, "PYTHONPATH": path, "PATH": "/usr/bin:/bin"}
     command = [sys.executable, str(site / "bin" / "dualign"), *arguments]
     return subprocess.run(
         command, cwd=folder, env=environment, input=given, capture_output=True, text=True, check=False
@@ -169,6 +172,14 @@ def test_plan_and_repro_from_a_folder_below(site: Path, checkout: Path) -> None:
     assert dualign(site, checkout, "plan").stdout == "1 of 1 stages are up to date\n"
 
 
+def test_the_code_is_that_of_the_checkout_though_python_finds_another(site: Path, checkout: Path) -> None:
+    (checkout / "pipeline").unlink()
+    (checkout / "pipeline").mkdir()
+    (checkout / "pipeline" / "__init__.py").touch()
+    (checkout / "pipeline" / "__main__.py").write_text("main = lambda argv, prog: len(argv) + 40\n")
+    assert dualign(site, checkout / "docs", "plan", "a", beside=ROOT).returncode == 42
+
+
 def test_repro_refuses_params_that_no_stage_takes(site: Path, checkout: Path) -> None:
     (checkout / "params.yaml").unlink()
     (checkout / "params.yaml").write_text("seed: -1\n")
@@ -229,6 +240,7 @@ def test_completion_knows_commands_options_and_files(scripts: Mapping[str, Path]
     assert {"--stage", "--set", "--cluster"} <= completed(inside, "run", "--")
     assert {"verify", "sign"} <= completed(inside, "certify", "")
     assert "reports" in completed(inside, "certify", "verify", "rep")
+    assert completed(inside, "stage", "rew") == {"reward_dpo", "reward_model"}
     assert completed(inside, "deploy", "--type", "ku") == {"kubernetes"}
 
 
