@@ -58,8 +58,7 @@ ifneq ($(PARAMS),)
 else ifneq ($(DATA),)
 	@echo 'make repro: DATA needs PARAMS, the preset that reads it: make repro PARAMS=params/NAME.yaml DATA=FOLDER' >&2; exit 2
 endif
-	@$(PYTHON) -m dualign.params.loading params.yaml < params.yaml
-	$(PYTHON) -m dvc repro
+	$(PYTHON) -m pipeline.repro
 
 test: $(ENV) ## run every test
 	$(PYTHON) -m pytest --numprocesses $(JOBS) --maxprocesses 4 --dist loadfile

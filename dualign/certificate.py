@@ -75,6 +75,7 @@ __all__ = [
 
 T = TypeVar("T")
 
+PROG = "python -m dualign.certificate"
 #: Where the stage `certify` puts certificates: a folder for each of its rows, with a file of this name.
 PLACE, FILE = Path("reports/certificate"), "certificate.json"
 #: Least share of answers that weighted ones are worth for a test to pass: where weights are uneven, the largest may not
@@ -118,7 +119,11 @@ class Requirement(Record):
         return self
 
     def __str__(self) -> str:
-        """The inequality, as a person reads it."""
+        """The inequality, as a person reads it.
+
+        >>> str(Requirement(name="c", quantity="length", limit=80, method="clustered_t", prompts="[?]"))
+        "E[length] <= 80 on prompts with '[?]'"
+        """
         said = {
             "p_unsafe": "P(c > 0)",
             "cvar": f"CVaR_{self.level}(c)",
@@ -137,7 +142,14 @@ class Requirement(Record):
         return self.method == "clustered_t" and self.bounds is None and self.quantity not in SHARES
 
     def weighted(self, values: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        """d + w (v - d) with d the limit: by the policy that drew, its mean is that of v by the candidate."""
+        """d + w (v - d) with d the limit: by the policy that drew, its mean is that of v by the candidate.
+
+        Twice as likely under the candidate, twice as far from the limit:
+
+        >>> required = Requirement(name="c", quantity="cost", limit=1.0, method="clustered_t")
+        >>> required.weighted(np.array([4.0, 0.5]), weight=np.array([2.0, 1.0]))
+        array([7. , 0.5])
+        """
         if not self.reweighs:
             raise DataError(f"{self.name}: {self.method} of {self.quantity} takes no answers that another policy drew")
         found: np.ndarray = self.limit + weight * (values - self.limit)
@@ -234,6 +246,14 @@ def fixed_sequence(
 
     Raises:
         ParamsError, DataError: as `upper_bound`, naming the candidate.
+
+    Costs of 200 answers, one a prompt. The bold policy is 0.1 above the limit in the mean:
+
+    >>> policies = {"safe": [-1.0, -0.6], "middling": [-0.5, 0.1], "bold": [-0.2, 0.4]}
+    >>> candidates = [(name, np.tile(costs, 100), range(200)) for name, costs in policies.items()]
+    >>> found = fixed_sequence(candidates, limit=0.0)
+    >>> found.certified, found.returned
+    (('safe', 'middling'), 'middling')
     """
     check_test(delta, method, bounds)
     if not math.isfinite(limit):
@@ -700,21 +720,21 @@ def _compared(recorded: Certificate, decision: Decision, ended: Mapping[str, flo
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command: one line for each certificate, and one of what that does not show.
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """The command, called `prog`: one line for each certificate, and one of what that does not show.
 
     Returns 1 if a certificate does not hold, 4 if one certifies no policy.
     """
-    parser = _parser()
-    asked = parser.parse_args(argv)
+    command = parser(prog)
+    asked = command.parse_args(argv)
     if asked.command == "sign":
         return _sign(asked.folder, asked.key, asked.out)
     if (asked.key is None) != (asked.signature is None):
-        parser.error("--key and --signature go together: a signature is checked by the key that made it")
+        command.error("--key and --signature go together: a signature is checked by the key that made it")
     paths = asked.paths or [PLACE]
     found = {path: [path] if path.is_file() else [*listed(path, FILE), *listed(path, f"*/{FILE}")] for path in paths}
     if asked.key is not None and sum(map(len, found.values())) != 1:
-        parser.error("a signature is that of one certificate; name one certificate, or its folder")
+        command.error("a signature is that of one certificate; name one certificate, or its folder")
     statuses = []
     for path, files in found.items():
         if not files:
@@ -725,12 +745,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if 1 in statuses else max(statuses)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dualign.certificate", description=(__doc__ or "").splitlines()[0],
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """The parser of this command."""
+    made = argparse.ArgumentParser(
+        prog=prog, description=(__doc__ or "").splitlines()[0],
         epilog="exit status: 0 all hold, 1 one does not, 4 all hold and one says that no policy is certified",
     )  # fmt: skip
-    commands = parser.add_subparsers(required=True, dest="command")
+    commands = made.add_subparsers(required=True, dest="command")
     check = commands.add_parser("verify", help="recompute certificates from saved answers")
     check.add_argument("paths", nargs="*", type=Path, help=f"certificates, or folders of some (default: {PLACE})")
     check.add_argument("--rescore", action="store_true", help="run the cost model on the answers again (loads torch)")
@@ -742,7 +763,7 @@ def _parser() -> argparse.ArgumentParser:
     sign.add_argument("folder", type=Path, help="folder of a certificate that holds")
     sign.add_argument("--key", type=Path, required=True, help="file of secret bytes; both sides need it")
     sign.add_argument("--out", type=Path, required=True, help="where to write the signature, outside of the folder")
-    return parser
+    return made
 
 
 def _tell(path: Path, asked: argparse.Namespace) -> int:

@@ -33,13 +33,25 @@ _TOLERANCE = 1e-10
 
 
 def weights(reward: Array, cost: Array, lam: float, beta: float) -> Array:
-    """Self-normalised importance weights of pi_lambda on the samples; every row sums to one."""
+    """Self-normalised importance weights of pi_lambda on the samples; every row sums to one.
+
+    Where r - lambda c is the same, so is the weight:
+
+    >>> weights(np.array([[0.0, 1.0]]), np.array([[0.0, 1.0]]), lam=1.0, beta=0.5)
+    array([[0.5, 0.5]])
+    """
     logit = (reward - lam * cost) / beta
     return np.exp(logit - logsumexp(logit, axis=1, keepdims=True))
 
 
 def soft_value(reward: Array, cost: Array, lam: float, beta: float) -> Array:
-    """V_lambda(x) for each prompt; shape [prompts]."""
+    """V_lambda(x) for each prompt; shape [prompts].
+
+    Of answers that are alike it is their r - lambda c:
+
+    >>> soft_value(np.array([[2.0, 2.0]]), np.array([[1.0, 1.0]]), lam=0.5, beta=1.0)
+    array([1.5])
+    """
     logit = (reward - lam * cost) / beta
     return beta * (logsumexp(logit, axis=1) - np.log(reward.shape[1]))
 
@@ -48,6 +60,9 @@ def leave_one_out_value(reward: Array, cost: Array, lam: float, beta: float) -> 
     """V_lambda(x) estimated without the sample itself; shape [prompts, samples].
 
     The anchor of a sample must not contain its own score, or it would be pulled towards it.
+
+    >>> leave_one_out_value(np.array([[1.0, 3.0]]), np.zeros((1, 2)), lam=0.0, beta=1.0)
+    array([[3., 1.]])
     """
     logit = (reward - lam * cost) / beta
     nothing = np.full((len(logit), 1), -np.inf)
@@ -58,29 +73,56 @@ def leave_one_out_value(reward: Array, cost: Array, lam: float, beta: float) -> 
 
 
 def effective_samples(reward: Array, cost: Array, lam: float, beta: float) -> Array:
-    """Effective sample size 1 / sum w^2 of each prompt; shape [prompts]."""
+    """Effective sample size 1 / sum w^2 of each prompt; shape [prompts].
+
+    >>> effective_samples(np.zeros((1, 4)), np.zeros((1, 4)), lam=1.0, beta=1.0)
+    array([4.])
+    """
     return 1.0 / (weights(reward, cost, lam, beta) ** 2).sum(1)
 
 
 def dual_value(reward: Array, cost: Array, lam: float, *, limit: float, beta: float) -> float:
-    """D(lambda)."""
+    """D(lambda).
+
+    >>> dual_value(np.array([[2.0, 2.0]]), np.array([[1.0, 1.0]]), lam=0.5, limit=-0.4, beta=1.0)
+    1.3
+    """
     return float(soft_value(reward, cost, lam, beta).mean() + lam * limit)
 
 
 def predict(reward: Array, cost: Array, lam: float, beta: float, value: Array) -> Array:
-    """E_{pi_lambda}[value | x] for each prompt by importance weighting; shape [prompts]."""
+    """E_{pi_lambda}[value | x] for each prompt by importance weighting; shape [prompts].
+
+    With odds of 3 to 1 for the first answer:
+
+    >>> reward, cost = np.array([[np.log(3), 0.0]]), np.zeros((1, 2))
+    >>> predict(reward, cost, lam=0.0, beta=1.0, value=np.array([[1.0, 5.0]])).round(12)
+    array([2.])
+    """
     return (weights(reward, cost, lam, beta) * value).sum(1)
 
 
 def variance(reward: Array, cost: Array, lam: float, beta: float) -> Array:
-    """Var_{pi_lambda}(c | x) for each prompt by importance weighting; shape [prompts]. Its mean over beta is D''."""
+    """Var_{pi_lambda}(c | x) for each prompt by importance weighting; shape [prompts]. Its mean over beta is D''.
+
+    Costs of 0 and 1 with odds of 3 to 1 vary by 3/4 times 1/4:
+
+    >>> variance(np.array([[np.log(3), 0.0]]), np.array([[0.0, 1.0]]), lam=0.0, beta=1.0).round(12)
+    array([0.1875])
+    """
     w = weights(reward, cost, lam, beta)
     mean = (w * cost).sum(1, keepdims=True)
     return (w * (cost - mean) ** 2).sum(1)
 
 
 def divergence(reward: Array, cost: Array, lam: float, beta: float) -> Array:
-    """KL(pi_lambda || pi_ref) for each prompt: E[(r - lambda c) / beta] - V_lambda / beta; shape [prompts]."""
+    """KL(pi_lambda || pi_ref) for each prompt: E[(r - lambda c) / beta] - V_lambda / beta; shape [prompts].
+
+    All on one of two answers is log 2 away:
+
+    >>> divergence(np.array([[99.0, 0.0]]), np.zeros((1, 2)), lam=0.0, beta=1.0).round(4)
+    array([0.6931])
+    """
     tilt = predict(reward, cost, lam, beta, reward - lam * cost)
     return (tilt - soft_value(reward, cost, lam, beta)) / beta
 
@@ -94,6 +136,11 @@ def jackknife_weights(reward: Array, cost: Array, lam: float, beta: float) -> Ar
     The jackknife of f = sum_j w_j f_j is n f - (n - 1) mean_i f_(-i), f_(-i) being f without sample i (Quenouille
     1956). As f - f_(-i) = w_i (f_i - f_(-i)), it is sum_j a_j f_j with a = w + (n - 1) / n (w - sum_i w_i w_(-i)) and
     w_(-i) the weights without sample i. It is within max f_j - min f_j of f, even where one sample has all the weight.
+
+    Of two samples it is 2 w - 1/2, with w = 7/8 and 1/8 here:
+
+    >>> jackknife_weights(np.array([[np.log(7), 0.0]]), np.zeros((1, 2)), lam=0.0, beta=1.0).round(12)
+    array([[ 1.25, -0.25]])
     """
     w = weights(reward, cost, lam, beta)
     count = w.shape[1]
@@ -107,7 +154,11 @@ def jackknife_weights(reward: Array, cost: Array, lam: float, beta: float) -> Ar
 
 
 def jackknife_value(reward: Array, cost: Array, lam: float, beta: float) -> Array:
-    """V_lambda(x) less its bias of order 1 / n: n V - (n - 1) mean_i V_(-i), as in `jackknife_weights`; [prompts]."""
+    """V_lambda(x) less its bias of order 1 / n: n V - (n - 1) mean_i V_(-i), as in `jackknife_weights`; [prompts].
+
+    >>> jackknife_value(np.array([[2.0, 2.0]]), np.array([[1.0, 1.0]]), lam=0.5, beta=1.0)
+    array([1.5])
+    """
     count = reward.shape[1]
     without = leave_one_out_value(reward, cost, lam, beta).mean(1)
     value: Array = count * soft_value(reward, cost, lam, beta) - (count - 1) * without
@@ -118,7 +169,11 @@ def jackknife_value(reward: Array, cost: Array, lam: float, beta: float) -> Arra
 
 
 def value_at_risk(value: Array, weight: Array, level: float) -> float:
-    """The smallest of the values that at least `level` of the weight does not exceed; both of one shape."""
+    """The smallest of the values that at least `level` of the weight does not exceed; both of one shape.
+
+    >>> value_at_risk(np.array([4.0, 1.0, 3.0, 2.0]), np.ones(4), level=0.5)
+    2.0
+    """
     order = np.argsort(value, axis=None)
     mass = np.cumsum(weight.ravel()[order])
     place = np.searchsorted(mass, level * mass[-1] * (1 - 1e-12))
@@ -129,6 +184,10 @@ def shortfall(value: Array, threshold: float, level: float) -> Array:
     """t + (v - t)_+ / (1 - level), of any shape: its mean is at least CVaR_level(v), equal at t = value at risk.
 
     Rockafellar and Uryasev (2000). CVaR is the mean of the worst 1 - level of v.
+
+    >>> worst = shortfall(np.array([4.0, 1.0, 3.0, 2.0]), threshold=2.0, level=0.5)
+    >>> float(worst.mean())  # the mean of 3 and 4
+    3.5
     """
     return threshold + np.maximum(value - threshold, 0.0) / (1 - level)
 
@@ -145,7 +204,11 @@ class Scales(NamedTuple):
 
 
 def scales(reward: Array, cost: Array, beta: float) -> Scales:
-    """s_r, s_c and c_0 of a pool. Where a score does not vary within prompts, s_r is beta, and s_c is 1."""
+    """s_r, s_c and c_0 of a pool. Where a score does not vary within prompts, s_r is beta, and s_c is 1.
+
+    >>> scales(np.array([[0.0, 2.0]]), np.array([[1.0, 7.0]]), beta=0.1)
+    Scales(reward=1.0, cost=3.0, centre=4.0)
+    """
     return Scales(_within_sd(reward) or beta, _within_sd(cost) or 1.0, float(cost.mean()))
 
 
@@ -156,6 +219,12 @@ def root(
 
     `share` weighs the prompts (default: all alike), which is how the bootstrap resamples them.
     Raises InfeasibleError if even lambda_max leaves the cost above the limit; it says what would not.
+
+    Two answers, safe and unsafe, and a quarter of the unsafe one allowed: e^-lambda / (1 + e^-lambda) = 1/4.
+
+    >>> reward, cost = np.array([[0.0, 0.0]]), np.array([[0.0, 1.0]])
+    >>> round(float(np.exp(root(reward, cost, limit=0.25, beta=1.0, lambda_max=10.0))), 6)
+    3.0
     """
     return _root(reward, cost, limit=limit, beta=beta, lambda_max=lambda_max, share=share)[0]
 
@@ -237,6 +306,11 @@ def least_of(score: Array, count: int) -> Array:
     """Expected smallest of `count` samples drawn from those of a prompt without replacement; shape [prompts].
 
     The i-th smallest of n is the smallest drawn with probability C(n - i, k - 1) / C(n, k).
+
+    Of 1, 2 and 3 two are drawn: the lesser is 1, 1 or 2.
+
+    >>> (3 * least_of(np.array([[3.0, 1.0, 2.0]]), count=2)).round(12)
+    array([4.])
     """
     n = score.shape[1]
     i = np.arange(1, n)
@@ -355,6 +429,14 @@ def solve(
         InfeasibleError: the limit is out of reach of the samples.
         ValueError: the arrays differ in shape, hold fewer than two samples, or a value that is not finite; or limit,
             beta, lambda_max or bootstrap is out of range.
+
+    A safe and an unsafe answer, equally helpful, to each of 4 prompts; a quarter may be unsafe:
+
+    >>> found = solve(np.zeros((4, 2)), np.tile([0.0, 1.0], (4, 1)), limit=0.25, beta=1.0)
+    >>> round(float(np.exp(found.lam)), 6), found.slack, found.ess.round(6)
+    (3.0, False, array([1.6, 1.6, 1.6, 1.6]))
+    >>> round(found.frontier([0.0])[0]["p_unsafe"], 6)  # without the limit
+    0.5
     """
     _check(limit, beta, lambda_max, bootstrap)
     reward, cost = _scores(reward, cost)
@@ -388,6 +470,10 @@ def slater_radius(reward: Any, cost: Any, *, limit: float, beta: float, lambda_m
     lambda*, at most lambda_max, which bounds lambda* too.
 
     Raises as `solve` does.
+
+    >>> rho = slater_radius(np.zeros((4, 2)), np.tile([0.0, 1.0], (4, 1)), limit=0.25, beta=1.0, lambda_max=10.0)
+    >>> bool(rho > np.log(3))  # the multiplier itself, as in `solve`
+    True
     """
     solution = solve(reward, cost, limit=limit, beta=beta, lambda_max=lambda_max)
     reward, cost, upper = solution.reward, solution.cost, solution.lam_interval[1]
@@ -438,6 +524,14 @@ def beta_for_ess(
     lambda is solved anew at each beta, as a rerun would. A larger beta flattens r / beta, but lambda grows with it to
     keep the limit: the ESS tends to that of the smallest tilt exp(-t c) that keeps it, and a strict limit may leave no
     beta at all. Looks up to 2^12 times beta. Raises InfeasibleError where the limit is out of reach.
+
+    The smallest tilt that allows the unsafe answer a quarter has an ESS of 1.6 whatever beta is:
+
+    >>> reward, cost = np.array([[0.0, 0.0]]), np.array([[0.0, 1.0]])
+    >>> beta_for_ess(reward, cost, limit=0.25, beta=1.0, lambda_max=10.0, ess=1.5)
+    1.0
+    >>> beta_for_ess(reward, cost, limit=0.25, beta=1.0, lambda_max=10.0, ess=1.9) is None
+    True
     """
 
     def enough(tried: float) -> bool:
@@ -461,6 +555,11 @@ def samples_for_ess(reward: Array, cost: Array, lam: float, beta: float, ess: fl
     above exp(v); below that the largest weight rules and the ESS hardly grows (methods: r sd 6, c sd 15, lambda 0.4,
     beta 2 has v = 11 and ESS 2.4 at n = 16, 11 at n = 1024). Hence ess times the larger of exp(v), v the median over
     prompts, and n over the ESS that n samples have now.
+
+    Without a tilt every sample counts:
+
+    >>> samples_for_ess(np.zeros((3, 4)), np.zeros((3, 4)), lam=0.0, beta=1.0, ess=30.0)
+    30.0
     """
     logit = (reward - lam * cost) / beta
     spread = float(np.median(logit.var(1, ddof=1)))
@@ -478,6 +577,13 @@ def spread_of_means(reward: Array, cost: Array, lam: float, beta: float, samples
     sd_m^2 = Var_x E_lambda[c|x] + mean_x Var_lambda(c|x) / samples. The weighted means of a prompt's few samples vary
     more than E_lambda[c|x] itself, by Var_lambda(c|x) sum w^2, and their weighted variance is too small by the factor
     1 - sum w^2; both are put right over all prompts, which at equal weights is the analysis of variance.
+
+    Prompts that cost 0 or 2 whatever is answered, where more samples do not help:
+
+    >>> cost = np.array([[0.0, 0.0], [2.0, 2.0], [0.0, 0.0], [2.0, 2.0]])
+    >>> few, many = (spread_of_means(np.zeros((4, 2)), cost, lam=0.0, beta=1.0, samples=n) for n in (1, 100))
+    >>> round(few, 4), round(many, 4)
+    (1.1547, 1.1547)
     """
     w = weights(reward, cost, lam, beta)
     mean = (w * cost).sum(1)
@@ -492,6 +598,9 @@ def stock(sd: float, prompts: int, *, delta: float, power: float) -> float:
 
     A policy with its mean cost there passes a one-sided clustered-t bound at level delta on N prompts with probability
     `power`. `sd` is that of per-prompt means; `certificate.sample_size` solves the same equation for N.
+
+    >>> round(stock(sd=1.0, prompts=100, delta=0.05, power=0.5), 4)  # 1.6449 / 10
+    0.1645
     """
     return float((ndtri(1 - delta) + ndtri(power)) * sd / np.sqrt(prompts))
 
@@ -513,6 +622,13 @@ def solve_with_stock(
     `margin` is the stock at a multiplier. It changes slowly beside C, but need not fall with lambda, so the first sign
     change on a geometric grid above the plain root is bracketed. Where there is none, the aim is C(lambda_max).
     Raises InfeasibleError as `root` does.
+
+    Without a margin it is `root`; with one of 0.05 the unsafe answer keeps a fifth:
+
+    >>> reward, cost = np.array([[0.0, 0.0]]), np.array([[0.0, 1.0]])
+    >>> found = solve_with_stock(reward, cost, limit=0.25, beta=1.0, lambda_max=10.0, margin=lambda lam: 0.05)
+    >>> round(float(np.exp(found.lam)), 6), round(found.aim, 6), found.reached
+    (4.0, 0.2, True)
     """
 
     def excess(lam: float) -> float:
@@ -571,6 +687,13 @@ def solve_many(
     Raises:
         InfeasibleError: the limits cannot be kept together; it names those in conflict and what can be reached.
         ValueError: shapes differ, a group is empty, or a value is not finite or out of range.
+
+    A limit that the first keeps too has no price:
+
+    >>> costs = np.tile([0.0, 1.0], (2, 4, 1))  # [K, prompts, samples]
+    >>> found = solve_many(np.zeros((4, 2)), costs, limits=[0.25, 0.4], beta=1.0)
+    >>> np.exp(found.lams).round(4), found.predicted.round(4)
+    (array([3., 1.]), array([0.25, 0.25]))
     """
     joint = _joint(reward, costs, limits, beta, members, names, lambda_max)
     lams, steps = _projected_newton(joint.moments, np.zeros(len(joint.limits)), joint.top, joint.impossible)

@@ -27,12 +27,22 @@ class Problem:
     beta: float
 
     def policy(self, lam: float) -> Array:
-        """log pi_lambda, proportional to pi_ref exp((r - lambda c) / beta)."""
+        """log pi_lambda, proportional to pi_ref exp((r - lambda c) / beta).
+
+        >>> world = Problem(np.log([[0.5, 0.5]]), np.zeros((1, 2)), np.array([[0.0, 1.0]]), beta=1.0)
+        >>> np.exp(world.policy(lam=np.log(3))).round(6)
+        array([[0.75, 0.25]])
+        """
         logit = self.log_reference + (self.reward - lam * self.cost) / self.beta
         return logit - logsumexp(logit, axis=1, keepdims=True)
 
     def describe(self, log_policy: Array) -> dict[str, float]:
-        """E[r*], E[c*], KL to pi_ref and J = E[r*] - beta KL of a policy, averaged over prompts."""
+        """E[r*], E[c*], KL to pi_ref and J = E[r*] - beta KL of a policy, averaged over prompts.
+
+        >>> world = Problem(np.log([[0.5, 0.5]]), np.array([[0.0, 2.0]]), np.array([[0.0, 1.0]]), beta=1.0)
+        >>> world.describe(world.log_reference)
+        {'reward': 1.0, 'cost': 0.5, 'kl': 0.0, 'value': 1.0}
+        """
         p = np.exp(log_policy)
         reward = float((p * self.reward).sum(1).mean())
         kl = float((p * np.where(p > 0, log_policy - self.log_reference, 0.0)).sum(1).mean())
@@ -49,13 +59,22 @@ def nearest(problem: Problem, limit: float) -> Array:
 
     The information projection of pi_ref (Csiszar, 1975), pi_ref exp(-lambda c) / Z at the least lambda >= 0 that meets
     the limit: pi_ref itself where that keeps it. What can be had without a look at reward. Raises InfeasibleError.
+
+    >>> world = Problem(np.log([[0.5, 0.5]]), np.array([[0.0, 9.0]]), np.array([[0.0, 1.0]]), beta=1.0)
+    >>> np.exp(nearest(world, limit=0.25)).round(6)  # whatever the reward
+    array([[0.75, 0.25]])
     """
     blind = replace(problem, reward=np.zeros_like(problem.reward), beta=1.0)
     return blind.policy(solve(blind, limit))
 
 
 def problem(log_reference: Array, reward: Array, cost: Array, rest: tuple[float, float], beta: float) -> Problem:
-    """Complete enumerated answers, shape [prompts, answers], by the rest of the text with scores `rest` = (r, c)."""
+    """Complete enumerated answers, shape [prompts, answers], by the rest of the text with scores `rest` = (r, c).
+
+    >>> one = np.zeros((1, 2))
+    >>> np.exp(problem(np.log([[0.5, 0.3]]), one, one, rest=(-1.0, 2.0), beta=1.0).log_reference).round(6)
+    array([[0.5, 0.3, 0.2]])
+    """
     mass = np.exp(log_reference).sum(1, keepdims=True)
     remainder = np.log(np.clip(1.0 - mass, 1e-12, None))
     column = np.ones((len(reward), 1))
@@ -69,7 +88,14 @@ def problem(log_reference: Array, reward: Array, cost: Array, rest: tuple[float,
 
 
 def solve(problem: Problem, limit: float, lambda_max: float = 1e3) -> float:
-    """lambda*: the root of E_{pi_lambda}[c*] = limit, or 0 where the limit is slack. Raises InfeasibleError."""
+    """lambda*: the root of E_{pi_lambda}[c*] = limit, or 0 where the limit is slack. Raises InfeasibleError.
+
+    Two answers, and a quarter of the unsafe one allowed: e^-lambda / (1 + e^-lambda) = 1/4.
+
+    >>> world = Problem(np.log([[0.5, 0.5]]), np.zeros((1, 2)), np.array([[0.0, 1.0]]), beta=1.0)
+    >>> round(float(np.exp(solve(world, limit=0.25))), 6), solve(world, limit=0.5)
+    (3.0, 0.0)
+    """
 
     def excess(lam: float) -> float:
         return problem.describe(problem.policy(lam))["cost"] - limit

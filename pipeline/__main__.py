@@ -19,6 +19,7 @@ from pipeline.errors import PipelineError
 if TYPE_CHECKING:
     from pipeline.dag import StageSpec
 
+PROG = "python -m pipeline"
 EXIT = """exit status:
   0    done; nothing is wrong
   1    run: a stage failed; doctor: something keeps runs from working
@@ -27,9 +28,9 @@ EXIT = """exit status:
   130  interrupted; the next run goes on where this one stopped"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    arguments = _parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """The command, called `prog`; returns its exit status."""
+    arguments = parser(prog).parse_args(argv)
     try:
         _check_root(Path.cwd())
         code: int = arguments.command(arguments)
@@ -45,14 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline",
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    made = argparse.ArgumentParser(
+        prog=prog,
         description="Run the stages of dvc.yaml as a Prefect flow. The guides are docs/prefect.md and docs/cluster.md.",
         epilog=EXIT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = made.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, command: Any, about: str) -> argparse.ArgumentParser:
         added = commands.add_parser(
@@ -108,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--cache", action="store_true", help="read all of DVC's cache too, for results that are damaged"
     )
-    return parser
+    return made
 
 
 def _positive(text: str) -> int:

@@ -23,6 +23,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+PROG = "python -m pipeline.deps"
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("dualign", "stages")
 FOLDERS = ("dualign/core", "dualign/lm", "dualign/measure", "dualign/scoring", "dualign/search")
@@ -184,11 +185,17 @@ def _yaml() -> YAML:
     return yaml
 
 
-def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
-    """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.deps", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="rewrite dvc.yaml")
-    arguments = parser.parse_args(argv)
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """The parser of this command."""
+    made = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").split("\n")[0])
+    made.add_argument("--write", action="store_true", help="rewrite dvc.yaml")
+    return made
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT, prog: str = PROG) -> int:
+    """The command, called `prog`; returns its exit status."""
+    logging.basicConfig(format="%(message)s")
+    arguments = parser(prog).parse_args(argv)
     try:
         if arguments.write:
             write(root)
@@ -202,5 +209,4 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
     sys.exit(main())

@@ -24,6 +24,7 @@ from pipeline.errors import PipelineError
 from pipeline.overlay import differences, whole
 from pipeline.parameters import replace_file, span
 
+PROG = "python -m pipeline.preset"
 ROOT = Path(__file__).resolve().parents[1]
 #: A copy of what was chosen last: the preset itself may have changed since.
 LAST = Path(".scratch/params.yaml")
@@ -169,17 +170,21 @@ def _save(path: Path) -> Path:
     return saved
 
 
-def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
-    """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.preset", description="Make params.yaml a copy of a preset."
-    )
-    parser.add_argument("preset", help="a file in params/, a path, or `default`: the params.yaml of the last commit")
-    parser.add_argument("--data", metavar="FOLDER", help="set prepare.folder, the folder that holds the data files")
-    parser.add_argument(
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """The parser of this command."""
+    made = argparse.ArgumentParser(prog=prog, description="Make params.yaml a copy of a preset.")
+    made.add_argument("preset", help="a file in params/, a path, or `default`: the params.yaml of the last commit")
+    made.add_argument("--data", metavar="FOLDER", help="set prepare.folder, the folder that holds the data files")
+    made.add_argument(
         "--force", action="store_true", help="replace an edited params.yaml, keeping it as params.yaml.saved"
     )
-    arguments = parser.parse_args(argv)
+    return made
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT, prog: str = PROG) -> int:
+    """The command, called `prog`; returns its exit status."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    arguments = parser(prog).parse_args(argv)
     try:
         select(arguments.preset, arguments.data, arguments.force, root)
     except PresetError as error:
@@ -189,5 +194,4 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
     sys.exit(main())

@@ -7,23 +7,28 @@ Needs the extra `gguf`. The weights are dequantised: what the file's quantisatio
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM
-
-from dualign.core.artifacts import replacing
 from dualign.core.errors import DualignError
-from dualign.lm.loading import load_model
-from dualign.lm.models import fit_vocabulary, load_tokenizer, save
+
+PROG = "python -m dualign.lm.convert"
 
 log = logging.getLogger(__name__)
 
 
 def convert(file: Path, out: Path) -> None:
     """Write the model and the tokenizer of a GGUF file to folder `out`. Raises ModelError where it cannot be read."""
+    import torch  # here, for --help and completion to be quick
+    from transformers import AutoModelForCausalLM
+
+    from dualign.core.artifacts import replacing
+    from dualign.lm.loading import load_model
+    from dualign.lm.models import fit_vocabulary, load_tokenizer, save
+
     tokenizer = load_tokenizer(file.parent, gguf_file=file.name)
     model = load_model(AutoModelForCausalLM, file.parent, dtype=torch.float32, gguf_file=file.name)
     model.to(torch.bfloat16)
@@ -33,19 +38,25 @@ def convert(file: Path, out: Path) -> None:
     log.info("%s: %d weights", out, sum(weight.numel() for weight in model.parameters()))
 
 
-def main(argv: list[str]) -> int:
-    """Run the command; returns its exit status."""
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """The command, called `prog`; returns its exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if len(argv) != 2:
-        log.error("usage: python -m dualign.lm.convert FILE.gguf FOLDER")
-        return 2
+    asked = parser(prog).parse_args(argv)
     try:
-        convert(Path(argv[0]), Path(argv[1]))
+        convert(asked.file, asked.out)
     except DualignError as error:
         log.error("%s", error)
         return error.status
     return 0
 
 
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """The parser of this command."""
+    made = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
+    made.add_argument("file", type=Path, metavar="FILE.gguf")
+    made.add_argument("out", type=Path, metavar="FOLDER")
+    return made
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

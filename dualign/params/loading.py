@@ -5,6 +5,7 @@ python -m dualign.params.loading params.yaml < params.yaml
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import logging
 import sys
@@ -20,6 +21,7 @@ from dualign.params.base import LoraParams, Resources, StageParams, TrainingPara
 from dualign.params.consistency import check_across, check_prompts
 from dualign.params.stages import STAGES
 
+PROG = "python -m dualign.params.loading"
 #: Sections at the top that a stage's own section of the same name adds to: it says what differs.
 BLOCKS = ("training", "lora")
 _TOP_LEVEL = {"seed", "beta", "constraint", "generation", "pessimism", "resources", "methods", *BLOCKS, *STAGES}
@@ -187,10 +189,10 @@ def _refuse_unknown(content: dict[str, Any], valid: set[str], where: str, path: 
             raise ParamsError(f"{path}: {where}{shown(str(key))} is not a known key{_nearest(str(key), valid)}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Check the params on standard input, which messages call by the name that is given; returns the exit status."""
-    given = sys.argv[1:] if argv is None else argv
-    name = given[0] if given else "params.yaml"
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
+    """The command, called `prog`: check the params on standard input; returns the exit status."""
+    logging.basicConfig(format="%(message)s")
+    name = parser(prog).parse_args(argv).name
     try:
         check(mapping(yaml_text.parse(sys.stdin.buffer.read(yaml_text.LARGEST + 1), name), name), name)
     except ParamsError as error:
@@ -199,6 +201,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """The parser of this command."""
+    made = argparse.ArgumentParser(prog=prog, description="Check the params on standard input: `< params.yaml`.")
+    made.add_argument("name", nargs="?", default="params.yaml", help="what messages call them (default: %(default)s)")
+    return made
+
+
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
     sys.exit(main())

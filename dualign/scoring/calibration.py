@@ -24,7 +24,12 @@ _RESAMPLES = 200  # of the prompts, for the error of the isotonic zero
 
 @dataclass(frozen=True)
 class Platt:
-    """P(unsafe) = sigmoid(scale * score + offset); the calibrated cost is that logit, 0 at even odds."""
+    """P(unsafe) = sigmoid(scale * score + offset); the calibrated cost is that logit, 0 at even odds.
+
+    >>> line = Platt(scale=2.0, offset=-1.0)
+    >>> line.zero, line(np.array([0.5, 1.5]))
+    (0.5, array([0., 2.]))
+    """
 
     scale: float = 1.0
     offset: float = 0.0
@@ -43,6 +48,10 @@ class Isotonic:
     """P(unsafe) = sigmoid(cost): straight between the points (scores, costs), of slope `scale` outside of them.
 
     Both tuples rise strictly, and have one length, at least 1.
+
+    >>> curve = Isotonic(scale=1.0, scores=(0.0, 2.0), costs=(-1.0, 3.0))
+    >>> curve.zero, curve(np.array([1.0, 3.0]))  # the slope of 2 between the points is 1 outside
+    (0.5, array([1., 4.]))
     """
 
     scale: float
@@ -64,7 +73,13 @@ Calibration = Platt | Isotonic
 
 
 def from_card(card: Mapping[str, Any]) -> Calibration:
-    """The calibration whose fields a scorer's card holds: scale and offset, or scale, scores and costs."""
+    """The calibration whose fields a scorer's card holds: scale and offset, or scale, scores and costs.
+
+    >>> from_card({"scale": 2.0, "offset": -1.0}).zero
+    0.5
+    >>> from_card({"scale": 1.0, "scores": [0.0, 2.0], "costs": [-1.0, 3.0]}).zero
+    0.5
+    """
     if "scores" in card:
         return Isotonic(card["scale"], tuple(card["scores"]), tuple(card["costs"]))
     return Platt(card["scale"], card["offset"])
@@ -83,6 +98,10 @@ def fit_platt(score: Array, unsafe: Array) -> Platt:
     flags 0.0105 against 0.0114 for w = 30; with 1000 flags every width from 1.5 on comes to the same.
 
     Raises DataError if the flags are all alike, or if unsafe answers score lower (a <= 0).
+
+    >>> line = fit_platt(np.array([-2.0, -1.0, 1.0, 2.0]), np.array([False, False, True, True]))
+    >>> line.scale > 0, abs(round(line.zero, 6))
+    (True, 0.0)
     """
     score, unsafe = np.asarray(score, float), np.asarray(unsafe, bool)
     if unsafe.all() or not unsafe.any():
@@ -107,6 +126,11 @@ def fit_slope(gap: Array, centre: float = 0.0) -> float:
     aimed at: s has mean `centre` and standard deviation 1.5 centre, so it stays there if there is little to go by
     (Bradley-Terry: centre 1). Where that is unknown centre is 0, and s rms(gap) has mean 0 and standard deviation 1.5.
     Negative if gaps point the wrong way.
+
+    Gaps that point both ways alike say nothing; all one way, with nothing known before, they say something:
+
+    >>> abs(round(fit_slope(np.array([1.0, -1.0])), 6)), fit_slope(np.ones(9)) > 1
+    (0.0, True)
     """
     gap = np.asarray(gap, float)
     size = max(float(np.sqrt(np.mean(gap**2))), 1e-12)
@@ -142,6 +166,16 @@ def platt_zero_error(platt: Platt, score: Array, unsafe: Array, prompts: Array) 
     of the cost that the fit gives an answer of even odds. S = H^-1 (sum_x g_x g_x') H^-1 N / (N - 1) is the covariance
     of (a, b), clustered by prompt (Liang and Zeger, 1986): H the Hessian of the negative log-posterior of `fit_platt`,
     g_x the sum of the likelihood's gradients over the answers to prompt x of N, which err together.
+
+    Four times the prompts halve it, more answers to the same prompts do not:
+
+    >>> score, unsafe = np.tile([-2.0, -1.0, 1.0, 2.0], 50), np.tile([False, True, False, True], 50)
+    >>> line, prompts = fit_platt(score, unsafe), np.arange(200)
+    >>> one = platt_zero_error(line, score, unsafe, prompts)
+    >>> round(platt_zero_error(line, np.tile(score, 4), np.tile(unsafe, 4), np.arange(800)) / one, 1)
+    0.5
+    >>> round(platt_zero_error(line, np.tile(score, 4), np.tile(unsafe, 4), np.tile(prompts, 4)) / one, 1)
+    1.0
     """
     design = np.stack([score, np.ones_like(score)], 1)
     probability = sigmoid(platt(score))
@@ -162,6 +196,13 @@ def fit_isotonic(score: Array, unsafe: Array, platt: Platt) -> Isotonic:
     unsafe, has P = (k + m p) / (n + m), p being the mean of sigma(platt) over it and m = 2: never 0 or 1, and close to
     the line where flags are few. Blocks that this puts out of order are pooled again. The cost is the logit of P at the
     block's mean score, straight between blocks, and has Platt's slope outside, where there is nothing to go by.
+
+    Flags that fall as the score rises are pooled, here those of 1 to 4, so the curve rises all the same:
+
+    >>> score, unsafe = np.arange(6.0), np.array([False, True, False, True, False, True])
+    >>> curve = fit_isotonic(score, unsafe, fit_platt(score, unsafe))
+    >>> curve.scores, bool((np.diff(curve.costs) > 0).all())
+    ((0.0, 2.5, 5.0), True)
     """
     points, where = np.unique(np.asarray(score, float), return_inverse=True)
     count = np.bincount(where).astype(float)
@@ -183,6 +224,14 @@ def isotonic_zero_error(
 
     The spread of the cost at that score over fits to resampled prompts. About twice that of Platt's zero: a curve goes
     by the flags near the zero, a line by all of them.
+
+    A point in the middle of many flags of each kind:
+
+    >>> score, unsafe = np.repeat([-1.0, 1.0], 500), np.repeat([False, True], 500)
+    >>> line = fit_platt(score, unsafe)
+    >>> curve = fit_isotonic(score, unsafe, line)
+    >>> isotonic_zero_error(curve, score, unsafe, np.arange(1000), line, np.random.default_rng(0)) < 0.1
+    True
     """
     _, cluster = np.unique(prompts, return_inverse=True)
     count, costs = int(cluster.max()) + 1, []
@@ -206,7 +255,12 @@ def _spread(score: Array) -> float:
 
 
 def expected_calibration_error(probability: Array, outcome: Array, bins: int = 10) -> float:
-    """Mean gap between predicted probability and observed share over bins of equal count (Naeini et al. 2015)."""
+    """Mean gap between predicted probability and observed share over bins of equal count (Naeini et al. 2015).
+
+    >>> half, mixed, all_of_them = np.full(4, 0.5), np.array([0, 1, 0, 1]), np.ones(4)
+    >>> expected_calibration_error(half, mixed, bins=1), expected_calibration_error(half, all_of_them, bins=1)
+    (0.0, 0.5)
+    """
     order = np.argsort(probability, kind="stable")
     parts = [part for part in np.array_split(order, bins) if len(part)]
     gaps = [len(part) * abs(float(probability[part].mean() - outcome[part].mean())) for part in parts]
@@ -214,10 +268,18 @@ def expected_calibration_error(probability: Array, outcome: Array, bins: int = 1
 
 
 def brier_score(probability: Array, outcome: Array) -> float:
-    """Mean of (p - outcome)^2 (Brier, 1950): 0 is perfect, 0.25 is what p = 1/2 gets everywhere."""
+    """Mean of (p - outcome)^2 (Brier, 1950): 0 is perfect, 0.25 is what p = 1/2 gets everywhere.
+
+    >>> brier_score(np.full(4, 0.5), np.array([0, 1, 0, 1]))
+    0.25
+    """
     return float(np.mean((probability - outcome) ** 2))
 
 
 def sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x)) without overflow."""
+    """1 / (1 + exp(-x)) without overflow.
+
+    >>> sigmoid(np.array([-1000.0, 0.0, 1000.0]))
+    array([0. , 0.5, 1. ])
+    """
     return np.exp(-np.logaddexp(0, -np.asarray(x, float)))

@@ -130,7 +130,11 @@ class Workbench(Protocol):
 
 
 def dual_gradient_step(lam: float, cost: float, limit: float, step_size: float) -> float:
-    """lambda <- [lambda + eta (C - d)]_+, C-DPO (2403.02475)."""
+    """lambda <- [lambda + eta (C - d)]_+, C-DPO (2403.02475).
+
+    >>> dual_gradient_step(1.0, cost=0.5, limit=0.0, step_size=2.0), dual_gradient_step(1.0, -2.0, 0.0, 2.0)
+    (2.0, 0.0)
+    """
     return max(0.0, lam + step_size * (cost - limit))
 
 
@@ -140,12 +144,19 @@ def projected_subgradient_step(
     """lambda <- Proj_[lambda_min, 2 rho](lambda + eta (C - d)), PD-DPO (2510.05703, alg. 1).
 
     The paper's interval starts at 0, where its loss divides by zero; lambda_min > 0 keeps off it.
+
+    >>> projected_subgradient_step(1.0, cost=0.5, limit=0.0, step_size=10.0, radius=2.0, lambda_min=0.1)
+    4.0
     """
     return max(min(lam + step_size * (cost - limit), 2 * radius), lambda_min)
 
 
 def newton_step(lam: float, cost: float, variance: float, limit: float, beta: float) -> float:
-    """lambda <- [lambda + beta (C - d) / E_x Var(c|x)]_+ with the curvature of the on-policy samples."""
+    """lambda <- [lambda + beta (C - d) / E_x Var(c|x)]_+ with the curvature of the on-policy samples.
+
+    >>> newton_step(1.0, cost=0.5, variance=0.25, limit=0.0, beta=0.5)
+    2.0
+    """
     return max(0.0, lam + beta * (cost - limit) / variance)
 
 
@@ -155,6 +166,14 @@ def tilt_step(lam: float, tilt: Tilt, cost: float, variance: float, limit: float
     A policy trained at `lam` whose effective tilt is (beta_eff, lam_eff) has dC / dlam_eff = -V / beta_eff, so it needs
     lam_req = lam_eff + beta_eff (C - d) / V; and it answers to a command as lam_eff / lam did. A training that reaches
     its target exactly makes this `newton_step`. None where the policy has no effective multiplier above 0.
+
+    A policy that was told 1 and reached half of that is told twice what it needs, 0.5 + 0.5 * 0.5 / 0.5:
+
+    >>> from dualign.measure.tilt import effective_tilt
+    >>> reward, cost, length = np.random.default_rng(0).normal(size=(3, 9, 4))
+    >>> reached = effective_tilt(2 * reward - cost, reward, cost, length)  # beta_eff and lam_eff are 0.5
+    >>> round(tilt_step(1.0, reached, cost=0.5, variance=0.5, limit=0.0), 6)
+    2.0
     """
     if tilt.beta_eff is None or tilt.lam_eff is None or tilt.lam_eff <= 0 or variance <= 0:
         return None
@@ -163,7 +182,13 @@ def tilt_step(lam: float, tilt: Tilt, cost: float, variance: float, limit: float
 
 
 def secant_step(previous: tuple[float, float], last: tuple[float, float], limit: float) -> float | None:
-    """The root of the line through two points (x, C); None where the line does not fall."""
+    """The root of the line through two points (x, C); None where the line does not fall.
+
+    >>> secant_step((0.0, 1.0), (1.0, 0.5), limit=0.0)
+    2.0
+    >>> secant_step((0.0, 0.5), (1.0, 1.0), limit=0.0) is None  # the cost rises
+    True
+    """
     (x0, c0), (x1, c1) = previous, last
     if x0 == x1 or (c1 - c0) / (x1 - x0) >= 0:
         return None
@@ -179,6 +204,11 @@ def line_root(
     it is Newton's; with steps far apart, or many, the regression of all of them, which averages multipliers in place of
     policies; steps that noise does not tell apart keep the slope of theory, where a secant would be thrown far off or
     stand still. A line that falls less than a quarter of that is not believed.
+
+    >>> line_root([1.0], [0.5], [0.1], slope=0.5, limit=0.0)
+    2.0
+    >>> line_root([1.0, 3.0], [0.5, -0.5], [0.1, 0.1], slope=0.5, limit=0.0)
+    2.0
     """
     x, y = np.asarray(lams, float), np.asarray(costs, float)
     weight = 1 / np.maximum(np.asarray(errors, float), _EXACT) ** 2
@@ -190,7 +220,11 @@ def line_root(
 
 
 def first_weight(lam_pool: float, lam_start: float, naive: bool, lam_reference: float = 0.0) -> float:
-    """The merge weight q >= 0 whose multiplier is that of the pool; inverts `merge_multiplier`."""
+    """The merge weight q >= 0 whose multiplier is that of the pool; inverts `merge_multiplier`.
+
+    >>> first_weight(lam_pool=1.0, lam_start=4.0, naive=False), first_weight(1.0, 4.0, naive=True)
+    (0.25, 0.2)
+    """
     if naive:
         return lam_pool / (lam_pool + lam_start)
     return max(0.0, (lam_pool - lam_reference) / (lam_start - lam_reference))
@@ -203,6 +237,9 @@ def merge_multiplier(q: float, lam_start: float, naive: bool, lam_reference: flo
     (r - lambda_1 c) / beta, lambda_1 = 0 for pi_r, the merge's is that of (1 - q) lambda_1 + q lambda at the same beta.
     Where the start is safety DPO from pi_ref (a naive merge), the merge's tilt is ((1 - q) r - q lambda c) / beta:
     multiplier q lambda / (1 - q) at KL weight beta / (1 - q), for q < 1.
+
+    >>> merge_multiplier(0.25, lam_start=4.0, naive=False), merge_multiplier(0.2, 4.0, naive=True)
+    (1.0, 1.0)
     """
     return q * lam_start / (1 - q) if naive else (1 - q) * lam_reference + q * lam_start
 
@@ -212,6 +249,9 @@ def next_weight(points: Sequence[tuple[float, float]], limit: float, largest: fl
 
     Where points lie on both sides of the limit and that secant leaves the interval between the nearest of each side, it
     is the one through these two. None where the line does not fall, or its root is a point already.
+
+    >>> next_weight([(0.0, 1.0), (1.0, -1.0)], limit=0.5, largest=1.0)
+    0.25
     """
     ordered = sorted(points, key=lambda point: abs(point[1] - limit))
     found = secant_step(ordered[1], ordered[0], limit)
@@ -244,7 +284,11 @@ def next_blend(steps: Sequence[Step], limit: float) -> Blend | None:
 
 
 def tail(lams: Sequence[float]) -> Sequence[float]:
-    """The last half of the multipliers, the middle one included; PD-DPO's tail average is its mean."""
+    """The last half of the multipliers, the middle one included; PD-DPO's tail average is its mean.
+
+    >>> tail([1.0, 2.0, 3.0, 4.0, 5.0])
+    [3.0, 4.0, 5.0]
+    """
     return lams[len(lams) // 2 :]
 
 

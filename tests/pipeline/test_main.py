@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import identity
-from pipeline.__main__ import _parser, main
+from pipeline.__main__ import main, parser
 from tests.pipeline.project import Project
 
 
@@ -99,7 +99,7 @@ def test_the_guide_names_commands_that_exist(repo_root: Path) -> None:
     told = {"plan", "run", "serve", "status", "doctor", "deploy", "work", "sweep"}
     assert {command[0] for command in commands} == told
     for command in commands:
-        assert callable(_parser().parse_args(command).command)
+        assert callable(parser().parse_args(command).command)
 
 
 def test_help_and_the_graph_do_without_prefect(repo_root: Path) -> None:
