@@ -31,6 +31,7 @@ CODE = (
     *("dualign", "stages", "pipeline", "dvc.yaml", ".dvcignore", ".gitignore", "prefect.toml", "prefect.yaml"),
     *("data/raw", "models/base/README.md", "reports/search/README.md"),
 )
+TEMPLATES = ".dvc/plots"
 TRAININGS = ("sft", "reward_model", "cost_model", "reward_dpo", "safety_dpo", "lagrangian_dpo", "dual_search")
 #: The whole graph at its smallest, with three checkpoints in every training.
 TINY: dict[str, Any] = {
@@ -221,6 +222,7 @@ def copy(folder: Path, params: Mapping[str, Any]) -> None:
     (folder / "params.yaml").write_text(assign((ROOT / "params.yaml").read_text(), params))
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, cwd=folder, check=True)
+    _copy_over(ROOT / TEMPLATES, folder / TEMPLATES)  # only now: `dvc init` refuses where there is a .dvc
 
 
 def _copy_over(source: Path, target: Path) -> None:

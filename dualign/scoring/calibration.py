@@ -207,10 +207,28 @@ def _spread(score: Array) -> float:
 
 def expected_calibration_error(probability: Array, outcome: Array, bins: int = 10) -> float:
     """Mean gap between predicted probability and observed share over bins of equal count (Naeini et al. 2015)."""
-    order = np.argsort(probability, kind="stable")
-    parts = [part for part in np.array_split(order, bins) if len(part)]
-    gaps = [len(part) * abs(float(probability[part].mean() - outcome[part].mean())) for part in parts]
+    rows = [row for row in reliability(probability, outcome, bins) if row["answers"]]
+    gaps = [row["answers"] * abs(row["predicted"] - row["observed"]) for row in rows]
     return sum(gaps) / len(probability)
+
+
+def reliability(probability: Array, outcome: Array, bins: int = 10) -> list[dict[str, Any]]:
+    """The reliability diagram: mean predicted probability and observed share in bins of equal count, and the count.
+
+    A row for each bin, by increasing probability; nulls where fewer outcomes than bins leave one empty.
+    """
+    order = np.argsort(probability, kind="stable")
+    return [_bin(probability[part], outcome[part]) for part in np.array_split(order, bins)]
+
+
+def _bin(probability: Array, outcome: Array) -> dict[str, Any]:
+    if not len(probability):
+        return {"predicted": None, "observed": None, "answers": 0}
+    return {
+        "predicted": float(probability.mean()),
+        "observed": float(outcome.mean()),
+        "answers": len(probability),
+    }
 
 
 def brier_score(probability: Array, outcome: Array) -> float:
