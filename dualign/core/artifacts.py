@@ -148,8 +148,12 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Seq
 
     A row of nulls stands for an empty table, on which DVC fails.
     """
-    records = [{name: row[name] for name in columns} for row in rows]
+    records = [_picked(row, columns) for row in rows]
     write_json(path, records or [dict.fromkeys(columns)])
+
+
+def _picked(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    return {name: row[name] for name in columns}
 
 
 def read_json(path: str | Path) -> Any:

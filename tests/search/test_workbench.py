@@ -434,7 +434,12 @@ def test_corrected_prices_reach_the_pairs_of_a_training_and_the_tilts_after(
         return PolicyBench(plan, small, resources, inner, PROMPTS, tmp_path / name, inputs, prices=prices)
 
     seen: list[Any] = []
-    monkeypatch.setattr(workbench, "train_pairwise", lambda policy, tokenizer, pairs, inner, job: seen.append(pairs))
+
+    def watched(policy: Any, tokenizer: Any, pairs: Any, inner: Any, job: Any) -> dict[str, Any]:
+        seen.append(pairs)
+        return {"losses": []}
+
+    monkeypatch.setattr(workbench, "train_pairwise", watched)
     told, began = bench("told", 0.2), bench("began", 0.9)
     told.train(1, 0.5, before, [0.9])
     began.train(1, 0.5, before)
