@@ -23,7 +23,7 @@ from bench import world as laboratory
 TINY: dict[str, Any] = {
     **tiny.TINY,
     "prepare.pool_prompts": 12,
-    **{f"{stage}.training.max_steps": 4 for stage in tiny.TRAININGS},
+    **dict.fromkeys(tiny.LENGTHS, 4),
 }
 #: Rows on answers of their own policies, beside those of params.yaml.
 ONLINE = {
@@ -46,6 +46,8 @@ ONLINE = {
 }  # fmt: skip
 
 
+#: Stages that train one policy for each of their runs.
+TRAININGS = ("reward_dpo", "safety_dpo", "lagrangian_dpo", "lambda_path", "safety_path")
 #: A search on the pool that trains although the limit of this world is slack; nothing but a test of it reads it.
 BY_GRID = {"method": "dualign", "start": "lagrangian_dpo/anchored", "reference": "sft", "rule": "grid"}
 
@@ -160,7 +162,7 @@ def test_every_plot_draws_columns_of_files_that_stages_wrote(finished: Path) -> 
 def test_every_training_and_every_search_is_a_line(finished: Path) -> None:
     losses, searches = (json.loads((finished / f"reports/plots/{of}.json").read_text()) for of in ("loss", "search"))
     params = read(finished / "params.yaml")
-    runs = {f"{stage}/{name}" for stage in tiny.TRAININGS for name in params[stage].get("runs", ())}
+    runs = {f"{stage}/{name}" for stage in TRAININGS for name in params[stage]["runs"]}
     trained = {"sft", "reward_model", "cost_model", *runs}
     again = {row["run"] for row in losses} - trained
     assert trained <= {row["run"] for row in losses} and all(name.startswith("dual_search/") for name in again)
