@@ -31,7 +31,13 @@ CODE = (
     *("dualign", "stages", "pipeline", "dvc.yaml", ".dvcignore", ".gitignore", "prefect.toml", "prefect.yaml"),
     *("data/raw", "models/base/README.md", "reports/search/README.md"),
 )
-TRAININGS = ("sft", "reward_model", "cost_model", "reward_dpo", "safety_dpo", "lagrangian_dpo", "dual_search")
+#: DVC's folder of templates for its plots.
+TEMPLATES = ".dvc/plots"
+#: The keys that say how long trainings are; that of the scorers is the one at the top.
+LENGTHS = (
+    *("training.max_steps", "lagrangian_dpo.runs.anchored.max_steps"),
+    *(f"{stage}.training.max_steps" for stage in ("sft", "reward_dpo", "safety_dpo", "lagrangian_dpo", "dual_search")),
+)
 #: The whole graph at its smallest, with three checkpoints in every training.
 TINY: dict[str, Any] = {
     "generation.max_new_tokens": 12,
@@ -51,7 +57,7 @@ TINY: dict[str, Any] = {
     "certify.labels": None,
     "certify.screen.prompts": 8,
     "certify.screen.tests": 3,
-    **{f"{stage}.training.max_steps": 6 for stage in TRAININGS},
+    **dict.fromkeys(LENGTHS, 6),
     "resources.threads": 1,
     "resources.log_steps": 2,
     "resources.checkpoint_steps": 2,
@@ -221,6 +227,7 @@ def copy(folder: Path, params: Mapping[str, Any]) -> None:
     (folder / "params.yaml").write_text(assign((ROOT / "params.yaml").read_text(), params))
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, cwd=folder, check=True)
+    _copy_over(ROOT / TEMPLATES, folder / TEMPLATES)  # only now: `dvc init` refuses where there is a .dvc
 
 
 def _copy_over(source: Path, target: Path) -> None:

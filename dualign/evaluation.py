@@ -82,7 +82,7 @@ def finite_problem(enumerated: pd.DataFrame, beta: float) -> exact.Problem:
 
 
 def against_optimum(summary: dict[str, Any], problem: exact.Problem, limit: float) -> dict[str, Any]:
-    """How far a policy is from the exact constrained optimum, and the exact frontier.
+    """How far a policy is from the exact constrained optimum.
 
     `reward_share` is the way in true reward to the optimum (1 = there) from the policy nearest to the reference that
     keeps the limit, which is the reference itself where that keeps it; None if both agree. `value_gap` is J* - J with
@@ -91,7 +91,6 @@ def against_optimum(summary: dict[str, Any], problem: exact.Problem, limit: floa
     lam = exact.solve(problem, limit)
     best, reference = problem.describe(problem.policy(lam)), problem.describe(problem.log_reference)
     nearest = problem.describe(exact.nearest(problem, limit))
-    grid = sorted({0.0, lam, *np.linspace(0, max(3 * lam, 1.0), 25).tolist()})
     reward, way = summary["true_reward"]["mean"], best["reward"] - nearest["reward"]
     return {
         "optimum": {
@@ -102,11 +101,17 @@ def against_optimum(summary: dict[str, Any], problem: exact.Problem, limit: floa
         },
         "reward_share": (reward - nearest["reward"]) / way if abs(way) > 1e-9 else None,
         "value_gap": best["value"] - (reward - problem.beta * summary["kl"]["mean"]),
-        "frontier": [
-            {"lam": point, **{k: v for k, v in problem.describe(problem.policy(point)).items() if k != "value"}}
-            for point in grid
-        ],
     }
+
+
+def exact_frontier(problem: exact.Problem, lam: float) -> list[dict[str, float]]:
+    """Reward, cost and KL of the exact optima at multipliers from 0 to thrice the optimum's, `lam`, which is one."""
+    grid = sorted({0.0, lam, *np.linspace(0, max(3 * lam, 1.0), 25).tolist()})
+    found = [problem.describe(problem.policy(point)) for point in grid]
+    return [
+        {"lam": point, "reward": own["reward"], "cost": own["cost"], "kl": own["kl"]}
+        for point, own in zip(grid, found, strict=True)
+    ]
 
 
 def enumerate_answers(prompts: pd.DataFrame) -> pd.DataFrame:

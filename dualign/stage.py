@@ -16,12 +16,12 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from dualign.core.artifacts import is_full, listed, write_fault, write_json
+from dualign.core.artifacts import is_full, listed, write_fault, write_json, write_rows
 from dualign.core.errors import DualignError, ParamsError
 from dualign.core.names import NAME, shown
 from dualign.core.temporaries import room_for, scratch_root, temporary_folder
@@ -68,6 +68,10 @@ class Run(Generic[P]):
     def metrics(self, content: dict[str, Any]) -> None:
         """Write this stage's DVC metrics file."""
         write_json(Path("reports/metrics") / f"{self.name}.json", content)
+
+    def losses(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ("step", "loss")) -> None:
+        """Write the loss by step of this stage's trainings, a table for `dvc plots`; empty where there was none."""
+        write_rows(Path("reports/curves") / f"{self.name}.json", rows, columns)
 
     def scratch(self, *inputs: str | Path) -> Path:
         """A folder for checkpoints that a rerun with the same params, inputs, seed, code and libraries finds again.

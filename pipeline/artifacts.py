@@ -21,6 +21,8 @@ from pipeline.plan import Outlook
 #: The page that the report stage writes, and the frontier that the dual predicts.
 REPORT = Path("reports/index.html")
 FRONTIER = Path("data/dual/frontier.json")
+#: Where stages write the losses of their trainings, as rows of step and loss.
+CURVES = "reports/curves/"
 #: What a card compares policies by.
 COMPARED = ("reward.mean", "cost.mean", "p_unsafe.mean", "kl.mean", "length.mean", "win_reward.mean")
 
@@ -133,11 +135,8 @@ def outputs_table(entry: Mapping[str, Any]) -> list[str]:
 
 def pictures(root: Path, spec: StageSpec, metrics: Mapping[str, Any]) -> list[drawing.Chart]:
     """The charts that a stage's files allow: its loss, and where it writes one, the frontier of reward and cost."""
-    charts = [
-        drawing.Chart(key.replace("_", " "), "step", "loss", [drawing.Curve("", points)])
-        for key, value in metrics.items()
-        if key.endswith("loss_curve") and (points := _pairs(value))
-    ]
+    losses = [curve for out in spec.outs if out.startswith(CURVES) for curve in _losses(root / out)]
+    charts = [drawing.Chart("training loss", "step", "loss", losses)] if losses else []
     outs = [*spec.outs, *spec.metrics]
     predicted = _frontier(root)
     if any(FRONTIER.is_relative_to(out) for out in outs) and predicted:
@@ -154,9 +153,14 @@ def pictures(root: Path, spec: StageSpec, metrics: Mapping[str, Any]) -> list[dr
     return charts
 
 
-def _pairs(value: Any) -> list[tuple[float, float]]:
-    rows = value if isinstance(value, list) else []
-    return [(row[0], row[1]) for row in rows if isinstance(row, list) and len(row) == 2 and all(map(_is_number, row))]
+def _losses(path: Path) -> list[drawing.Curve]:
+    """Loss against step, a curve for each training where a stage has several."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    content = _json(path)
+    for row in content if isinstance(content, list) else ():
+        if _is_number(row.get("step")) and _is_number(row.get("loss")):
+            points.setdefault(row.get("training", ""), []).append((row["step"], row["loss"]))
+    return [drawing.Curve(name, own) for name, own in points.items()]
 
 
 def _frontier(root: Path) -> list[tuple[float, float]]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dualign.core.artifacts import replacing
+from dualign.core.artifacts import replacing, write_rows
 from dualign.core.errors import DataError
 from dualign.core.schema import SAFETY_PAIRS, read_table
 from dualign.params.models import CostModelParams
@@ -29,6 +29,7 @@ from dualign.scoring.calibration import (
     fit_platt,
     isotonic_zero_error,
     platt_zero_error,
+    reliability,
     sigmoid,
 )
 from dualign.scoring.fitting import (
@@ -66,10 +67,12 @@ def main(run: Run[CostModelParams]) -> None:
 
     scorer = on_one_scale(scorer, lambda member: calibration_of(scored(member), params.calibrate))
     answers = scored(scorer)
-    calibration, quality = calibrate(answers, params.calibrate, params.seed)
+    calibration, quality, reliable = calibrate(answers, params.calibrate, params.seed)
     cut = heldout_answers(scorer, heldout, run.resources.scoring_batch_size, ended=False)
     with replacing(OUT) as folder:
         scorer.calibrated(calibration).save(folder)
+        write_rows(folder / "reliability.json", reliable, ("predicted", "observed", "answers"))
+    run.losses(metrics.pop("losses", []))
     run.metrics(
         {
             **metrics,
@@ -88,24 +91,25 @@ def calibration_of(answers: pd.DataFrame, kind: str) -> Calibration:
     return _fitted(flagged, kind)[kind] if len(flagged) else Platt()
 
 
-def calibrate(answers: pd.DataFrame, kind: str, seed: int) -> tuple[Calibration, dict[str, Any]]:
-    """The calibration fitted on all flagged held-out answers, and the metrics of every kind.
+def calibrate(answers: pd.DataFrame, kind: str, seed: int) -> tuple[Calibration, dict[str, Any], list[dict[str, Any]]]:
+    """The calibration fitted on all flagged held-out answers, the metrics of every kind, and its reliability diagram.
 
     `ece` and `brier` judge P(unsafe): before calibration, after the one that is served, and after each kind, each half
     of the prompts by what was fitted to the other. `offset` is the cost at raw score 0; `zero_error` the standard error
-    of the zero in units of cost, None if uncalibrated.
+    of the zero in units of cost, None if uncalibrated. The diagram is that of the served one, judged likewise.
     """
     flagged = answers[answers["unsafe"].notna()]
     if flagged.empty:
         log.warning("no held-out answer has an is-safe flag: cost keeps an arbitrary zero, so the limit is relative")
-        return Platt(), {**dict.fromkeys(_FLAG_METRICS), "scale": 1.0, "offset": 0.0}
+        return Platt(), {**dict.fromkeys(_FLAG_METRICS), "scale": 1.0, "offset": 0.0}, []
     parts = crosswise(flagged["prompt_id"])
     if not parts:
         raise DataError("flags of at least two prompts must be held out to judge the cost; raise prepare.heldout_share")
     found = _fitted(flagged, kind)
-    quality = _judged_crosswise(flagged, parts, kind)
+    costs, unsafe = _crosswise(flagged, parts, kind)
+    quality = {name: _quality(cost, unsafe) for name, cost in costs.items()}
     served, after = found[kind], quality[kind]
-    return served, {
+    metrics = {
         "sign_accuracy": after["sign_accuracy"],
         **judged(quality["none"], after, "cost"),
         **({"calibration_helps": None} if kind == "none" else {}),
@@ -114,12 +118,13 @@ def calibrate(answers: pd.DataFrame, kind: str, seed: int) -> tuple[Calibration,
         "offset": float(served(np.zeros(1))[0]),
         "zero_error": _zero_error(found, kind, flagged, seed),
     }
+    return served, metrics, reliability(sigmoid(costs[kind]), unsafe)
 
 
-def _judged_crosswise(
+def _crosswise(
     answers: pd.DataFrame, parts: list[tuple[np.ndarray, np.ndarray]], kind: str
-) -> dict[str, dict[str, float]]:
-    """The quality of every kind of calibration, each half of the answers judged by what was fitted to the other.
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The costs by every kind of calibration, each half of the answers by what was fitted to the other; and the flags.
 
     A half that cannot be fitted, its flags being all alike, judges nothing; raises DataError where both cannot.
     """
@@ -137,8 +142,8 @@ def _judged_crosswise(
             costs.setdefault(name, []).append(each(answers[judge]["score"].to_numpy(float)))
     if not flags:
         raise refused[-1]
-    unsafe = np.concatenate(flags)
-    return {name: _quality(np.concatenate(own), unsafe) for name, own in costs.items() if len(own) == len(flags)}
+    whole = {name: np.concatenate(own) for name, own in costs.items() if len(own) == len(flags)}
+    return whole, np.concatenate(flags)
 
 
 def _fitted(answers: pd.DataFrame, kind: str) -> dict[str, Calibration]:

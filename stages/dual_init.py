@@ -65,7 +65,8 @@ def main(run: Run[DualInitParams]) -> None:
         write_json(folder / "betas.json", {"rows": betas, "beta": params.beta, "min_ess": params.min_ess})
         write_parquet(folder / "prompts.parquet", by_prompts(solution, prompts), DUAL_PROMPTS)
     _tell(solution, result, prices)
-    run.metrics({key: value for key, value in result.items() if key != "messages"})
+    numbers = {key: value for key, value in result.items() if key != "messages"}
+    run.metrics(numbers | {"prices": {price.constraint.name: price.lam for price in prices}})
 
 
 def solve_at(beta: float, pool: pd.DataFrame, scored: Scored, params: DualInitParams) -> Solved:

@@ -72,9 +72,20 @@ def main(run: Run[DualSearchParams]) -> None:
         publish(Path(chosen.policy), folder)
         (folder / "README.md").write_text(model_card(row, result, params))
     write_json(Path("reports/search") / f"{item}.json", result)
+    run.losses(bench.losses(len(steps)), ("training", "step", "loss"))
     spent = ("feasible", "trainings", "generated_tokens", "labels", "comparisons")
-    run.metrics({**result["steps"][result["chosen"]], **{key: result[key] for key in spent}})
+    run.metrics({**numbers(result["steps"][result["chosen"]]), **{key: result[key] for key in spent}})
     finished(scratch)
+
+
+def numbers(step: Mapping[str, Any]) -> dict[str, Any]:
+    """A step of the summary as metrics hold it, which know no lists: further limits and their prices by name."""
+    further = {
+        known["name"]: {"mean": known["mean"], "error": known["error"], "limit": known["limit"]}
+        for known in step["further"]
+    }
+    prices = zip(further, step["prices"], strict=False)  # only some searches have any
+    return {**step, "further": further, "prices": dict(prices)}
 
 
 def with_row(params: DualSearchParams, name: str) -> DualSearchParams:

@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 
 from dualign.constraints import constraint
-from dualign.core.artifacts import replacing, write_parquet
+from dualign.core.artifacts import replacing, write_json, write_parquet
 from dualign.core.schema import ANSWERS, ENUMERATED, POOL, PROMPTS, SUPPORT, read_table
 from dualign.dual import value_at_risk
-from dualign.evaluation import add_truth, against_optimum, finite_problem, summarise
+from dualign.evaluation import add_truth, against_optimum, exact_frontier, finite_problem, summarise
 from dualign.lm.mixture import Policy, is_policy, policy_at
 from dualign.measure.rollout import Judges, log_ratios, roll_out
 from dualign.measure.stats import clustered_mean
@@ -57,15 +57,20 @@ def main(run: Run[EvaluateParams]) -> None:
     log_ratio, tilt = on_the_pool(policy, judges)
     metrics = summarise(answers, log_ratio, params.confidence) | {"tilt": tilt}
     metrics["off_support"] = off_support(answers, params)
+    frontier: list[dict[str, float]] = []
     if world:
         enumerated = read_table(SCORED / "enumerated.parquet", ENUMERATED)
         kept = enumerated[enumerated["prompt_id"].isin(prompts["prompt_id"])]
-        metrics |= against_optimum(metrics, finite_problem(kept, params.beta), params.limit)
+        problem = finite_problem(kept, params.beta)
+        metrics |= against_optimum(metrics, problem, params.limit)
+        frontier = exact_frontier(problem, metrics["optimum"]["lam"])
     if params.also:
         metrics["also"] = further_limits(answers, params.also, params.confidence)
     with replacing(OUT / item) as out:
         out.mkdir()
         write_parquet(out / "answers.parquet", answers, ANSWERS)
+        if world:
+            write_json(out / "frontier.json", frontier)
     run.metrics({**metrics, "policy": item, "max_new_tokens": params.max_new_tokens})
 
 

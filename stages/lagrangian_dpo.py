@@ -54,6 +54,7 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     policies = (MODELS / spec.reward, MODELS / spec.cost, METRICS / f"{spec.cost}.json") if implicit(spec) else ()
     scratch = run.scratch(SCORED, DUAL, REFERENCE, *policies)
     metrics = train_at(found["lam"], pairs, REFERENCE, spec, params, run.resources, scratch, OUT / item)
+    run.losses(metrics.pop("losses"))
     # A search that starts here looks at these, and takes the rest over.
     run.metrics({**metrics, **found, **spec.model_dump(include={"reward", "cost", "data"})})
     finished(scratch)
@@ -67,8 +68,8 @@ def implicit(spec: LagrangianRun) -> bool:
 def multiplier(item: str, spec: LagrangianRun, pool: pd.DataFrame, params: LagrangianDpoParams) -> dict[str, Any]:
     """The multiplier and where it is from: params, the dual of the pool, or the dual of the pool's implicit scores.
 
-    The last is solved here, so its 95 % interval `lam_interval` comes with it. `stock` stays below the limit by the
-    pool's safety stock.
+    The last is solved here, so its 95 % interval `lam_low`, `lam_high` comes with it. `stock` stays below the limit by
+    the pool's safety stock.
     """
     if not isinstance(spec.lam, str):
         return {"lam": spec.lam, "lam_from": "params.yaml"}
@@ -83,8 +84,9 @@ def multiplier(item: str, spec: LagrangianRun, pool: pd.DataFrame, params: Lagra
         )  # fmt: skip
     except InfeasibleError as error:
         raise InfeasibleError(f"lagrangian_dpo.runs.{item}, scored by policies: {error}") from error
-    log.info("lambda %.4f on implicit scores, 95 %% interval %.4f to %.4f", solution.lam, *solution.lam_interval)
-    return {"lam": solution.lam, "lam_from": "implicit scores", "lam_interval": list(solution.lam_interval)}
+    low, high = solution.lam_interval
+    log.info("lambda %.4f on implicit scores, 95 %% interval %.4f to %.4f", solution.lam, low, high)
+    return {"lam": solution.lam, "lam_from": "implicit scores", "lam_low": low, "lam_high": high}
 
 
 def charged(item: str, spec: LagrangianRun, tables: Tables, tokenizer: PreTrainedTokenizerBase) -> Tables:

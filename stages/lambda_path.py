@@ -36,6 +36,7 @@ def main(run: Run[LambdaPathParams]) -> None:
     metrics = train_at(spec.lam, pairs, begin, spec, params, run.resources, scratch, OUT / item)
     # What a search from here looks at, as it would in the metrics of lagrangian_dpo.
     scored = {"reward": "reward_model", "cost": "cost_model", "data": "pool"}
+    run.losses(metrics.pop("losses"))
     run.metrics({**metrics, **scored, "lam": spec.lam, "begin": spec.begin})
     finished(scratch)
 

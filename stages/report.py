@@ -1,4 +1,4 @@
-"""report: every metrics file -> reports/index.html, one self-contained page, and reports/comparison.json.
+"""report: all that was measured -> reports/index.html, one page, reports/comparison.json, and tables for `dvc plots`.
 
 python -m stages.report
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from dualign.core.artifacts import write_json
 from dualign.params.evaluate import ReportParams
 from dualign.report.comparison import compare
+from dualign.report.curves import write_curves
 from dualign.report.page import write
 from dualign.stage import Run, execute
 
@@ -18,6 +19,7 @@ def main(run: Run[ReportParams]) -> None:
     """Run the stage."""
     root = Path()
     write_json(root / "reports/comparison.json", compare(root, run.params.policies, run.params.confidence))
+    write_curves(root, root / "reports/plots")
     write(root, run.params, root / "reports/index.html")
 
 

@@ -42,6 +42,7 @@ def main(run: Run[RewardDpoParams]) -> None:
     metrics = train_pairwise(policy, tokenizer, pairs, inner, job)
     with replacing(OUT / item) as folder:
         save(policy, tokenizer, folder)
+    run.losses(metrics.pop("losses"))
     run.metrics({**metrics, **spec.model_dump(exclude={"margin_weight"})})
     finished(scratch)
 

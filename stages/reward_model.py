@@ -56,6 +56,7 @@ def main(run: Run[RewardModelParams]) -> None:
     quality["accuracy_cut"] = float((gaps(cut) > 0).mean())
     with replacing(OUT) as folder:
         scorer.calibrated(calibration).save(folder)
+    run.losses(metrics.pop("losses", []))
     run.metrics({**metrics, **quality, "pairs": {**metrics["pairs"], "heldout": len(heldout)}})
     finished(scratch)
 

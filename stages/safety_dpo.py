@@ -34,7 +34,9 @@ def main(run: Run[SafetyDpoParams]) -> None:
     reference = MODELS / spec.reference
     frame = read_table(PAIRS, SAFETY_PAIRS)
     scratch = run.scratch(PAIRS, DUAL, *sorted({MODELS / "sft", reference}))
-    run.metrics(train_at(lam, frame, reference, spec, params, run.resources, scratch, OUT / item))
+    metrics = train_at(lam, frame, reference, spec, params, run.resources, scratch, OUT / item)
+    run.losses(metrics.pop("losses"))
+    run.metrics(metrics)
     finished(scratch)
 
 

@@ -27,7 +27,9 @@ def main(run: Run[SafetyPathParams]) -> None:
     reference = MODELS / spec.reference
     scratch = run.scratch(PAIRS, *sorted({MODELS / "sft", reference}))
     frame = read_table(PAIRS, SAFETY_PAIRS)
-    run.metrics(train_at(spec.lam, frame, reference, spec, params, run.resources, scratch, OUT / item))
+    metrics = train_at(spec.lam, frame, reference, spec, params, run.resources, scratch, OUT / item)
+    run.losses(metrics.pop("losses"))
+    run.metrics(metrics)
     finished(scratch)
 
 

@@ -54,6 +54,7 @@ def main(run: Run[SftParams]) -> None:
     with replacing(OUT) as folder:
         save(merged(model) if params.train else untouched(params, tokenizer), tokenizer, folder)
     parameters = sum(weight.numel() for weight in model.parameters())
+    run.losses(metrics.pop("losses", []))
     run.metrics({**metrics, "trained": bool(params.train), "parameters": parameters, "vocabulary": len(tokenizer)})
     finished(scratch)
 

@@ -143,6 +143,16 @@ def test_outputs_are_cached_and_never_kept(stage: str) -> None:
     assert all(path.split("/")[0] in {"data", "models", "reports"} for path in outputs)
 
 
+def test_plots_draw_outputs_by_templates_that_are_there() -> None:
+    """Whether the columns are there as well is seen on a real run, in tests/e2e."""
+    outs = [path for definition in DEFINITIONS.values() for path in definition["outs"]]
+    for name, plot in ((name, plot) for item in read(ROOT / "dvc.yaml")["plots"] for name, plot in item.items()):
+        undeclared = [file for file in plot["y"] if not any(within(file, out) for out in outs)]
+        assert not undeclared, f"dvc.yaml: plots: {name}: no stage writes {undeclared[0]}"
+        template = ROOT / f".dvc/plots/{plot['template']}.json"
+        assert plot["template"] == "simple" or "<DVC_METRIC_DATA>" in template.read_text(), name
+
+
 # --- what an edit makes run again -------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import pytest
 from dualign import evaluation, exact
 from dualign.core.schema import user
 from dualign.data import world
-from dualign.evaluation import against_optimum, enumerate_answers, finite_problem
+from dualign.evaluation import against_optimum, enumerate_answers, exact_frontier, finite_problem
 
 BETA, LIMIT = 1.5, -0.3
 QUESTIONS = world.prompts()[::480]
@@ -100,7 +100,7 @@ def test_the_way_begins_at_the_nearest_policy_that_keeps_the_limit(enumerated: p
 def test_the_exact_frontier_holds_the_optimum_and_falls(enumerated: pd.DataFrame) -> None:
     problem = finite_problem(enumerated, BETA)
     result = against_optimum(summary(problem.describe(problem.log_reference)), problem, LIMIT)
-    rows = result["frontier"]
+    rows = exact_frontier(problem, result["optimum"]["lam"])
     assert any(row["cost"] == pytest.approx(LIMIT) for row in rows)
     assert all(b["cost"] <= a["cost"] for a, b in pairwise(rows))
     assert rows[0]["lam"] == 0.0 and rows[-1]["lam"] >= 3 * result["optimum"]["lam"] - 1e-9

@@ -66,8 +66,13 @@ def test_a_stage_that_ends_writes_where_its_numbers_come_from(folder: Path) -> N
 
 
 def test_an_item_has_files_of_its_own(folder: Path) -> None:
-    execute(lambda run: run.metrics({"item": run.item}), DualInitParams, ["ours"])
+    def main(run: Run[DualInitParams]) -> None:
+        run.metrics({"item": run.item})
+        run.losses([{"step": 10, "loss": 0.5}])
+
+    execute(main, DualInitParams, ["ours"])
     assert read_json(folder / "reports/metrics/dual_init/ours.json") == {"item": "ours"}
+    assert read_json(folder / "reports/curves/dual_init/ours.json") == [{"step": 10, "loss": 0.5}]
     assert (folder / "reports/provenance/dual_init/ours.json").is_file()
 
 

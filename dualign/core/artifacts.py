@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,19 @@ def write_json(path: str | Path, content: Any) -> None:
     """Write JSON with sorted keys; NaN and infinity become null, which every reader understands."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(_finite(content), indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Write a table for `dvc plots`: a JSON list of records, which hold these columns and no other.
+
+    A row of nulls stands for an empty table, on which DVC fails.
+    """
+    records = [_picked(row, columns) for row in rows]
+    write_json(path, records or [dict.fromkeys(columns)])
+
+
+def _picked(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    return {name: row[name] for name in columns}
 
 
 def read_json(path: str | Path) -> Any:

@@ -179,6 +179,15 @@ class SearchResult(TypedDict):
 
 
 @_OPEN
+class LossRow(TypedDict):
+    """A row of reports/curves/STAGE.json or STAGE/ITEM.json; nulls where a stage trained nothing."""
+
+    training: NotRequired[str | None]
+    step: int | None
+    loss: float | None
+
+
+@_OPEN
 class IntervalRow(TypedDict):
     """A mean with its interval."""
 
@@ -274,7 +283,10 @@ def solved_multiplier(known: SolvedDual, which: Solved) -> float:
 
 
 def read_record(path: str | Path, record: type[R]) -> R:
-    """Read a JSON file of a stage as a record. Raises DataError with the file and the key that is missing or wrong."""
+    """Read a JSON file of a stage as a record, or as a list of them.
+
+    Raises DataError with the file and the key that is missing or wrong.
+    """
     return _validated(Path(path), record, read_json(path))
 
 

@@ -20,6 +20,7 @@ from dualign.core.artifacts import listed, read_optional_json, replacing
 from dualign.core.records import (
     Betas,
     Frontier,
+    FrontierRow,
     PreparedMetrics,
     Provenance,
     SearchResult,
@@ -33,6 +34,7 @@ from dualign.params.stages import STAGES
 from dualign.report import charts
 from dualign.report.charts import Knot, Point, Range
 from dualign.report.comparison import REFERENCE, compare, read_answers
+from dualign.report.curves import trajectory
 from dualign.report.diagnosis import (
     cut_in_words,
     further_by_step,
@@ -268,7 +270,8 @@ def _world(root: Path, rows: list[Row]) -> dict[str, Any] | None:
     for row in rows:
         metrics: Any = read_evaluated(root / "reports/metrics", row["name"])
         if metrics.get("optimum"):
-            return {"optimum": metrics["optimum"], "frontier": metrics.get("frontier") or []}
+            frontier = root / "reports/evaluation" / row["name"] / "frontier.json"
+            return {"optimum": metrics["optimum"], "frontier": read_optional_record(frontier, list[FrontierRow]) or []}
     return None
 
 
@@ -339,12 +342,12 @@ def _searches(root: Path, rows: list[Row], limit: float, near: float | None) -> 
         path = root / "reports/search" / f"{Path(row['folder']).name}.json"
         if row["folder"].startswith("aligned/") and path.is_file():
             found.append(_search({"row": row, **read_record(path, SearchResult)}, limit))
-    ends = (end for search in found for step in _shown(search) for end in _step_ends(step))
+    ends = (end for search in found for step in trajectory(search) for end in _step_ends(step))
     costs = charts.domain([near, *(search["aim"] for search in found), *ends])
     for search in found:
         name = f"search of {search['row']['name']}: multiplier and cost by step"
         chosen = None if search.get("course") else search.get("chosen")
-        search["chart"] = charts.trajectory(_shown(search), near, costs, chosen, name, search["aim"])
+        search["chart"] = charts.trajectory(trajectory(search), near, costs, chosen, name, search["aim"])
     return found
 
 
@@ -360,11 +363,6 @@ def _search(search: Row, limit: float) -> Row:
         "screened": [screened[q] for q in sorted(screened)],
         "further": further_by_step(search["steps"]),
     }
-
-
-def _shown(search: Row) -> list[Row]:
-    """The steps of a search, or the course of the one training that moved lambda itself."""
-    return search.get("course") or search["steps"]
 
 
 def _heading(search: Row) -> str:

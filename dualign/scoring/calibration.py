@@ -261,10 +261,31 @@ def expected_calibration_error(probability: Array, outcome: Array, bins: int = 1
     >>> expected_calibration_error(half, mixed, bins=1), expected_calibration_error(half, all_of_them, bins=1)
     (0.0, 0.5)
     """
-    order = np.argsort(probability, kind="stable")
-    parts = [part for part in np.array_split(order, bins) if len(part)]
-    gaps = [len(part) * abs(float(probability[part].mean() - outcome[part].mean())) for part in parts]
+    rows = [row for row in reliability(probability, outcome, bins) if row["answers"]]
+    gaps = [row["answers"] * abs(row["predicted"] - row["observed"]) for row in rows]
     return sum(gaps) / len(probability)
+
+
+def reliability(probability: Array, outcome: Array, bins: int = 10) -> list[dict[str, Any]]:
+    """The reliability diagram: mean predicted probability and observed share in bins of equal count, and the count.
+
+    A row for each bin, by increasing probability; nulls where fewer outcomes than bins leave one empty.
+
+    >>> reliability(np.array([0.25, 0.75]), np.array([0, 1]), bins=1)
+    [{'predicted': 0.5, 'observed': 0.5, 'answers': 2}]
+    """
+    order = np.argsort(probability, kind="stable")
+    return [_bin(probability[part], outcome[part]) for part in np.array_split(order, bins)]
+
+
+def _bin(probability: Array, outcome: Array) -> dict[str, Any]:
+    if not len(probability):
+        return {"predicted": None, "observed": None, "answers": 0}
+    return {
+        "predicted": float(probability.mean()),
+        "observed": float(outcome.mean()),
+        "answers": len(probability),
+    }
 
 
 def brier_score(probability: Array, outcome: Array) -> float:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from dualign import dual
 from dualign.constraints import Price, priced
-from dualign.core.artifacts import read_json, replacing, write_json, write_parquet
+from dualign.core.artifacts import listed, read_json, replacing, write_json, write_parquet
 from dualign.core.errors import ParamsError
 from dualign.core.schema import ANSWERS, POOL, SAFETY_PAIRS, SCORED_PAIRS, by_prompt, read_table
 from dualign.lm.mixture import policy_at, write_mixture
@@ -54,6 +54,8 @@ InnerAt = Callable[[float], Inner]
 
 #: Rows of an ascent's course at most: what a chart can show.
 _COURSE = 50
+#: What the file of a training's losses, beside its policy, is named after it.
+_LOSSES = "-losses.json"
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class PolicyBench:
                 policy, judges.tokenizer, pool["prompt"].tolist(), judges.reward, judges.cost, self._gradient(), job
             )
             write_json(course, {"lam": found["lambda"], "tokens": found["generated_tokens"], "course": found["course"]})
-            self._save(policy, out)
+            self._save(policy, out, found["losses"])
         made = read_json(course)
         return Ascent(str(out), made["lam"], stretches(made["course"], _COURSE))
 
@@ -175,6 +177,13 @@ class PolicyBench:
             covariance=covariance,
         )  # fmt: skip
         return self._by_feedback(measured, answers, step) if self._method.cost == "feedback" else measured
+
+    def losses(self, steps: int) -> list[dict[str, Any]]:
+        """The loss of every training of the first `steps` steps; `training` is its folder, such as step-1/policy."""
+        found = [path for step in range(steps) for path in listed(self._folder(step), f"*{_LOSSES}")]
+        names = [path.relative_to(self._scratch).as_posix().removesuffix(_LOSSES) for path in found]
+        tables = zip(names, map(read_json, found), strict=True)
+        return [{"training": name, **row} for name, rows in tables for row in rows]
 
     def tilt(self, policy: str) -> Tilt:
         """The effective tilt of a policy on the first samples of every pool prompt."""
@@ -231,10 +240,12 @@ class PolicyBench:
         """Train the policy in `begin` on pairs and save it in `out`; checkpoints lie beside it."""
         policy = self._adaptable(begin, seed)
         job = Job(self._params.training, self._resources, out.with_name(f"{out.name}-checkpoints"), seed)
-        train_pairwise(policy, self._judges.tokenizer, pairs, inner, job)
-        self._save(policy, out)
+        found = train_pairwise(policy, self._judges.tokenizer, pairs, inner, job)
+        self._save(policy, out, found["losses"])
 
-    def _save(self, policy: Model, out: Path) -> None:
+    def _save(self, policy: Model, out: Path, losses: list[dict[str, Any]]) -> None:
+        """Save a policy and the losses of its training, these first: once there is a policy, nothing trains again."""
+        write_json(out.with_name(f"{out.name}{_LOSSES}"), losses)
         with replacing(out) as temporary:
             save(policy, self._judges.tokenizer, temporary)
 

@@ -106,7 +106,7 @@ def run(trainer: Any, job: Job) -> Metrics:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _drop_copy(trainer.model)
     state: TrainerState = trainer.state
-    curve = [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry]
+    losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in state.log_history if "loss" in entry]
     seen = [entry[key] for entry in state.log_history for key in ("loss", "train_loss") if key in entry]
     if not all(math.isfinite(loss) for loss in seen):
         raise TrainingError("the training loss became NaN or infinite; lower the learning rate")
@@ -116,7 +116,7 @@ def run(trainer: Any, job: Job) -> Metrics:
         "steps": state.global_step,
         "rows": len(trainer.train_dataset),
         "loss": last.get("loss"),
-        "loss_curve": curve,
+        "losses": losses,
         **shown,
     }
 

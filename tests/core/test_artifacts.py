@@ -13,7 +13,15 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from dualign.core.artifacts import listed, read_json, read_optional_json, replacing, write_json, write_parquet
+from dualign.core.artifacts import (
+    listed,
+    read_json,
+    read_optional_json,
+    replacing,
+    write_json,
+    write_parquet,
+    write_rows,
+)
 from dualign.core.errors import DualignError
 
 
@@ -51,6 +59,16 @@ def test_a_folder_replaces_the_whole_old_folder(tmp_path: Path) -> None:
             (temporary / name).write_text(name)
     assert [file.name for file in path.iterdir()] == ["new"]
     assert not leftovers(path.parent)
+
+
+def test_a_table_of_records_holds_its_columns_and_is_never_empty(tmp_path: Path) -> None:
+    path = tmp_path / "loss.json"
+    write_rows(path, [{"loss": 0.5, "step": 1, "accuracy": 0.9}, {"step": 2, "loss": float("nan")}], ("step", "loss"))
+    assert read_json(path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}]
+    write_rows(path, [], ("step", "loss"))
+    assert read_json(path) == [{"step": None, "loss": None}]
+    with pytest.raises(KeyError):
+        write_rows(path, [{"step": 1}], ("step", "loss"))
 
 
 def test_nothing_is_visible_before_the_end(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -22,7 +23,7 @@ from bench import world as laboratory
 TINY: dict[str, Any] = {
     **tiny.TINY,
     "prepare.pool_prompts": 12,
-    **{f"{stage}.training.max_steps": 4 for stage in tiny.TRAININGS},
+    **dict.fromkeys(tiny.LENGTHS, 4),
 }
 #: Rows on answers of their own policies, beside those of params.yaml.
 ONLINE = {
@@ -45,6 +46,8 @@ ONLINE = {
 }  # fmt: skip
 
 
+#: Stages that train one policy for each of their runs.
+TRAININGS = ("reward_dpo", "safety_dpo", "lagrangian_dpo", "lambda_path", "safety_path")
 #: A search on the pool that trains although the limit of this world is slack; nothing but a test of it reads it.
 BY_GRID = {"method": "dualign", "start": "lagrangian_dpo/anchored", "reference": "sft", "rule": "grid"}
 
@@ -60,6 +63,11 @@ def copy_repository(target: Path) -> None:
     params["methods"]["by_grid"] = BY_GRID
     with (target / "params.yaml").open("w") as handle:
         yaml.dump(params, handle)
+
+
+def read(path: Path) -> Any:
+    """The content of a YAML file."""
+    return YAML(typ="safe").load(path.read_text())
 
 
 def environment() -> dict[str, str]:
@@ -95,7 +103,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_graph_ends_in_a_report_of_every_policy(finished: Path) -> None:
-    params = YAML(typ="safe").load((finished / "params.yaml").read_text())
+    params = read(finished / "params.yaml")
     page = (finished / "reports/index.html").read_text()
     comparison = json.loads((finished / "reports/comparison.json").read_text())
     assert set(comparison["policies"]) == set(params["evaluate"]["policies"])
@@ -132,6 +140,50 @@ def test_the_laboratory_reads_what_every_policy_is_worth_and_what_it_took(finish
     for row in rows.values():
         assert row["excess"] == pytest.approx(row["true_cost"] - 0.5) and row["excess"] >= row["least_excess"]
     assert rows["sft"]["kl"] == 0 and rows["sft"]["displacement"] == 0
+
+
+@pytest.mark.slow
+def test_every_plot_draws_columns_of_files_that_stages_wrote(finished: Path) -> None:
+    plots = {name: plot for item in read(finished / "dvc.yaml")["plots"] for name, plot in item.items()}
+    told = json.loads(run(finished, sys.executable, "-m", "dvc", "plots", "show", "--json").stdout)
+    assert told["data"].keys() == plots.keys() and not told.get("errors")
+    drawn = {name: parts[0]["content"] for name, parts in told["data"].items()}
+    for name, plot in plots.items():
+        ((file, columns),) = plot["y"].items()
+        content = json.loads((finished / file).read_text())
+        rows = content["rows"] if isinstance(content, dict) else content
+        columns = columns if isinstance(columns, list) else [columns]
+        assert all(math.isfinite(row[column]) for row in rows for column in (plot["x"], *columns)), name
+        assert len(drawn[name]["data"]["values"]) == len(columns) * len(rows) > 1, name
+        assert drawn[name]["encoding"]["x"]["field"] == plot["x"], name
+
+
+@pytest.mark.slow
+def test_every_training_and_every_search_is_a_line(finished: Path) -> None:
+    losses, searches = (json.loads((finished / f"reports/plots/{of}.json").read_text()) for of in ("loss", "search"))
+    params = read(finished / "params.yaml")
+    runs = {f"{stage}/{name}" for stage in TRAININGS for name in params[stage]["runs"]}
+    trained = {"sft", "reward_model", "cost_model", *runs}
+    again = {row["run"] for row in losses} - trained
+    assert trained <= {row["run"] for row in losses} and all(name.startswith("dual_search/") for name in again)
+    assert {"dual_search/by_grid/step-1/policy", "dual_search/o_pd_dpo/step-1/helpful"} <= again
+    assert {row["run"] for row in searches} == params["methods"].keys()
+    assert [row["step"] for row in losses if row["run"] == "reward_dpo/helpful"] == [2, 4]
+
+
+@pytest.mark.slow
+def test_metrics_of_stages_are_single_values(finished: Path) -> None:
+    """Curves are tables of their own. A certificate's metrics list its tests, which are no curve."""
+    for path in (finished / "reports/metrics").rglob("*.json"):
+        if path.parent.name != "certify":
+            assert not lists_in(json.loads(path.read_text())), path
+
+
+def lists_in(content: Any, key: str = "") -> list[str]:
+    """The keys of all lists in nested mappings."""
+    if not isinstance(content, dict):
+        return [key] if isinstance(content, list) else []
+    return [found for name, value in content.items() for found in lists_in(value, f"{key}.{name}")]
 
 
 @pytest.mark.slow

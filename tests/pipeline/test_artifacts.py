@@ -6,6 +6,8 @@ import base64
 import dataclasses
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,8 +27,10 @@ from pipeline.artifacts import (
     size,
     summary_page,
 )
-from pipeline.dag import load_dag
+from pipeline.dag import StageSpec, load_dag
 from tests.pipeline.project import Project
+
+LOSSES = "reports/curves/left.json"
 
 
 def test_a_card_tells_metrics_their_change_and_the_outputs(project: Project) -> None:
@@ -37,13 +41,37 @@ def test_a_card_tells_metrics_their_change_and_the_outputs(project: Project) -> 
     before = recorded_metrics(cache, spec, records.read(root, ["left"])["left"])
     project.set(left={"value": 1.25})
     project.dvc("repro", "--quiet", "left")
-    page = card(root, spec, Result("Completed", "Completed in 2.0 s"), before, current_metrics(root, spec))
+    write_losses(root, [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}])
+    result = Result("Completed", "Completed in 2.0 s")
+    page = card(root, trained(spec), result, before, current_metrics(root, spec))
     assert "## left: Completed in 2.0 s" in page
     assert "| accuracy | 1.25 | +0.25 |" in page
     md5 = next(out["md5"] for out in records.read(root, ["left"])["left"]["outs"] if out["path"] == "out/left")
     assert f"| out/left | 4 B | 1 | `{md5[:12]}` |" in page
     picture = re.search(r"base64,([^)]+)\)", page)
-    assert picture is not None and b"loss curve" in base64.b64decode(picture[1])
+    assert picture is not None and b"training loss" in base64.b64decode(picture[1])
+
+
+def trained(spec: StageSpec) -> StageSpec:
+    """The stage, with the losses of a training among its outputs."""
+    return dataclasses.replace(spec, outs=(*spec.outs, LOSSES))
+
+
+def write_losses(root: Path, rows: list[dict[str, Any]]) -> None:
+    (root / LOSSES).parent.mkdir(parents=True, exist_ok=True)
+    (root / LOSSES).write_text(json.dumps(rows))
+
+
+def test_every_training_of_a_stage_is_a_line_of_its_chart(project: Project) -> None:
+    spec = trained(load_dag(project.root)["left"])
+    rows = [{"training": f"step-{i}/policy", "step": s, "loss": 1 / s} for i in (1, 2) for s in (1, 2)]
+    write_losses(project.root, [*rows, {"training": "step-2/policy", "step": 3, "loss": None}])
+    (chart,) = pictures(project.root, spec, {})
+    assert {curve.name: curve.points for curve in chart.curves} == {
+        f"step-{i}/policy": [(1, 1.0), (2, 0.5)] for i in (1, 2)
+    }
+    write_losses(project.root, [{"step": None, "loss": None}])
+    assert pictures(project.root, spec, {}) == []
 
 
 def test_changes_of_metrics() -> None:

@@ -61,6 +61,8 @@ def write_run(root: Path, *, world: bool = True, shift: float = 0.0) -> ReportPa
     for policy in POLICIES:
         answers = _answers(rng, policy, world, shift)
         write_parquet(root / "reports/evaluation" / policy[0] / "answers.parquet", answers, ANSWERS)
+        if world:
+            write_json(root / "reports/evaluation" / policy[0] / "frontier.json", _exact_frontier())
         write_json(root / "reports/metrics/evaluate" / f"{policy[0]}.json", _measures(answers, policy, world))
         if policy[1].startswith("aligned/"):
             write_json(root / "reports/search" / f"{policy[0]}.json", _search(rng, policy, shift))
@@ -144,11 +146,14 @@ def _optimum(reward: float, kl: float) -> dict[str, Any]:
         "optimum": optimum,
         "reward_share": (reward + 0.286) / (0.757 + 0.286),
         "value_gap": 0.297 - (reward - BETA * kl),
-        "frontier": [
-            {"lam": lam, "reward": r, "cost": c, "kl": kl}
-            for lam, r, c, kl, *_ in _frontier_rows(0.92, 0.59, 0.62, [0.83, *np.linspace(0, 3, 25)])
-        ],
     }
+
+
+def _exact_frontier() -> list[dict[str, float]]:
+    return [
+        {"lam": lam, "reward": r, "cost": c, "kl": kl}
+        for lam, r, c, kl, *_ in _frontier_rows(0.92, 0.59, 0.62, [0.83, *np.linspace(0, 3, 25)])
+    ]
 
 
 def _frontier_rows(top: float, cost: float, fall: float, grid: list[float]) -> list[tuple[float, ...]]:
@@ -242,8 +247,7 @@ def _search(rng: np.random.Generator, policy: tuple, shift: float) -> dict[str, 
 def _write_metrics(root: Path) -> None:
     metrics: dict[str, dict[str, Any]] = {
         "sft": {
-            "loss": 1.214, "heldout_loss": 1.262, "parameters": 98_304,
-            "loss_curve": [[50, 2.1], [100, 1.2]], "rows": 48,
+            "loss": 1.214, "heldout_loss": 1.262, "parameters": 98_304, "rows": 48,
         },
         "reward_model": {"accuracy": 0.731, "ece": 0.021, "pairs": {"train": 1200, "heldout": 130}},
         "cost_model": {

@@ -22,6 +22,7 @@ from dualign.scoring.calibration import (
     from_card,
     isotonic_zero_error,
     platt_zero_error,
+    reliability,
     sigmoid,
 )
 
@@ -150,6 +151,19 @@ def test_calibration_error_weighs_bins_by_their_rows_and_needs_no_full_bins() ->
     error = expected_calibration_error(np.array([0.1, 0.3, 0.9]), np.array([False, False, False]), bins=2)
     assert error == pytest.approx((2 * 0.2 + 0.9) / 3)
     assert expected_calibration_error(np.array([0.25]), np.array([True])) == pytest.approx(0.75)
+
+
+def test_a_reliability_diagram_by_hand() -> None:
+    """Two bins of two, in any order of rows; a bin beyond the rows is there and empty."""
+    probability, outcome = np.array([0.8, 0.1, 0.9, 0.2]), np.array([True, False, True, True])
+    assert reliability(probability, outcome, bins=2) == [
+        {"predicted": pytest.approx(0.15), "observed": 0.5, "answers": 2},
+        {"predicted": pytest.approx(0.85), "observed": 1.0, "answers": 2},
+    ]
+    assert reliability(np.array([0.25]), np.array([True]), bins=2) == [
+        {"predicted": 0.25, "observed": 1.0, "answers": 1},
+        {"predicted": None, "observed": None, "answers": 0},
+    ]
 
 
 def test_calibration_lowers_the_calibration_error() -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign import dual
 from dualign.constraints import Constraint, Price, priced
-from dualign.core.artifacts import write_parquet
+from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import AwaitingLabels, ParamsError
 from dualign.core.schema import (
     ANSWERS,
@@ -434,7 +434,12 @@ def test_corrected_prices_reach_the_pairs_of_a_training_and_the_tilts_after(
         return PolicyBench(plan, small, resources, inner, PROMPTS, tmp_path / name, inputs, prices=prices)
 
     seen: list[Any] = []
-    monkeypatch.setattr(workbench, "train_pairwise", lambda policy, tokenizer, pairs, inner, job: seen.append(pairs))
+
+    def watched(policy: Any, tokenizer: Any, pairs: Any, inner: Any, job: Any) -> dict[str, Any]:
+        seen.append(pairs)
+        return {"losses": []}
+
+    monkeypatch.setattr(workbench, "train_pairwise", watched)
     told, began = bench("told", 0.2), bench("began", 0.9)
     told.train(1, 0.5, before, [0.9])
     began.train(1, 0.5, before)
@@ -498,6 +503,10 @@ def test_a_round_compares_trains_both_policies_and_counts_what_it_took(
     assert distance(str(tmp_path / "step-1/helpful"), inputs.models / "reward_dpo/helpful") > 1e-4
     assert distance(str(tmp_path / "step-2/helpful"), tmp_path / "step-1/helpful") > 1e-4
     assert bench.measure(0, bench.start).comparisons == 0
+    losses = bench.losses(3)
+    trainings = [f"step-{k}/{name}" for k in (1, 2) for name in ("helpful", "policy")]
+    assert [*dict.fromkeys(row["training"] for row in losses)] == trainings
+    assert all(row["step"] > 0 and math.isfinite(row["loss"]) for row in losses) and bench.losses(1) == []
 
 
 def test_a_round_trains_on_all_pairs_so_far_from_its_own_helpful_policy(
@@ -643,6 +652,7 @@ def test_an_ascent_trains_policy_and_multiplier_and_counts_its_answers(
     assert [row["step"] for row in made.course] == [1, 2, 3] and made.lam == made.course[-1]["lam"] > 1
     answers = read_table(tmp_path / "step-1/answers.parquet", ANSWERS)
     own = measured.generated_tokens - int(answers["length"].sum())
+    assert read_json(tmp_path / "step-1/policy-losses.json")
     assert 3 * 4 <= own <= 3 * 4 * 4, "three steps of four answers of at most four tokens"
 
 

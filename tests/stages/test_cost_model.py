@@ -24,6 +24,7 @@ from dualign.scoring.calibration import (
     fit_platt,
     isotonic_zero_error,
     platt_zero_error,
+    reliability,
     sigmoid,
 )
 from dualign.scoring.scorers import Scorer
@@ -85,8 +86,9 @@ def test_what_is_served_is_fitted_on_all_flags(answers: pd.DataFrame) -> None:
 
 @pytest.mark.parametrize("kind", ["platt", "isotonic", "none"])
 def test_each_half_is_judged_by_a_fit_to_the_other_whatever_is_served(answers: pd.DataFrame, kind: str) -> None:
-    metrics = calibrate(answers, kind, seed=0)[1]
+    _, metrics, bins = calibrate(answers, kind, seed=0)
     cost, flags = crossed(answers, kind)
+    assert bins == reliability(sigmoid(cost), flags) and sum(row["answers"] for row in bins) == len(flags)
     assert metrics["sign_accuracy"] == pytest.approx(((cost > 0) == flags).mean())
     assert metrics["brier_after"] == pytest.approx(((sigmoid(cost) - flags) ** 2).mean())
     score, unsafe = arrays(flagged_of(answers))
@@ -102,7 +104,7 @@ def test_each_half_is_judged_by_a_fit_to_the_other_whatever_is_served(answers: p
 
 @pytest.mark.parametrize("kind", ["platt", "isotonic"])
 def test_the_zero_moves_by_the_offset_up_to_its_error(answers: pd.DataFrame, kind: str) -> None:
-    served, metrics = calibrate(answers, kind, seed=0)
+    served, metrics, _ = calibrate(answers, kind, seed=0)
     fit = flagged_of(answers)
     line, data = fit_platt(*arrays(fit)), (*arrays(fit), fit["prompt_id"].to_numpy())
     if isinstance(served, Isotonic):
@@ -120,8 +122,8 @@ def test_the_zero_moves_by_the_offset_up_to_its_error(answers: pd.DataFrame, kin
 def test_without_flags_the_zero_is_arbitrary_and_the_metrics_say_nothing(
     answers: pd.DataFrame, caplog: pytest.LogCaptureFixture
 ) -> None:
-    served, metrics = calibrate(answers.assign(unsafe=None), "isotonic", seed=0)
-    assert served == Platt() and "no held-out answer has an is-safe flag" in caplog.text
+    served, metrics, bins = calibrate(answers.assign(unsafe=None), "isotonic", seed=0)
+    assert served == Platt() and bins == [] and "no held-out answer has an is-safe flag" in caplog.text
     assert (metrics.pop("scale"), metrics.pop("offset")) == (1.0, 0.0)
     assert metrics == dict.fromkeys(metrics) and metrics.keys() == calibrate(answers, "platt", seed=0)[1].keys() - {
         "scale", "offset"
@@ -133,7 +135,7 @@ def test_no_calibration_is_asked_for_and_none_could_be_fitted(
 ) -> None:
     """A model that scores the wrong way round is still measured where its scores are served as they are."""
     wrong = answers.assign(score=-answers["score"])
-    served, metrics = calibrate(wrong, "none", seed=0)
+    served, metrics, _ = calibrate(wrong, "none", seed=0)
     assert served == Platt() and metrics["platt"] is metrics["isotonic"] is metrics["zero_error"] is None
     assert metrics["sign_accuracy"] < 0.5 and "below safe ones" in caplog.text
     for kind in ("platt", "isotonic"):
@@ -164,7 +166,7 @@ def test_a_calibration_that_makes_it_worse_is_told(answers: pd.DataFrame, caplog
 def test_a_half_of_one_kind_of_flag_judges_without_fitting(answers: pd.DataFrame) -> None:
     fit, rest = halves(answers)
     lopsided = pd.concat([fit, rest.assign(unsafe=False)])
-    served, metrics = calibrate(lopsided, "platt", seed=0)
+    served, metrics, _ = calibrate(lopsided, "platt", seed=0)
     assert served == fit_platt(*arrays(lopsided))
     score, unsafe = arrays(rest.assign(unsafe=False))
     assert metrics["brier_after"] == pytest.approx(((sigmoid(fit_platt(*arrays(fit))(score)) - unsafe) ** 2).mean())
@@ -219,7 +221,10 @@ def test_the_stage_saves_the_calibration_that_its_metrics_describe(
     assert isinstance(scorer.calibration, Isotonic if kind == "isotonic" else Platt)
     heldout = pairs[pairs["split"] == "heldout"]
     raw = heldout_answers(scorer.calibrated(Platt()), heldout, 64)
-    again, expected = calibrate(raw, kind, seed=params.seed)
+    again, expected, bins = calibrate(raw, kind, seed=params.seed)
     assert again(raw["score"].to_numpy()) == pytest.approx(scorer.calibration(raw["score"].to_numpy()), abs=1e-4)
     assert metrics["zero_error"] == pytest.approx(expected["zero_error"], rel=1e-3)
     assert metrics["ece_after"] == pytest.approx(metrics[kind]["ece"]) == pytest.approx(expected["ece_after"], abs=1e-3)
+    diagram = read_json("models/cost_model/reliability.json")
+    assert [row["answers"] for row in diagram] == [row["answers"] for row in bins]
+    assert [row["observed"] for row in diagram] == pytest.approx([row["observed"] for row in bins], abs=0.1)

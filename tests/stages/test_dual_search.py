@@ -235,6 +235,14 @@ def test_a_search_keeps_the_loss_of_its_start(start: dict[str, Any], kept: dict[
     assert dual_search._loss(start) == kept
 
 
+def test_metrics_of_a_step_hold_no_list() -> None:
+    further = [{"name": "short", "limit": 9.0, "share": 1.0, "mean": 8.5, "error": 0.2}]
+    assert dual_search.numbers({"lam": 0.8, "further": further, "prices": [0.1]}) == {
+        "lam": 0.8, "further": {"short": {"mean": 8.5, "error": 0.2, "limit": 9.0}}, "prices": {"short": 0.1},
+    }  # fmt: skip
+    assert dual_search.numbers({"further": further, "prices": []})["prices"] == {}
+
+
 ONLINE = {
     "labels": "models", "folder": "data/labels", "retrain_reward": True, "ridge": 1.0, "reward_scale": 0.1,
     "cost_scale": 0.1, "dimension": None,

@@ -118,7 +118,7 @@ def test_prices_are_charged_with_a_solved_multiplier_on_the_scorers_scores(
 def test_implicit_scores_have_a_dual_of_their_own(folder: Path, pool: pd.DataFrame, repo_root: Path) -> None:
     given = stage_params(repo_root)
     found = multiplier("pecan", given.runs["pecan"], pool, given)
-    lam, (low, high) = found["lam"], found["lam_interval"]
+    lam, low, high = (found[key] for key in ("lam", "lam_low", "lam_high"))
     cost = dual.predict(by_prompt(pool, "reward"), by_prompt(pool, "cost"), lam, given.beta, by_prompt(pool, "cost"))
     assert cost.mean() == pytest.approx(LIMIT, abs=1e-6)
     assert found["lam_from"] == "implicit scores" and 0 < low < lam < high
@@ -194,8 +194,7 @@ def test_pecan_trains_at_the_multiplier_of_its_own_scores(
     assert told["lam"] == pytest.approx(0.5, abs=1e-3) and told["lam_from"] == "implicit scores"
     assert (told["reward"], told["cost"]) == MODELS[1:]
     assert told["data"] == data
-    low, high = told["lam_interval"]
-    assert low <= told["lam"] <= high
+    assert told["lam_low"] <= told["lam"] <= told["lam_high"]
 
     _, _, pairs, loss, job = seen
     effective = given.training.learning_rate if rate is None else rate

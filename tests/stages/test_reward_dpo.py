@@ -59,6 +59,11 @@ def columns(pairs: list[Pair]) -> torch.Tensor:
     return torch.tensor([[p.ref_first for p in pairs], [p.ref_second for p in pairs]], dtype=torch.float64)
 
 
+def losses() -> list[float]:
+    """The loss at each step of the run."""
+    return [row["loss"] for row in read_json("reports/curves/reward_dpo/it.json")]
+
+
 @pytest.mark.parametrize("reference", ["sft", "safety_dpo/alone"])
 @pytest.mark.parametrize(("loss_type", "first"), [("dpo", math.log(2)), ("ipo", 1.0), ("kto", 0.5)])
 def test_a_run_starts_at_logit_zero_from_its_own_reference(
@@ -66,7 +71,7 @@ def test_a_run_starts_at_logit_zero_from_its_own_reference(
 ) -> None:
     """The first loss is that of log-ratio 0; then it falls, and the policy is no longer its reference."""
     main(run_of(resources, reference=reference, loss_type=loss_type))
-    (_, before), (_, after) = read_json("reports/metrics/reward_dpo/it.json")["loss_curve"]
+    before, after = losses()
     assert before == pytest.approx(first, rel=1e-4) and after < before - 1e-3
     trained, started = (load_policy(f"models/{name}", resources) for name in ("reward_dpo/it", reference))
     assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), started.parameters(), strict=True))
@@ -80,7 +85,7 @@ def test_a_clip_changes_the_policy_and_the_search_is_told(resources: Resources) 
         metrics = read_json("reports/metrics/reward_dpo/it.json")
         assert (metrics["reference"], metrics["loss_type"], metrics["clip"]) == ("sft", "dpo", clip)
         assert (metrics["margin"], metrics["safe_offset"]) == ("sft", None)
-        curves.append([loss for _, loss in metrics["loss_curve"]])
+        curves.append(losses())
     assert curves[0][0] == pytest.approx(curves[1][0], rel=1e-5) and abs(curves[0][1] - curves[1][1]) > 1e-3
 
 
@@ -102,7 +107,7 @@ def test_a_margin_policy_is_folded_into_the_columns(
     own, base, margin = (logps(name, pairs, tokenizer, resources) for name in (reference, "sft", "safety_dpo/alone"))
     assert torch.allclose(columns(pairs), own + 2.5 * (margin - base), atol=1e-2)
     main(run)
-    first = read_json("reports/metrics/reward_dpo/it.json")["loss_curve"][0][1]
+    first = losses()[0]
     gap = -BETA * 2.5 * ((margin - base)[0] - (margin - base)[1])  # the logits of the policy that it starts from
     assert first == pytest.approx(float(torch.nn.functional.softplus(-gap).mean()), rel=1e-3)
 
@@ -120,7 +125,7 @@ def test_safe_dpo_trains_on_the_transformed_table_with_its_offset(
     expected = torch.tensor([[0, 8, 8, 0, 0, 8], [0] * 6], dtype=torch.float64)  # Delta / beta
     assert torch.allclose(shift, expected, atol=1e-3)
     main(run)
-    first = read_json("reports/metrics/reward_dpo/it.json")["loss_curve"][0][1]
+    first = losses()[0]
     assert first == pytest.approx((math.log(2) + math.log1p(math.exp(4))) / 2, rel=1e-3)
 
 

@@ -50,10 +50,15 @@ def test_a_run_starts_at_logit_zero_and_tells_the_search_its_loss(
     metrics = read_json("reports/metrics/safety_dpo/it.json")
     assert (metrics["loss_type"], metrics["clip"]) == (loss_type, clip)
     assert (metrics["lam"], metrics["coefficient"]) == pytest.approx((1.6, 0.25))
-    (_, before), (_, after) = metrics["loss_curve"]
+    before, after = losses()
     assert before == pytest.approx(first, rel=1e-4) and after < before - 1e-4
     trained, started = (load_policy(f"models/{name}", resources) for name in ("safety_dpo/it", reference))
     assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), started.parameters(), strict=True))
+
+
+def losses() -> list[float]:
+    """The loss at each step of the run."""
+    return [row["loss"] for row in read_json("reports/curves/safety_dpo/it.json")]
 
 
 def test_a_clip_changes_the_policy(resources: Resources) -> None:
@@ -61,7 +66,7 @@ def test_a_clip_changes_the_policy(resources: Resources) -> None:
     curves = []
     for clip in (None, 0.01):
         main(run_of(resources, clip=clip))
-        curves.append([loss for _, loss in read_json("reports/metrics/safety_dpo/it.json")["loss_curve"]])
+        curves.append(losses())
     assert curves[0][0] == pytest.approx(curves[1][0], rel=1e-5) and abs(curves[0][1] - curves[1][1]) > 1e-3
 
 

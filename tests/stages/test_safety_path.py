@@ -50,14 +50,16 @@ def test_it_trains_what_safety_dpo_trains_at_that_number_and_needs_no_dual(
     )
     assert all((ours[name] == theirs[name]).all() for name in theirs) and ours.keys() == theirs.keys()
     told, expected = (read_json(f"reports/metrics/{name}/it.json") for name in ("safety_path", "safety_dpo"))
-    for key in ("lam", "coefficient", "reference", "loss_type", "clip", "loss_curve"):
+    for key in ("lam", "coefficient", "reference", "loss_type", "clip"):
         assert told[key] == expected[key]
+    losses, theirs_by_step = (read_json(f"reports/curves/{name}/it.json") for name in ("safety_path", "safety_dpo"))
+    assert losses == theirs_by_step and len(losses) == 2
     assert (told["lam"], told["coefficient"]) == pytest.approx((1.6, 0.25))
 
 
 def test_it_starts_at_its_reference(workspace: Path, resources: Resources) -> None:
     safety_path.main(run_of(resources))
-    (_, first), (_, second) = read_json("reports/metrics/safety_path/it.json")["loss_curve"]
+    first, second = (row["loss"] for row in read_json("reports/curves/safety_path/it.json"))
     assert first == pytest.approx(math.log(2), rel=1e-4) and second < first
 
 

@@ -705,11 +705,11 @@ def test_metrics_tell_the_course_of_a_run(kind: tuple[Start, Train], job: Job, r
     start, train = kind
     metrics = train(start(), job)
     assert metrics["steps"] == 8 and metrics["rows"] in (16, 20)
-    assert [step for step, _ in metrics["loss_curve"]] == list(range(1, 9))
-    assert metrics["loss"] == metrics["loss_curve"][-1][1]
-    assert all(math.isfinite(loss) for _, loss in metrics["loss_curve"])
+    losses = [row["loss"] for row in metrics["losses"]]
+    assert [row["step"] for row in metrics["losses"]] == list(range(1, 9))
+    assert metrics["loss"] == losses[-1] and all(math.isfinite(loss) for loss in losses)
     if request.node.callspec.params["kind"] == "sft":
-        assert metrics["heldout_loss"] < metrics["loss_curve"][0][1] - 0.5
+        assert metrics["heldout_loss"] < losses[0] - 0.5
 
 
 def test_the_log_tells_how_far_a_run_is(kind: tuple[Start, Train], job: Job, caplog: pytest.LogCaptureFixture) -> None:

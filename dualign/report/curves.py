@@ -1,0 +1,55 @@
+"""The tables of the whole run that `dvc plots` draws: the loss of every training, and the steps of every search.
+
+A stage writes its own curves. DVC draws one line per file that `dvc.yaml` names, and cannot name files by the rows of
+params.yaml; here they are one table, with the run in a column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dualign.core.artifacts import listed, replacing, write_rows
+from dualign.core.records import LossRow, SearchResult, read_record
+
+LOSSES = ("run", "step", "loss")
+SEARCHES = ("run", "step", "lam", "cost", "reward", "kl")
+
+
+def write_curves(root: Path, out: Path) -> None:
+    """Write loss.json and search.json into a folder."""
+    with replacing(out) as folder:
+        folder.mkdir()
+        write_rows(folder / "loss.json", losses(root / "reports/curves"), LOSSES)
+        write_rows(folder / "search.json", searches(root / "reports/search"), SEARCHES)
+
+
+def losses(folder: Path) -> list[dict[str, Any]]:
+    """The loss of every training by step; a stage that trained nothing has none."""
+    found = []
+    for path in listed(folder, "**/*.json"):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        rows = read_record(path, list[LossRow])
+        found += [{"run": _run(name, row), **row} for row in rows if row["step"] is not None]
+    return found
+
+
+def _run(name: str, row: LossRow) -> str:
+    """`reward_dpo/helpful`; a search has several trainings: `dual_search/sacpo/step-1/policy`."""
+    return f"{name}/{row['training']}" if "training" in row else name
+
+
+def searches(folder: Path) -> list[dict[str, Any]]:
+    """The multiplier and what was measured there, by search and step."""
+    found = []
+    for path in listed(folder, "*.json"):
+        result = read_record(path, SearchResult)
+        found += [{**row, "run": result["name"]} for row in trajectory(result)]
+    return found
+
+
+def trajectory(search: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The steps of a search, or the course of the one training that moved lambda itself."""
+    rows: list[dict[str, Any]] = search.get("course") or search["steps"]
+    return rows
