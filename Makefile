@@ -58,7 +58,7 @@ ifneq ($(PARAMS),)
 else ifneq ($(DATA),)
 	@echo 'make repro: DATA needs PARAMS, the preset that reads it: make repro PARAMS=params/NAME.yaml DATA=FOLDER' >&2; exit 2
 endif
-	@$(PYTHON) -m dualign.core.loading params.yaml < params.yaml
+	@$(PYTHON) -m dualign.params.loading params.yaml < params.yaml
 	$(PYTHON) -m dvc repro
 
 test: $(ENV) ## run every test

@@ -33,8 +33,8 @@ from safetensors.numpy import load, save
 from bench import options
 from bench.tiny import World
 from dualign import certificate
-from dualign.core.params import STAGES
-from dualign.core.stage import execute
+from dualign.params.stages import STAGES
+from dualign.stage import execute
 from pipeline import __main__ as pipeline
 from pipeline import preset
 
@@ -142,7 +142,7 @@ def _extremes() -> Iterator[tuple[tuple[str, ...], Any]]:
         yield ("constraint", "delta"), value
     for key in ("batch_size", "max_length", "max_steps"):
         for value in (0, -3, 10**18):
-            yield ("sft", "training", key), value
+            yield ("training", key), value
     for key in ("threads", "micro_batch_size", "sampling_batch_size"):
         for value in (0, -1, 10**11):
             yield ("resources", key), value

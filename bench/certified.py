@@ -26,8 +26,8 @@ from bench import options, regulated, world
 from bench.options import knob
 from dualign.core.artifacts import read_json, replacing, write_json
 from dualign.core.errors import DualignError
-from dualign.core.loading import load, read_yaml
-from dualign.core.params import CertifyParams
+from dualign.params.certify import CertifyParams
+from dualign.params.loading import load, read_yaml
 
 log = logging.getLogger(__name__)
 

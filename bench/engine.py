@@ -21,11 +21,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import write_json
-from dualign.core.loading import load_resources
 from dualign.core.schema import PROMPTS, read_table
 from dualign.lm.models import load_policy, load_tokenizer
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_prompts
+from dualign.params.loading import load_resources
 
 SIDE = Path(__file__).with_name("vllm_side.py")
 

@@ -25,10 +25,10 @@ import torch
 from bench import options
 from bench.options import knob
 from dualign.core.errors import DualignError
-from dualign.core.params import LoraParams, Resources, TrainingParams
 from dualign.lm.models import load_policy, load_tokenizer, with_lora
 from dualign.lm.numerics import answer_log_probabilities
 from dualign.lm.sampling import log_probabilities
+from dualign.params.base import LoraParams, Resources, TrainingParams
 from dualign.training.run import Job
 from dualign.training.supervised import train_sft
 

@@ -19,12 +19,12 @@ import pandas as pd
 from bench.conformal import adjusted_risk, calibrated, clipped, grid_of, regulated
 from bench.world import Lab
 from dualign.core.artifacts import read_json, write_json
-from dualign.core.loading import load, load_resources
-from dualign.core.params import CertifyParams, CertifyRun
 from dualign.core.schema import POOL, PROMPTS, by_prompt, read_table
 from dualign.evaluation import add_truth
 from dualign.lm.mixture import policy_at
 from dualign.measure.rollout import Judges, log_ratios, roll_out
+from dualign.params.certify import CertifyParams, CertifyRun
+from dualign.params.loading import load, load_resources
 from dualign.search.merge import merge
 
 Array = np.ndarray
@@ -127,13 +127,13 @@ def _judged(
     chosen = [calibrated(ratio[rows], loss[rows], mixed[rows], alpha, most, grid) for rows in again]
     does = {bound: _does(tables["eval"], bound, low, high) for bound in {made, *chosen}}
     risks = np.array([does[bound]["cost"] for bound in chosen]) - limit
-    way = best["reward"] - best["reference_reward"]
+    way = best["reward"] - best["nearest_reward"]
     return {
         "bound": None if made is None else (made if np.isfinite(made) else "inf"),
         "mean_risk": float(risks.mean()),
         "above": float((risks > 0).mean()),
         "excess": does[made]["true_cost"] - limit,
-        "share": (does[made]["true_reward"] - best["reference_reward"]) / way,
+        "share": (does[made]["true_reward"] - best["nearest_reward"]) / way,
         "price": does[made]["price"],
         "risk": None if made is None else adjusted_risk(ratio, loss, mixed, made, most) + low - limit,
         "answers": int(safe.ratio.size + bold.ratio[:, :WEIGHED].size),

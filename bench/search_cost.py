@@ -33,22 +33,17 @@ from bench.options import knob
 from dualign import dual, exact
 from dualign.core.artifacts import read_json, replacing, write_json
 from dualign.core.errors import DualignError
-from dualign.core.loading import load, load_resources
-from dualign.core.params import (
-    DualSearchParams,
-    EvaluateParams,
-    InnerParams,
-    LagrangianDpoParams,
-    Resources,
-    SafetyDpoParams,
-    TrainingParams,
-)
 from dualign.core.schema import ENUMERATED, POOL, PROMPTS, by_prompt, read_table
 from dualign.evaluation import add_truth, against_optimum, finite_problem
 from dualign.lm.mixture import policy_at
 from dualign.measure.rollout import Judges, measure, roll_out
 from dualign.measure.stats import Measurement, clustered_mean
 from dualign.methods import Plan, plan
+from dualign.params.base import Resources, TrainingParams
+from dualign.params.evaluate import EvaluateParams
+from dualign.params.loading import load, load_resources
+from dualign.params.search import DualSearchParams
+from dualign.params.training import InnerParams, LagrangianDpoParams, SafetyDpoParams
 from dualign.search import rules
 from dualign.search.workbench import Inputs, PolicyBench
 

@@ -30,12 +30,14 @@ from bench import options
 from dualign import exact
 from dualign.core.artifacts import read_json, replacing
 from dualign.core.errors import DualignError
-from dualign.core.loading import load, load_resources
-from dualign.core.params import EvaluateParams
 from dualign.core.schema import ENUMERATED, POOL, read_table
 from dualign.evaluation import add_truth, finite_problem
+from dualign.params.evaluate import EvaluateParams
+from dualign.params.loading import load, load_resources
 from dualign.scoring.scorers import Scorer
 from pipeline.dag import StageSpec, load_dag
+from pipeline.errors import PipelineError
+from pipeline.parameters import assign
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +63,10 @@ class Lab:
         return load_dag(self.folder)
 
 
-def set_up(seed: int, params: Path, work: Path) -> Lab:
-    """Make the folder of a seed. Raises DualignError where it holds the run of other params."""
+def set_up(seed: int, params: Path, work: Path, limit: float | None = None) -> Lab:
+    """Make the folder of a seed (limit None: that of params). Raises DualignError if it holds a run of other params."""
     folder = work / f"{params.stem}-{seed}"
-    text = _with_seed(params.read_text(), seed, params)
+    text = _settled(params, {"seed": seed} | ({} if limit is None else {"constraint.limit": limit}))
     if not folder.is_dir():
         with replacing(folder) as temporary:
             temporary.mkdir()
@@ -77,13 +79,11 @@ def set_up(seed: int, params: Path, work: Path) -> Lab:
     return Lab(seed, folder)
 
 
-def _with_seed(text: str, seed: int, path: Path) -> str:
-    lines = text.splitlines(keepends=True)
-    places = [i for i, line in enumerate(lines) if line.startswith("seed:")]
-    if len(places) != 1:
-        raise DualignError(f"{path}: expected one line that starts with 'seed:'")
-    lines[places[0]] = f"seed: {seed}\n"
-    return "".join(lines)
+def _settled(params: Path, settings: Mapping[str, Any]) -> str:
+    try:
+        return assign(params.read_text(), settings)
+    except PipelineError as error:
+        raise DualignError(f"{params}: {error}") from error
 
 
 def run(lab: Lab, threads: int, stages: Sequence[str] | None = None) -> Lab:
@@ -121,7 +121,7 @@ def rows_of(lab: Lab) -> Iterator[dict[str, Any]]:
             "seed": lab.seed,
             "policy": name,
             "gap": truth["value_gap"],
-            "relative_gap": truth["value_gap"] / (best["value"] - best["reference_value"]),
+            "relative_gap": truth["value_gap"] / (best["value"] - best["nearest_value"]),
             "excess": truth["true_cost"]["mean"] - params.limit,
             "least_excess": truth["true_cost"]["low"] - params.limit,
             "reward_share": truth["reward_share"],
@@ -145,18 +145,18 @@ def allowed(lab: Lab) -> dict[str, Any]:
     tables = (
         learned.policy(exact.solve(learned, params.limit)),
         truth.policy(exact.solve(truth, params.limit)),
-        truth.log_reference,
+        exact.nearest(truth, params.limit),
     )
-    found, best, reference = map(truth.describe, tables)
+    found, best, nearest = map(truth.describe, tables)
     gap = best["value"] - found["value"]
     return {
         "seed": lab.seed,
         "policy": ALLOWED,
         "gap": gap,
-        "relative_gap": gap / (best["value"] - reference["value"]),
+        "relative_gap": gap / (best["value"] - nearest["value"]),
         "excess": found["cost"] - params.limit,
         "least_excess": found["cost"] - params.limit,
-        "reward_share": (found["reward"] - reference["reward"]) / (best["reward"] - reference["reward"]),
+        "reward_share": (found["reward"] - nearest["reward"]) / (best["reward"] - nearest["reward"]),
         "true_reward": found["reward"],
         "true_cost": found["cost"],
         "grammatical": 1 - float(np.exp(tables[0][:, -1]).mean()),
@@ -196,7 +196,7 @@ def _upstream(dag: Mapping[str, StageSpec], name: str) -> set[str]:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 _COLUMNS = (
-    ("(J* − J) / (J* − J_ref)", "relative_gap", 2),
+    ("(J* − J) / (J* − J_0)", "relative_gap", 2),
     ("J* − J", "gap", 3),
     ("E[c*] − limit", "excess", 3),
     ("way in r*", "reward_share", 2),
@@ -259,14 +259,15 @@ def page(command: str, params: Path, rows: Sequence[Mapping[str, Any]]) -> str:
 
 _NOTES = """\
 How to read it: every policy answers held-out prompts, and the world's oracle scores the text. `J* − J` is what a policy
-falls short of the exact constrained optimum in J = E[r*] − β KL; below 0 it buys reward by breaking the limit. `mean
+falls short of the exact constrained optimum in J = E[r*] − β KL; below 0 it buys reward by breaking the limit. J_0 is
+that of the policy nearest to the reference that keeps the limit: the reference itself where that keeps it. `mean
 within` counts the seeds whose mean true cost is within the limit, `within its interval` those where the limit is not
 below the 95 % interval around that mean: there a breach is not shown, which is no proof that there is none, and a mean
-somewhat above the limit counts. `way in r*` is the way from the reference to the optimum in true reward. `displacement`
-is the mean log-ratio of reference samples: it falls as mass leaves what the reference says. Trainings, tokens and
-seconds are those of the policy's own steps and of those that it starts from; data, reference, reward and cost models
-and the pool serve all alike. *What the scorers allow* is no policy but arithmetic: the exact tilt of the reference by
-the learned scores, so its distance is the scorers' error alone."""
+somewhat above the limit counts. `way in r*` is the way from that nearest policy to the optimum in true reward.
+`displacement` is the mean log-ratio of reference samples: it falls as mass leaves what the reference says. Trainings,
+tokens and seconds are those of the policy's own steps and of those that it starts from; data, reference, reward and
+cost models and the pool serve all alike. *What the scorers allow* is no policy but arithmetic: the exact tilt of the
+reference by the learned scores, so its distance is the scorers' error alone."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -274,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.world", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
     parser.add_argument("--params", type=Path, default=Path("params/every-method.yaml"), help="of the embedded world")
+    parser.add_argument("--limit", type=float, help="in place of that of params")
     parser.add_argument("--jobs", type=int, default=1, help="seeds that run at the same time")
     parser.add_argument("--work", type=Path, default=Path(".scratch/bench-world"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the results")
@@ -282,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("dvc").setLevel(logging.WARNING)
     threads = max(1, (os.cpu_count() or 1) // given.jobs)
     try:
-        labs = [set_up(seed, given.params, given.work.absolute()) for seed in given.seeds]
+        labs = [set_up(seed, given.params, given.work.absolute(), given.limit) for seed in given.seeds]
         with ThreadPoolExecutor(given.jobs) as pool:
             done = list(pool.map(lambda lab: run(lab, threads), labs))
     except (DualignError, OSError) as error:
@@ -290,6 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     rows = [row for lab in done for row in (*rows_of(lab), allowed(lab))]
     command = f"python -m bench.world --seeds {' '.join(map(str, given.seeds))} --params {given.params}"
+    command += "" if given.limit is None else f" --limit {given.limit:g}"
     text = page(command, given.params, rows)
     options.publish(given.out, "world", {"command": command, "rows": rows}, text)
     sys.stdout.write(text)

@@ -57,9 +57,10 @@ from dualign.bounds import (
 from dualign.constraints import Constraint, prices_in
 from dualign.core.artifacts import listed, read_json, sha256, write_json
 from dualign.core.errors import DataError, DualignError, ParamsError
-from dualign.core.params import SHARES, CertifyRun, Quantity, Share
 from dualign.core.records import SolvedDual, read_record
 from dualign.evidence import Evidence, Folder, Record, Table
+from dualign.params.base import SHARES, Quantity, Share
+from dualign.params.certify import CertifyRun
 
 __all__ = [
     "Evidence",

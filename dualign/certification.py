@@ -15,13 +15,14 @@ from scipy.special import ndtri
 from dualign.certificate import Certificate, Requirement, Tested, order
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.errors import DataError
-from dualign.core.params import SHARES, CertifyParams, CertifyRun, LabelParams, ScreenParams
 from dualign.core.schema import ANSWERS, LABELS, REWEIGHTED, read_table
 from dualign.evaluation import add_truth, means
 from dualign.evidence import DRAWN, Evidence, read_answers
 from dualign.lm.mixture import policy_at
 from dualign.lm.publish import publish
 from dualign.measure.rollout import Judges, log_ratios, roll_out
+from dualign.params.base import SHARES
+from dualign.params.certify import CertifyParams, CertifyRun, LabelParams, ScreenParams
 from dualign.screening import Knot, Planned, Screen, Seen, seen
 from dualign.search.labelling import truth, vote
 from dualign.search.merge import merge

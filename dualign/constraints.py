@@ -20,8 +20,9 @@ import pandas as pd
 
 from dualign import dual
 from dualign.core.errors import InfeasibleError, ParamsError
-from dualign.core.params import SHARES, ConstraintSpec, Quantity
 from dualign.core.schema import Message, last_user_text
+from dualign.params.base import SHARES, Quantity
+from dualign.params.dual import ConstraintSpec
 
 Array = np.ndarray
 #: Thresholds that are tried for a CVaR, first over the whole range and then in rounds around the best.

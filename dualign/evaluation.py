@@ -84,20 +84,23 @@ def finite_problem(enumerated: pd.DataFrame, beta: float) -> exact.Problem:
 def against_optimum(summary: dict[str, Any], problem: exact.Problem, limit: float) -> dict[str, Any]:
     """How far a policy is from the exact constrained optimum, and the exact frontier.
 
-    `reward_share` is the way from the reference to the optimum in true reward (1 = there, None if both agree);
-    `value_gap` is J* - J with J = E[r*] - beta KL, the KL measured on the generated answers.
+    `reward_share` is the way in true reward to the optimum (1 = there) from the policy nearest to the reference that
+    keeps the limit, which is the reference itself where that keeps it; None if both agree. `value_gap` is J* - J with
+    J = E[r*] - beta KL, the KL measured on the generated answers.
     """
     lam = exact.solve(problem, limit)
     best, reference = problem.describe(problem.policy(lam)), problem.describe(problem.log_reference)
+    nearest = problem.describe(exact.nearest(problem, limit))
     grid = sorted({0.0, lam, *np.linspace(0, max(3 * lam, 1.0), 25).tolist()})
-    reward, way = summary["true_reward"]["mean"], best["reward"] - reference["reward"]
+    reward, way = summary["true_reward"]["mean"], best["reward"] - nearest["reward"]
     return {
         "optimum": {
             "lam": lam,
             **best,
             **{f"reference_{name}": reference[name] for name in ("reward", "cost", "value")},
+            **{f"nearest_{name}": nearest[name] for name in ("reward", "cost", "value")},
         },
-        "reward_share": (reward - reference["reward"]) / way if abs(way) > 1e-9 else None,
+        "reward_share": (reward - nearest["reward"]) / way if abs(way) > 1e-9 else None,
         "value_gap": best["value"] - (reward - problem.beta * summary["kl"]["mean"]),
         "frontier": [
             {"lam": point, **{k: v for k, v in problem.describe(problem.policy(point)).items() if k != "value"}}

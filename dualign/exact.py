@@ -6,7 +6,7 @@ further answer that holds the rest of pi_ref's mass. The tilt of this finite dis
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import brentq
@@ -42,6 +42,16 @@ class Problem:
             "kl": kl,
             "value": reward - self.beta * kl,
         }
+
+
+def nearest(problem: Problem, limit: float) -> Array:
+    """log of the policy nearest to pi_ref, in KL(pi | pi_ref), whose E[c*] is within the limit, [prompts, answers].
+
+    The information projection of pi_ref (Csiszar, 1975), pi_ref exp(-lambda c) / Z at the least lambda >= 0 that meets
+    the limit: pi_ref itself where that keeps it. What can be had without a look at reward. Raises InfeasibleError.
+    """
+    blind = replace(problem, reward=np.zeros_like(problem.reward), beta=1.0)
+    return blind.policy(solve(blind, limit))
 
 
 def problem(log_reference: Array, reward: Array, cost: Array, rest: tuple[float, float], beta: float) -> Problem:

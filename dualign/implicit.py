@@ -22,12 +22,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.errors import ModelError
-from dualign.core.params import Resources
 from dualign.core.records import read_trained
 from dualign.core.schema import POOL, SCORED_PAIRS, read_table
 from dualign.lm.models import load_policy
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.params.base import Resources
 
 Array = np.ndarray
 

@@ -9,10 +9,11 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import replacing
-from dualign.core.params import LagrangianParams, LagrangianSpec, Resources
 from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
 from dualign.losses import lagrangian_scale
 from dualign.pairs import lagrangian_pairs, pool_pairs, pool_values, samples_of
+from dualign.params.base import Resources
+from dualign.params.training import LagrangianParams, LagrangianSpec
 from dualign.training.pairwise import Inner, Pair, train_pairwise
 from dualign.training.run import Job
 

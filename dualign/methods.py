@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dualign.core.errors import ParamsError
-from dualign.core.params import Aim, CostSource, MethodName, MethodRow, Returns, Rule
+from dualign.params.search import Aim, CostSource, MethodName, MethodRow, Returns, Rule
 
 #: Rules that train again and again, each time at a multiplier that the cost of the policy before asks for.
 ITERATIVE = ("dual_gradient", "projected_subgradient", "newton")
@@ -39,7 +39,7 @@ _RULES = {
 _ONLY = {
     "p_sacpo": ("merge",),
     "o_pd_dpo": ("projected_subgradient",),
-    "dualign": (*_RULES["lagrangian"], "merge"),  # of two policies of lambda_path
+    "dualign": (*_RULES["lagrangian"], "merge"),  # of two policies of lambda_path, or of its start and pi_r
 }
 #: Where the policy at the first multiplier may lie.
 _STARTS = {
@@ -116,7 +116,7 @@ def _problems(method: Method, row: MethodRow) -> list[str]:
     if method.inner == "safety" and method.rule == "one_shot":
         starts.append("reward_dpo/...")  # safety first, then helpfulness: no other multiplier can be trained from there
     if method.inner == "lagrangian" and method.rule == "merge":
-        starts = ["lambda_path/..."]
+        starts = ["lambda_path/...", "lagrangian_dpo/..."]
     iterates = method.rule in ITERATIVE
     checks = {
         "rule": (method.rule in rules, f"{method.rule!r} does not go with {method.name}; one of {', '.join(rules)}"),
@@ -158,6 +158,9 @@ def _reference(method: Method, row: MethodRow) -> tuple[bool, str]:
     """Whether the reference goes with the start, and what to name if not."""
     if method.inner == "policy_gradient":
         return row.reference == "sft", f"{row.reference!r} is not where {method.name} starts, its reference; name sft"
+    if method.inner == "lagrangian" and method.rule == "merge":
+        holds = row.reference.startswith(("lambda_path/", "reward_dpo/"))
+        return holds, f"{row.reference!r} is no policy to merge with; name lambda_path/... or reward_dpo/..."
     swapped = row.start.startswith("reward_dpo")
     problem = (
         f"{row.reference!r} is no safe policy; a start in reward_dpo/ goes on from one in safety_dpo/... or "

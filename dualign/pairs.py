@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign import dual
 from dualign.core.errors import DataError
-from dualign.core.params import LossType, TrainingParams
 from dualign.core.schema import Message, by_prompt
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.losses import folded_reference, lagrangian_label, safe_dpo_direction
+from dualign.params.base import TrainingParams
+from dualign.params.training import LossType
 from dualign.training.pairwise import Pair
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ import numpy as np
 
 from dualign.certificate import Certificate
 from dualign.core.errors import DataError
-from dualign.core.loading import load_resources
 from dualign.evidence import DRAWN, check_files, read_answers, read_labels
+from dualign.params.loading import load_resources
 from dualign.scoring.scorers import Scorer
 from dualign.search.labelling import truth
 

@@ -8,9 +8,10 @@ from typing import Any
 import pandas as pd
 
 from dualign.core.artifacts import replacing
-from dualign.core.params import Resources, SafetyParams, SafetySpec
 from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
 from dualign.pairs import safety_training_pairs, visited
+from dualign.params.base import Resources
+from dualign.params.training import SafetyParams, SafetySpec
 from dualign.training.pairwise import Inner, train_pairwise
 from dualign.training.run import Job
 

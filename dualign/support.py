@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from dualign.core.errors import DataError
-from dualign.core.params import PessimismParams
 from dualign.core.schema import SUPPORT, by_prompt, read_table
+from dualign.params.base import PessimismParams
 
 Array = np.ndarray
 

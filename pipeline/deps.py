@@ -3,7 +3,8 @@
 DVC reruns a stage when a file changes that the stage lists, so each stage lists its script, every module of this
 repository that the script imports, directly or through another, and every data file (a page template, say) that one of
 them names. A package that nearly every stage needs counts as one dependency, its folder: DVC's time goes by the number
-of dependencies. Nobody keeps such lists right by hand:
+of dependencies. The types of params are no dependency: what a stage reads of `params.yaml` is one, value by value.
+Nobody keeps such lists right by hand:
 
     python -m pipeline.deps           # say what is wrong, exit 1
     python -m pipeline.deps --write   # put it right
@@ -25,6 +26,8 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("dualign", "stages")
 FOLDERS = ("dualign/core", "dualign/lm", "dualign/measure", "dualign/scoring", "dualign/search")
+#: Types of params. DVC tracks the values, so their source makes no stage stale.
+UNTRACKED = "dualign/params/"
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +63,7 @@ def closure(script: str, root: Path = ROOT) -> list[str]:
     data = _data_files(root)
     while waiting:
         path = waiting.pop()
-        if path in found:
+        if path in found or path.relative_to(root).as_posix().startswith(UNTRACKED):
             continue
         found.add(path)
         if path.suffix == ".py":

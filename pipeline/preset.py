@@ -84,7 +84,7 @@ def _preset_text(preset: str, root: Path) -> str:
 def _validate(text: str, name: str, root: Path) -> None:
     """Have the library say whether these are params; it must not be imported here, so it runs as a command."""
     checked = subprocess.run(
-        [sys.executable, "-m", "dualign.core.loading", name],
+        [sys.executable, "-m", "dualign.params.loading", name],
         cwd=root,
         input=text.encode(errors="replace"),
         capture_output=True,
@@ -93,7 +93,7 @@ def _validate(text: str, name: str, root: Path) -> None:
     if checked.returncode:
         said = checked.stderr.decode(errors="replace").strip().splitlines()
         raise PresetError(
-            said[-1] if said else f"{name}: cannot be checked; python -m dualign.core.loading does not run"
+            said[-1] if said else f"{name}: cannot be checked; python -m dualign.params.loading does not run"
         )
 
 

@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 # While a stage imports, nothing of what it makes is garbage, and looking for some takes a fifth of the time.
-# `dualign.core.stage.execute` begins the search again. A library that imports a stage is left alone: argv is "-m" only
+# `dualign.stage.execute` begins the search again. A library that imports a stage is left alone: argv is "-m" only
 # while Python looks for what `python -m` names.
 if sys.argv[0] == "-m":
     gc.disable()

@@ -21,13 +21,13 @@ from dualign.certificate import Certificate, Origin, Requirement
 from dualign.certification import MODELS, Contender, Contenders, contenders, forecast, screen
 from dualign.constraints import Constraint, prices_in
 from dualign.core.artifacts import replacing, write_json
-from dualign.core.params import CertifyParams, CertifyRun
 from dualign.core.records import SolvedDual, read_record
 from dualign.core.schema import PROMPTS, read_table
-from dualign.core.stage import Run, execute, finished
 from dualign.evidence import Evidence
 from dualign.measure.rollout import Judges
+from dualign.params.certify import CertifyParams, CertifyRun
 from dualign.search.card import HEAD, MODEL
+from dualign.stage import Run, execute, finished
 
 log = logging.getLogger("dualign")
 

@@ -17,9 +17,8 @@ import pandas as pd
 
 from dualign.core.artifacts import replacing
 from dualign.core.errors import DataError
-from dualign.core.params import CostModelParams
 from dualign.core.schema import SAFETY_PAIRS, read_table
-from dualign.core.stage import Run, execute, finished
+from dualign.params.models import CostModelParams
 from dualign.scoring.calibration import (
     Calibration,
     Isotonic,
@@ -42,6 +41,7 @@ from dualign.scoring.fitting import (
     on_one_scale,
 )
 from dualign.scoring.scorers import Scorer
+from dualign.stage import Run, execute, finished
 
 log = logging.getLogger("dualign")
 

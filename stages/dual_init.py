@@ -20,10 +20,10 @@ from dualign import dual
 from dualign.constraints import Price, Scored, price, priced
 from dualign.core.artifacts import replacing, write_json, write_parquet
 from dualign.core.errors import InfeasibleError
-from dualign.core.params import DualInitParams
 from dualign.core.records import CostModelMetrics, read_record
 from dualign.core.schema import DUAL_PROMPTS, POOL, by_prompt, read_table
-from dualign.core.stage import Run, execute
+from dualign.params.dual import DualInitParams
+from dualign.stage import Run, execute
 from dualign.support import Doubt, doubt, doubted
 
 log = logging.getLogger("dualign")

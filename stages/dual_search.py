@@ -18,16 +18,17 @@ from typing import Any
 from dualign.constraints import Price, prices_in
 from dualign.core.artifacts import replacing, write_json
 from dualign.core.errors import ParamsError
-from dualign.core.params import DualSearchParams, InnerParams
 from dualign.core.records import SolvedDual, read_record, read_trained
 from dualign.core.schema import POOL, PROMPTS, by_prompt, read_table
-from dualign.core.stage import Run, execute, finished
 from dualign.dual import slater_radius
 from dualign.lm.publish import publish
 from dualign.methods import Plan, plan
+from dualign.params.search import ROW_SECTIONS, DualSearchParams
+from dualign.params.training import InnerParams
 from dualign.search import rules
 from dualign.search.card import model_card
 from dualign.search.workbench import PolicyBench
+from dualign.stage import Run, execute, finished
 
 log = logging.getLogger("dualign")
 
@@ -44,7 +45,7 @@ def main(run: Run[DualSearchParams]) -> None:
     params = run.params
     item, spec = run.pick(params.methods, "methods")
     row = plan(item, spec)
-    params = params.of(row.name)
+    params = with_row(params, row.name)
     start = _metrics(row.start)
     _check_scores(row, start)
     _check_start(row, start)
@@ -76,6 +77,12 @@ def main(run: Run[DualSearchParams]) -> None:
     finished(scratch)
 
 
+def with_row(params: DualSearchParams, name: str) -> DualSearchParams:
+    """These params with the sections of one row of `methods` in place."""
+    row = params.methods[name]
+    return params.model_copy(update={key: getattr(row, key) for key in ROW_SECTIONS})
+
+
 def outlook(row: Plan, start: Mapping[str, Any], params: DualSearchParams) -> rules.Outlook:
     """What the stages before know: the multipliers of pool and start, PD-DPO's Slater radius, the kind of merge.
 
@@ -91,7 +98,8 @@ def outlook(row: Plan, start: Mapping[str, Any], params: DualSearchParams) -> ru
             "%s is at lambda %.4f, above the end of the interval: 2 rho = %.4f", row.start, safe["lam"], 2 * radius
         )
     path = row.reference.startswith("lambda_path/")
-    naive = row.method.rule == "merge" and not path and start["reference"] != row.reference
+    merges = row.method.rule == "merge" and row.method.inner == "safety"
+    naive = merges and start["reference"] != row.reference  # the start's tilt holds no reward
     lam_reference = _metrics(row.reference)["lam"] if path else 0.0
     return rules.Outlook(lam, safe["lam"], radius, naive, lam_reference, aim, prices_of(row, start))
 

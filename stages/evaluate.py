@@ -17,15 +17,16 @@ import pandas as pd
 
 from dualign.constraints import constraint
 from dualign.core.artifacts import replacing, write_parquet
-from dualign.core.params import ConstraintSpec, EvaluateParams
 from dualign.core.schema import ANSWERS, ENUMERATED, POOL, PROMPTS, SUPPORT, read_table
-from dualign.core.stage import Run, execute
 from dualign.dual import value_at_risk
 from dualign.evaluation import add_truth, against_optimum, finite_problem, summarise
 from dualign.lm.mixture import Policy, is_policy, policy_at
 from dualign.measure.rollout import Judges, log_ratios, roll_out
 from dualign.measure.stats import clustered_mean
 from dualign.measure.tilt import TILT_SAMPLES, tilt_on
+from dualign.params.dual import ConstraintSpec
+from dualign.params.evaluate import EvaluateParams
+from dualign.stage import Run, execute
 from dualign.support import HELD_OUT, columns, enough, fit_support
 
 log = logging.getLogger("dualign")

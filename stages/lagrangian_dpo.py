@@ -19,14 +19,14 @@ from transformers import PreTrainedTokenizerBase
 from dualign import dual
 from dualign.constraints import priced, prices_in
 from dualign.core.errors import InfeasibleError
-from dualign.core.params import LagrangianDpoParams, LagrangianRun
 from dualign.core.records import SolvedDual, read_record, solved_multiplier
 from dualign.core.schema import by_prompt
-from dualign.core.stage import Run, execute, finished
 from dualign.implicit import Tables, scored_tables
 from dualign.lagrangian import pairs_at, train_at
 from dualign.lm.models import load_tokenizer
 from dualign.lm.tokens import answer_lengths
+from dualign.params.training import LagrangianDpoParams, LagrangianRun
+from dualign.stage import Run, execute, finished
 from dualign.support import doubt, doubted
 
 log = logging.getLogger("dualign")
@@ -46,17 +46,22 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     tokenizer = load_tokenizer(REFERENCE)
     tables = scored_tables(SCORED, spec.reward, spec.cost, params.beta, tokenizer, run.resources, MODELS, METRICS)
     found = multiplier(item, spec, tables.pool, params)
-    wary = spec.data == "pool" and not spec.implicit
+    wary = spec.data == "pool" and not implicit(spec)
     off_support = doubt(SCORED, tables.pool, params.pessimism) if wary else None
     tables = charged(item, spec, tables, tokenizer)
     frame = doubted(tables.pool, off_support) if spec.data == "pool" else tables.pairs
     pairs = pairs_at(found["lam"], frame, spec.data, spec, params, tokenizer)
-    policies = (MODELS / spec.reward, MODELS / spec.cost, METRICS / f"{spec.cost}.json") if spec.implicit else ()
+    policies = (MODELS / spec.reward, MODELS / spec.cost, METRICS / f"{spec.cost}.json") if implicit(spec) else ()
     scratch = run.scratch(SCORED, DUAL, REFERENCE, *policies)
     metrics = train_at(found["lam"], pairs, REFERENCE, spec, params, run.resources, scratch, OUT / item)
     # A search that starts here looks at these, and takes the rest over.
     run.metrics({**metrics, **found, **spec.model_dump(include={"reward", "cost", "data"})})
     finished(scratch)
+
+
+def implicit(spec: LagrangianRun) -> bool:
+    """Whether a policy stands in for a scorer."""
+    return (spec.reward, spec.cost) != ("reward_model", "cost_model")
 
 
 def multiplier(item: str, spec: LagrangianRun, pool: pd.DataFrame, params: LagrangianDpoParams) -> dict[str, Any]:
@@ -68,7 +73,7 @@ def multiplier(item: str, spec: LagrangianRun, pool: pd.DataFrame, params: Lagra
     if not isinstance(spec.lam, str):
         return {"lam": spec.lam, "lam_from": "params.yaml"}
     known = read_record(DUAL, SolvedDual)
-    if not spec.implicit:
+    if not implicit(spec):
         return {"lam": solved_multiplier(known, spec.lam), "lam_from": str(DUAL)}
     try:
         solution = dual.solve(
@@ -88,7 +93,7 @@ def charged(item: str, spec: LagrangianRun, tables: Tables, tokenizer: PreTraine
     A multiplier given as a number has none beside it, and prices of scorers mean nothing on implicit scores.
     """
     prices = prices_in(read_record(DUAL, SolvedDual)) if isinstance(spec.lam, str) else []
-    if prices and spec.implicit:
+    if prices and implicit(spec):
         log.warning("lagrangian_dpo.runs.%s is scored by policies and ignores constraint.also", item)
         return tables
     return Tables(*(priced(table, prices, partial(answer_lengths, tokenizer)) for table in tables))

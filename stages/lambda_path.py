@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dualign.core.params import LambdaPathParams
 from dualign.core.schema import POOL, read_table
-from dualign.core.stage import Run, execute, finished
 from dualign.lagrangian import pairs_at, train_at
 from dualign.lm.models import load_tokenizer
+from dualign.params.training import LambdaPathParams
+from dualign.stage import Run, execute, finished
 from dualign.support import HELD_OUT, doubt, doubted
 
 SCORED = Path("data/scored")

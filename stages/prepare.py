@@ -11,11 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from dualign.core.artifacts import replacing
-from dualign.core.loading import load
-from dualign.core.params import DualSearchParams, PrepareParams
-from dualign.core.stage import Run, execute
 from dualign.data.prepare import FAILED, prepare
 from dualign.methods import plan
+from dualign.params.data import PrepareParams
+from dualign.params.loading import load
+from dualign.params.search import DualSearchParams
+from dualign.stage import Run, execute
 
 OUT = Path("data/prepared")
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from dualign.core.artifacts import write_json
-from dualign.core.params import ReportParams
-from dualign.core.stage import Run, execute
+from dualign.params.evaluate import ReportParams
 from dualign.report.comparison import compare
 from dualign.report.page import write
+from dualign.stage import Run, execute
 
 
 def main(run: Run[ReportParams]) -> None:

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import replacing
 from dualign.core.errors import DataError
-from dualign.core.params import RewardDpoParams, RewardRun
 from dualign.core.schema import HELPFUL_PAIRS, read_table
-from dualign.core.stage import Run, execute, finished
 from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
 from dualign.pairs import preference_pairs, safe_first, visited, with_margin, with_offset, with_reference
+from dualign.params.training import RewardDpoParams, RewardRun
+from dualign.stage import Run, execute, finished
 from dualign.training.pairwise import Inner, Pair, train_pairwise
 from dualign.training.run import Job
 

@@ -17,9 +17,8 @@ import pandas as pd
 
 from dualign.core.artifacts import replacing
 from dualign.core.errors import DataError
-from dualign.core.params import RewardModelParams
 from dualign.core.schema import HELPFUL_PAIRS, read_table
-from dualign.core.stage import Run, execute, finished
+from dualign.params.models import RewardModelParams
 from dualign.scoring.calibration import Platt, brier_score, expected_calibration_error, fit_slope, sigmoid
 from dualign.scoring.fitting import (
     crosswise,
@@ -31,6 +30,7 @@ from dualign.scoring.fitting import (
     on_one_scale,
 )
 from dualign.scoring.scorers import Scorer
+from dualign.stage import Run, execute, finished
 
 log = logging.getLogger("dualign")
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from dualign.core.params import SafetyDpoParams, SafetyRun
 from dualign.core.records import SolvedDual, read_record, solved_multiplier
 from dualign.core.schema import SAFETY_PAIRS, read_table
-from dualign.core.stage import Run, execute, finished
+from dualign.params.training import SafetyDpoParams, SafetyRun
 from dualign.safety import train_at
+from dualign.stage import Run, execute, finished
 
 log = logging.getLogger("dualign")
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dualign.core.params import SafetyPathParams
 from dualign.core.schema import SAFETY_PAIRS, read_table
-from dualign.core.stage import Run, execute, finished
+from dualign.params.training import SafetyPathParams
 from dualign.safety import train_at
+from dualign.stage import Run, execute, finished
 
 PAIRS = Path("data/prepared/safety_pairs.parquet")
 MODELS = Path("models")

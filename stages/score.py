@@ -15,7 +15,6 @@ from pathlib import Path
 import pandas as pd
 
 from dualign.core.artifacts import replacing, write_parquet
-from dualign.core.params import ScoreParams
 from dualign.core.schema import (
     ENUMERATED,
     HELPFUL_PAIRS,
@@ -26,12 +25,13 @@ from dualign.core.schema import (
     SUPPORT,
     read_table,
 )
-from dualign.core.stage import Run, execute
 from dualign.evaluation import enumerate_answers
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts, retokenised_share
 from dualign.measure.rollout import Judges, roll_out
 from dualign.measure.stats import clustered_mean
+from dualign.params.models import ScoreParams
+from dualign.stage import Run, execute
 from dualign.support import HELD_OUT
 
 DATA = Path("data/prepared")

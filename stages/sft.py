@@ -15,9 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dualign.core.artifacts import replacing
 from dualign.core.errors import DataError, ModelError
-from dualign.core.params import SftParams
 from dualign.core.schema import SFT, read_table
-from dualign.core.stage import Run, execute, finished
 from dualign.lm.loading import check_context, load_model
 from dualign.lm.models import (
     build_scratch,
@@ -30,6 +28,8 @@ from dualign.lm.models import (
     with_lora,
 )
 from dualign.lm.tokens import encode_conversations
+from dualign.params.models import SftParams
+from dualign.stage import Run, execute, finished
 from dualign.training.run import Job, Model
 from dualign.training.supervised import heldout_loss, train_sft
 

@@ -27,8 +27,8 @@ from dualign.certificate import (
 )
 from dualign.core.artifacts import read_json, sha256, write_json, write_parquet
 from dualign.core.errors import DataError, DualignError
-from dualign.core.params import CertifyRun
 from dualign.core.schema import ANSWERS, LABELS, PROMPTS, REWEIGHTED, Message, prompt_id, user
+from dualign.params.certify import CertifyRun
 from tests.written import solved
 
 

@@ -11,9 +11,10 @@ import pytest
 from dualign.bounds import binomial_bound, sample_size, star_bound, t_bound, upper_bound
 from dualign.certificate import Certificate, Check, Requirement, Tested
 from dualign.certification import contenders, forecast, label
-from dualign.core.params import SHARES, CertifyRun, LabelParams, Quantity
 from dualign.core.schema import prompt_id, user
 from dualign.data import world
+from dualign.params.base import SHARES, Quantity
+from dualign.params.certify import CertifyRun, LabelParams
 
 
 def test_the_order_is_the_fallback_and_then_the_weights() -> None:

@@ -17,9 +17,9 @@ from dualign import dual
 from dualign.certification import contenders
 from dualign.constraints import Constraint, Price, Scored, constraint, price, priced, prices_in
 from dualign.core.errors import InfeasibleError, ParamsError
-from dualign.core.loading import check, read_yaml
-from dualign.core.params import ConstraintSpec
 from dualign.core.schema import user
+from dualign.params.dual import ConstraintSpec
+from dualign.params.loading import check, read_yaml
 
 BETA, LIMIT, TOP = 0.8, 0.1, 1e3
 Array = np.ndarray

@@ -16,7 +16,9 @@ import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
-from dualign.core.params import ROW_SECTIONS, STAGES
+from dualign.params.loading import BLOCKS
+from dualign.params.search import ROW_SECTIONS
+from dualign.params.stages import STAGES
 from pipeline.dag import StageSpec, load_dag
 from pipeline.deps import ROOT, differences, script_of
 
@@ -63,7 +65,7 @@ def test_every_data_file_of_the_code_is_a_dependency() -> None:
 def test_params_are_the_fields_of_the_class(stage: str) -> None:
     cls = STAGES[stage]
     own = set(cls.model_fields) - set(cls.shared) - set(ROW_SECTIONS)  # these stand in the rows of `methods`
-    keys = [*cls.shared.values(), *(f"{stage}.{name}" for name in own)]
+    keys = [*cls.shared.values(), *(f"{stage}.{name}" for name in own), *own & set(BLOCKS)]
     expected = {item for key in keys for item in BY_ITEM.get(stage, {}).get(key, [key])}
     listed = set(DEFINITIONS[stage]["params"])
     if stage in listed:  # the whole section as one, of which the stage must read every key that there is
@@ -241,6 +243,8 @@ EDITS = {
     "constraint.power": (0.7, ("dual_init",)),
     "constraint.also": ({"short": {"quantity": "length", "limit": 9.0}}, ("dual_init", "evaluate@*")),
     "generation.max_new_tokens": (123, ("score", "dual_search@*", "certify@*", "evaluate@*")),
+    "training.batch_size": (123, ("sft", *SCORERS, *(f"{stage}@*" for stage in TRAININGS), "dual_search@*")),
+    "lora.rank": (123, ("sft", *SCORERS, *(f"{stage}@*" for stage in TRAININGS), "dual_search@*")),
     "prepare.search_prompts": (123, ("prepare",)),
     "prepare.sft": ([], ("prepare",)),
     "sft.training.learning_rate": (0.123, ("sft",)),

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dualign import evaluation
+from dualign import evaluation, exact
 from dualign.core.schema import user
 from dualign.data import world
 from dualign.evaluation import against_optimum, enumerate_answers, finite_problem
@@ -86,6 +86,15 @@ def test_the_optimum_is_no_way_from_itself_and_the_reference_all_of_it(enumerate
     at = against_optimum(summary(problem.describe(problem.policy(lam))), problem, LIMIT)
     assert at["reward_share"] == pytest.approx(1.0) and at["value_gap"] == pytest.approx(0.0, abs=1e-9)
     assert result["value_gap"] == pytest.approx(result["optimum"]["value"] - result["optimum"]["reference_value"])
+
+
+def test_the_way_begins_at_the_nearest_policy_that_keeps_the_limit(enumerated: pd.DataFrame) -> None:
+    problem, strict = finite_problem(enumerated, BETA), -0.8
+    assert problem.describe(problem.log_reference)["cost"] > strict
+    nearest = problem.describe(exact.nearest(problem, strict))
+    result = against_optimum(summary(nearest), problem, strict)
+    assert result["reward_share"] == pytest.approx(0.0) and nearest["cost"] == pytest.approx(strict)
+    assert result["value_gap"] == pytest.approx(result["optimum"]["value"] - result["optimum"]["nearest_value"])
 
 
 def test_the_exact_frontier_holds_the_optimum_and_falls(enumerated: pd.DataFrame) -> None:

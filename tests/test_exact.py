@@ -127,3 +127,29 @@ def test_a_mass_that_rounding_lifts_above_one_stays_usable() -> None:
     problem = exact.problem(np.log([[0.7, 0.3000001]]), np.zeros((1, 2)), np.zeros((1, 2)), rest=(0.0, 0.0), beta=BETA)
     assert np.isfinite(problem.log_reference).all()
     assert np.exp(problem.log_reference).sum() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_nearest_policy_within_the_limit_is_an_information_projection(seed: int) -> None:
+    problem = finite(seed, prompts=2, answers=4)
+    limit = problem.describe(problem.log_reference)["cost"] - 0.4
+    shape = problem.reward.shape
+
+    def at(table: Array) -> dict[str, float]:
+        return problem.describe(log_softmax(table.reshape(shape), axis=1))
+
+    primal = minimize(
+        lambda t: at(t)["kl"],
+        problem.log_reference.ravel(),
+        method="SLSQP",
+        constraints=[{"type": "ineq", "fun": lambda t: limit - at(t)["cost"]}],
+        options={"maxiter": 1000, "ftol": 1e-12},
+    )
+    found = problem.describe(exact.nearest(problem, limit))
+    assert found["cost"] == pytest.approx(limit) and found["kl"] == pytest.approx(primal.fun, abs=1e-6)
+
+
+def test_a_reference_within_the_limit_is_the_nearest_policy_itself() -> None:
+    problem = finite()
+    slack = problem.describe(problem.log_reference)["cost"] + 0.1
+    assert exact.nearest(problem, slack) == pytest.approx(problem.log_reference)

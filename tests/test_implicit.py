@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dualign import dual, exact
 from dualign.core.artifacts import write_json, write_parquet
 from dualign.core.errors import ModelError
-from dualign.core.params import Resources, ScratchParams
 from dualign.core.schema import POOL, SCORED_PAIRS, user
 from dualign.data import world
 from dualign.implicit import (
@@ -30,6 +29,8 @@ from dualign.implicit import (
 from dualign.lm.models import build_scratch, save, train_tokenizer
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.params.base import Resources
+from dualign.params.models import ScratchParams
 from tests.written import safety
 
 Array = np.ndarray

@@ -8,9 +8,9 @@ from typing import Any, get_args
 import pytest
 
 from dualign.core.errors import ParamsError
-from dualign.core.loading import load
-from dualign.core.params import DualSearchParams, MethodName, MethodRow
 from dualign.methods import METHODS, plan
+from dualign.params.loading import load
+from dualign.params.search import DualSearchParams, MethodName, MethodRow
 
 ROOT = Path(__file__).resolve().parents[1]
 STARTS = {
@@ -41,6 +41,10 @@ def row(method: str, **options: Any) -> MethodRow:
 
 def test_params_and_table_name_the_same_methods() -> None:
     assert set(get_args(MethodName)) == set(METHODS)
+
+
+#: Both ends of a merge on the path.
+PATH = {"start": "lambda_path/strict", "reference": "lambda_path/slack"}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -115,10 +119,11 @@ def test_the_published_settings() -> None:
         ("safe_rlhf", {"cost": "feedback"}, "cost"),
         ("safe_rlhf", {"aims": "stock"}, "aims"),
         ("mocan", {"aims": "stock"}, "aims"),
-        ("dualign", {"rule": "merge"}, "start"),
-        ("dualign", {"start": "lambda_path/strict", "reference": "lambda_path/slack"}, "start"),
-        ("c_dpo", {"rule": "merge", "start": "lambda_path/strict", "reference": "lambda_path/slack"}, "rule"),
-        ("dualign", {"rule": "merge", "start": "lambda_path/strict", "returns": "mixture"}, "returns"),
+        ("dualign", {"rule": "merge", "start": "lagrangian_dpo/one", "reference": "sft"}, "reference"),
+        ("dualign", {"rule": "merge", "start": "safety_dpo/one", "reference": "reward_dpo/helpful"}, "start"),
+        ("dualign", PATH, "start"),
+        ("c_dpo", {"rule": "merge", **PATH}, "rule"),
+        ("dualign", {"rule": "merge", **PATH, "returns": "mixture"}, "returns"),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_its_key(method: str, options: dict[str, Any], key: str) -> None:
@@ -128,9 +133,8 @@ def test_what_does_not_go_together_is_refused_by_its_key(method: str, options: d
 
 
 def test_ours_may_merge_two_policies_of_the_path_and_aim_below_the_limit() -> None:
-    ends = {"start": "lambda_path/strict", "reference": "lambda_path/slack"}
-    found = plan("mine", row("dualign", rule="merge", aims="stock", **ends))
-    assert (found.method.rule, found.method.aims, found.start, found.reference) == ("merge", "stock", *ends.values())
+    found = plan("mine", row("dualign", rule="merge", aims="stock", **PATH))
+    assert (found.method.rule, found.method.aims, found.start, found.reference) == ("merge", "stock", *PATH.values())
     assert all(method.aims == "limit" for method in METHODS.values())
     assert plan("a", row("sacpo", aims="stock")).method.aims == "stock"  # a grid returns by it
 

@@ -18,13 +18,13 @@ from dvc.repo import Repo
 from dvc.repo.trie import build_outs_trie
 from ruamel.yaml import YAML
 
-from dualign.core import loading
 from dualign.core.errors import ParamsError
 from dualign.core.names import NAME
+from dualign.params import loading
 from pipeline import flow, names, worker
 from pipeline.__main__ import main
 from pipeline.errors import PipelineError
-from tests.core.mistakes import Content, put
+from tests.params.mistakes import Content, put
 from tests.pipeline.project import environment
 
 ROOT = Path(__file__).resolve().parents[1]

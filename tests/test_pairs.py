@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign import dual
 from dualign.core.errors import DataError
-from dualign.core.params import LossType, ScratchParams, TrainingParams
 from dualign.core.schema import user
 from dualign.data import world
 from dualign.lm.models import build_scratch, train_tokenizer
@@ -34,6 +33,9 @@ from dualign.pairs import (
     with_offset,
     with_safe_flags,
 )
+from dualign.params.base import TrainingParams
+from dualign.params.models import ScratchParams
+from dualign.params.training import LossType
 from dualign.training.pairwise import Pair
 
 QUESTIONS = [world.prompts()[0], world.prompts()[3000]]

@@ -26,12 +26,13 @@ from transformers import (
 
 from dualign.core.artifacts import read_json
 from dualign.core.errors import DualignError
-from dualign.core.loading import check, load, load_resources, read_yaml
-from dualign.core.params import STAGES, SafetyPathParams
-from dualign.core.stage import Run
+from dualign.params.loading import check, load, load_resources, read_yaml
+from dualign.params.stages import STAGES
+from dualign.params.training import SafetyPathParams
+from dualign.stage import Run
 from pipeline.dag import StageSpec, load_dag
-from tests.core.mistakes import put
 from tests.lm.layouts import CHATS, byte_fallback, byte_level
+from tests.params.mistakes import put
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES: dict[str, Any] = {

@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from dualign.core.loading import check, read_yaml
+from dualign.params.loading import check, read_yaml
 from pipeline.dag import load_dag
 
 ROOT = Path(__file__).resolve().parents[1]

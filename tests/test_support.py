@@ -11,8 +11,8 @@ import pytest
 from dualign import dual
 from dualign.core.artifacts import write_parquet
 from dualign.core.errors import DataError
-from dualign.core.params import PessimismParams
 from dualign.core.schema import SUPPORT
+from dualign.params.base import PessimismParams
 from dualign.support import HELD_OUT, Doubt, Support, doubt, doubted, enough, fit_support
 
 Array = np.ndarray

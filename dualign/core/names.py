@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePosixPath
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
@@ -15,6 +15,8 @@ _RULE = "letters, digits, '.', '_' and '-', 64 at most, the first a letter or a 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _KEY = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 _LONGEST = 1000
+#: Multipliers that a run may name: the pool's own, or the one with a safety stock.
+Solved = Literal["dual", "stock"]
 
 
 def shown(text: str) -> str:

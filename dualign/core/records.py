@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from dualign.core.artifacts import read_json
 from dualign.core.errors import DataError
-from dualign.core.params import Solved
+from dualign.core.names import Solved
 
 R = TypeVar("R")
 _OPEN = with_config(ConfigDict(extra="allow"))

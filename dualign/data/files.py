@@ -26,8 +26,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dualign.core.errors import DataError
-from dualign.core.params import SourceSpec
 from dualign.data.rows import EXCERPT, BadRow, RepeatedKey, Row, excerpt, unique
+from dualign.params.data import SourceSpec
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ import pyarrow as pa
 from dualign.core import schema
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.errors import DataError
-from dualign.core.params import PrepareParams
 from dualign.data.rows import excerpt
 from dualign.data.sources import Kind, Record, Rejected, Skipped, label, read
+from dualign.params.data import PrepareParams
 
 logger = logging.getLogger(__name__)
 

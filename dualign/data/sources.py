@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dualign.core.errors import DataError
-from dualign.core.params import SourceSpec, WorldParams
 from dualign.core.schema import Message, user
 from dualign.data import world
 from dualign.data.files import Files, locate
 from dualign.data.messages import check_unicode, split_answer, turns_in
 from dualign.data.rows import BadRow, Row, excerpt
+from dualign.params.data import SourceSpec, WorldParams
 
 logger = logging.getLogger(__name__)
 

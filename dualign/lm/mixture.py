@@ -17,8 +17,8 @@ from torch import Tensor
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import ModelError
 from dualign.core.names import NAME, shown
-from dualign.core.params import Resources
 from dualign.lm.models import load_policy
+from dualign.params.base import Resources
 
 FILE = "mixture.json"
 

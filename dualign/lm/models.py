@@ -27,12 +27,13 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from dualign.core.errors import ModelError, ParamsError
-from dualign.core.params import LoraParams, Resources, ScratchParams
 from dualign.core.records import AdapterConfig, read_record
 from dualign.lm.loading import first_line, load_model, load_reported, require, with_adapter
 from dualign.lm.numerics import check_head, device_of, in_precision, precision_of
 from dualign.lm.templates import read_template, settle
 from dualign.lm.tokens import PLAIN_TEMPLATE
+from dualign.params.base import LoraParams, Resources
+from dualign.params.models import ScratchParams
 
 log = logging.getLogger(__name__)
 

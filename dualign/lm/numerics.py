@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dualign.core.errors import ModelError
-from dualign.core.params import Resources
+from dualign.params.base import Resources
 
 #: Elements of the vocabulary-wide logits that are held at once: 256 MiB in fp32.
 CHUNK = 1 << 26

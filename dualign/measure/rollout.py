@@ -10,12 +10,12 @@ import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dualign.core.params import Resources
 from dualign.lm.mixture import Policy
 from dualign.lm.models import load_policy, load_tokenizer
 from dualign.lm.sampling import log_probabilities, sample
 from dualign.lm.tokens import encode_prompts
 from dualign.measure.stats import Measurement, clustered_mean, within_variance
+from dualign.params.base import Resources
 from dualign.scoring.scorers import Scorer
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dualign.core.params import SHARES
 from dualign.core.records import Betas
+from dualign.params.base import SHARES
 from dualign.report.words import number, percent
 
 Row = dict[str, Any]

@@ -17,7 +17,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dualign.core.artifacts import listed, read_optional_json, replacing
-from dualign.core.params import STAGES, ReportParams
 from dualign.core.records import (
     Betas,
     Frontier,
@@ -29,6 +28,8 @@ from dualign.core.records import (
     read_optional_record,
     read_record,
 )
+from dualign.params.evaluate import ReportParams
+from dualign.params.stages import STAGES
 from dualign.report import charts
 from dualign.report.charts import Knot, Point, Range
 from dualign.report.comparison import REFERENCE, compare, read_answers

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dualign.core.params import ScorerParams
-from dualign.core.stage import Run
 from dualign.lm.models import load_scorer_backbone, load_tokenizer, merged, with_lora
 from dualign.lm.tokens import encode_prompts
+from dualign.params.models import ScorerParams
 from dualign.scoring.calibration import Calibration, Platt
 from dualign.scoring.given import Meaning, load_given
 from dualign.scoring.scorers import Scorer, conversations
+from dualign.stage import Run
 from dualign.training.run import Job
 from dualign.training.scorer import ScoredPair, train_scorer
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from dualign.core.errors import ModelError
-from dualign.core.params import GivenScorer, Resources
+from dualign.params.base import Resources
+from dualign.params.models import GivenScorer
 from dualign.scoring.calibration import Platt
 from dualign.scoring.kinds import KINDS, PLAIN, Place, Reading
 from dualign.scoring.scorers import CARD, Member, Scorer

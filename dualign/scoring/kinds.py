@@ -27,13 +27,13 @@ from transformers.utils import cached_file
 
 from dualign.core.artifacts import listed
 from dualign.core.errors import ModelError
-from dualign.core.params import Frozen, Resources
 from dualign.core.schema import Message, user
 from dualign.lm.loading import load_config, load_model, require
 from dualign.lm.models import fit_vocabulary, load_tokenizer, made_fit, read_tokenizer
 from dualign.lm.numerics import in_precision
 from dualign.lm.templates import settle
 from dualign.lm.tokens import QUESTION, common_prefix, encode_conversations, encode_rendered, render
+from dualign.params.base import Frozen, Resources
 from dualign.scoring.calibration import Calibration, Platt
 
 log = logging.getLogger(__name__)

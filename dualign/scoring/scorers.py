@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import ModelError
-from dualign.core.params import Frozen, Resources
 from dualign.core.progress import Progress
 from dualign.core.schema import Message
 from dualign.lm.loading import context_of
 from dualign.lm.models import save
 from dualign.lm.tokens import encode_conversations
+from dualign.params.base import Frozen, Resources
 from dualign.scoring.calibration import Calibration, from_card
 from dualign.scoring.kinds import KINDS, PLAIN, Loaded, Place, Reading, is_encoder
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dualign.core.params import DualSearchParams
 from dualign.methods import Plan
+from dualign.params.search import DualSearchParams
 
 HEAD = """---
 library_name: transformers
@@ -15,7 +15,7 @@ tags: [dualign, dpo, safety]
 """
 MODEL = "Load with `AutoModelForCausalLM.from_pretrained`; the tokenizer holds the chat template."
 _MIXTURE = """This is a mixture: each answer comes from one component, drawn by the weights in `mixture.json`.
-In dualign `policy_at(FOLDER, load_resources())` (`dualign.lm.mixture`, `dualign.core.params`) loads it and
+In dualign `policy_at(FOLDER, load_resources())` (`dualign.lm.mixture`, `dualign.params.loading`) loads it and
 `dualign.lm.sampling.sample` draws from it. Elsewhere draw a component yourself; each folder `component-*` loads with
 `AutoModelForCausalLM.from_pretrained`, and its tokenizer holds the chat template."""
 

@@ -24,11 +24,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.errors import DataError
-from dualign.core.params import TrainingParams
 from dualign.core.schema import HELPFUL_PAIRS, SAFETY_PAIRS, pair_id, read_table
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.losses import folded_reference
 from dualign.pairs import preference_pairs, visited
+from dualign.params.base import TrainingParams
 from dualign.search import exploration
 from dualign.training.pairwise import Pair
 

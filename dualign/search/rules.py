@@ -19,10 +19,10 @@ import numpy as np
 
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
-from dualign.core.params import DualSearchParams
 from dualign.measure.stats import LimitEstimate, Measurement
 from dualign.measure.tilt import Tilt
 from dualign.methods import ITERATIVE, Plan
+from dualign.params.search import DualSearchParams
 from dualign.search.further import joint_newton_step
 from dualign.search.screening import Screening
 
@@ -381,13 +381,27 @@ def _believed(tilt: Tilt | None) -> bool:
 
 
 def _merge(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
-    """The weight of the pool's multiplier first, then secants on (q, C); q = 1 is the start itself."""
-    if len(steps) == 1:
-        first = first_weight(outlook.lam_pool, outlook.lam_start, outlook.naive, outlook.lam_reference)
-        return min(first, params.merge_max)
-    if _solved(steps[-1], params, outlook):
+    """The weight of the pool's multiplier first, then secants on (q, C); q = 1 is the start itself.
+
+    A start that was trained at the pool's multiplier is that first policy, and Newton's step comes next.
+    """
+    begins = len(steps) == 1
+    tried = not begins or outlook.lam_start == outlook.lam_pool
+    if tried and _solved(steps[-1], params, outlook):
         return None
+    if begins:
+        lam = _corrected(steps[0], params, outlook) if tried else outlook.lam_pool
+        first = first_weight(lam, outlook.lam_start, outlook.naive, outlook.lam_reference)
+        return min(first, params.merge_max)
     return _merge_between([(step.weight, step.measured.cost) for step in steps], params, outlook)
+
+
+def _corrected(step: Step, params: DualSearchParams, outlook: Outlook) -> float:
+    """Newton's multiplier after a step; its own where the answers to a prompt all cost the same."""
+    m = step.measured
+    if m.variance <= 0:
+        return step.lam
+    return newton_step(step.lam, m.cost, m.variance, outlook.target(params), params.beta)
 
 
 def _merge_between(points: Sequence[tuple[float, float]], params: DualSearchParams, outlook: Outlook) -> float | None:

@@ -15,7 +15,6 @@ from dualign import dual
 from dualign.constraints import Price, priced
 from dualign.core.artifacts import read_json, replacing, write_json, write_parquet
 from dualign.core.errors import ParamsError
-from dualign.core.params import DualSearchParams, InnerParams, Resources, TrainingParams
 from dualign.core.schema import ANSWERS, POOL, SAFETY_PAIRS, SCORED_PAIRS, by_prompt, read_table
 from dualign.lm.mixture import policy_at, write_mixture
 from dualign.lm.models import load_policy, save, with_lora
@@ -26,6 +25,9 @@ from dualign.measure.stats import Measurement, clustered_mean
 from dualign.measure.tilt import TILT_SAMPLES, Tilt, tilt_on
 from dualign.methods import Plan
 from dualign.pairs import lagrangian_pairs, pool_pairs, pool_values, safety_training_pairs, samples_of, visited
+from dualign.params.base import Resources, TrainingParams
+from dualign.params.search import DualSearchParams
+from dualign.params.training import InnerParams
 from dualign.search.further import measure_further
 from dualign.search.labelling import compare, log_odds, vote
 from dualign.search.merge import merge

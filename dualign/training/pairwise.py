@@ -17,8 +17,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dualign import losses
 from dualign.core.errors import DataError, ParamsError
-from dualign.core.params import LossType
 from dualign.lm.numerics import answer_log_probabilities
+from dualign.params.training import LossType
 from dualign.training.run import (
     Job,
     Metrics,

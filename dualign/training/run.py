@@ -25,10 +25,10 @@ from transformers import (
 
 from dualign.core.artifacts import faults_told
 from dualign.core.errors import DataError, ParamsError, TrainingError
-from dualign.core.params import Resources, TrainingParams
 from dualign.core.progress import watched
 from dualign.lm.loading import check_context
 from dualign.lm.numerics import device_of, precision_of
+from dualign.params.base import Resources, TrainingParams
 from dualign.training.checkpoints import Sealing, last_checkpoint
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ import pytest
 
 from bench import certified, regulated, world
 from dualign.core.artifacts import read_json, write_json
-from dualign.core.loading import load
-from dualign.core.params import CertifyParams
+from dualign.params.certify import CertifyParams
+from dualign.params.loading import load
 
 
 def lab(root: Path, repo_root: Path, seed: int, *, returned: str | None, cost: float) -> world.Lab:

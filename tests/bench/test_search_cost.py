@@ -14,21 +14,23 @@ from ruamel.yaml import YAML
 from bench import search_cost, world
 from bench.search_cost import PARAMS, ROWS, Scored, Settings, first_policy, met, rows_of, run_row, seek, smaller
 from dualign import dual
-from dualign.core import loading
 from dualign.core.artifacts import read_json, write_json, write_parquet
-from dualign.core.loading import load, load_resources
-from dualign.core.params import DualSearchParams, LagrangianDpoParams, ScoreParams, ScratchParams
 from dualign.core.schema import HELPFUL_PAIRS, PROMPTS, SAFETY_PAIRS, by_prompt, pair_id, prompt_id, user
-from dualign.core.stage import Run
 from dualign.data import world as embedded
 from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_tokenizer
 from dualign.measure.stats import Measurement
 from dualign.measure.tilt import Tilt, effective_tilt
 from dualign.methods import plan
+from dualign.params import loading
+from dualign.params.loading import load, load_resources
+from dualign.params.models import ScoreParams, ScratchParams
+from dualign.params.search import DualSearchParams
+from dualign.params.training import LagrangianDpoParams
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
 from dualign.search.rules import Ascent, Outlook, Step
 from dualign.search.screening import Screening
+from dualign.stage import Run
 from stages import score
 from tests.written import solved
 

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from dualign.core.errors import DataError
-from dualign.core.params import SourceSpec
 from dualign.data import files
 from dualign.data.files import GROUP_LIMIT, ROW_LIMIT, locate
 from dualign.data.rows import BadRow, Row
+from dualign.params.data import SourceSpec
 
 MIB = 2**20
 

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 from dualign.core.errors import DataError
-from dualign.core.params import SourceSpec, WorldParams
 from dualign.core.schema import user
 from dualign.data.sources import Kind, Record, Rejected, Skipped, read
+from dualign.params.data import SourceSpec, WorldParams
 
 MADE = WorldParams(sft_rows=1, helpful_pairs=1, safety_pairs=1, sharpness=1.0)
 PAIR = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}

@@ -19,9 +19,9 @@ from ruamel.yaml import YAML
 
 from dualign.core import schema
 from dualign.core.errors import DataError
-from dualign.core.params import PrepareParams
 from dualign.core.schema import normalise, user
 from dualign.data.prepare import prepare
+from dualign.params.data import PrepareParams
 
 ROOT = Path(__file__).parents[2]
 REAL = Path(os.environ.get("DUALIGN_REAL_DATA", ROOT / "../shared/data"))
@@ -297,7 +297,7 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process(tmp_path: Path) -
     prepare(params(tmp_path), tmp_path / "here")
     code = (
         "import sys; from pathlib import Path; from dualign.data.prepare import prepare;"
-        "from dualign.core.params import PrepareParams;"
+        "from dualign.params.data import PrepareParams;"
         "prepare(PrepareParams.model_validate_json(sys.argv[1]), Path(sys.argv[2]))"
     )
     command = [sys.executable, "-c", code, params(tmp_path).model_dump_json(), str(tmp_path / "there")]

@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dualign.core.errors import DataError
-from dualign.core.params import SourceSpec, WorldParams
 from dualign.core.schema import user
 from dualign.data.sources import Kind, Record, Rejected, Skipped, derived_seed, label, read
+from dualign.params.data import SourceSpec, WorldParams
 
 WORLD = WorldParams(sft_rows=20, helpful_pairs=30, safety_pairs=40, sharpness=1.0)
 REAL = Path(os.environ.get("DUALIGN_REAL_DATA", Path(__file__).parents[2] / "../shared/data"))

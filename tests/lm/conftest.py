@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dualign.core.loading import load_resources
-from dualign.core.params import Resources
+from dualign.params.base import Resources
+from dualign.params.loading import load_resources
 
 ROOT = Path(__file__).resolve().parents[2]
 

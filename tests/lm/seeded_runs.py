@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
-from dualign.core.loading import load, load_resources
-from dualign.core.params import LoraParams, RewardDpoParams, SafetyDpoParams, SftParams
-from dualign.core.stage import Run
+from dualign.params.base import LoraParams
+from dualign.params.loading import load, load_resources
+from dualign.params.models import SftParams
+from dualign.params.training import RewardDpoParams, SafetyDpoParams
+from dualign.stage import Run
 from stages import reward_dpo, safety_dpo, sft
 
 ROOT = Path(__file__).resolve().parents[2]

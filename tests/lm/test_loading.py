@@ -27,8 +27,8 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from dualign.core.errors import DataError, ModelError, ParamsError
-from dualign.core.params import LoraParams, Resources
 from dualign.lm import loading, models
+from dualign.params.base import LoraParams, Resources
 from tests.lm.layouts import CHATS, byte_level
 
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")

@@ -12,13 +12,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign.core.errors import ModelError
-from dualign.core.params import Resources, ScratchParams
 from dualign.core.schema import user
 from dualign.data import world
 from dualign.lm.mixture import Mixture, mixture_log_probability, policy_at, write_mixture
 from dualign.lm.models import build_scratch, save, train_tokenizer
 from dualign.lm.sampling import log_probabilities, sample
 from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.params.base import Resources
+from dualign.params.models import ScratchParams
 
 SCRATCH = ScratchParams(
     tokenizer="train", vocab_size=300, hidden_size=16, layers=1, heads=2, intermediate_size=24, context=64

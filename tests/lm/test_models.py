@@ -26,12 +26,13 @@ from transformers import (
 
 from dualign.core.artifacts import write_json, write_parquet
 from dualign.core.errors import ModelError
-from dualign.core.params import LoraParams, Resources, ScratchParams
 from dualign.core.schema import HELPFUL_PAIRS, SAFETY_PAIRS, SFT, user
 from dualign.data import world
 from dualign.lm import models
 from dualign.lm.sampling import sample
 from dualign.lm.tokens import PLAIN_TEMPLATE, encode_prompts
+from dualign.params.base import LoraParams, Resources
+from dualign.params.models import ScratchParams
 from tests.lm.layouts import CHATS, byte_level
 from tests.stages.conftest import rows as pair_rows
 from tests.written import solved

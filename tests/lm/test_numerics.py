@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from dualign.core.errors import ModelError
-from dualign.core.params import LoraParams, Resources, TrainingParams
 from dualign.lm import models, numerics
 from dualign.lm.numerics import answer_log_probabilities
+from dualign.params.base import LoraParams, Resources, TrainingParams
 from dualign.training.pairwise import Inner, Pair, pairwise_trainer, train_pairwise
 from dualign.training.run import Job, without_dropout
 from dualign.training.supervised import train_sft

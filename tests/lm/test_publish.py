@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from dualign.core.params import LoraParams, Resources, ScratchParams
 from dualign.data import world
 from dualign.lm import models
 from dualign.lm.mixture import policy_at, write_mixture
 from dualign.lm.publish import ADAPTER, publish
+from dualign.params.base import LoraParams, Resources
+from dualign.params.models import ScratchParams
 from dualign.search.merge import merge
 
 TEXTS = [answer.text for prompt in world.prompts()[::500] for answer in world.answers(prompt)]

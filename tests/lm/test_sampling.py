@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign.core.errors import ParamsError
-from dualign.core.loading import load_resources
-from dualign.core.params import ScratchParams
 from dualign.core.schema import user
 from dualign.data import world
 from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.lm.numerics import in_precision
 from dualign.lm.sampling import answer_log_probabilities, log_probabilities, sample
 from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.params.loading import load_resources
+from dualign.params.models import ScratchParams
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ScratchParams(

@@ -12,12 +12,12 @@ from tokenizers import AddedToken
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dualign.core.errors import ModelError
-from dualign.core.loading import load_resources
-from dualign.core.params import TrainingParams
 from dualign.core.schema import user
 from dualign.lm.models import fit_vocabulary, load_tokenizer
 from dualign.lm.sampling import sample
 from dualign.lm.tokens import decode_answers, encode_answers, encode_conversations, encode_prompts
+from dualign.params.base import TrainingParams
+from dualign.params.loading import load_resources
 from dualign.training.run import Job
 from dualign.training.supervised import train_sft
 from tests.lm.layouts import BUILDERS, CHATS, LLAMA3, Chat, byte_fallback, byte_level

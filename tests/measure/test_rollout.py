@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dualign.core.loading import load_resources
-from dualign.core.params import ScratchParams
 from dualign.core.schema import prompt_id, user
 from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.measure.rollout import Judges, roll_out
+from dualign.params.loading import load_resources
+from dualign.params.models import ScratchParams
 
 SCRATCH = ScratchParams(
     tokenizer="train", vocab_size=260, hidden_size=16, layers=1, heads=2, intermediate_size=16, context=128

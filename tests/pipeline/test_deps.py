@@ -65,11 +65,20 @@ def test_closure_follows_all_that_runs(root: Path) -> None:
 
 
 def test_a_package_that_nearly_all_need_is_one_dependency(root: Path) -> None:
-    for name, text in {"__init__.py": "", "errors.py": "import dualign.leaf\n", "params.py": ""}.items():
+    for name, text in {"__init__.py": "", "errors.py": "import dualign.leaf\n", "names.py": ""}.items():
         (root / "dualign/core").mkdir(exist_ok=True)
         (root / "dualign/core" / name).write_text(text)
-    (root / "stages/safety_dpo.py").write_text("import dualign.core.errors\nimport dualign.core.params\n")
+    (root / "stages/safety_dpo.py").write_text("import dualign.core.errors\nimport dualign.core.names\n")
     assert closure("stages/safety_dpo.py", root) == ["stages/safety_dpo.py", "dualign/core", "dualign/leaf.py"]
+
+
+def test_types_of_params_are_no_dependency(root: Path) -> None:
+    (root / "dualign/params").mkdir()
+    (root / "dualign/params/data.py").write_text("import dualign.leaf\n")
+    before = closure("stages/safety_dpo.py", root)
+    with (root / "stages/safety_dpo.py").open("a") as script:
+        script.write("import dualign.params.data\n")
+    assert closure("stages/safety_dpo.py", root) == before
 
 
 @pytest.mark.parametrize(

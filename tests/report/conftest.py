@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from dualign.core.artifacts import write_json, write_parquet
-from dualign.core.params import ReportParams
 from dualign.core.schema import ANSWERS, PROMPTS, SFT, prompt_id, user
+from dualign.params.evaluate import ReportParams
 
 LIMIT = -0.15
 BETA = 0.5

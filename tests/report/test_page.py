@@ -13,7 +13,7 @@ import pytest
 
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
-from dualign.core.params import ReportParams
+from dualign.params.evaluate import ReportParams
 from dualign.report.page import write
 from dualign.report.words import number
 

@@ -22,10 +22,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dualign.core.loading import load_resources
-from dualign.core.params import GivenScorer, Resources
 from dualign.data import world
 from dualign.lm.models import save, train_tokenizer
+from dualign.params.base import Resources
+from dualign.params.loading import load_resources
+from dualign.params.models import GivenScorer
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [answer.text for question in world.prompts()[:3] for answer in world.answers(question)[:12]]

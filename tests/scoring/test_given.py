@@ -19,12 +19,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dualign.core import loading
 from dualign.core.errors import DualignError, ModelError, ParamsError
-from dualign.core.params import GivenScorer, Resources
 from dualign.core.schema import Message, user
 from dualign.data import world
 from dualign.lm.models import load_tokenizer
+from dualign.params import loading
+from dualign.params.base import Resources
+from dualign.params.models import GivenScorer
 from dualign.scoring.calibration import Isotonic, Platt
 from dualign.scoring.given import load_given
 from dualign.scoring.scorers import CARD, Scorer

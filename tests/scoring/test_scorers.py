@@ -10,12 +10,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign.core.errors import DualignError, ModelError
-from dualign.core.loading import load_resources
-from dualign.core.params import LoraParams, Resources, ScratchParams
 from dualign.core.schema import Message, user
 from dualign.data import world
 from dualign.lm.models import build_scratch, load_scorer_backbone, merged, save, train_tokenizer, with_lora
 from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.params.base import LoraParams, Resources
+from dualign.params.loading import load_resources
+from dualign.params.models import ScratchParams
 from dualign.scoring.calibration import Isotonic, Platt
 from dualign.scoring.scorers import Scorer, conversations
 from dualign.training.scorer import ScoredPair, _FlagCollator, _ranked

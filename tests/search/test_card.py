@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from dualign.core.loading import load
-from dualign.core.params import DualSearchParams
 from dualign.measure.stats import Measurement
 from dualign.methods import METHODS, Plan
+from dualign.params.loading import load
+from dualign.params.search import DualSearchParams
 from dualign.search import rules
 from dualign.search.card import model_card
 from dualign.search.rules import Outlook, Step

@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign import losses
-from dualign.core.params import LoraParams, ScratchParams
 from dualign.core.schema import user
 from dualign.data import world
 from dualign.lm.models import build_scratch, train_tokenizer, with_lora
 from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.params.base import LoraParams
+from dualign.params.models import ScratchParams
 from dualign.search.exploration import bonus, features, precision, projection, spread
 
 QUESTIONS = [world.prompts()[0], world.prompts()[3000]]

@@ -12,12 +12,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign.core.errors import DataError
-from dualign.core.params import ScratchParams, TrainingParams
 from dualign.core.schema import HELPFUL_PAIRS, SAFETY_PAIRS, pair_id, prompt_id, user
 from dualign.data import world
 from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.params.base import TrainingParams
+from dualign.params.models import ScratchParams
 from dualign.search.exploration import features, projection
 from dualign.search.labelling import compare
 from dualign.search.online import (

@@ -15,11 +15,11 @@ from scipy.optimize import minimize
 
 from dualign.core.artifacts import read_json
 from dualign.core.errors import DualignError
-from dualign.core.loading import load
-from dualign.core.params import DualSearchParams, OnlineParams
 from dualign.measure.stats import LimitEstimate, Measurement
 from dualign.measure.tilt import Tilt
 from dualign.methods import METHODS, Plan
+from dualign.params.loading import load
+from dualign.params.search import DualSearchParams, OnlineParams
 from dualign.search import rules
 from dualign.search.rules import Ascent, Blend, Outlook, Step
 from dualign.search.screening import Screening
@@ -712,6 +712,22 @@ def test_merging_begins_at_the_pools_multiplier_and_ends_on_the_limit(params: Du
     assert steps[-1].q == pytest.approx(ROOT_LAM / 3.0, abs=0.02)
     assert all(s.lam == pytest.approx(s.q * 3.0) for s in steps[1:] if s.q is not None)
     assert not bench.trained and not any(s.trained for s in steps)
+
+
+@pytest.mark.parametrize(("lam", "merges"), [(ROOT_LAM, 0), (1.2, 1), (1.6, 1)], ids=["on it", "above", "below"])
+def test_a_start_at_the_pools_multiplier_is_corrected_by_newtons_weight(
+    lam: float, merges: int, params: DualSearchParams, tmp_path: Path
+) -> None:
+    """It is the policy of weight 1, so only what it misses is merged away."""
+    bench = Curve(tmp_path / "bench", lam_start=lam)
+    steps, stopped = go("merge", bench, params, tmp_path / "s", lam_pool=lam)
+    assert stopped == "cost within noise of the limit"
+    assert abs(steps[-1].measured.cost - LIMIT) <= bench.se
+    if merges:
+        m = steps[0].measured
+        newton = rules.newton_step(lam, m.cost, m.variance, LIMIT, BETA)
+        assert bench.merged[0] == pytest.approx(newton / lam)
+    assert bool(bench.merged) is bool(merges) and not bench.trained
 
 
 def test_merging_extrapolates_no_further_than_allowed(params: DualSearchParams, tmp_path: Path) -> None:

@@ -20,18 +20,6 @@ from dualign import dual
 from dualign.constraints import Constraint, Price, priced
 from dualign.core.artifacts import write_parquet
 from dualign.core.errors import AwaitingLabels, ParamsError
-from dualign.core.loading import load, load_resources
-from dualign.core.params import (
-    DualSearchParams,
-    FeedbackParams,
-    InnerParams,
-    LoraParams,
-    OnlineParams,
-    PessimismParams,
-    PolicyGradientParams,
-    Resources,
-    ScratchParams,
-)
 from dualign.core.schema import (
     ANSWERS,
     HELPFUL_PAIRS,
@@ -62,6 +50,11 @@ from dualign.measure.stats import Measurement
 from dualign.measure.tilt import Tilt, effective_tilt
 from dualign.methods import METHODS, Plan
 from dualign.pairs import pool_pairs, pool_values, samples_of
+from dualign.params.base import LoraParams, PessimismParams, Resources
+from dualign.params.loading import load, load_resources
+from dualign.params.models import ScratchParams
+from dualign.params.search import DualSearchParams, FeedbackParams, OnlineParams, PolicyGradientParams
+from dualign.params.training import InnerParams
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
 from dualign.search import workbench

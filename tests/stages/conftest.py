@@ -9,11 +9,12 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import write_json, write_parquet
-from dualign.core.loading import load_resources
-from dualign.core.params import Resources, ScratchParams
 from dualign.core.schema import HELPFUL_PAIRS, SAFETY_PAIRS, SUPPORT, pair_id, prompt_id, user
 from dualign.data import world
 from dualign.lm.models import build_scratch, save, train_tokenizer
+from dualign.params.base import Resources
+from dualign.params.loading import load_resources
+from dualign.params.models import ScratchParams
 from tests.written import held_out, solved
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,18 +20,20 @@ from transformers import PreTrainedTokenizerBase
 from dualign import certificate, certification, screening
 from dualign.core.artifacts import read_json, sha256, write_json, write_parquet
 from dualign.core.errors import AwaitingLabels, DataError, DualignError
-from dualign.core.loading import load
-from dualign.core.params import CertifyParams, CertifyRun, EvaluateParams, LabelParams, Resources, ScreenParams
 from dualign.core.schema import ANSWERS, LABELS, PROMPTS, prompt_id, read_table, user
-from dualign.core.stage import Run
 from dualign.data import world
 from dualign.evidence import Table
 from dualign.lm.models import load_policy, load_scorer_backbone
 from dualign.measure.stats import clustered_mean
+from dualign.params.base import Resources
+from dualign.params.certify import CertifyParams, CertifyRun, LabelParams, ScreenParams
+from dualign.params.evaluate import EvaluateParams
+from dualign.params.loading import load
 from dualign.report.comparison import compare
 from dualign.rescoring import rescore
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
+from dualign.stage import Run
 from stages.certify import main
 from stages.evaluate import main as evaluate
 from tests.written import solved

@@ -12,11 +12,11 @@ import pytest
 
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import DataError
-from dualign.core.loading import load
-from dualign.core.params import CostModelParams, GivenScorer, Resources
 from dualign.core.schema import SAFETY_PAIRS, pair_id, prompt_id, user
-from dualign.core.stage import Run
 from dualign.data import world
+from dualign.params.base import Resources
+from dualign.params.loading import load
+from dualign.params.models import CostModelParams, GivenScorer
 from dualign.scoring.calibration import (
     Isotonic,
     Platt,
@@ -27,6 +27,7 @@ from dualign.scoring.calibration import (
     sigmoid,
 )
 from dualign.scoring.scorers import Scorer
+from dualign.stage import Run
 from stages.cost_model import calibrate, heldout_answers, main
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,14 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign import dual, lagrangian
 from dualign.core.artifacts import read_json, write_json, write_parquet
-from dualign.core.loading import load
-from dualign.core.params import (
-    ConstraintSpec,
-    DualInitParams,
-    LagrangianDpoParams,
-    PessimismParams,
-    Resources,
-)
 from dualign.core.schema import (
     DUAL_PROMPTS,
     POOL,
@@ -34,14 +26,18 @@ from dualign.core.schema import (
     read_table,
     user,
 )  # fmt: skip
-from dualign.core.stage import Run
 from dualign.data import world
 from dualign.lm.models import build_scratch, load_scorer_backbone, save
 from dualign.lm.tokens import answer_lengths, encode_prompts
 from dualign.losses import lagrangian_label
 from dualign.measure.rollout import Judges, roll_out
+from dualign.params.base import PessimismParams, Resources
+from dualign.params.dual import ConstraintSpec, DualInitParams
+from dualign.params.loading import load
+from dualign.params.training import LagrangianDpoParams
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
+from dualign.stage import Run
 from dualign.training.pairwise import train_pairwise
 from stages import dual_init, lagrangian_dpo
 from tests.stages.conftest import ROOT, SCRATCH

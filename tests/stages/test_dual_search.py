@@ -12,11 +12,11 @@ import pytest
 from dualign.constraints import Constraint, Price
 from dualign.core.artifacts import write_json, write_parquet
 from dualign.core.errors import ParamsError
-from dualign.core.loading import load
-from dualign.core.params import DualSearchParams, MethodRow, PolicyGradientParams
 from dualign.core.schema import POOL, prompt_id, user
 from dualign.dual import slater_radius
 from dualign.methods import Plan, plan
+from dualign.params.loading import load
+from dualign.params.search import DualSearchParams, MethodRow, PolicyGradientParams
 from stages import dual_search
 from tests.written import lagrangian, safety, solved
 
@@ -51,6 +51,12 @@ def test_the_start_says_its_multiplier_and_whether_its_merge_is_naive(run: Path,
     assert (known.lam_pool, known.lam_start, known.naive) == (0.8, 1.2, False)
     naive = row_of("p_sacpo", "safety_dpo/alone", "reward_dpo/helpful")
     assert dual_search.outlook(naive, {"lam": 1.25, "reference": "sft"}, params).naive
+
+
+def test_a_start_that_holds_the_reward_is_no_naive_merge(run: Path, params: DualSearchParams) -> None:
+    row = row_of("dualign", "lagrangian_dpo/anchored", "reward_dpo/helpful", rule="merge")
+    known = dual_search.outlook(row, lagrangian(lam=0.8), params)
+    assert (known.lam_pool, known.lam_start, known.lam_reference, known.naive) == (0.8, 0.8, 0.0, False)
 
 
 @pytest.fixture
@@ -95,7 +101,7 @@ def test_an_ascent_begins_at_its_own_multiplier_and_rests_on_no_training(run: Pa
         samples=2, batch_size=4, steps=3, learning_rate=1e-2, lambda_init=0.6, lambda_rate=0.1, window=8
     )
     row = MethodRow(method="safe_rlhf", start="sft", reference="sft", policy_gradient=gradient)
-    ascent, params = plan("row", row), params.model_copy(update={"methods": {"row": row}}).of("row")
+    ascent, params = plan("row", row), dual_search.with_row(params.model_copy(update={"methods": {"row": row}}), "row")
     known = dual_search.outlook(ascent, {"loss": 1.2}, params)
     assert (known.lam_pool, known.lam_start) == (0.8, 0.6)
     assert dual_search.trainings(ascent, {"loss": 1.2}) == 0

@@ -11,10 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import read_json, write_parquet
-from dualign.core.loading import load
-from dualign.core.params import ConstraintSpec, EvaluateParams, Resources
 from dualign.core.schema import ANSWERS, POOL, PROMPTS, by_prompt, prompt_id, read_table, user
-from dualign.core.stage import Run
 from dualign.data import world
 from dualign.lm.models import load_policy, load_scorer_backbone
 from dualign.lm.sampling import log_probabilities
@@ -22,8 +19,13 @@ from dualign.lm.tokens import encode_prompts
 from dualign.measure.rollout import Judges, roll_out
 from dualign.measure.stats import clustered_mean
 from dualign.measure.tilt import TILT_SAMPLES, effective_tilt
+from dualign.params.base import Resources
+from dualign.params.dual import ConstraintSpec
+from dualign.params.evaluate import EvaluateParams
+from dualign.params.loading import load
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
+from dualign.stage import Run
 from stages import evaluate
 from stages.evaluate import further_limits
 

@@ -12,18 +12,20 @@ import pytest
 
 from dualign import dual, lagrangian
 from dualign.constraints import Constraint, Price
-from dualign.core import loading
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.errors import InfeasibleError
-from dualign.core.params import LagrangianDpoParams, Resources, ScratchParams
 from dualign.core.schema import POOL, SCORED_PAIRS, by_prompt, user
-from dualign.core.stage import Run
 from dualign.data import world
 from dualign.implicit import Tables, scored_tables
 from dualign.lm.models import build_scratch, load_tokenizer, save, train_tokenizer
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.losses import lagrangian_scale
+from dualign.params import loading
+from dualign.params.base import Resources
+from dualign.params.models import ScratchParams
+from dualign.params.training import LagrangianDpoParams
+from dualign.stage import Run
 from dualign.training.pairwise import train_pairwise
 from stages import lagrangian_dpo
 from stages.lagrangian_dpo import multiplier
@@ -206,3 +208,16 @@ def test_pecan_trains_at_the_multiplier_of_its_own_scores(
         )
         assert [pair.label for pair in pairs] == pytest.approx((1 / (1 + np.exp(-scale * gap))).tolist(), abs=1e-6)
     assert (workspace / "models/lagrangian_dpo/pecan/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("reward", "cost", "expected"),
+    [
+        ("reward_model", "cost_model", False),
+        ("reward_dpo/helpful", "cost_model", True),
+        ("reward_model", "safety_dpo/alone", True),
+    ],
+)
+def test_a_policy_in_place_of_a_scorer_makes_a_run_implicit(reward: str, cost: str, expected: bool) -> None:
+    spec = loading.load(LagrangianDpoParams, Path(__file__).resolve().parents[2] / "params.yaml").runs["anchored"]
+    assert lagrangian_dpo.implicit(spec.model_copy(update={"reward": reward, "cost": cost})) is expected

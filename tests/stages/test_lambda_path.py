@@ -13,15 +13,16 @@ from transformers import PreTrainedTokenizerBase
 from dualign import lagrangian
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import ParamsError
-from dualign.core.loading import check, read_yaml
-from dualign.core.params import LambdaPathParams, Resources
 from dualign.core.schema import POOL, prompt_id, read_table, user
-from dualign.core.stage import Run
 from dualign.data import world
 from dualign.lm.models import load_policy
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.pairs import pool_pairs, pool_values, samples_of
+from dualign.params.base import Resources
+from dualign.params.loading import check, read_yaml
+from dualign.params.training import LambdaPathParams
+from dualign.stage import Run
 from dualign.support import doubt
 from dualign.training.pairwise import train_pairwise
 from stages import lambda_path

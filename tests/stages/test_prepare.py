@@ -8,9 +8,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from dualign.core.errors import DataError, ParamsError
-from dualign.core.loading import load, load_resources
-from dualign.core.params import PrepareParams
-from dualign.core.stage import Run
+from dualign.params.data import PrepareParams
+from dualign.params.loading import load, load_resources
+from dualign.stage import Run
 from stages import prepare
 
 ROOT = Path(__file__).resolve().parents[2]

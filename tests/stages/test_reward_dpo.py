@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import DataError, ParamsError
-from dualign.core.loading import load
-from dualign.core.params import Resources, RewardDpoParams, RewardRun
 from dualign.core.schema import HELPFUL_PAIRS
-from dualign.core.stage import Run
 from dualign.lm.models import load_policy
 from dualign.lm.sampling import log_probabilities
+from dualign.params.base import Resources
+from dualign.params.loading import load
+from dualign.params.training import RewardDpoParams, RewardRun
+from dualign.stage import Run
 from dualign.training.pairwise import Pair
 from stages.reward_dpo import PAIRS, main, training_pairs
 

@@ -15,15 +15,16 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import DataError
-from dualign.core.loading import load
-from dualign.core.params import CostModelParams, GivenScorer, Resources, RewardModelParams
 from dualign.core.schema import HELPFUL_PAIRS, SAFETY_PAIRS, pair_id, prompt_id, read_table, user
-from dualign.core.stage import Run
 from dualign.data import world
 from dualign.lm.models import build_scratch, load_scorer_backbone, save
+from dualign.params.base import Resources
+from dualign.params.loading import load
+from dualign.params.models import CostModelParams, GivenScorer, RewardModelParams
 from dualign.scoring.calibration import Platt, fit_slope, sigmoid
 from dualign.scoring.fitting import heldout_answers, local_inputs
 from dualign.scoring.scorers import CARD, Scorer
+from dualign.stage import Run
 from stages import cost_model, reward_model
 from stages.reward_model import calibrate
 from tests.stages.conftest import SCRATCH

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from dualign.core.artifacts import read_json, write_json
-from dualign.core.loading import load
-from dualign.core.params import Resources, SafetyDpoParams, SafetyRun
-from dualign.core.stage import Run
 from dualign.lm.models import load_policy
+from dualign.params.base import Resources
+from dualign.params.loading import load
+from dualign.params.training import SafetyDpoParams, SafetyRun
+from dualign.stage import Run
 from stages.safety_dpo import main, multiplier
 from tests.written import solved
 

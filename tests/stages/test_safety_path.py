@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from dualign.core.artifacts import read_json
 from dualign.core.errors import ParamsError
-from dualign.core.loading import load
-from dualign.core.params import Resources, SafetyDpoParams, SafetyPathParams, SafetyPathRun, SafetyRun
-from dualign.core.stage import Run
+from dualign.params.base import Resources
+from dualign.params.loading import load
+from dualign.params.training import SafetyDpoParams, SafetyPathParams, SafetyPathRun, SafetyRun
+from dualign.stage import Run
 from stages import safety_dpo, safety_path
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,14 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import DataError, ModelError, ParamsError
-from dualign.core.loading import check, read_yaml
-from dualign.core.params import LoraParams, Resources, SftParams
 from dualign.core.schema import SFT, prompt_id, user
-from dualign.core.stage import Run
 from dualign.data import world
 from dualign.lm.models import load_policy, save, with_lora
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_conversations
+from dualign.params.base import LoraParams, Resources
+from dualign.params.loading import check, read_yaml
+from dualign.params.models import SftParams
+from dualign.stage import Run
 from stages import sft
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from dualign.core.errors import TrainingError
-from dualign.core.loading import load_resources
-from dualign.core.params import ScratchParams, TrainingParams
 from dualign.data import world
 from dualign.lm.models import build_scratch, train_tokenizer
+from dualign.params.base import TrainingParams
+from dualign.params.loading import load_resources
+from dualign.params.models import ScratchParams
 from dualign.training import supervised
 from dualign.training.checkpoints import MANIFEST, fault, last_checkpoint, seal
 from dualign.training.run import Job

@@ -18,13 +18,14 @@ from transformers import PreTrainedTokenizerBase
 from trl import RLOOTrainer
 
 from dualign.core.errors import DataError, DualignError, ParamsError, TrainingError
-from dualign.core.loading import load_resources
-from dualign.core.params import LoraParams, ScratchParams, TrainingParams
 from dualign.core.schema import Message, user
 from dualign.data import world
 from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_tokenizer, with_lora
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import decode_answers, encode_prompts
+from dualign.params.base import LoraParams, TrainingParams
+from dualign.params.loading import load_resources
+from dualign.params.models import ScratchParams
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
 from dualign.training import policy_gradient

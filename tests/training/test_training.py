@@ -23,13 +23,14 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from dualign import PairwiseConfig, PairwiseTrainer, losses
 from dualign.core.errors import DataError, DualignError, ParamsError
-from dualign.core.loading import load_resources
-from dualign.core.params import LoraParams, Resources, ScratchParams, TrainingParams
 from dualign.core.schema import user
 from dualign.data import world
 from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_tokenizer, with_lora
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.params.base import LoraParams, Resources, TrainingParams
+from dualign.params.loading import load_resources
+from dualign.params.models import ScratchParams
 from dualign.scoring.scorers import conversations
 from dualign.training import pairwise as pairwise_training
 from dualign.training import run, supervised

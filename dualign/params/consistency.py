@@ -7,20 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from dualign.core.errors import ParamsError
-from dualign.core.params import (
-    ROW_SECTIONS,
-    CertifyParams,
-    DualSearchParams,
-    EvaluateParams,
+from dualign.params.base import StageParams
+from dualign.params.certify import CertifyParams
+from dualign.params.evaluate import EvaluateParams
+from dualign.params.search import ROW_SECTIONS, DualSearchParams, MethodRow
+from dualign.params.training import (
     LagrangianDpoParams,
     LambdaPathParams,
-    MethodRow,
     RewardDpoParams,
     RewardRun,
     SafetyDpoParams,
     SafetyPathParams,
     SafetySpec,
-    StageParams,
 )
 
 
@@ -42,6 +40,7 @@ def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: 
     for name, row in search.methods.items():
         _check_written({"start": row.start, "reference": row.reference}, written, f"methods.{name}", path)
         _check_reference(name, row, safe, path)
+        _check_partner(name, row, reward, path)
         _check_ends(name, row, lambda_path, path)
     written |= {f"aligned/{name}" for name in search.methods}
     for name, run in certify.runs.items():
@@ -156,15 +155,19 @@ def _cost_policies(safe: dict[str, SafetySpec]) -> set[str]:
     return {own for own, run in safe.items() if (run.reference, run.loss_type, run.clip) == plain}
 
 
+def _reward_policies(reward: RewardDpoParams) -> list[str]:
+    """Runs whose log-ratio to the reference policy is a reward, so that they are the tilt at multiplier 0."""
+    plain = RewardRun(reference="sft", loss_type="dpo", clip=None, safe_offset=None, margin="sft", margin_weight=1.0)
+    return [
+        f"reward_dpo/{k}" for k, run in reward.runs.items() if run.model_copy(update={"margin_weight": 1.0}) == plain
+    ]
+
+
 def _check_scores(
     reward: RewardDpoParams, safe: dict[str, SafetySpec], lagrangian: LagrangianDpoParams, path: str | Path
 ) -> None:
     """A score is a scorer's, or the log-ratio to the reference policy of a plain DPO that started there."""
-    plain = RewardRun(reference="sft", loss_type="dpo", clip=None, safe_offset=None, margin="sft", margin_weight=1.0)
-    rewards = [
-        f"reward_dpo/{k}" for k, run in reward.runs.items() if run.model_copy(update={"margin_weight": 1.0}) == plain
-    ]
-    valid = {"reward": ["reward_model", *rewards], "cost": ["cost_model", *_cost_policies(safe)]}
+    valid = {"reward": ["reward_model", *_reward_policies(reward)], "cost": ["cost_model", *_cost_policies(safe)]}
     for name, run in lagrangian.runs.items():
         for key, names in valid.items():
             if getattr(run, key) not in names:
@@ -175,15 +178,26 @@ def _check_scores(
 
 
 def _check_reference(name: str, row: MethodRow, safe: dict[str, SafetySpec], path: str | Path) -> None:
-    """A search goes on against the reference of its start; only a naive merge takes a partner of its own."""
+    """A search goes on against the reference of its start; naive merges and ours have a partner of their own."""
     trained = "sft" if row.start.startswith("lagrangian_dpo/") else None
     if row.start in safe:
         trained = safe[row.start].reference
-    naive = row.method == "p_sacpo" and trained == "sft"
-    if trained is not None and row.reference != trained and not naive:
+    partner = trained == "sft" and (row.method == "p_sacpo" or row.rule == "merge")
+    if trained is not None and row.reference != trained and not partner:
         raise ParamsError(
             f"{path}: methods.{name}.reference is {row.reference!r}, but {row.start} was trained against {trained!r}; "
             "name that, or another start"
+        )
+
+
+def _check_partner(name: str, row: MethodRow, reward: RewardDpoParams, path: str | Path) -> None:
+    """What a Lagrangian policy is merged with stands for multiplier 0: plain DPO on helpfulness."""
+    valid = _reward_policies(reward)
+    merged = row.start.startswith("lagrangian_dpo/") and row.rule == "merge"
+    if merged and row.reference.startswith("reward_dpo/") and row.reference not in valid:
+        raise ParamsError(
+            f"{path}: methods.{name}.reference: {row.reference!r} is no plain DPO from sft, so it stands for no "
+            f"multiplier that a merge could go to; one of {valid}"
         )
 
 

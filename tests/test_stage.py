@@ -18,14 +18,18 @@ from typing import Any
 
 import pytest
 
-from dualign.core import stage
+from dualign import stage
 from dualign.core.artifacts import read_json
 from dualign.core.errors import AwaitingLabels, DataError, DualignError
-from dualign.core.loading import load, load_resources
-from dualign.core.params import DualInitParams, DualSearchParams, EvaluateParams, SafetyDpoParams, StageParams
-from dualign.core.stage import Run, execute, finished
+from dualign.params.base import StageParams
+from dualign.params.dual import DualInitParams
+from dualign.params.evaluate import EvaluateParams
+from dualign.params.loading import load, load_resources
+from dualign.params.search import DualSearchParams
+from dualign.params.training import SafetyDpoParams
+from dualign.stage import Run, execute, finished
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -250,8 +254,8 @@ def test_scratch_is_kept_when_another_item_is_edited(cls: type[StageParams], key
 
 
 SCRIPT = """
-from dualign.core.params import DualInitParams
-from dualign.core.stage import execute
+from dualign.params.dual import DualInitParams
+from dualign.stage import execute
 
 def main(run):
     print(run.scratch())
@@ -300,7 +304,7 @@ KILLED_AT = """
 import os, signal, sys
 from pathlib import Path
 
-from dualign.core.stage import finished
+from dualign.stage import finished
 
 event, at = sys.argv[2], int(sys.argv[3])
 seen = []

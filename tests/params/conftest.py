@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dualign.core import loading
+from dualign.params import loading
 
 
 @pytest.fixture

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from dualign.core import loading, params
 from dualign.core.errors import ParamsError
-from dualign.core.params import EvaluateParams, SftParams
-from tests.core.mistakes import Content, drop, put, refusal
+from dualign.params import loading
+from dualign.params.evaluate import EvaluateParams
+from dualign.params.models import SftParams
+from dualign.params.training import LagrangianDpoParams
+from tests.params.mistakes import Content, drop, put, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "params").glob("*.yaml"))]
@@ -115,6 +117,16 @@ def test_a_search_merges_two_policies_of_the_path_the_stricter_one_as_its_start(
     )
 
 
+def test_a_start_of_its_own_is_merged_with_plain_dpo_on_helpfulness(content: Content) -> None:
+    merge = {"rule": "merge", "start": "lagrangian_dpo/anchored", "reference": "reward_dpo/helpful"}
+    content["methods"]["dualign"] = merge
+    loading.check(content, "my.yaml")
+    put(content, "reward_dpo.runs.helpful.clip", 2.0)
+    assert refusal(content).startswith("methods.dualign.reference: 'reward_dpo/helpful' is no plain DPO from sft")
+    content["methods"]["dualign"] = {**merge, "rule": "newton"}
+    assert "lagrangian_dpo/anchored was trained against 'sft'" in refusal(content)
+
+
 @pytest.mark.parametrize("begin", ["lambda_path/none", "reward_dpo/helpful"])
 def test_the_path_begins_at_the_reference_or_goes_on(content: Content, begin: str) -> None:
     message = refusal(put(on_the_path(content), "lambda_path.runs.strict.begin", begin))
@@ -143,12 +155,8 @@ def test_policies_may_stand_in_for_scorers(content: Content, reward: str, cost: 
     runs = content["lagrangian_dpo"]["runs"]
     runs["pecan"] = {**runs["bernoulli"], "reward": reward, "cost": cost}
     checked = loading.check(content, "my.yaml")["lagrangian_dpo"]
-    assert isinstance(checked, params.LagrangianDpoParams)
-    assert {name: run.implicit for name, run in checked.runs.items()} == {
-        "bernoulli": False,
-        "anchored": False,
-        "pecan": True,
-    }
+    assert isinstance(checked, LagrangianDpoParams)
+    assert (checked.runs["pecan"].reward, checked.runs["pecan"].cost) == (reward, cost)
 
 
 def test_only_plain_dpo_gives_scores(content: Content) -> None:

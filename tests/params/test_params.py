@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
-from dualign.core import loading, params
-from tests.core.mistakes import Content, put, refusal
+from dualign.params import loading
+from dualign.params.models import SftParams
+from tests.params.mistakes import Content, put, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "params").glob("*.yaml"))]
 
 
 def test_params_cannot_be_changed_after_loading() -> None:
-    loaded = loading.load(params.SftParams, ROOT / "params.yaml")
+    loaded = loading.load(SftParams, ROOT / "params.yaml")
     with pytest.raises(ValueError, match="frozen"):
         loaded.seed = 1
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dualign.core import loading
 from dualign.core.errors import ParamsError
+from dualign.params import loading
 
 Content = dict[str, Any]
 

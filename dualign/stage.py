@@ -23,10 +23,10 @@ from typing import Any, Generic, TypeVar
 
 from dualign.core.artifacts import is_full, listed, write_fault, write_json
 from dualign.core.errors import DualignError, ParamsError
-from dualign.core.loading import for_run
 from dualign.core.names import NAME, shown
-from dualign.core.params import Resources, StageParams
 from dualign.core.temporaries import room_for, scratch_root, temporary_folder
+from dualign.params.base import Resources, StageParams
+from dualign.params.loading import for_run
 
 log = logging.getLogger("dualign")
 
@@ -230,13 +230,20 @@ def _digest(path: Path) -> str:
 
 
 def _code() -> str:
-    """Digest of the sources that are loaded, the stage's script too: a checkpoint of other code is not continued."""
+    """Digest of the sources that are loaded, the stage's script too: a checkpoint of other code is not continued.
+
+    Types of params are no part of it: their values are in the fingerprint beside it.
+    """
     files = {
         str(module.__file__)
         for name, module in list(sys.modules.items())
-        if _own_name(name, module).startswith(("dualign.", "stages.")) and getattr(module, "__file__", None)
+        if _is_code(_own_name(name, module)) and getattr(module, "__file__", None)
     }
     return hashlib.sha256("".join(_digest(Path(file)) for file in sorted(files)).encode()).hexdigest()
+
+
+def _is_code(name: str) -> bool:
+    return name.startswith(("dualign.", "stages.")) and not name.startswith("dualign.params")
 
 
 def _own_name(name: str, module: Any) -> str:

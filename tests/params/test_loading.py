@@ -7,28 +7,32 @@ from typing import Any
 
 import pytest
 
-from dualign.core import loading, params
 from dualign.core.errors import ParamsError
-from tests.core.mistakes import Content, drop, put, refusal
+from dualign.params import loading
+from dualign.params.base import Resources
+from dualign.params.models import SftParams
+from dualign.params.stages import STAGES
+from dualign.params.training import RewardDpoParams
+from tests.params.mistakes import Content, drop, put, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "params").glob("*.yaml"))]
 
 
-@pytest.mark.parametrize("stage", params.STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_file_loads_for_every_stage(path: Path, stage: str) -> None:
-    cls = params.STAGES[stage]
+    cls = STAGES[stage]
     loaded = loading.load(cls, path)
     assert isinstance(loaded, cls)
-    assert isinstance(loading.load_resources(path), params.Resources)
+    assert isinstance(loading.load_resources(path), Resources)
 
 
 def test_shared_keys_reach_the_stages_that_declare_them(content: Content) -> None:
     content["seed"], content["beta"], content["constraint"]["limit"] = 41, 0.25, -1.5
     content["generation"]["max_new_tokens"] = 9
     checked = loading.check(content, "my.yaml")
-    for name, cls in params.STAGES.items():
+    for name, cls in STAGES.items():
         given = checked[name].model_dump()
         expected = {"seed": 41, "beta": 0.25, "limit": -1.5, "max_new_tokens": 9}
         assert {key: given[key] for key in expected if key in cls.shared} == {
@@ -43,7 +47,7 @@ def test_numbers_may_be_written_the_yaml_1_2_way(tmp_path: Path, written: str, v
     line = next(line for line in text.splitlines() if line.strip().startswith("learning_rate:"))
     path = tmp_path / "params.yaml"
     path.write_text(text.replace(line, f"{line.split(':')[0]}: {written}", 1))
-    assert loading.load(params.SftParams, path).training.learning_rate == value
+    assert loading.load(RewardDpoParams, path).training.learning_rate == value
 
 
 typos = pytest.mark.parametrize(
@@ -117,7 +121,7 @@ def test_a_wrong_type_is_named(content: Content, key: str, value: Any, says: str
     """beta seed constraint constraint.limit generation.max_new_tokens report sft.base resources methods
     reward_dpo.runs.helpful.safe_offset reward_dpo.runs.helpful.clip safety_dpo.runs.alone.clip
     lagrangian_dpo.runs.bernoulli.learning_rate
-    sft.training.schedule resources.threads prepare.world.sft_rows methods.sacpo.start""".split(),
+    training.schedule sft.training lora resources.threads prepare.world.sft_rows methods.sacpo.start""".split(),
 )
 def test_a_missing_key_is_named(content: Content, key: str) -> None:
     assert refusal(drop(content, key)).startswith(f"{key} is missing")
@@ -154,10 +158,33 @@ def test_a_file_that_is_no_yaml_mapping_is_named(tmp_path: Path, text: bytes, sa
     path = tmp_path / "params.yaml"
     path.write_bytes(text)
     with pytest.raises(ParamsError, match=rf"^{path}{says}") as caught:
-        loading.load(params.SftParams, path)
+        loading.load(SftParams, path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match=r"none\.yaml: no such file"):
-        loading.load(params.SftParams, tmp_path / "none.yaml")
+        loading.load(SftParams, tmp_path / "none.yaml")
+
+
+def test_a_stage_says_what_differs_from_the_blocks_at_the_top(content: Content) -> None:
+    put(content, "training.batch_size", 48)
+    put(content, "score.pairs", None)
+    put(content, "reward_dpo.training", {"batch_size": 16, "max_steps": 7})
+    put(content, "reward_dpo.lora", {"rank": 4})
+    checked = loading.check(content, "my.yaml")
+    own, other = checked["reward_dpo"], checked["safety_dpo"]
+    assert (own.training.batch_size, own.training.max_steps, own.lora.rank) == (16, 7, 4)  # type: ignore[attr-defined]
+    assert (other.training.batch_size, other.lora.rank) == (48, 0)  # type: ignore[attr-defined]
+    assert own.training.schedule == content["training"]["schedule"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("block", ["training", "lora"])
+def test_a_block_of_a_stage_is_keys_that_differ(content: Content, block: str) -> None:
+    message = refusal(put(content, f"sft.{block}", None))
+    assert message == f"sft.{block} must hold the keys that differ from {block} at the top; {{}} for none"
+    assert refusal(put(content, block, 3)).startswith(f"{block}: ")
+
+
+def test_a_value_of_the_block_at_the_top_is_named_there(content: Content) -> None:
+    assert refusal(put(content, "training.batch_size", 0)).startswith("training.batch_size: ")

@@ -1,6 +1,6 @@
 """Reads `params.yaml`: the whole file is checked before anything runs, so a typo anywhere is found at once.
 
-python -m dualign.core.loading params.yaml < params.yaml
+python -m dualign.params.loading params.yaml < params.yaml
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from dualign.core import yaml_text
-from dualign.core.consistency import check_across, check_prompts
 from dualign.core.errors import ParamsError
 from dualign.core.names import cut, shown
-from dualign.core.params import STAGES, Resources, StageParams
+from dualign.params.base import LoraParams, Resources, StageParams, TrainingParams
+from dualign.params.consistency import check_across, check_prompts
+from dualign.params.stages import STAGES
 
-_TOP_LEVEL = {"seed", "beta", "constraint", "generation", "pessimism", "resources", "methods", *STAGES}
+#: Sections at the top that a stage's own section of the same name adds to: it says what differs.
+BLOCKS = ("training", "lora")
+_TOP_LEVEL = {"seed", "beta", "constraint", "generation", "pessimism", "resources", "methods", *BLOCKS, *STAGES}
 
 log = logging.getLogger("dualign")
 
@@ -80,6 +83,8 @@ def _sections(content: dict[str, Any], path: str | Path) -> dict[str, StageParam
     for section in ("constraint", "generation"):
         if isinstance(content[section], dict):
             _refuse_unknown(content[section], _shared_keys(section), f"{section}.", path)
+    for name, cls in (("training", TrainingParams), ("lora", LoraParams)):
+        _build(cls, content[name], name, path)
     _resources(content, path)
     stages = {name: _build(cls, _with_shared(cls, content, path), name, path) for name, cls in STAGES.items()}
     check_across(content, stages, path)
@@ -99,7 +104,21 @@ def _with_shared(cls: type[StageParams], content: dict[str, Any], path: str | Pa
     for field in cls.shared:
         if field in section:
             raise ParamsError(f"{path}: {cls.section}.{field} belongs at {cls.shared[field]}; move it there")
-    return {**section, **{field: _dig(content, key, path) for field, key in cls.shared.items()}}
+    _refuse_unknown(section, set(cls.model_fields), f"{cls.section}.", path)
+    blocks = {
+        name: _block(content, section, f"{cls.section}.{name}", path) for name in BLOCKS if name in cls.model_fields
+    }
+    return {**section, **blocks, **{field: _dig(content, key, path) for field, key in cls.shared.items()}}
+
+
+def _block(content: dict[str, Any], section: dict[str, Any], where: str, path: str | Path) -> dict[str, Any]:
+    """The section `training` or `lora` of a stage: the one at the top of the file, and what differs from it."""
+    name = where.rpartition(".")[2]
+    if name not in section:
+        raise ParamsError(f"{path}: {where} is missing; write what differs from {name} at the top, or {{}}")
+    if not isinstance(section[name], dict):
+        raise ParamsError(f"{path}: {where} must hold the keys that differ from {name} at the top; {{}} for none")
+    return {**content[name], **section[name]}
 
 
 def _dig(content: dict[str, Any], dotted: str, path: str | Path) -> Any:

@@ -1,0 +1,88 @@
+"""What sections are made of: types of numbers, the frozen base classes, and the pieces that several of them use."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+#: What numpy takes ends at 2**32 - 1; the other half is for seeds that are derived by adding to this one.
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+#: No number here is larger: more is a slip of the pen that ends in an overflow, or in no time that anybody has.
+MOST = 10**9
+Number = Annotated[float, Field(ge=-MOST, le=MOST)]
+Positive = Annotated[float, Field(gt=0, le=MOST)]
+NonNegative = Annotated[float, Field(ge=0, le=MOST)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+#: A count of what costs a forward pass, a file or a thread each.
+Few = Annotated[int, Field(ge=1, le=10_000)]
+Two = Annotated[int, Field(ge=2, le=10_000)]
+Share = Annotated[float, Field(ge=0, le=1)]
+#: Quantities that are 0 or 1, so that their mean is a share of the answers.
+SHARES = ("p_unsafe", "unended")
+Quantity = Literal["cost", "p_unsafe", "cvar", "length", "unended"]
+
+
+class Frozen(BaseModel):
+    """A section: immutable, strict types, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StageParams(Frozen):
+    """The params of one stage. `section` is its key in the file, `shared` maps fields to keys outside it."""
+
+    section: ClassVar[str]
+    shared: ClassVar[dict[str, str]] = {}
+
+
+class TrainingParams(Frozen):
+    """One training run. `batch_size` counts rows or pairs per optimiser step over all devices."""
+
+    epochs: Annotated[float, Field(gt=0, le=10_000)]
+    batch_size: Annotated[int, Field(ge=1, le=10**6)]
+    learning_rate: Positive
+    adam_beta2: Annotated[float, Field(gt=0, lt=1)]
+    warmup: Annotated[float, Field(ge=0, lt=1)]
+    schedule: Literal["linear", "cosine", "constant"]
+    weight_decay: NonNegative
+    max_length: Count
+    max_steps: Count | None
+
+
+class LoraParams(Frozen):
+    """Low-rank adapters; `rank` 0 trains all weights."""
+
+    rank: Annotated[int, Field(ge=0, le=10_000)]
+    alpha: Positive
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: list[str] | Literal["all-linear"]
+
+
+class PessimismParams(Frozen):
+    """Scores off the support of the scorers' data (see `dualign.support`).
+
+    An answer is beyond it where it surprises pi_ref more than all but a `share` of the answers of held-out pairs do.
+    There `reward` is taken off its reward and `cost` put on its cost, in within-prompt standard deviations of the pool.
+    """
+
+    share: Annotated[float, Field(gt=0, lt=0.5)]
+    reward: NonNegative
+    cost: NonNegative
+
+
+class Resources(Frozen):
+    """How to run on this machine; DVC does not track it.
+
+    `precision` is what matrices are multiplied in: `bf16` keeps weights that are trained in fp32, `pure_bf16` does not.
+    """
+
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["auto", "fp32", "bf16", "pure_bf16"]
+    micro_batch_size: Count | None
+    sampling_batch_size: Count
+    scoring_batch_size: Count
+    gradient_checkpointing: bool
+    checkpoint_steps: Count
+    log_steps: Count
+    threads: Few | None

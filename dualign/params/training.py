@@ -1,0 +1,196 @@
+"""Params of the stages that train policies: reward_dpo, safety_dpo, lagrangian_dpo and the two paths."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from dualign.core.names import Model, RunName, Solved
+from dualign.params.base import (
+    Count,
+    Frozen,
+    LoraParams,
+    NonNegative,
+    PessimismParams,
+    Positive,
+    Seed,
+    StageParams,
+    TrainingParams,
+)
+
+LossType = Literal["dpo", "ipo", "kto"]
+
+
+class InnerParams(Frozen):
+    """The inner loss of a pairwise training (see `dualign.losses`).
+
+    `normalised` divides the labels' score and the pairwise coefficient by 1 + lambda.
+    """
+
+    labels: Literal["soft", "bernoulli"]
+    normalised: bool
+    anchor: NonNegative
+    nll: NonNegative
+
+
+class RewardRun(Frozen):
+    """One DPO on helpfulness: from which policy, by which loss, with SafeDPO's offset and MODPO's margin policy.
+
+    `reference` and `margin` are folders under models/: `sft`, or a run of `safety_dpo` or `safety_path`, for a margin
+    one of plain DPO from `sft`. `margin: sft` means no margin. `clip` bounds the implicit rewards, in units of reward;
+    it goes with neither offset nor margin, which stand in the reference column and would be bounded too.
+    """
+
+    reference: Model
+    loss_type: LossType
+    clip: Positive | None
+    safe_offset: NonNegative | None
+    margin: Model
+    margin_weight: Positive
+
+    @model_validator(mode="after")
+    def _check(self) -> RewardRun:
+        if self.safe_offset is not None and self.loss_type != "dpo":
+            raise ValueError(
+                f"safe_offset (SafeDPO) needs loss_type dpo, not {self.loss_type}; set loss_type to dpo, "
+                "or safe_offset to null"
+            )
+        if self.margin != "sft" and (self.loss_type != "dpo" or self.safe_offset is not None):
+            raise ValueError(
+                f"margin {self.margin!r} (MODPO) needs loss_type dpo and safe_offset null; set these, or margin to sft"
+            )
+        if self.clip is not None and (self.margin != "sft" or self.safe_offset is not None):
+            raise ValueError(
+                "clip goes with neither safe_offset nor margin; set clip to null, or safe_offset to null and margin "
+                "to sft"
+            )
+        return self
+
+
+class RewardDpoParams(StageParams):
+    """DPO on helpfulness: SACPO's first step, or its second after safety; SafeDPO; MODPO."""
+
+    section = "reward_dpo"
+    shared = {"seed": "seed", "beta": "beta"}
+
+    seed: Seed
+    beta: Positive
+    runs: dict[RunName, RewardRun]
+    training: TrainingParams
+    lora: LoraParams
+
+
+class SafetySpec(Frozen):
+    """How a safety DPO is trained: from which policy, by which loss.
+
+    `reference` is a folder under models/: `sft` or a run of `reward_dpo`. `clip` bounds the implicit rewards, in units
+    of cost. A search that starts from it keeps loss and clip.
+    """
+
+    reference: Model
+    loss_type: LossType
+    clip: Positive | None
+
+
+class SafetyRun(SafetySpec):
+    """One safety DPO: `lam` is `dual`, `stock` or a number, and is multiplied by `factor`."""
+
+    lam: Solved | Positive
+    factor: Positive
+
+
+class SafetyParams(StageParams):
+    """What the stages that train on safety preferences share."""
+
+    seed: Seed
+    beta: Positive
+    training: TrainingParams
+    lora: LoraParams
+
+
+class SafetyDpoParams(SafetyParams):
+    """Safety DPO (SACPO step 2, PD-DPO phase 2): coefficient beta / lambda to its reference."""
+
+    section = "safety_dpo"
+    shared = {"seed": "seed", "beta": "beta"}
+
+    runs: dict[RunName, SafetyRun]
+    lambda_min: Positive
+
+
+class LagrangianSpec(Frozen):
+    """How a Lagrangian is trained: learning rate and steps (null takes the section's), and inner loss.
+
+    A search that starts from such a policy keeps learning rate and loss; its trainings have steps of their own.
+    """
+
+    learning_rate: Positive | None
+    max_steps: Count | None = None
+    inner: InnerParams
+
+
+class LagrangianRun(LagrangianSpec):
+    """One Lagrangian DPO: its multiplier (`dual`, `stock` or a number), scores and pairs.
+
+    `reward` and `cost` are folders under models/: the scorers (`reward_model`, `cost_model`), or policies whose
+    log-ratios stand in for them (`reward_dpo/NAME`, `safety_dpo/NAME`).
+    """
+
+    lam: Solved | NonNegative
+    reward: Model
+    cost: Model
+    data: Literal["pairs", "pool"]
+
+
+class LagrangianParams(StageParams):
+    """What the stages that train a Lagrangian share."""
+
+    seed: Seed
+    beta: Positive
+    pessimism: PessimismParams
+    training: TrainingParams
+    lora: LoraParams
+
+
+class LagrangianDpoParams(LagrangianParams):
+    """Lagrangian DPO (the inner problem of C-DPO and MoCAN) at a fixed multiplier."""
+
+    section = "lagrangian_dpo"
+    shared = {"seed": "seed", "beta": "beta", "pessimism": "pessimism"}
+
+    runs: dict[RunName, LagrangianRun]
+
+
+class LambdaPathRun(LagrangianSpec):
+    """One policy of the path: its multiplier, and the policy that its training goes on from.
+
+    `begin` is a folder under models/: `sft`, or another run of `lambda_path`. The reference is pi_ref either way.
+    """
+
+    lam: NonNegative
+    begin: Model
+
+
+class LambdaPathParams(LagrangianParams):
+    """Our own Lagrangian trainings at multipliers that no limit has a say in."""
+
+    section = "lambda_path"
+    shared = {"seed": "seed", "beta": "beta", "pessimism": "pessimism"}
+
+    runs: dict[RunName, LambdaPathRun]
+
+
+class SafetyPathRun(SafetySpec):
+    """One safety DPO at the multiplier `lam`, a number."""
+
+    lam: Positive
+
+
+class SafetyPathParams(SafetyParams):
+    """Safety DPO at multipliers that no scorer and no limit has a say in."""
+
+    section = "safety_path"
+    shared = {"seed": "seed", "beta": "beta"}
+
+    runs: dict[RunName, SafetyPathRun]
