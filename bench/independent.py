@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from ruamel.yaml import YAML
 
 from bench import options
 from bench.options import knob
@@ -28,13 +27,14 @@ from bench.survival import Plan, Side, agreement, centred, judged, page, unlike
 from bench.world import Lab, run, set_up
 from dualign.core.artifacts import read_json, replacing, write_json, write_parquet
 from dualign.core.errors import DualignError, InfeasibleError
-from dualign.core.loading import load, load_resources
-from dualign.core.params import DualInitParams
 from dualign.core.schema import HELPFUL_PAIRS, POOL, PROMPTS, SAFETY_PAIRS, prompt_id, read_table, user
+from dualign.params.dual import DualInitParams
+from dualign.params.loading import load, load_resources, read_yaml
 from dualign.scoring.calibration import Platt, fit_slope
 from dualign.scoring.fitting import crosswise, gaps, heldout_answers
 from dualign.scoring.scorers import Scorer
 from dualign.support import doubt, doubted
+from pipeline.parameters import assign
 
 log = logging.getLogger(__name__)
 
@@ -98,23 +98,24 @@ def laboratories(settings: Settings) -> list[Lab]:
 
 
 def edited(settings: Settings, work: Path) -> Path:
-    """The params with these rows and this base, and small sets beside the pool, which is the set `eval`."""
-    yaml = YAML()
-    yaml.width = 10_000
-    content: dict[str, Any] = yaml.load(Path(settings.params))
-    content["prepare"] |= {
-        "folder": str(Path(settings.data).absolute()),
-        "eval_prompts": settings.reserved,
-        "max_prompt_chars": settings.prompt_chars,
-        "max_response_chars": settings.response_chars,
-        "max_rejected_share": 0.99,
+    """The params with these rows and this base, whose pool will be the set `eval`, which no scorer is trained on."""
+    source = Path(settings.params)
+    evaluated = read_yaml(source)["evaluate"]["prompts"]
+    changed = {
+        "prepare.folder": str(Path(settings.data).absolute()),
+        "prepare.eval_prompts": settings.reserved,
+        "prepare.max_prompt_chars": settings.prompt_chars,
+        "prepare.max_response_chars": settings.response_chars,
+        "prepare.max_rejected_share": 0.99,
+        "evaluate.prompts": min(evaluated, settings.reserved),
+        "sft.train": False,
+        "sft.base": str(Path(settings.base).absolute()),
+        "score.samples_per_prompt": settings.samples,
+        "score.pairs": 2,
+        "resources.sampling_batch_size": settings.batch,
     }
-    content["evaluate"]["prompts"] = min(content["evaluate"]["prompts"], settings.reserved)
-    content["sft"] |= {"train": False, "base": str(Path(settings.base).absolute())}
-    content["score"] |= {"samples_per_prompt": settings.samples, "pairs": 2}
-    content["resources"]["sampling_batch_size"] = settings.batch
-    with replacing(work / "run.yaml") as temporary, temporary.open("w") as file:
-        yaml.dump(content, file)
+    with replacing(work / "run.yaml") as temporary:
+        temporary.write_text(assign(source.read_text(), changed))
     return work / "run.yaml"
 
 

@@ -17,11 +17,11 @@ from bench import independent, survival
 from bench.independent import Settings
 from bench.survival import BELIEVED, MEASURES, Plan, Rule, Side
 from dualign.core.errors import DualignError
-from dualign.core.loading import check, read_yaml
-from dualign.core.params import ScratchParams
 from dualign.core.schema import user
 from dualign.data import world
 from dualign.lm.models import build_scratch, save, train_tokenizer
+from dualign.params.loading import check, read_yaml
+from dualign.params.models import ScratchParams
 from dualign.support import Doubt, Support
 
 PLAN = Plan(samples=8, few=4, room=0.3, weights=(1.0,), beta=0.7, lambda_max=50.0, resamples=40, seed=0)
