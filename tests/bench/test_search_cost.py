@@ -32,6 +32,7 @@ from dualign.search.rules import Ascent, Outlook, Step
 from dualign.search.screening import Screening
 from dualign.stage import Run
 from stages import score
+from tests.shipped import preset
 from tests.written import solved
 
 SCRATCH = ScratchParams(
@@ -115,7 +116,8 @@ class Line:
 
 def sought(row: str, first: float, tmp_path: Path, *, slope: float, limit: float, **changes: Any) -> list[float]:
     """The multipliers of a search on a line that starts at cost 0.5."""
-    found = load(DualSearchParams, PARAMS)
+    found = loading.check(preset(PARAMS.stem), PARAMS)["dual_search"]
+    assert isinstance(found, DualSearchParams)
     params = found.model_copy(update={"max_trainings": 5, "limit": limit, "step_size": 1.0, "z": 1.0, **changes})
     (tmp_path / "step-0/policy").mkdir(parents=True)
     line = Line(0.5, slope, first)
@@ -301,5 +303,5 @@ def test_all_trainings_take_the_same_number_of_steps(tmp_path: Path) -> None:
     content = loading.read_yaml(tmp_path / "params.yaml")
     loading.check(content, tmp_path / "params.yaml")
     assert {content[name]["training"]["max_steps"] for name in search_cost.TRAININGS} == {7}
-    before = loading.read_yaml(PARAMS)
+    before = preset(PARAMS.stem)
     assert before["sft"] == content["sft"] and before["reward_model"] == content["reward_model"]
