@@ -34,6 +34,7 @@ from dualign.scoring.calibration import Platt, fit_slope
 from dualign.scoring.fitting import crosswise, gaps, heldout_answers
 from dualign.scoring.scorers import Scorer
 from dualign.support import doubt, doubted
+from pipeline.overlay import whole
 from pipeline.parameters import assign
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def edited(settings: Settings, work: Path) -> Path:
         "resources.sampling_batch_size": settings.batch,
     }
     with replacing(work / "run.yaml") as temporary:
-        temporary.write_text(assign(source.read_text(), changed))
+        temporary.write_text(assign(whole(source), changed))
     return work / "run.yaml"
 
 

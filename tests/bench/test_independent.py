@@ -23,6 +23,7 @@ from dualign.lm.models import build_scratch, save, train_tokenizer
 from dualign.params.loading import check, read_yaml
 from dualign.params.models import ScratchParams
 from dualign.support import Doubt, Support
+from tests.shipped import preset
 
 PLAN = Plan(samples=8, few=4, room=0.3, weights=(1.0,), beta=0.7, lambda_max=50.0, resamples=40, seed=0)
 Array = np.ndarray
@@ -189,7 +190,7 @@ def test_the_params_of_the_runs_are_valid_and_hold_what_was_asked(repo_root: Pat
     check(content, "run.yaml")
     assert content["prepare"]["folder"] == content["sft"]["base"] == str(tmp_path)
     assert content["score"]["samples_per_prompt"] == 24 and content["evaluate"]["samples_per_prompt"] != 24
-    before = read_yaml(repo_root / "params/smollm2-cpu.yaml")
+    before = preset("smollm2-cpu")
     assert content["reward_model"] == before["reward_model"] and content["beta"] == before["beta"]
 
 

@@ -13,7 +13,7 @@ from dualign.search import rules
 from dualign.search.card import model_card
 from dualign.search.rules import Outlook, Step
 
-PARAMS = load(DualSearchParams, Path(__file__).resolve().parents[2] / "params.yaml")
+PARAMS = load(DualSearchParams, Path(__file__).resolve().parents[2] / "params.yaml").model_copy(update={"limit": -0.3})
 STEP = Step(0, 0.75, None, "folder", False, Measurement(-0.5, 0.02, 1.5, 0.03, 0.4, 0.1, 0.5, 1000))
 
 

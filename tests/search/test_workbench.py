@@ -491,7 +491,7 @@ def rounds(bench: PolicyBench) -> tuple[str, Measurement]:
 def test_a_round_compares_trains_both_policies_and_counts_what_it_took(
     quick: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path
 ) -> None:
-    bench = online_bench(quick, resources, inputs, tmp_path)
+    bench = online_bench(quick, resources.model_copy(update={"log_steps": 1}), inputs, tmp_path)
     measured = rounds(bench)[1]
     fresh = [Preferences.read(tmp_path / f"step-{k}/fresh") for k in (1, 2)]
     assert all(0 < len(tables.helpful) == len(tables.safety) <= 8 for tables in fresh)
@@ -647,7 +647,7 @@ def climb(params: DualSearchParams, resources: Resources, inputs: Inputs, scratc
 def test_an_ascent_trains_policy_and_multiplier_and_counts_its_answers(
     params: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path
 ) -> None:
-    made, measured = climb(params, resources, inputs, tmp_path)
+    made, measured = climb(params, resources.model_copy(update={"log_steps": 1}), inputs, tmp_path)
     assert distance(made.policy, inputs.models / "sft") > 1e-3
     assert [row["step"] for row in made.course] == [1, 2, 3] and made.lam == made.course[-1]["lam"] > 1
     answers = read_table(tmp_path / "step-1/answers.parquet", ANSWERS)
