@@ -11,16 +11,17 @@ file's own. The whole file is written as text, so that comments of both stay; th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.nodes import MappingNode, Node
+from ruamel.yaml.nodes import CollectionNode, Node
 
 from pipeline import yaml_text
 from pipeline.errors import PipelineError
-from pipeline.parameters import assign, span
+from pipeline.parameters import composed, pair_at, place
 
 KEY = "extends"
 #: Mappings whose keys are names of the user's.
@@ -30,37 +31,56 @@ TABLES = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Overlay:
+    """A file that extends another: its text and content, and those of the file that it extends, called `name`."""
+
+    path: Path
+    text: str
+    content: dict[str, Any]
+    name: str
+    base: str
+    known: Any
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What it says, by dotted key."""
+        return dict(_leaves({key: value for key, value in self.content.items() if key != KEY}))
+
+
 def whole(path: Path) -> str:
     """The text of the whole params file that a file stands for: its own, or that of the file which it extends.
 
     Raises PipelineError naming the file, where the one that it extends is missing or an overlay itself, where a key is
     none of that one's, or where the text cannot be put together.
     """
-    text = yaml_text.read(path)
-    content = yaml_text.load(text, path.name)
-    if not isinstance(content, dict) or KEY not in content:
-        return text
-    base = _base(path, content[KEY])
-    changes = dict(_leaves({key: value for key, value in content.items() if key != KEY}))
-    known = yaml_text.load(base)
-    for key in changes:
-        _check(key, known, path, content[KEY])
-    made = _head(text) + _body(base)
-    for key, value in changes.items():
-        made = _spliced(made, key, value, text)
-    if yaml_text.load(made) != merged(known, content):
+    overlay = _overlay(path)
+    if overlay is None:
+        return yaml_text.read(path)
+    for key in overlay.changes:
+        _check(key, overlay)
+    made = _spliced(_with_blocks(_head(overlay.text) + _body(overlay.base), overlay), overlay)
+    if yaml_text.load(made) != merged(overlay.known, overlay.content):
         raise PipelineError(f"{path.name}: cannot be written out whole (an alias, or an unusual layout)")
     return made
 
 
 def differences(path: Path) -> dict[str, Any]:
     """The keys that an overlay gives other values than the file that it extends has; none where it is no overlay."""
-    content = yaml_text.load(yaml_text.read(path), path.name)
-    if not isinstance(content, dict) or KEY not in content:
+    overlay = _overlay(path)
+    if overlay is None:
         return {}
-    known = yaml_text.load(_base(path, content[KEY]))
-    changes = dict(_leaves({key: value for key, value in content.items() if key != KEY}))
-    return {key: value for key, value in changes.items() if _at(known, key) != value}
+    return {key: value for key, value in overlay.changes.items() if _at(overlay.known, key) != value}
+
+
+def _overlay(path: Path) -> _Overlay | None:
+    """The file with what it extends; None where it is whole."""
+    text = yaml_text.read(path)
+    content = yaml_text.load(text, path.name)
+    if not isinstance(content, dict) or KEY not in content:
+        return None
+    base, known = _base(path, content[KEY])
+    return _Overlay(path, text, content, content[KEY], base, known)
 
 
 def merged(base: Any, overlay: dict[str, Any], prefix: str = "") -> Any:
@@ -77,7 +97,8 @@ def merged(base: Any, overlay: dict[str, Any], prefix: str = "") -> Any:
     return changed
 
 
-def _base(path: Path, name: Any) -> str:
+def _base(path: Path, name: Any) -> tuple[str, dict[str, Any]]:
+    """The text and content of the whole file that one extends."""
     place = path.parent / str(name)
     if not isinstance(name, str) or not place.is_file():
         raise PipelineError(f"{path.name}: {KEY}: {name!r} is no file beside it")
@@ -85,7 +106,7 @@ def _base(path: Path, name: Any) -> str:
     content = yaml_text.load(text, place.name)
     if not isinstance(content, dict) or KEY in content:
         raise PipelineError(f"{path.name}: {KEY}: {name} is no whole params file; name one that extends nothing")
-    return text
+    return text, content
 
 
 def _leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -98,13 +119,21 @@ def _leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield name, value
 
 
-def _check(key: str, known: Any, path: Path, base: str) -> None:
-    """The base has this key; a stage's own `training` and `lora` may have those of the blocks at the top."""
-    parts = key.split(".")
-    block = parts[1] if len(parts) == 3 and parts[1] in ("training", "lora") else None
-    if _at(known, key, missing=KEY) != KEY or (block and parts[2] in known.get(block, {})):
+def _check(key: str, overlay: _Overlay) -> None:
+    """The base has this key, or it is one of a block that the base takes from the top."""
+    if not _lacks(overlay.known, key) or _block(overlay.known, key):
         return
-    raise PipelineError(f"{path.name}: {base} has no key {key}")
+    raise PipelineError(f"{overlay.path.name}: {overlay.name} has no key {key}")
+
+
+def _lacks(content: Any, key: str) -> bool:
+    return bool(_at(content, key, missing=KEY) == KEY)
+
+
+def _block(known: Any, key: str) -> bool:
+    """Whether a stage has a section of the same name as one at the top, which holds this key."""
+    section, _, rest = key.partition(".")
+    return not _lacks(known, f"{section}.{rest.partition('.')[0]}") and not _lacks(known, rest)
 
 
 def _at(content: Any, key: str, missing: Any = None) -> Any:
@@ -126,31 +155,50 @@ def _body(text: str) -> str:
     return text[len(_head(text)) :]
 
 
-def _spliced(text: str, key: str, value: Any, source: str) -> str:
-    """The text with the value of one key as it is written in the overlay's text."""
-    if span(text, key) is None:  # a key of a block that the base takes from the top
+def _with_blocks(text: str, overlay: _Overlay) -> str:
+    """The base's text with the keys of a stage's block that the base takes from the top, their block in JSON."""
+    blocks: dict[str, dict[str, Any]] = {}
+    for key, value in overlay.changes.items():
         section, _, name = key.rpartition(".")
-        return assign(text, {section: {**_at(yaml_text.load(text), section), name: value}})
-    place, written = span(text, key), span(source, key)
-    assert place is not None and written is not None  # `_check` and `_leaves` found the key in both
-    start, end = place
-    new = source[slice(*written)]
-    if _is_block(source, key):
-        return text[:start].rstrip(" ") + _own_line(text, start, source, written[0]) + new + text[end:]
+        if _lacks(overlay.known, key):
+            blocks.setdefault(section, dict(_at(overlay.known, section)))[name] = value
+    root = composed(text)
+    edits = [(*_place(text, root, key), json.dumps(block, ensure_ascii=False)) for key, block in blocks.items()]
+    return _edited(text, edits)
+
+
+def _spliced(text: str, overlay: _Overlay) -> str:
+    """The text with the values of the overlay as they are written there."""
+    root, own = composed(text), composed(overlay.text)
+    return _edited(text, [_edit(key, text, root, overlay.text, own) for key in overlay.changes])
+
+
+def _edited(text: str, edits: Iterable[tuple[int, int, str]]) -> str:
+    """The text with new pieces in place of others, (start, end, new), of which none lies in another."""
+    for start, end, new in sorted(edits, reverse=True):
+        text = text[:start] + new + text[end:]
+    return text
+
+
+def _edit(key: str, text: str, root: Node | None, source: str, own: Node | None) -> tuple[int, int, str]:
+    """Where the value of a key stands in the text, and what takes its place."""
+    (start, end), (begin, stop) = _place(text, root, key), _place(source, own, key)
+    new = source[begin:stop]
+    pair = pair_at(own, key)
+    if pair is not None and isinstance(pair[1], CollectionNode) and not pair[1].flow_style:
+        before = text[:start].rstrip(" ")
+        return len(before), end, _own_line(before, source, begin) + new
     gap = " " if text[start - 1 : start] == ":" else ""
-    return text[:start] + gap + new + text[end:]
+    return start, end, gap + new
 
 
-def _own_line(text: str, start: int, source: str, place: int) -> str:
+def _place(text: str, root: Node | None, key: str) -> tuple[int, int]:
+    pair = pair_at(root, key)
+    assert pair is not None  # `_check` and `_leaves` found the key
+    return place(text, *pair)
+
+
+def _own_line(before: str, source: str, begin: int) -> str:
     """What stands before a block: its indentation, on a line of its own."""
-    indent = source[source.rfind("\n", 0, place) + 1 : place]
-    before = text[:start].rstrip(" ")
+    indent = source[source.rfind("\n", 0, begin) + 1 : begin]
     return indent if before.endswith("\n") else f"\n{indent}"
-
-
-def _is_block(text: str, key: str) -> bool:
-    node: Node | None = YAML(typ="safe", pure=True).compose(text)
-    for name in key.split("."):
-        pairs = node.value if isinstance(node, MappingNode) else []
-        node = next(value for label, value in pairs if label.value == name)
-    return node is not None and hasattr(node, "flow_style") and node.flow_style is False

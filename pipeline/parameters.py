@@ -50,16 +50,33 @@ def assign(text: str, settings: Mapping[str, Any]) -> str:
 
 def span(text: str, key: str) -> tuple[int, int] | None:
     """Where the value of a dotted key begins and ends in YAML text; None where there is no such key."""
+    pair = pair_at(composed(text), key)
+    return None if pair is None else place(text, *pair)
+
+
+def composed(text: str) -> Node | None:
+    """The nodes of YAML text; None where it cannot be read."""
     try:
         yaml_text.check(text)
-        node = YAML(typ="safe", pure=True).compose(text)
+        root: Node | None = YAML(typ="safe", pure=True).compose(text)
     except (PipelineError, YAMLError):
         return None
+    return root
+
+
+def pair_at(root: Node | None, key: str) -> tuple[Node, Node] | None:
+    """The nodes of a dotted key and of its value; None where there is no such key."""
+    pair, node = None, root
     for name in key.split("."):
         pair = _pair(node, name)
         if pair is None:
             return None
-        label, node = pair
+        node = pair[1]
+    return pair
+
+
+def place(text: str, label: Node, node: Node) -> tuple[int, int]:
+    """Where a value begins and ends in the text, by the nodes of its key and of itself."""
     start, end = node.start_mark.index, _end(node)
     if start == end:  # an empty value counts as standing at the next one; its place is after its colon
         start = end = text.index(":", label.end_mark.index) + 1

@@ -17,6 +17,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +146,15 @@ def _committed(root: Path) -> str | None:
 
 def is_edited(text: str, root: Path) -> bool:
     """Whether `text` is neither committed, nor a preset, nor what was chosen last, whatever prepare.folder says."""
-    files = [*_presets(root), root / LAST]
-    known = [_committed(root), *(_whole(path) for path in files if path.is_file())]
-    return _without_folder(text) not in {_without_folder(other) for other in known if other is not None}
+    own = _without_folder(text)
+    return all(other is None or _without_folder(other) != own for other in _known(root))
+
+
+def _known(root: Path) -> Iterator[str | None]:
+    """The texts that params.yaml may be without being the user's own, likely ones first."""
+    yield _committed(root)
+    for path in (root / LAST, *_presets(root)):
+        yield _whole(path) if path.is_file() else None
 
 
 def _without_folder(text: str) -> str:

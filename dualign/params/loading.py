@@ -23,7 +23,7 @@ from dualign.params.stages import STAGES
 
 PROG = "python -m dualign.params.loading"
 #: Sections at the top that a stage's own section of the same name adds to: it says what differs.
-BLOCKS = ("training", "lora")
+BLOCKS: dict[str, type[BaseModel]] = {"training": TrainingParams, "lora": LoraParams}
 _TOP_LEVEL = {"seed", "beta", "constraint", "generation", "pessimism", "resources", "methods", *BLOCKS, *STAGES}
 
 log = logging.getLogger("dualign")
@@ -87,8 +87,8 @@ def _sections(content: dict[str, Any], path: str | Path) -> dict[str, StageParam
     for section in ("constraint", "generation"):
         if isinstance(content[section], dict):
             _refuse_unknown(content[section], _shared_keys(section), f"{section}.", path)
-    for name, cls in (("training", TrainingParams), ("lora", LoraParams)):
-        _build(cls, content[name], name, path)
+    for name, block in BLOCKS.items():
+        _build(block, content[name], name, path)
     _resources(content, path)
     stages = {name: _build(cls, _with_shared(cls, content, path), name, path) for name, cls in STAGES.items()}
     check_across(content, stages, path)

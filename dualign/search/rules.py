@@ -434,18 +434,11 @@ def _merge(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) ->
     if tried and _solved(steps[-1], params, outlook):
         return None
     if begins:
-        lam = _corrected(steps[0], params, outlook) if tried else outlook.lam_pool
+        lam = corrections(steps, params, outlook)["newton"] if tried else outlook.lam_pool
+        assert lam is not None
         first = first_weight(lam, outlook.lam_start, outlook.naive, outlook.lam_reference)
         return min(first, params.merge_max)
     return _merge_between([(step.weight, step.measured.cost) for step in steps], params, outlook)
-
-
-def _corrected(step: Step, params: DualSearchParams, outlook: Outlook) -> float:
-    """Newton's multiplier after a step; its own where the answers to a prompt all cost the same."""
-    m = step.measured
-    if m.variance <= 0:
-        return step.lam
-    return newton_step(step.lam, m.cost, m.variance, outlook.target(params), params.beta)
 
 
 def _merge_between(points: Sequence[tuple[float, float]], params: DualSearchParams, outlook: Outlook) -> float | None:
