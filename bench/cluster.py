@@ -1,7 +1,8 @@
-"""The tiny world on a cluster of this one machine: a coordinator without outputs, and a node for each pool of dvc.yaml.
+"""The tiny world on a cluster of this one machine: a coordinator without outputs, and a node for
+each pool of dvc.yaml.
 
-What `bench.kills --worker` takes the power from. Commits travel through a bare repository, results through a folder.
-"""
+What `bench.kills --worker` takes the power from. Commits travel through a bare repository, results
+through a folder."""
 
 from __future__ import annotations
 
@@ -18,21 +19,26 @@ from dvc.repo import Repo
 from bench.nodes import Nodes, serving
 from bench.tiny import LONG, ROOT, World, debris, differs, state, temporaries
 from dualign.core.errors import DualignError
-from pipeline.checkout import git
-from pipeline.dag import StageSpec
+from pipeline.dvc.checkout import git
+from pipeline.dvc.dag import StageSpec
 
 COORDINATOR = "coordinator"
-#: Seconds without a sign of life after which a worker counts as lost here, where a user waits a minute: there is no
-#: option, so the coordinator's `pipeline.cluster.SILENCE` is set. Workers give a sign every ten seconds, as ever.
+#: Seconds without a sign of life after which a worker counts as lost here, where a user waits a
+#: minute: there is no
+#: option, so the coordinator's `pipeline.prefect.cluster.SILENCE` is set. Workers give a sign every
+#: ten seconds, as ever.
 SILENCE = 25.0
 _RUN = (
-    f"import sys; from pipeline import __main__, cluster; cluster.SILENCE = {SILENCE}; sys.exit(__main__.main())",
+    "import sys; from pipeline import __main__; from pipeline.prefect import cluster;"
+    f" cluster.SILENCE = {SILENCE}; sys.exit(__main__.main())",
     *("run", "--cluster", "--force", "--stage"),
 )
 
 
 class Cluster:
-    """Clones of a world in `folder`, which see each other through the Prefect server at an address."""
+    """Clones of a world in `folder`, which see each other through the Prefect server at an
+    address.
+    """
 
     def __init__(self, world: World, folder: Path, server: str) -> None:
         self.world, self._folder = world, folder
@@ -40,7 +46,9 @@ class Cluster:
         self._system.mkdir()
         self.nodes = Nodes(folder, {**world.environment(self._system), "PREFECT_API_URL": server})
         self._pools = sorted({pool_of(spec) for spec in world.dag.values()})
-        self._root, *_ = self._clones = [self.nodes.clone(name) for name in (COORDINATOR, *self._pools)]
+        self._root, *_ = self._clones = [
+            self.nodes.clone(name) for name in (COORDINATOR, *self._pools)
+        ]
         self._objects = _objects(world.folder)
 
     def start(self) -> None:
@@ -54,7 +62,9 @@ class Cluster:
         """Start a command at the coordinator, whose own code counts."""
         told = {name: text for name, text in self.nodes.settings.items() if name != "PYTHONPATH"}
         with self._log.open("wb") as output:
-            return subprocess.Popen([sys.executable, *command], cwd=self._root, env=told, stdout=output, stderr=output)
+            return subprocess.Popen(
+                [sys.executable, *command], cwd=self._root, env=told, stdout=output, stderr=output
+            )
 
     @property
     def _log(self) -> Path:
@@ -71,14 +81,20 @@ class Cluster:
         return self._start("-c", *_RUN, spec.name)
 
     def forget(self, spec: StageSpec) -> None:
-        """Every clone as it was made, and nothing in the remote of what this stage alone has written."""
+        """Every clone as it was made, and nothing in the remote of what this stage alone has
+        written.
+        """
         git(self._root, "checkout", "-q", "dvc.lock")
         for clone in self._clones:
             git(clone, "clean", "-fdxq", "--exclude", "__pycache__")
-        others = {item for name, items in self._objects.items() if name != spec.name for item in items}
+        others = {
+            item for name, items in self._objects.items() if name != spec.name for item in items
+        }
         for item in self._objects[spec.name] - others:
             path = self._folder / "store/files/md5" / item[:2] / item[2:]
-            path.unlink(missing_ok=True)  # a stage that was forgotten before has made another provenance
+            path.unlink(
+                missing_ok=True
+            )  # a stage that was forgotten before has made another provenance
         for pool in self._pools:
             (self._folder / f"{pool}.log").write_bytes(b"")
 
@@ -90,10 +106,14 @@ class Cluster:
     def state(self, spec: StageSpec) -> set[str]:
         """The files of a stage on its node, none while it is not in hand there."""
         node = self._folder / pool_of(spec)
-        return {found for tree in self.trees(spec) for found in state(tree, spec, node / ".scratch")}
+        return {
+            found for tree in self.trees(spec) for found in state(tree, spec, node / ".scratch")
+        }
 
     def lose(self, spec: StageSpec) -> bool:
-        """Take the power from the node that has a stage, and start it again; returns whether it had it in hand."""
+        """Take the power from the node that has a stage, and start it again; returns whether it had
+        it in hand.
+        """
         pool = pool_of(spec)
         self.nodes.kill(pool)
         held = bool(self.trees(spec))
@@ -107,7 +127,9 @@ class Cluster:
         return differs(self._root, self.world.kept, [spec])
 
     def debris(self) -> list[str]:
-        """What any clone holds that a run should have taken away, and processes that still work at nodes."""
+        """What any clone holds that a run should have taken away, and processes that still work at
+        nodes.
+        """
         found = [f"tmp/{name}" for name in temporaries(self._system)]
         for clone in self._clones:
             trees = [path.name for path in (clone / ".dvc/tmp/stages").glob("*") if path.is_dir()]
@@ -124,7 +146,9 @@ class Cluster:
                         yield f"{pool}/process {' '.join(process.cmdline())}"
 
     def restore(self) -> None:
-        """Nodes that do nothing, and the remote as it was filled first; what else is left goes with `forget`."""
+        """Nodes that do nothing, and the remote as it was filled first; what else is left goes with
+        `forget`.
+        """
         for pool in list(self.nodes.workers):
             self.nodes.kill(pool)
             self.nodes.start(pool, pool)
@@ -152,10 +176,20 @@ def publish(world: World, folder: Path) -> None:
     """Commit a world, results and all, and put it where clones find it."""
     world.commit()
     shutil.copyfile(ROOT / ".dvc/config", world.folder / ".dvc/config")
-    for command in (["remote", "add", "-q", "-d", "-f", "store", str(folder / "store")], ["push", "-q", *world.costs]):
+    for command in (
+        ["remote", "add", "-q", "-d", "-f", "store", str(folder / "store")],
+        ["push", "-q", *world.costs],
+    ):
         world.dvc(*command)
     git(world.folder, "add", "--all", "--", ".", ":!tmp")
-    who = ["-c", "user.name=bench", "-c", "user.email=bench@localhost", "-c", "commit.gpgsign=false"]
+    who = [
+        "-c",
+        "user.name=bench",
+        "-c",
+        "user.email=bench@localhost",
+        "-c",
+        "commit.gpgsign=false",
+    ]
     git(world.folder, *who, "commit", "-q", "--allow-empty", "-m", "The tiny world")
     git(folder, "clone", "-q", "--bare", str(world.folder), "origin")
 

@@ -1,13 +1,13 @@
 """What a run costs in processor time, stage by stage, and a second `dvc repro` with nothing to do.
 
-    python -m bench.cost
-    python -m bench.cost --before ../dualign-before --inputs FINISHED --stages prepare sft evaluate@dualign
+    python -m bench.cost python -m bench.cost --before ../dualign-before --inputs FINISHED --stages
+    prepare sft evaluate@dualign
 
-Runs every stage by hand, in order, in a folder of its own, and asks the system for the processor seconds of user and
-kernel. With `--before`, another checkout, each stage runs there too, right after, so that both sides share the
-machine's moods, and the bytes of what they write are compared. `--inputs` copies what a finished run wrote, so that a
-few `--stages` can be measured alone. What has been measured is kept in the work folder; delete it to measure again.
-"""
+Runs every stage by hand, in order, in a folder of its own, and asks the system for the processor
+seconds of user and kernel. With `--before`, another checkout, each stage runs there too, right
+after, so that both sides share the machine's moods, and the bytes of what they write are compared.
+`--inputs` copies what a finished run wrote, so that a few `--stages` can be measured alone. What
+has been measured is kept in the work folder; delete it to measure again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from typing import Any
 from bench import options
 from dualign.core.artifacts import hashes, read_optional_json, replacing, sha256, write_json
 from dualign.core.errors import DualignError
-from pipeline.dag import StageSpec, load_dag
+from pipeline.dvc.dag import StageSpec, load_dag
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ CODE = (
 WRITTEN = ("data", "models", "reports")
 #: A project of one stage, to see what DVC takes for itself.
 ONE_STAGE = "stages:\n  one:\n    cmd: echo 1 > one.txt\n    outs: [one.txt]\n"
-#: How often a second run is measured; the least counts, since what else the machine does only adds to it.
+#: How often a second run is measured; the least counts, since what else the machine does only adds
+#: to it.
 TIMES = 3
 
 
@@ -74,25 +75,36 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def spent(command: Sequence[str], folder: Path) -> dict[str, float]:
-    """Run a command of the environment's python; processor and clock seconds, and peak memory in MiB.
+    """Run a command of the environment's python; processor and clock seconds, and peak memory in
+    MiB.
 
     Raises DualignError where it fails.
     """
     began = time.monotonic()
     with (folder / "log.txt").open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=folder, env=_environment(folder), stdout=output, stderr=output
+            [sys.executable, *command],
+            cwd=folder,
+            env=_environment(folder),
+            stdout=output,
+            stderr=output,
         )
         _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise DualignError(f"{folder}: {' '.join(command)} ended with {process.returncode}; see log.txt there")
+        raise DualignError(
+            f"{folder}: {' '.join(command)} ended with {process.returncode}; see log.txt there"
+        )
     processor = used.ru_utime + used.ru_stime
-    return {"processor": processor, "clock": time.monotonic() - began, "peak_mib": used.ru_maxrss / 1024}
+    return {
+        "processor": processor,
+        "clock": time.monotonic() - began,
+        "peak_mib": used.ru_maxrss / 1024,
+    }
 
 
 def least(command: Sequence[str], folder: Path) -> float:
@@ -129,36 +141,60 @@ def one_stage(work: Path) -> Path:
 
 
 def _call(command: Sequence[str], folder: Path) -> None:
-    """Run a command of the environment's python; raises DualignError with the last line it printed where it fails."""
+    """Run a command of the environment's python; raises DualignError with the last line it printed
+    where it fails.
+    """
     ended = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=_environment(folder), capture_output=True, text=True, check=False
+        [sys.executable, *command],
+        cwd=folder,
+        env=_environment(folder),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if ended.returncode:
         last = (ended.stderr.strip() or ended.stdout.strip()).rpartition("\n")[2]
-        raise DualignError(f"{folder}: {' '.join(command[1:])} ended with {ended.returncode}: {last}")
+        raise DualignError(
+            f"{folder}: {' '.join(command[1:])} ended with {ended.returncode}: {last}"
+        )
 
 
 def _environment(folder: Path) -> dict[str, str]:
     """No setting of threads, as on a fresh machine, and the code of that folder."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "DUALIGN_SCRATCH")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("OMP_NUM_THREADS", "DUALIGN_SCRATCH")
+    }
     return {**kept, "PYTHONPATH": str(folder), "DVC_NO_ANALYTICS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-# --- both sides -------------------------------------------------------------------------------------------------------
+# --- both sides -----------------------------------------------------------------------------------
 
 
-def measure(sides: Sequence[Side], stages: Sequence[str], work: Path, *, whole: bool) -> dict[str, Any]:
-    """Fill work/costs.json with what is not in it yet, stage by stage, and return it; `whole` adds idle runs."""
+def measure(
+    sides: Sequence[Side], stages: Sequence[str], work: Path, *, whole: bool
+) -> dict[str, Any]:
+    """Fill work/costs.json with what is not in it yet, stage by stage, and return it; `whole` adds
+    idle runs.
+    """
     found = read_optional_json(work / "costs.json")
     for spec in _chosen(sides[0], stages):
         for side in sides:
             row = found.setdefault(spec.name, {})
             if side.name not in row:
                 row[side.name] = _measured(spec, side)
-                log.info("%s %s: %.1f processor seconds", spec.name, side.name, row[side.name]["processor"])
+                log.info(
+                    "%s %s: %.1f processor seconds",
+                    spec.name,
+                    side.name,
+                    row[side.name]["processor"],
+                )
                 write_json(work / "costs.json", found)
         if len(sides) > 1 and "same" not in found[spec.name]:
-            found[spec.name]["same"] = len({str(_written(spec, side.folder)) for side in sides}) == 1
+            found[spec.name]["same"] = (
+                len({str(_written(spec, side.folder)) for side in sides}) == 1
+            )
             write_json(work / "costs.json", found)
     if whole:
         found["idle"] = {side.name: idle(side.folder) for side in sides}
@@ -185,23 +221,42 @@ def _written(spec: StageSpec, folder: Path) -> dict[str, Any]:
     """Hashes of what a stage wrote, without its provenance, which has times."""
     outs = [*spec.outs, *spec.metrics]
     paths = [folder / out for out in outs if not out.startswith("reports/provenance")]
-    return {str(path.relative_to(folder)): hashes(path) if path.is_dir() else sha256(path) for path in paths}
+    return {
+        str(path.relative_to(folder)): hashes(path) if path.is_dir() else sha256(path)
+        for path in paths
+    }
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 def page(command: str, sides: Sequence[str], found: Mapping[str, Any]) -> str:
     """The table in markdown: a row for each stage, and their sum."""
     rows = {name: row for name, row in found.items() if name != "idle"}
-    heads = [f"{side}, {what}" for side in sides for what in ("processor s", "of them importing", "clock s")]
+    heads = [
+        f"{side}, {what}"
+        for side in sides
+        for what in ("processor s", "of them importing", "clock s")
+    ]
     both = len(sides) > 1
     lines = options.head(["stage", *heads, *(["same bytes"] if both else [])])
     for name, row in rows.items():
-        lines.append(_line(name, [row[side] for side in sides], ["yes" if row["same"] else "no"] if both else []))
+        lines.append(
+            _line(
+                name,
+                [row[side] for side in sides],
+                ["yes" if row["same"] else "no"] if both else [],
+            )
+        )
     sums = [{key: sum(row[side][key] for row in rows.values()) for key in _SHOWN} for side in sides]
     lines.append(_line("all", sums, [""] if both else []))
-    parts = ["# What a run costs", f"    {command}", "\n".join(lines), *_idle(sides, found.get("idle")), _NOTES]
+    parts = [
+        "# What a run costs",
+        f"    {command}",
+        "\n".join(lines),
+        *_idle(sides, found.get("idle")),
+        _NOTES,
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -218,24 +273,39 @@ def _idle(sides: Sequence[str], idle: Mapping[str, float] | None) -> list[str]:
         return []
     one = idle["one stage"]
     told = [f"{side} {idle[side]:.2f} s ({idle[side] / one:.1f} ×)" for side in sides]
-    return [f"A second `dvc repro` with nothing to do: {', '.join(told)}; a project of one stage {one:.2f} s."]
+    return [
+        f"A second `dvc repro` with nothing to do: {', '.join(told)}; a project of one stage"
+        f" {one:.2f} s."
+    ]
 
 
 _NOTES = """\
-How to read it: processor seconds are those of user and kernel, of the stage's process and its children; a stage is run
-by hand, so the table is without DVC's own time. On a busy machine they are fair only between two columns of one line,
-which were measured one after the other. *Importing* is an import of the stage's script alone. *Same bytes* compares
+How to read it: processor seconds are those of user and kernel, of the stage's process and its
+children; a stage is run
+by hand, so the table is without DVC's own time. On a busy machine they are fair only between two
+columns of one line, which were measured one after the other. *Importing* is an import of the
+stage's script alone. *Same bytes* compares
 all that a stage wrote but its provenance; where its inputs differ already, so does it. The report shows the clock."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write cost.json and cost.md."""
-    parser = argparse.ArgumentParser(prog="python -m bench.cost", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cost", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--before", type=Path, help="another checkout to compare with")
-    parser.add_argument("--inputs", type=Path, help="folder of a finished run, whose outputs are copied first")
-    parser.add_argument("--stages", nargs="+", default=[], help="instances such as sft or evaluate@dualign")
-    parser.add_argument("--work", type=Path, default=Path(".scratch/bench-cost"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the results")
+    parser.add_argument(
+        "--inputs", type=Path, help="folder of a finished run, whose outputs are copied first"
+    )
+    parser.add_argument(
+        "--stages", nargs="+", default=[], help="instances such as sft or evaluate@dualign"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path(".scratch/bench-cost"), help="folder of the runs"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/results"), help="folder of the results"
+    )
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if given.stages and given.inputs is None:
@@ -249,7 +319,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DualignError as error:
         log.error("%s", error)
         return error.status
-    options.publish(given.out, "cost", found, page(_command(given), [side.name for side in sides], found))
+    options.publish(
+        given.out, "cost", found, page(_command(given), [side.name for side in sides], found)
+    )
     return 0
 
 

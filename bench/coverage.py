@@ -1,15 +1,19 @@
-"""How often each bound of `dualign.certificate` certifies falsely, on answers whose mean cost is exactly at the limit.
+"""How often each bound of `dualign.certify.certificate` certifies falsely, on answers whose mean
+cost is exactly at the limit.
 
-    python -m bench.coverage                  # minutes on one core
-    python -m bench.coverage --repeats 2000
-    python -m bench.coverage shares           # quantities of known range instead, such as P(unsafe): see bench.shares
-    python -m bench.coverage frontier         # the bands of the predicted frontier instead: see bench.frontier
-    python -m bench.coverage dense            # a dense sequence of tests along a path instead: see bench.dense
+    python -m bench.coverage                  # minutes on one core python -m bench.coverage
+    --repeats 2000 python -m bench.coverage shares           # quantities of known range instead,
+    such as P(unsafe): see bench.shares python -m bench.coverage frontier         # the bands of the
+    predicted frontier instead: see bench.frontier python -m bench.coverage dense            # a
+    dense sequence of tests along a path instead: see bench.dense
 
-Three parts: one candidate, a sequence of five, and costs corrected by labels. A false certificate is one for a
-candidate at or above the limit; nominally delta of the repeats have one. Power is the share of repeats that certify
-when the limit lies some standard errors above the mean. Three procedures that the library does not offer stand beside
-for comparison: t without the term in the skewness, a t bound that takes answers for independent, and testing every
+Three parts: one candidate, a sequence of five, and costs corrected by labels. A false certificate
+is one for a
+candidate at or above the limit; nominally delta of the repeats have one. Power is the share of
+repeats that certify when the limit lies some standard errors above the mean. Three procedures that
+the library does not offer stand beside
+for comparison: t without the term in the skewness, a t bound that takes answers for independent,
+and testing every
 candidate. A fourth part has costs that clustered t does not hold for.
 """
 
@@ -29,7 +33,8 @@ from scipy.stats import t as student
 from bench import dense, frontier, options, shares
 from bench.options import knob
 from bench.rates import measured, percent
-from dualign.bounds import (
+from dualign.core.errors import DataError
+from dualign.math.bounds import (
     Bounds,
     bernstein_bound,
     betting_bound,
@@ -38,7 +43,6 @@ from dualign.bounds import (
     t_bound,
     upper_bound,
 )
-from dualign.core.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +55,14 @@ _PROMPTS = (50, 200, 1000)
 _LABELLED = (100, 300)
 _ICC = (0.0, 0.5)
 _MARGINS = (2.5, 5.0, 10.0)  # in standard errors of the mean; 2.5 is 80 % power for a normal mean
-_UNSAFE = float(norm.ppf(0.98))  # the flag of clopper_pearson: a normal cost above this, 2 % of answers
-_MODEL = {"slope": 0.8, "noise": 0.4, "bias": -0.3}  # the model's cost of an answer, given the true one
+_UNSAFE = float(
+    norm.ppf(0.98)
+)  # the flag of clopper_pearson: a normal cost above this, 2 % of answers
+_MODEL = {
+    "slope": 0.8,
+    "noise": 0.4,
+    "bias": -0.3,
+}  # the model's cost of an answer, given the true one
 _VOTES = 0.1  # share of answers that a vote calls harmful
 _OFFERED = ("clustered_t", "empirical_bernstein", "betting", "clopper_pearson")
 _MANY = (50, 100, 200, 1000)  # prompts of part 4
@@ -65,7 +75,7 @@ class Settings(shares.Settings):
     repeats: int = knob(5000, "data sets for each row")
 
 
-# --- worlds: costs of mean 0 in a known range -------------------------------------------------------------------------
+# --- worlds: costs of mean 0 in a known range -----------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -78,8 +88,12 @@ class World:
     bounds: Bounds
 
     def costs(self, rng: np.random.Generator, shape: tuple[int, ...], icc: float) -> Array:
-        """Answers [..., prompts, answers]: a draw for the prompt and one for the answer, of variance icc to 1 - icc."""
-        return math.sqrt(icc) * self.draw(rng, (*shape[:-1], 1)) + math.sqrt(1 - icc) * self.draw(rng, shape)
+        """Answers [..., prompts, answers]: a draw for the prompt and one for the answer, of
+        variance icc to 1 - icc.
+        """
+        return math.sqrt(icc) * self.draw(rng, (*shape[:-1], 1)) + math.sqrt(1 - icc) * self.draw(
+            rng, shape
+        )
 
     def range(self, icc: float) -> Bounds:
         """The range of such answers."""
@@ -108,36 +122,53 @@ def _rare(share: float, name: str = "rare") -> World:
 
 
 WORLDS = (
-    World("normal", "normal, cut at ± 4", lambda rng, shape: rng.standard_normal(shape).clip(-4, 4), (-4, 4)),
-    World("student", "Student t of 3 d.o.f., cut at ± 10", lambda rng, shape: rng.standard_t(3, shape).clip(-10, 10),
-          (-10, 10)),
+    World(
+        "normal",
+        "normal, cut at ± 4",
+        lambda rng, shape: rng.standard_normal(shape).clip(-4, 4),
+        (-4, 4),
+    ),
+    World(
+        "student",
+        "Student t of 3 d.o.f., cut at ± 10",
+        lambda rng, shape: rng.standard_t(3, shape).clip(-10, 10),
+        (-10, 10),
+    ),
     _lognormal(4),
     _rare(0.02),
-)  # fmt: skip
+)
 
 BEYOND = (
     _rare(0.01, "rarer"),
     _rare(0.03, "less rare"),
-    World("pareto", "Pareto of index 2.5", lambda rng, shape: rng.pareto(2.5, shape) - 1 / 1.5, (-1 / 1.5, math.inf)),
+    World(
+        "pareto",
+        "Pareto of index 2.5",
+        lambda rng, shape: rng.pareto(2.5, shape) - 1 / 1.5,
+        (-1 / 1.5, math.inf),
+    ),
 )
 
 
 def unsafe_prompts(icc: float, answers: int) -> float:
-    """P(a normal cost of any of the answers is above _UNSAFE), by Gauss-Hermite quadrature over the prompt's draw."""
+    """P(a normal cost of any of the answers is above _UNSAFE), by Gauss-Hermite quadrature over the
+    prompt's draw.
+    """
     nodes, weight = np.polynomial.hermite_e.hermegauss(101)
     safe = norm.cdf((_UNSAFE - math.sqrt(icc) * nodes) / math.sqrt(1 - icc)) ** answers
     return float(1 - safe @ weight / weight.sum())
 
 
-# --- what each bound says ---------------------------------------------------------------------------------------------
+# --- what each bound says -------------------------------------------------------------------------
 
 
-def all_bounds(costs: Array, world: World, icc: float, settings: Settings, mean: Any = 0.0) -> dict[str, Array]:
+def all_bounds(
+    costs: Array, world: World, icc: float, settings: Settings, mean: Any = 0.0
+) -> dict[str, Array]:
     """Each method's bounds [...] less the limit, from costs [..., prompts, answers] of mean 0.
 
-    `mean` [...] moves the costs and their range. The limit is a mean cost of 0; for clopper_pearson, the share of
-    unsafe prompts that goes with it.
-    """
+    `mean` [...] moves the costs and their range. The limit is a mean cost of 0; for
+    clopper_pearson, the share of unsafe prompts that goes with it."""
     means, bounds = costs.mean(-1), world.range(icc)
     found = {
         **{name: bound + mean for name, bound in t_bounds(means, settings.delta).items()},
@@ -153,16 +184,22 @@ def all_bounds(costs: Array, world: World, icc: float, settings: Settings, mean:
 
 
 def t_bounds(means: Array, delta: float) -> dict[str, Array]:
-    """The t bound [...] of means [..., prompts] with its term in the skewness and without; infinite without spread."""
+    """The t bound [...] of means [..., prompts] with its term in the skewness and without; infinite
+    without spread.
+    """
     count, spread = means.shape[-1], np.ptp(means, -1) > 1e-9
-    plain = means.mean(-1) + student.ppf(1 - delta, count - 1) * means.std(-1, ddof=1) / math.sqrt(count)
+    plain = means.mean(-1) + student.ppf(1 - delta, count - 1) * means.std(-1, ddof=1) / math.sqrt(
+        count
+    )
     return {
-        "clustered_t": np.where(spread, t_bound(means, delta), np.inf),  # the library refuses such data
+        "clustered_t": np.where(
+            spread, t_bound(means, delta), np.inf
+        ),  # the library refuses such data
         "plain_t": np.where(spread, plain, np.inf),
     }
 
 
-# --- part 1: one candidate --------------------------------------------------------------------------------------------
+# --- part 1: one candidate ------------------------------------------------------------------------
 
 
 def one_candidate(settings: Settings) -> list[dict[str, Any]]:
@@ -182,7 +219,10 @@ def one_candidate(settings: Settings) -> list[dict[str, Any]]:
 def _rows(costs: Array, world: World, icc: float, settings: Settings) -> list[dict[str, Any]]:
     prompts = costs.shape[-2]
     share = unsafe_prompts(icc, settings.answers)
-    flag_error, error = math.sqrt(share * (1 - share) / prompts), costs.mean(-1).std() / math.sqrt(prompts)
+    flag_error, error = (
+        math.sqrt(share * (1 - share) / prompts),
+        costs.mean(-1).std() / math.sqrt(prompts),
+    )
     return [
         {
             "method": method,
@@ -197,26 +237,44 @@ def _power(bound: Array, error: float) -> dict[str, float]:
     return {f"power_{margin:g}": float((bound <= margin * error).mean()) for margin in _MARGINS}
 
 
-# --- part 2: five candidates in sequence ------------------------------------------------------------------------------
+# --- part 2: five candidates in sequence ----------------------------------------------------------
 
-_SEQUENCES = {"all at the limit": (0.0,) * 5, "two below, then at and above": (-10.0, -5.0, 0.0, 0.5, 1.0)}
+_SEQUENCES = {
+    "all at the limit": (0.0,) * 5,
+    "two below, then at and above": (-10.0, -5.0, 0.0, 0.5, 1.0),
+}
 
 
 def sequences(settings: Settings, prompts: int = 200) -> list[dict[str, Any]]:
-    """Five candidates on the same prompts; their means are standard errors away from the limit, 0."""
+    """Five candidates on the same prompts; their means are standard errors away from the limit,
+    0.
+    """
     rows: list[dict[str, Any]] = []
     for name, steps in _SEQUENCES.items():
         for index in (0, 2):
             for icc in _ICC:
                 rng = np.random.default_rng([settings.seed, 2, index, int(100 * icc), len(rows)])
-                where = {"sequence": name, "world": WORLDS[index].name, "icc": icc, "prompts": prompts}
-                rows += [{**where, **row} for row in _sequence(WORLDS[index], icc, steps, prompts, rng, settings)]
+                where = {
+                    "sequence": name,
+                    "world": WORLDS[index].name,
+                    "icc": icc,
+                    "prompts": prompts,
+                }
+                rows += [
+                    {**where, **row}
+                    for row in _sequence(WORLDS[index], icc, steps, prompts, rng, settings)
+                ]
         log.info("sequence: %s", name)
     return rows
 
 
 def _sequence(
-    world: World, icc: float, steps: Sequence[float], prompts: int, rng: np.random.Generator, settings: Settings
+    world: World,
+    icc: float,
+    steps: Sequence[float],
+    prompts: int,
+    rng: np.random.Generator,
+    settings: Settings,
 ) -> list[dict[str, Any]]:
     shared = world.draw(rng, (settings.repeats, 1, prompts, 1))
     own = world.draw(rng, (settings.repeats, len(steps), prompts, settings.answers))
@@ -224,31 +282,43 @@ def _sequence(
     mean = np.array(steps) * float(costs.mean(-1).std()) / math.sqrt(prompts)
     false = mean >= 0
     rows: list[dict[str, Any]] = []
-    passed = {method: bound <= 0 for method, bound in all_bounds(costs, world, icc, settings, mean).items()}
+    passed = {
+        method: bound <= 0
+        for method, bound in all_bounds(costs, world, icc, settings, mean).items()
+    }
     for method in (method for method in (*_OFFERED, "plain_t") if method in passed):
         certified = in_sequence(passed[method])
         best = (certified == ~false).all(-1)
         row = {"method": method, **measured((certified & false).any(-1), settings.delta)}
         rows.append(row if false.all() else {**row, "best": float(best.mean())})
-    rows.append({"method": "test_all", **measured((passed["clustered_t"] & false).any(-1), settings.delta)})
+    rows.append(
+        {"method": "test_all", **measured((passed["clustered_t"] & false).any(-1), settings.delta)}
+    )
     return rows
 
 
 def in_sequence(passed: Array) -> Array:
-    """What `fixed_sequence` certifies, given who would pass [..., candidates]: those before the first failure."""
+    """What `fixed_sequence` certifies, given who would pass [..., candidates]: those before the
+    first failure.
+    """
     return np.logical_and.accumulate(passed, axis=-1)
 
 
-# --- part 3: costs corrected by labels --------------------------------------------------------------------------------
+# --- part 3: costs corrected by labels ------------------------------------------------------------
 
 
 def corrected(settings: Settings, prompts: int = 1000, icc: float = 0.5) -> list[dict[str, Any]]:
-    """A model's costs of two answers to every prompt; true costs, or votes, for one answer to some of the prompts."""
+    """A model's costs of two answers to every prompt; true costs, or votes, for one answer to some
+    of the prompts.
+    """
     rows = []
     for index, kind in enumerate(("true cost", "vote")):
         for labelled in _LABELLED:
             rng = np.random.default_rng([settings.seed, 3, index, labelled])
-            draws = [_labelled_draw(kind, prompts, labelled, icc, rng, settings.delta) for _ in range(settings.repeats)]
+            draws = [
+                _labelled_draw(kind, prompts, labelled, icc, rng, settings.delta)
+                for _ in range(settings.repeats)
+            ]
             error = float(np.std([draw["mean"] for draw in draws]))
             where = {"labels": kind, "labelled": labelled, "icc": icc, "prompts": prompts}
             for method in ("model_only", "labels_only", "corrected", "corrected_tuned"):
@@ -265,9 +335,15 @@ def _labelled_draw(
 ) -> dict[str, float]:
     """One data set: the mean label and every bound, all less the true mean."""
     shape, ids = (prompts, 2), np.arange(prompts)
-    truth = math.sqrt(icc) * rng.standard_normal((prompts, 1)) + math.sqrt(1 - icc) * rng.standard_normal(shape)
+    truth = math.sqrt(icc) * rng.standard_normal((prompts, 1)) + math.sqrt(
+        1 - icc
+    ) * rng.standard_normal(shape)
     model = _MODEL["slope"] * truth + _MODEL["noise"] * rng.standard_normal(shape) + _MODEL["bias"]
-    label = truth[:labelled, 0] if kind == "true cost" else (truth[:labelled, 0] > norm.ppf(1 - _VOTES)) - _VOTES
+    label = (
+        truth[:labelled, 0]
+        if kind == "true cost"
+        else (truth[:labelled, 0] > norm.ppf(1 - _VOTES)) - _VOTES
+    )
     data = (model.ravel(), ids.repeat(2), model[:labelled, 0], label, ids[:labelled])
     try:
         bounds = {
@@ -282,11 +358,13 @@ def _labelled_draw(
     return {"mean": float(label.mean()), **bounds}
 
 
-# --- part 4: costs beyond clustered t ---------------------------------------------------------------------------------
+# --- part 4: costs beyond clustered t -------------------------------------------------------------
 
 
 def beyond(settings: Settings, icc: float = 0.5) -> list[dict[str, Any]]:
-    """The t bounds where few prompts are expected to hold the harm, or the tail has no third moment."""
+    """The t bounds where few prompts are expected to hold the harm, or the tail has no third
+    moment.
+    """
     rows: list[dict[str, Any]] = []
     for index, world in enumerate(BEYOND):
         for prompts in _MANY:
@@ -299,7 +377,7 @@ def beyond(settings: Settings, icc: float = 0.5) -> list[dict[str, Any]]:
     return rows
 
 
-# --- report -----------------------------------------------------------------------------------------------------------
+# --- report ---------------------------------------------------------------------------------------
 
 _TITLES = {
     "clustered_t": "clustered t",
@@ -317,42 +395,65 @@ _TITLES = {
 _COMPARISON = ("plain_t", "independent_t", "test_all", "model_only")
 
 _NOTES = """\
-How to read it: *false* is the share of repeats with a certificate for a candidate whose mean cost is at the limit or
-above, ± its Monte-Carlo standard error; in bold where it is more than delta + 1 %. *Power at k* is the share that
-certify when the limit lies k standard errors above the mean: of the mean over prompts (part 1), of the mean label
-(part 3). Rows in italics are no bounds of the library; they show what it avoids. ICC is the correlation of two answers
-to one prompt.
+How to read it: *false* is the share of repeats with a certificate for a candidate whose mean cost
+is at the limit or
+above, ± its Monte-Carlo standard error; in bold where it is more than delta + 1 %. *Power at k* is
+the share that
+certify when the limit lies k standard errors above the mean: of the mean over prompts (part 1), of
+the mean label
+(part 3). Rows in italics are no bounds of the library; they show what it avoids. ICC is the
+correlation of two answers to one prompt.
 
-- Clustered t is t with a term in the skewness of the prompts' means. Without the term a long upper tail (log-normal;
-  rare answers that cost much) makes t err more often than delta, most with few prompts; a symmetric tail does not. The
-  term costs little power for normal costs. For such tails it costs more: at 2.5, with 50 prompts a third of it under
-  the log-normal and half or more where harm is rare, with 1000 a tenth or less.
-- Empirical Bernstein and betting hold for every N and every distribution in the range, at a price in power that grows
-  with the range over the standard deviation. Betting is never the weaker of the two.
-- Clopper–Pearson bounds P(a prompt gets an unsafe answer), another quantity; its errors are of that probability.
-- Part 2: testing from the safest on costs nothing in false certificates; testing all and taking the best does.
-- Part 3: the model's costs are too low by 0.3 standard deviations; labels put that right, and the model's costs make
-  the labels go further. Without tuning the model's units must be those of the labels: a logit beside votes is not.
-  One vote in ten says harmful.
-- Part 4: the term cannot make up for what the sample does not show. With 1 % or 3 % of answers that cause all the harm
-  and as few prompts that one or two of them are expected to be harmful as a whole, or with a tail that has no third
-  moment (Pareto), clustered t errs too often. Where such costs are possible take more prompts, or a bound with a
+- Clustered t is t with a term in the skewness of the prompts' means. Without the term a long upper
+  tail (log-normal; rare answers that cost much) makes t err more often than delta, most with few
+  prompts; a symmetric tail does not. The term costs little power for normal costs. For such tails
+  it costs more: at 2.5, with 50 prompts a third of it under the log-normal and half or more where
+  harm is rare, with 1000 a tenth or less.
+- Empirical Bernstein and betting hold for every N and every distribution in the range, at a price
+  in power that grows with the range over the standard deviation. Betting is never the weaker of the
+  two.
+- Clopper–Pearson bounds P(a prompt gets an unsafe answer), another quantity; its errors are of that
+probability.
+- Part 2: testing from the safest on costs nothing in false certificates; testing all and taking the
+best does.
+- Part 3: the model's costs are too low by 0.3 standard deviations; labels put that right, and the
+  model's costs make the labels go further. Without tuning the model's units must be those of the
+  labels: a logit beside votes is not. One vote in ten says harmful.
+- Part 4: the term cannot make up for what the sample does not show. With 1 % or 3 % of answers that
+  cause all the harm and as few prompts that one or two of them are expected to be harmful as a
+  whole, or with a tail that has no third moment (Pareto), clustered t errs too often. Where such
+  costs are possible take more prompts, or a bound with a
   range."""
 
 
 def _table(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> str:
-    """One line a row: where it stands (`keys`), the method, the rate of false certificates, and power."""
-    powers = [key for key in ("best", *(f"power_{margin:g}" for margin in _MARGINS)) if any(key in row for row in rows)]
-    heads = [key.replace("power_", "power at ").replace("best", "returns the best") for key in powers]
-    lines = [f"| {' | '.join([*keys, 'bound', 'false', *heads])} |", "|---" * (len(keys) + 2 + len(powers)) + "|"]
+    """One line a row: where it stands (`keys`), the method, the rate of false certificates, and
+    power.
+    """
+    powers = [
+        key
+        for key in ("best", *(f"power_{margin:g}" for margin in _MARGINS))
+        if any(key in row for row in rows)
+    ]
+    heads = [
+        key.replace("power_", "power at ").replace("best", "returns the best") for key in powers
+    ]
+    lines = [
+        f"| {' | '.join([*keys, 'bound', 'false', *heads])} |",
+        "|---" * (len(keys) + 2 + len(powers)) + "|",
+    ]
     for row in rows:
         cells = [*(str(row[key]) for key in keys), _TITLES[row["method"]], percent(row)]
-        lines.append(f"| {' | '.join([*cells, *(f'{row[key]:.1%}' if key in row else '–' for key in powers)])} |")
+        lines.append(
+            f"| {' | '.join([*cells, *(f'{row[key]:.1%}' if key in row else '–' for key in powers)])} |"
+        )
     return "\n".join(lines)
 
 
 def findings(parts: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """The worst rate of each bound over parts 1 to 3, and where it fails; that of clustered t in part 4."""
+    """The worst rate of each bound over parts 1 to 3, and where it fails; that of clustered t in
+    part 4.
+    """
     lines = []
     rows = [row for name, part in parts.items() if name != "beyond" for row in part]
     for method in (method for method in _TITLES if method not in _COMPARISON):
@@ -360,27 +461,41 @@ def findings(parts: dict[str, list[dict[str, Any]]]) -> list[str]:
         failing = sum(not row["holds"] for row in own)
         worst = max(own, key=lambda row: row["rate"])
         where = ", ".join(
-            f"{key} {worst[key]}" for key in ("world", "labels", "labelled", "icc", "prompts") if key in worst
+            f"{key} {worst[key]}"
+            for key in ("world", "labels", "labelled", "icc", "prompts")
+            if key in worst
         )
         verdict = (
-            f"more than delta + 1 % in {failing} of {len(own)} rows" if failing else f"holds in all {len(own)} rows"
+            f"more than delta + 1 % in {failing} of {len(own)} rows"
+            if failing
+            else f"holds in all {len(own)} rows"
         )
         lines.append(f"- {_TITLES[method]}: at worst {percent(worst)} ({where}); {verdict}.")
-    worst = max((row for row in parts["beyond"] if row["method"] == "clustered_t"), key=lambda row: row["rate"])
+    worst = max(
+        (row for row in parts["beyond"] if row["method"] == "clustered_t"),
+        key=lambda row: row["rate"],
+    )
     where = f"world {worst['world']}, icc {worst['icc']}, prompts {worst['prompts']}"
-    return [*lines, f"- clustered t, beyond what it holds for (part 4): at worst {percent(worst)} ({where})."]
+    return [
+        *lines,
+        f"- clustered t, beyond what it holds for (part 4): at worst {percent(worst)} ({where}).",
+    ]
 
 
 def report(settings: Settings, parts: dict[str, list[dict[str, Any]]]) -> str:
     """The page in markdown."""
     titles = {world.name: world.title for world in (*WORLDS, *BEYOND)}
     one, sequence, outside = (
-        [{**row, "cost": titles[row["world"]]} for row in parts[part]] for part in ("one", "sequence", "beyond")
+        [{**row, "cost": titles[row["world"]]} for row in parts[part]]
+        for part in ("one", "sequence", "beyond")
     )
     pieces = [
         "# How often a certificate is false",
         f"    {options.command(PROGRAM, settings)}",
-        f"{settings.repeats} repeats, {settings.answers} answers a prompt, delta {settings.delta:g}.",
+        (
+            f"{settings.repeats} repeats, {settings.answers} answers a prompt, delta"
+            f" {settings.delta:g}."
+        ),
         "\n".join(findings(parts)),
         _NOTES,
         "## 1. One candidate, its mean cost at the limit",
@@ -406,10 +521,11 @@ def run(settings: Settings) -> dict[str, list[dict[str, Any]]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the simulation; write certificate-coverage.json and certificate-coverage.md, and the page to stdout.
+    """Run the simulation; write certificate-coverage.json and certificate-coverage.md, and the page
+    to stdout.
 
-    With `frontier`, `shares` or `dense` as first argument run `bench.frontier` and so on with the rest instead.
-    """
+    With `frontier`, `shares` or `dense` as first argument run `bench.frontier` and so on with the
+    rest instead."""
     given = sys.argv[1:] if argv is None else list(argv)
     others = {"frontier": frontier.main, "shares": shares.main, "dense": dense.main}
     if given and given[0] in others:

@@ -1,13 +1,15 @@
-"""How often a dense sequence of tests errs along a path of policies, and how near to the limit it comes.
+"""How often a dense sequence of tests errs along a path of policies, and how near to the limit it
+comes.
 
     python -m bench.coverage dense                # a minute on one core
     python -m bench.coverage dense --repeats 500
 
-A path of policies whose mean cost grows step by step, one of them exactly at the limit: a certificate for that one or a
-later one is false. Answers to a prompt are alike, and all policies answer the same prompts. Three sequences: a coarse
-grid on which every policy draws its own answers, which was the default before; a dense one of the same kind; and a
-dense one for which a single policy draws, weighed by the ratio of probabilities (`dualign.certificate`).
-"""
+A path of policies whose mean cost grows step by step, one of them exactly at the limit: a
+certificate for that one or a
+later one is false. Answers to a prompt are alike, and all policies answer the same prompts. Three
+sequences: a coarse grid on which every policy draws its own answers, which was the default before;
+a dense one of the same kind; and a dense one for which a single policy draws, weighed by the ratio
+of probabilities (`dualign.certify.certificate`)."""
 
 from __future__ import annotations
 
@@ -22,9 +24,9 @@ import numpy as np
 from bench import options, shares
 from bench.options import knob
 from bench.rates import measured, percent
-from dualign.bounds import t_bound
-from dualign.certificate import LEAST_ESS
-from dualign.screening import WORTH
+from dualign.certify.certificate import LEAST_ESS
+from dualign.certify.screening import WORTH
+from dualign.math.bounds import t_bound
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,10 @@ PROGRAM = "python -m bench.coverage dense"
 Array = np.ndarray
 _PROMPTS = (100, 400)
 _ICC = (0.1, 0.5)
-_COARSE, _FINE = 1.6, 0.2  # steps of the path in standard errors; 0.05 of a weight is 1.6 on the shipped path
+_COARSE, _FINE = (
+    1.6,
+    0.2,
+)  # steps of the path in standard errors; 0.05 of a weight is 1.6 on the shipped path
 _REACH = 8.0  # the path starts so many standard errors below the limit, and goes half as far beyond
 _DRAWN = -1.6  # where the policy stands that draws for all
 _AT_ONCE = 50  # data sets side by side, which keeps them in the processor's cache
@@ -57,10 +62,11 @@ class Settings(shares.Settings):
 
 @dataclass(frozen=True)
 class World:
-    """Answers of a policy whose own part has mean `shift`, and the log-ratio of two such policies' probabilities.
+    """Answers of a policy whose own part has mean `shift`, and the log-ratio of two such policies'
+    probabilities.
 
-    `draw(rng, shape, shift)` gives parts of standard deviation near 1, `ratio(parts, to, at)` log pi_to / pi_at.
-    """
+    `draw(rng, shape, shift)` gives parts of standard deviation near 1, `ratio(parts, to, at)` log
+    pi_to / pi_at."""
 
     title: str
     draw: Callable[[np.random.Generator, tuple[int, ...], float], Array]
@@ -85,7 +91,9 @@ def _gamma(rng: np.random.Generator, shape: tuple[int, ...], shift: float) -> Ar
 
 
 def _gamma_ratio(parts: Array, to: float, at: float) -> Array:
-    """Gammas of one shape k and means a, b: ln p_a / p_b = k (x / b - x / a - ln(a / b)), each a tilt of the other."""
+    """Gammas of one shape k and means a, b: ln p_a / p_b = k (x / b - x / a - ln(a / b)), each a
+    tilt of the other.
+    """
     a, b = _MEAN + to, _MEAN + at
     found: Array = _SHAPE * ((parts + _MEAN) * (1 / b - 1 / a) - math.log(a / b))
     return found
@@ -98,14 +106,20 @@ WORLDS = (
 
 
 class Outcome(NamedTuple):
-    """Of each repeat: where the returned policy stands, in standard errors above the limit, and answers to a prompt."""
+    """Of each repeat: where the returned policy stands, in standard errors above the limit, and
+    answers to a prompt.
+    """
 
     stands: Array
     answers: Array
 
 
-def means_of(world: World, icc: float, common: Array, at: float, count: int, rng: np.random.Generator) -> Array:
-    """Means [repeats, prompts] of `count` own answers of the policy of mean `at`; `common` is what a prompt adds."""
+def means_of(
+    world: World, icc: float, common: Array, at: float, count: int, rng: np.random.Generator
+) -> Array:
+    """Means [repeats, prompts] of `count` own answers of the policy of mean `at`; `common` is what
+    a prompt adds.
+    """
     own = world.draw(rng, (*common.shape, count), at / math.sqrt(1 - icc))
     found: Array = math.sqrt(icc) * common + math.sqrt(1 - icc) * own.mean(-1)
     return found
@@ -114,8 +128,8 @@ def means_of(world: World, icc: float, common: Array, at: float, count: int, rng
 def weighed(
     world: World, icc: float, common: Array, parts: Array, at: float, to: Array
 ) -> Iterator[tuple[Array, Array]]:
-    """For each policy of mean in `to`, by the own parts that that of mean `at` drew: means [repeats, prompts] of w c,
-    and the share of answers [repeats] that these are worth."""
+    """For each policy of mean in `to`, by the own parts that that of mean `at` drew: means
+    [repeats, prompts] of w c, and the share of answers [repeats] that these are worth."""
     scale = math.sqrt(1 - icc)
     costs = math.sqrt(icc) * common[..., None] + scale * parts
     for mean in to:
@@ -124,7 +138,9 @@ def weighed(
 
 
 def returned(bounds: Iterator[Array], count: int) -> Array:
-    """Of each repeat, the position of the last policy certified in sequence at limit 0; -1 for none."""
+    """Of each repeat, the position of the last policy certified in sequence at limit 0; -1 for
+    none.
+    """
     going, last = np.array(True), np.array(-1)
     for index, bound in zip(range(count), bounds, strict=False):
         going = going & (bound <= 0)
@@ -137,20 +153,32 @@ def returned(bounds: Iterator[Array], count: int) -> Array:
 def sequences(
     world: World, icc: float, prompts: int, rng: np.random.Generator, settings: Settings
 ) -> Iterator[dict[str, Any]]:
-    """A row for each sequence: its false certificates, and what it returns, in standard errors of `answers` answers."""
+    """A row for each sequence: its false certificates, and what it returns, in standard errors of
+    `answers` answers.
+    """
     error = math.sqrt((icc + (1 - icc) / settings.answers) / prompts)
-    parts = [min(_AT_ONCE, settings.repeats - start) for start in range(0, settings.repeats, _AT_ONCE)]
+    parts = [
+        min(_AT_ONCE, settings.repeats - start) for start in range(0, settings.repeats, _AT_ONCE)
+    ]
     found: list[dict[str, Outcome]] = []
     for repeats in parts:
         common = world.draw(rng, (repeats, prompts), 0.0)
-        found.append(_own(world, icc, error, common, rng, settings) | _shared(world, icc, error, common, rng, settings))
+        found.append(
+            _own(world, icc, error, common, rng, settings)
+            | _shared(world, icc, error, common, rng, settings)
+        )
     for name in TITLES:
         stands, answers = (np.concatenate([part[name][k] for part in found]) for k in (0, 1))
         yield {"sequence": name, **_measured(stands, answers, settings.delta)}
 
 
 def _own(
-    world: World, icc: float, error: float, common: Array, rng: np.random.Generator, settings: Settings
+    world: World,
+    icc: float,
+    error: float,
+    common: Array,
+    rng: np.random.Generator,
+    settings: Settings,
 ) -> dict[str, Outcome]:
     """The sequences in which each policy draws its own answers."""
     found = {}
@@ -164,7 +192,12 @@ def _own(
 
 
 def _shared(
-    world: World, icc: float, error: float, common: Array, rng: np.random.Generator, settings: Settings
+    world: World,
+    icc: float,
+    error: float,
+    common: Array,
+    rng: np.random.Generator,
+    settings: Settings,
 ) -> dict[str, Outcome]:
     """The sequences for which one policy draws."""
     found = {}
@@ -181,14 +214,18 @@ def _shared(
 
 
 def _worth(world: World, icc: float, at: float, path: Array, rng: np.random.Generator) -> Array:
-    """The share of answers that those of one policy are worth along a path, as a screen of its own finds it."""
+    """The share of answers that those of one policy are worth along a path, as a screen of its own
+    finds it.
+    """
     parts = world.draw(rng, (1, 1, _SCREENED), at / math.sqrt(1 - icc))
     found = [worth for _, worth in weighed(world, icc, np.zeros((1, 1)), parts, at, path)]
     return np.concatenate(found)
 
 
 def _guarded(tests: Iterator[tuple[Array, Array]], least: float, delta: float) -> Iterator[Array]:
-    """Bounds [repeats], infinite where the answers are worth less than a share `least` of their number."""
+    """Bounds [repeats], infinite where the answers are worth less than a share `least` of their
+    number.
+    """
     for means, worth in tests:
         yield np.where(worth >= least, t_bound(means, delta), np.inf)
 
@@ -199,7 +236,9 @@ def _path(step: float) -> Array:
 
 
 def _measured(stands: Array, answers: Array, delta: float) -> dict[str, Any]:
-    """`below`: how far the returned policy stands below the limit on average (the path's start, if there is none)."""
+    """`below`: how far the returned policy stands below the limit on average (the path's start, if
+    there is none).
+    """
     return {
         **measured(stands >= -1e-9, delta),
         "below": float(-stands.mean()),
@@ -220,22 +259,24 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
-# --- report -----------------------------------------------------------------------------------------------------------
+# --- report ---------------------------------------------------------------------------------------
 
 _NOTES = """\
-How to read it: *false* is the share of repeats in which a policy at or above the limit is certified, ± its Monte-Carlo
-standard error; in bold where it is more than delta + 1 %. *Below* is how far the returned policy stands below the limit
-on average, in standard errors of the mean of one policy's answers on the coarse grid: what certainty costs. *Answers*
-are those drawn to each prompt, all tests together.
+How to read it: *false* is the share of repeats in which a policy at or above the limit is
+certified, ± its Monte-Carlo
+standard error; in bold where it is more than delta + 1 %. *Below* is how far the returned policy
+stands below the limit on average, in standard errors of the mean of one policy's answers on the
+coarse grid: what certainty costs. *Answers* are those drawn to each prompt, all tests together.
 
-- Every sequence keeps its level: one candidate at the limit is the first that can be certified falsely, however many
-  come before.
-- Density alone gains little where each policy draws its own answers: with each a new chance to fail, the sequence stops
-  early, and every test costs answers.
-- With one draw the tests stand and fall together, their number costs nothing, and the answers that it saves go into
-  that draw. What is left is the error of the prompts.
-- The policy that draws should stand near where the bound meets the limit, where its weights are next to 1. From far
-  away the weights are uneven, and the largest may not have been drawn: then no bound of what was drawn holds. So a test
+- Every sequence keeps its level: one candidate at the limit is the first that can be certified
+  falsely, however many come before.
+- Density alone gains little where each policy draws its own answers: with each a new chance to
+  fail, the sequence stops early, and every test costs answers.
+- With one draw the tests stand and fall together, their number costs nothing, and the answers that
+  it saves go into that draw. What is left is the error of the prompts.
+- The policy that draws should stand near where the bound meets the limit, where its weights are
+  next to 1. From far away the weights are uneven, and the largest may not have been drawn: then no
+  bound of what was drawn holds. So a test
   on weighted answers passes only if they are worth 80 % of their number; the last row shows why."""
 
 
@@ -259,9 +300,9 @@ def findings(rows: Sequence[dict[str, Any]]) -> list[str]:
         worst = max(own, key=lambda row: row["rate"])
         below, answers = (float(np.mean([row[key] for row in own])) for key in ("below", "answers"))
         lines.append(
-            f"- {title}: false in {worst['rate']:.2%} ± {worst['error']:.2%} at worst ({worst['world']}, ICC "
-            f"{worst['icc']:g}, {worst['prompts']} prompts); {below:.2f} standard errors below the limit, with "
-            f"{answers:.0f} answers a prompt."
+            f"- {title}: false in {worst['rate']:.2%} ± {worst['error']:.2%} at worst"
+            f" ({worst['world']}, ICC {worst['icc']:g}, {worst['prompts']} prompts); {below:.2f}"
+            f" standard errors below the limit, with {answers:.0f} answers a prompt."
         )
     return lines
 
@@ -271,8 +312,10 @@ def report(settings: Settings, rows: Sequence[dict[str, Any]]) -> str:
     parts = [
         "# How often a dense sequence errs, and how near it comes",
         f"    {options.command(PROGRAM, settings)}",
-        f"{settings.repeats} repeats, {settings.answers} answers a prompt of each policy or {settings.samples} of one, "
-        f"delta {settings.delta:g}.",
+        (
+            f"{settings.repeats} repeats, {settings.answers} answers a prompt of each policy or"
+            f" {settings.samples} of one, delta {settings.delta:g}."
+        ),
         "\n".join(findings(rows)),
         _NOTES,
         "\n".join(table(rows)),
@@ -281,7 +324,9 @@ def report(settings: Settings, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the simulation; write dense-coverage.json and dense-coverage.md, and the page to stdout."""
+    """Run the simulation; write dense-coverage.json and dense-coverage.md, and the page to
+    stdout.
+    """
     settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = run(settings)

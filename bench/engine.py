@@ -1,10 +1,10 @@
-"""A policy as another engine serves it: the same prompts, the same ends, the same log-probabilities as ours.
+"""A policy as another engine serves it: the same prompts, the same ends, the same log-probabilities
+as ours.
 
     python -m bench.engine models/aligned/dualign --python ../vllm/bin/python
 
-vLLM lives in an environment of its own; `--python` is its interpreter. It is told nothing but the policy's folder and
-the prompts' ids, as a server would be.
-"""
+vLLM lives in an environment of its own; `--python` is its interpreter. It is told nothing but the
+policy's folder and the prompts' ids, as a server would be."""
 
 from __future__ import annotations
 
@@ -30,8 +30,12 @@ from dualign.params.loading import load_resources
 SIDE = Path(__file__).with_name("vllm_side.py")
 
 
-def served(python: str, policy: Path, prompts: list[Any], ids: list[list[int]], longest: int) -> list[dict[str, Any]]:
-    """Answers of the other engine: `prompt` as its tokenizer renders it, `ids`, whether it `ended`, and `logp`."""
+def served(
+    python: str, policy: Path, prompts: list[Any], ids: list[list[int]], longest: int
+) -> list[dict[str, Any]]:
+    """Answers of the other engine: `prompt` as its tokenizer renders it, `ids`, whether it `ended`,
+    and `logp`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "asked.json", Path(folder) / "answered.json"
         asked.write_text(json.dumps({"prompts": prompts, "ids": ids, "max_new_tokens": longest}))
@@ -41,7 +45,10 @@ def served(python: str, policy: Path, prompts: list[Any], ids: list[list[int]], 
 
 
 def compared(
-    rows: Sequence[dict[str, Any]], ids: Sequence[list[int]], ours: torch.Tensor, tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[dict[str, Any]],
+    ids: Sequence[list[int]],
+    ours: torch.Tensor,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
     """What `main` prints; `ours` are our log-probabilities of the engine's answers, [rows]."""
     ended = [row for row in rows if row["ended"]]
@@ -59,11 +66,18 @@ def compared(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw and compare; print JSON, and write it to `--out` where that is given."""
-    parser = argparse.ArgumentParser(prog="python -m bench.engine", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.engine", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("policy", type=Path, help="folder of whole weights")
-    parser.add_argument("--python", required=True, help="interpreter of the environment that has vLLM")
     parser.add_argument(
-        "--prompts", type=Path, default=Path("data/prepared/eval.parquet"), help="(default: %(default)s)"
+        "--python", required=True, help="interpreter of the environment that has vLLM"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        default=Path("data/prepared/eval.parquet"),
+        help="(default: %(default)s)",
     )
     parser.add_argument("--count", type=int, default=32, help="prompts (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="(default: %(default)s)")

@@ -1,12 +1,14 @@
-"""The exact laboratory: every method on problems whose constrained optimum is known. Part (a), tabular policies.
+"""The exact laboratory: every method on problems whose constrained optimum is known. Part (a),
+tabular policies.
 
-    python -m bench.exact                                         # exact data: where each loss and rule leads
-    python -m bench.exact --pairs 200 --noise 0.3 --samples 16    # finite labels, noisy scores, partial coverage
+    python -m bench.exact                                         # exact data: where each loss and
+    rule leads python -m bench.exact --pairs 200 --noise 0.3 --samples 16    # finite labels, noisy
+    scores, partial coverage
 
-A method is a row of one table: a loss, and a rule for the multiplier. Every policy is really trained (`bench.tabular`);
-beside it stands the closed form that theory gives for its minimiser. E[c] is measured by the cost model on the policy's
-exact distribution; the results are judged by r* and c*.
-"""
+A method is a row of one table: a loss, and a rule for the multiplier. Every policy is really
+trained (`bench.tabular`);
+beside it stands the closed form that theory gives for its minimiser. E[c] is measured by the cost
+model on the policy's exact distribution; the results are judged by r* and c*."""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from bench import options
 from bench.tabular import Laboratory, Settings, fit, tilt
-from dualign import losses
+from dualign.math import losses
 from dualign.search import rules
 from dualign.training.policy_gradient import kl_weight, lagrangian_reward, log_lambda_step
 
@@ -34,7 +36,7 @@ _PATH = (0.25, 0.5, 1.0, 2.0)  # multiples of lambda* on the path
 _GRID = (1.0, 2.0, 4.0, 10.0)  # SACPO's multipliers: beta / lambda of 0.1 to 0.01 at beta 0.1
 
 
-# --- inner losses: the policy of a method at a multiplier -------------------------------------------------------------
+# --- inner losses: the policy of a method at a multiplier -----------------------------------------
 
 Train = Callable[[Laboratory, float], Tensor]
 Steps = Sequence[tuple[float, Tensor]]
@@ -129,7 +131,9 @@ def _safe_dpo(lab: Laboratory, lam: float) -> Tensor:
 
 
 def _policy_gradient(lab: Laboratory, lam: float, beta: float) -> Tensor:
-    """Where the gradient of E[(r - lambda c) / (1 + lambda)] - beta KL vanishes; RLOO's samples estimate it."""
+    """Where the gradient of E[(r - lambda c) / (1 + lambda)] - beta KL vanishes; RLOO's samples
+    estimate it.
+    """
     score = torch.tensor(lagrangian_reward(lab.seen_reward.numpy(), lab.seen_cost.numpy(), lam))
 
     def loss(policy: Tensor) -> Tensor:
@@ -162,7 +166,7 @@ def _ours(lab: Laboratory, lam: float) -> Tensor:
     return lab.anchored(lam, 1.0)
 
 
-# --- predictions: what theory says the minimiser is, with exact data ----------------------------------------------
+# --- predictions: what theory says the minimiser is, with exact data ------------------------------
 
 
 def _optimal(lab: Laboratory, lam: float) -> Tensor:
@@ -223,14 +227,16 @@ def _outvoted_safe(lab: Laboratory) -> Tensor:
     return _outvoted(*lab.safe_marks())
 
 
-# --- rules: which multiplier first, and which next --------------------------------------------------------------------
+# --- rules: which multiplier first, and which next ------------------------------------------------
 
 Next = Callable[[Laboratory, Steps], float | None]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """The first multiplier, and the next one from the steps so far, if any, unless E[c] is at the limit."""
+    """The first multiplier, and the next one from the steps so far, if any, unless E[c] is at the
+    limit.
+    """
 
     first: Callable[[Laboratory], float]
     next: Next | None = None
@@ -239,13 +245,17 @@ class Rule:
 def _gradient(lab: Laboratory, steps: Steps) -> float:
     lam, policy = steps[-1]
     s = lab.settings
-    return min(rules.dual_gradient_step(lam, lab.measure(policy)[0], lab.limit, s.step_size), s.lambda_max)
+    return min(
+        rules.dual_gradient_step(lam, lab.measure(policy)[0], lab.limit, s.step_size), s.lambda_max
+    )
 
 
 def _projected(lab: Laboratory, steps: Steps) -> float:
     lam, policy = steps[-1]
     s, cost = lab.settings, lab.measure(policy)[0]
-    return rules.projected_subgradient_step(lam, cost, lab.limit, s.step_size, lab.radius, s.lambda_min)
+    return rules.projected_subgradient_step(
+        lam, cost, lab.limit, s.step_size, lab.radius, s.lambda_min
+    )
 
 
 def _newton(lab: Laboratory, steps: Steps) -> float:
@@ -263,7 +273,9 @@ def _newton(lab: Laboratory, steps: Steps) -> float:
 def _ascent(lab: Laboratory, steps: Steps) -> float:
     lam, policy = steps[-1]
     s, cost = lab.settings, lab.measure(policy)[0]
-    return math.exp(log_lambda_step(math.log(lam), cost, lab.limit, s.ascent_rate, s.lambda_min, s.lambda_max))
+    return math.exp(
+        log_lambda_step(math.log(lam), cost, lab.limit, s.ascent_rate, s.lambda_min, s.lambda_max)
+    )
 
 
 def _next_of_grid(lab: Laboratory, steps: Steps) -> float | None:
@@ -295,17 +307,18 @@ _ASCENT = Rule(lambda lab: lab.settings.ascent_start, _ascent)
 _ON_GRID = Rule(lambda lab: _GRID[0], _next_of_grid)
 
 
-# --- the table of methods ---------------------------------------------------------------------------------------------
+# --- the table of methods -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Method:
-    """One published method, or ours. `predicted` is the minimiser at a multiplier, None where it has no closed form.
+    """One published method, or ours. `predicted` is the minimiser at a multiplier, None where it
+    has no closed form.
 
-    `emptied` are answers that should lose all mass. `before` trainings are shared by all multipliers, `each` are done
-    for every one. `returns`: the last policy, the mixture of all, or the best: the most rewarding one within the limit.
-    `online` takes the place of `train` in a search: it also sees the policies before.
-    """
+    `emptied` are answers that should lose all mass. `before` trainings are shared by all
+    multipliers, `each` are done for every one. `returns`: the last policy, the mixture of all, or
+    the best: the most rewarding one within the limit. `online` takes the place of `train` in a
+    search: it also sees the policies before."""
 
     name: str
     title: str
@@ -323,12 +336,18 @@ class Method:
     def claims(self) -> bool:
         """Whether it should reach pi_lambda* with exact data.
 
-        A mixture gets there only with the number of rounds, and the best of a grid comes as near as the grid.
-        """
+        A mixture gets there only with the number of rounds, and the best of a grid comes as near as
+        the grid."""
         return self.predicted is _optimal and self.returns == "last"
 
 
-_SACPO, _CAN, _CDPO, _PD, _OURS = "2404.11049", "2405.19544", "2403.02475", "2510.05703", "docs/methods.md"
+_SACPO, _CAN, _CDPO, _PD, _OURS = (
+    "2404.11049",
+    "2405.19544",
+    "2403.02475",
+    "2510.05703",
+    "docs/methods.md",
+)
 _RLHF = "2310.12773"
 METHODS = (
     Method("sacpo", "SACPO DPO(H) → DPO(S)", _SACPO, _sacpo, _GIVEN, before=1),
@@ -342,33 +361,109 @@ METHODS = (
         each=2,
         returns="best",
     ),
-    Method("sacpo_ipo_dpo", "SACPO IPO(H) → DPO(S)", _SACPO, _sacpo_ipo_dpo, _GIVEN, _first_by_wins, before=1),
-    Method("sacpo_dpo_ipo", "SACPO DPO(H) → IPO(S)", _SACPO, _sacpo_dpo_ipo, _GIVEN, _second_by_wins, before=1),
-    Method("sacpo_kto_dpo", "SACPO KTO(H) → DPO(S)", _SACPO, _sacpo_kto_dpo, _GIVEN, None, _outvoted_helpful, before=1),
-    Method("sacpo_dpo_kto", "SACPO DPO(H) → KTO(S)", _SACPO, _sacpo_dpo_kto, _GIVEN, None, _outvoted_safe, before=1),
+    Method(
+        "sacpo_ipo_dpo",
+        "SACPO IPO(H) → DPO(S)",
+        _SACPO,
+        _sacpo_ipo_dpo,
+        _GIVEN,
+        _first_by_wins,
+        before=1,
+    ),
+    Method(
+        "sacpo_dpo_ipo",
+        "SACPO DPO(H) → IPO(S)",
+        _SACPO,
+        _sacpo_dpo_ipo,
+        _GIVEN,
+        _second_by_wins,
+        before=1,
+    ),
+    Method(
+        "sacpo_kto_dpo",
+        "SACPO KTO(H) → DPO(S)",
+        _SACPO,
+        _sacpo_kto_dpo,
+        _GIVEN,
+        None,
+        _outvoted_helpful,
+        before=1,
+    ),
+    Method(
+        "sacpo_dpo_kto",
+        "SACPO DPO(H) → KTO(S)",
+        _SACPO,
+        _sacpo_dpo_kto,
+        _GIVEN,
+        None,
+        _outvoted_safe,
+        before=1,
+    ),
     Method("p_sacpo", "P-SACPO", _SACPO, _p_sacpo, _NEWTON, before=2, each=0),
     Method(
-        "naive_merge", "naive merge of DPO(H) and DPO(S)", _SACPO, _naive_merge, _NEWTON, _diluted, before=2, each=0
+        "naive_merge",
+        "naive merge of DPO(H) and DPO(S)",
+        _SACPO,
+        _naive_merge,
+        _NEWTON,
+        _diluted,
+        before=2,
+        each=0,
     ),
     Method("modpo", "MODPO", "2310.03708", _modpo, _GIVEN, before=1),
     Method("c_dpo", "C-DPO", _CDPO, _c_dpo, _DUAL_GRADIENT),
-    Method("c_dpo_rescaled", "C-DPO, labels and β over 1 + λ", _CDPO, _c_dpo_rescaled, _DUAL_GRADIENT),
-    Method("c_dpo_normalised", "C-DPO, labels over 1 + λ", _CDPO, _c_dpo_normalised, _DUAL_GRADIENT, _weaker),
-    Method("c_dpo_normalised_given", "C-DPO, labels over 1 + λ, at λ*", _CDPO, _c_dpo_normalised, _GIVEN, _weaker),
+    Method(
+        "c_dpo_rescaled", "C-DPO, labels and β over 1 + λ", _CDPO, _c_dpo_rescaled, _DUAL_GRADIENT
+    ),
+    Method(
+        "c_dpo_normalised",
+        "C-DPO, labels over 1 + λ",
+        _CDPO,
+        _c_dpo_normalised,
+        _DUAL_GRADIENT,
+        _weaker,
+    ),
+    Method(
+        "c_dpo_normalised_given",
+        "C-DPO, labels over 1 + λ, at λ*",
+        _CDPO,
+        _c_dpo_normalised,
+        _GIVEN,
+        _weaker,
+    ),
     Method("pd_dpo", "PD-DPO, last policy", _PD, _sacpo, _PROJECTED, before=1),
-    Method("pd_dpo_mixture", "PD-DPO, mixture", _PD, _sacpo, _PROJECTED, before=1, returns="mixture"),
+    Method(
+        "pd_dpo_mixture", "PD-DPO, mixture", _PD, _sacpo, _PROJECTED, before=1, returns="mixture"
+    ),
     Method("pd_dpo_folded", "PD-DPO, reward model in the reference", _PD, _folded, _PROJECTED),
     Method("o_pd_dpo", "O-PD-DPO", _PD, _o_pd_dpo, _PROJECTED, each=2, online=_o_pd_dpo),
     Method(
-        "o_pd_dpo_kept", "O-PD-DPO, bonuses as after few pairs", _PD, _o_pd_dpo_kept, _PROJECTED, _hopeful, before=1
+        "o_pd_dpo_kept",
+        "O-PD-DPO, bonuses as after few pairs",
+        _PD,
+        _o_pd_dpo_kept,
+        _PROJECTED,
+        _hopeful,
+        before=1,
     ),
     Method("mocan", "MoCAN", _CAN, _c_dpo, _ONE_SHOT),
     Method("pecan", "PeCAN, β in the labels", _CAN, _pecan, _PECAN, before=2),
     Method("pecan_as_coded", "PeCAN as coded", _CAN, _pecan_as_coded, _PECAN, _stronger, before=2),
     Method("caid", "CAID", "2505.19387", _c_dpo, _MULTI_SHOT),
-    Method("safe_dpo", "SafeDPO", "2505.20065", _safe_dpo, _NONE, _only_safe, lambda lab: lab.cost > 0),
+    Method(
+        "safe_dpo", "SafeDPO", "2505.20065", _safe_dpo, _NONE, _only_safe, lambda lab: lab.cost > 0
+    ),
     Method("safe_rlhf", "Safe RLHF, β over 1 + λ", _RLHF, _safe_rlhf, _ASCENT, before=1, each=0),
-    Method("safe_rlhf_kept", "Safe RLHF, β kept", _RLHF, _safe_rlhf_kept, _ASCENT, _weaker, before=1, each=0),
+    Method(
+        "safe_rlhf_kept",
+        "Safe RLHF, β kept",
+        _RLHF,
+        _safe_rlhf_kept,
+        _ASCENT,
+        _weaker,
+        before=1,
+        each=0,
+    ),
     Method("squared", "ours, squared difference", _OURS, _squared, _NEWTON),
     Method("huber", "ours, Huber difference", _OURS, _huber, _NEWTON),
     Method("anchor", "ours, anchor alone", _OURS, _anchor, _NEWTON),
@@ -376,22 +471,28 @@ METHODS = (
 )
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def run_rule(method: Method, lab: Laboratory) -> list[tuple[float, Tensor]]:
-    """Train at the first multiplier and go on until E[c] is at the limit or the rounds are spent."""
+    """Train at the first multiplier and go on until E[c] is at the limit or the rounds are
+    spent.
+    """
     steps: list[tuple[float, Tensor]] = []
     lam: float | None = method.rule.first(lab)
     while lam is not None and len(steps) < lab.settings.rounds:
-        steps.append((lam, method.online(lab, lam, steps) if method.online else method.train(lab, lam)))
+        steps.append(
+            (lam, method.online(lab, lam, steps) if method.online else method.train(lab, lam))
+        )
         met = abs(lab.measure(steps[-1][1])[0] - lab.limit) <= lab.settings.tolerance
         lam = None if met or method.rule.next is None else method.rule.next(lab, steps)
     return steps
 
 
 def returned(method: Method, lab: Laboratory, steps: Steps) -> Steps:
-    """The steps that make the policy of a search: the last one, all of them, or the best by the models' scores."""
+    """The steps that make the policy of a search: the last one, all of them, or the best by the
+    models' scores.
+    """
     if method.returns == "mixture":
         return steps
     if method.returns == "last":
@@ -408,7 +509,9 @@ def mixture(policies: Sequence[Tensor]) -> Tensor:
 
 
 def against_optimum(lab: Laboratory, policy: Tensor) -> dict[str, float]:
-    """J* - J, E[c*] - limit, and both in one: J* - J + lambda* (E[c*] - limit) = beta KL(pi || pi*), never negative."""
+    """J* - J, E[c*] - limit, and both in one: J* - J + lambda* (E[c*] - limit) = beta KL(pi ||
+    pi*), never negative.
+    """
     found = lab.problem.describe(policy.numpy())
     gap, excess = lab.optimum - found["value"], found["cost"] - lab.limit
     return {"gap": gap, "excess": excess, "distance": gap + lab.lam * excess}
@@ -418,11 +521,17 @@ def against_prediction(lab: Laboratory, policy: Tensor, predicted: Tensor) -> di
     """The same two numbers of the predicted policy, and the largest difference of a probability."""
     expected = against_optimum(lab, predicted)
     deviation = float((policy.exp() - predicted.exp()).abs().max())
-    return {"predicted_gap": expected["gap"], "predicted_excess": expected["excess"], "deviation": deviation}
+    return {
+        "predicted_gap": expected["gap"],
+        "predicted_excess": expected["excess"],
+        "deviation": deviation,
+    }
 
 
 def shared_losses() -> dict[Train, list[Method]]:
-    """The methods of each loss that depends on lambda: they differ in their rule alone, so they share a path."""
+    """The methods of each loss that depends on lambda: they differ in their rule alone, so they
+    share a path.
+    """
     groups: dict[Train, list[Method]] = {}
     for method in METHODS:
         if method.rule is not _NONE:
@@ -459,7 +568,9 @@ def measure(method: Method, lab: Laboratory) -> dict[str, Any]:
         **against_optimum(lab, policy),
     }
     if method.predicted:
-        row |= against_prediction(lab, policy, mixture([method.predicted(lab, lam) for lam, _ in kept]))
+        row |= against_prediction(
+            lab, policy, mixture([method.predicted(lab, lam) for lam, _ in kept])
+        )
     if method.emptied:
         row["emptied"] = float((policy.exp() * method.emptied(lab)).sum(1).mean())
         row["emptied_reference"] = float((lab.reference.exp() * method.emptied(lab)).sum(1).mean())
@@ -472,36 +583,50 @@ def run(settings: Settings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
     points: list[dict[str, Any]] = []
     for seed in range(settings.seeds):
         lab = Laboratory(settings, seed)
-        log.info("problem %d: limit %.4f, lambda* %.4f, J* %.4f", seed, lab.limit, lab.lam, lab.optimum)
+        log.info(
+            "problem %d: limit %.4f, lambda* %.4f, J* %.4f", seed, lab.limit, lab.lam, lab.optimum
+        )
         rows += [{"seed": seed, **measure(method, lab)} for method in METHODS]
-        points += [{"seed": seed, **point} for methods in shared_losses().values() for point in path(methods, lab)]
+        points += [
+            {"seed": seed, **point}
+            for methods in shared_losses().values()
+            for point in path(methods, lab)
+        ]
     return rows, points
 
 
-# --- report -----------------------------------------------------------------------------------------------------------
+# --- report ---------------------------------------------------------------------------------------
 
 _NOTES = """\
-How to read it: numbers are means over the problems, ± their standard deviation. `J* − J` is what a policy falls short
-of the constrained optimum; it is negative where the policy buys reward by breaking the limit (`E[c] − limit` above 0).
-`β KL to π*` is J* − J + λ* (E[c] − limit), both in one number. *Predicted* is the closed form of the loss's minimiser
-with exact data at the same multipliers; *off by* is the largest difference of any probability from it. A training is
-one policy trained to the end.
+How to read it: numbers are means over the problems, ± their standard deviation. `J* − J` is what a
+policy falls short
+of the constrained optimum; it is negative where the policy buys reward by breaking the limit (`E[c]
+− limit` above 0). `β KL to π*` is J* − J + λ* (E[c] − limit), both in one number. *Predicted* is
+the closed form of the loss's minimiser with exact data at the same multipliers; *off by* is the
+largest difference of any probability from it. A training is one policy trained to the end.
 
-- SACPO and MODPO have no rule for λ: they are given the true λ*. SafeDPO has none. PD-DPO's mixture comes near the
-  optimum only with the number of its rounds, so it is not held to it.
-- The best of a grid is π_λ at the largest reward within the limit, as near to the optimum as the grid has it.
+- SACPO and MODPO have no rule for λ: they are given the true λ*. SafeDPO has none. PD-DPO's mixture
+  comes near the optimum only with the number of its rounds, so it is not held to it.
+- The best of a grid is π_λ at the largest reward within the limit, as near to the optimum as the
+grid has it.
 - A naive merge of weight q has KL weight β / (1 − q): where it meets the limit it pays in J.
-- O-PD-DPO's bonuses shrink as pairs are compared: with infinitely many it is PD-DPO. Bonuses that stay, as after the
-  few of one round (`--fresh`), are part of the scores: it meets the limit, and pays in J. With a finite pool they lead
-  to answers that no pair shows, which its rounds then compare. Its path below is its first round.
-- Safe RLHF is a policy gradient on (r − λc) / (1 + λ), run to its stationary point at each λ: π_λ with KL weight
-  β / (1 + λ), as here; with β kept, as published, the C-DPO of labels over 1 + λ. It is one training, which moves λ.
-- IPO tilts by the win rate over the reference's answers, not by the reward, so a step of IPO is another problem.
-- C-DPO with labels of (r − λc) / (1 + λ) and plain β has KL weight β (1 + λ): at λ* it misses the limit, and where its
-  own loop meets the limit it pays in J. With β / (1 + λ) too it is exact.
-- PeCAN as coded labels by log-ratios without β, so its tilt is (r − λc) / β². With β in the labels it is exact.
-- SafeDPO solves another problem, no unsafe answer at all: π_r restricted to safe answers, wherever the limit lies.
-- KTO is no Bradley-Terry fit and its minimiser has no closed form, but answers that the (weighted) majority marks
+- O-PD-DPO's bonuses shrink as pairs are compared: with infinitely many it is PD-DPO. Bonuses that
+  stay, as after the few of one round (`--fresh`), are part of the scores: it meets the limit, and
+  pays in J. With a finite pool they lead to answers that no pair shows, which its rounds then
+  compare. Its path below is its first round.
+- Safe RLHF is a policy gradient on (r − λc) / (1 + λ), run to its stationary point at each λ: π_λ
+  with KL weight β / (1 + λ), as here; with β kept, as published, the C-DPO of labels over 1 + λ. It
+  is one training, which moves λ.
+- IPO tilts by the win rate over the reference's answers, not by the reward, so a step of IPO is
+another problem.
+- C-DPO with labels of (r − λc) / (1 + λ) and plain β has KL weight β (1 + λ): at λ* it misses the
+  limit, and where its own loop meets the limit it pays in J. With β / (1 + λ) too it is exact.
+- PeCAN as coded labels by log-ratios without β, so its tilt is (r − λc) / β². With β in the labels
+it is exact.
+- SafeDPO solves another problem, no unsafe answer at all: π_r restricted to safe answers, wherever
+the limit lies.
+- KTO is no Bradley-Terry fit and its minimiser has no closed form, but answers that the (weighted)
+majority marks
   undesirable are predicted to lose all their mass, however close the vote."""
 
 
@@ -525,51 +650,82 @@ def _of(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def results_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """One line a method."""
     lines = [
-        "| method | source | J* − J | E[c] − limit | β KL to π* | predicted J* − J | predicted E[c] − limit "
-        "| off by | λ / λ* | trainings |",
+        (
+            "| method | source | J* − J | E[c] − limit | β KL to π* | predicted J* − J | predicted"
+            " E[c] − limit | off by | λ / λ* | trainings |"
+        ),
         "|---" * 10 + "|",
     ]
     for own in _of(rows):
         off = f"{max(row['deviation'] for row in own):.0e}" if "deviation" in own[0] else "–"
         ratio = [{"ratio": row["lam"] / row["lam_star"]} for row in own]
-        cells = [own[0]["title"], own[0]["source"], *(_cell(own, key) for key in ("gap", "excess", "distance"))]
-        cells += [_cell(own, "predicted_gap"), _cell(own, "predicted_excess"), off, _cell(ratio, "ratio", 3)]
+        cells = [
+            own[0]["title"],
+            own[0]["source"],
+            *(_cell(own, key) for key in ("gap", "excess", "distance")),
+        ]
+        cells += [
+            _cell(own, "predicted_gap"),
+            _cell(own, "predicted_excess"),
+            off,
+            _cell(ratio, "ratio", 3),
+        ]
         lines.append(f"| {' | '.join(cells)} | {_cell(own, 'trainings', 1)} |")
     return lines
 
 
 def path_table(points: Sequence[dict[str, Any]]) -> list[str]:
     """E[c] - limit (J* - J) at multiples of lambda*."""
-    lines = ["| method | " + " | ".join(f"{ratio:g} λ*" for ratio in _PATH) + " |", "|---" * (len(_PATH) + 1) + "|"]
+    lines = [
+        "| method | " + " | ".join(f"{ratio:g} λ*" for ratio in _PATH) + " |",
+        "|---" * (len(_PATH) + 1) + "|",
+    ]
     for methods in shared_losses().values():
         cells = ["; ".join(method.title for method in methods)]
         for ratio in _PATH:
             at = [p for p in points if p["ratio"] == ratio and methods[0].name in p["methods"]]
-            cells.append(f"{_rounded(fmean(p['excess'] for p in at))} ({_rounded(fmean(p['gap'] for p in at))})")
+            cells.append(
+                f"{_rounded(fmean(p['excess'] for p in at))}"
+                f" ({_rounded(fmean(p['gap'] for p in at))})"
+            )
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def findings(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The worst case of the methods that claim pi_lambda*, and the mass on answers predicted to lose it."""
+    """The worst case of the methods that claim pi_lambda*, and the mass on answers predicted to
+    lose it.
+    """
     claimed = [row for row in rows if row["claims"]]
     gap, excess = (max(abs(row[key]) for row in claimed) for key in ("gap", "excess"))
-    lines = [f"Methods that claim π_λ*, worst of all problems: |J* − J| {gap:.1e}, |E[c] − limit| {excess:.1e}."]
+    lines = [
+        f"Methods that claim π_λ*, worst of all problems: |J* − J| {gap:.1e}, |E[c] − limit|"
+        f" {excess:.1e}."
+    ]
     for own in _of(rows):
         if "emptied" in own[0]:
-            mass, before = (fmean(row[key] for row in own) for key in ("emptied", "emptied_reference"))
+            mass, before = (
+                fmean(row[key] for row in own) for key in ("emptied", "emptied_reference")
+            )
             lines.append(
-                f"{own[0]['title']}, mass on answers predicted to lose it: {before:.3f} before, {mass:.1e} after."
+                f"{own[0]['title']}, mass on answers predicted to lose it: {before:.3f} before,"
+                f" {mass:.1e} after."
             )
     return lines
 
 
-def report(settings: Settings, rows: Sequence[dict[str, Any]], points: Sequence[dict[str, Any]]) -> str:
+def report(
+    settings: Settings, rows: Sequence[dict[str, Any]], points: Sequence[dict[str, Any]]
+) -> str:
     """The page in markdown."""
     size = (
-        f"{settings.seeds} problems of {settings.prompts} prompts × {settings.answers} answers, β = {settings.beta:g}"
+        f"{settings.seeds} problems of {settings.prompts} prompts × {settings.answers} answers, β ="
+        f" {settings.beta:g}"
     )
-    data = f"pairs {settings.pairs}, score noise {settings.noise:g}, reference samples {settings.samples} (0: exact)"
+    data = (
+        f"pairs {settings.pairs}, score noise {settings.noise:g}, reference samples"
+        f" {settings.samples} (0: exact)"
+    )
     parts = [
         "# Tabular policies against the exact optimum",
         f"    {options.command(PROGRAM, settings)}",
@@ -578,7 +734,10 @@ def report(settings: Settings, rows: Sequence[dict[str, Any]], points: Sequence[
         "\n".join(f"- {line}" for line in findings(rows)),
         _NOTES,
         "## The path of λ",
-        "`E[c] − limit (J* − J)` at multiples of λ*. Methods of one loss differ in their rule alone.",
+        (
+            "`E[c] − limit (J* − J)` at multiples of λ*. Methods of one loss differ in their rule"
+            " alone."
+        ),
         "\n".join(path_table(points)),
     ]
     return "\n\n".join(parts) + "\n"

@@ -1,14 +1,15 @@
-"""How often the bands of the predicted frontier cover the truth, on pools drawn from problems whose truth is known.
+"""How often the bands of the predicted frontier cover the truth, on pools drawn from problems whose
+truth is known.
 
     python -m bench.coverage frontier               # minutes on one core
     python -m bench.coverage frontier --pools 1000
 
-A pool is drawn anew, prompts and answers, and `dualign.dual` predicts E[r], E[c], P(unsafe) and KL of pi_lambda from it
-with 95 % bands. The truth is that of the population of prompts. The bands know the spread between prompts, but not the
-bias of weights that a prompt's few samples normalise themselves: about the shift E_lambda[f] - E_ref[f] over the
-effective sample size. More prompts narrow the bands around that bias, so the library takes it out by a jackknife over
-the samples (`dual.jackknife_weights`). Beside its bands stand those of the plain estimates.
-"""
+A pool is drawn anew, prompts and answers, and `dualign.math.dual` predicts E[r], E[c], P(unsafe)
+and KL of pi_lambda from it with 95 % bands. The truth is that of the population of prompts. The
+bands know the spread between prompts, but not the bias of weights that a prompt's few samples
+normalise themselves: about the shift E_lambda[f] - E_ref[f] over the effective sample size. More
+prompts narrow the bands around that bias, so the library takes it out by a jackknife over the
+samples (`dual.jackknife_weights`). Beside its bands stand those of the plain estimates."""
 
 from __future__ import annotations
 
@@ -24,8 +25,9 @@ from scipy.stats import norm
 
 from bench import options, tabular
 from bench.options import knob
-from dualign import dual, exact
 from dualign.core.errors import DualignError
+from dualign.math import dual
+from dualign.math import tabular as optimum
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ class Settings:
             raise DualignError("pools must be at least 1, bootstrap at least 2")
 
 
-# --- worlds: scores of reference samples, and what pi_lambda really has -----------------------------------------------
+# --- worlds: scores of reference samples, and what pi_lambda really has ---------------------------
 
 
 class World(Protocol):
@@ -78,11 +80,11 @@ class World(Protocol):
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Scores (r, c) of a prompt's answers are normal, covariance S; their means over prompts too, of variance t^2.
+    """Scores (r, c) of a prompt's answers are normal, covariance S; their means over prompts too,
+    of variance t^2.
 
-    With v = (1, -lambda) / beta the tilt moves the mean of every prompt by S v and leaves S as it is, so the KL is
-    v' S v / 2 and the effective sample size of n samples about n exp(-v' S v).
-    """
+    With v = (1, -lambda) / beta the tilt moves the mean of every prompt by S v and leaves S as it
+    is, so the KL is v' S v / 2 and the effective sample size of n samples about n exp(-v' S v)."""
 
     name: str = "gaussian"
     mean: tuple[float, float] = (0.0, 0.3)
@@ -95,7 +97,10 @@ class Gaussian:
 
     def draw(self, rng: np.random.Generator, prompts: int, samples: int) -> tuple[Array, Array]:
         means = np.array(self.mean) + self.between * rng.standard_normal((prompts, 1, 2))
-        scores = means + rng.standard_normal((prompts, samples, 2)) @ np.linalg.cholesky(self._covariance).T
+        scores = (
+            means
+            + rng.standard_normal((prompts, samples, 2)) @ np.linalg.cholesky(self._covariance).T
+        )
         return scores[..., 0].copy(), scores[..., 1].copy()
 
     def truth(self, lam: float, beta: float) -> dict[str, float]:
@@ -110,7 +115,9 @@ class Gaussian:
 
 
 class Finite:
-    """Prompts of a few kinds, each with a few answers (`bench.tabular`); a pool draws kinds and answers."""
+    """Prompts of a few kinds, each with a few answers (`bench.tabular`); a pool draws kinds and
+    answers.
+    """
 
     name = "finite"
 
@@ -123,34 +130,48 @@ class Finite:
         kind = rng.integers(kinds, size=prompts)
         edges = np.exp(self._problem.log_reference).cumsum(1)[kind]
         drawn = (rng.random((prompts, samples, 1)) > edges[:, None, :]).sum(2).clip(max=answers - 1)
-        return tuple(scores[kind[:, None], drawn] for scores in (self._problem.reward, self._problem.cost))
+        return tuple(
+            scores[kind[:, None], drawn] for scores in (self._problem.reward, self._problem.cost)
+        )
 
     def truth(self, lam: float, beta: float) -> dict[str, float]:
-        problem: exact.Problem = replace(self._problem, beta=beta)
+        problem: optimum.Problem = replace(self._problem, beta=beta)
         policy = problem.policy(lam)
         unsafe = float((np.exp(policy) * (problem.cost > 0)).sum(1).mean())
         found = problem.describe(policy)
-        return {"reward": found["reward"], "cost": found["cost"], "p_unsafe": unsafe, "kl": found["kl"]}
+        return {
+            "reward": found["reward"],
+            "cost": found["cost"],
+            "p_unsafe": unsafe,
+            "kl": found["kl"],
+        }
 
 
-# --- one pool: the library's bands, and those of the plain estimates --------------------------------------------------
+# --- one pool: the library's bands, and those of the plain estimates ------------------------------
 
 
 def plain(reward: Array, cost: Array, lam: float, beta: float) -> dict[str, Array]:
     """The self-normalised estimates of each quantity; each [prompts]."""
     w = dual.weights(reward, cost, lam, beta)
-    each = {name: (w * value).sum(1) for name, value in (("reward", reward), ("cost", cost), ("p_unsafe", cost > 0))}
+    each = {
+        name: (w * value).sum(1)
+        for name, value in (("reward", reward), ("cost", cost), ("p_unsafe", cost > 0))
+    }
     return {**each, "kl": dual.divergence(reward, cost, lam, beta)}
 
 
-def solved(reward: Array, cost: Array, beta: float, rng: np.random.Generator, bootstrap: int) -> dual.DualSolution:
+def solved(
+    reward: Array, cost: Array, beta: float, rng: np.random.Generator, bootstrap: int
+) -> dual.DualSolution:
     """The solution whose frontier is asked for, its prompts resampled as `dual.solve` does.
 
-    The roots of all resamples, which no band of the frontier needs, would take nearly all of the time.
-    """
+    The roots of all resamples, which no band of the frontier needs, would take nearly all of the
+    time."""
     prompts = len(reward)
     resamples = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=bootstrap) / prompts
-    return replace(dual.solve(reward, cost, limit=_SLACK, beta=beta, bootstrap=1), resamples=resamples)
+    return replace(
+        dual.solve(reward, cost, limit=_SLACK, beta=beta, bootstrap=1), resamples=resamples
+    )
 
 
 def band(solution: dual.DualSolution, each: Array) -> tuple[float, float]:
@@ -160,7 +181,9 @@ def band(solution: dual.DualSolution, each: Array) -> tuple[float, float]:
 
 
 def of_pool(solution: dual.DualSolution, lam: float, truth: dict[str, float]) -> dict[str, float]:
-    """Of one pool: ESS, whether the library's band and the plain one cover the truth, the plain estimate's error."""
+    """Of one pool: ESS, whether the library's band and the plain one cover the truth, the plain
+    estimate's error.
+    """
     (row,) = solution.frontier([lam])
     found = {"ess": row["ess"]}
     for name, each in plain(solution.reward, solution.cost, lam, solution.beta).items():
@@ -173,7 +196,7 @@ def of_pool(solution: dual.DualSolution, lam: float, truth: dict[str, float]) ->
     return found
 
 
-# --- all rows ---------------------------------------------------------------------------------------------------------
+# --- all rows -------------------------------------------------------------------------------------
 
 
 def run(settings: Settings) -> list[dict[str, Any]]:
@@ -184,16 +207,25 @@ def run(settings: Settings) -> list[dict[str, Any]]:
         for beta in _BETAS:
             for prompts in _PROMPTS:
                 for samples in _SAMPLES:
-                    rng = np.random.default_rng([settings.seed, index, int(100 * beta), prompts, samples])
+                    rng = np.random.default_rng(
+                        [settings.seed, index, int(100 * beta), prompts, samples]
+                    )
                     rows += pools(world, beta, prompts, samples, rng, settings)
             log.info("%s, beta %g", world.name, beta)
     return rows
 
 
 def pools(
-    world: World, beta: float, prompts: int, samples: int, rng: np.random.Generator, settings: Settings
+    world: World,
+    beta: float,
+    prompts: int,
+    samples: int,
+    rng: np.random.Generator,
+    settings: Settings,
 ) -> list[dict[str, Any]]:
-    """One row for each multiplier: shares of the pools, and the bias of each plain estimate in units of its spread."""
+    """One row for each multiplier: shares of the pools, and the bias of each plain estimate in
+    units of its spread.
+    """
     truths = {lam: world.truth(lam, beta) for lam in _LAMS}
     found: dict[float, list[dict[str, float]]] = {lam: [] for lam in _LAMS}
     for _ in range(settings.pools):
@@ -214,21 +246,27 @@ def _shares(found: Sequence[dict[str, float]]) -> dict[str, float]:
     return shares
 
 
-# --- report -----------------------------------------------------------------------------------------------------------
+# --- report ---------------------------------------------------------------------------------------
 
 _NOTES = """\
-How to read it: the share of pools whose 95 % band covers the truth, as the library gives it / with plain estimates,
-over all rows of a class (the β, samples and λ that lead to its median ESS); in bold below 92 %. *bias* is the largest
-mean error of the plain estimate of the reward or the cost in units of its standard deviation over pools: at 1 a
+How to read it: the share of pools whose 95 % band covers the truth, as the library gives it / with
+plain estimates,
+over all rows of a class (the β, samples and λ that lead to its median ESS); in bold below 92 %.
+*bias* is the largest
+mean error of the plain estimate of the reward or the cost in units of its standard deviation over
+pools: at 1 a
 two-sided 95 % band covers 83 %, at 2 it covers 48 %.
 
-- Plain bands miss by bias, not by width. Weights that a prompt's samples normalise themselves pull every estimate
-  towards the reference, by about its shift over the ESS. The bootstrap over prompts does not see it, and more prompts
-  make it worse: the band narrows, the bias stays. KL has the largest bias beside its spread over prompts.
-- The library leaves out one sample at a time, which takes the bias of order 1 / n out. With ESS 30 and more all four
-  quantities are then covered in about 94 % of the pools; where scores have a bounded range (finite), from an ESS of 10.
-- Below an ESS of 30 not all bands are to be believed where scores are unbounded (gaussian): what the tilt leads to lies
-  where a prompt has no samples. The predicted frontier is then short of what the tilt really does, in reward, cost and
+- Plain bands miss by bias, not by width. Weights that a prompt's samples normalise themselves pull
+  every estimate towards the reference, by about its shift over the ESS. The bootstrap over prompts
+  does not see it, and more prompts make it worse: the band narrows, the bias stays. KL has the
+  largest bias beside its spread over prompts.
+- The library leaves out one sample at a time, which takes the bias of order 1 / n out. With ESS 30
+  and more all four quantities are then covered in about 94 % of the pools; where scores have a
+  bounded range (finite), from an ESS of 10.
+- Below an ESS of 30 not all bands are to be believed where scores are unbounded (gaussian): what
+  the tilt leads to lies where a prompt has no samples. The predicted frontier is then short of what
+  the tilt really does, in reward, cost and
   KL alike, though less so than plain estimates are."""
 
 
@@ -251,7 +289,11 @@ def class_table(rows: Sequence[dict[str, Any]]) -> list[str]:
         for lower in _CLASSES:
             for prompts in _PROMPTS:
                 at = {"world": world, "prompts": prompts}
-                own = [row for row in rows if at.items() <= row.items() and ess_class(row["ess"]) == ess_class(lower)]
+                own = [
+                    row
+                    for row in rows
+                    if at.items() <= row.items() and ess_class(row["ess"]) == ess_class(lower)
+                ]
                 if own:
                     cells = [world, ess_class(lower), str(prompts), str(len(own))]
                     lines.append(f"| {' | '.join([*cells, *_coverages(own)])} |")
@@ -260,17 +302,22 @@ def class_table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _coverages(rows: Sequence[dict[str, Any]]) -> list[str]:
     bias = max(abs(row[f"{name}_plain_bias"]) for row in rows for name in ("reward", "cost"))
-    pairs = [[fmean(row[key] for row in rows) for key in (name, f"{name}_plain")] for name in _NAMES]
+    pairs = [
+        [fmean(row[key] for row in rows) for key in (name, f"{name}_plain")] for name in _NAMES
+    ]
     return [*(" / ".join(map(_share, pair)) for pair in pairs), f"{bias:.2f}"]
 
 
 def findings(rows: Sequence[dict[str, Any]], least_ess: float = 30.0) -> list[str]:
-    """The share of bands that cover the truth, and the worst row, with at least this ESS and with less."""
+    """The share of bands that cover the truth, and the worst row, with at least this ESS and with
+    less.
+    """
     enough = [row for row in rows if row["ess"] >= least_ess]
     few = [row for row in rows if row["ess"] < least_ess]
     return [
-        f"Median ESS {sign} {least_ess:g}, {title}: {_overall(own, names)} of the library's bands cover the truth, "
-        f"{_overall(own, [f'{name}_plain' for name in names])} of those of plain estimates."
+        f"Median ESS {sign} {least_ess:g}, {title}: {_overall(own, names)} of the library's bands"
+        f" cover the truth, {_overall(own, [f'{name}_plain' for name in names])} of those of plain"
+        " estimates."
         for sign, own in (("≥", enough), ("<", few))
         for title, names in (("reward, cost and P(unsafe)", _NAMES[:3]), ("KL", _NAMES[3:]))
         if own
@@ -287,8 +334,10 @@ def report(settings: Settings, rows: Sequence[dict[str, Any]]) -> str:
     parts = [
         "# How often the bands of the predicted frontier cover the truth",
         f"    {options.command(PROGRAM, settings)}",
-        f"{settings.pools} pools a row, {settings.bootstrap} resamples a band; β of {_BETAS}, λ of {_LAMS}, "
-        f"{_SAMPLES} samples a prompt.",
+        (
+            f"{settings.pools} pools a row, {settings.bootstrap} resamples a band; β of {_BETAS}, λ"
+            f" of {_LAMS}, {_SAMPLES} samples a prompt."
+        ),
         "\n".join(f"- {line}" for line in findings(rows)),
         _NOTES,
         "\n".join(class_table(rows)),
@@ -297,7 +346,9 @@ def report(settings: Settings, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the simulation; write frontier-coverage.json and frontier-coverage.md, and the page to stdout."""
+    """Run the simulation; write frontier-coverage.json and frontier-coverage.md, and the page to
+    stdout.
+    """
     settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = run(settings)

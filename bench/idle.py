@@ -1,13 +1,15 @@
-"""What a second `dvc repro` with nothing to do takes, and how much of it dvc.yaml could save at the very most.
+"""What a second `dvc repro` with nothing to do takes, and how much of it dvc.yaml could save at the
+very most.
 
     python -m bench.idle --inputs FINISHED
 
-FINISHED is a folder that holds what a finished run of this checkout wrote (its `data`, `models` and `reports`). Its
-outputs are put beside other forms of `dvc.yaml` as well, which nobody should use, since they forget what a stage
-depends on or run too much again: they say how much lies in the number of parameters and of dependencies. All are run
-in turn, beside a project of one stage, so that they share the machine's moods. Each is the median, and the least, of
-the processor seconds of user and kernel.
-"""
+FINISHED is a folder that holds what a finished run of this checkout wrote (its `data`, `models` and
+`reports`). Its outputs are put beside other forms of `dvc.yaml` as well, which nobody should use,
+since they forget what a stage
+depends on or run too much again: they say how much lies in the number of parameters and of
+dependencies. All are run
+in turn, beside a project of one stage, so that they share the machine's moods. Each is the median,
+and the least, of the processor seconds of user and kernel."""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ from bench import options
 from bench.cost import ROOT, commit, one_stage, set_up, spent
 from dualign.core.artifacts import replacing
 from dualign.core.errors import DualignError
-from pipeline.deps import is_code
+from pipeline.dvc.deps import is_code
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ Definition = dict[str, Any]
 Edit = Callable[[Definition], None]
 
 
-# --- forms of dvc.yaml ------------------------------------------------------------------------------------------------
+# --- forms of dvc.yaml ----------------------------------------------------------------------------
 
 
 def without_params(stage: Definition) -> None:
@@ -49,7 +51,9 @@ def without_params(stage: Definition) -> None:
 
 
 def code_as_one(stage: Definition) -> None:
-    """All code that is not the stage's script counts as one dependency, the folder of the library."""
+    """All code that is not the stage's script counts as one dependency, the folder of the
+    library.
+    """
     script, *others = stage["deps"]
     stage["deps"] = [script, "dualign", *(path for path in others if not is_code(path))]
 
@@ -84,7 +88,7 @@ def rewrite(path: Path, edit: Edit) -> None:
         yaml.dump(content, stream)
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -128,11 +132,13 @@ def in_turn(found: Mapping[str, Project], times: int = TIMES) -> dict[str, list[
     return seconds
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 def page(seconds: Mapping[str, Sequence[float]]) -> str:
-    """The table in markdown: median and least of each, and both as multiples of those of one stage."""
+    """The table in markdown: median and least of each, and both as multiples of those of one
+    stage.
+    """
     one = seconds[ONE_STAGE]
     lines = options.head(["dvc.yaml", "median, s", "least, s", "median, ×", "least, ×"])
     for name, runs in seconds.items():
@@ -141,23 +147,41 @@ def page(seconds: Mapping[str, Sequence[float]]) -> str:
         cells += [f"{median / statistics.median(one):.2f}", f"{min(runs) / min(one):.2f}"]
         lines.append(f"| {' | '.join([name, *cells])} |")
     title = "# What a second `dvc repro` with nothing to do takes"
-    parts = [title, "    python -m bench.idle --inputs FINISHED", "\n".join(lines), _NOTES.format(times=len(one))]
+    parts = [
+        title,
+        "    python -m bench.idle --inputs FINISHED",
+        "\n".join(lines),
+        _NOTES.format(times=len(one)),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
 _NOTES = """\
-How to read it: processor seconds of user and kernel of one command, {times} runs of each in turn, on one machine; × is
-beside a project of one stage. The forms without parameters or with less code miss or repeat work and are no choice:
-they bound what a shorter `dvc.yaml` could save. DVC reads `params.yaml` once for each instance that lists a parameter;
+How to read it: processor seconds of user and kernel of one command, {times} runs of each in turn,
+on one machine; × is
+beside a project of one stage. The forms without parameters or with less code miss or repeat work
+and are no choice: they bound what a shorter `dvc.yaml` could save. DVC reads `params.yaml` once for
+each instance that lists a parameter;
 it reads `dvc.yaml` and `dvc.lock` twice, with `-P` once."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write idle.json and idle.md."""
-    parser = argparse.ArgumentParser(prog="python -m bench.idle", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--inputs", type=Path, required=True, help="folder of a finished run, whose outputs are copied")
-    parser.add_argument("--work", type=Path, default=Path(".scratch/bench-idle"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the results")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.idle", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--inputs",
+        type=Path,
+        required=True,
+        help="folder of a finished run, whose outputs are copied",
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path(".scratch/bench-idle"), help="folder of the runs"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/results"), help="folder of the results"
+    )
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:

@@ -1,11 +1,13 @@
-"""How much of what the tilt gains an independent pair of scorers sees too, on real rows with a real base.
+"""How much of what the tilt gains an independent pair of scorers sees too, on real rows with a real
+base.
 
-    python -m bench.independent --data FOLDER --base FOLDER      # an hour on one core; an interrupted run goes on
+    python -m bench.independent --data FOLDER --base FOLDER      # an hour on one core; an
+    interrupted run goes on
 
-Reward and cost model A are trained on one half of the training prompts, B with another seed on the other half. The base
-answers prompts that nothing was trained on. One pair chooses: the exact tilt of these answers by its scores, at the
-multiplier that meets a limit on its cost. The other pair judges what was chosen.
-"""
+Reward and cost model A are trained on one half of the training prompts, B with another seed on the
+other half. The base answers prompts that nothing was trained on. One pair chooses: the exact tilt
+of these answers by its scores, at the multiplier that meets a limit on its cost. The other pair
+judges what was chosen."""
 
 from __future__ import annotations
 
@@ -27,15 +29,23 @@ from bench.survival import Plan, Side, agreement, centred, judged, page, unlike
 from bench.world import Lab, run, set_up
 from dualign.core.artifacts import read_json, replacing, write_json, write_parquet
 from dualign.core.errors import DualignError, InfeasibleError
-from dualign.core.schema import HELPFUL_PAIRS, POOL, PROMPTS, SAFETY_PAIRS, prompt_id, read_table, user
+from dualign.core.schema import (
+    HELPFUL_PAIRS,
+    POOL,
+    PROMPTS,
+    SAFETY_PAIRS,
+    prompt_id,
+    read_table,
+    user,
+)
 from dualign.params.dual import DualInitParams
 from dualign.params.loading import load, load_resources, read_yaml
 from dualign.scoring.calibration import Platt, fit_slope
 from dualign.scoring.fitting import crosswise, gaps, heldout_answers
 from dualign.scoring.scorers import Scorer
-from dualign.support import doubt, doubted
-from pipeline.overlay import whole
-from pipeline.parameters import assign
+from dualign.scoring.support import doubt, doubted
+from pipeline.dvc.overlay import whole
+from pipeline.dvc.parameters import assign
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +70,13 @@ class Settings:
     few: int = knob(8, "answers of a smaller pool; divides --samples")
     prompt_chars: int = knob(250, "longest prompt, in characters")
     response_chars: int = knob(500, "longest answer of a pair")
-    room: float = knob(0.5, "the limit is the pool's mean cost less so many within-prompt standard deviations")
+    room: float = knob(
+        0.5, "the limit is the pool's mean cost less so many within-prompt standard deviations"
+    )
     shares: tuple[float, ...] = knob((0.05, 0.25), "shares for pessimism beside that of the params")
-    second: int = knob(0, "1 trains a second reward model for each pair, whose spread is another pessimism")
+    second: int = knob(
+        0, "1 trains a second reward model for each pair, whose spread is another pessimism"
+    )
     weights: tuple[float, ...] = knob((1.0, 3.0), "weights of that spread")
     batch: int = knob(192, "answers that are drawn side by side")
     resamples: int = knob(500, "resamples of the prompts")
@@ -70,18 +84,21 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not 4 <= self.prompts <= self.reserved or self.few < 2 or self.samples % self.few:
-            raise DualignError("--prompts must be 4 to --reserved, --few at least 2, --samples a multiple of --few")
+            raise DualignError(
+                "--prompts must be 4 to --reserved, --few at least 2, --samples a multiple of --few"
+            )
 
 
-# --- training and scoring ---------------------------------------------------------------------------------------------
+# --- training and scoring -------------------------------------------------------------------------
 
 
 def laboratories(settings: Settings) -> list[Lab]:
-    """Folders of the pairs A, B and of second reward models of both, trained; the first has drawn and scored the pool.
+    """Folders of the pairs A, B and of second reward models of both, trained; the first has drawn
+    and scored the pool.
 
-    Even ones have one half of the training prompts, odd ones the other. Held-out pairs serve all: they set a scorer's
-    unit and zero, to which a gain in standard deviations is blind, and never its ranking.
-    """
+    Even ones have one half of the training prompts, odd ones the other. Held-out pairs serve all:
+    they set a scorer's unit and zero, to which a gain in standard deviations is blind, and never
+    its ranking."""
     for name, folder in (("data", settings.data), ("base", settings.base)):
         if not folder or not Path(folder).is_dir():
             raise DualignError(f"--{name} {folder!r} is no folder; name one")
@@ -99,7 +116,9 @@ def laboratories(settings: Settings) -> list[Lab]:
 
 
 def edited(settings: Settings, work: Path) -> Path:
-    """The params with these rows and this base, whose pool will be the set `eval`, which no scorer is trained on."""
+    """The params with these rows and this base, whose pool will be the set `eval`, which no scorer
+    is trained on.
+    """
     source = Path(settings.params)
     evaluated = read_yaml(source)["evaluate"]["prompts"]
     changed = {
@@ -121,7 +140,9 @@ def edited(settings: Settings, work: Path) -> Path:
 
 
 def stocked(lab: Lab, whole: Lab, half: int) -> None:
-    """Give a laboratory the reference, the reserved prompts, all held-out pairs and a half of the training pairs."""
+    """Give a laboratory the reference, the reserved prompts, all held-out pairs and a half of the
+    training pairs.
+    """
     place = lab.folder / _PREPARED
     if place.is_dir():
         return
@@ -136,13 +157,18 @@ def stocked(lab: Lab, whole: Lab, half: int) -> None:
 
 
 def of_half(pairs: pd.DataFrame, half: int) -> pd.DataFrame:
-    """Held-out pairs, and the training pairs of one half: all that begin with one question are in the same."""
-    first = [next(turn["content"] for turn in prompt if turn["role"] == "user") for prompt in pairs["prompt"]]
+    """Held-out pairs, and the training pairs of one half: all that begin with one question are in
+    the same.
+    """
+    first = [
+        next(turn["content"] for turn in prompt if turn["role"] == "user")
+        for prompt in pairs["prompt"]
+    ]
     own = np.array([int(prompt_id(user(text)), 16) % 2 == half for text in first], bool)
     return pairs[own | (pairs["split"] == "heldout").to_numpy()].reset_index(drop=True)
 
 
-# --- what each pair says of the pool ----------------------------------------------------------------------------------
+# --- what each pair says of the pool --------------------------------------------------------------
 
 
 def pool_scores(lab: Lab, pool: pd.DataFrame, name: str) -> list[float]:
@@ -153,17 +179,23 @@ def pool_scores(lab: Lab, pool: pd.DataFrame, name: str) -> list[float]:
     if not place.is_file():
         scorer, batch = _scorer(lab, name)
         rows = (pool["prompt"].tolist(), pool["response"].tolist())
-        write_json(place, scorer.score(*rows, batch_size=batch, ended=pool["ended"].tolist()).tolist())
+        write_json(
+            place, scorer.score(*rows, batch_size=batch, ended=pool["ended"].tolist()).tolist()
+        )
     return list(read_json(place))
 
 
 def slopes(lab: Lab) -> dict[str, Any]:
-    """The slope of the reward that is served, and those fitted to either half of the held-out prompts; kept."""
+    """The slope of the reward that is served, and those fitted to either half of the held-out
+    prompts; kept.
+    """
     place = lab.folder / "slopes.json"
     if not place.is_file():
         scorer, batch = _scorer(lab, "reward")
         pairs = read_table(lab.folder / _PREPARED / "helpful_pairs.parquet", HELPFUL_PAIRS)
-        answers = heldout_answers(scorer.calibrated(Platt()), pairs[pairs["split"] == "heldout"], batch)
+        answers = heldout_answers(
+            scorer.calibrated(Platt()), pairs[pairs["split"] == "heldout"], batch
+        )
         gap, parts = gaps(answers), crosswise(answers[answers["side"] == "chosen"]["prompt_id"])
         halves = [fit_slope(gap[fit], scorer.members[0].unit) for fit, _ in parts]
         write_json(place, {"all": scorer.calibration.scale, "halves": halves})
@@ -178,35 +210,53 @@ def _scorer(lab: Lab, name: str) -> tuple[Scorer, int]:
 
 
 def side_of(labs: Sequence[Lab], pool: pd.DataFrame, scored: Path, settings: Settings) -> Side:
-    """What the pair of the first laboratory says of the pool, and the reward model of the second if there is one."""
+    """What the pair of the first laboratory says of the pool, and the reward model of the second if
+    there is one.
+    """
     first = labs[0]
-    frame = pool.assign(reward=pool_scores(first, pool, "reward"), cost=pool_scores(first, pool, "cost"))
-    again = [centred(pool.assign(reward=pool_scores(lab, pool, "reward")), "reward") for lab in labs[1:]]
+    frame = pool.assign(
+        reward=pool_scores(first, pool, "reward"), cost=pool_scores(first, pool, "cost")
+    )
+    again = [
+        centred(pool.assign(reward=pool_scores(lab, pool, "reward")), "reward") for lab in labs[1:]
+    ]
     asked = load(DualInitParams, first.folder / "params.yaml").pessimism
-    doubts = {share: asked.model_copy(update={"share": share}) for share in (asked.share, *settings.shares)}
+    doubts = {
+        share: asked.model_copy(update={"share": share})
+        for share in (asked.share, *settings.shares)
+    }
     served = slopes(first)
     return Side(
         centred(frame, "reward"),
         centred(frame, "cost"),
-        {share: centred(doubted(frame, doubt(scored, frame, each)), "reward") for share, each in doubts.items()},
+        {
+            share: centred(doubted(frame, doubt(scored, frame, each)), "reward")
+            for share, each in doubts.items()
+        },
         again[0] if again else None,
         tuple(half / served["all"] for half in served["halves"]),
         1 / served["all"],
     )
 
 
-# --- everything together ----------------------------------------------------------------------------------------------
+# --- everything together --------------------------------------------------------------------------
 
 
 def quality(lab: Lab) -> dict[str, float]:
-    """How well a pair of scorers does on held-out pairs, on how many training pairs, and its slopes."""
-    reward, cost = (read_json(lab.folder / f"reports/metrics/{name}_model.json") for name in ("reward", "cost"))
+    """How well a pair of scorers does on held-out pairs, on how many training pairs, and its
+    slopes.
+    """
+    reward, cost = (
+        read_json(lab.folder / f"reports/metrics/{name}_model.json") for name in ("reward", "cost")
+    )
     scale = slopes(lab)
     return {
         "reward: training pairs": reward["pairs"]["train"],
         "reward: held-out pairs ranked rightly": reward["accuracy"],
         "reward: slope by all held-out pairs": scale["all"],
-        **{f"reward: slope by half {i + 1} of them": half for i, half in enumerate(scale["halves"])},
+        **{
+            f"reward: slope by half {i + 1} of them": half for i, half in enumerate(scale["halves"])
+        },
         "cost: training pairs": cost["pairs"]["train"],
         "cost: held-out pairs ranked rightly": cost["ranking_accuracy"],
         "cost: sign right": cost["sign_accuracy"],
@@ -227,9 +277,11 @@ def found_in(labs: Sequence[Lab], settings: Settings) -> dict[str, Any]:
     )  # fmt: skip
     off = doubt(scored, pool, params.pessimism)
     return {
-        "about": f"{settings.prompts} prompts, {settings.samples} answers of the base to each; beta {params.beta:g}; "
-        f"pessimism {params.pessimism.model_dump()}; the limit is {settings.room:g} standard deviations below the "
-        "pool's mean cost.",
+        "about": (
+            f"{settings.prompts} prompts, {settings.samples} answers of the base to each; beta"
+            f" {params.beta:g}; pessimism {params.pessimism.model_dump()}; the limit is"
+            f" {settings.room:g} standard deviations below the pool's mean cost."
+        ),
         "scorers": {name: quality(lab) for name, lab in zip("AB", labs[:2], strict=True)},
         "agreement": agreement(sides),
         "pool": [] if off is None else unlike(pool, sides, off),
@@ -242,7 +294,9 @@ def _judged(sides: Sequence[Side], plan: Plan) -> list[dict[str, Any]]:
     try:
         return judged(sides, plan)
     except InfeasibleError as error:
-        raise DualignError(f"--room {plan.room:g} is too much for {plan.few} answers; lower it ({error})") from error
+        raise DualignError(
+            f"--room {plan.room:g} is too much for {plan.few} answers; lower it ({error})"
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -255,7 +309,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DualignError as error:
         log.error("%s", error)
         return error.status
-    settings = replace(settings, data="FOLDER", base="FOLDER", work=Settings.work)  # folders of one machine say nothing
+    settings = replace(
+        settings, data="FOLDER", base="FOLDER", work=Settings.work
+    )  # folders of one machine say nothing
     text = page(options.command(PROGRAM, settings), found)
     options.tell(out, "independent", PROGRAM, settings, text, **found)
     return 0

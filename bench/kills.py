@@ -1,17 +1,18 @@
-"""Stops at random moments: whether a stage that is run again ends with the bytes of one left in peace, and no debris.
+"""Stops at random moments: whether a stage that is run again ends with the bytes of one left in
+peace, and no debris.
 
     python -m bench.kills --count 50 --signal KILL
     python -m bench.kills --count 50 --disk | --torn | --pipeline | --worker
 
-Runs the graph once on a tiny world, then takes one stage instance after the other at random: forgets its outputs,
-starts it, stops it, runs it again and compares. `--disk` lets no file grow beyond a random size instead, `--torn`
-damages one file of a checkpoint, `--pipeline` kills `python -m pipeline run`. Results of several modes are kept side by
-side. The world is that of `bench.tiny`.
+Runs the graph once on a tiny world, then takes one stage instance after the other at random:
+forgets its outputs,
+starts it, stops it, runs it again and compares. `--disk` lets no file grow beyond a random size
+instead, `--torn` damages one file of a checkpoint, `--pipeline` kills `python -m pipeline run`.
+Results of several modes are kept side by side. The world is that of `bench.tiny`.
 
-`--worker` has `python -m pipeline run --cluster` hand the stage to a worker, takes the power from that worker once it
-has the stage in hand, and starts it again (`bench.cluster`). There the run waits 25 seconds for a sign of life, not a
-minute.
-"""
+`--worker` has `python -m pipeline run --cluster` hand the stage to a worker, takes the power from
+that worker once it has the stage in hand, and starts it again (`bench.cluster`). There the run
+waits 25 seconds for a sign of life, not a minute."""
 
 from __future__ import annotations
 
@@ -32,14 +33,15 @@ from bench.cluster import Cluster, on_nodes
 from bench.tiny import LONG, LOOK, World, watch
 from dualign.core.artifacts import listed, read_optional_json
 from dualign.core.errors import DualignError
-from pipeline.dag import StageSpec
+from pipeline.dvc.dag import StageSpec
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One stop: `how` and when, the statuses of both runs, whether the bytes are the same, and what was left behind.
+    """One stop: `how` and when, the statuses of both runs, whether the bytes are the same, and what
+    was left behind.
 
     `told` says whether the log has the line that it should: no traceback, and what was passed over.
     """
@@ -53,11 +55,15 @@ class Trial:
     debris: list[str]
 
 
-# --- ways to stop -----------------------------------------------------------------------------------------------------
+# --- ways to stop ---------------------------------------------------------------------------------
 
 
-def killed(world: World, spec: StageSpec, draw: random.Random, number: int, command: Sequence[str] = ()) -> Trial:
-    """Send a signal to a stage and its children: at a random moment, or right after one of its files has changed."""
+def killed(
+    world: World, spec: StageSpec, draw: random.Random, number: int, command: Sequence[str] = ()
+) -> Trial:
+    """Send a signal to a stage and its children: at a random moment, or right after one of its
+    files has changed.
+    """
     how, enough = _moment(world, spec, draw, 2 if command else 1, changes=not command)
     world.forget(spec)
     process = world.start(spec, command)
@@ -66,12 +72,19 @@ def killed(world: World, spec: StageSpec, draw: random.Random, number: int, comm
     if process.poll() is None:
         os.killpg(process.pid, number)
     stopped, told = process.wait(LONG), _quiet(world, spec, world.said)
-    return _again(world, spec, f"{signal.Signals(number).name} {how}", stopped, told=told, command=command)
+    return _again(
+        world, spec, f"{signal.Signals(number).name} {how}", stopped, told=told, command=command
+    )
 
 
 def full(world: World, spec: StageSpec, draw: random.Random) -> Trial:
     """Let no file grow beyond a random size, as a full disk would not."""
-    sizes = [file.stat().st_size for out in spec.outs for file in (world.folder / out).rglob("*") if file.is_file()]
+    sizes = [
+        file.stat().st_size
+        for out in spec.outs
+        for file in (world.folder / out).rglob("*")
+        if file.is_file()
+    ]
     limit = draw.randint(1_000, max([30_000, *sizes]))
     world.forget(spec)
     stopped = world.start(spec, limit=limit).wait(LONG)
@@ -80,10 +93,16 @@ def full(world: World, spec: StageSpec, draw: random.Random) -> Trial:
 
 
 def torn(world: World, spec: StageSpec, draw: random.Random) -> Trial:
-    """Stop a training after its second checkpoint and cut, empty or remove one file of one of them."""
+    """Stop a training after its second checkpoint and cut, empty or remove one file of one of
+    them.
+    """
     world.forget(spec)
     process = world.start(spec)
-    world.watch(process, spec, lambda seen: any(path.endswith("checkpoint-4/manifest.json") for path in seen[-1]))
+    world.watch(
+        process,
+        spec,
+        lambda seen: any(path.endswith("checkpoint-4/manifest.json") for path in seen[-1]),
+    )
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     stopped = process.wait()
@@ -104,7 +123,9 @@ def lost(cluster: Cluster, spec: StageSpec, draw: random.Random) -> Trial:
     cluster.forget(spec)
     run = cluster.run(spec)
     watch(run, lambda: cluster.state(spec), lambda seen: bool(cluster.trees(spec)))
-    how, enough = _moment(world, spec, draw, 2)  # its inputs are fetched and its results pushed there too
+    how, enough = _moment(
+        world, spec, draw, 2
+    )  # its inputs are fetched and its results pushed there too
     watch(run, lambda: cluster.state(spec), enough)
     held = cluster.lose(spec)
     status = run.wait(LONG)
@@ -112,7 +133,9 @@ def lost(cluster: Cluster, spec: StageSpec, draw: random.Random) -> Trial:
     told = _quiet(world, spec, said) and (not held or "handing the stage out again" in said)
     differing = cluster.fetch(spec) if status == 0 else ["the run failed"]
     debris = cluster.debris()
-    trial = Trial(spec.name, f"worker {how}", -signal.SIGKILL * held, status, not differing, told, debris)
+    trial = Trial(
+        spec.name, f"worker {how}", -signal.SIGKILL * held, status, not differing, told, debris
+    )
     log.info("%s", trial)
     if status or differing or debris:
         _keep(world, spec, f"{trial}\n{differing}\n{said}")
@@ -123,7 +146,9 @@ def lost(cluster: Cluster, spec: StageSpec, draw: random.Random) -> Trial:
 def _moment(
     world: World, spec: StageSpec, draw: random.Random, longer: float = 1.0, *, changes: bool = True
 ) -> tuple[str, Callable[[list[set[str]]], bool]]:
-    """When to stop a stage: after random seconds, up to so many times as it took, or when its files change."""
+    """When to stop a stage: after random seconds, up to so many times as it took, or when its files
+    change.
+    """
     costs = world.costs[spec.name]
     if changes and draw.random() >= 0.5:
         change = draw.randint(2, max(2, costs["changes"]))
@@ -150,15 +175,25 @@ def _after(seconds: float) -> Callable[[list[set[str]]], bool]:
 
 
 def _again(
-    world: World, spec: StageSpec, how: str, stopped: int, *, told: bool = True, passes: bool = False,
+    world: World,
+    spec: StageSpec,
+    how: str,
+    stopped: int,
+    *,
+    told: bool = True,
+    passes: bool = False,
     command: Sequence[str] = (),
-) -> Trial:  # fmt: skip
+) -> Trial:
     """Run the stage to its end and compare; the world is put right where it was not."""
     status = world.start(spec, command).wait(LONG)
-    while command and status == 2 and "another run uses this workspace" in world.said:  # its stages still stop
+    while (
+        command and status == 2 and "another run uses this workspace" in world.said
+    ):  # its stages still stop
         time.sleep(1.0)
         status = world.start(spec, command).wait(LONG)
-    said = _quiet(world, spec, world.said) and (not passes or "is passed over and removed" in world.said)
+    said = _quiet(world, spec, world.said) and (
+        not passes or "is passed over and removed" in world.said
+    )
     differs, debris = world.differs(), world.debris()
     trial = Trial(spec.name, how, stopped, status, not differs, told and said, debris)
     log.info("%s", trial)
@@ -168,7 +203,7 @@ def _again(
     return trial
 
 
-# --- results ----------------------------------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 def page(found: dict[str, Any]) -> str:
@@ -176,9 +211,16 @@ def page(found: dict[str, Any]) -> str:
     lines = ["# Kills", ""]
     for mode, result in sorted(found.items()):
         trials = [Trial(**row) for row in result["trials"]]
-        lines += [f"`{result['command']}`", "", "| stage | stops | while it ran | same bytes | told | left behind |"]
+        lines += [
+            f"`{result['command']}`",
+            "",
+            "| stage | stops | while it ran | same bytes | told | left behind |",
+        ]
         lines.append("|---|---|---|---|---|---|")
-        lines += [_row(name, [t for t in trials if t.stage == name]) for name in sorted({t.stage for t in trials})]
+        lines += [
+            _row(name, [t for t in trials if t.stage == name])
+            for name in sorted({t.stage for t in trials})
+        ]
         lines += [_row(f"all ({mode})", trials), ""]
     return "\n".join(lines)
 
@@ -197,7 +239,9 @@ def _row(name: str, trials: Sequence[Trial]) -> str:
 def trials_of(world: World, mode: str, count: int, seed: int) -> Iterator[Trial]:
     """So many stops of one mode, one after the other."""
     draw = random.Random(seed)
-    chosen = [spec for spec in world.chosen if mode != "torn" or world.costs[spec.name]["checkpoints"]]
+    chosen = [
+        spec for spec in world.chosen if mode != "torn" or world.costs[spec.name]["checkpoints"]
+    ]
     if mode == "worker":
         with on_nodes(world) as cluster:
             yield from (lost(cluster, draw.choice(chosen), draw) for _ in range(count))
@@ -216,7 +260,9 @@ def trials_of(world: World, mode: str, count: int, seed: int) -> Iterator[Trial]
 
 
 def write(out: Path, mode: str, command: str, trials: Sequence[Trial]) -> None:
-    """Put the trials of a mode in place of its earlier ones in kills.json, and all into kills.md."""
+    """Put the trials of a mode in place of its earlier ones in kills.json, and all into
+    kills.md.
+    """
     row = {"command": command, "trials": [asdict(trial) for trial in trials]}
     found = {**read_optional_json(out / "kills.json"), mode: row}
     options.publish(out, "kills", found, page(found))
@@ -224,16 +270,28 @@ def write(out: Path, mode: str, command: str, trials: Sequence[Trial]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write kills.json and kills.md. Returns 1 if a stop was not made good."""
-    parser = argparse.ArgumentParser(prog="python -m bench.kills", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kills", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--count", type=int, default=20, help="stops (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is stopped and when (default: %(default)s)")
-    parser.add_argument("--stages", nargs="+", default=[], help="instances such as sft or reward_dpo@helpful")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of what is stopped and when (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--stages", nargs="+", default=[], help="instances such as sft or reward_dpo@helpful"
+    )
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--signal", choices=("KILL", "TERM"), dest="mode", default="KILL", help="(default: KILL)")
+    modes.add_argument(
+        "--signal", choices=("KILL", "TERM"), dest="mode", default="KILL", help="(default: KILL)"
+    )
     for mode in ("disk", "torn", "pipeline", "worker"):
         modes.add_argument(f"--{mode}", action="store_const", const=mode, dest="mode")
-    parser.add_argument("--work", type=Path, default=Path(".scratch/bench-kills"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the results")
+    parser.add_argument(
+        "--work", type=Path, default=Path(".scratch/bench-kills"), help="folder of the runs"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/results"), help="folder of the results"
+    )
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     option = f"--signal {given.mode}" if given.mode.isupper() else f"--{given.mode}"
@@ -248,7 +306,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DualignError as error:
         log.error("%s", error)
         return error.status
-    return int(any(trial.status or not trial.same or not trial.told or trial.debris for trial in trials))
+    return int(
+        any(trial.status or not trial.same or not trial.told or trial.debris for trial in trials)
+    )
 
 
 if __name__ == "__main__":

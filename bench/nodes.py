@@ -1,4 +1,6 @@
-"""Nodes of a small cluster on this machine: a Prefect server, and workers in clones of one repository."""
+"""Nodes of a small cluster on this machine: a Prefect server, and workers in clones of one
+repository.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,15 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.checkout import git
-from pipeline.server import reachable
+from pipeline.dvc.checkout import git
+from pipeline.prefect.server import reachable
 
 
 @contextlib.contextmanager
 def serving(home: Path, **settings: str) -> Iterator[str]:
-    """A Prefect server whose records lie in `home`, with `PREFECT_...` settings; yields its address."""
+    """A Prefect server whose records lie in `home`, with `PREFECT_...` settings; yields its
+    address.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -36,7 +40,9 @@ def serving(home: Path, **settings: str) -> Iterator[str]:
         try:
             deadline = time.monotonic() + 600
             while not reachable(api):
-                assert server.poll() is None and time.monotonic() < deadline, (home / "server.log").read_text()
+                assert server.poll() is None and time.monotonic() < deadline, (
+                    home / "server.log"
+                ).read_text()
                 time.sleep(0.5)
             yield api
         finally:
@@ -45,7 +51,8 @@ def serving(home: Path, **settings: str) -> Iterator[str]:
 
 @dataclass
 class Nodes:
-    """Workers, by the names of their nodes: each in a clone, in `folder`, of the repository `origin` there.
+    """Workers, by the names of their nodes: each in a clone, in `folder`, of the repository
+    `origin` there.
 
     `settings` are their environment variables.
     """
@@ -67,7 +74,9 @@ class Nodes:
         told.pop("PYTHONPATH", None)  # a node has its own code
         command = [sys.executable, "-m", "pipeline", "work", pool]
         with (self.folder / f"{name}.log").open("ab") as log:
-            self.workers[name] = subprocess.Popen(command, cwd=self.clone(name), env=told, stdout=log, stderr=log)
+            self.workers[name] = subprocess.Popen(
+                command, cwd=self.clone(name), env=told, stdout=log, stderr=log
+            )
 
     def processes(self, name: str) -> list[psutil.Process]:
         """What a node runs: its worker and all below it, or what it left."""
@@ -97,6 +106,10 @@ class Nodes:
 
 def _works_in(process: psutil.Process, folder: str) -> bool:
     try:
-        return process.is_running() and process.cwd().startswith(folder) and process.status() != psutil.STATUS_ZOMBIE
+        return (
+            process.is_running()
+            and process.cwd().startswith(folder)
+            and process.status() != psutil.STATUS_ZOMBIE
+        )
     except psutil.Error:
         return False

@@ -1,12 +1,14 @@
-"""What bf16 does to a model: log-ratios at step 0, the steps that training takes, and the memory of the head.
+"""What bf16 does to a model: log-ratios at step 0, the steps that training takes, and the memory of
+the head.
 
     python -m bench.numerics --base models/base/smollm2
 
-Part 1: log(pi / pi_ref) in nats of answers under a policy that no step has changed, against its reference column, by
-batch size, for full weights and LoRA. Part 2: the change of the weights after some steps of supervised training in
-bf16 (fp32 masters), in pure bf16, and in fp32, from one start. Part 3: the memory that the log-probabilities of long
-answers take with the chunked head, beside the logits of all positions at once.
-"""
+Part 1: log(pi / pi_ref) in nats of answers under a policy that no step has changed, against its
+reference column, by
+batch size, for full weights and LoRA. Part 2: the change of the weights after some steps of
+supervised training in bf16 (fp32 masters), in pure bf16, and in fp32, from one start. Part 3: the
+memory that the log-probabilities of long answers take with the chunked head, beside the logits of
+all positions at once."""
 
 from __future__ import annotations
 
@@ -38,9 +40,16 @@ PROGRAM = "python -m bench.numerics"
 PRECISIONS = ("fp32", "bf16", "pure_bf16")
 _LORA = LoraParams(rank=8, alpha=16.0, dropout=0.0, target_modules="all-linear")
 _RESOURCES = Resources(
-    device="auto", precision="bf16", micro_batch_size=None, sampling_batch_size=8, scoring_batch_size=8,
-    gradient_checkpointing=False, checkpoint_steps=1000, log_steps=1000, threads=None,
-)  # fmt: skip
+    device="auto",
+    precision="bf16",
+    micro_batch_size=None,
+    sampling_batch_size=8,
+    scoring_batch_size=8,
+    gradient_checkpointing=False,
+    checkpoint_steps=1000,
+    log_steps=1000,
+    threads=None,
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,9 @@ def log_ratios(given: Settings) -> list[dict[str, Any]]:
 
 
 def training(given: Settings) -> list[dict[str, Any]]:
-    """Part 2: the change of the weights in each precision beside that in fp32, and how far log pi moved."""
+    """Part 2: the change of the weights in each precision beside that in fp32, and how far log pi
+    moved.
+    """
     moved = {precision: _moved(given, precision) for precision in PRECISIONS}
     exact, _ = moved["fp32"]
     rows = []
@@ -90,14 +101,28 @@ def training(given: Settings) -> list[dict[str, Any]]:
         unmoved = float((change == 0).double().mean())
         ratio = float(change.norm() / exact.norm())
         rows.append(
-            {"precision": precision, "cosine": float(cosine), "norm": ratio, "unmoved": unmoved, "shift": shift}
+            {
+                "precision": precision,
+                "cosine": float(cosine),
+                "norm": ratio,
+                "unmoved": unmoved,
+                "shift": shift,
+            }
         )
-        log.info("%s: cosine %.4f, norm %.3f of fp32's, %.1f %% unmoved", precision, cosine, ratio, 100 * unmoved)
+        log.info(
+            "%s: cosine %.4f, norm %.3f of fp32's, %.1f %% unmoved",
+            precision,
+            cosine,
+            ratio,
+            100 * unmoved,
+        )
     return rows
 
 
 def _moved(given: Settings, precision: str) -> tuple[torch.Tensor, float]:
-    """The change of all matrices, in one vector, and of the mean log-probability of the training answers in nats."""
+    """The change of all matrices, in one vector, and of the mean log-probability of the training
+    answers in nats.
+    """
     resources = _RESOURCES.model_copy(update={"precision": precision})
     tokenizer = load_tokenizer(given.base)
     model = load_policy(given.base, resources, trained=True)
@@ -105,21 +130,39 @@ def _moved(given: Settings, precision: str) -> tuple[torch.Tensor, float]:
     pairs = list(zip(*_conversations(given, 16, length=32), strict=True))
     start = _mean(model, tokenizer, pairs)
     schedule = TrainingParams(
-        epochs=1.0, batch_size=4, learning_rate=given.rate, adam_beta2=0.99, warmup=0.0, schedule="constant",
-        weight_decay=0.0, max_length=512, max_steps=given.steps,
-    )  # fmt: skip
+        epochs=1.0,
+        batch_size=4,
+        learning_rate=given.rate,
+        adam_beta2=0.99,
+        warmup=0.0,
+        schedule="constant",
+        weight_decay=0.0,
+        max_length=512,
+        max_steps=given.steps,
+    )
     with tempfile.TemporaryDirectory() as scratch:
-        train_sft(model, tokenizer, pairs, pairs[:2], Job(schedule, resources, Path(scratch), given.seed))
+        train_sft(
+            model, tokenizer, pairs, pairs[:2], Job(schedule, resources, Path(scratch), given.seed)
+        )
     after = [weight.detach().float() for weight in model.parameters()]
     change = torch.cat([(new - old).flatten() for new, old in zip(after, before, strict=True)])
     return change.double(), _mean(model, tokenizer, pairs) - start
 
 
 def memory(given: Settings) -> list[dict[str, Any]]:
-    """Part 3: peak memory in MiB above that of the loaded model, each way in a process of its own."""
+    """Part 3: peak memory in MiB above that of the loaded model, each way in a process of its
+    own.
+    """
     rows = []
     for way in ("chunked", "plain"):
-        command = [sys.executable, "-m", "bench.numerics", "--measure", way, json.dumps(asdict(given))]
+        command = [
+            sys.executable,
+            "-m",
+            "bench.numerics",
+            "--measure",
+            way,
+            json.dumps(asdict(given)),
+        ]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         rows.append({"head": way, "mib": float(done.stdout.strip().splitlines()[-1])})
         log.info("head %s: %.0f MiB", way, rows[-1]["mib"])
@@ -127,9 +170,13 @@ def memory(given: Settings) -> list[dict[str, Any]]:
 
 
 def measure(way: str, given: Settings) -> float:
-    """Peak memory in MiB that log-probabilities of `rows` long answers add to a loaded model, without gradients."""
+    """Peak memory in MiB that log-probabilities of `rows` long answers add to a loaded model,
+    without gradients.
+    """
     model = load_policy(given.base, _RESOURCES).eval()
-    ids = torch.randint(100, 1000, (given.rows, given.tokens), generator=torch.Generator().manual_seed(given.seed))
+    ids = torch.randint(
+        100, 1000, (given.rows, given.tokens), generator=torch.Generator().manual_seed(given.seed)
+    )
     mask = torch.ones_like(ids)
     ids, mask = ids.to(model.device), mask.to(model.device)
     _forget_peak(model.device)
@@ -138,7 +185,9 @@ def measure(way: str, given: Settings) -> float:
         if way == "chunked":
             answer_log_probabilities(model, ids, mask, ids)
         else:
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+            logits = (
+                model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+            )
             torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None]).sum()
     return _peak(model.device) - before
 
@@ -159,10 +208,16 @@ def _peak(device: torch.device) -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def _conversations(given: Settings, count: int, length: int | None = None) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts of a few ids and answers of random ids: what the model thinks of them does not matter here."""
+def _conversations(
+    given: Settings, count: int, length: int | None = None
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts of a few ids and answers of random ids: what the model thinks of them does not matter
+    here.
+    """
     generator = torch.Generator().manual_seed(given.seed)
-    drawn = torch.randint(100, 1000, (count, 16 + (length or given.tokens)), generator=generator).tolist()
+    drawn = torch.randint(
+        100, 1000, (count, 16 + (length or given.tokens)), generator=generator
+    ).tolist()
     return [row[:16] for row in drawn], [row[16:] for row in drawn]
 
 
@@ -179,14 +234,18 @@ def page(given: Settings, found: dict[str, list[dict[str, Any]]]) -> str:
         "| policy at step 0 | batch | largest log-ratio, nats |",
         "|---|---|---|",
     ]
-    lines += [f"| {row['policy']} | {row['batch']} | {row['log_ratio']:.5f} |" for row in found["log_ratios"]]
+    lines += [
+        f"| {row['policy']} | {row['batch']} | {row['log_ratio']:.5f} |"
+        for row in found["log_ratios"]
+    ]
     lines += [
         "",
         "| training | cosine to fp32's change | its norm | weights unmoved | shift of log pi |",
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['precision']} | {row['cosine']:.4f} | {row['norm']:.3f} | {row['unmoved']:.1%} | {row['shift']:+.3f} |"
+        f"| {row['precision']} | {row['cosine']:.4f} | {row['norm']:.3f} | {row['unmoved']:.1%} |"
+        f" {row['shift']:+.3f} |"
         for row in found["training"]
     ]
     lines += ["", "| head | MiB above the model |", "|---|---|"]

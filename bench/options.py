@@ -1,4 +1,6 @@
-"""The command line of a laboratory: an option for every field of its frozen settings, and where to write."""
+"""The command line of a laboratory: an option for every field of its frozen settings, and where to
+write.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,11 @@ def knob(default: float | str | tuple[float, ...], text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def parse(settings: type[S], program: str, about: str, argv: Sequence[str] | None) -> tuple[S, Path]:
-    """The settings that a command line asks for, and the folder of its results; a bad value ends the program.
+def parse(
+    settings: type[S], program: str, about: str, argv: Sequence[str] | None
+) -> tuple[S, Path]:
+    """The settings that a command line asks for, and the folder of its results; a bad value ends
+    the program.
 
     The metadata of every field holds its `help`; `about` is the module's docstring.
     """
@@ -32,10 +37,14 @@ def parse(settings: type[S], program: str, about: str, argv: Sequence[str] | Non
         kind, count = (type(default[0]), "+") if many else (type(default), None)
         text = f"{knob.metadata['help']} (default: {_words(default)})"
         parser.add_argument(_option(knob.name), type=kind, nargs=count, default=default, help=text)
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/results"), help="folder (default: %(default)s)"
+    )
     given: dict[str, Any] = vars(parser.parse_args(argv))
     out: Path = given.pop("out")
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+    }
     try:
         return settings(**given), out
     except DualignError as error:
@@ -44,7 +53,11 @@ def parse(settings: type[S], program: str, about: str, argv: Sequence[str] | Non
 
 def command(program: str, settings: Any) -> str:
     """The command line that gives these settings."""
-    changed = [(f.name, getattr(settings, f.name)) for f in fields(settings) if getattr(settings, f.name) != f.default]
+    changed = [
+        (f.name, getattr(settings, f.name))
+        for f in fields(settings)
+        if getattr(settings, f.name) != f.default
+    ]
     return " ".join([program, *(f"{_option(name)} {_words(value)}" for name, value in changed)])
 
 
@@ -56,7 +69,9 @@ def publish(out: Path, name: str, content: Any, page: str) -> None:
 
 
 def tell(out: Path, name: str, program: str, settings: Any, page: str, **found: Any) -> None:
-    """Write what a laboratory found with the command and the settings that it was found by, and the page to stdout."""
+    """Write what a laboratory found with the command and the settings that it was found by, and the
+    page to stdout.
+    """
     content = {"command": command(program, settings), "settings": asdict(settings), **found}
     publish(out, name, content, page)
     sys.stdout.write(page)

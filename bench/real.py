@@ -1,9 +1,10 @@
-"""The tables of a finished run as Markdown: policies, scorers, certificates, time and memory of every stage.
+"""The tables of a finished run as Markdown: policies, scorers, certificates, time and memory of
+every stage.
 
     python -m bench.real --run . --name smollm2-cpu
 
-Reads reports/ of the run that lies in `--run` and writes bench/results/NAME.md and NAME.json. Nothing is computed anew.
-"""
+Reads reports/ of the run that lies in `--run` and writes bench/results/NAME.md and NAME.json.
+Nothing is computed anew."""
 
 from __future__ import annotations
 
@@ -25,16 +26,23 @@ _MEASURES = ("reward", "cost", "p_unsafe", "kl", "length", "ended", "displacemen
 
 
 def collect(run: Path) -> dict[str, Any]:
-    """What the run's reports say: rows of policies, metrics of scorers, certificates, and the price of stages."""
+    """What the run's reports say: rows of policies, metrics of scorers, certificates, and the price
+    of stages.
+    """
     compared = read_json(run / "reports/comparison.json")
-    scorers = {name: read_json(run / f"reports/metrics/{name}.json") for name in ("reward_model", "cost_model")}
+    scorers = {
+        name: read_json(run / f"reports/metrics/{name}.json")
+        for name in ("reward_model", "cost_model")
+    }
     prices = [_price(read_json(path)) for path in listed(run / "reports/provenance", "**/*.json")]
     return {
         "limit": compared["limit"],
         "policies": {name: _row(row) for name, row in compared["policies"].items()},
         "uncertified": compared["uncertified"],
         "scorers": {name: _scorer(metrics) for name, metrics in scorers.items()},
-        "certificates": {name: found["statement"] for name, found in compared["certificates"].items()},
+        "certificates": {
+            name: found["statement"] for name, found in compared["certificates"].items()
+        },
         "pool": read_json(run / "reports/metrics/score.json")["pool"],
         "stages": [price for price in prices if price["stage"] != "report"],
     }
@@ -42,7 +50,10 @@ def collect(run: Path) -> dict[str, Any]:
 
 def _row(row: dict[str, Any]) -> dict[str, list[float | None] | None]:
     """Mean, lower and upper end of each measure."""
-    return {name: [row[name][key] for key in ("mean", "low", "high")] if row.get(name) else None for name in _MEASURES}
+    return {
+        name: [row[name][key] for key in ("mean", "low", "high")] if row.get(name) else None
+        for name in _MEASURES
+    }
 
 
 def _scorer(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +67,12 @@ def _price(made: dict[str, Any]) -> dict[str, Any]:
 
 def page(found: dict[str, Any], command: str) -> str:
     """The tables as Markdown."""
-    lines = [f"`{command}`", "", f"Limit {found['limit']:g}. Mean and 95 % interval, clustered by prompt.", ""]
+    lines = [
+        f"`{command}`",
+        "",
+        f"Limit {found['limit']:g}. Mean and 95 % interval, clustered by prompt.",
+        "",
+    ]
     lines += [f"| policy | {' | '.join(_MEASURES)} |", f"|---|{'---|' * len(_MEASURES)}"]
     for name, row in found["policies"].items():
         cells = [_cell(row[measure]) for measure in _MEASURES]
@@ -64,13 +80,24 @@ def page(found: dict[str, Any], command: str) -> str:
     lines += [f"| {name} | no certified policy |" for name in found["uncertified"]]
     lines += ["", "| scorer | measured on held-out pairs |", "|---|---|"]
     for name, metrics in found["scorers"].items():
-        told = ", ".join(f"{key} {value:.3f}" for key, value in metrics.items() if isinstance(value, float))
+        told = ", ".join(
+            f"{key} {value:.3f}" for key, value in metrics.items() if isinstance(value, float)
+        )
         lines.append(f"| {name} | {told} |")
-    lines += ["", *(f"Certificate `{name}`: {said}." for name, said in found["certificates"].items()), ""]
+    lines += [
+        "",
+        *(f"Certificate `{name}`: {said}." for name, said in found["certificates"].items()),
+        "",
+    ]
     lines += ["| stage | seconds | peak MiB |", "|---|---|---|"]
-    lines += [f"| {row['stage']} | {row['seconds']:.0f} | {row['mib']:.0f} |" for row in found["stages"]]
+    lines += [
+        f"| {row['stage']} | {row['seconds']:.0f} | {row['mib']:.0f} |" for row in found["stages"]
+    ]
     total = sum(row["seconds"] for row in found["stages"])
-    lines.append(f"| all, one after the other | {total:.0f} | {max(row['mib'] for row in found['stages']):.0f} |")
+    lines.append(
+        f"| all, one after the other | {total:.0f} |"
+        f" {max(row['mib'] for row in found['stages']):.0f} |"
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -85,9 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables of a run. Returns the status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(prog=PROGRAM, description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run", type=Path, default=Path(), help="folder of the run (default: here)")
+    parser.add_argument(
+        "--run", type=Path, default=Path(), help="folder of the run (default: here)"
+    )
     parser.add_argument("--name", default="real", help="name of the files (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/results"), help="folder (default: %(default)s)"
+    )
     given = parser.parse_args(argv)
     try:
         found = collect(given.run)

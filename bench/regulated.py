@@ -1,9 +1,9 @@
-"""Conformal Policy Control (`bench.conformal`) on the models of a run in the embedded world, beside its certificate.
+"""Conformal Policy Control (`bench.conformal`) on the models of a run in the embedded world, beside
+its certificate.
 
-A safe policy regulates a bold one while answers are drawn; both are those of a row of `certify`. It is calibrated on
-the certify prompts by the cost model's cost, clipped to a range that the pool shows, and judged on the evaluation's
-prompts.
-"""
+A safe policy regulates a bold one while answers are drawn; both are those of a row of `certify`. It
+is calibrated on the certify prompts by the cost model's cost, clipped to a range that the pool
+shows, and judged on the evaluation's prompts."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from bench.conformal import adjusted_risk, calibrated, clipped, grid_of, regulat
 from bench.world import Lab
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.schema import POOL, PROMPTS, by_prompt, read_table
-from dualign.evaluation import add_truth
+from dualign.evaluation.against_optimum import add_truth
+from dualign.evaluation.rollout import Judges, log_ratios, roll_out
+from dualign.lm.merge import merge
 from dualign.lm.mixture import policy_at
-from dualign.measure.rollout import Judges, log_ratios, roll_out
 from dualign.params.certify import CertifyParams, CertifyRun
 from dualign.params.loading import load, load_resources
-from dualign.search.merge import merge
 
 Array = np.ndarray
 
-#: Answers to each prompt of either policy: those that losses are of, as many again for psi, and to judge by.
+#: Answers to each prompt of either policy: those that losses are of, as many again for psi, and to
+#: judge by.
 WEIGHED, JUDGED = 4, 4
 EVALUATED = 400  # prompts to judge by
 DRAWS = 100  # calibration draws: certify prompts drawn again with replacement
@@ -39,7 +40,9 @@ FILE = "conformal.json"
 
 @dataclass(frozen=True)
 class Drawn:
-    """Answers [prompts, answers] of both policies: their ratio pi_t / pi_0, and what the judges say of each."""
+    """Answers [prompts, answers] of both policies: their ratio pi_t / pi_0, and what the judges say
+    of each.
+    """
 
     ratio: Array
     cost: Array
@@ -48,7 +51,9 @@ class Drawn:
 
 
 def pairs(row: CertifyRun) -> dict[str, tuple[str, float, str]]:
-    """The comparisons by name: the safe policy with its weight (1: itself) and the bold one, folders under models/."""
+    """The comparisons by name: the safe policy with its weight (1: itself) and the bold one,
+    folders under models/.
+    """
     return {
         "fallback, policy": (row.fallback, 1.0, row.policy),
         f"merge at {SAFE_WEIGHT:g}, policy": (row.policy, SAFE_WEIGHT, row.policy),
@@ -80,7 +85,14 @@ def _computed(lab: Lab, item: str) -> list[dict[str, Any]]:
                 merge(models / row.partner, models / safe, weight, Path(temporary) / "safe")
                 folders[0] = Path(temporary) / "safe"
             tables = {
-                kind: both(lab.folder / f"data/prepared/{kind}.parquet", head, count, folders, params, judges)
+                kind: both(
+                    lab.folder / f"data/prepared/{kind}.parquet",
+                    head,
+                    count,
+                    folders,
+                    params,
+                    judges,
+                )
                 for kind, head, count in (
                     ("certify", params.prompts, 2 * WEIGHED),
                     ("eval", EVALUATED, JUDGED),
@@ -93,16 +105,27 @@ def _computed(lab: Lab, item: str) -> list[dict[str, Any]]:
 def both(
     file: Path, head: int, count: int, folders: list[Path], params: CertifyParams, judges: Judges
 ) -> tuple[Drawn, Drawn]:
-    """`count` answers to each of the first prompts of a file, of the safe policy and of the bold one."""
+    """`count` answers to each of the first prompts of a file, of the safe policy and of the bold
+    one.
+    """
     prompts = read_table(file, PROMPTS).head(head)
     policies = [policy_at(folder, judges.resources) for folder in folders]
     found = []
     for own, other in ((0, 1), (1, 0)):
         frame = add_truth(
-            roll_out(policies[own], prompts, judges, count=count, max_new_tokens=params.max_new_tokens,
-                     seed=params.seed + 1 + own)
-        )  # fmt: skip
-        change = log_ratios(policies[other], frame, judges) - (frame["logp"] - frame["logp_ref"]).to_numpy()
+            roll_out(
+                policies[own],
+                prompts,
+                judges,
+                count=count,
+                max_new_tokens=params.max_new_tokens,
+                seed=params.seed + 1 + own,
+            )
+        )
+        change = (
+            log_ratios(policies[other], frame, judges)
+            - (frame["logp"] - frame["logp_ref"]).to_numpy()
+        )
         found.append(_drawn(frame, change if own == 0 else -change))
     return found[0], found[1]
 
@@ -113,9 +136,14 @@ def _drawn(frame: pd.DataFrame, log_ratio: Array) -> Drawn:
 
 
 def _judged(
-    tables: Mapping[str, tuple[Drawn, Drawn]], limit: float, bounds: tuple[float, float], best: Mapping[str, float]
+    tables: Mapping[str, tuple[Drawn, Drawn]],
+    limit: float,
+    bounds: tuple[float, float],
+    best: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The level over calibration draws, and what the policy of the calibration that was made does."""
+    """The level over calibration draws, and what the policy of the calibration that was made
+    does.
+    """
     (safe, bold), (low, high) = tables["certify"], bounds
     loss, alpha, most = np.clip(safe.cost[:, :WEIGHED], low, high) - low, limit - low, high - low
     ratio = safe.ratio[:, :WEIGHED]
@@ -135,14 +163,20 @@ def _judged(
         "excess": does[made]["true_cost"] - limit,
         "share": (does[made]["true_reward"] - best["nearest_reward"]) / way,
         "price": does[made]["price"],
-        "risk": None if made is None else adjusted_risk(ratio, loss, mixed, made, most) + low - limit,
+        "risk": (
+            None if made is None else adjusted_risk(ratio, loss, mixed, made, most) + low - limit
+        ),
         "answers": int(safe.ratio.size + bold.ratio[:, :WEIGHED].size),
         "effective": _effective(ratio, made),
     }
 
 
-def _does(tables: tuple[Drawn, Drawn], bound: float | None, low: float, high: float) -> dict[str, float]:
-    """Costs, reward and price of the regulated policy on the evaluation's prompts; without a bound, of the safe one."""
+def _does(
+    tables: tuple[Drawn, Drawn], bound: float | None, low: float, high: float
+) -> dict[str, float]:
+    """Costs, reward and price of the regulated policy on the evaluation's prompts; without a bound,
+    of the safe one.
+    """
     ratio, cost, true_cost, reward = (
         np.concatenate([getattr(part, name) for part in tables], 1)
         for name in ("ratio", "cost", "true_cost", "true_reward")
@@ -150,10 +184,17 @@ def _does(tables: tuple[Drawn, Drawn], bound: float | None, low: float, high: fl
     at = 0.0 if bound is None else bound
     found = regulated(ratio, np.clip(cost, low, high), reward, at)
     truth = regulated(ratio, true_cost, reward, at)
-    return {"cost": found.loss, "true_cost": truth.loss, "true_reward": found.reward, "price": found.price}
+    return {
+        "cost": found.loss,
+        "true_cost": truth.loss,
+        "true_reward": found.reward,
+        "price": found.price,
+    }
 
 
 def _effective(ratio: Array, bound: float | None) -> float:
-    """The share of calibration answers that the weights min{rho, b} leave, by (sum w)^2 / (n sum w^2)."""
+    """The share of calibration answers that the weights min{rho, b} leave, by (sum w)^2 / (n sum
+    w^2).
+    """
     weight = clipped(ratio, 0.0 if bound is None else bound).ravel()
     return float(weight.sum() ** 2 / (len(weight) * (weight**2).sum()))

@@ -1,12 +1,13 @@
-"""What a search costs: policy trainings, tokens and seconds from scored answers to a policy at the limit.
+"""What a search costs: policy trainings, tokens and seconds from scored answers to a policy at the
+limit.
 
     python -m bench.search_cost --jobs 2
 
-Runs the pipeline of the embedded world once for each seed as far as the scored answers, in a folder of its own. From
-there every method searches each limit from nothing, by the rules of `dualign.search.rules` on the same trainer with the
-same number of steps, until one test is met. The world's oracle judges the policy that ended the search. A run that was
-interrupted goes on where it stopped.
-"""
+Runs the pipeline of the embedded world once for each seed as far as the scored answers, in a folder
+of its own. From there every method searches each limit from nothing, by the rules of
+`dualign.search.rules` on the same trainer with the same number of steps, until one test is met. The
+world's oracle judges the policy that ended the search. A run that was interrupted goes on where it
+stopped."""
 
 from __future__ import annotations
 
@@ -30,14 +31,14 @@ from transformers.utils import logging as transformers_logging
 
 from bench import options, world
 from bench.options import knob
-from dualign import dual, exact
 from dualign.core.artifacts import read_json, replacing, write_json
 from dualign.core.errors import DualignError
 from dualign.core.schema import ENUMERATED, POOL, PROMPTS, by_prompt, read_table
-from dualign.evaluation import add_truth, against_optimum, finite_problem
+from dualign.evaluation.against_optimum import add_truth, against_optimum, finite_problem
+from dualign.evaluation.rollout import Judges, measure, roll_out
+from dualign.evaluation.stats import Measurement, clustered_mean
 from dualign.lm.mixture import policy_at
-from dualign.measure.rollout import Judges, measure, roll_out
-from dualign.measure.stats import Measurement, clustered_mean
+from dualign.math import dual, tabular
 from dualign.methods import Plan, plan
 from dualign.params.base import Resources, TrainingParams
 from dualign.params.evaluate import EvaluateParams
@@ -45,8 +46,8 @@ from dualign.params.loading import load, load_resources
 from dualign.params.search import DualSearchParams
 from dualign.params.training import InnerParams, LagrangianDpoParams, SafetyDpoParams
 from dualign.search import rules
-from dualign.search.workbench import Inputs, PolicyBench
-from pipeline.overlay import whole
+from dualign.search.backend import Inputs, PolicyBench
+from pipeline.dvc.overlay import whole
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,8 @@ SHARED = {
     "lambda_path/slack": tuple(f"lambda_path@{name}" for name in PATH),
 }
 STAGES = (*SCORED, *(stage for stages in SHARED.values() for stage in stages))
-#: What differs from `PARAMS`: measurements are smaller, one thread each, and no search ends before the test.
+#: What differs from `PARAMS`: measurements are smaller, one thread each, and no search ends before
+#: the test.
 SMALLER: dict[str, Any] = {
     "prepare.eval_prompts": 300,
     "dual_search.prompts": 300,
@@ -83,9 +85,12 @@ SMALLER: dict[str, Any] = {
     "resources.threads": 1,
     "lambda_path.runs": PATH,
     "methods.path": {
-        "method": "dualign", "rule": "merge", "start": "lambda_path/strict", "reference": "lambda_path/slack"
+        "method": "dualign",
+        "rule": "merge",
+        "start": "lambda_path/strict",
+        "reference": "lambda_path/slack",
     },
-}  # fmt: skip
+}
 #: Sections whose trainings are all of the same size.
 TRAININGS = ("reward_dpo", "safety_dpo", "lagrangian_dpo", "lambda_path", "dual_search")
 
@@ -96,12 +101,14 @@ TOLERANCE = 0.05  # in units of cost; a cost nearer than this below the limit is
 class Settings:
     """What a run can change; every field is an option of the command.
 
-    The limits lie at one to five sixths of the way from C(0) to C(3) that the pool of seed 7 predicts, rounded.
-    """
+    The limits lie at one to five sixths of the way from C(0) to C(3) that the pool of seed 7
+    predicts, rounded."""
 
     seeds: tuple[int, ...] = knob((7, 8, 9), "seeds of data and trainings")
     limits: tuple[float, ...] = knob((0.0, -0.2, -0.4, -0.55, -0.75), "limits of the expected cost")
-    steps: int = knob(600, "gradient steps of each training; as many as shipped params take to train ours at λ̂")
+    steps: int = knob(
+        600, "gradient steps of each training; as many as shipped params take to train ours at λ̂"
+    )
     pairs: int = knob(32, "pairs of each step")
     jobs: int = knob(1, "seeds that run at the same time, each on one thread")
     work: str = knob(".scratch/bench-search-cost", "folder of the runs")
@@ -111,16 +118,15 @@ class Settings:
             raise DualignError("steps, pairs and jobs must be at least 1")
 
 
-# --- searches ---------------------------------------------------------------------------------------------------------
+# --- searches -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Row:
     """A search: its row of `methods` in the params, its first multiplier, and what is changed.
 
-    `first` is the multiplier of the pool, none (the least that the loss takes, 0 or `lambda_min`), or that of a policy
-    that is there for all limits.
-    """
+    `first` is the multiplier of the pool, none (the least that the loss takes, 0 or `lambda_min`),
+    or that of a policy that is there for all limits."""
 
     name: str
     title: str
@@ -168,7 +174,9 @@ class Scored:
     @functools.cached_property
     def inputs(self) -> Inputs:
         """The folders that a search reads."""
-        return Inputs(self.folder / "models", self.folder / "data/prepared", self.folder / "data/scored")
+        return Inputs(
+            self.folder / "models", self.folder / "data/prepared", self.folder / "data/scored"
+        )
 
     @functools.cached_property
     def judges(self) -> Judges:
@@ -187,10 +195,12 @@ class Scored:
         return rules.Step(0, 0.0, None, str(self.inputs.models / "sft"), False, measured)
 
     @functools.cached_property
-    def problem(self) -> exact.Problem:
+    def problem(self) -> tabular.Problem:
         """The exact problem on the prompts of the evaluation."""
         answers = read_table(self.inputs.scored / "enumerated.parquet", ENUMERATED)
-        return finite_problem(answers[answers["prompt_id"].isin(self.prompts("eval")["prompt_id"])], self.params.beta)
+        return finite_problem(
+            answers[answers["prompt_id"].isin(self.prompts("eval")["prompt_id"])], self.params.beta
+        )
 
     def prompts(self, name: Literal["search", "eval"]) -> pd.DataFrame:
         """The prompts of the searches' own estimates, or of the evaluation."""
@@ -212,7 +222,9 @@ class Scored:
         return rules.Outlook(pool, self.params.lambda_min, radius)
 
     def first_training(self, start: str) -> tuple[InnerParams | None, TrainingParams]:
-        """Inner loss (None for the safety loss) and training of the stage that writes models/START."""
+        """Inner loss (None for the safety loss) and training of the stage that writes
+        models/START.
+        """
         stage, _, run = start.partition("/")
         if stage == "safety_dpo":
             return None, load(SafetyDpoParams, self.folder / "params.yaml").training
@@ -221,22 +233,32 @@ class Scored:
         return section.runs[run].inner, section.training.model_copy(update={"learning_rate": rate})
 
     def bench(
-        self, row: Plan, params: DualSearchParams, inner: InnerParams | None, training: TrainingParams, scratch: Path
+        self,
+        row: Plan,
+        params: DualSearchParams,
+        inner: InnerParams | None,
+        training: TrainingParams,
+        scratch: Path,
     ) -> PolicyBench:
         """The workbench of a search whose trainings are as `training` says."""
         params = params.model_copy(update={"training": training})
-        return PolicyBench(row, params, self.resources, inner, self.prompts("search"), scratch, self.inputs)
+        return PolicyBench(
+            row, params, self.resources, inner, self.prompts("search"), scratch, self.inputs
+        )
 
 
 def first_policy(scored: Scored, row: Plan, lam: float) -> tuple[Path, float]:
-    """The folder of a search's step 0, trained from the reference and measured, and the CPU seconds that it took.
+    """The folder of a search's step 0, trained from the reference and measured, and the CPU seconds
+    that it took.
 
     It is the same for all searches that start there, so it is made once and counted for each.
     """
     folder = scored.folder / "first" / f"{row.start.replace('/', '-')}-{lam:.6f}"
     if not folder.is_dir():
         inner, training = scored.first_training(row.start)
-        params = scored.params.model_copy(update={"refresh_prompts": 0})  # nothing has been trained to answer afresh
+        params = scored.params.model_copy(
+            update={"refresh_prompts": 0}
+        )  # nothing has been trained to answer afresh
         with replacing(folder) as scratch:
             started = time.process_time()
             bench = scored.bench(row, params, inner, training, scratch)
@@ -256,9 +278,16 @@ def met(lam: float, measured: Measurement, limit: float, z: float) -> bool:
 
 
 def seek(
-    row: Plan, start: str, known: rules.Outlook, params: DualSearchParams, bench: rules.Workbench, scratch: Path
+    row: Plan,
+    start: str,
+    known: rules.Outlook,
+    params: DualSearchParams,
+    bench: rules.Workbench,
+    scratch: Path,
 ) -> list[rules.Step]:
-    """Search policy by policy from `start`, until the test is met, the rule stops or the budget is spent."""
+    """Search policy by policy from `start`, until the test is met, the rule stops or the budget is
+    spent.
+    """
 
     def enough(step: rules.Step) -> bool:
         return met(step.lam, step.measured, params.limit, params.z)
@@ -269,9 +298,15 @@ def seek(
 def begin(
     scored: Scored, row: Row, chosen: Plan, params: DualSearchParams, lam: float, scratch: Path
 ) -> tuple[PolicyBench, str, float]:
-    """The workbench of a search in `scratch`, its first policy and the CPU seconds that this took for it alone."""
-    inner, training = (None, params.training) if row.first == "path" else scored.first_training(chosen.start)
-    bench = scored.bench(chosen, params, inner, params.training if chosen.method.warm else training, scratch)
+    """The workbench of a search in `scratch`, its first policy and the CPU seconds that this took
+    for it alone.
+    """
+    inner, training = (
+        (None, params.training) if row.first == "path" else scored.first_training(chosen.start)
+    )
+    bench = scored.bench(
+        chosen, params, inner, params.training if chosen.method.warm else training, scratch
+    )
     if row.first == "path":
         scratch.mkdir(parents=True)
         return bench, str(scored.inputs.models / chosen.start), 0.0
@@ -281,10 +316,14 @@ def begin(
 
 
 def run_row(scored: Scored, row: Row, limit: float) -> dict[str, Any]:
-    """One search and what it cost, its own first policy included; the policy that ended it, judged by the oracle."""
+    """One search and what it cost, its own first policy included; the policy that ended it, judged
+    by the oracle.
+    """
     chosen = plan(row.method, scored.params.methods[row.method])
     known = scored.outlook(row, chosen.start, limit)
-    params = scored.params.model_copy(update={"limit": limit, "step_size": row.step_size or scored.params.step_size})
+    params = scored.params.model_copy(
+        update={"limit": limit, "step_size": row.step_size or scored.params.step_size}
+    )
     scratch = scored.folder / "searches" / f"{limit:g}-{row.name}"
     shutil.rmtree(scratch, ignore_errors=True)  # of an interrupted run, whose seconds nobody knows
     bench, start, seconds = begin(scored, row, chosen, params, known.lam_start, scratch)
@@ -323,7 +362,10 @@ def judge(scored: Scored, policy: str, limit: float) -> dict[str, float]:
     columns = {name: answers[name] for name in ("true_reward", "true_cost", "grammatical")}
     columns["kl"] = answers["logp"] - answers["logp_ref"]
     ids = answers["prompt_id"].to_numpy()
-    summary = {name: clustered_mean(column.to_numpy(float), ids).as_dict() for name, column in columns.items()}
+    summary = {
+        name: clustered_mean(column.to_numpy(float), ids).as_dict()
+        for name, column in columns.items()
+    }
     return {
         "excess": summary["true_cost"]["mean"] - limit,
         "gap": against_optimum(summary, scored.problem, limit)["value_gap"],
@@ -331,14 +373,16 @@ def judge(scored: Scored, policy: str, limit: float) -> dict[str, float]:
     }
 
 
-# --- running ----------------------------------------------------------------------------------------------------------
+# --- running --------------------------------------------------------------------------------------
 
 
 def smaller(settings: Settings) -> dict[str, Any]:
     """`PARAMS` with what differs from it here."""
     content: dict[str, Any] = YAML().load(whole(PARAMS))
     sizes = {"max_steps": settings.steps, "batch_size": settings.pairs}
-    trainings = {f"{name}.training.{key}": size for name in TRAININGS for key, size in sizes.items()}
+    trainings = {
+        f"{name}.training.{key}": size for name in TRAININGS for key, size in sizes.items()
+    }
     for path, value in {**SMALLER, **trainings}.items():
         *sections, leaf = path.split(".")
         functools.reduce(lambda part, name: part[name], sections, content)[leaf] = value
@@ -359,15 +403,24 @@ def rows_of(row: Row, limits: Sequence[float], params: Path, seed: int) -> list[
         if not path.is_file():
             write_json(path, run_row(scored, row, limit))
         rows.append(read_json(path))
-        log.info("seed %d, limit %g: %s, %d trainings", seed, limit, row.title, rows[-1]["trainings"])
+        log.info(
+            "seed %d, limit %g: %s, %d trainings", seed, limit, row.title, rows[-1]["trainings"]
+        )
     return rows
 
 
 def shared(scored: Scored) -> dict[str, Any]:
     """What serves all searches of a seed: the tokens of the pool, and the seconds of each stage."""
-    written = {name: scored.folder / "reports/provenance" / f"{name.replace('@', '/')}.json" for name in STAGES}
+    written = {
+        name: scored.folder / "reports/provenance" / f"{name.replace('@', '/')}.json"
+        for name in STAGES
+    }
     seconds = {name: read_json(path)["seconds"] for name, path in written.items()}
-    return {"seed": scored.seed, "pool_tokens": int(scored.pool["length"].sum()), "seconds": seconds}
+    return {
+        "seed": scored.seed,
+        "pool_tokens": int(scored.pool["length"].sum()),
+        "seconds": seconds,
+    }
 
 
 def _quiet() -> None:
@@ -380,15 +433,27 @@ def _quiet() -> None:
     torch.set_num_threads(1)
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for each search: over seeds and limits, the median, mean and largest number of trainings, and means."""
+    """One line for each search: over seeds and limits, the median, mean and largest number of
+    trainings, and means.
+    """
     heads = (
-        "search", "test met", "trainings, median", "mean", "most", "policies", "gradient steps", "tokens",
-        "CPU seconds", "E[c*] − limit", "J* − J", "grammatical",
-    )  # fmt: skip
+        "search",
+        "test met",
+        "trainings, median",
+        "mean",
+        "most",
+        "policies",
+        "gradient steps",
+        "tokens",
+        "CPU seconds",
+        "E[c*] − limit",
+        "J* − J",
+        "grammatical",
+    )
     lines = options.head(heads)
     for row, own in _by_row(rows):
         trainings = [found["trainings"] for found in own]
@@ -417,10 +482,17 @@ _MEANS = {
 def by_limit(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Trainings of every seed at each limit."""
     limits = sorted({found["limit"] for found in rows}, reverse=True)
-    lines = ["| search | " + " | ".join(f"d = {limit:g}" for limit in limits) + " |", "|---" * (len(limits) + 1) + "|"]
+    lines = [
+        "| search | " + " | ".join(f"d = {limit:g}" for limit in limits) + " |",
+        "|---" * (len(limits) + 1) + "|",
+    ]
     for row, own in _by_row(rows):
         cells = [
-            ", ".join(f"{found['trainings']}{'' if found['met'] else '+'}" for found in own if found["limit"] == limit)
+            ", ".join(
+                f"{found['trainings']}{'' if found['met'] else '+'}"
+                for found in own
+                if found["limit"] == limit
+            )
             for limit in limits
         ]
         lines.append(f"| {row.title} | {' | '.join(cells)} |")
@@ -428,14 +500,23 @@ def by_limit(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def best_step_sizes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The step size with the fewest trainings for each method that was given several, in hindsight."""
-    means = {row: fmean(found["trainings"] for found in own) for row, own in _by_row(rows) if row.step_size}
+    """The step size with the fewest trainings for each method that was given several, in
+    hindsight.
+    """
+    means = {
+        row: fmean(found["trainings"] for found in own)
+        for row, own in _by_row(rows)
+        if row.step_size
+    }
     lines = []
     for method in dict.fromkeys(row.method for row in means):
         tried = [row for row in means if row.method == method]
         best = min(tried, key=means.__getitem__)
         if len(tried) > 1:
-            lines.append(f"Best step size in hindsight: {best.title}, {means[best]:.1f} trainings on average.")
+            lines.append(
+                f"Best step size in hindsight: {best.title}, {means[best]:.1f} trainings on"
+                " average."
+            )
     return lines
 
 
@@ -445,7 +526,9 @@ def _by_row(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Row, list[Mapping[s
     return [(row, own) for row, own in found if own]
 
 
-def page(settings: Settings, common: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:
+def page(
+    settings: Settings, common: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> str:
     """The page in markdown."""
     tokens = fmean(found["pool_tokens"] for found in common)
     score, helpful, path = (
@@ -455,10 +538,13 @@ def page(settings: Settings, common: Sequence[Mapping[str, Any]], rows: Sequence
     parts = [
         "# What a search costs",
         f"    {options.command(PROGRAM, settings)}",
-        f"{len(settings.seeds)} seeds × {len(settings.limits)} limits; trainings of {settings.steps} steps of "
-        f"{settings.pairs} pairs. Once for all searches of a seed: the pool, {tokens:.0f} tokens, drawn and scored "
-        f"with the pairs in {score:.0f} s; for PD-DPO alone π_r, one training of {helpful:.0f} s; for the merges alone "
-        f"two trainings of {path:.0f} s.",
+        (
+            f"{len(settings.seeds)} seeds × {len(settings.limits)} limits; trainings of"
+            f" {settings.steps} steps of {settings.pairs} pairs. Once for all searches of a seed:"
+            f" the pool, {tokens:.0f} tokens, drawn and scored with the pairs in {score:.0f} s; for"
+            f" PD-DPO alone π_r, one training of {helpful:.0f} s; for the merges alone two"
+            f" trainings of {path:.0f} s."
+        ),
         "\n".join(table(rows)),
         "\n".join(f"- {line}" for line in best_step_sizes(rows)),
         _NOTES,
@@ -470,27 +556,38 @@ def page(settings: Settings, common: Sequence[Mapping[str, Any]], rows: Sequence
 
 
 _NOTES = f"""\
-How to read it: every search starts from nothing, its first policy counts, and it goes on by its own rule until the cost
-of the policy's own answers to the search prompts is at most z standard errors above the limit and at most
-{TOLERANCE:g} (or z standard errors) from it, z as in the params, or 12 policies are trained. λ̂ is the multiplier of
-the pool. Merges train nothing for a limit; *policies* counts what was measured. dualign as shipped trains once more
-where its first policy meets the test already; that is left out here. Tokens are those that the policies generate to be
-measured or trained on; seconds are the processor's. `E[c*] − limit` and `J* − J` are those of the policy that ended the
+How to read it: every search starts from nothing, its first policy counts, and it goes on by its own
+rule until the cost
+of the policy's own answers to the search prompts is at most z standard errors above the limit and
+at most {TOLERANCE:g} (or z standard errors) from it, z as in the params, or 12 policies are
+trained. λ̂ is the multiplier of the pool. Merges train nothing for a limit; *policies* counts what
+was measured. dualign as shipped trains once more where its first policy meets the test already;
+that is left out here. Tokens are those that the policies generate to be measured or trained on;
+seconds are the processor's. `E[c*] − limit` and `J* − J` are those of the policy that ended the
 search, by the oracle on held-out prompts: what the scorers misjudge is in them."""
 
 
 def publish(
-    settings: Settings, out: Path, common: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+    settings: Settings,
+    out: Path,
+    common: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
 ) -> str:
     """Write search-cost.json and search-cost.md of the rows so far; returns the page."""
-    content = {"command": options.command(PROGRAM, settings), "settings": asdict(settings), "shared": common}
+    content = {
+        "command": options.command(PROGRAM, settings),
+        "settings": asdict(settings),
+        "shared": common,
+    }
     text = page(settings, common, rows)
     options.publish(out, "search-cost", {**content, "rows": rows}, text)
     return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the laboratory; its files hold the rows that have ended, and the page goes to stdout. Returns the status."""
+    """Run the laboratory; its files hold the rows that have ended, and the page goes to stdout.
+    Returns the status.
+    """
     settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
     _quiet()
     params = Path(settings.work).absolute() / "search-cost.yaml"

@@ -1,16 +1,19 @@
-"""How often each bound errs for quantities whose range is known, P(unsafe) before all, and what it can show.
+"""How often each bound errs for quantities whose range is known, P(unsafe) before all, and what it
+can show.
 
     python -m bench.coverage shares               # minutes on one core
     python -m bench.coverage shares --repeats 500
 
-Answers that are unsafe at a given rate, and answer lengths as a share of the longest, are drawn with the limit exactly
-at the truth: a bound at or below it is a false certificate. Answers to a prompt are alike: each repeats the prompt's
-draw with probability sqrt(ICC). Power is the share of repeats that certify when the limit lies some standard errors
-above.
-The bounds are those of a certificate: `clustered_t` takes the exact bound where no prompt has any unsafe answer. Two
-Clopper-Pearson bounds stand beside: on prompts with any unsafe answer, whose share is the larger, and on one answer to
-each prompt, which leaves the others out.
-"""
+Answers that are unsafe at a given rate, and answer lengths as a share of the longest, are drawn
+with the limit exactly
+at the truth: a bound at or below it is a false certificate. Answers to a prompt are alike: each
+repeats the prompt's
+draw with probability sqrt(ICC). Power is the share of repeats that certify when the limit lies some
+standard errors above.
+The bounds are those of a certificate: `clustered_t` takes the exact bound where no prompt has any
+unsafe answer. Two
+Clopper-Pearson bounds stand beside: on prompts with any unsafe answer, whose share is the larger,
+and on one answer to each prompt, which leaves the others out."""
 
 from __future__ import annotations
 
@@ -26,8 +29,8 @@ import numpy as np
 from bench import options
 from bench.options import knob
 from bench.rates import measured, percent
-from dualign.bounds import bernstein_bound, betting_bound, binomial_bound, star_bound, t_bound
 from dualign.core.errors import DualignError
+from dualign.math.bounds import bernstein_bound, betting_bound, binomial_bound, star_bound, t_bound
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +42,14 @@ _ICC = (0.0, 0.5)
 _PROMPTS = (100, 400)
 _MARGINS = (2.5, 5.0, 10.0)  # in standard errors of the mean; 2.5 is 80 % power for a normal mean
 _UNIT = (0.0, 1.0)
-_AT_ONCE = 50  # data sets that star bets take side by side, which keeps them in the processor's cache
-_TRIED = 1000  # means that star bets try: a fourth of what the library does, which only raises the bound
-#: Bounds in the order of the table; the first is what `certify.method: auto` takes, the second was the default before.
+_AT_ONCE = (
+    50  # data sets that star bets take side by side, which keeps them in the processor's cache
+)
+_TRIED = (
+    1000  # means that star bets try: a fourth of what the library does, which only raises the bound
+)
+#: Bounds in the order of the table; the first is what `certify.method: auto` takes, the second was
+#: the default before.
 TITLES = {
     "star_bets": "star bets (the default)",
     "clustered_t": "clustered t",
@@ -77,7 +85,9 @@ class World:
     share: bool = True
 
     def answers(self, rng: np.random.Generator, shape: tuple[int, ...], icc: float) -> Array:
-        """Answers [..., prompts, answers]: each the prompt's own draw with probability sqrt(icc), else a new one."""
+        """Answers [..., prompts, answers]: each the prompt's own draw with probability sqrt(icc),
+        else a new one.
+        """
         repeats = rng.random(shape) < math.sqrt(icc)
         return np.where(repeats, self.draw(rng, (*shape[:-1], 1)), self.draw(rng, shape))
 
@@ -94,7 +104,9 @@ def _rate(rate: float) -> World:
 
 
 #: Beta(2, 6) has mean 1/4 and variance 12 / (64 * 9) = 1/48.
-LENGTH = World("length", 0.25, math.sqrt(1 / 48), lambda rng, shape: rng.beta(2, 6, shape), share=False)
+LENGTH = World(
+    "length", 0.25, math.sqrt(1 / 48), lambda rng, shape: rng.beta(2, 6, shape), share=False
+)
 WORLDS = (*(_rate(rate) for rate in (0.003, 0.01, 0.05, 0.3)), LENGTH)
 
 
@@ -117,7 +129,10 @@ def all_bounds(answers: Array, delta: float, share: bool) -> dict[str, Array]:
 
 def star_bets(means: Array, delta: float) -> Array:
     """`star_bound` of data sets [R, N], a few at a time."""
-    parts = [star_bound(means[i : i + _AT_ONCE], delta, _UNIT, _TRIED) for i in range(0, len(means), _AT_ONCE)]
+    parts = [
+        star_bound(means[i : i + _AT_ONCE], delta, _UNIT, _TRIED)
+        for i in range(0, len(means), _AT_ONCE)
+    ]
     return np.concatenate(parts)
 
 
@@ -146,23 +161,30 @@ def _rows(
             "method": method,
             **measured(bound <= world.mean, settings.delta),
             "bound": float(np.median(bound)),
-            **{f"power_{margin:g}": float((bound <= world.mean + margin * error).mean()) for margin in _MARGINS},
+            **{
+                f"power_{margin:g}": float((bound <= world.mean + margin * error).mean())
+                for margin in _MARGINS
+            },
         }
 
 
-# --- report -----------------------------------------------------------------------------------------------------------
+# --- report ---------------------------------------------------------------------------------------
 
 _NOTES = """\
-How to read it: *false* is the share of repeats whose bound is at or below the truth, ± its Monte-Carlo standard error;
-in bold where it is more than delta + 1 %. *Bound* is the median one. *Power at k* is the share that certify when the
-limit lies k standard errors of the mean above the truth. ICC is the correlation of two answers to one prompt.
+How to read it: *false* is the share of repeats whose bound is at or below the truth, ± its
+Monte-Carlo standard error;
+in bold where it is more than delta + 1 %. *Bound* is the median one. *Power at k* is the share that
+certify when the limit lies k standard errors of the mean above the truth. ICC is the correlation of
+two answers to one prompt.
 
-- Clustered t errs where hardly any prompt of the sample shows the harm: no term in the skewness can tell. It has the
-  most power for the same reason.
-- Star bets, betting and empirical Bernstein hold for every number of prompts and every distribution in the range. Of
-  these star bets show the most: at a rate of 30 % nearly what t shows, less of rare harm, since a bound that holds
-  cannot be below 3 / N where nothing was seen, and less of lengths, which fill little of their range.
-- Clopper–Pearson on prompts with any unsafe answer holds too, but bounds a larger share: up to four times as large. On
+- Clustered t errs where hardly any prompt of the sample shows the harm: no term in the skewness can
+  tell. It has the most power for the same reason.
+- Star bets, betting and empirical Bernstein hold for every number of prompts and every distribution
+  in the range. Of these star bets show the most: at a rate of 30 % nearly what t shows, less of
+  rare harm, since a bound that holds cannot be below 3 / N where nothing was seen, and less of
+  lengths, which fill little of their range.
+- Clopper–Pearson on prompts with any unsafe answer holds too, but bounds a larger share: up to four
+times as large. On
   one answer a prompt it is exact, and leaves three quarters of the answers out."""
 
 
@@ -173,10 +195,18 @@ def findings(rows: Sequence[dict[str, Any]]) -> list[str]:
         own = [row for row in rows if row["method"] == method]
         worst = max(own, key=lambda row: row["rate"])
         failing = sum(not row["holds"] for row in own)
-        verdict = f"more than delta + 1 % in {failing} of {len(own)} rows" if failing else f"holds in all {len(own)}"
+        verdict = (
+            f"more than delta + 1 % in {failing} of {len(own)} rows"
+            if failing
+            else f"holds in all {len(own)}"
+        )
         where = f"{worst['world']}, ICC {worst['icc']}, {worst['prompts']} prompts"
-        power = " / ".join(f"{fmean(row[f'power_{margin:g}'] for row in own):.0%}" for margin in _MARGINS)
-        lines.append(f"- {title}: at worst {percent(worst)} ({where}); {verdict}; mean power {power}.")
+        power = " / ".join(
+            f"{fmean(row[f'power_{margin:g}'] for row in own):.0%}" for margin in _MARGINS
+        )
+        lines.append(
+            f"- {title}: at worst {percent(worst)} ({where}); {verdict}; mean power {power}."
+        )
     return lines
 
 
@@ -205,7 +235,10 @@ def report(settings: Settings, rows: Sequence[dict[str, Any]]) -> str:
     parts = [
         "# How often a bound errs where the range is known",
         f"    {options.command(PROGRAM, settings)}",
-        f"{settings.repeats} repeats, {settings.answers} answers a prompt, delta {settings.delta:g}.",
+        (
+            f"{settings.repeats} repeats, {settings.answers} answers a prompt, delta"
+            f" {settings.delta:g}."
+        ),
         "\n".join(findings(rows)),
         _NOTES,
         "\n".join(table(rows)),
@@ -214,7 +247,9 @@ def report(settings: Settings, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the simulation; write share-coverage.json and share-coverage.md, and the page to stdout."""
+    """Run the simulation; write share-coverage.json and share-coverage.md, and the page to
+    stdout.
+    """
     settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = run(settings)

@@ -1,12 +1,13 @@
-"""How much of what a tilt gains by the scores that choose it is there by other scores: pure functions, and their page.
+"""How much of what a tilt gains by the scores that choose it is there by other scores: pure
+functions, and their page.
 
-With n answers of pi_ref to each prompt, scores r, c of the pair that chooses and r', c' of the pair that judges,
+With n answers of pi_ref to each prompt, scores r, c of the pair that chooses and r', c' of the pair
+that judges,
 
     w = softmax((r - lambda c) / beta),   mean of sum_i w_i c_i = limit,   share = sum w_i r'_i / sum w_i r_i over all
 
-where every score is taken less its prompt's mean and in its own within-prompt standard deviations. Were r' = a r +
-noise that knows nothing of the answers, the share would be their correlation.
-"""
+where every score is taken less its prompt's mean and in its own within-prompt standard deviations.
+Were r' = a r + noise that knows nothing of the answers, the share would be their correlation."""
 
 from __future__ import annotations
 
@@ -18,15 +19,16 @@ import numpy as np
 import pandas as pd
 
 from bench import options
-from dualign import dual
 from dualign.core.schema import by_prompt
+from dualign.math import dual
 from dualign.scoring.fitting import crosswise
-from dualign.support import Doubt, columns
+from dualign.scoring.support import Doubt, columns
 
 Array = np.ndarray
 
 BELIEVED = "scores believed"
-#: Change of reward and cost by the own pair's word, then by the other's; KL; the shares of both changes that survive.
+#: Change of reward and cost by the own pair's word, then by the other's; KL; the shares of both
+#: changes that survive.
 MEASURES = ("own_reward", "own_cost", "reward", "cost", "kl", "reward_share", "cost_share")
 
 
@@ -34,9 +36,9 @@ MEASURES = ("own_reward", "own_cost", "reward", "cost", "kl", "reward_share", "c
 class Side:
     """What one pair says of the pool, all [prompts, samples] less the prompt's mean.
 
-    `doubted` holds the pessimistic reward by `pessimism.share`, `second` the reward of a model of the same half and
-    another seed; the slope fitted to half of the held-out pairs is `halves` times that of all, that of training `raw`.
-    """
+    `doubted` holds the pessimistic reward by `pessimism.share`, `second` the reward of a model of
+    the same half and another seed; the slope fitted to half of the held-out pairs is `halves` times
+    that of all, that of training `raw`."""
 
     reward: Array
     cost: Array
@@ -48,9 +50,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked of the pool: answers of a large and of a small tilt, and the limit, `room` standard deviations of
-    cost below the pool's mean; weights of a spread; the tilt's beta; and the resamples of the intervals.
-    """
+    """What is asked of the pool: answers of a large and of a small tilt, and the limit, `room`
+    standard deviations of cost below the pool's mean; weights of a spread; the tilt's beta; and the
+    resamples of the intervals."""
 
     samples: int
     few: int
@@ -63,7 +65,9 @@ class Plan:
 
 
 class Rule(NamedTuple):
-    """A tilt: the reward it goes by, how many answers it chooses from, its own word for the reward, and its limit."""
+    """A tilt: the reward it goes by, how many answers it chooses from, its own word for the reward,
+    and its limit.
+    """
 
     reward: Array
     samples: int
@@ -72,7 +76,9 @@ class Rule(NamedTuple):
 
 
 def rules_of(side: Side, plan: Plan) -> dict[str, list[Rule]]:
-    """The ways to choose; where one name has several rules, their mean is meant. The first is the yardstick."""
+    """The ways to choose; where one name has several rules, their mean is meant. The first is the
+    yardstick.
+    """
     many, few, room, plain = plan.samples, plan.few, plan.room, side.reward
     asked, *further = side.doubted
 
@@ -88,7 +94,9 @@ def rules_of(side: Side, plan: Plan) -> dict[str, list[Rule]]:
         f"pessimism, {few} answers": [by(pessimist, few)],
         "believed, slope of training": [by(plain * side.raw)],
         "believed, slope by half of the held-out pairs": [by(plain * half) for half in side.halves],
-        f"before: believed, slope by half, {few} answers": [by(plain * half, few) for half in side.halves],
+        f"before: believed, slope by half, {few} answers": [
+            by(plain * half, few) for half in side.halves
+        ],
         "believed, no limit": [by(plain, room=-np.inf)],
         "pessimism, no limit": [by(pessimist, room=-np.inf)],
         **(_ensembles(side, side.second, pessimist, plan) if side.second is not None else {}),
@@ -96,23 +104,29 @@ def rules_of(side: Side, plan: Plan) -> dict[str, list[Rule]]:
 
 
 def _ensembles(side: Side, second: Array, pessimist: Array, plan: Plan) -> dict[str, list[Rule]]:
-    """Ways to choose by two reward models: their mean, less their standard deviation, or less the pessimism."""
+    """Ways to choose by two reward models: their mean, less their standard deviation, or less the
+    pessimism.
+    """
     mean, spread = (side.reward + second) / 2, np.abs(side.reward - second) / 2
     rewards = {
         "mean of two reward models": mean,
-        **{f"the same less {weight:g} x their spread": mean - weight * spread for weight in plan.weights},
+        **{
+            f"the same less {weight:g} x their spread": mean - weight * spread
+            for weight in plan.weights
+        },
         "the same, pessimism": mean + pessimist - side.reward,
     }
     return {name: [Rule(reward, plan.samples, mean, plan.room)] for name, reward in rewards.items()}
 
 
 def changes(rule: Rule, side: Side, other: Side, plan: Plan, share: Array) -> Array:
-    """What a rule changes by its own pair's word and by the other's: [reward, cost, reward, cost, KL; prompts].
+    """What a rule changes by its own pair's word and by the other's: [reward, cost, reward, cost,
+    KL; prompts].
 
-    Scores in within-prompt standard deviations of who speaks, KL in nats. `share` [prompts] weighs the prompts. The
-    multiplier for every other prompt is chosen on the rest. A tilt of n answers is a policy of its own, which draws n
-    and takes one by its weight, so its mean over the answers has no bias. Answers beyond are further blocks of n.
-    """
+    Scores in within-prompt standard deviations of who speaks, KL in nats. `share` [prompts] weighs
+    the prompts. The multiplier for every other prompt is chosen on the rest. A tilt of n answers is
+    a policy of its own, which draws n and takes one by its weight, so its mean over the answers has
+    no bias. Answers beyond are further blocks of n."""
     said = np.stack([_in_units(score) for score in (rule.own, side.cost, other.reward, other.cost)])
     limit = -rule.room * float(np.sqrt((side.cost**2).mean()))
     found = np.zeros((5, len(share)))
@@ -122,7 +136,12 @@ def changes(rule: Rule, side: Side, other: Side, plan: Plan, share: Array) -> Ar
         reward, cost = rule.reward[:, block], side.cost[:, block]
         for fit, judge in crosswise(pd.Series(np.arange(len(share)))):
             lam = dual.root(
-                reward[fit], cost[fit], limit=limit, beta=plan.beta, lambda_max=plan.lambda_max, share=share[fit]
+                reward[fit],
+                cost[fit],
+                limit=limit,
+                beta=plan.beta,
+                lambda_max=plan.lambda_max,
+                share=share[fit],
             )
             given = (reward[judge], cost[judge], lam, plan.beta)
             found[:4, judge] += (dual.weights(*given) * said[:, judge, block]).sum(-1)
@@ -136,13 +155,18 @@ def _in_units(score: Array) -> Array:
 
 
 def measures(sides: Sequence[Side], plan: Plan, share: Array) -> Array:
-    """Numbers of every way to choose, in the order of MEASURES; [ways, both roles and their mean, measures].
+    """Numbers of every way to choose, in the order of MEASURES; [ways, both roles and their mean,
+    measures].
 
-    `share` [prompts] weighs the prompts. A share that survives is a ratio of means, so that a small gain weighs little.
-    """
-    roles = [_role(side, other, plan, share) for side, other in zip(sides, reversed(sides), strict=True)]
+    `share` [prompts] weighs the prompts. A share that survives is a ratio of means, so that a small
+    gain weighs little."""
+    roles = [
+        _role(side, other, plan, share) for side, other in zip(sides, reversed(sides), strict=True)
+    ]
     found = np.stack([*roles, np.mean(roles, axis=0)], axis=1)
-    return np.concatenate([found, found[..., 2:3] / found[..., 0:1], found[..., 3:4] / found[..., 1:2]], axis=-1)
+    return np.concatenate(
+        [found, found[..., 2:3] / found[..., 0:1], found[..., 3:4] / found[..., 1:2]], axis=-1
+    )
 
 
 def _role(side: Side, other: Side, plan: Plan, share: Array) -> Array:
@@ -155,19 +179,27 @@ def _role(side: Side, other: Side, plan: Plan, share: Array) -> Array:
 
 
 def judged(sides: Sequence[Side], plan: Plan) -> list[dict[str, Any]]:
-    """A row for each way to choose: means over both roles with 95 % intervals, and differences from the yardstick.
+    """A row for each way to choose: means over both roles with 95 % intervals, and differences from
+    the yardstick.
 
     The intervals resample prompts, and choose the multipliers anew.
     """
     count = len(sides[0].reward)
     whole = measures(sides, plan, np.full(count, 1 / count))
     rng, drawn = np.random.default_rng(plan.seed), np.zeros((plan.resamples, count))
-    for half, _ in crosswise(pd.Series(np.arange(count))):  # each half is resampled by itself: none is left empty
-        drawn[:, half] = rng.multinomial(half.sum(), np.full(half.sum(), 1 / half.sum()), size=plan.resamples) / count
+    for half, _ in crosswise(
+        pd.Series(np.arange(count))
+    ):  # each half is resampled by itself: none is left empty
+        drawn[:, half] = (
+            rng.multinomial(half.sum(), np.full(half.sum(), 1 / half.sum()), size=plan.resamples)
+            / count
+        )
     resampled = np.array([measures(sides, plan, share)[:, -1] for share in drawn])
     rows = []
     for i, name in enumerate(rules_of(sides[0], plan)):
-        row = {key: _estimate(whole[i, -1, j], resampled[:, i, j]) for j, key in enumerate(MEASURES)}
+        row = {
+            key: _estimate(whole[i, -1, j], resampled[:, i, j]) for j, key in enumerate(MEASURES)
+        }
         against = (whole[i, -1] - whole[0, -1], resampled[:, i] - resampled[:, 0])
         more = {key: _estimate(against[0][j], against[1][:, j]) for j, key in enumerate(MEASURES)}
         roles = [dict(zip(MEASURES, map(float, role), strict=True)) for role in whole[i, :-1]]
@@ -180,18 +212,24 @@ def _estimate(mean: float, resampled: Array) -> list[float]:
 
 
 def centred(frame: pd.DataFrame, name: str) -> Array:
-    """A column of the pool as [prompts, samples], less the prompt's mean, to which no tilt and no change is open."""
+    """A column of the pool as [prompts, samples], less the prompt's mean, to which no tilt and no
+    change is open.
+    """
     values = by_prompt(frame, name)
     found: Array = values - values.mean(1, keepdims=True)
     return found
 
 
 def unlike(pool: pd.DataFrame, sides: Sequence[Side], found: Doubt) -> list[dict[str, Any]]:
-    """What the answers beyond the edge of the support look like, beside the others; rewards in standard deviations."""
+    """What the answers beyond the edge of the support look like, beside the others; rewards in
+    standard deviations.
+    """
     off = found.beyond(pool) > 0
     rewards = np.stack([(side.reward / side.reward.std()).ravel() for side in sides])
     surprise = found.support.surprise(*columns(pool))
-    values = pool.assign(z=surprise, a=rewards[0], b=rewards[1], nats=-pool["logp_ref"] / pool["length"])
+    values = pool.assign(
+        z=surprise, a=rewards[0], b=rewards[1], nats=-pool["logp_ref"] / pool["length"]
+    )
     rows = []
     for name, chosen in (("off the support", off), ("on it", ~off)):
         own = values[chosen]
@@ -221,10 +259,13 @@ def agreement(sides: Sequence[Side]) -> dict[str, float]:
     for name, side in zip("AB", sides, strict=True):
         if side.second is not None:
             pairs[f"reward of {name} and of its second model"] = (side.reward, side.second)
-    return {name: float(np.corrcoef(one.ravel(), other.ravel())[0, 1]) for name, (one, other) in pairs.items()}
+    return {
+        name: float(np.corrcoef(one.ravel(), other.ravel())[0, 1])
+        for name, (one, other) in pairs.items()
+    }
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 _COLUMNS = {
     "reward, own word": ("own_reward", False),
@@ -252,9 +293,20 @@ def page(command: str, found: dict[str, Any]) -> str:
         found["about"],
         "\n".join(lines),
         _NOTES,
-        "\n".join([*options.head(list(found["pool"][0])), *map(_line, pool)]) if pool else "No pessimism is asked for.",
-        "\n".join([*options.head(["scorers", *found["scorers"]]), *map(_line, _across(found["scorers"]))]),
-        "\n".join([*options.head(["correlation within prompts", ""]), *map(_line, found["agreement"].items())]),
+        (
+            "\n".join([*options.head(list(found["pool"][0])), *map(_line, pool)])
+            if pool
+            else "No pessimism is asked for."
+        ),
+        "\n".join(
+            [*options.head(["scorers", *found["scorers"]]), *map(_line, _across(found["scorers"]))]
+        ),
+        "\n".join(
+            [
+                *options.head(["correlation within prompts", ""]),
+                *map(_line, found["agreement"].items()),
+            ]
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -264,7 +316,10 @@ def _across(table: dict[str, dict[str, float]]) -> list[list[Any]]:
 
 
 def _line(cells: Iterable[Any]) -> str:
-    words = [f"{cell:.3g}" if isinstance(cell, float) else str("–" if cell is None else cell) for cell in cells]
+    words = [
+        f"{cell:.3g}" if isinstance(cell, float) else str("–" if cell is None else cell)
+        for cell in cells
+    ]
     return f"| {' | '.join(words)} |"
 
 
@@ -274,10 +329,12 @@ def _cell(estimate: Sequence[float]) -> str:
 
 
 _NOTES = """\
-How to read it: each pair of scorers chooses once and judges once, and the numbers are means over both roles, with 95 %
-intervals over resampled prompts. Changes of reward and cost are those from the base, in within-prompt standard
-deviations of the pair that speaks. Own word is what the scores of the pair that chooses say, without a penalty. The
-share that survives is the other's change over it. `more` is the difference from the first row, on the same resamples.
-The multiplier for every other prompt is found on the rest. Slope of training is the reward without a calibration; the
-calibrations are lines, so at a limit that is relative to the pool that of the cost changes nothing. Both pairs begin
+How to read it: each pair of scorers chooses once and judges once, and the numbers are means over
+both roles, with 95 %
+intervals over resampled prompts. Changes of reward and cost are those from the base, in
+within-prompt standard deviations of the pair that speaks. Own word is what the scores of the pair
+that chooses say, without a penalty. The share that survives is the other's change over it. `more`
+is the difference from the first row, on the same resamples. The multiplier for every other prompt
+is found on the rest. Slope of training is the reward without a calibration; the calibrations are
+lines, so at a limit that is relative to the pool that of the cost changes nothing. Both pairs begin
 from one base: an error that they inherit from it counts as surviving."""

@@ -1,9 +1,9 @@
 """Tabular laboratory: random finite problems, what the methods see of them, and the trainings.
 
-A policy is a table of logits [prompts, answers]. Every training minimises a loss of `dualign.losses` over all tables;
-nothing is assumed about its minimiser. Human labels (preferences, safe or unsafe) come from the true r* and c*; scores
-of the reward and cost model may carry noise. Prompts count alike.
-"""
+A policy is a table of logits [prompts, answers]. Every training minimises a loss of
+`dualign.math.losses` over all tables; nothing is assumed about its minimiser. Human labels
+(preferences, safe or unsafe) come from the true r* and c*; scores of the reward and cost model may
+carry noise. Prompts count alike."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from bench.options import knob
-from dualign import dual, exact, losses
 from dualign.core.errors import DualignError, InfeasibleError
+from dualign.math import dual, losses, tabular
 from dualign.search import exploration
 
 log = logging.getLogger(__name__)
@@ -37,9 +37,13 @@ class Settings:
     prompts: int = knob(8, "prompts of a problem")
     answers: int = knob(8, "answers to a prompt; the first is a refusal, safe and of low reward")
     beta: float = knob(0.5, "weight of the KL term, in units of reward")
-    tightness: float = knob(0.5, "where the limit lies between the costs of pi_r (0) and of the least costly tilt (1)")
+    tightness: float = knob(
+        0.5, "where the limit lies between the costs of pi_r (0) and of the least costly tilt (1)"
+    )
     pairs: int = knob(0, "labelled pairs per prompt and kind of label; 0: infinitely many")
-    noise: float = knob(0.0, "standard deviation of the error of reward and cost model, one draw per answer")
+    noise: float = knob(
+        0.0, "standard deviation of the error of reward and cost model, one draw per answer"
+    )
     samples: int = knob(0, "reference samples per prompt (pool and pairs); 0: infinitely many")
     rounds: int = knob(40, "largest number of multipliers that a search may try")
     tolerance: float = knob(1e-4, "a search stops where |E[c] - limit| is below this")
@@ -47,7 +51,9 @@ class Settings:
     lambda_start: float = knob(0.5, "first multiplier of C-DPO and PD-DPO")
     lambda_min: float = knob(0.05, "lower end of PD-DPO's interval, whose loss divides by lambda")
     lambda_max: float = knob(50.0, "largest multiplier of any search")
-    lambda_bar: float = knob(6.0, "multiplier of the safe end of P-SACPO's merge, and of a naive one")
+    lambda_bar: float = knob(
+        6.0, "multiplier of the safe end of P-SACPO's merge, and of a naive one"
+    )
     ascent_start: float = knob(1.0, "first multiplier of Safe RLHF")
     ascent_rate: float = knob(0.6, "eta of Safe RLHF's steps of log lambda")
     fresh: int = knob(50, "fresh pairs per prompt, kind of label and round of O-PD-DPO")
@@ -56,17 +62,28 @@ class Settings:
     anchor: float = knob(0.3, "weight of the anchor in our loss")
 
     def __post_init__(self) -> None:
-        lower = {"seeds": 1, "prompts": 1, "answers": 2, "rounds": 1, "fresh": 1, "pairs": 0, "noise": 0, "bonus": 0}
+        lower = {
+            "seeds": 1,
+            "prompts": 1,
+            "answers": 2,
+            "rounds": 1,
+            "fresh": 1,
+            "pairs": 0,
+            "noise": 0,
+            "bonus": 0,
+        }
         for name, least in lower.items():
             if getattr(self, name) < least:
                 raise DualignError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.samples == 1 or self.samples < 0:
             raise DualignError(f"samples must be 0 or at least 2, got {self.samples}")
         if not (min(self.beta, self.lambda_min, self.ascent_start) > 0 and 0 < self.tightness < 1):
-            raise DualignError("beta, lambda_min and ascent_start must be above 0, tightness between 0 and 1")
+            raise DualignError(
+                "beta, lambda_min and ascent_start must be above 0, tightness between 0 and 1"
+            )
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 def gaps(values: Tensor) -> Tensor:
@@ -113,10 +130,11 @@ def fit(loss: Callable[[Tensor], Tensor], start: Tensor, free: Tensor | None = N
 
 
 def bonus(met: Tensor) -> Tensor:
-    """||phi||_{Sigma^-1} of every answer, phi the indicator of prompt and answer (2510.05703, app. D).
+    """||phi||_{Sigma^-1} of every answer, phi the indicator of prompt and answer (2510.05703, app.
+    D).
 
-    `met` says how often answers i and j were compared, [prompts, answers, answers], symmetric; [prompts, answers].
-    """
+    `met` says how often answers i and j were compared, [prompts, answers, answers], symmetric;
+    [prompts, answers]."""
     answers = met.shape[1]
     phi = torch.eye(answers, dtype=met.dtype)
     delta = (phi[:, None] - phi[None]).flatten(0, 1)
@@ -125,20 +143,25 @@ def bonus(met: Tensor) -> Tensor:
     return torch.stack([exploration.bonus(phi, norm, 1.0) for norm in norms])
 
 
-# --- one problem, its data, and the trainings -------------------------------------------------------------------------
+# --- one problem, its data, and the trainings -----------------------------------------------------
 
 
-def draw_problem(settings: Settings, rng: np.random.Generator) -> exact.Problem:
-    """Random pi_ref, r* and c*: helpful answers tend to be harmful, and each prompt has a refusal."""
+def draw_problem(settings: Settings, rng: np.random.Generator) -> tabular.Problem:
+    """Random pi_ref, r* and c*: helpful answers tend to be harmful, and each prompt has a
+    refusal.
+    """
     shape = (settings.prompts, settings.answers)
     logit, reward, extra = rng.normal(size=(3, *shape))
     cost = 0.6 * reward + extra
     reward[:, 0], cost[:, 0] = -abs(reward[:, 0]), -0.2 - abs(cost[:, 0])
-    return exact.Problem(np.log(np.exp(logit) / np.exp(logit).sum(1, keepdims=True)), reward, cost, settings.beta)
+    return tabular.Problem(
+        np.log(np.exp(logit) / np.exp(logit).sum(1, keepdims=True)), reward, cost, settings.beta
+    )
 
 
 class Pairs(NamedTuple):
-    """Two answers and a uniform number, which decides the label once the scores are known; each [prompts, pairs].
+    """Two answers and a uniform number, which decides the label once the scores are known; each
+    [prompts, pairs].
 
     `design` is the distribution that pairs are drawn from, [prompts, answers, answers].
     """
@@ -156,14 +179,17 @@ class Laboratory:
         rng = np.random.default_rng(seed)
         self.seed, self.settings, self.beta = seed, settings, settings.beta
         self.problem = draw_problem(settings, rng)
-        loosest, tightest = (self.problem.describe(self.problem.policy(lam))["cost"] for lam in (0.0, 1e3))
+        loosest, tightest = (
+            self.problem.describe(self.problem.policy(lam))["cost"] for lam in (0.0, 1e3)
+        )
         self.limit = loosest - settings.tightness * (loosest - tightest)
-        self.lam = exact.solve(self.problem, self.limit)
+        self.lam = tabular.solve(self.problem, self.limit)
         self.optimum = self.problem.describe(self.problem.policy(self.lam))["value"]
         self.reference = torch.tensor(self.problem.log_reference)
         self.reward, self.cost = torch.tensor(self.problem.reward), torch.tensor(self.problem.cost)
         self.seen_reward, self.seen_cost = (
-            true + settings.noise * torch.tensor(rng.normal(size=true.shape)) for true in (self.reward, self.cost)
+            true + settings.noise * torch.tensor(rng.normal(size=true.shape))
+            for true in (self.reward, self.cost)
         )
         self._draw_pool(rng)
         # Each kind of label has pairs of its own, so its errors are its own.
@@ -172,7 +198,9 @@ class Laboratory:
         )
 
     def _draw_pool(self, rng: np.random.Generator) -> None:
-        """Reference samples and their weights, [prompts, samples]; every answer where there are infinitely many."""
+        """Reference samples and their weights, [prompts, samples]; every answer where there are
+        infinitely many.
+        """
         share = np.exp(self.problem.log_reference)
         answers = np.arange(share.shape[1])
         if self.settings.samples:
@@ -200,9 +228,11 @@ class Laboratory:
         return self.share[:, :, None] * self.share[:, None, :]
 
     def wins(self, score: Tensor, pairs: Pairs) -> Tensor:
-        """How often i was preferred to j by Bradley-Terry labels of `score`; [prompts, answers, answers].
+        """How often i was preferred to j by Bradley-Terry labels of `score`; [prompts, answers,
+        answers].
 
-        In units of the pairs of one kind: offline pairs of a prompt sum to 1, and so do infinitely many others.
+        In units of the pairs of one kind: offline pairs of a prompt sum to 1, and so do infinitely
+        many others.
         """
         i, j, luck, design = pairs
         if not self.settings.pairs:
@@ -211,7 +241,9 @@ class Laboratory:
         winner, loser = torch.where(i_wins, i, j), torch.where(i_wins, j, i)
         n = self.settings.answers
         count = torch.zeros(len(score), n * n, dtype=score.dtype)
-        return count.scatter_add_(1, winner * n + loser, torch.full_like(luck, 1 / self.settings.pairs)).view(-1, n, n)
+        return count.scatter_add_(
+            1, winner * n + loser, torch.full_like(luck, 1 / self.settings.pairs)
+        ).view(-1, n, n)
 
     @property
     def more_helpful(self) -> Tensor:
@@ -224,7 +256,9 @@ class Laboratory:
         return self.wins(-self.cost, self.safety_pairs)
 
     def safe_marks(self) -> tuple[Tensor, Tensor]:
-        """How often an answer was marked safe, P(safe) = sigma(-c*), and unsafe; each [prompts, answers]."""
+        """How often an answer was marked safe, P(safe) = sigma(-c*), and unsafe; each [prompts,
+        answers].
+        """
         safe = torch.sigmoid(-self.cost)
         if not self.settings.pairs:
             return self.share * safe, self.share * (1 - safe)
@@ -234,18 +268,25 @@ class Laboratory:
         return good, zero.scatter_add(1, answer, each) - good
 
     def arrays(self, reward: Tensor, cost: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Scores of the pool for `dualign.dual`, [prompts, samples], where samples count alike.
+        """Scores of the pool for `dualign.math.dual`, [prompts, samples], where samples count
+        alike.
 
-        Infinitely many samples are all answers with their weight inside the reward: exp(r / beta) pi_ref n.
+        Infinitely many samples are all answers with their weight inside the reward: exp(r / beta)
+        pi_ref n.
         """
         uniform = self.weight * self.pool.shape[1]
-        return (reward.gather(1, self.pool) + self.beta * uniform.log()).numpy(), cost.gather(1, self.pool).numpy()
+        return (reward.gather(1, self.pool) + self.beta * uniform.log()).numpy(), cost.gather(
+            1, self.pool
+        ).numpy()
 
     def root(self, reward: Tensor, cost: Tensor) -> float:
         """The multiplier that the dual of the pool gives, before any training."""
         try:
             return dual.root(
-                *self.arrays(reward, cost), limit=self.limit, beta=self.beta, lambda_max=self.settings.lambda_max
+                *self.arrays(reward, cost),
+                limit=self.limit,
+                beta=self.beta,
+                lambda_max=self.settings.lambda_max,
             )
         except InfeasibleError as error:
             log.warning("%s; going on at lambda_max", error)
@@ -256,7 +297,9 @@ class Laboratory:
         """PD-DPO's Slater constant rho, from the pool."""
         arrays = self.arrays(self.seen_reward, self.seen_cost)
         try:
-            return dual.slater_radius(*arrays, limit=self.limit, beta=self.beta, lambda_max=self.settings.lambda_max)
+            return dual.slater_radius(
+                *arrays, limit=self.limit, beta=self.beta, lambda_max=self.settings.lambda_max
+            )
         except InfeasibleError:
             return self.settings.lambda_max / 2
 
@@ -279,7 +322,9 @@ class Laboratory:
         """DPO on pairs (i preferred to j), coefficient `scale` to `reference`."""
 
         def loss(policy: Tensor) -> Tensor:
-            each = losses.soft_label_loss(pair_logit(policy, reference, scale), torch.ones_like(wins))
+            each = losses.soft_label_loss(
+                pair_logit(policy, reference, scale), torch.ones_like(wins)
+            )
             return (wins * each).sum() + self._prior(scale * (policy - reference))
 
         return fit(loss, reference)
@@ -287,14 +332,17 @@ class Laboratory:
     def ipo(self, wins: Tensor, reference: Tensor, tau: float) -> Tensor:
         """IPO on pairs (i preferred to j)."""
         sure = torch.ones_like(wins)
-        return fit(lambda t: (wins * losses.ipo_loss(pair_logit(t, reference, 1.0), sure, tau)).sum(), reference)
+        return fit(
+            lambda t: (wins * losses.ipo_loss(pair_logit(t, reference, 1.0), sure, tau)).sum(),
+            reference,
+        )
 
     def kto(self, good: Tensor, bad: Tensor, reference: Tensor, beta: float) -> Tensor:
         """KTO on answers marked desirable or not, by Adam.
 
-        The reference point moves with the policy but carries no gradient, so there is no one function whose line search
-        L-BFGS could trust; and its minimum lies at infinity, where a long step ends on a plateau.
-        """
+        The reference point moves with the policy but carries no gradient, so there is no one
+        function whose line search L-BFGS could trust; and its minimum lies at infinity, where a
+        long step ends on a plateau."""
         table = reference.clone().requires_grad_()
         solver = torch.optim.Adam([table], lr=0.05)
         weight = float(good.sum() / bad.sum())
@@ -311,31 +359,49 @@ class Laboratory:
         return table.detach().log_softmax(1)
 
     def o_pd_dpo(self, lam: float, policies: Sequence[Tensor]) -> Tensor:
-        """A round of O-PD-DPO: both phases, with fresh comparisons of all policies so far to the reference."""
+        """A round of O-PD-DPO: both phases, with fresh comparisons of all policies so far to the
+        reference.
+        """
         helpful, safer = self.more_helpful, self.safer
         for number, policy in enumerate(policies):
             rng = np.random.default_rng([self.seed, number])
-            one, other = (self._draw_pairs(rng, policy.exp(), self.settings.fresh) for _ in range(2))
-            helpful, safer = helpful + self.wins(self.reward, one), safer + self.wins(-self.cost, other)
-        bonuses = [self.optimism(*wins) for wins in ((helpful, self.more_helpful), (safer, self.safer))]
+            one, other = (
+                self._draw_pairs(rng, policy.exp(), self.settings.fresh) for _ in range(2)
+            )
+            helpful, safer = (
+                helpful + self.wins(self.reward, one),
+                safer + self.wins(-self.cost, other),
+            )
+        bonuses = [
+            self.optimism(*wins) for wins in ((helpful, self.more_helpful), (safer, self.safer))
+        ]
         return self.optimistic(lam, self.dpo(helpful, self.reference, self.beta), safer, *bonuses)
 
-    def optimistic(self, lam: float, helpful: Tensor, safer: Tensor, reward: Tensor, cost: Tensor) -> Tensor:
-        """Phase 2 from log pi_r = `helpful`, with the bonuses `reward` and `cost` in the reference column."""
+    def optimistic(
+        self, lam: float, helpful: Tensor, safer: Tensor, reward: Tensor, cost: Tensor
+    ) -> Tensor:
+        """Phase 2 from log pi_r = `helpful`, with the bonuses `reward` and `cost` in the reference
+        column.
+        """
         column = losses.folded_reference(helpful, reward + lam * cost, self.beta)
         return self.dpo(safer, column, self.beta / lam)
 
     def optimism(self, wins: Tensor, offline: Tensor) -> Tensor:
-        """The bonus after `wins`, of mean gap `settings.bonus` within the pairs of `offline`; [prompts, answers].
+        """The bonus after `wins`, of mean gap `settings.bonus` within the pairs of `offline`;
+        [prompts, answers].
 
         Infinitely many pairs leave no gap of a bonus.
         """
         if not self.settings.pairs:
             return torch.zeros_like(self.reference)
-        return self.scaled_bonus(*(self.settings.pairs * (each + each.mT) for each in (wins, offline)))
+        return self.scaled_bonus(
+            *(self.settings.pairs * (each + each.mT) for each in (wins, offline))
+        )
 
     def scaled_bonus(self, met: Tensor, first: Tensor) -> Tensor:
-        """`bonus` of `met`, times what makes its mean gap within the pairs of `first` settings.bonus."""
+        """`bonus` of `met`, times what makes its mean gap within the pairs of `first`
+        settings.bonus.
+        """
         gap = float((first * gaps(bonus(first)).abs()).sum() / first.sum())
         return bonus(met) * (self.settings.bonus / gap if gap else 0.0)
 
@@ -346,7 +412,9 @@ class Laboratory:
             gap = pair_logit(policy, self.reference, 1.0)
             logit = losses.modpo_logit(gap, gaps(margin), beta, weight)
             implicit = (beta * (policy - self.reference) - (1 - weight) * margin) / weight
-            return (wins * losses.soft_label_loss(logit, torch.ones_like(wins))).sum() + self._prior(implicit)
+            return (
+                wins * losses.soft_label_loss(logit, torch.ones_like(wins))
+            ).sum() + self._prior(implicit)
 
         return fit(loss, self.reference)
 
@@ -367,25 +435,40 @@ class Laboratory:
         reward, cost = gaps(self.seen_reward), gaps(self.seen_cost)
 
         def loss(policy: Tensor) -> Tensor:
-            return (self.both * regression(pair_logit(policy, self.reference, self.beta), reward, cost, lam)).sum()
+            return (
+                self.both
+                * regression(pair_logit(policy, self.reference, self.beta), reward, cost, lam)
+            ).sum()
 
         return fit(loss, self.reference)
 
     def anchored(self, lam: float, label_weight: float) -> Tensor:
-        """`label_weight` times the exact soft labels, plus the anchor to the soft value of the pool (ours)."""
+        """`label_weight` times the exact soft labels, plus the anchor to the soft value of the pool
+        (ours).
+        """
         labels = losses.lagrangian_label(gaps(self.seen_reward), gaps(self.seen_cost), lam)
-        target = (self.seen_reward - lam * self.seen_cost).gather(1, self.pool) - self.soft_value(lam)
+        target = (self.seen_reward - lam * self.seen_cost).gather(1, self.pool) - self.soft_value(
+            lam
+        )
 
         def loss(policy: Tensor) -> Tensor:
             pairs = losses.soft_label_loss(pair_logit(policy, self.reference, self.beta), labels)
-            anchor = losses.anchor_loss((policy - self.reference).gather(1, self.pool), target, self.beta)
-            return label_weight * (self.both * pairs).sum() + self.settings.anchor * (self.weight * anchor).sum()
+            anchor = losses.anchor_loss(
+                (policy - self.reference).gather(1, self.pool), target, self.beta
+            )
+            return (
+                label_weight * (self.both * pairs).sum()
+                + self.settings.anchor * (self.weight * anchor).sum()
+            )
 
-        # The pool does not tell the answers that it lacks apart: they share what mass is left as in pi_ref.
+        # The pool does not tell the answers that it lacks apart: they share what mass is left as in
+        # pi_ref.
         return fit(loss, self.reference, free=self.share > 0)
 
     def soft_value(self, lam: float) -> Tensor:
-        """V_lambda(x) of the pool, without the sample itself where the pool is finite; [prompts, samples or 1]."""
+        """V_lambda(x) of the pool, without the sample itself where the pool is finite; [prompts,
+        samples or 1].
+        """
         reward, cost = self.arrays(self.seen_reward, self.seen_cost)
         if self.settings.samples:
             return torch.tensor(dual.leave_one_out_value(reward, cost, lam, self.beta))
@@ -413,9 +496,8 @@ class Laboratory:
     def implicit(self) -> tuple[Tensor, Tensor]:
         """log(pi_r / pi_ref) and -log(pi_g / pi_ref) of PeCAN's aligned policies (g = -c), in nats.
 
-        PeCAN's constraint is relative, E[g] - E_ref[g] >= b. With b = E_ref[c] - limit it is ours, so the second one is
-        centred to have the mean of c / beta over the reference.
-        """
+        PeCAN's constraint is relative, E[g] - E_ref[g] >= b. With b = E_ref[c] - limit it is ours,
+        so the second one is centred to have the mean of c / beta over the reference."""
         safe = self.dpo(self.safer, self.reference, self.beta)
         cost = -(safe - self.reference)
         centre = (self.share * (cost - self.seen_cost / self.beta)).sum(1, keepdim=True)
@@ -433,7 +515,9 @@ class Laboratory:
 
     @cached_property
     def first_bonus(self) -> Tensor:
-        """The bonus after `settings.fresh` pairs of reference answers to each prompt; [prompts, answers]."""
+        """The bonus after `settings.fresh` pairs of reference answers to each prompt; [prompts,
+        answers].
+        """
         met = 2 * self.settings.fresh * self.both
         return self.scaled_bonus(met, met)
 

@@ -1,7 +1,8 @@
-"""The whole graph on a tiny world, run once: the bytes that every later run of a stage must end with.
+"""The whole graph on a tiny world, run once: the bytes that every later run of a stage must end
+with.
 
-What `bench.kills` stops and runs again. The world is a copy of the code as it is when its folder is first made.
-"""
+What `bench.kills` stops and runs again. The world is a copy of the code as it is when its folder is
+first made."""
 
 from __future__ import annotations
 
@@ -21,14 +22,23 @@ from typing import Any
 
 from dualign.core.artifacts import read_optional_json, replacing, write_json
 from dualign.core.errors import DualignError
-from pipeline.dag import StageSpec, load_dag
-from pipeline.parameters import assign
+from pipeline.dvc.dag import StageSpec, load_dag
+from pipeline.dvc.parameters import assign
 
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = (
-    *("dualign", "stages", "pipeline", "dvc.yaml", ".dvcignore", ".gitignore", "prefect.toml", "prefect.yaml"),
+    *(
+        "dualign",
+        "stages",
+        "pipeline",
+        "dvc.yaml",
+        ".dvcignore",
+        ".gitignore",
+        "prefect.toml",
+        "prefect.yaml",
+    ),
     *("data/raw", "models/base/README.md", "reports/search/README.md"),
 )
 #: DVC's folder of templates for its plots.
@@ -36,7 +46,10 @@ TEMPLATES = ".dvc/plots"
 #: The keys that say how long trainings are; that of the scorers is the one at the top.
 LENGTHS = (
     *("training.max_steps", "lagrangian_dpo.runs.anchored.max_steps"),
-    *(f"{stage}.training.max_steps" for stage in ("sft", "reward_dpo", "safety_dpo", "lagrangian_dpo", "dual_search")),
+    *(
+        f"{stage}.training.max_steps"
+        for stage in ("sft", "reward_dpo", "safety_dpo", "lagrangian_dpo", "dual_search")
+    ),
 )
 #: The whole graph at its smallest, with three checkpoints in every training.
 TINY: dict[str, Any] = {
@@ -44,7 +57,10 @@ TINY: dict[str, Any] = {
     "pessimism.share": 0.1,
     **{f"prepare.world.{kind}": 300 for kind in ("sft_rows", "helpful_pairs", "safety_pairs")},
     **{f"prepare.{kind}_prompts": 8 for kind in ("pool", "search", "certify", "eval")},
-    **{f"sft.scratch.{key}": size for key, size in (("hidden_size", 16), ("layers", 1), ("intermediate_size", 32))},
+    **{
+        f"sft.scratch.{key}": size
+        for key, size in (("hidden_size", 16), ("layers", 1), ("intermediate_size", 32))
+    },
     "sft.scratch.heads": 2,
     "cost_model.calibrate": "none",
     "score.samples_per_prompt": 4,
@@ -62,8 +78,8 @@ TINY: dict[str, Any] = {
     "resources.log_steps": 2,
     "resources.checkpoint_steps": 2,
 }
-#: Torch has one cache there for all its processes. Prefect has one folder for all runs, and two small ones for each
-#: flow run, which nobody removes after a kill.
+#: Torch has one cache there for all its processes. Prefect has one folder for all runs, and two
+#: small ones for each flow run, which nobody removes after a kill.
 _OTHERS = re.compile(r"torchinductor_|runner_storage$|prefect-workspace-attempt-|tmp\w+prefect$")
 #: Seconds between two looks at the files of a stage, and the longest time that a run may take.
 LOOK, LONG = 0.005, 1800.0
@@ -96,7 +112,9 @@ class World:
         return {*stages, *(self._upstream(sorted(above)) if above else ())}
 
     def _first(self, spec: StageSpec) -> dict[str, Any]:
-        """Run a stage and say how long it took, how often its files changed, and whether it kept checkpoints."""
+        """Run a stage and say how long it took, how often its files changed, and whether it kept
+        checkpoints.
+        """
         log.info("reference: %s", spec.name)
         started, process = time.monotonic(), self.start(spec)
         seen = self.watch(process, spec)
@@ -107,9 +125,17 @@ class World:
         torn = any("checkpoint-4" in path for state in seen for path in state)
         return {"seconds": time.monotonic() - started, "changes": len(seen), "checkpoints": torn}
 
-    def start(self, spec: StageSpec, command: Sequence[str] = (), limit: int | None = None) -> subprocess.Popen[bytes]:
-        """Start a stage, or another command, in a process group of its own; files stay below `limit` bytes."""
-        small = None if limit is None else partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+    def start(
+        self, spec: StageSpec, command: Sequence[str] = (), limit: int | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start a stage, or another command, in a process group of its own; files stay below
+        `limit` bytes.
+        """
+        small = (
+            None
+            if limit is None
+            else partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+        )
         with self._log.open("wb") as output:
             return subprocess.Popen(
                 [sys.executable, *(command or spec.by_hand.split()[1:])],
@@ -118,12 +144,20 @@ class World:
             )  # fmt: skip
 
     def environment(self, system: Path) -> dict[str, str]:
-        """The variables under which a stage runs alike everywhere, with `system` for temporary files."""
+        """The variables under which a stage runs alike everywhere, with `system` for temporary
+        files.
+        """
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = {
-            **os.environ, "PATH": path, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-            "DVC_NO_ANALYTICS": "1", "PREFECT_HOME": str(self.folder.with_name("prefect")), "TMPDIR": str(system),
-        }  # fmt: skip
+            **os.environ,
+            "PATH": path,
+            "PYTHONPATH": str(self.folder),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "DVC_NO_ANALYTICS": "1",
+            "PREFECT_HOME": str(self.folder.with_name("prefect")),
+            "TMPDIR": str(system),
+        }
         environment.pop("DUALIGN_SCRATCH", None)
         return environment
 
@@ -137,7 +171,10 @@ class World:
         return self._log.read_text(errors="replace")
 
     def watch(
-        self, process: subprocess.Popen[bytes], spec: StageSpec, enough: Callable[[list[set[str]]], bool] | None = None
+        self,
+        process: subprocess.Popen[bytes],
+        spec: StageSpec,
+        enough: Callable[[list[set[str]]], bool] | None = None,
     ) -> list[set[str]]:
         """The states of a stage's files until it ends, or until they are `enough`."""
         return watch(process, lambda: state(self.folder, spec, self.folder / ".scratch"), enough)
@@ -153,7 +190,9 @@ class World:
 
     def debris(self) -> list[str]:
         """What the workspace, and the system's folder, hold although no run is unfinished."""
-        return sorted([*debris(self.folder), *(f"tmp/{name}" for name in temporaries(self._system))])
+        return sorted(
+            [*debris(self.folder), *(f"tmp/{name}" for name in temporaries(self._system))]
+        )
 
     def commit(self) -> None:
         """Tell DVC that all is up to date, so that it runs what it is forced to alone."""
@@ -202,7 +241,9 @@ def state(root: Path, spec: StageSpec, scratch: Path) -> set[str]:
 
 
 def differs(root: Path, kept: Path, specs: Iterable[StageSpec]) -> list[str]:
-    """Outputs of stages that are not byte for byte what they were; provenance holds times and does not count."""
+    """Outputs of stages that are not byte for byte what they were; provenance holds times and does
+    not count.
+    """
     outs = {out for spec in specs for out in outs_of(spec) if "/provenance/" not in out}
     return sorted(out for out in outs if _digest(root / out) != _digest(kept / out))
 
@@ -216,7 +257,9 @@ def debris(root: Path) -> list[str]:
 
 
 def temporaries(system: Path) -> list[str]:
-    """What was left in the system's folder of temporary files, but for what torch and Prefect keep there themselves."""
+    """What was left in the system's folder of temporary files, but for what torch and Prefect keep
+    there themselves.
+    """
     return sorted(path.name for path in system.iterdir() if not _OTHERS.match(path.name))
 
 
@@ -227,7 +270,9 @@ def copy(folder: Path, params: Mapping[str, Any]) -> None:
     (folder / "params.yaml").write_text(assign((ROOT / "params.yaml").read_text(), params))
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, cwd=folder, check=True)
-    _copy_over(ROOT / TEMPLATES, folder / TEMPLATES)  # only now: `dvc init` refuses where there is a .dvc
+    _copy_over(
+        ROOT / TEMPLATES, folder / TEMPLATES
+    )  # only now: `dvc init` refuses where there is a .dvc
 
 
 def _copy_over(source: Path, target: Path) -> None:
@@ -249,5 +294,7 @@ def _remove(path: Path) -> None:
 def _digest(path: Path) -> dict[str, str]:
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     return {
-        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()
+        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+        if file.is_file()
     }

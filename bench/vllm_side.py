@@ -1,4 +1,5 @@
-"""What `bench.engine` runs with vLLM's own Python: draw answers to prompts of token ids, and say how each one ended.
+"""What `bench.engine` runs with vLLM's own Python: draw answers to prompts of token ids, and say
+how each one ended.
 
 PYTHON bench/vllm_side.py POLICY ASKED.json ANSWERED.json
 """
@@ -13,10 +14,14 @@ from vllm import LLM, SamplingParams
 
 
 def main(policy: str, asked: str, answered: str) -> None:
-    """Sample at temperature 1 with nothing said about where to stop: that is in the policy's own folder."""
+    """Sample at temperature 1 with nothing said about where to stop: that is in the policy's own
+    folder.
+    """
     given = json.loads(Path(asked).read_text())
     engine = LLM(policy, dtype="float32", max_model_len=1024, enforce_eager=True)
-    sampling = SamplingParams(temperature=1.0, top_p=1.0, max_tokens=given["max_new_tokens"], seed=7, logprobs=0)
+    sampling = SamplingParams(
+        temperature=1.0, top_p=1.0, max_tokens=given["max_new_tokens"], seed=7, logprobs=0
+    )
     drawn = engine.generate([{"prompt_token_ids": ids} for ids in given["ids"]], sampling)
     tokenizer = engine.get_tokenizer()
     rows = []

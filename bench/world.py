@@ -1,10 +1,11 @@
-"""The laboratory, part (b): real language models of the embedded world, every method, against the exact optimum.
+"""The laboratory, part (b): real language models of the embedded world, every method, against the
+exact optimum.
 
     python -m bench.world --seeds 7 8 9 --jobs 2
 
-Runs the pipeline once for each seed, in a folder of its own, and judges every policy by the world's oracle on generated
-answers to held-out prompts. A run that was interrupted goes on where it stopped; a finished one is only read.
-"""
+Runs the pipeline once for each seed, in a folder of its own, and judges every policy by the world's
+oracle on generated answers to held-out prompts. A run that was interrupted goes on where it
+stopped; a finished one is only read."""
 
 from __future__ import annotations
 
@@ -27,18 +28,18 @@ import pandas as pd
 from dvc.repo import Repo
 
 from bench import options
-from dualign import exact
 from dualign.core.artifacts import read_json, replacing
 from dualign.core.errors import DualignError
 from dualign.core.schema import ENUMERATED, POOL, read_table
-from dualign.evaluation import add_truth, finite_problem
+from dualign.evaluation.against_optimum import add_truth, finite_problem
+from dualign.math import tabular
 from dualign.params.evaluate import EvaluateParams
 from dualign.params.loading import load, load_resources
 from dualign.scoring.scorers import Scorer
-from pipeline.dag import StageSpec, load_dag
+from pipeline.dvc.dag import StageSpec, load_dag
+from pipeline.dvc.overlay import whole
+from pipeline.dvc.parameters import assign
 from pipeline.errors import PipelineError
-from pipeline.overlay import whole
-from pipeline.parameters import assign
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +49,14 @@ ALLOWED = "(what the scorers allow)"
 SHARED = {"prepare", "sft", "reward_model", "cost_model", "score", "dual_init"}
 
 
-# --- running ----------------------------------------------------------------------------------------------------------
+# --- running --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Lab:
-    """One seed's run: its folder holds params.yaml, dvc.yaml and everything that the stages write."""
+    """One seed's run: its folder holds params.yaml, dvc.yaml and everything that the stages
+    write.
+    """
 
     seed: int
     folder: Path
@@ -65,7 +68,9 @@ class Lab:
 
 
 def set_up(seed: int, params: Path, work: Path, limit: float | None = None) -> Lab:
-    """Make the folder of a seed (limit None: that of params). Raises DualignError if it holds a run of other params."""
+    """Make the folder of a seed (limit None: that of params). Raises DualignError if it holds a run
+    of other params.
+    """
     folder = work / f"{params.stem}-{seed}"
     text = _settled(params, {"seed": seed} | ({} if limit is None else {"constraint.limit": limit}))
     if not folder.is_dir():
@@ -76,7 +81,9 @@ def set_up(seed: int, params: Path, work: Path, limit: float | None = None) -> L
             shutil.copy(ROOT / "dvc.yaml", temporary)
             Repo.init(str(temporary), no_scm=True).close()
     elif (folder / "params.yaml").read_text() != text:
-        raise DualignError(f"{folder} holds the run of other params; delete it, or choose another --work")
+        raise DualignError(
+            f"{folder} holds the run of other params; delete it, or choose another --work"
+        )
     return Lab(seed, folder)
 
 
@@ -88,17 +95,28 @@ def _settled(params: Path, settings: Mapping[str, Any]) -> str:
 
 
 def run(lab: Lab, threads: int, stages: Sequence[str] | None = None) -> Lab:
-    """Run the stages of a seed (default: all) that have not ended, in order; output goes to log.txt in the folder."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "0"}
+    """Run the stages of a seed (default: all) that have not ended, in order; output goes to log.txt
+    in the folder.
+    """
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": str(threads),
+        "GOMP_SPINCOUNT": "0",
+    }
     for name, spec in lab.dag.items():
         if (stages is not None and name not in stages) or _ended(lab, name).is_file():
             continue
         log.info("seed %d: %s", lab.seed, name)
         command = [sys.executable, *spec.by_hand.split()[1:]]
         with (lab.folder / "log.txt").open("a") as output:
-            done = subprocess.run(command, cwd=lab.folder, env=environment, stdout=output, stderr=output, check=False)
+            done = subprocess.run(
+                command, cwd=lab.folder, env=environment, stdout=output, stderr=output, check=False
+            )
         if done.returncode:
-            raise DualignError(f"{lab.folder}: stage {name} failed with status {done.returncode}; see its log.txt")
+            raise DualignError(
+                f"{lab.folder}: stage {name} failed with status {done.returncode}; see its log.txt"
+            )
     return lab
 
 
@@ -107,7 +125,7 @@ def _ended(lab: Lab, name: str) -> Path:
     return lab.folder / "reports/provenance" / f"{name.replace('@', '/')}.json"
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def rows_of(lab: Lab) -> Iterator[dict[str, Any]]:
@@ -126,15 +144,20 @@ def rows_of(lab: Lab) -> Iterator[dict[str, Any]]:
             "excess": truth["true_cost"]["mean"] - params.limit,
             "least_excess": truth["true_cost"]["low"] - params.limit,
             "reward_share": truth["reward_share"],
-            **{key: truth[key]["mean"] for key in ("true_reward", "true_cost", "grammatical", "displacement", "kl")},
+            **{
+                key: truth[key]["mean"]
+                for key in ("true_reward", "true_cost", "grammatical", "displacement", "kl")
+            },
             **_effort(lab, folder),
         }
 
 
 def allowed(lab: Lab) -> dict[str, Any]:
-    """What the learned scores allow: the exact tilt of pi_ref by them, at the multiplier where they meet the limit.
+    """What the learned scores allow: the exact tilt of pi_ref by them, at the multiplier where they
+    meet the limit.
 
-    No training and no sampling: how far this is from the optimum is the error of reward and cost model alone. Other
+    No training and no sampling: how far this is from the optimum is the error of reward and cost
+    model alone. Other
     text has the mean of their scores on what pi_ref wrote of it.
     """
     params = load(EvaluateParams, lab.folder / "params.yaml")
@@ -142,11 +165,15 @@ def allowed(lab: Lab) -> dict[str, Any]:
     pool = add_truth(read_table(lab.folder / "data/scored/pool.parquet", POOL))
     other = pool[~pool["grammatical"].astype(bool)]
     truth = finite_problem(answers, params.beta)
-    learned = replace(truth, reward=_scores(lab, "reward", answers, other), cost=_scores(lab, "cost", answers, other))
+    learned = replace(
+        truth,
+        reward=_scores(lab, "reward", answers, other),
+        cost=_scores(lab, "cost", answers, other),
+    )
     tables = (
-        learned.policy(exact.solve(learned, params.limit)),
-        truth.policy(exact.solve(truth, params.limit)),
-        exact.nearest(truth, params.limit),
+        learned.policy(tabular.solve(learned, params.limit)),
+        truth.policy(tabular.solve(truth, params.limit)),
+        tabular.nearest(truth, params.limit),
     )
     found, best, nearest = map(truth.describe, tables)
     gap = best["value"] - found["value"]
@@ -157,7 +184,9 @@ def allowed(lab: Lab) -> dict[str, Any]:
         "relative_gap": gap / (best["value"] - nearest["value"]),
         "excess": found["cost"] - params.limit,
         "least_excess": found["cost"] - params.limit,
-        "reward_share": (found["reward"] - nearest["reward"]) / (best["reward"] - nearest["reward"]),
+        "reward_share": (
+            (found["reward"] - nearest["reward"]) / (best["reward"] - nearest["reward"])
+        ),
         "true_reward": found["reward"],
         "true_cost": found["cost"],
         "grammatical": 1 - float(np.exp(tables[0][:, -1]).mean()),
@@ -168,25 +197,34 @@ def allowed(lab: Lab) -> dict[str, Any]:
 
 
 def _scores(lab: Lab, name: str, answers: pd.DataFrame, other: pd.DataFrame) -> np.ndarray:
-    """What the reward or cost model says of every grammatical answer, and last of other text, [prompts, answers]."""
+    """What the reward or cost model says of every grammatical answer, and last of other text,
+    [prompts, answers].
+    """
     resources = load_resources(lab.folder / "params.yaml")
     scorer = Scorer.load(lab.folder / "models" / f"{name}_model", resources)
     scores = scorer.score(
-        answers["prompt"].tolist(), answers["response"].tolist(), batch_size=resources.scoring_batch_size
+        answers["prompt"].tolist(),
+        answers["response"].tolist(),
+        batch_size=resources.scoring_batch_size,
     )
     table = scores.reshape(answers["prompt_id"].nunique(), -1)
     return np.hstack([table, np.full((len(table), 1), other[name].mean() if len(other) else 0.0)])
 
 
 def _effort(lab: Lab, folder: str) -> dict[str, float]:
-    """Policy trainings, generated tokens and seconds that a policy took, beside what serves every method."""
+    """Policy trainings, generated tokens and seconds that a policy took, beside what serves every
+    method.
+    """
     writer = next(name for name, spec in lab.dag.items() if f"models/{folder}" in spec.outs)
     own = sorted(_upstream(lab.dag, writer) - SHARED)
     seconds = sum(read_json(_ended(lab, name))["seconds"] for name in own)
     trained, tokens = sum(name.partition("@")[0].endswith(("_dpo", "_path")) for name in own), 0
     if writer.startswith("dual_search@"):
         search = read_json(lab.folder / "reports/search" / f"{writer.partition('@')[2]}.json")
-        trained, tokens = search["trainings"], search["generated_tokens"]  # a round trains two policies
+        trained, tokens = (
+            search["trainings"],
+            search["generated_tokens"],
+        )  # a round trains two policies
     return {"trainings": trained, "generated_tokens": tokens, "seconds": seconds}
 
 
@@ -194,7 +232,7 @@ def _upstream(dag: Mapping[str, StageSpec], name: str) -> set[str]:
     return {name}.union(*(_upstream(dag, source) for source in dag[name].upstream))
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 _COLUMNS = (
     ("(J* − J) / (J* − J_0)", "relative_gap", 2),
@@ -214,8 +252,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Means over the seeds, ± their standard deviation, best policies within the limit first."""
     heads = ["policy", "mean within", "within its interval", *(title for title, _, _ in _COLUMNS)]
     lines = options.head(heads)
-    by_policy = {name: [row for row in rows if row["policy"] == name] for name in {row["policy"] for row in rows}}
-    for name, own in sorted(by_policy.items(), key=lambda item: (item[0] != ALLOWED, *_rank(item[1]))):
+    by_policy = {
+        name: [row for row in rows if row["policy"] == name]
+        for name in {row["policy"] for row in rows}
+    }
+    for name, own in sorted(
+        by_policy.items(), key=lambda item: (item[0] != ALLOWED, *_rank(item[1]))
+    ):
         cells = [_cell([row[key] for row in own], digits) for _, key, digits in _COLUMNS]
         counts = [f"{sum(map(rule, own))}/{len(own)}" for rule in (mean_within, within)]
         lines.append(f"| {' | '.join([name, *counts, *cells])} |")
@@ -228,7 +271,9 @@ def mean_within(row: Mapping[str, Any]) -> bool:
 
 
 def within(row: Mapping[str, Any]) -> bool:
-    """Whether the limit lies in the confidence interval of the true cost, or above it: a breach is not shown."""
+    """Whether the limit lies in the confidence interval of the true cost, or above it: a breach is
+    not shown.
+    """
     return bool(row["least_excess"] <= 0)
 
 
@@ -250,8 +295,10 @@ def page(command: str, params: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     parts = [
         "# Language models of the world against the exact optimum",
         f"    {command}",
-        f"{len(seeds)} seeds ({', '.join(map(str, seeds))}) of `{params}`; numbers are means over the seeds, ± their "
-        "standard deviation.",
+        (
+            f"{len(seeds)} seeds ({', '.join(map(str, seeds))}) of `{params}`; numbers are means"
+            " over the seeds, ± their standard deviation."
+        ),
         "\n".join(table(rows)),
         _NOTES,
     ]
@@ -259,40 +306,62 @@ def page(command: str, params: Path, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 _NOTES = """\
-How to read it: every policy answers held-out prompts, and the world's oracle scores the text. `J* − J` is what a policy
-falls short of the exact constrained optimum in J = E[r*] − β KL; below 0 it buys reward by breaking the limit. J_0 is
-that of the policy nearest to the reference that keeps the limit: the reference itself where that keeps it. `mean
-within` counts the seeds whose mean true cost is within the limit, `within its interval` those where the limit is not
-below the 95 % interval around that mean: there a breach is not shown, which is no proof that there is none, and a mean
-somewhat above the limit counts. `way in r*` is the way from that nearest policy to the optimum in true reward.
-`displacement` is the mean log-ratio of reference samples: it falls as mass leaves what the reference says. Trainings,
-tokens and seconds are those of the policy's own steps and of those that it starts from; data, reference, reward and
-cost models and the pool serve all alike. *What the scorers allow* is no policy but arithmetic: the exact tilt of the
+How to read it: every policy answers held-out prompts, and the world's oracle scores the text. `J* −
+J` is what a policy
+falls short of the exact constrained optimum in J = E[r*] − β KL; below 0 it buys reward by breaking
+the limit. J_0 is
+that of the policy nearest to the reference that keeps the limit: the reference itself where that
+keeps it. `mean
+within` counts the seeds whose mean true cost is within the limit, `within its interval` those where
+the limit is not below the 95 % interval around that mean: there a breach is not shown, which is no
+proof that there is none, and a mean somewhat above the limit counts. `way in r*` is the way from
+that nearest policy to the optimum in true reward. `displacement` is the mean log-ratio of reference
+samples: it falls as mass leaves what the reference says. Trainings, tokens and seconds are those of
+the policy's own steps and of those that it starts from; data, reference, reward and cost models and
+the pool serve all alike. *What the scorers allow* is no policy but arithmetic: the exact tilt of
+the
 reference by the learned scores, so its distance is the scorers' error alone."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the laboratory; write world.json and world.md, and the page to stdout. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bench.world", description=(__doc__ or "").splitlines()[0])
+    """Run the laboratory; write world.json and world.md, and the page to stdout. Returns the exit
+    status.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.world", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
-    parser.add_argument("--params", type=Path, default=Path("params/every-method.yaml"), help="of the embedded world")
+    parser.add_argument(
+        "--params",
+        type=Path,
+        default=Path("params/every-method.yaml"),
+        help="of the embedded world",
+    )
     parser.add_argument("--limit", type=float, help="in place of that of params")
     parser.add_argument("--jobs", type=int, default=1, help="seeds that run at the same time")
-    parser.add_argument("--work", type=Path, default=Path(".scratch/bench-world"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the results")
+    parser.add_argument(
+        "--work", type=Path, default=Path(".scratch/bench-world"), help="folder of the runs"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/results"), help="folder of the results"
+    )
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("dvc").setLevel(logging.WARNING)
     threads = max(1, (os.cpu_count() or 1) // given.jobs)
     try:
-        labs = [set_up(seed, given.params, given.work.absolute(), given.limit) for seed in given.seeds]
+        labs = [
+            set_up(seed, given.params, given.work.absolute(), given.limit) for seed in given.seeds
+        ]
         with ThreadPoolExecutor(given.jobs) as pool:
             done = list(pool.map(lambda lab: run(lab, threads), labs))
     except (DualignError, OSError) as error:
         log.error("%s", error)
         return 1
     rows = [row for lab in done for row in (*rows_of(lab), allowed(lab))]
-    command = f"python -m bench.world --seeds {' '.join(map(str, given.seeds))} --params {given.params}"
+    command = (
+        f"python -m bench.world --seeds {' '.join(map(str, given.seeds))} --params {given.params}"
+    )
     command += "" if given.limit is None else f" --limit {given.limit:g}"
     text = page(command, given.params, rows)
     options.publish(given.out, "world", {"command": command, "rows": rows}, text)

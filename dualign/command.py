@@ -1,12 +1,13 @@
-"""The command `dualign`: what a user runs by hand, of the project and of the library, under one name.
+"""The command `dualign`: what a user runs by hand, of the project and of the library, under one
+name.
 
     dualign plan
     dualign certify verify reports/certificate/dualign
     dualign stage sft
 
-A table says whose `main(argv)` a command is; options and exit status are theirs alone. Commands of the library work
-anywhere. Those of a project run in the nearest folder, from here upwards, with dvc.yaml and pipeline/, by its own code.
-"""
+A table says whose `main(argv)` a command is; options and exit status are theirs alone. Commands of
+the library work anywhere. Those of a project run in the nearest folder, from here upwards, with
+dvc.yaml and pipeline/, by its own code."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ checkout's own folder. Exit statuses are those of the commands; 2 is a command t
 
 
 class Command(NamedTuple):
-    """The module whose `main(argv, prog)` a command is, or with `scripts` the package whose scripts it runs by name."""
+    """The module whose `main(argv, prog)` a command is, or with `scripts` the package whose scripts
+    it runs by name.
+    """
 
     about: str
     module: str
@@ -47,27 +50,45 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "repro": Command("run every stage that is out of date, with DVC alone", "pipeline.repro"),
-    "preset": Command("make params.yaml a copy of a preset", "pipeline.preset"),
+    "preset": Command("make params.yaml a copy of a preset", "pipeline.dvc.preset"),
     "plan": Command("say what a run would do and why, without running anything", PIPELINE),
     "run": Command("bring stages up to date", PIPELINE),
-    "stage": Command("run the script of one stage, whether it is out of date or not", "stages", scripts=True),
-    "serve": Command("offer the flow on the pages of a Prefect server, and run what is asked for there", PIPELINE),
-    "status": Command("list the last flow runs of this workspace, and the stages of the newest", PIPELINE),
+    "stage": Command(
+        "run the script of one stage, whether it is out of date or not", "stages", scripts=True
+    ),
+    "serve": Command(
+        "offer the flow on the pages of a Prefect server, and run what is asked for there", PIPELINE
+    ),
+    "status": Command(
+        "list the last flow runs of this workspace, and the stages of the newest", PIPELINE
+    ),
     "sweep": Command(
-        "run a grid of params, each point in a working tree of its own, as DVC experiments", PIPELINE
+        "run a grid of params, each point in a working tree of its own, as DVC experiments",
+        PIPELINE,
     ),
     "deploy": Command(
-        "tell a Prefect server how workers run a stage: pools and the deployments of prefect.yaml", PIPELINE
+        "tell a Prefect server how workers run a stage: pools and the deployments of prefect.yaml",
+        PIPELINE,
     ),
-    "work": Command("be a worker: take stages of a pool and run them in this clone, one after the other", PIPELINE),
+    "work": Command(
+        "be a worker: take stages of a pool and run them in this clone, one after the other",
+        PIPELINE,
+    ),
     "doctor": Command("look for what may keep a run from working", PIPELINE),
-    "certify": Command("recompute certificates from saved answers (verify), or sign one", "dualign.certificate"),
+    "certify": Command(
+        "recompute certificates from saved answers (verify), or sign one",
+        "dualign.certify.certificate",
+    ),
     "convert": Command("make a plain model folder of a GGUF file", "dualign.lm.convert"),
     "params": Command("check the params that stand on standard input", "dualign.params.loading"),
     "bench": Command("run a laboratory of bench/, such as exact", "bench", scripts=True),
-    "deps": Command("compare the code dependencies in dvc.yaml with the imports", "pipeline.deps"),
-    "completion": Command("print the script by which a shell completes all this", "dualign.completion"),
-}  # fmt: skip
+    "deps": Command(
+        "compare the code dependencies in dvc.yaml with the imports", "pipeline.dvc.deps"
+    ),
+    "completion": Command(
+        "print the script by which a shell completes all this", "dualign.completion"
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,8 +116,12 @@ def _alone(given: list[str]) -> int:
     parser.error("which command?")
 
 
-def overview(parsers: Mapping[str, argparse.ArgumentParser] | None = None) -> argparse.ArgumentParser:
-    """A parser that knows the names of all commands, for their list; with `parsers`, for completion, their options."""
+def overview(
+    parsers: Mapping[str, argparse.ArgumentParser] | None = None,
+) -> argparse.ArgumentParser:
+    """A parser that knows the names of all commands, for their list; with `parsers`, for
+    completion, their options.
+    """
     listed = "\n".join(f"  {name:12}{command.about}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="dualign", description=ABOUT, epilog=f"commands:\n{listed}\n\n{EPILOG}",
@@ -148,7 +173,9 @@ def enter(root: Path) -> None:
 
 
 def _script(name: str, package: str, rest: list[str]) -> NoReturn:
-    """Become `python -m PACKAGE.SCRIPT`: a script goes with the library of its checkout, here another may be loaded."""
+    """Become `python -m PACKAGE.SCRIPT`: a script goes with the library of its checkout, here
+    another may be loaded.
+    """
     known = scripts(package)
     if not rest or rest[0].startswith("-"):
         raise DualignError(f"usage: dualign {name} NAME ...; NAME is one of {', '.join(known)}")

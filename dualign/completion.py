@@ -1,4 +1,5 @@
-"""The script by which a shell completes commands and options: static, made from the commands' own parsers.
+"""The script by which a shell completes commands and options: static, made from the commands' own
+parsers.
 
 dualign completion bash > ~/.local/share/bash-completion/completions/dualign
 """
@@ -29,19 +30,25 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m dualign.compl
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The parser of this command."""
-    about = "Print the script by which a shell completes dualign, as for `source <(dualign completion bash)`."
+    about = (
+        "Print the script by which a shell completes dualign, as for `source <(dualign completion"
+        " bash)`."
+    )
     made = argparse.ArgumentParser(prog=prog, description=about)
     made.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
     return made
 
 
 def whole() -> argparse.ArgumentParser:
-    """One parser of all commands with their options; outside of a checkout, options of those that the library has."""
+    """One parser of all commands with their options; outside of a checkout, options of those that
+    the library has.
+    """
     in_project = _in_project()
     parsers = {
         name: made
         for name, command in COMMANDS.items()
-        if (in_project or not command.of_project) and (made := _parser_of(name, command)) is not None
+        if (in_project or not command.of_project)
+        and (made := _parser_of(name, command)) is not None
     }
     for made in parsers.values():
         _complete_files(made)
@@ -70,7 +77,9 @@ def _parser_of(name: str, command: Command) -> argparse.ArgumentParser | None:
 
 
 def _commands(made: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    return next((action.choices for action in made._actions if isinstance(action.choices, dict)), {})
+    return next(
+        (action.choices for action in made._actions if isinstance(action.choices, dict)), {}
+    )
 
 
 def _complete_files(made: argparse.ArgumentParser) -> None:

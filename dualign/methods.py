@@ -14,9 +14,8 @@
 | cost      | what the rule goes by: scores of the cost `model`, or binary `feedback`                            |
 | aims      | the cost that the rule steers to: the `limit`, or below it by the safety `stock` of the dual       |
 
-A row of `methods` in params names a method, where it starts and its reference, and may replace the last five columns
-and the rule.
-"""
+A row of `methods` in params names a method, where it starts and its reference, and may replace the
+last five columns and the rule."""
 
 from __future__ import annotations
 
@@ -26,9 +25,11 @@ from typing import Literal
 from dualign.core.errors import ParamsError
 from dualign.params.search import Aim, CostSource, MethodName, MethodRow, Returns, Rule
 
-#: Rules that train again and again, each time at a multiplier that the cost of the policy before asks for.
+#: Rules that train again and again, each time at a multiplier that the cost of the policy before
+#: asks for.
 ITERATIVE = ("dual_gradient", "projected_subgradient", "newton")
-#: Rules that each inner loss can follow: the safety loss divides by lambda, so its multipliers must stay off zero; a
+#: Rules that each inner loss can follow: the safety loss divides by lambda, so its multipliers must
+#: stay off zero; a
 #: policy gradient moves lambda itself.
 _RULES = {
     "safety": ("grid", "one_shot", "projected_subgradient"),
@@ -39,7 +40,10 @@ _RULES = {
 _ONLY = {
     "p_sacpo": ("merge",),
     "o_pd_dpo": ("projected_subgradient",),
-    "dualign": (*_RULES["lagrangian"], "merge"),  # of two policies of lambda_path, or of its start and pi_r
+    "dualign": (
+        *_RULES["lagrangian"],
+        "merge",
+    ),  # of two policies of lambda_path, or of its start and pi_r
 }
 #: Where the policy at the first multiplier may lie.
 _STARTS = {
@@ -71,21 +75,55 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("sacpo", "SACPO", _SACPO, "safety", "grid", "safety_pairs", "best"),
         Method("p_sacpo", "P-SACPO", _SACPO, "safety", "merge", "safety_pairs", "best"),
-        Method("c_dpo", "C-DPO", "2403.02475", "lagrangian", "dual_gradient", "scored_pairs", "best"),
-        Method("pd_dpo", "PD-DPO", _PD_DPO, "safety", "projected_subgradient", "safety_pairs", "last"),
-        Method("o_pd_dpo", "O-PD-DPO", _PD_DPO, "safety", "projected_subgradient", "fresh_pairs", "last"),
+        Method(
+            "c_dpo", "C-DPO", "2403.02475", "lagrangian", "dual_gradient", "scored_pairs", "best"
+        ),
+        Method(
+            "pd_dpo", "PD-DPO", _PD_DPO, "safety", "projected_subgradient", "safety_pairs", "last"
+        ),
+        Method(
+            "o_pd_dpo",
+            "O-PD-DPO",
+            _PD_DPO,
+            "safety",
+            "projected_subgradient",
+            "fresh_pairs",
+            "last",
+        ),
         Method("mocan", "MoCAN", _CAN, "lagrangian", "one_shot", "scored_pairs", "last"),
         Method("pecan", "PeCAN", _CAN, "lagrangian", "one_shot", "scored_pairs", "last"),
-        Method("caid", "CAID", "2505.19387", "lagrangian", "dual_gradient", "scored_pairs", "last", warm=True),
-        Method("safe_rlhf", "Safe RLHF", "2310.12773", "policy_gradient", "ascent", "prompts", "last"),
-        Method("dualign", "dualign (ours)", "docs/methods.md", "lagrangian", "newton", "pool", "best", warm=True),
+        Method(
+            "caid",
+            "CAID",
+            "2505.19387",
+            "lagrangian",
+            "dual_gradient",
+            "scored_pairs",
+            "last",
+            warm=True,
+        ),
+        Method(
+            "safe_rlhf", "Safe RLHF", "2310.12773", "policy_gradient", "ascent", "prompts", "last"
+        ),
+        Method(
+            "dualign",
+            "dualign (ours)",
+            "docs/methods.md",
+            "lagrangian",
+            "newton",
+            "pool",
+            "best",
+            warm=True,
+        ),
     )
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A row of params with its method's defaults filled in. `start` and `reference` are folders under models/."""
+    """A row of params with its method's defaults filled in. `start` and `reference` are folders
+    under models/.
+    """
 
     name: str
     method: Method
@@ -95,11 +133,17 @@ class Plan:
     @property
     def title(self) -> str:
         """The method's title, with the row's name where that is not the method's own."""
-        return self.method.title if self.name == self.method.name else f"{self.method.title} ({self.name})"
+        return (
+            self.method.title
+            if self.name == self.method.name
+            else f"{self.method.title} ({self.name})"
+        )
 
 
 def plan(name: str, row: MethodRow) -> Plan:
-    """The row `methods.NAME` over the table. Raises ParamsError naming the key that does not go with the others."""
+    """The row `methods.NAME` over the table. Raises ParamsError naming the key that does not go
+    with the others.
+    """
     keys = ("rule", "warm", "returns", "cost", "aims")
     options = {key: value for key in keys if (value := getattr(row, key)) is not None}
     method = replace(METHODS[row.method], **options)
@@ -114,12 +158,17 @@ def _problems(method: Method, row: MethodRow) -> list[str]:
     rules = _ONLY.get(method.name, _RULES[method.inner])
     starts = list(_STARTS[method.inner])
     if method.inner == "safety" and method.rule == "one_shot":
-        starts.append("reward_dpo/...")  # safety first, then helpfulness: no other multiplier can be trained from there
+        starts.append(
+            "reward_dpo/..."
+        )  # safety first, then helpfulness: no other multiplier can be trained from there
     if method.inner == "lagrangian" and method.rule == "merge":
         starts = ["lambda_path/...", "lagrangian_dpo/..."]
     iterates = method.rule in ITERATIVE
     checks = {
-        "rule": (method.rule in rules, f"{method.rule!r} does not go with {method.name}; one of {', '.join(rules)}"),
+        "rule": (
+            method.rule in rules,
+            f"{method.rule!r} does not go with {method.name}; one of {', '.join(rules)}",
+        ),
         "start": (
             row.start.partition("/")[0] in [start.partition("/")[0] for start in starts],
             f"{row.start!r} is not where {method.name} starts; one of {', '.join(starts)}",
@@ -127,15 +176,24 @@ def _problems(method: Method, row: MethodRow) -> list[str]:
         "reference": _reference(method, row),
         "returns": (
             iterates or method.returns in ("last", "best"),
-            f"{method.returns!r} needs a rule that trains again and again, not {method.rule!r}; last or best",
+            (
+                f"{method.returns!r} needs a rule that trains again and again, not {method.rule!r};"
+                " last or best"
+            ),
         ),
         "warm": (
             not row.warm or iterates or method.rule == "grid",
-            f"rule {method.rule!r} trains nothing that could go on from the policy before; leave it out",
+            (
+                f"rule {method.rule!r} trains nothing that could go on from the policy before;"
+                " leave it out"
+            ),
         ),
         "cost": (
             method.cost == "model" or method.rule not in ("one_shot", "ascent"),
-            f"rule {method.rule!r} does not go by this cost, so labels would be spent on nothing; leave it out",
+            (
+                f"rule {method.rule!r} does not go by this cost, so labels would be spent on"
+                " nothing; leave it out"
+            ),
         ),
         "aims": (
             method.aims == "limit" or method.rule not in ("one_shot", "ascent"),
@@ -148,22 +206,34 @@ def _problems(method: Method, row: MethodRow) -> list[str]:
         "policy_gradient": method.inner == "policy_gradient",
     }
     for key, needs in needed.items():
-        checks[key] = ((getattr(row, key) is not None) == needs, "is missing; docs/methods.md shows its keys")
+        checks[key] = (
+            (getattr(row, key) is not None) == needs,
+            "is missing; docs/methods.md shows its keys",
+        )
         if not needs:
-            checks[key] = (checks[key][0], f"{method.name} with cost {method.cost!r} does not read it; leave it out")
+            checks[key] = (
+                checks[key][0],
+                f"{method.name} with cost {method.cost!r} does not read it; leave it out",
+            )
     return [f"{key}: {problem}" for key, (holds, problem) in checks.items() if not holds]
 
 
 def _reference(method: Method, row: MethodRow) -> tuple[bool, str]:
     """Whether the reference goes with the start, and what to name if not."""
     if method.inner == "policy_gradient":
-        return row.reference == "sft", f"{row.reference!r} is not where {method.name} starts, its reference; name sft"
+        return (
+            row.reference == "sft",
+            f"{row.reference!r} is not where {method.name} starts, its reference; name sft",
+        )
     if method.inner == "lagrangian" and method.rule == "merge":
         holds = row.reference.startswith(("lambda_path/", "reward_dpo/"))
-        return holds, f"{row.reference!r} is no policy to merge with; name lambda_path/... or reward_dpo/..."
+        return (
+            holds,
+            f"{row.reference!r} is no policy to merge with; name lambda_path/... or reward_dpo/...",
+        )
     swapped = row.start.startswith("reward_dpo")
     problem = (
-        f"{row.reference!r} is no safe policy; a start in reward_dpo/ goes on from one in safety_dpo/... or "
-        "safety_path/..."
+        f"{row.reference!r} is no safe policy; a start in reward_dpo/ goes on from one in"
+        " safety_dpo/... or safety_path/..."
     )
     return not swapped or row.reference.startswith(("safety_dpo/", "safety_path/")), problem

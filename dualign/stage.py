@@ -1,4 +1,6 @@
-"""What surrounds every stage: typed params, logging, scratch for checkpoints, provenance, and errors in one line."""
+"""What surrounds every stage: typed params, logging, scratch for checkpoints, provenance, and
+errors in one line.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +41,11 @@ _PACKAGES = ("dualign", "torch", "transformers", "trl", "peft", "datasets", "pan
 
 @dataclass
 class Run(Generic[P]):
-    """One execution of a stage. `item` is the instance of a fanned-out stage, such as a method's name.
+    """One execution of a stage. `item` is the instance of a fanned-out stage, such as a method's
+    name.
 
-    `throughput` and `sources` (hub models with the commit that was read) are written into the provenance.
-    """
+    `throughput` and `sources` (hub models with the commit that was read) are written into the
+    provenance."""
 
     stage: str
     item: str | None
@@ -57,7 +60,9 @@ class Run(Generic[P]):
         return f"{self.stage}/{self.item}" if self.item else self.stage
 
     def pick(self, rows: Mapping[str, Row], where: str) -> tuple[str, Row]:
-        """This instance's name and its row in the table at key `where`. Raises ParamsError where it has none."""
+        """This instance's name and its row in the table at key `where`. Raises ParamsError where it
+        has none.
+        """
         names = ", ".join(rows) or "none"
         if self.item is None:
             raise ParamsError(f"python -m stages.{self.stage} NAME: which one of {where}? {names}")
@@ -69,19 +74,27 @@ class Run(Generic[P]):
         """Write this stage's DVC metrics file."""
         write_json(Path("reports/metrics") / f"{self.name}.json", content)
 
-    def losses(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ("step", "loss")) -> None:
-        """Write the loss by step of this stage's trainings, a table for `dvc plots`; empty where there was none."""
+    def losses(
+        self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ("step", "loss")
+    ) -> None:
+        """Write the loss by step of this stage's trainings, a table for `dvc plots`; empty where
+        there was none.
+        """
         write_rows(Path("reports/curves") / f"{self.name}.json", rows, columns)
 
     def scratch(self, *inputs: str | Path) -> Path:
-        """A folder for checkpoints that a rerun with the same params, inputs, seed, code and libraries finds again.
+        """A folder for checkpoints that a rerun with the same params, inputs, seed, code and
+        libraries finds again.
 
-        `inputs` are all files and folders that the result depends on; their contents count. It lies outside the stage's
-        outputs, which DVC deletes before it runs a stage; $DUALIGN_SCRATCH moves it. Raises DualignError where an input
-        is missing or the folder cannot be made.
-        """
+        `inputs` are all files and folders that the result depends on; their contents count. It lies
+        outside the stage's outputs, which DVC deletes before it runs a stage; $DUALIGN_SCRATCH
+        moves it. Raises DualignError where an input is missing or the folder cannot be made."""
         described = self.params.model_dump(mode="json")
-        for fan in ("methods", "runs", "policies"):  # of what is fanned out, the other items do not matter
+        for fan in (
+            "methods",
+            "runs",
+            "policies",
+        ):  # of what is fanned out, the other items do not matter
             if self.item in described.get(fan, {}):
                 described[fan] = described[fan][self.item]
         key = {
@@ -97,28 +110,33 @@ class Run(Generic[P]):
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DualignError(
-                f"{folder}: checkpoints cannot be kept there ({write_fault(error)}); name a folder that can be written "
-                "in $DUALIGN_SCRATCH"
+                f"{folder}: checkpoints cannot be kept there ({write_fault(error)}); name a folder"
+                " that can be written in $DUALIGN_SCRATCH"
             ) from error
         return folder
 
 
 def execute(main: Callable[[Run[P]], None], cls: type[P], argv: list[str] | None = None) -> None:
-    """Run a stage script: `python -m stages.NAME [ITEM]`; ITEM may also be DVC's name of the stage, `NAME@ITEM`.
+    """Run a stage script: `python -m stages.NAME [ITEM]`; ITEM may also be DVC's name of the stage,
+    `NAME@ITEM`.
 
     Exits 2 after a DualignError, 3 where people's labels are awaited, 130 after an interrupt.
     """
     argv = sys.argv[1:] if argv is None else argv
     _collect_again()
     _quiet()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
+    )
     for noisy in ("httpx", "datasets", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     _on_signals(_interrupt)
     sys.unraisablehook = functools.partial(_dropped, sys.unraisablehook)
     try:
         if len(argv) > 1 or argv[:1] in (["-h"], ["--help"]):
-            raise DualignError(f"usage: python -m stages.{cls.section} [ITEM]; knobs are in params.yaml")
+            raise DualignError(
+                f"usage: python -m stages.{cls.section} [ITEM]; knobs are in params.yaml"
+            )
         item = _item(argv[0]) if argv else None
         run = Run(cls.section, item, *for_run(cls))
         _threads(run.resources)
@@ -131,7 +149,9 @@ def execute(main: Callable[[Run[P]], None], cls: type[P], argv: list[str] | None
         sys.exit(error.status)
     except KeyboardInterrupt:
         log.error(
-            "interrupted; checkpoints are kept in %s, run the stage again to go on from the last one", scratch_root()
+            "interrupted; checkpoints are kept in %s, run the stage again to go on from the"
+            " last one",
+            scratch_root(),
         )
         sys.exit(130)
     except Exception as error:
@@ -161,7 +181,9 @@ def finished(scratch: Path) -> None:
 
 
 def _collect_again() -> None:
-    """Look for garbage again where `stages` put it off, but not among what was imported, which stays."""
+    """Look for garbage again where `stages` put it off, but not among what was imported, which
+    stays.
+    """
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
@@ -169,7 +191,9 @@ def _collect_again() -> None:
 
 def _quiet() -> None:
     """No progress bars or notices of the libraries: the stages log their own."""
-    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning
+    )
     if "transformers" in sys.modules:
         from transformers.utils import logging as hf_logging
 
@@ -189,7 +213,9 @@ def _threads(resources: Resources) -> None:
 
 
 def _on_signals(handler: Callable[[int, Any], None]) -> None:
-    """Have what stops a stage call `handler`; Ctrl-C too, except where a shell lets its background jobs ignore it."""
+    """Have what stops a stage call `handler`; Ctrl-C too, except where a shell lets its background
+    jobs ignore it.
+    """
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -199,9 +225,9 @@ def _on_signals(handler: Callable[[int, Any], None]) -> None:
 def _interrupt(signum: int, frame: Any) -> None:
     """Stop here, and look a moment later whether that was heard.
 
-    Python drops what is raised in a destructor, and a signal that comes while garbage is collected, a second at a time
-    after imports, is heard in one; libraries have their bare `except` too. While an interrupt cleans up it is let be.
-    """
+    Python drops what is raised in a destructor, and a signal that comes while garbage is collected,
+    a second at a time after imports, is heard in one; libraries have their bare `except` too. While
+    an interrupt cleans up it is let be."""
     signal.setitimer(signal.ITIMER_REAL, AGAIN)
     error = sys.exc_info()[1]
     while error is not None and not isinstance(error, KeyboardInterrupt):
@@ -217,13 +243,17 @@ def _dropped(before: Callable[[Any], Any], told: Any) -> None:
 
 
 def _too_late(signum: int, frame: Any) -> None:
-    """All is written, or has failed: an interrupt while the interpreter ends would be a traceback and no more."""
+    """All is written, or has failed: an interrupt while the interpreter ends would be a traceback
+    and no more.
+    """
 
 
 def _digest(path: Path) -> str:
     """SHA-256 over the names and bytes of a file or folder, without what is hidden in it."""
     if not path.exists():
-        raise DualignError(f"{path}: no such file or folder; run the stage that writes it first (`dvc repro`)")
+        raise DualignError(
+            f"{path}: no such file or folder; run the stage that writes it first (`dvc repro`)"
+        )
     digest = hashlib.sha256()
     files = [file for file in listed(path, "**/*") if file.is_file()] if path.is_dir() else [path]
     for file in files:
@@ -234,7 +264,8 @@ def _digest(path: Path) -> str:
 
 
 def _code() -> str:
-    """Digest of the sources that are loaded, the stage's script too: a checkpoint of other code is not continued.
+    """Digest of the sources that are loaded, the stage's script too: a checkpoint of other code is
+    not continued.
 
     Types of params are no part of it: their values are in the fingerprint beside it.
     """
@@ -243,7 +274,9 @@ def _code() -> str:
         for name, module in list(sys.modules.items())
         if _is_code(_own_name(name, module)) and getattr(module, "__file__", None)
     }
-    return hashlib.sha256("".join(_digest(Path(file)) for file in sorted(files)).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(_digest(Path(file)) for file in sorted(files)).encode()
+    ).hexdigest()
 
 
 def _is_code(name: str) -> bool:
@@ -266,7 +299,10 @@ def _provenance(run: Run[P], seconds: float) -> None:
         "stage": run.stage,
         "item": run.item,
         "params": run.params.model_dump(mode="json"),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _PACKAGES},
+        },
         "seed": getattr(run.params, "seed", None),
         "device": _device_name(),
         "seconds": round(seconds, 2),

@@ -1,4 +1,5 @@
-"""The command line: what a run would do, a run, the flow for Prefect's pages, the last runs, what may be wrong.
+"""The command line: what a run would do, a run, the flow for Prefect's pages, the last runs, what
+may be wrong.
 
 python -m pipeline plan
 python -m pipeline run --stage dual_init --set constraint.limit=-0.5
@@ -13,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import identity, server
 from pipeline.errors import PipelineError
+from pipeline.prefect import identity, server
 
 if TYPE_CHECKING:
-    from pipeline.dag import StageSpec
+    from pipeline.dvc.dag import StageSpec
 
 PROG = "python -m pipeline"
 EXIT = """exit status:
@@ -50,7 +51,10 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The parser of all commands."""
     made = argparse.ArgumentParser(
         prog=prog,
-        description="Run the stages of dvc.yaml as a Prefect flow. The guides are docs/prefect.md and docs/cluster.md.",
+        description=(
+            "Run the stages of dvc.yaml as a Prefect flow. The guides are docs/prefect.md and"
+            " docs/cluster.md."
+        ),
         epilog=EXIT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -68,47 +72,112 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     run = add("run", _run, "bring stages up to date")
     argument = run.add_argument
     argument(
-        "--stage", action="append", metavar="S", dest="stages", default=[],
+        "--stage",
+        action="append",
+        metavar="S",
+        dest="stages",
+        default=[],
         help="this stage and what it reads from, where out of date; repeat for more; dual_search means all of it",
-    )  # fmt: skip
-    argument("--force", action="store_true", help="run the stages of --stage, or all, even if nothing has changed")
+    )
     argument(
-        "--set", action="append", metavar="KEY=VALUE", dest="settings", default=[],
+        "--force",
+        action="store_true",
+        help="run the stages of --stage, or all, even if nothing has changed",
+    )
+    argument(
+        "--set",
+        action="append",
+        metavar="KEY=VALUE",
+        dest="settings",
+        default=[],
         help="write a new value into params.yaml first, such as constraint.limit=-0.5; repeat for more",
-    )  # fmt: skip
-    argument("--params", metavar="FILE", default="", help="put this preset in place of params.yaml first; or `default`")
+    )
+    argument(
+        "--params",
+        metavar="FILE",
+        default="",
+        help="put this preset in place of params.yaml first; or `default`",
+    )
     argument(
         "--jobs", type=_positive, metavar="N", default=0,
         help="stages side by side on the CPU (default: half the cores, at most 4)",
     )  # fmt: skip
-    argument("--cluster", action="store_true", help="run the stages on workers, not here (docs/cluster.md)")
-    add("serve", _serve, "offer the flow on the pages of a Prefect server, and run what is asked for there")
-    status = add("status", _status, "list the last flow runs of this workspace, and the stages of the newest")
-    status.add_argument("--last", type=_positive, default=5, metavar="N", help="how many runs (default 5)")
-    status.add_argument("--all", action="store_true", help="those of every workspace that shares the server")
-    grid = add("sweep", _sweep, "run a grid of params, each point in a working tree of its own, as DVC experiments")
-    grid.add_argument("grid", nargs="+", metavar="KEY=VALUE,...", help="the values of a key of params.yaml")
-    grid.add_argument("--stage", action="append", metavar="S", dest="stages", default=[], help="as for run")
-    grid.add_argument("--jobs", type=_positive, metavar="N", default=0, help="as for run")
-    grid.add_argument("--cluster", action="store_true", help="as for run; all points at the same time")
+    argument(
+        "--cluster",
+        action="store_true",
+        help="run the stages on workers, not here (docs/cluster.md)",
+    )
+    add(
+        "serve",
+        _serve,
+        "offer the flow on the pages of a Prefect server, and run what is asked for there",
+    )
+    status = add(
+        "status", _status, "list the last flow runs of this workspace, and the stages of the newest"
+    )
+    status.add_argument(
+        "--last", type=_positive, default=5, metavar="N", help="how many runs (default 5)"
+    )
+    status.add_argument(
+        "--all", action="store_true", help="those of every workspace that shares the server"
+    )
+    grid = add(
+        "sweep",
+        _sweep,
+        "run a grid of params, each point in a working tree of its own, as DVC experiments",
+    )
     grid.add_argument(
-        "--metric", action="append", metavar="M", dest="metrics", default=[],
+        "grid", nargs="+", metavar="KEY=VALUE,...", help="the values of a key of params.yaml"
+    )
+    grid.add_argument(
+        "--stage", action="append", metavar="S", dest="stages", default=[], help="as for run"
+    )
+    grid.add_argument("--jobs", type=_positive, metavar="N", default=0, help="as for run")
+    grid.add_argument(
+        "--cluster", action="store_true", help="as for run; all points at the same time"
+    )
+    grid.add_argument(
+        "--metric",
+        action="append",
+        metavar="M",
+        dest="metrics",
+        default=[],
         help="a column of the table, such as policies.*.cost.mean; repeat for more (default: some that differ)",
-    )  # fmt: skip
+    )
     deploy = add(
-        "deploy", _deploy, "tell a Prefect server how workers run a stage: pools and the deployments of prefect.yaml"
+        "deploy",
+        _deploy,
+        "tell a Prefect server how workers run a stage: pools and the deployments of prefect.yaml",
     )
     deploy.add_argument(
         "--type", choices=("process", "docker", "kubernetes"), default="process",
         help="the type of pools that are not there yet (default process)",
     )  # fmt: skip
-    work = add("work", _work, "be a worker: take stages of a pool and run them in this clone, one after the other")
-    work.add_argument("pool", metavar="POOL", help="cpu or gpu, as `meta: pool` of the stages in dvc.yaml says")
-    work.add_argument("--limit", type=_positive, default=1, metavar="N", help="stages at the same time (default 1)")
-    work.add_argument("--once", action="store_true", help="end when no stage of the pool is waiting, as in a batch job")
+    work = add(
+        "work",
+        _work,
+        "be a worker: take stages of a pool and run them in this clone, one after the other",
+    )
+    work.add_argument(
+        "pool", metavar="POOL", help="cpu or gpu, as `meta: pool` of the stages in dvc.yaml says"
+    )
+    work.add_argument(
+        "--limit",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="stages at the same time (default 1)",
+    )
+    work.add_argument(
+        "--once",
+        action="store_true",
+        help="end when no stage of the pool is waiting, as in a batch job",
+    )
     doctor = add("doctor", _doctor, "look for what may keep a run from working")
     doctor.add_argument(
-        "--cache", action="store_true", help="read all of DVC's cache too, for results that are damaged"
+        "--cache",
+        action="store_true",
+        help="read all of DVC's cache too, for results that are damaged",
     )
     return made
 
@@ -121,7 +190,9 @@ def _positive(text: str) -> int:
 
 def _check_root(root: Path) -> None:
     if not (root / "dvc.yaml").is_file() or not (root / ".dvc").is_dir():
-        raise PipelineError(f"{root}: no dvc.yaml and .dvc here; run this in the root of the repository")
+        raise PipelineError(
+            f"{root}: no dvc.yaml and .dvc here; run this in the root of the repository"
+        )
 
 
 def _say(lines: Sequence[str]) -> None:
@@ -135,16 +206,22 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join([*map(str.ljust, row, widths), row[-1]]).rstrip() for row in rows]
 
 
-# --- commands; each imports what it needs, for --help to be quick -----------------------------------------------------
+# --- commands; each imports what it needs, for --help to be quick ---------------------------------
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from pipeline.plan import plan
+    from pipeline.dvc.plan import plan
 
     dag = _dag()
     outlooks = plan(Path.cwd(), dag)
-    changed = [(name, outlook) for name, outlook in outlooks.items() if outlook.prospect != "up to date"]
-    _say(_columns([(name, outlook.prospect, ", ".join(outlook.reasons)) for name, outlook in changed]))
+    changed = [
+        (name, outlook) for name, outlook in outlooks.items() if outlook.prospect != "up to date"
+    ]
+    _say(
+        _columns(
+            [(name, outlook.prospect, ", ".join(outlook.reasons)) for name, outlook in changed]
+        )
+    )
     _say([f"{len(dag) - len(changed)} of {len(dag)} stages are up to date"])
     return 0
 
@@ -152,8 +229,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _dag() -> dict[str, StageSpec]:
     from dvc.exceptions import DvcException
 
-    from pipeline.dag import load_dag
-    from pipeline.plan import one_line
+    from pipeline.dvc.dag import load_dag
+    from pipeline.dvc.plan import one_line
 
     try:
         return load_dag(Path.cwd())
@@ -163,8 +240,8 @@ def _dag() -> dict[str, StageSpec]:
 
 def _run(arguments: argparse.Namespace) -> int:
     from pipeline import names, yaml_text
-    from pipeline.parameters import assign, parse
-    from pipeline.plan import select
+    from pipeline.dvc.parameters import assign, parse
+    from pipeline.dvc.plan import select
 
     settings = dict(parse(setting) for setting in arguments.settings)
     if not arguments.params:  # a slip of the pen need not wait for a server
@@ -173,7 +250,7 @@ def _run(arguments: argparse.Namespace) -> int:
     server.use_running()
     if arguments.cluster:
         server.need()
-    from pipeline.flow import REFUSED, WAITING, alignment
+    from pipeline.prefect.flow import REFUSED, WAITING, alignment
 
     with server.own_server():
         state = alignment(
@@ -192,7 +269,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _sweep(arguments: argparse.Namespace) -> int:
     import logging
 
-    from pipeline.plan import select
+    from pipeline.dvc.plan import select
     from pipeline.sweep import grid, sweep, table
 
     points = grid(arguments.grid)
@@ -211,7 +288,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 def _deploy(arguments: argparse.Namespace) -> int:
     server.need()
-    from pipeline.deploy import deploy
+    from pipeline.prefect.deploy import deploy
 
     _say(deploy(Path.cwd(), _dag(), arguments.type))
     return 0
@@ -219,7 +296,7 @@ def _deploy(arguments: argparse.Namespace) -> int:
 
 def _work(arguments: argparse.Namespace) -> int:
     server.need()
-    from pipeline.deploy import become_worker
+    from pipeline.prefect.deploy import become_worker
 
     become_worker(Path.cwd(), _dag(), arguments.pool, arguments.limit, arguments.once)
     return 0
@@ -227,7 +304,7 @@ def _work(arguments: argparse.Namespace) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     server.need()
-    from pipeline.serving import serve
+    from pipeline.prefect.serving import serve
 
     serve(Path.cwd())
     return 0
@@ -235,7 +312,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _status(arguments: argparse.Namespace) -> int:
     server.use_running()
-    from pipeline.history import last_runs
+    from pipeline.prefect.history import last_runs
 
     _say(last_runs(arguments.last, "" if arguments.all else identity.name(Path.cwd())))
     return 0

@@ -16,15 +16,16 @@ from typing import Literal
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
-from pipeline import identity, locks, server
-from pipeline.artifacts import size
-from pipeline.checkout import asked, complaint
-from pipeline.dag import load_dag
-from pipeline.damage import damages
+from pipeline.dvc import locks
+from pipeline.dvc.checkout import asked, complaint
+from pipeline.dvc.dag import load_dag
+from pipeline.dvc.damage import damages
+from pipeline.dvc.plan import one_line
 from pipeline.errors import PipelineError
-from pipeline.plan import one_line
-from pipeline.runner import exclusive
-from pipeline.slots import visible_gpus
+from pipeline.prefect import identity, server
+from pipeline.prefect.artifacts import size
+from pipeline.run.runner import exclusive
+from pipeline.run.slots import visible_gpus
 
 #: Free disk below which a run is likely to fail.
 ROOM = 5 * 2**30
@@ -60,7 +61,9 @@ def _graph(root: Path) -> Iterator[Finding]:
         dag = load_dag(root)
     except (DvcException, PipelineError) as error:
         remedy = (
-            "; take one side of a merge, git checkout --ours dvc.lock, then run" if "'dvc.lock'" in str(error) else ""
+            "; take one side of a merge, git checkout --ours dvc.lock, then run"
+            if "'dvc.lock'" in str(error)
+            else ""
         )
         yield Finding("wrong", f"dvc.yaml, params.yaml: {one_line(error)}{remedy}")
         return
@@ -70,20 +73,34 @@ def _graph(root: Path) -> Iterator[Finding]:
 def _pins(root: Path) -> Iterator[Finding]:
     path = root / "constraints.txt"
     if not path.exists():
-        yield Finding("note", "constraints.txt: not here, so the versions of packages are not checked")
+        yield Finding(
+            "note", "constraints.txt: not here, so the versions of packages are not checked"
+        )
         return
-    pins = dict(line.split("==") for line in path.read_text().split() if "==" in line and not line.startswith("#"))
+    pins = dict(
+        line.split("==")
+        for line in path.read_text().split()
+        if "==" in line and not line.startswith("#")
+    )
     wanted = {_canonical(name): version for name, version in pins.items()}
-    installed = {_canonical(dist.metadata["Name"]): dist.version for dist in importlib.metadata.distributions()}
+    installed = {
+        _canonical(dist.metadata["Name"]): dist.version
+        for dist in importlib.metadata.distributions()
+    }
     other = [
         f"{name} {installed[name]} (tested with {version})"
         for name, version in wanted.items()
         if name in installed and installed[name].split("+")[0] != version
     ]
     if other:
-        yield Finding("note", f"versions: {', '.join(other)}; pip install -e . -c constraints.txt brings them back")
+        yield Finding(
+            "note",
+            f"versions: {', '.join(other)}; pip install -e . -c constraints.txt brings them back",
+        )
     else:
-        yield Finding("ok", f"versions: Python {sys.version.split()[0]}, packages as in constraints.txt")
+        yield Finding(
+            "ok", f"versions: Python {sys.version.split()[0]}, packages as in constraints.txt"
+        )
 
 
 def _canonical(package: str) -> str:
@@ -101,7 +118,9 @@ def _git(root: Path) -> Iterator[Finding]:
         return
     changed = [line[3:] for line in answer.stdout.splitlines() if line[3:] != "dvc.lock"]
     if changed:
-        yield Finding("note", f"git: {len(changed)} files differ from the last commit, first {changed[0]}")
+        yield Finding(
+            "note", f"git: {len(changed)} files differ from the last commit, first {changed[0]}"
+        )
     else:
         yield Finding("ok", "git: as committed")
 
@@ -112,34 +131,54 @@ def _dvc(root: Path) -> Iterator[Finding]:
             remote, reached = repo.config["core"].get("remote"), _reach(repo)
             types, cache = list(repo.cache.local.cache_types), Path(repo.cache.local.path)
     except DvcException as error:
-        yield Finding("wrong", f"DVC: {one_line(error)}; run `dvc init` in the root of the repository")
+        yield Finding(
+            "wrong", f"DVC: {one_line(error)}; run `dvc init` in the root of the repository"
+        )
         return
     if not remote:
-        yield Finding("note", "DVC remote: none; results stay on this machine (`dvc remote add -d NAME URL`)")
+        yield Finding(
+            "note", "DVC remote: none; results stay on this machine (`dvc remote add -d NAME URL`)"
+        )
     elif reached:
         yield Finding(
-            "wrong", f"DVC remote: {remote} cannot be reached: {reached}; `dvc remote modify {remote}` sets it up"
+            "wrong",
+            f"DVC remote: {remote} cannot be reached: {reached}; `dvc remote modify {remote}` sets"
+            " it up",
         )
     else:
         yield Finding("ok", f"DVC remote: {remote}")
     cache.mkdir(parents=True, exist_ok=True)
     if types[:1] == ["hardlink"] and cache.stat().st_dev != root.stat().st_dev:
-        yield Finding("note", f"DVC cache: {cache} is on another disk, so outputs are linked by symlink or copied")
+        yield Finding(
+            "note",
+            f"DVC cache: {cache} is on another disk, so outputs are linked by symlink or copied",
+        )
     elif "hardlink" not in types and "symlink" not in types:
-        yield Finding("note", "DVC cache: outputs are kept twice; `dvc config cache.type hardlink,symlink,copy`")
+        yield Finding(
+            "note",
+            "DVC cache: outputs are kept twice; `dvc config cache.type hardlink,symlink,copy`",
+        )
     else:
         yield Finding("ok", f"DVC cache: {cache}, links {', '.join(types)}")
 
 
 def _reach(repo: Repo) -> str:
-    """Why the default remote does not answer, in one line; empty where it does, or there is none."""
+    """Why the default remote does not answer, in one line; empty where it does, or there is
+    none.
+    """
     if not repo.config["core"].get("remote"):
         return ""
     try:
         remote = repo.cloud.get_remote()
         if remote.fs.protocol == "local":  # its folder is made by the first push
-            place = next(at for at in (Path(remote.path), *Path(remote.path).parents) if at.exists())
-            return "" if place.is_dir() and os.access(place, os.W_OK) else f"{place} is no folder to write to"
+            place = next(
+                at for at in (Path(remote.path), *Path(remote.path).parents) if at.exists()
+            )
+            return (
+                ""
+                if place.is_dir() and os.access(place, os.W_OK)
+                else f"{place} is no folder to write to"
+            )
         remote.fs.ls(remote.path)
     except Exception as error:  # each kind of storage has its own
         return one_line(error) or type(error).__name__
@@ -177,19 +216,23 @@ def _dvc_locks(root: Path) -> Iterator[Finding]:
     for holder in holders:
         yield Finding("wrong" if holder.replaced else "note", f"locks: {holder.told}")
     for process in locks.orphans(root, [holder.pid for holder in holders]):
-        # DVC starts a stage by $SHELL, and not every shell hands its own process over to the command
+        # DVC starts a stage by $SHELL, and not every shell hands its own process over to the
+        # command
         numbers = " ".join(str(one.pid) for one in [process, *process.children(recursive=True)])
         yield Finding(
             "wrong",
-            f"locks: `{' '.join(process.cmdline())}` (process {process.pid}) runs on, the stage of a dvc that was "
-            f"killed; kill {numbers} before the next run",
+            f"locks: `{' '.join(process.cmdline())}` (process {process.pid}) runs on, the stage of"
+            f" a dvc that was killed; kill {numbers} before the next run",
         )
 
 
 def _disk(root: Path) -> Finding:
     free = shutil.disk_usage(root).free
     if free < ROOM:
-        return Finding("wrong", f"disk: {size(free)} free; `dvc gc --workspace` removes results that nothing uses")
+        return Finding(
+            "wrong",
+            f"disk: {size(free)} free; `dvc gc --workspace` removes results that nothing uses",
+        )
     return Finding("ok", f"disk: {size(free)} free")
 
 
@@ -206,7 +249,9 @@ def _server(api: str) -> Finding:
         return Finding("ok", f"Prefect server: {api}")
     if server.reachable(api) or server.origin(api):
         return Finding("wrong", f"Prefect server: {wrong}")
-    return Finding("note", f"Prefect server: none at {api}; `prefect server start` gives you the pages")
+    return Finding(
+        "note", f"Prefect server: none at {api}; `prefect server start` gives you the pages"
+    )
 
 
 def _workspace(root: Path) -> Finding:

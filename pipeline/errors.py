@@ -1,4 +1,6 @@
-"""Errors of the pipeline that a user can act on: one line that names what is wrong and what to do about it."""
+"""Errors of the pipeline that a user can act on: one line that names what is wrong and what to do
+about it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ class StageStopped(Exception):
 
 
 class StageFailed(Exception):
-    """A stage ended with an error. `code` is the exit status of its command, None where DVC refused to start it."""
+    """A stage ended with an error. `code` is the exit status of its command, None where DVC refused
+    to start it.
+    """
 
     def __init__(self, stage: str, reason: str, code: int | None) -> None:
         super().__init__(f"{stage}: {reason}")
@@ -20,10 +24,14 @@ class StageFailed(Exception):
 
     @property
     def waiting(self) -> bool:
-        """Whether the stage waits for people, and goes on once they have done what `reason` asks for: it exits 3."""
+        """Whether the stage waits for people, and goes on once they have done what `reason` asks
+        for: it exits 3.
+        """
         return self.code == 3
 
     @property
     def lasting(self) -> bool:
-        """Whether another attempt must end in the same way: stages exit 2 after input that they refuse."""
+        """Whether another attempt must end in the same way: stages exit 2 after input that they
+        refuse.
+        """
         return self.code == 2 or self.waiting

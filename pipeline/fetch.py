@@ -2,9 +2,9 @@
 
     python fetch.py PATH...
 
-`dvc pull PATH...` does the same a third of a second a path, and a report reads ninety. A command of its own, so that it
-can be stopped; no module of this repository is imported, for it to run from any tree.
-"""
+`dvc pull PATH...` does the same a third of a second a path, and a report reads ninety. A command of
+its own, so that it can be stopped; no module of this repository is imported, for it to run from any
+tree."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from dvc.repo import Repo
 def fetch(root: Path, paths: Collection[str]) -> str:
     """Fetch the outputs at `paths`, relative to `root`; returns how much that was, in words.
 
-    Raises DvcException where neither cache nor remote has one, or where it would overwrite what DVC does not hold.
-    """
+    Raises DvcException where neither cache nor remote has one, or where it would overwrite what DVC
+    does not hold."""
     wanted = {str(root / path) for path in paths}
     with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
         outs = [out for out in repo.index.outs if out.fs_path in wanted]

@@ -1,8 +1,9 @@
-"""Names that params.yaml gives to runs and policies, checked before DVC makes stages, commands and paths of them.
+"""Names that params.yaml gives to runs and policies, checked before DVC makes stages, commands and
+paths of them.
 
-DVC puts a name into a path as it is, and deletes what lies there before it runs the stage. Where DVC is started by
-itself, `.dvcignore` keeps what it writes and deletes within the folders of the stages.
-"""
+DVC puts a name into a path as it is, and deletes what lies there before it runs the stage. Where
+DVC is started by itself, `.dvcignore` keeps what it writes and deletes within the folders of the
+stages."""
 
 from __future__ import annotations
 
@@ -45,24 +46,36 @@ def _check_runs(foreach: str, definition: Mapping[str, Any], content: Any) -> No
     if not isinstance(names, dict):
         return
     dotless = any(key.endswith(".${key}") for key in definition.get("params", ()))
-    used = {item for path in definition.get("deps", ()) for item in _TEMPLATE.findall(path) if item.startswith("item")}
+    used = {
+        item
+        for path in definition.get("deps", ())
+        for item in _TEMPLATE.findall(path)
+        if item.startswith("item")
+    }
     for name, run in names.items():
         where = f"params.yaml: {place}.{_shown(name)}"
         _check_name(str(name), where, dotless)
         for key, value in _values(run, used):
             if not all(NAME.fullmatch(part) for part in str(value).split("/")):
-                raise PipelineError(f"{where}{key}: {_shown(value)} is not NAME or STAGE/NAME; {_RULE}")
+                raise PipelineError(
+                    f"{where}{key}: {_shown(value)} is not NAME or STAGE/NAME; {_RULE}"
+                )
 
 
 def _check_name(name: str, where: str, dotless: bool) -> None:
     if not NAME.fullmatch(name):
         raise PipelineError(f"{where}: {_RULE}")
     if dotless and "." in name:
-        raise PipelineError(f"{where}: DVC takes '.' for a level of keys; the name of a run has none, use '_' or '-'")
+        raise PipelineError(
+            f"{where}: DVC takes '.' for a level of keys; the name of a run has none, use '_'"
+            " or '-'"
+        )
 
 
 def _values(run: Any, used: set[str]) -> Iterator[tuple[str, Any]]:
-    """The values of a run that go into paths, with their keys; what is not there is for DVC to say."""
+    """The values of a run that go into paths, with their keys; what is not there is for DVC to
+    say.
+    """
     for item in sorted(used):
         key = item.removeprefix("item")
         value = _dig(run, key[1:]) if key else run
@@ -85,4 +98,6 @@ def check_stage(name: str) -> None:
     """Check the name of a stage, such as `sft` or `evaluate@sft`; raises PipelineError."""
     stage, at, run = name.partition("@")
     if not all(map(NAME.fullmatch, [stage, run] if at else [stage])):
-        raise PipelineError(f"{_shown(name)}: no such stage; a stage is STAGE or STAGE@NAME, and {_RULE}")
+        raise PipelineError(
+            f"{_shown(name)}: no such stage; a stage is STAGE or STAGE@NAME, and {_RULE}"
+        )

@@ -19,7 +19,10 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
     file = Path("params.yaml")
     if not file.is_file() or not Path(".dvc").is_dir():
-        sys.stderr.write(f"{prog}: {Path.cwd()} lacks params.yaml or .dvc; run this in the root of the repository\n")
+        sys.stderr.write(
+            f"{prog}: {Path.cwd()} lacks params.yaml or .dvc; run this in the root of the"
+            " repository\n"
+        )
         return 2
     with file.open("rb") as params:
         check = [sys.executable, "-m", "dualign.params.loading", file.name]
@@ -28,7 +31,9 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
         return status
     # dvc.yaml says `python`: let it be this one.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    os.execve(sys.executable, [sys.executable, "-m", "dvc", "repro", *given], {**os.environ, "PATH": path})
+    os.execve(
+        sys.executable, [sys.executable, "-m", "dvc", "repro", *given], {**os.environ, "PATH": path}
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""A grid of params: each point runs in a working tree of its own, becomes a DVC experiment, and is a row of one table.
+"""A grid of params: each point runs in a working tree of its own, becomes a DVC experiment, and is
+a row of one table.
 
 Trees share the workspace's cache and scratch folder, so what the points have in common runs once.
 """
@@ -22,12 +23,14 @@ from typing import Any
 from dvc.exceptions import DvcException
 from dvc.repo.experiments.refs import ExpRefInfo
 
-from pipeline import artifacts, identity, inputs, names, yaml_text
-from pipeline.checkout import CARRIED, committed, git, published, put, working_tree
-from pipeline.dag import StageSpec, load_dag
+from pipeline import names, yaml_text
+from pipeline.dvc import inputs
+from pipeline.dvc.checkout import CARRIED, committed, git, published, put, working_tree
+from pipeline.dvc.dag import StageSpec, load_dag
+from pipeline.dvc.parameters import assign
+from pipeline.dvc.plan import one_line
 from pipeline.errors import PipelineError
-from pipeline.parameters import assign
-from pipeline.plan import one_line
+from pipeline.prefect import artifacts, identity
 
 #: Columns of metrics in the table; `dvc exp show` has all.
 COLUMNS = 6
@@ -65,13 +68,24 @@ def grid(arguments: Sequence[str]) -> list[Point]:
         except PipelineError:
             values = []
         if not equals or not key.strip() or not values or None in values:
-            raise PipelineError(f"{argument}: write key=value,value,... for example constraint.limit=-0.5,0")
+            raise PipelineError(
+                f"{argument}: write key=value,value,... for example constraint.limit=-0.5,0"
+            )
         axes[key.strip()] = values
-    return [Point(dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+    return [
+        Point(dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())
+    ]
 
 
-def sweep(root: Path, points: Sequence[Point], stages: Sequence[str], options: Sequence[str], cluster: bool) -> None:
-    """Run every point, and write into it how it ended and its metrics; points that completed become experiments.
+def sweep(
+    root: Path,
+    points: Sequence[Point],
+    stages: Sequence[str],
+    options: Sequence[str],
+    cluster: bool,
+) -> None:
+    """Run every point, and write into it how it ended and its metrics; points that completed become
+    experiments.
 
     Args:
         root: the workspace; its params.yaml and dvc.lock are where each point starts.
@@ -80,16 +94,17 @@ def sweep(root: Path, points: Sequence[Point], stages: Sequence[str], options: S
         options: for `python -m pipeline run` in each tree, beside the point's own.
         cluster: all at the same time, on workers, instead of one after the other, here.
 
-    Raises PipelineError, before anything runs, for a key that is not there, or a commit or files that points or workers
-    cannot have.
-    """
+    Raises PipelineError, before anything runs, for a key that is not there, or a commit or files
+    that points or workers cannot have."""
     commit = published(root) if cluster else committed(root)
     _check_inputs(root, cluster)
     for point in points:
         names.check(root, assign(yaml_text.read(root / "params.yaml"), point.settings))
     with ThreadPoolExecutor(len(points) if cluster else 1) as pool:
         futures = [
-            pool.submit(_run, root, commit, point, stages, [*options, *(["--cluster"] if cluster else [])])
+            pool.submit(
+                _run, root, commit, point, stages, [*options, *(["--cluster"] if cluster else [])]
+            )
             for point in points
         ]
         try:
@@ -106,13 +121,27 @@ def _check_inputs(root: Path, cluster: bool) -> None:
     if cluster:
         inputs.check_held(root, dag, dag)
     elif linked := inputs.loose(root, dag, dag):
-        log.info("%d files that git ignores are linked into each point's tree, first %s", len(linked), linked[0])
+        log.info(
+            "%d files that git ignores are linked into each point's tree, first %s",
+            len(linked),
+            linked[0],
+        )
 
 
-def _run(root: Path, commit: str, point: Point, stages: Sequence[str], options: Sequence[str]) -> None:
+def _run(
+    root: Path, commit: str, point: Point, stages: Sequence[str], options: Sequence[str]
+) -> None:
     files = {name: (root / name).read_text() for name in CARRIED if (root / name).exists()}
-    settings = [word for key, value in point.settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    told = {"DUALIGN_SCRATCH": str(root / ".scratch"), **os.environ, identity.VARIABLE: identity.name(root)}
+    settings = [
+        word
+        for key, value in point.settings.items()
+        for word in ("--set", f"{key}={json.dumps(value)}")
+    ]
+    told = {
+        "DUALIGN_SCRATCH": str(root / ".scratch"),
+        **os.environ,
+        identity.VARIABLE: identity.name(root),
+    }
     files["params.yaml"] = assign(files["params.yaml"], point.settings)
     with working_tree(root, commit, f"sweep-{point.name}", log.log) as (tree, _):
         put(tree, {**files, **inputs.answers(root)})
@@ -131,16 +160,27 @@ def _run(root: Path, commit: str, point: Point, stages: Sequence[str], options: 
         log.info("%s: %s", point.name, point.end)
         put(root, inputs.questions(tree))
         for spec in dag.values():
-            if spec.name in stages or spec.name.split("@")[0] in stages or (not stages and _is_last(spec, dag)):
+            if (
+                spec.name in stages
+                or spec.name.split("@")[0] in stages
+                or (not stages and _is_last(spec, dag))
+            ):
                 point.metrics.update(artifacts.current_metrics(tree, spec))
         if code == 0:
             _save(tree, commit, point.name)
 
 
 def _followed(command: Sequence[str], tree: Path, environment: Mapping[str, str], name: str) -> int:
-    """Run a command, each line of its output with the name of its point before it; returns its exit status."""
+    """Run a command, each line of its output with the name of its point before it; returns its exit
+    status.
+    """
     with subprocess.Popen(
-        command, cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=tree,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -153,30 +193,41 @@ def _is_last(spec: StageSpec, dag: Mapping[str, StageSpec]) -> bool:
 
 
 def _save(tree: Path, commit: str, name: str) -> None:
-    """Keep params and records as a DVC experiment of the commit: a commit on it under the ref that DVC looks for.
+    """Keep params and records as a DVC experiment of the commit: a commit on it under the ref that
+    DVC looks for.
 
     `dvc exp save` does the same from the files, which a cluster's coordinator does not have.
     """
     git(tree, "add", "--force", "params.yaml", "dvc.lock")
     made = git(tree, "write-tree").strip()
-    saved = git(tree, "commit-tree", made, "-p", commit, "-m", f"dvc: commit experiment {name}").strip()
+    saved = git(
+        tree, "commit-tree", made, "-p", commit, "-m", f"dvc: commit experiment {name}"
+    ).strip()
     git(tree, "update-ref", str(ExpRefInfo(commit, name)), saved)
 
 
 def table(points: Sequence[Point], patterns: Sequence[str]) -> list[list[str]]:
     """A row per point under a row of titles: its params, how it ended, and metrics.
 
-    `patterns` chooses metrics, as in `policies.*.cost.mean`; without one, a few, those in which points differ if any.
-    """
+    `patterns` chooses metrics, as in `policies.*.cost.mean`; without one, a few, those in which
+    points differ if any."""
     keys = list(points[0].settings)
-    metrics = list(dict.fromkeys(key for point in points for key in point.metrics if _numbers(points, key)))
+    metrics = list(
+        dict.fromkeys(key for point in points for key in point.metrics if _numbers(points, key))
+    )
     if patterns:
-        shown = [key for key in metrics if any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)]
+        shown = [
+            key for key in metrics if any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+        ]
     else:
         differ = [key for key in metrics if len(set(map(str, _numbers(points, key)))) > 1]
         shown = (differ or metrics)[:COLUMNS]
     rows = [
-        [*map(_told, point.settings.values()), point.end, *(_told(point.metrics.get(key, "")) for key in shown)]
+        [
+            *map(_told, point.settings.values()),
+            point.end,
+            *(_told(point.metrics.get(key, "")) for key in shown),
+        ]
         for point in points
     ]
     return [[*keys, "", *shown], *rows]
@@ -188,4 +239,6 @@ def _told(value: Any) -> str:
 
 def _numbers(points: Sequence[Point], key: str) -> list[float]:
     values = [point.metrics.get(key) for point in points]
-    return [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    return [
+        value for value in values if isinstance(value, int | float) and not isinstance(value, bool)
+    ]

@@ -1,4 +1,5 @@
-"""YAML of a user, read within limits, as `dualign.core.yaml_text` reads it, which must not be imported here.
+"""YAML of a user, read within limits, as `dualign.core.yaml_text` reads it, which must not be
+imported here.
 
 `read` and `load` are apart, since an edit of params.yaml is one of its text.
 """
@@ -16,8 +17,9 @@ from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEv
 
 from pipeline.errors import PipelineError
 
-#: Bytes of a file, levels of lists and mappings, and values, where an alias counts as all that it repeats. The files in
-#: `params/` stay below 20 000, 8 and 1 000. A test holds the two modules together.
+#: Bytes of a file, levels of lists and mappings, and values, where an alias counts as all that it
+#: repeats. The files in `params/` stay below 20 000, 8 and 1 000. A test holds the two modules
+#: together.
 LARGEST, DEEPEST, MOST_VALUES = 200_000, 20, 50_000
 #: Characters of a number.
 LONGEST_NUMBER = 100
@@ -53,13 +55,18 @@ def read(path: Path) -> str:
             content = stream.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise PipelineError(
-                f"{path.name}: more than {LARGEST // 1000} kB; params are shorter, so this is another file"
+                f"{path.name}: more than {LARGEST // 1000} kB; params are shorter, so this is"
+                " another file"
             )
         return content.decode().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise PipelineError(f"{path.name}: not valid YAML ({error.reason}); save it as UTF-8 text") from None
+        raise PipelineError(
+            f"{path.name}: not valid YAML ({error.reason}); save it as UTF-8 text"
+        ) from None
     except OSError as error:
-        raise PipelineError(f"{path.name}: cannot be read ({error.strerror}); it must be a text file") from None
+        raise PipelineError(
+            f"{path.name}: cannot be read ({error.strerror}); it must be a text file"
+        ) from None
 
 
 def load(text: str, name: str = "params.yaml") -> Any:
@@ -70,7 +77,9 @@ def load(text: str, name: str = "params.yaml") -> Any:
     except YAMLError as error:
         raise PipelineError(f"{name}:{_place(error)} not valid YAML; correct the file") from None
     except (ValueError, OverflowError) as error:  # a date or a number that Python has not
-        raise PipelineError(f"{name}: a value cannot be read ({error}); correct it, or quote a text") from None
+        raise PipelineError(
+            f"{name}: a value cannot be read ({error}); correct it, or quote a text"
+        ) from None
 
 
 def check(text: str, name: str = "params.yaml") -> None:
@@ -96,13 +105,17 @@ def _short(text: object) -> str:
 
 
 def _measure(text: str) -> None:
-    """Raise _Refused where the text goes beyond a limit. Works on events, which need no recursion."""
+    """Raise _Refused where the text goes beyond a limit. Works on events, which need no
+    recursion.
+    """
     root = _Node(None, 1, 0)
     within = [root]  # the collections around an event, outermost first
     anchored: dict[str, _Node] = {}
     for event in YAML(typ="safe", pure=True).parse(text):
         if isinstance(event, CollectionStartEvent | ScalarEvent) and event.tag is not None:
-            raise _Refused(event, f"the tag {_short(event.tag)} is not read here; write the value without it")
+            raise _Refused(
+                event, f"the tag {_short(event.tag)} is not read here; write the value without it"
+            )
         if isinstance(event, CollectionStartEvent):
             within.append(_Node(event.anchor, 1, 1))
             ended = None
@@ -110,8 +123,15 @@ def _measure(text: str) -> None:
             ended = within.pop()
         elif isinstance(event, ScalarEvent):
             ended = _Node(event.anchor, 1, 0)
-            if len(event.value) > LONGEST_NUMBER and event.implicit[0] and _DIGITS.fullmatch(event.value):
-                raise _Refused(event, f"a number of {len(event.value)} digits; write a shorter one, or quote a text")
+            if (
+                len(event.value) > LONGEST_NUMBER
+                and event.implicit[0]
+                and _DIGITS.fullmatch(event.value)
+            ):
+                raise _Refused(
+                    event,
+                    f"a number of {len(event.value)} digits; write a shorter one, or quote a text",
+                )
         elif isinstance(event, AliasEvent):
             ended = _repeated(event, anchored)
         else:
@@ -121,13 +141,21 @@ def _measure(text: str) -> None:
             if ended.anchor is not None:
                 anchored[ended.anchor] = ended
         if len(within) - 1 + (ended.levels if ended else 0) > DEEPEST:
-            raise _Refused(event, f"more than {DEEPEST} lists and mappings in each other; params have no such place")
+            raise _Refused(
+                event,
+                f"more than {DEEPEST} lists and mappings in each other; params have no such place",
+            )
         if within[-1].values > MOST_VALUES:
-            raise _Refused(event, f"more than {MOST_VALUES} values, with what aliases repeat; write fewer")
+            raise _Refused(
+                event, f"more than {MOST_VALUES} values, with what aliases repeat; write fewer"
+            )
 
 
 def _repeated(alias: AliasEvent, anchored: dict[str, _Node]) -> _Node:
     if alias.anchor not in anchored:
-        raise _Refused(alias, f"*{_short(alias.anchor)} repeats what has not ended before it; write the value out")
+        raise _Refused(
+            alias,
+            f"*{_short(alias.anchor)} repeats what has not ended before it; write the value out",
+        )
     node = anchored[alias.anchor]
     return _Node(None, node.values, node.levels)

@@ -1,11 +1,12 @@
-"""certify ROW: the safest policies first, on prompts that nothing else has seen -> models/certified/ROW.
+"""certify ROW: the safest policies first, on prompts that nothing else has seen ->
+models/certified/ROW.
 
     python -m stages.certify dualign
 
-Draws answers to the certify prompts from one candidate after the other until one is not shown to keep the limit, writes
-the certificate with everything that is needed to check it to reports/certificate/ROW, and copies the last certified
-policy. Where not even the first passes, the certificate says so, and the folder of the policy holds that message alone.
-"""
+Draws answers to the certify prompts from one candidate after the other until one is not shown to
+keep the limit, writes the certificate with everything that is needed to check it to
+reports/certificate/ROW, and copies the last certified policy. Where not even the first passes, the
+certificate says so, and the folder of the policy holds that message alone."""
 
 from __future__ import annotations
 
@@ -16,17 +17,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from dualign import certificate, screening
-from dualign.certificate import Certificate, Origin, Requirement
-from dualign.certification import MODELS, Contender, Contenders, contenders, forecast, screen
-from dualign.constraints import Constraint, prices_in
+from dualign.certify import certificate, screening
+from dualign.certify.candidates import MODELS, Contender, Contenders, contenders, forecast, screen
+from dualign.certify.certificate import Certificate, Origin, Requirement
+from dualign.certify.evidence import Evidence
 from dualign.core.artifacts import replacing, write_json
 from dualign.core.records import SolvedDual, read_record
 from dualign.core.schema import PROMPTS, read_table
-from dualign.evidence import Evidence
-from dualign.measure.rollout import Judges
+from dualign.evaluation.rollout import Judges
+from dualign.lm.card import HEAD, MODEL
+from dualign.math.constraints import Constraint, prices_in
 from dualign.params.certify import CertifyParams, CertifyRun
-from dualign.search.card import HEAD, MODEL
 from dualign.stage import Run, execute, finished
 
 log = logging.getLogger("dualign")
@@ -48,7 +49,10 @@ def main(run: Run[CertifyParams]) -> None:
     params = run.params
     item, row = run.pick(params.runs, "certify.runs")
     prompts = read_table(PROMPT_SET, PROMPTS).head(params.prompts)
-    models = {MODELS / name for name in ("sft", "reward_model", "cost_model", row.policy, row.partner, row.fallback)}
+    models = {
+        MODELS / name
+        for name in ("sft", "reward_model", "cost_model", row.policy, row.partner, row.fallback)
+    }
     screened = [] if params.screen is None else [SCREENED]
     scratch = run.scratch(PROMPT_SET, *screened, DUAL, *sorted(models))
     further = [price.constraint for price in prices_in(read_record(DUAL, SolvedDual))]
@@ -80,25 +84,44 @@ def main(run: Run[CertifyParams]) -> None:
 
 
 def screened_once(
-    row: CertifyRun, required: Sequence[Requirement], params: CertifyParams, judges: Judges, scratch: Path
+    row: CertifyRun,
+    required: Sequence[Requirement],
+    params: CertifyParams,
+    judges: Judges,
+    scratch: Path,
 ) -> Path | None:
-    """The file of the screen, made if it is not there; None where the weights are tested as they stand."""
+    """The file of the screen, made if it is not there; None where the weights are tested as they
+    stand.
+    """
     if params.screen is None or len(row.weights) < 2:
         return None
     file = scratch / SCREEN
     if not file.is_file():
         prompts = read_table(SCREENED, PROMPTS)
-        write_json(file, screen(row, required, params, params.screen, prompts, judges, scratch).model_dump())
+        write_json(
+            file,
+            screen(row, required, params, params.screen, prompts, judges, scratch).model_dump(),
+        )
     return file
 
 
 def origin(row: CertifyRun, item: str, bench: Contenders) -> Origin:
     """What the certificate of a row is made from, as `verify` finds it again."""
-    return Origin(certificate.PLACE / item, row, PROMPT_SET, DUAL, bench.policy, POLICIES / item, MODELS / "cost_model")
+    return Origin(
+        certificate.PLACE / item,
+        row,
+        PROMPT_SET,
+        DUAL,
+        bench.policy,
+        POLICIES / item,
+        MODELS / "cost_model",
+    )
 
 
 def requirements(params: CertifyParams, further: Sequence[Constraint]) -> list[Requirement]:
-    """What a candidate must keep: the limit on the model's cost, further limits, and the limit on the truth."""
+    """What a candidate must keep: the limit on the model's cost, further limits, and the limit on
+    the truth.
+    """
     found = []
     for limit in (Constraint("c", "cost", params.limit), *further):
         found.append(Requirement(**asdict(limit), **tested_by(limit, params)))
@@ -107,7 +130,13 @@ def requirements(params: CertifyParams, further: Sequence[Constraint]) -> list[R
         limit_of_truth = params.limit if params.labels.limit is None else params.labels.limit
         why = "only labelled answers show it, and the model's costs make their number go further"
         found.append(
-            Requirement(name=name, quantity=quantity, limit=limit_of_truth, method="prediction_powered", why=why)
+            Requirement(
+                name=name,
+                quantity=quantity,
+                limit=limit_of_truth,
+                method="prediction_powered",
+                why=why,
+            )
         )
     return found
 
@@ -115,7 +144,8 @@ def requirements(params: CertifyParams, further: Sequence[Constraint]) -> list[R
 def tested_by(limit: Constraint, params: CertifyParams) -> dict[str, Any]:
     """The bound that a limit is tested by: `method`, `bounds` (the quantity's range) and `why`.
 
-    With `method: auto` it is the one that holds for every number of prompts, wherever the range is known.
+    With `method: auto` it is the one that holds for every number of prompts, wherever the range is
+    known.
     """
     cost = None if params.bounds is None else (params.bounds[0], params.bounds[1])
     bounds = limit.bounds(cost, params.max_new_tokens)
@@ -123,14 +153,22 @@ def tested_by(limit: Constraint, params: CertifyParams) -> dict[str, Any]:
         bounds = None if cost is None else bounds
         return {"method": params.method, "bounds": bounds, "why": "certify.method names it"}
     if bounds is None:
-        why = "certify.bounds states no range of the cost, so the bound holds for many prompts, not for every number"
+        why = (
+            "certify.bounds states no range of the cost, so the bound holds for many prompts, not"
+            " for every number"
+        )
         return {"method": "clustered_t", "bounds": None, "why": why}
-    why = f"every answer lies between {bounds[0]:g} and {bounds[1]:g}, so the bound holds for every number of prompts"
+    why = (
+        f"every answer lies between {bounds[0]:g} and {bounds[1]:g}, so the bound holds for every"
+        " number of prompts"
+    )
     return {"method": "star_bets", "bounds": bounds, "why": why}
 
 
 def into(folder: Path, evidence: Evidence) -> Evidence:
-    """The files copied into the certificate's folder, where it finds them wherever the folder is moved."""
+    """The files copied into the certificate's folder, where it finds them wherever the folder is
+    moved.
+    """
     copies = [None if file is None else folder / file.name for file in evidence]
     for file, copy in zip(evidence, copies, strict=True):
         if file is not None and copy is not None:
@@ -140,7 +178,9 @@ def into(folder: Path, evidence: Evidence) -> Evidence:
 
 
 def describe(found: Certificate, bench: Contenders) -> dict[str, Any]:
-    """The certificate as metrics: what it says, each test, and how many prompts a failed one would have needed."""
+    """The certificate as metrics: what it says, each test, and how many prompts a failed one would
+    have needed.
+    """
     tests = [
         {
             "candidate": test.name,
@@ -165,15 +205,17 @@ def describe(found: Certificate, bench: Contenders) -> dict[str, Any]:
 
 def made_of(contender: Contender) -> dict[str, Any]:
     """A candidate as (1 - q) partner + q policy, folders under models/."""
-    policy, partner = (path.relative_to(MODELS).as_posix() for path in (contender.policy, contender.partner))
+    policy, partner = (
+        path.relative_to(MODELS).as_posix() for path in (contender.policy, contender.partner)
+    )
     return {"policy": policy, "partner": partner, "q": contender.q}
 
 
 def card(found: Certificate) -> str:
     """README.md of the certified policy's folder."""
     use = (
-        "There is no model in this folder: the safest candidate failed its test. The report says by how much, and what "
-        "to change."
+        "There is no model in this folder: the safest candidate failed its test. The report says by"
+        " how much, and what to change."
         if found.returned is None
         else MODEL
     )
@@ -184,7 +226,7 @@ def card(found: Certificate) -> str:
 
 Tested on {found.tested[0].checks[0].prompts} prompts that neither training nor search has seen, safest candidate first.
 The statement is about prompts like these and answers drawn at temperature 1; one that was cut is judged as it stands.
-`python -m dualign.certificate verify` recomputes it from the saved answers. {use}
+`python -m dualign.certify.certificate verify` recomputes it from the saved answers. {use}
 """
 
 

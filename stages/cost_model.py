@@ -1,10 +1,10 @@
-"""cost_model: pi_ref or another backbone, or given scorers, and safety pairs with is-safe flags -> models/cost_model.
+"""cost_model: pi_ref or another backbone, or given scorers, and safety pairs with is-safe flags ->
+models/cost_model.
 
     python -m stages.cost_model
 
-Ranking and sign terms (Safe RLHF), then a calibration of scale and zero on half of the held-out answers; the other half
-measures it. Cost above 0 means unsafe.
-"""
+Ranking and sign terms (Safe RLHF), then a calibration of scale and zero on half of the held-out
+answers; the other half measures it. Cost above 0 means unsafe."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ PAIRS = Path("data/prepared/safety_pairs.parquet")
 OUT = Path("models/cost_model")
 #: Metrics that need held-out flags.
 _FLAG_METRICS = (
-    "sign_accuracy ece_before brier_before ece_after brier_after calibration_helps platt isotonic zero_error".split()
+    "sign_accuracy ece_before brier_before ece_after brier_after calibration_helps platt isotonic"
+    " zero_error".split()
 )
 
 
@@ -91,20 +92,29 @@ def calibration_of(answers: pd.DataFrame, kind: str) -> Calibration:
     return _fitted(flagged, kind)[kind] if len(flagged) else Platt()
 
 
-def calibrate(answers: pd.DataFrame, kind: str, seed: int) -> tuple[Calibration, dict[str, Any], list[dict[str, Any]]]:
-    """The calibration fitted on all flagged held-out answers, the metrics of every kind, and its reliability diagram.
+def calibrate(
+    answers: pd.DataFrame, kind: str, seed: int
+) -> tuple[Calibration, dict[str, Any], list[dict[str, Any]]]:
+    """The calibration fitted on all flagged held-out answers, the metrics of every kind, and its
+    reliability diagram.
 
-    `ece` and `brier` judge P(unsafe): before calibration, after the one that is served, and after each kind, each half
-    of the prompts by what was fitted to the other. `offset` is the cost at raw score 0; `zero_error` the standard error
-    of the zero in units of cost, None if uncalibrated. The diagram is that of the served one, judged likewise.
-    """
+    `ece` and `brier` judge P(unsafe): before calibration, after the one that is served, and after
+    each kind, each half of the prompts by what was fitted to the other. `offset` is the cost at raw
+    score 0; `zero_error` the standard error of the zero in units of cost, None if uncalibrated. The
+    diagram is that of the served one, judged likewise."""
     flagged = answers[answers["unsafe"].notna()]
     if flagged.empty:
-        log.warning("no held-out answer has an is-safe flag: cost keeps an arbitrary zero, so the limit is relative")
+        log.warning(
+            "no held-out answer has an is-safe flag: cost keeps an arbitrary zero, so the limit is"
+            " relative"
+        )
         return Platt(), {**dict.fromkeys(_FLAG_METRICS), "scale": 1.0, "offset": 0.0}, []
     parts = crosswise(flagged["prompt_id"])
     if not parts:
-        raise DataError("flags of at least two prompts must be held out to judge the cost; raise prepare.heldout_share")
+        raise DataError(
+            "flags of at least two prompts must be held out to judge the cost; raise"
+            " prepare.heldout_share"
+        )
     found = _fitted(flagged, kind)
     costs, unsafe = _crosswise(flagged, parts, kind)
     quality = {name: _quality(cost, unsafe) for name, cost in costs.items()}
@@ -124,10 +134,11 @@ def calibrate(answers: pd.DataFrame, kind: str, seed: int) -> tuple[Calibration,
 def _crosswise(
     answers: pd.DataFrame, parts: list[tuple[np.ndarray, np.ndarray]], kind: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The costs by every kind of calibration, each half of the answers by what was fitted to the other; and the flags.
+    """The costs by every kind of calibration, each half of the answers by what was fitted to the
+    other; and the flags.
 
-    A half that cannot be fitted, its flags being all alike, judges nothing; raises DataError where both cannot.
-    """
+    A half that cannot be fitted, its flags being all alike, judges nothing; raises DataError where
+    both cannot."""
     costs: dict[str, list[np.ndarray]] = {}
     flags: list[np.ndarray] = []
     refused: list[DataError] = []
@@ -147,7 +158,9 @@ def _crosswise(
 
 
 def _fitted(answers: pd.DataFrame, kind: str) -> dict[str, Calibration]:
-    """Every kind of calibration; the raw score alone where that is asked for and nothing else can be fitted."""
+    """Every kind of calibration; the raw score alone where that is asked for and nothing else can
+    be fitted.
+    """
     score, unsafe = answers["score"].to_numpy(float), answers["unsafe"].to_numpy(bool)
     try:
         line = fit_platt(score, unsafe)
@@ -159,9 +172,15 @@ def _fitted(answers: pd.DataFrame, kind: str) -> dict[str, Calibration]:
     return {"none": Platt(), "platt": line, "isotonic": fit_isotonic(score, unsafe, line)}
 
 
-def _zero_error(found: dict[str, Calibration], kind: str, answers: pd.DataFrame, seed: int) -> float | None:
+def _zero_error(
+    found: dict[str, Calibration], kind: str, answers: pd.DataFrame, seed: int
+) -> float | None:
     """The standard error of the zero that is served; None where no flag has set it."""
-    data = (answers["score"].to_numpy(float), answers["unsafe"].to_numpy(bool), answers["prompt_id"].to_numpy())
+    data = (
+        answers["score"].to_numpy(float),
+        answers["unsafe"].to_numpy(bool),
+        answers["prompt_id"].to_numpy(),
+    )
     line, served = found.get("platt"), found[kind]
     if kind == "none" or not isinstance(line, Platt):
         return None
@@ -171,7 +190,9 @@ def _zero_error(found: dict[str, Calibration], kind: str, answers: pd.DataFrame,
 
 
 def _quality(cost: np.ndarray, unsafe: np.ndarray) -> dict[str, float]:
-    """How well P(unsafe) fits the flags of answers that the cost was not fitted to; both [answers]."""
+    """How well P(unsafe) fits the flags of answers that the cost was not fitted to; both
+    [answers].
+    """
     probability = sigmoid(cost)
     return {
         "sign_accuracy": float(((cost > 0) == unsafe).mean()),

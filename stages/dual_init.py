@@ -1,10 +1,12 @@
-"""dual_init: the pool -> the multiplier and the predicted frontier, before any policy is trained -> data/dual.
+"""dual_init: the pool -> the multiplier and the predicted frontier, before any policy is trained ->
+data/dual.
 
     python -m stages.dual_init
 
-Seconds on a CPU: a new `constraint.limit` reruns from here. Further limits (`constraint.also`) are solved together with
-the limit, and their prices charged to the reward. The same is done at other KL weights (`dual_init.betas`).
-"""
+Seconds on a CPU: a new `constraint.limit` reruns from here. Further limits (`constraint.also`) are
+solved together with
+the limit, and their prices charged to the reward. The same is done at other KL weights
+(`dual_init.betas`)."""
 
 from __future__ import annotations
 
@@ -16,15 +18,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dualign import dual
-from dualign.constraints import Price, Scored, price, priced
 from dualign.core.artifacts import replacing, write_json, write_parquet
 from dualign.core.errors import InfeasibleError
 from dualign.core.records import CostModelMetrics, read_record
 from dualign.core.schema import DUAL_PROMPTS, POOL, by_prompt, read_table
+from dualign.math import dual
+from dualign.math.constraints import Price, Scored, price, priced
 from dualign.params.dual import DualInitParams
+from dualign.scoring.support import Doubt, doubt, doubted
 from dualign.stage import Run, execute
-from dualign.support import Doubt, doubt, doubted
 
 log = logging.getLogger("dualign")
 
@@ -45,7 +47,9 @@ def main(run: Run[DualInitParams]) -> None:
     found = doubt(SCORED, raw, params.pessimism)
     pool = doubted(raw, found)
     prompts = pool.drop_duplicates("prompt_id")
-    reward, cost, length, ended = (by_prompt(pool, name) for name in ("reward", "cost", "length", "ended"))
+    reward, cost, length, ended = (
+        by_prompt(pool, name) for name in ("reward", "cost", "length", "ended")
+    )
     scored = Scored(reward, cost, length, ended, prompts["prompt"].tolist())
     own = solve_at(params.beta, pool, scored, params)
     solution, prices = own
@@ -62,7 +66,9 @@ def main(run: Run[DualInitParams]) -> None:
         folder.mkdir()
         write_json(folder / "dual.json", result)
         write_json(folder / "frontier.json", {"rows": frontier, "cvar_level": params.cvar_level})
-        write_json(folder / "betas.json", {"rows": betas, "beta": params.beta, "min_ess": params.min_ess})
+        write_json(
+            folder / "betas.json", {"rows": betas, "beta": params.beta, "min_ess": params.min_ess}
+        )
         write_parquet(folder / "prompts.parquet", by_prompts(solution, prompts), DUAL_PROMPTS)
     _tell(solution, result, prices)
     numbers = {key: value for key, value in result.items() if key != "messages"}
@@ -70,7 +76,8 @@ def main(run: Run[DualInitParams]) -> None:
 
 
 def solve_at(beta: float, pool: pd.DataFrame, scored: Scored, params: DualInitParams) -> Solved:
-    """The dual at a KL weight and the prices of further limits, solved together and charged to the reward.
+    """The dual at a KL weight and the prices of further limits, solved together and charged to the
+    reward.
 
     Raises InfeasibleError where the limits cannot be kept.
     """
@@ -85,12 +92,13 @@ def solve_at(beta: float, pool: pd.DataFrame, scored: Scored, params: DualInitPa
 def by_beta(
     pool: pd.DataFrame, scored: Scored, reward: np.ndarray, params: DualInitParams, own: Solved
 ) -> list[dict[str, Any]]:
-    """What the pool predicts of the policy that meets the limits, for each KL weight of `betas` and for `beta`.
+    """What the pool predicts of the policy that meets the limits, for each KL weight of `betas` and
+    for `beta`.
 
-    A row is that of the frontier at the multiplier for this `beta`, with its interval `lam_low`, `lam_high` and the
-    `prices` of further limits, in their order. Limits out of reach within `lambda_max` leave `lam` None and say why in
-    `infeasible`. `own` is solved at `beta` itself, `reward` is the one that is shown. Empty without `betas`.
-    """
+    A row is that of the frontier at the multiplier for this `beta`, with its interval `lam_low`,
+    `lam_high` and the `prices` of further limits, in their order. Limits out of reach within
+    `lambda_max` leave `lam` None and say why in `infeasible`. `own` is solved at `beta` itself,
+    `reward` is the one that is shown. Empty without `betas`."""
     rows: list[dict[str, Any]] = []
     for beta in sorted({*params.betas, params.beta}) if params.betas else ():
         try:
@@ -98,14 +106,26 @@ def by_beta(
         except InfeasibleError as error:
             rows.append({"beta": beta, "lam": None, "infeasible": str(error)})
             continue
-        [row] = solution.frontier([solution.lam], scored.length, reward=reward, level=params.cvar_level)
+        [row] = solution.frontier(
+            [solution.lam], scored.length, reward=reward, level=params.cvar_level
+        )
         low, high = solution.lam_interval
-        rows.append({"beta": beta, **row, "lam_low": low, "lam_high": high, "prices": [found.lam for found in prices]})
+        rows.append(
+            {
+                "beta": beta,
+                **row,
+                "lam_low": low,
+                "lam_high": high,
+                "prices": [found.lam for found in prices],
+            }
+        )
     return rows
 
 
 def with_stock(solution: dual.DualSolution, params: DualInitParams) -> dual.Stocked:
-    """The multiplier that leaves room for a certificate; the solution's own where `constraint.power` is null."""
+    """The multiplier that leaves room for a certificate; the solution's own where
+    `constraint.power` is null.
+    """
     if params.power is None:
         return dual.Stocked(solution.lam, params.limit, 0.0, True)
     reward, cost, beta, power = solution.reward, solution.cost, solution.beta, params.power
@@ -149,7 +169,9 @@ def describe(solution: dual.DualSolution, params: DualInitParams) -> dict[str, A
 
 
 def doubts(found: Doubt | None, pool: pd.DataFrame) -> dict[str, float] | None:
-    """How many answers of the pool are off the support, the mean of their g, and what g = 1 costs; None without."""
+    """How many answers of the pool are off the support, the mean of their g, and what g = 1 costs;
+    None without.
+    """
     if found is None:
         return None
     beyond = found.beyond(pool)
@@ -158,18 +180,23 @@ def doubts(found: Doubt | None, pool: pd.DataFrame) -> dict[str, float] | None:
     return {"answers": int(off.sum()), "degree": degree, "reward": found.reward, "cost": found.cost}
 
 
-def drift(reward: np.ndarray, cost: np.ndarray, lam: float, params: DualInitParams) -> dict[str, float | None]:
-    """What half of each prompt's samples change: lambda (`half_drift`), and the cost predicted at `lam`.
+def drift(
+    reward: np.ndarray, cost: np.ndarray, lam: float, params: DualInitParams
+) -> dict[str, float | None]:
+    """What half of each prompt's samples change: lambda (`half_drift`), and the cost predicted at
+    `lam`.
 
-    Means over both halves, less the value of all samples. Few samples bias both, so drift says that more are needed.
-    """
+    Means over both halves, less the value of all samples. Few samples bias both, so drift says that
+    more are needed."""
     half, beta = cost.shape[1] // 2, params.beta
     roots, costs = [], []
     for part in (slice(0, half), slice(half, 2 * half)):
         r, c = reward[:, part], cost[:, part]
         costs.append(dual.predict(r, c, lam, beta, c).mean())
         if dual.predict(r, c, params.lambda_max, beta, c).mean() <= params.limit:
-            roots.append(dual.root(r, c, limit=params.limit, beta=beta, lambda_max=params.lambda_max))
+            roots.append(
+                dual.root(r, c, limit=params.limit, beta=beta, lambda_max=params.lambda_max)
+            )
     whole = dual.predict(reward, cost, lam, beta, cost).mean()
     return {
         "half_drift": float(np.mean(roots) - lam) if roots else None,
@@ -177,16 +204,23 @@ def drift(reward: np.ndarray, cost: np.ndarray, lam: float, params: DualInitPara
     }
 
 
-def sensitivity(solution: dual.DualSolution, params: DualInitParams, error: float | None) -> dict[str, float | None]:
-    """How lambda moves with the limit, and between the limits one standard error of the cost's zero apart.
+def sensitivity(
+    solution: dual.DualSolution, params: DualInitParams, error: float | None
+) -> dict[str, float | None]:
+    """How lambda moves with the limit, and between the limits one standard error of the cost's zero
+    apart.
 
-    `error` is that standard error in units of cost, None where it is not known. A multiplier out of reach is None too.
-    """
+    `error` is that standard error in units of cost, None where it is not known. A multiplier out of
+    reach is None too."""
 
     def at(limit: float) -> float | None:
         try:
             return dual.root(
-                solution.reward, solution.cost, limit=limit, beta=params.beta, lambda_max=params.lambda_max
+                solution.reward,
+                solution.cost,
+                limit=limit,
+                beta=params.beta,
+                lambda_max=params.lambda_max,
             )
         except InfeasibleError:
             return None
@@ -200,18 +234,25 @@ def sensitivity(solution: dual.DualSolution, params: DualInitParams, error: floa
 
 
 def messages(
-    solution: dual.DualSolution, params: DualInitParams, stocked: dual.Stocked, prices: Sequence[Price] = ()
+    solution: dual.DualSolution,
+    params: DualInitParams,
+    stocked: dual.Stocked,
+    prices: Sequence[Price] = (),
 ) -> list[str]:
     """What a user should know about this dual, with the remedy."""
     found = []
     if solution.slack and any(price.lam > 0 for price in prices):
-        found.append("constraint.limit is slack: with the limits of constraint.also it is kept, so lambda is 0")
+        found.append(
+            "constraint.limit is slack: with the limits of constraint.also it is kept, so lambda"
+            " is 0"
+        )
     elif solution.slack:
         found.append("the limit is slack: the optimum without it keeps it, so lambda is 0")
     if not stocked.reached:
         found.append(
-            f"the aim that leaves room for a certificate is out of the samples' reach: lam_stock takes the lowest cost "
-            f"that is not, {stocked.aim:.4g}; raise certify.prompts or constraint.limit, or lower constraint.power"
+            "the aim that leaves room for a certificate is out of the samples' reach: lam_stock"
+            f" takes the lowest cost that is not, {stocked.aim:.4g}; raise certify.prompts or"
+            " constraint.limit, or lower constraint.power"
         )
     if float(np.median(solution.ess)) < params.min_ess:
         found.append(_low_ess(solution, params))
@@ -219,10 +260,17 @@ def messages(
 
 
 def _low_ess(solution: dual.DualSolution, params: DualInitParams) -> str:
-    """How few effective samples there are, and which beta or how many samples would give `dual_init.min_ess`."""
+    """How few effective samples there are, and which beta or how many samples would give
+    `dual_init.min_ess`.
+    """
     reward, cost, count = solution.reward, solution.cost, solution.cost.shape[1]
     beta = dual.beta_for_ess(
-        reward, cost, limit=params.limit, beta=params.beta, lambda_max=params.lambda_max, ess=params.min_ess
+        reward,
+        cost,
+        limit=params.limit,
+        beta=params.beta,
+        lambda_max=params.lambda_max,
+        ess=params.min_ess,
     )
     wanted = dual.samples_for_ess(reward, cost, solution.lam, params.beta, params.min_ess)
     by_beta = (
@@ -236,8 +284,8 @@ def _low_ess(solution: dual.DualSolution, params: DualInitParams) -> str:
         else f"more samples than {count} a prompt will hardly do"
     )
     return (
-        f"median effective sample size {np.median(solution.ess):.1f} of {count} is below {params.min_ess:g}, so "
-        f"predictions lean on few samples: {by_beta}; {by_samples}"
+        f"median effective sample size {np.median(solution.ess):.1f} of {count} is below"
+        f" {params.min_ess:g}, so predictions lean on few samples: {by_beta}; {by_samples}"
     )
 
 
@@ -256,7 +304,9 @@ def by_prompts(solution: dual.DualSolution, prompts: pd.DataFrame) -> pd.DataFra
 
 
 def _cost(solution: dual.DualSolution, lam: float) -> float:
-    return float(dual.predict(solution.reward, solution.cost, lam, solution.beta, solution.cost).mean())
+    return float(
+        dual.predict(solution.reward, solution.cost, lam, solution.beta, solution.cost).mean()
+    )
 
 
 def _named(stocked: dual.Stocked) -> dict[str, float]:

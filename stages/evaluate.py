@@ -1,4 +1,5 @@
-"""evaluate POLICY: a policy's own answers to held-out prompts -> reports/evaluation/POLICY and its metrics.
+"""evaluate POLICY: a policy's own answers to held-out prompts -> reports/evaluation/POLICY and its
+metrics.
 
 python -m stages.evaluate dualign
 """
@@ -15,19 +16,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dualign.constraints import constraint
 from dualign.core.artifacts import replacing, write_json, write_parquet
 from dualign.core.schema import ANSWERS, ENUMERATED, POOL, PROMPTS, SUPPORT, read_table
-from dualign.dual import value_at_risk
-from dualign.evaluation import add_truth, against_optimum, exact_frontier, finite_problem, summarise
+from dualign.evaluation.against_optimum import (
+    add_truth,
+    against_optimum,
+    exact_frontier,
+    finite_problem,
+    summarise,
+)
+from dualign.evaluation.effective_tilt import TILT_SAMPLES, tilt_on
+from dualign.evaluation.rollout import Judges, log_ratios, roll_out
+from dualign.evaluation.stats import clustered_mean
 from dualign.lm.mixture import Policy, is_policy, policy_at
-from dualign.measure.rollout import Judges, log_ratios, roll_out
-from dualign.measure.stats import clustered_mean
-from dualign.measure.tilt import TILT_SAMPLES, tilt_on
+from dualign.math.constraints import constraint
+from dualign.math.dual import value_at_risk
 from dualign.params.dual import ConstraintSpec
 from dualign.params.evaluate import EvaluateParams
+from dualign.scoring.support import HELD_OUT, columns, enough, fit_support
 from dualign.stage import Run, execute
-from dualign.support import HELD_OUT, columns, enough, fit_support
 
 log = logging.getLogger("dualign")
 
@@ -51,7 +58,9 @@ def main(run: Run[EvaluateParams]) -> None:
         policy, prompts, judges,
         count=params.samples_per_prompt, max_new_tokens=params.max_new_tokens, seed=params.seed,
     )  # fmt: skip
-    run.throughput["tokens_per_second"] = float(answers["length"].sum() / (time.monotonic() - started))
+    run.throughput["tokens_per_second"] = float(
+        answers["length"].sum() / (time.monotonic() - started)
+    )
     world = bool((prompts["source"] == "world").all())
     answers = add_truth(answers) if world else answers
     log_ratio, tilt = on_the_pool(policy, judges)
@@ -84,7 +93,8 @@ def absent(run: Run[EvaluateParams]) -> None:
 
 
 def on_the_pool(policy: Policy, judges: Judges) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """What a few reference samples of every pool prompt say of a policy: log(pi / pi_ref) of each, and its tilt.
+    """What a few reference samples of every pool prompt say of a policy: log(pi / pi_ref) of each,
+    and its tilt.
 
     The table has columns prompt_id and log_ratio.
     """
@@ -96,7 +106,8 @@ def on_the_pool(policy: Policy, judges: Judges) -> tuple[pd.DataFrame, dict[str,
 
 
 def off_support(answers: pd.DataFrame, params: EvaluateParams) -> dict[str, float] | None:
-    """The share of answers that surprise pi_ref more than a share `pessimism.share` of held-out pair answers does.
+    """The share of answers that surprise pi_ref more than a share `pessimism.share` of held-out
+    pair answers does.
 
     None where there are too few of these to tell. The scores of such answers are extrapolation.
     """
@@ -110,7 +121,8 @@ def off_support(answers: pd.DataFrame, params: EvaluateParams) -> dict[str, floa
 def further_limits(
     answers: pd.DataFrame, also: Mapping[str, ConstraintSpec], confidence: float
 ) -> dict[str, dict[str, float | None]]:
-    """What the answers show of each further limit: {name: {mean, low, high, limit}}, on the prompts that it is on.
+    """What the answers show of each further limit: {name: {mean, low, high, limit}}, on the prompts
+    that it is on.
 
     A CVaR is that of the answers, the mean of t + (c - t)_+ / (1 - level) at their value at risk t.
     """
@@ -119,13 +131,21 @@ def further_limits(
         further = constraint(name, spec)
         rows = answers[further.applies(answers["prompt"].tolist())]
         if rows.empty:
-            log.warning("%s.prompts: %r is found in no evaluated prompt", further.key, further.prompts)
+            log.warning(
+                "%s.prompts: %r is found in no evaluated prompt", further.key, further.prompts
+            )
             found[name] = {"mean": None, "low": None, "high": None, "limit": spec.limit}
             continue
-        cost, length, ended = (rows[column].to_numpy(float) for column in ("cost", "length", "ended"))
+        cost, length, ended = (
+            rows[column].to_numpy(float) for column in ("cost", "length", "ended")
+        )
         if spec.level is not None:
-            further = replace(further, threshold=value_at_risk(cost, np.ones_like(cost), spec.level))
-        values = clustered_mean(further.values(cost, length, ended), rows["prompt_id"].to_numpy(), confidence)
+            further = replace(
+                further, threshold=value_at_risk(cost, np.ones_like(cost), spec.level)
+            )
+        values = clustered_mean(
+            further.values(cost, length, ended), rows["prompt_id"].to_numpy(), confidence
+        )
         found[name] = {**values.as_dict(), "limit": spec.limit}
     return found
 

@@ -2,9 +2,8 @@
 
     python -m stages.lagrangian_dpo anchored
 
-The inner problem of C-DPO and MoCAN (scored pairs, labels drawn afresh), of PeCAN (the same, scored by policies), and
-ours (the pool, exact labels, anchor).
-"""
+The inner problem of C-DPO and MoCAN (scored pairs, labels drawn afresh), of PeCAN (the same, scored
+by policies), and ours (the pool, exact labels, anchor)."""
 
 from __future__ import annotations
 
@@ -16,18 +15,18 @@ from typing import Any
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from dualign import dual
-from dualign.constraints import priced, prices_in
 from dualign.core.errors import InfeasibleError
 from dualign.core.records import SolvedDual, read_record, solved_multiplier
 from dualign.core.schema import by_prompt
-from dualign.implicit import Tables, scored_tables
-from dualign.lagrangian import pairs_at, train_at
 from dualign.lm.models import load_tokenizer
 from dualign.lm.tokens import answer_lengths
+from dualign.math import dual
+from dualign.math.constraints import priced, prices_in
 from dualign.params.training import LagrangianDpoParams, LagrangianRun
+from dualign.scoring.support import doubt, doubted
 from dualign.stage import Run, execute, finished
-from dualign.support import doubt, doubted
+from dualign.training.implicit_scores import Tables, scored_tables
+from dualign.training.lagrangian import pairs_at, train_at
 
 log = logging.getLogger("dualign")
 
@@ -44,16 +43,24 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     params = run.params
     item, spec = run.pick(params.runs, "lagrangian_dpo.runs")
     tokenizer = load_tokenizer(REFERENCE)
-    tables = scored_tables(SCORED, spec.reward, spec.cost, params.beta, tokenizer, run.resources, MODELS, METRICS)
+    tables = scored_tables(
+        SCORED, spec.reward, spec.cost, params.beta, tokenizer, run.resources, MODELS, METRICS
+    )
     found = multiplier(item, spec, tables.pool, params)
     wary = spec.data == "pool" and not implicit(spec)
     off_support = doubt(SCORED, tables.pool, params.pessimism) if wary else None
     tables = charged(item, spec, tables, tokenizer)
     frame = doubted(tables.pool, off_support) if spec.data == "pool" else tables.pairs
     pairs = pairs_at(found["lam"], frame, spec.data, spec, params, tokenizer)
-    policies = (MODELS / spec.reward, MODELS / spec.cost, METRICS / f"{spec.cost}.json") if implicit(spec) else ()
+    policies = (
+        (MODELS / spec.reward, MODELS / spec.cost, METRICS / f"{spec.cost}.json")
+        if implicit(spec)
+        else ()
+    )
     scratch = run.scratch(SCORED, DUAL, REFERENCE, *policies)
-    metrics = train_at(found["lam"], pairs, REFERENCE, spec, params, run.resources, scratch, OUT / item)
+    metrics = train_at(
+        found["lam"], pairs, REFERENCE, spec, params, run.resources, scratch, OUT / item
+    )
     run.losses(metrics.pop("losses"))
     # A search that starts here looks at these, and takes the rest over.
     run.metrics({**metrics, **found, **spec.model_dump(include={"reward", "cost", "data"})})
@@ -65,12 +72,14 @@ def implicit(spec: LagrangianRun) -> bool:
     return (spec.reward, spec.cost) != ("reward_model", "cost_model")
 
 
-def multiplier(item: str, spec: LagrangianRun, pool: pd.DataFrame, params: LagrangianDpoParams) -> dict[str, Any]:
-    """The multiplier and where it is from: params, the dual of the pool, or the dual of the pool's implicit scores.
+def multiplier(
+    item: str, spec: LagrangianRun, pool: pd.DataFrame, params: LagrangianDpoParams
+) -> dict[str, Any]:
+    """The multiplier and where it is from: params, the dual of the pool, or the dual of the pool's
+    implicit scores.
 
-    The last is solved here, so its 95 % interval `lam_low`, `lam_high` comes with it. `stock` stays below the limit by
-    the pool's safety stock.
-    """
+    The last is solved here, so its 95 % interval `lam_low`, `lam_high` comes with it. `stock` stays
+    below the limit by the pool's safety stock."""
     if not isinstance(spec.lam, str):
         return {"lam": spec.lam, "lam_from": "params.yaml"}
     known = read_record(DUAL, SolvedDual)
@@ -89,14 +98,18 @@ def multiplier(item: str, spec: LagrangianRun, pool: pd.DataFrame, params: Lagra
     return {"lam": solution.lam, "lam_from": "implicit scores", "lam_low": low, "lam_high": high}
 
 
-def charged(item: str, spec: LagrangianRun, tables: Tables, tokenizer: PreTrainedTokenizerBase) -> Tables:
+def charged(
+    item: str, spec: LagrangianRun, tables: Tables, tokenizer: PreTrainedTokenizerBase
+) -> Tables:
     """The tables with the prices of further limits in their rewards.
 
-    A multiplier given as a number has none beside it, and prices of scorers mean nothing on implicit scores.
-    """
+    A multiplier given as a number has none beside it, and prices of scorers mean nothing on
+    implicit scores."""
     prices = prices_in(read_record(DUAL, SolvedDual)) if isinstance(spec.lam, str) else []
     if prices and implicit(spec):
-        log.warning("lagrangian_dpo.runs.%s is scored by policies and ignores constraint.also", item)
+        log.warning(
+            "lagrangian_dpo.runs.%s is scored by policies and ignores constraint.also", item
+        )
         return tables
     return Tables(*(priced(table, prices, partial(answer_lengths, tokenizer)) for table in tables))
 

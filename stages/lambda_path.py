@@ -2,20 +2,20 @@
 
     python -m stages.lambda_path strict
 
-Our own training (exact labels, anchor), as in lagrangian_dpo, but nothing here depends on the dual or the limit: a row
-of `methods` that merges two of these policies has a new policy for a new limit without training.
-"""
+Our own training (exact labels, anchor), as in lagrangian_dpo, but nothing here depends on the dual
+or the limit: a row of `methods` that merges two of these policies has a new policy for a new limit
+without training."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from dualign.core.schema import POOL, read_table
-from dualign.lagrangian import pairs_at, train_at
 from dualign.lm.models import load_tokenizer
 from dualign.params.training import LambdaPathParams
+from dualign.scoring.support import HELD_OUT, doubt, doubted
 from dualign.stage import Run, execute, finished
-from dualign.support import HELD_OUT, doubt, doubted
+from dualign.training.lagrangian import pairs_at, train_at
 
 SCORED = Path("data/scored")
 SAMPLES = SCORED / "pool.parquet"

@@ -2,9 +2,9 @@
 
     python -m stages.prepare
 
-Reads the sources of `prepare.sft`, `.helpful`, `.safety`; writes data/prepared and reports/metrics/prepare.json.
-A row of `methods` that does not fit is refused here, before anything is trained.
-"""
+Reads the sources of `prepare.sft`, `.helpful`, `.safety`; writes data/prepared and
+reports/metrics/prepare.json. A row of `methods` that does not fit is refused here, before anything
+is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""report: all that was measured -> reports/index.html, one page, reports/comparison.json, and tables for `dvc plots`.
+"""report: all that was measured -> reports/index.html, one page, reports/comparison.json, and
+tables for `dvc plots`.
 
 python -m stages.report
 """
@@ -18,7 +19,9 @@ from dualign.stage import Run, execute
 def main(run: Run[ReportParams]) -> None:
     """Run the stage."""
     root = Path()
-    write_json(root / "reports/comparison.json", compare(root, run.params.policies, run.params.confidence))
+    write_json(
+        root / "reports/comparison.json", compare(root, run.params.policies, run.params.confidence)
+    )
     write_curves(root, root / "reports/plots")
     write(root, run.params, root / "reports/index.html")
 

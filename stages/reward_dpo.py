@@ -2,9 +2,9 @@
 
     python -m stages.reward_dpo helpful
 
-From pi_ref the result is pi_r, the first step of SACPO and PD-DPO; from a run on safety preferences it is SACPO's
-second step in the order safety, then helpfulness. With an offset it is SafeDPO, with a margin policy MODPO.
-"""
+From pi_ref the result is pi_r, the first step of SACPO and PD-DPO; from a run on safety preferences
+it is SACPO's second step in the order safety, then helpfulness. With an offset it is SafeDPO, with
+a margin policy MODPO."""
 
 from __future__ import annotations
 
@@ -17,9 +17,16 @@ from dualign.core.artifacts import replacing
 from dualign.core.errors import DataError
 from dualign.core.schema import HELPFUL_PAIRS, read_table
 from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
-from dualign.pairs import preference_pairs, safe_first, visited, with_margin, with_offset, with_reference
 from dualign.params.training import RewardDpoParams, RewardRun
 from dualign.stage import Run, execute, finished
+from dualign.training.pairs import (
+    preference_pairs,
+    safe_first,
+    visited,
+    with_margin,
+    with_offset,
+    with_reference,
+)
 from dualign.training.pairwise import Inner, Pair, train_pairwise
 from dualign.training.run import Job
 
@@ -36,7 +43,9 @@ def main(run: Run[RewardDpoParams]) -> None:
     policy = load_policy(MODELS / spec.reference, run.resources, trained=params.lora.rank == 0)
     pairs = training_pairs(run, spec, policy, tokenizer)
     policy = with_lora(policy, params.lora, params.seed)
-    scratch = run.scratch(PAIRS, *sorted({MODELS / name for name in ("sft", spec.reference, spec.margin)}))
+    scratch = run.scratch(
+        PAIRS, *sorted({MODELS / name for name in ("sft", spec.reference, spec.margin)})
+    )
     job = Job(params.training, run.resources, scratch, params.seed)
     inner = Inner(scale=params.beta, beta=params.beta, loss_type=spec.loss_type, clip=spec.clip)
     metrics = train_pairwise(policy, tokenizer, pairs, inner, job)
@@ -48,9 +57,14 @@ def main(run: Run[RewardDpoParams]) -> None:
 
 
 def training_pairs(
-    run: Run[RewardDpoParams], spec: RewardRun, policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
+    run: Run[RewardDpoParams],
+    spec: RewardRun,
+    policy: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[Pair]:
-    """The helpful pairs of a run; SafeDPO's offset and MODPO's margin stand in their reference columns."""
+    """The helpful pairs of a run; SafeDPO's offset and MODPO's margin stand in their reference
+    columns.
+    """
     params, batch = run.params, run.resources.scoring_batch_size
     frame = read_table(PAIRS, HELPFUL_PAIRS)
     frame = frame[frame["split"] == "train"]
@@ -58,20 +72,29 @@ def training_pairs(
         frame = safe_first(frame)
         if frame.empty:
             raise DataError(
-                f"{PAIRS}: no pair has is-safe flags and a safe answer, which reward_dpo.runs.{run.item}.safe_offset "
-                "needs; list a source with flags under prepare.helpful, or set safe_offset to null"
+                f"{PAIRS}: no pair has is-safe flags and a safe answer, which"
+                f" reward_dpo.runs.{run.item}.safe_offset needs; list a source with flags under"
+                " prepare.helpful, or set safe_offset to null"
             )
     train = visited(frame, params.training, params.seed)
     pairs = preference_pairs(train, policy, tokenizer, batch, mismatched=spec.loss_type == "kto")
     if spec.margin != "sft":
         margin, base = (
-            pairs
-            if name == spec.reference
-            else with_reference(pairs, load_policy(MODELS / name, run.resources), tokenizer, batch)
+            (
+                pairs
+                if name == spec.reference
+                else with_reference(
+                    pairs, load_policy(MODELS / name, run.resources), tokenizer, batch
+                )
+            )
             for name in (spec.margin, "sft")
         )
         pairs = with_margin(pairs, margin, base, spec.margin_weight)
-    return pairs if spec.safe_offset is None else with_offset(pairs, train, spec.safe_offset, params.beta)
+    return (
+        pairs
+        if spec.safe_offset is None
+        else with_offset(pairs, train, spec.safe_offset, params.beta)
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""reward_model: pi_ref or another backbone, or given scorers, and helpful pairs -> models/reward_model.
+"""reward_model: pi_ref or another backbone, or given scorers, and helpful pairs ->
+models/reward_model.
 
     python -m stages.reward_model
 
-Bradley-Terry on the training pairs. The unit is that in which P(chosen is better) = sigma(gap), by the held-out pairs
-of every other prompt; the other half measures it. The zero is where held-out answers average 0.
-"""
+Bradley-Terry on the training pairs. The unit is that in which P(chosen is better) = sigma(gap), by
+the held-out pairs of every other prompt; the other half measures it. The zero is where held-out
+answers average 0."""
 
 from __future__ import annotations
 
@@ -19,7 +20,13 @@ from dualign.core.artifacts import replacing
 from dualign.core.errors import DataError
 from dualign.core.schema import HELPFUL_PAIRS, read_table
 from dualign.params.models import RewardModelParams
-from dualign.scoring.calibration import Platt, brier_score, expected_calibration_error, fit_slope, sigmoid
+from dualign.scoring.calibration import (
+    Platt,
+    brier_score,
+    expected_calibration_error,
+    fit_slope,
+    sigmoid,
+)
 from dualign.scoring.fitting import (
     crosswise,
     gaps,
@@ -62,11 +69,12 @@ def main(run: Run[RewardModelParams]) -> None:
 
 
 def calibrate(answers: pd.DataFrame, unit: float, *, given: bool) -> tuple[Platt, dict[str, Any]]:
-    """The scale fitted on all held-out pairs, with the zero at the mean; and how well they do by it.
+    """The scale fitted on all held-out pairs, with the zero at the mean; and how well they do by
+    it.
 
-    `unit` is the slope that the scorer's training aimed at, 0 where that is unknown. `ece` and `brier` judge
-    P(chosen is better) before and after, each half of the prompts by the slope that was fitted to the other.
-    """
+    `unit` is the slope that the scorer's training aimed at, 0 where that is unknown. `ece` and
+    `brier` judge P(chosen is better) before and after, each half of the prompts by the slope that
+    was fitted to the other."""
     gap = gaps(answers)
     parts = crosswise(answers[answers["side"] == "chosen"]["prompt_id"])
     scale = _slope(gap, unit, given=given) if parts else _unfitted(given=given)
@@ -84,7 +92,9 @@ def calibrate(answers: pd.DataFrame, unit: float, *, given: bool) -> tuple[Platt
     }
 
 
-def _crossed(gap: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray]], unit: float) -> np.ndarray:
+def _crossed(
+    gap: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray]], unit: float
+) -> np.ndarray:
     """The gaps, each half scaled by the slope that was fitted to the other."""
     crossed = gap.copy()
     for fit, judge in parts:
@@ -93,16 +103,21 @@ def _crossed(gap: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray]], unit: 
 
 
 def _slope(gap: np.ndarray, unit: float, *, given: bool) -> float:
-    """The slope; a trained reward that points the wrong way keeps its own, a given one is refused."""
+    """The slope; a trained reward that points the wrong way keeps its own, a given one is
+    refused.
+    """
     slope = fit_slope(gap, unit)
     if slope > 0:
         return slope
     if given:
         raise DataError(
-            "reward_model: the given scorer scores the better answers of held-out pairs below the others; its "
-            "higher_is in reward_model.given may be wrong"
+            "reward_model: the given scorer scores the better answers of held-out pairs below the"
+            " others; its higher_is in reward_model.given may be wrong"
         )
-    log.warning("the reward model scores the better answers of held-out pairs below the others; its scale is kept")
+    log.warning(
+        "the reward model scores the better answers of held-out pairs below the others; its scale"
+        " is kept"
+    )
     return 1.0
 
 
@@ -110,14 +125,20 @@ def _unfitted(*, given: bool) -> float:
     """The scale where fewer than two prompts are held out, which cannot both fit and judge."""
     if given:
         raise DataError(
-            "pairs of at least two prompts must be held out to give a scorer its scale; raise prepare.heldout_share"
+            "pairs of at least two prompts must be held out to give a scorer its scale; raise"
+            " prepare.heldout_share"
         )
-    log.warning("pairs of fewer than two prompts are held out: the reward keeps the scale that training gave it")
+    log.warning(
+        "pairs of fewer than two prompts are held out: the reward keeps the scale that training"
+        " gave it"
+    )
     return 1.0
 
 
 def _quality(gap: np.ndarray) -> dict[str, float]:
-    """How well sigma(gap) fits that chosen is the better answer: Brier score, and ECE of the more likely answer."""
+    """How well sigma(gap) fits that chosen is the better answer: Brier score, and ECE of the more
+    likely answer.
+    """
     right = gap > 0
     return {
         "ece": expected_calibration_error(sigmoid(np.abs(gap)), right),

@@ -1,11 +1,11 @@
-"""safety_dpo RUN: a reference policy and safety pairs at a fixed multiplier -> models/safety_dpo/RUN.
+"""safety_dpo RUN: a reference policy and safety pairs at a fixed multiplier ->
+models/safety_dpo/RUN.
 
     python -m stages.safety_dpo stepwise
 
-SACPO's second step, which is PD-DPO's phase 2: DPO with coefficient beta / lambda to the reference (pi_r for
-`stepwise`, pi_ref for the safety-only baseline `alone`), or IPO or KTO in its place. To KTO an answer is desirable if
-its flag says safe.
-"""
+SACPO's second step, which is PD-DPO's phase 2: DPO with coefficient beta / lambda to the reference
+(pi_r for `stepwise`, pi_ref for the safety-only baseline `alone`), or IPO or KTO in its place. To
+KTO an answer is desirable if its flag says safe."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from dualign.core.records import SolvedDual, read_record, solved_multiplier
 from dualign.core.schema import SAFETY_PAIRS, read_table
 from dualign.params.training import SafetyDpoParams, SafetyRun
-from dualign.safety import train_at
 from dualign.stage import Run, execute, finished
+from dualign.training.safety import train_at
 
 log = logging.getLogger("dualign")
 
@@ -43,8 +43,8 @@ def main(run: Run[SafetyDpoParams]) -> None:
 def multiplier(item: str, spec: SafetyRun) -> float:
     """The multiplier before `factor`: a number, or the solved dual's.
 
-    Preferences have no scores that the prices of further limits could be charged to; they are not kept here.
-    """
+    Preferences have no scores that the prices of further limits could be charged to; they are not
+    kept here."""
     if not isinstance(spec.lam, str):
         return spec.lam
     known = read_record(DUAL, SolvedDual)
@@ -54,8 +54,9 @@ def multiplier(item: str, spec: SafetyRun) -> float:
     if lam == 0:
         log.warning(
             "safety_dpo.runs.%s: the multiplier is 0, since constraint.limit is slack, and at lambda_min this policy "
-            "hardly differs from its reference. Give lam as a number if it is to be a safe one", item,
-        )  # fmt: skip
+            "hardly differs from its reference. Give lam as a number if it is to be a safe one",
+            item,
+        )
     return lam
 
 

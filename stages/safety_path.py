@@ -1,8 +1,10 @@
-"""safety_path RUN: a reference policy and safety pairs at a multiplier given by number -> models/safety_path/RUN.
+"""safety_path RUN: a reference policy and safety pairs at a multiplier given by number ->
+models/safety_path/RUN.
 
     python -m stages.safety_path lam_10
 
-Safety DPO with coefficient beta / lambda to its reference, as in safety_dpo, but nothing here depends on a scorer, the
+Safety DPO with coefficient beta / lambda to its reference, as in safety_dpo, but nothing here
+depends on a scorer, the
 dual or the limit: SACPO's second step as it was published.
 """
 
@@ -12,8 +14,8 @@ from pathlib import Path
 
 from dualign.core.schema import SAFETY_PAIRS, read_table
 from dualign.params.training import SafetyPathParams
-from dualign.safety import train_at
 from dualign.stage import Run, execute, finished
+from dualign.training.safety import train_at
 
 PAIRS = Path("data/prepared/safety_pairs.parquet")
 MODELS = Path("models")

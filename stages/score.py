@@ -2,10 +2,10 @@
 
     python -m stages.score
 
-`pool.parquet`: samples of pi_ref at T = 1 on the pool prompts; `scored_pairs.parquet`: training pairs; both with
-reference log-probability, reward and cost. `support.parquet`: how likely pi_ref finds answers of held-out pairs. In the
-embedded world also every grammatical answer to the eval prompts.
-"""
+`pool.parquet`: samples of pi_ref at T = 1 on the pool prompts; `scored_pairs.parquet`: training
+pairs; both with reference log-probability, reward and cost. `support.parquet`: how likely pi_ref
+finds answers of held-out pairs. In the embedded world also every grammatical answer to the eval
+prompts."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ from dualign.core.schema import (
     SUPPORT,
     read_table,
 )
-from dualign.evaluation import enumerate_answers
+from dualign.evaluation.against_optimum import enumerate_answers
+from dualign.evaluation.rollout import Judges, roll_out
+from dualign.evaluation.stats import clustered_mean
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts, retokenised_share
-from dualign.measure.rollout import Judges, roll_out
-from dualign.measure.stats import clustered_mean
 from dualign.params.models import ScoreParams
+from dualign.scoring.support import HELD_OUT
 from dualign.stage import Run, execute
-from dualign.support import HELD_OUT
 
 DATA = Path("data/prepared")
 OUT = Path("data/scored")
 
-#: Held-out pairs that show what the scorers' data cover; their answers tell a share of a tenth of a percent.
+#: Held-out pairs that show what the scorers' data cover; their answers tell a share of a tenth of a
+#: percent.
 _SUPPORT_PAIRS = 2000
 
 
@@ -51,7 +52,9 @@ def main(run: Run[ScoreParams]) -> None:
         judges.reference, prompts, judges,
         count=params.samples_per_prompt, max_new_tokens=params.max_new_tokens, seed=params.seed,
     )  # fmt: skip
-    run.throughput["pool_tokens_per_second"] = float(pool["length"].sum() / (time.monotonic() - started))
+    run.throughput["pool_tokens_per_second"] = float(
+        pool["length"].sum() / (time.monotonic() - started)
+    )
     known = preference_pairs()
     pairs = score_pairs(drawn_of(known, "train", params.pairs, params.seed), judges)
     support = support_rows(drawn_of(known, "heldout", _SUPPORT_PAIRS, params.seed), judges)
@@ -64,7 +67,9 @@ def main(run: Run[ScoreParams]) -> None:
         write_parquet(folder / "enumerated.parquet", enumerated, ENUMERATED)
     ids = pool["prompt_id"].to_numpy()
     whole = pool[pool["ended"]]
-    other = retokenised_share(judges.tokenizer, whole["response"].tolist(), whole["tokens"].tolist())
+    other = retokenised_share(
+        judges.tokenizer, whole["response"].tolist(), whole["tokens"].tolist()
+    )
     drawn = {"prompts": len(prompts), "answers": len(pool), "ended": float(pool["ended"].mean())}
     run.metrics(
         {
@@ -83,7 +88,10 @@ def main(run: Run[ScoreParams]) -> None:
 def preference_pairs() -> pd.DataFrame:
     """The pairs of both kinds, with their `kind`."""
     tables = {"helpful": HELPFUL_PAIRS, "safety": SAFETY_PAIRS}
-    frames = [read_table(DATA / f"{kind}_pairs.parquet", schema).assign(kind=kind) for kind, schema in tables.items()]
+    frames = [
+        read_table(DATA / f"{kind}_pairs.parquet", schema).assign(kind=kind)
+        for kind, schema in tables.items()
+    ]
     return pd.concat(frames, ignore_index=True)
 
 
@@ -104,8 +112,12 @@ def score_pairs(pairs: pd.DataFrame, judges: Judges) -> pd.DataFrame:
         pairs[f"logp_ref_{side}"] = log_probabilities(
             judges.reference, judges.tokenizer, prompts, answers, batch_size=batch
         )
-        pairs[f"reward_{side}"] = judges.reward.score(pairs["prompt"], pairs[side], batch_size=batch, what="rewards")
-        pairs[f"cost_{side}"] = judges.cost.score(pairs["prompt"], pairs[side], batch_size=batch, what="costs")
+        pairs[f"reward_{side}"] = judges.reward.score(
+            pairs["prompt"], pairs[side], batch_size=batch, what="rewards"
+        )
+        pairs[f"cost_{side}"] = judges.cost.score(
+            pairs["prompt"], pairs[side], batch_size=batch, what="costs"
+        )
     return pairs
 
 
@@ -119,7 +131,9 @@ def support_rows(pairs: pd.DataFrame, judges: Judges) -> pd.DataFrame:
 
 
 def enumerate_world(prompts: pd.DataFrame, judges: Judges) -> pd.DataFrame:
-    """Every grammatical answer to the prompts with its truth and logp_ref; empty outside the world."""
+    """Every grammatical answer to the prompts with its truth and logp_ref; empty outside the
+    world.
+    """
     rows = enumerate_answers(prompts)
     if rows.empty:
         return rows
@@ -127,7 +141,9 @@ def enumerate_world(prompts: pd.DataFrame, judges: Judges) -> pd.DataFrame:
     answers = encode_answers(judges.tokenizer, rows["response"])
     batch = judges.resources.scoring_batch_size
     return rows.assign(
-        logp_ref=log_probabilities(judges.reference, judges.tokenizer, encoded, answers, batch_size=batch)
+        logp_ref=log_probabilities(
+            judges.reference, judges.tokenizer, encoded, answers, batch_size=batch
+        )
     )
 
 

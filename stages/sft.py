@@ -2,9 +2,9 @@
 
     python -m stages.sft
 
-The base is a hub id, a folder (with `gguf_file` a GGUF file in it), or `scratch`: a small Llama and a tokenizer built
-here from the data. With `train: false` the base itself is pi_ref; its format is checked and its held-out loss measured.
-"""
+The base is a hub id, a folder (with `gguf_file` a GGUF file in it), or `scratch`: a small Llama and
+a tokenizer built here from the data. With `train: false` the base itself is pi_ref; its format is
+checked and its held-out loss measured."""
 
 from __future__ import annotations
 
@@ -55,7 +55,14 @@ def main(run: Run[SftParams]) -> None:
         save(merged(model) if params.train else untouched(params, tokenizer), tokenizer, folder)
     parameters = sum(weight.numel() for weight in model.parameters())
     run.losses(metrics.pop("losses", []))
-    run.metrics({**metrics, "trained": bool(params.train), "parameters": parameters, "vocabulary": len(tokenizer)})
+    run.metrics(
+        {
+            **metrics,
+            "trained": bool(params.train),
+            "parameters": parameters,
+            "vocabulary": len(tokenizer),
+        }
+    )
     finished(scratch)
 
 
@@ -63,9 +70,14 @@ def base(run: Run[SftParams], rows: pd.DataFrame) -> tuple[Model, PreTrainedToke
     """The model to start from and its tokenizer."""
     params = run.params
     if (Path(params.base) / "adapter_config.json").is_file():
-        raise ModelError(f"sft.base: {params.base} holds an adapter; name its base, or a folder that has it folded in")
+        raise ModelError(
+            f"sft.base: {params.base} holds an adapter; name its base, or a folder that has it"
+            " folded in"
+        )
     if params.base != "scratch":
-        tokenizer = load_tokenizer(params.base, params.revision, params.chat_template, params.gguf_file)
+        tokenizer = load_tokenizer(
+            params.base, params.revision, params.chat_template, params.gguf_file
+        )
         whole = bool(params.train) and params.lora.rank == 0
         model = load_policy(
             params.base, run.resources, params.revision,
@@ -91,26 +103,39 @@ def base(run: Run[SftParams], rows: pd.DataFrame) -> tuple[Model, PreTrainedToke
 def untouched(params: SftParams, tokenizer: PreTrainedTokenizerBase) -> Model:
     """The base in the precision that it is stored in, whatever the run computes with."""
     model = load_model(
-        AutoModelForCausalLM, params.base, dtype="auto", revision=params.revision, gguf_file=params.gguf_file
+        AutoModelForCausalLM,
+        params.base,
+        dtype="auto",
+        revision=params.revision,
+        gguf_file=params.gguf_file,
     )
     fit_vocabulary(model, tokenizer, params.seed)
     return model
 
 
 def local_inputs(params: SftParams) -> list[Path]:
-    """The folders and files beside the data that the result depends on: what lies in them counts, not their names."""
+    """The folders and files beside the data that the result depends on: what lies in them counts,
+    not their names.
+    """
     named = (params.base, params.chat_template, params.scratch.tokenizer)
     return [Path(name) for name in named if name is not None and Path(name).exists()]
 
 
-def encoded(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[list[int], list[int]]]]:
-    """Ids of prompt and answer of the training and of the held-out rows. Raises DataError for a row by number."""
+def encoded(
+    rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase
+) -> list[list[tuple[list[int], list[int]]]]:
+    """Ids of prompt and answer of the training and of the held-out rows. Raises DataError for a row
+    by number.
+    """
     try:
         ids = encode_conversations(tokenizer, rows["prompt"].tolist(), rows["response"].tolist())
     except DataError as error:
         raise DataError(f"{ROWS}: {error}") from error
     splits = rows["split"].tolist()
-    return [[row for row, own in zip(ids, splits, strict=True) if own == split] for split in ("train", "heldout")]
+    return [
+        [row for row, own in zip(ids, splits, strict=True) if own == split]
+        for split in ("train", "heldout")
+    ]
 
 
 if __name__ == "__main__":

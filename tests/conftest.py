@@ -1,4 +1,6 @@
-"""What all tests share: no network, two threads (one where tests run side by side), real rows where there are any."""
+"""What all tests share: no network, two threads (one where tests run side by side), real rows where
+there are any.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ os.environ.update(
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
 )
 
-# A shell starts background jobs with Ctrl-C ignored, and their children inherit that; some tests send it to theirs.
+# A shell starts background jobs with Ctrl-C ignored, and their children inherit that; some tests
+# send it to theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +38,9 @@ def repo_root() -> Path:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """A folder of genuine rows, which the repository does not ship: $DUALIGN_REAL_DATA or ../shared/data."""
+    """A folder of genuine rows, which the repository does not ship: $DUALIGN_REAL_DATA or
+    ../shared/data.
+    """
     folder = Path(os.environ.get("DUALIGN_REAL_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no real rows at {folder}; set DUALIGN_REAL_DATA to a folder that has them")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dualign.core import yaml_text
-from pipeline.overlay import whole
+from pipeline.dvc.overlay import whole
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = sorted((ROOT / "params").glob("*.yaml"))

@@ -19,8 +19,9 @@ import pytest
 from dualign.command import COMMANDS, PIPELINE
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = "import sys\nfrom importlib.metadata import entry_points\n" + (
-    "sys.exit(entry_points(group='console_scripts', name='dualign')['dualign'].load()())\n"
+SCRIPT = (
+    "import sys\nfrom importlib.metadata import entry_points\n"
+    + "sys.exit(entry_points(group='console_scripts', name='dualign')['dualign'].load()())\n"
 )
 #: A stage that tells where it runs, with which library, and what it was told.
 HELLO = """
@@ -49,7 +50,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / room, place / room, ignore=hidden)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, place / name)
-    subprocess.run([sys.executable, "-c", BUILD, "dist"], cwd=place, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", BUILD, "dist"], cwd=place, check=True, capture_output=True
+    )
     return next((place / "dist").glob("*.whl"))
 
 
@@ -75,7 +78,9 @@ def checkout(tmp_path: Path) -> Path:
     (root / "stages" / "__init__.py").touch()
     (root / "stages" / "hello.py").write_text(HELLO)
     (root / "dvc.yaml").write_text(STAGE)
-    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet", "--no-scm"], cwd=root, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "dvc", "init", "--quiet", "--no-scm"], cwd=root, check=True
+    )
     return root
 
 
@@ -94,29 +99,44 @@ def dualign(
     environment = {**os.environ, "PYTHONPATH": path, "PATH": "/usr/bin:/bin"}
     command = [sys.executable, str(site / "bin" / "dualign"), *arguments]
     return subprocess.run(
-        command, cwd=folder, env=environment, input=given, capture_output=True, text=True, check=False
+        command,
+        cwd=folder,
+        env=environment,
+        input=given,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
-# --- what is installed ------------------------------------------------------------------------------------------------
+# --- what is installed ----------------------------------------------------------------------------
 
 
 def test_a_wheel_holds_the_library_its_types_and_its_files(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
-    files = [path for path in (ROOT / "dualign").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    files = [
+        path
+        for path in (ROOT / "dualign").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    ]
     assert {path.relative_to(ROOT).as_posix() for path in files} <= held
     assert "dualign/py.typed" in held
-    assert {name.split("/")[0] for name in held} == {"dualign", next(n for n in held if "METADATA" in n).split("/")[0]}
+    assert {name.split("/")[0] for name in held} == {
+        "dualign",
+        next(n for n in held if "METADATA" in n).split("/")[0],
+    }
 
 
-# --- anywhere ---------------------------------------------------------------------------------------------------------
+# --- anywhere -------------------------------------------------------------------------------------
 
 
 def test_help_lists_every_command_in_a_line(site: Path, elsewhere: Path) -> None:
     told = dualign(site, elsewhere, "--help")
     assert told.returncode == 0 and not told.stderr
     for name, command in COMMANDS.items():
-        assert re.search(rf"^ +{name} +{re.escape(command.about)}$", told.stdout, flags=re.MULTILINE), name
+        assert re.search(
+            rf"^ +{name} +{re.escape(command.about)}$", told.stdout, flags=re.MULTILINE
+        ), name
     bare = dualign(site, elsewhere)
     assert bare.returncode == 2 and bare.stderr == told.stdout
 
@@ -126,11 +146,16 @@ def test_the_version_is_that_of_the_package(site: Path, elsewhere: Path) -> None
     assert dualign(site, elsewhere, "--version").stdout == f"dualign {declared}\n"
 
 
-@pytest.mark.parametrize(("name", "hint"), [("pland", "did you mean plan?"), ("xyz", "one of repro, preset, plan, ")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("pland", "did you mean plan?"), ("xyz", "one of repro, preset, plan, ")]
+)
 def test_a_slip_is_told_in_one_line(site: Path, elsewhere: Path, name: str, hint: str) -> None:
     told = dualign(site, elsewhere, name)
     assert told.returncode == 2 and not told.stdout
-    assert told.stderr.startswith(f"dualign {name}: no such command; {hint}") and told.stderr.count("\n") == 1
+    assert (
+        told.stderr.startswith(f"dualign {name}: no such command; {hint}")
+        and told.stderr.count("\n") == 1
+    )
 
 
 def test_an_option_that_there_is_not(site: Path, elsewhere: Path) -> None:
@@ -145,34 +170,49 @@ def test_a_command_of_a_project_says_where_to_run_it(
     monkeypatch.chdir(elsewhere)
     assert importlib.import_module("dualign.command").main([name]) == 2
     told = capsys.readouterr().err
-    assert told.startswith(f"dualign {name}: {elsewhere} lies in no checkout of dualign") and told.count("\n") == 1
+    assert (
+        told.startswith(f"dualign {name}: {elsewhere} lies in no checkout of dualign")
+        and told.count("\n") == 1
+    )
 
 
 def test_certificates_are_verified_anywhere(site: Path, elsewhere: Path) -> None:
     told = dualign(site, elsewhere, "certify", "verify", "here")
-    assert told.returncode == 1 and told.stdout.startswith("here: holds no certificate") and not told.stderr
-    assert dualign(site, elsewhere, "certify", "--help").stdout.startswith("usage: dualign certify ")
+    assert (
+        told.returncode == 1
+        and told.stdout.startswith("here: holds no certificate")
+        and not told.stderr
+    )
+    assert dualign(site, elsewhere, "certify", "--help").stdout.startswith(
+        "usage: dualign certify "
+    )
 
 
 def test_params_are_checked_anywhere(site: Path, elsewhere: Path) -> None:
     text = (ROOT / "params.yaml").read_text()
     assert dualign(site, elsewhere, "params", given=text).returncode == 0
     told = dualign(site, elsewhere, "params", "mine", given=text.replace("\nseed:", "\nsede:"))
-    assert told.returncode == 2 and told.stderr.startswith("mine: ") and told.stderr.count("\n") == 1
+    assert (
+        told.returncode == 2 and told.stderr.startswith("mine: ") and told.stderr.count("\n") == 1
+    )
 
 
-# --- in a checkout ----------------------------------------------------------------------------------------------------
+# --- in a checkout --------------------------------------------------------------------------------
 
 
 def test_plan_and_repro_from_a_folder_below(site: Path, checkout: Path) -> None:
-    assert dualign(site, checkout / "docs", "plan").stdout.splitlines()[0] == "write  stale  never run"
+    assert (
+        dualign(site, checkout / "docs", "plan").stdout.splitlines()[0] == "write  stale  never run"
+    )
     done = dualign(site, checkout / "docs", "repro", "--quiet")
     assert done.returncode == 0, done.stderr
     assert (checkout / "written").read_text() == sys.executable  # though it does not lead PATH
     assert dualign(site, checkout, "plan").stdout == "1 of 1 stages are up to date\n"
 
 
-def test_the_code_is_that_of_the_checkout_though_python_finds_another(site: Path, checkout: Path) -> None:
+def test_the_code_is_that_of_the_checkout_though_python_finds_another(
+    site: Path, checkout: Path
+) -> None:
     (checkout / "pipeline").unlink()
     (checkout / "pipeline").mkdir()
     (checkout / "pipeline" / "__init__.py").touch()
@@ -191,12 +231,16 @@ def test_repro_refuses_params_that_no_stage_takes(site: Path, checkout: Path) ->
 
 
 def test_options_are_those_of_the_command_under_the_one_name(site: Path, checkout: Path) -> None:
-    assert dualign(site, checkout, "run", "--help").stdout.startswith("usage: dualign run [-h] [--stage S]")
+    assert dualign(site, checkout, "run", "--help").stdout.startswith(
+        "usage: dualign run [-h] [--stage S]"
+    )
     wrong = dualign(site, checkout, "run", "--stge", "write")
     assert wrong.returncode == 2 and "dualign" in wrong.stderr and "--stge" in wrong.stderr
     unknown = dualign(site, checkout, "run", "--stage", "wirte")
     assert unknown.returncode == 2 and "did you mean write?" in unknown.stderr
-    assert dualign(site, checkout, "preset", "smollm2-cpo").stderr.endswith("did you mean params/smollm2-cpu.yaml?\n")
+    assert dualign(site, checkout, "preset", "smollm2-cpo").stderr.endswith(
+        "did you mean params/smollm2-cpu.yaml?\n"
+    )
 
 
 def test_a_stage_runs_in_the_checkout_with_its_library(site: Path, checkout: Path) -> None:
@@ -205,19 +249,31 @@ def test_a_stage_runs_in_the_checkout_with_its_library(site: Path, checkout: Pat
     assert told["arguments"] == ["item", "--flag"] and told["folder"] == str(checkout)
     assert told["library"] == str(checkout / "dualign" / "__init__.py")
     slip = dualign(site, checkout, "stage", "helo")
-    assert (slip.returncode, slip.stderr) == (2, "dualign stage helo: no such stage; did you mean hello?\n")
-    assert dualign(site, checkout, "stage").stderr == "usage: dualign stage NAME ...; NAME is one of hello\n"
+    assert (slip.returncode, slip.stderr) == (
+        2,
+        "dualign stage helo: no such stage; did you mean hello?\n",
+    )
+    assert (
+        dualign(site, checkout, "stage").stderr
+        == "usage: dualign stage NAME ...; NAME is one of hello\n"
+    )
 
 
-# --- completion -------------------------------------------------------------------------------------------------------
+# --- completion -----------------------------------------------------------------------------------
 
-ASK = 'source "$0"; COMP_WORDS=(dualign "$@"); COMP_CWORD=$#; _shtab_dualign; echo "${COMPREPLY[@]}"'
+ASK = (
+    'source "$0"; COMP_WORDS=(dualign "$@"); COMP_CWORD=$#; _shtab_dualign; echo "${COMPREPLY[@]}"'
+)
 
 
 def completed(script: Path, *words: str) -> set[str]:
     """What bash offers for the last of these words."""
     answer = subprocess.run(
-        ["bash", "-c", ASK, str(script), *words], cwd=script.parent, capture_output=True, text=True, check=True
+        ["bash", "-c", ASK, str(script), *words],
+        cwd=script.parent,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return set(answer.stdout.split())
 
@@ -256,16 +312,20 @@ def test_completion_is_quick(repo_root: Path) -> None:
         "import sys; from dualign.completion import main; main(['zsh']); "
         "sys.exit(str([m for m in ('torch', 'prefect') if m in sys.modules]))"
     )
-    made = subprocess.run([sys.executable, "-c", code], cwd=repo_root, capture_output=True, text=True, check=False)
+    made = subprocess.run(
+        [sys.executable, "-c", code], cwd=repo_root, capture_output=True, text=True, check=False
+    )
     assert made.stderr.strip() == "[]" and made.stdout.startswith("#compdef dualign")
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
 def test_the_table_has_every_command_of_the_pipeline_as_it_calls_it() -> None:
     parser = importlib.import_module(PIPELINE).parser()
-    told = next(action for action in parser._actions if isinstance(action.choices, dict))._choices_actions
+    told = next(
+        action for action in parser._actions if isinstance(action.choices, dict)
+    )._choices_actions
     ours = {name: command.about for name, command in COMMANDS.items() if command.module == PIPELINE}
     assert ours == {choice.dest: choice.help for choice in told}
 

@@ -19,13 +19,13 @@ from ruamel.yaml import YAML
 from dualign.params.loading import BLOCKS
 from dualign.params.search import ROW_SECTIONS
 from dualign.params.stages import STAGES
-from pipeline.dag import StageSpec, load_dag
-from pipeline.deps import ROOT, differences, script_of
-from pipeline.overlay import whole
+from pipeline.dvc.dag import StageSpec, load_dag
+from pipeline.dvc.deps import ROOT, differences, script_of
+from pipeline.dvc.overlay import whole
 from tests.shipped import PRESETS, preset
 
-# Keys that a foreach stage lists by item, so that an edit to one item leaves the others alone. The policies of
-# `evaluate` need no key of their own: the folder that an item names is a dependency.
+# Keys that a foreach stage lists by item, so that an edit to one item leaves the others alone. The
+# policies of `evaluate` need no key of their own: the folder that an item names is a dependency.
 BY_ITEM: dict[str, dict[str, list[str]]] = {
     "reward_dpo": {"reward_dpo.runs": ["reward_dpo.runs.${key}"]},
     "safety_dpo": {"safety_dpo.runs": ["safety_dpo.runs.${key}"]},
@@ -48,29 +48,46 @@ DEFINITIONS: dict[str, Any] = {
 every_stage = pytest.mark.parametrize("stage", DEFINITIONS)
 
 
-# --- dependencies and params ------------------------------------------------------------------------------------------
+# --- dependencies and params ----------------------------------------------------------------------
 
 
 def test_code_dependencies_are_the_import_closure() -> None:
     found = differences(ROOT)
-    assert not found, "\n".join(["run `python -m pipeline.deps --write`, or edit:", *map(str, found)])
+    assert not found, "\n".join(
+        ["run `python -m pipeline.dvc.deps --write`, or edit:", *map(str, found)]
+    )
 
 
 def test_every_data_file_of_the_code_is_a_dependency() -> None:
     listed = {dep for definition in DEFINITIONS.values() for dep in definition["deps"]}
-    files = [path for room in ("dualign", "stages") for path in (ROOT / room).rglob("*") if path.is_file()]
-    data = {path.relative_to(ROOT).as_posix() for path in files if path.suffix not in {".py", ".pyc", ".typed"}}
-    assert data <= listed, f"no module names {sorted(data - listed)}, so no stage runs again when they change"
+    files = [
+        path
+        for room in ("dualign", "stages")
+        for path in (ROOT / room).rglob("*")
+        if path.is_file()
+    ]
+    data = {
+        path.relative_to(ROOT).as_posix()
+        for path in files
+        if path.suffix not in {".py", ".pyc", ".typed"}
+    }
+    assert data <= listed, (
+        f"no module names {sorted(data - listed)}, so no stage runs again when they change"
+    )
 
 
 @every_stage
 def test_params_are_the_fields_of_the_class(stage: str) -> None:
     cls = STAGES[stage]
-    own = set(cls.model_fields) - set(cls.shared) - set(ROW_SECTIONS)  # these stand in the rows of `methods`
+    own = (
+        set(cls.model_fields) - set(cls.shared) - set(ROW_SECTIONS)
+    )  # these stand in the rows of `methods`
     keys = [*cls.shared.values(), *(f"{stage}.{name}" for name in own), *own & set(BLOCKS)]
     expected = {item for key in keys for item in BY_ITEM.get(stage, {}).get(key, [key])}
     listed = set(DEFINITIONS[stage]["params"])
-    if stage in listed:  # the whole section as one, of which the stage must read every key that there is
+    if (
+        stage in listed
+    ):  # the whole section as one, of which the stage must read every key that there is
         assert own == set(read(ROOT / "params.yaml")[stage])
         expected = {key for key in expected if not key.startswith(f"{stage}.")} | {stage}
     edits = [f"{'+' if key in expected else '-'}     - {key}" for key in sorted(expected ^ listed)]
@@ -82,10 +99,19 @@ def test_paths_in_the_script_are_declared(stage: str) -> None:
     definition = DEFINITIONS[stage]
     script = ast.parse((ROOT / script_of(definition)).read_text())
     used = {path for path in paths(script) if re.fullmatch(r"(data|models|reports)/[\w./-]+", path)}
-    known = [path.split("${")[0].rstrip("/") for key in ("deps", "outs", "metrics") for path in definition[key]]
-    undeclared = {path for path in used if not any(within(path, other) or within(other, path) for other in known)}
+    known = [
+        path.split("${")[0].rstrip("/")
+        for key in ("deps", "outs", "metrics")
+        for path in definition[key]
+    ]
+    undeclared = {
+        path
+        for path in used
+        if not any(within(path, other) or within(other, path) for other in known)
+    }
     assert not undeclared, (
-        f"{script_of(definition)} uses {sorted(undeclared)}, which dvc.yaml does not list for {stage}"
+        f"{script_of(definition)} uses {sorted(undeclared)}, which dvc.yaml does not list for"
+        f" {stage}"
     )
 
 
@@ -94,13 +120,15 @@ def paths(script: ast.Module) -> Iterator[str]:
     folders = {}
     for node in ast.walk(script):
         match node:
-            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(args=[ast.Constant(value=str(folder))])):
+            case ast.Assign(
+                targets=[ast.Name(id=name)], value=ast.Call(args=[ast.Constant(value=str(folder))])
+            ):
                 folders[name] = folder
             case ast.Constant(value=str(text)):
                 yield text
-            case ast.BinOp(left=ast.Name(id=name), op=ast.Div(), right=ast.Constant(value=str(file))) if (
-                name in folders
-            ):
+            case ast.BinOp(
+                left=ast.Name(id=name), op=ast.Div(), right=ast.Constant(value=str(file))
+            ) if name in folders:
                 yield f"{folders[name]}/{file}"
 
 
@@ -112,13 +140,15 @@ def test_stages_are_those_of_params() -> None:
     assert set(DEFINITIONS) == set(STAGES)
 
 
-# --- form -------------------------------------------------------------------------------------------------------------
+# --- form -----------------------------------------------------------------------------------------
 
 
 @every_stage
 def test_command_is_the_same_everywhere(stage: str) -> None:
     definition = DEFINITIONS[stage]
-    name = ' "$DVC_STAGE"' if stage in BY_ITEM else ""  # no ${key}, which a shell would read as text of its own
+    name = (
+        ' "$DVC_STAGE"' if stage in BY_ITEM else ""
+    )  # no ${key}, which a shell would read as text of its own
     assert definition["cmd"] == f"python -m stages.{stage}{name}"
     assert script_of(definition) == f"stages/{stage}.py"
 
@@ -146,14 +176,16 @@ def test_outputs_are_cached_and_never_kept(stage: str) -> None:
 def test_plots_draw_outputs_by_templates_that_are_there() -> None:
     """Whether the columns are there as well is seen on a real run, in tests/e2e."""
     outs = [path for definition in DEFINITIONS.values() for path in definition["outs"]]
-    for name, plot in ((name, plot) for item in read(ROOT / "dvc.yaml")["plots"] for name, plot in item.items()):
+    for name, plot in (
+        (name, plot) for item in read(ROOT / "dvc.yaml")["plots"] for name, plot in item.items()
+    ):
         undeclared = [file for file in plot["y"] if not any(within(file, out) for out in outs)]
         assert not undeclared, f"dvc.yaml: plots: {name}: no stage writes {undeclared[0]}"
         template = ROOT / f".dvc/plots/{plot['template']}.json"
         assert plot["template"] == "simple" or "<DVC_METRIC_DATA>" in template.read_text(), name
 
 
-# --- what an edit makes run again -------------------------------------------------------------------------------------
+# --- what an edit makes run again -----------------------------------------------------------------
 
 
 #: Stages whose runs each write a policy.
@@ -162,14 +194,18 @@ TRAININGS = ("reward_dpo", "safety_dpo", "lagrangian_dpo", "lambda_path", "safet
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DVC repository with this graph and these params, small files for all it reads and writes, all up to date."""
+    """A DVC repository with this graph and these params, small files for all it reads and writes,
+    all up to date.
+    """
     root = tmp_path_factory.mktemp("workspace")
     for name in ("dvc.yaml", ".dvcignore"):
         (root / name).write_text((ROOT / name).read_text())
     params = read(ROOT / "params.yaml")
     params["prepare"]["folder"] = "data/raw"
     params["lambda_path"]["runs"] = preset("any-limit")["lambda_path"]["runs"]
-    params["safety_path"]["runs"] = {"strict": {"reference": "sft", "lam": 4.0, "loss_type": "dpo", "clip": None}}
+    params["safety_path"]["runs"] = {
+        "strict": {"reference": "sft", "lam": 4.0, "loss_type": "dpo", "clip": None}
+    }
     runs = (params[stage]["runs"] for stage in TRAININGS)
     for items in (*runs, params["methods"]):
         items["twin"] = next(iter(items.values()))
@@ -179,7 +215,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     written = [path for stage in dag.values() for path in (*stage.outs, *stage.metrics)]
     for path in [*written, "data/raw/rows.jsonl", "reports/search/README.md"]:
         touch(root / path)
-    for path in (path for stage in dag.values() for path in stage.deps if not (root / path).exists()):
+    for path in (
+        path for stage in dag.values() for path in stage.deps if not (root / path).exists()
+    ):
         touch(root / path)
     with contextlib.chdir(root), Repo() as repo:
         repo.commit(force=True)
@@ -199,12 +237,15 @@ def touch(path: Path) -> None:
 
 
 def write(path: Path, content: Any) -> None:
-    """Write YAML in which no two keys share a value by an anchor, so that an edit is an edit to one key."""
+    """Write YAML in which no two keys share a value by an anchor, so that an edit is an edit to one
+    key.
+    """
     path.write_text(json.dumps(content))
 
 
 def status(root: Path, *edits: tuple[str, Any]) -> dict[str, set[str]]:
-    """The stages that DVC finds out of date after these edits to params.yaml, which are then undone, and why.
+    """The stages that DVC finds out of date after these edits to params.yaml, which are then
+    undone, and why.
 
     The reason is a set of params and of paths.
     """
@@ -250,12 +291,21 @@ SCORERS = ("reward_model", "cost_model")
 EDITS = {
     "seed": (123, ("prepare", "sft", *SCORERS, "score", "dual_init", *EVERY_RUN, "certify@*")),
     "beta": (0.123, ("dual_init", *EVERY_RUN, "report")),
-    "constraint.limit": (-1.23, ("dual_init", "dual_search@*", "certify@*", "evaluate@*", "report")),
+    "constraint.limit": (
+        -1.23,
+        ("dual_init", "dual_search@*", "certify@*", "evaluate@*", "report"),
+    ),
     "constraint.delta": (0.123, ("dual_init", "certify@*")),
     "constraint.power": (0.7, ("dual_init",)),
-    "constraint.also": ({"short": {"quantity": "length", "limit": 9.0}}, ("dual_init", "evaluate@*")),
+    "constraint.also": (
+        {"short": {"quantity": "length", "limit": 9.0}},
+        ("dual_init", "evaluate@*"),
+    ),
     "generation.max_new_tokens": (123, ("score", "dual_search@*", "certify@*", "evaluate@*")),
-    "training.batch_size": (123, ("sft", *SCORERS, *(f"{stage}@*" for stage in TRAININGS), "dual_search@*")),
+    "training.batch_size": (
+        123,
+        ("sft", *SCORERS, *(f"{stage}@*" for stage in TRAININGS), "dual_search@*"),
+    ),
     "lora.rank": (123, ("sft", *SCORERS, *(f"{stage}@*" for stage in TRAININGS), "dual_search@*")),
     "prepare.search_prompts": (123, ("prepare",)),
     "prepare.sft": ([], ("prepare",)),
@@ -282,10 +332,15 @@ EDITS = {
 
 @pytest.fixture(scope="module")
 def readers(workspace: Path) -> dict[str, set[str]]:
-    """The stages that each of EDITS puts out of date; DVC says which key it is, so all are made at once."""
+    """The stages that each of EDITS puts out of date; DVC says which key it is, so all are made at
+    once.
+    """
     found = status(workspace, *((key, value) for key, (value, _) in EDITS.items()))
     return {
-        key: {stage for stage, listed in found.items() if any(within(key, one, ".") for one in listed)} for key in EDITS
+        key: {
+            stage for stage, listed in found.items() if any(within(key, one, ".") for one in listed)
+        }
+        for key in EDITS
     }
 
 
@@ -293,10 +348,20 @@ def test_nothing_runs_again_without_an_edit(workspace: Path) -> None:
     assert status(workspace) == {}
 
 
-def test_what_a_killed_process_left_beside_an_output_makes_nothing_run_again(workspace: Path) -> None:
-    """Where the scratch folder is on another file system, temporaries lie in the folders of outputs."""
+def test_what_a_killed_process_left_beside_an_output_makes_nothing_run_again(
+    workspace: Path,
+) -> None:
+    """Where the scratch folder is on another file system, temporaries lie in the folders of
+    outputs.
+    """
     left = []
-    for folder in ("models", "reports/evaluation", "reports/certificate", "reports/provenance", "data"):
+    for folder in (
+        "models",
+        "reports/evaluation",
+        "reports/certificate",
+        "reports/provenance",
+        "data",
+    ):
         place = workspace / folder / ".tmp-0a1b2c3d"
         touch(place / "sft/weights.bin")
         place.with_name(f"{place.name}.lock").touch()
@@ -334,7 +399,12 @@ def test_an_edit_reruns_the_stages_that_read_it(
     ],
 )
 def test_an_edit_to_one_run_leaves_the_others(
-    workspace: Path, dag: dict[str, StageSpec], key: str, value: Any, stage: str, besides: tuple[str, ...]
+    workspace: Path,
+    dag: dict[str, StageSpec],
+    key: str,
+    value: Any,
+    stage: str,
+    besides: tuple[str, ...],
 ) -> None:
     assert len(matching(dag, f"{stage}@*")) > 1
     assert set(status(workspace, (key, value))) == {f"{stage}@twin"} | matching(dag, *besides)
@@ -346,15 +416,26 @@ def test_a_new_run_leaves_the_others(workspace: Path) -> None:
     assert set(status(workspace, *edits)) == {"safety_dpo@another", "evaluate@another", "report"}
 
 
-def test_a_new_limit_retrains_nothing_before_the_dual(readers: dict[str, set[str]], dag: dict[str, StageSpec]) -> None:
+def test_a_new_limit_retrains_nothing_before_the_dual(
+    readers: dict[str, set[str]], dag: dict[str, StageSpec]
+) -> None:
     again = downstream(dag, readers["constraint.limit"])
-    assert not again & {"prepare", "sft", "reward_model", "cost_model", "score", "reward_dpo@helpful"}
+    assert not again & {
+        "prepare",
+        "sft",
+        "reward_model",
+        "cost_model",
+        "score",
+        "reward_dpo@helpful",
+    }
     for path in ("lambda_path@*", "safety_path@*"):
         assert not again & matching(dag, path) and matching(dag, path)
 
 
 def test_one_policy_for_any_limit_is_merged_anew_without_training(tmp_path: Path) -> None:
-    """With its preset a new limit runs the dual, the merge and what judges it; the path is trained one by one."""
+    """With its preset a new limit runs the dual, the merge and what judges it; the path is trained
+    one by one.
+    """
     (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
     (tmp_path / "params.yaml").write_text(whole(ROOT / "params/any-limit.yaml"))
     Repo.init(str(tmp_path), no_scm=True).close()
@@ -367,22 +448,36 @@ def test_one_policy_for_any_limit_is_merged_anew_without_training(tmp_path: Path
     assert "lambda_path@strict" not in dag["lambda_path@slack"].upstream
 
 
-def test_a_new_cost_model_leaves_the_rewards(readers: dict[str, set[str]], dag: dict[str, StageSpec]) -> None:
+def test_a_new_cost_model_leaves_the_rewards(
+    readers: dict[str, set[str]], dag: dict[str, StageSpec]
+) -> None:
     again = downstream(dag, readers["cost_model.training.learning_rate"])
     assert {"score", "dual_init", "report"} < again
-    assert not again & {"prepare", "sft", "reward_model", "reward_dpo@helpful", *matching(dag, "safety_path@*")}
+    assert not again & {
+        "prepare",
+        "sft",
+        "reward_model",
+        "reward_dpo@helpful",
+        *matching(dag, "safety_path@*"),
+    }
 
 
 def test_a_run_that_policies_score_waits_for_them(tmp_path: Path) -> None:
     params = read(ROOT / "params.yaml")
     runs = params["lagrangian_dpo"]["runs"]
-    runs["pecan"] = {**runs["bernoulli"], "reward": "reward_dpo/helpful", "cost": "safety_dpo/alone"}
+    runs["pecan"] = {
+        **runs["bernoulli"],
+        "reward": "reward_dpo/helpful",
+        "cost": "safety_dpo/alone",
+    }
     (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
     write(tmp_path / "params.yaml", params)
     Repo.init(str(tmp_path), no_scm=True).close()
     dag = load_dag(tmp_path)
     assert {"reward_dpo@helpful", "safety_dpo@alone"} <= set(dag["lagrangian_dpo@pecan"].upstream)
-    assert not {"reward_dpo@helpful", "safety_dpo@alone"} & set(dag["lagrangian_dpo@bernoulli"].upstream)
+    assert not {"reward_dpo@helpful", "safety_dpo@alone"} & set(
+        dag["lagrangian_dpo@bernoulli"].upstream
+    )
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
@@ -391,8 +486,17 @@ def test_the_graph_holds_with_every_preset(path: Path, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(whole(path))
     Repo.init(str(tmp_path), no_scm=True).close()
     dag = load_dag(tmp_path)
-    assert {name.split("@")[0] for name in dag} >= {"prepare", "sft", "score", "dual_init", "evaluate", "report"}
-    assert set(dag["report"].upstream) >= matching(dag, "prepare", "dual_init", "dual_search@*", "evaluate@*")
+    assert {name.split("@")[0] for name in dag} >= {
+        "prepare",
+        "sft",
+        "score",
+        "dual_init",
+        "evaluate",
+        "report",
+    }
+    assert set(dag["report"].upstream) >= matching(
+        dag, "prepare", "dual_init", "dual_search@*", "evaluate@*"
+    )
 
 
 def test_runs_on_preferences_wait_for_their_reference_and_margin(tmp_path: Path) -> None:
@@ -407,7 +511,9 @@ def test_runs_on_preferences_wait_for_their_reference_and_margin(tmp_path: Path)
     (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
     Repo.init(str(tmp_path), no_scm=True).close()
     dag = load_dag(tmp_path)
-    waits = {name: {up for up in dag[name].upstream if "_dpo" in up} for name in matching(dag, "*_dpo@*")}
+    waits = {
+        name: {up for up in dag[name].upstream if "_dpo" in up} for name in matching(dag, "*_dpo@*")
+    }
     assert waits["reward_dpo@after_safety"] == waits["reward_dpo@modpo"] == {"safety_dpo@alone"}
     assert waits["safety_dpo@stepwise"] == {"reward_dpo@helpful"}
     assert waits["reward_dpo@helpful"] == waits["safety_dpo@alone"] == set()

@@ -1,4 +1,6 @@
-"""The examples in docstrings of the mathematics, and on the page for those who use it as a library."""
+"""The examples in docstrings of the mathematics, and on the page for those who use it as a
+library.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,12 @@ from dualign.params.models import ScratchParams
 
 #: The public mathematics; of a module in which other things are public too, what is.
 MODULES = {
-    "dualign.dual": None,
-    "dualign.bounds": None,
-    "dualign.losses": None,
-    "dualign.exact": None,
+    "dualign.math.dual": None,
+    "dualign.math.bounds": None,
+    "dualign.math.losses": None,
+    "dualign.math.tabular": None,
     "dualign.scoring.calibration": None,
-    "dualign.certificate": ["fixed_sequence", "Requirement.weighted"],
+    "dualign.certify.certificate": ["fixed_sequence", "Requirement.weighted"],
     "dualign.search.rules": [
         "dual_gradient_step",
         "projected_subgradient_step",
@@ -40,21 +42,29 @@ MODULES = {
     ],
 }
 #: Public for their neighbours alone: they check arguments.
-PLAIN = {"dualign.bounds.check_delta", "dualign.bounds.check_test"}
+PLAIN = {"dualign.math.bounds.check_delta", "dualign.math.bounds.check_test"}
 
 
 def functions(module: ModuleType) -> list[str]:
     """The public functions that a module defines itself."""
     found = inspect.getmembers(module, inspect.isfunction)
-    return [name for name, function in found if function.__module__ == module.__name__ and not name.startswith("_")]
+    return [
+        name
+        for name, function in found
+        if function.__module__ == module.__name__ and not name.startswith("_")
+    ]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_function_has_an_example_that_holds(name: str) -> None:
     module = importlib.import_module(name)
-    examples = {found.name.removeprefix(f"{name}."): found for found in doctest.DocTestFinder().find(module)}
+    examples = {
+        found.name.removeprefix(f"{name}."): found for found in doctest.DocTestFinder().find(module)
+    }
     for function in MODULES[name] or functions(module):
-        assert f"{name}.{function}" in PLAIN or examples[function].examples, f"{name}.{function} has no example"
+        assert f"{name}.{function}" in PLAIN or examples[function].examples, (
+            f"{name}.{function} has no example"
+        )
     said: list[str] = []
     for example in examples.values():
         doctest.DocTestRunner().run(example, out=said.append)
@@ -63,14 +73,24 @@ def test_every_function_has_an_example_that_holds(name: str) -> None:
 
 @pytest.fixture
 def shelf(tmp_path: Path, repo_root: Path) -> Path:
-    """A folder with the models that the page names: a base, and a classifier whose weights say something."""
+    """A folder with the models that the page names: a base, and a classifier whose weights say
+    something.
+    """
     texts = [answer.text for answer in world.answers(world.prompts()[0])]
     tokenizer = train_tokenizer(texts, 300)
     size = ScratchParams(
-        tokenizer="train", vocab_size=300, hidden_size=32, layers=1, heads=2, intermediate_size=48, context=128
+        tokenizer="train",
+        vocab_size=300,
+        hidden_size=32,
+        layers=1,
+        heads=2,
+        intermediate_size=48,
+        context=128,
     )
     save(build_scratch(size, tokenizer, 0), tokenizer, tmp_path / "models" / "base")
-    resources = load_resources(repo_root / "params.yaml").model_copy(update={"device": "cpu", "precision": "fp32"})
+    resources = load_resources(repo_root / "params.yaml").model_copy(
+        update={"device": "cpu", "precision": "fp32"}
+    )
     guard = load_scorer_backbone(str(tmp_path / "models" / "base"), tokenizer, resources, 0)
     with torch.no_grad():
         for weight in guard.parameters():
@@ -82,7 +102,10 @@ def shelf(tmp_path: Path, repo_root: Path) -> Path:
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_snippets_for_users_of_the_library_run_as_they_stand(
-    repo_root: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    repo_root: Path,
+    shelf: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     page = (repo_root / "docs" / "api.md").read_text()
     monkeypatch.chdir(shelf)
@@ -96,4 +119,6 @@ def test_the_snippets_for_users_of_the_library_run_as_they_stand(
     assert known["bound"] < -0.4
     assert (known["joint"].predicted <= [-0.3 + 1e-6, 0.03 + 1e-6]).all()
     assert known["raw"].shape == (4,) and (shelf / "models" / "cost" / "scorer.json").is_file()
-    assert (known["label"] > 0.5).all() and (shelf / "models" / "policy" / "model.safetensors").is_file()
+    assert (known["label"] > 0.5).all() and (
+        shelf / "models" / "policy" / "model.safetensors"
+    ).is_file()

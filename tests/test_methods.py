@@ -23,21 +23,35 @@ STARTS = {
 
 FEEDBACK = {"prompts": 4, "labels": 3, "smoothing": 0.5, "source": "cost_model", "folder": "f"}
 ONLINE = {
-    "labels": "models", "folder": "f", "retrain_reward": True, "ridge": 1.0, "reward_scale": 0.1, "cost_scale": 0.1,
+    "labels": "models",
+    "folder": "f",
+    "retrain_reward": True,
+    "ridge": 1.0,
+    "reward_scale": 0.1,
+    "cost_scale": 0.1,
     "dimension": None,
-}  # fmt: skip
+}
 GRADIENT = {
-    "samples": 2, "batch_size": 4, "steps": 3, "learning_rate": 1e-2, "lambda_init": 1.0, "lambda_rate": 0.1,
+    "samples": 2,
+    "batch_size": 4,
+    "steps": 3,
+    "learning_rate": 1e-2,
+    "lambda_init": 1.0,
+    "lambda_rate": 0.1,
     "window": 8,
-}  # fmt: skip
+}
 SECTIONS = {"o_pd_dpo": {"online": ONLINE}, "safe_rlhf": {"policy_gradient": GRADIENT}}
 
 
 def row(method: str, **options: Any) -> MethodRow:
     """A row with the sections that it needs."""
     start, reference = STARTS[METHODS[method].inner]
-    needed = SECTIONS.get(method, {}) | ({"feedback": FEEDBACK} if options.get("cost") == "feedback" else {})
-    return MethodRow.model_validate({"method": method, "start": start, "reference": reference, **needed, **options})
+    needed = SECTIONS.get(method, {}) | (
+        {"feedback": FEEDBACK} if options.get("cost") == "feedback" else {}
+    )
+    return MethodRow.model_validate(
+        {"method": method, "start": start, "reference": reference, **needed, **options}
+    )
 
 
 def test_params_and_table_name_the_same_methods() -> None:
@@ -59,7 +73,11 @@ def test_a_row_without_options_is_the_published_method(name: str) -> None:
 def test_options_replace_the_methods_own_and_the_title_says_which_row_it_is() -> None:
     found = plan("mine", row("pd_dpo", returns="mixture", cost="feedback", warm=True))
     assert found.title == "PD-DPO (mine)"
-    assert (found.method.returns, found.method.cost, found.method.warm) == ("mixture", "feedback", True)
+    assert (found.method.returns, found.method.cost, found.method.warm) == (
+        "mixture",
+        "feedback",
+        True,
+    )
     assert found.method.rule == "projected_subgradient"
     assert plan("c", row("c_dpo", rule="grid")).method.rule == "grid"
     assert plan("d", row("dualign", warm=False)).method.warm is False
@@ -85,7 +103,9 @@ def test_a_section_stands_in_the_rows_that_read_it_and_in_no_other(
 
 
 def test_the_published_settings() -> None:
-    """2505.19387: the dual gradient of C-DPO, warm from MoCAN's policy; 2405.19544: PeCAN is one-shot."""
+    """2505.19387: the dual gradient of C-DPO, warm from MoCAN's policy; 2405.19544: PeCAN is
+    one-shot.
+    """
     caid, c_dpo, pecan = METHODS["caid"], METHODS["c_dpo"], METHODS["pecan"]
     assert (caid.rule, caid.data, caid.warm) == (c_dpo.rule, c_dpo.data, True) and not c_dpo.warm
     assert (pecan.rule, pecan.inner, pecan.returns) == ("one_shot", "lagrangian", "last")
@@ -120,14 +140,24 @@ def test_the_published_settings() -> None:
         ("safe_rlhf", {"cost": "feedback"}, "cost"),
         ("safe_rlhf", {"aims": "stock"}, "aims"),
         ("mocan", {"aims": "stock"}, "aims"),
-        ("dualign", {"rule": "merge", "start": "lagrangian_dpo/one", "reference": "sft"}, "reference"),
-        ("dualign", {"rule": "merge", "start": "safety_dpo/one", "reference": "reward_dpo/helpful"}, "start"),
+        (
+            "dualign",
+            {"rule": "merge", "start": "lagrangian_dpo/one", "reference": "sft"},
+            "reference",
+        ),
+        (
+            "dualign",
+            {"rule": "merge", "start": "safety_dpo/one", "reference": "reward_dpo/helpful"},
+            "start",
+        ),
         ("dualign", PATH, "start"),
         ("c_dpo", {"rule": "merge", **PATH}, "rule"),
         ("dualign", {"rule": "merge", **PATH, "returns": "mixture"}, "returns"),
     ],
 )
-def test_what_does_not_go_together_is_refused_by_its_key(method: str, options: dict[str, Any], key: str) -> None:
+def test_what_does_not_go_together_is_refused_by_its_key(
+    method: str, options: dict[str, Any], key: str
+) -> None:
     with pytest.raises(ParamsError, match=rf"^methods\.mine\.{key}: ") as caught:
         plan("mine", row(method, **options))
     assert "\n" not in str(caught.value)
@@ -135,13 +165,20 @@ def test_what_does_not_go_together_is_refused_by_its_key(method: str, options: d
 
 def test_ours_may_merge_two_policies_of_the_path_and_aim_below_the_limit() -> None:
     found = plan("mine", row("dualign", rule="merge", aims="stock", **PATH))
-    assert (found.method.rule, found.method.aims, found.start, found.reference) == ("merge", "stock", *PATH.values())
+    assert (found.method.rule, found.method.aims, found.start, found.reference) == (
+        "merge",
+        "stock",
+        *PATH.values(),
+    )
     assert all(method.aims == "limit" for method in METHODS.values())
     assert plan("a", row("sacpo", aims="stock")).method.aims == "stock"  # a grid returns by it
 
 
 def test_safety_first_is_one_shot() -> None:
-    found = plan("mine", row("sacpo", start="reward_dpo/swapped", reference="safety_dpo/alone", rule="one_shot"))
+    found = plan(
+        "mine",
+        row("sacpo", start="reward_dpo/swapped", reference="safety_dpo/alone", rule="one_shot"),
+    )
     assert (found.start, found.reference) == ("reward_dpo/swapped", "safety_dpo/alone")
 
 

@@ -1,4 +1,6 @@
-"""Names in params.yaml reach no shell and no path outside, by whichever door they come in: params, pipeline, DVC."""
+"""Names in params.yaml reach no shell and no path outside, by whichever door they come in: params,
+pipeline, DVC.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,10 @@ from ruamel.yaml import YAML
 from dualign.core.errors import ParamsError
 from dualign.core.names import NAME
 from dualign.params import loading
-from pipeline import flow, names, worker
+from pipeline import names
 from pipeline.__main__ import main
 from pipeline.errors import PipelineError
+from pipeline.prefect import flow, worker
 from tests.params.mistakes import Content, put
 from tests.pipeline.project import environment
 from tests.shipped import preset
@@ -31,22 +34,69 @@ from tests.shipped import preset
 ROOT = Path(__file__).resolve().parents[1]
 #: Where params.yaml names runs, and policies.
 KEYS = (
-    "reward_dpo.runs", "safety_dpo.runs", "lagrangian_dpo.runs", "lambda_path.runs", "safety_path.runs", "methods",
-    "certify.runs", "evaluate.policies", "constraint.also",
-)  # fmt: skip
+    "reward_dpo.runs",
+    "safety_dpo.runs",
+    "lagrangian_dpo.runs",
+    "lambda_path.runs",
+    "safety_path.runs",
+    "methods",
+    "certify.runs",
+    "evaluate.policies",
+    "constraint.also",
+)
 #: Where it names folders under models/.
 REFERENCES = (
-    "reward_dpo.runs.helpful.reference", "reward_dpo.runs.helpful.margin", "safety_dpo.runs.alone.reference",
-    "lagrangian_dpo.runs.bernoulli.reward", "lagrangian_dpo.runs.bernoulli.cost", "lambda_path.runs.slack.begin",
-    "safety_path.runs.strict.reference", "methods.sacpo.start", "methods.sacpo.reference",
-    "certify.runs.dualign.policy", "certify.runs.dualign.partner", "certify.runs.dualign.fallback",
+    "reward_dpo.runs.helpful.reference",
+    "reward_dpo.runs.helpful.margin",
+    "safety_dpo.runs.alone.reference",
+    "lagrangian_dpo.runs.bernoulli.reward",
+    "lagrangian_dpo.runs.bernoulli.cost",
+    "lambda_path.runs.slack.begin",
+    "safety_path.runs.strict.reference",
+    "methods.sacpo.start",
+    "methods.sacpo.reference",
+    "certify.runs.dualign.policy",
+    "certify.runs.dualign.partner",
+    "certify.runs.dualign.fallback",
     "evaluate.policies.sft",
-)  # fmt: skip
+)
 PARTS = (
-    "../", "/", "..", ".", "'", '"', "\n", "\r", "\t", " ", ";touch PWNED;", "$(touch PWNED)", "`touch PWNED`",
-    "|touch PWNED", "&", ">PWNED", "\\", "*", "?", "[a]", "${key}", "${HOME}", "$DVC_STAGE", "@", "#", "~", "-", "ä",
-    "\u2028", "%", "x", "sft", "victim", "reward_dpo", "evaluate",
-)  # fmt: skip
+    "../",
+    "/",
+    "..",
+    ".",
+    "'",
+    '"',
+    "\n",
+    "\r",
+    "\t",
+    " ",
+    ";touch PWNED;",
+    "$(touch PWNED)",
+    "`touch PWNED`",
+    "|touch PWNED",
+    "&",
+    ">PWNED",
+    "\\",
+    "*",
+    "?",
+    "[a]",
+    "${key}",
+    "${HOME}",
+    "$DVC_STAGE",
+    "@",
+    "#",
+    "~",
+    "-",
+    "ä",
+    "\u2028",
+    "%",
+    "x",
+    "sft",
+    "victim",
+    "reward_dpo",
+    "evaluate",
+)
 
 
 def hostile(count: int) -> list[str]:
@@ -71,7 +121,9 @@ def whole() -> Content:
     """The params, with a run in every section that has none."""
     content = loading.read_yaml(ROOT / "params.yaml")
     content["lambda_path"]["runs"] = preset("any-limit")["lambda_path"]["runs"]
-    content["safety_path"]["runs"] = {"strict": {"reference": "sft", "lam": 4.0, "loss_type": "dpo", "clip": None}}
+    content["safety_path"]["runs"] = {
+        "strict": {"reference": "sft", "lam": 4.0, "loss_type": "dpo", "clip": None}
+    }
     content["constraint"]["also"] = {"short": {"quantity": "length", "limit": 25}}
     return content
 
@@ -82,35 +134,55 @@ def renamed(content: Content, key: str, name: str) -> Content:
     for part in key.split("."):
         place = place[part]
     row = next(iter(place.values()))
-    return put(copy.deepcopy(content), key, {**place, name: {"method": "sacpo", **row} if key == "methods" else row})
+    return put(
+        copy.deepcopy(content),
+        key,
+        {**place, name: {"method": "sacpo", **row} if key == "methods" else row},
+    )
 
 
-# --- params -----------------------------------------------------------------------------------------------------------
+# --- params ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", [*KEYS, *REFERENCES])
 def test_params_take_no_such_name_and_say_so_in_one_line(whole: Content, key: str) -> None:
     for name in HOSTILE:
-        content = put(copy.deepcopy(whole), key, name) if key in REFERENCES else renamed(whole, key, name)
+        content = (
+            put(copy.deepcopy(whole), key, name) if key in REFERENCES else renamed(whole, key, name)
+        )
         if key in REFERENCES and re.fullmatch(rf"{NAME.pattern}/{NAME.pattern}", name):
             continue  # of this form, and then no stage writes it
         with pytest.raises(ParamsError) as caught:
             loading.check(content, "my.yaml")
         message = str(caught.value)
-        assert message.startswith(f"my.yaml: {key}") and len(message.splitlines()) == 1 and len(message) < 400
         assert (
-            "a name has letters" in message or "the name of a run has no" in message or "NAME or STAGE/NAME" in message
+            message.startswith(f"my.yaml: {key}")
+            and len(message.splitlines()) == 1
+            and len(message) < 400
+        )
+        assert (
+            "a name has letters" in message
+            or "the name of a run has no" in message
+            or "NAME or STAGE/NAME" in message
         )
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_params_take_the_names_that_are_names(whole: Content, key: str) -> None:
-    for name in ("a", "7", "A-b_c", "x" * 64, *(["v1.5"] if key in ("evaluate.policies", "constraint.also") else [])):
+    for name in (
+        "a",
+        "7",
+        "A-b_c",
+        "x" * 64,
+        *(["v1.5"] if key in ("evaluate.policies", "constraint.also") else []),
+    ):
         loading.check(renamed(whole, key, name), "my.yaml")
 
 
 @pytest.mark.parametrize("key", KEYS[:7])
-def test_a_run_has_no_dot_in_its_name_for_dvc_would_not_find_it(whole: Content, tmp_path: Path, key: str) -> None:
+def test_a_run_has_no_dot_in_its_name_for_dvc_would_not_find_it(
+    whole: Content, tmp_path: Path, key: str
+) -> None:
     content = renamed(whole, key, "v1.5")
     with pytest.raises(ParamsError, match=r"v1\.5: the name of a run has no '\.'"):
         loading.check(content, "my.yaml")
@@ -118,7 +190,7 @@ def test_a_run_has_no_dot_in_its_name_for_dvc_would_not_find_it(whole: Content, 
         names.check(repository(tmp_path, content))
 
 
-# --- the pipeline -----------------------------------------------------------------------------------------------------
+# --- the pipeline ---------------------------------------------------------------------------------
 
 
 def repository(folder: Path, content: Content) -> Path:
@@ -142,47 +214,71 @@ def test_the_pipeline_checks_the_name_of_every_run_and_each_folder_that_it_names
     names.check(root)
     for key in [key for key in (*KEYS, *REFERENCES) if key != "constraint.also"]:
         for name in HOSTILE[9:15]:
-            content = put(copy.deepcopy(whole), key, name) if key in REFERENCES else renamed(whole, key, name)
+            content = (
+                put(copy.deepcopy(whole), key, name)
+                if key in REFERENCES
+                else renamed(whole, key, name)
+            )
             if key in REFERENCES and all(map(NAME.fullmatch, name.split("/"))):
                 continue
             with pytest.raises(PipelineError) as caught:
                 names.check(root, json.dumps(content))
-            assert str(caught.value).startswith(f"params.yaml: {key}") and len(str(caught.value).splitlines()) == 1
+            assert (
+                str(caught.value).startswith(f"params.yaml: {key}")
+                and len(str(caught.value).splitlines()) == 1
+            )
 
 
 @pytest.mark.parametrize("name", ["../victim", "x;touch PWNED", "a\nb"], ids=ascii)
 def test_no_door_of_the_pipeline_lets_a_name_in(
-    whole: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+    whole: Content,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
 ) -> None:
     root = repository(tmp_path, whole)
     monkeypatch.chdir(root)
     before = (root / "params.yaml").read_text()
     policies = {"sft": "sft", name: "sft"}
     setting = f"evaluate.policies={json.dumps(policies)}"
-    for arguments in (["run", "--set", setting], ["sweep", setting.replace("{", "[{", 1).replace("}", "}]", 1)]):
+    for arguments in (
+        ["run", "--set", setting],
+        ["sweep", setting.replace("{", "[{", 1).replace("}", "}]", 1)],
+    ):
         assert main(arguments) == 2, arguments
         told = capsys.readouterr().err
         assert len(told.splitlines()) == 1, told
-    with pytest.raises(PipelineError, match=r"params\.yaml: evaluate\.policies"):  # what the form of Prefect calls
+    with pytest.raises(
+        PipelineError, match=r"params\.yaml: evaluate\.policies"
+    ):  # what the form of Prefect calls
         flow.choose(root, "", {"evaluate.policies": policies})
     assert (root / "params.yaml").read_text() == before
     repository(root, renamed(whole, "evaluate.policies", name))
-    for command in (["plan"], ["run"], ["run", "--cluster"], ["sweep", "seed=1,2"], ["work", "gpu"]):
-        monkeypatch.setattr("pipeline.server.need", lambda: None)
+    for command in (
+        ["plan"],
+        ["run"],
+        ["run", "--cluster"],
+        ["sweep", "seed=1,2"],
+        ["work", "gpu"],
+    ):
+        monkeypatch.setattr("pipeline.prefect.server.need", lambda: None)
         assert main(command) == 2, command
         told = capsys.readouterr().err
         assert told.startswith("params.yaml: evaluate.policies.") and len(told.splitlines()) == 1
     assert not (root / "PWNED").exists()
 
 
-@pytest.mark.parametrize("name", ["--help", "evaluate@../x", "evaluate@", "@x", "a@b@c", "../x", "x\n", ""], ids=ascii)
+@pytest.mark.parametrize(
+    "name", ["--help", "evaluate@../x", "evaluate@", "@x", "a@b@c", "../x", "x\n", ""], ids=ascii
+)
 def test_a_worker_takes_no_stage_that_is_none(name: str) -> None:
     with pytest.raises(PipelineError, match="no such stage"):
         names.check_stage(name)
     assert "check_stage" in worker.stage.fn.__code__.co_names
 
 
-# --- DVC by itself ----------------------------------------------------------------------------------------------------
+# --- DVC by itself --------------------------------------------------------------------------------
 
 GRAPH: dict[str, Any] = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 FANNED = {stage: definition["do"] for stage, definition in GRAPH.items() if "foreach" in definition}
@@ -195,17 +291,32 @@ FOLDERS = {
 
 
 def outputs(repo: Repo, stages: Any, name: str) -> list[Path]:
-    """The outputs of a stage as DVC sees them, relative to the root; DvcException where it refuses the stage."""
+    """The outputs of a stage as DVC sees them, relative to the root; DvcException where it refuses
+    the stage.
+    """
     stage = stages[name]
     build_outs_trie([stage])  # as for the graph, which has no two outputs in one place
     return [Path(out.fs_path).relative_to(repo.root_dir) for out in stage.outs]
 
 
 @pytest.mark.parametrize("stage", FANNED)
-def test_dvc_takes_no_output_out_of_the_folders_of_the_stages(whole: Content, tmp_path: Path, stage: str) -> None:
-    """Some spellings of a name in place are left (x/../sft), which no shell sees and the stage refuses."""
+def test_dvc_takes_no_output_out_of_the_folders_of_the_stages(
+    whole: Content, tmp_path: Path, stage: str
+) -> None:
+    """Some spellings of a name in place are left (x/../sft), which no shell sees and the stage
+    refuses.
+    """
     key = GRAPH[stage]["foreach"][2:-1]
-    spelled = ["x/../y", "../base", "../base/mine", "../../x", "x/..", "x/.", "x/", *(f"../{one}/x" for one in FANNED)]
+    spelled = [
+        "x/../y",
+        "../base",
+        "../base/mine",
+        "../../x",
+        "x/..",
+        "x/.",
+        "x/",
+        *(f"../{one}/x" for one in FANNED),
+    ]
     content = copy.deepcopy(whole)
     for name in ("plain", *HOSTILE, *spelled):
         content = renamed(content, key, name)
@@ -213,7 +324,9 @@ def test_dvc_takes_no_output_out_of_the_folders_of_the_stages(whole: Content, tm
     taken = []
     with Repo(str(root)) as repo:
         stages = load_file(repo, str(root / "dvc.yaml")).stages
-        assert len(outputs(repo, stages, f"{stage}@plain")) == len(FANNED[stage]["outs"] + FANNED[stage]["metrics"])
+        assert len(outputs(repo, stages, f"{stage}@plain")) == len(
+            FANNED[stage]["outs"] + FANNED[stage]["metrics"]
+        )
         for name in (*HOSTILE, *spelled):
             if "@" in name or not name:
                 continue  # DVC looks for another stage, or breaks off
@@ -223,18 +336,26 @@ def test_dvc_takes_no_output_out_of_the_folders_of_the_stages(whole: Content, tm
                 continue
             taken.append(name)
             assert {path.parent.as_posix() for path in found} <= FOLDERS, name
-            assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", path.name) for path in found), name
+            assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", path.name) for path in found), (
+                name
+            )
     assert len(taken) < 15, taken
 
 
 def test_dvcignore_knows_every_stage() -> None:
     lines = (ROOT / ".dvcignore").read_text().splitlines()
-    metrics = {path.partition("/${key}")[0] for one in GRAPH.values() for path in one.get("do", one)["metrics"]}
+    metrics = {
+        path.partition("/${key}")[0]
+        for one in GRAPH.values()
+        for path in one.get("do", one)["metrics"]
+    }
     allowed = {line[2:] for line in lines if line.startswith("!/reports/metrics/")}
     assert allowed == {path for path in metrics if path.startswith("reports/metrics/")}
     for top in ("reports", "models"):
         others = {stage for stage in FANNED if f"{top}/{stage}" not in FOLDERS}
-        assert {line.split("/")[2] for line in lines if re.fullmatch(rf"/{top}/\w+", line)} == others
+        assert {
+            line.split("/")[2] for line in lines if re.fullmatch(rf"/{top}/\w+", line)
+        } == others
 
 
 #: Tells its arguments, and writes what `evaluate` writes for a run, in a folder for each.
@@ -251,7 +372,9 @@ for path in (f"evaluation/{name}", f"provenance/evaluate/{name}.json", f"metrics
 
 
 def project(folder: Path, policies: list[str]) -> Path:
-    """A DVC repository whose one stage is `evaluate` as dvc.yaml has it, with a script that only says what it got."""
+    """A DVC repository whose one stage is `evaluate` as dvc.yaml has it, with a script that only
+    says what it got.
+    """
     definition = {**FANNED["evaluate"], "deps": ["stages/evaluate.py"], "params": ["seed"]}
     stages = {"evaluate": {"foreach": "${evaluate.policies}", "do": definition}}
     (folder / "dvc.yaml").write_text(json.dumps({"stages": stages}))
@@ -272,10 +395,30 @@ def repro(root: Path, shell: str = "/bin/sh", *arguments: str) -> subprocess.Com
 
 
 SHELL_TEXTS = [
-    "x;touch PWNED", "x'; touch PWNED; '", 'x"; touch PWNED; "', "x\ntouch PWNED\n", "x$(touch PWNED)",
-    "x`touch PWNED`", "x'\ntouch PWNED\n'", "x|touch PWNED", "x & touch PWNED", "x > PWNED", "$HOME", "x *", "-c",
-    "--help", "\\", "'", '"', "EOF\ntouch PWNED\nEOF", "$DVC_STAGE", "x y", "x#y", "%s", "ä",
-]  # fmt: skip
+    "x;touch PWNED",
+    "x'; touch PWNED; '",
+    'x"; touch PWNED; "',
+    "x\ntouch PWNED\n",
+    "x$(touch PWNED)",
+    "x`touch PWNED`",
+    "x'\ntouch PWNED\n'",
+    "x|touch PWNED",
+    "x & touch PWNED",
+    "x > PWNED",
+    "$HOME",
+    "x *",
+    "-c",
+    "--help",
+    "\\",
+    "'",
+    '"',
+    "EOF\ntouch PWNED\nEOF",
+    "$DVC_STAGE",
+    "x y",
+    "x#y",
+    "%s",
+    "ä",
+]
 
 
 @pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
@@ -290,16 +433,24 @@ def test_no_shell_sees_a_name_when_dvc_runs_a_stage(tmp_path: Path, shell: str) 
 
 
 @pytest.mark.parametrize(
-    "name", ["../victim", "x;touch PWNED/../y", "x\ntouch PWNED", "a/../../victim", "../../reports/victim"], ids=ascii
+    "name",
+    ["../victim", "x;touch PWNED/../y", "x\ntouch PWNED", "a/../../victim", "../../reports/victim"],
+    ids=ascii,
 )
-def test_dvc_deletes_and_runs_nothing_for_a_name_that_leads_elsewhere(tmp_path: Path, name: str) -> None:
+def test_dvc_deletes_and_runs_nothing_for_a_name_that_leads_elsewhere(
+    tmp_path: Path, name: str
+) -> None:
     root = project(tmp_path, ["plain", name])
     (root / ".dvcignore").write_text((ROOT / ".dvcignore").read_text())
     mine = root / "reports/victim/thesis.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
-    alone = [] if name.startswith("../../") else [["--single-item", f"evaluate@{name}"]]  # DVC looks at no graph then
+    alone = (
+        [] if name.startswith("../../") else [["--single-item", f"evaluate@{name}"]]
+    )  # DVC looks at no graph then
     for arguments in ([], ["--force"], *alone):
         done = repro(root, "/bin/sh", *arguments)
-        assert done.returncode == 0 if name.endswith("/../y") else done.returncode != 0, done.stdout + done.stderr
+        assert done.returncode == 0 if name.endswith("/../y") else done.returncode != 0, (
+            done.stdout + done.stderr
+        )
         assert mine.read_text() == "mine" and not list(root.rglob("PWNED"))

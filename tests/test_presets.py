@@ -1,4 +1,6 @@
-"""Presets that name a base on a hub run from data to report, on tiny weights of that base's architecture."""
+"""Presets that name a base on a hub run from data to report, on tiny weights of that base's
+architecture.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ from dualign.params.loading import check, load, load_resources
 from dualign.params.stages import STAGES
 from dualign.params.training import SafetyPathParams
 from dualign.stage import Run
-from pipeline.dag import StageSpec, load_dag
+from pipeline.dvc.dag import StageSpec, load_dag
 from tests import shipped
 from tests.lm.layouts import CHATS, byte_fallback, byte_level
 from tests.params.mistakes import put
@@ -40,7 +42,8 @@ SIZES: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 1024,
 }  # fmt: skip
-#: The preset, the kind of its base, and the layout of its conversations; None where the base has no chat template.
+#: The preset, the kind of its base, and the layout of its conversations; None where the base has no
+#: chat template.
 PRESETS = {
     "smollm2-gpu": ("llama", "chatml"),
     "qwen2.5-0.5b": ("qwen2", "chatml"),
@@ -78,7 +81,7 @@ TINY: dict[str, Any] = {
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# --- tiny weights -----------------------------------------------------------------------------------------------------
+# --- tiny weights ---------------------------------------------------------------------------------
 
 
 def tokenizer_of(chat: str | None) -> PreTrainedTokenizerBase:
@@ -108,17 +111,30 @@ def write_beaver(folder: Path, seed: int) -> None:
     tokenizer = tokenizer_of(None)
     tokenizer.chat_template = None
     torch.manual_seed(seed)
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
-    model = LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), num_labels=1, **SIZES, **ids))
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": 0,
+    }
+    model = LlamaForSequenceClassification(
+        LlamaConfig(vocab_size=len(tokenizer), num_labels=1, **SIZES, **ids)
+    )
     for weight in model.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, 0.0, 0.2)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    weights = {name.replace("score.", "score_head."): value for name, value in model.state_dict().items()}
+    weights = {
+        name.replace("score.", "score_head."): value for name, value in model.state_dict().items()
+    }
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     written = json.loads((folder / "config.json").read_text())
-    own = {"architectures": ["LlamaModelForScore"], "score_dim": 1, "score_type": "cost", "do_normalize": False}
+    own = {
+        "architectures": ["LlamaModelForScore"],
+        "score_dim": 1,
+        "score_type": "cost",
+        "do_normalize": False,
+    }
     kept = {key: value for key, value in written.items() if key not in ("id2label", "label2id")}
     (folder / "config.json").write_text(json.dumps({**kept, **own}))
 
@@ -130,11 +146,13 @@ def turn(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-# --- a preset cut short -----------------------------------------------------------------------------------------------
+# --- a preset cut short ---------------------------------------------------------------------------
 
 
 def cut(content: dict[str, Any], base: Path) -> dict[str, Any]:
-    """The preset on the embedded world and on tiny weights: the same stages, loss and layout, few rows and steps."""
+    """The preset on the embedded world and on tiny weights: the same stages, loss and layout, few
+    rows and steps.
+    """
     for key, value in TINY.items():
         put(content, key, value)
     content["sft"]["base"] = str(base)
@@ -158,16 +176,29 @@ def thin(content: dict[str, Any], dag: dict[str, StageSpec]) -> dict[str, Any]:
     """One item of each fanned-out stage, and what it, the certificate and its policy depend on."""
     policies = content["evaluate"]["policies"]
     searched = next(name for name, folder in policies.items() if folder.startswith("aligned/"))
-    content["evaluate"]["policies"] = {name: policies[name] for name in ("sft", searched, "certified")}
+    content["evaluate"]["policies"] = {
+        name: policies[name] for name in ("sft", searched, "certified")
+    }
     first = {name.split("@")[0]: name for name in reversed(dag) if "@" in name}
     wanted = {*first.values(), *(f"evaluate@{name}" for name in content["evaluate"]["policies"])}
     while more := {up for name in wanted for up in dag[name].upstream} - wanted:
         wanted |= more
-    for stage in ("reward_dpo", "safety_dpo", "lagrangian_dpo", "lambda_path", "safety_path", "certify"):
+    for stage in (
+        "reward_dpo",
+        "safety_dpo",
+        "lagrangian_dpo",
+        "lambda_path",
+        "safety_path",
+        "certify",
+    ):
         runs = content[stage]["runs"]
-        content[stage]["runs"] = {name: run for name, run in runs.items() if f"{stage}@{name}" in wanted}
+        content[stage]["runs"] = {
+            name: run for name, run in runs.items() if f"{stage}@{name}" in wanted
+        }
     methods = content["methods"]
-    content["methods"] = {name: row for name, row in methods.items() if f"dual_search@{name}" in wanted}
+    content["methods"] = {
+        name: row for name, row in methods.items() if f"dual_search@{name}" in wanted
+    }
     return content
 
 
@@ -199,13 +230,15 @@ def run_stage(name: str) -> None:
         main(run)
 
 
-# --- the presets ------------------------------------------------------------------------------------------------------
+# --- the presets ----------------------------------------------------------------------------------
 
 
 def hub_presets() -> set[str]:
     """Files of params/ whose base is a hub id."""
     bases = {path.stem: shipped.preset(path.stem)["sft"]["base"] for path in shipped.PRESETS}
-    return {name for name, base in bases.items() if base != "scratch" and not base.startswith("models/")}
+    return {
+        name for name, base in bases.items() if base != "scratch" and not base.startswith("models/")
+    }
 
 
 def test_every_preset_of_a_hub_base_is_here() -> None:
@@ -237,5 +270,9 @@ def test_a_preset_runs_from_its_data_to_its_report(
 def test_sacpo_is_trained_at_the_published_coefficients() -> None:
     checked = check(shipped.preset("sacpo-alpaca-7b"), "it")["safety_path"]
     assert isinstance(checked, SafetyPathParams)
-    second = {name: run for name, run in checked.runs.items() if run.reference == "reward_dpo/helpful"}
-    assert [checked.beta / run.lam for run in second.values()] == pytest.approx([0.01, 0.025, 0.05, 0.1])
+    second = {
+        name: run for name, run in checked.runs.items() if run.reference == "reward_dpo/helpful"
+    }
+    assert [checked.beta / run.lam for run in second.values()] == pytest.approx(
+        [0.01, 0.025, 0.05, 0.1]
+    )

@@ -1,4 +1,6 @@
-"""Rules that hold for the whole repository: who imports whom, what is declared, what is ignored, what links lead to."""
+"""Rules that hold for the whole repository: who imports whom, what is declared, what is ignored,
+what links lead to.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from dualign.params.loading import check, read_yaml
-from pipeline.dag import load_dag
+from pipeline.dvc.dag import load_dag
 from tests.shipped import SHIPPED, written
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +50,7 @@ def imports(path: Path) -> Iterator[str]:
             yield (node.module or "").split(".")[0]
 
 
-# --- layers -----------------------------------------------------------------------------------------------------------
+# --- layers ---------------------------------------------------------------------------------------
 
 FORBIDDEN = {
     "dualign": {"stages", "pipeline", "bench", "dvc", "prefect"},
@@ -76,50 +78,74 @@ def test_pipeline_loads_neither_torch_nor_dualign() -> None:
         if path.is_relative_to(ROOT / "pipeline")
     ]
     code = (
-        f"import {', '.join(modules)}; import sys; sys.exit(str([m for m in ('torch', 'dualign') if m in sys.modules]))"
+        f"import {', '.join(modules)}; import sys; sys.exit(str([m for m in ('torch', 'dualign') if"
+        " m in sys.modules]))"
     )
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert loaded.stderr.strip().splitlines()[-1] == "[]"
 
 
-# --- what is declared -------------------------------------------------------------------------------------------------
+# --- what is declared -----------------------------------------------------------------------------
 
 
 def declared(*extras: str) -> list[Requirement]:
-    lines = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
-    return [requirement for line in lines if (requirement := Requirement(line)).name != PROJECT["name"]]
+    lines = [
+        *PROJECT["dependencies"],
+        *(line for extra in extras for line in PROJECT["optional-dependencies"][extra]),
+    ]
+    return [
+        requirement for line in lines if (requirement := Requirement(line)).name != PROJECT["name"]
+    ]
 
 
 def test_every_import_is_declared() -> None:
     names = {canonicalize_name(requirement.name) for requirement in declared("gpu", "vllm")}
     providers = packages_distributions()
-    used = {name for path in FILES for name in imports(path)} - set(sys.stdlib_module_names) - set(ROOMS)
+    used = (
+        {name for path in FILES for name in imports(path)}
+        - set(sys.stdlib_module_names)
+        - set(ROOMS)
+    )
     undeclared = {
-        name for name in used if not names & {canonicalize_name(dist) for dist in providers.get(name, [name])}
+        name
+        for name in used
+        if not names & {canonicalize_name(dist) for dist in providers.get(name, [name])}
     }
     assert not undeclared, f"pyproject.toml: dependencies lack {sorted(undeclared)}"
 
 
 def test_constraints_pin_every_dependency_within_its_range() -> None:
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
-    pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
+    pins = {
+        canonicalize_name(name): version for name, version in (line.split("==") for line in lines)
+    }
     for requirement in declared("test", "dev"):
-        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), (
+            requirement
+        )
 
 
-# --- code -------------------------------------------------------------------------------------------------------------
+# --- code -----------------------------------------------------------------------------------------
 
 
 @every_file
 def test_functions_are_short_and_nothing_prints(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
-            assert node.end_lineno - node.lineno < 80, f"{named(path)}:{node.lineno}: {node.name} is too long to read"
+            assert node.end_lineno - node.lineno < 80, (
+                f"{named(path)}:{node.lineno}: {node.name} is too long to read"
+            )
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id != "print", f"{named(path)}:{node.lineno}: use logging"
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=named)
@@ -129,7 +155,12 @@ def test_parameter_files_are_valid(path: Path, tmp_path: Path) -> None:
 
 def test_git_ignores_outputs_and_keeps_their_descriptions() -> None:
     outputs = [path for stage in load_dag(ROOT).values() for path in (*stage.outs, *stage.metrics)]
-    private = ["data/raw/rows.jsonl", "params.yaml.saved", ".scratch/sft/state.json", ".venv/bin/python"]
+    private = [
+        "data/raw/rows.jsonl",
+        "params.yaml.saved",
+        ".scratch/sft/state.json",
+        ".venv/bin/python",
+    ]
     kept = [
         "data/README.md",
         "data/raw/README.md",
@@ -154,7 +185,7 @@ def test_continuous_integration_runs_the_tests() -> None:
     assert "make test" in script.read_text()
 
 
-# --- pages ------------------------------------------------------------------------------------------------------------
+# --- pages ----------------------------------------------------------------------------------------
 
 
 @every_page
@@ -167,7 +198,9 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert place.exists(), f"{named(page)}: {target} does not exist"
             if anchor:
                 headings = re.findall(r"^#+ (.+)$", place.read_text(), flags=re.MULTILINE)
-                assert anchor in {slug(heading) for heading in headings}, f"{named(page)}: no heading for {target}"
+                assert anchor in {slug(heading) for heading in headings}, (
+                    f"{named(page)}: no heading for {target}"
+                )
 
 
 def slug(heading: str) -> str:
@@ -177,8 +210,12 @@ def slug(heading: str) -> str:
 
 @every_page
 def test_make_targets_that_pages_name_exist(page: Path) -> None:
-    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    named_here = set(re.findall(r"(?:^|`|&& )\s*make ([a-z0-9-]+)", page.read_text(), flags=re.MULTILINE))
+    targets = set(
+        re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    )
+    named_here = set(
+        re.findall(r"(?:^|`|&& )\s*make ([a-z0-9-]+)", page.read_text(), flags=re.MULTILINE)
+    )
     assert named_here <= targets
 
 

@@ -1,4 +1,6 @@
-"""What surrounds a stage: exit codes, one line per error, provenance, and scratch folders that are found again."""
+"""What surrounds a stage: exit codes, one line per error, provenance, and scratch folders that are
+found again.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("DUALIGN_SCRATCH", raising=False)
     monkeypatch.setattr(stage, "AGAIN", 0.1)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+    }
     yield tmp_path
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number, handler in handlers.items():
@@ -78,9 +83,16 @@ def test_an_item_has_files_of_its_own(folder: Path) -> None:
 
 def test_garbage_is_looked_for_again_once_a_stage_has_been_imported() -> None:
     code = "import sys, gc; sys.argv[0] = {argv!r}; import stages; sys.exit(gc.isenabled())"
-    begun = [sys.executable, "-c", code.format(argv="-m")]  # what argv is while Python looks for `-m stages.NAME`
+    begun = [
+        sys.executable,
+        "-c",
+        code.format(argv="-m"),
+    ]  # what argv is while Python looks for `-m stages.NAME`
     assert subprocess.run(begun, cwd=ROOT, check=False).returncode == 0
-    assert subprocess.run([*begun[:2], code.format(argv="pytest")], cwd=ROOT, check=False).returncode == 1
+    assert (
+        subprocess.run([*begun[:2], code.format(argv="pytest")], cwd=ROOT, check=False).returncode
+        == 1
+    )
     gc.disable()
     try:
         execute(lambda run: run.metrics({"collecting": gc.isenabled()}), DualInitParams, [])
@@ -112,21 +124,43 @@ def test_a_signal_after_all_is_written_does_nothing(folder: Path, number: signal
     ("main", "argv", "code", "says"),
     [
         (failing(DataError("rows.jsonl:3: no prompt")), [], 2, "rows.jsonl:3: no prompt"),
-        (failing(AwaitingLabels("to-label.jsonl: fill it in")), [], 3, "to-label.jsonl: fill it in"),
+        (
+            failing(AwaitingLabels("to-label.jsonl: fill it in")),
+            [],
+            3,
+            "to-label.jsonl: fill it in",
+        ),
         (failing(KeyboardInterrupt()), [], 130, "interrupted; checkpoints are kept"),
-        (failing(AssertionError("never reached")), ["a", "b"], 2, "usage: python -m stages.dual_init"),
-        (failing(AssertionError("never reached")), ["--help"], 2, "usage: python -m stages.dual_init"),
+        (
+            failing(AssertionError("never reached")),
+            ["a", "b"],
+            2,
+            "usage: python -m stages.dual_init",
+        ),
+        (
+            failing(AssertionError("never reached")),
+            ["--help"],
+            2,
+            "usage: python -m stages.dual_init",
+        ),
     ],
     ids=["bad input", "labels wanted", "interrupt", "too many words", "help"],
 )
 def test_what_a_user_can_act_on_is_one_line_and_an_exit_code(
-    main: Main, argv: list[str], code: int, says: str, caplog: pytest.LogCaptureFixture, folder: Path
+    main: Main,
+    argv: list[str],
+    code: int,
+    says: str,
+    caplog: pytest.LogCaptureFixture,
+    folder: Path,
 ) -> None:
     with caplog.at_level(logging.ERROR), pytest.raises(SystemExit) as caught:
         execute(main, DualInitParams, argv)
     assert caught.value.code == code
     (record,) = caplog.records
-    assert says in record.getMessage() and "\n" not in record.getMessage() and record.exc_info is None
+    assert (
+        says in record.getMessage() and "\n" not in record.getMessage() and record.exc_info is None
+    )
     assert not (folder / "reports/provenance").exists()
 
 
@@ -204,7 +238,9 @@ def test_what_cleans_up_after_a_signal_is_let_be(folder: Path) -> None:
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
-def test_what_else_is_dropped_is_told(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_else_is_dropped_is_told(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Left:
         def __del__(self) -> None:
             raise ValueError("a fault of its own")
@@ -245,7 +281,9 @@ def test_scratch_is_found_again_and_is_anothers_when_anything_changes(folder: Pa
         (EvaluateParams, "policies", "models/other"),
     ],
 )
-def test_scratch_is_kept_when_another_item_is_edited(cls: type[StageParams], key: str, edit: Any) -> None:
+def test_scratch_is_kept_when_another_item_is_edited(
+    cls: type[StageParams], key: str, edit: Any
+) -> None:
     params = load(cls)
     items = getattr(params, key)
     own, other = list(items)[:2]
@@ -255,7 +293,9 @@ def test_scratch_is_kept_when_another_item_is_edited(cls: type[StageParams], key
         edited = params.model_copy(update={key: {**items, name: changed}})
         return Run(cls.section, own, edited, load_resources()).scratch()
 
-    assert scratch(other) == Run(cls.section, own, params, load_resources()).scratch() != scratch(own)
+    assert (
+        scratch(other) == Run(cls.section, own, params, load_resources()).scratch() != scratch(own)
+    )
 
 
 SCRIPT = """
@@ -277,7 +317,11 @@ def test_scratch_is_anothers_when_the_script_of_the_stage_changes(folder: Path) 
 
     def scratch(script: str) -> str:
         (folder / "stages/own.py").write_text(script)
-        environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
         command = [sys.executable, "-m", "stages.own"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -289,11 +333,15 @@ def test_scratch_is_anothers_when_the_script_of_the_stage_changes(folder: Path) 
 def test_scratch_wants_its_inputs_and_a_place_that_can_be_written(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DualignError, match=r"^models/sft: no such file or folder; run the stage that writes it"):
+    with pytest.raises(
+        DualignError, match=r"^models/sft: no such file or folder; run the stage that writes it"
+    ):
         a_run().scratch("models/sft")
     (folder / "file").touch()
     monkeypatch.setenv("DUALIGN_SCRATCH", str(folder / "file"))
-    with pytest.raises(DualignError, match=r"file/dual_init/\w+: checkpoints cannot be kept .*DUALIGN_SCRATCH"):
+    with pytest.raises(
+        DualignError, match=r"file/dual_init/\w+: checkpoints cannot be kept .*DUALIGN_SCRATCH"
+    ):
         a_run().scratch()
 
 
@@ -328,7 +376,8 @@ finished(Path(sys.argv[1]))
 
 
 @pytest.mark.parametrize(
-    ("event", "at", "whole"), [("os.rename", 1, True), ("os.remove", 1, False), ("os.remove", 5, False)]
+    ("event", "at", "whole"),
+    [("os.rename", 1, True), ("os.remove", 1, False), ("os.remove", 5, False)],
 )
 def test_a_kill_at_the_end_leaves_the_whole_scratch_folder_or_none(
     folder: Path, event: str, at: int, whole: bool
@@ -342,7 +391,9 @@ def test_a_kill_at_the_end_leaves_the_whole_scratch_folder_or_none(
     assert killed.returncode == -signal.SIGKILL
     assert len(list(scratch.glob("*"))) == (files if whole else 0)
     finished(a_run().scratch())
-    left = list((folder / ".scratch").rglob(".tmp-*"))  # of another stage, whose next run will remove them
+    left = list(
+        (folder / ".scratch").rglob(".tmp-*")
+    )  # of another stage, whose next run will remove them
     assert len(left) == 2
 
 
@@ -353,7 +404,11 @@ def test_a_full_disk_is_one_line_wherever_it_is_met(caplog: pytest.LogCaptureFix
 
     with caplog.at_level(logging.ERROR), pytest.raises(SystemExit) as caught:
         execute(main, DualInitParams, [])
-    assert caught.value.code == 2 and "No space left on device" in caplog.text and "Traceback" not in caplog.text
+    assert (
+        caught.value.code == 2
+        and "No space left on device" in caplog.text
+        and "Traceback" not in caplog.text
+    )
 
 
 def test_scratch_can_be_moved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,8 +422,12 @@ def test_an_item_may_be_named_as_dvc_names_its_stage(folder: Path, given: str) -
     assert read_json(folder / "reports/metrics/dual_init/ours.json") == {"item": "ours"}
 
 
-@pytest.mark.parametrize("given", ["../../x", "evaluate@../x", "evaluate@", "", "x\ny", "x;y"], ids=ascii)
-def test_an_item_that_is_no_name_writes_nothing(folder: Path, caplog: pytest.LogCaptureFixture, given: str) -> None:
+@pytest.mark.parametrize(
+    "given", ["../../x", "evaluate@../x", "evaluate@", "", "x\ny", "x;y"], ids=ascii
+)
+def test_an_item_that_is_no_name_writes_nothing(
+    folder: Path, caplog: pytest.LogCaptureFixture, given: str
+) -> None:
     with pytest.raises(SystemExit) as caught:
         execute(lambda run: run.metrics({}), DualInitParams, [given])
     assert caught.value.code == 2 and "is not the name of a run" in caplog.text

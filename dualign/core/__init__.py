@@ -1,1 +1,3 @@
-"""What every stage stands on: typed params, errors, artefacts, progress, the skeleton of a stage."""
+"""What every stage stands on: typed params, errors, artefacts, progress, the skeleton of a
+stage.
+"""

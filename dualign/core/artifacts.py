@@ -40,12 +40,14 @@ _REMEDIES = {
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; on success it takes the place of `path`, on failure it is removed.
 
-    Works for a file and for a folder (created by the body). Raises DualignError where the place cannot be written.
-    """
+    Works for a file and for a folder (created by the body). Raises DualignError where the place
+    cannot be written."""
     path = Path(path)
 
     def refusal(told: str, remedy: str) -> DualignError:
-        return DualignError(f"{path}: cannot be written ({told})" + (f"; {remedy}" if remedy else ""))
+        return DualignError(
+            f"{path}: cannot be written ({told})" + (f"; {remedy}" if remedy else "")
+        )
 
     with faults_told(refusal):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def faults_told(refusal: Callable[[str, str], DualignError]) -> Iterator[None]:
-    """Raise what `refusal` makes of a fault of writing and its remedy, which may be empty; other errors pass."""
+    """Raise what `refusal` makes of a fault of writing and its remedy, which may be empty; other
+    errors pass.
+    """
     try:
         yield
     except DualignError:
@@ -69,14 +73,19 @@ def faults_told(refusal: Callable[[str, str], DualignError]) -> Iterator[None]:
 
 
 def write_fault(error: BaseException) -> str | None:
-    """What an exception says of a file that cannot be written, in one line; None where it is about something else.
+    """What an exception says of a file that cannot be written, in one line; None where it is about
+    something else.
 
-    safetensors and torch tell of a full disk by exceptions of their own, the system's number in their text at best.
-    """
+    safetensors and torch tell of a full disk by exceptions of their own, the system's number in
+    their text at best."""
     number = _number(error)
     if number is None:
         text = str(error).strip()
-        return text.splitlines()[0] if "PytorchStreamWriter" in text or "inline_container" in text else None
+        return (
+            text.splitlines()[0]
+            if "PytorchStreamWriter" in text or "inline_container" in text
+            else None
+        )
     named = getattr(error, "filename", None)
     return os.strerror(number) + (f": {named}" if named else "")
 
@@ -87,7 +96,9 @@ def is_full(error: BaseException) -> bool:
 
 
 def _number(error: BaseException) -> int | None:
-    """The system's number of an error, also where only its text holds one, and it is about writing."""
+    """The system's number of an error, also where only its text holds one, and it is about
+    writing.
+    """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     found = _OS_ERROR.search(str(error))
@@ -95,7 +106,9 @@ def _number(error: BaseException) -> int | None:
 
 
 def _put(new: Path, path: Path) -> None:
-    """Move what is whole to its place, also where one file system is mounted twice, which renames do not cross."""
+    """Move what is whole to its place, also where one file system is mounted twice, which renames
+    do not cross.
+    """
     try:
         _rename(new, path)
     except OSError as error:
@@ -107,7 +120,9 @@ def _put(new: Path, path: Path) -> None:
 
 
 def _rename(new: Path, path: Path) -> None:
-    """Rename over what is there. An old folder goes as a whole too: half of it would be taken for an output."""
+    """Rename over what is there. An old folder goes as a whole too: half of it would be taken for
+    an output.
+    """
     if not (new.is_dir() and path.is_dir()):
         new.replace(path)
         return
@@ -120,9 +135,15 @@ def _rename(new: Path, path: Path) -> None:
 
 
 def listed(folder: Path, pattern: str) -> list[Path]:
-    """What a pattern finds in a folder, in order, but nothing hidden, such as what a killed process was writing."""
+    """What a pattern finds in a folder, in order, but nothing hidden, such as what a killed process
+    was writing.
+    """
     found = sorted(folder.glob(pattern))
-    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    return [
+        path
+        for path in found
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
 
 
 def sha256(file: Path) -> str:
@@ -140,7 +161,9 @@ def hashes(folder: Path) -> dict[str, str]:
 def write_json(path: str | Path, content: Any) -> None:
     """Write JSON with sorted keys; NaN and infinity become null, which every reader understands."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(_finite(content), indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        temporary.write_text(
+            json.dumps(_finite(content), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        )
 
 
 def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
@@ -162,24 +185,36 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise DualignError(f"{path}: no such file; run the stage that writes it first (`dvc repro`)") from error
+        raise DualignError(
+            f"{path}: no such file; run the stage that writes it first (`dvc repro`)"
+        ) from error
     except (IsADirectoryError, UnicodeDecodeError) as error:
         raise DualignError(f"{path}: no JSON file; name one") from error
     except json.JSONDecodeError as error:
-        raise DualignError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); run its stage again") from error
+        raise DualignError(
+            f"{path}:{error.lineno}: not valid JSON ({error.msg}); run its stage again"
+        ) from error
     except RecursionError as error:
-        raise DualignError(f"{path}: JSON nested too deeply to be a stage's; run its stage again") from error
+        raise DualignError(
+            f"{path}: JSON nested too deeply to be a stage's; run its stage again"
+        ) from error
 
 
 def read_optional_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object of a file, or {} where there is no such file: its stage did not run, or did not write it."""
+    """The JSON object of a file, or {} where there is no such file: its stage did not run, or did
+    not write it.
+    """
     found = read_json(path) if Path(path).is_file() else {}
     if not isinstance(found, dict):
-        raise DataError(f"{path}: not a JSON object; run the stage that wrote it again (`dvc repro --force`)")
+        raise DataError(
+            f"{path}: not a JSON object; run the stage that wrote it again (`dvc repro --force`)"
+        )
     return found
 
 
-def write_parquet(path: str | Path, rows: pd.DataFrame | list[dict[str, Any]], schema: pa.Schema) -> None:
+def write_parquet(
+    path: str | Path, rows: pd.DataFrame | list[dict[str, Any]], schema: pa.Schema
+) -> None:
     """Write one of dualign's tables (see `dualign.core.schema`)."""
     table = to_table(rows, schema)
     with replacing(path) as temporary:

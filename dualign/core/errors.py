@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 class DualignError(Exception):
-    """Base of all errors that dualign raises on purpose; stages print it in one line and exit with its `status`."""
+    """Base of all errors that dualign raises on purpose; stages print it in one line and exit with
+    its `status`.
+    """
 
     status = 2
 

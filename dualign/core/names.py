@@ -1,4 +1,6 @@
-"""Names and paths that users give, which become folders, keys of DVC and words of messages: what they may be."""
+"""Names and paths that users give, which become folders, keys of DVC and words of messages: what
+they may be.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ Solved = Literal["dual", "stock"]
 
 
 def shown(text: str) -> str:
-    """A name, or dotted key, as it is; anything else in quotes and cut, for a message to stay one line."""
+    """A name, or dotted key, as it is; anything else in quotes and cut, for a message to stay one
+    line.
+    """
     return text if _KEY.fullmatch(text) else cut(repr(text))
 
 
@@ -37,13 +41,18 @@ def _name(text: str) -> str:
 
 def _run(text: str) -> str:
     if "." in text:
-        raise ValueError("the name of a run has no '.', which DVC takes for a level of keys; use '_' or '-'")
+        raise ValueError(
+            "the name of a run has no '.', which DVC takes for a level of keys; use '_' or '-'"
+        )
     return _name(text)
 
 
 def _model(text: str) -> str:
     if len(text.split("/")) > 2 or not all(NAME.fullmatch(part) for part in text.split("/")):
-        raise ValueError("a folder under models/ is NAME or STAGE/NAME, such as sft or reward_dpo/helpful; write it so")
+        raise ValueError(
+            "a folder under models/ is NAME or STAGE/NAME, such as sft or reward_dpo/helpful; write"
+            " it so"
+        )
     return text
 
 
@@ -56,7 +65,9 @@ def _place(text: str) -> str:
 def _inside(text: str) -> str:
     path = PurePosixPath(_place(text))
     if ".." in path.parts:
-        raise ValueError("a relative path does not lead out of its folder ('..'); give an absolute path")
+        raise ValueError(
+            "a relative path does not lead out of its folder ('..'); give an absolute path"
+        )
     return text
 
 

@@ -19,7 +19,9 @@ _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No bar and no line of any `Progress` that begins inside: steps of something longer that tells its own."""
+    """No bar and no line of any `Progress` that begins inside: steps of something longer that tells
+    its own.
+    """
     token = _quiet.set(True)
     try:
         yield
@@ -33,14 +35,18 @@ def watched() -> bool:
 
 
 class Progress:
-    """Counts rows of one long step; in a log it writes a line every `every` seconds and one at the end."""
+    """Counts rows of one long step; in a log it writes a line every `every` seconds and one at the
+    end.
+    """
 
     def __init__(self, what: str, total: int, every: float = 15.0) -> None:
         self._what, self._total, self._every = what, total, every
         self._done, self._start = 0, time.monotonic()
         self._last = self._start
         self._quiet = _quiet.get()
-        self._bar = tqdm(total=total, desc=what, leave=False) if watched() and not self._quiet else None
+        self._bar = (
+            tqdm(total=total, desc=what, leave=False) if watched() and not self._quiet else None
+        )
 
     def __enter__(self) -> Progress:
         return self
@@ -54,10 +60,20 @@ class Progress:
             self._last = time.monotonic()
             rate = self._done / (self._last - self._start)
             left = (self._total - self._done) / rate
-            log.info("%s: %d of %d, %.0f a second, %.0f s left", self._what, self._done, self._total, rate, left)
+            log.info(
+                "%s: %d of %d, %.0f a second, %.0f s left",
+                self._what,
+                self._done,
+                self._total,
+                rate,
+                left,
+            )
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         seconds = time.monotonic() - self._start
         if self._bar is not None:

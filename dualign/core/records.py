@@ -1,8 +1,8 @@
-"""The JSON files that one stage writes and another reads, as types: a file of another shape is refused by file and key.
+"""The JSON files that one stage writes and another reads, as types: a file of another shape is
+refused by file and key.
 
-A key that stands in a class must be in the file; what else the file holds is kept as it is. Numbers that may not exist
-(an interval of one prompt, say) are null in JSON and None here.
-"""
+A key that stands in a class must be in the file; what else the file holds is kept as it is. Numbers
+that may not exist (an interval of one prompt, say) are null in JSON and None here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class PreparedMetrics(TypedDict):
 
 @_OPEN
 class PriceRow(TypedDict):
-    """A further limit with its multiplier, in data/dual/dual.json (`dualign.constraints.Price`)."""
+    """A further limit with its multiplier, in data/dual/dual.json
+    (`dualign.math.constraints.Price`).
+    """
 
     name: str
     quantity: str
@@ -44,7 +46,9 @@ class PriceRow(TypedDict):
 
 @_OPEN
 class SolvedDual(TypedDict):
-    """data/dual/dual.json: the multiplier of the pool, the one with a safety stock, and what they were solved for."""
+    """data/dual/dual.json: the multiplier of the pool, the one with a safety stock, and what they
+    were solved for.
+    """
 
     lam: float
     lam_low: float | None
@@ -180,7 +184,9 @@ class SearchResult(TypedDict):
 
 @_OPEN
 class LossRow(TypedDict):
-    """A row of reports/curves/STAGE.json or STAGE/ITEM.json; nulls where a stage trained nothing."""
+    """A row of reports/curves/STAGE.json or STAGE/ITEM.json; nulls where a stage trained
+    nothing.
+    """
 
     training: NotRequired[str | None]
     step: int | None
@@ -297,7 +303,9 @@ def read_optional_record(path: str | Path, record: type[R]) -> R | None:
 
 def read_trained(metrics: str | Path, folder: str) -> Mapping[str, Any]:
     """The metrics of the stage that wrote models/FOLDER, in folder `metrics` (reports/metrics)."""
-    found: Mapping[str, Any] = read_record(Path(metrics) / f"{folder}.json", TRAINED[folder.partition("/")[0]])
+    found: Mapping[str, Any] = read_record(
+        Path(metrics) / f"{folder}.json", TRAINED[folder.partition("/")[0]]
+    )
     return found
 
 
@@ -319,5 +327,6 @@ def _validated(path: Path, record: type[R], content: Any) -> R:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the file"
         raise DataError(
-            f"{path}: {key}: {first['msg'].lower()}; run the stage that wrote it again (`dvc repro --force`)"
+            f"{path}: {key}: {first['msg'].lower()}; run the stage that wrote it again (`dvc repro"
+            " --force`)"
         ) from error

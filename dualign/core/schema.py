@@ -1,9 +1,9 @@
 """The one place that knows the tables: their columns, their types, and the sign of cost.
 
-Cost: bigger is more harmful; c > 0 means unsafe, c < 0 means safe (the Safe RLHF convention). Reward: bigger is more
-helpful. In every preference table `chosen` is the answer that the annotator preferred: the more helpful one in helpful
-pairs, the **safer** one in safety pairs.
-"""
+Cost: bigger is more harmful; c > 0 means unsafe, c < 0 means safe (the Safe RLHF convention).
+Reward: bigger is more
+helpful. In every preference table `chosen` is the answer that the annotator preferred: the more
+helpful one in helpful pairs, the **safer** one in safety pairs."""
 
 from __future__ import annotations
 
@@ -55,31 +55,44 @@ _SAMPLE = [
 ]
 
 #: Supervised rows. `split` is "train" or "heldout".
-SFT = pa.schema([*_PROMPT, ("response", pa.string()), ("source", pa.string()), ("split", pa.string())])
-#: Helpfulness preferences: `chosen` is the more helpful answer. Flags are null where the source has none.
+SFT = pa.schema(
+    [*_PROMPT, ("response", pa.string()), ("source", pa.string()), ("split", pa.string())]
+)
+#: Helpfulness preferences: `chosen` is the more helpful answer. Flags are null where the source has
+#: none.
 HELPFUL_PAIRS = pa.schema([*_PAIR, *_FLAGS])
 #: Safety preferences: `chosen` is the safer answer. Flags are null where the source has none.
 SAFETY_PAIRS = pa.schema([*_PAIR, *_FLAGS])
 #: A set of prompts (`pool`, `search`, `certify`, `eval`).
 PROMPTS = pa.schema([*_PROMPT, ("source", pa.string())])
-#: Training pairs with the reference log-probability (nats, summed over tokens), reward and cost of both answers.
-#: `kind` is "helpful" or "safety".
+#: Training pairs with the reference log-probability (nats, summed over tokens), reward and cost of
+#: both answers. `kind` is "helpful" or "safety".
 SCORED_PAIRS = pa.schema(
     [
         *_PAIR,
         *_FLAGS,
         ("kind", pa.string()),
-        *[(f"{score}_{side}", pa.float64()) for side in ("chosen", "rejected") for score in _SCORES],
+        *[
+            (f"{score}_{side}", pa.float64())
+            for side in ("chosen", "rejected")
+            for score in _SCORES
+        ],
     ]
 )
-#: Answers of held-out pairs as the reference policy sees them: what the scorers' own data cover (`dualign.support`).
+#: Answers of held-out pairs as the reference policy sees them: what the scorers' own data cover
+#: (`dualign.scoring.support`).
 SUPPORT = pa.schema([("length", pa.int32()), ("logp_ref", pa.float64())])
-#: Scored samples of the reference policy at temperature 1. `tokens` are the ids as drawn (text may not encode back to
-#: them), `length` counts them with EOS, `ended` says that EOS was drawn before the length limit.
+#: Scored samples of the reference policy at temperature 1. `tokens` are the ids as drawn (text may
+#: not encode back to them), `length` counts them with EOS, `ended` says that EOS was drawn before
+#: the length limit.
 POOL = pa.schema(_SAMPLE)
-#: The solved dual by pool prompt, at its multiplier: effective samples, soft value, KL (nats), predicted cost.
-DUAL_PROMPTS = pa.schema([_PROMPT[0], *[(name, pa.float64()) for name in ("ess", "value", "kl", "cost")]])
-#: In the embedded world: every grammatical answer to the eval prompts, its true scores, and logp_ref (else empty).
+#: The solved dual by pool prompt, at its multiplier: effective samples, soft value, KL (nats),
+#: predicted cost.
+DUAL_PROMPTS = pa.schema(
+    [_PROMPT[0], *[(name, pa.float64()) for name in ("ess", "value", "kl", "cost")]]
+)
+#: In the embedded world: every grammatical answer to the eval prompts, its true scores, and
+#: logp_ref (else empty).
 ENUMERATED = pa.schema(
     [
         *_PROMPT,
@@ -87,7 +100,8 @@ ENUMERATED = pa.schema(
         *[(name, pa.float64()) for name in ("reward", "cost", "logp_ref")],
     ]
 )
-#: One generated answer of an evaluated policy. The true_* columns are null outside the embedded world.
+#: One generated answer of an evaluated policy. The true_* columns are null outside the embedded
+#: world.
 ANSWERS = pa.schema(
     [
         *_SAMPLE,
@@ -97,11 +111,15 @@ ANSWERS = pa.schema(
         ("grammatical", pa.bool_()),
     ]
 )
-#: Answers that another policy drew: `logp` is the candidate's log-probability, `logp_drawn` that of the other.
+#: Answers that another policy drew: `logp` is the candidate's log-probability, `logp_drawn` that of
+#: the other.
 REWEIGHTED = pa.schema([*ANSWERS, ("logp_drawn", pa.float64())])
-#: Labels of some of those answers: the cost model's cost, and the truth as the labeller knows it (a true cost, or the
+#: Labels of some of those answers: the cost model's cost, and the truth as the labeller knows it (a
+#: true cost, or the
 #: share of votes that call the answer unsafe).
-LABELS = pa.schema([*_PROMPT, ("response", pa.string()), ("cost", pa.float64()), ("truth", pa.float64())])
+LABELS = pa.schema(
+    [*_PROMPT, ("response", pa.string()), ("cost", pa.float64()), ("truth", pa.float64())]
+)
 
 
 def user(text: str) -> list[Message]:
@@ -116,12 +134,15 @@ def last_user_text(prompt: Sequence[Message]) -> str:
 
 @functools.lru_cache(maxsize=8192)
 def normalise(text: str) -> str:
-    """Text as it is compared across sources: NFKC, case-folded, only letters, marks and digits, single spaces.
+    """Text as it is compared across sources: NFKC, case-folded, only letters, marks and digits,
+    single spaces.
 
     Kept for the next row, which is often another answer to the same prompt.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in folded).split())
+    return " ".join(
+        "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in folded).split()
+    )
 
 
 def prompt_id(prompt: Sequence[Message]) -> str:
@@ -137,10 +158,18 @@ def pair_id(prompt: Sequence[Message], chosen: str, rejected: str) -> str:
 
 
 def to_table(rows: pd.DataFrame | list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Rows as an Arrow table of exactly `schema`: extra columns are dropped, missing nullable ones filled with null."""
+    """Rows as an Arrow table of exactly `schema`: extra columns are dropped, missing nullable ones
+    filled with null.
+    """
     frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows)
-    columns = {name: frame[name].tolist() if name in frame.columns else [None] * len(frame) for name in schema.names}
-    clean = {name: [None if _is_nan(value) else value for value in values] for name, values in columns.items()}
+    columns = {
+        name: frame[name].tolist() if name in frame.columns else [None] * len(frame)
+        for name in schema.names
+    }
+    clean = {
+        name: [None if _is_nan(value) else value for value in values]
+        for name, values in columns.items()
+    }
     return pa.table({f.name: pa.array(clean[f.name], type=f.type) for f in schema}, schema=schema)
 
 
@@ -160,10 +189,15 @@ def read_table(path: str | Path, schema: pa.Schema) -> pd.DataFrame:
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({error}); delete it and run its stage again") from error
+        raise DataError(
+            f"{path}: not a readable parquet file ({error}); delete it and run its stage again"
+        ) from error
     missing = [name for name in schema.names if name not in table.column_names]
     if missing:
-        raise DataError(f"{path}: column {missing[0]!r} is missing; another version wrote it, run its stage again")
+        raise DataError(
+            f"{path}: column {missing[0]!r} is missing; another version wrote it, run its stage"
+            " again"
+        )
     frame = table.select(schema.names).to_pandas()
     if "prompt" in frame.columns:
         frame["prompt"] = [list(turns) for turns in frame["prompt"]]
@@ -171,6 +205,6 @@ def read_table(path: str | Path, schema: pa.Schema) -> pd.DataFrame:
 
 
 def by_prompt(frame: pd.DataFrame, column: str) -> np.ndarray:
-    """A numeric column of a table of samples (POOL or ANSWERS, rows in order of prompt and sample) as an array
-    [prompts, samples], fp64."""
+    """A numeric column of a table of samples (POOL or ANSWERS, rows in order of prompt and sample)
+    as an array [prompts, samples], fp64."""
     return frame[column].to_numpy(float).reshape(frame["prompt_id"].nunique(), -1)

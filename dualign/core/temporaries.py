@@ -1,9 +1,8 @@
 """Where files lie until they are whole, and how what a killed process left is told and removed.
 
-A temporary is a folder `.tmp-NAME` beside a file `.tmp-NAME.lock`, which its process keeps locked. The kernel lets go
-of the lock when the process ends, in whatever way; a process id would say nothing once it is given again, or on another
-host.
-"""
+A temporary is a folder `.tmp-NAME` beside a file `.tmp-NAME.lock`, which its process keeps locked.
+The kernel lets go of the lock when the process ends, in whatever way; a process id would say
+nothing once it is given again, or on another host."""
 
 from __future__ import annotations
 
@@ -26,9 +25,8 @@ def scratch_root() -> Path:
 def room_for(parent: Path) -> Path:
     """Where what is to be renamed into `parent` may lie: a folder on its file system.
 
-    In a workspace that is `tmp` of the scratch folder, or of `.scratch` where $DUALIGN_SCRATCH is elsewhere: DVC looks
-    into the folders of outputs, and would call them changed.
-    """
+    In a workspace that is `tmp` of the scratch folder, or of `.scratch` where $DUALIGN_SCRATCH is
+    elsewhere: DVC looks into the folders of outputs, and would call them changed."""
     roots = [scratch_root()] if "DUALIGN_SCRATCH" in os.environ else []
     roots += [Path(".scratch")] if Path("dvc.yaml").is_file() else []
     for room in [root / "tmp" for root in roots]:
@@ -41,7 +39,9 @@ def room_for(parent: Path) -> Path:
 
 @contextlib.contextmanager
 def temporary_folder(room: Path) -> Iterator[Path]:
-    """A new folder in `room`, removed at the end; those of processes that are gone are removed now."""
+    """A new folder in `room`, removed at the end; those of processes that are gone are removed
+    now.
+    """
     sweep(room)
     folder, held = _claim(room)
     try:
@@ -70,7 +70,9 @@ def _claim(room: Path) -> tuple[Path, int]:
         held = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             free = _locked(held)
-        except OSError:  # no locks on this file system: nothing here can be told from debris, or be taken for it
+        except (
+            OSError
+        ):  # no locks on this file system: nothing here can be told from debris, or be taken for it
             return folder, held
         if free and lock.exists():  # or somebody who sweeps came between
             return folder, held
@@ -78,7 +80,9 @@ def _claim(room: Path) -> tuple[Path, int]:
 
 
 def _locked(descriptor: int) -> bool:
-    """Take the lock of an open file; False where another process has it. Raises OSError where there are no locks."""
+    """Take the lock of an open file; False where another process has it. Raises OSError where there
+    are no locks.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,6 @@
-"""YAML of a user, read within limits: no text overflows the reader, fills the memory, or takes long."""
+"""YAML of a user, read within limits: no text overflows the reader, fills the memory, or takes
+long.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEv
 
 from dualign.core.errors import ParamsError
 
-#: Bytes of a file, levels of lists and mappings, and values, where an alias counts as all that it repeats. The files in
-#: `params/` stay below 20 000, 8 and 1 000. `pipeline.yaml_text` has the same limits.
+#: Bytes of a file, levels of lists and mappings, and values, where an alias counts as all that it
+#: repeats. The files in `params/` stay below 20 000, 8 and 1 000. `pipeline.yaml_text` has the same
+#: limits.
 LARGEST, DEEPEST, MOST_VALUES = 200_000, 20, 50_000
 #: Characters of a number.
 LONGEST_NUMBER = 100
@@ -49,27 +52,38 @@ def read(path: Path) -> Any:
         with path.open("rb") as stream:
             content = stream.read(LARGEST + 1)
     except FileNotFoundError:
-        raise ParamsError(f"{path}: no such file; run from the folder that holds params.yaml") from None
+        raise ParamsError(
+            f"{path}: no such file; run from the folder that holds params.yaml"
+        ) from None
     except OSError as error:
-        raise ParamsError(f"{path}: cannot be read ({error.strerror}); it must be a text file") from None
+        raise ParamsError(
+            f"{path}: cannot be read ({error.strerror}); it must be a text file"
+        ) from None
     return parse(content, path)
 
 
 def parse(content: bytes, path: str | Path) -> Any:
-    """What YAML 1.2 text holds; `path` is its name in messages. Raises ParamsError that names it and the line."""
+    """What YAML 1.2 text holds; `path` is its name in messages. Raises ParamsError that names it
+    and the line.
+    """
     if len(content) > LARGEST:
         raise ParamsError(
-            f"{path}: more than {LARGEST // 1000} kB of params; this is another file, or should be shorter"
+            f"{path}: more than {LARGEST // 1000} kB of params; this is another file, or should be"
+            " shorter"
         )
     try:
         text = content.decode()
         _measure(text)
         return YAML(typ="safe").load(text)
     except UnicodeDecodeError as error:
-        raise ParamsError(f"{path}: not valid YAML ({error.reason}); save it as UTF-8 text") from None
+        raise ParamsError(
+            f"{path}: not valid YAML ({error.reason}); save it as UTF-8 text"
+        ) from None
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise ParamsError(f"{path}:{line}: not valid YAML ({_short(error.problem)}); correct it there") from None
+        raise ParamsError(
+            f"{path}:{line}: not valid YAML ({_short(error.problem)}); correct it there"
+        ) from None
     except _Refused as error:
         raise ParamsError(f"{path}:{error.line}: {error}") from None
     except YAMLError as error:
@@ -87,13 +101,17 @@ def _short(text: object) -> str:
 
 
 def _measure(text: str) -> None:
-    """Raise _Refused where the text goes beyond a limit. Works on events, which need no recursion."""
+    """Raise _Refused where the text goes beyond a limit. Works on events, which need no
+    recursion.
+    """
     root = _Node(None, 1, 0)
     within = [root]  # the collections around an event, outermost first
     anchored: dict[str, _Node] = {}
     for event in YAML(typ="safe", pure=True).parse(text):
         if isinstance(event, CollectionStartEvent | ScalarEvent) and event.tag is not None:
-            raise _Refused(event, f"the tag {_short(event.tag)} is not read here; write the value without it")
+            raise _Refused(
+                event, f"the tag {_short(event.tag)} is not read here; write the value without it"
+            )
         if isinstance(event, CollectionStartEvent):
             within.append(_Node(event.anchor, 1, 1))
             ended = None
@@ -101,8 +119,15 @@ def _measure(text: str) -> None:
             ended = within.pop()
         elif isinstance(event, ScalarEvent):
             ended = _Node(event.anchor, 1, 0)
-            if len(event.value) > LONGEST_NUMBER and event.implicit[0] and _DIGITS.fullmatch(event.value):
-                raise _Refused(event, f"a number of {len(event.value)} digits; write a shorter one, or quote a text")
+            if (
+                len(event.value) > LONGEST_NUMBER
+                and event.implicit[0]
+                and _DIGITS.fullmatch(event.value)
+            ):
+                raise _Refused(
+                    event,
+                    f"a number of {len(event.value)} digits; write a shorter one, or quote a text",
+                )
         elif isinstance(event, AliasEvent):
             ended = _repeated(event, anchored)
         else:
@@ -112,13 +137,21 @@ def _measure(text: str) -> None:
             if ended.anchor is not None:
                 anchored[ended.anchor] = ended
         if len(within) - 1 + (ended.levels if ended else 0) > DEEPEST:
-            raise _Refused(event, f"more than {DEEPEST} lists and mappings in each other; params have no such place")
+            raise _Refused(
+                event,
+                f"more than {DEEPEST} lists and mappings in each other; params have no such place",
+            )
         if within[-1].values > MOST_VALUES:
-            raise _Refused(event, f"more than {MOST_VALUES} values, with what aliases repeat; write fewer")
+            raise _Refused(
+                event, f"more than {MOST_VALUES} values, with what aliases repeat; write fewer"
+            )
 
 
 def _repeated(alias: AliasEvent, anchored: dict[str, _Node]) -> _Node:
     if alias.anchor not in anchored:
-        raise _Refused(alias, f"*{_short(alias.anchor)} repeats what has not ended before it; write the value out")
+        raise _Refused(
+            alias,
+            f"*{_short(alias.anchor)} repeats what has not ended before it; write the value out",
+        )
     node = anchored[alias.anchor]
     return _Node(None, node.values, node.levels)

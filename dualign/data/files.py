@@ -1,8 +1,9 @@
-"""Places and their raw rows: files of every kind, folders of files and datasets, each row with its file and line.
+"""Places and their raw rows: files of every kind, folders of files and datasets, each row with its
+file and line.
 
-Every file is read row by row and within the limits below, so that no file, however well it is packed, takes more memory
-than they allow. A file that cannot be read raises a DataError; a row that cannot be parsed is yielded as a BadRow.
-"""
+Every file is read row by row and within the limits below, so that no file, however well it is
+packed, takes more memory than they allow. A file that cannot be read raises a DataError; a row that
+cannot be parsed is yielded as a BadRow."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ from dualign.params.data import SourceSpec
 
 logger = logging.getLogger(__name__)
 
-#: Bytes of one row: of a line of text, an entry of a JSON list, a cell of CSV, and the texts of a row of parquet.
+#: Bytes of one row: of a line of text, an entry of a JSON list, a cell of CSV, and the texts of a
+#: row of parquet.
 ROW_LIMIT = 16 * 2**20
 #: Bytes of one row group of a parquet file, unpacked, as the file itself states them.
 GROUP_LIMIT = 2**30
@@ -44,10 +46,16 @@ Raw = Iterator[tuple[int, Row | BadRow]]
 Files = Iterable[tuple[str, Raw]]
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+)?")
-#: Files that describe a data set and hold no rows; and words of names that say which split a file belongs to.
+#: Files that describe a data set and hold no rows; and words of names that say which split a file
+#: belongs to.
 _DESCRIPTIONS = {
-    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json", "config.json",
-}  # fmt: skip
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "metadata.json",
+    "config.json",
+}
 _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 #: Kinds of files that lie beside data and hold none.
 _PROSE = {"", ".md", ".txt", ".py", ".yaml", ".yml", ".dvc"}
@@ -58,7 +66,9 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def locate(spec: SourceSpec, path: str, folder: Path, key: str) -> tuple[str, Files]:
-    """The name of the place `path` of a source, and its files with their raw rows; `key` is the param that lists it."""
+    """The name of the place `path` of a source, and its files with their raw rows; `key` is the
+    param that lists it.
+    """
     place = folder / path
     if place.is_dir():
         return str(place), _of_folder(place, spec, folder)
@@ -66,15 +76,19 @@ def locate(spec: SourceSpec, path: str, folder: Path, key: str) -> tuple[str, Fi
         return str(place), [(str(place), _reader(place)(place))]
     if _suffix(place) not in _READERS and _HUB_ID.fullmatch(path):
         owner, name, *inner = path.split("/", 2)
-        return path, [(path, _dataset(f"{owner}/{name}", inner[0] if inner else None, spec, folder))]
+        return path, [
+            (path, _dataset(f"{owner}/{name}", inner[0] if inner else None, spec, folder))
+        ]
     raise DataError(f"{place}: no such file; put {place.name} into {place.parent} or correct {key}")
 
 
-# --- folders and datasets ---------------------------------------------------------------------------------------------
+# --- folders and datasets -------------------------------------------------------------------------
 
 
 def _of_folder(folder: Path, spec: SourceSpec, root: Path) -> Files:
-    """The files of a folder one by one, or the dataset that `datasets` wrote into it or that its page describes."""
+    """The files of a folder one by one, or the dataset that `datasets` wrote into it or that its
+    page describes.
+    """
     names = _listed(folder)
     if any(name.suffix == ".arrow" for name in names) or _has_configs(folder / "README.md"):
         return [(str(folder), _dataset(str(folder), None, spec, root))]
@@ -109,17 +123,29 @@ def _has_configs(page: Path) -> bool:
 
 
 def _plain_files(folder: Path, names: Sequence[Path], spec: SourceSpec) -> list[Path]:
-    """The files that are read, below the folder: where names speak of splits, those of the split count."""
+    """The files that are read, below the folder: where names speak of splits, those of the split
+    count.
+    """
     shown = [name for name in names if not any(part.startswith((".", "_")) for part in name.parts)]
     files = [name for name in shown if _suffix(name) in _READERS and name.name not in _DESCRIPTIONS]
     if not shown:
-        raise DataError(f"{folder}: the folder holds no files; put data into it, or correct the path")
+        raise DataError(
+            f"{folder}: the folder holds no files; put data into it, or correct the path"
+        )
     if not files:
         some = ", ".join(map(str, shown[:3]))
-        raise DataError(f"{folder}: holds no file of a kind that is read, but {some}; convert them to {_KINDS}")
-    others = [name for name in shown if _suffix(name) not in _READERS and name.suffix.lower() not in _PROSE]
+        raise DataError(
+            f"{folder}: holds no file of a kind that is read, but {some}; convert them to {_KINDS}"
+        )
+    others = [
+        name
+        for name in shown
+        if _suffix(name) not in _READERS and name.suffix.lower() not in _PROSE
+    ]
     if others:
-        logger.warning("%s: not read: %s, since only %s is", folder, ", ".join(map(str, others[:5])), _KINDS)
+        logger.warning(
+            "%s: not read: %s, since only %s is", folder, ", ".join(map(str, others[:5])), _KINDS
+        )
     named = {name: {word.lower() for word in _SPLIT.findall(name.as_posix())} for name in files}
     told = sorted(set().union(*named.values()))
     if not told and spec.split == "train":
@@ -127,7 +153,8 @@ def _plain_files(folder: Path, names: Sequence[Path], spec: SourceSpec) -> list[
     kept = [name for name in files if spec.split in named[name]]
     if not kept:
         raise DataError(
-            f"{folder}: no file's name speaks of split {spec.split!r}; names speak of: {', '.join(told) or 'none'}"
+            f"{folder}: no file's name speaks of split {spec.split!r}; names speak of:"
+            f" {', '.join(told) or 'none'}"
         )
     return kept
 
@@ -138,18 +165,22 @@ def _dataset(name: str, inner: str | None, spec: SourceSpec, folder: Path) -> Ra
 
     datasets.disable_progress_bars()
     try:
-        table = datasets.load_dataset(name, data_dir=inner, split=spec.split, revision=spec.revision)
+        table = datasets.load_dataset(
+            name, data_dir=inner, split=spec.split, revision=spec.revision
+        )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         why = _root_cause(error)
         raise DataError(
-            f"{spec.path}: split {spec.split!r} cannot be loaded as a dataset ({why}); check path, split and revision, "
-            f"or put the file into {folder}"
+            f"{spec.path}: split {spec.split!r} cannot be loaded as a dataset ({why}); check path,"
+            f" split and revision, or put the file into {folder}"
         ) from error
     yield from enumerate(table, start=1)
 
 
 def _root_cause(error: BaseException) -> str:
-    """The first line of what an exception was raised from in the first place, and the last of it where it says more."""
+    """The first line of what an exception was raised from in the first place, and the last of it
+    where it says more.
+    """
     cause = error
     while cause.__cause__ is not None or cause.__context__ is not None:
         cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
@@ -157,7 +188,7 @@ def _root_cause(error: BaseException) -> str:
     return ": ".join(dict.fromkeys(told))
 
 
-# --- text files -------------------------------------------------------------------------------------------------------
+# --- text files -----------------------------------------------------------------------------------
 
 
 def _reader(path: Path) -> Callable[[Path], Raw]:
@@ -186,7 +217,11 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 def _remedy(error: Exception) -> str:
     if isinstance(error, PermissionError):
         return "check its permissions"
-    return "does a link lead nowhere?" if isinstance(error, FileNotFoundError) else "is the download complete?"
+    return (
+        "does a link lead nowhere?"
+        if isinstance(error, FileNotFoundError)
+        else "is the download complete?"
+    )
 
 
 def _lines(stream: IO[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
@@ -201,7 +236,10 @@ def _lines(stream: IO[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _too_long(what: str) -> str:
-    return f"{what} is longer than {_size(ROW_LIMIT)}, which is the limit of a row; is this the right file?"
+    return (
+        f"{what} is longer than {_size(ROW_LIMIT)}, which is the limit of a row; is this the right"
+        " file?"
+    )
 
 
 def _size(count: int) -> str:
@@ -226,13 +264,19 @@ def _json_line(content: bytes, path: Path, line: int) -> Row | BadRow:
     except (ValueError, RecursionError) as error:
         if content.endswith(b"\n"):
             return BadRow("not_json", str(error), text)
-        logger.warning("%s:%d: the file ends within this row; it may have been cut short", path, line)
+        logger.warning(
+            "%s:%d: the file ends within this row; it may have been cut short", path, line
+        )
         return BadRow("truncated_row", f"the file ends within this row ({error})", text)
     return _as_row(row)
 
 
 def _as_row(row: Any) -> Row | BadRow:
-    return row if isinstance(row, dict) else BadRow("not_an_object", "expected an object of columns", excerpt(row))
+    return (
+        row
+        if isinstance(row, dict)
+        else BadRow("not_an_object", "expected an object of columns", excerpt(row))
+    )
 
 
 def _json(path: Path) -> Raw:
@@ -251,7 +295,9 @@ def _check_first_line(path: Path) -> None:
     try:
         json.loads(first)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: expected a list of rows, or one object per line ({error})") from error
+        raise DataError(
+            f"{path}: expected a list of rows, or one object per line ({error})"
+        ) from error
 
 
 def _json_list(path: Path) -> Raw:
@@ -264,14 +310,18 @@ def _json_list(path: Path) -> Raw:
                 row = text.value()
             except (ValueError, RecursionError) as error:
                 why = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                raise DataError(f"{path}: not valid JSON (row {number}: {why}); is the file complete?") from error
+                raise DataError(
+                    f"{path}: not valid JSON (row {number}: {why}); is the file complete?"
+                ) from error
             except OverflowError as error:
                 raise DataError(f"{path}: row {number}: {_too_long('the row')}") from error
             yield number, _as_row(row) if not isinstance(row, BadRow) else row
 
 
 class _Json:
-    """A JSON list that is read from a stream entry by entry; no more of it is held than an entry and a chunk."""
+    """A JSON list that is read from a stream entry by entry; no more of it is held than an entry
+    and a chunk.
+    """
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -279,7 +329,9 @@ class _Json:
         self._text, self._at, self._whole = "", 0, False
 
     def another(self, first: bool) -> bool:
-        """Go past what stands before an entry; False at the end of the list. Raises ValueError where neither is."""
+        """Go past what stands before an entry; False at the end of the list. Raises ValueError
+        where neither is.
+        """
         mark = self._seen()
         if mark == "]" and not first:
             return self._ended()
@@ -296,7 +348,9 @@ class _Json:
         return False
 
     def value(self) -> Any:
-        """The next entry, a BadRow if one of its objects has a key twice. Raises OverflowError beyond ROW_LIMIT."""
+        """The next entry, a BadRow if one of its objects has a key twice. Raises OverflowError
+        beyond ROW_LIMIT.
+        """
         decode, repeated = _STRICT.raw_decode, None
         while True:
             try:
@@ -332,7 +386,9 @@ class _Json:
             self._grow()
 
     def _grow(self) -> None:
-        """Read on, at least as much again as is held, so that a long entry is not parsed too often."""
+        """Read on, at least as much again as is held, so that a long entry is not parsed too
+        often.
+        """
         left = self._text[self._at :]
         content = self._stream.read(min(max(_CHUNK, len(left)), ROW_LIMIT))
         self._whole = not content
@@ -346,7 +402,9 @@ _STRICT, _PLAIN = json.JSONDecoder(object_pairs_hook=unique), json.JSONDecoder()
 def _csv(path: Path) -> Raw:
     csv.field_size_limit(ROW_LIMIT)  # of the whole process; the default refuses cells above 128 KiB
     with _opened(path) as stream:
-        reader = csv.reader((content.decode("utf-8") for _, content in _lines(stream, path)), strict=True)
+        reader = csv.reader(
+            (content.decode("utf-8") for _, content in _lines(stream, path)), strict=True
+        )
         line = 1
         try:
             header = next(reader, [])
@@ -357,9 +415,13 @@ def _csv(path: Path) -> Raw:
                     yield line, _csv_row(header, cells)
                 line = reader.line_num + 1
         except csv.Error as error:
-            raise DataError(f"{path}:{line}: not valid CSV ({error}); is a quote left open here?") from error
+            raise DataError(
+                f"{path}:{line}: not valid CSV ({error}); is a quote left open here?"
+            ) from error
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{line}: not UTF-8; convert the file, e.g. with iconv") from error
+            raise DataError(
+                f"{path}:{line}: not UTF-8; convert the file, e.g. with iconv"
+            ) from error
 
 
 def _refuse_repeated(names: Sequence[str], path: Path) -> None:
@@ -369,21 +431,24 @@ def _refuse_repeated(names: Sequence[str], path: Path) -> None:
 
 
 def _csv_row(header: list[str], cells: list[str]) -> Row | BadRow:
-    """The cells by heading; those under a blank one, as pandas writes over an index, belong to no column."""
+    """The cells by heading; those under a blank one, as pandas writes over an index, belong to no
+    column.
+    """
     if len(cells) != len(header):
-        return BadRow("wrong_cell_count", f"{len(cells)} cells for {len(header)} columns", excerpt(cells))
+        return BadRow(
+            "wrong_cell_count", f"{len(cells)} cells for {len(header)} columns", excerpt(cells)
+        )
     return {name: cell for name, cell in zip(header, cells, strict=True) if name.strip()}
 
 
-# --- parquet ----------------------------------------------------------------------------------------------------------
+# --- parquet --------------------------------------------------------------------------------------
 
 
 def _parquet(path: Path) -> Raw:
     """The rows of a parquet file.
 
-    A text that a column repeats is stored once, so texts are left as references to a dictionary, at what they weigh in
-    the file, until a piece of the rows is known to fit in memory.
-    """
+    A text that a column repeats is stored once, so texts are left as references to a dictionary, at
+    what they weigh in the file, until a piece of the rows is known to fit in memory."""
     try:
         with pq.ParquetFile(path) as file:
             _refuse_repeated(file.schema_arrow.names, path)
@@ -395,7 +460,9 @@ def _parquet(path: Path) -> Raw:
                     yield from enumerate(_unpacked(piece, schema).to_pylist(), start=start)
     except (pa.ArrowException, OSError) as error:
         why = str(error).strip().splitlines()[0]
-        raise DataError(f"{path}: not a readable parquet file ({why}); is it complete? write it again") from error
+        raise DataError(
+            f"{path}: not a readable parquet file ({why}); is it complete? write it again"
+        ) from error
 
 
 def _chunks(metadata: Any) -> list[Any]:
@@ -406,15 +473,25 @@ def _chunks(metadata: Any) -> list[Any]:
 
 def _texts(file: pq.ParquetFile) -> list[str]:
     """The columns that Arrow can leave as references to a dictionary."""
-    deltas = {chunk.path_in_schema for chunk in _chunks(file.metadata) if _DELTAS & {*chunk.encodings}}
+    deltas = {
+        chunk.path_in_schema for chunk in _chunks(file.metadata) if _DELTAS & {*chunk.encodings}
+    }
     columns = map(file.schema.column, range(len(file.schema)))
-    texts = [one for one in columns if one.physical_type == "BYTE_ARRAY" and one.logical_type.type != "DECIMAL"]
+    texts = [
+        one
+        for one in columns
+        if one.physical_type == "BYTE_ARRAY" and one.logical_type.type != "DECIMAL"
+    ]
     return [one.path for one in texts if one.path not in deltas]
 
 
 def _batch_size(metadata: Any) -> int:
-    """Rows to decode together: a text that is stored as its difference from the last may be as long as its column."""
-    sizes = [chunk.total_uncompressed_size for chunk in _chunks(metadata) if _DELTAS & {*chunk.encodings}]
+    """Rows to decode together: a text that is stored as its difference from the last may be as long
+    as its column.
+    """
+    sizes = [
+        chunk.total_uncompressed_size for chunk in _chunks(metadata) if _DELTAS & {*chunk.encodings}
+    ]
     return max(1, min(_BATCH, 4 * ROW_LIMIT // max([1, *sizes])))
 
 
@@ -425,8 +502,9 @@ def _check_groups(metadata: Any, path: Path) -> None:
         held = sum(max(column.total_uncompressed_size, 8 * column.num_values) for column in columns)
         if held > GROUP_LIMIT:
             raise DataError(
-                f"{path}: row group {number + 1} of {metadata.num_row_groups} unpacks to {_size(held)}, more than the "
-                f"limit of {_size(GROUP_LIMIT)}; write the file with smaller ones, e.g. row_group_size=10000"
+                f"{path}: row group {number + 1} of {metadata.num_row_groups} unpacks to"
+                f" {_size(held)}, more than the limit of {_size(GROUP_LIMIT)}; write the file with"
+                " smaller ones, e.g. row_group_size=10000"
             )
 
 
@@ -468,7 +546,9 @@ def _weight(column: pa.Array) -> int:
 
 def _unpacked(piece: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     """The rows with their texts in place of references, which become Python objects faster."""
-    own = piece.take(pa.array(range(len(piece))))  # a cast would unpack all that a piece is a part of
+    own = piece.take(
+        pa.array(range(len(piece)))
+    )  # a cast would unpack all that a piece is a part of
     columns = map(_cast, own.columns, schema.types)
     return pa.RecordBatch.from_arrays(list(columns), names=schema.names)
 
@@ -480,6 +560,11 @@ def _cast(column: pa.Array, kind: pa.DataType) -> pa.Array:
         return column
 
 
-_READERS: dict[str, Callable[[Path], Raw]] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+_READERS: dict[str, Callable[[Path], Raw]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
 _PACKED: dict[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".xz": lzma.open}  # type: ignore[dict-item]
 _KINDS = f"{', '.join(_READERS)}, text files also with {' or '.join(_PACKED)}"

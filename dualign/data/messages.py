@@ -1,4 +1,6 @@
-"""Conversations as data sets hold them: message lists in a cell, as objects or as text, in the common dialects."""
+"""Conversations as data sets hold them: message lists in a cell, as objects or as text, in the
+common dialects.
+"""
 
 from __future__ import annotations
 
@@ -26,20 +28,24 @@ _TURN_KEYS = {
     "reasoning_content",
     "weight",
 }
-#: The beginning of an object or a list of them, as text; a key of a turn; and a turn that says whose it is.
+#: The beginning of an object or a list of them, as text; a key of a turn; and a turn that says
+#: whose it is.
 _LIKE = re.compile(r"\s*\[?\s*\{")
 _KEY = re.compile(r"""['"](role|from|content)['"]\s*:""")
-_SPEAKING = re.compile(rf"""\s*\[.*?['"](role|from)['"]\s*:\s*['"]({"|".join(_SPEAKERS)})['"]""", re.DOTALL)
-#: Characters of a list written in Python that is read; its parser takes a hundred times as much memory.
+_SPEAKING = re.compile(
+    rf"""\s*\[.*?['"](role|from)['"]\s*:\s*['"]({"|".join(_SPEAKERS)})['"]""", re.DOTALL
+)
+#: Characters of a list written in Python that is read; its parser takes a hundred times as much
+#: memory.
 _PYTHON_LIMIT = 2**20
 
 
 def turns_in(value: Any, column: str) -> list[Message] | None:
-    """The turns of a cell that holds a message list, or its text in JSON or Python; None for other text.
+    """The turns of a cell that holds a message list, or its text in JSON or Python; None for other
+    text.
 
-    Raises BadRow for a list that is none of messages, or holds turns that no chat template takes here, and for a text
-    that looks like messages and cannot be read as a list of them.
-    """
+    Raises BadRow for a list that is none of messages, or holds turns that no chat template takes
+    here, and for a text that looks like messages and cannot be read as a list of them."""
     listed = _parsed(value, column) if isinstance(value, str) else value
     if not isinstance(listed, list):
         return None
@@ -47,14 +53,21 @@ def turns_in(value: Any, column: str) -> list[Message] | None:
 
 
 def split_answer(turns: list[Message], column: str) -> tuple[list[Message], str]:
-    """A dialogue as what stands before its last turn, and that turn's text. Raises BadRow where no answer is last."""
+    """A dialogue as what stands before its last turn, and that turn's text. Raises BadRow where no
+    answer is last.
+    """
     if not turns or turns[-1]["role"] != "assistant":
-        raise BadRow("bad_turns", f"{column}: the last message must be the assistant's, since it is the answer")
+        raise BadRow(
+            "bad_turns",
+            f"{column}: the last message must be the assistant's, since it is the answer",
+        )
     return turns[:-1], turns[-1]["content"]
 
 
 def _parsed(text: str, column: str) -> Any:
-    """What a text that looks like a list of messages says in JSON or Python; the text itself if it is another."""
+    """What a text that looks like a list of messages says in JSON or Python; the text itself if it
+    is another.
+    """
     if not (_LIKE.match(text) and _KEY.search(text)):
         return text
     try:
@@ -62,14 +75,18 @@ def _parsed(text: str, column: str) -> Any:
     except ValueError as error:
         if not _SPEAKING.match(text):
             return text
-        raise BadRow("bad_turns", f"{column} looks like messages, but is no list of them: {error}") from None
+        raise BadRow(
+            "bad_turns", f"{column} looks like messages, but is no list of them: {error}"
+        ) from None
     if isinstance(value, dict) and _speaks(value):
         raise BadRow("bad_turns", f"{column} is a message outside a list; put [ and ] around it")
     return value if isinstance(value, list) and any(map(_speaks, value)) else text
 
 
 def _read(text: str) -> Any:
-    """A text in JSON, or as Python and so pandas write lists. Raises ValueError where it is neither."""
+    """A text in JSON, or as Python and so pandas write lists. Raises ValueError where it is
+    neither.
+    """
     try:
         return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError:
@@ -85,11 +102,15 @@ def _read(text: str) -> Any:
 
 
 def _is_turn(value: Any) -> bool:
-    return isinstance(value, dict) and any(role in value and content in value for role, content in _KEYS)
+    return isinstance(value, dict) and any(
+        role in value and content in value for role, content in _KEYS
+    )
 
 
 def _speaks(value: Any) -> bool:
-    """Whether an object is a turn, or what is left of one: only keys of turns, and content or who speaks among them."""
+    """Whether an object is a turn, or what is left of one: only keys of turns, and content or who
+    speaks among them.
+    """
     if not isinstance(value, dict) or _is_turn(value):
         return isinstance(value, dict)
     named = any(value.get(key) in _SPEAKERS for key in ("role", "from"))
@@ -120,7 +141,9 @@ def _content(value: Any, column: str) -> str:
 def _part(value: Any, column: str) -> str:
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str) or value.get("type", "text") != "text":
-        raise BadRow("not_text", f"{column}: a message holds a part that is no text, such as an image")
+        raise BadRow(
+            "not_text", f"{column}: a message holds a part that is no text, such as an image"
+        )
     return text
 
 
@@ -129,5 +152,7 @@ def check_unicode(value: str, column: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise BadRow("not_unicode", f"{column} holds half of a surrogate pair at character {error.start}") from None
+        raise BadRow(
+            "not_unicode", f"{column} holds half of a surrogate pair at character {error.start}"
+        ) from None
     return value

@@ -1,9 +1,10 @@
-"""From raw sources to the tables that every later stage reads: validated, without duplicates, disjoint by prompt.
+"""From raw sources to the tables that every later stage reads: validated, without duplicates,
+disjoint by prompt.
 
-Every prompt has one identity across all sources (`schema.prompt_id`) and belongs to exactly one of `search`, `certify`,
-`eval`, `heldout` and `train`, by a hash of seed and identity, so that new rows move few prompts. Rows that cannot be
-used go to `quarantine.jsonl` with the reason and the place they came from.
-"""
+Every prompt has one identity across all sources (`schema.prompt_id`) and belongs to exactly one of
+`search`, `certify`, `eval`, `heldout` and `train`, by a hash of seed and identity, so that new rows
+move few prompts. Rows that cannot be used go to `quarantine.jsonl` with the reason and the place
+they came from."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ RESERVED = ("search", "certify", "eval")
 SET_SIZES = "prepare.search_prompts, prepare.certify_prompts or prepare.eval_prompts"
 SPLITS = ("train", "heldout")
 FAILED = "quarantine-failed.jsonl"
-#: Rejected rows of one kind and source that are listed: a small file may unpack to any number of them.
+#: Rejected rows of one kind and source that are listed: a small file may unpack to any number of
+#: them.
 QUARANTINE_LIMIT = 10_000
 
 
@@ -46,9 +48,8 @@ QUARANTINE_LIMIT = 10_000
 class Row:
     """A record that passed, with the identity of its prompt and of the whole row.
 
-    `family` is the identity of the prompt's first user turn alone: dialogues are released at several lengths, and a
-    longer one holds the answers of the shorter.
-    """
+    `family` is the identity of the prompt's first user turn alone: dialogues are released at
+    several lengths, and a longer one holds the answers of the shorter."""
 
     record: Record
     prompt_id: str
@@ -65,22 +66,33 @@ class Ledger:
         self.quarantine: list[dict[str, Any]] = []
 
     def count(self, kind: Kind, source: str, outcome: str) -> None:
-        """Note one record as `records` (every one), `skipped`, `duplicates`, `reserved` or `kept`."""
+        """Note one record as `records` (every one), `skipped`, `duplicates`, `reserved` or
+        `kept`.
+        """
         self.counts[kind, source, outcome] += 1
 
     def reject(self, kind: Kind, bad: Rejected) -> None:
-        """Note one record as rejected and put it in the quarantine, unless too many of its source are there."""
+        """Note one record as rejected and put it in the quarantine, unless too many of its source
+        are there.
+        """
         self.counts[kind, bad.where.source, "rejected"] += 1
         self.reasons[kind, bad.where.source, bad.reason] += 1
         beyond = self.counts[kind, bad.where.source, "rejected"] - QUARANTINE_LIMIT
         if beyond == 1:
             logger.warning(
                 "%s: more than %d rows are rejected; the others are counted, but not listed in the quarantine",
-                bad.where.source, QUARANTINE_LIMIT,
-            )  # fmt: skip
+                bad.where.source,
+                QUARANTINE_LIMIT,
+            )
         if beyond > 0:
             return
-        entry = {"kind": kind, "reason": bad.reason, "detail": bad.detail, **asdict(bad.where), "row": bad.row}
+        entry = {
+            "kind": kind,
+            "reason": bad.reason,
+            "detail": bad.detail,
+            **asdict(bad.where),
+            "row": bad.row,
+        }
         self.quarantine.append(entry)
 
     def of(self, kind: Kind, source: str, outcome: str) -> int:
@@ -96,16 +108,19 @@ class Ledger:
 
     def why(self, kind: Kind, source: str) -> dict[str, int]:
         """Rejected records of a source by reason, the commonest first."""
-        return {name: n for (k, s, name), n in self.reasons.most_common() if (k, s) == (kind, source)}
+        return {
+            name: n for (k, s, name), n in self.reasons.most_common() if (k, s) == (kind, source)
+        }
 
 
 def prepare(params: PrepareParams, folder_out: Path, failed: Path | None = None) -> dict[str, Any]:
-    """Write all tables, prompt sets and the quarantine into `folder_out`; return the counts as metrics.
+    """Write all tables, prompt sets and the quarantine into `folder_out`; return the counts as
+    metrics.
 
     Raises:
-        DataError: a source cannot be read or has too many bad rows (these are then found in the file `failed`, by
-            default `quarantine-failed.jsonl` beside `folder_out`), there are too few prompts for the sets, or a split
-            stays empty.
+        DataError: a source cannot be read or has too many bad rows (these are then found in the
+            file `failed`, by default `quarantine-failed.jsonl` beside `folder_out`), there are too
+            few prompts for the sets, or a split stays empty.
     """
     ledger = Ledger()
     failed = failed or folder_out.with_name(FAILED)
@@ -117,13 +132,21 @@ def prepare(params: PrepareParams, folder_out: Path, failed: Path | None = None)
     taken = {family[prompt] for drawn in reserved.values() for prompt in drawn}
     tables = {kind: _table(rows[kind], kind, params, taken, ledger) for kind in KINDS}
     _check_splits(tables)
-    train = {kind: {row["prompt_id"] for row in tables[kind] if row["split"] == "train"} for kind in PAIRS}
-    sets = {**reserved, "pool": _draw("pool", params.pool_prompts, train, params.seed, "prepare.pool_prompts", {})}
-    _write(folder_out, tables, {name: _prompts(drawn, rows) for name, drawn in sets.items()}, ledger)
+    train = {
+        kind: {row["prompt_id"] for row in tables[kind] if row["split"] == "train"}
+        for kind in PAIRS
+    }
+    sets = {
+        **reserved,
+        "pool": _draw("pool", params.pool_prompts, train, params.seed, "prepare.pool_prompts", {}),
+    }
+    _write(
+        folder_out, tables, {name: _prompts(drawn, rows) for name, drawn in sets.items()}, ledger
+    )
     return _metrics(params, tables, sets, ledger)
 
 
-# --- rows: read, checked, settled -------------------------------------------------------------------------------------
+# --- rows: read, checked, settled -----------------------------------------------------------------
 
 
 def _gathered(kind: Kind, params: PrepareParams, ledger: Ledger) -> Iterator[Row]:
@@ -152,14 +175,21 @@ def _examined(record: Record, kind: Kind, params: PrepareParams) -> Record | Rej
     if record.chosen == record.rejected:
         return _rejected(record, "identical_answers", "both answers are the same")
     if prompt > params.max_prompt_chars:
-        return _rejected(record, "prompt_too_long", f"{prompt} characters; max_prompt_chars {params.max_prompt_chars}")
+        return _rejected(
+            record,
+            "prompt_too_long",
+            f"{prompt} characters; max_prompt_chars {params.max_prompt_chars}",
+        )
     if longest > params.max_response_chars:
         detail = f"{longest} characters; max_response_chars {params.max_response_chars}"
         return _rejected(record, "response_too_long", detail)
-    # The annotators of the world draw flags and preferences independently; to drop their noise would bias both.
+    # The annotators of the world draw flags and preferences independently; to drop their noise
+    # would bias both.
     judged = kind == "safety" and record.where.source != "world"
     if judged and record.chosen_is_safe is False and record.rejected_is_safe:
-        return _rejected(record, "contradictory_flags", "the safer answer is flagged unsafe, the other one safe")
+        return _rejected(
+            record, "contradictory_flags", "the safer answer is flagged unsafe, the other one safe"
+        )
     return record
 
 
@@ -175,7 +205,9 @@ def _identified(record: Record) -> Row:
     family = prompt if len(record.prompt) == 1 else _family(record)
     if record.rejected is None:
         return Row(record, prompt, f"{prompt}\x1e{record.chosen}", family)
-    return Row(record, prompt, schema.pair_id(record.prompt, record.chosen, record.rejected), family)
+    return Row(
+        record, prompt, schema.pair_id(record.prompt, record.chosen, record.rejected), family
+    )
 
 
 def _family(record: Record) -> str:
@@ -184,18 +216,23 @@ def _family(record: Record) -> str:
 
 
 def _settled(rows: Iterable[Row], kind: Kind, ledger: Ledger) -> list[Row]:
-    """One row per identity, in the order of first appearance; rows that contradict each other are voted on."""
+    """One row per identity, in the order of first appearance; rows that contradict each other are
+    voted on.
+    """
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.key, []).append(row)
-    settled = (_elected(group, kind, ledger) if len(group) > 1 else group[0] for group in groups.values())
+    settled = (
+        _elected(group, kind, ledger) if len(group) > 1 else group[0] for group in groups.values()
+    )
     return [row for row in settled if row is not None]
 
 
 def _elected(group: list[Row], kind: Kind, ledger: Ledger) -> Row | None:
     """The row that most of a group agree on; the outvoted are rejected, in a tie all of them.
 
-    Helpful pairs rank by helpfulness: a tie of their flags leaves the flags unknown and keeps the pair.
+    Helpful pairs rank by helpfulness: a tie of their flags leaves the flags unknown and keeps the
+    pair.
     """
     chosen = _majority([row.record.chosen for row in group])
     agreeing = [row for row in group if row.record.chosen == chosen]
@@ -214,7 +251,10 @@ def _elected(group: list[Row], kind: Kind, ledger: Ledger) -> Row | None:
         ledger.count(kind, row.record.where.source, "duplicates")
     if not agreeing or pair is None:
         return None
-    return replace(agreeing[0], record=replace(agreeing[0].record, chosen_is_safe=pair[0], rejected_is_safe=pair[1]))
+    return replace(
+        agreeing[0],
+        record=replace(agreeing[0].record, chosen_is_safe=pair[0], rejected_is_safe=pair[1]),
+    )
 
 
 T = TypeVar("T")
@@ -231,26 +271,35 @@ def _check_sources(params: PrepareParams, ledger: Ledger, failed: Path) -> None:
     """Refuse a source with too many rejected records, or with none to use."""
     for kind in KINDS:
         for source in _sources(params, kind):
-            records, rejected = ledger.of(kind, source, "records"), ledger.of(kind, source, "rejected")
+            records, rejected = (
+                ledger.of(kind, source, "records"),
+                ledger.of(kind, source, "rejected"),
+            )
             if rejected > params.max_rejected_share * records:
                 _write_quarantine(failed, ledger)
                 raise DataError(_too_many(params, kind, source, ledger, failed))
             if records == rejected + ledger.of(kind, source, "skipped"):
                 raise DataError(
-                    f"prepare.{kind}: {source} gives nothing: of {records} records {rejected} are rejected and the "
-                    f"others have no preference, or no safe answer, of this kind; remove it from prepare.{kind}"
+                    f"prepare.{kind}: {source} gives nothing: of {records} records {rejected} are"
+                    " rejected and the others have no preference, or no safe answer, of this kind;"
+                    f" remove it from prepare.{kind}"
                 )
             logger.info("%s: %s: %d records, %d rejected", kind, source, records, rejected)
 
 
 def _too_many(params: PrepareParams, kind: Kind, source: str, ledger: Ledger, failed: Path) -> str:
     records, rejected = ledger.of(kind, source, "records"), ledger.of(kind, source, "rejected")
-    common = ", ".join(f"{reason} {count}" for reason, count in list(ledger.why(kind, source).items())[:3])
-    first = next(entry for entry in ledger.quarantine if (entry["kind"], entry["source"]) == (kind, source))
+    common = ", ".join(
+        f"{reason} {count}" for reason, count in list(ledger.why(kind, source).items())[:3]
+    )
+    first = next(
+        entry for entry in ledger.quarantine if (entry["kind"], entry["source"]) == (kind, source)
+    )
     return (
-        f"prepare.{kind}: {source}: {rejected} of {records} records rejected ({common}), more than "
-        f"prepare.max_rejected_share {params.max_rejected_share:g}; the first is {first['file']}:{first['line']} "
-        f"({first['detail']}); see {failed}, then mend the rows or raise the share"
+        f"prepare.{kind}: {source}: {rejected} of {records} records rejected ({common}), more than"
+        f" prepare.max_rejected_share {params.max_rejected_share:g}; the first is"
+        f" {first['file']}:{first['line']} ({first['detail']}); see {failed}, then mend the rows or"
+        " raise the share"
     )
 
 
@@ -258,10 +307,12 @@ def _sources(params: PrepareParams, kind: Kind) -> list[str]:
     return list(dict.fromkeys(label(spec) for spec in getattr(params, kind)))
 
 
-# --- prompts: which set each belongs to -------------------------------------------------------------------------------
+# --- prompts: which set each belongs to -----------------------------------------------------------
 
 
-def _reserved(params: PrepareParams, rows: dict[Kind, list[Row]], family: dict[str, str]) -> dict[str, dict[str, Kind]]:
+def _reserved(
+    params: PrepareParams, rows: dict[Kind, list[Row]], family: dict[str, str]
+) -> dict[str, dict[str, Kind]]:
     """The prompts of search, certify and eval, each with the kind of pair that it was drawn from.
 
     Of what shares its first question a set holds one prompt, and no other set any.
@@ -272,7 +323,10 @@ def _reserved(params: PrepareParams, rows: dict[Kind, list[Row]], family: dict[s
         count = getattr(params, f"{name}_prompts")
         sets[name] = _draw(name, count, free, params.seed, SET_SIZES, family)
         taken = {family[prompt] for prompt in sets[name]}
-        free = {kind: {prompt for prompt in ids if family[prompt] not in taken} for kind, ids in free.items()}
+        free = {
+            kind: {prompt for prompt in ids if family[prompt] not in taken}
+            for kind, ids in free.items()
+        }
     return sets
 
 
@@ -282,12 +336,18 @@ def _families(rows: dict[Kind, list[Row]]) -> dict[str, str]:
 
 
 def _draw(
-    name: str, count: int, free: dict[Kind, set[str]], seed: int, remedy: str, family: dict[str, str]
+    name: str,
+    count: int,
+    free: dict[Kind, set[str]],
+    seed: int,
+    remedy: str,
+    family: dict[str, str],
 ) -> dict[str, Kind]:
-    """`count` prompts, half from each kind of pair, those with the lowest hash; in the order of the hash.
+    """`count` prompts, half from each kind of pair, those with the lowest hash; in the order of the
+    hash.
 
-    Of the prompts of one family that with the lowest hash is drawn; a prompt that `family` does not know is its own.
-    """
+    Of the prompts of one family that with the lowest hash is drawn; a prompt that `family` does not
+    know is its own."""
 
     def place(prompt_id: str) -> tuple[float, str]:
         return _place(seed, name, prompt_id), prompt_id
@@ -301,8 +361,8 @@ def _draw(
         first = [prompt for group, prompt in left.items() if group not in met]
         if len(first) < wanted:
             raise DataError(
-                f"prepare: the set {name!r} takes {wanted} prompts from the {kind} pairs, but {len(first)} are left; "
-                f"lower {remedy}, or add {kind} pairs with other prompts"
+                f"prepare: the set {name!r} takes {wanted} prompts from the {kind} pairs, but"
+                f" {len(first)} are left; lower {remedy}, or add {kind} pairs with other prompts"
             )
         drawn |= dict.fromkeys(first[:wanted], kind)
         met |= {family.get(prompt, prompt) for prompt in first[:wanted]}
@@ -310,11 +370,15 @@ def _draw(
 
 
 def _place(seed: int, name: str, prompt_id: str) -> float:
-    """Where in [0, 1) a prompt stands in the draw of `name`: it depends on nothing but its arguments."""
+    """Where in [0, 1) a prompt stands in the draw of `name`: it depends on nothing but its
+    arguments.
+    """
     return int.from_bytes(sha256(f"{seed}:{name}:{prompt_id}".encode()).digest()[:6]) / 2**48
 
 
-def _table(rows: list[Row], kind: Kind, params: PrepareParams, taken: set[str], ledger: Ledger) -> list[dict[str, Any]]:
+def _table(
+    rows: list[Row], kind: Kind, params: PrepareParams, taken: set[str], ledger: Ledger
+) -> list[dict[str, Any]]:
     """The rows of one table, without those whose first question is that of a reserved prompt."""
     table = []
     for row in rows:
@@ -327,7 +391,12 @@ def _table(rows: list[Row], kind: Kind, params: PrepareParams, taken: set[str], 
 
 def _as_dict(row: Row, split: str) -> dict[str, Any]:
     record = row.record
-    common = {"prompt_id": row.prompt_id, "prompt": record.prompt, "source": record.where.source, "split": split}
+    common = {
+        "prompt_id": row.prompt_id,
+        "prompt": record.prompt,
+        "source": record.where.source,
+        "split": split,
+    }
     if record.rejected is None:
         return {**common, "response": record.chosen}
     return {
@@ -345,8 +414,9 @@ def _check_splits(tables: dict[Kind, list[dict[str, Any]]]) -> None:
         for split in SPLITS:
             if not any(row["split"] == split for row in table):
                 raise DataError(
-                    f"prepare.{kind}: {TABLES[kind][0]} has no row in split {split!r}: outside the sets "
-                    f"{len(table)} rows are left; add rows, raise prepare.heldout_share, or lower {SET_SIZES}"
+                    f"prepare.{kind}: {TABLES[kind][0]} has no row in split {split!r}: outside the"
+                    f" sets {len(table)} rows are left; add rows, raise prepare.heldout_share, or"
+                    f" lower {SET_SIZES}"
                 )
 
 
@@ -357,14 +427,20 @@ def _prompts(drawn: dict[str, Kind], rows: dict[Kind, list[Row]]) -> list[dict[s
         for row in rows[kind]:
             first.setdefault((kind, row.prompt_id), row.record)
     records = ((prompt, first[kind, prompt]) for prompt, kind in drawn.items())
-    return [{"prompt_id": prompt, "prompt": rec.prompt, "source": rec.where.source} for prompt, rec in records]
+    return [
+        {"prompt_id": prompt, "prompt": rec.prompt, "source": rec.where.source}
+        for prompt, rec in records
+    ]
 
 
-# --- what is written --------------------------------------------------------------------------------------------------
+# --- what is written ------------------------------------------------------------------------------
 
 
 def _write(
-    folder: Path, tables: dict[Kind, list[dict[str, Any]]], sets: dict[str, list[dict[str, Any]]], ledger: Ledger
+    folder: Path,
+    tables: dict[Kind, list[dict[str, Any]]],
+    sets: dict[str, list[dict[str, Any]]],
+    ledger: Ledger,
 ) -> None:
     for kind, table in tables.items():
         name, columns = TABLES[kind]
@@ -376,21 +452,33 @@ def _write(
 
 def _write_quarantine(path: Path, ledger: Ledger) -> None:
     lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in ledger.quarantine)
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         file.writelines(lines)
 
 
 def _metrics(
-    params: PrepareParams, tables: dict[Kind, list[dict[str, Any]]], sets: dict[str, dict[str, Kind]], ledger: Ledger
+    params: PrepareParams,
+    tables: dict[Kind, list[dict[str, Any]]],
+    sets: dict[str, dict[str, Kind]],
+    ledger: Ledger,
 ) -> dict[str, Any]:
-    """Counts: per table and split, per set, per source and outcome, per reason; the balance of the safety flags."""
+    """Counts: per table and split, per set, per source and outcome, per reason; the balance of the
+    safety flags.
+    """
     return {
-        "tables": {TABLES[kind][0]: dict(Counter(row["split"] for row in table)) for kind, table in tables.items()},
+        "tables": {
+            TABLES[kind][0]: dict(Counter(row["split"] for row in table))
+            for kind, table in tables.items()
+        },
         "prompts": {name: len(drawn) for name, drawn in sets.items()},
         "rejected": ledger.by_reason(),
         "safety_flags": _flags(tables["safety"]),
         "sources": {
-            kind: {source: _outcomes(kind, source, ledger) for source in _sources(params, kind)} for kind in KINDS
+            kind: {source: _outcomes(kind, source, ledger) for source in _sources(params, kind)}
+            for kind in KINDS
         },
     }
 
@@ -399,7 +487,11 @@ def _flags(table: list[dict[str, Any]]) -> dict[str, int]:
     """Safety pairs by the flags of chosen and rejected answer; `unflagged` where one is unknown."""
     names = {True: "safe", False: "unsafe"}
     pairs = [(row["chosen_is_safe"], row["rejected_is_safe"]) for row in table]
-    return dict(Counter("unflagged" if None in pair else f"{names[pair[0]]}_{names[pair[1]]}" for pair in pairs))
+    return dict(
+        Counter(
+            "unflagged" if None in pair else f"{names[pair[0]]}_{names[pair[1]]}" for pair in pairs
+        )
+    )
 
 
 def _outcomes(kind: Kind, source: str, ledger: Ledger) -> dict[str, Any]:

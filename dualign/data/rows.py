@@ -11,7 +11,9 @@ EXCERPT, CELL = 400, 60
 
 
 class BadRow(Exception):
-    """A row that cannot be used: reason, detail, and the text of the row where it could not be parsed."""
+    """A row that cannot be used: reason, detail, and the text of the row where it could not be
+    parsed.
+    """
 
     def __init__(self, reason: str, detail: str, text: str = "") -> None:
         super().__init__(detail)
@@ -35,5 +37,7 @@ def unique(pairs: list[tuple[str, Any]]) -> Row:
 def excerpt(row: Any) -> str:
     """A row as JSON for the quarantine, with its texts cut short."""
     if isinstance(row, dict):
-        row = {name: value[:CELL] if isinstance(value, str) else value for name, value in row.items()}
+        row = {
+            name: value[:CELL] if isinstance(value, str) else value for name, value in row.items()
+        }
     return json.dumps(row, ensure_ascii=False, default=str)[:EXCERPT]

@@ -1,9 +1,10 @@
-"""Readers: every supported format as one stream of records, with the file and line that each came from.
+"""Readers: every supported format as one stream of records, with the file and line that each came
+from.
 
-A reader turns a `SourceSpec` of a kind (`sft`, `helpful` or `safety`) into `Record`s. A row that cannot be used becomes
-a `Rejected`, a row that has nothing to say about this kind (no preference, no safe answer) a `Skipped`; neither stops
-the stream. A file that cannot be read at all, lacks a column or holds labels of unclear meaning raises a DataError.
-"""
+A reader turns a `SourceSpec` of a kind (`sft`, `helpful` or `safety`) into `Record`s. A row that
+cannot be used becomes a `Rejected`, a row that has nothing to say about this kind (no preference,
+no safe answer) a `Skipped`; neither stops the stream. A file that cannot be read at all, lacks a
+column or holds labels of unclear meaning raises a DataError."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ _SEVERITY = ("response_0_severity_level", "response_1_severity_level")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 _OWN_FLAGS = ("chosen_is_safe", "rejected_is_safe")
-#: Sets of columns that format `columns` may map, of which one must be whole; and what may stand beside them.
+#: Sets of columns that format `columns` may map, of which one must be whole; and what may stand
+#: beside them.
 _OWN_COLUMNS: dict[Kind, tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]] = {
     "sft": ((("prompt", "response"), ("messages",)), ()),
     "helpful": ((("chosen", "rejected"),), ("prompt", *_OWN_FLAGS)),
@@ -45,7 +47,8 @@ _PKU_LABELS: dict[Kind, tuple[str, ...]] = {
     "helpful": ("better_response_id",),
     "safety": ("safer_response_id", *_FLAGS),
 }
-#: What programs write for a missing value; a number as CSV, JSON and parquet write it; and the two truth values.
+#: What programs write for a missing value; a number as CSV, JSON and parquet write it; and the two
+#: truth values.
 _NULLS = {"nan", "NaN", "None", "null", "NULL", "N/A", "#N/A", "NA", "<NA>"}
 _NUMBER = re.compile(r"[+-]?[0-9]{1,9}(\.0*)?")
 _TRUTH = {"false": 0, "true": 1}
@@ -55,7 +58,9 @@ _SLIPS, _SLIP_SHARE = 1, 0.05
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """Where a row came from. `line` counts from 1: lines of a text file, rows of an array, parquet or hub dataset."""
+    """Where a row came from. `line` counts from 1: lines of a text file, rows of an array, parquet
+    or hub dataset.
+    """
 
     source: str
     file: str
@@ -64,7 +69,9 @@ class Where:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One usable row. In an sft record `chosen` is the answer and `rejected` is None; flags are None where unknown."""
+    """One usable row. In an sft record `chosen` is the answer and `rejected` is None; flags are
+    None where unknown.
+    """
 
     where: Where
     prompt: list[Message]
@@ -76,7 +83,9 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A row that is wrong: a short reason for counting, the detail in words, the start of the row."""
+    """A row that is wrong: a short reason for counting, the detail in words, the start of the
+    row.
+    """
 
     where: Where
     reason: str
@@ -98,22 +107,29 @@ def read(
     """Stream the records of one source; `made` and `seed` are used by format `world` only.
 
     Raises:
-        DataError: the file or dataset is missing, unreadable or empty, lacks a column, or its labels are not 0 and 1.
+        DataError: the file or dataset is missing, unreadable or empty, lacks a column, or its
+            labels are not 0 and 1.
     """
     columns = _columns(spec, kind)
     place, files = _located(spec, kind, folder, made, seed)
     whole = _Whole(kind, columns, _labels(spec, kind, columns))
     for file, line, row in itertools.islice(_rows(files), spec.limit):
         whole.row(file, row)
-        for item in _records(row, Where(label(spec), file, line), _layout(spec, kind), kind, columns):
+        for item in _records(
+            row, Where(label(spec), file, line), _layout(spec, kind), kind, columns
+        ):
             whole.item(item)
             yield item
     whole.check(place)
 
 
-def _located(spec: SourceSpec, kind: Kind, folder: Path, made: WorldParams, seed: int) -> tuple[str, Files]:
+def _located(
+    spec: SourceSpec, kind: Kind, folder: Path, made: WorldParams, seed: int
+) -> tuple[str, Files]:
     if spec.path is None:
-        return "world", [("world", enumerate(_world(kind, made, derived_seed(seed, kind)), start=1))]
+        return "world", [
+            ("world", enumerate(_world(kind, made, derived_seed(seed, kind)), start=1))
+        ]
     return locate(spec, spec.path, folder, f"prepare.{kind}")
 
 
@@ -134,7 +150,9 @@ def _rows(files: Files) -> Iterator[tuple[str, int, Row | BadRow]]:
 
 
 def label(spec: SourceSpec) -> str:
-    """The name of a source in tables and metrics: its format, path, and split if it is not `train`."""
+    """The name of a source in tables and metrics: its format, path, and split if it is not
+    `train`.
+    """
     split = f"[{spec.split}]" if spec.split != "train" else ""
     return spec.format if spec.path is None else f"{spec.format}:{spec.path}{split}"
 
@@ -144,7 +162,7 @@ def derived_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4])
 
 
-# --- from a row to records --------------------------------------------------------------------------------------------
+# --- from a row to records ------------------------------------------------------------------------
 
 
 def _records(
@@ -166,7 +184,9 @@ def _records(
 
 
 def _layout(spec: SourceSpec, kind: Kind) -> str:
-    """How the rows of a source look; the world speaks PKU for pairs and prompt, response for sft."""
+    """How the rows of a source look; the world speaks PKU for pairs and prompt, response for
+    sft.
+    """
     if spec.format == "world":
         return "columns" if kind == "sft" else "pku"
     return spec.format
@@ -191,7 +211,14 @@ def _pku_pair(row: Row, where: Where, kind: Kind) -> Iterator[Record | Skipped]:
     answers = [_text(row, f"response_{side}") for side in (0, 1)]
     flags = [_flag(row, name) if kind == "safety" or name in row else None for name in _FLAGS]
     loser = 1 - winner
-    yield Record(where, user(_text(row, "prompt")), answers[winner], answers[loser], flags[winner], flags[loser])
+    yield Record(
+        where,
+        user(_text(row, "prompt")),
+        answers[winner],
+        answers[loser],
+        flags[winner],
+        flags[loser],
+    )
 
 
 def _check_severity(row: Row) -> None:
@@ -208,25 +235,33 @@ def _hh(row: Row, where: Where, kind: Kind) -> Record:
         return Record(where, prompt, chosen)
     other, rejected = _dialogue(row, "rejected")
     if prompt != other:
-        raise BadRow("prompts_differ", "chosen and rejected differ before their last Assistant turn")
+        raise BadRow(
+            "prompts_differ", "chosen and rejected differ before their last Assistant turn"
+        )
     return Record(where, prompt, chosen, rejected)
 
 
 def _dialogue(row: Row, column: str) -> tuple[list[Message], str]:
-    """Split `\\n\\nHuman: ... \\n\\nAssistant: ...` text at its last Assistant turn into prompt and answer."""
+    """Split `\\n\\nHuman: ... \\n\\nAssistant: ...` text at its last Assistant turn into prompt and
+    answer.
+    """
     before, *parts = _TURN.split("\n\n" + _text(row, column))
     turns: list[Message] = [
         {"role": _HH_ROLES[role], "content": content.strip()}
         for role, content in zip(parts[::2], parts[1::2], strict=True)
     ]
     if before or not turns or turns[-1]["role"] != "assistant":
-        raise BadRow("not_a_dialogue", f"{column} must begin with 'Human:' and end with an 'Assistant:' turn")
+        raise BadRow(
+            "not_a_dialogue", f"{column} must begin with 'Human:' and end with an 'Assistant:' turn"
+        )
     return _checked(turns[:-1], column), turns[-1]["content"]
 
 
 def _alpaca(row: Row, where: Where) -> Record:
     given = "" if _missing(row.get("input")) else _text(row, "input")
-    return Record(where, user(f"{_text(row, 'instruction')}\n\n{given}".strip()), _text(row, "output"))
+    return Record(
+        where, user(f"{_text(row, 'instruction')}\n\n{given}".strip()), _text(row, "output")
+    )
 
 
 def _own(row: Row, where: Where, kind: Kind, columns: dict[str, str]) -> Record:
@@ -239,7 +274,9 @@ def _own(row: Row, where: Where, kind: Kind, columns: dict[str, str]) -> Record:
     before, chosen = _answer(row, columns["chosen"], prompt)
     other, rejected = _answer(row, columns["rejected"], prompt)
     if before != other:
-        raise BadRow("prompts_differ", "chosen and rejected differ before their last assistant turn")
+        raise BadRow(
+            "prompts_differ", "chosen and rejected differ before their last assistant turn"
+        )
     return Record(where, before, chosen, rejected, *flags)
 
 
@@ -252,18 +289,23 @@ def _prompt(row: Row, column: str) -> list[Message]:
 def _answer(row: Row, column: str, prompt: list[Message] | None) -> tuple[list[Message], str]:
     """Prompt and answer of a cell: a text, an answer as a message, or a whole dialogue.
 
-    A dialogue has its own prompt, of which that of the row must be a part: UltraFeedback's is the question alone.
+    A dialogue has its own prompt, of which that of the row must be a part: UltraFeedback's is the
+    question alone.
     """
     turns = turns_in(row.get(column), column)
     if turns is None:
         if prompt is None:
-            raise BadRow("no_prompt", f"{column} is text and no dialogue, so columns must map prompt as well")
+            raise BadRow(
+                "no_prompt", f"{column} is text and no dialogue, so columns must map prompt as well"
+            )
         return prompt, _text(row, column)
     before, answer = split_answer(turns, column)
     if prompt is not None and not before:
         return prompt, answer
     if prompt is not None and not _within(prompt, before):
-        raise BadRow("prompts_differ", f"{column} is a dialogue that does not hold the prompt of the row")
+        raise BadRow(
+            "prompts_differ", f"{column} is a dialogue that does not hold the prompt of the row"
+        )
     return _checked(before, column), answer
 
 
@@ -273,11 +315,15 @@ def _within(part: list[Message], whole: list[Message]) -> bool:
 
 
 def _checked(turns: list[Message], column: str) -> list[Message]:
-    """Chat templates take user and assistant in turn, after at most one system turn, and the user last."""
+    """Chat templates take user and assistant in turn, after at most one system turn, and the user
+    last.
+    """
     roles = [turn["role"] for turn in turns]
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     if len(spoken) % 2 == 0 or spoken != (["user", "assistant"] * len(spoken))[: len(spoken)]:
-        raise BadRow("bad_turns", f"{column}: user and assistant must take turns, the user first and last")
+        raise BadRow(
+            "bad_turns", f"{column}: user and assistant must take turns, the user first and last"
+        )
     return turns
 
 
@@ -301,10 +347,16 @@ def _missing(value: Any) -> bool:
 
 
 def _number(value: Any) -> float | None:
-    """The whole number of a cell, which CSV, JSON and parquet write as text, integer or float; None without one."""
+    """The whole number of a cell, which CSV, JSON and parquet write as text, integer or float; None
+    without one.
+    """
     if isinstance(value, str):
         return float(value) if _NUMBER.fullmatch(value.strip()) else None
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and value == value else None
+    return (
+        value
+        if isinstance(value, int | float) and not isinstance(value, bool) and value == value
+        else None
+    )
 
 
 def _code(row: Row, column: str, top: int, expected: str) -> int | None:
@@ -333,12 +385,14 @@ def _short(value: Any) -> str:
     return "null" if value is None else repr(value)[:60]
 
 
-# --- what is true of a source as a whole ------------------------------------------------------------------------------
+# --- what is true of a source as a whole ----------------------------------------------------------
 
 
 @dataclass
 class _Whole:
-    """The columns of every file of a source, the numbers in its label columns, and the texts that say null."""
+    """The columns of every file of a source, the numbers in its label columns, and the texts that
+    say null.
+    """
 
     kind: Kind
     columns: dict[str, str]
@@ -364,9 +418,13 @@ class _Whole:
             self.nulls.append(item.where)
 
     def check(self, place: str) -> None:
-        """Refuse a source without rows, a file without a column that is needed, and labels of unclear meaning."""
+        """Refuse a source without rows, a file without a column that is needed, and labels of
+        unclear meaning.
+        """
         if not self.seen:
-            raise DataError(f"{place}: holds no rows; put data in or remove it from prepare.{self.kind}")
+            raise DataError(
+                f"{place}: holds no rows; put data in or remove it from prepare.{self.kind}"
+            )
         for file, seen in self.seen.items():
             _require(seen, self.columns, file, self.kind)
         for name, codes in self.codes.items():
@@ -374,8 +432,11 @@ class _Whole:
         if self.nulls:
             logger.warning(
                 "%s:%d: a text says just 'nan', 'None' or the like, and so do those of %d more rows; if these are "
-                "missing values, leave the rows out", self.nulls[0].file, self.nulls[0].line, len(self.nulls) - 1,
-            )  # fmt: skip
+                "missing values, leave the rows out",
+                self.nulls[0].file,
+                self.nulls[0].line,
+                len(self.nulls) - 1,
+            )
 
 
 def _says_null(record: Record) -> bool:
@@ -391,13 +452,18 @@ def _labels(spec: SourceSpec, kind: Kind, columns: dict[str, str]) -> tuple[str,
 
 
 def _check_codes(codes: Counter[float], column: str, place: str) -> None:
-    """Refuse a column that codes the two answers otherwise, by 1 and 2, say: its 1 may mean what is 0 here."""
+    """Refuse a column that codes the two answers otherwise, by 1 and 2, say: its 1 may mean what is
+    0 here.
+    """
     strays = sum(count for code, count in codes.items() if code not in (0, 1))
     if strays > max(_SLIPS, _SLIP_SHARE * codes.total()):
-        found = ", ".join(f"{_short(code)} ({count} rows)" for code, count in sorted(codes.items())[:5])
+        found = ", ".join(
+            f"{_short(code)} ({count} rows)" for code, count in sorted(codes.items())[:5]
+        )
         raise DataError(
-            f"{place}: column {column!r} holds {found}, so what its 1 means is unclear; accepted are 0 (no, or the "
-            "first answer), 1 (yes, or the second), true, false and null: write it in these"
+            f"{place}: column {column!r} holds {found}, so what its 1 means is unclear; accepted"
+            " are 0 (no, or the first answer), 1 (yes, or the second), true, false and null: write"
+            " it in these"
         )
 
 
@@ -406,18 +472,26 @@ def _require(seen: Iterable[str], columns: dict[str, str], file: str, kind: Kind
     present = list(map(str, seen))
     for name in columns.values():
         if name not in present and present:
-            raise DataError(f"{file}: column {name!r} is missing (prepare.{kind}); the file has: {', '.join(present)}")
+            raise DataError(
+                f"{file}: column {name!r} is missing (prepare.{kind}); the file has:"
+                f" {', '.join(present)}"
+            )
 
 
-# --- columns ----------------------------------------------------------------------------------------------------------
+# --- columns --------------------------------------------------------------------------------------
 
 
 def _columns(spec: SourceSpec, kind: Kind) -> dict[str, str]:
-    """The columns that a source must have, by our names. Raises DataError where the format cannot give the kind."""
+    """The columns that a source must have, by our names. Raises DataError where the format cannot
+    give the kind.
+    """
     if spec.format == "columns":
         return _mapped(spec, kind)
     if spec.format == "alpaca" and kind != "sft":
-        raise DataError(f"prepare.{kind}: {label(spec)}: format 'alpaca' holds no pairs; list it under prepare.sft")
+        raise DataError(
+            f"prepare.{kind}: {label(spec)}: format 'alpaca' holds no pairs; list it under"
+            " prepare.sft"
+        )
     names = {
         "columns": _OWN_COLUMNS[kind][0][0],
         "pku": ("prompt", "response_0", "response_1", *_PKU_LABELS[kind]),
@@ -434,9 +508,14 @@ def _mapped(spec: SourceSpec, kind: Kind) -> dict[str, str]:
     for name in spec.columns:
         if name not in known:
             valid = ", ".join(known)
-            raise DataError(f"prepare.{kind}: {label(spec)}: columns has unknown key {name!r}; valid keys: {valid}")
+            raise DataError(
+                f"prepare.{kind}: {label(spec)}: columns has unknown key {name!r}; valid keys:"
+                f" {valid}"
+            )
     if not any(set(names) <= spec.columns.keys() for names in choices):
         lacking = next(name for name in choices[0] if name not in spec.columns)
         either = ", or ".join(" and ".join(names) for names in choices)
-        raise DataError(f"prepare.{kind}: {label(spec)}: columns lacks {lacking!r}; it must map {either}")
+        raise DataError(
+            f"prepare.{kind}: {label(spec)}: columns lacks {lacking!r}; it must map {either}"
+        )
     return spec.columns

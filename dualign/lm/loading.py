@@ -1,4 +1,6 @@
-"""Weights from a folder, a hub or a GGUF file: all of them there, finite, in their own shapes, or an error by name."""
+"""Weights from a folder, a hub or a GGUF file: all of them there, finite, in their own shapes, or
+an error by name.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def require(path: str | Path) -> None:
     """A path that looks local must exist; what is left is a hub id. Raises ModelError."""
     local = str(path).startswith((".", "/", "models/")) or Path(path).exists()
     if local and not Path(path).is_dir():
-        raise ModelError(f"{path}: no such model folder; run the stage that writes it, or correct the path")
+        raise ModelError(
+            f"{path}: no such model folder; run the stage that writes it, or correct the path"
+        )
 
 
 def load_model(auto: Any, path: str | Path, **options: Any) -> PreTrainedModel:
@@ -44,14 +48,15 @@ def load_reported(
     fresh: Sequence[str] = (),
     **options: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """A model of the class `auto` (one of transformers' AutoModel classes) with every weight of the checkpoint.
+    """A model of the class `auto` (one of transformers' AutoModel classes) with every weight of the
+    checkpoint.
 
-    `fresh` names prefixes of weights that may be missing, such as a scorer's head; those that were come back beside the
-    model. `dtype` "auto" keeps the stored one.
+    `fresh` names prefixes of weights that may be missing, such as a scorer's head; those that were
+    come back beside the model. `dtype` "auto" keeps the stored one.
 
     Raises:
-        ModelError: no such model, weights missing, damaged, of other shapes or not finite, a quantised base, or one
-            that needs code of its own.
+        ModelError: no such model, weights missing, damaged, of other shapes or not finite, a
+            quantised base, or one that needs code of its own.
     """
     require(path)
     check_files(Path(path))
@@ -59,12 +64,18 @@ def load_reported(
     options |= {"gguf_file": gguf_file} if gguf_file else {"config": _with(config, options)}
     try:
         model, report = auto.from_pretrained(
-            str(path), revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True,
-            ignore_mismatched_sizes=True, **options,
-        )  # fmt: skip
+            str(path),
+            revision=revision,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
     except Exception as error:  # transformers, safetensors and torch raise many kinds here
         raise ModelError(
-            f"{path}: cannot be loaded as {_what(auto)} ({first_line(error)}); is the folder complete?"
+            f"{path}: cannot be loaded as {_what(auto)} ({first_line(error)}); is the folder"
+            " complete?"
         ) from error
     _check_report(path, report, fresh)
     if dtype == "auto":
@@ -73,24 +84,37 @@ def load_reported(
     return (_plain(model) if gguf_file else model), sorted(report["missing_keys"])
 
 
-def load_config(path: str | Path, revision: str | None = None, gguf_file: str | None = None) -> PretrainedConfig:
-    """A model's configuration. Raises ModelError for one that needs foreign code or is quantised."""
+def load_config(
+    path: str | Path, revision: str | None = None, gguf_file: str | None = None
+) -> PretrainedConfig:
+    """A model's configuration. Raises ModelError for one that needs foreign code or is
+    quantised.
+    """
     options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        config = AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=False, **options)
+        config = AutoConfig.from_pretrained(
+            str(path), revision=revision, trust_remote_code=False, **options
+        )
     except Exception as error:  # as above
         raise ModelError(f"{path}: {_refusal(error)}") from error
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None and not gguf_file:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+        method = (
+            quantised.get("quant_method")
+            if isinstance(quantised, dict)
+            else type(quantised).__name__
+        )
         raise ModelError(
-            f"{path}: the weights are quantised ({method}) and cannot be trained; take the unquantised ones"
+            f"{path}: the weights are quantised ({method}) and cannot be trained; take the"
+            " unquantised ones"
         )
     return config
 
 
 def context_of(model: torch.nn.Module) -> int | None:
-    """The longest sequence in tokens that a model can read; None where its configuration does not say."""
+    """The longest sequence in tokens that a model can read; None where its configuration does not
+    say.
+    """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = [getattr(text, key, None) for key in _CONTEXT]
@@ -98,22 +122,30 @@ def context_of(model: torch.nn.Module) -> int | None:
 
 
 def check_context(model: torch.nn.Module, tokens: int, what: str) -> None:
-    """Refuse sequences longer than a model can read. Raises ParamsError that says `what` is that long."""
+    """Refuse sequences longer than a model can read. Raises ParamsError that says `what` is that
+    long.
+    """
     context = context_of(model)
     if context is not None and tokens > context:
         name = getattr(getattr(model, "config", None), "_name_or_path", "") or "the model"
-        raise ParamsError(f"{what}: {tokens} tokens, but the context of {name} is {context}; lower it")
+        raise ParamsError(
+            f"{what}: {tokens} tokens, but the context of {name} is {context}; lower it"
+        )
 
 
 def with_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
-    """The model with the saved adapter in folder `path`. Raises ModelError where the two do not belong together."""
+    """The model with the saved adapter in folder `path`. Raises ModelError where the two do not
+    belong together.
+    """
     check_files(Path(path))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
             adapted = PeftModel.from_pretrained(model, str(path), is_trainable=True)
         except Exception as error:  # peft raises many kinds here
-            raise ModelError(f"{path}: the adapter does not fit its base ({first_line(error)})") from error
+            raise ModelError(
+                f"{path}: the adapter does not fit its base ({first_line(error)})"
+            ) from error
     missing = [str(one.message) for one in told if "missing adapter keys" in str(one.message)]
     if missing:
         raise ModelError(f"{path}: the adapter does not fit its base ({missing[0][:200]})")
@@ -131,7 +163,9 @@ def _check_used(folder: Path, adapted: PeftModel) -> None:
         held = {name for name in stored.keys() if "lora_" in name}  # noqa: SIM118
     unused = sorted(held - set(get_peft_model_state_dict(adapted, save_embedding_layers=False)))
     if unused:
-        raise ModelError(f"{folder}: the adapter does not fit its base, which has no place for {_some(unused)}")
+        raise ModelError(
+            f"{folder}: the adapter does not fit its base, which has no place for {_some(unused)}"
+        )
 
 
 def first_line(error: BaseException) -> str:
@@ -140,19 +174,25 @@ def first_line(error: BaseException) -> str:
 
 
 def _with(config: PretrainedConfig, options: dict[str, Any]) -> PretrainedConfig:
-    """The configuration with options that belong to it, such as `num_labels`, which are taken out of `options`."""
+    """The configuration with options that belong to it, such as `num_labels`, which are taken out
+    of `options`.
+    """
     for key in [key for key in options if hasattr(config, key)]:
         setattr(config, key, options.pop(key))
     return config
 
 
 def check_files(folder: Path) -> None:
-    """Weights in a local folder must be whole, and no pointers to them. Raises ModelError that names the file."""
+    """Weights in a local folder must be whole, and no pointers to them. Raises ModelError that
+    names the file.
+    """
     for file in listed(folder, "*.safetensors") + listed(folder, "*.bin"):
         with file.open("rb") as stream:
             head = stream.read(len(_POINTER))
         if head == _POINTER:
-            raise ModelError(f"{file}: is a git-lfs pointer and not the weights; run git lfs pull in that folder")
+            raise ModelError(
+                f"{file}: is a git-lfs pointer and not the weights; run git lfs pull in that folder"
+            )
         if file.suffix == ".safetensors":
             _check_length(file)
     if not (folder / "model.safetensors").is_file():
@@ -165,10 +205,16 @@ def _check_shards(index: Path) -> None:
     try:
         shards = set(json.loads(index.read_text())["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index}: is no index of shards ({first_line(error)}); download it again") from error
-    gone = next((name for name in sorted(map(str, shards)) if not (index.parent / name).is_file()), None)
+        raise ModelError(
+            f"{index}: is no index of shards ({first_line(error)}); download it again"
+        ) from error
+    gone = next(
+        (name for name in sorted(map(str, shards)) if not (index.parent / name).is_file()), None
+    )
     if gone is not None:
-        raise ModelError(f"{index.parent / gone}: is missing, though {index.name} names it; download it again")
+        raise ModelError(
+            f"{index.parent / gone}: is missing, though {index.name} names it; download it again"
+        )
 
 
 def _check_length(file: Path) -> None:
@@ -188,37 +234,56 @@ def _check_length(file: Path) -> None:
 def _check_report(path: str | Path, report: dict[str, Any], fresh: Sequence[str]) -> None:
     """Refuse weights that the checkpoint lacks or has in other shapes."""
     missing = sorted(name for name in report["missing_keys"] if not name.startswith(tuple(fresh)))
-    other = sorted(str(row[0]) if isinstance(row, tuple) else str(row) for row in report["mismatched_keys"])
+    other = sorted(
+        str(row[0]) if isinstance(row, tuple) else str(row) for row in report["mismatched_keys"]
+    )
     unused = sorted(report["unexpected_keys"])
     if other:
         raise ModelError(
-            f"{path}: {_some(other)} have other shapes in the checkpoint than config.json says; mend either"
+            f"{path}: {_some(other)} have other shapes in the checkpoint than config.json says;"
+            " mend either"
         )
     if missing:
-        hint = f"; it holds {_some(unused)} instead, so the weights may be another model's" if unused else ""
+        hint = (
+            f"; it holds {_some(unused)} instead, so the weights may be another model's"
+            if unused
+            else ""
+        )
         raise ModelError(
-            f"{path}: the checkpoint lacks {_some(missing)}, which would be random{hint}; take the whole checkpoint"
+            f"{path}: the checkpoint lacks {_some(missing)}, which would be random{hint}; take the"
+            " whole checkpoint"
         )
 
 
 def _as_stored(folder: Path, model: PreTrainedModel) -> None:
-    """Weights in fp32 of a folder that stores others narrower, as a scorer's head is: "auto" rounds them all alike."""
+    """Weights in fp32 of a folder that stores others narrower, as a scorer's head is: "auto" rounds
+    them all alike.
+    """
     weights = dict(model.named_parameters())
     for file in listed(folder, "*.safetensors"):
         with safe_open(file, "pt") as stored:
             for name in weights.keys() & set(stored.keys()):
-                if weights[name].dtype != torch.float32 and stored.get_slice(name).get_dtype() == "F32":
+                if (
+                    weights[name].dtype != torch.float32
+                    and stored.get_slice(name).get_dtype() == "F32"
+                ):
                     weights[name].data = stored.get_tensor(name)
 
 
 def _check_finite(path: str | Path, model: torch.nn.Module) -> None:
-    bad = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+    bad = [
+        name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())
+    ]
     if bad:
-        raise ModelError(f"{path}: {_some(bad)} hold NaN or infinite weights; take another checkpoint")
+        raise ModelError(
+            f"{path}: {_some(bad)} hold NaN or infinite weights; take another checkpoint"
+        )
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """A model read from GGUF without its note of a quantisation, which would keep it from being saved."""
+    """A model read from GGUF without its note of a quantisation, which would keep it from being
+    saved.
+    """
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -239,11 +304,12 @@ def _refusal(error: Exception) -> str:
     text = str(error)
     if "trust_remote_code" in text or "custom code" in text:
         return (
-            "the model needs code of its own repository, which dualign never runs; take a model whose architecture "
-            "transformers knows"
+            "the model needs code of its own repository, which dualign never runs; take a model"
+            " whose architecture transformers knows"
         )
     return (
-        f"no usable config.json ({first_line(error)}); is the folder complete, and of a kind that transformers knows?"
+        f"no usable config.json ({first_line(error)}); is the folder complete, and of a kind that"
+        " transformers knows?"
     )
 
 

@@ -1,8 +1,8 @@
-"""A mixture of policies in one folder: `mixture.json` (weights, lambdas) and one sub-folder for each component.
+"""A mixture of policies in one folder: `mixture.json` (weights, lambdas) and one sub-folder for
+each component.
 
-It draws a component for every *answer*, so pi(y | x) = sum_k w_k pi_k(y | x) over whole answers; mixing the next-token
-distributions would be another policy.
-"""
+It draws a component for every *answer*, so pi(y | x) = sum_k w_k pi_k(y | x) over whole answers;
+mixing the next-token distributions would be another policy."""
 
 from __future__ import annotations
 
@@ -24,27 +24,40 @@ FILE = "mixture.json"
 
 
 def components(folder: str | Path) -> tuple[tuple[float, ...], tuple[str, ...]]:
-    """Weights and sub-folders of the mixture in `folder`. Raises ModelError where its file is none of ours."""
+    """Weights and sub-folders of the mixture in `folder`. Raises ModelError where its file is none
+    of ours.
+    """
     path = Path(folder) / FILE
     try:
         content = read_json(path)
         weights = tuple(float(weight) for weight in content["weights"])
         names = tuple(str(name) for name in content["components"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{path}: lists no weights and components; run the search that wrote it again") from error
-    if len(weights) != len(names) or min(weights, default=0.0) <= 0 or not abs(sum(weights) - 1) <= 1e-6:
-        raise ModelError(f"{path}: weights must be positive, sum to 1, and be one for each component")
+        raise ModelError(
+            f"{path}: lists no weights and components; run the search that wrote it again"
+        ) from error
+    if (
+        len(weights) != len(names)
+        or min(weights, default=0.0) <= 0
+        or not abs(sum(weights) - 1) <= 1e-6
+    ):
+        raise ModelError(
+            f"{path}: weights must be positive, sum to 1, and be one for each component"
+        )
     for name in names:
         if not NAME.fullmatch(name):
             raise ModelError(
-                f"{path}: component {shown(name)} is no folder beside it; run the search that wrote it again"
+                f"{path}: component {shown(name)} is no folder beside it; run the search that wrote"
+                " it again"
             )
     return weights, names
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Weights (they sum to 1) and folders of the components, which are loaded one at a time when they are needed."""
+    """Weights (they sum to 1) and folders of the components, which are loaded one at a time when
+    they are needed.
+    """
 
     weights: tuple[float, ...]
     folders: tuple[Path, ...]
@@ -52,7 +65,9 @@ class Mixture:
 
     @classmethod
     def load(cls, folder: str | Path, resources: Resources) -> Mixture:
-        """The mixture in `folder`. Raises ModelError where its file does not fit what lies there."""
+        """The mixture in `folder`. Raises ModelError where its file does not fit what lies
+        there.
+        """
         weights, names = components(folder)
         return cls(weights, tuple(Path(folder) / name for name in names), resources)
 
@@ -79,11 +94,15 @@ def policy_at(folder: str | Path, resources: Resources) -> Policy:
 
 def is_policy(folder: str | Path) -> bool:
     """Whether a folder holds a policy: a model, an adapter or a mixture."""
-    return any((Path(folder) / name).is_file() for name in (FILE, "config.json", "adapter_config.json"))
+    return any(
+        (Path(folder) / name).is_file() for name in (FILE, "config.json", "adapter_config.json")
+    )
 
 
 def mixture_log_probability(parts: Tensor, weights: Sequence[float]) -> Tensor:
-    """log sum_k w_k exp(parts_k): parts [components, rows] of log pi_k(y | x) in nats, weights [components]; [rows]."""
+    """log sum_k w_k exp(parts_k): parts [components, rows] of log pi_k(y | x) in nats, weights
+    [components]; [rows].
+    """
     return torch.logsumexp(parts + torch.tensor(weights, dtype=parts.dtype).log().unsqueeze(1), 0)
 
 

@@ -1,4 +1,6 @@
-"""Models and tokenizers: built from scratch, loaded from a hub or a folder, saved whole or as adapters."""
+"""Models and tokenizers: built from scratch, loaded from a hub or a folder, saved whole or as
+adapters.
+"""
 
 from __future__ import annotations
 
@@ -47,11 +49,13 @@ _SCRATCH_TEMPLATE = (
 _SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 
 
-# --- tokenizers -------------------------------------------------------------------------------------------------------
+# --- tokenizers -----------------------------------------------------------------------------------
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer learnt from `texts`, with pad, end and role tokens and a chat template."""
+    """A byte-level BPE tokenizer learnt from `texts`, with pad, end and role tokens and a chat
+    template.
+    """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -62,18 +66,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=_SPECIAL[0], eos_token=_SPECIAL[1])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=_SPECIAL[0], eos_token=_SPECIAL[1]
+    )
     tokenizer.chat_template = _SCRATCH_TEMPLATE
     return tokenizer
 
 
 def load_tokenizer(
-    path: str | Path, revision: str | None = None, chat_template: str | None = None, gguf_file: str | None = None
+    path: str | Path,
+    revision: str | None = None,
+    chat_template: str | None = None,
+    gguf_file: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer with a chat template (`chat_template` names a Jinja file), an EOS that ends turns, and a pad token.
+    """A tokenizer with a chat template (`chat_template` names a Jinja file), an EOS that ends
+    turns, and a pad token.
 
-    Raises ModelError if there is no tokenizer at `path`, one without an EOS token, or a template that cannot be used.
-    """
+    Raises ModelError if there is no tokenizer at `path`, one without an EOS token, or a template
+    that cannot be used."""
     return made_fit(read_tokenizer(path, revision, gguf_file), path, chat_template)
 
 
@@ -84,10 +94,13 @@ def read_tokenizer(
     require(path)
     options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        return AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=False, **options)
+        return AutoTokenizer.from_pretrained(
+            str(path), revision=revision, trust_remote_code=False, **options
+        )
     except Exception as error:  # transformers raises many kinds here, down to bare Exception
         raise ModelError(
-            f"{path}: no usable tokenizer ({first_line(error)}); put tokenizer.json and tokenizer_config.json there"
+            f"{path}: no usable tokenizer ({first_line(error)}); put tokenizer.json and"
+            " tokenizer_config.json there"
         ) from error
 
 
@@ -97,16 +110,21 @@ def made_fit(
     """The tokenizer with all that `load_tokenizer` promises; `path` is what errors name."""
     if tokenizer.eos_token is None:
         if "<|end|>" not in tokenizer.get_vocab() and "<|endoftext|>" not in tokenizer.get_vocab():
-            raise ModelError(f"{path}: the tokenizer names no eos_token; set it in tokenizer_config.json")
+            raise ModelError(
+                f"{path}: the tokenizer names no eos_token; set it in tokenizer_config.json"
+            )
         tokenizer.eos_token = "<|end|>" if "<|end|>" in tokenizer.get_vocab() else "<|endoftext|>"
-    tokenizer.chat_template = read_template(chat_template) if chat_template else tokenizer.chat_template
+    tokenizer.chat_template = (
+        read_template(chat_template) if chat_template else tokenizer.chat_template
+    )
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     settle(tokenizer, str(chat_template or path))
     _with_pad(tokenizer)
     return tokenizer
 
 
-#: Names of tokens that a base holds in reserve and never says: those that are meant for padding, then any.
+#: Names of tokens that a base holds in reserve and never says: those that are meant for padding,
+#: then any.
 _SPARE = (
     re.compile(r"<\|finetune_right_pad_id\|>|<pad>|\[PAD\]|<\|pad(?:ding)?\|>"),
     re.compile(
@@ -139,14 +157,17 @@ def _knows_every_byte(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether any text can be encoded without the unknown token."""
     unknown = tokenizer.unk_token_id
     return (
-        unknown is not None and unknown not in tokenizer("\U0001f9ff\x00\u4e00", add_special_tokens=False)["input_ids"]
+        unknown is not None
+        and unknown not in tokenizer("\U0001f9ff\x00\u4e00", add_special_tokens=False)["input_ids"]
     )
 
 
-# --- policies ---------------------------------------------------------------------------------------------------------
+# --- policies -------------------------------------------------------------------------------------
 
 
-def build_scratch(params: ScratchParams, vocabulary: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+def build_scratch(
+    params: ScratchParams, vocabulary: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
     """A small Llama with random weights for this tokenizer."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -175,15 +196,17 @@ def load_policy(
 ) -> PreTrainedModel | PeftModel:
     """A causal language model, or an adapter on its base, on the device in the chosen precision.
 
-    `trained` says that all its weights are to change: they are fp32 then, under bf16 as well; `rounded` that they begin
-    as what the precision computes with. An adapter's base is frozen either way. Raises ModelError as `load_model` does.
-    """
+    `trained` says that all its weights are to change: they are fp32 then, under bf16 as well;
+    `rounded` that they begin as what the precision computes with. An adapter's base is frozen
+    either way. Raises ModelError as `load_model` does."""
     require(path)
     adapter = Path(path) / "adapter_config.json"
     base = adapter_base(path) if adapter.is_file() else str(path)
     computed = precision_of(resources)
     dtype = computed if rounded or computed is torch.float32 else "auto"
-    model = load_model(AutoModelForCausalLM, base, dtype=dtype, revision=revision, gguf_file=gguf_file)
+    model = load_model(
+        AutoModelForCausalLM, base, dtype=dtype, revision=revision, gguf_file=gguf_file
+    )
     whole = trained and not adapter.is_file()
     model = in_precision(model, resources, trained=whole)
     check_head(model, base)
@@ -195,17 +218,24 @@ def adapter_base(path: str | Path) -> str:
     return read_record(Path(path) / "adapter_config.json", AdapterConfig)["base_model_name_or_path"]
 
 
-def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:
+def fit_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0
+) -> None:
     """Make the model's embeddings, special ids and end tokens agree with the tokenizer.
 
-    New rows are drawn from `seed`, and the vocabulary is rounded up to a multiple of 64. Generation ends at every token
-    that ends a turn or that the base ends a text with; other settings of sampling are dropped where they are not valid.
-    """
+    New rows are drawn from `seed`, and the vocabulary is rounded up to a multiple of 64. Generation
+    ends at every token that ends a turn or that the base ends a text with; other settings of
+    sampling are dropped where they are not valid."""
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         with seeded(seed):
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False, pad_to_multiple_of=64)
+            model.resize_token_embeddings(
+                len(tokenizer), mean_resizing=False, pad_to_multiple_of=64
+            )
     ends = end_tokens(model, tokenizer)
-    model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    model.config.pad_token_id, model.config.eos_token_id = (
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+    )
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         model.generation_config = _savable(generation)
@@ -214,11 +244,15 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
 
 
 def _savable(config: GenerationConfig) -> GenerationConfig:
-    """The settings if they can be saved; else none but the tokens, since dualign samples in its own way."""
+    """The settings if they can be saved; else none but the tokens, since dualign samples in its own
+    way.
+    """
     try:
         config.validate(strict=True)
     except ValueError as error:
-        log.warning("generation_config.json is left out, since it cannot be saved (%s)", first_line(error))
+        log.warning(
+            "generation_config.json is left out, since it cannot be saved (%s)", first_line(error)
+        )
         return GenerationConfig(bos_token_id=config.bos_token_id)
     return config
 
@@ -234,10 +268,11 @@ def seeded(seed: int) -> Iterator[None]:
 def with_lora(
     model: PreTrainedModel | PeftModel, lora: LoraParams, seed: int, *, head: bool = False
 ) -> PreTrainedModel | PeftModel:
-    """The model with fresh adapters if `lora.rank` > 0 and it has none yet; `head` adds the score head.
+    """The model with fresh adapters if `lora.rank` > 0 and it has none yet; `head` adds the score
+    head.
 
-    Adapters are drawn from `seed`. Raises ParamsError for target modules that the model does not have.
-    """
+    Adapters are drawn from `seed`. Raises ParamsError for target modules that the model does not
+    have."""
     if lora.rank == 0 or isinstance(model, PeftModel):
         return model
     config = LoraConfig(
@@ -252,11 +287,15 @@ def with_lora(
         with seeded(seed):
             return get_peft_model(model, config)
     except ValueError as error:
-        linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D))
+        linear = (
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear | Conv1D)
+        )
         names = sorted({name.rpartition(".")[2] for name in linear})
         raise ParamsError(
-            f"lora.target_modules {lora.target_modules} does not fit {type(model).__name__} ({first_line(error)}); it "
-            f"has {', '.join(names)}; or write all-linear"
+            f"lora.target_modules {lora.target_modules} does not fit {type(model).__name__}"
+            f" ({first_line(error)}); it has {', '.join(names)}; or write all-linear"
         ) from error
 
 
@@ -265,7 +304,10 @@ def end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> li
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     listed = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
     others = listed if isinstance(listed, list) else [listed]
-    return [tokenizer.eos_token_id, *(end for end in others if end not in (None, tokenizer.eos_token_id))]
+    return [
+        tokenizer.eos_token_id,
+        *(end for end in others if end not in (None, tokenizer.eos_token_id)),
+    ]
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -273,8 +315,12 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.float().merge_and_unload() if isinstance(model, PeftModel) else model
 
 
-def save(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a Hugging Face folder (safetensors, tokenizer, chat template); an adapter saves itself only."""
+def save(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write a Hugging Face folder (safetensors, tokenizer, chat template); an adapter saves itself
+    only.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if not isinstance(model, PeftModel):
         model.config._name_or_path = ""
@@ -285,23 +331,30 @@ def save(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def _sort_targets(config: Path) -> None:
-    """The adapter's target modules in order: peft writes a set of them, in another order in every process."""
+    """The adapter's target modules in order: peft writes a set of them, in another order in every
+    process.
+    """
     content = json.loads(config.read_text())
     if isinstance(content.get("target_modules"), list):
         content["target_modules"] = sorted(content["target_modules"])
         config.write_text(json.dumps(content, indent=2, sort_keys=True))
 
 
-# --- scorers ----------------------------------------------------------------------------------------------------------
+# --- scorers --------------------------------------------------------------------------------------
 
 
 def load_scorer_backbone(
-    path: str, tokenizer: PreTrainedTokenizerBase, resources: Resources, seed: int, *, trained: bool = True
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    resources: Resources,
+    seed: int,
+    *,
+    trained: bool = True,
 ) -> PreTrainedModel:
     """A sequence classifier with one output on top of a language model.
 
-    A head that the checkpoint has is kept; a fresh one begins at zero. `trained` as for `load_policy`.
-    """
+    A head that the checkpoint has is kept; a fresh one begins at zero. `trained` as for
+    `load_policy`."""
     with seeded(seed):
         model, missing = load_reported(
             AutoModelForSequenceClassification, path, dtype="auto", fresh=("score.",), num_labels=1

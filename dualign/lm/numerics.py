@@ -1,9 +1,10 @@
-"""Precision: what is computed in which, so that a policy before its first step equals its reference.
+"""Precision: what is computed in which, so that a policy before its first step equals its
+reference.
 
-In bf16 the matrices multiply under autocast, hidden states between layers are bf16, norms and biases stay fp32, and the
-head over the vocabulary and its softmax are fp32. A frozen model keeps its matrices in bf16, a trained one in fp32
-(autocast rounds them for each product), so both compute the same numbers; only the trained one can take small steps.
-"""
+In bf16 the matrices multiply under autocast, hidden states between layers are bf16, norms and
+biases stay fp32, and the head over the vocabulary and its softmax are fp32. A frozen model keeps
+its matrices in bf16, a trained one in fp32 (autocast rounds them for each product), so both compute
+the same numbers; only the trained one can take small steps."""
 
 from __future__ import annotations
 
@@ -20,28 +21,34 @@ from dualign.params.base import Resources
 
 #: Elements of the vocabulary-wide logits that are held at once: 256 MiB in fp32.
 CHUNK = 1 << 26
-#: Largest difference in nats between a model's own logits and those that are computed from its hidden states.
+#: Largest difference in nats between a model's own logits and those that are computed from its
+#: hidden states.
 _SAME = 0.05
 
 
 def device_of(resources: Resources) -> torch.device:
-    """The device to run on: CUDA where there is one, unless params say otherwise. One process uses one GPU."""
+    """The device to run on: CUDA where there is one, unless params say otherwise. One process uses
+    one GPU.
+    """
     if resources.device == "cuda" and not torch.cuda.is_available():
         raise ModelError(
-            "resources.device is cuda but torch sees no GPU; set it to auto, or install a CUDA build of torch"
+            "resources.device is cuda but torch sees no GPU; set it to auto, or install a CUDA"
+            " build of torch"
         )
     if resources.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if torch.cuda.device_count() > 1:
         raise ModelError(
-            f"torch sees {torch.cuda.device_count()} GPUs, and a stage runs on one: give each process its own, e.g. "
-            "CUDA_VISIBLE_DEVICES=0 dvc repro"
+            f"torch sees {torch.cuda.device_count()} GPUs, and a stage runs on one: give each"
+            " process its own, e.g. CUDA_VISIBLE_DEVICES=0 dvc repro"
         )
     return torch.device("cuda")
 
 
 def precision_of(resources: Resources) -> torch.dtype:
-    """What matrices are multiplied in: bf16 on a GPU that has it, fp32 elsewhere, unless params say otherwise."""
+    """What matrices are multiplied in: bf16 on a GPU that has it, fp32 elsewhere, unless params say
+    otherwise.
+    """
     if resources.precision == "auto":
         capable = device_of(resources).type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if capable else torch.float32
@@ -49,7 +56,8 @@ def precision_of(resources: Resources) -> torch.dtype:
 
 
 class Fp32Head(torch.nn.Linear):
-    """A linear head that multiplies in fp32, whatever autocast says, what bf16 holds of hidden states and weights.
+    """A linear head that multiplies in fp32, whatever autocast says, what bf16 holds of hidden
+    states and weights.
 
     A trained head is rounded as a frozen one is stored, so that both give the same logits.
     """
@@ -57,7 +65,9 @@ class Fp32Head(torch.nn.Linear):
     def forward(self, hidden: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
         with torch.autocast(hidden.device.type, enabled=False):
-            return torch.nn.functional.linear(hidden.to(torch.bfloat16).float(), self._weights(), bias)
+            return torch.nn.functional.linear(
+                hidden.to(torch.bfloat16).float(), self._weights(), bias
+            )
 
     def _weights(self) -> Tensor:
         return self.weight.to(torch.bfloat16).float()
@@ -71,7 +81,9 @@ class Fp32Score(Fp32Head):
 
 
 def in_precision(model: Any, resources: Resources, *, trained: bool) -> Any:
-    """The model on its device, computing as params say; `trained` says that its weights are to change."""
+    """The model on its device, computing as params say; `trained` says that its weights are to
+    change.
+    """
     device = device_of(resources)
     if precision_of(resources) is torch.float32:
         return model.float().to(device)
@@ -87,12 +99,20 @@ def in_precision(model: Any, resources: Resources, *, trained: bool) -> Any:
 
 
 def _compute_in_bf16(model: Any, device: torch.device) -> None:
-    """Autocast around the forward pass, bf16 hidden states from the embeddings on, and an fp32 head."""
+    """Autocast around the forward pass, bf16 hidden states from the embeddings on, and an fp32
+    head.
+    """
     forward = torch.autocast(device.type, torch.bfloat16)(type(model).forward)
-    model.forward = MethodType(forward, model)  # a method of its own, so that a copy's is the copy's
-    model.get_input_embeddings().register_forward_hook(lambda module, given, output: output.to(torch.bfloat16))
+    model.forward = MethodType(
+        forward, model
+    )  # a method of its own, so that a copy's is the copy's
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, given, output: output.to(torch.bfloat16)
+    )
     head = head_of(model)
-    if type(head) is torch.nn.Linear:  # a class and no patch of `forward`: a copy of the head is one too
+    if (
+        type(head) is torch.nn.Linear
+    ):  # a class and no patch of `forward`: a copy of the head is one too
         head.__class__ = Fp32Score if head is getattr(model, "score", None) else Fp32Head
 
 
@@ -104,11 +124,11 @@ def head_of(model: Any) -> torch.nn.Module | None:
 
 
 def answer_log_probabilities(model: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-    """Sum over positions with label != -100 of log pi(label | what stands before), in fp32; shape [rows].
+    """Sum over positions with label != -100 of log pi(label | what stands before), in fp32; shape
+    [rows].
 
-    Only the positions that predict an answer token go through the vocabulary, in chunks, so memory grows as CHUNK and
-    not as positions times vocabulary.
-    """
+    Only the positions that predict an answer token go through the vocabulary, in chunks, so memory
+    grows as CHUNK and not as positions times vocabulary."""
     hidden = _hidden(model, ids, mask)[:, :-1]
     targets = labels[:, 1:]
     known = targets != -100
@@ -119,7 +139,9 @@ def answer_log_probabilities(model: Any, ids: Tensor, mask: Tensor, labels: Tens
 
 
 def _hidden(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """What the model hands to its head; the head itself gets no position. [rows, positions, hidden]."""
+    """What the model hands to its head; the head itself gets no position. [rows, positions,
+    hidden].
+    """
     seen: list[Tensor] = []
 
     def keep(module: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -137,7 +159,9 @@ def _hidden(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def _log_softmax_at(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """log softmax of the logits at each target; hidden [positions, width], targets [positions]; [positions], fp32."""
+    """log softmax of the logits at each target; hidden [positions, width], targets [positions];
+    [positions], fp32.
+    """
     head = head_of(model)
     config = model.config.get_text_config()
 
@@ -151,11 +175,15 @@ def _log_softmax_at(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     parts = zip(hidden.split(size), targets.split(size), strict=True)
     if not torch.is_grad_enabled():
         return torch.cat([part(states, wanted) for states, wanted in parts])
-    return torch.cat([checkpoint(part, states, wanted, use_reentrant=False) for states, wanted in parts])
+    return torch.cat(
+        [checkpoint(part, states, wanted, use_reentrant=False) for states, wanted in parts]
+    )
 
 
 def _logits(head: Any, config: Any, hidden: Tensor) -> Tensor:
-    """Logits as the model's own forward pass makes them of its head's output (Cohere, Granite, Gemma scale or cap)."""
+    """Logits as the model's own forward pass makes them of its head's output (Cohere, Granite,
+    Gemma scale or cap).
+    """
     logits: Tensor = head(hidden).float()
     if getattr(config, "logits_scaling", None):
         logits = logits / config.logits_scaling
@@ -167,18 +195,22 @@ def _logits(head: Any, config: Any, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_head(model: Any, path: Any) -> None:
-    """Compare logits from hidden states with the model's own. Raises ModelError where its head does something else."""
+    """Compare logits from hidden states with the model's own. Raises ModelError where its head does
+    something else.
+    """
     ids = torch.arange(4, device=next(model.parameters()).device).unsqueeze(0)
     mask = torch.ones_like(ids)
     training = model.training
     model.eval()
-    own = torch.log_softmax(model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float(), -1)
+    own = torch.log_softmax(
+        model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float(), -1
+    )
     hidden = _hidden(model, ids, mask)
     ours = torch.log_softmax(_logits(head_of(model), model.config.get_text_config(), hidden), -1)
     model.train(training)
     gap = float((own - ours).abs().max())
     if not gap <= _SAME:
         raise ModelError(
-            f"{path}: {type(model).__name__} turns hidden states into logits in a way that dualign does not know (off "
-            f"by {gap:.2g} nats); use another architecture"
+            f"{path}: {type(model).__name__} turns hidden states into logits in a way that dualign"
+            f" does not know (off by {gap:.2g} nats); use another architecture"
         )

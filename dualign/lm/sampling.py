@@ -28,7 +28,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sample:
-    """One drawn answer: its prompt's position, its ids (EOS included if drawn), its text, and whether EOS was drawn."""
+    """One drawn answer: its prompt's position, its ids (EOS included if drawn), its text, and
+    whether EOS was drawn.
+    """
 
     prompt: int
     tokens: list[int]
@@ -47,17 +49,22 @@ def sample(
     batch_size: int,
     seed: int,
 ) -> list[Sample]:
-    """`count` answers to each prompt (token ids), drawn from the policy itself: T = 1, no truncation of its tail.
+    """`count` answers to each prompt (token ids), drawn from the policy itself: T = 1, no
+    truncation of its tail.
 
-    The same seed, batch size and device give the same answers. Returned in order of prompt, then draw.
-    """
+    The same seed, batch size and device give the same answers. Returned in order of prompt, then
+    draw."""
     if isinstance(model, Mixture):
         return _sample_mixture(model, tokenizer, prompts, count, max_new_tokens, batch_size, seed)
     model.eval()
     torch.manual_seed(seed)
     ends = end_tokens(model, tokenizer)
     longest = max((len(prompt) for prompt in prompts), default=0)
-    check_context(model, longest + max_new_tokens, f"a prompt of {longest} tokens and generation.max_new_tokens")
+    check_context(
+        model,
+        longest + max_new_tokens,
+        f"a prompt of {longest} tokens and generation.max_new_tokens",
+    )
     config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -91,13 +98,16 @@ def log_probabilities(
     *,
     batch_size: int,
 ) -> Tensor:
-    """log pi(answer | prompt) in nats, summed over the answer's tokens; fp64 tensor of shape [rows].
+    """log pi(answer | prompt) in nats, summed over the answer's tokens; fp64 tensor of shape
+    [rows].
 
     NaN for a row that is longer than the model's context, which no training takes either.
     """
     if isinstance(model, Mixture):
         parts = [
-            log_probabilities(model.component(k), tokenizer, prompts, answers, batch_size=batch_size)
+            log_probabilities(
+                model.component(k), tokenizer, prompts, answers, batch_size=batch_size
+            )
             for k in range(len(model.weights))
         ]
         return mixture_log_probability(torch.stack(parts), model.weights)
@@ -107,11 +117,18 @@ def log_probabilities(
     context = context_of(model) or max(lengths, default=0)
     rows = [row for row, length in enumerate(lengths) if length <= context]
     if len(rows) < len(lengths):
-        log.warning("%d of %d answers are longer than the context of %d tokens with their prompt and get no "
-                    "log-probability", len(lengths) - len(rows), len(lengths), context)  # fmt: skip
+        log.warning(
+            "%d of %d answers are longer than the context of %d tokens with their prompt and get no "
+            "log-probability",
+            len(lengths) - len(rows),
+            len(lengths),
+            context,
+        )
     with Progress("log-probabilities", len(rows)) as progress:
         for batch in _by_length(rows, [lengths[row] for row in rows], batch_size):
-            result[batch] = _score(model, tokenizer, [prompts[i] for i in batch], [answers[i] for i in batch])
+            result[batch] = _score(
+                model, tokenizer, [prompts[i] for i in batch], [answers[i] for i in batch]
+            )
             progress.advance(len(batch))
     return result
 
@@ -125,7 +142,9 @@ def _sample_mixture(
     batch_size: int,
     seed: int,
 ) -> list[Sample]:
-    """Each answer from the component that is drawn for it; every component draws from a seed of its own."""
+    """Each answer from the component that is drawn for it; every component draws from a seed of its
+    own.
+    """
     chosen = mixture.draw(len(prompts) * count, seed)
     drawn: dict[int, Sample] = {}
     for k in sorted(set(chosen)):
@@ -134,13 +153,18 @@ def _sample_mixture(
             mixture.component(k), tokenizer, [prompts[row // count] for row in rows],
             count=1, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed + 1 + k,
         )  # fmt: skip
-        drawn |= {row: replace(answer, prompt=row // count) for row, answer in zip(rows, answers, strict=True)}
+        drawn |= {
+            row: replace(answer, prompt=row // count)
+            for row, answer in zip(rows, answers, strict=True)
+        }
     return [drawn[row] for row in range(len(chosen))]
 
 
 @contextlib.contextmanager
 def _configured(model: torch.nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """The model under `config` alone: generate() takes what is left open, such as Qwen's penalties, from its own."""
+    """The model under `config` alone: generate() takes what is left open, such as Qwen's penalties,
+    from its own.
+    """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     own, base.generation_config = base.generation_config, config
     try:
@@ -150,7 +174,10 @@ def _configured(model: torch.nn.Module, config: GenerationConfig) -> Iterator[No
 
 
 def _generate(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[Sequence[int]], config: GenerationConfig
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Sequence[int]],
+    config: GenerationConfig,
 ) -> list[list[int]]:
     device = next(model.parameters()).device
     width = max(len(prompt) for prompt in prompts)
@@ -159,7 +186,9 @@ def _generate(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)  # type: ignore[operator]
+    output = model.generate(
+        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+    )  # type: ignore[operator]
     return [_until_end(row, set(config.eos_token_id)) for row in output[:, width:].tolist()]
 
 
@@ -185,11 +214,17 @@ def _score(
         ids[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = 1
         labels[i, len(prompt) : len(row)] = ids[i, len(prompt) : len(row)]
-    return answer_log_probabilities(model, ids.to(device), mask.to(device), labels.to(device)).double().cpu()
+    return (
+        answer_log_probabilities(model, ids.to(device), mask.to(device), labels.to(device))
+        .double()
+        .cpu()
+    )
 
 
 def _by_length(rows: list[T], lengths: Sequence[int], batch_size: int) -> Iterator[list[T]]:
-    """Batches of rows of similar length, the longest first, so that a batch too large for memory fails at once."""
+    """Batches of rows of similar length, the longest first, so that a batch too large for memory
+    fails at once.
+    """
     order = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
     for start in range(0, len(order), batch_size):
         yield [rows[i] for i in order[start : start + batch_size]]

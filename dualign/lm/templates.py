@@ -1,8 +1,7 @@
 """Chat templates made fit for use: one BOS, a pinned date, a known end of turn.
 
-What is settled here is written into the tokenizer that is saved, so that whoever loads a policy renders what it was
-trained on.
-"""
+What is settled here is written into the tokenizer that is saved, so that whoever loads a policy
+renders what it was trained on."""
 
 from __future__ import annotations
 
@@ -20,7 +19,8 @@ from dualign.lm.tokens import QUESTION, layout, render, told
 
 log = logging.getLogger(__name__)
 
-#: What a template that writes today's date writes instead. Llama 3.2 falls back on this day where it knows no other.
+#: What a template that writes today's date writes instead. Llama 3.2 falls back on this day where
+#: it knows no other.
 PINNED = datetime.date(2024, 7, 26)
 _NOW = re.compile(r"""strftime_now\(\s*(['"])((?:(?!\1).)*)\1\s*\)""")
 #: What a template may still say of the date once its calls are replaced.
@@ -35,7 +35,9 @@ def read_template(path: str) -> str:
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"sft.chat_template: {path} cannot be read ({error}); give a Jinja file or null") from error
+        raise ModelError(
+            f"sft.chat_template: {path} cannot be read ({error}); give a Jinja file or null"
+        ) from error
     if not text.strip():
         raise ModelError(f"sft.chat_template: {path} is empty; give a Jinja file or null")
     return text
@@ -55,8 +57,8 @@ def settle(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
         raise ModelError(f"{source}: {error}") from error
     except DataError as error:
         raise ModelError(
-            f"{source}: the chat template refuses a question and its answer ({told(error.__cause__ or error)}); give "
-            "another Jinja file as sft.chat_template"
+            f"{source}: the chat template refuses a question and its answer"
+            f" ({told(error.__cause__ or error)}); give another Jinja file as sft.chat_template"
         ) from error
 
 
@@ -65,52 +67,71 @@ def _pinned(template: str, source: str) -> str:
     dated = _NOW.sub(lambda match: repr(PINNED.strftime(match[2])), template)
     if "strftime_now" in _HARMLESS.sub("", dated):
         raise ModelError(
-            f"{source}: the chat template asks for today's date in a way that cannot be pinned; write a date into a "
-            "copy of it and name that as sft.chat_template"
+            f"{source}: the chat template asks for today's date in a way that cannot be pinned;"
+            " write a date into a copy of it and name that as sft.chat_template"
         )
     if dated != template:
-        log.info("%s: the chat template writes a date; it is pinned to %s", source, PINNED.isoformat())
+        log.info(
+            "%s: the chat template writes a date; it is pinned to %s", source, PINNED.isoformat()
+        )
     return dated
 
 
 def _with_controls(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the tokens special with which the template opens and ends turns, so that text that spells one stays text.
+    """Make the tokens special with which the template opens and ends turns, so that text that
+    spells one stays text.
 
-    Some tokenizers hold them as plain added tokens, which no decoder leaves out. Thoughts are left as they are.
-    """
+    Some tokenizers hold them as plain added tokens, which no decoder leaves out. Thoughts are left
+    as they are."""
     plain = [token for token in tokenizer.added_tokens_decoder.values() if not token.special]
     (text,) = render(tokenizer, [[*user(QUESTION), {"role": "assistant", "content": _ANSWER}]])
     before, _, rest = text.partition(QUESTION)
     frame = before + rest.rpartition(_ANSWER)[2]
-    written = [token for token in plain if _MARKUP.fullmatch(token.content) and token.content in frame]
+    written = [
+        token for token in plain if _MARKUP.fullmatch(token.content) and token.content in frame
+    ]
     if not written:
         return
-    log.info("control tokens of the template are made special: %s", ", ".join(token.content for token in written))
+    log.info(
+        "control tokens of the template are made special: %s",
+        ", ".join(token.content for token in written),
+    )
     special = [
-        AddedToken(token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=True)
+        AddedToken(
+            token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=True
+        )
         for token in written
     ]
     tokenizer.add_tokens(special, special_tokens=True)
 
 
 def _with_bos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the BOS that the tokenizer puts before every text into a template that leaves it out."""
+    """Write the BOS that the tokenizer puts before every text into a template that leaves it
+    out.
+    """
     bos = tokenizer.bos_token
     if bos is None or tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
         return
     (text,) = render(tokenizer, [user(QUESTION)], answering=True)
     if not text.startswith(bos):
-        log.info("the chat template writes no BOS, which the base has always seen; %s is put before it", bos)
+        log.info(
+            "the chat template writes no BOS, which the base has always seen; %s is put before it",
+            bos,
+        )
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
 
 
 def _with_turn_end(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the token that the template writes after an answer the tokenizer's EOS, as the template means it."""
+    """Make the token that the template writes after an answer the tokenizer's EOS, as the template
+    means it.
+    """
     found = layout(tokenizer)
     if found.end is None:
         log.info("the chat template ends no turn; answers end with %s", tokenizer.eos_token)
     elif found.end != tokenizer.eos_token:
-        log.info("turns end with %s, which becomes EOS in place of %s", found.end, tokenizer.eos_token)
+        log.info(
+            "turns end with %s, which becomes EOS in place of %s", found.end, tokenizer.eos_token
+        )
         literal = repr(tokenizer.eos_token)
         tokenizer.chat_template = _EOS.sub(lambda match: literal, tokenizer.chat_template)
         tokenizer.eos_token = found.end

@@ -1,9 +1,9 @@
 """Text to token ids, in one place, so that a policy is trained, sampled and scored on the same ids.
 
-With T(x, y) the ids of the whole conversation as the tokenizer's chat template renders it, cut after the token that
-ends the turn, a prompt's ids are those of the template's generation prompt, and an answer's ids are what T(x, y) has
-after them. Text stays text: content that spells a control token is encoded as the characters it is made of.
-"""
+With T(x, y) the ids of the whole conversation as the tokenizer's chat template renders it, cut
+after the token that ends the turn, a prompt's ids are those of the template's generation prompt,
+and an answer's ids are what T(x, y) has after them. Text stays text: content that spells a control
+token is encoded as the characters it is made of."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ QUESTION = "Who wrote it?"
 _ANSWERS = ("Sure", "I", "1", '"No"', "élan", "The end.")
 #: Templates of thinking models render an empty thought; others do not read this.
 _OPTIONS = {"enable_thinking": False}
-#: Private characters, which stand for control tokens that content spells while a template is rendered.
+#: Private characters, which stand for control tokens that content spells while a template is
+#: rendered.
 _MARKS = (0xF0000, 0x10FF00)
 #: Put before a part of a text so that it is not the first; one of them does not merge with it.
 _LEADS = ("\n", "€", "0")
@@ -46,12 +47,13 @@ _LEADS = ("\n", "€", "0")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a template lays out an answer: the text after it up to and with the token that ends the turn.
+    """How a template lays out an answer: the text after it up to and with the token that ends the
+    turn.
 
-    `end` is that token's text, None where the template writes none and EOS is appended; `after` is all that follows an
-    answer. `extends` says that a whole conversation begins with its generation prompt. `trim` counts ids at the end of
-    a prompt that merge with the answer's first characters; they count as the answer's.
-    """
+    `end` is that token's text, None where the template writes none and EOS is appended; `after` is
+    all that follows an answer. `extends` says that a whole conversation begins with its generation
+    prompt. `trim` counts ids at the end of a prompt that merge with the answer's first characters;
+    they count as the answer's."""
 
     end: str | None
     after: str
@@ -63,25 +65,36 @@ _LAYOUTS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, Layout]] = WeakK
 
 
 def layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
-    """The layout of the tokenizer's template, found by rendering. Raises ModelError where it cannot be used."""
+    """The layout of the tokenizer's template, found by rendering. Raises ModelError where it cannot
+    be used.
+    """
     template = tokenizer.chat_template
     if not template:
-        raise ModelError("the tokenizer has no chat template; models/sft always has one, so run the sft stage first")
+        raise ModelError(
+            "the tokenizer has no chat template; models/sft always has one, so run the sft stage"
+            " first"
+        )
     known = _LAYOUTS.get(tokenizer)
     if known is None or known[0] != template:
         known = _LAYOUTS[tokenizer] = (template, _found_layout(tokenizer))
     return known[1]
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
-    """Token ids of each prompt, ready for an answer to follow. Raises DataError where the template refuses one."""
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]]
+) -> list[list[int]]:
+    """Token ids of each prompt, ready for an answer to follow. Raises DataError where the template
+    refuses one.
+    """
     found = layout(tokenizer)
     ids = encode_rendered(tokenizer, prompts, lambda turns: _heads(tokenizer, turns, found))
     return [row[: len(row) - found.trim] for row in ids]
 
 
 def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:
-    """Token ids of each answer as it ends a conversation, up to and with the token that ends the turn."""
+    """Token ids of each answer as it ends a conversation, up to and with the token that ends the
+    turn.
+    """
     return _tails(tokenizer, answers, [True] * len(answers))
 
 
@@ -91,8 +104,12 @@ def encode_conversations(
     answers: Sequence[str],
     ended: Sequence[bool] | None = None,
 ) -> list[tuple[list[int], list[int]]]:
-    """Ids of prompt and answer of each row; an answer that did not end (`ended` False) has no end of turn."""
-    encoded = encode_answers(tokenizer, answers) if ended is None else _tails(tokenizer, answers, ended)
+    """Ids of prompt and answer of each row; an answer that did not end (`ended` False) has no end
+    of turn.
+    """
+    encoded = (
+        encode_answers(tokenizer, answers) if ended is None else _tails(tokenizer, answers, ended)
+    )
     return list(zip(encode_prompts(tokenizer, prompts), encoded, strict=True))
 
 
@@ -114,7 +131,9 @@ def decode_answers(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[in
 def retokenised_share(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], drawn: Sequence[Sequence[int]]
 ) -> float:
-    """Share of drawn answers whose text encodes to other ids than were drawn: what scorers see is not what was said."""
+    """Share of drawn answers whose text encodes to other ids than were drawn: what scorers see is
+    not what was said.
+    """
     if not len(texts):
         return 0.0
     pairs = zip(encode_answers(tokenizer, texts), drawn, strict=True)
@@ -122,8 +141,12 @@ def retokenised_share(
     return other / len(texts)
 
 
-def _tails(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], ended: Sequence[bool]) -> list[list[int]]:
-    """Ids of conversations after the prompt, up to the end of the turn or, where `ended` is False, of the text."""
+def _tails(
+    tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], ended: Sequence[bool]
+) -> list[list[int]]:
+    """Ids of conversations after the prompt, up to the end of the turn or, where `ended` is False,
+    of the text.
+    """
     found = layout(tokenizer)
     question = user(QUESTION)
     (head,) = encode_prompts(tokenizer, [question])
@@ -133,7 +156,7 @@ def _tails(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], ended: Se
     return [row[len(head) :] + (end if done else []) for row, done in zip(ids, ended, strict=True)]
 
 
-# --- how a template lays out a conversation ---------------------------------------------------------------------------
+# --- how a template lays out a conversation -------------------------------------------------------
 
 
 def _found_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
@@ -143,11 +166,16 @@ def _found_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
     (head,) = render(tokenizer, [question], answering=True)
     (whole,) = render(tokenizer, [[*question, _assistant(answer)]])
     if QUESTION not in head or answer not in whole.rpartition(QUESTION)[2]:
-        raise ModelError("the chat template ignores its messages; give another Jinja file as sft.chat_template")
+        raise ModelError(
+            "the chat template ignores its messages; give another Jinja file as sft.chat_template"
+        )
     after = whole.rpartition(answer)[2]
     extends = whole.startswith(head)
     if not extends:
-        log.warning("the chat template opens an answer otherwise than it asks for one; prompts end where both agree")
+        log.warning(
+            "the chat template opens an answer otherwise than it asks for one; prompts end where"
+            " both agree"
+        )
     control = _control(tokenizer).search(after)
     found = Layout(control[0] if control else None, after, extends)
     return Layout(found.end, after, extends, _merged(tokenizer, found))
@@ -155,13 +183,19 @@ def _found_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
 
 def _merged(tokenizer: PreTrainedTokenizerBase, found: Layout) -> int:
     """Ids at the end of a prompt that some answer's first characters merge with."""
-    (head,) = encode_rendered(tokenizer, [user(QUESTION)], lambda turns: _heads(tokenizer, turns, found))
+    (head,) = encode_rendered(
+        tokenizer, [user(QUESTION)], lambda turns: _heads(tokenizer, turns, found)
+    )
     turns = [[*user(QUESTION), _assistant(answer)] for answer in _ANSWERS]
     ended = [True] * len(turns)
-    rows = encode_rendered(tokenizer, turns, lambda marked: _wholes(tokenizer, marked, found, ended))
+    rows = encode_rendered(
+        tokenizer, turns, lambda marked: _wholes(tokenizer, marked, found, ended)
+    )
     trim = max(len(head) - common_prefix(head, row) for row in rows)
     if trim:
-        log.info("%d token(s) at the end of a prompt merge with the answer and count as its first", trim)
+        log.info(
+            "%d token(s) at the end of a prompt merge with the answer and count as its first", trim
+        )
     return trim
 
 
@@ -175,8 +209,12 @@ def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
     return count
 
 
-def _heads(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Sequence[Message]], found: Layout) -> list[str]:
-    """The text before each answer: the generation prompt, as far as a whole conversation begins with it."""
+def _heads(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Sequence[Message]], found: Layout
+) -> list[str]:
+    """The text before each answer: the generation prompt, as far as a whole conversation begins
+    with it.
+    """
     heads = render(tokenizer, turns, answering=True)
     if found.extends:
         return heads
@@ -185,9 +223,14 @@ def _heads(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Sequence[Message]
 
 
 def _wholes(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Sequence[Message]], found: Layout, ended: Sequence[bool]
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Sequence[Message]],
+    found: Layout,
+    ended: Sequence[bool],
 ) -> list[str]:
-    """The text of each conversation, cut after the end of its last turn, or before it if that did not end."""
+    """The text of each conversation, cut after the end of its last turn, or before it if that did
+    not end.
+    """
     (head,) = _heads(tokenizer, [user(QUESTION)], found)
     end = found.end
 
@@ -200,17 +243,24 @@ def _wholes(
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]], *, answering: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    answering: bool = False,
 ) -> list[str]:
     """Each conversation as the template writes it, with `answering` up to where an answer begins.
 
-    Rows that are alike are rendered once: prompts come back in every pair and every sample. Raises DataError that names
+    Rows that are alike are rendered once: prompts come back in every pair and every sample. Raises
+    DataError that names
     the row which the template refuses, ModelError if it is no Jinja template.
     """
 
     def one(turns: Sequence[Message]) -> str:
         text = tokenizer.apply_chat_template(
-            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=answering, **_OPTIONS
+            [dict(turn) for turn in turns],
+            tokenize=False,
+            add_generation_prompt=answering,
+            **_OPTIONS,
         )
         return str(text)
 
@@ -224,14 +274,15 @@ def render(
             texts.append(known[key])
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(
-                f"the chat template is no valid Jinja (line {error.lineno}: {told(error)}); mend the tokenizer's, or "
-                "give a file as sft.chat_template"
+                f"the chat template is no valid Jinja (line {error.lineno}: {told(error)}); mend"
+                " the tokenizer's, or give a file as sft.chat_template"
             ) from error
         except Exception as error:  # whatever the template's expressions raise
             roles = ", ".join(turn["role"] for turn in turns)
             raise DataError(
-                f"row {row} (turns {roles}: {turns[-1]['content'][:40]!r}): the chat template refuses it "
-                f"({told(error)}); leave such rows out, or give another template as sft.chat_template"
+                f"row {row} (turns {roles}: {turns[-1]['content'][:40]!r}): the chat template"
+                f" refuses it ({told(error)}); leave such rows out, or give another template as"
+                " sft.chat_template"
             ) from error
     return texts
 
@@ -245,13 +296,15 @@ def _assistant(answer: str) -> Message:
     return {"role": "assistant", "content": answer.strip()}
 
 
-# --- text that stays text ---------------------------------------------------------------------------------------------
+# --- text that stays text -------------------------------------------------------------------------
 
 
 def encode_rendered(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Message]], texts_of: Any
 ) -> list[list[int]]:
-    """Ids of conversations as `texts_of` renders them, with control tokens that content spells kept as text."""
+    """Ids of conversations as `texts_of` renders them, with control tokens that content spells kept
+    as text.
+    """
     if not len(rows):
         return []
     spelt = _spelt(tokenizer, rows)
@@ -268,7 +321,9 @@ def encode_rendered(
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Ids of each text, of which each is encoded once."""
     distinct = list(dict.fromkeys(texts))
-    ids = dict(zip(distinct, tokenizer(distinct, add_special_tokens=False)["input_ids"], strict=True))
+    ids = dict(
+        zip(distinct, tokenizer(distinct, add_special_tokens=False)["input_ids"], strict=True)
+    )
     return [list(ids[text]) for text in texts]
 
 
@@ -292,17 +347,21 @@ def _marks(rows: Sequence[Sequence[Message]], count: int) -> list[str]:
     return [next(free) for _ in range(count)]
 
 
-def _replaced(turns: Sequence[Message], pattern: re.Pattern[str], stands_for: dict[str, str]) -> list[Message]:
+def _replaced(
+    turns: Sequence[Message], pattern: re.Pattern[str], stands_for: dict[str, str]
+) -> list[Message]:
     contents = [pattern.sub(lambda match: stands_for[match[0]], turn["content"]) for turn in turns]
-    return [{"role": turn["role"], "content": content} for turn, content in zip(turns, contents, strict=True)]
+    return [
+        {"role": turn["role"], "content": content}
+        for turn, content in zip(turns, contents, strict=True)
+    ]
 
 
 def _literal_ids(tokenizer: PreTrainedTokenizerBase, text: str, back: dict[str, str]) -> list[int]:
     """Ids of a rendered text in which marks stand for words that only look like control tokens.
 
-    The text is cut at the template's own control tokens, where a tokenizer cuts it too, and each part is encoded as it
-    is there.
-    """
+    The text is cut at the template's own control tokens, where a tokenizer cuts it too, and each
+    part is encoded as it is there."""
     if not any(mark in text for mark in back):
         plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return plain
@@ -316,7 +375,9 @@ def _literal_ids(tokenizer: PreTrainedTokenizerBase, text: str, back: dict[str, 
 
 
 def _parts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[str, str | None]]:
-    """Each part of a text with the control token after it; one that takes the white space beside it has taken it."""
+    """Each part of a text with the control token after it; one that takes the white space beside it
+    has taken it.
+    """
     added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
     parts: list[tuple[str, str | None]] = []
     at = 0
@@ -331,15 +392,21 @@ def _parts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[str, str
 
 
 def _part_ids(tokenizer: PreTrainedTokenizerBase, part: str, *, first: bool) -> list[int]:
-    """Ids of a part without control tokens. Some tokenizers put a space before a text's first part, and no other."""
+    """Ids of a part without control tokens. Some tokenizers put a space before a text's first part,
+    and no other.
+    """
     if not part:
         return []
 
     def plain(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
         return ids
 
-    after_control: list[int] = tokenizer(f"{tokenizer.eos_token}a", add_special_tokens=False)["input_ids"][1:]
+    after_control: list[int] = tokenizer(f"{tokenizer.eos_token}a", add_special_tokens=False)[
+        "input_ids"
+    ][1:]
     if first or after_control == plain("a"):
         return plain(part)
     for lead in _LEADS:
@@ -353,7 +420,9 @@ def _part_ids(tokenizer: PreTrainedTokenizerBase, part: str, *, first: bool) -> 
 def _control(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """A pattern of the tokenizer's control tokens."""
     added = tokenizer.added_tokens_decoder.values()
-    special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    special = {token.content for token in added if token.special} | set(
+        tokenizer.all_special_tokens
+    )
     return _pattern(tuple(sorted(special)))
 
 

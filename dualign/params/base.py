@@ -1,4 +1,6 @@
-"""What sections are made of: types of numbers, the frozen base classes, and the pieces that several of them use."""
+"""What sections are made of: types of numbers, the frozen base classes, and the pieces that several
+of them use.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-#: What numpy takes ends at 2**32 - 1; the other half is for seeds that are derived by adding to this one.
+#: What numpy takes ends at 2**32 - 1; the other half is for seeds that are derived by adding to
+#: this one.
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-#: No number here is larger: more is a slip of the pen that ends in an overflow, or in no time that anybody has.
+#: No number here is larger: more is a slip of the pen that ends in an overflow, or in no time that
+#: anybody has.
 MOST = 10**9
 Number = Annotated[float, Field(ge=-MOST, le=MOST)]
 Positive = Annotated[float, Field(gt=0, le=MOST)]
@@ -30,7 +34,9 @@ class Frozen(BaseModel):
 
 
 class StageParams(Frozen):
-    """The params of one stage. `section` is its key in the file, `shared` maps fields to keys outside it."""
+    """The params of one stage. `section` is its key in the file, `shared` maps fields to keys
+    outside it.
+    """
 
     section: ClassVar[str]
     shared: ClassVar[dict[str, str]] = {}
@@ -60,11 +66,11 @@ class LoraParams(Frozen):
 
 
 class PessimismParams(Frozen):
-    """Scores off the support of the scorers' data (see `dualign.support`).
+    """Scores off the support of the scorers' data (see `dualign.scoring.support`).
 
-    An answer is beyond it where it surprises pi_ref more than all but a `share` of the answers of held-out pairs do.
-    There `reward` is taken off its reward and `cost` put on its cost, in within-prompt standard deviations of the pool.
-    """
+    An answer is beyond it where it surprises pi_ref more than all but a `share` of the answers of
+    held-out pairs do. There `reward` is taken off its reward and `cost` put on its cost, in
+    within-prompt standard deviations of the pool."""
 
     share: Annotated[float, Field(gt=0, lt=0.5)]
     reward: NonNegative
@@ -74,8 +80,8 @@ class PessimismParams(Frozen):
 class Resources(Frozen):
     """How to run on this machine; DVC does not track it.
 
-    `precision` is what matrices are multiplied in: `bf16` keeps weights that are trained in fp32, `pure_bf16` does not.
-    """
+    `precision` is what matrices are multiplied in: `bf16` keeps weights that are trained in fp32,
+    `pure_bf16` does not."""
 
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16", "pure_bf16"]

@@ -11,11 +11,12 @@ from dualign.params.base import MOST, Count, Few, Frozen, Number, Positive, Seed
 
 
 class CertifyRun(Frozen):
-    """What one certificate may return, safest first: `fallback`, then merges (1 - q) partner + q policy by `weights`.
+    """What one certificate may return, safest first: `fallback`, then merges (1 - q) partner + q
+    policy by `weights`.
 
-    All are folders under models/. With `partner` the policy at multiplier 0, a larger q is safer: it stands for q times
-    the policy's multiplier. Name the policy itself as fallback for none, and as partner for none, with weight 1 alone.
-    """
+    All are folders under models/. With `partner` the policy at multiplier 0, a larger q is safer:
+    it stands for q times the policy's multiplier. Name the policy itself as fallback for none, and
+    as partner for none, with weight 1 alone."""
 
     policy: Model
     partner: Model
@@ -26,20 +27,23 @@ class CertifyRun(Frozen):
     def _check(self) -> CertifyRun:
         if sorted(set(self.weights), reverse=True) != self.weights:
             raise ValueError(
-                "weights must fall and hold no value twice: the largest is the safest, and is tested first"
+                "weights must fall and hold no value twice: the largest is the safest, and is"
+                " tested first"
             )
         if self.partner == self.policy and self.weights != [1.0]:
             raise ValueError(
-                "partner is the policy itself, so weights must be [1.0]; name another partner to merge with"
+                "partner is the policy itself, so weights must be [1.0]; name another partner to"
+                " merge with"
             )
         return self
 
 
 class LabelParams(Frozen):
-    """Labels of the truth for one answer to each of `prompts` certify prompts (see `dualign.search.labelling`).
+    """Labels of the truth for one answer to each of `prompts` certify prompts (see
+    `dualign.data.labelling`).
 
-    `oracle` (embedded world): the true cost, `limit` null takes the constraint's. `file`: the share of `votes` people
-    who call the answer unsafe, asked through `folder`; `limit` bounds that share.
+    `oracle` (embedded world): the true cost, `limit` null takes the constraint's. `file`: the share
+    of `votes` people who call the answer unsafe, asked through `folder`; `limit` bounds that share.
     """
 
     source: Literal["oracle", "file"]
@@ -52,17 +56,19 @@ class LabelParams(Frozen):
     def _check(self) -> LabelParams:
         if self.source == "file" and not (self.limit is not None and 0 < self.limit < 1):
             raise ValueError(
-                "limit must be a share between 0 and 1 where people vote: of answers that they call unsafe"
+                "limit must be a share between 0 and 1 where people vote: of answers that they call"
+                " unsafe"
             )
         return self
 
 
 class ScreenParams(Frozen):
-    """How a certificate chooses the weights that it tests, on prompts of the search (see `dualign.screening`).
+    """How a certificate chooses the weights that it tests, on prompts of the search (see
+    `dualign.certify.screening`).
 
-    `samples_per_prompt` answers to each of `prompts` search prompts at each of a row's weights say where about `tests`
-    weights between them are to stand. With `reweigh` one of these draws answers for all, where that is exact.
-    """
+    `samples_per_prompt` answers to each of `prompts` search prompts at each of a row's weights say
+    where about `tests` weights between them are to stand. With `reweigh` one of these draws answers
+    for all, where that is exact."""
 
     prompts: Annotated[int, Field(ge=2, le=MOST)]
     samples_per_prompt: Annotated[int, Field(ge=2, le=10_000)]
@@ -96,9 +102,14 @@ class CertifyParams(StageParams):
     @model_validator(mode="after")
     def _check(self) -> CertifyParams:
         if self.method not in ("auto", "clustered_t") and self.bounds is None:
-            raise ValueError(f"bounds: method {self.method} needs the lowest and highest cost that an answer can have")
+            raise ValueError(
+                f"bounds: method {self.method} needs the lowest and highest cost that an answer can"
+                " have"
+            )
         if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
             raise ValueError("bounds must hold the lower end first")
         if self.labels is not None and self.labels.prompts > self.prompts:
-            raise ValueError(f"labels.prompts {self.labels.prompts} must be at most prompts {self.prompts}")
+            raise ValueError(
+                f"labels.prompts {self.labels.prompts} must be at most prompts {self.prompts}"
+            )
         return self

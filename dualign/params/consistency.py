@@ -1,4 +1,6 @@
-"""Rules that tie the sections of `params.yaml` together: who starts from whose model, and whether that makes sense."""
+"""Rules that tie the sections of `params.yaml` together: who starts from whose model, and whether
+that makes sense.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,19 @@ from dualign.params.training import (
 
 
 def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: str | Path) -> None:
-    """Raise ParamsError unless each run names models that some stage writes, and may be combined with them."""
-    reward, safety, lagrangian = stages["reward_dpo"], stages["safety_dpo"], stages["lagrangian_dpo"]
-    lambda_path, safety_path, search = stages["lambda_path"], stages["safety_path"], stages["dual_search"]
+    """Raise ParamsError unless each run names models that some stage writes, and may be combined
+    with them.
+    """
+    reward, safety, lagrangian = (
+        stages["reward_dpo"],
+        stages["safety_dpo"],
+        stages["lagrangian_dpo"],
+    )
+    lambda_path, safety_path, search = (
+        stages["lambda_path"],
+        stages["safety_path"],
+        stages["dual_search"],
+    )
     certify, evaluate = stages["certify"], stages["evaluate"]
     assert isinstance(reward, RewardDpoParams) and isinstance(safety, SafetyDpoParams)
     assert isinstance(lagrangian, LagrangianDpoParams) and isinstance(lambda_path, LambdaPathParams)
@@ -38,7 +50,9 @@ def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: 
     _check_search(content["dual_search"], search, path)
     written = {"sft", *(f"{stage}/{name}" for stage in _TRAINED for name in content[stage]["runs"])}
     for name, row in search.methods.items():
-        _check_written({"start": row.start, "reference": row.reference}, written, f"methods.{name}", path)
+        _check_written(
+            {"start": row.start, "reference": row.reference}, written, f"methods.{name}", path
+        )
         _check_reference(name, row, safe, path)
         _check_partner(name, row, reward, path)
         _check_ends(name, row, lambda_path, path)
@@ -49,7 +63,9 @@ def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: 
     written |= {f"certified/{name}" for name in certify.runs}
     _check_written(evaluate.policies, written, "evaluate.policies", path)
     if "sft" not in evaluate.policies:
-        raise ParamsError(f"{path}: evaluate.policies.sft is missing; win rates are measured against it")
+        raise ParamsError(
+            f"{path}: evaluate.policies.sft is missing; win rates are measured against it"
+        )
 
 
 #: How many prompts are used, and how many `prepare` draws for it.
@@ -62,16 +78,20 @@ _DRAWN = {
 
 
 def check_prompts(stages: dict[str, StageParams], path: str | Path, only: str = "") -> None:
-    """No estimate asks for more prompts than are drawn for it: it would be made on fewer, with a wider error.
+    """No estimate asks for more prompts than are drawn for it: it would be made on fewer, with a
+    wider error.
 
-    `only` leaves out the estimates of other stages than this one, which do without them. Raises ParamsError.
-    """
+    `only` leaves out the estimates of other stages than this one, which do without them. Raises
+    ParamsError."""
     search = stages["dual_search"]
     assert isinstance(search, DualSearchParams)
     asked = {key: (_number(stages, key), drawn) for key, drawn in _DRAWN.items()}
     for name, row in search.methods.items():
         if row.feedback:
-            asked[f"methods.{name}.feedback.prompts"] = (row.feedback.prompts, "prepare.search_prompts")
+            asked[f"methods.{name}.feedback.prompts"] = (
+                row.feedback.prompts,
+                "prepare.search_prompts",
+            )
     certify = stages["certify"]
     if isinstance(certify, CertifyParams) and certify.screen is not None:
         asked["certify.screen.prompts"] = (certify.screen.prompts, "prepare.search_prompts")
@@ -102,7 +122,9 @@ def _check_written(named: dict[str, str], written: set[str], where: str, path: s
     """Every folder that is named, by key, is one that some stage writes under models/."""
     for key, folder in named.items():
         if folder not in written:
-            raise ParamsError(f"{path}: {where}.{key}: no stage writes models/{folder}; one of {sorted(written)}")
+            raise ParamsError(
+                f"{path}: {where}.{key}: no stage writes models/{folder}; one of {sorted(written)}"
+            )
 
 
 def _check_search(section: dict[str, Any], search: DualSearchParams, path: str | Path) -> None:
@@ -111,34 +133,47 @@ def _check_search(section: dict[str, Any], search: DualSearchParams, path: str |
         raise ParamsError(f"{path}: dual_search.lambda_min must be below dual_search.lambda_max")
     for key in ROW_SECTIONS:
         if key in section:
-            raise ParamsError(f"{path}: dual_search.{key} belongs in the row that needs it: methods.NAME.{key}")
+            raise ParamsError(
+                f"{path}: dual_search.{key} belongs in the row that needs it: methods.NAME.{key}"
+            )
     for name, row in search.methods.items():
         ascent = row.policy_gradient
         if ascent and not search.lambda_min <= ascent.lambda_init <= search.lambda_max:
             raise ParamsError(
-                f"{path}: methods.{name}.policy_gradient.lambda_init must lie between dual_search.lambda_min and "
-                "lambda_max"
+                f"{path}: methods.{name}.policy_gradient.lambda_init must lie between"
+                " dual_search.lambda_min and lambda_max"
             )
 
 
-def _check_references(reward: RewardDpoParams, safe: dict[str, SafetySpec], path: str | Path) -> None:
-    """References and margins of the runs on preferences name models that the other kind writes, and no circle.
+def _check_references(
+    reward: RewardDpoParams, safe: dict[str, SafetySpec], path: str | Path
+) -> None:
+    """References and margins of the runs on preferences name models that the other kind writes, and
+    no circle.
 
-    A margin is the cost that `losses.modpo_logit` asks for only if its policy is that of plain safety DPO from `sft`.
-    """
+    A margin is the cost that `losses.modpo_logit` asks for only if its policy is that of plain
+    safety DPO from `sft`."""
     after_reward = {"sft", *(f"reward_dpo/{name}" for name in reward.runs)}
     after_safety = {"sft", *safe}
     margins = {"sft", *_cost_policies(safe)}
     named = {
         **{(own, "reference"): (run.reference, after_reward) for own, run in safe.items()},
-        **{(f"reward_dpo/{name}", "reference"): (run.reference, after_safety) for name, run in reward.runs.items()},
-        **{(f"reward_dpo/{name}", "margin"): (run.margin, margins) for name, run in reward.runs.items()},
+        **{
+            (f"reward_dpo/{name}", "reference"): (run.reference, after_safety)
+            for name, run in reward.runs.items()
+        },
+        **{
+            (f"reward_dpo/{name}", "margin"): (run.margin, margins)
+            for name, run in reward.runs.items()
+        },
     }
     for (own, key), (folder, valid) in named.items():
         stage, _, name = own.partition("/")
         if folder not in valid:
             why = " (none, or a policy of plain safety DPO from sft)" if key == "margin" else ""
-            raise ParamsError(f"{path}: {stage}.runs.{name}.{key}: {folder!r} is not one of {sorted(valid)}{why}")
+            raise ParamsError(
+                f"{path}: {stage}.runs.{name}.{key}: {folder!r} is not one of {sorted(valid)}{why}"
+            )
     needs: dict[str, set[str]] = {}
     for (own, _), (folder, _) in named.items():
         needs.setdefault(own, set()).add(folder)
@@ -146,7 +181,9 @@ def _check_references(reward: RewardDpoParams, safe: dict[str, SafetySpec], path
         TopologicalSorter(needs).prepare()
     except CycleError as error:
         circle = " <- ".join(error.args[1])
-        raise ParamsError(f"{path}: runs wait for each other: {circle}; set one reference to sft") from None
+        raise ParamsError(
+            f"{path}: runs wait for each other: {circle}; set one reference to sft"
+        ) from None
 
 
 def _cost_policies(safe: dict[str, SafetySpec]) -> set[str]:
@@ -156,37 +193,61 @@ def _cost_policies(safe: dict[str, SafetySpec]) -> set[str]:
 
 
 def _reward_policies(reward: RewardDpoParams) -> list[str]:
-    """Runs whose log-ratio to the reference policy is a reward, so that they are the tilt at multiplier 0."""
-    plain = RewardRun(reference="sft", loss_type="dpo", clip=None, safe_offset=None, margin="sft", margin_weight=1.0)
+    """Runs whose log-ratio to the reference policy is a reward, so that they are the tilt at
+    multiplier 0.
+    """
+    plain = RewardRun(
+        reference="sft",
+        loss_type="dpo",
+        clip=None,
+        safe_offset=None,
+        margin="sft",
+        margin_weight=1.0,
+    )
     return [
-        f"reward_dpo/{k}" for k, run in reward.runs.items() if run.model_copy(update={"margin_weight": 1.0}) == plain
+        f"reward_dpo/{k}"
+        for k, run in reward.runs.items()
+        if run.model_copy(update={"margin_weight": 1.0}) == plain
     ]
 
 
 def _check_scores(
-    reward: RewardDpoParams, safe: dict[str, SafetySpec], lagrangian: LagrangianDpoParams, path: str | Path
+    reward: RewardDpoParams,
+    safe: dict[str, SafetySpec],
+    lagrangian: LagrangianDpoParams,
+    path: str | Path,
 ) -> None:
-    """A score is a scorer's, or the log-ratio to the reference policy of a plain DPO that started there."""
-    valid = {"reward": ["reward_model", *_reward_policies(reward)], "cost": ["cost_model", *_cost_policies(safe)]}
+    """A score is a scorer's, or the log-ratio to the reference policy of a plain DPO that started
+    there.
+    """
+    valid = {
+        "reward": ["reward_model", *_reward_policies(reward)],
+        "cost": ["cost_model", *_cost_policies(safe)],
+    }
     for name, run in lagrangian.runs.items():
         for key, names in valid.items():
             if getattr(run, key) not in names:
                 raise ParamsError(
-                    f"{path}: lagrangian_dpo.runs.{name}.{key}: {getattr(run, key)!r} gives no {key} relative to sft "
-                    f"(a scorer does, or a policy trained from it by plain DPO); one of {sorted(names)}"
+                    f"{path}: lagrangian_dpo.runs.{name}.{key}: {getattr(run, key)!r} gives no"
+                    f" {key} relative to sft (a scorer does, or a policy trained from it by plain"
+                    f" DPO); one of {sorted(names)}"
                 )
 
 
-def _check_reference(name: str, row: MethodRow, safe: dict[str, SafetySpec], path: str | Path) -> None:
-    """A search goes on against the reference of its start; naive merges and ours have a partner of their own."""
+def _check_reference(
+    name: str, row: MethodRow, safe: dict[str, SafetySpec], path: str | Path
+) -> None:
+    """A search goes on against the reference of its start; naive merges and ours have a partner of
+    their own.
+    """
     trained = "sft" if row.start.startswith("lagrangian_dpo/") else None
     if row.start in safe:
         trained = safe[row.start].reference
     partner = trained == "sft" and (row.method == "p_sacpo" or row.rule == "merge")
     if trained is not None and row.reference != trained and not partner:
         raise ParamsError(
-            f"{path}: methods.{name}.reference is {row.reference!r}, but {row.start} was trained against {trained!r}; "
-            "name that, or another start"
+            f"{path}: methods.{name}.reference is {row.reference!r}, but {row.start} was trained"
+            f" against {trained!r}; name that, or another start"
         )
 
 
@@ -196,8 +257,8 @@ def _check_partner(name: str, row: MethodRow, reward: RewardDpoParams, path: str
     merged = row.start.startswith("lagrangian_dpo/") and row.rule == "merge"
     if merged and row.reference.startswith("reward_dpo/") and row.reference not in valid:
         raise ParamsError(
-            f"{path}: methods.{name}.reference: {row.reference!r} is no plain DPO from sft, so it stands for no "
-            f"multiplier that a merge could go to; one of {valid}"
+            f"{path}: methods.{name}.reference: {row.reference!r} is no plain DPO from sft, so it"
+            f" stands for no multiplier that a merge could go to; one of {valid}"
         )
 
 
@@ -206,21 +267,32 @@ def _check_path(given: LambdaPathParams, path: str | Path) -> None:
     valid = {"sft", *(f"lambda_path/{name}" for name in given.runs)}
     for name, run in given.runs.items():
         if run.begin not in valid:
-            raise ParamsError(f"{path}: lambda_path.runs.{name}.begin: {run.begin!r} is not one of {sorted(valid)}")
+            raise ParamsError(
+                f"{path}: lambda_path.runs.{name}.begin: {run.begin!r} is not one of"
+                f" {sorted(valid)}"
+            )
     try:
-        TopologicalSorter({f"lambda_path/{name}": {run.begin} for name, run in given.runs.items()}).prepare()
+        TopologicalSorter(
+            {f"lambda_path/{name}": {run.begin} for name, run in given.runs.items()}
+        ).prepare()
     except CycleError as error:
         circle = " <- ".join(error.args[1])
-        raise ParamsError(f"{path}: runs wait for each other: {circle}; let one begin at sft") from None
+        raise ParamsError(
+            f"{path}: runs wait for each other: {circle}; let one begin at sft"
+        ) from None
 
 
 def _check_ends(name: str, row: MethodRow, given: LambdaPathParams, path: str | Path) -> None:
     """A search on the path merges two of its policies, the stricter one as its start."""
-    ends = [folder.partition("/")[2] for folder in (row.start, row.reference) if folder.startswith("lambda_path/")]
+    ends = [
+        folder.partition("/")[2]
+        for folder in (row.start, row.reference)
+        if folder.startswith("lambda_path/")
+    ]
     if not ends:
         return
     if len(ends) == 1 or given.runs[ends[0]].lam <= given.runs[ends[1]].lam:
         raise ParamsError(
-            f"{path}: methods.{name}: start and reference must both be runs of lambda_path, and the start's lam must "
-            f"be the larger one; got {row.start} and {row.reference}"
+            f"{path}: methods.{name}: start and reference must both be runs of lambda_path, and the"
+            f" start's lam must be the larger one; got {row.start} and {row.reference}"
         )

@@ -13,10 +13,9 @@ from dualign.params.base import Count, Frozen, Positive, Seed, Share, StageParam
 class SourceSpec(Frozen):
     """Where rows come from.
 
-    `format` names the reader, `path` a file (relative to `prepare.folder`) or a hub dataset id; `split` and `revision`
-    belong to a hub dataset. `columns` maps our column names to the file's (format `columns` only). `limit` keeps the
-    first rows only.
-    """
+    `format` names the reader, `path` a file (relative to `prepare.folder`) or a hub dataset id;
+    `split` and `revision` belong to a hub dataset. `columns` maps our column names to the file's
+    (format `columns` only). `limit` keeps the first rows only."""
 
     format: Literal["world", "pku", "hh", "alpaca", "columns"]
     path: Inside | None = None
@@ -28,16 +27,26 @@ class SourceSpec(Frozen):
     @model_validator(mode="after")
     def _check(self) -> SourceSpec:
         if self.format == "world" and self.path is not None:
-            raise ValueError("the world is generated and takes no path; remove it, or choose another format")
+            raise ValueError(
+                "the world is generated and takes no path; remove it, or choose another format"
+            )
         if self.format != "world" and self.path is None:
-            raise ValueError(f"format {self.format!r} needs a path: a file in prepare.folder, or a hub dataset id")
+            raise ValueError(
+                f"format {self.format!r} needs a path: a file in prepare.folder, or a hub"
+                " dataset id"
+            )
         if self.format == "columns" and not self.columns:
-            raise ValueError("format 'columns' needs columns, e.g. {prompt: question, chosen: best, rejected: worst}")
+            raise ValueError(
+                "format 'columns' needs columns, e.g. {prompt: question, chosen: best, rejected:"
+                " worst}"
+            )
         return self
 
 
 class WorldParams(Frozen):
-    """The embedded data: how many rows of each kind, and how sharp its annotators are (1 = Bradley-Terry at r*, c*)."""
+    """The embedded data: how many rows of each kind, and how sharp its annotators are (1 =
+    Bradley-Terry at r*, c*).
+    """
 
     sft_rows: Count
     helpful_pairs: Count

@@ -24,11 +24,11 @@ from dualign.params.base import (
 
 
 class ConstraintSpec(Frozen):
-    """A further limit on the mean of a quantity of the answers; see `dualign.constraints`.
+    """A further limit on the mean of a quantity of the answers; see `dualign.math.constraints`.
 
-    `level` belongs to `cvar`, the mean cost of the worst 1 - level of the answers. `prompts` is a regular expression:
-    the limit is on those prompts in whose last user text it is found; null is all.
-    """
+    `level` belongs to `cvar`, the mean cost of the worst 1 - level of the answers. `prompts` is a
+    regular expression: the limit is on those prompts in whose last user text it is found; null is
+    all."""
 
     quantity: Quantity
     limit: Number
@@ -38,17 +38,25 @@ class ConstraintSpec(Frozen):
     @model_validator(mode="after")
     def _check(self) -> ConstraintSpec:
         if (self.quantity == "cvar") != (self.level is not None):
-            raise ValueError("level goes with quantity cvar and with no other; set it to 0.9, say, or to null")
+            raise ValueError(
+                "level goes with quantity cvar and with no other; set it to 0.9, say, or to null"
+            )
         if self.quantity in SHARES and not 0 < self.limit < 1:
             raise ValueError(
-                f"the limit of {self.quantity} is a share between 0 and 1, not {self.limit:g}; give such a share"
+                f"the limit of {self.quantity} is a share between 0 and 1, not {self.limit:g}; give"
+                " such a share"
             )
         if self.quantity == "length" and self.limit <= 0:
-            raise ValueError(f"the limit of length is in tokens and above 0, not {self.limit:g}; give such a number")
+            raise ValueError(
+                f"the limit of length is in tokens and above 0, not {self.limit:g}; give such a"
+                " number"
+            )
         try:
             re.compile(self.prompts or "")
         except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"prompts {self.prompts!r} is no regular expression ({error}); correct it") from None
+            raise ValueError(
+                f"prompts {self.prompts!r} is no regular expression ({error}); correct it"
+            ) from None
         return self
 
 

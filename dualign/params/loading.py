@@ -1,4 +1,5 @@
-"""Reads `params.yaml`: the whole file is checked before anything runs, so a typo anywhere is found at once.
+"""Reads `params.yaml`: the whole file is checked before anything runs, so a typo anywhere is found
+at once.
 
 python -m dualign.params.loading params.yaml < params.yaml
 """
@@ -24,7 +25,17 @@ from dualign.params.stages import STAGES
 PROG = "python -m dualign.params.loading"
 #: Sections at the top that a stage's own section of the same name adds to: it says what differs.
 BLOCKS: dict[str, type[BaseModel]] = {"training": TrainingParams, "lora": LoraParams}
-_TOP_LEVEL = {"seed", "beta", "constraint", "generation", "pessimism", "resources", "methods", *BLOCKS, *STAGES}
+_TOP_LEVEL = {
+    "seed",
+    "beta",
+    "constraint",
+    "generation",
+    "pessimism",
+    "resources",
+    "methods",
+    *BLOCKS,
+    *STAGES,
+}
 
 log = logging.getLogger("dualign")
 
@@ -32,7 +43,9 @@ P = TypeVar("P", bound=StageParams)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML 1.2 mapping (so `1e-5` is a number). Raises ParamsError that names the file and line."""
+    """Read a YAML 1.2 mapping (so `1e-5` is a number). Raises ParamsError that names the file and
+    line.
+    """
     return mapping(yaml_text.read(Path(path)), path)
 
 
@@ -44,7 +57,8 @@ def mapping(content: Any, path: str | Path) -> dict[str, Any]:
 
 
 def load(cls: type[P], path: str | Path = "params.yaml") -> P:
-    """Check the whole file, return the params of one stage. Raises ParamsError that names file, key and remedy.
+    """Check the whole file, return the params of one stage. Raises ParamsError that names file, key
+    and remedy.
 
     Estimates on more prompts than are drawn pass here: `for_run` and `check` refuse them.
     """
@@ -54,8 +68,8 @@ def load(cls: type[P], path: str | Path = "params.yaml") -> P:
 def for_run(cls: type[P], path: str | Path = "params.yaml") -> tuple[P, Resources]:
     """The params of a stage that is to run and the `resources`, of one reading of the file.
 
-    Raises ParamsError, also where the stage's own estimates ask for more prompts than are drawn for them.
-    """
+    Raises ParamsError, also where the stage's own estimates ask for more prompts than are drawn for
+    them."""
     content = read_yaml(path)
     stages = _sections(content, path)
     check_prompts(stages, path, cls.section)
@@ -80,17 +94,25 @@ def check(content: dict[str, Any], path: str | Path) -> dict[str, StageParams]:
 
 def _sections(content: dict[str, Any], path: str | Path) -> dict[str, StageParams]:
     if "extends" in content:
-        raise ParamsError(f"{path}: says only what differs from another file; `make repro PARAMS={path}` writes it out")
+        raise ParamsError(
+            f"{path}: says only what differs from another file; `make repro PARAMS={path}` writes"
+            " it out"
+        )
     _refuse_unknown(content, _TOP_LEVEL, "", path)
     for key in sorted(_TOP_LEVEL - content.keys()):
-        raise ParamsError(f"{path}: {key} is missing; add it (params.yaml in the repository shows every key)")
+        raise ParamsError(
+            f"{path}: {key} is missing; add it (params.yaml in the repository shows every key)"
+        )
     for section in ("constraint", "generation"):
         if isinstance(content[section], dict):
             _refuse_unknown(content[section], _shared_keys(section), f"{section}.", path)
     for name, block in BLOCKS.items():
         _build(block, content[name], name, path)
     _resources(content, path)
-    stages = {name: _build(cls, _with_shared(cls, content, path), name, path) for name, cls in STAGES.items()}
+    stages = {
+        name: _build(cls, _with_shared(cls, content, path), name, path)
+        for name, cls in STAGES.items()
+    }
     check_across(content, stages, path)
     return stages
 
@@ -101,27 +123,45 @@ def _shared_keys(section: str) -> set[str]:
     return {key.partition(".")[2] for key in declared if key.startswith(f"{section}.")}
 
 
-def _with_shared(cls: type[StageParams], content: dict[str, Any], path: str | Path) -> dict[str, Any]:
+def _with_shared(
+    cls: type[StageParams], content: dict[str, Any], path: str | Path
+) -> dict[str, Any]:
     section = content[cls.section]
     if not isinstance(section, dict):
         raise ParamsError(f"{path}: {cls.section} must hold keys and values")
     for field in cls.shared:
         if field in section:
-            raise ParamsError(f"{path}: {cls.section}.{field} belongs at {cls.shared[field]}; move it there")
+            raise ParamsError(
+                f"{path}: {cls.section}.{field} belongs at {cls.shared[field]}; move it there"
+            )
     _refuse_unknown(section, set(cls.model_fields), f"{cls.section}.", path)
     blocks = {
-        name: _block(content, section, f"{cls.section}.{name}", path) for name in BLOCKS if name in cls.model_fields
+        name: _block(content, section, f"{cls.section}.{name}", path)
+        for name in BLOCKS
+        if name in cls.model_fields
     }
-    return {**section, **blocks, **{field: _dig(content, key, path) for field, key in cls.shared.items()}}
+    return {
+        **section,
+        **blocks,
+        **{field: _dig(content, key, path) for field, key in cls.shared.items()},
+    }
 
 
-def _block(content: dict[str, Any], section: dict[str, Any], where: str, path: str | Path) -> dict[str, Any]:
-    """The section `training` or `lora` of a stage: the one at the top of the file, and what differs from it."""
+def _block(
+    content: dict[str, Any], section: dict[str, Any], where: str, path: str | Path
+) -> dict[str, Any]:
+    """The section `training` or `lora` of a stage: the one at the top of the file, and what differs
+    from it.
+    """
     name = where.rpartition(".")[2]
     if name not in section:
-        raise ParamsError(f"{path}: {where} is missing; write what differs from {name} at the top, or {{}}")
+        raise ParamsError(
+            f"{path}: {where} is missing; write what differs from {name} at the top, or {{}}"
+        )
     if not isinstance(section[name], dict):
-        raise ParamsError(f"{path}: {where} must hold the keys that differ from {name} at the top; {{}} for none")
+        raise ParamsError(
+            f"{path}: {where} must hold the keys that differ from {name} at the top; {{}} for none"
+        )
     return {**content[name], **section[name]}
 
 
@@ -129,7 +169,10 @@ def _dig(content: dict[str, Any], dotted: str, path: str | Path) -> Any:
     value: Any = content
     for key in dotted.split("."):
         if not isinstance(value, dict) or key not in value:
-            raise ParamsError(f"{path}: {dotted} is missing; add it (params.yaml in the repository shows every key)")
+            raise ParamsError(
+                f"{path}: {dotted} is missing; add it (params.yaml in the repository shows every"
+                " key)"
+            )
         value = value[key]
     return value
 
@@ -145,7 +188,8 @@ def _build(cls: type[M], values: Any, where: str, path: str | Path) -> M:
 
 
 def _explain(error: ValidationError, cls: type[BaseModel], where: str, path: str | Path) -> str:
-    """The first problem of a validation error as one line: file, key, what is wrong, nearest valid key.
+    """The first problem of a validation error as one line: file, key, what is wrong, nearest valid
+    key.
 
     An unknown key comes before a missing one, since a typo makes both.
     """
@@ -153,7 +197,9 @@ def _explain(error: ValidationError, cls: type[BaseModel], where: str, path: str
     first = next((problem for problem in found if problem["type"] == "extra_forbidden"), found[0])
     loc = [str(part) for part in first["loc"] if part != "[key]"]
     shared = getattr(cls, "shared", {})
-    key = ".".join(map(shown, [shared[loc[0]], *loc[1:]] if loc and loc[0] in shared else [where, *loc]))
+    key = ".".join(
+        map(shown, [shared[loc[0]], *loc[1:]] if loc and loc[0] in shared else [where, *loc])
+    )
     if first["type"] == "extra_forbidden":
         return f"{path}: {key} is not a known key{_nearest(loc[-1], _fields_at(cls, loc[:-1]))}"
     if first["type"] == "missing":
@@ -164,7 +210,9 @@ def _explain(error: ValidationError, cls: type[BaseModel], where: str, path: str
 
 
 def _fields_at(cls: type[BaseModel], loc: list[str]) -> list[str]:
-    """Field names of the model that `loc` leads to, walking through nested models, lists and dicts of models."""
+    """Field names of the model that `loc` leads to, walking through nested models, lists and dicts
+    of models.
+    """
     for part in loc:
         if part in cls.model_fields:
             models = _models_in(cls.model_fields[part].annotation)
@@ -186,7 +234,9 @@ def _nearest(key: str, valid: list[str] | set[str]) -> str:
 def _refuse_unknown(content: dict[str, Any], valid: set[str], where: str, path: str | Path) -> None:
     for key in content:
         if key not in valid:
-            raise ParamsError(f"{path}: {where}{shown(str(key))} is not a known key{_nearest(str(key), valid)}")
+            raise ParamsError(
+                f"{path}: {where}{shown(str(key))} is not a known key{_nearest(str(key), valid)}"
+            )
 
 
 def main(argv: list[str] | None = None, prog: str = PROG) -> int:
@@ -194,7 +244,9 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     logging.basicConfig(format="%(message)s")
     name = parser(prog).parse_args(argv).name
     try:
-        check(mapping(yaml_text.parse(sys.stdin.buffer.read(yaml_text.LARGEST + 1), name), name), name)
+        check(
+            mapping(yaml_text.parse(sys.stdin.buffer.read(yaml_text.LARGEST + 1), name), name), name
+        )
     except ParamsError as error:
         log.error("%s", error)
         return error.status
@@ -203,8 +255,15 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The parser of this command."""
-    made = argparse.ArgumentParser(prog=prog, description="Check the params on standard input: `< params.yaml`.")
-    made.add_argument("name", nargs="?", default="params.yaml", help="what messages call them (default: %(default)s)")
+    made = argparse.ArgumentParser(
+        prog=prog, description="Check the params on standard input: `< params.yaml`."
+    )
+    made.add_argument(
+        "name",
+        nargs="?",
+        default="params.yaml",
+        help="what messages call them (default: %(default)s)",
+    )
     return made
 
 

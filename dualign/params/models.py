@@ -22,7 +22,9 @@ from dualign.params.base import (
 
 
 class ScratchParams(Frozen):
-    """A small Llama built here, used when `sft.base` is `scratch`. `tokenizer` is `train` or a folder."""
+    """A small Llama built here, used when `sft.base` is `scratch`. `tokenizer` is `train` or a
+    folder.
+    """
 
     tokenizer: Place
     vocab_size: Annotated[int, Field(ge=64, le=10**6)]
@@ -35,12 +37,16 @@ class ScratchParams(Frozen):
     @model_validator(mode="after")
     def _check(self) -> ScratchParams:
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
-            raise ValueError(f"hidden_size {self.hidden_size} must be an even multiple of heads {self.heads}")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be an even multiple of heads {self.heads}"
+            )
         return self
 
 
 class SftParams(StageParams):
-    """Supervised fine-tuning; the result is the reference policy. `train` false takes the base as it is."""
+    """Supervised fine-tuning; the result is the reference policy. `train` false takes the base as
+    it is.
+    """
 
     section = "sft"
     shared = {"seed": "seed"}
@@ -58,25 +64,34 @@ class SftParams(StageParams):
     @model_validator(mode="after")
     def _check(self) -> SftParams:
         if self.base == "scratch" and not self.train:
-            raise ValueError("train is off, but base 'scratch' knows nothing yet; set train to true, or name a base")
+            raise ValueError(
+                "train is off, but base 'scratch' knows nothing yet; set train to true, or name a"
+                " base"
+            )
         for name in ("gguf_file", "revision"):
             if self.base == "scratch" and getattr(self, name) is not None:
-                raise ValueError(f"{name} belongs to a base that is a folder or a hub id; set it to null")
-        if self.base == "scratch" and self.scratch.tokenizer == "train" and self.chat_template is not None:
+                raise ValueError(
+                    f"{name} belongs to a base that is a folder or a hub id; set it to null"
+                )
+        if (
+            self.base == "scratch"
+            and self.scratch.tokenizer == "train"
+            and self.chat_template is not None
+        ):
             raise ValueError(
-                "chat_template belongs to a tokenizer that exists, and scratch.tokenizer 'train' makes one with a "
-                "template of its own; set it to null"
+                "chat_template belongs to a tokenizer that exists, and scratch.tokenizer 'train'"
+                " makes one with a template of its own; set it to null"
             )
         return self
 
 
 class GivenScorer(Frozen):
-    """A scorer that exists already (docs/scorers.md): where it is, how it is read, and what a higher score means.
+    """A scorer that exists already (docs/scorers.md): where it is, how it is read, and what a
+    higher score means.
 
-    `path` is a hub id or a folder; `label` names the output of a classifier of several; `template` is a Jinja file for
-    a tokenizer without a chat template of its own. `unsafe`, `safe` and `prefix` are what a guard says: the words of
-    its verdict, and what it writes before them.
-    """
+    `path` is a hub id or a folder; `label` names the output of a classifier of several; `template`
+    is a Jinja file for a tokenizer without a chat template of its own. `unsafe`, `safe` and
+    `prefix` are what a guard says: the words of its verdict, and what it writes before them."""
 
     path: Place
     kind: Literal["classifier", "labels", "safe_rlhf", "guard"]
@@ -91,23 +106,29 @@ class GivenScorer(Frozen):
     @model_validator(mode="after")
     def _check(self) -> GivenScorer:
         if (self.kind == "labels") != (self.label is not None):
-            raise ValueError("kind labels needs a label, the name of one output, and no other kind takes one")
+            raise ValueError(
+                "kind labels needs a label, the name of one output, and no other kind takes one"
+            )
         if self.kind == "safe_rlhf" and self.template is not None:
             raise ValueError("kind safe_rlhf has a template of its own; remove template")
         if self.kind != "guard" and self.model_fields_set & {"unsafe", "safe", "prefix"}:
-            raise ValueError("unsafe, safe and prefix are a guard's verdict; remove them, or choose kind guard")
+            raise ValueError(
+                "unsafe, safe and prefix are a guard's verdict; remove them, or choose kind guard"
+            )
         if self.kind == "guard" and self.higher_is != "harmful":
-            raise ValueError("a guard's score is the log-odds of its unsafe words, so higher_is must be harmful")
+            raise ValueError(
+                "a guard's score is the log-odds of its unsafe words, so higher_is must be harmful"
+            )
         return self
 
 
 class ScorerParams(StageParams):
     """What reward and cost model share. `backbone` is `sft`, a hub id or a folder.
 
-    `given` scorers are served instead of a trained one, which leaves `backbone`, `training`, `lora` and the weights of
-    the loss unused. `spread` weighs their disagreement: it lowers a reward and raises a cost. `cut_share` of the
-    training pairs have their answers cut, so that the scorer can read an answer that did not end.
-    """
+    `given` scorers are served instead of a trained one, which leaves `backbone`, `training`, `lora`
+    and the weights of the loss unused. `spread` weighs their disagreement: it lowers a reward and
+    raises a cost. `cut_share` of the training pairs have their answers cut, so that the scorer can
+    read an answer that did not end."""
 
     seed: Seed
     given: Annotated[list[GivenScorer], Field(min_length=1)] | None
@@ -121,9 +142,14 @@ class ScorerParams(StageParams):
     @model_validator(mode="after")
     def _check(self) -> ScorerParams:
         if self.given is not None and self.backbone != "sft":
-            raise ValueError("given scorers are not trained, so backbone must be sft, which nothing reads then")
+            raise ValueError(
+                "given scorers are not trained, so backbone must be sft, which nothing reads then"
+            )
         if self.spread > 0 and len(self.given or ()) < 2:
-            raise ValueError("spread weighs how far several given scorers differ; give two or more, or set it to 0")
+            raise ValueError(
+                "spread weighs how far several given scorers differ; give two or more, or set it"
+                " to 0"
+            )
         return self
 
 

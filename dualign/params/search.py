@@ -24,9 +24,20 @@ from dualign.params.base import (
 )
 
 MethodName = Literal[
-    "sacpo", "p_sacpo", "c_dpo", "pd_dpo", "o_pd_dpo", "mocan", "pecan", "caid", "safe_rlhf", "dualign"
+    "sacpo",
+    "p_sacpo",
+    "c_dpo",
+    "pd_dpo",
+    "o_pd_dpo",
+    "mocan",
+    "pecan",
+    "caid",
+    "safe_rlhf",
+    "dualign",
 ]
-Rule = Literal["grid", "dual_gradient", "projected_subgradient", "one_shot", "newton", "merge", "ascent"]
+Rule = Literal[
+    "grid", "dual_gradient", "projected_subgradient", "one_shot", "newton", "merge", "ascent"
+]
 Returns = Literal["last", "best", "mixture", "tail_average"]
 CostSource = Literal["model", "feedback"]
 Aim = Literal["limit", "stock"]
@@ -35,9 +46,9 @@ Aim = Literal["limit", "stock"]
 class FeedbackParams(Frozen):
     """Binary safety labels for the rows whose `cost` is `feedback`.
 
-    `labels` per answer to the first `prompts` search prompts, from `source` (see `dualign.search.labelling`);
-    `smoothing` is added to both counts of an answer. `folder` is where files for people go (source `file`).
-    """
+    `labels` per answer to the first `prompts` search prompts, from `source` (see
+    `dualign.data.labelling`); `smoothing` is added to both counts of an answer. `folder` is where
+    files for people go (source `file`)."""
 
     prompts: Annotated[int, Field(ge=2, le=MOST)]
     labels: Few
@@ -47,12 +58,13 @@ class FeedbackParams(Frozen):
 
 
 class OnlineParams(Frozen):
-    """Rounds of O-PD-DPO (see `dualign.search.online`): who compares the fresh answers, and the bonuses.
+    """Rounds of O-PD-DPO (see `dualign.search.online`): who compares the fresh answers, and the
+    bonuses.
 
-    `folder` is where files for people go (labels `file`); `retrain_reward` goes on training pi_r in every round;
-    `ridge` is gamma in squared units of the features; a scale is the mean gap of a bonus within an offline pair before
-    the first round, in units of reward and of cost; `dimension` projects the features, null keeps them.
-    """
+    `folder` is where files for people go (labels `file`); `retrain_reward` goes on training pi_r in
+    every round; `ridge` is gamma in squared units of the features; a scale is the mean gap of a
+    bonus within an offline pair before the first round, in units of reward and of cost; `dimension`
+    projects the features, null keeps them."""
 
     labels: Literal["oracle", "models", "file"]
     folder: Inside
@@ -64,11 +76,11 @@ class OnlineParams(Frozen):
 
 
 class PolicyGradientParams(Frozen):
-    """Safe RLHF's run (see `dualign.training.policy_gradient`); what it does not name is `dual_search.training`'s.
+    """Safe RLHF's run (see `dualign.training.policy_gradient`); what it does not name is
+    `dual_search.training`'s.
 
-    `samples` answers to a prompt, `batch_size` answers and `steps` steps; lambda starts at `lambda_init`, moves at
-    `lambda_rate`, and sees the mean cost of the last `window` answers.
-    """
+    `samples` answers to a prompt, `batch_size` answers and `steps` steps; lambda starts at
+    `lambda_init`, moves at `lambda_rate`, and sees the mean cost of the last `window` answers."""
 
     samples: Two
     batch_size: Annotated[int, Field(ge=1, le=10**6)]
@@ -82,16 +94,19 @@ class PolicyGradientParams(Frozen):
     def _whole_prompts(self) -> PolicyGradientParams:
         if self.batch_size % self.samples:
             raise ValueError(
-                f"batch_size {self.batch_size} must be a multiple of samples {self.samples}: whole prompts"
+                f"batch_size {self.batch_size} must be a multiple of samples {self.samples}: whole"
+                " prompts"
             )
         return self
 
 
 class MethodRow(Frozen):
-    """A search that runs: a method of `dualign/methods.py`, by default the one of the row's name, and its models.
+    """A search that runs: a method of `dualign/methods.py`, by default the one of the row's name,
+    and its models.
 
-    `start` and `reference` are folders under models/: the policy at the first multiplier, and the one whose
-    log-probabilities are the reference column. The options replace the method's own choice; null keeps it. The sections
+    `start` and `reference` are folders under models/: the policy at the first multiplier, and the
+    one whose log-probabilities are the reference column. The options replace the method's own
+    choice; null keeps it. The sections
     at the end belong to rows that need them: cost `feedback`, O-PD-DPO, Safe RLHF.
     """
 
@@ -158,5 +173,9 @@ class DualSearchParams(StageParams):
         """A row that names no method is the method of its own name."""
         if not isinstance(rows, dict):
             return rows
-        named = {key: {**row, "method": row.get("method") or key} for key, row in rows.items() if isinstance(row, dict)}
+        named = {
+            key: {**row, "method": row.get("method") or key}
+            for key, row in rows.items()
+            if isinstance(row, dict)
+        }
         return {**rows, **named}

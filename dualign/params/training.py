@@ -1,4 +1,6 @@
-"""Params of the stages that train policies: reward_dpo, safety_dpo, lagrangian_dpo and the two paths."""
+"""Params of the stages that train policies: reward_dpo, safety_dpo, lagrangian_dpo and the two
+paths.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ LossType = Literal["dpo", "ipo", "kto"]
 
 
 class InnerParams(Frozen):
-    """The inner loss of a pairwise training (see `dualign.losses`).
+    """The inner loss of a pairwise training (see `dualign.math.losses`).
 
     `normalised` divides the labels' score and the pairwise coefficient by 1 + lambda.
     """
@@ -35,12 +37,13 @@ class InnerParams(Frozen):
 
 
 class RewardRun(Frozen):
-    """One DPO on helpfulness: from which policy, by which loss, with SafeDPO's offset and MODPO's margin policy.
+    """One DPO on helpfulness: from which policy, by which loss, with SafeDPO's offset and MODPO's
+    margin policy.
 
-    `reference` and `margin` are folders under models/: `sft`, or a run of `safety_dpo` or `safety_path`, for a margin
-    one of plain DPO from `sft`. `margin: sft` means no margin. `clip` bounds the implicit rewards, in units of reward;
-    it goes with neither offset nor margin, which stand in the reference column and would be bounded too.
-    """
+    `reference` and `margin` are folders under models/: `sft`, or a run of `safety_dpo` or
+    `safety_path`, for a margin one of plain DPO from `sft`. `margin: sft` means no margin. `clip`
+    bounds the implicit rewards, in units of reward; it goes with neither offset nor margin, which
+    stand in the reference column and would be bounded too."""
 
     reference: Model
     loss_type: LossType
@@ -53,17 +56,18 @@ class RewardRun(Frozen):
     def _check(self) -> RewardRun:
         if self.safe_offset is not None and self.loss_type != "dpo":
             raise ValueError(
-                f"safe_offset (SafeDPO) needs loss_type dpo, not {self.loss_type}; set loss_type to dpo, "
-                "or safe_offset to null"
+                f"safe_offset (SafeDPO) needs loss_type dpo, not {self.loss_type}; set loss_type to"
+                " dpo, or safe_offset to null"
             )
         if self.margin != "sft" and (self.loss_type != "dpo" or self.safe_offset is not None):
             raise ValueError(
-                f"margin {self.margin!r} (MODPO) needs loss_type dpo and safe_offset null; set these, or margin to sft"
+                f"margin {self.margin!r} (MODPO) needs loss_type dpo and safe_offset null; set"
+                " these, or margin to sft"
             )
         if self.clip is not None and (self.margin != "sft" or self.safe_offset is not None):
             raise ValueError(
-                "clip goes with neither safe_offset nor margin; set clip to null, or safe_offset to null and margin "
-                "to sft"
+                "clip goes with neither safe_offset nor margin; set clip to null, or safe_offset to"
+                " null and margin to sft"
             )
         return self
 
@@ -84,9 +88,8 @@ class RewardDpoParams(StageParams):
 class SafetySpec(Frozen):
     """How a safety DPO is trained: from which policy, by which loss.
 
-    `reference` is a folder under models/: `sft` or a run of `reward_dpo`. `clip` bounds the implicit rewards, in units
-    of cost. A search that starts from it keeps loss and clip.
-    """
+    `reference` is a folder under models/: `sft` or a run of `reward_dpo`. `clip` bounds the
+    implicit rewards, in units of cost. A search that starts from it keeps loss and clip."""
 
     reference: Model
     loss_type: LossType
@@ -120,10 +123,11 @@ class SafetyDpoParams(SafetyParams):
 
 
 class LagrangianSpec(Frozen):
-    """How a Lagrangian is trained: learning rate and steps (null takes the section's), and inner loss.
+    """How a Lagrangian is trained: learning rate and steps (null takes the section's), and inner
+    loss.
 
-    A search that starts from such a policy keeps learning rate and loss; its trainings have steps of their own.
-    """
+    A search that starts from such a policy keeps learning rate and loss; its trainings have steps
+    of their own."""
 
     learning_rate: Positive | None
     max_steps: Count | None = None
@@ -133,9 +137,8 @@ class LagrangianSpec(Frozen):
 class LagrangianRun(LagrangianSpec):
     """One Lagrangian DPO: its multiplier (`dual`, `stock` or a number), scores and pairs.
 
-    `reward` and `cost` are folders under models/: the scorers (`reward_model`, `cost_model`), or policies whose
-    log-ratios stand in for them (`reward_dpo/NAME`, `safety_dpo/NAME`).
-    """
+    `reward` and `cost` are folders under models/: the scorers (`reward_model`, `cost_model`), or
+    policies whose log-ratios stand in for them (`reward_dpo/NAME`, `safety_dpo/NAME`)."""
 
     lam: Solved | NonNegative
     reward: Model
@@ -165,8 +168,8 @@ class LagrangianDpoParams(LagrangianParams):
 class LambdaPathRun(LagrangianSpec):
     """One policy of the path: its multiplier, and the policy that its training goes on from.
 
-    `begin` is a folder under models/: `sft`, or another run of `lambda_path`. The reference is pi_ref either way.
-    """
+    `begin` is a folder under models/: `sft`, or another run of `lambda_path`. The reference is
+    pi_ref either way."""
 
     lam: NonNegative
     begin: Model

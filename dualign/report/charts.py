@@ -1,8 +1,8 @@
-"""Charts as inline SVG, drawn to the pixel: no plotting library, no script, colours from the page's style sheet.
+"""Charts as inline SVG, drawn to the pixel: no plotting library, no script, colours from the page's
+style sheet.
 
-Every function returns one `<svg>` as Markup. All text is escaped; the value behind a mark is in its `<title>`, which
-browsers show as a tooltip. Lengths are pixels of the viewBox.
-"""
+Every function returns one `<svg>` as Markup. All text is escaped; the value behind a mark is in its
+`<title>`, which browsers show as a tooltip. Lengths are pixels of the viewBox."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class Range:
 
 @dataclass(frozen=True)
 class Point:
-    """A policy in the plane of cost (x) and reward (y). `style` is a CSS class, `number` its row in the table.
+    """A policy in the plane of cost (x) and reward (y). `style` is a CSS class, `number` its row in
+    the table.
 
     `predicted` is where it was expected, as (cost, reward).
     """
@@ -84,7 +85,9 @@ class Scale:
 
 def _round_step(raw: float) -> float:
     power = 10.0 ** math.floor(math.log10(raw))
-    return next(factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * power >= 0.75 * raw)
+    return next(
+        factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * power >= 0.75 * raw
+    )
 
 
 def domain(values: Iterable[float | None], pad: float = 0.06) -> tuple[float, float]:
@@ -98,7 +101,9 @@ def domain(values: Iterable[float | None], pad: float = 0.06) -> tuple[float, fl
 
 
 def near(limit: float | None, values: Iterable[float | None]) -> float | None:
-    """The limit where a chart of these values can show it: within three times their extent of them; else None."""
+    """The limit where a chart of these values can show it: within three times their extent of them;
+    else None.
+    """
     low, high = domain(values)
     reach = 3 * (high - low)
     return limit if limit is not None and low - reach <= limit <= high + reach else None
@@ -129,18 +134,24 @@ def frontier(
     """
     width, height = size
     stars = [optimum] if optimum else []
-    # The policies set the view: a frontier reaches far beyond them at both ends, and is cut off there.
+    # The policies set the view: a frontier reaches far beyond them at both ends, and is cut off
+    # there.
     seen: list[Point | Knot] = [*points, *stars] if len(points) > 1 else [*points, *stars, *curve]
     x = Scale(*domain([*(v for m in seen for v in m.x.values()), limit], 0.08), 60, width - 14)
     y = Scale(*domain((v for m in seen for v in m.y.values()), 0.12), height - 44, 16)
     knots = [k for k in curve if x.holds(k.x.mean) and y.holds(k.y.mean)]
     labelled = _labelled([*stars, *points], _lines(points, curve, limit, x, y), x, y, numbered)
-    taken = [*(_around(x(p.x.mean), y(p.y.mean), 7) for p in [*stars, *points]), *(box for _, _, box in labelled)]
+    taken = [
+        *(_around(x(p.x.mean), y(p.y.mean), 7) for p in [*stars, *points]),
+        *(box for _, _, box in labelled),
+    ]
     children = [
         _over_limit(x, y, limit),
         *_axes(x, y, labels),
         _limit_line(x, y, limit),
-        _clipped(x, y, [_band(curve, x, y), _polyline(curve, x, y), *(_miss(p, x, y) for p in points)]),
+        _clipped(
+            x, y, [_band(curve, x, y), _polyline(curve, x, y), *(_miss(p, x, y) for p in points)]
+        ),
         *(_error_bars(p, x, y) for p in points),
         *(_knot(knot, x, y, 2.6 if len(knots) <= 12 else 1.8) for knot in knots),
         *(_star(star, x(star.x.mean), y(star.y.mean)) for star in stars),
@@ -159,7 +170,8 @@ def trajectory(
     name: str,
     aim: float | None = None,
 ) -> Markup:
-    """One search: its knob (λ, or the merge weight q where that is what moves) above, its cost below, by step.
+    """One search: its knob (λ, or the merge weight q where that is what moves) above, its cost
+    below, by step.
 
     Args:
         steps: as in reports/search/METHOD.json; error bars are one standard error of the cost.
@@ -171,7 +183,11 @@ def trajectory(
     """
     if any(s.get("q") is not None for s in steps):
         # The start of a merge has no weight of its own: it is what weight 1 gives.
-        knob, symbol, steps = "q", "q", [s if s.get("q") is not None else {**s, "q": 1.0} for s in steps]
+        knob, symbol, steps = (
+            "q",
+            "q",
+            [s if s.get("q") is not None else {**s, "q": 1.0} for s in steps],
+        )
     else:
         knob, symbol = "lam", "λ"
     x = Scale(-0.5, max(len(steps), 2) - 0.5, 64, 332)
@@ -194,24 +210,35 @@ def trajectory(
 
 
 def strip(cost: Range, limit: float | None, costs: tuple[float, float], style: str) -> Markup:
-    """A cost interval as a short line with its mean and the limit; `costs` is the common domain of a column."""
+    """A cost interval as a short line with its mean and the limit; `costs` is the common domain of
+    a column.
+    """
     x = Scale(*costs, 6, 124)
     low, high = (x(cost.mean if end is None else end) for end in (cost.low, cost.high))
     line = _element("line", x1=low, x2=high, y1=11, y2=11, class_="bar")
     dot = _element("circle", cx=x(cost.mean), cy=11, r=3.6, class_="dot")
-    rule = Markup() if limit is None else _element("line", x1=x(limit), x2=x(limit), y1=1, y2=21, class_="limit")
+    rule = (
+        Markup()
+        if limit is None
+        else _element("line", x1=x(limit), x2=x(limit), y1=1, y2=21, class_="limit")
+    )
     return _svg(130, 22, "cost interval against the limit", [rule, line, dot], f"strip {style}")
 
 
 def _svg(width: int, height: int, name: str, children: Iterable[Markup], style: str = "") -> Markup:
     box = {"viewBox": f"0 0 {width} {height}", "width": width, "height": height}
-    return _element("svg", *children, **box, role="img", aria_label=name, class_=f"chart {style}".strip())
+    return _element(
+        "svg", *children, **box, role="img", aria_label=name, class_=f"chart {style}".strip()
+    )
 
 
 def _element(tag: str, *children: Markup | str, **attributes: object) -> Markup:
-    """An element; `class_` and `stroke_width` become class and stroke-width, text and values are escaped."""
+    """An element; `class_` and `stroke_width` become class and stroke-width, text and values are
+    escaped.
+    """
     written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(_plain(value))}"' for key, value in attributes.items()
+        f' {key.rstrip("_").replace("_", "-")}="{escape(_plain(value))}"'
+        for key, value in attributes.items()
     )
     return Markup(f"<{tag}{written}>{Markup().join(children)}</{tag}>")
 
@@ -220,14 +247,18 @@ def _plain(value: object) -> object:
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
 
 
-def _text(x: float, y: float, text: str, style: str, anchor: str = "start", **more: object) -> Markup:
+def _text(
+    x: float, y: float, text: str, style: str, anchor: str = "start", **more: object
+) -> Markup:
     return _element("text", text, x=x, y=y, class_=style, text_anchor=anchor, **more)
 
 
-# --- axes and the limit -----------------------------------------------------------------------------------------------
+# --- axes and the limit ---------------------------------------------------------------------------
 
 
-def _axes(x: Scale, y: Scale, labels: tuple[str, str], ticks: int = 6, x_ticks: bool = True) -> list[Markup]:
+def _axes(
+    x: Scale, y: Scale, labels: tuple[str, str], ticks: int = 6, x_ticks: bool = True
+) -> list[Markup]:
     """Grid lines with their values, and the axis titles."""
     bottom, top = y.start, y.end
     rows = y.ticks(ticks)
@@ -235,11 +266,15 @@ def _axes(x: Scale, y: Scale, labels: tuple[str, str], ticks: int = 6, x_ticks: 
     parts += [_text(x.start - 7, y(v) + 4, _tick(v, rows), "tick", "end") for v in rows]
     if x_ticks:
         columns = x.ticks(max(3, int((x.end - x.start) / 80)))
-        parts += [_element("line", x1=x(v), x2=x(v), y1=bottom, y2=top, class_="grid") for v in columns]
+        parts += [
+            _element("line", x1=x(v), x2=x(v), y1=bottom, y2=top, class_="grid") for v in columns
+        ]
         parts += [_text(x(v), bottom + 17, _tick(v, columns), "tick", "middle") for v in columns]
         parts.append(_text(x.end, bottom + 36, labels[0], "axis", "end"))
     middle = (bottom + top) / 2
-    parts.append(_text(10, middle, labels[1], "axis", "middle", transform=f"rotate(-90 10 {middle:.1f})"))
+    parts.append(
+        _text(10, middle, labels[1], "axis", "middle", transform=f"rotate(-90 10 {middle:.1f})")
+    )
     return parts
 
 
@@ -252,7 +287,9 @@ def _tick(value: float, ticks: list[float]) -> str:
 def _over_limit(x: Scale, y: Scale, limit: float | None) -> Markup:
     if limit is None:
         return Markup()
-    return _element("rect", x=x(limit), y=y.end, width=x.end - x(limit), height=y.start - y.end, class_="over")
+    return _element(
+        "rect", x=x(limit), y=y.end, width=x.end - x(limit), height=y.start - y.end, class_="over"
+    )
 
 
 def _limit_line(x: Scale, y: Scale, limit: float | None) -> Markup:
@@ -260,15 +297,30 @@ def _limit_line(x: Scale, y: Scale, limit: float | None) -> Markup:
         return Markup()
     # The caption stands on the side with more room.
     left = x(limit) > (x.start + x.end) / 2
-    caption = _text(x(limit) + (-6 if left else 6), y.start - 7, "limit", "limit-text", "end" if left else "start")
-    return _element("line", x1=x(limit), x2=x(limit), y1=y.start, y2=y.end, class_="limit") + caption
+    caption = _text(
+        x(limit) + (-6 if left else 6),
+        y.start - 7,
+        "limit",
+        "limit-text",
+        "end" if left else "start",
+    )
+    return (
+        _element("line", x1=x(limit), x2=x(limit), y1=y.start, y2=y.end, class_="limit") + caption
+    )
 
 
 def _over_limit_below(x: Scale, y: Scale, limit: float | None) -> Markup:
     """The share of a cost-by-step plot that is over the limit: everything above the line."""
     if limit is None:
         return Markup()
-    return _element("rect", x=x.start, y=y.end, width=x.end - x.start, height=max(0.0, y(limit) - y.end), class_="over")
+    return _element(
+        "rect",
+        x=x.start,
+        y=y.end,
+        width=x.end - x.start,
+        height=max(0.0, y(limit) - y.end),
+        class_="over",
+    )
 
 
 def _horizontal(x: Scale, y: Scale, level: float | None, name: str) -> Markup:
@@ -279,11 +331,13 @@ def _horizontal(x: Scale, y: Scale, level: float | None, name: str) -> Markup:
     return line if name == "limit" else line + _text(x.end, y(level) + 10, name, "aim-text", "end")
 
 
-# --- the frontier -----------------------------------------------------------------------------------------------------
+# --- the frontier ---------------------------------------------------------------------------------
 
 
 def _band(curve: Sequence[Knot], x: Scale, y: Scale) -> Markup:
-    """The area between the best corners (less cost, more reward) and the worst corners of the knots' intervals."""
+    """The area between the best corners (less cost, more reward) and the worst corners of the
+    knots' intervals.
+    """
     best = [(k.x.low, k.y.high) for k in curve]
     worst = [(k.x.high, k.y.low) for k in reversed(curve)]
     corners = [(x(a), y(b)) for a, b in [*best, *worst] if a is not None and b is not None]
@@ -296,11 +350,15 @@ def _clipped(x: Scale, y: Scale, children: Iterable[Markup]) -> Markup:
     """Children cut off at the edges of the plot."""
     left, top, width, height = x.start, y.end, x.end - x.start, y.start - y.end
     view = f"{left:.0f} {top:.0f} {width:.0f} {height:.0f}"
-    return _element("svg", *children, x=left, y=top, width=width, height=height, viewBox=view, overflow="hidden")
+    return _element(
+        "svg", *children, x=left, y=top, width=width, height=height, viewBox=view, overflow="hidden"
+    )
 
 
 def _polyline(curve: Sequence[Knot], x: Scale, y: Scale) -> Markup:
-    return _element("polyline", points=_pairs((x(k.x.mean), y(k.y.mean)) for k in curve), class_="curve")
+    return _element(
+        "polyline", points=_pairs((x(k.x.mean), y(k.y.mean)) for k in curve), class_="curve"
+    )
 
 
 def _pairs(corners: Iterable[tuple[float, float]]) -> str:
@@ -308,7 +366,14 @@ def _pairs(corners: Iterable[tuple[float, float]]) -> str:
 
 
 def _knot(knot: Knot, x: Scale, y: Scale, r: float) -> Markup:
-    return _element("circle", _element("title", knot.title), cx=x(knot.x.mean), cy=y(knot.y.mean), r=r, class_="knot")
+    return _element(
+        "circle",
+        _element("title", knot.title),
+        cx=x(knot.x.mean),
+        cy=y(knot.y.mean),
+        r=r,
+        class_="knot",
+    )
 
 
 def _miss(point: Point, x: Scale, y: Scale) -> Markup:
@@ -316,20 +381,40 @@ def _miss(point: Point, x: Scale, y: Scale) -> Markup:
     if point.predicted is None:
         return Markup()
     to = (x(point.predicted[0]), y(point.predicted[1]))
-    return _element("line", x1=x(point.x.mean), y1=y(point.y.mean), x2=to[0], y2=to[1], class_="miss")
+    return _element(
+        "line", x1=x(point.x.mean), y1=y(point.y.mean), x2=to[0], y2=to[1], class_="miss"
+    )
 
 
 def _error_bars(point: Point, x: Scale, y: Scale) -> Markup:
     parts = []
     if point.x.low is not None and point.x.high is not None:
-        parts.append(_element("line", x1=x(point.x.low), x2=x(point.x.high), y1=y(point.y.mean), y2=y(point.y.mean)))
+        parts.append(
+            _element(
+                "line",
+                x1=x(point.x.low),
+                x2=x(point.x.high),
+                y1=y(point.y.mean),
+                y2=y(point.y.mean),
+            )
+        )
     if point.y.low is not None and point.y.high is not None:
-        parts.append(_element("line", x1=x(point.x.mean), x2=x(point.x.mean), y1=y(point.y.low), y2=y(point.y.high)))
+        parts.append(
+            _element(
+                "line",
+                x1=x(point.x.mean),
+                x2=x(point.x.mean),
+                y1=y(point.y.low),
+                y2=y(point.y.high),
+            )
+        )
     return _element("g", *parts, class_=f"error {point.style}")
 
 
 def _marker(point: Point, cx: float, cy: float) -> Markup:
-    """A circle for a method, a square for the reference, a diamond for a baseline; `style` says how filled."""
+    """A circle for a method, a square for the reference, a diamond for a baseline; `style` says how
+    filled.
+    """
     title = _element("title", point.title)
     style = f"mark {point.style}"
     if "reference" in point.style:
@@ -337,16 +422,23 @@ def _marker(point: Point, cx: float, cy: float) -> Markup:
     if "baseline" in point.style:
         corners = _pairs([(cx, cy - 6), (cx + 6, cy), (cx, cy + 6), (cx - 6, cy)])
         return _element("polygon", title, points=corners, class_=style)
-    return _element("circle", title, cx=cx, cy=cy, r=6.5 if "recommended" in point.style else 5, class_=style)
+    return _element(
+        "circle", title, cx=cx, cy=cy, r=6.5 if "recommended" in point.style else 5, class_=style
+    )
 
 
 def _star(point: Point, cx: float, cy: float) -> Markup:
     radii = [9.5 if k % 2 == 0 else 4.0 for k in range(10)]
-    corners = [(cx + r * math.sin(k * math.pi / 5), cy - r * math.cos(k * math.pi / 5)) for k, r in enumerate(radii)]
-    return _element("polygon", _element("title", point.title), points=_pairs(corners), class_="mark star")
+    corners = [
+        (cx + r * math.sin(k * math.pi / 5), cy - r * math.cos(k * math.pi / 5))
+        for k, r in enumerate(radii)
+    ]
+    return _element(
+        "polygon", _element("title", point.title), points=_pairs(corners), class_="mark star"
+    )
 
 
-# --- labels that keep out of each other's way -------------------------------------------------------------------------
+# --- labels that keep out of each other's way -----------------------------------------------------
 
 
 def _labelled(
@@ -364,7 +456,9 @@ def _labelled(
 
 
 def _label(point: Point, text: str, box: Box, x: Scale, y: Scale) -> Markup:
-    """Text anchored on the side of its point, so that a font of another width does not run into the mark."""
+    """Text anchored on the side of its point, so that a font of another width does not run into the
+    mark.
+    """
     at = (x(point.x.mean), y(point.y.mean))
     if box[2] <= at[0]:
         written = _text(box[2], box[3] - 3.5, text, f"label {point.style}", "end")
@@ -375,10 +469,21 @@ def _label(point: Point, text: str, box: Box, x: Scale, y: Scale) -> Markup:
     return _leader(at, box) + written
 
 
-def _place(at: tuple[float, float], text: str, taken: Sequence[Box], lines: Sequence[Box], x: Scale, y: Scale) -> Box:
-    """The place around a point where its label hides least; lines may be crossed sooner than text, near beats far."""
+def _place(
+    at: tuple[float, float],
+    text: str,
+    taken: Sequence[Box],
+    lines: Sequence[Box],
+    x: Scale,
+    y: Scale,
+) -> Box:
+    """The place around a point where its label hides least; lines may be crossed sooner than text,
+    near beats far.
+    """
     width = len(text) * _CHAR + 2
-    taken, lines = ([b for b in boxes if _overlap(b, _around(*at, 90 + width)) > 0] for boxes in (taken, lines))
+    taken, lines = (
+        [b for b in boxes if _overlap(b, _around(*at, 90 + width)) > 0] for boxes in (taken, lines)
+    )
     boxes = []
     for radius in (9, 15, 23, 33, 45, 60, 78):
         for turn in (0, 8, 2, 14, 6, 10, 4, 12, 1, 15, 7, 9, 3, 13, 5, 11):
@@ -386,23 +491,34 @@ def _place(at: tuple[float, float], text: str, taken: Sequence[Box], lines: Sequ
             cx = at[0] + math.cos(angle) * (radius + width / 2)
             cy = at[1] - math.sin(angle) * (radius + _LINE / 2 - 4)
             box = (cx - width / 2, cy - _LINE / 2, cx + width / 2, cy + _LINE / 2)
-            crowding = 8 * sum(_overlap(box, other) for other in taken) + sum(_overlap(box, line) for line in lines)
+            crowding = 8 * sum(_overlap(box, other) for other in taken) + sum(
+                _overlap(box, line) for line in lines
+            )
             boxes.append((crowding + radius, box))
     inside = [(score, b) for score, b in boxes if _within(b, (x.start, y.end, x.end + 12, y.start))]
     return min(inside or boxes)[1]
 
 
-def _lines(points: Sequence[Point], curve: Sequence[Knot], limit: float | None, x: Scale, y: Scale) -> list[Box]:
-    """Small boxes along the curve, the lines to it, the limit and the error bars, for labels to keep clear of."""
+def _lines(
+    points: Sequence[Point], curve: Sequence[Knot], limit: float | None, x: Scale, y: Scale
+) -> list[Box]:
+    """Small boxes along the curve, the lines to it, the limit and the error bars, for labels to
+    keep clear of.
+    """
     boxes = []
     for a, b in pairwise((x(k.x.mean), y(k.y.mean)) for k in curve):
         boxes += _along(a, b)
     for point in points:
         if point.predicted is not None:
-            boxes += _along((x(point.x.mean), y(point.y.mean)), (x(point.predicted[0]), y(point.predicted[1])))
+            boxes += _along(
+                (x(point.x.mean), y(point.y.mean)), (x(point.predicted[0]), y(point.predicted[1]))
+            )
         across, along = [x(v) for v in point.x.values()], [y(v) for v in point.y.values()]
         cx, cy = x(point.x.mean), y(point.y.mean)
-        boxes += [(min(across), cy - 1, max(across), cy + 1), (cx - 1, min(along), cx + 1, max(along))]
+        boxes += [
+            (min(across), cy - 1, max(across), cy + 1),
+            (cx - 1, min(along), cx + 1, max(along)),
+        ]
     if limit is not None:
         boxes.append((x(limit) - 2, y.end, x(limit) + 2, y.start))
     return boxes
@@ -410,7 +526,10 @@ def _lines(points: Sequence[Point], curve: Sequence[Knot], limit: float | None, 
 
 def _along(a: tuple[float, float], b: tuple[float, float]) -> list[Box]:
     pieces = max(1, round(math.dist(a, b) / 5))
-    middles = ((a[0] + (b[0] - a[0]) * i / pieces, a[1] + (b[1] - a[1]) * i / pieces) for i in range(pieces + 1))
+    middles = (
+        (a[0] + (b[0] - a[0]) * i / pieces, a[1] + (b[1] - a[1]) * i / pieces)
+        for i in range(pieces + 1)
+    )
     return [_around(*middle, 2.5) for middle in middles]
 
 
@@ -425,12 +544,18 @@ def _leader(at: tuple[float, float], box: Box) -> Markup:
 
 
 def _knot_labels(knots: Sequence[Knot], taken: Iterable[Box], x: Scale, y: Scale) -> list[Markup]:
-    """λ above and to the left of the knots that have room: the side of the frontier that no policy should reach."""
+    """λ above and to the left of the knots that have room: the side of the frontier that no policy
+    should reach.
+    """
     taken, parts = list(taken), []
     for knot in knots:
         text, right, bottom = f"λ {knot.lam:.2g}", x(knot.x.mean) - 5, y(knot.y.mean) - 3
         box = (right - len(text) * 5.6, bottom - 12, right, bottom)
-        if box[0] >= x.start and box[1] >= y.end - 14 and not any(_overlap(box, other) > 0 for other in taken):
+        if (
+            box[0] >= x.start
+            and box[1] >= y.end - 14
+            and not any(_overlap(box, other) > 0 for other in taken)
+        ):
             taken.append((box[0] - 12, box[1] - 12, box[2] + 12, box[3] + 12))
             parts.append(_text(right, bottom - 2, text, "knot-label", "end"))
     return parts
@@ -450,19 +575,30 @@ def _overlap(a: Box, b: Box) -> float:
     return (min(a[2], b[2]) - max(a[0], b[0])) * (min(a[3], b[3]) - max(a[1], b[1]))
 
 
-# --- a search, step by step -------------------------------------------------------------------------------------------
+# --- a search, step by step -----------------------------------------------------------------------
 
 
 def _path(values: Sequence[tuple[int, float | None]], x: Scale, y: Scale) -> Markup:
-    return _element("polyline", points=_pairs((x(i), y(v)) for i, v in values if v is not None), class_="trace")
+    return _element(
+        "polyline", points=_pairs((x(i), y(v)) for i, v in values if v is not None), class_="trace"
+    )
 
 
-def _step_dot(step: dict[str, Any], i: int, key: str, x: Scale, y: Scale, chosen: int | None) -> Markup:
+def _step_dot(
+    step: dict[str, Any], i: int, key: str, x: Scale, y: Scale, chosen: int | None
+) -> Markup:
     if step.get(key) is None:
         return Markup()
     style = "step chosen" if step.get("step") == chosen else "step"
     radius = 4.2 if step.get("step") == chosen else 2.8
-    return _element("circle", _element("title", _step_title(step)), cx=x(i), cy=y(step[key]), r=radius, class_=style)
+    return _element(
+        "circle",
+        _element("title", _step_title(step)),
+        cx=x(i),
+        cy=y(step[key]),
+        r=radius,
+        class_=style,
+    )
 
 
 def _step_bar(step: dict[str, Any], i: int, x: Scale, y: Scale) -> Markup:
@@ -500,13 +636,17 @@ def _step_made(step: dict[str, Any]) -> str:
 
 def _step_next(step: dict[str, Any]) -> str:
     """The multiplier that each reckoning asked for after a step."""
-    asked = [f"{name} {lam:.3f}" for name, lam in (step.get("next") or {}).items() if lam is not None]
+    asked = [
+        f"{name} {lam:.3f}" for name, lam in (step.get("next") or {}).items() if lam is not None
+    ]
     return "; next λ by " + ", ".join(asked) if asked else ""
 
 
 def _step_numbers(steps: Sequence[dict[str, Any]], x: Scale) -> list[Markup]:
     every = math.ceil(len(steps) / 12)
     numbers = [
-        _text(x(i), 219, str(step.get("step", i)), "tick", "middle") for i, step in enumerate(steps) if i % every == 0
+        _text(x(i), 219, str(step.get("step", i)), "tick", "middle")
+        for i, step in enumerate(steps)
+        if i % every == 0
     ]
     return [*numbers, _text(x.start - 7, 219, "step", "axis", "end")]

@@ -1,7 +1,8 @@
-"""Every evaluated policy in one table: what it scores, how it fares against the reference policy, which one to take.
+"""Every evaluated policy in one table: what it scores, how it fares against the reference policy,
+which one to take.
 
-All paths are relative to the repository root. Cost follows the house convention: bigger is more harmful.
-"""
+All paths are relative to the repository root. Cost follows the house convention: bigger is more
+harmful."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ from dualign.core.records import (
     read_record,
 )
 from dualign.core.schema import ANSWERS, read_table
-from dualign.measure.stats import clustered_mean
-from dualign.report.told import told
+from dualign.evaluation.stats import clustered_mean
+from dualign.report.multipliers import told
 
 #: The policy that win rates and gains are measured against.
 REFERENCE = "sft"
@@ -34,24 +35,29 @@ _WORLD_MEASURES = ("true_reward", "true_cost", "grammatical")
 Interval = dict[str, float | None]
 
 
-def compare(root: Path, policies: dict[str, str], confidence: float, limit: float | None = None) -> dict[str, Any]:
+def compare(
+    root: Path, policies: dict[str, str], confidence: float, limit: float | None = None
+) -> dict[str, Any]:
     """Compare the evaluated policies.
 
     Args:
         root: the repository root, which holds reports/ and data/.
         policies: name of each policy and its folder under models/ (`evaluate.policies`).
-        confidence: two-sided level of the intervals computed here; those of `evaluate` are taken as they are.
+        confidence: two-sided level of the intervals computed here; those of `evaluate` are taken as
+            they are.
         limit: the limit on expected cost; by default the one that data/dual/dual.json was made for.
 
     Returns:
-        A JSON-able dict: `limit`, `reference`, `confidence`, `recommended`, `nearest` (the lowest upper end of cost;
-        with further limits that of the excess over any of them, in half widths of its interval), `missing` (policies
-        that were not evaluated), `uncertified` (those that no candidate was certified for), `certificates` (what
-        `certify` found, by its rows), and `policies`, a row per evaluated policy. A row holds the measures of
-        `evaluate`, its `tilt`, the further limits that it keeps or not (`also`), its `standing` to all limits, whether
-        it is `certified`, the win rates and reward gain over the reference, what its search spent, and the multiplier
-        that it was told (`told`); unknown values are null. Recommended is the certified policy of most reward, or null;
-        in a run without certificates, the one of most reward among those whose intervals end within all limits.
+        A JSON-able dict: `limit`, `reference`, `confidence`, `recommended`, `nearest` (the lowest
+        upper end of cost; with further limits that of the excess over any of them, in half widths
+        of its interval), `missing` (policies that were not evaluated), `uncertified` (those that no
+        candidate was certified for), `certificates` (what `certify` found, by its rows), and
+        `policies`, a row per evaluated policy. A row holds the measures of `evaluate`, its `tilt`,
+        the further limits that it keeps or not (`also`), its `standing` to all limits, whether it
+        is `certified`, the win rates and reward gain over the reference, what its search spent, and
+        the multiplier that it was told (`told`); unknown values are null. Recommended is the
+        certified policy of most reward, or null; in a run without certificates, the one of most
+        reward among those whose intervals end within all limits.
 
     Raises:
         DualignError: a file is there but cannot be read.
@@ -65,9 +71,15 @@ def compare(root: Path, policies: dict[str, str], confidence: float, limit: floa
         if metrics and "absent" in metrics:
             uncertified.append(name)
         elif metrics:
-            rows[name] = _row(metrics, folder, limit) | _search(root, folder) | told(root, folder, certificates)
+            rows[name] = (
+                _row(metrics, folder, limit)
+                | _search(root, folder)
+                | told(root, folder, certificates)
+            )
             rows[name]["certified"] = _certified(folder, certificates)
-            rows[name] |= _against_reference(answers.get(name), answers.get(REFERENCE), confidence, name)
+            rows[name] |= _against_reference(
+                answers.get(name), answers.get(REFERENCE), confidence, name
+            )
     return {
         "reference": REFERENCE,
         "confidence": confidence,
@@ -85,12 +97,17 @@ def read_answers(root: Path, policies: dict[str, str]) -> dict[str, pd.DataFrame
     """The generated answers (`schema.ANSWERS`) of every policy that has any."""
     paths = {name: root / "reports/evaluation" / name / "answers.parquet" for name in policies}
     tables = {name: read_table(path, ANSWERS) for name, path in paths.items() if path.is_file()}
-    return {name: table for name, table in tables.items() if len(table)}  # none of a policy that was not certified
+    return {
+        name: table for name, table in tables.items() if len(table)
+    }  # none of a policy that was not certified
 
 
 def read_certificates(root: Path) -> dict[str, Any]:
     """The metrics of every row of `certify`, by name."""
-    return {path.stem: read_record(path, Certified) for path in listed(root / "reports/metrics/certify", "*.json")}
+    return {
+        path.stem: read_record(path, Certified)
+        for path in listed(root / "reports/metrics/certify", "*.json")
+    }
 
 
 def _certified(folder: str, certificates: dict[str, Any]) -> bool:
@@ -99,13 +116,16 @@ def _certified(folder: str, certificates: dict[str, Any]) -> bool:
     return where == "certified" and certificates.get(name, {}).get("returned") is not None
 
 
-def win_rate(ours: pd.DataFrame, theirs: pd.DataFrame, score: str, confidence: float, sign: int = 1) -> Interval | None:
-    """How often our answer has the higher `sign * score` than theirs to the same prompt; a tie counts one half.
+def win_rate(
+    ours: pd.DataFrame, theirs: pd.DataFrame, score: str, confidence: float, sign: int = 1
+) -> Interval | None:
+    """How often our answer has the higher `sign * score` than theirs to the same prompt; a tie
+    counts one half.
 
-    Every answer of ours meets every answer of theirs; a prompt's share of wins is one observation. The interval is
-    Wilson's with the effective sample size that the spread between prompts implies, so it stays inside [0, 1] and
-    has a width even where one side wins everywhere. None without a common prompt.
-    """
+    Every answer of ours meets every answer of theirs; a prompt's share of wins is one observation.
+    The interval is Wilson's with the effective sample size that the spread between prompts implies,
+    so it stays inside [0, 1] and has a width even where one side wins everywhere. None without a
+    common prompt."""
     gap = _gaps(ours, theirs, score) * sign
     if gap.empty:
         return None
@@ -121,13 +141,21 @@ def win_rate(ours: pd.DataFrame, theirs: pd.DataFrame, score: str, confidence: f
     return _interval(mean, max(0.0, centre - half), min(1.0, centre + half))
 
 
-def mean_gain(ours: pd.DataFrame, theirs: pd.DataFrame, score: str, confidence: float) -> Interval | None:
-    """Mean of our score minus theirs, paired and clustered by prompt. None without a common prompt."""
+def mean_gain(
+    ours: pd.DataFrame, theirs: pd.DataFrame, score: str, confidence: float
+) -> Interval | None:
+    """Mean of our score minus theirs, paired and clustered by prompt. None without a common
+    prompt.
+    """
     gap = _gaps(ours, theirs, score)
     if gap.empty:
         return None
     found = clustered_mean(gap.to_numpy(), gap.index.to_numpy(), confidence)
-    return _interval(found.mean, found.low, found.high) if math.isfinite(found.error) else _interval(found.mean)
+    return (
+        _interval(found.mean, found.low, found.high)
+        if math.isfinite(found.error)
+        else _interval(found.mean)
+    )
 
 
 def _gaps(ours: pd.DataFrame, theirs: pd.DataFrame, score: str) -> pd.Series:
@@ -160,10 +188,17 @@ def _row(metrics: dict[str, Any], folder: str, limit: float | None) -> dict[str,
     row |= {key: _measure(metrics.get(key)) for key in (*_MEASURES, *_WORLD_MEASURES)}
     row |= {key: _value(metrics, key) for key in ("reward_share", "value_gap")}
     further = {
-        name: kept | {"standing": _standing(kept, kept["limit"])} for name, kept in metrics.get("also", {}).items()
+        name: kept | {"standing": _standing(kept, kept["limit"])}
+        for name, kept in metrics.get("also", {}).items()
     }
-    standings = [] if limit is None else [_standing(row["cost"], limit), *(k["standing"] for k in further.values())]
-    worst = next((standing for standing in ("over", "unproven", "within") if standing in standings), None)
+    standings = (
+        []
+        if limit is None
+        else [_standing(row["cost"], limit), *(k["standing"] for k in further.values())]
+    )
+    worst = next(
+        (standing for standing in ("over", "unproven", "within") if standing in standings), None
+    )
     return row | {"standing": worst, "tilt": metrics.get("tilt"), "also": further}
 
 
@@ -190,7 +225,9 @@ def _value(metrics: dict[str, Any], key: str) -> float | None:
 
 
 def _standing(cost: Interval | None, limit: float | None) -> str | None:
-    """`within`: the whole interval is within the limit; `unproven`: only its mean is; `over`: not even that."""
+    """`within`: the whole interval is within the limit; `unproven`: only its mean is; `over`: not
+    even that.
+    """
     if cost is None or limit is None or cost["mean"] is None:
         return None
     if cost["high"] is not None and cost["high"] <= limit:
@@ -199,11 +236,16 @@ def _standing(cost: Interval | None, limit: float | None) -> str | None:
 
 
 def _search(root: Path, folder: str) -> dict[str, Any]:
-    """How the search of this policy went and what it spent; nulls for a policy that no search made."""
+    """How the search of this policy went and what it spent; nulls for a policy that no search
+    made.
+    """
     path = root / "reports/search" / f"{Path(folder).name}.json"
     found: Any = read_optional_record(path, SearchResult) if folder.startswith("aligned/") else None
     spent = ("trainings", "generated_tokens", "labels", "stopped")
-    return {key: found and found[key] for key in ("method", "title", "rule", "returns", "cost_source", *spent)}
+    return {
+        key: found and found[key]
+        for key in ("method", "title", "rule", "returns", "cost_source", *spent)
+    }
 
 
 def _recommended(rows: dict[str, dict[str, Any]], tested: bool) -> str | None:
@@ -221,11 +263,18 @@ def _nearest(rows: dict[str, dict[str, Any]], limit: float | None) -> str | None
 
 
 def _excess(row: dict[str, Any], limit: float | None) -> float:
-    """The upper end of cost; with further limits the largest excess of an upper end over its limit, in half widths."""
+    """The upper end of cost; with further limits the largest excess of an upper end over its limit,
+    in half widths.
+    """
     if not row["also"] or limit is None:
         return _upper(row["cost"])
-    ends = [(row["cost"], limit), *((kept, kept["limit"]) for kept in row["also"].values() if kept["mean"] is not None)]
-    return max((_upper(found) - bound) / max(_upper(found) - found["mean"], 1e-12) for found, bound in ends)
+    ends = [
+        (row["cost"], limit),
+        *((kept, kept["limit"]) for kept in row["also"].values() if kept["mean"] is not None),
+    ]
+    return max(
+        (_upper(found) - bound) / max(_upper(found) - found["mean"], 1e-12) for found, bound in ends
+    )
 
 
 def _upper(cost: dict[str, float]) -> float:

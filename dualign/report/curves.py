@@ -1,8 +1,8 @@
-"""The tables of the whole run that `dvc plots` draws: the loss of every training, and the steps of every search.
+"""The tables of the whole run that `dvc plots` draws: the loss of every training, and the steps of
+every search.
 
-A stage writes its own curves. DVC draws one line per file that `dvc.yaml` names, and cannot name files by the rows of
-params.yaml; here they are one table, with the run in a column.
-"""
+A stage writes its own curves. DVC draws one line per file that `dvc.yaml` names, and cannot name
+files by the rows of params.yaml; here they are one table, with the run in a column."""
 
 from __future__ import annotations
 

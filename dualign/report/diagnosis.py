@@ -1,6 +1,8 @@
-"""What trainings reached, what the pool predicted of what came of it, what tests were on, and which answers were cut.
+"""What trainings reached, what the pool predicted of what came of it, what tests were on, and which
+answers were cut.
 
-Pure functions of what other stages wrote: a tilt as `dualign.measure.tilt` reads it off a policy, the rows of
+Pure functions of what other stages wrote: a tilt as `dualign.evaluation.effective_tilt` reads it
+off a policy, the rows of
 data/dual/frontier.json and of betas.json beside it, and the prices in data/dual/dual.json.
 """
 
@@ -13,7 +15,7 @@ import numpy as np
 
 from dualign.core.records import Betas
 from dualign.params.base import SHARES
-from dualign.report.words import number, percent
+from dualign.report.formatting import number, percent
 
 Row = dict[str, Any]
 
@@ -23,11 +25,13 @@ TILTED = 0.5
 CUT = 0.2
 
 
-def predicted(frontier: Sequence[Mapping[str, Any]], lam: float | None) -> dict[str, dict[str, float | None]] | None:
+def predicted(
+    frontier: Sequence[Mapping[str, Any]], lam: float | None
+) -> dict[str, dict[str, float | None]] | None:
     """Cost and reward that the pool predicts at a multiplier, each as {"mean", "low", "high"}.
 
-    Linear in lambda between the two nearest rows of the frontier, estimates and bands alike; an end is None where the
-    rows have no bands. None for a multiplier that is unknown or outside the rows.
+    Linear in lambda between the two nearest rows of the frontier, estimates and bands alike; an end
+    is None where the rows have no bands. None for a multiplier that is unknown or outside the rows.
     """
     rows = sorted(frontier, key=lambda row: float(row["lam"]))
     lams = [row["lam"] for row in rows]
@@ -39,16 +43,17 @@ def predicted(frontier: Sequence[Mapping[str, Any]], lam: float | None) -> dict[
         return float(np.interp(lam, lams, values)) if len(values) == len(rows) else None
 
     return {
-        name: {"mean": at(name), "low": at(f"{name}_low"), "high": at(f"{name}_high")} for name in ("cost", "reward")
+        name: {"mean": at(name), "low": at(f"{name}_low"), "high": at(f"{name}_high")}
+        for name in ("cost", "reward")
     }
 
 
 def other_betas(table: Betas) -> list[Row]:
-    """The rows of data/dual/betas.json with each quantity as {"mean", "low", "high"}; an end that is not known is None.
+    """The rows of data/dual/betas.json with each quantity as {"mean", "low", "high"}; an end that
+    is not known is None.
 
-    `in_use` marks the run's own beta, `guess` a row with fewer effective samples than `min_ess`. Where the limit is out
-    of reach, `lam` is None.
-    """
+    `in_use` marks the run's own beta, `guess` a row with fewer effective samples than `min_ess`.
+    Where the limit is out of reach, `lam` is None."""
     rows: list[Any] = [*table["rows"]]
     return [
         {
@@ -68,12 +73,16 @@ def _interval(row: Mapping[str, Any], key: str) -> dict[str, float | None]:
 
 
 def is_tilt(tilt: Mapping[str, Any]) -> bool:
-    """Whether reward, cost and length explain at least half of a policy's log-ratios, and it tilts towards reward."""
+    """Whether reward, cost and length explain at least half of a policy's log-ratios, and it tilts
+    towards reward.
+    """
     return tilt.get("lam_eff") is not None and (tilt.get("r2") or 0.0) >= TILTED
 
 
 def tilt_in_words(lam: float | None, tilt: Mapping[str, Any] | None) -> str:
-    """What a policy was told and what it reached, in a sentence or two; empty where its tilt was not read."""
+    """What a policy was told and what it reached, in a sentence or two; empty where its tilt was
+    not read.
+    """
     if not tilt:
         return ""
     told = "It" if lam is None else f"Told λ {number(lam)}, it"
@@ -83,9 +92,14 @@ def tilt_in_words(lam: float | None, tilt: Mapping[str, Any] | None) -> str:
     if tilt["r2"] < TILTED:
         return f"{told} became no tilt: reward, cost and length explain only {share} of it."
     if tilt.get("lam_eff") is None:
-        return f"{told} does not tilt towards reward. Reward, cost and length explain {share} of it."
+        return (
+            f"{told} does not tilt towards reward. Reward, cost and length explain {share} of it."
+        )
     reached = f"{told} reached {_with_error(tilt, 'lam_eff')} at β {number(tilt['beta_eff'])}"
-    return f"{reached}, and {number(tilt['length_slope'])} nats a token of length. {share} of it is such a tilt."
+    return (
+        f"{reached}, and {number(tilt['length_slope'])} nats a token of length. {share} of it is"
+        " such a tilt."
+    )
 
 
 def _with_error(tilt: Mapping[str, Any], key: str) -> str:
@@ -94,21 +108,27 @@ def _with_error(tilt: Mapping[str, Any], key: str) -> str:
 
 
 def further_limits(prices: Iterable[Mapping[str, Any]], rows: Sequence[Row]) -> list[Row]:
-    """The limits of `constraint.also` in their order: name, what is limited, limit, price `lam`, `predicted` mean.
+    """The limits of `constraint.also` in their order: name, what is limited, limit, price `lam`,
+    `predicted` mean.
 
-    `share`: it is on a share of the answers, shown in per cent. What `dual_init` did not write is None. `rows` are
-    those of the comparison; limits that only they know come last.
-    """
-    priced = {price["name"]: {**price, "what": _what(price), "share": price["quantity"] in SHARES} for price in prices}
+    `share`: it is on a share of the answers, shown in per cent. What `dual_init` did not write is
+    None. `rows` are those of the comparison; limits that only they know come last."""
+    priced = {
+        price["name"]: {**price, "what": _what(price), "share": price["quantity"] in SHARES}
+        for price in prices
+    }
     unknown = {"what": "", "share": False, "lam": None, "predicted": None}
     others = {
-        name: {"name": name, "limit": kept["limit"], **unknown} for row in rows for name, kept in row["also"].items()
+        name: {"name": name, "limit": kept["limit"], **unknown}
+        for row in rows
+        for name, kept in row["also"].items()
     }
     return [*priced.values(), *(limit for name, limit in others.items() if name not in priced)]
 
 
 def cut_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One warning about the policies of which more answers than `CUT` did not end; empty where there are none.
+    """One warning about the policies of which more answers than `CUT` did not end; empty where
+    there are none.
 
     `rows` are those of the comparison, each with `name`, the interval `ended` and `max_new_tokens`.
     """
@@ -117,15 +137,21 @@ def cut_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
     if not told:
         return ""
     limits = sorted({row["max_new_tokens"] for row in rows if row["max_new_tokens"] is not None})
-    where = f"at {' or '.join(f'{limit:,}' for limit in limits)} tokens" if limits else "before their end"
+    where = (
+        f"at {' or '.join(f'{limit:,}' for limit in limits)} tokens"
+        if limits
+        else "before their end"
+    )
     return (
-        f"Answers were cut {where}, and their scores are those of unfinished text: {', '.join(told)}; raise "
-        "generation.max_new_tokens."
+        f"Answers were cut {where}, and their scores are those of unfinished text:"
+        f" {', '.join(told)}; raise generation.max_new_tokens."
     )
 
 
 def further_by_step(steps: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Each further limit over the steps of a search: its `means` with the last `error`, and the `prices` that moved."""
+    """Each further limit over the steps of a search: its `means` with the last `error`, and the
+    `prices` that moved.
+    """
     rows = [step.get("further") or [] for step in steps]
     if not rows or not all(rows):
         return []
@@ -142,7 +168,9 @@ def further_by_step(steps: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def required_in_words(required: Mapping[str, Any]) -> dict[str, Any]:
-    """What a requirement of a certificate is on: `what` in words, and whether it is a `share`, shown in per cent."""
+    """What a requirement of a certificate is on: `what` in words, and whether it is a `share`,
+    shown in per cent.
+    """
     quantity, method = required["quantity"], required["method"]
     what = {
         "cost": "expected cost",
@@ -156,16 +184,22 @@ def required_in_words(required: Mapping[str, Any]) -> dict[str, Any]:
     if method == "clopper_pearson":
         what = "share of prompts with an unsafe answer"
     on = f" on prompts with {required['prompts']}" if required.get("prompts") else ""
-    return {"what": what + on, "share": quantity in (*SHARES, "harm") or method == "clopper_pearson"}
+    return {
+        "what": what + on,
+        "share": quantity in (*SHARES, "harm") or method == "clopper_pearson",
+    }
 
 
-def prompts_gain(test: Row, requirements: Sequence[Mapping[str, Any]], solved: Mapping[str, Any]) -> Row | None:
-    """What one more prompt, and twice as many, would take off the bound that is nearest to its limit.
+def prompts_gain(
+    test: Row, requirements: Sequence[Mapping[str, Any]], solved: Mapping[str, Any]
+) -> Row | None:
+    """What one more prompt, and twice as many, would take off the bound that is nearest to its
+    limit.
 
-    Nearest in units of its own reach, bound less estimate, which falls as 1 / sqrt(N) with the prompts (of the truth:
-    with the labelled ones). `worth` is what twice as many are worth in E[r] - beta KL, to first order: the multiplier
-    of that limit, by the share of prompts that it is on, times what its bound falls by. None if it has no multiplier.
-    """
+    Nearest in units of its own reach, bound less estimate, which falls as 1 / sqrt(N) with the
+    prompts (of the truth: with the labelled ones). `worth` is what twice as many are worth in E[r]
+    - beta KL, to first order: the multiplier of that limit, by the share of prompts that it is on,
+    times what its bound falls by. None if it has no multiplier."""
     pairs = [
         (check, required)
         for check, required in zip(test["checks"], requirements, strict=True)
@@ -173,7 +207,9 @@ def prompts_gain(test: Row, requirements: Sequence[Mapping[str, Any]], solved: M
     ]
     if not pairs:
         return None
-    check, required = min(pairs, key=lambda pair: (pair[1]["limit"] - pair[0]["bound"]) / _reach(pair[0]))
+    check, required = min(
+        pairs, key=lambda pair: (pair[1]["limit"] - pair[0]["bound"]) / _reach(pair[0])
+    )
     twice = _reach(check) * (1 - 0.5**0.5)
     price = _multiplier(required, solved)
     share = 1.0 if not required.get("prompts") else check["prompts"] / test["checks"][0]["prompts"]
@@ -191,10 +227,15 @@ def _reach(check: Mapping[str, Any]) -> float:
 
 
 def _multiplier(required: Mapping[str, Any], solved: Mapping[str, Any]) -> float | None:
-    """The pool's multiplier of a requirement; the truth's is that of the cost, votes of people have none."""
+    """The pool's multiplier of a requirement; the truth's is that of the cost, votes of people have
+    none.
+    """
     if required["quantity"] == "truth" or required["name"] == "c":
         return solved.get("lam")
-    return next((price["lam"] for price in solved.get("prices", []) if price["name"] == required["name"]), None)
+    return next(
+        (price["lam"] for price in solved.get("prices", []) if price["name"] == required["name"]),
+        None,
+    )
 
 
 def _what(price: Mapping[str, Any]) -> str:

@@ -1,8 +1,9 @@
-"""The report page: reads what the stages wrote, draws the charts, renders `template.html` into one file.
+"""The report page: reads what the stages wrote, draws the charts, renders `template.html` into one
+file.
 
-The page needs no network and no script; everything that comes from data or models is escaped. What a run did not
-write (no embedded world, a policy without a search, a stage that did not run) is left out of the page.
-"""
+The page needs no network and no script; everything that comes from data or models is escaped. What
+a run did not write (no embedded world, a policy without a search, a stage that did not run) is left
+out of the page."""
 
 from __future__ import annotations
 
@@ -46,16 +47,33 @@ from dualign.report.diagnosis import (
     required_in_words,
     tilt_in_words,
 )
-from dualign.report.words import MINUS, NONE, compact, duration, memory, number, percent, precise, spoken, visible
+from dualign.report.formatting import (
+    MINUS,
+    NONE,
+    compact,
+    duration,
+    memory,
+    number,
+    percent,
+    precise,
+    spoken,
+    visible,
+)
 
 Row = dict[str, Any]
 
-#: Width and height of a frontier chart: one of two beside each other, alone, and on a narrow screen.
+#: Width and height of a frontier chart: one of two beside each other, alone, and on a narrow
+#: screen.
 _HALF, _FULL, _NARROW = (548, 430), (960, 440), (340, 360)
 #: With more policies than this the charts show row numbers instead of names.
 _CROWD = 14
 #: Stages whose metrics the page prints as they are, under these headings.
-_MODELS = {"sft": "Reference policy", "reward_model": "Reward model", "cost_model": "Cost model", "score": "Scores"}
+_MODELS = {
+    "sft": "Reference policy",
+    "reward_model": "Reward model",
+    "cost_model": "Cost model",
+    "score": "Scores",
+}
 #: Metrics whose key is not how one would say it.
 _WORDS = {
     "brier": "Brier score",
@@ -103,9 +121,14 @@ def _environment() -> Environment:
     )
     environment.filters["number"] = number
     environment.globals |= {
-        "number": number, "precise": precise, "percent": percent, "compact": compact, "duration": duration,
-        "memory": memory, "is_tilt": is_tilt,
-    }  # fmt: skip
+        "number": number,
+        "precise": precise,
+        "percent": percent,
+        "compact": compact,
+        "duration": duration,
+        "memory": memory,
+        "is_tilt": is_tilt,
+    }
     return environment
 
 
@@ -132,13 +155,18 @@ def _context(root: Path, params: ReportParams) -> dict[str, Any]:
         "cut": cut_in_words(rows),
         "missing": comparison["missing"],
         "uncertified": comparison["uncertified"],
-        "certificates": [_certificate(name, metrics, dual) for name, metrics in comparison["certificates"].items()],
+        "certificates": [
+            _certificate(name, metrics, dual)
+            for name, metrics in comparison["certificates"].items()
+        ],
         "dual": dual,
         "world": world,
         "frontiers": _frontiers(curve, rows, near, world),
         "limit_shown": near is not None,
         "betas": other_betas(betas) if betas else [],
-        "reached": [row for row in rows if row["predicted"] or (row["tilt"] and row["kind"] != "reference")],
+        "reached": [
+            row for row in rows if row["predicted"] or (row["tilt"] and row["kind"] != "reference")
+        ],
         "further": further,
         "crowded": len(rows) > _CROWD,
         "searches": searches,
@@ -150,11 +178,13 @@ def _context(root: Path, params: ReportParams) -> dict[str, Any]:
     }
 
 
-# --- policies ---------------------------------------------------------------------------------------------------------
+# --- policies -------------------------------------------------------------------------------------
 
 
 def _ordered(comparison: dict[str, Any]) -> list[Row]:
-    """Rows as the table shows them: methods first, those within the limit and the most helpful ahead; numbered."""
+    """Rows as the table shows them: methods first, those within the limit and the most helpful
+    ahead; numbered.
+    """
     rows = [{"name": name, **row} for name, row in comparison["policies"].items()]
     standings = ("within", "unproven", "over", None)
     kinds = ("method", "reference", "baseline")
@@ -174,20 +204,34 @@ def _ordered(comparison: dict[str, Any]) -> list[Row]:
 
 
 def _near(rows: list[Row], dual: Row, limit: float) -> float | None:
-    """The limit on cost if the charts can show it beside all costs there are; None for one that is far off."""
-    costs = [dual.get("cost_reference"), dual.get("cost_unconstrained"), dual.get("reachable_minimum")]
-    return charts.near(limit, [*costs, *(value for row in rows if row["cost"] for value in row["cost"].values())])
+    """The limit on cost if the charts can show it beside all costs there are; None for one that is
+    far off.
+    """
+    costs = [
+        dual.get("cost_reference"),
+        dual.get("cost_unconstrained"),
+        dual.get("reachable_minimum"),
+    ]
+    return charts.near(
+        limit, [*costs, *(value for row in rows if row["cost"] for value in row["cost"].values())]
+    )
 
 
 def _draw_strips(rows: list[Row], limit: float | None) -> None:
     """Add to every row its cost interval as a picture; all on one scale."""
-    extent = charts.domain([limit, *(value for row in rows if row["cost"] for value in row["cost"].values())])
+    extent = charts.domain(
+        [limit, *(value for row in rows if row["cost"] for value in row["cost"].values())]
+    )
     for row in rows:
-        row["strip"] = charts.strip(_range(row["cost"]), limit, extent, row["style"]) if row["cost"] else ""
+        row["strip"] = (
+            charts.strip(_range(row["cost"]), limit, extent, row["style"]) if row["cost"] else ""
+        )
 
 
 def _how(row: Row) -> str:
-    """How a search went about it: the method where the row's name does not say it, the rule, and what is unusual."""
+    """How a search went about it: the method where the row's name does not say it, the rule, and
+    what is unusual.
+    """
     if not row.get("rule"):
         return ""
     parts = [row["rule"].replace("_", " ")]
@@ -226,7 +270,10 @@ def _points(rows: Iterable[Row], cost: str, reward: str) -> list[Point]:
             x=_range(row[cost]),
             y=_range(row[reward]),
             style=row["style"],
-            title=f"{row['name']}: cost {spoken(row[cost])}, reward {spoken(row[reward])}{_foreseen(row, cost)}",
+            title=(
+                f"{row['name']}: cost {spoken(row[cost])}, reward"
+                f" {spoken(row[reward])}{_foreseen(row, cost)}"
+            ),
             predicted=_place(row["predicted"]) if cost == "cost" else None,
         )
         for row in rows
@@ -239,43 +286,59 @@ def _place(expected: Row | None) -> tuple[float, float] | None:
 
 
 def _foreseen(row: Row, cost: str) -> str:
-    """What was predicted at a policy's multiplier, for its tooltip; predictions are of the models' scores."""
+    """What was predicted at a policy's multiplier, for its tooltip; predictions are of the models'
+    scores.
+    """
     if row["predicted"] is None or cost != "cost":
         return ""
     means = (number(value) for value in (row["lam"], *(_place(row["predicted"]) or ())))
     return "; predicted at λ {}: cost {}, reward {}".format(*means)
 
 
-# --- certificates -----------------------------------------------------------------------------------------------------
+# --- certificates ---------------------------------------------------------------------------------
 
 
 def _certificate(name: str, metrics: Row, dual: Row) -> Row:
-    """A certificate as its card shows it: the tests in order, what was not tested, and what more prompts would buy."""
+    """A certificate as its card shows it: the tests in order, what was not tested, and what more
+    prompts would buy.
+    """
     tests = metrics["tests"]
     last = next((test for test in tests if test["candidate"] == metrics["returned"]), tests[0])
     untested = metrics["candidates"][len(tests) :]
     required = [{**one, **required_in_words(one)} for one in metrics["requirements"]]
     failed = [one for one, check in zip(required, last["checks"], strict=True) if not check["kept"]]
     return {
-        "name": name, **metrics, "requirements": required, "last": last, "failed": failed, "untested": untested,
+        "name": name,
+        **metrics,
+        "requirements": required,
+        "last": last,
+        "failed": failed,
+        "untested": untested,
         "gain": prompts_gain(last, metrics["requirements"], dual),
-    }  # fmt: skip
+    }
 
 
-# --- frontier ---------------------------------------------------------------------------------------------------------
+# --- frontier -------------------------------------------------------------------------------------
 
 
 def _world(root: Path, rows: list[Row]) -> dict[str, Any] | None:
-    """The exact optimum and frontier of the embedded world, as the first policy that was evaluated there has them."""
+    """The exact optimum and frontier of the embedded world, as the first policy that was evaluated
+    there has them.
+    """
     for row in rows:
         metrics: Any = read_evaluated(root / "reports/metrics", row["name"])
         if metrics.get("optimum"):
             frontier = root / "reports/evaluation" / row["name"] / "frontier.json"
-            return {"optimum": metrics["optimum"], "frontier": read_optional_record(frontier, list[FrontierRow]) or []}
+            return {
+                "optimum": metrics["optimum"],
+                "frontier": read_optional_record(frontier, list[FrontierRow]) or [],
+            }
     return None
 
 
-def _frontiers(curve: list[Row], rows: list[Row], limit: float | None, world: dict[str, Any] | None) -> list[Row]:
+def _frontiers(
+    curve: list[Row], rows: list[Row], limit: float | None, world: dict[str, Any] | None
+) -> list[Row]:
     """The charts to show: measured by the models, and (in the embedded world) by the truth."""
     measured = _points(rows, "cost", "reward")
     knots = [_knot(row) for row in curve]
@@ -306,7 +369,9 @@ def _drawings(
     name = f"{labels[1]} against {labels[0]} of every policy"
     crowded = len(points) > _CROWD
     return {
-        key: charts.frontier(points, curve, limit, size, labels, name=name, optimum=optimum, numbered=numbered)
+        key: charts.frontier(
+            points, curve, limit, size, labels, name=name, optimum=optimum, numbered=numbered
+        )
         for key, size, numbered in (("wide", wide, crowded), ("narrow", _NARROW, True))
     }
 
@@ -332,11 +397,13 @@ def _optimum(optimum: dict[str, Any]) -> Point:
     return Point("optimum", 0, Range(optimum["cost"]), Range(optimum["reward"]), "star", title)
 
 
-# --- searches ---------------------------------------------------------------------------------------------------------
+# --- searches -------------------------------------------------------------------------------------
 
 
 def _searches(root: Path, rows: list[Row], limit: float, near: float | None) -> list[Row]:
-    """The searches of the evaluated methods in the order of the table, each with its chart; `near` as it shows it."""
+    """The searches of the evaluated methods in the order of the table, each with its chart; `near`
+    as it shows it.
+    """
     found = []
     for row in rows:
         path = root / "reports/search" / f"{Path(row['folder']).name}.json"
@@ -347,13 +414,19 @@ def _searches(root: Path, rows: list[Row], limit: float, near: float | None) -> 
     for search in found:
         name = f"search of {search['row']['name']}: multiplier and cost by step"
         chosen = None if search.get("course") else search.get("chosen")
-        search["chart"] = charts.trajectory(trajectory(search), near, costs, chosen, name, search["aim"])
+        search["chart"] = charts.trajectory(
+            trajectory(search), near, costs, chosen, name, search["aim"]
+        )
     return found
 
 
 def _search(search: Row, limit: float) -> Row:
-    """A search with what its panel says: the aim where that is not the limit, and each screened weight once."""
-    returned: Row = next((step for step in search["steps"] if step["step"] == search.get("chosen")), {})
+    """A search with what its panel says: the aim where that is not the limit, and each screened
+    weight once.
+    """
+    returned: Row = next(
+        (step for step in search["steps"] if step["step"] == search.get("chosen")), {}
+    )
     screened = {seen["q"]: seen for seen in search.get("screened") or []}
     return search | {
         "heading": _heading(search),
@@ -366,7 +439,9 @@ def _search(search: Row, limit: float) -> Row:
 
 
 def _heading(search: Row) -> str:
-    """The method's title, with the row's name where that is not the method's own; the policy's name without a title."""
+    """The method's title, with the row's name where that is not the method's own; the policy's name
+    without a title.
+    """
     if not search.get("title"):
         return str(search["row"]["name"])
     named = "" if search["name"] == search["method"] else f" ({search['name']})"
@@ -379,17 +454,23 @@ def _step_ends(step: dict[str, Any]) -> list[float]:
     return [] if cost is None else [cost - error, cost + error]
 
 
-# --- sample answers ---------------------------------------------------------------------------------------------------
+# --- sample answers -------------------------------------------------------------------------------
 
 
 def _prompts(answers: dict[str, pd.DataFrame], rows: list[Row], count: int) -> list[Row]:
-    """Prompts that every policy answered, from the one that the reference answers most harmfully to the least."""
+    """Prompts that every policy answered, from the one that the reference answers most harmfully to
+    the least.
+    """
     named = [row for row in rows if row["name"] in answers and len(answers[row["name"]])]
     if not named or count == 0:
         return []
     first = {row["name"]: _first_answers(answers[row["name"]]) for row in named}
     common = set.intersection(*(set(frame.index) for frame in first.values()))
-    guide = answers[REFERENCE if REFERENCE in first else named[0]["name"]].groupby("prompt_id")["cost"].mean()
+    guide = (
+        answers[REFERENCE if REFERENCE in first else named[0]["name"]]
+        .groupby("prompt_id")["cost"]
+        .mean()
+    )
     ranked = sorted(common, key=lambda identity: (-guide.fillna(0.0)[identity], identity))
     return [
         {
@@ -402,7 +483,11 @@ def _prompts(answers: dict[str, pd.DataFrame], rows: list[Row], count: int) -> l
 
 def _first_answers(frame: pd.DataFrame) -> pd.DataFrame:
     """The first answer to each prompt, by prompt_id."""
-    return frame.sort_values("sample", kind="stable").drop_duplicates("prompt_id").set_index("prompt_id")
+    return (
+        frame.sort_values("sample", kind="stable")
+        .drop_duplicates("prompt_id")
+        .set_index("prompt_id")
+    )
 
 
 def _spread(items: list[str], count: int) -> list[str]:
@@ -417,23 +502,34 @@ def _answer(row: Row, answer: pd.Series) -> Row:
     scores = {key: _known(answer[key]) for key in ("reward", "cost", "true_cost")}
     harmful = scores["cost"] is None or scores["cost"] > 0 or (scores["true_cost"] or 0.0) > 0
     text = answer["response"] or ""
-    return {"row": row, "text": text.strip(), "folded": harmful, "ended": bool(answer["ended"]), **scores}
+    return {
+        "row": row,
+        "text": text.strip(),
+        "folded": harmful,
+        "ended": bool(answer["ended"]),
+        **scores,
+    }
 
 
 def _known(value: Any) -> float | None:
     return None if pd.isna(value) else float(value)
 
 
-# --- facts ------------------------------------------------------------------------------------------------------------
+# --- facts ----------------------------------------------------------------------------------------
 
 
 def _prepared(root: Path) -> list[tuple[str, int]]:
     """Rows of every prepared table, by name."""
-    return [(path.stem, pq.read_metadata(path).num_rows) for path in listed(root / "data/prepared", "*.parquet")]
+    return [
+        (path.stem, pq.read_metadata(path).num_rows)
+        for path in listed(root / "data/prepared", "*.parquet")
+    ]
 
 
 def _quarantine(root: Path) -> list[tuple[str, int]]:
-    """Rejected rows by reason, the most frequent first; the file that lists them holds the first ones only."""
+    """Rejected rows by reason, the most frequent first; the file that lists them holds the first
+    ones only.
+    """
     found = read_optional_record(root / "reports/metrics/prepare.json", PreparedMetrics)
     counts = Counter(found["rejected"] if found else {})
     return [(reason.replace("_", " "), count) for reason, count in counts.most_common()]
@@ -442,34 +538,50 @@ def _quarantine(root: Path) -> list[tuple[str, int]]:
 def _models(root: Path) -> list[Row]:
     """The metrics of the models that the run rests on, flattened and worded."""
     found = [
-        (heading, read_optional_json(root / f"reports/metrics/{stage}.json")) for stage, heading in _MODELS.items()
+        (heading, read_optional_json(root / f"reports/metrics/{stage}.json"))
+        for stage, heading in _MODELS.items()
     ]
     return [_model(heading, metrics) for heading, metrics in found if metrics]
 
 
 def _model(heading: str, metrics: Row) -> Row:
-    """A model's card; where calibrations were compared, their table takes the place of the numbers before and after."""
+    """A model's card; where calibrations were compared, their table takes the place of the numbers
+    before and after.
+    """
     kinds = _calibrations(metrics)
     shown = {key: value for key, value in metrics.items() if not kinds or key not in _CALIBRATED}
     return {"heading": heading, "facts": list(_facts(shown)), "calibrations": kinds}
 
 
 def _calibrations(metrics: Row) -> list[Row]:
-    """How well P(unsafe) fits held-out flags by each calibration, and which is served; empty where none was."""
+    """How well P(unsafe) fits held-out flags by each calibration, and which is served; empty where
+    none was.
+    """
     if not any(metrics.get(key) for key in ("platt", "isotonic")):
         return []
     after = [metrics.get(f"{key}_after") for key in ("ece", "brier")]
     before = {key: metrics.get(f"{key}_before") for key in ("ece", "brier")}
-    kinds = {"none": before, "line (Platt)": metrics.get("platt"), "curve (isotonic)": metrics.get("isotonic")}
+    kinds = {
+        "none": before,
+        "line (Platt)": metrics.get("platt"),
+        "curve (isotonic)": metrics.get("isotonic"),
+    }
     return [
-        {"kind": kind, "sign_accuracy": None, **quality, "served": [quality["ece"], quality["brier"]] == after}
+        {
+            "kind": kind,
+            "sign_accuracy": None,
+            **quality,
+            "served": [quality["ece"], quality["brier"]] == after,
+        }
         for kind, quality in kinds.items()
         if quality
     ]
 
 
 def _facts(metrics: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Label and value of every number, nested ones with the labels of their parents in front; curves are left out."""
+    """Label and value of every number, nested ones with the labels of their parents in front;
+    curves are left out.
+    """
     for key, value in metrics.items():
         label = prefix + _WORDS.get(key, key.replace("_", " "))
         if isinstance(value, list):
@@ -494,8 +606,12 @@ def _fact(key: str, value: Any) -> str:
 def _provenance(root: Path) -> list[Row]:
     """What each stage took, in the order of the pipeline."""
     order = list(STAGES)
-    written: list[Any] = [read_record(path, Provenance) for path in listed(root / "reports/provenance", "**/*.json")]
-    rows = [row for row in written if row["stage"] != "report"]  # of an earlier run: this one's is not known yet
+    written: list[Any] = [
+        read_record(path, Provenance) for path in listed(root / "reports/provenance", "**/*.json")
+    ]
+    rows = [
+        row for row in written if row["stage"] != "report"
+    ]  # of an earlier run: this one's is not known yet
     for row in rows:
         row["rates"] = ", ".join(_rate(key, value) for key, value in row["throughput"].items())
     return sorted(rows, key=lambda row: (order.index(row["stage"]), row.get("item") or ""))

@@ -1,8 +1,9 @@
-"""Calibration of scores to probabilities: Platt's line, an isotonic curve, and how well either fits.
+"""Calibration of scores to probabilities: Platt's line, an isotonic curve, and how well either
+fits.
 
-A calibration maps the cost model's raw score to a cost whose sigmoid is P(unsafe). It rises strictly, so it never
-changes a ranking; what it sets is the unit of cost and its zero, where P(unsafe) = 1/2.
-"""
+A calibration maps the cost model's raw score to a cost whose sigmoid is P(unsafe). It rises
+strictly, so it never changes a ranking; what it sets is the unit of cost and its zero, where
+P(unsafe) = 1/2."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ _RESAMPLES = 200  # of the prompts, for the error of the isotonic zero
 
 @dataclass(frozen=True)
 class Platt:
-    """P(unsafe) = sigmoid(scale * score + offset); the calibrated cost is that logit, 0 at even odds.
+    """P(unsafe) = sigmoid(scale * score + offset); the calibrated cost is that logit, 0 at even
+    odds.
 
     >>> line = Platt(scale=2.0, offset=-1.0)
     >>> line.zero, line(np.array([0.5, 1.5]))
@@ -45,7 +47,8 @@ class Platt:
 
 @dataclass(frozen=True)
 class Isotonic:
-    """P(unsafe) = sigmoid(cost): straight between the points (scores, costs), of slope `scale` outside of them.
+    """P(unsafe) = sigmoid(cost): straight between the points (scores, costs), of slope `scale`
+    outside of them.
 
     Both tuples rise strictly, and have one length, at least 1.
 
@@ -73,7 +76,8 @@ Calibration = Platt | Isotonic
 
 
 def from_card(card: Mapping[str, Any]) -> Calibration:
-    """The calibration whose fields a scorer's card holds: scale and offset, or scale, scores and costs.
+    """The calibration whose fields a scorer's card holds: scale and offset, or scale, scores and
+    costs.
 
     >>> from_card({"scale": 2.0, "offset": -1.0}).zero
     0.5
@@ -85,17 +89,19 @@ def from_card(card: Mapping[str, Any]) -> Calibration:
     return Platt(card["scale"], card["offset"])
 
 
-# --- fits -------------------------------------------------------------------------------------------------------------
+# --- fits -----------------------------------------------------------------------------------------
 
 
 def fit_platt(score: Array, unsafe: Array) -> Platt:
-    """The line a score + b whose sigmoid fits the flags (Platt, 1999), under a prior that keeps few flags from ruling.
+    """The line a score + b whose sigmoid fits the flags (Platt, 1999), under a prior that keeps few
+    flags from ruling.
 
-    score, unsafe (bool): shape [n]. The mode of sum log sigma(+-(a s + b)) - t^2 / (2 w^2) with t = a sd(s), a Gaussian
-    prior on the standardised slope as Gelman et al. (2008) advise, w = 1.5; b is free. The width is that of the least
-    excess log-loss over true slopes t of 0.3, 0.5, 1, 2 and 4 and scores that are normal, 300 data sets each: with 26
-    flags 0.039 nats an answer on average, against 0.043 for w = 1, 0.041 for w = 2.5 and 0.072 for w = 30; with 100
-    flags 0.0105 against 0.0114 for w = 30; with 1000 flags every width from 1.5 on comes to the same.
+    score, unsafe (bool): shape [n]. The mode of sum log sigma(+-(a s + b)) - t^2 / (2 w^2) with t =
+    a sd(s), a Gaussian prior on the standardised slope as Gelman et al. (2008) advise, w = 1.5; b
+    is free. The width is that of the least excess log-loss over true slopes t of 0.3, 0.5, 1, 2 and
+    4 and scores that are normal, 300 data sets each: with 26 flags 0.039 nats an answer on average,
+    against 0.043 for w = 1, 0.041 for w = 2.5 and 0.072 for w = 30; with 100 flags 0.0105 against
+    0.0114 for w = 30; with 1000 flags every width from 1.5 on comes to the same.
 
     Raises DataError if the flags are all alike, or if unsafe answers score lower (a <= 0).
 
@@ -106,28 +112,34 @@ def fit_platt(score: Array, unsafe: Array) -> Platt:
     score, unsafe = np.asarray(score, float), np.asarray(unsafe, bool)
     if unsafe.all() or not unsafe.any():
         raise DataError(
-            "calibration needs held-out answers of both kinds, safe and unsafe; raise prepare.heldout_share"
+            "calibration needs held-out answers of both kinds, safe and unsafe; raise"
+            " prepare.heldout_share"
         )
     spread, middle = _spread(score), float(score.mean())
     design = np.stack([(score - middle) / spread, np.ones_like(score)], 1)
     slope, offset = _mode(design, unsafe, np.zeros(2), np.array([_WIDTH**-2, 0.0]))
     if slope <= 0:
         raise DataError(
-            "the cost model scores unsafe answers below safe ones on held-out pairs; check the labels (chosen must be "
-            "the safer answer) and higher_is of a given scorer, or train longer"
+            "the cost model scores unsafe answers below safe ones on held-out pairs; check the"
+            " labels (chosen must be the safer answer) and higher_is of a given scorer, or train"
+            " longer"
         )
     return Platt(float(slope / spread), float(offset - slope * middle / spread))
 
 
 def fit_slope(gap: Array, centre: float = 0.0) -> float:
-    """The s of P(chosen is better) = sigma(s gap), gap being the score of chosen less that of rejected, shape [n].
+    """The s of P(chosen is better) = sigma(s gap), gap being the score of chosen less that of
+    rejected, shape [n].
 
-    The mode under a Gaussian prior, of the width of `fit_platt`'s. `centre` is the slope that the scorer's training
-    aimed at: s has mean `centre` and standard deviation 1.5 centre, so it stays there if there is little to go by
-    (Bradley-Terry: centre 1). Where that is unknown centre is 0, and s rms(gap) has mean 0 and standard deviation 1.5.
-    Negative if gaps point the wrong way.
+    The mode under a Gaussian prior, of the width of `fit_platt`'s. `centre` is the slope that the
+    scorer's training
+    aimed at: s has mean `centre` and standard deviation 1.5 centre, so it stays there if there is
+    little to go by
+    (Bradley-Terry: centre 1). Where that is unknown centre is 0, and s rms(gap) has mean 0 and
+    standard deviation 1.5. Negative if gaps point the wrong way.
 
-    Gaps that point both ways alike say nothing; all one way, with nothing known before, they say something:
+    Gaps that point both ways alike say nothing; all one way, with nothing known before, they say
+    something:
 
     >>> abs(round(fit_slope(np.array([1.0, -1.0])), 6)), fit_slope(np.ones(9)) > 1
     (0.0, True)
@@ -136,12 +148,16 @@ def fit_slope(gap: Array, centre: float = 0.0) -> float:
     size = max(float(np.sqrt(np.mean(gap**2))), 1e-12)
     middle = centre * size
     precision = (_WIDTH * (middle or 1.0)) ** -2
-    found = _mode(gap[:, None] / size, np.ones(len(gap), bool), np.array([middle]), np.array([precision]))
+    found = _mode(
+        gap[:, None] / size, np.ones(len(gap), bool), np.array([middle]), np.array([precision])
+    )
     return float(found[0] / size)
 
 
 def _mode(design: Array, flags: Array, centre: Array, precision: Array) -> Array:
-    """Mode of a logistic regression under independent Gaussian priors; design [n, k], flags (bool) [n], others [k]."""
+    """Mode of a logistic regression under independent Gaussian priors; design [n, k], flags (bool)
+    [n], others [k].
+    """
     sign = np.where(flags, 1.0, -1.0)
 
     def loss(theta: Array) -> float:
@@ -149,23 +165,31 @@ def _mode(design: Array, flags: Array, centre: Array, precision: Array) -> Array
         return float(np.logaddexp(0, -sign * (design @ theta)).sum()) + prior
 
     def gradient(theta: Array) -> Array:
-        return np.asarray(design.T @ (sigmoid(design @ theta) - flags) + precision * (theta - centre))
+        return np.asarray(
+            design.T @ (sigmoid(design @ theta) - flags) + precision * (theta - centre)
+        )
 
     def hessian(theta: Array) -> Array:
         probability = sigmoid(design @ theta)
-        return np.asarray((design * (probability * (1 - probability))[:, None]).T @ design + np.diag(precision))
+        return np.asarray(
+            (design * (probability * (1 - probability))[:, None]).T @ design + np.diag(precision)
+        )
 
     options = {"gtol": 1e-9 * len(flags)}
-    return np.asarray(minimize(loss, centre, jac=gradient, hess=hessian, method="trust-exact", options=options).x)
+    return np.asarray(
+        minimize(loss, centre, jac=gradient, hess=hessian, method="trust-exact", options=options).x
+    )
 
 
 def platt_zero_error(platt: Platt, score: Array, unsafe: Array, prompts: Array) -> float:
-    """Standard error of the zero of `platt`, fitted to these answers (all shape [n]), in units of cost.
+    """Standard error of the zero of `platt`, fitted to these answers (all shape [n]), in units of
+    cost.
 
-    The zero lies at the score s0 = -b / a, and the delta method gives a sd(s0) = sqrt(v' S v), v = (s0, 1): the error
-    of the cost that the fit gives an answer of even odds. S = H^-1 (sum_x g_x g_x') H^-1 N / (N - 1) is the covariance
-    of (a, b), clustered by prompt (Liang and Zeger, 1986): H the Hessian of the negative log-posterior of `fit_platt`,
-    g_x the sum of the likelihood's gradients over the answers to prompt x of N, which err together.
+    The zero lies at the score s0 = -b / a, and the delta method gives a sd(s0) = sqrt(v' S v), v =
+    (s0, 1): the error of the cost that the fit gives an answer of even odds. S = H^-1 (sum_x g_x
+    g_x') H^-1 N / (N - 1) is the covariance of (a, b), clustered by prompt (Liang and Zeger, 1986):
+    H the Hessian of the negative log-posterior of `fit_platt`, g_x the sum of the likelihood's
+    gradients over the answers to prompt x of N, which err together.
 
     Four times the prompts halve it, more answers to the same prompts do not:
 
@@ -190,14 +214,17 @@ def platt_zero_error(platt: Platt, score: Array, unsafe: Array, prompts: Array) 
 
 
 def fit_isotonic(score: Array, unsafe: Array, platt: Platt) -> Isotonic:
-    """P(unsafe) as an increasing function of the score, by pool adjacent violators (Zadrozny and Elkan, 2002).
+    """P(unsafe) as an increasing function of the score, by pool adjacent violators (Zadrozny and
+    Elkan, 2002).
 
-    `platt` is the line fitted to the same answers; score, unsafe (bool): shape [n]. A block of n answers, k of them
-    unsafe, has P = (k + m p) / (n + m), p being the mean of sigma(platt) over it and m = 2: never 0 or 1, and close to
-    the line where flags are few. Blocks that this puts out of order are pooled again. The cost is the logit of P at the
-    block's mean score, straight between blocks, and has Platt's slope outside, where there is nothing to go by.
+    `platt` is the line fitted to the same answers; score, unsafe (bool): shape [n]. A block of n
+    answers, k of them unsafe, has P = (k + m p) / (n + m), p being the mean of sigma(platt) over it
+    and m = 2: never 0 or 1, and close to the line where flags are few. Blocks that this puts out of
+    order are pooled again. The cost is the logit of P at the block's mean score, straight between
+    blocks, and has Platt's slope outside, where there is nothing to go by.
 
-    Flags that fall as the score rises are pooled, here those of 1 to 4, so the curve rises all the same:
+    Flags that fall as the score rises are pooled, here those of 1 to 4, so the curve rises all the
+    same:
 
     >>> score, unsafe = np.arange(6.0), np.array([False, True, False, True, False, True])
     >>> curve = fit_isotonic(score, unsafe, fit_platt(score, unsafe))
@@ -206,7 +233,9 @@ def fit_isotonic(score: Array, unsafe: Array, platt: Platt) -> Isotonic:
     """
     points, where = np.unique(np.asarray(score, float), return_inverse=True)
     count = np.bincount(where).astype(float)
-    columns = np.stack([count, np.bincount(where, unsafe), count * points, count * sigmoid(platt(points))])
+    columns = np.stack(
+        [count, np.bincount(where, unsafe), count * points, count * sigmoid(platt(points))]
+    )
     starts = isotonic_regression(columns[1] / count, weights=count).blocks[:-1]
     blocks = np.add.reduceat(columns, starts, axis=1)
     while (fall := np.diff(_smoothed(blocks)) <= 0).any():
@@ -218,12 +247,18 @@ def fit_isotonic(score: Array, unsafe: Array, platt: Platt) -> Isotonic:
 
 
 def isotonic_zero_error(
-    fitted: Isotonic, score: Array, unsafe: Array, prompts: Array, platt: Platt, rng: np.random.Generator
+    fitted: Isotonic,
+    score: Array,
+    unsafe: Array,
+    prompts: Array,
+    platt: Platt,
+    rng: np.random.Generator,
 ) -> float:
-    """Standard error of the zero of `fitted`, in units of cost; arguments as for `fit_isotonic` and `platt_zero_error`.
+    """Standard error of the zero of `fitted`, in units of cost; arguments as for `fit_isotonic` and
+    `platt_zero_error`.
 
-    The spread of the cost at that score over fits to resampled prompts. About twice that of Platt's zero: a curve goes
-    by the flags near the zero, a line by all of them.
+    The spread of the cost at that score over fits to resampled prompts. About twice that of Platt's
+    zero: a curve goes by the flags near the zero, a line by all of them.
 
     A point in the middle of many flags of each kind:
 
@@ -242,7 +277,9 @@ def isotonic_zero_error(
 
 
 def _smoothed(blocks: Array) -> Array:
-    """(k + m p) / (n + m) of each block; rows: answers, unsafe ones, and the sums of scores and of Platt's P."""
+    """(k + m p) / (n + m) of each block; rows: answers, unsafe ones, and the sums of scores and of
+    Platt's P.
+    """
     count, unsafe, _, expected = blocks
     return np.asarray((unsafe + _PRIOR * expected / count) / (count + _PRIOR))
 
@@ -251,11 +288,12 @@ def _spread(score: Array) -> float:
     return max(float(score.std()), 1e-12)
 
 
-# --- how well a probability fits --------------------------------------------------------------------------------------
+# --- how well a probability fits ------------------------------------------------------------------
 
 
 def expected_calibration_error(probability: Array, outcome: Array, bins: int = 10) -> float:
-    """Mean gap between predicted probability and observed share over bins of equal count (Naeini et al. 2015).
+    """Mean gap between predicted probability and observed share over bins of equal count (Naeini et
+    al. 2015).
 
     >>> half, mixed, all_of_them = np.full(4, 0.5), np.array([0, 1, 0, 1]), np.ones(4)
     >>> expected_calibration_error(half, mixed, bins=1), expected_calibration_error(half, all_of_them, bins=1)
@@ -267,9 +305,11 @@ def expected_calibration_error(probability: Array, outcome: Array, bins: int = 1
 
 
 def reliability(probability: Array, outcome: Array, bins: int = 10) -> list[dict[str, Any]]:
-    """The reliability diagram: mean predicted probability and observed share in bins of equal count, and the count.
+    """The reliability diagram: mean predicted probability and observed share in bins of equal
+    count, and the count.
 
-    A row for each bin, by increasing probability; nulls where fewer outcomes than bins leave one empty.
+    A row for each bin, by increasing probability; nulls where fewer outcomes than bins leave one
+    empty.
 
     >>> reliability(np.array([0.25, 0.75]), np.array([0, 1]), bins=1)
     [{'predicted': 0.5, 'observed': 0.5, 'answers': 2}]

@@ -1,4 +1,6 @@
-"""What the stages reward_model and cost_model share: a scorer, trained or given, and its scores on held-out pairs."""
+"""What the stages reward_model and cost_model share: a scorer, trained or given, and its scores on
+held-out pairs.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ _HIGH: dict[Meaning, str] = {"helpful": "chosen", "harmful": "rejected"}
 
 
 def local_inputs(params: ScorerParams) -> list[Path]:
-    """Folders and files beside the data that the scorer depends on: what lies in them counts, not their names."""
+    """Folders and files beside the data that the scorer depends on: what lies in them counts, not
+    their names.
+    """
     given = params.given or []
     named = [params.backbone, *(spec.path for spec in given), *(spec.template for spec in given)]
     return [REFERENCE, *(Path(name) for name in named if name is not None and Path(name).exists())]
@@ -41,7 +45,9 @@ def local_inputs(params: ScorerParams) -> list[Path]:
 def obtain(
     run: Run[Any], train: pd.DataFrame, meaning: Meaning, scratch: Path, sign_weight: float = 0.0
 ) -> tuple[Scorer, dict[str, Any]]:
-    """The scorer before calibration, and the metrics of its training; a given one is not trained."""
+    """The scorer before calibration, and the metrics of its training; a given one is not
+    trained.
+    """
     params = run.params
     if params.given is None:
         return _trained(run, train, meaning, scratch, sign_weight)
@@ -58,7 +64,9 @@ def _trained(
     params = run.params
     backbone = str(REFERENCE) if params.backbone == "sft" else params.backbone
     tokenizer = load_tokenizer(backbone)
-    base = load_scorer_backbone(backbone, tokenizer, run.resources, params.seed, trained=params.lora.rank == 0)
+    base = load_scorer_backbone(
+        backbone, tokenizer, run.resources, params.seed, trained=params.lora.rank == 0
+    )
     model = with_lora(base, params.lora, params.seed, head=True)
     high = _HIGH[meaning]
     low = "rejected" if high == "chosen" else "chosen"
@@ -66,19 +74,30 @@ def _trained(
     if params.cut_share > 0:
         prompts = [len(row) for row in encode_prompts(tokenizer, train["prompt"])]
         ids = with_cuts(ids, prompts, params.cut_share, params.seed)
-    flags = zip(*([unsafe(flag) for flag in train[f"{side}_is_safe"]] for side in (high, low)), strict=True)
+    flags = zip(
+        *([unsafe(flag) for flag in train[f"{side}_is_safe"]] for side in (high, low)), strict=True
+    )
     rows = [ScoredPair(a, b, pair) for a, b, pair in zip(*ids, flags, strict=True)]
     job = Job(params.training, run.resources, scratch, params.seed)
     metrics = train_scorer(
-        model, tokenizer, rows, job, sign_weight=sign_weight, regularisation=params.score_regularisation
+        model,
+        tokenizer,
+        rows,
+        job,
+        sign_weight=sign_weight,
+        regularisation=params.score_regularisation,
     )
     return Scorer(merged(model), tokenizer, Platt()), {**metrics, "pairs": {"train": len(train)}}
 
 
-def with_cuts(sides: list[list[list[int]]], prompts: list[int], share: float, seed: int) -> list[list[list[int]]]:
-    """The conversations of both sides, a random `share` of the pairs with both answers cut in their last half.
+def with_cuts(
+    sides: list[list[list[int]]], prompts: list[int], share: float, seed: int
+) -> list[list[list[int]]]:
+    """The conversations of both sides, a random `share` of the pairs with both answers cut in their
+    last half.
 
-    A scorer that has read ends of turns alone says next to nothing of an answer that was cut: its score is that of the
+    A scorer that has read ends of turns alone says next to nothing of an answer that was cut: its
+    score is that of the
     last token, whatever that is. `prompts` holds the tokens of each prompt, of which none is cut.
     """
     rng = np.random.default_rng(seed)
@@ -98,17 +117,24 @@ def _cut(row: list[int], prompt: int, keep: float) -> list[int]:
 
 
 def on_one_scale(scorer: Scorer, calibration_of: Callable[[Scorer], Calibration]) -> Scorer:
-    """Members of a scorer of several, each behind a calibration of its own: means and spreads need one unit."""
+    """Members of a scorer of several, each behind a calibration of its own: means and spreads need
+    one unit.
+    """
     if len(scorer.members) == 1:
         return scorer
     alone = [Scorer.of([member], Platt()) for member in scorer.members]
     pairs = zip(scorer.members, alone, strict=True)
-    members = [replace(one, steps=(*one.steps, calibration_of(each)), unit=1.0) for one, each in pairs]
+    members = [
+        replace(one, steps=(*one.steps, calibration_of(each)), unit=1.0) for one, each in pairs
+    ]
     return Scorer.of(members, scorer.calibration, scorer.spread)
 
 
-def heldout_answers(scorer: Scorer, heldout: pd.DataFrame, batch_size: int, *, ended: bool = True) -> pd.DataFrame:
-    """Both answers of every held-out pair: side, prompt_id, score, unsafe (None where there is no flag).
+def heldout_answers(
+    scorer: Scorer, heldout: pd.DataFrame, batch_size: int, *, ended: bool = True
+) -> pd.DataFrame:
+    """Both answers of every held-out pair: side, prompt_id, score, unsafe (None where there is no
+    flag).
 
     With `ended` False they are read as if they had been cut after their last word.
     """
@@ -118,7 +144,9 @@ def heldout_answers(scorer: Scorer, heldout: pd.DataFrame, batch_size: int, *, e
             {
                 "side": side,
                 "prompt_id": heldout["prompt_id"].to_numpy(),
-                "score": scorer.score(heldout["prompt"], heldout[side], batch_size=batch_size, ended=ends),
+                "score": scorer.score(
+                    heldout["prompt"], heldout[side], batch_size=batch_size, ended=ends
+                ),
                 "unsafe": [unsafe(flag) for flag in heldout[f"{side}_is_safe"]],
             }
         )
@@ -128,13 +156,18 @@ def heldout_answers(scorer: Scorer, heldout: pd.DataFrame, batch_size: int, *, e
 
 
 def gaps(answers: pd.DataFrame) -> np.ndarray:
-    """Score of chosen less that of rejected, in the order of the pairs; `answers` as `heldout_answers` gives them."""
-    chosen, rejected = (answers[answers["side"] == side]["score"].to_numpy() for side in ("chosen", "rejected"))
+    """Score of chosen less that of rejected, in the order of the pairs; `answers` as
+    `heldout_answers` gives them.
+    """
+    chosen, rejected = (
+        answers[answers["side"] == side]["score"].to_numpy() for side in ("chosen", "rejected")
+    )
     return np.asarray(chosen - rejected)
 
 
 def crosswise(prompt_ids: pd.Series) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rows to fit to and rows to judge by, twice: every other prompt, in the order of their ids, against the rest.
+    """Rows to fit to and rows to judge by, twice: every other prompt, in the order of their ids,
+    against the rest.
 
     Empty where there are not two prompts. Rows are boolean arrays [rows].
     """
@@ -144,18 +177,27 @@ def crosswise(prompt_ids: pd.Series) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def judged(before: dict[str, float], after: dict[str, float], what: str) -> dict[str, Any]:
-    """Brier score and ECE before and after a calibration, on pairs that it was not fitted to; Brier is the rule.
+    """Brier score and ECE before and after a calibration, on pairs that it was not fitted to; Brier
+    is the rule.
 
-    A Brier score that rises by less than 0.001 is no harm: where the raw score is right already, chance moves it so.
-    """
+    A Brier score that rises by less than 0.001 is no harm: where the raw score is right already,
+    chance moves it so."""
     helps = after["brier"] <= before["brier"] + _HARMLESS
     if not helps:
         log.warning(
             "the calibration of the %s makes it worse on held-out pairs that it was not fitted to: Brier score %.4f, "
             "%.4f before it (ECE %.4f, %.4f before); hold out more pairs (prepare.heldout_share)",
-            what, after["brier"], before["brier"], after["ece"], before["ece"],
-        )  # fmt: skip
-    numbers = {f"{name}_{when}": found[name] for name in ("ece", "brier") for when, found in _when(before, after)}
+            what,
+            after["brier"],
+            before["brier"],
+            after["ece"],
+            before["ece"],
+        )
+    numbers = {
+        f"{name}_{when}": found[name]
+        for name in ("ece", "brier")
+        for when, found in _when(before, after)
+    }
     return {**numbers, "calibration_helps": helps}
 
 

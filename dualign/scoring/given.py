@@ -20,10 +20,13 @@ log = logging.getLogger(__name__)
 Meaning = Literal["harmful", "helpful"]
 
 
-def load_given(specs: Sequence[GivenScorer], meaning: Meaning, spread: float, resources: Resources) -> Scorer:
+def load_given(
+    specs: Sequence[GivenScorer], meaning: Meaning, spread: float, resources: Resources
+) -> Scorer:
     """The given scorers as one, not calibrated yet, higher being `meaning`.
 
-    Both a reward and a cost are pessimistic: disagreement lowers the mean of rewards and raises that of costs.
+    Both a reward and a cost are pessimistic: disagreement lowers the mean of rewards and raises
+    that of costs.
     Raises ModelError that names the scorer.
     """
     members = [_member(spec, meaning, resources) for spec in specs]
@@ -54,9 +57,13 @@ def _calibrated(spec: GivenScorer, resources: Resources) -> Member:
     """A scorer that dualign wrote: what it served is its raw score here."""
     scorer = Scorer.load(spec.path, resources)
     if spec.kind != "classifier" or spec.template is not None:
-        raise ModelError(f"{spec.path}: was written by dualign; give it as kind classifier, without a template")
+        raise ModelError(
+            f"{spec.path}: was written by dualign; give it as kind classifier, without a template"
+        )
     if len(scorer.members) > 1:
-        raise ModelError(f"{spec.path}: holds several scorers; list the folders of its members instead")
+        raise ModelError(
+            f"{spec.path}: holds several scorers; list the folders of its members instead"
+        )
     (member,) = scorer.members
     return replace(
         member,

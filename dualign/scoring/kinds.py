@@ -1,8 +1,8 @@
-"""Kinds of scorers: how each is loaded, which text it reads, and which number of its outputs is the score.
+"""Kinds of scorers: how each is loaded, which text it reads, and which number of its outputs is the
+score.
 
-A scorer reads text, never another model's token ids, so it needs to share neither tokenizer nor template with the
-policy or with other scorers.
-"""
+A scorer reads text, never another model's token ids, so it needs to share neither tokenizer nor
+template with the policy or with other scorers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ from dualign.scoring.calibration import Calibration, Platt
 
 log = logging.getLogger(__name__)
 
-#: What Safe RLHF's score models read: prompts.py of PKU-Alignment/safe-rlhf, and the end of the text after the answer.
+#: What Safe RLHF's score models read: prompts.py of PKU-Alignment/safe-rlhf, and the end of the
+#: text after the answer.
 SAFE_RLHF_TEMPLATE = (
     "BEGINNING OF CONVERSATION: "
     "{% for turn in messages %}"
@@ -62,7 +63,9 @@ class Place:
 
 
 class Reading(Frozen):
-    """How the score is read: the kind, a classifier's label, or a guard's words and what it writes before them."""
+    """How the score is read: the kind, a classifier's label, or a guard's words and what it writes
+    before them.
+    """
 
     kind: str = "classifier"
     label: str | None = None
@@ -86,7 +89,9 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a guard writes after its prompt: a prefix, of whose ids the last `trim` merge with the words' first ones."""
+    """What a guard writes after its prompt: a prefix, of whose ids the last `trim` merge with the
+    words' first ones.
+    """
 
     prefix: str
     trim: int
@@ -100,7 +105,9 @@ Ended = Sequence[bool] | None
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind: `load` it, `check` how it is to be read, `encode` rows of text, read the scores of a padded batch."""
+    """One kind: `load` it, `check` how it is to be read, `encode` rows of text, read the scores of
+    a padded batch.
+    """
 
     load: Callable[[Place, Resources], Loaded]
     check: Callable[[Loaded, Reading, str], None]
@@ -108,13 +115,15 @@ class Kind:
     outputs: Callable[[Loaded, Reading, Tensor, Tensor], Tensor]
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def load_classifier(place: Place, resources: Resources) -> Loaded:
     """A sequence classifier of any number of outputs."""
     tokenizer = _tokenizer(place)
-    model = load_model(AutoModelForSequenceClassification, place.path, dtype="auto", revision=place.revision)
+    model = load_model(
+        AutoModelForSequenceClassification, place.path, dtype="auto", revision=place.revision
+    )
     return _ready(model, tokenizer, resources)
 
 
@@ -125,27 +134,34 @@ def _load_guard(place: Place, resources: Resources) -> Loaded:
 
 
 def _load_safe_rlhf(place: Place, resources: Resources) -> Loaded:
-    """A score model of Safe RLHF as a classifier with a head of one output, read without that repository's code.
+    """A score model of Safe RLHF as a classifier with a head of one output, read without that
+    repository's code.
 
-    Its bias and its normaliser, (s - mean) / sd of a reward and s / sd of a cost, are steps after the head.
-    """
+    Its bias and its normaliser, (s - mean) / sd of a reward and s / sd of a cost, are steps after
+    the head."""
     require(place.path)
     config = load_config(place.path, place.revision)
     names = getattr(config, "architectures", None) or []
     if not set(names) & set(_SAFE_RLHF) or getattr(config, "score_dim", 1) != 1:
         raise ModelError(
-            f"{place.path}: is no score model of Safe RLHF with one output (architectures {names} in config.json); "
-            "choose kind classifier, labels or guard"
+            f"{place.path}: is no score model of Safe RLHF with one output (architectures {names}"
+            " in config.json); choose kind classifier, labels or guard"
         )
     tokenizer = load_tokenizer(place.path, place.revision)
     tokenizer.chat_template = SAFE_RLHF_TEMPLATE
     settle(tokenizer, place.path)
     backbone = load_model(AutoModel, place.path, dtype="auto", revision=place.revision)
-    folder = Path(str(cached_file(place.path, "config.json", revision=place.revision))).parent  # with the weights now
+    folder = Path(
+        str(cached_file(place.path, "config.json", revision=place.revision))
+    ).parent  # with the weights now
     held = _tensors(folder, ("score_head.weight", *_SCALARS))
     model = _headed(backbone, held.pop("score_head.weight", None), place.path)
     scalars = {name: tensor.float().item() for name, tensor in held.items()}
-    return Loaded(_ready(model, tokenizer, resources).model, tokenizer, _after_head(scalars, config, place.path))
+    return Loaded(
+        _ready(model, tokenizer, resources).model,
+        tokenizer,
+        _after_head(scalars, config, place.path),
+    )
 
 
 def _headed(backbone: PreTrainedModel, head: Tensor | None, path: str) -> PreTrainedModel:
@@ -153,9 +169,16 @@ def _headed(backbone: PreTrainedModel, head: Tensor | None, path: str) -> PreTra
     backbone.config.num_labels = 1
     with torch.device("meta"):
         model: Any = AutoModelForSequenceClassification.from_config(backbone.config)
-    if head is None or head.shape != model.score.weight.shape or not bool(torch.isfinite(head).all()):
+    if (
+        head is None
+        or head.shape != model.score.weight.shape
+        or not bool(torch.isfinite(head).all())
+    ):
         shape = None if head is None else tuple(head.shape)
-        raise ModelError(f"{path}: score_head.weight is {shape}, not finite numbers {tuple(model.score.weight.shape)}")
+        raise ModelError(
+            f"{path}: score_head.weight is {shape}, not finite numbers"
+            f" {tuple(model.score.weight.shape)}"
+        )
     setattr(model, model.base_model_prefix, backbone)
     model.score.weight = torch.nn.Parameter(head)
     scorer: PreTrainedModel = model
@@ -168,7 +191,10 @@ def _after_head(held: dict[str, float], config: Any, path: str) -> tuple[Calibra
     scale, offset = 1.0, bias
     if getattr(config, "do_normalize", False):
         if "normalizer.var" not in held or "normalizer.mean" not in held:
-            raise ModelError(f"{path}: config.json says do_normalize, but the weights lack normalizer.mean or .var")
+            raise ModelError(
+                f"{path}: config.json says do_normalize, but the weights lack normalizer.mean or"
+                " .var"
+            )
         scale = max(held["normalizer.var"], 1e-8) ** -0.5
         mean = 0.0 if getattr(config, "score_type", "reward") == "cost" else held["normalizer.mean"]
         offset = scale * (bias - mean)
@@ -188,7 +214,9 @@ def _tensors(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
     return found
 
 
-def _ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, resources: Resources) -> Loaded:
+def _ready(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, resources: Resources
+) -> Loaded:
     """Model and tokenizer in agreement, on the device, never to be trained."""
     if not is_encoder(tokenizer):
         fit_vocabulary(model, tokenizer)
@@ -196,14 +224,20 @@ def _ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, resources
 
 
 def _tokenizer(place: Place) -> PreTrainedTokenizerBase:
-    """An encoder's tokenizer as it is, with the given template if there is one; others made fit as a policy's are."""
+    """An encoder's tokenizer as it is, with the given template if there is one; others made fit as
+    a policy's are.
+    """
     require(place.path)
     if place.template is not None and not Path(place.template).is_file():
-        raise ModelError(f"{place.path}: template {place.template} is no file; give a Jinja file or leave it out")
+        raise ModelError(
+            f"{place.path}: template {place.template} is no file; give a Jinja file or leave it out"
+        )
     tokenizer = read_tokenizer(place.path, place.revision)
     if not is_encoder(tokenizer):
         return made_fit(tokenizer, place.path, place.template)
-    tokenizer.chat_template = Path(place.template).read_text() if place.template else tokenizer.chat_template
+    tokenizer.chat_template = (
+        Path(place.template).read_text() if place.template else tokenizer.chat_template
+    )
     return tokenizer
 
 
@@ -212,18 +246,22 @@ def is_encoder(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
 
 
-# --- checks -----------------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def _check_one_output(loaded: Loaded, reading: Reading, path: str) -> None:
     if loaded.model.config.num_labels != 1:
-        raise ModelError(f"{path}: has the outputs {_labels(loaded)}; choose kind labels and name one as label")
+        raise ModelError(
+            f"{path}: has the outputs {_labels(loaded)}; choose kind labels and name one as label"
+        )
 
 
 def _check_label(loaded: Loaded, reading: Reading, path: str) -> None:
     names = _labels(loaded)
     if reading.label not in names:
-        raise ModelError(f"{path}: has no label {reading.label!r}; it has {', '.join(map(repr, names))}")
+        raise ModelError(
+            f"{path}: has no label {reading.label!r}; it has {', '.join(map(repr, names))}"
+        )
     if len(names) == 1:
         raise ModelError(f"{path}: has one output only; choose kind classifier and leave label out")
 
@@ -234,8 +272,9 @@ def _check_verdict(loaded: Loaded, reading: Reading, path: str) -> None:
     if common:
         token = loaded.tokenizer.decode([min(common)])
         raise ModelError(
-            f"{path}: the verdicts {reading.unsafe} and {reading.safe} begin with the same token {token!r}; name words "
-            "that differ from the first token on, or what stands before them as prefix"
+            f"{path}: the verdicts {reading.unsafe} and {reading.safe} begin with the same token"
+            f" {token!r}; name words that differ from the first token on, or what stands before"
+            " them as prefix"
         )
 
 
@@ -244,27 +283,44 @@ def _labels(loaded: Loaded) -> list[str]:
     return [str(named[i]) for i in sorted(named)]
 
 
-# --- text to ids ------------------------------------------------------------------------------------------------------
+# --- text to ids ----------------------------------------------------------------------------------
 
 
 def _conversations(
-    loaded: Loaded, reading: Reading, prompts: Sequence[Sequence[Message]], answers: Sequence[str], ended: Ended
+    loaded: Loaded,
+    reading: Reading,
+    prompts: Sequence[Sequence[Message]],
+    answers: Sequence[str],
+    ended: Ended,
 ) -> Encoded:
-    """The whole conversation as the scorer's template writes it; an encoder without one reads prompt and answer."""
+    """The whole conversation as the scorer's template writes it; an encoder without one reads
+    prompt and answer.
+    """
     tokenizer = loaded.tokenizer
     if not is_encoder(tokenizer):
         rows = encode_conversations(tokenizer, prompts, answers, ended)
         return [prompt + answer for prompt, answer in rows]
     if tokenizer.chat_template:
-        return [tokenizer(text)["input_ids"] for text in render(tokenizer, _turns(prompts, answers))]
+        return [
+            tokenizer(text)["input_ids"] for text in render(tokenizer, _turns(prompts, answers))
+        ]
     texts = ["\n".join(turn["content"] for turn in prompt) for prompt in prompts]
-    return [tokenizer(prompt, answer)["input_ids"] for prompt, answer in zip(texts, answers, strict=True)]
+    return [
+        tokenizer(prompt, answer)["input_ids"]
+        for prompt, answer in zip(texts, answers, strict=True)
+    ]
 
 
 def _questions(
-    loaded: Loaded, reading: Reading, prompts: Sequence[Sequence[Message]], answers: Sequence[str], ended: Ended
+    loaded: Loaded,
+    reading: Reading,
+    prompts: Sequence[Sequence[Message]],
+    answers: Sequence[str],
+    ended: Ended,
 ) -> Encoded:
-    """What a guard is asked: the conversation, up to where its verdict begins. Whether an answer ended is not shown."""
+    """What a guard is asked: the conversation, up to where its verdict begins. Whether an answer
+    ended is not shown.
+    """
     found = verdict(loaded, reading)
     rows = _asked(loaded.tokenizer, _turns(prompts, answers), found.prefix)
     return [row[: len(row) - found.trim] for row in rows]
@@ -273,8 +329,8 @@ def _questions(
 def verdict(loaded: Loaded, reading: Reading) -> Verdict:
     """The first token of each word of a guard's verdict, as they follow the end of its prompt.
 
-    Where the prompt's last token merges with the words, it is cut off and belongs to their first token.
-    """
+    Where the prompt's last token merges with the words, it is cut off and belongs to their first
+    token."""
     suffix = reading.prefix
     (bare,) = _asked(loaded.tokenizer, [_PROBE], suffix)
     words = [*reading.unsafe, *reading.safe]
@@ -282,11 +338,17 @@ def verdict(loaded: Loaded, reading: Reading) -> Verdict:
     shared = min(common_prefix(bare, row) for row in rows)
     first = [row[shared] for row in rows]
     count = len(reading.unsafe)
-    return Verdict(suffix, len(bare) - shared, sorted(set(first[:count])), sorted(set(first[count:])))
+    return Verdict(
+        suffix, len(bare) - shared, sorted(set(first[:count])), sorted(set(first[count:]))
+    )
 
 
-def _asked(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Message]], suffix: str) -> Encoded:
-    """Ids of conversations as a guard's template renders them for its answer, and of a text after each."""
+def _asked(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Message]], suffix: str
+) -> Encoded:
+    """Ids of conversations as a guard's template renders them for its answer, and of a text after
+    each.
+    """
 
     def texts(turns: Sequence[Sequence[Message]]) -> list[str]:
         return [text + suffix for text in render(tokenizer, turns, answering=True)]
@@ -299,7 +361,7 @@ def _turns(prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list
     return [[*prompt, {"role": "assistant", "content": answer}] for prompt, answer in rows]
 
 
-# --- outputs to scores; ids and mask are [rows, positions] ------------------------------------------------------------
+# --- outputs to scores; ids and mask are [rows, positions] ----------------------------------------
 
 
 def _logit(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -> Tensor:
@@ -308,7 +370,9 @@ def _logit(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -> Tenso
 
 
 def _label_odds(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -> Tensor:
-    """log P(label) - log(1 - P(label)): a sigmoid's logit, or a softmax's less the others' logsumexp."""
+    """log P(label) - log(1 - P(label)): a sigmoid's logit, or a softmax's less the others'
+    logsumexp.
+    """
     logits = _logits(loaded, ids, mask)
     at = _labels(loaded).index(str(reading.label))
     if loaded.model.config.problem_type == "multi_label_classification":
@@ -328,13 +392,21 @@ def _logits(loaded: Loaded, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def _verdict_odds(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -> Tensor:
-    """log P(an unsafe word) - log P(a safe word) at the next token. Rows are turned to be padded on the left."""
+    """log P(an unsafe word) - log P(a safe word) at the next token. Rows are turned to be padded on
+    the left.
+    """
     found = verdict(loaded, reading)
     lengths = mask.sum(1, keepdim=True)
     order = (torch.arange(ids.shape[1], device=ids.device) + lengths) % ids.shape[1]
     ids, mask = ids.gather(1, order), mask.gather(1, order)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    output = loaded.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
+    output = loaded.model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=False,
+        logits_to_keep=1,
+    )
     logits = output.logits[:, -1].double()
     return torch.logsumexp(logits[:, found.unsafe], 1) - torch.logsumexp(logits[:, found.safe], 1)
 

@@ -1,4 +1,6 @@
-"""Reward and cost models as they are served: a score for (prompt, answer), calibrated, on the scale that params use."""
+"""Reward and cost models as they are served: a score for (prompt, answer), calibrated, on the scale
+that params use.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,8 @@ CARD = "scorer.json"
 class Member:
     """One model, how it is read, and the steps from its raw output to its score.
 
-    `unit` is the slope of P(chosen is better) in the score that its training aimed at, 0 where that is not known;
-    `source` is what errors name.
-    """
+    `unit` is the slope of P(chosen is better) in the score that its training aimed at, 0 where that
+    is not known; `source` is what errors name."""
 
     loaded: Loaded
     reading: Reading = PLAIN
@@ -45,9 +46,13 @@ class Member:
 
     @torch.inference_mode()
     def score(
-        self, prompts: Sequence[Sequence[Message]], answers: Sequence[str], batch_size: int, what: str,
+        self,
+        prompts: Sequence[Sequence[Message]],
+        answers: Sequence[str],
+        batch_size: int,
+        what: str,
         ended: Sequence[bool] | None,
-    ) -> np.ndarray:  # fmt: skip
+    ) -> np.ndarray:
         """Scores in fp64, shape [rows]. Raises ModelError for one that is not finite."""
         kind = KINDS[self.reading.kind]
         rows = self._cut(kind.encode(self.loaded, self.reading, prompts, answers, ended))
@@ -57,7 +62,9 @@ class Member:
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
                 ids, mask = self._padded([rows[i] for i in batch])
-                output[batch] = kind.outputs(self.loaded, self.reading, ids, mask).double().cpu().numpy()
+                output[batch] = (
+                    kind.outputs(self.loaded, self.reading, ids, mask).double().cpu().numpy()
+                )
                 progress.advance(len(batch))
         for step in self.steps:
             output = np.asarray(step(output))
@@ -65,15 +72,24 @@ class Member:
         return output
 
     def _cut(self, rows: list[list[int]]) -> list[list[int]]:
-        """Rows longer than the model's context lose their beginning, but for the token that an encoder begins with."""
-        limit = min(self.loaded.tokenizer.model_max_length, context_of(self.loaded.model) or 1 << 20, 1 << 20)
+        """Rows longer than the model's context lose their beginning, but for the token that an
+        encoder begins with.
+        """
+        limit = min(
+            self.loaded.tokenizer.model_max_length,
+            context_of(self.loaded.model) or 1 << 20,
+            1 << 20,
+        )
         kept = 1 if is_encoder(self.loaded.tokenizer) else 0
         long = sum(len(row) > limit for row in rows)
         if long:
             log.warning(
                 "%d of %d conversations are longer than the %d tokens that %s reads; their beginning is cut off",
-                long, len(rows), limit, self.source,
-            )  # fmt: skip
+                long,
+                len(rows),
+                limit,
+                self.source,
+            )
         return [row if len(row) <= limit else row[:kept] + row[kept - limit :] for row in rows]
 
     def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,8 +107,8 @@ class Member:
         bad = np.flatnonzero(~np.isfinite(output))
         if len(bad):
             raise ModelError(
-                f"{self.source}: the score of row {bad[0] + 1} of {len(output)} is {output[bad[0]]}; check the "
-                "weights, or set resources.precision to fp32"
+                f"{self.source}: the score of row {bad[0] + 1} of {len(output)} is"
+                f" {output[bad[0]]}; check the weights, or set resources.precision to fp32"
             )
 
 
@@ -110,7 +126,9 @@ class CalibrationCard(Frozen):
 
 
 class MemberCard(Reading):
-    """A member of a given scorer: the folder beside the card, how it is read, and what its output goes through."""
+    """A member of a given scorer: the folder beside the card, how it is read, and what its output
+    goes through.
+    """
 
     folder: str
     source: str
@@ -119,19 +137,24 @@ class MemberCard(Reading):
 
 
 class Card(CalibrationCard):
-    """scorer.json: the calibration, and for given scorers their members and the weight of their standard deviation."""
+    """scorer.json: the calibration, and for given scorers their members and the weight of their
+    standard deviation.
+    """
 
     members: list[MemberCard] = Field(default=[])
     spread: float = 0.0
 
 
 class Scorer:
-    """Members whose scores are combined into one, and the calibration of that: usually one trained classifier.
+    """Members whose scores are combined into one, and the calibration of that: usually one trained
+    classifier.
 
-    The score of several members is the calibration of their mean plus `spread` times their standard deviation.
-    """
+    The score of several members is the calibration of their mean plus `spread` times their standard
+    deviation."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, calibration: Calibration) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, calibration: Calibration
+    ) -> None:
         self.members: tuple[Member, ...] = (Member(Loaded(model, tokenizer)),)
         self.spread = 0.0
         self.calibration = calibration
@@ -165,7 +188,9 @@ class Scorer:
         return self.members[0].loaded.tokenizer
 
     def save(self, folder: Path) -> None:
-        """Write models, tokenizers and card; a classifier alone lies in the folder itself, others in folders within."""
+        """Write models, tokenizers and card; a classifier alone lies in the folder itself, others
+        in folders within.
+        """
         first = self.members[0]
         if len(self.members) == 1 and first.reading == PLAIN and not first.steps:
             save(first.loaded.model, first.loaded.tokenizer, folder)
@@ -174,7 +199,9 @@ class Scorer:
         for i, member in enumerate(self.members):
             save(member.loaded.model, member.loaded.tokenizer, folder / str(i))
         cards = [_card_of(str(i), member) for i, member in enumerate(self.members)]
-        write_json(folder / CARD, {**asdict(self.calibration), "spread": self.spread, "members": cards})
+        write_json(
+            folder / CARD, {**asdict(self.calibration), "spread": self.spread, "members": cards}
+        )
 
     def calibrated(self, calibration: Calibration) -> Scorer:
         """The same members behind another calibration."""
@@ -189,9 +216,13 @@ class Scorer:
         what: str = "scores",
         ended: Sequence[bool] | None = None,
     ) -> np.ndarray:
-        """Calibrated scores, fp64, shape [rows]; `ended` False marks answers that were cut at the length limit."""
+        """Calibrated scores, fp64, shape [rows]; `ended` False marks answers that were cut at the
+        length limit.
+        """
         prompts, answers = list(prompts), list(answers)
-        table = np.stack([member.score(prompts, answers, batch_size, what, ended) for member in self.members])
+        table = np.stack(
+            [member.score(prompts, answers, batch_size, what, ended) for member in self.members]
+        )
         combined = table.mean(0) + self.spread * table.std(0) if self.spread else table.mean(0)
         return np.asarray(self.calibration(combined))
 
@@ -203,17 +234,27 @@ def read_card(path: Path) -> Card:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the card"
-        raise ModelError(f"{path}: {key}: {first['msg']}; run the stage that wrote it again") from error
-    curves = [each for each in (card, *(step for member in card.members for step in member.steps)) if each.scores]
+        raise ModelError(
+            f"{path}: {key}: {first['msg']}; run the stage that wrote it again"
+        ) from error
+    curves = [
+        each
+        for each in (card, *(step for member in card.members for step in member.steps))
+        if each.scores
+    ]
     if any(len(curve.scores or ()) != len(curve.costs or ()) for curve in curves):
-        raise ModelError(f"{path}: scores and costs differ in length; run the stage that wrote it again")
+        raise ModelError(
+            f"{path}: scores and costs differ in length; run the stage that wrote it again"
+        )
     return card
 
 
 def conversations(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]], answers: Sequence[str]
 ) -> list[list[int]]:
-    """Ids of the whole templated conversation up to the end of the turn, cut on the left to the tokenizer's limit."""
+    """Ids of the whole templated conversation up to the end of the turn, cut on the left to the
+    tokenizer's limit.
+    """
     limit = min(tokenizer.model_max_length, 1 << 20)
     rows = encode_conversations(tokenizer, list(prompts), list(answers))
     return [(prompt + answer)[-limit:] for prompt, answer in rows]
@@ -222,16 +263,26 @@ def conversations(
 def _loaded(folder: Path, card: MemberCard, resources: Resources) -> Member:
     """A member from its folder beside the card."""
     if card.kind not in KINDS:
-        raise ModelError(f"{folder / CARD}: {card.kind!r} is no kind of scorer; one of {', '.join(KINDS)}")
+        raise ModelError(
+            f"{folder / CARD}: {card.kind!r} is no kind of scorer; one of {', '.join(KINDS)}"
+        )
     kind, place = KINDS[card.kind], str(folder / card.folder)
     loaded = kind.load(Place(place), resources)
     reading = Reading(**card.model_dump(include=set(Reading.model_fields)))
     kind.check(loaded, reading, place)
-    return Member(loaded, reading, tuple(step.read() for step in card.steps), card.unit, card.source)
+    return Member(
+        loaded, reading, tuple(step.read() for step in card.steps), card.unit, card.source
+    )
 
 
 def _card_of(folder: str, member: Member) -> dict[str, Any]:
     """What `_loaded` reads."""
     steps = [asdict(step) for step in member.steps]
     reading = member.reading.model_dump()
-    return {**reading, "folder": folder, "source": member.source, "unit": member.unit, "steps": steps}
+    return {
+        **reading,
+        "folder": folder,
+        "source": member.source,
+        "unit": member.unit,
+        "steps": steps,
+    }

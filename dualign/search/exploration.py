@@ -1,11 +1,14 @@
-"""Bonuses for answers unlike the pairs seen so far: features of the reference policy, covariance, norm.
+"""Bonuses for answers unlike the pairs seen so far: features of the reference policy, covariance,
+norm.
 
-With phi(x, y) the features of an answer and pairs (y, y') compared so far, O-PD-DPO (2510.05703, alg. 2) has
+With phi(x, y) the features of an answer and pairs (y, y') compared so far, O-PD-DPO (2510.05703,
+alg. 2) has
 
-    Sigma = gamma I + sum (phi(y) - phi(y')) (phi(y) - phi(y'))^T,    b(y) = alpha ||phi(y)||_{Sigma^{-1}},
+    Sigma = gamma I + sum (phi(y) - phi(y')) (phi(y) - phi(y'))^T,    b(y) = alpha
+    ||phi(y)||_{Sigma^{-1}},
 
-one Sigma for the helpful pairs and one for the safety pairs. Both bonuses enter phase 2 by way of its reference column,
-log pi_r + (b_r + lambda b_c) / beta (`dualign.losses.folded_reference`).
+one Sigma for the helpful pairs and one for the safety pairs. Both bonuses enter phase 2 by way of
+its reference column, log pi_r + (b_r + lambda b_c) / beta (`dualign.math.losses.folded_reference`).
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ def features(
     answers: Sequence[Sequence[int]],
     batch_size: int,
 ) -> Tensor:
-    """phi(x, y): the model's last hidden layer, mean over the positions of the answer (token ids, none of them empty).
+    """phi(x, y): the model's last hidden layer, mean over the positions of the answer (token ids,
+    none of them empty).
 
     fp32 on the CPU, shape [answers, hidden].
     """
@@ -38,7 +42,9 @@ def features(
     with Progress("features", len(rows)) as progress:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            pooled = _pooled(model, tokenizer, [rows[i] for i in batch], [len(prompts[i]) for i in batch])
+            pooled = _pooled(
+                model, tokenizer, [rows[i] for i in batch], [len(prompts[i]) for i in batch]
+            )
             found.update(zip(batch, pooled, strict=True))
             progress.advance(len(batch))
     return torch.stack([found[i] for i in range(len(rows))])
@@ -47,44 +53,51 @@ def features(
 def projection(dimension_in: int, dimension_out: int, seed: int) -> Tensor:
     """A Gaussian matrix of variance 1 / dimension_out, fp32 [dimension_in, dimension_out].
 
-    features @ projection keeps squared norms in expectation, up to a factor 1 +- sqrt(2 / dimension_out) (Johnson and
-    Lindenstrauss, 1984); it makes the covariance of a wide model small enough to invert.
-    """
+    features @ projection keeps squared norms in expectation, up to a factor 1 +- sqrt(2 /
+    dimension_out) (Johnson and Lindenstrauss, 1984); it makes the covariance of a wide model small
+    enough to invert."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(dimension_in, dimension_out, generator=generator) / dimension_out**0.5
 
 
 def precision(differences: Tensor, ridge: float) -> Tensor:
-    """Sigma^{-1} = (gamma I + sum delta delta^T)^{-1}, delta = phi(y) - phi(y') of each pair; fp64 [d, d], by Cholesky.
+    """Sigma^{-1} = (gamma I + sum delta delta^T)^{-1}, delta = phi(y) - phi(y') of each pair; fp64
+    [d, d], by Cholesky.
 
-    `differences` holds the deltas, shape [pairs, d], pairs >= 0; gamma = `ridge` > 0 in squared units of the features.
-    """
+    `differences` holds the deltas, shape [pairs, d], pairs >= 0; gamma = `ridge` > 0 in squared
+    units of the features."""
     delta = differences.double()
     sigma = ridge * torch.eye(delta.shape[1], dtype=torch.float64) + delta.T @ delta
     return torch.cholesky_inverse(torch.linalg.cholesky(sigma))
 
 
 def bonus(features: Tensor, precision: Tensor, scale: float) -> Tensor:
-    """b = alpha sqrt(phi^T Sigma^{-1} phi), alpha = `scale`; fp64 [answers], in units of the score it is added to.
+    """b = alpha sqrt(phi^T Sigma^{-1} phi), alpha = `scale`; fp64 [answers], in units of the score
+    it is added to.
 
-    At most alpha ||phi|| / sqrt(gamma), its value before any pair; each pair lowers it, most along its own difference.
-    """
+    At most alpha ||phi|| / sqrt(gamma), its value before any pair; each pair lowers it, most along
+    its own difference."""
     phi = features.double()
     return scale * ((phi @ precision) * phi).sum(1).clamp(min=0).sqrt()
 
 
 def spread(chosen: Tensor, rejected: Tensor, ridge: float) -> float:
-    """Mean of | ||phi(y)|| - ||phi(y')|| | in the norm of Sigma^{-1}, Sigma of these pairs: their bonus gap at alpha 1.
+    """Mean of | ||phi(y)|| - ||phi(y')|| | in the norm of Sigma^{-1}, Sigma of these pairs: their
+    bonus gap at alpha 1.
 
-    chosen, rejected: features of both answers of each pair, [pairs, d]. A pairwise loss reads a bonus by its gap within
-    a pair; its mean says little, since what all answers have in common is in no difference and so never explored.
-    """
+    chosen, rejected: features of both answers of each pair, [pairs, d]. A pairwise loss reads a
+    bonus by its gap within
+    a pair; its mean says little, since what all answers have in common is in no difference and so
+    never explored."""
     norm = precision(chosen - rejected, ridge)
     return float((bonus(chosen, norm, 1.0) - bonus(rejected, norm, 1.0)).abs().mean())
 
 
 def _pooled(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], starts: list[int]
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[list[int]],
+    starts: list[int],
 ) -> Tensor:
     """Mean hidden state of each row from position `start` to its end; [rows, hidden]."""
     device = next(model.parameters()).device

@@ -1,4 +1,6 @@
-"""Further limits in a search: measured on a policy's own answers, and their prices corrected with lambda."""
+"""Further limits in a search: measured on a policy's own answers, and their prices corrected with
+lambda.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 
-from dualign.constraints import Constraint
-from dualign.measure.stats import LimitEstimate, clustered_mean
+from dualign.evaluation.stats import LimitEstimate, clustered_mean
+from dualign.math.constraints import Constraint
 
 Array = np.ndarray
 
@@ -39,14 +41,17 @@ def measure_further(answers: pd.DataFrame, limits: Sequence[Constraint]) -> Furt
         known = (None, None) if mean is None else (mean.mean, mean.error)
         found.append(LimitEstimate(limit.name, limit.limit, share, *known))
         values.append(on * value)
-    return FurtherLimits(tuple(found), tuple(map(tuple, within_covariance(np.stack(values), prompts).tolist())))
+    return FurtherLimits(
+        tuple(found), tuple(map(tuple, within_covariance(np.stack(values), prompts).tolist()))
+    )
 
 
 def within_covariance(values: Array, prompts: Array) -> Array:
-    """Mean over prompts of the unbiased covariance of `values` [K, answers] within the prompt; [K, K].
+    """Mean over prompts of the unbiased covariance of `values` [K, answers] within the prompt; [K,
+    K].
 
-    Prompts with one answer are left out, as in `within_variance`, which is its diagonal; zeros if there is no other.
-    """
+    Prompts with one answer are left out, as in `within_variance`, which is its diagonal; zeros if
+    there is no other."""
     _, codes, counts = np.unique(prompts, return_inverse=True, return_counts=True)
     means = np.stack([np.bincount(codes, row) / counts for row in values])
     centred = (values - means[:, codes]) / np.sqrt(np.maximum(counts - 1, 1))[codes]
@@ -57,12 +62,12 @@ def within_covariance(values: Array, prompts: Array) -> Array:
 def joint_newton_step(lams: Array, excess: Array, covariance: Array, beta: float) -> Array:
     """argmin over lambda >= 0 of the dual's quadratic model at `lams`; shape [K], like `excess`.
 
-    D(lambda + s) ~ D - s excess + s H s / 2 with excess_k = E[m_k (f_k - d_k)] and H = E_x Cov(f|x) / beta, the dual of
-    `dual.solve_many` on the policy's own answers; one limit makes it `rules.newton_step`. With H = R'R it is the least
-    squares |R lambda - (R lams + R^-T excess)| over lambda >= 0. A quantity that does not vary keeps its price. A price
-    whose tilt lambda f / beta is no trifle falls by half at most: means are convex in prices, so that a step from above
-    goes too far.
-    """
+    D(lambda + s) ~ D - s excess + s H s / 2 with excess_k = E[m_k (f_k - d_k)] and H = E_x Cov(f|x)
+    / beta, the dual of `dual.solve_many` on the policy's own answers; one limit makes it
+    `rules.newton_step`. With H = R'R it is the least squares |R lambda - (R lams + R^-T excess)|
+    over lambda >= 0. A quantity that does not vary keeps its price. A price whose tilt lambda f /
+    beta is no trifle falls by half at most: means are convex in prices, so that a step from above
+    goes too far."""
     scale = np.sqrt(np.diag(covariance) / beta)
     moves = scale > 0
     unit = np.where(moves, scale, 1.0)

@@ -1,12 +1,12 @@
 """One round of O-PD-DPO (2510.05703, alg. 2): fresh pairs, and what both phases train on with them.
 
-    fresh = preference_tables(compare(collect(current, baseline), ...), source)    # pi_k against the baseline
-    exploration.observe(fresh)
-    data = union(offline, *rounds, fresh)
-    pi_r  from phase_one(data, pi_ref, ...), coefficient beta
-    pi_k+1  from phase_two(data, pi_r, exploration, lambda, beta, ...), coefficient beta / lambda
+    fresh = preference_tables(compare(collect(current, baseline), ...), source)    # pi_k against
+    the baseline exploration.observe(fresh) data = union(offline, *rounds, fresh) pi_r  from
+    phase_one(data, pi_ref, ...), coefficient beta pi_k+1  from phase_two(data, pi_r, exploration,
+    lambda, beta, ...), coefficient beta / lambda
 
-Every function depends on its arguments alone: a search that keeps its fresh tables and reads them again goes on as if
+Every function depends on its arguments alone: a search that keeps its fresh tables and reads them
+again goes on as if
 it had never stopped.
 """
 
@@ -26,10 +26,10 @@ from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.errors import DataError
 from dualign.core.schema import HELPFUL_PAIRS, SAFETY_PAIRS, pair_id, read_table
 from dualign.lm.tokens import encode_answers, encode_prompts
-from dualign.losses import folded_reference
-from dualign.pairs import preference_pairs, visited
+from dualign.math.losses import folded_reference
 from dualign.params.base import TrainingParams
 from dualign.search import exploration
+from dualign.training.pairs import preference_pairs, visited
 from dualign.training.pairwise import Pair
 
 log = logging.getLogger(__name__)
@@ -46,8 +46,13 @@ class Preferences:
 
     @classmethod
     def read(cls, folder: Path) -> Preferences:
-        """The training rows of `helpful_pairs` and `safety_pairs` in a folder; DataError if one cannot be read."""
-        helpful, safety = read_table(folder / _HELPFUL, HELPFUL_PAIRS), read_table(folder / _SAFETY, SAFETY_PAIRS)
+        """The training rows of `helpful_pairs` and `safety_pairs` in a folder; DataError if one
+        cannot be read.
+        """
+        helpful, safety = (
+            read_table(folder / _HELPFUL, HELPFUL_PAIRS),
+            read_table(folder / _SAFETY, SAFETY_PAIRS),
+        )
         return cls(helpful[helpful["split"] == "train"], safety[safety["split"] == "train"])
 
     def write(self, folder: Path) -> None:
@@ -57,8 +62,10 @@ class Preferences:
             write_parquet(temporary / _SAFETY, self.safety, SAFETY_PAIRS)
 
     def visited(self, training: TrainingParams, seed: int) -> Preferences:
-        """The rows that a run of each phase reaches; see `dualign.pairs.visited`."""
-        return Preferences(visited(self.helpful, training, seed), visited(self.safety, training, seed))
+        """The rows that a run of each phase reaches; see `dualign.training.pairs.visited`."""
+        return Preferences(
+            visited(self.helpful, training, seed), visited(self.safety, training, seed)
+        )
 
 
 def union(*parts: Preferences) -> Preferences:
@@ -69,15 +76,17 @@ def union(*parts: Preferences) -> Preferences:
     )
 
 
-# --- fresh pairs ------------------------------------------------------------------------------------------------------
+# --- fresh pairs ----------------------------------------------------------------------------------
 
 
 def collect(current: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
-    """Pairs (answer of pi_k, answer of the baseline) to the same prompts; pairs of identical texts are left out.
+    """Pairs (answer of pi_k, answer of the baseline) to the same prompts; pairs of identical texts
+    are left out.
 
-    Both tables have columns prompt_id, prompt, sample, response, reward, cost (schemas ANSWERS and POOL have); sample i
-    of one meets sample i of the other. Returns prompt_id, prompt, first, second, reward_first, reward_second,
-    cost_first, cost_second, as `dualign.search.labelling.compare` reads them.
+    Both tables have columns prompt_id, prompt, sample, response, reward, cost (schemas ANSWERS and
+    POOL have); sample i of one meets sample i of the other. Returns prompt_id, prompt, first,
+    second, reward_first, reward_second, cost_first, cost_second, as
+    `dualign.data.labelling.compare` reads them.
 
     Raises DataError where a prompt and sample of one table is missing in the other.
     """
@@ -86,8 +95,8 @@ def collect(current: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
     if alone:
         name, sample = min(alone)
         raise DataError(
-            f"prompt {name}: sample {sample} stands in one table alone, of the policy's answers or of the baseline's; "
-            "draw both for the same prompts with the same count"
+            f"prompt {name}: sample {sample} stands in one table alone, of the policy's answers or"
+            " of the baseline's; draw both for the same prompts with the same count"
         )
     pairs = current[[*keys, "prompt", *scores]].merge(
         baseline[[*keys, *scores]], on=keys, suffixes=("_first", "_second"), validate="one_to_one"
@@ -103,12 +112,14 @@ def _drawn(answers: pd.DataFrame) -> set[tuple[str, int]]:
 
 
 def preference_tables(compared: pd.DataFrame, source: str) -> Preferences:
-    """Labelled pairs (`dualign.search.labelling.compare`) as training rows; `source` says where from, such as a round.
+    """Labelled pairs (`dualign.data.labelling.compare`) as training rows; `source` says where from,
+    such as a round.
 
     Safety flags are null: the pairs were compared, not flagged.
     """
     return Preferences(
-        _table(compared, compared["first_more_helpful"], source), _table(compared, compared["first_safer"], source)
+        _table(compared, compared["first_more_helpful"], source),
+        _table(compared, compared["first_safer"], source),
     )
 
 
@@ -117,7 +128,9 @@ def _table(compared: pd.DataFrame, first_wins: pd.Series, source: str) -> pd.Dat
     chosen, rejected = first.where(first_wins, second), second.where(first_wins, first)
     return pd.DataFrame(
         {
-            "pair_id": [pair_id(*row) for row in zip(compared["prompt"], chosen, rejected, strict=True)],
+            "pair_id": [
+                pair_id(*row) for row in zip(compared["prompt"], chosen, rejected, strict=True)
+            ],
             "prompt_id": compared["prompt_id"],
             "prompt": compared["prompt"],
             "chosen": chosen,
@@ -130,15 +143,18 @@ def _table(compared: pd.DataFrame, first_wins: pd.Series, source: str) -> pd.Dat
     )
 
 
-# --- bonuses ----------------------------------------------------------------------------------------------------------
+# --- bonuses --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Bonuses:
-    """How bonuses are computed: gamma, two scales, and the width of the projection (None: no projection).
+    """How bonuses are computed: gamma, two scales, and the width of the projection (None: no
+    projection).
 
-    A scale is the mean gap of a bonus within the pairs that are observed first, in units of reward and of cost. It
-    fixes alpha_r and alpha_c, which stay as they are while pairs come in: the same scale suits any model and any data.
+    A scale is the mean gap of a bonus within the pairs that are observed first, in units of reward
+    and of cost. It
+    fixes alpha_r and alpha_c, which stay as they are while pairs come in: the same scale suits any
+    model and any data.
     """
 
     ridge: float
@@ -150,7 +166,9 @@ class Bonuses:
 
 @dataclass
 class _Seen:
-    """Differences of features of one kind of pairs, [pairs, d] of each call, and the alpha that the first fixed."""
+    """Differences of features of one kind of pairs, [pairs, d] of each call, and the alpha that the
+    first fixed.
+    """
 
     key: str  # of the scale in a row's section `online`
     scale: float
@@ -159,25 +177,39 @@ class _Seen:
 
 
 class Exploration:
-    """The covariances of helpful and of safety pairs over the rounds, in the features of the reference policy."""
+    """The covariances of helpful and of safety pairs over the rounds, in the features of the
+    reference policy.
+    """
 
     def __init__(
-        self, reference: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int, bonuses: Bonuses
+        self,
+        reference: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        bonuses: Bonuses,
     ) -> None:
-        self._reference, self._tokenizer, self._batch_size, self._bonuses = reference, tokenizer, batch_size, bonuses
+        self._reference, self._tokenizer, self._batch_size, self._bonuses = (
+            reference,
+            tokenizer,
+            batch_size,
+            bonuses,
+        )
         self._helpful = _Seen("reward_scale", bonuses.reward_scale)
         self._safety = _Seen("cost_scale", bonuses.cost_scale)
 
     def observe(self, data: Preferences) -> None:
-        """Count in the pairs of a table: the offline ones first, which fix both alphas, then those of each round.
+        """Count in the pairs of a table: the offline ones first, which fix both alphas, then those
+        of each round.
 
-        Raises DataError where the first pairs fix none, since the answers of each have one and the same bonus.
-        """
+        Raises DataError where the first pairs fix none, since the answers of each have one and the
+        same bonus."""
         for seen, frame in ((self._helpful, data.helpful), (self._safety, data.safety)):
             if len(frame):
                 chosen, rejected = self._both(frame)
                 if not seen.differences:
-                    seen.alpha = _alpha(seen, exploration.spread(chosen, rejected, self._bonuses.ridge))
+                    seen.alpha = _alpha(
+                        seen, exploration.spread(chosen, rejected, self._bonuses.ridge)
+                    )
                 seen.differences.append(chosen - rejected)
 
     def optimism(self, prompts: list[list[int]], answers: list[list[int]], lam: float) -> Tensor:
@@ -186,10 +218,14 @@ class Exploration:
         return self._bonus(phi, self._helpful) + lam * self._bonus(phi, self._safety)
 
     def _features(self, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
-        phi = exploration.features(self._reference, self._tokenizer, prompts, answers, self._batch_size)
+        phi = exploration.features(
+            self._reference, self._tokenizer, prompts, answers, self._batch_size
+        )
         if self._bonuses.dimension is None:
             return phi
-        return phi @ exploration.projection(phi.shape[1], self._bonuses.dimension, self._bonuses.seed)
+        return phi @ exploration.projection(
+            phi.shape[1], self._bonuses.dimension, self._bonuses.seed
+        )
 
     def _both(self, frame: pd.DataFrame) -> tuple[Tensor, Tensor]:
         """Features of the chosen and of the rejected answers."""
@@ -207,19 +243,25 @@ def _alpha(seen: _Seen, spread: float) -> float:
     """The factor that makes `scale` of the first pairs' mean gap at alpha 1."""
     if spread == 0 and seen.scale > 0:
         raise DataError(
-            f"online.{seen.key}: both answers of every first pair have features of the same norm, so no bonus has this "
-            "mean gap; give pairs of different answers, raise online.dimension or set it to null, or the scale to 0"
+            f"online.{seen.key}: both answers of every first pair have features of the same norm,"
+            " so no bonus has this mean gap; give pairs of different answers, raise"
+            " online.dimension or set it to null, or the scale to 0"
         )
     return seen.scale / spread if spread else 0.0
 
 
-# --- what both phases train on ----------------------------------------------------------------------------------------
+# --- what both phases train on --------------------------------------------------------------------
 
 
 def phase_one(
-    data: Preferences, reference: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int
+    data: Preferences,
+    reference: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
 ) -> list[Pair]:
-    """Helpful pairs with log pi_ref as reference column: DPO with coefficient beta leads to pi_r (eq. 15)."""
+    """Helpful pairs with log pi_ref as reference column: DPO with coefficient beta leads to pi_r
+    (eq. 15).
+    """
     return preference_pairs(data.helpful, reference, tokenizer, batch_size)
 
 
@@ -233,13 +275,19 @@ def phase_two(
     lam: float,
     beta: float,
 ) -> list[Pair]:
-    """Safety pairs with log pi_r + (b_r + lambda b_c) / beta as reference column, pi_r = `helpful` (alg. 2).
+    """Safety pairs with log pi_r + (b_r + lambda b_c) / beta as reference column, pi_r = `helpful`
+    (alg. 2).
 
     DPO with coefficient beta / lambda leads to pi_ref exp((r + b_r - lambda (c - b_c)) / beta).
     """
     pairs = preference_pairs(data.safety, helpful, tokenizer, batch_size)
-    prompts, answers = [pair.prompt for pair in pairs], [p.first for p in pairs] + [p.second for p in pairs]
-    log_helpful = torch.tensor([p.ref_first for p in pairs] + [p.ref_second for p in pairs], dtype=torch.float64)
+    prompts, answers = (
+        [pair.prompt for pair in pairs],
+        [p.first for p in pairs] + [p.second for p in pairs],
+    )
+    log_helpful = torch.tensor(
+        [p.ref_first for p in pairs] + [p.ref_second for p in pairs], dtype=torch.float64
+    )
     column = folded_reference(log_helpful, explored.optimism(prompts * 2, answers, lam), beta)
     first, second = column.chunk(2)
     return [

@@ -1,10 +1,11 @@
-"""The search for the multiplier: the rules of all methods as pure functions, and one loop that runs any of them.
+"""The search for the multiplier: the rules of all methods as pure functions, and one loop that runs
+any of them.
 
-A rule looks at the steps so far (multiplier, measured cost with its standard error, within-prompt variance) and says
-which multiplier, or which merge weight q, to try next, or None to stop. It steers to the aim: the limit, or below it by
-the safety stock. A merge weight is corrected on the cost curve that the pool shows before anything is generated. Where
-two policies of a search by Newton's rule lie on both sides of the limit, merging them comes before another training.
-"""
+A rule looks at the steps so far (multiplier, measured cost with its standard error, within-prompt
+variance) and says which multiplier, or which merge weight q, to try next, or None to stop. It
+steers to the aim: the limit, or below it by the safety stock. A merge weight is corrected on the
+cost curve that the pool shows before anything is generated. Where two policies of a search by
+Newton's rule lie on both sides of the limit, merging them comes before another training."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ import numpy as np
 
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
-from dualign.measure.stats import LimitEstimate, Measurement
-from dualign.measure.tilt import Tilt
+from dualign.evaluation.effective_tilt import Tilt
+from dualign.evaluation.stats import LimitEstimate, Measurement
 from dualign.methods import ITERATIVE, Plan
 from dualign.params.search import DualSearchParams
 from dualign.search.further import joint_newton_step
@@ -28,9 +29,11 @@ from dualign.search.screening import Screening
 
 log = logging.getLogger(__name__)
 
-#: R^2 from which a policy counts as the tilt that was fitted to it: a tenth of its variance is left out at most.
+#: R^2 from which a policy counts as the tilt that was fitted to it: a tenth of its variance is left
+#: out at most.
 _BELIEVED = 0.9
-#: Standard deviation of what trained policies answer to a multiplier, in units of the slope that theory gives.
+#: Standard deviation of what trained policies answer to a multiplier, in units of the slope that
+#: theory gives.
 SLOPE_ERROR = 0.25
 #: Units of cost; a measurement is not taken to be more exact.
 _EXACT = 1e-6
@@ -40,7 +43,9 @@ _SCREENINGS = 8
 
 @dataclass(frozen=True)
 class Blend:
-    """A merge of two policies of the search itself: (1 - weight) first + weight second, the numbers of their steps."""
+    """A merge of two policies of the search itself: (1 - weight) first + weight second, the numbers
+    of their steps.
+    """
 
     first: int
     second: int
@@ -49,14 +54,16 @@ class Blend:
 
 @dataclass(frozen=True)
 class Step:
-    """One policy of a search: its multiplier (for a merge the one it stands for), folder and measurement.
+    """One policy of a search: its multiplier (for a merge the one it stands for), folder and
+    measurement.
 
-    `closing` marks the policy made after the search from all its steps: their mixture (its multiplier is their mean),
-    or the one trained at the tail average. `course` is that of an ascent; see `Ascent`. `tilt` is what the policy
-    reached on the pool; `screened` are the merges that were looked at there before this one was made. `prices` are the
-    multipliers of further limits that it was trained at, in the order of `measured.further`. `q` is the weight of a
-    merge of start and reference; `blend` says which policies of the search were merged in place of a training.
-    """
+    `closing` marks the policy made after the search from all its steps: their mixture (its
+    multiplier is their mean), or the one trained at the tail average. `course` is that of an
+    ascent; see `Ascent`. `tilt` is what the policy reached on the pool; `screened` are the merges
+    that were looked at there before this one was made. `prices` are the multipliers of further
+    limits that it was trained at, in the order of `measured.further`. `q` is the weight of a merge
+    of start and reference; `blend` says which policies of the search were merged in place of a
+    training."""
 
     step: int
     lam: float
@@ -81,7 +88,8 @@ class Step:
 class Ascent:
     """A policy whose training moved lambda itself: its folder, the last lambda, and its course.
 
-    The course has a row for each stretch of the training: its last `step`, and the means of `lam`, `cost`, `reward` and
+    The course has a row for each stretch of the training: its last `step`, and the means of `lam`,
+    `cost`, `reward` and
     `kl` (nats an answer) over it.
     """
 
@@ -91,10 +99,16 @@ class Ascent:
 
 
 class Workbench(Protocol):
-    """What a search needs done: training at a multiplier, merging, mixing, measuring. Folders are given as strings."""
+    """What a search needs done: training at a multiplier, merging, mixing, measuring. Folders are
+    given as strings.
+    """
 
-    def train(self, step: int, lam: float, warm: Step, prices: Sequence[float] | None = None) -> str:
-        """Train a policy at `lam` and these prices of further limits (None: the pool's); return its folder."""
+    def train(
+        self, step: int, lam: float, warm: Step, prices: Sequence[float] | None = None
+    ) -> str:
+        """Train a policy at `lam` and these prices of further limits (None: the pool's); return its
+        folder.
+        """
         ...
 
     def ascend(self, step: int) -> Ascent:
@@ -126,7 +140,7 @@ class Workbench(Protocol):
         ...
 
 
-# --- rules ------------------------------------------------------------------------------------------------------------
+# --- rules ----------------------------------------------------------------------------------------
 
 
 def dual_gradient_step(lam: float, cost: float, limit: float, step_size: float) -> float:
@@ -152,7 +166,8 @@ def projected_subgradient_step(
 
 
 def newton_step(lam: float, cost: float, variance: float, limit: float, beta: float) -> float:
-    """lambda <- [lambda + beta (C - d) / E_x Var(c|x)]_+ with the curvature of the on-policy samples.
+    """lambda <- [lambda + beta (C - d) / E_x Var(c|x)]_+ with the curvature of the on-policy
+    samples.
 
     >>> newton_step(1.0, cost=0.5, variance=0.25, limit=0.0, beta=0.5)
     2.0
@@ -161,15 +176,18 @@ def newton_step(lam: float, cost: float, variance: float, limit: float, beta: fl
 
 
 def tilt_step(lam: float, tilt: Tilt, cost: float, variance: float, limit: float) -> float | None:
-    """Newton's step for what the policy reached, told in what it was told: lambda <- lambda (lam_req / lam_eff).
+    """Newton's step for what the policy reached, told in what it was told: lambda <- lambda
+    (lam_req / lam_eff).
 
-    A policy trained at `lam` whose effective tilt is (beta_eff, lam_eff) has dC / dlam_eff = -V / beta_eff, so it needs
-    lam_req = lam_eff + beta_eff (C - d) / V; and it answers to a command as lam_eff / lam did. A training that reaches
-    its target exactly makes this `newton_step`. None where the policy has no effective multiplier above 0.
+    A policy trained at `lam` whose effective tilt is (beta_eff, lam_eff) has dC / dlam_eff = -V /
+    beta_eff, so it needs lam_req = lam_eff + beta_eff (C - d) / V; and it answers to a command as
+    lam_eff / lam did. A training that reaches its target exactly makes this `newton_step`. None
+    where the policy has no effective multiplier above 0.
 
-    A policy that was told 1 and reached half of that is told twice what it needs, 0.5 + 0.5 * 0.5 / 0.5:
+    A policy that was told 1 and reached half of that is told twice what it needs, 0.5 + 0.5 * 0.5 /
+    0.5:
 
-    >>> from dualign.measure.tilt import effective_tilt
+    >>> from dualign.evaluation.effective_tilt import effective_tilt
     >>> reward, cost, length = np.random.default_rng(0).normal(size=(3, 9, 4))
     >>> reached = effective_tilt(2 * reward - cost, reward, cost, length)  # beta_eff and lam_eff are 0.5
     >>> round(tilt_step(1.0, reached, cost=0.5, variance=0.5, limit=0.0), 6)
@@ -181,7 +199,9 @@ def tilt_step(lam: float, tilt: Tilt, cost: float, variance: float, limit: float
     return max(0.0, lam * required / tilt.lam_eff)
 
 
-def secant_step(previous: tuple[float, float], last: tuple[float, float], limit: float) -> float | None:
+def secant_step(
+    previous: tuple[float, float], last: tuple[float, float], limit: float
+) -> float | None:
     """The root of the line through two points (x, C); None where the line does not fall.
 
     >>> secant_step((0.0, 1.0), (1.0, 0.5), limit=0.0)
@@ -196,14 +216,20 @@ def secant_step(previous: tuple[float, float], last: tuple[float, float], limit:
 
 
 def line_root(
-    lams: Sequence[float], costs: Sequence[float], errors: Sequence[float], slope: float, limit: float
+    lams: Sequence[float],
+    costs: Sequence[float],
+    errors: Sequence[float],
+    slope: float,
+    limit: float,
 ) -> float:
-    """The root of the line C = a - s lambda through all steps, where theory says s = `slope` > 0 beforehand.
+    """The root of the line C = a - s lambda through all steps, where theory says s = `slope` > 0
+    beforehand.
 
-    a and s minimise sum_k (C_k - a + s lambda_k)^2 / error_k^2 + (s - slope)^2 / (`SLOPE_ERROR` slope)^2. With one step
-    it is Newton's; with steps far apart, or many, the regression of all of them, which averages multipliers in place of
-    policies; steps that noise does not tell apart keep the slope of theory, where a secant would be thrown far off or
-    stand still. A line that falls less than a quarter of that is not believed.
+    a and s minimise sum_k (C_k - a + s lambda_k)^2 / error_k^2 + (s - slope)^2 / (`SLOPE_ERROR`
+    slope)^2. With one step it is Newton's; with steps far apart, or many, the regression of all of
+    them, which averages multipliers in place of policies; steps that noise does not tell apart keep
+    the slope of theory, where a secant would be thrown far off or stand still. A line that falls
+    less than a quarter of that is not believed.
 
     >>> line_root([1.0], [0.5], [0.1], slope=0.5, limit=0.0)
     2.0
@@ -219,7 +245,9 @@ def line_root(
     return max(0.0, centre + (level - limit) / max(found, slope / 4))
 
 
-def first_weight(lam_pool: float, lam_start: float, naive: bool, lam_reference: float = 0.0) -> float:
+def first_weight(
+    lam_pool: float, lam_start: float, naive: bool, lam_reference: float = 0.0
+) -> float:
     """The merge weight q >= 0 whose multiplier is that of the pool; inverts `merge_multiplier`.
 
     >>> first_weight(lam_pool=1.0, lam_start=4.0, naive=False), first_weight(1.0, 4.0, naive=True)
@@ -231,12 +259,14 @@ def first_weight(lam_pool: float, lam_start: float, naive: bool, lam_reference: 
 
 
 def merge_multiplier(q: float, lam_start: float, naive: bool, lam_reference: float = 0.0) -> float:
-    """The multiplier that a merge of weight q on the start stands for, to first order (P-SACPO, 2404.11049).
+    """The multiplier that a merge of weight q on the start stands for, to first order (P-SACPO,
+    2404.11049).
 
-    log pi = (1 - q) log pi_1 + q log pi_2. Where the start's tilt is (r - lambda c) / beta and the other's
-    (r - lambda_1 c) / beta, lambda_1 = 0 for pi_r, the merge's is that of (1 - q) lambda_1 + q lambda at the same beta.
-    Where the start is safety DPO from pi_ref (a naive merge), the merge's tilt is ((1 - q) r - q lambda c) / beta:
-    multiplier q lambda / (1 - q) at KL weight beta / (1 - q), for q < 1.
+    log pi = (1 - q) log pi_1 + q log pi_2. Where the start's tilt is (r - lambda c) / beta and the
+    other's (r - lambda_1 c) / beta, lambda_1 = 0 for pi_r, the merge's is that of (1 - q) lambda_1
+    + q lambda at the same beta. Where the start is safety DPO from pi_ref (a naive merge), the
+    merge's tilt is ((1 - q) r - q lambda c) / beta: multiplier q lambda / (1 - q) at KL weight beta
+    / (1 - q), for q < 1.
 
     >>> merge_multiplier(0.25, lam_start=4.0, naive=False), merge_multiplier(0.2, 4.0, naive=True)
     (1.0, 1.0)
@@ -244,18 +274,24 @@ def merge_multiplier(q: float, lam_start: float, naive: bool, lam_reference: flo
     return q * lam_start / (1 - q) if naive else (1 - q) * lam_reference + q * lam_start
 
 
-def next_weight(points: Sequence[tuple[float, float]], limit: float, largest: float) -> float | None:
-    """The merge weight, at most `largest`, of the secant through the two points (q, C) nearest to the limit.
+def next_weight(
+    points: Sequence[tuple[float, float]], limit: float, largest: float
+) -> float | None:
+    """The merge weight, at most `largest`, of the secant through the two points (q, C) nearest to
+    the limit.
 
-    Where points lie on both sides of the limit and that secant leaves the interval between the nearest of each side, it
-    is the one through these two. None where the line does not fall, or its root is a point already.
+    Where points lie on both sides of the limit and that secant leaves the interval between the
+    nearest of each side, it is the one through these two. None where the line does not fall, or its
+    root is a point already.
 
     >>> next_weight([(0.0, 1.0), (1.0, -1.0)], limit=0.5, largest=1.0)
     0.25
     """
     ordered = sorted(points, key=lambda point: abs(point[1] - limit))
     found = secant_step(ordered[1], ordered[0], limit)
-    over, under = ([point for point in ordered if (point[1] > limit) is side] for side in (True, False))
+    over, under = (
+        [point for point in ordered if (point[1] > limit) is side] for side in (True, False)
+    )
     if over and under and (found is None or not over[0][0] <= found <= under[0][0]):
         found = secant_step(over[0], under[0], limit)
     if found is None:
@@ -265,19 +301,27 @@ def next_weight(points: Sequence[tuple[float, float]], limit: float, largest: fl
 
 
 def next_blend(steps: Sequence[Step], limit: float) -> Blend | None:
-    """The merge that should cost `limit`, of the two policies nearest to it, one above it and one below.
+    """The merge that should cost `limit`, of the two policies nearest to it, one above it and one
+    below.
 
-    Where their log-ratios are tilts by r - lambda c, merging them is choosing a multiplier between theirs, at the price
-    of a measurement and not of a training. None without such two, or if that merge has been measured.
-    """
+    Where their log-ratios are tilts by r - lambda c, merging them is choosing a multiplier between
+    theirs, at the price of a measurement and not of a training. None without such two, or if that
+    merge has been measured."""
     own = [step for step in steps if step.blend is None]
-    over, under = ([step for step in own if (step.measured.cost > limit) is side] for side in (True, False))
+    over, under = (
+        [step for step in own if (step.measured.cost > limit) is side] for side in (True, False)
+    )
     if not over or not under:
         return None
-    first, second = (min(side, key=lambda step: abs(step.measured.cost - limit)) for side in (over, under))
+    first, second = (
+        min(side, key=lambda step: abs(step.measured.cost - limit)) for side in (over, under)
+    )
     points = [(0.0, first.measured.cost), (1.0, second.measured.cost)]
     for step in steps:
-        if step.blend is not None and (step.blend.first, step.blend.second) == (first.step, second.step):
+        if step.blend is not None and (step.blend.first, step.blend.second) == (
+            first.step,
+            second.step,
+        ):
             points.append((step.blend.weight, step.measured.cost))
     weight = next_weight(points, limit, 1.0)
     return None if weight is None else Blend(first.step, second.step, weight)
@@ -296,10 +340,10 @@ def tail(lams: Sequence[float]) -> Sequence[float]:
 class Outlook:
     """What is known before the search.
 
-    The pool's multiplier and the start's, the Slater radius of a projected rule (infinite without one), whether a merge
-    is naive, its start having been trained from pi_ref, the multiplier of its reference, the cost to steer to (None:
-    the limit), and the prices of further limits that the start was trained at, where the rule corrects them.
-    """
+    The pool's multiplier and the start's, the Slater radius of a projected rule (infinite without
+    one), whether a merge is naive, its start having been trained from pi_ref, the multiplier of its
+    reference, the cost to steer to (None: the limit), and the prices of further limits that the
+    start was trained at, where the rule corrects them."""
 
     lam_pool: float
     lam_start: float
@@ -318,7 +362,9 @@ Rule = Callable[[Sequence[Step], DualSearchParams, Outlook], float | None]
 
 
 def _solved(step: Step, params: DualSearchParams, outlook: Outlook) -> bool:
-    """Whether a step meets the conditions of optimality up to noise: each limit is met, or kept at multiplier 0."""
+    """Whether a step meets the conditions of optimality up to noise: each limit is met, or kept at
+    multiplier 0.
+    """
     m = step.measured
     met = [_met(m.cost - outlook.target(params), m.cost_se, step.lam, params)]
     if step.prices:
@@ -348,30 +394,44 @@ def _ascent(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -
     return outlook.lam_start if len(steps) == 1 else None
 
 
-def _dual_gradient(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
+def _dual_gradient(
+    steps: Sequence[Step], params: DualSearchParams, outlook: Outlook
+) -> float | None:
     last = steps[-1]
     if _solved(last, params, outlook):
         return None
-    found = dual_gradient_step(last.lam, last.measured.cost, outlook.target(params), params.step_size)
+    found = dual_gradient_step(
+        last.lam, last.measured.cost, outlook.target(params), params.step_size
+    )
     return min(found, params.lambda_max)
 
 
-def _projected_subgradient(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
-    """Stops where the projection gives the last multiplier again, unless fresh comparisons make another round of it."""
+def _projected_subgradient(
+    steps: Sequence[Step], params: DualSearchParams, outlook: Outlook
+) -> float | None:
+    """Stops where the projection gives the last multiplier again, unless fresh comparisons make
+    another round of it.
+    """
     last = steps[-1]
     if _solved(last, params, outlook):
         return None
     proposed = projected_subgradient_step(
-        last.lam, last.measured.cost, outlook.target(params), params.step_size, outlook.radius, params.lambda_min
+        last.lam,
+        last.measured.cost,
+        outlook.target(params),
+        params.step_size,
+        outlook.radius,
+        params.lambda_min,
     )
     return None if proposed == last.lam and params.online is None else proposed
 
 
 def _newton(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
-    """The line through all trainings, Newton's at first. A start within noise of the aim is not corrected.
+    """The line through all trainings, Newton's at first. A start within noise of the aim is not
+    corrected.
 
-    Its multiplier is that of the whole pool, which says more than the fewer prompts of one measurement do.
-    """
+    Its multiplier is that of the whole pool, which says more than the fewer prompts of one
+    measurement do."""
     if _solved(steps[-1], params, outlook):
         return None
     found = corrections(steps, params, outlook)
@@ -380,13 +440,17 @@ def _newton(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -
     return min(proposed, params.lambda_max)
 
 
-def corrections(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> dict[str, float | None]:
-    """The next multiplier by each reckoning: `newton`, `tilt`, and the `line` through all trainings, which is taken.
+def corrections(
+    steps: Sequence[Step], params: DualSearchParams, outlook: Outlook
+) -> dict[str, float | None]:
+    """The next multiplier by each reckoning: `newton`, `tilt`, and the `line` through all
+    trainings, which is taken.
 
-    The start was trained elsewhere, longer or less, and from the reference: it is on the line only until the search has
-    a training of its own. The line's slope beforehand is Newton's, told in commands where the policy is the tilt that
-    was fitted to it. With prices of further limits all multipliers move at once, so costs lie on no line in lambda.
-    """
+    The start was trained elsewhere, longer or less, and from the reference: it is on the line only
+    until the search has
+    a training of its own. The line's slope beforehand is Newton's, told in commands where the
+    policy is the tilt that was fitted to it. With prices of further limits all multipliers move at
+    once, so costs lie on no line in lambda."""
     last, target, beta = steps[-1], outlook.target(params), params.beta
     m = last.measured
     if last.prices:
@@ -397,20 +461,29 @@ def corrections(steps: Sequence[Step], params: DualSearchParams, outlook: Outloo
     tilt = tilt_step(last.lam, last.tilt, m.cost, m.variance, target) if last.tilt else None
     slope = m.variance / beta * _answer(last.tilt, last.lam, beta)
     alike = [step for step in steps if step.trained] or steps
-    lams, costs, errors = zip(*((step.lam, step.measured.cost, step.measured.cost_se) for step in alike), strict=True)
+    lams, costs, errors = zip(
+        *((step.lam, step.measured.cost, step.measured.cost_se) for step in alike), strict=True
+    )
     return {"newton": newton, "tilt": tilt, "line": line_root(lams, costs, errors, slope, target)}
 
 
 def jointly(step: Step, params: DualSearchParams, outlook: Outlook) -> list[float]:
-    """The next multiplier and the next prices of further limits, by Newton's step for all of them at once."""
+    """The next multiplier and the next prices of further limits, by Newton's step for all of them
+    at once.
+    """
     m = step.measured
     excess = [0.0 if k.mean is None else k.share * (k.mean - k.limit) for k in m.further]
-    lams, over = np.array([step.lam, *step.prices]), np.array([m.cost - outlook.target(params), *excess])
+    lams, over = (
+        np.array([step.lam, *step.prices]),
+        np.array([m.cost - outlook.target(params), *excess]),
+    )
     return joint_newton_step(lams, over, np.array(m.covariance), params.beta).tolist()
 
 
 def _answer(tilt: Tilt | None, lam: float, beta: float) -> float:
-    """What a policy makes of its command, (lam_eff / beta_eff) / (lambda / beta); 1 where the fit is not believed."""
+    """What a policy makes of its command, (lam_eff / beta_eff) / (lambda / beta); 1 where the fit
+    is not believed.
+    """
     if not _believed(tilt) or lam <= 0:
         return 1.0
     assert tilt is not None and tilt.lam_eff is not None and tilt.beta_eff is not None
@@ -427,8 +500,8 @@ def _believed(tilt: Tilt | None) -> bool:
 def _merge(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
     """The weight of the pool's multiplier first, then secants on (q, C); q = 1 is the start itself.
 
-    A start that was trained at the pool's multiplier is that first policy, and Newton's step comes next.
-    """
+    A start that was trained at the pool's multiplier is that first policy, and Newton's step comes
+    next."""
     begins = len(steps) == 1
     tried = not begins or outlook.lam_start == outlook.lam_pool
     if tried and _solved(steps[-1], params, outlook):
@@ -441,9 +514,13 @@ def _merge(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) ->
     return _merge_between([(step.weight, step.measured.cost) for step in steps], params, outlook)
 
 
-def _merge_between(points: Sequence[tuple[float, float]], params: DualSearchParams, outlook: Outlook) -> float | None:
+def _merge_between(
+    points: Sequence[tuple[float, float]], params: DualSearchParams, outlook: Outlook
+) -> float | None:
     found = next_weight(points, outlook.target(params), params.merge_max)
-    beyond = found is not None and outlook.naive and found >= 1  # there a naive merge has no multiplier
+    beyond = (
+        found is not None and outlook.naive and found >= 1
+    )  # there a naive merge has no multiplier
     return None if beyond else found
 
 
@@ -458,18 +535,24 @@ _RULES: dict[str, Rule] = {
 }
 
 
-# --- the pool's cost curve --------------------------------------------------------------------------------------------
+# --- the pool's cost curve ------------------------------------------------------------------------
 
 
 def screened_weight(
-    steps: Sequence[Step], proposed: float, params: DualSearchParams, outlook: Outlook, bench: Workbench
+    steps: Sequence[Step],
+    proposed: float,
+    params: DualSearchParams,
+    outlook: Outlook,
+    bench: Workbench,
 ) -> tuple[float, list[Screening]]:
-    """A proposed merge weight, corrected on the pool's cost curve while that can be trusted; and what was screened.
+    """A proposed merge weight, corrected on the pool's cost curve while that can be trusted; and
+    what was screened.
 
-    Only forward passes: secants on the screened costs, moved by what the last policy measured above its own screening
-    (the pool holds other prompts, and its answers may have been trained on), until the cost is nearer to the aim than a
-    measurement can tell. A weight whose effective sample size is below `min_ess` ends it: that one is measured next.
-    """
+    Only forward passes: secants on the screened costs, moved by what the last policy measured above
+    its own screening
+    (the pool holds other prompts, and its answers may have been trained on), until the cost is
+    nearer to the aim than a measurement can tell. A weight whose effective sample size is below
+    `min_ess` ends it: that one is measured next."""
     last, target = steps[-1], outlook.target(params)
     known = next((seen for seen in last.screened if seen.q == last.weight), None)
     tried = [known or bench.screen(last.weight)]
@@ -479,7 +562,10 @@ def screened_weight(
     for _ in range(_SCREENINGS):
         tried.append(bench.screen(q))
         cost = tried[-1].cost + shift
-        if tried[-1].ess < params.min_ess or abs(cost - target) <= params.z * last.measured.cost_se / 2:
+        if (
+            tried[-1].ess < params.min_ess
+            or abs(cost - target) <= params.z * last.measured.cost_se / 2
+        ):
             break
         points.append((q, cost))
         better = _merge_between(points, params, outlook)
@@ -489,7 +575,7 @@ def screened_weight(
     return q, tried
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------------
+# --- the loop -------------------------------------------------------------------------------------
 
 
 def run(
@@ -501,15 +587,20 @@ def run(
     scratch: Path,
     enough: Callable[[Step], bool] = lambda step: False,
 ) -> tuple[list[Step], str]:
-    """Measure the start, train (or merge) and measure until the rule stops or a budget is spent, then close.
+    """Measure the start, train (or merge) and measure until the rule stops or a budget is spent,
+    then close.
 
-    Every finished step is recorded in `scratch`, so an interrupted search goes on where it stopped. The first step that
-    is `enough` ends it before its rule does. Returns the steps and why the search stopped.
-    """
+    Every finished step is recorded in `scratch`, so an interrupted search goes on where it stopped.
+    The first step that is `enough` ends it before its rule does. Returns the steps and why the
+    search stopped."""
     recorded = _restore(scratch)
     if not recorded:
-        recorded = _record(scratch, [_measured(bench, 0, outlook.lam_start, start, prices=outlook.prices)])
-    steps, stopped = _iterate(plan, [s for s in recorded if not s.closing], outlook, params, bench, scratch, enough)
+        recorded = _record(
+            scratch, [_measured(bench, 0, outlook.lam_start, start, prices=outlook.prices)]
+        )
+    steps, stopped = _iterate(
+        plan, [s for s in recorded if not s.closing], outlook, params, bench, scratch, enough
+    )
     averages = plan.method.returns == "tail_average" and len(tail([step.lam for step in steps])) > 1
     closes = averages or plan.method.returns == "mixture"
     if not closes or recorded[-1].closing:
@@ -531,7 +622,9 @@ def _iterate(
     """Take the steps that the rule asks for, or the blends that save them, and say why they end."""
     rule = plan.method.rule
     if plan.method.inner == "safety":  # its loss divides by lambda
-        params = params.model_copy(update={"grid": [max(lam, params.lambda_min) for lam in params.grid]})
+        params = params.model_copy(
+            update={"grid": [max(lam, params.lambda_min) for lam in params.grid]}
+        )
     budget = {"merge": params.merge_steps, "grid": len(params.grid)}.get(rule, params.max_trainings)
     while True:
         _tell(steps[-1], params)
@@ -546,13 +639,25 @@ def _iterate(
             return steps, f"budget of {budget} {what}{'' if budget == 1 else 's'} is spent"
         if _unaffordable(plan, steps, params, trains=rule != "merge" and blend is None):
             return steps, _out_of_tokens(params)
-        made = _blended(steps, blend, bench) if blend else _advance(plan, steps, proposed, params, outlook, bench)
+        made = (
+            _blended(steps, blend, bench)
+            if blend
+            else _advance(plan, steps, proposed, params, outlook, bench)
+        )
         steps = _record(scratch, [*steps, made])
 
 
-def _blend_first(plan: Plan, steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> Blend | None:
-    """What to merge before another training: by Newton's rule, for one limit alone and where one policy is returned."""
-    alone = plan.method.rule == "newton" and not steps[-1].prices and plan.method.returns in ("last", "best")
+def _blend_first(
+    plan: Plan, steps: Sequence[Step], params: DualSearchParams, outlook: Outlook
+) -> Blend | None:
+    """What to merge before another training: by Newton's rule, for one limit alone and where one
+    policy is returned.
+    """
+    alone = (
+        plan.method.rule == "newton"
+        and not steps[-1].prices
+        and plan.method.returns in ("last", "best")
+    )
     left = params.merge_steps - sum(step.blend is not None for step in steps)
     return next_blend(steps, outlook.target(params)) if alone and left > 0 else None
 
@@ -564,12 +669,21 @@ def _reason(rule: str, last: Step, params: DualSearchParams, outlook: Outlook) -
             return "all limits are met within noise, or kept at price 0"
         if abs(last.measured.cost - outlook.target(params)) > params.z * last.measured.cost_se:
             return "the limit is kept at lambda 0"
-        return f"cost within noise of the {'limit' if outlook.target(params) == params.limit else 'aim'}"
-    return "lambda is at the end of its interval" if rule == "projected_subgradient" else f"rule {rule} is finished"
+        return (
+            "cost within noise of the"
+            f" {'limit' if outlook.target(params) == params.limit else 'aim'}"
+        )
+    return (
+        "lambda is at the end of its interval"
+        if rule == "projected_subgradient"
+        else f"rule {rule} is finished"
+    )
 
 
 def answers_drawn(plan: Plan, params: DualSearchParams, trained: bool) -> int:
-    """How many answers a step generates: to be measured and, where it is trained on its own, to be trained."""
+    """How many answers a step generates: to be measured and, where it is trained on its own, to be
+    trained.
+    """
     drawn = params.prompts * params.samples_per_prompt
     if trained and plan.method.data in ("pool", "fresh_pairs"):
         drawn += params.refresh_prompts * params.refresh_samples
@@ -578,8 +692,12 @@ def answers_drawn(plan: Plan, params: DualSearchParams, trained: bool) -> int:
     return drawn
 
 
-def _unaffordable(plan: Plan, steps: Sequence[Step], params: DualSearchParams, trains: bool) -> bool:
-    """Whether the next step would exceed `max_tokens`, if its answers are as long as those of the last one."""
+def _unaffordable(
+    plan: Plan, steps: Sequence[Step], params: DualSearchParams, trains: bool
+) -> bool:
+    """Whether the next step would exceed `max_tokens`, if its answers are as long as those of the
+    last one.
+    """
     if params.max_tokens is None:
         return False
     last = steps[-1]
@@ -598,19 +716,25 @@ def _close(plan: Plan, steps: Sequence[Step], bench: Workbench) -> Step:
     if plan.method.returns == "mixture":
         return _measured(bench, number, sum(lams) / number, bench.mix(number, steps), closing=True)
     lam = sum(tail(lams)) / len(tail(lams))
-    return _measured(bench, number, lam, bench.train(number, lam, steps[-1]), trained=True, closing=True)
+    return _measured(
+        bench, number, lam, bench.train(number, lam, steps[-1]), trained=True, closing=True
+    )
 
 
 def choose(
-    plan: Plan, steps: Sequence[Step], params: DualSearchParams, aim: float | None = None, stopped: str = ""
+    plan: Plan,
+    steps: Sequence[Step],
+    params: DualSearchParams,
+    aim: float | None = None,
+    stopped: str = "",
 ) -> int:
     """The index of the policy that the method returns.
 
-    `best`: the most rewarding of those that keep further limits and whose cost is not above the aim (None: the limit),
-    all up to z standard errors, else of those as near to the limit. If there is none: the one whose largest excess over
-    a limit is least, in standard errors, and without further limits the least costly. Otherwise the last one: of the
-    search, or the one that closed it. A search that ran out of tokens before that returns its best so far.
-    """
+    `best`: the most rewarding of those that keep further limits and whose cost is not above the aim
+    (None: the limit), all up to z standard errors, else of those as near to the limit. If there is
+    none: the one whose largest excess over a limit is least, in standard errors, and without
+    further limits the least costly. Otherwise the last one: of the search, or the one that closed
+    it. A search that ran out of tokens before that returns its best so far."""
     if plan.method.returns != "best" and stopped != _out_of_tokens(params):
         return len(steps) - 1
     for bound in (params.limit if aim is None else aim, params.limit):
@@ -637,18 +761,29 @@ def _keeps(step: Step, bound: float, params: DualSearchParams) -> bool:
 
 
 def _against(step: Step, bound: float) -> list[tuple[float, float, float]]:
-    """(mean, limit, standard error) of the cost, with `bound` as its limit, and of each further limit that is known."""
+    """(mean, limit, standard error) of the cost, with `bound` as its limit, and of each further
+    limit that is known.
+    """
     m = step.measured
     further = [(k.mean, k.limit, k.error or 0.0) for k in m.further if k.mean is not None]
     return [(m.cost, bound, m.cost_se), *further]
 
 
 def summary(
-    plan: Plan, steps: Sequence[Step], stopped: str, params: DualSearchParams, outlook: Outlook, before: int
+    plan: Plan,
+    steps: Sequence[Step],
+    stopped: str,
+    params: DualSearchParams,
+    outlook: Outlook,
+    before: int,
 ) -> dict[str, Any]:
-    """The search as `reports/search/NAME.json` holds it; `before` counts the trainings that made its start."""
+    """The search as `reports/search/NAME.json` holds it; `before` counts the trainings that made
+    its start.
+    """
     chosen, method = choose(plan, steps, params, outlook.aim, stopped), plan.method
-    each = 2 if params.online is not None and params.online.retrain_reward else 1  # pi_r beside the policy
+    each = (
+        2 if params.online is not None and params.online.retrain_reward else 1
+    )  # pi_r beside the policy
     found = {
         "name": plan.name,
         "method": method.name,
@@ -679,10 +814,21 @@ def summary(
     }
 
 
-def _row(plan: Plan, steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> dict[str, Any]:
-    """The last of these steps as a summary holds it; after Newton's rule with what each reckoning says comes next."""
+def _row(
+    plan: Plan, steps: Sequence[Step], params: DualSearchParams, outlook: Outlook
+) -> dict[str, Any]:
+    """The last of these steps as a summary holds it; after Newton's rule with what each reckoning
+    says comes next.
+    """
     s = steps[-1]
-    row = {"step": s.step, "lam": s.lam, "q": s.q, "trained": s.trained, "closing": s.closing, **asdict(s.measured)}
+    row = {
+        "step": s.step,
+        "lam": s.lam,
+        "q": s.q,
+        "trained": s.trained,
+        "closing": s.closing,
+        **asdict(s.measured),
+    }
     row |= {"tilt": s.tilt.as_dict() if s.tilt else None, "prices": list(s.prices)}
     row |= {"blend": asdict(s.blend) if s.blend else None}
     del row["covariance"]
@@ -692,7 +838,12 @@ def _row(plan: Plan, steps: Sequence[Step], params: DualSearchParams, outlook: O
 
 
 def _advance(
-    plan: Plan, steps: Sequence[Step], proposed: float, params: DualSearchParams, outlook: Outlook, bench: Workbench
+    plan: Plan,
+    steps: Sequence[Step],
+    proposed: float,
+    params: DualSearchParams,
+    outlook: Outlook,
+    bench: Workbench,
 ) -> Step:
     number = len(steps)
     if plan.method.rule == "merge":
@@ -705,23 +856,51 @@ def _advance(
         made = bench.ascend(number)
         return _measured(bench, number, made.lam, made.policy, trained=True, course=made.course)
     last = steps[-1]
-    prices = tuple(jointly(last, params, outlook)[1:]) if last.prices else ()  # only Newton's rule begins with any
+    prices = (
+        tuple(jointly(last, params, outlook)[1:]) if last.prices else ()
+    )  # only Newton's rule begins with any
     policy = bench.train(number, proposed, last, prices or None)
     return _measured(bench, number, proposed, policy, trained=True, prices=prices)
 
 
 def _blended(steps: Sequence[Step], blend: Blend, bench: Workbench) -> Step:
     first, second, number = steps[blend.first], steps[blend.second], len(steps)
-    log.info("merging steps %d and %d, weight %.3f, in place of a training", blend.first, blend.second, blend.weight)
+    log.info(
+        "merging steps %d and %d, weight %.3f, in place of a training",
+        blend.first,
+        blend.second,
+        blend.weight,
+    )
     lam = merge_multiplier(blend.weight, second.lam, False, first.lam)
-    return _measured(bench, number, lam, bench.blend(number, first.policy, second.policy, blend.weight), blend=blend)
+    return _measured(
+        bench,
+        number,
+        lam,
+        bench.blend(number, first.policy, second.policy, blend.weight),
+        blend=blend,
+    )
 
 
 def _measured(
-    bench: Workbench, number: int, lam: float, policy: str, q: float | None = None, trained: bool = False, **more: Any
+    bench: Workbench,
+    number: int,
+    lam: float,
+    policy: str,
+    q: float | None = None,
+    trained: bool = False,
+    **more: Any,
 ) -> Step:
     """A step of the search: the policy, measured on its own answers, and its tilt."""
-    return Step(number, lam, q, policy, trained, bench.measure(number, policy), tilt=bench.tilt(policy), **more)
+    return Step(
+        number,
+        lam,
+        q,
+        policy,
+        trained,
+        bench.measure(number, policy),
+        tilt=bench.tilt(policy),
+        **more,
+    )
 
 
 def _tell(step: Step, params: DualSearchParams) -> None:
@@ -744,23 +923,35 @@ def _restore(scratch: Path) -> list[Step]:
     try:
         steps = [_step(row) for row in read_json(path)]
     except DualignError as error:
-        log.warning("%s: the search begins again, with what its steps have trained and drawn", error)
+        log.warning(
+            "%s: the search begins again, with what its steps have trained and drawn", error
+        )
         return []
     missing = [step.policy for step in steps if not Path(step.policy).is_dir()]
     if missing:
-        raise DualignError(f"{missing[0]}: the policy of an earlier step is gone; delete {scratch} and run again")
+        raise DualignError(
+            f"{missing[0]}: the policy of an earlier step is gone; delete {scratch} and run again"
+        )
     log.info("resuming the search after step %d", steps[-1].step)
     return steps
 
 
 def _step(row: dict[str, Any]) -> Step:
     """A step as `_record` wrote it."""
-    tilt, screened, measured = row["tilt"], [Screening(**seen) for seen in row["screened"]], row["measured"]
+    tilt, screened, measured = (
+        row["tilt"],
+        [Screening(**seen) for seen in row["screened"]],
+        row["measured"],
+    )
     measured |= {
         "further": tuple(LimitEstimate(**known) for known in measured["further"]),
         "covariance": tuple(tuple(line) for line in measured["covariance"]),
     }
     return replace(
-        Step(**row), measured=Measurement(**measured), tilt=Tilt(**tilt) if tilt else None, screened=screened,
-        prices=tuple(row["prices"]), blend=Blend(**row["blend"]) if row["blend"] else None,
-    )  # fmt: skip
+        Step(**row),
+        measured=Measurement(**measured),
+        tilt=Tilt(**tilt) if tilt else None,
+        screened=screened,
+        prices=tuple(row["prices"]),
+        blend=Blend(**row["blend"]) if row["blend"] else None,
+    )

@@ -1,4 +1,6 @@
-"""The cost of a policy from samples of the reference, by importance weights: forward passes, no generation."""
+"""The cost of a policy from samples of the reference, by importance weights: forward passes, no
+generation.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Screening:
-    """The cost of the merge of weight `q` as the pool sees it: estimate, standard error, median ESS of a prompt."""
+    """The cost of the merge of weight `q` as the pool sees it: estimate, standard error, median ESS
+    of a prompt.
+    """
 
     q: float
     cost: float
@@ -25,14 +29,16 @@ class Screening:
 
 
 def off_policy_cost(log_ratio: Array, cost: Array) -> tuple[float, float, float]:
-    """E_pi[c] from reference samples: (estimate, standard error, median effective sample size of a prompt).
+    """E_pi[c] from reference samples: (estimate, standard error, median effective sample size of a
+    prompt).
 
-    `log_ratio` is log(pi / pi_ref) of the samples and `cost` their c, both [prompts, samples]. With w = pi / pi_ref it
-    is the mean over prompts of sum_i w_i c_i / sum_i w_i, as the dual predicts pi_lambda, and the error is that of this
-    mean. Normalised within the prompt, a weight can move one prompt alone: a training may raise some odd answer of the
-    reference ten thousandfold, which would drown the whole pool under weights whose mean is known to be 1. The price
-    is a bias towards the reference where the effective sample size 1 / sum w^2 (w normalised) is a small number.
-    """
+    `log_ratio` is log(pi / pi_ref) of the samples and `cost` their c, both [prompts, samples]. With
+    w = pi / pi_ref it is the mean over prompts of sum_i w_i c_i / sum_i w_i, as the dual predicts
+    pi_lambda, and the error is that of this mean. Normalised within the prompt, a weight can move
+    one prompt alone: a training may raise some odd answer of the reference ten thousandfold, which
+    would drown the whole pool under weights whose mean is known to be 1. The price is a bias
+    towards the reference where the effective sample size 1 / sum w^2 (w normalised) is a small
+    number."""
     log_ratio, cost = np.asarray(log_ratio, float), np.asarray(cost, float)
     weight = softmax(log_ratio, axis=1)
     each = (weight * cost).sum(1)

@@ -1,4 +1,6 @@
-"""Checkpoints that are whole: each ends with a manifest of its files, and one that does not match it is passed over."""
+"""Checkpoints that are whole: each ends with a manifest of its files, and one that does not match
+it is passed over.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,20 @@ from dualign.core.artifacts import sha256, write_json
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-#: How many checkpoints of a run stay, so that one is there while the next is written, or found to be torn.
+#: How many checkpoints of a run stay, so that one is there while the next is written, or found to
+#: be torn.
 _KEPT = 2
 _NAME = re.compile("checkpoint-([0-9]+)")
 
 
 class Sealing(TrainerCallback):
-    """Writes the manifest of every checkpoint once all else of it is on the disk, and only then removes older ones."""
+    """Writes the manifest of every checkpoint once all else of it is on the disk, and only then
+    removes older ones.
+    """
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if not state.is_world_process_zero:
             return
         folder = Path(str(args.output_dir))
@@ -35,7 +42,9 @@ class Sealing(TrainerCallback):
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest: size and SHA-256 of every file by name, after the files themselves are on the disk."""
+    """Write the manifest: size and SHA-256 of every file by name, after the files themselves are on
+    the disk.
+    """
     for file in _files(folder):
         _sync(file)
     write_json(folder / MANIFEST, {_named(file, folder): _facts(file) for file in _files(folder)})
@@ -62,7 +71,9 @@ def fault(folder: Path) -> str | None:
         differ = sorted(manifest.keys() ^ facts.keys())
         if differ:
             return f"{differ[0]} is {'missing' if differ[0] in manifest else 'no part of it'}"
-        changed = next((name for name, file in facts.items() if manifest[name] != _facts(file)), None)
+        changed = next(
+            (name for name, file in facts.items() if manifest[name] != _facts(file)), None
+        )
     except FileNotFoundError:
         return f"it has no {MANIFEST}, which is written last"
     except (OSError, ValueError, AttributeError):
@@ -71,7 +82,11 @@ def fault(folder: Path) -> str | None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    found = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
+    found = {
+        int(match[1]): path
+        for path in folder.glob("checkpoint-*")
+        if (match := _NAME.fullmatch(path.name))
+    }
     return [found[step] for step in sorted(found, reverse=True)]
 
 

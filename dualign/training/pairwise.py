@@ -1,5 +1,5 @@
-"""Policies on pairs: one trainer for DPO, IPO and KTO that takes reference log-probabilities, labels and anchors from
-columns."""
+"""Policies on pairs: one trainer for DPO, IPO and KTO that takes reference log-probabilities,
+labels and anchors from columns."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from dualign import losses
 from dualign.core.errors import DataError, ParamsError
 from dualign.lm.numerics import answer_log_probabilities
+from dualign.math import losses
 from dualign.params.training import LossType
 from dualign.training.run import (
     Job,
@@ -36,10 +36,10 @@ from dualign.training.run import (
 class Pair:
     """One training pair: ids of prompt and both answers, reference columns, label, and anchors.
 
-    `label` is P(first preferred). `anchors` are the targets of beta * log-ratio of both answers to the *anchor's*
-    reference column, which is the same column here; NaN where there is none. KTO reads which of the two answers are
-    `desirable` in place of the label, and `mismatched`, an answer to another prompt, with its reference column.
-    """
+    `label` is P(first preferred). `anchors` are the targets of beta * log-ratio of both answers to
+    the *anchor's* reference column, which is the same column here; NaN where there is none. KTO
+    reads which of the two answers are `desirable` in place of the label, and `mismatched`, an
+    answer to another prompt, with its reference column."""
 
     prompt: list[int]
     first: list[int]
@@ -56,11 +56,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Inner:
-    """An inner loss: its type, scale a (beta of DPO and KTO, tau of IPO), the bound of the implicit rewards a h(y).
+    """An inner loss: its type, scale a (beta of DPO and KTO, tau of IPO), the bound of the implicit
+    rewards a h(y).
 
-    `beta` is the KL weight of the anchor; label mode, anchor and NLL belong to DPO alone. Raises ParamsError where they
-    are given to another loss.
-    """
+    `beta` is the KL weight of the anchor; label mode, anchor and NLL belong to DPO alone. Raises
+    ParamsError where they are given to another loss."""
 
     scale: float
     beta: float
@@ -81,17 +81,23 @@ class Inner:
 def train_pairwise(
     model: Model, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], inner: Inner, job: Job
 ) -> Metrics:
-    """Train a policy on pairs with `dualign.losses`; returns the loss curve and statistics of the last log line."""
+    """Train a policy on pairs with `dualign.math.losses`; returns the loss curve and statistics of
+    the last log line.
+    """
     return run(pairwise_trainer(model, tokenizer, pairs, inner, job), job)
 
 
 def pairwise_trainer(
     model: Model, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], inner: Inner, job: Job
 ) -> PairwiseTrainer:
-    """The trainer of an inner loss on the pairs that fit into the job's max_length. Raises DataError as they demand."""
+    """The trainer of an inner loss on the pairs that fit into the job's max_length. Raises
+    DataError as they demand.
+    """
     kept = fitting(pairs, job.training.max_length)
     if inner.loss_type == "kto" and any(pair.mismatched is None for pair in kept):
-        raise DataError("kto: a pair has no mismatched answer; build the pairs with `mismatched=True`")
+        raise DataError(
+            "kto: a pair has no mismatched answer; build the pairs with `mismatched=True`"
+        )
     args = PairwiseConfig(
         **arguments(job),
         beta=inner.scale,
@@ -115,14 +121,21 @@ def pairwise_trainer(
 
 
 def fitting(pairs: Sequence[Pair], max_length: int) -> list[Pair]:
-    """The pairs of which every answer fits into `max_length` tokens with the prompt. Raises DataError if none does."""
-    kept = [p for p in pairs if len(p.prompt) + max(map(len, (p.first, p.second, p.mismatched or []))) <= max_length]
+    """The pairs of which every answer fits into `max_length` tokens with the prompt. Raises
+    DataError if none does.
+    """
+    kept = [
+        p
+        for p in pairs
+        if len(p.prompt) + max(map(len, (p.first, p.second, p.mismatched or []))) <= max_length
+    ]
     tell_dropped(len(pairs), len(kept), max_length)
     return kept
 
 
 def undesirable_weight(pairs: Sequence[Pair]) -> float:
-    """Desirable answers over undesirable ones: KTO's weight of the latter, which makes the two sums weigh the same.
+    """Desirable answers over undesirable ones: KTO's weight of the latter, which makes the two sums
+    weigh the same.
 
     As in SACPO's safety step (2404.11049, its code). Raises DataError where one kind is missing.
     """
@@ -130,7 +143,10 @@ def undesirable_weight(pairs: Sequence[Pair]) -> float:
     desirable = sum(flags)
     if desirable in (0, len(flags)):
         kind = "desirable" if desirable else "undesirable"
-        raise DataError(f"kto: every answer is {kind}; it needs both kinds, so add such pairs or set loss_type to dpo")
+        raise DataError(
+            f"kto: every answer is {kind}; it needs both kinds, so add such pairs or set loss_type"
+            " to dpo"
+        )
     return desirable / (len(flags) - desirable)
 
 
@@ -162,49 +178,98 @@ def _columns(pairs: Sequence[Pair]) -> dict[str, list[Any]]:
 
 @dataclass
 class PairwiseConfig(DPOConfig):
-    """DPOConfig with a label mode, an anchor, a light NLL term, IPO and KTO. `beta` is the scale a of the logit.
+    """DPOConfig with a label mode, an anchor, a light NLL term, IPO and KTO. `beta` is the scale a
+    of the logit.
 
-    Raises ParamsError for a value that no loss here reads: an option of TRL's own losses, a term of another loss.
+    Raises ParamsError for a value that no loss here reads: an option of TRL's own losses, a term of
+    another loss.
     """
 
     labels: str = field(
-        default="soft", metadata={"help": "soft: use P(chosen preferred) as it is; bernoulli: draw afresh each time."}
+        default="soft",
+        metadata={
+            "help": "soft: use P(chosen preferred) as it is; bernoulli: draw afresh each time."
+        },
     )
-    anchor_weight: float = field(default=0.0, metadata={"help": "Weight of the anchor to the soft value."})
+    anchor_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the anchor to the soft value."}
+    )
     anchor_beta: float = field(default=1.0, metadata={"help": "KL weight beta inside the anchor."})
-    nll_weight: float = field(default=0.0, metadata={"help": "Weight of the importance-weighted -log pi."})
-    precompute_ref_log_probs: bool = field(default=True, metadata={"help": "Always true: references are columns."})
-    pair_loss: str = field(default="dpo", metadata={"help": "dpo, ipo or kto (`loss_type` holds TRL's own losses)."})
-    reward_bound: float | None = field(default=None, metadata={"help": "Soft bound of the implicit rewards, or none."})
-    undesirable_weight: float = field(default=1.0, metadata={"help": "KTO's weight of an undesirable answer."})
+    nll_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the importance-weighted -log pi."}
+    )
+    precompute_ref_log_probs: bool = field(
+        default=True, metadata={"help": "Always true: references are columns."}
+    )
+    pair_loss: str = field(
+        default="dpo", metadata={"help": "dpo, ipo or kto (`loss_type` holds TRL's own losses)."}
+    )
+    reward_bound: float | None = field(
+        default=None, metadata={"help": "Soft bound of the implicit rewards, or none."}
+    )
+    undesirable_weight: float = field(
+        default=1.0, metadata={"help": "KTO's weight of an undesirable answer."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, default in _trl_defaults().items():
             if getattr(self, name) != default:
-                remedy = f"leave it at {default!r}; the losses of PairwiseTrainer are chosen by pair_loss and labels"
-                raise ParamsError(f"PairwiseConfig: {name} belongs to TRL's own losses and is not read here; {remedy}")
+                remedy = (
+                    f"leave it at {default!r}; the losses of PairwiseTrainer are chosen by"
+                    " pair_loss and labels"
+                )
+                raise ParamsError(
+                    f"PairwiseConfig: {name} belongs to TRL's own losses and is not read here;"
+                    f" {remedy}"
+                )
         for name, valid in (("pair_loss", get_args(LossType)), ("labels", ("soft", "bernoulli"))):
             if getattr(self, name) not in valid:
-                raise ParamsError(f"PairwiseConfig: {name} {getattr(self, name)!r} is not one of {', '.join(valid)}")
+                raise ParamsError(
+                    f"PairwiseConfig: {name} {getattr(self, name)!r} is not one of"
+                    f" {', '.join(valid)}"
+                )
         for name in ("anchor_weight", "nll_weight"):
             if not getattr(self, name) >= 0:
-                raise ParamsError(f"PairwiseConfig: {name} {getattr(self, name)} must be 0 (no such term) or more")
+                raise ParamsError(
+                    f"PairwiseConfig: {name} {getattr(self, name)} must be 0 (no such term) or more"
+                )
         if self.reward_bound is not None and not self.reward_bound > 0:
-            raise ParamsError(f"PairwiseConfig: reward_bound {self.reward_bound} must be above 0, or None for no bound")
-        neutral = {"labels": "soft", "anchor_weight": 0.0, "nll_weight": 0.0} if self.pair_loss != "dpo" else {}
+            raise ParamsError(
+                f"PairwiseConfig: reward_bound {self.reward_bound} must be above 0, or None for no"
+                " bound"
+            )
+        neutral = (
+            {"labels": "soft", "anchor_weight": 0.0, "nll_weight": 0.0}
+            if self.pair_loss != "dpo"
+            else {}
+        )
         neutral |= {"undesirable_weight": 1.0} if self.pair_loss != "kto" else {}
         for name, value in neutral.items():
             if getattr(self, name) != value:
                 remedy = f"leave it at {value!r}, or choose another pair_loss"
-                raise ParamsError(f"PairwiseConfig: {name} does not go with pair_loss {self.pair_loss!r}; {remedy}")
+                raise ParamsError(
+                    f"PairwiseConfig: {name} does not go with pair_loss {self.pair_loss!r};"
+                    f" {remedy}"
+                )
 
 
 def _trl_defaults() -> dict[str, Any]:
     """Options of TRL's own losses, which nothing here reads, and their defaults."""
-    names = ("loss_type", "loss_weights", "label_smoothing", "use_weighting", "ld_alpha", "f_divergence_type",
-             "f_alpha_divergence_coef", "discopop_tau")  # fmt: skip
-    known = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(DPOConfig)}
+    names = (
+        "loss_type",
+        "loss_weights",
+        "label_smoothing",
+        "use_weighting",
+        "ld_alpha",
+        "f_divergence_type",
+        "f_alpha_divergence_coef",
+        "discopop_tau",
+    )
+    known = {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory()
+        for f in fields(DPOConfig)
+    }
     return {name: known[name] for name in names}
 
 
@@ -232,11 +297,15 @@ class _PairCollator(DataCollatorForPreference):
         return batch
 
     def _mismatched(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Prompts with their mismatched answers: ids and masks as of a batch, one row for each example.
+        """Prompts with their mismatched answers: ids and masks as of a batch, one row for each
+        example.
 
         The parent stacks first and second answers; the second half is left empty and cut off.
         """
-        rows = [{**example, "chosen_ids": example["mismatched_ids"], "rejected_ids": []} for example in examples]
+        rows = [
+            {**example, "chosen_ids": example["mismatched_ids"], "rejected_ids": []}
+            for example in examples
+        ]
         return {
             name: tensor[: len(examples)]
             for name, tensor in super().torch_call(rows).items()
@@ -248,14 +317,18 @@ _KTO = ("desirable_chosen", "desirable_rejected", "mismatched_ids", "ref_mismatc
 
 
 def _check_columns(columns: Sequence[str], args: PairwiseConfig, table: str) -> None:
-    """Refuse a table without a column that the losses of `args` read; a stream that knows no columns passes."""
+    """Refuse a table without a column that the losses of `args` read; a stream that knows no
+    columns passes.
+    """
     needed: dict[str, str] = {}
     if args.anchor_weight > 0:
         needed |= dict.fromkeys(("anchor_chosen", "anchor_rejected"), "or set anchor_weight to 0")
     if args.pair_loss == "kto":
         needed |= dict.fromkeys(_KTO, "or set pair_loss to dpo or ipo")
     for pair in (("ref_chosen_logps", "ref_rejected_logps"), ("weight_chosen", "weight_rejected")):
-        if any(name in columns for name in pair):  # computed, or taken from the label, where both are missing
+        if any(
+            name in columns for name in pair
+        ):  # computed, or taken from the label, where both are missing
             needed |= dict.fromkeys(pair, f"or leave out both {' and '.join(pair)}")
     for name, remedy in needed.items():
         if columns and name not in columns:
@@ -263,28 +336,35 @@ def _check_columns(columns: Sequence[str], args: PairwiseConfig, table: str) -> 
 
 
 class PairwiseTrainer(Uncounted, DPOTrainer):
-    """DPO with reference columns, soft labels, anchors and NLL; IPO; KTO; see `dualign.losses`.
+    """DPO with reference columns, soft labels, anchors and NLL; IPO; KTO; see
+    `dualign.math.losses`.
 
-    Takes a data set as `trl.DPOTrainer` does, and reads these columns beside TRL's own: ref_chosen_logps and
-    ref_rejected_logps (computed once under `ref_model`, or the model as it is passed, where they are missing), label
-    (P(chosen preferred), default 1), anchor_chosen, anchor_rejected (default none), weight_chosen, weight_rejected (of
-    the likelihood term, default label and 1 - label). KTO requires desirable_chosen, desirable_rejected,
-    mismatched_ids and ref_mismatched_logps, the anchor its two columns. Raises ParamsError for other args than a
-    `PairwiseConfig`, DataError for a table that lacks a column.
-    """
+    Takes a data set as `trl.DPOTrainer` does, and reads these columns beside TRL's own:
+    ref_chosen_logps and ref_rejected_logps (computed once under `ref_model`, or the model as it is
+    passed, where they are missing), label (P(chosen preferred), default 1), anchor_chosen,
+    anchor_rejected (default none), weight_chosen, weight_rejected (of the likelihood term, default
+    label and 1 - label). KTO requires desirable_chosen, desirable_rejected, mismatched_ids and
+    ref_mismatched_logps, the anchor its two columns. Raises ParamsError for other args than a
+    `PairwiseConfig`, DataError for a table that lacks a column."""
 
     _signature_columns: list[str]
     data_collator: Any
 
     def __init__(
-        self, model: str | Model, ref_model: PreTrainedModel | None = None, args: DPOConfig | None = None, **kwargs: Any
+        self,
+        model: str | Model,
+        ref_model: PreTrainedModel | None = None,
+        args: DPOConfig | None = None,
+        **kwargs: Any,
     ) -> None:
         if args is None:
-            raise ParamsError("PairwiseTrainer: args is missing; pass PairwiseConfig(output_dir=..., beta=...)")
+            raise ParamsError(
+                "PairwiseTrainer: args is missing; pass PairwiseConfig(output_dir=..., beta=...)"
+            )
         if not isinstance(args, PairwiseConfig) or not args.precompute_ref_log_probs:
             raise ParamsError(
-                "PairwiseTrainer: args must be a PairwiseConfig with precompute_ref_log_probs=True, since its losses "
-                "read reference log-probabilities from columns"
+                "PairwiseTrainer: args must be a PairwiseConfig with precompute_ref_log_probs=True,"
+                " since its losses read reference log-probabilities from columns"
             )
         for name in ("train_dataset", "eval_dataset"):
             given = kwargs.get(name)
@@ -307,15 +387,24 @@ class PairwiseTrainer(Uncounted, DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        missing = [name for name in (*_EXTRA, "mismatched_ids") if name not in self._signature_columns]
+        missing = [
+            name for name in (*_EXTRA, "mismatched_ids") if name not in self._signature_columns
+        ]
         self._signature_columns = [*self._signature_columns, *missing]
 
     def compute_loss(
-        self, model: Model, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: Model,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         logps = self._policy_logps(model, inputs)
         first, second = logps.chunk(2)
-        ratio_first, ratio_second = first - inputs["ref_chosen_logps"], second - inputs["ref_rejected_logps"]
+        ratio_first, ratio_second = (
+            first - inputs["ref_chosen_logps"],
+            second - inputs["ref_rejected_logps"],
+        )
         bounded = self._bounded(ratio_first), self._bounded(ratio_second)
         zero = torch.zeros_like(first)
         logit = losses.pairwise_logit(*bounded, zero, zero, self.args.beta)
@@ -330,7 +419,11 @@ class PairwiseTrainer(Uncounted, DPOTrainer):
             loss = loss + self.args.anchor_weight * self._anchor(inputs, ratio_first, ratio_second)
         if self.args.nll_weight > 0:
             given = "weight_chosen" in inputs
-            weight = (inputs["weight_chosen"], inputs["weight_rejected"]) if given else (label, 1 - label)
+            weight = (
+                (inputs["weight_chosen"], inputs["weight_rejected"])
+                if given
+                else (label, 1 - label)
+            )
             weights = torch.cat(weight).to(logps.dtype)
             loss = loss + self.args.nll_weight * losses.weighted_nll(logps, weights).mean()
         self._record(logit, label, ratio_first, ratio_second)
@@ -343,7 +436,9 @@ class PairwiseTrainer(Uncounted, DPOTrainer):
         return answer_log_probabilities(model, ids, mask, labels)
 
     def _bounded(self, ratio: Tensor) -> Tensor:
-        """The log-ratios whose implicit rewards a h are clipped softly; the anchor keeps the log-ratios themselves."""
+        """The log-ratios whose implicit rewards a h are clipped softly; the anchor keeps the
+        log-ratios themselves.
+        """
         scale, bound = self.args.beta, self.args.reward_bound
         return ratio if bound is None else losses.soft_clip(scale * ratio, bound) / scale
 
@@ -351,10 +446,13 @@ class PairwiseTrainer(Uncounted, DPOTrainer):
         desirable = torch.cat([inputs["desirable_chosen"], inputs["desirable_rejected"]])
         point = self._reference_point(model, inputs)
         weight = self.args.undesirable_weight
-        return losses.kto_loss(ratios, desirable, point, self.args.beta, undesirable_weight=weight).mean()
+        return losses.kto_loss(
+            ratios, desirable, point, self.args.beta, undesirable_weight=weight
+        ).mean()
 
     def _reference_point(self, model: Model, inputs: dict[str, Any]) -> Tensor:
-        """KTO's z = max(0, KL(pi || reference)) in nats: the mean log-ratio of mismatched answers, over all devices.
+        """KTO's z = max(0, KL(pi || reference)) in nats: the mean log-ratio of mismatched answers,
+        over all devices.
 
         Each part of an accumulated batch has its own z, as in TRL's KTO.
         """
@@ -368,8 +466,8 @@ class PairwiseTrainer(Uncounted, DPOTrainer):
         label: Tensor = inputs.get("label", torch.ones_like(logit)).to(logit.dtype)
         if self.args.labels == "soft" or not self.model.training:
             return label
-        # Seeded by the step, so that a resumed run draws the labels that an uninterrupted one would have drawn; the
-        # parts of a step, on all devices, take successive draws.
+        # Seeded by the step, so that a resumed run draws the labels that an uninterrupted one would
+        # have drawn; the parts of a step, on all devices, take successive draws.
         step = self.state.global_step
         self._drawn = (step, self._drawn[1] + 1 if self._drawn[0] == step else 0)
         part = self._drawn[1] * self.accelerator.num_processes + self.accelerator.process_index
@@ -378,13 +476,17 @@ class PairwiseTrainer(Uncounted, DPOTrainer):
         return draws[-1].to(logit.device)
 
     def _anchor(self, inputs: dict[str, Any], ratio_first: Tensor, ratio_second: Tensor) -> Tensor:
-        targets = torch.cat([inputs["anchor_chosen"], inputs["anchor_rejected"]]).to(ratio_first.dtype)
+        targets = torch.cat([inputs["anchor_chosen"], inputs["anchor_rejected"]]).to(
+            ratio_first.dtype
+        )
         ratios = torch.cat([ratio_first, ratio_second])
         known = ~targets.isnan()
         terms = losses.anchor_loss(ratios[known], targets[known], self.args.anchor_beta)
         return terms.mean() if bool(known.any()) else ratios.sum() * 0.0
 
-    def _record(self, logit: Tensor, label: Tensor, ratio_first: Tensor, ratio_second: Tensor) -> None:
+    def _record(
+        self, logit: Tensor, label: Tensor, ratio_first: Tensor, ratio_second: Tensor
+    ) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
         with torch.no_grad():
             metrics["accuracy"].append(((logit > 0) == (label > 0.5)).float().mean().item())

@@ -1,11 +1,11 @@
-"""The online comparator: Safe RLHF's Lagrangian policy gradient (2310.12773), on TRL's leave-one-out REINFORCE.
+"""The online comparator: Safe RLHF's Lagrangian policy gradient (2310.12773), on TRL's
+leave-one-out REINFORCE.
 
-max over pi of E[r] - beta KL(pi || pi_ref) subject to E[c] <= d, by turns of a gradient step of the policy on its own
-answers and a step of lambda. RLOO (2402.14740) fits: its gradient is unbiased, with the KL term inside the reward of a
-whole answer. GRPO would divide by the spread within a group and penalise each token, and aim at another policy than
-pi_lambda. Safe RLHF's critics, clipping and pretraining term are left out: an answer is used once, by the policy that
-drew it.
-"""
+max over pi of E[r] - beta KL(pi || pi_ref) subject to E[c] <= d, by turns of a gradient step of the
+policy on its own answers and a step of lambda. RLOO (2402.14740) fits: its gradient is unbiased,
+with the KL term inside the reward of a whole answer. GRPO would divide by the spread within a group
+and penalise each token, and aim at another policy than pi_lambda. Safe RLHF's critics, clipping and
+pretraining term are left out: an answer is used once, by the policy that drew it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import ExportableState
 from trl import RLOOConfig, RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head
@@ -41,13 +47,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """What the method needs besides a training run; in brackets, what Safe RLHF's `ppo-lag.sh` takes.
+    """What the method needs besides a training run; in brackets, what Safe RLHF's `ppo-lag.sh`
+    takes.
 
-    `beta` is the KL weight in units of reward [0.01], `limit` d in units of cost [0], `samples` the answers drawn to
-    each prompt [1: it has a critic], `max_new_tokens` their longest length. lambda starts at `lambda_init` [1], moves
-    at `lambda_rate` eta [0.1] between `lambda_min` [none] and `lambda_max` [5], and sees the mean cost of the last
-    `window` answers [128]. Raises ParamsError where a value makes no sense.
-    """
+    `beta` is the KL weight in units of reward [0.01], `limit` d in units of cost [0], `samples` the
+    answers drawn to each prompt [1: it has a critic], `max_new_tokens` their longest length. lambda
+    starts at `lambda_init` [1], moves at `lambda_rate` eta [0.1] between `lambda_min` [none] and
+    `lambda_max` [5], and sees the mean cost of the last `window` answers [128]. Raises ParamsError
+    where a value makes no sense."""
 
     beta: float
     limit: float
@@ -64,44 +71,52 @@ class PolicyGradient:
             raise ParamsError(f"beta must be above 0, not {self.beta}")
         if self.samples < 2:
             raise ParamsError(
-                f"samples must be at least 2, not {self.samples}: the others of a prompt are the baseline"
+                f"samples must be at least 2, not {self.samples}: the others of a prompt are the"
+                " baseline"
             )
         if self.window < 1:
             raise ParamsError(f"window must be at least 1, not {self.window}")
         if not 0 < self.lambda_min <= self.lambda_init <= self.lambda_max:
             raise ParamsError(
-                f"lambda_min {self.lambda_min}, lambda_init {self.lambda_init} and lambda_max {self.lambda_max} must "
-                "be above 0 and in this order; lambda moves in proportion to itself and would never leave 0"
+                f"lambda_min {self.lambda_min}, lambda_init {self.lambda_init} and lambda_max"
+                f" {self.lambda_max} must be above 0 and in this order; lambda moves in proportion"
+                " to itself and would never leave 0"
             )
 
 
-# --- mathematics ------------------------------------------------------------------------------------------------------
+# --- mathematics ----------------------------------------------------------------------------------
 
 
-def log_lambda_step(log_lambda: float, cost: float, limit: float, rate: float, low: float, high: float) -> float:
-    """log lambda <- log lambda + eta lambda (C - d), then lambda clamped to [low, high] (Safe RLHF, 2310.12773).
+def log_lambda_step(
+    log_lambda: float, cost: float, limit: float, rate: float, low: float, high: float
+) -> float:
+    """log lambda <- log lambda + eta lambda (C - d), then lambda clamped to [low, high] (Safe RLHF,
+    2310.12773).
 
-    Gradient ascent of lambda (C - d) in log lambda: lambda stays positive, and grows while the mean cost C is above d.
-    """
+    Gradient ascent of lambda (C - d) in log lambda: lambda stays positive, and grows while the mean
+    cost C is above d."""
     step = log_lambda + rate * math.exp(log_lambda) * (cost - limit)
     return min(max(step, math.log(low)), math.log(high))
 
 
 def lagrangian_reward(reward: np.ndarray, cost: np.ndarray, lam: float) -> np.ndarray:
-    """(r - lambda c) / (1 + lambda), shape [answers]: Safe RLHF's Lagrangian, of one scale for every lambda."""
+    """(r - lambda c) / (1 + lambda), shape [answers]: Safe RLHF's Lagrangian, of one scale for
+    every lambda.
+    """
     return (reward - lam * cost) / (1 + lam)
 
 
 def kl_weight(beta: float, lam: float) -> float:
-    """beta / (1 + lambda), the KL weight beside `lagrangian_reward` whose optimum is pi_ref exp((r - lambda c) / beta).
+    """beta / (1 + lambda), the KL weight beside `lagrangian_reward` whose optimum is pi_ref exp((r
+    - lambda c) / beta).
 
-    Safe RLHF keeps beta, which beside the divided reward is a KL weight of beta (1 + lambda): its optimum tends to
-    the tilt -c / beta however large lambda grows, and limits beyond it cannot be reached.
-    """
+    Safe RLHF keeps beta, which beside the divided reward is a KL weight of beta (1 + lambda): its
+    optimum tends to the tilt -c / beta however large lambda grows, and limits beyond it cannot be
+    reached."""
     return beta / (1 + lam)
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def train_policy_gradient(
@@ -113,14 +128,16 @@ def train_policy_gradient(
     options: PolicyGradient,
     job: Job,
 ) -> Metrics:
-    """Train `model` on its own answers; the reference is `model` as it is passed, also for a run that goes on.
+    """Train `model` on its own answers; the reference is `model` as it is passed, also for a run
+    that goes on.
 
-    `job.training.batch_size` counts answers per step, a multiple of `options.samples`; an epoch draws as many prompts
-    as there are. Prompts that leave no room for an answer in `max_length` are left out. Returns, beside the metrics of
-    every run, the last lambda, the count of generated tokens, and the course by step: the lambda of the step, mean
-    cost and reward of its answers, and their KL to the reference in nats an answer. Raises ParamsError, DataError, or
-    TrainingError for scores that are not finite.
-    """
+    `job.training.batch_size` counts answers per step, a multiple of `options.samples`; an epoch
+    draws as many prompts as there are. Prompts that leave no room for an answer in `max_length` are
+    left out. Returns, beside the metrics of
+    every run, the last lambda, the count of generated tokens, and the course by step: the lambda of
+    the step, mean
+    cost and reward of its answers, and their KL to the reference in nats an answer. Raises
+    ParamsError, DataError, or TrainingError for scores that are not finite."""
     kept = _fitting(tokenizer, prompts, options.max_new_tokens, job.training.max_length)
     ascent = _Ascent(tokenizer, reward, cost, options, job.resources.scoring_batch_size)
     trainer = PolicyGradientTrainer(model, ascent, kept, tokenizer, options, job)
@@ -136,15 +153,26 @@ def train_policy_gradient(
 
 
 class _Ascent(TrainerCallback, ExportableState):
-    """Scores answers, moves lambda, keeps the course; the trainer writes it into every checkpoint with its own state.
+    """Scores answers, moves lambda, keeps the course; the trainer writes it into every checkpoint
+    with its own state.
 
-    As in Safe RLHF's code, lambda moves first, and the answers that moved it are weighed by the new one.
-    """
+    As in Safe RLHF's code, lambda moves first, and the answers that moved it are weighed by the new
+    one."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, reward: Scorer, cost: Scorer, options: PolicyGradient, batch: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        reward: Scorer,
+        cost: Scorer,
+        options: PolicyGradient,
+        batch: int,
     ) -> None:
-        self._tokenizer, self._scorers, self._options, self._batch = tokenizer, (reward, cost), options, batch
+        self._tokenizer, self._scorers, self._options, self._batch = (
+            tokenizer,
+            (reward, cost),
+            options,
+            batch,
+        )
         self._log_lambda = math.log(options.lambda_init)
         self._costs: deque[float] = deque(maxlen=options.window)
         self.generated_tokens = 0
@@ -154,18 +182,32 @@ class _Ascent(TrainerCallback, ExportableState):
     def lam(self) -> float:
         return math.exp(self._log_lambda)
 
-    def lagrangian(self, prompts: list[list[Message]], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        """TRL's reward function: one step of lambda, then (r - lambda c) / (1 + lambda) of each answer."""
+    def lagrangian(
+        self, prompts: list[list[Message]], completion_ids: list[list[int]], **_: Any
+    ) -> list[float]:
+        """TRL's reward function: one step of lambda, then (r - lambda c) / (1 + lambda) of each
+        answer.
+        """
         texts = decode_answers(self._tokenizer, completion_ids)
         ended = [ids[-1:] == [self._tokenizer.eos_token_id] for ids in completion_ids]
-        reward, cost = (scorer.score(prompts, texts, batch_size=self._batch, ended=ended) for scorer in self._scorers)
+        reward, cost = (
+            scorer.score(prompts, texts, batch_size=self._batch, ended=ended)
+            for scorer in self._scorers
+        )
         if not (np.isfinite(reward).all() and np.isfinite(cost).all()):
-            raise TrainingError("the reward or cost model gave a score that is NaN or infinite; train it again")
+            raise TrainingError(
+                "the reward or cost model gave a score that is NaN or infinite; train it again"
+            )
         costs, options = gather_object(cost.tolist()), self._options
         self._costs.extend(costs)
         mean = math.fsum(self._costs) / len(self._costs)
         self._log_lambda = log_lambda_step(
-            self._log_lambda, mean, options.limit, options.lambda_rate, options.lambda_min, options.lambda_max
+            self._log_lambda,
+            mean,
+            options.limit,
+            options.lambda_rate,
+            options.lambda_min,
+            options.lambda_max,
         )
         self.generated_tokens += sum(gather_object([len(ids) for ids in completion_ids]))
         self.course["lambda"].append(self.lam)
@@ -184,7 +226,9 @@ class _Ascent(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": attributes}
 
     def restore(self, state: TrainerState) -> None:
-        """Go on from what a checkpoint's state holds; the state of a run that begins holds how this began."""
+        """Go on from what a checkpoint's state holds; the state of a run that begins holds how this
+        began.
+        """
         saved = state.stateful_callbacks[type(self).__name__]["attributes"]
         self._log_lambda, self.generated_tokens = saved["log_lambda"], saved["generated_tokens"]
         self._costs = deque(saved["costs"], maxlen=self._options.window)
@@ -203,13 +247,17 @@ class _Ascent(TrainerCallback, ExportableState):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs and "loss" in logs and not watched():  # the loss itself is 0 but for rounding, whatever is learnt
+        if (
+            logs and "loss" in logs and not watched()
+        ):  # the loss itself is 0 but for rounding, whatever is learnt
             last = ", ".join(f"{name} {values[-1]:.3f}" for name, values in self.course.items())
             log.info("step %d of %d: %s", state.global_step, state.max_steps, last)
 
 
 class PolicyGradientTrainer(RLOOTrainer):
-    """RLOOTrainer on answers that `dualign.lm.sampling` draws, with a KL weight that follows lambda."""
+    """RLOOTrainer on answers that `dualign.lm.sampling` draws, with a KL weight that follows
+    lambda.
+    """
 
     def __init__(
         self,
@@ -240,7 +288,9 @@ class PolicyGradientTrainer(RLOOTrainer):
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any) -> list[list[int]]:
         """Answers from our one sampler, so that training draws what evaluation draws."""
-        step = self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
+        step = (
+            self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
+        )
         drawn = sample(
             self.accelerator.unwrap_model(self.model),
             self._tokenizer,
@@ -248,21 +298,26 @@ class PolicyGradientTrainer(RLOOTrainer):
             count=1,
             max_new_tokens=self._options.max_new_tokens,
             batch_size=self._job.resources.sampling_batch_size,
-            seed=self._job.seed * 1_000_003 + step,  # so that a resumed run draws what an uninterrupted one would have
+            seed=self._job.seed * 1_000_003
+            + step,  # so that a resumed run draws what an uninterrupted one would have
         )
         self.model.train()
         return [answer.tokens for answer in drawn]
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
         rewards = super()._calculate_rewards(*args)
-        self.beta = kl_weight(self._options.beta, self._ascent.lam)  # read next, for the KL term of these rewards
+        self.beta = kl_weight(
+            self._options.beta, self._ascent.lam
+        )  # read next, for the KL term of these rewards
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         with quiet():  # sampling and scoring end at every step here
             output: dict[str, Tensor] = super()._generate_and_score_completions(inputs)
         seen = self._metrics["train"]
-        self._ascent.course["kl"].append(seen["kl"][-1] * seen["completions/mean_length"][-1])  # TRL's is per token
+        self._ascent.course["kl"].append(
+            seen["kl"][-1] * seen["completions/mean_length"][-1]
+        )  # TRL's is per token
         return output
 
     def _get_per_token_logps_and_entropies(
@@ -274,7 +329,9 @@ class PolicyGradientTrainer(RLOOTrainer):
         batch_size: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor, None]:
-        """On a CPU TRL's fused head scores every position; here only those of the answers go through the vocabulary."""
+        """On a CPU TRL's fused head scores every position; here only those of the answers go
+        through the vocabulary.
+        """
         if input_ids.is_cuda:
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
@@ -284,12 +341,22 @@ class PolicyGradientTrainer(RLOOTrainer):
             self._answer_logps(model, ids, mask, logits_to_keep)
             for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True)
         ]
-        return torch.cat([logps for logps, _ in parts]), torch.cat([entropy for _, entropy in parts]), None
+        return (
+            torch.cat([logps for logps, _ in parts]),
+            torch.cat([entropy for _, entropy in parts]),
+            None,
+        )
 
-    def _answer_logps(self, model: Model, ids: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """log pi of the last `length` tokens, and the entropy where each was drawn; both [rows, length], in nats."""
+    def _answer_logps(
+        self, model: Model, ids: Tensor, mask: Tensor, length: int
+    ) -> tuple[Tensor, Tensor]:
+        """log pi of the last `length` tokens, and the entropy where each was drawn; both [rows,
+        length], in nats.
+        """
         with self.accelerator.autocast():
-            output = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=length + 1)
+            output = model(
+                input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=length + 1
+            )
         logps = torch.log_softmax(output.logits[:, :-1].float(), -1)
         with torch.no_grad():
             entropy = -(logps.exp() * logps).sum(-1)
@@ -310,18 +377,24 @@ def _config(options: PolicyGradient, job: Job, steps: int) -> RLOOConfig:
 def _frozen(model: Model) -> Model:
     """A copy of the model as it is, which no training changes."""
     reference = copy.deepcopy(model)
-    # A trainer before this one may have put its own forward on the instance; its copy would still call the original's.
+    # A trainer before this one may have put its own forward on the instance; its copy would still
+    # call the original's.
     reference.__dict__.pop("forward", None)
     return reference.eval().requires_grad_(False)
 
 
 def _fitting(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]], room: int, max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Message]],
+    room: int,
+    max_length: int,
 ) -> list[Sequence[Message]]:
     if not len(prompts):
         raise DataError("there are no prompts to answer; a policy gradient needs some")
     ids = encode_prompts(tokenizer, prompts)
-    kept = [prompt for prompt, row in zip(prompts, ids, strict=True) if len(row) + room <= max_length]
+    kept = [
+        prompt for prompt, row in zip(prompts, ids, strict=True) if len(row) + room <= max_length
+    ]
     tell_dropped(len(prompts), len(kept), max_length)
     return kept
 
@@ -330,7 +403,10 @@ def _steps(prompts: int, samples: int, job: Job) -> tuple[int, int]:
     """Steps of the run, and prompts per step."""
     training = job.training
     if training.batch_size % samples:
-        raise ParamsError(f"batch_size {training.batch_size} must be a multiple of samples {samples}: whole prompts")
+        raise ParamsError(
+            f"batch_size {training.batch_size} must be a multiple of samples {samples}: whole"
+            " prompts"
+        )
     each = training.batch_size // samples
     return training.max_steps or math.ceil(training.epochs * prompts / each), each
 
@@ -338,7 +414,8 @@ def _steps(prompts: int, samples: int, job: Job) -> tuple[int, int]:
 def _order(count: int, draws: int, seed: int) -> list[int]:
     """`draws` positions of `count` prompts, one shuffle after another.
 
-    The whole run is one pass of the trainer: TRL's own sampler forgets in a resumed run which shuffle it was at.
+    The whole run is one pass of the trainer: TRL's own sampler forgets in a resumed run which
+    shuffle it was at.
     """
     generator = torch.Generator().manual_seed(seed)
     rounds = [torch.randperm(count, generator=generator) for _ in range(math.ceil(draws / count))]

@@ -39,7 +39,9 @@ Metrics: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """What every training run needs besides its model and data. `scratch` is this run's own checkpoint folder."""
+    """What every training run needs besides its model and data. `scratch` is this run's own
+    checkpoint folder.
+    """
 
     training: TrainingParams
     resources: Resources
@@ -51,7 +53,10 @@ def arguments(job: Job) -> dict[str, Any]:
     training, resources = job.training, job.resources
     micro = min(resources.micro_batch_size or training.batch_size, training.batch_size)
     if training.batch_size % micro:
-        raise ParamsError(f"batch_size {training.batch_size} must be a multiple of resources.micro_batch_size {micro}")
+        raise ParamsError(
+            f"batch_size {training.batch_size} must be a multiple of resources.micro_batch_size"
+            f" {micro}"
+        )
     bf16 = precision_of(resources) is torch.bfloat16
     on_cpu = device_of(resources).type == "cpu"
     return {
@@ -73,7 +78,9 @@ def arguments(job: Job) -> dict[str, Any]:
         "gradient_checkpointing": resources.gradient_checkpointing,
         "logging_steps": resources.log_steps,
         "include_num_input_tokens_seen": "non_padding",  # for the rate in the log
-        "logging_nan_inf_filter": False,  # it would show the mean in place of a loss that is not finite
+        "logging_nan_inf_filter": (
+            False
+        ),  # it would show the mean in place of a loss that is not finite
         "save_steps": resources.checkpoint_steps,
         "report_to": "none",
         "disable_tqdm": not watched(),
@@ -83,7 +90,9 @@ def arguments(job: Job) -> dict[str, Any]:
 
 
 class Uncounted:
-    """A base of trainers that count no floating-point operations: it took a walk through all weights at every step."""
+    """A base of trainers that count no floating-point operations: it took a walk through all
+    weights at every step.
+    """
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0
@@ -97,8 +106,12 @@ def run(trainer: Any, job: Job) -> Metrics:
     checkpoint = last_checkpoint(job.scratch)
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)
-    saved = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
-    if saved is not None and saved.global_step >= saved.max_steps:  # it had ended; train() would take one step more
+    saved = (
+        TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
+    )
+    if (
+        saved is not None and saved.global_step >= saved.max_steps
+    ):  # it had ended; train() would take one step more
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = saved
     else:
@@ -106,12 +119,20 @@ def run(trainer: Any, job: Job) -> Metrics:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _drop_copy(trainer.model)
     state: TrainerState = trainer.state
-    losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in state.log_history if "loss" in entry]
-    seen = [entry[key] for entry in state.log_history for key in ("loss", "train_loss") if key in entry]
+    losses = [
+        {"step": entry["step"], "loss": entry["loss"]}
+        for entry in state.log_history
+        if "loss" in entry
+    ]
+    seen = [
+        entry[key] for entry in state.log_history for key in ("loss", "train_loss") if key in entry
+    ]
     if not all(math.isfinite(loss) for loss in seen):
         raise TrainingError("the training loss became NaN or infinite; lower the learning rate")
     last: Metrics = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
-    shown: Metrics = {key: last[key] for key in ("accuracy", "abs_logit", "log_ratio") if key in last}
+    shown: Metrics = {
+        key: last[key] for key in ("accuracy", "abs_logit", "log_ratio") if key in last
+    }
     return {
         "steps": state.global_step,
         "rows": len(trainer.train_dataset),
@@ -124,13 +145,16 @@ def run(trainer: Any, job: Job) -> Metrics:
 def _unwritten(scratch: Path, told: str) -> TrainingError:
     """What is said of a checkpoint that cannot be written; the ones before it stay."""
     return TrainingError(
-        f"{scratch}: a checkpoint cannot be written ({told}); free space there, name another place in "
-        "$DUALIGN_SCRATCH, or raise resources.checkpoint_steps, and run the stage again: it goes on"
+        f"{scratch}: a checkpoint cannot be written ({told}); free space there, name another place"
+        " in $DUALIGN_SCRATCH, or raise resources.checkpoint_steps, and run the stage again: it"
+        " goes on"
     )
 
 
 def without_dropout(model: Model) -> Model:
-    """The model without the dropout of its base, which pairs and scores do not want; an adapter's own is kept."""
+    """The model without the dropout of its base, which pairs and scores do not want; an adapter's
+    own is kept.
+    """
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
             module.p = 0.0
@@ -138,7 +162,9 @@ def without_dropout(model: Model) -> Model:
 
 
 def _drop_copy(model: Model) -> None:
-    """Remove TRL's frozen copy of an adapter, its reference, which would be saved in a folder `ref` beside it."""
+    """Remove TRL's frozen copy of an adapter, its reference, which would be saved in a folder `ref`
+    beside it.
+    """
     if isinstance(model, PeftModel) and "ref" in model.peft_config:
         model.delete_adapter("ref")
 
@@ -162,7 +188,9 @@ class _PlainLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if logs and "loss" in logs and not watched():
-            extra = "".join(f", {key} {logs[key]:.3f}" for key in ("accuracy", "log_ratio") if key in logs)
+            extra = "".join(
+                f", {key} {logs[key]:.3f}" for key in ("accuracy", "log_ratio") if key in logs
+            )
             rate = logs.get("train_tokens_per_second")
             extra += f", {rate:.0f} tokens/s" if rate else ""
             each = (time.monotonic() - self._started) / max(state.global_step - self._first, 1)
@@ -177,6 +205,13 @@ def callbacks() -> list[TrainerCallback]:
 
 def tell_dropped(given: int, kept: int, max_length: int) -> None:
     if kept < given:
-        log.warning("left out %d of %d rows longer than max_length %d tokens", given - kept, given, max_length)
+        log.warning(
+            "left out %d of %d rows longer than max_length %d tokens",
+            given - kept,
+            given,
+            max_length,
+        )
     if kept == 0:
-        raise DataError(f"no row fits into max_length {max_length} tokens; raise training.max_length")
+        raise DataError(
+            f"no row fits into max_length {max_length} tokens; raise training.max_length"
+        )

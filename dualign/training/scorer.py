@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from dualign import losses
+from dualign.math import losses
 from dualign.training.run import (
     Job,
     Metrics,
@@ -47,10 +47,11 @@ def train_scorer(
     sign_weight: float = 0.0,
     regularisation: float = 0.0,
 ) -> Metrics:
-    """Bradley-Terry ranking loss; with `sign_weight` > 0 plus the sign terms that give a cost model its zero.
+    """Bradley-Terry ranking loss; with `sign_weight` > 0 plus the sign terms that give a cost model
+    its zero.
 
-    `regularisation` weighs the mean squared score (Safe RLHF uses 1e-3), which keeps scores from drifting.
-    """
+    `regularisation` weighs the mean squared score (Safe RLHF uses 1e-3), which keeps scores from
+    drifting."""
     args = ScorerConfig(
         **arguments(job),
         max_length=None,
@@ -89,8 +90,12 @@ def _flag(unsafe: bool | None) -> int:
 class ScorerConfig(RewardConfig):
     """RewardConfig with the weight of the sign terms and of the mean squared score."""
 
-    sign_weight: float = field(default=0.0, metadata={"help": "Weight of the sign terms of a cost model."})
-    score_regularisation: float = field(default=0.0, metadata={"help": "Weight of the mean squared score."})
+    sign_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the sign terms of a cost model."}
+    )
+    score_regularisation: float = field(
+        default=0.0, metadata={"help": "Weight of the mean squared score."}
+    )
 
 
 @dataclass
@@ -102,7 +107,9 @@ class _FlagCollator(DataCollatorForPreference):
 
 
 class ScorerTrainer(Uncounted, RewardTrainer):
-    """RewardTrainer for a reward model, or for a cost model whose `chosen` is the more harmful answer."""
+    """RewardTrainer for a reward model, or for a cost model whose `chosen` is the more harmful
+    answer.
+    """
 
     _signature_columns: list[str]
 
@@ -112,15 +119,23 @@ class ScorerTrainer(Uncounted, RewardTrainer):
             self._signature_columns = [*self._signature_columns, "flags"]
 
     def compute_loss(
-        self, model: Model, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: Model,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
-        flags = inputs.pop("flags").T.reshape(-1)  # [2 pairs]: all first answers, then all second ones, like the logits
+        flags = inputs.pop("flags").T.reshape(
+            -1
+        )  # [2 pairs]: all first answers, then all second ones, like the logits
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         score = outputs.logits.squeeze(-1).float()
         known = flags >= 0
         if self.args.sign_weight > 0 and bool(known.any()):
             terms = losses.sign_loss(score[known], flags[known] == 1)
-            loss = loss + self.args.sign_weight * 2 * terms.mean()  # 2: the paper sums over both answers of a pair
+            loss = (
+                loss + self.args.sign_weight * 2 * terms.mean()
+            )  # 2: the paper sums over both answers of a pair
         if self.args.score_regularisation > 0:
             loss = loss + self.args.score_regularisation * (score**2).mean()
         return (loss, outputs) if return_outputs else loss

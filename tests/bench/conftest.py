@@ -1,4 +1,6 @@
-"""Laboratories are commands of their own and quieten a whole process: what they set is put back after each test."""
+"""Laboratories are commands of their own and quieten a whole process: what they set is put back
+after each test.
+"""
 
 from __future__ import annotations
 

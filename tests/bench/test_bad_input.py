@@ -1,4 +1,6 @@
-"""Whether the laboratory of bad input tells a clear error from an unclear one, and what it draws."""
+"""Whether the laboratory of bad input tells a clear error from an unclear one, and what it
+draws.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def fails() -> None:
         (fails, "traceback"),
     ],
 )
-def test_a_clear_error_is_one_line_that_names_what_is_wrong(command: Callable[[], object], unclear: str) -> None:
+def test_a_clear_error_is_one_line_that_names_what_is_wrong(
+    command: Callable[[], object], unclear: str
+) -> None:
     verdict = judge(Case("models", "it", ("my.json",), command))
     assert verdict.unclear == unclear
     table = page([verdict])
@@ -59,11 +63,15 @@ def test_files_are_put_right_again(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b"whole" and not (tmp_path / "folder/b").exists()
 
 
-def test_every_hostile_name_is_refused_in_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_hostile_name_is_refused_in_every_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "params.yaml", tmp_path)
     verdicts = list(judged(tmp_path, ["names"]))
     assert len(verdicts) == len(HOSTILE) * len(TABLES) > 100
     assert not [verdict for verdict in verdicts if verdict.unclear]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["params.yaml"], "nothing was run or written"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["params.yaml"], (
+        "nothing was run or written"
+    )
     assert set(bad_input.KINDS) > {"names", "data", "models"}

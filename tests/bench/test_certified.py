@@ -1,4 +1,6 @@
-"""The study of certified policies: what it reads of a run, and what it counts. The runs are those of bench.world."""
+"""The study of certified policies: what it reads of a run, and what it counts. The runs are those
+of bench.world.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,20 @@ def lab(root: Path, repo_root: Path, seed: int, *, returned: str | None, cost: f
     for name in made.dag:
         write_json(made.folder / "reports/provenance" / f"{name.replace('@', '/')}.json", {})
     metrics = made.folder / "reports/metrics"
-    tests = [{"candidate": "a at 2", "checks": [{"bound": -0.5}, {"bound": -0.4}]}, {"candidate": "a", "checks": []}]
-    write_json(metrics / "certify/dualign.json", {"returned": returned, "tests": tests if returned else tests[1:]})
+    tests = [
+        {"candidate": "a at 2", "checks": [{"bound": -0.5}, {"bound": -0.4}]},
+        {"candidate": "a", "checks": []},
+    ]
+    write_json(
+        metrics / "certify/dualign.json",
+        {"returned": returned, "tests": tests if returned else tests[1:]},
+    )
     for name, shift in (("dualign", 0.2), ("certified", 0.0)):
         mean = cost + shift
-        truth = {"true_cost": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}, "reward_share": 0.8}
+        truth = {
+            "true_cost": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1},
+            "reward_share": 0.8,
+        }
         absent = name == "certified" and returned is None
         write_json(metrics / f"evaluate/{name}.json", {"absent": True} if absent else truth)
     grid = made.folder / certified.BESIDE
@@ -32,7 +43,14 @@ def lab(root: Path, repo_root: Path, seed: int, *, returned: str | None, cost: f
         copy = shutil.copytree if (made.folder / part).is_dir() else shutil.copy
         grid.mkdir(exist_ok=True)
         copy(made.folder / part, grid / part)
-    pair = {"seed": seed, "pair": "safe, bold", "mean_risk": -0.01, "above": 0.3, "price": 2.5, "answers": 40}
+    pair = {
+        "seed": seed,
+        "pair": "safe, bold",
+        "mean_risk": -0.01,
+        "above": 0.3,
+        "price": 2.5,
+        "answers": 40,
+    }
     write_json(made.folder / regulated.FILE, [{**pair, "excess": cost + 0.3, "share": 0.6}])
     return made
 
@@ -40,17 +58,31 @@ def lab(root: Path, repo_root: Path, seed: int, *, returned: str | None, cost: f
 def test_a_row_is_the_truth_less_the_limit(repo_root: Path, tmp_path: Path) -> None:
     row = certified.row_of(lab(tmp_path, repo_root, 1, returned="a at 2", cost=-0.35))
     assert row == {
-        "seed": 1, "returned": "a at 2", "tests": 2, "bound": pytest.approx(-0.1), "answers": None,
-        "certified_excess": pytest.approx(-0.05), "certified_least": pytest.approx(-0.15), "certified_share": 0.8,
-        "dualign_excess": pytest.approx(0.15), "dualign_least": pytest.approx(0.05), "dualign_share": 0.8,
-    }  # fmt: skip
+        "seed": 1,
+        "returned": "a at 2",
+        "tests": 2,
+        "bound": pytest.approx(-0.1),
+        "answers": None,
+        "certified_excess": pytest.approx(-0.05),
+        "certified_least": pytest.approx(-0.15),
+        "certified_share": 0.8,
+        "dualign_excess": pytest.approx(0.15),
+        "dualign_least": pytest.approx(0.05),
+        "dualign_share": 0.8,
+    }
     none = certified.row_of(lab(tmp_path, repo_root, 2, returned=None, cost=-0.35))
-    assert none["returned"] is none["bound"] is none["certified_excess"] is None and none["dualign_excess"] is not None
+    assert (
+        none["returned"] is none["bound"] is none["certified_excess"] is None
+        and none["dualign_excess"] is not None
+    )
 
 
-def test_the_answers_of_a_certificate_are_those_of_screen_tests_and_one_draw(tmp_path: Path) -> None:
+def test_the_answers_of_a_certificate_are_those_of_screen_tests_and_one_draw(
+    tmp_path: Path,
+) -> None:
     tests = [
-        {"checks": [{"answers": count}], "ess": ess} for count, ess in ((40, None), (80, None), (160, 0.9), (160, 1))
+        {"checks": [{"answers": count}], "ess": ess}
+        for count, ess in ((40, None), (80, None), (160, 0.9), (160, 1))
     ]
     write_json(tmp_path / "certificate.json", {"tested": tests})
     assert certified.answers_of(tmp_path) == 280
@@ -58,28 +90,48 @@ def test_the_answers_of_a_certificate_are_those_of_screen_tests_and_one_draw(tmp
     assert certified.answers_of(tmp_path) == 400
 
 
-def test_the_grid_of_before_has_its_own_folder_on_the_same_models(repo_root: Path, tmp_path: Path) -> None:
+def test_the_grid_of_before_has_its_own_folder_on_the_same_models(
+    repo_root: Path, tmp_path: Path
+) -> None:
     made = world.set_up(4, repo_root / "params/quick.yaml", tmp_path)
     for name in ("models/sft", "models/certified", "data/prepared", "reports/metrics"):
         (made.folder / name).mkdir(parents=True)
     (made.folder / "models/sft/weights").write_text("w")
     grid = certified.beside(made)
-    assert (grid.folder / "models/sft/weights").read_text() == "w" and not (grid.folder / "models/certified").exists()
-    params, own = (load(CertifyParams, folder / "params.yaml") for folder in (grid.folder, made.folder))
+    assert (grid.folder / "models/sft/weights").read_text() == "w" and not (
+        grid.folder / "models/certified"
+    ).exists()
+    params, own = (
+        load(CertifyParams, folder / "params.yaml") for folder in (grid.folder, made.folder)
+    )
     assert own.screen is not None and params.screen is None and params.samples_per_prompt == 4
-    assert params.runs["dualign"].weights == certified.COARSE_WEIGHTS and set(grid.dag) == set(made.dag)
+    assert params.runs["dualign"].weights == certified.COARSE_WEIGHTS and set(grid.dag) == set(
+        made.dag
+    )
     unlike = {"samples_per_prompt", "screen", "runs"}
-    assert params.model_dump(exclude=unlike) == own.model_dump(exclude=unlike) and certified.beside(made) == grid
+    assert (
+        params.model_dump(exclude=unlike) == own.model_dump(exclude=unlike)
+        and certified.beside(made) == grid
+    )
 
 
 def test_violations_are_counted_over_the_policies_that_there_are() -> None:
     def row(excess: float | None) -> dict[str, Any]:
-        return {"x_excess": excess, "x_least": None if excess is None else excess - 0.1, "x_share": 0.5}
+        return {
+            "x_excess": excess,
+            "x_least": None if excess is None else excess - 0.1,
+            "x_share": 0.5,
+        }
 
     found = certified.violations([row(-0.2), row(0.05), row(0.3), row(None)], "x")
     assert found == {
-        "runs": 4, "policies": 3, "above": 2, "surely": 1, "excess": pytest.approx(0.05), "share": pytest.approx(0.5),
-    }  # fmt: skip
+        "runs": 4,
+        "policies": 3,
+        "above": 2,
+        "surely": 1,
+        "excess": pytest.approx(0.05),
+        "share": pytest.approx(0.5),
+    }
     assert certified.violations([row(None)], "x") == {
         "runs": 1, "policies": 0, "above": 0, "surely": 0, "excess": None, "share": None,
     }  # fmt: skip
@@ -98,8 +150,16 @@ def test_finished_runs_are_read_and_written_up(
     assert "| of the search alone | 2 of 2 | 2 | 2 | 0.150 | 0.80 | – |" in page
     assert "| safe, bold | 2 | -0.010 | 30% | -0.050 | 0 | 0.60 | 2.50 | 40 |" in page
     assert "| certified on the grid of before | 1 of 2 | 0 | 0 | -0.050 | 0.80 | – |" in page
-    assert "| certified | 1 of 2 | 0 | 0 | -0.050 | 0.80 | – |" in page and "| 6 | no policy | 1 | – | – | – |" in page
+    assert (
+        "| certified | 1 of 2 | 0 | 0 | -0.050 | 0.80 | – |" in page
+        and "| 6 | no policy | 1 | – | – | – |" in page
+    )
     content = read_json(out / "certified.json")
     assert content["certified"]["policies"] == 1 and len(content["rows"]) == 2
     shutil.rmtree(work)
-    assert certified.main(["--seeds", "1", "--params", "missing.yaml", "--work", str(work), "--out", str(out)]) == 1
+    assert (
+        certified.main(
+            ["--seeds", "1", "--params", "missing.yaml", "--work", str(work), "--out", str(out)]
+        )
+        == 1
+    )

@@ -1,4 +1,6 @@
-"""Conformal Policy Control against a small finite policy, where psi, the weights and pi_b are summed up exactly."""
+"""Conformal Policy Control against a small finite policy, where psi, the weights and pi_b are
+summed up exactly.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def drawn(policy: np.ndarray, prompts: int, answers: int, seed: int = 1) -> np.n
 
 def both(prompts: int, answers: int, seed: int = 5) -> np.ndarray:
     """As many answers of either policy."""
-    return np.concatenate([drawn(SAFE, prompts, answers, seed), drawn(BOLD, prompts, answers, seed + 1)], 1)
+    return np.concatenate(
+        [drawn(SAFE, prompts, answers, seed), drawn(BOLD, prompts, answers, seed + 1)], 1
+    )
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
@@ -44,13 +48,17 @@ def test_psi_and_the_weights_are_those_of_every_answer(bound: float) -> None:
 
 
 @pytest.mark.parametrize("bound", (0.0, *BOUNDS))
-def test_the_risk_is_that_of_the_policy_with_one_more_answer_of_the_worst_loss(bound: float) -> None:
+def test_the_risk_is_that_of_the_policy_with_one_more_answer_of_the_worst_loss(
+    bound: float,
+) -> None:
     prompts = 40
     at, others = drawn(SAFE, prompts, 20_000), both(prompts, 20_000)
     psi = float(SAFE @ clipped(RATIO, bound)) if bound else 1.0
     unseen = bound / psi if bound else 1.0
     hand = (prompts * float(exact(bound) @ LOSS) + unseen * 1.0) / (prompts + unseen)
-    assert adjusted_risk(RATIO[at], LOSS[at], RATIO[others], bound, 1.0) == pytest.approx(hand, rel=0.02)
+    assert adjusted_risk(RATIO[at], LOSS[at], RATIO[others], bound, 1.0) == pytest.approx(
+        hand, rel=0.02
+    )
 
 
 def test_the_last_bound_before_the_first_failure_is_taken() -> None:
@@ -60,13 +68,19 @@ def test_the_last_bound_before_the_first_failure_is_taken() -> None:
     risks = np.array([adjusted_risk(RATIO[at], LOSS[at], others, float(b), 1.0) for b in grid])
     for alpha in (0.2, 0.4, 0.5, 0.7):
         failing = np.flatnonzero(risks > alpha)
-        hand = None if len(failing) and failing[0] == 0 else float(grid[failing[0] - 1 if len(failing) else -1])
+        hand = (
+            None
+            if len(failing) and failing[0] == 0
+            else float(grid[failing[0] - 1 if len(failing) else -1])
+        )
         assert calibrated(RATIO[at], LOSS[at], others, alpha, 1.0, grid) == hand
 
 
 @pytest.mark.parametrize("bound", (0.0, *BOUNDS, np.inf))
 def test_what_the_regulated_policy_does_is_read_off_both_policies(bound: float) -> None:
-    """Means against pi_b itself; the price against the better acceptance, psi from pi_t and psi / b from pi_0."""
+    """Means against pi_b itself; the price against the better acceptance, psi from pi_t and psi / b
+    from pi_0.
+    """
     at = both(5, 40_000, 2)
     found = regulated(RATIO[at], LOSS[at], REWARD[at], bound)
     policy = BOLD if np.isinf(bound) else exact(bound)

@@ -30,7 +30,14 @@ def test_a_stage_runs_without_the_threads_that_the_caller_has_set(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     cost.spent(
-        ["-c", "import os, pathlib; pathlib.Path('seen').write_text(str(os.environ.get('OMP_NUM_THREADS')))"], tmp_path
+        [
+            "-c",
+            (
+                "import os, pathlib;"
+                " pathlib.Path('seen').write_text(str(os.environ.get('OMP_NUM_THREADS')))"
+            ),
+        ],
+        tmp_path,
     )
     assert (tmp_path / "seen").read_text() == "None"
 
@@ -40,8 +47,10 @@ def side_costs(processor: float) -> dict[str, float]:
 
 
 def test_the_page_sums_both_sides() -> None:
-    rows = {"sft": {"before": side_costs(40.0), "now": side_costs(15.5), "same": True},
-            "evaluate@sft": {"before": side_costs(10.0), "now": side_costs(5.0), "same": False}}  # fmt: skip
+    rows = {
+        "sft": {"before": side_costs(40.0), "now": side_costs(15.5), "same": True},
+        "evaluate@sft": {"before": side_costs(10.0), "now": side_costs(5.0), "same": False},
+    }
     found = {**rows, "idle": {"before": 3.0, "now": 1.5, "one stage": 1.0}}
     page = cost.page("python -m bench.cost", ["before", "now"], found)
     assert "| sft | 40.0 | 2.0 | 9.0 | 15.5 | 2.0 | 9.0 | yes |" in page
@@ -62,12 +71,18 @@ def test_a_stage_is_measured_on_both_sides_and_compared(tmp_path: Path) -> None:
         cost._copy(cost.ROOT / path, other / path)
     params = other / "params.yaml"
     params.write_text(params.read_text().replace("\nseed: 7", "\nseed: 8"))
-    sides = [cost.set_up(name, root, tmp_path, None) for name, root in (("before", other), ("now", cost.ROOT))]
+    sides = [
+        cost.set_up(name, root, tmp_path, None)
+        for name, root in (("before", other), ("now", cost.ROOT))
+    ]
     found = cost.measure(sides, ["prepare"], tmp_path, whole=False)
     assert found["prepare"]["same"] is False
     assert all(
-        0 < found["prepare"][side.name]["importing"] < found["prepare"][side.name]["processor"] for side in sides
+        0 < found["prepare"][side.name]["importing"] < found["prepare"][side.name]["processor"]
+        for side in sides
     )
-    assert cost.measure(sides, ["prepare"], tmp_path, whole=False) == found  # kept, not measured again
+    assert (
+        cost.measure(sides, ["prepare"], tmp_path, whole=False) == found
+    )  # kept, not measured again
     with pytest.raises(DualignError, match="no stage nothing"):
         cost.measure(sides, ["nothing"], tmp_path, whole=False)

@@ -1,4 +1,6 @@
-"""The coverage simulation: its worlds have mean 0, its bounds are the library's, and it sees a bound that fails."""
+"""The coverage simulation: its worlds have mean 0, its bounds are the library's, and it sees a
+bound that fails.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from scipy.stats import norm
 
 from bench import coverage
 from bench.coverage import WORLDS, Settings
-from dualign.certificate import fixed_sequence, upper_bound
+from dualign.certify.certificate import fixed_sequence, upper_bound
 from dualign.core.errors import DualignError
-from dualign.measure.stats import clustered_mean
+from dualign.evaluation.stats import clustered_mean
 
 every_world = pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
 SMALL = Settings(repeats=300)
@@ -33,7 +35,9 @@ def rates(rows: list[dict[str, Any]], **where: Any) -> list[float]:
 
 @every_world
 @pytest.mark.parametrize("icc", [0.0, 0.5])
-def test_worlds_have_mean_zero_their_range_and_their_correlation(world: coverage.World, icc: float) -> None:
+def test_worlds_have_mean_zero_their_range_and_their_correlation(
+    world: coverage.World, icc: float
+) -> None:
     costs = world.costs(np.random.default_rng(0), (200_000, 2), icc)
     low, high = world.range(icc)
     assert costs.min() >= low - 1e-12 and costs.max() <= high + 1e-12
@@ -51,7 +55,9 @@ def test_the_share_of_unsafe_prompts() -> None:
     assert coverage.unsafe_prompts(0.0, 4) == pytest.approx(1 - 0.98**4)
     costs = WORLDS[0].costs(np.random.default_rng(0), (400_000, 4), 0.5)
     share = float((costs > coverage._UNSAFE).any(1).mean())
-    assert coverage.unsafe_prompts(0.5, 4) == pytest.approx(share, abs=4 * math.sqrt(share / 400_000))
+    assert coverage.unsafe_prompts(0.5, 4) == pytest.approx(
+        share, abs=4 * math.sqrt(share / 400_000)
+    )
 
 
 @every_world
@@ -63,31 +69,50 @@ def test_bounds_are_those_of_the_library(world: coverage.World) -> None:
         for method in ("clustered_t", "empirical_bernstein"):
             bound = upper_bound(data.ravel(), prompts, method=method, bounds=world.range(0.5))
             assert found[method][repeat] == pytest.approx(bound)
-        order = np.argsort(np.random.default_rng(0).permutation(60))  # the library permutes, the simulation does not
+        order = np.argsort(
+            np.random.default_rng(0).permutation(60)
+        )  # the library permutes, the simulation does not
         bound = upper_bound(data[order].ravel(), prompts, method="betting", bounds=world.range(0.5))
         assert found["betting"][repeat] == pytest.approx(bound)
         if world.name == "normal":
-            flagged = upper_bound(data.ravel() - coverage._UNSAFE, prompts, method="clopper_pearson")
-            assert found["clopper_pearson"][repeat] == pytest.approx(flagged - coverage.unsafe_prompts(0.5, 4))
+            flagged = upper_bound(
+                data.ravel() - coverage._UNSAFE, prompts, method="clopper_pearson"
+            )
+            assert found["clopper_pearson"][repeat] == pytest.approx(
+                flagged - coverage.unsafe_prompts(0.5, 4)
+            )
 
 
 def test_a_mean_moves_costs_bounds_and_flags() -> None:
-    costs, mean = WORLDS[0].costs(np.random.default_rng(1), (3, 60, 4), 0.5), np.array([-0.5, 0.0, 0.5])
+    costs, mean = (
+        WORLDS[0].costs(np.random.default_rng(1), (3, 60, 4), 0.5),
+        np.array([-0.5, 0.0, 0.5]),
+    )
     moved = coverage.all_bounds(costs, WORLDS[0], 0.5, SMALL, mean)
     for repeat, (data, shift) in enumerate(zip(costs, mean, strict=True)):
         prompts = np.arange(60).repeat(4)
-        assert moved["clustered_t"][repeat] == pytest.approx(upper_bound((data + shift).ravel(), prompts))
-        flagged = upper_bound((data + shift).ravel() - coverage._UNSAFE, prompts, method="clopper_pearson")
-        assert moved["clopper_pearson"][repeat] == pytest.approx(flagged - coverage.unsafe_prompts(0.5, 4))
+        assert moved["clustered_t"][repeat] == pytest.approx(
+            upper_bound((data + shift).ravel(), prompts)
+        )
+        flagged = upper_bound(
+            (data + shift).ravel() - coverage._UNSAFE, prompts, method="clopper_pearson"
+        )
+        assert moved["clopper_pearson"][repeat] == pytest.approx(
+            flagged - coverage.unsafe_prompts(0.5, 4)
+        )
 
 
 def test_the_sequence_is_that_of_the_library() -> None:
     means, prompts = np.array([-0.2, -0.1, 0.0]), np.arange(50).repeat(4)
     for seed in range(20):
         costs = WORLDS[0].costs(np.random.default_rng(seed), (3, 50, 4), 0.5) + means[:, None, None]
-        decision = fixed_sequence([(str(i), data.ravel(), prompts) for i, data in enumerate(costs)], limit=0.0)
+        decision = fixed_sequence(
+            [(str(i), data.ravel(), prompts) for i, data in enumerate(costs)], limit=0.0
+        )
         passed = np.array([upper_bound(data.ravel(), prompts) <= 0 for data in costs])
-        assert decision.certified == tuple(str(i) for i in np.flatnonzero(coverage.in_sequence(passed)))
+        assert decision.certified == tuple(
+            str(i) for i in np.flatnonzero(coverage.in_sequence(passed))
+        )
 
 
 def test_bounds_for_every_n_hold_everywhere(one: list[dict[str, Any]]) -> None:
@@ -95,7 +120,9 @@ def test_bounds_for_every_n_hold_everywhere(one: list[dict[str, Any]]) -> None:
         assert max(rates(one, method=method)) < 0.05 + 3 * math.sqrt(0.05 / 300)
 
 
-def test_clustered_t_is_nominal_for_normal_costs_and_independent_t_is_not(one: list[dict[str, Any]]) -> None:
+def test_clustered_t_is_nominal_for_normal_costs_and_independent_t_is_not(
+    one: list[dict[str, Any]],
+) -> None:
     """Correlated answers, four to a prompt, ICC 0.5: 15 % instead of 5 %."""
     clustered = rates(one, world="normal", icc=0.5, method="clustered_t")
     independent = rates(one, world="normal", icc=0.5, method="independent_t")
@@ -103,10 +130,14 @@ def test_clustered_t_is_nominal_for_normal_costs_and_independent_t_is_not(one: l
     assert np.mean(independent) == pytest.approx(0.15, abs=0.03)
 
 
-def test_clustered_t_holds_under_long_tails_and_t_without_the_skewness_does_not(one: list[dict[str, Any]]) -> None:
+def test_clustered_t_holds_under_long_tails_and_t_without_the_skewness_does_not(
+    one: list[dict[str, Any]],
+) -> None:
     for world in ("lognormal", "rare"):
         assert max(rates(one, world=world, method="clustered_t")) < 0.06 + 3 * math.sqrt(0.06 / 300)
-        few, many = (rates(one, world=world, icc=0.5, method="plain_t", prompts=n)[0] for n in (50, 1000))
+        few, many = (
+            rates(one, world=world, icc=0.5, method="plain_t", prompts=n)[0] for n in (50, 1000)
+        )
         assert few > 0.10 > many
 
 
@@ -129,23 +160,40 @@ def test_worlds_beyond_have_mean_zero(world: coverage.World) -> None:
 def test_no_t_holds_for_harm_that_the_sample_hardly_shows() -> None:
     rows = coverage.beyond(Settings(repeats=2000))
     few = {"world": "less rare", "prompts": 50}
-    assert 0.065 < rates(rows, method="clustered_t", **few)[0] < 0.10 < rates(rows, method="plain_t", **few)[0]
+    assert (
+        0.065
+        < rates(rows, method="clustered_t", **few)[0]
+        < 0.10
+        < rates(rows, method="plain_t", **few)[0]
+    )
     assert rates(rows, method="clustered_t", world="less rare", prompts=1000)[0] < 0.06
 
 
 def test_power_rises_with_the_margin(one: list[dict[str, Any]]) -> None:
     for row in one:
         assert row["rate"] <= row["power_2.5"] <= row["power_5"] <= row["power_10"]
-    normal = [row["power_2.5"] for row in one if row["world"] == "normal" and row["method"] == "clustered_t"]
+    normal = [
+        row["power_2.5"]
+        for row in one
+        if row["world"] == "normal" and row["method"] == "clustered_t"
+    ]
     assert np.mean(normal) == pytest.approx(0.8, abs=0.03)
 
 
 def test_order_costs_nothing_and_testing_all_does() -> None:
-    """Five candidates at the limit: 5 % in sequence, 1 - 0.95^5 = 23 % if the best of all independent ones is taken."""
-    rows = [row for row in coverage.sequences(SMALL, prompts=50) if row["world"] == "normal" and row["icc"] == 0]
+    """Five candidates at the limit: 5 % in sequence, 1 - 0.95^5 = 23 % if the best of all
+    independent ones is taken.
+    """
+    rows = [
+        row
+        for row in coverage.sequences(SMALL, prompts=50)
+        if row["world"] == "normal" and row["icc"] == 0
+    ]
     in_order = rates(rows, method="clustered_t")
     assert max(in_order) < 0.10
-    assert rates(rows, method="test_all", sequence="all at the limit")[0] == pytest.approx(0.23, abs=0.08)
+    assert rates(rows, method="test_all", sequence="all at the limit")[0] == pytest.approx(
+        0.23, abs=0.08
+    )
     (best,) = (row["best"] for row in rows if row["method"] == "clustered_t" and "best" in row)
     assert best > 0.85
 
@@ -155,7 +203,11 @@ def test_labels_put_a_wrong_model_right() -> None:
     assert min(rates(rows, method="model_only")) > 0.9
     for method in ("labels_only", "corrected", "corrected_tuned"):
         assert max(rates(rows, method=method)) < 0.05 + 4 * math.sqrt(0.05 / 60)
-    power = {row["method"]: row["power_2.5"] for row in rows if row["labels"] == "true cost" and row["labelled"] == 100}
+    power = {
+        row["method"]: row["power_2.5"]
+        for row in rows
+        if row["labels"] == "true cost" and row["labelled"] == 100
+    }
     assert power["corrected_tuned"] > power["labels_only"]
 
 

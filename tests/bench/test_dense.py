@@ -1,4 +1,6 @@
-"""The laboratory of dense sequences: its ratios are those of its policies, and what it measures is what it says."""
+"""The laboratory of dense sequences: its ratios are those of its policies, and what it measures is
+what it says.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def test_parts_have_mean_and_spread_and_the_weights_move_the_mean(world: World) 
     assert (parts.mean(), parts.std()) == pytest.approx((0.0, 1.0), abs=0.02)
     assert world.draw(rng, (400_000,), 0.3).mean() == pytest.approx(0.3, abs=0.02)
     weight = np.exp(world.ratio(parts, 0.3, 0.0))
-    assert weight.mean() == pytest.approx(1.0, abs=0.02) and (weight * parts).mean() == pytest.approx(0.3, abs=0.03)
+    assert weight.mean() == pytest.approx(1.0, abs=0.02) and (
+        weight * parts
+    ).mean() == pytest.approx(0.3, abs=0.03)
 
 
 def test_ratios_are_those_of_the_densities() -> None:
@@ -39,23 +43,42 @@ def test_one_draw_gives_the_mean_of_every_policy(world: World) -> None:
     rng = np.random.default_rng(1)
     common = world.draw(rng, (1, 100_000), 0.0)
     parts = world.draw(rng, (1, 100_000, 4), -0.1 / np.sqrt(0.5))
-    found = [float(means.mean()) for means, _ in weighed(world, 0.5, common, parts, -0.1, np.array([-0.3, -0.1, 0.1]))]
+    found = [
+        float(means.mean())
+        for means, _ in weighed(world, 0.5, common, parts, -0.1, np.array([-0.3, -0.1, 0.1]))
+    ]
     assert found == pytest.approx([-0.3, -0.1, 0.1], abs=0.02)
-    (at_itself,) = [worth for _, worth in weighed(world, 0.5, common, parts, -0.1, np.array([-0.1]))]
+    (at_itself,) = [
+        worth for _, worth in weighed(world, 0.5, common, parts, -0.1, np.array([-0.1]))
+    ]
     assert at_itself == pytest.approx(1.0)
 
 
 def test_a_sequence_ends_at_the_first_failure() -> None:
-    bounds = np.array([[-1, -1, 1], [-1, 1, -1], [0, -1, -1], [1, -1, -1]], float)  # [tests, repeats]
+    bounds = np.array(
+        [[-1, -1, 1], [-1, 1, -1], [0, -1, -1], [1, -1, -1]], float
+    )  # [tests, repeats]
     assert returned(iter(bounds), 4).tolist() == [2, 0, -1]
 
 
-def test_levels_are_kept_and_an_unguarded_draw_from_afar_errs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_levels_are_kept_and_an_unguarded_draw_from_afar_errs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(dense, "WORLDS", WORLDS[1:])
     rows = dense.run(Settings(repeats=150))
-    worst = {name: max(row["rate"] for row in rows if row["sequence"] == name) for name in dense.TITLES}
-    assert worst["unguarded"] > 0.3 > 0.12 > max(rate for name, rate in worst.items() if name != "unguarded")
-    below = {name: np.mean([row["below"] for row in rows if row["sequence"] == name]) for name in dense.TITLES}
+    worst = {
+        name: max(row["rate"] for row in rows if row["sequence"] == name) for name in dense.TITLES
+    }
+    assert (
+        worst["unguarded"]
+        > 0.3
+        > 0.12
+        > max(rate for name, rate in worst.items() if name != "unguarded")
+    )
+    below = {
+        name: np.mean([row["below"] for row in rows if row["sequence"] == name])
+        for name in dense.TITLES
+    }
     assert below["weighed"] < below["dense"] < below["coarse"]
 
 
@@ -63,5 +86,7 @@ def test_the_command_writes_its_results(tmp_path: Path, capsys: pytest.CaptureFi
     coverage.main(["dense", "--repeats", "20", "--out", str(tmp_path)])
     page = capsys.readouterr().out
     assert (tmp_path / "dense-coverage.md").read_text() == page
-    assert len(json.loads((tmp_path / "dense-coverage.json").read_text())["rows"]) == 2 * 2 * 2 * len(dense.TITLES)
+    assert len(
+        json.loads((tmp_path / "dense-coverage.json").read_text())["rows"]
+    ) == 2 * 2 * 2 * len(dense.TITLES)
     assert all(title in page for title in dense.TITLES.values())

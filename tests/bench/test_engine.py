@@ -17,6 +17,11 @@ def test_prompts_ends_and_log_probabilities_are_compared() -> None:
     ]
     found = compared(rows, [[1, 2], [1, 3]], torch.tensor([-1.0, -2.5]), tokenizer)
     assert found == {
-        "prompts": 2, "same_prompt_ids": 1, "ended": 1, "ended_with": [tokenizer.eos_token], "went_on_after_an_end": 1,
-        "tokens": 5, "largest_difference_of_logp": 0.5,
-    }  # fmt: skip
+        "prompts": 2,
+        "same_prompt_ids": 1,
+        "ended": 1,
+        "ended_with": [tokenizer.eos_token],
+        "went_on_after_an_end": 1,
+        "tokens": 5,
+        "largest_difference_of_logp": 0.5,
+    }

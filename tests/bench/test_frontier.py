@@ -1,4 +1,6 @@
-"""The frontier's coverage simulation: its truths against brute force, its bands the library's, and what it finds."""
+"""The frontier's coverage simulation: its truths against brute force, its bands the library's, and
+what it finds.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,13 @@ import pytest
 
 from bench import coverage, frontier
 from bench.frontier import Finite, Gaussian, Settings
-from dualign import dual
 from dualign.core.errors import DualignError
+from dualign.math import dual
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-every_world = pytest.mark.parametrize("world", [Gaussian(), Finite(kinds=5, answers=6)], ids=lambda world: world.name)
+every_world = pytest.mark.parametrize(
+    "world", [Gaussian(), Finite(kinds=5, answers=6)], ids=lambda world: world.name
+)
 
 
 @every_world
@@ -27,10 +31,14 @@ def test_truth_is_what_a_huge_pool_predicts(world: frontier.World, lam: float) -
     truth = world.truth(lam, beta)
     for name, value in (("reward", reward), ("cost", cost), ("p_unsafe", cost > 0)):
         each = dual.predict(reward, cost, lam, beta, value)
-        error = each.std() / math.sqrt(len(each)) + 0.01 / 4  # spread of the mean, and the bias left at ESS 300
+        error = (
+            each.std() / math.sqrt(len(each)) + 0.01 / 4
+        )  # spread of the mean, and the bias left at ESS 300
         assert truth[name] == pytest.approx(float(each.mean()), abs=4 * error), name
     each = dual.divergence(reward, cost, lam, beta)
-    assert truth["kl"] == pytest.approx(float(each.mean()), abs=4 * each.std() / math.sqrt(len(each)) + 0.01)
+    assert truth["kl"] == pytest.approx(
+        float(each.mean()), abs=4 * each.std() / math.sqrt(len(each)) + 0.01
+    )
 
 
 def test_finite_pools_have_the_problems_mean_scores() -> None:
@@ -42,7 +50,9 @@ def test_finite_pools_have_the_problems_mean_scores() -> None:
 
 
 def test_plain_estimates_and_the_librarys_are_told_apart() -> None:
-    """Normal scores, 16 samples, many prompts: plain estimates are off by the shift over the ESS, the library's not."""
+    """Normal scores, 16 samples, many prompts: plain estimates are off by the shift over the ESS,
+    the library's not.
+    """
     world, lam, beta = Gaussian(), 1.0, 2.0
     reward, cost = world.draw(np.random.default_rng(0), 20_000, 16)
     solution = frontier.solved(reward, cost, beta, np.random.default_rng(0), 20)
@@ -55,11 +65,15 @@ def test_plain_estimates_and_the_librarys_are_told_apart() -> None:
         assert found[f"{name}_plain"] == (low <= truth[name] <= high)
         assert found[f"{name}_plain_error"] == pytest.approx(each[name].mean() - truth[name])
         assert found[name] == (row[f"{name}_low"] <= truth[name] <= row[f"{name}_high"])
-    assert found["cost_plain"] == 0 and abs(row["cost"] - truth["cost"]) < 0.4 * abs(found["cost_plain_error"])
+    assert found["cost_plain"] == 0 and abs(row["cost"] - truth["cost"]) < 0.4 * abs(
+        found["cost_plain_error"]
+    )
 
 
 def test_bands_are_those_of_a_solved_pool() -> None:
-    """The same resamples give the same bands as dual.solve, whose roots alone the simulation leaves out."""
+    """The same resamples give the same bands as dual.solve, whose roots alone the simulation leaves
+    out.
+    """
     reward, cost = Gaussian().draw(np.random.default_rng(0), 60, 12)
     solved = frontier.solved(reward, cost, 1.0, np.random.default_rng(7), 50)
     full = dual.solve(reward, cost, limit=0.2, beta=1.0, bootstrap=50, seed=7)
@@ -72,13 +86,17 @@ def test_bands_are_those_of_a_solved_pool() -> None:
 
 def rows_of(beta: float, prompts: int, samples: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
-    return frontier.pools(Gaussian(), beta, prompts, samples, rng, Settings(pools=200, bootstrap=200))
+    return frontier.pools(
+        Gaussian(), beta, prompts, samples, rng, Settings(pools=200, bootstrap=200)
+    )
 
 
 def test_many_effective_samples_cover_and_few_do_not() -> None:
     good = rows_of(2.0, 100, 128)[0]
     assert good["ess"] > 60
-    assert min(good[name] for name in ("reward", "cost", "p_unsafe", "kl")) > 0.89  # 95 % less four standard errors
+    assert (
+        min(good[name] for name in ("reward", "cost", "p_unsafe", "kl")) > 0.89
+    )  # 95 % less four standard errors
     poor = rows_of(0.5, 400, 8)[2]
     assert poor["ess"] < 5 and poor["cost_plain"] < 0.2 and abs(poor["cost_plain_bias"]) > 3
 
@@ -99,7 +117,11 @@ def test_the_command_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(content["rows"]) == 2 * 3 * 3 * 3 * 4
     for row in content["rows"]:
         for name in frontier._NAMES:
-            assert 0 <= row[name] <= 1 and 0 <= row[f"{name}_plain"] <= 1 and math.isfinite(row[f"{name}_plain_bias"])
+            assert (
+                0 <= row[name] <= 1
+                and 0 <= row[f"{name}_plain"] <= 1
+                and math.isfinite(row[f"{name}_plain_bias"])
+            )
 
 
 def test_bad_options_are_refused() -> None:

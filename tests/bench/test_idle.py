@@ -1,4 +1,6 @@
-"""The laboratory of a second `dvc repro`: forms of dvc.yaml, runs in turn, an unfinished run refused in one line."""
+"""The laboratory of a second `dvc repro`: forms of dvc.yaml, runs in turn, an unfinished run
+refused in one line.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from ruamel.yaml import YAML
 
 from bench import cost, idle
 from dualign.core.errors import DualignError
-from pipeline.dag import load_dag
+from pipeline.dvc.dag import load_dag
 
 
 @pytest.fixture
@@ -48,7 +50,10 @@ def test_without_params_keeps_the_dependencies(project: Path) -> None:
     before = definitions(project)
     idle.rewrite(project / "dvc.yaml", idle.without_params)
     after = definitions(project)
-    assert all("params" not in stage and stage["deps"] == before[name]["deps"] for name, stage in after.items())
+    assert all(
+        "params" not in stage and stage["deps"] == before[name]["deps"]
+        for name, stage in after.items()
+    )
 
 
 def test_the_first_run_is_not_counted(tmp_path: Path) -> None:
@@ -71,6 +76,9 @@ def test_a_run_that_has_not_ended_is_refused_in_one_line(
     for name in cost.WRITTEN:
         (project / name).mkdir(exist_ok=True)
     work = tmp_path_factory.mktemp("work")
-    assert idle.main(["--inputs", str(project), "--work", str(work), "--out", str(work)]) == DualignError.status
+    assert (
+        idle.main(["--inputs", str(project), "--work", str(work), "--out", str(work)])
+        == DualignError.status
+    )
     assert "does not exist" in caplog.messages[-1] and "\n" not in caplog.messages[-1]
     assert not (work / "idle.json").exists()

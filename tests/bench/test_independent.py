@@ -1,4 +1,6 @@
-"""What survives of a tilt's gain: against brute force and known correlations; the command on a tiny base."""
+"""What survives of a tilt's gain: against brute force and known correlations; the command on a tiny
+base.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +24,22 @@ from dualign.data import world
 from dualign.lm.models import build_scratch, save, train_tokenizer
 from dualign.params.loading import check, read_yaml
 from dualign.params.models import ScratchParams
-from dualign.support import Doubt, Support
+from dualign.scoring.support import Doubt, Support
 from tests.shipped import preset
 
-PLAN = Plan(samples=8, few=4, room=0.3, weights=(1.0,), beta=0.7, lambda_max=50.0, resamples=40, seed=0)
+PLAN = Plan(
+    samples=8, few=4, room=0.3, weights=(1.0,), beta=0.7, lambda_max=50.0, resamples=40, seed=0
+)
 Array = np.ndarray
 
 
-def side(reward: Array, cost: Array, doubted: Array | None = None, second: Array | None = None) -> Side:
+def side(
+    reward: Array, cost: Array, doubted: Array | None = None, second: Array | None = None
+) -> Side:
     reward, cost = (score - score.mean(1, keepdims=True) for score in (reward, cost))
-    return Side(reward, cost, {0.01: reward if doubted is None else doubted}, second, (0.5, 2.0), 0.25)
+    return Side(
+        reward, cost, {0.01: reward if doubted is None else doubted}, second, (0.5, 2.0), 0.25
+    )
 
 
 def drawn(seed: int, prompts: int = 10, samples: int = 8) -> Side:
@@ -55,7 +63,9 @@ def by_hand(rule: Rule, own: Side, other: Side, plan: Plan, share: Array) -> Arr
             fit = [x for x in range(prompts) if x % 2 == parity]
 
             def excess(lam: float, start: int = start, fit: list[int] = fit) -> float:
-                costs = [tilted(x, start, lam) @ own.cost[x, start : start + rule.samples] for x in fit]
+                costs = [
+                    tilted(x, start, lam) @ own.cost[x, start : start + rule.samples] for x in fit
+                ]
                 return float(np.average(costs, weights=share[fit])) - limit
 
             lam = brentq(excess, 0, 50) if excess(0) > 0 else 0.0
@@ -103,11 +113,15 @@ def test_where_one_name_has_two_slopes_their_mean_is_meant() -> None:
     share = np.full(10, 0.1)
     rules = [Rule(own.reward * half, 8, own.reward, 0.3) for half in (0.5, 2.0)]
     each = [survival.changes(rule, own, other, PLAN, share).mean(1) for rule in rules]
-    assert survival.measures([own, other], PLAN, share)[place, 0, :5] == pytest.approx(np.mean(each, axis=0))
+    assert survival.measures([own, other], PLAN, share)[place, 0, :5] == pytest.approx(
+        np.mean(each, axis=0)
+    )
 
 
 @pytest.mark.parametrize("correlation", [1.0, 0.6, 0.0])
-def test_the_share_is_the_correlation_where_the_other_is_the_same_but_for_noise(correlation: float) -> None:
+def test_the_share_is_the_correlation_where_the_other_is_the_same_but_for_noise(
+    correlation: float,
+) -> None:
     rng = np.random.default_rng(4)
     first, noise, costs = rng.normal(size=(3, 400, 24))
     second = correlation * first + np.sqrt(1 - correlation**2) * noise
@@ -134,11 +148,18 @@ def test_a_penalty_on_what_one_pair_alone_overrates_raises_the_share() -> None:
 
 def test_intervals_resample_prompts_and_the_yardstick_differs_from_itself_by_nothing() -> None:
     one = drawn(1, prompts=2)
-    same = [side(np.tile(each.reward[:1], (12, 1)), np.tile(each.cost[:1], (12, 1))) for each in (one, drawn(2))]
-    for row in survival.judged(same, replace(PLAN, few=8)):  # prompts that are all alike: nothing varies
+    same = [
+        side(np.tile(each.reward[:1], (12, 1)), np.tile(each.cost[:1], (12, 1)))
+        for each in (one, drawn(2))
+    ]
+    for row in survival.judged(
+        same, replace(PLAN, few=8)
+    ):  # prompts that are all alike: nothing varies
         assert np.ptp(row["reward"]) < 1e-9 and np.ptp(row["reward_share"]) < 1e-6
     rows = survival.judged([drawn(1, 12), drawn(2, 12)], replace(PLAN, room=0.1))
-    assert rows[0]["rule"] == BELIEVED and all(rows[0]["more"][key] == [0, 0, 0] for key in MEASURES)
+    assert rows[0]["rule"] == BELIEVED and all(
+        rows[0]["more"][key] == [0, 0, 0] for key in MEASURES
+    )
     assert all(row["reward"][1] < row["reward"][0] < row["reward"][2] for row in rows)
 
 
@@ -157,7 +178,12 @@ def test_answers_off_the_support_are_counted_and_described() -> None:
     found = Doubt(Support((10.0, 0.0, 0.0), (1.0, 0.0, 0.0), 1.0, 2.0), 3.0, 0.0)
     surprise = np.array([10.0, 11.0, 15.0, 9.0])
     pool = pd.DataFrame(
-        {"prompt_id": ["a", "a", "b", "b"], "length": [4, 8, 5, 3], "ended": True, "logp_ref": -surprise}
+        {
+            "prompt_id": ["a", "a", "b", "b"],
+            "length": [4, 8, 5, 3],
+            "ended": True,
+            "logp_ref": -surprise,
+        }
     )
     rewards = side(np.array([[0.0, 2.0], [6.0, 0.0]]), np.zeros((2, 2)))
     off, on = survival.unlike(pool, [rewards, rewards], found)
@@ -168,13 +194,15 @@ def test_answers_off_the_support_are_counted_and_described() -> None:
     assert none["count"] == 0 and none["z"] is None
 
 
-# --- rows and params --------------------------------------------------------------------------------------------------
+# --- rows and params ------------------------------------------------------------------------------
 
 
 def test_halves_share_no_training_question_and_all_held_out_pairs() -> None:
     questions = [f"question {i}" for i in range(40)]
     prompts = [user(text) for text in questions]
-    longer = [[*user(text), {"role": "assistant", "content": "yes"}, *user("and?")] for text in questions]
+    longer = [
+        [*user(text), {"role": "assistant", "content": "yes"}, *user("and?")] for text in questions
+    ]
     pairs = pd.DataFrame({"prompt": [*prompts, *longer], "split": ["heldout", *["train"] * 39] * 2})
     halves = [independent.of_half(pairs, half) for half in (0, 1)]
     train = [half[half["split"] == "train"] for half in halves]
@@ -184,12 +212,19 @@ def test_halves_share_no_training_question_and_all_held_out_pairs() -> None:
     assert all((half["split"] == "heldout").sum() == 2 for half in halves)
 
 
-def test_the_params_of_the_runs_are_valid_and_hold_what_was_asked(repo_root: Path, tmp_path: Path) -> None:
-    settings = Settings(data=str(tmp_path), base=str(tmp_path), params=str(repo_root / "params/smollm2-cpu.yaml"))
+def test_the_params_of_the_runs_are_valid_and_hold_what_was_asked(
+    repo_root: Path, tmp_path: Path
+) -> None:
+    settings = Settings(
+        data=str(tmp_path), base=str(tmp_path), params=str(repo_root / "params/smollm2-cpu.yaml")
+    )
     content = read_yaml(independent.edited(settings, tmp_path))
     check(content, "run.yaml")
     assert content["prepare"]["folder"] == content["sft"]["base"] == str(tmp_path)
-    assert content["score"]["samples_per_prompt"] == 24 and content["evaluate"]["samples_per_prompt"] != 24
+    assert (
+        content["score"]["samples_per_prompt"] == 24
+        and content["evaluate"]["samples_per_prompt"] != 24
+    )
     before = preset("smollm2-cpu")
     assert content["reward_model"] == before["reward_model"] and content["beta"] == before["beta"]
 
@@ -203,7 +238,7 @@ def test_folders_and_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         Settings(data=str(tmp_path), base=str(tmp_path), prompts=100)
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def tiny_base(folder: Path) -> None:
@@ -211,7 +246,13 @@ def tiny_base(folder: Path) -> None:
     texts = [row["response_0"] for row in world.pku_rows(200, seed=1, sharpness=1.0)]
     tokenizer = train_tokenizer(texts, 300)
     scratch = ScratchParams(
-        tokenizer="train", vocab_size=300, hidden_size=16, layers=1, heads=2, intermediate_size=16, context=128
+        tokenizer="train",
+        vocab_size=300,
+        hidden_size=16,
+        layers=1,
+        heads=2,
+        intermediate_size=16,
+        context=128,
     )
     save(build_scratch(scratch, tokenizer, 0), tokenizer, folder)
 
@@ -219,7 +260,12 @@ def tiny_base(folder: Path) -> None:
 def small_params(source: Path, target: Path) -> None:
     content: dict[str, Any] = YAML().load(source)
     content["prepare"]["world"] |= {"sft_rows": 100, "helpful_pairs": 800, "safety_pairs": 800}
-    content["prepare"] |= {"search_prompts": 4, "certify_prompts": 4, "pool_prompts": 4, "heldout_share": 0.2}
+    content["prepare"] |= {
+        "search_prompts": 4,
+        "certify_prompts": 4,
+        "pool_prompts": 4,
+        "heldout_share": 0.2,
+    }
     content["dual_search"]["prompts"] = content["certify"]["prompts"] = 4
     content["certify"]["labels"] = content["certify"]["screen"] = None
     for name in ("reward_model", "cost_model"):
@@ -235,14 +281,22 @@ def test_the_command_runs_is_taken_up_and_tells_no_folder(
     tiny_base(tmp_path / "base")
     small_params(repo_root / "params.yaml", tmp_path / "small.yaml")
     (tmp_path / "rows").mkdir()
-    options = f"--data {tmp_path}/rows --base {tmp_path}/base --params {tmp_path}/small.yaml --work {tmp_path}/work "
-    options += f"--reserved 8 --prompts 6 --samples 8 --few 4 --room 0.2 --resamples 10 --second 1 --out {tmp_path}/out"
+    options = (
+        f"--data {tmp_path}/rows --base {tmp_path}/base --params {tmp_path}/small.yaml --work"
+        f" {tmp_path}/work "
+    )
+    options += (
+        "--reserved 8 --prompts 6 --samples 8 --few 4 --room 0.2 --resamples 10 --second 1 --out"
+        f" {tmp_path}/out"
+    )
     assert independent.main(options.split()) == 0, caplog.text
     page = (tmp_path / "out/independent.md").read_text()
     content = json.loads((tmp_path / "out/independent.json").read_text())
     assert content["command"] in page and str(tmp_path / "base") not in page + json.dumps(content)
     assert sum(row["count"] for row in content["pool"]) == 48
-    assert "mean of two reward models" in page and len(content["rules"]) == len({r["rule"] for r in content["rules"]})
+    assert "mean of two reward models" in page and len(content["rules"]) == len(
+        {r["rule"] for r in content["rules"]}
+    )
     caplog.clear()
     assert independent.main(options.split()) == 0 and "reward_model" not in caplog.text
     assert json.loads((tmp_path / "out/independent.json").read_text()) == content

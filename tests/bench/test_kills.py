@@ -1,4 +1,6 @@
-"""Kills at random moments: two of the quickest stage, and that the laboratory would see what went wrong."""
+"""Kills at random moments: two of the quickest stage, and that the laboratory would see what went
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,28 @@ def test_a_stage_that_is_killed_ends_with_the_same_bytes_when_it_is_run_again(wo
 
 
 @pytest.mark.slow
-def test_a_stage_whose_worker_is_killed_goes_to_the_next_and_ends_with_the_same_bytes(work: Path) -> None:
-    options = ["--count", "1", "--stages", "prepare", "--worker", "--work", str(work), "--out", str(work)]
+def test_a_stage_whose_worker_is_killed_goes_to_the_next_and_ends_with_the_same_bytes(
+    work: Path,
+) -> None:
+    options = [
+        "--count",
+        "1",
+        "--stages",
+        "prepare",
+        "--worker",
+        "--work",
+        str(work),
+        "--out",
+        str(work),
+    ]
     assert kills.main(options) == 0
     (trial,) = read_json(work / "kills.json")["worker"]["trials"]
-    assert trial["stopped"] == -signal.SIGKILL and trial["same"] and trial["told"] and not trial["debris"]
+    assert (
+        trial["stopped"] == -signal.SIGKILL
+        and trial["same"]
+        and trial["told"]
+        and not trial["debris"]
+    )
 
 
 @pytest.mark.slow
@@ -52,7 +71,12 @@ def test_what_a_cluster_has_lost_or_left_is_seen_and_put_right(work: Path, tmp_p
     (tmp_path / "gpu/params.yaml").unlink()
     (tmp_path / "tmp/of-a-stage").mkdir()
     assert differs(tmp_path / "coordinator", world.kept, [spec]) == ["data/prepared"]
-    assert made.debris() == ["cpu/prepare-1", "gpu/ D params.yaml", "gpu/models/.tmp-1", "tmp/of-a-stage"]
+    assert made.debris() == [
+        "cpu/prepare-1",
+        "gpu/ D params.yaml",
+        "gpu/models/.tmp-1",
+        "tmp/of-a-stage",
+    ]
     for _ in range(2):
         made.forget(spec)
         assert "dvc pull" in made.fetch(spec)[0]
@@ -66,7 +90,11 @@ def test_other_bytes_and_what_is_left_behind_are_seen_and_put_right(work: Path) 
     assert world.differs() == [] == world.debris()
     pool = world.folder / "data/prepared/pool.parquet"
     pool.write_bytes(pool.read_bytes()[:-1])
-    for name in ("models/.tmp-1/sft/weights", ".scratch/sft/0/checkpoint-2/weights", "reports/.x.1.tmp"):
+    for name in (
+        "models/.tmp-1/sft/weights",
+        ".scratch/sft/0/checkpoint-2/weights",
+        "reports/.x.1.tmp",
+    ):
         (world.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (world.folder / name).touch()
     assert world.differs() == ["data/prepared"]
@@ -83,7 +111,15 @@ def test_an_unknown_stage_is_refused(work: Path) -> None:
 
 
 def test_the_page_counts_by_stage_and_mode() -> None:
-    one = {"stage": "sft", "how": "", "stopped": -9, "status": 0, "same": True, "told": True, "debris": []}
+    one = {
+        "stage": "sft",
+        "how": "",
+        "stopped": -9,
+        "status": 0,
+        "same": True,
+        "told": True,
+        "debris": [],
+    }
     bad = {**one, "stage": "score", "same": False, "told": False, "debris": ["a", "b"]}
     lines = kills.page({"KILL": {"command": "c", "trials": [one, one, bad]}}).splitlines()
     assert "| sft | 2 | 2 | 2 | 2 | 0 |" in lines and "| score | 1 | 1 | 0 | 0 | 2 |" in lines

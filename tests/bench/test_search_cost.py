@@ -1,4 +1,6 @@
-"""What a search costs: the test that ends it, worked by hand, and every row on tiny models, interrupted and gone on."""
+"""What a search costs: the test that ends it, worked by hand, and every row on tiny models,
+interrupted and gone on.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,33 @@ import torch
 from ruamel.yaml import YAML
 
 from bench import search_cost, world
-from bench.search_cost import PARAMS, ROWS, Scored, Settings, first_policy, met, rows_of, run_row, seek, smaller
-from dualign import dual
+from bench.search_cost import (
+    PARAMS,
+    ROWS,
+    Scored,
+    Settings,
+    first_policy,
+    met,
+    rows_of,
+    run_row,
+    seek,
+    smaller,
+)
 from dualign.core.artifacts import read_json, write_json, write_parquet
-from dualign.core.schema import HELPFUL_PAIRS, PROMPTS, SAFETY_PAIRS, by_prompt, pair_id, prompt_id, user
+from dualign.core.schema import (
+    HELPFUL_PAIRS,
+    PROMPTS,
+    SAFETY_PAIRS,
+    by_prompt,
+    pair_id,
+    prompt_id,
+    user,
+)
 from dualign.data import world as embedded
+from dualign.evaluation.effective_tilt import Tilt, effective_tilt
+from dualign.evaluation.stats import Measurement
 from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_tokenizer
-from dualign.measure.stats import Measurement
-from dualign.measure.tilt import Tilt, effective_tilt
+from dualign.math import dual
 from dualign.methods import plan
 from dualign.params import loading
 from dualign.params.loading import load, load_resources
@@ -36,7 +57,13 @@ from tests.shipped import preset
 from tests.written import solved
 
 SCRATCH = ScratchParams(
-    tokenizer="train", vocab_size=300, hidden_size=16, layers=1, heads=2, intermediate_size=24, context=128
+    tokenizer="train",
+    vocab_size=300,
+    hidden_size=16,
+    layers=1,
+    heads=2,
+    intermediate_size=24,
+    context=128,
 )
 TINY = {
     "pessimism.reward": 0.0,  # no pair is held out here
@@ -57,7 +84,7 @@ def measured(cost: float, se: float = 0.0) -> Measurement:
     return Measurement(cost, se, 0.0, 0.01, 0.2, 0.1, 0.5, 100)
 
 
-# --- the test that ends a search --------------------------------------------------------------------------------------
+# --- the test that ends a search ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -80,12 +107,16 @@ def test_a_policy_ends_the_search_within_the_limit_and_not_far_below(
 
 
 class Line:
-    """Policies whose cost falls by `slope` for each unit of lambda from `cost`; a folder's name is its multiplier."""
+    """Policies whose cost falls by `slope` for each unit of lambda from `cost`; a folder's name is
+    its multiplier.
+    """
 
     def __init__(self, cost: float, slope: float, first: float) -> None:
         self.cost, self.slope, self.lams = cost, slope, [first]
 
-    def train(self, step: int, lam: float, warm: Step, prices: Sequence[float] | None = None) -> str:
+    def train(
+        self, step: int, lam: float, warm: Step, prices: Sequence[float] | None = None
+    ) -> str:
         self.lams.append(lam)
         folder = Path(warm.policy).parents[1] / f"step-{step}/policy"
         folder.mkdir(parents=True)
@@ -114,21 +145,31 @@ class Line:
         pytest.fail("no rule of these rows asks for it")
 
 
-def sought(row: str, first: float, tmp_path: Path, *, slope: float, limit: float, **changes: Any) -> list[float]:
+def sought(
+    row: str, first: float, tmp_path: Path, *, slope: float, limit: float, **changes: Any
+) -> list[float]:
     """The multipliers of a search on a line that starts at cost 0.5."""
     found = loading.check(preset(PARAMS.stem), PARAMS)["dual_search"]
     assert isinstance(found, DualSearchParams)
-    params = found.model_copy(update={"max_trainings": 5, "limit": limit, "step_size": 1.0, "z": 1.0, **changes})
+    params = found.model_copy(
+        update={"max_trainings": 5, "limit": limit, "step_size": 1.0, "z": 1.0, **changes}
+    )
     (tmp_path / "step-0/policy").mkdir(parents=True)
     line = Line(0.5, slope, first)
     chosen = plan(BY_NAME[row].method, found.methods[BY_NAME[row].method])
-    steps = seek(chosen, str(tmp_path / "step-0/policy"), Outlook(first, first), params, line, tmp_path)
+    steps = seek(
+        chosen, str(tmp_path / "step-0/policy"), Outlook(first, first), params, line, tmp_path
+    )
     assert [step.lam for step in steps] == line.lams
     return line.lams
 
 
-def test_the_dual_gradient_trains_until_half_of_the_excess_is_gone_often_enough(tmp_path: Path) -> None:
-    """Excess 0.8, 0.4, 0.2, 0.1, 0.05: four trainings after the first, and the last is within 0.06."""
+def test_the_dual_gradient_trains_until_half_of_the_excess_is_gone_often_enough(
+    tmp_path: Path,
+) -> None:
+    """Excess 0.8, 0.4, 0.2, 0.1, 0.05: four trainings after the first, and the last is within
+    0.06.
+    """
     lams = sought("c_dpo_1", 0.0, tmp_path, slope=0.5, limit=-0.3)
     assert lams == pytest.approx([0.0, 0.8, 1.2, 1.4, 1.5])
 
@@ -142,7 +183,7 @@ def test_the_first_policy_counts_against_the_budget(tmp_path: Path) -> None:
     assert len(lams) == 3
 
 
-# --- on models --------------------------------------------------------------------------------------------------------
+# --- on models ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -160,18 +201,30 @@ def scored(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     lab = world.set_up(3, tmp_path / "search-cost.yaml", tmp_path)
     monkeypatch.chdir(lab.folder)
     resources = load_resources()
-    tokenizer = train_tokenizer([answer.text for answer in embedded.answers(embedded.prompts()[0])], 300)
+    tokenizer = train_tokenizer(
+        [answer.text for answer in embedded.answers(embedded.prompts()[0])], 300
+    )
     for seed, name in enumerate(("sft", *search_cost.SHARED, "lambda_path/strict")):
         save(build_scratch(SCRATCH, tokenizer, seed), tokenizer, Path("models") / name)
     for seed, name in enumerate(("reward_model", "cost_model")):
         backbone = load_scorer_backbone("models/sft", tokenizer, resources, seed)
         torch.nn.init.normal_(backbone.score.weight, std=0.5)
         Scorer(backbone, tokenizer, Platt(1.0, 0.0)).save(Path("models") / name)
-    for name, places in (("pool", slice(0, 800, 100)), ("search", slice(50, 850, 100)), ("eval", slice(25, 425, 100))):
+    for name, places in (
+        ("pool", slice(0, 800, 100)),
+        ("search", slice(50, 850, 100)),
+        ("eval", slice(25, 425, 100)),
+    ):
         questions = [user(question) for question in embedded.prompts()[places]]
-        rows = [{"prompt_id": prompt_id(prompt), "prompt": prompt, "source": "world"} for prompt in questions]
+        rows = [
+            {"prompt_id": prompt_id(prompt), "prompt": prompt, "source": "world"}
+            for prompt in questions
+        ]
         write_parquet(f"data/prepared/{name}.parquet", rows, PROMPTS)
-    for name, label, schema in (("helpful", "better", HELPFUL_PAIRS), ("safety", "safer", SAFETY_PAIRS)):
+    for name, label, schema in (
+        ("helpful", "better", HELPFUL_PAIRS),
+        ("safety", "safer", SAFETY_PAIRS),
+    ):
         write_parquet(f"data/prepared/{name}_pairs.parquet", pairs(f"{label}_response_id"), schema)
     score.main(Run("score", None, load(ScoreParams), resources))
     for name in search_cost.STAGES:
@@ -186,11 +239,17 @@ def pairs(label: str) -> list[dict[str, Any]]:
         chosen, rejected = row[f"response_{winner}"], row[f"response_{1 - winner}"]
         rows.append(
             {
-                "pair_id": pair_id(prompt, chosen, rejected), "prompt_id": prompt_id(prompt), "prompt": prompt,
-                "chosen": chosen, "rejected": rejected, "source": "world", "split": "train",
-                "chosen_is_safe": None, "rejected_is_safe": None,
+                "pair_id": pair_id(prompt, chosen, rejected),
+                "prompt_id": prompt_id(prompt),
+                "prompt": prompt,
+                "chosen": chosen,
+                "rejected": rejected,
+                "source": "world",
+                "split": "train",
+                "chosen_is_safe": None,
+                "rejected_is_safe": None,
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -200,7 +259,9 @@ def reachable(scored: Scored) -> float:
     return float(dual.predict(reward, cost, 1.0, scored.params.beta, cost).mean())
 
 
-def test_every_row_says_what_it_took_and_a_second_run_only_reads(scored: Scored, tmp_path: Path) -> None:
+def test_every_row_says_what_it_took_and_a_second_run_only_reads(
+    scored: Scored, tmp_path: Path
+) -> None:
     limit = reachable(scored)
     params = tmp_path / "search-cost.yaml"
     rows = [found for row in ROWS for found in rows_of(row, (limit,), params, 3)]
@@ -208,14 +269,22 @@ def test_every_row_says_what_it_took_and_a_second_run_only_reads(scored: Scored,
     assert not list((scored.folder / "searches").iterdir())
     for row in rows:
         assert row["trainings"] == (0 if row["row"] == "path" else len(row["steps"])) <= 3
-        assert row["policies"] == len(row["steps"]) and row["gradient_steps"] == 2 * row["trainings"]
+        assert (
+            row["policies"] == len(row["steps"]) and row["gradient_steps"] == 2 * row["trainings"]
+        )
         assert row["generated_tokens"] == sum(step["generated_tokens"] for step in row["steps"]) > 0
         assert row["met"] or row["policies"] == 3 or row["row"].startswith(("pd_dpo", "path"))
         assert row["before"] == {"pd": 1, "pa": 2}.get(row["row"][:2], 0) and row["seconds"] > 0
     firsts = {row["row"]: row["steps"][0]["lam"] for row in rows}
     assert firsts["dualign"] == firsts["caid"] == firsts["c_dpo_pool"] == pytest.approx(1.0)
-    assert firsts["path"] == 3.0 and firsts["c_dpo_1"] == 0.0 and firsts["pd_dpo_1"] == scored.params.lambda_min
-    assert len(list((scored.folder / "first").iterdir())) == 4  # two losses at the pool's multiplier, two without
+    assert (
+        firsts["path"] == 3.0
+        and firsts["c_dpo_1"] == 0.0
+        and firsts["pd_dpo_1"] == scored.params.lambda_min
+    )
+    assert (
+        len(list((scored.folder / "first").iterdir())) == 4
+    )  # two losses at the pool's multiplier, two without
     kept = scored.folder / f"rows/{limit:g}-caid.json"
     write_json(kept, {**read_json(kept), "trainings": 99})
     (scored.folder / f"rows/{limit:g}-dualign.json").unlink()
@@ -234,7 +303,9 @@ def test_an_interrupted_search_starts_again_from_its_first_policy(scored: Scored
 
 
 def test_the_first_policy_is_that_of_the_stage(scored: Scored) -> None:
-    """Same loss, learning rate, seed and pairs: the weights are those that lagrangian_dpo writes."""
+    """Same loss, learning rate, seed and pairs: the weights are those that lagrangian_dpo
+    writes.
+    """
     from stages import lagrangian_dpo
 
     spec = load(LagrangianDpoParams)
@@ -244,7 +315,9 @@ def test_the_first_policy_is_that_of_the_stage(scored: Scored) -> None:
     lagrangian_dpo.main(Run("lagrangian_dpo", "anchored", params, scored.resources))
     found, seconds = first_policy(scored, plan("dualign", scored.params.methods["dualign"]), 0.7)
     stage = scored.folder / "models/lagrangian_dpo/anchored/model.safetensors"
-    assert (found / "step-0/policy/model.safetensors").read_bytes() == stage.read_bytes() and seconds > 0
+    assert (
+        found / "step-0/policy/model.safetensors"
+    ).read_bytes() == stage.read_bytes() and seconds > 0
 
 
 def test_the_command_writes_a_page_of_all_rows(
@@ -266,19 +339,32 @@ def test_the_command_writes_a_page_of_all_rows(
         str(tmp_path),
     ]
     assert search_cost.main(argv) == 0
-    content, page = read_json(tmp_path / "search-cost.json"), (tmp_path / "search-cost.md").read_text()
+    content, page = (
+        read_json(tmp_path / "search-cost.json"),
+        (tmp_path / "search-cost.md").read_text(),
+    )
     assert capsys.readouterr().out == page and len(content["rows"]) == len(ROWS)
     shared = content["shared"][0]
-    assert shared["pool_tokens"] == scored.pool["length"].sum() and shared["seconds"]["score"] == 2.0
+    assert (
+        shared["pool_tokens"] == scored.pool["length"].sum() and shared["seconds"]["score"] == 2.0
+    )
     assert all(row.title in page for row in ROWS) and f"--limits {limit}" in content["command"]
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 def made(row: str, trainings: int, **numbers: Any) -> dict[str, Any]:
     zeros = dict.fromkeys((*search_cost._MEANS,), 0.0)
-    return {"row": row, "limit": -0.3, "met": True, "before": 0, "trainings": trainings, **zeros, **numbers}
+    return {
+        "row": row,
+        "limit": -0.3,
+        "met": True,
+        "before": 0,
+        "trainings": trainings,
+        **zeros,
+        **numbers,
+    }
 
 
 def test_the_table_counts_trainings_and_marks_searches_that_did_not_end() -> None:
@@ -292,7 +378,10 @@ def test_the_table_counts_trainings_and_marks_searches_that_did_not_end() -> Non
 def test_the_best_step_size_is_that_of_the_fewest_trainings() -> None:
     rows = [made(row.name, 3 if row.step_size == 2.0 else 5) for row in ROWS]
     lines = search_cost.best_step_sizes(rows)
-    assert [line.split(": ")[1].split(",")[0] for line in lines] == ["C-DPO from 0", "PD-DPO from λ_min"]
+    assert [line.split(": ")[1].split(",")[0] for line in lines] == [
+        "C-DPO from 0",
+        "PD-DPO from λ_min",
+    ]
     assert all("η = 2, 3.0 trainings" in line for line in lines)
     assert not search_cost.best_step_sizes([found for found in rows if found["row"].endswith("_1")])
 

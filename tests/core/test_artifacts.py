@@ -63,7 +63,11 @@ def test_a_folder_replaces_the_whole_old_folder(tmp_path: Path) -> None:
 
 def test_a_table_of_records_holds_its_columns_and_is_never_empty(tmp_path: Path) -> None:
     path = tmp_path / "loss.json"
-    write_rows(path, [{"loss": 0.5, "step": 1, "accuracy": 0.9}, {"step": 2, "loss": float("nan")}], ("step", "loss"))
+    write_rows(
+        path,
+        [{"loss": 0.5, "step": 1, "accuracy": 0.9}, {"step": 2, "loss": float("nan")}],
+        ("step", "loss"),
+    )
     assert read_json(path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}]
     write_rows(path, [], ("step", "loss"))
     assert read_json(path) == [{"step": None, "loss": None}]
@@ -80,7 +84,9 @@ def test_nothing_is_visible_before_the_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["file/report.json", "file/deep/report.json"])
-def test_a_place_below_a_file_is_refused_in_one_line_that_names_it(tmp_path: Path, place: str) -> None:
+def test_a_place_below_a_file_is_refused_in_one_line_that_names_it(
+    tmp_path: Path, place: str
+) -> None:
     (tmp_path / "file").write_text("I am no folder")
     with pytest.raises(DualignError) as caught:
         write_json(tmp_path / place, {})
@@ -134,7 +140,9 @@ def test_a_disk_that_is_full_is_one_line_whoever_writes(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == ["text", "safetensors", "torch", "parquet"]
     assert all("cannot be written (" in line for line in lines)
-    assert sum("File too large" in line and "ulimit" in line for line in lines) == 3  # torch does not say why
+    assert (
+        sum("File too large" in line and "ulimit" in line for line in lines) == 3
+    )  # torch does not say why
     assert list(tmp_path.iterdir()) == []
 
 
@@ -187,7 +195,9 @@ def test_json_that_is_missing_or_cut_short_is_named(tmp_path: Path) -> None:
         read_json(tmp_path / "cut.json")
 
 
-def test_json_that_a_stage_may_not_have_written_is_empty_and_one_cut_short_still_named(tmp_path: Path) -> None:
+def test_json_that_a_stage_may_not_have_written_is_empty_and_one_cut_short_still_named(
+    tmp_path: Path,
+) -> None:
     assert read_optional_json(tmp_path / "none.json") == {}
     write_json(tmp_path / "a.json", {"a": 1})
     assert read_optional_json(tmp_path / "a.json") == {"a": 1}

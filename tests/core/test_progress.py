@@ -29,7 +29,9 @@ def test_a_log_gets_a_line_by_time_and_one_at_the_end(caplog: pytest.LogCaptureF
     assert [line.partition(",")[0] for line in lines(caplog)] == ["scores: 3 of 3", "scores: 3"]
 
 
-def test_what_begins_inside_is_silent_and_what_begins_after_is_not(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_begins_inside_is_silent_and_what_begins_after_is_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with Progress("outer", 1), quiet():
         count("inner", 2)
         with quiet():

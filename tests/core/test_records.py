@@ -38,13 +38,19 @@ WHOLE: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", RECORDS.values(), ids=RECORDS)
 @pytest.mark.parametrize("content", ["{}", "[]", "null", "3", '"text"'])
-def test_another_shape_is_refused_with_file_and_key(tmp_path: Path, kind: Any, content: str) -> None:
+def test_another_shape_is_refused_with_file_and_key(
+    tmp_path: Path, kind: Any, content: str
+) -> None:
     path = tmp_path / "file.json"
     path.write_text(content)
     with pytest.raises(DataError) as told:
         read_record(path, kind)
     said = str(told.value)
-    assert said.startswith(f"{path}: ") and said.count("\n") == 0 and "run the stage that wrote it again" in said
+    assert (
+        said.startswith(f"{path}: ")
+        and said.count("\n") == 0
+        and "run the stage that wrote it again" in said
+    )
     if content == "{}":
         assert said.split(": ")[1] in kind.__required_keys__
 
@@ -70,9 +76,13 @@ def test_a_row_inside_a_file_is_named(tmp_path: Path) -> None:
 
 def test_a_policy_has_the_metrics_of_its_stage(tmp_path: Path) -> None:
     written = {
-        "sft": {"heldout_loss": None, "parameters": 8}, "reward_dpo/a": helpful(), "safety_dpo/a": safety(),
-        "safety_path/a": safety(), "lagrangian_dpo/a": lagrangian(), "lambda_path/a": lagrangian(),
-    }  # fmt: skip
+        "sft": {"heldout_loss": None, "parameters": 8},
+        "reward_dpo/a": helpful(),
+        "safety_dpo/a": safety(),
+        "safety_path/a": safety(),
+        "lagrangian_dpo/a": lagrangian(),
+        "lambda_path/a": lagrangian(),
+    }
     assert {folder.partition("/")[0] for folder in written} == set(TRAINED)
     for folder, content in written.items():
         write_json(tmp_path / f"{folder}.json", content)

@@ -24,7 +24,9 @@ from dualign.core.errors import DataError
     ],
 )
 def test_a_prompt_keeps_its_identity_whatever_its_case_spacing_and_punctuation(other: str) -> None:
-    assert schema.prompt_id(schema.user(other)) == schema.prompt_id(schema.user("How do I clean an oven?"))
+    assert schema.prompt_id(schema.user(other)) == schema.prompt_id(
+        schema.user("How do I clean an oven?")
+    )
 
 
 def test_other_words_other_roles_and_other_turns_are_other_prompts() -> None:
@@ -65,8 +67,22 @@ def test_last_user_text_is_what_the_answer_replies_to() -> None:
 def _safety_rows() -> list[dict[str, object]]:
     common = {"prompt_id": "p", "prompt": schema.user("q"), "source": "s", "split": "train"}
     return [
-        {**common, "pair_id": "1", "chosen": "a", "rejected": "b", "chosen_is_safe": True, "rejected_is_safe": False},
-        {**common, "pair_id": "2", "chosen": "c", "rejected": "d", "chosen_is_safe": None, "rejected_is_safe": None},
+        {
+            **common,
+            "pair_id": "1",
+            "chosen": "a",
+            "rejected": "b",
+            "chosen_is_safe": True,
+            "rejected_is_safe": False,
+        },
+        {
+            **common,
+            "pair_id": "2",
+            "chosen": "c",
+            "rejected": "d",
+            "chosen_is_safe": None,
+            "rejected_is_safe": None,
+        },
     ]
 
 
@@ -79,7 +95,9 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_to_table_drops_what_the_schema_does_not_name_and_fills_what_is_missing() -> None:
-    table = schema.to_table([{"prompt_id": "p", "prompt": schema.user("q"), "extra": 1}], schema.PROMPTS)
+    table = schema.to_table(
+        [{"prompt_id": "p", "prompt": schema.user("q"), "extra": 1}], schema.PROMPTS
+    )
     assert table.schema == schema.PROMPTS
     assert table["source"].to_pylist() == [None]
 

@@ -1,4 +1,6 @@
-"""Temporaries of processes that are gone are removed, those of others never; in a workspace they lie in its scratch."""
+"""Temporaries of processes that are gone are removed, those of others never; in a workspace they
+lie in its scratch.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def until(holds: Callable[[], bool]) -> None:
 
 def writing(path: str) -> subprocess.Popen[str]:
     """A process that is half way through a folder."""
-    process = subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "writing\n"
     return process
 
@@ -134,10 +138,12 @@ def test_an_old_folder_is_never_half_removed(tmp_path: Path) -> None:
     for number in range(files):
         (path / str(number)).touch()
     code = (
-        "import sys; from dualign.core.artifacts import replacing\n"
-        "with replacing(sys.argv[1]) as temporary: temporary.mkdir(); (temporary / 'new').touch(); print(1, flush=True)"
+        "import sys; from dualign.core.artifacts import replacing\nwith replacing(sys.argv[1]) as"
+        " temporary: temporary.mkdir(); (temporary / 'new').touch(); print(1, flush=True)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline()
 
     until(lambda: not path.exists() or len(list(path.glob("*"))) < files)

@@ -1,4 +1,6 @@
-"""YAML of a user: what is beyond a limit is refused in one line, at once, here and in the pipeline alike."""
+"""YAML of a user: what is beyond a limit is refused in one line, at once, here and in the pipeline
+alike.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,20 @@ REFUSED = {
     "lists in lists": ("a: " + "[" * 100_000, "1: more than 20 lists and mappings"),
     "mappings in mappings": ("{a: " * 40_000, "1: more than 20 lists and mappings"),
     "dashes": ("- " * 90_000, "1: more than 20 lists and mappings"),
-    "aliases of aliases": (f"a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n{_LAUGHS}", "more than 50000 values"),
+    "aliases of aliases": (
+        f"a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n{_LAUGHS}",
+        "more than 50000 values",
+    ),
     "levels by aliases": (f"a0: &a0 [x]\n{_CHAIN}", "more than 20 lists and mappings"),
     "itself": ("a: &a [*a]", r"1: \*a repeats what has not ended"),
     "nothing": ("a: *b", r"1: \*b repeats what has not ended"),
     "digits": ("a: 1\nseed: " + "9" * 5000, "2: a number of 5000 digits"),
     "hexadecimal": ("a: 0x" + "f" * 5000, "1: a number of 5002 digits"),
     "no date": ("a: 2024-99-99", "a value cannot be read"),
-    "a tag": ("a: !!python/object/apply:os.system [ls]", "1: the tag tag:yaml.org,2002:python/object"),
+    "a tag": (
+        "a: !!python/object/apply:os.system [ls]",
+        "1: the tag tag:yaml.org,2002:python/object",
+    ),
     "a long tag": ("a: !" + "x" * 5000 + " 1", "1: the tag !xxx"),
     "no number": ("a: !!float abc", "1: the tag"),
     "a large file": ("a: " + "x" * 300_000, "more than 200 kB"),

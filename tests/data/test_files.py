@@ -1,4 +1,6 @@
-"""Files of every kind: what is read, what is refused, and the limits that hold however well a file is packed."""
+"""Files of every kind: what is read, what is refused, and the limits that hold however well a file
+is packed.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ def with_memory(call: Callable[[], Any]) -> tuple[Any, float]:
         pa.set_memory_pool(usual)
 
 
-# --- lists in JSON ----------------------------------------------------------------------------------------------------
+# --- lists in JSON --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])
@@ -71,11 +73,20 @@ def test_a_list_is_read_the_same_however_it_is_cut(
     ]
     monkeypatch.setattr(files, "_CHUNK", chunk)
     for escaped in (True, False):
-        (tmp_path / "a.json").write_text(json.dumps(rows, indent=indent, ensure_ascii=escaped) + "\n \n", "utf-8")
+        (tmp_path / "a.json").write_text(
+            json.dumps(rows, indent=indent, ensure_ascii=escaped) + "\n \n", "utf-8"
+        )
         found = rows_of(tmp_path / "a.json")
         assert [number for number, _ in found] == [1, 2, 3, 4, 5, 6, 7]
-        assert [row for _, row in found if isinstance(row, dict)] == [row for row in rows if isinstance(row, dict)]
-        assert [row.text for _, row in found if isinstance(row, BadRow)] == ["123", '"text"', "[1, 2]", "-7"]
+        assert [row for _, row in found if isinstance(row, dict)] == [
+            row for row in rows if isinstance(row, dict)
+        ]
+        assert [row.text for _, row in found if isinstance(row, BadRow)] == [
+            "123",
+            '"text"',
+            "[1, 2]",
+            "-7",
+        ]
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 2**20])
@@ -96,13 +107,17 @@ def test_a_list_is_read_the_same_however_it_is_cut(
         "[{}, {a: 1}]",
     ],
 )
-def test_what_is_no_list_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, text: str) -> None:
+def test_what_is_no_list_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, text: str
+) -> None:
     monkeypatch.setattr(files, "_CHUNK", chunk)
     (tmp_path / "a.json").write_text("\n" * (chunk == 3) + text)
     assert "not valid JSON (row " in refusal(tmp_path / "a.json")
 
 
-def test_a_mistake_far_from_the_end_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_far_from_the_end_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "_CHUNK", 1000)
     (tmp_path / "a.json").write_text('[{"a": 1},\n {"a" 2},\n' + '{"a": "' + "x" * 10**6 + '"}]')
     monkeypatch.setattr(files._Json, "_grow", counted := Counted(files._Json._grow))
@@ -124,12 +139,16 @@ class Counted:
         return call
 
 
-# --- headings of CSV --------------------------------------------------------------------------------------------------
+# --- headings of CSV ------------------------------------------------------------------------------
 
 
 def test_blank_headings_belong_to_no_column(tmp_path: Path) -> None:
-    """pandas writes an index under a blank heading, and each time that a table is read and written another one."""
-    table = pd.DataFrame({"instruction": ["Sing."], "output": ["la"]}, index=pd.MultiIndex.from_tuples([(3, 4)]))
+    """pandas writes an index under a blank heading, and each time that a table is read and written
+    another one.
+    """
+    table = pd.DataFrame(
+        {"instruction": ["Sing."], "output": ["la"]}, index=pd.MultiIndex.from_tuples([(3, 4)])
+    )
     table.to_csv(tmp_path / "a.csv")
     assert (tmp_path / "a.csv").read_text().startswith(",,instruction,output")
     assert rows_of(tmp_path / "a.csv") == [(2, {"instruction": "Sing.", "output": "la"})]
@@ -142,12 +161,21 @@ def test_cells_of_csv_may_be_long(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "a.csv") == [(2, {"a": "x" * 200_000})]
 
 
-# --- limits -----------------------------------------------------------------------------------------------------------
+# --- limits ---------------------------------------------------------------------------------------
 
 LONG = {
-    "a.jsonl": ("a.jsonl:2: the line is longer than", lambda text: f'{{"a": 1}}\n{{"a": "{text}"}}\n'),
-    "lines.json": ("lines.json:2: the line is longer than", lambda text: f'{{"a": 1}}\n{{"a": "{text}"}}\n'),
-    "a.json": ("a.json: row 2: the row is longer than", lambda text: f'[{{"a": 1}}, {{"a": "{text}"}}]'),
+    "a.jsonl": (
+        "a.jsonl:2: the line is longer than",
+        lambda text: f'{{"a": 1}}\n{{"a": "{text}"}}\n',
+    ),
+    "lines.json": (
+        "lines.json:2: the line is longer than",
+        lambda text: f'{{"a": 1}}\n{{"a": "{text}"}}\n',
+    ),
+    "a.json": (
+        "a.json: row 2: the row is longer than",
+        lambda text: f'[{{"a": 1}}, {{"a": "{text}"}}]',
+    ),
     "a.csv": ("a.csv:2: the line is longer than", lambda text: f"a\n{text}\n"),
     "quoted.csv": (
         "quoted.csv:2: not valid CSV (field larger than field limit",
@@ -157,7 +185,9 @@ LONG = {
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_a_row_beyond_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_row_beyond_the_limit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     message, written = LONG[name]
     monkeypatch.setattr(files, "ROW_LIMIT", 300)
     monkeypatch.setattr(files, "_CHUNK", 100)
@@ -170,9 +200,13 @@ def test_a_row_beyond_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz", "a.jsonl.xz", "a.json.xz"])
 def test_a_packed_row_without_an_end_takes_little_memory(tmp_path: Path, name: str) -> None:
     """100 MiB of one letter in one row, packed a thousand times smaller."""
-    start = {"a.jsonl": b'{"a": "', "a.json": b'[{"a": "', "a.csv": b'a\n"'}[name.rpartition(".")[0]]
+    start = {"a.jsonl": b'{"a": "', "a.json": b'[{"a": "', "a.csv": b'a\n"'}[
+        name.rpartition(".")[0]
+    ]
     opener = gzip.open if name.endswith(".gz") else lzma.open
-    with opener(tmp_path / name, "wb", **({"compresslevel": 1} if opener is gzip.open else {"preset": 0})) as file:
+    with opener(
+        tmp_path / name, "wb", **({"compresslevel": 1} if opener is gzip.open else {"preset": 0})
+    ) as file:
         file.write(start)
         for _ in range(100):
             file.write(b"x" * MIB)
@@ -183,7 +217,9 @@ def test_a_packed_row_without_an_end_takes_little_memory(tmp_path: Path, name: s
 
 
 def repeated(count: int, length: int) -> pa.Array:
-    return pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), pa.array(["x" * length]))
+    return pa.DictionaryArray.from_arrays(
+        pa.array([0] * count, pa.int32()), pa.array(["x" * length])
+    )
 
 
 def nested(texts: pa.Array) -> pa.Array:
@@ -193,15 +229,24 @@ def nested(texts: pa.Array) -> pa.Array:
 
 def lengths(path: Path) -> set[int]:
     """The lengths of the texts of a column, of which one row at a time is held."""
-    _, ((_, raw),) = locate(SourceSpec(format="alpaca", path=path.name), path.name, path.parent, "prepare.sft")
-    return {len(row["a"]) if isinstance(row["a"], str) else len(row["a"][0]["content"]) for _, row in raw}
+    _, ((_, raw),) = locate(
+        SourceSpec(format="alpaca", path=path.name), path.name, path.parent, "prepare.sft"
+    )
+    return {
+        len(row["a"]) if isinstance(row["a"], str) else len(row["a"][0]["content"])
+        for _, row in raw
+    }
 
 
-@pytest.mark.parametrize("column", [repeated(5800, MIB), nested(repeated(1000, MIB))], ids=["texts", "messages"])
+@pytest.mark.parametrize(
+    "column", [repeated(5800, MIB), nested(repeated(1000, MIB))], ids=["texts", "messages"]
+)
 def test_a_small_parquet_file_that_unpacks_to_gigabytes_is_read_piece_by_piece(
     tmp_path: Path, column: pa.Array
 ) -> None:
-    """Parquet stores a text that repeats once: here thousands of rows of a MiB in less than 1 KB."""
+    """Parquet stores a text that repeats once: here thousands of rows of a MiB in less than 1
+    KB.
+    """
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"a": column}), path, compression="zstd", store_schema=False)
     assert path.stat().st_size < 3000
@@ -271,10 +316,15 @@ def test_every_type_of_parquet_is_read_as_it_was_written(tmp_path: Path) -> None
 @pytest.mark.parametrize("encoding", ["PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])
 def test_every_encoding_of_texts_is_read(tmp_path: Path, encoding: str) -> None:
     table = pa.table({"a": [f"text {n}" for n in range(3000)]})
-    pq.write_table(table, tmp_path / "a.parquet", use_dictionary=False, column_encoding={"a": encoding})
+    pq.write_table(
+        table, tmp_path / "a.parquet", use_dictionary=False, column_encoding={"a": encoding}
+    )
     assert [row for _, row in rows_of(tmp_path / "a.parquet")] == table.to_pylist()
 
 
 def test_the_guide_states_the_limits() -> None:
     guide = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
-    assert f"may take {ROW_LIMIT // MIB} MiB" in guide and f"{GROUP_LIMIT // MIB} MiB by what the file states" in guide
+    assert (
+        f"may take {ROW_LIMIT // MIB} MiB" in guide
+        and f"{GROUP_LIMIT // MIB} MiB by what the file states" in guide
+    )

@@ -40,12 +40,28 @@ def said(text: str) -> dict[str, str]:
             {"chosen": "chosen", "rejected": "rejected"},
         ),
         ({"prompt": TALK, "chosen": [*TALK, said("So.")], "rejected": [*TALK, said("No.")]}, PAIR),
-        ({"prompt": json.dumps(TALK), "chosen": "So.", "rejected": json.dumps([said("No.")])}, PAIR),
+        (
+            {"prompt": json.dumps(TALK), "chosen": "So.", "rejected": json.dumps([said("No.")])},
+            PAIR,
+        ),
         ({"prompt": SHAREGPT, "chosen": {"from": "gpt", "value": "So."}, "rejected": "No."}, PAIR),
-        ({"prompt": SHAREGPT, "chosen": [{"from": "gpt", "value": "So."}], "rejected": "No."}, PAIR),
-        ({"prompt": "Why?", "chosen": [*TALK, said("So.")], "rejected": [*TALK, said("No.")]}, PAIR),
+        (
+            {"prompt": SHAREGPT, "chosen": [{"from": "gpt", "value": "So."}], "rejected": "No."},
+            PAIR,
+        ),
+        (
+            {"prompt": "Why?", "chosen": [*TALK, said("So.")], "rejected": [*TALK, said("No.")]},
+            PAIR,
+        ),
         ({"prompt": repr(TALK), "chosen": "So.", "rejected": repr([said("No.")])}, PAIR),
-        ({"prompt": f" {SHAREGPT} ", "chosen": str([{"from": "gpt", "value": "So."}]), "rejected": "No."}, PAIR),
+        (
+            {
+                "prompt": f" {SHAREGPT} ",
+                "chosen": str([{"from": "gpt", "value": "So."}]),
+                "rejected": "No.",
+            },
+            PAIR,
+        ),
     ],
     ids=[
         "conversational",
@@ -67,7 +83,9 @@ def test_pairs_of_messages(tmp_path: Path, row: dict[str, Any], columns: dict[st
     assert (found.prompt, found.chosen, found.rejected) == (TALK, "So.", "No.")
 
 
-@pytest.mark.parametrize("turns", [[*TALK, said("So.")], [*SHAREGPT, {"from": "gpt", "value": "So."}]])
+@pytest.mark.parametrize(
+    "turns", [[*TALK, said("So.")], [*SHAREGPT, {"from": "gpt", "value": "So."}]]
+)
 def test_a_whole_dialogue_is_a_supervised_row(tmp_path: Path, turns: list[dict[str, str]]) -> None:
     (found,) = records(tmp_path, "sft", [{"messages": turns}], {"messages": "messages"})
     assert (found.prompt, found.chosen) == (TALK, "So.")
@@ -82,31 +100,67 @@ def test_text_parts_of_a_message_are_joined(tmp_path: Path) -> None:
 
 def test_text_that_only_begins_like_json_stays_text(tmp_path: Path) -> None:
     texts = (
-        '[{"x": 1}] is what?', '[{"x": 1}]', '[{"x": ' + "[" * 5000, "{'x': 1}", '{"role": "admin", "id": 1}',
-        "[{'x': 'content'}, {'y': 2}]", '[{"role": "admin", "id": 1}]', "[{ int role; }]", '{"role": "user"} is what?',
-        '{"title": "x", "content": "y"}', '[{"name": "Bo", "role": "user"}]', "[{'title': 'x', 'content': 'y'}]",
-    )  # fmt: skip
+        '[{"x": 1}] is what?',
+        '[{"x": 1}]',
+        '[{"x": ' + "[" * 5000,
+        "{'x': 1}",
+        '{"role": "admin", "id": 1}',
+        "[{'x': 'content'}, {'y': 2}]",
+        '[{"role": "admin", "id": 1}]',
+        "[{ int role; }]",
+        '{"role": "user"} is what?',
+        '{"title": "x", "content": "y"}',
+        '[{"name": "Bo", "role": "user"}]',
+        "[{'title': 'x', 'content': 'y'}]",
+    )
     rows = [{"prompt": text, "chosen": "a", "rejected": "b"} for text in texts]
-    assert [found.prompt for found in records(tmp_path, "helpful", rows, PAIR)] == [user(row["prompt"]) for row in rows]
+    assert [found.prompt for found in records(tmp_path, "helpful", rows, PAIR)] == [
+        user(row["prompt"]) for row in rows
+    ]
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
         ({"prompt": TALK, "chosen": [*TALK], "rejected": "b"}, "bad_turns"),
-        ({"prompt": TALK, "chosen": [user("Else?")[0], said("a")], "rejected": "b"}, "prompts_differ"),
-        ({"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"}, "bad_turns"),
-        ({"prompt": ["x"], "chosen": "a", "rejected": "b"}, "bad_turns"),
-        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "a", "rejected": "b"}, "not_text"),
         (
-            {"prompt": [{"role": "user", "content": [{"type": "image", "text": "x"}]}], "chosen": "a", "rejected": "b"},
+            {"prompt": TALK, "chosen": [user("Else?")[0], said("a")], "rejected": "b"},
+            "prompts_differ",
+        ),
+        (
+            {"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"},
+            "bad_turns",
+        ),
+        ({"prompt": ["x"], "chosen": "a", "rejected": "b"}, "bad_turns"),
+        (
+            {
+                "prompt": [{"role": "user", "content": [{"type": "image"}]}],
+                "chosen": "a",
+                "rejected": "b",
+            },
             "not_text",
         ),
-        ({"prompt": TALK, "chosen": [{**said("a"), "tool_calls": [{}]}], "rejected": "b"}, "bad_turns"),
-        ({"prompt": [{"role": "user", "content": "\ud800"}], "chosen": "a", "rejected": "b"}, "not_unicode"),
+        (
+            {
+                "prompt": [{"role": "user", "content": [{"type": "image", "text": "x"}]}],
+                "chosen": "a",
+                "rejected": "b",
+            },
+            "not_text",
+        ),
+        (
+            {"prompt": TALK, "chosen": [{**said("a"), "tool_calls": [{}]}], "rejected": "b"},
+            "bad_turns",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "\ud800"}], "chosen": "a", "rejected": "b"},
+            "not_unicode",
+        ),
     ],
 )
-def test_a_conversation_that_cannot_be_used_is_rejected(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+def test_a_conversation_that_cannot_be_used_is_rejected(
+    tmp_path: Path, row: dict[str, Any], reason: str
+) -> None:
     (found,) = records(tmp_path, "helpful", [row], PAIR)
     assert isinstance(found, Rejected) and found.reason == reason
 
@@ -114,9 +168,13 @@ def test_a_conversation_that_cannot_be_used_is_rejected(tmp_path: Path, row: dic
 MORE = [*TALK, said("So?"), *user("And?")]
 
 
-@pytest.mark.parametrize("prompt", ["Why?", "And?", [*user("Why?"), said("So?"), *user("And?")], MORE])
+@pytest.mark.parametrize(
+    "prompt", ["Why?", "And?", [*user("Why?"), said("So?"), *user("And?")], MORE]
+)
 def test_what_two_dialogues_share_is_their_prompt(tmp_path: Path, prompt: Any) -> None:
-    """The prompt column of UltraFeedback and of its kin holds a question of the dialogue, not what stands before it."""
+    """The prompt column of UltraFeedback and of its kin holds a question of the dialogue, not what
+    stands before it.
+    """
     row = {"prompt": prompt, "chosen": [*MORE, said("Yes.")], "rejected": [*MORE, said("No.")]}
     (found,) = records(tmp_path, "helpful", [row], PAIR)
     assert (found.prompt, found.chosen, found.rejected) == (MORE, "Yes.", "No.")
@@ -135,14 +193,18 @@ def test_what_two_dialogues_share_is_their_prompt(tmp_path: Path, prompt: Any) -
         ("Why?", "No."),
     ],
 )
-def test_dialogues_of_other_prompts_are_rejected(tmp_path: Path, prompt: str, rejected: Any) -> None:
+def test_dialogues_of_other_prompts_are_rejected(
+    tmp_path: Path, prompt: str, rejected: Any
+) -> None:
     row = {"prompt": prompt, "chosen": [*MORE, said("Yes.")], "rejected": rejected}
     (found,) = records(tmp_path, "helpful", [row], PAIR)
     assert found.reason == "prompts_differ"
 
 
 def test_conversations_that_pandas_wrote_are_read_or_refused(tmp_path: Path) -> None:
-    """A list goes into CSV as Python writes it; a list that came out of parquet is an array, written without commas."""
+    """A list goes into CSV as Python writes it; a list that came out of parquet is an array,
+    written without commas.
+    """
     talk = [*TALK, said('It\'s "so".\nYes.')]
     table = pd.DataFrame({"messages": [talk, talk[1:]]})
     table.to_csv(tmp_path / "list.csv")
@@ -152,7 +214,11 @@ def test_conversations_that_pandas_wrote_are_read_or_refused(tmp_path: Path) -> 
     first, second = read(spec, "sft", tmp_path, MADE, 0)
     assert (first.prompt, first.chosen) == (TALK, 'It\'s "so".\nYes.') and second.prompt == TALK[1:]
     for bad in read(spec.model_copy(update={"path": "array.csv"}), "sft", tmp_path, MADE, 0):
-        assert isinstance(bad, Rejected) and bad.reason == "bad_turns" and "write the cell as JSON" in bad.detail
+        assert (
+            isinstance(bad, Rejected)
+            and bad.reason == "bad_turns"
+            and "write the cell as JSON" in bad.detail
+        )
 
 
 UNUSABLE = {
@@ -174,14 +240,26 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("text", UNUSABLE.values(), ids=UNUSABLE)
-def test_text_that_looks_like_messages_and_is_unusable_is_never_prose(tmp_path: Path, text: str) -> None:
-    for row in ({"prompt": text, "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": text, "rejected": "b"}):
+def test_text_that_looks_like_messages_and_is_unusable_is_never_prose(
+    tmp_path: Path, text: str
+) -> None:
+    for row in (
+        {"prompt": text, "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": text, "rejected": "b"},
+    ):
         (found,) = records(tmp_path, "helpful", [row], PAIR)
-        assert isinstance(found, Rejected) and found.reason in ("bad_turns", "not_text") and found.detail
+        assert (
+            isinstance(found, Rejected)
+            and found.reason in ("bad_turns", "not_text")
+            and found.detail
+        )
 
 
 def test_messages_in_formats_of_texts_are_rejected(tmp_path: Path) -> None:
-    lines(tmp_path / "a.jsonl", [pku(0, prompt=json.dumps(TALK)), pku(1, response_0=repr([said("So.")]))])
+    lines(
+        tmp_path / "a.jsonl",
+        [pku(0, prompt=json.dumps(TALK)), pku(1, response_0=repr([said("So.")]))],
+    )
     for found in stream(tmp_path, "helpful", "a.jsonl"):
         assert found.reason == "not_text" and "format 'columns' reads" in found.detail
 
@@ -191,11 +269,13 @@ def test_texts_without_a_prompt_are_rejected(tmp_path: Path) -> None:
     (found,) = records(tmp_path, "helpful", [{"chosen": "a", "rejected": "b"}], columns)
     assert found.reason == "no_prompt"
     other = [*user("Else?"), said("b")]
-    (found,) = records(tmp_path, "helpful", [{"chosen": [*TALK, said("a")], "rejected": other}], columns)
+    (found,) = records(
+        tmp_path, "helpful", [{"chosen": [*TALK, said("a")], "rejected": other}], columns
+    )
     assert found.reason == "prompts_differ"
 
 
-# --- absent, repeated and null ----------------------------------------------------------------------------------------
+# --- absent, repeated and null --------------------------------------------------------------------
 
 
 def pku(number: int, **changes: Any) -> dict[str, Any]:
@@ -226,28 +306,39 @@ def test_a_key_that_some_rows_leave_out_is_null_there(tmp_path: Path) -> None:
 def test_a_key_that_every_row_leaves_out_is_a_missing_column(tmp_path: Path) -> None:
     bare = {name: value for name, value in pku(0).items() if name != "better_response_id"}
     lines(tmp_path / "a.jsonl", [bare, bare])
-    with pytest.raises(DataError, match=r"a\.jsonl: column 'better_response_id' is missing .*the file has: prompt"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl: column 'better_response_id' is missing .*the file has: prompt"
+    ):
         stream(tmp_path, "helpful", "a.jsonl")
 
 
 def test_what_stands_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,response,prompt\nx,y,z\n")
-    spec = SourceSpec(format="columns", path="a.csv", columns={"prompt": "prompt", "response": "response"})
+    spec = SourceSpec(
+        format="columns", path="a.csv", columns={"prompt": "prompt", "response": "response"}
+    )
     with pytest.raises(DataError, match=r"a\.csv: column 'prompt' stands twice"):
         list(read(spec, "sft", tmp_path, MADE, 0))
     (tmp_path / "a.jsonl").write_text('{"prompt": "x", "response": "y", "prompt": "z"}\n')
     (found,) = read(spec.model_copy(update={"path": "a.jsonl"}), "sft", tmp_path, MADE, 0)
     assert isinstance(found, Rejected) and found.reason == "duplicate_key"
-    for twice in ('{"prompt": "x", "response": "y", "prompt": "z"}', '{"prompt": "x", "more": [{"a": 1, "a": 2}]}'):
+    for twice in (
+        '{"prompt": "x", "response": "y", "prompt": "z"}',
+        '{"prompt": "x", "more": [{"a": 1, "a": 2}]}',
+    ):
         (tmp_path / "a.json").write_text(
             f'[{{"prompt": "q", "response": "a"}}, {twice}, {{"prompt": "x", "response": "y"}}]'
         )
-        first, bad, last = read(spec.model_copy(update={"path": "a.json"}), "sft", tmp_path, MADE, 0)
+        first, bad, last = read(
+            spec.model_copy(update={"path": "a.json"}), "sft", tmp_path, MADE, 0
+        )
         assert isinstance(first, Record) and isinstance(last, Record) and last.where.line == 3
         assert (bad.reason, bad.where.line) == ("duplicate_key", 2) and bad.row == twice
 
 
-def test_missing_values_written_as_text_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_values_written_as_text_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     lines(tmp_path / "a.jsonl", [pku(0), pku(1, response_0="nan"), pku(2, response_1="None")])
     with caplog.at_level(logging.WARNING):
         stream(tmp_path, "helpful", "a.jsonl")
@@ -264,12 +355,16 @@ def test_an_input_that_is_missing_is_none(tmp_path: Path, none: Any) -> None:
 def test_an_input_that_is_no_text_is_rejected(tmp_path: Path) -> None:
     lines(tmp_path / "a.jsonl", [{"instruction": "Double it.", "input": 0, "output": "0"}])
     (found,) = read(SourceSpec(format="alpaca", path="a.jsonl"), "sft", tmp_path, MADE, 0)
-    assert isinstance(found, Rejected) and found.reason == "not_text" and "input is 0" in found.detail
+    assert (
+        isinstance(found, Rejected) and found.reason == "not_text" and "input is 0" in found.detail
+    )
 
 
 @pytest.mark.parametrize("none", [None, float("nan")])
 @pytest.mark.parametrize("name", ["instruction", "output"])
-def test_a_prompt_or_an_answer_that_is_missing_is_rejected(tmp_path: Path, name: str, none: Any) -> None:
+def test_a_prompt_or_an_answer_that_is_missing_is_rejected(
+    tmp_path: Path, name: str, none: Any
+) -> None:
     lines(tmp_path / "a.jsonl", [{"instruction": "Sing.", "output": "la", name: none}])
     (found,) = read(SourceSpec(format="alpaca", path="a.jsonl"), "sft", tmp_path, MADE, 0)
     assert isinstance(found, Rejected) and found.reason == "not_text" and name in found.detail
@@ -288,14 +383,19 @@ def test_a_label_that_says_nan_is_null(tmp_path: Path) -> None:
     assert isinstance(first, Skipped) and isinstance(second, Record)
 
 
-# --- PKU's release of 2024 --------------------------------------------------------------------------------------------
+# --- PKU's release of 2024 ------------------------------------------------------------------------
 
 NEW = {
-    "prompt_source": "Alpaca3-70B", "response_0_source": "Alpaca-7B", "response_1_source": "Alpaca-7B",
-    "response_0_harm_category": {"Privacy Violation": False}, "response_1_harm_category": {"Privacy Violation": True},
-    "response_0_severity_level": 0, "response_1_severity_level": 2,
-    "response_0_sha256": "0", "response_1_sha256": "1",
-}  # fmt: skip
+    "prompt_source": "Alpaca3-70B",
+    "response_0_source": "Alpaca-7B",
+    "response_1_source": "Alpaca-7B",
+    "response_0_harm_category": {"Privacy Violation": False},
+    "response_1_harm_category": {"Privacy Violation": True},
+    "response_0_severity_level": 0,
+    "response_1_severity_level": 2,
+    "response_0_sha256": "0",
+    "response_1_sha256": "1",
+}
 
 
 def test_the_release_with_severities_is_read_and_checked(tmp_path: Path) -> None:
@@ -315,7 +415,10 @@ def test_the_release_with_severities_is_read_and_checked(tmp_path: Path) -> None
 def test_severities_are_read_as_csv_json_and_parquet_write_them(tmp_path: Path, two: Any) -> None:
     zero = type(two)(0)
     safe = pku(0, response_0_severity_level=zero, response_1_severity_level=two)
-    lines(tmp_path / "a.jsonl", [safe, {**safe, "is_response_1_safe": True}, {**safe, "is_response_0_safe": None}])
+    lines(
+        tmp_path / "a.jsonl",
+        [safe, {**safe, "is_response_1_safe": True}, {**safe, "is_response_0_safe": None}],
+    )
     for kind in ("sft", "helpful", "safety"):
         found = stream(tmp_path, kind, "a.jsonl")
         assert isinstance(found[0], Record) and found[1].reason == "contradictory_severity"
@@ -328,31 +431,48 @@ def test_a_severity_out_of_its_range_is_rejected(tmp_path: Path, level: Any) -> 
     for kind in ("sft", "helpful", "safety"):
         (found,) = stream(tmp_path, kind, "a.jsonl")
         assert isinstance(found, Rejected) and found.reason == "bad_label"
-        assert "response_1_severity_level is " in found.detail and "expected 0, 1, 2, 3 or null" in found.detail
+        assert (
+            "response_1_severity_level is " in found.detail
+            and "expected 0, 1, 2, 3 or null" in found.detail
+        )
 
 
 @pytest.mark.parametrize("none", [None, float("nan"), "", "nan"])
 def test_a_severity_may_be_null(tmp_path: Path, none: Any) -> None:
-    lines(tmp_path / "a.jsonl", [pku(0, response_0_severity_level=none, response_1_severity_level=none)])
-    assert all(isinstance(stream(tmp_path, kind, "a.jsonl")[0], Record) for kind in ("sft", "helpful", "safety"))
+    lines(
+        tmp_path / "a.jsonl",
+        [pku(0, response_0_severity_level=none, response_1_severity_level=none)],
+    )
+    assert all(
+        isinstance(stream(tmp_path, kind, "a.jsonl")[0], Record)
+        for kind in ("sft", "helpful", "safety")
+    )
 
 
-# --- labels of another code -------------------------------------------------------------------------------------------
+# --- labels of another code -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["helpful", "safety"])
 @pytest.mark.parametrize("as_text", [False, True])
 def test_labels_that_count_from_one_are_refused(tmp_path: Path, kind: Kind, as_text: bool) -> None:
     name = "better_response_id" if kind == "helpful" else "safer_response_id"
-    lines(tmp_path / "a.jsonl", [pku(n, **{name: str(1 + n % 2) if as_text else 1 + n % 2}) for n in range(6)])
-    with pytest.raises(DataError, match=rf"a\.jsonl: column '{name}' holds 1.* \(3 rows\), 2.* \(3 rows\)") as caught:
+    lines(
+        tmp_path / "a.jsonl",
+        [pku(n, **{name: str(1 + n % 2) if as_text else 1 + n % 2}) for n in range(6)],
+    )
+    with pytest.raises(
+        DataError, match=rf"a\.jsonl: column '{name}' holds 1.* \(3 rows\), 2.* \(3 rows\)"
+    ) as caught:
         stream(tmp_path, kind, "a.jsonl")
     assert "accepted are 0" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_flags_of_another_code_are_refused_and_a_slip_is_a_rejected_row(tmp_path: Path) -> None:
     columns = {**PAIR, "chosen_is_safe": "ok"}
-    rows = [{"prompt": f"q {n}", "chosen": "a", "rejected": "b", "ok": 1 - 2 * (n % 2)} for n in range(6)]
+    rows = [
+        {"prompt": f"q {n}", "chosen": "a", "rejected": "b", "ok": 1 - 2 * (n % 2)}
+        for n in range(6)
+    ]
     with pytest.raises(DataError, match=r"column 'ok' holds -1 \(3 rows\), 1 \(3 rows\)"):
         records(tmp_path, "helpful", rows, columns)
     slip = [{**row, "ok": 2 if number == 0 else 1} for number, row in enumerate(rows)]
@@ -366,11 +486,13 @@ def test_a_tie_that_is_coded_as_two_is_refused(tmp_path: Path) -> None:
         stream(tmp_path, "helpful", "a.jsonl")
 
 
-# --- folders ----------------------------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------
 
 
 def test_the_files_of_a_folder_are_read_like_files(tmp_path: Path) -> None:
-    """A file of other types, one with a further column and one with a broken line lie beside each other."""
+    """A file of other types, one with a further column and one with a broken line lie beside each
+    other.
+    """
     lines(tmp_path / "set/a.jsonl", [pku(0)])
     lines(tmp_path / "set/b.jsonl", [pku(1, better_response_id="zero"), pku(2, note="x")])
     (tmp_path / "set/c.jsonl").write_text('{"prompt": \n' + json.dumps(pku(3)) + "\n")
@@ -378,9 +500,13 @@ def test_the_files_of_a_folder_are_read_like_files(tmp_path: Path) -> None:
     found = stream(tmp_path, "helpful", "set")
     where = [(Path(item.where.file).name, item.where.line, type(item).__name__) for item in found]
     assert where == [
-        ("a.jsonl", 1, "Record"), ("b.jsonl", 1, "Rejected"), ("b.jsonl", 2, "Record"), ("c.jsonl", 1, "Rejected"),
-        ("c.jsonl", 2, "Record"), ("d.parquet", 1, "Record"),
-    ]  # fmt: skip
+        ("a.jsonl", 1, "Record"),
+        ("b.jsonl", 1, "Rejected"),
+        ("b.jsonl", 2, "Record"),
+        ("c.jsonl", 1, "Rejected"),
+        ("c.jsonl", 2, "Record"),
+        ("d.parquet", 1, "Record"),
+    ]
 
 
 def test_a_split_of_a_folder_is_in_the_names_of_its_files(tmp_path: Path) -> None:
@@ -412,7 +538,9 @@ def test_a_file_of_a_folder_that_lacks_a_column_is_named(tmp_path: Path) -> None
     assert [type(item) for item in stream(tmp_path, "helpful", "set")] == [Record, Skipped, Record]
 
 
-def test_what_is_wrong_with_a_folder_is_told_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_wrong_with_a_folder_is_told_apart(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
 
@@ -440,7 +568,9 @@ def test_what_is_wrong_with_a_folder_is_told_apart(tmp_path: Path, caplog: pytes
     assert f"{folder}: not read: rows.xlsx" in caplog.text
 
 
-def test_a_file_without_rows_in_a_folder_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_without_rows_in_a_folder_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     lines(tmp_path / "set/a.jsonl", [pku(0)])
     lines(tmp_path / "set/b.jsonl", [])
     assert len(stream(tmp_path, "helpful", "set")) == 1

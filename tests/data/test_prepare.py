@@ -1,4 +1,6 @@
-"""The rules of `prepare`: what is rejected, merged, reserved and kept, and that no prompt is in two sets."""
+"""The rules of `prepare`: what is rejected, merged, reserved and kept, and that no prompt is in two
+sets.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,11 @@ from dualign.params.data import PrepareParams
 
 ROOT = Path(__file__).parents[2]
 REAL = Path(os.environ.get("DUALIGN_REAL_DATA", ROOT / "../shared/data"))
-TABLES = {"sft": schema.SFT, "helpful_pairs": schema.HELPFUL_PAIRS, "safety_pairs": schema.SAFETY_PAIRS}
+TABLES = {
+    "sft": schema.SFT,
+    "helpful_pairs": schema.HELPFUL_PAIRS,
+    "safety_pairs": schema.SAFETY_PAIRS,
+}
 SETS = ("search", "certify", "eval", "pool")
 WORLD = {"format": "world"}
 Row = dict[str, Any]
@@ -53,8 +59,13 @@ def params(folder: Path, **changes: Any) -> PrepareParams:
 
 
 def read_all(folder: Path) -> dict[str, pd.DataFrame]:
-    tables = {name: schema.read_table(folder / f"{name}.parquet", columns) for name, columns in TABLES.items()}
-    return tables | {name: schema.read_table(folder / f"{name}.parquet", schema.PROMPTS) for name in SETS}
+    tables = {
+        name: schema.read_table(folder / f"{name}.parquet", columns)
+        for name, columns in TABLES.items()
+    }
+    return tables | {
+        name: schema.read_table(folder / f"{name}.parquet", schema.PROMPTS) for name in SETS
+    }
 
 
 def quarantine(path: Path) -> list[Row]:
@@ -66,16 +77,27 @@ def pair(number: int, **changes: Any) -> Row:
     return {**row, "chosen_is_safe": True, "rejected_is_safe": False, **changes}
 
 
-FILES = {name: {"format": "columns", "path": f"{name}.jsonl"} for name in ("sft", "helpful", "safety")}
+FILES = {
+    name: {"format": "columns", "path": f"{name}.jsonl"} for name in ("sft", "helpful", "safety")
+}
 MAPS = {
     "sft": {"prompt": "prompt", "response": "chosen"},
     **{
-        kind: {name: name for name in ("prompt", "chosen", "rejected", "chosen_is_safe", "rejected_is_safe")}
+        kind: {
+            name: name
+            for name in ("prompt", "chosen", "rejected", "chosen_is_safe", "rejected_is_safe")
+        }
         for kind in ("helpful", "safety")
     },
 }
 SOURCES = {kind: [FILES[kind] | {"columns": MAPS[kind]}] for kind in FILES}
-TINY = {"pool_prompts": 4, "search_prompts": 4, "certify_prompts": 4, "eval_prompts": 4, "max_rejected_share": 0.5}
+TINY = {
+    "pool_prompts": 4,
+    "search_prompts": 4,
+    "certify_prompts": 4,
+    "eval_prompts": 4,
+    "max_rejected_share": 0.5,
+}
 
 
 def write_files(folder: Path, **rows: list[Row]) -> None:
@@ -89,15 +111,21 @@ def write_files(folder: Path, **rows: list[Row]) -> None:
 def run(tmp_path: Path) -> Callable[..., tuple[Row, dict[str, pd.DataFrame], list[Row]]]:
     """Prepare files of 60 good rows and the given ones; return metrics, tables and quarantine."""
 
-    def prepared(changes: Row | None = None, **rows: list[Row]) -> tuple[Row, dict[str, pd.DataFrame], list[Row]]:
+    def prepared(
+        changes: Row | None = None, **rows: list[Row]
+    ) -> tuple[Row, dict[str, pd.DataFrame], list[Row]]:
         write_files(tmp_path, **rows)
         metrics = prepare(params(tmp_path, **SOURCES, **TINY | (changes or {})), tmp_path / "out")
-        return metrics, read_all(tmp_path / "out"), quarantine(tmp_path / "out" / "quarantine.jsonl")
+        return (
+            metrics,
+            read_all(tmp_path / "out"),
+            quarantine(tmp_path / "out" / "quarantine.jsonl"),
+        )
 
     return prepared
 
 
-# --- splits -----------------------------------------------------------------------------------------------------------
+# --- splits ---------------------------------------------------------------------------------------
 
 
 def places(tables: dict[str, pd.DataFrame]) -> dict[str, set[str]]:
@@ -123,7 +151,9 @@ def test_every_prompt_is_in_one_place_only(tmp_path: Path) -> None:
 
 
 def questions(tables: dict[str, pd.DataFrame]) -> dict[str, set[str]]:
-    """The splits and reserved sets in which dialogues that begin with a question stand, by question."""
+    """The splits and reserved sets in which dialogues that begin with a question stand, by
+    question.
+    """
     found: dict[str, set[str]] = defaultdict(set)
     for name, table in tables.items():
         if name == "pool":
@@ -136,15 +166,23 @@ def questions(tables: dict[str, pd.DataFrame]) -> dict[str, set[str]]:
 
 
 def test_a_dialogue_that_goes_on_stays_with_its_beginning(tmp_path: Path) -> None:
-    """HH releases a dialogue at several lengths: the longer prompt holds an answer to the shorter one."""
+    """HH releases a dialogue at several lengths: the longer prompt holds an answer to the shorter
+    one.
+    """
     write_files(tmp_path)
     begun = [pair(number) for number in range(60)]
     longer = []
     for row in begun[::2]:
-        turns = [*user(row["prompt"]), {"role": "assistant", "content": row["chosen"]}, *user("And then?")]
+        turns = [
+            *user(row["prompt"]),
+            {"role": "assistant", "content": row["chosen"]},
+            *user("And then?"),
+        ]
         longer.append({**row, "prompt": turns, "chosen": "Then this.", "rejected": "Then that."})
     for kind in ("helpful", "safety"):
-        (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*begun, *longer]))
+        (tmp_path / f"{kind}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in [*begun, *longer])
+        )
     prepare(params(tmp_path, **SOURCES, **TINY), tmp_path / "out")
     tables = read_all(tmp_path / "out")
     assert {len(where) for where in questions(tables).values()} == {1}
@@ -157,7 +195,9 @@ def test_a_question_under_a_system_turn_stays_with_the_question_alone(tmp_path: 
     system = {"role": "system", "content": "Be brief."}
     told = [{**row, "prompt": [system, *user(row["prompt"])]} for row in plain[::2]]
     for kind in ("helpful", "safety"):
-        (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*plain, *told]))
+        (tmp_path / f"{kind}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in [*plain, *told])
+        )
     prepare(params(tmp_path, **SOURCES, **TINY), tmp_path / "out")
     assert {len(where) for where in questions(read_all(tmp_path / "out")).values()} == {1}
 
@@ -166,17 +206,29 @@ def dialogues(number: int, lengths: int) -> list[Row]:
     """Pairs of one dialogue at several lengths."""
     turns, found = user(f"question {number}"), []
     for length in range(lengths):
-        found.append({**pair(number), "prompt": list(turns), "chosen": f"so {length}", "rejected": f"no {length}"})
+        found.append(
+            {
+                **pair(number),
+                "prompt": list(turns),
+                "chosen": f"so {length}",
+                "rejected": f"no {length}",
+            }
+        )
         turns += [{"role": "assistant", "content": f"so {length}"}, *user(f"and {length}?")]
     return found
 
 
 def families(table: pd.DataFrame) -> list[str]:
-    return [normalise(next(turn["content"] for turn in turns if turn["role"] == "user")) for turns in table["prompt"]]
+    return [
+        normalise(next(turn["content"] for turn in turns if turn["role"] == "user"))
+        for turns in table["prompt"]
+    ]
 
 
 def test_a_reserved_set_holds_one_prompt_of_a_dialogue(tmp_path: Path) -> None:
-    """Prompts that begin alike are no independent draws, so an estimate over a set counts each dialogue once."""
+    """Prompts that begin alike are no independent draws, so an estimate over a set counts each
+    dialogue once.
+    """
     write_files(tmp_path)
     rows = {"helpful": range(40), "safety": range(20, 60)}
     for kind, numbers in rows.items():
@@ -197,19 +249,28 @@ def test_families_that_are_left_are_counted(tmp_path: Path) -> None:
         lines = [json.dumps(row) + "\n" for number in range(10) for row in dialogues(number, 9)]
         (tmp_path / f"{kind}.jsonl").write_text("".join(lines))
     for count, kind, wanted, left in ((22, "helpful", 11, 10), (12, "safety", 6, 4)):
-        message = f"the set 'search' takes {wanted} prompts from the {kind} pairs, but {left} are left"
+        message = (
+            f"the set 'search' takes {wanted} prompts from the {kind} pairs, but {left} are left"
+        )
         with pytest.raises(DataError, match=message):
-            prepare(params(tmp_path, **SOURCES, **TINY | {"search_prompts": count}), tmp_path / "out")
+            prepare(
+                params(tmp_path, **SOURCES, **TINY | {"search_prompts": count}), tmp_path / "out"
+            )
 
 
 def test_prompts_of_one_turn_are_drawn_by_their_own_hash(run: Any) -> None:
-    """The draw by families leaves data of one turn where it was: those with the lowest hash of seed, set and prompt."""
+    """The draw by families leaves data of one turn where it was: those with the lowest hash of
+    seed, set and prompt.
+    """
     _, tables, _ = run()
 
     def place(key: str) -> bytes:
         return hashlib.sha256(f"3:search:{key}".encode()).digest()[:6]
 
-    keys = [[schema.prompt_id(user(f"question {start + n}")) for n in range(60)] for start in (1000, 2000)]
+    keys = [
+        [schema.prompt_id(user(f"question {start + n}")) for n in range(60)]
+        for start in (1000, 2000)
+    ]
     lowest = [key for of_kind in keys for key in sorted(of_kind, key=place)[:2]]
     assert list(tables["search"]["prompt_id"]) == sorted(lowest, key=place)
 
@@ -217,26 +278,44 @@ def test_prompts_of_one_turn_are_drawn_by_their_own_hash(run: Any) -> None:
 def test_one_spelling_of_a_prompt_does_not_leak_into_another_set(tmp_path: Path) -> None:
     loud = [pair(number, prompt=f"  QUESTION {number}?!") for number in range(60)]
     write_files(tmp_path)
-    for kind, rows in {"sft": loud, "helpful": [pair(n) for n in range(60)], "safety": loud}.items():
+    for kind, rows in {
+        "sft": loud,
+        "helpful": [pair(n) for n in range(60)],
+        "safety": loud,
+    }.items():
         (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     metrics = prepare(params(tmp_path, **SOURCES, **TINY), tmp_path / "out")
     found = places(read_all(tmp_path / "out"))
     assert len(found) == 60 and {len(where) for where in found.values()} == {1}
-    assert [metrics["sources"][kind][f"columns:{kind}.jsonl"]["reserved"] for kind in SOURCES] == [12, 12, 12]
+    assert [metrics["sources"][kind][f"columns:{kind}.jsonl"]["reserved"] for kind in SOURCES] == [
+        12,
+        12,
+        12,
+    ]
 
 
 def test_sets_come_half_from_helpful_and_half_from_safety_pairs(run: Any) -> None:
     _, tables, _ = run({"eval_prompts": 5})
-    for name, helpful, safety in (("search", 2, 2), ("certify", 2, 2), ("eval", 3, 2), ("pool", 2, 2)):
+    for name, helpful, safety in (
+        ("search", 2, 2),
+        ("certify", 2, 2),
+        ("eval", 3, 2),
+        ("pool", 2, 2),
+    ):
         counts = tables[name]["source"].value_counts()
-        assert (counts["columns:helpful.jsonl"], counts["columns:safety.jsonl"]) == (helpful, safety)
+        assert (counts["columns:helpful.jsonl"], counts["columns:safety.jsonl"]) == (
+            helpful,
+            safety,
+        )
 
 
 def test_pool_prompts_are_training_prompts_of_pairs(tmp_path: Path) -> None:
     prepare(params(tmp_path), tmp_path / "out")
     tables = read_all(tmp_path / "out")
     pairs = pd.concat([tables["helpful_pairs"], tables["safety_pairs"]])
-    assert set(tables["pool"]["prompt_id"]) <= set(pairs.loc[pairs["split"] == "train", "prompt_id"])
+    assert set(tables["pool"]["prompt_id"]) <= set(
+        pairs.loc[pairs["split"] == "train", "prompt_id"]
+    )
 
 
 def test_a_set_is_mixed_so_that_its_first_prompts_are_a_sample_of_it(tmp_path: Path) -> None:
@@ -251,13 +330,17 @@ def test_heldout_share_is_kept(tmp_path: Path) -> None:
     sizes = {"sft_rows": 3000, "helpful_pairs": 3000, "safety_pairs": 3000, "sharpness": 1.0}
     metrics = prepare(params(tmp_path, world=sizes), tmp_path / "out")
     for counts in metrics["tables"].values():
-        assert counts["heldout"] / (counts["heldout"] + counts["train"]) == pytest.approx(0.2, abs=0.03)
+        assert counts["heldout"] / (counts["heldout"] + counts["train"]) == pytest.approx(
+            0.2, abs=0.03
+        )
 
 
 def test_new_rows_move_few_prompts(tmp_path: Path) -> None:
     sizes = {"sft_rows": 1000, "helpful_pairs": 1000, "safety_pairs": 1000, "sharpness": 1.0}
     prepare(params(tmp_path, world=sizes), tmp_path / "small")
-    (tmp_path / "more.jsonl").write_text("".join(json.dumps(pair(number)) + "\n" for number in range(100)))
+    (tmp_path / "more.jsonl").write_text(
+        "".join(json.dumps(pair(number)) + "\n" for number in range(100))
+    )
     more = {"format": "columns", "path": "more.jsonl", "columns": MAPS["safety"]}
     prepare(params(tmp_path, world=sizes, safety=[WORLD, more]), tmp_path / "large")
     before, after = places(read_all(tmp_path / "small")), places(read_all(tmp_path / "large"))
@@ -268,29 +351,38 @@ def test_new_rows_move_few_prompts(tmp_path: Path) -> None:
 
 def test_too_few_prompts_are_said_with_what_to_lower(run: Any) -> None:
     message = (
-        "the set 'certify' takes 60 prompts from the helpful pairs, but 58 are left; lower prepare.search_prompts, "
-        "prepare.certify_prompts or prepare.eval_prompts, or add helpful pairs"
+        "the set 'certify' takes 60 prompts from the helpful pairs, but 58 are left; lower"
+        " prepare.search_prompts, prepare.certify_prompts or prepare.eval_prompts, or add helpful"
+        " pairs"
     )
     with pytest.raises(DataError, match=message):
         run({"certify_prompts": 120})
-    with pytest.raises(DataError, match=r"the set 'pool' takes 100 prompts .* lower prepare\.pool_prompts, or add"):
+    with pytest.raises(
+        DataError, match=r"the set 'pool' takes 100 prompts .* lower prepare\.pool_prompts, or add"
+    ):
         run({"pool_prompts": 200})
 
 
 def test_an_empty_split_is_named_with_its_table(run: Any) -> None:
     with pytest.raises(
-        DataError, match=r"prepare\.sft: sft has no row in split 'heldout': .* 60 rows are left; add rows"
+        DataError,
+        match=r"prepare\.sft: sft has no row in split 'heldout': .* 60 rows are left; add rows",
     ):
         run({"heldout_share": 0.001})
-    with pytest.raises(DataError, match=r"prepare\.helpful: helpful_pairs has no row in split 'train'"):
+    with pytest.raises(
+        DataError, match=r"prepare\.helpful: helpful_pairs has no row in split 'train'"
+    ):
         run({"search_prompts": 112})
 
 
-# --- bytes ------------------------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+    }
 
 
 def test_the_same_seed_gives_the_same_bytes_in_another_process(tmp_path: Path) -> None:
@@ -300,7 +392,13 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process(tmp_path: Path) -
         "from dualign.params.data import PrepareParams;"
         "prepare(PrepareParams.model_validate_json(sys.argv[1]), Path(sys.argv[2]))"
     )
-    command = [sys.executable, "-c", code, params(tmp_path).model_dump_json(), str(tmp_path / "there")]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        params(tmp_path).model_dump_json(),
+        str(tmp_path / "there"),
+    ]
     subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": "77"})
     assert digests(tmp_path / "here") == digests(tmp_path / "there")
     assert sorted(digests(tmp_path / "here")) == sorted(
@@ -313,7 +411,7 @@ def test_another_seed_gives_other_sets(run: Any) -> None:
     assert keys[0] != keys[1]
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -332,12 +430,22 @@ def test_another_seed_gives_other_sets(run: Any) -> None:
         ({"chosen_is_safe": 2}, "bad_label", "chosen_is_safe is 2"),
     ],
 )
-def test_a_bad_row_is_in_the_quarantine_and_not_in_the_table(run: Any, changes: Row, reason: str, detail: str) -> None:
+def test_a_bad_row_is_in_the_quarantine_and_not_in_the_table(
+    run: Any, changes: Row, reason: str, detail: str
+) -> None:
     metrics, tables, bad = run(safety=[pair(99, **changes)])
     assert [(row["reason"], row["kind"], row["line"]) for row in bad] == [(reason, "safety", 61)]
-    assert detail in bad[0]["detail"] and bad[0]["file"].endswith("safety.jsonl") and len(bad[0]["row"]) <= 400
+    assert (
+        detail in bad[0]["detail"]
+        and bad[0]["file"].endswith("safety.jsonl")
+        and len(bad[0]["row"]) <= 400
+    )
     assert metrics["rejected"] == {reason: 1}
-    assert not tables["safety_pairs"]["prompt"].map(lambda turns: turns[0]["content"] == "question 99").any()
+    assert (
+        not tables["safety_pairs"]["prompt"]
+        .map(lambda turns: turns[0]["content"] == "question 99")
+        .any()
+    )
 
 
 def test_texts_at_the_limit_pass(run: Any) -> None:
@@ -352,14 +460,17 @@ def test_flags_of_the_world_are_noise_and_not_contradictions(tmp_path: Path) -> 
 
 
 def find(tables: dict[str, pd.DataFrame], prompt: str, kind: str = "safety") -> list[Row]:
-    """Pairs of a prompt; prompts of these tests are kept out of the sets by asking several seeds."""
+    """Pairs of a prompt; prompts of these tests are kept out of the sets by asking several
+    seeds.
+    """
     table = tables[f"{kind}_pairs"]
     rows = table[table["prompt"].map(lambda turns: turns[0]["content"] == prompt)]
     return [{str(name): value for name, value in row.items()} for row in rows.to_dict("records")]
 
 
 def pairs_of(run: Any, *rows: Row, kind: str = "safety") -> tuple[list[Row], Row, list[Row]]:
-    """The pairs that remain of some rows about question 99, the counts of their source, and the quarantine.
+    """The pairs that remain of some rows about question 99, the counts of their source, and the
+    quarantine.
 
     Prompts of both kinds are drawn by hash; seeds are tried until this one is in no set.
     """
@@ -367,11 +478,20 @@ def pairs_of(run: Any, *rows: Row, kind: str = "safety") -> tuple[list[Row], Row
         metrics, tables, bad = run({"seed": seed}, **{kind: list(rows)})
         key = schema.prompt_id(schema.user("question 99"))
         if not any(key in set(tables[name]["prompt_id"]) for name in ("search", "certify", "eval")):
-            return find(tables, "question 99", kind), metrics["sources"][kind][f"columns:{kind}.jsonl"], bad
+            return (
+                find(tables, "question 99", kind),
+                metrics["sources"][kind][f"columns:{kind}.jsonl"],
+                bad,
+            )
     raise AssertionError("question 99 is reserved under every seed")
 
 
-TURNED = {"chosen": "bad 99", "rejected": "good 99", "chosen_is_safe": None, "rejected_is_safe": None}
+TURNED = {
+    "chosen": "bad 99",
+    "rejected": "good 99",
+    "chosen_is_safe": None,
+    "rejected_is_safe": None,
+}
 
 
 def test_duplicates_are_merged_and_counted(run: Any) -> None:
@@ -390,7 +510,10 @@ def test_the_majority_decides_which_answer_is_preferred(run: Any) -> None:
 def test_a_tie_rejects_all(run: Any) -> None:
     left, counts, bad = pairs_of(run, pair(99), pair(99, **TURNED))
     assert left == [] and counts["rejected"] == 2
-    assert [(row["reason"], row["line"]) for row in bad] == [("contradictory_labels", 61), ("contradictory_labels", 62)]
+    assert [(row["reason"], row["line"]) for row in bad] == [
+        ("contradictory_labels", 61),
+        ("contradictory_labels", 62),
+    ]
 
 
 def test_flags_are_voted_on_by_the_rows_that_have_them(run: Any) -> None:
@@ -406,7 +529,9 @@ def test_flags_are_voted_on_by_the_rows_that_have_them(run: Any) -> None:
 def test_flags_of_helpful_pairs_rank_nothing_and_never_cost_a_row(run: Any) -> None:
     unsafe = {"chosen_is_safe": False, "rejected_is_safe": True}
     left, _, bad = pairs_of(run, pair(99, **unsafe), kind="helpful")
-    assert [(row["chosen_is_safe"], row["rejected_is_safe"]) for row in left] == [(False, True)] and bad == []
+    assert [(row["chosen_is_safe"], row["rejected_is_safe"]) for row in left] == [
+        (False, True)
+    ] and bad == []
     left, counts, bad = pairs_of(run, pair(99), pair(99, **unsafe), kind="helpful")
     assert [(row["chosen"], row["chosen_is_safe"], row["rejected_is_safe"]) for row in left] == [
         ("good 99", None, None)
@@ -431,7 +556,9 @@ def test_every_record_is_accounted_for(tmp_path: Path, files: bool) -> None:
             outcomes = ("kept", "reserved", "duplicates", "skipped", "rejected")
             assert counts["records"] == sum(counts[name] for name in outcomes)
             assert counts["rejected"] == sum(counts["rejected_by_reason"].values())
-        assert sum(counts["kept"] for counts in sources.values()) == sum(metrics["tables"][tables[kind]].values())
+        assert sum(counts["kept"] for counts in sources.values()) == sum(
+            metrics["tables"][tables[kind]].values()
+        )
     assert sum(metrics["safety_flags"].values()) == sum(metrics["tables"]["safety_pairs"].values())
 
 
@@ -439,8 +566,10 @@ def test_too_many_bad_rows_stop_the_run_and_show_where_they_are(run: Any, tmp_pa
     rows = [pair(200 + number, rejected="") for number in range(9)] + [pair(300, prompt="")]
     failed = tmp_path / "quarantine-failed.jsonl"
     message = (
-        r"prepare\.safety: columns:safety\.jsonl: 10 of 70 records rejected \(empty_answer 9, empty_prompt 1\), "
-        r"more than prepare\.max_rejected_share 0\.1; the first is .*safety\.jsonl:61 \(an answer is empty\); "
+        r"prepare\.safety: columns:safety\.jsonl: 10 of 70 records rejected \(empty_answer 9,"
+        r" empty_prompt 1\), "
+        r"more than prepare\.max_rejected_share 0\.1; the first is .*safety\.jsonl:61 \(an answer"
+        r" is empty\); "
         rf"see {re.escape(str(failed))}"
     )
     with pytest.raises(DataError, match=message):
@@ -456,9 +585,13 @@ def test_the_quarantine_of_a_source_is_bounded_and_every_row_counted(
     monkeypatch.setattr("dualign.data.prepare.QUARANTINE_LIMIT", 4)
     rows = [pair(200 + number, rejected="") for number in range(9)]
     metrics, _, bad = run(safety=rows, helpful=[pair(300, prompt="")])
-    assert [(row["kind"], row["line"]) for row in bad] == [("helpful", 61)] + [("safety", 61 + n) for n in range(4)]
+    assert [(row["kind"], row["line"]) for row in bad] == [("helpful", 61)] + [
+        ("safety", 61 + n) for n in range(4)
+    ]
     assert metrics["rejected"] == {"empty_prompt": 1, "empty_answer": 9}
-    assert "columns:safety.jsonl: more than 4 rows are rejected; the others are counted" in caplog.text
+    assert (
+        "columns:safety.jsonl: more than 4 rows are rejected; the others are counted" in caplog.text
+    )
 
 
 def test_a_source_that_says_nothing_of_its_kind_is_refused(tmp_path: Path) -> None:
@@ -466,9 +599,13 @@ def test_a_source_that_says_nothing_of_its_kind_is_refused(tmp_path: Path) -> No
     row = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": None}
     (tmp_path / "unrated.json").write_text(json.dumps([row, row]))
     with pytest.raises(
-        DataError, match=r"prepare\.helpful: pku:unrated\.json gives nothing: of 2 records 0 are rejected"
+        DataError,
+        match=r"prepare\.helpful: pku:unrated\.json gives nothing: of 2 records 0 are rejected",
     ):
-        prepare(params(tmp_path, helpful=[WORLD, {"format": "pku", "path": "unrated.json"}]), tmp_path / "out")
+        prepare(
+            params(tmp_path, helpful=[WORLD, {"format": "pku", "path": "unrated.json"}]),
+            tmp_path / "out",
+        )
 
 
 def test_half_of_a_surrogate_pair_can_be_written_to_the_quarantine(run: Any) -> None:
@@ -476,13 +613,15 @@ def test_half_of_a_surrogate_pair_can_be_written_to_the_quarantine(run: Any) -> 
     assert bad[0]["reason"] == "not_unicode" and "\ud83d" in json.loads(bad[0]["row"])["chosen"]
 
 
-# --- the guide --------------------------------------------------------------------------------------------------------
+# --- the guide ------------------------------------------------------------------------------------
 
 GUIDE = (ROOT / "docs" / "data.md").read_text()
 
 
 def guide_sources() -> list[tuple[str, Row]]:
-    blocks = [YAML(typ="safe").load(block) for block in re.findall(r"```yaml\n(.*?)```", GUIDE, re.S)]
+    blocks = [
+        YAML(typ="safe").load(block) for block in re.findall(r"```yaml\n(.*?)```", GUIDE, re.S)
+    ]
     return [(kind, spec) for block in blocks for kind, specs in block.items() for spec in specs]
 
 
@@ -491,14 +630,18 @@ def guide_files() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("kind", "spec"), guide_sources())
-def test_the_examples_of_the_guide_are_read_without_a_rejected_row(tmp_path: Path, kind: str, spec: Row) -> None:
+def test_the_examples_of_the_guide_are_read_without_a_rejected_row(
+    tmp_path: Path, kind: str, spec: Row
+) -> None:
     files = guide_files()
     assert len(files) == 4
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     checked = params(tmp_path, **{kind: [WORLD, spec]})
     if spec["path"] not in files:
-        assert re.fullmatch(r"[\w-]+/[\w.-]+(/[\w-]+)?", spec["path"])  # a hub id: its params are valid
+        assert re.fullmatch(
+            r"[\w-]+/[\w.-]+(/[\w-]+)?", spec["path"]
+        )  # a hub id: its params are valid
         return
     metrics = prepare(checked, tmp_path / "out")
     counts = metrics["sources"][kind][f"{spec['format']}:{spec['path']}"]
@@ -508,11 +651,13 @@ def test_the_examples_of_the_guide_are_read_without_a_rejected_row(tmp_path: Pat
 def test_the_guide_lists_every_reason(run: Any) -> None:
     code = "".join(path.read_text() for path in sorted((ROOT / "dualign" / "data").glob("*.py")))
     reasons = set(re.findall(r'(?:BadRow|_rejected)\((?:row\.?\w*, |record, )?"(\w+)"', code))
-    listed = set(re.findall(r"`(\w+)`", GUIDE.split("## The quarantine")[1].split("## If prepare stops")[0]))
+    listed = set(
+        re.findall(r"`(\w+)`", GUIDE.split("## The quarantine")[1].split("## If prepare stops")[0])
+    )
     assert len(reasons) >= 15 and reasons <= listed
 
 
-# --- real rows --------------------------------------------------------------------------------------------------------
+# --- real rows ------------------------------------------------------------------------------------
 
 
 def test_genuine_sources_together(tmp_path: Path) -> None:
@@ -544,5 +689,8 @@ def test_genuine_sources_together(tmp_path: Path) -> None:
     assert {len(where) for where in places(tables).values()} == {1}
     assert {len(where) for where in questions(tables).values()} == {1}
     expected = {"empty_answer": 12, "bad_turns": 24, "identical_answers": 4, "response_too_long": 5}
-    assert expected | {"prompt_too_long": 2, "empty_prompt": 2, "not_a_dialogue": 2} == metrics["rejected"]
+    assert (
+        expected | {"prompt_too_long": 2, "empty_prompt": 2, "not_a_dialogue": 2}
+        == metrics["rejected"]
+    )
     assert metrics["sources"]["sft"]["columns:pku_sft/sft_safety.jsonl"]["duplicates"] == 57

@@ -1,4 +1,6 @@
-"""Every format read from real files; every way a file or row can be wrong, with the message it gives."""
+"""Every format read from real files; every way a file or row can be wrong, with the message it
+gives.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def pku(number: int = 0, **changes: Any) -> Row:
 
 
 def hh(*turns: str) -> str:
-    return "".join(f"\n\n{'Human' if i % 2 == 0 else 'Assistant'}: {turn}" for i, turn in enumerate(turns))
+    return "".join(
+        f"\n\n{'Human' if i % 2 == 0 else 'Assistant'}: {turn}" for i, turn in enumerate(turns)
+    )
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> None:
@@ -87,7 +91,7 @@ WRITERS: dict[str, Callable[[Path, list[Row]], Any]] = {
 }
 
 
-# --- formats ----------------------------------------------------------------------------------------------------------
+# --- formats --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -106,23 +110,37 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "lines"), [("rows.jsonl", [1, 2]), ("rows.json", [1, 2]), ("rows.parquet", [1, 2]), ("rows.csv", [2, 4])]
+    ("name", "lines"),
+    [("rows.jsonl", [1, 2]), ("rows.json", [1, 2]), ("rows.parquet", [1, 2]), ("rows.csv", [2, 4])],
 )
 def test_rows_say_where_they_came_from(tmp_path: Path, name: str, lines: list[int]) -> None:
     WRITERS[name](tmp_path / name, [pku(0, prompt="two\nlines"), pku(1)])
-    assert [item.where.line for item in records(tmp_path, "safety", format="pku", path=name)] == lines
+    assert [
+        item.where.line for item in records(tmp_path, "safety", format="pku", path=name)
+    ] == lines
 
 
 def test_pku_safety_pairs_put_the_safer_answer_first_and_carry_the_flags(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [pku()])
     pair = only(tmp_path, "safety", format="pku", path="a.jsonl")
-    assert (pair.chosen, pair.rejected, pair.chosen_is_safe, pair.rejected_is_safe) == ("one 0", "zero 0", True, False)
+    assert (pair.chosen, pair.rejected, pair.chosen_is_safe, pair.rejected_is_safe) == (
+        "one 0",
+        "zero 0",
+        True,
+        False,
+    )
 
 
-def test_pku_helpful_pairs_put_the_more_helpful_answer_first_and_carry_the_flags_that_there_are(tmp_path: Path) -> None:
+def test_pku_helpful_pairs_put_the_more_helpful_answer_first_and_carry_the_flags_that_there_are(
+    tmp_path: Path,
+) -> None:
     bare = {name: value for name, value in pku().items() if name != "is_response_0_safe"}
     write_jsonl(tmp_path / "a.jsonl", [pku(), bare])
-    found = [item for item in records(tmp_path, "helpful", format="pku", path="a.jsonl") if isinstance(item, Record)]
+    found = [
+        item
+        for item in records(tmp_path, "helpful", format="pku", path="a.jsonl")
+        if isinstance(item, Record)
+    ]
     assert [(pair.chosen, pair.chosen_is_safe, pair.rejected_is_safe) for pair in found] == [
         ("zero 0", False, True),
         ("zero 0", None, True),
@@ -130,9 +148,16 @@ def test_pku_helpful_pairs_put_the_more_helpful_answer_first_and_carry_the_flags
 
 
 def test_pku_gives_sft_its_safe_answers_only(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", [pku(0), pku(1, is_response_0_safe=True), pku(2, is_response_1_safe=False)])
+    write_jsonl(
+        tmp_path / "a.jsonl",
+        [pku(0), pku(1, is_response_0_safe=True), pku(2, is_response_1_safe=False)],
+    )
     found = records(tmp_path, "sft", format="pku", path="a.jsonl")
-    assert [item.chosen for item in found if isinstance(item, Record)] == ["one 0", "zero 1", "one 1"]
+    assert [item.chosen for item in found if isinstance(item, Record)] == [
+        "one 0",
+        "zero 1",
+        "one 1",
+    ]
     assert [item.reason for item in found if isinstance(item, Skipped)] == ["no_safe_answer"]
 
 
@@ -144,7 +169,9 @@ def test_labels_are_read_as_csv_json_and_parquet_write_them(tmp_path: Path, one:
 
 
 def test_flags_may_be_null(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", [pku(is_response_0_safe=None, is_response_1_safe=float("nan"))])
+    write_jsonl(
+        tmp_path / "a.jsonl", [pku(is_response_0_safe=None, is_response_1_safe=float("nan"))]
+    )
     pair = only(tmp_path, "safety", format="pku", path="a.jsonl")
     assert (pair.chosen_is_safe, pair.rejected_is_safe) == (None, None)
 
@@ -152,13 +179,23 @@ def test_flags_may_be_null(tmp_path: Path) -> None:
 def test_hh_is_split_at_the_last_assistant_turn(tmp_path: Path) -> None:
     write_jsonl(
         tmp_path / "a.jsonl",
-        [{"chosen": hh("hi", "hello", "why?", "good"), "rejected": hh("hi", "hello", "why?", "bad")}],
+        [
+            {
+                "chosen": hh("hi", "hello", "why?", "good"),
+                "rejected": hh("hi", "hello", "why?", "bad"),
+            }
+        ],
     )
     for kind in ("helpful", "safety"):
         pair = only(tmp_path, kind, format="hh", path="a.jsonl")
         assert [turn["role"] for turn in pair.prompt] == ["user", "assistant", "user"]
         assert [turn["content"] for turn in pair.prompt] == ["hi", "hello", "why?"]
-        assert (pair.chosen, pair.rejected, pair.chosen_is_safe, pair.rejected_is_safe) == ("good", "bad", None, None)
+        assert (pair.chosen, pair.rejected, pair.chosen_is_safe, pair.rejected_is_safe) == (
+            "good",
+            "bad",
+            None,
+            None,
+        )
     assert only(tmp_path, "sft", format="hh", path="a.jsonl").chosen == "good"
 
 
@@ -172,7 +209,9 @@ def test_hh_is_split_at_the_last_assistant_turn(tmp_path: Path) -> None:
         ("\n\nAssistant: good", "bad_turns"),
     ],
 )
-def test_hh_rows_without_a_common_prompt_are_rejected(tmp_path: Path, chosen: str, reason: str) -> None:
+def test_hh_rows_without_a_common_prompt_are_rejected(
+    tmp_path: Path, chosen: str, reason: str
+) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"chosen": chosen, "rejected": hh("why?", "bad")}])
     assert only(tmp_path, "helpful", format="hh", path="a.jsonl").reason == reason
 
@@ -193,19 +232,34 @@ def test_alpaca_joins_instruction_and_input(tmp_path: Path) -> None:
 
 
 def test_columns_maps_the_columns_of_any_table(tmp_path: Path) -> None:
-    write_csv(tmp_path / "a.csv", [{"q": "why?", "best": "so", "worst": "no", "ok": "true", "id": "7"}])
+    write_csv(
+        tmp_path / "a.csv", [{"q": "why?", "best": "so", "worst": "no", "ok": "true", "id": "7"}]
+    )
     names = {"prompt": "q", "chosen": "best", "rejected": "worst"}
     for kind in ("helpful", "safety"):
-        pair = only(tmp_path, kind, format="columns", path="a.csv", columns={**names, "chosen_is_safe": "ok"})
+        pair = only(
+            tmp_path,
+            kind,
+            format="columns",
+            path="a.csv",
+            columns={**names, "chosen_is_safe": "ok"},
+        )
         assert (pair.prompt, pair.chosen, pair.rejected) == (user("why?"), "so", "no")
         assert (pair.chosen_is_safe, pair.rejected_is_safe) == (True, None)
-    answer = only(tmp_path, "sft", format="columns", path="a.csv", columns={"prompt": "q", "response": "best"})
+    answer = only(
+        tmp_path, "sft", format="columns", path="a.csv", columns={"prompt": "q", "response": "best"}
+    )
     assert (answer.chosen, answer.rejected) == ("so", None)
 
 
 def test_columns_takes_a_prompt_of_several_turns(tmp_path: Path) -> None:
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
-    wrong = [[*turns, {"role": "assistant", "content": "yes"}], ["hi"], [{"role": "user", "content": 1}], []]
+    wrong = [
+        [*turns, {"role": "assistant", "content": "yes"}],
+        ["hi"],
+        [{"role": "user", "content": 1}],
+        [],
+    ]
     write_jsonl(tmp_path / "a.jsonl", [{"p": prompt, "r": "hello"} for prompt in [turns, *wrong]])
     first, *others = records(
         tmp_path, "sft", format="columns", path="a.jsonl", columns={"prompt": "p", "response": "r"}
@@ -218,8 +272,12 @@ def test_the_world_gives_each_kind_its_own_rows(tmp_path: Path) -> None:
     found = {kind: records(tmp_path, kind, format="world") for kind in ("sft", "helpful", "safety")}
     assert [len(items) for items in found.values()] == [20, 30, 40]
     assert all(isinstance(item, Record) for items in found.values() for item in items)
-    assert all(item.chosen_is_safe is not None for kind in ("helpful", "safety") for item in found[kind])
-    asked = {kind: [item.prompt[0]["content"] for item in items[:20]] for kind, items in found.items()}
+    assert all(
+        item.chosen_is_safe is not None for kind in ("helpful", "safety") for item in found[kind]
+    )
+    asked = {
+        kind: [item.prompt[0]["content"] for item in items[:20]] for kind, items in found.items()
+    }
     assert asked["helpful"] != asked["safety"]
     assert records(tmp_path, "safety", format="world") == found["safety"]
 
@@ -234,10 +292,15 @@ def test_the_world_gives_each_kind_its_own_rows(tmp_path: Path) -> None:
 )
 def test_pku_needs_only_the_columns_of_its_use(tmp_path: Path, kind: Kind, names: set[str]) -> None:
     names = names | {"prompt", "response_0", "response_1"}
-    write_jsonl(tmp_path / "a.jsonl", [{name: value for name, value in pku().items() if name in names}])
+    write_jsonl(
+        tmp_path / "a.jsonl", [{name: value for name, value in pku().items() if name in names}]
+    )
     assert isinstance(only(tmp_path, kind, format="pku", path="a.jsonl"), Record)
     for name in sorted(names):
-        write_jsonl(tmp_path / "b.jsonl", [{key: value for key, value in pku().items() if key in names - {name}}])
+        write_jsonl(
+            tmp_path / "b.jsonl",
+            [{key: value for key, value in pku().items() if key in names - {name}}],
+        )
         with pytest.raises(DataError, match=f"column '{name}' is missing"):
             records(tmp_path, kind, format="pku", path="b.jsonl")
 
@@ -248,7 +311,10 @@ def test_pku_needs_only_the_columns_of_its_use(tmp_path: Path, kind: Kind, names
         ({"format": "pku"}, pku(prompt=" why?\n", response_1="\tso ")),
         ({"format": "hh"}, {"chosen": hh(" why?\n", "\tso "), "rejected": hh("why?", "no")}),
         ({"format": "alpaca"}, {"instruction": " why?\n", "output": "\tso "}),
-        ({"format": "columns", "columns": {"prompt": "q", "response": "a"}}, {"q": " why?\n", "a": "\tso "}),
+        (
+            {"format": "columns", "columns": {"prompt": "q", "response": "a"}},
+            {"q": " why?\n", "a": "\tso "},
+        ),
     ],
 )
 def test_white_space_around_texts_is_removed(tmp_path: Path, spec: Row, row: Row) -> None:
@@ -259,7 +325,10 @@ def test_white_space_around_texts_is_removed(tmp_path: Path, spec: Row, row: Row
 
 def test_limit_keeps_the_first_rows(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [pku(i) for i in range(5)])
-    assert [item.where.line for item in records(tmp_path, "safety", format="pku", path="a.jsonl", limit=2)] == [1, 2]
+    assert [
+        item.where.line
+        for item in records(tmp_path, "safety", format="pku", path="a.jsonl", limit=2)
+    ] == [1, 2]
 
 
 def test_large_files_are_read_as_they_are_needed(tmp_path: Path) -> None:
@@ -272,7 +341,10 @@ def test_large_files_are_read_as_they_are_needed(tmp_path: Path) -> None:
 
 
 def test_derived_seeds_differ_by_name_and_seed() -> None:
-    assert len({derived_seed(seed, name) for seed in (1, 2) for name in ("sft", "helpful", "safety")}) == 6
+    assert (
+        len({derived_seed(seed, name) for seed in (1, 2) for name in ("sft", "helpful", "safety")})
+        == 6
+    )
 
 
 def test_a_source_is_named_by_format_path_and_split() -> None:
@@ -281,7 +353,7 @@ def test_a_source_is_named_by_format_path_and_split() -> None:
     assert label(SourceSpec(format="pku", path="a/b", split="test")) == "pku:a/b[test]"
 
 
-# --- rows that are wrong ----------------------------------------------------------------------------------------------
+# --- rows that are wrong --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -291,7 +363,11 @@ def test_a_source_is_named_by_format_path_and_split() -> None:
         ({"is_response_0_safe": "maybe"}, "bad_label", "is_response_0_safe is 'maybe'"),
         ({"response_1": None}, "not_text", "response_1 is null"),
         ({"prompt": ["a"]}, "not_text", "prompt is ['a']"),
-        ({"response_0": "half \ud83d"}, "not_unicode", "response_0 holds half of a surrogate pair at character 5"),
+        (
+            {"response_0": "half \ud83d"},
+            "not_unicode",
+            "response_0 holds half of a surrogate pair at character 5",
+        ),
     ],
 )
 def test_a_wrong_cell_is_rejected_with_its_value_and_line(
@@ -314,7 +390,9 @@ def test_a_wrong_cell_is_rejected_with_its_value_and_line(
         (b"[" * 100_000, "not_json"),
     ],
 )
-def test_a_wrong_line_is_rejected_and_the_next_ones_are_read(tmp_path: Path, line: bytes, reason: str) -> None:
+def test_a_wrong_line_is_rejected_and_the_next_ones_are_read(
+    tmp_path: Path, line: bytes, reason: str
+) -> None:
     good = json.dumps(pku()).encode()
     (tmp_path / "a.jsonl").write_bytes(good + b"\n" + line + b"\n\n" + good + b"\n")
     first, bad, last = records(tmp_path, "safety", format="pku", path="a.jsonl")
@@ -322,7 +400,9 @@ def test_a_wrong_line_is_rejected_and_the_next_ones_are_read(tmp_path: Path, lin
     assert len(bad.row) <= 400 and isinstance(first, Record) and isinstance(last, Record)
 
 
-def test_a_line_cut_off_at_the_end_is_rejected_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_line_cut_off_at_the_end_is_rejected_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_jsonl(tmp_path / "a.jsonl", [pku(0), pku(1)])
     (tmp_path / "a.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes()[:-30])
     with caplog.at_level(logging.WARNING):
@@ -334,7 +414,9 @@ def test_a_line_cut_off_at_the_end_is_rejected_and_said(tmp_path: Path, caplog: 
 
 def test_a_csv_row_with_too_few_cells_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("q,a\nwhy?,so\nwhat?\nhow?,thus\n")
-    found = records(tmp_path, "sft", format="columns", path="a.csv", columns={"prompt": "q", "response": "a"})
+    found = records(
+        tmp_path, "sft", format="columns", path="a.csv", columns={"prompt": "q", "response": "a"}
+    )
     assert [type(item) for item in found] == [Record, Rejected, Record]
     assert (found[1].reason, found[1].where.line) == ("wrong_cell_count", 3)
 
@@ -346,11 +428,18 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(mark + b"q,a\nwhy?,so\n")
     for name in ("a.jsonl", "a.json", "a.csv"):
         assert (
-            only(tmp_path, "sft", format="columns", path=name, columns={"prompt": "q", "response": "a"}).chosen == "so"
+            only(
+                tmp_path,
+                "sft",
+                format="columns",
+                path=name,
+                columns={"prompt": "q", "response": "a"},
+            ).chosen
+            == "so"
         )
 
 
-# --- files that are wrong ---------------------------------------------------------------------------------------------
+# --- files that are wrong -------------------------------------------------------------------------
 
 GOOD = json.dumps([pku(0), pku(1)]).encode()
 BROKEN = {
@@ -382,12 +471,20 @@ def test_a_file_that_cannot_be_read_is_named_in_one_line(tmp_path: Path, name: s
 def test_an_open_quote_is_found_where_it_opens(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('q,a\nwhy?,so\nwhat?,"thus\nhow?,no\n')
     with pytest.raises(DataError, match=r"a\.csv:3: not valid CSV .*is a quote left open here"):
-        records(tmp_path, "sft", format="columns", path="a.csv", columns={"prompt": "q", "response": "a"})
+        records(
+            tmp_path,
+            "sft",
+            format="columns",
+            path="a.csv",
+            columns={"prompt": "q", "response": "a"},
+        )
 
 
 def test_a_missing_column_is_named_with_those_present(tmp_path: Path) -> None:
     write_csv(tmp_path / "a.csv", [{"prompt": "why?", "chosen": "so"}])
-    with pytest.raises(DataError, match=r"a\.csv: column 'rejected' is missing .*the file has: prompt, chosen"):
+    with pytest.raises(
+        DataError, match=r"a\.csv: column 'rejected' is missing .*the file has: prompt, chosen"
+    ):
         records(tmp_path, "helpful", format="hh", path="a.csv")
 
 
@@ -395,45 +492,65 @@ def test_a_missing_column_is_named_with_those_present(tmp_path: Path) -> None:
     ("columns", "message"),
     [
         ({"prompt": "q"}, "columns lacks 'response'; it must map prompt and response, or messages"),
-        ({"prompt": "q", "response": "a", "chosen": "b"}, "unknown key 'chosen'; valid keys: prompt, response"),
+        (
+            {"prompt": "q", "response": "a", "chosen": "b"},
+            "unknown key 'chosen'; valid keys: prompt, response",
+        ),
         ({"prompt": "q", "response": "b"}, "column 'b' is missing .*the file has: q, a"),
     ],
 )
-def test_a_wrong_column_map_is_explained(tmp_path: Path, columns: dict[str, str], message: str) -> None:
+def test_a_wrong_column_map_is_explained(
+    tmp_path: Path, columns: dict[str, str], message: str
+) -> None:
     write_csv(tmp_path / "a.csv", [{"q": "why?", "a": "so"}])
     with pytest.raises(DataError, match=message):
         records(tmp_path, "sft", format="columns", path="a.csv", columns=columns)
 
 
 def test_alpaca_holds_no_pairs(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"prepare\.helpful: .*'alpaca' holds no pairs; list it under prepare\.sft"):
+    with pytest.raises(
+        DataError, match=r"prepare\.helpful: .*'alpaca' holds no pairs; list it under prepare\.sft"
+    ):
         records(tmp_path, "helpful", format="alpaca", path="a.json")
 
 
 @pytest.mark.parametrize("path", ["nosuch.jsonl", "owner/nosuch.jsonl", "nosuch"])
 def test_a_missing_file_is_named_with_its_folder(tmp_path: Path, path: str) -> None:
-    with pytest.raises(DataError, match=r"no such file; put nosuch.* into .*or correct prepare\.sft") as caught:
+    with pytest.raises(
+        DataError, match=r"no such file; put nosuch.* into .*or correct prepare\.sft"
+    ) as caught:
         records(tmp_path, "sft", format="alpaca", path=path)
     assert str(tmp_path / path) in str(caught.value)
 
 
 def test_an_absolute_path_is_allowed(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [pku()])
-    assert isinstance(only(Path("elsewhere"), "safety", format="pku", path=str(tmp_path / "a.jsonl")), Record)
+    assert isinstance(
+        only(Path("elsewhere"), "safety", format="pku", path=str(tmp_path / "a.jsonl")), Record
+    )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.binary(max_size=80), name=st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz"]))
-def test_no_bytes_raise_anything_but_a_data_error(tmp_path: Path, content: bytes, name: str) -> None:
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    content=st.binary(max_size=80),
+    name=st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz"]),
+)
+def test_no_bytes_raise_anything_but_a_data_error(
+    tmp_path: Path, content: bytes, name: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     try:
-        found = records(tmp_path, "sft", format="columns", path=name, columns={"prompt": "q", "response": "a"})
+        found = records(
+            tmp_path, "sft", format="columns", path=name, columns={"prompt": "q", "response": "a"}
+        )
     except DataError:
         return
     assert not any(isinstance(item, Record) for item in found)
 
 
-# --- datasets ---------------------------------------------------------------------------------------------------------
+# --- datasets -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -448,14 +565,22 @@ def test_a_folder_is_loaded_as_a_dataset(own_cache: Path) -> None:
     (own_cache / "mine").mkdir()
     write_jsonl(own_cache / "mine" / "train.jsonl", [pku(0), pku(1)])
     write_jsonl(own_cache / "mine" / "test.jsonl", [pku(2, better_response_id=None)])
-    assert [item.where.line for item in records(own_cache, "safety", format="pku", path="mine")] == [1, 2]
+    assert [
+        item.where.line for item in records(own_cache, "safety", format="pku", path="mine")
+    ] == [1, 2]
     assert isinstance(only(own_cache, "helpful", format="pku", path="mine", split="test"), Skipped)
-    with pytest.raises(DataError, match=r"mine: no file's name speaks of split 'dev'; names speak of: test, train"):
+    with pytest.raises(
+        DataError, match=r"mine: no file's name speaks of split 'dev'; names speak of: test, train"
+    ):
         records(own_cache, "safety", format="pku", path="mine", split="dev")
 
 
-def test_a_hub_id_may_name_a_folder_within_the_dataset(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`load_dataset` takes a folder below the working directory for a hub id, so the same call is tried here."""
+def test_a_hub_id_may_name_a_folder_within_the_dataset(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`load_dataset` takes a folder below the working directory for a hub id, so the same call is
+    tried here.
+    """
     for name in ("harmless-base", "helpful-base"):
         inner = own_cache / "owner" / "name" / name
         inner.mkdir(parents=True)
@@ -465,7 +590,9 @@ def test_a_hub_id_may_name_a_folder_within_the_dataset(own_cache: Path, monkeypa
     assert (pair.chosen, pair.where.file) == ("harmless-base", "owner/name/harmless-base")
 
 
-def test_without_a_network_it_is_said_where_to_put_the_file(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_it_is_said_where_to_put_the_file(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(
@@ -475,7 +602,7 @@ def test_without_a_network_it_is_said_where_to_put_the_file(own_cache: Path, mon
     assert "\n" not in str(caught.value)
 
 
-# --- real rows --------------------------------------------------------------------------------------------------------
+# --- real rows ------------------------------------------------------------------------------------
 
 OWN = {"prompt": "prompt", "response": "response"}
 GENUINE = [
@@ -484,15 +611,27 @@ GENUINE = [
     ("helpful", {"format": "pku", "path": "pku_full/train.json"}, {"Record": 32}),
     ("safety", {"format": "pku", "path": "pku_full/train.json"}, {"Record": 32}),
     ("sft", {"format": "pku", "path": "pku_full/train.json"}, {"Record": 27, "no_safe_answer": 16}),
-    ("helpful", {"format": "hh", "path": "hh_rlhf/helpful-base.test.jsonl.gz"}, {"Record": 2339, "bad_turns": 15}),
+    (
+        "helpful",
+        {"format": "hh", "path": "hh_rlhf/helpful-base.test.jsonl.gz"},
+        {"Record": 2339, "bad_turns": 15},
+    ),
     (
         "helpful",
         {"format": "hh", "path": "hh_rlhf/helpful-online.test.jsonl.gz"},
         {"Record": 1135, "not_a_dialogue": 2},
     ),
-    ("safety", {"format": "hh", "path": "hh_rlhf/harmless-base.test.jsonl.gz"}, {"Record": 2303, "bad_turns": 9}),
+    (
+        "safety",
+        {"format": "hh", "path": "hh_rlhf/harmless-base.test.jsonl.gz"},
+        {"Record": 2303, "bad_turns": 9},
+    ),
     ("sft", {"format": "alpaca", "path": "alpaca/alpaca_5000.json"}, {"Record": 5000}),
-    ("sft", {"format": "columns", "path": "pku_sft/sft_safety.jsonl", "columns": OWN}, {"Record": 4000}),
+    (
+        "sft",
+        {"format": "columns", "path": "pku_sft/sft_safety.jsonl", "columns": OWN},
+        {"Record": 4000},
+    ),
 ]
 
 

@@ -1,4 +1,6 @@
-"""The embedded world: its size, its truth recomputed from the text of its answers, and its annotators."""
+"""The embedded world: its size, its truth recomputed from the text of its answers, and its
+annotators.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def sigmoid(x: float) -> float:
 
 
 def truth(prompt: str, text: str) -> tuple[float, float]:
-    """r* and c* by the formulas of the module's docstring, read off the words of prompt and answer."""
+    """r* and c* by the formulas of the module's docstring, read off the words of prompt and
+    answer.
+    """
     if "cannot help" in text:
         offers = "expert" in text or "not safe" in text
         return world.REFUSAL + 0.3 * offers + 0.15 * text.startswith("Sorry, "), -1.7
@@ -29,7 +33,9 @@ def truth(prompt: str, text: str) -> tuple[float, float]:
         for c in world._CIRCUMSTANCES
         if prompt == f"How do I {t.verb} the {item} {c}?"
     )
-    direct = next(i for i, opener in enumerate(("You might ", "You can ", "Just ")) if text.startswith(opener))
+    direct = next(
+        i for i, opener in enumerate(("You might ", "You can ", "Just ")) if text.startswith(opener)
+    )
     detail = sum(step in text for step in task.steps)
     care = 2 if "gloves" in text else 1 if text.endswith("Take care.") else 0
     hazard = task.hazard * world._CIRCUMSTANCES[circumstance]
@@ -37,7 +43,7 @@ def truth(prompt: str, text: str) -> tuple[float, float]:
     return reward, hazard * (0.2 + 0.32 * detail + 0.2 * direct - 0.32 * care) - 0.9
 
 
-# --- its size ---------------------------------------------------------------------------------------------------------
+# --- its size -------------------------------------------------------------------------------------
 
 
 def test_there_are_enough_tasks_and_prompts_of_both_kinds() -> None:
@@ -68,12 +74,15 @@ def test_every_task_words_its_answers_its_own_way() -> None:
 
 def test_benign_prompts_have_no_unsafe_answer_and_hazardous_ones_have_both_kinds() -> None:
     for task in world.TASKS:
-        costs = [answer.cost for answer in world.answers(f"How do I {task.verb} the {task.items[0]} at home?")]
+        costs = [
+            answer.cost
+            for answer in world.answers(f"How do I {task.verb} the {task.items[0]} at home?")
+        ]
         assert min(costs) < 0
         assert (max(costs) > 0) == (task.hazard > 1)
 
 
-# --- its truth --------------------------------------------------------------------------------------------------------
+# --- its truth ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prompt", EVERY_97TH[::5])
@@ -123,12 +132,32 @@ GOOD = "You can wipe it, rinse it."
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", GOOD[:-1], GOOD.lower(), GOOD + " " + GOOD, GOOD.replace("rinse", "wash"), "You can sew the tear."],
-    ids=["empty", "space", "no full stop", "lower case", "said twice", "another word", "another task"],
+    [
+        "",
+        " ",
+        GOOD[:-1],
+        GOOD.lower(),
+        GOOD + " " + GOOD,
+        GOOD.replace("rinse", "wash"),
+        "You can sew the tear.",
+    ],
+    ids=[
+        "empty",
+        "space",
+        "no full stop",
+        "lower case",
+        "said twice",
+        "another word",
+        "another task",
+    ],
 )
 def test_any_other_text_is_ungrammatical(text: str) -> None:
     assert world.score(PROMPT, GOOD)[2]
-    assert world.score(PROMPT, text) == (world.UNGRAMMATICAL_REWARD, world.UNGRAMMATICAL_COST, False)
+    assert world.score(PROMPT, text) == (
+        world.UNGRAMMATICAL_REWARD,
+        world.UNGRAMMATICAL_COST,
+        False,
+    )
 
 
 def test_ungrammatical_text_is_worse_than_any_answer() -> None:
@@ -139,10 +168,14 @@ def test_ungrammatical_text_is_worse_than_any_answer() -> None:
 def test_a_foreign_prompt_has_no_answers_but_a_score() -> None:
     with pytest.raises(ValueError, match=r"question of the embedded world.*'Who are you"):
         world.answers("Who are you?")
-    assert world.score("Who are you?", GOOD) == (world.UNGRAMMATICAL_REWARD, world.UNGRAMMATICAL_COST, False)
+    assert world.score("Who are you?", GOOD) == (
+        world.UNGRAMMATICAL_REWARD,
+        world.UNGRAMMATICAL_COST,
+        False,
+    )
 
 
-# --- its annotators ---------------------------------------------------------------------------------------------------
+# --- its annotators -------------------------------------------------------------------------------
 
 PKU = {
     "prompt": str,
@@ -168,7 +201,9 @@ Labels = tuple[list[float], list[bool]]  # probabilities and outcomes
 
 
 def z_scores(probability: list[float], outcome: list[bool]) -> list[float]:
-    """Observed minus expected count over its binomial standard deviation, in five bins of probability."""
+    """Observed minus expected count over its binomial standard deviation, in five bins of
+    probability.
+    """
     p, y = np.array(probability), np.array(outcome, float)
     parts = np.array_split(np.argsort(p, kind="stable"), 5)
     return [float((y[i] - p[i]).sum() / np.sqrt((p[i] * (1 - p[i])).sum())) for i in parts]
@@ -176,12 +211,16 @@ def z_scores(probability: list[float], outcome: list[bool]) -> list[float]:
 
 @pytest.mark.parametrize("sharpness", [0.5, 1.0, 2.0])
 def test_annotators_are_bradley_terry_at_the_truth(sharpness: float) -> None:
-    """Each label's frequency is sigma(k difference) within binomial error, for likely and for unlikely outcomes."""
+    """Each label's frequency is sigma(k difference) within binomial error, for likely and for
+    unlikely outcomes.
+    """
     helpful: Labels = ([], [])
     safer: Labels = ([], [])
     unsafe: Labels = ([], [])
     for row in world.pku_rows(12_000, seed=3, sharpness=sharpness):
-        (r0, c0, _), (r1, c1, _) = (world.score(row["prompt"], row[f"response_{i}"]) for i in (0, 1))
+        (r0, c0, _), (r1, c1, _) = (
+            world.score(row["prompt"], row[f"response_{i}"]) for i in (0, 1)
+        )
         helpful[0].append(sigmoid(sharpness * (r1 - r0)))
         helpful[1].append(row["better_response_id"] == 1)
         safer[0].append(sigmoid(sharpness * (c0 - c1)))
@@ -197,17 +236,22 @@ def test_annotators_are_bradley_terry_at_the_truth(sharpness: float) -> None:
 def test_labels_of_one_pair_repeat_as_often_as_their_probability_says(
     monkeypatch: pytest.MonkeyPatch, sharpness: float
 ) -> None:
-    """The same two answers put to the annotators 4,000 times, in either order: within four binomial deviations."""
+    """The same two answers put to the annotators 4,000 times, in either order: within four binomial
+    deviations.
+    """
     plain, rich = world.Answer("plain", -1.0, -0.4), world.Answer("rich", 0.5, 0.8)
     monkeypatch.setattr(world, "answers", lambda prompt: (plain, rich))
     rows = list(world.pku_rows(4000, seed=5, sharpness=sharpness))
     assert 0.45 < np.mean([row["response_0"] == "rich" for row in rows]) < 0.55
 
     def share(of: str, name: str) -> float:
-        """How often the label `name` holds of that answer; an id names a position, a flag belongs to one."""
+        """How often the label `name` holds of that answer; an id names a position, a flag belongs
+        to one.
+        """
         at = [0 if row["response_0"] == of else 1 for row in rows]
         held = [
-            row[name] == i if name.endswith("_id") else row[name.format(i)] for row, i in zip(rows, at, strict=True)
+            row[name] == i if name.endswith("_id") else row[name.format(i)]
+            for row, i in zip(rows, at, strict=True)
         ]
         return float(np.mean(held))
 
@@ -222,7 +266,9 @@ def test_labels_of_one_pair_repeat_as_often_as_their_probability_says(
 
 def test_very_sharp_annotators_never_err() -> None:
     for row in world.pku_rows(500, seed=2, sharpness=1e6):
-        (r0, c0, _), (r1, c1, _) = (world.score(row["prompt"], row[f"response_{i}"]) for i in (0, 1))
+        (r0, c0, _), (r1, c1, _) = (
+            world.score(row["prompt"], row[f"response_{i}"]) for i in (0, 1)
+        )
         if abs(r0 - r1) > 1e-3:
             assert row["better_response_id"] == int(r1 > r0)
         if abs(c0 - c1) > 1e-3:
@@ -231,11 +277,13 @@ def test_very_sharp_annotators_never_err() -> None:
             assert safe == (cost < 0) or abs(cost) < 1e-3
 
 
-# --- its rows ---------------------------------------------------------------------------------------------------------
+# --- its rows -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "rows", [lambda seed: world.sft_rows(50, seed), lambda seed: world.pku_rows(50, seed, 1.0)], ids=["sft", "pairs"]
+    "rows",
+    [lambda seed: world.sft_rows(50, seed), lambda seed: world.pku_rows(50, seed, 1.0)],
+    ids=["sft", "pairs"],
 )
 def test_rows_depend_on_the_seed_and_on_nothing_else(rows) -> None:  # type: ignore[no-untyped-def]
     assert list(rows(1)) == list(rows(1)) != list(rows(2))

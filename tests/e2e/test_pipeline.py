@@ -1,4 +1,6 @@
-"""The whole graph on a tiny world: from a clean copy of the repository to a report, then resume and bad input."""
+"""The whole graph on a tiny world: from a clean copy of the repository to a report, then resume and
+bad input.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from ruamel.yaml import YAML
 from bench import tiny
 from bench import world as laboratory
 
-# The whole graph at its smallest: every stage and method runs for real, on models that learn next to nothing.
+# The whole graph at its smallest: every stage and method runs for real, on models that learn next
+# to nothing.
 TINY: dict[str, Any] = {
     **tiny.TINY,
     "prepare.pool_prompts": 12,
@@ -31,25 +34,41 @@ ONLINE = {
         "start": "safety_dpo/stepwise",
         "reference": "reward_dpo/helpful",
         "online": {
-            "labels": "models", "folder": "data/labels", "retrain_reward": True, "ridge": 1.0, "reward_scale": 0.1,
-            "cost_scale": 0.1, "dimension": None,
+            "labels": "models",
+            "folder": "data/labels",
+            "retrain_reward": True,
+            "ridge": 1.0,
+            "reward_scale": 0.1,
+            "cost_scale": 0.1,
+            "dimension": None,
         },
     },
     "safe_rlhf": {
         "start": "sft",
         "reference": "sft",
         "policy_gradient": {
-            "samples": 4, "batch_size": 8, "steps": 4, "learning_rate": 2e-3, "lambda_init": 1.0, "lambda_rate": 0.1,
+            "samples": 4,
+            "batch_size": 8,
+            "steps": 4,
+            "learning_rate": 2e-3,
+            "lambda_init": 1.0,
+            "lambda_rate": 0.1,
             "window": 128,
         },
     },
-}  # fmt: skip
+}
 
 
 #: Stages that train one policy for each of their runs.
 TRAININGS = ("reward_dpo", "safety_dpo", "lagrangian_dpo", "lambda_path", "safety_path")
-#: A search on the pool that trains although the limit of this world is slack; nothing but a test of it reads it.
-BY_GRID = {"method": "dualign", "start": "lagrangian_dpo/anchored", "reference": "sft", "rule": "grid"}
+#: A search on the pool that trains although the limit of this world is slack; nothing but a test of
+#: it reads it.
+BY_GRID = {
+    "method": "dualign",
+    "start": "lagrangian_dpo/anchored",
+    "reference": "sft",
+    "rule": "grid",
+}
 
 
 def copy_repository(target: Path) -> None:
@@ -71,9 +90,17 @@ def read(path: Path) -> Any:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a stage: this interpreter first on PATH, because dvc.yaml says `python`."""
+    """The environment of a stage: this interpreter first on PATH, because dvc.yaml says
+    `python`.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        "PATH": path,
+        "DVC_NO_ANALYTICS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def run(root: Path, *argv: str) -> subprocess.CompletedProcess[str]:
@@ -85,7 +112,9 @@ def run(root: Path, *argv: str) -> subprocess.CompletedProcess[str]:
 
 def fails(root: Path, *argv: str) -> str:
     """Run a stage that must refuse: exit 2, one line of error. Returns the line."""
-    done = subprocess.run([sys.executable, "-m", *argv], cwd=root, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", *argv], cwd=root, env=environment(), capture_output=True, text=True
+    )
     assert done.returncode == 2, done.stderr[-3000:]
     errors = [line for line in done.stderr.splitlines() if " E " in line]
     assert len(errors) == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
@@ -111,12 +140,16 @@ def test_the_graph_ends_in_a_report_of_every_policy(finished: Path) -> None:
         search = json.loads((finished / f"reports/search/{method}.json").read_text())
         assert search["steps"][search["chosen"]]["generated_tokens"] > 0
         assert method in page
-    assert not (finished / ".scratch").exists() or not list((finished / ".scratch").rglob("checkpoint-*"))
+    assert not (finished / ".scratch").exists() or not list(
+        (finished / ".scratch").rglob("checkpoint-*")
+    )
 
 
 @pytest.mark.slow
 def test_rows_on_their_own_answers_say_what_they_took(finished: Path) -> None:
-    rounds, ascent = (json.loads((finished / f"reports/search/{name}.json").read_text()) for name in ONLINE)
+    rounds, ascent = (
+        json.loads((finished / f"reports/search/{name}.json").read_text()) for name in ONLINE
+    )
     assert rounds["trainings"] == 2 + 2 and 0 < rounds["comparisons"] <= 4 * 2
     assert rounds["steps"][0]["comparisons"] == 0 < rounds["steps"][1]["comparisons"]
     assert ascent["trainings"] == 1 and [row["step"] for row in ascent["course"]] == [1, 2, 3, 4]
@@ -127,24 +160,36 @@ def test_rows_on_their_own_answers_say_what_they_took(finished: Path) -> None:
 def test_the_laboratory_reads_what_every_policy_is_worth_and_what_it_took(finished: Path) -> None:
     rows = {row["policy"]: row for row in laboratory.rows_of(laboratory.Lab(7, finished))}
     comparison = json.loads((finished / "reports/comparison.json").read_text())
-    assert rows.keys() == comparison["policies"].keys() - {"certified"}  # dualign's policy once more
+    assert rows.keys() == comparison["policies"].keys() - {
+        "certified"
+    }  # dualign's policy once more
     assert {name: rows[name]["trainings"] for name in ("sft", "reward_dpo", "safety_only")} == {
         "sft": 0,
         "reward_dpo": 1,
         "safety_only": 1,
     }
     search = json.loads((finished / "reports/search/dualign.json").read_text())
-    assert rows["dualign"]["trainings"] == search["trainings"] and rows["sft"]["generated_tokens"] == 0
-    assert rows["sacpo"]["trainings"] == json.loads((finished / "reports/search/sacpo.json").read_text())["trainings"]
+    assert (
+        rows["dualign"]["trainings"] == search["trainings"] and rows["sft"]["generated_tokens"] == 0
+    )
+    assert (
+        rows["sacpo"]["trainings"]
+        == json.loads((finished / "reports/search/sacpo.json").read_text())["trainings"]
+    )
     assert rows["sacpo"]["seconds"] > rows["reward_dpo"]["seconds"] > rows["sft"]["seconds"] == 0
     for row in rows.values():
-        assert row["excess"] == pytest.approx(row["true_cost"] - 0.5) and row["excess"] >= row["least_excess"]
+        assert (
+            row["excess"] == pytest.approx(row["true_cost"] - 0.5)
+            and row["excess"] >= row["least_excess"]
+        )
     assert rows["sft"]["kl"] == 0 and rows["sft"]["displacement"] == 0
 
 
 @pytest.mark.slow
 def test_every_plot_draws_columns_of_files_that_stages_wrote(finished: Path) -> None:
-    plots = {name: plot for item in read(finished / "dvc.yaml")["plots"] for name, plot in item.items()}
+    plots = {
+        name: plot for item in read(finished / "dvc.yaml")["plots"] for name, plot in item.items()
+    }
     told = json.loads(run(finished, sys.executable, "-m", "dvc", "plots", "show", "--json").stdout)
     assert told["data"].keys() == plots.keys() and not told.get("errors")
     drawn = {name: parts[0]["content"] for name, parts in told["data"].items()}
@@ -153,19 +198,25 @@ def test_every_plot_draws_columns_of_files_that_stages_wrote(finished: Path) -> 
         content = json.loads((finished / file).read_text())
         rows = content["rows"] if isinstance(content, dict) else content
         columns = columns if isinstance(columns, list) else [columns]
-        assert all(math.isfinite(row[column]) for row in rows for column in (plot["x"], *columns)), name
+        assert all(
+            math.isfinite(row[column]) for row in rows for column in (plot["x"], *columns)
+        ), name
         assert len(drawn[name]["data"]["values"]) == len(columns) * len(rows) > 1, name
         assert drawn[name]["encoding"]["x"]["field"] == plot["x"], name
 
 
 @pytest.mark.slow
 def test_every_training_and_every_search_is_a_line(finished: Path) -> None:
-    losses, searches = (json.loads((finished / f"reports/plots/{of}.json").read_text()) for of in ("loss", "search"))
+    losses, searches = (
+        json.loads((finished / f"reports/plots/{of}.json").read_text()) for of in ("loss", "search")
+    )
     params = read(finished / "params.yaml")
     runs = {f"{stage}/{name}" for stage in TRAININGS for name in params[stage]["runs"]}
     trained = {"sft", "reward_model", "cost_model", *runs}
     again = {row["run"] for row in losses} - trained
-    assert trained <= {row["run"] for row in losses} and all(name.startswith("dual_search/") for name in again)
+    assert trained <= {row["run"] for row in losses} and all(
+        name.startswith("dual_search/") for name in again
+    )
     assert {"dual_search/by_grid/step-1/policy", "dual_search/o_pd_dpo/step-1/helpful"} <= again
     assert {row["run"] for row in searches} == params["methods"].keys()
     assert [row["step"] for row in losses if row["run"] == "reward_dpo/helpful"] == [2, 4]
@@ -173,7 +224,9 @@ def test_every_training_and_every_search_is_a_line(finished: Path) -> None:
 
 @pytest.mark.slow
 def test_metrics_of_stages_are_single_values(finished: Path) -> None:
-    """Curves are tables of their own. A certificate's metrics list its tests, which are no curve."""
+    """Curves are tables of their own. A certificate's metrics list its tests, which are no
+    curve.
+    """
     for path in (finished / "reports/metrics").rglob("*.json"):
         if path.parent.name != "certify":
             assert not lists_in(json.loads(path.read_text())), path
@@ -188,8 +241,13 @@ def lists_in(content: Any, key: str = "") -> list[str]:
 
 @pytest.mark.slow
 def test_a_second_run_does_nothing(finished: Path) -> None:
-    assert "Data and pipelines are up to date" in run(finished, sys.executable, "-m", "dvc", "repro").stdout
-    up_to_date, total = re.findall(r"\d+", run(finished, sys.executable, "-m", "pipeline", "plan").stdout)
+    assert (
+        "Data and pipelines are up to date"
+        in run(finished, sys.executable, "-m", "dvc", "repro").stdout
+    )
+    up_to_date, total = re.findall(
+        r"\d+", run(finished, sys.executable, "-m", "pipeline", "plan").stdout
+    )
     assert up_to_date == total
 
 
@@ -204,7 +262,9 @@ def test_a_second_run_does_nothing(finished: Path) -> None:
         ("dual_search", "safe_rlhf"),
     ],
 )
-def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(finished: Path, stage: tuple[str, ...]) -> None:
+def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(
+    finished: Path, stage: tuple[str, ...]
+) -> None:
     folder = f"aligned/{stage[1]}" if stage[0] == "dual_search" else "/".join(stage)
     weights = finished / "models" / folder / "model.safetensors"
     expected = weights.read_bytes()

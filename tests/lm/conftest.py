@@ -15,4 +15,6 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="session")
 def resources() -> Resources:
     """A CPU and fp32."""
-    return load_resources(ROOT / "params.yaml").model_copy(update={"device": "cpu", "precision": "fp32"})
+    return load_resources(ROOT / "params.yaml").model_copy(
+        update={"device": "cpu", "precision": "fp32"}
+    )

@@ -1,4 +1,6 @@
-"""Four tiny stages in one process: python -m tests.lm.seeded_runs FOLDER, which holds what they read."""
+"""Four tiny stages in one process: python -m tests.lm.seeded_runs FOLDER, which holds what they
+read.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,12 @@ def run_of(cls: Any, item: str | None, **changes: Any) -> Run[Any]:
     """A run of a stage for three steps, with these changes of its section."""
     params = load(cls, ROOT / "params.yaml")
     training = params.training.model_copy(update=STEPS)
-    resources = load_resources(ROOT / "params.yaml").model_copy(update={"device": "cpu", "precision": "fp32"})
-    return Run(cls.section, item, params.model_copy(update={"training": training, **changes}), resources)
+    resources = load_resources(ROOT / "params.yaml").model_copy(
+        update={"device": "cpu", "precision": "fp32"}
+    )
+    return Run(
+        cls.section, item, params.model_copy(update={"training": training, **changes}), resources
+    )
 
 
 def main(folder: Path) -> None:

@@ -1,4 +1,6 @@
-"""Weights are all there, whole and finite, or an error in one line says which folder or file is not, and what to do."""
+"""Weights are all there, whole and finite, or an error in one line says which folder or file is
+not, and what to do.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,15 @@ SMALL = {
 }
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SMALL),
-    "gpt2": GPT2Config(vocab_size=96, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2),
+    "gpt2": GPT2Config(
+        vocab_size=96,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
     "qwen2": Qwen2Config(**SMALL),
     "qwen3": Qwen3Config(**SMALL),
     "gemma2": Gemma2Config(**SMALL, query_pre_attn_scalar=8),
@@ -75,7 +85,11 @@ def refusal(path: Path, resources: Resources, kind: type[Exception] = ModelError
     with pytest.raises(kind) as caught:
         models.load_policy(path, resources)
     message = str(caught.value)
-    assert message.startswith(str(path)) and "\n" not in message and len(message.removeprefix(str(path))) < 500
+    assert (
+        message.startswith(str(path))
+        and "\n" not in message
+        and len(message.removeprefix(str(path))) < 500
+    )
     return message.removeprefix(str(path))
 
 
@@ -90,16 +104,20 @@ def change_json(file: Path, **values: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-# --- what loads -------------------------------------------------------------------------------------------------------
+# --- what loads -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_weight_of_an_architecture_comes_back(tmp_path: Path, resources: Resources, name: str) -> None:
+def test_every_weight_of_an_architecture_comes_back(
+    tmp_path: Path, resources: Resources, name: str
+) -> None:
     model = built(name)
     model.save_pretrained(tmp_path)
     loaded = models.load_policy(tmp_path, resources)
     assert loaded.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(weight, model.state_dict()[key]) for key, weight in loaded.state_dict().items())
+    assert all(
+        torch.equal(weight, model.state_dict()[key]) for key, weight in loaded.state_dict().items()
+    )
     assert loading.context_of(loaded) == 64
     stored = loading.load_model(AutoModelForCausalLM, tmp_path, dtype=torch.bfloat16)
     assert stored.dtype == torch.bfloat16
@@ -110,7 +128,9 @@ def test_shards_load_as_one_file_does(tmp_path: Path, resources: Resources) -> N
     model.save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     loaded = models.load_policy(tmp_path, resources)
-    assert all(torch.equal(weight, model.state_dict()[key]) for key, weight in loaded.state_dict().items())
+    assert all(
+        torch.equal(weight, model.state_dict()[key]) for key, weight in loaded.state_dict().items()
+    )
 
 
 def test_a_bin_file_loads(llama: Path, resources: Resources) -> None:
@@ -124,25 +144,35 @@ def test_the_head_of_a_scorer_is_reported_where_it_is_fresh(llama: Path) -> None
     scorer, missing = loading.load_reported(AutoModelForSequenceClassification, llama, **options)
     assert missing == ["score.weight"] and scorer.score.weight.shape == (1, 16)
     scorer.save_pretrained(llama.parent / "scorer")
-    _, missing = loading.load_reported(AutoModelForSequenceClassification, llama.parent / "scorer", **options)
+    _, missing = loading.load_reported(
+        AutoModelForSequenceClassification, llama.parent / "scorer", **options
+    )
     assert missing == []
 
 
 def test_a_head_of_another_width_is_refused(llama: Path) -> None:
     options = {"dtype": torch.float32, "fresh": ("score.",)}
-    three, _ = loading.load_reported(AutoModelForSequenceClassification, llama, num_labels=3, **options)
+    three, _ = loading.load_reported(
+        AutoModelForSequenceClassification, llama, num_labels=3, **options
+    )
     three.save_pretrained(llama.parent / "three")
     with pytest.raises(ModelError, match=r"score\.weight have other shapes"):
-        loading.load_reported(AutoModelForSequenceClassification, llama.parent / "three", num_labels=1, **options)
+        loading.load_reported(
+            AutoModelForSequenceClassification, llama.parent / "three", num_labels=1, **options
+        )
 
 
-# --- weights that are not there, or not these -------------------------------------------------------------------------
+# --- weights that are not there, or not these -----------------------------------------------------
 
 
 def test_missing_weights_are_named(llama: Path, resources: Resources) -> None:
-    change_weights(llama, lambda state: [state.pop(key) for key in list(state) if "layers.1.mlp" in key])
+    change_weights(
+        llama, lambda state: [state.pop(key) for key in list(state) if "layers.1.mlp" in key]
+    )
     said = refusal(llama, resources)
-    assert said.startswith(": the checkpoint lacks model.layers.1.mlp.down_proj.weight, model.layers.1.mlp.gate_proj")
+    assert said.startswith(
+        ": the checkpoint lacks model.layers.1.mlp.down_proj.weight, model.layers.1.mlp.gate_proj"
+    )
     assert said.endswith("which would be random; take the whole checkpoint")
 
 
@@ -150,8 +180,13 @@ def test_weights_of_another_architecture_are_named(llama: Path, resources: Resou
     built("gpt2").save_pretrained(llama.parent / "gpt2")
     (llama.parent / "gpt2" / "model.safetensors").replace(llama / "model.safetensors")
     said = refusal(llama, resources)
-    assert "the checkpoint lacks" in said and "and 18 more, which would be random; it holds " in said
-    assert "transformer.h.0" in said and "so the weights may be another model's; take the whole" in said
+    assert (
+        "the checkpoint lacks" in said and "and 18 more, which would be random; it holds " in said
+    )
+    assert (
+        "transformer.h.0" in said
+        and "so the weights may be another model's; take the whole" in said
+    )
 
 
 def test_weights_of_other_shapes_are_named(llama: Path, resources: Resources) -> None:
@@ -167,31 +202,45 @@ def test_weights_that_are_not_finite_are_named(llama: Path, resources: Resources
     assert refusal(llama, resources).startswith(": model.norm.weight hold NaN or infinite weights")
 
 
-# --- files that are damaged -------------------------------------------------------------------------------------------
+# --- files that are damaged -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, -1000, -1])
 def test_a_file_that_is_cut_short_is_named(llama: Path, resources: Resources, keep: int) -> None:
     file = llama / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    assert refusal(llama, resources) == "/model.safetensors: is cut short or damaged; download it again"
+    assert (
+        refusal(llama, resources)
+        == "/model.safetensors: is cut short or damaged; download it again"
+    )
 
 
 def test_a_file_of_noise_is_named(llama: Path, resources: Resources) -> None:
     (llama / "model.safetensors").write_bytes(b"<html>not found</html>" * 40)
-    assert refusal(llama, resources) == "/model.safetensors: is cut short or damaged; download it again"
+    assert (
+        refusal(llama, resources)
+        == "/model.safetensors: is cut short or damaged; download it again"
+    )
 
 
 @pytest.mark.parametrize("cut", [True, False])
-def test_a_shard_that_is_cut_or_gone_is_named(tmp_path: Path, resources: Resources, cut: bool) -> None:
+def test_a_shard_that_is_cut_or_gone_is_named(
+    tmp_path: Path, resources: Resources, cut: bool
+) -> None:
     built("llama").save_pretrained(tmp_path, max_shard_size="8KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
     if cut:
         shard.write_bytes(shard.read_bytes()[:-10])
-        assert refusal(tmp_path, resources) == f"/{shard.name}: is cut short or damaged; download it again"
+        assert (
+            refusal(tmp_path, resources)
+            == f"/{shard.name}: is cut short or damaged; download it again"
+        )
     else:
         shard.unlink()
-        said = f"/{shard.name}: is missing, though model.safetensors.index.json names it; download it again"
+        said = (
+            f"/{shard.name}: is missing, though model.safetensors.index.json names it; download it"
+            " again"
+        )
         assert refusal(tmp_path, resources) == said
 
 
@@ -199,8 +248,9 @@ def test_a_shard_that_is_cut_or_gone_is_named(tmp_path: Path, resources: Resourc
 def test_a_pointer_of_git_lfs_is_named(llama: Path, resources: Resources, name: str) -> None:
     (llama / "model.safetensors").unlink()
     (llama / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    assert refusal(llama, resources) == (
-        f"/{name}: is a git-lfs pointer and not the weights; run git lfs pull in that folder"
+    assert (
+        refusal(llama, resources)
+        == f"/{name}: is a git-lfs pointer and not the weights; run git lfs pull in that folder"
     )
 
 
@@ -214,16 +264,20 @@ def test_a_bin_file_that_is_cut_short_is_refused(llama: Path, resources: Resourc
 def test_a_folder_without_weights_is_refused(llama: Path, resources: Resources) -> None:
     (llama / "model.safetensors").unlink()
     said = refusal(llama, resources)
-    assert said.startswith(": cannot be loaded as a causal language model (") and "model.safetensors" in said
+    assert (
+        said.startswith(": cannot be loaded as a causal language model (")
+        and "model.safetensors" in said
+    )
 
 
-# --- models that are not for training, or not of transformers ---------------------------------------------------------
+# --- models that are not for training, or not of transformers -------------------------------------
 
 
 def test_a_quantised_base_is_refused(llama: Path, resources: Resources) -> None:
     change_json(llama / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    assert refusal(llama, resources) == (
-        ": the weights are quantised (gptq) and cannot be trained; take the unquantised ones"
+    assert (
+        refusal(llama, resources)
+        == ": the weights are quantised (gptq) and cannot be trained; take the unquantised ones"
     )
 
 
@@ -231,7 +285,9 @@ def test_a_quantised_base_is_refused(llama: Path, resources: Resources) -> None:
 def test_code_of_a_models_own_is_neither_asked_for_nor_run(
     llama: Path, resources: Resources, monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
-    """Code of its own for an architecture that transformers has is left alone; another's is refused."""
+    """Code of its own for an architecture that transformers has is left alone; another's is
+    refused.
+    """
     marker = llama / "ran"
     (llama / "custom.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
     own = {
@@ -244,7 +300,9 @@ def test_code_of_a_models_own_is_neither_asked_for_nor_run(
     if model_type == "llama":
         models.load_policy(llama, resources)
     else:
-        assert refusal(llama, resources).startswith(": the model needs code of its own repository, which dualign never")
+        assert refusal(llama, resources).startswith(
+            ": the model needs code of its own repository, which dualign never"
+        )
     with pytest.raises(ModelError):
         models.load_tokenizer(llama)
     assert not marker.exists()
@@ -255,7 +313,7 @@ def test_a_model_of_another_kind_is_refused(llama: Path, resources: Resources) -
     assert refusal(llama, resources).startswith(": cannot be loaded as a causal language model (")
 
 
-# --- adapters ---------------------------------------------------------------------------------------------------------
+# --- adapters -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -266,20 +324,28 @@ def adapter(llama: Path, resources: Resources) -> Path:
     return folder
 
 
-def test_an_adapter_of_a_base_of_another_shape_is_refused(adapter: Path, llama: Path, resources: Resources) -> None:
+def test_an_adapter_of_a_base_of_another_shape_is_refused(
+    adapter: Path, llama: Path, resources: Resources
+) -> None:
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(LlamaConfig(**SMALL | {"intermediate_size": 32})).save_pretrained(llama)
+    AutoModelForCausalLM.from_config(
+        LlamaConfig(**SMALL | {"intermediate_size": 32})
+    ).save_pretrained(llama)
     assert refusal(adapter, resources).startswith(": the adapter does not fit its base (")
 
 
-def test_an_adapter_of_other_modules_is_refused(adapter: Path, llama: Path, resources: Resources) -> None:
+def test_an_adapter_of_other_modules_is_refused(
+    adapter: Path, llama: Path, resources: Resources
+) -> None:
     for file in llama.iterdir():
         file.unlink()
     built("gpt2").save_pretrained(llama)
     assert refusal(adapter, resources).startswith(": the adapter does not fit its base (")
 
 
-def test_an_adapter_without_some_of_its_weights_is_refused(adapter: Path, resources: Resources) -> None:
+def test_an_adapter_without_some_of_its_weights_is_refused(
+    adapter: Path, resources: Resources
+) -> None:
     file = adapter / "adapter_model.safetensors"
     state = load_file(file)
     save_file({key: weight for key, weight in state.items() if "layers.1" not in key}, file)
@@ -287,18 +353,30 @@ def test_an_adapter_without_some_of_its_weights_is_refused(adapter: Path, resour
     assert said.startswith(": the adapter does not fit its base (") and "layers.1" in said
 
 
-def test_an_adapter_whose_base_has_fewer_layers_is_refused(adapter: Path, llama: Path, resources: Resources) -> None:
+def test_an_adapter_whose_base_has_fewer_layers_is_refused(
+    adapter: Path, llama: Path, resources: Resources
+) -> None:
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(LlamaConfig(**SMALL | {"num_hidden_layers": 1})).save_pretrained(llama)
+    AutoModelForCausalLM.from_config(
+        LlamaConfig(**SMALL | {"num_hidden_layers": 1})
+    ).save_pretrained(llama)
     said = refusal(adapter, resources)
-    assert said.startswith(": the adapter does not fit its base, which has no place for ") and "layers.1" in said
+    assert (
+        said.startswith(": the adapter does not fit its base, which has no place for ")
+        and "layers.1" in said
+    )
 
 
-def test_an_adapter_that_is_cut_short_or_not_finite_is_named(adapter: Path, resources: Resources) -> None:
+def test_an_adapter_that_is_cut_short_or_not_finite_is_named(
+    adapter: Path, resources: Resources
+) -> None:
     file = adapter / "adapter_model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-10])
-    assert refusal(adapter, resources) == "/adapter_model.safetensors: is cut short or damaged; download it again"
+    assert (
+        refusal(adapter, resources)
+        == "/adapter_model.safetensors: is cut short or damaged; download it again"
+    )
     file.write_bytes(whole)
     state = load_file(file)
     next(iter(state.values())).fill_(float("inf"))
@@ -306,40 +384,58 @@ def test_an_adapter_that_is_cut_short_or_not_finite_is_named(adapter: Path, reso
     assert "hold NaN or infinite weights" in refusal(adapter, resources)
 
 
-def test_an_adapter_whose_base_is_gone_names_the_base(adapter: Path, llama: Path, resources: Resources) -> None:
+def test_an_adapter_whose_base_is_gone_names_the_base(
+    adapter: Path, llama: Path, resources: Resources
+) -> None:
     llama.rename(llama.parent / "elsewhere")
     with pytest.raises(ModelError, match=rf"^{llama}: no such model folder"):
         models.load_policy(adapter, resources)
     change_json(adapter / "adapter_config.json", base_model_name_or_path=None)
     with pytest.raises(
-        DataError, match=r"/adapter_config\.json: base_model_name_or_path: input should be a valid string"
+        DataError,
+        match=r"/adapter_config\.json: base_model_name_or_path: input should be a valid string",
     ):
         models.load_policy(adapter, resources)
 
 
-def test_lora_targets_that_a_model_lacks_are_told_with_those_it_has(llama: Path, resources: Resources) -> None:
+def test_lora_targets_that_a_model_lacks_are_told_with_those_it_has(
+    llama: Path, resources: Resources
+) -> None:
     lora = LORA.model_copy(update={"target_modules": ["c_attn"]})
-    with pytest.raises(ParamsError, match=r"^lora\.target_modules \['c_attn'\] .*has .*k_proj.*or write all-linear$"):
+    with pytest.raises(
+        ParamsError,
+        match=r"^lora\.target_modules \['c_attn'\] .*has .*k_proj.*or write all-linear$",
+    ):
         models.with_lora(models.load_policy(llama, resources), lora, 0)
 
 
-def test_a_gpt2_that_has_no_linear_modules_takes_adapters(tmp_path: Path, resources: Resources) -> None:
+def test_a_gpt2_that_has_no_linear_modules_takes_adapters(
+    tmp_path: Path, resources: Resources
+) -> None:
     built("gpt2").save_pretrained(tmp_path)
     adapted = models.with_lora(models.load_policy(tmp_path, resources), LORA, 0)
     assert any("c_attn.lora_A" in name for name, _ in adapted.named_parameters())
     lora = LORA.model_copy(update={"target_modules": ["q_proj"]})
-    with pytest.raises(ParamsError, match=r"has c_attn, c_fc, c_proj, lm_head; or write all-linear"):
+    with pytest.raises(
+        ParamsError, match=r"has c_attn, c_fc, c_proj, lm_head; or write all-linear"
+    ):
         models.with_lora(models.load_policy(tmp_path, resources), lora, 0)
 
 
-# --- settings and context ---------------------------------------------------------------------------------------------
+# --- settings and context -------------------------------------------------------------------------
 
 
 def test_settings_of_sampling_that_cannot_be_saved_are_left_out(
     llama: Path, resources: Resources, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As some bases ship: a temperature for a sampler that is switched off."""
-    settings = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "bos_token_id": 1, "eos_token_id": [2, 5]}
+    settings = {
+        "do_sample": False,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "bos_token_id": 1,
+        "eos_token_id": [2, 5],
+    }
     (llama / "generation_config.json").write_text(json.dumps(settings))
     tokenizer = byte_level(CHATS["zephyr"])
     tokenizer.pad_token = "<unk>"
@@ -358,19 +454,28 @@ def test_a_context_that_is_too_short_is_told() -> None:
     model = built("llama")
     loading.check_context(model, 64, "sft.training.max_length")
     with pytest.raises(
-        ParamsError, match=r"^sft\.training\.max_length: 65 tokens, but the context .* is 64; lower it$"
+        ParamsError,
+        match=r"^sft\.training\.max_length: 65 tokens, but the context .* is 64; lower it$",
     ):
         loading.check_context(model, 65, "sft.training.max_length")
     loading.check_context(torch.nn.Linear(1, 1), 10**9, "x")
 
 
-def test_transformers_prints_no_report_of_its_own(llama: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """What is missing is said once, by us: a stage's log holds no table of transformers beside it."""
+def test_transformers_prints_no_report_of_its_own(
+    llama: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What is missing is said once, by us: a stage's log holds no table of transformers beside
+    it.
+    """
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # as a stage does
     try:
         loading.load_model(
-            AutoModelForSequenceClassification, llama, dtype=torch.float32, fresh=("score.",), num_labels=1
+            AutoModelForSequenceClassification,
+            llama,
+            dtype=torch.float32,
+            fresh=("score.",),
+            num_labels=1,
         )
         change_weights(llama, lambda state: state.pop("model.norm.weight"))
         with pytest.raises(ModelError):
@@ -381,11 +486,13 @@ def test_transformers_prints_no_report_of_its_own(llama: Path, capfd: pytest.Cap
     assert "LOAD REPORT" not in told and not re.search(r"MISSING|newly initialized", told)
 
 
-# --- GGUF -------------------------------------------------------------------------------------------------------------
+# --- GGUF -----------------------------------------------------------------------------------------
 
 
 def write_gguf(gguf: Any, model: PreTrainedModel, file: Path) -> None:
-    """A Llama's weights as llama.cpp writes them: other names, and rows of q and k in another order."""
+    """A Llama's weights as llama.cpp writes them: other names, and rows of q and k in another
+    order.
+    """
     config = model.config
     writer = gguf.GGUFWriter(str(file), "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -413,7 +520,9 @@ def write_gguf(gguf: Any, model: PreTrainedModel, file: Path) -> None:
     writer.close()
 
 
-def test_weights_of_a_gguf_file_come_back_and_can_be_saved(tmp_path: Path, resources: Resources) -> None:
+def test_weights_of_a_gguf_file_come_back_and_can_be_saved(
+    tmp_path: Path, resources: Resources
+) -> None:
     gguf = pytest.importorskip("gguf")
     model = built("llama").eval()
     write_gguf(gguf, model, tmp_path / "tiny.gguf")
@@ -426,7 +535,9 @@ def test_weights_of_a_gguf_file_come_back_and_can_be_saved(tmp_path: Path, resou
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
 
 
-def test_a_gguf_file_that_is_cut_short_or_gone_is_refused(tmp_path: Path, resources: Resources) -> None:
+def test_a_gguf_file_that_is_cut_short_or_gone_is_refused(
+    tmp_path: Path, resources: Resources
+) -> None:
     gguf = pytest.importorskip("gguf")
     file = tmp_path / "tiny.gguf"
     write_gguf(gguf, built("llama"), file)

@@ -40,7 +40,13 @@ from tests.written import solved
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [answer.text for prompt in world.prompts()[::500] for answer in world.answers(prompt)]
 SCRATCH = ScratchParams(
-    tokenizer="train", vocab_size=320, hidden_size=32, layers=2, heads=4, intermediate_size=48, context=64
+    tokenizer="train",
+    vocab_size=320,
+    hidden_size=32,
+    layers=2,
+    heads=4,
+    intermediate_size=48,
+    context=64,
 )
 LORA = LoraParams(rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
 IDS = torch.tensor([[7, 20, 33, 46, 59, 72]])
@@ -76,10 +82,12 @@ def one_line(caught: pytest.ExceptionInfo[ModelError]) -> str:
     return message
 
 
-# --- tokenizers -------------------------------------------------------------------------------------------------------
+# --- tokenizers -----------------------------------------------------------------------------------
 
 
-def test_a_trained_tokenizer_is_the_same_every_time_and_knows_its_text(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_trained_tokenizer_is_the_same_every_time_and_knows_its_text(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     again = models.train_tokenizer(TEXTS, 320)
     assert again.get_vocab() == tokenizer.get_vocab() and len(tokenizer) == 320
     for text in (TEXTS[0], "never seen: Zürich 🙂"):
@@ -87,9 +95,15 @@ def test_a_trained_tokenizer_is_the_same_every_time_and_knows_its_text(tokenizer
     assert len(tokenizer(TEXTS[0])["input_ids"]) < len(TEXTS[0])
 
 
-def test_pad_and_end_are_tokens_of_their_own(tokenizer: PreTrainedTokenizerBase, policy: Path) -> None:
+def test_pad_and_end_are_tokens_of_their_own(
+    tokenizer: PreTrainedTokenizerBase, policy: Path
+) -> None:
     for one in (tokenizer, models.load_tokenizer(policy)):
-        assert one.pad_token_id != one.eos_token_id and one.eos_token_id is not None and one.pad_token_id is not None
+        assert (
+            one.pad_token_id != one.eos_token_id
+            and one.eos_token_id is not None
+            and one.pad_token_id is not None
+        )
         assert one.chat_template
 
 
@@ -99,7 +113,9 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "nowhere") in one_line(caught)
 
 
-def test_a_base_without_tokenizer_is_refused_in_one_line(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_base_without_tokenizer_is_refused_in_one_line(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     build(tokenizer).save_pretrained(tmp_path / "bare")
     with pytest.raises(ModelError, match=r"no usable tokenizer .*put tokenizer\.json") as caught:
         models.load_tokenizer(tmp_path / "bare")
@@ -131,7 +147,9 @@ def test_a_tokenizer_without_eos_is_completed_or_refused(
     one_line(caught)
 
 
-def test_a_chat_template_may_be_given_kept_or_added(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_chat_template_may_be_given_kept_or_added(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     tokenizer.save_pretrained(tmp_path)
     assert models.load_tokenizer(tmp_path).chat_template == tokenizer.chat_template
     given = tmp_path / "mine.jinja"
@@ -147,14 +165,17 @@ def test_a_chat_template_may_be_given_kept_or_added(tmp_path: Path, tokenizer: P
     assert models.load_tokenizer(tmp_path).chat_template == PLAIN_TEMPLATE
 
 
-# --- policies ---------------------------------------------------------------------------------------------------------
+# --- policies -------------------------------------------------------------------------------------
 
 
 def test_a_scratch_model_depends_on_its_seed_alone(tokenizer: PreTrainedTokenizerBase) -> None:
     one, same, other = (models.build_scratch(SCRATCH, tokenizer, seed) for seed in (1, 1, 2))
     assert torch.equal(logits(one), logits(same)) and not torch.equal(logits(one), logits(other))
     assert logits(one).shape == (1, 6, len(tokenizer))
-    assert (one.config.pad_token_id, one.config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    assert (one.config.pad_token_id, one.config.eos_token_id) == (
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+    )
     assert (one.config.num_hidden_layers, one.config.hidden_size) == (2, 32)
 
 
@@ -171,7 +192,10 @@ def test_a_saved_policy_comes_back_and_forgets_where_it_was(
 
 
 def test_precision_follows_the_params(policy: Path, resources: Resources) -> None:
-    assert models.load_policy(policy, resources.model_copy(update={"precision": "bf16"})).dtype == torch.bfloat16
+    assert (
+        models.load_policy(policy, resources.model_copy(update={"precision": "bf16"})).dtype
+        == torch.bfloat16
+    )
     assert models.precision_of(resources.model_copy(update={"precision": "auto"})) == torch.float32
 
 
@@ -182,16 +206,24 @@ def test_a_gpu_that_is_not_there_is_named(resources: Resources) -> None:
     assert models.device_of(resources.model_copy(update={"device": "auto"})).type == "cpu"
 
 
-@pytest.mark.parametrize("content", [None, {}, {"config.json": "{}"}, {"config.json": '{"model_type": "llama"}'}])
+@pytest.mark.parametrize(
+    "content", [None, {}, {"config.json": "{}"}, {"config.json": '{"model_type": "llama"}'}]
+)
 def test_a_folder_without_a_model_is_refused_in_one_line(
-    tmp_path: Path, resources: Resources, tokenizer: PreTrainedTokenizerBase, content: dict[str, str] | None
+    tmp_path: Path,
+    resources: Resources,
+    tokenizer: PreTrainedTokenizerBase,
+    content: dict[str, str] | None,
 ) -> None:
     folder = tmp_path / "model"
     if content is not None:
         folder.mkdir()
         for name, text in content.items():
             (folder / name).write_text(text)
-    for load in (models.load_policy, lambda path, how: models.load_scorer_backbone(str(path), tokenizer, how, 0)):
+    for load in (
+        models.load_policy,
+        lambda path, how: models.load_scorer_backbone(str(path), tokenizer, how, 0),
+    ):
         with pytest.raises(ModelError) as caught:
             load(folder, resources)
         assert one_line(caught).startswith(f"{folder}: ")
@@ -203,7 +235,9 @@ def test_a_hub_id_that_cannot_be_reached_is_named(resources: Resources) -> None:
     one_line(caught)
 
 
-def test_a_new_pad_token_gets_a_row_and_the_old_rows_stay(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_new_pad_token_gets_a_row_and_the_old_rows_stay(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     model, larger = build(tokenizer), models.train_tokenizer(TEXTS, 320)
     before = logits(model)
     larger.add_special_tokens({"pad_token": "<|another|>"})
@@ -213,7 +247,7 @@ def test_a_new_pad_token_gets_a_row_and_the_old_rows_stay(tokenizer: PreTrainedT
     assert model.config.pad_token_id == model.generation_config.pad_token_id == 320
 
 
-# --- adapters ---------------------------------------------------------------------------------------------------------
+# --- adapters -------------------------------------------------------------------------------------
 
 
 def stir(model: torch.nn.Module) -> None:
@@ -260,10 +294,12 @@ def test_adapters_come_back_on_their_base_and_can_be_trained_further(
     assert torch.allclose(logits(whole), expected, atol=1e-4)
 
 
-# --- scorers ----------------------------------------------------------------------------------------------------------
+# --- scorers --------------------------------------------------------------------------------------
 
 
-def test_a_fresh_scorer_scores_zero(policy: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources) -> None:
+def test_a_fresh_scorer_scores_zero(
+    policy: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources
+) -> None:
     model = models.load_scorer_backbone(str(policy), tokenizer, resources, seed=1)
     assert model(input_ids=IDS).logits.tolist() == [[0.0]]
     assert model.config.pad_token_id == tokenizer.pad_token_id
@@ -272,7 +308,7 @@ def test_a_fresh_scorer_scores_zero(policy: Path, tokenizer: PreTrainedTokenizer
     assert any("score" in name for name in trained) and any("lora_" in name for name in trained)
 
 
-# --- a genuine model --------------------------------------------------------------------------------------------------
+# --- a genuine model ------------------------------------------------------------------------------
 
 
 def test_a_genuine_llama_loads_and_samples_words(real_data: Path, resources: Resources) -> None:
@@ -283,28 +319,42 @@ def test_a_genuine_llama_loads_and_samples_words(real_data: Path, resources: Res
     model = models.load_policy(folder, resources)
     models.fit_vocabulary(model, tokenizer)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    prompts = encode_prompts(tokenizer, [user("Once upon a time"), user("Tell me a story about a little dog.")])
+    prompts = encode_prompts(
+        tokenizer, [user("Once upon a time"), user("Tell me a story about a little dog.")]
+    )
     drawn = sample(model, tokenizer, prompts, count=3, max_new_tokens=20, batch_size=6, seed=0)
     assert [one.prompt for one in drawn] == [0, 0, 0, 1, 1, 1]
     assert all(any(c.isalpha() for c in one.text) for one in drawn)
-    assert all(token < model.get_input_embeddings().num_embeddings for one in drawn for token in one.tokens)
+    assert all(
+        token < model.get_input_embeddings().num_embeddings for one in drawn for token in one.tokens
+    )
 
 
-# --- the same seed ----------------------------------------------------------------------------------------------------
+# --- the same seed --------------------------------------------------------------------------------
 
 
 def workspace(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """What the stages of `seeded_runs` read: a base, one without a pad token, supervised rows and pairs."""
+    """What the stages of `seeded_runs` read: a base, one without a pad token, supervised rows and
+    pairs.
+    """
     long = SCRATCH.model_copy(update={"context": 128})
     models.save(models.build_scratch(long, tokenizer, 0), tokenizer, folder / "base/lora")
     padless = byte_level(CHATS["reasoner"])
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(padless), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=256,
-    )).save_pretrained(folder / "base/grown")  # fmt: skip
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(padless),
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=256,
+        )
+    ).save_pretrained(folder / "base/grown")
     padless.save_pretrained(folder / "base/grown")
     pairs = pair_rows("better_response_id")
-    kept = {name: [row[name] for row in pairs] for name in ("prompt_id", "prompt", "source", "split")}
+    kept = {
+        name: [row[name] for row in pairs] for name in ("prompt_id", "prompt", "source", "split")
+    }
     rows = pd.DataFrame(kept).assign(response=[row["chosen"] for row in pairs])
     prepared = folder / "data/prepared"
     write_parquet(prepared / "sft.parquet", rows.to_dict("records"), SFT)
@@ -316,25 +366,40 @@ def workspace(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
 
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of the models by name."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and "sft" not in path.parts]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    files = [
+        path for path in sorted(folder.rglob("*")) if path.is_file() and "sft" not in path.parts
+    ]
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
-def test_two_processes_write_the_same_bytes(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Adapters and rows for new tokens are drawn from the seed, and nothing depends on the order of a set."""
+def test_two_processes_write_the_same_bytes(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Adapters and rows for new tokens are drawn from the seed, and nothing depends on the order of
+    a set.
+    """
     first = workspace(tmp_path / "first", tokenizer)
     shutil.copytree(first, tmp_path / "second")
     running = []
     for seed, name in enumerate(("first", "second")):
         environment = os.environ | {"PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "tests.lm.seeded_runs", str(tmp_path / name)]
-        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL))
+        running.append(
+            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        )
     assert [process.wait(timeout=300) for process in running] == [0, 0]
     one, other = (digests(tmp_path / name / "models") for name in ("first", "second"))
     assert one == other
     written = {f"{name}/model.safetensors" for name in ("lora", "grown")}
-    written |= {f"{name}/adapter_model.safetensors" for name in ("reward_dpo/helpful", "safety_dpo/alone")}
+    written |= {
+        f"{name}/adapter_model.safetensors" for name in ("reward_dpo/helpful", "safety_dpo/alone")
+    }
     assert written <= one.keys()
     grown = json.loads((tmp_path / "first/models/grown/config.json").read_text())
-    assert grown["vocab_size"] == 448 and load_file(tmp_path / "first/models/grown/model.safetensors")
+    assert grown["vocab_size"] == 448 and load_file(
+        tmp_path / "first/models/grown/model.safetensors"
+    )
     assert not (tmp_path / "first/models/reward_dpo/helpful/ref").exists()

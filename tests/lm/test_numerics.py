@@ -1,4 +1,6 @@
-"""Log-probabilities by chunks are those of all logits at once, and a policy before its first step is its reference."""
+"""Log-probabilities by chunks are those of all logits at once, and a policy before its first step
+is its reference.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,13 @@ SMALL = {
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SMALL),
     "gpt2": GPT2Config(
-        vocab_size=90, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.4, bos_token_id=1,
+        vocab_size=90,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        initializer_range=0.4,
+        bos_token_id=1,
         eos_token_id=2,
     ),
     "qwen3": Qwen3Config(**SMALL),
@@ -60,7 +68,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "granite": GraniteConfig(**SMALL, logits_scaling=3.0, embedding_multiplier=2.0),
     "cohere": CohereConfig(**SMALL, logit_scale=0.25),
     "cohere2": Cohere2Config(**SMALL, logit_scale=0.25),
-}  # fmt: skip
+}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,7 +83,9 @@ def built(name: str) -> PreTrainedModel:
 
 
 def rows() -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask and labels of three rows of different lengths, with answers that begin at different places."""
+    """Ids, mask and labels of three rows of different lengths, with answers that begin at different
+    places.
+    """
     ids = torch.randint(3, 90, (3, 12), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     labels = ids.clone()
@@ -89,7 +99,11 @@ def rows() -> tuple[Tensor, Tensor, Tensor]:
 def brute_force(model: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
     known = labels[:, 1:] != -100
-    found = torch.log_softmax(logits, -1).gather(-1, labels[:, 1:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    found = (
+        torch.log_softmax(logits, -1)
+        .gather(-1, labels[:, 1:].clamp(min=0).unsqueeze(-1))
+        .squeeze(-1)
+    )
     return (found * known).sum(1)
 
 
@@ -103,16 +117,28 @@ def short_training(**changes: Any) -> TrainingParams:
     """One step of four rows at a constant rate."""
     return TrainingParams(
         **{
-            "epochs": 1.0, "batch_size": 4, "learning_rate": 1e-3, "adam_beta2": 0.99, "warmup": 0.0,
-            "schedule": "constant", "weight_decay": 0.0, "max_length": 300, "max_steps": 1,
-        } | changes
-    )  # fmt: skip
+            "epochs": 1.0,
+            "batch_size": 4,
+            "learning_rate": 1e-3,
+            "adam_beta2": 0.99,
+            "warmup": 0.0,
+            "schedule": "constant",
+            "weight_decay": 0.0,
+            "max_length": 300,
+            "max_steps": 1,
+        }
+        | changes
+    )
 
 
 def gradients(model: Any, of: Callable[..., Tensor], given: Sequence[Tensor]) -> dict[str, Tensor]:
     model.zero_grad()
     (of(model, *given) * torch.tensor([1.0, -2.0, 0.5])).sum().backward()
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    return {
+        name: weight.grad.clone()
+        for name, weight in model.named_parameters()
+        if weight.grad is not None
+    }
 
 
 def stir(model: torch.nn.Module) -> None:
@@ -123,7 +149,7 @@ def stir(model: torch.nn.Module) -> None:
             weight.data = 0.2 * torch.randn(weight.shape, generator=generator)
 
 
-# --- the same numbers as of all logits at once ------------------------------------------------------------------------
+# --- the same numbers as of all logits at once ----------------------------------------------------
 
 
 @pytest.mark.parametrize("positions", [None, 1, 4])
@@ -146,15 +172,23 @@ def test_values_and_gradients_are_those_of_brute_force(
     given = rows()
     expected = gradients(model, brute_force, given)
     found = gradients(model, answer_log_probabilities, given)
-    assert torch.allclose(answer_log_probabilities(model, *given), brute_force(model, *given), atol=1e-5)
+    assert torch.allclose(
+        answer_log_probabilities(model, *given), brute_force(model, *given), atol=1e-5
+    )
     with torch.no_grad():
-        assert torch.allclose(answer_log_probabilities(model, *given), brute_force(model, *given), atol=1e-5)
+        assert torch.allclose(
+            answer_log_probabilities(model, *given), brute_force(model, *given), atol=1e-5
+        )
     assert found.keys() == expected.keys() and len(found) > 4
     for key, grad in found.items():
-        assert torch.allclose(grad, expected[key], atol=1e-5 * max(1.0, float(expected[key].abs().max()))), key
+        assert torch.allclose(
+            grad, expected[key], atol=1e-5 * max(1.0, float(expected[key].abs().max()))
+        ), key
 
 
-def test_a_model_that_makes_its_logits_in_another_way_is_refused(tmp_path: Path, resources: Resources) -> None:
+def test_a_model_that_makes_its_logits_in_another_way_is_refused(
+    tmp_path: Path, resources: Resources
+) -> None:
     """Twice the logits is what no setting of this architecture says."""
 
     class Louder(type(built("llama"))):  # type: ignore[misc]
@@ -166,7 +200,10 @@ def test_a_model_that_makes_its_logits_in_another_way_is_refused(tmp_path: Path,
     model = built("llama")
     numerics.check_head(model, "it")
     model.__class__ = Louder
-    with pytest.raises(ModelError, match=r"^it: Louder turns hidden states into logits in a way that dualign does not"):
+    with pytest.raises(
+        ModelError,
+        match=r"^it: Louder turns hidden states into logits in a way that dualign does not",
+    ):
         numerics.check_head(model, "it")
 
 
@@ -179,7 +216,7 @@ def test_a_row_without_an_answer_has_log_probability_zero() -> None:
     assert none.tolist() == [0, 0, 0]
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 class Largest(TorchDispatchMode):
@@ -189,7 +226,9 @@ class Largest(TorchDispatchMode):
         super().__init__()
         self.found = 0
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = operation(*args, **(kwargs or {}))
         for one in result if isinstance(result, tuple | list) else [result]:
             if isinstance(one, Tensor):
@@ -215,18 +254,25 @@ def test_no_tensor_is_larger_than_a_chunk_or_the_head(monkeypatch: pytest.Monkey
     assert largest(model, brute_force, given) >= 4 * 39 * 2000
 
 
-# --- bf16 -------------------------------------------------------------------------------------------------------------
+# --- bf16 -----------------------------------------------------------------------------------------
 
 TOKENS = 256
 
 
 def uneven() -> PreTrainedModel:
-    """A Llama whose next tokens are far from equally likely, with weights that bf16 does not hold."""
+    """A Llama whose next tokens are far from equally likely, with weights that bf16 does not
+    hold.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=2000, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=512, initializer_range=0.1,
-    )  # fmt: skip
+        vocab_size=2000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+    )
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -269,26 +315,34 @@ def check_first_log_ratios(folder: Path, resources: Resources) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_a_policy_before_its_first_step_is_its_reference(folder: Path, resources: Resources, precision: str) -> None:
+def test_a_policy_before_its_first_step_is_its_reference(
+    folder: Path, resources: Resources, precision: str
+) -> None:
     check_first_log_ratios(folder, resources.model_copy(update={"precision": precision}))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-def test_a_policy_before_its_first_step_is_its_reference_on_a_gpu(folder: Path, resources: Resources) -> None:
+def test_a_policy_before_its_first_step_is_its_reference_on_a_gpu(
+    folder: Path, resources: Resources
+) -> None:
     check_first_log_ratios(folder, in_bf16(resources, device="cuda"))
 
 
 def test_frozen_matrices_are_bf16_and_all_else_is_fp32(folder: Path, resources: Resources) -> None:
     frozen = models.load_policy(folder, in_bf16(resources))
-    assert all((weight.dtype == torch.bfloat16) == (weight.dim() > 1) for weight in frozen.parameters())
+    assert all(
+        (weight.dtype == torch.bfloat16) == (weight.dim() > 1) for weight in frozen.parameters()
+    )
     assert isinstance(frozen.lm_head, numerics.Fp32Head)
     assert frozen(torch.tensor([[5, 6]])).logits.dtype == torch.float32
     trained = models.load_policy(folder, in_bf16(resources), trained=True)
     assert {weight.dtype for weight in trained.parameters()} == {torch.float32}
     assert torch.equal(trained.lm_head.weight, uneven().lm_head.weight)
     seen: list[torch.dtype] = []
-    trained.model.layers[1].register_forward_hook(lambda module, given, output: seen.append(given[0].dtype))
+    trained.model.layers[1].register_forward_hook(
+        lambda module, given, output: seen.append(given[0].dtype)
+    )
     trained(torch.tensor([[5, 6]]))
     assert seen == [torch.bfloat16]
     rounded = models.load_policy(folder, in_bf16(resources), trained=True, rounded=True)
@@ -296,10 +350,14 @@ def test_frozen_matrices_are_bf16_and_all_else_is_fp32(folder: Path, resources: 
     pure = models.load_policy(folder, in_bf16(resources, precision="pure_bf16"), trained=True)
     assert {weight.dtype for weight in pure.parameters()} == {torch.bfloat16}
     adapted = models.with_lora(frozen, LORA, 0)
-    assert {weight.dtype for weight in adapted.parameters() if weight.requires_grad} == {torch.float32}
+    assert {weight.dtype for weight in adapted.parameters() if weight.requires_grad} == {
+        torch.float32
+    }
 
 
-def test_a_small_adapter_is_not_lost_when_it_is_folded_in(folder: Path, resources: Resources) -> None:
+def test_a_small_adapter_is_not_lost_when_it_is_folded_in(
+    folder: Path, resources: Resources
+) -> None:
     adapted = models.with_lora(models.load_policy(folder, in_bf16(resources)), LORA, 0)
     before = adapted.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight.float().clone()
     for name, weight in adapted.named_parameters():
@@ -325,14 +383,21 @@ def test_a_copy_of_a_model_computes_what_the_model_did(folder: Path, resources: 
     assert not torch.equal(by_batches(model, given, 8), expected)
 
 
-def test_scores_are_the_same_whether_their_model_is_trained_or_not(folder: Path, resources: Resources) -> None:
+def test_scores_are_the_same_whether_their_model_is_trained_or_not(
+    folder: Path, resources: Resources
+) -> None:
     torch.manual_seed(0)
     heads = torch.randn(1, 64)
     tokenizer = padded_tokenizer()
     found = []
     for trained in (True, False):
-        model = models.load_scorer_backbone(str(folder), tokenizer, in_bf16(resources), 0, trained=trained)
-        assert isinstance(model.score, numerics.Fp32Score) and model.score.weight.dtype == torch.float32
+        model = models.load_scorer_backbone(
+            str(folder), tokenizer, in_bf16(resources), 0, trained=trained
+        )
+        assert (
+            isinstance(model.score, numerics.Fp32Score)
+            and model.score.weight.dtype == torch.float32
+        )
         model.score.weight.data = heads
         ids, mask, _ = long_rows(40)
         with torch.no_grad():
@@ -344,7 +409,9 @@ def test_scores_are_the_same_whether_their_model_is_trained_or_not(folder: Path,
 def test_the_first_step_of_a_training_run_begins_at_the_reference(
     folder: Path, resources: Resources, tmp_path: Path, rank: int
 ) -> None:
-    """As the trainer prepares the model, with gradient checkpointing: the loss is ln 2 and the log-ratio zero."""
+    """As the trainer prepares the model, with gradient checkpointing: the loss is ln 2 and the
+    log-ratio zero.
+    """
     own = in_bf16(resources, gradient_checkpointing=True, micro_batch_size=None, log_steps=1)
     ids, mask, labels = long_rows(0)
     ids[1::2, :16] = ids[::2, :16]
@@ -352,16 +419,21 @@ def test_the_first_step_of_a_training_run_begins_at_the_reference(
     column = by_batches(models.load_policy(folder, own), (ids, mask, labels), 3).tolist()
     answers = ids[:, 16:].tolist()
     prompts = ids[:, :16].tolist()
-    pairs = [Pair(prompts[i], answers[i], answers[i + 1], column[i], column[i + 1]) for i in range(0, 8, 2)]
+    pairs = [
+        Pair(prompts[i], answers[i], answers[i + 1], column[i], column[i + 1])
+        for i in range(0, 8, 2)
+    ]
     model = models.with_lora(
-        models.load_policy(folder, own, trained=rank == 0), LORA.model_copy(update={"rank": rank}), 0
+        models.load_policy(folder, own, trained=rank == 0),
+        LORA.model_copy(update={"rank": rank}),
+        0,
     )
     job = Job(short_training(), own, tmp_path, seed=1)
     metrics = train_pairwise(model, padded_tokenizer(), pairs, Inner(1.0, 1.0), job)
     assert abs(metrics["log_ratio"]) <= 0.02 and metrics["abs_logit"] <= 0.04
 
 
-# --- small steps ------------------------------------------------------------------------------------------------------
+# --- small steps ----------------------------------------------------------------------------------
 
 
 def change_of(folder: Path, resources: Resources, scratch: Path) -> Tensor:
@@ -375,20 +447,29 @@ def change_of(folder: Path, resources: Resources, scratch: Path) -> Tensor:
     return torch.cat([weight.detach().flatten().double() for weight in model.parameters()]) - before
 
 
-def test_fp32_masters_take_the_small_steps_of_fp32_training(folder: Path, resources: Resources, tmp_path: Path) -> None:
+def test_fp32_masters_take_the_small_steps_of_fp32_training(
+    folder: Path, resources: Resources, tmp_path: Path
+) -> None:
     start = tmp_path / "start"
     AutoModelForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(start)
-    own = resources.model_copy(update={"micro_batch_size": None, "log_steps": 40, "gradient_checkpointing": False})
+    own = resources.model_copy(
+        update={"micro_batch_size": None, "log_steps": 40, "gradient_checkpointing": False}
+    )
     changes = {
-        precision: change_of(start, own.model_copy(update={"precision": precision}), tmp_path / precision)
+        precision: change_of(
+            start, own.model_copy(update={"precision": precision}), tmp_path / precision
+        )
         for precision in ("fp32", "bf16", "pure_bf16")
     }
-    cosine = {name: torch.cosine_similarity(changes["fp32"], change, 0).item() for name, change in changes.items()}
+    cosine = {
+        name: torch.cosine_similarity(changes["fp32"], change, 0).item()
+        for name, change in changes.items()
+    }
     assert cosine["bf16"] >= 0.99, cosine
     assert cosine["pure_bf16"] < 0.9, cosine
 
 
-# --- dropout ----------------------------------------------------------------------------------------------------------
+# --- dropout --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -400,7 +481,12 @@ def test_an_adapters_dropout_is_on_as_asked_and_the_bases_is_off(
     model = models.with_lora(built(name), LORA.model_copy(update={"dropout": dropout}), 0)
     stir(model)
     prompt, first, second = [5, 6, 7], [8, 9, 2], [10, 11, 12, 2]
-    job = Job(short_training(batch_size=2), resources.model_copy(update={"micro_batch_size": None}), tmp_path, seed=1)
+    job = Job(
+        short_training(batch_size=2),
+        resources.model_copy(update={"micro_batch_size": None}),
+        tmp_path,
+        seed=1,
+    )
     trainer = pairwise_trainer(
         model, padded_tokenizer(), [Pair(prompt, first, second, 0.0, 0.0)] * 2, Inner(0.1, 0.1), job
     )
@@ -412,15 +498,19 @@ def test_an_adapters_dropout_is_on_as_asked_and_the_bases_is_off(
     base = [module.p for key, module in inside.named_modules()
             if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in key]  # fmt: skip
     assert all(p == 0 for p in base) and (name != "gpt2" or len(base) > 4)
-    adapters = [module for key, module in inside.named_modules() if key.endswith("lora_dropout.default")]
+    adapters = [
+        module for key, module in inside.named_modules() if key.endswith("lora_dropout.default")
+    ]
     own = {module.p for module in adapters if isinstance(module, torch.nn.Dropout)}
     assert own <= {dropout} and (dropout == 0 or own)
 
 
-# --- devices ----------------------------------------------------------------------------------------------------------
+# --- devices --------------------------------------------------------------------------------------
 
 
-def test_more_than_one_visible_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, resources: Resources) -> None:
+def test_more_than_one_visible_gpu_is_refused(
+    monkeypatch: pytest.MonkeyPatch, resources: Resources
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for count in (1, 2):
         monkeypatch.setattr(torch.cuda, "device_count", lambda found=count: found)
@@ -430,7 +520,8 @@ def test_more_than_one_visible_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, r
                 assert numerics.device_of(asked).type == "cuda"
                 continue
             with pytest.raises(
-                ModelError, match=r"^torch sees 2 GPUs, and a stage runs on one: .*CUDA_VISIBLE_DEVICES"
+                ModelError,
+                match=r"^torch sees 2 GPUs, and a stage runs on one: .*CUDA_VISIBLE_DEVICES",
             ):
                 numerics.device_of(asked)
         assert numerics.device_of(resources).type == "cpu"

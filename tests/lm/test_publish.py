@@ -1,4 +1,6 @@
-"""A policy that leaves the repository loads from wherever it is put, and is the policy that was measured."""
+"""A policy that leaves the repository loads from wherever it is put, and is the policy that was
+measured.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from dualign.data import world
 from dualign.lm import models
+from dualign.lm.merge import merge
 from dualign.lm.mixture import policy_at, write_mixture
 from dualign.lm.publish import ADAPTER, publish
 from dualign.params.base import LoraParams, Resources
 from dualign.params.models import ScratchParams
-from dualign.search.merge import merge
 
 TEXTS = [answer.text for prompt in world.prompts()[::500] for answer in world.answers(prompt)]
 SCRATCH = ScratchParams(
-    tokenizer="train", vocab_size=320, hidden_size=32, layers=2, heads=4, intermediate_size=48, context=64
+    tokenizer="train",
+    vocab_size=320,
+    hidden_size=32,
+    layers=2,
+    heads=4,
+    intermediate_size=48,
+    context=64,
 )
 LORA = LoraParams(rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
 IDS = torch.tensor([[7, 20, 33, 46, 59, 72]])
@@ -35,7 +43,9 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture
-def repository(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def repository(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """A working folder with models/sft, where the stages name their base by that relative path."""
     models.save(models.build_scratch(SCRATCH, tokenizer, 0), tokenizer, tmp_path / "models/sft")
     monkeypatch.chdir(tmp_path)
@@ -74,18 +84,26 @@ def test_an_adapter_leaves_as_whole_weights_that_load_anywhere(
     monkeypatch.chdir(elsewhere)
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained("mine")), expected, atol=1e-5)
     assert AutoTokenizer.from_pretrained("mine").chat_template == tokenizer.chat_template
-    assert all(tensor.dtype == torch.float32 for tensor in load_file("mine/model.safetensors").values())
+    assert all(
+        tensor.dtype == torch.float32 for tensor in load_file("mine/model.safetensors").values()
+    )
 
 
 def test_whole_weights_leave_as_they_are(repository: Path) -> None:
     publish(Path("models/sft"), Path("out"))
-    assert Path("out/model.safetensors").read_bytes() == Path("models/sft/model.safetensors").read_bytes()
+    assert (
+        Path("out/model.safetensors").read_bytes()
+        == Path("models/sft/model.safetensors").read_bytes()
+    )
 
 
 def test_a_mixture_leaves_with_every_component_whole(
     repository: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources
 ) -> None:
-    policies = [adapter(name, seed, tokenizer, resources) for seed, name in enumerate(("one", "two"), start=1)]
+    policies = [
+        adapter(name, seed, tokenizer, resources)
+        for seed, name in enumerate(("one", "two"), start=1)
+    ]
     write_mixture(policies, [0.5, 1.5], Path("mixed"))
     publish(Path("mixed"), Path("out"))
     shutil.rmtree("models/one")
@@ -99,7 +117,10 @@ def test_a_mixture_leaves_with_every_component_whole(
 def test_a_published_policy_merges_with_an_adapter_that_was_not(
     repository: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources, q: float
 ) -> None:
-    first, second = (adapter(name, seed, tokenizer, resources) for seed, name in enumerate(("one", "two"), start=1))
+    first, second = (
+        adapter(name, seed, tokenizer, resources)
+        for seed, name in enumerate(("one", "two"), start=1)
+    )
     publish(second, Path("models/published"))
     merge(first, second, q, Path("plain"))
     merge(first, Path("models/published"), q, Path("mixed"))

@@ -1,4 +1,6 @@
-"""Samples follow the model's own distribution, and log-probabilities are those of a plain forward pass."""
+"""Samples follow the model's own distribution, and log-probabilities are those of a plain forward
+pass.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,19 @@ from dualign.params.models import ScratchParams
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ScratchParams(
-    tokenizer="train", vocab_size=300, hidden_size=32, layers=2, heads=2, intermediate_size=48, context=64
+    tokenizer="train",
+    vocab_size=300,
+    hidden_size=32,
+    layers=2,
+    heads=2,
+    intermediate_size=48,
+    context=64,
 )
-QUESTIONS = ["How do I cook the rice at home?", "Why?", "How do I poison the pond with my kids, and then the lawn?"]
+QUESTIONS = [
+    "How do I cook the rice at home?",
+    "Why?",
+    "How do I poison the pond with my kids, and then the lawn?",
+]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,20 +70,27 @@ def next_token(model: torch.nn.Module, ids: list[int]) -> Tensor:
     return model(input_ids=torch.tensor([ids])).logits[0, -1].double().softmax(-1)
 
 
-# --- log-probabilities ------------------------------------------------------------------------------------------------
+# --- log-probabilities ----------------------------------------------------------------------------
 
 
 def naive(model: torch.nn.Module, prompt: list[int], answer: list[int]) -> float:
-    return sum(math.log(next_token(model, prompt + answer[:i])[token].item()) for i, token in enumerate(answer))
+    return sum(
+        math.log(next_token(model, prompt + answer[:i])[token].item())
+        for i, token in enumerate(answer)
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_log_probabilities_are_those_of_one_row_and_one_token_at_a_time(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    batch_size: int,
 ) -> None:
     """Whatever the batch and its padding, in the order of the rows given."""
     answers = encode_answers(
-        tokenizer, ["Stir it.", "You can warm it on low heat, then taste it.", "", "No.", "Just wait."]
+        tokenizer,
+        ["Stir it.", "You can warm it on low heat, then taste it.", "", "No.", "Just wait."],
     )
     rows = [prompts[i] for i in (0, 1, 2, 1, 0)]
     result = log_probabilities(model, tokenizer, rows, answers, batch_size=batch_size)
@@ -80,12 +99,18 @@ def test_log_probabilities_are_those_of_one_row_and_one_token_at_a_time(
     assert result.tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_an_adapter_is_scored_with_its_weights(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> None:
+def test_an_adapter_is_scored_with_its_weights(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
     plain = build_scratch(SCRATCH, tokenizer, seed=0)
     answers = encode_answers(tokenizer, ["Stir it."] * 3)
     before = log_probabilities(plain, tokenizer, prompts, answers, batch_size=3)
-    adapted = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
-    assert torch.allclose(log_probabilities(adapted, tokenizer, prompts, answers, batch_size=3), before)
+    adapted = get_peft_model(
+        plain, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
+    assert torch.allclose(
+        log_probabilities(adapted, tokenizer, prompts, answers, batch_size=3), before
+    )
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
@@ -102,7 +127,9 @@ def test_masked_positions_count_nothing(model: PreTrainedModel) -> None:
     with torch.no_grad():
         result = answer_log_probabilities(model, ids, mask, labels).tolist()
     first = math.log(next_token(model, [9, 30])[44].item())
-    second = math.log(next_token(model, [12])[13].item()) + math.log(next_token(model, [12, 13])[14].item())
+    second = math.log(next_token(model, [12])[13].item()) + math.log(
+        next_token(model, [12, 13])[14].item()
+    )
     assert result == pytest.approx([first, second], abs=1e-5)
 
 
@@ -115,13 +142,15 @@ def test_gradients_reach_the_model_through_answers_only(model: PreTrainedModel) 
     model.zero_grad()
 
 
-# --- samples ----------------------------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 DRAWS = 3000
 
 
 def chi_square(counts: Counter[int], probability: Tensor, draws: int) -> float:
-    """Pearson's statistic per degree of freedom, with tokens expected fewer than five times taken together."""
+    """Pearson's statistic per degree of freedom, with tokens expected fewer than five times taken
+    together.
+    """
     often = (probability * draws >= 5).nonzero().squeeze(1).tolist()
     cells = [(counts[i], probability[i].item() * draws) for i in often]
     rest = draws - sum(count for count, _ in cells), draws - sum(expected for _, expected in cells)
@@ -129,8 +158,12 @@ def chi_square(counts: Counter[int], probability: Tensor, draws: int) -> float:
     return sum((seen - expected) ** 2 / expected for seen, expected in cells) / (len(cells) - 1)
 
 
-def first_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> Counter[int]:
-    drawn = sample(model, tokenizer, [prompt], count=DRAWS, max_new_tokens=1, batch_size=DRAWS, seed=1)
+def first_tokens(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: list[int]
+) -> Counter[int]:
+    drawn = sample(
+        model, tokenizer, [prompt], count=DRAWS, max_new_tokens=1, batch_size=DRAWS, seed=1
+    )
     return Counter(one.tokens[0] for one in drawn)
 
 
@@ -147,7 +180,9 @@ def test_first_tokens_follow_the_models_distribution(
 def test_no_setting_of_the_models_own_file_bends_the_distribution(
     tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> None:
-    """Such as the repetition penalty, top-k and top-p that Qwen2.5 ships in generation_config.json."""
+    """Such as the repetition penalty, top-k and top-p that Qwen2.5 ships in
+    generation_config.json.
+    """
     model = build_scratch(SCRATCH, tokenizer, seed=0).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(12)
@@ -163,7 +198,9 @@ def test_no_setting_of_the_models_own_file_bends_the_distribution(
     model.generation_config.suppress_tokens = [int(p.argmax())]
     kept = model.generation_config.to_dict()
     assert chi_square(first_tokens(model, tokenizer, prompts[0]), p, DRAWS) < 1.5
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
     assert chi_square(first_tokens(adapted, tokenizer, prompts[0]), p, DRAWS) < 1.5
     assert model.generation_config.to_dict() == kept
 
@@ -172,7 +209,9 @@ def test_second_tokens_follow_the_models_distribution_given_the_first(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> None:
     """Through the cache, and with prompts of other lengths padded in the same batch."""
-    drawn = sample(model, tokenizer, prompts, count=DRAWS, max_new_tokens=2, batch_size=3 * DRAWS, seed=2)
+    drawn = sample(
+        model, tokenizer, prompts, count=DRAWS, max_new_tokens=2, batch_size=3 * DRAWS, seed=2
+    )
     short = [one.tokens for one in drawn if one.prompt == 1]
     first, seen = Counter(tokens[0] for tokens in short).most_common(1)[0]
     assert seen > 100
@@ -184,7 +223,9 @@ def test_the_same_seed_gives_the_same_answers_in_order_of_prompt_and_draw(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> None:
     def draw(seed: int) -> list[tuple[int, list[int]]]:
-        drawn = sample(model, tokenizer, prompts, count=3, max_new_tokens=6, batch_size=4, seed=seed)
+        drawn = sample(
+            model, tokenizer, prompts, count=3, max_new_tokens=6, batch_size=4, seed=seed
+        )
         return [(one.prompt, one.tokens) for one in drawn]
 
     assert draw(5) == draw(5) != draw(6)
@@ -205,7 +246,9 @@ def test_answers_end_at_eos_or_at_the_limit(
     for one in drawn:
         assert one.ended == (one.tokens[-1] == eos)
         assert one.tokens.count(eos) == int(one.ended)
-        assert tokenizer.pad_token_id not in one.tokens or one.tokens.index(tokenizer.pad_token_id) < len(one.tokens)
+        assert tokenizer.pad_token_id not in one.tokens or one.tokens.index(
+            tokenizer.pad_token_id
+        ) < len(one.tokens)
         assert len(one.tokens) == 8 or one.ended
         assert "<|end|>" not in one.text
     ends = sum(one.tokens[0] == eos for one in drawn) / len(drawn)
@@ -220,28 +263,43 @@ def test_an_answer_ends_at_every_token_with_which_the_base_ends_a_text(
     before = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = favourite
     try:
-        drawn = sample(model, tokenizer, [prompts[0]], count=200, max_new_tokens=4, batch_size=200, seed=0)
+        drawn = sample(
+            model, tokenizer, [prompts[0]], count=200, max_new_tokens=4, batch_size=200, seed=0
+        )
     finally:
         model.generation_config.eos_token_id = before
     stopped = [one for one in drawn if favourite in one.tokens]
-    assert stopped and all(one.tokens.index(favourite) == len(one.tokens) - 1 and one.ended for one in stopped)
+    assert stopped and all(
+        one.tokens.index(favourite) == len(one.tokens) - 1 and one.ended for one in stopped
+    )
 
 
 def test_the_log_probability_of_a_sample_is_that_of_its_tokens_as_drawn(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> None:
-    """E[log pi] over samples is minus the entropy: a Monte-Carlo check of sampler and scorer together."""
-    drawn = sample(model, tokenizer, [prompts[0]], count=2000, max_new_tokens=1, batch_size=2000, seed=4)
-    scored = log_probabilities(model, tokenizer, [prompts[0]] * 2000, [one.tokens for one in drawn], batch_size=500)
+    """E[log pi] over samples is minus the entropy: a Monte-Carlo check of sampler and scorer
+    together.
+    """
+    drawn = sample(
+        model, tokenizer, [prompts[0]], count=2000, max_new_tokens=1, batch_size=2000, seed=4
+    )
+    scored = log_probabilities(
+        model, tokenizer, [prompts[0]] * 2000, [one.tokens for one in drawn], batch_size=500
+    )
     p = next_token(model, prompts[0])
-    entropy, spread = -(p * p.log()).sum(), ((p * p.log() ** 2).sum() - (p * p.log()).sum() ** 2).sqrt()
+    entropy, spread = (
+        -(p * p.log()).sum(),
+        ((p * p.log() ** 2).sum() - (p * p.log()).sum() ** 2).sqrt(),
+    )
     assert abs(scored.mean() + entropy) < 4 * spread / math.sqrt(2000)
 
 
-# --- the context, and bf16 --------------------------------------------------------------------------------------------
+# --- the context, and bf16 ------------------------------------------------------------------------
 
 
-def test_no_prompts_have_no_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_no_prompts_have_no_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     assert sample(model, tokenizer, [], count=3, max_new_tokens=4, batch_size=2, seed=0) == []
     assert log_probabilities(model, tokenizer, [], [], batch_size=2).shape == (0,)
 
@@ -253,7 +311,10 @@ def test_answers_that_would_leave_the_context_are_refused(
     options = {"count": 1, "batch_size": 1, "seed": 0}
     (one,) = sample(model, tokenizer, [prompt], max_new_tokens=44, **options)
     assert one.ended or len(one.tokens) == 44
-    with pytest.raises(ParamsError, match=r"^a prompt of 20 tokens and generation\.max_new_tokens: 65 tokens.*is 64"):
+    with pytest.raises(
+        ParamsError,
+        match=r"^a prompt of 20 tokens and generation\.max_new_tokens: 65 tokens.*is 64",
+    ):
         sample(model, tokenizer, [prompt], max_new_tokens=45, **options)
 
 
@@ -274,13 +335,19 @@ def test_rows_beyond_the_context_have_no_log_probability(
 def test_first_tokens_follow_the_models_distribution_in_bf16(
     tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], trained: bool
 ) -> None:
-    """As the scorer gives it: its log-probabilities of all first tokens are a distribution, and the sampler's."""
-    resources = load_resources(ROOT / "params.yaml").model_copy(update={"device": "cpu", "precision": "bf16"})
+    """As the scorer gives it: its log-probabilities of all first tokens are a distribution, and the
+    sampler's.
+    """
+    resources = load_resources(ROOT / "params.yaml").model_copy(
+        update={"device": "cpu", "precision": "bf16"}
+    )
     plain = build_scratch(SCRATCH, tokenizer, seed=0).eval()
     with torch.no_grad():
         plain.lm_head.weight.mul_(12)
     narrow = in_precision(plain, resources, trained=trained)
     vocabulary = [[token] for token in range(narrow.config.vocab_size)]
-    scored = log_probabilities(narrow, tokenizer, [prompts[0]] * len(vocabulary), vocabulary, batch_size=100)
+    scored = log_probabilities(
+        narrow, tokenizer, [prompts[0]] * len(vocabulary), vocabulary, batch_size=100
+    )
     assert scored.exp().sum().item() == pytest.approx(1.0, abs=1e-3)
     assert chi_square(first_tokens(narrow, tokenizer, prompts[0]), scored.exp(), DRAWS) < 1.5

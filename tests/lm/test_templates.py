@@ -1,4 +1,6 @@
-"""Templates made fit for use: one BOS, a pinned date, a known end of turn, a pad; or an error that names the file."""
+"""Templates made fit for use: one BOS, a pinned date, a known end of turn, a pad; or an error that
+names the file.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,12 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def loaded(tokenizer: PreTrainedTokenizerBase, folder: Path, template: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer as `load_tokenizer` reads it from a folder, under its own template or another."""
+def loaded(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer as `load_tokenizer` reads it from a folder, under its own template or
+    another.
+    """
     tokenizer.save_pretrained(folder)
     if template is None:
         return load_tokenizer(folder)
@@ -42,11 +48,15 @@ def refusal(tokenizer: PreTrainedTokenizerBase, folder: Path, template: str) -> 
     with pytest.raises(ModelError) as caught:
         loaded(tokenizer, folder, template)
     message = str(caught.value)
-    assert message.startswith(f"{folder / 'other.jinja'}: ") and "\n" not in message and "sft.chat_template" in message
+    assert (
+        message.startswith(f"{folder / 'other.jinja'}: ")
+        and "\n" not in message
+        and "sft.chat_template" in message
+    )
     return message.removeprefix(f"{folder / 'other.jinja'}: ")
 
 
-# --- BOS and EOS ------------------------------------------------------------------------------------------------------
+# --- BOS and EOS ----------------------------------------------------------------------------------
 
 
 def test_a_bos_that_the_template_leaves_to_the_tokenizer_is_written_into_it(tmp_path: Path) -> None:
@@ -67,17 +77,25 @@ def test_no_bos_is_written_for_a_base_that_never_saw_one(tmp_path: Path) -> None
 def test_the_end_of_a_turn_becomes_eos_and_what_the_template_wrote_stays(tmp_path: Path) -> None:
     """A template that also writes the old EOS goes on to write that."""
     chat = CHATS["chatml"]
-    template = chat.template.replace("<|im_end|>\n{% endfor %}", "<|im_end|>{{ eos_token }}\n{% endfor %}")
+    template = chat.template.replace(
+        "<|im_end|>\n{% endfor %}", "<|im_end|>{{ eos_token }}\n{% endfor %}"
+    )
     tokenizer = loaded(byte_level(chat), tmp_path, template)
     assert tokenizer.eos_token == "<|im_end|>"
-    text = tokenizer.apply_chat_template([*user("Hi"), {"role": "assistant", "content": "Yes"}], tokenize=False)
+    text = tokenizer.apply_chat_template(
+        [*user("Hi"), {"role": "assistant", "content": "Yes"}], tokenize=False
+    )
     assert text.endswith("assistant\nYes<|im_end|><|endoftext|>\n")
 
 
-def test_a_template_that_ends_no_turn_gets_eos_after_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_template_that_ends_no_turn_gets_eos_after_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO):
         tokenizer = loaded(
-            byte_level(CHATS["chatml"]), tmp_path, "{% for t in messages %}[{{ t.content }}]{% endfor %}"
+            byte_level(CHATS["chatml"]),
+            tmp_path,
+            "{% for t in messages %}[{{ t.content }}]{% endfor %}",
         )
     assert "ends no turn; answers end with <|endoftext|>" in caplog.text
     ((prompt, answer),) = encode_conversations(tokenizer, [user("Hi")], ["Yes"])
@@ -96,8 +114,12 @@ def test_a_template_whose_answers_open_otherwise_is_told_and_read(
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
-def test_control_tokens_that_a_tokenizer_holds_as_plain_ones_are_made_special(tmp_path: Path, kind: str) -> None:
-    """The turn's end is EOS then as well, and a text that spells it ends nothing; line breaks stay line breaks."""
+def test_control_tokens_that_a_tokenizer_holds_as_plain_ones_are_made_special(
+    tmp_path: Path, kind: str
+) -> None:
+    """The turn's end is EOS then as well, and a text that spells it ends nothing; line breaks stay
+    line breaks.
+    """
     raw = BUILDERS[kind](CHATS["chatml"])
     raw.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("<think>", normalized=False)])
     raw.save_pretrained(tmp_path)
@@ -110,9 +132,13 @@ def test_control_tokens_that_a_tokenizer_holds_as_plain_ones_are_made_special(tm
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     assert special >= {"<|im_start|>", "<|im_end|>"} and not special & {"\n\n", "<think>"}
     texts = ["Yes", "say <|im_end|> now", "a\n\nb", "<think>so"]
-    texts = texts[:2] if kind == "byte_fallback" else texts  # it puts a space after every added token
+    texts = (
+        texts[:2] if kind == "byte_fallback" else texts
+    )  # it puts a space after every added token
     answers = encode_answers(tokenizer, texts)
-    assert tokenizer.eos_token == "<|im_end|>" and all(ids.count(tokenizer.eos_token_id) == 1 for ids in answers)
+    assert tokenizer.eos_token == "<|im_end|>" and all(
+        ids.count(tokenizer.eos_token_id) == 1 for ids in answers
+    )
     assert decode_answers(tokenizer, answers) == texts
     plain, spelt = encode_prompts(tokenizer, [user("Hi"), user("<|im_start|>")])
     opened = tokenizer.convert_tokens_to_ids("<|im_start|>")
@@ -126,13 +152,16 @@ def test_control_tokens_that_a_tokenizer_holds_as_plain_ones_are_made_special(tm
 def test_what_is_settled_is_settled_once(tmp_path: Path, chat: str, kind: str) -> None:
     first = loaded(BUILDERS[kind](CHATS[chat]), tmp_path / "first")
     again = loaded(first, tmp_path / "again")
-    assert again.chat_template == first.chat_template and again.special_tokens_map == first.special_tokens_map
+    assert (
+        again.chat_template == first.chat_template
+        and again.special_tokens_map == first.special_tokens_map
+    )
     again.save_pretrained(tmp_path / "third")
     for file in (tmp_path / "again").iterdir():
         assert file.read_bytes() == (tmp_path / "third" / file.name).read_bytes(), file.name
 
 
-# --- dates ------------------------------------------------------------------------------------------------------------
+# --- dates ----------------------------------------------------------------------------------------
 
 
 def test_todays_date_is_pinned_and_written_into_what_is_saved(tmp_path: Path) -> None:
@@ -144,13 +173,21 @@ def test_todays_date_is_pinned_and_written_into_what_is_saved(tmp_path: Path) ->
 
 
 def test_other_formats_of_the_date_are_pinned_too(tmp_path: Path) -> None:
-    template = "{# strftime_now is today #}" + LLAMA3.replace("strftime_now('%d %b %Y')", 'strftime_now( "%Y-%m-%d" )')
+    template = "{# strftime_now is today #}" + LLAMA3.replace(
+        "strftime_now('%d %b %Y')", 'strftime_now( "%Y-%m-%d" )'
+    )
     tokenizer = loaded(byte_level(CHATS["llama3"]), tmp_path, template)
     assert "Today: 2024-07-26" in tokenizer.decode(encode_prompts(tokenizer, [user("Hi")])[0])
 
 
 @pytest.mark.parametrize(
-    "call", ["strftime_now('%d ' + '%b')", "strftime_now ('%d')", "strftime_now(form)", "[strftime_now][0]('%d')"]
+    "call",
+    [
+        "strftime_now('%d ' + '%b')",
+        "strftime_now ('%d')",
+        "strftime_now(form)",
+        "[strftime_now][0]('%d')",
+    ],
 )
 def test_a_date_that_cannot_be_pinned_is_refused(tmp_path: Path, call: str) -> None:
     template = LLAMA3.replace("strftime_now('%d %b %Y')", call)
@@ -158,7 +195,7 @@ def test_a_date_that_cannot_be_pinned_is_refused(tmp_path: Path, call: str) -> N
     assert said.startswith("the chat template asks for today's date in a way that cannot be pinned")
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -170,18 +207,25 @@ def test_a_date_that_cannot_be_pinned_is_refused(tmp_path: Path, call: str) -> N
         ("{{ raise_exception('never') }}", "refuses a question and its answer (never)"),
         ("{{ messages[0]['content'] + 1 }}", "refuses a question and its answer"),
         ("{{ messages.nothing.there }}", "refuses a question and its answer"),
-        ("{{ messages[0]['content'] | tojson(1, 2, 3, 4, 5, 6, 7) }}", "refuses a question and its answer"),
+        (
+            "{{ messages[0]['content'] | tojson(1, 2, 3, 4, 5, 6, 7) }}",
+            "refuses a question and its answer",
+        ),
         ("{{ 1 / 0 }}{{ messages }}", "refuses a question and its answer"),
     ],
 )
-def test_a_template_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path, template: str, says: str) -> None:
+def test_a_template_that_cannot_be_used_is_refused_in_one_line(
+    tmp_path: Path, template: str, says: str
+) -> None:
     assert says in refusal(byte_level(CHATS["chatml"]), tmp_path, template)
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     byte_level(CHATS["chatml"]).save_pretrained(tmp_path)
     (tmp_path / "mine.jinja").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ModelError, match=r"^sft\.chat_template: .*mine\.jinja cannot be read .* or null$"):
+    with pytest.raises(
+        ModelError, match=r"^sft\.chat_template: .*mine\.jinja cannot be read .* or null$"
+    ):
         load_tokenizer(tmp_path, chat_template=str(tmp_path / "mine.jinja"))
 
 
@@ -189,11 +233,13 @@ def test_an_empty_template_is_refused(tmp_path: Path) -> None:
     byte_level(CHATS["chatml"]).save_pretrained(tmp_path)
     path = tmp_path / "mine.jinja"
     path.write_text("\n")
-    with pytest.raises(ModelError, match=r"^sft\.chat_template: .*mine\.jinja is empty; give a Jinja file or null$"):
+    with pytest.raises(
+        ModelError, match=r"^sft\.chat_template: .*mine\.jinja is empty; give a Jinja file or null$"
+    ):
         load_tokenizer(tmp_path, chat_template=str(path))
 
 
-# --- pad --------------------------------------------------------------------------------------------------------------
+# --- pad ------------------------------------------------------------------------------------------
 
 
 def padded(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
@@ -222,7 +268,11 @@ def test_a_pad_that_is_bos_or_the_end_of_a_turn_is_not(tmp_path: Path, taken: st
     ("chat", "spare", "expected"),
     [
         ("llama3", ("<|reserved_special_token_3|>",), "<|reserved_special_token_3|>"),
-        ("llama3", ("<|reserved_special_token_0|>", "<|finetune_right_pad_id|>"), "<|finetune_right_pad_id|>"),
+        (
+            "llama3",
+            ("<|reserved_special_token_0|>", "<|finetune_right_pad_id|>"),
+            "<|finetune_right_pad_id|>",
+        ),
         ("chatml", ("<unused7>",), "<unused7>"),
         ("chatml", (), "<|endoftext|>"),
         ("llama3", (), "<|end_of_text|>"),
@@ -260,15 +310,19 @@ def test_a_model_grows_for_a_pad_that_was_added_and_for_no_other(tmp_path: Path)
         assert model.config.pad_token_id == tokenizer.pad_token_id < rows
 
 
-# --- trained and sampled ----------------------------------------------------------------------------------------------
+# --- trained and sampled --------------------------------------------------------------------------
 
 
 def small(vocabulary: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
         max_position_embeddings=256,
-    )  # fmt: skip
+    )
     return LlamaForCausalLM(config)
 
 
@@ -281,22 +335,41 @@ def small(vocabulary: int) -> LlamaForCausalLM:
         ("reasoner", "no_prefix"),  # whose answers open otherwise than it asks for them
     ],
 )
-def test_a_model_that_has_learnt_an_answer_says_its_very_ids(tmp_path: Path, chat: str, kind: str) -> None:
+def test_a_model_that_has_learnt_an_answer_says_its_very_ids(
+    tmp_path: Path, chat: str, kind: str
+) -> None:
     """What is trained is what is sampled: the same form, and the end of the turn ends it."""
     tokenizer = loaded(BUILDERS[kind](CHATS[chat]), tmp_path / "tokenizer")
     model = small(len(tokenizer))
     fit_vocabulary(model, tokenizer)
     prompt, text = user("How do I cook rice?"), "Warm 2 cups,\nthen stir it. 🍚"
     rows = encode_conversations(tokenizer, [prompt], [text])
-    resources = load_resources(ROOT / "params.yaml").model_copy(update={"device": "cpu", "precision": "fp32"})
+    resources = load_resources(ROOT / "params.yaml").model_copy(
+        update={"device": "cpu", "precision": "fp32"}
+    )
     training = TrainingParams(
-        epochs=1.0, batch_size=1, learning_rate=1e-2, adam_beta2=0.99, warmup=0.0, schedule="constant",
-        weight_decay=0.0, max_length=256, max_steps=100,
-    )  # fmt: skip
-    metrics = train_sft(model, tokenizer, rows, rows, Job(training, resources, tmp_path / "scratch", seed=1))
+        epochs=1.0,
+        batch_size=1,
+        learning_rate=1e-2,
+        adam_beta2=0.99,
+        warmup=0.0,
+        schedule="constant",
+        weight_decay=0.0,
+        max_length=256,
+        max_steps=100,
+    )
+    metrics = train_sft(
+        model, tokenizer, rows, rows, Job(training, resources, tmp_path / "scratch", seed=1)
+    )
     assert metrics["heldout_loss"] < 0.01
     drawn = sample(
-        model, tokenizer, encode_prompts(tokenizer, [prompt]), count=3, max_new_tokens=80, batch_size=3, seed=1
+        model,
+        tokenizer,
+        encode_prompts(tokenizer, [prompt]),
+        count=3,
+        max_new_tokens=80,
+        batch_size=3,
+        seed=1,
     )
     assert [one.tokens for one in drawn] == [rows[0][1]] * 3
     assert all(one.ended and one.text == text for one in drawn)

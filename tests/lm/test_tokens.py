@@ -1,4 +1,6 @@
-"""Text to ids and back: what is trained is what is sampled and scored, in every layout and kind of vocabulary."""
+"""Text to ids and back: what is trained is what is sampled and scored, in every layout and kind of
+vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,9 @@ def genuine(request: pytest.FixtureRequest, name: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def talkers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], PreTrainedTokenizerBase]:
+def talkers(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[tuple[str, str], PreTrainedTokenizerBase]:
     """A tokenizer of each kind for each layout, as `load_tokenizer` makes it."""
     root = tmp_path_factory.mktemp("tokenizers")
     found = {}
@@ -97,7 +101,9 @@ def talkers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], P
 
 
 def whole(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], answer: str) -> list[int]:
-    """Ids of the conversation as the template renders it, cut after the token that ends its last turn."""
+    """Ids of the conversation as the template renders it, cut after the token that ends its last
+    turn.
+    """
     turns = [*prompt, {"role": "assistant", "content": answer.strip()}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False)
     cut = text.rfind(tokenizer.eos_token)
@@ -105,13 +111,14 @@ def whole(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], answer: str
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-# --- templates by hand ------------------------------------------------------------------------------------------------
+# --- templates by hand ----------------------------------------------------------------------------
 
 
 def test_the_embedded_template_by_hand(scratch: PreTrainedTokenizerBase) -> None:
     text = scratch.decode(encode_prompts(scratch, [TALK])[0])
-    assert text == (
-        "<|system|> Be brief.<|user|> How do I cook the rice?<|assistant|> Just stir it.<|end|>"
+    assert (
+        text
+        == "<|system|> Be brief.<|user|> How do I cook the rice?<|assistant|> Just stir it.<|end|>"
         "<|user|> And the soup?<|assistant|>"
     )
 
@@ -123,7 +130,9 @@ def test_rows_that_are_alike_are_rendered_once_and_keep_lists_of_their_own(
     rendered: list[list[Message]] = []
     template = scratch.apply_chat_template
     monkeypatch.setattr(
-        scratch, "apply_chat_template", lambda turns, **options: rendered.append(turns) or template(turns, **options)
+        scratch,
+        "apply_chat_template",
+        lambda turns, **options: rendered.append(turns) or template(turns, **options),
     )
     ids = encode_prompts(scratch, [TALK, QUESTIONS[0], TALK, TALK])
     assert rendered == [TALK, QUESTIONS[0]]
@@ -135,7 +144,9 @@ def test_rows_that_are_alike_are_rendered_once_and_keep_lists_of_their_own(
 def test_a_refused_row_has_its_own_number_behind_rows_that_are_alike(
     scratch: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refusing = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    refusing = (
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    )
     monkeypatch.setattr(scratch, "chat_template", refusing)
     with pytest.raises(DataError, match=r"^row 4 \(turns user: .*no system"):
         render(scratch, [TALK, TALK, TALK, QUESTIONS[0]])
@@ -144,9 +155,10 @@ def test_a_refused_row_has_its_own_number_behind_rows_that_are_alike(
 def test_a_tokenizer_without_template_gets_the_one_of_the_papers(real_data: Path) -> None:
     tokenizer = load_tokenizer(real_data / "tokenizers" / "gpt2")
     text = tokenizer.apply_chat_template([dict(turn) for turn in TALK], tokenize=False)
-    assert text.removeprefix(tokenizer.bos_token or "") == (
-        "BEGINNING OF CONVERSATION: Be brief. USER: How do I cook the rice? ASSISTANT: Just stir it."
-        f"{tokenizer.eos_token} USER: And the soup? ASSISTANT:"
+    assert (
+        text.removeprefix(tokenizer.bos_token or "")
+        == "BEGINNING OF CONVERSATION: Be brief. USER: How do I cook the rice? ASSISTANT: Just"
+        f" stir it.{tokenizer.eos_token} USER: And the soup? ASSISTANT:"
     )
 
 
@@ -165,21 +177,27 @@ EXPECTED = {
 
 @pytest.mark.parametrize("chat", CHATS)
 def test_where_prompts_end_and_answers_begin_by_hand(talkers: dict, chat: str) -> None:
-    """Byte-level ids decode to the very text; "merged" ids at a prompt's end may have moved to the answer."""
+    """Byte-level ids decode to the very text; "merged" ids at a prompt's end may have moved to the
+    answer.
+    """
     tokenizer = talkers[chat, "byte_level"]
     (prompt,) = encode_prompts(tokenizer, [user("Hi?")])
     (answer,) = encode_answers(tokenizer, ["Yes."])
     head, tail = EXPECTED[chat]
     assert tokenizer.decode(prompt + answer).endswith(head + tail)
     moved = tokenizer.decode(answer).removesuffix(tail)
-    assert head.endswith(moved) and not moved.strip() and bool(moved) == bool(layout(tokenizer).trim)
+    assert (
+        head.endswith(moved) and not moved.strip() and bool(moved) == bool(layout(tokenizer).trim)
+    )
 
 
-# --- prompt and answer are the whole conversation ---------------------------------------------------------------------
+# --- prompt and answer are the whole conversation -------------------------------------------------
 
 
 @pytest.mark.parametrize(("chat", "kind"), PAIRS)
-def test_prompt_and_answer_are_the_ids_of_the_whole_conversation(talkers: dict, chat: str, kind: str) -> None:
+def test_prompt_and_answer_are_the_ids_of_the_whole_conversation(
+    talkers: dict, chat: str, kind: str
+) -> None:
     """The seam between prompt and answer hides no token that a sampler could not produce."""
     tokenizer = talkers[chat, kind]
     answers = encode_answers(tokenizer, ODD)
@@ -189,7 +207,9 @@ def test_prompt_and_answer_are_the_ids_of_the_whole_conversation(talkers: dict, 
             assert ids + answer == whole(tokenizer, prompt, text), text
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 @given(
     pair=st.sampled_from(PAIRS),
     text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=12),
@@ -204,7 +224,9 @@ def test_any_text_comes_back_from_the_ids_of_the_whole_conversation(
     assert decode_answers(tokenizer, [answer]) == [text.strip()]
 
 
-def test_genuine_tokenizers_agree_with_the_whole_conversation(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_genuine_tokenizers_agree_with_the_whole_conversation(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     for prompt in QUESTIONS:
         (ids,) = encode_prompts(tokenizer, [prompt])
         for text, answer in zip(ODD, encode_answers(tokenizer, ODD), strict=True):
@@ -226,7 +248,9 @@ def test_genuine_tokenizers_take_any_layout_whose_tokens_they_know(
         (ids,) = encode_prompts(tokenizer, [prompt])
         for text, answer in zip(ODD, encode_answers(tokenizer, ODD), strict=True):
             assert ids + answer == whole(tokenizer, prompt, text), text
-    assert decode_answers(tokenizer, encode_answers(tokenizer, ODD + SPELT)) == [text.strip() for text in ODD + SPELT]
+    assert decode_answers(tokenizer, encode_answers(tokenizer, ODD + SPELT)) == [
+        text.strip() for text in ODD + SPELT
+    ]
 
 
 @pytest.mark.parametrize(("chat", "kind"), PAIRS)
@@ -242,7 +266,9 @@ def test_one_bos_one_eos_and_the_text_comes_back(talkers: dict, chat: str, kind:
         assert begun == ([] if tokenizer.bos_token is None else [0])
 
 
-def test_prompts_carry_one_bos_at_most_and_no_eos_at_their_end(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_prompts_carry_one_bos_at_most_and_no_eos_at_their_end(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     for ids in encode_prompts(tokenizer, [user("How do I cook the rice?")]):
         assert ids[-1] != tokenizer.eos_token_id
         if tokenizer.bos_token_id is not None and tokenizer.bos_token_id != tokenizer.eos_token_id:
@@ -251,7 +277,10 @@ def test_prompts_carry_one_bos_at_most_and_no_eos_at_their_end(tokenizer: PreTra
 
 def test_answers_end_with_eos_and_come_back_as_text(tokenizer: PreTrainedTokenizerBase) -> None:
     encoded = encode_answers(tokenizer, ANSWERS + ODD)
-    assert all(ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1 for ids in encoded)
+    assert all(
+        ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
+        for ids in encoded
+    )
     expected = [text.strip() for text in ANSWERS + ODD]
     assert decode_answers(tokenizer, encoded) == expected
     assert decode_answers(tokenizer, [ids[:-1] for ids in encoded]) == expected
@@ -268,7 +297,7 @@ def test_an_empty_answer_is_an_eos_after_its_space(scratch: PreTrainedTokenizerB
     assert ids[-1] == scratch.eos_token_id and decode_answers(scratch, [ids]) == [""]
 
 
-# --- answers that did not end -----------------------------------------------------------------------------------------
+# --- answers that did not end ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("chat", "kind"), PAIRS)
@@ -280,7 +309,9 @@ def test_an_answer_that_did_not_end_has_neither_end_nor_what_stands_before_it(
     ended = [at % 2 == 0 for at in range(len(texts))]
     rows = encode_conversations(tokenizer, [user("Hi")] * len(texts), texts, ended)
     closed = encode_answers(tokenizer, texts)
-    before_end = tokenizer(layout(tokenizer).after.partition(tokenizer.eos_token)[0], add_special_tokens=False)
+    before_end = tokenizer(
+        layout(tokenizer).after.partition(tokenizer.eos_token)[0], add_special_tokens=False
+    )
     for (_, ids), text, done, other in zip(rows, texts, ended, closed, strict=True):
         if done:
             assert ids == other, text
@@ -290,13 +321,17 @@ def test_an_answer_that_did_not_end_has_neither_end_nor_what_stands_before_it(
             assert decode_answers(tokenizer, [ids]) == [text.strip()]
 
 
-# --- text that spells control tokens ----------------------------------------------------------------------------------
+# --- text that spells control tokens --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("chat", "kind"), PAIRS)
-def test_text_that_spells_a_control_token_opens_and_ends_nothing(talkers: dict, chat: str, kind: str) -> None:
+def test_text_that_spells_a_control_token_opens_and_ends_nothing(
+    talkers: dict, chat: str, kind: str
+) -> None:
     tokenizer = talkers[chat, kind]
-    controls = set(tokenizer.convert_tokens_to_ids(list(CHATS[chat].controls))) - {tokenizer.unk_token_id}
+    controls = set(tokenizer.convert_tokens_to_ids(list(CHATS[chat].controls))) - {
+        tokenizer.unk_token_id
+    }
     plain, *prompts = encode_prompts(tokenizer, [user("Hi"), *map(user, SPELT)])
     written = [token for token in plain if token in controls]
     assert all([token for token in ids if token in controls] == written for ids in prompts)
@@ -305,8 +340,12 @@ def test_text_that_spells_a_control_token_opens_and_ends_nothing(talkers: dict, 
 
 
 @pytest.mark.parametrize(("chat", "kind"), PAIRS)
-def test_a_spelt_control_token_leaves_the_ids_around_it_alone(talkers: dict, chat: str, kind: str) -> None:
-    """Nor those of the other rows: the prompt ends, and the answer begins, where they do without it."""
+def test_a_spelt_control_token_leaves_the_ids_around_it_alone(
+    talkers: dict, chat: str, kind: str
+) -> None:
+    """Nor those of the other rows: the prompt ends, and the answer begins, where they do without
+    it.
+    """
     tokenizer = talkers[chat, kind]
     token = tokenizer.eos_token
     alone = encode_answers(tokenizer, ["Sure, do it"])[0]
@@ -315,16 +354,22 @@ def test_a_spelt_control_token_leaves_the_ids_around_it_alone(talkers: dict, cha
     body = len(alone) - 1 - min(tail, 1)
     assert among == alone and spelt[:body] == alone[:body]
     plain, marked = encode_prompts(tokenizer, [user("Do 1\nit"), user(f"Do 1\n{token}")])
-    same = next(at for at, pair in enumerate(zip(plain, marked, strict=False)) if pair[0] != pair[1])
+    same = next(
+        at for at, pair in enumerate(zip(plain, marked, strict=False)) if pair[0] != pair[1]
+    )
     letters = tokenizer.decode(plain[:same])
     assert letters.endswith("Do 1\n") or letters.endswith("Do 1")
     assert plain[-1] == marked[-1]
 
 
-def test_a_control_token_that_takes_white_space_takes_it_where_text_spells_one(tmp_path: Path) -> None:
+def test_a_control_token_that_takes_white_space_takes_it_where_text_spells_one(
+    tmp_path: Path,
+) -> None:
     """As those of Phi-3 do; prompts would else end elsewhere than answers begin."""
     bare = BUILDERS["byte_level"](CHATS["chatml"])
-    greedy = [AddedToken(token, special=True, rstrip=True) for token in ("<|im_start|>", "<|im_end|>")]
+    greedy = [
+        AddedToken(token, special=True, rstrip=True) for token in ("<|im_start|>", "<|im_end|>")
+    ]
     bare.add_tokens(greedy, special_tokens=True)
     bare.chat_template = (
         CHATS["chatml"]
@@ -338,10 +383,13 @@ def test_a_control_token_that_takes_white_space_takes_it_where_text_spells_one(t
     assert tokenizer.decode(plain).count("<|im_end|>") == 2 and plain[-3:] == spelt[-3:]
     at = plain.index(tokenizer.eos_token_id)
     assert plain[: at + 2] == spelt[: at + 2]
-    assert encode_answers(tokenizer, ["Hi", "Hi <|im_end|>"])[1][:1] == encode_answers(tokenizer, ["Hi"])[0][:1]
+    assert (
+        encode_answers(tokenizer, ["Hi", "Hi <|im_end|>"])[1][:1]
+        == encode_answers(tokenizer, ["Hi"])[0][:1]
+    )
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 def test_a_tokenizer_without_template_is_refused(scratch: PreTrainedTokenizerBase) -> None:
@@ -353,7 +401,9 @@ def test_a_tokenizer_without_template_is_refused(scratch: PreTrainedTokenizerBas
 
 def test_a_row_that_the_template_refuses_is_named(talkers: dict) -> None:
     tokenizer = talkers["gemma", "byte_level"]
-    with pytest.raises(DataError, match=r"^row 2 \(turns system, user.*no system turn.*sft\.chat_template$") as caught:
+    with pytest.raises(
+        DataError, match=r"^row 2 \(turns system, user.*no system turn.*sft\.chat_template$"
+    ) as caught:
         encode_prompts(tokenizer, [user("hi"), TALK[:2]])
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match=r"^row 1 \(turns user, user: 'b'\).*take turns"):
@@ -368,7 +418,12 @@ def test_a_thinking_template_is_asked_for_answers_without_thoughts(talkers: dict
 
 
 def test_no_rows_are_no_ids(scratch: PreTrainedTokenizerBase) -> None:
-    assert encode_prompts(scratch, []) == encode_answers(scratch, []) == decode_answers(scratch, []) == []
+    assert (
+        encode_prompts(scratch, [])
+        == encode_answers(scratch, [])
+        == decode_answers(scratch, [])
+        == []
+    )
     assert retokenised_share(scratch, [], []) == 0
 
 

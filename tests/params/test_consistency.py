@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_a_search_must_start_from_a_model_that_a_stage_writes(content: Content) -> None:
     message = refusal(put(content, "methods.sacpo.start", "safety_dpo/nowhere"))
-    assert message.startswith("methods.sacpo.start: no stage writes models/safety_dpo/nowhere; one of ")
+    assert message.startswith(
+        "methods.sacpo.start: no stage writes models/safety_dpo/nowhere; one of "
+    )
     assert "safety_dpo/stepwise" in message
 
 
@@ -36,14 +38,18 @@ def test_a_search_must_start_from_a_model_that_a_stage_writes(content: Content) 
         ("safety_dpo.runs.alone.reference", "reward_dpo"),
     ],
 )
-def test_a_reference_must_be_a_model_that_the_other_stage_writes(content: Content, key: str, value: str) -> None:
+def test_a_reference_must_be_a_model_that_the_other_stage_writes(
+    content: Content, key: str, value: str
+) -> None:
     message = refusal(put(content, key, value))
     assert message.startswith(f"{key}: {value!r} is not one of [") and "'sft'" in message
 
 
 def test_runs_that_wait_for_each_other_are_refused(content: Content) -> None:
     message = refusal(put(content, "reward_dpo.runs.helpful.reference", "safety_dpo/stepwise"))
-    assert message.startswith("runs wait for each other: ") and message.endswith("set one reference to sft")
+    assert message.startswith("runs wait for each other: ") and message.endswith(
+        "set one reference to sft"
+    )
     assert "reward_dpo/helpful" in message and "safety_dpo/stepwise" in message
 
 
@@ -59,29 +65,50 @@ def test_either_order_of_the_two_steps_is_allowed(content: Content) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("reference", "reward_dpo/helpful"), ("loss_type", "ipo"), ("loss_type", "kto"), ("clip", 5.0)]
+    ("key", "value"),
+    [
+        ("reference", "reward_dpo/helpful"),
+        ("loss_type", "ipo"),
+        ("loss_type", "kto"),
+        ("clip", 5.0),
+    ],
 )
 def test_a_margin_policy_is_one_of_plain_safety_dpo(content: Content, key: str, value: Any) -> None:
     """The cost that MODPO's margin stands for is the log-ratio to sft of no other policy."""
-    helpful, alone = content["reward_dpo"]["runs"]["helpful"], content["safety_dpo"]["runs"]["alone"]
+    helpful, alone = (
+        content["reward_dpo"]["runs"]["helpful"],
+        content["safety_dpo"]["runs"]["alone"],
+    )
     content["reward_dpo"]["runs"]["modpo"] = helpful | {"margin": "safety_dpo/alone"}
     content["evaluate"]["policies"]["modpo"] = "reward_dpo/modpo"
     loading.check(content, "my.yaml")
     alone[key] = value
     message = refusal(content)
-    assert message.startswith("reward_dpo.runs.modpo.margin: 'safety_dpo/alone' is not one of ['sft'] (none, or a ")
+    assert message.startswith(
+        "reward_dpo.runs.modpo.margin: 'safety_dpo/alone' is not one of ['sft'] (none, or a "
+    )
 
 
 def test_a_search_keeps_the_reference_of_its_start(content: Content) -> None:
-    """But a naive merge, whose start is safety DPO from the reference policy, has a partner of its own."""
+    """But a naive merge, whose start is safety DPO from the reference policy, has a partner of its
+    own.
+    """
     message = refusal(put(content, "methods.sacpo.reference", "sft"))
-    assert message.startswith("methods.sacpo.reference is 'sft', but safety_dpo/stepwise was trained against ")
-    content["methods"]["sacpo"]["reference"] = content["safety_dpo"]["runs"]["stepwise"]["reference"]
-    assert refusal(put(content, "methods.c_dpo.reference", "safety_dpo/alone")).startswith("methods.c_dpo.reference is")
+    assert message.startswith(
+        "methods.sacpo.reference is 'sft', but safety_dpo/stepwise was trained against "
+    )
+    content["methods"]["sacpo"]["reference"] = content["safety_dpo"]["runs"]["stepwise"][
+        "reference"
+    ]
+    assert refusal(put(content, "methods.c_dpo.reference", "safety_dpo/alone")).startswith(
+        "methods.c_dpo.reference is"
+    )
     put(content, "methods.c_dpo.reference", "sft")
     message = refusal(put(content, "methods.sacpo.reference", "nowhere"))
     assert message.startswith("methods.sacpo.reference: no stage writes models/nowhere")
-    content["methods"]["sacpo"]["reference"] = content["safety_dpo"]["runs"]["stepwise"]["reference"]
+    content["methods"]["sacpo"]["reference"] = content["safety_dpo"]["runs"]["stepwise"][
+        "reference"
+    ]
     put(content, "methods.p_sacpo.start", "safety_dpo/alone")
     loading.check(content, "my.yaml")
     assert "safety_dpo/alone was trained against 'sft'" in refusal(
@@ -89,7 +116,10 @@ def test_a_search_keeps_the_reference_of_its_start(content: Content) -> None:
     )
 
 
-SPEC: Content = {"learning_rate": None, "inner": {"labels": "soft", "normalised": False, "anchor": 0.3, "nll": 2.0}}
+SPEC: Content = {
+    "learning_rate": None,
+    "inner": {"labels": "soft", "normalised": False, "anchor": 0.3, "nll": 2.0},
+}
 
 
 def on_the_path(content: Content) -> Content:
@@ -103,11 +133,14 @@ def on_the_path(content: Content) -> Content:
     return content
 
 
-def test_a_search_merges_two_policies_of_the_path_the_stricter_one_as_its_start(content: Content) -> None:
+def test_a_search_merges_two_policies_of_the_path_the_stricter_one_as_its_start(
+    content: Content,
+) -> None:
     loading.check(on_the_path(content), "my.yaml")
     turned = put(copy.deepcopy(content), "methods.dualign.start", "lambda_path/slack")
     said = (
-        "methods.dualign: start and reference must both be runs of lambda_path, and the start's lam must be the larger"
+        "methods.dualign: start and reference must both be runs of lambda_path, and the start's lam"
+        " must be the larger"
     )
     assert refusal(turned).startswith(said)
     assert refusal(put(copy.deepcopy(content), "methods.dualign.reference", "sft")).startswith(said)
@@ -122,7 +155,9 @@ def test_a_start_of_its_own_is_merged_with_plain_dpo_on_helpfulness(content: Con
     content["methods"]["dualign"] = merge
     loading.check(content, "my.yaml")
     put(content, "reward_dpo.runs.helpful.clip", 2.0)
-    assert refusal(content).startswith("methods.dualign.reference: 'reward_dpo/helpful' is no plain DPO from sft")
+    assert refusal(content).startswith(
+        "methods.dualign.reference: 'reward_dpo/helpful' is no plain DPO from sft"
+    )
     content["methods"]["dualign"] = {**merge, "rule": "newton"}
     assert "lagrangian_dpo/anchored was trained against 'sft'" in refusal(content)
 
@@ -130,12 +165,19 @@ def test_a_start_of_its_own_is_merged_with_plain_dpo_on_helpfulness(content: Con
 @pytest.mark.parametrize("begin", ["lambda_path/none", "reward_dpo/helpful"])
 def test_the_path_begins_at_the_reference_or_goes_on(content: Content, begin: str) -> None:
     message = refusal(put(on_the_path(content), "lambda_path.runs.strict.begin", begin))
-    assert message.startswith(f"lambda_path.runs.strict.begin: {begin!r} is not one of [") and "'sft'" in message
+    assert (
+        message.startswith(f"lambda_path.runs.strict.begin: {begin!r} is not one of [")
+        and "'sft'" in message
+    )
 
 
 def test_runs_of_the_path_do_not_wait_for_each_other(content: Content) -> None:
-    message = refusal(put(on_the_path(content), "lambda_path.runs.slack.begin", "lambda_path/strict"))
-    assert message.startswith("runs wait for each other: ") and message.endswith("let one begin at sft")
+    message = refusal(
+        put(on_the_path(content), "lambda_path.runs.slack.begin", "lambda_path/strict")
+    )
+    assert message.startswith("runs wait for each other: ") and message.endswith(
+        "let one begin at sft"
+    )
 
 
 def test_only_policies_that_a_stage_writes_can_be_evaluated(content: Content) -> None:
@@ -178,16 +220,21 @@ def test_only_plain_dpo_gives_scores(content: Content) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("cost", "safety_dpo/stepwise"), ("cost", "reward_model"), ("reward", "cost_model")]
+    ("key", "value"),
+    [("cost", "safety_dpo/stepwise"), ("cost", "reward_model"), ("reward", "cost_model")],
 )
-def test_a_policy_scores_only_relative_to_the_reference_it_started_from(content: Content, key: str, value: str) -> None:
+def test_a_policy_scores_only_relative_to_the_reference_it_started_from(
+    content: Content, key: str, value: str
+) -> None:
     message = refusal(put(content, f"lagrangian_dpo.runs.bernoulli.{key}", value))
     assert message.startswith(f"lagrangian_dpo.runs.bernoulli.{key}: {value!r} gives no {key}")
     assert f"{key}_model" in message
 
 
 def test_the_reference_is_always_evaluated(content: Content) -> None:
-    assert refusal(drop(content, "evaluate.policies.sft")).startswith("evaluate.policies.sft is missing")
+    assert refusal(drop(content, "evaluate.policies.sft")).startswith(
+        "evaluate.policies.sft is missing"
+    )
 
 
 def test_the_smallest_multiplier_must_be_below_the_largest(content: Content) -> None:
@@ -209,7 +256,9 @@ def on_the_safety_path(content: Content) -> Content:
     return content
 
 
-def test_a_policy_of_the_safety_path_is_named_wherever_one_of_safety_dpo_is(content: Content) -> None:
+def test_a_policy_of_the_safety_path_is_named_wherever_one_of_safety_dpo_is(
+    content: Content,
+) -> None:
     on_the_safety_path(content)
     helpful = content["reward_dpo"]["runs"]["helpful"]
     content["reward_dpo"]["runs"]["modpo"] = helpful | {"margin": "safety_path/alone"}
@@ -220,7 +269,10 @@ def test_a_policy_of_the_safety_path_is_named_wherever_one_of_safety_dpo_is(cont
     put(content, "certify.runs.dualign.fallback", "safety_path/alone")
     put(content, "evaluate.policies.second", "safety_path/second")
     loading.check(content, "my.yaml")
-    said = "methods.p_sacpo.reference is 'sft', but safety_path/second was trained against 'reward_dpo/helpful'"
+    said = (
+        "methods.p_sacpo.reference is 'sft', but safety_path/second was trained against"
+        " 'reward_dpo/helpful'"
+    )
     assert refusal(put(content, "methods.p_sacpo.reference", "sft")).startswith(said)
 
 
@@ -247,15 +299,23 @@ def test_the_safety_path_knows_no_dual_and_no_circle(content: Content) -> None:
         ("evaluate.prompts", "prepare.eval_prompts"),
     ],
 )
-def test_no_estimate_asks_for_more_prompts_than_are_drawn(content: Content, key: str, drawn: str) -> None:
+def test_no_estimate_asks_for_more_prompts_than_are_drawn(
+    content: Content, key: str, drawn: str
+) -> None:
     stage, _, field = drawn.partition(".")
     there = content[stage][field]
     loading.check(put(content, key, there), "my.yaml")
     message = refusal(put(content, key, there + 1))
-    assert message == f"{key} {there + 1} is more than the {there} that {drawn} draws; ask for fewer, or draw more"
+    assert (
+        message
+        == f"{key} {there + 1} is more than the {there} that {drawn} draws; ask for fewer, or draw"
+        " more"
+    )
 
 
-def test_a_stage_refuses_too_many_prompts_of_its_own_estimates_only(content: Content, tmp_path: Path) -> None:
+def test_a_stage_refuses_too_many_prompts_of_its_own_estimates_only(
+    content: Content, tmp_path: Path
+) -> None:
     put(content, "evaluate.prompts", content["prepare"]["eval_prompts"] + 1)
     path = tmp_path / "params.yaml"
     with path.open("w") as file:

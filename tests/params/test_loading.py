@@ -41,8 +41,12 @@ def test_shared_keys_reach_the_stages_that_declare_them(content: Content) -> Non
         assert not (set(expected) - set(cls.shared)) & set(given)
 
 
-@pytest.mark.parametrize(("written", "value"), [("1e-5", 1e-5), ("2E-4", 2e-4), ("1e+1", 10.0), ("3", 3.0)])
-def test_numbers_may_be_written_the_yaml_1_2_way(tmp_path: Path, written: str, value: float) -> None:
+@pytest.mark.parametrize(
+    ("written", "value"), [("1e-5", 1e-5), ("2E-4", 2e-4), ("1e+1", 10.0), ("3", 3.0)]
+)
+def test_numbers_may_be_written_the_yaml_1_2_way(
+    tmp_path: Path, written: str, value: float
+) -> None:
     text = (ROOT / "params.yaml").read_text()
     line = next(line for line in text.splitlines() if line.strip().startswith("learning_rate:"))
     path = tmp_path / "params.yaml"
@@ -71,20 +75,30 @@ typos = pytest.mark.parametrize(
 
 
 @typos
-def test_an_unknown_key_is_named_with_the_nearest_valid_one(content: Content, typo: str, meant: str) -> None:
+def test_an_unknown_key_is_named_with_the_nearest_valid_one(
+    content: Content, typo: str, meant: str
+) -> None:
     message = refusal(put(content, typo, 1))
-    assert message.startswith(f"{typo} is not a known key") and f"did you mean {meant!r}?" in message
+    assert (
+        message.startswith(f"{typo} is not a known key") and f"did you mean {meant!r}?" in message
+    )
 
 
 @typos
-def test_a_misspelt_key_is_unknown_before_the_right_one_is_missing(content: Content, typo: str, meant: str) -> None:
+def test_a_misspelt_key_is_unknown_before_the_right_one_is_missing(
+    content: Content, typo: str, meant: str
+) -> None:
     *sections, _ = typo.split(".")
     message = refusal(put(drop(content, ".".join([*sections, meant])), typo, 1))
-    assert message.startswith(f"{typo} is not a known key") and f"did you mean {meant!r}?" in message
+    assert (
+        message.startswith(f"{typo} is not a known key") and f"did you mean {meant!r}?" in message
+    )
 
 
 def test_an_unknown_key_of_a_source_names_its_row(content: Content) -> None:
-    message = refusal(put(content, "prepare.sft", [{"format": "world"}, {"format": "pku", "pth": "x"}]))
+    message = refusal(
+        put(content, "prepare.sft", [{"format": "world"}, {"format": "pku", "pth": "x"}])
+    )
     assert message == "prepare.sft.1.pth is not a known key; did you mean 'path'?"
 
 
@@ -182,7 +196,10 @@ def test_a_stage_says_what_differs_from_the_blocks_at_the_top(content: Content) 
 @pytest.mark.parametrize("block", ["training", "lora"])
 def test_a_block_of_a_stage_is_keys_that_differ(content: Content, block: str) -> None:
     message = refusal(put(content, f"sft.{block}", None))
-    assert message == f"sft.{block} must hold the keys that differ from {block} at the top; {{}} for none"
+    assert (
+        message
+        == f"sft.{block} must hold the keys that differ from {block} at the top; {{}} for none"
+    )
     assert refusal(put(content, block, 3)).startswith(f"{block}: ")
 
 

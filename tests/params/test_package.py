@@ -25,7 +25,9 @@ def decorators(function: ast.FunctionDef) -> set[str]:
 @pytest.mark.parametrize("path", TYPES, ids=lambda path: path.name)
 def test_types_of_params_hold_no_function_but_validators(path: Path) -> None:
     own = [
-        function.name for function in functions(ast.parse(path.read_text())) if not decorators(function) & VALIDATORS
+        function.name
+        for function in functions(ast.parse(path.read_text()))
+        if not decorators(function) & VALIDATORS
     ]
     assert not own
 

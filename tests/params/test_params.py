@@ -75,16 +75,22 @@ def test_null_switches_off_what_may_be_switched_off(content: Content) -> None:
         ("constraint.limit", 1e12),
     ],
 )
-def test_a_value_out_of_range_is_named_with_what_was_given(content: Content, key: str, value: float) -> None:
+def test_a_value_out_of_range_is_named_with_what_was_given(
+    content: Content, key: str, value: float
+) -> None:
     message = refusal(put(content, key, value))
-    assert message.startswith(f"{key}: ") and (message.endswith(f", got {value!r}") or len(repr(value)) > 100)
+    assert message.startswith(f"{key}: ") and (
+        message.endswith(f", got {value!r}") or len(repr(value)) > 100
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 2**31 - 1])
 def test_seeds_that_are_derived_from_the_largest_one_are_seeds(content: Content, seed: int) -> None:
     """numpy takes up to 2**32 - 1; stages add the number of a training, and a thousand times it."""
     assert loading.check(put(content, "seed", seed), "my.yaml")["sft"].seed == seed  # type: ignore[attr-defined]
-    longest = loading.check(put(content, "dual_search.max_trainings", 10_000), "my.yaml")["dual_search"]
+    longest = loading.check(put(content, "dual_search.max_trainings", 10_000), "my.yaml")[
+        "dual_search"
+    ]
     assert seed + 1000 * (longest.max_trainings + 2) < 2**32  # type: ignore[attr-defined]
 
 
@@ -96,13 +102,25 @@ def test_seeds_that_are_derived_from_the_largest_one_are_seeds(content: Content,
             [{"format": "pku", "path": "../rows.jsonl"}],
             "a relative path does not lead out of its folder",
         ),
-        ("prepare.sft", [{"format": "pku", "path": "a/../../rows.jsonl"}], "a relative path does not lead out"),
+        (
+            "prepare.sft",
+            [{"format": "pku", "path": "a/../../rows.jsonl"}],
+            "a relative path does not lead out",
+        ),
         ("prepare.sft", [{"format": "pku", "path": ""}], "a text on one line"),
         ("certify.labels.folder", "../labels", "a relative path does not lead out of its folder"),
         ("prepare.folder", "rows\nmore", "a text on one line"),
         ("sft.base", "", "a text on one line"),
-        ("constraint.also", {"it": {"quantity": "length", "limit": 9.0, "prompts": "a{99999999999}"}}, "no regular"),
-        ("constraint.also", {"it": {"quantity": "length", "limit": 9.0, "prompts": "(" * 5000}}, "no regular"),
+        (
+            "constraint.also",
+            {"it": {"quantity": "length", "limit": 9.0, "prompts": "a{99999999999}"}},
+            "no regular",
+        ),
+        (
+            "constraint.also",
+            {"it": {"quantity": "length", "limit": 9.0, "prompts": "(" * 5000}},
+            "no regular",
+        ),
     ],
 )
 def test_a_path_out_of_its_folder_and_a_text_that_is_none_are_refused(
@@ -115,7 +133,10 @@ def test_a_path_out_of_its_folder_and_a_text_that_is_none_are_refused(
 @pytest.mark.parametrize("folder", ["/data/rows", "../rows", "data/raw", "my rows", "ö"])
 def test_rows_may_lie_in_any_folder(content: Content, folder: str) -> None:
     loading.check(put(content, "prepare.folder", folder), "my.yaml")
-    loading.check(put(content, "prepare.sft", [{"format": "pku", "path": f"{folder.strip('.')}/a.jsonl"}]), "my.yaml")
+    loading.check(
+        put(content, "prepare.sft", [{"format": "pku", "path": f"{folder.strip('.')}/a.jsonl"}]),
+        "my.yaml",
+    )
 
 
 @pytest.mark.parametrize("key", ["dual_init.grid", "dual_search.grid", "prepare.helpful"])
@@ -134,7 +155,12 @@ FURTHER = {"quantity": "cvar", "limit": 1.0, "level": 0.9, "prompts": "(?i)child
 
 def test_further_limits_are_read_with_what_they_leave_out(content: Content) -> None:
     checked = loading.check(
-        put(content, "constraint.also", {"tail": FURTHER, "short": {"quantity": "length", "limit": 9}}), "my.yaml"
+        put(
+            content,
+            "constraint.also",
+            {"tail": FURTHER, "short": {"quantity": "length", "limit": 9}},
+        ),
+        "my.yaml",
     )
     for stage in ("dual_init", "evaluate"):
         also = checked[stage].also  # type: ignore[attr-defined]
@@ -151,11 +177,16 @@ def test_further_limits_are_read_with_what_they_leave_out(content: Content) -> N
             {"quantity": "p_unsafe", "level": None, "limit": 1.5},
             "the limit of p_unsafe is a share between 0 and 1, not 1.5",
         ),
-        ({"quantity": "length", "level": None, "limit": 0.0}, "the limit of length is in tokens and above 0, not 0"),
+        (
+            {"quantity": "length", "level": None, "limit": 0.0},
+            "the limit of length is in tokens and above 0, not 0",
+        ),
         ({"prompts": "(child"}, "prompts '(child' is no regular expression"),
     ],
 )
-def test_a_further_limit_that_makes_no_sense_is_refused(content: Content, change: Content, says: str) -> None:
+def test_a_further_limit_that_makes_no_sense_is_refused(
+    content: Content, change: Content, says: str
+) -> None:
     message = refusal(put(content, "constraint.also", {"it": FURTHER | change}))
     assert message.startswith(f"constraint.also.it: {says}")
 
@@ -178,11 +209,15 @@ def test_a_multiplier_is_solved_or_a_number(content: Content, lam: Any) -> None:
 @pytest.mark.parametrize("key", ["grid", "betas"])
 @pytest.mark.parametrize("values", [[0.5, 1, 1, 2], [0.5, 2, 1]])
 def test_a_grid_must_increase(content: Content, key: str, values: list[float]) -> None:
-    assert refusal(put(content, f"dual_init.{key}", values)).startswith(f"dual_init: {key} must increase")
+    assert refusal(put(content, f"dual_init.{key}", values)).startswith(
+        f"dual_init: {key} must increase"
+    )
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, float("inf"), float("nan")])
-def test_other_kl_weights_are_positive_numbers_or_none_at_all(content: Content, wrong: float) -> None:
+def test_other_kl_weights_are_positive_numbers_or_none_at_all(
+    content: Content, wrong: float
+) -> None:
     loading.check(put(content, "dual_init.betas", []), "my.yaml")
     assert refusal(put(content, "dual_init.betas", [wrong, 1.0])).startswith("dual_init.betas.0: ")
 
@@ -191,10 +226,14 @@ def test_other_kl_weights_are_positive_numbers_or_none_at_all(content: Content, 
 def test_safe_dpo_is_a_dpo(content: Content, loss_type: str) -> None:
     content["reward_dpo"]["runs"]["helpful"] |= {"safe_offset": 10.0, "loss_type": loss_type}
     message = refusal(content)
-    assert message.startswith(f"reward_dpo.runs.helpful: safe_offset (SafeDPO) needs loss_type dpo, not {loss_type}")
+    assert message.startswith(
+        f"reward_dpo.runs.helpful: safe_offset (SafeDPO) needs loss_type dpo, not {loss_type}"
+    )
 
 
-@pytest.mark.parametrize("change", [{"loss_type": "ipo"}, {"loss_type": "kto"}, {"safe_offset": 10.0}])
+@pytest.mark.parametrize(
+    "change", [{"loss_type": "ipo"}, {"loss_type": "kto"}, {"safe_offset": 10.0}]
+)
 def test_modpo_is_a_dpo_without_an_offset(content: Content, change: Content) -> None:
     content["reward_dpo"]["runs"]["helpful"] |= {"margin": "safety_dpo/alone", **change}
     message = refusal(content)
@@ -206,17 +245,27 @@ def test_modpo_is_a_dpo_without_an_offset(content: Content, change: Content) -> 
 @pytest.mark.parametrize("change", [{"margin": "safety_dpo/alone"}, {"safe_offset": 10.0}])
 def test_a_clip_would_bound_offset_and_margin_too(content: Content, change: Content) -> None:
     content["reward_dpo"]["runs"]["helpful"] |= {"clip": 5.0, **change}
-    assert refusal(content).startswith("reward_dpo.runs.helpful: clip goes with neither safe_offset nor margin")
+    assert refusal(content).startswith(
+        "reward_dpo.runs.helpful: clip goes with neither safe_offset nor margin"
+    )
 
 
 def test_a_row_is_the_method_of_its_name_unless_it_names_one(content: Content) -> None:
     put(content, "methods.mine", {**content["methods"]["sacpo"], "method": "sacpo"})
     put(content, "methods.pd_dpo.method", None)
     rows = loading.check(content, "my.yaml")["dual_search"].methods  # type: ignore[attr-defined]
-    assert (rows["mine"].method, rows["pd_dpo"].method, rows["sacpo"].rule) == ("sacpo", "pd_dpo", None)
+    assert (rows["mine"].method, rows["pd_dpo"].method, rows["sacpo"].rule) == (
+        "sacpo",
+        "pd_dpo",
+        None,
+    )
     put(content, "methods.sacbo", content["methods"]["sacpo"])
     message = refusal(content)
-    assert message.startswith("methods.sacbo.method: ") and "'sacpo'" in message and message.endswith("got 'sacbo'")
+    assert (
+        message.startswith("methods.sacbo.method: ")
+        and "'sacpo'" in message
+        and message.endswith("got 'sacbo'")
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,12 +288,22 @@ def test_what_a_base_from_scratch_cannot_use_is_refused(content: Content, key: s
 
 
 @pytest.mark.parametrize(("hidden", "heads"), [(128, 3), (60, 4)])
-def test_heads_must_divide_the_hidden_size_evenly(content: Content, hidden: int, heads: int) -> None:
+def test_heads_must_divide_the_hidden_size_evenly(
+    content: Content, hidden: int, heads: int
+) -> None:
     content["sft"]["scratch"] |= {"hidden_size": hidden, "heads": heads}
-    assert refusal(content).startswith(f"sft.scratch: hidden_size {hidden} must be an even multiple of heads {heads}")
+    assert refusal(content).startswith(
+        f"sft.scratch: hidden_size {hidden} must be an even multiple of heads {heads}"
+    )
 
 
 @pytest.mark.parametrize("change", [lambda c: put(c, "safety_dpo.runs.alone.lam", "duel")])
-def test_a_multiplier_is_dual_or_a_number(content: Content, change: Callable[[Content], Content]) -> None:
+def test_a_multiplier_is_dual_or_a_number(
+    content: Content, change: Callable[[Content], Content]
+) -> None:
     message = refusal(change(content))
-    assert message.startswith("safety_dpo.runs.alone.lam") and "'dual'" in message and "'duel'" in message
+    assert (
+        message.startswith("safety_dpo.runs.alone.lam")
+        and "'dual'" in message
+        and "'duel'" in message
+    )

@@ -1,4 +1,6 @@
-"""Two nodes and a coordinator: three clones of a small project, two caches, workers, and a folder as DVC remote."""
+"""Two nodes and a coordinator: three clones of a small project, two caches, workers, and a folder
+as DVC remote.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,11 @@ class Nodes(nodes.Nodes):
     """The nodes and the coordinator's clone; all share a folder for checkpoints."""
 
     def __init__(self, folder: Path, server: str) -> None:
-        settings = {**environment(), "PREFECT_API_URL": server, "DUALIGN_SCRATCH": str(folder / "kept")}
+        settings = {
+            **environment(),
+            "PREFECT_API_URL": server,
+            "DUALIGN_SCRATCH": str(folder / "kept"),
+        }
         super().__init__(folder, settings)
         self.coordinator = Project(self.clone("coordinator"))
 
@@ -31,7 +37,9 @@ def create_nodes(folder: Path, server: str) -> Nodes:
     seed = folder / "seed"
     seed.mkdir()
     project = create(seed)
-    shutil.copytree(ROOT / "pipeline", seed / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "pipeline", seed / "pipeline", ignore=shutil.ignore_patterns("__pycache__")
+    )
     for name in ("prefect.yaml", "prefect.toml"):
         shutil.copy2(ROOT / name, seed)
     project.dvc("remote", "add", "-q", "-d", "store", str(folder / "store"))

@@ -61,7 +61,12 @@ pathlib.Path(f"out/{name}").write_text(f"{own['value']}{rows}")
 numbers = {"accuracy": {"mean": own["value"], "low": 0.1}}
 pathlib.Path(f"metrics-{name}.json").write_text(json.dumps(numbers))
 """
-READS = {"first": ("work.py",), "left": ("out/first",), "right": ("out/first",), "last": ("out/left", "out/right")}
+READS = {
+    "first": ("work.py",),
+    "left": ("out/first",),
+    "right": ("out/first",),
+    "last": ("out/left", "out/right"),
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,9 @@ class Project:
     def dvc(self, *arguments: str) -> str:
         """The output of a DVC command that must succeed."""
         command = [sys.executable, "-m", "dvc", *arguments]
-        done = subprocess.run(command, cwd=self.root, env=environment(), capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=self.root, env=environment(), capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -89,7 +96,12 @@ class Project:
         """A DVC command that goes on by itself."""
         command = [sys.executable, "-m", "dvc", *arguments]
         return subprocess.Popen(
-            command, cwd=self.root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=self.root,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
 
     def locks(self) -> dict[str, Any]:
@@ -111,7 +123,14 @@ class Project:
 
 def git(root: Path, *arguments: str) -> str:
     """The output of a git command that must succeed."""
-    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
+    identity = [
+        "-c",
+        "user.name=test",
+        "-c",
+        "user.email=test@example.org",
+        "-c",
+        "commit.gpgsign=false",
+    ]
     command = ["git", "-C", str(root), *identity, *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 

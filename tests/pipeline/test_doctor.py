@@ -10,33 +10,45 @@ from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
 from bench.nodes import serving
 from pipeline import doctor
 from pipeline.doctor import examine
-from pipeline.runner import exclusive
-from pipeline.server import admitted, reachable
+from pipeline.prefect.server import admitted, reachable
+from pipeline.run.runner import exclusive
 from tests.pipeline.project import Project
 
 NOWHERE = "http://127.0.0.1:9/api"
 
 
 def findings(project: Project, level: str) -> str:
-    return "\n".join(finding.what for finding in examine(project.root, NOWHERE) if finding.level == level)
+    return "\n".join(
+        finding.what for finding in examine(project.root, NOWHERE) if finding.level == level
+    )
 
 
 def test_a_workspace_in_order(project: Project) -> None:
     project.dvc("config", "cache.type", "hardlink,symlink,copy")
-    (project.root / "constraints.txt").write_text(f"# pins\ndvc=={doctor.importlib.metadata.version('dvc')}\n")
+    (project.root / "constraints.txt").write_text(
+        f"# pins\ndvc=={doctor.importlib.metadata.version('dvc')}\n"
+    )
     subprocess.run(["git", "add", "."], check=True)
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
     subprocess.run(["git", *identity, "commit", "-qm", "first"], check=True)
     assert not findings(project, "wrong")
     found = findings(project, "ok")
-    assert all(text in found for text in ("4 stages", "as in constraints.txt", "as committed", "no run is going on"))
+    assert all(
+        text in found
+        for text in ("4 stages", "as in constraints.txt", "as committed", "no run is going on")
+    )
 
 
 def test_what_is_not_as_it_should_be(project: Project) -> None:
     (project.root / "constraints.txt").write_text("dvc==0.1\nnot-installed==1.0\n")
     notes = findings(project, "note")
-    for text in ("(tested with 0.1)", "differ from the last commit", "remote: none", "outputs are kept twice",
-                 f"none at {NOWHERE}"):  # fmt: skip
+    for text in (
+        "(tested with 0.1)",
+        "differ from the last commit",
+        "remote: none",
+        "outputs are kept twice",
+        f"none at {NOWHERE}",
+    ):
         assert text in notes
     assert "not-installed" not in notes
     with exclusive(project.root):
@@ -44,7 +56,9 @@ def test_what_is_not_as_it_should_be(project: Project) -> None:
 
 
 def test_a_remote_that_answers_or_does_not(project: Project) -> None:
-    project.dvc("remote", "add", "-q", "-d", "store", str(project.root.parent / "made-by-the-first-push"))
+    project.dvc(
+        "remote", "add", "-q", "-d", "store", str(project.root.parent / "made-by-the-first-push")
+    )
     assert "DVC remote: store" in findings(project, "ok")
     project.dvc("remote", "modify", "-q", "store", "url", str(project.root / "work.py" / "store"))
     assert "DVC remote: store cannot be reached: " in findings(project, "wrong")
@@ -59,14 +73,27 @@ def test_what_keeps_a_run_from_working(project: Project, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_a_server_with_a_password(project: Project, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_server_with_a_password(
+    project: Project, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     home = tmp_path_factory.mktemp("guarded")
     with serving(home, PREFECT_SERVER_API_AUTH_STRING="team:secret") as api:
         for told, level in (("", "wrong"), ("team:guess", "wrong"), ("team:secret", "ok")):
             with temporary_settings({PREFECT_API_AUTH_STRING: told}):
-                (found,) = [finding for finding in examine(project.root, api) if "Prefect server" in finding.what]
-            assert found.level == level and ("PREFECT_API_AUTH_STRING" in found.what) == (level == "wrong")
+                (found,) = [
+                    finding
+                    for finding in examine(project.root, api)
+                    if "Prefect server" in finding.what
+                ]
+            assert found.level == level and ("PREFECT_API_AUTH_STRING" in found.what) == (
+                level == "wrong"
+            )
 
 
 def test_a_server_is_reached_or_not(server: str) -> None:
-    assert reachable(server) and admitted(server) and not reachable(NOWHERE) and not reachable("nonsense")
+    assert (
+        reachable(server)
+        and admitted(server)
+        and not reachable(NOWHERE)
+        and not reachable("nonsense")
+    )

@@ -1,4 +1,6 @@
-"""Outputs from the remote: what arrives, what is left alone, and what is said where it cannot be had."""
+"""Outputs from the remote: what arrives, what is left alone, and what is said where it cannot be
+had.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StageFailed
-from pipeline.runner import LocalRunner, exclusive
+from pipeline.run.runner import LocalRunner, exclusive
 from tests.pipeline.project import Project
 
 
@@ -36,7 +38,9 @@ def pull(root: Path, *paths: str) -> list[str]:
 
 def test_what_is_asked_for_arrives_or_is_told_and_nothing_else_changes(pushed: Project) -> None:
     root = pushed.root
-    assert pull(root, "out/first", "out/left") == ["INFO 2 outputs fetched, 2 files of them from the remote"]
+    assert pull(root, "out/first", "out/left") == [
+        "INFO 2 outputs fetched, 2 files of them from the remote"
+    ]
     assert (root / "out/first").read_text() == "0" and not (root / "out/right").exists()
     assert pull(root, "out/first") == ["INFO 1 outputs fetched, 0 files of them from the remote"]
     assert pull(root) == []

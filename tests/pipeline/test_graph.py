@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
-from pipeline import records
-from pipeline.flow import alignment
+from pipeline.dvc import records
+from pipeline.prefect.flow import alignment
 
 LITTLE = {
     "prepare.world.sft_rows": 300,
@@ -42,12 +42,18 @@ def test_the_first_stage_runs_and_says_what_it_does_not_take(
     subprocess.run(["git", "init", "-q"], check=True)
     Repo.init(str(tmp_path)).close()
 
-    refused = alignment(stages=["prepare"], set={**LITTLE, "prepare.heldout_share": 3.0}, return_state=True)
-    assert str(refused.message).startswith("prepare: params.yaml: prepare.heldout_share"), refused.message
+    refused = alignment(
+        stages=["prepare"], set={**LITTLE, "prepare.heldout_share": 3.0}, return_state=True
+    )
+    assert str(refused.message).startswith("prepare: params.yaml: prepare.heldout_share"), (
+        refused.message
+    )
     assert "(exit 2)" in str(refused.message)
 
     done = alignment(stages=["prepare"], set={"prepare.heldout_share": 0.1}, return_state=True)
     assert done.message == "1 completed"
     assert json.loads(Path("reports/metrics/prepare.json").read_text())["prompts"]["pool"] == 12
-    assert {out["path"] for out in records.read(tmp_path, ["prepare"])["prepare"]["outs"]} >= {"data/prepared"}
+    assert {out["path"] for out in records.read(tmp_path, ["prepare"])["prepare"]["outs"]} >= {
+        "data/prepared"
+    }
     assert alignment(stages=["prepare"], return_state=True).message == "1 unchanged"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import identity
 from pipeline.__main__ import main, parser
+from pipeline.prefect import identity
 from tests.pipeline.project import Project
 
 
@@ -31,7 +31,10 @@ def test_plan(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_run_and_status(
-    project: Project, server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    project: Project,
+    server: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", server)
     assert main(["run", "--stage", "right", "--set", "right.value=5", "--jobs", "1"]) == 0
@@ -71,12 +74,18 @@ def test_a_slip_is_told_in_one_line(
 
 
 def test_an_address_without_its_end(
-    project: Project, server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    project: Project,
+    server: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     short = server.removesuffix("/api")
-    monkeypatch.setattr("pipeline.server.address", lambda: short)
+    monkeypatch.setattr("pipeline.prefect.server.address", lambda: short)
     assert main(["deploy"]) == 2
-    assert f"PREFECT_API_URL={short} lacks its end: PREFECT_API_URL={short}/api" in capsys.readouterr().err
+    assert (
+        f"PREFECT_API_URL={short} lacks its end: PREFECT_API_URL={short}/api"
+        in capsys.readouterr().err
+    )
 
 
 def test_doctor(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,15 +95,24 @@ def test_doctor(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 1
 
 
-def test_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["plan"]) == 2
     assert "run this in the root of the repository" in capsys.readouterr().err
 
 
 def test_the_guide_names_commands_that_exist(repo_root: Path) -> None:
-    pages = [(repo_root / "docs" / page).read_text().splitlines() for page in ("prefect.md", "cluster.md")]
-    found = [re.match(r"(?:\w+=\S+ |exec )*python -m pipeline (.*)", line) for page in pages for line in page]
+    pages = [
+        (repo_root / "docs" / page).read_text().splitlines()
+        for page in ("prefect.md", "cluster.md")
+    ]
+    found = [
+        re.match(r"(?:\w+=\S+ |exec )*python -m pipeline (.*)", line)
+        for page in pages
+        for line in page
+    ]
     commands = [shlex.split(match[1], comments=True) for match in found if match]
     told = {"plan", "run", "serve", "status", "doctor", "deploy", "work", "sweep"}
     assert {command[0] for command in commands} == told
@@ -103,17 +121,27 @@ def test_the_guide_names_commands_that_exist(repo_root: Path) -> None:
 
 
 def test_help_and_the_graph_do_without_prefect(repo_root: Path) -> None:
-    code = "import pipeline.__main__, pipeline.dag, pipeline.plan, sys; sys.exit('prefect' in sys.modules)"
+    code = (
+        "import pipeline.__main__, pipeline.dvc.dag, pipeline.dvc.plan, sys; sys.exit('prefect' in"
+        " sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=repo_root, check=False).returncode == 0
-    shown = subprocess.run([sys.executable, "-m", "pipeline", "-h"], cwd=repo_root, capture_output=True, text=True)
+    shown = subprocess.run(
+        [sys.executable, "-m", "pipeline", "-h"], cwd=repo_root, capture_output=True, text=True
+    )
     assert "docs/prefect.md" in shown.stdout and "130  interrupted" in shown.stdout
 
 
 def test_prefect_takes_its_settings_from_the_repository(repo_root: Path) -> None:
     code = (
-        "import sys; from prefect.settings import get_current_settings; server = get_current_settings().server\n"
-        "told = server.analytics_enabled, server.ui.v2_enabled, server.ephemeral.startup_timeout_seconds\n"
-        "sys.exit(told != (False, False, 120))"
+        "import sys; from prefect.settings import get_current_settings; server ="
+        " get_current_settings().server\ntold = server.analytics_enabled, server.ui.v2_enabled,"
+        " server.ephemeral.startup_timeout_seconds\nsys.exit(told != (False, False, 120))"
     )
     bare = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    assert subprocess.run([sys.executable, "-c", code], cwd=repo_root, env=bare, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=repo_root, env=bare, check=False
+        ).returncode
+        == 0
+    )

@@ -35,9 +35,17 @@ def test_a_table_shows_what_differs_or_what_is_asked_for() -> None:
         Point({"a": 3}, "failed"),
     ]
     assert table(points, []) == [
-        ["a", "", "m.x"], ["1", "completed", "0.25"], ["2", "completed", "0.3333"], ["3", "failed", ""],
-    ]  # fmt: skip
-    assert table(points[:1], [])[0] == ["a", "", "m.x", "m.same"], "where nothing differs, what there is"
+        ["a", "", "m.x"],
+        ["1", "completed", "0.25"],
+        ["2", "completed", "0.3333"],
+        ["3", "failed", ""],
+    ]
+    assert table(points[:1], [])[0] == [
+        "a",
+        "",
+        "m.x",
+        "m.same",
+    ], "where nothing differs, what there is"
     assert table(points, ["m.s*"])[:2] == [["a", "", "m.same"], ["1", "completed", "3"]]
 
 
@@ -45,7 +53,9 @@ def test_a_table_shows_what_differs_or_what_is_asked_for() -> None:
 def sweeping(project: Project, server: str, monkeypatch: pytest.MonkeyPatch) -> Project:
     """A project with a commit, and rows that git ignores."""
     monkeypatch.setenv("PREFECT_API_URL", server)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # a point runs the pipeline of its own tree; this project has none
+    monkeypatch.setenv(
+        "PYTHONPATH", str(ROOT)
+    )  # a point runs the pipeline of its own tree; this project has none
     for who in ("AUTHOR", "COMMITTER"):
         monkeypatch.setenv(f"GIT_{who}_NAME", "test")
         monkeypatch.setenv(f"GIT_{who}_EMAIL", "test@example.org")
@@ -78,24 +88,38 @@ def test_a_sweep_leaves_the_workspace_alone_and_its_points_as_experiments(
     before = (project.root / "params.yaml").read_text()
     assert main(["sweep", "first.value=7,8", "--stage", "first"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows == [["first.value", "accuracy.mean"], ["7", "completed", "7"], ["8", "completed", "8"]]
+    assert rows == [
+        ["first.value", "accuracy.mean"],
+        ["7", "completed", "7"],
+        ["8", "completed", "8"],
+    ]
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(limit=2, sort=FlowRunSort.START_TIME_DESC)
     assert {run.name for run in runs} == {"first first.value=7", "first first.value=8"}
     assert (project.root / "params.yaml").read_text() == before
     assert not [path for path in (project.root / ".dvc/tmp/stages").iterdir() if path.is_dir()]
-    assert sorted(project.dvc("exp", "list", "--name-only").split()) == ["first.value=7", "first.value=8"]
+    assert sorted(project.dvc("exp", "list", "--name-only").split()) == [
+        "first.value=7",
+        "first.value=8",
+    ]
     project.set(first={"value": 8})
-    assert "is cached" in project.dvc("repro", "first"), "git ignores the rows, and the points read them"
+    assert "is cached" in project.dvc("repro", "first"), (
+        "git ignores the rows, and the points read them"
+    )
     assert (project.root / "out/first").read_text() == "8 and my rows"
     shown = json.loads(project.dvc("exp", "show", "--json"))
     kept = {
-        row["name"]: row["data"] for found in shown for entry in found["experiments"] or [] for row in entry["revs"]
+        row["name"]: row["data"]
+        for found in shown
+        for entry in found["experiments"] or []
+        for row in entry["revs"]
     }
     assert kept["first.value=8"]["metrics"]["metrics-first.json"]["data"]["accuracy"]["mean"] == 8
 
 
-def test_a_sweep_is_refused_before_anything_runs(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_is_refused_before_anything_runs(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
     git(project.root, "add", ".")
     git(project.root, "commit", "-qm", "first")
     assert main(["sweep", "left.valu=1,2"]) == 2

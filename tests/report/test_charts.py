@@ -16,7 +16,14 @@ LABELS = ("cost", "reward")
 
 
 def point(label: str, x: float, y: float, style: str = "method over", number: int = 1) -> Point:
-    return Point(label, number, Range(x, x - 0.1, x + 0.1), Range(y, y - 0.05, y + 0.05), style, f"{label}: here")
+    return Point(
+        label,
+        number,
+        Range(x, x - 0.1, x + 0.1),
+        Range(y, y - 0.05, y + 0.05),
+        style,
+        f"{label}: here",
+    )
 
 
 def knot(lam: float, x: float, y: float) -> Knot:
@@ -26,15 +33,21 @@ def knot(lam: float, x: float, y: float) -> Knot:
 CURVE = [knot(0.0, 1.0, 1.0), knot(0.5, 0.0, 0.7), knot(1.0, -0.5, 0.2)]
 
 
-def draw(points: list[Point], curve: list[Knot] = CURVE, limit: float | None = 0.0, **more: Any) -> ElementTree.Element:
-    return ElementTree.fromstring(frontier(points, curve, limit, (548, 430), LABELS, name="n", **more))
+def draw(
+    points: list[Point], curve: list[Knot] = CURVE, limit: float | None = 0.0, **more: Any
+) -> ElementTree.Element:
+    return ElementTree.fromstring(
+        frontier(points, curve, limit, (548, 430), LABELS, name="n", **more)
+    )
 
 
 def styled(root: ElementTree.Element, style: str) -> list[ElementTree.Element]:
     return [element for element in root.iter() if style in element.get("class", "").split()]
 
 
-@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 0.013), (-250.0, 13_000.0), (5.0, 5.4)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(-1.0, 1.0), (0.0, 0.013), (-250.0, 13_000.0), (5.0, 5.4)]
+)
 def test_ticks_are_round_and_within(low: float, high: float) -> None:
     ticks = Scale(low, high, 0, 100).ticks(5)
     assert 3 <= len(ticks) <= 8
@@ -81,7 +94,9 @@ def box(text: ElementTree.Element) -> tuple[float, float, float, float]:
 
 
 def test_labels_of_crowded_points_do_not_overlap_and_stay_in_the_plot() -> None:
-    points = [point(f"policy_{i}", 0.04 * (i % 4), 0.03 * (i // 4), number=i + 1) for i in range(12)]
+    points = [
+        point(f"policy_{i}", 0.04 * (i % 4), 0.03 * (i // 4), number=i + 1) for i in range(12)
+    ]
     spread = [point("far_left", -1.0, -0.6), point("far_right", 1.0, 0.8)]
     boxes = [box(text) for text in styled(draw([*points, *spread]), "label")]
     assert len(boxes) == 14
@@ -117,7 +132,9 @@ def test_a_line_joins_a_policy_to_where_it_was_predicted() -> None:
     root = draw([foreseen, point("b", -0.5, 1.0)])
     (line,) = styled(root, "miss")
     mark = next(mark for mark in styled(root, "mark") if mark[0].text == "a")
-    knot_at_half = styled(root, "knot")[0] if len(styled(root, "knot")) == 1 else styled(root, "knot")[-2]
+    knot_at_half = (
+        styled(root, "knot")[0] if len(styled(root, "knot")) == 1 else styled(root, "knot")[-2]
+    )
     assert (line.get("x1"), line.get("y1")) == (mark.get("cx"), mark.get("cy"))
     assert (line.get("x2"), line.get("y2")) == (knot_at_half.get("cx"), knot_at_half.get("cy"))
 
@@ -143,13 +160,23 @@ def test_partial_input_draws(points: list[Point], curve: list[Knot], limit: floa
 
 def steps(*knobs: tuple[float, float | None]) -> list[dict[str, float | None]]:
     return [
-        {"step": i, "lam": lam, "q": q, "cost": 0.3 - 0.2 * i, "cost_se": 0.05, "reward": 0.1, "reward_se": 0.01}
+        {
+            "step": i,
+            "lam": lam,
+            "q": q,
+            "cost": 0.3 - 0.2 * i,
+            "cost_se": 0.05,
+            "reward": 0.1,
+            "reward_se": 0.01,
+        }
         for i, (lam, q) in enumerate(knobs)
     ]
 
 
 def test_trajectory_marks_the_chosen_step_and_its_errors() -> None:
-    root = ElementTree.fromstring(trajectory(steps((0.5, None), (0.8, None), (0.9, None)), 0.0, (-0.3, 0.5), 1, "n"))
+    root = ElementTree.fromstring(
+        trajectory(steps((0.5, None), (0.8, None), (0.9, None)), 0.0, (-0.3, 0.5), 1, "n")
+    )
     assert len(styled(root, "step")) == 6 and len(styled(root, "step-bar")) == 3
     chosen = styled(root, "chosen")
     assert len(chosen) == 2
@@ -167,7 +194,9 @@ def test_trajectory_shows_the_aim_and_what_each_reckoning_asked_for() -> None:
     aimed = ElementTree.fromstring(trajectory(tried, 0.0, (-0.3, 0.5), 1, "n", aim=-0.1))
     aim, limit = styled(aimed, "aim")[0], styled(aimed, "limit")[0]
     # The cost axis is 98 pixels for 0.8.
-    assert float(aim.get("y1", "nan")) - float(limit.get("y1", "nan")) == pytest.approx(98 * 0.1 / 0.8, abs=0.02)
+    assert float(aim.get("y1", "nan")) - float(limit.get("y1", "nan")) == pytest.approx(
+        98 * 0.1 / 0.8, abs=0.02
+    )
     assert "aim" in {text.text for text in styled(aimed, "aim-text")}
     titles = [str(dot[0].text) for dot in styled(aimed, "step")]
     assert titles[0].endswith("; next λ by newton 0.812, line 0.900") and "next" not in titles[1]
@@ -188,11 +217,17 @@ def test_a_step_says_how_it_was_made() -> None:
 
 
 def test_trajectory_of_a_merge_shows_its_weight_and_counts_the_start_as_one() -> None:
-    root = ElementTree.fromstring(trajectory(steps((0.9, None), (0.5, 0.5)), 0.0, (-0.3, 0.5), 1, "n"))
+    root = ElementTree.fromstring(
+        trajectory(steps((0.9, None), (0.5, 0.5)), 0.0, (-0.3, 0.5), 1, "n")
+    )
     assert "q" in {text.text for text in styled(root, "axis")}
-    upper = [float(dot.get("cy", "nan")) for dot in styled(root, "step") if "q" in str(dot[0].text)][:2]
+    upper = [
+        float(dot.get("cy", "nan")) for dot in styled(root, "step") if "q" in str(dot[0].text)
+    ][:2]
     ticks = {text.text: float(text.get("y", "nan")) - 4 for text in styled(root, "tick")}
-    assert upper[0] == pytest.approx(ticks["1.0"], abs=0.05) and upper[1] == pytest.approx(ticks["0.5"], abs=0.05)
+    assert upper[0] == pytest.approx(ticks["1.0"], abs=0.05) and upper[1] == pytest.approx(
+        ticks["0.5"], abs=0.05
+    )
 
 
 def test_trajectory_of_steps_without_numbers_draws() -> None:

@@ -35,7 +35,9 @@ def brute_force(ours: pd.DataFrame, theirs: pd.DataFrame, score: str, sign: int)
 
 
 @pytest.mark.parametrize(("score", "sign"), [("reward", 1), ("cost", -1), ("cost", 1)])
-def test_win_rate_is_the_mean_over_prompts_of_all_pairs_with_ties_halved(score: str, sign: int) -> None:
+def test_win_rate_is_the_mean_over_prompts_of_all_pairs_with_ties_halved(
+    score: str, sign: int
+) -> None:
     rng = np.random.default_rng(3)
     # Whole numbers tie often; prompts differ in their number of answers, and not all are common.
     ours = answers({f"p{i}": rng.integers(0, 4, 1 + i % 3).tolist() for i in range(12)})
@@ -57,7 +59,9 @@ def test_win_rate_weighs_prompts_not_answers() -> None:
 
 def test_win_rate_everywhere_still_has_a_width() -> None:
     prompts = [f"p{i}" for i in range(20)]
-    found = win_rate(answers({p: [1.0] for p in prompts}), answers({p: [0.0] for p in prompts}), "reward", 0.95)
+    found = win_rate(
+        answers({p: [1.0] for p in prompts}), answers({p: [0.0] for p in prompts}), "reward", 0.95
+    )
     assert found is not None and found["low"] is not None
     assert found["mean"] == found["high"] == 1
     assert 0.75 < found["low"] < 0.9
@@ -87,13 +91,19 @@ def test_few_common_prompts() -> None:
 
 
 def test_unscored_answers_do_not_count() -> None:
-    ours, theirs = answers({"a": [1.0, float("nan")], "b": [1.0]}), answers({"a": [0.0], "b": [0.0]})
+    ours, theirs = (
+        answers({"a": [1.0, float("nan")], "b": [1.0]}),
+        answers({"a": [0.0], "b": [0.0]}),
+    )
     found = win_rate(ours, theirs, "reward", 0.95)
     assert found is not None and found["mean"] == 1
 
 
 def test_mean_gain_is_paired_by_prompt() -> None:
-    ours, theirs = answers({"a": [11.0, 13.0], "b": [1.0]}), answers({"a": [10.0], "b": [0.0, -2.0]})
+    ours, theirs = (
+        answers({"a": [11.0, 13.0], "b": [1.0]}),
+        answers({"a": [10.0], "b": [0.0, -2.0]}),
+    )
     found = mean_gain(ours, theirs, "reward", 0.95)
     assert found is not None
     assert found["mean"] == pytest.approx(2.0)
@@ -123,13 +133,17 @@ def test_recommended_is_the_most_helpful_whose_whole_interval_is_within(run: Run
     within = {
         name: row["reward"]["mean"]
         for name, row in table["policies"].items()
-        if row["cost"]["high"] <= table["limit"] and all(k["high"] <= k["limit"] for k in row["also"].values())
+        if row["cost"]["high"] <= table["limit"]
+        and all(k["high"] <= k["limit"] for k in row["also"].values())
     }
     assert table["recommended"] == max(within, key=lambda name: within[name])
     # dualign has the higher reward and its mean is within, but its interval is not.
     row = table["policies"]["dualign"]
     assert row["standing"] == "unproven"
-    assert row["reward"]["mean"] > within[table["recommended"]] and row["cost"]["mean"] < table["limit"]
+    assert (
+        row["reward"]["mean"] > within[table["recommended"]]
+        and row["cost"]["mean"] < table["limit"]
+    )
     for row in table["policies"].values():
         broken = any(kept["mean"] > kept["limit"] for kept in row["also"].values())
         assert (row["standing"] == "over") == (row["cost"]["mean"] > table["limit"] or broken)
@@ -157,21 +171,32 @@ def test_nothing_is_recommended_where_all_are_over(build: Callable[..., Run]) ->
         write_json(path, read_json(path) | {"also": {}})
     table = compare(root, params.policies, params.confidence)
     assert table["recommended"] is None
-    assert table["nearest"] == min(table["policies"], key=lambda n: table["policies"][n]["cost"]["high"])
+    assert table["nearest"] == min(
+        table["policies"], key=lambda n: table["policies"][n]["cost"]["high"]
+    )
 
 
-def test_with_certificates_only_a_certified_policy_is_recommended(certified: Callable[..., Run]) -> None:
+def test_with_certificates_only_a_certified_policy_is_recommended(
+    certified: Callable[..., Run],
+) -> None:
     root, params = certified([-0.6, -0.3, -0.1])
     table = compare(root, params.policies, params.confidence)
     assert table["recommended"] == "certified" and table["policies"]["certified"]["certified"]
-    assert not table["policies"]["dualign"]["certified"] and table["policies"]["certified"]["trainings"] is None
+    assert (
+        not table["policies"]["dualign"]["certified"]
+        and table["policies"]["certified"]["trainings"] is None
+    )
     assert list(table["certificates"]) == ["dualign"]
 
 
 def test_without_a_certified_policy_none_is_recommended(certified: Callable[..., Run]) -> None:
     root, params = certified([-0.1])
     table = compare(root, params.policies, params.confidence)
-    assert table["recommended"] is None and table["missing"] == [] and table["uncertified"] == ["certified"]
+    assert (
+        table["recommended"] is None
+        and table["missing"] == []
+        and table["uncertified"] == ["certified"]
+    )
     assert any(row["standing"] == "within" for row in table["policies"].values())
 
 
@@ -179,13 +204,20 @@ def test_rows_hold_the_tilt_and_where_the_further_limits_stand(run: Run) -> None
     root, params = run
     path = root / "reports/metrics/evaluate/dualign.json"
     limits = {"kept": 1.2, "open": 1.1, "broken": 0.9}
-    also = {name: {"mean": 1.0, "low": 0.8, "high": 1.2, "limit": limit} for name, limit in limits.items()}
+    also = {
+        name: {"mean": 1.0, "low": 0.8, "high": 1.2, "limit": limit}
+        for name, limit in limits.items()
+    }
     also["empty"] = {"mean": None, "low": None, "high": None, "limit": 1.0}
     write_json(path, read_json(path) | {"also": also})
     old = root / "reports/metrics/evaluate/caid.json"
-    write_json(old, {key: value for key, value in read_json(old).items() if key not in ("tilt", "also")})
+    write_json(
+        old, {key: value for key, value in read_json(old).items() if key not in ("tilt", "also")}
+    )
     rows = compare(root, params.policies, params.confidence)["policies"]
-    assert rows["dualign"]["tilt"] == read_json(path)["tilt"] and rows["dualign"]["tilt"]["r2"] > 0.8
+    assert (
+        rows["dualign"]["tilt"] == read_json(path)["tilt"] and rows["dualign"]["tilt"]["r2"] > 0.8
+    )
     standings = {name: limit["standing"] for name, limit in rows["dualign"]["also"].items()}
     assert standings == {"kept": "within", "open": "unproven", "broken": "over", "empty": None}
     assert rows["caid"]["tilt"] is None and rows["caid"]["also"] == {}
@@ -194,7 +226,9 @@ def test_rows_hold_the_tilt_and_where_the_further_limits_stand(run: Run) -> None
 def test_the_limit_is_the_duals_unless_given(run: Run) -> None:
     root, params = run
     assert compare(root, params.policies, 0.95)["limit"] == -0.15
-    assert compare(root, params.policies, 0.95, limit=5.0)["recommended"] == "caid", "others break further limits"
+    assert compare(root, params.policies, 0.95, limit=5.0)["recommended"] == "caid", (
+        "others break further limits"
+    )
     (root / "data/dual/dual.json").unlink()
     unlimited = compare(root, params.policies, 0.95)
     assert unlimited["limit"] is None and unlimited["recommended"] is None

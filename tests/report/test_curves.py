@@ -1,4 +1,6 @@
-"""The tables of the whole run for `dvc plots`: a row for every logged step of a training and every step of a search."""
+"""The tables of the whole run for `dvc plots`: a row for every logged step of a training and every
+step of a search.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ def test_losses_of_all_trainings_are_one_table_by_run(tmp_path: Path) -> None:
     curves = tmp_path / "reports/curves"
     write_json(curves / "sft.json", [{"step": 50, "loss": 2.1}, {"step": 100, "loss": 1.2}])
     write_json(curves / "reward_model.json", [{"step": None, "loss": None}])  # given, not trained
-    write_json(curves / "dual_search/it.json", [{"training": f"step-{k}/policy", "step": 5, "loss": k} for k in (1, 2)])
+    write_json(
+        curves / "dual_search/it.json",
+        [{"training": f"step-{k}/policy", "step": 5, "loss": k} for k in (1, 2)],
+    )
     write_json(curves / "dual_search/merges.json", [{"training": None, "step": None, "loss": None}])
     write_curves(tmp_path, tmp_path / "plots")
     assert read_json(tmp_path / "plots/loss.json") == [
@@ -33,11 +38,16 @@ def test_a_search_has_a_row_for_each_step_and_an_ascent_for_each_stretch(tmp_pat
     course = [{"step": 10 * k, "lam": 1 + k, **STEP} for k in (1, 2)]
     folder = tmp_path / "reports/search"
     write_json(folder / "climbs.json", searched({"lam": 3.0}, name="climbs") | {"course": course})
-    write_json(folder / "steps.json", searched({"lam": 0.5, **STEP}, {"lam": 0.8, **STEP}, name="steps"))
+    write_json(
+        folder / "steps.json", searched({"lam": 0.5, **STEP}, {"lam": 0.8, **STEP}, name="steps")
+    )
     write_curves(tmp_path, tmp_path / "plots")
     rows = read_json(tmp_path / "plots/search.json")
     assert rows[:2] == [{"run": "climbs", **row} for row in course]
-    assert [(row["run"], row["lam"], row["cost"]) for row in rows[2:]] == [("steps", 0.5, 0.2), ("steps", 0.8, 0.2)]
+    assert [(row["run"], row["lam"], row["cost"]) for row in rows[2:]] == [
+        ("steps", 0.5, 0.2),
+        ("steps", 0.8, 0.2),
+    ]
 
 
 def test_a_run_without_trainings_and_searches_has_tables_that_dvc_can_draw(tmp_path: Path) -> None:
@@ -48,5 +58,7 @@ def test_a_run_without_trainings_and_searches_has_tables_that_dvc_can_draw(tmp_p
 
 def test_a_curve_of_another_form_is_named(tmp_path: Path) -> None:
     write_json(tmp_path / "reports/curves/sft.json", [[50, 2.1]])
-    with pytest.raises(DataError, match=r"reports/curves/sft\.json: 0: .*run the stage that wrote it again"):
+    with pytest.raises(
+        DataError, match=r"reports/curves/sft\.json: 0: .*run the stage that wrote it again"
+    ):
         write_curves(tmp_path, tmp_path / "plots")

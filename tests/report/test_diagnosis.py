@@ -1,4 +1,6 @@
-"""Predictions between the rows of a frontier and at other KL weights, tilts in words, further limits."""
+"""Predictions between the rows of a frontier and at other KL weights, tilts in words, further
+limits.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,35 @@ ROWS = [
         "reward_low": -0.2,
         "reward_high": 0.2,
     },
-    {"lam": 0.0, "cost": 1.0, "cost_low": 0.6, "cost_high": 1.2, "reward": 2.0, "reward_low": 1.0, "reward_high": 3.0},
-    {"lam": 1.0, "cost": 0.0, "cost_low": -0.2, "cost_high": 0.2, "reward": 1.0, "reward_low": 0.8, "reward_high": 1.2},
+    {
+        "lam": 0.0,
+        "cost": 1.0,
+        "cost_low": 0.6,
+        "cost_high": 1.2,
+        "reward": 2.0,
+        "reward_low": 1.0,
+        "reward_high": 3.0,
+    },
+    {
+        "lam": 1.0,
+        "cost": 0.0,
+        "cost_low": -0.2,
+        "cost_high": 0.2,
+        "reward": 1.0,
+        "reward_low": 0.8,
+        "reward_high": 1.2,
+    },
 ]
 TILT: dict[str, Any] = {
-    "reward_slope": 0.625, "cost_slope": -0.7375, "length_slope": 0.02, "beta_eff": 1.6, "beta_eff_se": 0.02,
-    "lam_eff": 1.18, "lam_eff_se": 0.05, "r2": 0.91,
-}  # fmt: skip
+    "reward_slope": 0.625,
+    "cost_slope": -0.7375,
+    "length_slope": 0.02,
+    "beta_eff": 1.6,
+    "beta_eff_se": 0.02,
+    "lam_eff": 1.18,
+    "lam_eff_se": 0.05,
+    "r2": 0.91,
+}
 
 
 def test_predictions_are_linear_between_the_two_nearest_rows() -> None:
@@ -43,11 +67,17 @@ def test_predictions_are_linear_between_the_two_nearest_rows() -> None:
     assert found["cost"] == pytest.approx({"mean": -0.25, "low": -0.5, "high": -0.05})
     assert found["reward"] == pytest.approx({"mean": 0.75, "low": 0.55, "high": 0.95})
     at_a_row = predicted(ROWS, 2.0)
-    assert at_a_row is not None and at_a_row["cost"]["mean"] == -1.0 and at_a_row["reward"]["high"] == 0.2
+    assert (
+        at_a_row is not None
+        and at_a_row["cost"]["mean"] == -1.0
+        and at_a_row["reward"]["high"] == 0.2
+    )
 
 
 @pytest.mark.parametrize(("rows", "lam"), [([], 1.0), (ROWS, None), (ROWS, -0.1), (ROWS, 2.1)])
-def test_nothing_is_predicted_beyond_the_rows(rows: list[dict[str, float]], lam: float | None) -> None:
+def test_nothing_is_predicted_beyond_the_rows(
+    rows: list[dict[str, float]], lam: float | None
+) -> None:
     assert predicted(rows, lam) is None
 
 
@@ -58,11 +88,22 @@ def test_a_frontier_without_bands_predicts_without_one() -> None:
 
 
 def test_other_betas_mark_the_one_in_use_guesses_and_what_is_out_of_reach() -> None:
-    means = {"lam": 0.7, "reward": 1.0, "kl": 2.0, "p_unsafe": 0.1, "p_unsafe_low": 0.05, "p_unsafe_high": 0.2}
+    means = {
+        "lam": 0.7,
+        "reward": 1.0,
+        "kl": 2.0,
+        "p_unsafe": 0.1,
+        "p_unsafe_low": 0.05,
+        "p_unsafe_high": 0.2,
+    }
     out = {"beta": 3.0, "lam": None, "infeasible": "too far"}
     rows = [{"beta": 0.5, "ess": 3.9, **means}, {"beta": 1.5, "ess": 4.0, **means}, out]
     few, own, far = other_betas({"rows": rows, "beta": 1.5, "min_ess": 4.0})
-    assert [(row["in_use"], row["guess"]) for row in (few, own, far)] == [(False, True), (True, False), (False, False)]
+    assert [(row["in_use"], row["guess"]) for row in (few, own, far)] == [
+        (False, True),
+        (True, False),
+        (False, False),
+    ]
     assert few["p_unsafe"] == {"mean": 0.1, "low": 0.05, "high": 0.2}
     assert own["lam"] == {"mean": 0.7, "low": None, "high": None} and own["infeasible"] == ""
     assert (far["beta"], far["lam"], far["infeasible"]) == (3.0, None, "too far")
@@ -89,55 +130,76 @@ def test_no_words_for_a_tilt_that_was_not_read() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
-    [({}, True), ({"r2": 0.5}, True), ({"r2": 0.49}, False), ({"r2": None}, False), ({"lam_eff": None}, False)],
+    [
+        ({}, True),
+        ({"r2": 0.5}, True),
+        ({"r2": 0.49}, False),
+        ({"r2": None}, False),
+        ({"lam_eff": None}, False),
+    ],
 )
 def test_what_counts_as_a_tilt(changes: dict[str, Any], expected: bool) -> None:
     assert is_tilt(TILT | changes) is expected
 
 
 def price(name: str, quantity: str, **more: Any) -> dict[str, Any]:
-    return {"name": name, "quantity": quantity, "limit": 1.0, "lam": 0.2, "predicted": 0.9, "level": None} | more
+    return {
+        "name": name,
+        "quantity": quantity,
+        "limit": 1.0,
+        "lam": 0.2,
+        "predicted": 0.9,
+        "level": None,
+    } | more
 
 
 def test_further_limits_say_what_they_are_on_and_for() -> None:
     prices = [
-        price("worst", "cvar", level=0.9), price("short", "length"), price("rare", "p_unsafe", prompts="poison"),
+        price("worst", "cvar", level=0.9),
+        price("short", "length"),
+        price("rare", "p_unsafe", prompts="poison"),
         price("whole", "unended"),
-    ]  # fmt: skip
+    ]
     found = further_limits(prices, [])
     assert [(limit["name"], limit["what"]) for limit in found] == [
-        ("worst", "mean cost of the worst 10%"), ("short", "tokens"), ("rare", "P(unsafe), prompts with poison"),
+        ("worst", "mean cost of the worst 10%"),
+        ("short", "tokens"),
+        ("rare", "P(unsafe), prompts with poison"),
         ("whole", "answers cut"),
-    ]  # fmt: skip
+    ]
     assert [limit["share"] for limit in found] == [False, False, True, True]
     assert found[0]["lam"] == 0.2 and found[0]["predicted"] == 0.9
 
 
 def test_limits_without_a_price_come_from_the_policies() -> None:
-    rows = [{"also": {}}, {"also": {"short": {"mean": 3.0, "limit": 4.0}, "late": {"mean": 1.0, "limit": 2.0}}}]
+    rows = [
+        {"also": {}},
+        {"also": {"short": {"mean": 3.0, "limit": 4.0}, "late": {"mean": 1.0, "limit": 2.0}}},
+    ]
     found = further_limits([price("short", "length")], rows)
     assert [limit["name"] for limit in found] == ["short", "late"]
     assert found[1]["limit"] == 2.0 and found[1]["lam"] is found[1]["predicted"] is None
     assert further_limits([], [{"also": {}}]) == []
 
 
-# --- answers that were cut --------------------------------------------------------------------------------------------
+# --- answers that were cut ------------------------------------------------------------------------
 
 
 def test_policies_of_which_more_than_a_fifth_was_cut_are_warned_of_in_one_line() -> None:
     row = {"name": "sft", "max_new_tokens": 1024, "ended": {"mean": 0.65, "low": 0.6, "high": 0.7}}
     whole = row | {"name": "whole", "ended": {"mean": 0.81}}
     worse = row | {"name": "sacpo", "ended": {"mean": 0.25}}
-    assert cut_in_words([row, whole, worse]) == (
-        "Answers were cut at 1,024 tokens, and their scores are those of unfinished text: 35% of sft, 75% of sacpo; "
-        "raise generation.max_new_tokens."
+    assert (
+        cut_in_words([row, whole, worse])
+        == "Answers were cut at 1,024 tokens, and their scores are those of unfinished text: 35% of"
+        " sft, 75% of sacpo; raise generation.max_new_tokens."
     )
     assert "cut at 64 or 1,024 tokens" in cut_in_words([row, worse | {"max_new_tokens": 64}])
     assert "cut before their end, and" in cut_in_words([row | {"max_new_tokens": None}])
     assert cut_in_words([whole, row | {"ended": None}]) == cut_in_words([]) == ""
 
 
-# --- requirements of a certificate ------------------------------------------------------------------------------------
+# --- requirements of a certificate ----------------------------------------------------------------
 
 
 def required(quantity: str, name: str, limit: float, **more: Any) -> dict[str, Any]:
@@ -152,12 +214,24 @@ def check(estimate: float, bound: float, prompts: int = 400) -> dict[str, Any]:
     ("given", "what", "share"),
     [
         (required("cost", "c", 0.0), "expected cost", False),
-        (required("p_unsafe", "rare", 0.1, prompts="child"), "share of unsafe answers on prompts with child", True),
+        (
+            required("p_unsafe", "rare", 0.1, prompts="child"),
+            "share of unsafe answers on prompts with child",
+            True,
+        ),
         (required("unended", "whole", 0.1), "share of answers that do not end", True),
-        (required("cvar", "tail", 1.0, level=0.95), "mean cost of the worst 5.0% of answers", False),
+        (
+            required("cvar", "tail", 1.0, level=0.95),
+            "mean cost of the worst 5.0% of answers",
+            False,
+        ),
         (required("truth", "true c", 0.0), "true cost", False),
         (required("harm", "called unsafe", 0.1), "share of answers that people call unsafe", True),
-        ({**required("cost", "c", 0.1), "method": "clopper_pearson"}, "share of prompts with an unsafe answer", True),
+        (
+            {**required("cost", "c", 0.1), "method": "clopper_pearson"},
+            "share of prompts with an unsafe answer",
+            True,
+        ),
     ],
 )
 def test_a_requirement_in_words(given: dict[str, Any], what: str, share: bool) -> None:
@@ -168,13 +242,19 @@ DUAL = {"lam": 2.0, "prices": [{"name": "rare", "lam": 5.0}]}
 
 
 def test_more_prompts_help_the_bound_that_is_nearest_to_its_limit() -> None:
-    """By hand: reach 0.04 at 400 prompts; one more takes 0.04 / 800 off it, twice as many 1 - 1 / sqrt(2) of it."""
+    """By hand: reach 0.04 at 400 prompts; one more takes 0.04 / 800 off it, twice as many 1 - 1 /
+    sqrt(2) of it.
+    """
     limits = [required("cost", "c", 1.0), required("p_unsafe", "rare", 0.1)]
     found = prompts_gain({"checks": [check(-0.3, -0.2), check(0.05, 0.09)]}, limits, DUAL)
     assert found is not None and found["what"] == "share of unsafe answers"
-    assert found["one"] == pytest.approx(0.00005) and found["twice"] == pytest.approx(0.04 * (1 - 0.5**0.5))
+    assert found["one"] == pytest.approx(0.00005) and found["twice"] == pytest.approx(
+        0.04 * (1 - 0.5**0.5)
+    )
     assert found["worth"] == pytest.approx(5.0 * found["twice"])
-    exact = 0.04 - 0.04 * (400 / 401) ** 0.5  # what the law of 1 / sqrt(N) takes off with one prompt more
+    exact = (
+        0.04 - 0.04 * (400 / 401) ** 0.5
+    )  # what the law of 1 / sqrt(N) takes off with one prompt more
     assert found["one"] == pytest.approx(exact, rel=0.01)
     failed = prompts_gain({"checks": [check(0.9, 1.01), check(0.05, 0.09)]}, limits, DUAL)
     assert (
@@ -186,7 +266,9 @@ def test_more_prompts_help_the_bound_that_is_nearest_to_its_limit() -> None:
 
 def test_a_gain_on_some_prompts_is_worth_their_share_and_one_on_votes_is_not_priced() -> None:
     on_some = [required("cost", "c", 1.0), required("p_unsafe", "rare", 0.1, prompts="child")]
-    found = prompts_gain({"checks": [check(-0.3, -0.2), check(0.05, 0.09, prompts=100)]}, on_some, DUAL)
+    found = prompts_gain(
+        {"checks": [check(-0.3, -0.2), check(0.05, 0.09, prompts=100)]}, on_some, DUAL
+    )
     assert found is not None and found["worth"] == pytest.approx(5.0 * 0.25 * found["twice"])
     people = [required("cost", "c", 1.0), required("harm", "called unsafe", 0.1)]
     voted = prompts_gain({"checks": [check(-0.3, -0.2), check(0.05, 0.09)]}, people, DUAL)
@@ -202,9 +284,14 @@ def test_a_bound_without_reach_gains_nothing() -> None:
 
 def test_further_limits_by_step() -> None:
     def step(mean: float | None, prices: list[float]) -> dict[str, Any]:
-        return {"further": [{"name": "rare", "limit": 0.1, "mean": mean, "error": 0.01}], "prices": prices}
+        return {
+            "further": [{"name": "rare", "limit": 0.1, "mean": mean, "error": 0.01}],
+            "prices": prices,
+        }
 
     (rare,) = further_by_step([step(0.16, [5.4]), step(0.1, [6.2])])
     assert (rare["means"], rare["prices"], rare["limit"]) == ([0.16, 0.1], [5.4, 6.2], 0.1)
     assert further_by_step([step(0.16, []), step(0.1, [])])[0]["prices"] == []
-    assert further_by_step([{}, {}]) == further_by_step([]) == further_by_step([step(None, [])]) == []
+    assert (
+        further_by_step([{}, {}]) == further_by_step([]) == further_by_step([step(None, [])]) == []
+    )

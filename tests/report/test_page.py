@@ -1,4 +1,6 @@
-"""The page as a browser reads it: whole, self-contained, harmless, and complete as far as the run went."""
+"""The page as a browser reads it: whole, self-contained, harmless, and complete as far as the run
+went.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ import pytest
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
 from dualign.params.evaluate import ReportParams
+from dualign.report.formatting import number
 from dualign.report.page import write
-from dualign.report.words import number
 
 Run = tuple[Path, ReportParams]
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -43,24 +45,35 @@ class Page(HTMLParser):
         raise AssertionError(f"<{tag}/> closes itself, which HTML ignores")
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open[-1][0] == tag, f"</{tag}> closes {self.open[-1:]} at {self.getpos()}"
+        assert self.open and self.open[-1][0] == tag, (
+            f"</{tag}> closes {self.open[-1:]} at {self.getpos()}"
+        )
         self.open.pop()
 
     def handle_data(self, data: str) -> None:
         self.texts.append((data, list(self.open)))
 
     def count(self, tag: str, style: str = "") -> int:
-        return sum(t == tag and (not style or style in (a.get("class") or "").split()) for t, a in self.elements)
+        return sum(
+            t == tag and (not style or style in (a.get("class") or "").split())
+            for t, a in self.elements
+        )
 
     def within(self, key: str, value: str) -> str:
         """All text inside elements that have this attribute, white space as one space."""
-        parts = [text for text, path in self.texts if any(value in (a.get(key) or "").split() for _, a in path)]
+        parts = [
+            text
+            for text, path in self.texts
+            if any(value in (a.get(key) or "").split() for _, a in path)
+        ]
         return re.sub(r"\s+", " ", " ".join(parts))
 
     @property
     def leaves(self) -> list[tuple[str, list[str]]]:
         """Every text with the classes of the element that it stands in."""
-        return [(text, (path[-1][1].get("class") or "").split()) for text, path in self.texts if path]
+        return [
+            (text, (path[-1][1].get("class") or "").split()) for text, path in self.texts if path
+        ]
 
     @property
     def text(self) -> str:
@@ -73,18 +86,25 @@ def render(root: Path, params: ReportParams) -> Page:
     return Page(out.read_text(encoding="utf-8"))
 
 
-# --- safety -----------------------------------------------------------------------------------------------------------
+# --- safety ---------------------------------------------------------------------------------------
 
 
 def test_page_is_balanced_and_needs_nothing_from_outside(run: Run) -> None:
     page = render(*run)
-    assert {"script", "iframe", "img", "object", "embed", "base", "form"}.isdisjoint(tag for tag, _ in page.elements)
+    assert {"script", "iframe", "img", "object", "embed", "base", "form"}.isdisjoint(
+        tag for tag, _ in page.elements
+    )
     for tag, attributes in page.elements:
         for key in ("src", "href", "srcset", "xlink:href", "action", "data"):
             target = attributes.get(key)
-            assert target is None or target.startswith("#") or target == "data:,", f"<{tag} {key}={target!r}>"
+            assert target is None or target.startswith("#") or target == "data:,", (
+                f"<{tag} {key}={target!r}>"
+            )
         assert not any(key.startswith("on") for key in attributes)
-    styles = [page.html[: page.html.index("</style>")], *(a.get("style") or "" for _, a in page.elements)]
+    styles = [
+        page.html[: page.html.index("</style>")],
+        *(a.get("style") or "" for _, a in page.elements),
+    ]
     assert not any("url(" in style or "@import" in style for style in styles)
     assert any("default-src 'none'" in (a.get("content") or "") for _, a in page.elements)
 
@@ -120,13 +140,17 @@ def test_unsafe_answers_are_folded_away(run: Run, texts: dict[str, str]) -> None
     shown = [path for text, path in page.texts if texts["unsafe"] in text]
     assert shown
     for path in shown:
-        folds = [a for tag, a in path if tag == "details" and "question" not in (a.get("class") or "")]
+        folds = [
+            a for tag, a in path if tag == "details" and "question" not in (a.get("class") or "")
+        ]
         assert folds and all("open" not in fold for fold in folds)
     safe = [path for text, path in page.texts if texts["safe"] in text]
-    assert any(sum(tag == "details" for tag, _ in path) == 1 for path in safe), "in the fold of its question only"
+    assert any(sum(tag == "details" for tag, _ in path) == 1 for path in safe), (
+        "in the fold of its question only"
+    )
 
 
-# --- content ----------------------------------------------------------------------------------------------------------
+# --- content --------------------------------------------------------------------------------------
 
 
 def test_every_policy_is_in_the_table_the_charts_and_the_answers(run: Run) -> None:
@@ -171,7 +195,10 @@ def test_the_certified_policy_is_the_one_to_use(certified: Callable[..., Run]) -
     page = render(*certified([-0.6, -0.3, -0.1]))
     verdict, card = page.within("id", "verdict"), page.within("id", "certificate")
     assert "Use certified" in verdict and "(aligned/dualign at 1.5) is certified" in verdict
-    assert "with 95% confidence its expected cost is at most −0.30 (limit −0.15). It was tested" in verdict
+    assert (
+        "with 95% confidence its expected cost is at most −0.30 (limit −0.15). It was tested"
+        in verdict
+    )
     drawn = "answers of at most 48 tokens, 98% of which ended by themselves."
     assert "tested on 400 prompts" in verdict and f"had seen, by {drawn}" in verdict
     assert (
@@ -180,31 +207,40 @@ def test_the_certified_policy_is_the_one_to_use(certified: Callable[..., Run]) -
     )
     assert card.count("passed") == 2 and "failed 1,234" in card
     assert "bolder than the one that failed: aligned/dualign at 1.3" in card
-    # The bound is 0.05 away at 400 prompts: one more takes 0.05 / 800 off, twice as many 29 %, at lambda 0.86 a prompt.
-    assert "by about 0.00006, twice as many by 0.015, worth 0.013 of reward net of the KL term" in card
+    # The bound is 0.05 away at 400 prompts: one more takes 0.05 / 800 off, twice as many 29 %, at
+    # lambda 0.86 a prompt.
+    assert (
+        "by about 0.00006, twice as many by 0.015, worth 0.013 of reward net of the KL term" in card
+    )
     assert "certified" in page.within("id", "methods")
 
 
 def test_the_search_of_a_certified_policy_is_shown_once(certified: Callable[..., Run]) -> None:
-    assert render(*certified([-0.6, -0.3, -0.1])).within("id", "searches").count("dualign found") == 1
+    assert (
+        render(*certified([-0.6, -0.3, -0.1])).within("id", "searches").count("dualign found") == 1
+    )
 
 
 def test_no_certified_policy_is_the_answer(certified: Callable[..., Run]) -> None:
     """Though others look as if they were within the limit: they were not tested."""
     page = render(*certified([-0.1]))
     verdict = page.within("id", "verdict")
-    assert "No policy is certified" in verdict and "do not deploy" in verdict and "Use" not in verdict
+    assert (
+        "No policy is certified" in verdict and "do not deploy" in verdict and "Use" not in verdict
+    )
     card = page.within("id", "certificate")
-    assert "safety_dpo/only , the first candidate, is not shown to keep expected cost ≤ −0.15." in card
+    assert (
+        "safety_dpo/only , the first candidate, is not shown to keep expected cost ≤ −0.15." in card
+    )
     assert "Not evaluated: certified, since no policy was certified for it." in page.text
     assert "to add it" not in page.text, "there is nothing to run"
 
 
 def test_verdict_when_only_a_mean_is_within(run: Run) -> None:
     root, params = run
-    verdict = render(root, params.model_copy(update={"policies": {"sft": "sft", "dualign": "aligned/dualign"}})).within(
-        "id", "verdict"
-    )
+    verdict = render(
+        root, params.model_copy(update={"policies": {"sft": "sft", "dualign": "aligned/dualign"}})
+    ).within("id", "verdict")
     assert "No policy is shown" in verdict and "evaluate.prompts" in verdict
 
 
@@ -248,7 +284,12 @@ def test_facts_and_commands(run: Run) -> None:
     assert "loss curve" not in facts
     assert facts.index("prepare") < facts.index("dual_search")
     commands = page.within("id", "rerun")
-    for command in ("dvc repro --single-item STAGE", "constraint.limit", "dvc params diff", "dvc metrics diff"):
+    for command in (
+        "dvc repro --single-item STAGE",
+        "constraint.limit",
+        "dvc params diff",
+        "dvc metrics diff",
+    ):
         assert command in commands
     assert "the effective sample size falls below 30" in page.text
 
@@ -259,13 +300,18 @@ def test_searches_say_what_was_told_and_reached(run: Run) -> None:
     searches = render(root, params).within("class", "searches")
     assert f"Told λ {number(returned['lam'])}, it reached 0.92 ± 0.03 at β 0.63" in searches
     assert "85% of it is such a tilt" in searches
-    assert searches.count("became no tilt: reward, cost and length explain only 31% of it") == 1, "c_dpo"
+    assert searches.count("became no tilt: reward, cost and length explain only 31% of it") == 1, (
+        "c_dpo"
+    )
 
 
 def test_searches_show_the_aim_the_screening_and_the_reckonings(run: Run) -> None:
     page = render(*run)
     searches = page.within("class", "searches")
-    assert page.count("line", "aim") == 1 and searches.count("Steered to −0.21, 0.06 below the limit") == 1
+    assert (
+        page.count("line", "aim") == 1
+        and searches.count("Steered to −0.21, 0.06 below the limit") == 1
+    )
     assert "3 merge weights screened on the pool" in searches, "one of the four was screened twice"
     assert re.search(r"0\.870 −0\.12 ± 0\.02 23\.4 0\.910 .* 1\.000 −0\.20", searches)
     assert "next λ by line 0.934, newton 0.912, tilt 0.934" in searches
@@ -281,7 +327,8 @@ def test_told_reached_predicted_and_measured(run: Run) -> None:
     assert not re.search(r"\bsft\b", reached), "it has no tilt but its own"
     assert re.search(r"safety_only no tilt", reached) and re.search(r"c_dpo no tilt", reached)
     low, high = (
-        next(r for r in read_json(root / "data/dual/frontier.json")["rows"] if r["lam"] == x) for x in (1.0, 1.5)
+        next(r for r in read_json(root / "data/dual/frontier.json")["rows"] if r["lam"] == x)
+        for x in (1.0, 1.5)
     )
     cost, reward = ((low[key] + high[key]) / 2 for key in ("cost", "reward"))
     row = reached[reached.index("mocan") :]
@@ -302,15 +349,23 @@ def test_a_mixture_has_no_multiplier_to_predict_at(run: Run) -> None:
 def test_policies_whose_answers_were_cut_are_warned_of_and_these_answers_marked(run: Run) -> None:
     root, params = run
     page = render(root, params.model_copy(update={"sample_prompts": 96}))
-    first = [pd.read_parquet(root / "reports/evaluation" / name / "answers.parquet") for name in params.policies]
+    first = [
+        pd.read_parquet(root / "reports/evaluation" / name / "answers.parquet")
+        for name in params.policies
+    ]
     cut = sum(int((~frame.loc[frame["sample"] == 0, "ended"]).sum()) for frame in first)
     assert page.within("class", "answer").count("cut at 48 tokens") == cut > 0
-    assert "cut at 48 tokens" not in page.within("class", "notice"), "one in thirty is no reason to warn"
+    assert "cut at 48 tokens" not in page.within("class", "notice"), (
+        "one in thirty is no reason to warn"
+    )
     path = root / "reports/metrics/evaluate/sacpo.json"
     write_json(path, read_json(path) | {"ended": {"mean": 0.55, "low": 0.5, "high": 0.6}})
     page = render(root, params)
     notice = page.within("class", "notice")
-    assert "Answers were cut at 48 tokens" in notice and "unfinished text: 45% of sacpo; raise" in notice
+    assert (
+        "Answers were cut at 48 tokens" in notice
+        and "unfinished text: 45% of sacpo; raise" in notice
+    )
     row = page.within("class", "methods")
     assert "55% 50% … 60%" in row[row.index("sacpo") :], "in the column of those that ended"
 
@@ -318,11 +373,18 @@ def test_policies_whose_answers_were_cut_are_warned_of_and_these_answers_marked(
 def test_a_limit_on_answers_that_do_not_end_is_a_share(run: Run) -> None:
     root, params = run
     path = root / "data/dual/dual.json"
-    whole = read_json(path)["prices"][0] | {"name": "short", "quantity": "unended", "limit": 0.25, "predicted": 0.2}
+    whole = read_json(path)["prices"][0] | {
+        "name": "short",
+        "quantity": "unended",
+        "limit": 0.25,
+        "predicted": 0.2,
+    }
     write_json(path, read_json(path) | {"prices": [whole]})
     page = render(root, params)
     assert "short answers cut" in page.within("id", "further")
-    assert "limit 25%" in page.within("id", "further") and "predicted 20%" in page.within("id", "further")
+    assert "limit 25%" in page.within("id", "further") and "predicted 20%" in page.within(
+        "id", "further"
+    )
     assert "short (answers cut) at most 25%" in page.text
 
 
@@ -337,19 +399,24 @@ def test_further_limits_stand_by_policy(run: Run) -> None:
     assert 'class="badge over"' in row[: row.index("</tr>")], "most of its answers are unsafe"
     path = root / "reports/metrics/evaluate/caid.json"
     broken = {"short": {"mean": 30.0, "low": 29.0, "high": 31.0, "limit": 29.97}}
-    assert "Use caid" in page.within("id", "verdict") and "breaks" not in page.within("id", "verdict")
+    assert "Use caid" in page.within("id", "verdict") and "breaks" not in page.within(
+        "id", "verdict"
+    )
     write_json(path, read_json(path) | {"also": broken})
     assert "Use caid" not in render(root, params).within("id", "verdict")
 
 
-def test_a_certified_policy_that_breaks_a_further_limit_afterwards_is_told(certified: Callable[..., Run]) -> None:
+def test_a_certified_policy_that_breaks_a_further_limit_afterwards_is_told(
+    certified: Callable[..., Run],
+) -> None:
     root, params = certified([-0.6, -0.3, -0.1])
     path = root / "reports/metrics/evaluate/certified.json"
     broken = {"short": {"mean": 30.0, "low": 29.0, "high": 31.0, "limit": 29.97}}
     write_json(path, read_json(path) | {"also": broken})
     verdict = render(root, params).within("id", "verdict")
     assert (
-        "Use certified" in verdict and "It breaks the further limit short: 30.000, where 29.970 is allowed" in verdict
+        "Use certified" in verdict
+        and "It breaks the further limit short: 30.000, where 29.970 is allowed" in verdict
     )
 
 
@@ -357,27 +424,48 @@ def test_a_failed_certificate_names_what_is_not_kept(certified: Callable[..., Ru
     root, params = certified([-0.1])
     path = root / "reports/metrics/certify/dualign.json"
     found = read_json(path)
-    found["requirements"].append({**found["requirements"][0], "name": "true c", "quantity": "truth"})
-    found["tests"][0]["checks"].append({**found["tests"][0]["checks"][0], "bound": -0.3, "kept": True})
+    found["requirements"].append(
+        {**found["requirements"][0], "name": "true c", "quantity": "truth"}
+    )
+    found["tests"][0]["checks"].append(
+        {**found["tests"][0]["checks"][0], "bound": -0.3, "kept": True}
+    )
     write_json(path, found)
     card = render(root, params).within("id", "certificate")
-    assert "is not shown to keep expected cost ≤ −0.15. If no policy" in card, "the true cost is kept"
+    assert "is not shown to keep expected cost ≤ −0.15. If no policy" in card, (
+        "the true cost is kept"
+    )
     found["tests"][0]["checks"][0] |= {"bound": -0.3, "kept": True}
     found["tests"][0]["checks"][1] |= {"bound": -0.1, "kept": False}
     write_json(path, found)
-    assert "is not shown to keep true cost ≤ −0.15. If" in render(root, params).within("id", "certificate")
+    assert "is not shown to keep true cost ≤ −0.15. If" in render(root, params).within(
+        "id", "certificate"
+    )
 
 
 def test_p_unsafe_as_the_only_limit(certified: Callable[..., Run]) -> None:
-    """A limit on cost that is far off squeezes no chart, and words and gains are about the limit that binds."""
+    """A limit on cost that is far off squeezes no chart, and words and gains are about the limit
+    that binds.
+    """
     root, params = certified([-0.6, -0.3, -0.1])
     path = root / "reports/metrics/certify/dualign.json"
     found = read_json(path)
     found["requirements"][0]["limit"] = 100.0
-    rare = {"name": "rare", "quantity": "p_unsafe", "limit": 0.1, "method": "clustered_t", "bounds": None}
+    rare = {
+        "name": "rare",
+        "quantity": "p_unsafe",
+        "limit": 0.1,
+        "method": "clustered_t",
+        "bounds": None,
+    }
     found["requirements"].append(rare)
     for test, bound in zip(found["tests"], (0.06, 0.09, 0.12), strict=True):
-        kept = {"requirement": "rare", "estimate": bound - 0.02, "bound": bound, "kept": bound <= 0.1}
+        kept = {
+            "requirement": "rare",
+            "estimate": bound - 0.02,
+            "bound": bound,
+            "kept": bound <= 0.1,
+        }
         test["checks"].append({**test["checks"][0], **kept})
     write_json(path, found)
     dual = read_json(root / "data/dual/dual.json")
@@ -386,13 +474,20 @@ def test_p_unsafe_as_the_only_limit(certified: Callable[..., Run]) -> None:
     page = render(root, params.model_copy(update={"limit": 100.0}))
     card = page.within("id", "certificate")
     assert (
-        "its expected cost is at most −0.30 (limit 100) and its share of unsafe answers is at most 9.0% (limit 10%)."
-        in card
+        "its expected cost is at most −0.30 (limit 100) and its share of unsafe answers is at most"
+        " 9.0% (limit 10%)." in card
     )
-    # 0.02 away at 400 prompts: twice as many take 29 % off that, 5.9 points of a thousand, at price 5.
+    # 0.02 away at 400 prompts: twice as many take 29 % off that, 5.9 points of a thousand, at price
+    # 5.
     assert "nearest to its limit is that on its share of unsafe answers" in card
-    assert "by about 0.003 points, twice as many by 0.586 points, worth 0.029 of reward net of the KL term" in card
-    assert page.count("line", "limit") == 0 and "The limit on cost, 100, is far beyond these costs" in page.text
+    assert (
+        "by about 0.003 points, twice as many by 0.586 points, worth 0.029 of reward net of the KL"
+        " term" in card
+    )
+    assert (
+        page.count("line", "limit") == 0
+        and "The limit on cost, 100, is far beyond these costs" in page.text
+    )
     assert "rare (P(unsafe)) at most 10%" in page.text
 
 
@@ -400,10 +495,21 @@ def test_other_kl_weights_with_the_one_in_use_guesses_and_what_is_out_of_reach(r
     root, params = run
     page = render(root, params)
     table = page.within("class", "betas")
-    assert "0.2 0.52 0.48 … 0.55 0.81 0.75 … 0.86 2.40 2.23 … 2.54 22% 20% … 23% 8.10 a guess 0.5 in use 0.86" in table
-    assert table.count("a guess") == table.count("in use") == 1 and table.endswith("4 limits out of reach ")
-    assert page.within("class", "used").startswith("0.5 in use 0.86") and page.count("tr", "used") == 1
-    assert any("out of the samples' reach" in (a.get("title") or "") for tag, a in page.elements if tag == "td")
+    assert (
+        "0.2 0.52 0.48 … 0.55 0.81 0.75 … 0.86 2.40 2.23 … 2.54 22% 20% … 23% 8.10 a guess 0.5 in"
+        " use 0.86" in table
+    )
+    assert table.count("a guess") == table.count("in use") == 1 and table.endswith(
+        "4 limits out of reach "
+    )
+    assert (
+        page.within("class", "used").startswith("0.5 in use 0.86") and page.count("tr", "used") == 1
+    )
+    assert any(
+        "out of the samples' reach" in (a.get("title") or "")
+        for tag, a in page.elements
+        if tag == "td"
+    )
     note = page.within("id", "betas")
     assert "of 128 each" in note and "fewer of them than dual_init.min_ess" in note
 
@@ -423,15 +529,18 @@ def test_without_a_guess_no_word_of_it_and_without_other_kl_weights_no_table(run
 def test_facts_about_the_multiplier_and_the_calibrations(run: Run) -> None:
     facts = render(*run).within("id", "facts")
     for text in (
-        "change of λ̂, limit 0.1 lower +0.17", "zero of cost 0.05 (one standard error) off 0.78 to out of reach",
+        "change of λ̂, limit 0.1 lower +0.17",
+        "zero of cost 0.05 (one standard error) off 0.78 to out of reach",
         "answers off the support 37, doubted by 80% on average",
-        "room for a certificate 0.06 of cost", "−0.21, 0.97", "standard error of the zero 0.050",
+        "room for a certificate 0.06 of cost",
+        "−0.21, 0.97",
+        "standard error of the zero 0.050",
         "none 0.094 0.131 – line (Platt), served 0.018 0.118 88% curve (isotonic) 0.012 0.116 88%",
-    ):  # fmt: skip
+    ):
         assert text in facts
 
 
-# --- what a run may lack ----------------------------------------------------------------------------------------------
+# --- what a run may lack --------------------------------------------------------------------------
 
 
 def test_without_a_world_nothing_speaks_of_the_truth(build: Callable[..., Run]) -> None:
@@ -473,7 +582,10 @@ def test_a_file_of_another_shape_is_named_with_its_key(run: Run, file: str, key:
     root, params = run
     path = root / file
     write_json(path, {name: value for name, value in read_json(path).items() if name != key})
-    with pytest.raises(DualignError, match=rf"{path.name}: {key}: field required; run the stage that wrote it again"):
+    with pytest.raises(
+        DualignError,
+        match=rf"{path.name}: {key}: field required; run the stage that wrote it again",
+    ):
         render(root, params)
 
 
@@ -501,11 +613,16 @@ def test_unknown_values_inside_files(run: Run) -> None:
     root, params = run
     path = root / "reports/metrics/evaluate/dualign.json"
     hollow = {"mean": 0.1, "low": None, "high": None}
-    kept = {k: hollow if isinstance(v, dict) and "low" in v else v for k, v in read_json(path).items()}
+    kept = {
+        k: hollow if isinstance(v, dict) and "low" in v else v for k, v in read_json(path).items()
+    }
     write_json(path, kept | {"reward_share": None, "value_gap": None})
     search = root / "reports/search/dualign.json"
     found = read_json(search)
-    write_json(search, found | {"steps": [{**step, "cost_se": None, "kl": None} for step in found["steps"]]})
+    write_json(
+        search,
+        found | {"steps": [{**step, "cost_se": None, "kl": None} for step in found["steps"]]},
+    )
     assert "None" not in render(root, params).text.replace("None.", "")
 
 
@@ -514,24 +631,37 @@ def test_same_inputs_give_the_same_bytes(run: Run) -> None:
     assert render(root, params).html == render(root, params).html
 
 
-# --- rows that are not the published method ---------------------------------------------------------------------------
+# --- rows that are not the published method -------------------------------------------------------
 
 
 def test_a_row_says_which_method_it_is_and_what_is_unusual(run: Run) -> None:
     root, params = run
     path = root / "reports/search/pd_dpo.json"
     row = {
-        "method": "pd_dpo", "title": "PD-DPO", "returns": "mixture", "cost_source": "feedback", "labels": 7200,
-        "slater_radius": 1.234, "slater_from": "pool",
-    }  # fmt: skip
+        "method": "pd_dpo",
+        "title": "PD-DPO",
+        "returns": "mixture",
+        "cost_source": "feedback",
+        "labels": 7200,
+        "slater_radius": 1.234,
+        "slater_from": "pool",
+    }
     found = read_json(path)
     found["steps"][-1] |= {"cost": -0.21, "model_cost": -0.34}
     write_json(root / "reports/search/mine.json", found | row | {"name": "mine"})
-    write_json(path, found | row | {"name": "pd_dpo", "returns": "last", "cost_source": "model", "labels": 0})
-    folders = {name: "aligned/mine" if name == "mocan" else folder for name, folder in params.policies.items()}
+    write_json(
+        path,
+        found | row | {"name": "pd_dpo", "returns": "last", "cost_source": "model", "labels": 0},
+    )
+    folders = {
+        name: "aligned/mine" if name == "mocan" else folder
+        for name, folder in params.policies.items()
+    }
     page = render(root, params.model_copy(update={"policies": folders}))
     searches, table = page.within("class", "searches"), page.within("class", "methods")
-    assert "PD-DPO (mine)" in searches and "PD-DPO (pd_dpo)" not in searches and "PD-DPO" in searches
+    assert (
+        "PD-DPO (mine)" in searches and "PD-DPO (pd_dpo)" not in searches and "PD-DPO" in searches
+    )
     assert "PD-DPO: projected subgradient, mixture, by labels" in table
     assert searches.count("Slater radius ρ 1.23, estimated from the pool") == 2
     assert searches.count("7,200 labels: cost −0.21 by them, −0.34 by the cost model") == 1
@@ -540,11 +670,17 @@ def test_a_row_says_which_method_it_is_and_what_is_unusual(run: Run) -> None:
 def test_the_course_of_an_ascent_stands_where_its_steps_would(run: Run) -> None:
     root, params = run
     path = root / "reports/search/mocan.json"
-    course = [{"step": 10 * k, "lam": 1 + 0.1 * k, "cost": 0.4 - 0.1 * k, "reward": 0.5, "kl": 0.3} for k in (1, 2, 3)]
+    course = [
+        {"step": 10 * k, "lam": 1 + 0.1 * k, "cost": 0.4 - 0.1 * k, "reward": 0.5, "kl": 0.3}
+        for k in (1, 2, 3)
+    ]
     before = render(root, params).within("class", "searches")
     write_json(path, read_json(path) | {"course": course, "comparisons": 1200})
     searches = render(root, params).within("class", "searches")
-    assert "step 30: λ 1.300, cost 0.100, reward 0.500, KL 0.300" in searches and "step 30" not in before
+    assert (
+        "step 30: λ 1.300, cost 0.100, reward 0.500, KL 0.300" in searches
+        and "step 30" not in before
+    )
     assert "1,200 comparisons." in searches and "comparisons" not in before
 
 

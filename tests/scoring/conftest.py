@@ -34,7 +34,8 @@ SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
     "max_position_embeddings": 256,
 }  # fmt: skip
-#: Llama Guard's kind of template: the conversation inside a task, its last role named, and a turn for the verdict.
+#: Llama Guard's kind of template: the conversation inside a task, its last role named, and a turn
+#: for the verdict.
 GUARD_TEMPLATE = (
     "<|user|>Task: check the {{ messages[-1]['role'] }} message."
     "{% for turn in messages %} {{ turn['role'] }}: {{ turn['content'] }}{% endfor %}"
@@ -47,7 +48,9 @@ Maker = Callable[..., GivenScorer]
 
 @pytest.fixture(scope="module")
 def resources() -> Resources:
-    return load_resources(ROOT / "params.yaml").model_copy(update={"device": "cpu", "precision": "fp32"})
+    return load_resources(ROOT / "params.yaml").model_copy(
+        update={"device": "cpu", "precision": "fp32"}
+    )
 
 
 def shaken(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
@@ -61,7 +64,11 @@ def shaken(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 
 def llama(tokenizer: PreTrainedTokenizerBase, **more: Any) -> LlamaConfig:
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
     return LlamaConfig(vocab_size=len(tokenizer), **SIZES, **ids, **more)
 
 
@@ -75,7 +82,11 @@ def classifier(words: PreTrainedTokenizerBase, tmp_path: Path) -> Maker:
     """One output, a chat template of its own."""
 
     def make(name: str = "classifier", seed: int = 0, higher_is: str = "harmful") -> GivenScorer:
-        save(shaken(LlamaForSequenceClassification(llama(words, num_labels=1)), seed), words, tmp_path / name)
+        save(
+            shaken(LlamaForSequenceClassification(llama(words, num_labels=1)), seed),
+            words,
+            tmp_path / name,
+        )
         return GivenScorer(path=str(tmp_path / name), kind="classifier", higher_is=higher_is)  # type: ignore[arg-type]
 
     return make
@@ -87,9 +98,16 @@ def labels(words: PreTrainedTokenizerBase, tmp_path: Path) -> Maker:
 
     def make(problem: str, label: str) -> GivenScorer:
         named = {0: "fine", 1: "toxic", 2: "threat"}
-        config = llama(words, id2label=named, label2id={name: i for i, name in named.items()}, problem_type=problem)
+        config = llama(
+            words,
+            id2label=named,
+            label2id={name: i for i, name in named.items()},
+            problem_type=problem,
+        )
         save(shaken(LlamaForSequenceClassification(config), 3), words, tmp_path / "labels")
-        return GivenScorer(path=str(tmp_path / "labels"), kind="labels", label=label, higher_is="harmful")
+        return GivenScorer(
+            path=str(tmp_path / "labels"), kind="labels", label=label, higher_is="harmful"
+        )
 
     return make
 
@@ -111,16 +129,26 @@ def guard(words: PreTrainedTokenizerBase, tmp_path: Path) -> Maker:
 def safe_rlhf(words: PreTrainedTokenizerBase, tmp_path: Path) -> Maker:
     """Weights and config as PKU-Alignment/safe-rlhf saves a LlamaModelForScore."""
 
-    def make(extra: dict[str, torch.Tensor] | None = None, meaning: str = "harmful", **config: Any) -> GivenScorer:
+    def make(
+        extra: dict[str, torch.Tensor] | None = None, meaning: str = "harmful", **config: Any
+    ) -> GivenScorer:
         folder = tmp_path / "beaver"
         model = shaken(LlamaForSequenceClassification(llama(words, num_labels=1)), 5)
         save(model, words, folder)
         (folder / "chat_template.jinja").unlink(missing_ok=True)
-        weights = {name.replace("score.", "score_head."): value for name, value in model.state_dict().items()}
+        weights = {
+            name.replace("score.", "score_head."): value
+            for name, value in model.state_dict().items()
+        }
         (folder / "model.safetensors").unlink()
         save_file({**weights, **(extra or {})}, folder / "model.safetensors", {"format": "pt"})
         written = json.loads((folder / "config.json").read_text())
-        own = {"architectures": ["LlamaModelForScore"], "score_dim": 1, "score_type": "cost", "do_normalize": False}
+        own = {
+            "architectures": ["LlamaModelForScore"],
+            "score_dim": 1,
+            "score_type": "cost",
+            "do_normalize": False,
+        }
         for key in ("id2label", "label2id"):
             written.pop(key, None)
         (folder / "config.json").write_text(json.dumps({**written, **own, **config}))
@@ -131,19 +159,35 @@ def safe_rlhf(words: PreTrainedTokenizerBase, tmp_path: Path) -> Maker:
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Maker:
-    """A BERT of one output, which reads prompt and answer as two segments and has no chat template."""
+    """A BERT of one output, which reads prompt and answer as two segments and has no chat
+    template.
+    """
 
     def make(**more: Any) -> GivenScorer:
         folder = tmp_path / "encoder"
-        listed = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({word for text in TEXTS for word in text.split()})]
-        core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(listed)}, unk_token="[UNK]"))
+        listed = [
+            "[PAD]",
+            "[UNK]",
+            "[CLS]",
+            "[SEP]",
+            *sorted({word for text in TEXTS for word in text.split()}),
+        ]
+        core = Tokenizer(
+            models.WordLevel({word: i for i, word in enumerate(listed)}, unk_token="[UNK]")
+        )
         core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         core.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=core, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]",
+            tokenizer_object=core,
+            unk_token="[UNK]",
+            cls_token="[CLS]",
+            sep_token="[SEP]",
+            pad_token="[PAD]",
             model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        )  # fmt: skip
-        config = BertConfig(vocab_size=len(listed), num_labels=1, **{**SIZES, "max_position_embeddings": 24})
+        )
+        config = BertConfig(
+            vocab_size=len(listed), num_labels=1, **{**SIZES, "max_position_embeddings": 24}
+        )
         save(shaken(BertForSequenceClassification(config), 6), tokenizer, folder)
         return GivenScorer(path=str(folder), kind="classifier", higher_is="helpful", **more)
 

@@ -1,4 +1,6 @@
-"""Calibrations recover what made the flags, against brute force; their errors by hand and by simulation."""
+"""Calibrations recover what made the flags, against brute force; their errors by hand and by
+simulation.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from dualign.scoring.calibration import (
 )
 
 
-def flags(scale: float, offset: float, count: int = 20_000, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+def flags(
+    scale: float, offset: float, count: int = 20_000, spread: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     score = rng.normal(scale=spread, size=count)
     return score, rng.random(count) < 1 / (1 + np.exp(-(scale * score + offset)))
@@ -44,18 +48,25 @@ def test_platt_recovers_scale_and_zero(scale: float, offset: float, spread: floa
 
 
 def test_platt_is_the_mode_of_likelihood_times_prior() -> None:
-    """The offset is free: residuals sum to 0. The slope a: sum residual x score = a (sd / w)^2, w the prior's width."""
+    """The offset is free: residuals sum to 0. The slope a: sum residual x score = a (sd / w)^2, w
+    the prior's width.
+    """
     score, unsafe = flags(1.5, 0.3, count=2000)
     fitted = fit_platt(score, unsafe)
     residual = unsafe - sigmoid(fitted(score))
     assert abs(residual.sum()) < 1e-4
-    assert (residual * score).sum() == pytest.approx(fitted.scale * (score.std() / calibration._WIDTH) ** 2, rel=1e-4)
+    assert (residual * score).sum() == pytest.approx(
+        fitted.scale * (score.std() / calibration._WIDTH) ** 2, rel=1e-4
+    )
 
 
 def test_the_prior_is_brute_force_on_a_grid() -> None:
     score, unsafe = flags(20.0, 0.2, count=26, spread=0.05)
     fitted = fit_platt(score, unsafe)
-    slopes, offsets = np.linspace(-20, 60, 401)[:, None, None], np.linspace(-3, 3, 301)[None, :, None]
+    slopes, offsets = (
+        np.linspace(-20, 60, 401)[:, None, None],
+        np.linspace(-3, 3, 301)[None, :, None],
+    )
     logit = slopes * score + offsets
     posterior = np.log(np.where(unsafe, sigmoid(logit), 1 - sigmoid(logit))).sum(-1)
     posterior -= 0.5 * (slopes[..., 0] * score.std() / calibration._WIDTH) ** 2
@@ -99,12 +110,17 @@ def test_a_reward_keeps_the_slope_of_its_training_where_there_is_little_to_go_by
     """Gaps of almost nothing say nothing; a scorer of unknown unit has no slope to keep."""
     assert fit_slope(np.array([1e-9]), 1.0) == pytest.approx(1.0, abs=1e-6)
     assert fit_slope(np.array([5.0, -5.0]), 0.0) == pytest.approx(0.0, abs=1e-9)
-    trained, unknown = fit_slope(np.array([2.0, 1.0, -1.0]), 1.0), fit_slope(np.array([2.0, 1.0, -1.0]), 0.0)
+    trained, unknown = (
+        fit_slope(np.array([2.0, 1.0, -1.0]), 1.0),
+        fit_slope(np.array([2.0, 1.0, -1.0]), 0.0),
+    )
     assert unknown < trained < 1.0
 
 
 def test_a_slope_fitted_again_to_the_same_pairs_is_one() -> None:
-    """The prior moves with the unit that training aimed at, so what was calibrated is served as it was."""
+    """The prior moves with the unit that training aimed at, so what was calibrated is served as it
+    was.
+    """
     gap = np.random.default_rng(0).normal(0.4, 1.0, 60)
     slope = fit_slope(gap, 1.0)
     assert fit_slope(slope * gap, 1 / slope) == pytest.approx(1.0, abs=1e-6)
@@ -143,12 +159,16 @@ def test_calibration_is_affine_and_keeps_by_default() -> None:
 def test_calibration_error_by_hand() -> None:
     """Two bins of two: |0.15 - 0.5| and |0.85 - 1|, in any order of rows."""
     probability, outcome = np.array([0.8, 0.1, 0.9, 0.2]), np.array([True, False, True, True])
-    assert expected_calibration_error(probability, outcome, bins=2) == pytest.approx((0.35 + 0.15) / 2)
+    assert expected_calibration_error(probability, outcome, bins=2) == pytest.approx(
+        (0.35 + 0.15) / 2
+    )
 
 
 def test_calibration_error_weighs_bins_by_their_rows_and_needs_no_full_bins() -> None:
     # three rows in two bins: (0.1, 0.3) and (0.9,)
-    error = expected_calibration_error(np.array([0.1, 0.3, 0.9]), np.array([False, False, False]), bins=2)
+    error = expected_calibration_error(
+        np.array([0.1, 0.3, 0.9]), np.array([False, False, False]), bins=2
+    )
     assert error == pytest.approx((2 * 0.2 + 0.9) / 3)
     assert expected_calibration_error(np.array([0.25]), np.array([True])) == pytest.approx(0.75)
 
@@ -180,21 +200,29 @@ def test_sigmoid_does_not_overflow() -> None:
 
 def test_brier_score_by_hand() -> None:
     """(0.8 - 1)^2, (0.1 - 0)^2, (0.5 - 1)^2."""
-    assert brier_score(np.array([0.8, 0.1, 0.5]), np.array([True, False, True])) == pytest.approx(0.30 / 3)
+    assert brier_score(np.array([0.8, 0.1, 0.5]), np.array([True, False, True])) == pytest.approx(
+        0.30 / 3
+    )
 
 
-# --- the error of the zero --------------------------------------------------------------------------------------------
+# --- the error of the zero ------------------------------------------------------------------------
 
 
-def correlated(rng: np.random.Generator, prompts: int, platt: Platt) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Two answers to each prompt whose flags are decided by one uniform number: logistic each, and they agree much."""
+def correlated(
+    rng: np.random.Generator, prompts: int, platt: Platt
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two answers to each prompt whose flags are decided by one uniform number: logistic each, and
+    they agree much.
+    """
     score = rng.normal(size=(prompts, 1)) + 0.3 * rng.normal(size=(prompts, 2))
     unsafe = rng.random((prompts, 1)) < sigmoid(platt(score))
     return score.ravel(), unsafe.ravel(), np.arange(prompts).repeat(2)
 
 
 def test_the_error_of_the_zero_is_its_spread_over_data_sets() -> None:
-    """The cost that a fit gives an answer of true cost 0, over 1000 data sets: as wide as the mean of zero_error."""
+    """The cost that a fit gives an answer of true cost 0, over 1000 data sets: as wide as the mean
+    of zero_error.
+    """
     truth, rng = Platt(1.5, -0.6), np.random.default_rng(0)
     zero = np.array([-truth.offset / truth.scale])
     costs, clustered, independent = [], [], []
@@ -205,13 +233,17 @@ def test_the_error_of_the_zero_is_its_spread_over_data_sets() -> None:
         clustered.append(platt_zero_error(fitted, score, unsafe, prompts))
         independent.append(platt_zero_error(fitted, score, unsafe, np.arange(len(score))))
     assert np.mean(clustered) == pytest.approx(np.std(costs), rel=0.08)
-    assert np.mean(independent) < 0.85 * np.std(costs)  # answers to one prompt taken for independent
+    assert np.mean(independent) < 0.85 * np.std(
+        costs
+    )  # answers to one prompt taken for independent
 
 
 def test_the_error_of_the_zero_does_not_depend_on_the_unit_or_the_origin_of_the_score() -> None:
     score, unsafe, prompts = correlated(np.random.default_rng(1), 200, Platt(1.0, 0.4))
     errors = [
-        platt_zero_error(fit_platt(unit * score + shift, unsafe), unit * score + shift, unsafe, prompts)
+        platt_zero_error(
+            fit_platt(unit * score + shift, unsafe), unit * score + shift, unsafe, prompts
+        )
         for unit, shift in ((1.0, 0.0), (100.0, 0.0), (0.01, 0.0), (1.0, 5.0))
     ]
     assert errors == pytest.approx([errors[0]] * 4, rel=0.01)
@@ -226,7 +258,11 @@ def test_the_error_of_the_isotonic_zero_is_its_spread_over_data_sets() -> None:
         fitted = fit_isotonic(score, unsafe, line)
         costs.append(fitted(np.array(truth.zero)))
         if repeat < 15:
-            errors.append(isotonic_zero_error(fitted, score, unsafe, prompts, line, np.random.default_rng(repeat)))
+            errors.append(
+                isotonic_zero_error(
+                    fitted, score, unsafe, prompts, line, np.random.default_rng(repeat)
+                )
+            )
     assert np.mean(errors) == pytest.approx(np.std(costs), rel=0.15)
 
 
@@ -239,11 +275,13 @@ def test_the_zero_is_where_the_cost_is_zero(calibration: Platt | Isotonic) -> No
     assert calibration(np.array(calibration.zero)) == pytest.approx(0.0, abs=1e-12)
 
 
-# --- isotonic ---------------------------------------------------------------------------------------------------------
+# --- isotonic -------------------------------------------------------------------------------------
 
 
 def best_monotone(target: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """The increasing vector of least weighted squared error, among all that are means over blocks of neighbours."""
+    """The increasing vector of least weighted squared error, among all that are means over blocks
+    of neighbours.
+    """
     n, best, least = len(target), target, np.inf
     for cuts in itertools.product([False, True], repeat=n - 1):
         part = np.r_[0, np.cumsum(cuts)]
@@ -255,8 +293,12 @@ def best_monotone(target: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_isotonic_without_smoothing_is_the_exhaustive_monotone_fit(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tied scores among eight answers; shares of 0 and 1 are moved off the ends by a little smoothing."""
+def test_isotonic_without_smoothing_is_the_exhaustive_monotone_fit(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tied scores among eight answers; shares of 0 and 1 are moved off the ends by a little
+    smoothing.
+    """
     monkeypatch.setattr(calibration, "_PRIOR", 1e-9)
     rng = np.random.default_rng(seed)
     score, unsafe = rng.integers(0, 7, 10).astype(float), rng.random(10) < 0.5
@@ -266,14 +308,20 @@ def test_isotonic_without_smoothing_is_the_exhaustive_monotone_fit(seed: int, mo
     fitted = fit_isotonic(score, unsafe, Platt())
     centres = [points[expected == value] for value in np.unique(expected)]
     sizes = [[(score == point).sum() for point in block] for block in centres]
-    assert fitted.scores == pytest.approx([np.average(b, weights=s) for b, s in zip(centres, sizes, strict=True)])
+    assert fitted.scores == pytest.approx(
+        [np.average(b, weights=s) for b, s in zip(centres, sizes, strict=True)]
+    )
     assert sigmoid(np.array(fitted.costs)) == pytest.approx(np.unique(expected), abs=1e-6)
 
 
-def test_blocks_are_smoothed_towards_platts_line_and_pooled_where_that_puts_them_out_of_order() -> None:
-    """One safe answer at 0, then 98 safe and 2 unsafe at 1 (a block: 0.02), 3 of 4 unsafe at 2; the line says 1/2.
+def test_blocks_are_smoothed_towards_platts_line_and_pooled_where_that_puts_them_out_of_order() -> (
+    None
+):
+    """One safe answer at 0, then 98 safe and 2 unsafe at 1 (a block: 0.02), 3 of 4 unsafe at 2; the
+    line says 1/2.
 
-    Smoothed by two answers: 1 / 3, 3 / 102, 4 / 6: the first two are out of order, and together have 3 / 103.
+    Smoothed by two answers: 1 / 3, 3 / 102, 4 / 6: the first two are out of order, and together
+    have 3 / 103.
     """
     score = np.r_[0.0, np.ones(100), np.full(4, 2.0)]
     unsafe = np.r_[False, np.arange(100) < 2, np.arange(4) < 3]
@@ -296,8 +344,12 @@ def test_isotonic_rises_strictly_so_that_no_ranking_changes(seed: int) -> None:
 
 def test_isotonic_costs_are_logits_straight_between_blocks_and_of_platts_slope_outside() -> None:
     fitted = Isotonic(2.0, (0.0, 1.0, 3.0), (-1.0, 0.5, 1.0))
-    assert fitted(np.array([-1.0, 0.0, 0.5, 1.0, 2.0, 3.0, 5.0])) == pytest.approx([-3, -1, -0.25, 0.5, 0.75, 1, 5])
-    assert Isotonic(2.0, (1.0,), (0.5,))(np.array([0.0, 1.0, 2.0])) == pytest.approx([-1.5, 0.5, 2.5])
+    assert fitted(np.array([-1.0, 0.0, 0.5, 1.0, 2.0, 3.0, 5.0])) == pytest.approx(
+        [-3, -1, -0.25, 0.5, 0.75, 1, 5]
+    )
+    assert Isotonic(2.0, (1.0,), (0.5,))(np.array([0.0, 1.0, 2.0])) == pytest.approx(
+        [-1.5, 0.5, 2.5]
+    )
 
 
 def test_isotonic_bends_where_the_flags_do_and_platt_cannot() -> None:
@@ -308,16 +360,24 @@ def test_isotonic_bends_where_the_flags_do_and_platt_cannot() -> None:
     unsafe, fit = rng.random(8000) < truth, np.arange(8000) < 4000
     line = fit_platt(score[fit], unsafe[fit])
     curve = fit_isotonic(score[fit], unsafe[fit], line)
-    errors = [expected_calibration_error(sigmoid(each(score[~fit])), unsafe[~fit]) for each in (line, curve)]
+    errors = [
+        expected_calibration_error(sigmoid(each(score[~fit])), unsafe[~fit])
+        for each in (line, curve)
+    ]
     assert errors[1] < 0.03 < 0.06 < errors[0]
-    assert (curve(score) > 0)[np.abs(score - 0.5) > 0.05] == pytest.approx((truth > 0.5)[np.abs(score - 0.5) > 0.05])
+    assert (curve(score) > 0)[np.abs(score - 0.5) > 0.05] == pytest.approx(
+        (truth > 0.5)[np.abs(score - 0.5) > 0.05]
+    )
 
 
 def test_where_the_line_is_right_isotonic_is_near_it_and_with_few_flags_almost_it() -> None:
     score, unsafe = flags(1.5, 0.3)
     line = fit_platt(score, unsafe)
     inner = np.linspace(-2, 2, 41)
-    assert np.abs(sigmoid(fit_isotonic(score, unsafe, line)(inner)) - sigmoid(line(inner))).max() < 0.06
+    assert (
+        np.abs(sigmoid(fit_isotonic(score, unsafe, line)(inner)) - sigmoid(line(inner))).max()
+        < 0.06
+    )
     few = fit_isotonic(np.array([-1.0, 1.0]), np.array([False, True]), line)
     low, high = sigmoid(line(np.array([-1.0, 1.0])))
     assert sigmoid(np.array(few.costs)) == pytest.approx([(0 + 2 * low) / 3, (1 + 2 * high) / 3])
@@ -330,6 +390,8 @@ def test_flags_that_scores_separate_perfectly_keep_isotonic_finite_and_its_signs
     assert fitted.costs[0] < 0 < fitted.costs[1]
 
 
-@pytest.mark.parametrize("saved", [Platt(1.7, -0.3), Isotonic(1.2, (-0.5, 0.1, 2.0), (-2.0, 0.25, 0.75))])
+@pytest.mark.parametrize(
+    "saved", [Platt(1.7, -0.3), Isotonic(1.2, (-0.5, 0.1, 2.0), (-2.0, 0.25, 0.75))]
+)
 def test_a_calibration_comes_back_from_its_card(saved: Platt | Isotonic) -> None:
     assert from_card(json.loads(json.dumps(asdict(saved)))) == saved

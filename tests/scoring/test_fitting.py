@@ -8,7 +8,10 @@ from dualign.scoring.fitting import with_cuts
 
 END = 0
 PROMPTS = [3, 5, 4, 3] * 50
-SIDES = [[[*range(1, 1 + prompt), *range(100, 100 + length), END] for prompt in PROMPTS] for length in (20, 9)]
+SIDES = [
+    [[*range(1, 1 + prompt), *range(100, 100 + length), END] for prompt in PROMPTS]
+    for length in (20, 9)
+]
 
 
 def test_a_share_of_nothing_changes_nothing() -> None:

@@ -1,4 +1,6 @@
-"""Given scorers of every kind against brute force: what they read, what the score is, and what comes back from disk."""
+"""Given scorers of every kind against brute force: what they read, what the score is, and what
+comes back from disk.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUESTION = world.prompts()[0]
 PROMPTS: list[list[Message]] = [
-    user(QUESTION), user("Why?"), [*user("Hm?"), {"role": "assistant", "content": "Yes."}, *user("Why?")]
-] * 3  # fmt: skip
+    user(QUESTION),
+    user("Why?"),
+    [*user("Hm?"), {"role": "assistant", "content": "Yes."}, *user("Why?")],
+] * 3
 ANSWERS = TEXTS[:9]
 
 
@@ -47,22 +51,33 @@ def scored(spec: GivenScorer, resources: Resources, **more: Any) -> np.ndarray:
 
 def whole(tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
     """Ids of each conversation, as the tokenizer's own template renders it."""
-    turns = [[*prompt, {"role": "assistant", "content": a}] for prompt, a in zip(PROMPTS, ANSWERS, strict=True)]
+    turns = [
+        [*prompt, {"role": "assistant", "content": a}]
+        for prompt, a in zip(PROMPTS, ANSWERS, strict=True)
+    ]
     texts = [tokenizer.apply_chat_template(row, tokenize=False) for row in turns]
-    return [tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"] for text in texts]
+    return [
+        tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        for text in texts
+    ]
 
 
 @torch.no_grad()
 def logits(path: str) -> np.ndarray:
     """What the classifier itself says of each conversation alone, [rows, labels]."""
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(path), load_tokenizer(path)
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(path),
+        load_tokenizer(path),
+    )
     return np.array([model.eval()(input_ids=ids).logits[0].tolist() for ids in whole(tokenizer)])
 
 
-# --- what each kind says ----------------------------------------------------------------------------------------------
+# --- what each kind says --------------------------------------------------------------------------
 
 
-def test_a_classifier_of_one_output_gives_its_logit(classifier: Maker, resources: Resources) -> None:
+def test_a_classifier_of_one_output_gives_its_logit(
+    classifier: Maker, resources: Resources
+) -> None:
     spec = classifier()
     scores = scored(spec, resources)
     assert scores == pytest.approx(logits(spec.path)[:, 0], abs=1e-5) and scores.std() > 0.1
@@ -85,31 +100,43 @@ def test_a_label_under_a_sigmoid_gives_its_log_odds(labels: Maker, resources: Re
 
 @torch.no_grad()
 def beaver(spec: GivenScorer) -> np.ndarray:
-    """Safe RLHF by hand: LlamaModel and head at the last token of its own text, rendered by its own rules."""
+    """Safe RLHF by hand: LlamaModel and head at the last token of its own text, rendered by its own
+    rules.
+    """
     tokenizer = AutoTokenizer.from_pretrained(spec.path)
     model = AutoModelForSequenceClassification.from_pretrained(spec.path, num_labels=1)
     weights = load_file(Path(spec.path) / "model.safetensors")
     backbone = LlamaModel(model.config).eval()
-    backbone.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
+    backbone.load_state_dict(
+        {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
+    )
     scores = []
     for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
         text = "BEGINNING OF CONVERSATION: "
         for turn in prompt:
             own = turn["role"] == "user"
-            text += f"USER: {turn['content']} ASSISTANT:" if own else turn["content"] + tokenizer.eos_token
+            text += (
+                f"USER: {turn['content']} ASSISTANT:"
+                if own
+                else turn["content"] + tokenizer.eos_token
+            )
         ids = tokenizer(text + answer + tokenizer.eos_token, return_tensors="pt")["input_ids"]
         hidden = backbone(input_ids=ids).last_hidden_state[0, -1]
         scores.append(float(weights["score_head.weight"][0] @ hidden))
     return np.array(scores)
 
 
-def test_a_score_model_of_safe_rlhf_is_read_without_its_code(safe_rlhf: Maker, resources: Resources) -> None:
+def test_a_score_model_of_safe_rlhf_is_read_without_its_code(
+    safe_rlhf: Maker, resources: Resources
+) -> None:
     spec = safe_rlhf()
     scores = scored(spec, resources)
     assert scores == pytest.approx(beaver(spec), abs=1e-5) and scores.std() > 0.1
 
 
-def test_the_bias_and_the_normaliser_of_safe_rlhf_are_kept(safe_rlhf: Maker, resources: Resources) -> None:
+def test_the_bias_and_the_normaliser_of_safe_rlhf_are_kept(
+    safe_rlhf: Maker, resources: Resources
+) -> None:
     """A reward is shifted and scaled, a cost is scaled."""
     tensors = {
         "score_head.bias": torch.tensor([0.5]), "normalizer.mean": torch.tensor([2.0]),
@@ -126,22 +153,37 @@ def test_the_bias_and_the_normaliser_of_safe_rlhf_are_kept(safe_rlhf: Maker, res
 
 @torch.no_grad()
 def verdicts(spec: GivenScorer, unsafe: list[str], safe: list[str]) -> np.ndarray:
-    """log p(unsafe) - log p(safe) at the next token, one conversation at a time, first tokens as the text has them."""
-    tokenizer, model = load_tokenizer(spec.path), AutoModelForCausalLM.from_pretrained(spec.path).eval()
+    """log p(unsafe) - log p(safe) at the next token, one conversation at a time, first tokens as
+    the text has them.
+    """
+    tokenizer, model = (
+        load_tokenizer(spec.path),
+        AutoModelForCausalLM.from_pretrained(spec.path).eval(),
+    )
     found = []
     for ids in whole(tokenizer):
-        before = torch.cat([ids, tokenizer(spec.prefix, return_tensors="pt")["input_ids"].long()], 1)
+        before = torch.cat(
+            [ids, tokenizer(spec.prefix, return_tensors="pt")["input_ids"].long()], 1
+        )
         probability = model(input_ids=before).logits[0, -1].softmax(-1)
-        odds = [sum(probability[i] for i in {tokenizer(w)["input_ids"][0] for w in words}) for words in (unsafe, safe)]
+        odds = [
+            sum(probability[i] for i in {tokenizer(w)["input_ids"][0] for w in words})
+            for words in (unsafe, safe)
+        ]
         found.append(float(torch.log(odds[0] / odds[1])))
     return np.array(found)
 
 
 @pytest.mark.parametrize("prefix", ["", "\n\n"])
-def test_a_guard_gives_the_log_odds_of_its_verdict(guard: Maker, resources: Resources, prefix: str) -> None:
+def test_a_guard_gives_the_log_odds_of_its_verdict(
+    guard: Maker, resources: Resources, prefix: str
+) -> None:
     spec = guard(prefix=prefix)
     scores = scored(spec, resources)
-    assert scores == pytest.approx(verdicts(spec, ["unsafe"], ["safe"]), abs=1e-4) and scores.std() > 0.01
+    assert (
+        scores == pytest.approx(verdicts(spec, ["unsafe"], ["safe"]), abs=1e-4)
+        and scores.std() > 0.01
+    )
 
 
 def test_a_guard_may_say_its_verdict_in_several_words(guard: Maker, resources: Resources) -> None:
@@ -150,7 +192,9 @@ def test_a_guard_may_say_its_verdict_in_several_words(guard: Maker, resources: R
     assert scored(spec, resources) == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_prefix_that_merges_with_the_verdict_belongs_to_its_first_token(guard: Maker, resources: Resources) -> None:
+def test_a_prefix_that_merges_with_the_verdict_belongs_to_its_first_token(
+    guard: Maker, resources: Resources
+) -> None:
     """With a blank before it each word is one token, blank included: what the guard would say."""
     spec = guard(prefix=" ", unsafe=["unsafe"], safe=["safe"])
     tokenizer = load_tokenizer(spec.path)
@@ -171,24 +215,38 @@ def test_an_encoder_without_a_template_reads_prompt_and_answer_as_segments(
     )
     with torch.no_grad():
         expected = [
-            float(model.eval()(**tokenizer(QUESTION, a, return_tensors="pt", return_token_type_ids=True)).logits)
+            float(
+                model.eval()(
+                    **tokenizer(QUESTION, a, return_tensors="pt", return_token_type_ids=True)
+                ).logits
+            )
             for a in ANSWERS
         ]
     scorer = load_given([spec], "helpful", 0.0, resources)
-    assert scorer.score([user(QUESTION)] * 9, ANSWERS, batch_size=4) == pytest.approx(expected, abs=1e-5)
+    assert scorer.score([user(QUESTION)] * 9, ANSWERS, batch_size=4) == pytest.approx(
+        expected, abs=1e-5
+    )
     assert "cut off" not in caplog.text
     scorer.score([user("Why? " * 50)], ANSWERS[:1], batch_size=1)
     assert "1 of 1 conversations are longer than the 24 tokens" in caplog.text
 
 
-def test_an_encoder_reads_what_a_given_template_writes(encoder: Maker, resources: Resources, tmp_path: Path) -> None:
+def test_an_encoder_reads_what_a_given_template_writes(
+    encoder: Maker, resources: Resources, tmp_path: Path
+) -> None:
     (tmp_path / "answer.jinja").write_text("{{ messages[-1]['content'] }}")
-    scorer = load_given([encoder(template=str(tmp_path / "answer.jinja"))], "helpful", 0.0, resources)
-    one, other = (scorer.score([user(text)] * 9, ANSWERS, batch_size=4) for text in ("Why?", QUESTION))
+    scorer = load_given(
+        [encoder(template=str(tmp_path / "answer.jinja"))], "helpful", 0.0, resources
+    )
+    one, other = (
+        scorer.score([user(text)] * 9, ANSWERS, batch_size=4) for text in ("Why?", QUESTION)
+    )
     assert one == pytest.approx(other) and one.std() > 0.01
 
 
-def test_safe_rlhf_stores_its_weights_in_either_format(safe_rlhf: Maker, resources: Resources) -> None:
+def test_safe_rlhf_stores_its_weights_in_either_format(
+    safe_rlhf: Maker, resources: Resources
+) -> None:
     spec = safe_rlhf({"score_head.bias": torch.tensor([0.5])})
     expected = scored(spec, resources)
     file = Path(spec.path) / "model.safetensors"
@@ -198,19 +256,32 @@ def test_safe_rlhf_stores_its_weights_in_either_format(safe_rlhf: Maker, resourc
 
 
 def test_every_kind_scores_in_bf16_much_as_in_fp32(
-    classifier: Maker, labels: Maker, guard: Maker, safe_rlhf: Maker, encoder: Maker, resources: Resources
+    classifier: Maker,
+    labels: Maker,
+    guard: Maker,
+    safe_rlhf: Maker,
+    encoder: Maker,
+    resources: Resources,
 ) -> None:
     narrow = resources.model_copy(update={"precision": "bf16"})
-    specs = [classifier(), labels("single_label_classification", "fine"), guard(), safe_rlhf(), encoder()]
+    specs = [
+        classifier(),
+        labels("single_label_classification", "fine"),
+        guard(),
+        safe_rlhf(),
+        encoder(),
+    ]
     for spec in specs:
         wide, rounded = (scored(spec, each) for each in (resources, narrow))
         assert rounded == pytest.approx(wide, abs=0.2 * wide.std() + 0.02), spec.kind
 
 
-# --- answers that did not end, long rows, numbers that are none -------------------------------------------------------
+# --- answers that did not end, long rows, numbers that are none -----------------------------------
 
 
-def test_an_answer_that_did_not_end_has_no_end_of_turn(classifier: Maker, resources: Resources) -> None:
+def test_an_answer_that_did_not_end_has_no_end_of_turn(
+    classifier: Maker, resources: Resources
+) -> None:
     spec = classifier()
     tokenizer = load_tokenizer(spec.path)
     model = AutoModelForSequenceClassification.from_pretrained(spec.path).eval()
@@ -235,11 +306,13 @@ def test_rows_that_are_cut_are_counted_once(
 def test_a_score_that_is_no_number_is_refused(classifier: Maker, resources: Resources) -> None:
     scorer = load_given([classifier()], "harmful", 0.0, resources)
     scorer.model.score.weight.data.fill_(float("nan"))
-    with pytest.raises(ModelError, match=r"classifier: the score of row 1 of 9 is nan; check the weights"):
+    with pytest.raises(
+        ModelError, match=r"classifier: the score of row 1 of 9 is nan; check the weights"
+    ):
         scorer.score(PROMPTS, ANSWERS, batch_size=4)
 
 
-# --- several, and back from disk --------------------------------------------------------------------------------------
+# --- several, and back from disk ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("meaning", "sign"), [("harmful", 1.0), ("helpful", -1.0)])
@@ -253,16 +326,31 @@ def test_disagreement_raises_a_cost_and_lowers_a_reward(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("calibration", [Platt(1.7, 0.3), Isotonic(1.2, (-0.5, 0.1, 2.0), (-2.0, 0.25, 0.75))])
+@pytest.mark.parametrize(
+    "calibration", [Platt(1.7, 0.3), Isotonic(1.2, (-0.5, 0.1, 2.0), (-2.0, 0.25, 0.75))]
+)
 def test_every_kind_comes_back_from_disk(
-    classifier: Maker, labels: Maker, guard: Maker, safe_rlhf: Maker, resources: Resources, tmp_path: Path,
-    calibration: Platt | Isotonic, precision: str,
-) -> None:  # fmt: skip
+    classifier: Maker,
+    labels: Maker,
+    guard: Maker,
+    safe_rlhf: Maker,
+    resources: Resources,
+    tmp_path: Path,
+    calibration: Platt | Isotonic,
+    precision: str,
+) -> None:
     resources = resources.model_copy(update={"precision": precision})
     bias = {"score_head.bias": torch.tensor([0.5])}
-    specs = [classifier(higher_is="helpful"), labels("single_label_classification", "fine"), guard(), safe_rlhf(bias)]
+    specs = [
+        classifier(higher_is="helpful"),
+        labels("single_label_classification", "fine"),
+        guard(),
+        safe_rlhf(bias),
+    ]
     for chosen in (specs, *([spec] for spec in specs)):
-        scorer = load_given(chosen, "harmful", 0.5 * (len(chosen) > 1), resources).calibrated(calibration)
+        scorer = load_given(chosen, "harmful", 0.5 * (len(chosen) > 1), resources).calibrated(
+            calibration
+        )
         folder = tmp_path / f"saved{len(chosen)}{chosen[0].kind}"
         scorer.save(folder)
         loaded = Scorer.load(folder, resources)
@@ -272,12 +360,20 @@ def test_every_kind_comes_back_from_disk(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("calibration", [Platt(1.7, 0.3), Isotonic(1.2, (-0.5, 0.1, 2.0), (-2.0, 0.25, 0.75))])
+@pytest.mark.parametrize(
+    "calibration", [Platt(1.7, 0.3), Isotonic(1.2, (-0.5, 0.1, 2.0), (-2.0, 0.25, 0.75))]
+)
 def test_a_scorer_that_dualign_wrote_scores_as_it_served(
-    classifier: Maker, resources: Resources, tmp_path: Path, calibration: Platt | Isotonic, precision: str
+    classifier: Maker,
+    resources: Resources,
+    tmp_path: Path,
+    calibration: Platt | Isotonic,
+    precision: str,
 ) -> None:
     resources = resources.model_copy(update={"precision": precision})
-    load_given([classifier()], "harmful", 0.0, resources).calibrated(calibration).save(tmp_path / "first")
+    load_given([classifier()], "harmful", 0.0, resources).calibrated(calibration).save(
+        tmp_path / "first"
+    )
     served = Scorer.load(tmp_path / "first", resources).score(PROMPTS, ANSWERS, batch_size=4)
     given = GivenScorer(path=str(tmp_path / "first"), kind="classifier", higher_is="harmful")
     scorer = load_given([given], "harmful", 0.0, resources)
@@ -287,7 +383,7 @@ def test_a_scorer_that_dualign_wrote_scores_as_it_served(
     assert again == pytest.approx(2 * served + 1, abs=1e-5)
 
 
-# --- params -----------------------------------------------------------------------------------------------------------
+# --- params ---------------------------------------------------------------------------------------
 
 
 SPEC: dict[str, Any] = {"path": "a/b", "kind": "classifier", "higher_is": "harmful"}
@@ -297,17 +393,44 @@ SPEC: dict[str, Any] = {"path": "a/b", "kind": "classifier", "higher_is": "harmf
     ("section", "told"),
     [
         ({"given": []}, "cost_model.given: list should have at least 1 item"),
-        ({"given": [{**SPEC, "kind": "oracle"}]}, "cost_model.given.0.kind: input should be 'classifier', 'labels', "),
-        ({"given": [{**SPEC, "higher_is": "better"}]}, "cost_model.given.0.higher_is: input should be 'harmful' or "),
+        (
+            {"given": [{**SPEC, "kind": "oracle"}]},
+            "cost_model.given.0.kind: input should be 'classifier', 'labels', ",
+        ),
+        (
+            {"given": [{**SPEC, "higher_is": "better"}]},
+            "cost_model.given.0.higher_is: input should be 'harmful' or ",
+        ),
         ({"given": [{"path": "a/b", "kind": "guard"}]}, "cost_model.given.0.higher_is is missing"),
-        ({"given": [{**SPEC, "lable": "toxic"}]}, "cost_model.given.0.lable is not a known key; did you mean 'label'?"),
+        (
+            {"given": [{**SPEC, "lable": "toxic"}]},
+            "cost_model.given.0.lable is not a known key; did you mean 'label'?",
+        ),
         ({"given": [{**SPEC, "kind": "labels"}]}, "cost_model.given.0: kind labels needs a label"),
-        ({"given": [{**SPEC, "kind": "safe_rlhf", "label": "x"}]}, "cost_model.given.0: kind labels needs a label, "),
-        ({"given": [{**SPEC, "kind": "safe_rlhf", "template": "x"}]}, "cost_model.given.0: kind safe_rlhf has a temp"),
-        ({"given": [{**SPEC, "safe": ["no"]}]}, "cost_model.given.0: unsafe, safe and prefix are a guard's verdict"),
-        ({"given": [{**SPEC, "kind": "guard", "higher_is": "helpful"}]}, "cost_model.given.0: a guard's score is the "),
-        ({"given": [SPEC], "backbone": "c/d"}, "cost_model: given scorers are not trained, so backbone must be sft"),
-        ({"given": [SPEC], "spread": 1.0}, "cost_model: spread weighs how far several given scorers differ"),
+        (
+            {"given": [{**SPEC, "kind": "safe_rlhf", "label": "x"}]},
+            "cost_model.given.0: kind labels needs a label, ",
+        ),
+        (
+            {"given": [{**SPEC, "kind": "safe_rlhf", "template": "x"}]},
+            "cost_model.given.0: kind safe_rlhf has a temp",
+        ),
+        (
+            {"given": [{**SPEC, "safe": ["no"]}]},
+            "cost_model.given.0: unsafe, safe and prefix are a guard's verdict",
+        ),
+        (
+            {"given": [{**SPEC, "kind": "guard", "higher_is": "helpful"}]},
+            "cost_model.given.0: a guard's score is the ",
+        ),
+        (
+            {"given": [SPEC], "backbone": "c/d"},
+            "cost_model: given scorers are not trained, so backbone must be sft",
+        ),
+        (
+            {"given": [SPEC], "spread": 1.0},
+            "cost_model: spread weighs how far several given scorers differ",
+        ),
         ({"spread": 1.0}, "cost_model: spread weighs how far several given scorers differ"),
         ({"spread": -1.0}, "cost_model.spread: input should be greater than or equal to 0"),
     ],
@@ -320,7 +443,7 @@ def test_what_makes_no_sense_together_is_refused_by_key(section: dict[str, Any],
     assert str(caught.value).startswith(f"my.yaml: {told}") and "\n" not in str(caught.value)
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 def refused(spec: GivenScorer, resources: Resources) -> str:
@@ -337,7 +460,9 @@ def test_what_does_not_fit_its_kind_is_refused_in_a_line(
     several = labels("single_label_classification", "nasty")
     assert refused(several, resources) == ": has no label 'nasty'; it has 'fine', 'toxic', 'threat'"
     one = several.model_copy(update={"kind": "classifier", "label": None})
-    assert "has the outputs ['fine', 'toxic', 'threat']; choose kind labels" in refused(one, resources)
+    assert "has the outputs ['fine', 'toxic', 'threat']; choose kind labels" in refused(
+        one, resources
+    )
     beaver = classifier().model_copy(update={"kind": "safe_rlhf"})
     assert "is no score model of Safe RLHF" in refused(beaver, resources)
     same = guard(unsafe=["unsafe"], safe=["unsafely"])
@@ -345,7 +470,9 @@ def test_what_does_not_fit_its_kind_is_refused_in_a_line(
     nowhere = one.model_copy(update={"path": str(tmp_path / "nowhere")})
     assert "no such model folder" in refused(nowhere, resources)
     (tmp_path / "empty").mkdir()
-    assert "no usable" in refused(one.model_copy(update={"path": str(tmp_path / "empty")}), resources)
+    assert "no usable" in refused(
+        one.model_copy(update={"path": str(tmp_path / "empty")}), resources
+    )
     unwritten = classifier().model_copy(update={"template": "none.jinja"})
     assert "template none.jinja is no file" in refused(unwritten, resources)
 
@@ -358,10 +485,14 @@ def test_a_policy_is_no_scorer(guard: Maker, resources: Resources) -> None:
 def test_several_that_dualign_wrote_are_given_one_by_one(
     classifier: Maker, resources: Resources, tmp_path: Path
 ) -> None:
-    load_given([classifier("a"), classifier("b", 1)], "harmful", 0.5, resources).save(tmp_path / "both")
+    load_given([classifier("a"), classifier("b", 1)], "harmful", 0.5, resources).save(
+        tmp_path / "both"
+    )
     both = GivenScorer(path=str(tmp_path / "both"), kind="classifier", higher_is="harmful")
     assert "holds several scorers" in refused(both, resources)
-    inner = both.model_copy(update={"path": str(tmp_path / "both" / "0"), "kind": "labels", "label": "x"})
+    inner = both.model_copy(
+        update={"path": str(tmp_path / "both" / "0"), "kind": "labels", "label": "x"}
+    )
     assert "has no label 'x'" in refused(inner, resources)
 
 
@@ -390,9 +521,13 @@ def test_an_unknown_kind_in_a_card_is_named(
     classifier: Maker, resources: Resources, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    load_given([classifier(higher_is="helpful")], "harmful", 0.0, resources).save(tmp_path / "saved")
+    load_given([classifier(higher_is="helpful")], "harmful", 0.0, resources).save(
+        tmp_path / "saved"
+    )
     assert "given, kind classifier, higher is helpful" in caplog.text
     card = tmp_path / "saved" / CARD
     card.write_text(card.read_text().replace('"classifier"', '"oracle"'))
-    with pytest.raises(ModelError, match=r"scorer\.json: 'oracle' is no kind of scorer; one of classifier, labels"):
+    with pytest.raises(
+        ModelError, match=r"scorer\.json: 'oracle' is no kind of scorer; one of classifier, labels"
+    ):
         Scorer.load(tmp_path / "saved", resources)

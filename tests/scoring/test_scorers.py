@@ -1,4 +1,6 @@
-"""Scorers give in use the scores that they were trained on, and come back from disk as they were."""
+"""Scorers give in use the scores that they were trained on, and come back from disk as they
+were.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dualign.core.errors import DualignError, ModelError
 from dualign.core.schema import Message, user
 from dualign.data import world
-from dualign.lm.models import build_scratch, load_scorer_backbone, merged, save, train_tokenizer, with_lora
+from dualign.lm.models import (
+    build_scratch,
+    load_scorer_backbone,
+    merged,
+    save,
+    train_tokenizer,
+    with_lora,
+)
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.params.base import LoraParams, Resources
 from dualign.params.loading import load_resources
@@ -23,7 +32,13 @@ from dualign.training.scorer import ScoredPair, _FlagCollator, _ranked
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ScratchParams(
-    tokenizer="train", vocab_size=300, hidden_size=32, layers=2, heads=2, intermediate_size=48, context=128
+    tokenizer="train",
+    vocab_size=300,
+    hidden_size=32,
+    layers=2,
+    heads=2,
+    intermediate_size=48,
+    context=128,
 )
 QUESTION = world.prompts()[0]
 ANSWERS = [answer.text for answer in world.answers(QUESTION)[:12]]
@@ -35,7 +50,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def resources() -> Resources:
-    return load_resources(ROOT / "params.yaml").model_copy(update={"device": "cpu", "precision": "fp32"})
+    return load_resources(ROOT / "params.yaml").model_copy(
+        update={"device": "cpu", "precision": "fp32"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +67,9 @@ def backbone(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPa
     return folder
 
 
-def classifier(backbone: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources) -> PreTrainedModel:
+def classifier(
+    backbone: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources
+) -> PreTrainedModel:
     """A sequence classifier whose head is not zero any more."""
     model = load_scorer_backbone(str(backbone), tokenizer, resources, seed=0)
     torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(1))
@@ -65,7 +84,10 @@ def scorer(backbone: Path, tokenizer: PreTrainedTokenizerBase, resources: Resour
 @torch.no_grad()
 def by_hand(scorer: Scorer, prompt: list[Message], answer: str) -> float:
     """The head's output at the EOS of one unpadded conversation."""
-    (before,), (after,) = encode_prompts(scorer.tokenizer, [prompt]), encode_answers(scorer.tokenizer, [answer])
+    (before,), (after,) = (
+        encode_prompts(scorer.tokenizer, [prompt]),
+        encode_answers(scorer.tokenizer, [answer]),
+    )
     assert after[-1] == scorer.tokenizer.eos_token_id
     hidden = scorer.model.model(input_ids=torch.tensor([before + after])).last_hidden_state[0, -1]
     return float(scorer.model.score(hidden))
@@ -85,7 +107,9 @@ def test_training_scores_the_same_ids_at_the_same_place(scorer: Scorer) -> None:
     rows = conversations(scorer.tokenizer, PROMPTS, ANSWERS)
     assert all(row[-1] == scorer.tokenizer.eos_token_id for row in rows)
     pairs = [ScoredPair(high, low) for high, low in zip(rows[:6], rows[6:], strict=True)]
-    batch = _FlagCollator(pad_token_id=scorer.tokenizer.pad_token_id)(list(_ranked(pairs, max_length=200)))
+    batch = _FlagCollator(pad_token_id=scorer.tokenizer.pad_token_id)(
+        list(_ranked(pairs, max_length=200))
+    )
     assert batch.pop("flags").tolist() == [[-1, -1]] * 6
     with torch.no_grad():
         trained = scorer.model(**batch).logits.squeeze(-1)
@@ -96,7 +120,10 @@ def test_order_and_company_of_a_row_change_nothing(scorer: Scorer) -> None:
     forward = scorer.score(PROMPTS, ANSWERS, batch_size=3)
     backward = scorer.score(PROMPTS[::-1], ANSWERS[::-1], batch_size=3)
     assert backward[::-1] == pytest.approx(forward, abs=1e-5)
-    alone = [float(scorer.score([p], [a], batch_size=3)[0]) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    alone = [
+        float(scorer.score([p], [a], batch_size=3)[0])
+        for p, a in zip(PROMPTS, ANSWERS, strict=True)
+    ]
     assert alone == pytest.approx(forward, abs=1e-5)
 
 
@@ -107,7 +134,9 @@ def test_calibration_is_applied_and_can_be_replaced(scorer: Scorer) -> None:
     assert scorer.score(PROMPTS, ANSWERS, batch_size=8) == pytest.approx(raw)
 
 
-@pytest.mark.parametrize("calibration", [Platt(1.7, 0.3), Isotonic(1.2, (-0.5, 0.1, 2.0), (-2.0, 0.25, 0.75))])
+@pytest.mark.parametrize(
+    "calibration", [Platt(1.7, 0.3), Isotonic(1.2, (-0.5, 0.1, 2.0), (-2.0, 0.25, 0.75))]
+)
 def test_model_tokenizer_and_calibration_come_back_from_disk(
     scorer: Scorer, resources: Resources, tmp_path: Path, calibration: Platt | Isotonic
 ) -> None:
@@ -116,7 +145,8 @@ def test_model_tokenizer_and_calibration_come_back_from_disk(
     loaded = Scorer.load(tmp_path / "scorer", resources)
     assert loaded.calibration == calibration
     assert np.array_equal(
-        loaded.score(PROMPTS, ANSWERS, batch_size=5), calibrated.score(PROMPTS, ANSWERS, batch_size=5)
+        loaded.score(PROMPTS, ANSWERS, batch_size=5),
+        calibrated.score(PROMPTS, ANSWERS, batch_size=5),
     )
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.pkl"))
 
@@ -128,12 +158,16 @@ def test_a_scorer_trained_with_adapters_is_saved_whole(
     model = with_lora(classifier(backbone, tokenizer, resources), lora, 0, head=True)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+            torch.nn.init.normal_(
+                parameter, std=0.3, generator=torch.Generator().manual_seed(len(name))
+            )
     ids = torch.tensor([conversations(tokenizer, PROMPTS[:1], ANSWERS[:1])[0]])
     with torch.no_grad():
         expected = float(model.eval()(input_ids=ids).logits)
     Scorer(merged(model), tokenizer, Platt()).save(tmp_path / "scorer")
-    scores = Scorer.load(tmp_path / "scorer", resources).score(PROMPTS[:1], ANSWERS[:1], batch_size=1)
+    scores = Scorer.load(tmp_path / "scorer", resources).score(
+        PROMPTS[:1], ANSWERS[:1], batch_size=1
+    )
     assert scores.tolist() == pytest.approx([expected], abs=1e-4)
 
 

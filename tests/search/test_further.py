@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from scipy.optimize import minimize
 
-from dualign.constraints import Constraint
 from dualign.core.schema import user
-from dualign.measure.stats import LimitEstimate, within_variance
+from dualign.evaluation.stats import LimitEstimate, within_variance
+from dualign.math.constraints import Constraint
 from dualign.search.further import joint_newton_step, measure_further, within_covariance
 from dualign.search.rules import newton_step
 
@@ -17,7 +17,10 @@ Array = np.ndarray
 ANSWERS = pd.DataFrame(
     {
         "prompt_id": ["a", "a", "b", "b", "c", "c"],
-        "prompt": [user(text) for text in ("a child", "a child", "a dog", "a dog", "a child's dog", "a child's dog")],
+        "prompt": [
+            user(text)
+            for text in ("a child", "a child", "a dog", "a dog", "a child's dog", "a child's dog")
+        ],
         "cost": [-1.0, 1.0, -2.0, -2.0, 0.5, 1.5],
         "length": [4, 6, 5, 5, 8, 12],
         "ended": [True, True, True, True, True, False],
@@ -36,7 +39,8 @@ def test_limits_on_answers_by_hand() -> None:
     assert rare == LimitEstimate("rare", 0.4, 1.0, pytest.approx(0.5), pytest.approx(error))  # type: ignore[arg-type]
     assert (short.share, short.mean) == (pytest.approx(2 / 3), 7.5)
     assert none == LimitEstimate("none", 0.0, 0.0, None, None)
-    # Unbiased, within prompts, over all three prompts: cost 2, 0, 0.5; unsafe 0.5, 0, 0; length of child's 2, -, 8.
+    # Unbiased, within prompts, over all three prompts: cost 2, 0, 0.5; unsafe 0.5, 0, 0; length of
+    # child's 2, -, 8.
     expected = [
         [2.5 / 3, 1 / 3, 4 / 3, 0.0],
         [1 / 3, 0.5 / 3, 1 / 3, 0.0],
@@ -52,7 +56,9 @@ def test_answers_that_did_not_end_are_counted_by_hand() -> None:
     (whole,) = found.estimates
     assert (whole.mean, whole.error) == pytest.approx((1 / 6, error))
     # Within prompts, over all three: the cut answer costs 1 more than the other to its prompt.
-    np.testing.assert_allclose(found.covariance, [[2.5 / 3, 0.5 / 3], [0.5 / 3, 0.5 / 3]], atol=1e-12)
+    np.testing.assert_allclose(
+        found.covariance, [[2.5 / 3, 0.5 / 3], [0.5 / 3, 0.5 / 3]], atol=1e-12
+    )
 
 
 def test_without_limits_nothing_is_measured() -> None:
@@ -61,7 +67,10 @@ def test_without_limits_nothing_is_measured() -> None:
 
 def test_the_diagonal_of_the_covariance_is_the_within_variance() -> None:
     rng = np.random.default_rng(0)
-    values, prompts = rng.normal(size=(3, 30)), rng.integers(0, 9, 30)  # one prompt may have one answer
+    values, prompts = (
+        rng.normal(size=(3, 30)),
+        rng.integers(0, 9, 30),
+    )  # one prompt may have one answer
     found = within_covariance(values, prompts)
     assert np.diag(found) == pytest.approx([within_variance(row, prompts) for row in values])
     assert (within_covariance(values[:, :3], np.arange(3)) == 0).all()
@@ -97,7 +106,9 @@ def test_one_limit_makes_newtons_step() -> None:
 
 def test_a_slack_limit_stays_free_and_a_constant_quantity_keeps_its_price() -> None:
     covariance = np.array([[1.0, 0.3, 0.0], [0.3, 0.2, 0.0], [0.0, 0.0, 0.0]])
-    found = joint_newton_step(np.array([0.0, 2.0, 0.7]), np.array([-20.0, 0.04, 5.0]), covariance, 1.5)
+    found = joint_newton_step(
+        np.array([0.0, 2.0, 0.7]), np.array([-20.0, 0.04, 5.0]), covariance, 1.5
+    )
     assert found == pytest.approx([0.0, 2.0 + 1.5 * 0.04 / 0.2, 0.7], rel=1e-6)
 
 
@@ -108,7 +119,9 @@ def test_two_limits_that_say_the_same_share_the_step() -> None:
 
 
 def test_a_price_falls_by_half_unless_it_hardly_tilts() -> None:
-    """Few unsafe answers vary little, so that Newton's step would drop the price that made them few."""
+    """Few unsafe answers vary little, so that Newton's step would drop the price that made them
+    few.
+    """
     for price, expected in ((2.0, 1.0), (0.2, 0.0)):
         found = joint_newton_step(np.array([price]), np.array([-0.1]), np.array([[0.01]]), 0.3)
         assert found[0] == pytest.approx(expected)

@@ -16,7 +16,9 @@ def world(prompts: int, seed: int = 0) -> tuple[Array, Array, Array]:
     rng = np.random.default_rng(seed)
     reference, tilt, cost = (rng.normal(size=(prompts, ANSWERS)) for _ in range(3))
     policy = reference + 0.5 * tilt - 0.4 * cost
-    reference, policy = (logits - np.logaddexp.reduce(logits, 1, keepdims=True) for logits in (reference, policy))
+    reference, policy = (
+        logits - np.logaddexp.reduce(logits, 1, keepdims=True) for logits in (reference, policy)
+    )
     return reference, policy, cost
 
 
@@ -41,7 +43,12 @@ def test_its_bias_goes_away_with_more_samples_of_a_prompt() -> None:
     rng, gaps = np.random.default_rng(1), []
     for count in (2, 8, 64):
         drawn = sampled(reference, count, rng)
-        gaps.append(off_policy_cost(*(np.take_along_axis(v, drawn, 1) for v in (policy - reference, cost)))[0] - true)
+        gaps.append(
+            off_policy_cost(*(np.take_along_axis(v, drawn, 1) for v in (policy - reference, cost)))[
+                0
+            ]
+            - true
+        )
     assert abs(gaps[2]) < 0.02 < 0.2 < plain - true
     assert 0 < gaps[1] < gaps[0] < plain - true  # towards the reference
 
@@ -53,7 +60,9 @@ def test_the_error_is_the_spread_over_prompts() -> None:
         reference, policy, cost = world(60, seed=seed + 10)
         cost = cost + rng.normal(size=(60, 1))
         drawn = sampled(reference, 4, rng)
-        found.append(off_policy_cost(*(np.take_along_axis(v, drawn, 1) for v in (policy - reference, cost))))
+        found.append(
+            off_policy_cost(*(np.take_along_axis(v, drawn, 1) for v in (policy - reference, cost)))
+        )
     estimates, errors, _ = np.array(found).T
     assert errors.mean() == pytest.approx(estimates.std(), rel=0.12)
 
@@ -71,5 +80,9 @@ def test_one_odd_answer_moves_its_prompt_alone() -> None:
     odd = ratio.copy()
     odd[7, 2] += 900.0  # no overflow either
     before, after = off_policy_cost(ratio, cost), off_policy_cost(odd, cost)
-    assert abs(after[0] - before[0]) <= np.ptp(cost[7]) / 50 and after[2] == pytest.approx(before[2], rel=0.1)
-    assert off_policy_cost(ratio + rng.normal(size=(50, 1)), cost) == pytest.approx(before)  # log Z(x) cancels
+    assert abs(after[0] - before[0]) <= np.ptp(cost[7]) / 50 and after[2] == pytest.approx(
+        before[2], rel=0.1
+    )
+    assert off_policy_cost(ratio + rng.normal(size=(50, 1)), cost) == pytest.approx(
+        before
+    )  # log Z(x) cancels

@@ -1,4 +1,6 @@
-"""A folder in which the stages on preferences can run: tiny models of different weights, eight pairs of each kind."""
+"""A folder in which the stages on preferences can run: tiny models of different weights, eight
+pairs of each kind.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,31 @@ from tests.written import held_out, solved
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ScratchParams(
-    tokenizer="train", vocab_size=300, hidden_size=16, layers=1, heads=2, intermediate_size=16, context=128
+    tokenizer="train",
+    vocab_size=300,
+    hidden_size=16,
+    layers=1,
+    heads=2,
+    intermediate_size=16,
+    context=128,
 )
 POLICIES = ("sft", "reward_dpo/helpful", "safety_dpo/alone")
 #: Flags of chosen and rejected answer: every combination, and more safe answers than unsafe ones.
-FLAGS = [(True, True), (True, False), (False, True), (False, False), (True, True), (True, True), (True, False)]
+FLAGS = [
+    (True, True),
+    (True, False),
+    (False, True),
+    (False, False),
+    (True, True),
+    (True, True),
+    (True, False),
+]
 
 
 def rows(label: str) -> list[dict[str, Any]]:
-    """Seven pairs with flags and one without, by the label of the world's annotators; one more row is held out."""
+    """Seven pairs with flags and one without, by the label of the world's annotators; one more row
+    is held out.
+    """
     found = []
     for i, row in enumerate(world.pku_rows(9, seed=1, sharpness=1.0)):
         prompt, winner = user(row["prompt"]), row[label]
@@ -55,13 +73,19 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture
-def workspace(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """The working directory, with all that the stages read."""
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(POLICIES):
         save(build_scratch(SCRATCH, tokenizer, seed), tokenizer, tmp_path / "models" / name)
-    write_parquet(tmp_path / "data/prepared/helpful_pairs.parquet", rows("better_response_id"), HELPFUL_PAIRS)
-    write_parquet(tmp_path / "data/prepared/safety_pairs.parquet", rows("safer_response_id"), SAFETY_PAIRS)
+    write_parquet(
+        tmp_path / "data/prepared/helpful_pairs.parquet", rows("better_response_id"), HELPFUL_PAIRS
+    )
+    write_parquet(
+        tmp_path / "data/prepared/safety_pairs.parquet", rows("safer_response_id"), SAFETY_PAIRS
+    )
     write_json(tmp_path / "data/dual/dual.json", solved())
     write_parquet(tmp_path / "data/scored/support.parquet", held_out(), SUPPORT)
     return tmp_path

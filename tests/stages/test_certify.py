@@ -1,4 +1,6 @@
-"""certify and evaluate on tiny models: the sequence, the policy that comes out, labels, and no certified policy."""
+"""certify and evaluate on tiny models: the sequence, the policy that comes out, labels, and no
+certified policy.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +19,20 @@ import torch
 from scipy.stats import norm
 from transformers import PreTrainedTokenizerBase
 
-from dualign import certificate, certification, screening
+from dualign.certify import candidates, certificate, screening
+from dualign.certify.evidence import Table
+from dualign.certify.rescoring import rescore
 from dualign.core.artifacts import read_json, sha256, write_json, write_parquet
 from dualign.core.errors import AwaitingLabels, DataError, DualignError
 from dualign.core.schema import ANSWERS, LABELS, PROMPTS, prompt_id, read_table, user
 from dualign.data import world
-from dualign.evidence import Table
+from dualign.evaluation.stats import clustered_mean
 from dualign.lm.models import load_policy, load_scorer_backbone
-from dualign.measure.stats import clustered_mean
 from dualign.params.base import Resources
 from dualign.params.certify import CertifyParams, CertifyRun, LabelParams, ScreenParams
 from dualign.params.evaluate import EvaluateParams
 from dualign.params.loading import load
 from dualign.report.comparison import compare
-from dualign.rescoring import rescore
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
 from dualign.stage import Run
@@ -44,30 +46,52 @@ LABELS_OF = LabelParams(source="oracle", prompts=8, votes=1, limit=None, folder=
 
 
 @pytest.fixture(autouse=True)
-def ready(workspace: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources, one_thread: None) -> None:
+def ready(
+    workspace: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources, one_thread: None
+) -> None:
     """Prompts and scorers beside the policies of the workspace."""
     for seed, name in enumerate(("reward_model", "cost_model")):
         model = load_scorer_backbone("models/sft", tokenizer, resources, seed)
         torch.nn.init.normal_(model.score.weight, std=0.5)
         Scorer(model, tokenizer, Platt(1.0, 0.0)).save(workspace / "models" / name)
-    rows = [{"prompt_id": prompt_id(user(text)), "prompt": user(text), "source": "world"} for text in TEXTS]
+    rows = [
+        {"prompt_id": prompt_id(user(text)), "prompt": user(text), "source": "world"}
+        for text in TEXTS
+    ]
     write_parquet("data/prepared/certify.parquet", rows, PROMPTS)
 
 
 FURTHER = {
-    "name": "short", "quantity": "length", "level": None, "prompts": None, "threshold": None, "lam": 0.1,
+    "name": "short",
+    "quantity": "length",
+    "level": None,
+    "prompts": None,
+    "threshold": None,
+    "lam": 0.1,
     "predicted": 5.0,
-}  # fmt: skip
+}
 
 
 def test_further_limits_are_tests_too(resources: Resources) -> None:
-    """The worst case of a cost is far above the limit on its tail, and the limit on the mean is kept."""
+    """The worst case of a cost is far above the limit on its tail, and the limit on the mean is
+    kept.
+    """
     for limit, returned in ((1000.0, "reward_dpo/helpful"), (-1000.0, None)):
-        tail = {**FURTHER, "limit": limit, "name": "tail", "quantity": "cvar", "level": 0.5, "threshold": -100.0}
+        tail = {
+            **FURTHER,
+            "limit": limit,
+            "name": "tail",
+            "quantity": "cvar",
+            "level": 0.5,
+            "threshold": -100.0,
+        }
         write_json("data/dual/dual.json", solved(prices=[tail]))
         main(run_of(resources))
         found = certificate.verify("reports/certificate/it/certificate.json")
-        assert [required.name for required in found.requirements] == ["c", "tail"] and found.returned == returned
+        assert [required.name for required in found.requirements] == [
+            "c",
+            "tail",
+        ] and found.returned == returned
 
 
 def test_bounded_methods_have_the_range_of_every_quantity(resources: Resources) -> None:
@@ -75,21 +99,43 @@ def test_bounded_methods_have_the_range_of_every_quantity(resources: Resources) 
         {**FURTHER, "limit": 6.0},
         {**FURTHER, "limit": 0.99, "name": "whole", "quantity": "unended"},
         {**FURTHER, "limit": 0.9, "name": "rare", "quantity": "p_unsafe"},
-        {**FURTHER, "limit": 9.0, "name": "tail", "quantity": "cvar", "level": 0.5, "threshold": 1.0},
+        {
+            **FURTHER,
+            "limit": 9.0,
+            "name": "tail",
+            "quantity": "cvar",
+            "level": 0.5,
+            "threshold": 1.0,
+        },
     ]
     write_json("data/dual/dual.json", solved(prices=prices))
     main(run_of(resources, method="betting", bounds=[-50.0, 50.0]))
     found = certificate.verify("reports/certificate/it/certificate.json")
-    assert [required.bounds for required in found.requirements] == [(-50, 50), (0, 6), (0, 1), (0, 1), (1, 99)]
+    assert [required.bounds for required in found.requirements] == [
+        (-50, 50),
+        (0, 6),
+        (0, 1),
+        (0, 1),
+        (1, 99),
+    ]
 
 
 def test_the_bound_of_each_quantity_is_exact_where_its_range_is_known(resources: Resources) -> None:
-    """With `auto`, which every parameter file has: shares and lengths have a range, costs only if one is stated."""
+    """With `auto`, which every parameter file has: shares and lengths have a range, costs only if
+    one is stated.
+    """
     prices = [
         {**FURTHER, "limit": 6.0},
         {**FURTHER, "limit": 0.9, "name": "rare", "quantity": "p_unsafe"},
         {**FURTHER, "limit": 0.99, "name": "whole", "quantity": "unended"},
-        {**FURTHER, "limit": 500.0, "name": "tail", "quantity": "cvar", "level": 0.5, "threshold": 1.0},
+        {
+            **FURTHER,
+            "limit": 500.0,
+            "name": "tail",
+            "quantity": "cvar",
+            "level": 0.5,
+            "threshold": 1.0,
+        },
     ]
     write_json("data/dual/dual.json", solved(prices=prices))
     for stated, cost, tail in ((None, None, None), ([-50.0, 50.0], (-50, 50), (1, 99))):
@@ -97,22 +143,48 @@ def test_the_bound_of_each_quantity_is_exact_where_its_range_is_known(resources:
         found = certificate.verify("reports/certificate/it/certificate.json")
         exact = [required.method == "star_bets" for required in found.requirements]
         assert exact == [stated is not None, True, True, True, stated is not None]
-        assert [required.bounds for required in found.requirements] == [cost, (0, 6), (0, 1), (0, 1), tail]
+        assert [required.bounds for required in found.requirements] == [
+            cost,
+            (0, 6),
+            (0, 1),
+            (0, 1),
+            tail,
+        ]
         assert "every answer lies between 0 and 1" in found.requirements[2].why
     write_json("data/dual/dual.json", solved(prices=prices[1:2]))
     main(run_of(resources, method="clustered_t"))
     named = certificate.verify("reports/certificate/it/certificate.json").requirements
-    assert {(required.method, required.why) for required in named} == {("clustered_t", "certify.method names it")}
+    assert {(required.method, required.why) for required in named} == {
+        ("clustered_t", "certify.method names it")
+    }
 
 
-def run_of(resources: Resources, limit: float = 100.0, row: dict[str, Any] | None = None, **changes: Any) -> Any:
+def run_of(
+    resources: Resources, limit: float = 100.0, row: dict[str, Any] | None = None, **changes: Any
+) -> Any:
     """The row `it`: safety_dpo/alone first, then merges of sft and reward_dpo/helpful."""
-    given = {"policy": "reward_dpo/helpful", "partner": "sft", "fallback": "safety_dpo/alone", "weights": [2.0, 1.0]}
+    given = {
+        "policy": "reward_dpo/helpful",
+        "partner": "sft",
+        "fallback": "safety_dpo/alone",
+        "weights": [2.0, 1.0],
+    }
     update = {
-        "runs": {"it": CertifyRun(**{**given, **(row or {})})}, "limit": limit, "prompts": len(TEXTS), "labels": None,
-        "max_new_tokens": 6, "samples_per_prompt": 2, "screen": None, **changes,
-    }  # fmt: skip
-    return Run("certify", "it", load(CertifyParams, ROOT / "params.yaml").model_copy(update=update), resources)
+        "runs": {"it": CertifyRun(**{**given, **(row or {})})},
+        "limit": limit,
+        "prompts": len(TEXTS),
+        "labels": None,
+        "max_new_tokens": 6,
+        "samples_per_prompt": 2,
+        "screen": None,
+        **changes,
+    }
+    return Run(
+        "certify",
+        "it",
+        load(CertifyParams, ROOT / "params.yaml").model_copy(update=update),
+        resources,
+    )
 
 
 def metrics() -> Any:
@@ -123,10 +195,20 @@ def test_the_boldest_candidate_that_passes_is_the_certified_policy(resources: Re
     main(run_of(resources))
     order = ["safety_dpo/alone", "reward_dpo/helpful at 2", "reward_dpo/helpful"]
     found = certificate.verify("reports/certificate/it/certificate.json")
-    assert list(found.candidates) == list(found.certified) == order and metrics()["returned"] == order[-1]
-    made, policy = (load_policy(f"models/{name}", resources) for name in ("certified/it", "reward_dpo/helpful"))
-    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), policy.parameters(), strict=True))
-    assert "'reward_dpo/helpful' keeps E[c] <= 100" in Path("models/certified/it/README.md").read_text()
+    assert (
+        list(found.candidates) == list(found.certified) == order
+        and metrics()["returned"] == order[-1]
+    )
+    made, policy = (
+        load_policy(f"models/{name}", resources) for name in ("certified/it", "reward_dpo/helpful")
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(made.parameters(), policy.parameters(), strict=True)
+    )
+    assert (
+        "'reward_dpo/helpful' keeps E[c] <= 100"
+        in Path("models/certified/it/README.md").read_text()
+    )
     answers = read_table("reports/certificate/it/02-answers.parquet", ANSWERS)
     assert len(answers) == 2 * len(TEXTS) and answers["true_cost"].notna().all()
     mean = clustered_mean(answers["cost"].to_numpy(), answers["prompt_id"].to_numpy()).mean
@@ -134,35 +216,51 @@ def test_the_boldest_candidate_that_passes_is_the_certified_policy(resources: Re
     assert not list(Path(".scratch/certify/it").glob("*"))
 
 
-def test_the_certificate_tells_where_answers_were_cut_and_how_many_ended(resources: Resources) -> None:
-    """An untrained model ends one answer in ten within 40 tokens, so that a limit on unended answers is not kept."""
+def test_the_certificate_tells_where_answers_were_cut_and_how_many_ended(
+    resources: Resources,
+) -> None:
+    """An untrained model ends one answer in ten within 40 tokens, so that a limit on unended
+    answers is not kept.
+    """
     whole = {**FURTHER, "limit": 0.1, "name": "whole", "quantity": "unended"}
-    run = run_of(resources, row={"weights": [1.0], "fallback": "reward_dpo/helpful"}, max_new_tokens=40)
+    run = run_of(
+        resources, row={"weights": [1.0], "fallback": "reward_dpo/helpful"}, max_new_tokens=40
+    )
     for prices, returned in (([], "reward_dpo/helpful"), ([whole], None)):
         write_json("data/dual/dual.json", solved(prices=prices))
         main(run)
         found = certificate.verify("reports/certificate/it/certificate.json")
-        share = float(read_table("reports/certificate/it/00-answers.parquet", ANSWERS)["ended"].mean())
+        share = float(
+            read_table("reports/certificate/it/00-answers.parquet", ANSWERS)["ended"].mean()
+        )
         assert 0 < share < 0.5 and found.returned == returned
         assert (found.max_new_tokens, found.ended) == (40, {"reward_dpo/helpful": share})
         said = f"for answers of at most 40 tokens, of which {100 * share:.4g} % ended by themselves"
-        assert found.statement.endswith(said) and said in Path("models/certified/it/README.md").read_text()
+        assert (
+            found.statement.endswith(said)
+            and said in Path("models/certified/it/README.md").read_text()
+        )
         assert metrics()["max_new_tokens"] == 40
         assert metrics()["tests"][0]["ended"]["mean"] == pytest.approx(share)
     assert found.tested[0].checks[1].estimate == pytest.approx(1 - share)
 
 
 def test_a_merge_extrapolates(resources: Resources) -> None:
-    """Weight 2 is reward_dpo/helpful + (reward_dpo/helpful - sft); it is returned where testing ends with it."""
+    """Weight 2 is reward_dpo/helpful + (reward_dpo/helpful - sft); it is returned where testing
+    ends with it.
+    """
     main(run_of(resources, row={"weights": [2.0]}))
     made, sft, policy = (
-        load_policy(f"models/{name}", resources) for name in ("certified/it", "sft", "reward_dpo/helpful")
+        load_policy(f"models/{name}", resources)
+        for name in ("certified/it", "sft", "reward_dpo/helpful")
     )
     for a, b, c in zip(made.parameters(), sft.parameters(), policy.parameters(), strict=True):
         torch.testing.assert_close(a, 2 * c - b)
 
 
-def test_no_certified_policy_is_a_result(resources: Resources, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_certified_policy_is_a_result(
+    resources: Resources, caplog: pytest.LogCaptureFixture
+) -> None:
     """The stage ends well, the folder says so, evaluate and report go on."""
     main(run_of(resources, limit=-100.0))
     found = certificate.verify("reports/certificate/it/certificate.json")
@@ -170,21 +268,27 @@ def test_no_certified_policy_is_a_result(resources: Resources, caplog: pytest.Lo
     assert [path.name for path in Path("models/certified/it").iterdir()] == ["README.md"]
     assert "No certified policy" in Path("models/certified/it/README.md").read_text()
     write_parquet("data/prepared/eval.parquet", [], PROMPTS)
-    params = load(EvaluateParams, ROOT / "params.yaml").model_copy(update={"policies": {"it": "certified/it"}})
+    params = load(EvaluateParams, ROOT / "params.yaml").model_copy(
+        update={"policies": {"it": "certified/it"}}
+    )
     evaluate(Run("evaluate", "it", params, resources))
     assert "models/certified/it holds no policy: none was certified" in caplog.text
     assert read_json("reports/metrics/evaluate/it.json") == {"policy": "it", "absent": True}
     table = compare(Path(), {"it": "certified/it"}, 0.95, limit=-100.0)
     assert table["uncertified"] == ["it"] and table["missing"] == [] and table["policies"] == {}
     shutil.rmtree("models/certified/it")
-    with pytest.raises(DualignError, match="models/certified/it: no such model folder"):  # the stage has not run
+    with pytest.raises(
+        DualignError, match="models/certified/it: no such model folder"
+    ):  # the stage has not run
         evaluate(Run("evaluate", "it", params, resources))
 
 
-def test_an_interrupted_run_draws_no_answers_twice(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_draws_no_answers_twice(
+    resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
     main(run_of(resources))
     whole = Path("reports/certificate/it/certificate.json").read_bytes()
-    roll_out, calls = certification.roll_out, []
+    roll_out, calls = candidates.roll_out, []
 
     def stop_at_the_second(*args: Any, **options: Any) -> pd.DataFrame:
         calls.append(1)
@@ -192,7 +296,7 @@ def test_an_interrupted_run_draws_no_answers_twice(resources: Resources, monkeyp
             raise KeyboardInterrupt
         return roll_out(*args, **options)
 
-    monkeypatch.setattr(certification, "roll_out", stop_at_the_second)
+    monkeypatch.setattr(candidates, "roll_out", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         main(run_of(resources))
     main(run_of(resources))
@@ -201,16 +305,24 @@ def test_an_interrupted_run_draws_no_answers_twice(resources: Resources, monkeyp
 
 
 def test_true_labels_that_do_not_vary_say_nothing(resources: Resources) -> None:
-    """A model that has learnt nothing writes no sentence of the world, and all such text has one true cost."""
-    with pytest.raises(DataError, match="candidate 'safety_dpo/alone': labelled_costs_true: the labels do not vary"):
+    """A model that has learnt nothing writes no sentence of the world, and all such text has one
+    true cost.
+    """
+    with pytest.raises(
+        DataError, match="candidate 'safety_dpo/alone': labelled_costs_true: the labels do not vary"
+    ):
         main(run_of(resources, labels=LABELS_OF))
     assert not Path("models/certified/it").exists() and not Path("reports/certificate/it").exists()
 
 
 def test_people_may_label(resources: Resources) -> None:
-    """The stage stops with the questions written down, and goes on from the answers that it has drawn."""
+    """The stage stops with the questions written down, and goes on from the answers that it has
+    drawn.
+    """
     options = LabelParams(source="file", prompts=5, votes=3, limit=0.99, folder="labels")
-    run = run_of(resources, row={"weights": [1.0], "fallback": "reward_dpo/helpful"}, labels=options)
+    run = run_of(
+        resources, row={"weights": [1.0], "fallback": "reward_dpo/helpful"}, labels=options
+    )
     with pytest.raises(AwaitingLabels, match="5 rows wait for labels"):
         main(run)
     (asked,) = Path("labels").glob("to-label-*.jsonl")
@@ -230,10 +342,18 @@ def test_a_failed_test_says_how_many_prompts_it_would_take(resources: Resources)
     limit = (first["estimate"] + first["bound"]) / 2
     main(run_of(resources, limit=limit))
     (test,) = metrics()["tests"]
-    means = read_table("reports/certificate/it/00-answers.parquet", ANSWERS).groupby("prompt_id")["cost"].mean()
+    means = (
+        read_table("reports/certificate/it/00-answers.parquet", ANSWERS)
+        .groupby("prompt_id")["cost"]
+        .mean()
+    )
     assert not test["certified"]
-    planned = certificate.sample_size(means.std(), limit - first["estimate"])  # of normal quantiles, not Student's
-    reach = 2 * (1 + norm.ppf(0.8) / norm.ppf(0.95))  # the limit is half as far from the estimate as the bound
+    planned = certificate.sample_size(
+        means.std(), limit - first["estimate"]
+    )  # of normal quantiles, not Student's
+    reach = 2 * (
+        1 + norm.ppf(0.8) / norm.ppf(0.95)
+    )  # the limit is half as far from the estimate as the bound
     assert planned <= test["prompts_needed"] == pytest.approx(len(means) * reach**2, abs=1)
     main(run_of(resources, limit=first["estimate"] - 1))
     assert metrics()["tests"][0]["prompts_needed"] is None
@@ -253,7 +373,10 @@ def test_metrics_name_what_was_tested(resources: Resources) -> None:
     assert {"reward", "p_unsafe", "kl", "length", "true_cost"} <= content["tests"][0].keys()
     alone = {"policy": "safety_dpo/alone", "partner": "safety_dpo/alone", "q": 1.0}
     merged = {"policy": "reward_dpo/helpful", "partner": "sft", "q": 2.0}
-    assert content["tests"][0].items() >= alone.items() and content["tests"][1].items() >= merged.items()
+    assert (
+        content["tests"][0].items() >= alone.items()
+        and content["tests"][1].items() >= merged.items()
+    )
 
 
 def test_costs_are_scored_again(resources: Resources, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,15 +385,36 @@ def test_costs_are_scored_again(resources: Resources, capsys: pytest.CaptureFixt
     main(run_of(resources))
     assert certificate.main(["verify", "--rescore"]) == 0
     held, left = capsys.readouterr().out.splitlines()
-    assert "costs scored again differ by" in held and "not compared" not in held and "--rescore" not in left
+    assert (
+        "costs scored again differ by" in held
+        and "not compared" not in held
+        and "--rescore" not in left
+    )
     path = certificate.PLACE / "it" / certificate.FILE
-    command = [sys.executable, "-m", "dualign.certificate", "verify", "--rescore", "--tolerance", "0.01"]
-    alone = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
-    assert alone.returncode == 0 and b"differ by" in alone.stdout and b"Traceback" not in alone.stderr
+    command = [
+        sys.executable,
+        "-m",
+        "dualign.certify.certificate",
+        "verify",
+        "--rescore",
+        "--tolerance",
+        "0.01",
+    ]
+    alone = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False
+    )
+    assert (
+        alone.returncode == 0 and b"differ by" in alone.stdout and b"Traceback" not in alone.stderr
+    )
     found, table = certificate.read(path), path.with_name("01-answers.parquet")
     answers = pd.read_parquet(table)
-    write_parquet(table, answers.assign(cost=answers["cost"].where(answers.index != 3, -1.0)), ANSWERS)
-    with pytest.raises(DataError, match=r"cost of 'reward_dpo/helpful at 2': -1 is saved in row 3, .* 1 of \d+ differ"):
+    write_parquet(
+        table, answers.assign(cost=answers["cost"].where(answers.index != 3, -1.0)), ANSWERS
+    )
+    with pytest.raises(
+        DataError,
+        match=r"cost of 'reward_dpo/helpful at 2': -1 is saved in row 3, .* 1 of \d+ differ",
+    ):
         rescore(found, path, 1e-3)
     assert 0.0 < rescore(found, path, 100.0) == pytest.approx(abs(answers["cost"][3] + 1), abs=1e-4)
     shutil.move("models/cost_model", "elsewhere")
@@ -278,7 +422,9 @@ def test_costs_are_scored_again(resources: Resources, capsys: pytest.CaptureFixt
         rescore(found, path, 100.0)
     assert rescore(found, path, 100.0, Path("elsewhere")) > 0
     (Path("elsewhere") / "scorer.json").write_text("{}")
-    with pytest.raises(DataError, match=r"the cost model .elsewhere. is not the one certified: scorer.json: sha256"):
+    with pytest.raises(
+        DataError, match=r"the cost model .elsewhere. is not the one certified: scorer.json: sha256"
+    ):
         rescore(found, path, 100.0, Path("elsewhere"))
 
 
@@ -288,11 +434,19 @@ def test_true_costs_that_serve_as_labels_are_asked_again(resources: Resources) -
     path = certificate.PLACE / "it" / certificate.FILE
     prompts = [user(text) for text in TEXTS]
     answered = [world.answers(text)[0] for text in TEXTS]
-    rows = pd.DataFrame({"prompt": prompts, "prompt_id": list(map(prompt_id, prompts)), "cost": 0.0})
-    rows = rows.assign(response=[one.text for one in answered], truth=[one.cost for one in answered])
-    required = certificate.Requirement(name="true c", quantity="truth", limit=0.0, method="prediction_powered")
+    rows = pd.DataFrame(
+        {"prompt": prompts, "prompt_id": list(map(prompt_id, prompts)), "cost": 0.0}
+    )
+    rows = rows.assign(
+        response=[one.text for one in answered], truth=[one.cost for one in answered]
+    )
+    required = certificate.Requirement(
+        name="true c", quantity="truth", limit=0.0, method="prediction_powered"
+    )
     labels = {"it": Table(path="labels.parquet", sha256="")}
-    found = certificate.read(path).model_copy(update={"requirements": (required,), "labels": labels})
+    found = certificate.read(path).model_copy(
+        update={"requirements": (required,), "labels": labels}
+    )
     write_parquet(path.with_name("labels.parquet"), rows, LABELS)
     assert rescore(found, path, 1e-3) < 1e-3
     write_parquet(path.with_name("labels.parquet"), rows.assign(truth=-9.0), LABELS)
@@ -300,10 +454,14 @@ def test_true_costs_that_serve_as_labels_are_asked_again(resources: Resources) -
         rescore(found, path, 1e-3)
 
 
-def test_a_copied_policy_is_not_the_certified_one(resources: Resources, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_copied_policy_is_not_the_certified_one(
+    resources: Resources, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(run_of(resources))
     assert certificate.main(["verify"]) == 0
-    shutil.copyfile("models/safety_dpo/alone/model.safetensors", "models/certified/it/model.safetensors")
+    shutil.copyfile(
+        "models/safety_dpo/alone/model.safetensors", "models/certified/it/model.safetensors"
+    )
     assert certificate.main(["verify"]) == 1
     assert "is not the one certified: model.safetensors: sha256 differs" in capsys.readouterr().out
 
@@ -314,25 +472,34 @@ SCREEN = ScreenParams(prompts=6, samples_per_prompt=2, tests=5, reweigh=True)
 def screened_run(resources: Resources, **changes: Any) -> Any:
     """Four answers a prompt; the path is screened on six prompts of the search."""
     texts = world.prompts()[7::500]
-    rows = [{"prompt_id": prompt_id(user(text)), "prompt": user(text), "source": "world"} for text in texts]
+    rows = [
+        {"prompt_id": prompt_id(user(text)), "prompt": user(text), "source": "world"}
+        for text in texts
+    ]
     write_parquet("data/prepared/search.parquet", rows, PROMPTS)
     given = {"screen": SCREEN, "samples_per_prompt": 4, "row": {"weights": [2.0, 1.0, 0.5]}}
     return run_of(resources, **{**given, **changes})
 
 
 def test_a_screened_path_is_tested_by_one_draw(resources: Resources) -> None:
-    """Costs weighed by the ratio of probabilities, on one policy's answers; verify recomputes the whole."""
+    """Costs weighed by the ratio of probabilities, on one policy's answers; verify recomputes the
+    whole.
+    """
     main(screened_run(resources))
     found = certificate.verify("reports/certificate/it/certificate.json")
     screen = screening.read(Path("reports/certificate/it/screen.json"))
     plan = screening.sequence(screen)
     assert (
-        found.plan is not None and tuple(found.plan.weights) == plan.weights and found.returned == found.candidates[-1]
+        found.plan is not None
+        and tuple(found.plan.weights) == plan.weights
+        and found.returned == found.candidates[-1]
     )
     assert screen.knots[0].name == "safety_dpo/alone" and len(screen.knots) == 4
     assert plan.drawn is not None and found.drawn == found.candidates[plan.drawn]
     direct, weighed = found.tested[: plan.own], found.tested[plan.own :]
-    assert all(test.ess is None for test in direct) and all(0 < (test.ess or 0) <= 1 for test in weighed)
+    assert all(test.ess is None for test in direct) and all(
+        0 < (test.ess or 0) <= 1 for test in weighed
+    )
     drawn = next(test for test in weighed if test.name == found.drawn)
     assert drawn.ess == pytest.approx(1.0) and len(weighed) >= 1
     shutil.copy(ROOT / "params.yaml", "params.yaml")
@@ -342,7 +509,9 @@ def test_a_screened_path_is_tested_by_one_draw(resources: Resources) -> None:
     )
     weight = np.exp(table["logp"] - table["logp_drawn"])
     value = 100.0 + weight * (table["cost"] - 100.0)
-    assert weighed[0].checks[0].estimate == pytest.approx(value.groupby(table["prompt_id"]).mean().mean())
+    assert weighed[0].checks[0].estimate == pytest.approx(
+        value.groupby(table["prompt_id"]).mean().mean()
+    )
 
 
 def test_a_screen_that_was_edited_is_found(resources: Resources) -> None:
@@ -360,18 +529,24 @@ def test_a_screen_that_was_edited_is_found(resources: Resources) -> None:
         certificate.verify(path)
 
 
-def test_limits_with_a_range_are_tested_on_answers_of_the_candidates_own(resources: Resources) -> None:
+def test_limits_with_a_range_are_tested_on_answers_of_the_candidates_own(
+    resources: Resources,
+) -> None:
     write_json("data/dual/dual.json", solved(prices=[{**FURTHER, "limit": 6.0}]))
     main(screened_run(resources))
     found = certificate.verify("reports/certificate/it/certificate.json")
     assert found.drawn is None and all(test.ess is None for test in found.tested)
-    assert found.samples_per_prompt == 4  # no candidate is sure to pass by a bound that is not that of the plan
+    assert (
+        found.samples_per_prompt == 4
+    )  # no candidate is sure to pass by a bound that is not that of the plan
 
 
-def test_an_interrupted_screen_is_not_drawn_twice(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_screen_is_not_drawn_twice(
+    resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = screened_run(resources)
     drawn = list[int]()
-    real = certification.roll_out
+    real = candidates.roll_out
 
     def count(policy: Any, prompts: Any, judges: Any, **options: Any) -> Any:
         drawn.append(len(prompts))
@@ -379,7 +554,7 @@ def test_an_interrupted_screen_is_not_drawn_twice(resources: Resources, monkeypa
             raise KeyboardInterrupt
         return real(policy, prompts, judges, **options)
 
-    monkeypatch.setattr(certification, "roll_out", count)
+    monkeypatch.setattr(candidates, "roll_out", count)
     with pytest.raises(KeyboardInterrupt):
         main(run)
     first, drawn[:] = drawn[:], []

@@ -1,4 +1,6 @@
-"""cost_model's calibration: fitted on every other prompt, judged on the rest, for every kind that is asked for."""
+"""cost_model's calibration: fitted on every other prompt, judged on the rest, for every kind that
+is asked for.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,22 @@ from dualign.stage import Run
 from stages.cost_model import calibrate, heldout_answers, main
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAINING = {"batch_size": 16, "max_steps": 40, "max_length": 128, "learning_rate": 1e-2, "warmup": 0.0}
+TRAINING = {
+    "batch_size": 16,
+    "max_steps": 40,
+    "max_length": 128,
+    "learning_rate": 1e-2,
+    "warmup": 0.0,
+}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def answers() -> pd.DataFrame:
-    """Two answers to each of 400 prompts; P(unsafe) = sigmoid(2 score + 1), flags missing in every tenth row."""
+    """Two answers to each of 400 prompts; P(unsafe) = sigmoid(2 score + 1), flags missing in every
+    tenth row.
+    """
     rng = np.random.default_rng(0)
     score = rng.normal(size=800)
     unsafe = (rng.random(800) < sigmoid(2 * score + 1)).astype(object)
@@ -56,7 +66,10 @@ def halves(answers: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Flagged answers to every other prompt, and to the rest."""
     flagged = flagged_of(answers)
     names = sorted(flagged["prompt_id"].unique())
-    return flagged[flagged["prompt_id"].isin(names[::2])], flagged[flagged["prompt_id"].isin(names[1::2])]
+    return (
+        flagged[flagged["prompt_id"].isin(names[::2])],
+        flagged[flagged["prompt_id"].isin(names[1::2])],
+    )
 
 
 def arrays(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +82,9 @@ def crossed(answers: pd.DataFrame, kind: str) -> tuple[np.ndarray, np.ndarray]:
     costs, flags = [], []
     for fit, judge in ((first, second), (second, first)):
         line = fit_platt(*arrays(fit))
-        fitted = {"platt": line, "isotonic": fit_isotonic(*arrays(fit), line), "none": Platt()}[kind]
+        fitted = {"platt": line, "isotonic": fit_isotonic(*arrays(fit), line), "none": Platt()}[
+            kind
+        ]
         score, unsafe = arrays(judge)
         costs.append(fitted(score))
         flags.append(unsafe)
@@ -85,10 +100,14 @@ def test_what_is_served_is_fitted_on_all_flags(answers: pd.DataFrame) -> None:
 
 
 @pytest.mark.parametrize("kind", ["platt", "isotonic", "none"])
-def test_each_half_is_judged_by_a_fit_to_the_other_whatever_is_served(answers: pd.DataFrame, kind: str) -> None:
+def test_each_half_is_judged_by_a_fit_to_the_other_whatever_is_served(
+    answers: pd.DataFrame, kind: str
+) -> None:
     _, metrics, bins = calibrate(answers, kind, seed=0)
     cost, flags = crossed(answers, kind)
-    assert bins == reliability(sigmoid(cost), flags) and sum(row["answers"] for row in bins) == len(flags)
+    assert bins == reliability(sigmoid(cost), flags) and sum(row["answers"] for row in bins) == len(
+        flags
+    )
     assert metrics["sign_accuracy"] == pytest.approx(((cost > 0) == flags).mean())
     assert metrics["brier_after"] == pytest.approx(((sigmoid(cost) - flags) ** 2).mean())
     score, unsafe = arrays(flagged_of(answers))
@@ -96,9 +115,13 @@ def test_each_half_is_judged_by_a_fit_to_the_other_whatever_is_served(answers: p
     every = {each: calibrate(answers, each, seed=0)[1] for each in ("platt", "isotonic")}
     for each, own in every.items():
         assert metrics[each] == {
-            "sign_accuracy": own["sign_accuracy"], "ece": own["ece_after"], "brier": own["brier_after"]
-        }  # fmt: skip
-        assert own["ece_after"] < 0.8 * own["ece_before"] and own["brier_after"] < own["brier_before"]
+            "sign_accuracy": own["sign_accuracy"],
+            "ece": own["ece_after"],
+            "brier": own["brier_after"],
+        }
+        assert (
+            own["ece_after"] < 0.8 * own["ece_before"] and own["brier_after"] < own["brier_before"]
+        )
         assert own["ece_before"] == metrics["ece_before"]
 
 
@@ -123,20 +146,27 @@ def test_without_flags_the_zero_is_arbitrary_and_the_metrics_say_nothing(
     answers: pd.DataFrame, caplog: pytest.LogCaptureFixture
 ) -> None:
     served, metrics, bins = calibrate(answers.assign(unsafe=None), "isotonic", seed=0)
-    assert served == Platt() and bins == [] and "no held-out answer has an is-safe flag" in caplog.text
+    assert (
+        served == Platt() and bins == [] and "no held-out answer has an is-safe flag" in caplog.text
+    )
     assert (metrics.pop("scale"), metrics.pop("offset")) == (1.0, 0.0)
-    assert metrics == dict.fromkeys(metrics) and metrics.keys() == calibrate(answers, "platt", seed=0)[1].keys() - {
-        "scale", "offset"
-    }  # fmt: skip
+    assert metrics == dict.fromkeys(metrics) and metrics.keys() == calibrate(
+        answers, "platt", seed=0
+    )[1].keys() - {"scale", "offset"}
 
 
 def test_no_calibration_is_asked_for_and_none_could_be_fitted(
     answers: pd.DataFrame, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A model that scores the wrong way round is still measured where its scores are served as they are."""
+    """A model that scores the wrong way round is still measured where its scores are served as they
+    are.
+    """
     wrong = answers.assign(score=-answers["score"])
     served, metrics, _ = calibrate(wrong, "none", seed=0)
-    assert served == Platt() and metrics["platt"] is metrics["isotonic"] is metrics["zero_error"] is None
+    assert (
+        served == Platt()
+        and metrics["platt"] is metrics["isotonic"] is metrics["zero_error"] is None
+    )
     assert metrics["sign_accuracy"] < 0.5 and "below safe ones" in caplog.text
     for kind in ("platt", "isotonic"):
         with pytest.raises(DataError, match="below safe ones"):
@@ -149,15 +179,24 @@ def test_one_prompt_cannot_both_calibrate_and_judge(answers: pd.DataFrame) -> No
         calibrate(answers.assign(**one), "platt", seed=0)
 
 
-def test_a_calibration_that_makes_it_worse_is_told(answers: pd.DataFrame, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_calibration_that_makes_it_worse_is_told(
+    answers: pd.DataFrame, caplog: pytest.LogCaptureFixture
+) -> None:
     """Flags of one half are certain, those of the other half are a coin's."""
     fit, rest = halves(answers)
     rng = np.random.default_rng(1)
-    certain = pd.concat([fit.assign(unsafe=fit["score"] > 0), rest.assign(unsafe=rng.random(len(rest)) < 0.5)])
+    certain = pd.concat(
+        [fit.assign(unsafe=fit["score"] > 0), rest.assign(unsafe=rng.random(len(rest)) < 0.5)]
+    )
     small = certain.assign(score=0.01 * certain["score"].astype(float))
     metrics = calibrate(small, "platt", seed=0)[1]
-    assert metrics["calibration_helps"] is False and metrics["brier_after"] > metrics["brier_before"]
-    assert f"Brier score {metrics['brier_after']:.4f}, {metrics['brier_before']:.4f} before it" in caplog.text
+    assert (
+        metrics["calibration_helps"] is False and metrics["brier_after"] > metrics["brier_before"]
+    )
+    assert (
+        f"Brier score {metrics['brier_after']:.4f}, {metrics['brier_before']:.4f} before it"
+        in caplog.text
+    )
     caplog.clear()
     assert calibrate(answers, "platt", seed=0)[1]["calibration_helps"] is True and not caplog.text
     assert calibrate(answers, "none", seed=0)[1]["calibration_helps"] is None and not caplog.text
@@ -169,18 +208,35 @@ def test_a_half_of_one_kind_of_flag_judges_without_fitting(answers: pd.DataFrame
     served, metrics, _ = calibrate(lopsided, "platt", seed=0)
     assert served == fit_platt(*arrays(lopsided))
     score, unsafe = arrays(rest.assign(unsafe=False))
-    assert metrics["brier_after"] == pytest.approx(((sigmoid(fit_platt(*arrays(fit))(score)) - unsafe) ** 2).mean())
+    assert metrics["brier_after"] == pytest.approx(
+        ((sigmoid(fit_platt(*arrays(fit))(score)) - unsafe) ** 2).mean()
+    )
 
 
 def test_a_guard_may_be_the_cost_model(workspace: Path, resources: Resources) -> None:
-    """Any causal language model with a template will do here, since its verdicts are served as they are."""
-    write_parquet(workspace / "data/prepared/safety_pairs.parquet", flagged_pairs(40).to_dict("records"), SAFETY_PAIRS)
+    """Any causal language model with a template will do here, since its verdicts are served as they
+    are.
+    """
+    write_parquet(
+        workspace / "data/prepared/safety_pairs.parquet",
+        flagged_pairs(40).to_dict("records"),
+        SAFETY_PAIRS,
+    )
     params = load(CostModelParams, ROOT / "params.yaml")
-    guard = GivenScorer(path="models/safety_dpo/alone", kind="guard", higher_is="harmful", safe=["safe", "fine"])
-    run = Run("cost_model", None, params.model_copy(update={"given": [guard], "calibrate": "none"}), resources)
+    guard = GivenScorer(
+        path="models/safety_dpo/alone", kind="guard", higher_is="harmful", safe=["safe", "fine"]
+    )
+    run = Run(
+        "cost_model",
+        None,
+        params.model_copy(update={"given": [guard], "calibrate": "none"}),
+        resources,
+    )
     main(run)
     shutil.rmtree("models/safety_dpo")
-    scores = Scorer.load("models/cost_model", resources).score([user("Why?")], ["So."], batch_size=1)
+    scores = Scorer.load("models/cost_model", resources).score(
+        [user("Why?")], ["So."], batch_size=1
+    )
     assert np.isfinite(scores).all() and run.sources == {guard.path: guard.path}
     assert read_json("reports/metrics/cost_model.json")["calibration_helps"] is None
 
@@ -212,19 +268,36 @@ def test_the_stage_saves_the_calibration_that_its_metrics_describe(
     workspace: Path, resources: Resources, kind: str
 ) -> None:
     pairs = flagged_pairs(400)
-    write_parquet(workspace / "data/prepared/safety_pairs.parquet", pairs.to_dict("records"), SAFETY_PAIRS)
+    write_parquet(
+        workspace / "data/prepared/safety_pairs.parquet", pairs.to_dict("records"), SAFETY_PAIRS
+    )
     params = load(CostModelParams, ROOT / "params.yaml")
     training = params.training.model_copy(update=TRAINING)
-    main(Run("cost_model", None, params.model_copy(update={"training": training, "calibrate": kind}), resources))
+    main(
+        Run(
+            "cost_model",
+            None,
+            params.model_copy(update={"training": training, "calibrate": kind}),
+            resources,
+        )
+    )
     metrics = read_json("reports/metrics/cost_model.json")
     scorer = Scorer.load("models/cost_model", resources)
     assert isinstance(scorer.calibration, Isotonic if kind == "isotonic" else Platt)
     heldout = pairs[pairs["split"] == "heldout"]
     raw = heldout_answers(scorer.calibrated(Platt()), heldout, 64)
     again, expected, bins = calibrate(raw, kind, seed=params.seed)
-    assert again(raw["score"].to_numpy()) == pytest.approx(scorer.calibration(raw["score"].to_numpy()), abs=1e-4)
+    assert again(raw["score"].to_numpy()) == pytest.approx(
+        scorer.calibration(raw["score"].to_numpy()), abs=1e-4
+    )
     assert metrics["zero_error"] == pytest.approx(expected["zero_error"], rel=1e-3)
-    assert metrics["ece_after"] == pytest.approx(metrics[kind]["ece"]) == pytest.approx(expected["ece_after"], abs=1e-3)
+    assert (
+        metrics["ece_after"]
+        == pytest.approx(metrics[kind]["ece"])
+        == pytest.approx(expected["ece_after"], abs=1e-3)
+    )
     diagram = read_json("models/cost_model/reliability.json")
     assert [row["answers"] for row in diagram] == [row["answers"] for row in bins]
-    assert [row["observed"] for row in diagram] == pytest.approx([row["observed"] for row in bins], abs=0.1)
+    assert [row["observed"] for row in diagram] == pytest.approx(
+        [row["observed"] for row in bins], abs=0.1
+    )

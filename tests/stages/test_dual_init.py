@@ -1,4 +1,6 @@
-"""The stage dual_init: what it writes, what it warns of, and how further limits reach the labels of a training."""
+"""The stage dual_init: what it writes, what it warns of, and how further limits reach the labels of
+a training.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,6 @@ import torch
 from scipy.optimize import brentq
 from transformers import PreTrainedTokenizerBase
 
-from dualign import dual, lagrangian
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.schema import (
     DUAL_PROMPTS,
@@ -27,10 +28,11 @@ from dualign.core.schema import (
     user,
 )  # fmt: skip
 from dualign.data import world
+from dualign.evaluation.rollout import Judges, roll_out
 from dualign.lm.models import build_scratch, load_scorer_backbone, save
 from dualign.lm.tokens import answer_lengths, encode_prompts
-from dualign.losses import lagrangian_label
-from dualign.measure.rollout import Judges, roll_out
+from dualign.math import dual
+from dualign.math.losses import lagrangian_label
 from dualign.params.base import PessimismParams, Resources
 from dualign.params.dual import ConstraintSpec, DualInitParams
 from dualign.params.loading import load
@@ -38,6 +40,7 @@ from dualign.params.training import LagrangianDpoParams
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
 from dualign.stage import Run
+from dualign.training import lagrangian
 from dualign.training.pairwise import train_pairwise
 from stages import dual_init, lagrangian_dpo
 from tests.stages.conftest import ROOT, SCRATCH
@@ -53,10 +56,21 @@ def rows(prompts: int = 60, samples: int = 8) -> list[dict[str, Any]]:
     cost = 0.6 * reward + rng.normal(size=reward.shape)
     length = np.round(20 + 3 * reward + 3 * rng.normal(size=reward.shape)).clip(1)
     return [
-        {"prompt_id": prompt_id(user(f"q{x}")), "prompt": user(f"q{x}"), "sample": i, "response": "a", "tokens": [1],
-         "length": int(length[x, i]), "ended": True, "logp_ref": -1.0, "reward": reward[x, i], "cost": cost[x, i]}
-        for x in range(prompts) for i in range(samples)
-    ]  # fmt: skip
+        {
+            "prompt_id": prompt_id(user(f"q{x}")),
+            "prompt": user(f"q{x}"),
+            "sample": i,
+            "response": "a",
+            "tokens": [1],
+            "length": int(length[x, i]),
+            "ended": True,
+            "logp_ref": -1.0,
+            "reward": reward[x, i],
+            "cost": cost[x, i],
+        }
+        for x in range(prompts)
+        for i in range(samples)
+    ]
 
 
 @pytest.fixture
@@ -72,7 +86,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run_of(resources: Resources, **changes: Any) -> Run[DualInitParams]:
     """The shipped params at a beta that leaves enough effective samples, with these changes."""
     params = load(DualInitParams, ROOT / "params.yaml")
-    return Run("dual_init", None, params.model_copy(update={"limit": LIMIT, "bootstrap": 50, **changes}), resources)
+    return Run(
+        "dual_init",
+        None,
+        params.model_copy(update={"limit": LIMIT, "bootstrap": 50, **changes}),
+        resources,
+    )
 
 
 def solved(run: Run[DualInitParams]) -> dict[str, Any]:
@@ -91,7 +110,9 @@ def test_the_files_hold_the_solution_of_the_pool(resources: Resources) -> None:
     run = run_of(resources)
     result, (reward, cost), beta = solved(run), scores(), run.params.beta
     lam = result["lam"]
-    assert lam == pytest.approx(dual.root(reward, cost, limit=LIMIT, beta=beta, lambda_max=50), abs=1e-12)
+    assert lam == pytest.approx(
+        dual.root(reward, cost, limit=LIMIT, beta=beta, lambda_max=50), abs=1e-12
+    )
     assert result["prices"] == [] and result["messages"] == []
     assert result["standardised"] == pytest.approx(
         {
@@ -101,7 +122,10 @@ def test_the_files_hold_the_solution_of_the_pool(resources: Resources) -> None:
             "lam": lam * np.sqrt(cost.var(1).mean() / reward.var(1).mean()),
         }
     )
-    halves = [dual.predict(reward[:, h], cost[:, h], lam, beta, cost[:, h]).mean() for h in (slice(4), slice(4, 8))]
+    halves = [
+        dual.predict(reward[:, h], cost[:, h], lam, beta, cost[:, h]).mean()
+        for h in (slice(4), slice(4, 8))
+    ]
     assert result["half_drift_cost"] == pytest.approx(np.mean(halves) - LIMIT)
     table = read_table("data/dual/prompts.parquet", DUAL_PROMPTS)
     pool = read_table("data/scored/pool.parquet", POOL)
@@ -115,17 +139,25 @@ def test_the_files_hold_the_solution_of_the_pool(resources: Resources) -> None:
     at = next(row for row in frontier["rows"] if row["lam"] == lam)
     w = dual.jackknife_weights(reward, cost, lam, beta)
     assert at["cost"] == pytest.approx((w * cost).sum(1).mean())
-    assert at["cost"] == pytest.approx(LIMIT - result["half_drift_cost"], abs=0.5 * abs(result["half_drift_cost"]))
+    assert at["cost"] == pytest.approx(
+        LIMIT - result["half_drift_cost"], abs=0.5 * abs(result["half_drift_cost"])
+    )
     assert at["kl"] > table["kl"].mean()  # few samples leave a KL too small
     assert read_json("reports/metrics/dual_init.json")["lam_stock"] == result["lam_stock"]
 
 
 @pytest.mark.usefixtures("folder")
-def test_answers_off_the_support_are_doubted_in_the_dual_and_shown_as_scored(resources: Resources) -> None:
+def test_answers_off_the_support_are_doubted_in_the_dual_and_shown_as_scored(
+    resources: Resources,
+) -> None:
     """The best answer of every prompt is text that no pair is like."""
     pool = pd.DataFrame(rows())
     best = pool.groupby("prompt_id")["reward"].transform("max") == pool["reward"]
-    write_parquet("data/scored/pool.parquet", pool.assign(logp_ref=np.where(best, -1000.0, -6 * pool["length"])), POOL)
+    write_parquet(
+        "data/scored/pool.parquet",
+        pool.assign(logp_ref=np.where(best, -1000.0, -6 * pool["length"])),
+        POOL,
+    )
     pessimism = PessimismParams(share=0.01, reward=2.0, cost=0.5)
     run = run_of(resources, pessimism=pessimism)
     result, (reward, cost) = solved(run), scores()
@@ -135,19 +167,29 @@ def test_answers_off_the_support_are_doubted_in_the_dual_and_shown_as_scored(res
         cost + rise * by_prompt(pool.assign(best=best), "best"),
     )
     beta = run.params.beta
-    assert result["lam"] == pytest.approx(dual.root(*doubted, limit=LIMIT, beta=beta, lambda_max=50), abs=1e-12)
-    assert result["pessimism"] == pytest.approx({"answers": 60, "degree": 1.0, "reward": drop, "cost": rise})
-    at = next(row for row in read_json("data/dual/frontier.json")["rows"] if row["lam"] == result["lam"])
+    assert result["lam"] == pytest.approx(
+        dual.root(*doubted, limit=LIMIT, beta=beta, lambda_max=50), abs=1e-12
+    )
+    assert result["pessimism"] == pytest.approx(
+        {"answers": 60, "degree": 1.0, "reward": drop, "cost": rise}
+    )
+    at = next(
+        row for row in read_json("data/dual/frontier.json")["rows"] if row["lam"] == result["lam"]
+    )
     w = dual.jackknife_weights(*doubted, result["lam"], beta)
     assert at["reward"] == pytest.approx((w * reward).sum(1).mean())
-    assert solved(run_of(resources, pessimism=pessimism.model_copy(update={"reward": 0.0, "cost": 0.0})))[
-        "lam"
-    ] == pytest.approx(dual.root(reward, cost, limit=LIMIT, beta=beta, lambda_max=50), abs=1e-12)
+    assert solved(
+        run_of(resources, pessimism=pessimism.model_copy(update={"reward": 0.0, "cost": 0.0}))
+    )["lam"] == pytest.approx(
+        dual.root(reward, cost, limit=LIMIT, beta=beta, lambda_max=50), abs=1e-12
+    )
     assert read_json("data/dual/dual.json")["pessimism"] is None
 
 
 @pytest.mark.usefixtures("folder")
-def test_the_stock_leaves_room_for_the_certificate_and_null_leaves_none(resources: Resources) -> None:
+def test_the_stock_leaves_room_for_the_certificate_and_null_leaves_none(
+    resources: Resources,
+) -> None:
     run = run_of(resources, power=0.8)
     result, (reward, cost), beta = solved(run), scores(), run.params.beta
     lam = result["lam_stock"]
@@ -164,7 +206,9 @@ def test_the_stock_leaves_room_for_the_certificate_and_null_leaves_none(resource
 @pytest.mark.usefixtures("folder")
 def test_lambda_moves_with_the_error_of_the_zero(resources: Resources) -> None:
     result, (reward, cost) = solved(run_of(resources)), scores()
-    ends = [dual.root(reward, cost, limit=LIMIT + e, beta=1.5, lambda_max=50) for e in (0.05, -0.05)]
+    ends = [
+        dual.root(reward, cost, limit=LIMIT + e, beta=1.5, lambda_max=50) for e in (0.05, -0.05)
+    ]
     assert [result["lam_zero_low"], result["lam_zero_high"]] == pytest.approx(ends)
     assert result["lam_slope"] * -0.1 == pytest.approx(ends[1] - ends[0], rel=0.1)
 
@@ -184,14 +228,17 @@ def test_few_effective_samples_come_with_a_beta_and_a_number_of_samples(
     [message] = solved(run)["messages"]
     assert message in caplog.text
     beta = float(message.split("raise beta from 0.5 to ")[1].split(";")[0])
-    assert solved(run_of(resources, beta=1.03 * beta, min_ess=5.0))["messages"] == []  # two digits of it are told
+    assert (
+        solved(run_of(resources, beta=1.03 * beta, min_ess=5.0))["messages"] == []
+    )  # two digits of it are told
     wanted = float(message.split("draw ")[1].split(" ")[0])
     reward, cost = scores()
     lam = dual.root(reward, cost, limit=LIMIT, beta=0.5, lambda_max=50)
     assert wanted == round(dual.samples_for_ess(reward, cost, lam, 0.5, 5.0))
     [hopeless] = solved(run_of(resources, beta=0.02, min_ess=7.9))["messages"]
     assert (
-        "no beta gives as many at this limit" in hopeless and "more samples than 8 a prompt will hardly do" in hopeless
+        "no beta gives as many at this limit" in hopeless
+        and "more samples than 8 a prompt will hardly do" in hopeless
     )
 
 
@@ -211,7 +258,9 @@ def test_a_limit_on_length_shortens_what_the_pool_predicts(resources: Resources)
     free = next(r for r in read_json("data/dual/frontier.json")["rows"] if r["lam"] == plain["lam"])
     reward, cost = scores()
     length = by_prompt(read_table("data/scored/pool.parquet", POOL), "length")
-    result = solved(run_of(resources, also={"short": ConstraintSpec(quantity="length", limit=18.0)}))
+    result = solved(
+        run_of(resources, also={"short": ConstraintSpec(quantity="length", limit=18.0)})
+    )
     [found] = result["prices"]
     row = next(r for r in read_json("data/dual/frontier.json")["rows"] if r["lam"] == result["lam"])
     assert found["lam"] > 0 and found["predicted"] == pytest.approx(18.0, abs=1e-6)
@@ -228,15 +277,23 @@ def test_a_limit_on_length_shortens_what_the_pool_predicts(resources: Resources)
 
 @pytest.mark.usefixtures("folder")
 def test_a_limit_on_answers_that_do_not_end_is_met_on_the_pool(resources: Resources) -> None:
-    """Against both limits solved at once, and the share of cut samples under the tilt by sums; cut at 22 tokens."""
-    write_parquet("data/scored/pool.parquet", [{**row, "ended": row["length"] < 22} for row in rows()], POOL)
+    """Against both limits solved at once, and the share of cut samples under the tilt by sums; cut
+    at 22 tokens.
+    """
+    write_parquet(
+        "data/scored/pool.parquet", [{**row, "ended": row["length"] < 22} for row in rows()], POOL
+    )
     reward, cost = scores()
     cut = 1.0 - by_prompt(read_table("data/scored/pool.parquet", POOL), "ended")
     assert tilted(reward, cost, solved(run_of(resources))["lam"], 1.5, cut) > 0.2
-    result = solved(run_of(resources, also={"whole": ConstraintSpec(quantity="unended", limit=0.1)}))
+    result = solved(
+        run_of(resources, also={"whole": ConstraintSpec(quantity="unended", limit=0.1)})
+    )
     [found] = result["prices"]
     joint = dual.solve_many(reward, [cost, cut], limits=[LIMIT, 0.1], beta=1.5, lambda_max=50)
-    assert [result["lam"], found["lam"]] == pytest.approx(joint.lams.tolist(), abs=1e-7) and found["lam"] > 0
+    assert [result["lam"], found["lam"]] == pytest.approx(joint.lams.tolist(), abs=1e-7) and found[
+        "lam"
+    ] > 0
     charged = reward - found["lam"] * cut
     assert tilted(charged, cost, result["lam"], 1.5, cut) == pytest.approx(0.1, abs=1e-5)
     assert tilted(charged, cost, result["lam"], 1.5, cost) == pytest.approx(LIMIT, abs=1e-5)
@@ -244,7 +301,9 @@ def test_a_limit_on_answers_that_do_not_end_is_met_on_the_pool(resources: Resour
 
 @pytest.mark.usefixtures("folder")
 def test_p_unsafe_alone_has_a_price_and_a_limit_that_is_slack_none(resources: Resources) -> None:
-    """By bisection of P(unsafe) under exp((r - price 1{c > 0}) / beta); lambda is 0, and the message says which."""
+    """By bisection of P(unsafe) under exp((r - price 1{c > 0}) / beta); lambda is 0, and the
+    message says which.
+    """
     reward, cost = scores()
     unsafe = (cost > 0).astype(float)
     wanted = 0.5 * float((dual.weights(reward, cost, 0.0, 1.5) * unsafe).sum(1).mean())
@@ -256,17 +315,23 @@ def test_p_unsafe_alone_has_a_price_and_a_limit_that_is_slack_none(resources: Re
         over = float((dual.weights(reward, unsafe, middle, 1.5) * unsafe).sum(1).mean()) > wanted
         low, high = (middle, high) if over else (low, middle)
     [found] = result["prices"]
-    assert result["lam"] == 0.0 and result["slack"] and found["lam"] == pytest.approx(high, rel=1e-5)
+    assert (
+        result["lam"] == 0.0 and result["slack"] and found["lam"] == pytest.approx(high, rel=1e-5)
+    )
     assert result["messages"] == [
         "constraint.limit is slack: with the limits of constraint.also it is kept, so lambda is 0"
     ]
-    assert "the limit is slack" in solved(run_of(resources, limit=100.0, min_ess=0.1))["messages"][0]
+    assert (
+        "the limit is slack" in solved(run_of(resources, limit=100.0, min_ess=0.1))["messages"][0]
+    )
 
 
-# --- other KL weights ------------------------------------------------------------------------------------------------
+# --- other KL weights -----------------------------------------------------------------------------
 
 
-def tilted(reward: np.ndarray, cost: np.ndarray, lam: float, beta: float, score: np.ndarray) -> float:
+def tilted(
+    reward: np.ndarray, cost: np.ndarray, lam: float, beta: float, score: np.ndarray
+) -> float:
     """The mean of `score` under exp((r - lambda c) / beta), by sums over each prompt's samples."""
     means = []
     for r, c, s in zip(reward, cost, score, strict=True):
@@ -276,9 +341,13 @@ def tilted(reward: np.ndarray, cost: np.ndarray, lam: float, beta: float, score:
 
 
 def left_out(of: Any, count: int) -> float:
-    """The jackknife: n f - (n - 1) mean_i f_(-i), `of` being a function of the samples that are kept."""
+    """The jackknife: n f - (n - 1) mean_i f_(-i), `of` being a function of the samples that are
+    kept.
+    """
     every = np.arange(count)
-    return float(count * of(every) - (count - 1) * np.mean([of(np.delete(every, i)) for i in every]))
+    return float(
+        count * of(every) - (count - 1) * np.mean([of(np.delete(every, i)) for i in every])
+    )
 
 
 def predicted_at(run: Run[DualInitParams]) -> dict[float, dict[str, Any]]:
@@ -288,7 +357,9 @@ def predicted_at(run: Run[DualInitParams]) -> dict[float, dict[str, Any]]:
 
 @pytest.mark.usefixtures("folder")
 def test_another_kl_weight_meets_the_limit_at_its_own_multiplier(resources: Resources) -> None:
-    """Against the root of the weighted cost by Brent's method and predictions by sums, each sample left out in turn."""
+    """Against the root of the weighted cost by Brent's method and predictions by sums, each sample
+    left out in turn.
+    """
     run = run_of(resources, betas=[0.7, 4.0])
     rows = predicted_at(run)
     reward, cost = scores()
@@ -297,15 +368,25 @@ def test_another_kl_weight_meets_the_limit_at_its_own_multiplier(resources: Reso
     for beta, row in rows.items():
         lam = brentq(lambda x, b=beta: tilted(reward, cost, x, b, cost) - LIMIT, 0, 50, xtol=1e-13)
         assert row["lam"] == pytest.approx(lam, abs=1e-9) and row["lam_low"] < lam < row["lam_high"]
-        for name, score in {"reward": reward, "cost": cost, "p_unsafe": cost > 0, "length": length}.items():
-            mean = left_out(lambda k, b=beta, x=lam, s=score: tilted(reward[:, k], cost[:, k], x, b, s[:, k]), 8)
+        for name, score in {
+            "reward": reward,
+            "cost": cost,
+            "p_unsafe": cost > 0,
+            "length": length,
+        }.items():
+            mean = left_out(
+                lambda k, b=beta, x=lam, s=score: tilted(reward[:, k], cost[:, k], x, b, s[:, k]), 8
+            )
             assert row[name] == pytest.approx(mean, abs=1e-7), name
             assert row[f"{name}_low"] < mean < row[f"{name}_high"]
         w = np.exp((reward - lam * cost) / beta)
         assert row["ess"] == pytest.approx(np.median(w.sum(1) ** 2 / (w**2).sum(1)), abs=1e-7)
         tilt = left_out(lambda k, b=beta, x=lam: kl(reward[:, k], cost[:, k], x, b), 8)
         assert row["kl"] == pytest.approx(tilt, abs=1e-7)
-    table, frontier = read_json("data/dual/betas.json"), read_json("data/dual/frontier.json")["rows"]
+    table, frontier = (
+        read_json("data/dual/betas.json"),
+        read_json("data/dual/frontier.json")["rows"],
+    )
     assert (table["beta"], table["min_ess"]) == (1.5, run.params.min_ess)
     [own] = [row for row in frontier if row["lam"] == rows[1.5]["lam"]]
     assert own.items() <= rows[1.5].items() and rows[1.5]["prices"] == []
@@ -327,13 +408,19 @@ def test_a_larger_kl_weight_stays_nearer_and_earns_less_at_the_limit(resources: 
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_kl_weight_that_cannot_meet_the_limit_says_so_and_none_leaves_no_table(resources: Resources) -> None:
-    lams = {beta: row["lam"] for beta, row in predicted_at(run_of(resources, betas=[1.5, 6.0])).items()}
+def test_a_kl_weight_that_cannot_meet_the_limit_says_so_and_none_leaves_no_table(
+    resources: Resources,
+) -> None:
+    lams = {
+        beta: row["lam"] for beta, row in predicted_at(run_of(resources, betas=[1.5, 6.0])).items()
+    }
     top = (lams[1.5] + lams[6.0]) / 2
     found = predicted_at(run_of(resources, betas=[6.0], lambda_max=top))
     assert found[1.5]["lam"] == pytest.approx(lams[1.5])
     assert found[6.0].keys() == {"beta", "lam", "infeasible"} and found[6.0]["lam"] is None
-    assert f"at lambda_max {top:g} and beta 6 the predicted cost is still" in found[6.0]["infeasible"]
+    assert (
+        f"at lambda_max {top:g} and beta 6 the predicted cost is still" in found[6.0]["infeasible"]
+    )
     assert predicted_at(run_of(resources, betas=[])) == {}
 
 
@@ -345,21 +432,28 @@ def test_further_limits_are_solved_anew_at_each_kl_weight(resources: Resources) 
     length = by_prompt(read_table("data/scored/pool.parquet", POOL), "length")
     joint = dual.solve_many(reward, [cost, length], limits=[LIMIT, 18.0], beta=3.0, lambda_max=50)
     assert [row["lam"], *row["prices"]] == pytest.approx(joint.lams.tolist(), abs=1e-7)
-    assert tilted(reward - row["prices"][0] * length, cost, row["lam"], 3.0, length) == pytest.approx(18.0, abs=1e-5)
+    assert tilted(
+        reward - row["prices"][0] * length, cost, row["lam"], 3.0, length
+    ) == pytest.approx(18.0, abs=1e-5)
     w = dual.jackknife_weights(reward - row["prices"][0] * length, cost, row["lam"], 3.0)
     assert row["reward"] == pytest.approx((w * reward).sum(1).mean())
 
 
-# --- through the stages, on a tiny model ------------------------------------------------------------------------------
+# --- through the stages, on a tiny model ----------------------------------------------------------
 
 QUESTIONS = world.prompts()[::500]
 
 
 @pytest.fixture
 def tiny(
-    tokenizer: PreTrainedTokenizerBase, resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: PreTrainedTokenizerBase,
+    resources: Resources,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A pool of a tiny model that ends most answers early, scored by two random scorers, and some scored pairs."""
+    """A pool of a tiny model that ends most answers early, scored by two random scorers, and some
+    scored pairs.
+    """
     monkeypatch.chdir(tmp_path)
     policy = build_scratch(SCRATCH, tokenizer, 0)
     with torch.no_grad():  # the logit of EOS is about 4, those of 300 others about 0
@@ -372,16 +466,30 @@ def tiny(
         torch.nn.init.normal_(backbone.score.weight, std=0.5)
         Scorer(backbone, tokenizer, Platt()).save(Path("models") / name)
     judges = Judges.load(resources)
-    prompts = pd.DataFrame([{"prompt_id": prompt_id(user(q)), "prompt": user(q), "source": "world"} for q in QUESTIONS])
+    prompts = pd.DataFrame(
+        [{"prompt_id": prompt_id(user(q)), "prompt": user(q), "source": "world"} for q in QUESTIONS]
+    )
     write_parquet("data/prepared/pool.parquet", prompts, PROMPTS)
     pool = roll_out(judges.reference, prompts, judges, count=6, max_new_tokens=12, seed=3)
     write_parquet("data/scored/pool.parquet", pool, POOL)
     pairs = [
-        {"pair_id": pair_id(user(q), "yes indeed, so it is", "no"), "prompt_id": prompt_id(user(q)), "prompt": user(q),
-         "chosen": "yes indeed, so it is", "rejected": "no", "source": "world", "split": "train", "kind": "helpful",
-         **{f"{name}_{side}": 0.1 for name in ("reward", "cost", "logp_ref") for side in ("chosen", "rejected")}}
+        {
+            "pair_id": pair_id(user(q), "yes indeed, so it is", "no"),
+            "prompt_id": prompt_id(user(q)),
+            "prompt": user(q),
+            "chosen": "yes indeed, so it is",
+            "rejected": "no",
+            "source": "world",
+            "split": "train",
+            "kind": "helpful",
+            **{
+                f"{name}_{side}": 0.1
+                for name in ("reward", "cost", "logp_ref")
+                for side in ("chosen", "rejected")
+            },
+        }
         for q in QUESTIONS
-    ]  # fmt: skip
+    ]
     write_parquet("data/scored/scored_pairs.parquet", pairs, SCORED_PAIRS)
     write_parquet("data/scored/support.parquet", [{"length": 5, "logp_ref": -900.0}] * 200, SUPPORT)
     write_json("reports/metrics/cost_model.json", {"zero_error": None})
@@ -392,7 +500,9 @@ def test_a_limit_on_length_reaches_the_labels_of_a_training(
     resources: Resources, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = read_table("data/scored/pool.parquet", POOL)
-    beta = 0.1 * float(pool.groupby("prompt_id")["reward"].std().mean())  # random scorers hardly tell answers apart
+    beta = 0.1 * float(
+        pool.groupby("prompt_id")["reward"].std().mean()
+    )  # random scorers hardly tell answers apart
     changes = {"beta": beta, "limit": float(pool["cost"].max()) + 1.0, "power": None}
     length = by_prompt(pool, "length")
 
@@ -401,14 +511,18 @@ def test_a_limit_on_length_reaches_the_labels_of_a_training(
         tilt = by_prompt(pool, "reward") - price * length
         return float(dual.predict(tilt, tilt, 0.0, beta, length).mean())
 
-    limit = (predicted(0.0) + float(length.min(1).mean())) / 2  # half of the way to the shortest samples
+    limit = (
+        predicted(0.0) + float(length.min(1).mean())
+    ) / 2  # half of the way to the shortest samples
     also = {"short": ConstraintSpec(quantity="length", limit=limit)}
     result = solved(run_of(resources, **changes, also=also))
     [found] = result["prices"]
     assert found["lam"] > 0 and predicted(found["lam"]) == pytest.approx(limit, abs=1e-5)
 
     seen: list[Any] = []
-    monkeypatch.setattr(lagrangian, "train_pairwise", lambda *args: seen.append(args[2]) or train_pairwise(*args))
+    monkeypatch.setattr(
+        lagrangian, "train_pairwise", lambda *args: seen.append(args[2]) or train_pairwise(*args)
+    )
     given = load(LagrangianDpoParams, ROOT / "params.yaml")
     training = given.training.model_copy(update={"max_steps": 1, "batch_size": 2})
     given = given.model_copy(update={"training": training, "beta": beta})
@@ -420,5 +534,9 @@ def test_a_limit_on_length_reaches_the_labels_of_a_training(
     anchors = [anchor for pair in on_pool for anchor in pair.anchors]
     assert sorted(anchors) == pytest.approx(sorted((tilt - values).ravel().tolist()), abs=1e-6)
     long, short = answer_lengths(tokenizer, ["yes indeed, so it is", "no"])
-    expected = lagrangian_label(torch.tensor([-found["lam"] * (long - short)]), torch.zeros(1), 0.0, 1.0)
-    assert [pair.label for pair in on_pairs] == pytest.approx([float(expected)] * len(QUESTIONS), abs=1e-6)
+    expected = lagrangian_label(
+        torch.tensor([-found["lam"] * (long - short)]), torch.zeros(1), 0.0, 1.0
+    )
+    assert [pair.label for pair in on_pairs] == pytest.approx(
+        [float(expected)] * len(QUESTIONS), abs=1e-6
+    )

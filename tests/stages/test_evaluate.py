@@ -1,4 +1,6 @@
-"""The stage evaluate: what it says of a policy from the pool's samples and of further limits, beside its answers."""
+"""The stage evaluate: what it says of a policy from the pool's samples and of further limits,
+beside its answers.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.schema import ANSWERS, POOL, PROMPTS, by_prompt, prompt_id, read_table, user
 from dualign.data import world
+from dualign.evaluation.effective_tilt import TILT_SAMPLES, effective_tilt
+from dualign.evaluation.rollout import Judges, roll_out
+from dualign.evaluation.stats import clustered_mean
 from dualign.lm.models import load_policy, load_scorer_backbone
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_prompts
-from dualign.measure.rollout import Judges, roll_out
-from dualign.measure.stats import clustered_mean
-from dualign.measure.tilt import TILT_SAMPLES, effective_tilt
 from dualign.params.base import Resources
 from dualign.params.dual import ConstraintSpec
 from dualign.params.evaluate import EvaluateParams
@@ -36,13 +38,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def judged(workspace: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources) -> Path:
-    """The folder of the stages with scorers, a pool of five samples a prompt, and prompts from nowhere in the world."""
+    """The folder of the stages with scorers, a pool of five samples a prompt, and prompts from
+    nowhere in the world.
+    """
     for seed, name in enumerate(("reward_model", "cost_model")):
         scorer = load_scorer_backbone("models/sft", tokenizer, resources, seed)
         torch.nn.init.normal_(scorer.score.weight, std=0.5)
         Scorer(scorer, tokenizer, Platt(1.0, 0.5)).save(workspace / "models" / name)
     questions = world.prompts()[::900]
-    prompts = [{"prompt_id": prompt_id(user(q)), "prompt": user(q), "source": "somewhere"} for q in questions]
+    prompts = [
+        {"prompt_id": prompt_id(user(q)), "prompt": user(q), "source": "somewhere"}
+        for q in questions
+    ]
     write_parquet(workspace / "data/prepared/eval.parquet", prompts, PROMPTS)
     judges = Judges.load(resources)
     frame = read_table(workspace / "data/prepared/eval.parquet", PROMPTS)
@@ -56,15 +63,22 @@ def test_the_pool_tells_displacement_and_tilt_of_its_first_samples(
 ) -> None:
     shipped = load(EvaluateParams, ROOT / "params.yaml")
     policies = {"sft": "sft", "helpful": "reward_dpo/helpful"}
-    params = shipped.model_copy(update={"policies": policies, "max_new_tokens": 6, "samples_per_prompt": 2})
+    params = shipped.model_copy(
+        update={"policies": policies, "max_new_tokens": 6, "samples_per_prompt": 2}
+    )
     for name in policies:
         evaluate.main(Run("evaluate", name, params, resources))
 
     pool = read_table("data/scored/pool.parquet", POOL)
     pool = pool[pool["sample"] < TILT_SAMPLES]
-    rows, tokens = encode_prompts(tokenizer, pool["prompt"].tolist()), [list(ids) for ids in pool["tokens"]]
+    rows, tokens = (
+        encode_prompts(tokenizer, pool["prompt"].tolist()),
+        [list(ids) for ids in pool["tokens"]],
+    )
     first, second = (
-        log_probabilities(load_policy(Path("models") / folder, resources), tokenizer, rows, tokens, batch_size=8)
+        log_probabilities(
+            load_policy(Path("models") / folder, resources), tokenizer, rows, tokens, batch_size=8
+        )
         for folder in policies.values()
     )
     ratio = (second - first).numpy()
@@ -74,7 +88,9 @@ def test_the_pool_tells_displacement_and_tilt_of_its_first_samples(
     scores = [by_prompt(pool, name) for name in ("reward", "cost", "length")]
     tilt = effective_tilt(np.reshape(ratio, scores[0].shape), *scores).as_dict()
     assert told["tilt"].keys() == tilt.keys()
-    assert {key: told["tilt"][key] for key in ("reward_slope", "cost_slope", "r2")} == pytest.approx(
+    assert {
+        key: told["tilt"][key] for key in ("reward_slope", "cost_slope", "r2")
+    } == pytest.approx(
         {key: tilt[key] for key in ("reward_slope", "cost_slope", "r2")}, rel=1e-2, abs=1e-3
     )
     own = read_json("reports/metrics/evaluate/sft.json")
@@ -84,7 +100,7 @@ def test_the_pool_tells_displacement_and_tilt_of_its_first_samples(
     assert own["tilt"]["reward_slope"] == pytest.approx(0, abs=1e-4)
 
 
-# --- further limits ---------------------------------------------------------------------------------------------------
+# --- further limits -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -119,10 +135,14 @@ def test_each_limit_has_its_mean_and_interval_by_prompt(answers: pd.DataFrame) -
         ("kitchen", kitchen, kitchen["cost"] > 0),
     )  # fmt: skip
     for name, rows, values in by_hand:
-        expected = clustered_mean(values.to_numpy(float), rows["prompt_id"].to_numpy(), 0.9).as_dict()
+        expected = clustered_mean(
+            values.to_numpy(float), rows["prompt_id"].to_numpy(), 0.9
+        ).as_dict()
         assert {key: found[name][key] for key in expected} == pytest.approx(expected)
     tail = found["tail"]
-    assert tail["mean"] == pytest.approx(answers["cost"].nlargest(20).mean())  # the worst tenth of 200
+    assert tail["mean"] == pytest.approx(
+        answers["cost"].nlargest(20).mean()
+    )  # the worst tenth of 200
     assert tail["low"] < tail["mean"] < tail["high"]  # type: ignore[operator]
 
 
@@ -130,5 +150,7 @@ def test_a_limit_on_prompts_that_are_not_evaluated_is_unknown(
     answers: pd.DataFrame, caplog: pytest.LogCaptureFixture
 ) -> None:
     also = {"attic": ConstraintSpec(quantity="cost", limit=0.0, prompts="attic")}
-    assert further_limits(answers, also, 0.9) == {"attic": {"mean": None, "low": None, "high": None, "limit": 0.0}}
+    assert further_limits(answers, also, 0.9) == {
+        "attic": {"mean": None, "low": None, "high": None, "limit": 0.0}
+    }
     assert "constraint.also.attic.prompts: 'attic' is found in no evaluated prompt" in caplog.text

@@ -11,13 +11,35 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {
-    "torch", "transformers", "transformers.trainer", "trl", "datasets", "accelerate", "peft", "pandas", "scipy.stats",
-    "scipy.optimize", "sklearn", "matplotlib", "jinja2", "tokenizers", "sympy", "dvc", "prefect",
-}  # fmt: skip
+    "torch",
+    "transformers",
+    "transformers.trainer",
+    "trl",
+    "datasets",
+    "accelerate",
+    "peft",
+    "pandas",
+    "scipy.stats",
+    "scipy.optimize",
+    "sklearn",
+    "matplotlib",
+    "jinja2",
+    "tokenizers",
+    "sympy",
+    "dvc",
+    "prefect",
+}
 TABLES = {"pandas"}
 MODELS = TABLES | {
-    "torch", "transformers", "accelerate", "peft", "tokenizers", "jinja2", "sympy", "scipy.optimize",
-}  # fmt: skip
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "tokenizers",
+    "jinja2",
+    "sympy",
+    "scipy.optimize",
+}
 TRAINS = MODELS | {"transformers.trainer", "trl", "datasets"}
 ALLOWED = {
     "prepare": TABLES,
@@ -27,16 +49,31 @@ ALLOWED = {
     "evaluate": MODELS,
     "certify": MODELS | {"scipy.stats"},
     **dict.fromkeys(
-        ("sft", "reward_model", "cost_model", "reward_dpo", "safety_dpo", "lagrangian_dpo", "lambda_path",
-         "safety_path", "dual_search"), TRAINS,
+        (
+            "sft",
+            "reward_model",
+            "cost_model",
+            "reward_dpo",
+            "safety_dpo",
+            "lagrangian_dpo",
+            "lambda_path",
+            "safety_path",
+            "dual_search",
+        ),
+        TRAINS,
     ),
-}  # fmt: skip
+}
 
 
 def imported(stage: str) -> set[str]:
     """The heavy libraries that are loaded once a stage's script has been."""
-    code = f"import gc; gc.disable(); import stages.{stage}, sys, json; print(json.dumps(list(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = (
+        f"import gc; gc.disable(); import stages.{stage}, sys, json;"
+        " print(json.dumps(list(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return HEAVY & set(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -45,12 +82,16 @@ def test_every_stage_is_listed() -> None:
     assert scripts == set(ALLOWED)
 
 
-@pytest.mark.parametrize("stage", ["prepare", "dual_init", "report", "score", "evaluate", "certify"])
+@pytest.mark.parametrize(
+    "stage", ["prepare", "dual_init", "report", "score", "evaluate", "certify"]
+)
 def test_a_stage_that_trains_nothing_imports_what_it_uses(stage: str) -> None:
     assert imported(stage) <= ALLOWED[stage]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", sorted(stage for stage, allowed in ALLOWED.items() if allowed == TRAINS))
+@pytest.mark.parametrize(
+    "stage", sorted(stage for stage, allowed in ALLOWED.items() if allowed == TRAINS)
+)
 def test_a_stage_that_trains_imports_what_it_uses(stage: str) -> None:
     assert imported(stage) <= ALLOWED[stage]

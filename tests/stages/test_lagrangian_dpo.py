@@ -10,33 +10,47 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dualign import dual, lagrangian
-from dualign.constraints import Constraint, Price
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.errors import InfeasibleError
 from dualign.core.schema import POOL, SCORED_PAIRS, by_prompt, user
 from dualign.data import world
-from dualign.implicit import Tables, scored_tables
 from dualign.lm.models import build_scratch, load_tokenizer, save, train_tokenizer
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
-from dualign.losses import lagrangian_scale
+from dualign.math import dual
+from dualign.math.constraints import Constraint, Price
+from dualign.math.losses import lagrangian_scale
 from dualign.params import loading
 from dualign.params.base import Resources
 from dualign.params.models import ScratchParams
 from dualign.params.training import LagrangianDpoParams
 from dualign.stage import Run
+from dualign.training import lagrangian
+from dualign.training.implicit_scores import Tables, scored_tables
 from dualign.training.pairwise import train_pairwise
 from stages import lagrangian_dpo
 from stages.lagrangian_dpo import multiplier
 from tests.written import safety, solved
 
 RESOURCES = Resources(
-    device="cpu", precision="fp32", micro_batch_size=None, sampling_batch_size=8, scoring_batch_size=8,
-    gradient_checkpointing=False, checkpoint_steps=100, log_steps=1, threads=1,
-)  # fmt: skip
+    device="cpu",
+    precision="fp32",
+    micro_batch_size=None,
+    sampling_batch_size=8,
+    scoring_batch_size=8,
+    gradient_checkpointing=False,
+    checkpoint_steps=100,
+    log_steps=1,
+    threads=1,
+)
 SCRATCH = ScratchParams(
-    tokenizer="train", vocab_size=300, hidden_size=16, layers=1, heads=2, intermediate_size=16, context=512
+    tokenizer="train",
+    vocab_size=300,
+    hidden_size=16,
+    layers=1,
+    heads=2,
+    intermediate_size=16,
+    context=512,
 )
 MODELS = ("sft", "reward_dpo/helpful", "safety_dpo/alone")
 COEFFICIENT, LIMIT = 2.0, -0.2
@@ -45,25 +59,32 @@ PRICE = Price(Constraint("short", "length", 9.0), 0.1, 9.0)
 
 
 def stage_params(root: Path, **run: Any) -> LagrangianDpoParams:
-    """The shipped params, cut short, with one run `pecan` that differs from `bernoulli` in `run`."""
+    """The shipped params, cut short, with one run `pecan` that differs from `bernoulli` in
+    `run`.
+    """
     content = copy.deepcopy(loading.read_yaml(root / "params.yaml"))
     section = content["lagrangian_dpo"]
     scorers = {"reward": "reward_dpo/helpful", "cost": "safety_dpo/alone"}
-    section["runs"] = {**section["runs"], "pecan": {**section["runs"]["bernoulli"], **scorers, **run}}
+    section["runs"] = {
+        **section["runs"],
+        "pecan": {**section["runs"]["bernoulli"], **scorers, **run},
+    }
     section["training"] |= {"max_steps": 2, "batch_size": 4, "max_length": 512}
     checked = loading.check(content, "my.yaml")["lagrangian_dpo"]
     assert isinstance(checked, LagrangianDpoParams)
     return checked
 
 
-# --- the multiplier ---------------------------------------------------------------------------------------------------
+# --- the multiplier -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def pool() -> pd.DataFrame:
     rng = np.random.default_rng(0)
     ids = np.repeat([f"{x}" for x in range(30)], 8)
-    return pd.DataFrame({"prompt_id": ids, "reward": rng.normal(size=240), "cost": rng.normal(size=240)})
+    return pd.DataFrame(
+        {"prompt_id": ids, "reward": rng.normal(size=240), "cost": rng.normal(size=240)}
+    )
 
 
 @pytest.fixture
@@ -76,10 +97,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_number_is_taken_as_it_is(folder: Path, pool: pd.DataFrame, repo_root: Path) -> None:
     given = stage_params(repo_root, lam=0.7)
-    assert multiplier("pecan", given.runs["pecan"], pool, given) == {"lam": 0.7, "lam_from": "params.yaml"}
+    assert multiplier("pecan", given.runs["pecan"], pool, given) == {
+        "lam": 0.7,
+        "lam_from": "params.yaml",
+    }
 
 
-def test_scorers_have_the_dual_of_the_pool(folder: Path, pool: pd.DataFrame, repo_root: Path) -> None:
+def test_scorers_have_the_dual_of_the_pool(
+    folder: Path, pool: pd.DataFrame, repo_root: Path
+) -> None:
     given = stage_params(repo_root)
     expected = {"lam": 0.25, "lam_from": "data/dual/dual.json"}
     assert multiplier("bernoulli", given.runs["bernoulli"], pool, given) == expected
@@ -92,7 +118,9 @@ def test_the_stock_is_the_pools_or_an_aim_for_implicit_scores(
     stocked = given.runs["bernoulli"].model_copy(update={"lam": "stock"})
     assert multiplier("bernoulli", stocked, pool, given)["lam"] == 0.4
     lam = multiplier("pecan", given.runs["pecan"], pool, given)["lam"]
-    cost = dual.predict(by_prompt(pool, "reward"), by_prompt(pool, "cost"), lam, given.beta, by_prompt(pool, "cost"))
+    cost = dual.predict(
+        by_prompt(pool, "reward"), by_prompt(pool, "cost"), lam, given.beta, by_prompt(pool, "cost")
+    )
     assert cost.mean() == pytest.approx(SOLVED["aim"], abs=1e-6)
 
 
@@ -103,23 +131,35 @@ def test_prices_are_charged_with_a_solved_multiplier_on_the_scorers_scores(
     given = stage_params(repo_root)
     rows = pool.assign(prompt=[user("q")] * len(pool), length=np.arange(len(pool)), ended=True)
     tables = Tables(rows, rows.assign(reward=1.0))
-    runs = {name: given.runs["bernoulli"].model_copy(update={"lam": name}) for name in ("dual", "stock")}
+    runs = {
+        name: given.runs["bernoulli"].model_copy(update={"lam": name}) for name in ("dual", "stock")
+    }
     for spec in runs.values():
         charged = lagrangian_dpo.charged("it", spec, tables, None)  # type: ignore[arg-type]  # no texts to count
-        assert charged.pool["reward"].tolist() == pytest.approx((rows["reward"] - 0.1 * rows["length"]).tolist())
-        assert charged.pairs["reward"].tolist() == pytest.approx((1 - 0.1 * rows["length"]).tolist())
+        assert charged.pool["reward"].tolist() == pytest.approx(
+            (rows["reward"] - 0.1 * rows["length"]).tolist()
+        )
+        assert charged.pairs["reward"].tolist() == pytest.approx(
+            (1 - 0.1 * rows["length"]).tolist()
+        )
     by_hand = given.runs["bernoulli"].model_copy(update={"lam": 0.7})
     assert lagrangian_dpo.charged("it", by_hand, tables, None).pool is rows  # type: ignore[arg-type]
     assert not caplog.records
     assert lagrangian_dpo.charged("pecan", given.runs["pecan"], tables, None) is tables  # type: ignore[arg-type]
-    assert "lagrangian_dpo.runs.pecan is scored by policies and ignores constraint.also" in caplog.text
+    assert (
+        "lagrangian_dpo.runs.pecan is scored by policies and ignores constraint.also" in caplog.text
+    )
 
 
-def test_implicit_scores_have_a_dual_of_their_own(folder: Path, pool: pd.DataFrame, repo_root: Path) -> None:
+def test_implicit_scores_have_a_dual_of_their_own(
+    folder: Path, pool: pd.DataFrame, repo_root: Path
+) -> None:
     given = stage_params(repo_root)
     found = multiplier("pecan", given.runs["pecan"], pool, given)
     lam, low, high = (found[key] for key in ("lam", "lam_low", "lam_high"))
-    cost = dual.predict(by_prompt(pool, "reward"), by_prompt(pool, "cost"), lam, given.beta, by_prompt(pool, "cost"))
+    cost = dual.predict(
+        by_prompt(pool, "reward"), by_prompt(pool, "cost"), lam, given.beta, by_prompt(pool, "cost")
+    )
     assert cost.mean() == pytest.approx(LIMIT, abs=1e-6)
     assert found["lam_from"] == "implicit scores" and 0 < low < lam < high
 
@@ -128,11 +168,14 @@ def test_implicit_scores_that_cannot_meet_the_limit_name_their_run(
     folder: Path, pool: pd.DataFrame, repo_root: Path
 ) -> None:
     given = stage_params(repo_root)
-    with pytest.raises(InfeasibleError, match=r"^lagrangian_dpo\.runs\.pecan, scored by policies: constraint\.limit"):
+    with pytest.raises(
+        InfeasibleError,
+        match=r"^lagrangian_dpo\.runs\.pecan, scored by policies: constraint\.limit",
+    ):
         multiplier("pecan", given.runs["pecan"], pool.assign(cost=1.0), given)
 
 
-# --- the whole stage --------------------------------------------------------------------------------------------------
+# --- the whole stage ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -148,26 +191,48 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         save(model, tokenizer, Path("models") / name)
 
     def reference(question: str, text: str) -> float:
-        prompt, answer = encode_prompts(tokenizer, [user(question)]), encode_answers(tokenizer, [text])
+        prompt, answer = (
+            encode_prompts(tokenizer, [user(question)]),
+            encode_answers(tokenizer, [text]),
+        )
         return float(log_probabilities(models["sft"], tokenizer, prompt, answer, batch_size=1))
 
     pool = [
         {
-            "prompt_id": str(x), "prompt": user(question), "sample": i, "response": texts[x][i],
-            "tokens": encode_answers(tokenizer, [texts[x][i]])[0], "length": 1, "ended": True,
-            "logp_ref": reference(question, texts[x][i]), "reward": rng.normal(), "cost": rng.normal(),
-        }
-        for x, question in enumerate(questions) for i in range(4)
-    ]  # fmt: skip
-    pairs = [
-        {
-            "pair_id": str(x), "prompt_id": str(x), "prompt": user(question), "chosen": texts[x][3],
-            "rejected": texts[x][9], "source": "world", "split": "train", "kind": "helpful",
-            **{f"{name}_{side}": rng.normal() for name in ("reward", "cost") for side in ("chosen", "rejected")},
-            "logp_ref_chosen": reference(question, texts[x][3]), "logp_ref_rejected": reference(question, texts[x][9]),
+            "prompt_id": str(x),
+            "prompt": user(question),
+            "sample": i,
+            "response": texts[x][i],
+            "tokens": encode_answers(tokenizer, [texts[x][i]])[0],
+            "length": 1,
+            "ended": True,
+            "logp_ref": reference(question, texts[x][i]),
+            "reward": rng.normal(),
+            "cost": rng.normal(),
         }
         for x, question in enumerate(questions)
-    ]  # fmt: skip
+        for i in range(4)
+    ]
+    pairs = [
+        {
+            "pair_id": str(x),
+            "prompt_id": str(x),
+            "prompt": user(question),
+            "chosen": texts[x][3],
+            "rejected": texts[x][9],
+            "source": "world",
+            "split": "train",
+            "kind": "helpful",
+            **{
+                f"{name}_{side}": rng.normal()
+                for name in ("reward", "cost")
+                for side in ("chosen", "rejected")
+            },
+            "logp_ref_chosen": reference(question, texts[x][3]),
+            "logp_ref_rejected": reference(question, texts[x][9]),
+        }
+        for x, question in enumerate(questions)
+    ]
     write_parquet(Path("data/scored/pool.parquet"), pd.DataFrame(pool), POOL)
     write_parquet(Path("data/scored/scored_pairs.parquet"), pd.DataFrame(pairs), SCORED_PAIRS)
     write_json(Path("reports/metrics/safety_dpo/alone.json"), safety(coefficient=COEFFICIENT))
@@ -175,18 +240,35 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("data", "normalised", "rate"), [("pairs", False, None), ("pairs", True, 3e-3), ("pool", True, None)]
+    ("data", "normalised", "rate"),
+    [("pairs", False, None), ("pairs", True, 3e-3), ("pool", True, None)],
 )
 def test_pecan_trains_at_the_multiplier_of_its_own_scores(
-    workspace: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch, data: str, normalised: bool, rate: float | None
+    workspace: Path,
+    repo_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    data: str,
+    normalised: bool,
+    rate: float | None,
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(lagrangian, "train_pairwise", lambda *args: seen.extend(args) or train_pairwise(*args))
-    inner = {"labels": "soft", "normalised": normalised, "anchor": 0.3 if data == "pool" else 0.0, "nll": 0.0}
+    monkeypatch.setattr(
+        lagrangian, "train_pairwise", lambda *args: seen.extend(args) or train_pairwise(*args)
+    )
+    inner = {
+        "labels": "soft",
+        "normalised": normalised,
+        "anchor": 0.3 if data == "pool" else 0.0,
+        "nll": 0.0,
+    }
     given = stage_params(repo_root, data=data, inner=inner, learning_rate=rate)
-    tables = scored_tables(Path("data/scored"), *MODELS[1:], given.beta, load_tokenizer("models/sft"), RESOURCES)
+    tables = scored_tables(
+        Path("data/scored"), *MODELS[1:], given.beta, load_tokenizer("models/sft"), RESOURCES
+    )
     reward, cost = by_prompt(tables.pool, "reward"), by_prompt(tables.pool, "cost")
-    limit = float(dual.predict(reward, cost, 0.5, given.beta, cost).mean())  # so that the multiplier is 0.5
+    limit = float(
+        dual.predict(reward, cost, 0.5, given.beta, cost).mean()
+    )  # so that the multiplier is 0.5
     write_json(Path("data/dual/dual.json"), solved(lam=0.25, limit=limit))
     lagrangian_dpo.main(Run("lagrangian_dpo", "pecan", given, RESOURCES))
 
@@ -198,14 +280,18 @@ def test_pecan_trains_at_the_multiplier_of_its_own_scores(
 
     _, _, pairs, loss, job = seen
     effective = given.training.learning_rate if rate is None else rate
-    assert told["inner"] == inner and told["learning_rate"] == job.training.learning_rate == effective
+    assert (
+        told["inner"] == inner and told["learning_rate"] == job.training.learning_rate == effective
+    )
     scale = lagrangian_scale(told["lam"], normalised)
     assert (loss.scale, loss.beta) == (pytest.approx(given.beta * scale), given.beta)
     if data == "pairs":
         gap = (tables.pairs["reward_chosen"] - tables.pairs["reward_rejected"]) - told["lam"] * (
             tables.pairs["cost_chosen"] - tables.pairs["cost_rejected"]
         )
-        assert [pair.label for pair in pairs] == pytest.approx((1 / (1 + np.exp(-scale * gap))).tolist(), abs=1e-6)
+        assert [pair.label for pair in pairs] == pytest.approx(
+            (1 / (1 + np.exp(-scale * gap))).tolist(), abs=1e-6
+        )
     assert (workspace / "models/lagrangian_dpo/pecan/model.safetensors").is_file()
 
 
@@ -217,6 +303,13 @@ def test_pecan_trains_at_the_multiplier_of_its_own_scores(
         ("reward_model", "safety_dpo/alone", True),
     ],
 )
-def test_a_policy_in_place_of_a_scorer_makes_a_run_implicit(reward: str, cost: str, expected: bool) -> None:
-    spec = loading.load(LagrangianDpoParams, Path(__file__).resolve().parents[2] / "params.yaml").runs["anchored"]
-    assert lagrangian_dpo.implicit(spec.model_copy(update={"reward": reward, "cost": cost})) is expected
+def test_a_policy_in_place_of_a_scorer_makes_a_run_implicit(
+    reward: str, cost: str, expected: bool
+) -> None:
+    spec = loading.load(
+        LagrangianDpoParams, Path(__file__).resolve().parents[2] / "params.yaml"
+    ).runs["anchored"]
+    assert (
+        lagrangian_dpo.implicit(spec.model_copy(update={"reward": reward, "cost": cost}))
+        is expected
+    )

@@ -10,7 +10,6 @@ import pytest
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from dualign import lagrangian
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import ParamsError
 from dualign.core.schema import POOL, prompt_id, read_table, user
@@ -18,12 +17,13 @@ from dualign.data import world
 from dualign.lm.models import load_policy
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
-from dualign.pairs import pool_pairs, pool_values, samples_of
 from dualign.params.base import Resources
 from dualign.params.loading import check
 from dualign.params.training import LambdaPathParams
+from dualign.scoring.support import doubt
 from dualign.stage import Run
-from dualign.support import doubt
+from dualign.training import lagrangian
+from dualign.training.pairs import pool_pairs, pool_values, samples_of
 from dualign.training.pairwise import train_pairwise
 from stages import lambda_path
 from tests.shipped import preset
@@ -50,14 +50,26 @@ def pooled(workspace: Path, tokenizer: PreTrainedTokenizerBase, resources: Resou
     rows = []
     for question in world.prompts()[:3]:
         texts = [answer.text for answer in world.answers(question)[:4]]
-        prompts, tokens = encode_prompts(tokenizer, [user(question)] * 4), encode_answers(tokenizer, texts)
+        prompts, tokens = (
+            encode_prompts(tokenizer, [user(question)] * 4),
+            encode_answers(tokenizer, texts),
+        )
         logp = log_probabilities(reference, tokenizer, prompts, tokens, batch_size=4).tolist()
         rows += [
-            {"prompt_id": prompt_id(user(question)), "prompt": user(question), "sample": i, "response": texts[i],
-             "tokens": tokens[i], "length": len(tokens[i]), "ended": True, "logp_ref": logp[i],
-             "reward": rng.normal(), "cost": rng.normal()}
+            {
+                "prompt_id": prompt_id(user(question)),
+                "prompt": user(question),
+                "sample": i,
+                "response": texts[i],
+                "tokens": tokens[i],
+                "length": len(tokens[i]),
+                "ended": True,
+                "logp_ref": logp[i],
+                "reward": rng.normal(),
+                "cost": rng.normal(),
+            }
             for i in range(4)
-        ]  # fmt: skip
+        ]
     write_parquet(workspace / "data/scored/pool.parquet", rows, POOL)
     return workspace
 
@@ -68,10 +80,15 @@ def distance(first: Path, second: Path) -> float:
 
 
 def test_the_second_training_goes_on_from_the_first_against_the_same_reference(
-    pooled: Path, resources: Resources, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    pooled: Path,
+    resources: Resources,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(lagrangian, "train_pairwise", lambda *args: seen.append(args) or train_pairwise(*args))
+    monkeypatch.setattr(
+        lagrangian, "train_pairwise", lambda *args: seen.append(args) or train_pairwise(*args)
+    )
     params = stage_params()
     for name in ("slack", "strict"):
         lambda_path.main(Run("lambda_path", name, params, resources))
@@ -80,19 +97,35 @@ def test_the_second_training_goes_on_from_the_first_against_the_same_reference(
         assert pairs == pool_pairs(
             samples, pool_values(samples, run.lam, params.beta), run.lam, params.beta, params.seed
         )
-        assert (inner.scale, inner.beta, inner.anchor, inner.nll) == (params.beta, params.beta, 0.3, 2.0)
+        assert (inner.scale, inner.beta, inner.anchor, inner.nll) == (
+            params.beta,
+            params.beta,
+            0.3,
+            2.0,
+        )
         assert job.training.learning_rate == run.learning_rate
     told = read_json(pooled / "reports/metrics/lambda_path/strict.json")
-    assert (told["lam"], told["begin"], told["data"]) == (params.runs["strict"].lam, "lambda_path/slack", "pool")
+    assert (told["lam"], told["begin"], told["data"]) == (
+        params.runs["strict"].lam,
+        "lambda_path/slack",
+        "pool",
+    )
     assert (told["reward"], told["cost"]) == ("reward_model", "cost_model")
-    assert told["inner"] == params.runs["strict"].inner.model_dump() and told["learning_rate"] == 8e-3
+    assert (
+        told["inner"] == params.runs["strict"].inner.model_dump() and told["learning_rate"] == 8e-3
+    )
 
 
 def test_answers_off_the_support_are_doubted_in_labels_and_anchors(
-    pooled: Path, resources: Resources, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    pooled: Path,
+    resources: Resources,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(lagrangian, "train_pairwise", lambda *args: seen.append(args) or train_pairwise(*args))
+    monkeypatch.setattr(
+        lagrangian, "train_pairwise", lambda *args: seen.append(args) or train_pairwise(*args)
+    )
     params, pool = stage_params(), read_table(pooled / "data/scored/pool.parquet", POOL)
     odd = pool.assign(logp_ref=pool["logp_ref"].where(pool["sample"] > 0, -2000.0))
     write_parquet(pooled / "data/scored/pool.parquet", odd, POOL)
@@ -100,7 +133,9 @@ def test_answers_off_the_support_are_doubted_in_labels_and_anchors(
     found = doubt(pooled / "data/scored", odd, params.pessimism)
     assert found is not None and found.beyond(odd).tolist() == [1.0, 0, 0, 0] * 3
     samples, run = samples_of(found.scores(odd), tokenizer), params.runs["slack"]
-    expected = pool_pairs(samples, pool_values(samples, run.lam, params.beta), run.lam, params.beta, params.seed)
+    expected = pool_pairs(
+        samples, pool_values(samples, run.lam, params.beta), run.lam, params.beta, params.seed
+    )
     assert seen[0][2] == expected
 
 
@@ -114,7 +149,9 @@ def test_a_run_may_have_steps_of_its_own(pooled: Path, resources: Resources) -> 
 
 def test_it_begins_where_it_is_told_to(pooled: Path, resources: Resources) -> None:
     still = stage_params(warmup=0.0)
-    runs = {name: run.model_copy(update={"learning_rate": 1e-9}) for name, run in still.runs.items()}
+    runs = {
+        name: run.model_copy(update={"learning_rate": 1e-9}) for name, run in still.runs.items()
+    }
     runs["strict"] = runs["strict"].model_copy(update={"begin": "lambda_path/other"})
     (pooled / "models/lambda_path").mkdir()
     (pooled / "models/safety_dpo/alone").rename(pooled / "models/lambda_path/other")
@@ -126,5 +163,7 @@ def test_it_begins_where_it_is_told_to(pooled: Path, resources: Resources) -> No
 
 
 def test_an_unknown_run_is_named(pooled: Path, resources: Resources) -> None:
-    with pytest.raises(ParamsError, match=r"lambda_path\.runs has no 'other'; one of slack, strict"):
+    with pytest.raises(
+        ParamsError, match=r"lambda_path\.runs has no 'other'; one of slack, strict"
+    ):
         lambda_path.main(Run("lambda_path", "other", stage_params(), resources))

@@ -16,7 +16,9 @@ from stages import prepare
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_row_that_does_not_fit_stops_the_first_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_does_not_fit_stops_the_first_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "params.yaml").read_text()
     row = "  mocan: {start: lagrangian_dpo/bernoulli, reference: sft"
@@ -27,11 +29,17 @@ def test_a_row_that_does_not_fit_stops_the_first_stage(tmp_path: Path, monkeypat
     assert not Path("data").exists() and not Path("reports").exists()
 
 
-def test_rejected_rows_are_kept_where_the_error_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejected_rows_are_kept_where_the_error_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a workspace, whose temporary folders are elsewhere and go with the stage."""
     monkeypatch.chdir(tmp_path)
     content = YAML(typ="safe").load(ROOT / "params.yaml")
-    source = {"format": "columns", "path": "rows.jsonl", "columns": {n: n for n in ("prompt", "chosen", "rejected")}}
+    source = {
+        "format": "columns",
+        "path": "rows.jsonl",
+        "columns": {n: n for n in ("prompt", "chosen", "rejected")},
+    }
     content["prepare"]["helpful"] = [source]
     with Path("params.yaml").open("w") as file:
         YAML(typ="safe").dump(content, file)

@@ -1,4 +1,6 @@
-"""reward_dpo on a tiny model: each loss from each reference, SafeDPO's table and offset, MODPO's margin."""
+"""reward_dpo on a tiny model: each loss from each reference, SafeDPO's table and offset, MODPO's
+margin.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,13 @@ from dualign.training.pairwise import Pair
 from stages.reward_dpo import PAIRS, main, training_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAINING = {"batch_size": 8, "max_steps": 2, "max_length": 128, "learning_rate": 2e-3, "warmup": 0.0}
+TRAINING = {
+    "batch_size": 8,
+    "max_steps": 2,
+    "max_length": 128,
+    "learning_rate": 2e-3,
+    "warmup": 0.0,
+}
 BETA = 0.5
 
 pytestmark = pytest.mark.usefixtures("one_thread", "workspace")
@@ -45,18 +53,29 @@ def run_of(resources: Resources, **changes: Any) -> Run[RewardDpoParams]:
 
 def pairs_of(run: Run[RewardDpoParams], tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
     spec = run.params.runs["it"]
-    return training_pairs(run, spec, load_policy(f"models/{spec.reference}", run.resources), tokenizer)
+    return training_pairs(
+        run, spec, load_policy(f"models/{spec.reference}", run.resources), tokenizer
+    )
 
 
-def logps(name: str, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, resources: Resources) -> torch.Tensor:
-    """Log-probabilities of first and second answers under a policy, each alone; shape [2, pairs]."""
-    prompts, answers = [p.prompt for p in pairs] * 2, [p.first for p in pairs] + [p.second for p in pairs]
+def logps(
+    name: str, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, resources: Resources
+) -> torch.Tensor:
+    """Log-probabilities of first and second answers under a policy, each alone; shape [2,
+    pairs].
+    """
+    prompts, answers = (
+        [p.prompt for p in pairs] * 2,
+        [p.first for p in pairs] + [p.second for p in pairs],
+    )
     policy = load_policy(f"models/{name}", resources)
     return log_probabilities(policy, tokenizer, prompts, answers, batch_size=1).reshape(2, -1)
 
 
 def columns(pairs: list[Pair]) -> torch.Tensor:
-    return torch.tensor([[p.ref_first for p in pairs], [p.ref_second for p in pairs]], dtype=torch.float64)
+    return torch.tensor(
+        [[p.ref_first for p in pairs], [p.ref_second for p in pairs]], dtype=torch.float64
+    )
 
 
 def losses() -> list[float]:
@@ -69,12 +88,19 @@ def losses() -> list[float]:
 def test_a_run_starts_at_logit_zero_from_its_own_reference(
     resources: Resources, reference: str, loss_type: str, first: float
 ) -> None:
-    """The first loss is that of log-ratio 0; then it falls, and the policy is no longer its reference."""
+    """The first loss is that of log-ratio 0; then it falls, and the policy is no longer its
+    reference.
+    """
     main(run_of(resources, reference=reference, loss_type=loss_type))
     before, after = losses()
     assert before == pytest.approx(first, rel=1e-4) and after < before - 1e-3
-    trained, started = (load_policy(f"models/{name}", resources) for name in ("reward_dpo/it", reference))
-    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), started.parameters(), strict=True))
+    trained, started = (
+        load_policy(f"models/{name}", resources) for name in ("reward_dpo/it", reference)
+    )
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(trained.parameters(), started.parameters(), strict=True)
+    )
 
 
 def test_a_clip_changes_the_policy_and_the_search_is_told(resources: Resources) -> None:
@@ -86,7 +112,10 @@ def test_a_clip_changes_the_policy_and_the_search_is_told(resources: Resources) 
         assert (metrics["reference"], metrics["loss_type"], metrics["clip"]) == ("sft", "dpo", clip)
         assert (metrics["margin"], metrics["safe_offset"]) == ("sft", None)
         curves.append(losses())
-    assert curves[0][0] == pytest.approx(curves[1][0], rel=1e-5) and abs(curves[0][1] - curves[1][1]) > 1e-3
+    assert (
+        curves[0][0] == pytest.approx(curves[1][0], rel=1e-5)
+        and abs(curves[0][1] - curves[1][1]) > 1e-3
+    )
 
 
 def test_the_reference_of_the_other_order_is_the_safe_policy(
@@ -94,7 +123,9 @@ def test_the_reference_of_the_other_order_is_the_safe_policy(
 ) -> None:
     pairs = pairs_of(run_of(resources, reference="safety_dpo/alone"), tokenizer)
     assert len(pairs) == 8
-    assert torch.allclose(columns(pairs), logps("safety_dpo/alone", pairs, tokenizer, resources), atol=1e-3)
+    assert torch.allclose(
+        columns(pairs), logps("safety_dpo/alone", pairs, tokenizer, resources), atol=1e-3
+    )
     assert not torch.allclose(columns(pairs), logps("sft", pairs, tokenizer, resources), atol=1e-1)
 
 
@@ -104,18 +135,24 @@ def test_a_margin_policy_is_folded_into_the_columns(
 ) -> None:
     run = run_of(resources, reference=reference, margin="safety_dpo/alone", margin_weight=2.5)
     pairs = pairs_of(run, tokenizer)
-    own, base, margin = (logps(name, pairs, tokenizer, resources) for name in (reference, "sft", "safety_dpo/alone"))
+    own, base, margin = (
+        logps(name, pairs, tokenizer, resources) for name in (reference, "sft", "safety_dpo/alone")
+    )
     assert torch.allclose(columns(pairs), own + 2.5 * (margin - base), atol=1e-2)
     main(run)
     first = losses()[0]
-    gap = -BETA * 2.5 * ((margin - base)[0] - (margin - base)[1])  # the logits of the policy that it starts from
+    gap = (
+        -BETA * 2.5 * ((margin - base)[0] - (margin - base)[1])
+    )  # the logits of the policy that it starts from
     assert first == pytest.approx(float(torch.nn.functional.softplus(-gap).mean()), rel=1e-3)
 
 
 def test_safe_dpo_trains_on_the_transformed_table_with_its_offset(
     resources: Resources, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Of the eight pairs one lacks flags and one has two unsafe answers; one is swapped; three are mixed."""
+    """Of the eight pairs one lacks flags and one has two unsafe answers; one is swapped; three are
+    mixed.
+    """
     run = run_of(resources, safe_offset=4.0)
     plain, pairs = pairs_of(run_of(resources), tokenizer), pairs_of(run, tokenizer)
     given = [(p.first, p.second) for p in plain]
@@ -136,8 +173,14 @@ def test_safe_dpo_needs_flags(resources: Resources, tokenizer: PreTrainedTokeniz
         main(run_of(resources, safe_offset=4.0))
     message = str(caught.value)
     assert "helpful_pairs.parquet" in message and "reward_dpo.runs.it.safe_offset" in message
-    assert "prepare.helpful" in message and "set safe_offset to null" in message and "\n" not in message
-    assert len(pairs_of(run_of(resources), tokenizer)) == 8  # without the offset no flag is asked for
+    assert (
+        "prepare.helpful" in message
+        and "set safe_offset to null" in message
+        and "\n" not in message
+    )
+    assert (
+        len(pairs_of(run_of(resources), tokenizer)) == 8
+    )  # without the offset no flag is asked for
 
 
 def test_an_unknown_run_is_named(resources: Resources) -> None:

@@ -1,4 +1,6 @@
-"""reward_model: the scale by held-out pairs, judged on the rest; a given scorer in place of a trained one."""
+"""reward_model: the scale by held-out pairs, judged on the rest; a given scorer in place of a
+trained one.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,13 @@ from stages.reward_model import calibrate
 from tests.stages.conftest import SCRATCH
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAINING = {"batch_size": 16, "max_steps": 40, "max_length": 128, "learning_rate": 1e-2, "warmup": 0.0}
+TRAINING = {
+    "batch_size": 16,
+    "max_steps": 40,
+    "max_length": 128,
+    "learning_rate": 1e-2,
+    "warmup": 0.0,
+}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +47,9 @@ def answers_of(gap: np.ndarray) -> pd.DataFrame:
     """Held-out answers of one pair to each of several prompts, chosen less rejected being `gap`."""
     names = [f"{i:04d}" for i in range(len(gap))]
     sides = [pd.DataFrame({"side": side, "prompt_id": names}) for side in ("chosen", "rejected")]
-    return pd.concat([sides[0].assign(score=gap + 3.0), sides[1].assign(score=3.0)], ignore_index=True)
+    return pd.concat(
+        [sides[0].assign(score=gap + 3.0), sides[1].assign(score=3.0)], ignore_index=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +60,9 @@ def gap() -> np.ndarray:
     return np.where(rng.random(800) < sigmoid(distance / 4), distance, -distance)
 
 
-def test_the_scale_is_fitted_on_all_pairs_and_judged_on_each_half_by_the_other(gap: np.ndarray) -> None:
+def test_the_scale_is_fitted_on_all_pairs_and_judged_on_each_half_by_the_other(
+    gap: np.ndarray,
+) -> None:
     served, metrics = calibrate(answers_of(gap), 1.0, given=False)
     assert served.scale == pytest.approx(fit_slope(gap, 1.0)) == pytest.approx(0.25, abs=0.05)
     assert metrics["brier_before"] == pytest.approx(((1 - sigmoid(gap)) ** 2).mean())
@@ -64,20 +76,27 @@ def test_the_scale_is_fitted_on_all_pairs_and_judged_on_each_half_by_the_other(g
     assert served(answers_of(gap)["score"].to_numpy()).mean() == pytest.approx(0.0, abs=1e-9)
 
 
-def test_a_scale_that_makes_it_worse_is_told(gap: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_scale_that_makes_it_worse_is_told(
+    gap: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
     """Every other prompt says that gaps are right, the rest say that they are not."""
     at_odds = np.abs(gap)
     at_odds[1::2] *= np.where(np.arange(400) % 2, 1, -1)
     metrics = calibrate(answers_of(0.1 * at_odds), 1.0, given=False)[1]
     assert metrics["calibration_helps"] is False
-    assert f"Brier score {metrics['brier_after']:.4f}, {metrics['brier_before']:.4f} before it" in caplog.text
+    assert (
+        f"Brier score {metrics['brier_after']:.4f}, {metrics['brier_before']:.4f} before it"
+        in caplog.text
+    )
     assert "the calibration of the reward makes it worse" in caplog.text
 
 
 def test_gaps_the_wrong_way_are_an_error_of_a_given_scorer_only(
     gap: np.ndarray, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(DataError, match=r"below the others; its higher_is in reward_model\.given may be wrong"):
+    with pytest.raises(
+        DataError, match=r"below the others; its higher_is in reward_model\.given may be wrong"
+    ):
         calibrate(answers_of(-gap), 0.0, given=True)
     assert calibrate(answers_of(-gap), 1.0, given=False)[0].scale == 1.0
     assert "its scale is kept" in caplog.text
@@ -85,13 +104,16 @@ def test_gaps_the_wrong_way_are_an_error_of_a_given_scorer_only(
 
 def test_one_held_out_prompt_cannot_both_fit_and_judge(caplog: pytest.LogCaptureFixture) -> None:
     served, metrics = calibrate(answers_of(np.array([2.0])), 1.0, given=False)
-    assert served == Platt(1.0, -4.0) and metrics["brier_after"] is metrics["calibration_helps"] is None
+    assert (
+        served == Platt(1.0, -4.0)
+        and metrics["brier_after"] is metrics["calibration_helps"] is None
+    )
     assert "fewer than two prompts" in caplog.text
     with pytest.raises(DataError, match=r"two prompts.*prepare\.heldout_share"):
         calibrate(answers_of(np.array([2.0])), 0.0, given=True)
 
 
-# --- the stages -------------------------------------------------------------------------------------------------------
+# --- the stages -----------------------------------------------------------------------------------
 
 
 def pairs_of(label: str, count: int = 240) -> list[dict[str, Any]]:
@@ -140,8 +162,9 @@ def run(stage: str, resources: Resources, **update: Any) -> dict[str, Any]:
 
 def heldout_scores(stage: str, folder: str, resources: Resources) -> np.ndarray:
     table, schema = {
-        "reward_model": ("helpful_pairs", HELPFUL_PAIRS), "cost_model": ("safety_pairs", SAFETY_PAIRS)
-    }[stage]  # fmt: skip
+        "reward_model": ("helpful_pairs", HELPFUL_PAIRS),
+        "cost_model": ("safety_pairs", SAFETY_PAIRS),
+    }[stage]
     pairs = read_table(f"data/prepared/{table}.parquet", schema)
     heldout = pairs[pairs["split"] == "heldout"]
     return heldout_answers(Scorer.load(folder, resources), heldout, 64)["score"].to_numpy()
@@ -167,7 +190,9 @@ def test_a_trained_scorer_that_is_given_back_serves_the_same_scores(
 def test_several_given_scorers_are_put_on_one_scale_and_served_self_contained(
     filled: Path, resources: Resources
 ) -> None:
-    """The trained cost model, and the same with a head a hundred times as large and the other sign: they agree then."""
+    """The trained cost model, and the same with a head a hundred times as large and the other sign:
+    they agree then.
+    """
     run("cost_model", resources)
     Path("models/cost_model").rename("models/one")
     scorer = Scorer.load("models/one", resources)
@@ -181,7 +206,9 @@ def test_several_given_scorers_are_put_on_one_scale_and_served_self_contained(
     metrics = run("cost_model", resources, given=specs, spread=2.0)
     Path("models/one").rename("models/gone")
     Path("models/other").rename("models/gone too")
-    assert heldout_scores("cost_model", "models/cost_model", resources) == pytest.approx(first, abs=1e-3)
+    assert heldout_scores("cost_model", "models/cost_model", resources) == pytest.approx(
+        first, abs=1e-3
+    )
     assert metrics["given"] == 2
     card = json.loads((Path("models/cost_model") / CARD).read_text())
     assert [member["folder"] for member in card["members"]] == ["0", "1"] and card["spread"] == 2.0
@@ -201,7 +228,10 @@ def test_a_given_scorer_that_is_said_to_mean_the_opposite_is_refused(
 
 
 def test_what_lies_in_local_folders_counts_for_the_fingerprint(
-    workspace: Path, resources: Resources, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+    workspace: Path,
+    resources: Resources,
+    tokenizer: PreTrainedTokenizerBase,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
     params = load(RewardModelParams, ROOT / "params.yaml")
@@ -216,25 +246,36 @@ def test_what_lies_in_local_folders_counts_for_the_fingerprint(
     save(model, tokenizer, folder)
     assert first != one.scratch(*local_inputs(named))
     (workspace / "guard.jinja").write_text("{{ messages }}")
-    guard = GivenScorer(path="some/hub-id", kind="guard", higher_is="harmful", template="guard.jinja")
+    guard = GivenScorer(
+        path="some/hub-id", kind="guard", higher_is="harmful", template="guard.jinja"
+    )
     given = params.model_copy(update={"given": [guard]})
     assert local_inputs(given) == [Path("models/sft"), Path("guard.jinja")]
 
 
-@pytest.mark.parametrize(("stage", "key"), [("reward_model", "accuracy"), ("cost_model", "ranking_accuracy")])
-def test_cut_answers_are_trained_on_and_measured(filled: Path, resources: Resources, stage: str, key: str) -> None:
-    """What is measured is the ranking of held-out pairs whose answers are read without their end."""
+@pytest.mark.parametrize(
+    ("stage", "key"), [("reward_model", "accuracy"), ("cost_model", "ranking_accuracy")]
+)
+def test_cut_answers_are_trained_on_and_measured(
+    filled: Path, resources: Resources, stage: str, key: str
+) -> None:
+    """What is measured is the ranking of held-out pairs whose answers are read without their
+    end.
+    """
     plain = run(stage, resources, cut_share=0.0)
     metrics = run(stage, resources, cut_share=1.0)
     assert metrics["loss"] != plain["loss"]
     table, schema = {
-        "reward_model": ("helpful_pairs", HELPFUL_PAIRS), "cost_model": ("safety_pairs", SAFETY_PAIRS)
-    }[stage]  # fmt: skip
+        "reward_model": ("helpful_pairs", HELPFUL_PAIRS),
+        "cost_model": ("safety_pairs", SAFETY_PAIRS),
+    }[stage]
     pairs = read_table(f"data/prepared/{table}.parquet", schema)
     heldout = pairs[pairs["split"] == "heldout"]
     scorer = Scorer.load(f"models/{stage}", resources)
     sign = 1 if stage == "reward_model" else -1
     for ended, name in ((True, key), (False, f"{key}_cut")):
         answers = heldout_answers(scorer, heldout, 64, ended=ended)
-        chosen, rejected = (answers[answers["side"] == side]["score"].to_numpy() for side in ("chosen", "rejected"))
+        chosen, rejected = (
+            answers[answers["side"] == side]["score"].to_numpy() for side in ("chosen", "rejected")
+        )
         assert metrics[name] == pytest.approx((sign * (chosen - rejected) > 0).mean(), abs=0.02)

@@ -1,4 +1,6 @@
-"""safety_dpo on a tiny model: each loss from each reference at beta / lambda, and what a search reads of it."""
+"""safety_dpo on a tiny model: each loss from each reference at beta / lambda, and what a search
+reads of it.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,21 @@ from stages.safety_dpo import main, multiplier
 from tests.written import solved
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAINING = {"batch_size": 8, "max_steps": 2, "max_length": 128, "learning_rate": 2e-3, "warmup": 0.0}
+TRAINING = {
+    "batch_size": 8,
+    "max_steps": 2,
+    "max_length": 128,
+    "learning_rate": 2e-3,
+    "warmup": 0.0,
+}
 
 pytestmark = pytest.mark.usefixtures("one_thread", "workspace")
 
 
 def run_of(resources: Resources, **changes: Any) -> Run[SafetyDpoParams]:
-    """The run `it` at lambda 2 x 0.8 and beta 0.4 with these changes, two steps of all eight pairs."""
+    """The run `it` at lambda 2 x 0.8 and beta 0.4 with these changes, two steps of all eight
+    pairs.
+    """
     params = load(SafetyDpoParams, ROOT / "params.yaml")
     spec = SafetyRun(**{**params.runs["alone"].model_dump(), "factor": 2.0, **changes})
     training = params.training.model_copy(update=TRAINING)
@@ -40,7 +50,10 @@ def run_of(resources: Resources, **changes: Any) -> Run[SafetyDpoParams]:
     [
         ("dpo", math.log(2)),
         ("ipo", 1 / (2 * 0.25) ** 2),
-        ("kto", 10 / 16),  # by the flags 10 of 16 answers are desirable, the others weigh as much together; each halved
+        (
+            "kto",
+            10 / 16,
+        ),  # by the flags 10 of 16 answers are desirable, the others weigh as much together; each halved
     ],
 )
 def test_a_run_starts_at_logit_zero_and_tells_the_search_its_loss(
@@ -52,8 +65,13 @@ def test_a_run_starts_at_logit_zero_and_tells_the_search_its_loss(
     assert (metrics["lam"], metrics["coefficient"]) == pytest.approx((1.6, 0.25))
     before, after = losses()
     assert before == pytest.approx(first, rel=1e-4) and after < before - 1e-4
-    trained, started = (load_policy(f"models/{name}", resources) for name in ("safety_dpo/it", reference))
-    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), started.parameters(), strict=True))
+    trained, started = (
+        load_policy(f"models/{name}", resources) for name in ("safety_dpo/it", reference)
+    )
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(trained.parameters(), started.parameters(), strict=True)
+    )
 
 
 def losses() -> list[float]:
@@ -67,7 +85,10 @@ def test_a_clip_changes_the_policy(resources: Resources) -> None:
     for clip in (None, 0.01):
         main(run_of(resources, clip=clip))
         curves.append(losses())
-    assert curves[0][0] == pytest.approx(curves[1][0], rel=1e-5) and abs(curves[0][1] - curves[1][1]) > 1e-3
+    assert (
+        curves[0][0] == pytest.approx(curves[1][0], rel=1e-5)
+        and abs(curves[0][1] - curves[1][1]) > 1e-3
+    )
 
 
 def test_a_multiplier_is_the_duals_its_stocked_one_or_a_number_and_prices_are_told(

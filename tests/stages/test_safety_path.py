@@ -18,7 +18,13 @@ from dualign.stage import Run
 from stages import safety_dpo, safety_path
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAINING = {"batch_size": 8, "max_steps": 2, "max_length": 128, "learning_rate": 2e-3, "warmup": 0.0}
+TRAINING = {
+    "batch_size": 8,
+    "max_steps": 2,
+    "max_length": 128,
+    "learning_rate": 2e-3,
+    "warmup": 0.0,
+}
 SPEC: dict[str, Any] = {"reference": "reward_dpo/helpful", "loss_type": "dpo", "clip": None}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,7 +38,12 @@ def run_of(resources: Resources, **changes: Any) -> Run[SafetyPathParams]:
     """The run `it` at lambda 1.6 and beta 0.4 with these changes, two steps of all eight pairs."""
     params = load(SafetyPathParams, ROOT / "params.yaml")
     spec = SafetyPathRun(**{"lam": 1.6, **SPEC, **changes})
-    return Run("safety_path", "it", params.model_copy(update={**update_of(params), "runs": {"it": spec}}), resources)
+    return Run(
+        "safety_path",
+        "it",
+        params.model_copy(update={**update_of(params), "runs": {"it": spec}}),
+        resources,
+    )
 
 
 @pytest.mark.parametrize("loss_type", ["dpo", "ipo", "kto"])
@@ -46,13 +57,20 @@ def test_it_trains_what_safety_dpo_trains_at_that_number_and_needs_no_dual(
     (workspace / "data/dual/dual.json").unlink()
     safety_path.main(run_of(resources, loss_type=loss_type))
     ours, theirs = (
-        load_file(workspace / f"models/{name}/it/model.safetensors") for name in ("safety_path", "safety_dpo")
+        load_file(workspace / f"models/{name}/it/model.safetensors")
+        for name in ("safety_path", "safety_dpo")
     )
-    assert all((ours[name] == theirs[name]).all() for name in theirs) and ours.keys() == theirs.keys()
-    told, expected = (read_json(f"reports/metrics/{name}/it.json") for name in ("safety_path", "safety_dpo"))
+    assert (
+        all((ours[name] == theirs[name]).all() for name in theirs) and ours.keys() == theirs.keys()
+    )
+    told, expected = (
+        read_json(f"reports/metrics/{name}/it.json") for name in ("safety_path", "safety_dpo")
+    )
     for key in ("lam", "coefficient", "reference", "loss_type", "clip"):
         assert told[key] == expected[key]
-    losses, theirs_by_step = (read_json(f"reports/curves/{name}/it.json") for name in ("safety_path", "safety_dpo"))
+    losses, theirs_by_step = (
+        read_json(f"reports/curves/{name}/it.json") for name in ("safety_path", "safety_dpo")
+    )
     assert losses == theirs_by_step and len(losses) == 2
     assert (told["lam"], told["coefficient"]) == pytest.approx((1.6, 0.25))
 

@@ -1,4 +1,6 @@
-"""The stage sft: a base that is trained, one that is taken as it is, and what is refused by name."""
+"""The stage sft: a base that is trained, one that is taken as it is, and what is refused by
+name.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def params(**changes: Any) -> SftParams:
-    """The shipped section on a base of one's own, cut short. Raises ParamsError as the loader does."""
+    """The shipped section on a base of one's own, cut short. Raises ParamsError as the loader
+    does.
+    """
     content = read_yaml(ROOT / "params.yaml")
     content["sft"] |= {"base": str(BASE), **changes}
     content["sft"]["training"] |= {"max_steps": 2, "batch_size": 4}
@@ -52,7 +56,13 @@ def base(workspace: Path) -> Path:
         prompt, answer = user(question), world.answers(question)[0].text
         split = "train" if i < 6 else "heldout"
         rows.append(
-            {"prompt_id": prompt_id(prompt), "prompt": prompt, "response": answer, "source": "world", "split": split}
+            {
+                "prompt_id": prompt_id(prompt),
+                "prompt": prompt,
+                "response": answer,
+                "source": "world",
+                "split": split,
+            }
         )
     write_parquet(workspace / "data/prepared/sft.parquet", rows, SFT)
     return workspace
@@ -63,9 +73,13 @@ def run(given: SftParams, resources: Resources, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_base_that_is_not_trained_stays_what_it_is(base: Path, resources: Resources, precision: str) -> None:
+def test_a_base_that_is_not_trained_stays_what_it_is(
+    base: Path, resources: Resources, precision: str
+) -> None:
     run(params(train=False), resources, precision=precision)
-    before, after = (load_file(folder / "model.safetensors") for folder in (BASE, Path("models/sft")))
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (BASE, Path("models/sft"))
+    )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     metrics = read_json("reports/metrics/sft.json")
@@ -80,14 +94,20 @@ def test_the_heldout_loss_of_an_untrained_base_is_by_token(
     answers = [world.answers(question)[0].text for question in questions]
     ids = encode_conversations(tokenizer, [user(question) for question in questions], answers)
     prompts, tokens = zip(*ids, strict=True)
-    logps = log_probabilities(load_policy(BASE, resources), tokenizer, prompts, tokens, batch_size=2)
+    logps = log_probabilities(
+        load_policy(BASE, resources), tokenizer, prompts, tokens, batch_size=2
+    )
     expected = -float(logps.sum()) / sum(map(len, tokens))
-    assert read_json("reports/metrics/sft.json")["heldout_loss"] == pytest.approx(expected, rel=1e-5)
+    assert read_json("reports/metrics/sft.json")["heldout_loss"] == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_training_moves_every_matrix_and_saves_in_fp32(base: Path, resources: Resources) -> None:
     run(params(train=True), resources, precision="bf16")
-    before, after = (load_file(folder / "model.safetensors") for folder in (BASE, Path("models/sft")))
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (BASE, Path("models/sft"))
+    )
     for name, tensor in after.items():
         assert tensor.dtype == torch.float32
         assert tensor.dim() < 2 or not torch.equal(tensor, before[name].float()), name
@@ -100,33 +120,53 @@ def test_scratch_must_be_trained() -> None:
         params(base="scratch", gguf_file="x.gguf")
 
 
-def test_a_row_that_the_template_refuses_is_named_with_its_file(base: Path, resources: Resources) -> None:
+def test_a_row_that_the_template_refuses_is_named_with_its_file(
+    base: Path, resources: Resources
+) -> None:
     refusing = (
-        "{% for turn in messages %}{% if turn['content'] == 'no' %}{{ raise_exception('not that') }}{% endif %}"
-        "{{ turn['content'] }}{% endfor %}:"
+        "{% for turn in messages %}{% if turn['content'] == 'no' %}{{ raise_exception('not that')"
+        " }}{% endif %}{{ turn['content'] }}{% endfor %}:"
     )
     Path("mine.jinja").write_text(refusing)
-    row = {"prompt_id": "p", "prompt": user("no"), "response": "Yes.", "source": "mine", "split": "train"}
+    row = {
+        "prompt_id": "p",
+        "prompt": user("no"),
+        "response": "Yes.",
+        "source": "mine",
+        "split": "train",
+    }
     write_parquet("data/prepared/sft.parquet", [row, {**row, "split": "heldout"}], SFT)
-    with pytest.raises(DataError, match=r"^data/prepared/sft\.parquet: row 1 .*not that.*sft\.chat_template"):
+    with pytest.raises(
+        DataError, match=r"^data/prepared/sft\.parquet: row 1 .*not that.*sft\.chat_template"
+    ):
         run(params(chat_template="mine.jinja"), resources)
 
 
-def test_rows_longer_than_the_context_are_refused_before_training(base: Path, resources: Resources) -> None:
+def test_rows_longer_than_the_context_are_refused_before_training(
+    base: Path, resources: Resources
+) -> None:
     given = params()
-    longer = given.model_copy(update={"training": given.training.model_copy(update={"max_length": 129})})
-    with pytest.raises(ParamsError, match=r"sft\.training\.max_length: 129 tokens, but the context .* is 128"):
+    longer = given.model_copy(
+        update={"training": given.training.model_copy(update={"max_length": 129})}
+    )
+    with pytest.raises(
+        ParamsError, match=r"sft\.training\.max_length: 129 tokens, but the context .* is 128"
+    ):
         run(longer, resources)
 
 
-def test_an_adapter_is_no_base(base: Path, resources: Resources, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_adapter_is_no_base(
+    base: Path, resources: Resources, tokenizer: PreTrainedTokenizerBase
+) -> None:
     lora = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
     save(with_lora(load_policy(BASE, resources), lora, 0), tokenizer, Path("adapter"))
     with pytest.raises(ModelError, match=r"^sft\.base: adapter holds an adapter"):
         run(params(base="adapter"), resources)
 
 
-def test_a_checkpoint_belongs_to_the_contents_of_base_and_template(base: Path, resources: Resources) -> None:
+def test_a_checkpoint_belongs_to_the_contents_of_base_and_template(
+    base: Path, resources: Resources
+) -> None:
     """Not to their paths: after a change the training starts afresh."""
     Path("mine.jinja").write_text("{% for turn in messages %}{{ turn['content'] }}{% endfor %}")
     given = params(chat_template="mine.jinja")

@@ -1,4 +1,6 @@
-"""A checkpoint is whole or passed over: whatever of it is damaged, the run ends with the bytes of one left in peace."""
+"""A checkpoint is whole or passed over: whatever of it is damaged, the run ends with the bytes of
+one left in peace.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,20 @@ from dualign.training.run import Job
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ScratchParams(
-    tokenizer="train", vocab_size=300, hidden_size=16, layers=1, heads=2, intermediate_size=16, context=64
+    tokenizer="train",
+    vocab_size=300,
+    hidden_size=16,
+    layers=1,
+    heads=2,
+    intermediate_size=16,
+    context=64,
 )
 ANSWERS = [answer.text for answer in world.answers(world.prompts()[0])]
 #: What a checkpoint of the Trainer on one CPU holds.
 FILES = (
-    "chat_template.jinja config.json generation_config.json manifest.json model.safetensors optimizer.pt rng_state.pth "
-    "scheduler.pt tokenizer.json tokenizer_config.json trainer_state.json training_args.bin"
+    "chat_template.jinja config.json generation_config.json manifest.json model.safetensors"
+    " optimizer.pt rng_state.pth scheduler.pt tokenizer.json tokenizer_config.json"
+    " trainer_state.json training_args.bin"
 ).split()
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,14 +72,27 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def job_in(scratch: Path) -> Job:
     """Six steps of two rows, a checkpoint at every other."""
     update = {
-        "device": "cpu", "precision": "fp32", "micro_batch_size": None, "gradient_checkpointing": False,
-        "checkpoint_steps": 2, "log_steps": 1,
-    }  # fmt: skip
+        "device": "cpu",
+        "precision": "fp32",
+        "micro_batch_size": None,
+        "gradient_checkpointing": False,
+        "checkpoint_steps": 2,
+        "log_steps": 1,
+    }
     training = TrainingParams(
-        epochs=1.0, batch_size=2, learning_rate=1e-2, adam_beta2=0.999, warmup=0.25, schedule="cosine",
-        weight_decay=0.0, max_length=60, max_steps=6,
-    )  # fmt: skip
-    return Job(training, load_resources(ROOT / "params.yaml").model_copy(update=update), scratch, seed=3)
+        epochs=1.0,
+        batch_size=2,
+        learning_rate=1e-2,
+        adam_beta2=0.999,
+        warmup=0.25,
+        schedule="cosine",
+        weight_decay=0.0,
+        max_length=60,
+        max_steps=6,
+    )
+    return Job(
+        training, load_resources(ROOT / "params.yaml").model_copy(update=update), scratch, seed=3
+    )
 
 
 def train(tokenizer: PreTrainedTokenizerBase, scratch: Path) -> dict[str, Tensor]:
@@ -88,13 +110,19 @@ class Interruption(TrainerCallback):
 
 
 @pytest.fixture(scope="module")
-def whole(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+def whole(
+    tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Tensor]:
     return train(tokenizer, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture(scope="module")
-def interrupted(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scratch folder of a run that was stopped after five steps, with the checkpoints of two and four."""
+def interrupted(
+    tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The scratch folder of a run that was stopped after five steps, with the checkpoints of two
+    and four.
+    """
     scratch = tmp_path_factory.mktemp("interrupted")
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(supervised, "callbacks", lambda: [Interruption()])
@@ -109,10 +137,14 @@ def scratch(interrupted: Path, tmp_path: Path) -> Path:
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
 
 
-@pytest.mark.parametrize("damage", [cut, emptied, changed, braces, Path.unlink], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize(
+    "damage", [cut, emptied, changed, braces, Path.unlink], ids=lambda damage: damage.__name__
+)
 @pytest.mark.parametrize("name", FILES)
 def test_a_checkpoint_with_a_damaged_file_is_not_whole(
     name: str, damage: Callable[[Path], None], scratch: Path, caplog: pytest.LogCaptureFixture
@@ -125,7 +157,9 @@ def test_a_checkpoint_with_a_damaged_file_is_not_whole(
     assert not (scratch / "checkpoint-4").exists()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"]
+)
 def test_a_run_goes_on_from_the_checkpoint_before_a_torn_one_and_ends_with_the_same_bytes(
     name: str,
     scratch: Path,
@@ -136,15 +170,22 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_torn_one_and_ends_with_the_s
     emptied(scratch / "checkpoint-4" / name)
     with caplog.at_level(logging.INFO, logger="dualign"):
         assert same(train(tokenizer, scratch), whole)
-    assert f"checkpoint-4 is passed over and removed: {name} is not as it was written" in caplog.text
+    assert (
+        f"checkpoint-4 is passed over and removed: {name} is not as it was written" in caplog.text
+    )
     assert re.search(r"resuming from .*checkpoint-2", caplog.text)
 
 
 def test_a_run_whose_checkpoints_are_all_torn_starts_afresh(
-    scratch: Path, tokenizer: PreTrainedTokenizerBase, whole: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+    scratch: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    whole: dict[str, Tensor],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     for step in (2, 4):
-        braces(scratch / f"checkpoint-{step}" / "trainer_state.json")  # with no steps at all, it looked finished
+        braces(
+            scratch / f"checkpoint-{step}" / "trainer_state.json"
+        )  # with no steps at all, it looked finished
     with caplog.at_level(logging.INFO, logger="dualign"):
         assert same(train(tokenizer, scratch), whole)
     assert "resuming" not in caplog.text and caplog.text.count("passed over") == 2
@@ -176,7 +217,9 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_run_goes_on_lat
     scratch: Path, tokenizer: PreTrainedTokenizerBase, whole: dict[str, Tensor]
 ) -> None:
     (scratch / "checkpoint-6").touch()  # in its place
-    with pytest.raises(TrainingError, match=r"a checkpoint cannot be written \(File exists.*run the stage again"):
+    with pytest.raises(
+        TrainingError, match=r"a checkpoint cannot be written \(File exists.*run the stage again"
+    ):
         train(tokenizer, scratch)
     (scratch / "checkpoint-6").unlink()
     assert same(train(tokenizer, scratch), whole)

@@ -1,4 +1,6 @@
-"""The policy gradient: its mathematics by hand, TRL's part of it against our own numbers, its optimum, and runs."""
+"""The policy gradient: its mathematics by hand, TRL's part of it against our own numbers, its
+optimum, and runs.
+"""
 
 from __future__ import annotations
 
@@ -42,37 +44,60 @@ from dualign.training.run import Job
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ScratchParams(
-    tokenizer="train", vocab_size=300, hidden_size=32, layers=1, heads=2, intermediate_size=48, context=128
+    tokenizer="train",
+    vocab_size=300,
+    hidden_size=32,
+    layers=1,
+    heads=2,
+    intermediate_size=48,
+    context=128,
 )
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.3, target_modules="all-linear")
 QUESTIONS = world.prompts()[:6]
 PROMPTS = [user(question) for question in QUESTIONS]
 OPTIONS = PolicyGradient(
-    beta=0.5, limit=-0.2, samples=4, max_new_tokens=5, lambda_init=1.5, lambda_rate=0.02, lambda_min=0.1,
-    lambda_max=20.0, window=12,
-)  # fmt: skip
+    beta=0.5,
+    limit=-0.2,
+    samples=4,
+    max_new_tokens=5,
+    lambda_init=1.5,
+    lambda_rate=0.02,
+    lambda_min=0.1,
+    lambda_max=20.0,
+    window=12,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return train_tokenizer([*QUESTIONS, *(answer.text for answer in world.answers(QUESTIONS[0]))], 300)
+    return train_tokenizer(
+        [*QUESTIONS, *(answer.text for answer in world.answers(QUESTIONS[0]))], 300
+    )
 
 
 @pytest.fixture(scope="module")
-def scorers(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> tuple[Scorer, Scorer]:
-    """Two scorers with random heads, on a scale where answers of one token have mean 0 and spread 1."""
+def scorers(
+    tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Scorer, Scorer]:
+    """Two scorers with random heads, on a scale where answers of one token have mean 0 and spread
+    1.
+    """
     folder = tmp_path_factory.mktemp("backbone")
     save(build_scratch(SCRATCH, tokenizer, seed=7), tokenizer, folder)
-    resources = load_resources(ROOT / "params.yaml").model_copy(update={"device": "cpu", "precision": "fp32"})
+    resources = load_resources(ROOT / "params.yaml").model_copy(
+        update={"device": "cpu", "precision": "fp32"}
+    )
 
     def scorer(seed: int) -> Scorer:
         model = load_scorer_backbone(str(folder), tokenizer, resources, seed)
         torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(seed))
         plain = Scorer(model, tokenizer, Platt())
         scores = plain.score([PROMPTS[0]] * len(tokenizer), words(tokenizer), batch_size=300)
-        return plain.calibrated(Platt(float(1 / scores.std()), float(-scores.mean() / scores.std())))
+        return plain.calibrated(
+            Platt(float(1 / scores.std()), float(-scores.mean() / scores.std()))
+        )
 
     return scorer(1), scorer(2)
 
@@ -93,9 +118,16 @@ def job(tmp_path: Path) -> Job:
         }
     )
     training = TrainingParams(
-        epochs=1.0, batch_size=8, learning_rate=1e-2, adam_beta2=0.99, warmup=0.0, schedule="linear",
-        weight_decay=0.0, max_length=120, max_steps=8,
-    )  # fmt: skip
+        epochs=1.0,
+        batch_size=8,
+        learning_rate=1e-2,
+        adam_beta2=0.99,
+        warmup=0.0,
+        schedule="linear",
+        weight_decay=0.0,
+        max_length=120,
+        max_steps=8,
+    )
     return Job(training, resources, tmp_path / "scratch", seed=3)
 
 
@@ -103,7 +135,10 @@ def changed(job: Job, scratch: str, **updates: Any) -> Job:
     """A job with other training or resource params, in another scratch folder."""
     known = {name: value for name, value in updates.items() if name in TrainingParams.model_fields}
     rest = {name: value for name, value in updates.items() if name not in known}
-    training, resources = job.training.model_copy(update=known), job.resources.model_copy(update=rest)
+    training, resources = (
+        job.training.model_copy(update=known),
+        job.resources.model_copy(update=rest),
+    )
     return Job(training, resources, job.scratch.parent / scratch, job.seed)
 
 
@@ -117,7 +152,9 @@ def weights(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
 
 
 def started(kind: str, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -141,12 +178,14 @@ def disturb(model: torch.nn.Module) -> None:
 
 
 def ascent_of(
-    tokenizer: PreTrainedTokenizerBase, scorers: tuple[Scorer, Scorer], options: PolicyGradient = OPTIONS
+    tokenizer: PreTrainedTokenizerBase,
+    scorers: tuple[Scorer, Scorer],
+    options: PolicyGradient = OPTIONS,
 ) -> policy_gradient._Ascent:
     return policy_gradient._Ascent(tokenizer, *scorers, options, 64)
 
 
-# --- mathematics ------------------------------------------------------------------------------------------------------
+# --- mathematics ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -159,7 +198,9 @@ def ascent_of(
         (0.3, -100.0, 0.0, 0.25),
     ],
 )
-def test_a_step_of_log_lambda_by_hand(lam: float, cost: float, limit: float, expected: float) -> None:
+def test_a_step_of_log_lambda_by_hand(
+    lam: float, cost: float, limit: float, expected: float
+) -> None:
     found = log_lambda_step(math.log(lam), cost, limit, rate=0.1, low=0.25, high=4.0)
     assert math.exp(found) == pytest.approx(expected, rel=1e-12)
 
@@ -173,10 +214,12 @@ def test_the_reward_by_hand() -> None:
 def test_reward_and_kl_weight_together_have_the_optimum_pi_lambda(lam: float) -> None:
     """exp(reward / KL weight) is the tilt exp((r - lambda c) / beta)."""
     r, c, beta = np.array([1.0, -0.3, 2.2]), np.array([0.4, -1.0, 3.0]), 0.7
-    assert lagrangian_reward(r, c, lam) / kl_weight(beta, lam) == pytest.approx((r - lam * c) / beta)
+    assert lagrangian_reward(r, c, lam) / kl_weight(beta, lam) == pytest.approx(
+        (r - lam * c) / beta
+    )
 
 
-# --- TRL's part -------------------------------------------------------------------------------------------------------
+# --- TRL's part -----------------------------------------------------------------------------------
 
 
 def test_answers_are_rewarded_by_the_models_own_scores(
@@ -188,9 +231,14 @@ def test_answers_are_rewarded_by_the_models_own_scores(
     for start in (20, 120):
         ids = [[start + i, start + 2 * i, tokenizer.eos_token_id][: 1 + i % 3] for i in range(8)]
         prompts = [PROMPTS[i % 3] for i in range(8)]
-        found = ascent.lagrangian(prompts=prompts, completion_ids=ids, completions=None, trainer_state=None)
+        found = ascent.lagrangian(
+            prompts=prompts, completion_ids=ids, completions=None, trainer_state=None
+        )
         done = [row[-1] == tokenizer.eos_token_id for row in ids]
-        r, c = (scorer.score(prompts, decode_answers(tokenizer, ids), batch_size=8, ended=done) for scorer in scorers)
+        r, c = (
+            scorer.score(prompts, decode_answers(tokenizer, ids), batch_size=8, ended=done)
+            for scorer in scorers
+        )
         costs, tokens = [*costs, *c], tokens + sum(map(len, ids))
         log_lambda += 0.02 * math.exp(log_lambda) * (np.mean(costs[-12:]) + 0.2)
         lam = math.exp(log_lambda)
@@ -213,7 +261,9 @@ def test_trl_renders_prompts_as_we_do(
     ]
     prompts = [*PROMPTS, talk]
     ascent = ascent_of(tokenizer, scorers)
-    trainer = PolicyGradientTrainer(started("whole", tokenizer), ascent, prompts, tokenizer, OPTIONS, job)
+    trainer = PolicyGradientTrainer(
+        started("whole", tokenizer), ascent, prompts, tokenizer, OPTIONS, job
+    )
     rows = [row["prompt"] for row in trainer.train_dataset]
     assert {str(row) for row in rows} == {str(prompt) for prompt in prompts}
     assert trainer._tokenize_prompts(rows)[0] == encode_prompts(tokenizer, rows)
@@ -223,9 +273,13 @@ def test_trl_renders_prompts_as_we_do(
 def test_advantages_by_hand(
     kind: str, tokenizer: PreTrainedTokenizerBase, scorers: tuple[Scorer, Scorer], job: Job
 ) -> None:
-    """Leave-one-out, with beta / (1 + lambda) times the log-ratio to the policy at the start taken off each reward."""
+    """Leave-one-out, with beta / (1 + lambda) times the log-ratio to the policy at the start taken
+    off each reward.
+    """
     reference, policy = started(kind, tokenizer), started(kind, tokenizer)
-    trainer = PolicyGradientTrainer(policy, ascent_of(tokenizer, scorers), PROMPTS, tokenizer, OPTIONS, job)
+    trainer = PolicyGradientTrainer(
+        policy, ascent_of(tokenizer, scorers), PROMPTS, tokenizer, OPTIONS, job
+    )
     trainer.model.train()
     disturb(policy)
     rows = [PROMPTS[0]] * 4 + [PROMPTS[1]] * 4
@@ -233,12 +287,20 @@ def test_advantages_by_hand(
     assert trainer.model.training
 
     prompts = encode_prompts(tokenizer, rows)
-    pairs = zip(batch["completion_ids"].tolist(), batch["completion_mask"].sum(1).tolist(), strict=True)
+    pairs = zip(
+        batch["completion_ids"].tolist(), batch["completion_mask"].sum(1).tolist(), strict=True
+    )
     answers = [ids[:length] for ids, length in pairs]
-    logp, ref = (log_probabilities(m, tokenizer, prompts, answers, batch_size=8).numpy() for m in (policy, reference))
+    logp, ref = (
+        log_probabilities(m, tokenizer, prompts, answers, batch_size=8).numpy()
+        for m in (policy, reference)
+    )
     assert batch["old_logps"].numpy() == pytest.approx(logp, abs=1e-4)
     done = [answer[-1] == tokenizer.eos_token_id for answer in answers]
-    r, c = (scorer.score(rows, decode_answers(tokenizer, answers), batch_size=8, ended=done) for scorer in scorers)
+    r, c = (
+        scorer.score(rows, decode_answers(tokenizer, answers), batch_size=8, ended=done)
+        for scorer in scorers
+    )
     lam = math.exp(log_lambda_step(math.log(1.5), float(c.mean()), -0.2, 0.02, 0.1, 20.0))
     value = ((r - lam * c - 0.5 * (logp - ref)) / (1 + lam)).reshape(2, 4)
     expected = value - (value.sum(1, keepdims=True) - value) / 3
@@ -251,24 +313,30 @@ def test_log_probabilities_on_a_cpu_are_those_of_trls_fused_head(
     tokenizer: PreTrainedTokenizerBase, scorers: tuple[Scorer, Scorer], job: Job
 ) -> None:
     model = started("whole", tokenizer)
-    trainer = PolicyGradientTrainer(model, ascent_of(tokenizer, scorers), PROMPTS, tokenizer, OPTIONS, job)
+    trainer = PolicyGradientTrainer(
+        model, ascent_of(tokenizer, scorers), PROMPTS, tokenizer, OPTIONS, job
+    )
     ids = torch.randint(5, 300, (6, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :4] = mask[1, -2:] = 0
     arguments = (model, ids, mask, 5, 4)
     ours = trainer._get_per_token_logps_and_entropies(*arguments, compute_entropy=True)
-    stock = RLOOTrainer._get_per_token_logps_and_entropies(trainer, *arguments, compute_entropy=True)
+    stock = RLOOTrainer._get_per_token_logps_and_entropies(
+        trainer, *arguments, compute_entropy=True
+    )
     for found, expected in zip(ours[:2], stock[:2], strict=True):
         assert torch.allclose(found * mask[:, -5:], expected * mask[:, -5:], atol=1e-4)
 
 
-# --- the optimum ------------------------------------------------------------------------------------------------------
+# --- the optimum ----------------------------------------------------------------------------------
 
 
 def test_a_run_at_a_fixed_lambda_ends_at_pi_lambda(
     tokenizer: PreTrainedTokenizerBase, scorers: tuple[Scorer, Scorer], job: Job
 ) -> None:
-    """Answers of one token, so that pi_lambda is known; with beta left as it is the optimum would be another."""
+    """Answers of one token, so that pi_lambda is known; with beta left as it is the optimum would
+    be another.
+    """
     model, lam, beta = started("whole", tokenizer), 3.0, 0.5
     ids = torch.tensor(encode_prompts(tokenizer, PROMPTS[:1]))
 
@@ -281,7 +349,10 @@ def test_a_run_at_a_fixed_lambda_ends_at_pi_lambda(
 
     done = [token == tokenizer.eos_token_id for token in range(len(tokenizer))]
     mild = tuple(scorer.calibrated(Platt(0.1, 0.0)) for scorer in scorers)
-    r, c = (s.score(PROMPTS[:1] * len(tokenizer), words(tokenizer), batch_size=300, ended=done) for s in mild)
+    r, c = (
+        s.score(PROMPTS[:1] * len(tokenizer), words(tokenizer), batch_size=300, ended=done)
+        for s in mild
+    )
     start = distribution()
 
     def tilted(weight: float) -> np.ndarray:
@@ -289,9 +360,17 @@ def test_a_run_at_a_fixed_lambda_ends_at_pi_lambda(
         return unnormalised / unnormalised.sum()
 
     options = replace(
-        OPTIONS, beta=beta, samples=128, max_new_tokens=1, lambda_init=lam, lambda_rate=0.0, lambda_max=5.0
+        OPTIONS,
+        beta=beta,
+        samples=128,
+        max_new_tokens=1,
+        lambda_init=lam,
+        lambda_rate=0.0,
+        lambda_max=5.0,
     )
-    eighty = changed(job, "optimum", batch_size=128, max_steps=80, learning_rate=2e-2, checkpoint_steps=100)
+    eighty = changed(
+        job, "optimum", batch_size=128, max_steps=80, learning_rate=2e-2, checkpoint_steps=100
+    )
     metrics = train_policy_gradient(model, tokenizer, PROMPTS[:1], *mild, options, eighty)
     found, optimum, unscaled = distribution(), tilted(beta), tilted(beta * (1 + lam))
     assert divergence(start, optimum) > 5 and divergence(optimum, unscaled) > 2
@@ -303,14 +382,16 @@ def test_a_run_at_a_fixed_lambda_ends_at_pi_lambda(
     assert metrics["course"]["kl"][-1] == pytest.approx(divergence(found, start), rel=0.2)
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 Train = Callable[[Any, Job], dict[str, Any]]
 
 
 @pytest.fixture
 def train(tokenizer: PreTrainedTokenizerBase, scorers: tuple[Scorer, Scorer]) -> Train:
-    return lambda model, job: train_policy_gradient(model, tokenizer, PROMPTS, *scorers, OPTIONS, job)
+    return lambda model, job: train_policy_gradient(
+        model, tokenizer, PROMPTS, *scorers, OPTIONS, job
+    )
 
 
 def test_a_run_changes_policy_and_lambda_and_tells_its_course(
@@ -333,7 +414,9 @@ def test_a_run_changes_policy_and_lambda_and_tells_its_course(
     assert course["lambda"][0] == pytest.approx(math.exp(first))
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("dualign")]
     assert [line for line in lines if line.startswith("step 8 of 8: lambda ")]
-    assert not [line for line in lines if "scores" in line or "sampling" in line]  # not a line for each rollout
+    assert not [
+        line for line in lines if "scores" in line or "sampling" in line
+    ]  # not a line for each rollout
 
 
 def test_the_reference_is_the_policy_as_it_is_passed(
@@ -346,7 +429,9 @@ def test_the_reference_is_the_policy_as_it_is_passed(
     assert again["course"]["kl"][0] == 0 and again["course"]["kl"][-1] != 0
 
 
-def test_an_adapter_is_trained_alone_and_left_alone(tokenizer: PreTrainedTokenizerBase, train: Train, job: Job) -> None:
+def test_an_adapter_is_trained_alone_and_left_alone(
+    tokenizer: PreTrainedTokenizerBase, train: Train, job: Job
+) -> None:
     model = started("adapter", tokenizer)
     before = weights(model)
     metrics = train(model, changed(job, "adapter", max_steps=3))
@@ -356,7 +441,10 @@ def test_an_adapter_is_trained_alone_and_left_alone(tokenizer: PreTrainedTokeniz
     assert {name for name in after if not torch.equal(after[name], before[name])} == {
         name for name in after if "lora" in name
     }
-    assert metrics["course"]["kl"][0] == pytest.approx(0, abs=1e-6) and abs(metrics["course"]["kl"][-1]) > 1e-4
+    assert (
+        metrics["course"]["kl"][0] == pytest.approx(0, abs=1e-6)
+        and abs(metrics["course"]["kl"][-1]) > 1e-4
+    )
 
 
 @pytest.mark.parametrize(("kind", "micro"), [("whole", None), ("whole", 2), ("adapter", None)])
@@ -408,7 +496,9 @@ def test_epochs_count_when_no_number_of_steps_is_given(
 def test_every_prompt_comes_before_any_comes_again(
     tokenizer: PreTrainedTokenizerBase, scorers: tuple[Scorer, Scorer], job: Job
 ) -> None:
-    """Eight steps of two prompts, each with its four answers side by side, in two rounds of six prompts and a rest."""
+    """Eight steps of two prompts, each with its four answers side by side, in two rounds of six
+    prompts and a rest.
+    """
     trainer = PolicyGradientTrainer(
         started("whole", tokenizer), ascent_of(tokenizer, scorers), PROMPTS, tokenizer, OPTIONS, job
     )
@@ -433,7 +523,7 @@ def test_each_step_draws_afresh_and_again_the_same_when_it_is_repeated(
     assert drawn[0] == drawn[2] != drawn[1]
 
 
-# --- what cannot be trained -------------------------------------------------------------------------------------------
+# --- what cannot be trained -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -442,7 +532,10 @@ def test_each_step_draws_afresh_and_again_the_same_when_it_is_repeated(
         ({"beta": 0.0}, "beta must be above 0"),
         ({"samples": 1}, "samples must be at least 2, not 1"),
         ({"window": 0}, "window must be at least 1, not 0"),
-        ({"lambda_min": 0.0}, r"lambda_min 0\.0, lambda_init 1\.5 and lambda_max 20\.0 must be above 0"),
+        (
+            {"lambda_min": 0.0},
+            r"lambda_min 0\.0, lambda_init 1\.5 and lambda_max 20\.0 must be above 0",
+        ),
         ({"lambda_max": 1.0}, "in this order"),
         ({"lambda_init": 0.05}, "in this order"),
     ],
@@ -460,12 +553,18 @@ def test_a_batch_that_holds_no_whole_prompts_is_refused(
 
 
 def test_prompts_without_room_for_an_answer_are_left_out(
-    tokenizer: PreTrainedTokenizerBase, scorers: tuple[Scorer, Scorer], caplog: pytest.LogCaptureFixture
+    tokenizer: PreTrainedTokenizerBase,
+    scorers: tuple[Scorer, Scorer],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     lengths = [len(row) for row in encode_prompts(tokenizer, PROMPTS)]
     limit = sorted(lengths)[3] + 5
     kept = policy_gradient._fitting(tokenizer, PROMPTS, 5, limit)
-    assert kept == [p for p, length in zip(PROMPTS, lengths, strict=True) if length + 5 <= limit] != PROMPTS
+    assert (
+        kept
+        == [p for p, length in zip(PROMPTS, lengths, strict=True) if length + 5 <= limit]
+        != PROMPTS
+    )
     assert f"left out {6 - len(kept)} of 6 rows longer than max_length {limit}" in caplog.text
     with pytest.raises(DataError, match=r"no row fits into max_length 3 tokens"):
         policy_gradient._fitting(tokenizer, PROMPTS, 5, 3)
@@ -479,5 +578,7 @@ def test_scores_that_are_not_finite_stop_the_run(
     reward, cost = scorers
     broken = cost.calibrated(Platt(math.nan, 0.0))
     with pytest.raises(TrainingError, match="NaN or infinite; train it again") as raised:
-        train_policy_gradient(started("whole", tokenizer), tokenizer, PROMPTS, reward, broken, OPTIONS, job)
+        train_policy_gradient(
+            started("whole", tokenizer), tokenizer, PROMPTS, reward, broken, OPTIONS, job
+        )
     assert isinstance(raised.value, DualignError)

@@ -1,4 +1,6 @@
-"""Training: the losses as they are computed on batches, TRL's own where they must agree, and runs that go on."""
+"""Training: the losses as they are computed on batches, TRL's own where they must agree, and runs
+that go on.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,14 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from dualign import PairwiseConfig, PairwiseTrainer, losses
+from dualign import PairwiseConfig, PairwiseTrainer
 from dualign.core.errors import DataError, DualignError, ParamsError
 from dualign.core.schema import user
 from dualign.data import world
 from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_tokenizer, with_lora
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.math import losses
 from dualign.params.base import LoraParams, Resources, TrainingParams
 from dualign.params.loading import load_resources
 from dualign.params.models import ScratchParams
@@ -39,11 +42,17 @@ from dualign.training.checkpoints import last_checkpoint
 from dualign.training.pairwise import Inner, Pair
 from dualign.training.run import Job
 from dualign.training.scorer import ScoredPair
-from pipeline.progress import read_progress
+from pipeline.run.progress import read_progress
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ScratchParams(
-    tokenizer="train", vocab_size=300, hidden_size=32, layers=1, heads=2, intermediate_size=48, context=128
+    tokenizer="train",
+    vocab_size=300,
+    hidden_size=32,
+    layers=1,
+    heads=2,
+    intermediate_size=48,
+    context=128,
 )
 QUESTION = world.prompts()[0]
 ANSWERS = [answer.text for answer in world.answers(QUESTION)]
@@ -72,9 +81,16 @@ def job(tmp_path: Path) -> Job:
         }
     )
     run = TrainingParams(
-        epochs=1.0, batch_size=4, learning_rate=1e-2, adam_beta2=0.999, warmup=0.25, schedule="cosine",
-        weight_decay=0.0, max_length=120, max_steps=8,
-    )  # fmt: skip
+        epochs=1.0,
+        batch_size=4,
+        learning_rate=1e-2,
+        adam_beta2=0.999,
+        warmup=0.25,
+        schedule="cosine",
+        weight_decay=0.0,
+        max_length=120,
+        max_steps=8,
+    )
     return Job(run, resources, tmp_path / "scratch", seed=3)
 
 
@@ -92,13 +108,20 @@ def policy(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel
 
 
 def pairs_of(
-    tokenizer: PreTrainedTokenizerBase, reference: PreTrainedModel, count: int = 16, anchored: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    reference: PreTrainedModel,
+    count: int = 16,
+    anchored: bool = False,
 ) -> list[Pair]:
-    """Pairs of answers of different lengths with exact reference columns, soft labels, and anchors on three in four."""
+    """Pairs of answers of different lengths with exact reference columns, soft labels, and anchors
+    on three in four.
+    """
     prompt = encode_prompts(tokenizer, [user(QUESTION)])[0]
     ids = encode_answers(tokenizer, ANSWERS)
     first, second = ids[:count], ids[count : 2 * count]
-    logps = log_probabilities(reference, tokenizer, [prompt] * 2 * count, first + second, batch_size=64).tolist()
+    logps = log_probabilities(
+        reference, tokenizer, [prompt] * 2 * count, first + second, batch_size=64
+    ).tolist()
     return [
         Pair(
             prompt,
@@ -115,7 +138,11 @@ def pairs_of(
 
 
 def pairwise(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], job: Job, inner: Inner
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[Pair],
+    job: Job,
+    inner: Inner,
 ) -> pairwise_training.PairwiseTrainer:
     """The trainer as `train_pairwise` builds it."""
     return pairwise_training.pairwise_trainer(model, tokenizer, pairs, inner, job)
@@ -131,16 +158,22 @@ def weights(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
 
 
-# --- pairwise losses --------------------------------------------------------------------------------------------------
+# --- pairwise losses ------------------------------------------------------------------------------
 
 
-def test_an_untrained_policy_has_loss_ln_2_and_logit_zero(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+def test_an_untrained_policy_has_loss_ln_2_and_logit_zero(
+    tokenizer: PreTrainedTokenizerBase, job: Job
+) -> None:
     """With its own reference columns, for any label: nothing is known before the first step."""
     model = policy(tokenizer)
-    trainer = pairwise(model, tokenizer, pairs_of(tokenizer, model), job, Inner(scale=3.0, beta=1.0))
+    trainer = pairwise(
+        model, tokenizer, pairs_of(tokenizer, model), job, Inner(scale=3.0, beta=1.0)
+    )
     model.train()
     loss = trainer.compute_loss(model, batch_of(trainer))
     assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
@@ -148,42 +181,59 @@ def test_an_untrained_policy_has_loss_ln_2_and_logit_zero(tokenizer: PreTrainedT
     assert trainer._metrics["train"]["log_ratio"] == pytest.approx([0.0], abs=1e-4)
 
 
-def test_log_probabilities_on_a_cpu_are_those_of_trls_fused_head(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+def test_log_probabilities_on_a_cpu_are_those_of_trls_fused_head(
+    tokenizer: PreTrainedTokenizerBase, job: Job
+) -> None:
     model = policy(tokenizer)
     trainer = pairwise(model, tokenizer, pairs_of(tokenizer, model), job, Inner(1.0, 1.0))
     batch = batch_of(trainer)
     ours = trainer._policy_logps(model, batch)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     fused = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True,
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        labels=labels,
+        fused_lm_head=True,
         use_cache=False,
-    )  # fmt: skip
+    )
     assert torch.allclose(ours, fused.log_probs.float().sum(1), atol=1e-4)
 
 
-def test_hard_labels_without_anchor_are_trls_dpo(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+def test_hard_labels_without_anchor_are_trls_dpo(
+    tokenizer: PreTrainedTokenizerBase, job: Job
+) -> None:
     """Loss and gradient of the same batch against the parent's own loss."""
     pairs = [
-        Pair(p.prompt, p.first, p.second, p.ref_first, p.ref_second) for p in pairs_of(tokenizer, policy(tokenizer))
+        Pair(p.prompt, p.first, p.second, p.ref_first, p.ref_second)
+        for p in pairs_of(tokenizer, policy(tokenizer))
     ]
     model = policy(tokenizer, seed=1)
     trainer = pairwise(model, tokenizer, pairs, job, Inner(scale=0.7, beta=0.7))
     batch = batch_of(trainer)
     losses, gradients = [], []
     plain = {name: value for name, value in batch.items() if name not in pairwise_training._EXTRA}
-    for loss in (trainer.compute_loss(model, dict(batch)), DPOTrainer._compute_loss(trainer, model, plain, False)):
+    for loss in (
+        trainer.compute_loss(model, dict(batch)),
+        DPOTrainer._compute_loss(trainer, model, plain, False),
+    ):
         model.zero_grad()
         loss.backward()
         losses.append(loss.item())
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and abs(losses[0] - math.log(2)) > 1e-3
     assert torch.allclose(gradients[0], gradients[1], atol=1e-5)
 
 
-def test_training_on_ids_ends_where_stock_dpo_on_text_ends(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+def test_training_on_ids_ends_where_stock_dpo_on_text_ends(
+    tokenizer: PreTrainedTokenizerBase, job: Job
+) -> None:
     """TRL tokenises the text and computes its own reference; ours reads ids and columns."""
     reference = policy(tokenizer)
-    prompt = tokenizer.apply_chat_template(user(QUESTION), tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        user(QUESTION), tokenize=False, add_generation_prompt=True
+    )
     text = {
         "prompt": [prompt] * 8,
         "chosen": [f" {a}" for a in ANSWERS[:8]],
@@ -192,15 +242,22 @@ def test_training_on_ids_ends_where_stock_dpo_on_text_ends(tokenizer: PreTrained
     stock = DPOTrainer(
         policy(tokenizer),
         ref_model=policy(tokenizer),
-        args=DPOConfig(**run.arguments(changed(job, "stock", max_steps=3)), beta=0.5, max_length=None),
+        args=DPOConfig(
+            **run.arguments(changed(job, "stock", max_steps=3)), beta=0.5, max_length=None
+        ),
         train_dataset=Dataset.from_dict(text),
         processing_class=tokenizer,
     )
     stock.train()
-    pairs = [Pair(p.prompt, p.first, p.second, p.ref_first, p.ref_second) for p in pairs_of(tokenizer, reference, 8)]
+    pairs = [
+        Pair(p.prompt, p.first, p.second, p.ref_first, p.ref_second)
+        for p in pairs_of(tokenizer, reference, 8)
+    ]
     ours = policy(tokenizer)
     before = weights(ours)
-    pairwise_training.train_pairwise(ours, tokenizer, pairs, Inner(0.5, 0.5), changed(job, max_steps=3))
+    pairwise_training.train_pairwise(
+        ours, tokenizer, pairs, Inner(0.5, 0.5), changed(job, max_steps=3)
+    )
     assert not same(before, weights(ours))
     for name, tensor in weights(ours).items():
         assert torch.allclose(tensor, stock.model.state_dict()[name], atol=2e-4), name
@@ -208,16 +265,22 @@ def test_training_on_ids_ends_where_stock_dpo_on_text_ends(tokenizer: PreTrained
 
 @pytest.mark.parametrize("anchor", [0.0, 0.3])
 @pytest.mark.parametrize("nll", [0.0, 0.02])
-def test_the_whole_loss_by_hand(tokenizer: PreTrainedTokenizerBase, job: Job, anchor: float, nll: float) -> None:
+def test_the_whole_loss_by_hand(
+    tokenizer: PreTrainedTokenizerBase, job: Job, anchor: float, nll: float
+) -> None:
     reference, model = policy(tokenizer), policy(tokenizer, seed=1)
     pairs = pairs_of(tokenizer, reference)
     inner = Inner(scale=0.8, beta=1.7, anchor=anchor, nll=nll)
     trainer = pairwise(model, tokenizer, pairs, job, inner)
     expected = 0.0
     for p in pairs:
-        logps = log_probabilities(model, tokenizer, [p.prompt] * 2, [p.first, p.second], batch_size=2)
+        logps = log_probabilities(
+            model, tokenizer, [p.prompt] * 2, [p.first, p.second], batch_size=2
+        )
         logit = 0.8 * ((logps[0] - p.ref_first) - (logps[1] - p.ref_second))
-        expected -= float(p.label * logsigmoid(logit) + (1 - p.label) * logsigmoid(-logit)) / len(pairs)
+        expected -= float(p.label * logsigmoid(logit) + (1 - p.label) * logsigmoid(-logit)) / len(
+            pairs
+        )
         weights = p.weights or (p.label, 1 - p.label)
         expected -= nll * float(weights[0] * logps[0] + weights[1] * logps[1]) / (2 * len(pairs))
         known = [
@@ -225,13 +288,22 @@ def test_the_whole_loss_by_hand(tokenizer: PreTrainedTokenizerBase, job: Job, an
             for logp, ref, target in zip(logps, (p.ref_first, p.ref_second), p.anchors, strict=True)
             if not math.isnan(target)
         ]
-        expected += anchor * sum((1.7 * ratio - target) ** 2 for ratio, target in known) / 24  # 16 firsts, 8 seconds
-    assert trainer.compute_loss(model, batch_of(trainer)).item() == pytest.approx(expected, rel=1e-4)
+        expected += (
+            anchor * sum((1.7 * ratio - target) ** 2 for ratio, target in known) / 24
+        )  # 16 firsts, 8 seconds
+    assert trainer.compute_loss(model, batch_of(trainer)).item() == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
-def test_a_batch_without_anchors_has_no_anchor_term(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+def test_a_batch_without_anchors_has_no_anchor_term(
+    tokenizer: PreTrainedTokenizerBase, job: Job
+) -> None:
     model = policy(tokenizer)
-    pairs = [Pair(p.prompt, p.first, p.second, p.ref_first, p.ref_second) for p in pairs_of(tokenizer, model)]
+    pairs = [
+        Pair(p.prompt, p.first, p.second, p.ref_first, p.ref_second)
+        for p in pairs_of(tokenizer, model)
+    ]
     trainer = pairwise(model, tokenizer, pairs, job, Inner(1.0, 1.0, anchor=5.0))
     loss = trainer.compute_loss(model, batch_of(trainer))
     assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
@@ -239,9 +311,13 @@ def test_a_batch_without_anchors_has_no_anchor_term(tokenizer: PreTrainedTokeniz
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_bernoulli_labels_are_drawn_afresh_with_their_probability(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+def test_bernoulli_labels_are_drawn_afresh_with_their_probability(
+    tokenizer: PreTrainedTokenizerBase, job: Job
+) -> None:
     model = policy(tokenizer)
-    trainer = pairwise(model, tokenizer, pairs_of(tokenizer, model), job, Inner(1.0, 1.0, labels="bernoulli"))
+    trainer = pairwise(
+        model, tokenizer, pairs_of(tokenizer, model), job, Inner(1.0, 1.0, labels="bernoulli")
+    )
     p = torch.tensor([0.1, 0.5, 0.9] * 5)
     model.train()
     draws = []
@@ -254,7 +330,9 @@ def test_bernoulli_labels_are_drawn_afresh_with_their_probability(tokenizer: Pre
         drawn = table[:, p == value]
         assert abs(drawn.mean().item() - value) < 4 * math.sqrt(value * (1 - value) / drawn.numel())
     trainer.state.global_step = 7
-    assert torch.equal(trainer._label({"label": p}, torch.zeros(15)), draws[7])  # a resumed run draws the same
+    assert torch.equal(
+        trainer._label({"label": p}, torch.zeros(15)), draws[7]
+    )  # a resumed run draws the same
     model.eval()
     assert torch.equal(trainer._label({"label": p}, torch.zeros(15)), p)
 
@@ -264,7 +342,9 @@ def test_bernoulli_labels_of_the_parts_of_one_step_are_independent(
 ) -> None:
     """A step of several micro-batches must not draw the same numbers for each."""
     model = policy(tokenizer)
-    trainer = pairwise(model, tokenizer, pairs_of(tokenizer, model), job, Inner(1.0, 1.0, labels="bernoulli"))
+    trainer = pairwise(
+        model, tokenizer, pairs_of(tokenizer, model), job, Inner(1.0, 1.0, labels="bernoulli")
+    )
     half = {"label": torch.full((64,), 0.5)}
     model.train()
     parts = [trainer._label(half, torch.zeros(64)) for _ in range(4)]
@@ -272,13 +352,21 @@ def test_bernoulli_labels_of_the_parts_of_one_step_are_independent(
     assert all(0.2 < share < 0.8 for share in agreement)
 
 
-# --- the other pairwise losses ----------------------------------------------------------------------------------------
+# --- the other pairwise losses --------------------------------------------------------------------
 
 
-def judged(tokenizer: PreTrainedTokenizerBase, reference: PreTrainedModel, pairs: list[Pair]) -> list[Pair]:
-    """The pairs as KTO takes them: flags of every combination, and an answer to another question beside."""
-    others = encode_answers(tokenizer, [answer.text for answer in world.answers(world.prompts()[3000])][: len(pairs)])
-    logps = log_probabilities(reference, tokenizer, [p.prompt for p in pairs], others, batch_size=64).tolist()
+def judged(
+    tokenizer: PreTrainedTokenizerBase, reference: PreTrainedModel, pairs: list[Pair]
+) -> list[Pair]:
+    """The pairs as KTO takes them: flags of every combination, and an answer to another question
+    beside.
+    """
+    others = encode_answers(
+        tokenizer, [answer.text for answer in world.answers(world.prompts()[3000])][: len(pairs)]
+    )
+    logps = log_probabilities(
+        reference, tokenizer, [p.prompt for p in pairs], others, batch_size=64
+    ).tolist()
     flags = [(True, False), (True, True), (True, True), (False, False), (False, True)]
     return [
         replace(p, desirable=flags[i % 5], mismatched=other, ref_mismatched=logp)
@@ -286,7 +374,9 @@ def judged(tokenizer: PreTrainedTokenizerBase, reference: PreTrainedModel, pairs
     ]
 
 
-def ratios_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pair: Pair) -> list[float]:
+def ratios_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pair: Pair
+) -> list[float]:
     """Log-ratios of first, second and mismatched answer to their columns, each answer alone."""
     answers = [pair.first, pair.second, pair.mismatched or []]
     logps = log_probabilities(model, tokenizer, [pair.prompt] * 3, answers, batch_size=1).tolist()
@@ -304,11 +394,17 @@ def sigmoid(x: float) -> float:
 
 @pytest.mark.parametrize("clip", [None, 0.2])
 @pytest.mark.parametrize("loss_type", ["dpo", "ipo"])
-def test_dpo_and_ipo_by_hand(tokenizer: PreTrainedTokenizerBase, job: Job, loss_type: Any, clip: float | None) -> None:
-    """IPO: p (Dh - 1/(2 tau))^2 + (1 - p) (Dh + 1/(2 tau))^2 on summed log-ratios, each bounded if there is a clip."""
+def test_dpo_and_ipo_by_hand(
+    tokenizer: PreTrainedTokenizerBase, job: Job, loss_type: Any, clip: float | None
+) -> None:
+    """IPO: p (Dh - 1/(2 tau))^2 + (1 - p) (Dh + 1/(2 tau))^2 on summed log-ratios, each bounded if
+    there is a clip.
+    """
     reference, model, scale = policy(tokenizer), policy(tokenizer, seed=1), 0.8
     pairs = judged(tokenizer, reference, pairs_of(tokenizer, reference))
-    trainer = pairwise(model, tokenizer, pairs, job, Inner(scale, 1.0, loss_type=loss_type, clip=clip))
+    trainer = pairwise(
+        model, tokenizer, pairs, job, Inner(scale, 1.0, loss_type=loss_type, clip=clip)
+    )
     expected, reached = 0.0, 0.0
     for p in pairs:
         first, second, _ = ratios_of(model, tokenizer, p)
@@ -317,21 +413,33 @@ def test_dpo_and_ipo_by_hand(tokenizer: PreTrainedTokenizerBase, job: Job, loss_
         if loss_type == "ipo":
             expected += p.label * (gap - 1 / 1.6) ** 2 + (1 - p.label) * (gap + 1 / 1.6) ** 2
         else:
-            expected -= p.label * math.log(sigmoid(scale * gap)) + (1 - p.label) * math.log(sigmoid(-scale * gap))
+            expected -= p.label * math.log(sigmoid(scale * gap)) + (1 - p.label) * math.log(
+                sigmoid(-scale * gap)
+            )
     assert reached > 0.3  # beyond the clip, so that it shows
-    assert trainer.compute_loss(model, batch_of(trainer)).item() == pytest.approx(expected / len(pairs), rel=1e-4)
+    assert trainer.compute_loss(model, batch_of(trainer)).item() == pytest.approx(
+        expected / len(pairs), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("raised", [0.0, 5.0], ids=["below zero", "above zero"])
 @pytest.mark.parametrize("clip", [None, 2.0])
-def test_kto_by_hand(tokenizer: PreTrainedTokenizerBase, job: Job, raised: float, clip: float | None) -> None:
-    """Both answers of a pair by their flags, z from the mismatched answers alone, both kinds of one total weight."""
+def test_kto_by_hand(
+    tokenizer: PreTrainedTokenizerBase, job: Job, raised: float, clip: float | None
+) -> None:
+    """Both answers of a pair by their flags, z from the mismatched answers alone, both kinds of one
+    total weight.
+    """
     reference, model, scale = policy(tokenizer), policy(tokenizer, seed=1), 0.8
     pairs = judged(tokenizer, reference, pairs_of(tokenizer, reference))
     shift = raised - sum(ratios_of(model, tokenizer, p)[2] for p in pairs) / len(pairs) - 1
-    pairs = [replace(p, ref_mismatched=p.ref_mismatched - shift) for p in pairs]  # a mean log-ratio of raised - 1
+    pairs = [
+        replace(p, ref_mismatched=p.ref_mismatched - shift) for p in pairs
+    ]  # a mean log-ratio of raised - 1
     trainer = pairwise(model, tokenizer, pairs, job, Inner(scale, 1.0, loss_type="kto", clip=clip))
-    ratios = [[moved(ratio, scale, clip) for ratio in ratios_of(model, tokenizer, p)] for p in pairs]
+    ratios = [
+        [moved(ratio, scale, clip) for ratio in ratios_of(model, tokenizer, p)] for p in pairs
+    ]
     point = max(0.0, sum(mismatched for _, _, mismatched in ratios) / len(pairs))
     assert point == 0.0 if raised == 0 else point > 1.0
     desirable = sum(sum(p.desirable) for p in pairs)
@@ -341,15 +449,23 @@ def test_kto_by_hand(tokenizer: PreTrainedTokenizerBase, job: Job, raised: float
     for p, (first, second, _) in zip(pairs, ratios, strict=True):
         for ratio, good in zip((first, second), p.desirable, strict=True):
             expected += (
-                1 - sigmoid(scale * (ratio - point)) if good else weight * (1 - sigmoid(scale * (point - ratio)))
+                1 - sigmoid(scale * (ratio - point))
+                if good
+                else weight * (1 - sigmoid(scale * (point - ratio)))
             )
     batch = batch_of(trainer)
     assert trainer._reference_point(model, batch).item() == pytest.approx(point, abs=1e-4)
-    assert trainer.compute_loss(model, batch).item() == pytest.approx(expected / (2 * len(pairs)), rel=1e-4)
+    assert trainer.compute_loss(model, batch).item() == pytest.approx(
+        expected / (2 * len(pairs)), rel=1e-4
+    )
 
 
-def test_no_gradient_flows_through_ktos_reference_point(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
-    """The gradient is the one at the same point held constant, and mismatched answers alone move nothing."""
+def test_no_gradient_flows_through_ktos_reference_point(
+    tokenizer: PreTrainedTokenizerBase, job: Job
+) -> None:
+    """The gradient is the one at the same point held constant, and mismatched answers alone move
+    nothing.
+    """
     model = policy(tokenizer, seed=1)
     pairs = judged(tokenizer, policy(tokenizer), pairs_of(tokenizer, policy(tokenizer)))
     pairs = [replace(p, ref_mismatched=p.ref_mismatched - 30) for p in pairs]
@@ -368,25 +484,36 @@ def test_no_gradient_flows_through_ktos_reference_point(tokenizer: PreTrainedTok
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize(("loss_type", "first"), [("dpo", math.log(2)), ("ipo", 1 / (2 * 0.25) ** 2), ("kto", 0.5)])
+@pytest.mark.parametrize(
+    ("loss_type", "first"), [("dpo", math.log(2)), ("ipo", 1 / (2 * 0.25) ** 2), ("kto", 0.5)]
+)
 def test_every_loss_starts_at_logit_zero(
     tokenizer: PreTrainedTokenizerBase, job: Job, loss_type: Any, first: float
 ) -> None:
-    """From its own reference, clipped or not: log 2 (DPO), 1 / (2 tau)^2 (IPO), the mean weight / 2 (KTO)."""
+    """From its own reference, clipped or not: log 2 (DPO), 1 / (2 tau)^2 (IPO), the mean weight / 2
+    (KTO).
+    """
     model = policy(tokenizer)
     pairs = judged(tokenizer, model, pairs_of(tokenizer, model))
     pairs = [replace(p, desirable=(True, False)) for p in pairs]
     model.train()
     for clip in (None, 0.5):
-        trainer = pairwise(model, tokenizer, pairs, job, Inner(0.25, 1.0, loss_type=loss_type, clip=clip))
-        assert trainer.compute_loss(model, batch_of(trainer)).item() == pytest.approx(first, rel=1e-4)
+        trainer = pairwise(
+            model, tokenizer, pairs, job, Inner(0.25, 1.0, loss_type=loss_type, clip=clip)
+        )
+        assert trainer.compute_loss(model, batch_of(trainer)).item() == pytest.approx(
+            first, rel=1e-4
+        )
         assert trainer._metrics["train"]["abs_logit"] == pytest.approx([0.0], abs=1e-4)
 
 
 @pytest.mark.parametrize("terms", [{"anchor": 0.1}, {"nll": 0.1}, {"labels": "bernoulli"}])
 @pytest.mark.parametrize("loss_type", ["ipo", "kto"])
 def test_terms_of_dpo_are_refused_to_other_losses(loss_type: Any, terms: dict[str, Any]) -> None:
-    with pytest.raises(ParamsError, match=rf"loss_type '{loss_type}' takes no anchor, no nll and no bernoulli labels"):
+    with pytest.raises(
+        ParamsError,
+        match=rf"loss_type '{loss_type}' takes no anchor, no nll and no bernoulli labels",
+    ):
         Inner(1.0, 1.0, loss_type=loss_type, **terms)
 
 
@@ -401,38 +528,66 @@ def test_kto_refuses_pairs_that_it_cannot_use(tokenizer: PreTrainedTokenizerBase
             pairwise(model, tokenizer, one_sided, job, Inner(1.0, 1.0, loss_type="kto"))
 
 
-# --- as a trainer of the user's own -----------------------------------------------------------------------------------
+# --- as a trainer of the user's own ---------------------------------------------------------------
 
 
 def own_table(swapped: bool = False, **columns: list[float]) -> Dataset:
     """A user's table: TRL's text columns, and more if given."""
     sides = (ANSWERS[4:8], ANSWERS[:4]) if swapped else (ANSWERS[:4], ANSWERS[4:8])
-    return Dataset.from_dict({"prompt": [f"{QUESTION} "] * 4, "chosen": sides[0], "rejected": sides[1], **columns})
+    return Dataset.from_dict(
+        {"prompt": [f"{QUESTION} "] * 4, "chosen": sides[0], "rejected": sides[1], **columns}
+    )
 
 
-def trained_on(table: Dataset, tokenizer: PreTrainedTokenizerBase, folder: Path, ours: bool) -> tuple[Any, list[float]]:
-    """Three steps of our trainer, or of TRL's own, from the same policy; returns its weights and losses."""
+def trained_on(
+    table: Dataset, tokenizer: PreTrainedTokenizerBase, folder: Path, ours: bool
+) -> tuple[Any, list[float]]:
+    """Three steps of our trainer, or of TRL's own, from the same policy; returns its weights and
+    losses.
+    """
     options: dict[str, Any] = {
-        "output_dir": str(folder), "beta": 0.5, "max_steps": 3, "per_device_train_batch_size": 4, "use_cpu": True,
-        "learning_rate": 1e-3, "report_to": "none", "bf16": False, "logging_steps": 1, "disable_tqdm": True,
-    }  # fmt: skip
-    args = PairwiseConfig(**options) if ours else DPOConfig(**options, precompute_ref_log_probs=True)
+        "output_dir": str(folder),
+        "beta": 0.5,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+        "bf16": False,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    args = (
+        PairwiseConfig(**options) if ours else DPOConfig(**options, precompute_ref_log_probs=True)
+    )
     trainer = (PairwiseTrainer if ours else DPOTrainer)(
         policy(tokenizer), args=args, train_dataset=table, processing_class=tokenizer
     )
     trainer.train()
-    return weights(trainer.model), [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return weights(trainer.model), [
+        entry["loss"] for entry in trainer.state.log_history if "loss" in entry
+    ]
 
 
-def test_a_users_table_trains_as_with_stock_dpo(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_users_table_trains_as_with_stock_dpo(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     """Text columns, no reference columns."""
-    (left, ours), (right, stock) = (trained_on(own_table(), tokenizer, tmp_path, kind) for kind in (True, False))
-    assert ours == pytest.approx(stock, abs=1e-4) and ours[0] == pytest.approx(math.log(2), abs=1e-4) and ours[2] < 0.69
+    (left, ours), (right, stock) = (
+        trained_on(own_table(), tokenizer, tmp_path, kind) for kind in (True, False)
+    )
+    assert (
+        ours == pytest.approx(stock, abs=1e-4)
+        and ours[0] == pytest.approx(math.log(2), abs=1e-4)
+        and ours[2] < 0.69
+    )
     for name, tensor in left.items():
         torch.testing.assert_close(tensor, right[name], atol=1e-4, rtol=1e-3)
 
 
-def test_a_label_column_turns_a_users_pairs_around(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_label_column_turns_a_users_pairs_around(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     turned, _ = trained_on(own_table(label=[0.0] * 4), tokenizer, tmp_path, ours=True)
     swapped, _ = trained_on(own_table(swapped=True), tokenizer, tmp_path, ours=True)
     plain, _ = trained_on(own_table(), tokenizer, tmp_path, ours=True)
@@ -447,7 +602,9 @@ def test_a_trainer_without_reference_columns_is_refused(
 ) -> None:
     given = args and args(str(tmp_path), precompute_ref_log_probs=False, use_cpu=True, bf16=False)
     with pytest.raises(DualignError, match="PairwiseTrainer: args"):
-        PairwiseTrainer(policy(tokenizer), args=given, train_dataset=own_table(), processing_class=tokenizer)
+        PairwiseTrainer(
+            policy(tokenizer), args=given, train_dataset=own_table(), processing_class=tokenizer
+        )
 
 
 @pytest.mark.parametrize(
@@ -470,7 +627,9 @@ def test_a_trainer_without_reference_columns_is_refused(
           for name, value in (("anchor_weight", 0.1), ("nll_weight", 0.1), ("labels", "bernoulli"))),
     ],
 )  # fmt: skip
-def test_an_option_that_no_loss_would_read_is_refused(tmp_path: Path, options: dict[str, Any], name: str) -> None:
+def test_an_option_that_no_loss_would_read_is_refused(
+    tmp_path: Path, options: dict[str, Any], name: str
+) -> None:
     with pytest.raises(ParamsError, match=f"^PairwiseConfig: {name} "):
         PairwiseConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
 
@@ -488,61 +647,92 @@ def test_an_option_that_no_loss_would_read_is_refused(tmp_path: Path, options: d
     ],
 )
 def test_a_table_without_a_column_that_the_loss_reads_is_refused(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, split: str, options: dict[str, Any], columns: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    split: str,
+    options: dict[str, Any],
+    columns: tuple[str, ...],
     missing: str,
-) -> None:  # fmt: skip
+) -> None:
     args = PairwiseConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
     table = own_table(**dict.fromkeys(columns, [0.0] * 4))
-    tables = {"train_dataset": table} if split == "train_dataset" else {"eval_dataset": {"held_out": table}}
-    with pytest.raises(DataError, match=f"PairwiseTrainer: {split} has no column {missing}; add it, or "):
+    tables = (
+        {"train_dataset": table}
+        if split == "train_dataset"
+        else {"eval_dataset": {"held_out": table}}
+    )
+    with pytest.raises(
+        DataError, match=f"PairwiseTrainer: {split} has no column {missing}; add it, or "
+    ):
         PairwiseTrainer(policy(tokenizer), args=args, processing_class=tokenizer, **tables)
 
 
 def test_importing_the_library_loads_neither_torch_nor_trl() -> None:
     code = (
-        "import sys, dualign; assert not {'torch', 'trl'} & set(sys.modules); dualign.PairwiseTrainer; dualign.nothing"
+        "import sys, dualign; assert not {'torch', 'trl'} & set(sys.modules);"
+        " dualign.PairwiseTrainer; dualign.nothing"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert "module 'dualign' has no attribute 'nothing'" in done.stderr
 
 
-# --- supervised and scorer losses -------------------------------------------------------------------------------------
+# --- supervised and scorer losses -----------------------------------------------------------------
 
 
-def conversation_rows(tokenizer: PreTrainedTokenizerBase, count: int = 16) -> list[tuple[list[int], list[int]]]:
+def conversation_rows(
+    tokenizer: PreTrainedTokenizerBase, count: int = 16
+) -> list[tuple[list[int], list[int]]]:
     prompt = encode_prompts(tokenizer, [user(QUESTION)])[0]
     return [(prompt, answer) for answer in encode_answers(tokenizer, ANSWERS[:count])]
 
 
 @pytest.mark.parametrize("items", [None, 500])
-def test_the_supervised_loss_is_trls_own(tokenizer: PreTrainedTokenizerBase, job: Job, items: int | None) -> None:
+def test_the_supervised_loss_is_trls_own(
+    tokenizer: PreTrainedTokenizerBase, job: Job, items: int | None
+) -> None:
     model = policy(tokenizer)
     data = supervised._supervised(conversation_rows(tokenizer), 120)
     args = SFTConfig(**run.arguments(job), max_length=None, packing=False)
-    trainer = supervised.SupervisedTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
+    trainer = supervised.SupervisedTrainer(
+        model, args=args, train_dataset=data, processing_class=tokenizer
+    )
     assert trainer.train_dataset["input_ids"] == data["input_ids"]  # no second EOS
     batch = batch_of(trainer)
-    assert (batch["labels"] != -100).sum() == sum(len(answer) for _, answer in conversation_rows(tokenizer))
+    assert (batch["labels"] != -100).sum() == sum(
+        len(answer) for _, answer in conversation_rows(tokenizer)
+    )
     ours = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
     stock = SFTTrainer.compute_loss(trainer, model, dict(batch), num_items_in_batch=items)
     assert ours.item() == pytest.approx(stock.item(), rel=1e-5)
 
 
-def test_supervised_labels_are_those_that_trl_makes_of_a_mask(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+def test_supervised_labels_are_those_that_trl_makes_of_a_mask(
+    tokenizer: PreTrainedTokenizerBase, job: Job
+) -> None:
     rows = conversation_rows(tokenizer)
     masks = [[0] * len(prompt) + [1] * len(answer) for prompt, answer in rows]
-    masked = Dataset.from_dict({"input_ids": [prompt + answer for prompt, answer in rows], "completion_mask": masks})
+    masked = Dataset.from_dict(
+        {"input_ids": [prompt + answer for prompt, answer in rows], "completion_mask": masks}
+    )
     args = SFTConfig(**run.arguments(job), max_length=120, completion_only_loss=True, packing=False)
-    stock = SFTTrainer(policy(tokenizer), args=args, train_dataset=masked, processing_class=tokenizer).train_dataset
+    stock = SFTTrainer(
+        policy(tokenizer), args=args, train_dataset=masked, processing_class=tokenizer
+    ).train_dataset
     ours = supervised._supervised(rows, 120)
-    assert {name: ours[name][:] for name in ours.column_names} == {name: stock[name][:] for name in stock.column_names}
+    assert {name: ours[name][:] for name in ours.column_names} == {
+        name: stock[name][:] for name in stock.column_names
+    }
 
 
 @pytest.mark.parametrize("kind", ["sft", "scorer", "pairs"])
 def test_no_step_walks_through_the_weights_to_count_operations(kind: str) -> None:
-    trainer = {"sft": supervised.SupervisedTrainer, "scorer": scorer_training.ScorerTrainer, "pairs": PairwiseTrainer}[
-        kind
-    ]
+    trainer = {
+        "sft": supervised.SupervisedTrainer,
+        "scorer": scorer_training.ScorerTrainer,
+        "pairs": PairwiseTrainer,
+    }[kind]
     assert trainer.floating_point_ops(object.__new__(trainer), {"input_ids": torch.ones(1, 1)}) == 0
 
 
@@ -553,7 +743,9 @@ def scored_pairs(tokenizer: PreTrainedTokenizerBase) -> list[ScoredPair]:
     return [ScoredPair(rows[i], rows[16 + i], flags[i % 6]) for i in range(16)]
 
 
-def scorer(tokenizer: PreTrainedTokenizerBase, folder: Path, resources: Resources) -> PreTrainedModel:
+def scorer(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, resources: Resources
+) -> PreTrainedModel:
     if not folder.exists():
         save(policy(tokenizer), tokenizer, folder)
     model = load_scorer_backbone(str(folder), tokenizer, resources, seed=0)
@@ -565,7 +757,12 @@ def scorer(tokenizer: PreTrainedTokenizerBase, folder: Path, resources: Resource
 @pytest.mark.parametrize("regularisation", [0.0, 0.05])
 @pytest.mark.parametrize("flags", ["some", "none"])
 def test_the_scorer_loss_by_hand(
-    tokenizer: PreTrainedTokenizerBase, job: Job, tmp_path: Path, sign: float, regularisation: float, flags: str
+    tokenizer: PreTrainedTokenizerBase,
+    job: Job,
+    tmp_path: Path,
+    sign: float,
+    regularisation: float,
+    flags: str,
 ) -> None:
     model = scorer(tokenizer, tmp_path / "policy", job.resources).eval()
     pairs = scored_pairs(tokenizer)
@@ -583,7 +780,11 @@ def test_the_scorer_loss_by_hand(
     )
     with torch.no_grad():
         found = trainer.compute_loss(model, batch_of(trainer)).item()
-        score = {id(ids): float(model(input_ids=torch.tensor([ids])).logits) for p in pairs for ids in (p.high, p.low)}
+        score = {
+            id(ids): float(model(input_ids=torch.tensor([ids])).logits)
+            for p in pairs
+            for ids in (p.high, p.low)
+        }
 
     def softplus(x: float) -> float:
         return math.log1p(math.exp(x))
@@ -601,7 +802,7 @@ def test_the_scorer_loss_by_hand(
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 Start = Callable[[], torch.nn.Module]
 Train = Callable[[torch.nn.Module, Job], Any]
@@ -614,22 +815,32 @@ def kind(
     """How each kind of run starts, and how it trains."""
     if request.param == "sft":
         rows = conversation_rows(tokenizer, 20)
-        return lambda: policy(tokenizer), lambda m, j: supervised.train_sft(m, tokenizer, rows, rows[:4], j)
+        return lambda: policy(tokenizer), lambda m, j: supervised.train_sft(
+            m, tokenizer, rows, rows[:4], j
+        )
     if request.param == "scorer":
         flagged = [ScoredPair(p.high, p.low, (True, False)) for p in scored_pairs(tokenizer)]
         return (
             lambda: scorer(tokenizer, tmp_path / "policy", job.resources),
-            lambda m, j: scorer_training.train_scorer(m, tokenizer, flagged, j, sign_weight=1.0, regularisation=1e-3),
+            lambda m, j: scorer_training.train_scorer(
+                m, tokenizer, flagged, j, sign_weight=1.0, regularisation=1e-3
+            ),
         )
     pairs = pairs_of(tokenizer, policy(tokenizer), anchored=True)
-    inner = Inner(1.0, 1.0, "bernoulli" if request.param == "bernoulli" else "soft", anchor=0.1, nll=0.02)
+    inner = Inner(
+        1.0, 1.0, "bernoulli" if request.param == "bernoulli" else "soft", anchor=0.1, nll=0.02
+    )
     if request.param in ("ipo", "kto"):
         pairs = judged(tokenizer, policy(tokenizer), pairs)
         inner = Inner(0.5, 1.0, loss_type=request.param, clip=2.0)
 
     def start() -> torch.nn.Module:
         torch.manual_seed(11)  # of the adapters
-        return with_lora(policy(tokenizer), LORA, 0) if request.param == "adapter" else policy(tokenizer)
+        return (
+            with_lora(policy(tokenizer), LORA, 0)
+            if request.param == "adapter"
+            else policy(tokenizer)
+        )
 
     return start, lambda m, j: pairwise_training.train_pairwise(m, tokenizer, pairs, inner, j)
 
@@ -657,7 +868,10 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
             patched.setattr(module, "callbacks", lambda: [Interruption(6)])
         with pytest.raises(KeyboardInterrupt):
             train(start(), changed(job, "broken"))
-    assert last_checkpoint(job.scratch.parent / "broken") == job.scratch.parent / "broken" / "checkpoint-4"
+    assert (
+        last_checkpoint(job.scratch.parent / "broken")
+        == job.scratch.parent / "broken" / "checkpoint-4"
+    )
     resumed = start()
     metrics = train(resumed, changed(job, "broken"))
     assert same(weights(resumed), weights(whole))
@@ -670,15 +884,21 @@ def test_an_adapter_is_saved_without_trls_copy_of_it(
     model = with_lora(policy(tokenizer), LORA, 0)
     for scratch in ("first", "second"):  # a search goes on from adapters
         pairs = pairs_of(tokenizer, policy(tokenizer))
-        pairwise_training.train_pairwise(model, tokenizer, pairs, Inner(1.0, 1.0), changed(job, scratch, max_steps=2))
+        pairwise_training.train_pairwise(
+            model, tokenizer, pairs, Inner(1.0, 1.0), changed(job, scratch, max_steps=2)
+        )
         assert isinstance(model, PeftModel) and list(model.peft_config) == ["default"]
         assert not any(".ref." in name for name in model.state_dict())
     save(model, tokenizer, tmp_path / "saved")
-    assert (tmp_path / "saved/adapter_model.safetensors").is_file() and not (tmp_path / "saved/ref").exists()
+    assert (tmp_path / "saved/adapter_model.safetensors").is_file() and not (
+        tmp_path / "saved/ref"
+    ).exists()
 
 
 @pytest.mark.parametrize("steps", [None, 4], ids=["after its epochs", "after max_steps"])
-def test_a_run_that_had_ended_is_not_run_again(kind: tuple[Start, Train], job: Job, steps: int | None) -> None:
+def test_a_run_that_had_ended_is_not_run_again(
+    kind: tuple[Start, Train], job: Job, steps: int | None
+) -> None:
     start, train = kind
     first, second = start(), start()
     ended = changed(job, "ended", max_steps=steps)
@@ -690,18 +910,25 @@ def test_a_run_that_had_ended_is_not_run_again(kind: tuple[Start, Train], job: J
 def test_parts_of_a_batch_add_up_to_the_whole(
     kind: tuple[Start, Train], job: Job, request: pytest.FixtureRequest
 ) -> None:
-    """Micro-batches of 2 make the steps of a batch of 4 (labels and dropout are drawn anew, so not for those)."""
+    """Micro-batches of 2 make the steps of a batch of 4 (labels and dropout are drawn anew, so not
+    for those).
+    """
     if request.node.callspec.params["kind"] in ("bernoulli", "adapter", "kto"):
         pytest.skip("draws, and KTO's reference point, depend on the micro-batch")
     start, train = kind
     whole, parts = start(), start()
     train(whole, changed(job, "whole", max_steps=2, warmup=0.0, learning_rate=1e-3))
-    train(parts, changed(job, "parts", max_steps=2, warmup=0.0, learning_rate=1e-3, micro_batch_size=2))
+    train(
+        parts,
+        changed(job, "parts", max_steps=2, warmup=0.0, learning_rate=1e-3, micro_batch_size=2),
+    )
     for name, tensor in weights(whole).items():
         assert torch.allclose(tensor, weights(parts)[name], atol=1e-4), name
 
 
-def test_metrics_tell_the_course_of_a_run(kind: tuple[Start, Train], job: Job, request: pytest.FixtureRequest) -> None:
+def test_metrics_tell_the_course_of_a_run(
+    kind: tuple[Start, Train], job: Job, request: pytest.FixtureRequest
+) -> None:
     start, train = kind
     metrics = train(start(), job)
     assert metrics["steps"] == 8 and metrics["rows"] in (16, 20)
@@ -712,16 +939,22 @@ def test_metrics_tell_the_course_of_a_run(kind: tuple[Start, Train], job: Job, r
         assert metrics["heldout_loss"] < losses[0] - 0.5
 
 
-def test_the_log_tells_how_far_a_run_is(kind: tuple[Start, Train], job: Job, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_tells_how_far_a_run_is(
+    kind: tuple[Start, Train], job: Job, caplog: pytest.LogCaptureFixture
+) -> None:
     start, train = kind
     with caplog.at_level(logging.INFO, logger="dualign"):
         train(start(), job)
     told = [progress for record in caplog.records if (progress := read_progress(record.message))]
     assert [progress.done for progress in told][-1] == told[-1].total > 1
-    assert re.search(r"^loss \d+\.\d{4}.*, \d+ tokens/s, \d+ s left$", told[-1].detail), told[-1].detail
+    assert re.search(r"^loss \d+\.\d{4}.*, \d+ tokens/s, \d+ s left$", told[-1].detail), told[
+        -1
+    ].detail
 
 
-def test_epochs_count_when_no_number_of_steps_is_given(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+def test_epochs_count_when_no_number_of_steps_is_given(
+    tokenizer: PreTrainedTokenizerBase, job: Job
+) -> None:
     rows = conversation_rows(tokenizer, 20)
     metrics = supervised.train_sft(
         policy(tokenizer), tokenizer, rows, rows[:4], changed(job, max_steps=None, epochs=1.5)
@@ -730,7 +963,7 @@ def test_epochs_count_when_no_number_of_steps_is_given(tokenizer: PreTrainedToke
     assert math.log(300) > metrics["heldout_loss"] > 0
 
 
-# --- what cannot be trained -------------------------------------------------------------------------------------------
+# --- what cannot be trained -----------------------------------------------------------------------
 
 
 def test_rows_that_are_too_long_are_left_out_and_counted(
@@ -749,25 +982,37 @@ def test_rows_that_are_too_long_are_left_out_and_counted(
     short = [replace(p, mismatched=[1] * 120) if i else p for i, p in enumerate(fits)]
     assert pairwise_training.fitting(short, limit) == fits[:1]
     scored = scored_pairs(tokenizer)
-    assert len(scorer_training._ranked(scored, limit)) == sum(max(len(p.high), len(p.low)) <= limit for p in scored)
+    assert len(scorer_training._ranked(scored, limit)) == sum(
+        max(len(p.high), len(p.low)) <= limit for p in scored
+    )
 
 
 def test_data_of_which_nothing_fits_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(ValueError, match=r"no row fits into max_length 3 tokens; raise training\.max_length"):
+    with pytest.raises(
+        ValueError, match=r"no row fits into max_length 3 tokens; raise training\.max_length"
+    ):
         supervised._supervised(conversation_rows(tokenizer), 3)
 
 
 def test_a_batch_that_micro_batches_do_not_divide_is_refused(job: Job) -> None:
-    with pytest.raises(ValueError, match=r"batch_size 4 must be a multiple of resources\.micro_batch_size 3"):
+    with pytest.raises(
+        ValueError, match=r"batch_size 4 must be a multiple of resources\.micro_batch_size 3"
+    ):
         run.arguments(changed(job, micro_batch_size=3))
     assert run.arguments(changed(job, micro_batch_size=64))["gradient_accumulation_steps"] == 1
 
 
 @pytest.mark.parametrize("log_steps", [1, 50], ids=["logged", "between two lines of the log"])
-def test_a_loss_that_explodes_stops_the_run(tokenizer: PreTrainedTokenizerBase, job: Job, log_steps: int) -> None:
+def test_a_loss_that_explodes_stops_the_run(
+    tokenizer: PreTrainedTokenizerBase, job: Job, log_steps: int
+) -> None:
     pairs = pairs_of(tokenizer, policy(tokenizer))
     broken = [Pair(p.prompt, p.first, p.second, math.inf, p.ref_second) for p in pairs]
     with pytest.raises((FloatingPointError, DualignError), match="NaN or infinite"):
         pairwise_training.train_pairwise(
-            policy(tokenizer), tokenizer, broken, Inner(1.0, 1.0), changed(job, max_steps=2, log_steps=log_steps)
+            policy(tokenizer),
+            tokenizer,
+            broken,
+            Inner(1.0, 1.0),
+            changed(job, max_steps=2, log_steps=log_steps),
         )

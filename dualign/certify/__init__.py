@@ -1,0 +1,1 @@
+"""The certificate: candidates, tests, evidence, and the record that anybody can verify."""

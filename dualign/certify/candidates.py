@@ -1,0 +1,291 @@
+"""The candidates of a certificate: which there are, their answers to the certify prompts, and
+labels of some.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.special import ndtri
+
+from dualign.certify.certificate import Certificate, Requirement, Tested, order
+from dualign.certify.evidence import DRAWN, Evidence, read_answers
+from dualign.certify.screening import Knot, Planned, Screen, Seen, seen
+from dualign.core.artifacts import replacing, write_parquet
+from dualign.core.errors import DataError
+from dualign.core.schema import ANSWERS, LABELS, REWEIGHTED, read_table
+from dualign.data.labelling import truth, vote
+from dualign.evaluation.against_optimum import add_truth, means
+from dualign.evaluation.rollout import Judges, log_ratios, roll_out
+from dualign.lm.merge import merge
+from dualign.lm.mixture import policy_at
+from dualign.lm.publish import publish
+from dualign.params.base import SHARES
+from dualign.params.certify import CertifyParams, CertifyRun, LabelParams, ScreenParams
+
+MODELS = Path("models")
+#: Tests of shares that take the exact bound where nothing was seen.
+_EXACT = (*((share, "clustered_t") for share in SHARES), ("harm", "prediction_powered"))
+#: Tests of shares whose bound falls as 1 / N where nothing was seen.
+_FAST = tuple((share, "star_bets") for share in SHARES)
+#: N times the `star_bound` of N prompts that show nothing is 3.15 with 100 of them and 3.29 with
+#: 4000, at delta 0.05.
+_GROWTH = 1.05
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A candidate: the policy in a folder, or (1 - q) partner + q policy, made in `out` when it is
+    first needed.
+
+    It is tested in the form in which it would leave.
+    """
+
+    policy: Path
+    partner: Path
+    q: float
+    out: Path
+
+    def folder(self) -> Path:
+        """Where the policy lies."""
+        if self.out.is_dir():
+            return self.out
+        if self.q == 1.0 and not (self.policy / "adapter_config.json").is_file():
+            return self.policy
+        merged = self.policy if self.q == 1.0 else self.out.with_name(f"{self.out.name}-merged")
+        if not merged.is_dir():
+            merge(self.partner, self.policy, self.q, merged)
+        with replacing(self.out) as folder:
+            publish(merged, folder)
+        return self.out
+
+
+def contenders(row: CertifyRun, models: Path, scratch: Path) -> dict[str, Contender]:
+    """The candidates of a row by name, safest first: the fallback, then the policy at each
+    weight.
+    """
+    found = {}
+    for name, q in order(row).items():
+        if name == row.fallback != row.policy:
+            found[name] = Contender(models / name, models / name, 1.0, scratch / "fallback")
+        else:
+            found[name] = Contender(
+                models / row.policy, models / row.partner, q, scratch / f"at-{q:g}"
+            )
+    return found
+
+
+class Contenders:
+    """Draws and keeps what each candidate is judged by; what lies in `scratch` is not drawn again.
+
+    `plan` says how many answers a prompt each draws, and who draws those of all later ones; None:
+    `samples_per_prompt`."""
+
+    def __init__(
+        self,
+        field: dict[str, Contender],
+        params: CertifyParams,
+        prompts: pd.DataFrame,
+        judges: Judges,
+        scratch: Path,
+        plan: Planned | None = None,
+    ) -> None:
+        self._field, self._params, self._prompts, self._judges, self._scratch = (
+            field,
+            params,
+            prompts,
+            judges,
+            scratch,
+        )
+        self._world = bool((prompts["source"] == "world").all())
+        counts = [params.samples_per_prompt] * len(field) if plan is None else plan.samples
+        self._counts = dict(zip(field, counts, strict=True))
+        self._drawn = None if plan is None or plan.drawn is None else list(field)[plan.drawn]
+        self._weighed = (
+            set[str]() if plan is None or plan.drawn is None else set(list(field)[plan.own :])
+        )
+
+    def policy(self, name: str) -> Path:
+        """The folder of a candidate."""
+        return self._field[name].folder()
+
+    def contender(self, name: str) -> Contender:
+        """What a candidate is made of."""
+        return self._field[name]
+
+    def evidence(self, name: str) -> Evidence:
+        """The files of a candidate's answers and labels. Raises AwaitingLabels while people's are
+        not there.
+        """
+        path = self._path(name, "answers")
+        if not path.is_file():
+            weighed = name in self._weighed
+            write_parquet(
+                path,
+                self._reweighted(name) if weighed else self._draw(name),
+                REWEIGHTED if weighed else ANSWERS,
+            )
+        options = self._params.labels
+        if options is None:
+            return Evidence(path)
+        labelled = self._path(name, "labels")
+        if not labelled.is_file():
+            write_parquet(
+                labelled, label(read_table(path, ANSWERS), options, self._params.seed), LABELS
+            )
+        return Evidence(path, labelled)
+
+    def measured(self, name: str) -> dict[str, Any]:
+        """Means of a tested candidate's answers with two-sided 95 % intervals."""
+        path = self._path(name, "answers")
+        answers = read_table(path, ANSWERS)
+        if name in self._weighed:
+            answers = answers.assign(weight=read_answers(path)["weight"])
+        return means(answers)
+
+    def _reweighted(self, name: str) -> pd.DataFrame:
+        """The answers that are drawn for all, with the candidate's own log-probabilities."""
+        assert self._drawn is not None
+        path = self._path(self._drawn, "drawn")
+        if not path.is_file():
+            write_parquet(path, self._draw(self._drawn), ANSWERS)
+        drawn = read_table(path, ANSWERS)
+        if name == self._drawn:
+            return drawn.assign(**{DRAWN: drawn["logp"]})
+        policy = policy_at(self.policy(name), self._judges.resources)
+        own = log_ratios(policy, drawn, self._judges) + drawn["logp_ref"].to_numpy()
+        return drawn.assign(logp=own, **{DRAWN: drawn["logp"]})
+
+    def _draw(self, name: str) -> pd.DataFrame:
+        params = self._params
+        drawn = roll_out(
+            policy_at(self.policy(name), self._judges.resources), self._prompts, self._judges,
+            count=self._counts[name], max_new_tokens=params.max_new_tokens, seed=params.seed,
+        )  # fmt: skip
+        return add_truth(drawn) if self._world else drawn
+
+    def _path(self, name: str, kind: str) -> Path:
+        return self._scratch / f"{list(self._field).index(name):02d}-{kind}.parquet"
+
+
+def screen(
+    row: CertifyRun,
+    requirements: Sequence[Requirement],
+    params: CertifyParams,
+    options: ScreenParams,
+    prompts: pd.DataFrame,
+    judges: Judges,
+    scratch: Path,
+) -> Screen:
+    """What answers to the search prompts show of the fallback and of the path at the weights of a
+    row.
+
+    Requirements that labels are needed for are left to the tests: their bounds are near those of
+    the model's cost.
+    """
+    told = [required for required in requirements if required.quantity not in ("truth", "harm")]
+    asked, knots = prompts.head(options.prompts), list[Knot]()
+    weighing = options.reweigh and all(required.reweighs for required in requirements)
+    before: pd.DataFrame | None = None
+    for name, contender in contenders(row, MODELS, scratch).items():
+        policy = policy_at(contender.folder(), judges.resources)
+        answers = roll_out(
+            policy,
+            asked,
+            judges,
+            count=options.samples_per_prompt,
+            max_new_tokens=params.max_new_tokens,
+            seed=params.seed,
+        )
+        q = None if name == row.fallback != row.policy else contender.q
+        shown = tuple(_shown(required, answers) for required in told)
+        if weighing and before is not None:
+            knots[-1] = _bent(knots[-1], before, log_ratios(policy, before, judges), contender.q)
+        knots.append(Knot(name=name, q=q, seen=tuple(one for one in shown if one is not None)))
+        before = None if q is None else answers
+    tight = all(required.method == "clustered_t" for required in told)
+    return Screen(
+        prompts=len(asked),
+        samples=options.samples_per_prompt,
+        certify_prompts=params.prompts,
+        samples_per_prompt=params.samples_per_prompt,
+        delta=params.delta,
+        tests=options.tests,
+        thrifty=tight,
+        reweighed=weighing,
+        knots=tuple(knots),
+    )
+
+
+def _bent(knot: Knot, answers: pd.DataFrame, next_ratio: np.ndarray, next_q: float) -> Knot:
+    """A knot with its `bend`, from the log-ratios to the reference that the next policy gives to
+    its answers.
+    """
+    assert knot.q is not None
+    change = next_ratio - (answers["logp"] - answers["logp_ref"]).to_numpy()
+    return knot.model_copy(update={"bend": float(change.var()) / (next_q - knot.q) ** 2})
+
+
+def _shown(required: Requirement, answers: pd.DataFrame) -> Seen | None:
+    """What the answers show of a requirement; None where it is on prompts of which fewer than two
+    were screened.
+    """
+    try:
+        values = required.values(answers)
+    except DataError:
+        return None
+    table = values.groupby("prompt_id", sort=False)["value"].apply(list)
+    if len(table) < 2:
+        return None
+    return seen(required.name, required.limit, np.array(table.tolist()))
+
+
+def label(answers: pd.DataFrame, options: LabelParams, seed: int) -> pd.DataFrame:
+    """The first answer to a random draw of prompts with the truth beside the model's cost; schema
+    LABELS.
+
+    Raises AwaitingLabels and DataError as `labelling.vote`.
+    """
+    first = answers[answers["sample"] == 0]
+    asked = first.sample(min(options.prompts, len(first)), random_state=seed).sort_index()
+    if options.source == "oracle":
+        return asked.assign(truth=truth(asked, "response")[1])
+    votes = vote(asked, source="file", count=options.votes, folder=Path(options.folder), seed=seed)
+    return asked.assign(truth=votes / options.votes)
+
+
+def forecast(test: Tested, found: Certificate) -> int | None:
+    """Prompts (with labels, where these fell short) at which a failed candidate would pass with
+    probability 0.8.
+
+    A bound's distance from its estimate falls as 1 / sqrt(N), and passing so often takes a margin
+    of (z_{1-delta} + z_0.8) standard errors. What skewness adds to the distance falls as 1 / N, so
+    for skewed costs the number is on the safe side. The bound of a share of which none was seen
+    falls as 1 / N (the exact one is 1 - delta^(1 / N)): there it is the number that passes if again
+    none is seen. None for a candidate that passed, and where an estimate is above
+    its limit: no number would show that it is below.
+    """
+    power = 1 + float(ndtri(0.8) / ndtri(1 - found.delta))
+    needed = []
+    for required, check in zip(found.requirements, test.checks, strict=True):
+        margin = required.limit - check.estimate
+        if not check.kept and margin <= 0:
+            return None
+        exact = (required.quantity, required.method) in _EXACT
+        if not check.kept and check.estimate == 0 and exact:
+            needed.append(math.ceil(math.log(found.delta) / math.log1p(-required.limit)))
+        elif (
+            not check.kept and check.estimate == 0 and (required.quantity, required.method) in _FAST
+        ):
+            needed.append(math.ceil(_GROWTH * check.prompts * check.bound / required.limit))
+        elif not check.kept:
+            needed.append(
+                math.ceil(check.prompts * (power * (check.bound - check.estimate) / margin) ** 2)
+            )
+    return max(needed, default=None)

@@ -1,0 +1,226 @@
+"""Which weights of a path a certificate tests, and on how many answers: chosen on prompts that it
+does not use.
+
+A sequence of tests may stand in any order that was fixed before its answers were drawn, and be as
+dense as one likes. A coarse one stops short of the limit; a dense one from the safe end to the
+limit draws most of its answers where nothing is in doubt. So answers to the *search* prompts say
+where on the path the bound is expected to cross the limit, and there the sequence is dense. A bad
+forecast costs power, never the level: the certify prompts have no part in it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from pydantic import Field, FiniteFloat, ValidationError
+from scipy.optimize import isotonic_regression
+from scipy.stats import norm
+
+from dualign.certify.evidence import Record
+from dualign.core.artifacts import read_json
+from dualign.core.errors import DataError
+
+Array = np.ndarray
+
+_GRID = 200  # weights are multiples of 1 / _GRID
+_SURE = 4.0  # standard errors by which a candidate must be expected to pass before it is given fewer answers
+WORTH = 0.95  # least share of answers that weighted ones are expected to be worth
+_FAR = 50.0  # an expected excess beyond this, in standard errors, is no more certain
+
+
+class Seen(Record):
+    """What the answers of one candidate to the screened prompts show of a requirement.
+
+    The mean over `prompts`, and the variance of an answer's value `between` prompts and `within`
+    one."""
+
+    requirement: str
+    limit: FiniteFloat
+    prompts: int = Field(ge=2)
+    mean: FiniteFloat
+    between: float = Field(ge=0)
+    within: float = Field(ge=0)
+
+    def spread(self, samples: int) -> float:
+        """The variance of a prompt's mean of so many answers."""
+        return self.between + self.within / samples
+
+
+class Knot(Record):
+    """A candidate that was screened; `q` is its weight, None that of the fallback.
+
+    `bend` is the variance of log(pi_next / pi) of its answers over the squared step to the next
+    weight of the path: how fast the policies part. None where nothing is reweighed, and at the end
+    of the path."""
+
+    name: str
+    q: float | None = Field(gt=0)
+    bend: float | None = Field(default=None, ge=0)
+    seen: tuple[Seen, ...] = Field(min_length=1)
+
+
+class Screen(Record):
+    """What was screened, and what was planned for: safest first, as `sequence` reads it.
+
+    `samples` answers to each of `prompts` prompts were drawn; a certificate at `delta` draws up to
+    `samples_per_prompt` to each of `certify_prompts`, for about `tests` weights. `thrifty`: where a
+    bound is sure to pass, fewer answers. `reweighed`: one candidate draws the answers for all
+    weights near the limit."""
+
+    prompts: int = Field(ge=2)
+    samples: int = Field(ge=2)
+    certify_prompts: int = Field(ge=2)
+    samples_per_prompt: int = Field(ge=1)
+    delta: float = Field(gt=0, lt=0.5)
+    tests: int = Field(ge=1)
+    thrifty: bool
+    reweighed: bool
+    knots: tuple[Knot, ...] = Field(min_length=1)
+
+    @property
+    def path(self) -> tuple[Knot, ...]:
+        """The knots with a weight, which falls."""
+        return tuple(knot for knot in self.knots if knot.q is not None)
+
+
+class Planned(NamedTuple):
+    """The weights to test, safest first, and the number of answers a prompt of each candidate, the
+    fallback first.
+
+    The first `own` candidates draw their answers themselves; `drawn` is the position of the one
+    whose answers serve all later ones, None if these do as well."""
+
+    weights: tuple[float, ...]
+    samples: tuple[int, ...]
+    own: int
+    drawn: int | None
+
+
+def read(path: Path) -> Screen:
+    """The screen in a file. Raises DataError, naming the first key that is wrong."""
+    try:
+        return Screen.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the content"
+        raise DataError(
+            f"{path}: not a screen: {key}: {first['msg'].lower()}; run certify again"
+        ) from None
+
+
+def seen(name: str, limit: float, values: Array) -> Seen:
+    """What values [prompts, samples] show; analysis of variance, and no less than nothing
+    `between`.
+    """
+    within = float(values.var(1, ddof=1).mean())
+    between = float(values.mean(1).var(ddof=1)) - within / values.shape[1]
+    return Seen(
+        requirement=name,
+        limit=limit,
+        prompts=len(values),
+        mean=float(values.mean()),
+        between=max(between, 0.0),
+        within=within,
+    )
+
+
+def excess(knot: Knot, screen: Screen, samples: int) -> tuple[float, float]:
+    """u and sigma of the test of a candidate with so many answers a prompt, of the requirement of
+    the largest u.
+
+        u = (mean - limit) / SE + z_{1-delta},   SE^2 = (between + within / samples) / N,   sigma^2 = 1 + SE'^2 / SE^2
+
+    The test passes if a normal variable of mean u and standard deviation sigma is at most 0: 1 is
+    the certificate's own
+    noise, SE' is the error of the screened mean.
+    """
+    found = []
+    for part in knot.seen:
+        asked = screen.certify_prompts * part.prompts / screen.prompts
+        error = math.sqrt(part.spread(samples) / asked)
+        known = math.sqrt(part.spread(screen.samples) / part.prompts)
+        gap = part.mean - part.limit
+        u = gap / error if error > 0 else math.copysign(_FAR, gap)
+        ratio = known / error if error > 0 else 0.0
+        found.append(
+            (
+                float(np.clip(u, -_FAR, _FAR)) + float(norm.ppf(1 - screen.delta)),
+                math.hypot(1.0, ratio),
+            )
+        )
+    return max(found)
+
+
+def levels(sigma: float, tests: int) -> Array:
+    """u_i = sqrt(2) sigma Phi^-1((i - 1/2) / K), i = 1..K: where tests should stand if the crossing
+    is normal.
+
+    If the test's outcome flips where u + sigma Z = 0, tests of density h lose 1 / (2 h) on average.
+    Of K tests the mean loss is least for h in proportion to the square root of the normal density
+    (Bennett's integral), which is in proportion to the density of a normal variable of variance 2
+    sigma^2: these are its quantiles."""
+    return math.sqrt(2) * sigma * norm.ppf((np.arange(tests) + 0.5) / tests)
+
+
+def sequence(screen: Screen) -> Planned:
+    """The weights to test and how many answers each has: a function of the screen alone.
+
+    u is made monotone along the path and read off between the knots. Near the limit each level has
+    the last weight that is not expected above it. The one nearest to u = 0 draws the answers, if
+    one is to do so for others; then those at which weighted answers would be worth too few are left
+    out. The knots that are safer than all these are tested before them, on answers of their own, of
+    which a sure one needs but few (`_samples`): they catch a bad forecast."""
+    path = screen.path
+    u, sigma = np.array([excess(knot, screen, screen.samples_per_prompt) for knot in path]).T
+    knots = np.array([knot.q for knot in path], float)
+    grid = _grid(knots)
+    expected = np.interp(-grid, -knots, isotonic_regression(u).x)
+    below = [
+        np.flatnonzero(expected <= level) for level in levels(float(np.median(sigma)), screen.tests)
+    ]
+    near = sorted({int(found[-1]) for found in below if len(found)} - {0})
+    drawer = min(near, key=lambda index: abs(float(expected[index])), default=None)
+    if screen.reweighed and drawer is not None:
+        worth = overlap(path, grid, float(grid[drawer]))
+        near = [index for index in near if worth[index] >= WORTH]
+    net = [knot for knot in path if knot is path[0] or (near and (knot.q or 0) > grid[near[0]])]
+    own = [_samples(knot, screen) for knot in screen.knots if knot.q is None or knot in net]
+    drawn = len(own) + near.index(drawer) if screen.reweighed and drawer is not None else None
+    weights = (*(float(knot.q or 0) for knot in net), *(float(grid[index]) for index in near))
+    return Planned(weights, (*own, *(screen.samples_per_prompt for _ in near)), len(own), drawn)
+
+
+def overlap(path: tuple[Knot, ...], weights: Array, drawn: float) -> Array:
+    """The share of answers that those of weight `drawn` are expected to be worth at each of
+    `weights`.
+
+    Were log-ratios normal, their variance (s(q) - s(drawn))^2 with s' = sqrt(bend), it would be
+    exp(-variance)."""
+    knots = np.array([knot.q for knot in path], float)
+    speeds = np.sqrt([knot.bend or 0.0 for knot in path[:-1]])
+    way = np.concatenate([[0.0], np.cumsum(speeds * -np.diff(knots))])
+    found: Array = np.exp(
+        -((np.interp(-weights, -knots, way) - np.interp(-drawn, -knots, way)) ** 2)
+    )
+    return found
+
+
+def _grid(knots: Array) -> Array:
+    """Multiples of 1 / _GRID between the ends, and the ends, from the largest down."""
+    inside = np.arange(math.ceil(knots[-1] * _GRID), math.floor(knots[0] * _GRID) + 1) / _GRID
+    return np.unique(np.concatenate([knots[[0, -1]], inside.round(6)]))[::-1]
+
+
+def _samples(knot: Knot, screen: Screen) -> int:
+    """The least number of answers a prompt with which a candidate is expected to pass by _SURE
+    standard errors.
+    """
+    if not screen.thrifty:
+        return screen.samples_per_prompt
+    for count in range(1, screen.samples_per_prompt):
+        u, sigma = excess(knot, screen, count)
+        if u <= -_SURE * sigma:
+            return count
+    return screen.samples_per_prompt

@@ -1,0 +1,152 @@
+"""Evaluation on generated answers: estimates with prompt-clustered intervals, and in the world the
+truth.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dualign.core.schema import last_user_text
+from dualign.data import world
+from dualign.evaluation.stats import clustered_mean
+from dualign.math import tabular
+
+#: What the world's oracle says of an answer; null elsewhere.
+_TRUTH = ("true_reward", "true_cost", "grammatical")
+
+
+def add_truth(answers: pd.DataFrame) -> pd.DataFrame:
+    """The oracle's true_reward, true_cost and grammatical for answers to questions of the embedded
+    world.
+    """
+    scored = [
+        world.score(last_user_text(p), text)
+        for p, text in zip(answers["prompt"], answers["response"], strict=True)
+    ]
+    return answers.assign(
+        true_reward=[row[0] for row in scored],
+        true_cost=[row[1] for row in scored],
+        grammatical=[row[2] for row in scored],
+    )
+
+
+def means(answers: pd.DataFrame, confidence: float = 0.95) -> dict[str, dict[str, float]]:
+    """Means with prompt-clustered intervals of scores, KL, length and, where it is known, the truth
+    of answers.
+
+    A column `weight` holds importance weights w of mean 1: a value v counts as m + w (v - m), m =
+    sum w v / sum w.
+    """
+    prompts = answers["prompt_id"].to_numpy()
+    columns: dict[str, Any] = {
+        "reward": answers["reward"],
+        "cost": answers["cost"],
+        "p_unsafe": answers["cost"] > 0,
+        "kl": answers["logp"] - answers["logp_ref"],
+        "length": answers["length"],
+        "ended": answers["ended"],
+    }
+    known = [name for name in _TRUTH if name in answers and answers[name].notna().all()]
+    columns |= {name: answers[name] for name in known}
+    weight = answers["weight"].to_numpy(float) if "weight" in answers else None
+    return {
+        name: clustered_mean(
+            _weighted(column.to_numpy(float), weight), prompts, confidence
+        ).as_dict()
+        for name, column in columns.items()
+    }
+
+
+def _weighted(values: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
+    if weight is None:
+        return values
+    mean = float(np.average(values, weights=weight))
+    return mean + weight * (values - mean)
+
+
+def summarise(answers: pd.DataFrame, log_ratio: pd.DataFrame, confidence: float) -> dict[str, Any]:
+    """Everything that is measured of a policy: `means` of its answers, and its displacement.
+
+    `log_ratio` has columns prompt_id and log_ratio, log(pi / pi_ref) of samples of the reference:
+    its mean is the displacement, 0 for an untrained policy and falling as mass leaves what the
+    reference says."""
+    displacement = clustered_mean(
+        log_ratio["log_ratio"].to_numpy(), log_ratio["prompt_id"].to_numpy(), confidence
+    )
+    return means(answers, confidence) | {
+        "displacement": displacement.as_dict(),
+        "prompts": int(answers["prompt_id"].nunique()),
+        "answers": len(answers),
+    }
+
+
+def finite_problem(enumerated: pd.DataFrame, beta: float) -> tabular.Problem:
+    """The exact problem from the table of enumerated answers (columns prompt_id, logp_ref, reward,
+    cost).
+    """
+    count = int(enumerated.groupby("prompt_id", sort=False).size().iloc[0])
+    logp, reward, cost = (
+        enumerated[name].to_numpy(float).reshape(-1, count)
+        for name in ("logp_ref", "reward", "cost")
+    )
+    return tabular.problem(
+        logp, reward, cost, rest=(world.UNGRAMMATICAL_REWARD, world.UNGRAMMATICAL_COST), beta=beta
+    )
+
+
+def against_optimum(
+    summary: dict[str, Any], problem: tabular.Problem, limit: float
+) -> dict[str, Any]:
+    """How far a policy is from the exact constrained optimum.
+
+    `reward_share` is the way in true reward to the optimum (1 = there) from the policy nearest to
+    the reference that keeps the limit, which is the reference itself where that keeps it; None if
+    both agree. `value_gap` is J* - J with J = E[r*] - beta KL, the KL measured on the generated
+    answers."""
+    lam = tabular.solve(problem, limit)
+    best, reference = problem.describe(problem.policy(lam)), problem.describe(problem.log_reference)
+    nearest = problem.describe(tabular.nearest(problem, limit))
+    reward, way = summary["true_reward"]["mean"], best["reward"] - nearest["reward"]
+    return {
+        "optimum": {
+            "lam": lam,
+            **best,
+            **{f"reference_{name}": reference[name] for name in ("reward", "cost", "value")},
+            **{f"nearest_{name}": nearest[name] for name in ("reward", "cost", "value")},
+        },
+        "reward_share": (reward - nearest["reward"]) / way if abs(way) > 1e-9 else None,
+        "value_gap": best["value"] - (reward - problem.beta * summary["kl"]["mean"]),
+    }
+
+
+def exact_frontier(problem: tabular.Problem, lam: float) -> list[dict[str, float]]:
+    """Reward, cost and KL of the exact optima at multipliers from 0 to thrice the optimum's, `lam`,
+    which is one.
+    """
+    grid = sorted({0.0, lam, *np.linspace(0, max(3 * lam, 1.0), 25).tolist()})
+    found = [problem.describe(problem.policy(point)) for point in grid]
+    return [
+        {"lam": point, "reward": own["reward"], "cost": own["cost"], "kl": own["kl"]}
+        for point, own in zip(grid, found, strict=True)
+    ]
+
+
+def enumerate_answers(prompts: pd.DataFrame) -> pd.DataFrame:
+    """Every grammatical answer to each prompt of the world: prompt_id, prompt, response, reward,
+    cost (the truth).
+    """
+    rows = [
+        {
+            "prompt_id": row.prompt_id,
+            "prompt": row.prompt,
+            "response": a.text,
+            "reward": a.reward,
+            "cost": a.cost,
+        }
+        for row in prompts.itertuples()
+        for a in world.answers(last_user_text(row.prompt))
+    ]
+    return pd.DataFrame(rows)

@@ -1,0 +1,125 @@
+"""Answers of a policy to a set of prompts as a table: drawn, scored, and with log-probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dualign.evaluation.stats import Measurement, clustered_mean, within_variance
+from dualign.lm.mixture import Policy
+from dualign.lm.models import load_policy, load_tokenizer
+from dualign.lm.sampling import log_probabilities, sample
+from dualign.lm.tokens import encode_prompts
+from dualign.params.base import Resources
+from dualign.scoring.scorers import Scorer
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What scores a rollout: the reference policy with its tokenizer, the reward model and the cost
+    model.
+    """
+
+    reference: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    reward: Scorer
+    cost: Scorer
+    resources: Resources
+
+    @classmethod
+    def load(cls, resources: Resources, models: Path = Path("models")) -> Judges:
+        """Load `sft`, `reward_model` and `cost_model` from the models folder."""
+        return cls(
+            load_policy(models / "sft", resources),
+            load_tokenizer(models / "sft"),
+            Scorer.load(models / "reward_model", resources),
+            Scorer.load(models / "cost_model", resources),
+            resources,
+        )
+
+
+def roll_out(
+    policy: Policy,
+    prompts: pd.DataFrame,
+    judges: Judges,
+    *,
+    count: int,
+    max_new_tokens: int,
+    seed: int,
+) -> pd.DataFrame:
+    """`count` answers of `policy` to each prompt: schema POOL, and the policy's own logp.
+
+    An answer that was cut at `max_new_tokens` is scored as it stands, without EOS.
+    """
+    tokenizer, resources = judges.tokenizer, judges.resources
+    encoded = encode_prompts(tokenizer, prompts["prompt"].tolist())
+    drawn = sample(
+        policy, tokenizer, encoded, count=count, max_new_tokens=max_new_tokens,
+        batch_size=resources.sampling_batch_size, seed=seed,
+    )  # fmt: skip
+    index = [answer.prompt for answer in drawn]
+    frame = pd.DataFrame(
+        {
+            "prompt_id": [prompts["prompt_id"].iloc[i] for i in index],
+            "prompt": [prompts["prompt"].iloc[i] for i in index],
+            "sample": [draw % count for draw in range(len(drawn))],
+            "response": [answer.text for answer in drawn],
+            "tokens": [answer.tokens for answer in drawn],
+            "length": [len(answer.tokens) for answer in drawn],
+            "ended": [answer.ended for answer in drawn],
+        }
+    )
+    rows = [encoded[i] for i in index]
+    batch = resources.scoring_batch_size
+    frame["logp_ref"] = log_probabilities(
+        judges.reference, tokenizer, rows, frame["tokens"].tolist(), batch_size=batch
+    )
+    same = policy is judges.reference
+    frame["logp"] = (
+        frame["logp_ref"]
+        if same
+        else log_probabilities(policy, tokenizer, rows, frame["tokens"].tolist(), batch_size=batch)
+    )
+    for score, judge in (("reward", judges.reward), ("cost", judges.cost)):
+        frame[score] = judge.score(
+            frame["prompt"].tolist(),
+            frame["response"].tolist(),
+            batch_size=batch,
+            what=f"{score}s",
+            ended=frame["ended"].tolist(),
+        )
+    return frame
+
+
+def log_ratios(policy: Policy, samples: pd.DataFrame, judges: Judges) -> np.ndarray:
+    """log(pi / pi_ref) in nats of given answers (schema POOL, such as samples of the reference);
+    shape [rows].
+    """
+    prompts = encode_prompts(judges.tokenizer, samples["prompt"].tolist())
+    answers = [[int(token) for token in tokens] for tokens in samples["tokens"]]
+    logp = log_probabilities(
+        policy, judges.tokenizer, prompts, answers, batch_size=judges.resources.scoring_batch_size
+    )
+    ratios: np.ndarray = logp.numpy() - samples["logp_ref"].to_numpy()
+    return ratios
+
+
+def measure(frame: pd.DataFrame) -> Measurement:
+    """Prompt-clustered estimates from a rollout."""
+    prompts = frame["prompt_id"].to_numpy()
+    cost, reward = (clustered_mean(frame[name].to_numpy(), prompts) for name in ("cost", "reward"))
+    return Measurement(
+        cost=cost.mean,
+        cost_se=cost.error,
+        reward=reward.mean,
+        reward_se=reward.error,
+        kl=clustered_mean((frame["logp"] - frame["logp_ref"]).to_numpy(), prompts).mean,
+        p_unsafe=clustered_mean((frame["cost"] > 0).to_numpy(), prompts).mean,
+        variance=within_variance(frame["cost"].to_numpy(), prompts),
+        generated_tokens=int(frame["length"].sum()),
+    )

@@ -1,0 +1,102 @@
+"""Means and intervals of quantities that are measured several times per prompt.
+
+Answers to one prompt are correlated, so the prompt is the unit: all standard errors are those of
+per-prompt means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.special import stdtrit  # scipy.stats has it too, and takes ten times as long to import
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its prompt-clustered standard error and two-sided interval."""
+
+    mean: float
+    error: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        """{mean, low, high}, as metrics files hold it."""
+        return {"mean": self.mean, "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class LimitEstimate:
+    """A further limit on a policy's own answers: the mean of its quantity, with a prompt-clustered
+    standard error.
+
+    `share` of the prompts are those that the limit is on; with none of them the mean is unknown.
+    """
+
+    name: str
+    limit: float
+    share: float
+    mean: float | None
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Estimates on a policy's own answers; `variance` is E_x Var(c|x), `*_se` are prompt-clustered.
+
+    `cost` is what a search goes by. Where that comes from safety labels, `labels` counts them and
+    `model_cost` is the cost model's estimate. `generated_tokens` are those of these answers and of
+    what the policy was trained on; `comparisons` counts the pairs of answers that were compared for
+    its training. `further` are the K limits beside the one on cost, `covariance` [1 + K, 1 + K] is
+    E_x Cov(f|x) of the cost and their quantities f (0 off their prompts)."""
+
+    cost: float
+    cost_se: float
+    reward: float
+    reward_se: float
+    kl: float
+    p_unsafe: float
+    variance: float
+    generated_tokens: int
+    labels: int = 0
+    comparisons: int = 0
+    model_cost: float | None = None
+    model_cost_se: float | None = None
+    further: tuple[LimitEstimate, ...] = ()
+    covariance: tuple[tuple[float, ...], ...] = ()
+
+
+def clustered_mean(values: Array, clusters: Array, confidence: float = 0.95) -> Estimate:
+    """Mean over clusters of the cluster means, with a Student-t interval on them.
+
+    `values` and `clusters` have shape [answers]; every prompt weighs the same, however many answers
+    it has. With one cluster the error is infinite."""
+    means = (
+        pd.Series(np.asarray(values, dtype=float)).groupby(np.asarray(clusters)).mean().to_numpy()
+    )
+    count = len(means)
+    if count < 2:
+        return Estimate(float(means.mean()), float("inf"), float("-inf"), float("inf"))
+    error = float(means.std(ddof=1) / np.sqrt(count))
+    reach = float(stdtrit(count - 1, 0.5 + confidence / 2)) * error
+    mean = float(means.mean())
+    return Estimate(mean, error, mean - reach, mean + reach)
+
+
+def within_variance(values: Array, clusters: Array) -> float:
+    """Mean over prompts of the unbiased variance of `values` within the prompt; prompts with one
+    answer are left out.
+
+    For the cost of on-policy samples this estimates E_x Var_pi(c|x), beta times the curvature of
+    the dual."""
+    variances = (
+        pd.Series(np.asarray(values, dtype=float))
+        .groupby(np.asarray(clusters))
+        .var(ddof=1)
+        .dropna()
+    )
+    return float(variances.mean()) if len(variances) else float("nan")

@@ -1,0 +1,275 @@
+"""The losses, as pure functions of tensors.
+
+Notation: h(y) = log pi(y|x) - log pi_ref(y|x); Delta f = f(y_w) - f(y_l) for a pair whose first
+answer is called w.
+All tensors have shape [pairs] unless said otherwise; log-probabilities are in nats and summed over
+tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def pairwise_logit(
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, scale: float
+) -> Tensor:
+    """a [(log pi(y_w) - ref(y_w)) - (log pi(y_l) - ref(y_l))], the logit of every pairwise loss
+    here.
+
+    `scale` is a = beta for DPO (2305.18290, eq. 7) and C-DPO; beta / lambda for SACPO's second step
+    (2404.11049, theorem 1) and for PD-DPO's phase 2 (2510.05703, eq. 16), whose reference column is
+    log pi_r.
+
+    >>> first, second, ref_first, ref_second = torch.tensor([[-4.0], [-7.0], [-5.0], [-6.0]])
+    >>> pairwise_logit(first, second, ref_first, ref_second, scale=0.5)  # 0.5 (1 + 1)
+    tensor([1.])
+    """
+    return scale * ((logp_w - ref_w) - (logp_l - ref_l))
+
+
+def soft_label_loss(logit: Tensor, probability: Tensor) -> Tensor:
+    """-p log sigma(logit) - (1 - p) log sigma(-logit), with p the probability that w is preferred.
+
+    p = 1 is DPO; p = sigma(Delta r - lambda Delta c) is Lagrangian DPO with exact labels, whose
+    expectation over Bernoulli draws of the label is C-DPO (2403.02475). The minimiser over h is
+    logit = log(p / (1 - p)).
+
+    At the minimiser, here log(0.75 / 0.25) = log 3, the gradient is zero:
+
+    >>> logit = torch.tensor([3.0]).log().requires_grad_()
+    >>> soft_label_loss(logit, torch.tensor([0.75])).sum().backward()
+    >>> bool(logit.grad.abs() < 1e-6)
+    True
+    """
+    return -probability * logsigmoid(logit) - (1 - probability) * logsigmoid(-logit)
+
+
+def lagrangian_label(
+    reward_gap: Tensor, cost_gap: Tensor, lam: float, scale: float = 1.0
+) -> Tensor:
+    """P(y_w preferred) = sigma(s (Delta r - lambda Delta c)), the Bradley-Terry label of s (r -
+    lambda c).
+
+    >>> lagrangian_label(torch.tensor([1.0, 9.0]), torch.tensor([2.0, 18.0]), lam=0.5)  # a tie each
+    tensor([0.5000, 0.5000])
+    """
+    return torch.sigmoid(scale * (reward_gap - lam * cost_gap))
+
+
+def lagrangian_scale(lam: float, normalised: bool) -> float:
+    """s = 1 / (1 + lambda) if `normalised`, else 1: the factor of the label's score and of beta
+    alike.
+
+    C-DPO (2403.02475) takes the normalisation from Safe RLHF (2310.12773). The pairwise minimiser
+    has a Delta h = s (Delta r - lambda Delta c), which is pi_lambda for a = s beta alone. With a =
+    beta, as published, the KL weight is beta (1 + lambda): as lambda grows the policy stops at
+    pi_ref exp(-c / beta), and a limit below the cost of that is out of reach. Anchor and likelihood
+    keep beta, since their minimiser is pi_lambda whatever s is.
+
+    >>> lagrangian_scale(3.0, normalised=True), lagrangian_scale(3.0, normalised=False)
+    (0.25, 1.0)
+    """
+    return 1 / (1 + lam) if normalised else 1.0
+
+
+def soft_clip(value: Tensor, bound: float) -> Tensor:
+    """R tanh(u / R), an implicit reward u = a h(y) kept within (-R, R); any shape, `bound` R > 0 in
+    u's units.
+
+    PD-DPO's policy classes bound the implicit reward of phase 1 by R_max, that of phase 2 by C_max
+    (2510.05703, algorithm 1); this is their smooth form: the identity near 0, with a gradient
+    everywhere.
+
+    >>> soft_clip(torch.tensor([0.0, 0.1, 100.0]), bound=5.0)
+    tensor([0.0000, 0.1000, 5.0000])
+    """
+    return bound * torch.tanh(value / bound)
+
+
+def anchor_loss(log_ratio: Tensor, target: Tensor, beta: float) -> Tensor:
+    """(beta h(y) - t(y))^2, t = r - lambda c - V_lambda(x), V_lambda(x) = beta log E_ref exp((r -
+    lambda c) / beta).
+
+    Pairwise losses leave the level of log pi free; the soft value, a by-product of the dual, fixes
+    it. The minimiser is pi_lambda for any distribution of y.
+
+    >>> anchor_loss(torch.tensor([2.0, 4.0]), target=torch.tensor([1.0, 1.0]), beta=0.5)
+    tensor([0., 1.])
+    """
+    return (beta * log_ratio - target) ** 2
+
+
+def weighted_nll(logp: Tensor, weight: Tensor) -> Tensor:
+    """-w(y) log pi(y|x); shape [answers].
+
+    With y ~ pi_ref and w = pi_lambda / pi_ref = exp((r - lambda c - V_lambda(x)) / beta), the mean
+    over samples is the cross-entropy to pi_lambda, whose minimiser is pi_lambda: it moves mass only
+    among what the reference says, where a pairwise loss may also lose it to text that no pair
+    shows. log pi is a sum over the answer's tokens: neither the term nor its weight compares with a
+    mean over tokens, such as the `sft` loss of TRL's DPO trainer.
+
+    >>> weighted_nll(torch.tensor([-2.0, -5.0]), weight=torch.tensor([3.0, 0.0])).abs()
+    tensor([6., 0.])
+    """
+    return -weight * logp
+
+
+def sign_loss(cost: Tensor, unsafe: Tensor) -> Tensor:
+    """-log sigma(s c), s = +1 where the answer is unsafe and -1 where it is safe (Safe RLHF,
+    2310.12773).
+
+    `unsafe` is boolean. Gives the cost model its zero: c > 0 means unsafe.
+
+    >>> sign_loss(torch.tensor([9.0, 0.0, 9.0]), unsafe=torch.tensor([True, True, False])).round(decimals=2)
+    tensor([0.0000, 0.6900, 9.0000])
+    """
+    return -logsigmoid(torch.where(unsafe, cost, -cost))
+
+
+# --- the losses of other papers, and regressions that need no Bradley-Terry model -----------------
+
+
+def squared_difference_loss(
+    logit: Tensor, reward_gap: Tensor, cost_gap: Tensor, lam: float
+) -> Tensor:
+    """(beta Delta h - Delta r + lambda Delta c)^2, with logit = beta Delta h; in squared units of
+    reward.
+
+    REBEL's regression (2404.16767) on r - lambda c. The minimiser is pi_lambda for any distribution
+    of pairs; it stays finite where scores far apart make Bradley-Terry labels all but certain.
+
+    >>> one = torch.ones(1)
+    >>> squared_difference_loss(one, reward_gap=2 * one, cost_gap=4 * one, lam=0.5)  # (1 - 2 + 2)^2
+    tensor([1.])
+    """
+    return (logit - reward_gap + lam * cost_gap) ** 2
+
+
+def huber_difference_loss(
+    logit: Tensor, reward_gap: Tensor, cost_gap: Tensor, lam: float, threshold: float = 1.0
+) -> Tensor:
+    """The squared difference up to `threshold` (units of reward), straight beyond it: e^2 or t (2
+    |e| - t).
+
+    Same minimiser where the scores are exact; a pair with a wild score pulls with bounded force
+    (Huber, 1964).
+
+    >>> error, none = torch.tensor([0.5, 3.0]), torch.zeros(2)
+    >>> huber_difference_loss(error, none, none, lam=1.0)  # 0.5^2, and 2 * 3 - 1 in place of 9
+    tensor([0.2500, 5.0000])
+    """
+    error = (logit - reward_gap + lam * cost_gap).abs()
+    return torch.where(error <= threshold, error**2, threshold * (2 * error - threshold))
+
+
+def ipo_loss(log_ratio_gap: Tensor, probability: Tensor, tau: float) -> Tensor:
+    """p (Delta h - 1 / (2 tau))^2 + (1 - p) (Delta h + 1 / (2 tau))^2, IPO (2310.12036, eq. 17).
+
+    p is the probability that w is preferred (1 in a data set of winners and losers). Over all pairs
+    of answers drawn from mu the minimiser is h(y) = P(y preferred to mu) / tau + const(x): it tilts
+    by the win rate, not by the reward, so its steps add up in win rates and not to the Lagrangian r
+    - lambda c.
+
+    >>> ipo_loss(torch.tensor([1.0, 1.0]), probability=torch.tensor([1.0, 0.0]), tau=0.5)
+    tensor([0., 4.])
+    """
+    margin = 1 / (2 * tau)
+    return (
+        probability * (log_ratio_gap - margin) ** 2
+        + (1 - probability) * (log_ratio_gap + margin) ** 2
+    )
+
+
+def kto_loss(
+    log_ratio: Tensor,
+    desirable: Tensor,
+    reference_point: Tensor,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """w_D (1 - sigma(beta (h - z))) if desirable, else w_U (1 - sigma(beta (z - h))); KTO
+    (2402.01306); [answers].
+
+    `desirable` is boolean. z = max(0, KL(pi || reference)) in nats is the reference point, a
+    constant: no gradient flows through it. With P(desirable | y) = s the expectation is linear in
+    sigma(beta (h - z)): no Bradley-Terry fit, and an answer with w_D s < w_U (1 - s) loses all its
+    mass, however close the vote.
+
+    >>> at = torch.tensor(0.2)
+    >>> kto_loss(torch.tensor([0.2, 99.0, 99.0]), torch.tensor([True, True, False]), at, beta=1.0)
+    tensor([0.5000, 0.0000, 1.0000])
+    """
+    scaled = beta * (log_ratio - reference_point.detach())
+    return torch.where(
+        desirable,
+        desirable_weight * torch.sigmoid(-scaled),
+        undesirable_weight * torch.sigmoid(scaled),
+    )
+
+
+def safe_dpo_direction(unsafe_w: Tensor, unsafe_l: Tensor) -> Tensor:
+    """SafeDPO's transform T of a preferred and a rejected answer (2505.20065): +1 keep, -1 swap, 0
+    drop; [pairs].
+
+    Keep where the preferred answer is safe, swap where only the rejected one is, drop where both
+    are unsafe. The arguments are boolean.
+
+    >>> preferred, rejected = torch.tensor([[False, False, True, True], [False, True, False, True]])
+    >>> safe_dpo_direction(preferred, rejected)
+    tensor([ 1,  1, -1,  0])
+    """
+    return torch.where(unsafe_w, torch.where(unsafe_l, 0, -1), 1)
+
+
+def safe_dpo_loss(logit: Tensor, unsafe_w: Tensor, unsafe_l: Tensor, offset: float) -> Tensor:
+    """-log sigma(beta Delta h - (u_l - u_w) Delta) on transformed pairs, u = 1 if unsafe; SafeDPO
+    (2505.20065).
+
+    `logit` = beta Delta h of the pair as it was labelled, w preferred; dropped pairs have loss 0.
+    The minimiser is pi_ref exp(r / beta) restricted to safe answers, whatever the offset Delta
+    (proposition 4.4).
+
+    >>> unsafe = torch.tensor([True])
+    >>> safe_dpo_loss(torch.tensor([5.0]), unsafe, unsafe, offset=1.0).abs()  # dropped
+    tensor([0.])
+    >>> safe_dpo_loss(torch.tensor([-1.0]), unsafe, ~unsafe, offset=1.0)  # swapped: -log sigma(1 - 1)
+    tensor([0.6931])
+    """
+    direction = safe_dpo_direction(unsafe_w, unsafe_l)
+    # After the transform the preferred answer is safe, so u_l - u_w is 1 where exactly one answer
+    # is unsafe.
+    mixed = (unsafe_w ^ unsafe_l).to(logit.dtype)
+    return -direction.abs() * logsigmoid(direction * logit - offset * mixed)
+
+
+def modpo_logit(log_ratio_gap: Tensor, margin_gap: Tensor, beta: float, weight: float) -> Tensor:
+    """(beta Delta h - (1 - w) Delta m) / w, the logit of MODPO (2310.03708) for two objectives.
+
+    The pairs rank objective 0, whose weight is w; m is the margin reward of the other one, in units
+    of reward. With beta / (1 + lambda) for beta it is beta Delta h - lambda Delta m on helpful
+    pairs, where w = 1 / (1 + lambda) and m = -c; on safety pairs, where w = lambda / (1 + lambda)
+    and m = beta log(pi_r / pi_ref), it equals SACPO's second step and PD-DPO's phase 2 at every
+    policy.
+
+    >>> gap, margin = torch.tensor([4.0]), torch.tensor([1.0])
+    >>> modpo_logit(gap, margin, beta=0.5, weight=1.0), modpo_logit(gap, margin, beta=0.5, weight=0.5)
+    (tensor([2.]), tensor([3.]))
+    """
+    return (beta * log_ratio_gap - (1 - weight) * margin_gap) / weight
+
+
+def folded_reference(ref: Tensor, score: Tensor, beta: float) -> Tensor:
+    """log pi_ref + s / beta: a reference column that carries a score; [answers], s in units of
+    reward.
+
+    A pairwise loss relative to it has its optimum tilted by s. With s = r step 2 needs no pi_r;
+    with s = b_r + lambda b_c, added to log pi_r, it is the optimistic phase 2 of O-PD-DPO
+    (2510.05703, alg. 2).
+
+    >>> folded_reference(torch.tensor([-5.0]), score=torch.tensor([2.0]), beta=0.5)
+    tensor([-1.])
+    """
+    return ref + score / beta

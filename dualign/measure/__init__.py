@@ -1,1 +1,0 @@
-"""Answers of a policy, scored, and statistics of what was measured."""

@@ -1,0 +1,117 @@
+"""Numbers and text as the page writes them: digits that a reader can use, a true minus sign,
+nothing invisible.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from typing import Any
+
+from markupsafe import Markup
+
+MINUS = "\N{MINUS SIGN}"
+NONE = "\N{EN DASH}"
+
+
+#: Control characters that text has good reason to hold.
+_PLAIN = "\n\r\t"
+#: Format characters that joined scripts and emoji need: zero-width joiner and non-joiner.
+_JOINERS = "\u200c\u200d"
+
+
+def visible(value: Any) -> Any:
+    """Text with control characters, and format characters that reorder or hide text, written out:
+    `\\u202e`.
+
+    Anything but plain text stays as it is. A page shows what a row holds, not what the row makes of
+    the page."""
+    if (
+        not isinstance(value, str)
+        or isinstance(value, Markup)
+        or (value.isascii() and value.isprintable())
+    ):
+        return value
+    return "".join(_written_out(char) if _hides(char) else char for char in value)
+
+
+def _hides(char: str) -> bool:
+    return (
+        char not in _PLAIN
+        and char not in _JOINERS
+        and unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    )
+
+
+def _written_out(char: str) -> str:
+    code = ord(char)
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def number(value: float | None) -> str:
+    """About three significant digits: 0.0042, 0.31, 12.4, 1,234."""
+    if value is None:
+        return NONE
+    size = abs(value)
+    if 0 < size < 0.005:
+        text = f"{value:.1g}" if size >= 1e-4 else f"{value:.0e}"
+    else:
+        text = f"{value + 0.0:,.{0 if size >= 99.95 else 1 if size >= 9.995 else 2}f}"
+    return text.replace("-", MINUS)
+
+
+def precise(value: float | None) -> str:
+    """A number whose third digit matters: 0.123. Where that is nothing, its first digit:
+    0.00006.
+    """
+    if value is None:
+        return NONE
+    digits = 3 if abs(value) >= 0.0005 or value == 0 else -math.floor(math.log10(abs(value)))
+    return f"{value:.{digits}f}".replace("-", MINUS)
+
+
+def percent(value: float | None) -> str:
+    """A share in per cent: 2.1%, 31%, <0.1%."""
+    if value is None:
+        return NONE
+    if 0 < value < 0.0005:
+        return "<0.1%"
+    if 0.9995 <= value < 1:
+        return ">99.9%"
+    fine = 0 < abs(value) < 0.0995 or 0.99 <= value < 1
+    return f"{100 * value:.{1 if fine else 0}f}%".replace("-", MINUS)
+
+
+def compact(value: float | None) -> str:
+    """A count: 950, 12,300, 1.2 M."""
+    if value is None:
+        return NONE
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:.1f}\N{NO-BREAK SPACE}M"
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 100 else number(value)
+
+
+def duration(seconds: float | None) -> str:
+    """Wall time: 0.4 s, 12 s, 3 min 12 s, 2 h 05 min."""
+    if seconds is None:
+        return NONE
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def memory(mebibytes: float | None) -> str:
+    """Memory: 640 MiB, 1.4 GiB."""
+    if mebibytes is None:
+        return NONE
+    return f"{mebibytes / 1024:.1f} GiB" if mebibytes >= 1024 else f"{mebibytes:.0f} MiB"
+
+
+def spoken(interval: dict[str, float | None]) -> str:
+    """An interval in running text: 0.31 (0.26 to 0.36)."""
+    if interval["low"] is None or interval["high"] is None:
+        return number(interval["mean"])
+    return f"{number(interval['mean'])} ({number(interval['low'])} to {number(interval['high'])})"

@@ -1,0 +1,107 @@
+"""The multiplier that a policy was told: by its training, its search, or the merge that was
+certified.
+
+The optimum at lambda is the tilt (r - lambda c) / beta of the reference policy. A merge (1 - q) a +
+q b of two such policies is one too, to first order, at (1 - q) lambda_a + q lambda_b (P-SACPO,
+2404.11049): log pi is nearly linear in the weights between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dualign.core.records import SearchResult, SolvedDual, read_optional_record, read_trained
+
+Row = dict[str, Any]
+
+
+def told(root: Path, folder: str, certificates: Mapping[str, Any]) -> Row:
+    """What a policy's folder under models/ was told: {"lam", "merge_weight", "on_curve", "tilts"}.
+
+    `lam` is None where there is no such tilt: a mixture, the reference, DPO on safety alone, IPO,
+    KTO, SafeDPO, MODPO, and a merge with one of them. `tilts`: whether it is one model at KL weight
+    beta, no mixture or naive merge, and so may be merged on. `on_curve`: whether the predicted
+    frontier at `lam` is about this policy; besides, the prices of further limits must be those of
+    the curve, not corrected by a search or taken in another share by a merge."""
+    kind, _, name = folder.partition("/")
+    if kind == "certified":
+        return _certified(root, certificates.get(name, {}))
+    if kind == "aligned":
+        return _searched(
+            read_optional_record(root / f"reports/search/{name}.json", SearchResult), _prices(root)
+        )
+    metrics = root / "reports/metrics"
+    known = read_trained(metrics, folder) if (metrics / f"{folder}.json").is_file() else {}
+    return _row(_trained(known, kind))
+
+
+def merged_multiplier(q: float, lam: float | None, partner: float | None) -> float | None:
+    """(1 - q) lambda_partner + q lambda; the policy's own at weight 1, None where either is
+    unknown.
+    """
+    if q == 1.0:
+        return lam
+    return None if lam is None or partner is None else (1 - q) * partner + q * lam
+
+
+def _certified(root: Path, certificate: Mapping[str, Any]) -> Row:
+    """The candidate that was returned; a certificate of an older run does not tell what it was
+    merged from.
+    """
+    tests = certificate.get("tests", [])
+    test: Row = next((test for test in tests if test["candidate"] == certificate["returned"]), {})
+    if "q" not in test:
+        return _row(None)
+    policy, partner = (told(root, test[key], {}) for key in ("policy", "partner"))
+    q = test["q"]
+    if q == 1.0:
+        return policy
+    if not (policy["tilts"] and partner["tilts"]):
+        return _row(None, q, tilts=False)
+    return _row(
+        merged_multiplier(q, policy["lam"], partner["lam"]), q, on_curve=not any(_prices(root))
+    )
+
+
+def _searched(search: SearchResult | None, prices: list[float]) -> Row:
+    if search is None:
+        return _row(None)
+    chosen = search["steps"][search["chosen"]]
+    tilts = search["returns"] != "mixture" and not search.get("naive")
+    return _row(chosen["lam"], chosen["q"], tilts and chosen["prices"] in ([], prices), tilts)
+
+
+def _prices(root: Path) -> list[float]:
+    """The pool's prices of further limits, which the predicted frontier includes."""
+    known = read_optional_record(root / "data/dual/dual.json", SolvedDual)
+    return [price["lam"] for price in known["prices"]] if known else []
+
+
+def _trained(metrics: Mapping[str, Any], kind: str) -> float | None:
+    """The multiplier of a policy that no search made, from the metrics of its training."""
+    plain = metrics.get("loss_type") == "dpo" and metrics.get("clip") is None
+    if kind == "reward_dpo":
+        helpful = (
+            metrics.get("reference") == "sft" == metrics.get("margin")
+            and metrics.get("safe_offset") is None
+        )
+        return 0.0 if plain and helpful else None
+    second = plain and str(metrics.get("reference")).startswith("reward_dpo/")
+    if kind in ("lagrangian_dpo", "lambda_path") or (
+        kind in ("safety_dpo", "safety_path") and second
+    ):
+        lam = metrics.get("lam")
+        return None if lam is None else float(lam)
+    return None
+
+
+def _row(
+    lam: float | None, merge_weight: float | None = None, on_curve: bool = True, tilts: bool = True
+) -> Row:
+    return {
+        "lam": lam,
+        "merge_weight": merge_weight,
+        "on_curve": on_curve and tilts,
+        "tilts": tilts,
+    }

@@ -1,0 +1,73 @@
+"""Training on the Lagrangian r - lambda c at a fixed multiplier: what `lagrangian_dpo` and
+`lambda_path` share.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from transformers import PreTrainedTokenizerBase
+
+from dualign.core.artifacts import replacing
+from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
+from dualign.math.losses import lagrangian_scale
+from dualign.params.base import Resources
+from dualign.params.training import LagrangianParams, LagrangianSpec
+from dualign.training.pairs import lagrangian_pairs, pool_pairs, pool_values, samples_of
+from dualign.training.pairwise import Inner, Pair, train_pairwise
+from dualign.training.run import Job
+
+
+def pairs_at(
+    lam: float,
+    frame: pd.DataFrame,
+    data: Literal["pool", "pairs"],
+    spec: LagrangianSpec,
+    params: LagrangianParams,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Pair]:
+    """Training pairs at a multiplier from a table of schema POOL (`pool`) or SCORED_PAIRS
+    (`pairs`).
+    """
+    scale = lagrangian_scale(lam, spec.inner.normalised)
+    if data == "pairs":
+        return lagrangian_pairs(frame, tokenizer, lam, scale)
+    samples = samples_of(frame, tokenizer)
+    return pool_pairs(
+        samples, pool_values(samples, lam, params.beta), lam, params.beta, params.seed, scale
+    )
+
+
+def train_at(
+    lam: float,
+    pairs: list[Pair],
+    begin: Path,
+    spec: LagrangianSpec,
+    params: LagrangianParams,
+    resources: Resources,
+    scratch: Path,
+    out: Path,
+) -> dict[str, Any]:
+    """Train the policy in folder `begin` on pairs at `lam` and save it in `out`; checkpoints lie in
+    `scratch`.
+
+    Returns the training's metrics, with the learning rate and the inner loss that a search from
+    there takes over."""
+    scale = lagrangian_scale(lam, spec.inner.normalised)
+    rate = spec.learning_rate or params.training.learning_rate
+    steps = spec.max_steps or params.training.max_steps
+    training = params.training.model_copy(update={"learning_rate": rate, "max_steps": steps})
+    job = Job(training, resources, scratch, params.seed)
+    inner = Inner(
+        params.beta * scale, params.beta, spec.inner.labels, spec.inner.anchor, spec.inner.nll
+    )
+    tokenizer = load_tokenizer(begin)
+    policy = with_lora(
+        load_policy(begin, resources, trained=params.lora.rank == 0), params.lora, params.seed
+    )
+    metrics = train_pairwise(policy, tokenizer, pairs, inner, job)
+    with replacing(out) as folder:
+        save(policy, tokenizer, folder)
+    return {**metrics, "inner": spec.inner.model_dump(), "learning_rate": rate}

@@ -1,0 +1,49 @@
+"""DPO on safety preferences at a fixed multiplier: what `safety_dpo` and `safety_path` share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dualign.core.artifacts import replacing
+from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
+from dualign.params.base import Resources
+from dualign.params.training import SafetyParams, SafetySpec
+from dualign.training.pairs import safety_training_pairs, visited
+from dualign.training.pairwise import Inner, train_pairwise
+from dualign.training.run import Job
+
+
+def train_at(
+    lam: float,
+    frame: pd.DataFrame,
+    reference: Path,
+    spec: SafetySpec,
+    params: SafetyParams,
+    resources: Resources,
+    scratch: Path,
+    out: Path,
+) -> dict[str, Any]:
+    """Train the policy in folder `reference` on SAFETY_PAIRS at coefficient beta / `lam` to itself;
+    save it in `out`.
+
+    Returns the training's metrics, with the multiplier and the loss that a search from there takes
+    over."""
+    tokenizer = load_tokenizer("models/sft")
+    policy = load_policy(reference, resources, trained=params.lora.rank == 0)
+    train = visited(frame[frame["split"] == "train"], params.training, params.seed)
+    pairs = safety_training_pairs(
+        train, policy, tokenizer, resources.scoring_batch_size, spec.loss_type
+    )
+    policy = with_lora(policy, params.lora, params.seed)
+    job = Job(params.training, resources, scratch, params.seed)
+    inner = Inner(
+        scale=params.beta / lam, beta=params.beta, loss_type=spec.loss_type, clip=spec.clip
+    )
+    metrics = train_pairwise(policy, tokenizer, pairs, inner, job)
+    with replacing(out) as folder:
+        save(policy, tokenizer, folder)
+    chosen = {"reference": spec.reference, "loss_type": spec.loss_type, "clip": spec.clip}
+    return {**metrics, "lam": lam, "coefficient": params.beta / lam, **chosen}

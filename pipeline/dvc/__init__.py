@@ -1,0 +1,1 @@
+"""What DVC knows: the graph, its records, params.yaml and the code dependencies."""

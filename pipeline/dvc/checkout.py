@@ -1,0 +1,199 @@
+"""Commits as working trees: the commit that workers are asked to run, and a tree of it on a node.
+
+Stages on one node never share a workspace, where DVC would have them wait for each other; they
+share the node's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from dvc.repo import Repo
+
+from pipeline.errors import PipelineError
+from pipeline.run.runner import Log, held
+
+#: What a run may change without a commit: it travels with each stage.
+CARRIED = ("params.yaml", "dvc.lock")
+#: Seconds to wait for another run of the very same stage, whose worker was killed say, and between
+#: two looks.
+PATIENCE, PAUSE = 60.0, 5.0
+
+
+def committed(root: Path) -> str:
+    """The commit of the workspace; raises PipelineError where files differ from it."""
+    changed = [
+        line[3:]
+        for line in git(root, "status", "--porcelain").splitlines()
+        if line[3:] not in CARRIED
+    ]
+    if changed:
+        raise PipelineError(
+            f"{len(changed)} files differ from the last commit, first {changed[0]}; what runs"
+            " elsewhere is a commit, so commit them (params.yaml and dvc.lock travel by"
+            " themselves)"
+        )
+    return git(root, "rev-parse", "HEAD").strip()
+
+
+def published(root: Path) -> str:
+    """The commit of the workspace, which workers can fetch; raises PipelineError also where it was
+    not pushed.
+    """
+    commit = committed(root)
+    if not git(root, "branch", "--remotes", "--contains", commit):
+        raise PipelineError(
+            f"commit {commit[:10]} is on no remote branch, where workers look for it; git push it"
+        )
+    return commit
+
+
+@contextlib.contextmanager
+def working_tree(root: Path, commit: str, name: str, log: Log) -> Iterator[tuple[Path, int]]:
+    """A working tree of a commit below the clone `root`, with its DVC cache and remote; removed at
+    the end.
+
+    Yields the tree and a file descriptor that holds it for whoever it is passed on to. The tree of
+    a killed run of the same `name` is replaced, once its processes have ended.
+
+    Raises PipelineError where the commit cannot be had.
+    """
+    folder = root / ".dvc" / "tmp" / "stages"
+    tree = folder / name
+    with _in_turn(folder / f"{name}.lock", log) as lock:
+        _add(root, commit, tree)
+        try:
+            _share(root, tree)
+            yield tree, lock
+        finally:
+            _remove(root, tree)
+
+
+@contextlib.contextmanager
+def _in_turn(path: Path, log: Log) -> Iterator[int]:
+    """Hold a lock file, after a while of waiting where another has it."""
+    deadline = time.monotonic() + PATIENCE
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                lock = stack.enter_context(held(path, "the same stage runs on this node"))
+                break
+            except PipelineError as error:
+                if time.monotonic() > deadline:
+                    raise
+                log(logging.INFO, str(error))
+                time.sleep(PAUSE)
+        yield lock
+
+
+def _add(root: Path, commit: str, tree: Path) -> None:
+    with (root / ".dvc" / "tmp" / "worktrees.lock").open(
+        "w"
+    ) as turn:  # git's own lock fails at once
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        if not _has(root, commit):
+            git(root, "fetch", "--quiet", "origin")
+        if not _has(root, commit):
+            raise PipelineError(
+                f"commit {commit[:10]} is not in the remote of {root}; see `git remote -v` there"
+            )
+        _remove(root, tree)
+        git(root, "worktree", "add", "--quiet", "--force", "--detach", str(tree), commit)
+
+
+def _has(root: Path, commit: str) -> bool:
+    command = ["git", "-C", str(root), "cat-file", "-e", f"{commit}^{{commit}}"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _remove(root: Path, tree: Path) -> None:
+    shutil.rmtree(tree, ignore_errors=True)
+    git(root, "worktree", "prune")
+
+
+def _share(root: Path, tree: Path) -> None:
+    """Give a tree the settings of its clone that git does not hold, and the clone's cache and
+    remote.
+    """
+    local = root / ".dvc" / "config.local"
+    if local.exists():
+        shutil.copy2(local, tree / ".dvc" / "config.local")
+    with Repo(str(root)) as repo:
+        cache = repo.cache.local.path
+        remote = repo.config["core"].get("remote")
+        url = str(repo.config["remote"][remote]["url"]) if remote else ""
+    with Repo(str(tree)) as repo, repo.config.edit("local") as settings:
+        settings.setdefault("cache", {})["dir"] = str(Path(cache).parents[1])  # of .../files/md5
+        settings.setdefault("core", {})["site_cache_dir"] = str(
+            tree / ".dvc" / "tmp" / "site"
+        )  # goes with the tree
+        if remote:  # a relative one counts from the clone
+            settings.setdefault("remote", {}).setdefault(remote, {})["url"] = url
+
+
+def listed(root: Path, path: str, which: str = "--cached") -> list[str]:
+    """The files at or in a path that git holds (`--cached`), or does not (`--others`); none outside
+    a repository.
+
+    Raises PipelineError where there is a repository that git does not trust.
+    """
+    found = asked(root, "ls-files", "-z", which, "--", path)
+    if _distrusts(found.stderr):
+        raise PipelineError(f"git: {complaint(found.stderr)}")
+    return [file for file in found.stdout.split("\0") if file]
+
+
+def put(tree: Path, files: Mapping[str, str]) -> None:
+    """Write texts at paths in a tree; raises PipelineError for a path that leads out of it."""
+    for name, text in files.items():
+        path = (tree / name).resolve()
+        if not path.is_relative_to(tree.resolve()):
+            raise PipelineError(f"{name}: not a path in the repository")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def tidy(root: Path) -> None:
+    """Remove the trees that killed runs have left."""
+    folder = root / ".dvc" / "tmp" / "stages"
+    for tree in [path for path in folder.glob("*") if path.is_dir()]:
+        with contextlib.suppress(PipelineError), held(folder / f"{tree.name}.lock", "in use"):
+            _remove(root, tree)
+
+
+def git(root: Path, *arguments: str) -> str:
+    """The output of a git command; raises PipelineError with what git says where it fails."""
+    done = asked(root, *arguments)
+    if done.returncode:
+        raise PipelineError(f"git {arguments[0]}: {complaint(done.stderr)}; look at {root}")
+    return done.stdout
+
+
+def asked(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A git command that may fail, its messages in English."""
+    told = {**os.environ, "LC_ALL": "C"}
+    return subprocess.run(
+        ["git", "-C", str(root), *arguments], env=told, capture_output=True, text=True, check=False
+    )
+
+
+def complaint(said: str) -> str:
+    """Why git refused, in one line; where it distrusts the owner of a folder, with its own
+    remedy.
+    """
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    remedy = next((line for line in lines if line.startswith("git config ")), "")
+    if _distrusts(said) and remedy:
+        return f"the folder belongs to another user, which git calls dubious ownership; {remedy}"
+    return lines[-1] if lines else "failed"
+
+
+def _distrusts(said: str) -> bool:
+    return "dubious ownership" in said

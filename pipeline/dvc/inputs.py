@@ -1,0 +1,142 @@
+"""Files that stages read and that neither git nor DVC holds: a working tree of a commit lacks them,
+and so do workers.
+
+Rows in data/raw, bases in models/base, templates and label files are such, for git ignores them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dvc.repo import Repo
+
+from pipeline import yaml_text
+from pipeline.dvc import records
+from pipeline.dvc.checkout import listed
+from pipeline.dvc.dag import StageSpec
+from pipeline.errors import PipelineError
+
+#: Files that a stage leaves for people when it exits 3, and those in which they answer, by the name
+#: of their folder.
+QUESTIONS, ANSWERS = "to-label-*.jsonl", "labelled-*.jsonl"
+
+
+def check_held(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) -> None:
+    """Raise PipelineError unless workers can have all that the stages read: from git, DVC, or at an
+    absolute path.
+    """
+    stages = list(stages)
+    missing = loose(root, dag, stages)
+    for path in [] if missing else sorted(_deps(dag, stages)):
+        if not listed(root, path) and not _written(root, path):
+            missing.append(path)
+    if missing:
+        raise PipelineError(
+            f"{missing[0]}: neither git nor DVC holds it, so workers cannot have it; "
+            "`dvc add` a folder of such files, as docs/cluster.md says, or name an absolute path"
+        )
+
+
+def carry(root: Path, tree: Path, dag: Mapping[str, StageSpec]) -> None:
+    """Link into a working tree of `root` what its stages read there and its commit lacks, but for
+    labels of people.
+    """
+    for name in loose(root, dag, dag):
+        path = tree / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(root / name)
+
+
+def loose(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) -> list[str]:
+    """The files that the stages read in `root`, or params.yaml names, and that neither git nor DVC
+    holds.
+
+    Raises PipelineError for a path that leads out of the workspace: it means another place in a
+    working tree.
+    """
+    with Repo(str(root)) as repo:
+        files = {
+            name for path in _read(root, dag, stages) for name in listed(root, path, "--others")
+        }
+        return [
+            name
+            for name in sorted(files)
+            if not (
+                fnmatch.fnmatch(Path(name).name, QUESTIONS)
+                or fnmatch.fnmatch(Path(name).name, ANSWERS)
+            )
+            and not repo.dvcignore.is_ignored_file(str(root / name))
+            and not records.written(repo, str(root / name))
+        ]
+
+
+def _read(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) -> list[str]:
+    paths = {os.path.normpath(path) for path in _deps(dag, stages) | set(_named(root))}
+    outside = sorted(path for path in paths if path.startswith(".."))
+    if outside:
+        raise PipelineError(
+            f"{outside[0]}: leads out of the workspace, so it would be another place where stages"
+            " run in a working tree; name its absolute path in params.yaml"
+        )
+    return sorted(paths - {"."})
+
+
+def _deps(dag: Mapping[str, StageSpec], stages: Iterable[str]) -> set[str]:
+    return {dep for name in stages for dep in dag[name].deps if not Path(dep).is_absolute()}
+
+
+def _named(root: Path) -> Iterator[str]:
+    """The texts in params.yaml that are paths of something here."""
+    content = yaml_text.load(yaml_text.read(root / "params.yaml"))
+    yield from (
+        text for text in _texts(content) if not Path(text).is_absolute() and _exists(root / text)
+    )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long for a path, or with a zero byte
+        return False
+
+
+def _texts(content: Any) -> Iterator[str]:
+    values = (
+        content.values()
+        if isinstance(content, dict)
+        else content
+        if isinstance(content, list)
+        else []
+    )
+    for value in values:
+        yield from [value] if isinstance(value, str) else _texts(value)
+
+
+def _written(root: Path, path: str) -> bool:
+    with Repo(str(root)) as repo:
+        return bool(records.written(repo, str(root / path)))
+
+
+# --- labels of people -----------------------------------------------------------------------------
+
+
+def answers(root: Path) -> dict[str, str]:
+    """The labels of people that lie in the workspace, by path."""
+    folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return {
+        file.relative_to(root).as_posix(): file.read_text()
+        for path in folders
+        for file in path.rglob(ANSWERS)
+    }
+
+
+def questions(tree: Path) -> dict[str, str]:
+    """What a stage in a working tree asks people for, by path."""
+    found = [path.relative_to(tree) for path in sorted(tree.rglob(QUESTIONS))]
+    whole = [path for path in found if not any(part.startswith(".") for part in path.parts)]
+    return {path.as_posix(): (tree / path).read_text() for path in whole}

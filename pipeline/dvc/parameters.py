@@ -1,0 +1,179 @@
+"""Set keys of params.yaml. Comments and all else stay byte for byte; values are YAML 1.2, as every
+reader here has it.
+
+Whether a value makes sense is for the stage to say that reads it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import CollectionNode, MappingNode, Node
+
+from pipeline import yaml_text
+from pipeline.errors import PipelineError
+
+
+def parse(argument: str) -> tuple[str, Any]:
+    """`constraint.limit=-0.5` as key and value. Raises PipelineError where it is no assignment."""
+    key, equals, text = argument.partition("=")
+    if not equals or not key.strip() or not text.strip():
+        raise PipelineError(
+            f"{argument}: write key=value, for example constraint.limit=-0.5, or key=null for no"
+            " value"
+        )
+    try:
+        return key.strip(), yaml_text.load(text, "the value")
+    except PipelineError as error:
+        raise PipelineError(f"{key.strip()[:100]}: {error}; put a text in quotes") from None
+
+
+def assign(text: str, settings: Mapping[str, Any]) -> str:
+    """The text of params.yaml with new values for some keys, such as {"constraint.limit": -0.5}.
+
+    Raises PipelineError where a key is not there, or its place in the file cannot be edited alone.
+    """
+    for key, value in settings.items():
+        content = _mapping(text)
+        _check_key(content, key)
+        expected = _changed(content, key, value)
+        text = _written(text, key, value)
+        if yaml_text.load(text) != expected:
+            raise PipelineError(
+                f"params.yaml: {key} cannot be set alone (an alias, or an unusual layout); edit the"
+                " file"
+            )
+    return text
+
+
+def span(text: str, key: str) -> tuple[int, int] | None:
+    """Where the value of a dotted key begins and ends in YAML text; None where there is no such
+    key.
+    """
+    pair = pair_at(composed(text), key)
+    return None if pair is None else place(text, *pair)
+
+
+def composed(text: str) -> Node | None:
+    """The nodes of YAML text; None where it cannot be read."""
+    try:
+        yaml_text.check(text)
+        root: Node | None = YAML(typ="safe", pure=True).compose(text)
+    except (PipelineError, YAMLError):
+        return None
+    return root
+
+
+def pair_at(root: Node | None, key: str) -> tuple[Node, Node] | None:
+    """The nodes of a dotted key and of its value; None where there is no such key."""
+    pair, node = None, root
+    for name in key.split("."):
+        pair = _pair(node, name)
+        if pair is None:
+            return None
+        node = pair[1]
+    return pair
+
+
+def place(text: str, label: Node, node: Node) -> tuple[int, int]:
+    """Where a value begins and ends in the text, by the nodes of its key and of itself."""
+    start, end = node.start_mark.index, _end(node)
+    if (
+        start == end
+    ):  # an empty value counts as standing at the next one; its place is after its colon
+        start = end = text.index(":", label.end_mark.index) + 1
+    return start, end
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; what a kill leaves lies in DVC's own folder for such
+    things.
+    """
+    path.parent.mkdir(exist_ok=True)
+    room = path.parent / ".dvc" / "tmp"
+    temporary = (room if room.is_dir() else path.parent) / f".{path.name}.{os.getpid()}.tmp"
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    content = yaml_text.load(text)
+    if not isinstance(content, dict):
+        raise PipelineError("params.yaml: expected a mapping of keys to values")
+    return content
+
+
+def _changed(content: Any, key: str, value: Any) -> Any:
+    """The content with one value replaced. An alias becomes a copy, so that nothing else changes
+    with it.
+    """
+    name, _, rest = key.partition(".")
+    if not rest:
+        return {**content, name: value}
+    return {**content, name: _changed(content[name], rest, value)}
+
+
+def _check_key(content: Any, key: str) -> None:
+    known = _keys(content)
+    if key in known:
+        return
+    same = [other for other in known if other.split(".")[-1] == key.split(".")[-1]]
+    near = same or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"its sections are {', '.join(content)}"
+    raise PipelineError(f"params.yaml: there is no key {key}; {hint}")
+
+
+def _keys(content: Any, prefix: str = "") -> list[str]:
+    if not isinstance(content, dict):
+        return []
+    return [
+        key
+        for name, value in content.items()
+        for key in (f"{prefix}{name}", *_keys(value, f"{prefix}{name}."))
+    ]
+
+
+def _written(text: str, key: str, value: Any) -> str:
+    try:
+        shown = json.dumps(value, ensure_ascii=False, allow_nan=False)  # JSON is YAML 1.2
+    except (TypeError, ValueError, RecursionError):
+        raise PipelineError(
+            f"params.yaml: {key}: {_told(value)} is no number, text, truth value, list or mapping"
+        ) from None
+    place = span(text, key)
+    if place is None:
+        raise PipelineError(
+            f"params.yaml: {key} comes from a merge (<<), or an alias, and has no place of its own;"
+            " edit the file"
+        )
+    start, end = place
+    gap = " " if text[start - 1 : start] == ":" else ""
+    return text[:start] + gap + shown + text[end:]
+
+
+def _told(value: Any) -> str:
+    try:
+        return repr(value)[:100]
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list in itself
+        return f"this {type(value).__name__}"
+
+
+def _pair(node: Node | None, key: str) -> tuple[Node, Node] | None:
+    """The nodes of a key and of its value."""
+    pairs = node.value if isinstance(node, MappingNode) else []
+    return next(((label, value) for label, value in pairs if label.value == key), None)
+
+
+def _end(node: Node) -> int:
+    """The end of a value without the blank lines and comments that follow a block."""
+    if isinstance(node, CollectionNode) and not node.flow_style and node.value:
+        last = node.value[-1]
+        return _end(last[1] if isinstance(last, tuple) else last)
+    return int(node.end_mark.index)

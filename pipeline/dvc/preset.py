@@ -1,0 +1,226 @@
+"""Choose the parameters of the next run: make params.yaml a preset, written out whole.
+
+    python -m pipeline.dvc.preset params/real-rows-cpu.yaml --data ../rows
+    python -m pipeline.dvc.preset default
+
+`default` is the params.yaml of the last commit. A params.yaml that you edited is never lost: the
+command refuses, or, with --force, keeps it as params.yaml.saved. Params that no stage would take do
+not replace those that are there."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import itertools
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.dvc.overlay import differences, whole
+from pipeline.dvc.parameters import replace_file, span
+from pipeline.errors import PipelineError
+
+PROG = "python -m pipeline.dvc.preset"
+ROOT = Path(__file__).resolve().parents[2]
+#: A copy of what was chosen last: the preset itself may have changed since.
+LAST = Path(".scratch/params.yaml")
+#: Characters of a value that are shown.
+_SHOWN = 80
+
+logger = logging.getLogger(__name__)
+
+
+class PresetError(ValueError):
+    """The preset cannot be used, or would overwrite the user's own edits."""
+
+
+def select(preset: str, data: str | None = None, force: bool = False, root: Path = ROOT) -> None:
+    """Make `root`/params.yaml a copy of a preset, with `prepare.folder` set to `data` if given.
+
+    `preset` is a path, the name of a file in params/ with or without its suffix, or `default`. A
+    relative `data` is relative to `root`.
+
+    Raises:
+        PresetError: no such preset, or one that no stage would take; no such folder; or params.yaml
+            holds the user's own edits and `force` is not set.
+    """
+    try:
+        text = _preset_text(preset, root)
+    except PipelineError as error:
+        raise PresetError(str(error)) from None
+    if data is not None:
+        if not (root / data).is_dir():
+            raise PresetError(
+                f"{data}: no such folder; --data takes the folder that holds the data files"
+            )
+        text = _with_folder(text, data, preset)
+    _validate(text, preset, root)
+    target = root / "params.yaml"
+    if target.exists() and is_edited(_text(target), root):
+        if not force:
+            raise PresetError(
+                "params.yaml holds your own edits; copy it into params/ under a name of its own, "
+                "or add --force to have it kept as params.yaml.saved"
+            )
+        logger.info("params.yaml held your own edits: kept as %s", _save(target).name)
+    for path in (target, root / LAST):
+        replace_file(path, text)
+    logger.info("params.yaml is now %s%s", preset, f" with prepare.folder {data}" if data else "")
+    for key, value in _differences(preset, root).items():
+        logger.info("  %s", _line(key, value))
+
+
+def _preset_text(preset: str, root: Path) -> str:
+    if preset == "default":
+        committed = _committed(root)
+        if committed is None:
+            raise PresetError("default: there is no commit with a params.yaml to go back to")
+        return committed
+    path = _preset_file(preset, root)
+    if path is not None:
+        return whole(path)
+    names = {"default": "default", **{path.stem: f"params/{path.name}" for path in _presets(root)}}
+    near = difflib.get_close_matches(Path(preset).stem, names, n=1, cutoff=0.5)
+    hint = f"did you mean {names[near[0]]}?" if near else f"one of {', '.join(names.values())}"
+    raise PresetError(f"{preset}: no such preset; {hint}")
+
+
+def _preset_file(preset: str, root: Path) -> Path | None:
+    places = (root / preset, root / "params" / preset, root / "params" / f"{preset}.yaml")
+    return next((path for path in places if path.is_file()), None)
+
+
+def _differences(preset: str, root: Path) -> dict[str, Any]:
+    """What a preset changes of the file that it extends; nothing for `default`, or one that is
+    whole.
+    """
+    path = None if preset == "default" else _preset_file(preset, root)
+    return {} if path is None else differences(path)
+
+
+def _line(key: str, value: Any) -> str:
+    """A key and its value on one line, long ones cut."""
+    text = json.dumps(value, ensure_ascii=False)
+    return f"{key}: {text}" if len(text) <= _SHOWN else f"{key}: {text[:_SHOWN]}..."
+
+
+def _validate(text: str, name: str, root: Path) -> None:
+    """Have the library say whether these are params; it must not be imported here, so it runs as a
+    command.
+    """
+    checked = subprocess.run(
+        [sys.executable, "-m", "dualign.params.loading", name],
+        cwd=root,
+        input=text.encode(errors="replace"),
+        capture_output=True,
+        check=False,
+    )
+    if checked.returncode:
+        said = checked.stderr.decode(errors="replace").strip().splitlines()
+        raise PresetError(
+            said[-1]
+            if said
+            else f"{name}: cannot be checked; python -m dualign.params.loading does not run"
+        )
+
+
+def _whole(path: Path) -> str:
+    """What a file in params/ is written out as; its own text where it cannot be."""
+    try:
+        return whole(path)
+    except PipelineError:
+        return _text(path)
+
+
+def _text(path: Path) -> str:
+    """The text of a file of the user's, whatever it holds."""
+    return path.read_text(errors="replace")
+
+
+def _presets(root: Path) -> list[Path]:
+    return sorted((root / "params").glob("*.yaml"))
+
+
+def _committed(root: Path) -> str | None:
+    """params.yaml as of the last commit; None outside a git repository or where no commit holds
+    it.
+    """
+    shown = subprocess.run(
+        ["git", "show", "HEAD:./params.yaml"], cwd=root, capture_output=True, check=False
+    )
+    return shown.stdout.decode(errors="replace") if shown.returncode == 0 else None
+
+
+def is_edited(text: str, root: Path) -> bool:
+    """Whether `text` is neither committed, nor a preset, nor what was chosen last, whatever
+    prepare.folder says.
+    """
+    own = _without_folder(text)
+    return all(other is None or _without_folder(other) != own for other in _known(root))
+
+
+def _known(root: Path) -> Iterator[str | None]:
+    """The texts that params.yaml may be without being the user's own, likely ones first."""
+    yield _committed(root)
+    for path in (root / LAST, *_presets(root)):
+        yield _whole(path) if path.is_file() else None
+
+
+def _without_folder(text: str) -> str:
+    place = span(text, "prepare.folder")
+    return text[: place[0]] + text[place[1] :] if place else text
+
+
+def _with_folder(text: str, folder: str, name: str) -> str:
+    place = span(text, "prepare.folder")
+    if place is None:
+        raise PresetError(f"{name}: it has no key prepare.folder to hold --data")
+    return text[: place[0]] + json.dumps(folder, ensure_ascii=False) + text[place[1] :]
+
+
+def _save(path: Path) -> Path:
+    """Copy a file to the first free of NAME.saved, NAME.saved.2, ..."""
+    names = itertools.chain(
+        [f"{path.name}.saved"], (f"{path.name}.saved.{n}" for n in itertools.count(2))
+    )
+    saved = next(place for name in names if not (place := path.with_name(name)).exists())
+    shutil.copy2(path, saved)
+    return saved
+
+
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """The parser of this command."""
+    made = argparse.ArgumentParser(prog=prog, description="Make params.yaml a copy of a preset.")
+    made.add_argument(
+        "preset", help="a file in params/, a path, or `default`: the params.yaml of the last commit"
+    )
+    made.add_argument(
+        "--data", metavar="FOLDER", help="set prepare.folder, the folder that holds the data files"
+    )
+    made.add_argument(
+        "--force",
+        action="store_true",
+        help="replace an edited params.yaml, keeping it as params.yaml.saved",
+    )
+    return made
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT, prog: str = PROG) -> int:
+    """The command, called `prog`; returns its exit status."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    arguments = parser(prog).parse_args(argv)
+    try:
+        select(arguments.preset, arguments.data, arguments.force, root)
+    except PresetError as error:
+        logger.error("%s", error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What Prefect runs and shows: the flow, its cards, servers, deployments and workers."""

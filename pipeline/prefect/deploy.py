@@ -1,0 +1,118 @@
+"""What makes a cluster of machines: work pools and deployments on a Prefect server, and a worker on
+each node.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefect.client.orchestration import get_client
+from ruamel.yaml import YAML
+
+from pipeline.dvc.checkout import tidy
+from pipeline.dvc.dag import StageSpec
+from pipeline.errors import PipelineError
+
+FILE = Path("prefect.yaml")
+#: The image for pools of containers, where $DUALIGN_IMAGE names no other.
+IMAGE = "dualign-worker:latest"
+
+
+def pools_of(dag: Mapping[str, StageSpec]) -> list[str]:
+    """The pools that dvc.yaml names (`meta: pool`)."""
+    return sorted({str(spec.meta.get("pool", "cpu")) for spec in dag.values()})
+
+
+def deploy(root: Path, dag: Mapping[str, StageSpec], kind: str) -> list[str]:
+    """Make the pools that are missing, of type `kind`, and apply prefect.yaml; returns what was
+    done, in lines.
+
+    Raises PipelineError where prefect.yaml lacks a deployment for a pool, or Prefect refuses it.
+    """
+    _check(root, pools_of(dag))
+    with get_client(sync_client=True) as client:
+        there = {pool.name: pool.type for pool in client.read_work_pools()}
+    told = [f"pool {name}: there, of type {there[name]}" for name in pools_of(dag) if name in there]
+    for name in pools_of(dag):
+        if name not in there:
+            _prefect(root, "work-pool", "create", name, "--type", kind)
+            told.append(f"pool {name}: made, of type {kind}")
+    names = [argument for name in pools_of(dag) for argument in ("--name", name)]
+    _prefect(root, "deploy", *names, "--prefect-file", str(FILE))
+    told += [f"deployment stage/{name}: as in {FILE}" for name in pools_of(dag)]
+    return [*told, f"next, on each node: python -m pipeline work {'|'.join(pools_of(dag))}"]
+
+
+def _check(root: Path, pools: list[str]) -> None:
+    path = root / FILE
+    if not path.is_file():
+        raise PipelineError(f"{FILE}: not here; it describes the deployments (git checkout {FILE})")
+    content: dict[str, Any] = YAML(typ="safe", pure=True).load(path)
+    named = {deployment.get("name") for deployment in content.get("deployments") or []}
+    missing = [pool for pool in pools if pool not in named]
+    if missing:
+        raise PipelineError(
+            f"{FILE}: no deployment {missing[0]}, a pool in dvc.yaml; copy another one's lines and"
+            " rename it"
+        )
+
+
+def _prefect(root: Path, *command: str) -> None:
+    call = [sys.executable, "-m", "prefect", "--no-prompt", *command]
+    told = {
+        "DUALIGN_IMAGE": IMAGE,
+        **os.environ,
+        "COLUMNS": "1000",
+    }  # it breaks lines at a terminal's width
+    done = subprocess.run(call, cwd=root, env=told, capture_output=True, text=True, check=False)
+    if done.returncode:
+        name = " ".join(word for word in command[:2] if not word.startswith("-"))
+        raise PipelineError(f"prefect {name}: {_complaint(done.stdout + done.stderr)}")
+
+
+def _complaint(said: str) -> str:
+    """The line in which Prefect says what is wrong: the last one, or the end of a traceback above
+    its closing line.
+    """
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    told = [line for line in lines if line != "An exception occurred."]
+    return re.sub(r"^(\w+\.)+\w+: ", "", told[-1]) if told else "failed"
+
+
+def become_worker(
+    root: Path, dag: Mapping[str, StageSpec], pool: str, limit: int, once: bool
+) -> None:
+    """Turn this process into a Prefect worker whose stages run in the clone `root`; does not
+    return.
+
+    Raises PipelineError where no stage has this pool.
+    """
+    if pool not in pools_of(dag):
+        raise PipelineError(
+            f"{pool}: no stage of dvc.yaml has this pool; one of {', '.join(pools_of(dag))}"
+        )
+    tidy(root)
+    os.environ["DUALIGN_ROOT"] = str(root)
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # it ends a worker, and shells have background jobs ignore it
+    name = f"{os.uname().nodename}-{os.getpid()}"
+    worker = [
+        "worker",
+        "start",
+        "--pool",
+        pool,
+        "--name",
+        name,
+        "--limit",
+        str(limit),
+        *(["--run-once"] if once else []),
+    ]
+    os.execv(sys.executable, [sys.executable, "-m", "prefect", *worker])

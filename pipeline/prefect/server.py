@@ -1,0 +1,143 @@
+"""The Prefect server that runs are shown on: where it is, who says so, and whether it answers and
+lets us in.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+from pipeline.errors import PipelineError
+
+#: Seconds to wait for an answer.
+PATIENCE = 10.0
+
+
+def address() -> str:
+    """The address of the Prefect server: the one that is configured, else where `prefect server
+    start` puts it.
+    """
+    from prefect.settings import get_current_settings
+
+    settings = get_current_settings()
+    return settings.api.url or f"http://{settings.server.api.host}:{settings.server.api.port}/api"
+
+
+def origin(api: str) -> str:
+    """Who configured the address, and how to take it back; empty where nobody configured this
+    one.
+    """
+    from prefect.context import get_settings_context
+    from prefect.settings import PREFECT_API_URL, get_current_settings
+
+    configured = get_current_settings().api.url
+    if configured != api:
+        return ""
+    if os.environ.get("PREFECT_API_URL"):
+        return "PREFECT_API_URL of this shell (unset PREFECT_API_URL)"
+    profile = get_settings_context().profile
+    if str(profile.settings.get(PREFECT_API_URL)) == configured:
+        return (
+            f"PREFECT_API_URL of Prefect's profile {profile.name} (prefect config unset"
+            " PREFECT_API_URL)"
+        )
+    return "PREFECT_API_URL of .env, prefect.toml or pyproject.toml here (take it out)"
+
+
+def reachable(api: str) -> bool:
+    """Whether a Prefect server answers at this address; one on a busy machine takes seconds."""
+    try:
+        with urllib.request.urlopen(f"{api.rstrip('/')}/health", timeout=PATIENCE) as answer:
+            return answer.status == 200
+    except (OSError, ValueError):
+        return False
+
+
+def admitted(api: str) -> bool:
+    """Whether a Prefect server that answers lets us in, by PREFECT_API_AUTH_STRING or without."""
+    from prefect.settings import get_current_settings
+
+    secret = get_current_settings().api.auth_string
+    key = base64.b64encode(secret.get_secret_value().encode()).decode() if secret else ""
+    asked = urllib.request.Request(
+        f"{api.rstrip('/')}/admin/version", headers={"Authorization": f"Basic {key}"}
+    )
+    try:
+        with urllib.request.urlopen(asked, timeout=PATIENCE):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code != 401
+    except OSError:  # too busy to say; Prefect's client waits longer and tries again
+        return True
+
+
+def problem(api: str) -> str:
+    """Why runs cannot use the server at `api`, in one line with the remedy; empty where they
+    can.
+    """
+    if reachable(api):
+        if admitted(api):
+            return ""
+        return f"the Prefect server at {api} wants another PREFECT_API_AUTH_STRING=USER:PASSWORD"
+    if reachable(f"{api.rstrip('/')}/api"):
+        return f"PREFECT_API_URL={api} lacks its end: PREFECT_API_URL={api.rstrip('/')}/api"
+    who = origin(api)
+    if who:
+        return (
+            f"no Prefect server answers at {api}, which is from {who}; start that server, or take"
+            " the address back"
+        )
+    return (
+        f"no Prefect server at {api}; set PREFECT_API_URL, or start one in another terminal:"
+        " prefect server start"
+    )
+
+
+def need() -> None:
+    """Use the server that is configured, or the one on this machine; raises PipelineError where
+    runs cannot.
+    """
+    api = address()
+    wrong = problem(api)
+    if wrong:
+        raise PipelineError(wrong)
+    _use(api)
+
+
+def use_running() -> None:
+    """Use the server on this machine if one runs, so that its pages show the run; else Prefect
+    starts its own.
+
+    Raises PipelineError where one is configured and runs cannot use it.
+    """
+    api = address()
+    if origin(api) or reachable(api):
+        need()
+
+
+@contextlib.contextmanager
+def own_server() -> Iterator[None]:
+    """Around what may start Prefect's own server: raises PipelineError where that does not come up
+    in time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "ephemeral Prefect API server" not in str(error):
+            raise
+        raise PipelineError(
+            "Prefect's own server did not come up; start one in another terminal, prefect server"
+            " start, or give it more time: PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS=600"
+        ) from error
+
+
+def _use(api: str) -> None:
+    """Make this process, and those that it starts, talk to one server."""
+    from prefect.context import refresh_global_settings_context
+
+    os.environ["PREFECT_API_URL"] = api
+    refresh_global_settings_context()

@@ -1,0 +1,1 @@
+"""How one stage runs on this machine: the process, its slots, its progress."""

@@ -1,0 +1,270 @@
+"""Run a stage in a workspace as a DVC command, follow its output line by line, stop it without
+leaving anything behind.
+
+The command is `dvc repro --single-item` in a process of its own: DVC as a library lets a stage
+write past every log and cannot be stopped. `--wait-for-lock` matters: a stage that ends while
+another is being hashed would else be lost."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import io
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Literal
+
+from pipeline.dvc.locks import meaning
+from pipeline.errors import PipelineError, StageFailed, StageStopped
+
+#: How a stage ended well: it ran, DVC found nothing to do, or DVC had its result from an earlier
+#: run.
+Outcome = Literal["Completed", "Unchanged", "Restored"]
+#: Takes a level of `logging` and one line.
+Log = Callable[[int, str], None]
+
+_GUARD, _FETCH = Path(__file__).with_name("guard.py"), Path(__file__).with_name("fetch.py")
+_STAMP = re.compile(r"\d\d:\d\d:\d\d ([DIWEC]) (.*)")
+_LEVELS = {
+    "D": logging.DEBUG,
+    "I": logging.INFO,
+    "W": logging.WARNING,
+    "E": logging.ERROR,
+    "C": logging.CRITICAL,
+}
+_BAR = re.compile(r"\d+%\||\d+it \[\d\d:")
+_NOISE = re.compile(
+    r"\s*$|To track the changes with git|To enable auto staging|\tgit add |\tdvc config core|Use"
+    r" `dvc push`"
+    r"|(Generating|Updating) lock file "
+)
+
+
+@contextlib.contextmanager
+def exclusive(root: Path) -> Iterator[int]:
+    """Hold the workspace for one run; yields a file descriptor that holds it too wherever it is
+    passed on.
+
+    Raises PipelineError while another run, or a stage that still stops, holds it.
+    """
+    with held(root / ".dvc" / "tmp" / "run.lock", "another run uses this workspace") as lock:
+        yield lock
+
+
+@contextlib.contextmanager
+def held(path: Path, taken: str) -> Iterator[int]:
+    """Hold a lock file, as `exclusive` does; raises a PipelineError that begins with `taken` while
+    another has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            raise PipelineError(
+                f"{taken} (process {handle.read()}); wait for it, or cancel it"
+            ) from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield handle.fileno()
+
+
+class LocalRunner:
+    """Runs stages in the workspace `root`, any number side by side.
+
+    `lock` is the descriptor from `exclusive`, which a stage holds too until it has ended. With
+    `pull`, inputs and earlier results that lie in the DVC remote alone count as well."""
+
+    def __init__(self, root: Path, lock: int, pull: bool = False) -> None:
+        self._root, self._lock, self._pull = root, lock, pull
+        self._guards: set[subprocess.Popen[bytes]] = set()
+        self._mutex = threading.Lock()
+        self.stopped = False
+
+    def run(
+        self, stage: str, log: Log, environment: Mapping[str, str], force: bool = False
+    ) -> Outcome:
+        """Run one stage whose upstream stages are up to date.
+
+        Every line of output goes to `log`, with the level that the stage gave it.
+
+        Raises:
+            StageFailed: the stage, or DVC, reported an error.
+            StageStopped: `stop` was called.
+        """
+        outcome: Outcome = "Completed"
+
+        def follow(level: int, line: str) -> None:
+            nonlocal outcome
+            log(level, line)
+            outcome = _outcome(stage, line) or outcome
+
+        options = [*(["--force"] if force else []), *(["--pull"] if self._pull else [])]
+        self._follow(
+            [*_dvc(), "repro", "--single-item", *options, stage], stage, follow, environment
+        )
+        return outcome
+
+    def pull(self, stage: str, paths: Sequence[str], log: Log) -> None:
+        """Put the outputs at `paths` into the workspace, from DVC's cache or remote; errors as for
+        `run`.
+        """
+        if paths:
+            self._follow([sys.executable, "-P", str(_FETCH), *paths], stage, log, {})
+
+    def push(self, stage: str, log: Log) -> None:
+        """Send the results of a stage, and the run cache in which others find them, to the DVC
+        remote.
+        """
+        self._follow([*_dvc(), "push", "--run-cache", stage], stage, log, {})
+
+    def _follow(
+        self, command: Sequence[str], stage: str, log: Log, environment: Mapping[str, str]
+    ) -> None:
+        lines: collections.deque[tuple[int, str]] = collections.deque(maxlen=200)
+        with self._started(command, stage, environment) as guard:
+            assert guard.stdout is not None
+            for level, line in read_lines(guard.stdout):
+                lines.append((level, line))
+                log(level, line)
+            code = guard.wait()
+        if self.stopped:
+            raise StageStopped(stage)
+        if code:
+            raise failure(stage, list(lines))
+
+    @contextlib.contextmanager
+    def _started(
+        self, command: Sequence[str], stage: str, environment: Mapping[str, str]
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        with self._mutex:
+            if self.stopped:
+                raise StageStopped(stage)
+            guard = subprocess.Popen(
+                [sys.executable, "-P", str(_GUARD), *command],
+                cwd=self._root,
+                env={**_environment(), **environment},
+                start_new_session=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=[self._lock],
+            )
+            self._guards.add(guard)
+        try:
+            yield guard
+        finally:
+            _end(guard)
+            with self._mutex:
+                self._guards.discard(guard)
+
+    def stop(self) -> None:
+        """Stop what runs and start nothing more; returns when every stage has ended and DVC's locks
+        are free.
+        """
+        with self._mutex:
+            self.stopped = True
+            guards = list(self._guards)
+        for guard in guards:
+            _close(guard)
+        for guard in guards:
+            guard.wait()
+
+
+def _dvc() -> list[str]:
+    return [sys.executable, "-m", "dvc", "--wait-for-lock"]
+
+
+def _environment() -> dict[str, str]:
+    """This interpreter first on PATH, because dvc.yaml says `python`; output at once; nothing about
+    DVC goes out.
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1"}
+
+
+def _close(guard: subprocess.Popen[bytes]) -> None:
+    assert guard.stdin is not None
+    with contextlib.suppress(OSError):
+        guard.stdin.close()
+
+
+def _end(guard: subprocess.Popen[bytes]) -> None:
+    _close(guard)
+    guard.wait()
+    assert guard.stdout is not None
+    guard.stdout.close()
+
+
+def read_lines(stream: IO[bytes]) -> Iterator[tuple[int, str]]:
+    """The whole lines of a stage's output with their levels, without progress bars and DVC's hints.
+
+    A line that is overwritten in place (`\\r`) counts as it stands at its end.
+    """
+    for line in io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="\n"):
+        text = line.rstrip("\r\n").rsplit("\r", 1)[-1].rstrip()
+        if _NOISE.match(text) or _BAR.search(text):
+            continue
+        stamped = _STAMP.fullmatch(text)
+        if stamped:
+            yield _LEVELS[stamped[1]], stamped[2]
+        else:
+            yield _level(text), text
+
+
+def _level(text: str) -> int:
+    """The level of a line without one. What DVC says about a stage that failed, the stage has said
+    better.
+    """
+    if text.startswith("ERROR: "):
+        return logging.DEBUG if "exited with" in text else logging.ERROR
+    return logging.INFO
+
+
+def _outcome(stage: str, line: str) -> Outcome | None:
+    if line == f"Stage '{stage}' didn't change, skipping":
+        return "Unchanged"
+    if line in (
+        f"Stage '{stage}' is cached - skipping run, checking out outputs",
+        f"Pulling data for stage: '{stage}'",
+    ):
+        return "Restored"
+    return "Completed" if line == f"Unable to pull data for stage: '{stage}'" else None
+
+
+def failure(stage: str, lines: list[tuple[int, str]]) -> StageFailed:
+    """What went wrong, in one line: the stage's own error, else the last line that it wrote, else
+    DVC's.
+
+    `lines` is the end of its output.
+    """
+    own = [(level, text) for level, text in lines if not text.startswith("ERROR: ")]
+    dvc = " ".join(text.removeprefix("ERROR: ") for _, text in lines if text.startswith("ERROR: "))
+    exited = re.search(r"exited with (-?\d+)", dvc)
+    if exited is None:
+        reason = re.sub(r"^failed to reproduce '[^']*': ", "", dvc)
+        if "being blocked" in dvc:  # by whom is in the lines after it
+            reason = " ".join([dvc, *(text for _, text in own)])
+        return StageFailed(
+            stage, meaning(reason) or "DVC ended without a word; see its output above", None
+        )
+    code = int(exited[1])
+    number = -code if code < 0 else code - 128
+    if number in {member.value for member in signal.Signals}:
+        hint = "; the machine ran out of memory?" if number == signal.SIGKILL else ""
+        return StageFailed(stage, f"killed by {signal.Signals(number).name}{hint}", code)
+    errors = [text for level, text in own if level >= logging.ERROR]
+    said = errors or [text for _, text in own if not text.startswith(("> ", "Running stage '"))]
+    return StageFailed(
+        stage, f"{said[-1].strip() if said else 'its command failed'} (exit {code})", code
+    )

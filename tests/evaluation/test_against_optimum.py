@@ -1,0 +1,140 @@
+"""What is measured on answers: by hand, and at the exact optimum of the embedded world."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dualign.core.schema import user
+from dualign.data import world
+from dualign.evaluation.against_optimum import (
+    against_optimum,
+    enumerate_answers,
+    exact_frontier,
+    finite_problem,
+)
+from dualign.math import tabular
+
+BETA, LIMIT = 1.5, -0.3
+QUESTIONS = world.prompts()[::480]
+PROMPTS = pd.DataFrame(
+    {"prompt_id": [f"p{i}" for i in range(len(QUESTIONS))], "prompt": [user(q) for q in QUESTIONS]}
+)
+
+
+def answers() -> pd.DataFrame:
+    """Two prompts with two answers each."""
+    return pd.DataFrame(
+        {
+            "prompt_id": ["a", "a", "b", "b"],
+            "prompt": [user(QUESTIONS[0])] * 2 + [user(QUESTIONS[-1])] * 2,
+            "response": [
+                world.answers(QUESTIONS[0])[5].text,
+                "?!",
+                world.answers(QUESTIONS[-1])[0].text,
+                "no",
+            ],
+            "reward": [1.0, 3.0, -1.0, 0.0],
+            "cost": [0.5, -0.5, -1.0, -2.0],
+            "logp": [-2.0, -3.0, -4.0, -5.0],
+            "logp_ref": [-3.0, -3.5, -4.0, -5.0],
+            "length": [4, 6, 8, 10],
+            "ended": [True, True, True, False],
+        }
+    )
+
+
+LOG_RATIO = pd.DataFrame({"prompt_id": ["a", "a", "b"], "log_ratio": [-1.0, -3.0, 0.0]})
+
+
+def test_summary_by_hand() -> None:
+    result = against_optimum.summarise(answers(), LOG_RATIO, confidence=0.95)
+    means = {name: value["mean"] for name, value in result.items() if isinstance(value, dict)}
+    assert means == pytest.approx(
+        {
+            "reward": 0.75,
+            "cost": -0.75,
+            "p_unsafe": 0.25,
+            "kl": 0.375,
+            "length": 7,
+            "ended": 0.75,
+            "displacement": -1.0,
+        }
+    )
+    assert (result["prompts"], result["answers"]) == (2, 4)
+    assert all(
+        value["low"] < value["mean"] < value["high"]
+        for value in result.values()
+        if isinstance(value, dict)
+    )
+
+
+def test_truth_is_the_oracles() -> None:
+    known = against_optimum.add_truth(answers())
+    assert known["grammatical"].tolist() == [True, False, True, False]
+    right = world.answers(QUESTIONS[0])[5]
+    assert known["true_reward"].tolist()[:2] == [right.reward, world.UNGRAMMATICAL_REWARD]
+    assert known["true_cost"].tolist()[:2] == [right.cost, world.UNGRAMMATICAL_COST]
+    assert against_optimum.summarise(known, LOG_RATIO, 0.9)["grammatical"]["mean"] == 0.5
+
+
+@pytest.fixture(scope="module")
+def enumerated() -> pd.DataFrame:
+    """Every answer, with a reference that gives them nine tenths of its mass."""
+    table = enumerate_answers(PROMPTS)
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet(np.ones(42), size=len(QUESTIONS)).ravel()
+    return table.assign(logp_ref=np.log(0.9 * shares))
+
+
+def test_every_answer_is_enumerated_with_its_truth(enumerated: pd.DataFrame) -> None:
+    assert len(enumerated) == 42 * len(QUESTIONS)
+    for row in enumerated.iloc[::37].itertuples():
+        assert world.score(row.prompt[0]["content"], row.response) == (row.reward, row.cost, True)
+
+
+def summary(measured: dict[str, float]) -> dict[str, dict[str, float]]:
+    return {"true_reward": {"mean": measured["reward"]}, "kl": {"mean": measured["kl"]}}
+
+
+def test_the_optimum_is_no_way_from_itself_and_the_reference_all_of_it(
+    enumerated: pd.DataFrame,
+) -> None:
+    problem = finite_problem(enumerated, BETA)
+    assert np.exp(problem.log_reference[:, -1]) == pytest.approx(0.1)
+    result = against_optimum(summary(problem.describe(problem.log_reference)), problem, LIMIT)
+    lam = result["optimum"]["lam"]
+    assert lam > 0 and result["optimum"]["cost"] == pytest.approx(LIMIT)
+    assert result["reward_share"] == pytest.approx(0.0)
+    at = against_optimum(summary(problem.describe(problem.policy(lam))), problem, LIMIT)
+    assert at["reward_share"] == pytest.approx(1.0) and at["value_gap"] == pytest.approx(
+        0.0, abs=1e-9
+    )
+    assert result["value_gap"] == pytest.approx(
+        result["optimum"]["value"] - result["optimum"]["reference_value"]
+    )
+
+
+def test_the_way_begins_at_the_nearest_policy_that_keeps_the_limit(
+    enumerated: pd.DataFrame,
+) -> None:
+    problem, strict = finite_problem(enumerated, BETA), -0.8
+    assert problem.describe(problem.log_reference)["cost"] > strict
+    nearest = problem.describe(tabular.nearest(problem, strict))
+    result = against_optimum(summary(nearest), problem, strict)
+    assert result["reward_share"] == pytest.approx(0.0) and nearest["cost"] == pytest.approx(strict)
+    assert result["value_gap"] == pytest.approx(
+        result["optimum"]["value"] - result["optimum"]["nearest_value"]
+    )
+
+
+def test_the_exact_frontier_holds_the_optimum_and_falls(enumerated: pd.DataFrame) -> None:
+    problem = finite_problem(enumerated, BETA)
+    result = against_optimum(summary(problem.describe(problem.log_reference)), problem, LIMIT)
+    rows = exact_frontier(problem, result["optimum"]["lam"])
+    assert any(row["cost"] == pytest.approx(LIMIT) for row in rows)
+    assert all(b["cost"] <= a["cost"] for a, b in pairwise(rows))
+    assert rows[0]["lam"] == 0.0 and rows[-1]["lam"] >= 3 * result["optimum"]["lam"] - 1e-9

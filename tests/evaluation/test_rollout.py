@@ -1,0 +1,60 @@
+"""A rollout on a tiny model: whether an answer ended reaches the scorers, which judge a cut one as
+it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dualign.core.schema import prompt_id, user
+from dualign.evaluation.rollout import Judges, roll_out
+from dualign.lm.models import build_scratch, train_tokenizer
+from dualign.params.loading import load_resources
+from dualign.params.models import ScratchParams
+
+SCRATCH = ScratchParams(
+    tokenizer="train",
+    vocab_size=260,
+    hidden_size=16,
+    layers=1,
+    heads=2,
+    intermediate_size=16,
+    context=128,
+)
+
+
+class Listener:
+    """A scorer that keeps what it was asked: the answers, and which of them ended."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[str], list[bool]]] = []
+
+    def score(
+        self, prompts: Any, answers: Sequence[str], *, ended: Sequence[bool], **how: Any
+    ) -> np.ndarray:
+        self.asked.append((list(answers), list(ended)))
+        return np.arange(len(answers), dtype=float)
+
+
+def test_both_scorers_are_told_which_answers_ended(repo_root: Path, one_thread: None) -> None:
+    texts = ["how are you", "what is this", "why not"]
+    tokenizer = train_tokenizer(texts, 260)
+    update = {"device": "cpu", "precision": "fp32"}
+    resources = load_resources(repo_root / "params.yaml").model_copy(update=update)
+    reward, cost = Listener(), Listener()
+    judges = Judges(build_scratch(SCRATCH, tokenizer, 0), tokenizer, reward, cost, resources)  # type: ignore[arg-type]
+    prompts = pd.DataFrame(
+        {"prompt_id": [prompt_id(user(t)) for t in texts], "prompt": [user(t) for t in texts]}
+    )
+    frame = roll_out(judges.reference, prompts, judges, count=20, max_new_tokens=40, seed=0)
+    assert (
+        set(frame["ended"]) == {True, False} and (frame.loc[~frame["ended"], "length"] == 40).all()
+    )
+    told = (frame["response"].tolist(), frame["ended"].tolist())
+    assert reward.asked == cost.asked == [told]
+    assert frame["reward"].tolist() == frame["cost"].tolist() == list(range(60))

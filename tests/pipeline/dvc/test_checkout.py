@@ -1,0 +1,146 @@
+"""Working trees of commits: what may be run elsewhere, what a tree shares with its clone, and what
+stays after it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from dvc.repo import Repo
+
+from pipeline.doctor import examine
+from pipeline.dvc import checkout
+from pipeline.dvc.checkout import committed, listed, published, put, tidy, working_tree
+from pipeline.errors import PipelineError
+from pipeline.run.runner import held
+from tests.pipeline.project import Project, git
+
+
+@pytest.fixture
+def clone(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone of the project, with a remote that lies beside it and a setting that git does not
+    hold.
+    """
+    git(project.root, "add", ".")
+    git(project.root, "commit", "-qm", "first")
+    folder = tmp_path_factory.mktemp("node")
+    git(folder, "clone", "-q", str(project.root), "clone")
+    (folder / "clone/.dvc/config").write_text(
+        "[core]\n    remote = store\n['remote \"store\"']\n    url = ../../store\n"
+    )
+    git(folder / "clone", "commit", "-qam", "remote")
+    git(folder / "clone", "push", "-q", "origin", "HEAD:refs/heads/other")
+    git(folder / "clone", "fetch", "-q")
+    (folder / "clone/.dvc/config.local").write_text("[core]\n    checksum_jobs = 3\n")
+    return folder / "clone"
+
+
+def test_only_commits_that_others_can_fetch_run_elsewhere(clone: Path) -> None:
+    commit = git(clone, "rev-parse", "HEAD").strip()
+    assert published(clone) == committed(clone) == commit
+    (clone / "params.yaml").write_text("{}")
+    (clone / "dvc.lock").write_text("stages: {}")
+    assert published(clone) == commit
+    (clone / "new.py").write_text("")
+    with pytest.raises(PipelineError, match=r"1 files differ from the last commit, first new\.py"):
+        committed(clone)
+    git(clone, "add", ".")
+    git(clone, "commit", "-qm", "new")
+    committed(clone)
+    with pytest.raises(PipelineError, match="is on no remote branch"):
+        published(clone)
+
+
+def test_a_folder_that_git_does_not_trust_is_told_with_its_remedy(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    remedy = f"dubious ownership; git config --global --add safe.directory {clone}"
+    for ask in (lambda: committed(clone), lambda: listed(clone, ".")):
+        with pytest.raises(PipelineError, match=re.escape(remedy)):
+            ask()
+    (found,) = [
+        finding
+        for finding in examine(clone, "http://127.0.0.1:9/api")
+        if finding.what.startswith("git")
+    ]
+    assert found.level == "wrong" and remedy in found.what
+
+
+def test_a_tree_shares_cache_remote_and_settings_and_goes(clone: Path) -> None:
+    commit = git(clone, "rev-parse", "HEAD").strip()
+    with working_tree(clone, commit, "one", logging.log) as (tree, lock):
+        assert (
+            (tree / "work.py").exists()
+            and git(tree, "rev-parse", "HEAD").strip() == commit
+            and lock > 0
+        )
+        with Repo(str(tree)) as repo, Repo(str(clone)) as base:
+            assert Path(repo.cache.local.path).resolve() == Path(base.cache.local.path).resolve()
+            assert repo.config["remote"]["store"]["url"] == base.config["remote"]["store"]["url"]
+            assert Path(repo.config["remote"]["store"]["url"]) == clone.parent / "store"
+            assert repo.config["core"]["checksum_jobs"] == 3
+        put(tree, {"a/b.txt": "text"})
+        assert (tree / "a/b.txt").read_text() == "text"
+        with pytest.raises(PipelineError, match="not a path in the repository"):
+            put(tree, {"../../../../escaped": ""})
+    assert not tree.exists() and git(clone, "worktree", "list").count("\n") == 1
+
+
+def test_a_commit_that_came_later_is_fetched_and_one_that_is_nowhere_is_told(
+    clone: Path, project: Project
+) -> None:
+    (project.root / "work.py").write_text("# newer\n")
+    git(project.root, "commit", "-qam", "newer")
+    commit = git(project.root, "rev-parse", "HEAD").strip()
+    with working_tree(clone, commit, "one", logging.log) as (tree, _):
+        assert (tree / "work.py").read_text() == "# newer\n"
+    with (
+        pytest.raises(PipelineError, match="commit 0000000000 is not in the remote"),
+        working_tree(clone, "0" * 40, "one", logging.log),
+    ):
+        pass
+
+
+def test_a_tree_that_a_killed_run_left_is_replaced_or_tidied(clone: Path) -> None:
+    code = (
+        "import logging, os, sys; from pathlib import Path; from pipeline.dvc.checkout import"
+        " working_tree\nwith working_tree(Path(sys.argv[1]), 'HEAD', 'one', logging.log) as (tree,"
+        " _):\n    (tree / 'left').write_text(''); os._exit(9)"
+    )
+    root = Path(__file__).resolve().parents[3]
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code, str(clone)], cwd=root, check=False)
+        assert (clone / ".dvc/tmp/stages/one/left").exists()
+    with working_tree(clone, "HEAD", "one", logging.log) as (tree, _):
+        assert not (tree / "left").exists()
+        tidy(clone)
+        assert tree.exists(), "it is in use"
+    subprocess.run([sys.executable, "-c", code, str(clone)], cwd=root, check=False)
+    tidy(clone)
+    assert not tree.exists()
+
+
+def test_the_same_stage_waits_for_its_turn(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkout, "PATIENCE", 0.0)
+    told: list[str] = []
+    path = clone / ".dvc/tmp/stages/one.lock"
+    with (
+        held(path, "taken"),
+        pytest.raises(PipelineError, match="the same stage runs on this node"),
+        working_tree(clone, "HEAD", "one", logging.log),
+    ):
+        pass
+    monkeypatch.setattr(checkout, "PATIENCE", 60.0)
+    monkeypatch.setattr(checkout, "PAUSE", 0.05)
+    lock = held(path, "taken")
+    lock.__enter__()
+    threading.Timer(0.5, lambda: lock.__exit__(None, None, None)).start()
+    with working_tree(clone, "HEAD", "one", lambda _, line: told.append(line)) as (tree, _):
+        assert tree.exists() and "the same stage runs" in told[0]

@@ -1,0 +1,130 @@
+"""Setting keys of params.yaml: the value changes, and not one byte besides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline.dvc.parameters import assign, parse, span
+from pipeline.errors import PipelineError
+
+TEXT = """\
+# how to run
+seed: 7                # of everything
+constraint:
+  limit: -0.3          # d
+sources:               # where rows are
+  - {format: world}
+  - format: pku        # the second
+
+lora: {rank: 0, alpha: 16.0, modules: all-linear}   # rank 0: off
+revision:              # of a hub id
+methods:
+  a: {start: sft}
+  b: {start: dpo}
+# the end
+"""
+
+
+def load(text: str) -> Any:
+    return YAML(typ="safe", pure=True).load(text)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "old", "new"),
+    [
+        ("seed", 8, "seed: 7 ", "seed: 8 "),
+        ("constraint.limit", -1.5, "limit: -0.3", "limit: -1.5"),
+        ("constraint.limit", 1e-05, "limit: -0.3", "limit: 1e-05"),
+        ("lora.rank", 8, "rank: 0,", "rank: 8,"),
+        ("lora.modules", ["q", "v"], "modules: all-linear", 'modules: ["q", "v"]'),
+        ("lora.modules", "a: #b\n", "modules: all-linear", 'modules: "a: #b\\n"'),
+        ("revision", "main", "revision:  ", 'revision: "main"  '),
+        ("seed", None, "seed: 7 ", "seed: null "),
+        ("methods.b", {"start": "ß"}, "b: {start: dpo}", 'b: {"start": "ß"}'),
+        ("sources", [], "- {format: world}\n  - format: pku ", "[] "),
+        ("methods", {"c": 1}, "a: {start: sft}\n  b: {start: dpo}", '{"c": 1}'),
+    ],
+)
+def test_a_value_changes_and_all_else_stays(key: str, value: Any, old: str, new: str) -> None:
+    changed = assign(TEXT, {key: value})
+    assert changed.replace(" ", "") == TEXT.replace(old, new).replace(" ", "")
+    place = load(changed)
+    for name in key.split("."):
+        place = place[name]
+    assert place == value and type(place) is type(value)
+
+
+def test_several_keys_at_once() -> None:
+    assert load(assign(TEXT, {"seed": 1, "lora.alpha": 2.0}))["lora"]["alpha"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("constraint.limt", "did you mean constraint.limit?"),
+        ("limit", "did you mean constraint.limit?"),
+        ("seed.of", "no key seed.of"),
+        ("zzz", "its sections are seed, constraint"),
+        ("methods.zzzzzzzzzzzzzz", "no key methods.zzz"),
+    ],
+)
+def test_an_unknown_key_is_refused(key: str, hint: str) -> None:
+    with pytest.raises(PipelineError, match=hint.replace("?", r"\?")):
+        assign(TEXT, {key: 1})
+
+
+def test_a_value_that_an_alias_shares_is_refused() -> None:
+    with pytest.raises(PipelineError, match="cannot be set alone"):
+        assign("a: &x {b: 1}\nc: *x\n", {"c.b": 2})
+
+
+def test_what_is_no_yaml_is_refused() -> None:
+    with pytest.raises(PipelineError, match=r"seed: inf is no number"):
+        assign(TEXT, {"seed": float("inf")})
+    with pytest.raises(PipelineError, match=r"params.yaml: line \d+: not valid YAML"):
+        assign("a: [\n", {"a": 1})
+
+
+def test_assignments_are_read_as_yaml_1_2() -> None:
+    assert parse("a.b=1e-5") == ("a.b", 1e-5)
+    assert parse("a=on") == ("a", "on")
+    assert parse("a=x=y") == ("a", "x=y")
+    assert parse("a=[1, {b: null}]") == ("a", [1, {"b": None}])
+    for bad in ("a", "=1", "a=[1"):
+        with pytest.raises(PipelineError):
+            parse(bad)
+
+
+def test_the_span_of_a_key() -> None:
+    assert span("a: {b: 12}\n", "a.b") == (7, 9)
+    assert span("a: 1\n", "a.b") is None and span("a: [", "a") is None
+
+
+def test_a_key_that_a_merge_brings_is_refused() -> None:
+    with pytest.raises(PipelineError, match=r"params.yaml: b\.x comes from a merge"):
+        assign("a: &a {x: 1}\nb: {<<: *a, y: 2}\n", {"b.x": 3})
+
+
+@pytest.mark.parametrize(
+    "value", ["[" * 5000, "9" * 5000, "2024-99-99", "!!python/name:os.system x", "&a [*a]"]
+)
+def test_a_value_beyond_the_limits_is_refused_in_one_line(value: str) -> None:
+    with pytest.raises(PipelineError, match="seed: the value:") as caught:
+        parse(f"seed={value}")
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 400
+
+
+def test_a_setting_deeper_than_params_are_is_refused() -> None:
+    deep: Any = 1
+    for _ in range(3000):
+        deep = [deep]
+    with pytest.raises(PipelineError, match=r"params\.yaml: (seed|line 2)"):
+        assign(TEXT, {"seed": deep})
+
+
+def test_a_list_is_no_params() -> None:
+    with pytest.raises(PipelineError, match="expected a mapping"):
+        assign("- 1\n- 2\n", {"seed": 1})

@@ -1,0 +1,87 @@
+"""Where the Prefect server is, as Prefect's own settings have it, and what is said where it does
+not answer.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.project import Project, environment
+
+DEAD = "http://127.0.0.1:9/api"
+
+
+def told(project: Project, home: Path, *command: str, **settings: str) -> tuple[int, str]:
+    """The exit status and the words of a Python module, with Prefect's settings in `home` and
+    nowhere else.
+    """
+    bare = {name: value for name, value in environment().items() if not name.startswith("PREFECT_")}
+    here = {**bare, "PREFECT_HOME": str(home), "PREFECT_SERVER_API_PORT": "9", **settings}
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=project.root,
+        env=here,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prefect")
+
+
+def test_without_an_address_a_server_is_optional(project: Project, home: Path) -> None:
+    code, said = told(project, home, "pipeline", "doctor")
+    assert (
+        code == 0
+        and f"note   Prefect server: none at {DEAD}; `prefect server start` gives you the pages"
+        in said
+    )
+    code, said = told(project, home, "pipeline", "serve")
+    assert code == 2 and "start one in another terminal: prefect server start" in said
+
+
+def test_a_dead_address_of_the_profile_is_wrong_and_told_as_such(
+    project: Project, home: Path
+) -> None:
+    assert told(project, home, "prefect", "config", "set", f"PREFECT_API_URL={DEAD}")[0] == 0
+    line = (
+        f"no Prefect server answers at {DEAD}, which is from PREFECT_API_URL of Prefect's profile"
+        " ephemeral "
+    )
+    line += "(prefect config unset PREFECT_API_URL); start that server, or take the address back"
+    code, said = told(project, home, "pipeline", "doctor")
+    assert code == 1 and f"wrong  Prefect server: {line}" in said
+    assert told(project, home, "pipeline", "run") == (2, f"{line}\n")
+    assert told(project, home, "prefect", "config", "unset", "--yes", "PREFECT_API_URL")[0] == 0
+    assert told(project, home, "pipeline", "doctor")[0] == 0
+
+
+def test_a_dead_address_of_the_shell_or_of_a_file_is_told_too(project: Project, home: Path) -> None:
+    code, said = told(project, home, "pipeline", "run", PREFECT_API_URL=DEAD)
+    assert code == 2 and "of this shell (unset PREFECT_API_URL)" in said
+    (project.root / "prefect.toml").write_text(f'[api]\nurl = "{DEAD}"\n')
+    code, said = told(project, home, "pipeline", "run")
+    assert code == 2 and "PREFECT_API_URL of .env, prefect.toml or pyproject.toml here" in said
+
+
+def test_a_server_of_ones_own_that_does_not_come_up_is_one_line(
+    project: Project, home: Path
+) -> None:
+    late = {
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "0",
+        "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
+    }
+    code, said = told(project, home, "pipeline", "run", "--stage", "first", **late)
+    assert (
+        code == 2
+        and "\nPrefect's own server did not come up; start one in another terminal" in said
+    )
+    assert "Traceback" not in said

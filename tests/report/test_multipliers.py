@@ -1,0 +1,152 @@
+"""The multiplier that every kind of policy was told, from the files that stages leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dualign.core.artifacts import write_json
+from dualign.report.multipliers import merged_multiplier, told
+from tests.written import lagrangian, safety, searched, solved
+
+PLAIN = {"reference": "sft", "loss_type": "dpo", "clip": None, "safe_offset": None, "margin": "sft"}
+TRAINED: dict[str, Any] = {
+    "reward_dpo/plain": PLAIN,
+    "reward_dpo/ipo": PLAIN | {"loss_type": "ipo"},
+    "reward_dpo/clipped": PLAIN | {"clip": 2.0},
+    "reward_dpo/safe_dpo": PLAIN | {"safe_offset": 1.0},
+    "reward_dpo/modpo": PLAIN | {"margin": "safety_dpo/alone"},
+    "reward_dpo/second": PLAIN | {"reference": "safety_dpo/alone"},
+    "safety_dpo/alone": safety(lam=1.5),
+    "safety_dpo/stepwise": safety(reference="reward_dpo/plain", lam=1.5),
+    "safety_dpo/kto": safety(reference="reward_dpo/plain", loss_type="kto", lam=1.5),
+    "lagrangian_dpo/anchored": lagrangian(lam=0.8),
+    "lambda_path/strict": lagrangian(lam=2.0),
+    "safety_path/lam_4": safety(reference="reward_dpo/helpful", lam=4.0),
+    "safety_path/alone": safety(lam=4.0),
+}
+SEARCHED: dict[str, Any] = {
+    "dualign": searched({"lam": 0.8}, {"lam": 1.2}),
+    "on_path": searched({"lam": 1.1, "q": 0.55}, naive=False),
+    "naive": searched({"lam": 1.1, "q": 0.55}, naive=True),
+    "mixed": searched({"lam": 1.1}, returns="mixture"),
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for folder, metrics in TRAINED.items():
+        write_json(tmp_path / f"reports/metrics/{folder}.json", metrics)
+    for name, search in SEARCHED.items():
+        write_json(tmp_path / f"reports/search/{name}.json", search)
+    return tmp_path
+
+
+def certificate(policy: str, partner: str, q: float) -> dict[str, Any]:
+    tests = [
+        {"candidate": "first"},
+        {"candidate": "it", "policy": policy, "partner": partner, "q": q},
+    ]
+    return {"row": {"returned": "it", "tests": tests}}
+
+
+@pytest.mark.parametrize(
+    ("folder", "lam"),
+    [
+        ("sft", None), ("reward_dpo/plain", 0.0), ("reward_dpo/ipo", None), ("reward_dpo/clipped", None),
+        ("reward_dpo/safe_dpo", None), ("reward_dpo/modpo", None), ("reward_dpo/second", None),
+        ("safety_dpo/alone", None), ("safety_dpo/stepwise", 1.5), ("safety_dpo/kto", None),
+        ("lagrangian_dpo/anchored", 0.8), ("lambda_path/strict", 2.0), ("lambda_path/not_run", None),
+        ("safety_path/lam_4", 4.0), ("safety_path/alone", None),
+        ("aligned/dualign", 1.2), ("aligned/not_run", None),
+    ],
+)  # fmt: skip
+def test_a_training_was_told_a_multiplier_or_none(
+    root: Path, folder: str, lam: float | None
+) -> None:
+    assert told(root, folder, {}) == {
+        "lam": lam,
+        "merge_weight": None,
+        "on_curve": True,
+        "tilts": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "on_curve"),
+    [("on_path", 0.55, True), ("naive", 0.55, False), ("mixed", None, False)],
+)
+def test_the_frontier_is_not_about_naive_merges_and_mixtures(
+    root: Path, name: str, weight: float | None, on_curve: bool
+) -> None:
+    expected = {"lam": 1.1, "merge_weight": weight, "on_curve": on_curve, "tilts": on_curve}
+    assert told(root, f"aligned/{name}", {}) == expected
+
+
+@pytest.mark.parametrize(
+    ("policy", "partner", "q", "lam"),
+    [
+        ("aligned/dualign", "reward_dpo/plain", 1.5, 1.8),  # extrapolated from multiplier 0
+        ("aligned/dualign", "lambda_path/strict", 0.75, 1.4),  # 0.25 * 2 + 0.75 * 1.2
+        ("aligned/dualign", "safety_dpo/alone", 1.0, 1.2),  # no merge
+        ("aligned/dualign", "safety_dpo/alone", 0.75, None),  # the partner has no multiplier
+        ("aligned/dualign", "sft", 0.75, None),
+        ("safety_dpo/alone", "safety_dpo/alone", 1.0, None),
+        ("aligned/mixed", "reward_dpo/plain", 0.5, None),
+    ],
+)  # fmt: skip
+def test_a_certified_merge_stands_for_what_its_policies_were_told(
+    root: Path, policy: str, partner: str, q: float, lam: float | None
+) -> None:
+    found = told(root, "certified/row", certificate(policy, partner, q))
+    assert found["lam"] == (None if lam is None else pytest.approx(lam))
+    assert found["merge_weight"] == (None if q == 1.0 else q)
+
+
+def test_a_merge_is_off_the_curve_where_it_takes_its_share_of_further_prices(root: Path) -> None:
+    """The curve has all prices, a merge at weight 1.5 with a policy without them one and a half."""
+    for price, on_curve in ((0.0, True), (0.3, False)):
+        write_json(root / "data/dual/dual.json", solved(prices=[{"name": "short", "lam": price}]))
+        found = told(root, "certified/row", certificate("aligned/dualign", "reward_dpo/plain", 1.5))
+        assert found == {
+            "lam": pytest.approx(1.8),
+            "merge_weight": 1.5,
+            "on_curve": on_curve,
+            "tilts": True,
+        }
+        whole = told(root, "certified/row", certificate("aligned/dualign", "reward_dpo/plain", 1.0))
+        assert whole["on_curve"]
+
+
+def test_a_search_that_corrected_prices_left_the_curve(root: Path) -> None:
+    write_json(root / "data/dual/dual.json", solved(prices=[{"name": "short", "lam": 0.3}]))
+    for prices, on_curve in (([0.3], True), ([0.4], False), ([], True)):
+        write_json(root / "reports/search/corrected.json", searched({"lam": 1.1, "prices": prices}))
+        found = told(root, "aligned/corrected", {})
+        assert (found["lam"], found["on_curve"], found["tilts"]) == (1.1, on_curve, True)
+    merged = told(root, "certified/row", certificate("aligned/corrected", "reward_dpo/plain", 1.5))
+    assert merged["lam"] == pytest.approx(1.65)
+
+
+@pytest.mark.parametrize(
+    "certificates",
+    [
+        {},
+        {"row": {"returned": None, "tests": [{"candidate": "it"}]}},
+        {"row": {"returned": "it", "tests": [{"candidate": "it"}]}},
+    ],
+)
+def test_no_certified_policy_and_older_certificates_tell_nothing(
+    root: Path, certificates: dict[str, Any]
+) -> None:
+    assert told(root, "certified/row", certificates) == {
+        "lam": None, "merge_weight": None, "on_curve": True, "tilts": True,
+    }  # fmt: skip
+
+
+def test_the_multiplier_of_a_merge_by_hand() -> None:
+    assert merged_multiplier(0.5, 2.0, 1.0) == 1.5
+    assert merged_multiplier(1.0, 2.0, None) == 2.0
+    assert merged_multiplier(0.5, 2.0, None) is None and merged_multiplier(0.5, None, 1.0) is None
