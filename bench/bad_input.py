@@ -107,7 +107,7 @@ TABLES = (
     "methods",
     "certify.runs",
     "evaluate.policies",
-    "constraint.also",
+    "constraint.additional",
 )
 HOSTILE = (
     "x;touch PWNED",

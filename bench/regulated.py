@@ -21,7 +21,7 @@ from bench.world import Lab
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.schema import POOL, PROMPTS, by_prompt, read_table
 from dualign.evaluation.against_optimum import add_truth
-from dualign.evaluation.rollout import Judges, log_ratios, roll_out
+from dualign.evaluation.rollout import Scorers, log_ratios, roll_out
 from dualign.lm.merge import merge
 from dualign.lm.mixture import policy_at
 from dualign.params.certify import CertifyParams, CertifyRun
@@ -72,7 +72,7 @@ def rows_of(lab: Lab, item: str) -> list[dict[str, Any]]:
 
 def _computed(lab: Lab, item: str) -> list[dict[str, Any]]:
     params, models = load(CertifyParams, lab.folder / "params.yaml"), lab.folder / "models"
-    judges = Judges.load(load_resources(lab.folder / "params.yaml"), models)
+    scorers = Scorers.load(load_resources(lab.folder / "params.yaml"), models)
     row = params.runs[item]
     pool = read_table(lab.folder / "data/scored/pool.parquet", POOL)["cost"]
     bounds = float(np.floor(pool.min())), float(np.ceil(pool.max()))
@@ -91,7 +91,7 @@ def _computed(lab: Lab, item: str) -> list[dict[str, Any]]:
                     count,
                     folders,
                     params,
-                    judges,
+                    scorers,
                 )
                 for kind, head, count in (
                     ("certify", params.prompts, 2 * WEIGHED),
@@ -103,27 +103,27 @@ def _computed(lab: Lab, item: str) -> list[dict[str, Any]]:
 
 
 def both(
-    file: Path, head: int, count: int, folders: list[Path], params: CertifyParams, judges: Judges
+    file: Path, head: int, count: int, folders: list[Path], params: CertifyParams, scorers: Scorers
 ) -> tuple[Drawn, Drawn]:
     """`count` answers to each of the first prompts of a file, of the safe policy and of the bold
     one.
     """
     prompts = read_table(file, PROMPTS).head(head)
-    policies = [policy_at(folder, judges.resources) for folder in folders]
+    policies = [policy_at(folder, scorers.resources) for folder in folders]
     found = []
     for own, other in ((0, 1), (1, 0)):
         frame = add_truth(
             roll_out(
                 policies[own],
                 prompts,
-                judges,
+                scorers,
                 count=count,
                 max_new_tokens=params.max_new_tokens,
                 seed=params.seed + 1 + own,
             )
         )
         change = (
-            log_ratios(policies[other], frame, judges)
+            log_ratios(policies[other], frame, scorers)
             - (frame["logp"] - frame["logp_ref"]).to_numpy()
         )
         found.append(_drawn(frame, change if own == 0 else -change))

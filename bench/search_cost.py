@@ -35,7 +35,7 @@ from dualign.core.artifacts import read_json, replacing, write_json
 from dualign.core.errors import DualignError
 from dualign.core.schema import ENUMERATED, POOL, PROMPTS, by_prompt, read_table
 from dualign.evaluation.against_optimum import add_truth, against_optimum, finite_problem
-from dualign.evaluation.rollout import Judges, measure, roll_out
+from dualign.evaluation.rollout import Scorers, measure, roll_out
 from dualign.evaluation.stats import Measurement, clustered_mean
 from dualign.lm.mixture import policy_at
 from dualign.math import dual, tabular
@@ -44,9 +44,9 @@ from dualign.params.base import Resources, TrainingParams
 from dualign.params.evaluate import EvaluateParams
 from dualign.params.loading import load, load_resources
 from dualign.params.search import DualSearchParams
-from dualign.params.training import InnerParams, LagrangianDpoParams, SafetyDpoParams
+from dualign.params.training import LagrangianDpoParams, PairLossParams, SafetyDpoParams
 from dualign.search import rules
-from dualign.search.backend import Inputs, PolicyBench
+from dualign.search.backend import Inputs, ModelBackend
 from pipeline.dvc.overlay import whole
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ PATH: dict[str, Any] = {
         "lam": lam,
         "begin": begin,
         "learning_rate": 8e-3,
-        "inner": {"labels": "soft", "normalised": False, "anchor": 0.3, "nll": 2.0},
+        "pair_loss": {"labels": "soft", "normalised": False, "anchor": 0.3, "nll": 2.0},
     }
     for name, lam, begin in (("slack", 0.0, "sft"), ("strict", 3.0, "lambda_path/slack"))
 }
@@ -179,9 +179,9 @@ class Scored:
         )
 
     @functools.cached_property
-    def judges(self) -> Judges:
+    def scorers(self) -> Scorers:
         """Reference, reward and cost model."""
-        return Judges.load(self.resources, self.inputs.models)
+        return Scorers.load(self.resources, self.inputs.models)
 
     @functools.cached_property
     def pool(self) -> pd.DataFrame:
@@ -207,22 +207,24 @@ class Scored:
         count = self.params.prompts if name == "search" else self.evaluation.prompts
         return read_table(self.inputs.prepared / f"{name}.parquet", PROMPTS).head(count)
 
-    def outlook(self, row: Row, start: str, limit: float) -> rules.Outlook:
+    def context(self, row: Row, start: str, limit: float) -> rules.SearchContext:
         """The multiplier of the pool, the first one, and PD-DPO's Slater radius, at a limit."""
         reward, cost = by_prompt(self.pool, "reward"), by_prompt(self.pool, "cost")
         beta, most = self.params.beta, self.params.lambda_max
         pool = dual.root(reward, cost, limit=limit, beta=beta, lambda_max=most)
         if row.first == "pool":
-            return rules.Outlook(pool, pool)
+            return rules.SearchContext(pool, pool)
         if row.first == "path":
-            return rules.Outlook(pool, PATH["strict"]["lam"], lam_reference=PATH["slack"]["lam"])
+            return rules.SearchContext(
+                pool, PATH["strict"]["lam"], lam_reference=PATH["slack"]["lam"]
+            )
         if start.startswith("lagrangian_dpo"):
-            return rules.Outlook(pool, 0.0)
+            return rules.SearchContext(pool, 0.0)
         radius = dual.slater_radius(reward, cost, limit=limit, beta=beta, lambda_max=most)
-        return rules.Outlook(pool, self.params.lambda_min, radius)
+        return rules.SearchContext(pool, self.params.lambda_min, radius)
 
-    def first_training(self, start: str) -> tuple[InnerParams | None, TrainingParams]:
-        """Inner loss (None for the safety loss) and training of the stage that writes
+    def first_training(self, start: str) -> tuple[PairLossParams | None, TrainingParams]:
+        """PairLossConfig loss (None for the safety loss) and training of the stage that writes
         models/START.
         """
         stage, _, run = start.partition("/")
@@ -230,20 +232,22 @@ class Scored:
             return None, load(SafetyDpoParams, self.folder / "params.yaml").training
         section = load(LagrangianDpoParams, self.folder / "params.yaml")
         rate = section.runs[run].learning_rate or section.training.learning_rate
-        return section.runs[run].inner, section.training.model_copy(update={"learning_rate": rate})
+        return section.runs[run].pair_loss, section.training.model_copy(
+            update={"learning_rate": rate}
+        )
 
     def bench(
         self,
         row: Plan,
         params: DualSearchParams,
-        inner: InnerParams | None,
+        pair_loss: PairLossParams | None,
         training: TrainingParams,
         scratch: Path,
-    ) -> PolicyBench:
+    ) -> ModelBackend:
         """The workbench of a search whose trainings are as `training` says."""
         params = params.model_copy(update={"training": training})
-        return PolicyBench(
-            row, params, self.resources, inner, self.prompts("search"), scratch, self.inputs
+        return ModelBackend(
+            row, params, self.resources, pair_loss, self.prompts("search"), scratch, self.inputs
         )
 
 
@@ -255,13 +259,13 @@ def first_policy(scored: Scored, row: Plan, lam: float) -> tuple[Path, float]:
     """
     folder = scored.folder / "first" / f"{row.start.replace('/', '-')}-{lam:.6f}"
     if not folder.is_dir():
-        inner, training = scored.first_training(row.start)
+        pair_loss, training = scored.first_training(row.start)
         params = scored.params.model_copy(
             update={"refresh_prompts": 0}
         )  # nothing has been trained to answer afresh
         with replacing(folder) as scratch:
             started = time.process_time()
-            bench = scored.bench(row, params, inner, training, scratch)
+            bench = scored.bench(row, params, pair_loss, training, scratch)
             bench.measure(0, bench.train(0, lam, scored.reference))
             write_json(scratch / "seconds.json", time.process_time() - started)
     return folder, read_json(folder / "seconds.json")
@@ -280,9 +284,9 @@ def met(lam: float, measured: Measurement, limit: float, z: float) -> bool:
 def seek(
     row: Plan,
     start: str,
-    known: rules.Outlook,
+    known: rules.SearchContext,
     params: DualSearchParams,
-    bench: rules.Workbench,
+    bench: rules.SearchBackend,
     scratch: Path,
 ) -> list[rules.Step]:
     """Search policy by policy from `start`, until the test is met, the rule stops or the budget is
@@ -297,15 +301,15 @@ def seek(
 
 def begin(
     scored: Scored, row: Row, chosen: Plan, params: DualSearchParams, lam: float, scratch: Path
-) -> tuple[PolicyBench, str, float]:
+) -> tuple[ModelBackend, str, float]:
     """The workbench of a search in `scratch`, its first policy and the CPU seconds that this took
     for it alone.
     """
-    inner, training = (
+    pair_loss, training = (
         (None, params.training) if row.first == "path" else scored.first_training(chosen.start)
     )
     bench = scored.bench(
-        chosen, params, inner, params.training if chosen.method.warm else training, scratch
+        chosen, params, pair_loss, params.training if chosen.method.warm else training, scratch
     )
     if row.first == "path":
         scratch.mkdir(parents=True)
@@ -320,7 +324,7 @@ def run_row(scored: Scored, row: Row, limit: float) -> dict[str, Any]:
     by the oracle.
     """
     chosen = plan(row.method, scored.params.methods[row.method])
-    known = scored.outlook(row, chosen.start, limit)
+    known = scored.context(row, chosen.start, limit)
     params = scored.params.model_copy(
         update={"limit": limit, "step_size": row.step_size or scored.params.step_size}
     )
@@ -355,7 +359,7 @@ def judge(scored: Scored, policy: str, limit: float) -> dict[str, float]:
     params = scored.evaluation
     answers = add_truth(
         roll_out(
-            policy_at(policy, scored.resources), scored.prompts("eval"), scored.judges,
+            policy_at(policy, scored.resources), scored.prompts("eval"), scored.scorers,
             count=params.samples_per_prompt, max_new_tokens=params.max_new_tokens, seed=params.seed,
         )
     )  # fmt: skip

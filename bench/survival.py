@@ -2,7 +2,7 @@
 functions, and their page.
 
 With n answers of pi_ref to each prompt, scores r, c of the pair that chooses and r', c' of the pair
-that judges,
+that scorers,
 
     w = softmax((r - lambda c) / beta),   mean of sum_i w_i c_i = limit,   share = sum w_i r'_i / sum w_i r_i over all
 

@@ -12,7 +12,7 @@
 |           | one trained at the `tail_average`, the mean of the last half of the multipliers                    |
 | warm      | whether each training goes on from the policy before, or starts at the reference                   |
 | cost      | what the rule goes by: scores of the cost `model`, or binary `feedback`                            |
-| aims      | the cost that the rule steers to: the `limit`, or below it by the safety `stock` of the dual       |
+| target      | the cost that the rule steers to: the `limit`, or below it by the safety `margin` of the dual       |
 
 A row of `methods` in params names a method, where it starts and its reference, and may replace the
 last five columns and the rule."""
@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dualign.core.errors import ParamsError
-from dualign.params.search import Aim, CostSource, MethodName, MethodRow, Returns, Rule
+from dualign.params.search import CostSource, MethodName, MethodRow, Returns, Rule, Target
 
 #: Rules that train again and again, each time at a multiplier that the cost of the policy before
 #: asks for.
@@ -66,7 +66,7 @@ class Method:
     returns: Returns
     warm: bool = False
     cost: CostSource = "model"
-    aims: Aim = "limit"
+    target: Target = "limit"
 
 
 _SACPO, _PD_DPO, _CAN = "2404.11049", "2510.05703", "2405.19544"
@@ -144,7 +144,7 @@ def plan(name: str, row: MethodRow) -> Plan:
     """The row `methods.NAME` over the table. Raises ParamsError naming the key that does not go
     with the others.
     """
-    keys = ("rule", "warm", "returns", "cost", "aims")
+    keys = ("rule", "warm", "returns", "cost", "target")
     options = {key: value for key in keys if (value := getattr(row, key)) is not None}
     method = replace(METHODS[row.method], **options)
     problems = _problems(method, row)
@@ -195,8 +195,8 @@ def _problems(method: Method, row: MethodRow) -> list[str]:
                 " nothing; leave it out"
             ),
         ),
-        "aims": (
-            method.aims == "limit" or method.rule not in ("one_shot", "ascent"),
+        "target": (
+            method.target == "limit" or method.rule not in ("one_shot", "ascent"),
             f"rule {method.rule!r} does not steer by measured costs; leave it out",
         ),
     }

@@ -213,15 +213,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     from pipeline.dvc.plan import plan
 
     dag = _dag()
-    outlooks = plan(Path.cwd(), dag)
+    statuses = plan(Path.cwd(), dag)
     changed = [
-        (name, outlook) for name, outlook in outlooks.items() if outlook.prospect != "up to date"
+        (name, status) for name, status in statuses.items() if status.prospect != "up to date"
     ]
-    _say(
-        _columns(
-            [(name, outlook.prospect, ", ".join(outlook.reasons)) for name, outlook in changed]
-        )
-    )
+    _say(_columns([(name, status.prospect, ", ".join(status.reasons)) for name, status in changed]))
     _say([f"{len(dag) - len(changed)} of {len(dag)} stages are up to date"])
     return 0
 

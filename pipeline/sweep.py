@@ -25,7 +25,7 @@ from dvc.repo.experiments.refs import ExpRefInfo
 
 from pipeline import names, yaml_text
 from pipeline.dvc import inputs
-from pipeline.dvc.checkout import CARRIED, committed, git, published, put, working_tree
+from pipeline.dvc.checkout import CARRIED, committed, git, published, working_tree, write_files
 from pipeline.dvc.dag import StageSpec, load_dag
 from pipeline.dvc.parameters import assign
 from pipeline.dvc.plan import one_line
@@ -144,7 +144,7 @@ def _run(
     }
     files["params.yaml"] = assign(files["params.yaml"], point.settings)
     with working_tree(root, commit, f"sweep-{point.name}", log.log) as (tree, _):
-        put(tree, {**files, **inputs.answers(root)})
+        write_files(tree, {**files, **inputs.answers(root)})
         try:
             dag = load_dag(tree)
         except DvcException as error:
@@ -158,7 +158,7 @@ def _run(
         code = _followed(command, tree, told, point.name)
         point.end = ENDS.get(code, f"exit {code}")
         log.info("%s: %s", point.name, point.end)
-        put(root, inputs.questions(tree))
+        write_files(root, inputs.questions(tree))
         for spec in dag.values():
             if (
                 spec.name in stages

@@ -18,13 +18,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dualign.certify import certificate, screening
-from dualign.certify.candidates import MODELS, Contender, Contenders, contenders, forecast, screen
+from dualign.certify.candidates import (
+    MODELS,
+    CandidateEvidence,
+    CandidatePolicy,
+    candidate_policies,
+    forecast,
+    screen,
+)
 from dualign.certify.certificate import Certificate, Origin, Requirement
 from dualign.certify.evidence import Evidence
 from dualign.core.artifacts import replacing, write_json
 from dualign.core.records import SolvedDual, read_record
 from dualign.core.schema import PROMPTS, read_table
-from dualign.evaluation.rollout import Judges
+from dualign.evaluation.rollout import Scorers
 from dualign.lm.card import HEAD, MODEL
 from dualign.math.constraints import Constraint, prices_in
 from dualign.params.certify import CertifyParams, CertifyRun
@@ -55,14 +62,14 @@ def main(run: Run[CertifyParams]) -> None:
     }
     screened = [] if params.screen is None else [SCREENED]
     scratch = run.scratch(PROMPT_SET, *screened, DUAL, *sorted(models))
-    further = [price.constraint for price in prices_in(read_record(DUAL, SolvedDual))]
-    required, judges = requirements(params, further), Judges.load(run.resources)
-    seen = screened_once(row, required, params, judges, scratch)
+    additional = [price.constraint for price in prices_in(read_record(DUAL, SolvedDual))]
+    required, scorers = requirements(params, additional), Scorers.load(run.resources)
+    seen = screened_once(row, required, params, scorers, scratch)
     plan = None if seen is None else screening.sequence(screening.read(seen))
     row = row if plan is None else row.model_copy(update={"weights": list(plan.weights)})
-    field = contenders(row, MODELS, scratch)
-    bench = Contenders(field, params, prompts, judges, scratch, plan)
-    with replacing(certificate.PLACE / item) as folder:
+    field = candidate_policies(row, MODELS, scratch)
+    bench = CandidateEvidence(field, params, prompts, scorers, scratch, plan)
+    with replacing(certificate.CERTIFICATES / item) as folder:
         folder.mkdir()
         found = certificate.issue(
             folder / certificate.FILE, list(field), lambda name: into(folder, bench.evidence(name)),
@@ -87,7 +94,7 @@ def screened_once(
     row: CertifyRun,
     required: Sequence[Requirement],
     params: CertifyParams,
-    judges: Judges,
+    scorers: Scorers,
     scratch: Path,
 ) -> Path | None:
     """The file of the screen, made if it is not there; None where the weights are tested as they
@@ -100,15 +107,15 @@ def screened_once(
         prompts = read_table(SCREENED, PROMPTS)
         write_json(
             file,
-            screen(row, required, params, params.screen, prompts, judges, scratch).model_dump(),
+            screen(row, required, params, params.screen, prompts, scorers, scratch).model_dump(),
         )
     return file
 
 
-def origin(row: CertifyRun, item: str, bench: Contenders) -> Origin:
+def origin(row: CertifyRun, item: str, bench: CandidateEvidence) -> Origin:
     """What the certificate of a row is made from, as `verify` finds it again."""
     return Origin(
-        certificate.PLACE / item,
+        certificate.CERTIFICATES / item,
         row,
         PROMPT_SET,
         DUAL,
@@ -118,12 +125,11 @@ def origin(row: CertifyRun, item: str, bench: Contenders) -> Origin:
     )
 
 
-def requirements(params: CertifyParams, further: Sequence[Constraint]) -> list[Requirement]:
-    """What a candidate must keep: the limit on the model's cost, further limits, and the limit on
-    the truth.
-    """
+def requirements(params: CertifyParams, additional: Sequence[Constraint]) -> list[Requirement]:
+    """What a candidate must keep: the limit on the model's cost, additional constraints, and the
+    limit on the truth."""
     found = []
-    for limit in (Constraint("c", "cost", params.limit), *further):
+    for limit in (Constraint("c", "cost", params.limit), *additional):
         found.append(Requirement(**asdict(limit), **tested_by(limit, params)))
     if params.labels is not None:
         name, quantity = LABELLED[params.labels.source]
@@ -177,7 +183,7 @@ def into(folder: Path, evidence: Evidence) -> Evidence:
     return Evidence(copies[0], copies[1])
 
 
-def describe(found: Certificate, bench: Contenders) -> dict[str, Any]:
+def describe(found: Certificate, bench: CandidateEvidence) -> dict[str, Any]:
     """The certificate as metrics: what it says, each test, and how many prompts a failed one would
     have needed.
     """
@@ -186,7 +192,7 @@ def describe(found: Certificate, bench: Contenders) -> dict[str, Any]:
             "candidate": test.name,
             "certified": test.certified,
             "checks": [check.model_dump() for check in test.checks],
-            **made_of(bench.contender(test.name)),
+            **made_of(bench.candidate(test.name)),
             **bench.measured(test.name),
             "prompts_needed": forecast(test, found),
         }
@@ -203,12 +209,12 @@ def describe(found: Certificate, bench: Contenders) -> dict[str, Any]:
     }
 
 
-def made_of(contender: Contender) -> dict[str, Any]:
+def made_of(candidate: CandidatePolicy) -> dict[str, Any]:
     """A candidate as (1 - q) partner + q policy, folders under models/."""
     policy, partner = (
-        path.relative_to(MODELS).as_posix() for path in (contender.policy, contender.partner)
+        path.relative_to(MODELS).as_posix() for path in (candidate.policy, candidate.partner)
     )
-    return {"policy": policy, "partner": partner, "q": contender.q}
+    return {"policy": policy, "partner": partner, "q": candidate.q}
 
 
 def card(found: Certificate) -> str:

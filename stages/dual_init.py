@@ -3,7 +3,8 @@ data/dual.
 
     python -m stages.dual_init
 
-Seconds on a CPU: a new `constraint.limit` reruns from here. Further limits (`constraint.also`) are
+Seconds on a CPU: a new `constraint.limit` reruns from here. Additional constraints
+(`constraint.additional`) are
 solved together with
 the limit, and their prices charged to the reward. The same is done at other KL weights
 (`dual_init.betas`)."""
@@ -23,7 +24,7 @@ from dualign.core.errors import InfeasibleError
 from dualign.core.records import CostModelMetrics, read_record
 from dualign.core.schema import DUAL_PROMPTS, POOL, by_prompt, read_table
 from dualign.math import dual
-from dualign.math.constraints import Price, Scored, price, priced
+from dualign.math.constraints import Price, Scored, price, with_priced_rewards
 from dualign.params.dual import DualInitParams
 from dualign.scoring.support import Doubt, doubt, doubted
 from dualign.stage import Run, execute
@@ -53,11 +54,11 @@ def main(run: Run[DualInitParams]) -> None:
     scored = Scored(reward, cost, length, ended, prompts["prompt"].tolist())
     own = solve_at(params.beta, pool, scored, params)
     solution, prices = own
-    stocked = with_stock(solution, params)
+    margin = with_margin(solution, params)
     error = read_record(COST_MODEL, CostModelMetrics)["zero_error"]
-    result = describe(solution, params) | sensitivity(solution, params, error) | _named(stocked)
+    result = describe(solution, params) | sensitivity(solution, params, error) | _named(margin)
     result |= {"prices": [price.as_dict() for price in prices], "pessimism": doubts(found, raw)}
-    result |= {"messages": messages(solution, params, stocked, prices)}
+    result |= {"messages": messages(solution, params, margin, prices)}
     grid = sorted({*params.grid, solution.lam})
     believed = by_prompt(raw, "reward")  # what is shown is never lowered
     frontier = solution.frontier(grid, length, reward=believed, level=params.cvar_level)
@@ -76,14 +77,16 @@ def main(run: Run[DualInitParams]) -> None:
 
 
 def solve_at(beta: float, pool: pd.DataFrame, scored: Scored, params: DualInitParams) -> Solved:
-    """The dual at a KL weight and the prices of further limits, solved together and charged to the
-    reward.
+    """The dual at a KL weight and the prices of additional constraints, solved together and charged
+    to the reward.
 
     Raises InfeasibleError where the limits cannot be kept.
     """
-    prices = price(scored, params.also, limit=params.limit, beta=beta, lambda_max=params.lambda_max)
+    prices = price(
+        scored, params.additional, limit=params.limit, beta=beta, lambda_max=params.lambda_max
+    )
     solution = dual.solve(
-        by_prompt(priced(pool, prices), "reward"), scored.cost, limit=params.limit, beta=beta,
+        by_prompt(with_priced_rewards(pool, prices), "reward"), scored.cost, limit=params.limit, beta=beta,
         lambda_max=params.lambda_max, bootstrap=params.bootstrap, seed=params.seed,
     )  # fmt: skip
     return solution, prices
@@ -96,9 +99,9 @@ def by_beta(
     for `beta`.
 
     A row is that of the frontier at the multiplier for this `beta`, with its interval `lam_low`,
-    `lam_high` and the `prices` of further limits, in their order. Limits out of reach within
-    `lambda_max` leave `lam` None and say why in `infeasible`. `own` is solved at `beta` itself,
-    `reward` is the one that is shown. Empty without `betas`."""
+    `lam_high` and the `prices` of additional constraints, in their order. Limits out of reach
+    within `lambda_max` leave `lam` None and say why in `infeasible`. `own` is solved at `beta`
+    itself, `reward` is the one that is shown. Empty without `betas`."""
     rows: list[dict[str, Any]] = []
     for beta in sorted({*params.betas, params.beta}) if params.betas else ():
         try:
@@ -122,19 +125,19 @@ def by_beta(
     return rows
 
 
-def with_stock(solution: dual.DualSolution, params: DualInitParams) -> dual.Stocked:
+def with_margin(solution: dual.DualSolution, params: DualInitParams) -> dual.MarginSolution:
     """The multiplier that leaves room for a certificate; the solution's own where
     `constraint.power` is null.
     """
     if params.power is None:
-        return dual.Stocked(solution.lam, params.limit, 0.0, True)
+        return dual.MarginSolution(solution.lam, params.limit, 0.0, True)
     reward, cost, beta, power = solution.reward, solution.cost, solution.beta, params.power
 
     def margin(lam: float) -> float:
         sd = dual.spread_of_means(reward, cost, lam, beta, params.certify_samples)
-        return dual.stock(sd, params.certify_prompts, delta=params.delta, power=power)
+        return dual.certificate_margin(sd, params.certify_prompts, delta=params.delta, power=power)
 
-    return dual.solve_with_stock(
+    return dual.solve_with_margin(
         reward, cost, limit=params.limit, beta=beta, lambda_max=params.lambda_max, margin=margin
     )
 
@@ -236,22 +239,22 @@ def sensitivity(
 def messages(
     solution: dual.DualSolution,
     params: DualInitParams,
-    stocked: dual.Stocked,
+    margin: dual.MarginSolution,
     prices: Sequence[Price] = (),
 ) -> list[str]:
     """What a user should know about this dual, with the remedy."""
     found = []
     if solution.slack and any(price.lam > 0 for price in prices):
         found.append(
-            "constraint.limit is slack: with the limits of constraint.also it is kept, so lambda"
+            "constraint.limit is slack: with the limits of constraint.additional it is kept, so lambda"
             " is 0"
         )
     elif solution.slack:
         found.append("the limit is slack: the optimum without it keeps it, so lambda is 0")
-    if not stocked.reached:
+    if not margin.reached:
         found.append(
-            "the aim that leaves room for a certificate is out of the samples' reach: lam_stock"
-            f" takes the lowest cost that is not, {stocked.aim:.4g}; raise certify.prompts or"
+            "the target that leaves room for a certificate is out of the samples' reach: lam_margin"
+            f" takes the lowest cost that is not, {margin.target:.4g}; raise certify.prompts or"
             " constraint.limit, or lower constraint.power"
         )
     if float(np.median(solution.ess)) < params.min_ess:
@@ -309,8 +312,8 @@ def _cost(solution: dual.DualSolution, lam: float) -> float:
     )
 
 
-def _named(stocked: dual.Stocked) -> dict[str, float]:
-    return {"aim": stocked.aim, "stock": stocked.stock, "lam_stock": stocked.lam}
+def _named(margin: dual.MarginSolution) -> dict[str, float]:
+    return {"target": margin.target, "certificate_margin": margin.margin, "lam_margin": margin.lam}
 
 
 def _tell(solution: dual.DualSolution, result: dict[str, Any], prices: list[Price]) -> None:

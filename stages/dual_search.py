@@ -26,9 +26,9 @@ from dualign.math.constraints import Price, prices_in
 from dualign.math.dual import slater_radius
 from dualign.methods import Plan, plan
 from dualign.params.search import ROW_SECTIONS, DualSearchParams
-from dualign.params.training import InnerParams
+from dualign.params.training import PairLossParams
 from dualign.search import rules
-from dualign.search.backend import PolicyBench
+from dualign.search.backend import ModelBackend
 from dualign.stage import Run, execute, finished
 
 log = logging.getLogger("dualign")
@@ -58,25 +58,25 @@ def main(run: Run[DualSearchParams]) -> None:
     measured = {METRICS / f"{name}.json" for name in (row.start, row.reference)}
     scratch = run.scratch(PROMPT_SET, *PAIRS, SCORED, DUAL, *sorted(models), *sorted(measured))
     prompts = read_table(PROMPT_SET, PROMPTS).head(params.prompts)
-    inner = InnerParams(**start["inner"]) if row.method.inner == "lagrangian" else None
+    pair_loss = PairLossParams(**start["pair_loss"]) if row.method.inner == "lagrangian" else None
     if (
-        inner is not None and not row.method.warm
+        pair_loss is not None and not row.method.warm
     ):  # from the reference again: as its start was trained
         update = {"learning_rate": start["learning_rate"]}
         params = params.model_copy(update={"training": params.training.model_copy(update=update)})
     loss, clip = _loss(start), reference.get("clip")
-    bench = PolicyBench(
+    bench = ModelBackend(
         row,
         params,
         run.resources,
-        inner,
+        pair_loss,
         prompts,
         scratch,
         loss=loss,
         reward_clip=clip,
-        prices=further_limits(row),
+        prices=additional_constraints(row),
     )
-    known = outlook(row, start, params)
+    known = context(row, start, params)
     steps, stopped = rules.run(row, bench.start, known, params, bench, scratch)
     result = rules.summary(row, steps, stopped, params, known, trainings(row, start))
     chosen = steps[result["chosen"]]
@@ -96,15 +96,14 @@ def main(run: Run[DualSearchParams]) -> None:
 
 
 def numbers(step: Mapping[str, Any]) -> dict[str, Any]:
-    """A step of the summary as metrics hold it, which know no lists: further limits and their
-    prices by name.
-    """
-    further = {
+    """A step of the summary as metrics hold it, which know no lists: additional constraints and
+    their prices by name."""
+    additional = {
         known["name"]: {"mean": known["mean"], "error": known["error"], "limit": known["limit"]}
-        for known in step["further"]
+        for known in step["additional"]
     }
-    prices = zip(further, step["prices"], strict=False)  # only some searches have any
-    return {**step, "further": further, "prices": dict(prices)}
+    prices = zip(additional, step["prices"], strict=False)  # only some searches have any
+    return {**step, "additional": additional, "prices": dict(prices)}
 
 
 def with_row(params: DualSearchParams, name: str) -> DualSearchParams:
@@ -113,15 +112,15 @@ def with_row(params: DualSearchParams, name: str) -> DualSearchParams:
     return params.model_copy(update={key: getattr(row, key) for key in ROW_SECTIONS})
 
 
-def outlook(row: Plan, start: Mapping[str, Any], params: DualSearchParams) -> rules.Outlook:
+def context(row: Plan, start: Mapping[str, Any], params: DualSearchParams) -> rules.SearchContext:
     """What the stages before know: the multipliers of pool and start, PD-DPO's Slater radius, the
     kind of merge.
 
     The reference policy as a start has no multiplier; it counts as where an ascent begins.
     """
-    lam, aim = goal(row)
+    lam, target = goal(row)
     if params.policy_gradient is not None:
-        return rules.Outlook(lam, params.policy_gradient.lambda_init)
+        return rules.SearchContext(lam, params.policy_gradient.lambda_init)
     safe = (
         _metrics(row.reference) if row.start.startswith("reward_dpo") else start
     )  # where lambda was spent
@@ -137,20 +136,21 @@ def outlook(row: Plan, start: Mapping[str, Any], params: DualSearchParams) -> ru
     merges = row.method.rule == "merge" and row.method.inner == "safety"
     naive = merges and start["reference"] != row.reference  # the start's tilt holds no reward
     lam_reference = _metrics(row.reference)["lam"] if path else 0.0
-    return rules.Outlook(lam, safe["lam"], radius, naive, lam_reference, aim, prices_of(row, start))
+    return rules.SearchContext(
+        lam, safe["lam"], radius, naive, lam_reference, target, prices_of(row, start)
+    )
 
 
 def goal(row: Plan) -> tuple[float, float | None]:
-    """The pool's multiplier and the cost to steer to (None: the limit), with the safety stock where
-    the row says so.
-    """
+    """The pool's multiplier and the cost to steer to (None: the limit), with the certificate margin
+    where the row says so."""
     known = read_record(DUAL, SolvedDual)
-    if row.method.aims == "limit":
+    if row.method.target == "limit":
         return known["lam"], None
-    return known["lam_stock"], known["aim"]
+    return known["lam_margin"], known["target"]
 
 
-def further_limits(row: Plan) -> list[Price]:
+def additional_constraints(row: Plan) -> list[Price]:
     """The limits beside the one on cost with the pool's prices, 0 for a search whose loss reads no
     scores.
 
@@ -159,7 +159,7 @@ def further_limits(row: Plan) -> list[Price]:
     prices = prices_in(read_record(DUAL, SolvedDual))
     if prices and row.method.inner != "lagrangian":
         log.warning(
-            "methods.%s does not train on scores of a table: no price steers it to constraint.also",
+            "methods.%s does not train on scores of a table: no price steers it to constraint.additional",
             row.name,
         )
         return [replace(price, lam=0.0) for price in prices]

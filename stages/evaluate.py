@@ -26,7 +26,7 @@ from dualign.evaluation.against_optimum import (
     summarise,
 )
 from dualign.evaluation.effective_tilt import TILT_SAMPLES, tilt_on
-from dualign.evaluation.rollout import Judges, log_ratios, roll_out
+from dualign.evaluation.rollout import Scorers, log_ratios, roll_out
 from dualign.evaluation.stats import clustered_mean
 from dualign.lm.mixture import Policy, is_policy, policy_at
 from dualign.math.constraints import constraint
@@ -51,11 +51,11 @@ def main(run: Run[EvaluateParams]) -> None:
     path = Path("models") / folder
     if path.is_dir() and not is_policy(path):  # no candidate was certified
         return absent(run)
-    judges = Judges.load(run.resources)
-    policy = judges.reference if folder == "sft" else policy_at(path, run.resources)
+    scorers = Scorers.load(run.resources)
+    policy = scorers.reference if folder == "sft" else policy_at(path, run.resources)
     started = time.monotonic()
     answers = roll_out(
-        policy, prompts, judges,
+        policy, prompts, scorers,
         count=params.samples_per_prompt, max_new_tokens=params.max_new_tokens, seed=params.seed,
     )  # fmt: skip
     run.throughput["tokens_per_second"] = float(
@@ -63,7 +63,7 @@ def main(run: Run[EvaluateParams]) -> None:
     )
     world = bool((prompts["source"] == "world").all())
     answers = add_truth(answers) if world else answers
-    log_ratio, tilt = on_the_pool(policy, judges)
+    log_ratio, tilt = on_the_pool(policy, scorers)
     metrics = summarise(answers, log_ratio, params.confidence) | {"tilt": tilt}
     metrics["off_support"] = off_support(answers, params)
     frontier: list[dict[str, float]] = []
@@ -73,8 +73,10 @@ def main(run: Run[EvaluateParams]) -> None:
         problem = finite_problem(kept, params.beta)
         metrics |= against_optimum(metrics, problem, params.limit)
         frontier = exact_frontier(problem, metrics["optimum"]["lam"])
-    if params.also:
-        metrics["also"] = further_limits(answers, params.also, params.confidence)
+    if params.additional:
+        metrics["additional"] = additional_constraints(
+            answers, params.additional, params.confidence
+        )
     with replacing(OUT / item) as out:
         out.mkdir()
         write_parquet(out / "answers.parquet", answers, ANSWERS)
@@ -92,7 +94,7 @@ def absent(run: Run[EvaluateParams]) -> None:
     run.metrics({"policy": run.item, "absent": True})
 
 
-def on_the_pool(policy: Policy, judges: Judges) -> tuple[pd.DataFrame, dict[str, Any]]:
+def on_the_pool(policy: Policy, scorers: Scorers) -> tuple[pd.DataFrame, dict[str, Any]]:
     """What a few reference samples of every pool prompt say of a policy: log(pi / pi_ref) of each,
     and its tilt.
 
@@ -100,7 +102,7 @@ def on_the_pool(policy: Policy, judges: Judges) -> tuple[pd.DataFrame, dict[str,
     """
     pool = read_table(SCORED / "pool.parquet", POOL)
     pool = pool[pool["sample"] < TILT_SAMPLES]
-    ratios = log_ratios(policy, pool, judges)
+    ratios = log_ratios(policy, pool, scorers)
     table = pd.DataFrame({"prompt_id": pool["prompt_id"].to_numpy(), "log_ratio": ratios})
     return table, tilt_on(pool, ratios).as_dict()
 
@@ -118,33 +120,29 @@ def off_support(answers: pd.DataFrame, params: EvaluateParams) -> dict[str, floa
     return clustered_mean(beyond, answers["prompt_id"].to_numpy(), params.confidence).as_dict()
 
 
-def further_limits(
-    answers: pd.DataFrame, also: Mapping[str, ConstraintSpec], confidence: float
+def additional_constraints(
+    answers: pd.DataFrame, additional: Mapping[str, ConstraintSpec], confidence: float
 ) -> dict[str, dict[str, float | None]]:
-    """What the answers show of each further limit: {name: {mean, low, high, limit}}, on the prompts
-    that it is on.
+    """What the answers show of each additional constraint: {name: {mean, low, high, limit}}, on the
+    prompts that it is on.
 
     A CVaR is that of the answers, the mean of t + (c - t)_+ / (1 - level) at their value at risk t.
     """
     found: dict[str, dict[str, float | None]] = {}
-    for name, spec in also.items():
-        further = constraint(name, spec)
-        rows = answers[further.applies(answers["prompt"].tolist())]
+    for name, spec in additional.items():
+        added = constraint(name, spec)
+        rows = answers[added.applies(answers["prompt"].tolist())]
         if rows.empty:
-            log.warning(
-                "%s.prompts: %r is found in no evaluated prompt", further.key, further.prompts
-            )
+            log.warning("%s.prompts: %r is found in no evaluated prompt", added.key, added.prompts)
             found[name] = {"mean": None, "low": None, "high": None, "limit": spec.limit}
             continue
         cost, length, ended = (
             rows[column].to_numpy(float) for column in ("cost", "length", "ended")
         )
         if spec.level is not None:
-            further = replace(
-                further, threshold=value_at_risk(cost, np.ones_like(cost), spec.level)
-            )
+            added = replace(added, threshold=value_at_risk(cost, np.ones_like(cost), spec.level))
         values = clustered_mean(
-            further.values(cost, length, ended), rows["prompt_id"].to_numpy(), confidence
+            added.values(cost, length, ended), rows["prompt_id"].to_numpy(), confidence
         )
         found[name] = {**values.as_dict(), "limit": spec.limit}
     return found

@@ -21,7 +21,7 @@ from dualign.core.schema import by_prompt
 from dualign.lm.models import load_tokenizer
 from dualign.lm.tokens import answer_lengths
 from dualign.math import dual
-from dualign.math.constraints import priced, prices_in
+from dualign.math.constraints import prices_in, with_priced_rewards
 from dualign.params.training import LagrangianDpoParams, LagrangianRun
 from dualign.scoring.support import doubt, doubted
 from dualign.stage import Run, execute, finished
@@ -49,7 +49,7 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     found = multiplier(item, spec, tables.pool, params)
     wary = spec.data == "pool" and not implicit(spec)
     off_support = doubt(SCORED, tables.pool, params.pessimism) if wary else None
-    tables = charged(item, spec, tables, tokenizer)
+    tables = with_prices(item, spec, tables, tokenizer)
     frame = doubted(tables.pool, off_support) if spec.data == "pool" else tables.pairs
     pairs = pairs_at(found["lam"], frame, spec.data, spec, params, tokenizer)
     policies = (
@@ -78,8 +78,8 @@ def multiplier(
     """The multiplier and where it is from: params, the dual of the pool, or the dual of the pool's
     implicit scores.
 
-    The last is solved here, so its 95 % interval `lam_low`, `lam_high` comes with it. `stock` stays
-    below the limit by the pool's safety stock."""
+    The last is solved here, so its 95 % interval `lam_low`, `lam_high` comes with it. `margin`
+    stays below the limit by the pool's certificate margin."""
     if not isinstance(spec.lam, str):
         return {"lam": spec.lam, "lam_from": "params.yaml"}
     known = read_record(DUAL, SolvedDual)
@@ -88,7 +88,7 @@ def multiplier(
     try:
         solution = dual.solve(
             by_prompt(pool, "reward"), by_prompt(pool, "cost"),
-            limit=known["limit" if spec.lam == "dual" else "aim"], beta=params.beta,
+            limit=known["limit" if spec.lam == "dual" else "target"], beta=params.beta,
             lambda_max=known["lambda_max"], seed=params.seed,
         )  # fmt: skip
     except InfeasibleError as error:
@@ -98,20 +98,25 @@ def multiplier(
     return {"lam": solution.lam, "lam_from": "implicit scores", "lam_low": low, "lam_high": high}
 
 
-def charged(
+def with_prices(
     item: str, spec: LagrangianRun, tables: Tables, tokenizer: PreTrainedTokenizerBase
 ) -> Tables:
-    """The tables with the prices of further limits in their rewards.
+    """The tables with the prices of additional constraints in their rewards.
 
     A multiplier given as a number has none beside it, and prices of scorers mean nothing on
     implicit scores."""
     prices = prices_in(read_record(DUAL, SolvedDual)) if isinstance(spec.lam, str) else []
     if prices and implicit(spec):
         log.warning(
-            "lagrangian_dpo.runs.%s is scored by policies and ignores constraint.also", item
+            "lagrangian_dpo.runs.%s is scored by policies and ignores constraint.additional", item
         )
         return tables
-    return Tables(*(priced(table, prices, partial(answer_lengths, tokenizer)) for table in tables))
+    return Tables(
+        *(
+            with_priced_rewards(table, prices, partial(answer_lengths, tokenizer))
+            for table in tables
+        )
+    )
 
 
 if __name__ == "__main__":

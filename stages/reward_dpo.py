@@ -21,13 +21,13 @@ from dualign.params.training import RewardDpoParams, RewardRun
 from dualign.stage import Run, execute, finished
 from dualign.training.pairs import (
     preference_pairs,
+    rows_within_budget,
     safe_first,
-    visited,
     with_margin,
     with_offset,
     with_reference,
 )
-from dualign.training.pairwise import Inner, Pair, train_pairwise
+from dualign.training.pairwise import Pair, PairLossConfig, train_pairwise
 from dualign.training.run import Job
 
 PAIRS = Path("data/prepared/helpful_pairs.parquet")
@@ -47,8 +47,10 @@ def main(run: Run[RewardDpoParams]) -> None:
         PAIRS, *sorted({MODELS / name for name in ("sft", spec.reference, spec.margin)})
     )
     job = Job(params.training, run.resources, scratch, params.seed)
-    inner = Inner(scale=params.beta, beta=params.beta, loss_type=spec.loss_type, clip=spec.clip)
-    metrics = train_pairwise(policy, tokenizer, pairs, inner, job)
+    pair_loss = PairLossConfig(
+        scale=params.beta, beta=params.beta, loss_type=spec.loss_type, clip=spec.clip
+    )
+    metrics = train_pairwise(policy, tokenizer, pairs, pair_loss, job)
     with replacing(OUT / item) as folder:
         save(policy, tokenizer, folder)
     run.losses(metrics.pop("losses"))
@@ -76,7 +78,7 @@ def training_pairs(
                 f" reward_dpo.runs.{run.item}.safe_offset needs; list a source with flags under"
                 " prepare.helpful, or set safe_offset to null"
             )
-    train = visited(frame, params.training, params.seed)
+    train = rows_within_budget(frame, params.training, params.seed)
     pairs = preference_pairs(train, policy, tokenizer, batch, mismatched=spec.loss_type == "kto")
     if spec.margin != "sft":
         margin, base = (

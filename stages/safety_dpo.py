@@ -43,13 +43,15 @@ def main(run: Run[SafetyDpoParams]) -> None:
 def multiplier(item: str, spec: SafetyRun) -> float:
     """The multiplier before `factor`: a number, or the solved dual's.
 
-    Preferences have no scores that the prices of further limits could be charged to; they are not
-    kept here."""
+    Preferences have no scores that the prices of additional constraints could be charged to; they
+    are not kept here."""
     if not isinstance(spec.lam, str):
         return spec.lam
     known = read_record(DUAL, SolvedDual)
     if known["prices"]:
-        log.warning("safety_dpo.runs.%s trains on preferences and ignores constraint.also", item)
+        log.warning(
+            "safety_dpo.runs.%s trains on preferences and ignores constraint.additional", item
+        )
     lam = solved_multiplier(known, spec.lam)
     if lam == 0:
         log.warning(

@@ -26,7 +26,7 @@ from dualign.core.schema import (
     read_table,
 )
 from dualign.evaluation.against_optimum import enumerate_answers
-from dualign.evaluation.rollout import Judges, roll_out
+from dualign.evaluation.rollout import Scorers, roll_out
 from dualign.evaluation.stats import clustered_mean
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts, retokenised_share
@@ -45,21 +45,21 @@ _SUPPORT_PAIRS = 2000
 def main(run: Run[ScoreParams]) -> None:
     """Run the stage."""
     params = run.params
-    judges = Judges.load(run.resources)
+    scorers = Scorers.load(run.resources)
     prompts = read_table(DATA / "pool.parquet", PROMPTS)
     started = time.monotonic()
     pool = roll_out(
-        judges.reference, prompts, judges,
+        scorers.reference, prompts, scorers,
         count=params.samples_per_prompt, max_new_tokens=params.max_new_tokens, seed=params.seed,
     )  # fmt: skip
     run.throughput["pool_tokens_per_second"] = float(
         pool["length"].sum() / (time.monotonic() - started)
     )
     known = preference_pairs()
-    pairs = score_pairs(drawn_of(known, "train", params.pairs, params.seed), judges)
-    support = support_rows(drawn_of(known, "heldout", _SUPPORT_PAIRS, params.seed), judges)
+    pairs = score_pairs(drawn_of(known, "train", params.pairs, params.seed), scorers)
+    support = support_rows(drawn_of(known, "heldout", _SUPPORT_PAIRS, params.seed), scorers)
     evaluated = read_table(DATA / "eval.parquet", PROMPTS)
-    enumerated = enumerate_world(evaluated[evaluated["source"] == "world"], judges)
+    enumerated = enumerate_world(evaluated[evaluated["source"] == "world"], scorers)
     with replacing(OUT) as folder:
         write_parquet(folder / "pool.parquet", pool, POOL)
         write_parquet(folder / "scored_pairs.parquet", pairs, SCORED_PAIRS)
@@ -68,7 +68,7 @@ def main(run: Run[ScoreParams]) -> None:
     ids = pool["prompt_id"].to_numpy()
     whole = pool[pool["ended"]]
     other = retokenised_share(
-        judges.tokenizer, whole["response"].tolist(), whole["tokens"].tolist()
+        scorers.tokenizer, whole["response"].tolist(), whole["tokens"].tolist()
     )
     drawn = {"prompts": len(prompts), "answers": len(pool), "ended": float(pool["ended"].mean())}
     run.metrics(
@@ -103,46 +103,48 @@ def drawn_of(pairs: pd.DataFrame, split: str, most: int | None, seed: int) -> pd
     return pairs.reset_index(drop=True)
 
 
-def score_pairs(pairs: pd.DataFrame, judges: Judges) -> pd.DataFrame:
+def score_pairs(pairs: pd.DataFrame, scorers: Scorers) -> pd.DataFrame:
     """The pairs with logp_ref, reward and cost of both answers."""
-    batch = judges.resources.scoring_batch_size
-    prompts = encode_prompts(judges.tokenizer, pairs["prompt"])
+    batch = scorers.resources.scoring_batch_size
+    prompts = encode_prompts(scorers.tokenizer, pairs["prompt"])
     for side in ("chosen", "rejected"):
-        answers = encode_answers(judges.tokenizer, pairs[side])
+        answers = encode_answers(scorers.tokenizer, pairs[side])
         pairs[f"logp_ref_{side}"] = log_probabilities(
-            judges.reference, judges.tokenizer, prompts, answers, batch_size=batch
+            scorers.reference, scorers.tokenizer, prompts, answers, batch_size=batch
         )
-        pairs[f"reward_{side}"] = judges.reward.score(
+        pairs[f"reward_{side}"] = scorers.reward.score(
             pairs["prompt"], pairs[side], batch_size=batch, what="rewards"
         )
-        pairs[f"cost_{side}"] = judges.cost.score(
+        pairs[f"cost_{side}"] = scorers.cost.score(
             pairs["prompt"], pairs[side], batch_size=batch, what="costs"
         )
     return pairs
 
 
-def support_rows(pairs: pd.DataFrame, judges: Judges) -> pd.DataFrame:
+def support_rows(pairs: pd.DataFrame, scorers: Scorers) -> pd.DataFrame:
     """Length and logp_ref of both answers of each pair: schema SUPPORT."""
-    prompts = encode_prompts(judges.tokenizer, [*pairs["prompt"], *pairs["prompt"]])
-    answers = encode_answers(judges.tokenizer, [*pairs["chosen"], *pairs["rejected"]])
-    batch = judges.resources.scoring_batch_size
-    logp = log_probabilities(judges.reference, judges.tokenizer, prompts, answers, batch_size=batch)
+    prompts = encode_prompts(scorers.tokenizer, [*pairs["prompt"], *pairs["prompt"]])
+    answers = encode_answers(scorers.tokenizer, [*pairs["chosen"], *pairs["rejected"]])
+    batch = scorers.resources.scoring_batch_size
+    logp = log_probabilities(
+        scorers.reference, scorers.tokenizer, prompts, answers, batch_size=batch
+    )
     return pd.DataFrame({"length": [len(answer) for answer in answers], "logp_ref": logp.tolist()})
 
 
-def enumerate_world(prompts: pd.DataFrame, judges: Judges) -> pd.DataFrame:
+def enumerate_world(prompts: pd.DataFrame, scorers: Scorers) -> pd.DataFrame:
     """Every grammatical answer to the prompts with its truth and logp_ref; empty outside the
     world.
     """
     rows = enumerate_answers(prompts)
     if rows.empty:
         return rows
-    encoded = encode_prompts(judges.tokenizer, rows["prompt"])
-    answers = encode_answers(judges.tokenizer, rows["response"])
-    batch = judges.resources.scoring_batch_size
+    encoded = encode_prompts(scorers.tokenizer, rows["prompt"])
+    answers = encode_answers(scorers.tokenizer, rows["response"])
+    batch = scorers.resources.scoring_batch_size
     return rows.assign(
         logp_ref=log_probabilities(
-            judges.reference, judges.tokenizer, encoded, answers, batch_size=batch
+            scorers.reference, scorers.tokenizer, encoded, answers, batch_size=batch
         )
     )
 

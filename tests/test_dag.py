@@ -297,7 +297,7 @@ EDITS = {
     ),
     "constraint.delta": (0.123, ("dual_init", "certify@*")),
     "constraint.power": (0.7, ("dual_init",)),
-    "constraint.also": (
+    "constraint.additional": (
         {"short": {"quantity": "length", "limit": 9.0}},
         ("dual_init", "evaluate@*"),
     ),

@@ -138,8 +138,8 @@ def test_the_published_settings() -> None:
         ("safe_rlhf", {"returns": "mixture"}, "returns"),
         ("safe_rlhf", {"warm": True}, "warm"),
         ("safe_rlhf", {"cost": "feedback"}, "cost"),
-        ("safe_rlhf", {"aims": "stock"}, "aims"),
-        ("mocan", {"aims": "stock"}, "aims"),
+        ("safe_rlhf", {"target": "margin"}, "target"),
+        ("mocan", {"target": "margin"}, "target"),
         (
             "dualign",
             {"rule": "merge", "start": "lagrangian_dpo/one", "reference": "sft"},
@@ -164,14 +164,16 @@ def test_what_does_not_go_together_is_refused_by_its_key(
 
 
 def test_ours_may_merge_two_policies_of_the_path_and_aim_below_the_limit() -> None:
-    found = plan("mine", row("dualign", rule="merge", aims="stock", **PATH))
-    assert (found.method.rule, found.method.aims, found.start, found.reference) == (
+    found = plan("mine", row("dualign", rule="merge", target="margin", **PATH))
+    assert (found.method.rule, found.method.target, found.start, found.reference) == (
         "merge",
-        "stock",
+        "margin",
         *PATH.values(),
     )
-    assert all(method.aims == "limit" for method in METHODS.values())
-    assert plan("a", row("sacpo", aims="stock")).method.aims == "stock"  # a grid returns by it
+    assert all(method.target == "limit" for method in METHODS.values())
+    assert (
+        plan("a", row("sacpo", target="margin")).method.target == "margin"
+    )  # a grid returns by it
 
 
 def test_safety_first_is_one_shot() -> None:

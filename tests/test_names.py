@@ -42,7 +42,7 @@ KEYS = (
     "methods",
     "certify.runs",
     "evaluate.policies",
-    "constraint.also",
+    "constraint.additional",
 )
 #: Where it names folders under models/.
 REFERENCES = (
@@ -124,7 +124,7 @@ def whole() -> Content:
     content["safety_path"]["runs"] = {
         "strict": {"reference": "sft", "lam": 4.0, "loss_type": "dpo", "clip": None}
     }
-    content["constraint"]["also"] = {"short": {"quantity": "length", "limit": 25}}
+    content["constraint"]["additional"] = {"short": {"quantity": "length", "limit": 25}}
     return content
 
 
@@ -174,7 +174,7 @@ def test_params_take_the_names_that_are_names(whole: Content, key: str) -> None:
         "7",
         "A-b_c",
         "x" * 64,
-        *(["v1.5"] if key in ("evaluate.policies", "constraint.also") else []),
+        *(["v1.5"] if key in ("evaluate.policies", "constraint.additional") else []),
     ):
         loading.check(renamed(whole, key, name), "my.yaml")
 
@@ -212,7 +212,7 @@ def test_the_pipeline_checks_the_name_of_every_run_and_each_folder_that_it_names
 ) -> None:
     root = repository(tmp_path, whole)
     names.check(root)
-    for key in [key for key in (*KEYS, *REFERENCES) if key != "constraint.also"]:
+    for key in [key for key in (*KEYS, *REFERENCES) if key != "constraint.additional"]:
         for name in HOSTILE[9:15]:
             content = (
                 put(copy.deepcopy(whole), key, name)

@@ -31,9 +31,8 @@ STEP: dict[str, Any] = {
 
 
 def solved(**told: Any) -> dict[str, Any]:
-    """data/dual/dual.json; prices are completed. Without a stock its multiplier and aim are those
-    of the limit.
-    """
+    """data/dual/dual.json; prices are completed. Without a margin its multiplier and target are
+    those of the limit."""
     found: dict[str, Any] = {
         "lam": 0.8,
         "lam_low": 0.6,
@@ -46,7 +45,7 @@ def solved(**told: Any) -> dict[str, Any]:
         **told,
     }
     prices = [PRICE | price for price in told.get("prices", [])]
-    return {"lam_stock": found["lam"], "aim": found["limit"], **found, "prices": prices}
+    return {"lam_margin": found["lam"], "target": found["limit"], **found, "prices": prices}
 
 
 def held_out(answers: int = 400) -> list[dict[str, Any]]:
@@ -90,7 +89,7 @@ def lagrangian(**told: Any) -> dict[str, Any]:
         "lam": 0.8,
         "lam_from": "data/dual/dual.json",
         **scores,
-        "inner": {},
+        "pair_loss": {},
         "learning_rate": 1e-3,
         **told,
     }
@@ -106,7 +105,7 @@ def searched(*steps: dict[str, Any], **told: Any) -> dict[str, Any]:
         "rule": "newton",
         "returns": "best",
         "cost_source": "model",
-        "aim": -0.3,
+        "target": -0.3,
         "steps": rows,
         "screened": [],
         "chosen": len(rows) - 1,

@@ -22,7 +22,7 @@ from dualign.core.errors import DataError
 from dualign.core.schema import ANSWERS, LABELS, REWEIGHTED, read_table
 from dualign.data.labelling import truth, vote
 from dualign.evaluation.against_optimum import add_truth, means
-from dualign.evaluation.rollout import Judges, log_ratios, roll_out
+from dualign.evaluation.rollout import Scorers, log_ratios, roll_out
 from dualign.lm.merge import merge
 from dualign.lm.mixture import policy_at
 from dualign.lm.publish import publish
@@ -40,7 +40,7 @@ _GROWTH = 1.05
 
 
 @dataclass(frozen=True)
-class Contender:
+class CandidatePolicy:
     """A candidate: the policy in a folder, or (1 - q) partner + q policy, made in `out` when it is
     first needed.
 
@@ -66,22 +66,22 @@ class Contender:
         return self.out
 
 
-def contenders(row: CertifyRun, models: Path, scratch: Path) -> dict[str, Contender]:
+def candidate_policies(row: CertifyRun, models: Path, scratch: Path) -> dict[str, CandidatePolicy]:
     """The candidates of a row by name, safest first: the fallback, then the policy at each
     weight.
     """
     found = {}
     for name, q in order(row).items():
         if name == row.fallback != row.policy:
-            found[name] = Contender(models / name, models / name, 1.0, scratch / "fallback")
+            found[name] = CandidatePolicy(models / name, models / name, 1.0, scratch / "fallback")
         else:
-            found[name] = Contender(
+            found[name] = CandidatePolicy(
                 models / row.policy, models / row.partner, q, scratch / f"at-{q:g}"
             )
     return found
 
 
-class Contenders:
+class CandidateEvidence:
     """Draws and keeps what each candidate is judged by; what lies in `scratch` is not drawn again.
 
     `plan` says how many answers a prompt each draws, and who draws those of all later ones; None:
@@ -89,18 +89,18 @@ class Contenders:
 
     def __init__(
         self,
-        field: dict[str, Contender],
+        field: dict[str, CandidatePolicy],
         params: CertifyParams,
         prompts: pd.DataFrame,
-        judges: Judges,
+        scorers: Scorers,
         scratch: Path,
         plan: Planned | None = None,
     ) -> None:
-        self._field, self._params, self._prompts, self._judges, self._scratch = (
+        self._field, self._params, self._prompts, self._scorers, self._scratch = (
             field,
             params,
             prompts,
-            judges,
+            scorers,
             scratch,
         )
         self._world = bool((prompts["source"] == "world").all())
@@ -115,7 +115,7 @@ class Contenders:
         """The folder of a candidate."""
         return self._field[name].folder()
 
-    def contender(self, name: str) -> Contender:
+    def candidate(self, name: str) -> CandidatePolicy:
         """What a candidate is made of."""
         return self._field[name]
 
@@ -158,14 +158,14 @@ class Contenders:
         drawn = read_table(path, ANSWERS)
         if name == self._drawn:
             return drawn.assign(**{DRAWN: drawn["logp"]})
-        policy = policy_at(self.policy(name), self._judges.resources)
-        own = log_ratios(policy, drawn, self._judges) + drawn["logp_ref"].to_numpy()
+        policy = policy_at(self.policy(name), self._scorers.resources)
+        own = log_ratios(policy, drawn, self._scorers) + drawn["logp_ref"].to_numpy()
         return drawn.assign(logp=own, **{DRAWN: drawn["logp"]})
 
     def _draw(self, name: str) -> pd.DataFrame:
         params = self._params
         drawn = roll_out(
-            policy_at(self.policy(name), self._judges.resources), self._prompts, self._judges,
+            policy_at(self.policy(name), self._scorers.resources), self._prompts, self._scorers,
             count=self._counts[name], max_new_tokens=params.max_new_tokens, seed=params.seed,
         )  # fmt: skip
         return add_truth(drawn) if self._world else drawn
@@ -180,7 +180,7 @@ def screen(
     params: CertifyParams,
     options: ScreenParams,
     prompts: pd.DataFrame,
-    judges: Judges,
+    scorers: Scorers,
     scratch: Path,
 ) -> Screen:
     """What answers to the search prompts show of the fallback and of the path at the weights of a
@@ -193,20 +193,20 @@ def screen(
     asked, knots = prompts.head(options.prompts), list[Knot]()
     weighing = options.reweigh and all(required.reweighs for required in requirements)
     before: pd.DataFrame | None = None
-    for name, contender in contenders(row, MODELS, scratch).items():
-        policy = policy_at(contender.folder(), judges.resources)
+    for name, candidate in candidate_policies(row, MODELS, scratch).items():
+        policy = policy_at(candidate.folder(), scorers.resources)
         answers = roll_out(
             policy,
             asked,
-            judges,
+            scorers,
             count=options.samples_per_prompt,
             max_new_tokens=params.max_new_tokens,
             seed=params.seed,
         )
-        q = None if name == row.fallback != row.policy else contender.q
+        q = None if name == row.fallback != row.policy else candidate.q
         shown = tuple(_shown(required, answers) for required in told)
         if weighing and before is not None:
-            knots[-1] = _bent(knots[-1], before, log_ratios(policy, before, judges), contender.q)
+            knots[-1] = _bent(knots[-1], before, log_ratios(policy, before, scorers), candidate.q)
         knots.append(Knot(name=name, q=q, seen=tuple(one for one in shown if one is not None)))
         before = None if q is None else answers
     tight = all(required.method == "clustered_t" for required in told)

@@ -85,7 +85,7 @@ T = TypeVar("T")
 PROG = "python -m dualign.certify.certificate"
 #: Where the stage `certify` puts certificates: a folder for each of its rows, with a file of this
 #: name.
-PLACE, FILE = Path("reports/certificate"), "certificate.json"
+CERTIFICATES, FILE = Path("reports/certificate"), "certificate.json"
 #: Least share of answers that weighted ones are worth for a test to pass: where weights are uneven,
 #: the largest may not
 #: have been drawn, and no bound of what was drawn holds (`bench.dense`).
@@ -189,16 +189,16 @@ class Requirement(Record):
         """
         if self.quantity == "truth" or self.quantity == "harm":
             raise ValueError(f"{self.quantity} is known of labelled answers only")
-        further = Constraint(
+        additional = Constraint(
             self.name, self.quantity, self.limit, self.level, self.prompts, self.threshold
         )
-        rows = answers[further.applies(answers["prompt"].tolist())] if self.prompts else answers
+        rows = answers[additional.applies(answers["prompt"].tolist())] if self.prompts else answers
         if rows.empty:
             raise DataError(
                 f"{self.name}: {self.prompts!r} is found in no certify prompt; keep more, or"
                 " change it"
             )
-        values = further.values(
+        values = additional.values(
             *(rows[name].to_numpy(float) for name in ("cost", "length", "ended"))
         )
         if "weight" in rows:
@@ -389,9 +389,9 @@ class Origin(NamedTuple):
     there.
 
     The row of `certify.runs`; the file of prompts, of which the first are answered; the solved
-    dual, which holds the further limits; the folder of a candidate's model by its name; the folder
-    that will hold the certified policy; that of the cost model. `place` is the folder that will
-    hold the certificate, as seen from which they are recorded."""
+    dual, which holds the additional constraints; the folder of a candidate's model by its name; the
+    folder that will hold the certified policy; that of the cost model. `place` is the folder that
+    will hold the certificate, as seen from which they are recorded."""
 
     place: Path
     plan: CertifyRun
@@ -409,16 +409,15 @@ class Certificate(Record):
     `candidates` is the whole order, that of `plan`, `tested` the tests made, `tables` and `labels`
     what they were
     made on: `samples_per_prompt` answers to each of the first prompts of `prompts` (by candidate,
-    where they differ).
-    Those of some candidates may be answers that `drawn`, another of the order, gave. `screen` is
-    what the order was chosen by (`dualign.certify.screening`). `limits` holds the further limits,
-    each of which must be among the `requirements`. `same` are pairs of candidates with the same
-    answers. Answers have at most `max_new_tokens` tokens; `ended` is the share of each tested
-    candidate's that ended by themselves. `weights` are the hashes of the files of each tested
-    candidate's model, `policy` is where the certified one lies, `cost_model` the one that gave the
-    costs. What a caller of `issue` did not name is None or empty. `sampling_seeds` (of the answers)
-    and `versions` (of the packages that computed it) tell where it comes from; no check depends on
-    them."""
+    where they differ). Those of some candidates may be answers that `drawn`, another of the order,
+    gave. `screen` is what the order was chosen by (`dualign.certify.screening`). `limits` holds the
+    additional constraints, each of which must be among the `requirements`. `same` are pairs of
+    candidates with the same answers. Answers have at most `max_new_tokens` tokens; `ended` is the
+    share of each tested candidate's that ended by themselves. `weights` are the hashes of the files
+    of each tested candidate's model, `policy` is where the certified one lies, `cost_model` the one
+    that gave the costs. What a caller of `issue` did not name is None or empty. `sampling_seeds`
+    (of the answers) and `versions` (of the packages that computed it) tell where it comes from; no
+    check depends on them."""
 
     delta: float = Field(gt=0, lt=1)
     seed: int
@@ -807,9 +806,8 @@ def _as_planned(recorded: Certificate, folder: Path) -> None:
 
 
 def _all_required(file: Path, requirements: Sequence[Requirement]) -> None:
-    """Raises DataError where a further limit of the solved dual in `file` is not required as it
-    stands there.
-    """
+    """Raises DataError where an additional constraint of the solved dual in `file` is not required
+    as it stands there."""
     limits = [asdict(price.constraint) for price in prices_in(read_record(file, SolvedDual))]
     for limit in limits:
         if not any(
@@ -874,7 +872,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
         command.error(
             "--key and --signature go together: a signature is checked by the key that made it"
         )
-    paths = asked.paths or [PLACE]
+    paths = asked.paths or [CERTIFICATES]
     found = {
         path: [path] if path.is_file() else [*listed(path, FILE), *listed(path, f"*/{FILE}")]
         for path in paths
@@ -903,7 +901,10 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     commands = made.add_subparsers(required=True, dest="command")
     check = commands.add_parser("verify", help="recompute certificates from saved answers")
     check.add_argument(
-        "paths", nargs="*", type=Path, help=f"certificates, or folders of some (default: {PLACE})"
+        "paths",
+        nargs="*",
+        type=Path,
+        help=f"certificates, or folders of some (default: {CERTIFICATES})",
     )
     check.add_argument(
         "--rescore",

@@ -17,8 +17,8 @@ _RULE = "letters, digits, '.', '_' and '-', 64 at most, the first a letter or a 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _KEY = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 _LONGEST = 1000
-#: Multipliers that a run may name: the pool's own, or the one with a safety stock.
-Solved = Literal["dual", "stock"]
+#: Multipliers that a run may name: the pool's own, or the one with a certificate margin.
+Solved = Literal["dual", "margin"]
 
 
 def shown(text: str) -> str:

@@ -30,7 +30,7 @@ class PreparedMetrics(TypedDict):
 
 @_OPEN
 class PriceRow(TypedDict):
-    """A further limit with its multiplier, in data/dual/dual.json
+    """An additional constraint with its multiplier, in data/dual/dual.json
     (`dualign.math.constraints.Price`).
     """
 
@@ -46,15 +46,14 @@ class PriceRow(TypedDict):
 
 @_OPEN
 class SolvedDual(TypedDict):
-    """data/dual/dual.json: the multiplier of the pool, the one with a safety stock, and what they
-    were solved for.
-    """
+    """data/dual/dual.json: the multiplier of the pool, the one with a certificate margin, and what
+    they were solved for."""
 
     lam: float
     lam_low: float | None
     lam_high: float | None
-    lam_stock: float
-    aim: float
+    lam_margin: float
+    target: float
     limit: float
     beta: float
     lambda_max: float
@@ -143,7 +142,7 @@ class LagrangianMetrics(TypedDict):
     reward: str
     cost: str
     data: str
-    inner: dict[str, Any]
+    pair_loss: dict[str, Any]
     learning_rate: float
 
 
@@ -172,7 +171,7 @@ class SearchResult(TypedDict):
     rule: str
     returns: str
     cost_source: str
-    aim: float
+    target: float
     steps: list[SearchStep]
     screened: list[dict[str, Any]]
     chosen: int
@@ -285,7 +284,7 @@ TRAINED: dict[str, Any] = {
 
 def solved_multiplier(known: SolvedDual, which: Solved) -> float:
     """The pool's multiplier that a run names."""
-    return known["lam"] if which == "dual" else known["lam_stock"]
+    return known["lam"] if which == "dual" else known["lam_margin"]
 
 
 def read_record(path: str | Path, record: type[R]) -> R:

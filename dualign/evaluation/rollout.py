@@ -20,7 +20,7 @@ from dualign.scoring.scorers import Scorer
 
 
 @dataclass(frozen=True)
-class Judges:
+class Scorers:
     """What scores a rollout: the reference policy with its tokenizer, the reward model and the cost
     model.
     """
@@ -32,7 +32,7 @@ class Judges:
     resources: Resources
 
     @classmethod
-    def load(cls, resources: Resources, models: Path = Path("models")) -> Judges:
+    def load(cls, resources: Resources, models: Path = Path("models")) -> Scorers:
         """Load `sft`, `reward_model` and `cost_model` from the models folder."""
         return cls(
             load_policy(models / "sft", resources),
@@ -46,7 +46,7 @@ class Judges:
 def roll_out(
     policy: Policy,
     prompts: pd.DataFrame,
-    judges: Judges,
+    scorers: Scorers,
     *,
     count: int,
     max_new_tokens: int,
@@ -56,7 +56,7 @@ def roll_out(
 
     An answer that was cut at `max_new_tokens` is scored as it stands, without EOS.
     """
-    tokenizer, resources = judges.tokenizer, judges.resources
+    tokenizer, resources = scorers.tokenizer, scorers.resources
     encoded = encode_prompts(tokenizer, prompts["prompt"].tolist())
     drawn = sample(
         policy, tokenizer, encoded, count=count, max_new_tokens=max_new_tokens,
@@ -77,15 +77,15 @@ def roll_out(
     rows = [encoded[i] for i in index]
     batch = resources.scoring_batch_size
     frame["logp_ref"] = log_probabilities(
-        judges.reference, tokenizer, rows, frame["tokens"].tolist(), batch_size=batch
+        scorers.reference, tokenizer, rows, frame["tokens"].tolist(), batch_size=batch
     )
-    same = policy is judges.reference
+    same = policy is scorers.reference
     frame["logp"] = (
         frame["logp_ref"]
         if same
         else log_probabilities(policy, tokenizer, rows, frame["tokens"].tolist(), batch_size=batch)
     )
-    for score, judge in (("reward", judges.reward), ("cost", judges.cost)):
+    for score, judge in (("reward", scorers.reward), ("cost", scorers.cost)):
         frame[score] = judge.score(
             frame["prompt"].tolist(),
             frame["response"].tolist(),
@@ -96,14 +96,14 @@ def roll_out(
     return frame
 
 
-def log_ratios(policy: Policy, samples: pd.DataFrame, judges: Judges) -> np.ndarray:
+def log_ratios(policy: Policy, samples: pd.DataFrame, scorers: Scorers) -> np.ndarray:
     """log(pi / pi_ref) in nats of given answers (schema POOL, such as samples of the reference);
     shape [rows].
     """
-    prompts = encode_prompts(judges.tokenizer, samples["prompt"].tolist())
+    prompts = encode_prompts(scorers.tokenizer, samples["prompt"].tolist())
     answers = [[int(token) for token in tokens] for tokens in samples["tokens"]]
     logp = log_probabilities(
-        policy, judges.tokenizer, prompts, answers, batch_size=judges.resources.scoring_batch_size
+        policy, scorers.tokenizer, prompts, answers, batch_size=scorers.resources.scoring_batch_size
     )
     ratios: np.ndarray = logp.numpy() - samples["logp_ref"].to_numpy()
     return ratios

@@ -30,9 +30,9 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class LimitEstimate:
-    """A further limit on a policy's own answers: the mean of its quantity, with a prompt-clustered
-    standard error.
+class ConstraintEstimate:
+    """An additional constraint on a policy's own answers: the mean of its quantity, with a
+    prompt-clustered standard error.
 
     `share` of the prompts are those that the limit is on; with none of them the mean is unknown.
     """
@@ -51,8 +51,8 @@ class Measurement:
     `cost` is what a search goes by. Where that comes from safety labels, `labels` counts them and
     `model_cost` is the cost model's estimate. `generated_tokens` are those of these answers and of
     what the policy was trained on; `comparisons` counts the pairs of answers that were compared for
-    its training. `further` are the K limits beside the one on cost, `covariance` [1 + K, 1 + K] is
-    E_x Cov(f|x) of the cost and their quantities f (0 off their prompts)."""
+    its training. `additional` are the K constraints beside the one on cost, `covariance` [1 + K, 1
+    + K] is E_x Cov(f|x) of the cost and their quantities f (0 off their prompts)."""
 
     cost: float
     cost_se: float
@@ -66,7 +66,7 @@ class Measurement:
     comparisons: int = 0
     model_cost: float | None = None
     model_cost_se: float | None = None
-    further: tuple[LimitEstimate, ...] = ()
+    additional: tuple[ConstraintEstimate, ...] = ()
     covariance: tuple[tuple[float, ...], ...] = ()
 
 

@@ -25,19 +25,21 @@ Bounds = tuple[float, float]
 #: Methods that go by the range of the cost, and hold for every number of prompts because of it.
 RANGED = ("empirical_bernstein", "betting", "star_bets")
 
-# The sample's skewness is taken 1 + _FEW / sqrt(N)-fold, since few prompts show less of a long tail
-# than there is. The
+# The sample's skewness is taken 1 + SKEWNESS_INFLATION / sqrt(N)-fold, since few prompts show less
+# of a long tail than there is. The
 # constant has no theory: found by simulation, it is the least whole number with which every row of
 # parts 1 to 3 of
 # `bench.coverage` keeps delta + 1 % (with 18 the rare harm at 50 prompts and ICC 0.5 does not).
-_FEW = 19.0
-_ALL_IN = 0.75  # largest share of the capital that one bet may lose: c of 2010.09686, "1/2 or 3/4"
+SKEWNESS_INFLATION = 19.0
+MAX_BET_FRACTION = (
+    0.75  # largest share of the capital that one bet may lose: c of 2010.09686, "1/2 or 3/4"
+)
 _HALVINGS = 50
 _NEARLY_ALL_IN = (
     0.95  # the same of `star_bound`: 0.9 to 1 differ little, 0.75 shows less of rare harm
 )
 _MEANS = 4000  # means that `star_bound` tries
-_NOTHING = 1e-12  # a spread below this share of the values is rounding
+ROUNDING = 1e-12  # a spread below this share of the values is rounding
 
 
 # --- bounds of a mean: the last axis runs over independent prompts, axes before it over separate da
@@ -86,7 +88,7 @@ def _skewed_quantile(shares: Array, t: float, count: int) -> Array:
     are few) show the tail."""
     squares = (shares**2).sum(-1)
     skewness = np.maximum((shares**3).sum(-1), 0) / np.where(squares > 0, squares, 1) ** 1.5
-    return t + (1 + _FEW / math.sqrt(count)) * skewness * (1 + 2 * t**2) / 6
+    return t + (1 + SKEWNESS_INFLATION / math.sqrt(count)) * skewness * (1 + 2 * t**2) / 6
 
 
 def bernstein_bound(means: Array, delta: float, bounds: Bounds) -> Array:
@@ -131,7 +133,11 @@ def betting_bound(means: Array, delta: float, bounds: Bounds) -> Array:
     for _ in range(_HALVINGS):
         middle = (kept + rejected) / 2
         m = middle[..., None]
-        capital = np.log1p(-np.minimum(stake, _ALL_IN / (1 - m)) * (scaled - m)).cumsum(-1).max(-1)
+        capital = (
+            np.log1p(-np.minimum(stake, MAX_BET_FRACTION / (1 - m)) * (scaled - m))
+            .cumsum(-1)
+            .max(-1)
+        )
         beaten = capital >= math.log(1 / delta)
         kept, rejected = np.where(beaten, kept, middle), np.where(beaten, middle, rejected)
     return low + (high - low) * rejected
@@ -259,7 +265,7 @@ def upper_bound(
     if method == "clopper_pearson":
         return float(binomial_bound((prompt_means(values > 0, codes) > 0).sum(), len(means), delta))
     if method == "clustered_t":
-        if means.std() <= _NOTHING * max(1.0, float(np.abs(means).max())):
+        if means.std() <= ROUNDING * max(1.0, float(np.abs(means).max())):
             raise DataError(
                 "costs: every prompt has the same mean cost, so clustered_t has no error to go by; "
                 "use method star_bets or betting with bounds"
@@ -382,7 +388,7 @@ def corrected(
     weight = _tuned_weight(gap, label, float(np.nanmax(np.abs(f_all)))) if tuned else 1.0
     shares = label + weight * gap
     error = float(np.linalg.norm(shares))
-    if error <= _NOTHING * max(1.0, float(np.nanmax(np.abs(y)))):
+    if error <= ROUNDING * max(1.0, float(np.nanmax(np.abs(y)))):
         raise DataError(
             "labelled_costs_true: the labels do not vary, so there is no error to go by; label more"
             " answers"
@@ -403,7 +409,7 @@ def _shares(means: Array) -> Array:
 def _tuned_weight(gap: Array, label: Array, scale: float) -> float:
     """The w of least |label + w gap|; 0 if the model's costs, of size `scale`, say nothing."""
     square = float(gap @ gap)
-    return -float(gap @ label) / square if square > (_NOTHING * max(1.0, scale)) ** 2 else 0.0
+    return -float(gap @ label) / square if square > (ROUNDING * max(1.0, scale)) ** 2 else 0.0
 
 
 def sample_size(sd: float, margin: float, delta: float = 0.05, power: float = 0.8) -> int:

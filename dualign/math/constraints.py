@@ -1,5 +1,5 @@
-"""Further limits beside the one on the mean cost: P(unsafe), CVaR, length, unended answers, or cost
-on some prompts.
+"""Additional constraints beside the one on the mean cost: P(unsafe), CVaR, length, unended answers,
+or cost on some prompts.
 
 Every quantity is the mean of a function f_k of an answer, so the optimum stays in closed form,
 
@@ -52,7 +52,7 @@ class Constraint:
     @property
     def key(self) -> str:
         """Where it stands in the parameter file."""
-        return f"constraint.also.{self.name}"
+        return f"constraint.additional.{self.name}"
 
     def values(self, cost: Array, length: Array, ended: Array) -> Array:
         """The quantity of each answer, of any shape, from its cost, its length in tokens, and
@@ -93,7 +93,7 @@ class Constraint:
 
 
 def constraint(name: str, spec: ConstraintSpec) -> Constraint:
-    """A row of `constraint.also`; a CVaR's threshold is not known yet."""
+    """A row of `constraint.additional`; a CVaR's threshold is not known yet."""
     return Constraint(name, spec.quantity, spec.limit, spec.level, spec.prompts)
 
 
@@ -137,13 +137,13 @@ class Scored:
 
 def price(
     pool: Scored,
-    also: Mapping[str, ConstraintSpec],
+    additional: Mapping[str, ConstraintSpec],
     *,
     limit: float,
     beta: float,
     lambda_max: float,
 ) -> list[Price]:
-    """Prices of the limits `also`, solved together with E[c] <= limit.
+    """Prices of the limits `additional`, solved together with E[c] <= limit.
 
     The threshold of a CVaR is searched for, on a grid that is refined three times, to make the
     optimum largest; of several CVaRs each in turn, with the thresholds before it held. `lambda_max`
@@ -153,11 +153,11 @@ def price(
         InfeasibleError: the limits cannot be kept together.
         ParamsError: a limit's `prompts` matches no prompt of the pool.
     """
-    if not also:
+    if not additional:
         return []
-    limits = [constraint(name, spec) for name, spec in also.items()]
-    for further in limits:
-        _check(further, pool)
+    limits = [constraint(name, spec) for name, spec in additional.items()]
+    for added in limits:
+        _check(added, pool)
     dual.root(
         pool.reward, pool.cost, limit=limit, beta=beta, lambda_max=lambda_max
     )  # alone it must be within reach
@@ -165,54 +165,53 @@ def price(
     def solved(chosen: Sequence[Constraint]) -> dual.JointSolution:
         members = [
             np.ones(len(pool.cost), bool),
-            *(further.applies(pool.prompts) for further in chosen),
+            *(added.applies(pool.prompts) for added in chosen),
         ]
         return dual.solve_many(
             pool.reward,
             [
                 pool.cost,
-                *(further.values(pool.cost, pool.length, pool.ended) for further in chosen),
+                *(added.values(pool.cost, pool.length, pool.ended) for added in chosen),
             ],
-            limits=[limit, *(further.limit for further in chosen)],
+            limits=[limit, *(added.limit for added in chosen)],
             beta=beta,
             members=members,
-            names=["constraint.limit", *(f"{further.key}.limit" for further in chosen)],
+            names=["constraint.limit", *(f"{added.key}.limit" for added in chosen)],
             lambda_max=lambda_max,
         )
 
-    placed = [further for further in limits if further.quantity != "cvar"]
-    for further in limits:
-        if further.quantity == "cvar":
-            placed.append(_with_threshold(further, pool, lambda tried: solved([*placed, tried])))
+    placed = [added for added in limits if added.quantity != "cvar"]
+    for added in limits:
+        if added.quantity == "cvar":
+            placed.append(_with_threshold(added, pool, lambda tried: solved([*placed, tried])))
     found = solved(placed)
     by_name = {
-        further.name: Price(further, float(lam), float(mean))
-        for further, lam, mean in zip(placed, found.lams[1:], found.predicted[1:], strict=True)
+        added.name: Price(added, float(lam), float(mean))
+        for added, lam, mean in zip(placed, found.lams[1:], found.predicted[1:], strict=True)
     }
-    return [by_name[name] for name in also]
+    return [by_name[name] for name in additional]
 
 
-def _check(further: Constraint, pool: Scored) -> None:
+def _check(added: Constraint, pool: Scored) -> None:
     """Raises where a limit is on no prompt of the pool, or where too many have no sample that
     ended.
     """
-    members = further.applies(pool.prompts)
+    members = added.applies(pool.prompts)
     if not members.any():
         raise ParamsError(
-            f"{further.key}.prompts: {further.prompts!r} is found in no prompt of the pool;"
-            " change it"
+            f"{added.key}.prompts: {added.prompts!r} is found in no prompt of the pool; change it"
         )
     never = 1 - float(pool.ended[members].any(1).mean())
-    if further.quantity == "unended" and never > further.limit:
+    if added.quantity == "unended" and never > added.limit:
         raise InfeasibleError(
-            f"{further.key}.limit {further.limit:g} is out of the samples' reach: {100 * never:.3g}"
+            f"{added.key}.limit {added.limit:g} is out of the samples' reach: {100 * never:.3g}"
             " % of the prompts have no sample that ended; raise generation.max_new_tokens, or the"
             " limit above that"
         )
 
 
 def _with_threshold(
-    further: Constraint, pool: Scored, solved: Callable[[Constraint], dual.JointSolution]
+    added: Constraint, pool: Scored, solved: Callable[[Constraint], dual.JointSolution]
 ) -> Constraint:
     """The CVaR with the threshold at which the optimum is largest, between the lowest cost and the
     limit.
@@ -222,31 +221,31 @@ def _with_threshold(
 
     def worth(threshold: float) -> float:
         try:
-            return solved(replace(further, threshold=threshold)).value
+            return solved(replace(added, threshold=threshold)).value
         except InfeasibleError:
             return -np.inf
 
-    cost = pool.cost[further.applies(pool.prompts)]
+    cost = pool.cost[added.applies(pool.prompts)]
     least = cost.min(1)
     floor = replace(
-        further, threshold=dual.value_at_risk(least, np.ones(len(least)), further.level or 0.0)
+        added, threshold=dual.value_at_risk(least, np.ones(len(least)), added.level or 0.0)
     )
     reached = float(floor.values(least, np.zeros_like(least), np.ones_like(least)).mean())
-    if reached > further.limit:
+    if reached > added.limit:
         raise InfeasibleError(
-            f"{further.key}.limit {further.limit:g} is out of the samples' reach: the least costly"
+            f"{added.key}.limit {added.limit:g} is out of the samples' reach: the least costly"
             f" samples of the prompts have a CVaR of {reached:.4g}; raise it above that, or draw"
             " more (score.samples_per_prompt)"
         )
     gains: dict[float, float] = {}
-    grid = np.quantile(cost[cost <= further.limit], np.linspace(0, 1, _GRID))
+    grid = np.quantile(cost[cost <= added.limit], np.linspace(0, 1, _GRID))
     for _ in range(1 + _ROUNDS):
         gains |= {float(t): worth(float(t)) for t in grid if float(t) not in gains}
         tried = sorted(gains)
         best = max(range(len(tried)), key=lambda i: gains[tried[i]])
         grid = np.linspace(tried[max(best - 1, 0)], tried[min(best + 1, len(tried) - 1)], _ZOOM)
     if np.isfinite(gains[tried[best]]):
-        return replace(further, threshold=tried[best])
+        return replace(added, threshold=tried[best])
     solved(floor)  # says what is in conflict
     return floor
 
@@ -254,7 +253,7 @@ def _with_threshold(
 # --- from prices to scores ------------------------------------------------------------------------
 
 
-def priced(
+def with_priced_rewards(
     frame: pd.DataFrame,
     prices: Sequence[Price],
     lengths: Callable[[Sequence[str]], Sequence[int]] | None = None,

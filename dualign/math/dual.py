@@ -420,8 +420,8 @@ class DualSolution:
         range of its scores in the pool, no CVaR is below the cost, no KL below 0.
 
         CVaR is that of the cost at `level`, its band at the value at risk of the plain weights.
-        `reward` replaces the one that was solved with where further limits are priced into that.
-        ESS is the median over prompts."""
+        `reward` replaces the one that was solved with where additional constraints are priced into
+        that. ESS is the median over prompts."""
         scores = {
             "reward": self.reward if reward is None else reward,
             "cost": self.cost,
@@ -651,7 +651,7 @@ def samples_for_ess(reward: Array, cost: Array, lam: float, beta: float, ess: fl
         return ess * max(float(np.exp(spread)), reward.shape[1] / now)
 
 
-# --- safety stock ---------------------------------------------------------------------------------
+# --- certificate margin ---------------------------------------------------------------------------
 
 
 def spread_of_means(reward: Array, cost: Array, lam: float, beta: float, samples: int) -> float:
@@ -678,31 +678,30 @@ def spread_of_means(reward: Array, cost: Array, lam: float, beta: float, samples
     return float(np.sqrt(max(between - within * repeat, 0.0) + within / samples))
 
 
-def stock(sd: float, prompts: int, *, delta: float, power: float) -> float:
+def certificate_margin(sd: float, prompts: int, *, delta: float, power: float) -> float:
     """The margin (z_{1-delta} + z_power) sd / sqrt(N) below the limit, in units of cost.
 
     A policy with its mean cost there passes a one-sided clustered-t bound at level delta on N
     prompts with probability `power`. `sd` is that of per-prompt means; `certificate.sample_size`
     solves the same equation for N.
 
-    >>> round(stock(sd=1.0, prompts=100, delta=0.05, power=0.5), 4)  # 1.6449 / 10
+    >>> round(certificate_margin(sd=1.0, prompts=100, delta=0.05, power=0.5), 4)  # 1.6449 / 10
     0.1645
     """
     return float((ndtri(1 - delta) + ndtri(power)) * sd / np.sqrt(prompts))
 
 
-class Stocked(NamedTuple):
-    """The multiplier at which C(lambda) = `aim`, the limit less `stock`; not `reached`: the largest
-    multiplier's.
-    """
+class MarginSolution(NamedTuple):
+    """The multiplier at which C(lambda) = `target`, the limit less `margin`; not `reached`: the
+    largest multiplier's."""
 
     lam: float
-    aim: float
-    stock: float
+    target: float
+    margin: float
     reached: bool
 
 
-def solve_with_stock(
+def solve_with_margin(
     reward: Array,
     cost: Array,
     *,
@@ -710,19 +709,20 @@ def solve_with_stock(
     beta: float,
     lambda_max: float,
     margin: Callable[[float], float],
-) -> Stocked:
+) -> MarginSolution:
     """The smallest multiplier with C(lambda) + margin(lambda) <= limit; 0 if there it holds
     already.
 
-    `margin` is the stock at a multiplier. It changes slowly beside C, but need not fall with
-    lambda, so the first sign change on a geometric grid above the plain root is bracketed. Where
-    there is none, the aim is C(lambda_max). Raises InfeasibleError as `root` does.
+    `margin` is the certificate margin at a multiplier. It changes slowly beside C, but need not
+    fall with lambda, so the first sign change on a geometric grid above the plain root is
+    bracketed. Where there is none, the target is C(lambda_max). Raises InfeasibleError as `root`
+    does.
 
     Without a margin it is `root`; with one of 0.05 the unsafe answer keeps a fifth:
 
     >>> reward, cost = np.array([[0.0, 0.0]]), np.array([[0.0, 1.0]])
-    >>> found = solve_with_stock(reward, cost, limit=0.25, beta=1.0, lambda_max=10.0, margin=lambda lam: 0.05)
-    >>> round(float(np.exp(found.lam)), 6), round(found.aim, 6), found.reached
+    >>> found = solve_with_margin(reward, cost, limit=0.25, beta=1.0, lambda_max=10.0, margin=lambda lam: 0.05)
+    >>> round(float(np.exp(found.lam)), 6), round(found.target, 6), found.reached
     (4.0, 0.2, True)
     """
 
@@ -731,16 +731,16 @@ def solve_with_stock(
 
     low = root(reward, cost, limit=limit, beta=beta, lambda_max=lambda_max)
     if excess(low) <= 0:
-        return Stocked(low, limit - margin(low), margin(low), True)
+        return MarginSolution(low, limit - margin(low), margin(low), True)
     room = lambda_max - low
     first = min(1e-2 * beta / scales(reward, cost, beta).cost, room)
     for high in low + np.geomspace(first, room, 60) if room > 0 else ():
         if excess(high) <= 0:
             lam = float(brentq(excess, low, high, xtol=1e-12 * lambda_max, rtol=1e-12))
-            return Stocked(lam, limit - margin(lam), margin(lam), True)
+            return MarginSolution(lam, limit - margin(lam), margin(lam), True)
         low = float(high)
-    aim = float(predict(reward, cost, lambda_max, beta, cost).mean())
-    return Stocked(lambda_max, aim, limit - aim, False)
+    target = float(predict(reward, cost, lambda_max, beta, cost).mean())
+    return MarginSolution(lambda_max, target, limit - target, False)
 
 
 # --- several constraints --------------------------------------------------------------------------

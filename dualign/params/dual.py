@@ -24,7 +24,8 @@ from dualign.params.base import (
 
 
 class ConstraintSpec(Frozen):
-    """A further limit on the mean of a quantity of the answers; see `dualign.math.constraints`.
+    """An additional constraint on the mean of a quantity of the answers; see
+    `dualign.math.constraints`.
 
     `level` belongs to `cvar`, the mean cost of the worst 1 - level of the answers. `prompts` is a
     regular expression: the limit is on those prompts in whose last user text it is found; null is
@@ -71,7 +72,7 @@ class DualInitParams(StageParams):
         "limit": "constraint.limit",
         "delta": "constraint.delta",
         "power": "constraint.power",
-        "also": "constraint.also",
+        "additional": "constraint.additional",
         "certify_prompts": "certify.prompts",
         "certify_samples": "certify.samples_per_prompt",
     }
@@ -82,7 +83,7 @@ class DualInitParams(StageParams):
     limit: Number
     delta: Annotated[float, Field(gt=0, lt=0.5)]
     power: Annotated[float, Field(ge=0.5, lt=1)] | None
-    also: dict[Name, ConstraintSpec]
+    additional: dict[Name, ConstraintSpec]
     certify_prompts: Annotated[int, Field(ge=2, le=MOST)]
     certify_samples: Few
     lambda_max: Positive

@@ -19,7 +19,7 @@ class EvaluateParams(StageParams):
         "seed": "seed",
         "beta": "beta",
         "limit": "constraint.limit",
-        "also": "constraint.also",
+        "additional": "constraint.additional",
         "support_share": "pessimism.share",
         "max_new_tokens": "generation.max_new_tokens",
     }
@@ -27,7 +27,7 @@ class EvaluateParams(StageParams):
     seed: Seed
     beta: Positive
     limit: Number
-    also: dict[Name, ConstraintSpec]
+    additional: dict[Name, ConstraintSpec]
     support_share: float
     max_new_tokens: Count
     prompts: Count

@@ -20,6 +20,7 @@ from dualign.core.errors import ParamsError
 from dualign.core.names import cut, shown
 from dualign.params.base import LoraParams, Resources, StageParams, TrainingParams
 from dualign.params.consistency import check_across, check_prompts
+from dualign.params.renamed import renamed_keys
 from dualign.params.stages import STAGES
 
 PROG = "python -m dualign.params.loading"
@@ -98,6 +99,8 @@ def _sections(content: dict[str, Any], path: str | Path) -> dict[str, StageParam
             f"{path}: says only what differs from another file; `make repro PARAMS={path}` writes"
             " it out"
         )
+    if old := renamed_keys(content):
+        raise ParamsError(f"{path}: is of an earlier dualign: {', '.join(old)}; rename them")
     _refuse_unknown(content, _TOP_LEVEL, "", path)
     for key in sorted(_TOP_LEVEL - content.keys()):
         raise ParamsError(

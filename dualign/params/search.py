@@ -40,7 +40,7 @@ Rule = Literal[
 ]
 Returns = Literal["last", "best", "mixture", "tail_average"]
 CostSource = Literal["model", "feedback"]
-Aim = Literal["limit", "stock"]
+Target = Literal["limit", "margin"]
 
 
 class FeedbackParams(Frozen):
@@ -117,7 +117,7 @@ class MethodRow(Frozen):
     warm: bool | None = None
     returns: Returns | None = None
     cost: CostSource | None = None
-    aims: Aim | None = None
+    target: Target | None = None
     feedback: FeedbackParams | None = None
     online: OnlineParams | None = None
     policy_gradient: PolicyGradientParams | None = None

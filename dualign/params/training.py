@@ -24,8 +24,8 @@ from dualign.params.base import (
 LossType = Literal["dpo", "ipo", "kto"]
 
 
-class InnerParams(Frozen):
-    """The inner loss of a pairwise training (see `dualign.math.losses`).
+class PairLossParams(Frozen):
+    """The pair loss of a pairwise training (see `dualign.math.losses`).
 
     `normalised` divides the labels' score and the pairwise coefficient by 1 + lambda.
     """
@@ -97,7 +97,7 @@ class SafetySpec(Frozen):
 
 
 class SafetyRun(SafetySpec):
-    """One safety DPO: `lam` is `dual`, `stock` or a number, and is multiplied by `factor`."""
+    """One safety DPO: `lam` is `dual`, `margin` or a number, and is multiplied by `factor`."""
 
     lam: Solved | Positive
     factor: Positive
@@ -123,19 +123,19 @@ class SafetyDpoParams(SafetyParams):
 
 
 class LagrangianSpec(Frozen):
-    """How a Lagrangian is trained: learning rate and steps (null takes the section's), and inner
-    loss.
+    """How a Lagrangian is trained: learning rate and steps (null takes the section's), and
+    pair_loss loss.
 
     A search that starts from such a policy keeps learning rate and loss; its trainings have steps
     of their own."""
 
     learning_rate: Positive | None
     max_steps: Count | None = None
-    inner: InnerParams
+    pair_loss: PairLossParams
 
 
 class LagrangianRun(LagrangianSpec):
-    """One Lagrangian DPO: its multiplier (`dual`, `stock` or a number), scores and pairs.
+    """One Lagrangian DPO: its multiplier (`dual`, `margin` or a number), scores and pairs.
 
     `reward` and `cost` are folders under models/: the scorers (`reward_model`, `cost_model`), or
     policies whose log-ratios stand in for them (`reward_dpo/NAME`, `safety_dpo/NAME`)."""

@@ -168,7 +168,7 @@ def trajectory(
     costs: tuple[float, float],
     chosen: int | None,
     name: str,
-    aim: float | None = None,
+    target: float | None = None,
 ) -> Markup:
     """One search: its knob (λ, or the merge weight q where that is what moves) above, its cost
     below, by step.
@@ -179,7 +179,7 @@ def trajectory(
         costs: domain of the cost axis, the same for all searches so that they can be compared.
         chosen: `step` of the step that the search returned; drawn filled.
         name: what the picture shows, for screen readers.
-        aim: the cost that the search steered to, where that is not the limit.
+        target: the cost that the search steered to, where that is not the limit.
     """
     if any(s.get("q") is not None for s in steps):
         # The start of a merge has no weight of its own: it is what weight 1 gives.
@@ -200,7 +200,7 @@ def trajectory(
         _over_limit_below(x, lower, limit),
         *_axes(x, lower, ("", "cost"), ticks=3, x_ticks=False),
         _horizontal(x, lower, limit, "limit"),
-        _horizontal(x, lower, aim, "aim"),
+        _horizontal(x, lower, target, "target"),
         _path([(i, s.get("cost")) for i, s in enumerate(steps)], x, lower),
         *(_step_bar(s, i, x, lower) for i, s in enumerate(steps)),
         *(_step_dot(s, i, "cost", x, lower, chosen) for i, s in enumerate(steps)),
@@ -324,11 +324,13 @@ def _over_limit_below(x: Scale, y: Scale, limit: float | None) -> Markup:
 
 
 def _horizontal(x: Scale, y: Scale, level: float | None, name: str) -> Markup:
-    """A line across a cost-by-step plot; the aim is named, to tell it from the limit."""
+    """A line across a cost-by-step plot; the target is named, to tell it from the limit."""
     if level is None:
         return Markup()
     line = _element("line", x1=x.start, x2=x.end, y1=y(level), y2=y(level), class_=name)
-    return line if name == "limit" else line + _text(x.end, y(level) + 10, name, "aim-text", "end")
+    return (
+        line if name == "limit" else line + _text(x.end, y(level) + 10, name, "target-text", "end")
+    )
 
 
 # --- the frontier ---------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from dualign.core.records import (
 )
 from dualign.core.schema import ANSWERS, read_table
 from dualign.evaluation.stats import clustered_mean
-from dualign.report.multipliers import told
+from dualign.report.multipliers import nominal_multiplier
 
 #: The policy that win rates and gains are measured against.
 REFERENCE = "sft"
@@ -49,15 +49,15 @@ def compare(
 
     Returns:
         A JSON-able dict: `limit`, `reference`, `confidence`, `recommended`, `nearest` (the lowest
-        upper end of cost; with further limits that of the excess over any of them, in half widths
-        of its interval), `missing` (policies that were not evaluated), `uncertified` (those that no
-        candidate was certified for), `certificates` (what `certify` found, by its rows), and
-        `policies`, a row per evaluated policy. A row holds the measures of `evaluate`, its `tilt`,
-        the further limits that it keeps or not (`also`), its `standing` to all limits, whether it
-        is `certified`, the win rates and reward gain over the reference, what its search spent, and
-        the multiplier that it was told (`told`); unknown values are null. Recommended is the
-        certified policy of most reward, or null; in a run without certificates, the one of most
-        reward among those whose intervals end within all limits.
+        upper end of cost; with additional constraints that of the excess over any of them, in half
+        widths of its interval), `missing` (policies that were not evaluated), `uncertified` (those
+        that no candidate was certified for), `certificates` (what `certify` found, by its rows),
+        and `policies`, a row per evaluated policy. A row holds the measures of `evaluate`, its
+        `tilt`, the additional constraints that it keeps or not (`additional`), its `standing` to
+        all limits, whether it is `certified`, the win rates and reward gain over the reference,
+        what its search spent, and its nominal multiplier (`lam`); unknown values are null.
+        Recommended is the certified policy of most reward, or null; in a run without certificates,
+        the one of most reward among those whose intervals end within all limits.
 
     Raises:
         DualignError: a file is there but cannot be read.
@@ -74,7 +74,7 @@ def compare(
             rows[name] = (
                 _row(metrics, folder, limit)
                 | _search(root, folder)
-                | told(root, folder, certificates)
+                | nominal_multiplier(root, folder, certificates)
             )
             rows[name]["certified"] = _certified(folder, certificates)
             rows[name] |= _against_reference(
@@ -187,19 +187,19 @@ def _row(metrics: dict[str, Any], folder: str, limit: float | None) -> dict[str,
     row |= {key: metrics.get(key) for key in ("prompts", "answers", "max_new_tokens")}
     row |= {key: _measure(metrics.get(key)) for key in (*_MEASURES, *_WORLD_MEASURES)}
     row |= {key: _value(metrics, key) for key in ("reward_share", "value_gap")}
-    further = {
+    additional = {
         name: kept | {"standing": _standing(kept, kept["limit"])}
-        for name, kept in metrics.get("also", {}).items()
+        for name, kept in metrics.get("additional", {}).items()
     }
     standings = (
         []
         if limit is None
-        else [_standing(row["cost"], limit), *(k["standing"] for k in further.values())]
+        else [_standing(row["cost"], limit), *(k["standing"] for k in additional.values())]
     )
     worst = next(
         (standing for standing in ("over", "unproven", "within") if standing in standings), None
     )
-    return row | {"standing": worst, "tilt": metrics.get("tilt"), "also": further}
+    return row | {"standing": worst, "tilt": metrics.get("tilt"), "additional": additional}
 
 
 def _kind(folder: str) -> str:
@@ -263,14 +263,13 @@ def _nearest(rows: dict[str, dict[str, Any]], limit: float | None) -> str | None
 
 
 def _excess(row: dict[str, Any], limit: float | None) -> float:
-    """The upper end of cost; with further limits the largest excess of an upper end over its limit,
-    in half widths.
-    """
-    if not row["also"] or limit is None:
+    """The upper end of cost; with additional constraints the largest excess of an upper end over
+    its limit, in half widths."""
+    if not row["additional"] or limit is None:
         return _upper(row["cost"])
     ends = [
         (row["cost"], limit),
-        *((kept, kept["limit"]) for kept in row["also"].values() if kept["mean"] is not None),
+        *((kept, kept["limit"]) for kept in row["additional"].values() if kept["mean"] is not None),
     ]
     return max(
         (_upper(found) - bound) / max(_upper(found) - found["mean"], 1e-12) for found, bound in ends

@@ -50,6 +50,6 @@ def searches(folder: Path) -> list[dict[str, Any]]:
 
 
 def trajectory(search: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The steps of a search, or the course of the one training that moved lambda itself."""
-    rows: list[dict[str, Any]] = search.get("course") or search["steps"]
+    """The steps of a search, or the history of the one training that moved lambda itself."""
+    rows: list[dict[str, Any]] = search.get("history") or search["steps"]
     return rows

@@ -80,24 +80,23 @@ def is_tilt(tilt: Mapping[str, Any]) -> bool:
 
 
 def tilt_in_words(lam: float | None, tilt: Mapping[str, Any] | None) -> str:
-    """What a policy was told and what it reached, in a sentence or two; empty where its tilt was
-    not read.
-    """
+    """The nominal multiplier of a policy beside the effective one, in a sentence or two; empty
+    where its tilt was not read."""
     if not tilt:
         return ""
-    told = "It" if lam is None else f"Told λ {number(lam)}, it"
+    policy = "It" if lam is None else f"At a nominal λ of {number(lam)} it"
     if tilt.get("r2") is None:
-        return f"{told} stayed the reference policy."
+        return f"{policy} stayed the reference policy."
     share = percent(tilt["r2"])
     if tilt["r2"] < TILTED:
-        return f"{told} became no tilt: reward, cost and length explain only {share} of it."
+        return f"{policy} became no tilt: reward, cost and length explain only {share} of it."
     if tilt.get("lam_eff") is None:
         return (
-            f"{told} does not tilt towards reward. Reward, cost and length explain {share} of it."
+            f"{policy} does not tilt towards reward. Reward, cost and length explain {share} of it."
         )
-    reached = f"{told} reached {_with_error(tilt, 'lam_eff')} at β {number(tilt['beta_eff'])}"
+    effective = f"an effective λ of {_with_error(tilt, 'lam_eff')} at β {number(tilt['beta_eff'])}"
     return (
-        f"{reached}, and {number(tilt['length_slope'])} nats a token of length. {share} of it is"
+        f"{policy} has {effective}, and {number(tilt['length_slope'])} nats a token of length. {share} of it is"
         " such a tilt."
     )
 
@@ -107,9 +106,9 @@ def _with_error(tilt: Mapping[str, Any], key: str) -> str:
     return number(tilt[key]) + ("" if error is None else f" ± {number(error)}")
 
 
-def further_limits(prices: Iterable[Mapping[str, Any]], rows: Sequence[Row]) -> list[Row]:
-    """The limits of `constraint.also` in their order: name, what is limited, limit, price `lam`,
-    `predicted` mean.
+def additional_constraints(prices: Iterable[Mapping[str, Any]], rows: Sequence[Row]) -> list[Row]:
+    """The limits of `constraint.additional` in their order: name, what is limited, limit, price
+    `lam`, `predicted` mean.
 
     `share`: it is on a share of the answers, shown in per cent. What `dual_init` did not write is
     None. `rows` are those of the comparison; limits that only they know come last."""
@@ -121,7 +120,7 @@ def further_limits(prices: Iterable[Mapping[str, Any]], rows: Sequence[Row]) -> 
     others = {
         name: {"name": name, "limit": kept["limit"], **unknown}
         for row in rows
-        for name, kept in row["also"].items()
+        for name, kept in row["additional"].items()
     }
     return [*priced.values(), *(limit for name, limit in others.items() if name not in priced)]
 
@@ -148,11 +147,10 @@ def cut_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def further_by_step(steps: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Each further limit over the steps of a search: its `means` with the last `error`, and the
-    `prices` that moved.
-    """
-    rows = [step.get("further") or [] for step in steps]
+def additional_by_step(steps: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Each additional constraint over the steps of a search: its `means` with the last `error`, and
+    the `prices` that moved."""
+    rows = [step.get("additional") or [] for step in steps]
     if not rows or not all(rows):
         return []
     prices = [step.get("prices") or [] for step in steps]

@@ -16,14 +16,15 @@ from dualign.core.records import SearchResult, SolvedDual, read_optional_record,
 Row = dict[str, Any]
 
 
-def told(root: Path, folder: str, certificates: Mapping[str, Any]) -> Row:
-    """What a policy's folder under models/ was told: {"lam", "merge_weight", "on_curve", "tilts"}.
+def nominal_multiplier(root: Path, folder: str, certificates: Mapping[str, Any]) -> Row:
+    """The nominal multiplier of a folder under models/: {"lam", "merge_weight", "on_curve",
+    "tilts"}.
 
     `lam` is None where there is no such tilt: a mixture, the reference, DPO on safety alone, IPO,
     KTO, SafeDPO, MODPO, and a merge with one of them. `tilts`: whether it is one model at KL weight
     beta, no mixture or naive merge, and so may be merged on. `on_curve`: whether the predicted
-    frontier at `lam` is about this policy; besides, the prices of further limits must be those of
-    the curve, not corrected by a search or taken in another share by a merge."""
+    frontier at `lam` is about this policy; besides, the prices of additional constraints must be
+    those of the curve, not corrected by a search or taken in another share by a merge."""
     kind, _, name = folder.partition("/")
     if kind == "certified":
         return _certified(root, certificates.get(name, {}))
@@ -53,7 +54,7 @@ def _certified(root: Path, certificate: Mapping[str, Any]) -> Row:
     test: Row = next((test for test in tests if test["candidate"] == certificate["returned"]), {})
     if "q" not in test:
         return _row(None)
-    policy, partner = (told(root, test[key], {}) for key in ("policy", "partner"))
+    policy, partner = (nominal_multiplier(root, test[key], {}) for key in ("policy", "partner"))
     q = test["q"]
     if q == 1.0:
         return policy
@@ -73,7 +74,7 @@ def _searched(search: SearchResult | None, prices: list[float]) -> Row:
 
 
 def _prices(root: Path) -> list[float]:
-    """The pool's prices of further limits, which the predicted frontier includes."""
+    """The pool's prices of additional constraints, which the predicted frontier includes."""
     known = read_optional_record(root / "data/dual/dual.json", SolvedDual)
     return [price["lam"] for price in known["prices"]] if known else []
 

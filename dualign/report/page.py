@@ -37,9 +37,9 @@ from dualign.report.charts import Knot, Point, Range
 from dualign.report.comparison import REFERENCE, compare, read_answers
 from dualign.report.curves import trajectory
 from dualign.report.diagnosis import (
+    additional_by_step,
+    additional_constraints,
     cut_in_words,
-    further_by_step,
-    further_limits,
     is_tilt,
     other_betas,
     predicted,
@@ -66,7 +66,7 @@ Row = dict[str, Any]
 #: screen.
 _HALF, _FULL, _NARROW = (548, 430), (960, 440), (340, 360)
 #: With more policies than this the charts show row numbers instead of names.
-_CROWD = 14
+MAX_LABELLED_POINTS = 14
 #: Stages whose metrics the page prints as they are, under these headings.
 _MODELS = {
     "sft": "Reference policy",
@@ -145,7 +145,7 @@ def _context(root: Path, params: ReportParams) -> dict[str, Any]:
     near = _near(rows, dual, params.limit)
     _draw_strips(rows, near)
     searches = _searches(root, rows, params.limit, near)
-    further = further_limits(dual.get("prices", []), rows)
+    additional = additional_constraints(dual.get("prices", []), rows)
     return {
         "params": params,
         "rows": rows,
@@ -167,8 +167,8 @@ def _context(root: Path, params: ReportParams) -> dict[str, Any]:
         "reached": [
             row for row in rows if row["predicted"] or (row["tilt"] and row["kind"] != "reference")
         ],
-        "further": further,
-        "crowded": len(rows) > _CROWD,
+        "additional": additional,
+        "crowded": len(rows) > MAX_LABELLED_POINTS,
         "searches": searches,
         "prompts": _prompts(read_answers(root, params.policies), rows, params.sample_prompts),
         "prepared": _prepared(root),
@@ -367,7 +367,7 @@ def _drawings(
     """One chart for wide screens and one, with numbers for names, for narrow screens."""
     curve = sorted(curve, key=lambda knot: knot.lam)
     name = f"{labels[1]} against {labels[0]} of every policy"
-    crowded = len(points) > _CROWD
+    crowded = len(points) > MAX_LABELLED_POINTS
     return {
         key: charts.frontier(
             points, curve, limit, size, labels, name=name, optimum=optimum, numbered=numbered
@@ -410,18 +410,18 @@ def _searches(root: Path, rows: list[Row], limit: float, near: float | None) -> 
         if row["folder"].startswith("aligned/") and path.is_file():
             found.append(_search({"row": row, **read_record(path, SearchResult)}, limit))
     ends = (end for search in found for step in trajectory(search) for end in _step_ends(step))
-    costs = charts.domain([near, *(search["aim"] for search in found), *ends])
+    costs = charts.domain([near, *(search["target"] for search in found), *ends])
     for search in found:
         name = f"search of {search['row']['name']}: multiplier and cost by step"
-        chosen = None if search.get("course") else search.get("chosen")
+        chosen = None if search.get("history") else search.get("chosen")
         search["chart"] = charts.trajectory(
-            trajectory(search), near, costs, chosen, name, search["aim"]
+            trajectory(search), near, costs, chosen, name, search["target"]
         )
     return found
 
 
 def _search(search: Row, limit: float) -> Row:
-    """A search with what its panel says: the aim where that is not the limit, and each screened
+    """A search with what its panel says: the target where that is not the limit, and each screened
     weight once.
     """
     returned: Row = next(
@@ -431,10 +431,10 @@ def _search(search: Row, limit: float) -> Row:
     return search | {
         "heading": _heading(search),
         "returned": returned,
-        "aim": None if search.get("aim") == limit else search.get("aim"),
+        "target": None if search.get("target") == limit else search.get("target"),
         "reached": tilt_in_words(returned.get("lam"), returned.get("tilt")),
         "screened": [screened[q] for q in sorted(screened)],
-        "further": further_by_step(search["steps"]),
+        "additional": additional_by_step(search["steps"]),
     }
 
 

@@ -18,21 +18,21 @@ from dualign.core.errors import ParamsError
 from dualign.core.schema import ANSWERS, POOL, SAFETY_PAIRS, SCORED_PAIRS, by_prompt, read_table
 from dualign.data.labelling import compare, log_odds, vote
 from dualign.evaluation.effective_tilt import TILT_SAMPLES, Tilt, tilt_on
-from dualign.evaluation.rollout import Judges, log_ratios, measure, roll_out
+from dualign.evaluation.rollout import Scorers, log_ratios, measure, roll_out
 from dualign.evaluation.stats import Measurement, clustered_mean
 from dualign.lm.merge import merge
 from dualign.lm.mixture import policy_at, write_mixture
 from dualign.lm.models import load_policy, save, with_lora
 from dualign.lm.tokens import answer_lengths
 from dualign.math import dual
-from dualign.math.constraints import Price, priced
+from dualign.math.constraints import Price, with_priced_rewards
 from dualign.math.losses import lagrangian_scale
 from dualign.methods import Plan
 from dualign.params.base import Resources, TrainingParams
 from dualign.params.search import DualSearchParams
-from dualign.params.training import InnerParams
+from dualign.params.training import PairLossParams
 from dualign.scoring.support import Doubt, doubt, doubted
-from dualign.search.further import measure_further
+from dualign.search.additional import measure_additional
 from dualign.search.online import (
     Bonuses,
     Exploration,
@@ -49,21 +49,21 @@ from dualign.training.pairs import (
     lagrangian_pairs,
     pool_pairs,
     pool_values,
+    rows_within_budget,
     safety_training_pairs,
     samples_of,
-    visited,
 )
-from dualign.training.pairwise import Inner, Pair, train_pairwise
+from dualign.training.pairwise import Pair, PairLossConfig, train_pairwise
 from dualign.training.policy_gradient import PolicyGradient, train_policy_gradient
 from dualign.training.run import Job, Model
 
-#: pairs at a multiplier, given the step's folder and the step before; and the inner loss at that
+#: pairs at a multiplier, given the step's folder and the step before; and the pair loss at that
 #: multiplier
 PairSource = Callable[[float, Path, Step], list[Pair]]
-InnerAt = Callable[[float], Inner]
+InnerAt = Callable[[float], PairLossConfig]
 
-#: Rows of an ascent's course at most: what a chart can show.
-_COURSE = 50
+#: Rows of an ascent's history at most: what a chart can show.
+_HISTORY_ROWS = 50
 #: What the file of a training's losses, beside its policy, is named after it.
 _LOSSES = "-losses.json"
 
@@ -77,20 +77,21 @@ class Inputs:
     scored: Path = Path("data/scored")
 
 
-class PolicyBench:
-    """Implements `dualign.search.Workbench` on models; every step has its own folder in `scratch`.
+class ModelBackend:
+    """Implements `dualign.search.SearchBackend` on models; every step has its own folder in
+    `scratch`.
 
-    `inner` holds the weights of the Lagrangian loss; None means safety pairs at coefficient beta /
-    lambda, with `loss` the options of that loss. `reward_clip` bounds the implicit rewards of pi_r
-    where a round trains it. Further limits are measured on every policy, and their `prices` charged
-    to the rewards that a Lagrangian loss reads."""
+    `pair_loss` holds the weights of the Lagrangian loss; None means safety pairs at coefficient
+    beta / lambda, with `loss` the options of that loss. `reward_clip` bounds the implicit rewards
+    of pi_r where a round trains it. Additional constraints are measured on every policy, and their
+    `prices` charged to the rewards that a Lagrangian loss reads."""
 
     def __init__(
         self,
         plan: Plan,
         params: DualSearchParams,
         resources: Resources,
-        inner: InnerParams | None,
+        pair_loss: PairLossParams | None,
         prompts: pd.DataFrame,
         scratch: Path,
         inputs: Inputs | None = None,
@@ -106,12 +107,12 @@ class PolicyBench:
         )
         self._loss, self._reward_clip, self._prices = loss or {}, reward_clip, list(prices)
         self._weights, self._prompts, self._scratch, self._inputs = (
-            inner,
+            pair_loss,
             prompts,
             scratch,
             inputs or Inputs(),
         )
-        self._judges = Judges.load(resources, self._inputs.models)
+        self._scorers = Scorers.load(resources, self._inputs.models)
         if self._method.inner != "policy_gradient":
             self._pairs, self._inner = self._sources()
 
@@ -130,8 +131,8 @@ class PolicyBench:
     ) -> str:
         """Train at `lam` from the reference, or from the policy before for a warm-started method.
 
-        `prices` of further limits stay what they are, for tilts too, until another training changes
-        them."""
+        `prices` of additional constraints stay what they are, for tilts too, until another training
+        changes them."""
         if prices is not None:
             self._prices = [
                 replace(old, lam=new) for old, new in zip(self._prices, prices, strict=True)
@@ -145,7 +146,7 @@ class PolicyBench:
 
     def ascend(self, step: int) -> Ascent:
         """Train by the policy gradient on all prompts of the pool, from the start."""
-        out, course = self._folder(step) / "policy", self._folder(step) / "course.json"
+        out, history = self._folder(step) / "policy", self._folder(step) / "history.json"
         if not out.is_dir():
             seed = self._params.seed + step
             policy = self._adaptable(Path(self.start), seed)
@@ -155,27 +156,27 @@ class PolicyBench:
                 out.with_name("policy-checkpoints"),
                 seed,
             )
-            pool, judges = self._pool.drop_duplicates("prompt_id"), self._judges
+            pool, scorers = self._pool.drop_duplicates("prompt_id"), self._scorers
             found = train_policy_gradient(
                 policy,
-                judges.tokenizer,
+                scorers.tokenizer,
                 pool["prompt"].tolist(),
-                judges.reward,
-                judges.cost,
+                scorers.reward,
+                scorers.cost,
                 self._gradient(),
                 job,
             )
             write_json(
-                course,
+                history,
                 {
                     "lam": found["lambda"],
                     "tokens": found["generated_tokens"],
-                    "course": found["course"],
+                    "history": found["history"],
                 },
             )
             self._save(policy, out, found["losses"])
-        made = read_json(course)
-        return Ascent(str(out), made["lam"], stretches(made["course"], _COURSE))
+        made = read_json(history)
+        return Ascent(str(out), made["lam"], downsample(made["history"], _HISTORY_ROWS))
 
     def merge(self, step: int, q: float) -> str:
         """(1 - q) reference + q start, in weight space."""
@@ -220,12 +221,14 @@ class PolicyBench:
             )
         answers = read_table(path, ANSWERS)
         measured, (tokens, comparisons) = measure(answers), self._spent(self._folder(step))
-        further, covariance = measure_further(answers, [price.constraint for price in self._prices])
+        additional, covariance = measure_additional(
+            answers, [price.constraint for price in self._prices]
+        )
         measured = replace(
             measured,
             generated_tokens=measured.generated_tokens + tokens,
             comparisons=comparisons,
-            further=further,
+            additional=additional,
             covariance=covariance,
         )
         return (
@@ -252,14 +255,13 @@ class PolicyBench:
 
     def _pool_ratio(self, policy: str, samples: pd.DataFrame) -> np.ndarray:
         """log(pi / pi_ref) of pool samples; shape [prompts, samples]."""
-        ratios = log_ratios(policy_at(policy, self._resources), samples, self._judges)
+        ratios = log_ratios(policy_at(policy, self._resources), samples, self._scorers)
         return ratios.reshape(samples["prompt_id"].nunique(), -1)
 
     @property
     def _pool(self) -> pd.DataFrame:
-        """The pool as a training reads it: with pessimistic scores, and prices of further limits in
-        its rewards.
-        """
+        """The pool as a training reads it: with pessimistic scores, and prices of additional
+        constraints in its rewards."""
         return self._priced(self._scored_pool)
 
     @cached_property
@@ -269,13 +271,13 @@ class PolicyBench:
     @staticmethod
     def _spent(folder: Path) -> tuple[int, int]:
         """Tokens generated and pairs compared for the training of a step."""
-        refresh, course, fresh = (
+        refresh, history, fresh = (
             folder / "refresh.parquet",
-            folder / "course.json",
+            folder / "history.json",
             folder / "fresh",
         )
         tokens = int(read_table(refresh, ANSWERS)["length"].sum()) if refresh.is_file() else 0
-        tokens += read_json(course)["tokens"] if course.is_file() else 0
+        tokens += read_json(history)["tokens"] if history.is_file() else 0
         return tokens, len(Preferences.read(fresh).helpful) if fresh.is_dir() else 0
 
     def _by_feedback(self, measured: Measurement, answers: pd.DataFrame, step: int) -> Measurement:
@@ -312,13 +314,15 @@ class PolicyBench:
         lora = self._params.lora
         return with_lora(load_policy(folder, self._resources, trained=lora.rank == 0), lora, seed)
 
-    def _fit(self, begin: Path, pairs: Sequence[Pair], inner: Inner, seed: int, out: Path) -> None:
+    def _fit(
+        self, begin: Path, pairs: Sequence[Pair], pair_loss: PairLossConfig, seed: int, out: Path
+    ) -> None:
         """Train the policy in `begin` on pairs and save it in `out`; checkpoints lie beside it."""
         policy = self._adaptable(begin, seed)
         job = Job(
             self._params.training, self._resources, out.with_name(f"{out.name}-checkpoints"), seed
         )
-        found = train_pairwise(policy, self._judges.tokenizer, pairs, inner, job)
+        found = train_pairwise(policy, self._scorers.tokenizer, pairs, pair_loss, job)
         self._save(policy, out, found["losses"])
 
     def _save(self, policy: Model, out: Path, losses: list[dict[str, Any]]) -> None:
@@ -327,14 +331,14 @@ class PolicyBench:
         """
         write_json(out.with_name(f"{out.name}{_LOSSES}"), losses)
         with replacing(out) as temporary:
-            save(policy, self._judges.tokenizer, temporary)
+            save(policy, self._scorers.tokenizer, temporary)
 
     def _roll_out(self, policy: str, prompts: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
         model = policy_at(policy, self._resources)
         return roll_out(
             model,
             prompts,
-            self._judges,
+            self._scorers,
             count=count,
             max_new_tokens=self._params.max_new_tokens,
             seed=seed,
@@ -350,9 +354,9 @@ class PolicyBench:
                 if self._method.data == "fresh_pairs"
                 else self._safety_source()
             )
-            return source, lambda lam: Inner(scale=beta / lam, beta=beta, **self._loss)
+            return source, lambda lam: PairLossConfig(scale=beta / lam, beta=beta, **self._loss)
         source = self._pool_source() if self._method.data == "pool" else self._scored_source()
-        return source, lambda lam: Inner(
+        return source, lambda lam: PairLossConfig(
             beta * self._scale(lam), beta, weights.labels, weights.anchor, weights.nll
         )
 
@@ -360,10 +364,10 @@ class PolicyBench:
         return lagrangian_scale(lam, self._weights is not None and self._weights.normalised)
 
     def _priced(self, frame: pd.DataFrame) -> pd.DataFrame:
-        return priced(
+        return with_priced_rewards(
             doubted(frame, self._doubt),
             self._prices,
-            partial(answer_lengths, self._judges.tokenizer),
+            partial(answer_lengths, self._scorers.tokenizer),
         )
 
     @cached_property
@@ -381,7 +385,7 @@ class PolicyBench:
         def source(lam: float, folder: Path, warm: Step) -> list[Pair]:
             if not pairs:
                 reference = load_policy(self._inputs.models / self._plan.reference, self._resources)
-                train = visited(
+                train = rows_within_budget(
                     frame[frame["split"] == "train"], self._params.training, self._params.seed
                 )
                 batch, loss_type = (
@@ -390,7 +394,7 @@ class PolicyBench:
                 )
                 pairs.extend(
                     safety_training_pairs(
-                        train, reference, self._judges.tokenizer, batch, loss_type
+                        train, reference, self._scorers.tokenizer, batch, loss_type
                     )
                 )
             return pairs
@@ -400,7 +404,7 @@ class PolicyBench:
     def _scored_source(self) -> PairSource:
         frame = read_table(self._inputs.scored / "scored_pairs.parquet", SCORED_PAIRS)
         return lambda lam, folder, warm: lagrangian_pairs(
-            self._priced(frame), self._judges.tokenizer, lam, self._scale(lam)
+            self._priced(frame), self._scorers.tokenizer, lam, self._scale(lam)
         )
 
     def _pool_source(self) -> PairSource:
@@ -414,7 +418,7 @@ class PolicyBench:
         )
 
         def source(lam: float, folder: Path, warm: Step) -> list[Pair]:
-            params, samples = self._params, samples_of(self._pool, self._judges.tokenizer)
+            params, samples = self._params, samples_of(self._pool, self._scorers.tokenizer)
             seed = params.seed + warm.step
             pairs = pool_pairs(
                 samples,
@@ -427,7 +431,7 @@ class PolicyBench:
             if prompts.empty:
                 return pairs
             fresh = samples_of(
-                self._priced(self._refresh(folder, warm, prompts)), self._judges.tokenizer
+                self._priced(self._refresh(folder, warm, prompts)), self._scorers.tokenizer
             )
             known = dual.soft_value(samples.reward, samples.cost, lam, params.beta)[
                 : len(prompts), None
@@ -457,9 +461,11 @@ class PolicyBench:
         Of the offline pairs those count that a run would reach without fresh ones. What a round
         makes (answers, labelled pairs, pi_r) is kept in its folder, and everything else follows
         from it."""
-        params, judges = self._params, self._judges
+        params, scorers = self._params, self._scorers
         batch = self._resources.scoring_batch_size
-        offline = Preferences.read(self._inputs.prepared).visited(params.training, params.seed)
+        offline = Preferences.read(self._inputs.prepared).rows_within_budget(
+            params.training, params.seed
+        )
 
         def source(lam: float, folder: Path, warm: Step) -> list[Pair]:
             step = warm.step + 1
@@ -471,15 +477,15 @@ class PolicyBench:
             data = union(*seen)
             assert params.online is not None
             if params.online.retrain_reward and not (folder / "helpful").is_dir():
-                pairs = phase_one(data, judges.reference, judges.tokenizer, batch)
-                first = Inner(scale=params.beta, beta=params.beta, clip=self._reward_clip)
+                pairs = phase_one(data, scorers.reference, scorers.tokenizer, batch)
+                first = PairLossConfig(scale=params.beta, beta=params.beta, clip=self._reward_clip)
                 self._fit(
                     self._helpful(warm.step), pairs, first, params.seed + step, folder / "helpful"
                 )
             helpful = load_policy(self._helpful(step), self._resources)
             explored = self._explored(seen)
             return phase_two(
-                data, helpful, judges.tokenizer, batch, explored, lam=lam, beta=params.beta
+                data, helpful, scorers.tokenizer, batch, explored, lam=lam, beta=params.beta
             )
 
         return source
@@ -521,7 +527,7 @@ class PolicyBench:
         return pool[pool["sample"] < count]
 
     def _explored(self, seen: Sequence[Preferences]) -> Exploration:
-        online, judges = self._params.online, self._judges
+        online, scorers = self._params.online, self._scorers
         assert online is not None
         bonuses = Bonuses(
             online.ridge,
@@ -531,7 +537,7 @@ class PolicyBench:
             self._params.seed,
         )
         batch = self._resources.scoring_batch_size
-        explored = Exploration(judges.reference, judges.tokenizer, batch, bonuses)
+        explored = Exploration(scorers.reference, scorers.tokenizer, batch, bonuses)
         for tables in seen:
             explored.observe(tables)
         return explored
@@ -564,19 +570,19 @@ class PolicyBench:
         return self._params.training.model_copy(update=update)
 
 
-def stretches(course: dict[str, list[float]], count: int) -> list[dict[str, float]]:
-    """A course by step as at most `count` rows, each of a stretch of steps as even as can be; see
+def downsample(history: dict[str, list[float]], count: int) -> list[dict[str, float]]:
+    """A history by step as at most `count` rows, each of a stretch of steps as even as can be; see
     `rules.Ascent`.
 
-    `course` holds lambda, cost, reward and kl of every step.
+    `history` holds lambda, cost, reward and kl of every step.
     """
-    steps = len(course["lambda"])
+    steps = len(history["lambda"])
     parts = np.array_split(np.arange(steps), min(count, steps))
     keys = {"lam": "lambda", "cost": "cost", "reward": "reward", "kl": "kl"}
     return [
         {
             "step": int(part[-1]) + 1,
-            **{key: float(np.mean(np.array(course[own])[part])) for key, own in keys.items()},
+            **{key: float(np.mean(np.array(history[own])[part])) for key, own in keys.items()},
         }
         for part in parts
     ]

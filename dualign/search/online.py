@@ -29,7 +29,7 @@ from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.math.losses import folded_reference
 from dualign.params.base import TrainingParams
 from dualign.search import exploration
-from dualign.training.pairs import preference_pairs, visited
+from dualign.training.pairs import preference_pairs, rows_within_budget
 from dualign.training.pairwise import Pair
 
 log = logging.getLogger(__name__)
@@ -61,10 +61,13 @@ class Preferences:
             write_parquet(temporary / _HELPFUL, self.helpful, HELPFUL_PAIRS)
             write_parquet(temporary / _SAFETY, self.safety, SAFETY_PAIRS)
 
-    def visited(self, training: TrainingParams, seed: int) -> Preferences:
-        """The rows that a run of each phase reaches; see `dualign.training.pairs.visited`."""
+    def rows_within_budget(self, training: TrainingParams, seed: int) -> Preferences:
+        """The rows that a run of each phase reaches; see
+        `dualign.training.pairs.rows_within_budget`.
+        """
         return Preferences(
-            visited(self.helpful, training, seed), visited(self.safety, training, seed)
+            rows_within_budget(self.helpful, training, seed),
+            rows_within_budget(self.safety, training, seed),
         )
 
 

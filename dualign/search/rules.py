@@ -3,7 +3,8 @@ any of them.
 
 A rule looks at the steps so far (multiplier, measured cost with its standard error, within-prompt
 variance) and says which multiplier, or which merge weight q, to try next, or None to stop. It
-steers to the aim: the limit, or below it by the safety stock. A merge weight is corrected on the
+steers to the target: the limit, or below it by the certificate margin. A merge weight is corrected
+on the
 cost curve that the pool shows before anything is generated. Where two policies of a search by
 Newton's rule lie on both sides of the limit, merging them comes before another training."""
 
@@ -21,17 +22,17 @@ import numpy as np
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
 from dualign.evaluation.effective_tilt import Tilt
-from dualign.evaluation.stats import LimitEstimate, Measurement
+from dualign.evaluation.stats import ConstraintEstimate, Measurement
 from dualign.methods import ITERATIVE, Plan
 from dualign.params.search import DualSearchParams
-from dualign.search.further import joint_newton_step
+from dualign.search.additional import joint_newton_step
 from dualign.search.screening import Screening
 
 log = logging.getLogger(__name__)
 
 #: R^2 from which a policy counts as the tilt that was fitted to it: a tenth of its variance is left
 #: out at most.
-_BELIEVED = 0.9
+MIN_TILT_R2 = 0.9
 #: Standard deviation of what trained policies answer to a multiplier, in units of the slope that
 #: theory gives.
 SLOPE_ERROR = 0.25
@@ -58,12 +59,12 @@ class Step:
     measurement.
 
     `closing` marks the policy made after the search from all its steps: their mixture (its
-    multiplier is their mean), or the one trained at the tail average. `course` is that of an
+    multiplier is their mean), or the one trained at the tail average. `history` is that of an
     ascent; see `Ascent`. `tilt` is what the policy reached on the pool; `screened` are the merges
-    that were looked at there before this one was made. `prices` are the multipliers of further
-    limits that it was trained at, in the order of `measured.further`. `q` is the weight of a merge
-    of start and reference; `blend` says which policies of the search were merged in place of a
-    training."""
+    that were looked at there before this one was made. `prices` are the multipliers of additional
+    limits that it was trained at, in the order of `measured.additional`. `q` is the weight of a
+    merge of start and reference; `blend` says which policies of the search were merged in place of
+    a training."""
 
     step: int
     lam: float
@@ -72,7 +73,7 @@ class Step:
     trained: bool
     measured: Measurement
     closing: bool = False
-    course: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
     tilt: Tilt | None = None
     screened: list[Screening] = field(default_factory=list)
     prices: tuple[float, ...] = ()
@@ -86,19 +87,19 @@ class Step:
 
 @dataclass(frozen=True)
 class Ascent:
-    """A policy whose training moved lambda itself: its folder, the last lambda, and its course.
+    """A policy whose training moved lambda itself: its folder, the last lambda, and its history.
 
-    The course has a row for each stretch of the training: its last `step`, and the means of `lam`,
+    The history has a row for each stretch of the training: its last `step`, and the means of `lam`,
     `cost`, `reward` and
     `kl` (nats an answer) over it.
     """
 
     policy: str
     lam: float
-    course: list[dict[str, float]]
+    history: list[dict[str, float]]
 
 
-class Workbench(Protocol):
+class SearchBackend(Protocol):
     """What a search needs done: training at a multiplier, merging, mixing, measuring. Folders are
     given as strings.
     """
@@ -106,9 +107,8 @@ class Workbench(Protocol):
     def train(
         self, step: int, lam: float, warm: Step, prices: Sequence[float] | None = None
     ) -> str:
-        """Train a policy at `lam` and these prices of further limits (None: the pool's); return its
-        folder.
-        """
+        """Train a policy at `lam` and these prices of additional constraints (None: the pool's);
+        return its folder."""
         ...
 
     def ascend(self, step: int) -> Ascent:
@@ -337,40 +337,40 @@ def tail(lams: Sequence[float]) -> Sequence[float]:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class SearchContext:
     """What is known before the search.
 
     The pool's multiplier and the start's, the Slater radius of a projected rule (infinite without
     one), whether a merge is naive, its start having been trained from pi_ref, the multiplier of its
-    reference, the cost to steer to (None: the limit), and the prices of further limits that the
-    start was trained at, where the rule corrects them."""
+    reference, the cost to steer to (None: the limit), and the prices of additional constraints that
+    the start was trained at, where the rule corrects them."""
 
     lam_pool: float
     lam_start: float
     radius: float = math.inf
     naive: bool = False
     lam_reference: float = 0.0
-    aim: float | None = None
+    target_cost: float | None = None
     prices: tuple[float, ...] = ()
 
     def target(self, params: DualSearchParams) -> float:
         """The cost that a rule steers to."""
-        return params.limit if self.aim is None else self.aim
+        return params.limit if self.target_cost is None else self.target_cost
 
 
-Rule = Callable[[Sequence[Step], DualSearchParams, Outlook], float | None]
+Rule = Callable[[Sequence[Step], DualSearchParams, SearchContext], float | None]
 
 
-def _solved(step: Step, params: DualSearchParams, outlook: Outlook) -> bool:
+def _solved(step: Step, params: DualSearchParams, context: SearchContext) -> bool:
     """Whether a step meets the conditions of optimality up to noise: each limit is met, or kept at
     multiplier 0.
     """
     m = step.measured
-    met = [_met(m.cost - outlook.target(params), m.cost_se, step.lam, params)]
+    met = [_met(m.cost - context.target(params), m.cost_se, step.lam, params)]
     if step.prices:
         met += [
             _met(known.mean - known.limit, known.error, price, params)
-            for known, price in zip(m.further, step.prices, strict=True)
+            for known, price in zip(m.additional, step.prices, strict=True)
             if known.mean is not None and known.error is not None
         ]
     return all(met)
@@ -380,81 +380,86 @@ def _met(excess: float, error: float, lam: float, params: DualSearchParams) -> b
     return abs(excess) <= params.z * error or (lam == 0 and excess < 0)
 
 
-def _grid(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
+def _grid(steps: Sequence[Step], params: DualSearchParams, context: SearchContext) -> float | None:
     left = [lam for lam in params.grid if all(abs(lam - step.lam) > 1e-9 for step in steps)]
     return left[0] if left else None
 
 
-def _one_shot(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
+def _one_shot(
+    steps: Sequence[Step], params: DualSearchParams, context: SearchContext
+) -> float | None:
     return None
 
 
-def _ascent(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
+def _ascent(
+    steps: Sequence[Step], params: DualSearchParams, context: SearchContext
+) -> float | None:
     """One training, which moves lambda itself from where it begins."""
-    return outlook.lam_start if len(steps) == 1 else None
+    return context.lam_start if len(steps) == 1 else None
 
 
 def _dual_gradient(
-    steps: Sequence[Step], params: DualSearchParams, outlook: Outlook
+    steps: Sequence[Step], params: DualSearchParams, context: SearchContext
 ) -> float | None:
     last = steps[-1]
-    if _solved(last, params, outlook):
+    if _solved(last, params, context):
         return None
     found = dual_gradient_step(
-        last.lam, last.measured.cost, outlook.target(params), params.step_size
+        last.lam, last.measured.cost, context.target(params), params.step_size
     )
     return min(found, params.lambda_max)
 
 
 def _projected_subgradient(
-    steps: Sequence[Step], params: DualSearchParams, outlook: Outlook
+    steps: Sequence[Step], params: DualSearchParams, context: SearchContext
 ) -> float | None:
     """Stops where the projection gives the last multiplier again, unless fresh comparisons make
     another round of it.
     """
     last = steps[-1]
-    if _solved(last, params, outlook):
+    if _solved(last, params, context):
         return None
     proposed = projected_subgradient_step(
         last.lam,
         last.measured.cost,
-        outlook.target(params),
+        context.target(params),
         params.step_size,
-        outlook.radius,
+        context.radius,
         params.lambda_min,
     )
     return None if proposed == last.lam and params.online is None else proposed
 
 
-def _newton(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
-    """The line through all trainings, Newton's at first. A start within noise of the aim is not
+def _newton(
+    steps: Sequence[Step], params: DualSearchParams, context: SearchContext
+) -> float | None:
+    """The line through all trainings, Newton's at first. A start within noise of the target is not
     corrected.
 
     Its multiplier is that of the whole pool, which says more than the fewer prompts of one
     measurement do."""
-    if _solved(steps[-1], params, outlook):
+    if _solved(steps[-1], params, context):
         return None
-    found = corrections(steps, params, outlook)
+    found = corrections(steps, params, context)
     proposed = found["newton"] if found["line"] is None else found["line"]
     assert proposed is not None
     return min(proposed, params.lambda_max)
 
 
 def corrections(
-    steps: Sequence[Step], params: DualSearchParams, outlook: Outlook
+    steps: Sequence[Step], params: DualSearchParams, context: SearchContext
 ) -> dict[str, float | None]:
     """The next multiplier by each reckoning: `newton`, `tilt`, and the `line` through all
     trainings, which is taken.
 
     The start was trained elsewhere, longer or less, and from the reference: it is on the line only
-    until the search has
-    a training of its own. The line's slope beforehand is Newton's, told in commands where the
-    policy is the tilt that was fitted to it. With prices of further limits all multipliers move at
-    once, so costs lie on no line in lambda."""
-    last, target, beta = steps[-1], outlook.target(params), params.beta
+    until the search has a training of its own. The line's slope beforehand is Newton's, told in
+    commands where the policy is the tilt that was fitted to it. With prices of additional
+    constraints all multipliers move at once, so costs lie on no line in lambda."""
+    last, target, beta = steps[-1], context.target(params), params.beta
     m = last.measured
     if last.prices:
-        return {"newton": jointly(last, params, outlook)[0], "tilt": None, "line": None}
+        return {"newton": jointly(last, params, context)[0], "tilt": None, "line": None}
     if m.variance <= 0:
         return {"newton": last.lam, "tilt": None, "line": None}
     newton = newton_step(last.lam, m.cost, m.variance, target, beta)
@@ -467,15 +472,14 @@ def corrections(
     return {"newton": newton, "tilt": tilt, "line": line_root(lams, costs, errors, slope, target)}
 
 
-def jointly(step: Step, params: DualSearchParams, outlook: Outlook) -> list[float]:
-    """The next multiplier and the next prices of further limits, by Newton's step for all of them
-    at once.
-    """
+def jointly(step: Step, params: DualSearchParams, context: SearchContext) -> list[float]:
+    """The next multiplier and the next prices of additional constraints, by Newton's step for all
+    of them at once."""
     m = step.measured
-    excess = [0.0 if k.mean is None else k.share * (k.mean - k.limit) for k in m.further]
+    excess = [0.0 if k.mean is None else k.share * (k.mean - k.limit) for k in m.additional]
     lams, over = (
         np.array([step.lam, *step.prices]),
-        np.array([m.cost - outlook.target(params), *excess]),
+        np.array([m.cost - context.target(params), *excess]),
     )
     return joint_newton_step(lams, over, np.array(m.covariance), params.beta).tolist()
 
@@ -494,32 +498,32 @@ def _believed(tilt: Tilt | None) -> bool:
     """Whether the fit explains the policy, and tells its multiplier from 0."""
     if tilt is None or tilt.r2 is None or tilt.lam_eff is None or tilt.lam_eff_se is None:
         return False
-    return tilt.r2 >= _BELIEVED and tilt.lam_eff > 2 * tilt.lam_eff_se
+    return tilt.r2 >= MIN_TILT_R2 and tilt.lam_eff > 2 * tilt.lam_eff_se
 
 
-def _merge(steps: Sequence[Step], params: DualSearchParams, outlook: Outlook) -> float | None:
+def _merge(steps: Sequence[Step], params: DualSearchParams, context: SearchContext) -> float | None:
     """The weight of the pool's multiplier first, then secants on (q, C); q = 1 is the start itself.
 
     A start that was trained at the pool's multiplier is that first policy, and Newton's step comes
     next."""
     begins = len(steps) == 1
-    tried = not begins or outlook.lam_start == outlook.lam_pool
-    if tried and _solved(steps[-1], params, outlook):
+    tried = not begins or context.lam_start == context.lam_pool
+    if tried and _solved(steps[-1], params, context):
         return None
     if begins:
-        lam = corrections(steps, params, outlook)["newton"] if tried else outlook.lam_pool
+        lam = corrections(steps, params, context)["newton"] if tried else context.lam_pool
         assert lam is not None
-        first = first_weight(lam, outlook.lam_start, outlook.naive, outlook.lam_reference)
+        first = first_weight(lam, context.lam_start, context.naive, context.lam_reference)
         return min(first, params.merge_max)
-    return _merge_between([(step.weight, step.measured.cost) for step in steps], params, outlook)
+    return _merge_between([(step.weight, step.measured.cost) for step in steps], params, context)
 
 
 def _merge_between(
-    points: Sequence[tuple[float, float]], params: DualSearchParams, outlook: Outlook
+    points: Sequence[tuple[float, float]], params: DualSearchParams, context: SearchContext
 ) -> float | None:
-    found = next_weight(points, outlook.target(params), params.merge_max)
+    found = next_weight(points, context.target(params), params.merge_max)
     beyond = (
-        found is not None and outlook.naive and found >= 1
+        found is not None and context.naive and found >= 1
     )  # there a naive merge has no multiplier
     return None if beyond else found
 
@@ -542,8 +546,8 @@ def screened_weight(
     steps: Sequence[Step],
     proposed: float,
     params: DualSearchParams,
-    outlook: Outlook,
-    bench: Workbench,
+    context: SearchContext,
+    bench: SearchBackend,
 ) -> tuple[float, list[Screening]]:
     """A proposed merge weight, corrected on the pool's cost curve while that can be trusted; and
     what was screened.
@@ -551,9 +555,9 @@ def screened_weight(
     Only forward passes: secants on the screened costs, moved by what the last policy measured above
     its own screening
     (the pool holds other prompts, and its answers may have been trained on), until the cost is
-    nearer to the aim than a measurement can tell. A weight whose effective sample size is below
+    nearer to the target than a measurement can tell. A weight whose effective sample size is below
     `min_ess` ends it: that one is measured next."""
-    last, target = steps[-1], outlook.target(params)
+    last, target = steps[-1], context.target(params)
     known = next((seen for seen in last.screened if seen.q == last.weight), None)
     tried = [known or bench.screen(last.weight)]
     shift = last.measured.cost - tried[0].cost if tried[0].ess >= params.min_ess else 0.0
@@ -568,7 +572,7 @@ def screened_weight(
         ):
             break
         points.append((q, cost))
-        better = _merge_between(points, params, outlook)
+        better = _merge_between(points, params, context)
         if better is None:
             break
         q = better
@@ -581,9 +585,9 @@ def screened_weight(
 def run(
     plan: Plan,
     start: str,
-    outlook: Outlook,
+    context: SearchContext,
     params: DualSearchParams,
-    bench: Workbench,
+    bench: SearchBackend,
     scratch: Path,
     enough: Callable[[Step], bool] = lambda step: False,
 ) -> tuple[list[Step], str]:
@@ -596,10 +600,10 @@ def run(
     recorded = _restore(scratch)
     if not recorded:
         recorded = _record(
-            scratch, [_measured(bench, 0, outlook.lam_start, start, prices=outlook.prices)]
+            scratch, [_measured(bench, 0, context.lam_start, start, prices=context.prices)]
         )
     steps, stopped = _iterate(
-        plan, [s for s in recorded if not s.closing], outlook, params, bench, scratch, enough
+        plan, [s for s in recorded if not s.closing], context, params, bench, scratch, enough
     )
     averages = plan.method.returns == "tail_average" and len(tail([step.lam for step in steps])) > 1
     closes = averages or plan.method.returns == "mixture"
@@ -613,9 +617,9 @@ def run(
 def _iterate(
     plan: Plan,
     steps: list[Step],
-    outlook: Outlook,
+    context: SearchContext,
     params: DualSearchParams,
-    bench: Workbench,
+    bench: SearchBackend,
     scratch: Path,
     enough: Callable[[Step], bool],
 ) -> tuple[list[Step], str]:
@@ -627,13 +631,13 @@ def _iterate(
         )
     budget = {"merge": params.merge_steps, "grid": len(params.grid)}.get(rule, params.max_trainings)
     while True:
-        _tell(steps[-1], params)
+        _log_step(steps[-1], params)
         if enough(steps[-1]):
             return steps, "it was enough"
-        proposed = _RULES[rule](steps, params, outlook)
+        proposed = _RULES[rule](steps, params, context)
         if proposed is None:
-            return steps, _reason(rule, steps[-1], params, outlook)
-        blend = _blend_first(plan, steps, params, outlook)
+            return steps, _reason(rule, steps[-1], params, context)
+        blend = _blend_first(plan, steps, params, context)
         if blend is None and sum(step.blend is None for step in steps) > budget:
             what = "merge" if rule == "merge" else "training"
             return steps, f"budget of {budget} {what}{'' if budget == 1 else 's'} is spent"
@@ -642,13 +646,13 @@ def _iterate(
         made = (
             _blended(steps, blend, bench)
             if blend
-            else _advance(plan, steps, proposed, params, outlook, bench)
+            else _advance(plan, steps, proposed, params, context, bench)
         )
         steps = _record(scratch, [*steps, made])
 
 
 def _blend_first(
-    plan: Plan, steps: Sequence[Step], params: DualSearchParams, outlook: Outlook
+    plan: Plan, steps: Sequence[Step], params: DualSearchParams, context: SearchContext
 ) -> Blend | None:
     """What to merge before another training: by Newton's rule, for one limit alone and where one
     policy is returned.
@@ -659,19 +663,19 @@ def _blend_first(
         and plan.method.returns in ("last", "best")
     )
     left = params.merge_steps - sum(step.blend is not None for step in steps)
-    return next_blend(steps, outlook.target(params)) if alone and left > 0 else None
+    return next_blend(steps, context.target(params)) if alone and left > 0 else None
 
 
-def _reason(rule: str, last: Step, params: DualSearchParams, outlook: Outlook) -> str:
+def _reason(rule: str, last: Step, params: DualSearchParams, context: SearchContext) -> str:
     """Why a rule proposes nothing more after this step."""
-    if rule in (*ITERATIVE, "merge") and _solved(last, params, outlook):
+    if rule in (*ITERATIVE, "merge") and _solved(last, params, context):
         if last.prices:
             return "all limits are met within noise, or kept at price 0"
-        if abs(last.measured.cost - outlook.target(params)) > params.z * last.measured.cost_se:
+        if abs(last.measured.cost - context.target(params)) > params.z * last.measured.cost_se:
             return "the limit is kept at lambda 0"
         return (
             "cost within noise of the"
-            f" {'limit' if outlook.target(params) == params.limit else 'aim'}"
+            f" {'limit' if context.target(params) == params.limit else 'target'}"
         )
     return (
         "lambda is at the end of its interval"
@@ -710,7 +714,7 @@ def _out_of_tokens(params: DualSearchParams) -> str:
     return f"budget of {params.max_tokens} generated tokens is spent"
 
 
-def _close(plan: Plan, steps: Sequence[Step], bench: Workbench) -> Step:
+def _close(plan: Plan, steps: Sequence[Step], bench: SearchBackend) -> Step:
     """The step that makes what the method returns from all steps of the search."""
     number, lams = len(steps), [step.lam for step in steps]
     if plan.method.returns == "mixture":
@@ -725,19 +729,20 @@ def choose(
     plan: Plan,
     steps: Sequence[Step],
     params: DualSearchParams,
-    aim: float | None = None,
+    target: float | None = None,
     stopped: str = "",
 ) -> int:
     """The index of the policy that the method returns.
 
-    `best`: the most rewarding of those that keep further limits and whose cost is not above the aim
-    (None: the limit), all up to z standard errors, else of those as near to the limit. If there is
+    `best`: the most rewarding of those that keep additional constraints and whose cost is not above
+    the target (None: the limit), all up to z standard errors, else of those as near to the limit.
+    If there is
     none: the one whose largest excess over a limit is least, in standard errors, and without
-    further limits the least costly. Otherwise the last one: of the search, or the one that closed
-    it. A search that ran out of tokens before that returns its best so far."""
+    additional constraints the least costly. Otherwise the last one: of the search, or the one that
+    closed it. A search that ran out of tokens before that returns its best so far."""
     if plan.method.returns != "best" and stopped != _out_of_tokens(params):
         return len(steps) - 1
-    for bound in (params.limit if aim is None else aim, params.limit):
+    for bound in (params.limit if target is None else target, params.limit):
         allowed = [i for i, step in enumerate(steps) if _keeps(step, bound, params)]
         if allowed:
             return max(allowed, key=lambda i: steps[i].measured.reward)
@@ -745,8 +750,10 @@ def choose(
 
 
 def _excess(step: Step, limit: float) -> float:
-    """The largest excess over a limit in standard errors; without further limits the cost."""
-    if not step.measured.further:
+    """The largest excess over a limit in standard errors; without additional constraints the
+    cost.
+    """
+    if not step.measured.additional:
         return step.measured.cost
     return max((mean - bound) / max(error, 1e-12) for mean, bound, error in _against(step, limit))
 
@@ -761,12 +768,12 @@ def _keeps(step: Step, bound: float, params: DualSearchParams) -> bool:
 
 
 def _against(step: Step, bound: float) -> list[tuple[float, float, float]]:
-    """(mean, limit, standard error) of the cost, with `bound` as its limit, and of each further
+    """(mean, limit, standard error) of the cost, with `bound` as its limit, and of each additional
     limit that is known.
     """
     m = step.measured
-    further = [(k.mean, k.limit, k.error or 0.0) for k in m.further if k.mean is not None]
-    return [(m.cost, bound, m.cost_se), *further]
+    additional = [(k.mean, k.limit, k.error or 0.0) for k in m.additional if k.mean is not None]
+    return [(m.cost, bound, m.cost_se), *additional]
 
 
 def summary(
@@ -774,13 +781,13 @@ def summary(
     steps: Sequence[Step],
     stopped: str,
     params: DualSearchParams,
-    outlook: Outlook,
+    context: SearchContext,
     before: int,
 ) -> dict[str, Any]:
     """The search as `reports/search/NAME.json` holds it; `before` counts the trainings that made
     its start.
     """
-    chosen, method = choose(plan, steps, params, outlook.aim, stopped), plan.method
+    chosen, method = choose(plan, steps, params, context.target_cost, stopped), plan.method
     each = (
         2 if params.online is not None and params.online.retrain_reward else 1
     )  # pi_r beside the policy
@@ -791,8 +798,8 @@ def summary(
         "rule": method.rule,
         "returns": method.returns,
         "cost_source": method.cost,
-        "aim": outlook.target(params),
-        "steps": [_row(plan, steps[: i + 1], params, outlook) for i in range(len(steps))],
+        "target": context.target(params),
+        "steps": [_row(plan, steps[: i + 1], params, context) for i in range(len(steps))],
         "screened": [seen.as_dict() for step in steps for seen in step.screened],
         "chosen": chosen,
         "feasible": feasible(steps[chosen], params),
@@ -803,19 +810,19 @@ def summary(
         "stopped": stopped,
     }
     if method.rule == "ascent":
-        return found | {"course": steps[-1].course}
+        return found | {"history": steps[-1].history}
     if method.rule == "merge":
-        return found | {"naive": outlook.naive}
+        return found | {"naive": context.naive}
     if method.rule != "projected_subgradient":
         return found
     return found | {
-        "slater_radius": outlook.radius,
+        "slater_radius": context.radius,
         "slater_from": "pool" if params.slater_radius == "pool" else "params",
     }
 
 
 def _row(
-    plan: Plan, steps: Sequence[Step], params: DualSearchParams, outlook: Outlook
+    plan: Plan, steps: Sequence[Step], params: DualSearchParams, context: SearchContext
 ) -> dict[str, Any]:
     """The last of these steps as a summary holds it; after Newton's rule with what each reckoning
     says comes next.
@@ -833,7 +840,7 @@ def _row(
     row |= {"blend": asdict(s.blend) if s.blend else None}
     del row["covariance"]
     if plan.method.rule == "newton" and not s.closing:
-        row["next"] = corrections(steps, params, outlook)
+        row["next"] = corrections(steps, params, context)
     return row
 
 
@@ -842,28 +849,28 @@ def _advance(
     steps: Sequence[Step],
     proposed: float,
     params: DualSearchParams,
-    outlook: Outlook,
-    bench: Workbench,
+    context: SearchContext,
+    bench: SearchBackend,
 ) -> Step:
     number = len(steps)
     if plan.method.rule == "merge":
         q, seen = proposed, list[Screening]()
         if plan.method.cost == "model":  # labels are on another scale than the pool's costs
-            q, seen = screened_weight(steps, proposed, params, outlook, bench)
-        lam = merge_multiplier(q, outlook.lam_start, outlook.naive, outlook.lam_reference)
+            q, seen = screened_weight(steps, proposed, params, context, bench)
+        lam = merge_multiplier(q, context.lam_start, context.naive, context.lam_reference)
         return _measured(bench, number, lam, bench.merge(number, q), q=q, screened=seen)
     if plan.method.rule == "ascent":
         made = bench.ascend(number)
-        return _measured(bench, number, made.lam, made.policy, trained=True, course=made.course)
+        return _measured(bench, number, made.lam, made.policy, trained=True, history=made.history)
     last = steps[-1]
     prices = (
-        tuple(jointly(last, params, outlook)[1:]) if last.prices else ()
+        tuple(jointly(last, params, context)[1:]) if last.prices else ()
     )  # only Newton's rule begins with any
     policy = bench.train(number, proposed, last, prices or None)
     return _measured(bench, number, proposed, policy, trained=True, prices=prices)
 
 
-def _blended(steps: Sequence[Step], blend: Blend, bench: Workbench) -> Step:
+def _blended(steps: Sequence[Step], blend: Blend, bench: SearchBackend) -> Step:
     first, second, number = steps[blend.first], steps[blend.second], len(steps)
     log.info(
         "merging steps %d and %d, weight %.3f, in place of a training",
@@ -882,7 +889,7 @@ def _blended(steps: Sequence[Step], blend: Blend, bench: Workbench) -> Step:
 
 
 def _measured(
-    bench: Workbench,
+    bench: SearchBackend,
     number: int,
     lam: float,
     policy: str,
@@ -903,7 +910,7 @@ def _measured(
     )
 
 
-def _tell(step: Step, params: DualSearchParams) -> None:
+def _log_step(step: Step, params: DualSearchParams) -> None:
     m = step.measured
     log.info(
         "step %d: lambda %.4f, cost %.4f +- %.4f (limit %g), reward %.4f, KL %.3f",
@@ -944,7 +951,7 @@ def _step(row: dict[str, Any]) -> Step:
         row["measured"],
     )
     measured |= {
-        "further": tuple(LimitEstimate(**known) for known in measured["further"]),
+        "additional": tuple(ConstraintEstimate(**known) for known in measured["additional"]),
         "covariance": tuple(tuple(line) for line in measured["covariance"]),
     }
     return replace(

@@ -16,7 +16,7 @@ from dualign.math.losses import lagrangian_scale
 from dualign.params.base import Resources
 from dualign.params.training import LagrangianParams, LagrangianSpec
 from dualign.training.pairs import lagrangian_pairs, pool_pairs, pool_values, samples_of
-from dualign.training.pairwise import Inner, Pair, train_pairwise
+from dualign.training.pairwise import Pair, PairLossConfig, train_pairwise
 from dualign.training.run import Job
 
 
@@ -31,7 +31,7 @@ def pairs_at(
     """Training pairs at a multiplier from a table of schema POOL (`pool`) or SCORED_PAIRS
     (`pairs`).
     """
-    scale = lagrangian_scale(lam, spec.inner.normalised)
+    scale = lagrangian_scale(lam, spec.pair_loss.normalised)
     if data == "pairs":
         return lagrangian_pairs(frame, tokenizer, lam, scale)
     samples = samples_of(frame, tokenizer)
@@ -53,21 +53,25 @@ def train_at(
     """Train the policy in folder `begin` on pairs at `lam` and save it in `out`; checkpoints lie in
     `scratch`.
 
-    Returns the training's metrics, with the learning rate and the inner loss that a search from
+    Returns the training's metrics, with the learning rate and the pair loss that a search from
     there takes over."""
-    scale = lagrangian_scale(lam, spec.inner.normalised)
+    scale = lagrangian_scale(lam, spec.pair_loss.normalised)
     rate = spec.learning_rate or params.training.learning_rate
     steps = spec.max_steps or params.training.max_steps
     training = params.training.model_copy(update={"learning_rate": rate, "max_steps": steps})
     job = Job(training, resources, scratch, params.seed)
-    inner = Inner(
-        params.beta * scale, params.beta, spec.inner.labels, spec.inner.anchor, spec.inner.nll
+    pair_loss = PairLossConfig(
+        params.beta * scale,
+        params.beta,
+        spec.pair_loss.labels,
+        spec.pair_loss.anchor,
+        spec.pair_loss.nll,
     )
     tokenizer = load_tokenizer(begin)
     policy = with_lora(
         load_policy(begin, resources, trained=params.lora.rank == 0), params.lora, params.seed
     )
-    metrics = train_pairwise(policy, tokenizer, pairs, inner, job)
+    metrics = train_pairwise(policy, tokenizer, pairs, pair_loss, job)
     with replacing(out) as folder:
         save(policy, tokenizer, folder)
-    return {**metrics, "inner": spec.inner.model_dump(), "learning_rate": rate}
+    return {**metrics, "pair_loss": spec.pair_loss.model_dump(), "learning_rate": rate}

@@ -1,4 +1,4 @@
-"""Training pairs from tables: reference columns, labels, and anchors for each inner loss."""
+"""Training pairs from tables: reference columns, labels, and anchors for each pair loss."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def with_offset(
     return [replace(pair, ref_first=ref) for pair, ref in zip(pairs, folded, strict=True)]
 
 
-def visited(frame: pd.DataFrame, training: TrainingParams, seed: int) -> pd.DataFrame:
+def rows_within_budget(frame: pd.DataFrame, training: TrainingParams, seed: int) -> pd.DataFrame:
     """The rows that a run reaches: with `max_steps` a random draw of at most that many batches,
     otherwise all.
 

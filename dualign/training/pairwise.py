@@ -55,8 +55,8 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Inner:
-    """An inner loss: its type, scale a (beta of DPO and KTO, tau of IPO), the bound of the implicit
+class PairLossConfig:
+    """A pair loss: its type, scale a (beta of DPO and KTO, tau of IPO), the bound of the implicit
     rewards a h(y).
 
     `beta` is the KL weight of the anchor; label mode, anchor and NLL belong to DPO alone. Raises
@@ -79,37 +79,45 @@ class Inner:
 
 
 def train_pairwise(
-    model: Model, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], inner: Inner, job: Job
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    pair_loss: PairLossConfig,
+    job: Job,
 ) -> Metrics:
     """Train a policy on pairs with `dualign.math.losses`; returns the loss curve and statistics of
     the last log line.
     """
-    return run(pairwise_trainer(model, tokenizer, pairs, inner, job), job)
+    return run(pairwise_trainer(model, tokenizer, pairs, pair_loss, job), job)
 
 
 def pairwise_trainer(
-    model: Model, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], inner: Inner, job: Job
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    pair_loss: PairLossConfig,
+    job: Job,
 ) -> PairwiseTrainer:
-    """The trainer of an inner loss on the pairs that fit into the job's max_length. Raises
+    """The trainer of a pair loss on the pairs that fit into the job's max_length. Raises
     DataError as they demand.
     """
     kept = fitting(pairs, job.training.max_length)
-    if inner.loss_type == "kto" and any(pair.mismatched is None for pair in kept):
+    if pair_loss.loss_type == "kto" and any(pair.mismatched is None for pair in kept):
         raise DataError(
             "kto: a pair has no mismatched answer; build the pairs with `mismatched=True`"
         )
     args = PairwiseConfig(
         **arguments(job),
-        beta=inner.scale,
+        beta=pair_loss.scale,
         max_length=None,
         disable_dropout=False,  # the base's is off already, see `without_dropout`; an adapter's is asked for
-        labels=inner.labels,
-        anchor_weight=inner.anchor,
-        anchor_beta=inner.beta,
-        nll_weight=inner.nll,
-        pair_loss=inner.loss_type,
-        reward_bound=inner.clip,
-        undesirable_weight=undesirable_weight(kept) if inner.loss_type == "kto" else 1.0,
+        labels=pair_loss.labels,
+        anchor_weight=pair_loss.anchor,
+        anchor_beta=pair_loss.beta,
+        nll_weight=pair_loss.nll,
+        pair_loss=pair_loss.loss_type,
+        reward_bound=pair_loss.clip,
+        undesirable_weight=undesirable_weight(kept) if pair_loss.loss_type == "kto" else 1.0,
     )
     return PairwiseTrainer(
         without_dropout(model),

@@ -134,7 +134,8 @@ def train_policy_gradient(
     `job.training.batch_size` counts answers per step, a multiple of `options.samples`; an epoch
     draws as many prompts as there are. Prompts that leave no room for an answer in `max_length` are
     left out. Returns, beside the metrics of
-    every run, the last lambda, the count of generated tokens, and the course by step: the lambda of
+    every run, the last lambda, the count of generated tokens, and the history by step: the lambda
+    of
     the step, mean
     cost and reward of its answers, and their KL to the reference in nats an answer. Raises
     ParamsError, DataError, or TrainingError for scores that are not finite."""
@@ -148,12 +149,12 @@ def train_policy_gradient(
         "rows": len(kept),
         "lambda": ascent.lam,
         "generated_tokens": ascent.generated_tokens,
-        "course": ascent.course,
+        "history": ascent.history,
     }
 
 
 class _Ascent(TrainerCallback, ExportableState):
-    """Scores answers, moves lambda, keeps the course; the trainer writes it into every checkpoint
+    """Scores answers, moves lambda, keeps the history; the trainer writes it into every checkpoint
     with its own state.
 
     As in Safe RLHF's code, lambda moves first, and the answers that moved it are weighed by the new
@@ -176,7 +177,7 @@ class _Ascent(TrainerCallback, ExportableState):
         self._log_lambda = math.log(options.lambda_init)
         self._costs: deque[float] = deque(maxlen=options.window)
         self.generated_tokens = 0
-        self.course: dict[str, list[float]] = {"lambda": [], "cost": [], "reward": [], "kl": []}
+        self.history: dict[str, list[float]] = {"lambda": [], "cost": [], "reward": [], "kl": []}
 
     @property
     def lam(self) -> float:
@@ -210,9 +211,9 @@ class _Ascent(TrainerCallback, ExportableState):
             options.lambda_max,
         )
         self.generated_tokens += sum(gather_object([len(ids) for ids in completion_ids]))
-        self.course["lambda"].append(self.lam)
-        self.course["cost"].append(float(np.mean(costs)))
-        self.course["reward"].append(float(np.mean(gather_object(reward.tolist()))))
+        self.history["lambda"].append(self.lam)
+        self.history["cost"].append(float(np.mean(costs)))
+        self.history["reward"].append(float(np.mean(gather_object(reward.tolist()))))
         values: list[float] = lagrangian_reward(reward, cost, self.lam).tolist()
         return values
 
@@ -221,7 +222,7 @@ class _Ascent(TrainerCallback, ExportableState):
             "log_lambda": self._log_lambda,
             "costs": list(self._costs),
             "generated_tokens": self.generated_tokens,
-            "course": copy.deepcopy(self.course),
+            "history": copy.deepcopy(self.history),
         }
         return {"args": {}, "attributes": attributes}
 
@@ -232,7 +233,7 @@ class _Ascent(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks[type(self).__name__]["attributes"]
         self._log_lambda, self.generated_tokens = saved["log_lambda"], saved["generated_tokens"]
         self._costs = deque(saved["costs"], maxlen=self._options.window)
-        self.course = copy.deepcopy(saved["course"])
+        self.history = copy.deepcopy(saved["history"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -250,7 +251,7 @@ class _Ascent(TrainerCallback, ExportableState):
         if (
             logs and "loss" in logs and not watched()
         ):  # the loss itself is 0 but for rounding, whatever is learnt
-            last = ", ".join(f"{name} {values[-1]:.3f}" for name, values in self.course.items())
+            last = ", ".join(f"{name} {values[-1]:.3f}" for name, values in self.history.items())
             log.info("step %d of %d: %s", state.global_step, state.max_steps, last)
 
 
@@ -315,7 +316,7 @@ class PolicyGradientTrainer(RLOOTrainer):
         with quiet():  # sampling and scoring end at every step here
             output: dict[str, Tensor] = super()._generate_and_score_completions(inputs)
         seen = self._metrics["train"]
-        self._ascent.course["kl"].append(
+        self._ascent.history["kl"].append(
             seen["kl"][-1] * seen["completions/mean_length"][-1]
         )  # TRL's is per token
         return output

@@ -11,8 +11,8 @@ from dualign.core.artifacts import replacing
 from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
 from dualign.params.base import Resources
 from dualign.params.training import SafetyParams, SafetySpec
-from dualign.training.pairs import safety_training_pairs, visited
-from dualign.training.pairwise import Inner, train_pairwise
+from dualign.training.pairs import rows_within_budget, safety_training_pairs
+from dualign.training.pairwise import PairLossConfig, train_pairwise
 from dualign.training.run import Job
 
 
@@ -33,16 +33,16 @@ def train_at(
     over."""
     tokenizer = load_tokenizer("models/sft")
     policy = load_policy(reference, resources, trained=params.lora.rank == 0)
-    train = visited(frame[frame["split"] == "train"], params.training, params.seed)
+    train = rows_within_budget(frame[frame["split"] == "train"], params.training, params.seed)
     pairs = safety_training_pairs(
         train, policy, tokenizer, resources.scoring_batch_size, spec.loss_type
     )
     policy = with_lora(policy, params.lora, params.seed)
     job = Job(params.training, resources, scratch, params.seed)
-    inner = Inner(
+    pair_loss = PairLossConfig(
         scale=params.beta / lam, beta=params.beta, loss_type=spec.loss_type, clip=spec.clip
     )
-    metrics = train_pairwise(policy, tokenizer, pairs, inner, job)
+    metrics = train_pairwise(policy, tokenizer, pairs, pair_loss, job)
     with replacing(out) as folder:
         save(policy, tokenizer, folder)
     chosen = {"reference": spec.reference, "loss_type": spec.loss_type, "clip": spec.clip}

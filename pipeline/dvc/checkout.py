@@ -138,7 +138,7 @@ def _share(root: Path, tree: Path) -> None:
             settings.setdefault("remote", {}).setdefault(remote, {})["url"] = url
 
 
-def listed(root: Path, path: str, which: str = "--cached") -> list[str]:
+def tracked_files(root: Path, path: str, which: str = "--cached") -> list[str]:
     """The files at or in a path that git holds (`--cached`), or does not (`--others`); none outside
     a repository.
 
@@ -150,7 +150,7 @@ def listed(root: Path, path: str, which: str = "--cached") -> list[str]:
     return [file for file in found.stdout.split("\0") if file]
 
 
-def put(tree: Path, files: Mapping[str, str]) -> None:
+def write_files(tree: Path, files: Mapping[str, str]) -> None:
     """Write texts at paths in a tree; raises PipelineError for a path that leads out of it."""
     for name, text in files.items():
         path = (tree / name).resolve()
@@ -160,7 +160,7 @@ def put(tree: Path, files: Mapping[str, str]) -> None:
         path.write_text(text)
 
 
-def tidy(root: Path) -> None:
+def prune_worktrees(root: Path) -> None:
     """Remove the trees that killed runs have left."""
     folder = root / ".dvc" / "tmp" / "stages"
     for tree in [path for path in folder.glob("*") if path.is_dir()]:

@@ -26,7 +26,7 @@ from ruamel.yaml import YAML
 
 PROG = "python -m pipeline.dvc.deps"
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("dualign", "stages")
+CODE_ROOTS = ("dualign", "stages")
 FOLDERS = ("dualign/core", "dualign/lm", "dualign/evaluation", "dualign/scoring", "dualign/search")
 #: Types of params. DVC tracks the values, so their source makes no stage stale.
 UNTRACKED = "dualign/params/"
@@ -99,7 +99,7 @@ def _imported(tree: ast.AST, path: Path, root: Path) -> Iterator[Path]:
         else:
             continue
         for module in modules:
-            if module.split(".")[0] in ROOMS:
+            if module.split(".")[0] in CODE_ROOTS:
                 yield _module_file(module, f"{path}:{node.lineno}", root)
 
 
@@ -133,7 +133,7 @@ def _module_file(module: str, where: str, root: Path) -> Path:
 def _data_files(root: Path) -> dict[str, list[Path]]:
     """Files in the rooms that are not Python, by file name."""
     files: dict[str, list[Path]] = {}
-    for room in ROOMS:
+    for room in CODE_ROOTS:
         for path in sorted((root / room).rglob("*")):
             if path.is_file() and path.suffix not in {".py", ".pyc"}:
                 files.setdefault(path.name, []).append(path)
@@ -156,7 +156,7 @@ def script_of(definition: dict[str, Any]) -> str:
 
 def is_code(dep: str) -> bool:
     """Whether a dependency is a file or folder of this repository's code."""
-    return dep.split("/")[0] in ROOMS
+    return dep.split("/")[0] in CODE_ROOTS
 
 
 def differences(root: Path = ROOT) -> list[Difference]:

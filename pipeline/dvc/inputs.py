@@ -16,7 +16,7 @@ from dvc.repo import Repo
 
 from pipeline import yaml_text
 from pipeline.dvc import records
-from pipeline.dvc.checkout import listed
+from pipeline.dvc.checkout import tracked_files
 from pipeline.dvc.dag import StageSpec
 from pipeline.errors import PipelineError
 
@@ -32,7 +32,7 @@ def check_held(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) 
     stages = list(stages)
     missing = loose(root, dag, stages)
     for path in [] if missing else sorted(_deps(dag, stages)):
-        if not listed(root, path) and not _written(root, path):
+        if not tracked_files(root, path) and not _written(root, path):
             missing.append(path)
     if missing:
         raise PipelineError(
@@ -61,7 +61,9 @@ def loose(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) -> li
     """
     with Repo(str(root)) as repo:
         files = {
-            name for path in _read(root, dag, stages) for name in listed(root, path, "--others")
+            name
+            for path in _read(root, dag, stages)
+            for name in tracked_files(root, path, "--others")
         }
         return [
             name

@@ -27,7 +27,7 @@ from pipeline.errors import PipelineError
 KEY = "extends"
 #: Mappings whose keys are names of the user's.
 TABLES = (
-    "constraint.also",
+    "constraint.additional",
     "reward_dpo.runs",
     "safety_dpo.runs",
     "lagrangian_dpo.runs",

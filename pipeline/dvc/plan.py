@@ -26,7 +26,7 @@ Prospect = Literal["up to date", "stale", "restorable", "maybe stale"]
 
 
 @dataclass(frozen=True)
-class Outlook:
+class StageStatus:
     """What a run would do with one stage. `reasons` are what changed since its last run."""
 
     prospect: Prospect
@@ -35,8 +35,8 @@ class Outlook:
 
 def plan(
     root: Path, dag: Mapping[str, StageSpec], stages: Sequence[str] | None = None
-) -> dict[str, Outlook]:
-    """The outlook of `stages`, or of all, in the order of `dag`, as DVC sees the workspace at
+) -> dict[str, StageStatus]:
+    """The status of `stages`, or of all, in the order of `dag`, as DVC sees the workspace at
     `root`.
 
     `root` must be the working directory. Of the given stages the upstream ones count as up to date
@@ -45,7 +45,7 @@ def plan(
     Raises PipelineError where DVC cannot tell, say while another command writes what a stage reads.
     """
     names = [name for name in dag if stages is None or name in stages]
-    outlooks: dict[str, Outlook] = {}
+    statuses: dict[str, StageStatus] = {}
     try:
         with Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
             loaded = {
@@ -53,23 +53,23 @@ def plan(
             }
             for name in names:
                 before = {
-                    outlooks[source].prospect for source in dag[name].upstream if source in outlooks
+                    statuses[source].prospect for source in dag[name].upstream if source in statuses
                 }
-                outlooks[name] = _outlook(loaded[name], repo, settled=before <= {"up to date"})
+                statuses[name] = _status(loaded[name], repo, settled=before <= {"up to date"})
     except DvcException as error:
         raise PipelineError(f"DVC cannot tell what is out of date: {meaning(str(error))}") from None
-    return outlooks
+    return statuses
 
 
-def _outlook(stage: Any, repo: Any, settled: bool) -> Outlook:
+def _status(stage: Any, repo: Any, settled: bool) -> StageStatus:
     entries: list[Any] = next(iter(stage.status(check_updates=False).values()), [])
-    return outlook_of(stage, entries, settled, lambda: _restorable(stage, repo))
+    return status_of(stage, entries, settled, lambda: _restorable(stage, repo))
 
 
-def outlook_of(
+def status_of(
     stage: Any, entries: Sequence[Any], settled: bool, restorable: Callable[[], bool]
-) -> Outlook:
-    """The outlook of a DVC stage.
+) -> StageStatus:
+    """The status of a DVC stage.
 
     Args:
         stage: with what dvc.lock records about it.
@@ -78,10 +78,10 @@ def outlook_of(
         restorable: whether an earlier result can be had; asked only where it matters.
     """
     if not entries:
-        return Outlook("up to date" if settled else "maybe stale")
+        return StageStatus("up to date" if settled else "maybe stale")
     recorded = any(out.hash_info for out in stage.outs)
     reasons = tuple(_reasons(entries)) if recorded else ("never run",)
-    return Outlook("restorable" if settled and restorable() else "stale", reasons)
+    return StageStatus("restorable" if settled and restorable() else "stale", reasons)
 
 
 def _reasons(entries: Sequence[Any]) -> Iterator[str]:

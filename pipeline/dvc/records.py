@@ -20,10 +20,10 @@ from dvc_data.hashfile.hash import file_md5
 from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.tree import Tree
 
-from pipeline.dvc.checkout import listed
+from pipeline.dvc.checkout import tracked_files
 from pipeline.dvc.dag import StageSpec
 from pipeline.dvc.locks import meaning
-from pipeline.dvc.plan import Outlook, outlook_of
+from pipeline.dvc.plan import StageStatus, status_of
 from pipeline.errors import PipelineError
 
 #: The record of a stage, as dvc.lock has it.
@@ -54,15 +54,15 @@ def merge(root: Path, records: Mapping[str, Record]) -> None:
 
 def plan(
     root: Path, dag: Mapping[str, StageSpec], stages: Sequence[str] | None = None
-) -> dict[str, Outlook]:
-    """The outlook of `stages`, or of all, in the order of `dag`, by the records; no output need be
+) -> dict[str, StageStatus]:
+    """The status of `stages`, or of all, in the order of `dag`, by the records; no output need be
     there.
 
     A result that the run cache holds counts as stale: the node that runs the stage finds it.
 
     Raises PipelineError where DVC cannot tell.
     """
-    outlooks: dict[str, Outlook] = {}
+    statuses: dict[str, StageStatus] = {}
     try:
         with Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
             loaded = {
@@ -70,15 +70,15 @@ def plan(
             }
             for name in [name for name in dag if stages is None or name in stages]:
                 before = {
-                    outlooks[source].prospect for source in dag[name].upstream if source in outlooks
+                    statuses[source].prospect for source in dag[name].upstream if source in statuses
                 }
                 changes = list(_changes(loaded[name], repo))
-                outlooks[name] = outlook_of(
+                statuses[name] = status_of(
                     loaded[name], changes, before <= {"up to date"}, lambda: False
                 )
     except DvcException as error:
         raise PipelineError(f"DVC cannot tell what is out of date: {meaning(str(error))}") from None
-    return outlooks
+    return statuses
 
 
 def written(repo: Repo, path: str) -> list[Any]:
@@ -167,7 +167,7 @@ def _below(
 
 def _committed(repo: Repo, path: str) -> Iterator[tuple[tuple[str, ...], str]]:
     """The files in a folder that git holds and DVC does not ignore."""
-    for name in listed(Path(repo.root_dir), path):
+    for name in tracked_files(Path(repo.root_dir), path):
         file = Path(repo.root_dir, name)
         if file.is_file() and not repo.dvcignore.is_ignored_file(str(file)):
             yield file.relative_to(path).parts, file_md5(str(file), repo.fs, name="md5")

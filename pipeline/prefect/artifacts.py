@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.dvc import records
 from pipeline.dvc.dag import StageSpec
-from pipeline.dvc.plan import Outlook
+from pipeline.dvc.plan import StageStatus
 from pipeline.prefect import drawing
 
 #: The page that the report stage writes, and the frontier that the dual predicts.
@@ -245,16 +245,16 @@ def _policies(metrics: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
 # --- the run --------------------------------------------------------------------------------------
 
 
-def plan_page(dag: Mapping[str, StageSpec], outlooks: Mapping[str, Outlook]) -> str:
+def plan_page(dag: Mapping[str, StageSpec], statuses: Mapping[str, StageStatus]) -> str:
     """What is about to run and why."""
-    states = {name: outlook.prospect for name, outlook in outlooks.items()}
+    states = {name: status.prospect for name, status in statuses.items()}
     rows = [
-        f"| {name} | {outlook.prospect} | {', '.join(outlook.reasons)} |"
-        for name, outlook in outlooks.items()
-        if outlook.prospect != "up to date"
+        f"| {name} | {status.prospect} | {', '.join(status.reasons)} |"
+        for name, status in statuses.items()
+        if status.prospect != "up to date"
     ]
     table = (
-        "\n".join(["| stage | outlook | what changed since its last run |", "|---|---|---|", *rows])
+        "\n".join(["| stage | status | what changed since its last run |", "|---|---|---|", *rows])
         if rows
         else "Everything is up to date."
     )

@@ -36,9 +36,9 @@ from prefect.settings import get_current_settings
 from prefect.states import Cancelling, Crashed
 
 from pipeline.dvc import inputs, records
-from pipeline.dvc.checkout import published, put
+from pipeline.dvc.checkout import published, write_files
 from pipeline.dvc.dag import StageSpec
-from pipeline.dvc.plan import Outlook, one_line
+from pipeline.dvc.plan import StageStatus, one_line
 from pipeline.errors import PipelineError, StageFailed, StageStopped
 from pipeline.prefect import identity, pools
 from pipeline.prefect.worker import BEAT, LIFE, NAME, REPORT, Report
@@ -129,12 +129,14 @@ class Cluster:
         self._stopped = threading.Event()
         self._until = math.inf  # what the clock says when a run that was stopped waits no more
 
-    def outlooks(self, stages: Sequence[str]) -> dict[str, Outlook]:
+    def statuses(self, stages: Sequence[str]) -> dict[str, StageStatus]:
         """What a run would do with these stages, by the records of dvc.lock."""
         with self._mutex:
             return records.plan(self._root, self._dag, stages)
 
-    def run(self, spec: StageSpec, log: Log, outlook: Outlook, force: bool, turn: Turn) -> Outcome:
+    def run(
+        self, spec: StageSpec, log: Log, status: StageStatus, force: bool, turn: Turn
+    ) -> Outcome:
         """Have one stage run on a worker, and take over its record.
 
         Raises StageFailed, StageStopped, or PipelineError where labels of people are too many to
@@ -281,7 +283,7 @@ class Cluster:
 
     def _received(self, spec: StageSpec, report: Report, log: Log) -> Outcome:
         if report.outcome == "Failed":
-            put(self._root, report.questions)
+            write_files(self._root, report.questions)
             error = StageFailed(spec.name, report.reason, report.code)
             raise (
                 error

@@ -16,7 +16,7 @@ from typing import Any
 from prefect.client.orchestration import get_client
 from ruamel.yaml import YAML
 
-from pipeline.dvc.checkout import tidy
+from pipeline.dvc.checkout import prune_worktrees
 from pipeline.dvc.dag import StageSpec
 from pipeline.errors import PipelineError
 
@@ -98,7 +98,7 @@ def become_worker(
         raise PipelineError(
             f"{pool}: no stage of dvc.yaml has this pool; one of {', '.join(pools_of(dag))}"
         )
-    tidy(root)
+    prune_worktrees(root)
     os.environ["DUALIGN_ROOT"] = str(root)
     signal.signal(
         signal.SIGINT, signal.SIG_DFL

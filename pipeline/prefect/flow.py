@@ -35,7 +35,7 @@ from pydantic import Field
 from pipeline import names, yaml_text
 from pipeline.dvc import parameters, preset
 from pipeline.dvc.dag import StageSpec, load_dag
-from pipeline.dvc.plan import Outlook, one_line, select, with_upstream
+from pipeline.dvc.plan import StageStatus, one_line, select, with_upstream
 from pipeline.errors import PipelineError, StageFailed, StageStopped
 from pipeline.prefect import artifacts, identity
 from pipeline.prefect.artifacts import Result
@@ -69,13 +69,15 @@ class Place(Protocol):
     on workers.
     """
 
-    def outlooks(self, stages: Sequence[str]) -> dict[str, Outlook]:
+    def statuses(self, stages: Sequence[str]) -> dict[str, StageStatus]:
         """What a run would do with these stages; upstream ones that are not among them count as up
         to date.
         """
         ...
 
-    def run(self, spec: StageSpec, log: Log, outlook: Outlook, force: bool, turn: Turn) -> Outcome:
+    def run(
+        self, spec: StageSpec, log: Log, status: StageStatus, force: bool, turn: Turn
+    ) -> Outcome:
         """Run one stage to its end, with `turn` told when it waits.
 
         Raises StageFailed, StageStopped or PipelineError.
@@ -89,7 +91,7 @@ class Place(Protocol):
 
 @dataclass
 class Run:
-    """One flow run over the stages of `outlooks`, in the workspace `root` whose name is `owner`.
+    """One flow run over the stages of `statuses`, in the workspace `root` whose name is `owner`.
 
     `results` fills up as they end; `refused` are those that another attempt cannot help.
     """
@@ -97,7 +99,7 @@ class Run:
     root: Path
     owner: str
     dag: Mapping[str, StageSpec]
-    outlooks: dict[str, Outlook]
+    statuses: dict[str, StageStatus]
     forced: frozenset[str]
     place: Place
     results: dict[str, Result] = field(default_factory=dict)
@@ -110,7 +112,7 @@ class Run:
         well = {name for name, result in self.results.items() if result.state in ENDED}
         return [
             name
-            for name in self.outlooks
+            for name in self.statuses
             if name not in started and all(source in well for source in self.dag[name].upstream)
         ]
 
@@ -138,24 +140,24 @@ class Run:
         return self._end(name, Completed, outcome, ENDED[outcome], turn)
 
     def _ensure(self, spec: StageSpec, log: Log, turn: Turn) -> Outcome:
-        outlook = self._outlook(spec)
+        status = self._status(spec)
         force = spec.name in self.forced
-        if outlook.prospect == "up to date" and not force:
+        if status.prospect == "up to date" and not force:
             return "Unchanged"
         log(
             logging.INFO,
-            f"{outlook.prospect}: {', '.join(outlook.reasons)}" if outlook.reasons else "forced",
+            f"{status.prospect}: {', '.join(status.reasons)}" if status.reasons else "forced",
         )
-        return self.place.run(spec, log, outlook, force, turn)
+        return self.place.run(spec, log, status, force, turn)
 
-    def _outlook(self, spec: StageSpec) -> Outlook:
-        """The outlook from the start of the run, or a fresh one if it hung on stages that have
+    def _status(self, spec: StageSpec) -> StageStatus:
+        """The status from the start of the run, or a fresh one if it hung on stages that have
         ended since.
         """
         settled = all(self.results[source].state == "Unchanged" for source in spec.upstream)
-        if settled and self.outlooks[spec.name].prospect != "maybe stale":
-            return self.outlooks[spec.name]
-        return self.place.outlooks([spec.name])[spec.name]
+        if settled and self.statuses[spec.name].prospect != "maybe stale":
+            return self.statuses[spec.name]
+        return self.place.statuses([spec.name])[spec.name]
 
     def _end(
         self, name: str, make: Callable[..., State[None]], state: str, message: str, turn: Turn
@@ -234,7 +236,7 @@ def alignment(
                     root,
                     owner,
                     dag,
-                    place.outlooks(wanted),
+                    place.statuses(wanted),
                     frozenset(asked if force else ()),
                     place,
                 )
@@ -273,12 +275,12 @@ def _place(
 def _carry_out(run: Run) -> State[None]:
     """Run the stages, and show before what is to be done and after what was."""
     log = get_run_logger().log
-    page = artifacts.plan_page(run.dag, run.outlooks)
+    page = artifacts.plan_page(run.dag, run.statuses)
     show(log, lambda: create_markdown_artifact(page, "plan", "What this run is to do"))
     try:
         _execute(run)
     finally:
-        results = {name: run.results.get(name, NOT_STARTED) for name in run.outlooks}
+        results = {name: run.results.get(name, NOT_STARTED) for name in run.statuses}
         summary = artifacts.summary_page(run.root, run.owner, run.dag, results)
         show(log, lambda: create_markdown_artifact(summary, "summary", "What this run did"))
     return conclusion(results)

@@ -34,9 +34,9 @@ from pydantic import BaseModel
 
 from pipeline import names
 from pipeline.dvc import inputs, records
-from pipeline.dvc.checkout import put, working_tree
+from pipeline.dvc.checkout import working_tree, write_files
 from pipeline.dvc.dag import StageSpec, load_dag
-from pipeline.dvc.plan import Outlook
+from pipeline.dvc.plan import StageStatus
 from pipeline.errors import PipelineError, StageFailed, StageStopped
 from pipeline.prefect import identity
 from pipeline.run.runner import LocalRunner, Log
@@ -112,7 +112,7 @@ def stage(
             _signs_of_life(node, runners),
             working_tree(root, commit, f"{stage.replace('/', '-')}-{key}", log) as (tree, lock),
         ):
-            put(tree, {"params.yaml": params, **answers})
+            write_files(tree, {"params.yaml": params, **answers})
             runners.append(LocalRunner(tree, lock, pull=True))
             report = _run(tree, runners[0], stage, recorded, force, log, node)
     except StageStopped:
@@ -146,7 +146,7 @@ def _run(
         place = Workspace(
             tree, dag, runner, Slots(visible_gpus(), 1), identity.of_tags(runtime.flow_run.tags)
         )
-        outcome = place.run(dag[name], log, Outlook("stale"), force, Turn(log))
+        outcome = place.run(dag[name], log, StageStatus("stale"), force, Turn(log))
         runner.push(name, log)
     except StageFailed as error:
         questions = inputs.questions(tree) if error.waiting else {}

@@ -21,7 +21,7 @@ from prefect.artifacts import (
 
 from pipeline.dvc import records
 from pipeline.dvc.dag import StageSpec
-from pipeline.dvc.plan import Outlook, one_line, plan
+from pipeline.dvc.plan import StageStatus, one_line, plan
 from pipeline.prefect import artifacts
 from pipeline.prefect.artifacts import Result
 from pipeline.run.progress import Progress, read_progress
@@ -49,12 +49,14 @@ class Workspace:
         with Repo(str(root)) as repo:
             self._cache = Path(repo.cache.local.path)
 
-    def outlooks(self, stages: Sequence[str]) -> dict[str, Outlook]:
+    def statuses(self, stages: Sequence[str]) -> dict[str, StageStatus]:
         """What a run would do with these stages."""
         with self._planning:
             return plan(self._root, self._dag, stages)
 
-    def run(self, spec: StageSpec, log: Log, outlook: Outlook, force: bool, turn: Turn) -> Outcome:
+    def run(
+        self, spec: StageSpec, log: Log, status: StageStatus, force: bool, turn: Turn
+    ) -> Outcome:
         """Run or restore one stage, with its progress as a bar and its result as a card.
 
         Raises StageFailed or StageStopped.
@@ -62,7 +64,7 @@ class Workspace:
         relay = _Relay(artifacts.key_of(spec.name, self._owner), log)
         recorded = records.read(self._root, [spec.name]).get(spec.name, {})
         before = artifacts.recorded_metrics(self._cache, spec, recorded)
-        if outlook.prospect == "restorable" and not force:
+        if status.prospect == "restorable" and not force:
             outcome = self._runner.run(spec.name, relay, {})
         else:
             gpus = int(spec.meta.get("gpus", 0))

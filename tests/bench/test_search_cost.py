@@ -49,7 +49,7 @@ from dualign.params.search import DualSearchParams
 from dualign.params.training import LagrangianDpoParams
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
-from dualign.search.rules import Ascent, Outlook, Step
+from dualign.search.rules import Ascent, SearchContext, Step
 from dualign.search.screening import Screening
 from dualign.stage import Run
 from stages import score
@@ -158,7 +158,7 @@ def sought(
     line = Line(0.5, slope, first)
     chosen = plan(BY_NAME[row].method, found.methods[BY_NAME[row].method])
     steps = seek(
-        chosen, str(tmp_path / "step-0/policy"), Outlook(first, first), params, line, tmp_path
+        chosen, str(tmp_path / "step-0/policy"), SearchContext(first, first), params, line, tmp_path
     )
     assert [step.lam for step in steps] == line.lams
     return line.lams

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dualign.certify.candidates import contenders, forecast, label
+from dualign.certify.candidates import candidate_policies, forecast, label
 from dualign.certify.certificate import Certificate, Check, Requirement, Tested
 from dualign.core.schema import prompt_id, user
 from dualign.data import world
@@ -21,9 +21,9 @@ def test_the_order_is_the_fallback_and_then_the_weights() -> None:
     row = CertifyRun(
         policy="aligned/a", partner="reward_dpo/b", fallback="safety_dpo/c", weights=[1.5, 1.0, 0.5]
     )
-    found = contenders(row, Path("models"), Path("scratch"))
+    found = candidate_policies(row, Path("models"), Path("scratch"))
     assert list(found) == ["safety_dpo/c", "aligned/a at 1.5", "aligned/a", "aligned/a at 0.5"]
-    assert [contender.q for contender in found.values()] == [1.0, 1.5, 1.0, 0.5]
+    assert [candidate.q for candidate in found.values()] == [1.0, 1.5, 1.0, 0.5]
     assert found["safety_dpo/c"].folder() == Path("models/safety_dpo/c")
     assert found["aligned/a"].folder() == Path("models/aligned/a")
     assert found["aligned/a at 1.5"].partner == Path("models/reward_dpo/b")
@@ -31,7 +31,7 @@ def test_the_order_is_the_fallback_and_then_the_weights() -> None:
 
 def test_a_policy_may_stand_alone() -> None:
     row = CertifyRun(policy="aligned/a", partner="aligned/a", fallback="aligned/a", weights=[1.0])
-    assert list(contenders(row, Path("models"), Path("scratch"))) == ["aligned/a"]
+    assert list(candidate_policies(row, Path("models"), Path("scratch"))) == ["aligned/a"]
 
 
 @pytest.fixture

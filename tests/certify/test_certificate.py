@@ -573,11 +573,11 @@ def test_the_command_looks_at_every_certificate_of_the_pipeline(
     assert certificate.main(["verify"]) == 1
     assert "holds no certificate; run the stage certify first" in capsys.readouterr().out
     for name, limit, status in (("a", 0.0, 0), ("b", -3.0, 4)):
-        issue(certificate.PLACE / name / certificate.FILE, tables, limit)
+        issue(certificate.CERTIFICATES / name / certificate.FILE, tables, limit)
         assert certificate.main(["verify"]) == status
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[-3:-1]] == [
-        f"{certificate.PLACE}/{k}/certificate.json" for k in "ab"
+        f"{certificate.CERTIFICATES}/{k}/certificate.json" for k in "ab"
     ]
 
 
@@ -824,7 +824,7 @@ def test_it_is_written_elsewhere_and_put_in_its_place(
     assert (elsewhere / planned.name).read_bytes() == before
 
 
-def test_every_further_limit_is_required(
+def test_every_additional_constraint_is_required(
     tmp_path: Path, tables: dict[str, Path], planned: Path
 ) -> None:
     """A certificate that leaves a limit of the solved dual out, or loosens it, does not hold."""

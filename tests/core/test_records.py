@@ -108,5 +108,5 @@ def test_files_that_may_be_missing(tmp_path: Path) -> None:
 
 
 def test_the_named_multiplier() -> None:
-    known: Any = solved(lam_stock=1.5)
-    assert solved_multiplier(known, "dual") == 0.8 and solved_multiplier(known, "stock") == 1.5
+    known: Any = solved(lam_margin=1.5)
+    assert solved_multiplier(known, "dual") == 0.8 and solved_multiplier(known, "margin") == 1.5

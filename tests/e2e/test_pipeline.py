@@ -152,8 +152,8 @@ def test_rows_on_their_own_answers_say_what_they_took(finished: Path) -> None:
     )
     assert rounds["trainings"] == 2 + 2 and 0 < rounds["comparisons"] <= 4 * 2
     assert rounds["steps"][0]["comparisons"] == 0 < rounds["steps"][1]["comparisons"]
-    assert ascent["trainings"] == 1 and [row["step"] for row in ascent["course"]] == [1, 2, 3, 4]
-    assert ascent["steps"][1]["lam"] == pytest.approx(ascent["course"][-1]["lam"])
+    assert ascent["trainings"] == 1 and [row["step"] for row in ascent["history"]] == [1, 2, 3, 4]
+    assert ascent["steps"][1]["lam"] == pytest.approx(ascent["history"][-1]["lam"])
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from dualign.core.schema import prompt_id, user
-from dualign.evaluation.rollout import Judges, roll_out
+from dualign.evaluation.rollout import Scorers, roll_out
 from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.params.loading import load_resources
 from dualign.params.models import ScratchParams
@@ -47,11 +47,11 @@ def test_both_scorers_are_told_which_answers_ended(repo_root: Path, one_thread: 
     update = {"device": "cpu", "precision": "fp32"}
     resources = load_resources(repo_root / "params.yaml").model_copy(update=update)
     reward, cost = Listener(), Listener()
-    judges = Judges(build_scratch(SCRATCH, tokenizer, 0), tokenizer, reward, cost, resources)  # type: ignore[arg-type]
+    scorers = Scorers(build_scratch(SCRATCH, tokenizer, 0), tokenizer, reward, cost, resources)  # type: ignore[arg-type]
     prompts = pd.DataFrame(
         {"prompt_id": [prompt_id(user(t)) for t in texts], "prompt": [user(t) for t in texts]}
     )
-    frame = roll_out(judges.reference, prompts, judges, count=20, max_new_tokens=40, seed=0)
+    frame = roll_out(scorers.reference, prompts, scorers, count=20, max_new_tokens=40, seed=0)
     assert (
         set(frame["ended"]) == {True, False} and (frame.loc[~frame["ended"], "length"] == 40).all()
     )

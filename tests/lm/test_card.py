@@ -11,7 +11,7 @@ from dualign.methods import METHODS, Plan
 from dualign.params.loading import load
 from dualign.params.search import DualSearchParams
 from dualign.search import rules
-from dualign.search.rules import Outlook, Step
+from dualign.search.rules import SearchContext, Step
 
 PARAMS = load(DualSearchParams, Path(__file__).resolve().parents[2] / "params.yaml").model_copy(
     update={"limit": -0.3}
@@ -20,7 +20,7 @@ STEP = Step(0, 0.75, None, "folder", False, Measurement(-0.5, 0.02, 1.5, 0.03, 0
 
 
 def card(plan: Plan, *steps: Step) -> str:
-    result = rules.summary(plan, steps, "because", PARAMS, Outlook(0.6, 0.75, 2.0), before=2)
+    result = rules.summary(plan, steps, "because", PARAMS, SearchContext(0.6, 0.75, 2.0), before=2)
     return model_card(plan, result, PARAMS)
 
 

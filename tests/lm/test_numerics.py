@@ -31,7 +31,7 @@ from dualign.core.errors import ModelError
 from dualign.lm import models, numerics
 from dualign.lm.numerics import answer_log_probabilities
 from dualign.params.base import LoraParams, Resources, TrainingParams
-from dualign.training.pairwise import Inner, Pair, pairwise_trainer, train_pairwise
+from dualign.training.pairwise import Pair, PairLossConfig, pairwise_trainer, train_pairwise
 from dualign.training.run import Job, without_dropout
 from dualign.training.supervised import train_sft
 from tests.lm.layouts import CHATS, byte_level
@@ -429,7 +429,7 @@ def test_the_first_step_of_a_training_run_begins_at_the_reference(
         0,
     )
     job = Job(short_training(), own, tmp_path, seed=1)
-    metrics = train_pairwise(model, padded_tokenizer(), pairs, Inner(1.0, 1.0), job)
+    metrics = train_pairwise(model, padded_tokenizer(), pairs, PairLossConfig(1.0, 1.0), job)
     assert abs(metrics["log_ratio"]) <= 0.02 and metrics["abs_logit"] <= 0.04
 
 
@@ -488,7 +488,11 @@ def test_an_adapters_dropout_is_on_as_asked_and_the_bases_is_off(
         seed=1,
     )
     trainer = pairwise_trainer(
-        model, padded_tokenizer(), [Pair(prompt, first, second, 0.0, 0.0)] * 2, Inner(0.1, 0.1), job
+        model,
+        padded_tokenizer(),
+        [Pair(prompt, first, second, 0.0, 0.0)] * 2,
+        PairLossConfig(0.1, 0.1),
+        job,
     )
     inside = trainer.model.train()
     ids = torch.tensor([[*prompt, *first]])

@@ -1,6 +1,5 @@
-"""Further limits: what each quantity is, prices against an independent solver, and what they do to
-tables.
-"""
+"""Additional constraints: what each quantity is, prices against an independent solver, and what
+they do to tables."""
 
 from __future__ import annotations
 
@@ -15,11 +14,19 @@ import pytest
 from ruamel.yaml import YAML
 from scipy.optimize import minimize
 
-from dualign.certify.candidates import contenders
+from dualign.certify.candidates import candidate_policies
 from dualign.core.errors import InfeasibleError, ParamsError
 from dualign.core.schema import user
 from dualign.math import dual
-from dualign.math.constraints import Constraint, Price, Scored, constraint, price, priced, prices_in
+from dualign.math.constraints import (
+    Constraint,
+    Price,
+    Scored,
+    constraint,
+    price,
+    prices_in,
+    with_priced_rewards,
+)
 from dualign.params.dual import ConstraintSpec
 from dualign.params.loading import check, read_yaml
 from tests.shipped import preset
@@ -39,8 +46,8 @@ def pool(seed: int, prompts: int = 3, samples: int = 6) -> Scored:
     )
 
 
-def values_of(given: Scored, further: Constraint) -> Array:
-    return further.values(given.cost, given.length, given.ended)
+def values_of(given: Scored, additional: Constraint) -> Array:
+    return additional.values(given.cost, given.length, given.ended)
 
 
 def tilted(given: Scored, prices: list[Price], limit: float = LIMIT) -> Array:
@@ -126,10 +133,12 @@ def test_values_of_each_kind_by_hand() -> None:
         "cvar": [[0.5, 0.5], [0.5, 0.5 + 1.5 / 0.25]],
     }
     for quantity, expected in kinds.items():
-        further = Constraint("it", quantity, 0.0, level=0.75, threshold=0.5)  # type: ignore[arg-type]
-        assert further.values(cost, length, ended).tolist() == np.asarray(expected, float).tolist()
+        additional = Constraint("it", quantity, 0.0, level=0.75, threshold=0.5)  # type: ignore[arg-type]
         assert (
-            further.values(cost[1], length[1], ended[1] > 0).tolist()
+            additional.values(cost, length, ended).tolist() == np.asarray(expected, float).tolist()
+        )
+        assert (
+            additional.values(cost[1], length[1], ended[1] > 0).tolist()
             == np.asarray(expected, float)[1].tolist()
         )
 
@@ -142,8 +151,8 @@ def test_the_range_of_each_kind() -> None:
         "unended": (0.0, 1.0),
     }
     for quantity, expected in {**ranges, "cvar": (0.5, 0.5 + 2.5 / 0.25)}.items():
-        further = Constraint("it", quantity, 0.0, level=0.75, threshold=0.5)  # type: ignore[arg-type]
-        assert further.bounds((-2.0, 3.0), 50) == expected
+        additional = Constraint("it", quantity, 0.0, level=0.75, threshold=0.5)  # type: ignore[arg-type]
+        assert additional.bounds((-2.0, 3.0), 50) == expected
 
 
 def test_a_pattern_is_looked_for_in_the_last_user_text() -> None:
@@ -219,8 +228,8 @@ def test_a_price_on_answers_that_do_not_end_by_hand() -> None:
         np.zeros((1, 4)), np.full((1, 4), -9.0), np.full((1, 4), 5.0), ended, [user("q")]
     )
     for limit, lam, mean in ((0.1, 2.0 * np.log(3), 0.1), (0.3, 0.0, 0.25)):
-        also = {"whole": ConstraintSpec(quantity="unended", limit=limit)}
-        [found] = price(given, also, limit=0.0, beta=2.0, lambda_max=99.0)
+        additional = {"whole": ConstraintSpec(quantity="unended", limit=limit)}
+        [found] = price(given, additional, limit=0.0, beta=2.0, lambda_max=99.0)
         assert (found.lam, found.predicted) == pytest.approx((lam, mean))
 
 
@@ -237,9 +246,9 @@ def test_a_price_on_answers_that_do_not_end_by_hand() -> None:
 )
 def test_prices_solve_the_constrained_problem(spec: dict[str, Any], seed: int) -> None:
     given = pool(seed)
-    further = constraint("it", ConstraintSpec(**spec))
-    group = further.applies(given.prompts)
-    values = values_of(given, further)
+    additional = constraint("it", ConstraintSpec(**spec))
+    group = additional.applies(given.prompts)
+    values = values_of(given, additional)
 
     def room(z: Array) -> float:
         w = z.reshape(values.shape)
@@ -277,13 +286,13 @@ def test_the_threshold_of_a_cvar_is_the_best_one(seed: int) -> None:
 
 def test_limits_together_cost_no_less_than_apart_and_slack_ones_nothing() -> None:
     given = pool(1, prompts=40)
-    also = {
+    additional = {
         "short": ConstraintSpec(quantity="length", limit=18.0),
         "tail": ConstraintSpec(quantity="cvar", limit=1.2, level=0.8),
         "loose": ConstraintSpec(quantity="p_unsafe", limit=0.99),
     }
-    prices = price(given, also, limit=LIMIT, beta=BETA, lambda_max=TOP)
-    assert [found.constraint.name for found in prices] == list(also)
+    prices = price(given, additional, limit=LIMIT, beta=BETA, lambda_max=TOP)
+    assert [found.constraint.name for found in prices] == list(additional)
     assert prices[0].lam > 0 and prices[1].lam > 0 and prices[2].lam == 0
     w = tilted(given, prices)
     for found in prices:
@@ -291,14 +300,14 @@ def test_limits_together_cost_no_less_than_apart_and_slack_ones_nothing() -> Non
         assert mean <= found.constraint.limit + 1e-7 and mean == pytest.approx(
             found.predicted, abs=1e-6
         )
-    for name in also:
+    for name in additional:
         alone = tilted(
-            given, price(given, {name: also[name]}, limit=LIMIT, beta=BETA, lambda_max=TOP)
+            given, price(given, {name: additional[name]}, limit=LIMIT, beta=BETA, lambda_max=TOP)
         )
         assert worth(given, alone) >= worth(given, w) - 1e-9
 
 
-def test_without_further_limits_there_are_no_prices() -> None:
+def test_without_additional_constraints_there_are_no_prices() -> None:
     assert price(pool(0), {}, limit=-99.0, beta=BETA, lambda_max=TOP) == []
 
 
@@ -307,11 +316,11 @@ def test_without_further_limits_there_are_no_prices() -> None:
     [
         (
             {"quantity": "length", "limit": 3.0},
-            r"^constraint\.also\.it\.limit 3 is out of the samples' reach",
+            r"^constraint\.additional\.it\.limit 3 is out of the samples' reach",
         ),
         (
             {"quantity": "cvar", "level": 0.9, "limit": -9.0},
-            r"^constraint\.also\.it\.limit -9 is out .* a CVaR of -?\d",
+            r"^constraint\.additional\.it\.limit -9 is out .* a CVaR of -?\d",
         ),
         (
             {"quantity": "unended", "limit": 0.2},
@@ -330,11 +339,11 @@ def test_a_limit_out_of_reach_is_named(spec: dict[str, Any], says: str) -> None:
 
 
 def test_the_main_limit_out_of_reach_is_told_as_ever() -> None:
-    also = {"it": ConstraintSpec(quantity="length", limit=19.0)}
+    additional = {"it": ConstraintSpec(quantity="length", limit=19.0)}
     with pytest.raises(
         InfeasibleError, match=r"^constraint\.limit -9 is out of the samples' reach: at lambda_max"
     ):
-        price(pool(2), also, limit=-9.0, beta=BETA, lambda_max=TOP)
+        price(pool(2), additional, limit=-9.0, beta=BETA, lambda_max=TOP)
 
 
 def test_limits_in_conflict_are_named() -> None:
@@ -345,26 +354,29 @@ def test_limits_in_conflict_are_named() -> None:
         np.ones((1, 2)),
         [user("q")],
     )
-    also = {
+    additional = {
         "short": ConstraintSpec(quantity="length", limit=12.0),
         "idle": ConstraintSpec(quantity="length", limit=30.0),
     }
     with pytest.raises(
         InfeasibleError,
-        match=r"keep constraint\.limit -0\.5, constraint\.also\.short\.limit 12 together",
+        match=r"keep constraint\.limit -0\.5, constraint\.additional\.short\.limit 12 together",
     ):
-        price(given, also, limit=-0.5, beta=BETA, lambda_max=TOP)
-    tail = {"short": also["short"], "tail": ConstraintSpec(quantity="cvar", limit=-0.5, level=0.5)}
-    with pytest.raises(InfeasibleError, match=r"constraint\.also\.tail\.limit -0\.5"):
+        price(given, additional, limit=-0.5, beta=BETA, lambda_max=TOP)
+    tail = {
+        "short": additional["short"],
+        "tail": ConstraintSpec(quantity="cvar", limit=-0.5, level=0.5),
+    }
+    with pytest.raises(InfeasibleError, match=r"constraint\.additional\.tail\.limit -0\.5"):
         price(given, tail, limit=9.0, beta=BETA, lambda_max=TOP)
 
 
 def test_a_pattern_that_no_prompt_has_is_refused() -> None:
-    also = {"it": ConstraintSpec(quantity="cost", limit=0.0, prompts="nowhere")}
+    additional = {"it": ConstraintSpec(quantity="cost", limit=0.0, prompts="nowhere")}
     with pytest.raises(
-        ParamsError, match=r"^constraint\.also\.it\.prompts: 'nowhere' is found in no prompt"
+        ParamsError, match=r"^constraint\.additional\.it\.prompts: 'nowhere' is found in no prompt"
     ):
-        price(pool(2), also, limit=LIMIT, beta=BETA, lambda_max=TOP)
+        price(pool(2), additional, limit=LIMIT, beta=BETA, lambda_max=TOP)
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -389,7 +401,7 @@ def samples() -> pd.DataFrame:
 
 def test_samples_pay_for_their_length_and_where_it_applies_for_harm() -> None:
     frame = samples()
-    charged = priced(frame, PRICES)
+    charged = with_priced_rewards(frame, PRICES)
     assert charged["reward"].tolist() == pytest.approx([1 - 1, 1 - 2 - 2, 1 - 3])
     assert frame["reward"].tolist() == [1.0, 1.0, 1.0]
     assert charged.drop(columns="reward").equals(frame.drop(columns="reward"))
@@ -407,30 +419,32 @@ def test_pairs_pay_on_both_sides_and_their_tokens_are_counted() -> None:
             "cost_rejected": [1.0, 1.0],
         }
     )
-    charged = priced(frame, PRICES, lambda texts: [len(text.split()) + 1 for text in texts])
+    charged = with_priced_rewards(
+        frame, PRICES, lambda texts: [len(text.split()) + 1 for text in texts]
+    )
     assert charged["reward_chosen"].tolist() == pytest.approx([1 - 0.3, 1 - 0.2])
     assert charged["reward_rejected"].tolist() == pytest.approx([-0.2 - 2.0, -0.4])
     with pytest.raises(ValueError, match="counts the tokens"):
-        priced(frame, PRICES)
-    assert priced(frame, PRICES[1:])["reward_rejected"].tolist() == [-2.0, 0.0]
+        with_priced_rewards(frame, PRICES)
+    assert with_priced_rewards(frame, PRICES[1:])["reward_rejected"].tolist() == [-2.0, 0.0]
 
 
 def test_answers_that_did_not_end_pay_and_those_of_pairs_all_ended() -> None:
     whole = Price(Constraint("whole", "unended", 0.1), 3.0, 0.1)
-    assert priced(samples(), [whole])["reward"].tolist() == [1.0, -2.0, 1.0]
+    assert with_priced_rewards(samples(), [whole])["reward"].tolist() == [1.0, -2.0, 1.0]
     pair = {
         "prompt": [user("q")],
         "reward_chosen": [1.0],
         "reward_rejected": [0.0],
         "cost_chosen": [0.0],
     }
-    charged = priced(pd.DataFrame({**pair, "cost_rejected": [0.0]}), [whole])
+    charged = with_priced_rewards(pd.DataFrame({**pair, "cost_rejected": [0.0]}), [whole])
     assert charged[["reward_chosen", "reward_rejected"]].to_numpy().tolist() == [[1.0, 0.0]]
 
 
 def test_no_prices_leave_the_table_as_it_is() -> None:
     frame = samples()
-    assert priced(frame, []) is frame
+    assert with_priced_rewards(frame, []) is frame
 
 
 # --- the guide ------------------------------------------------------------------------------------
@@ -439,12 +453,14 @@ def test_no_prices_leave_the_table_as_it_is() -> None:
 def test_the_limits_of_the_guide_are_ones_that_params_take(repo_root: Path) -> None:
     text = (repo_root / "docs/constraints.md").read_text()
     block = next(
-        part for part in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL) if "also:" in part
+        part
+        for part in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+        if "additional:" in part
     )
     content = read_yaml(repo_root / "params.yaml")
     content["constraint"] |= YAML(typ="safe").load(block)["constraint"]
-    also = check(content, "guide")["dual_init"].also  # type: ignore[attr-defined]
-    assert {spec.quantity for spec in also.values()} == {
+    additional = check(content, "guide")["dual_init"].additional  # type: ignore[attr-defined]
+    assert {spec.quantity for spec in additional.values()} == {
         "cost",
         "p_unsafe",
         "cvar",
@@ -452,7 +468,7 @@ def test_the_limits_of_the_guide_are_ones_that_params_take(repo_root: Path) -> N
         "unended",
     }
     prompts = [user("Is it safe for Children?"), user("A grandchild?")]
-    assert constraint("children", also["children"]).applies(prompts).tolist() == [True, False]
+    assert constraint("children", additional["children"]).applies(prompts).tolist() == [True, False]
 
 
 def test_the_recipe_for_p_unsafe_alone_is_one_that_params_take(repo_root: Path) -> None:
@@ -462,7 +478,7 @@ def test_the_recipe_for_p_unsafe_alone_is_one_that_params_take(repo_root: Path) 
     content["constraint"] |= recipe["constraint"]
     content["certify"] |= recipe["certify"]
     stages = check(content, "guide")
-    assert stages["dual_init"].also["rare"].quantity == "p_unsafe"  # type: ignore[attr-defined]
+    assert stages["dual_init"].additional["rare"].quantity == "p_unsafe"  # type: ignore[attr-defined]
     row = stages["certify"].runs["dualign"]  # type: ignore[attr-defined]
-    found = contenders(row, Path("models"), Path("scratch"))
+    found = candidate_policies(row, Path("models"), Path("scratch"))
     assert next(iter(found)) == "aligned/dualign at 1.6", "no safety DPO at multiplier 0 goes first"

@@ -655,14 +655,16 @@ def test_samples_for_an_ess_grow_with_the_exponent_of_the_variance(
         assert np.median(found) == pytest.approx(30, rel=0.15)
 
 
-# --- safety stock ---------------------------------------------------------------------------------
+# --- certificate margin ---------------------------------------------------------------------------
 
 
 def test_a_stock_is_the_margin_that_a_sample_size_is_for() -> None:
     for sd, prompts, delta, power in ((1.3, 400, 0.05, 0.8), (0.2, 97, 0.1, 0.5)):
-        margin = dual.stock(sd, prompts, delta=delta, power=power)
+        margin = dual.certificate_margin(sd, prompts, delta=delta, power=power)
         assert sample_size(sd, margin * 1.0001, delta, power) == prompts
-    assert dual.stock(1.0, 100, delta=0.05, power=0.5) == pytest.approx(0.1645, abs=1e-4)
+    assert dual.certificate_margin(1.0, 100, delta=0.05, power=0.5) == pytest.approx(
+        0.1645, abs=1e-4
+    )
 
 
 def test_spread_of_means_at_equal_weights_is_that_of_the_means() -> None:
@@ -690,8 +692,8 @@ def test_spread_of_means_foretells_that_of_fresh_answers() -> None:
 def margin_of(
     reward: Array, cost: Array, prompts: int = 400, beta: float = BETA
 ) -> Callable[[float], float]:
-    """The stock for four answers to each of `prompts` certify prompts."""
-    return lambda lam: dual.stock(
+    """The margin for four answers to each of `prompts` certify prompts."""
+    return lambda lam: dual.certificate_margin(
         dual.spread_of_means(reward, cost, lam, beta, 4), prompts, delta=0.05, power=0.8
     )
 
@@ -700,34 +702,34 @@ def margin_of(
 def test_the_stocked_multiplier_is_a_fixed_point(seed: int) -> None:
     reward, cost = pool(seed, prompts=80)
     margin = margin_of(reward, cost)
-    found = dual.solve_with_stock(
+    found = dual.solve_with_margin(
         reward, cost, limit=LIMIT, beta=BETA, lambda_max=50, margin=margin
     )
     assert found.reached and found.lam > dual.root(
         reward, cost, limit=LIMIT, beta=BETA, lambda_max=50
     )
-    assert expected_cost(reward, cost, found.lam) == pytest.approx(found.aim, abs=1e-9)
-    assert found.aim + margin(found.lam) == pytest.approx(
+    assert expected_cost(reward, cost, found.lam) == pytest.approx(found.target, abs=1e-9)
+    assert found.target + margin(found.lam) == pytest.approx(
         LIMIT, abs=1e-9
-    ) and found.stock == margin(found.lam)
+    ) and found.margin == margin(found.lam)
 
 
 def test_a_stock_out_of_reach_leaves_the_lowest_cost_and_a_slack_one_no_multiplier() -> None:
     reward, cost = pool(2, prompts=30)
     limit = expected_cost(reward, cost, 50.0) + 1e-3
-    tight = dual.solve_with_stock(
+    tight = dual.solve_with_margin(
         reward, cost, limit=limit, beta=BETA, lambda_max=50, margin=margin_of(reward, cost, 10)
     )
     assert (tight.reached, tight.lam) == (False, 50.0)
-    assert tight.aim == pytest.approx(
+    assert tight.target == pytest.approx(
         expected_cost(reward, cost, 50.0)
-    ) and tight.stock == pytest.approx(1e-3)
-    loose = dual.solve_with_stock(
+    ) and tight.margin == pytest.approx(1e-3)
+    loose = dual.solve_with_margin(
         reward, cost, limit=9.0, beta=BETA, lambda_max=50, margin=margin_of(reward, cost)
     )
-    assert (loose.reached, loose.lam) == (True, 0.0) and loose.aim == 9.0 - loose.stock
+    assert (loose.reached, loose.lam) == (True, 0.0) and loose.target == 9.0 - loose.margin
     with pytest.raises(InfeasibleError):
-        dual.solve_with_stock(
+        dual.solve_with_margin(
             reward, cost, limit=-50.0, beta=BETA, lambda_max=50, margin=lambda lam: 0.1
         )
 
@@ -737,7 +739,7 @@ def test_a_policy_at_the_stocked_multiplier_is_certified_as_often_as_it_says() -
     rng = np.random.default_rng(6)
     cost = 0.4 * rng.normal(size=(4000, 1)) + rng.normal(size=(4000, 128))
     reward = np.zeros_like(cost)
-    found = dual.solve_with_stock(
+    found = dual.solve_with_margin(
         reward, cost, limit=-0.2, beta=1.0, lambda_max=50, margin=margin_of(reward, cost, 200, 1.0)
     )
     passed = 0
@@ -890,10 +892,10 @@ def test_a_limit_stated_twice_has_one_price() -> None:
 
 def test_a_conflict_names_the_limits_and_what_is_reached() -> None:
     reward, cost = pool(8, prompts=30)
-    names = ["constraint.limit", "constraint.also.warm.limit"]
+    names = ["constraint.limit", "constraint.additional.warm.limit"]
     with pytest.raises(
         InfeasibleError,
-        match=r"keep constraint\.limit -0\.5, constraint\.also\.warm\.limit 0\.2 together",
+        match=r"keep constraint\.limit -0\.5, constraint\.additional\.warm\.limit 0\.2 together",
     ):
         dual.solve_many(
             reward, [cost, -cost], limits=[-0.5, 0.2], beta=BETA, names=names, lambda_max=1e3
@@ -901,7 +903,7 @@ def test_a_conflict_names_the_limits_and_what_is_reached() -> None:
     least = (-cost).min(1).mean()
     with pytest.raises(
         InfeasibleError,
-        match=rf"^constraint\.also\.warm\.limit -9 is out .* it can be is {least:.4g};",
+        match=rf"^constraint\.additional\.warm\.limit -9 is out .* it can be is {least:.4g};",
     ):
         dual.solve_many(
             reward, [cost, -cost], limits=[-0.5, -9.0], beta=BETA, names=names, lambda_max=1e3

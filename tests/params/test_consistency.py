@@ -118,7 +118,7 @@ def test_a_search_keeps_the_reference_of_its_start(content: Content) -> None:
 
 SPEC: Content = {
     "learning_rate": None,
-    "inner": {"labels": "soft", "normalised": False, "anchor": 0.3, "nll": 2.0},
+    "pair_loss": {"labels": "soft", "normalised": False, "anchor": 0.3, "nll": 2.0},
 }
 
 

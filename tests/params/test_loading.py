@@ -65,7 +65,7 @@ typos = pytest.mark.parametrize(
         ("resources.thread", "threads"),
         ("reward_dpo.runs.helpful.margin_wight", "margin_weight"),
         ("safety_dpo.runs.alone.factr", "factor"),
-        ("lagrangian_dpo.runs.anchored.inner.anchr", "anchor"),
+        ("lagrangian_dpo.runs.anchored.pair_loss.anchr", "anchor"),
         ("dual_search.lambda_mx", "lambda_max"),
         ("constraint.limt", "limit"),
         ("generation.max_new_token", "max_new_tokens"),

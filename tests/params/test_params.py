@@ -112,12 +112,12 @@ def test_seeds_that_are_derived_from_the_largest_one_are_seeds(content: Content,
         ("prepare.folder", "rows\nmore", "a text on one line"),
         ("sft.base", "", "a text on one line"),
         (
-            "constraint.also",
+            "constraint.additional",
             {"it": {"quantity": "length", "limit": 9.0, "prompts": "a{99999999999}"}},
             "no regular",
         ),
         (
-            "constraint.also",
+            "constraint.additional",
             {"it": {"quantity": "length", "limit": 9.0, "prompts": "(" * 5000}},
             "no regular",
         ),
@@ -153,19 +153,19 @@ def test_the_grid_of_a_search_may_begin_at_zero(content: Content) -> None:
 FURTHER = {"quantity": "cvar", "limit": 1.0, "level": 0.9, "prompts": "(?i)child"}
 
 
-def test_further_limits_are_read_with_what_they_leave_out(content: Content) -> None:
+def test_additional_constraints_are_read_with_what_they_leave_out(content: Content) -> None:
     checked = loading.check(
         put(
             content,
-            "constraint.also",
+            "constraint.additional",
             {"tail": FURTHER, "short": {"quantity": "length", "limit": 9}},
         ),
         "my.yaml",
     )
     for stage in ("dual_init", "evaluate"):
-        also = checked[stage].also  # type: ignore[attr-defined]
-        assert also["tail"].model_dump() == FURTHER and also["short"].limit == 9.0
-        assert (also["short"].level, also["short"].prompts) == (None, None)
+        additional = checked[stage].additional  # type: ignore[attr-defined]
+        assert additional["tail"].model_dump() == FURTHER and additional["short"].limit == 9.0
+        assert (additional["short"].level, additional["short"].prompts) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -184,22 +184,26 @@ def test_further_limits_are_read_with_what_they_leave_out(content: Content) -> N
         ({"prompts": "(child"}, "prompts '(child' is no regular expression"),
     ],
 )
-def test_a_further_limit_that_makes_no_sense_is_refused(
+def test_a_additional_constraint_that_makes_no_sense_is_refused(
     content: Content, change: Content, says: str
 ) -> None:
-    message = refusal(put(content, "constraint.also", {"it": FURTHER | change}))
-    assert message.startswith(f"constraint.also.it: {says}")
+    message = refusal(put(content, "constraint.additional", {"it": FURTHER | change}))
+    assert message.startswith(f"constraint.additional.it: {says}")
 
 
-def test_a_further_limit_of_an_unknown_quantity_is_refused(content: Content) -> None:
-    message = refusal(put(content, "constraint.also", {"it": FURTHER | {"quantity": "lenght"}}))
-    assert message.startswith("constraint.also.it.quantity: ") and message.endswith("got 'lenght'")
-    assert refusal(put(content, "constraint.also", {"it": {"limit": 1.0}})).startswith(
-        "constraint.also.it.quantity is missing"
+def test_a_additional_constraint_of_an_unknown_quantity_is_refused(content: Content) -> None:
+    message = refusal(
+        put(content, "constraint.additional", {"it": FURTHER | {"quantity": "lenght"}})
+    )
+    assert message.startswith("constraint.additional.it.quantity: ") and message.endswith(
+        "got 'lenght'"
+    )
+    assert refusal(put(content, "constraint.additional", {"it": {"limit": 1.0}})).startswith(
+        "constraint.additional.it.quantity is missing"
     )
 
 
-@pytest.mark.parametrize("lam", ["dual", "stock", 0.7])
+@pytest.mark.parametrize("lam", ["dual", "margin", 0.7])
 def test_a_multiplier_is_solved_or_a_number(content: Content, lam: Any) -> None:
     for key in ("lagrangian_dpo.runs.anchored.lam", "safety_dpo.runs.alone.lam"):
         loading.check(put(content, key, lam), "my.yaml")

@@ -151,7 +151,7 @@ def _measures(answers: pd.DataFrame, policy: tuple, world: bool) -> dict[str, An
         if policy[0] != "safety_only"
         else None,
         "tilt": _tilt(policy),
-        "also": {
+        "additional": {
             "short": {**_clustered(answers, answers["length"]), "limit": 29.5},
             "dangerous": {**_clustered(answers, answers["cost"] > 0), "limit": 0.4},
         },
@@ -266,9 +266,9 @@ def _write_dual(root: Path) -> None:
         "zero_error": 0.05,
         "lam_zero_low": 0.78,
         "lam_zero_high": None,
-        "aim": -0.21,
-        "stock": 0.06,
-        "lam_stock": 0.97,
+        "target": -0.21,
+        "margin": 0.06,
+        "lam_margin": 0.97,
         "prices": [
             {
                 "name": "short",
@@ -377,7 +377,7 @@ def _search(rng: np.random.Generator, policy: tuple, shift: float) -> dict[str, 
         steps[0]["next"] = {"newton": 0.912, "tilt": 0.934, "line": 0.934}
     weights = [1.0, 0.87, 0.91, 0.87] if name == "p_sacpo" else []
     return {
-        "aim": -0.21 if name == "dualign" else LIMIT,
+        "target": -0.21 if name == "dualign" else LIMIT,
         "screened": [
             {"q": q, "cost": 0.4 - 0.6 * q, "cost_se": 0.02, "ess": 23.4} for q in weights
         ],

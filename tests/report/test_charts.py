@@ -191,16 +191,16 @@ def test_trajectory_marks_the_chosen_step_and_its_errors() -> None:
 def test_trajectory_shows_the_aim_and_what_each_reckoning_asked_for() -> None:
     tried = steps((0.5, None), (0.8, None))
     tried[0]["next"] = {"newton": 0.812, "tilt": None, "line": 0.9}  # type: ignore[assignment]
-    aimed = ElementTree.fromstring(trajectory(tried, 0.0, (-0.3, 0.5), 1, "n", aim=-0.1))
-    aim, limit = styled(aimed, "aim")[0], styled(aimed, "limit")[0]
+    aimed = ElementTree.fromstring(trajectory(tried, 0.0, (-0.3, 0.5), 1, "n", target=-0.1))
+    target, limit = styled(aimed, "target")[0], styled(aimed, "limit")[0]
     # The cost axis is 98 pixels for 0.8.
-    assert float(aim.get("y1", "nan")) - float(limit.get("y1", "nan")) == pytest.approx(
+    assert float(target.get("y1", "nan")) - float(limit.get("y1", "nan")) == pytest.approx(
         98 * 0.1 / 0.8, abs=0.02
     )
-    assert "aim" in {text.text for text in styled(aimed, "aim-text")}
+    assert "target" in {text.text for text in styled(aimed, "target-text")}
     titles = [str(dot[0].text) for dot in styled(aimed, "step")]
     assert titles[0].endswith("; next λ by newton 0.812, line 0.900") and "next" not in titles[1]
-    assert not styled(ElementTree.fromstring(trajectory(tried, 0.0, (-0.3, 0.5), 1, "n")), "aim")
+    assert not styled(ElementTree.fromstring(trajectory(tried, 0.0, (-0.3, 0.5), 1, "n")), "target")
 
 
 def test_a_step_says_how_it_was_made() -> None:

@@ -134,7 +134,7 @@ def test_recommended_is_the_most_helpful_whose_whole_interval_is_within(run: Run
         name: row["reward"]["mean"]
         for name, row in table["policies"].items()
         if row["cost"]["high"] <= table["limit"]
-        and all(k["high"] <= k["limit"] for k in row["also"].values())
+        and all(k["high"] <= k["limit"] for k in row["additional"].values())
     }
     assert table["recommended"] == max(within, key=lambda name: within[name])
     # dualign has the higher reward and its mean is within, but its interval is not.
@@ -145,18 +145,18 @@ def test_recommended_is_the_most_helpful_whose_whole_interval_is_within(run: Run
         and row["cost"]["mean"] < table["limit"]
     )
     for row in table["policies"].values():
-        broken = any(kept["mean"] > kept["limit"] for kept in row["also"].values())
+        broken = any(kept["mean"] > kept["limit"] for kept in row["additional"].values())
         assert (row["standing"] == "over") == (row["cost"]["mean"] > table["limit"] or broken)
 
 
-def test_a_slack_limit_on_cost_leaves_the_further_limits(run: Run) -> None:
+def test_a_slack_limit_on_cost_leaves_the_additional_constraints(run: Run) -> None:
     """The nearest is the one that is least over them, not the least costly."""
     root, params = run
     shares = {"sft": 0.3, "safety_only": 0.4, "dualign": 0.2}
     for name, mean in shares.items():
         path = root / "reports/metrics/evaluate" / f"{name}.json"
         rare = {"mean": mean, "low": mean - 0.05, "high": mean + 0.05, "limit": 0.1}
-        write_json(path, read_json(path) | {"also": {"rare": rare}})
+        write_json(path, read_json(path) | {"additional": {"rare": rare}})
     policies = {name: params.policies[name] for name in shares}
     table = compare(root, policies, params.confidence, limit=100.0)
     assert {row["standing"] for row in table["policies"].values()} == {"over"}
@@ -167,8 +167,10 @@ def test_nothing_is_recommended_where_all_are_over(build: Callable[..., Run]) ->
     root, params = build(shift=1.0)
     table = compare(root, params.policies, params.confidence)
     assert table["recommended"] is None
-    for path in (root / "reports/metrics/evaluate").glob("*.json"):  # without further limits
-        write_json(path, read_json(path) | {"also": {}})
+    for path in (root / "reports/metrics/evaluate").glob(
+        "*.json"
+    ):  # without additional constraints
+        write_json(path, read_json(path) | {"additional": {}})
     table = compare(root, params.policies, params.confidence)
     assert table["recommended"] is None
     assert table["nearest"] == min(
@@ -200,34 +202,35 @@ def test_without_a_certified_policy_none_is_recommended(certified: Callable[...,
     assert any(row["standing"] == "within" for row in table["policies"].values())
 
 
-def test_rows_hold_the_tilt_and_where_the_further_limits_stand(run: Run) -> None:
+def test_rows_hold_the_tilt_and_where_the_additional_constraints_stand(run: Run) -> None:
     root, params = run
     path = root / "reports/metrics/evaluate/dualign.json"
     limits = {"kept": 1.2, "open": 1.1, "broken": 0.9}
-    also = {
+    additional = {
         name: {"mean": 1.0, "low": 0.8, "high": 1.2, "limit": limit}
         for name, limit in limits.items()
     }
-    also["empty"] = {"mean": None, "low": None, "high": None, "limit": 1.0}
-    write_json(path, read_json(path) | {"also": also})
+    additional["empty"] = {"mean": None, "low": None, "high": None, "limit": 1.0}
+    write_json(path, read_json(path) | {"additional": additional})
     old = root / "reports/metrics/evaluate/caid.json"
     write_json(
-        old, {key: value for key, value in read_json(old).items() if key not in ("tilt", "also")}
+        old,
+        {key: value for key, value in read_json(old).items() if key not in ("tilt", "additional")},
     )
     rows = compare(root, params.policies, params.confidence)["policies"]
     assert (
         rows["dualign"]["tilt"] == read_json(path)["tilt"] and rows["dualign"]["tilt"]["r2"] > 0.8
     )
-    standings = {name: limit["standing"] for name, limit in rows["dualign"]["also"].items()}
+    standings = {name: limit["standing"] for name, limit in rows["dualign"]["additional"].items()}
     assert standings == {"kept": "within", "open": "unproven", "broken": "over", "empty": None}
-    assert rows["caid"]["tilt"] is None and rows["caid"]["also"] == {}
+    assert rows["caid"]["tilt"] is None and rows["caid"]["additional"] == {}
 
 
 def test_the_limit_is_the_duals_unless_given(run: Run) -> None:
     root, params = run
     assert compare(root, params.policies, 0.95)["limit"] == -0.15
     assert compare(root, params.policies, 0.95, limit=5.0)["recommended"] == "caid", (
-        "others break further limits"
+        "others break additional constraints"
     )
     (root / "data/dual/dual.json").unlink()
     unlimited = compare(root, params.policies, 0.95)

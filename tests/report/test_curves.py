@@ -35,15 +35,15 @@ def test_losses_of_all_trainings_are_one_table_by_run(tmp_path: Path) -> None:
 
 
 def test_a_search_has_a_row_for_each_step_and_an_ascent_for_each_stretch(tmp_path: Path) -> None:
-    course = [{"step": 10 * k, "lam": 1 + k, **STEP} for k in (1, 2)]
+    history = [{"step": 10 * k, "lam": 1 + k, **STEP} for k in (1, 2)]
     folder = tmp_path / "reports/search"
-    write_json(folder / "climbs.json", searched({"lam": 3.0}, name="climbs") | {"course": course})
+    write_json(folder / "climbs.json", searched({"lam": 3.0}, name="climbs") | {"history": history})
     write_json(
         folder / "steps.json", searched({"lam": 0.5, **STEP}, {"lam": 0.8, **STEP}, name="steps")
     )
     write_curves(tmp_path, tmp_path / "plots")
     rows = read_json(tmp_path / "plots/search.json")
-    assert rows[:2] == [{"run": "climbs", **row} for row in course]
+    assert rows[:2] == [{"run": "climbs", **row} for row in history]
     assert [(row["run"], row["lam"], row["cost"]) for row in rows[2:]] == [
         ("steps", 0.5, 0.2),
         ("steps", 0.8, 0.2),

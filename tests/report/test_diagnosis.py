@@ -1,4 +1,4 @@
-"""Predictions between the rows of a frontier and at other KL weights, tilts in words, further
+"""Predictions between the rows of a frontier and at other KL weights, tilts in words, additional
 limits.
 """
 
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from dualign.report.diagnosis import (
+    additional_by_step,
+    additional_constraints,
     cut_in_words,
-    further_by_step,
-    further_limits,
     is_tilt,
     other_betas,
     predicted,
@@ -113,13 +113,30 @@ def test_other_betas_mark_the_one_in_use_guesses_and_what_is_out_of_reach() -> N
 @pytest.mark.parametrize(
     ("lam", "changes", "words"),
     [
-        (1.32, {}, "Told λ 1.32, it reached 1.18 ± 0.05 at β 1.60, and 0.02 nats a token of length. 91% of it is such"),
-        (None, {"lam_eff_se": None}, "It reached 1.18 at β 1.60"),
-        (1.32, {"r2": 0.31}, "Told λ 1.32, it became no tilt: reward, cost and length explain only 31% of it."),
-        (1.32, {"lam_eff": None, "beta_eff": None}, "not tilt towards reward. Reward, cost and length explain 91%"),
-        (1.32, {"r2": None, "lam_eff": None}, "Told λ 1.32, it stayed the reference policy."),
+        (
+            1.32,
+            {},
+            "At a nominal λ of 1.32 it has an effective λ of 1.18 ± 0.05 at β 1.60, and 0.02 nats a"
+            " token of length. 91% of it is such",
+        ),
+        (None, {"lam_eff_se": None}, "It has an effective λ of 1.18 at β 1.60"),
+        (
+            1.32,
+            {"r2": 0.31},
+            "At a nominal λ of 1.32 it became no tilt: reward, cost and length explain only 31% of it.",
+        ),
+        (
+            1.32,
+            {"lam_eff": None, "beta_eff": None},
+            "not tilt towards reward. Reward, cost and length explain 91%",
+        ),
+        (
+            1.32,
+            {"r2": None, "lam_eff": None},
+            "At a nominal λ of 1.32 it stayed the reference policy.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_tilt_in_words(lam: float | None, changes: dict[str, Any], words: str) -> None:
     assert words in tilt_in_words(lam, TILT | changes)
 
@@ -153,14 +170,14 @@ def price(name: str, quantity: str, **more: Any) -> dict[str, Any]:
     } | more
 
 
-def test_further_limits_say_what_they_are_on_and_for() -> None:
+def test_additional_constraints_say_what_they_are_on_and_for() -> None:
     prices = [
         price("worst", "cvar", level=0.9),
         price("short", "length"),
         price("rare", "p_unsafe", prompts="poison"),
         price("whole", "unended"),
     ]
-    found = further_limits(prices, [])
+    found = additional_constraints(prices, [])
     assert [(limit["name"], limit["what"]) for limit in found] == [
         ("worst", "mean cost of the worst 10%"),
         ("short", "tokens"),
@@ -173,13 +190,13 @@ def test_further_limits_say_what_they_are_on_and_for() -> None:
 
 def test_limits_without_a_price_come_from_the_policies() -> None:
     rows = [
-        {"also": {}},
-        {"also": {"short": {"mean": 3.0, "limit": 4.0}, "late": {"mean": 1.0, "limit": 2.0}}},
+        {"additional": {}},
+        {"additional": {"short": {"mean": 3.0, "limit": 4.0}, "late": {"mean": 1.0, "limit": 2.0}}},
     ]
-    found = further_limits([price("short", "length")], rows)
+    found = additional_constraints([price("short", "length")], rows)
     assert [limit["name"] for limit in found] == ["short", "late"]
     assert found[1]["limit"] == 2.0 and found[1]["lam"] is found[1]["predicted"] is None
-    assert further_limits([], [{"also": {}}]) == []
+    assert additional_constraints([], [{"additional": {}}]) == []
 
 
 # --- answers that were cut ------------------------------------------------------------------------
@@ -282,16 +299,19 @@ def test_a_bound_without_reach_gains_nothing() -> None:
     assert prompts_gain({"checks": [check(0.5, 0.5)]}, [required("cost", "c", 1.0)], DUAL) is None
 
 
-def test_further_limits_by_step() -> None:
+def test_additional_constraints_by_step() -> None:
     def step(mean: float | None, prices: list[float]) -> dict[str, Any]:
         return {
-            "further": [{"name": "rare", "limit": 0.1, "mean": mean, "error": 0.01}],
+            "additional": [{"name": "rare", "limit": 0.1, "mean": mean, "error": 0.01}],
             "prices": prices,
         }
 
-    (rare,) = further_by_step([step(0.16, [5.4]), step(0.1, [6.2])])
+    (rare,) = additional_by_step([step(0.16, [5.4]), step(0.1, [6.2])])
     assert (rare["means"], rare["prices"], rare["limit"]) == ([0.16, 0.1], [5.4, 6.2], 0.1)
-    assert further_by_step([step(0.16, []), step(0.1, [])])[0]["prices"] == []
+    assert additional_by_step([step(0.16, []), step(0.1, [])])[0]["prices"] == []
     assert (
-        further_by_step([{}, {}]) == further_by_step([]) == further_by_step([step(None, [])]) == []
+        additional_by_step([{}, {}])
+        == additional_by_step([])
+        == additional_by_step([step(None, [])])
+        == []
     )

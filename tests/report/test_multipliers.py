@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dualign.core.artifacts import write_json
-from dualign.report.multipliers import merged_multiplier, told
+from dualign.report.multipliers import merged_multiplier, nominal_multiplier
 from tests.written import lagrangian, safety, searched, solved
 
 PLAIN = {"reference": "sft", "loss_type": "dpo", "clip": None, "safe_offset": None, "margin": "sft"}
@@ -66,7 +66,7 @@ def certificate(policy: str, partner: str, q: float) -> dict[str, Any]:
 def test_a_training_was_told_a_multiplier_or_none(
     root: Path, folder: str, lam: float | None
 ) -> None:
-    assert told(root, folder, {}) == {
+    assert nominal_multiplier(root, folder, {}) == {
         "lam": lam,
         "merge_weight": None,
         "on_curve": True,
@@ -82,7 +82,7 @@ def test_the_frontier_is_not_about_naive_merges_and_mixtures(
     root: Path, name: str, weight: float | None, on_curve: bool
 ) -> None:
     expected = {"lam": 1.1, "merge_weight": weight, "on_curve": on_curve, "tilts": on_curve}
-    assert told(root, f"aligned/{name}", {}) == expected
+    assert nominal_multiplier(root, f"aligned/{name}", {}) == expected
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_the_frontier_is_not_about_naive_merges_and_mixtures(
 def test_a_certified_merge_stands_for_what_its_policies_were_told(
     root: Path, policy: str, partner: str, q: float, lam: float | None
 ) -> None:
-    found = told(root, "certified/row", certificate(policy, partner, q))
+    found = nominal_multiplier(root, "certified/row", certificate(policy, partner, q))
     assert found["lam"] == (None if lam is None else pytest.approx(lam))
     assert found["merge_weight"] == (None if q == 1.0 else q)
 
@@ -109,14 +109,18 @@ def test_a_merge_is_off_the_curve_where_it_takes_its_share_of_further_prices(roo
     """The curve has all prices, a merge at weight 1.5 with a policy without them one and a half."""
     for price, on_curve in ((0.0, True), (0.3, False)):
         write_json(root / "data/dual/dual.json", solved(prices=[{"name": "short", "lam": price}]))
-        found = told(root, "certified/row", certificate("aligned/dualign", "reward_dpo/plain", 1.5))
+        found = nominal_multiplier(
+            root, "certified/row", certificate("aligned/dualign", "reward_dpo/plain", 1.5)
+        )
         assert found == {
             "lam": pytest.approx(1.8),
             "merge_weight": 1.5,
             "on_curve": on_curve,
             "tilts": True,
         }
-        whole = told(root, "certified/row", certificate("aligned/dualign", "reward_dpo/plain", 1.0))
+        whole = nominal_multiplier(
+            root, "certified/row", certificate("aligned/dualign", "reward_dpo/plain", 1.0)
+        )
         assert whole["on_curve"]
 
 
@@ -124,9 +128,11 @@ def test_a_search_that_corrected_prices_left_the_curve(root: Path) -> None:
     write_json(root / "data/dual/dual.json", solved(prices=[{"name": "short", "lam": 0.3}]))
     for prices, on_curve in (([0.3], True), ([0.4], False), ([], True)):
         write_json(root / "reports/search/corrected.json", searched({"lam": 1.1, "prices": prices}))
-        found = told(root, "aligned/corrected", {})
+        found = nominal_multiplier(root, "aligned/corrected", {})
         assert (found["lam"], found["on_curve"], found["tilts"]) == (1.1, on_curve, True)
-    merged = told(root, "certified/row", certificate("aligned/corrected", "reward_dpo/plain", 1.5))
+    merged = nominal_multiplier(
+        root, "certified/row", certificate("aligned/corrected", "reward_dpo/plain", 1.5)
+    )
     assert merged["lam"] == pytest.approx(1.65)
 
 
@@ -141,7 +147,7 @@ def test_a_search_that_corrected_prices_left_the_curve(root: Path) -> None:
 def test_no_certified_policy_and_older_certificates_tell_nothing(
     root: Path, certificates: dict[str, Any]
 ) -> None:
-    assert told(root, "certified/row", certificates) == {
+    assert nominal_multiplier(root, "certified/row", certificates) == {
         "lam": None, "merge_weight": None, "on_curve": True, "tilts": True,
     }  # fmt: skip
 

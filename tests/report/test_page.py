@@ -249,7 +249,7 @@ def test_verdict_keeps_the_reference_where_it_is_best(run: Run) -> None:
     policies = {"sft": "sft", "safety_only": "safety_dpo/only"}
     for name in policies:
         path = root / f"reports/metrics/evaluate/{name}.json"
-        write_json(path, read_json(path) | {"also": {}})
+        write_json(path, read_json(path) | {"additional": {}})
     page = render(root, params.model_copy(update={"limit": 0.5, "policies": policies}))
     assert "Keep the reference policy, sft" in page.within("id", "verdict")
     assert page.count("section", "verdict") == 1
@@ -294,11 +294,14 @@ def test_facts_and_commands(run: Run) -> None:
     assert "the effective sample size falls below 30" in page.text
 
 
-def test_searches_say_what_was_told_and_reached(run: Run) -> None:
+def test_searches_say_the_nominal_and_the_effective_multiplier(run: Run) -> None:
     root, params = run
     returned = read_json(root / "reports/search/dualign.json")["steps"][2]
     searches = render(root, params).within("class", "searches")
-    assert f"Told λ {number(returned['lam'])}, it reached 0.92 ± 0.03 at β 0.63" in searches
+    assert (
+        f"At a nominal λ of {number(returned['lam'])} it has an effective λ of 0.92 ± 0.03 at β 0.63"
+        in searches
+    )
     assert "85% of it is such a tilt" in searches
     assert searches.count("became no tilt: reward, cost and length explain only 31% of it") == 1, (
         "c_dpo"
@@ -309,7 +312,7 @@ def test_searches_show_the_aim_the_screening_and_the_reckonings(run: Run) -> Non
     page = render(*run)
     searches = page.within("class", "searches")
     assert (
-        page.count("line", "aim") == 1
+        page.count("line", "target") == 1
         and searches.count("Steered to −0.21, 0.06 below the limit") == 1
     )
     assert "3 merge weights screened on the pool" in searches, "one of the four was screened twice"
@@ -317,13 +320,13 @@ def test_searches_show_the_aim_the_screening_and_the_reckonings(run: Run) -> Non
     assert "next λ by line 0.934, newton 0.912, tilt 0.934" in searches
 
 
-def test_told_reached_predicted_and_measured(run: Run) -> None:
+def test_nominal_effective_predicted_and_measured(run: Run) -> None:
     root, params = run
     path = root / "reports/search/mocan.json"
     steps = [{**read_json(path)["steps"][0], "lam": 1.25}]
     write_json(path, read_json(path) | {"steps": steps})
     page = render(root, params)
-    reached = page.within("id", "reached")
+    reached = page.within("id", "multipliers")
     assert not re.search(r"\bsft\b", reached), "it has no tilt but its own"
     assert re.search(r"safety_only no tilt", reached) and re.search(r"c_dpo no tilt", reached)
     low, high = (
@@ -343,7 +346,7 @@ def test_a_mixture_has_no_multiplier_to_predict_at(run: Run) -> None:
     path = root / "reports/search/mocan.json"
     write_json(path, read_json(path) | {"returns": "mixture"})
     page = render(root, params)
-    assert page.count("line", "miss") == 2 * 7 + 1 and "mocan" in page.within("id", "reached")
+    assert page.count("line", "miss") == 2 * 7 + 1 and "mocan" in page.within("id", "multipliers")
 
 
 def test_policies_whose_answers_were_cut_are_warned_of_and_these_answers_marked(run: Run) -> None:
@@ -381,20 +384,20 @@ def test_a_limit_on_answers_that_do_not_end_is_a_share(run: Run) -> None:
     }
     write_json(path, read_json(path) | {"prices": [whole]})
     page = render(root, params)
-    assert "short answers cut" in page.within("id", "further")
-    assert "limit 25%" in page.within("id", "further") and "predicted 20%" in page.within(
-        "id", "further"
+    assert "short answers cut" in page.within("id", "additional")
+    assert "limit 25%" in page.within("id", "additional") and "predicted 20%" in page.within(
+        "id", "additional"
     )
     assert "short (answers cut) at most 25%" in page.text
 
 
-def test_further_limits_stand_by_policy(run: Run) -> None:
+def test_additional_constraints_stand_by_policy(run: Run) -> None:
     root, params = run
     page = render(root, params)
-    limits = page.within("id", "further")
+    limits = page.within("id", "additional")
     assert "short tokens" in limits and "dangerous P(unsafe), prompts with bleach|poison" in limits
     assert "limit 29.5 40% price 0.01 0.00 predicted 29.5 27%" in limits
-    row = page.html[page.html.index('id="further"') :]
+    row = page.html[page.html.index('id="additional"') :]
     row = row[row.index("reward_dpo") :]
     assert 'class="badge over"' in row[: row.index("</tr>")], "most of its answers are unsafe"
     path = root / "reports/metrics/evaluate/caid.json"
@@ -402,21 +405,21 @@ def test_further_limits_stand_by_policy(run: Run) -> None:
     assert "Use caid" in page.within("id", "verdict") and "breaks" not in page.within(
         "id", "verdict"
     )
-    write_json(path, read_json(path) | {"also": broken})
+    write_json(path, read_json(path) | {"additional": broken})
     assert "Use caid" not in render(root, params).within("id", "verdict")
 
 
-def test_a_certified_policy_that_breaks_a_further_limit_afterwards_is_told(
+def test_a_certified_policy_that_breaks_a_additional_constraint_afterwards_is_told(
     certified: Callable[..., Run],
 ) -> None:
     root, params = certified([-0.6, -0.3, -0.1])
     path = root / "reports/metrics/evaluate/certified.json"
     broken = {"short": {"mean": 30.0, "low": 29.0, "high": 31.0, "limit": 29.97}}
-    write_json(path, read_json(path) | {"also": broken})
+    write_json(path, read_json(path) | {"additional": broken})
     verdict = render(root, params).within("id", "verdict")
     assert (
         "Use certified" in verdict
-        and "It breaks the further limit short: 30.000, where 29.970 is allowed" in verdict
+        and "It breaks the additional constraint short: 30.000, where 29.970 is allowed" in verdict
     )
 
 
@@ -572,7 +575,7 @@ def test_any_input_may_be_missing(run: Run, lost: str) -> None:
 @pytest.mark.parametrize(
     ("file", "key"),
     [
-        ("data/dual/dual.json", "aim"), ("data/dual/frontier.json", "rows"), ("data/dual/betas.json", "min_ess"),
+        ("data/dual/dual.json", "target"), ("data/dual/frontier.json", "rows"), ("data/dual/betas.json", "min_ess"),
         ("reports/search/dualign.json", "screened"), ("reports/metrics/evaluate/sft.json", "kl"),
         ("reports/provenance/sft.json", "throughput"), ("reports/metrics/prepare.json", "rejected"),
     ],
@@ -670,12 +673,12 @@ def test_a_row_says_which_method_it_is_and_what_is_unusual(run: Run) -> None:
 def test_the_course_of_an_ascent_stands_where_its_steps_would(run: Run) -> None:
     root, params = run
     path = root / "reports/search/mocan.json"
-    course = [
+    history = [
         {"step": 10 * k, "lam": 1 + 0.1 * k, "cost": 0.4 - 0.1 * k, "reward": 0.5, "kl": 0.3}
         for k in (1, 2, 3)
     ]
     before = render(root, params).within("class", "searches")
-    write_json(path, read_json(path) | {"course": course, "comparisons": 1200})
+    write_json(path, read_json(path) | {"history": history, "comparisons": 1200})
     searches = render(root, params).within("class", "searches")
     assert (
         "step 30: λ 1.300, cost 0.100, reward 0.500, KL 0.300" in searches

@@ -35,7 +35,7 @@ from dualign.core.schema import (
 from dualign.data import world
 from dualign.data.labelling import vote
 from dualign.evaluation.effective_tilt import Tilt, effective_tilt
-from dualign.evaluation.rollout import Judges, roll_out
+from dualign.evaluation.rollout import Scorers, roll_out
 from dualign.evaluation.stats import Measurement
 from dualign.lm.models import (
     build_scratch,
@@ -50,7 +50,7 @@ from dualign.lm.models import (
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_prompts
 from dualign.math import dual
-from dualign.math.constraints import Constraint, Price, priced
+from dualign.math.constraints import Constraint, Price, with_priced_rewards
 from dualign.methods import METHODS, Plan
 from dualign.params.base import LoraParams, PessimismParams, Resources
 from dualign.params.loading import load, load_resources
@@ -61,12 +61,12 @@ from dualign.params.search import (
     OnlineParams,
     PolicyGradientParams,
 )
-from dualign.params.training import InnerParams
+from dualign.params.training import PairLossParams
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
 from dualign.scoring.support import doubt
 from dualign.search import backend
-from dualign.search.backend import Inputs, PolicyBench, stretches
+from dualign.search.backend import Inputs, ModelBackend, downsample
 from dualign.search.online import Preferences
 from dualign.search.rules import Ascent, Step
 from dualign.search.screening import off_policy_cost
@@ -119,8 +119,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, resources: Resources) -> In
         )
     write_pairs(models / "prepared/safety_pairs.parquet", "safer_response_id", SAFETY_PAIRS)
     write_pairs(models / "prepared/helpful_pairs.parquet", "better_response_id", HELPFUL_PAIRS)
-    judges = Judges.load(resources, models)
-    pool = roll_out(judges.reference, PROMPTS, judges, count=3, max_new_tokens=8, seed=5)
+    scorers = Scorers.load(resources, models)
+    pool = roll_out(scorers.reference, PROMPTS, scorers, count=3, max_new_tokens=8, seed=5)
     write_parquet(models / "scored/pool.parquet", pool, POOL)
     known = pool[pool["sample"] < 2][["length", "logp_ref"]]
     write_parquet(models / "scored/support.parquet", known, SUPPORT)
@@ -172,11 +172,11 @@ def write_pairs(path: Path, label: str, schema: pa.Schema) -> None:
 
 def bench_of(
     params: DualSearchParams, resources: Resources, inputs: Inputs, scratch: Path, **options: Any
-) -> PolicyBench:
+) -> ModelBackend:
     """PD-DPO's bench with some options changed."""
     method = replace(METHODS["pd_dpo"], **options)
     plan = Plan("row", method, "safety_dpo/one", "reward_dpo/helpful")
-    return PolicyBench(plan, params, resources, None, PROMPTS, scratch, inputs)
+    return ModelBackend(plan, params, resources, None, PROMPTS, scratch, inputs)
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -236,13 +236,13 @@ def test_people_are_asked_once_about_answers_that_are_kept(
 
 def ours(
     params: DualSearchParams, resources: Resources, inputs: Inputs, scratch: Path
-) -> PolicyBench:
+) -> ModelBackend:
     """Our bench on a merge of two policies, any two."""
     plan = Plan(
         "row", replace(METHODS["dualign"], rule="merge"), "safety_dpo/one", "reward_dpo/helpful"
     )
-    inner = InnerParams(labels="soft", normalised=False, anchor=0.3, nll=0.0)
-    return PolicyBench(plan, params, resources, inner, PROMPTS, scratch, inputs)
+    pair_loss = PairLossParams(labels="soft", normalised=False, anchor=0.3, nll=0.0)
+    return ModelBackend(plan, params, resources, pair_loss, PROMPTS, scratch, inputs)
 
 
 def pool_logp(folder: Path | str, resources: Resources, inputs: Inputs) -> np.ndarray:
@@ -417,11 +417,11 @@ def test_a_training_keeps_the_loss_of_the_start_and_its_pairs(
     )
     plan = Plan("row", METHODS["pd_dpo"], "safety_dpo/one", "reward_dpo/helpful")
     given, options = replace(inputs, prepared=tmp_path / "prepared"), {"loss_type": loss_type}
-    bench = PolicyBench(plan, short, resources, None, PROMPTS, tmp_path / "s", given, loss=options)
+    bench = ModelBackend(plan, short, resources, None, PROMPTS, tmp_path / "s", given, loss=options)
     trained = bench.train(1, 0.7, step(0, 0.5, Path(bench.start)))
     assert distance(trained, inputs.models / "reward_dpo/helpful") > 1e-4
-    _, _, pairs, inner, _ = seen
-    assert inner.loss_type == loss_type and len(pairs) == 12
+    _, _, pairs, pair_loss, _ = seen
+    assert pair_loss.loss_type == loss_type and len(pairs) == 12
     if loss_type == "kto":
         assert [pair.desirable for pair in pairs] == [(True, i % 2 == 0) for i in range(12)]
         assert all(math.isfinite(pair.ref_mismatched) for pair in pairs)
@@ -430,10 +430,12 @@ def test_a_training_keeps_the_loss_of_the_start_and_its_pairs(
 def test_a_tilt_is_towards_the_reward_that_is_trained_on(
     params: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path
 ) -> None:
-    inner = InnerParams(labels="soft", normalised=False, anchor=0.3, nll=0.0)
+    pair_loss = PairLossParams(labels="soft", normalised=False, anchor=0.3, nll=0.0)
     prices = [Price(Constraint("mild", "cost", 0.0), 0.7, 0.0)]
     plan = Plan("row", METHODS["dualign"], "sft", "sft")
-    bench = PolicyBench(plan, params, resources, inner, PROMPTS, tmp_path, inputs, prices=prices)
+    bench = ModelBackend(
+        plan, params, resources, pair_loss, PROMPTS, tmp_path, inputs, prices=prices
+    )
     policy = inputs.models / "safety_dpo/one"
     ratio = pool_logp(policy, resources, inputs) - pool_logp(
         inputs.models / "sft", resources, inputs
@@ -443,7 +445,7 @@ def test_a_tilt_is_towards_the_reward_that_is_trained_on(
         effective_tilt(
             ratio, *(by_prompt(table, name) for name in ("reward", "cost", "length"))
         ).cost_slope
-        for table in (priced(pool, prices), pool)
+        for table in (with_priced_rewards(pool, prices), pool)
     )
     assert bench.tilt(str(policy)).cost_slope == pytest.approx(paid, rel=1e-2)
     assert abs(paid - free) > 0.05 * abs(paid)
@@ -452,7 +454,7 @@ def test_a_tilt_is_towards_the_reward_that_is_trained_on(
 def test_prices_are_charged_to_the_pool_to_fresh_answers_and_to_pairs(
     params: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path
 ) -> None:
-    inner = InnerParams(labels="soft", normalised=False, anchor=0.3, nll=0.0)
+    pair_loss = PairLossParams(labels="soft", normalised=False, anchor=0.3, nll=0.0)
     prices = [
         Price(Constraint("short", "length", 4.0), 0.2, 4.0),
         Price(Constraint("harm", "p_unsafe", 0.1), 0.7, 0.1),
@@ -460,16 +462,18 @@ def test_prices_are_charged_to_the_pool_to_fresh_answers_and_to_pairs(
     small = params.model_copy(update={"refresh_prompts": 3, "refresh_samples": 2})
     before = step(0, 0.5, inputs.models / "sft")
 
-    def bench(method: str) -> PolicyBench:
+    def bench(method: str) -> ModelBackend:
         plan = Plan("row", METHODS[method], "sft", "sft")
-        return PolicyBench(
-            plan, small, resources, inner, PROMPTS, tmp_path / method, inputs, prices=prices
+        return ModelBackend(
+            plan, small, resources, pair_loss, PROMPTS, tmp_path / method, inputs, prices=prices
         )
 
     tokenizer = load_tokenizer(inputs.models / "sft")
-    pool = priced(read_table(inputs.scored / "pool.parquet", POOL), prices)
+    pool = with_priced_rewards(read_table(inputs.scored / "pool.parquet", POOL), prices)
     found = bench("dualign")._pairs(0.5, tmp_path, before)
-    fresh = samples_of(priced(read_table(tmp_path / "refresh.parquet", ANSWERS), prices), tokenizer)
+    fresh = samples_of(
+        with_priced_rewards(read_table(tmp_path / "refresh.parquet", ANSWERS), prices), tokenizer
+    )
     samples, beta = samples_of(pool, tokenizer), small.beta
     value = dual.soft_value(samples.reward, samples.cost, 0.5, beta)[:3, None].repeat(2, axis=1)
     on_pool = pool_pairs(samples, pool_values(samples, 0.5, beta), 0.5, beta, small.seed)
@@ -490,7 +494,9 @@ def test_prices_are_charged_to_the_pool_to_fresh_answers_and_to_pairs(
         Plan("row", METHODS["c_dpo"], "sft", "sft"),
         replace(inputs, scored=tmp_path / "scored"),
     )
-    on_pairs = PolicyBench(plan, small, resources, inner, PROMPTS, tmp_path, given, prices=prices)
+    on_pairs = ModelBackend(
+        plan, small, resources, pair_loss, PROMPTS, tmp_path, given, prices=prices
+    )
     pairs = on_pairs._pairs(0.5, tmp_path, before)
     gap = np.array(
         [len(pair.first) - len(pair.second) for pair in pairs]
@@ -506,13 +512,13 @@ def test_answers_off_the_support_are_doubted_in_the_pool_and_in_fresh_answers(
     """Half of the answers surprise the reference more than the held-out ones do; a method on pairs
     believes all.
     """
-    inner = InnerParams(labels="soft", normalised=False, anchor=0.3, nll=0.0)
+    pair_loss = PairLossParams(labels="soft", normalised=False, anchor=0.3, nll=0.0)
     update = {"refresh_prompts": 3, "refresh_samples": 2, "pessimism": PESSIMISTIC}
     wary, before = params.model_copy(update=update), step(0, 0.5, inputs.models / "sft")
 
-    def bench(method: str, weights: InnerParams | None) -> PolicyBench:
+    def bench(method: str, weights: PairLossParams | None) -> ModelBackend:
         plan = Plan("row", METHODS[method], "sft", "sft")
-        return PolicyBench(plan, wary, resources, weights, PROMPTS, tmp_path / method, inputs)
+        return ModelBackend(plan, wary, resources, weights, PROMPTS, tmp_path / method, inputs)
 
     pool, tokenizer = (
         read_table(inputs.scored / "pool.parquet", POOL),
@@ -520,28 +526,32 @@ def test_answers_off_the_support_are_doubted_in_the_pool_and_in_fresh_answers(
     )
     found = doubt(inputs.scored, pool, PESSIMISTIC)
     assert found is not None and 0 < (found.beyond(pool) > 0).mean() < 1
-    pairs = bench("dualign", inner)._pairs(0.5, tmp_path, before)
+    pairs = bench("dualign", pair_loss)._pairs(0.5, tmp_path, before)
     fresh = samples_of(found.scores(read_table(tmp_path / "refresh.parquet", ANSWERS)), tokenizer)
     samples, beta = samples_of(found.scores(pool), tokenizer), wary.beta
     value = dual.soft_value(samples.reward, samples.cost, 0.5, beta)[:3, None].repeat(2, axis=1)
     on_pool = pool_pairs(samples, pool_values(samples, 0.5, beta), 0.5, beta, wary.seed)
     assert pairs == on_pool + pool_pairs(fresh, value, 0.5, beta, wary.seed)
-    assert pairs != bench_without(params, resources, inputs, inner, tmp_path)._pairs(
+    assert pairs != bench_without(params, resources, inputs, pair_loss, tmp_path)._pairs(
         0.5, tmp_path, before
     )
     assert bench("sacpo", None)._pool["reward"].tolist() == pool["reward"].tolist()
 
 
 def bench_without(
-    params: DualSearchParams, resources: Resources, inputs: Inputs, inner: InnerParams, folder: Path
-) -> PolicyBench:
+    params: DualSearchParams,
+    resources: Resources,
+    inputs: Inputs,
+    pair_loss: PairLossParams,
+    folder: Path,
+) -> ModelBackend:
     """The same without pessimism."""
     small = params.model_copy(update={"refresh_prompts": 3, "refresh_samples": 2})
-    return PolicyBench(
+    return ModelBackend(
         Plan("row", METHODS["dualign"], "sft", "sft"),
         small,
         resources,
-        inner,
+        pair_loss,
         PROMPTS,
         folder,
         inputs,
@@ -556,7 +566,7 @@ def test_corrected_prices_reach_the_pairs_of_a_training_and_the_tilts_after(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Told price 0.9 in place of 0.2, a training sees the labels of a bench that began at 0.9."""
-    inner = InnerParams(labels="soft", normalised=False, anchor=0.3, nll=0.0)
+    pair_loss = PairLossParams(labels="soft", normalised=False, anchor=0.3, nll=0.0)
     small = params.model_copy(update={"refresh_prompts": 3, "refresh_samples": 2})
     plan, before = (
         Plan("row", METHODS["dualign"], "sft", "sft"),
@@ -564,15 +574,17 @@ def test_corrected_prices_reach_the_pairs_of_a_training_and_the_tilts_after(
     )
     limit = Constraint("mild", "cost", 0.0)
 
-    def bench(name: str, price: float) -> PolicyBench:
+    def bench(name: str, price: float) -> ModelBackend:
         prices = [Price(limit, price, 0.0)]
-        return PolicyBench(
-            plan, small, resources, inner, PROMPTS, tmp_path / name, inputs, prices=prices
+        return ModelBackend(
+            plan, small, resources, pair_loss, PROMPTS, tmp_path / name, inputs, prices=prices
         )
 
     seen: list[Any] = []
 
-    def watched(policy: Any, tokenizer: Any, pairs: Any, inner: Any, job: Any) -> dict[str, Any]:
+    def watched(
+        policy: Any, tokenizer: Any, pairs: Any, pair_loss: Any, job: Any
+    ) -> dict[str, Any]:
         seen.append(pairs)
         return {"losses": []}
 
@@ -585,7 +597,7 @@ def test_corrected_prices_reach_the_pairs_of_a_training_and_the_tilts_after(
     policy = str(inputs.models / "safety_dpo/one")
     assert told.tilt(policy) == began.tilt(policy) != bench("other", 0.2).tilt(policy)
     measured = told.measure(1, policy)
-    (mild,) = measured.further
+    (mild,) = measured.additional
     assert mild.mean == pytest.approx(measured.cost) and mild.error == pytest.approx(
         measured.cost_se
     )
@@ -621,13 +633,13 @@ def quick(params: DualSearchParams, tmp_path: Path) -> DualSearchParams:
 
 def online_bench(
     params: DualSearchParams, resources: Resources, inputs: Inputs, scratch: Path, **losses: Any
-) -> PolicyBench:
+) -> ModelBackend:
     plan = Plan("row", METHODS["o_pd_dpo"], "safety_dpo/one", "reward_dpo/helpful")
     frequent = resources.model_copy(update={"checkpoint_steps": 1})
-    return PolicyBench(plan, params, frequent, None, PROMPTS, scratch, inputs, **losses)
+    return ModelBackend(plan, params, frequent, None, PROMPTS, scratch, inputs, **losses)
 
 
-def rounds(bench: PolicyBench) -> tuple[str, Measurement]:
+def rounds(bench: ModelBackend) -> tuple[str, Measurement]:
     """Two rounds; the last policy and its measurement."""
     first = bench.train(1, 0.7, step(0, 0.5, Path(bench.start)))
     last = bench.train(2, 0.9, step(1, 0.7, Path(first)))
@@ -669,10 +681,10 @@ def test_a_round_trains_on_all_pairs_so_far_from_its_own_helpful_policy(
     clips: list[float | None] = []
     train = backend.train_pairwise
 
-    def watched(policy: Any, tokenizer: Any, pairs: Any, inner: Any, job: Any) -> Any:
-        seen.append((len(pairs), inner.scale))
-        clips.append(inner.clip)
-        return train(policy, tokenizer, pairs, inner, job)
+    def watched(policy: Any, tokenizer: Any, pairs: Any, pair_loss: Any, job: Any) -> Any:
+        seen.append((len(pairs), pair_loss.scale))
+        clips.append(pair_loss.clip)
+        return train(policy, tokenizer, pairs, pair_loss, job)
 
     monkeypatch.setattr(backend, "train_pairwise", watched)
     timid = quick.model_copy(
@@ -684,7 +696,7 @@ def test_a_round_trains_on_all_pairs_so_far_from_its_own_helpful_policy(
         online_bench(timid, resources, inputs, tmp_path, loss={"clip": 3.0}, reward_clip=7.0)
     )
     assert clips == [7.0, 3.0] * 2
-    offline = Preferences.read(inputs.prepared).visited(timid.training, timid.seed)
+    offline = Preferences.read(inputs.prepared).rows_within_budget(timid.training, timid.seed)
     first, second = (len(Preferences.read(tmp_path / f"step-{k}/fresh").helpful) for k in (1, 2))
     counts = [len(offline.helpful) + first] * 2 + [len(offline.helpful) + first + second] * 2
     assert len(offline.helpful) == 8 and [count for count, _ in seen] == counts
@@ -828,7 +840,7 @@ def climb(
         update={"policy_gradient": gradient, "max_new_tokens": 4, "limit": -2.0}
     )
     frequent = resources.model_copy(update={"checkpoint_steps": 1})
-    bench = PolicyBench(
+    bench = ModelBackend(
         Plan("row", METHODS["safe_rlhf"], "sft", "sft"),
         given,
         frequent,
@@ -846,7 +858,7 @@ def test_an_ascent_trains_policy_and_multiplier_and_counts_its_answers(
 ) -> None:
     made, measured = climb(params, resources.model_copy(update={"log_steps": 1}), inputs, tmp_path)
     assert distance(made.policy, inputs.models / "sft") > 1e-3
-    assert [row["step"] for row in made.course] == [1, 2, 3] and made.lam == made.course[-1][
+    assert [row["step"] for row in made.history] == [1, 2, 3] and made.lam == made.history[-1][
         "lam"
     ] > 1
     answers = read_table(tmp_path / "step-1/answers.parquet", ANSWERS)
@@ -871,7 +883,7 @@ def test_a_killed_ascent_ends_with_the_same_policy_and_course(
         patched.setattr(backend, name, dying)
         climb(params, resources, inputs, tmp_path / "broken")
     again, remeasured = climb(params, resources, inputs, tmp_path / "broken")
-    assert (again.lam, again.course, remeasured) == (made.lam, made.course, measured)
+    assert (again.lam, again.history, remeasured) == (made.lam, made.history, measured)
     weights = [
         (Path(policy) / "model.safetensors").read_bytes() for policy in (made.policy, again.policy)
     ]
@@ -879,12 +891,12 @@ def test_a_killed_ascent_ends_with_the_same_policy_and_course(
 
 
 def test_stretches_are_means_by_hand() -> None:
-    course = {
+    history = {
         "lambda": [1.0, 2.0, 3.0, 4.0, 5.0],
         "cost": [0.0] * 5,
         "reward": [1.0] * 5,
         "kl": [0.0, 0, 0, 0, 3.0],
     }
-    rows = stretches(course, 2)
+    rows = downsample(history, 2)
     assert [(row["step"], row["lam"], row["kl"]) for row in rows] == [(3, 2.0, 0.0), (5, 4.5, 1.5)]
-    assert [row["lam"] for row in stretches(course, 50)] == course["lambda"]
+    assert [row["lam"] for row in downsample(history, 50)] == history["lambda"]

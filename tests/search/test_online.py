@@ -188,7 +188,7 @@ def test_a_union_holds_all_rows_and_a_run_is_given_those_it_reaches(tmp_path: Pa
         max_length=10,
         max_steps=2,
     )
-    reached = data.visited(training, seed=0)
+    reached = data.rows_within_budget(training, seed=0)
     assert len(reached.helpful) == len(reached.safety) == 4
     assert set(reached.safety["pair_id"]) <= set(data.safety["pair_id"])
 

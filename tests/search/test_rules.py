@@ -18,12 +18,12 @@ from scipy.optimize import minimize
 from dualign.core.artifacts import read_json
 from dualign.core.errors import DualignError
 from dualign.evaluation.effective_tilt import Tilt
-from dualign.evaluation.stats import LimitEstimate, Measurement
+from dualign.evaluation.stats import ConstraintEstimate, Measurement
 from dualign.methods import METHODS, Plan
 from dualign.params.loading import load
 from dualign.params.search import DualSearchParams, OnlineParams
 from dualign.search import rules
-from dualign.search.rules import Ascent, Blend, Outlook, Step
+from dualign.search.rules import Ascent, Blend, SearchContext, Step
 from dualign.search.screening import Screening
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,7 +178,7 @@ def test_the_line_beats_the_secant_where_costs_are_noisy(
     """Searches on the curve with noise, Newton's curvature off by a factor: whose next multiplier
     is nearer?
     """
-    rng, noise, known = np.random.default_rng(0), 0.05, Outlook(0.6, 0.6)
+    rng, noise, known = np.random.default_rng(0), 0.05, SearchContext(0.6, 0.6)
     exact = params.model_copy(update={"z": 0.0})
     errors: dict[str, list[float]] = {"secant": [], "line": []}
     for _ in range(400):
@@ -336,7 +336,7 @@ class Curve:
     def ascend(self, step: int) -> Ascent:
         """Ends where the curve meets the limit."""
         self.ascended.append(step)
-        return Ascent(self._policy(f"ascended-{step}", ROOT_LAM), ROOT_LAM, COURSE)
+        return Ascent(self._policy(f"ascended-{step}", ROOT_LAM), ROOT_LAM, HISTORY)
 
     def mix(self, step: int, steps: Sequence[Step]) -> str:
         """Stands for the mean multiplier; that of the costs would need more than one number."""
@@ -380,7 +380,7 @@ class Curve:
 
 ROOT_LAM = math.log(0.8 / 0.3) / 0.7  # where the curve meets the limit: 1.4012
 RULES = ["grid", "one_shot", "dual_gradient", "projected_subgradient", "newton", "merge", "ascent"]
-COURSE = [{"step": 10, "lam": 1.1, "cost": 0.2, "reward": 0.5, "kl": 0.1}]
+HISTORY = [{"step": 10, "lam": 1.1, "cost": 0.2, "reward": 0.5, "kl": 0.1}]
 
 
 @pytest.fixture
@@ -397,10 +397,10 @@ def go(
     radius: float = 5.0,
     naive: bool = False,
     returns: str | None = None,
-    aim: float | None = None,
+    target: float | None = None,
 ) -> tuple[list[Step], str]:
     scratch.mkdir(exist_ok=True)
-    known = Outlook(lam_pool, bench.lam_start, radius, naive, aim=aim)
+    known = SearchContext(lam_pool, bench.lam_start, radius, naive, target_cost=target)
     return rules.run(by_rule(rule, returns), bench.start, known, params, bench, scratch)
 
 
@@ -432,7 +432,7 @@ def test_newton_needs_two_trainings(bench: Curve, params: DualSearchParams, tmp_
     exact = params.model_copy(update={"z": 0.0})
     lams, costs = [s.lam for s in steps[1:3]], [s.measured.cost for s in steps[1:3]]
     line = rules.line_root(lams, costs, [bench.se] * 2, steps[2].measured.variance / BETA, LIMIT)
-    assert rules._newton(steps[:3], exact, Outlook(0.6, 0.6)) == pytest.approx(line)
+    assert rules._newton(steps[:3], exact, SearchContext(0.6, 0.6)) == pytest.approx(line)
 
 
 def test_a_first_correction_is_told_in_commands_where_the_tilt_is_believed(
@@ -448,8 +448,8 @@ def test_a_first_correction_is_told_in_commands_where_the_tilt_is_believed(
     doubted = replace(steps[0], tilt=tilted(0.6, r2=0.89))
     unclear = replace(steps[0], tilt=tilted(0.6, lam_se=0.31))
     for first in (doubted, unclear, replace(steps[0], tilt=None)):
-        assert rules._newton([first], params, Outlook(1.0, 1.0)) == pytest.approx(newton)
-    second, later = steps[1], rules._newton(steps[:2], params, Outlook(1.0, 1.0))
+        assert rules._newton([first], params, SearchContext(1.0, 1.0)) == pytest.approx(newton)
+    second, later = steps[1], rules._newton(steps[:2], params, SearchContext(1.0, 1.0))
     assert later == rules.tilt_step(
         second.lam, second.tilt, second.measured.cost, second.measured.variance, LIMIT
     )
@@ -460,23 +460,23 @@ SWINGING = [step(0, 0.6, -0.05), step(1, 1.7, -0.36), step(2, 1.2, -0.24), step(
 
 def test_every_reckoning_is_on_record(params: DualSearchParams) -> None:
     steps = [replace(s, tilt=tilted(0.5 * s.lam)) for s in SWINGING]
-    rows = rules.summary(by_rule("newton"), steps, "b", params, Outlook(0.6, 0.6), before=1)[
+    rows = rules.summary(by_rule("newton"), steps, "b", params, SearchContext(0.6, 0.6), before=1)[
         "steps"
     ]
     assert all(row["next"].keys() == {"newton", "tilt", "line"} for row in rows)
     assert rows[0]["next"]["line"] == pytest.approx(rows[0]["next"]["tilt"])
-    assert rows[3]["next"] == rules.corrections(steps, params, Outlook(0.6, 0.6))
+    assert rows[3]["next"] == rules.corrections(steps, params, SearchContext(0.6, 0.6))
     assert len(set(rows[3]["next"].values())) == 3
     assert rows[2]["tilt"]["lam_eff"] == pytest.approx(0.6)
     assert (
         "next"
-        not in rules.summary(by_rule("grid"), steps, "b", params, Outlook(0.6, 0.6), before=1)[
-            "steps"
-        ][0]
+        not in rules.summary(
+            by_rule("grid"), steps, "b", params, SearchContext(0.6, 0.6), before=1
+        )["steps"][0]
     )
 
 
-# --- the aim --------------------------------------------------------------------------------------
+# --- the target -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", ["dual_gradient", "projected_subgradient", "newton", "merge"])
@@ -485,24 +485,26 @@ def test_a_rule_ends_on_the_aim_below_the_limit(
 ) -> None:
     generous = params.model_copy(update={"max_trainings": 50, "step_size": 2.0})
     bench = Curve(tmp_path / "bench", lam_start=3.0 if rule == "merge" else 0.6)
-    steps, stopped = go(rule, bench, generous, tmp_path / "s", lam_pool=1.2, aim=LIMIT - 0.1)
-    assert stopped == "cost within noise of the aim"
+    steps, stopped = go(rule, bench, generous, tmp_path / "s", lam_pool=1.2, target=LIMIT - 0.1)
+    assert stopped == "cost within noise of the target"
     assert abs(steps[-1].measured.cost - (LIMIT - 0.1)) <= bench.se
-    known = Outlook(1.2, 0.6, aim=LIMIT - 0.1)
-    assert rules.summary(by_rule(rule), steps, stopped, generous, known, 1)["aim"] == pytest.approx(
-        LIMIT - 0.1
-    )
+    known = SearchContext(1.2, 0.6, target_cost=LIMIT - 0.1)
+    assert rules.summary(by_rule(rule), steps, stopped, generous, known, 1)[
+        "target"
+    ] == pytest.approx(LIMIT - 0.1)
 
 
 def test_the_best_keeps_the_aim_else_the_limit_else_costs_least(params: DualSearchParams) -> None:
     plan = by_rule("newton", "best")
-    assert rules.choose(plan, STEPS, params, aim=-0.45) == 2  # the only one below it
+    assert rules.choose(plan, STEPS, params, target=-0.45) == 2  # the only one below it
     assert (
-        rules.choose(plan, STEPS, params, aim=-0.9) == 1
+        rules.choose(plan, STEPS, params, target=-0.9) == 1
     )  # none: the most rewarding within the limit
-    assert rules.choose(plan, STEPS, params, aim=-0.4) == 3
-    assert rules.choose(plan, STEPS[:1], params, aim=-0.4) == 0
-    result = rules.summary(plan, STEPS, "b", params, Outlook(0.6, 0.5, aim=-0.9), before=1)
+    assert rules.choose(plan, STEPS, params, target=-0.4) == 3
+    assert rules.choose(plan, STEPS[:1], params, target=-0.4) == 0
+    result = rules.summary(
+        plan, STEPS, "b", params, SearchContext(0.6, 0.5, target_cost=-0.9), before=1
+    )
     assert result["chosen"] == 1 and result["feasible"]  # feasible is a matter of the limit
 
 
@@ -566,7 +568,7 @@ def test_a_search_out_of_tokens_returns_its_best_so_far(
         and stopped.startswith("budget of 320 generated")
     )
     plan = by_rule("dual_gradient", returns)
-    result = rules.summary(plan, steps, stopped, wide, Outlook(0.6, 0.6), before=0)
+    result = rules.summary(plan, steps, stopped, wide, SearchContext(0.6, 0.6), before=0)
     allowed = [i for i, s in enumerate(steps) if rules.feasible(s, wide)]
     assert allowed and result["chosen"] == max(allowed, key=lambda i: steps[i].measured.reward)
     assert result["chosen"] == 1 and result["feasible"]
@@ -603,12 +605,12 @@ def test_newton_leaves_a_start_that_meets_the_limit(
 
 def test_newton_keeps_its_multiplier_where_the_cost_does_not_vary(params: DualSearchParams) -> None:
     flat = replace(step(0, 0.7, 0.5), measured=measured(0.5, variance=0.0))
-    assert rules._newton([flat], params, Outlook(0.7, 0.7, 5.0)) == 0.7
+    assert rules._newton([flat], params, SearchContext(0.7, 0.7, 5.0)) == 0.7
 
 
 def test_newton_stays_below_the_largest_multiplier(params: DualSearchParams) -> None:
     steep = replace(step(0, 0.7, 0.5), measured=measured(0.5, variance=1e-6))
-    assert rules._newton([steep], params, Outlook(0.7, 0.7, 5.0)) == params.lambda_max
+    assert rules._newton([steep], params, SearchContext(0.7, 0.7, 5.0)) == params.lambda_max
 
 
 @pytest.mark.parametrize("rule", ["dual_gradient", "projected_subgradient"])
@@ -662,15 +664,17 @@ def test_an_ascent_trains_once_and_tells_its_own_multiplier_and_course(
 ) -> None:
     steps, stopped = go("ascent", bench, params, tmp_path / "s")
     assert bench.ascended == [1] and not bench.trained and stopped == "rule ascent is finished"
-    assert [(s.lam, s.trained, s.course) for s in steps] == [
+    assert [(s.lam, s.trained, s.history) for s in steps] == [
         (0.6, False, []),
-        (ROOT_LAM, True, COURSE),
+        (ROOT_LAM, True, HISTORY),
     ]
-    result = rules.summary(by_rule("ascent"), steps, stopped, params, Outlook(0.6, 0.6), before=0)
+    result = rules.summary(
+        by_rule("ascent"), steps, stopped, params, SearchContext(0.6, 0.6), before=0
+    )
     assert (
-        result["course"] == COURSE
+        result["history"] == HISTORY
         and result["trainings"] == 1
-        and "course" not in result["steps"][1]
+        and "history" not in result["steps"][1]
     )
     again = Curve(tmp_path / "again", lam_start=0.6)
     assert go("ascent", again, params, tmp_path / "s") == (steps, stopped) and not again.ascended
@@ -709,7 +713,7 @@ def test_a_grid_starts_at_zero_where_the_loss_allows(
     plan = Plan("row", replace(METHODS[method], rule="grid"), "start", "reference")
     given = params.model_copy(update={"grid": [0.0, 1.0]})
     (tmp_path / "s").mkdir()
-    steps, _ = rules.run(plan, bench.start, Outlook(0.6, 0.6), given, bench, tmp_path / "s")
+    steps, _ = rules.run(plan, bench.start, SearchContext(0.6, 0.6), given, bench, tmp_path / "s")
     assert [s.lam for s in steps] == [0.6, least, 1.0]
     assert [lam for _, lam, _ in bench.trained] == [least, 1.0]
 
@@ -736,7 +740,7 @@ def test_rounds_of_comparisons_go_on_at_the_end_of_the_interval(params: DualSear
         cost_scale=0.1,
         dimension=None,
     )
-    at_the_end, known = [step(3, 1.8, cost=0.5)], Outlook(0.6, 0.6, radius=0.9)
+    at_the_end, known = [step(3, 1.8, cost=0.5)], SearchContext(0.6, 0.6, radius=0.9)
     assert rules._projected_subgradient(at_the_end, params, known) is None
     assert (
         rules._projected_subgradient(
@@ -793,7 +797,7 @@ def test_a_search_ends_at_the_first_step_that_is_enough(
     steps, stopped = rules.run(
         by_rule("grid"),
         bench.start,
-        Outlook(0.6, 0.6),
+        SearchContext(0.6, 0.6),
         params,
         bench,
         tmp_path,
@@ -850,7 +854,9 @@ def test_policies_on_both_sides_of_the_limit_are_merged_in_place_of_a_training(
         assert made.lam == pytest.approx(
             (1 - weight) * steps[0].lam + weight * steps[1].lam, abs=1e-4
         )
-    rows = rules.summary(by_rule("newton"), steps, stopped, params, Outlook(0.6, 0.6), before=1)
+    rows = rules.summary(
+        by_rule("newton"), steps, stopped, params, SearchContext(0.6, 0.6), before=1
+    )
     assert (rows["trainings"], rows["chosen"]) == (2, 3)
     assert rows["steps"][3]["blend"] == {"first": 0, "second": 1, "weight": bench.blended[1][2]}
     assert rows["steps"][1]["blend"] is None
@@ -980,7 +986,9 @@ def test_screening_saves_measurements(
     assert stopped == "cost within noise of the limit"
     assert len(seeing.measured) == 2 < len(blind.measured) and spent(fewer) < spent(steps)
     assert fewer[1].q == fewer[1].screened[-1].q
-    result = rules.summary(by_rule("merge"), fewer, stopped, exact, Outlook(0.4, 4.0), before=2)
+    result = rules.summary(
+        by_rule("merge"), fewer, stopped, exact, SearchContext(0.4, 4.0), before=2
+    )
     assert [seen["q"] for seen in result["screened"]] == seeing.screened
     assert (
         result["screened"][0].keys() == {"q", "cost", "cost_se", "ess"}
@@ -1018,7 +1026,7 @@ def test_labels_are_not_screened(params: DualSearchParams, tmp_path: Path) -> No
     bench = Curve(tmp_path / "b", lam_start=3.0, ess=1000.0)
     (tmp_path / "s").mkdir()
     plan = Plan("row", replace(METHODS["p_sacpo"], cost="feedback"), "start", "reference")
-    rules.run(plan, bench.start, Outlook(1.2, 3.0), params, bench, tmp_path / "s")
+    rules.run(plan, bench.start, SearchContext(1.2, 3.0), params, bench, tmp_path / "s")
     assert bench.merged and not bench.screened
 
 
@@ -1027,7 +1035,7 @@ def test_a_merge_between_two_multipliers_keeps_its_books(
 ) -> None:
     bench = Curve(tmp_path / "b", lam_start=3.0)
     (tmp_path / "s").mkdir()
-    known = Outlook(1.2, 3.0, lam_reference=0.3)
+    known = SearchContext(1.2, 3.0, lam_reference=0.3)
     steps, _ = rules.run(by_rule("merge"), bench.start, known, params, bench, tmp_path / "s")
     assert steps[1].q == pytest.approx(1 / 3) and steps[1].lam == pytest.approx(1.2)
 
@@ -1062,7 +1070,7 @@ def test_the_tail_average_is_trained_once_more(
     assert last.lam == pytest.approx(np.mean([s.lam for s in before[len(before) // 2 :]]))
     assert bench.trained[-1] == (last.step, last.lam, before[-1].policy)
     result = rules.summary(
-        by_rule(rule, "tail_average"), steps, "because", params, Outlook(0.6, 0.6), before=1
+        by_rule(rule, "tail_average"), steps, "because", params, SearchContext(0.6, 0.6), before=1
     )
     assert result["trainings"] == 1 + len(before) and result["chosen"] == last.step
 
@@ -1229,7 +1237,9 @@ def test_feasible_allows_z_standard_errors(
 
 
 def test_summary_counts_trainings_and_tokens(params: DualSearchParams) -> None:
-    result = rules.summary(by_rule("newton"), STEPS, "because", params, Outlook(0.6, 0.5), before=2)
+    result = rules.summary(
+        by_rule("newton"), STEPS, "because", params, SearchContext(0.6, 0.5), before=2
+    )
     assert result["trainings"] == 2 + 3
     assert result["generated_tokens"] == 400
     assert (result["chosen"], result["feasible"], result["stopped"]) == (1, True, "because")
@@ -1257,11 +1267,16 @@ def test_the_slater_radius_and_its_source_are_on_record(params: DualSearchParams
     for given, source in (("pool", "pool"), (2.0, "params")):
         chosen = params.model_copy(update={"slater_radius": given})
         result = rules.summary(
-            by_rule("projected_subgradient"), STEPS, "b", chosen, Outlook(0.6, 0.5, 2.0), before=2
+            by_rule("projected_subgradient"),
+            STEPS,
+            "b",
+            chosen,
+            SearchContext(0.6, 0.5, 2.0),
+            before=2,
         )
         assert (result["slater_radius"], result["slater_from"]) == (2.0, source)
     assert "slater_radius" not in rules.summary(
-        by_rule("grid"), STEPS, "b", params, Outlook(0.6, 0.5), before=2
+        by_rule("grid"), STEPS, "b", params, SearchContext(0.6, 0.5), before=2
     )
 
 
@@ -1283,15 +1298,15 @@ def test_a_round_counts_its_comparisons_and_both_its_trainings(
     ]
     plan = Plan("row", METHODS["o_pd_dpo"], "start", "reference")
     given = params.model_copy(update={"online": online})
-    result = rules.summary(plan, asked, "b", given, Outlook(0.6, 0.5, 2.0), before=2)
+    result = rules.summary(plan, asked, "b", given, SearchContext(0.6, 0.5, 2.0), before=2)
     assert (result["comparisons"], result["trainings"]) == (90, count)
     offline = rules.summary(
-        by_rule("projected_subgradient"), asked, "b", params, Outlook(0.6, 0.5, 2.0), 2
+        by_rule("projected_subgradient"), asked, "b", params, SearchContext(0.6, 0.5, 2.0), 2
     )
     assert offline["trainings"] == 5
 
 
-# --- further limits -------------------------------------------------------------------------------
+# --- additional constraints -----------------------------------------------------------------------
 
 
 class Tilts(Curve):
@@ -1331,7 +1346,7 @@ class Tilts(Curve):
             tuple(float((weight * a * b).sum(1).mean()) for b in columns) for a in columns
         )
         reward, cost = float((weight * self.reward).sum(1).mean()), float(mean_c.mean())
-        further = (LimitEstimate("rare", self.limit, 1.0, float(mean_u.mean()), self.se),)
+        additional = (ConstraintEstimate("rare", self.limit, 1.0, float(mean_u.mean()), self.se),)
         return Measurement(
             cost,
             self.se,
@@ -1341,7 +1356,7 @@ class Tilts(Curve):
             float(mean_u.mean()),
             covariance[0][0],
             100,
-            further=further,
+            additional=additional,
             covariance=covariance,
         )
 
@@ -1350,7 +1365,7 @@ def jointly(
     bench: Tilts, params: DualSearchParams, scratch: Path, limit: float
 ) -> tuple[list[Step], str]:
     scratch.mkdir()
-    known = Outlook(bench.lam_start, bench.lam_start, prices=bench.asked[0][1:])
+    known = SearchContext(bench.lam_start, bench.lam_start, prices=bench.asked[0][1:])
     return rules.run(
         by_rule("newton"),
         bench.start,
@@ -1369,7 +1384,7 @@ def test_newton_moves_all_multipliers_until_all_limits_are_met(
     assert stopped == "all limits are met within noise, or kept at price 0"
     last = steps[-1]
     assert (last.lam, *last.prices) == bench.asked[-1] and len(steps) <= 5
-    (rare,) = last.measured.further
+    (rare,) = last.measured.additional
     assert rare.mean is not None
     for price, excess in ((last.lam, last.measured.cost + 0.3), (last.prices[0], rare.mean - 0.2)):
         assert abs(excess) <= 0.004 or (price == 0 and excess < 0)
@@ -1394,7 +1409,7 @@ def test_p_unsafe_as_the_only_limit_moves_its_price_and_leaves_lambda_at_0(
         steps,
         stopped,
         params.model_copy(update={"limit": 100.0}),
-        Outlook(0.0, 0.0),
+        SearchContext(0.0, 0.0),
         1,
     )
     assert found["chosen"] == len(steps) - 1 and found["feasible"]
@@ -1420,20 +1435,20 @@ def test_an_interrupted_search_of_several_limits_ends_with_the_same_steps(
         jointly(broken, params, tmp_path / "t", -0.3)
     again = Tilts(tmp_path / "bench", 0.2, (0.6,), 0.4, 0.7)
     again.asked = broken.asked[:2]
-    known = Outlook(0.4, 0.4, prices=(0.6,))
+    known = SearchContext(0.4, 0.4, prices=(0.6,))
     update = params.model_copy(update={"limit": -0.3})
     resumed, _ = rules.run(by_rule("newton"), again.start, known, update, again, tmp_path / "t")
     assert [replace(s, policy="") for s in resumed] == [replace(s, policy="") for s in whole]
 
 
 def limited(number: int, cost: float, reward: float, mean: float | None) -> Step:
-    further = (LimitEstimate("rare", 0.2, 1.0, mean, 0.01),)
+    additional = (ConstraintEstimate("rare", 0.2, 1.0, mean, 0.01),)
     return replace(
-        step(number, 1.0, cost), measured=replace(measured(cost, reward), further=further)
+        step(number, 1.0, cost), measured=replace(measured(cost, reward), additional=additional)
     )
 
 
-def test_the_best_keeps_further_limits_too(params: DualSearchParams) -> None:
+def test_the_best_keeps_additional_constraints_too(params: DualSearchParams) -> None:
     """Up to z standard errors; where none keeps all, the one that is nearest in them."""
     plan = by_rule("newton")
     steps = [limited(0, -0.5, 3.0, 0.3), limited(1, -0.5, 1.0, 0.209), limited(2, -0.1, 2.0, 0.1)]
@@ -1449,9 +1464,13 @@ def test_the_best_keeps_further_limits_too(params: DualSearchParams) -> None:
 def test_a_merge_tells_whether_it_is_naive(naive: bool, params: DualSearchParams) -> None:
     """A naive merge has another KL weight, so that the predicted frontier is not about it."""
     steps = [step(0, 1.0, 0.0), step(1, 0.5, -0.3, q=0.5)]
-    found = rules.summary(by_rule("merge"), steps, "", params, Outlook(0.6, 1.0, naive=naive), 2)
+    found = rules.summary(
+        by_rule("merge"), steps, "", params, SearchContext(0.6, 1.0, naive=naive), 2
+    )
     assert found["naive"] is naive
-    assert "naive" not in rules.summary(by_rule("newton"), steps, "", params, Outlook(0.6, 1.0), 2)
+    assert "naive" not in rules.summary(
+        by_rule("newton"), steps, "", params, SearchContext(0.6, 1.0), 2
+    )
 
 
 def test_labels_are_counted(params: DualSearchParams) -> None:
@@ -1459,5 +1478,7 @@ def test_labels_are_counted(params: DualSearchParams) -> None:
         replace(s, measured=replace(s.measured, labels=40, model_cost=0.1, model_cost_se=0.2))
         for s in STEPS
     ]
-    result = rules.summary(by_rule("newton"), labelled, "b", params, Outlook(0.6, 0.5), before=1)
+    result = rules.summary(
+        by_rule("newton"), labelled, "b", params, SearchContext(0.6, 0.5), before=1
+    )
     assert result["labels"] == 160 and result["steps"][0]["model_cost"] == 0.1

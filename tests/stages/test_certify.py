@@ -72,7 +72,7 @@ FURTHER = {
 }
 
 
-def test_further_limits_are_tests_too(resources: Resources) -> None:
+def test_additional_constraints_are_tests_too(resources: Resources) -> None:
     """The worst case of a cost is far above the limit on its tail, and the limit on the mean is
     kept.
     """
@@ -390,7 +390,7 @@ def test_costs_are_scored_again(resources: Resources, capsys: pytest.CaptureFixt
         and "not compared" not in held
         and "--rescore" not in left
     )
-    path = certificate.PLACE / "it" / certificate.FILE
+    path = certificate.CERTIFICATES / "it" / certificate.FILE
     command = [
         sys.executable,
         "-m",
@@ -431,7 +431,7 @@ def test_costs_are_scored_again(resources: Resources, capsys: pytest.CaptureFixt
 def test_true_costs_that_serve_as_labels_are_asked_again(resources: Resources) -> None:
     shutil.copyfile(ROOT / "params.yaml", "params.yaml")
     main(run_of(resources))
-    path = certificate.PLACE / "it" / certificate.FILE
+    path = certificate.CERTIFICATES / "it" / certificate.FILE
     prompts = [user(text) for text in TEXTS]
     answered = [world.answers(text)[0] for text in TEXTS]
     rows = pd.DataFrame(
@@ -548,11 +548,11 @@ def test_an_interrupted_screen_is_not_drawn_twice(
     drawn = list[int]()
     real = candidates.roll_out
 
-    def count(policy: Any, prompts: Any, judges: Any, **options: Any) -> Any:
+    def count(policy: Any, prompts: Any, scorers: Any, **options: Any) -> Any:
         drawn.append(len(prompts))
         if len(drawn) > 5:
             raise KeyboardInterrupt
-        return real(policy, prompts, judges, **options)
+        return real(policy, prompts, scorers, **options)
 
     monkeypatch.setattr(candidates, "roll_out", count)
     with pytest.raises(KeyboardInterrupt):

@@ -1,6 +1,5 @@
-"""The stage dual_init: what it writes, what it warns of, and how further limits reach the labels of
-a training.
-"""
+"""The stage dual_init: what it writes, what it warns of, and how additional constraints reach the
+labels of a training."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ from dualign.core.schema import (
     user,
 )  # fmt: skip
 from dualign.data import world
-from dualign.evaluation.rollout import Judges, roll_out
+from dualign.evaluation.rollout import Scorers, roll_out
 from dualign.lm.models import build_scratch, load_scorer_backbone, save
 from dualign.lm.tokens import answer_lengths, encode_prompts
 from dualign.math import dual
@@ -143,7 +142,7 @@ def test_the_files_hold_the_solution_of_the_pool(resources: Resources) -> None:
         LIMIT - result["half_drift_cost"], abs=0.5 * abs(result["half_drift_cost"])
     )
     assert at["kl"] > table["kl"].mean()  # few samples leave a KL too small
-    assert read_json("reports/metrics/dual_init.json")["lam_stock"] == result["lam_stock"]
+    assert read_json("reports/metrics/dual_init.json")["lam_margin"] == result["lam_margin"]
 
 
 @pytest.mark.usefixtures("folder")
@@ -192,15 +191,21 @@ def test_the_stock_leaves_room_for_the_certificate_and_null_leaves_none(
 ) -> None:
     run = run_of(resources, power=0.8)
     result, (reward, cost), beta = solved(run), scores(), run.params.beta
-    lam = result["lam_stock"]
-    assert lam > result["lam"] and result["aim"] == pytest.approx(LIMIT - result["stock"])
-    assert dual.predict(reward, cost, lam, beta, cost).mean() == pytest.approx(result["aim"])
+    lam = result["lam_margin"]
+    assert lam > result["lam"] and result["target"] == pytest.approx(
+        LIMIT - result["certificate_margin"]
+    )
+    assert dual.predict(reward, cost, lam, beta, cost).mean() == pytest.approx(result["target"])
     sd = dual.spread_of_means(reward, cost, lam, beta, run.params.certify_samples)
-    assert result["stock"] == pytest.approx(
-        dual.stock(sd, run.params.certify_prompts, delta=run.params.delta, power=0.8)
+    assert result["certificate_margin"] == pytest.approx(
+        dual.certificate_margin(sd, run.params.certify_prompts, delta=run.params.delta, power=0.8)
     )
     none = solved(run_of(resources, power=None))
-    assert (none["aim"], none["stock"], none["lam_stock"]) == (LIMIT, 0.0, none["lam"])
+    assert (none["target"], none["certificate_margin"], none["lam_margin"]) == (
+        LIMIT,
+        0.0,
+        none["lam"],
+    )
 
 
 @pytest.mark.usefixtures("folder")
@@ -248,7 +253,7 @@ def test_a_stock_out_of_reach_is_told(resources: Resources) -> None:
     limit = float(dual.predict(reward, cost, 50.0, 1.5, cost).mean()) + 1e-3
     [message] = solved(run_of(resources, power=0.8, limit=limit, min_ess=0.1))["messages"]
     assert message.startswith(
-        "the aim that leaves room for a certificate is out of the samples' reach: lam_stock takes"
+        "the target that leaves room for a certificate is out of the samples' reach: lam_margin takes"
     )
 
 
@@ -259,7 +264,7 @@ def test_a_limit_on_length_shortens_what_the_pool_predicts(resources: Resources)
     reward, cost = scores()
     length = by_prompt(read_table("data/scored/pool.parquet", POOL), "length")
     result = solved(
-        run_of(resources, also={"short": ConstraintSpec(quantity="length", limit=18.0)})
+        run_of(resources, additional={"short": ConstraintSpec(quantity="length", limit=18.0)})
     )
     [found] = result["prices"]
     row = next(r for r in read_json("data/dual/frontier.json")["rows"] if r["lam"] == result["lam"])
@@ -287,7 +292,7 @@ def test_a_limit_on_answers_that_do_not_end_is_met_on_the_pool(resources: Resour
     cut = 1.0 - by_prompt(read_table("data/scored/pool.parquet", POOL), "ended")
     assert tilted(reward, cost, solved(run_of(resources))["lam"], 1.5, cut) > 0.2
     result = solved(
-        run_of(resources, also={"whole": ConstraintSpec(quantity="unended", limit=0.1)})
+        run_of(resources, additional={"whole": ConstraintSpec(quantity="unended", limit=0.1)})
     )
     [found] = result["prices"]
     joint = dual.solve_many(reward, [cost, cut], limits=[LIMIT, 0.1], beta=1.5, lambda_max=50)
@@ -308,7 +313,7 @@ def test_p_unsafe_alone_has_a_price_and_a_limit_that_is_slack_none(resources: Re
     unsafe = (cost > 0).astype(float)
     wanted = 0.5 * float((dual.weights(reward, cost, 0.0, 1.5) * unsafe).sum(1).mean())
     spec = ConstraintSpec(quantity="p_unsafe", limit=wanted)
-    result = solved(run_of(resources, limit=100.0, also={"rare": spec}, min_ess=0.1))
+    result = solved(run_of(resources, limit=100.0, additional={"rare": spec}, min_ess=0.1))
     low, high = 0.0, 50.0
     for _ in range(80):
         middle = (low + high) / 2
@@ -319,7 +324,7 @@ def test_p_unsafe_alone_has_a_price_and_a_limit_that_is_slack_none(resources: Re
         result["lam"] == 0.0 and result["slack"] and found["lam"] == pytest.approx(high, rel=1e-5)
     )
     assert result["messages"] == [
-        "constraint.limit is slack: with the limits of constraint.also it is kept, so lambda is 0"
+        "constraint.limit is slack: with the limits of constraint.additional it is kept, so lambda is 0"
     ]
     assert (
         "the limit is slack" in solved(run_of(resources, limit=100.0, min_ess=0.1))["messages"][0]
@@ -425,9 +430,9 @@ def test_a_kl_weight_that_cannot_meet_the_limit_says_so_and_none_leaves_no_table
 
 
 @pytest.mark.usefixtures("folder")
-def test_further_limits_are_solved_anew_at_each_kl_weight(resources: Resources) -> None:
-    also = {"short": ConstraintSpec(quantity="length", limit=18.0)}
-    row = predicted_at(run_of(resources, betas=[3.0], also=also))[3.0]
+def test_additional_constraints_are_solved_anew_at_each_kl_weight(resources: Resources) -> None:
+    additional = {"short": ConstraintSpec(quantity="length", limit=18.0)}
+    row = predicted_at(run_of(resources, betas=[3.0], additional=additional))[3.0]
     reward, cost = scores()
     length = by_prompt(read_table("data/scored/pool.parquet", POOL), "length")
     joint = dual.solve_many(reward, [cost, length], limits=[LIMIT, 18.0], beta=3.0, lambda_max=50)
@@ -465,12 +470,12 @@ def tiny(
         backbone = load_scorer_backbone("models/sft", tokenizer, resources, seed)
         torch.nn.init.normal_(backbone.score.weight, std=0.5)
         Scorer(backbone, tokenizer, Platt()).save(Path("models") / name)
-    judges = Judges.load(resources)
+    scorers = Scorers.load(resources)
     prompts = pd.DataFrame(
         [{"prompt_id": prompt_id(user(q)), "prompt": user(q), "source": "world"} for q in QUESTIONS]
     )
     write_parquet("data/prepared/pool.parquet", prompts, PROMPTS)
-    pool = roll_out(judges.reference, prompts, judges, count=6, max_new_tokens=12, seed=3)
+    pool = roll_out(scorers.reference, prompts, scorers, count=6, max_new_tokens=12, seed=3)
     write_parquet("data/scored/pool.parquet", pool, POOL)
     pairs = [
         {
@@ -514,8 +519,8 @@ def test_a_limit_on_length_reaches_the_labels_of_a_training(
     limit = (
         predicted(0.0) + float(length.min(1).mean())
     ) / 2  # half of the way to the shortest samples
-    also = {"short": ConstraintSpec(quantity="length", limit=limit)}
-    result = solved(run_of(resources, **changes, also=also))
+    additional = {"short": ConstraintSpec(quantity="length", limit=limit)}
+    result = solved(run_of(resources, **changes, additional=additional))
     [found] = result["prices"]
     assert found["lam"] > 0 and predicted(found["lam"]) == pytest.approx(limit, abs=1e-5)
 

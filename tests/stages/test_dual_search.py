@@ -49,17 +49,17 @@ def test_the_start_says_its_multiplier_and_whether_its_merge_is_naive(
     run: Path, params: DualSearchParams
 ) -> None:
     exact = row_of("p_sacpo", "safety_dpo/stepwise", "reward_dpo/helpful")
-    known = dual_search.outlook(exact, STEPWISE, params)
+    known = dual_search.context(exact, STEPWISE, params)
     assert (known.lam_pool, known.lam_start, known.naive) == (0.8, 1.2, False)
     naive = row_of("p_sacpo", "safety_dpo/alone", "reward_dpo/helpful")
-    assert dual_search.outlook(naive, {"lam": 1.25, "reference": "sft"}, params).naive
+    assert dual_search.context(naive, {"lam": 1.25, "reference": "sft"}, params).naive
 
 
 def test_a_start_that_holds_the_reward_is_no_naive_merge(
     run: Path, params: DualSearchParams
 ) -> None:
     row = row_of("dualign", "lagrangian_dpo/anchored", "reward_dpo/helpful", rule="merge")
-    known = dual_search.outlook(row, lagrangian(lam=0.8), params)
+    known = dual_search.context(row, lagrangian(lam=0.8), params)
     assert (known.lam_pool, known.lam_start, known.lam_reference, known.naive) == (
         0.8,
         0.8,
@@ -83,7 +83,7 @@ def test_a_merge_on_the_path_knows_both_its_multipliers(
     path: Path, params: DualSearchParams
 ) -> None:
     row = row_of(*PATH, rule="merge")
-    known = dual_search.outlook(row, {"lam": 3.0}, params)
+    known = dual_search.context(row, {"lam": 3.0}, params)
     assert (known.lam_pool, known.lam_start, known.lam_reference, known.naive) == (
         0.8,
         3.0,
@@ -95,24 +95,25 @@ def test_a_merge_on_the_path_knows_both_its_multipliers(
 
 def test_the_aim_is_the_limit_unless_the_row_says_stock_and_the_dual_knows_one(run: Path) -> None:
     plain, stocked = (
-        row_of("dualign", "lagrangian_dpo/anchored", "sft", aims=aims) for aims in (None, "stock")
+        row_of("dualign", "lagrangian_dpo/anchored", "sft", target=target)
+        for target in (None, "margin")
     )
     assert dual_search.goal(plain) == (0.8, None) and dual_search.goal(stocked) == (0.8, -0.3)
-    write_json("data/dual/dual.json", solved(lam_stock=1.1, aim=-0.4))
+    write_json("data/dual/dual.json", solved(lam_margin=1.1, target=-0.4))
     assert dual_search.goal(plain) == (0.8, None) and dual_search.goal(stocked) == (1.1, -0.4)
 
 
 def test_a_stocked_search_steers_to_the_aim(path: Path, params: DualSearchParams) -> None:
-    write_json("data/dual/dual.json", solved(lam_stock=1.1, aim=-0.4))
-    known = dual_search.outlook(row_of(*PATH, rule="merge", aims="stock"), {"lam": 3.0}, params)
-    assert (known.lam_pool, known.aim, known.target(params)) == (1.1, -0.4, -0.4)
+    write_json("data/dual/dual.json", solved(lam_margin=1.1, target=-0.4))
+    known = dual_search.context(row_of(*PATH, rule="merge", target="margin"), {"lam": 3.0}, params)
+    assert (known.lam_pool, known.target, known.target(params)) == (1.1, -0.4, -0.4)
 
 
 def test_safety_first_takes_the_multiplier_of_its_first_step(
     run: Path, params: DualSearchParams
 ) -> None:
     swapped = row_of("sacpo", "reward_dpo/swapped", "safety_dpo/alone", rule="one_shot")
-    assert dual_search.outlook(swapped, {}, params).lam_start == 1.25
+    assert dual_search.context(swapped, {}, params).lam_start == 1.25
     assert dual_search.trainings(swapped, {}) == 2
 
 
@@ -133,7 +134,7 @@ def test_an_ascent_begins_at_its_own_multiplier_and_rests_on_no_training(
         plan("row", row),
         dual_search.with_row(params.model_copy(update={"methods": {"row": row}}), "row"),
     )
-    known = dual_search.outlook(ascent, {"loss": 1.2}, params)
+    known = dual_search.context(ascent, {"loss": 1.2}, params)
     assert (known.lam_pool, known.lam_start) == (0.8, 0.6)
     assert dual_search.trainings(ascent, {"loss": 1.2}) == 0
 
@@ -164,31 +165,33 @@ def test_the_slater_radius_is_the_pools_or_the_given_one(
     expected = slater_radius(
         reward, cost, limit=params.limit, beta=params.beta, lambda_max=params.lambda_max
     )
-    assert dual_search.outlook(pd_dpo, STEPWISE, params).radius == pytest.approx(expected)
+    assert dual_search.context(pd_dpo, STEPWISE, params).radius == pytest.approx(expected)
     fixed = params.model_copy(update={"slater_radius": 3.5})
-    assert dual_search.outlook(pd_dpo, STEPWISE, fixed).radius == 3.5
+    assert dual_search.context(pd_dpo, STEPWISE, fixed).radius == 3.5
     grid = row_of("sacpo", "safety_dpo/stepwise", "reward_dpo/helpful")
-    assert dual_search.outlook(grid, STEPWISE, params).radius == float("inf")
+    assert dual_search.context(grid, STEPWISE, params).radius == float("inf")
 
 
 def test_prices_go_to_searches_that_train_on_scores(
     run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert dual_search.further_limits(row_of("mocan", "lagrangian_dpo/bernoulli", "sft")) == []
+    assert (
+        dual_search.additional_constraints(row_of("mocan", "lagrangian_dpo/bernoulli", "sft")) == []
+    )
     price = Price(Constraint("short", "length", 9.0), 0.1, 9.0)
     write_json("data/dual/dual.json", solved(prices=[price.as_dict()]))
     for method, start in (
         ("dualign", "lagrangian_dpo/anchored"),
         ("c_dpo", "lagrangian_dpo/bernoulli"),
     ):
-        assert dual_search.further_limits(row_of(method, start, "sft")) == [price]
+        assert dual_search.additional_constraints(row_of(method, start, "sft")) == [price]
     assert not caplog.records
-    unpriced = dual_search.further_limits(
+    unpriced = dual_search.additional_constraints(
         row_of("pd_dpo", "safety_dpo/stepwise", "reward_dpo/helpful")
     )
     assert unpriced == [replace(price, lam=0.0)], "the limit itself still decides what is feasible"
     assert (
-        "methods.row does not train on scores of a table: no price steers it to constraint.also"
+        "methods.row does not train on scores of a table: no price steers it to constraint.additional"
         in caplog.text
     )
 
@@ -202,11 +205,11 @@ def test_newton_begins_at_the_prices_that_its_start_paid(
     dualign = row_of("dualign", "lagrangian_dpo/anchored", "sft")
     for source, prices in (("data/dual/dual.json", (0.1,)), ("params.yaml", (0.0,))):
         assert (
-            dual_search.outlook(dualign, {"lam": 0.8, "lam_from": source}, params).prices == prices
+            dual_search.context(dualign, {"lam": 0.8, "lam_from": source}, params).prices == prices
         )
     c_dpo = row_of("c_dpo", "lagrangian_dpo/bernoulli", "sft")
     start = {"lam": 0.8, "lam_from": "data/dual/dual.json"}
-    assert dual_search.outlook(c_dpo, start, params).prices == (), "its rule moves lambda alone"
+    assert dual_search.context(c_dpo, start, params).prices == (), "its rule moves lambda alone"
 
 
 @pytest.mark.parametrize(
@@ -302,9 +305,9 @@ def test_a_start_beyond_the_interval_is_told(
     run: Path, params: DualSearchParams, caplog: pytest.LogCaptureFixture
 ) -> None:
     pd_dpo = row_of("pd_dpo", "safety_dpo/stepwise", "reward_dpo/helpful")
-    dual_search.outlook(pd_dpo, STEPWISE, params.model_copy(update={"slater_radius": 0.6}))
+    dual_search.context(pd_dpo, STEPWISE, params.model_copy(update={"slater_radius": 0.6}))
     assert not caplog.records  # 1.2 is its end
-    dual_search.outlook(pd_dpo, STEPWISE, params.model_copy(update={"slater_radius": 0.5}))
+    dual_search.context(pd_dpo, STEPWISE, params.model_copy(update={"slater_radius": 0.5}))
     assert (
         "safety_dpo/stepwise is at lambda 1.2000, above the end of the interval: 2 rho = 1.0000"
         in caplog.text
@@ -325,13 +328,13 @@ def test_a_search_keeps_the_loss_of_its_start(start: dict[str, Any], kept: dict[
 
 
 def test_metrics_of_a_step_hold_no_list() -> None:
-    further = [{"name": "short", "limit": 9.0, "share": 1.0, "mean": 8.5, "error": 0.2}]
-    assert dual_search.numbers({"lam": 0.8, "further": further, "prices": [0.1]}) == {
+    additional = [{"name": "short", "limit": 9.0, "share": 1.0, "mean": 8.5, "error": 0.2}]
+    assert dual_search.numbers({"lam": 0.8, "additional": additional, "prices": [0.1]}) == {
         "lam": 0.8,
-        "further": {"short": {"mean": 8.5, "error": 0.2, "limit": 9.0}},
+        "additional": {"short": {"mean": 8.5, "error": 0.2, "limit": 9.0}},
         "prices": {"short": 0.1},
     }
-    assert dual_search.numbers({"further": further, "prices": []})["prices"] == {}
+    assert dual_search.numbers({"additional": additional, "prices": []})["prices"] == {}
 
 
 ONLINE = {

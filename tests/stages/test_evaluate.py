@@ -1,6 +1,5 @@
-"""The stage evaluate: what it says of a policy from the pool's samples and of further limits,
-beside its answers.
-"""
+"""The stage evaluate: what it says of a policy from the pool's samples and of additional
+constraints, beside its answers."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.schema import ANSWERS, POOL, PROMPTS, by_prompt, prompt_id, read_table, user
 from dualign.data import world
 from dualign.evaluation.effective_tilt import TILT_SAMPLES, effective_tilt
-from dualign.evaluation.rollout import Judges, roll_out
+from dualign.evaluation.rollout import Scorers, roll_out
 from dualign.evaluation.stats import clustered_mean
 from dualign.lm.models import load_policy, load_scorer_backbone
 from dualign.lm.sampling import log_probabilities
@@ -29,7 +28,7 @@ from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
 from dualign.stage import Run
 from stages import evaluate
-from stages.evaluate import further_limits
+from stages.evaluate import additional_constraints
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,9 +50,9 @@ def judged(workspace: Path, tokenizer: PreTrainedTokenizerBase, resources: Resou
         for q in questions
     ]
     write_parquet(workspace / "data/prepared/eval.parquet", prompts, PROMPTS)
-    judges = Judges.load(resources)
+    scorers = Scorers.load(resources)
     frame = read_table(workspace / "data/prepared/eval.parquet", PROMPTS)
-    pool = roll_out(judges.reference, frame, judges, count=5, max_new_tokens=6, seed=1)
+    pool = roll_out(scorers.reference, frame, scorers, count=5, max_new_tokens=6, seed=1)
     write_parquet(workspace / "data/scored/pool.parquet", pool, POOL)
     return workspace
 
@@ -100,7 +99,7 @@ def test_the_pool_tells_displacement_and_tilt_of_its_first_samples(
     assert own["tilt"]["reward_slope"] == pytest.approx(0, abs=1e-4)
 
 
-# --- further limits -------------------------------------------------------------------------------
+# --- additional constraints -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -119,13 +118,13 @@ def answers() -> pd.DataFrame:
 
 
 def test_each_limit_has_its_mean_and_interval_by_prompt(answers: pd.DataFrame) -> None:
-    also = {
+    additional = {
         "short": ConstraintSpec(quantity="length", limit=12.0),
         "whole": ConstraintSpec(quantity="unended", limit=0.1),
         "kitchen": ConstraintSpec(quantity="p_unsafe", limit=0.4, prompts="kitchen"),
         "tail": ConstraintSpec(quantity="cvar", limit=1.5, level=0.9),
     }
-    found = further_limits(answers, also, 0.9)
+    found = additional_constraints(answers, additional, 0.9)
     assert {name: row["limit"] for name, row in found.items()} == {
         "short": 12.0, "whole": 0.1, "kitchen": 0.4, "tail": 1.5,
     }  # fmt: skip
@@ -149,8 +148,11 @@ def test_each_limit_has_its_mean_and_interval_by_prompt(answers: pd.DataFrame) -
 def test_a_limit_on_prompts_that_are_not_evaluated_is_unknown(
     answers: pd.DataFrame, caplog: pytest.LogCaptureFixture
 ) -> None:
-    also = {"attic": ConstraintSpec(quantity="cost", limit=0.0, prompts="attic")}
-    assert further_limits(answers, also, 0.9) == {
+    additional = {"attic": ConstraintSpec(quantity="cost", limit=0.0, prompts="attic")}
+    assert additional_constraints(answers, additional, 0.9) == {
         "attic": {"mean": None, "low": None, "high": None, "limit": 0.0}
     }
-    assert "constraint.also.attic.prompts: 'attic' is found in no evaluated prompt" in caplog.text
+    assert (
+        "constraint.additional.attic.prompts: 'attic' is found in no evaluated prompt"
+        in caplog.text
+    )

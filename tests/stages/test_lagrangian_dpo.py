@@ -54,7 +54,7 @@ SCRATCH = ScratchParams(
 )
 MODELS = ("sft", "reward_dpo/helpful", "safety_dpo/alone")
 COEFFICIENT, LIMIT = 2.0, -0.2
-SOLVED = solved(lam=0.25, lam_stock=0.4, aim=-0.3)
+SOLVED = solved(lam=0.25, lam_margin=0.4, target=-0.3)
 PRICE = Price(Constraint("short", "length", 9.0), 0.1, 9.0)
 
 
@@ -114,14 +114,14 @@ def test_scorers_have_the_dual_of_the_pool(
 def test_the_stock_is_the_pools_or_an_aim_for_implicit_scores(
     folder: Path, pool: pd.DataFrame, repo_root: Path
 ) -> None:
-    given = stage_params(repo_root, lam="stock")
-    stocked = given.runs["bernoulli"].model_copy(update={"lam": "stock"})
+    given = stage_params(repo_root, lam="margin")
+    stocked = given.runs["bernoulli"].model_copy(update={"lam": "margin"})
     assert multiplier("bernoulli", stocked, pool, given)["lam"] == 0.4
     lam = multiplier("pecan", given.runs["pecan"], pool, given)["lam"]
     cost = dual.predict(
         by_prompt(pool, "reward"), by_prompt(pool, "cost"), lam, given.beta, by_prompt(pool, "cost")
     )
-    assert cost.mean() == pytest.approx(SOLVED["aim"], abs=1e-6)
+    assert cost.mean() == pytest.approx(SOLVED["target"], abs=1e-6)
 
 
 def test_prices_are_charged_with_a_solved_multiplier_on_the_scorers_scores(
@@ -132,10 +132,11 @@ def test_prices_are_charged_with_a_solved_multiplier_on_the_scorers_scores(
     rows = pool.assign(prompt=[user("q")] * len(pool), length=np.arange(len(pool)), ended=True)
     tables = Tables(rows, rows.assign(reward=1.0))
     runs = {
-        name: given.runs["bernoulli"].model_copy(update={"lam": name}) for name in ("dual", "stock")
+        name: given.runs["bernoulli"].model_copy(update={"lam": name})
+        for name in ("dual", "margin")
     }
     for spec in runs.values():
-        charged = lagrangian_dpo.charged("it", spec, tables, None)  # type: ignore[arg-type]  # no texts to count
+        charged = lagrangian_dpo.with_prices("it", spec, tables, None)  # type: ignore[arg-type]  # no texts to count
         assert charged.pool["reward"].tolist() == pytest.approx(
             (rows["reward"] - 0.1 * rows["length"]).tolist()
         )
@@ -143,11 +144,12 @@ def test_prices_are_charged_with_a_solved_multiplier_on_the_scorers_scores(
             (1 - 0.1 * rows["length"]).tolist()
         )
     by_hand = given.runs["bernoulli"].model_copy(update={"lam": 0.7})
-    assert lagrangian_dpo.charged("it", by_hand, tables, None).pool is rows  # type: ignore[arg-type]
+    assert lagrangian_dpo.with_prices("it", by_hand, tables, None).pool is rows  # type: ignore[arg-type]
     assert not caplog.records
-    assert lagrangian_dpo.charged("pecan", given.runs["pecan"], tables, None) is tables  # type: ignore[arg-type]
+    assert lagrangian_dpo.with_prices("pecan", given.runs["pecan"], tables, None) is tables  # type: ignore[arg-type]
     assert (
-        "lagrangian_dpo.runs.pecan is scored by policies and ignores constraint.also" in caplog.text
+        "lagrangian_dpo.runs.pecan is scored by policies and ignores constraint.additional"
+        in caplog.text
     )
 
 
@@ -255,13 +257,13 @@ def test_pecan_trains_at_the_multiplier_of_its_own_scores(
     monkeypatch.setattr(
         lagrangian, "train_pairwise", lambda *args: seen.extend(args) or train_pairwise(*args)
     )
-    inner = {
+    pair_loss = {
         "labels": "soft",
         "normalised": normalised,
         "anchor": 0.3 if data == "pool" else 0.0,
         "nll": 0.0,
     }
-    given = stage_params(repo_root, data=data, inner=inner, learning_rate=rate)
+    given = stage_params(repo_root, data=data, pair_loss=pair_loss, learning_rate=rate)
     tables = scored_tables(
         Path("data/scored"), *MODELS[1:], given.beta, load_tokenizer("models/sft"), RESOURCES
     )
@@ -281,7 +283,8 @@ def test_pecan_trains_at_the_multiplier_of_its_own_scores(
     _, _, pairs, loss, job = seen
     effective = given.training.learning_rate if rate is None else rate
     assert (
-        told["inner"] == inner and told["learning_rate"] == job.training.learning_rate == effective
+        told["pair_loss"] == pair_loss
+        and told["learning_rate"] == job.training.learning_rate == effective
     )
     scale = lagrangian_scale(told["lam"], normalised)
     assert (loss.scale, loss.beta) == (pytest.approx(given.beta * scale), given.beta)

@@ -93,11 +93,11 @@ def test_the_second_training_goes_on_from_the_first_against_the_same_reference(
     for name in ("slack", "strict"):
         lambda_path.main(Run("lambda_path", name, params, resources))
     samples = samples_of(read_table(pooled / "data/scored/pool.parquet", POOL), tokenizer)
-    for (_, _, pairs, inner, job), run in zip(seen, params.runs.values(), strict=True):
+    for (_, _, pairs, pair_loss, job), run in zip(seen, params.runs.values(), strict=True):
         assert pairs == pool_pairs(
             samples, pool_values(samples, run.lam, params.beta), run.lam, params.beta, params.seed
         )
-        assert (inner.scale, inner.beta, inner.anchor, inner.nll) == (
+        assert (pair_loss.scale, pair_loss.beta, pair_loss.anchor, pair_loss.nll) == (
             params.beta,
             params.beta,
             0.3,
@@ -112,7 +112,8 @@ def test_the_second_training_goes_on_from_the_first_against_the_same_reference(
     )
     assert (told["reward"], told["cost"]) == ("reward_model", "cost_model")
     assert (
-        told["inner"] == params.runs["strict"].inner.model_dump() and told["learning_rate"] == 8e-3
+        told["pair_loss"] == params.runs["strict"].pair_loss.model_dump()
+        and told["learning_rate"] == 8e-3
     )
 
 

@@ -94,13 +94,15 @@ def test_a_clip_changes_the_policy(resources: Resources) -> None:
 def test_a_multiplier_is_the_duals_its_stocked_one_or_a_number_and_prices_are_told(
     resources: Resources, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_json("data/dual/dual.json", solved(lam_stock=1.1))
-    specs = {lam: run_of(resources, lam=lam).params.runs["it"] for lam in ("dual", "stock", 0.3)}
+    write_json("data/dual/dual.json", solved(lam_margin=1.1))
+    specs = {lam: run_of(resources, lam=lam).params.runs["it"] for lam in ("dual", "margin", 0.3)}
     assert [multiplier("it", spec) for spec in specs.values()] == [0.8, 1.1, 0.3]
     assert not caplog.records
     write_json("data/dual/dual.json", solved(prices=[{"name": "short"}]))
     assert multiplier("it", specs["dual"]) == 0.8
-    assert "safety_dpo.runs.it trains on preferences and ignores constraint.also" in caplog.text
+    assert (
+        "safety_dpo.runs.it trains on preferences and ignores constraint.additional" in caplog.text
+    )
     assert "the multiplier is 0" not in caplog.text
     write_json("data/dual/dual.json", solved(lam=0.0))
     assert multiplier("it", specs["dual"]) == 0.0

@@ -28,10 +28,10 @@ from dualign.training.pairs import (
     pool_pairs,
     pool_values,
     preference_pairs,
+    rows_within_budget,
     safe_first,
     safety_training_pairs,
     samples_of,
-    visited,
     with_margin,
     with_offset,
     with_safe_flags,
@@ -388,15 +388,18 @@ def test_a_run_is_given_the_rows_that_it_reaches() -> None:
         max_length=10,
         max_steps=5,
     )
-    some = visited(frame, training, seed=0)["row"].tolist()
+    some = rows_within_budget(frame, training, seed=0)["row"].tolist()
     assert len(set(some)) == 40 and some == sorted(some) and max(some) > 50
     assert (
         some
-        == visited(frame, training, seed=0)["row"].tolist()
-        != visited(frame, training, seed=1)["row"].tolist()
+        == rows_within_budget(frame, training, seed=0)["row"].tolist()
+        != rows_within_budget(frame, training, seed=1)["row"].tolist()
     )
     for steps in (None, 13):
-        assert visited(frame, training.model_copy(update={"max_steps": steps}), seed=0) is frame
+        assert (
+            rows_within_budget(frame, training.model_copy(update={"max_steps": steps}), seed=0)
+            is frame
+        )
 
 
 def test_a_pool_table_becomes_arrays_in_its_own_order(tokenizer: PreTrainedTokenizerBase) -> None:

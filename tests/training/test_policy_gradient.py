@@ -245,9 +245,9 @@ def test_answers_are_rewarded_by_the_models_own_scores(
         assert 0.1 < lam < 20.0 and ascent.lam == pytest.approx(lam)
         assert found == pytest.approx((r - lam * c) / (1 + lam), rel=1e-4, abs=1e-5)
     assert ascent.generated_tokens == tokens
-    assert ascent.course["lambda"][-1] == pytest.approx(lam)
-    assert ascent.course["reward"][-1] == pytest.approx(r.mean(), rel=1e-4)
-    assert ascent.course["cost"][-1] == pytest.approx(c.mean(), rel=1e-4)
+    assert ascent.history["lambda"][-1] == pytest.approx(lam)
+    assert ascent.history["reward"][-1] == pytest.approx(r.mean(), rel=1e-4)
+    assert ascent.history["cost"][-1] == pytest.approx(c.mean(), rel=1e-4)
 
 
 def test_trl_renders_prompts_as_we_do(
@@ -306,7 +306,7 @@ def test_advantages_by_hand(
     expected = value - (value.sum(1, keepdims=True) - value) / 3
     assert batch["advantages"].numpy() == pytest.approx(expected.ravel(), abs=1e-3)
     assert abs(logp - ref).mean() > 0.05
-    assert trainer._ascent.course["kl"] == pytest.approx([(logp - ref).mean()], abs=1e-4)
+    assert trainer._ascent.history["kl"] == pytest.approx([(logp - ref).mean()], abs=1e-4)
 
 
 def test_log_probabilities_on_a_cpu_are_those_of_trls_fused_head(
@@ -376,10 +376,10 @@ def test_a_run_at_a_fixed_lambda_ends_at_pi_lambda(
     assert divergence(start, optimum) > 5 and divergence(optimum, unscaled) > 2
     assert divergence(found, optimum) < 0.5
     assert divergence(found, unscaled) > 1
-    value = np.array(metrics["course"]["reward"]) - lam * np.array(metrics["course"]["cost"])
+    value = np.array(metrics["history"]["reward"]) - lam * np.array(metrics["history"]["cost"])
     assert value[-10:].mean() > value[:3].mean() + 3  # the rewarded tokens are drawn by now
-    assert metrics["course"]["lambda"] == pytest.approx([lam] * 80)
-    assert metrics["course"]["kl"][-1] == pytest.approx(divergence(found, start), rel=0.2)
+    assert metrics["history"]["lambda"] == pytest.approx([lam] * 80)
+    assert metrics["history"]["kl"][-1] == pytest.approx(divergence(found, start), rel=0.2)
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -402,16 +402,16 @@ def test_a_run_changes_policy_and_lambda_and_tells_its_course(
     with caplog.at_level(logging.INFO):
         metrics = train(model, job)
     assert not same(before, weights(model))
-    course = metrics["course"]
+    history = metrics["history"]
     assert metrics["steps"] == 8 and metrics["rows"] == 6
-    assert {name: len(values) for name, values in course.items()} == dict.fromkeys(
+    assert {name: len(values) for name, values in history.items()} == dict.fromkeys(
         ("lambda", "cost", "reward", "kl"), 8
     )
-    assert course["kl"][0] == 0 and max(course["kl"]) > 0.01
-    assert len(set(course["lambda"])) > 1 and metrics["lambda"] == course["lambda"][-1]
+    assert history["kl"][0] == 0 and max(history["kl"]) > 0.01
+    assert len(set(history["lambda"])) > 1 and metrics["lambda"] == history["lambda"][-1]
     assert 8 * 8 <= metrics["generated_tokens"] <= 8 * 8 * OPTIONS.max_new_tokens
-    first = log_lambda_step(math.log(1.5), course["cost"][0], -0.2, 0.02, 0.1, 20.0)
-    assert course["lambda"][0] == pytest.approx(math.exp(first))
+    first = log_lambda_step(math.log(1.5), history["cost"][0], -0.2, 0.02, 0.1, 20.0)
+    assert history["lambda"][0] == pytest.approx(math.exp(first))
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("dualign")]
     assert [line for line in lines if line.startswith("step 8 of 8: lambda ")]
     assert not [
@@ -426,7 +426,7 @@ def test_the_reference_is_the_policy_as_it_is_passed(
     model = started("whole", tokenizer)
     train(model, changed(job, "first", max_steps=3))
     again = train(model, changed(job, "second", max_steps=3))
-    assert again["course"]["kl"][0] == 0 and again["course"]["kl"][-1] != 0
+    assert again["history"]["kl"][0] == 0 and again["history"]["kl"][-1] != 0
 
 
 def test_an_adapter_is_trained_alone_and_left_alone(
@@ -442,8 +442,8 @@ def test_an_adapter_is_trained_alone_and_left_alone(
         name for name in after if "lora" in name
     }
     assert (
-        metrics["course"]["kl"][0] == pytest.approx(0, abs=1e-6)
-        and abs(metrics["course"]["kl"][-1]) > 1e-4
+        metrics["history"]["kl"][0] == pytest.approx(0, abs=1e-6)
+        and abs(metrics["history"]["kl"][-1]) > 1e-4
     )
 
 
@@ -472,7 +472,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     resumed = started(kind, tokenizer)
     metrics = train(resumed, broken)
     assert same(weights(resumed), weights(whole))
-    for name in ("lambda", "course", "generated_tokens", "steps", "rows"):
+    for name in ("lambda", "history", "generated_tokens", "steps", "rows"):
         assert metrics[name] == expected[name], name
 
 

@@ -39,7 +39,7 @@ from dualign.training import pairwise as pairwise_training
 from dualign.training import run, supervised
 from dualign.training import scorer as scorer_training
 from dualign.training.checkpoints import last_checkpoint
-from dualign.training.pairwise import Inner, Pair
+from dualign.training.pairwise import Pair, PairLossConfig
 from dualign.training.run import Job
 from dualign.training.scorer import ScoredPair
 from pipeline.run.progress import read_progress
@@ -142,10 +142,10 @@ def pairwise(
     tokenizer: PreTrainedTokenizerBase,
     pairs: list[Pair],
     job: Job,
-    inner: Inner,
+    pair_loss: PairLossConfig,
 ) -> pairwise_training.PairwiseTrainer:
     """The trainer as `train_pairwise` builds it."""
-    return pairwise_training.pairwise_trainer(model, tokenizer, pairs, inner, job)
+    return pairwise_training.pairwise_trainer(model, tokenizer, pairs, pair_loss, job)
 
 
 def batch_of(trainer: Any) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def test_an_untrained_policy_has_loss_ln_2_and_logit_zero(
     """With its own reference columns, for any label: nothing is known before the first step."""
     model = policy(tokenizer)
     trainer = pairwise(
-        model, tokenizer, pairs_of(tokenizer, model), job, Inner(scale=3.0, beta=1.0)
+        model, tokenizer, pairs_of(tokenizer, model), job, PairLossConfig(scale=3.0, beta=1.0)
     )
     model.train()
     loss = trainer.compute_loss(model, batch_of(trainer))
@@ -185,7 +185,7 @@ def test_log_probabilities_on_a_cpu_are_those_of_trls_fused_head(
     tokenizer: PreTrainedTokenizerBase, job: Job
 ) -> None:
     model = policy(tokenizer)
-    trainer = pairwise(model, tokenizer, pairs_of(tokenizer, model), job, Inner(1.0, 1.0))
+    trainer = pairwise(model, tokenizer, pairs_of(tokenizer, model), job, PairLossConfig(1.0, 1.0))
     batch = batch_of(trainer)
     ours = trainer._policy_logps(model, batch)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
@@ -208,7 +208,7 @@ def test_hard_labels_without_anchor_are_trls_dpo(
         for p in pairs_of(tokenizer, policy(tokenizer))
     ]
     model = policy(tokenizer, seed=1)
-    trainer = pairwise(model, tokenizer, pairs, job, Inner(scale=0.7, beta=0.7))
+    trainer = pairwise(model, tokenizer, pairs, job, PairLossConfig(scale=0.7, beta=0.7))
     batch = batch_of(trainer)
     losses, gradients = [], []
     plain = {name: value for name, value in batch.items() if name not in pairwise_training._EXTRA}
@@ -256,7 +256,7 @@ def test_training_on_ids_ends_where_stock_dpo_on_text_ends(
     ours = policy(tokenizer)
     before = weights(ours)
     pairwise_training.train_pairwise(
-        ours, tokenizer, pairs, Inner(0.5, 0.5), changed(job, max_steps=3)
+        ours, tokenizer, pairs, PairLossConfig(0.5, 0.5), changed(job, max_steps=3)
     )
     assert not same(before, weights(ours))
     for name, tensor in weights(ours).items():
@@ -270,8 +270,8 @@ def test_the_whole_loss_by_hand(
 ) -> None:
     reference, model = policy(tokenizer), policy(tokenizer, seed=1)
     pairs = pairs_of(tokenizer, reference)
-    inner = Inner(scale=0.8, beta=1.7, anchor=anchor, nll=nll)
-    trainer = pairwise(model, tokenizer, pairs, job, inner)
+    pair_loss = PairLossConfig(scale=0.8, beta=1.7, anchor=anchor, nll=nll)
+    trainer = pairwise(model, tokenizer, pairs, job, pair_loss)
     expected = 0.0
     for p in pairs:
         logps = log_probabilities(
@@ -304,7 +304,7 @@ def test_a_batch_without_anchors_has_no_anchor_term(
         Pair(p.prompt, p.first, p.second, p.ref_first, p.ref_second)
         for p in pairs_of(tokenizer, model)
     ]
-    trainer = pairwise(model, tokenizer, pairs, job, Inner(1.0, 1.0, anchor=5.0))
+    trainer = pairwise(model, tokenizer, pairs, job, PairLossConfig(1.0, 1.0, anchor=5.0))
     loss = trainer.compute_loss(model, batch_of(trainer))
     assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
     loss.backward()
@@ -316,7 +316,11 @@ def test_bernoulli_labels_are_drawn_afresh_with_their_probability(
 ) -> None:
     model = policy(tokenizer)
     trainer = pairwise(
-        model, tokenizer, pairs_of(tokenizer, model), job, Inner(1.0, 1.0, labels="bernoulli")
+        model,
+        tokenizer,
+        pairs_of(tokenizer, model),
+        job,
+        PairLossConfig(1.0, 1.0, labels="bernoulli"),
     )
     p = torch.tensor([0.1, 0.5, 0.9] * 5)
     model.train()
@@ -343,7 +347,11 @@ def test_bernoulli_labels_of_the_parts_of_one_step_are_independent(
     """A step of several micro-batches must not draw the same numbers for each."""
     model = policy(tokenizer)
     trainer = pairwise(
-        model, tokenizer, pairs_of(tokenizer, model), job, Inner(1.0, 1.0, labels="bernoulli")
+        model,
+        tokenizer,
+        pairs_of(tokenizer, model),
+        job,
+        PairLossConfig(1.0, 1.0, labels="bernoulli"),
     )
     half = {"label": torch.full((64,), 0.5)}
     model.train()
@@ -403,7 +411,7 @@ def test_dpo_and_ipo_by_hand(
     reference, model, scale = policy(tokenizer), policy(tokenizer, seed=1), 0.8
     pairs = judged(tokenizer, reference, pairs_of(tokenizer, reference))
     trainer = pairwise(
-        model, tokenizer, pairs, job, Inner(scale, 1.0, loss_type=loss_type, clip=clip)
+        model, tokenizer, pairs, job, PairLossConfig(scale, 1.0, loss_type=loss_type, clip=clip)
     )
     expected, reached = 0.0, 0.0
     for p in pairs:
@@ -436,7 +444,9 @@ def test_kto_by_hand(
     pairs = [
         replace(p, ref_mismatched=p.ref_mismatched - shift) for p in pairs
     ]  # a mean log-ratio of raised - 1
-    trainer = pairwise(model, tokenizer, pairs, job, Inner(scale, 1.0, loss_type="kto", clip=clip))
+    trainer = pairwise(
+        model, tokenizer, pairs, job, PairLossConfig(scale, 1.0, loss_type="kto", clip=clip)
+    )
     ratios = [
         [moved(ratio, scale, clip) for ratio in ratios_of(model, tokenizer, p)] for p in pairs
     ]
@@ -469,7 +479,7 @@ def test_no_gradient_flows_through_ktos_reference_point(
     model = policy(tokenizer, seed=1)
     pairs = judged(tokenizer, policy(tokenizer), pairs_of(tokenizer, policy(tokenizer)))
     pairs = [replace(p, ref_mismatched=p.ref_mismatched - 30) for p in pairs]
-    trainer = pairwise(model, tokenizer, pairs, job, Inner(0.1, 1.0, loss_type="kto"))
+    trainer = pairwise(model, tokenizer, pairs, job, PairLossConfig(0.1, 1.0, loss_type="kto"))
     batch = batch_of(trainer)
     point = trainer._reference_point(model, batch)
     assert point > 1 and not point.requires_grad
@@ -499,7 +509,7 @@ def test_every_loss_starts_at_logit_zero(
     model.train()
     for clip in (None, 0.5):
         trainer = pairwise(
-            model, tokenizer, pairs, job, Inner(0.25, 1.0, loss_type=loss_type, clip=clip)
+            model, tokenizer, pairs, job, PairLossConfig(0.25, 1.0, loss_type=loss_type, clip=clip)
         )
         assert trainer.compute_loss(model, batch_of(trainer)).item() == pytest.approx(
             first, rel=1e-4
@@ -514,18 +524,18 @@ def test_terms_of_dpo_are_refused_to_other_losses(loss_type: Any, terms: dict[st
         ParamsError,
         match=rf"loss_type '{loss_type}' takes no anchor, no nll and no bernoulli labels",
     ):
-        Inner(1.0, 1.0, loss_type=loss_type, **terms)
+        PairLossConfig(1.0, 1.0, loss_type=loss_type, **terms)
 
 
 def test_kto_refuses_pairs_that_it_cannot_use(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
     model = policy(tokenizer)
     plain = pairs_of(tokenizer, model)
     with pytest.raises(DataError, match="no mismatched answer"):
-        pairwise(model, tokenizer, plain, job, Inner(1.0, 1.0, loss_type="kto"))
+        pairwise(model, tokenizer, plain, job, PairLossConfig(1.0, 1.0, loss_type="kto"))
     for flag, kind in ((True, "desirable"), (False, "undesirable")):
         one_sided = [replace(p, desirable=(flag, flag)) for p in judged(tokenizer, model, plain)]
         with pytest.raises(DataError, match=f"every answer is {kind}"):
-            pairwise(model, tokenizer, one_sided, job, Inner(1.0, 1.0, loss_type="kto"))
+            pairwise(model, tokenizer, one_sided, job, PairLossConfig(1.0, 1.0, loss_type="kto"))
 
 
 # --- as a trainer of the user's own ---------------------------------------------------------------
@@ -827,12 +837,12 @@ def kind(
             ),
         )
     pairs = pairs_of(tokenizer, policy(tokenizer), anchored=True)
-    inner = Inner(
+    pair_loss = PairLossConfig(
         1.0, 1.0, "bernoulli" if request.param == "bernoulli" else "soft", anchor=0.1, nll=0.02
     )
     if request.param in ("ipo", "kto"):
         pairs = judged(tokenizer, policy(tokenizer), pairs)
-        inner = Inner(0.5, 1.0, loss_type=request.param, clip=2.0)
+        pair_loss = PairLossConfig(0.5, 1.0, loss_type=request.param, clip=2.0)
 
     def start() -> torch.nn.Module:
         torch.manual_seed(11)  # of the adapters
@@ -842,7 +852,7 @@ def kind(
             else policy(tokenizer)
         )
 
-    return start, lambda m, j: pairwise_training.train_pairwise(m, tokenizer, pairs, inner, j)
+    return start, lambda m, j: pairwise_training.train_pairwise(m, tokenizer, pairs, pair_loss, j)
 
 
 class Interruption(TrainerCallback):
@@ -885,7 +895,7 @@ def test_an_adapter_is_saved_without_trls_copy_of_it(
     for scratch in ("first", "second"):  # a search goes on from adapters
         pairs = pairs_of(tokenizer, policy(tokenizer))
         pairwise_training.train_pairwise(
-            model, tokenizer, pairs, Inner(1.0, 1.0), changed(job, scratch, max_steps=2)
+            model, tokenizer, pairs, PairLossConfig(1.0, 1.0), changed(job, scratch, max_steps=2)
         )
         assert isinstance(model, PeftModel) and list(model.peft_config) == ["default"]
         assert not any(".ref." in name for name in model.state_dict())
@@ -1013,6 +1023,6 @@ def test_a_loss_that_explodes_stops_the_run(
             policy(tokenizer),
             tokenizer,
             broken,
-            Inner(1.0, 1.0),
+            PairLossConfig(1.0, 1.0),
             changed(job, max_steps=2, log_steps=log_steps),
         )

@@ -16,7 +16,14 @@ from dvc.repo import Repo
 
 from pipeline.doctor import examine
 from pipeline.dvc import checkout
-from pipeline.dvc.checkout import committed, listed, published, put, tidy, working_tree
+from pipeline.dvc.checkout import (
+    committed,
+    prune_worktrees,
+    published,
+    tracked_files,
+    working_tree,
+    write_files,
+)
 from pipeline.errors import PipelineError
 from pipeline.run.runner import held
 from tests.pipeline.project import Project, git
@@ -62,7 +69,7 @@ def test_a_folder_that_git_does_not_trust_is_told_with_its_remedy(
 ) -> None:
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
     remedy = f"dubious ownership; git config --global --add safe.directory {clone}"
-    for ask in (lambda: committed(clone), lambda: listed(clone, ".")):
+    for ask in (lambda: committed(clone), lambda: tracked_files(clone, ".")):
         with pytest.raises(PipelineError, match=re.escape(remedy)):
             ask()
     (found,) = [
@@ -86,10 +93,10 @@ def test_a_tree_shares_cache_remote_and_settings_and_goes(clone: Path) -> None:
             assert repo.config["remote"]["store"]["url"] == base.config["remote"]["store"]["url"]
             assert Path(repo.config["remote"]["store"]["url"]) == clone.parent / "store"
             assert repo.config["core"]["checksum_jobs"] == 3
-        put(tree, {"a/b.txt": "text"})
+        write_files(tree, {"a/b.txt": "text"})
         assert (tree / "a/b.txt").read_text() == "text"
         with pytest.raises(PipelineError, match="not a path in the repository"):
-            put(tree, {"../../../../escaped": ""})
+            write_files(tree, {"../../../../escaped": ""})
     assert not tree.exists() and git(clone, "worktree", "list").count("\n") == 1
 
 
@@ -120,10 +127,10 @@ def test_a_tree_that_a_killed_run_left_is_replaced_or_tidied(clone: Path) -> Non
         assert (clone / ".dvc/tmp/stages/one/left").exists()
     with working_tree(clone, "HEAD", "one", logging.log) as (tree, _):
         assert not (tree / "left").exists()
-        tidy(clone)
+        prune_worktrees(clone)
         assert tree.exists(), "it is in use"
     subprocess.run([sys.executable, "-c", code, str(clone)], cwd=root, check=False)
-    tidy(clone)
+    prune_worktrees(clone)
     assert not tree.exists()
 
 

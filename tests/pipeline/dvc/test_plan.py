@@ -9,26 +9,26 @@ from pathlib import Path
 import pytest
 
 from pipeline.dvc.dag import load_dag
-from pipeline.dvc.plan import Outlook, plan, select, with_upstream
+from pipeline.dvc.plan import StageStatus, plan, select, with_upstream
 from pipeline.errors import PipelineError
 from pipeline.run.runner import LocalRunner, exclusive
 from tests.pipeline.project import Project
 
 
 def prospects(root: Path) -> dict[str, str]:
-    return {name: outlook.prospect for name, outlook in plan(root, load_dag(root)).items()}
+    return {name: status.prospect for name, status in plan(root, load_dag(root)).items()}
 
 
 def test_the_plan_is_what_then_happens(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, dag = project.root, load_dag(project.root)
-    assert plan(root, dag) == dict.fromkeys(dag, Outlook("stale", ("never run",)))
+    assert plan(root, dag) == dict.fromkeys(dag, StageStatus("stale", ("never run",)))
     project.dvc("repro", "--quiet")
-    assert plan(root, dag) == dict.fromkeys(dag, Outlook("up to date"))
+    assert plan(root, dag) == dict.fromkeys(dag, StageStatus("up to date"))
 
     project.set(left={"value": 7})
-    assert plan(root, dag)["left"] == Outlook("stale", ("left modified",))
+    assert plan(root, dag)["left"] == StageStatus("stale", ("left modified",))
     assert prospects(root) == {
         "first": "up to date",
         "left": "stale",
@@ -44,11 +44,11 @@ def test_the_plan_is_what_then_happens(
     assert not capsys.readouterr().out
     with exclusive(root) as lock:
         assert LocalRunner(root, lock).run("left", lambda *_: None, {}) == "Restored"
-    assert plan(root, dag, ["last"]) == {"last": Outlook("restorable", ("out/left modified",))}
+    assert plan(root, dag, ["last"]) == {"last": StageStatus("restorable", ("out/left modified",))}
 
     project.dvc("repro", "--quiet")
     (root / "metrics-right.json").unlink()
-    assert plan(root, dag)["right"] == Outlook("restorable", ("metrics-right.json deleted",))
+    assert plan(root, dag)["right"] == StageStatus("restorable", ("metrics-right.json deleted",))
     shutil.rmtree(root / ".dvc/cache/runs")
     project.set(last={"value": 9})
     assert prospects(root)["last"] == "stale"

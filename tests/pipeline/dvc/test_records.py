@@ -13,7 +13,7 @@ from dvc.repo import Repo
 
 from pipeline.dvc import records
 from pipeline.dvc.dag import load_dag
-from pipeline.dvc.plan import Outlook, plan
+from pipeline.dvc.plan import StageStatus, plan
 from pipeline.prefect import artifacts
 from tests.pipeline.project import Project, environment, git
 
@@ -74,7 +74,7 @@ def clones(made: Path, tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "root", tmp_path / "clone"
 
 
-def outlooks(root: Path) -> dict[str, Outlook]:
+def statuses(root: Path) -> dict[str, StageStatus]:
     return records.plan(root, load_dag(root))
 
 
@@ -82,7 +82,7 @@ def test_a_clone_without_outputs_knows_what_is_up_to_date(
     clones: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, clone = clones
-    assert outlooks(clone) == dict.fromkeys(GRAPH, Outlook("up to date"))
+    assert statuses(clone) == dict.fromkeys(GRAPH, StageStatus("up to date"))
     assert sorted(
         path.name for path in clone.iterdir() if path.name in ("made", "page", "raw")
     ) == ["raw"]
@@ -93,15 +93,15 @@ def test_a_clone_without_outputs_knows_what_is_up_to_date(
             (place / file).write_text(text)
         monkeypatch.chdir(root)
         assert (
-            outlooks(clone)["all"].prospect == plan(root, load_dag(root))["all"].prospect == "stale"
+            statuses(clone)["all"].prospect == plan(root, load_dag(root))["all"].prospect == "stale"
         )
         for place in clones:
             (place / file).write_text(before)
     params = json.loads((clone / "params.yaml").read_text())
     params["two"]["x"] = 2
     (clone / "params.yaml").write_text(json.dumps(params))
-    changed = outlooks(clone)
-    assert changed["two"] == Outlook("stale", ("two.x modified",))
+    changed = statuses(clone)
+    assert changed["two"] == StageStatus("stale", ("two.x modified",))
     assert {name: changed[name].prospect for name in ("one", "all")} == {
         "one": "up to date",
         "all": "maybe stale",
@@ -117,13 +117,13 @@ def test_a_record_that_is_merged_tells_on_those_that_read_it(clones: tuple[Path,
     dvc(root, "repro", "-q", "one", "make")
     dvc(root, "push", "-q")
     (clone / "raw/x.dvc").write_text((root / "raw/x.dvc").read_text())
-    assert outlooks(clone)["make"] == Outlook("stale", ("raw modified",))
+    assert statuses(clone)["make"] == StageStatus("stale", ("raw modified",))
     records.merge(clone, records.read(root, ["make"]))
-    after = outlooks(clone)
-    assert after["make"] == Outlook("up to date")
+    after = statuses(clone)
+    assert after["make"] == StageStatus("up to date")
     assert (after["one"].prospect, after["two"].prospect) == ("stale", "stale")
     records.merge(clone, records.read(root, ["one"]))
-    assert outlooks(clone)["one"] == Outlook("up to date")
+    assert statuses(clone)["one"] == StageStatus("up to date")
     text = (clone / "dvc.lock").read_text()
     assert "x: 1e-05" in text and "'1e-05'" not in text, "numbers stay numbers"
 
@@ -134,9 +134,9 @@ def test_what_never_ran_is_stale_and_a_lost_listing_is_no_reason_to_trust(
     _, clone = clones
     for listing in (clone.parent / "store/files/md5").rglob("*.dir"):
         listing.unlink()
-    assert outlooks(clone)["one"].prospect == "stale"
+    assert statuses(clone)["one"].prospect == "stale"
     (clone / "dvc.lock").unlink()
-    assert outlooks(clone) == dict.fromkeys(GRAPH, Outlook("stale", ("never run",)))
+    assert statuses(clone) == dict.fromkeys(GRAPH, StageStatus("stale", ("never run",)))
 
 
 def test_metrics_of_the_run_before_are_fetched_alone(project: Project) -> None:

@@ -28,7 +28,7 @@ from tests.pipeline.test_flow import flow_run, logged, states
 from pipeline.__main__ import main
 from pipeline.dvc import inputs, records
 from pipeline.dvc.dag import load_dag
-from pipeline.dvc.plan import Outlook
+from pipeline.dvc.plan import StageStatus
 from pipeline.errors import PipelineError
 from pipeline.prefect import cluster
 from pipeline.prefect.flow import alignment
@@ -201,7 +201,7 @@ def test_stages_run_side_by_side_and_may_wait_for_people(
     assert not (root / "out").exists(), "the coordinator holds no outputs"
     assert json.loads((root / "metrics-left.json").read_text())["accuracy"]["mean"] == 1
     plan = records.plan(root, load_dag(root), ["first", "left", "right"])
-    assert plan == dict.fromkeys(plan, Outlook("up to date")), "what a further run would find"
+    assert plan == dict.fromkeys(plan, StageStatus("up to date")), "what a further run would find"
     assert not [path for name in ("a", "b") for path in trees(nodes, name)]
     nodes.dvc("pull", "-q", "left", "right", "first")
     assert "last" in nodes.dvc("status") and "left" not in nodes.dvc(

@@ -1,4 +1,6 @@
-"""Further limits on answers by hand, and the joint step against a solver of the same quadratic."""
+"""Additional constraints on answers by hand, and the joint step against a solver of the same
+quadratic.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ import pytest
 from scipy.optimize import minimize
 
 from dualign.core.schema import user
-from dualign.evaluation.stats import LimitEstimate, within_variance
+from dualign.evaluation.stats import ConstraintEstimate, within_variance
 from dualign.math.constraints import Constraint
-from dualign.search.further import joint_newton_step, measure_further, within_covariance
+from dualign.search.additional import joint_newton_step, measure_additional, within_covariance
 from dualign.search.rules import newton_step
 
 Array = np.ndarray
@@ -33,12 +35,12 @@ def test_limits_on_answers_by_hand() -> None:
         Constraint("rare", "p_unsafe", 0.4), Constraint("short", "length", 9.0, prompts="child"),
         Constraint("none", "cost", 0.0, prompts="cat"),
     ]  # fmt: skip
-    found = measure_further(ANSWERS, limits)
+    found = measure_additional(ANSWERS, limits)
     rare, short, none = found.estimates
     error = float(np.std([0.5, 0.0, 1.0], ddof=1) / np.sqrt(3))
-    assert rare == LimitEstimate("rare", 0.4, 1.0, pytest.approx(0.5), pytest.approx(error))  # type: ignore[arg-type]
+    assert rare == ConstraintEstimate("rare", 0.4, 1.0, pytest.approx(0.5), pytest.approx(error))  # type: ignore[arg-type]
     assert (short.share, short.mean) == (pytest.approx(2 / 3), 7.5)
-    assert none == LimitEstimate("none", 0.0, 0.0, None, None)
+    assert none == ConstraintEstimate("none", 0.0, 0.0, None, None)
     # Unbiased, within prompts, over all three prompts: cost 2, 0, 0.5; unsafe 0.5, 0, 0; length of
     # child's 2, -, 8.
     expected = [
@@ -51,7 +53,7 @@ def test_limits_on_answers_by_hand() -> None:
 
 
 def test_answers_that_did_not_end_are_counted_by_hand() -> None:
-    found = measure_further(ANSWERS, [Constraint("whole", "unended", 0.1)])
+    found = measure_additional(ANSWERS, [Constraint("whole", "unended", 0.1)])
     error = float(np.std([0.0, 0.0, 0.5], ddof=1) / np.sqrt(3))
     (whole,) = found.estimates
     assert (whole.mean, whole.error) == pytest.approx((1 / 6, error))
@@ -62,7 +64,7 @@ def test_answers_that_did_not_end_are_counted_by_hand() -> None:
 
 
 def test_without_limits_nothing_is_measured() -> None:
-    assert measure_further(ANSWERS, []) == ((), ())
+    assert measure_additional(ANSWERS, []) == ((), ())
 
 
 def test_the_diagonal_of_the_covariance_is_the_within_variance() -> None:

@@ -1,6 +1,5 @@
-"""Further limits in a search: measured on a policy's own answers, and their prices corrected with
-lambda.
-"""
+"""Additional constraints in a search: measured on a policy's own answers, and their prices
+corrected with lambda."""
 
 from __future__ import annotations
 
@@ -11,26 +10,26 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 
-from dualign.evaluation.stats import LimitEstimate, clustered_mean
+from dualign.evaluation.stats import ConstraintEstimate, clustered_mean
 from dualign.math.constraints import Constraint
 
 Array = np.ndarray
 
-_TRIFLE = 0.25  # sd within a prompt, in nats, of a tilt that may be dropped in one step
+SMALL_TILT_SD = 0.25  # sd within a prompt, in nats, of a tilt that may be dropped in one step
 _RIDGE = 1e-9  # on the curvature in units of its diagonal: two limits that say the same share their price
 
 
-class FurtherLimits(NamedTuple):
+class ConstraintEstimates(NamedTuple):
     """Estimates of K limits, and the covariance [1 + K, 1 + K] as `Measurement` holds them."""
 
-    estimates: tuple[LimitEstimate, ...]
+    estimates: tuple[ConstraintEstimate, ...]
     covariance: tuple[tuple[float, ...], ...]
 
 
-def measure_further(answers: pd.DataFrame, limits: Sequence[Constraint]) -> FurtherLimits:
+def measure_additional(answers: pd.DataFrame, limits: Sequence[Constraint]) -> ConstraintEstimates:
     """What answers (schema ANSWERS) show of the limits, each on the prompts that it is on."""
     if not limits:
-        return FurtherLimits((), ())
+        return ConstraintEstimates((), ())
     prompts, texts = answers["prompt_id"].to_numpy(), answers["prompt"].tolist()
     cost, length, ended = (answers[name].to_numpy(float) for name in ("cost", "length", "ended"))
     found, values = [], [cost]
@@ -39,9 +38,9 @@ def measure_further(answers: pd.DataFrame, limits: Sequence[Constraint]) -> Furt
         share = float(pd.Series(on).groupby(prompts).first().mean())
         mean = clustered_mean(value[on], prompts[on]) if on.any() else None
         known = (None, None) if mean is None else (mean.mean, mean.error)
-        found.append(LimitEstimate(limit.name, limit.limit, share, *known))
+        found.append(ConstraintEstimate(limit.name, limit.limit, share, *known))
         values.append(on * value)
-    return FurtherLimits(
+    return ConstraintEstimates(
         tuple(found), tuple(map(tuple, within_covariance(np.stack(values), prompts).tolist()))
     )
 
@@ -76,4 +75,4 @@ def joint_newton_step(lams: Array, excess: Array, covariance: Array, beta: float
     root = np.linalg.cholesky(curvature).T
     goal = root @ (lams * unit) + np.linalg.solve(root.T, np.where(moves, excess / unit, 0.0))
     tilt = lams * np.sqrt(np.diag(covariance)) / beta
-    return np.maximum(nnls(root, goal)[0] / unit, np.where(tilt > _TRIFLE, lams / 2, 0.0))
+    return np.maximum(nnls(root, goal)[0] / unit, np.where(tilt > SMALL_TILT_SD, lams / 2, 0.0))
