@@ -27,7 +27,16 @@ ROOMS = ("dualign", "stages", "pipeline", "bench")
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 PAGES = [
     path
-    for folder in (".", "docs", "data", "models", "reports", "bench")
+    for folder in (
+        ".",
+        "docs",
+        "docs/methods",
+        "docs/reference",
+        "data",
+        "models",
+        "reports",
+        "bench",
+    )
     for path in sorted((ROOT / folder).glob("*.md"))
 ]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
