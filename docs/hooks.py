@@ -23,7 +23,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = "docs/"
 #: A symbol with a subscript, such as λ_eff or V_λ, which may wear a bar.
-SUBSCRIPT = re.compile("(?<![\\w/])([A-Za-zα-ω][\u0300-\u036f]?)_([a-zλ]+\u0304?)(?![\\w/.])")
+SUBSCRIPT = re.compile("(?<!\\w)([A-Za-zα-ω][\u0300-\u036f]?)_([a-zλ]+\u0304?)(?!\\w|\\.\\w)")
 
 
 @cache
@@ -56,8 +56,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fill in the references, and turn links into those of the site."""
-    if page.is_homepage:
-        page.meta["hide"] = ["navigation"]
+    if page.parent is None or len(page.parent.children) == 1:
+        page.meta["hide"] = ["navigation"]  # it would list this page alone
     if "<!-- commands -->" in markdown:
         markdown = markdown.replace("<!-- commands -->", commands())
     if "<!-- params -->" in markdown:
@@ -131,14 +131,16 @@ def params() -> str:
 
 def commands() -> str:
     """The help of `dualign` and of each of its commands."""
-    from dualign.command import overview
+    from dualign.command import COMMANDS, overview
     from dualign.completion import whole
 
     with contextlib.chdir(ROOT):
         parsers: Any = whole()._actions[-1].choices
     texts = [f"```text\n{overview().format_help()}```"]
-    for name, parser in parsers.items():
-        texts.append(f"### dualign {name}\n\n```text\n{parser.format_help()}```")
+    for name in sorted(set(parsers) - {"repro"}):  # its options are DVC's
+        parser = parsers[name]
+        parser.description = f"{COMMANDS[name].about[0].upper()}{COMMANDS[name].about[1:]}."
+        texts.append(f"## dualign {name}\n\n```text\n{parser.format_help()}```")
     return "\n\n".join(texts)
 
 
