@@ -5,6 +5,7 @@ for anything, and its notebook runs.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -89,7 +90,8 @@ def test_pages_fetch_nothing_from_another_host(site: Path, pages: dict[Path, Lea
         for page, tag, target in leads(pages)
         if tag in FETCHED and urlsplit(target).netloc
     ]
-    styles = [path for path in site.rglob("*.css") if "url(http" in path.read_text()]
+    elsewhere = re.compile(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//")
+    styles = [path for path in site.rglob("*.css") if elsewhere.search(path.read_text())]
     assert not foreign and not styles
 
 

@@ -42,6 +42,10 @@ PAGES = [
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
+#: What pages say for a file or a module of the reader's choice.
+MADE_UP = {"params/NAME.yaml", "stages/NAME"}
+
+
 def named(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
@@ -226,6 +230,23 @@ def test_make_targets_that_pages_name_exist(page: Path) -> None:
         re.findall(r"(?:^|`|&& )\s*make ([a-z0-9-]+)", page.read_text(), flags=re.MULTILINE)
     )
     assert named_here <= targets
+
+
+@every_page
+def test_files_and_modules_that_pages_name_exist(page: Path) -> None:
+    text = page.read_text()
+    rooms = "|".join(ROOMS)
+    file = rf"(?:^|[`( ])((?:{rooms}|tests|params)/[\w/.-]+\.(?:py|yaml))"
+    files = re.findall(file, text, flags=re.MULTILINE)
+    modules = re.findall(rf"python -m ((?:{rooms})(?:\.\w+)*)", text)
+    places = [ROOT / module.replace(".", "/") for module in modules]
+    lost = [file for file in files if not (ROOT / file).is_file()]
+    lost += [
+        named(place)
+        for place in places
+        if not (place.is_dir() or place.with_suffix(".py").is_file())
+    ]
+    assert not set(lost) - MADE_UP, f"{named(page)} names {sorted(set(lost))}"
 
 
 def test_changelog_has_a_place_for_what_is_new() -> None:
