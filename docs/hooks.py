@@ -94,11 +94,10 @@ def _place(path: str) -> str:
 
 
 def equation(source: str, *_: Any, **__: Any) -> str:
-    """Lines of an equation with its subscripts and superscripts, `_λ` or `^{−1}`, set as such."""
+    """Lines of an equation with its subscripts, `_λ` or `_{λ ≥ 0}`, set as such."""
     text = html.escape(source)
-    for mark, tag in (("_", "sub"), ("^", "sup")):
-        part = re.compile(re.escape(mark) + r"(?:\{([^{}]*)\}|([^\W_]+|[∗*+]))")
-        text = part.sub(lambda m, tag=tag: f"<{tag}>{m[1] or m[2]}</{tag}>", text)  # type: ignore[misc]
+    for subscript in ("_([^\\W_]+\u0304?|[+])", r"_\{([^{}]*)\}"):
+        text = re.sub(subscript, r"<sub>\1</sub>", text)
     return f'<div class="equation" role="math">{text}</div>'
 
 

@@ -42,8 +42,8 @@ PAGES = [
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-#: What pages say for a file or a module of the reader's choice.
-MADE_UP = {"params/NAME.yaml", "stages/NAME"}
+#: What pages say for a module of the reader's choice.
+MADE_UP = {"stages/NAME"}
 
 
 def named(path: Path) -> str:
