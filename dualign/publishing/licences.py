@@ -39,6 +39,8 @@ DATASETS: dict[str, str] = {
     "tatsu-lab/alpaca": NON_COMMERCIAL,
     "nvidia/HelpSteer2": "cc-by-4.0",
 }
+#: The embedded world, which dualign generates and gives away as itself.
+OWN = "apache-2.0"
 #: Whose rows a format is made for.
 FORMATS: dict[str, str] = {
     "pku": "PKU-Alignment/PKU-SafeRLHF",
@@ -54,6 +56,8 @@ def licence_of(source: SourceSpec) -> Licence | None:
     >>> licence_of(SourceSpec(format="pku", path="PKU-Alignment/PKU-SafeRLHF-30K")).name
     'cc-by-nc-4.0'
     """
+    if source.format == "world":
+        return Licence(OWN, "world")
     dataset = source.path if source.path in DATASETS else FORMATS.get(source.format)
     return Licence(DATASETS[dataset], dataset) if dataset else None
 
@@ -63,7 +67,7 @@ def together(sources: Iterable[SourceSpec]) -> str:
     soon as one is, `other` where several differ or one is unknown.
 
     >>> together([SourceSpec(format="world")])
-    'other'
+    'apache-2.0'
     """
     names = {found.name if (found := licence_of(source)) else UNKNOWN for source in sources}
     if NON_COMMERCIAL in names:

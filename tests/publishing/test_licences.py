@@ -20,7 +20,7 @@ OWN = SourceSpec(format="columns", path="own.jsonl", columns={"prompt": "questio
     [
         (PKU, Licence("cc-by-nc-4.0", "PKU-Alignment/PKU-SafeRLHF-30K")),
         (HH, Licence("mit", "Anthropic/hh-rlhf")),
-        (WORLD, None),
+        (WORLD, Licence("apache-2.0", "world")),
         (OWN, None),
     ],
 )
@@ -34,7 +34,8 @@ def test_an_id_tells_before_the_format(source: SourceSpec, licence: Licence | No
         ([HH, PKU, OWN], "cc-by-nc-4.0"),
         ([HH, HH], "mit"),
         ([HH, OWN], "other"),
-        ([WORLD], "other"),
+        ([WORLD], "apache-2.0"),
+        ([WORLD, HH], "other"),
     ],
 )
 def test_the_strictest_licence_counts(sources: list[SourceSpec], name: str) -> None:
