@@ -6,6 +6,7 @@ A page reads on GitHub too: there its links lead to the files, and a fence `equa
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import html
 import os
@@ -139,7 +140,16 @@ def commands() -> str:
     for name in sorted(set(parsers) - {"repro"}):  # its options are DVC's
         parser = parsers[name]
         parser.description = f"{COMMANDS[name].about[0].upper()}{COMMANDS[name].about[1:]}."
-        texts.append(f"## dualign {name}\n\n```text\n{parser.format_help()}```")
+        texts.append(f"## dualign {name}\n\n{helps(parser)}")
+    return "\n\n".join(texts)
+
+
+def helps(parser: argparse.ArgumentParser) -> str:
+    """The help of a command, and of what it may be followed by."""
+    texts = [f"```text\n{parser.format_help()}```"]
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            texts += [helps(command) for command in action.choices.values()]
     return "\n\n".join(texts)
 
 
