@@ -20,7 +20,8 @@ import pandas as pd
 
 from bench import options
 from dualign.core.schema import by_prompt
-from dualign.math import dual
+from dualign.math.dual.root import root
+from dualign.math.dual.tilt import divergence, weights
 from dualign.scoring.fitting import crosswise
 from dualign.scoring.support import Doubt, columns
 
@@ -135,7 +136,7 @@ def changes(rule: Rule, side: Side, other: Side, plan: Plan, share: Array) -> Ar
         block = slice(start, start + rule.samples)
         reward, cost = rule.reward[:, block], side.cost[:, block]
         for fit, judge in crosswise(pd.Series(np.arange(len(share)))):
-            lam = dual.root(
+            lam = root(
                 reward[fit],
                 cost[fit],
                 limit=limit,
@@ -144,8 +145,8 @@ def changes(rule: Rule, side: Side, other: Side, plan: Plan, share: Array) -> Ar
                 share=share[fit],
             )
             given = (reward[judge], cost[judge], lam, plan.beta)
-            found[:4, judge] += (dual.weights(*given) * said[:, judge, block]).sum(-1)
-            found[4, judge] += dual.divergence(*given)
+            found[:4, judge] += (weights(*given) * said[:, judge, block]).sum(-1)
+            found[4, judge] += divergence(*given)
     return found / len(starts)
 
 

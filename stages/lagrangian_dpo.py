@@ -20,8 +20,8 @@ from dualign.core.records import SolvedDual, read_record, solved_multiplier
 from dualign.core.schema import by_prompt
 from dualign.lm.models import load_tokenizer
 from dualign.lm.tokens import answer_lengths
-from dualign.math import dual
 from dualign.math.constraints import prices_in, with_priced_rewards
+from dualign.math.dual.solution import solve
 from dualign.params.training import LagrangianDpoParams, LagrangianRun
 from dualign.scoring.support import doubt, doubted
 from dualign.stage import Run, execute, finished
@@ -86,7 +86,7 @@ def multiplier(
     if not implicit(spec):
         return {"lam": solved_multiplier(known, spec.lam), "lam_from": str(DUAL)}
     try:
-        solution = dual.solve(
+        solution = solve(
             by_prompt(pool, "reward"), by_prompt(pool, "cost"),
             limit=known["limit" if spec.lam == "dual" else "target"], beta=params.beta,
             lambda_max=known["lambda_max"], seed=params.seed,

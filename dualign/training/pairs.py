@@ -17,7 +17,7 @@ from dualign.core.errors import DataError
 from dualign.core.schema import Message, by_prompt
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
-from dualign.math import dual
+from dualign.math.dual.tilt import leave_one_out_value
 from dualign.math.losses import folded_reference, lagrangian_label, safe_dpo_direction
 from dualign.params.base import TrainingParams
 from dualign.params.training import LossType
@@ -287,7 +287,7 @@ def pool_pairs(
 
 def pool_values(samples: Samples, lam: float, beta: float) -> Array:
     """V_lambda(x) of a pool, leave-one-out; shape [prompts, samples]."""
-    return dual.leave_one_out_value(samples.reward, samples.cost, lam, beta)
+    return leave_one_out_value(samples.reward, samples.cost, lam, beta)
 
 
 def _encode(

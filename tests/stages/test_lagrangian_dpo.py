@@ -17,8 +17,8 @@ from dualign.data import world
 from dualign.lm.models import build_scratch, load_tokenizer, save, train_tokenizer
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
-from dualign.math import dual
 from dualign.math.constraints import Constraint, Price
+from dualign.math.dual.tilt import predict
 from dualign.math.losses import lagrangian_scale
 from dualign.params import loading
 from dualign.params.base import Resources
@@ -118,7 +118,7 @@ def test_the_stock_is_the_pools_or_an_aim_for_implicit_scores(
     stocked = given.runs["bernoulli"].model_copy(update={"lam": "margin"})
     assert multiplier("bernoulli", stocked, pool, given)["lam"] == 0.4
     lam = multiplier("pecan", given.runs["pecan"], pool, given)["lam"]
-    cost = dual.predict(
+    cost = predict(
         by_prompt(pool, "reward"), by_prompt(pool, "cost"), lam, given.beta, by_prompt(pool, "cost")
     )
     assert cost.mean() == pytest.approx(SOLVED["target"], abs=1e-6)
@@ -159,7 +159,7 @@ def test_implicit_scores_have_a_dual_of_their_own(
     given = stage_params(repo_root)
     found = multiplier("pecan", given.runs["pecan"], pool, given)
     lam, low, high = (found[key] for key in ("lam", "lam_low", "lam_high"))
-    cost = dual.predict(
+    cost = predict(
         by_prompt(pool, "reward"), by_prompt(pool, "cost"), lam, given.beta, by_prompt(pool, "cost")
     )
     assert cost.mean() == pytest.approx(LIMIT, abs=1e-6)
@@ -269,7 +269,7 @@ def test_pecan_trains_at_the_multiplier_of_its_own_scores(
     )
     reward, cost = by_prompt(tables.pool, "reward"), by_prompt(tables.pool, "cost")
     limit = float(
-        dual.predict(reward, cost, 0.5, given.beta, cost).mean()
+        predict(reward, cost, 0.5, given.beta, cost).mean()
     )  # so that the multiplier is 0.5
     write_json(Path("data/dual/dual.json"), solved(lam=0.25, limit=limit))
     lagrangian_dpo.main(Run("lagrangian_dpo", "pecan", given, RESOURCES))
