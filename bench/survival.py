@@ -22,8 +22,8 @@ from bench import options
 from dualign.core.schema import by_prompt
 from dualign.math.dual.root import root
 from dualign.math.dual.tilt import divergence, weights
-from dualign.scoring.fitting import crosswise
 from dualign.scoring.support import Doubt, columns
+from dualign.training.fitting import crosswise
 
 Array = np.ndarray
 
