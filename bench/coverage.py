@@ -1,4 +1,4 @@
-"""How often each bound of `dualign.certify.certificate` certifies falsely, on answers whose mean
+"""How often each bound of `dualign.math.bounds` certifies falsely, on answers whose mean
 cost is exactly at the limit.
 
     python -m bench.coverage                  # minutes on one core python -m bench.coverage

@@ -77,7 +77,7 @@ COMMANDS = {
     "doctor": Command("look for what may keep a run from working", PIPELINE),
     "certify": Command(
         "recompute certificates from saved answers (verify), or sign one",
-        "dualign.certify.certificate",
+        "dualign.certify.command",
     ),
     "convert": Command("make a plain model folder of a GGUF file", "dualign.lm.convert"),
     "params": Command("check the params that stand on standard input", "dualign.params.loading"),

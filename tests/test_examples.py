@@ -30,7 +30,9 @@ MODULES = {
     "dualign.math.losses": None,
     "dualign.math.tabular": None,
     "dualign.scoring.calibration": None,
-    "dualign.certify.certificate": ["fixed_sequence", "Requirement.weighted"],
+    "dualign.certify.certificate": ["order"],
+    "dualign.certify.requirement": ["Requirement.__str__", "Requirement.weighted"],
+    "dualign.certify.sequence": ["fixed_sequence"],
     "dualign.search.rules": [
         "dual_gradient_step",
         "projected_subgradient_step",

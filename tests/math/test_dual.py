@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq, linprog, minimize
 
-from dualign.certify.certificate import sample_size, upper_bound
 from dualign.core.errors import InfeasibleError
+from dualign.math.bounds import sample_size, upper_bound
 from dualign.math.dual.advice import beta_for_ess, samples_for_ess
 from dualign.math.dual.joint import solve_many
 from dualign.math.dual.margin import certificate_margin, solve_with_margin, spread_of_means

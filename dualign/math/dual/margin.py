@@ -45,7 +45,7 @@ def certificate_margin(sd: float, prompts: int, *, delta: float, power: float) -
     """The margin (z_{1-delta} + z_power) sd / sqrt(N) below the limit, in units of cost.
 
     A policy with its mean cost there passes a one-sided clustered-t bound at level delta on N
-    prompts with probability `power`. `sd` is that of per-prompt means; `certificate.sample_size`
+    prompts with probability `power`. `sd` is that of per-prompt means; `bounds.sample_size`
     solves the same equation for N.
 
     >>> round(certificate_margin(sd=1.0, prompts=100, delta=0.05, power=0.5), 4)  # 1.6449 / 10
