@@ -26,7 +26,7 @@ from dualign.params.models import ScratchParams
 from dualign.params.training import LagrangianDpoParams
 from dualign.stage import Run
 from dualign.training import lagrangian
-from dualign.training.implicit_scores import Tables, scored_tables
+from dualign.training.implicit_scores import Sources, Tables, scored_tables
 from dualign.training.pairwise import train_pairwise
 from stages import lagrangian_dpo
 from stages.lagrangian_dpo import multiplier
@@ -264,9 +264,9 @@ def test_pecan_trains_at_the_multiplier_of_its_own_scores(
         "nll": 0.0,
     }
     given = stage_params(repo_root, data=data, pair_loss=pair_loss, learning_rate=rate)
-    tables = scored_tables(
-        Path("data/scored"), *MODELS[1:], given.beta, load_tokenizer("models/sft"), RESOURCES
-    )
+    sources = Sources(*MODELS[1:], Path("models"), Path("reports/metrics"))
+    tokenizer = load_tokenizer("models/sft")
+    tables = scored_tables(Path("data/scored"), sources, given.beta, tokenizer, RESOURCES)
     reward, cost = by_prompt(tables.pool, "reward"), by_prompt(tables.pool, "cost")
     limit = float(
         predict(reward, cost, 0.5, given.beta, cost).mean()

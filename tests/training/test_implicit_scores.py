@@ -27,6 +27,7 @@ from dualign.math.dual.solution import solve
 from dualign.params.base import Resources
 from dualign.params.models import ScratchParams
 from dualign.training.implicit_scores import (
+    Sources,
     Tables,
     cost_offset,
     implicit_cost,
@@ -311,9 +312,8 @@ def test_each_score_is_read_from_where_the_run_says(
     write_json(tmp_path / "safety_dpo/alone.json", safety(coefficient=BETA_G))
 
     def read(reward: str, cost: str) -> Tables:
-        return scored_tables(
-            tmp_path, reward, cost, BETA_R, tokenizer, RESOURCES, models=tmp_path, metrics=tmp_path
-        )
+        sources = Sources(reward, cost, models=tmp_path, metrics=tmp_path)
+        return scored_tables(tmp_path, sources, BETA_R, tokenizer, RESOURCES)
 
     expected_reward = (
         with_implicit_reward(tables, policy, tokenizer, BETA_R, 5).pool["reward"].tolist()
