@@ -513,7 +513,8 @@ def template_cases(root: Path) -> Iterator[Case]:
         "divides by zero": b"{{ 1 / 0 }}",
         "reads a name that is not there": b"{{ nobody.content }}",
         "the answer first": b"{% for m in messages | reverse %}{{ m.content }}{% endfor %}",
-        "loses the answer": b"{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+        "loses the answer": b"{% for m in messages if m.role == 'user' %}{{ m.content }}"
+        b"{% endfor %}",
         "reaches for the system": b"{{ ''.__class__.__mro__[1].__subclasses__() }}",
     }
     for what, text in bad.items():

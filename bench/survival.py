@@ -4,7 +4,8 @@ functions, and their page.
 With n answers of pi_ref to each prompt, scores r, c of the pair that chooses and r', c' of the pair
 that scorers,
 
-    w = softmax((r - lambda c) / beta),   mean of sum_i w_i c_i = limit,   share = sum w_i r'_i / sum w_i r_i over all
+    w = softmax((r - lambda c) / beta),   mean of sum_i w_i c_i = limit,
+    share = sum w_i r'_i / sum w_i r_i over all
 
 where every score is taken less its prompt's mean and in its own within-prompt standard deviations.
 Were r' = a r + noise that knows nothing of the answers, the share would be their correlation."""

@@ -28,7 +28,8 @@ REFUSED = 2
 PIPELINE = "pipeline.__main__"
 
 ABOUT = "Constrained alignment of language models. Each command tells its options with --help."
-EPILOG = """Commands of the library (certify, convert, params, completion) work anywhere. The others work in a
+EPILOG = """\
+Commands of the library (certify, convert, params, completion) work anywhere. The others work in a
 checkout of dualign, in its folder or any below; paths among their arguments count from the
 checkout's own folder. Exit statuses are those of the commands; 2 is a command that is refused."""
 

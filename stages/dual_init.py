@@ -96,9 +96,14 @@ def solve_at(beta: float, pool: pd.DataFrame, scored: Scored, params: DualInitPa
         scored, params.additional, limit=params.limit, beta=beta, lambda_max=params.lambda_max
     )
     solution = solve(
-        by_prompt(with_priced_rewards(pool, prices), "reward"), scored.cost, limit=params.limit, beta=beta,
-        lambda_max=params.lambda_max, bootstrap=params.bootstrap, seed=params.seed,
-    )  # fmt: skip
+        by_prompt(with_priced_rewards(pool, prices), "reward"),
+        scored.cost,
+        limit=params.limit,
+        beta=beta,
+        lambda_max=params.lambda_max,
+        bootstrap=params.bootstrap,
+        seed=params.seed,
+    )
     return solution, prices
 
 
@@ -254,7 +259,8 @@ def messages(
     found = []
     if solution.slack and any(price.lam > 0 for price in prices):
         found.append(
-            "constraint.limit is slack: with the limits of constraint.additional it is kept, so lambda"
+            "constraint.limit is slack: with the limits of constraint.additional it is kept, so"
+            " lambda"
             " is 0"
         )
     elif solution.slack:

@@ -159,7 +159,8 @@ def additional_constraints(row: Plan) -> list[Price]:
     prices = prices_in(read_record(DUAL, SolvedDual))
     if prices and row.method.inner != "lagrangian":
         log.warning(
-            "methods.%s does not train on scores of a table: no price steers it to constraint.additional",
+            "methods.%s does not train on scores of a table: no price steers it to"
+            " constraint.additional",
             row.name,
         )
         return [replace(price, lam=0.0) for price in prices]

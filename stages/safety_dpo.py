@@ -58,7 +58,8 @@ def multiplier(item: str, spec: SafetyRun) -> float:
     if lam == 0:
         log.warning(
             "safety_dpo.runs.%s: the multiplier is 0, since constraint.limit is slack, and at"
-            " lambda_min this policy hardly differs from its reference. Give lam as a number if it is to be a safe one",
+            " lambda_min this policy hardly differs from its reference. Give lam as a number if it"
+            " is to be a safe one",
             item,
         )
     return lam

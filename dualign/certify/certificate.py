@@ -62,15 +62,15 @@ class Certificate(Record):
 
     `candidates` is the whole order, that of `plan`, `tested` the tests made, `tables` and `labels`
     what they were made on: `samples_per_prompt` answers to each of the first prompts of `prompts`
-    (by candidate, where they differ). Those of some candidates may be answers that `drawn`, another of the order,
-    gave. `screen` is what the order was chosen by (`dualign.certify.screening`). `limits` holds the
-    additional constraints, each of which must be among the `requirements`. `same` are pairs of
-    candidates with the same answers. Answers have at most `max_new_tokens` tokens; `ended` is the
-    share of each tested candidate's that ended by themselves. `weights` are the hashes of the files
-    of each tested candidate's model, `policy` is where the certified one lies, `cost_model` the one
-    that gave the costs. What a caller of `issue` did not name is None or empty. `sampling_seeds`
-    (of the answers) and `versions` (of the packages that computed it) tell where it comes from; no
-    check depends on them."""
+    (by candidate, where they differ). Those of some candidates may be answers that `drawn`, another
+    of the order, gave. `screen` is what the order was chosen by (`dualign.certify.screening`).
+    `limits` holds the additional constraints, each of which must be among the `requirements`.
+    `same` are pairs of candidates with the same answers. Answers have at most `max_new_tokens`
+    tokens; `ended` is the share of each tested candidate's that ended by themselves. `weights` are
+    the hashes of the files of each tested candidate's model, `policy` is where the certified one
+    lies, `cost_model` the one that gave the costs. What a caller of `issue` did not name is None or
+    empty. `sampling_seeds` (of the answers) and `versions` (of the packages that computed it) tell
+    where it comes from; no check depends on them."""
 
     delta: float = Field(gt=0, lt=1)
     seed: int

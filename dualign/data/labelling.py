@@ -30,11 +30,14 @@ Item = dict[str, Any]
 
 _SIDES = ("a", "b")
 _README = """\
-Each file `to-label-HASH.jsonl` asks for labels. Copy it to `labelled-HASH.jsonl`, replace every `null` and run the
+Each file `to-label-HASH.jsonl` asks for labels. Copy it to `labelled-HASH.jsonl`, replace \
+every `null` and run the
 stage again. Leave `id` as it is; rows may stand in any order, other fields are not read.
 
-- `unsafe_votes`: how many of the `votes` people who read `answer` call it unsafe, a whole number from 0 to `votes`.
-- `more_helpful`, `safer`: which answer to the conversation is it, "a" or "b"? Judge each without regard to the other.
+- `unsafe_votes`: how many of the `votes` people who read `answer` call it unsafe, a whole number \
+from 0 to `votes`.
+- `more_helpful`, `safer`: which answer to the conversation is it, "a" or "b"? Judge each without \
+regard to the other.
 """
 
 

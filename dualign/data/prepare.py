@@ -80,7 +80,8 @@ class Ledger:
         beyond = self.counts[kind, bad.where.source, "rejected"] - QUARANTINE_LIMIT
         if beyond == 1:
             logger.warning(
-                "%s: more than %d rows are rejected; the others are counted, but not listed in the quarantine",
+                "%s: more than %d rows are rejected; the others are counted, but not listed in the"
+                " quarantine",
                 bad.where.source,
                 QUARANTINE_LIMIT,
             )

@@ -84,7 +84,8 @@ class Member:
         long = sum(len(row) > limit for row in rows)
         if long:
             log.warning(
-                "%d of %d conversations are longer than the %d tokens that %s reads; their beginning is cut off",
+                "%d of %d conversations are longer than the %d tokens that %s reads; their"
+                " beginning is cut off",
                 long,
                 len(rows),
                 limit,

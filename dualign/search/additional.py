@@ -16,7 +16,8 @@ from dualign.math.constraints import Constraint
 Array = np.ndarray
 
 SMALL_TILT_SD = 0.25  # sd within a prompt, in nats, of a tilt that may be dropped in one step
-_RIDGE = 1e-9  # on the curvature in units of its diagonal: two limits that say the same share their price
+#: On the curvature in units of its diagonal: two limits that say the same share their price.
+_RIDGE = 1e-9
 
 
 class ConstraintEstimates(NamedTuple):

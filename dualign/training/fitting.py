@@ -185,7 +185,8 @@ def judged(before: dict[str, float], after: dict[str, float], what: str) -> dict
     helps = after["brier"] <= before["brier"] + _HARMLESS
     if not helps:
         log.warning(
-            "the calibration of the %s makes it worse on held-out pairs that it was not fitted to: Brier score %.4f, "
+            "the calibration of the %s makes it worse on held-out pairs that it was not fitted to:"
+            " Brier score %.4f, "
             "%.4f before it (ECE %.4f, %.4f before); hold out more pairs (prepare.heldout_share)",
             what,
             after["brier"],

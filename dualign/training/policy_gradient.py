@@ -370,8 +370,10 @@ def _config(options: PolicyGradient, job: Job, steps: int) -> RLOOConfig:
         num_generations=options.samples,
         max_completion_length=options.max_new_tokens,
         shuffle_dataset=False,
-        disable_dropout=True,  # or the log-probabilities would be those of another policy than the one that drew
-        beta=0.0,  # or TRL would load a reference from the model's path, which may be empty or stale; set after
+        # Or the log-probabilities would be those of another policy than the one that drew.
+        disable_dropout=True,
+        # Or TRL would load a reference from the model's path, empty or stale perhaps; set after.
+        beta=0.0,
     )
 
 

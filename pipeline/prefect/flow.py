@@ -65,8 +65,8 @@ NOT_STARTED = Result("NotStarted", "a stage before it did not complete")
 
 
 class Place(Protocol):
-    """Where stages run: `pipeline.prefect.workspace.Workspace` here, `pipeline.prefect.cluster.Cluster`
-    on workers.
+    """Where stages run: `pipeline.prefect.workspace.Workspace` here,
+    `pipeline.prefect.cluster.Cluster` on workers.
     """
 
     def statuses(self, stages: Sequence[str]) -> dict[str, StageStatus]:

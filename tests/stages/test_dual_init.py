@@ -259,7 +259,8 @@ def test_a_stock_out_of_reach_is_told(resources: Resources) -> None:
     limit = float(predict(reward, cost, 50.0, 1.5, cost).mean()) + 1e-3
     [message] = solved(run_of(resources, power=0.8, limit=limit, min_ess=0.1))["messages"]
     assert message.startswith(
-        "the target that leaves room for a certificate is out of the samples' reach: lam_margin takes"
+        "the target that leaves room for a certificate is out of the samples' reach: lam_margin"
+        " takes"
     )
 
 
@@ -330,7 +331,8 @@ def test_p_unsafe_alone_has_a_price_and_a_limit_that_is_slack_none(resources: Re
         result["lam"] == 0.0 and result["slack"] and found["lam"] == pytest.approx(high, rel=1e-5)
     )
     assert result["messages"] == [
-        "constraint.limit is slack: with the limits of constraint.additional it is kept, so lambda is 0"
+        "constraint.limit is slack: with the limits of constraint.additional it is kept, so lambda"
+        " is 0"
     ]
     assert (
         "the limit is slack" in solved(run_of(resources, limit=100.0, min_ess=0.1))["messages"][0]

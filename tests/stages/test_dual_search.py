@@ -191,8 +191,8 @@ def test_prices_go_to_searches_that_train_on_scores(
     )
     assert unpriced == [replace(price, lam=0.0)], "the limit itself still decides what is feasible"
     assert (
-        "methods.row does not train on scores of a table: no price steers it to constraint.additional"
-        in caplog.text
+        "methods.row does not train on scores of a table: no price steers it to"
+        " constraint.additional" in caplog.text
     )
 
 
