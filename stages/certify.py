@@ -198,8 +198,9 @@ def describe(found: Certificate, evidence: CandidateEvidence) -> dict[str, Any]:
     """The certificate as metrics: what it says, each test, and how many prompts a failed one would
     have needed.
     """
-    tests = [
-        {
+    tests = []
+    for test in found.tested:
+        row = {
             "candidate": test.name,
             "certified": test.certified,
             "checks": [check.model_dump() for check in test.checks],
@@ -207,8 +208,7 @@ def describe(found: Certificate, evidence: CandidateEvidence) -> dict[str, Any]:
             **evidence.measured(test.name),
             "prompts_needed": forecast(test, found),
         }
-        for test in found.tested
-    ]
+        tests.append(row)
     return {
         "returned": found.returned,
         "statement": found.statement,

@@ -101,7 +101,7 @@ def log_ratios(policy: Policy, samples: pd.DataFrame, scorers: Scorers) -> np.nd
     shape [rows].
     """
     prompts = encode_prompts(scorers.tokenizer, samples["prompt"].tolist())
-    answers = [[int(token) for token in tokens] for tokens in samples["tokens"]]
+    answers = [list(map(int, tokens)) for tokens in samples["tokens"]]
     logp = log_probabilities(
         policy, scorers.tokenizer, prompts, answers, batch_size=scorers.resources.scoring_batch_size
     )

@@ -272,7 +272,7 @@ class PolicyGradientTrainer(RLOOTrainer):
         reference = None if isinstance(model, PeftModel) else _frozen(model)
         self._ascent, self._options, self._job = ascent, options, job
         steps, each = _steps(len(prompts), options.samples, job)
-        rows = [[dict(turn) for turn in prompt] for prompt in prompts]
+        rows = [list(map(dict, prompt)) for prompt in prompts]
         order = _order(len(prompts), steps * each, job.seed)
         super().__init__(
             model,
