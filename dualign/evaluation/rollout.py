@@ -76,17 +76,15 @@ def roll_out(
     )
     rows = [encoded[i] for i in index]
     batch = resources.scoring_batch_size
-    frame["logp_ref"] = log_probabilities(
-        scorers.reference, tokenizer, rows, frame["tokens"].tolist(), batch_size=batch
-    )
-    same = policy is scorers.reference
-    frame["logp"] = (
-        frame["logp_ref"]
-        if same
-        else log_probabilities(policy, tokenizer, rows, frame["tokens"].tolist(), batch_size=batch)
-    )
-    for score, judge in (("reward", scorers.reward), ("cost", scorers.cost)):
-        frame[score] = judge.score(
+    tokens = frame["tokens"].tolist()
+    logp_ref = log_probabilities(scorers.reference, tokenizer, rows, tokens, batch_size=batch)
+    logp = logp_ref
+    if policy is not scorers.reference:
+        logp = log_probabilities(policy, tokenizer, rows, tokens, batch_size=batch)
+    frame["logp_ref"] = logp_ref.numpy()
+    frame["logp"] = logp.numpy()
+    for score, scorer in (("reward", scorers.reward), ("cost", scorers.cost)):
+        frame[score] = scorer.score(
             frame["prompt"].tolist(),
             frame["response"].tolist(),
             batch_size=batch,

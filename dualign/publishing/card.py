@@ -141,13 +141,16 @@ def _evaluation(policy: Published) -> str:
         return (
             "## Evaluation\n\nThis policy is not among `evaluate.policies`: nothing was measured."
         )
+    reference = policy.reference or {}
     rows = [
-        f"| {text} | {_interval(policy.row[key])} | {_interval((policy.reference or {}).get(key))}"
-        " |"
+        f"| {text} | {_interval(policy.row[key])} | {_interval(reference.get(key))} |"
         for key, text in MEASURES.items()
         if policy.row.get(key)
     ]
-    head = f"On {policy.row['prompts']} held-out prompts, {policy.row['answers']} answers; intervals are by prompt."
+    head = (
+        f"On {policy.row['prompts']} held-out prompts, {policy.row['answers']} answers; intervals"
+        " are by prompt."
+    )
     why = "Scores are those of learned models, not of people."
     table = ["| | this policy | reference |", "|---|---|---|", *rows]
     return "\n".join(["## Evaluation", "", f"{head} {why}", "", *table])
@@ -215,9 +218,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 policy = AutoModelForCausalLM.from_pretrained("{name}")
 chat = [{{"role": "user", "content": "..."}}]
-ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-answer = policy.generate(**ids, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=256)
+ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, \
+return_tensors="pt", return_dict=True)
+answer = policy.generate(**ids, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, \
+max_new_tokens=256)
 ```
 
-vLLM serves it as it is: `vllm serve {name}`. For llama.cpp, in a clone of it, with a copy of this folder:
+vLLM serves it as it is: `vllm serve {name}`. For llama.cpp, in a clone of it, with a copy of \
+this folder:
 `python convert_hf_to_gguf.py FOLDER --outfile policy.gguf`."""
