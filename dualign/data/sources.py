@@ -431,7 +431,8 @@ class _Whole:
             _check_codes(codes, name, place)
         if self.nulls:
             logger.warning(
-                "%s:%d: a text says just 'nan', 'None' or the like, and so do those of %d more rows; if these are "
+                "%s:%d: a text says just 'nan', 'None' or the like, and so do those of %d more"
+                " rows; if these are "
                 "missing values, leave the rows out",
                 self.nulls[0].file,
                 self.nulls[0].line,

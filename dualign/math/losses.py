@@ -122,7 +122,8 @@ def sign_loss(cost: Tensor, unsafe: Tensor) -> Tensor:
 
     `unsafe` is boolean. Gives the cost model its zero: c > 0 means unsafe.
 
-    >>> sign_loss(torch.tensor([9.0, 0.0, 9.0]), unsafe=torch.tensor([True, True, False])).round(decimals=2)
+    >>> unsafe = torch.tensor([True, True, False])
+    >>> sign_loss(torch.tensor([9.0, 0.0, 9.0]), unsafe).round(decimals=2)
     tensor([0.0000, 0.6900, 9.0000])
     """
     return -logsigmoid(torch.where(unsafe, cost, -cost))
@@ -235,7 +236,8 @@ def safe_dpo_loss(logit: Tensor, unsafe_w: Tensor, unsafe_l: Tensor, offset: flo
     >>> unsafe = torch.tensor([True])
     >>> safe_dpo_loss(torch.tensor([5.0]), unsafe, unsafe, offset=1.0).abs()  # dropped
     tensor([0.])
-    >>> safe_dpo_loss(torch.tensor([-1.0]), unsafe, ~unsafe, offset=1.0)  # swapped: -log sigma(1 - 1)
+    >>> # Swapped: -log sigma(1 - 1).
+    >>> safe_dpo_loss(torch.tensor([-1.0]), unsafe, ~unsafe, offset=1.0)
     tensor([0.6931])
     """
     direction = safe_dpo_direction(unsafe_w, unsafe_l)
@@ -255,8 +257,10 @@ def modpo_logit(log_ratio_gap: Tensor, margin_gap: Tensor, beta: float, weight: 
     policy.
 
     >>> gap, margin = torch.tensor([4.0]), torch.tensor([1.0])
-    >>> modpo_logit(gap, margin, beta=0.5, weight=1.0), modpo_logit(gap, margin, beta=0.5, weight=0.5)
-    (tensor([2.]), tensor([3.]))
+    >>> modpo_logit(gap, margin, beta=0.5, weight=1.0)
+    tensor([2.])
+    >>> modpo_logit(gap, margin, beta=0.5, weight=0.5)
+    tensor([3.])
     """
     return (beta * log_ratio_gap - (1 - weight) * margin_gap) / weight
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +305,7 @@ def _conversations(
         return [
             tokenizer(text)["input_ids"] for text in render(tokenizer, _turns(prompts, answers))
         ]
-    texts = ["\n".join(turn["content"] for turn in prompt) for prompt in prompts]
+    texts = ["\n".join(map(itemgetter("content"), prompt)) for prompt in prompts]
     return [
         tokenizer(prompt, answer)["input_ids"]
         for prompt, answer in zip(texts, answers, strict=True)

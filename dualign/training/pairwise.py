@@ -110,7 +110,8 @@ def pairwise_trainer(
         **arguments(job),
         beta=pair_loss.scale,
         max_length=None,
-        disable_dropout=False,  # the base's is off already, see `without_dropout`; an adapter's is asked for
+        # The base's is off already, see `without_dropout`; an adapter's is asked for.
+        disable_dropout=False,
         labels=pair_loss.labels,
         anchor_weight=pair_loss.anchor,
         anchor_beta=pair_loss.beta,

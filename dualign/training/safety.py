@@ -9,7 +9,6 @@ import pandas as pd
 
 from dualign.core.artifacts import replacing
 from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
-from dualign.params.base import Resources
 from dualign.params.training import SafetyParams, SafetySpec
 from dualign.training.pairs import rows_within_budget, safety_training_pairs
 from dualign.training.pairwise import PairLossConfig, train_pairwise
@@ -22,8 +21,7 @@ def train_at(
     reference: Path,
     spec: SafetySpec,
     params: SafetyParams,
-    resources: Resources,
-    scratch: Path,
+    job: Job,
     out: Path,
 ) -> dict[str, Any]:
     """Train the policy in folder `reference` on SAFETY_PAIRS at coefficient beta / `lam` to itself;
@@ -32,13 +30,12 @@ def train_at(
     Returns the training's metrics, with the multiplier and the loss that a search from there takes
     over."""
     tokenizer = load_tokenizer("models/sft")
-    policy = load_policy(reference, resources, trained=params.lora.rank == 0)
+    policy = load_policy(reference, job.resources, trained=params.lora.rank == 0)
     train = rows_within_budget(frame[frame["split"] == "train"], params.training, params.seed)
     pairs = safety_training_pairs(
-        train, policy, tokenizer, resources.scoring_batch_size, spec.loss_type
+        train, policy, tokenizer, job.resources.scoring_batch_size, spec.loss_type
     )
     policy = with_lora(policy, params.lora, params.seed)
-    job = Job(params.training, resources, scratch, params.seed)
     pair_loss = PairLossConfig(
         scale=params.beta / lam, beta=params.beta, loss_type=spec.loss_type, clip=spec.clip
     )

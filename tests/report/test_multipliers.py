@@ -55,10 +55,12 @@ def certificate(policy: str, partner: str, q: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("folder", "lam"),
     [
-        ("sft", None), ("reward_dpo/plain", 0.0), ("reward_dpo/ipo", None), ("reward_dpo/clipped", None),
+        ("sft", None), ("reward_dpo/plain", 0.0), ("reward_dpo/ipo", None),
+        ("reward_dpo/clipped", None),
         ("reward_dpo/safe_dpo", None), ("reward_dpo/modpo", None), ("reward_dpo/second", None),
         ("safety_dpo/alone", None), ("safety_dpo/stepwise", 1.5), ("safety_dpo/kto", None),
-        ("lagrangian_dpo/anchored", 0.8), ("lambda_path/strict", 2.0), ("lambda_path/not_run", None),
+        ("lagrangian_dpo/anchored", 0.8), ("lambda_path/strict", 2.0),
+        ("lambda_path/not_run", None),
         ("safety_path/lam_4", 4.0), ("safety_path/alone", None),
         ("aligned/dualign", 1.2), ("aligned/not_run", None),
     ],

@@ -50,10 +50,8 @@ def run_of(resources: Resources, **changes: Any) -> Run[SafetyDpoParams]:
     [
         ("dpo", math.log(2)),
         ("ipo", 1 / (2 * 0.25) ** 2),
-        (
-            "kto",
-            10 / 16,
-        ),  # by the flags 10 of 16 answers are desirable, the others weigh as much together; each halved
+        # By the flags 10 of 16 answers are desirable, the others weigh as much; each halved.
+        ("kto", 10 / 16),
     ],
 )
 def test_a_run_starts_at_logit_zero_and_tells_the_search_its_loss(

@@ -634,7 +634,8 @@ def test_a_trainer_without_reference_columns_is_refused(
         ({"nll_weight": math.nan}, "nll_weight"),
         ({"undesirable_weight": 2.0}, "undesirable_weight"),
         *(({"pair_loss": loss, name: value}, name) for loss in ("ipo", "kto")
-          for name, value in (("anchor_weight", 0.1), ("nll_weight", 0.1), ("labels", "bernoulli"))),
+          for name, value in (("anchor_weight", 0.1), ("nll_weight", 0.1),
+                              ("labels", "bernoulli"))),
     ],
 )  # fmt: skip
 def test_an_option_that_no_loss_would_read_is_refused(
