@@ -48,7 +48,7 @@ def main(run: Run[RewardDpoParams]) -> None:
         PAIRS, *sorted({MODELS / name for name in ("sft", spec.reference, spec.margin)})
     )
     job = Job(params.training, run.resources, scratch, params.seed)
-    chosen = spec.model_dump(include=set(LOSS_FIELDS))
+    chosen = spec.model_dump(include=set(LOSS_FIELDS), exclude_none=True)
     pair_loss = PairLossConfig(scale=params.beta, beta=params.beta, **chosen)
     metrics = train_pairwise(policy, tokenizer, pairs, pair_loss, job)
     with replacing(OUT / item) as folder:

@@ -39,10 +39,10 @@ def train_at(
     )
     policy = with_lora(policy, params.lora, params.seed)
     job = Job(params.training, resources, scratch, params.seed)
-    chosen = spec.model_dump(include=set(LOSS_FIELDS), exclude_unset=True)
+    chosen = spec.model_dump(include=set(LOSS_FIELDS), exclude_none=True)
     pair_loss = PairLossConfig(scale=params.beta / lam, beta=params.beta, **chosen)
     metrics = train_pairwise(policy, tokenizer, pairs, pair_loss, job)
     with replacing(out) as folder:
         save(policy, tokenizer, folder)
-    told = {"lam": lam, "coefficient": params.beta / lam, "reference": spec.reference}
-    return {**metrics, **told, **chosen}
+    told = spec.model_dump(include={"reference", *LOSS_FIELDS}, exclude_unset=True)
+    return {**metrics, "lam": lam, "coefficient": params.beta / lam, **told}
