@@ -182,6 +182,29 @@ def ipo_loss(log_ratio_gap: Tensor, probability: Tensor, tau: float) -> Tensor:
     )
 
 
+def robust_loss(logit: Tensor, probability: Tensor, flip_rate: float) -> Tensor:
+    """[(1 - e) l(z, p) - e l(z, 1 - p)] / (1 - 2 e), l the soft-label loss; rDPO (2403.00409).
+
+    Each label is wrong with probability e = `flip_rate` < 1/2, whichever answer was preferred.
+    Over such flips the expectation is the loss of the true label, so with q the observed
+    probability of w the minimiser is logit = log((q - e) / (1 - e - q)): DPO's on clean labels,
+    the reference tilted by the reward. As l is linear in p, it is the loss of p turned back, (p -
+    e) / (1 - 2 e). Conservative DPO, the paper's baseline, turns p the other way, to (1 - e) p + e
+    (1 - p), and its minimiser prefers less than the truth does. A hard label is turned back beyond
+    1: a pair that was seen once has no finite minimiser, as in DPO, and pulls the harder.
+
+    The loss that is seen, 0.9 times that of the true label and 0.1 times that of the wrong one, is
+    the true label's:
+
+    >>> logit, right, wrong = torch.tensor([2.0]), torch.ones(1), torch.zeros(1)
+    >>> 0.9 * robust_loss(logit, right, 0.1) + 0.1 * robust_loss(logit, wrong, 0.1)
+    tensor([0.1269])
+    >>> soft_label_loss(logit, right)
+    tensor([0.1269])
+    """
+    return soft_label_loss(logit, (probability - flip_rate) / (1 - 2 * flip_rate))
+
+
 def kto_loss(
     log_ratio: Tensor,
     desirable: Tensor,

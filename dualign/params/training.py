@@ -4,9 +4,9 @@ paths.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from dualign.core.names import Model, RunName, Solved
 from dualign.params.base import (
@@ -23,12 +23,13 @@ from dualign.params.base import (
 
 #: The keys of `dualign.training.pair_losses.PAIR_LOSSES`, those of its losses that tilt, and the
 #: options of each: what checks must know of the table without loading torch.
-LossType = Literal["dpo", "ipo", "kto"]
-TILTING: tuple[LossType, ...] = ("dpo",)
+LossType = Literal["dpo", "ipo", "kto", "robust"]
+TILTING: tuple[LossType, ...] = ("dpo", "robust")
 LOSS_OPTIONS: dict[LossType, tuple[str, ...]] = {
     "dpo": ("clip",),
     "ipo": ("clip",),
     "kto": ("clip",),
+    "robust": ("clip", "epsilon"),
 }
 #: An option that a loss may do without.
 _OPTIONAL = ("clip",)
@@ -49,10 +50,12 @@ class PairLossParams(Frozen):
 class LossSpec(Frozen):
     """A pair loss and its options (docs/methods.md), null where the loss has none of that name.
 
-    `clip` bounds the implicit rewards, in units of what the pairs rank."""
+    `clip` bounds the implicit rewards, in units of what the pairs rank; `epsilon` is the share of
+    labels that are expected to be wrong."""
 
     loss_type: LossType
     clip: Positive | None
+    epsilon: Annotated[float, Field(gt=0, lt=0.5)] | None = None
 
     @model_validator(mode="after")
     def _check_options(self) -> LossSpec:

@@ -59,6 +59,10 @@ def _dpo(batch: PairBatch) -> Tensor:
     return losses.soft_label_loss(batch.logit, batch.label)
 
 
+def _robust(batch: PairBatch) -> Tensor:
+    return losses.robust_loss(batch.logit, batch.label, batch.args.epsilon)
+
+
 def _ipo(batch: PairBatch) -> Tensor:
     return losses.ipo_loss(batch.first - batch.second, batch.label, batch.args.beta)
 
@@ -96,5 +100,8 @@ PAIR_LOSSES: dict[LossType, PairLoss] = {
             "ref_mismatched_logps",
         ),
         options=("reward_bound", "undesirable_weight"),
+    ),
+    "robust": PairLoss(
+        "robust DPO", "2403.00409", _robust, tilts=True, options=("reward_bound", "epsilon")
     ),
 }

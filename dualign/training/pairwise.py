@@ -71,6 +71,7 @@ class PairLossConfig:
     nll: float = 0.0
     loss_type: LossType = "dpo"
     clip: float | None = None
+    epsilon: float = 0.0
 
     def __post_init__(self) -> None:
         joint = "labels" in PAIR_LOSSES[self.loss_type].options
@@ -123,6 +124,7 @@ def pairwise_trainer(
         nll_weight=pair_loss.nll,
         pair_loss=pair_loss.loss_type,
         reward_bound=pair_loss.clip,
+        epsilon=pair_loss.epsilon,
         undesirable_weight=undesirable_weight(kept) if weighted else 1.0,
     )
     return PairwiseTrainer(
@@ -225,6 +227,9 @@ class PairwiseConfig(DPOConfig):
     undesirable_weight: float = field(
         default=1.0, metadata={"help": "KTO's weight of an undesirable answer."}
     )
+    epsilon: float = field(
+        default=0.0, metadata={"help": "Share of labels that robust DPO expects to be wrong."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -255,6 +260,11 @@ def _check_numbers(args: PairwiseConfig) -> None:
             raise ParamsError(
                 f"PairwiseConfig: {name} {getattr(args, name)} must be 0 (no such term) or more"
             )
+    if not 0 <= args.epsilon < 0.5:
+        raise ParamsError(
+            f"PairwiseConfig: epsilon {args.epsilon} must be 0 or more and below 0.5, where labels"
+            " say nothing"
+        )
     if args.reward_bound is not None and not args.reward_bound > 0:
         raise ParamsError(
             f"PairwiseConfig: reward_bound {args.reward_bound} must be above 0, or None for no"

@@ -84,14 +84,18 @@ def losses() -> list[float]:
 
 
 @pytest.mark.parametrize("reference", ["sft", "safety_dpo/alone"])
-@pytest.mark.parametrize(("loss_type", "first"), [("dpo", math.log(2)), ("ipo", 1.0), ("kto", 0.5)])
+@pytest.mark.parametrize(
+    ("loss_type", "first"),
+    [("dpo", math.log(2)), ("robust", math.log(2)), ("ipo", 1.0), ("kto", 0.5)],
+)
 def test_a_run_starts_at_logit_zero_from_its_own_reference(
     resources: Resources, reference: str, loss_type: str, first: float
 ) -> None:
     """The first loss is that of log-ratio 0; then it falls, and the policy is no longer its
     reference.
     """
-    main(run_of(resources, reference=reference, loss_type=loss_type))
+    options = {"epsilon": 0.1} if loss_type == "robust" else {}
+    main(run_of(resources, reference=reference, loss_type=loss_type, **options))
     before, after = losses()
     assert before == pytest.approx(first, rel=1e-4) and after < before - 1e-3
     trained, started = (

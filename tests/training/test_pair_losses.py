@@ -16,6 +16,8 @@ from dualign.training.pair_losses import PAIR_LOSSES, PairBatch
 from dualign.training.pairwise import PairLossConfig, PairwiseConfig
 from tests.math.test_losses import BETA, World, gaps, largest_gap, minimiser
 
+#: The options that a loss needs, as these tests give them.
+NEEDED: dict[str, dict[str, float]] = {"robust": {"epsilon": 0.2}}
 #: What an option is called in `PairwiseConfig`, where it is not its own name.
 RENAMED = {"clip": "reward_bound"}
 
@@ -56,11 +58,13 @@ def test_a_loss_that_says_so_and_no_other_tilts_by_the_score_that_the_pairs_rank
     name: LossType, tmp_path: Path
 ) -> None:
     """The minimiser over all tables of the row's own loss, each pair labelled either way as often
-    as Bradley and Terry say.
+    as Bradley and Terry say, but for the labels that the loss expects to be wrong.
     """
     world, row = World(), PAIR_LOSSES[name]
-    args = PairwiseConfig(str(tmp_path), use_cpu=True, bf16=False, beta=BETA, pair_loss=name)
-    share = torch.sigmoid(gaps(world.reward)).reshape(-1)
+    options = {"beta": BETA, "pair_loss": name, **NEEDED.get(name, {})}
+    args = PairwiseConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+    truth = torch.sigmoid(gaps(world.reward)).reshape(-1)
+    share = (1 - args.epsilon) * truth + args.epsilon * (1 - truth)
 
     def loss(table: Tensor) -> Tensor:
         won, lost = (row.loss(batch_of(table, world, args, side)) for side in (True, False))

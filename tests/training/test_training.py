@@ -199,8 +199,19 @@ def test_log_probabilities_on_a_cpu_are_those_of_trls_fused_head(
     assert torch.allclose(ours, fused.log_probs.float().sum(1), atol=1e-4)
 
 
-def test_hard_labels_without_anchor_are_trls_dpo(
-    tokenizer: PreTrainedTokenizerBase, job: Job
+@pytest.mark.parametrize(
+    ("loss", "theirs"),
+    [
+        ({}, {}),
+        (
+            {"loss_type": "robust", "epsilon": 0.2},
+            {"loss_types": ["robust"], "label_smoothing": 0.2},
+        ),
+    ],
+    ids=["dpo", "robust"],
+)
+def test_hard_labels_without_anchor_are_trls_own_loss(
+    tokenizer: PreTrainedTokenizerBase, job: Job, loss: dict[str, Any], theirs: dict[str, Any]
 ) -> None:
     """Loss and gradient of the same batch against the parent's own loss."""
     pairs = [
@@ -208,7 +219,8 @@ def test_hard_labels_without_anchor_are_trls_dpo(
         for p in pairs_of(tokenizer, policy(tokenizer))
     ]
     model = policy(tokenizer, seed=1)
-    trainer = pairwise(model, tokenizer, pairs, job, PairLossConfig(scale=0.7, beta=0.7))
+    trainer = pairwise(model, tokenizer, pairs, job, PairLossConfig(scale=0.7, beta=0.7, **loss))
+    vars(trainer).update(theirs)
     batch = batch_of(trainer)
     losses, gradients = [], []
     plain = {name: value for name, value in batch.items() if name not in pairwise_training._EXTRA}
@@ -495,7 +507,8 @@ def test_no_gradient_flows_through_ktos_reference_point(
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "first"), [("dpo", math.log(2)), ("ipo", 1 / (2 * 0.25) ** 2), ("kto", 0.5)]
+    ("loss_type", "first"),
+    [("dpo", math.log(2)), ("robust", math.log(2)), ("ipo", 1 / (2 * 0.25) ** 2), ("kto", 0.5)],
 )
 def test_every_loss_starts_at_logit_zero(
     tokenizer: PreTrainedTokenizerBase, job: Job, loss_type: Any, first: float
@@ -633,8 +646,10 @@ def test_a_trainer_without_reference_columns_is_refused(
         ({"anchor_weight": -1.0}, "anchor_weight"),
         ({"nll_weight": math.nan}, "nll_weight"),
         ({"undesirable_weight": 2.0}, "undesirable_weight"),
+        ({"epsilon": 0.1}, "epsilon"),
+        ({"pair_loss": "robust", "epsilon": 0.5}, "epsilon"),
         *(({"pair_loss": loss, name: value}, name) for loss in ("ipo", "kto")
-          for name, value in (("anchor_weight", 0.1), ("nll_weight", 0.1), ("labels", "bernoulli"))),
+          for name, value in (("epsilon", 0.1), ("anchor_weight", 0.1), ("nll_weight", 0.1), ("labels", "bernoulli"))),
     ],
 )  # fmt: skip
 def test_an_option_that_no_loss_would_read_is_refused(
