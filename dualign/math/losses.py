@@ -233,6 +233,35 @@ def kto_loss(
     )
 
 
+def simpo_loss(
+    logp_w: Tensor,
+    logp_l: Tensor,
+    tokens_w: Tensor,
+    tokens_l: Tensor,
+    probability: Tensor,
+    scale: float,
+    margin: float,
+) -> Tensor:
+    """-p log sigma(z - g) - (1 - p) log sigma(-z - g), z = a (log pi(y_w) / |y_w| - log pi(y_l) /
+    |y_l|).
+
+    SimPO (2405.14734, eq. 6) with a = `scale`, its beta, and g = `margin` >= 0 in units of the
+    logit z; p is the probability that w is preferred (1 in the paper), |y| the number of tokens.
+    No reference stands in it. With Bradley-Terry labels of r and g = 0 the minimiser is a log pi(y)
+    / |y| = r(y) + const(x): no tilt, so that its steps do not add up, its log-ratios are no score
+    and the KL divergence to the reference is held by nothing but the training's length. With g > 0
+    it is the z of log(p / (1 - p)) = log[(1 + exp(z - g)) / (1 + exp(-z - g))], further apart.
+
+    >>> one, two = torch.ones(1), torch.full((1,), 2.0)
+    >>> simpo_loss(-2 * two, -3 * one, two, one, one, scale=1.0, margin=1.0)  # -log sigma(-2 + 3 - 1)
+    tensor([0.6931])
+    """
+    logit = scale * (logp_w / tokens_w - logp_l / tokens_l)
+    return -probability * logsigmoid(logit - margin) - (1 - probability) * logsigmoid(
+        -logit - margin
+    )
+
+
 def safe_dpo_direction(unsafe_w: Tensor, unsafe_l: Tensor) -> Tensor:
     """SafeDPO's transform T of a preferred and a rejected answer (2505.20065): +1 keep, -1 swap, 0
     drop; [pairs].

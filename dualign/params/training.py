@@ -23,13 +23,14 @@ from dualign.params.base import (
 
 #: The keys of `dualign.training.pair_losses.PAIR_LOSSES`, those of its losses that tilt, and the
 #: options of each: what checks must know of the table without loading torch.
-LossType = Literal["dpo", "ipo", "kto", "robust"]
+LossType = Literal["dpo", "ipo", "kto", "robust", "simpo"]
 TILTING: tuple[LossType, ...] = ("dpo", "robust")
 LOSS_OPTIONS: dict[LossType, tuple[str, ...]] = {
     "dpo": ("clip",),
     "ipo": ("clip",),
     "kto": ("clip",),
     "robust": ("clip", "epsilon"),
+    "simpo": ("gamma",),
 }
 #: An option that a loss may do without.
 _OPTIONAL = ("clip",)
@@ -51,11 +52,12 @@ class LossSpec(Frozen):
     """A pair loss and its options (docs/methods.md), null where the loss has none of that name.
 
     `clip` bounds the implicit rewards, in units of what the pairs rank; `epsilon` is the share of
-    labels that are expected to be wrong."""
+    labels that are expected to be wrong, `gamma` SimPO's target margin of the logit."""
 
     loss_type: LossType
     clip: Positive | None
     epsilon: Annotated[float, Field(gt=0, lt=0.5)] | None = None
+    gamma: NonNegative | None = None
 
     @model_validator(mode="after")
     def _check_options(self) -> LossSpec:

@@ -25,13 +25,15 @@ class PairBatch:
     """What a loss is computed from; tensors are [pairs].
 
     `first` and `second` are the log-ratios h(y) to the reference columns in nats, bounded where
-    there is a clip; `logit` is a Delta h, `label` P(first preferred). `columns` is the batch as the
-    trainer has it. `reference_point` computes KTO's, with a forward pass of its own."""
+    there is a clip; `logit` is a Delta h, `label` P(first preferred), `logps` are log pi of first
+    and second. `columns` is the batch as the trainer has it. `reference_point` computes KTO's, with
+    a forward pass of its own."""
 
     first: Tensor
     second: Tensor
     logit: Tensor
     label: Tensor
+    logps: tuple[Tensor, Tensor]
     columns: Mapping[str, Any]
     args: PairwiseConfig
     reference_point: Callable[[], Tensor]
@@ -61,6 +63,13 @@ def _dpo(batch: PairBatch) -> Tensor:
 
 def _robust(batch: PairBatch) -> Tensor:
     return losses.robust_loss(batch.logit, batch.label, batch.args.epsilon)
+
+
+def _simpo(batch: PairBatch) -> Tensor:
+    first, second = batch.logps
+    tokens_first, tokens_second = batch.columns["completion_mask"].sum(1).chunk(2)
+    scale, margin = batch.args.beta, batch.args.gamma
+    return losses.simpo_loss(first, second, tokens_first, tokens_second, batch.label, scale, margin)
 
 
 def _ipo(batch: PairBatch) -> Tensor:
@@ -104,4 +113,5 @@ PAIR_LOSSES: dict[LossType, PairLoss] = {
     "robust": PairLoss(
         "robust DPO", "2403.00409", _robust, tilts=True, options=("reward_bound", "epsilon")
     ),
+    "simpo": PairLoss("SimPO", "2405.14734", _simpo, options=("gamma",)),
 }

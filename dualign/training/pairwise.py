@@ -72,6 +72,7 @@ class PairLossConfig:
     loss_type: LossType = "dpo"
     clip: float | None = None
     epsilon: float = 0.0
+    gamma: float = 0.0
 
     def __post_init__(self) -> None:
         joint = "labels" in PAIR_LOSSES[self.loss_type].options
@@ -125,6 +126,7 @@ def pairwise_trainer(
         pair_loss=pair_loss.loss_type,
         reward_bound=pair_loss.clip,
         epsilon=pair_loss.epsilon,
+        gamma=pair_loss.gamma,
         undesirable_weight=undesirable_weight(kept) if weighted else 1.0,
     )
     return PairwiseTrainer(
@@ -230,6 +232,7 @@ class PairwiseConfig(DPOConfig):
     epsilon: float = field(
         default=0.0, metadata={"help": "Share of labels that robust DPO expects to be wrong."}
     )
+    gamma: float = field(default=0.0, metadata={"help": "SimPO's target margin of the logit."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -255,7 +258,7 @@ class PairwiseConfig(DPOConfig):
 
 def _check_numbers(args: PairwiseConfig) -> None:
     """Refuse weights and bounds outside their range."""
-    for name in ("anchor_weight", "nll_weight"):
+    for name in ("anchor_weight", "nll_weight", "gamma"):
         if not getattr(args, name) >= 0:
             raise ParamsError(
                 f"PairwiseConfig: {name} {getattr(args, name)} must be 0 (no such term) or more"
@@ -435,7 +438,7 @@ class PairwiseTrainer(Uncounted, DPOTrainer):
         logit = losses.pairwise_logit(*bounded, zero, zero, self.args.beta)
         label = self._label(inputs, logit)
         point = partial(self._reference_point, model, inputs)
-        batch = PairBatch(*bounded, logit, label, inputs, self.args, point)
+        batch = PairBatch(*bounded, logit, label, (first, second), inputs, self.args, point)
         loss = PAIR_LOSSES[self.args.pair_loss].loss(batch).mean()
         if self.args.anchor_weight > 0:
             loss = loss + self.args.anchor_weight * self._anchor(inputs, ratio_first, ratio_second)

@@ -259,6 +259,17 @@ def test_an_option_goes_with_its_loss_which_needs_it(content: Content, place: st
     )
 
 
+def test_a_loss_without_a_reference_has_no_log_ratio_to_clip(content: Content) -> None:
+    runs = content["reward_dpo"]["runs"]
+    run = runs["free"] = {**runs["helpful"], "loss_type": "simpo", "gamma": 0.5}
+    loading.check(content, "my.yaml")
+    run["clip"] = 5.0
+    assert refusal(content) == (
+        "reward_dpo.runs.free: clip does not go with loss_type simpo; leave it out, or set"
+        " loss_type to dpo or ipo or kto or robust"
+    )
+
+
 @pytest.mark.parametrize("change", [{"margin": "safety_dpo/alone"}, {"safe_offset": 10.0}])
 def test_a_clip_would_bound_offset_and_margin_too(content: Content, change: Content) -> None:
     content["reward_dpo"]["runs"]["helpful"] |= {"clip": 5.0, **change}

@@ -107,6 +107,14 @@ def test_a_run_starts_at_logit_zero_from_its_own_reference(
     )
 
 
+def test_a_run_by_a_loss_without_a_reference_tells_its_option(resources: Resources) -> None:
+    main(run_of(resources, loss_type="simpo", gamma=0.5))
+    metrics = read_json("reports/metrics/reward_dpo/it.json")
+    assert (metrics["loss_type"], metrics["gamma"], metrics["clip"]) == ("simpo", 0.5, None)
+    before, after = losses()
+    assert after < before - 1e-3
+
+
 def test_a_clip_changes_the_policy_and_the_search_is_told(resources: Resources) -> None:
     """The first step is the same, since the clip is the identity at 0; the second is not."""
     curves = []

@@ -17,7 +17,7 @@ from dualign.training.pairwise import PairLossConfig, PairwiseConfig
 from tests.math.test_losses import BETA, World, gaps, largest_gap, minimiser
 
 #: The options that a loss needs, as these tests give them.
-NEEDED: dict[str, dict[str, float]] = {"robust": {"epsilon": 0.2}}
+NEEDED: dict[str, dict[str, float]] = {"robust": {"epsilon": 0.2}, "simpo": {"gamma": 0.5}}
 #: What an option is called in `PairwiseConfig`, where it is not its own name.
 RENAMED = {"clip": "reward_bound"}
 
@@ -45,12 +45,16 @@ def batch_of(table: Tensor, world: World, args: PairwiseConfig, first_preferred:
     zero = torch.zeros_like(first)
     columns = {
         "desirable_chosen": torch.full_like(first, first_preferred, dtype=torch.bool),
+        "completion_mask": torch.ones(2 * len(first), 3),
         "desirable_rejected": torch.full_like(first, not first_preferred, dtype=torch.bool),
     }
     logit = losses.pairwise_logit(first, second, zero, zero, args.beta)
     label = torch.full_like(first, float(first_preferred))
     mean = (table.log_softmax(1).exp() * h).sum(1).mean().clamp(min=0)
-    return PairBatch(first, second, logit, label, columns, args, lambda: mean.detach())
+    logps = table.log_softmax(1)
+    both = logps[:, :, None].expand(-1, -1, 5), logps[:, None, :].expand(-1, 5, -1)
+    given = (both[0].reshape(-1), both[1].reshape(-1))
+    return PairBatch(first, second, logit, label, given, columns, args, lambda: mean.detach())
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)

@@ -442,6 +442,27 @@ def test_dpo_and_ipo_by_hand(
     )
 
 
+def test_simpo_by_hand(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+    """Mean log-probabilities of a token; the reference columns have no say."""
+    model = policy(tokenizer, seed=1)
+    pairs = pairs_of(tokenizer, policy(tokenizer))
+    loss = PairLossConfig(2.0, 1.0, loss_type="simpo", gamma=0.5)
+    expected = 0.0
+    for p in pairs:
+        first, second = log_probabilities(
+            model, tokenizer, [p.prompt] * 2, [p.first, p.second], batch_size=1
+        ).tolist()
+        gap = 2.0 * (first / len(p.first) - second / len(p.second))
+        expected -= p.label * math.log(sigmoid(gap - 0.5))
+        expected -= (1 - p.label) * math.log(sigmoid(-gap - 0.5))
+    for shift in (0.0, 3.0):
+        moved_pairs = [replace(p, ref_first=p.ref_first + shift) for p in pairs]
+        trainer = pairwise(model, tokenizer, moved_pairs, job, loss)
+        assert trainer.compute_loss(model, batch_of(trainer)).item() == pytest.approx(
+            expected / len(pairs), rel=1e-4
+        )
+
+
 @pytest.mark.parametrize("raised", [0.0, 5.0], ids=["below zero", "above zero"])
 @pytest.mark.parametrize("clip", [None, 2.0])
 def test_kto_by_hand(
@@ -647,6 +668,9 @@ def test_a_trainer_without_reference_columns_is_refused(
         ({"nll_weight": math.nan}, "nll_weight"),
         ({"undesirable_weight": 2.0}, "undesirable_weight"),
         ({"epsilon": 0.1}, "epsilon"),
+        ({"gamma": 0.1}, "gamma"),
+        ({"pair_loss": "simpo", "gamma": -0.1}, "gamma"),
+        ({"pair_loss": "simpo", "reward_bound": 1.0}, "reward_bound"),
         ({"pair_loss": "robust", "epsilon": 0.5}, "epsilon"),
         *(({"pair_loss": loss, name: value}, name) for loss in ("ipo", "kto")
           for name, value in (("epsilon", 0.1), ("anchor_weight", 0.1), ("nll_weight", 0.1), ("labels", "bernoulli"))),
