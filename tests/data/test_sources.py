@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import pytest
@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 from dualign.core.errors import DataError
 from dualign.core.schema import user
-from dualign.data.sources import Kind, Record, Rejected, Skipped, derived_seed, label, read
-from dualign.params.data import SourceSpec, WorldParams
+from dualign.data.formats import FORMATS, Kind, Record, Rejected, Skipped, label
+from dualign.data.sources import derived_seed, read
+from dualign.params.data import SourceFormat, SourceSpec, WorldParams
 
 WORLD = WorldParams(sft_rows=20, helpful_pairs=30, safety_pairs=40, sharpness=1.0)
 REAL = Path(os.environ.get("DUALIGN_REAL_DATA", Path(__file__).parents[2] / "../shared/data"))
@@ -92,6 +93,10 @@ WRITERS: dict[str, Callable[[Path, list[Row]], Any]] = {
 
 
 # --- formats --------------------------------------------------------------------------------------
+
+
+def test_params_name_every_format_of_the_table() -> None:
+    assert tuple(FORMATS) == get_args(SourceFormat)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -509,7 +514,8 @@ def test_a_wrong_column_map_is_explained(
 
 def test_alpaca_holds_no_pairs(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"prepare\.helpful: .*'alpaca' holds no pairs; list it under prepare\.sft"
+        DataError,
+        match=r"prepare\.helpful: .*'alpaca' holds nothing for it; list it .*prepare\.sft",
     ):
         records(tmp_path, "helpful", format="alpaca", path="a.json")
 
