@@ -87,6 +87,7 @@ class Skipped:
 
 
 Item = Record | Rejected | Skipped
+Located = tuple[Where, Row | BadRow]
 
 
 def label(spec: SourceSpec) -> str:
@@ -258,12 +259,14 @@ class Format:
 
     `read` turns a row into records, or says why it cannot. `columns` are those that a file must
     have for each kind that it can serve, one of several sets; `labels` those of them that hold 0
-    or 1. `check` gives, from the source, the map of our names to the file's, where it has one."""
+    or 1. `check` gives, from the source, the map of our names to the file's, where it has one.
+    `join` makes rows of rows, where several make a record."""
 
     read: Callable[[Row, Where, Kind, Mapping[str, str]], Iterator[Item]]
     columns: Mapping[Kind, Choices]
     labels: Mapping[Kind, tuple[str, ...]] = field(default_factory=dict)
     check: Callable[[SourceSpec, Kind], dict[str, str]] | None = None
+    join: Callable[[Iterator[Located]], Iterator[Located]] | None = None
 
 
 def _mapped(spec: SourceSpec, kind: Kind) -> dict[str, str]:

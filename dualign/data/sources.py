@@ -53,9 +53,9 @@ def read(
     columns = form.check(spec, kind) if form.check else {}
     place, files = _located(spec, kind, folder, made, seed)
     whole = _Whole(kind, _needed(form, kind, columns), _labels(form, kind, columns))
-    for file, line, row in itertools.islice(_rows(files), spec.limit):
-        whole.row(file, row)
-        for item in _records(row, Where(label(spec), file, line), form, kind, columns):
+    rows = _noted(itertools.islice(_rows(files), spec.limit), label(spec), whole)
+    for where, row in form.join(rows) if form.join else rows:
+        for item in _records(row, where, form, kind, columns):
             whole.item(item)
             yield item
     whole.check(place)
@@ -76,6 +76,15 @@ def _format(spec: SourceSpec, kind: Kind) -> Format:
 def _needed(form: Format, kind: Kind, columns: Mapping[str, str]) -> Choices:
     """Sets of columns, of which a file must have one: those that are mapped, or the format's."""
     return (tuple(columns.values()),) if columns else form.columns[kind]
+
+
+def _noted(
+    rows: Iterable[tuple[str, int, Row | BadRow]], source: str, whole: _Whole
+) -> Iterator[tuple[Where, Row | BadRow]]:
+    """The rows as they are in the files, each noted for what is said of the source as a whole."""
+    for file, line, row in rows:
+        whole.row(file, row)
+        yield Where(source, file, line), row
 
 
 def _records(
