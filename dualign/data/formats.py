@@ -24,6 +24,7 @@ Kind = Literal["sft", "helpful", "safety"]
 _FLAGS = ("is_response_0_safe", "is_response_1_safe")
 _SEVERITY = ("response_0_severity_level", "response_1_severity_level")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_HELPSTEER2_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 OWN_FLAGS = ("chosen_is_safe", "rejected_is_safe")
 _ANSWER = ("prompt", "response")
@@ -248,6 +249,61 @@ def _checked(turns: list[Message], column: str) -> list[Message]:
     return turns
 
 
+def _helpsteer2(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) -> Iterator[Item]:
+    """A row of the preference file, or two ratings joined to such a row.
+
+    The strength is that of the second answer's lead, from -3 to 3; of ratings it is the gap of
+    helpfulness. A tie says nothing."""
+    if "preference_strength" in row:
+        lead = cells.code(row, "preference_strength", range(-3, 4))
+    elif "response_2" in row:
+        first, second = (cells.code(row, f"helpfulness_{side}", range(5)) for side in (1, 2))
+        lead = None if first is None or second is None else second - first
+    else:
+        yield Skipped(where, "no_second_answer")
+        return
+    if not lead:
+        yield Skipped(where, "no_preference" if lead is None else "tie")
+        return
+    prompt = _marked_turns(cells.text(row, "prompt"))
+    answers = (cells.text(row, "response_1"), cells.text(row, "response_2"))
+    chosen, rejected = answers if lead < 0 else answers[::-1]
+    yield Record(where, prompt, chosen, rejected)
+
+
+def _marked_turns(prompt: str) -> list[Message]:
+    """The turns of a HelpSteer2 prompt: its first one bare, each other under a line of its role."""
+    first, *others = _HELPSTEER2_TURN.split(prompt)
+    named = zip(others[::2], others[1::2], strict=True)
+    turns = [Message(role=role.lower(), content=content.strip()) for role, content in named]
+    return _checked([*user(first.strip()), *turns], "prompt")
+
+
+def _two_ratings(rows: Iterator[Located]) -> Iterator[Located]:
+    """Ratings of two answers to one prompt, which follow each other in a file, as one row; one that
+    is left alone as a row of its own.
+    """
+    waiting: tuple[Where, Row] | None = None
+    for where, row in rows:
+        if isinstance(row, BadRow) or "response" not in row:
+            yield where, row
+        elif waiting is None:
+            waiting = where, row
+        elif (waiting[0].file, waiting[1].get("prompt")) == (where.file, row.get("prompt")):
+            yield waiting[0], _numbered(waiting[1], 1) | _numbered(row, 2)
+            waiting = None
+        else:
+            yield waiting[0], _numbered(waiting[1], 1)
+            waiting = where, row
+    if waiting is not None:
+        yield waiting[0], _numbered(waiting[1], 1)
+
+
+def _numbered(row: Row, side: int) -> Row:
+    rated = {f"{name}_{side}": row.get(name) for name in ("response", "helpfulness")}
+    return {"prompt": row.get("prompt"), **rated}
+
+
 # --- the table ------------------------------------------------------------------------------------
 
 Choices = tuple[tuple[str, ...], ...]
@@ -300,11 +356,16 @@ _PKU_BITS: dict[Kind, tuple[str, ...]] = {
 _WORLD_BITS: dict[Kind, tuple[str, ...]] = {
     kind: names for kind, names in _PKU_BITS.items() if kind != "sft"
 }
+_HELPSTEER2_ROWS: Choices = (
+    ("prompt", "response", "helpfulness"),
+    ("prompt", "response_1", "response_2", "preference_strength"),
+)
 FORMATS: dict[SourceFormat, Format] = {
     "world": Format(_world, {"sft": (_ANSWER,), **_PKU_PAIRS}, _WORLD_BITS),
     "pku": Format(_pku, {"sft": ((*_PKU_ROW, *_FLAGS),), **_PKU_PAIRS}, _PKU_BITS),
     "hh": Format(_hh, {"sft": (("chosen",),), "helpful": _PAIR, "safety": _PAIR}),
     "alpaca": Format(_alpaca, {"sft": (("instruction", "output"),)}),
+    "helpsteer2": Format(_helpsteer2, {"helpful": _HELPSTEER2_ROWS}, join=_two_ratings),
     "columns": Format(
         _own,
         {"sft": (_ANSWER, ("messages",)), "helpful": _PAIR, "safety": _PAIR},

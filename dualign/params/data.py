@@ -10,7 +10,7 @@ from dualign.core.names import Inside, Place
 from dualign.params.base import Count, Frozen, Positive, Seed, Share, StageParams
 
 #: The keys of `dualign.data.formats.FORMATS`.
-SourceFormat = Literal["world", "pku", "hh", "alpaca", "columns"]
+SourceFormat = Literal["world", "pku", "hh", "alpaca", "helpsteer2", "columns"]
 
 
 class SourceSpec(Frozen):
