@@ -3,8 +3,7 @@
     python -m stages.prepare
 
 Reads the sources of `prepare.sft`, `.helpful`, `.safety`; writes data/prepared and
-reports/metrics/prepare.json. A row of `methods` that does not fit is refused here, before anything
-is trained."""
+reports/metrics/prepare.json."""
 
 from __future__ import annotations
 
@@ -12,10 +11,7 @@ from pathlib import Path
 
 from dualign.core.artifacts import replacing
 from dualign.data.prepare import FAILED, prepare
-from dualign.methods import plan
 from dualign.params.data import PrepareParams
-from dualign.params.loading import load
-from dualign.params.search import DualSearchParams
 from dualign.stage import Run, execute
 
 OUT = Path("data/prepared")
@@ -23,8 +19,6 @@ OUT = Path("data/prepared")
 
 def main(run: Run[PrepareParams]) -> None:
     """Run the stage."""
-    for name, row in load(DualSearchParams).methods.items():
-        plan(name, row)
     with replacing(OUT) as folder:
         folder.mkdir()
         metrics = prepare(run.params, folder, OUT.with_name(FAILED))
