@@ -66,6 +66,14 @@ def test_a_new_methods_name_makes_nothing_stale_and_its_row_the_searches_alone(
     assert stale("dualign/methods.py", stages) == {"dual_search"}
 
 
+def test_checks_before_a_run_make_nothing_stale(stages: dict[str, StageSpec]) -> None:
+    """Nothing but a check may hide from DVC there: none returns anything."""
+    tree = ast.parse((ROOT / "dualign/checks.py").read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert functions and all(ast.unparse(node.returns or tree) == "None" for node in functions)
+    assert stale("dualign/checks.py", stages) == set()
+
+
 def test_a_new_or_edited_preset_makes_nothing_stale(stages: dict[str, StageSpec]) -> None:
     presets = ["params/new.yaml", *(f"params/{path.name}" for path in ROOT.glob("params/*.yaml"))]
     assert len(presets) > 5

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from dualign.core.errors import ParamsError
-from dualign.methods import plan
 from dualign.params.base import StageParams
 from dualign.params.certify import CertifyParams
 from dualign.params.evaluate import EvaluateParams
@@ -58,7 +57,6 @@ def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: 
         _check_reference(name, row, safe, path)
         _check_partner(name, row, reward, path)
         _check_ends(name, row, lambda_path, path)
-        _check_row(name, row, path)
     written |= {f"aligned/{name}" for name in search.methods}
     for name, run in certify.runs.items():
         named = {"policy": run.policy, "partner": run.partner, "fallback": run.fallback}
@@ -248,14 +246,6 @@ def _check_reference(
             f"{path}: methods.{name}.reference is {row.reference!r}, but {row.start} was trained"
             f" against {trained!r}; name that, or another start"
         )
-
-
-def _check_row(name: str, row: MethodRow, path: str | Path) -> None:
-    """The row goes with what its method is, before anything is trained."""
-    try:
-        plan(name, row)
-    except ParamsError as error:
-        raise ParamsError(f"{path}: {error}") from None
 
 
 def _check_partner(name: str, row: MethodRow, reward: RewardDpoParams, path: str | Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +16,14 @@ from torch import Tensor
 from dualign.math import losses
 from dualign.params.training import LossType
 
-if TYPE_CHECKING:
-    from dualign.training.pairwise import PairwiseConfig
+
+class LossArgs(Protocol):
+    """What the losses read of a `PairwiseConfig`."""
+
+    beta: float
+    undesirable_weight: float
+    epsilon: float
+    gamma: float
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class PairBatch:
     label: Tensor
     logps: tuple[Tensor, Tensor]
     columns: Mapping[str, Any]
-    args: PairwiseConfig
+    args: LossArgs
     reference_point: Callable[[], Tensor]
 
 

@@ -24,8 +24,9 @@ def test_a_row_that_does_not_fit_stops_the_first_stage(
     row = "  mocan: {start: lagrangian_dpo/bernoulli, reference: sft"
     assert row in text
     Path("params.yaml").write_text(text.replace(row, f"{row}, rule: merge"))
-    with pytest.raises(ParamsError, match=r"^params\.yaml: methods\.mocan\.rule: 'merge' does not"):
-        load(PrepareParams)
+    with pytest.raises(ParamsError, match=r"^methods\.mocan\.rule: 'merge' does not go with mocan"):
+        prepare.main(Run("prepare", None, load(PrepareParams), load_resources()))
+    assert not Path("data").exists() and not Path("reports").exists()
 
 
 def test_rejected_rows_are_kept_where_the_error_says(
