@@ -77,7 +77,9 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
 
 
 def led(match: re.Match[str], path: str) -> str:
-    """A link of the file `path` as the site has it; one to a file that it lacks is just its text."""
+    """A link of the file `path` as the site has it; one to a file that it lacks is just its
+    text.
+    """
     mark, text, target = match.groups()
     file, hash_, anchor = target.partition("#")
     if not file or re.match(r"[a-z]+:", target):
@@ -163,7 +165,9 @@ class Doctests(griffe.Extension):
 
 
 def fenced(docstring: str) -> str:
-    """The same text with a fence around each example, and no formula that Markdown takes for a link."""
+    """The same text with a fence around each example, and no formula that Markdown takes for a
+    link.
+    """
     example = re.compile(r"^>>> .*(?:\n.+)*", flags=re.MULTILINE)
     text = example.sub(lambda match: f"```python\n{match[0]}\n```", docstring)
     return text.replace("](", "]\\(")

@@ -254,7 +254,7 @@ def simpo_loss(
     it is the z of log(p / (1 - p)) = log[(1 + exp(z - g)) / (1 + exp(-z - g))], further apart.
 
     >>> one, two = torch.ones(1), torch.full((1,), 2.0)
-    >>> simpo_loss(-2 * two, -3 * one, two, one, one, scale=1.0, margin=1.0)  # -log sigma(-2 + 3 - 1)
+    >>> simpo_loss(-2 * two, -3 * one, two, one, one, scale=1.0, margin=1.0)  # sigma(-2 + 3 - 1)
     tensor([0.6931])
     """
     logit = scale * (logp_w / tokens_w - logp_l / tokens_l)

@@ -22,10 +22,11 @@ def nominal_multiplier(root: Path, folder: str, certificates: Mapping[str, Any])
     "tilts"}.
 
     `lam` is None where there is no such tilt: a mixture, the reference, DPO on safety alone, a loss
-    that does not tilt, SafeDPO, MODPO, and a merge with one of them. `tilts`: whether it is one model at KL weight
-    beta, no mixture or naive merge, and so may be merged on. `on_curve`: whether the predicted
-    frontier at `lam` is about this policy; besides, the prices of additional constraints must be
-    those of the curve, not corrected by a search or taken in another share by a merge."""
+    that does not tilt, SafeDPO, MODPO, and a merge with one of them. `tilts`: whether it is one
+    model at KL weight beta, no mixture or naive merge, and so may be merged on. `on_curve`: whether
+    the predicted frontier at `lam` is about this policy; besides, the prices of additional
+    constraints must be those of the curve, not corrected by a search or taken in another share by a
+    merge."""
     kind, _, name = folder.partition("/")
     if kind == "certified":
         return _certified(root, certificates.get(name, {}))

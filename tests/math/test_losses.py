@@ -404,7 +404,7 @@ def test_robust_loss_by_hand() -> None:
 
 
 def test_simpo_by_hand() -> None:
-    # z = 0.5 (-8/4 + 12/3) = 1: -log sigma(1 - 0.25), and with half a vote half of -log sigma(-1.25)
+    # z = 0.5 (-8/4 + 12/3) = 1: -log sigma(1 - 0.25); with half a vote half of -log sigma(-1.25)
     loss = losses.simpo_loss(
         tensor(-8, -8), tensor(-12, -12), tensor(4, 4), tensor(3, 3), tensor(1, 0.5), 0.5, 0.25
     )
