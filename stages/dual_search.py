@@ -26,7 +26,7 @@ from dualign.math.constraints import Price, prices_in
 from dualign.math.dual.solution import slater_radius
 from dualign.methods import Plan, plan
 from dualign.params.search import ROW_SECTIONS, DualSearchParams
-from dualign.params.training import PairLossParams
+from dualign.params.training import LOSS_FIELDS, PairLossParams
 from dualign.search import rules
 from dualign.search.backend import ModelBackend
 from dualign.stage import Run, execute, finished
@@ -208,7 +208,7 @@ def _loss(start: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the safety loss that the start was trained with, where they are not plain
     DPO's.
     """
-    return {key: start[key] for key in ("loss_type", "clip") if start.get(key) not in (None, "dpo")}
+    return {key: start[key] for key in LOSS_FIELDS if start.get(key) not in (None, "dpo")}
 
 
 def _check_scores(row: Plan, start: Mapping[str, Any]) -> None:

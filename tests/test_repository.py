@@ -27,10 +27,23 @@ ROOMS = ("dualign", "stages", "pipeline", "bench")
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 PAGES = [
     path
-    for folder in (".", "docs", "data", "models", "reports", "bench")
+    for folder in (
+        ".",
+        "docs",
+        "docs/methods",
+        "docs/reference",
+        "data",
+        "models",
+        "reports",
+        "bench",
+    )
     for path in sorted((ROOT / folder).glob("*.md"))
 ]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+#: What pages say for a module of the reader's choice.
+MADE_UP = {"stages/NAME"}
 
 
 def named(path: Path) -> str:
@@ -250,6 +263,23 @@ def test_make_targets_that_pages_name_exist(page: Path) -> None:
         re.findall(r"(?:^|`|&& )\s*make ([a-z0-9-]+)", page.read_text(), flags=re.MULTILINE)
     )
     assert named_here <= targets
+
+
+@every_page
+def test_files_and_modules_that_pages_name_exist(page: Path) -> None:
+    text = page.read_text()
+    rooms = "|".join(ROOMS)
+    file = rf"(?:^|[`( ])((?:{rooms}|tests|params)/[\w/.-]+\.(?:py|yaml))"
+    files = re.findall(file, text, flags=re.MULTILINE)
+    modules = re.findall(rf"python -m ((?:{rooms})(?:\.\w+)*)", text)
+    places = [ROOT / module.replace(".", "/") for module in modules]
+    lost = [file for file in files if not (ROOT / file).is_file()]
+    lost += [
+        named(place)
+        for place in places
+        if not (place.is_dir() or place.with_suffix(".py").is_file())
+    ]
+    assert not set(lost) - MADE_UP, f"{named(page)} names {sorted(set(lost))}"
 
 
 def test_changelog_has_a_place_for_what_is_new() -> None:

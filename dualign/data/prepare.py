@@ -22,8 +22,9 @@ import pyarrow as pa
 from dualign.core import schema
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.errors import DataError
+from dualign.data.formats import Kind, Record, Rejected, Skipped, label
 from dualign.data.rows import excerpt
-from dualign.data.sources import Kind, Record, Rejected, Skipped, label, read
+from dualign.data.sources import read
 from dualign.params.data import PrepareParams
 
 logger = logging.getLogger(__name__)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dualign.methods import Plan
 from dualign.params.search import DualSearchParams
+
+if TYPE_CHECKING:
+    from dualign.methods import Plan
 
 HEAD = """---
 library_name: transformers

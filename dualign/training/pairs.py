@@ -21,6 +21,7 @@ from dualign.math.dual.tilt import leave_one_out_value
 from dualign.math.losses import folded_reference, lagrangian_label, safe_dpo_direction
 from dualign.params.base import TrainingParams
 from dualign.params.training import LossType
+from dualign.training.pair_losses import PAIR_LOSSES
 from dualign.training.pairwise import Pair
 
 log = logging.getLogger(__name__)
@@ -127,9 +128,10 @@ def safety_training_pairs(
 
     KTO's have mismatched answers, and an answer is desirable if its flag says safe. Raises
     DataError as `preference_pairs` does."""
-    kto = loss_type == "kto"
-    pairs = preference_pairs(frame, reference, tokenizer, batch_size, mismatched=kto)
-    return with_safe_flags(pairs, frame) if kto else pairs
+    columns = PAIR_LOSSES[loss_type].columns
+    mismatched = "mismatched_ids" in columns
+    pairs = preference_pairs(frame, reference, tokenizer, batch_size, mismatched=mismatched)
+    return with_safe_flags(pairs, frame) if "desirable_chosen" in columns else pairs
 
 
 def with_margin(

@@ -321,6 +321,10 @@ def test_a_start_beyond_the_interval_is_told(
         ({"loss_type": "dpo", "clip": None}, {}),
         ({"loss_type": "kto", "clip": None}, {"loss_type": "kto"}),
         ({"loss_type": "dpo", "clip": 4.0}, {"clip": 4.0}),
+        (
+            {"loss_type": "robust", "clip": None, "epsilon": 0.1},
+            {"loss_type": "robust", "epsilon": 0.1},
+        ),
     ],
 )
 def test_a_search_keeps_the_loss_of_its_start(start: dict[str, Any], kept: dict[str, Any]) -> None:
