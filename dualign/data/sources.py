@@ -218,7 +218,8 @@ def _require(seen: Iterable[str], choices: Choices, file: str, kind: str) -> Non
 
     Of several sets of columns one must be whole; a message speaks of the one that lacks least."""
     present = list(map(str, seen))
-    lacking = min(([name for name in names if name not in present] for names in choices), key=len)
+    lacks = [list(itertools.filterfalse(present.__contains__, names)) for names in choices]
+    lacking = min(lacks, key=len)
     if lacking and present:
         raise DataError(
             f"{file}: column {lacking[0]!r} is missing (prepare.{kind}); the file has:"

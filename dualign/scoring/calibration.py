@@ -259,8 +259,8 @@ def shift_error(cost: Array, unsafe: Array, prompts: Array) -> float:
 def shifted(calibration: Calibration, delta: float) -> Calibration:
     """The calibration with `delta` on every cost.
 
-    >>> shifted(Platt(2.0, -1.0), 1.0).zero
-    0.0
+    >>> shifted(Platt(2.0, -1.0), 3.0).offset
+    2.0
     """
     if isinstance(calibration, Platt):
         return replace(calibration, offset=calibration.offset + delta)
