@@ -23,14 +23,12 @@ from dualign.core.records import (
     read_record,
 )
 from dualign.core.schema import ANSWERS, read_table
+from dualign.evaluation.measures import MEASURES
 from dualign.evaluation.stats import clustered_mean
 from dualign.report.multipliers import nominal_multiplier
 
 #: The policy that win rates and gains are measured against.
 REFERENCE = "sft"
-#: What `evaluate` measures as {"mean", "low", "high"}: everywhere, and in the embedded world only.
-_MEASURES = ("reward", "cost", "p_unsafe", "kl", "length", "ended", "displacement", "off_support")
-_WORLD_MEASURES = ("true_reward", "true_cost", "grammatical")
 
 Interval = dict[str, float | None]
 
@@ -185,8 +183,7 @@ def _against_reference(
 def _row(metrics: dict[str, Any], folder: str, limit: float | None) -> dict[str, Any]:
     row: dict[str, Any] = {"folder": folder, "kind": _kind(folder)}
     row |= {key: metrics.get(key) for key in ("prompts", "answers", "max_new_tokens")}
-    row |= {key: _measure(metrics.get(key)) for key in (*_MEASURES, *_WORLD_MEASURES)}
-    row |= {key: _value(metrics, key) for key in ("reward_share", "value_gap")}
+    row |= {measure.key: _measured(metrics.get(measure.key)) for measure in MEASURES}
     additional = {
         name: kept | {"standing": _standing(kept, kept["limit"])}
         for name, kept in metrics.get("additional", {}).items()
@@ -208,20 +205,19 @@ def _kind(folder: str) -> str:
     return "method" if folder.startswith(("aligned/", "certified/")) else "baseline"
 
 
-def _measure(value: Any) -> Interval | None:
-    """An interval as `evaluate` writes it; None where there is no mean."""
-    if not isinstance(value, dict) or value.get("mean") is None:
-        return None
-    return _interval(value["mean"], value.get("low"), value.get("high"))
+def _measured(value: Any) -> Interval | float | None:
+    """An interval or a number as `evaluate` writes it; None where there is no mean."""
+    if not isinstance(value, dict):
+        return value if value is None else float(value)
+    return (
+        None
+        if value.get("mean") is None
+        else _interval(value["mean"], value.get("low"), value.get("high"))
+    )
 
 
 def _interval(mean: float, low: float | None = None, high: float | None = None) -> Interval:
     return {"mean": mean, "low": low, "high": high}
-
-
-def _value(metrics: dict[str, Any], key: str) -> float | None:
-    value = metrics.get(key)
-    return None if value is None else float(value)
 
 
 def _standing(cost: Interval | None, limit: float | None) -> str | None:

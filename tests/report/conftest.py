@@ -267,7 +267,7 @@ def _write_dual(root: Path) -> None:
         "lam_zero_low": 0.78,
         "lam_zero_high": None,
         "target": -0.21,
-        "margin": 0.06,
+        "certificate_margin": 0.06,
         "lam_margin": 0.97,
         "prices": [
             {
