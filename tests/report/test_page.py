@@ -169,7 +169,7 @@ def test_every_policy_is_in_the_table_the_charts_and_the_answers(run: Run) -> No
 def test_table_rows_have_a_cell_for_every_column(run: Run, build: Callable[..., Run]) -> None:
     for world in (True, False):
         page = render(*build(world=world))
-        table = page.html[page.html.index('<table class="methods">') :]
+        table = page.html[page.html.index('<table class="methods sortable">') :]
         table = table[: table.index("</table>")]
         columns = len(re.findall("<th[ >]", table[: table.index("</thead>")]))
         rows = [row for row in table.split("<tr")[2:] if "colspan" not in row]
