@@ -63,6 +63,14 @@ MEASURES: tuple[Measure, ...] = (
         " (generation.max_new_tokens) and are scored as unfinished text.",
     ),
     Measure(
+        "distinct_2",
+        "distinct-2",
+        "share",
+        "more",
+        "share of different ones among all pairs of neighbouring words in the answers to one prompt,"
+        " averaged over prompts; it falls where a policy says the same again and again.",
+    ),
+    Measure(
         "displacement", "displacement", "nats", "more",
         "mean of log π − log π_ref on the reference policy's own samples. Far below 0: the policy"
         " has left ordinary text, not only unsafe text.",

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from dualign.evaluation.measures import MEASURES
-from dualign.evaluation.summary import summarise
+from dualign.evaluation.summary import distinct_2, summarise
 
 
 def answers() -> pd.DataFrame:
@@ -39,6 +39,7 @@ def test_summary_by_hand() -> None:
             "kl": 0.375,
             "length": 7,
             "ended": 0.75,
+            "distinct_2": 5 / 12,
             "displacement": -1.0,
         }
     )
@@ -55,3 +56,8 @@ def test_every_measure_of_a_summary_has_its_words() -> None:
     known = {measure.key for measure in MEASURES}
     assert {key for key, value in found.items() if isinstance(value, dict)} <= known
     assert len(known) == len(MEASURES)
+
+
+def test_texts_without_a_pair_of_words_are_not_diverse() -> None:
+    assert distinct_2([]) == distinct_2(["no", ""]) == 0.0
+    assert distinct_2(["a b", "b a", "A  b!"]) == pytest.approx(2 / 3)
