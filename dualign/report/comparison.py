@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 from scipy.special import stdtrit
 
 from dualign.core.artifacts import listed
@@ -92,12 +93,22 @@ def compare(
 
 
 def read_answers(root: Path, policies: dict[str, str]) -> dict[str, pd.DataFrame]:
-    """The generated answers (`schema.ANSWERS`) of every policy that has any."""
+    """The generated answers (`schema.ANSWERS`) of every policy that has any, with the `category` of
+    their prompts where that was written.
+    """
     paths = {name: root / "reports/evaluation" / name / "answers.parquet" for name in policies}
-    tables = {name: read_table(path, ANSWERS) for name, path in paths.items() if path.is_file()}
+    tables = {name: _answers(path) for name, path in paths.items() if path.is_file()}
     return {
         name: table for name, table in tables.items() if len(table)
     }  # none of a policy that was not certified
+
+
+def _answers(path: Path) -> pd.DataFrame:
+    answers = read_table(path, ANSWERS)
+    if "category" not in answers and "category" in pq.read_schema(path).names:
+        column = pq.read_table(path, columns=["category"])["category"]
+        return answers.assign(category=column.to_pandas().to_numpy())
+    return answers
 
 
 def read_certificates(root: Path) -> dict[str, Any]:

@@ -1,10 +1,14 @@
 """The report page: every section rendered and put into one file.
 
-The page needs no network; everything that comes from data or models is escaped. What a run did not
-write (no embedded world, a policy without a search, a stage that did not run) is left out."""
+The page needs no network, and none of it depends on its script: that sorts and filters what is
+there. Everything that comes from data or models is escaped, and a Content-Security-Policy names the
+one script by its hash, so that a browser runs no other. What a run did not write (no embedded
+world, a policy without a search, a stage that did not run) is left out."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from dualign.report.sections import (
     additional,
     answers,
     betas,
+    categories,
     certificate,
     facts,
     frontier,
@@ -40,6 +45,7 @@ SECTIONS: tuple[Callable[[FinishedRun], Section | None], ...] = (
     searches.section,
     additional.section,
     methods.section,
+    categories.section,
     multipliers.section,
     answers.section,
     facts.section,
@@ -73,7 +79,11 @@ def _render(run: FinishedRun) -> str:
         template = environment.get_template(f"{section.anchor}.html")
         return Markup(template.render({**shared, **section.values}))
 
+    script = (_TEMPLATES / "page.js").read_text(encoding="utf-8")
+    digest = hashlib.sha256(script.encode()).digest()
     values: dict[str, Any] = {
+        "script": Markup(script),
+        "script_hash": f"sha256-{base64.b64encode(digest).decode()}",
         "parts": [part(section) for section in sections],
         "contents": [section for section in sections if section.contents],
         "versions": _versions(run.root),
