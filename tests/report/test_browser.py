@@ -89,6 +89,14 @@ def test_a_click_on_a_heading_sorts_the_best_first_and_another_the_worst(
     assert tab.run("document.querySelectorAll('[aria-sort]').length") == 1
 
 
+def test_every_line_of_every_chart_is_drawn(tab: Tab) -> None:
+    """A class without a rule in the style sheet would leave it out in silence."""
+    assert tab.run(
+        "[...document.querySelectorAll('svg.chart line')].filter("
+        "line => getComputedStyle(line).stroke === 'none').map(line => line.outerHTML)"
+    ) == []  # fmt: skip
+
+
 def test_answers_are_searched_and_filtered(tab: Tab) -> None:
     everything = visible(tab)
     assert len(everything) == 96 * 11
