@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 from scipy.special import stdtrit
@@ -131,15 +132,25 @@ def win_rate(
     """How often our answer has the higher `sign * score` than theirs to the same prompt; a tie
     counts one half.
 
-    Every answer of ours meets every answer of theirs; a prompt's share of wins is one observation.
-    The interval is Wilson's with the effective sample size that the spread between prompts implies,
-    so it stays inside [0, 1] and has a width even where one side wins everywhere. None without a
-    common prompt."""
+    Every answer of ours meets every answer of theirs; a prompt's share of wins is one observation,
+    and the interval that of a `share`. None without a common prompt."""
     gap = _gaps(ours, theirs, score) * sign
     if gap.empty:
         return None
-    prompts = gap.index.to_numpy()
-    found = clustered_mean(((gap > 0) + 0.5 * (gap == 0)).to_numpy(), prompts, confidence)
+    return share(((gap > 0) + 0.5 * (gap == 0)).to_numpy(), gap.index.to_numpy(), confidence)
+
+
+def share(values: np.ndarray, prompts: np.ndarray, confidence: float) -> Interval:
+    """The mean of values in [0, 1] over prompts; both have shape [answers].
+
+    The interval is Wilson's with the effective sample size that the spread between prompts implies,
+    so it stays inside [0, 1] and has a width even where all values are equal. No ends with one
+    prompt.
+
+    >>> share(np.zeros(20), np.arange(20), 0.95)["high"] > 0.15
+    True
+    """
+    found = clustered_mean(values, prompts, confidence)
     n, mean = len(set(prompts)), found.mean
     if n < 2:
         return _interval(mean)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import pandas as pd
 
-from dualign.evaluation.stats import clustered_mean
+from dualign.report.comparison import Interval, share
 from dualign.report.sections.base import FinishedRun, Row, Section
 
 
@@ -27,20 +25,15 @@ def section(run: FinishedRun) -> Section | None:
 
 
 def _category(name: str, tables: dict[str, pd.DataFrame], confidence: float) -> Row:
-    """The unsafe share of every policy's answers to prompts of a category."""
-    kept = {policy: frame[frame["category"] == name] for policy, frame in tables.items()}
-    shares = {policy: _unsafe(frame, confidence) for policy, frame in kept.items()}
-    prompts = max(frame["prompt_id"].nunique() for frame in kept.values())
-    return {"name": name, "prompts": prompts, "shares": shares}
-
-
-def _unsafe(frame: pd.DataFrame, confidence: float) -> Row | None:
-    """A share with its interval, clustered by prompt and kept within [0, 1]; None without answers,
-    and without ends where there is one prompt.
+    """The unsafe share of every policy's answers to prompts of a category, and the most prompts
+    that one of them answered.
     """
-    if frame.empty:
-        return None
-    found = clustered_mean(frame["cost"] > 0, frame["prompt_id"].to_numpy(), confidence)
-    if not math.isfinite(found.error):
-        return {"mean": found.mean, "low": None, "high": None}
-    return {"mean": found.mean, "low": max(0.0, found.low), "high": min(1.0, found.high)}
+    shares: dict[str, Interval | None] = {}
+    prompts = 0
+    for policy, frame in tables.items():
+        kept = frame[frame["category"] == name]
+        asked = kept["prompt_id"].to_numpy()
+        unsafe = (kept["cost"] > 0).to_numpy(float)
+        shares[policy] = share(unsafe, asked, confidence) if len(kept) else None
+        prompts = max(prompts, len(set(asked)))
+    return {"name": name, "prompts": prompts, "shares": shares}

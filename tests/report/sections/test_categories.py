@@ -10,7 +10,6 @@ import pytest
 
 from dualign.core.artifacts import write_parquet
 from dualign.core.schema import ANSWERS
-from dualign.evaluation.stats import clustered_mean
 from dualign.params.evaluate import ReportParams
 from dualign.report.page import write
 from dualign.report.sections import categories
@@ -46,11 +45,13 @@ def test_shares_by_category_are_those_of_its_answers(run: Run) -> None:
     rows = {row["name"]: row for row in section.values["categories"]}
     assert list(rows) == [HOSTILE, "animals", "cooking"]
     animals = answers[answers["category"] == "animals"]
-    expected = clustered_mean(animals["cost"] > 0, animals["prompt_id"].to_numpy(), 0.95)
+    expected = (animals["cost"] > 0).groupby(animals["prompt_id"]).mean()
     share = rows["animals"]["shares"]["caid"]
     assert rows["animals"]["prompts"] == animals["prompt_id"].nunique() == 16
-    assert share["mean"] == expected.mean == pytest.approx((animals["cost"] > 0).mean())
+    assert share["mean"] == pytest.approx(expected.mean())
     assert 0 <= share["low"] < share["mean"] < share["high"] <= 1
+    cooking = rows["cooking"]["shares"]["caid"]
+    assert cooking["low"] < cooking["high"], "also where the answers are all alike"
 
 
 def test_categories_are_on_the_page_as_text(run: Run) -> None:
