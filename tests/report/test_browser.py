@@ -87,6 +87,8 @@ def test_a_click_on_a_heading_sorts_the_best_first_and_another_the_worst(
     by_reward = sorted(ALIGNED, key=lambda name: -page[1][name]["reward"]["mean"])
     assert tab.run(ORDER) == by_reward
     assert tab.run("document.querySelectorAll('[aria-sort]').length") == 1
+    click(tab, "policy")
+    assert tab.run(ORDER) == before
 
 
 def test_every_line_of_every_chart_is_drawn(tab: Tab) -> None:

@@ -78,7 +78,7 @@ def _prompt(
     one = next(iter(given.values()))
     return {
         "turns": one["prompt"],
-        "category": one.get("category"),
+        "category": None if pd.isna(one.get("category")) else one["category"],
         "answers": [_answer(row, given[row["name"]], limit) for row in answered],
     }
 

@@ -6,6 +6,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   const bodies = [...table.tBodies].map((body) => ({ body, rows: [...body.rows].filter((row) => !row.className.includes("group")) }));
 
   const sort = (heading, descending) => {
+    // The names in the first column have no values: a click there restores the order of the page.
     const key = (row) => (heading.cellIndex ? row.cells[heading.cellIndex].dataset.value : "");
     for (const other of headings) other.removeAttribute("aria-sort");
     if (heading.cellIndex) heading.setAttribute("aria-sort", descending ? "descending" : "ascending");

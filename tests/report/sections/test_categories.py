@@ -64,6 +64,7 @@ def test_categories_are_on_the_page_as_text(run: Run) -> None:
     assert HOSTILE not in html and "&lt;script&gt;alert(1)&lt;/script&gt;</th>" in html
     bars = html[html.index('class="categories') :].count('class="bar" style="width:')
     assert bars == 3
+    assert html.count('badge plain">cooking') == 16 and 'badge plain">nan' not in html
 
 
 def test_one_prompt_has_a_share_without_ends(run: Run) -> None:
