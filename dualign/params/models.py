@@ -168,6 +168,7 @@ class CostModelParams(ScorerParams):
 
     sign_weight: NonNegative
     calibrate: Literal["platt", "isotonic", "none"]
+    zero_pairs: Annotated[int, Field(ge=0)]
 
 
 class ScoreParams(StageParams):
