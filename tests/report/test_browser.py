@@ -138,6 +138,18 @@ def test_unsafe_answers_stay_folded_while_they_are_searched(tab: Tab) -> None:
     assert tab.run("document.querySelectorAll('article details[open]').length") == 0
 
 
+def test_without_scripts_everything_is_there_but_the_controls(
+    browser: Tab, page: tuple[Path, dict[str, Any]]
+) -> None:
+    browser.events.clear()
+    browser.call("Emulation.setScriptExecutionDisabled", value=True)
+    browser.open(page[0])
+    browser.call("Emulation.setScriptExecutionDisabled", value=False)
+    assert len(visible(browser)) == 96 * 11
+    assert browser.run("document.querySelector('.browse').hidden") is True
+    assert browser.run("document.querySelectorAll('.sortable button').length") == 0
+
+
 def test_the_browser_runs_no_script_but_the_pages_own(
     browser: Tab, page: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
