@@ -75,6 +75,13 @@ def test_every_data_file_of_the_code_is_a_dependency() -> None:
     assert not unseen, f"no module names {sorted(unseen)}, so no stage runs again when they change"
 
 
+def test_a_word_about_a_measure_makes_the_report_stale_alone() -> None:
+    words = "dualign/evaluation/measures.py"
+    listed = {name: set(definition["deps"]) for name, definition in DEFINITIONS.items()}
+    reading = [name for name, deps in listed.items() if deps & {words, "dualign/evaluation"}]
+    assert reading == ["report"]
+
+
 @every_stage
 def test_params_are_the_fields_of_the_class(stage: str) -> None:
     cls = STAGES[stage]
