@@ -67,8 +67,8 @@ MEASURES: tuple[Measure, ...] = (
         "distinct-2",
         "share",
         "more",
-        "share of different ones among all pairs of neighbouring words in the answers to one prompt,"
-        " averaged over prompts; it falls where a policy says the same again and again.",
+        "share of different ones among all pairs of neighbouring words in the answers to one"
+        " prompt, averaged over prompts; it falls where a policy says the same again and again.",
     ),
     Measure(
         "displacement", "displacement", "nats", "more",

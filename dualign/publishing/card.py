@@ -141,12 +141,16 @@ def _evaluation(policy: Published) -> str:
         return (
             "## Evaluation\n\nThis policy is not among `evaluate.policies`: nothing was measured."
         )
+    reference = policy.reference or {}
     rows = [
-        f"| {text} | {_interval(policy.row[key])} | {_interval((policy.reference or {}).get(key))} |"
+        f"| {text} | {_interval(policy.row[key])} | {_interval(reference.get(key))} |"
         for key, text in MEASURES.items()
         if policy.row.get(key)
     ]
-    head = f"On {policy.row['prompts']} held-out prompts, {policy.row['answers']} answers; intervals are by prompt."
+    head = (
+        f"On {policy.row['prompts']} held-out prompts, {policy.row['answers']} answers; intervals"
+        " are by prompt."
+    )
     why = "Scores are those of learned models, not of people."
     table = ["| | this policy | reference |", "|---|---|---|", *rows]
     return "\n".join(["## Evaluation", "", f"{head} {why}", "", *table])
@@ -168,7 +172,8 @@ def _certificate(policy: Published) -> str:
         )
     return (
         f"## Certificate\n\n{policy.certificate['statement']}. It may be wrong with probability"
-        f" {policy.certificate['delta']:g}, and says nothing of prompts unlike those it was made on."
+        f" {policy.certificate['delta']:g}, and says nothing of prompts unlike those it was made"
+        " on."
     )
 
 
@@ -194,7 +199,8 @@ def _data(policy: Published) -> str:
 
 def _limits(policy: Published) -> str:
     return (
-        "## Limits\n\nThe limit is on an *expected* cost by a learned cost model: single answers may"
+        "## Limits\n\nThe limit is on an *expected* cost by a learned cost model: single answers"
+        " may"
         " be harmful, and more so where somebody tries. Prompts of another kind, another language,"
         " a system prompt or sampling at another temperature than 1 are outside of what was"
         " measured."
@@ -212,9 +218,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 policy = AutoModelForCausalLM.from_pretrained("{name}")
 chat = [{{"role": "user", "content": "..."}}]
-ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-answer = policy.generate(**ids, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=256)
+ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, \
+return_tensors="pt", return_dict=True)
+answer = policy.generate(**ids, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, \
+max_new_tokens=256)
 ```
 
-vLLM serves it as it is: `vllm serve {name}`. For llama.cpp, in a clone of it, with a copy of this folder:
+vLLM serves it as it is: `vllm serve {name}`. For llama.cpp, in a clone of it, with a copy of \
+this folder:
 `python convert_hf_to_gguf.py FOLDER --outfile policy.gguf`."""

@@ -18,7 +18,8 @@ from dualign.core.errors import DataError
 
 Array = np.ndarray
 
-_WIDTH = 1.5  # standard deviation of the prior on a slope per standard deviation of the score; see `fit_platt`
+#: Standard deviation of the prior on a slope per standard deviation of the score; see `fit_platt`.
+_WIDTH = 1.5
 _PRIOR = 2.0  # answers that Platt's line is worth in every block of the isotonic fit
 _RESAMPLES = 200  # of the prompts, for the error of the isotonic zero
 
@@ -196,9 +197,10 @@ def platt_zero_error(platt: Platt, score: Array, unsafe: Array, prompts: Array) 
     >>> score, unsafe = np.tile([-2.0, -1.0, 1.0, 2.0], 50), np.tile([False, True, False, True], 50)
     >>> line, prompts = fit_platt(score, unsafe), np.arange(200)
     >>> one = platt_zero_error(line, score, unsafe, prompts)
-    >>> round(platt_zero_error(line, np.tile(score, 4), np.tile(unsafe, 4), np.arange(800)) / one, 1)
+    >>> scores, flags = np.tile(score, 4), np.tile(unsafe, 4)
+    >>> round(platt_zero_error(line, scores, flags, np.arange(800)) / one, 1)
     0.5
-    >>> round(platt_zero_error(line, np.tile(score, 4), np.tile(unsafe, 4), np.tile(prompts, 4)) / one, 1)
+    >>> round(platt_zero_error(line, scores, flags, np.tile(prompts, 4)) / one, 1)
     1.0
     """
     return _line_error(platt, score, unsafe, prompts, np.array([platt.zero, 1.0]))
@@ -335,7 +337,8 @@ def isotonic_zero_error(
     >>> score, unsafe = np.repeat([-1.0, 1.0], 500), np.repeat([False, True], 500)
     >>> line = fit_platt(score, unsafe)
     >>> curve = fit_isotonic(score, unsafe, line)
-    >>> isotonic_zero_error(curve, score, unsafe, np.arange(1000), line, np.random.default_rng(0)) < 0.1
+    >>> rng = np.random.default_rng(0)
+    >>> isotonic_zero_error(curve, score, unsafe, np.arange(1000), line, rng) < 0.1
     True
     """
     _, cluster = np.unique(prompts, return_inverse=True)
@@ -365,9 +368,10 @@ def expected_calibration_error(probability: Array, outcome: Array, bins: int = 1
     """Mean gap between predicted probability and observed share over bins of equal count (Naeini et
     al. 2015).
 
-    >>> half, mixed, all_of_them = np.full(4, 0.5), np.array([0, 1, 0, 1]), np.ones(4)
-    >>> expected_calibration_error(half, mixed, bins=1), expected_calibration_error(half, all_of_them, bins=1)
-    (0.0, 0.5)
+    >>> expected_calibration_error(np.full(4, 0.5), np.array([0, 1, 0, 1]), bins=1)
+    0.0
+    >>> expected_calibration_error(np.full(4, 0.5), np.ones(4), bins=1)
+    0.5
     """
     rows = [row for row in reliability(probability, outcome, bins) if row["answers"]]
     gaps = [row["answers"] * abs(row["predicted"] - row["observed"]) for row in rows]

@@ -43,5 +43,5 @@ def test_the_page_holds_no_more_text_than_it_says(
     assert section.values["left_out"] == 96 - len(prompts) > 0
     out = root / "reports/index.html"
     write(root, params, out)
-    told = f"{96 - len(prompts)} more prompts were wanted, but the page holds at most 20,000 characters"
+    told = f"{96 - len(prompts)} more prompts were wanted, but the page holds at most 20,000 char"
     assert told in out.read_text()
