@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
+from dualign.core.schema import Message
 from dualign.report.comparison import REFERENCE
 from dualign.report.sections.base import FinishedRun, Row, Section
 
@@ -48,12 +50,13 @@ def _ranked(run: FinishedRun, first: dict[str, pd.DataFrame]) -> list[str]:
 def _sizes(first: dict[str, pd.DataFrame], prompts: list[str]) -> dict[str, int]:
     """Characters of each prompt with all answers to it."""
     frames = list(first.values())
+    turns = frames[0].loc[prompts, "prompt"].map(_characters)
     answers = sum(frame.loc[prompts, "response"].fillna("").str.len() for frame in frames)
-    turns = frames[0].loc[prompts, "prompt"]
-    return {
-        identity: int(answers[identity]) + sum(len(turn["content"]) for turn in turns[identity])
-        for identity in prompts
-    }
+    return {identity: int(size) for identity, size in (turns + answers).items()}
+
+
+def _characters(turns: Sequence[Message]) -> int:
+    return sum(len(turn["content"]) for turn in turns)
 
 
 def _fitting(prompts: list[str], count: int, sizes: dict[str, int]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from dualign.evaluation.measures import MEASURES
+from dualign.evaluation.measures import MEASURES, Measure
 from dualign.report.charts import svg
 from dualign.report.charts.strip import strip
 from dualign.report.charts.svg import Range
@@ -18,13 +18,19 @@ _GROUPS = {
 
 def section(run: FinishedRun) -> Section:
     """Always there; it says so where no policy is evaluated."""
-    measures = [m for m in MEASURES if any(row[m.key] is not None for row in run.rows)]
-    groups = {
-        heading: [row for row in run.rows if row["kind"] in kinds]
-        for heading, kinds in _GROUPS.items()
-    }
+    measures = [measure for measure in MEASURES if _known(measure, run.rows)]
+    groups = {heading: _of(kinds, run.rows) for heading, kinds in _GROUPS.items()}
     values = {"measures": measures, "groups": groups, "strips": _strips(run)}
     return Section("methods", "Methods", values)
+
+
+def _known(measure: Measure, rows: list[Row]) -> bool:
+    """Whether any policy has it."""
+    return any(row[measure.key] is not None for row in rows)
+
+
+def _of(kinds: tuple[str, ...], rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["kind"] in kinds]
 
 
 def _strips(run: FinishedRun) -> dict[str, Markup]:
