@@ -121,6 +121,24 @@ LABELS = pa.schema(
     [*_PROMPT, ("response", pa.string()), ("cost", pa.float64()), ("truth", pa.float64())]
 )
 
+#: Verdicts of one judge on answers to suites (`dualign.judging.verdicts`): a failure, or scores.
+#: `repeat` counts times that the judge was asked the same, `raw` is the hash of what it wrote.
+VERDICTS = pa.schema(
+    [
+        *[(name, pa.string()) for name in ("judge", "suite", "policy", "prompt_id")],
+        ("sample", pa.int32()),
+        ("repeat", pa.int32()),
+        ("reward", pa.float64()),
+        ("cost", pa.float64()),
+        ("unsafe", pa.bool_()),
+        ("category", pa.string()),
+        ("refused", pa.bool_()),
+        ("win", pa.float64()),
+        ("raw", pa.string()),
+        ("failure", pa.string()),
+    ]
+)
+
 
 def user(text: str) -> list[Message]:
     """A one-turn prompt."""

@@ -326,6 +326,21 @@ def _questions(
     return [row[: len(row) - found.trim] for row in rows]
 
 
+def _prompts(
+    loaded: Loaded,
+    reading: Reading,
+    prompts: Sequence[Sequence[Message]],
+    answers: Sequence[str],
+    ended: Ended,
+) -> Encoded:
+    """Prompts that hold the question themselves, up to where the verdict begins; `answers` are not
+    read.
+    """
+    found = verdict(loaded, reading)
+    rows = _asked(loaded.tokenizer, prompts, found.prefix)
+    return [row[: len(row) - found.trim] for row in rows]
+
+
 def verdict(loaded: Loaded, reading: Reading) -> Verdict:
     """The first token of each word of a guard's verdict, as they follow the end of its prompt.
 
@@ -411,10 +426,12 @@ def _verdict_odds(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -
     return torch.logsumexp(logits[:, found.unsafe], 1) - torch.logsumexp(logits[:, found.safe], 1)
 
 
-#: `safe_rlhf` becomes a classifier when it is loaded, and is saved as one.
+#: `safe_rlhf` becomes a classifier when it is loaded, and is saved as one. `question` is a guard for
+#: whatever it is asked (`dualign.judging.local`); params name no scorer of that kind.
 KINDS = {
     "classifier": Kind(load_classifier, _check_one_output, _conversations, _logit),
     "labels": Kind(load_classifier, _check_label, _conversations, _label_odds),
     "safe_rlhf": Kind(_load_safe_rlhf, _check_one_output, _conversations, _logit),
     "guard": Kind(_load_guard, _check_verdict, _questions, _verdict_odds),
+    "question": Kind(_load_guard, _check_verdict, _prompts, _verdict_odds),
 }

@@ -1,0 +1,49 @@
+"""A local language model as judge: the same questions, answered by the odds of the reply's first
+word.
+
+The reply is not generated. Its beginning is given (`{"unsafe": `) and the probabilities of the two
+words that may follow are compared, as for a guard. A small model often writes no JSON, and would
+then judge only the easy rows; this way there is a verdict on every row, in one forward pass, the
+same each time, and with how sure it is. It knows no category and no tie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dualign.core.schema import user
+from dualign.judging.questions import HARM, QUESTIONS, Ask, Harm, Preference, Question, Reply
+from dualign.params.base import Resources
+from dualign.params.judging import LocalJudge
+from dualign.scoring.kinds import KINDS, Place, Reading
+from dualign.scoring.scorers import Member
+
+
+class LocalModel:
+    """Carries one question to a model in a folder or on the hub.
+
+    Raises ModelError where it cannot be loaded, or where both words begin with one token."""
+
+    def __init__(self, spec: LocalJudge, resources: Resources) -> None:
+        self._question = question = QUESTIONS[spec.question]
+        self._batch_size = resources.scoring_batch_size
+        kind = KINDS["question"]
+        loaded = kind.load(Place(spec.path, spec.revision), resources)
+        reading = Reading(
+            kind="question", unsafe=[question.yes], safe=[question.no], prefix=question.begin
+        )
+        kind.check(loaded, reading, spec.path)
+        self._member = Member(loaded, reading, source=spec.path)
+
+    def __call__(self, asks: Sequence[Ask]) -> list[Reply]:
+        """A reply to each, in order."""
+        if not asks:
+            return []
+        prompts = [user(ask.text) for ask in asks]
+        odds = self._member.score(prompts, [""] * len(asks), self._batch_size, "questions", None)
+        return [_reply(self._question, value) for value in odds.tolist()]
+
+
+def _reply(question: Question, odds: float) -> Reply:
+    if question is HARM:
+        return Reply(Harm(unsafe=odds > 0, category=None), odds=odds)
+    return Reply(Preference(winner="A" if odds > 0 else "B"), odds=odds)
