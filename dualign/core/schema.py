@@ -121,6 +121,28 @@ LABELS = pa.schema(
     [*_PROMPT, ("response", pa.string()), ("cost", pa.float64()), ("truth", pa.float64())]
 )
 
+#: The prompts of a suite (`dualign.evaluation.suites`); `correct` has a 1 for each true choice.
+SUITE = pa.schema(
+    [
+        *_PROMPT,
+        ("category", pa.string()),
+        ("label", pa.string()),
+        ("choices", pa.list_(pa.string())),
+        ("correct", pa.list_(pa.int32())),
+    ]
+)
+#: Answers of a policy to a suite; `length` counts tokens with EOS, `ended` says that EOS was drawn.
+SUITE_ANSWERS = pa.schema(
+    [
+        *_PROMPT,
+        ("sample", pa.int32()),
+        ("response", pa.string()),
+        ("length", pa.int32()),
+        ("ended", pa.bool_()),
+    ]
+)
+#: How a policy takes the choices of a suite: their log-probabilities in nats, and the suite's score.
+CHOICES = pa.schema([_PROMPT[0], ("logp", pa.list_(pa.float64())), ("score", pa.float64())])
 #: Verdicts of one judge on answers to suites (`dualign.judging.verdicts`): a failure, or scores.
 #: `repeat` counts times that the judge was asked the same, `raw` is the hash of what it wrote.
 VERDICTS = pa.schema(

@@ -34,9 +34,7 @@ def _harm(judge: str, row: Any, reply: Reply) -> Verdict:
     )  # fmt: skip
 
 
-def judge_preference(
-    judge: str, answers: pd.DataFrame, repeats: int, ask: Asker
-) -> list[Verdict]:
+def judge_preference(judge: str, answers: pd.DataFrame, repeats: int, ask: Asker) -> list[Verdict]:
     """Which answer is better, the policy's or the reference policy's of the same prompt and sample.
 
     Each repeat asks in both orders: a win takes the same answer in both, else it is a tie. Equal

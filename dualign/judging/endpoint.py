@@ -22,7 +22,7 @@ from dualign.core.errors import DualignError, ParamsError
 from dualign.core.progress import Progress
 from dualign.judging.cache import Answered, Cache
 from dualign.judging.questions import Ask, Reply, Unusable
-from dualign.params.judging import OpenaiJudge
+from dualign.params.judging import REPLY_LENGTHS, OpenaiJudge
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +59,13 @@ class _Completion(BaseModel):
 
 
 class Endpoint:
-    """Carries questions to the endpoint of one judge, `parallel` at a time.
+    """Carries questions to the endpoint of one judge, several at a time.
 
     Raises ParamsError where the key is missing or the budget too small, DualignError where the
     endpoint will not answer."""
 
-    def __init__(self, name: str, spec: OpenaiJudge, cache: Cache, parallel: int) -> None:
+    def __init__(self, name: str, spec: OpenaiJudge, cache: Cache) -> None:
         self._where, self._spec, self._cache = f"judges.{name}", spec, cache
-        self._parallel = parallel
         self._client = openai.OpenAI(
             base_url=spec.base_url,
             api_key=_key_of(self._where, spec),
@@ -89,7 +88,9 @@ class Endpoint:
         self._check_budget(waiting.values())
         failures = self._answer(waiting)
         known |= {key: self._cache.get(key) for key in waiting}
-        self.money += sum(self._price(reply.read, reply.written) for reply in known.values() if reply)
+        self.money += sum(
+            self._price(reply.read, reply.written) for reply in known.values() if reply
+        )
         return [
             _reply(ask, known[key], failures.get(key)) for key, ask in zip(keys, asks, strict=True)
         ]
@@ -118,7 +119,9 @@ class Endpoint:
 
     def _reckoned(self, ask: Ask) -> float:
         """The most that a call may cost, with a reply of full length."""
-        return self._price(_tokens(ask.text), self._spec.reply_tokens)
+        given = self._spec.parameters
+        longest = next(int(given[key]) for key in REPLY_LENGTHS if key in given)
+        return self._price(_tokens(ask.text), longest)
 
     def _price(self, read: int, written: int) -> float:
         price = self._spec.price
@@ -128,7 +131,7 @@ class Endpoint:
         """Ask what is waiting. The replies go into the cache as they come; returns the
         failures.
         """
-        pool = ThreadPoolExecutor(self._parallel)
+        pool = ThreadPoolExecutor(self._spec.parallel)
         calls = {pool.submit(self._ask, key, ask): key for key, ask in waiting.items()}
         failures: dict[str, str] = {}
         try:

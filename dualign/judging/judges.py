@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ from dualign.params.base import Resources
 from dualign.params.judging import IndependentJudge, LocalJudge, OpenaiJudge
 from dualign.scoring.given import load_given
 from dualign.scoring.scorers import Scorer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,9 @@ Judge = Callable[[pd.DataFrame, Any, Bench], list[Verdict]]
 
 def _scorers(answers: pd.DataFrame, spec: Any, bench: Bench) -> list[Verdict]:
     """The reward and the cost model of this run."""
-    pair = [Scorer.load(bench.models / f"{name}_model", bench.resources) for name in ("reward", "cost")]
+    pair = [
+        Scorer.load(bench.models / f"{name}_model", bench.resources) for name in ("reward", "cost")
+    ]
     return _scored(answers, bench, *pair)
 
 
@@ -83,22 +88,22 @@ def _refusal(answers: pd.DataFrame, spec: Any, bench: Bench) -> list[Verdict]:
 
 
 def _oracle(answers: pd.DataFrame, spec: Any, bench: Bench) -> list[Verdict]:
-    """The truth of the embedded world."""
-    return [_true(bench.name, row) for row in answers.itertuples()]
+    """The truth of the embedded world. It has nothing to say of answers to other prompts."""
+    known = [row for row in answers.itertuples() if world.knows(last_user_text(row.prompt))]
+    if len(known) < len(answers):
+        log.info("%s: %d answers are to no question of the world", bench.name, len(answers) - len(known))
+    return [_true(bench.name, row) for row in known]
 
 
 def _true(judge: str, row: Any) -> Verdict:
-    question = last_user_text(row.prompt)
-    if not world.knows(question):
-        return verdict(judge, row, failure="no question of the embedded world")
-    reward, cost, _ = world.score(question, row.response)
+    reward, cost, _ = world.score(last_user_text(row.prompt), row.response)
     return verdict(judge, row, reward=reward, cost=cost, unsafe=cost > 0)
 
 
 def _openai(answers: pd.DataFrame, spec: OpenaiJudge, bench: Bench) -> list[Verdict]:
     """A language model behind an endpoint."""
     cache = Cache(bench.cache)
-    endpoint = Endpoint(bench.name, spec, cache, bench.resources.judge_calls)
+    endpoint = Endpoint(bench.name, spec, cache)
     try:
         return _by_asking(answers, spec.question, spec.repeats, bench.name, endpoint)
     finally:

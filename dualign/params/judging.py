@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from dualign.core.names import Place
-from dualign.params.base import Count, Few, Frozen, NonNegative, Positive
+from dualign.core.names import Inside, Model, Name, Place, RunName
+from dualign.params.base import Count, Few, Frozen, NonNegative, Positive, Seed, Share, StageParams
+from dualign.params.evaluate import SuiteSpec
 from dualign.params.models import GivenScorer
 
 Asked = Literal["harm", "preference"]
@@ -84,7 +85,7 @@ class OpenaiJudge(Frozen):
     `key_variable` names the environment variable that holds the key; null where the server wants
     none. `parameters` go with every call as they are. `repeats` asks a preference so often, in both
     orders each time. `timeout` is in seconds, `retries` are those after 429, 5xx, a time-out or a
-    lost connection."""
+    lost connection, `parallel` calls are under way at once."""
 
     kind: Literal["openai"]
     question: Asked
@@ -97,11 +98,7 @@ class OpenaiJudge(Frozen):
     repeats: Few = 1
     timeout: Positive = 60.0
     retries: Annotated[int, Field(ge=0, le=20)] = 6
-
-    @property
-    def reply_tokens(self) -> int:
-        """The most tokens of one reply."""
-        return int(next(self.parameters[key] for key in REPLY_LENGTHS if key in self.parameters))
+    parallel: Annotated[int, Field(ge=1, le=256)] = 8
 
     @model_validator(mode="after")
     def _check(self) -> OpenaiJudge:
@@ -126,27 +123,41 @@ class OpenaiJudge(Frozen):
         return self
 
 
-_KINDS: dict[str, type[Frozen]] = {
-    "scorers": ScorersJudge,
-    "independent": IndependentJudge,
-    "refusal": RefusalJudge,
-    "oracle": OracleJudge,
-    "local": LocalJudge,
-    "openai": OpenaiJudge,
-}
-
-
-def _of_its_kind(row: Any) -> Any:
-    """A row as the class of its `kind`, so that a message names the row's own keys."""
-    if not isinstance(row, dict):
-        return row
-    kind = row.get("kind")
-    if kind not in _KINDS:
-        raise ValueError(f"kind must be one of {', '.join(_KINDS)}; got {kind!r:.60}")
-    return _KINDS[kind].model_validate(row)
-
-
 JudgeSpec = Annotated[
     ScorersJudge | IndependentJudge | RefusalJudge | OracleJudge | LocalJudge | OpenaiJudge,
-    BeforeValidator(_of_its_kind),
+    Field(discriminator="kind"),
 ]
+
+
+class AnswerParams(StageParams):
+    """Answers of every evaluated policy to a suite. Relative paths of suites start in `folder`."""
+
+    section = "answer"
+    shared = {
+        "seed": "seed",
+        "max_new_tokens": "generation.max_new_tokens",
+        "suites": "suites",
+        "policies": "evaluate.policies",
+    }
+
+    seed: Seed
+    max_new_tokens: Count
+    suites: dict[RunName, SuiteSpec]
+    policies: dict[Name, Model]
+    folder: Inside
+
+
+class JudgeParams(StageParams):
+    """Verdicts of one judge on these answers.
+
+    `labelled` held-out answers with a person's is-safe flag show how a judge of harm agrees with
+    people. More failures than the share `max_failed` stop the stage."""
+
+    section = "judge"
+    shared = {"seed": "seed", "confidence": "evaluate.confidence", "judges": "judges"}
+
+    seed: Seed
+    confidence: float
+    judges: dict[RunName, JudgeSpec]
+    labelled: Annotated[int, Field(ge=0, le=10**6)]
+    max_failed: Share

@@ -86,7 +86,9 @@ class ChatServer:
         _DEEDS.get(deed, _status)(handler, text, deed)
 
 
-def _send(handler: BaseHTTPRequestHandler, status: int, body: bytes, *headers: tuple[str, str]) -> None:
+def _send(
+    handler: BaseHTTPRequestHandler, status: int, body: bytes, *headers: tuple[str, str]
+) -> None:
     handler.send_response(status)
     for name, value in (("Content-Type", "application/json"), *headers):
         handler.send_header(name, value)

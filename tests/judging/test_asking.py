@@ -12,7 +12,16 @@ import pytest
 from dualign.core.errors import DataError
 from dualign.core.schema import user
 from dualign.judging.asking import judge_harm, judge_preference
-from dualign.judging.questions import HARM, PREFERENCE, Ask, Harm, Preference, Reply, Unusable, about
+from dualign.judging.questions import (
+    HARM,
+    PREFERENCE,
+    Ask,
+    Harm,
+    Preference,
+    Reply,
+    Unusable,
+    about,
+)
 
 
 def answers(**by_policy: Sequence[str]) -> pd.DataFrame:
@@ -105,7 +114,9 @@ def test_harm_of_every_answer_with_its_kind() -> None:
         return json.dumps({"unsafe": unsafe, "category": "violence" if unsafe else None})
 
     found = judge_harm("gpt", answers(sft=["knife", "?"], ours=["tea"]), judging(judge))
-    told = [(each.policy, each.prompt_id, each.unsafe, each.category, each.failure) for each in found]
+    told = [
+        (each.policy, each.prompt_id, each.unsafe, each.category, each.failure) for each in found
+    ]
     assert told == [
         ("sft", "x0", True, "violence", None),
         ("sft", "x1", None, None, "refused"),

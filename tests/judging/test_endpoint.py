@@ -74,11 +74,9 @@ def once(deed: str) -> Plan:
 @pytest.mark.parametrize(
     "deed", ["late", "429", "500", "nonsense", "page", "half", "half unsaid", "chatty", "refusal"]
 )
-def test_what_goes_wrong_once_is_tried_again_and_no_answer_is_lost(
-    cache: Cache, deed: str
-) -> None:
+def test_what_goes_wrong_once_is_tried_again_and_no_answer_is_lost(cache: Cache, deed: str) -> None:
     with ChatServer(once(deed)) as server:
-        endpoint = Endpoint("gpt", spec(server.url), cache, parallel=6)
+        endpoint = Endpoint("gpt", spec(server.url, parallel=6), cache)
         started = time.monotonic()
         assert verdicts(endpoint(asks(6))) == RIGHT[:6]
         assert len(server.calls) == 12
@@ -110,25 +108,25 @@ def test_what_goes_wrong_always_is_a_failure_and_the_others_have_their_verdicts(
         return deed if "poison 3" in text else "well"
 
     with ChatServer(plan) as server:
-        replies = Endpoint("gpt", spec(server.url, retries=1), cache, parallel=4)(asks(6))
+        replies = Endpoint("gpt", spec(server.url, retries=1, parallel=4), cache)(asks(6))
         assert verdicts(replies) == [True, False, False, None, False, False]
         assert replies[3] == Reply(failure=failure)
         assert len(server.calls) == 5 + calls
         server.plan = well
-        again = Endpoint("gpt", spec(server.url), cache, parallel=4)
+        again = Endpoint("gpt", spec(server.url, parallel=4), cache)
         assert verdicts(again(asks(6))) == RIGHT[:6] and again.calls == 1, "asked in the next run"
 
 
 def test_code_fences_are_no_failure(cache: Cache) -> None:
     with ChatServer(lambda text, before: "fenced") as server:
-        assert verdicts(Endpoint("gpt", spec(server.url), cache, parallel=2)(asks(4))) == RIGHT[:4]
+        assert verdicts(Endpoint("gpt", spec(server.url, parallel=2), cache)(asks(4))) == RIGHT[:4]
 
 
 def test_a_reply_is_asked_for_by_schema_and_without_where_the_server_takes_none(
     cache: Cache,
 ) -> None:
     with ChatServer(lambda text, before: "no schema") as server:
-        endpoint = Endpoint("gpt", spec(server.url), cache, parallel=1)
+        endpoint = Endpoint("gpt", spec(server.url, parallel=1), cache)
         assert verdicts(endpoint(asks(4))) == RIGHT[:4]
         formats = [call.get("response_format") for call in server.calls]
     assert len(formats) == 5 and formats[1:] == [None] * 4
@@ -140,7 +138,7 @@ def test_a_reply_is_asked_for_by_schema_and_without_where_the_server_takes_none(
 def test_parameters_of_the_params_go_with_every_call(cache: Cache) -> None:
     parameters = {"max_completion_tokens": 7, "reasoning_effort": "low"}
     with ChatServer() as server:
-        Endpoint("gpt", spec(server.url, parameters=parameters), cache, parallel=1)(asks(1))
+        Endpoint("gpt", spec(server.url, parameters=parameters, parallel=1), cache)(asks(1))
         (call,) = server.calls
     assert call["model"] == "m" and {key: call[key] for key in parameters} == parameters
     assert "temperature" not in call and "max_tokens" not in call
@@ -151,10 +149,10 @@ def test_parameters_of_the_params_go_with_every_call(cache: Cache) -> None:
 
 def test_known_replies_are_not_bought_again_and_equal_questions_once(cache: Cache) -> None:
     with ChatServer() as server:
-        first = Endpoint("gpt", spec(server.url), cache, parallel=3)
+        first = Endpoint("gpt", spec(server.url, parallel=3), cache)
         assert verdicts(first([*asks(4), *asks(4)])) == RIGHT[:4] * 2
         assert (first.calls, first.saved, len(server.calls)) == (4, 4, 4)
-        second = Endpoint("other", spec(server.url, key_variable=None), cache, parallel=3)
+        second = Endpoint("other", spec(server.url, key_variable=None, parallel=3), cache)
         assert verdicts(second(asks(6))) == RIGHT[:6]
         assert (second.calls, second.saved, len(server.calls)) == (2, 4, 6)
         assert first.money == pytest.approx(4 * (100 * 1.0 + 10 * 2.0) / 1000)
@@ -168,10 +166,10 @@ def test_another_model_or_other_parameters_are_other_calls(
     cache: Cache, changes: dict[str, Any]
 ) -> None:
     with ChatServer() as server:
-        Endpoint("gpt", spec(server.url), cache, parallel=1)(asks(2))
-        Endpoint("gpt", spec(server.url, **changes), cache, parallel=1)(asks(2))
+        Endpoint("gpt", spec(server.url, parallel=1), cache)(asks(2))
+        Endpoint("gpt", spec(server.url, **changes, parallel=1), cache)(asks(2))
         again = Ask(HARM, asks(1)[0].text, repeat=1)
-        Endpoint("gpt", spec(server.url), cache, parallel=1)([again])
+        Endpoint("gpt", spec(server.url, parallel=1), cache)([again])
         assert len(server.calls) == 5
 
 
@@ -181,7 +179,7 @@ from pathlib import Path
 from dualign.judging.cache import Cache
 from dualign.judging.endpoint import Endpoint
 from tests.judging.test_endpoint import asks, spec
-Endpoint("gpt", spec(sys.argv[1]), Cache(Path(sys.argv[2])), parallel=2)(asks(12))
+Endpoint("gpt", spec(sys.argv[1], parallel=2), Cache(Path(sys.argv[2])))(asks(12))
 """
 
 
@@ -203,7 +201,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
         kept, before = rows_of(path), len(server.calls)
-        endpoint = Endpoint("gpt", spec(server.url), Cache(path), parallel=2)
+        endpoint = Endpoint("gpt", spec(server.url, parallel=2), Cache(path))
         assert verdicts(endpoint(asks(12))) == RIGHT
         assert kept >= 4 and endpoint.saved == kept and endpoint.calls == 12 - kept
         assert len(server.calls) == before + 12 - kept
@@ -241,11 +239,11 @@ def test_a_cache_that_is_none_is_told_in_one_line(tmp_path: Path) -> None:
 
 def test_a_budget_of_calls_that_is_too_small_asks_nothing(cache: Cache) -> None:
     with ChatServer() as server:
-        Endpoint("gpt", spec(server.url), cache, parallel=1)(asks(2))
+        Endpoint("gpt", spec(server.url, parallel=1), cache)(asks(2))
         small = spec(server.url, budget=Budget(calls=9, money=1e6))
         told = r"judges\.gpt: 10 calls are needed beside 2 answered before, and budget\.calls is 9;"
         with pytest.raises(ParamsError, match=told):
-            Endpoint("gpt", small, cache, parallel=1)(asks(12))
+            Endpoint("gpt", small, cache)(asks(12))
         assert len(server.calls) == 2
 
 
@@ -255,7 +253,7 @@ def test_a_budget_of_money_is_reckoned_on_the_high_side_before_the_first_call(
     with ChatServer() as server:
         dear = spec(server.url, budget=Budget(calls=100, money=1.0))
         with pytest.raises(ParamsError, match=r"for up to 2\.714, and budget\.money is 1;"):
-            Endpoint("gpt", dear, cache, parallel=1)(asks(6))
+            Endpoint("gpt", dear, cache)(asks(6))
         assert not server.calls
 
 
@@ -267,7 +265,7 @@ def test_an_endpoint_that_counts_more_tokens_than_reckoned_is_stopped(
     with ChatServer() as server:
         small = spec(server.url, parameters=parameters, budget=Budget(calls=100, money=0.3))
         with pytest.raises(DualignError, match=r"0\.36 are spent, more than budget\.money"):
-            Endpoint("gpt", small, cache, parallel=1)(asks(12))
+            Endpoint("gpt", small, cache)(asks(12))
         assert 3 <= len(server.calls) < 12
 
 
@@ -277,28 +275,34 @@ def test_no_message_shows_the_key(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     with ChatServer(lambda text, before: status) as server:
-        with pytest.raises(DualignError, match=f"judges.gpt: http.* answers HTTP {status}") as caught:
-            Endpoint("gpt", spec(server.url), cache, parallel=1)(asks(8))
+        with pytest.raises(
+            DualignError, match=f"judges.gpt: http.* answers HTTP {status}"
+        ) as caught:
+            Endpoint("gpt", spec(server.url, parallel=1), cache)(asks(8))
         assert server.keys == {f"Bearer {KEY}"} and len(server.calls) < 4
     assert KEY not in str(caught.value) + caplog.text
 
 
 def test_the_cache_holds_no_key(cache: Cache, tmp_path: Path) -> None:
     with ChatServer() as server:
-        Endpoint("gpt", spec(server.url), cache, parallel=1)(asks(2))
+        Endpoint("gpt", spec(server.url, parallel=1), cache)(asks(2))
     assert KEY.encode() not in (tmp_path / "replies.sqlite").read_bytes()
 
 
 def test_a_key_that_is_not_set_is_named(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JUDGE_KEY")
-    with pytest.raises(ParamsError, match=r"judges\.gpt: the environment variable JUDGE_KEY is not"):
-        Endpoint("gpt", spec("http://127.0.0.1:1/v1"), cache, parallel=1)
+    with pytest.raises(
+        ParamsError, match=r"judges\.gpt: the environment variable JUDGE_KEY is not"
+    ):
+        Endpoint("gpt", spec("http://127.0.0.1:1/v1", parallel=1), cache)
 
 
 def test_an_endpoint_that_is_down_stops_the_judge(cache: Cache) -> None:
     nobody = spec("http://127.0.0.1:1/v1", retries=0)
-    with pytest.raises(DualignError, match=rf"{MAX_LOST} calls in a row were lost \(no connection\)"):
-        Endpoint("gpt", nobody, cache, parallel=2)(asks(30))
+    with pytest.raises(
+        DualignError, match=rf"{MAX_LOST} calls in a row were lost \(no connection\)"
+    ):
+        Endpoint("gpt", nobody, cache)(asks(30))
 
 
 @pytest.mark.parametrize(
@@ -314,4 +318,3 @@ def test_an_endpoint_that_is_down_stops_the_judge(cache: Cache) -> None:
 def test_params_of_an_endpoint(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         spec("http://h/v1", **changes)
-

@@ -50,7 +50,11 @@ def test_rates_by_the_labels_of_the_prompts() -> None:
     labels = {("tea", "x0"): "safe", ("tea", "x1"): "unsafe", ("tea", "x2"): "unsafe"}
     told = summarise(table(verdicts()), labels, 0.9)["tea"]["ours"]["labels"]
     assert told["safe"]["refused"]["mean"] == 1 and told["unsafe"]["refused"]["mean"] == 0
-    assert (told["safe"]["verdicts"], told["unsafe"]["verdicts"], told["unsafe"]["failed"]) == (2, 3, 1)
+    assert (told["safe"]["verdicts"], told["unsafe"]["verdicts"], told["unsafe"]["failed"]) == (
+        2,
+        3,
+        1,
+    )
 
 
 def test_a_judge_without_any_verdict_has_no_rates() -> None:
@@ -79,7 +83,9 @@ def test_agreement_with_people_leaves_failures_out() -> None:
         Verdict("gpt", "s", "p", f"x{i}", 0, cost=c, unsafe=bool(c > 0)) for i, c in enumerate(cost)
     ]
     truth = np.array([True, False, False, False])
-    told = agreement(table([*rows, Verdict("gpt", "s", "p", "y", 0, failure="refused")]), np.append(truth, True))
+    told = agreement(
+        table([*rows, Verdict("gpt", "s", "p", "y", 0, failure="refused")]), np.append(truth, True)
+    )
     assert told is not None
     assert (told["answers"], told["failed"], told["accuracy"]) == (4, 1, 0.75)
     assert told["kappa"] == pytest.approx(cohen_kappa_score(cost > 0, truth))
