@@ -60,7 +60,9 @@ def main(run: Run[AnswerParams]) -> None:
     run.metrics({"prompts": len(suite), "policies": metrics})
 
 
-def kept_or_made(run: Run[AnswerParams], policy: str, suite: Path, schema: pa.Schema) -> pd.DataFrame:
+def kept_or_made(
+    run: Run[AnswerParams], policy: str, suite: Path, schema: pa.Schema
+) -> pd.DataFrame:
     """A policy's answers to the suite in a file: those of before if nothing differs, else new
     ones.
     """

@@ -91,7 +91,9 @@ def _oracle(answers: pd.DataFrame, spec: Any, bench: Bench) -> list[Verdict]:
     """The truth of the embedded world. It has nothing to say of answers to other prompts."""
     known = [row for row in answers.itertuples() if world.knows(last_user_text(row.prompt))]
     if len(known) < len(answers):
-        log.info("%s: %d answers are to no question of the world", bench.name, len(answers) - len(known))
+        log.info(
+            "%s: %d answers are to no question of the world", bench.name, len(answers) - len(known)
+        )
     return [_true(bench.name, row) for row in known]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dualign.core.schema import user
+from dualign.core.schema import Message, user
 from dualign.judging.questions import HARM, QUESTIONS, Ask, Harm, Preference, Question, Reply
 from dualign.params.base import Resources
 from dualign.params.judging import LocalJudge
@@ -35,12 +35,27 @@ class LocalModel:
         self._member = Member(loaded, reading, source=spec.path)
 
     def __call__(self, asks: Sequence[Ask]) -> list[Reply]:
-        """A reply to each, in order."""
-        if not asks:
-            return []
+        """A reply to each, in order; what is longer than the model reads is a failure."""
         prompts = [user(ask.text) for ask in asks]
-        odds = self._member.score(prompts, [""] * len(asks), self._batch_size, "questions", None)
-        return [_reply(self._question, value) for value in odds.tolist()]
+        fits = self._fits(prompts)
+        kept = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
+        odds = iter(self._odds(kept))
+        told = f"longer than the {self._member.longest} tokens that the model reads"
+        return [_reply(self._question, next(odds)) if fit else Reply(failure=told) for fit in fits]
+
+    def _fits(self, prompts: list[list[Message]]) -> list[bool]:
+        """Cut, a question would lose its instructions, or the answer that it is about."""
+        rows = KINDS["question"].encode(
+            self._member.loaded, self._member.reading, prompts, [""] * len(prompts), None
+        )
+        return [len(row) <= self._member.longest for row in rows]
+
+    def _odds(self, prompts: list[list[Message]]) -> list[float]:
+        if not prompts:
+            return []
+        nothing = [""] * len(prompts)
+        odds = self._member.score(prompts, nothing, self._batch_size, "questions", None)
+        return [float(value) for value in odds]
 
 
 def _reply(question: Question, odds: float) -> Reply:

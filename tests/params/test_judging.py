@@ -46,7 +46,10 @@ def test_every_kind_of_judge_is_read(judged: Content) -> None:
     assert isinstance(params, JudgeParams)
     assert isinstance(params.judges["openai"], LocalJudge)
     gpt = params.judges["gpt"]
-    assert isinstance(gpt, OpenaiJudge) and gpt.parameters == {"temperature": 0.0, "max_tokens": 100}
+    assert isinstance(gpt, OpenaiJudge) and gpt.parameters == {
+        "temperature": 0.0,
+        "max_tokens": 100,
+    }
 
 
 @pytest.mark.parametrize(
@@ -79,4 +82,6 @@ def test_a_key_that_is_pasted_into_the_file_is_not_shown(judged: Content, key: s
     put(judged, key, "https://me:sk-12345@api.example.org" if "url" in key else "sk-12345")
     with pytest.raises(ParamsError) as caught:
         loading.check(judged, "my.yaml")
-    assert "sk-12345" not in str(caught.value) and str(caught.value).startswith("my.yaml: judges.gpt")
+    assert "sk-12345" not in str(caught.value) and str(caught.value).startswith(
+        "my.yaml: judges.gpt"
+    )
