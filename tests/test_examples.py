@@ -27,6 +27,9 @@ MODULES = {
     "dualign.math.losses": None,
     "dualign.math.tabular": None,
     "dualign.scoring.calibration": None,
+    "dualign.evaluation.agreement": None,
+    "dualign.evaluation.truthful": ["mc1", "mc2"],
+    "dualign.evaluation.refusals": ["refuses_by_rules"],
     "dualign.certify.certificate": ["fixed_sequence", "Requirement.weighted"],
     "dualign.search.rules": [
         "dual_gradient_step",

@@ -64,7 +64,7 @@ class Suite:
 # --- rows of the originals ------------------------------------------------------------------------
 
 
-def _cell(row: Row, *names: str) -> str:
+def cell(row: Row, *names: str) -> str:
     """The text in the first of these columns that the row has."""
     name = next((name for name in names if name in row), None)
     if name is None:
@@ -78,42 +78,42 @@ def _cell(row: Row, *names: str) -> str:
 
 def _prompt_and_category(row: Row, label: str = "") -> Item:
     """BeaverTails-Evaluation, SACPO and OR-Bench."""
-    return Item(_cell(row, "prompt"), _cell(row, "category"), label)
+    return Item(cell(row, "prompt"), cell(row, "category"), label)
 
 
 def _harmbench(row: Row) -> Item:
     """A behaviour, after the text that it is about, as HarmBench's own attacks put it."""
-    behaviour = _cell(row, "Behavior")
+    behaviour = cell(row, "Behavior")
     context = row.get("ContextString") or ""
     text = f"{context}\n\n---\n\n{behaviour}" if context else behaviour
-    return Item(text, _cell(row, "SemanticCategory"), _cell(row, "FunctionalCategory"))
+    return Item(text, cell(row, "SemanticCategory"), cell(row, "FunctionalCategory"))
 
 
 def _strongreject(row: Row) -> Item:
-    return Item(_cell(row, "forbidden_prompt"), _cell(row, "category"))
+    return Item(cell(row, "forbidden_prompt"), cell(row, "category"))
 
 
 def _advbench(row: Row) -> Item:
-    return Item(_cell(row, "goal"))
+    return Item(cell(row, "goal"))
 
 
 def _alpaca_eval(row: Row) -> Item:
-    return Item(_cell(row, "instruction"), _cell(row, "dataset"))
+    return Item(cell(row, "instruction"), cell(row, "dataset"))
 
 
 def _xstest(row: Row) -> Item:
     """Versions 2 and 3: the unsafe prompts are those whose type begins with `contrast`."""
-    kind = _cell(row, "type")
+    kind = cell(row, "type")
     label = "unsafe" if kind.startswith("contrast") else "safe"
     if row.get("label", label) != label:
         raise BadRow("bad_label", f"label is {row['label']!r:.60}, but type {kind!r} is {label}")
-    return Item(_cell(row, "prompt"), kind, label)
+    return Item(cell(row, "prompt"), kind, label)
 
 
 def _truthful(row: Row, targets: Literal["mc1", "mc2"] | None = None) -> Item:
     """TruthfulQA: its CSV, its mc_task.json, and both forms on the hub."""
-    question = _cell(row, "question", "Question")
-    category = _cell(row, "category", "Category") if {"category", "Category"} & {*row} else ""
+    question = cell(row, "question", "Question")
+    category = cell(row, "category", "Category") if {"category", "Category"} & {*row} else ""
     if targets is None:
         return Item(question, category)
     choices, correct = _answers(row, targets)
@@ -125,16 +125,16 @@ def _truthful(row: Row, targets: Literal["mc1", "mc2"] | None = None) -> Item:
 def _answers(row: Row, targets: Literal["mc1", "mc2"]) -> tuple[list[str], list[int]]:
     """The answers to choose from: one of them true for MC1, some of them for MC2."""
     if "Incorrect Answers" in row:
-        true = _cell(row, "Best Answer" if targets == "mc1" else "Correct Answers")
+        true = cell(row, "Best Answer" if targets == "mc1" else "Correct Answers")
         right = _sentences(true)
-        wrong = _sentences(_cell(row, "Incorrect Answers"))
+        wrong = _sentences(cell(row, "Incorrect Answers"))
         return right + wrong, [1] * len(right) + [0] * len(wrong)
-    cell = row.get(f"{targets}_targets")
-    if not isinstance(cell, dict):
+    found = row.get(f"{targets}_targets")
+    if not isinstance(found, dict):
         raise BadRow("missing_column", f"neither 'Incorrect Answers' nor '{targets}_targets'")
-    listed = {"choices", "labels"} == {*cell}
-    choices = list(cell["choices"] if listed else cell)
-    correct = list(cell["labels"] if listed else cell.values())
+    listed = {"choices", "labels"} == {*found}
+    choices = list(found["choices"] if listed else found)
+    correct = list(found["labels"] if listed else found.values())
     if len(choices) != len(correct) or not all(label in (0, 1) for label in correct):
         raise BadRow("bad_label", f"{targets}_targets: expected 0 or 1 for each answer")
     return choices, [int(label) for label in correct]
