@@ -54,7 +54,7 @@ def main(run: Run[JudgeParams]) -> None:
             "kind": spec.kind,
             "failures": failures(found),
             "money": bench.spent.get("money"),
-            "agreement": with_people(tried, people),
+            "agreement": with_people(tried, people, run.params.confidence),
             "suites": summarise(verdicts, labels, run.params.confidence),
         }
     )
@@ -112,10 +112,12 @@ def check_failures(verdicts: pd.DataFrame, where: str, most: float) -> None:
         )
 
 
-def with_people(tried: pd.DataFrame, people: pd.DataFrame) -> dict[str, Any] | None:
+def with_people(
+    tried: pd.DataFrame, people: pd.DataFrame, confidence: float
+) -> dict[str, Any] | None:
     """How the judge agrees with people; None where it judges something else."""
     flags = people.set_index("sample")["is_unsafe"]
-    return agreement(tried, tried["sample"].map(flags).to_numpy(bool))
+    return agreement(tried, tried["sample"].map(flags).to_numpy(bool), confidence)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,19 @@ import pandas as pd
 
 from dualign.core.schema import last_user_text
 from dualign.data import world
-from dualign.evaluation.refusals import refusals
+from dualign.evaluation.refusals import (
+    fit,
+    read_labelled,
+    refusal_probability,
+    refuses_by_rules,
+)
 from dualign.judging.asking import Asker, judge_harm, judge_preference
 from dualign.judging.cache import Cache
 from dualign.judging.endpoint import Endpoint
 from dualign.judging.local import LocalModel
 from dualign.judging.verdicts import Verdict, verdict
 from dualign.params.base import Resources
-from dualign.params.judging import IndependentJudge, LocalJudge, OpenaiJudge
+from dualign.params.judging import IndependentJudge, LocalJudge, OpenaiJudge, RefusalJudge
 from dualign.scoring.given import load_given
 from dualign.scoring.scorers import Scorer
 
@@ -80,11 +85,18 @@ def _scored(
     ]
 
 
-def _refusal(answers: pd.DataFrame, spec: Any, bench: Bench) -> list[Verdict]:
-    """Whether an answer refuses, by our rules and classifier."""
-    refused = refusals(answers["response"].tolist())
+def _refusal(answers: pd.DataFrame, spec: RefusalJudge, bench: Bench) -> list[Verdict]:
+    """Whether an answer refuses: by rules, or by a classifier fitted to answers that people
+    labelled.
+    """
+    responses = answers["response"].tolist()
+    if spec.labelled is None:
+        refused = [refuses_by_rules(response) for response in responses]
+    else:
+        classifier = fit(read_labelled(Path(spec.labelled)))
+        refused = (refusal_probability(classifier, responses) > 0.5).tolist()
     rows = zip(answers.itertuples(), refused, strict=True)
-    return [verdict(bench.name, row, refused=bool(flag)) for row, flag in rows]
+    return [verdict(bench.name, row, refused=flag) for row, flag in rows]
 
 
 def _oracle(answers: pd.DataFrame, spec: Any, bench: Bench) -> list[Verdict]:

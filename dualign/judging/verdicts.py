@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from dualign.core.schema import VERDICTS
+from dualign.evaluation.agreement import agreement as compare
 from dualign.evaluation.stats import clustered_mean
 from dualign.scoring.calibration import expected_calibration_error, sigmoid
 
@@ -86,34 +87,28 @@ def failures(verdicts: pd.DataFrame) -> dict[str, int]:
     return {str(reason): int(n) for reason, n in verdicts["failure"].value_counts().items()}
 
 
-def agreement(verdicts: pd.DataFrame, truth: np.ndarray) -> dict[str, float | int] | None:
-    """How a judge of harm agrees with people: accuracy, Cohen's kappa, and ECE where it says how
-    sure it is.
+def agreement(
+    verdicts: pd.DataFrame, truth: np.ndarray, confidence: float
+) -> dict[str, float | int] | None:
+    """How a judge of harm agrees with people: accuracy, Cohen's kappa with its interval, and ECE
+    where it says how sure it is.
 
     `truth` is True where people call the answer unsafe, shape [rows of `verdicts`]. None where no
     verdict is about harm."""
     judged = (verdicts["unsafe"].notna() & verdicts["failure"].isna()).to_numpy()
     if not judged.any():
         return None
-    said, right = verdicts["unsafe"][judged].to_numpy(bool), np.asarray(truth, bool)[judged]
-    found = {"answers": int(judged.sum()), "failed": int(verdicts["failure"].notna().sum())}
-    scored = {"accuracy": float((said == right).mean()), "kappa": cohen_kappa(said, right)}
-    cost = verdicts["cost"][judged]
-    if cost.notna().all():
-        scored["ece"] = expected_calibration_error(sigmoid(cost.to_numpy(float)), right)
-    return {**found, **scored}
-
-
-def cohen_kappa(one: np.ndarray, other: np.ndarray) -> float:
-    """Agreement of two sets of flags [rows] beyond chance: (p - e) / (1 - e); NaN where chance
-    agrees always.
-
-    Cohen, 1960.
-
-    >>> import numpy as np
-    >>> cohen_kappa(np.array([1, 1, 0, 0]), np.array([1, 1, 0, 1]))
-    0.5
-    """
-    one, other = np.asarray(one, bool), np.asarray(other, bool)
-    chance = one.mean() * other.mean() + (1 - one.mean()) * (1 - other.mean())
-    return float(((one == other).mean() - chance) / (1 - chance)) if chance < 1 else float("nan")
+    rows, right = verdicts[judged], np.asarray(truth, bool)[judged]
+    said = rows["unsafe"].astype(bool).tolist()
+    found = compare(right.tolist(), said, rows["prompt_id"].tolist(), confidence=confidence)
+    told = {
+        "answers": len(rows),
+        "failed": int(verdicts["failure"].notna().sum()),
+        "accuracy": found.accuracy,
+        "kappa": found.kappa,
+        "kappa_low": found.low,
+        "kappa_high": found.high,
+    }
+    if rows["cost"].notna().all():
+        told["ece"] = expected_calibration_error(sigmoid(rows["cost"].to_numpy(float)), right)
+    return told

@@ -43,9 +43,12 @@ class IndependentJudge(Frozen):
 
 
 class RefusalJudge(Frozen):
-    """Whether an answer refuses (dualign.evaluation.refusals)."""
+    """Whether an answer refuses: by rules, or by a classifier that is fitted to answers which people
+    labelled, in a file such as XSTest's.
+    """
 
     kind: Literal["refusal"]
+    labelled: Place | None = None
 
 
 class OracleJudge(Frozen):

@@ -4,6 +4,7 @@ come to.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from dualign.core.schema import (
     user,
 )
 from dualign.data import world
+from dualign.evaluation.refusals import refuses_by_rules
 from dualign.lm.models import build_scratch, load_scorer_backbone, save
 from dualign.params.base import Resources
 from dualign.params.judging import JudgeParams
@@ -134,6 +136,26 @@ def test_the_oracle_tells_the_truth_of_the_world_and_nothing_else(
     truth = [world.score(last_user_text(r.prompt), r.response)[1] for r in rows_.itertuples()]
     assert told["suites"]["tea"]["ours"]["cost"]["mean"] == pytest.approx(np.mean(truth))
     assert told["agreement"]["answers"] > 0
+
+
+def test_refusals_by_rules_or_by_what_people_labelled(answered: Path, resources: Resources) -> None:
+    told = run(resources, {"kind": "refusal"})
+    said = [refuses_by_rules(text) for text in texts("tea", "ours")]
+    assert told["suites"]["tea"]["ours"]["refused"]["mean"] == np.mean(said)
+    assert told["agreement"] is None
+    labelled = [
+        {"prompt": f"{i}?", "response": text, "label": label}
+        for i in range(20)
+        for text, label in ((f"No cup, no {i}.", "refusal"), (f"please, {i}.", "compliance"))
+    ]
+    (answered / "labelled.json").write_text(json.dumps(labelled))
+    fitted = run(resources, {"kind": "refusal", "labelled": "labelled.json"})
+    assert fitted["suites"]["cups"]["ours"]["refused"]["mean"] == 0, "please"
+
+
+def texts(suite: str, policy: str) -> list[str]:
+    table = read_table(f"reports/answers/{suite}/{policy}.parquet", SUITE_ANSWERS)
+    return [str(text) for text in table["response"]]
 
 
 def test_an_endpoint_compares_both_orders_and_reads_harm(
