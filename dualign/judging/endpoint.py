@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -74,7 +74,7 @@ class Endpoint:
         )
         self._lock = threading.Lock()
         self._by_schema, self._lost_in_a_row, self._spent = True, 0, 0.0
-        #: Calls of this run, and those that the cache saved.
+        #: Calls of this run, and questions that needed none: known, or equal to another one.
         self.calls = self.saved = 0
         #: What all replies have cost, those of the cache when they were bought.
         self.money = 0.0
@@ -85,7 +85,7 @@ class Endpoint:
         known = {key: self._cache.get(key) for key in dict.fromkeys(keys)}
         waiting = {key: ask for key, ask in zip(keys, asks, strict=True) if known[key] is None}
         self.saved += len(keys) - len(waiting)
-        self._check_budget(waiting.values())
+        self._check_budget(list(waiting.values()), len(keys))
         failures = self._answer(waiting)
         known |= {key: self._cache.get(key) for key in waiting}
         self.money += sum(
@@ -101,10 +101,10 @@ class Endpoint:
         content = [spec.base_url, spec.model, ask.text, spec.parameters, ask.repeat]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def _check_budget(self, asks: Iterable[Ask]) -> None:
-        asks, budget = list(asks), self._spec.budget
+    def _check_budget(self, asks: list[Ask], questions: int) -> None:
+        budget = self._spec.budget
         money = sum(self._reckoned(ask) for ask in asks)
-        told = f"{len(asks)} calls are needed beside {self.saved} answered before"
+        told = f"{len(asks)} calls are needed for {questions} questions, the others are answered"
         if len(asks) > budget.calls:
             raise ParamsError(
                 f"{self._where}: {told}, and budget.calls is {budget.calls}; raise it, or judge"
@@ -112,10 +112,10 @@ class Endpoint:
             )
         if money > budget.money:
             raise ParamsError(
-                f"{self._where}: {told}, for up to {money:.4g}, and budget.money is"
+                f"{self._where}: {told}; they cost up to {money:.4g}, and budget.money is"
                 f" {budget.money:g}; raise it, or judge fewer suites, policies or repeats"
             )
-        log.info("%s: %s, for up to %.4g", self._where, told, money)
+        log.info("%s: %s; they cost up to %.4g", self._where, told, money)
 
     def _reckoned(self, ask: Ask) -> float:
         """The most that a call may cost, with a reply of full length."""
@@ -131,6 +131,8 @@ class Endpoint:
         """Ask what is waiting. The replies go into the cache as they come; returns the
         failures.
         """
+        if not waiting:
+            return {}
         pool = ThreadPoolExecutor(self._spec.parallel)
         calls = {pool.submit(self._ask, key, ask): key for key, ask in waiting.items()}
         failures: dict[str, str] = {}

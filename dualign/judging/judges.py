@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 class Bench:
     """What a judge judges with: its name, how to run, the run's models, where replies are kept.
 
-    `spent` is what calls have cost: calls, those that the cache saved, and money."""
+    `spent` tells calls, questions that needed none, and what all replies have cost."""
 
     name: str
     resources: Resources
@@ -121,7 +121,9 @@ def _openai(answers: pd.DataFrame, spec: OpenaiJudge, bench: Bench) -> list[Verd
     try:
         return _by_asking(answers, spec.question, spec.repeats, bench.name, endpoint)
     finally:
-        bench.spent.update(calls=endpoint.calls, saved=endpoint.saved, money=endpoint.money)
+        bench.spent.update(
+            calls=endpoint.calls, saved=endpoint.saved, money=round(endpoint.money, 6)
+        )
         cache.close()
 
 

@@ -241,7 +241,7 @@ def test_a_budget_of_calls_that_is_too_small_asks_nothing(cache: Cache) -> None:
     with ChatServer() as server:
         Endpoint("gpt", spec(server.url, parallel=1), cache)(asks(2))
         small = spec(server.url, budget=Budget(calls=9, money=1e6))
-        told = r"judges\.gpt: 10 calls are needed beside 2 answered before, and budget\.calls is 9;"
+        told = r"judges\.gpt: 10 calls are needed for 12 questions, .*, and budget\.calls is 9;"
         with pytest.raises(ParamsError, match=told):
             Endpoint("gpt", small, cache)(asks(12))
         assert len(server.calls) == 2
@@ -252,7 +252,7 @@ def test_a_budget_of_money_is_reckoned_on_the_high_side_before_the_first_call(
 ) -> None:
     with ChatServer() as server:
         dear = spec(server.url, budget=Budget(calls=100, money=1.0))
-        with pytest.raises(ParamsError, match=r"for up to 2\.714, and budget\.money is 1;"):
+        with pytest.raises(ParamsError, match=r"they cost up to 2\.714, and budget\.money is 1;"):
             Endpoint("gpt", dear, cache)(asks(6))
         assert not server.calls
 

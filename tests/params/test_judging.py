@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from dualign.core.errors import ParamsError
 from dualign.params import loading
 from dualign.params.judging import JudgeParams, LocalJudge, OpenaiJudge
 from tests.params.mistakes import Content, put, refusal
 
+ROOT = Path(__file__).resolve().parents[2]
 SUITE = {"suite": "held_out", "path": None, "prompts": 4, "samples_per_prompt": 1}
 OPENAI: dict[str, Any] = {
     "kind": "openai",
@@ -50,6 +53,13 @@ def test_every_kind_of_judge_is_read(judged: Content) -> None:
         "temperature": 0.0,
         "max_tokens": 100,
     }
+
+
+def test_the_example_of_the_guide_is_valid(content: Content) -> None:
+    guide = (ROOT / "docs/evaluation.md").read_text()
+    example = YAML(typ="safe").load(guide.partition("```yaml\n")[2].partition("```")[0])
+    assert len(example["suites"]) == 2 and len(example["judges"]) == 4
+    loading.check({**content, **example}, "docs/evaluation.md")
 
 
 @pytest.mark.parametrize(
