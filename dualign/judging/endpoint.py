@@ -32,6 +32,10 @@ ATTEMPTS, MAX_LOST = 2, 10
 _BYTES_PER_TOKEN = 3
 
 
+#: What servers say of a call that they do not understand, such as one by a schema.
+_NOT_TAKEN = (openai.BadRequestError, openai.UnprocessableEntityError)
+
+
 class _Lost(Unusable):
     """No reply, although the client tried again and again."""
 
@@ -74,7 +78,8 @@ class Endpoint:
         )
         self._lock = threading.Lock()
         self._by_schema, self._lost_in_a_row, self._spent = True, 0, 0.0
-        #: Calls of this run, and questions that needed none: known, or equal to another one.
+        #: Calls of this run (tries of the client are one), and questions that needed none, since
+        #: they are known or equal to another one.
         self.calls = self.saved = 0
         #: What all replies have cost, those of the cache when they were bought.
         self.money = 0.0
@@ -171,21 +176,37 @@ class Endpoint:
         """One reply to one call. By a schema where the server knows that, else without for the rest
         of the run.
         """
+        self._begin_call()
         by_schema = self._by_schema
         try:
-            text = self._send(ask, by_schema)
-        except openai.BadRequestError as error:
+            body = self._send(ask, by_schema)
+        except _NOT_TAKEN as error:
             if not by_schema:
                 raise Unusable(f"HTTP {error.status_code}") from None
-            text = self._sent_without(ask)
-        reply = _content(text, ask)
-        self._count(reply)
-        return reply
+            body = self._sent_without(ask)
+        completion = _completion(body)
+        read, written = _used(completion, ask)
+        with self._lock:
+            self._spent += self._price(read, written)
+        return Answered(_text(completion), read, written)
+
+    def _begin_call(self) -> None:
+        """Count a call. Replies that hold no verdict cost calls, and a server may count more tokens
+        than were reckoned: stop before the budget is left behind.
+        """
+        budget = self._spec.budget
+        with self._lock:
+            if self.calls >= budget.calls or self._spent > budget.money:
+                raise DualignError(
+                    f"{self._where}: the budget is spent ({self.calls} calls, {self._spent:.4g});"
+                    " what was bought is kept, raise budget and run the stage again"
+                )
+            self.calls += 1
 
     def _sent_without(self, ask: Ask) -> str:
         try:
             text = self._send(ask, by_schema=False)
-        except openai.BadRequestError as error:
+        except _NOT_TAKEN as error:
             raise Unusable(f"HTTP {error.status_code}") from None
         if self._by_schema:
             log.info("%s: the endpoint takes no JSON schema; replies are read as text", self._where)
@@ -193,8 +214,8 @@ class Endpoint:
         return text
 
     def _send(self, ask: Ask, by_schema: bool) -> str:
-        """The body of the response. Raises _Lost, BadRequestError, or DualignError where no call
-        can succeed.
+        """The body of the response. Raises _Lost, one of _NOT_TAKEN, or DualignError where no
+        call can succeed.
         """
         body: dict[str, Any] = dict(self._spec.parameters)
         if by_schema:
@@ -204,7 +225,7 @@ class Endpoint:
                 model=self._spec.model, messages=[{"role": "user", "content": ask.text}],
                 extra_body=body,
             )  # fmt: skip
-        except openai.BadRequestError:
+        except _NOT_TAKEN:
             raise
         except openai.APIStatusError as error:
             if error.status_code in (401, 403, 404):  # its text may quote the key
@@ -233,17 +254,6 @@ class Endpoint:
                     f" {self._spec.base_url} and run the stage again, which asks only for the rest"
                 )
 
-    def _count(self, reply: Answered) -> None:
-        """Count a call; stop where the endpoint's own count of tokens leaves the budget behind."""
-        with self._lock:
-            self.calls += 1
-            self._spent += self._price(reply.read, reply.written)
-            if self._spent > self._spec.budget.money:
-                raise DualignError(
-                    f"{self._where}: {self._spent:.4g} are spent, more than budget.money; what was"
-                    " bought is kept, raise it and run the stage again"
-                )
-
 
 def _key_of(where: str, spec: OpenaiJudge) -> str:
     if spec.key_variable is None:
@@ -262,26 +272,31 @@ def _schema(ask: Ask) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": described}
 
 
-def _content(body: str, ask: Ask) -> Answered:
-    """The text of a completion with its tokens, reckoned where the server does not count them.
-    Raises Unusable.
-    """
+def _completion(body: str) -> _Completion:
     try:
-        completion = _Completion.model_validate_json(body)
+        return _Completion.model_validate_json(body)
     except ValidationError:
         raise Unusable("no chat completion") from None
+
+
+def _text(completion: _Completion) -> str:
+    """What the model wrote. Raises Unusable where that is no whole reply."""
     choice = completion.choices[0] if completion.choices else _Choice(message=_Message())
     if choice.message.refusal or choice.finish_reason == "content_filter":
         raise Unusable("refused")
     if choice.finish_reason == "length":
         raise Unusable("cut off at its length limit")
-    text = choice.message.content
-    if not text:
+    if not choice.message.content:
         raise Unusable("empty")
-    usage = completion.usage
-    if usage is None:
-        return Answered(text, _tokens(ask.text), _tokens(text))
-    return Answered(text, usage.prompt_tokens, usage.completion_tokens)
+    return choice.message.content
+
+
+def _used(completion: _Completion, ask: Ask) -> tuple[int, int]:
+    """Tokens read and written, reckoned where the server does not count them."""
+    if completion.usage is not None:
+        return completion.usage.prompt_tokens, completion.usage.completion_tokens
+    written = completion.choices[0].message.content or "" if completion.choices else ""
+    return _tokens(ask.text), _tokens(written)
 
 
 def _tokens(text: str) -> int:

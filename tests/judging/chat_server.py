@@ -81,8 +81,8 @@ class ChatServer:
             self.calls.append(body)
             self.keys.add(handler.headers["Authorization"])
         deed = self.plan(text, before)
-        if deed == "no schema":
-            deed = "400" if "response_format" in body else "well"
+        if deed.startswith("no schema"):
+            deed = deed.split()[-1] if "response_format" in body else "well"
         _DEEDS.get(deed, _status)(handler, text, deed)
 
 

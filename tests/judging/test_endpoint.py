@@ -122,10 +122,11 @@ def test_code_fences_are_no_failure(cache: Cache) -> None:
         assert verdicts(Endpoint("gpt", spec(server.url, parallel=2), cache)(asks(4))) == RIGHT[:4]
 
 
+@pytest.mark.parametrize("status", ["400", "422"])
 def test_a_reply_is_asked_for_by_schema_and_without_where_the_server_takes_none(
-    cache: Cache,
+    cache: Cache, status: str
 ) -> None:
-    with ChatServer(lambda text, before: "no schema") as server:
+    with ChatServer(lambda text, before: f"no schema {status}") as server:
         endpoint = Endpoint("gpt", spec(server.url, parallel=1), cache)
         assert verdicts(endpoint(asks(4))) == RIGHT[:4]
         formats = [call.get("response_format") for call in server.calls]
@@ -263,10 +264,20 @@ def test_an_endpoint_that_counts_more_tokens_than_reckoned_is_stopped(
     monkeypatch.setattr("dualign.judging.endpoint._BYTES_PER_TOKEN", 10**6)
     parameters = {"max_tokens": 1}
     with ChatServer() as server:
-        small = spec(server.url, parameters=parameters, budget=Budget(calls=100, money=0.3))
-        with pytest.raises(DualignError, match=r"0\.36 are spent, more than budget\.money"):
+        budget = Budget(calls=100, money=0.3)
+        small = spec(server.url, parameters=parameters, budget=budget, parallel=1)
+        with pytest.raises(DualignError, match=r"the budget is spent \(3 calls, 0\.36\); what was"):
             Endpoint("gpt", small, cache)(asks(12))
-        assert 3 <= len(server.calls) < 12
+        assert len(server.calls) == 3
+        assert Endpoint("gpt", small, cache)(asks(3)) and len(server.calls) == 3, "all is kept"
+
+
+def test_replies_without_a_verdict_cost_calls_too(cache: Cache) -> None:
+    with ChatServer(lambda text, before: "refusal" if "poison" in text else "well") as server:
+        small = spec(server.url, budget=Budget(calls=6, money=1e6), parallel=1)
+        with pytest.raises(DualignError, match=r"the budget is spent \(6 calls, 0\.72\)"):
+            Endpoint("gpt", small, cache)(asks(6))
+        assert len(server.calls) == 6
 
 
 @pytest.mark.parametrize("status", ["401", "403", "404"])
