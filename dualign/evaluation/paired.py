@@ -46,10 +46,11 @@ def prompt_differences(
     >>> prompt_differences(one, one.assign(cost=one.cost - 1), "cost").tolist()
     [1.0, 1.0]
     """
-    means = [
-        rows.dropna(subset=[column]).groupby(prompt)[column].mean() for rows in (first, second)
-    ]
-    return (means[0].astype(float) - means[1].astype(float)).dropna()
+    means = []
+    for rows in (first, second):
+        known = rows.dropna(subset=[column])
+        means.append(known[column].astype(float).groupby(known[prompt]).mean())
+    return (means[0] - means[1]).dropna()
 
 
 def mean_difference(values: Sequence[float] | Array, confidence: float = 0.95) -> Estimate:

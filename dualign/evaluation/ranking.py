@@ -167,6 +167,31 @@ def _check(battles: pd.DataFrame) -> None:
 # --- win rates ------------------------------------------------------------------------------------
 
 
+def battles_against(
+    verdicts: pd.DataFrame, reference: str, lengths: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """The verdicts of a judge that compared answers with those of a policy `reference`, as battles.
+
+    `verdicts` has columns `policy`, `prompt_id`, `sample` and `win` (1, 0, 1/2, or null for a
+    failure, which is no battle); `lengths` the length of every answer by `policy`, `prompt_id` and
+    `sample`.
+
+    >>> rows = pd.DataFrame({"policy": "a", "prompt_id": [1, 2], "sample": 0, "win": [1.0, None]})
+    >>> battles_against(rows, "ref")["score"].tolist()
+    [1.0]
+    """
+    good = verdicts.dropna(subset=["win"])
+    columns = {"policy": "first", "win": "score"}
+    battles = good.rename(columns=columns).assign(second=reference).reset_index(drop=True)
+    if lengths is None:
+        return battles
+    known = lengths.set_index(["policy", "prompt_id", "sample"])["length"]
+    for side in ("first", "second"):
+        keys = zip(battles[side], battles["prompt_id"], battles["sample"], strict=True)
+        battles[f"length_{side}"] = known.reindex(list(keys)).to_numpy(float)
+    return battles
+
+
 def battles_of(battles: pd.DataFrame, policy: str, against: str) -> pd.DataFrame:
     """The battles of two policies, turned so that `policy` is the first.
 
@@ -225,6 +250,8 @@ def length_controlled_win_rate(
     """
     own = battles_of(battles, policy, against)
     longer = (own["length_first"] - own["length_second"]).to_numpy(float)
+    if np.isnan(longer).any():
+        raise DataError(f"{policy!r} against {against!r}: some answers have no length; give all")
     spread = longer.std()
     feature = np.tanh(longer / spread) if spread > 0 else np.zeros(len(longer))
     score = own["score"].to_numpy(float)

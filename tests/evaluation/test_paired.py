@@ -68,6 +68,20 @@ def test_a_failed_judgement_does_not_count_and_its_prompt_is_left_out_of_the_num
     assert not table.isna().any().any()
 
 
+def test_flags_with_gaps_are_shares() -> None:
+    """As verdicts hold them: true, false, or null where the judge failed."""
+    flags = {"a": [True, None, False, True], "b": [False, True, False, True]}
+    rows = pd.DataFrame(
+        [
+            {"policy": policy, "prompt_id": number, "refused": flag}
+            for policy, column in flags.items()
+            for number, flag in enumerate(column)
+        ]
+    )
+    table = differences(rows, "refused")
+    assert (table["prompts"].item(), table["mean"].item()) == (3, pytest.approx(1 / 3))
+
+
 def test_prompts_are_matched_by_name_and_not_by_order() -> None:
     rows = scores()
     shuffled = rows.sample(frac=1, random_state=1)

@@ -15,6 +15,7 @@ from scipy.special import expit
 
 from dualign.core.errors import DataError
 from dualign.evaluation.ranking import (
+    battles_against,
     battles_of,
     bradley_terry,
     elo,
@@ -178,6 +179,42 @@ def test_lengths_turn_with_their_answers() -> None:
     rows = pd.DataFrame({"first": ["b"], "second": ["a"], "prompt_id": [1], "score": [1.0]})
     own = battles_of(rows.assign(length_first=7, length_second=3), "a", "b")
     assert own[["score", "length_first", "length_second"]].to_numpy().tolist() == [[0.0, 3, 7]]
+
+
+def test_verdicts_become_battles_with_the_lengths_of_both_answers() -> None:
+    verdicts = pd.DataFrame(
+        {
+            "policy": ["a", "a", "b"],
+            "prompt_id": ["p", "q", "p"],
+            "sample": [0, 0, 1],
+            "win": [1.0, None, 0.5],
+        }
+    )
+    lengths = pd.DataFrame(
+        [
+            {"policy": policy, "prompt_id": prompt, "sample": sample, "length": length}
+            for (policy, prompt, sample), length in {
+                ("a", "p", 0): 7,
+                ("b", "p", 1): 8,
+                ("ref", "p", 0): 3,
+                ("ref", "p", 1): 4,
+            }.items()
+        ]
+    )
+    battles = battles_against(verdicts, "ref", lengths)
+    columns = ["first", "second", "score", "length_first", "length_second"]
+    assert battles[columns].to_numpy().tolist() == [
+        ["a", "ref", 1.0, 7.0, 3.0],
+        ["b", "ref", 0.5, 8.0, 4.0],
+    ]
+    assert set(rank(battles, draws=5)["policy"]) == {"a", "b", "ref"}
+
+
+def test_an_answer_without_a_length_is_told() -> None:
+    battles = with_lengths(0, 5, theta=0.0, phi=0.0, longer=0.0)
+    battles.loc[2, "length_first"] = None
+    with pytest.raises(DataError, match="some answers have no length"):
+        length_controlled_win_rate(battles, "a", "b")
 
 
 def with_lengths(seed: int, count: int, theta: float, phi: float, longer: float) -> pd.DataFrame:
