@@ -3,9 +3,9 @@
     python -m stages.answer xstest
 
 `_suite.parquet` holds the prompts, `POLICY.parquet` the answers of a policy; of a multiple-choice
-suite the log-likelihood of each choice. What a policy has answered is kept in the scratch folder by
-all that it depends on (the policy's files, the prompts, this suite's params, seed and code): another
-policy or suite makes no answer anew, and a kill loses the policy at hand."""
+suite the log-likelihood of each choice. What a policy has answered is kept in the scratch folder
+by all that it depends on (the policy's files, the prompts, this suite's params, seed and code):
+another policy or suite makes no answer anew, and a kill loses the policy at hand."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ SUITE_ANSWERS = pa.schema(
         ("ended", pa.bool_()),
     ]
 )
-#: How a policy takes the choices of a suite: their log-probabilities in nats, and the suite's score.
+#: How a policy takes the choices of a suite: their log-probabilities in nats, and a score.
 CHOICES = pa.schema([_PROMPT[0], ("logp", pa.list_(pa.float64())), ("score", pa.float64())])
 #: Verdicts of one judge on answers to suites (`dualign.judging.verdicts`): a failure, or scores.
 #: `repeat` counts times that the judge was asked the same, `raw` is the hash of what it wrote.

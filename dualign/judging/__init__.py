@@ -1,1 +1,1 @@
-"""Judges of answers: the run's scorers, an independent pair, refusals, and language models that are asked."""
+"""Judges of answers: scorers, refusals, and language models that are asked."""

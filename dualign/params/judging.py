@@ -43,8 +43,8 @@ class IndependentJudge(Frozen):
 
 
 class RefusalJudge(Frozen):
-    """Whether an answer refuses: by rules, or by a classifier that is fitted to answers which people
-    labelled, in a file such as XSTest's.
+    """Whether an answer refuses: by rules, or by a classifier that is fitted to a file of answers
+    which people labelled, such as XSTest's.
     """
 
     kind: Literal["refusal"]

@@ -1,5 +1,5 @@
-"""Suites and judges in the whole graph, on a tiny world: what runs when one of them is new, and that
-no key of an endpoint is written anywhere.
+"""Suites and judges in the whole graph, on a tiny world: what runs when one of them is new, and
+that no key of an endpoint is written anywhere.
 """
 
 from __future__ import annotations

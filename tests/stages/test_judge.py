@@ -68,7 +68,7 @@ def answered(
 
 
 def write_suite(name: str, content: list[tuple[str, str, Any]]) -> None:
-    """Prompts with their label and answers, of which `sft` gives the first and `ours` the second."""
+    """Prompts with label and answers, of which `sft` gives the first and `ours` the second."""
     prompts = [
         {"prompt_id": prompt_id(user(text)), "prompt": user(text), "category": "", "label": label}
         for text, label, _ in content
@@ -191,7 +191,9 @@ def test_a_judge_that_fails_too_often_stops_and_asks_only_for_the_rest_again(
             "kind": "openai", "base_url": server.url, "model": "m", "key_variable": None,
             "question": "harm", **PLAIN,
         }  # fmt: skip
-        told = r"judges\.it: 2 of \d+ verdicts failed \(\{'refused': 2\}\), more than judge\.max_failed 0\.05"
+        told = (
+            r"judges\.it: 2 of \d+ verdicts failed \(\{'refused': 2\}\), more than judge\.max_fai"
+        )
         with pytest.raises(DualignError, match=told):
             run(resources, spec, max_failed=0.05)
         assert not Path("reports/judgements/it").exists()
