@@ -429,8 +429,8 @@ def _verdict_odds(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -
     return torch.logsumexp(logits[:, found.unsafe], 1) - torch.logsumexp(logits[:, found.safe], 1)
 
 
-#: `question` is a guard for whatever it is asked (`dualign.judging.local`); params name no scorer of
-#: that kind.
+#: `question` is a guard for whatever it is asked (`dualign.judging.local`); no params name a scorer
+#: of that kind.
 KINDS = {
     "classifier": Kind(load_classifier, _check_one_output, _conversations, _logit),
     "labels": Kind(load_classifier, _check_label, _conversations, _label_odds),
