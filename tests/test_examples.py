@@ -26,20 +26,9 @@ MODULES = {
     "dualign.math.bounds": None,
     "dualign.math.losses": None,
     "dualign.math.tabular": None,
+    "dualign.math.updates": None,
     "dualign.scoring.calibration": None,
     "dualign.certify.certificate": ["fixed_sequence", "Requirement.weighted"],
-    "dualign.search.rules": [
-        "dual_gradient_step",
-        "projected_subgradient_step",
-        "newton_step",
-        "tilt_step",
-        "secant_step",
-        "line_root",
-        "first_weight",
-        "merge_multiplier",
-        "next_weight",
-        "tail",
-    ],
 }
 #: Public for their neighbours alone: they check arguments.
 PLAIN = {"dualign.math.bounds.check_delta", "dualign.math.bounds.check_test"}

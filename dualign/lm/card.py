@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from dualign.core.records import SearchResult, SearchStep
 from dualign.methods import Plan
 from dualign.params.search import DualSearchParams
 
@@ -20,7 +19,7 @@ In dualign `policy_at(FOLDER, load_resources())` (`dualign.lm.mixture`, `dualign
 `AutoModelForCausalLM.from_pretrained`, and its tokenizer holds the chat template."""
 
 
-def model_card(plan: Plan, search: dict[str, Any], params: DualSearchParams) -> str:
+def model_card(plan: Plan, search: SearchResult, params: DualSearchParams) -> str:
     """README.md of a policy folder: what it is, how it was found, and what was measured on the
     search prompts.
     """
@@ -47,7 +46,7 @@ are in the report. {_MIXTURE if mixture else MODEL}
 """
 
 
-def _costs(step: dict[str, Any], search: dict[str, Any], params: DualSearchParams) -> str:
+def _costs(step: SearchStep, search: SearchResult, params: DualSearchParams) -> str:
     """The row of the cost that the search went by; after safety labels a second one of the cost
     model's.
     """

@@ -27,6 +27,8 @@ from ruamel.yaml import YAML
 PROG = "python -m pipeline.dvc.deps"
 ROOT = Path(__file__).resolve().parents[2]
 CODE_ROOTS = ("dualign", "stages")
+#: Folders that are one dependency: whoever lists one needs nearly all of it, `dual_search` alone the
+#: whole of `dualign/search`.
 FOLDERS = ("dualign/core", "dualign/lm", "dualign/evaluation", "dualign/scoring", "dualign/search")
 #: Types of params. DVC tracks the values, so their source makes no stage stale.
 UNTRACKED = "dualign/params/"
