@@ -21,8 +21,8 @@ import pandas as pd
 from bench import options
 from dualign.core.schema import by_prompt
 from dualign.math import dual
-from dualign.scoring.fitting import crosswise
 from dualign.scoring.support import Doubt, columns
+from dualign.training.fitting import crosswise
 
 Array = np.ndarray
 

@@ -32,7 +32,9 @@ from dualign.scoring.calibration import (
     reliability,
     sigmoid,
 )
-from dualign.scoring.fitting import (
+from dualign.scoring.scorers import Scorer
+from dualign.stage import Run, execute, finished
+from dualign.training.fitting import (
     crosswise,
     gaps,
     heldout_answers,
@@ -41,8 +43,6 @@ from dualign.scoring.fitting import (
     obtain,
     on_one_scale,
 )
-from dualign.scoring.scorers import Scorer
-from dualign.stage import Run, execute, finished
 
 log = logging.getLogger("dualign")
 

@@ -40,10 +40,10 @@ from pipeline.errors import PipelineError, StageFailed, StageStopped
 from pipeline.prefect import artifacts, identity
 from pipeline.prefect.artifacts import Result
 from pipeline.prefect.cluster import joined
+from pipeline.prefect.workspace import Workspace, show
 from pipeline.run.runner import LocalRunner, Log, Outcome, exclusive
 from pipeline.run.slots import Slots, default_jobs, visible_gpus
 from pipeline.run.turn import Turn
-from pipeline.run.workspace import Workspace, show
 
 NAME = "alignment"
 #: Seconds before another attempt.
@@ -65,7 +65,7 @@ NOT_STARTED = Result("NotStarted", "a stage before it did not complete")
 
 
 class Place(Protocol):
-    """Where stages run: `pipeline.run.workspace.Workspace` here, `pipeline.prefect.cluster.Cluster`
+    """Where stages run: `pipeline.prefect.workspace.Workspace` here, `pipeline.prefect.cluster.Cluster`
     on workers.
     """
 
