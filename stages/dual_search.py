@@ -25,7 +25,15 @@ from dualign.params.search import ROW_SECTIONS, DualSearchParams
 from dualign.search.backend import ModelBackend
 from dualign.search.loop import run as search_policies
 from dualign.search.policy import Search, SearchContext
-from dualign.search.start import TrainedPolicy, as_started, check, goal, steerable, trainings
+from dualign.search.start import (
+    TrainedPolicy,
+    as_started,
+    check,
+    goal,
+    start_prices,
+    steerable,
+    trainings,
+)
 from dualign.search.summary import numbers, summary
 from dualign.search.task import Inputs, PairLosses, SearchTask
 from dualign.stage import Run, execute, finished
@@ -113,10 +121,6 @@ def context(
         )
     path = row.reference.startswith("lambda_path/")
     merges = row.method.rule == "merge" and row.method.inner == "safety"
-    prices: tuple[float, ...] = ()
-    if row.method.rule == "newton":  # it begins at the pool's, or at 0 where lambda was a number
-        paid = start.lam_from == str(DUAL)
-        prices = tuple(price.lam if paid else 0.0 for price in prices_in(solved))
     return SearchContext(
         lam,
         first.lam,
@@ -124,7 +128,7 @@ def context(
         naive=merges and start.reference != row.reference,  # the start's tilt holds no reward
         lam_reference=reference.lam or 0.0 if path else 0.0,
         target_cost=target,
-        prices=prices,
+        prices=start_prices(row, start, prices_in(solved), DUAL),
     )
 
 

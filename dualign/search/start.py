@@ -22,13 +22,11 @@ _SCORERS = ("reward_model", "cost_model")
 
 @dataclass(frozen=True)
 class TrainedPolicy:
-    """The policy in models/FOLDER as its stage describes it; None where that stage has no such
-    thing.
+    """A policy of an earlier stage as that describes it; None where it has no such thing.
 
     `lam` is the multiplier it was trained at, taken from `lam_from`; `reward` and `cost` are what
     scored its pairs, `data` which these were. The other fields are those of its training."""
 
-    folder: str = ""
     lam: float | None = None
     lam_from: str | None = None
     reference: str | None = None
@@ -46,7 +44,7 @@ class TrainedPolicy:
 
         Raises DataError with file and key where that is missing or of another shape."""
         read_trained(metrics, folder)  # nothing that its stage writes is missing
-        return replace(read_record(metrics / f"{folder}.json", cls), folder=folder)
+        return read_record(metrics / f"{folder}.json", cls)
 
     @property
     def scores(self) -> tuple[str, str]:
@@ -62,8 +60,8 @@ def check(plan: Plan, start: TrainedPolicy, reference: TrainedPolicy) -> None:
     if plan.method.inner == "lagrangian":
         _check_data(plan, start)
     if plan.method.data == "fresh_pairs":
-        _check_loss(plan, "start", start)
-        _check_loss(plan, "reference", reference)
+        _check_loss(plan, f"start: {plan.start}", start)
+        _check_loss(plan, f"reference: {plan.reference}", reference)
 
 
 def _check_scores(plan: Plan, start: TrainedPolicy) -> None:
@@ -97,13 +95,13 @@ def _check_data(plan: Plan, start: TrainedPolicy) -> None:
         )
 
 
-def _check_loss(plan: Plan, key: str, policy: TrainedPolicy) -> None:
+def _check_loss(plan: Plan, named: str, policy: TrainedPolicy) -> None:
     """Rounds of comparisons add rewards and bonuses, which takes policies of Bradley-Terry's loss,
-    DPO.
+    DPO. `named` is the key of the row and its value.
     """
     if policy.loss_type != "dpo":
         raise ParamsError(
-            f"methods.{plan.name}.{key}: {policy.folder} was trained by {policy.loss_type}, but"
+            f"methods.{plan.name}.{named} was trained by {policy.loss_type}, but"
             f" {plan.method.name} goes on by dpo; name a run with loss_type dpo"
         )
 
@@ -146,3 +144,15 @@ def steerable(plan: Plan, prices: Sequence[Price]) -> list[Price]:
         )
         return [replace(price, lam=0.0) for price in prices]
     return list(prices)
+
+
+def start_prices(
+    plan: Plan, start: TrainedPolicy, prices: Sequence[Price], solved: Path
+) -> tuple[float, ...]:
+    """The prices that Newton's rule begins at: those `solved` for the pool, or 0 where the start
+    took its multiplier by number. Other rules correct none.
+    """
+    if plan.method.rule != "newton":
+        return ()
+    paid = start.lam_from == str(solved)
+    return tuple(price.lam if paid else 0.0 for price in prices)

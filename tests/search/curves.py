@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -208,15 +209,15 @@ def go(
     bench: Curve,
     params: DualSearchParams,
     scratch: Path,
-    lam_pool: float = 0.6,
-    radius: float = 5.0,
-    naive: bool = False,
     returns: str | None = None,
-    target: float | None = None,
+    **known: Any,
 ) -> tuple[list[Step], str]:
+    """A search by a rule on a curve, from the multiplier of its start."""
     scratch.mkdir(exist_ok=True)
-    known = SearchContext(lam_pool, bench.lam_start, radius, naive, target_cost=target)
-    return run(Search(by_rule(rule, returns), params, known), bench.start, bench, scratch)
+    context = SearchContext(
+        **{"lam_pool": 0.6, "lam_start": bench.lam_start, "radius": 5.0} | known
+    )
+    return run(Search(by_rule(rule, returns), params, context), bench.start, bench, scratch)
 
 
 def jointly(

@@ -46,7 +46,9 @@ def test_a_rule_ends_on_the_aim_below_the_limit(
 ) -> None:
     generous = params.model_copy(update={"max_trainings": 50, "step_size": 2.0})
     bench = Curve(tmp_path / "bench", lam_start=3.0 if rule == "merge" else 0.6)
-    steps, stopped = go(rule, bench, generous, tmp_path / "s", lam_pool=1.2, target=LIMIT - 0.1)
+    steps, stopped = go(
+        rule, bench, generous, tmp_path / "s", lam_pool=1.2, target_cost=LIMIT - 0.1
+    )
     assert stopped == "cost within noise of the target"
     assert abs(steps[-1].measured.cost - (LIMIT - 0.1)) <= bench.se
     known = SearchContext(1.2, 0.6, target_cost=LIMIT - 0.1)

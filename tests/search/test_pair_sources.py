@@ -395,7 +395,7 @@ def test_bonuses_reach_the_policy(
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "call", "when"),
+    "moment",
     [
         (pair_sources, "compare", 2, "before"),
         (pair_sources, "preference_tables", 1, "before"),
@@ -412,10 +412,7 @@ def test_bonuses_reach_the_policy(
     ],
 )
 def test_a_killed_round_ends_with_the_same_policy(
-    module: ModuleType,
-    name: str,
-    call: int,
-    when: str,
+    moment: tuple[ModuleType, str, int, str],
     quick: DualSearchParams,
     resources: Resources,
     inputs: Inputs,
@@ -423,6 +420,7 @@ def test_a_killed_round_ends_with_the_same_policy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected, measured = rounds(online_bench(quick, resources, inputs, tmp_path / "whole"))
+    module, name, call, when = moment
     function, calls = getattr(module, name), 0
 
     def dying(*args: Any, **kwargs: Any) -> Any:

@@ -27,7 +27,7 @@ from dualign.search.start import (
 )
 from tests.written import lagrangian, safety, solved
 
-SFT = TrainedPolicy("sft")
+SFT = TrainedPolicy()
 STEPWISE = {"lam": 1.2, "reference": "reward_dpo/helpful"}
 
 
@@ -88,14 +88,14 @@ def test_prices_go_to_searches_that_train_on_scores(
 def test_every_aligned_policy_behind_a_start_is_counted(
     row: tuple[str, str, str], start: dict[str, Any], count: int
 ) -> None:
-    assert trainings(row_of(*row), TrainedPolicy(row[1], **start)) == count
+    assert trainings(row_of(*row), TrainedPolicy(**start)) == count
 
 
 def test_a_start_on_other_scores_is_not_retrained() -> None:
     start = {"reward": "reward_dpo/helpful", "cost": "safety_dpo/alone"}
-    told = TrainedPolicy("lagrangian_dpo/pecan", **start)
+    told = TrainedPolicy(**start)
     _check_scores(row_of("pecan", "lagrangian_dpo/pecan", "sft"), told)
-    _check_scores(row_of("c_dpo", "lagrangian_dpo/bernoulli", "sft"), TrainedPolicy("sft"))
+    _check_scores(row_of("c_dpo", "lagrangian_dpo/bernoulli", "sft"), TrainedPolicy())
     with pytest.raises(
         ParamsError, match=r"methods\.row\.rule: 'dual_gradient' .* reward_dpo/helpful"
     ):
@@ -106,7 +106,7 @@ POLICIES, SCORERS = ("reward_dpo/helpful", "safety_dpo/alone"), ("reward_model",
 
 
 def started(data: str, scores: tuple[str, str] = SCORERS) -> TrainedPolicy:
-    return TrainedPolicy("lagrangian_dpo/run", data=data, reward=scores[0], cost=scores[1])
+    return TrainedPolicy(data=data, reward=scores[0], cost=scores[1])
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def started(data: str, scores: tuple[str, str] = SCORERS) -> TrainedPolicy:
 def test_a_start_that_fits_is_taken(method: str, start: TrainedPolicy) -> None:
     check(row_of(method, "lagrangian_dpo/run", "sft"), start, SFT)
     pd_dpo = row_of("pd_dpo", "safety_dpo/stepwise", "reward_dpo/helpful")
-    check(pd_dpo, TrainedPolicy(pd_dpo.start, lam=1.2, reference=pd_dpo.reference), SFT)
+    check(pd_dpo, TrainedPolicy(lam=1.2, reference=pd_dpo.reference), SFT)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +153,11 @@ def test_a_start_of_another_method_is_refused(method: str, start: TrainedPolicy,
         _check_data(row_of(method, "lagrangian_dpo/run", "sft"), start)
 
 
+def test_the_check_of_a_row_looks_at_its_data() -> None:
+    with pytest.raises(ParamsError, match=r"^methods\.row\.start: .*dualign trains on 'pool'"):
+        check(row_of("dualign", "lagrangian_dpo/run", "sft"), started("pairs"), SFT)
+
+
 ONLINE = {
     "labels": "models",
     "folder": "data/labels",
@@ -167,7 +172,7 @@ ONLINE = {
 @pytest.mark.parametrize("loss_type", ["ipo", "kto"])
 def test_rounds_of_comparisons_go_on_from_dpo_alone(loss_type: str) -> None:
     rounds = row_of("o_pd_dpo", "safety_dpo/stepwise", "reward_dpo/helpful", online=ONLINE)
-    start, reference = TrainedPolicy(rounds.start), TrainedPolicy(rounds.reference)
+    start, reference = TrainedPolicy(), TrainedPolicy()
     others = [replace(policy, loss_type=loss_type) for policy in (start, reference)]
     check(rounds, start, reference)
     with pytest.raises(
@@ -185,7 +190,7 @@ def test_rounds_of_comparisons_go_on_from_dpo_alone(loss_type: str) -> None:
 def test_a_trained_policy_is_read_with_what_its_stage_knows(tmp_path: Path) -> None:
     write_json(tmp_path / "safety_dpo/alone.json", safety())
     known = TrainedPolicy.read(tmp_path, "safety_dpo/alone")
-    assert (known.folder, known.lam, known.loss_type) == ("safety_dpo/alone", 1.25, "dpo")
+    assert (known.lam, known.loss_type) == (1.25, "dpo")
     assert known.pair_loss is None and known.scores == SCORERS
     write_json(tmp_path / "lambda_path/slack.json", lagrangian(lam=0.2))
     slack = TrainedPolicy.read(tmp_path, "lambda_path/slack")
@@ -200,9 +205,11 @@ def test_trainings_that_begin_at_the_reference_keep_the_starts_learning_rate(
     repo_root: Path,
 ) -> None:
     params = load(DualSearchParams, repo_root / "params.yaml")
-    start = TrainedPolicy("lagrangian_dpo/run", learning_rate=0.123)
-    c_dpo = row_of("c_dpo", start.folder, "sft")
+    start = TrainedPolicy(learning_rate=0.123)
+    c_dpo = row_of("c_dpo", "lagrangian_dpo/run", "sft")
     assert as_started(c_dpo, start, params).training.learning_rate == 0.123
-    assert as_started(row_of("caid", start.folder, "sft"), start, params) == params, "it is warm"
+    assert as_started(row_of("caid", "lagrangian_dpo/run", "sft"), start, params) == params, (
+        "it is warm"
+    )
     pd_dpo = row_of("pd_dpo", "safety_dpo/stepwise", "reward_dpo/helpful")
-    assert as_started(pd_dpo, TrainedPolicy(pd_dpo.start), params) == params
+    assert as_started(pd_dpo, TrainedPolicy(), params) == params

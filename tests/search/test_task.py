@@ -26,8 +26,8 @@ from dualign.training.pairwise import PairLossConfig
 )
 def test_a_search_keeps_the_loss_of_its_start(start: dict[str, Any], kept: dict[str, Any]) -> None:
     pd_dpo = Plan("row", METHODS["pd_dpo"], "safety_dpo/one", "reward_dpo/helpful")
-    reference = TrainedPolicy(pd_dpo.reference, clip=7.0)
-    assert PairLosses.of(pd_dpo, TrainedPolicy(pd_dpo.start, **start), reference) == PairLosses(
+    reference = TrainedPolicy(clip=7.0)
+    assert PairLosses.of(pd_dpo, TrainedPolicy(**start), reference) == PairLosses(
         **kept, reward_clip=7.0
     )
 
@@ -40,8 +40,8 @@ def test_the_lagrangian_weights_are_those_of_the_start(
     method: str, kept: PairLossParams | None
 ) -> None:
     row = Plan("row", METHODS[method], "lambda_path/strict", "sft")
-    start = TrainedPolicy(row.start, pair_loss=WEIGHTS)
-    assert PairLosses.of(row, start, TrainedPolicy("sft")).lagrangian == kept
+    start = TrainedPolicy(pair_loss=WEIGHTS)
+    assert PairLosses.of(row, start, TrainedPolicy()).lagrangian == kept
 
 
 def test_the_loss_at_a_multiplier_by_hand() -> None:

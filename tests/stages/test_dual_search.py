@@ -48,10 +48,10 @@ def row_of(method: str, start: str, reference: str, **options: Any) -> Plan:
 def context(row: Plan, params: DualSearchParams, start: dict[str, Any]) -> SearchContext:
     """What the stage knows before the search of a row, whose start's own stage says `start`."""
     written = (dual_search.METRICS / f"{row.reference}.json").is_file()
-    reference = TrainedPolicy(row.reference)
+    reference = TrainedPolicy()
     if written:
         reference = TrainedPolicy.read(dual_search.METRICS, row.reference)
-    return dual_search.context(row, TrainedPolicy(row.start, **start), reference, params)
+    return dual_search.context(row, TrainedPolicy(**start), reference, params)
 
 
 STEPWISE = {"lam": 1.2, "reference": "reward_dpo/helpful"}
@@ -102,10 +102,7 @@ def test_a_merge_on_the_path_knows_both_its_multipliers(
         0.2,
         False,
     )
-    assert (
-        trainings(row, TrainedPolicy(row.start, **{"reward": "reward_model", "cost": "cost_model"}))
-        == 2
-    )
+    assert trainings(row, TrainedPolicy()) == 2
 
 
 def test_a_stocked_search_steers_to_the_aim(path: Path, params: DualSearchParams) -> None:
@@ -124,7 +121,7 @@ def test_safety_first_takes_the_multiplier_of_its_first_step(
 ) -> None:
     swapped = row_of("sacpo", "reward_dpo/swapped", "safety_dpo/alone", rule="one_shot")
     assert context(swapped, params, {}).lam_start == 1.25
-    assert trainings(swapped, TrainedPolicy(swapped.start)) == 2
+    assert trainings(swapped, TrainedPolicy()) == 2
 
 
 def test_an_ascent_begins_at_its_own_multiplier_and_rests_on_no_training(
@@ -146,15 +143,7 @@ def test_an_ascent_begins_at_its_own_multiplier_and_rests_on_no_training(
     )
     known = context(ascent, params, {})
     assert (known.lam_pool, known.lam_start) == (0.8, 0.6)
-    assert (
-        trainings(
-            ascent,
-            TrainedPolicy(
-                ascent.start,
-            ),
-        )
-        == 0
-    )
+    assert trainings(ascent, TrainedPolicy()) == 0
 
 
 def test_the_slater_radius_is_the_pools_or_the_given_one(
