@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from dualign.core.artifacts import write_json
@@ -76,7 +77,7 @@ def restore(scratch: Path) -> list[Step]:
     if not path.is_file():
         return []
     try:
-        steps = read_record(path, list[Step])
+        steps = [_as_measured(step) for step in read_record(path, list[Step])]
     except DualignError as error:
         log.warning(
             "%s: the search begins again, with what its steps have trained and drawn", error
@@ -89,3 +90,14 @@ def restore(scratch: Path) -> list[Step]:
         )
     log.info("resuming the search after step %d", steps[-1].step)
     return steps
+
+
+def _as_measured(step: Step) -> Step:
+    """The step with infinite errors, those of constraints on one prompt, which JSON holds as
+    null.
+    """
+    additional = tuple(
+        replace(known, error=math.inf) if known.mean is not None and known.error is None else known
+        for known in step.measured.additional
+    )
+    return replace(step, measured=replace(step.measured, additional=additional))

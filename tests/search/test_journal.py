@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from dualign.search.journal import Blend, record, restore
 from dualign.search.loop import run
 from dualign.search.policy import Search, SearchContext
 from dualign.search.screening import Screening
+from dualign.search.summary import feasible
 from tests.search.curves import (
     HISTORY,
     Curve,
@@ -215,3 +217,15 @@ def test_a_journal_of_another_shape_is_no_journal(
     write_json(tmp_path / "steps.json", [{"step": 0, "lam": 0.5}])
     assert restore(tmp_path) == []
     assert "steps.json: 0.q: field required" in caplog.text and "begins again" in caplog.text
+
+
+def test_a_constraint_on_one_prompt_is_read_alike_after_an_interruption(
+    params: DualSearchParams, tmp_path: Path
+) -> None:
+    """Its error is infinite, so its mean says nothing yet; JSON has no infinity."""
+    one = (ConstraintEstimate("rare", 0.2, 0.1, 0.9, math.inf),)
+    known = replace(measured(-0.5), additional=one)
+    whole = [replace(step(0, 1.0, -0.5), policy=str(tmp_path), measured=known)]
+    record(tmp_path, whole)
+    assert restore(tmp_path) == whole
+    assert feasible(restore(tmp_path)[0], params)
