@@ -19,7 +19,7 @@ from dualign.core.schema import POOL, PROMPTS, by_prompt, read_table
 from dualign.lm.card import model_card
 from dualign.lm.publish import publish
 from dualign.math.constraints import prices_in
-from dualign.math.dual import slater_radius
+from dualign.math.dual.solution import slater_radius
 from dualign.methods import Plan, plan
 from dualign.params.search import ROW_SECTIONS, DualSearchParams
 from dualign.search.backend import ModelBackend

@@ -1,9 +1,9 @@
 """Updates of the multiplier lambda from a measured cost, and the algebra of merge weights.
 
 C is the mean cost of a policy's own answers and d its limit, both in units of cost; lambda is in
-units of reward for one of cost. A policy trained at lambda aims at pi_ref exp((r - lambda c) / beta),
-beta the KL weight in units of reward. Merges are linear in log-probabilities: (1 - q) log pi_1 +
-q log pi_2."""
+units of reward for one of cost. A policy trained at lambda aims at pi_ref exp((r - lambda c) /
+beta), beta the KL weight in units of reward. Merges are linear in log-probabilities: (1 - q) log
+pi_1 + q log pi_2."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ _RIDGE = 1e-9
 def dual_gradient_step(lam: float, cost: float, limit: float, step_size: float) -> float:
     """lambda <- [lambda + eta (C - d)]_+, C-DPO (2403.02475).
 
-    >>> dual_gradient_step(1.0, cost=0.5, limit=0.0, step_size=2.0), dual_gradient_step(1.0, -2.0, 0.0, 2.0)
-    (2.0, 0.0)
+    >>> dual_gradient_step(1.0, cost=0.5, limit=0.0, step_size=2.0)
+    2.0
+    >>> dual_gradient_step(1.0, cost=-2.0, limit=0.0, step_size=2.0)
+    0.0
     """
     return max(0.0, lam + step_size * (cost - limit))
 
@@ -44,7 +46,7 @@ def projected_subgradient_step(
 
     The paper's interval starts at 0, where its loss divides by zero; lambda_min > 0 keeps off it.
 
-    >>> projected_subgradient_step(1.0, cost=0.5, limit=0.0, step_size=10.0, radius=2.0, lambda_min=0.1)
+    >>> projected_subgradient_step(1.0, 0.5, 0.0, step_size=10.0, radius=2.0, lambda_min=0.1)
     4.0
     """
     return max(min(lam + step_size * (cost - limit), 2 * radius), lambda_min)
@@ -153,7 +155,7 @@ def joint_newton_step(lams: Array, excess: Array, covariance: Array, beta: float
     """argmin over lambda >= 0 of the dual's quadratic model at `lams`; shape [K], like `excess`.
 
     D(lambda + s) ~ D - s excess + s H s / 2 with excess_k = E[m_k (f_k - d_k)] and H = E_x Cov(f|x)
-    / beta, the dual of `dual.solve_many` on the policy's own answers; one limit makes it
+    / beta, the dual of `solve_many` on the policy's own answers; one limit makes it
     `newton_step`. With H = R'R it is the least squares |R lambda - (R lams + R^-T excess)| over
     lambda >= 0. A quantity that does not vary keeps its price. A price whose tilt lambda f / beta
     is no trifle falls by half at most: means are convex in prices, so that a step from above goes

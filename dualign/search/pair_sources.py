@@ -15,7 +15,7 @@ from dualign.core.schema import SAFETY_PAIRS, SCORED_PAIRS, read_table
 from dualign.data.labelling import compare
 from dualign.evaluation.rollout import Scorers
 from dualign.lm.models import load_policy
-from dualign.math import dual
+from dualign.math.dual.tilt import soft_value
 from dualign.search.answers import Answers
 from dualign.search.journal import Step
 from dualign.search.online import (
@@ -73,7 +73,7 @@ class SafetyPairs:
                 load_policy(task.reference, task.resources),
                 self._scorers.tokenizer,
                 task.resources.scoring_batch_size,
-                task.losses.loss_type,
+                task.losses.safety.loss_type,
             )
         return self._pairs
 
@@ -122,7 +122,7 @@ class PoolPairs:
 
         drawn = self._answers.fresh(warm, self._prompts, folder)
         fresh = samples_of(self._tables.charged(drawn), self._tokenizer)
-        known = dual.soft_value(samples.reward, samples.cost, lam, beta)[: len(self._prompts), None]
+        known = soft_value(samples.reward, samples.cost, lam, beta)[: len(self._prompts), None]
         value = known.repeat(self._task.params.refresh_samples, axis=1)
         return pairs + pool_pairs(fresh, value, lam, beta, seed, scale)
 

@@ -7,15 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dualign.core.errors import ParamsError
+from pydantic import ValidationError
+
+from dualign.core.errors import DataError, ParamsError
 from dualign.core.records import SolvedDual, read_record, read_trained
 from dualign.math.constraints import Price
 from dualign.methods import Plan
 from dualign.params.search import DualSearchParams
-from dualign.params.training import LossType, PairLossParams
+from dualign.params.training import LOSS_FIELDS, LossSpec, PairLossParams
 
 log = logging.getLogger(__name__)
 
+#: The loss of a policy whose stage names none.
+PLAIN = LossSpec(loss_type="dpo", clip=None)
 #: The scorers that a training takes its scores from, unless it takes log-ratios of policies.
 _SCORERS = ("reward_model", "cost_model")
 
@@ -33,8 +37,7 @@ class TrainedPolicy:
     data: str | None = None
     reward: str = _SCORERS[0]
     cost: str = _SCORERS[1]
-    loss_type: LossType = "dpo"
-    clip: float | None = None
+    loss_spec: LossSpec = PLAIN
     pair_loss: PairLossParams | None = None
     learning_rate: float | None = None
 
@@ -43,8 +46,16 @@ class TrainedPolicy:
         """What the stage that wrote models/FOLDER measured, in folder `metrics`.
 
         Raises DataError with file and key where that is missing or of another shape."""
-        read_trained(metrics, folder)  # nothing that its stage writes is missing
-        return read_record(metrics / f"{folder}.json", cls)
+        path = metrics / f"{folder}.json"
+        told = read_trained(metrics, folder)
+        loss = {key: told[key] for key in LOSS_FIELDS if told.get(key) is not None}
+        try:
+            spec = LossSpec(**{**PLAIN.model_dump(), **loss})
+        except ValidationError as error:
+            raise DataError(
+                f"{path}: no pair loss of this dualign: {loss}; run the stage that wrote it again"
+            ) from error
+        return replace(read_record(path, cls), loss_spec=spec)
 
     @property
     def scores(self) -> tuple[str, str]:
@@ -99,9 +110,9 @@ def _check_loss(plan: Plan, named: str, policy: TrainedPolicy) -> None:
     """Rounds of comparisons add rewards and bonuses, which takes policies of Bradley-Terry's loss,
     DPO. `named` is the key of the row and its value.
     """
-    if policy.loss_type != "dpo":
+    if policy.loss_spec.loss_type != "dpo":
         raise ParamsError(
-            f"methods.{plan.name}.{named} was trained by {policy.loss_type}, but"
+            f"methods.{plan.name}.{named} was trained by {policy.loss_spec.loss_type}, but"
             f" {plan.method.name} goes on by dpo; name a run with loss_type dpo"
         )
 
@@ -139,7 +150,8 @@ def steerable(plan: Plan, prices: Sequence[Price]) -> list[Price]:
     """
     if prices and plan.method.inner != "lagrangian":
         log.warning(
-            "methods.%s does not train on scores of a table: no price steers it to constraint.additional",
+            "methods.%s does not train on scores of a table: no price steers it to"
+            " constraint.additional",
             plan.name,
         )
         return [replace(price, lam=0.0) for price in prices]

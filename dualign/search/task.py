@@ -15,8 +15,8 @@ from dualign.math.losses import lagrangian_scale
 from dualign.methods import Plan
 from dualign.params.base import Resources
 from dualign.params.search import DualSearchParams
-from dualign.params.training import LossType, PairLossParams
-from dualign.search.start import TrainedPolicy
+from dualign.params.training import LossSpec, PairLossParams
+from dualign.search.start import PLAIN, TrainedPolicy
 from dualign.training.pairwise import PairLossConfig
 
 
@@ -34,25 +34,24 @@ class PairLosses:
     """The pair losses that a search goes on with, those of its start and of pi_r.
 
     `lagrangian` holds the weights of the Lagrangian loss; None means safety pairs at coefficient
-    beta / lambda, with `loss_type` and `clip`. `reward_clip` bounds the implicit rewards of pi_r
-    where a round trains it."""
+    beta / lambda, by the loss `safety`. `reward_clip` bounds the implicit rewards of pi_r where a
+    round trains it."""
 
     lagrangian: PairLossParams | None = None
-    loss_type: LossType = "dpo"
-    clip: float | None = None
+    safety: LossSpec = PLAIN
     reward_clip: float | None = None
 
     @classmethod
     def of(cls, plan: Plan, start: TrainedPolicy, reference: TrainedPolicy) -> PairLosses:
         """As the start and the reference of a row were trained."""
         weights = start.pair_loss if plan.method.inner == "lagrangian" else None
-        return cls(weights, start.loss_type, start.clip, reference.clip)
+        return cls(weights, start.loss_spec, reference.loss_spec.clip)
 
     def at(self, lam: float, beta: float) -> PairLossConfig:
         """The loss at a multiplier and KL weight."""
         weights = self.lagrangian
         if weights is None:
-            return PairLossConfig(beta / lam, beta, loss_type=self.loss_type, clip=self.clip)
+            return PairLossConfig(beta / lam, beta, **self.safety.model_dump(exclude_none=True))
         scale = beta * self.scale(lam)
         return PairLossConfig(scale, beta, weights.labels, weights.anchor, weights.nll)
 

@@ -65,8 +65,8 @@ NOT_STARTED = Result("NotStarted", "a stage before it did not complete")
 
 
 class Place(Protocol):
-    """Where stages run: `pipeline.prefect.workspace.Workspace` here, `pipeline.prefect.cluster.Cluster`
-    on workers.
+    """Where stages run: `pipeline.prefect.workspace.Workspace` here,
+    `pipeline.prefect.cluster.Cluster` on workers.
     """
 
     def statuses(self, stages: Sequence[str]) -> dict[str, StageStatus]:
@@ -110,11 +110,8 @@ class Run:
         well.
         """
         well = {name for name, result in self.results.items() if result.state in ENDED}
-        return [
-            name
-            for name in self.statuses
-            if name not in started and all(source in well for source in self.dag[name].upstream)
-        ]
+        waiting = [name for name in self.statuses if name not in started]
+        return [name for name in waiting if well.issuperset(self.dag[name].upstream)]
 
     def stage(self, name: str) -> State[None]:
         """Bring one stage up to date: the body of its task. Its upstream stages have ended well."""

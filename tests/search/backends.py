@@ -1,4 +1,4 @@
-"""What tests of searches on models share: tiny models, backends on them, and looks at what they make."""
+"""What tests of searches on models share: tiny models, backends on them, looks at policies."""
 
 from __future__ import annotations
 

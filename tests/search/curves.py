@@ -1,4 +1,4 @@
-"""A backend on a policy family whose cost is a known function of lambda, and what rule tests share."""
+"""A backend on policies whose cost is a known function of lambda, and what rule tests share."""
 
 from __future__ import annotations
 

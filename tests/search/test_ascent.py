@@ -88,9 +88,14 @@ def test_an_ascent_trains_policy_and_multiplier_and_counts_its_answers(
     [(ascent, "train_policy_gradient"), (ascent, "write_json"), (trainer, "save")],
 )
 def test_a_killed_ascent_ends_with_the_same_policy_and_course(
-    module: ModuleType, name: str, params: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path,
+    module: ModuleType,
+    name: str,
+    params: DualSearchParams,
+    resources: Resources,
+    inputs: Inputs,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     made, measured = climb(params, resources, inputs, tmp_path / "whole")
     function = getattr(module, name)
 

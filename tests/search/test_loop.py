@@ -1,4 +1,4 @@
-"""The loop on a policy family whose cost is a known function of lambda: every rule, budget and ending."""
+"""The loop on policies whose cost is a known function of lambda: every rule, budget, ending."""
 
 from __future__ import annotations
 

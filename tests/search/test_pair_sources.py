@@ -25,15 +25,15 @@ from dualign.evaluation.stats import Measurement
 from dualign.lm.models import (
     load_tokenizer,
 )
-from dualign.math import dual
 from dualign.math.constraints import Constraint, Price, with_priced_rewards
+from dualign.math.dual.tilt import soft_value
 from dualign.methods import METHODS, Plan
 from dualign.params.base import Resources
 from dualign.params.search import (
     DualSearchParams,
     OnlineParams,
 )
-from dualign.params.training import PairLossParams
+from dualign.params.training import LossSpec, PairLossParams
 from dualign.scoring.support import doubt
 from dualign.search import backend, pair_sources, trainer
 from dualign.search.backend import ModelBackend
@@ -77,9 +77,16 @@ def test_a_training_keeps_the_loss_of_the_start_and_its_pairs(
     )
     plan = Plan("row", METHODS["pd_dpo"], "safety_dpo/one", "reward_dpo/helpful")
     given = replace(inputs, prepared=tmp_path / "prepared")
+    losses = PairLosses(safety=LossSpec(loss_type=loss_type, clip=None))
     bench = ModelBackend(
         SearchTask(
-            plan, short, resources, PROMPTS, tmp_path / "s", given, PairLosses(loss_type=loss_type)
+            plan,
+            short,
+            resources,
+            PROMPTS,
+            tmp_path / "s",
+            given,
+            losses,
         )
     )
     trained = bench.train(1, 0.7, step(0, 0.5, Path(bench.start)))
@@ -124,7 +131,7 @@ def test_prices_are_charged_to_the_pool_to_fresh_answers_and_to_pairs(
         with_priced_rewards(read_table(tmp_path / "refresh.parquet", ANSWERS), prices), tokenizer
     )
     samples, beta = samples_of(pool, tokenizer), small.beta
-    value = dual.soft_value(samples.reward, samples.cost, 0.5, beta)[:3, None].repeat(2, axis=1)
+    value = soft_value(samples.reward, samples.cost, 0.5, beta)[:3, None].repeat(2, axis=1)
     on_pool = pool_pairs(samples, pool_values(samples, 0.5, beta), 0.5, beta, small.seed)
     assert found == on_pool + pool_pairs(fresh, value, 0.5, beta, small.seed)
 
@@ -184,7 +191,7 @@ def test_answers_off_the_support_are_doubted_in_the_pool_and_in_fresh_answers(
     pairs = bench("dualign", pair_loss)._source.pairs(0.5, before, tmp_path)
     fresh = samples_of(found.scores(read_table(tmp_path / "refresh.parquet", ANSWERS)), tokenizer)
     samples, beta = samples_of(found.scores(pool), tokenizer), wary.beta
-    value = dual.soft_value(samples.reward, samples.cost, 0.5, beta)[:3, None].repeat(2, axis=1)
+    value = soft_value(samples.reward, samples.cost, 0.5, beta)[:3, None].repeat(2, axis=1)
     on_pool = pool_pairs(samples, pool_values(samples, 0.5, beta), 0.5, beta, wary.seed)
     assert pairs == on_pool + pool_pairs(fresh, value, 0.5, beta, wary.seed)
     assert pairs != bench_without(params, resources, inputs, pair_loss, tmp_path)._source.pairs(
@@ -355,7 +362,13 @@ def test_a_round_trains_on_all_pairs_so_far_from_its_own_helpful_policy(
         }
     )
     last, _ = rounds(
-        online_bench(timid, resources, inputs, tmp_path, PairLosses(clip=3.0, reward_clip=7.0))
+        online_bench(
+            timid,
+            resources,
+            inputs,
+            tmp_path,
+            PairLosses(safety=LossSpec(loss_type="dpo", clip=3.0), reward_clip=7.0),
+        )
     )
     assert clips == [7.0, 3.0] * 2
     offline = Preferences.read(inputs.prepared).rows_within_budget(timid.training, timid.seed)

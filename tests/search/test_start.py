@@ -14,7 +14,7 @@ from dualign.math.constraints import Constraint, Price
 from dualign.methods import Plan, plan
 from dualign.params.loading import load
 from dualign.params.search import DualSearchParams, MethodRow
-from dualign.params.training import PairLossParams
+from dualign.params.training import LossSpec, PairLossParams
 from dualign.search.start import (
     TrainedPolicy,
     _check_data,
@@ -61,8 +61,8 @@ def test_prices_go_to_searches_that_train_on_scores(
     unpriced = steerable(row_of("pd_dpo", "safety_dpo/stepwise", "reward_dpo/helpful"), [price])
     assert unpriced == [replace(price, lam=0.0)], "the limit itself still decides what is feasible"
     assert (
-        "methods.row does not train on scores of a table: no price steers it to constraint.additional"
-        in caplog.text
+        "methods.row does not train on scores of a table: no price steers it to"
+        " constraint.additional" in caplog.text
     )
 
 
@@ -173,7 +173,10 @@ ONLINE = {
 def test_rounds_of_comparisons_go_on_from_dpo_alone(loss_type: str) -> None:
     rounds = row_of("o_pd_dpo", "safety_dpo/stepwise", "reward_dpo/helpful", online=ONLINE)
     start, reference = TrainedPolicy(), TrainedPolicy()
-    others = [replace(policy, loss_type=loss_type) for policy in (start, reference)]
+    others = [
+        replace(policy, loss_spec=LossSpec(loss_type=loss_type, clip=None))
+        for policy in (start, reference)
+    ]
     check(rounds, start, reference)
     with pytest.raises(
         ParamsError, match=rf"methods\.row\.start: safety_dpo/stepwise was trained by {loss_type}"
@@ -190,12 +193,19 @@ def test_rounds_of_comparisons_go_on_from_dpo_alone(loss_type: str) -> None:
 def test_a_trained_policy_is_read_with_what_its_stage_knows(tmp_path: Path) -> None:
     write_json(tmp_path / "safety_dpo/alone.json", safety())
     known = TrainedPolicy.read(tmp_path, "safety_dpo/alone")
-    assert (known.lam, known.loss_type) == (1.25, "dpo")
+    assert (known.lam, known.loss_spec) == (1.25, LossSpec(loss_type="dpo", clip=None))
     assert known.pair_loss is None and known.scores == SCORERS
     write_json(tmp_path / "lambda_path/slack.json", lagrangian(lam=0.2))
     slack = TrainedPolicy.read(tmp_path, "lambda_path/slack")
     assert slack.lam == 0.2 and isinstance(slack.pair_loss, PairLossParams)
     assert slack.learning_rate == lagrangian()["learning_rate"]
+    options = {"loss_type": "robust", "epsilon": 0.1}
+    write_json(tmp_path / "safety_dpo/robust.json", safety(**options))
+    known = TrainedPolicy.read(tmp_path, "safety_dpo/robust")
+    assert known.loss_spec == LossSpec(clip=None, **options)
+    write_json(tmp_path / "safety_dpo/odd.json", safety(loss_type="odd"))
+    with pytest.raises(DataError, match=r"odd\.json: no pair loss of this dualign: .*'odd'"):
+        TrainedPolicy.read(tmp_path, "safety_dpo/odd")
     write_json(tmp_path / "safety_dpo/torn.json", {"lam": 1.0})
     with pytest.raises(DataError, match=r"torn\.json: coefficient: field required"):
         TrainedPolicy.read(tmp_path, "safety_dpo/torn")

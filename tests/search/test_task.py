@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dualign.core.artifacts import write_json
 from dualign.methods import METHODS, Plan
-from dualign.params.training import PairLossParams
+from dualign.params.training import LossSpec, PairLossParams
 from dualign.search.start import (
     TrainedPolicy,
 )
 from dualign.search.task import PairLosses
 from dualign.training.pairwise import PairLossConfig
+from tests.written import safety
 
 
 @pytest.mark.parametrize(
@@ -22,14 +25,21 @@ from dualign.training.pairwise import PairLossConfig
         ({"loss_type": "dpo", "clip": None}, {}),
         ({"loss_type": "kto", "clip": None}, {"loss_type": "kto"}),
         ({"loss_type": "dpo", "clip": 4.0}, {"clip": 4.0}),
+        (
+            {"loss_type": "robust", "clip": None, "epsilon": 0.1},
+            {"loss_type": "robust", "epsilon": 0.1},
+        ),
     ],
 )
-def test_a_search_keeps_the_loss_of_its_start(start: dict[str, Any], kept: dict[str, Any]) -> None:
+def test_a_search_keeps_the_loss_of_its_start(
+    start: dict[str, Any], kept: dict[str, Any], tmp_path: Path
+) -> None:
     pd_dpo = Plan("row", METHODS["pd_dpo"], "safety_dpo/one", "reward_dpo/helpful")
-    reference = TrainedPolicy(clip=7.0)
-    assert PairLosses.of(pd_dpo, TrainedPolicy(**start), reference) == PairLosses(
-        **kept, reward_clip=7.0
-    )
+    write_json(tmp_path / "safety_dpo/one.json", safety(**start))
+    reference = TrainedPolicy(loss_spec=LossSpec(loss_type="dpo", clip=7.0))
+    losses = PairLosses.of(pd_dpo, TrainedPolicy.read(tmp_path, pd_dpo.start), reference)
+    assert losses.reward_clip == 7.0
+    assert losses.at(0.5, 1.5) == PairLossConfig(3.0, 1.5, **kept)
 
 
 WEIGHTS = PairLossParams(labels="soft", normalised=True, anchor=0.3, nll=2.0)
@@ -45,9 +55,9 @@ def test_the_lagrangian_weights_are_those_of_the_start(
 
 
 def test_the_loss_at_a_multiplier_by_hand() -> None:
-    safety = PairLosses(loss_type="kto", clip=4.0)
-    assert safety.at(0.5, 1.5) == PairLossConfig(3.0, 1.5, loss_type="kto", clip=4.0)
-    assert safety.scale(3.0) == 1.0
+    kto = PairLosses(safety=LossSpec(loss_type="kto", clip=4.0))
+    assert kto.at(0.5, 1.5) == PairLossConfig(3.0, 1.5, loss_type="kto", clip=4.0)
+    assert kto.scale(3.0) == 1.0
     lagrangian = PairLosses(WEIGHTS)
     assert lagrangian.scale(3.0) == 0.25
     assert lagrangian.at(3.0, 1.5) == PairLossConfig(0.375, 1.5, "soft", 0.3, 2.0)

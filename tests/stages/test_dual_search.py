@@ -11,7 +11,7 @@ import pytest
 from dualign.core.artifacts import write_json, write_parquet
 from dualign.core.schema import POOL, prompt_id, user
 from dualign.math.constraints import Constraint, Price
-from dualign.math.dual import slater_radius
+from dualign.math.dual.solution import slater_radius
 from dualign.methods import Plan, plan
 from dualign.params.loading import load
 from dualign.params.search import DualSearchParams, MethodRow, PolicyGradientParams
