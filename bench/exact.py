@@ -24,8 +24,7 @@ from torch import Tensor
 
 from bench import options
 from bench.tabular import Laboratory, Settings, fit, tilt
-from dualign.math import losses
-from dualign.search import rules
+from dualign.math import losses, updates
 from dualign.training.policy_gradient import kl_weight, lagrangian_reward, log_lambda_step
 
 log = logging.getLogger(__name__)
@@ -77,7 +76,7 @@ def _p_sacpo(lab: Laboratory, lam: float) -> Tensor:
 
 def _naive_merge(lab: Laboratory, lam: float) -> Tensor:
     """Logits of two independent policies merged at weight q = lambda / (lambda + lambda-bar)."""
-    q = rules.first_weight(lam, lab.settings.lambda_bar, naive=True)
+    q = updates.first_weight(lam, lab.settings.lambda_bar, naive=True)
     return torch.lerp(lab.helpful, lab.safe_alone, q).log_softmax(1)
 
 
@@ -186,7 +185,7 @@ def _stronger(lab: Laboratory, lam: float) -> Tensor:
 
 def _diluted(lab: Laboratory, lam: float) -> Tensor:
     """A naive merge: lambda is right, but the KL weight is beta / (1 - q)."""
-    share = 1 - rules.first_weight(lam, lab.settings.lambda_bar, naive=True)
+    share = 1 - updates.first_weight(lam, lab.settings.lambda_bar, naive=True)
     return tilt(lab.reference, share * (lab.reward - lam * lab.cost) / lab.beta)
 
 
@@ -246,14 +245,15 @@ def _gradient(lab: Laboratory, steps: Steps) -> float:
     lam, policy = steps[-1]
     s = lab.settings
     return min(
-        rules.dual_gradient_step(lam, lab.measure(policy)[0], lab.limit, s.step_size), s.lambda_max
+        updates.dual_gradient_step(lam, lab.measure(policy)[0], lab.limit, s.step_size),
+        s.lambda_max,
     )
 
 
 def _projected(lab: Laboratory, steps: Steps) -> float:
     lam, policy = steps[-1]
     s, cost = lab.settings, lab.measure(policy)[0]
-    return rules.projected_subgradient_step(
+    return updates.projected_subgradient_step(
         lam, cost, lab.limit, s.step_size, lab.radius, s.lambda_min
     )
 
@@ -262,10 +262,10 @@ def _newton(lab: Laboratory, steps: Steps) -> float:
     """Newton with the variance of the policy's own answers, then secants."""
     lam, policy = steps[-1]
     cost, variance = lab.measure(policy)
-    proposed = rules.newton_step(lam, cost, variance, lab.limit, lab.beta)
+    proposed = updates.newton_step(lam, cost, variance, lab.limit, lab.beta)
     if len(steps) > 1:
         earlier = (steps[-2][0], lab.measure(steps[-2][1])[0])
-        secant = rules.secant_step(earlier, (lam, cost), lab.limit)
+        secant = updates.secant_step(earlier, (lam, cost), lab.limit)
         proposed = proposed if secant is None else secant
     return min(proposed, lab.settings.lambda_max)
 

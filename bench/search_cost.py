@@ -5,7 +5,7 @@ limit.
 
 Runs the pipeline of the embedded world once for each seed as far as the scored answers, in a folder
 of its own. From there every method searches each limit from nothing, by the rules of
-`dualign.search.rules` on the same trainer with the same number of steps, until one test is met. The
+`dualign.search` on the same trainer with the same number of steps, until one test is met. The
 world's oracle judges the policy that ended the search. A run that was interrupted goes on where it
 stopped."""
 
@@ -47,8 +47,11 @@ from dualign.params.evaluate import EvaluateParams
 from dualign.params.loading import load, load_resources
 from dualign.params.search import DualSearchParams
 from dualign.params.training import LagrangianDpoParams, PairLossParams, SafetyDpoParams
-from dualign.search import rules
-from dualign.search.backend import Inputs, ModelBackend
+from dualign.search.backend import ModelBackend
+from dualign.search.journal import Step
+from dualign.search.loop import SearchBackend, run
+from dualign.search.policy import Search, SearchContext
+from dualign.search.task import Inputs, PairLosses, SearchTask
 from pipeline.dvc.overlay import whole
 
 log = logging.getLogger(__name__)
@@ -191,10 +194,10 @@ class Scored:
         return read_table(self.inputs.scored / "pool.parquet", POOL)
 
     @functools.cached_property
-    def reference(self) -> rules.Step:
+    def reference(self) -> Step:
         """What comes before the first training: pi_ref, measured on the pool."""
         measured = measure(self.pool.assign(logp=self.pool["logp_ref"]))
-        return rules.Step(0, 0.0, None, str(self.inputs.models / "sft"), False, measured)
+        return Step(0, 0.0, None, str(self.inputs.models / "sft"), False, measured)
 
     @functools.cached_property
     def problem(self) -> tabular.Problem:
@@ -209,21 +212,19 @@ class Scored:
         count = self.params.prompts if name == "search" else self.evaluation.prompts
         return read_table(self.inputs.prepared / f"{name}.parquet", PROMPTS).head(count)
 
-    def context(self, row: Row, start: str, limit: float) -> rules.SearchContext:
+    def context(self, row: Row, start: str, limit: float) -> SearchContext:
         """The multiplier of the pool, the first one, and PD-DPO's Slater radius, at a limit."""
         reward, cost = by_prompt(self.pool, "reward"), by_prompt(self.pool, "cost")
         beta, most = self.params.beta, self.params.lambda_max
         pool = root(reward, cost, limit=limit, beta=beta, lambda_max=most)
         if row.first == "pool":
-            return rules.SearchContext(pool, pool)
+            return SearchContext(pool, pool)
         if row.first == "path":
-            return rules.SearchContext(
-                pool, PATH["strict"]["lam"], lam_reference=PATH["slack"]["lam"]
-            )
+            return SearchContext(pool, PATH["strict"]["lam"], lam_reference=PATH["slack"]["lam"])
         if start.startswith("lagrangian_dpo"):
-            return rules.SearchContext(pool, 0.0)
+            return SearchContext(pool, 0.0)
         radius = slater_radius(reward, cost, limit=limit, beta=beta, lambda_max=most)
-        return rules.SearchContext(pool, self.params.lambda_min, radius)
+        return SearchContext(pool, self.params.lambda_min, radius)
 
     def first_training(self, start: str) -> tuple[PairLossParams | None, TrainingParams]:
         """PairLossConfig loss (None for the safety loss) and training of the stage that writes
@@ -246,11 +247,17 @@ class Scored:
         training: TrainingParams,
         scratch: Path,
     ) -> ModelBackend:
-        """The workbench of a search whose trainings are as `training` says."""
-        params = params.model_copy(update={"training": training})
-        return ModelBackend(
-            row, params, self.resources, pair_loss, self.prompts("search"), scratch, self.inputs
+        """The backend of a search whose trainings are as `training` says."""
+        task = SearchTask(
+            row,
+            params.model_copy(update={"training": training}),
+            self.resources,
+            self.prompts("search"),
+            scratch,
+            self.inputs,
+            PairLosses(pair_loss),
         )
+        return ModelBackend(task)
 
 
 def first_policy(scored: Scored, row: Plan, lam: float) -> tuple[Path, float]:
@@ -283,28 +290,22 @@ def met(lam: float, measured: Measurement, limit: float, z: float) -> bool:
     return measured.cost <= limit + noise and (near or lam == 0)
 
 
-def seek(
-    row: Plan,
-    start: str,
-    known: rules.SearchContext,
-    params: DualSearchParams,
-    bench: rules.SearchBackend,
-    scratch: Path,
-) -> list[rules.Step]:
+def seek(search: Search, start: str, bench: SearchBackend, scratch: Path) -> list[Step]:
     """Search policy by policy from `start`, until the test is met, the rule stops or the budget is
     spent.
     """
+    params = search.params
 
-    def enough(step: rules.Step) -> bool:
+    def enough(step: Step) -> bool:
         return met(step.lam, step.measured, params.limit, params.z)
 
-    return rules.run(row, start, known, params, bench, scratch, enough)[0]
+    return run(search, start, bench, scratch, enough)[0]
 
 
 def begin(
     scored: Scored, row: Row, chosen: Plan, params: DualSearchParams, lam: float, scratch: Path
 ) -> tuple[ModelBackend, str, float]:
-    """The workbench of a search in `scratch`, its first policy and the CPU seconds that this took
+    """The backend of a search in `scratch`, its first policy and the CPU seconds that this took
     for it alone.
     """
     pair_loss, training = (
@@ -334,7 +335,7 @@ def run_row(scored: Scored, row: Row, limit: float) -> dict[str, Any]:
     shutil.rmtree(scratch, ignore_errors=True)  # of an interrupted run, whose seconds nobody knows
     bench, start, seconds = begin(scored, row, chosen, params, known.lam_start, scratch)
     started = time.process_time()
-    steps = seek(chosen, start, known, params, bench, scratch)
+    steps = seek(Search(chosen, params, known), start, bench, scratch)
     seconds += time.process_time() - started
     last, trainings = steps[-1], sum(step.trained for step in steps) + (row.first != "path")
     found = {

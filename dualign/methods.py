@@ -6,7 +6,7 @@
 |          | joint labels sigma(Delta r - lambda Delta c), coefficient beta to pi_ref (label mode |
 |          | and weights: in params); `policy_gradient`: REINFORCE on r - lambda c of its own     |
 |          | answers, from pi_ref                                                                 |
-| rule     | how the next multiplier is found (see `dualign.search.rules`)                        |
+| rule     | how the next multiplier is found (see `dualign.search.policy`)                       |
 | data     | `safety_pairs`; these and `fresh_pairs` of every policy against the reference;       |
 |          | `scored_pairs`; the `pool` of reference samples; or its `prompts` alone              |
 | returns  | the `last` policy; the `best`: the most rewarding one within the limit; the          |

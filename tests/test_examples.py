@@ -29,6 +29,7 @@ MODULES = {
     "dualign.math.pricing": None,
     "dualign.math.losses": None,
     "dualign.math.tabular": None,
+    "dualign.math.updates": None,
     "dualign.scoring.calibration": None,
     "dualign.evaluation.agreement": None,
     "dualign.evaluation.paired": None,
@@ -39,18 +40,6 @@ MODULES = {
     "dualign.certify.certificate": ["order"],
     "dualign.certify.requirement": ["Requirement.__str__", "Requirement.weighted"],
     "dualign.certify.sequence": ["fixed_sequence"],
-    "dualign.search.rules": [
-        "dual_gradient_step",
-        "projected_subgradient_step",
-        "newton_step",
-        "tilt_step",
-        "secant_step",
-        "line_root",
-        "first_weight",
-        "merge_multiplier",
-        "next_weight",
-        "tail",
-    ],
 }
 #: Public for their neighbours alone: they check arguments.
 PLAIN = {

@@ -89,7 +89,7 @@ def lagrangian(**told: Any) -> dict[str, Any]:
         "lam": 0.8,
         "lam_from": "data/dual/dual.json",
         **scores,
-        "pair_loss": {},
+        "pair_loss": {"labels": "soft", "normalised": False, "anchor": 0.3, "nll": 2.0},
         "learning_rate": 1e-3,
         **told,
     }

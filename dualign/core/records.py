@@ -147,6 +147,39 @@ class LagrangianMetrics(TypedDict):
 
 
 @_OPEN
+class HistoryRow(TypedDict):
+    """A stretch of a training that moved lambda itself: its last `step`, and means over it.
+
+    `kl` is in nats an answer."""
+
+    step: int
+    lam: float
+    cost: float
+    reward: float
+    kl: float
+
+
+@_OPEN
+class AscentRecord(TypedDict):
+    """history.json beside such a training: the last lambda, the tokens drawn, each step's means."""
+
+    lam: float
+    tokens: int
+    history: dict[str, list[float]]
+
+
+@_OPEN
+class ConstraintRow(TypedDict):
+    """An additional constraint on a policy's own answers; unknown where the limit is on none."""
+
+    name: str
+    limit: float
+    share: float
+    mean: float | None
+    error: float | None
+
+
+@_OPEN
 class SearchStep(TypedDict):
     """A policy that a search measured."""
 
@@ -159,6 +192,12 @@ class SearchStep(TypedDict):
     kl: float | None
     tilt: dict[str, float | None] | None
     prices: list[float]
+    additional: NotRequired[list[ConstraintRow]]
+    closing: NotRequired[bool]
+    reward_se: NotRequired[float | None]
+    p_unsafe: NotRequired[float | None]
+    model_cost: NotRequired[float | None]
+    model_cost_se: NotRequired[float | None]
 
 
 @_OPEN
@@ -179,6 +218,12 @@ class SearchResult(TypedDict):
     generated_tokens: int
     labels: int
     stopped: str
+    comparisons: NotRequired[int]
+    feasible: NotRequired[bool]
+    history: NotRequired[list[HistoryRow]]
+    naive: NotRequired[bool]
+    slater_radius: NotRequired[float | None]
+    slater_from: NotRequired[str]
 
 
 @_OPEN

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dualign.core.records import SearchResult, SearchStep
 from dualign.params.search import DualSearchParams
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ loads it and
 `AutoModelForCausalLM.from_pretrained`, and its tokenizer holds the chat template."""
 
 
-def model_card(plan: Plan, search: dict[str, Any], params: DualSearchParams) -> str:
+def model_card(plan: Plan, search: SearchResult, params: DualSearchParams) -> str:
     """README.md of a policy folder: what it is, how it was found, and what was measured on the
     search prompts.
     """
@@ -54,7 +55,7 @@ are in the report. {_MIXTURE if mixture else MODEL}
 """
 
 
-def _costs(step: dict[str, Any], search: dict[str, Any], params: DualSearchParams) -> str:
+def _costs(step: SearchStep, search: SearchResult, params: DualSearchParams) -> str:
     """The row of the cost that the search went by; after safety labels a second one of the cost
     model's.
     """

@@ -4,8 +4,8 @@ norm.
 With phi(x, y) the features of an answer and pairs (y, y') compared so far, O-PD-DPO (2510.05703,
 alg. 2) has
 
-    Sigma = gamma I + sum (phi(y) - phi(y')) (phi(y) - phi(y'))^T,    b(y) = alpha
-    ||phi(y)||_{Sigma^{-1}},
+    Sigma = gamma I + sum (phi(y) - phi(y')) (phi(y) - phi(y'))^T,
+    b(y) = alpha ||phi(y)||_{Sigma^{-1}},
 
 one Sigma for the helpful pairs and one for the safety pairs. Both bonuses enter phase 2 by way of
 its reference column, log pi_r + (b_r + lambda b_c) / beta (`dualign.math.losses.folded_reference`).
@@ -86,9 +86,8 @@ def spread(chosen: Tensor, rejected: Tensor, ridge: float) -> float:
     bonus gap at alpha 1.
 
     chosen, rejected: features of both answers of each pair, [pairs, d]. A pairwise loss reads a
-    bonus by its gap within
-    a pair; its mean says little, since what all answers have in common is in no difference and so
-    never explored."""
+    bonus by its gap within a pair; its mean says little, since what all answers have in common is
+    in no difference and so never explored."""
     norm = precision(chosen - rejected, ridge)
     return float((bonus(chosen, norm, 1.0) - bonus(rejected, norm, 1.0)).abs().mean())
 

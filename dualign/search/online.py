@@ -1,13 +1,13 @@
 """One round of O-PD-DPO (2510.05703, alg. 2): fresh pairs, and what both phases train on with them.
 
-    fresh = preference_tables(compare(collect(current, baseline), ...), source)    # pi_k against
-    the baseline exploration.observe(fresh) data = union(offline, *rounds, fresh) pi_r  from
-    phase_one(data, pi_ref, ...), coefficient beta pi_k+1  from phase_two(data, pi_r, exploration,
-    lambda, beta, ...), coefficient beta / lambda
+    fresh = preference_tables(compare(collect(current, baseline), ...), source)  # current: pi_k's
+    exploration.observe(fresh)
+    data = union(offline, *rounds, fresh)
+    pi_r from phase_one(data, pi_ref, ...), coefficient beta
+    pi_k+1 from phase_two(data, pi_r, exploration, lambda, beta, ...), coefficient beta / lambda
 
 Every function depends on its arguments alone: a search that keeps its fresh tables and reads them
-again goes on as if
-it had never stopped.
+again goes on as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -49,10 +49,8 @@ class Preferences:
         """The training rows of `helpful_pairs` and `safety_pairs` in a folder; DataError if one
         cannot be read.
         """
-        helpful, safety = (
-            read_table(folder / _HELPFUL, HELPFUL_PAIRS),
-            read_table(folder / _SAFETY, SAFETY_PAIRS),
-        )
+        helpful = read_table(folder / _HELPFUL, HELPFUL_PAIRS)
+        safety = read_table(folder / _SAFETY, SAFETY_PAIRS)
         return cls(helpful[helpful["split"] == "train"], safety[safety["split"] == "train"])
 
     def write(self, folder: Path) -> None:
@@ -93,7 +91,8 @@ def collect(current: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
 
     Raises DataError where a prompt and sample of one table is missing in the other.
     """
-    keys, scores = ["prompt_id", "sample"], ["response", "reward", "cost"]
+    keys = ["prompt_id", "sample"]
+    scores = ["response", "reward", "cost"]
     alone = _drawn(current) ^ _drawn(baseline)
     if alone:
         name, sample = min(alone)
@@ -127,8 +126,10 @@ def preference_tables(compared: pd.DataFrame, source: str) -> Preferences:
 
 
 def _table(compared: pd.DataFrame, first_wins: pd.Series, source: str) -> pd.DataFrame:
-    first, second = compared["first"], compared["second"]
-    chosen, rejected = first.where(first_wins, second), second.where(first_wins, first)
+    first = compared["first"]
+    second = compared["second"]
+    chosen = first.where(first_wins, second)
+    rejected = second.where(first_wins, first)
     return pd.DataFrame(
         {
             "pair_id": [
@@ -155,9 +156,8 @@ class Bonuses:
     projection).
 
     A scale is the mean gap of a bonus within the pairs that are observed first, in units of reward
-    and of cost. It
-    fixes alpha_r and alpha_c, which stay as they are while pairs come in: the same scale suits any
-    model and any data.
+    and of cost. It fixes alpha_r and alpha_c, which stay as they are while pairs come in: the same
+    scale suits any model and any data.
     """
 
     ridge: float
@@ -191,12 +191,10 @@ class Exploration:
         batch_size: int,
         bonuses: Bonuses,
     ) -> None:
-        self._reference, self._tokenizer, self._batch_size, self._bonuses = (
-            reference,
-            tokenizer,
-            batch_size,
-            bonuses,
-        )
+        self._reference = reference
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._bonuses = bonuses
         self._helpful = _Seen("reward_scale", bonuses.reward_scale)
         self._safety = _Seen("cost_scale", bonuses.cost_scale)
 
@@ -284,13 +282,10 @@ def phase_two(
     DPO with coefficient beta / lambda leads to pi_ref exp((r + b_r - lambda (c - b_c)) / beta).
     """
     pairs = preference_pairs(data.safety, helpful, tokenizer, batch_size)
-    prompts, answers = (
-        [pair.prompt for pair in pairs],
-        [p.first for p in pairs] + [p.second for p in pairs],
-    )
-    log_helpful = torch.tensor(
-        [p.ref_first for p in pairs] + [p.ref_second for p in pairs], dtype=torch.float64
-    )
+    prompts = [pair.prompt for pair in pairs]
+    answers = [p.first for p in pairs] + [p.second for p in pairs]
+    references = [p.ref_first for p in pairs] + [p.ref_second for p in pairs]
+    log_helpful = torch.tensor(references, dtype=torch.float64)
     column = folded_reference(log_helpful, explored.optimism(prompts * 2, answers, lam), beta)
     first, second = column.chunk(2)
     return [

@@ -28,6 +28,8 @@ from ruamel.yaml import YAML
 PROG = "python -m pipeline.dvc.deps"
 ROOT = Path(__file__).resolve().parents[2]
 CODE_ROOTS = ("dualign", "stages")
+#: Folders that are one dependency: who lists one needs nearly all of it, and `dual_search`, alone,
+#: all of `dualign/search`.
 FOLDERS = ("dualign/core", "dualign/lm", "dualign/report", "dualign/scoring", "dualign/search")
 #: Types of params, of which DVC tracks the values, and checks before a run: no result depends on
 #: their source.

@@ -49,7 +49,9 @@ from dualign.params.search import DualSearchParams
 from dualign.params.training import LagrangianDpoParams
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
-from dualign.search.rules import Ascent, SearchContext, Step
+from dualign.search.journal import Step
+from dualign.search.loop import Ascent
+from dualign.search.policy import Search, SearchContext
 from dualign.search.screening import Screening
 from dualign.stage import Run
 from stages import score
@@ -157,9 +159,8 @@ def sought(
     (tmp_path / "step-0/policy").mkdir(parents=True)
     line = Line(0.5, slope, first)
     chosen = plan(BY_NAME[row].method, found.methods[BY_NAME[row].method])
-    steps = seek(
-        chosen, str(tmp_path / "step-0/policy"), SearchContext(first, first), params, line, tmp_path
-    )
+    search = Search(chosen, params, SearchContext(first, first))
+    steps = seek(search, str(tmp_path / "step-0/policy"), line, tmp_path)
     assert [step.lam for step in steps] == line.lams
     return line.lams
 

@@ -10,8 +10,9 @@ from dualign.lm.card import model_card
 from dualign.methods import METHODS, Plan
 from dualign.params.loading import load
 from dualign.params.search import DualSearchParams
-from dualign.search import rules
-from dualign.search.rules import SearchContext, Step
+from dualign.search.journal import Step
+from dualign.search.policy import Search, SearchContext
+from dualign.search.summary import summary
 
 PARAMS = load(DualSearchParams, Path(__file__).resolve().parents[2] / "params.yaml").model_copy(
     update={"limit": -0.3}
@@ -20,7 +21,8 @@ STEP = Step(0, 0.75, None, "folder", False, Measurement(-0.5, 0.02, 1.5, 0.03, 0
 
 
 def card(plan: Plan, *steps: Step) -> str:
-    result = rules.summary(plan, steps, "because", PARAMS, SearchContext(0.6, 0.75, 2.0), before=2)
+    search = Search(plan, PARAMS, SearchContext(0.6, 0.75, 2.0))
+    result = summary(search, steps, "because", before=2)
     return model_card(plan, result, PARAMS)
 
 

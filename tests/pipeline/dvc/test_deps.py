@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dvc.deps import ImportRefused, closure, differences, main, write
+from pipeline.dvc import deps
+from pipeline.dvc.deps import ROOT, ImportRefused, closure, differences, main, write
 
 GRAPH = """\
 # The pipeline.
@@ -92,6 +93,18 @@ def test_a_package_that_nearly_all_need_is_one_dependency(root: Path) -> None:
         "dualign/core",
         "dualign/leaf.py",
     ]
+
+
+def test_the_folder_of_searches_makes_no_stage_stale_that_does_not_read_all_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One dependency in place of seventeen: who imports a file of it imports each."""
+    monkeypatch.setattr(deps, "FOLDERS", ())
+    room = {path.relative_to(ROOT).as_posix() for path in (ROOT / "dualign/search").glob("*.py")}
+    room.remove("dualign/search/__init__.py")
+    for script in sorted((ROOT / "stages").glob("*.py")):
+        needed = room & set(closure(script.relative_to(ROOT).as_posix()))
+        assert needed == (room if script.stem == "dual_search" else set()), script.name
 
 
 def test_types_of_params_are_no_dependency(root: Path) -> None:

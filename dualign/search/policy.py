@@ -1,0 +1,350 @@
+"""Which step comes next: the rules of all methods, and the merges that save a training.
+
+A rule looks at the steps so far (multiplier, measured cost with its standard error, within-prompt
+variance) and says which multiplier, or which merge weight q, to try next, or None to stop. It
+steers to the target: the limit, or below it by the certificate margin. A merge weight is corrected
+on the cost curve that the pool shows before anything is generated. Where two policies of a search
+by Newton's rule lie on both sides of the target, merging them comes before another training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from dualign.evaluation.effective_tilt import Tilt
+from dualign.math import updates
+from dualign.methods import Plan
+from dualign.params.search import DualSearchParams
+from dualign.params.search import Rule as RuleName
+from dualign.search.journal import Blend, Step
+from dualign.search.screening import Screening
+
+#: R^2 from which a policy counts as the tilt that was fitted to it: a tenth of its variance is left
+#: out at most.
+MIN_TILT_R2 = 0.9
+#: Weights that are screened for one merge at most; each takes a forward pass over the pool.
+_SCREENINGS = 8
+
+
+@dataclass(frozen=True)
+class SearchContext:
+    """What is known before the search.
+
+    The pool's multiplier and the start's, the Slater radius of a projected rule (infinite without
+    one), whether a merge is naive, its start having been trained from pi_ref, the multiplier of its
+    reference, the cost to steer to (None: the limit), and the prices of additional constraints that
+    the start was trained at, where the rule corrects them."""
+
+    lam_pool: float
+    lam_start: float
+    radius: float = math.inf
+    naive: bool = False
+    lam_reference: float = 0.0
+    target_cost: float | None = None
+    prices: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search: its row of `methods`, its params, and what is known before it."""
+
+    plan: Plan
+    params: DualSearchParams
+    context: SearchContext
+
+    @property
+    def target(self) -> float:
+        """The cost that the rule steers to."""
+        known = self.context.target_cost
+        return self.params.limit if known is None else known
+
+
+# --- the rules ------------------------------------------------------------------------------------
+
+#: The next multiplier (or merge weight) after these steps, given the target; None to stop.
+Rule = Callable[[Sequence[Step], float], float | None]
+
+
+def rule_of(search: Search) -> Rule:
+    """The rule of a search, bound to those of its params that it reads."""
+    params = search.params
+    context = search.context
+    least = params.lambda_min if search.plan.method.inner == "safety" else 0.0  # it divides by it
+    rules: dict[RuleName, Rule] = {
+        "grid": partial(_grid, grid=[max(lam, least) for lam in params.grid]),
+        "one_shot": _one_shot,
+        "ascent": partial(_ascent, begin=context.lam_start),
+        "dual_gradient": partial(
+            _dual_gradient, z=params.z, step_size=params.step_size, lambda_max=params.lambda_max
+        ),
+        "projected_subgradient": partial(
+            _projected_subgradient,
+            z=params.z,
+            step_size=params.step_size,
+            interval=(params.lambda_min, context.radius),
+            rounds=params.online is not None,
+        ),
+        "newton": partial(_newton, z=params.z, beta=params.beta, lambda_max=params.lambda_max),
+        "merge": partial(
+            _merge, z=params.z, beta=params.beta, ends=context, largest=params.merge_max
+        ),
+    }
+    return rules[search.plan.method.rule]
+
+
+def solved(step: Step, target: float, z: float) -> bool:
+    """Whether a step meets the conditions of optimality up to z standard errors: each limit is met,
+    or kept at multiplier 0.
+    """
+    m = step.measured
+    if not _met(m.cost - target, m.cost_se, step.lam, z):
+        return False
+    if not step.prices:
+        return True
+    return all(
+        _met(known.mean - known.limit, known.error, price, z)
+        for known, price in zip(m.additional, step.prices, strict=True)
+        if known.mean is not None and known.error is not None
+    )
+
+
+def _met(excess: float, error: float, lam: float, z: float) -> bool:
+    return abs(excess) <= z * error or (lam == 0 and excess < 0)
+
+
+def _grid(steps: Sequence[Step], target: float, grid: Sequence[float]) -> float | None:
+    left = [lam for lam in grid if all(abs(lam - step.lam) > 1e-9 for step in steps)]
+    return left[0] if left else None
+
+
+def _one_shot(steps: Sequence[Step], target: float) -> float | None:
+    return None
+
+
+def _ascent(steps: Sequence[Step], target: float, begin: float) -> float | None:
+    """One training, which moves lambda itself from where it begins."""
+    return begin if len(steps) == 1 else None
+
+
+def _dual_gradient(
+    steps: Sequence[Step], target: float, z: float, step_size: float, lambda_max: float
+) -> float | None:
+    last = steps[-1]
+    if solved(last, target, z):
+        return None
+    proposed = updates.dual_gradient_step(last.lam, last.measured.cost, target, step_size)
+    return min(proposed, lambda_max)
+
+
+def _projected_subgradient(
+    steps: Sequence[Step],
+    target: float,
+    z: float,
+    step_size: float,
+    interval: tuple[float, float],
+    rounds: bool,
+) -> float | None:
+    """`interval` is (lambda_min, Slater radius).
+
+    Stops where the projection gives the last multiplier again, unless fresh comparisons make
+    another of the `rounds` of it."""
+    last = steps[-1]
+    if solved(last, target, z):
+        return None
+    lambda_min, radius = interval
+    proposed = updates.projected_subgradient_step(
+        last.lam, last.measured.cost, target, step_size, radius, lambda_min
+    )
+    return None if proposed == last.lam and not rounds else proposed
+
+
+def _newton(
+    steps: Sequence[Step], target: float, z: float, beta: float, lambda_max: float
+) -> float | None:
+    """The line through all trainings, Newton's at first. A start within noise of the target is not
+    corrected.
+
+    Its multiplier is that of the whole pool, which says more than the fewer prompts of one
+    measurement do."""
+    if solved(steps[-1], target, z):
+        return None
+    proposed = corrections(steps, target, beta)
+    return min(proposed.newton if proposed.line is None else proposed.line, lambda_max)
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """The next multiplier by Newton's step, by the effective tilt, and by the line through all
+    trainings; None where that says nothing.
+    """
+
+    newton: float
+    tilt: float | None = None
+    line: float | None = None
+
+
+def corrections(steps: Sequence[Step], target: float, beta: float) -> Corrections:
+    """The next multiplier by each estimate; the line is taken where there is one.
+
+    The start was trained elsewhere, longer or less, and from the reference: it is on the line only
+    until the search has a training of its own. The line's slope beforehand is Newton's, in nominal
+    multipliers where the policy is the tilt that was fitted to it. With prices of additional
+    constraints all multipliers move at once, so costs lie on no line in lambda."""
+    last = steps[-1]
+    m = last.measured
+    if last.prices:
+        return Corrections(jointly(last, target, beta)[0])
+    if m.variance <= 0:
+        return Corrections(last.lam)
+    slope = m.variance / beta * _response(last.tilt, last.lam, beta)
+    alike = [step for step in steps if step.trained] or steps
+    line = updates.line_root(
+        [step.lam for step in alike],
+        [step.measured.cost for step in alike],
+        [step.measured.cost_se for step in alike],
+        slope,
+        target,
+    )
+    newton = updates.newton_step(last.lam, m.cost, m.variance, target, beta)
+    return Corrections(newton, _tilt_step(last, target), line)
+
+
+def jointly(step: Step, target: float, beta: float) -> list[float]:
+    """The next multiplier and the next prices of additional constraints, by Newton's step for all
+    of them at once."""
+    m = step.measured
+    excess = [0.0 if k.mean is None else k.share * (k.mean - k.limit) for k in m.additional]
+    found = updates.joint_newton_step(
+        np.array([step.lam, *step.prices]),
+        np.array([m.cost - target, *excess]),
+        np.array(m.covariance),
+        beta,
+    )
+    return found.tolist()
+
+
+def _tilt_step(step: Step, target: float) -> float | None:
+    tilt = step.tilt
+    if tilt is None:
+        return None
+    m = step.measured
+    return updates.tilt_step(step.lam, tilt.beta_eff, tilt.lam_eff, m.cost, m.variance, target)
+
+
+def _response(tilt: Tilt | None, lam: float, beta: float) -> float:
+    """Effective over nominal tilt, (lam_eff / beta_eff) / (lambda / beta); 1 where the fit is not
+    believed.
+
+    It is believed where it explains the policy, and tells its multiplier from 0."""
+    if tilt is None or tilt.r2 is None or tilt.beta_eff is None:
+        return 1.0
+    if tilt.lam_eff is None or tilt.lam_eff_se is None or lam <= 0:
+        return 1.0
+    believed = tilt.r2 >= MIN_TILT_R2 and tilt.lam_eff > 2 * tilt.lam_eff_se
+    return tilt.lam_eff / lam * beta / tilt.beta_eff if believed else 1.0
+
+
+# --- merges ---------------------------------------------------------------------------------------
+
+
+def _merge(
+    steps: Sequence[Step],
+    target: float,
+    z: float,
+    beta: float,
+    ends: SearchContext,
+    largest: float,
+) -> float | None:
+    """The weight of the pool's multiplier first, then secants on (q, C); q = 1 is the start itself.
+
+    A start that was trained at the pool's multiplier is that first policy, and Newton's step comes
+    next."""
+    begins = len(steps) == 1
+    tried = not begins or ends.lam_start == ends.lam_pool
+    if tried and solved(steps[-1], target, z):
+        return None
+    if not begins:
+        points = [(step.weight, step.measured.cost) for step in steps]
+        return _merge_between(points, target, largest, ends.naive)
+    lam = corrections(steps, target, beta).newton if tried else ends.lam_pool
+    first = updates.first_weight(lam, ends.lam_start, ends.naive, ends.lam_reference)
+    return min(first, largest)
+
+
+def _merge_between(
+    points: Sequence[tuple[float, float]], target: float, largest: float, naive: bool
+) -> float | None:
+    weight = updates.next_weight(points, target, largest)
+    beyond = weight is not None and naive and weight >= 1  # there a naive merge has no multiplier
+    return None if beyond else weight
+
+
+def screened_weight(
+    search: Search,
+    steps: Sequence[Step],
+    proposed: float,
+    screen: Callable[[float], Screening],
+) -> tuple[float, list[Screening]]:
+    """A proposed merge weight, corrected on the pool's cost curve while that can be trusted; and
+    what was screened.
+
+    Only forward passes: secants on the screened costs, moved by what the last policy measured above
+    its own screening (the pool holds other prompts, and its answers may have been trained on),
+    until the cost is nearer to the target than a measurement can tell. A weight whose effective
+    sample size is below `min_ess` ends it: that one is measured next."""
+    params = search.params
+    last = steps[-1]
+    known = next((seen for seen in last.screened if seen.q == last.weight), None)
+    tried = [known or screen(last.weight)]
+    shift = last.measured.cost - tried[0].cost if tried[0].ess >= params.min_ess else 0.0
+    points = [(step.weight, step.measured.cost) for step in steps]
+    near = params.z * last.measured.cost_se / 2
+    q = proposed
+    for _ in range(_SCREENINGS):
+        tried.append(screen(q))
+        cost = tried[-1].cost + shift
+        if tried[-1].ess < params.min_ess or abs(cost - search.target) <= near:
+            break
+        points.append((q, cost))
+        better = _merge_between(points, search.target, params.merge_max, search.context.naive)
+        if better is None:
+            break
+        q = better
+    return q, tried
+
+
+def blend_first(search: Search, steps: Sequence[Step]) -> Blend | None:
+    """What to merge before another training: by Newton's rule, for one limit alone and where one
+    policy is returned.
+    """
+    method = search.plan.method
+    alone = method.rule == "newton" and not steps[-1].prices and method.returns in ("last", "best")
+    left = search.params.merge_steps - sum(step.blend is not None for step in steps)
+    return next_blend(steps, search.target) if alone and left > 0 else None
+
+
+def next_blend(steps: Sequence[Step], target: float) -> Blend | None:
+    """The merge that should cost `target`, of the two policies nearest to it, one above it and one
+    below.
+
+    Where their log-ratios are tilts by r - lambda c, merging them is choosing a multiplier between
+    theirs, at the price of a measurement and not of a training. None without such two, or if that
+    merge has been measured."""
+    own = sorted(
+        (step for step in steps if step.blend is None),
+        key=lambda step: abs(step.measured.cost - target),
+    )
+    first = next((step for step in own if step.measured.cost > target), None)
+    second = next((step for step in own if not step.measured.cost > target), None)
+    if first is None or second is None:
+        return None
+    points = [(0.0, first.measured.cost), (1.0, second.measured.cost)]
+    for step in steps:
+        if step.blend and (step.blend.first, step.blend.second) == (first.step, second.step):
+            points.append((step.blend.weight, step.measured.cost))
+    weight = updates.next_weight(points, target, 1.0)
+    return None if weight is None else Blend(first.step, second.step, weight)
