@@ -64,7 +64,8 @@ def main(run: Run[DualSearchParams]) -> None:
     ):  # from the reference again: as its start was trained
         update = {"learning_rate": start["learning_rate"]}
         params = params.model_copy(update={"training": params.training.model_copy(update=update)})
-    loss, clip = _loss(start), reference.get("clip")
+    loss = _loss(start)
+    clip = reference.get("clip")
     bench = ModelBackend(
         row,
         params,
@@ -191,7 +192,8 @@ def _radius(params: DualSearchParams) -> float:
     if params.slater_radius != "pool":
         return params.slater_radius
     pool = read_table(SCORED / "pool.parquet", POOL)
-    reward, cost = by_prompt(pool, "reward"), by_prompt(pool, "cost")
+    reward = by_prompt(pool, "reward")
+    cost = by_prompt(pool, "cost")
     radius = slater_radius(
         reward, cost, limit=params.limit, beta=params.beta, lambda_max=params.lambda_max
     )
