@@ -72,7 +72,9 @@ class Method:
     target: Target = "limit"
 
 
-_SACPO, _PD_DPO, _CAN = "2404.11049", "2510.05703", "2405.19544"
+_SACPO = "2404.11049"
+_PD_DPO = "2510.05703"
+_CAN = "2405.19544"
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (

@@ -128,8 +128,10 @@ def _git(root: Path) -> Iterator[Finding]:
 def _dvc(root: Path) -> Iterator[Finding]:
     try:
         with Repo(str(root)) as repo:
-            remote, reached = repo.config["core"].get("remote"), _reach(repo)
-            types, cache = list(repo.cache.local.cache_types), Path(repo.cache.local.path)
+            remote = repo.config["core"].get("remote")
+            reached = _reach(repo)
+            types = list(repo.cache.local.cache_types)
+            cache = Path(repo.cache.local.path)
     except DvcException as error:
         yield Finding(
             "wrong", f"DVC: {one_line(error)}; run `dvc init` in the root of the repository"

@@ -20,7 +20,9 @@ class StageFailed(Exception):
 
     def __init__(self, stage: str, reason: str, code: int | None) -> None:
         super().__init__(f"{stage}: {reason}")
-        self.stage, self.reason, self.code = stage, reason, code
+        self.stage = stage
+        self.reason = reason
+        self.code = code
 
     @property
     def waiting(self) -> bool:

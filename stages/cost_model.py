@@ -138,13 +138,15 @@ def calibrate(
             "flags of at least two prompts must be held out to judge the cost; raise"
             " prepare.heldout_share"
         )
-    found, more = _fitted(flagged, kind), seen
+    found = _fitted(flagged, kind)
+    more = seen
     if kind == "none" or not len(more[0]) or not agree(found[kind], flagged_arrays(flagged), more):
         more = NOTHING
     costs, unsafe = _crosswise(flagged, parts, kind, more)
     found = _zeroed(found, flagged, more)
     quality = {name: _quality(cost, unsafe) for name, cost in costs.items()}
-    served, after = found[kind], quality[kind]
+    served = found[kind]
+    after = quality[kind]
     metrics = {
         "sign_accuracy": after["sign_accuracy"],
         **judged(quality["none"], after, "cost"),
@@ -188,7 +190,8 @@ def _fitted(answers: pd.DataFrame, kind: str) -> dict[str, Calibration]:
     """Every kind of calibration; the raw score alone where that is asked for and nothing else can
     be fitted.
     """
-    score, unsafe = answers["score"].to_numpy(float), answers["unsafe"].to_numpy(bool)
+    score = answers["score"].to_numpy(float)
+    unsafe = answers["unsafe"].to_numpy(bool)
     try:
         line = fit_platt(score, unsafe)
     except DataError as error:
@@ -218,7 +221,8 @@ def _zero_error(
     is by the held-out flags alone, and so too large where others set the zero.
     """
     data = flagged_arrays(answers)
-    line, served = found.get("platt"), found[kind]
+    line = found.get("platt")
+    served = found[kind]
     if kind == "none" or not isinstance(line, Platt):
         return None
     if isinstance(served, Isotonic):

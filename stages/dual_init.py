@@ -146,7 +146,10 @@ def with_margin(solution: DualSolution, params: DualInitParams) -> MarginSolutio
     """
     if params.power is None:
         return MarginSolution(solution.lam, params.limit, 0.0, True)
-    reward, cost, beta, power = solution.reward, solution.cost, solution.beta, params.power
+    reward = solution.reward
+    cost = solution.cost
+    beta = solution.beta
+    power = params.power
 
     def margin(lam: float) -> float:
         sd = spread_of_means(reward, cost, lam, beta, params.certify_samples)
@@ -159,7 +162,9 @@ def with_margin(solution: DualSolution, params: DualInitParams) -> MarginSolutio
 
 def describe(solution: DualSolution, params: DualInitParams) -> dict[str, Any]:
     """The solved dual with its diagnostics, as data/dual/dual.json holds it."""
-    reward, cost, beta = solution.reward, solution.cost, solution.beta
+    reward = solution.reward
+    cost = solution.cost
+    beta = solution.beta
     scales = solution.scales
     return {
         "lam": solution.lam,
@@ -206,10 +211,13 @@ def drift(
 
     Means over both halves, less the value of all samples. Few samples bias both, so drift says that
     more are needed."""
-    half, beta = cost.shape[1] // 2, params.beta
-    roots, costs = [], []
+    half = cost.shape[1] // 2
+    beta = params.beta
+    roots = []
+    costs = []
     for part in (slice(0, half), slice(half, 2 * half)):
-        r, c = reward[:, part], cost[:, part]
+        r = reward[:, part]
+        c = cost[:, part]
         costs.append(predict(r, c, lam, beta, c).mean())
         if predict(r, c, params.lambda_max, beta, c).mean() <= params.limit:
             roots.append(root(r, c, limit=params.limit, beta=beta, lambda_max=params.lambda_max))
@@ -280,7 +288,9 @@ def _low_ess(solution: DualSolution, params: DualInitParams) -> str:
     """How few effective samples there are, and which beta or how many samples would give
     `dual_init.min_ess`.
     """
-    reward, cost, count = solution.reward, solution.cost, solution.cost.shape[1]
+    reward = solution.reward
+    cost = solution.cost
+    count = solution.cost.shape[1]
     beta = beta_for_ess(
         reward,
         cost,

@@ -67,7 +67,8 @@ def training_pairs(
     """The helpful pairs of a run; SafeDPO's offset and MODPO's margin stand in their reference
     columns.
     """
-    params, batch = run.params, run.resources.scoring_batch_size
+    params = run.params
+    batch = run.resources.scoring_batch_size
     frame = read_table(PAIRS, HELPFUL_PAIRS)
     frame = frame[frame["split"] == "train"]
     if spec.safe_offset is not None:

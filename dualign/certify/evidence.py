@@ -191,7 +191,8 @@ def _read(path: Path, schema: pa.Schema) -> pd.DataFrame:
     frame = read_table(path, schema)
     found = pq.read_schema(path)
     for field in schema:
-        kind, expected = _kind(found.field(field.name).type), _kind(field.type)
+        kind = _kind(found.field(field.name).type)
+        expected = _kind(field.type)
         if kind != expected:
             raise DataError(
                 f"{path}: column {field.name!r} holds {kind}, not {expected}; another program"

@@ -46,7 +46,8 @@ def check(folder: Path, key: Path, signature: Path) -> None:
             f"{signature}: not a signature; write one with `python -m dualign.certify.certificate"
             " sign`"
         )
-    found, recorded = hashes(folder), content["files"]
+    found = hashes(folder)
+    recorded = content["files"]
     if content["algorithm"] != _ALGORITHM or not isinstance(recorded, dict):
         raise DataError(f"{signature}: not a signature by {_ALGORITHM}")
     if not hmac.compare_digest(

@@ -23,7 +23,8 @@ from dualign.core.schema import to_table
 from dualign.core.temporaries import room_for, temporary_folder
 
 _OS_ERROR = re.compile(r"(?:os error |[Ee]rrno )(\d+)")
-_ROOM, _MODE = "free space there", "check the folder's owner and mode"
+_ROOM = "free space there"
+_MODE = "check the folder's owner and mode"
 #: Numbers of the system's errors of writing, and what to do.
 _REMEDIES = {
     errno.ENOSPC: _ROOM,

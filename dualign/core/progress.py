@@ -40,7 +40,9 @@ class Progress:
     """
 
     def __init__(self, what: str, total: int, every: float = 15.0) -> None:
-        self._what, self._total, self._every = what, total, every
+        self._what = what
+        self._total = total
+        self._every = every
         self._done, self._start = 0, time.monotonic()
         self._last = self._start
         self._quiet = _quiet.get()

@@ -14,7 +14,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-_PREFIX, _LOCK = ".tmp-", ".lock"
+_PREFIX = ".tmp-"
+_LOCK = ".lock"
 
 
 def scratch_root() -> Path:

@@ -18,7 +18,9 @@ from dualign.core.errors import ParamsError
 #: Bytes of a file, levels of lists and mappings, and values, where an alias counts as all that it
 #: repeats. The files in `params/` stay below 20 000, 8 and 1 000. `pipeline.yaml_text` has the same
 #: limits.
-LARGEST, DEEPEST, MOST_VALUES = 200_000, 20, 50_000
+LARGEST = 200_000
+DEEPEST = 20
+MOST_VALUES = 50_000
 #: Characters of a number.
 LONGEST_NUMBER = 100
 _DIGITS = re.compile(r"[-+]?[0-9][0-9a-fA-FxXoO_.]*")

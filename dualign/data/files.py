@@ -40,7 +40,8 @@ GROUP_LIMIT = 2**30
 #: Encodings of texts that Arrow does not read into a dictionary.
 _DELTAS = {"DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"}
 #: Rows of parquet that are decoded together, and characters of a JSON list that are read together.
-_BATCH, _CHUNK = 1024, 2**20
+_BATCH = 1024
+_CHUNK = 2**20
 
 Raw = Iterator[tuple[int, Row | BadRow]]
 Files = Iterable[tuple[str, Raw]]
@@ -61,7 +62,8 @@ _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-
 _PROSE = {"", ".md", ".txt", ".py", ".yaml", ".yml", ".dvc"}
 _BOM = b"\xef\xbb\xbf"
 #: JSON of which more may follow: the places where a parser stops at the end of a text that was cut.
-_OPEN, _TAIL = "Unterminated string", 16
+_OPEN = "Unterminated string"
+_TAIL = 16
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -342,7 +344,9 @@ class _Json:
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._text, self._at, self._whole = "", 0, False
+        self._text = ""
+        self._at = 0
+        self._whole = False
 
     def another(self, first: bool) -> bool:
         """Go past what stands before an entry; False at the end of the list. Raises ValueError
@@ -367,12 +371,14 @@ class _Json:
         """The next entry, a BadRow if one of its objects has a key twice. Raises OverflowError
         beyond ROW_LIMIT.
         """
-        decode, repeated = _STRICT.raw_decode, None
+        decode = _STRICT.raw_decode
+        repeated = None
         while True:
             try:
                 value, end = decode(self._text, self._at)
             except RepeatedKey as error:
-                decode, repeated = _PLAIN.raw_decode, error
+                decode = _PLAIN.raw_decode
+                repeated = error
                 continue
             except json.JSONDecodeError as error:
                 if self._whole or not self._cut(error):
@@ -412,7 +418,8 @@ class _Json:
         self._at = 0
 
 
-_STRICT, _PLAIN = json.JSONDecoder(object_pairs_hook=unique), json.JSONDecoder()
+_STRICT = json.JSONDecoder(object_pairs_hook=unique)
+_PLAIN = json.JSONDecoder()
 
 
 def _csv(path: Path) -> Raw:
@@ -469,7 +476,9 @@ def _parquet(path: Path) -> Raw:
         with pq.ParquetFile(path) as file:
             _refuse_repeated(file.schema_arrow.names, path)
             _check_groups(file.metadata, path)
-            texts, size, schema = _texts(file), _batch_size(file.metadata), file.schema_arrow
+            texts = _texts(file)
+            size = _batch_size(file.metadata)
+            schema = file.schema_arrow
         with pq.ParquetFile(path, read_dictionary=texts) as file:
             for first, batch in _numbered(file.iter_batches(batch_size=size)):
                 for start, piece in _pieces(first, batch, path):
@@ -553,7 +562,8 @@ def _weight(column: pa.Array) -> int:
     if pa.types.is_struct(column.type):
         return own + sum(map(_weight, column.flatten()))
     if isinstance(column, pa.ListArray | pa.LargeListArray):
-        start, end = column.offsets[0].as_py(), column.offsets[-1].as_py()
+        start = column.offsets[0].as_py()
+        end = column.offsets[-1].as_py()
         return own + _weight(column.values.slice(start, end - start))
     if isinstance(column, pa.FixedSizeListArray):
         return own + _weight(column.flatten())

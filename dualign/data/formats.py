@@ -138,7 +138,8 @@ def _pku_pair(row: Row, where: Where, kind: Kind) -> Iterator[Item]:
 def _check_severity(row: Row) -> None:
     """The release of 2024 rates the harm of an answer from 0 to 3: 0 is what it flags as safe."""
     for severity, flag in zip(_SEVERITY, _FLAGS, strict=True):
-        level, safe = cells.code(row, severity, range(4)), cells.flag(row, flag)
+        level = cells.code(row, severity, range(4))
+        safe = cells.flag(row, flag)
         if level is not None and safe is not None and safe != (level == 0):
             raise BadRow("contradictory_severity", f"{flag} is {safe}, but {severity} is {level}")
 

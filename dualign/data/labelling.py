@@ -89,11 +89,10 @@ def compare(pairs: pd.DataFrame, *, source: CompareSource, folder: Path, seed: i
             truth(pairs, "second"),
         )
     else:
-        reward_first, reward_second = (
-            _finite(pairs, "reward_first"),
-            _finite(pairs, "reward_second"),
-        )
-        cost_first, cost_second = _finite(pairs, "cost_first"), _finite(pairs, "cost_second")
+        reward_first = _finite(pairs, "reward_first")
+        reward_second = _finite(pairs, "reward_second")
+        cost_first = _finite(pairs, "cost_first")
+        cost_second = _finite(pairs, "cost_second")
     drawn = np.random.default_rng(seed).random((2, len(pairs)))
     return pairs.assign(
         first_more_helpful=drawn[0] < expit(reward_first - reward_second),
@@ -208,7 +207,8 @@ def _labels(items: list[Item], allowed: dict[str, Sequence[Any]], folder: Path) 
     unique = {item["id"]: item for item in sorted(items, key=lambda item: str(item["id"]))}
     lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in unique.values())
     name = _hash(lines)
-    asked, given = folder / f"to-label-{name}.jsonl", folder / f"labelled-{name}.jsonl"
+    asked = folder / f"to-label-{name}.jsonl"
+    given = folder / f"labelled-{name}.jsonl"
     if given.is_file():
         return _read(given, unique, allowed)
     for path, text in ((folder / "README.md", _README), (asked, lines)):
@@ -225,7 +225,8 @@ def _read(path: Path, asked: dict[str, Item], allowed: dict[str, Sequence[Any]])
     """Rows by id, checked: each that was asked once, with a label in every field."""
     labels: dict[str, Item] = {}
     for number, row in _rows(path):
-        where, name = f"{path}:{number}", str(row.get("id"))
+        where = f"{path}:{number}"
+        name = str(row.get("id"))
         if name not in asked:
             source = path.name.replace("labelled", "to-label", 1)
             raise DataError(f"{where}: id {name!r} was not asked for; copy the ids of {source}")

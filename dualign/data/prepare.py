@@ -166,7 +166,8 @@ def _gathered(kind: Kind, params: PrepareParams, ledger: Ledger) -> Iterator[Row
 def _examined(record: Record, kind: Kind, params: PrepareParams) -> Record | Rejected | Skipped:
     """The record, or why it is rejected."""
     answers = [answer for answer in (record.chosen, record.rejected) if answer is not None]
-    prompt, longest = sum(len(turn["content"]) for turn in record.prompt), max(map(len, answers))
+    prompt = sum(len(turn["content"]) for turn in record.prompt)
+    longest = max(map(len, answers))
     if not all(turn["content"] for turn in record.prompt):
         return _rejected(record, "empty_prompt", "a turn of the prompt is empty")
     if not all(answers):
@@ -270,10 +271,8 @@ def _check_sources(params: PrepareParams, ledger: Ledger, failed: Path) -> None:
     """Refuse a source with too many rejected records, or with none to use."""
     for kind in KINDS:
         for source in _sources(params, kind):
-            records, rejected = (
-                ledger.of(kind, source, "records"),
-                ledger.of(kind, source, "rejected"),
-            )
+            records = ledger.of(kind, source, "records")
+            rejected = ledger.of(kind, source, "rejected")
             if rejected > params.max_rejected_share * records:
                 _write_quarantine(failed, ledger)
                 raise DataError(_too_many(params, kind, source, ledger, failed))
@@ -287,7 +286,8 @@ def _check_sources(params: PrepareParams, ledger: Ledger, failed: Path) -> None:
 
 
 def _too_many(params: PrepareParams, kind: Kind, source: str, ledger: Ledger, failed: Path) -> str:
-    records, rejected = ledger.of(kind, source, "records"), ledger.of(kind, source, "rejected")
+    records = ledger.of(kind, source, "records")
+    rejected = ledger.of(kind, source, "rejected")
     common = ", ".join(
         f"{reason} {count}" for reason, count in list(ledger.why(kind, source).items())[:3]
     )

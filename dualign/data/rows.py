@@ -7,7 +7,8 @@ from typing import Any
 
 Row = dict[str, Any]
 
-EXCERPT, CELL = 400, 60
+EXCERPT = 400
+CELL = 60
 
 
 class BadRow(Exception):
@@ -17,7 +18,9 @@ class BadRow(Exception):
 
     def __init__(self, reason: str, detail: str, text: str = "") -> None:
         super().__init__(detail)
-        self.reason, self.detail, self.text = reason, detail, text
+        self.reason = reason
+        self.detail = detail
+        self.text = text
 
 
 class RepeatedKey(ValueError):

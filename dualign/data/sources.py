@@ -37,7 +37,8 @@ from dualign.params.data import SourceSpec, WorldParams
 logger = logging.getLogger(__name__)
 
 #: Labels beyond 0 and 1 that are slips of the pen in a file; more of them are a code of its own.
-_SLIPS, _SLIP_SHARE = 1, 0.05
+_SLIPS = 1
+_SLIP_SHARE = 0.05
 
 
 def read(

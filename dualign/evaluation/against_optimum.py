@@ -91,9 +91,11 @@ def against_optimum(
     both agree. `value_gap` is J* - J with J = E[r*] - beta KL, the KL measured on the generated
     answers."""
     lam = tabular.solve(problem, limit)
-    best, reference = problem.describe(problem.policy(lam)), problem.describe(problem.log_reference)
+    best = problem.describe(problem.policy(lam))
+    reference = problem.describe(problem.log_reference)
     nearest = problem.describe(tabular.nearest(problem, limit))
-    reward, way = summary["true_reward"]["mean"], best["reward"] - nearest["reward"]
+    reward = summary["true_reward"]["mean"]
+    way = best["reward"] - nearest["reward"]
     return {
         "optimum": {
             "lam": lam,

@@ -56,7 +56,8 @@ def roll_out(
 
     An answer that was cut at `max_new_tokens` is scored as it stands, without EOS.
     """
-    tokenizer, resources = scorers.tokenizer, scorers.resources
+    tokenizer = scorers.tokenizer
+    resources = scorers.resources
     encoded = encode_prompts(tokenizer, prompts["prompt"].tolist())
     drawn = sample(
         policy, tokenizer, encoded, count=count, max_new_tokens=max_new_tokens,

@@ -226,7 +226,8 @@ def _check_length(file: Path) -> None:
             header = json.loads(stream.read(length)) if length < size else {}
         ends = [row["data_offsets"][1] for name, row in header.items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, IndexError):
-        header, ends = {}, []
+        header = {}
+        ends = []
     if not header or 8 + length + max(ends, default=0) != size:
         raise ModelError(f"{file}: is cut short or damaged; download it again")
 

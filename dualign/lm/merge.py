@@ -29,7 +29,8 @@ def merge(first: Path, second: Path, q: float, out: Path) -> None:
     beside its weights. Adapters are merged by concatenating ranks, which sums the products B A;
     averaging A and B apart (PEFT's `linear`) would add cross terms."""
     if all((adapter_in(path) / _ADAPTER).is_file() for path in (first, second)):
-        first, second = adapter_in(first), adapter_in(second)
+        first = adapter_in(first)
+        second = adapter_in(second)
     adapters = [(path / _ADAPTER).is_file() for path in (first, second)]
     if adapters[0] != adapters[1]:
         raise ModelError(
@@ -45,7 +46,8 @@ def merge(first: Path, second: Path, q: float, out: Path) -> None:
 
 
 def _merge_weights(first: Path, second: Path, q: float, out: Path) -> None:
-    left, right = _tensors(first), _tensors(second)
+    left = _tensors(first)
+    right = _tensors(second)
     _same(left, right, first, second)
     mixed = {
         name: (
@@ -70,7 +72,8 @@ def _merge_adapters(first: Path, second: Path, q: float, out: Path) -> None:
             )
     if configs[0]["base_model_name_or_path"] != configs[1]["base_model_name_or_path"]:
         raise ModelError(f"{first} and {second}: adapters on different bases cannot be merged")
-    left, right = _tensors(first), _tensors(second)
+    left = _tensors(first)
+    right = _tensors(second)
     _same(left, right, first, second)
     scales = [config["lora_alpha"] / config["r"] for config in configs]
     mixed: dict[str, torch.Tensor] = {}

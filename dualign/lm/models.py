@@ -232,10 +232,8 @@ def fit_vocabulary(
                 len(tokenizer), mean_resizing=False, pad_to_multiple_of=64
             )
     ends = end_tokens(model, tokenizer)
-    model.config.pad_token_id, model.config.eos_token_id = (
-        tokenizer.pad_token_id,
-        tokenizer.eos_token_id,
-    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         model.generation_config = _savable(generation)

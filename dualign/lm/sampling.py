@@ -167,7 +167,8 @@ def _configured(model: torch.nn.Module, config: GenerationConfig) -> Iterator[No
     from its own.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    own, base.generation_config = base.generation_config, config
+    own = base.generation_config
+    base.generation_config = config
     try:
         yield
     finally:

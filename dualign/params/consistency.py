@@ -29,17 +29,14 @@ def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: 
     """Raise ParamsError unless each run names models that some stage writes, and may be combined
     with them.
     """
-    reward, safety, lagrangian = (
-        stages["reward_dpo"],
-        stages["safety_dpo"],
-        stages["lagrangian_dpo"],
-    )
-    lambda_path, safety_path, search = (
-        stages["lambda_path"],
-        stages["safety_path"],
-        stages["dual_search"],
-    )
-    certify, evaluate = stages["certify"], stages["evaluate"]
+    reward = stages["reward_dpo"]
+    safety = stages["safety_dpo"]
+    lagrangian = stages["lagrangian_dpo"]
+    lambda_path = stages["lambda_path"]
+    safety_path = stages["safety_path"]
+    search = stages["dual_search"]
+    certify = stages["certify"]
+    evaluate = stages["evaluate"]
     assert isinstance(reward, RewardDpoParams) and isinstance(safety, SafetyDpoParams)
     assert isinstance(lagrangian, LagrangianDpoParams) and isinstance(lambda_path, LambdaPathParams)
     assert isinstance(search, DualSearchParams) and isinstance(certify, CertifyParams)

@@ -110,13 +110,15 @@ def fit_platt(score: Array, unsafe: Array) -> Platt:
     >>> line.scale > 0, abs(round(line.zero, 6))
     (True, 0.0)
     """
-    score, unsafe = np.asarray(score, float), np.asarray(unsafe, bool)
+    score = np.asarray(score, float)
+    unsafe = np.asarray(unsafe, bool)
     if unsafe.all() or not unsafe.any():
         raise DataError(
             "calibration needs held-out answers of both kinds, safe and unsafe; raise"
             " prepare.heldout_share"
         )
-    spread, middle = _spread(score), float(score.mean())
+    spread = _spread(score)
+    middle = float(score.mean())
     design = np.stack([(score - middle) / spread, np.ones_like(score)], 1)
     slope, offset = _mode(design, unsafe, np.zeros(2), np.array([_WIDTH**-2, 0.0]))
     if slope <= 0:
@@ -231,7 +233,8 @@ def fit_shift(cost: Array, unsafe: Array) -> float:
     >>> round(fit_shift(np.array([0.0, 0.0, 0.0, 0.0]), np.array([1, 1, 1, 0], bool)), 6)  # log 3
     1.098612
     """
-    cost, share = np.asarray(cost, float), float(np.mean(unsafe))
+    cost = np.asarray(cost, float)
+    share = float(np.mean(unsafe))
     if share in (0.0, 1.0):
         raise DataError(
             "flags that are all alike, safe or unsafe, tell nothing of the zero of cost"
@@ -350,7 +353,8 @@ def isotonic_zero_error(
     True
     """
     _, cluster = np.unique(prompts, return_inverse=True)
-    count, costs = int(cluster.max()) + 1, []
+    count = int(cluster.max()) + 1
+    costs = []
     for times in rng.multinomial(count, np.full(count, 1 / count), size=_RESAMPLES):
         rows = np.repeat(np.arange(len(score)), times[cluster])
         costs.append(fit_isotonic(score[rows], unsafe[rows], platt)(np.array(fitted.zero)))

@@ -191,7 +191,8 @@ def _headed(backbone: PreTrainedModel, head: Tensor | None, path: str) -> PreTra
 def _after_head(held: dict[str, float], config: Any, path: str) -> tuple[Calibration, ...]:
     """The bias of Safe RLHF's head and its normaliser as one line, or nothing."""
     bias = held.get("score_head.bias", 0.0)
-    scale, offset = 1.0, bias
+    scale = 1.0
+    offset = bias
     if getattr(config, "do_normalize", False):
         if "normalizer.var" not in held or "normalizer.mean" not in held:
             raise ModelError(
@@ -416,7 +417,8 @@ def _verdict_odds(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -
     found = verdict(loaded, reading)
     lengths = mask.sum(1, keepdim=True)
     order = (torch.arange(ids.shape[1], device=ids.device) + lengths) % ids.shape[1]
-    ids, mask = ids.gather(1, order), mask.gather(1, order)
+    ids = ids.gather(1, order)
+    mask = mask.gather(1, order)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     output = loaded.model(
         input_ids=ids,

@@ -167,7 +167,8 @@ class Scorer:
         """A scorer of any members."""
         first = members[0].loaded
         scorer = cls(first.model, first.tokenizer, calibration)
-        scorer.members, scorer.spread = tuple(members), spread
+        scorer.members = tuple(members)
+        scorer.spread = spread
         return scorer
 
     @classmethod
@@ -222,7 +223,8 @@ class Scorer:
         """Calibrated scores, fp64, shape [rows]; `ended` False marks answers that were cut at the
         length limit.
         """
-        prompts, answers = list(prompts), list(answers)
+        prompts = list(prompts)
+        answers = list(answers)
         table = np.stack(
             [member.score(prompts, answers, batch_size, what, ended) for member in self.members]
         )
@@ -266,7 +268,8 @@ def _loaded(folder: Path, card: MemberCard, resources: Resources) -> Member:
         raise ModelError(
             f"{folder / CARD}: {card.kind!r} is no kind of scorer; one of {', '.join(KINDS)}"
         )
-    kind, place = KINDS[card.kind], str(folder / card.folder)
+    kind = KINDS[card.kind]
+    place = str(folder / card.folder)
     loaded = kind.load(Place(place), resources)
     reading = Reading(**card.model_dump(include=set(Reading.model_fields)))
     kind.check(loaded, reading, place)

@@ -63,14 +63,16 @@ def fit_support(logp_ref: Array, length: Array, share: float) -> Support:
     Answers longer than the context, whose log-probability is not finite, are left out. Raises
     DataError where fewer than 1 / `share` are left: then none is beyond that quantile."""
     known = np.isfinite(logp_ref)
-    logp_ref, length = logp_ref[known], length[known]
+    logp_ref = logp_ref[known]
+    length = length[known]
     if not enough(logp_ref, share):
         raise DataError(
             f"pessimism.share {share:g}: {len(logp_ref)} answers of held-out pairs do not show so"
             f" small a share; raise it to {1 / max(len(logp_ref), 1):.2g} or more, raise"
             " prepare.heldout_share, or set pessimism.reward and pessimism.cost to 0"
         )
-    surprise, terms = -np.asarray(logp_ref, float), _terms(length)
+    surprise = -np.asarray(logp_ref, float)
+    terms = _terms(length)
     mean = np.linalg.lstsq(terms, surprise, rcond=None)[0]
     off = np.abs(surprise - terms @ mean)
     spread = np.linalg.lstsq(terms, math.sqrt(math.pi / 2) * off, rcond=None)[0]

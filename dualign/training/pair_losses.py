@@ -74,7 +74,8 @@ def _robust(batch: PairBatch) -> Tensor:
 def _simpo(batch: PairBatch) -> Tensor:
     first, second = batch.logps
     tokens_first, tokens_second = batch.columns["completion_mask"].sum(1).chunk(2)
-    scale, margin = batch.args.beta, batch.args.gamma
+    scale = batch.args.beta
+    margin = batch.args.gamma
     return losses.simpo_loss(first, second, tokens_first, tokens_second, batch.label, scale, margin)
 
 

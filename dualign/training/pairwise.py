@@ -430,10 +430,8 @@ class PairwiseTrainer(Uncounted, DPOTrainer):
     ) -> Any:
         logps = self._policy_logps(model, inputs)
         first, second = logps.chunk(2)
-        ratio_first, ratio_second = (
-            first - inputs["ref_chosen_logps"],
-            second - inputs["ref_rejected_logps"],
-        )
+        ratio_first = first - inputs["ref_chosen_logps"]
+        ratio_second = second - inputs["ref_rejected_logps"]
         bounded = self._bounded(ratio_first), self._bounded(ratio_second)
         zero = torch.zeros_like(first)
         logit = losses.pairwise_logit(*bounded, zero, zero, self.args.beta)
@@ -457,7 +455,8 @@ class PairwiseTrainer(Uncounted, DPOTrainer):
 
     def _policy_logps(self, model: Model, inputs: dict[str, Any]) -> Tensor:
         """Summed log-probabilities of [all first answers, all second answers]."""
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        ids = inputs["input_ids"]
+        mask = inputs["attention_mask"]
         labels = ids.masked_fill(inputs["completion_mask"] == 0, -100)
         return answer_log_probabilities(model, ids, mask, labels)
 
@@ -465,7 +464,8 @@ class PairwiseTrainer(Uncounted, DPOTrainer):
         """The log-ratios whose implicit rewards a h are clipped softly; the anchor keeps the
         log-ratios themselves.
         """
-        scale, bound = self.args.beta, self.args.reward_bound
+        scale = self.args.beta
+        bound = self.args.reward_bound
         return ratio if bound is None else losses.soft_clip(scale * ratio, bound) / scale
 
     def _reference_point(self, model: Model, inputs: dict[str, Any]) -> Tensor:

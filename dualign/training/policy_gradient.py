@@ -199,7 +199,8 @@ class _Ascent(TrainerCallback, ExportableState):
             raise TrainingError(
                 "the reward or cost model gave a score that is NaN or infinite; train it again"
             )
-        costs, options = gather_object(cost.tolist()), self._options
+        costs = gather_object(cost.tolist())
+        options = self._options
         self._costs.extend(costs)
         mean = math.fsum(self._costs) / len(self._costs)
         self._log_lambda = log_lambda_step(
@@ -231,7 +232,8 @@ class _Ascent(TrainerCallback, ExportableState):
         began.
         """
         saved = state.stateful_callbacks[type(self).__name__]["attributes"]
-        self._log_lambda, self.generated_tokens = saved["log_lambda"], saved["generated_tokens"]
+        self._log_lambda = saved["log_lambda"]
+        self.generated_tokens = saved["generated_tokens"]
         self._costs = deque(saved["costs"], maxlen=self._options.window)
         self.history = copy.deepcopy(saved["history"])
 
@@ -270,7 +272,9 @@ class PolicyGradientTrainer(RLOOTrainer):
         job: Job,
     ) -> None:
         reference = None if isinstance(model, PeftModel) else _frozen(model)
-        self._ascent, self._options, self._job = ascent, options, job
+        self._ascent = ascent
+        self._options = options
+        self._job = job
         steps, each = _steps(len(prompts), options.samples, job)
         rows = [list(map(dict, prompt)) for prompt in prompts]
         order = _order(len(prompts), steps * each, job.seed)

@@ -50,7 +50,8 @@ class Job:
 
 
 def arguments(job: Job) -> dict[str, Any]:
-    training, resources = job.training, job.resources
+    training = job.training
+    resources = job.resources
     micro = min(resources.micro_batch_size or training.batch_size, training.batch_size)
     if training.batch_size % micro:
         raise ParamsError(
@@ -172,12 +173,14 @@ def _drop_copy(model: Model) -> None:
 class _PlainLog(TrainerCallback):
     """One line per logged step for a log file; the Trainer's own bar serves a terminal."""
 
-    _started, _first = 0.0, 0
+    _started = 0.0
+    _first = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._started, self._first = time.monotonic(), state.global_step
+        self._started = time.monotonic()
+        self._first = state.global_step
 
     def on_log(
         self,

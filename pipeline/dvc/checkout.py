@@ -24,7 +24,8 @@ from pipeline.holding import held
 CARRIED = ("params.yaml", "dvc.lock")
 #: Seconds to wait for another run of the very same stage, whose worker was killed say, and between
 #: two looks.
-PATIENCE, PAUSE = 60.0, 5.0
+PATIENCE = 60.0
+PAUSE = 5.0
 
 
 def committed(root: Path) -> str:

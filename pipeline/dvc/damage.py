@@ -55,7 +55,8 @@ def damages(root: Path, thorough: bool) -> Iterator[Damage]:
 
 
 def _is_damaged(path: Path, out: Any, repo: Repo, thorough: bool) -> bool:
-    name, size = f"{path.parent.name}{path.name}", path.stat().st_size
+    name = f"{path.parent.name}{path.name}"
+    size = path.stat().st_size
     listing = name.endswith(".dir")
     if thorough or listing:  # listings are small
         return file_md5(str(path), repo.fs) != name.removesuffix(".dir")

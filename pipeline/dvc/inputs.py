@@ -22,7 +22,8 @@ from pipeline.errors import PipelineError
 
 #: Files that a stage leaves for people when it exits 3, and those in which they answer, by the name
 #: of their folder.
-QUESTIONS, ANSWERS = "to-label-*.jsonl", "labelled-*.jsonl"
+QUESTIONS = "to-label-*.jsonl"
+ANSWERS = "labelled-*.jsonl"
 
 
 def check_held(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) -> None:

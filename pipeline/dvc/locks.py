@@ -20,7 +20,8 @@ from dvc.rwlock import SCHEMA, Invalid
 
 from pipeline.errors import PipelineError
 
-LOCK, RWLOCK = Path(".dvc/tmp/lock"), Path(".dvc/tmp/rwlock")
+LOCK = Path(".dvc/tmp/lock")
+RWLOCK = Path(".dvc/tmp/rwlock")
 #: What keeps every command from working until somebody acts.
 DAMAGED = (
     f"DVC's list of locks, {RWLOCK}, is empty or damaged, as a full disk leaves it; "

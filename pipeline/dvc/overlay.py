@@ -194,7 +194,8 @@ def _with_blocks(text: str, overlay: _Overlay) -> str:
 
 def _spliced(text: str, overlay: _Overlay) -> str:
     """The text with the values of the overlay as they are written there."""
-    root, own = composed(text), composed(overlay.text)
+    root = composed(text)
+    own = composed(overlay.text)
     return _edited(text, [_edit(key, text, root, overlay.text, own) for key in overlay.changes])
 
 

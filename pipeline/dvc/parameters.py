@@ -73,7 +73,8 @@ def composed(text: str) -> Node | None:
 
 def pair_at(root: Node | None, key: str) -> tuple[Node, Node] | None:
     """The nodes of a dotted key and of its value; None where there is no such key."""
-    pair, node = None, root
+    pair = None
+    node = root
     for name in key.split("."):
         pair = _pair(node, name)
         if pair is None:
@@ -84,7 +85,8 @@ def pair_at(root: Node | None, key: str) -> tuple[Node, Node] | None:
 
 def place(text: str, label: Node, node: Node) -> tuple[int, int]:
     """Where a value begins and ends in the text, by the nodes of its key and of itself."""
-    start, end = node.start_mark.index, _end(node)
+    start = node.start_mark.index
+    end = _end(node)
     if (
         start == end
     ):  # an empty value counts as standing at the next one; its place is after its colon

@@ -59,7 +59,8 @@ STOPPING = 45.0
 #: Seconds after which a stage that no worker takes is told of.
 UNTAKEN = 20.0
 #: Seconds for which the server may lag behind with its records of task runs, and between two looks.
-LAG, LOOK = 60.0, 0.2
+LAG = 60.0
+LOOK = 0.2
 #: Bytes of labels that travel with a stage; Prefect's servers take 512 KiB of parameters.
 ROOM = 300_000
 
@@ -120,8 +121,11 @@ class Cluster:
         deployments: Mapping[str, UUID],
         client: SyncPrefectClient,
     ) -> None:
-        self._root, self._dag, self._commit = root, dag, commit
-        self._deployments, self._client = deployments, client
+        self._root = root
+        self._dag = dag
+        self._commit = commit
+        self._deployments = deployments
+        self._client = client
         self._owner = identity.name(root)
         self._params = (root / "params.yaml").read_text()
         self._ended: list[str] = []
@@ -144,9 +148,11 @@ class Cluster:
         for _ in range(LOSSES):
             watch = self._submit(spec, force, log, turn)
             try:
-                report, why = self._follow(watch), ""
+                report = self._follow(watch)
+                why = ""
             except _Lost as lost:
-                report, why = None, str(lost)
+                report = None
+                why = str(lost)
             if report is not None:
                 return self._received(spec, report, log)
             state = watch.run.state

@@ -60,8 +60,12 @@ def image(svg: str, title: str) -> str:
 
 # --- charts ---------------------------------------------------------------------------------------
 
-_WIDTH, _HEIGHT = 640, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 82, 20, 34, 46
+_WIDTH = 640
+_HEIGHT = 320
+_LEFT = 82
+_RIGHT = 20
+_TOP = 34
+_BOTTOM = 46
 
 
 def _finite(point: tuple[float, float]) -> bool:
@@ -113,9 +117,13 @@ class _Axis:
     """A linear map from the range of some values, with some air, to pixels."""
 
     def __init__(self, values: Sequence[float], start: float, end: float) -> None:
-        low, high = min(values), max(values)
+        low = min(values)
+        high = max(values)
         air = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-        self.low, self.high, self._start, self._end = low - air, high + air, start, end
+        self.low = low - air
+        self.high = high + air
+        self._start = start
+        self._end = end
 
     def __call__(self, value: float) -> float:
         return self._start + (value - self.low) / (self.high - self.low) * (self._end - self._start)
@@ -129,7 +137,8 @@ class _Axis:
 
 
 def _frame(content: Chart, x: _Axis, y: _Axis) -> Iterable[str]:
-    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+    right = _WIDTH - _RIGHT
+    bottom = _HEIGHT - _BOTTOM
     grid = f"stroke='{_PALE}' stroke-width='.6'"
     for tick in x.ticks():
         yield _line((x(tick), _TOP), (x(tick), bottom), grid)
@@ -232,7 +241,8 @@ def _edge(
     """A line from one box to another that passes the columns between them where they have no
     box.
     """
-    x, y = start[0] + _BOX, start[1] + _ROW / 2
+    x = start[0] + _BOX
+    y = start[1] + _ROW / 2
     path = f"M{x:.0f} {y:.0f}"
     for left in sorted({column for column, _ in boxes if start[0] < column <= end[0]}):
         rest = (left - x) / (end[0] - x)
@@ -243,7 +253,8 @@ def _edge(
             else _passage(wanted, [top for column, top in boxes if column == left])
         )
         path += f" C{x + _GAP / 2:.0f} {y:.0f} {left - _GAP / 2:.0f} {at:.0f} {left:.0f} {at:.0f}"
-        x, y = left, at
+        x = left
+        y = at
         if left < end[0]:
             x = left + _BOX
             path += f" H{x:.0f}"

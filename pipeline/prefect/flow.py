@@ -115,7 +115,8 @@ class Run:
 
     def stage(self, name: str) -> State[None]:
         """Bring one stage up to date: the body of its task. Its upstream stages have ended well."""
-        spec, logger = self.dag[name], get_run_logger()
+        spec = self.dag[name]
+        logger = get_run_logger()
         turn = Turn(logger.log)
         try:
             outcome = self._ensure(spec, logger.log, turn)

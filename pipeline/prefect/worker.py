@@ -50,7 +50,8 @@ BEAT = 10.0
 #: How often a report is offered to a server that does not answer.
 TRIES = 12
 #: By their descriptions: the artifact that holds a report, and the one that is a sign of life.
-REPORT, LIFE = "What the coordinator is told", "Where it runs"
+REPORT = "What the coordinator is told"
+LIFE = "Where it runs"
 #: Around a report, for Prefect's pages to show it as it is.
 _FENCE = ("```json\n", "\n```")
 
@@ -99,7 +100,9 @@ def stage(
         force: run it even if nothing has changed.
         answers: files that people have filled in, by path.
     """
-    root, node, started = Path.cwd(), socket.gethostname(), time.monotonic()
+    root = Path.cwd()
+    node = socket.gethostname()
+    started = time.monotonic()
     os.environ.setdefault("DUALIGN_SCRATCH", str(root / ".scratch"))  # checkpoints outlive the tree
     key = hashlib.sha256(
         json.dumps([stage, params, recorded], sort_keys=True).encode()

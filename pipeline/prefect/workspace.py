@@ -44,7 +44,10 @@ class Workspace:
         owner: str,
     ) -> None:
         self._owner = owner
-        self._root, self._dag, self._runner, self._slots = root, dag, runner, slots
+        self._root = root
+        self._dag = dag
+        self._runner = runner
+        self._slots = slots
         self._planning = threading.Lock()
         with Repo(str(root)) as repo:
             self._cache = Path(repo.cache.local.path)

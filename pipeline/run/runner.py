@@ -31,7 +31,8 @@ Outcome = Literal["Completed", "Unchanged", "Restored"]
 #: Takes a level of `logging` and one line.
 Log = Callable[[int, str], None]
 
-_GUARD, _FETCH = Path(__file__).with_name("guard.py"), Path(__file__).with_name("fetch.py")
+_GUARD = Path(__file__).with_name("guard.py")
+_FETCH = Path(__file__).with_name("fetch.py")
 _STAMP = re.compile(r"\d\d:\d\d:\d\d ([DIWEC]) (.*)")
 _LEVELS = {
     "D": logging.DEBUG,
@@ -66,7 +67,9 @@ class LocalRunner:
     `pull`, inputs and earlier results that lie in the DVC remote alone count as well."""
 
     def __init__(self, root: Path, lock: int, pull: bool = False) -> None:
-        self._root, self._lock, self._pull = root, lock, pull
+        self._root = root
+        self._lock = lock
+        self._pull = pull
         self._guards: set[subprocess.Popen[bytes]] = set()
         self._mutex = threading.Lock()
         self.stopped = False

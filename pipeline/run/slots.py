@@ -68,7 +68,8 @@ class Slots:
 
     def _wait(self, wanted: int, waits: Callable[[], object]) -> list[str]:
         """The GPUs of a slot, once it is this caller's turn."""
-        queue, ticket = self._queues[wanted > 0], object()
+        queue = self._queues[wanted > 0]
+        ticket = object()
 
         def turn() -> bool:
             return queue[0] is ticket and self._enough(wanted)

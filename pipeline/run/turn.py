@@ -56,19 +56,19 @@ def _tell(state: State[None]) -> None:
     context = TaskRunContext.get()
     if context is None:
         return
-    run, before = context.task_run, context.task_run.state
+    run = context.task_run
+    before = context.task_run.state
     assert before is not None, "a task that runs has a state"
     state.timestamp = max(state.timestamp, before.timestamp + timedelta(microseconds=1))
-    state.state_details.task_run_id, state.state_details.flow_run_id = run.id, run.flow_run_id
+    state.state_details.task_run_id = run.id
+    state.state_details.flow_run_id = run.flow_run_id
     if before.is_running():
         run.total_run_time += state.timestamp - before.timestamp
     elif run.run_count == 1:  # the time before was spent waiting
         run.start_time = state.timestamp  # type: ignore[assignment]  # as Prefect's engine sets it
         run.total_run_time = timedelta()
-    run.state, run.state_id, run.state_type, run.state_name = (
-        state,
-        state.id,
-        state.type,
-        state.name,
-    )
+    run.state = state
+    run.state_id = state.id
+    run.state_type = state.type
+    run.state_name = state.name
     emit_task_run_state_change_event(run, before, state)

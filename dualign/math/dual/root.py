@@ -114,7 +114,8 @@ def _newton(
 
     `moments` gives mean and variance at a lambda; the mean falls at rate variance / beta. A step
     that leaves the bracket halves it instead."""
-    low, high = 0.0, top
+    low = 0.0
+    high = top
     lam = start
     for step in range(1, 201):
         mean, spread = moments(lam)

@@ -198,7 +198,8 @@ def slater_radius(reward: Any, cost: Any, *, limit: float, beta: float, lambda_m
     True
     """
     solution = solve(reward, cost, limit=limit, beta=beta, lambda_max=lambda_max)
-    reward, cost = solution.reward, solution.cost
+    reward = solution.reward
+    cost = solution.cost
     slack = limit - float(predict(reward, cost, lambda_max, beta, cost).mean())
     if slack <= 0:
         return lambda_max
@@ -210,7 +211,8 @@ def slater_radius(reward: Any, cost: Any, *, limit: float, beta: float, lambda_m
 
 
 def _scores(reward: Any, cost: Any) -> tuple[Array, Array]:
-    reward, cost = np.asarray(reward, float), np.asarray(cost, float)
+    reward = np.asarray(reward, float)
+    cost = np.asarray(cost, float)
     if reward.shape != cost.shape or reward.ndim != 2 or reward.shape[1] < 2:
         raise ValueError(
             f"reward and cost must both be [prompts, samples >= 2], got {reward.shape} and"
