@@ -45,7 +45,7 @@ _BATCH, _CHUNK = 1024, 2**20
 Raw = Iterator[tuple[int, Row | BadRow]]
 Files = Iterable[tuple[str, Raw]]
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+)?")
 #: Files that describe a data set and hold no rows; and words of names that say which split a file
 #: belongs to.
 _DESCRIPTIONS = {
@@ -73,8 +73,8 @@ def locate(spec: SourceSpec, path: str, folder: Path, key: str) -> tuple[str, Fi
     if place.is_dir():
         return str(place), _of_folder(place, spec, folder)
     if place.is_file():
-        return str(place), [(str(place), _reader(place)(place))]
-    if _suffix(place) not in _READERS and _HUB_ID.fullmatch(path):
+        return str(place), [(str(place), read_file(place))]
+    if _suffix(place) not in _READERS and HUB_ID.fullmatch(path):
         owner, name, *inner = path.split("/", 2)
         return path, [
             (path, _dataset(f"{owner}/{name}", inner[0] if inner else None, spec, folder))
@@ -166,17 +166,23 @@ def _plain_files(folder: Path, names: Sequence[Path], spec: SourceSpec) -> list[
 
 def _dataset(name: str, inner: str | None, spec: SourceSpec, folder: Path) -> Raw:
     """Rows of a hub dataset, or of the folder `inner` in it, or of a local dataset folder."""
+    return dataset(name, folder, split=spec.split, revision=spec.revision, data_dir=inner)
+
+
+def dataset(place: str, folder: Path, *, split: str, **chosen: str | None) -> Raw:
+    """Rows of a hub dataset or of a local dataset folder; `chosen` goes to `load_dataset`.
+
+    Raises a DataError that says to put the file into `folder` where it cannot be loaded.
+    """
     import datasets  # slow to import, and only needed here
 
     datasets.disable_progress_bars()
     try:
-        table = datasets.load_dataset(
-            name, data_dir=inner, split=spec.split, revision=spec.revision
-        )
+        table = datasets.load_dataset(place, split=split, **chosen)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         why = _root_cause(error)
         raise DataError(
-            f"{spec.path}: split {spec.split!r} cannot be loaded as a dataset ({why}); check path,"
+            f"{place}: split {split!r} cannot be loaded as a dataset ({why}); check path,"
             f" split and revision, or put the file into {folder}"
         ) from error
     yield from enumerate(table, start=1)
@@ -194,6 +200,11 @@ def _root_cause(error: BaseException) -> str:
 
 
 # --- text files -----------------------------------------------------------------------------------
+
+
+def read_file(path: Path) -> Raw:
+    """The raw rows of one file, by its suffix; rows of CSV, JSON and parquet."""
+    return _reader(path)(path)
 
 
 def _reader(path: Path) -> Callable[[Path], Raw]:

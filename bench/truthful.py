@@ -1,0 +1,237 @@
+"""TruthfulQA by lm-evaluation-harness and by us: the same items, the same likelihoods, the same MC1
+and MC2.
+
+    python -m bench.truthful models/base/smollm2 --python ../lm-eval/bin/python --data FOLDER
+
+lm-eval lives in an environment of its own; `--python` is its interpreter. It runs its own task,
+of which only the data set is replaced by a local file; `--data` is the folder of mc_task.json.
+Items that differ by more than `LARGE` in float32 are scored once more in float64 by both."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from bench import options
+from dualign.core.schema import last_user_text
+from dualign.evaluation.suites import read_suite
+from dualign.evaluation.truthful import choice_log_probabilities, mc1, mc2
+from dualign.lm.models import load_policy, load_tokenizer
+from dualign.params.evaluate import SuiteName, SuiteSpec
+from dualign.params.loading import load_resources
+
+SCORES = {"mc1": mc1, "mc2": mc2}
+SUITES: dict[str, SuiteName] = {"mc1": "truthfulqa_mc1", "mc2": "truthfulqa_mc2"}
+
+Rows = list[dict[str, Any]]
+#: A difference of an item's score that wants explaining.
+LARGE = 1e-6
+
+
+def chosen(folder: Path, count: int) -> dict[str, pd.DataFrame]:
+    """The same items of both suites."""
+    return {
+        targets: read_suite(
+            SuiteSpec(suite=name, path=None, prompts=count, samples_per_prompt=1), folder
+        )
+        for targets, name in SUITES.items()
+    }
+
+
+# --- theirs ---------------------------------------------------------------------------------------
+
+
+def write_tasks(folder: Path, tasks: Path, suites: dict[str, pd.DataFrame]) -> None:
+    """The items as a file of the hub's form, and for each score a task that includes lm-eval's own
+    from the folder `tasks`."""
+    items = folder / "items.jsonl"
+    columns = {targets: frame.to_dict("records") for targets, frame in suites.items()}
+    with items.open("w") as stream:
+        for one, two in zip(columns["mc1"], columns["mc2"], strict=True):
+            row: dict[str, Any] = {"question": last_user_text(one["prompt"])}
+            for targets, cells in (("mc1", one), ("mc2", two)):
+                row[f"{targets}_targets"] = {
+                    "choices": cells["choices"],
+                    "labels": cells["correct"],
+                }
+            stream.write(json.dumps(row) + "\n")
+    for targets in SUITES:
+        task = {
+            "include": str(tasks / f"truthfulqa_{targets}.yaml"),
+            "task": f"local_{targets}",
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {"validation": str(items)}},
+        }
+        (folder / f"local_{targets}.yaml").write_text(json.dumps(task))  # JSON is YAML too
+
+
+def theirs(
+    python: str, policy: Path, suites: dict[str, pd.DataFrame], precision: str
+) -> dict[str, Rows]:
+    """What lm-eval says of each item: its likelihoods `logp` and its `score`."""
+    code = "import lm_eval.tasks as t; print(t.__path__[0])"
+    answer = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_tasks(folder, Path(answer.stdout.split()[-1]) / "truthfulqa", suites)
+        model = f"pretrained={policy},dtype={precision}"
+        command = [python, "-m", "lm_eval", "run", "--model", "hf", "--model_args", model]
+        command += ["--tasks", *(f"local_{targets}" for targets in SUITES)]
+        command += ["--include_path", name, "--device", "cpu", "--batch_size", "8"]
+        command += ["--log_samples", "--output_path", f"{name}/out"]
+        subprocess.run(command, check=True)
+        return {targets: _logged(folder / "out", targets) for targets in SUITES}
+
+
+def _logged(out: Path, targets: str) -> Rows:
+    (file,) = out.rglob(f"samples_local_{targets}_*.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows.sort(key=lambda row: row["doc_id"])
+    return [
+        {"logp": [float(one[0]) for one in row["filtered_resps"]], "score": float(row["acc"])}
+        for row in rows
+    ]
+
+
+# --- ours -----------------------------------------------------------------------------------------
+
+
+def ours(policy: Path, suites: dict[str, pd.DataFrame], precision: str) -> dict[str, Rows]:
+    """The same of our code."""
+    resources = load_resources().model_copy(update={"precision": "fp32", "device": "cpu"})
+    model = load_policy(policy, resources).to(getattr(torch, precision))
+    tokenizer = load_tokenizer(policy)
+    found: dict[str, Rows] = {}
+    for targets, frame in suites.items():
+        logp = choice_log_probabilities(model, tokenizer, frame, batch_size=8)
+        found[targets] = [
+            {"logp": row.tolist(), "score": SCORES[targets](row, correct)}
+            for row, correct in zip(logp, frame["correct"], strict=True)
+        ]
+    return found
+
+
+# --- side by side ---------------------------------------------------------------------------------
+
+
+def compared(one: Rows, other: Rows) -> dict[str, Any]:
+    """Largest differences of an item's score and of a choice's likelihood, and both means."""
+    likelihoods = [
+        np.abs(np.subtract(a["logp"], b["logp"])).max() for a, b in zip(one, other, strict=True)
+    ]
+    mine, their = (np.array([row["score"] for row in rows]) for rows in (one, other))
+    return {
+        "items": len(one),
+        "choices": sum(len(row["logp"]) for row in one),
+        "score": float(mine.mean()),
+        "score_lm_eval": float(their.mean()),
+        "largest_difference_of_score": float(np.abs(mine - their).max()),
+        "largest_difference_of_logp": float(max(likelihoods)),
+    }
+
+
+def differing(one: dict[str, Rows], other: dict[str, Rows]) -> list[int]:
+    """The items of which some score differs by more than `LARGE`."""
+    scores = [
+        np.array([[row["score"] for row in rows] for rows in side.values()])
+        for side in (one, other)
+    ]
+    return np.flatnonzero((np.abs(scores[0] - scores[1]) > LARGE).any(0)).tolist()
+
+
+def once_more(
+    python: str, policy: Path, suites: dict[str, pd.DataFrame], items: list[int]
+) -> dict[str, Any]:
+    """Some of the items in float64 by both, compared; nothing where there are none."""
+    if not items:
+        return {}
+    some = {targets: frame.iloc[items].reset_index() for targets, frame in suites.items()}
+    mine, other = ours(policy, some, "float64"), theirs(python, policy, some, "float64")
+    return {targets: compared(mine[targets], other[targets]) for targets in SUITES}
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Comparisons in markdown."""
+    lines = options.head(
+        [
+            "score",
+            "items",
+            "choices",
+            "ours",
+            "lm-eval",
+            "largest difference of an item",
+            "of a logp",
+        ]
+    )
+    for targets, row in found.items():
+        cells = [targets.upper(), f"{row['items']}", f"{row['choices']}"]
+        cells += [f"{row['score']:.6f}", f"{row['score_lm_eval']:.6f}"]
+        cells += [f"{row[f'largest_difference_of_{what}']:.1e}" for what in ("score", "logp")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def page(found: dict[str, Any], exact: dict[str, Any], command: str, seconds: str) -> str:
+    """The page in markdown."""
+    parts = [
+        "# TruthfulQA: our MC1 and MC2 beside lm-evaluation-harness",
+        f"    {command}",
+        table(found),
+        f"float32 on a CPU; {seconds} with start and loading. Likelihoods in nats.",
+    ]
+    if exact:
+        parts += [f"Items that differ by more than {LARGE:g}, in float64:", table(exact)]
+    return "\n\n".join(parts) + "\n"
+
+
+def results(
+    policy: Path, python: str, suites: dict[str, pd.DataFrame]
+) -> tuple[dict[str, Any], str]:
+    """What truthful.json holds, and how long each side took."""
+    start = time.perf_counter()
+    mine = ours(policy, suites, "float32")
+    middle = time.perf_counter()
+    other = theirs(python, policy, suites, "float32")
+    seconds = f"{middle - start:.0f} s ours, {time.perf_counter() - middle:.0f} s lm-eval's"
+    found = {targets: compared(mine[targets], other[targets]) for targets in SUITES}
+    exact = once_more(python, policy, suites, differing(mine, other))
+    return {"compared": found, "float64": exact, "ours": mine, "lm_eval": other}, seconds
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Score by both and compare; write truthful.json and truthful.md."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.truthful", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("policy", type=Path, help="folder of whole weights")
+    parser.add_argument("--python", required=True, help="interpreter that has lm-eval")
+    parser.add_argument("--data", type=Path, required=True, help="folder of mc_task.json")
+    parser.add_argument("--prompts", type=int, default=40, help="items (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of results")
+    given = parser.parse_args(argv)
+    suites = chosen(given.data, given.prompts)
+    content, seconds = results(given.policy.absolute(), given.python, suites)
+    command = (
+        f"python -m bench.truthful {given.policy.name} --python PYTHON --data FOLDER"
+        f" --prompts {given.prompts}"
+    )
+    text = page(content["compared"], content["float64"], command, seconds)
+    options.publish(given.out, "truthful", content, text)
+    sys.stdout.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""How well a judge agrees with people: confusion, accuracy and Cohen's kappa."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two labellings of the same answers. `confusion` counts [human's label, judge's label] in
+    order of `labels`; kappa has an interval of prompts drawn with replacement."""
+
+    labels: tuple[Any, ...]
+    confusion: Array
+    accuracy: float
+    kappa: float
+    low: float
+    high: float
+
+
+def cohen_kappa(confusion: Array) -> float:
+    """Agreement beyond chance: (p_o - p_e) / (1 - p_e), with p_o the share on the diagonal and p_e
+    what independent labels of the same shares would have there (Cohen 1960).
+
+    `confusion` counts answers, shape [labels, labels]; NaN where all labels are one.
+
+    >>> round(cohen_kappa(np.array([[20, 5], [10, 15]])), 3)
+    0.4
+    """
+    shares = np.asarray(confusion, dtype=float) / np.sum(confusion)
+    chance = float(shares.sum(0) @ shares.sum(1))
+    return (float(np.trace(shares)) - chance) / (1 - chance) if chance < 1 else float("nan")
+
+
+def agreement(
+    human: Sequence[Hashable],
+    judge: Sequence[Hashable],
+    clusters: Sequence[Hashable],
+    *,
+    confidence: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Agreement:
+    """Compare the labels of a judge with those of people; `clusters` are the prompts. Shape
+    [answers] each.
+
+    >>> agreement([1, 1, 0, 0], [1, 0, 0, 0], ["a", "b", "c", "d"]).kappa
+    0.5
+    """
+    labels = tuple(sorted({*human, *judge}, key=str))
+    codes = [np.array([labels.index(one) for one in side]) for side in (human, judge)]
+    _, groups = np.unique(np.asarray(clusters), return_inverse=True)
+    counts = np.zeros((groups.max() + 1, len(labels), len(labels)))
+    np.add.at(counts, (groups, *codes), 1)
+    confusion = counts.sum(0)
+    weights = np.random.default_rng(seed).multinomial(
+        len(counts), np.full(len(counts), 1 / len(counts)), size=draws
+    )
+    drawn = np.tensordot(weights, counts, 1)
+    kappas = [cohen_kappa(one) for one in drawn]
+    low, high = np.nanquantile(kappas, [(1 - confidence) / 2, (1 + confidence) / 2])
+    accuracy = float(np.trace(confusion) / confusion.sum())
+    return Agreement(
+        labels, confusion.astype(int), accuracy, cohen_kappa(confusion), float(low), float(high)
+    )

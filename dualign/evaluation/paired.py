@@ -1,0 +1,183 @@
+"""Two policies on the same prompts: what differs, and whether that could be chance.
+
+The prompt is the unit, as in `dualign.evaluation.stats`: a policy's answers to a prompt count as
+their mean, and differences are taken within the prompt, which removes what all policies find hard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from scipy.special import stdtr, stdtrit
+from statsmodels.stats.contingency_tables import mcnemar as _mcnemar
+from statsmodels.stats.multitest import multipletests
+
+from dualign.core.errors import DataError
+from dualign.evaluation.stats import Estimate, clustered_mean
+
+Array = np.ndarray
+
+#: Columns of the table of `differences`.
+DIFFERENCES = ("first", "second", "prompts", "mean", "low", "high", "p_value", "p_holm")
+
+
+@dataclass(frozen=True)
+class Discordance:
+    """Prompts on which the answer of one policy alone has a property, and how likely so uneven a
+    split is by chance."""
+
+    only_first: int
+    only_second: int
+    p_value: float
+
+
+def prompt_differences(
+    first: pd.DataFrame, second: pd.DataFrame, column: str, prompt: str = "prompt_id"
+) -> pd.Series:
+    """Mean of `column` by prompt, first minus second, for the prompts that both have a value of.
+
+    A row is an answer; one whose value is null, such as a failed judgement, does not count.
+
+    >>> one = pd.DataFrame({"prompt_id": ["a", "a", "b"], "cost": [1.0, 3.0, 0.0]})
+    >>> prompt_differences(one, one.assign(cost=one.cost - 1), "cost").tolist()
+    [1.0, 1.0]
+    """
+    means = []
+    for rows in (first, second):
+        known = rows.dropna(subset=[column])
+        means.append(known[column].astype(float).groupby(known[prompt]).mean())
+    return (means[0] - means[1]).dropna()
+
+
+def mean_difference(values: Sequence[float] | Array, confidence: float = 0.95) -> Estimate:
+    """The mean of differences by prompt, shape [prompts], with a Student-t interval.
+
+    >>> mean_difference([1.0, 2.0, 3.0]).mean
+    2.0
+    """
+    return clustered_mean(np.asarray(values), np.arange(len(values)), confidence)
+
+
+def no_difference(estimate: Estimate, prompts: int) -> float:
+    """Two-sided p-value of a mean of 0 by the paired t-test over prompts.
+
+    >>> round(no_difference(mean_difference([1.0, 2.0, 3.0]), 3), 4)
+    0.0742
+    """
+    if prompts < 2:
+        return float("nan")
+    if estimate.error == 0:
+        return 1.0 if estimate.mean == 0 else 0.0
+    return float(2 * stdtr(prompts - 1, -abs(estimate.mean) / estimate.error))
+
+
+def holm(p_values: Sequence[float] | Array) -> Array:
+    """Holm's adjusted p-values (1979): those at most alpha err together with at most alpha. Shape
+    [tests]; NaN is no test.
+
+    >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
+    [0.03, 0.06, 0.06]
+    """
+    values = np.asarray(p_values, dtype=float)
+    adjusted = values.copy()
+    known = ~np.isnan(values)
+    if known.any():
+        adjusted[known] = multipletests(values[known], method="holm")[1]
+    return adjusted
+
+
+def differences(
+    scores: pd.DataFrame,
+    column: str,
+    pairs: Iterable[tuple[str, str]] | None = None,
+    *,
+    confidence: float = 0.95,
+) -> pd.DataFrame:
+    """Paired differences of policies in `column`, a row for each of `pairs` (default: all pairs).
+
+    `scores` has a row for each answer: columns `policy`, `prompt_id` and `column`. The table has
+    the columns `DIFFERENCES`: the mean over prompts of first minus second with its interval, the
+    p-value of the paired t-test, and that with Holm's correction for all of the table's rows. The
+    intervals are those of single comparisons.
+
+    Raises:
+        DataError: a pair names a policy without scores, or two that share no prompt.
+
+    >>> rows = pd.DataFrame({"policy": ["a"] * 3 + ["b"] * 3, "prompt_id": [1, 2, 3] * 2})
+    >>> differences(rows.assign(cost=[1.0, 2.0, 3.0, 0.0, 0.0, 0.0]), "cost")["mean"].tolist()
+    [2.0]
+    """
+    by_policy = dict(tuple(scores.groupby("policy")))
+    named = list(combinations(by_policy, 2)) if pairs is None else list(pairs)
+    rows = [_difference(by_policy, first, second, column, confidence) for first, second in named]
+    table = pd.DataFrame(rows, columns=list(DIFFERENCES[:-1]))
+    return table.assign(p_holm=holm(table["p_value"].to_numpy(float)))
+
+
+def _difference(
+    by_policy: dict[str, pd.DataFrame], first: str, second: str, column: str, confidence: float
+) -> tuple[str, str, int, float, float, float, float]:
+    missing = [name for name in (first, second) if name not in by_policy]
+    if missing:
+        raise DataError(f"policy {missing[0]!r} has no scores; it has {', '.join(by_policy)}")
+    values = prompt_differences(by_policy[first], by_policy[second], column)
+    if values.empty:
+        raise DataError(f"policies {first!r} and {second!r} share no prompt with a {column}")
+    found = mean_difference(values.to_numpy(), confidence)
+    chance = no_difference(found, len(values))
+    return first, second, len(values), found.mean, found.low, found.high, chance
+
+
+def mcnemar(first: Sequence[bool] | Array, second: Sequence[bool] | Array) -> Discordance:
+    """McNemar's exact test (1947) that two policies have a property, such as refusing, equally
+    often.
+
+    One answer of each to every prompt, in the same order, shape [prompts]. Several answers to a
+    prompt are not independent: use `differences`.
+
+    >>> mcnemar([1, 1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0])
+    Discordance(only_first=6, only_second=0, p_value=0.03125)
+    """
+    one, other = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    table = [[(one & other).sum(), (one & ~other).sum()], [(~one & other).sum(), 0]]
+    p_value = float(_mcnemar(table, exact=True).pvalue)
+    return Discordance(int(table[0][1]), int(table[1][0]), min(p_value, 1.0))
+
+
+def over_seeds(values: Array, confidence: float = 0.95) -> Estimate:
+    """The mean of a table of training seeds and prompts, which are both drawn: shape [seeds,
+    prompts], of values or of paired differences.
+
+    The error is that of a random-effects analysis of variance with both as crossed factors,
+    SE^2 = (MS_seeds + MS_prompts - MS_rest) / (seeds prompts), with Satterthwaite's degrees of
+    freedom. It is at least the larger of the errors that come of seeds alone and of prompts alone.
+
+    >>> over_seeds(np.array([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]])).mean
+    2.5
+    """
+    table = np.asarray(values, dtype=float)
+    seeds, prompts = table.shape
+    if seeds < 2 or prompts < 2:
+        raise DataError(f"{seeds} seeds and {prompts} prompts say nothing of their spread; needs 2")
+    mean = float(table.mean())
+    by_seed, by_prompt = table.mean(1, keepdims=True), table.mean(0, keepdims=True)
+    squares = np.array(
+        [
+            prompts * ((by_seed - mean) ** 2).sum() / (seeds - 1),
+            seeds * ((by_prompt - mean) ** 2).sum() / (prompts - 1),
+            ((table - by_seed - by_prompt + mean) ** 2).sum() / ((seeds - 1) * (prompts - 1)),
+        ]
+    )
+    freedom = np.array([seeds - 1, prompts - 1, (seeds - 1) * (prompts - 1)])
+    total = squares[0] + squares[1] - squares[2]
+    if total > squares[:2].max():
+        degrees = total**2 / (squares**2 / freedom).sum()
+    else:
+        total, degrees = squares[:2].max(), freedom[squares[:2].argmax()]
+    error = float(np.sqrt(total / (seeds * prompts)))
+    reach = float(stdtrit(degrees, 0.5 + confidence / 2)) * error
+    return Estimate(mean, error, mean - reach, mean + reach)

@@ -1,0 +1,94 @@
+"""How many prompts would tell two policies apart.
+
+All take the paired test over prompts that `dualign.evaluation.paired` makes. `comparisons` is how
+many tests Holm's correction is over, of which the first is at alpha / comparisons."""
+
+from __future__ import annotations
+
+import math
+
+from scipy.special import ndtri
+from statsmodels.stats.power import TTestPower
+
+from dualign.core.errors import DataError
+from dualign.evaluation.stats import Estimate
+
+
+def spread(estimate: Estimate, prompts: int) -> float:
+    """The standard deviation over prompts that an estimate of `prompts` prompts has.
+
+    >>> spread(Estimate(mean=0.1, error=0.05, low=0.0, high=0.2), prompts=100)
+    0.5
+    """
+    return estimate.error * math.sqrt(prompts)
+
+
+def prompts_needed(
+    difference: float,
+    deviation: float,
+    *,
+    power: float = 0.8,
+    alpha: float = 0.05,
+    comparisons: int = 1,
+) -> int:
+    """Prompts with which the two-sided paired t-test finds a true `difference` with probability
+    `power`; `deviation` is the standard deviation of the difference over prompts.
+
+    Raises:
+        DataError: the difference is 0, which no number of prompts finds.
+
+    >>> prompts_needed(0.1, 0.5)
+    199
+    """
+    if difference == 0:
+        raise DataError("a difference of 0 takes endless prompts; name the least one that matters")
+    if deviation == 0:
+        return 2
+    size = abs(difference) / deviation
+    found = TTestPower().solve_power(effect_size=size, alpha=alpha / comparisons, power=power)
+    return max(2, math.ceil(float(found)))
+
+
+def difference_found(
+    prompts: int,
+    deviation: float,
+    *,
+    power: float = 0.8,
+    alpha: float = 0.05,
+    comparisons: int = 1,
+) -> float:
+    """The least true difference that so many prompts find with probability `power`.
+
+    >>> round(difference_found(199, 0.5), 3)
+    0.1
+    """
+    found = TTestPower().solve_power(nobs=prompts, alpha=alpha / comparisons, power=power)
+    return float(found) * deviation
+
+
+def prompts_needed_by_mcnemar(
+    only_first: float,
+    only_second: float,
+    *,
+    power: float = 0.8,
+    alpha: float = 0.05,
+    comparisons: int = 1,
+) -> int:
+    """Prompts with which McNemar's test tells shares apart: `only_first` and `only_second` are the
+    shares of prompts on which one policy alone refuses, d = their sum, D = their difference,
+    n = (z_{1 - alpha/2} sqrt(d) + z_power sqrt(d - D^2))^2 / D^2 (Connor 1987).
+
+    Raises:
+        DataError: the shares are equal, or no shares.
+
+    >>> prompts_needed_by_mcnemar(0.15, 0.05)
+    155
+    """
+    if only_first == only_second:
+        raise DataError("equal shares take endless prompts; name the least gap that matters")
+    if min(only_first, only_second) < 0 or only_first + only_second > 1:
+        raise DataError(f"{only_first:g} and {only_second:g} are no shares of the same prompts")
+    both, gap = only_first + only_second, abs(only_first - only_second)
+    sure, strong = ndtri(1 - alpha / comparisons / 2), ndtri(power)
+    reach = sure * math.sqrt(both) + strong * math.sqrt(both - gap**2)
+    return math.ceil((reach / gap) ** 2)

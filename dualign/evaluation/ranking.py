@@ -1,0 +1,289 @@
+"""Policies ranked by who wins against whom: Bradley-Terry strengths and Elo, win rates, and win
+rates at equal length.
+
+A battle is a row: `first` and `second` (policies), `prompt_id`, and `score`, 1 where the answer of
+the first won, 0 where that of the second did, 1/2 for a tie. A judgement that failed is no battle
+and no tie. Prompts are drawn, so intervals draw them with replacement, with all their battles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.sparse.csgraph import connected_components
+from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
+
+from dualign.core.errors import DataError
+from dualign.evaluation.stats import Estimate, clustered_mean
+
+Array = np.ndarray
+
+#: Elo's scale: 400 points are odds of 10 to 1, and the mean of all policies is here.
+_ELO_MEAN, _ELO_SCALE = 1000.0, 400.0 / math.log(10)
+#: Wins that are added to both sides of every pair that met, so that a strength stays finite where
+#: one side won all (Haldane's correction of log-odds).
+_PRIOR = 0.5
+#: Newton's steps, none above 1, until all are below the last.
+_STEPS, _CLOSE = 100, 1e-10
+#: Inverse weight of the ridge on the slope in length, which is of order 1: weak, and finite where
+#: lengths part wins from losses.
+_SLOPE_FREEDOM = 10.0
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """How often a policy beats another: `rate` by prompt with its interval, ties as half a win; the
+    share of ties; and the number of battles."""
+
+    rate: Estimate
+    ties: float
+    battles: int
+
+
+# --- Bradley-Terry --------------------------------------------------------------------------------
+
+
+def bradley_terry(wins: Array) -> Array:
+    """Log-strengths s of mean 0 with P(i beats j) = sigma(s_i - s_j), by maximum likelihood
+    (Bradley and Terry 1952).
+
+    `wins[..., i, j]` counts wins of i over j, a tie as half a win of both; shape [..., policies,
+    policies], one ranking for each of the first dimensions.
+
+    Raises:
+        DataError: the policies fall into groups that never met.
+
+    >>> strengths = bradley_terry(np.array([[0, 3], [1, 0]]))
+    >>> round(float(np.exp(strengths[0] - strengths[1])), 3)
+    2.333
+    """
+    table = np.asarray(wins, dtype=float)
+    met = table + table.swapaxes(-1, -2) > 0
+    if not _linked(met.reshape(-1, *met.shape[-2:])).all():
+        raise DataError("some policies never met the others, so no ranking holds them all")
+    table = table + _PRIOR * met
+    count = table.shape[-1]
+    strengths = np.zeros(table.shape[:-1])
+    for _ in range(_STEPS):
+        gap = strengths[..., :, None] - strengths[..., None, :]
+        pull = table * expit(-gap)
+        slope = pull.sum(-1) - pull.sum(-2)
+        weight = (table + table.swapaxes(-1, -2)) * expit(gap) * expit(-gap)
+        curvature = np.eye(count) * weight.sum(-1)[..., None] - weight + 1 / count
+        step = np.linalg.solve(curvature, slope[..., None])[..., 0]
+        strengths = strengths + step.clip(-1, 1)
+        if np.abs(step).max() < _CLOSE:
+            break
+    return strengths - strengths.mean(-1, keepdims=True)
+
+
+def _linked(met: Array) -> Array:
+    """Whether each table [tables, policies, policies] of who met whom holds together."""
+    return np.array([connected_components(one, directed=False)[0] == 1 for one in met])
+
+
+def elo(strengths: Array) -> Array:
+    """Log-strengths on Elo's scale: 400 points for odds of 10 to 1, 1000 for the mean.
+
+    >>> elo(np.log([10.0, 1.0])).round().tolist()
+    [1400.0, 1000.0]
+    """
+    return _ELO_MEAN + _ELO_SCALE * np.asarray(strengths, dtype=float)
+
+
+def wins_by_prompt(battles: pd.DataFrame, policies: list[str]) -> Array:
+    """Wins of the first index over the second in the battles of each prompt; shape [prompts,
+    policies, policies].
+
+    >>> rows = pd.DataFrame({"first": ["a"], "second": ["b"], "prompt_id": ["x"], "score": [0.5]})
+    >>> wins_by_prompt(rows, ["a", "b"]).tolist()
+    [[[0.0, 0.5], [0.5, 0.0]]]
+    """
+    prompts, names = pd.factorize(battles["prompt_id"])
+    index = pd.Index(policies)
+    first, second = (index.get_indexer(battles[side]) for side in ("first", "second"))
+    score = battles["score"].to_numpy(float)
+    table = np.zeros((len(names), len(policies), len(policies)))
+    np.add.at(table, (prompts, first, second), score)
+    np.add.at(table, (prompts, second, first), 1 - score)
+    return table
+
+
+def rank(
+    battles: pd.DataFrame, *, confidence: float = 0.95, draws: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Policies in order of strength: columns `policy`, `elo`, `low`, `high` and `battles`.
+
+    Elo is relative: `low` and `high` are quantiles over draws of prompts of a policy's lead on the
+    mean of all. To tell two apart take their own battles (`win_rate`).
+
+    Raises:
+        DataError: a battle has no score in [0, 1], or is a policy's with itself.
+
+    >>> rows = pd.DataFrame({"first": "a", "second": "b", "prompt_id": [1, 2], "score": [1.0, 1.0]})
+    >>> rank(rows)["policy"].tolist()
+    ['a', 'b']
+    """
+    _check(battles)
+    policies = sorted({*battles["first"], *battles["second"]})
+    table = wins_by_prompt(battles, policies)
+    ratings = elo(bradley_terry(table.sum(0)))
+    drawn = elo(bradley_terry(_redrawn(table, draws, seed)))
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    fought = (table + table.transpose(0, 2, 1)).sum((0, 2)).round().astype(int)
+    rows = {"policy": policies, "elo": ratings, "low": low, "high": high, "battles": fought}
+    return pd.DataFrame(rows).sort_values("elo", ascending=False, ignore_index=True)
+
+
+def _redrawn(table: Array, draws: int, seed: int) -> Array:
+    """Wins of prompts drawn with replacement; a draw in which some never met is drawn again."""
+    generator = np.random.default_rng(seed)
+    even = np.full(len(table), 1 / len(table))
+    found = np.zeros((0, *table.shape[1:]))
+    while len(found) < draws:
+        wins = np.tensordot(generator.multinomial(len(table), even, size=draws), table, 1)
+        whole = _linked(wins + wins.transpose(0, 2, 1) > 0)
+        found = np.concatenate([found, wins[whole]])[:draws]
+    return found
+
+
+def _check(battles: pd.DataFrame) -> None:
+    score = battles["score"].to_numpy(float)
+    wrong = ~((score >= 0) & (score <= 1))
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise DataError(
+            f"battle {row + 1}: score is {score[row]:g}, expected 0 to 1; drop failures"
+        )
+    alone = (battles["first"] == battles["second"]).to_numpy()
+    if alone.any():
+        raise DataError(f"battle {int(alone.argmax()) + 1}: a policy against itself; drop the row")
+
+
+# --- win rates ------------------------------------------------------------------------------------
+
+
+def battles_against(
+    verdicts: pd.DataFrame, reference: str, lengths: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """The verdicts of a judge that compared answers with those of a policy `reference`, as battles.
+
+    `verdicts` has columns `policy`, `prompt_id`, `sample` and `win` (1, 0, 1/2, or null for a
+    failure, which is no battle); `lengths` the length of every answer by `policy`, `prompt_id` and
+    `sample`.
+
+    >>> rows = pd.DataFrame({"policy": "a", "prompt_id": [1, 2], "sample": 0, "win": [1.0, None]})
+    >>> battles_against(rows, "ref")["score"].tolist()
+    [1.0]
+    """
+    good = verdicts.dropna(subset=["win"])
+    columns = {"policy": "first", "win": "score"}
+    battles = good.rename(columns=columns).assign(second=reference).reset_index(drop=True)
+    if lengths is None:
+        return battles
+    known = lengths.set_index(["policy", "prompt_id", "sample"])["length"]
+    for side in ("first", "second"):
+        keys = zip(battles[side], battles["prompt_id"], battles["sample"], strict=True)
+        battles[f"length_{side}"] = known.reindex(list(keys)).to_numpy(float)
+    return battles
+
+
+def battles_of(battles: pd.DataFrame, policy: str, against: str) -> pd.DataFrame:
+    """The battles of two policies, turned so that `policy` is the first.
+
+    >>> rows = pd.DataFrame({"first": ["a"], "second": ["b"], "prompt_id": ["x"], "score": [1.0]})
+    >>> battles_of(rows, "b", "a")["score"].tolist()
+    [0.0]
+    """
+    straight = battles[(battles["first"] == policy) & (battles["second"] == against)]
+    turned = battles[(battles["first"] == against) & (battles["second"] == policy)]
+    swapped = {"first": "second", "second": "first"} | {
+        "length_first": "length_second",
+        "length_second": "length_first",
+    }
+    turned = turned.rename(columns=swapped).assign(score=1 - turned["score"])
+    found = pd.concat([straight, turned], ignore_index=True)
+    if found.empty:
+        raise DataError(f"policies {policy!r} and {against!r} never met")
+    _check(found)
+    return found
+
+
+def win_rate(battles: pd.DataFrame, policy: str, against: str, confidence: float = 0.95) -> WinRate:
+    """How often `policy` beats `against`: the mean over prompts of its score, ties as half.
+
+    >>> rows = pd.DataFrame({"first": "a", "second": "b", "prompt_id": [1, 2], "score": [1.0, 0.5]})
+    >>> win_rate(rows, "a", "b").rate.mean
+    0.75
+    """
+    own = battles_of(battles, policy, against)
+    score = own["score"].to_numpy(float)
+    rate = clustered_mean(score, own["prompt_id"].to_numpy(), confidence)
+    return WinRate(rate, float((score == 0.5).mean()), len(own))
+
+
+def length_controlled_win_rate(
+    battles: pd.DataFrame,
+    policy: str,
+    against: str,
+    *,
+    confidence: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """The win rate that answers of equal length would have (Dubois et al., 2404.04475):
+    P(win) = sigma(theta + phi tanh(d / sd(d))), d the difference of lengths; it is sigma(theta).
+
+    Battles also have `length_first` and `length_second`, in characters or tokens. AlpacaEval 2 adds
+    a term for how hard its own instructions are, known from its leaderboard, and weighs in two
+    gamed baselines; neither is there for prompts of another suite. phi has a weak ridge. The
+    interval draws prompts with replacement.
+
+    >>> rows = pd.DataFrame({"first": "a", "second": "b", "prompt_id": range(4)})
+    >>> rows = rows.assign(score=[1.0, 1.0, 0.0, 0.0], length_first=[9, 9, 1, 1], length_second=5)
+    >>> round(length_controlled_win_rate(rows, "a", "b", draws=10).mean, 3)
+    0.5
+    """
+    own = battles_of(battles, policy, against)
+    longer = (own["length_first"] - own["length_second"]).to_numpy(float)
+    if np.isnan(longer).any():
+        raise DataError(f"{policy!r} against {against!r}: some answers have no length; give all")
+    spread = longer.std()
+    feature = np.tanh(longer / spread) if spread > 0 else np.zeros(len(longer))
+    score = own["score"].to_numpy(float)
+    prompts, names = pd.factorize(own["prompt_id"])
+
+    def rate(weights: Array) -> float:
+        return _rate_at_equal_length(feature, score, weights[prompts])
+
+    mean = rate(np.ones(len(names)))
+    drawn = _bootstrap(rate, len(names), draws, seed)
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Estimate(mean, float(np.std(drawn, ddof=1)), float(low), float(high))
+
+
+def _rate_at_equal_length(feature: Array, score: Array, weights: Array) -> float:
+    """sigma(theta) of the logistic regression of the score on the feature; a score between 0 and 1
+    is that much of a win and the rest of a loss."""
+    outcome = np.concatenate([np.ones(len(score)), np.zeros(len(score))])
+    weight = np.concatenate([weights * score, weights * (1 - score)])
+    used = weight > 0
+    if len(set(outcome[used])) == 1:
+        return float(outcome[used][0])
+    model = LogisticRegression(C=_SLOPE_FREEDOM, tol=1e-6, max_iter=1000)
+    features = np.concatenate([feature, feature])[:, None]
+    model.fit(features[used], outcome[used], sample_weight=weight[used])
+    return float(expit(model.intercept_[0]))
+
+
+def _bootstrap(
+    statistic: Callable[[Array], float], count: int, draws: int, seed: int
+) -> list[float]:
+    """A statistic of weights of `count` prompts, drawn with replacement."""
+    generator = np.random.default_rng(seed)
+    weights = generator.multinomial(count, np.full(count, 1 / count), size=draws)
+    return [statistic(one) for one in weights]

@@ -1,0 +1,181 @@
+"""Paired differences against scipy and brute force; the intervals against simulation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from dualign.core.errors import DataError
+from dualign.evaluation.paired import (
+    DIFFERENCES,
+    differences,
+    holm,
+    mcnemar,
+    mean_difference,
+    no_difference,
+    over_seeds,
+    prompt_differences,
+)
+
+
+def scores(seed: int = 0, prompts: int = 30, samples: int = 2) -> pd.DataFrame:
+    """Three policies' costs of the same prompts; prompts differ much more than policies."""
+    generator = np.random.default_rng(seed)
+    hard = generator.normal(0, 5, prompts)
+    rows = [
+        {"policy": policy, "prompt_id": f"p{prompt}", "cost": hard[prompt] + shift + noise}
+        for policy, shift in (("pi_ref", 0.0), ("a", -1.0), ("b", -1.1))
+        for prompt in range(prompts)
+        for noise in generator.normal(0, 1, samples)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_differences_are_the_paired_t_test_of_prompt_means() -> None:
+    rows = scores()
+    table = differences(rows, "cost")
+    assert tuple(table.columns) == DIFFERENCES and len(table) == 3
+    means = rows.pivot_table(index="prompt_id", columns="policy", values="cost", aggfunc="mean")
+    for row in table.itertuples():
+        expected = stats.ttest_rel(means[row.first], means[row.second])
+        low, high = expected.confidence_interval(0.95)
+        assert row.p_value == pytest.approx(expected.pvalue)
+        assert (row.low, row.high) == pytest.approx((low, high))
+        assert row.prompts == 30
+    assert table["p_holm"].to_numpy() == pytest.approx(holm(table["p_value"]))
+
+
+def test_pairing_removes_what_all_policies_find_hard() -> None:
+    rows = scores()
+    table = differences(rows, "cost", [("a", "pi_ref")])
+    alone = rows[rows["policy"] == "a"].groupby("prompt_id")["cost"].mean()
+    width = 2 * stats.t.ppf(0.975, 29) * alone.std() / math.sqrt(30)
+    assert (table["high"] - table["low"]).item() < width / 3
+    assert table["high"].item() < 0
+
+
+def test_a_failed_judgement_does_not_count_and_its_prompt_is_left_out_of_the_number() -> None:
+    rows = scores()
+    rows.loc[(rows["policy"] == "a") & (rows["prompt_id"] == "p3"), "cost"] = None
+    rows.loc[rows.index[rows["policy"] == "b"][0], "cost"] = None
+    table = differences(rows, "cost", [("a", "pi_ref"), ("b", "pi_ref")])
+    assert table["prompts"].tolist() == [29, 30]
+    assert not table.isna().any().any()
+
+
+def test_flags_with_gaps_are_shares() -> None:
+    """As verdicts hold them: true, false, or null where the judge failed."""
+    flags = {"a": [True, None, False, True], "b": [False, True, False, True]}
+    rows = pd.DataFrame(
+        [
+            {"policy": policy, "prompt_id": number, "refused": flag}
+            for policy, column in flags.items()
+            for number, flag in enumerate(column)
+        ]
+    )
+    table = differences(rows, "refused")
+    assert (table["prompts"].item(), table["mean"].item()) == (3, pytest.approx(1 / 3))
+
+
+def test_prompts_are_matched_by_name_and_not_by_order() -> None:
+    rows = scores()
+    shuffled = rows.sample(frac=1, random_state=1)
+    again = differences(shuffled, "cost", [("a", "b"), ("a", "pi_ref"), ("b", "pi_ref")])
+    first = differences(rows, "cost", [("a", "b"), ("a", "pi_ref"), ("b", "pi_ref")])
+    pd.testing.assert_frame_equal(first, again)
+    one, other = (rows[rows["policy"] == name] for name in ("a", "b"))
+    assert prompt_differences(one, other[::-1], "cost").to_dict() == pytest.approx(
+        prompt_differences(one, other, "cost").to_dict()
+    )
+
+
+def test_pairs_without_scores_are_named() -> None:
+    rows = scores()
+    with pytest.raises(DataError, match="policy 'c' has no scores"):
+        differences(rows, "cost", [("c", "pi_ref")])
+    apart = rows.assign(prompt_id=rows["policy"] + rows["prompt_id"])
+    with pytest.raises(DataError, match="'a' and 'pi_ref' share no prompt with a cost"):
+        differences(apart, "cost", [("a", "pi_ref")])
+
+
+def test_one_prompt_says_nothing_and_equal_answers_say_no_difference() -> None:
+    assert math.isnan(no_difference(mean_difference([1.0]), 1))
+    assert no_difference(mean_difference([0.0, 0.0]), 2) == 1.0
+    assert no_difference(mean_difference([1.0, 1.0]), 2) == 0.0
+
+
+# --- many comparisons -----------------------------------------------------------------------------
+
+
+def brute_holm(values: list[float]) -> list[float]:
+    order = sorted(range(len(values)), key=lambda k: values[k])
+    found, least = [0.0] * len(values), 0.0
+    for rank, k in enumerate(order):
+        least = max(least, min(1.0, (len(values) - rank) * values[k]))
+        found[k] = least
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_holm_is_its_definition(seed: int) -> None:
+    values = np.random.default_rng(seed).random(6) ** 3
+    assert holm(values).tolist() == pytest.approx(brute_holm(values.tolist()))
+
+
+def test_holm_leaves_out_what_is_no_test() -> None:
+    found = holm([0.01, math.nan, 0.04])
+    assert found[0] == pytest.approx(0.02) and math.isnan(found[1])
+    assert np.isnan(holm([math.nan])).all()
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("first", "second"), [(6, 0), (5, 2), (3, 3), (0, 0), (1, 8)])
+def test_mcnemar_is_the_sign_test_of_the_prompts_that_differ(first: int, second: int) -> None:
+    one = [1] * first + [0] * second + [1, 0]
+    other = [0] * first + [1] * second + [1, 0]
+    found = mcnemar(one, other)
+    assert (found.only_first, found.only_second) == (first, second)
+    count, extreme = first + second, min(first, second)
+    splits = itertools.product((0, 1), repeat=count)
+    tail = sum(sum(split) <= extreme for split in splits) / 2**count
+    assert found.p_value == pytest.approx(min(1.0, 2 * tail))
+
+
+# --- several seeds --------------------------------------------------------------------------------
+
+
+def crossed(generator: np.random.Generator, seeds: int, prompts: int, spread: float) -> np.ndarray:
+    return (
+        generator.normal(0, spread, (seeds, 1))
+        + generator.normal(0, 1, (1, prompts))
+        + generator.normal(0, 1, (seeds, prompts))
+    )
+
+
+@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.0), (3, 0.3), (3, 2.0), (5, 0.3)])
+def test_intervals_over_seeds_hold_the_truth_as_often_as_they_say(
+    seeds: int, spread: float
+) -> None:
+    generator = np.random.default_rng(1)
+    found = [over_seeds(crossed(generator, seeds, 60, spread)) for _ in range(1500)]
+    held = np.mean([one.low <= 0 <= one.high for one in found])
+    assert 0.93 <= held <= 0.985
+
+
+def test_prompts_alone_are_not_enough_where_seeds_differ() -> None:
+    generator = np.random.default_rng(1)
+    tables = [crossed(generator, 3, 60, 1.0) for _ in range(300)]
+    narrow = [mean_difference(table.mean(0)) for table in tables]
+    assert np.mean([one.low <= 0 <= one.high for one in narrow]) < 0.6
+
+
+def test_one_seed_has_no_spread() -> None:
+    with pytest.raises(DataError, match="1 seeds and 5 prompts say nothing"):
+        over_seeds(np.zeros((1, 5)))
