@@ -166,8 +166,7 @@ NESTED = set(
     bench/engine.py bench/exact.py bench/frontier.py bench/house.py bench/independent.py
     bench/kills.py bench/real.py bench/regulated.py bench/search_cost.py bench/shares.py
     bench/survival.py bench/truthful.py bench/world.py dualign/evaluation/agreement.py
-    dualign/evaluation/suites.py dualign/report/diagnosis.py dualign/search/backend.py
-    dualign/search/rules.py
+    dualign/evaluation/suites.py
     """.split()
 )
 

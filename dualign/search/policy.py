@@ -117,8 +117,10 @@ def _met(excess: float, error: float, lam: float, z: float) -> bool:
 
 
 def _grid(steps: Sequence[Step], target: float, grid: Sequence[float]) -> float | None:
-    left = [lam for lam in grid if all(abs(lam - step.lam) > 1e-9 for step in steps)]
-    return left[0] if left else None
+    for lam in grid:
+        if all(abs(lam - step.lam) > 1e-9 for step in steps):
+            return lam
+    return None
 
 
 def _one_shot(steps: Sequence[Step], target: float) -> float | None:

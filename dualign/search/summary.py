@@ -123,7 +123,7 @@ def numbers(result: SearchResult) -> dict[str, Any]:
     additional constraints and their prices by name."""
     step = result["steps"][result["chosen"]]
     additional = {
-        known["name"]: {key: known[key] for key in ("mean", "error", "limit")}
+        known["name"]: {"mean": known["mean"], "error": known["error"], "limit": known["limit"]}
         for known in step["additional"]
     }
     prices = dict(zip(additional, step["prices"], strict=False))  # only some searches have any
