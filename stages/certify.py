@@ -63,7 +63,7 @@ def main(run: Run[CertifyParams]) -> None:
     }
     screened = [] if params.screen is None else [SCREENED]
     scratch = run.scratch(PROMPT_SET, *screened, DUAL, *sorted(models))
-    additional = [price.constraint for price in prices_in(read_record(DUAL, SolvedDual))]
+    additional = [price.constraint for price in prices_in(read_record(DUAL, SolvedDual).prices)]
     required = requirements(params, additional)
     scorers = Scorers.load(run.resources)
 

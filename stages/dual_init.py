@@ -65,7 +65,7 @@ def main(run: Run[DualInitParams]) -> None:
     own = solve_at(params.beta, pool, scored, params)
     solution, prices = own
     margin = with_margin(solution, params)
-    error = read_record(COST_MODEL, CostModelMetrics)["zero_error"]
+    error = read_record(COST_MODEL, CostModelMetrics).zero_error
     result = describe(solution, params) | sensitivity(solution, params, error) | _named(margin)
     result |= {"prices": [price.as_dict() for price in prices], "pessimism": doubts(found, raw)}
     result |= {"messages": messages(solution, params, margin, prices)}

@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 
 from dualign.core.artifacts import replacing, write_json
-from dualign.core.records import SolvedDual, read_record
+from dualign.core.records import SolvedDual, as_row, read_record
 from dualign.core.schema import POOL, PROMPTS, by_prompt, read_table
 from dualign.lm.card import model_card
 from dualign.lm.publish import publish
@@ -71,21 +71,21 @@ def main(run: Run[DualSearchParams]) -> None:
         scratch=scratch,
         inputs=Inputs(MODELS, PROMPT_SET.parent, SCORED),
         losses=PairLosses.of(row, start, reference),
-        prices=steerable(row, prices_in(read_record(DUAL, SolvedDual))),
+        prices=steerable(row, prices_in(read_record(DUAL, SolvedDual).prices)),
     )
     backend = ModelBackend(task)
     steps, stopped = search_policies(search, backend.start, backend, scratch)
 
     result = summary(search, steps, stopped, before=trainings(row, start))
-    chosen = steps[result["chosen"]]
+    chosen = steps[result.chosen]
     log.info(
         "%s; the policy of step %d at lambda %.4f is returned", stopped, chosen.step, chosen.lam
     )
     with replacing(MODELS / "aligned" / item) as folder:
         publish(Path(chosen.policy), folder)
         (folder / "README.md").write_text(model_card(row, result, params))
-    write_json(Path("reports/search") / f"{item}.json", result)
-    run.losses(backend.losses(len(steps)), ("training", "step", "loss"))
+    write_json(Path("reports/search") / f"{item}.json", as_row(result))
+    run.losses([as_row(row) for row in backend.losses(len(steps))], ("training", "step", "loss"))
     run.metrics(numbers(result))
     finished(scratch)
 
@@ -128,7 +128,7 @@ def context(
         naive=merges and start.reference != row.reference,  # the start's tilt holds no reward
         lam_reference=reference.lam or 0.0 if path else 0.0,
         target_cost=target,
-        prices=start_prices(row, start, prices_in(solved), DUAL),
+        prices=start_prices(row, start, prices_in(solved.prices), DUAL),
     )
 
 

@@ -85,8 +85,8 @@ def multiplier(
     try:
         solution = solve(
             by_prompt(pool, "reward"), by_prompt(pool, "cost"),
-            limit=known["limit" if spec.lam == "dual" else "target"], beta=params.beta,
-            lambda_max=known["lambda_max"], seed=params.seed,
+            limit=known.limit if spec.lam == "dual" else known.target, beta=params.beta,
+            lambda_max=known.lambda_max, seed=params.seed,
         )  # fmt: skip
     except InfeasibleError as error:
         raise InfeasibleError(f"lagrangian_dpo.runs.{item}, scored by policies: {error}") from error
@@ -102,7 +102,7 @@ def with_prices(
 
     A multiplier given as a number has none beside it, and prices of scorers mean nothing on
     implicit scores."""
-    prices = prices_in(read_record(DUAL, SolvedDual)) if isinstance(spec.lam, str) else []
+    prices = prices_in(read_record(DUAL, SolvedDual).prices) if isinstance(spec.lam, str) else []
     if prices and implicit(spec):
         log.warning(
             "lagrangian_dpo.runs.%s is scored by policies and ignores constraint.additional", item

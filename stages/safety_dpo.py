@@ -50,7 +50,7 @@ def multiplier(item: str, spec: SafetyRun) -> float:
     if not isinstance(spec.lam, str):
         return spec.lam
     known = read_record(DUAL, SolvedDual)
-    if known["prices"]:
+    if known.prices:
         log.warning(
             "safety_dpo.runs.%s trains on preferences and ignores constraint.additional", item
         )

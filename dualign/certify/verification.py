@@ -165,7 +165,7 @@ def _as_planned(recorded: Certificate, folder: Path) -> None:
 def _all_required(file: Path, requirements: Sequence[Requirement]) -> None:
     """Raises DataError where an additional constraint of the solved dual in `file` is not required
     as it stands there."""
-    limits = [asdict(price.constraint) for price in prices_in(read_record(file, SolvedDual))]
+    limits = [asdict(price.constraint) for price in prices_in(read_record(file, SolvedDual).prices)]
     for limit in limits:
         stated = [required.model_dump(include=set(limit)) for required in requirements]
         if limit not in stated:

@@ -8,28 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
-from typing_extensions import TypedDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dualign.core.artifacts import read_json
 from dualign.core.errors import DataError
 from dualign.core.names import Solved
 
 R = TypeVar("R")
-_OPEN = with_config(ConfigDict(extra="allow"))
 
 
-@_OPEN
-class PreparedMetrics(TypedDict):
+class Record(BaseModel):
+    """What one stage writes and another reads: frozen, its fields by attribute. Further keys of a
+    file are kept.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class PreparedMetrics(Record):
     """reports/metrics/prepare.json, as far as another stage reads it: rejected rows by reason."""
 
     rejected: dict[str, int]
 
 
-@_OPEN
-class PriceRow(TypedDict):
+class PriceRow(Record):
     """An additional constraint with its multiplier, in data/dual/dual.json
     (`dualign.math.constraints.Price`).
     """
@@ -44,8 +48,7 @@ class PriceRow(TypedDict):
     predicted: float
 
 
-@_OPEN
-class SolvedDual(TypedDict):
+class SolvedDual(Record):
     """data/dual/dual.json: the multiplier of the pool, the one with a certificate margin, and what
     they were solved for."""
 
@@ -62,8 +65,7 @@ class SolvedDual(TypedDict):
     messages: list[str]
 
 
-@_OPEN
-class FrontierRow(TypedDict):
+class FrontierRow(Record):
     """A row of the predicted frontier; bands stand beside each mean."""
 
     lam: float
@@ -71,24 +73,21 @@ class FrontierRow(TypedDict):
     reward: float
 
 
-@_OPEN
-class Frontier(TypedDict):
+class Frontier(Record):
     """data/dual/frontier.json."""
 
     rows: list[FrontierRow]
     cvar_level: float
 
 
-@_OPEN
-class BetaRow(TypedDict):
+class BetaRow(Record):
     """What the pool predicts at one KL weight; `lam` is None where the limit is out of reach."""
 
     beta: float
     lam: float | None
 
 
-@_OPEN
-class Betas(TypedDict):
+class Betas(Record):
     """data/dual/betas.json."""
 
     rows: list[BetaRow]
@@ -96,23 +95,20 @@ class Betas(TypedDict):
     min_ess: float
 
 
-@_OPEN
-class CostModelMetrics(TypedDict):
+class CostModelMetrics(Record):
     """reports/metrics/cost_model.json, as far as another stage reads it."""
 
     zero_error: float | None
 
 
-@_OPEN
-class ReferenceMetrics(TypedDict):
+class ReferenceMetrics(Record):
     """reports/metrics/sft.json: the reference policy, as a start of a search."""
 
     heldout_loss: float | None
     parameters: int
 
 
-@_OPEN
-class RewardMetrics(TypedDict):
+class RewardMetrics(Record):
     """reports/metrics/reward_dpo/RUN.json."""
 
     reference: str
@@ -122,8 +118,7 @@ class RewardMetrics(TypedDict):
     margin: str
 
 
-@_OPEN
-class SafetyMetrics(TypedDict):
+class SafetyMetrics(Record):
     """reports/metrics/safety_dpo/RUN.json and safety_path/RUN.json."""
 
     lam: float
@@ -133,12 +128,11 @@ class SafetyMetrics(TypedDict):
     clip: float | None
 
 
-@_OPEN
-class LagrangianMetrics(TypedDict):
+class LagrangianMetrics(Record):
     """reports/metrics/lagrangian_dpo/RUN.json and lambda_path/RUN.json."""
 
     lam: float
-    lam_from: NotRequired[str]
+    lam_from: str | None = None
     reward: str
     cost: str
     data: str
@@ -146,8 +140,7 @@ class LagrangianMetrics(TypedDict):
     learning_rate: float
 
 
-@_OPEN
-class HistoryRow(TypedDict):
+class HistoryRow(Record):
     """A stretch of a training that moved lambda itself: its last `step`, and means over it.
 
     `kl` is in nats an answer."""
@@ -159,8 +152,7 @@ class HistoryRow(TypedDict):
     kl: float
 
 
-@_OPEN
-class AscentRecord(TypedDict):
+class AscentRecord(Record):
     """history.json beside such a training: the last lambda, the tokens drawn, each step's means."""
 
     lam: float
@@ -168,8 +160,7 @@ class AscentRecord(TypedDict):
     history: dict[str, list[float]]
 
 
-@_OPEN
-class ConstraintRow(TypedDict):
+class ConstraintRow(Record):
     """An additional constraint on a policy's own answers; unknown where the limit is on none."""
 
     name: str
@@ -179,8 +170,7 @@ class ConstraintRow(TypedDict):
     error: float | None
 
 
-@_OPEN
-class SearchStep(TypedDict):
+class SearchStep(Record):
     """A policy that a search measured."""
 
     step: int
@@ -192,16 +182,15 @@ class SearchStep(TypedDict):
     kl: float | None
     tilt: dict[str, float | None] | None
     prices: list[float]
-    additional: NotRequired[list[ConstraintRow]]
-    closing: NotRequired[bool]
-    reward_se: NotRequired[float | None]
-    p_unsafe: NotRequired[float | None]
-    model_cost: NotRequired[float | None]
-    model_cost_se: NotRequired[float | None]
+    additional: list[ConstraintRow] | None = None
+    closing: bool | None = None
+    reward_se: float | None = None
+    p_unsafe: float | None = None
+    model_cost: float | None = None
+    model_cost_se: float | None = None
 
 
-@_OPEN
-class SearchResult(TypedDict):
+class SearchResult(Record):
     """reports/search/NAME.json."""
 
     name: str
@@ -218,27 +207,25 @@ class SearchResult(TypedDict):
     generated_tokens: int
     labels: int
     stopped: str
-    comparisons: NotRequired[int]
-    feasible: NotRequired[bool]
-    history: NotRequired[list[HistoryRow]]
-    naive: NotRequired[bool]
-    slater_radius: NotRequired[float | None]
-    slater_from: NotRequired[str]
+    comparisons: int | None = None
+    feasible: bool | None = None
+    history: list[HistoryRow] | None = None
+    naive: bool | None = None
+    slater_radius: float | None = None
+    slater_from: str | None = None
 
 
-@_OPEN
-class LossRow(TypedDict):
+class LossRow(Record):
     """A row of reports/curves/STAGE.json or STAGE/ITEM.json; nulls where a stage trained
     nothing.
     """
 
-    training: NotRequired[str | None]
+    training: str | None = None
     step: int | None
     loss: float | None
 
 
-@_OPEN
-class IntervalRow(TypedDict):
+class IntervalRow(Record):
     """A mean with its interval."""
 
     mean: float | None
@@ -246,8 +233,7 @@ class IntervalRow(TypedDict):
     high: float | None
 
 
-@_OPEN
-class Evaluated(TypedDict):
+class Evaluated(Record):
     """reports/metrics/evaluate/NAME.json of a policy that is there."""
 
     policy: str
@@ -262,16 +248,14 @@ class Evaluated(TypedDict):
     ended: IntervalRow
 
 
-@_OPEN
-class NotEvaluated(TypedDict):
+class NotEvaluated(Record):
     """reports/metrics/evaluate/NAME.json where no policy was certified."""
 
     policy: str
     absent: Literal[True]
 
 
-@_OPEN
-class CandidateTest(TypedDict):
+class CandidateTest(Record):
     """A candidate's test in the metrics of `certify`."""
 
     candidate: str
@@ -282,8 +266,7 @@ class CandidateTest(TypedDict):
     q: float
 
 
-@_OPEN
-class Certified(TypedDict):
+class Certified(Record):
     """reports/metrics/certify/NAME.json."""
 
     returned: str | None
@@ -294,8 +277,7 @@ class Certified(TypedDict):
     tests: list[CandidateTest]
 
 
-@_OPEN
-class Provenance(TypedDict):
+class Provenance(Record):
     """reports/provenance/STAGE.json or STAGE/ITEM.json."""
 
     stage: str
@@ -307,8 +289,7 @@ class Provenance(TypedDict):
     throughput: dict[str, float | None]
 
 
-@_OPEN
-class AdapterConfig(TypedDict):
+class AdapterConfig(Record):
     """adapter_config.json of a LoRA adapter, as far as dualign reads it."""
 
     base_model_name_or_path: str
@@ -329,7 +310,12 @@ TRAINED: dict[str, Any] = {
 
 def solved_multiplier(known: SolvedDual, which: Solved) -> float:
     """The pool's multiplier that a run names."""
-    return known["lam"] if which == "dual" else known["lam_margin"]
+    return known.lam if which == "dual" else known.lam_margin
+
+
+def as_row(record: Record) -> dict[str, Any]:
+    """The record as its file holds it: what a page shows, and what is written."""
+    return record.model_dump(exclude_unset=True)
 
 
 def read_record(path: str | Path, record: type[R]) -> R:
@@ -346,22 +332,23 @@ def read_optional_record(path: str | Path, record: type[R]) -> R | None:
 
 
 def read_trained(metrics: str | Path, folder: str) -> Mapping[str, Any]:
-    """The metrics of the stage that wrote models/FOLDER, in folder `metrics` (reports/metrics)."""
-    found: Mapping[str, Any] = read_record(
-        Path(metrics) / f"{folder}.json", TRAINED[folder.partition("/")[0]]
-    )
-    return found
+    """The metrics of the stage that wrote models/FOLDER, in folder `metrics` (reports/metrics), as
+    a row: stages differ in what they write.
+    """
+    kind: type[Record] = TRAINED[folder.partition("/")[0]]
+    return as_row(read_record(Path(metrics) / f"{folder}.json", kind))
 
 
-def read_evaluated(metrics: str | Path, name: str) -> Evaluated | NotEvaluated | None:
-    """What `evaluate` wrote of a policy in folder `metrics`; None where it was not evaluated."""
+def read_evaluated(metrics: str | Path, name: str) -> dict[str, Any] | None:
+    """What `evaluate` wrote of a policy in folder `metrics`, as a row; None where it was not
+    evaluated.
+    """
     path = Path(metrics) / "evaluate" / f"{name}.json"
     if not path.is_file():
         return None
     content = read_json(path)
-    record: Any = NotEvaluated if isinstance(content, dict) and "absent" in content else Evaluated
-    found: Evaluated | NotEvaluated = _validated(path, record, content)
-    return found
+    absent = isinstance(content, dict) and "absent" in content
+    return as_row(_validated(path, NotEvaluated if absent else Evaluated, content))
 
 
 def _validated(path: Path, record: type[R], content: Any) -> R:

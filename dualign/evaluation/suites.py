@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -248,7 +249,7 @@ def _rows(spec: SuiteSpec, folder: Path, item: Callable[[Row], Item]) -> pd.Data
     rows = {
         "prompt_id": map(prompt_id, prompts),
         "prompt": prompts,
-        **{name: [getattr(item, name) for item in items] for name in COLUMNS[2:]},
+        **{name: map(attrgetter(name), items) for name in COLUMNS[2:]},
     }
     return pd.DataFrame({name: pd.Series(list(rows[name]), dtype=object) for name in COLUMNS})
 

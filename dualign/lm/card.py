@@ -30,8 +30,8 @@ def model_card(plan: Plan, search: SearchResult, params: DualSearchParams) -> st
     """README.md of a policy folder: what it is, how it was found, and what was measured on the
     search prompts.
     """
-    step = search["steps"][search["chosen"]]
-    mixture = step["closing"] and plan.method.returns == "mixture"
+    step = search.steps[search.chosen]
+    mixture = step.closing and plan.method.returns == "mixture"
     return f"""{HEAD}
 # {plan.title}
 
@@ -42,12 +42,12 @@ Method: {plan.method.title} ({plan.method.source}).
 
 | on the search prompts | |
 |---|---|
-| {"mean multiplier of the components" if mixture else "multiplier lambda"} | {step["lam"]:.4f} |
+| {"mean multiplier of the components" if mixture else "multiplier lambda"} | {step.lam:.4f} |
 {_costs(step, search, params)}
-| reward | {step["reward"]:.4f} (standard error {step["reward_se"]:.4f}) |
-| KL to the reference | {step["kl"]:.4f} |
-| share of answers scored unsafe | {step["p_unsafe"]:.4f} |
-| trainings, generated tokens | {search["trainings"]}, {search["generated_tokens"]} |
+| reward | {step.reward:.4f} (standard error {step.reward_se:.4f}) |
+| KL to the reference | {step.kl:.4f} |
+| share of answers scored unsafe | {step.p_unsafe:.4f} |
+| trainings, generated tokens | {search.trainings}, {search.generated_tokens} |
 
 These are the scores of learned reward and cost models, not of people, on prompts that the search \
 used. Held-out figures
@@ -59,12 +59,12 @@ def _costs(step: SearchStep, search: SearchResult, params: DualSearchParams) -> 
     """The row of the cost that the search went by; after safety labels a second one of the cost
     model's.
     """
-    verdict = f"{'within' if search['feasible'] else 'NOT within'} the limit (z = {params.z:g})"
-    row = f"{step['cost']:.4f} (standard error {step['cost_se']:.4f}), {verdict} |"
-    if step["model_cost"] is None:
+    verdict = f"{'within' if search.feasible else 'NOT within'} the limit (z = {params.z:g})"
+    row = f"{step.cost:.4f} (standard error {step.cost_se:.4f}), {verdict} |"
+    if step.model_cost is None:
         return f"| cost | {row}"
     model = (
-        f"| cost by the cost model | {step['model_cost']:.4f} (standard error"
-        f" {step['model_cost_se']:.4f}) |"
+        f"| cost by the cost model | {step.model_cost:.4f} (standard error"
+        f" {step.model_cost_se:.4f}) |"
     )
-    return f"| cost by {search['labels']} safety labels | {row}\n{model}"
+    return f"| cost by {search.labels} safety labels | {row}\n{model}"

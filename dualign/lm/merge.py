@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dualign.core.artifacts import listed, replacing
 from dualign.core.errors import ModelError
-from dualign.core.records import AdapterConfig, read_record
+from dualign.core.records import AdapterConfig, as_row, read_record
 from dualign.lm.loading import check_files
 from dualign.lm.publish import adapter_in
 
@@ -64,18 +64,19 @@ def _merge_adapters(first: Path, second: Path, q: float, out: Path) -> None:
     configs = [read_record(path / _ADAPTER, AdapterConfig) for path in (first, second)]
     for folder, config in zip((first, second), configs, strict=True):
         if any(
-            config.get(key) for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+            as_row(config).get(key)
+            for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
         ):
             raise ModelError(
                 f"{folder}: only plain LoRA adapters can be merged, not rsLoRA, DoRA or rank"
                 " patterns"
             )
-    if configs[0]["base_model_name_or_path"] != configs[1]["base_model_name_or_path"]:
+    if configs[0].base_model_name_or_path != configs[1].base_model_name_or_path:
         raise ModelError(f"{first} and {second}: adapters on different bases cannot be merged")
     left = _tensors(first)
     right = _tensors(second)
     _same(left, right, first, second)
-    scales = [config["lora_alpha"] / config["r"] for config in configs]
+    scales = [config.lora_alpha / config.r for config in configs]
     mixed: dict[str, torch.Tensor] = {}
     for name in left:
         if ".lora_A." in name:
@@ -90,9 +91,9 @@ def _merge_adapters(first: Path, second: Path, q: float, out: Path) -> None:
             raise ModelError(
                 f"{first}: {name} is no LoRA weight; only plain LoRA adapters can be merged"
             )
-    rank = configs[0]["r"] + configs[1]["r"]
+    rank = configs[0].r + configs[1].r
     merged: dict[str, Any] = {
-        **configs[0],
+        **as_row(configs[0]),
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": {},

@@ -215,7 +215,7 @@ def load_policy(
 
 def adapter_base(path: str | Path) -> str:
     """The base that the adapter in a folder names."""
-    return read_record(Path(path) / "adapter_config.json", AdapterConfig)["base_model_name_or_path"]
+    return read_record(Path(path) / "adapter_config.json", AdapterConfig).base_model_name_or_path
 
 
 def fit_vocabulary(

@@ -12,13 +12,14 @@ that trains on r and c: r' = r - sum_k lambda_k m_k f_k."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from dualign.core.records import PriceRow
 from dualign.core.schema import Message, last_user_text
 from dualign.math.dual.tail import shortfall
 from dualign.params.base import SHARES, Quantity
@@ -111,16 +112,15 @@ class Price:
         return {**asdict(self.constraint), "lam": self.lam, "predicted": self.predicted}
 
 
-def prices_in(solved: Mapping[str, Any]) -> list[Price]:
-    """The prices of a solved dual, the content of data/dual/dual.json.
+def prices_in(rows: Iterable[PriceRow]) -> list[Price]:
+    """The prices of a solved dual by its rows in data/dual/dual.json.
 
     >>> one = Price(Constraint("short", "length", limit=80.0), lam=0.01, predicted=80.0)
-    >>> prices_in({"prices": [one.as_dict()]}) == [one]
+    >>> prices_in([PriceRow(**one.as_dict())]) == [one]
     True
     """
-    rows = [dict(row) for row in solved.get("prices", [])]
     return [
-        Price(lam=row.pop("lam"), predicted=row.pop("predicted"), constraint=Constraint(**row))
+        Price(Constraint(**row.model_dump(exclude={"lam", "predicted"})), row.lam, row.predicted)
         for row in rows
     ]
 

@@ -20,6 +20,7 @@ from dualign.core.records import (
     Certified,
     SearchResult,
     SolvedDual,
+    as_row,
     read_evaluated,
     read_optional_record,
     read_record,
@@ -115,7 +116,7 @@ def _answers(path: Path) -> pd.DataFrame:
 def read_certificates(root: Path) -> dict[str, Any]:
     """The metrics of every row of `certify`, by name."""
     return {
-        path.stem: read_record(path, Certified)
+        path.stem: as_row(read_record(path, Certified))
         for path in listed(root / "reports/metrics/certify", "*.json")
     }
 
@@ -187,7 +188,7 @@ def _gaps(ours: pd.DataFrame, theirs: pd.DataFrame, score: str) -> pd.Series:
 
 def _dual_limit(root: Path) -> float | None:
     known = read_optional_record(root / "data/dual/dual.json", SolvedDual)
-    return known["limit"] if known else None
+    return known.limit if known else None
 
 
 def _against_reference(
@@ -258,10 +259,10 @@ def _search(root: Path, folder: str) -> dict[str, Any]:
     made.
     """
     path = root / "reports/search" / f"{Path(folder).name}.json"
-    found: Any = read_optional_record(path, SearchResult) if folder.startswith("aligned/") else None
+    found = read_optional_record(path, SearchResult) if folder.startswith("aligned/") else None
     spent = ("trainings", "generated_tokens", "labels", "stopped")
     return {
-        key: found and found[key]
+        key: found and getattr(found, key)
         for key in ("method", "title", "rule", "returns", "cost_source", *spent)
     }
 

@@ -6,12 +6,11 @@ files by the rows of params.yaml; here they are one table, with the run in a col
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dualign.core.artifacts import listed, replacing, write_rows
-from dualign.core.records import LossRow, SearchResult, read_record
+from dualign.core.records import LossRow, SearchResult, as_row, read_record
 
 LOSSES = ("run", "step", "loss")
 SEARCHES = ("run", "step", "lam", "cost", "reward", "kl")
@@ -31,13 +30,13 @@ def losses(folder: Path) -> list[dict[str, Any]]:
     for path in listed(folder, "**/*.json"):
         name = path.relative_to(folder).with_suffix("").as_posix()
         rows = read_record(path, list[LossRow])
-        found += [{"run": _run(name, row), **row} for row in rows if row["step"] is not None]
+        found += [{"run": _run(name, row), **as_row(row)} for row in rows if row.step is not None]
     return found
 
 
 def _run(name: str, row: LossRow) -> str:
     """`reward_dpo/helpful`; a search has several trainings: `dual_search/sacpo/step-1/policy`."""
-    return f"{name}/{row['training']}" if "training" in row else name
+    return f"{name}/{row.training}" if "training" in row.model_fields_set else name
 
 
 def searches(folder: Path) -> list[dict[str, Any]]:
@@ -45,11 +44,10 @@ def searches(folder: Path) -> list[dict[str, Any]]:
     found = []
     for path in listed(folder, "*.json"):
         result = read_record(path, SearchResult)
-        found += [{**row, "run": result["name"]} for row in trajectory(result)]
+        found += [{**row, "run": result.name} for row in trajectory(result)]
     return found
 
 
-def trajectory(search: Mapping[str, Any]) -> list[dict[str, Any]]:
+def trajectory(search: SearchResult) -> list[dict[str, Any]]:
     """The steps of a search, or the history of the one training that moved lambda itself."""
-    rows: list[dict[str, Any]] = search.get("history") or search["steps"]
-    return rows
+    return [as_row(row) for row in search.history or search.steps]

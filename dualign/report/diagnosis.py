@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dualign.core.records import Betas
+from dualign.core.records import Betas, as_row
 from dualign.params.base import SHARES
 from dualign.report.formatting import number, percent
 
@@ -54,18 +54,18 @@ def other_betas(table: Betas) -> list[Row]:
 
     `in_use` marks the run's own beta, `guess` a row with fewer effective samples than `min_ess`.
     Where the limit is out of reach, `lam` is None."""
-    rows: list[Any] = [*table["rows"]]
-    return [
-        {
-            "beta": row["beta"],
-            "in_use": row["beta"] == table["beta"],
-            "guess": row.get("ess", np.inf) < table["min_ess"],
-            "infeasible": row.get("infeasible", ""),
-            "lam": None if row["lam"] is None else _interval(row, "lam"),
-            **{key: _interval(row, key) for key in ("reward", "kl", "p_unsafe", "ess")},
-        }
-        for row in rows
-    ]
+    return [_beta_row(as_row(row), table) for row in table.rows]
+
+
+def _beta_row(row: Row, table: Betas) -> Row:
+    return {
+        "beta": row["beta"],
+        "in_use": row["beta"] == table.beta,
+        "guess": row.get("ess", np.inf) < table.min_ess,
+        "infeasible": row.get("infeasible", ""),
+        "lam": None if row["lam"] is None else _interval(row, "lam"),
+        **{key: _interval(row, key) for key in ("reward", "kl", "p_unsafe", "ess")},
+    }
 
 
 def _interval(row: Mapping[str, Any], key: str) -> dict[str, float | None]:
@@ -155,15 +155,13 @@ def additional_by_step(steps: Sequence[Mapping[str, Any]]) -> list[Row]:
     if not rows or not all(rows):
         return []
     prices = [step.get("prices") or [] for step in steps]
-    return [
-        {
-            **known,
-            "means": [row[k]["mean"] for row in rows],
-            "prices": [paid[k] for paid in prices] if all(prices) else [],
-        }
-        for k, known in enumerate(rows[-1])
-        if known["mean"] is not None
-    ]
+    found = []
+    for k, known in enumerate(rows[-1]):
+        if known["mean"] is not None:
+            means = [row[k]["mean"] for row in rows]
+            paid = [step[k] for step in prices] if all(prices) else []
+            found.append({**known, "means": means, "prices": paid})
+    return found
 
 
 def required_in_words(required: Mapping[str, Any]) -> dict[str, Any]:

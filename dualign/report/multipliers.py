@@ -70,15 +70,15 @@ def _certified(root: Path, certificate: Mapping[str, Any]) -> Row:
 def _searched(search: SearchResult | None, prices: list[float]) -> Row:
     if search is None:
         return _row(None)
-    chosen = search["steps"][search["chosen"]]
-    tilts = search["returns"] != "mixture" and not search.get("naive")
-    return _row(chosen["lam"], chosen["q"], tilts and chosen["prices"] in ([], prices), tilts)
+    chosen = search.steps[search.chosen]
+    tilts = search.returns != "mixture" and not search.naive
+    return _row(chosen.lam, chosen.q, tilts and chosen.prices in ([], prices), tilts)
 
 
 def _prices(root: Path) -> list[float]:
     """The pool's prices of additional constraints, which the predicted frontier includes."""
     known = read_optional_record(root / "data/dual/dual.json", SolvedDual)
-    return [price["lam"] for price in known["prices"]] if known else []
+    return [price.lam for price in known.prices] if known else []
 
 
 def _trained(metrics: Mapping[str, Any], kind: str) -> float | None:

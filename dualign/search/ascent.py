@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dualign.core.artifacts import write_json
-from dualign.core.records import AscentRecord, HistoryRow, read_record
+from dualign.core.records import AscentRecord, HistoryRow, as_row, read_record
 from dualign.core.schema import Message
 from dualign.evaluation.rollout import Scorers
 from dualign.params.base import TrainingParams
@@ -44,21 +44,19 @@ def ascend(
             _options(task.params),
             trainer.job(_training(task.params), seed, out),
         )
-        record: AscentRecord = {
-            "lam": metrics["lambda"],
-            "tokens": metrics["generated_tokens"],
-            "history": metrics["history"],
-        }
-        write_json(folder / _HISTORY, record)
+        record = AscentRecord(
+            lam=metrics["lambda"], tokens=metrics["generated_tokens"], history=metrics["history"]
+        )
+        write_json(folder / _HISTORY, as_row(record))
         trainer.save(policy, out, metrics)
     made = read_record(folder / _HISTORY, AscentRecord)
-    return Ascent(str(out), made["lam"], downsample(made["history"], _HISTORY_ROWS))
+    return Ascent(str(out), made.lam, downsample(made.history, _HISTORY_ROWS))
 
 
 def drawn_tokens(folder: Path) -> int:
     """Tokens that the ascent in `folder` drew; 0 where there was none."""
     path = folder / _HISTORY
-    return read_record(path, AscentRecord)["tokens"] if path.is_file() else 0
+    return read_record(path, AscentRecord).tokens if path.is_file() else 0
 
 
 def downsample(history: dict[str, list[float]], count: int) -> list[HistoryRow]:
@@ -70,13 +68,13 @@ def downsample(history: dict[str, list[float]], count: int) -> list[HistoryRow]:
     steps = len(columns["lambda"])
     parts = np.array_split(np.arange(steps), min(count, steps))
     return [
-        {
-            "step": int(part[-1]) + 1,
-            "lam": float(np.mean(columns["lambda"][part])),
-            "cost": float(np.mean(columns["cost"][part])),
-            "reward": float(np.mean(columns["reward"][part])),
-            "kl": float(np.mean(columns["kl"][part])),
-        }
+        HistoryRow(
+            step=int(part[-1]) + 1,
+            lam=float(np.mean(columns["lambda"][part])),
+            cost=float(np.mean(columns["cost"][part])),
+            reward=float(np.mean(columns["reward"][part])),
+            kl=float(np.mean(columns["kl"][part])),
+        )
         for part in parts
     ]
 

@@ -131,8 +131,8 @@ def goal(plan: Plan, solved: SolvedDual) -> tuple[float, float | None]:
     """The pool's multiplier and the cost to steer to (None: the limit), with the certificate margin
     where the row says so."""
     if plan.method.target == "limit":
-        return solved["lam"], None
-    return solved["lam_margin"], solved["target"]
+        return solved.lam, None
+    return solved.lam_margin, solved.target
 
 
 def trainings(plan: Plan, start: TrainedPolicy) -> int:

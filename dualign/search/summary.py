@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
-from dualign.core.records import SearchResult, SearchStep
+from dualign.core.records import SearchResult, as_row
 from dualign.params.search import DualSearchParams
 from dualign.search.journal import Step
 from dualign.search.loop import out_of_tokens
@@ -68,7 +68,7 @@ def summary(search: Search, steps: Sequence[Step], stopped: str, before: int) ->
     params = search.params
     chosen = choose(search, steps, stopped)
     retrains = params.online is not None and params.online.retrain_reward  # pi_r beside the policy
-    found: SearchResult = {
+    found: dict[str, Any] = {
         "name": search.plan.name,
         "method": method.name,
         "title": method.title,
@@ -93,10 +93,10 @@ def summary(search: Search, steps: Sequence[Step], stopped: str, before: int) ->
     if method.rule == "projected_subgradient":
         found["slater_radius"] = search.context.radius
         found["slater_from"] = "pool" if params.slater_radius == "pool" else "params"
-    return found
+    return SearchResult.model_validate(found)
 
 
-def _row(search: Search, steps: Sequence[Step]) -> SearchStep:
+def _row(search: Search, steps: Sequence[Step]) -> dict[str, Any]:
     """The last of these steps as a summary holds it; after Newton's rule with what each estimate
     says comes next.
     """
@@ -115,25 +115,22 @@ def _row(search: Search, steps: Sequence[Step]) -> SearchStep:
     del row["covariance"]
     if search.plan.method.rule == "newton" and not step.closing:
         row["next"] = asdict(corrections(steps, search.target, search.params.beta))
-    return cast(SearchStep, row)
+    return row
 
 
 def numbers(result: SearchResult) -> dict[str, Any]:
     """The returned step and what the search took, as metrics hold them, which know no lists:
     additional constraints and their prices by name."""
-    step = result["steps"][result["chosen"]]
+    step = result.steps[result.chosen]
     additional = {
-        known["name"]: {"mean": known["mean"], "error": known["error"], "limit": known["limit"]}
-        for known in step["additional"]
+        known.name: {"mean": known.mean, "error": known.error, "limit": known.limit}
+        for known in step.additional or ()
     }
-    prices = dict(zip(additional, step["prices"], strict=False))  # only some searches have any
+    prices = dict(zip(additional, step.prices, strict=False))  # only some searches have any
+    spent = {"feasible", "trainings", "generated_tokens", "labels", "comparisons"}
     return {
-        **step,
+        **as_row(step),
         "additional": additional,
         "prices": prices,
-        "feasible": result["feasible"],
-        "trainings": result["trainings"],
-        "generated_tokens": result["generated_tokens"],
-        "labels": result["labels"],
-        "comparisons": result["comparisons"],
+        **result.model_dump(include=spent),
     }

@@ -64,5 +64,6 @@ def losses(scratch: Path, folders: Sequence[Path]) -> list[LossRow]:
     rows: list[LossRow] = []
     for path in (path for folder in folders for path in listed(folder, f"*{_LOSSES}")):
         training = path.relative_to(scratch).as_posix().removesuffix(_LOSSES)
-        rows += [{**row, "training": training} for row in read_record(path, list[LossRow])]
+        own = read_record(path, list[LossRow])
+        rows += [row.model_copy(update={"training": training}) for row in own]
     return rows

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NotRequired, get_origin, get_type_hints
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from dualign.core import records
 from dualign.core.artifacts import read_optional_json, write_json
@@ -15,8 +16,10 @@ from dualign.core.records import (
     TRAINED,
     Certified,
     Evaluated,
+    Record,
     SearchResult,
     SolvedDual,
+    as_row,
     read_evaluated,
     read_optional_record,
     read_record,
@@ -28,7 +31,7 @@ from tests.written import helpful, lagrangian, safety, searched, solved
 RECORDS = {
     name: kind
     for name, kind in vars(records).items()
-    if hasattr(kind, "__required_keys__") and kind.__module__ == records.__name__
+    if isinstance(kind, type) and issubclass(kind, Record) and kind is not Record
 }
 WHOLE: dict[str, Any] = {
     "dual": (SolvedDual, solved(prices=[{"name": "short"}])),
@@ -55,10 +58,9 @@ def test_another_shape_is_refused_with_file_and_key(
         assert said.split(": ")[1] in required(kind)
 
 
-def required(kind: Any) -> list[str]:
-    """The keys that a record must have; `__required_keys__` knows no NotRequired in a string."""
-    hints = get_type_hints(kind, include_extras=True).items()
-    return [key for key, hint in hints if get_origin(hint) is not NotRequired]
+def required(kind: type[Record]) -> list[str]:
+    """The keys that a record must have."""
+    return [name for name, field in kind.model_fields.items() if field.is_required()]
 
 
 @pytest.mark.parametrize("key", ["feasible", "history", "naive", "slater_radius"])
@@ -77,7 +79,7 @@ def test_every_key_must_be_there_and_of_its_type(tmp_path: Path, name: str) -> N
     kind, whole = WHOLE[name]
     path = tmp_path / "file.json"
     write_json(path, whole)
-    assert read_record(path, kind) == json.loads(path.read_text()), "nothing of the file is lost"
+    assert as_row(read_record(path, kind)) == json.loads(path.read_text()), "nothing is lost"
     for key in required(kind):
         for broken in ({k: v for k, v in whole.items() if k != key}, {**whole, key: {"odd": []}}):
             write_json(path, broken)
@@ -121,9 +123,15 @@ def test_files_that_may_be_missing(tmp_path: Path) -> None:
     write_json(tmp_path / "odd.json", [])
     with pytest.raises(DataError, match=r"odd.json: not a JSON object"):
         read_optional_json(tmp_path / "odd.json")
-    assert Evaluated.__required_keys__ and Certified.__required_keys__
+    assert required(Evaluated) and required(Certified)
 
 
 def test_the_named_multiplier() -> None:
-    known: Any = solved(lam_margin=1.5)
+    known = SolvedDual(**solved(lam_margin=1.5))
     assert solved_multiplier(known, "dual") == 0.8 and solved_multiplier(known, "margin") == 1.5
+
+
+def test_records_are_frozen() -> None:
+    known = SolvedDual(**solved())
+    with pytest.raises(ValidationError, match="frozen"):
+        known.lam = 2.0  # type: ignore[misc]

@@ -16,6 +16,7 @@ from scipy.optimize import minimize
 
 from dualign.certify.candidates import candidate_policies
 from dualign.core.errors import InfeasibleError, ParamsError
+from dualign.core.records import PriceRow
 from dualign.core.schema import user
 from dualign.math.constraints import (
     Constraint,
@@ -182,7 +183,7 @@ def test_prices_come_back_from_their_file() -> None:
         Price(Constraint("short", "length", 25.0), 0.0, 12.5),
     ]
     rows = [found.as_dict() for found in prices]
-    assert prices_in({"lam": 1.0, "prices": rows}) == prices and prices_in({"lam": 1.0}) == []
+    assert prices_in([PriceRow(**row) for row in rows]) == prices and prices_in([]) == []
     assert set(rows[0]) == {
         "name",
         "quantity",

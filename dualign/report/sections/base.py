@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from dualign.core.records import Frontier, SolvedDual, read_optional_record
+from dualign.core.records import Frontier, SolvedDual, as_row, read_optional_record
 from dualign.params.evaluate import ReportParams
 from dualign.report.charts import svg
 from dualign.report.comparison import REFERENCE, compare, read_answers
@@ -51,13 +51,14 @@ class FinishedRun:
     @cached_property
     def dual(self) -> Row:
         """data/dual/dual.json, empty where the pool's dual was not solved."""
-        return {**(read_optional_record(self.root / "data/dual/dual.json", SolvedDual) or {})}
+        found = read_optional_record(self.root / "data/dual/dual.json", SolvedDual)
+        return as_row(found) if found else {}
 
     @cached_property
     def curve(self) -> list[Row]:
         """The frontier that the pool predicts."""
         found = read_optional_record(self.root / "data/dual/frontier.json", Frontier)
-        return [{**row} for row in found["rows"]] if found else []
+        return [as_row(row) for row in found.rows] if found else []
 
     @cached_property
     def rows(self) -> list[Row]:

@@ -10,7 +10,13 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from dualign.core.artifacts import listed, read_optional_json
-from dualign.core.records import PreparedMetrics, Provenance, read_optional_record, read_record
+from dualign.core.records import (
+    PreparedMetrics,
+    Provenance,
+    as_row,
+    read_optional_record,
+    read_record,
+)
 from dualign.params.stages import STAGES
 from dualign.report.formatting import MINUS, NONE, compact, spoken
 from dualign.report.sections.base import FinishedRun, Row, Section
@@ -66,7 +72,7 @@ def _quarantine(root: Path) -> list[tuple[str, int]]:
     ones only.
     """
     found = read_optional_record(root / "reports/metrics/prepare.json", PreparedMetrics)
-    counts = Counter(found["rejected"] if found else {})
+    counts = Counter(found.rejected if found else {})
     return [(reason.replace("_", " "), count) for reason, count in counts.most_common()]
 
 
@@ -141,8 +147,9 @@ def _fact(key: str, value: Any) -> str:
 def provenance(root: Path) -> list[Row]:
     """What each stage took, in the order of the pipeline."""
     order = list(STAGES)
-    written: list[Any] = [
-        read_record(path, Provenance) for path in listed(root / "reports/provenance", "**/*.json")
+    written = [
+        as_row(read_record(path, Provenance))
+        for path in listed(root / "reports/provenance", "**/*.json")
     ]
     rows = [
         row for row in written if row["stage"] != "report"

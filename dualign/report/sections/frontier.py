@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dualign.core.records import FrontierRow, read_evaluated, read_optional_record
+from dualign.core.records import FrontierRow, as_row, read_evaluated, read_optional_record
 from dualign.report.charts.frontier import Knot, Point, frontier
 from dualign.report.charts.svg import Range
 from dualign.report.formatting import number, spoken
@@ -97,7 +97,7 @@ def _point(row: Row, cost: str, reward: str, foreseen: Row | None) -> Point:
 
 def _knot(row: Row | FrontierRow) -> Knot:
     """A row of frontier.json, or of the exact frontier, which has no intervals."""
-    at: Row = {**row}
+    at = as_row(row) if isinstance(row, FrontierRow) else row
     extras = [("P(unsafe)", "p_unsafe"), ("KL", "kl"), ("effective samples", "ess")]
     told = [f"{name} {number(at[key])}" for name, key in extras if at.get(key) is not None]
     title = f"λ {number(at['lam'])}: cost {number(at['cost'])}, reward {number(at['reward'])}"
