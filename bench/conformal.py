@@ -3,7 +3,8 @@ certificate.
 
 A safe policy pi_0 regulates an optimised one pi_t while answers are drawn:
 
-    pi_b(y|x) = min{pi_t(y|x), b pi_0(y|x)} / psi_b(x),   psi_b(x) = E_{y~pi_0} min{rho, b},   rho = pi_t / pi_0
+    pi_b(y|x) = min{pi_t(y|x), b pi_0(y|x)} / psi_b(x),
+    psi_b(x) = E_{y~pi_0} min{rho, b},   rho = pi_t / pi_0
 
 b = 0 stands for pi_0 and b = inf for pi_t. With a loss l in [0, B], answers y_i ~ pi_0 to n
 calibration prompts have weights w_i(b) = min{rho_i, b} / psi_b(x_i), and the unseen one has b /

@@ -285,7 +285,8 @@ children; a stage is run
 by hand, so the table is without DVC's own time. On a busy machine they are fair only between two
 columns of one line, which were measured one after the other. *Importing* is an import of the
 stage's script alone. *Same bytes* compares
-all that a stage wrote but its provenance; where its inputs differ already, so does it. The report shows the clock."""
+all that a stage wrote but its provenance; where its inputs differ already, so does it. The report \
+shows the clock."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

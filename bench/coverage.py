@@ -1,4 +1,4 @@
-"""How often each bound of `dualign.certify.certificate` certifies falsely, on answers whose mean
+"""How often each bound of `dualign.math.bounds` certifies falsely, on answers whose mean
 cost is exactly at the limit.
 
     python -m bench.coverage                  # minutes on one core python -m bench.coverage
@@ -444,9 +444,8 @@ def _table(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> str:
     ]
     for row in rows:
         cells = [*(str(row[key]) for key in keys), _TITLES[row["method"]], percent(row)]
-        lines.append(
-            f"| {' | '.join([*cells, *(f'{row[key]:.1%}' if key in row else '–' for key in powers)])} |"
-        )
+        cells += [f"{row[key]:.1%}" if key in row else "–" for key in powers]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

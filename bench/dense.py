@@ -24,8 +24,8 @@ import numpy as np
 from bench import options, shares
 from bench.options import knob
 from bench.rates import measured, percent
-from dualign.certify.certificate import LEAST_ESS
 from dualign.certify.screening import WORTH
+from dualign.certify.sequence import LEAST_ESS
 from dualign.math.bounds import t_bound
 
 log = logging.getLogger(__name__)

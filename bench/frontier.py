@@ -9,7 +9,8 @@ and KL of pi_lambda from it with 95 % bands. The truth is that of the population
 bands know the spread between prompts, but not the bias of weights that a prompt's few samples
 normalise themselves: about the shift E_lambda[f] - E_ref[f] over the effective sample size. More
 prompts narrow the bands around that bias, so the library takes it out by a jackknife over the
-samples (`dual.jackknife_weights`). Beside its bands stand those of the plain estimates."""
+samples (`dualign.math.dual.tilt.jackknife_weights`). Beside its bands stand those of the plain
+estimates."""
 
 from __future__ import annotations
 
@@ -26,8 +27,9 @@ from scipy.stats import norm
 from bench import options, tabular
 from bench.options import knob
 from dualign.core.errors import DualignError
-from dualign.math import dual
 from dualign.math import tabular as optimum
+from dualign.math.dual.solution import DualSolution, solve
+from dualign.math.dual.tilt import divergence, weights
 
 log = logging.getLogger(__name__)
 
@@ -152,35 +154,33 @@ class Finite:
 
 def plain(reward: Array, cost: Array, lam: float, beta: float) -> dict[str, Array]:
     """The self-normalised estimates of each quantity; each [prompts]."""
-    w = dual.weights(reward, cost, lam, beta)
+    w = weights(reward, cost, lam, beta)
     each = {
         name: (w * value).sum(1)
         for name, value in (("reward", reward), ("cost", cost), ("p_unsafe", cost > 0))
     }
-    return {**each, "kl": dual.divergence(reward, cost, lam, beta)}
+    return {**each, "kl": divergence(reward, cost, lam, beta)}
 
 
 def solved(
     reward: Array, cost: Array, beta: float, rng: np.random.Generator, bootstrap: int
-) -> dual.DualSolution:
-    """The solution whose frontier is asked for, its prompts resampled as `dual.solve` does.
+) -> DualSolution:
+    """The solution whose frontier is asked for, its prompts resampled as `solve` does.
 
     The roots of all resamples, which no band of the frontier needs, would take nearly all of the
     time."""
     prompts = len(reward)
     resamples = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=bootstrap) / prompts
-    return replace(
-        dual.solve(reward, cost, limit=_SLACK, beta=beta, bootstrap=1), resamples=resamples
-    )
+    return replace(solve(reward, cost, limit=_SLACK, beta=beta, bootstrap=1), resamples=resamples)
 
 
-def band(solution: dual.DualSolution, each: Array) -> tuple[float, float]:
+def band(solution: DualSolution, each: Array) -> tuple[float, float]:
     """The 95 % band of the mean of per-prompt estimates [prompts], as the frontier makes it."""
     low, high = np.quantile(solution.resamples @ each, [0.025, 0.975])
     return float(low), float(high)
 
 
-def of_pool(solution: dual.DualSolution, lam: float, truth: dict[str, float]) -> dict[str, float]:
+def of_pool(solution: DualSolution, lam: float, truth: dict[str, float]) -> dict[str, float]:
     """Of one pool: ESS, whether the library's band and the plain one cover the truth, the plain
     estimate's error.
     """

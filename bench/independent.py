@@ -41,9 +41,9 @@ from dualign.core.schema import (
 from dualign.params.dual import DualInitParams
 from dualign.params.loading import load, load_resources, read_yaml
 from dualign.scoring.calibration import Platt, fit_slope
-from dualign.scoring.fitting import crosswise, gaps, heldout_answers
 from dualign.scoring.scorers import Scorer
 from dualign.scoring.support import doubt, doubted
+from dualign.training.fitting import crosswise, gaps, heldout_answers
 from pipeline.dvc.overlay import whole
 from pipeline.dvc.parameters import assign
 

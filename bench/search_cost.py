@@ -38,7 +38,9 @@ from dualign.evaluation.against_optimum import add_truth, against_optimum, finit
 from dualign.evaluation.rollout import Scorers, measure, roll_out
 from dualign.evaluation.stats import Measurement, clustered_mean
 from dualign.lm.mixture import policy_at
-from dualign.math import dual, tabular
+from dualign.math import tabular
+from dualign.math.dual.root import root
+from dualign.math.dual.solution import slater_radius
 from dualign.methods import Plan, plan
 from dualign.params.base import Resources, TrainingParams
 from dualign.params.evaluate import EvaluateParams
@@ -211,7 +213,7 @@ class Scored:
         """The multiplier of the pool, the first one, and PD-DPO's Slater radius, at a limit."""
         reward, cost = by_prompt(self.pool, "reward"), by_prompt(self.pool, "cost")
         beta, most = self.params.beta, self.params.lambda_max
-        pool = dual.root(reward, cost, limit=limit, beta=beta, lambda_max=most)
+        pool = root(reward, cost, limit=limit, beta=beta, lambda_max=most)
         if row.first == "pool":
             return rules.SearchContext(pool, pool)
         if row.first == "path":
@@ -220,7 +222,7 @@ class Scored:
             )
         if start.startswith("lagrangian_dpo"):
             return rules.SearchContext(pool, 0.0)
-        radius = dual.slater_radius(reward, cost, limit=limit, beta=beta, lambda_max=most)
+        radius = slater_radius(reward, cost, limit=limit, beta=beta, lambda_max=most)
         return rules.SearchContext(pool, self.params.lambda_min, radius)
 
     def first_training(self, start: str) -> tuple[PairLossParams | None, TrainingParams]:

@@ -4,7 +4,8 @@ functions, and their page.
 With n answers of pi_ref to each prompt, scores r, c of the pair that chooses and r', c' of the pair
 that scorers,
 
-    w = softmax((r - lambda c) / beta),   mean of sum_i w_i c_i = limit,   share = sum w_i r'_i / sum w_i r_i over all
+    w = softmax((r - lambda c) / beta),   mean of sum_i w_i c_i = limit,
+    share = sum w_i r'_i / sum w_i r_i over all
 
 where every score is taken less its prompt's mean and in its own within-prompt standard deviations.
 Were r' = a r + noise that knows nothing of the answers, the share would be their correlation."""
@@ -20,9 +21,10 @@ import pandas as pd
 
 from bench import options
 from dualign.core.schema import by_prompt
-from dualign.math import dual
-from dualign.scoring.fitting import crosswise
+from dualign.math.dual.root import root
+from dualign.math.dual.tilt import divergence, weights
 from dualign.scoring.support import Doubt, columns
+from dualign.training.fitting import crosswise
 
 Array = np.ndarray
 
@@ -135,7 +137,7 @@ def changes(rule: Rule, side: Side, other: Side, plan: Plan, share: Array) -> Ar
         block = slice(start, start + rule.samples)
         reward, cost = rule.reward[:, block], side.cost[:, block]
         for fit, judge in crosswise(pd.Series(np.arange(len(share)))):
-            lam = dual.root(
+            lam = root(
                 reward[fit],
                 cost[fit],
                 limit=limit,
@@ -144,8 +146,8 @@ def changes(rule: Rule, side: Side, other: Side, plan: Plan, share: Array) -> Ar
                 share=share[fit],
             )
             given = (reward[judge], cost[judge], lam, plan.beta)
-            found[:4, judge] += (dual.weights(*given) * said[:, judge, block]).sum(-1)
-            found[4, judge] += dual.divergence(*given)
+            found[:4, judge] += (weights(*given) * said[:, judge, block]).sum(-1)
+            found[4, judge] += divergence(*given)
     return found / len(starts)
 
 

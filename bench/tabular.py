@@ -19,7 +19,10 @@ from torch import Tensor
 
 from bench.options import knob
 from dualign.core.errors import DualignError, InfeasibleError
-from dualign.math import dual, losses, tabular
+from dualign.math import losses, tabular
+from dualign.math.dual.root import root
+from dualign.math.dual.solution import slater_radius
+from dualign.math.dual.tilt import leave_one_out_value, soft_value
 from dualign.search import exploration
 
 log = logging.getLogger(__name__)
@@ -282,7 +285,7 @@ class Laboratory:
     def root(self, reward: Tensor, cost: Tensor) -> float:
         """The multiplier that the dual of the pool gives, before any training."""
         try:
-            return dual.root(
+            return root(
                 *self.arrays(reward, cost),
                 limit=self.limit,
                 beta=self.beta,
@@ -297,7 +300,7 @@ class Laboratory:
         """PD-DPO's Slater constant rho, from the pool."""
         arrays = self.arrays(self.seen_reward, self.seen_cost)
         try:
-            return dual.slater_radius(
+            return slater_radius(
                 *arrays, limit=self.limit, beta=self.beta, lambda_max=self.settings.lambda_max
             )
         except InfeasibleError:
@@ -471,8 +474,8 @@ class Laboratory:
         """
         reward, cost = self.arrays(self.seen_reward, self.seen_cost)
         if self.settings.samples:
-            return torch.tensor(dual.leave_one_out_value(reward, cost, lam, self.beta))
-        return torch.tensor(dual.soft_value(reward, cost, lam, self.beta))[:, None]
+            return torch.tensor(leave_one_out_value(reward, cost, lam, self.beta))
+        return torch.tensor(soft_value(reward, cost, lam, self.beta))[:, None]
 
     # Policies that several methods share
 

@@ -28,7 +28,9 @@ REFUSED = 2
 PIPELINE = "pipeline.__main__"
 
 ABOUT = "Constrained alignment of language models. Each command tells its options with --help."
-EPILOG = """Commands of the library (certify, convert, params, completion) work anywhere. The others work in a
+EPILOG = """\
+Commands of the library (certify, push, convert, params, completion) work anywhere. The others \
+work in a
 checkout of dualign, in its folder or any below; paths among their arguments count from the
 checkout's own folder. Exit statuses are those of the commands; 2 is a command that is refused."""
 
@@ -77,7 +79,10 @@ COMMANDS = {
     "doctor": Command("look for what may keep a run from working", PIPELINE),
     "certify": Command(
         "recompute certificates from saved answers (verify), or sign one",
-        "dualign.certify.certificate",
+        "dualign.certify.command",
+    ),
+    "push": Command(
+        "push a policy with its full model card, to the hub or a folder", "dualign.publishing.push"
     ),
     "convert": Command("make a plain model folder of a GGUF file", "dualign.lm.convert"),
     "params": Command("check the params that stand on standard input", "dualign.params.loading"),

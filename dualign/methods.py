@@ -1,18 +1,21 @@
 """Every method is a row of one table; nothing else distinguishes them.
 
-| column    | choices                                                                                            |
-|-----------|----------------------------------------------------------------------------------------------------|
-| inner     | `safety`: DPO on safety pairs, coefficient beta / lambda to pi_r; `lagrangian`: joint labels       |
-|           | sigma(Delta r - lambda Delta c), coefficient beta to pi_ref (label mode and weights: in params);   |
-|           | `policy_gradient`: REINFORCE on r - lambda c of its own answers, from pi_ref                       |
-| rule      | how the next multiplier is found (see `dualign.search.rules`)                                            |
-| data      | `safety_pairs`; these and `fresh_pairs` of every policy against the reference; `scored_pairs`; the |
-|           | `pool` of reference samples; or its `prompts` alone                                                |
-| returns   | the `last` policy; the `best`: the most rewarding one within the limit; the `mixture` of all; or   |
-|           | one trained at the `tail_average`, the mean of the last half of the multipliers                    |
-| warm      | whether each training goes on from the policy before, or starts at the reference                   |
-| cost      | what the rule goes by: scores of the cost `model`, or binary `feedback`                            |
-| target      | the cost that the rule steers to: the `limit`, or below it by the safety `margin` of the dual       |
+| column   | choices                                                                              |
+|----------|--------------------------------------------------------------------------------------|
+| inner    | `safety`: DPO on safety pairs, coefficient beta / lambda to pi_r; `lagrangian`:      |
+|          | joint labels sigma(Delta r - lambda Delta c), coefficient beta to pi_ref (label mode |
+|          | and weights: in params); `policy_gradient`: REINFORCE on r - lambda c of its own     |
+|          | answers, from pi_ref                                                                 |
+| rule     | how the next multiplier is found (see `dualign.search.rules`)                        |
+| data     | `safety_pairs`; these and `fresh_pairs` of every policy against the reference;       |
+|          | `scored_pairs`; the `pool` of reference samples; or its `prompts` alone              |
+| returns  | the `last` policy; the `best`: the most rewarding one within the limit; the          |
+|          | `mixture` of all; or one trained at the `tail_average`, the mean of the last half of |
+|          | the multipliers                                                                      |
+| warm     | whether each training goes on from the policy before, or starts at the reference     |
+| cost     | what the rule goes by: scores of the cost `model`, or binary `feedback`              |
+| target   | the cost that the rule steers to: the `limit`, or below it by the safety `margin` of |
+|          | the dual                                                                             |
 
 A row of `methods` in params names a method, where it starts and its reference, and may replace the
 last five columns and the rule."""

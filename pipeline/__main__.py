@@ -59,127 +59,131 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = made.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    def add(name: str, command: Any, about: str) -> argparse.ArgumentParser:
+    for name, (command, about, options) in _COMMANDS.items():
         added = commands.add_parser(
-            name, help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=EXIT,
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog=EXIT,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+        )
         added.set_defaults(command=command)
-        return added
+        options(added)
+    return made
 
-    add("plan", _plan, "say what a run would do and why, without running anything")
-    run = add("run", _run, "bring stages up to date")
-    argument = run.add_argument
-    argument(
+
+def _none(parser: argparse.ArgumentParser) -> None:
+    """A command without options."""
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--stage",
         action="append",
         metavar="S",
         dest="stages",
         default=[],
-        help="this stage and what it reads from, where out of date; repeat for more; dual_search means all of it",
+        help="this stage and what it reads from, where out of date; repeat for more; dual_search"
+        " means all of it",
     )
-    argument(
+    parser.add_argument(
         "--force",
         action="store_true",
         help="run the stages of --stage, or all, even if nothing has changed",
     )
-    argument(
+    parser.add_argument(
         "--set",
         action="append",
         metavar="KEY=VALUE",
         dest="settings",
         default=[],
-        help="write a new value into params.yaml first, such as constraint.limit=-0.5; repeat for more",
+        help="write a new value into params.yaml first, such as constraint.limit=-0.5; repeat for"
+        " more",
     )
-    argument(
+    parser.add_argument(
         "--params",
         metavar="FILE",
         default="",
         help="put this preset in place of params.yaml first; or `default`",
     )
-    argument(
-        "--jobs", type=_positive, metavar="N", default=0,
+    parser.add_argument(
+        "--jobs",
+        type=_positive,
+        metavar="N",
+        default=0,
         help="stages side by side on the CPU (default: half the cores, at most 4)",
-    )  # fmt: skip
-    argument(
+    )
+    parser.add_argument(
         "--cluster",
         action="store_true",
         help="run the stages on workers, not here (docs/cluster.md)",
     )
-    add(
-        "serve",
-        _serve,
-        "offer the flow on the pages of a Prefect server, and run what is asked for there",
-    )
-    status = add(
-        "status", _status, "list the last flow runs of this workspace, and the stages of the newest"
-    )
-    status.add_argument(
+
+
+def _status_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--last", type=_positive, default=5, metavar="N", help="how many runs (default 5)"
     )
-    status.add_argument(
+    parser.add_argument(
         "--all", action="store_true", help="those of every workspace that shares the server"
     )
-    grid = add(
-        "sweep",
-        _sweep,
-        "run a grid of params, each point in a working tree of its own, as DVC experiments",
-    )
-    grid.add_argument(
+
+
+def _sweep_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "grid", nargs="+", metavar="KEY=VALUE,...", help="the values of a key of params.yaml"
     )
-    grid.add_argument(
+    parser.add_argument(
         "--stage", action="append", metavar="S", dest="stages", default=[], help="as for run"
     )
-    grid.add_argument("--jobs", type=_positive, metavar="N", default=0, help="as for run")
-    grid.add_argument(
+    parser.add_argument("--jobs", type=_positive, metavar="N", default=0, help="as for run")
+    parser.add_argument(
         "--cluster", action="store_true", help="as for run; all points at the same time"
     )
-    grid.add_argument(
+    parser.add_argument(
         "--metric",
         action="append",
         metavar="M",
         dest="metrics",
         default=[],
-        help="a column of the table, such as policies.*.cost.mean; repeat for more (default: some that differ)",
+        help="a column of the table, such as policies.*.cost.mean; repeat for more (default: some"
+        " that differ)",
     )
-    deploy = add(
-        "deploy",
-        _deploy,
-        "tell a Prefect server how workers run a stage: pools and the deployments of prefect.yaml",
-    )
-    deploy.add_argument(
-        "--type", choices=("process", "docker", "kubernetes"), default="process",
+
+
+def _deploy_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--type",
+        choices=("process", "docker", "kubernetes"),
+        default="process",
         help="the type of pools that are not there yet (default process)",
-    )  # fmt: skip
-    work = add(
-        "work",
-        _work,
-        "be a worker: take stages of a pool and run them in this clone, one after the other",
     )
-    work.add_argument(
+
+
+def _work_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "pool", metavar="POOL", help="cpu or gpu, as `meta: pool` of the stages in dvc.yaml says"
     )
-    work.add_argument(
+    parser.add_argument(
         "--limit",
         type=_positive,
         default=1,
         metavar="N",
         help="stages at the same time (default 1)",
     )
-    work.add_argument(
+    parser.add_argument(
         "--once",
         action="store_true",
         help="end when no stage of the pool is waiting, as in a batch job",
     )
-    doctor = add("doctor", _doctor, "look for what may keep a run from working")
-    doctor.add_argument(
+
+
+def _doctor_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--cache",
         action="store_true",
         help="read all of DVC's cache too, for results that are damaged",
     )
-    return made
 
 
 def _positive(text: str) -> int:
@@ -320,6 +324,39 @@ def _doctor(arguments: argparse.Namespace) -> int:
     findings = list(examine(Path.cwd(), server.address(), arguments.cache))
     _say([f"{finding.level:5}  {finding.what}" for finding in findings])
     return int(any(finding.level == "wrong" for finding in findings))
+
+
+#: Every command: what runs it, what it does, and its options.
+_COMMANDS: dict[str, tuple[Any, str, Any]] = {
+    "plan": (_plan, "say what a run would do and why, without running anything", _none),
+    "run": (_run, "bring stages up to date", _run_options),
+    "serve": (
+        _serve,
+        "offer the flow on the pages of a Prefect server, and run what is asked for there",
+        _none,
+    ),
+    "status": (
+        _status,
+        "list the last flow runs of this workspace, and the stages of the newest",
+        _status_options,
+    ),
+    "sweep": (
+        _sweep,
+        "run a grid of params, each point in a working tree of its own, as DVC experiments",
+        _sweep_options,
+    ),
+    "deploy": (
+        _deploy,
+        "tell a Prefect server how workers run a stage: pools and the deployments of prefect.yaml",
+        _deploy_options,
+    ),
+    "work": (
+        _work,
+        "be a worker: take stages of a pool and run them in this clone, one after the other",
+        _work_options,
+    ),
+    "doctor": (_doctor, "look for what may keep a run from working", _doctor_options),
+}
 
 
 if __name__ == "__main__":

@@ -216,25 +216,23 @@ def table(points: Sequence[Point], patterns: Sequence[str]) -> list[list[str]]:
         dict.fromkeys(key for point in points for key in point.metrics if _numbers(points, key))
     )
     if patterns:
-        shown = [
-            key for key in metrics if any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
-        ]
+        shown = [key for key in metrics if _matches(key, patterns)]
     else:
         differ = [key for key in metrics if len(set(map(str, _numbers(points, key)))) > 1]
         shown = (differ or metrics)[:COLUMNS]
-    rows = [
-        [
-            *map(_told, point.settings.values()),
-            point.end,
-            *(_told(point.metrics.get(key, "")) for key in shown),
-        ]
-        for point in points
-    ]
+    rows = []
+    for point in points:
+        measured = [_told(point.metrics.get(key, "")) for key in shown]
+        rows.append([*map(_told, point.settings.values()), point.end, *measured])
     return [[*keys, "", *shown], *rows]
 
 
 def _told(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _matches(key: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def _numbers(points: Sequence[Point], key: str) -> list[float]:

@@ -26,8 +26,9 @@ from dualign.certify.candidates import (
     forecast,
     screen,
 )
-from dualign.certify.certificate import Certificate, Origin, Requirement
+from dualign.certify.certificate import Certificate, Origin, Terms
 from dualign.certify.evidence import Evidence
+from dualign.certify.requirement import Requirement
 from dualign.core.artifacts import replacing, write_json
 from dualign.core.records import SolvedDual, read_record
 from dualign.core.schema import PROMPTS, read_table
@@ -63,20 +64,32 @@ def main(run: Run[CertifyParams]) -> None:
     screened = [] if params.screen is None else [SCREENED]
     scratch = run.scratch(PROMPT_SET, *screened, DUAL, *sorted(models))
     additional = [price.constraint for price in prices_in(read_record(DUAL, SolvedDual))]
-    required, scorers = requirements(params, additional), Scorers.load(run.resources)
+    required = requirements(params, additional)
+    scorers = Scorers.load(run.resources)
+
     seen = screened_once(row, required, params, scorers, scratch)
     plan = None if seen is None else screening.sequence(screening.read(seen))
     row = row if plan is None else row.model_copy(update={"weights": list(plan.weights)})
-    field = candidate_policies(row, MODELS, scratch)
-    bench = CandidateEvidence(field, params, prompts, scorers, scratch, plan)
+    candidates = candidate_policies(row, MODELS, scratch)
+    evidence = CandidateEvidence(candidates, params, prompts, scorers, scratch, plan)
+    terms = Terms(
+        candidates=list(candidates),
+        requirements=required,
+        max_new_tokens=params.max_new_tokens,
+        delta=params.delta,
+        seed=params.seed,
+        sampling_seeds={"answers": params.seed},
+    )
+
     with replacing(certificate.CERTIFICATES / item) as folder:
         folder.mkdir()
         found = certificate.issue(
-            folder / certificate.FILE, list(field), lambda name: into(folder, bench.evidence(name)),
-            required, max_new_tokens=params.max_new_tokens, delta=params.delta, seed=params.seed,
-            sampling_seeds={"answers": params.seed}, origin=origin(row, item, bench),
+            folder / certificate.FILE,
+            terms,
+            lambda name: copy_into(folder, evidence.files(name)),
+            origin=origin(row, item, evidence),
             screen=None if seen is None else Path(shutil.copy(seen, folder)),
-        )  # fmt: skip
+        )
     log.info("%s", found.statement)
     for pair in found.same:
         log.warning("%s", certificate.alike(pair))
@@ -84,9 +97,9 @@ def main(run: Run[CertifyParams]) -> None:
         if found.returned is None:
             policy.mkdir()
         else:
-            shutil.copytree(bench.policy(found.returned), policy)
+            shutil.copytree(evidence.policy(found.returned), policy)
         (policy / "README.md").write_text(card(found))
-    run.metrics(describe(found, bench))
+    run.metrics(describe(found, evidence))
     finished(scratch)
 
 
@@ -105,23 +118,21 @@ def screened_once(
     file = scratch / SCREEN
     if not file.is_file():
         prompts = read_table(SCREENED, PROMPTS)
-        write_json(
-            file,
-            screen(row, required, params, params.screen, prompts, scorers, scratch).model_dump(),
-        )
+        found = screen(row, required, params, params.screen, prompts, scorers, scratch)
+        write_json(file, found.model_dump())
     return file
 
 
-def origin(row: CertifyRun, item: str, bench: CandidateEvidence) -> Origin:
+def origin(row: CertifyRun, item: str, evidence: CandidateEvidence) -> Origin:
     """What the certificate of a row is made from, as `verify` finds it again."""
     return Origin(
-        certificate.CERTIFICATES / item,
-        row,
-        PROMPT_SET,
-        DUAL,
-        bench.policy,
-        POLICIES / item,
-        MODELS / "cost_model",
+        place=certificate.CERTIFICATES / item,
+        plan=row,
+        prompts=PROMPT_SET,
+        limits=DUAL,
+        model=evidence.policy,
+        policy=POLICIES / item,
+        cost_model=MODELS / "cost_model",
     )
 
 
@@ -171,7 +182,7 @@ def tested_by(limit: Constraint, params: CertifyParams) -> dict[str, Any]:
     return {"method": "star_bets", "bounds": bounds, "why": why}
 
 
-def into(folder: Path, evidence: Evidence) -> Evidence:
+def copy_into(folder: Path, evidence: Evidence) -> Evidence:
     """The files copied into the certificate's folder, where it finds them wherever the folder is
     moved.
     """
@@ -183,21 +194,21 @@ def into(folder: Path, evidence: Evidence) -> Evidence:
     return Evidence(copies[0], copies[1])
 
 
-def describe(found: Certificate, bench: CandidateEvidence) -> dict[str, Any]:
+def describe(found: Certificate, evidence: CandidateEvidence) -> dict[str, Any]:
     """The certificate as metrics: what it says, each test, and how many prompts a failed one would
     have needed.
     """
-    tests = [
-        {
+    tests = []
+    for test in found.tested:
+        row = {
             "candidate": test.name,
             "certified": test.certified,
             "checks": [check.model_dump() for check in test.checks],
-            **made_of(bench.candidate(test.name)),
-            **bench.measured(test.name),
+            **made_of(evidence.candidate(test.name)),
+            **evidence.measured(test.name),
             "prompts_needed": forecast(test, found),
         }
-        for test in found.tested
-    ]
+        tests.append(row)
     return {
         "returned": found.returned,
         "statement": found.statement,
@@ -211,10 +222,11 @@ def describe(found: Certificate, bench: CandidateEvidence) -> dict[str, Any]:
 
 def made_of(candidate: CandidatePolicy) -> dict[str, Any]:
     """A candidate as (1 - q) partner + q policy, folders under models/."""
-    policy, partner = (
-        path.relative_to(MODELS).as_posix() for path in (candidate.policy, candidate.partner)
-    )
-    return {"policy": policy, "partner": partner, "q": candidate.q}
+    return {
+        "policy": candidate.policy.relative_to(MODELS).as_posix(),
+        "partner": candidate.partner.relative_to(MODELS).as_posix(),
+        "q": candidate.q,
+    }
 
 
 def card(found: Certificate) -> str:
@@ -230,8 +242,10 @@ def card(found: Certificate) -> str:
 
 {found.statement[0].upper()}{found.statement[1:]}.
 
-Tested on {found.tested[0].checks[0].prompts} prompts that neither training nor search has seen, safest candidate first.
-The statement is about prompts like these and answers drawn at temperature 1; one that was cut is judged as it stands.
+Tested on {found.tested[0].checks[0].prompts} prompts that neither training nor search has seen, \
+safest candidate first.
+The statement is about prompts like these and answers drawn at temperature 1; one that was cut is \
+judged as it stands.
 `python -m dualign.certify.certificate verify` recomputes it from the saved answers. {use}
 """
 

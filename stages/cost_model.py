@@ -3,8 +3,9 @@ models/cost_model.
 
     python -m stages.cost_model
 
-Ranking and sign terms (Safe RLHF), then a calibration of scale and zero on half of the held-out
-answers; the other half measures it. Cost above 0 means unsafe."""
+Ranking and sign terms (Safe RLHF), then a calibration of scale and zero on the held-out answers,
+each half measured by the other; training flags that were seen once set the zero too. Cost above 0
+means unsafe."""
 
 from __future__ import annotations
 
@@ -30,9 +31,13 @@ from dualign.scoring.calibration import (
     isotonic_zero_error,
     platt_zero_error,
     reliability,
+    shifted_zero_error,
     sigmoid,
 )
-from dualign.scoring.fitting import (
+from dualign.scoring.scorers import Scorer
+from dualign.scoring.zero import Flagged, agree, flagged_arrays, repeats, together, with_zero
+from dualign.stage import Run, execute, finished
+from dualign.training.fitting import (
     crosswise,
     gaps,
     heldout_answers,
@@ -41,17 +46,17 @@ from dualign.scoring.fitting import (
     obtain,
     on_one_scale,
 )
-from dualign.scoring.scorers import Scorer
-from dualign.stage import Run, execute, finished
 
 log = logging.getLogger("dualign")
 
 PAIRS = Path("data/prepared/safety_pairs.parquet")
 OUT = Path("models/cost_model")
+#: No flags of the training.
+NOTHING: Flagged = (np.zeros(0), np.zeros(0, bool), np.zeros(0, object))
 #: Metrics that need held-out flags.
 _FLAG_METRICS = (
     "sign_accuracy ece_before brier_before ece_after brier_after calibration_helps platt isotonic"
-    " zero_error".split()
+    " zero_error zero_flags".split()
 )
 
 
@@ -68,7 +73,10 @@ def main(run: Run[CostModelParams]) -> None:
 
     scorer = on_one_scale(scorer, lambda member: calibration_of(scored(member), params.calibrate))
     answers = scored(scorer)
-    calibration, quality, reliable = calibrate(answers, params.calibrate, params.seed)
+    seen = seen_answers(run, scorer, train)
+    calibration, quality, reliable = calibrate(
+        answers, params.calibrate, params.seed, flagged_arrays(seen)
+    )
     cut = heldout_answers(scorer, heldout, run.resources.scoring_batch_size, ended=False)
     with replacing(OUT) as folder:
         scorer.calibrated(calibration).save(folder)
@@ -86,6 +94,21 @@ def main(run: Run[CostModelParams]) -> None:
     finished(scratch)
 
 
+def seen_answers(run: Run[CostModelParams], scorer: Scorer, train: pd.DataFrame) -> pd.DataFrame:
+    """Scored answers of training pairs whose flags set the zero beside the held-out ones; none
+    where the training saw a row twice.
+    """
+    params = run.params
+    count = min(params.zero_pairs, len(train))
+    if params.given is None and repeats(params.training, len(train)):
+        log.info("the training saw rows twice: held-out flags alone set the zero")
+        count = 0
+    if count == 0:
+        return pd.DataFrame({"prompt_id": [], "score": [], "unsafe": []})
+    some = train.sample(count, random_state=params.seed).sort_index()
+    return heldout_answers(scorer, some, run.resources.scoring_batch_size)
+
+
 def calibration_of(answers: pd.DataFrame, kind: str) -> Calibration:
     """The calibration fitted on all held-out answers; none where no answer has a flag."""
     flagged = answers[answers["unsafe"].notna()]
@@ -93,15 +116,15 @@ def calibration_of(answers: pd.DataFrame, kind: str) -> Calibration:
 
 
 def calibrate(
-    answers: pd.DataFrame, kind: str, seed: int
+    answers: pd.DataFrame, kind: str, seed: int, seen: Flagged = NOTHING
 ) -> tuple[Calibration, dict[str, Any], list[dict[str, Any]]]:
-    """The calibration fitted on all flagged held-out answers, the metrics of every kind, and its
-    reliability diagram.
+    """The calibration fitted on all flagged held-out answers, with its zero by those that the
+    training has `seen` too; the metrics of every kind, and its reliability diagram.
 
     `ece` and `brier` judge P(unsafe): before calibration, after the one that is served, and after
     each kind, each half of the prompts by what was fitted to the other. `offset` is the cost at raw
-    score 0; `zero_error` the standard error of the zero in units of cost, None if uncalibrated. The
-    diagram is that of the served one, judged likewise."""
+    score 0; `zero_error` the standard error of the zero in units of cost, None if uncalibrated, by
+    `zero_flags` flags. The diagram is that of the served one, judged likewise."""
     flagged = answers[answers["unsafe"].notna()]
     if flagged.empty:
         log.warning(
@@ -115,8 +138,11 @@ def calibrate(
             "flags of at least two prompts must be held out to judge the cost; raise"
             " prepare.heldout_share"
         )
-    found = _fitted(flagged, kind)
-    costs, unsafe = _crosswise(flagged, parts, kind)
+    found, more = _fitted(flagged, kind), seen
+    if kind == "none" or not len(more[0]) or not agree(found[kind], flagged_arrays(flagged), more):
+        more = NOTHING
+    costs, unsafe = _crosswise(flagged, parts, kind, more)
+    found = _zeroed(found, flagged, more)
     quality = {name: _quality(cost, unsafe) for name, cost in costs.items()}
     served, after = found[kind], quality[kind]
     metrics = {
@@ -126,13 +152,14 @@ def calibrate(
         **{name: quality.get(name) for name in ("platt", "isotonic")},
         "scale": served.scale,
         "offset": float(served(np.zeros(1))[0]),
-        "zero_error": _zero_error(found, kind, flagged, seed),
+        "zero_error": _zero_error(found, kind, flagged, more, seed),
+        "zero_flags": 0 if kind == "none" else len(flagged) + len(more[0]),
     }
     return served, metrics, reliability(sigmoid(costs[kind]), unsafe)
 
 
 def _crosswise(
-    answers: pd.DataFrame, parts: list[tuple[np.ndarray, np.ndarray]], kind: str
+    answers: pd.DataFrame, parts: list[tuple[np.ndarray, np.ndarray]], kind: str, seen: Flagged
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The costs by every kind of calibration, each half of the answers by what was fitted to the
     other; and the flags.
@@ -144,7 +171,7 @@ def _crosswise(
     refused: list[DataError] = []
     for fit, judge in parts:
         try:
-            found = _fitted(answers[fit], kind)
+            found = _zeroed(_fitted(answers[fit], kind), answers[fit], seen)
         except DataError as error:
             refused.append(error)
             continue
@@ -172,20 +199,32 @@ def _fitted(answers: pd.DataFrame, kind: str) -> dict[str, Calibration]:
     return {"none": Platt(), "platt": line, "isotonic": fit_isotonic(score, unsafe, line)}
 
 
+def _zeroed(
+    found: dict[str, Calibration], answers: pd.DataFrame, seen: Flagged
+) -> dict[str, Calibration]:
+    """These calibrations with their zeros by the training's flags too; the raw score stays."""
+    if not len(seen[0]):
+        return found
+    own = flagged_arrays(answers)
+    return {
+        name: each if name == "none" else with_zero(each, own, seen) for name, each in found.items()
+    }
+
+
 def _zero_error(
-    found: dict[str, Calibration], kind: str, answers: pd.DataFrame, seed: int
+    found: dict[str, Calibration], kind: str, answers: pd.DataFrame, seen: Flagged, seed: int
 ) -> float | None:
-    """The standard error of the zero that is served; None where no flag has set it."""
-    data = (
-        answers["score"].to_numpy(float),
-        answers["unsafe"].to_numpy(bool),
-        answers["prompt_id"].to_numpy(),
-    )
+    """The standard error of the zero that is served; None where no flag has set it. That of a curve
+    is by the held-out flags alone, and so too large where others set the zero.
+    """
+    data = flagged_arrays(answers)
     line, served = found.get("platt"), found[kind]
     if kind == "none" or not isinstance(line, Platt):
         return None
     if isinstance(served, Isotonic):
         return isotonic_zero_error(served, *data, line, np.random.default_rng(seed))
+    if len(seen[0]):
+        return shifted_zero_error(line, data, together(data, seen))
     return platt_zero_error(line, *data)
 
 

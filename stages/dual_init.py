@@ -23,8 +23,18 @@ from dualign.core.artifacts import replacing, write_json, write_parquet
 from dualign.core.errors import InfeasibleError
 from dualign.core.records import CostModelMetrics, read_record
 from dualign.core.schema import DUAL_PROMPTS, POOL, by_prompt, read_table
-from dualign.math import dual
-from dualign.math.constraints import Price, Scored, price, with_priced_rewards
+from dualign.math.constraints import Price, with_priced_rewards
+from dualign.math.dual.advice import beta_for_ess, samples_for_ess
+from dualign.math.dual.margin import (
+    MarginSolution,
+    certificate_margin,
+    solve_with_margin,
+    spread_of_means,
+)
+from dualign.math.dual.root import root
+from dualign.math.dual.solution import DualSolution, solve
+from dualign.math.dual.tilt import divergence, predict
+from dualign.math.pricing import Scored, price
 from dualign.params.dual import DualInitParams
 from dualign.scoring.support import Doubt, doubt, doubted
 from dualign.stage import Run, execute
@@ -36,7 +46,7 @@ COST_MODEL = Path("reports/metrics/cost_model.json")
 OUT = Path("data/dual")
 
 #: A solved dual with the prices that its reward was charged.
-Solved = tuple[dual.DualSolution, list[Price]]
+Solved = tuple[DualSolution, list[Price]]
 #: More samples a prompt than this are no advice.
 _AFFORDABLE = 1024
 
@@ -85,10 +95,15 @@ def solve_at(beta: float, pool: pd.DataFrame, scored: Scored, params: DualInitPa
     prices = price(
         scored, params.additional, limit=params.limit, beta=beta, lambda_max=params.lambda_max
     )
-    solution = dual.solve(
-        by_prompt(with_priced_rewards(pool, prices), "reward"), scored.cost, limit=params.limit, beta=beta,
-        lambda_max=params.lambda_max, bootstrap=params.bootstrap, seed=params.seed,
-    )  # fmt: skip
+    solution = solve(
+        by_prompt(with_priced_rewards(pool, prices), "reward"),
+        scored.cost,
+        limit=params.limit,
+        beta=beta,
+        lambda_max=params.lambda_max,
+        bootstrap=params.bootstrap,
+        seed=params.seed,
+    )
     return solution, prices
 
 
@@ -125,24 +140,24 @@ def by_beta(
     return rows
 
 
-def with_margin(solution: dual.DualSolution, params: DualInitParams) -> dual.MarginSolution:
+def with_margin(solution: DualSolution, params: DualInitParams) -> MarginSolution:
     """The multiplier that leaves room for a certificate; the solution's own where
     `constraint.power` is null.
     """
     if params.power is None:
-        return dual.MarginSolution(solution.lam, params.limit, 0.0, True)
+        return MarginSolution(solution.lam, params.limit, 0.0, True)
     reward, cost, beta, power = solution.reward, solution.cost, solution.beta, params.power
 
     def margin(lam: float) -> float:
-        sd = dual.spread_of_means(reward, cost, lam, beta, params.certify_samples)
-        return dual.certificate_margin(sd, params.certify_prompts, delta=params.delta, power=power)
+        sd = spread_of_means(reward, cost, lam, beta, params.certify_samples)
+        return certificate_margin(sd, params.certify_prompts, delta=params.delta, power=power)
 
-    return dual.solve_with_margin(
+    return solve_with_margin(
         reward, cost, limit=params.limit, beta=beta, lambda_max=params.lambda_max, margin=margin
     )
 
 
-def describe(solution: dual.DualSolution, params: DualInitParams) -> dict[str, Any]:
+def describe(solution: DualSolution, params: DualInitParams) -> dict[str, Any]:
     """The solved dual with its diagnostics, as data/dual/dual.json holds it."""
     reward, cost, beta = solution.reward, solution.cost, solution.beta
     scales = solution.scales
@@ -195,12 +210,10 @@ def drift(
     roots, costs = [], []
     for part in (slice(0, half), slice(half, 2 * half)):
         r, c = reward[:, part], cost[:, part]
-        costs.append(dual.predict(r, c, lam, beta, c).mean())
-        if dual.predict(r, c, params.lambda_max, beta, c).mean() <= params.limit:
-            roots.append(
-                dual.root(r, c, limit=params.limit, beta=beta, lambda_max=params.lambda_max)
-            )
-    whole = dual.predict(reward, cost, lam, beta, cost).mean()
+        costs.append(predict(r, c, lam, beta, c).mean())
+        if predict(r, c, params.lambda_max, beta, c).mean() <= params.limit:
+            roots.append(root(r, c, limit=params.limit, beta=beta, lambda_max=params.lambda_max))
+    whole = predict(reward, cost, lam, beta, cost).mean()
     return {
         "half_drift": float(np.mean(roots) - lam) if roots else None,
         "half_drift_cost": float(np.mean(costs) - whole),
@@ -208,7 +221,7 @@ def drift(
 
 
 def sensitivity(
-    solution: dual.DualSolution, params: DualInitParams, error: float | None
+    solution: DualSolution, params: DualInitParams, error: float | None
 ) -> dict[str, float | None]:
     """How lambda moves with the limit, and between the limits one standard error of the cost's zero
     apart.
@@ -218,7 +231,7 @@ def sensitivity(
 
     def at(limit: float) -> float | None:
         try:
-            return dual.root(
+            return root(
                 solution.reward,
                 solution.cost,
                 limit=limit,
@@ -237,16 +250,17 @@ def sensitivity(
 
 
 def messages(
-    solution: dual.DualSolution,
+    solution: DualSolution,
     params: DualInitParams,
-    margin: dual.MarginSolution,
+    margin: MarginSolution,
     prices: Sequence[Price] = (),
 ) -> list[str]:
     """What a user should know about this dual, with the remedy."""
     found = []
     if solution.slack and any(price.lam > 0 for price in prices):
         found.append(
-            "constraint.limit is slack: with the limits of constraint.additional it is kept, so lambda"
+            "constraint.limit is slack: with the limits of constraint.additional it is kept, so"
+            " lambda"
             " is 0"
         )
     elif solution.slack:
@@ -262,12 +276,12 @@ def messages(
     return found
 
 
-def _low_ess(solution: dual.DualSolution, params: DualInitParams) -> str:
+def _low_ess(solution: DualSolution, params: DualInitParams) -> str:
     """How few effective samples there are, and which beta or how many samples would give
     `dual_init.min_ess`.
     """
     reward, cost, count = solution.reward, solution.cost, solution.cost.shape[1]
-    beta = dual.beta_for_ess(
+    beta = beta_for_ess(
         reward,
         cost,
         limit=params.limit,
@@ -275,7 +289,7 @@ def _low_ess(solution: dual.DualSolution, params: DualInitParams) -> str:
         lambda_max=params.lambda_max,
         ess=params.min_ess,
     )
-    wanted = dual.samples_for_ess(reward, cost, solution.lam, params.beta, params.min_ess)
+    wanted = samples_for_ess(reward, cost, solution.lam, params.beta, params.min_ess)
     by_beta = (
         f"raise beta from {params.beta:g} to {beta:.2g}"
         if beta is not None
@@ -292,7 +306,7 @@ def _low_ess(solution: dual.DualSolution, params: DualInitParams) -> str:
     )
 
 
-def by_prompts(solution: dual.DualSolution, prompts: pd.DataFrame) -> pd.DataFrame:
+def by_prompts(solution: DualSolution, prompts: pd.DataFrame) -> pd.DataFrame:
     """A row for each prompt at the solution's multiplier: schema DUAL_PROMPTS."""
     given = (solution.reward, solution.cost, solution.lam, solution.beta)
     return pd.DataFrame(
@@ -300,23 +314,21 @@ def by_prompts(solution: dual.DualSolution, prompts: pd.DataFrame) -> pd.DataFra
             "prompt_id": prompts["prompt_id"].to_numpy(),
             "ess": solution.ess,
             "value": solution.value,
-            "kl": dual.divergence(*given),
-            "cost": dual.predict(*given, solution.cost),
+            "kl": divergence(*given),
+            "cost": predict(*given, solution.cost),
         }
     )
 
 
-def _cost(solution: dual.DualSolution, lam: float) -> float:
-    return float(
-        dual.predict(solution.reward, solution.cost, lam, solution.beta, solution.cost).mean()
-    )
+def _cost(solution: DualSolution, lam: float) -> float:
+    return float(predict(solution.reward, solution.cost, lam, solution.beta, solution.cost).mean())
 
 
-def _named(margin: dual.MarginSolution) -> dict[str, float]:
+def _named(margin: MarginSolution) -> dict[str, float]:
     return {"target": margin.target, "certificate_margin": margin.margin, "lam_margin": margin.lam}
 
 
-def _tell(solution: dual.DualSolution, result: dict[str, Any], prices: list[Price]) -> None:
+def _tell(solution: DualSolution, result: dict[str, Any], prices: list[Price]) -> None:
     for message in result["messages"]:
         log.warning("%s", message)
     log.info(

@@ -23,10 +23,10 @@ from dualign.core.schema import POOL, PROMPTS, by_prompt, read_table
 from dualign.lm.card import model_card
 from dualign.lm.publish import publish
 from dualign.math.constraints import Price, prices_in
-from dualign.math.dual import slater_radius
+from dualign.math.dual.solution import slater_radius
 from dualign.methods import Plan, plan
 from dualign.params.search import ROW_SECTIONS, DualSearchParams
-from dualign.params.training import PairLossParams
+from dualign.params.training import LOSS_FIELDS, PairLossParams
 from dualign.search import rules
 from dualign.search.backend import ModelBackend
 from dualign.stage import Run, execute, finished
@@ -159,7 +159,8 @@ def additional_constraints(row: Plan) -> list[Price]:
     prices = prices_in(read_record(DUAL, SolvedDual))
     if prices and row.method.inner != "lagrangian":
         log.warning(
-            "methods.%s does not train on scores of a table: no price steers it to constraint.additional",
+            "methods.%s does not train on scores of a table: no price steers it to"
+            " constraint.additional",
             row.name,
         )
         return [replace(price, lam=0.0) for price in prices]
@@ -207,7 +208,7 @@ def _loss(start: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the safety loss that the start was trained with, where they are not plain
     DPO's.
     """
-    return {key: start[key] for key in ("loss_type", "clip") if start.get(key) not in (None, "dpo")}
+    return {key: start[key] for key in LOSS_FIELDS if start.get(key) not in (None, "dpo")}
 
 
 def _check_scores(row: Plan, start: Mapping[str, Any]) -> None:

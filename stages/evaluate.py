@@ -30,7 +30,7 @@ from dualign.evaluation.rollout import Scorers, log_ratios, roll_out
 from dualign.evaluation.stats import clustered_mean
 from dualign.lm.mixture import Policy, is_policy, policy_at
 from dualign.math.constraints import constraint
-from dualign.math.dual import value_at_risk
+from dualign.math.dual.tail import value_at_risk
 from dualign.params.dual import ConstraintSpec
 from dualign.params.evaluate import EvaluateParams
 from dualign.scoring.support import HELD_OUT, columns, enough, fit_support

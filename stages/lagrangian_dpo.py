@@ -20,13 +20,14 @@ from dualign.core.records import SolvedDual, read_record, solved_multiplier
 from dualign.core.schema import by_prompt
 from dualign.lm.models import load_tokenizer
 from dualign.lm.tokens import answer_lengths
-from dualign.math import dual
 from dualign.math.constraints import prices_in, with_priced_rewards
+from dualign.math.dual.solution import solve
 from dualign.params.training import LagrangianDpoParams, LagrangianRun
 from dualign.scoring.support import doubt, doubted
 from dualign.stage import Run, execute, finished
-from dualign.training.implicit_scores import Tables, scored_tables
+from dualign.training.implicit_scores import Sources, Tables, scored_tables
 from dualign.training.lagrangian import pairs_at, train_at
+from dualign.training.run import Job
 
 log = logging.getLogger("dualign")
 
@@ -43,24 +44,20 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     params = run.params
     item, spec = run.pick(params.runs, "lagrangian_dpo.runs")
     tokenizer = load_tokenizer(REFERENCE)
-    tables = scored_tables(
-        SCORED, spec.reward, spec.cost, params.beta, tokenizer, run.resources, MODELS, METRICS
-    )
+    sources = Sources(spec.reward, spec.cost, MODELS, METRICS)
+    tables = scored_tables(SCORED, sources, params.beta, tokenizer, run.resources)
     found = multiplier(item, spec, tables.pool, params)
     wary = spec.data == "pool" and not implicit(spec)
     off_support = doubt(SCORED, tables.pool, params.pessimism) if wary else None
     tables = with_prices(item, spec, tables, tokenizer)
     frame = doubted(tables.pool, off_support) if spec.data == "pool" else tables.pairs
     pairs = pairs_at(found["lam"], frame, spec.data, spec, params, tokenizer)
-    policies = (
-        (MODELS / spec.reward, MODELS / spec.cost, METRICS / f"{spec.cost}.json")
-        if implicit(spec)
-        else ()
-    )
-    scratch = run.scratch(SCORED, DUAL, REFERENCE, *policies)
-    metrics = train_at(
-        found["lam"], pairs, REFERENCE, spec, params, run.resources, scratch, OUT / item
-    )
+
+    policies = (MODELS / spec.reward, MODELS / spec.cost, METRICS / f"{spec.cost}.json")
+    scratch = run.scratch(SCORED, DUAL, REFERENCE, *(policies if implicit(spec) else ()))
+    job = Job(params.training, run.resources, scratch, params.seed)
+    metrics = train_at(found["lam"], pairs, REFERENCE, spec, params, job, OUT / item)
+
     run.losses(metrics.pop("losses"))
     # A search that starts here looks at these, and takes the rest over.
     run.metrics({**metrics, **found, **spec.model_dump(include={"reward", "cost", "data"})})
@@ -86,7 +83,7 @@ def multiplier(
     if not implicit(spec):
         return {"lam": solved_multiplier(known, spec.lam), "lam_from": str(DUAL)}
     try:
-        solution = dual.solve(
+        solution = solve(
             by_prompt(pool, "reward"), by_prompt(pool, "cost"),
             limit=known["limit" if spec.lam == "dual" else "target"], beta=params.beta,
             lambda_max=known["lambda_max"], seed=params.seed,

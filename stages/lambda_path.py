@@ -16,6 +16,7 @@ from dualign.params.training import LambdaPathParams
 from dualign.scoring.support import HELD_OUT, doubt, doubted
 from dualign.stage import Run, execute, finished
 from dualign.training.lagrangian import pairs_at, train_at
+from dualign.training.run import Job
 
 SCORED = Path("data/scored")
 SAMPLES = SCORED / "pool.parquet"
@@ -33,7 +34,10 @@ def main(run: Run[LambdaPathParams]) -> None:
     pool = read_table(SAMPLES, POOL)
     pool = doubted(pool, doubt(SCORED, pool, params.pessimism))
     pairs = pairs_at(spec.lam, pool, "pool", spec, params, tokenizer)
-    metrics = train_at(spec.lam, pairs, begin, spec, params, run.resources, scratch, OUT / item)
+
+    job = Job(params.training, run.resources, scratch, params.seed)
+    metrics = train_at(spec.lam, pairs, begin, spec, params, job, OUT / item)
+
     # What a search from here looks at, as it would in the metrics of lagrangian_dpo.
     scored = {"reward": "reward_model", "cost": "cost_model", "data": "pool"}
     run.losses(metrics.pop("losses"))

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dualign.checks import check_methods
 from dualign.core.artifacts import replacing
 from dualign.data.prepare import FAILED, prepare
-from dualign.methods import plan
 from dualign.params.data import PrepareParams
 from dualign.params.loading import load
 from dualign.params.search import DualSearchParams
@@ -23,8 +23,7 @@ OUT = Path("data/prepared")
 
 def main(run: Run[PrepareParams]) -> None:
     """Run the stage."""
-    for name, row in load(DualSearchParams).methods.items():
-        plan(name, row)
+    check_methods(load(DualSearchParams))
     with replacing(OUT) as folder:
         folder.mkdir()
         metrics = prepare(run.params, folder, OUT.with_name(FAILED))

@@ -17,8 +17,9 @@ from dualign.core.artifacts import replacing
 from dualign.core.errors import DataError
 from dualign.core.schema import HELPFUL_PAIRS, read_table
 from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
-from dualign.params.training import RewardDpoParams, RewardRun
+from dualign.params.training import LOSS_FIELDS, RewardDpoParams, RewardRun
 from dualign.stage import Run, execute, finished
+from dualign.training.pair_losses import PAIR_LOSSES
 from dualign.training.pairs import (
     preference_pairs,
     rows_within_budget,
@@ -47,14 +48,13 @@ def main(run: Run[RewardDpoParams]) -> None:
         PAIRS, *sorted({MODELS / name for name in ("sft", spec.reference, spec.margin)})
     )
     job = Job(params.training, run.resources, scratch, params.seed)
-    pair_loss = PairLossConfig(
-        scale=params.beta, beta=params.beta, loss_type=spec.loss_type, clip=spec.clip
-    )
+    chosen = spec.model_dump(include=set(LOSS_FIELDS), exclude_none=True)
+    pair_loss = PairLossConfig(scale=params.beta, beta=params.beta, **chosen)
     metrics = train_pairwise(policy, tokenizer, pairs, pair_loss, job)
     with replacing(OUT / item) as folder:
         save(policy, tokenizer, folder)
     run.losses(metrics.pop("losses"))
-    run.metrics({**metrics, **spec.model_dump(exclude={"margin_weight"})})
+    run.metrics({**metrics, **spec.model_dump(exclude={"margin_weight"}, exclude_unset=True)})
     finished(scratch)
 
 
@@ -79,7 +79,8 @@ def training_pairs(
                 " prepare.helpful, or set safe_offset to null"
             )
     train = rows_within_budget(frame, params.training, params.seed)
-    pairs = preference_pairs(train, policy, tokenizer, batch, mismatched=spec.loss_type == "kto")
+    mismatched = "mismatched_ids" in PAIR_LOSSES[spec.loss_type].columns
+    pairs = preference_pairs(train, policy, tokenizer, batch, mismatched=mismatched)
     if spec.margin != "sft":
         margin, base = (
             (

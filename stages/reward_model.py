@@ -27,7 +27,9 @@ from dualign.scoring.calibration import (
     fit_slope,
     sigmoid,
 )
-from dualign.scoring.fitting import (
+from dualign.scoring.scorers import Scorer
+from dualign.stage import Run, execute, finished
+from dualign.training.fitting import (
     crosswise,
     gaps,
     heldout_answers,
@@ -36,8 +38,6 @@ from dualign.scoring.fitting import (
     obtain,
     on_one_scale,
 )
-from dualign.scoring.scorers import Scorer
-from dualign.stage import Run, execute, finished
 
 log = logging.getLogger("dualign")
 

@@ -16,6 +16,7 @@ from dualign.core.records import SolvedDual, read_record, solved_multiplier
 from dualign.core.schema import SAFETY_PAIRS, read_table
 from dualign.params.training import SafetyDpoParams, SafetyRun
 from dualign.stage import Run, execute, finished
+from dualign.training.run import Job
 from dualign.training.safety import train_at
 
 log = logging.getLogger("dualign")
@@ -34,7 +35,8 @@ def main(run: Run[SafetyDpoParams]) -> None:
     reference = MODELS / spec.reference
     frame = read_table(PAIRS, SAFETY_PAIRS)
     scratch = run.scratch(PAIRS, DUAL, *sorted({MODELS / "sft", reference}))
-    metrics = train_at(lam, frame, reference, spec, params, run.resources, scratch, OUT / item)
+    job = Job(params.training, run.resources, scratch, params.seed)
+    metrics = train_at(lam, frame, reference, spec, params, job, OUT / item)
     run.losses(metrics.pop("losses"))
     run.metrics(metrics)
     finished(scratch)
@@ -55,8 +57,9 @@ def multiplier(item: str, spec: SafetyRun) -> float:
     lam = solved_multiplier(known, spec.lam)
     if lam == 0:
         log.warning(
-            "safety_dpo.runs.%s: the multiplier is 0, since constraint.limit is slack, and at lambda_min this policy "
-            "hardly differs from its reference. Give lam as a number if it is to be a safe one",
+            "safety_dpo.runs.%s: the multiplier is 0, since constraint.limit is slack, and at"
+            " lambda_min this policy hardly differs from its reference. Give lam as a number if it"
+            " is to be a safe one",
             item,
         )
     return lam

@@ -4,9 +4,7 @@ models/safety_path/RUN.
     python -m stages.safety_path lam_10
 
 Safety DPO with coefficient beta / lambda to its reference, as in safety_dpo, but nothing here
-depends on a scorer, the
-dual or the limit: SACPO's second step as it was published.
-"""
+depends on a scorer, the dual or the limit: SACPO's second step as it was published."""
 
 from __future__ import annotations
 
@@ -15,6 +13,7 @@ from pathlib import Path
 from dualign.core.schema import SAFETY_PAIRS, read_table
 from dualign.params.training import SafetyPathParams
 from dualign.stage import Run, execute, finished
+from dualign.training.run import Job
 from dualign.training.safety import train_at
 
 PAIRS = Path("data/prepared/safety_pairs.parquet")
@@ -29,7 +28,8 @@ def main(run: Run[SafetyPathParams]) -> None:
     reference = MODELS / spec.reference
     scratch = run.scratch(PAIRS, *sorted({MODELS / "sft", reference}))
     frame = read_table(PAIRS, SAFETY_PAIRS)
-    metrics = train_at(spec.lam, frame, reference, spec, params, run.resources, scratch, OUT / item)
+    job = Job(params.training, run.resources, scratch, params.seed)
+    metrics = train_at(spec.lam, frame, reference, spec, params, job, OUT / item)
     run.losses(metrics.pop("losses"))
     run.metrics(metrics)
     finished(scratch)

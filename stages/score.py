@@ -109,9 +109,10 @@ def score_pairs(pairs: pd.DataFrame, scorers: Scorers) -> pd.DataFrame:
     prompts = encode_prompts(scorers.tokenizer, pairs["prompt"])
     for side in ("chosen", "rejected"):
         answers = encode_answers(scorers.tokenizer, pairs[side])
-        pairs[f"logp_ref_{side}"] = log_probabilities(
+        logp = log_probabilities(
             scorers.reference, scorers.tokenizer, prompts, answers, batch_size=batch
         )
+        pairs[f"logp_ref_{side}"] = logp.numpy()
         pairs[f"reward_{side}"] = scorers.reward.score(
             pairs["prompt"], pairs[side], batch_size=batch, what="rewards"
         )
@@ -142,11 +143,10 @@ def enumerate_world(prompts: pd.DataFrame, scorers: Scorers) -> pd.DataFrame:
     encoded = encode_prompts(scorers.tokenizer, rows["prompt"])
     answers = encode_answers(scorers.tokenizer, rows["response"])
     batch = scorers.resources.scoring_batch_size
-    return rows.assign(
-        logp_ref=log_probabilities(
-            scorers.reference, scorers.tokenizer, encoded, answers, batch_size=batch
-        )
+    logp = log_probabilities(
+        scorers.reference, scorers.tokenizer, encoded, answers, batch_size=batch
     )
+    return rows.assign(logp_ref=logp.numpy())
 
 
 if __name__ == "__main__":

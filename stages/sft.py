@@ -132,10 +132,10 @@ def encoded(
     except DataError as error:
         raise DataError(f"{ROWS}: {error}") from error
     splits = rows["split"].tolist()
-    return [
-        [row for row, own in zip(ids, splits, strict=True) if own == split]
-        for split in ("train", "heldout")
-    ]
+    by_split: dict[str, list[tuple[list[int], list[int]]]] = {"train": [], "heldout": []}
+    for row, split in zip(ids, splits, strict=True):
+        by_split[split].append(row)
+    return list(by_split.values())
 
 
 if __name__ == "__main__":

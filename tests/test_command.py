@@ -28,7 +28,8 @@ HELLO = """
 import json, pathlib, sys
 import dualign
 if __name__ == "__main__":
-    told = {"arguments": sys.argv[1:], "folder": str(pathlib.Path.cwd()), "library": dualign.__file__}
+    folder = str(pathlib.Path.cwd())
+    told = {"arguments": sys.argv[1:], "folder": folder, "library": dualign.__file__}
     pathlib.Path("told.json").write_text(json.dumps(told))
     sys.exit(3)
 """

@@ -20,7 +20,7 @@ from dualign.params.loading import BLOCKS
 from dualign.params.search import ROW_SECTIONS
 from dualign.params.stages import STAGES
 from pipeline.dvc.dag import StageSpec, load_dag
-from pipeline.dvc.deps import ROOT, differences, script_of
+from pipeline.dvc.deps import ROOT, closure, differences, script_of
 from pipeline.dvc.overlay import whole
 from tests.shipped import PRESETS, preset
 
@@ -56,6 +56,23 @@ def test_code_dependencies_are_the_import_closure() -> None:
     assert not found, "\n".join(
         ["run `python -m pipeline.dvc.deps --write`, or edit:", *map(str, found)]
     )
+
+
+#: Stages that run again after an edit, a reworded message, say, to a module of the mathematics.
+AFTER_AN_EDIT = {
+    "dualign/math/dual/advice.py": {"dual_init"},
+    "dualign/math/dual/joint.py": {"dual_init"},
+    "dualign/math/dual/margin.py": {"dual_init"},
+    "dualign/math/pricing.py": {"dual_init"},
+    "dualign/math/dual/reach.py": {"dual_init", "lagrangian_dpo", "dual_search"},
+    "dualign/math/dual/root.py": {"dual_init", "lagrangian_dpo", "dual_search"},
+}
+
+
+@pytest.mark.parametrize("module", AFTER_AN_EDIT)
+def test_advice_makes_no_training_stale(module: str) -> None:
+    needing = {stage for stage in STAGES if module in closure(f"stages/{stage}.py")}
+    assert needing == AFTER_AN_EDIT[module]
 
 
 def test_every_data_file_of_the_code_is_a_dependency() -> None:

@@ -20,10 +20,13 @@ from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_t
 from dualign.params.loading import load_resources
 from dualign.params.models import ScratchParams
 
+DUAL = sorted((Path(__file__).parents[1] / "dualign/math/dual").glob("[a-z]*.py"))
 #: The public mathematics; of a module in which other things are public too, what is.
 MODULES = {
-    "dualign.math.dual": None,
+    **dict.fromkeys(f"dualign.math.dual.{path.stem}" for path in DUAL),
     "dualign.math.bounds": None,
+    "dualign.math.constraints": None,
+    "dualign.math.pricing": None,
     "dualign.math.losses": None,
     "dualign.math.tabular": None,
     "dualign.scoring.calibration": None,
@@ -33,7 +36,9 @@ MODULES = {
     "dualign.evaluation.ranking": None,
     "dualign.evaluation.truthful": ["mc1", "mc2"],
     "dualign.evaluation.refusals": ["refuses_by_rules"],
-    "dualign.certify.certificate": ["fixed_sequence", "Requirement.weighted"],
+    "dualign.certify.certificate": ["order"],
+    "dualign.certify.requirement": ["Requirement.__str__", "Requirement.weighted"],
+    "dualign.certify.sequence": ["fixed_sequence"],
     "dualign.search.rules": [
         "dual_gradient_step",
         "projected_subgradient_step",
@@ -48,7 +53,11 @@ MODULES = {
     ],
 }
 #: Public for their neighbours alone: they check arguments.
-PLAIN = {"dualign.math.bounds.check_delta", "dualign.math.bounds.check_test"}
+PLAIN = {
+    "dualign.math.bounds.check_delta",
+    "dualign.math.bounds.check_test",
+    "dualign.math.dual.root.check_numbers",
+}
 
 
 def functions(module: ModuleType) -> list[str]:

@@ -364,8 +364,8 @@ import hashlib, json, pathlib, sys
 with open("argv.jsonl", "a") as stream:
     stream.write(json.dumps(sys.argv[1:]) + chr(10))
 name = sys.argv[1].partition("@")[2]
-for path in (f"evaluation/{name}", f"provenance/evaluate/{name}.json", f"metrics/evaluate/{name}.json"):
-    file = pathlib.Path("reports", path)
+for path in ("evaluation/{}", "provenance/evaluate/{}.json", "metrics/evaluate/{}.json"):
+    file = pathlib.Path("reports", path.format(name))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("{}")
 """

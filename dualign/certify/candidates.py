@@ -14,9 +14,11 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtri
 
-from dualign.certify.certificate import Certificate, Requirement, Tested, order
+from dualign.certify.certificate import Certificate, order
 from dualign.certify.evidence import DRAWN, Evidence, read_answers
+from dualign.certify.requirement import Requirement
 from dualign.certify.screening import Knot, Planned, Screen, Seen, seen
+from dualign.certify.sequence import CandidateTest
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.errors import DataError
 from dualign.core.schema import ANSWERS, LABELS, REWEIGHTED, read_table
@@ -70,15 +72,16 @@ def candidate_policies(row: CertifyRun, models: Path, scratch: Path) -> dict[str
     """The candidates of a row by name, safest first: the fallback, then the policy at each
     weight.
     """
-    found = {}
+    policies = {}
     for name, q in order(row).items():
         if name == row.fallback != row.policy:
-            found[name] = CandidatePolicy(models / name, models / name, 1.0, scratch / "fallback")
+            policy = CandidatePolicy(models / name, models / name, 1.0, scratch / "fallback")
         else:
-            found[name] = CandidatePolicy(
+            policy = CandidatePolicy(
                 models / row.policy, models / row.partner, q, scratch / f"at-{q:g}"
             )
-    return found
+        policies[name] = policy
+    return policies
 
 
 class CandidateEvidence:
@@ -89,56 +92,55 @@ class CandidateEvidence:
 
     def __init__(
         self,
-        field: dict[str, CandidatePolicy],
+        policies: dict[str, CandidatePolicy],
         params: CertifyParams,
         prompts: pd.DataFrame,
         scorers: Scorers,
         scratch: Path,
         plan: Planned | None = None,
     ) -> None:
-        self._field, self._params, self._prompts, self._scorers, self._scratch = (
-            field,
-            params,
-            prompts,
-            scorers,
-            scratch,
-        )
+        self._policies = policies
+        self._params = params
+        self._prompts = prompts
+        self._scorers = scorers
+        self._scratch = scratch
         self._world = bool((prompts["source"] == "world").all())
-        counts = [params.samples_per_prompt] * len(field) if plan is None else plan.samples
-        self._counts = dict(zip(field, counts, strict=True))
-        self._drawn = None if plan is None or plan.drawn is None else list(field)[plan.drawn]
-        self._weighed = (
-            set[str]() if plan is None or plan.drawn is None else set(list(field)[plan.own :])
-        )
+
+        names = list(policies)
+        counts = [params.samples_per_prompt] * len(names) if plan is None else plan.samples
+        self._counts = dict(zip(names, counts, strict=True))
+        #: Who draws the answers by which the others, `_weighed`, are judged.
+        self._drawn: str | None = None
+        self._weighed: set[str] = set()
+        if plan is not None and plan.drawn is not None:
+            self._drawn = names[plan.drawn]
+            self._weighed = set(names[plan.own :])
 
     def policy(self, name: str) -> Path:
         """The folder of a candidate."""
-        return self._field[name].folder()
+        return self._policies[name].folder()
 
     def candidate(self, name: str) -> CandidatePolicy:
         """What a candidate is made of."""
-        return self._field[name]
+        return self._policies[name]
 
-    def evidence(self, name: str) -> Evidence:
+    def files(self, name: str) -> Evidence:
         """The files of a candidate's answers and labels. Raises AwaitingLabels while people's are
         not there.
         """
         path = self._path(name, "answers")
         if not path.is_file():
-            weighed = name in self._weighed
-            write_parquet(
-                path,
-                self._reweighted(name) if weighed else self._draw(name),
-                REWEIGHTED if weighed else ANSWERS,
-            )
+            if name in self._weighed:
+                write_parquet(path, self._reweighted(name), REWEIGHTED)
+            else:
+                write_parquet(path, self._draw(name), ANSWERS)
         options = self._params.labels
         if options is None:
             return Evidence(path)
         labelled = self._path(name, "labels")
         if not labelled.is_file():
-            write_parquet(
-                labelled, label(read_table(path, ANSWERS), options, self._params.seed), LABELS
-            )
+            answers = read_table(path, ANSWERS)
+            write_parquet(labelled, label(answers, options, self._params.seed), LABELS)
         return Evidence(path, labelled)
 
     def measured(self, name: str) -> dict[str, Any]:
@@ -171,7 +173,7 @@ class CandidateEvidence:
         return add_truth(drawn) if self._world else drawn
 
     def _path(self, name: str, kind: str) -> Path:
-        return self._scratch / f"{list(self._field).index(name):02d}-{kind}.parquet"
+        return self._scratch / f"{list(self._policies).index(name):02d}-{kind}.parquet"
 
 
 def screen(
@@ -189,8 +191,9 @@ def screen(
     Requirements that labels are needed for are left to the tests: their bounds are near those of
     the model's cost.
     """
-    told = [required for required in requirements if required.quantity not in ("truth", "harm")]
-    asked, knots = prompts.head(options.prompts), list[Knot]()
+    screened = [found for found in requirements if found.quantity not in ("truth", "harm")]
+    asked = prompts.head(options.prompts)
+    knots: list[Knot] = []
     weighing = options.reweigh and all(required.reweighs for required in requirements)
     before: pd.DataFrame | None = None
     for name, candidate in candidate_policies(row, MODELS, scratch).items():
@@ -204,12 +207,14 @@ def screen(
             seed=params.seed,
         )
         q = None if name == row.fallback != row.policy else candidate.q
-        shown = tuple(_shown(required, answers) for required in told)
+        shown = [_shown(required, answers) for required in screened]
         if weighing and before is not None:
             knots[-1] = _bent(knots[-1], before, log_ratios(policy, before, scorers), candidate.q)
-        knots.append(Knot(name=name, q=q, seen=tuple(one for one in shown if one is not None)))
+        knots.append(
+            Knot(name=name, q=q, seen=tuple(found for found in shown if found is not None))
+        )
         before = None if q is None else answers
-    tight = all(required.method == "clustered_t" for required in told)
+    tight = all(required.method == "clustered_t" for required in screened)
     return Screen(
         prompts=len(asked),
         samples=options.samples_per_prompt,
@@ -260,7 +265,7 @@ def label(answers: pd.DataFrame, options: LabelParams, seed: int) -> pd.DataFram
     return asked.assign(truth=votes / options.votes)
 
 
-def forecast(test: Tested, found: Certificate) -> int | None:
+def forecast(test: CandidateTest, found: Certificate) -> int | None:
     """Prompts (with labels, where these fell short) at which a failed candidate would pass with
     probability 0.8.
 
@@ -272,20 +277,22 @@ def forecast(test: Tested, found: Certificate) -> int | None:
     its limit: no number would show that it is below.
     """
     power = 1 + float(ndtri(0.8) / ndtri(1 - found.delta))
+    failed = [
+        (required, check)
+        for required, check in zip(found.requirements, test.checks, strict=True)
+        if not check.kept
+    ]
     needed = []
-    for required, check in zip(found.requirements, test.checks, strict=True):
+    for required, check in failed:
         margin = required.limit - check.estimate
-        if not check.kept and margin <= 0:
+        if margin <= 0:
             return None
-        exact = (required.quantity, required.method) in _EXACT
-        if not check.kept and check.estimate == 0 and exact:
-            needed.append(math.ceil(math.log(found.delta) / math.log1p(-required.limit)))
-        elif (
-            not check.kept and check.estimate == 0 and (required.quantity, required.method) in _FAST
-        ):
-            needed.append(math.ceil(_GROWTH * check.prompts * check.bound / required.limit))
-        elif not check.kept:
-            needed.append(
-                math.ceil(check.prompts * (power * (check.bound - check.estimate) / margin) ** 2)
-            )
+        kind = (required.quantity, required.method)
+        if check.estimate == 0 and kind in _EXACT:
+            prompts = math.log(found.delta) / math.log1p(-required.limit)
+        elif check.estimate == 0 and kind in _FAST:
+            prompts = _GROWTH * check.prompts * check.bound / required.limit
+        else:
+            prompts = check.prompts * (power * (check.bound - check.estimate) / margin) ** 2
+        needed.append(math.ceil(prompts))
     return max(needed, default=None)

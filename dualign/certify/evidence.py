@@ -176,7 +176,8 @@ def check_drawn(tables: Mapping[str, pd.DataFrame]) -> None:
     for name, answers in ordered.items():
         if first is not None and not answers.equals(ordered[first]):
             raise DataError(
-                f"candidates {first!r} and {name!r} are judged by answers that another policy drew, and "
+                f"candidates {first!r} and {name!r} are judged by answers that another policy drew,"
+                " and "
                 "these are not the same ones"
             )
 

@@ -1,9 +1,7 @@
 """The costs of a certificate's answers, scored again: finds costs that the cost model did not give.
 
 The same model gives the same costs but for rounding, which depends on device, precision and batch
-size: 1e-5 or so in
-fp32, 1e-2 or more in bf16.
-"""
+size: 1e-5 or so in fp32, 1e-2 or more in bf16."""
 
 from __future__ import annotations
 
@@ -39,7 +37,8 @@ def rescore(
     check_files(folder, found.cost_model.files, "the cost model")
     resources = load_resources()
     scorer = Scorer.load(folder, resources)
-    largest, shared = 0.0, False
+    largest = 0.0
+    shared = False
     for name, table in found.tables.items():
         answers = read_answers(path.parent / table.path)
         if DRAWN in answers and shared:  # the same answers at the same costs, as `verify` has seen
@@ -52,10 +51,8 @@ def rescore(
             what=f"costs of {name}",
             ended=answers["ended"].tolist(),
         )
-        largest = max(
-            largest,
-            _compared(answers["cost"].to_numpy(), again, tolerance, f"{path}: cost of {name!r}"),
-        )
+        saved = answers["cost"].to_numpy()
+        largest = max(largest, _compared(saved, again, tolerance, f"{path}: cost of {name!r}"))
     if any(required.quantity == "truth" for required in found.requirements):
         for name, table in found.labels.items():
             labels = read_labels(path.parent / table.path)

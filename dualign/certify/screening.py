@@ -25,7 +25,8 @@ from dualign.core.errors import DataError
 Array = np.ndarray
 
 _GRID = 200  # weights are multiples of 1 / _GRID
-_SURE = 4.0  # standard errors by which a candidate must be expected to pass before it is given fewer answers
+#: Standard errors by which a candidate must be expected to pass before it is given fewer answers.
+_SURE = 4.0
 WORTH = 0.95  # least share of answers that weighted ones are expected to be worth
 _FAR = 50.0  # an expected excess beyond this, in standard errors, is no more certain
 
@@ -130,12 +131,11 @@ def excess(knot: Knot, screen: Screen, samples: int) -> tuple[float, float]:
     """u and sigma of the test of a candidate with so many answers a prompt, of the requirement of
     the largest u.
 
-        u = (mean - limit) / SE + z_{1-delta},   SE^2 = (between + within / samples) / N,   sigma^2 = 1 + SE'^2 / SE^2
+        u = (mean - limit) / SE + z_{1-delta},   SE^2 = (between + within / samples) / N,
+        sigma^2 = 1 + SE'^2 / SE^2
 
     The test passes if a normal variable of mean u and standard deviation sigma is at most 0: 1 is
-    the certificate's own
-    noise, SE' is the error of the screened mean.
-    """
+    the certificate's own noise, SE' is the error of the screened mean."""
     found = []
     for part in knot.seen:
         asked = screen.certify_prompts * part.prompts / screen.prompts

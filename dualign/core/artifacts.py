@@ -139,11 +139,12 @@ def listed(folder: Path, pattern: str) -> list[Path]:
     was writing.
     """
     found = sorted(folder.glob(pattern))
-    return [
-        path
-        for path in found
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    return [path for path in found if not _hidden(path.relative_to(folder))]
+
+
+def _hidden(path: Path) -> bool:
+    """Whether a file, or a folder that it is in, has a name that begins with a dot."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def sha256(file: Path) -> str:

@@ -166,11 +166,12 @@ def to_table(rows: pd.DataFrame | list[dict[str, Any]], schema: pa.Schema) -> pa
         name: frame[name].tolist() if name in frame.columns else [None] * len(frame)
         for name in schema.names
     }
-    clean = {
-        name: [None if _is_nan(value) else value for value in values]
-        for name, values in columns.items()
-    }
+    clean = {name: _without_nan(values) for name, values in columns.items()}
     return pa.table({f.name: pa.array(clean[f.name], type=f.type) for f in schema}, schema=schema)
+
+
+def _without_nan(values: list[Any]) -> list[Any]:
+    return [None if _is_nan(value) else value for value in values]
 
 
 def _is_nan(value: Any) -> bool:

@@ -122,11 +122,16 @@ def _has_configs(page: Path) -> bool:
         raise DataError(f"{page}: cannot be read ({error.strerror}); {_remedy(error)}") from error
 
 
+def _set_aside(name: Path) -> bool:
+    """Whether a file, or a folder that it is in, is hidden or one of a tool's own."""
+    return any(part.startswith((".", "_")) for part in name.parts)
+
+
 def _plain_files(folder: Path, names: Sequence[Path], spec: SourceSpec) -> list[Path]:
     """The files that are read, below the folder: where names speak of splits, those of the split
     count.
     """
-    shown = [name for name in names if not any(part.startswith((".", "_")) for part in name.parts)]
+    shown = [name for name in names if not _set_aside(name)]
     files = [name for name in shown if _suffix(name) in _READERS and name.name not in _DESCRIPTIONS]
     if not shown:
         raise DataError(
@@ -146,7 +151,7 @@ def _plain_files(folder: Path, names: Sequence[Path], spec: SourceSpec) -> list[
         logger.warning(
             "%s: not read: %s, since only %s is", folder, ", ".join(map(str, others[:5])), _KINDS
         )
-    named = {name: {word.lower() for word in _SPLIT.findall(name.as_posix())} for name in files}
+    named = {name: set(map(str.lower, _SPLIT.findall(name.as_posix()))) for name in files}
     told = sorted(set().union(*named.values()))
     if not told and spec.split == "train":
         return files

@@ -30,11 +30,14 @@ Item = dict[str, Any]
 
 _SIDES = ("a", "b")
 _README = """\
-Each file `to-label-HASH.jsonl` asks for labels. Copy it to `labelled-HASH.jsonl`, replace every `null` and run the
+Each file `to-label-HASH.jsonl` asks for labels. Copy it to `labelled-HASH.jsonl`, replace \
+every `null` and run the
 stage again. Leave `id` as it is; rows may stand in any order, other fields are not read.
 
-- `unsafe_votes`: how many of the `votes` people who read `answer` call it unsafe, a whole number from 0 to `votes`.
-- `more_helpful`, `safer`: which answer to the conversation is it, "a" or "b"? Judge each without regard to the other.
+- `unsafe_votes`: how many of the `votes` people who read `answer` call it unsafe, a whole number \
+from 0 to `votes`.
+- `more_helpful`, `safer`: which answer to the conversation is it, "a" or "b"? Judge each without \
+regard to the other.
 """
 
 
@@ -171,14 +174,12 @@ def _people_compare(pairs: pd.DataFrame, folder: Path) -> pd.DataFrame:
     ]
     labels = _labels(items, {"more_helpful": _SIDES, "safer": _SIDES}, folder)
     side = [_SIDES[texts.index(first)] for texts, first in zip(shown, pairs["first"], strict=True)]
-    agrees = {
-        field: np.array(
-            [labels[item["id"]][field] == s for item, s in zip(items, side, strict=True)],
-            dtype=bool,
-        )
-        for field in ("more_helpful", "safer")
-    }
-    return pairs.assign(first_more_helpful=agrees["more_helpful"], first_safer=agrees["safer"])
+
+    def first_is(field: str) -> np.ndarray:
+        chosen = [labels[item["id"]][field] for item in items]
+        return np.array([a == b for a, b in zip(chosen, side, strict=True)], dtype=bool)
+
+    return pairs.assign(first_more_helpful=first_is("more_helpful"), first_safer=first_is("safer"))
 
 
 def _sides(prompt_id: str, *texts: str) -> list[str]:

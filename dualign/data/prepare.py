@@ -22,8 +22,9 @@ import pyarrow as pa
 from dualign.core import schema
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.errors import DataError
+from dualign.data.formats import Kind, Record, Rejected, Skipped, label
 from dualign.data.rows import excerpt
-from dualign.data.sources import Kind, Record, Rejected, Skipped, label, read
+from dualign.data.sources import read
 from dualign.params.data import PrepareParams
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ class Ledger:
         beyond = self.counts[kind, bad.where.source, "rejected"] - QUARANTINE_LIMIT
         if beyond == 1:
             logger.warning(
-                "%s: more than %d rows are rejected; the others are counted, but not listed in the quarantine",
+                "%s: more than %d rows are rejected; the others are counted, but not listed in the"
+                " quarantine",
                 bad.where.source,
                 QUARANTINE_LIMIT,
             )
@@ -132,10 +134,7 @@ def prepare(params: PrepareParams, folder_out: Path, failed: Path | None = None)
     taken = {family[prompt] for drawn in reserved.values() for prompt in drawn}
     tables = {kind: _table(rows[kind], kind, params, taken, ledger) for kind in KINDS}
     _check_splits(tables)
-    train = {
-        kind: {row["prompt_id"] for row in tables[kind] if row["split"] == "train"}
-        for kind in PAIRS
-    }
+    train = {kind: _train_prompts(tables[kind]) for kind in PAIRS}
     sets = {
         **reserved,
         "pool": _draw("pool", params.pool_prompts, train, params.seed, "prepare.pool_prompts", {}),
@@ -310,6 +309,10 @@ def _sources(params: PrepareParams, kind: Kind) -> list[str]:
 # --- prompts: which set each belongs to -----------------------------------------------------------
 
 
+def _train_prompts(table: list[dict[str, Any]]) -> set[str]:
+    return {row["prompt_id"] for row in table if row["split"] == "train"}
+
+
 def _reserved(
     params: PrepareParams, rows: dict[Kind, list[Row]], family: dict[str, str]
 ) -> dict[str, dict[str, Kind]]:
@@ -317,16 +320,16 @@ def _reserved(
 
     Of what shares its first question a set holds one prompt, and no other set any.
     """
-    free = {kind: {row.prompt_id for row in rows[kind]} for kind in PAIRS}
+    free: dict[Kind, set[str]] = {}
+    for kind in PAIRS:
+        free[kind] = {row.prompt_id for row in rows[kind]}
     sets: dict[str, dict[str, Kind]] = {}
     for name in RESERVED:
         count = getattr(params, f"{name}_prompts")
         sets[name] = _draw(name, count, free, params.seed, SET_SIZES, family)
         taken = {family[prompt] for prompt in sets[name]}
-        free = {
-            kind: {prompt for prompt in ids if family[prompt] not in taken}
-            for kind, ids in free.items()
-        }
+        for kind, ids in free.items():
+            free[kind] = {prompt for prompt in ids if family[prompt] not in taken}
     return sets
 
 
@@ -469,18 +472,20 @@ def _metrics(
     safety flags.
     """
     return {
-        "tables": {
-            TABLES[kind][0]: dict(Counter(row["split"] for row in table))
-            for kind, table in tables.items()
-        },
+        "tables": {TABLES[kind][0]: _splits(table) for kind, table in tables.items()},
         "prompts": {name: len(drawn) for name, drawn in sets.items()},
         "rejected": ledger.by_reason(),
         "safety_flags": _flags(tables["safety"]),
-        "sources": {
-            kind: {source: _outcomes(kind, source, ledger) for source in _sources(params, kind)}
-            for kind in KINDS
-        },
+        "sources": {kind: _by_source(kind, params, ledger) for kind in KINDS},
     }
+
+
+def _splits(table: list[dict[str, Any]]) -> dict[str, int]:
+    return dict(Counter(row["split"] for row in table))
+
+
+def _by_source(kind: Kind, params: PrepareParams, ledger: Ledger) -> dict[str, Any]:
+    return {source: _outcomes(kind, source, ledger) for source in _sources(params, kind)}
 
 
 def _flags(table: list[dict[str, Any]]) -> dict[str, int]:

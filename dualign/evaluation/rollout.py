@@ -76,17 +76,15 @@ def roll_out(
     )
     rows = [encoded[i] for i in index]
     batch = resources.scoring_batch_size
-    frame["logp_ref"] = log_probabilities(
-        scorers.reference, tokenizer, rows, frame["tokens"].tolist(), batch_size=batch
-    )
-    same = policy is scorers.reference
-    frame["logp"] = (
-        frame["logp_ref"]
-        if same
-        else log_probabilities(policy, tokenizer, rows, frame["tokens"].tolist(), batch_size=batch)
-    )
-    for score, judge in (("reward", scorers.reward), ("cost", scorers.cost)):
-        frame[score] = judge.score(
+    tokens = frame["tokens"].tolist()
+    logp_ref = log_probabilities(scorers.reference, tokenizer, rows, tokens, batch_size=batch)
+    logp = logp_ref
+    if policy is not scorers.reference:
+        logp = log_probabilities(policy, tokenizer, rows, tokens, batch_size=batch)
+    frame["logp_ref"] = logp_ref.numpy()
+    frame["logp"] = logp.numpy()
+    for score, scorer in (("reward", scorers.reward), ("cost", scorers.cost)):
+        frame[score] = scorer.score(
             frame["prompt"].tolist(),
             frame["response"].tolist(),
             batch_size=batch,
@@ -101,7 +99,7 @@ def log_ratios(policy: Policy, samples: pd.DataFrame, scorers: Scorers) -> np.nd
     shape [rows].
     """
     prompts = encode_prompts(scorers.tokenizer, samples["prompt"].tolist())
-    answers = [[int(token) for token in tokens] for tokens in samples["tokens"]]
+    answers = [list(map(int, tokens)) for tokens in samples["tokens"]]
     logp = log_probabilities(
         policy, scorers.tokenizer, prompts, answers, batch_size=scorers.resources.scoring_batch_size
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dualign.methods import Plan
 from dualign.params.search import DualSearchParams
+
+if TYPE_CHECKING:
+    from dualign.methods import Plan
 
 HEAD = """---
 library_name: transformers
@@ -14,9 +16,12 @@ tags: [dualign, dpo, safety]
 ---
 """
 MODEL = "Load with `AutoModelForCausalLM.from_pretrained`; the tokenizer holds the chat template."
-_MIXTURE = """This is a mixture: each answer comes from one component, drawn by the weights in `mixture.json`.
-In dualign `policy_at(FOLDER, load_resources())` (`dualign.lm.mixture`, `dualign.params.loading`) loads it and
-`dualign.lm.sampling.sample` draws from it. Elsewhere draw a component yourself; each folder `component-*` loads with
+_MIXTURE = """\
+This is a mixture: each answer comes from one component, drawn by the weights in `mixture.json`.
+In dualign `policy_at(FOLDER, load_resources())` (`dualign.lm.mixture`, `dualign.params.loading`) \
+loads it and
+`dualign.lm.sampling.sample` draws from it. Elsewhere draw a component yourself; each folder \
+`component-*` loads with
 `AutoModelForCausalLM.from_pretrained`, and its tokenizer holds the chat template."""
 
 
@@ -29,9 +34,10 @@ def model_card(plan: Plan, search: dict[str, Any], params: DualSearchParams) -> 
     return f"""{HEAD}
 # {plan.title}
 
-Aligned by dualign: expected reward as high as possible, less {params.beta:g} times the KL divergence to the reference
-policy, with expected cost at most {params.limit:g} (cost above 0 is unsafe). Method: {plan.method.title} \
-({plan.method.source}).
+Aligned by dualign: expected reward as high as possible, less {params.beta:g} times the KL \
+divergence to the reference
+policy, with expected cost at most {params.limit:g} (cost above 0 is unsafe). \
+Method: {plan.method.title} ({plan.method.source}).
 
 | on the search prompts | |
 |---|---|
@@ -42,7 +48,8 @@ policy, with expected cost at most {params.limit:g} (cost above 0 is unsafe). Me
 | share of answers scored unsafe | {step["p_unsafe"]:.4f} |
 | trainings, generated tokens | {search["trainings"]}, {search["generated_tokens"]} |
 
-These are the scores of learned reward and cost models, not of people, on prompts that the search used. Held-out figures
+These are the scores of learned reward and cost models, not of people, on prompts that the search \
+used. Held-out figures
 are in the report. {_MIXTURE if mixture else MODEL}
 """
 

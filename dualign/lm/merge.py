@@ -110,9 +110,11 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 def _same(
     left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], first: Path, second: Path
 ) -> None:
-    shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (left, right)]
-    adapters = any(".lora_" in name for name in shapes[0])
-    if shapes[0].keys() != shapes[1].keys() or (not adapters and shapes[0] != shapes[1]):
+    adapters = any(".lora_" in name for name in left)
+    alike = left.keys() == right.keys()
+    if alike and not adapters:
+        alike = all(tensor.shape == right[name].shape for name, tensor in left.items())
+    if not alike:
         raise ModelError(
             f"{first} and {second}: the weights differ in name or shape and cannot be merged"
         )

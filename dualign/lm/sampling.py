@@ -118,7 +118,8 @@ def log_probabilities(
     rows = [row for row, length in enumerate(lengths) if length <= context]
     if len(rows) < len(lengths):
         log.warning(
-            "%d of %d answers are longer than the context of %d tokens with their prompt and get no "
+            "%d of %d answers are longer than the context of %d tokens with their prompt and get no"
+            " "
             "log-probability",
             len(lengths) - len(rows),
             len(lengths),

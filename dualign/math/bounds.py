@@ -25,24 +25,21 @@ Bounds = tuple[float, float]
 #: Methods that go by the range of the cost, and hold for every number of prompts because of it.
 RANGED = ("empirical_bernstein", "betting", "star_bets")
 
-# The sample's skewness is taken 1 + SKEWNESS_INFLATION / sqrt(N)-fold, since few prompts show less
-# of a long tail than there is. The
-# constant has no theory: found by simulation, it is the least whole number with which every row of
-# parts 1 to 3 of
-# `bench.coverage` keeps delta + 1 % (with 18 the rare harm at 50 prompts and ICC 0.5 does not).
+#: The sample's skewness is taken 1 + SKEWNESS_INFLATION / sqrt(N)-fold, since few prompts show less
+#: of a long tail than there is. The constant has no theory: found by simulation, it is the least
+#: whole number with which every row of parts 1 to 3 of `bench.coverage` keeps delta + 1 % (with 18
+#: the rare harm at 50 prompts and ICC 0.5 does not).
 SKEWNESS_INFLATION = 19.0
-MAX_BET_FRACTION = (
-    0.75  # largest share of the capital that one bet may lose: c of 2010.09686, "1/2 or 3/4"
-)
+#: Largest share of the capital that one bet may lose: c of 2010.09686, "1/2 or 3/4".
+MAX_BET_FRACTION = 0.75
+#: The same of `star_bound`: 0.9 to 1 differ little, 0.75 shows less of rare harm.
+_NEARLY_ALL_IN = 0.95
 _HALVINGS = 50
-_NEARLY_ALL_IN = (
-    0.95  # the same of `star_bound`: 0.9 to 1 differ little, 0.75 shows less of rare harm
-)
 _MEANS = 4000  # means that `star_bound` tries
 ROUNDING = 1e-12  # a spread below this share of the values is rounding
 
 
-# --- bounds of a mean: the last axis runs over independent prompts, axes before it over separate da
+# --- bounds of a mean: the last axis runs over prompts, axes before it over separate data ---------
 
 
 def t_bound(means: Array, delta: float) -> Array:
@@ -52,21 +49,19 @@ def t_bound(means: Array, delta: float) -> Array:
     With g the sample's skewness, a = max(g, 0) / sqrt(N): the statistic of Johnson (Journal of the
     American Statistical Association 73, 1978, 536-544), solved for the mean to first order, which
     inverts the Edgeworth expansion of the studentised mean (Hall, Annals of Statistics 11, 1983,
-    569-576). Without it a long upper tail makes a t bound err
-    more often than delta: a sample without the tail has too small a mean and too small an s. k = 1
-    + 19 / sqrt(N) makes
-    up for the skewness that few prompts do not show. The bound is never below the t bound, and is
-    it where g <= 0.
+    569-576). Without it a long upper tail makes a t bound err more often than delta: a sample
+    without the tail has too small a mean and too small an s. k = 1 + 19 / sqrt(N) makes up for the
+    skewness that few prompts do not show. The bound is never below the t bound, and is it where
+    g <= 0.
 
     Nominal in the limit of many prompts. At delta 0.05, with 50, 200 or 1000 prompts and tails up
     to the log-normal or 2 % of answers that cause all the harm, it errs 5.5 % at most, where t
-    alone errs up to 21 %. No bound without a
-    known range can hold for harm that the sample hardly shows: where one or two prompts of the
-    sample are expected to
-    be harmful as a whole it errs up to 8 %, and 6.5 % under a Pareto tail of index 2.5: the figures
-    are those of bench/results/certificate-coverage.md. With fewer than 20 prompts it is far wider
-    than t, and with fewer than 10 it may err up to 9 % under a log-normal tail all the same; with 2
-    it is t, and errs 12 %.
+    alone errs up to 21 %. No bound without a known range can hold for harm that the sample hardly
+    shows: where one or two prompts of the sample are expected to be harmful as a whole it errs up
+    to 8 %, and 6.5 % under a Pareto tail of index 2.5: the figures are those of
+    bench/results/certificate-coverage.md. With fewer than 20 prompts it is far wider than t, and
+    with fewer than 10 it may err up to 9 % under a log-normal tail all the same; with 2 it is t,
+    and errs 12 %.
 
     Means without skewness have the t bound, 2.92 / sqrt(3) here:
 
@@ -103,7 +98,8 @@ def bernstein_bound(means: Array, delta: float, bounds: Bounds) -> Array:
     >>> np.round(bounds, 3)
     array([1.   , 0.063])
     """
-    count, (low, high) = means.shape[-1], bounds
+    count = means.shape[-1]
+    low, high = bounds
     log = math.log(2 / delta)
     spread = np.sqrt(2 * means.var(-1, ddof=1) * log / count)
     return np.minimum(high, means.mean(-1) + spread + 7 * (high - low) * log / (3 * (count - 1)))
@@ -116,7 +112,8 @@ def betting_bound(means: Array, delta: float, bounds: Bounds) -> Array:
     Waudby-Smith and Ramdas (2010.09686), the one-sided half of their hedged capital. With x and m
     scaled to [0, 1],
 
-        K_t(m) = prod_{i <= t} (1 - l_i (x_i - m)),   l_i = min(sqrt(2 ln(1/delta) / (N v_{i-1})), c / (1 - m))
+        K_t(m) = prod_{i <= t} (1 - l_i (x_i - m)),
+        l_i = min(sqrt(2 ln(1/delta) / (N v_{i-1})), c / (1 - m))
 
     where v_{i-1} is the variance of what came before, is a nonnegative supermartingale if the mean
     is m or more, so by Ville's inequality max_t K_t(m) >= 1/delta with probability delta at most.
@@ -129,17 +126,16 @@ def betting_bound(means: Array, delta: float, bounds: Bounds) -> Array:
     low, high = bounds
     scaled = (means - low) / (high - low)
     stake = np.sqrt(2 * math.log(1 / delta) / (scaled.shape[-1] * _variance_before(scaled)))
-    kept, rejected = np.zeros(scaled.shape[:-1]), np.ones(scaled.shape[:-1])
+    kept = np.zeros(scaled.shape[:-1])
+    rejected = np.ones(scaled.shape[:-1])
     for _ in range(_HALVINGS):
         middle = (kept + rejected) / 2
         m = middle[..., None]
-        capital = (
-            np.log1p(-np.minimum(stake, MAX_BET_FRACTION / (1 - m)) * (scaled - m))
-            .cumsum(-1)
-            .max(-1)
-        )
+        bet = np.minimum(stake, MAX_BET_FRACTION / (1 - m))
+        capital = np.log1p(-bet * (scaled - m)).cumsum(-1).max(-1)
         beaten = capital >= math.log(1 / delta)
-        kept, rejected = np.where(beaten, kept, middle), np.where(beaten, middle, rejected)
+        kept = np.where(beaten, kept, middle)
+        rejected = np.where(beaten, middle, rejected)
     return low + (high - low) * rejected
 
 
@@ -155,12 +151,10 @@ def star_bound(means: Array, delta: float, bounds: Bounds, tried: int = _MEANS) 
 
     with v as in `betting_bound`, and no bet once K_i(m) >= 1/delta. As there, K_i(m) is a
     nonnegative supermartingale if the mean is m or more, so such an m is rejected with probability
-    delta at most. What is staked depends on what
-    was won, so K is not known to grow in m: every m of a fixed grid is tried, and the bound is the
-    least above which,
-    itself included, all are rejected. If the mean were at or above it, the grid's last m up to the
-    mean would be rejected falsely, which has probability delta at most. The grid's steps are finest
-    near the ends.
+    delta at most. What is staked depends on what was won, so K is not known to grow in m: every m
+    of a fixed grid is tried, and the bound is the least above which, itself included, all are
+    rejected. If the mean were at or above it, the grid's last m up to the mean would be rejected
+    falsely, which has probability delta at most. The grid's steps are finest near the ends.
 
     Valid for every N, and where the t bound holds nearly as tight. It depends on the order, as
     `betting_bound`.
@@ -172,16 +166,17 @@ def star_bound(means: Array, delta: float, bounds: Bounds, tried: int = _MEANS) 
     scaled = (means - low) / (high - low)
     grid = np.sin(np.pi / 2 * np.arange(1, tried) / tried) ** 2
     rejected = _star_capital(scaled, grid, delta) >= math.log(1 / delta)
-    kept = (tried - 1) - np.argmin(
-        rejected[..., ::-1], axis=-1
-    )  # one beyond the last that is not rejected
+    # One beyond the last that is not rejected.
+    kept = (tried - 1) - np.argmin(rejected[..., ::-1], axis=-1)
     kept = np.where(rejected.all(-1), 0, kept)
     return low + (high - low) * np.append(grid, 1.0)[kept]
 
 
 def _star_capital(scaled: Array, m: Array, delta: float) -> Array:
     """ln K_N(m) of `star_bound` for values [..., N] in [0, 1] and means [M]; [..., M]."""
-    count, target, most = scaled.shape[-1], math.log(1 / delta), _NEARLY_ALL_IN / (1 - m)
+    count = scaled.shape[-1]
+    target = math.log(1 / delta)
+    most = _NEARLY_ALL_IN / (1 - m)
     capital = np.zeros((*scaled.shape[:-1], len(m)))
     spread = _variance_before(scaled)
     for i in range(count):
@@ -293,13 +288,13 @@ def corrected_upper_bound(
 
     With f the model's cost, y the true one, N prompts in all and n with labels,
 
-        theta = mean_n y + w (mean_N f - mean_n f),   bound = theta + (t + k a (1 + 2 t^2) / 6) SE(theta)
+        theta = mean_n y + w (mean_N f - mean_n f),
+        bound = theta + (t + k a (1 + 2 t^2) / 6) SE(theta)
 
     Prediction-powered inference (Angelopoulos et al. 2301.09633) is w = 1: proxy mean plus
     rectifier. `tuned` takes the w of least variance instead (PPI++, 2311.01453, with one degree of
-    freedom less), which a useless or differently
-    scaled model cannot harm: y may be a vote, 1 for harmful and 0 for not, and f a logit. The limit
-    is in units of y.
+    freedom less), which a useless or differently scaled model cannot harm: y may be a vote, 1 for
+    harmful and 0 for not, and f a logit. The limit is in units of y.
 
     Means are over per-prompt means; SE^2 = sum p^2 and a = max(0, sum p^3) / SE^3 add up each
     prompt's share p in both sums, so labelled answers may be among `costs`, or answers to the same
@@ -322,7 +317,8 @@ def corrected_upper_bound(
     >>> truth = np.tile([-0.5, 0.5], 500)
     >>> prompts = np.arange(1000)
     >>> some = slice(0, 50)
-    >>> round(corrected_upper_bound(truth - 1, prompts, truth[some] - 1, truth[some], prompts[some]), 3)
+    >>> votes = truth[some]
+    >>> round(corrected_upper_bound(truth - 1, prompts, votes - 1, votes, prompts[some]), 3)
     0.027
     """
     return corrected(
@@ -369,22 +365,18 @@ def corrected(
         labelled_costs_true, labelled_prompts, "labelled_costs_true", "labelled_prompts"
     )
     codes, everyone = pd.factorize(np.concatenate([pool_ids, ids]))
-    split, union = len(proxy), len(everyone)
-    f_all, f, y = (
-        prompt_means(values, group, union)
-        for values, group in (
-            (proxy, codes[:split]),
-            (model, codes[split:]),
-            (truth, codes[split:]),
-        )
-    )
+    pool_codes, label_codes = np.split(codes, [len(proxy)])
+    f_all = prompt_means(proxy, pool_codes, len(everyone))
+    f = prompt_means(model, label_codes, len(everyone))
+    y = prompt_means(truth, label_codes, len(everyone))
     count = int(np.isfinite(y).sum())
     if count < 3 or np.isfinite(f_all).sum() < 3:
         raise DataError(
             "a corrected bound needs 3 prompts with labels and 3 with model costs at the very"
             f" least, got {count} and {np.isfinite(f_all).sum()}; label some hundred"
         )
-    gap, label = _shares(f_all) - _shares(f), _shares(y)
+    gap = _shares(f_all) - _shares(f)
+    label = _shares(y)
     weight = _tuned_weight(gap, label, float(np.nanmax(np.abs(f_all)))) if tuned else 1.0
     shares = label + weight * gap
     error = float(np.linalg.norm(shares))
@@ -418,9 +410,8 @@ def sample_size(sd: float, margin: float, delta: float = 0.05, power: float = 0.
 
     N >= ((z_{1-delta} + z_power) sd / margin)^2; power 0.5 leaves (1.645 sd / margin)^2 at delta
     0.05. `sd` is the standard deviation of per-prompt means, which falls with more answers per
-    prompt. In units of cost, like `margin`.
-    Costs with a long upper tail take somewhat more: `clustered_t` is then wider than the t bound
-    that is planned for.
+    prompt. In units of cost, like `margin`. Costs with a long upper tail take somewhat more:
+    `clustered_t` is then wider than the t bound that is planned for.
 
     >>> sample_size(sd=1.0, margin=0.1, power=0.5)  # 16.449^2
     271
@@ -437,11 +428,13 @@ def sample_size(sd: float, margin: float, delta: float = 0.05, power: float = 0.
 
 
 def check_delta(delta: float) -> None:
+    """Raises ParamsError unless delta lies between 0 and 1."""
     if not isinstance(delta, Real) or not 0 < delta < 1:
         raise ParamsError(f"delta must lie between 0 and 1, got {delta!r}")
 
 
 def check_test(delta: float, method: str, bounds: Bounds | None) -> None:
+    """Raises ParamsError where a test cannot be made so."""
     check_delta(delta)
     if method not in get_args(Method):
         raise ParamsError(f"method {method!r} is not one of {', '.join(get_args(Method))}")
@@ -466,7 +459,8 @@ def _answers(
 ) -> tuple[Array, Array]:
     """Both as arrays [answers]; refuses what is not one finite value and one id per answer."""
     try:
-        values, ids = np.asarray(costs, float), np.asarray(prompts)
+        values = np.asarray(costs, float)
+        ids = np.asarray(prompts)
     except (TypeError, ValueError) as error:
         raise DataError(
             f"{name} must be numbers, one per answer, and {ids_name} ids: {error}"

@@ -6,31 +6,25 @@ Every quantity is the mean of a function f_k of an answer, so the optimum stays 
     pi ~ pi_ref exp((r - lambda c - sum_k lambda_k m_k f_k) / beta),
 
 with m_k(x) = 1 on the prompts that limit k is on, and multipliers from one convex dual
-(`dual.solve_many`). The prices
-lambda_k can therefore be charged to the reward of a method that trains on r and c: r' = r - sum_k
-lambda_k m_k f_k.
-"""
+(`dualign.math.pricing`). The prices lambda_k can therefore be charged to the reward of a method
+that trains on r and c: r' = r - sum_k lambda_k m_k f_k."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from dualign.core.errors import InfeasibleError, ParamsError
 from dualign.core.schema import Message, last_user_text
-from dualign.math import dual
+from dualign.math.dual.tail import shortfall
 from dualign.params.base import SHARES, Quantity
 from dualign.params.dual import ConstraintSpec
 
 Array = np.ndarray
-#: Thresholds that are tried for a CVaR, first over the whole range and then in rounds around the
-#: best.
-_GRID, _ZOOM, _ROUNDS = 25, 9, 3
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,7 @@ class Constraint:
         """
         if self.quantity == "cvar":
             assert self.threshold is not None and self.level is not None
-            return dual.shortfall(cost, self.threshold, self.level)
+            return shortfall(cost, self.threshold, self.level)
         known = {
             "cost": cost,
             "p_unsafe": cost > 0,
@@ -93,7 +87,12 @@ class Constraint:
 
 
 def constraint(name: str, spec: ConstraintSpec) -> Constraint:
-    """A row of `constraint.additional`; a CVaR's threshold is not known yet."""
+    """A row of `constraint.additional`; a CVaR's threshold is not known yet.
+
+    >>> short = constraint("short", ConstraintSpec(quantity="length", limit=80))
+    >>> short.key, short.applies([]).tolist()
+    ('constraint.additional.short', [])
+    """
     return Constraint(name, spec.quantity, spec.limit, spec.level, spec.prompts)
 
 
@@ -113,144 +112,17 @@ class Price:
 
 
 def prices_in(solved: Mapping[str, Any]) -> list[Price]:
-    """The prices of a solved dual, the content of data/dual/dual.json."""
+    """The prices of a solved dual, the content of data/dual/dual.json.
+
+    >>> one = Price(Constraint("short", "length", limit=80.0), lam=0.01, predicted=80.0)
+    >>> prices_in({"prices": [one.as_dict()]}) == [one]
+    True
+    """
     rows = [dict(row) for row in solved.get("prices", [])]
     return [
         Price(lam=row.pop("lam"), predicted=row.pop("predicted"), constraint=Constraint(**row))
         for row in rows
     ]
-
-
-# --- from limits to prices ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A pool as arrays [prompts, samples], with its prompts: what limits are solved on."""
-
-    reward: Array
-    cost: Array
-    length: Array
-    ended: Array
-    prompts: Sequence[Sequence[Message]]
-
-
-def price(
-    pool: Scored,
-    additional: Mapping[str, ConstraintSpec],
-    *,
-    limit: float,
-    beta: float,
-    lambda_max: float,
-) -> list[Price]:
-    """Prices of the limits `additional`, solved together with E[c] <= limit.
-
-    The threshold of a CVaR is searched for, on a grid that is refined three times, to make the
-    optimum largest; of several CVaRs each in turn, with the thresholds before it held. `lambda_max`
-    as in `dual.solve_many`.
-
-    Raises:
-        InfeasibleError: the limits cannot be kept together.
-        ParamsError: a limit's `prompts` matches no prompt of the pool.
-    """
-    if not additional:
-        return []
-    limits = [constraint(name, spec) for name, spec in additional.items()]
-    for added in limits:
-        _check(added, pool)
-    dual.root(
-        pool.reward, pool.cost, limit=limit, beta=beta, lambda_max=lambda_max
-    )  # alone it must be within reach
-
-    def solved(chosen: Sequence[Constraint]) -> dual.JointSolution:
-        members = [
-            np.ones(len(pool.cost), bool),
-            *(added.applies(pool.prompts) for added in chosen),
-        ]
-        return dual.solve_many(
-            pool.reward,
-            [
-                pool.cost,
-                *(added.values(pool.cost, pool.length, pool.ended) for added in chosen),
-            ],
-            limits=[limit, *(added.limit for added in chosen)],
-            beta=beta,
-            members=members,
-            names=["constraint.limit", *(f"{added.key}.limit" for added in chosen)],
-            lambda_max=lambda_max,
-        )
-
-    placed = [added for added in limits if added.quantity != "cvar"]
-    for added in limits:
-        if added.quantity == "cvar":
-            placed.append(_with_threshold(added, pool, lambda tried: solved([*placed, tried])))
-    found = solved(placed)
-    by_name = {
-        added.name: Price(added, float(lam), float(mean))
-        for added, lam, mean in zip(placed, found.lams[1:], found.predicted[1:], strict=True)
-    }
-    return [by_name[name] for name in additional]
-
-
-def _check(added: Constraint, pool: Scored) -> None:
-    """Raises where a limit is on no prompt of the pool, or where too many have no sample that
-    ended.
-    """
-    members = added.applies(pool.prompts)
-    if not members.any():
-        raise ParamsError(
-            f"{added.key}.prompts: {added.prompts!r} is found in no prompt of the pool; change it"
-        )
-    never = 1 - float(pool.ended[members].any(1).mean())
-    if added.quantity == "unended" and never > added.limit:
-        raise InfeasibleError(
-            f"{added.key}.limit {added.limit:g} is out of the samples' reach: {100 * never:.3g}"
-            " % of the prompts have no sample that ended; raise generation.max_new_tokens, or the"
-            " limit above that"
-        )
-
-
-def _with_threshold(
-    added: Constraint, pool: Scored, solved: Callable[[Constraint], dual.JointSolution]
-) -> Constraint:
-    """The CVaR with the threshold at which the optimum is largest, between the lowest cost and the
-    limit.
-
-    Above the limit t alone breaks it. An optimal t is the value at risk of the optimal policy,
-    hence the cost of a sample; the first grid is made of quantiles of these."""
-
-    def worth(threshold: float) -> float:
-        try:
-            return solved(replace(added, threshold=threshold)).value
-        except InfeasibleError:
-            return -np.inf
-
-    cost = pool.cost[added.applies(pool.prompts)]
-    least = cost.min(1)
-    floor = replace(
-        added, threshold=dual.value_at_risk(least, np.ones(len(least)), added.level or 0.0)
-    )
-    reached = float(floor.values(least, np.zeros_like(least), np.ones_like(least)).mean())
-    if reached > added.limit:
-        raise InfeasibleError(
-            f"{added.key}.limit {added.limit:g} is out of the samples' reach: the least costly"
-            f" samples of the prompts have a CVaR of {reached:.4g}; raise it above that, or draw"
-            " more (score.samples_per_prompt)"
-        )
-    gains: dict[float, float] = {}
-    grid = np.quantile(cost[cost <= added.limit], np.linspace(0, 1, _GRID))
-    for _ in range(1 + _ROUNDS):
-        gains |= {float(t): worth(float(t)) for t in grid if float(t) not in gains}
-        tried = sorted(gains)
-        best = max(range(len(tried)), key=lambda i: gains[tried[i]])
-        grid = np.linspace(tried[max(best - 1, 0)], tried[min(best + 1, len(tried) - 1)], _ZOOM)
-    if np.isfinite(gains[tried[best]]):
-        return replace(added, threshold=tried[best])
-    solved(floor)  # says what is in conflict
-    return floor
-
-
-# --- from prices to scores ------------------------------------------------------------------------
 
 
 def with_priced_rewards(
@@ -263,7 +135,15 @@ def with_priced_rewards(
 
     `frame` is of schema POOL, ANSWERS or SCORED_PAIRS, with the cost model's costs. Pairs hold no
     lengths: `lengths` counts the tokens of answers, EOS included, and is called only if a price is
-    on length. The answers of pairs all ended. Without prices the table is returned as it is."""
+    on length. The answers of pairs all ended. Without prices the table is returned as it is.
+
+    A token costs 0.01 of reward:
+
+    >>> one = Price(Constraint("short", "length", limit=80.0), lam=0.01, predicted=80.0)
+    >>> answers = {"prompt": [[], []], "cost": 0.0, "ended": True, "reward": 1.0}
+    >>> with_priced_rewards(pd.DataFrame(answers | {"length": [10, 50]}), [one])["reward"].tolist()
+    [0.9, 0.5]
+    """
     if not prices:
         return frame
     prompts = frame["prompt"].tolist()

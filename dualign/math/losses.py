@@ -122,7 +122,8 @@ def sign_loss(cost: Tensor, unsafe: Tensor) -> Tensor:
 
     `unsafe` is boolean. Gives the cost model its zero: c > 0 means unsafe.
 
-    >>> sign_loss(torch.tensor([9.0, 0.0, 9.0]), unsafe=torch.tensor([True, True, False])).round(decimals=2)
+    >>> unsafe = torch.tensor([True, True, False])
+    >>> sign_loss(torch.tensor([9.0, 0.0, 9.0]), unsafe).round(decimals=2)
     tensor([0.0000, 0.6900, 9.0000])
     """
     return -logsigmoid(torch.where(unsafe, cost, -cost))
@@ -182,6 +183,29 @@ def ipo_loss(log_ratio_gap: Tensor, probability: Tensor, tau: float) -> Tensor:
     )
 
 
+def robust_loss(logit: Tensor, probability: Tensor, flip_rate: float) -> Tensor:
+    """[(1 - e) l(z, p) - e l(z, 1 - p)] / (1 - 2 e), l the soft-label loss; rDPO (2403.00409).
+
+    Each label is wrong with probability e = `flip_rate` < 1/2, whichever answer was preferred.
+    Over such flips the expectation is the loss of the true label, so with q the observed
+    probability of w the minimiser is logit = log((q - e) / (1 - e - q)): DPO's on clean labels,
+    the reference tilted by the reward. As l is linear in p, it is the loss of p turned back, (p -
+    e) / (1 - 2 e). Conservative DPO, the paper's baseline, turns p the other way, to (1 - e) p + e
+    (1 - p), and its minimiser prefers less than the truth does. A hard label is turned back beyond
+    1: a pair that was seen once has no finite minimiser, as in DPO, and pulls the harder.
+
+    The loss that is seen, 0.9 times that of the true label and 0.1 times that of the wrong one, is
+    the true label's:
+
+    >>> logit, right, wrong = torch.tensor([2.0]), torch.ones(1), torch.zeros(1)
+    >>> 0.9 * robust_loss(logit, right, 0.1) + 0.1 * robust_loss(logit, wrong, 0.1)
+    tensor([0.1269])
+    >>> soft_label_loss(logit, right)
+    tensor([0.1269])
+    """
+    return soft_label_loss(logit, (probability - flip_rate) / (1 - 2 * flip_rate))
+
+
 def kto_loss(
     log_ratio: Tensor,
     desirable: Tensor,
@@ -210,6 +234,35 @@ def kto_loss(
     )
 
 
+def simpo_loss(
+    logp_w: Tensor,
+    logp_l: Tensor,
+    tokens_w: Tensor,
+    tokens_l: Tensor,
+    probability: Tensor,
+    scale: float,
+    margin: float,
+) -> Tensor:
+    """-p log sigma(z - g) - (1 - p) log sigma(-z - g), z = a (log pi(y_w) / |y_w| - log pi(y_l) /
+    |y_l|).
+
+    SimPO (2405.14734, eq. 6) with a = `scale`, its beta, and g = `margin` >= 0 in units of the
+    logit z; p is the probability that w is preferred (1 in the paper), |y| the number of tokens.
+    No reference stands in it. With Bradley-Terry labels of r and g = 0 the minimiser is a log pi(y)
+    / |y| = r(y) + const(x): no tilt, so that its steps do not add up, its log-ratios are no score
+    and the KL divergence to the reference is held by nothing but the training's length. With g > 0
+    it is the z of log(p / (1 - p)) = log[(1 + exp(z - g)) / (1 + exp(-z - g))], further apart.
+
+    >>> one, two = torch.ones(1), torch.full((1,), 2.0)
+    >>> simpo_loss(-2 * two, -3 * one, two, one, one, scale=1.0, margin=1.0)  # sigma(-2 + 3 - 1)
+    tensor([0.6931])
+    """
+    logit = scale * (logp_w / tokens_w - logp_l / tokens_l)
+    return -probability * logsigmoid(logit - margin) - (1 - probability) * logsigmoid(
+        -logit - margin
+    )
+
+
 def safe_dpo_direction(unsafe_w: Tensor, unsafe_l: Tensor) -> Tensor:
     """SafeDPO's transform T of a preferred and a rejected answer (2505.20065): +1 keep, -1 swap, 0
     drop; [pairs].
@@ -235,7 +288,8 @@ def safe_dpo_loss(logit: Tensor, unsafe_w: Tensor, unsafe_l: Tensor, offset: flo
     >>> unsafe = torch.tensor([True])
     >>> safe_dpo_loss(torch.tensor([5.0]), unsafe, unsafe, offset=1.0).abs()  # dropped
     tensor([0.])
-    >>> safe_dpo_loss(torch.tensor([-1.0]), unsafe, ~unsafe, offset=1.0)  # swapped: -log sigma(1 - 1)
+    >>> # Swapped: -log sigma(1 - 1).
+    >>> safe_dpo_loss(torch.tensor([-1.0]), unsafe, ~unsafe, offset=1.0)
     tensor([0.6931])
     """
     direction = safe_dpo_direction(unsafe_w, unsafe_l)
@@ -255,8 +309,10 @@ def modpo_logit(log_ratio_gap: Tensor, margin_gap: Tensor, beta: float, weight: 
     policy.
 
     >>> gap, margin = torch.tensor([4.0]), torch.tensor([1.0])
-    >>> modpo_logit(gap, margin, beta=0.5, weight=1.0), modpo_logit(gap, margin, beta=0.5, weight=0.5)
-    (tensor([2.]), tensor([3.]))
+    >>> modpo_logit(gap, margin, beta=0.5, weight=1.0)
+    tensor([2.])
+    >>> modpo_logit(gap, margin, beta=0.5, weight=0.5)
+    tensor([3.])
     """
     return (beta * log_ratio_gap - (1 - weight) * margin_gap) / weight
 

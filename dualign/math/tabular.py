@@ -32,7 +32,8 @@ class Problem:
     def policy(self, lam: float) -> Array:
         """log pi_lambda, proportional to pi_ref exp((r - lambda c) / beta).
 
-        >>> world = Problem(np.log([[0.5, 0.5]]), np.zeros((1, 2)), np.array([[0.0, 1.0]]), beta=1.0)
+        >>> reward, cost = np.zeros((1, 2)), np.array([[0.0, 1.0]])
+        >>> world = Problem(np.log([[0.5, 0.5]]), reward, cost, beta=1.0)
         >>> np.exp(world.policy(lam=np.log(3))).round(6)
         array([[0.75, 0.25]])
         """
@@ -42,7 +43,8 @@ class Problem:
     def describe(self, log_policy: Array) -> dict[str, float]:
         """E[r*], E[c*], KL to pi_ref and J = E[r*] - beta KL of a policy, averaged over prompts.
 
-        >>> world = Problem(np.log([[0.5, 0.5]]), np.array([[0.0, 2.0]]), np.array([[0.0, 1.0]]), beta=1.0)
+        >>> reward, cost = np.array([[0.0, 2.0]]), np.array([[0.0, 1.0]])
+        >>> world = Problem(np.log([[0.5, 0.5]]), reward, cost, beta=1.0)
         >>> world.describe(world.log_reference)
         {'reward': 1.0, 'cost': 0.5, 'kl': 0.0, 'value': 1.0}
         """
@@ -62,11 +64,11 @@ def nearest(problem: Problem, limit: float) -> Array:
     [prompts, answers].
 
     The information projection of pi_ref (Csiszar, 1975), pi_ref exp(-lambda c) / Z at the least
-    lambda >= 0 that meets
-    the limit: pi_ref itself where that keeps it. What can be had without a look at reward. Raises
-    InfeasibleError.
+    lambda >= 0 that meets the limit: pi_ref itself where that keeps it. What can be had without a
+    look at reward. Raises InfeasibleError.
 
-    >>> world = Problem(np.log([[0.5, 0.5]]), np.array([[0.0, 9.0]]), np.array([[0.0, 1.0]]), beta=1.0)
+    >>> reward, cost = np.array([[0.0, 9.0]]), np.array([[0.0, 1.0]])
+    >>> world = Problem(np.log([[0.5, 0.5]]), reward, cost, beta=1.0)
     >>> np.exp(nearest(world, limit=0.25)).round(6)  # whatever the reward
     array([[0.75, 0.25]])
     """
@@ -80,8 +82,9 @@ def problem(
     """Complete enumerated answers, shape [prompts, answers], by the rest of the text with scores
     `rest` = (r, c).
 
-    >>> one = np.zeros((1, 2))
-    >>> np.exp(problem(np.log([[0.5, 0.3]]), one, one, rest=(-1.0, 2.0), beta=1.0).log_reference).round(6)
+    >>> scores = np.zeros((1, 2))
+    >>> whole = problem(np.log([[0.5, 0.3]]), scores, scores, rest=(-1.0, 2.0), beta=1.0)
+    >>> np.exp(whole.log_reference).round(6)
     array([[0.5, 0.3, 0.2]])
     """
     mass = np.exp(log_reference).sum(1, keepdims=True)

@@ -14,6 +14,7 @@ from dualign.params.certify import CertifyParams
 from dualign.params.evaluate import EvaluateParams
 from dualign.params.search import ROW_SECTIONS, DualSearchParams, MethodRow
 from dualign.params.training import (
+    TILTING,
     LagrangianDpoParams,
     LambdaPathParams,
     RewardDpoParams,
@@ -187,28 +188,24 @@ def _check_references(
 
 
 def _cost_policies(safe: dict[str, SafetySpec]) -> set[str]:
-    """Runs whose log-ratio to the reference policy is a cost: plain DPO that started there."""
-    plain = ("sft", "dpo", None)
-    return {own for own, run in safe.items() if (run.reference, run.loss_type, run.clip) == plain}
+    """Runs whose log-ratio to the reference policy is a cost: a plain tilt that started there."""
+    return {own for own, run in safe.items() if run.reference == "sft" and _tilts(run)}
 
 
 def _reward_policies(reward: RewardDpoParams) -> list[str]:
     """Runs whose log-ratio to the reference policy is a reward, so that they are the tilt at
     multiplier 0.
     """
-    plain = RewardRun(
-        reference="sft",
-        loss_type="dpo",
-        clip=None,
-        safe_offset=None,
-        margin="sft",
-        margin_weight=1.0,
-    )
     return [
-        f"reward_dpo/{k}"
-        for k, run in reward.runs.items()
-        if run.model_copy(update={"margin_weight": 1.0}) == plain
+        f"reward_dpo/{name}"
+        for name, run in reward.runs.items()
+        if run.reference == run.margin == "sft" and run.safe_offset is None and _tilts(run)
     ]
+
+
+def _tilts(run: RewardRun | SafetySpec) -> bool:
+    """Whether the loss of a run tilts its reference by the score that the pairs rank."""
+    return run.loss_type in TILTING and run.clip is None
 
 
 def _check_scores(

@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from dualign.core.names import Inside, Place
 from dualign.params.base import Count, Frozen, Positive, Seed, Share, StageParams
 
+#: The keys of `dualign.data.formats.FORMATS`.
+SourceFormat = Literal["world", "pku", "hh", "alpaca", "helpsteer2", "columns"]
+
 
 class SourceSpec(Frozen):
     """Where rows come from.
@@ -17,7 +20,7 @@ class SourceSpec(Frozen):
     `split` and `revision` belong to a hub dataset. `columns` maps our column names to the file's
     (format `columns` only). `limit` keeps the first rows only."""
 
-    format: Literal["world", "pku", "hh", "alpaca", "columns"]
+    format: SourceFormat
     path: Inside | None = None
     split: Place = "train"
     revision: Place | None = None

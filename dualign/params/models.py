@@ -85,6 +85,10 @@ class SftParams(StageParams):
         return self
 
 
+#: The keys of `dualign.scoring.kinds.KINDS`.
+ScorerKind = Literal["classifier", "labels", "safe_rlhf", "guard"]
+
+
 class GivenScorer(Frozen):
     """A scorer that exists already (docs/scorers.md): where it is, how it is read, and what a
     higher score means.
@@ -94,7 +98,7 @@ class GivenScorer(Frozen):
     `prefix` are what a guard says: the words of its verdict, and what it writes before them."""
 
     path: Place
-    kind: Literal["classifier", "labels", "safe_rlhf", "guard"]
+    kind: ScorerKind
     higher_is: Literal["harmful", "helpful"]
     revision: Place | None = None
     label: Place | None = None
@@ -168,6 +172,7 @@ class CostModelParams(ScorerParams):
 
     sign_weight: NonNegative
     calibrate: Literal["platt", "isotonic", "none"]
+    zero_pairs: Annotated[int, Field(ge=0)]
 
 
 class ScoreParams(StageParams):

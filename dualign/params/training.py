@@ -4,9 +4,9 @@ paths.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from dualign.core.names import Model, RunName, Solved
 from dualign.params.base import (
@@ -21,7 +21,19 @@ from dualign.params.base import (
     TrainingParams,
 )
 
-LossType = Literal["dpo", "ipo", "kto"]
+#: The keys of `dualign.training.pair_losses.PAIR_LOSSES`, those of its losses that tilt, and the
+#: options of each: what checks must know of the table without loading torch.
+LossType = Literal["dpo", "ipo", "kto", "robust", "simpo"]
+TILTING: tuple[LossType, ...] = ("dpo", "robust")
+LOSS_OPTIONS: dict[LossType, tuple[str, ...]] = {
+    "dpo": ("clip",),
+    "ipo": ("clip",),
+    "kto": ("clip",),
+    "robust": ("clip", "epsilon"),
+    "simpo": ("gamma",),
+}
+#: An option that a loss may do without.
+_OPTIONAL = ("clip",)
 
 
 class PairLossParams(Frozen):
@@ -36,18 +48,47 @@ class PairLossParams(Frozen):
     nll: NonNegative
 
 
-class RewardRun(Frozen):
+class LossSpec(Frozen):
+    """A pair loss and its options (docs/methods.md), null where the loss has none of that name.
+
+    `clip` bounds the implicit rewards, in units of what the pairs rank; `epsilon` is the share of
+    labels that are expected to be wrong, `gamma` SimPO's target margin of the logit."""
+
+    loss_type: LossType
+    clip: Positive | None
+    epsilon: Annotated[float, Field(gt=0, lt=0.5)] | None = None
+    gamma: NonNegative | None = None
+
+    @model_validator(mode="after")
+    def _check_options(self) -> LossSpec:
+        own = LOSS_OPTIONS[self.loss_type]
+        for name in LOSS_FIELDS[1:]:
+            given = getattr(self, name) is not None
+            if given and name not in own:
+                fit = [loss for loss, options in LOSS_OPTIONS.items() if name in options]
+                raise ValueError(
+                    f"{name} does not go with loss_type {self.loss_type}; leave it out, or set"
+                    f" loss_type to {' or '.join(fit)}"
+                )
+            if not given and name in own and name not in _OPTIONAL:
+                raise ValueError(f"{name} is missing, which loss_type {self.loss_type} needs")
+        return self
+
+
+#: `loss_type` and the options: what a training takes of a run, and a search of its start.
+LOSS_FIELDS = tuple(LossSpec.model_fields)
+
+
+class RewardRun(LossSpec):
     """One DPO on helpfulness: from which policy, by which loss, with SafeDPO's offset and MODPO's
     margin policy.
 
     `reference` and `margin` are folders under models/: `sft`, or a run of `safety_dpo` or
     `safety_path`, for a margin one of plain DPO from `sft`. `margin: sft` means no margin. `clip`
-    bounds the implicit rewards, in units of reward; it goes with neither offset nor margin, which
-    stand in the reference column and would be bounded too."""
+    goes with neither offset nor margin, which stand in the reference column and would be bounded
+    too."""
 
     reference: Model
-    loss_type: LossType
-    clip: Positive | None
     safe_offset: NonNegative | None
     margin: Model
     margin_weight: Positive
@@ -85,15 +126,13 @@ class RewardDpoParams(StageParams):
     lora: LoraParams
 
 
-class SafetySpec(Frozen):
+class SafetySpec(LossSpec):
     """How a safety DPO is trained: from which policy, by which loss.
 
-    `reference` is a folder under models/: `sft` or a run of `reward_dpo`. `clip` bounds the
-    implicit rewards, in units of cost. A search that starts from it keeps loss and clip."""
+    `reference` is a folder under models/: `sft` or a run of `reward_dpo`. A search that starts from
+    it keeps the loss and its options."""
 
     reference: Model
-    loss_type: LossType
-    clip: Positive | None
 
 
 class SafetyRun(SafetySpec):

@@ -96,7 +96,8 @@ def tilt_in_words(lam: float | None, tilt: Mapping[str, Any] | None) -> str:
         )
     effective = f"an effective λ of {_with_error(tilt, 'lam_eff')} at β {number(tilt['beta_eff'])}"
     return (
-        f"{policy} has {effective}, and {number(tilt['length_slope'])} nats a token of length. {share} of it is"
+        f"{policy} has {effective}, and {number(tilt['length_slope'])} nats a token of length."
+        f" {share} of it is"
         " such a tilt."
     )
 

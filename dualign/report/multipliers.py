@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dualign.core.records import SearchResult, SolvedDual, read_optional_record, read_trained
+from dualign.params.training import TILTING
 
 Row = dict[str, Any]
 
@@ -20,11 +21,12 @@ def nominal_multiplier(root: Path, folder: str, certificates: Mapping[str, Any])
     """The nominal multiplier of a folder under models/: {"lam", "merge_weight", "on_curve",
     "tilts"}.
 
-    `lam` is None where there is no such tilt: a mixture, the reference, DPO on safety alone, IPO,
-    KTO, SafeDPO, MODPO, and a merge with one of them. `tilts`: whether it is one model at KL weight
-    beta, no mixture or naive merge, and so may be merged on. `on_curve`: whether the predicted
-    frontier at `lam` is about this policy; besides, the prices of additional constraints must be
-    those of the curve, not corrected by a search or taken in another share by a merge."""
+    `lam` is None where there is no such tilt: a mixture, the reference, DPO on safety alone, a loss
+    that does not tilt, SafeDPO, MODPO, and a merge with one of them. `tilts`: whether it is one
+    model at KL weight beta, no mixture or naive merge, and so may be merged on. `on_curve`: whether
+    the predicted frontier at `lam` is about this policy; besides, the prices of additional
+    constraints must be those of the curve, not corrected by a search or taken in another share by a
+    merge."""
     kind, _, name = folder.partition("/")
     if kind == "certified":
         return _certified(root, certificates.get(name, {}))
@@ -81,7 +83,7 @@ def _prices(root: Path) -> list[float]:
 
 def _trained(metrics: Mapping[str, Any], kind: str) -> float | None:
     """The multiplier of a policy that no search made, from the metrics of its training."""
-    plain = metrics.get("loss_type") == "dpo" and metrics.get("clip") is None
+    plain = metrics.get("loss_type") in TILTING and metrics.get("clip") is None
     if kind == "reward_dpo":
         helpful = (
             metrics.get("reference") == "sft" == metrics.get("margin")

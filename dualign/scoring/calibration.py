@@ -8,17 +8,18 @@ P(unsafe) = 1/2."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.optimize import isotonic_regression, minimize
+from scipy.optimize import brentq, isotonic_regression, minimize
 
 from dualign.core.errors import DataError
 
 Array = np.ndarray
 
-_WIDTH = 1.5  # standard deviation of the prior on a slope per standard deviation of the score; see `fit_platt`
+#: Standard deviation of the prior on a slope per standard deviation of the score; see `fit_platt`.
+_WIDTH = 1.5
 _PRIOR = 2.0  # answers that Platt's line is worth in every block of the isotonic fit
 _RESAMPLES = 200  # of the prompts, for the error of the isotonic zero
 
@@ -196,11 +197,19 @@ def platt_zero_error(platt: Platt, score: Array, unsafe: Array, prompts: Array) 
     >>> score, unsafe = np.tile([-2.0, -1.0, 1.0, 2.0], 50), np.tile([False, True, False, True], 50)
     >>> line, prompts = fit_platt(score, unsafe), np.arange(200)
     >>> one = platt_zero_error(line, score, unsafe, prompts)
-    >>> round(platt_zero_error(line, np.tile(score, 4), np.tile(unsafe, 4), np.arange(800)) / one, 1)
+    >>> scores, flags = np.tile(score, 4), np.tile(unsafe, 4)
+    >>> round(platt_zero_error(line, scores, flags, np.arange(800)) / one, 1)
     0.5
-    >>> round(platt_zero_error(line, np.tile(score, 4), np.tile(unsafe, 4), np.tile(prompts, 4)) / one, 1)
+    >>> round(platt_zero_error(line, scores, flags, np.tile(prompts, 4)) / one, 1)
     1.0
     """
+    return _line_error(platt, score, unsafe, prompts, np.array([platt.zero, 1.0]))
+
+
+def _line_error(
+    platt: Platt, score: Array, unsafe: Array, prompts: Array, direction: Array
+) -> float:
+    """sqrt(v' S v) of `platt_zero_error`; `direction` is v."""
     design = np.stack([score, np.ones_like(score)], 1)
     probability = sigmoid(platt(score))
     prior = np.diag([(_spread(score) / _WIDTH) ** 2, 0.0])
@@ -209,8 +218,71 @@ def platt_zero_error(platt: Platt, score: Array, unsafe: Array, prompts: Array) 
     count = int(cluster.max()) + 1
     gradient = np.zeros((count, 2))
     np.add.at(gradient, cluster, design * (probability - unsafe)[:, None])
-    direction = np.linalg.solve(hessian, np.array([platt.zero, 1.0]))
-    return float(np.linalg.norm(gradient @ direction) * np.sqrt(count / max(count - 1, 1)))
+    influence = gradient @ np.linalg.solve(hessian, direction)
+    return float(np.linalg.norm(influence) * np.sqrt(count / max(count - 1, 1)))
+
+
+def fit_shift(cost: Array, unsafe: Array) -> float:
+    """The delta by which these costs are off: sigma(cost + delta) is the share of unsafe answers on
+    average, which is the maximum of the likelihood.
+
+    cost, unsafe (bool): shape [n]. Raises DataError where the flags are all alike.
+
+    >>> round(fit_shift(np.array([0.0, 0.0, 0.0, 0.0]), np.array([1, 1, 1, 0], bool)), 6)  # log 3
+    1.098612
+    """
+    cost, share = np.asarray(cost, float), float(np.mean(unsafe))
+    if share in (0.0, 1.0):
+        raise DataError(
+            "flags that are all alike, safe or unsafe, tell nothing of the zero of cost"
+        )
+    far = float(np.abs(cost).max()) + abs(np.log(share / (1 - share))) + 1.0
+    return float(brentq(lambda delta: float(sigmoid(cost + delta).mean()) - share, -far, far))
+
+
+def shift_error(cost: Array, unsafe: Array, prompts: Array) -> float:
+    """Standard error of `fit_shift`, clustered by prompt (Liang and Zeger, 1986); `cost` with the
+    shift in it.
+
+    >>> cost, unsafe = np.zeros(100), np.arange(100) % 2 == 0
+    >>> round(shift_error(cost, unsafe, np.arange(100)), 2)  # 1 / sqrt(100 / 4)
+    0.2
+    """
+    probability = sigmoid(np.asarray(cost, float))
+    _, cluster = np.unique(prompts, return_inverse=True)
+    residual = np.bincount(cluster, probability - unsafe)
+    count = len(residual)
+    information = float((probability * (1 - probability)).sum())
+    return float(np.linalg.norm(residual) * np.sqrt(count / max(count - 1, 1)) / information)
+
+
+def shifted(calibration: Calibration, delta: float) -> Calibration:
+    """The calibration with `delta` on every cost.
+
+    >>> shifted(Platt(2.0, -1.0), 1.0).zero
+    0.0
+    """
+    if isinstance(calibration, Platt):
+        return replace(calibration, offset=calibration.offset + delta)
+    return replace(calibration, costs=tuple(cost + delta for cost in calibration.costs))
+
+
+def shifted_zero_error(
+    platt: Platt, heldout: tuple[Array, Array, Array], every: tuple[Array, Array, Array]
+) -> float:
+    """Standard error of the zero of `platt`, in units of cost, where held-out answers gave its
+    slope and `every` answer its zero; each is (score, unsafe, prompts).
+
+    The cost at score s0 errs by (s0 - s) e_a + e_delta: s is the mean score by the weights of the
+    logistic fit, e_a the error of the slope, e_delta that of the shift at a given slope.
+    """
+    score, unsafe, prompts = every
+    probability = sigmoid(platt(score))
+    middle = float(np.average(score, weights=probability * (1 - probability)))
+    slope = _line_error(platt, *heldout, np.array([1.0, 0.0]))
+    return float(
+        np.hypot((platt.zero - middle) * slope, shift_error(platt(score), unsafe, prompts))
+    )
 
 
 def fit_isotonic(score: Array, unsafe: Array, platt: Platt) -> Isotonic:
@@ -265,7 +337,8 @@ def isotonic_zero_error(
     >>> score, unsafe = np.repeat([-1.0, 1.0], 500), np.repeat([False, True], 500)
     >>> line = fit_platt(score, unsafe)
     >>> curve = fit_isotonic(score, unsafe, line)
-    >>> isotonic_zero_error(curve, score, unsafe, np.arange(1000), line, np.random.default_rng(0)) < 0.1
+    >>> rng = np.random.default_rng(0)
+    >>> isotonic_zero_error(curve, score, unsafe, np.arange(1000), line, rng) < 0.1
     True
     """
     _, cluster = np.unique(prompts, return_inverse=True)
@@ -295,9 +368,10 @@ def expected_calibration_error(probability: Array, outcome: Array, bins: int = 1
     """Mean gap between predicted probability and observed share over bins of equal count (Naeini et
     al. 2015).
 
-    >>> half, mixed, all_of_them = np.full(4, 0.5), np.array([0, 1, 0, 1]), np.ones(4)
-    >>> expected_calibration_error(half, mixed, bins=1), expected_calibration_error(half, all_of_them, bins=1)
-    (0.0, 0.5)
+    >>> expected_calibration_error(np.full(4, 0.5), np.array([0, 1, 0, 1]), bins=1)
+    0.0
+    >>> expected_calibration_error(np.full(4, 0.5), np.ones(4), bins=1)
+    0.5
     """
     rows = [row for row in reliability(probability, outcome, bins) if row["answers"]]
     gaps = [row["answers"] * abs(row["predicted"] - row["observed"]) for row in rows]

@@ -48,8 +48,8 @@ def _foreign(spec: GivenScorer, resources: Resources) -> Member:
     loaded = kind.load(Place(spec.path, spec.revision, spec.template), resources)
     reading = Reading(**spec.model_dump(include=set(Reading.model_fields)))
     kind.check(loaded, reading, spec.path)
-    if spec.kind == "safe_rlhf":
-        reading = PLAIN  # what it is once it has been loaded
+    if kind.becomes_plain:
+        reading = PLAIN
     return Member(loaded, reading, loaded.steps, 0.0, spec.path)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,14 @@ Ended = Sequence[bool] | None
 class Kind:
     """One kind: `load` it, `check` how it is to be read, `encode` rows of text, read the scores of
     a padded batch.
-    """
+
+    `becomes_plain`: loading makes it a classifier of one output, as which it is read and saved."""
 
     load: Callable[[Place, Resources], Loaded]
     check: Callable[[Loaded, Reading, str], None]
     encode: Callable[[Loaded, Reading, Sequence[Sequence[Message]], Sequence[str], Ended], Encoded]
     outputs: Callable[[Loaded, Reading, Tensor, Tensor], Tensor]
+    becomes_plain: bool = False
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -304,7 +307,7 @@ def _conversations(
         return [
             tokenizer(text)["input_ids"] for text in render(tokenizer, _turns(prompts, answers))
         ]
-    texts = ["\n".join(turn["content"] for turn in prompt) for prompt in prompts]
+    texts = ["\n".join(map(itemgetter("content"), prompt)) for prompt in prompts]
     return [
         tokenizer(prompt, answer)["input_ids"]
         for prompt, answer in zip(texts, answers, strict=True)
@@ -411,10 +414,11 @@ def _verdict_odds(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -
     return torch.logsumexp(logits[:, found.unsafe], 1) - torch.logsumexp(logits[:, found.safe], 1)
 
 
-#: `safe_rlhf` becomes a classifier when it is loaded, and is saved as one.
 KINDS = {
     "classifier": Kind(load_classifier, _check_one_output, _conversations, _logit),
     "labels": Kind(load_classifier, _check_label, _conversations, _label_odds),
-    "safe_rlhf": Kind(_load_safe_rlhf, _check_one_output, _conversations, _logit),
+    "safe_rlhf": Kind(
+        _load_safe_rlhf, _check_one_output, _conversations, _logit, becomes_plain=True
+    ),
     "guard": Kind(_load_guard, _check_verdict, _questions, _verdict_odds),
 }

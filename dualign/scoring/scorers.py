@@ -84,7 +84,8 @@ class Member:
         long = sum(len(row) > limit for row in rows)
         if long:
             log.warning(
-                "%d of %d conversations are longer than the %d tokens that %s reads; their beginning is cut off",
+                "%d of %d conversations are longer than the %d tokens that %s reads; their"
+                " beginning is cut off",
                 long,
                 len(rows),
                 limit,
@@ -237,11 +238,8 @@ def read_card(path: Path) -> Card:
         raise ModelError(
             f"{path}: {key}: {first['msg']}; run the stage that wrote it again"
         ) from error
-    curves = [
-        each
-        for each in (card, *(step for member in card.members for step in member.steps))
-        if each.scores
-    ]
+    steps = [step for member in card.members for step in member.steps]
+    curves = [each for each in (card, *steps) if each.scores]
     if any(len(curve.scores or ()) != len(curve.costs or ()) for curve in curves):
         raise ModelError(
             f"{path}: scores and costs differ in length; run the stage that wrote it again"

@@ -16,7 +16,8 @@ from dualign.math.constraints import Constraint
 Array = np.ndarray
 
 SMALL_TILT_SD = 0.25  # sd within a prompt, in nats, of a tilt that may be dropped in one step
-_RIDGE = 1e-9  # on the curvature in units of its diagonal: two limits that say the same share their price
+#: On the curvature in units of its diagonal: two limits that say the same share their price.
+_RIDGE = 1e-9
 
 
 class ConstraintEstimates(NamedTuple):
@@ -62,7 +63,7 @@ def joint_newton_step(lams: Array, excess: Array, covariance: Array, beta: float
     """argmin over lambda >= 0 of the dual's quadratic model at `lams`; shape [K], like `excess`.
 
     D(lambda + s) ~ D - s excess + s H s / 2 with excess_k = E[m_k (f_k - d_k)] and H = E_x Cov(f|x)
-    / beta, the dual of `dual.solve_many` on the policy's own answers; one limit makes it
+    / beta, the dual of `solve_many` on the policy's own answers; one limit makes it
     `rules.newton_step`. With H = R'R it is the least squares |R lambda - (R lams + R^-T excess)|
     over lambda >= 0. A quantity that does not vary keeps its price. A price whose tilt lambda f /
     beta is no trifle falls by half at most: means are convex in prices, so that a step from above

@@ -24,8 +24,8 @@ from dualign.lm.merge import merge
 from dualign.lm.mixture import policy_at, write_mixture
 from dualign.lm.models import load_policy, save, with_lora
 from dualign.lm.tokens import answer_lengths
-from dualign.math import dual
 from dualign.math.constraints import Price, with_priced_rewards
+from dualign.math.dual.tilt import soft_value
 from dualign.math.losses import lagrangian_scale
 from dualign.methods import Plan
 from dualign.params.base import Resources, TrainingParams
@@ -433,9 +433,7 @@ class ModelBackend:
             fresh = samples_of(
                 self._priced(self._refresh(folder, warm, prompts)), self._scorers.tokenizer
             )
-            known = dual.soft_value(samples.reward, samples.cost, lam, params.beta)[
-                : len(prompts), None
-            ]
+            known = soft_value(samples.reward, samples.cost, lam, params.beta)[: len(prompts), None]
             value = known.repeat(params.refresh_samples, axis=1)
             return pairs + pool_pairs(fresh, value, lam, params.beta, seed, self._scale(lam))
 

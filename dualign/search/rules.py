@@ -146,8 +146,10 @@ class SearchBackend(Protocol):
 def dual_gradient_step(lam: float, cost: float, limit: float, step_size: float) -> float:
     """lambda <- [lambda + eta (C - d)]_+, C-DPO (2403.02475).
 
-    >>> dual_gradient_step(1.0, cost=0.5, limit=0.0, step_size=2.0), dual_gradient_step(1.0, -2.0, 0.0, 2.0)
-    (2.0, 0.0)
+    >>> dual_gradient_step(1.0, cost=0.5, limit=0.0, step_size=2.0)
+    2.0
+    >>> dual_gradient_step(1.0, cost=-2.0, limit=0.0, step_size=2.0)
+    0.0
     """
     return max(0.0, lam + step_size * (cost - limit))
 
@@ -159,7 +161,7 @@ def projected_subgradient_step(
 
     The paper's interval starts at 0, where its loss divides by zero; lambda_min > 0 keeps off it.
 
-    >>> projected_subgradient_step(1.0, cost=0.5, limit=0.0, step_size=10.0, radius=2.0, lambda_min=0.1)
+    >>> projected_subgradient_step(1.0, 0.5, 0.0, step_size=10.0, radius=2.0, lambda_min=0.1)
     4.0
     """
     return max(min(lam + step_size * (cost - limit), 2 * radius), lambda_min)
@@ -189,7 +191,8 @@ def tilt_step(lam: float, tilt: Tilt, cost: float, variance: float, limit: float
 
     >>> from dualign.evaluation.effective_tilt import effective_tilt
     >>> reward, cost, length = np.random.default_rng(0).normal(size=(3, 9, 4))
-    >>> reached = effective_tilt(2 * reward - cost, reward, cost, length)  # beta_eff and lam_eff are 0.5
+    >>> # beta_eff and lam_eff are 0.5.
+    >>> reached = effective_tilt(2 * reward - cost, reward, cost, length)
     >>> round(tilt_step(1.0, reached, cost=0.5, variance=0.5, limit=0.0), 6)
     2.0
     """

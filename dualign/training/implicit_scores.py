@@ -69,37 +69,40 @@ def cost_offset(implicit: Array, cost: Array) -> float:
     return float(cost.mean() - implicit.mean())
 
 
+class Sources(NamedTuple):
+    """Where scores are from: `reward_model` and `cost_model`, or policies by their folders under
+    `models`, the metrics of whose trainings lie in `metrics`.
+    """
+
+    reward: str
+    cost: str
+    models: Path
+    metrics: Path
+
+
 def scored_tables(
     scored: Path,
-    reward: str,
-    cost: str,
+    sources: Sources,
     beta: float,
     tokenizer: PreTrainedTokenizerBase,
     resources: Resources,
-    models: Path = Path("models"),
-    metrics: Path = Path("reports/metrics"),
 ) -> Tables:
-    """The tables in `scored`, with implicit scores where `reward` or `cost` names a policy and not
-    a scorer.
+    """The tables in `scored`, with implicit scores where a source is a policy and not a scorer.
 
-    Args:
-        reward, cost: `reward_model` and `cost_model`, or folders of policies under `models`.
-        beta: the coefficient of the reward policy; the safety policy's stands in its metrics file.
+    `beta` is the coefficient of the reward policy; the safety policy's stands in its metrics file.
     """
     tables = Tables(
         read_table(scored / "pool.parquet", POOL),
         read_table(scored / "scored_pairs.parquet", SCORED_PAIRS),
     )
     batch = resources.scoring_batch_size
-    if reward != "reward_model":
-        tables = with_implicit_reward(
-            tables, load_policy(models / reward, resources), tokenizer, beta, batch
-        )
-    if cost != "cost_model":
-        coefficient = read_trained(metrics, cost)["coefficient"]
-        tables = with_implicit_cost(
-            tables, load_policy(models / cost, resources), tokenizer, coefficient, batch
-        )
+    if sources.reward != "reward_model":
+        policy = load_policy(sources.models / sources.reward, resources)
+        tables = with_implicit_reward(tables, policy, tokenizer, beta, batch)
+    if sources.cost != "cost_model":
+        policy = load_policy(sources.models / sources.cost, resources)
+        coefficient = read_trained(sources.metrics, sources.cost)["coefficient"]
+        tables = with_implicit_cost(tables, policy, tokenizer, coefficient, batch)
     return tables
 
 
@@ -125,9 +128,8 @@ def with_implicit_cost(
     """Both tables with c^ of `policy` as their costs, moved by the one `cost_offset` of the
     pool.
     """
-    pool, chosen, rejected = (
-        implicit_cost(ratio, beta) for ratio in log_ratios(tables, policy, tokenizer, batch_size)
-    )
+    ratios = log_ratios(tables, policy, tokenizer, batch_size)
+    pool, chosen, rejected = (implicit_cost(ratio, beta) for ratio in ratios)
     offset = cost_offset(pool, tables.pool["cost"].to_numpy())
     return _replaced(tables, "cost", pool + offset, chosen + offset, rejected + offset)
 
@@ -142,7 +144,7 @@ def log_ratios(
     """
     pool, pairs = tables
     prompts = encode_prompts(tokenizer, [*pool["prompt"], *pairs["prompt"], *pairs["prompt"]])
-    drawn = [[int(token) for token in tokens] for tokens in pool["tokens"]]
+    drawn = [list(map(int, tokens)) for tokens in pool["tokens"]]
     answers = [*drawn, *encode_answers(tokenizer, [*pairs["chosen"], *pairs["rejected"]])]
     logp = log_probabilities(policy, tokenizer, prompts, answers, batch_size=batch_size).numpy()
     reference = np.concatenate(

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from dualign.core.artifacts import replacing
 from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
 from dualign.math.losses import lagrangian_scale
-from dualign.params.base import Resources
 from dualign.params.training import LagrangianParams, LagrangianSpec
 from dualign.training.pairs import lagrangian_pairs, pool_pairs, pool_values, samples_of
 from dualign.training.pairwise import Pair, PairLossConfig, train_pairwise
@@ -46,32 +46,28 @@ def train_at(
     begin: Path,
     spec: LagrangianSpec,
     params: LagrangianParams,
-    resources: Resources,
-    scratch: Path,
+    job: Job,
     out: Path,
 ) -> dict[str, Any]:
-    """Train the policy in folder `begin` on pairs at `lam` and save it in `out`; checkpoints lie in
-    `scratch`.
+    """Train the policy in folder `begin` on pairs at `lam` and save it in `out`.
 
-    Returns the training's metrics, with the learning rate and the pair loss that a search from
-    there takes over."""
-    scale = lagrangian_scale(lam, spec.pair_loss.normalised)
-    rate = spec.learning_rate or params.training.learning_rate
-    steps = spec.max_steps or params.training.max_steps
-    training = params.training.model_copy(update={"learning_rate": rate, "max_steps": steps})
-    job = Job(training, resources, scratch, params.seed)
+    A learning rate or number of steps that `spec` names takes the place of the job's. Returns the
+    training's metrics, with the learning rate and the pair loss that a search from there takes
+    over."""
+    rate = spec.learning_rate or job.training.learning_rate
+    steps = spec.max_steps or job.training.max_steps
+    training = job.training.model_copy(update={"learning_rate": rate, "max_steps": steps})
     pair_loss = PairLossConfig(
-        params.beta * scale,
-        params.beta,
-        spec.pair_loss.labels,
-        spec.pair_loss.anchor,
-        spec.pair_loss.nll,
+        scale=params.beta * lagrangian_scale(lam, spec.pair_loss.normalised),
+        beta=params.beta,
+        labels=spec.pair_loss.labels,
+        anchor=spec.pair_loss.anchor,
+        nll=spec.pair_loss.nll,
     )
     tokenizer = load_tokenizer(begin)
-    policy = with_lora(
-        load_policy(begin, resources, trained=params.lora.rank == 0), params.lora, params.seed
-    )
-    metrics = train_pairwise(policy, tokenizer, pairs, pair_loss, job)
+    policy = load_policy(begin, job.resources, trained=params.lora.rank == 0)
+    policy = with_lora(policy, params.lora, params.seed)
+    metrics = train_pairwise(policy, tokenizer, pairs, pair_loss, replace(job, training=training))
     with replacing(out) as folder:
         save(policy, tokenizer, folder)
     return {**metrics, "pair_loss": spec.pair_loss.model_dump(), "learning_rate": rate}

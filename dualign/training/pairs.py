@@ -17,10 +17,11 @@ from dualign.core.errors import DataError
 from dualign.core.schema import Message, by_prompt
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
-from dualign.math import dual
+from dualign.math.dual.tilt import leave_one_out_value
 from dualign.math.losses import folded_reference, lagrangian_label, safe_dpo_direction
 from dualign.params.base import TrainingParams
 from dualign.params.training import LossType
+from dualign.training.pair_losses import PAIR_LOSSES
 from dualign.training.pairwise import Pair
 
 log = logging.getLogger(__name__)
@@ -94,11 +95,8 @@ def with_mismatched(pairs: Sequence[Pair]) -> list[Pair]:
         )
     found = []
     for i, pair in enumerate(pairs):
-        other = next(
-            p
-            for p in (pairs[(i + k) % len(pairs)] for k in range(1, len(pairs)))
-            if p.prompt != pair.prompt
-        )
+        others = (pairs[(i + k) % len(pairs)] for k in range(1, len(pairs)))
+        other = next(other for other in others if other.prompt != pair.prompt)
         found.append(replace(pair, mismatched=other.second if i % 2 else other.first))
     return found
 
@@ -130,9 +128,10 @@ def safety_training_pairs(
 
     KTO's have mismatched answers, and an answer is desirable if its flag says safe. Raises
     DataError as `preference_pairs` does."""
-    kto = loss_type == "kto"
-    pairs = preference_pairs(frame, reference, tokenizer, batch_size, mismatched=kto)
-    return with_safe_flags(pairs, frame) if kto else pairs
+    columns = PAIR_LOSSES[loss_type].columns
+    mismatched = "mismatched_ids" in columns
+    pairs = preference_pairs(frame, reference, tokenizer, batch_size, mismatched=mismatched)
+    return with_safe_flags(pairs, frame) if "desirable_chosen" in columns else pairs
 
 
 def with_margin(
@@ -236,13 +235,15 @@ class Samples:
     cost: Array
 
 
+def _token_lists(column: pd.Series) -> list[list[int]]:
+    return [list(map(int, tokens)) for tokens in column]
+
+
 def samples_of(frame: pd.DataFrame, tokenizer: PreTrainedTokenizerBase) -> Samples:
     """A table of schema POOL or ANSWERS, its rows sorted by prompt and sample, as arrays."""
     groups = list(frame.groupby("prompt_id", sort=False))
     prompts = encode_prompts(tokenizer, [group["prompt"].iloc[0] for _, group in groups])
-    answers = [
-        [[int(token) for token in tokens] for tokens in group["tokens"]] for _, group in groups
-    ]
+    answers = [_token_lists(group["tokens"]) for _, group in groups]
     drawn = "logp" if "logp" in frame else "logp_ref"
     columns = [by_prompt(frame, name) for name in (drawn, "logp_ref", "reward", "cost")]
     return Samples(prompts, answers, *columns)
@@ -287,7 +288,7 @@ def pool_pairs(
 
 def pool_values(samples: Samples, lam: float, beta: float) -> Array:
     """V_lambda(x) of a pool, leave-one-out; shape [prompts, samples]."""
-    return dual.leave_one_out_value(samples.reward, samples.cost, lam, beta)
+    return leave_one_out_value(samples.reward, samples.cost, lam, beta)
 
 
 def _encode(

@@ -1,12 +1,13 @@
-"""Policies on pairs: one trainer for DPO, IPO and KTO that takes reference log-probabilities,
-labels and anchors from columns."""
+"""Policies on pairs: one trainer for all losses of `dualign.training.pair_losses`, which takes
+reference log-probabilities, labels and anchors from columns."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, get_args
+from functools import partial
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -19,6 +20,7 @@ from dualign.core.errors import DataError, ParamsError
 from dualign.lm.numerics import answer_log_probabilities
 from dualign.math import losses
 from dualign.params.training import LossType
+from dualign.training.pair_losses import PAIR_LOSSES, PairBatch
 from dualign.training.run import (
     Job,
     Metrics,
@@ -59,8 +61,8 @@ class PairLossConfig:
     """A pair loss: its type, scale a (beta of DPO and KTO, tau of IPO), the bound of the implicit
     rewards a h(y).
 
-    `beta` is the KL weight of the anchor; label mode, anchor and NLL belong to DPO alone. Raises
-    ParamsError where they are given to another loss."""
+    `beta` is the KL weight of the anchor. Raises ParamsError where label mode, anchor or NLL are
+    given to a loss that they do not go with."""
 
     scale: float
     beta: float
@@ -69,9 +71,12 @@ class PairLossConfig:
     nll: float = 0.0
     loss_type: LossType = "dpo"
     clip: float | None = None
+    epsilon: float = 0.0
+    gamma: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.loss_type != "dpo" and (self.labels != "soft" or self.anchor or self.nll):
+        joint = "labels" in PAIR_LOSSES[self.loss_type].options
+        if not joint and (self.labels != "soft" or self.anchor or self.nll):
             raise ParamsError(
                 f"loss_type {self.loss_type!r} takes no anchor, no nll and no bernoulli labels; "
                 "set anchor and nll to 0 and labels to soft, or loss_type to dpo"
@@ -102,22 +107,28 @@ def pairwise_trainer(
     DataError as they demand.
     """
     kept = fitting(pairs, job.training.max_length)
-    if pair_loss.loss_type == "kto" and any(pair.mismatched is None for pair in kept):
+    row = PAIR_LOSSES[pair_loss.loss_type]
+    if "mismatched_ids" in row.columns and any(pair.mismatched is None for pair in kept):
         raise DataError(
-            "kto: a pair has no mismatched answer; build the pairs with `mismatched=True`"
+            f"{pair_loss.loss_type}: a pair has no mismatched answer; build the pairs with"
+            " `mismatched=True`"
         )
+    weighted = "undesirable_weight" in row.options
     args = PairwiseConfig(
         **arguments(job),
         beta=pair_loss.scale,
         max_length=None,
-        disable_dropout=False,  # the base's is off already, see `without_dropout`; an adapter's is asked for
+        # The base's is off already, see `without_dropout`; an adapter's is asked for.
+        disable_dropout=False,
         labels=pair_loss.labels,
         anchor_weight=pair_loss.anchor,
         anchor_beta=pair_loss.beta,
         nll_weight=pair_loss.nll,
         pair_loss=pair_loss.loss_type,
         reward_bound=pair_loss.clip,
-        undesirable_weight=undesirable_weight(kept) if pair_loss.loss_type == "kto" else 1.0,
+        epsilon=pair_loss.epsilon,
+        gamma=pair_loss.gamma,
+        undesirable_weight=undesirable_weight(kept) if weighted else 1.0,
     )
     return PairwiseTrainer(
         without_dropout(model),
@@ -186,8 +197,8 @@ def _columns(pairs: Sequence[Pair]) -> dict[str, list[Any]]:
 
 @dataclass
 class PairwiseConfig(DPOConfig):
-    """DPOConfig with a label mode, an anchor, a light NLL term, IPO and KTO. `beta` is the scale a
-    of the logit.
+    """DPOConfig with a label mode, an anchor, a light NLL term, and the losses of `PAIR_LOSSES`.
+    `beta` is the scale a of the logit.
 
     Raises ParamsError for a value that no loss here reads: an option of TRL's own losses, a term of
     another loss.
@@ -209,8 +220,9 @@ class PairwiseConfig(DPOConfig):
     precompute_ref_log_probs: bool = field(
         default=True, metadata={"help": "Always true: references are columns."}
     )
-    pair_loss: str = field(
-        default="dpo", metadata={"help": "dpo, ipo or kto (`loss_type` holds TRL's own losses)."}
+    pair_loss: LossType = field(
+        default="dpo",
+        metadata={"help": "A key of `PAIR_LOSSES` (`loss_type` holds TRL's own losses)."},
     )
     reward_bound: float | None = field(
         default=None, metadata={"help": "Soft bound of the implicit rewards, or none."}
@@ -218,6 +230,10 @@ class PairwiseConfig(DPOConfig):
     undesirable_weight: float = field(
         default=1.0, metadata={"help": "KTO's weight of an undesirable answer."}
     )
+    epsilon: float = field(
+        default=0.0, metadata={"help": "Share of labels that robust DPO expects to be wrong."}
+    )
+    gamma: float = field(default=0.0, metadata={"help": "SimPO's target margin of the logit."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -231,35 +247,46 @@ class PairwiseConfig(DPOConfig):
                     f"PairwiseConfig: {name} belongs to TRL's own losses and is not read here;"
                     f" {remedy}"
                 )
-        for name, valid in (("pair_loss", get_args(LossType)), ("labels", ("soft", "bernoulli"))):
+        for name, valid in (("pair_loss", PAIR_LOSSES), ("labels", ("soft", "bernoulli"))):
             if getattr(self, name) not in valid:
                 raise ParamsError(
                     f"PairwiseConfig: {name} {getattr(self, name)!r} is not one of"
                     f" {', '.join(valid)}"
                 )
-        for name in ("anchor_weight", "nll_weight"):
-            if not getattr(self, name) >= 0:
-                raise ParamsError(
-                    f"PairwiseConfig: {name} {getattr(self, name)} must be 0 (no such term) or more"
-                )
-        if self.reward_bound is not None and not self.reward_bound > 0:
+        _check_numbers(self)
+        _check_options(self)
+
+
+def _check_numbers(args: PairwiseConfig) -> None:
+    """Refuse weights and bounds outside their range."""
+    for name in ("anchor_weight", "nll_weight", "gamma"):
+        if not getattr(args, name) >= 0:
             raise ParamsError(
-                f"PairwiseConfig: reward_bound {self.reward_bound} must be above 0, or None for no"
-                " bound"
+                f"PairwiseConfig: {name} {getattr(args, name)} must be 0 (no such term) or more"
             )
-        neutral = (
-            {"labels": "soft", "anchor_weight": 0.0, "nll_weight": 0.0}
-            if self.pair_loss != "dpo"
-            else {}
+    if not 0 <= args.epsilon < 0.5:
+        raise ParamsError(
+            f"PairwiseConfig: epsilon {args.epsilon} must be 0 or more and below 0.5, where labels"
+            " say nothing"
         )
-        neutral |= {"undesirable_weight": 1.0} if self.pair_loss != "kto" else {}
-        for name, value in neutral.items():
-            if getattr(self, name) != value:
-                remedy = f"leave it at {value!r}, or choose another pair_loss"
-                raise ParamsError(
-                    f"PairwiseConfig: {name} does not go with pair_loss {self.pair_loss!r};"
-                    f" {remedy}"
-                )
+    if args.reward_bound is not None and not args.reward_bound > 0:
+        raise ParamsError(
+            f"PairwiseConfig: reward_bound {args.reward_bound} must be above 0, or None for no"
+            " bound"
+        )
+
+
+def _check_options(args: PairwiseConfig) -> None:
+    """Refuse options of other losses than the chosen one."""
+    own = PAIR_LOSSES[args.pair_loss].options
+    every = dict.fromkeys(name for loss in PAIR_LOSSES.values() for name in loss.options)
+    defaults = {f.name: f.default for f in fields(PairwiseConfig)}
+    for name in every:
+        if name not in own and getattr(args, name) != defaults[name]:
+            remedy = f"leave it at {defaults[name]!r}, or choose another pair_loss"
+            raise ParamsError(
+                f"PairwiseConfig: {name} does not go with pair_loss {args.pair_loss!r}; {remedy}"
+            )
 
 
 def _trl_defaults() -> dict[str, Any]:
@@ -287,9 +314,7 @@ _EXTRA = (
     "anchor_rejected",
     "weight_chosen",
     "weight_rejected",
-    "desirable_chosen",
-    "desirable_rejected",
-    "ref_mismatched_logps",
+    *(name for loss in PAIR_LOSSES.values() for name in loss.columns if name != "mismatched_ids"),
 )
 
 
@@ -321,9 +346,6 @@ class _PairCollator(DataCollatorForPreference):
         }
 
 
-_KTO = ("desirable_chosen", "desirable_rejected", "mismatched_ids", "ref_mismatched_logps")
-
-
 def _check_columns(columns: Sequence[str], args: PairwiseConfig, table: str) -> None:
     """Refuse a table without a column that the losses of `args` read; a stream that knows no
     columns passes.
@@ -331,8 +353,7 @@ def _check_columns(columns: Sequence[str], args: PairwiseConfig, table: str) -> 
     needed: dict[str, str] = {}
     if args.anchor_weight > 0:
         needed |= dict.fromkeys(("anchor_chosen", "anchor_rejected"), "or set anchor_weight to 0")
-    if args.pair_loss == "kto":
-        needed |= dict.fromkeys(_KTO, "or set pair_loss to dpo or ipo")
+    needed |= dict.fromkeys(PAIR_LOSSES[args.pair_loss].columns, "or choose another pair_loss")
     for pair in (("ref_chosen_logps", "ref_rejected_logps"), ("weight_chosen", "weight_rejected")):
         if any(
             name in columns for name in pair
@@ -344,7 +365,7 @@ def _check_columns(columns: Sequence[str], args: PairwiseConfig, table: str) -> 
 
 
 class PairwiseTrainer(Uncounted, DPOTrainer):
-    """DPO with reference columns, soft labels, anchors and NLL; IPO; KTO; see
+    """The losses of `PAIR_LOSSES` on reference columns; DPO with soft labels, anchors and NLL; see
     `dualign.math.losses`.
 
     Takes a data set as `trl.DPOTrainer` does, and reads these columns beside TRL's own:
@@ -417,12 +438,9 @@ class PairwiseTrainer(Uncounted, DPOTrainer):
         zero = torch.zeros_like(first)
         logit = losses.pairwise_logit(*bounded, zero, zero, self.args.beta)
         label = self._label(inputs, logit)
-        if self.args.pair_loss == "kto":
-            loss = self._kto(model, inputs, torch.cat(bounded))
-        elif self.args.pair_loss == "ipo":
-            loss = losses.ipo_loss(bounded[0] - bounded[1], label, self.args.beta).mean()
-        else:
-            loss = losses.soft_label_loss(logit, label).mean()
+        point = partial(self._reference_point, model, inputs)
+        batch = PairBatch(*bounded, logit, label, (first, second), inputs, self.args, point)
+        loss = PAIR_LOSSES[self.args.pair_loss].loss(batch).mean()
         if self.args.anchor_weight > 0:
             loss = loss + self.args.anchor_weight * self._anchor(inputs, ratio_first, ratio_second)
         if self.args.nll_weight > 0:
@@ -449,14 +467,6 @@ class PairwiseTrainer(Uncounted, DPOTrainer):
         """
         scale, bound = self.args.beta, self.args.reward_bound
         return ratio if bound is None else losses.soft_clip(scale * ratio, bound) / scale
-
-    def _kto(self, model: Model, inputs: dict[str, Any], ratios: Tensor) -> Tensor:
-        desirable = torch.cat([inputs["desirable_chosen"], inputs["desirable_rejected"]])
-        point = self._reference_point(model, inputs)
-        weight = self.args.undesirable_weight
-        return losses.kto_loss(
-            ratios, desirable, point, self.args.beta, undesirable_weight=weight
-        ).mean()
 
     def _reference_point(self, model: Model, inputs: dict[str, Any]) -> Tensor:
         """KTO's z = max(0, KL(pi || reference)) in nats: the mean log-ratio of mismatched answers,

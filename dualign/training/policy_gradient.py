@@ -272,7 +272,7 @@ class PolicyGradientTrainer(RLOOTrainer):
         reference = None if isinstance(model, PeftModel) else _frozen(model)
         self._ascent, self._options, self._job = ascent, options, job
         steps, each = _steps(len(prompts), options.samples, job)
-        rows = [[dict(turn) for turn in prompt] for prompt in prompts]
+        rows = [list(map(dict, prompt)) for prompt in prompts]
         order = _order(len(prompts), steps * each, job.seed)
         super().__init__(
             model,
@@ -370,8 +370,10 @@ def _config(options: PolicyGradient, job: Job, steps: int) -> RLOOConfig:
         num_generations=options.samples,
         max_completion_length=options.max_new_tokens,
         shuffle_dataset=False,
-        disable_dropout=True,  # or the log-probabilities would be those of another policy than the one that drew
-        beta=0.0,  # or TRL would load a reference from the model's path, which may be empty or stale; set after
+        # Or the log-probabilities would be those of another policy than the one that drew.
+        disable_dropout=True,
+        # Or TRL would load a reference from the model's path, empty or stale perhaps; set after.
+        beta=0.0,
     )
 
 

@@ -9,8 +9,7 @@ import pandas as pd
 
 from dualign.core.artifacts import replacing
 from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
-from dualign.params.base import Resources
-from dualign.params.training import SafetyParams, SafetySpec
+from dualign.params.training import LOSS_FIELDS, SafetyParams, SafetySpec
 from dualign.training.pairs import rows_within_budget, safety_training_pairs
 from dualign.training.pairwise import PairLossConfig, train_pairwise
 from dualign.training.run import Job
@@ -22,8 +21,7 @@ def train_at(
     reference: Path,
     spec: SafetySpec,
     params: SafetyParams,
-    resources: Resources,
-    scratch: Path,
+    job: Job,
     out: Path,
 ) -> dict[str, Any]:
     """Train the policy in folder `reference` on SAFETY_PAIRS at coefficient beta / `lam` to itself;
@@ -32,18 +30,16 @@ def train_at(
     Returns the training's metrics, with the multiplier and the loss that a search from there takes
     over."""
     tokenizer = load_tokenizer("models/sft")
-    policy = load_policy(reference, resources, trained=params.lora.rank == 0)
+    policy = load_policy(reference, job.resources, trained=params.lora.rank == 0)
     train = rows_within_budget(frame[frame["split"] == "train"], params.training, params.seed)
     pairs = safety_training_pairs(
-        train, policy, tokenizer, resources.scoring_batch_size, spec.loss_type
+        train, policy, tokenizer, job.resources.scoring_batch_size, spec.loss_type
     )
     policy = with_lora(policy, params.lora, params.seed)
-    job = Job(params.training, resources, scratch, params.seed)
-    pair_loss = PairLossConfig(
-        scale=params.beta / lam, beta=params.beta, loss_type=spec.loss_type, clip=spec.clip
-    )
+    chosen = spec.model_dump(include=set(LOSS_FIELDS), exclude_none=True)
+    pair_loss = PairLossConfig(scale=params.beta / lam, beta=params.beta, **chosen)
     metrics = train_pairwise(policy, tokenizer, pairs, pair_loss, job)
     with replacing(out) as folder:
         save(policy, tokenizer, folder)
-    chosen = {"reference": spec.reference, "loss_type": spec.loss_type, "clip": spec.clip}
-    return {**metrics, "lam": lam, "coefficient": params.beta / lam, **chosen}
+    told = spec.model_dump(include={"reference", *LOSS_FIELDS}, exclude_unset=True)
+    return {**metrics, "lam": lam, "coefficient": params.beta / lam, **told}

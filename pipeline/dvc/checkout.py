@@ -12,13 +12,13 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from dvc.repo import Repo
 
 from pipeline.errors import PipelineError
-from pipeline.run.runner import Log, held
+from pipeline.holding import held
 
 #: What a run may change without a commit: it travels with each stage.
 CARRIED = ("params.yaml", "dvc.lock")
@@ -56,7 +56,9 @@ def published(root: Path) -> str:
 
 
 @contextlib.contextmanager
-def working_tree(root: Path, commit: str, name: str, log: Log) -> Iterator[tuple[Path, int]]:
+def working_tree(
+    root: Path, commit: str, name: str, log: Callable[[int, str], None]
+) -> Iterator[tuple[Path, int]]:
     """A working tree of a commit below the clone `root`, with its DVC cache and remote; removed at
     the end.
 
@@ -77,7 +79,7 @@ def working_tree(root: Path, commit: str, name: str, log: Log) -> Iterator[tuple
 
 
 @contextlib.contextmanager
-def _in_turn(path: Path, log: Log) -> Iterator[int]:
+def _in_turn(path: Path, log: Callable[[int, str], None]) -> Iterator[int]:
     """Hold a lock file, after a while of waiting where another has it."""
     deadline = time.monotonic() + PATIENCE
     with contextlib.ExitStack() as stack:

@@ -4,7 +4,8 @@ DVC reruns a stage when a file changes that the stage lists, so each stage lists
 module of this repository that the script imports, directly or through another, and every data file
 (a page template, say) that one of them names. A package that nearly every stage needs counts as one
 dependency, its folder: DVC's time goes by the number of dependencies. The types of params are no
-dependency: what a stage reads of `params.yaml` is one, value by value. Nobody keeps such lists
+dependency: what a stage reads of `params.yaml` is one, value by value; nor are checks that only
+refuse. Nobody keeps such lists
 right by hand:
 
     python -m pipeline.dvc.deps           # say what is wrong, exit 1
@@ -28,8 +29,13 @@ PROG = "python -m pipeline.dvc.deps"
 ROOT = Path(__file__).resolve().parents[2]
 CODE_ROOTS = ("dualign", "stages")
 FOLDERS = ("dualign/core", "dualign/lm", "dualign/evaluation", "dualign/scoring", "dualign/search")
-#: Types of params. DVC tracks the values, so their source makes no stage stale.
-UNTRACKED = "dualign/params/"
+#: Types of params, of which DVC tracks the values, and checks before a run: no result depends on
+#: their source.
+UNTRACKED = ("dualign/params/", "dualign/checks.py")
+
+#: Conditions that are false as a stage runs.
+_TYPES = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+_COMMAND = "__name__ == '__main__'"
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +63,9 @@ def closure(script: str, root: Path = ROOT) -> list[str]:
     """The files, or folders of `FOLDERS`, that `script` needs, itself first, then sorted; paths
     relative to `root`.
 
-    Follows absolute imports of this repository's modules, inside functions too, but not those under
-    `TYPE_CHECKING`, which never run. A package's `__init__.py` is left out: it must hold no code
-    that a stage relies on.
+    Follows absolute imports of this repository's modules, inside functions too, but not those that
+    never run: under `TYPE_CHECKING`, and under `if __name__ == "__main__"` of a module that is
+    imported. A package's `__init__.py` is left out: it must hold no code that a stage relies on.
 
     Raises:
         ImportRefused: a relative import, or a name taken from a package instead of the module that
@@ -75,7 +81,8 @@ def closure(script: str, root: Path = ROOT) -> list[str]:
         found.add(path)
         if path.suffix == ".py":
             tree = ast.parse(path.read_text(), filename=str(path))
-            waiting += _imported(tree, path.relative_to(root), root)
+            idle = _TYPES if path == root / script else (*_TYPES, _COMMAND)
+            waiting += _imported(tree, path.relative_to(root), root, idle)
             waiting += [file for text in _strings(tree) for file in data.get(text, ())]
     others = {_dependency(path.relative_to(root).as_posix()) for path in found - {root / script}}
     return [script, *sorted(others)]
@@ -86,8 +93,8 @@ def _dependency(path: str) -> str:
     return next((folder for folder in FOLDERS if path.startswith(f"{folder}/")), path)
 
 
-def _imported(tree: ast.AST, path: Path, root: Path) -> Iterator[Path]:
-    for node in _running(tree):
+def _imported(tree: ast.AST, path: Path, root: Path, idle: tuple[str, ...]) -> Iterator[Path]:
+    for node in _running(tree, idle):
         if isinstance(node, ast.ImportFrom):
             if node.level:
                 raise ImportRefused(
@@ -103,13 +110,13 @@ def _imported(tree: ast.AST, path: Path, root: Path) -> Iterator[Path]:
                 yield _module_file(module, f"{path}:{node.lineno}", root)
 
 
-def _running(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a tree without the bodies of `if TYPE_CHECKING:`."""
+def _running(node: ast.AST, idle: tuple[str, ...]) -> Iterator[ast.AST]:
+    """The nodes of a tree without the bodies of those `if` whose condition is one of `idle`."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+        if isinstance(child, ast.If) and ast.unparse(child.test) in idle:
             continue
         yield child
-        yield from _running(child)
+        yield from _running(child, idle)
 
 
 def _submodule(module: str, name: str, root: Path) -> str:

@@ -137,8 +137,13 @@ def answers(root: Path) -> dict[str, str]:
     }
 
 
+def _hidden(path: Path) -> bool:
+    """Whether a file, or a folder that it is in, has a name that begins with a dot."""
+    return any(part.startswith(".") for part in path.parts)
+
+
 def questions(tree: Path) -> dict[str, str]:
     """What a stage in a working tree asks people for, by path."""
     found = [path.relative_to(tree) for path in sorted(tree.rglob(QUESTIONS))]
-    whole = [path for path in found if not any(part.startswith(".") for part in path.parts)]
+    whole = [path for path in found if not _hidden(path)]
     return {path.as_posix(): (tree / path).read_text() for path in whole}

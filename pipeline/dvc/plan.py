@@ -92,11 +92,8 @@ def _reasons(entries: Sequence[Any]) -> Iterator[str]:
     changes = [entry for entry in entries if isinstance(entry, dict)]
     yield from (entry for entry in entries if isinstance(entry, str))
     inputs = [entry["changed deps"] for entry in changes if "changed deps" in entry]
-    for path, what in (
-        pair
-        for entry in inputs or [entry["changed outs"] for entry in changes]
-        for pair in entry.items()
-    ):
+    inputs = inputs or [entry["changed outs"] for entry in changes]
+    for path, what in (pair for entry in inputs for pair in entry.items()):
         for name, how in what.items() if isinstance(what, dict) else [(path, what)]:
             yield f"{name} {how}"
 

@@ -116,15 +116,12 @@ def policies_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[
     names = dict.fromkeys(
         match[1] for key in after if (match := re.match(r"policies\.([^.]+)\.", key))
     )
-    shown = [
-        column for column in COMPARED if any(f"policies.{name}.{column}" in after for name in names)
-    ]
+    columns = {key.split(".", 2)[2] for key in after if re.match(r"policies\.[^.]+\.", key)}
+    shown = [column for column in COMPARED if column in columns]
     rows = []
     for name in names:
-        cells = [
-            _cell(before.get(key), after.get(key))
-            for key in (f"policies.{name}.{column}" for column in shown)
-        ]
+        keys = [f"policies.{name}.{column}" for column in shown]
+        cells = [_cell(before.get(key), after.get(key)) for key in keys]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     titles = " | ".join(column.removesuffix(".mean") for column in shown)
     return (

@@ -64,13 +64,14 @@ _WIDTH, _HEIGHT = 640, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 82, 20, 34, 46
 
 
+def _finite(point: tuple[float, float]) -> bool:
+    return all(map(math.isfinite, point))
+
+
 def chart(content: Chart) -> str:
     """An SVG of curves and points. Values that are not finite are left out."""
-    curves = [
-        Curve(curve.name, [p for p in curve.points if all(map(math.isfinite, p))])
-        for curve in content.curves
-    ]
-    points = {name: p for name, p in content.points.items() if all(map(math.isfinite, p))}
+    curves = [Curve(curve.name, list(filter(_finite, curve.points))) for curve in content.curves]
+    points = {name: point for name, point in content.points.items() if _finite(point)}
     seen = [*points.values(), *(p for curve in curves for p in curve.points)]
     if not seen:
         return _svg(_WIDTH, _HEIGHT, [_text(_WIDTH / 2, _HEIGHT / 2, "no values", "middle")])
@@ -97,18 +98,15 @@ def _named(points: Mapping[str, tuple[float, float]]) -> Iterable[str]:
         width = 7.5 * len(name)
         anchor, side = ("end", -8) if a > _WIDTH * 0.75 else ("start", 8)
         left = a - 8 - width if anchor == "end" else a + 8
-        shifts = (4 + sign * 15 * step for step in range(8) for sign in (1, -1))
-        free = (
-            b + shift
-            for shift in shifts
-            if all(
-                left > end or left + width < start or abs(b + shift - at) >= 14
-                for start, end, at in taken
-            )
-        )
-        at = next(free, b + 4)
+        beside = [at for start, end, at in taken if start <= left + width and left <= end]
+        heights = (b + (4 + sign * 15 * step) for step in range(8) for sign in (1, -1))
+        at = next((height for height in heights if _clear(height, beside)), b + 4)
         taken.append((left, left + width, at))
         yield _text(a + side, at, name, anchor)
+
+
+def _clear(height: float, taken: Sequence[float]) -> bool:
+    return all(abs(height - other) >= 14 for other in taken)
 
 
 class _Axis:
@@ -255,12 +253,11 @@ def _edge(
 def _passage(wanted: float, tops: Sequence[float]) -> float:
     """The height nearest to `wanted` that no box has which begins at one of `tops`."""
     edges = [edge for top in tops for edge in (top - _SPACE / 2, top + _ROW + _SPACE / 2)]
-    free = [
-        y
-        for y in (wanted, *edges)
-        if not any(top - _SPACE / 2 < y < top + _ROW + _SPACE / 2 for top in tops)
-    ]
-    return min(free, key=lambda height: abs(height - wanted))
+
+    def free(height: float) -> bool:
+        return not any(top - _SPACE / 2 < height < top + _ROW + _SPACE / 2 for top in tops)
+
+    return min(filter(free, (wanted, *edges)), key=lambda height: abs(height - wanted))
 
 
 def _box(name: str, place: tuple[float, float], state: str | None) -> str:

@@ -40,10 +40,10 @@ from pipeline.errors import PipelineError, StageFailed, StageStopped
 from pipeline.prefect import artifacts, identity
 from pipeline.prefect.artifacts import Result
 from pipeline.prefect.cluster import joined
+from pipeline.prefect.workspace import Workspace, show
 from pipeline.run.runner import LocalRunner, Log, Outcome, exclusive
 from pipeline.run.slots import Slots, default_jobs, visible_gpus
 from pipeline.run.turn import Turn
-from pipeline.run.workspace import Workspace, show
 
 NAME = "alignment"
 #: Seconds before another attempt.
@@ -65,8 +65,8 @@ NOT_STARTED = Result("NotStarted", "a stage before it did not complete")
 
 
 class Place(Protocol):
-    """Where stages run: `pipeline.run.workspace.Workspace` here, `pipeline.prefect.cluster.Cluster`
-    on workers.
+    """Where stages run: `pipeline.prefect.workspace.Workspace` here,
+    `pipeline.prefect.cluster.Cluster` on workers.
     """
 
     def statuses(self, stages: Sequence[str]) -> dict[str, StageStatus]:
@@ -110,11 +110,8 @@ class Run:
         well.
         """
         well = {name for name, result in self.results.items() if result.state in ENDED}
-        return [
-            name
-            for name in self.statuses
-            if name not in started and all(source in well for source in self.dag[name].upstream)
-        ]
+        waiting = [name for name in self.statuses if name not in started]
+        return [name for name in waiting if well.issuperset(self.dag[name].upstream)]
 
     def stage(self, name: str) -> State[None]:
         """Bring one stage up to date: the body of its task. Its upstream stages have ended well."""

@@ -11,9 +11,9 @@ from prefect.client.schemas.objects import DeploymentStatus
 from prefect.exceptions import ObjectNotFound
 
 from pipeline.errors import PipelineError
+from pipeline.holding import held
 from pipeline.prefect import identity
 from pipeline.prefect.flow import NAME, alignment
-from pipeline.run.runner import held
 
 _ABOUT = "Runs the stages of dvc.yaml in {place}, one run at a time. Its id is {token}."
 _TOLD = re.compile(re.escape(_ABOUT).replace(r"\{place\}", "(.*)").replace(r"\{token\}", r"(\w+)"))

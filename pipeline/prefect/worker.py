@@ -39,10 +39,10 @@ from pipeline.dvc.dag import StageSpec, load_dag
 from pipeline.dvc.plan import StageStatus
 from pipeline.errors import PipelineError, StageFailed, StageStopped
 from pipeline.prefect import identity
+from pipeline.prefect.workspace import Workspace
 from pipeline.run.runner import LocalRunner, Log
 from pipeline.run.slots import Slots, visible_gpus
 from pipeline.run.turn import Turn
-from pipeline.run.workspace import Workspace
 
 NAME = "stage"
 #: Seconds between two signs of life.

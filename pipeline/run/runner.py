@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import fcntl
 import io
 import logging
 import os
@@ -23,7 +22,8 @@ from pathlib import Path
 from typing import IO, Literal
 
 from pipeline.dvc.locks import meaning
-from pipeline.errors import PipelineError, StageFailed, StageStopped
+from pipeline.errors import StageFailed, StageStopped
+from pipeline.holding import held
 
 #: How a stage ended well: it ran, DVC found nothing to do, or DVC had its result from an earlier
 #: run.
@@ -57,26 +57,6 @@ def exclusive(root: Path) -> Iterator[int]:
     """
     with held(root / ".dvc" / "tmp" / "run.lock", "another run uses this workspace") as lock:
         yield lock
-
-
-@contextlib.contextmanager
-def held(path: Path, taken: str) -> Iterator[int]:
-    """Hold a lock file, as `exclusive` does; raises a PipelineError that begins with `taken` while
-    another has it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            raise PipelineError(
-                f"{taken} (process {handle.read()}); wait for it, or cancel it"
-            ) from None
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
-        yield handle.fileno()
 
 
 class LocalRunner:

@@ -16,9 +16,10 @@ from scipy.stats import norm
 
 from bench import coverage
 from bench.coverage import WORLDS, Settings
-from dualign.certify.certificate import fixed_sequence, upper_bound
+from dualign.certify.sequence import fixed_sequence
 from dualign.core.errors import DualignError
 from dualign.evaluation.stats import clustered_mean
+from dualign.math.bounds import upper_bound
 
 every_world = pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
 SMALL = Settings(repeats=300)

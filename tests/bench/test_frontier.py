@@ -15,7 +15,8 @@ import pytest
 from bench import coverage, frontier
 from bench.frontier import Finite, Gaussian, Settings
 from dualign.core.errors import DualignError
-from dualign.math import dual
+from dualign.math.dual.solution import solve
+from dualign.math.dual.tilt import divergence, jackknife_weights, predict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_world = pytest.mark.parametrize(
@@ -30,12 +31,12 @@ def test_truth_is_what_a_huge_pool_predicts(world: frontier.World, lam: float) -
     reward, cost = world.draw(np.random.default_rng(0), 4000, 400)
     truth = world.truth(lam, beta)
     for name, value in (("reward", reward), ("cost", cost), ("p_unsafe", cost > 0)):
-        each = dual.predict(reward, cost, lam, beta, value)
+        each = predict(reward, cost, lam, beta, value)
         error = (
             each.std() / math.sqrt(len(each)) + 0.01 / 4
         )  # spread of the mean, and the bias left at ESS 300
         assert truth[name] == pytest.approx(float(each.mean()), abs=4 * error), name
-    each = dual.divergence(reward, cost, lam, beta)
+    each = divergence(reward, cost, lam, beta)
     assert truth["kl"] == pytest.approx(
         float(each.mean()), abs=4 * each.std() / math.sqrt(len(each)) + 0.01
     )
@@ -71,16 +72,16 @@ def test_plain_estimates_and_the_librarys_are_told_apart() -> None:
 
 
 def test_bands_are_those_of_a_solved_pool() -> None:
-    """The same resamples give the same bands as dual.solve, whose roots alone the simulation leaves
+    """The same resamples give the same bands as solve, whose roots alone the simulation leaves
     out.
     """
     reward, cost = Gaussian().draw(np.random.default_rng(0), 60, 12)
     solved = frontier.solved(reward, cost, 1.0, np.random.default_rng(7), 50)
-    full = dual.solve(reward, cost, limit=0.2, beta=1.0, bootstrap=50, seed=7)
+    full = solve(reward, cost, limit=0.2, beta=1.0, bootstrap=50, seed=7)
     assert np.array_equal(solved.resamples, full.resamples)
     assert solved.frontier([0.0, 1.0]) == full.frontier([0.0, 1.0])
     (row,) = full.frontier([1.0])
-    each = (dual.jackknife_weights(reward, cost, 1.0, 1.0) * cost).sum(1)
+    each = (jackknife_weights(reward, cost, 1.0, 1.0) * cost).sum(1)
     assert frontier.band(full, each) == pytest.approx((row["cost_low"], row["cost_high"]))
 
 

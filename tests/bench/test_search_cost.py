@@ -40,7 +40,7 @@ from dualign.data import world as embedded
 from dualign.evaluation.effective_tilt import Tilt, effective_tilt
 from dualign.evaluation.stats import Measurement
 from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_tokenizer
-from dualign.math import dual
+from dualign.math.dual.tilt import predict
 from dualign.methods import plan
 from dualign.params import loading
 from dualign.params.loading import load, load_resources
@@ -256,7 +256,7 @@ def pairs(label: str) -> list[dict[str, Any]]:
 def reachable(scored: Scored) -> float:
     """A limit that the pool's tilt meets at lambda 1."""
     reward, cost = by_prompt(scored.pool, "reward"), by_prompt(scored.pool, "cost")
-    return float(dual.predict(reward, cost, 1.0, scored.params.beta, cost).mean())
+    return float(predict(reward, cost, 1.0, scored.params.beta, cost).mean())
 
 
 def test_every_row_says_what_it_took_and_a_second_run_only_reads(

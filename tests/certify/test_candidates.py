@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 
 from dualign.certify.candidates import candidate_policies, forecast, label
-from dualign.certify.certificate import Certificate, Check, Requirement, Tested
+from dualign.certify.certificate import Certificate
+from dualign.certify.requirement import Requirement
+from dualign.certify.sequence import CandidateTest, Check
 from dualign.core.schema import prompt_id, user
 from dualign.data import world
 from dualign.math.bounds import binomial_bound, sample_size, star_bound, t_bound, upper_bound
@@ -98,7 +100,7 @@ def test_the_forecast_is_that_of_the_plan() -> None:
     """
     needed = Requirement(name="c", quantity="cost", limit=0.0, method="clustered_t")
 
-    def tested(estimate: float, reach: float = 0.16449) -> Tested:
+    def tested(estimate: float, reach: float = 0.16449) -> CandidateTest:
         bound = estimate + reach
         check = Check(
             requirement="c",
@@ -109,7 +111,7 @@ def test_the_forecast_is_that_of_the_plan() -> None:
             raised=0.0,
             kept=bound <= 0,
         )
-        return Tested(name="a", checks=(check,), certified=bound <= 0)
+        return CandidateTest(name="a", checks=(check,), certified=bound <= 0)
 
     found = certificate(needed)
     assert forecast(tested(-0.1), found) == pytest.approx(sample_size(2.0, 0.1), abs=2)
@@ -136,7 +138,7 @@ def test_the_forecast_of_skewed_costs_is_on_the_safe_side() -> None:
         kept=False,
     )
     found = certificate(needed)
-    count = forecast(Tested(name="a", checks=(check,), certified=False), found)
+    count = forecast(CandidateTest(name="a", checks=(check,), certified=False), found)
     assert count is not None and count > sample_size(
         float(costs.std(ddof=1)), limit - float(costs.mean())
     )
@@ -161,7 +163,7 @@ def test_the_forecast_where_none_was_seen_is_that_of_the_exact_bound(quantity: Q
         kept=False,
     )
     found = certificate(needed)
-    assert forecast(Tested(name="a", checks=(check,), certified=False), found) == 598
+    assert forecast(CandidateTest(name="a", checks=(check,), certified=False), found) == 598
     assert [bool(binomial_bound(np.array(0), n, 0.05) <= 0.005) for n in (597, 598)] == [
         False,
         True,
@@ -190,7 +192,7 @@ def test_the_forecast_of_star_bets_where_none_was_seen_passes(
         kept=False,
     )
     found = certificate(needed)
-    count = forecast(Tested(name="a", checks=(check,), certified=False), found)
+    count = forecast(CandidateTest(name="a", checks=(check,), certified=False), found)
     assert count is not None
     limits = [
         float(star_bound(np.zeros(n), 0.05, (0.0, 1.0))) <= 0.004 for n in (int(0.9 * count), count)

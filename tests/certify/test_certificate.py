@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dualign.certify import certificate, evidence
-from dualign.certify.certificate import (
-    Candidate,
-    Evidence,
-    Origin,
-    Requirement,
-    corrected_upper_bound,
-    fixed_sequence,
-    upper_bound,
-)
+from dualign.certify import certificate, command, evidence
+from dualign.certify.certificate import Origin, Terms
+from dualign.certify.evidence import Evidence
+from dualign.certify.requirement import Requirement
+from dualign.certify.sequence import CandidateCosts, fixed_sequence
+from dualign.certify.verification import absent, verify
 from dualign.core.artifacts import read_json, sha256, write_json, write_parquet
 from dualign.core.errors import DataError, DualignError
 from dualign.core.schema import ANSWERS, LABELS, PROMPTS, REWEIGHTED, Message, prompt_id, user
+from dualign.math.bounds import corrected_upper_bound, upper_bound
 from dualign.params.certify import CertifyRun
 from tests.written import solved
 
@@ -51,9 +47,9 @@ def answers(mean: float = 0.0, prompts: int = 40, seed: int = 0) -> tuple[np.nda
 
 
 def test_tests_stop_at_the_first_failure_and_draw_no_more_answers() -> None:
-    def candidates() -> Iterator[Candidate]:
+    def candidates() -> Iterator[CandidateCosts]:
         for name, mean in (("safest", -2.0), ("middle", -1.0), ("harmful", 0.2)):
-            yield Candidate(name, *answers(mean))
+            yield CandidateCosts(name, *answers(mean))
         pytest.fail("the sequence went on after a failure")
 
     decision = fixed_sequence(candidates(), limit=0.0)
@@ -107,7 +103,6 @@ def test_sequences_that_cannot_be_tested(candidates: list[Any], limit: float, me
 
 # --- the file -------------------------------------------------------------------------------------
 
-certify = partial(certificate.issue, max_new_tokens=20)
 OPEN = (
     "This shows that the files agree with each other; it does not show that the cost model gave"
     " these costs (--rescore), that no file was made anew (sign, then --key), that prompts were"
@@ -158,6 +153,19 @@ def issue(
     return certify(path, list(tables), lambda name: Evidence(tables[name]), [required], **options)
 
 
+def certify(
+    path: Path,
+    names: list[str],
+    evidence_of: Callable[[str], Evidence],
+    required: list[Requirement],
+    origin: Origin | None = None,
+    **options: Any,
+) -> certificate.Certificate:
+    """A certificate of answers of at most 20 tokens."""
+    terms = Terms(names, required, max_new_tokens=20, **options)
+    return certificate.issue(path, terms, evidence_of, origin=origin)
+
+
 @pytest.fixture
 def issued(tmp_path: Path, tables: dict[str, Path]) -> Path:
     path = tmp_path / "reports" / "certificate.json"
@@ -176,7 +184,7 @@ def issued(tmp_path: Path, tables: dict[str, Path]) -> Path:
 
 def checked(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """Exit status and the one line of the command on a certificate."""
-    status = certificate.main(["verify", str(path)])
+    status = command.main(["verify", str(path)])
     line, *rest = capsys.readouterr().out.splitlines(keepends=True)
     assert status == 1 or rest == [OPEN]
     return status, line
@@ -202,7 +210,7 @@ def test_a_certificate_holds_all_that_its_check_needs(
         content["sampling_seeds"] == {"certify": 5}
         and content["versions"]["numpy"] == np.__version__
     )
-    assert certificate.verify(issued) == certificate.read(issued)
+    assert verify(issued) == certificate.read(issued)
     (middle,) = content["tested"][1]["checks"]
     assert middle["bound"] == upper_bound(
         *answers(-1.0), delta=0.1, method="betting", bounds=(-4, 4), seed=3
@@ -360,7 +368,7 @@ def test_whatever_does_not_match_is_named_in_one_line(
     status, line = checked(issued, capsys)
     assert status == 1 and line.startswith(str(issued))
     with pytest.raises(DualignError, match=message):
-        certificate.verify(issued)
+        verify(issued)
 
 
 def test_answers_without_a_cost_are_refused(tmp_path: Path) -> None:
@@ -384,7 +392,7 @@ def test_the_command(issued: Path) -> None:
 
 def test_the_command_loads_no_torch(issued: Path) -> None:
     code = (
-        "import sys; from dualign.certify import certificate; status = certificate.main(['verify',"
+        "import sys; from dualign.certify import command; status = command.main(['verify',"
         f" {str(issued)!r}])"
     )
     light = f"{code}; sys.exit(status or ('torch' in sys.modules))"
@@ -401,13 +409,13 @@ def test_a_folder_stands_for_the_certificates_in_it(
         issued.parent, issued.parent.parent / ".certificate.9.tmp"
     )  # of a process that was killed
     for folder in (issued.parent, issued.parent.parent):
-        assert certificate.main(["verify", str(folder)]) == 0
+        assert command.main(["verify", str(folder)]) == 0
         line, _ = capsys.readouterr().out.splitlines()
         assert line.startswith(f"{issued} holds: 'middle'")
     empty = tmp_path / "nothing here"
     empty.mkdir()
     for wrong in (empty, issued.with_name("certificat.json")):
-        assert certificate.main(["verify", str(issued), str(wrong)]) == 1
+        assert command.main(["verify", str(issued), str(wrong)]) == 1
         first, second, _ = capsys.readouterr().out.splitlines()
         assert first.startswith(f"{issued} holds") and second.startswith(
             f"{wrong}: holds no certificate"
@@ -475,7 +483,7 @@ def test_a_candidate_must_keep_every_requirement(
         truth["truth"].mean() + costs.mean() - truth["cost"].mean()
     )  # the model differs by a constant: weight 1
     assert found.tested[1].checks[1].estimate == pytest.approx(rectified, abs=0.02)
-    assert certificate.verify(path) == found
+    assert verify(path) == found
 
 
 def test_labels_without_any_harm_have_the_exact_bound(tmp_path: Path) -> None:
@@ -504,7 +512,7 @@ def test_no_unsafe_answer_has_the_exact_bound(tmp_path: Path) -> None:
         found.tested[0].checks[0].bound == pytest.approx(1 - 0.05 ** (1 / 40))
         and found.returned == "a"
     )
-    assert certificate.verify(tmp_path / "certificate.json") == found
+    assert verify(tmp_path / "certificate.json") == found
 
 
 def test_answers_that_all_ended_have_the_exact_bound(tmp_path: Path) -> None:
@@ -521,7 +529,7 @@ def test_answers_that_all_ended_have_the_exact_bound(tmp_path: Path) -> None:
     assert (second.estimate, second.bound) == pytest.approx(
         (share.mean(), upper_bound(share, np.arange(20)))
     )
-    assert certificate.verify(tmp_path / "certificate.json") == found
+    assert verify(tmp_path / "certificate.json") == found
 
 
 def test_answers_that_were_all_cut_fail_their_test(tmp_path: Path) -> None:
@@ -554,13 +562,13 @@ def test_labels_belong_to_the_certificate(
     with pytest.raises(
         DataError, match=r"the labels of 'safe' .* are not those certified: sha256 differs"
     ):
-        certificate.verify(path)
+        verify(path)
     write_json(path, {**content, "labels": {}})
     with pytest.raises(
         DataError,
         match="candidate 'safe': true c needs labels of its answers, and none are recorded",
     ):
-        certificate.verify(path)
+        verify(path)
 
 
 def test_the_command_looks_at_every_certificate_of_the_pipeline(
@@ -570,11 +578,11 @@ def test_the_command_looks_at_every_certificate_of_the_pipeline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert certificate.main(["verify"]) == 1
+    assert command.main(["verify"]) == 1
     assert "holds no certificate; run the stage certify first" in capsys.readouterr().out
     for name, limit, status in (("a", 0.0, 0), ("b", -3.0, 4)):
         issue(certificate.CERTIFICATES / name / certificate.FILE, tables, limit)
-        assert certificate.main(["verify"]) == status
+        assert command.main(["verify"]) == status
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[-3:-1]] == [
         f"{certificate.CERTIFICATES}/{k}/certificate.json" for k in "ab"
@@ -610,7 +618,7 @@ def test_every_quantity_is_the_mean_of_a_function_of_an_answer(tmp_path: Path) -
     said = found.statement
     assert "E[length] <= 17" in said and "P(c > 0) <= 0.3" in said and "CVaR_0.9(c) <= 1" in said
     assert "E[group] <= 0 on prompts with 'odd'" in said and "P(unended) <= 0.1" in said
-    assert certificate.verify(tmp_path / "certificate.json") == found
+    assert verify(tmp_path / "certificate.json") == found
     nowhere = Requirement(
         name="none", quantity="cost", limit=0.0, method="clustered_t", prompts="missing"
     )
@@ -631,7 +639,7 @@ def forge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 
     def forged(tables: dict[str, Path], **options: Any) -> Path:
         with monkeypatch.context() as patched:
-            patched.setattr(certificate, "_agreed", lambda used, *_: (dict.fromkeys(used, 3), ()))
+            patched.setattr(certificate, "agreed", lambda used, *_: (dict.fromkeys(used, 3), ()))
             issue(tmp_path / "reports" / "certificate.json", tables, 0.0, **options)
         return tmp_path / "reports" / "certificate.json"
 
@@ -680,7 +688,7 @@ def test_answers_that_cannot_have_been_drawn_so_are_named(
 ) -> None:
     rewrite(tables["middle"], change)
     with pytest.raises(DataError, match=message):
-        certificate.verify(forge(tables))
+        verify(forge(tables))
     with pytest.raises(DataError, match=message):  # nor are they issued
         issue(tables["middle"].with_name("certificate.json"), tables, 0.0)
 
@@ -701,13 +709,13 @@ def test_prompts_that_were_left_out_of_all_tables_are_missed_beside_the_prompts(
         DataError,
         match=r"the answers are not to the first \d+ prompts of .*certify.parquet: \d+ are oth",
     ):
-        certificate.verify(path)
+        verify(path)
     write_parquet(tmp_path / "certify.parquet", prompts[:5], PROMPTS)
     with pytest.raises(
         DataError,
         match=r"its prompts \(.*certify.parquet\) are not those certified: sha256 differs",
     ):
-        certificate.verify(path)
+        verify(path)
 
 
 def origin_of(root: Path, order: list[str], weights: tuple[float, ...] = (1.0,)) -> Origin:
@@ -775,12 +783,12 @@ def test_what_it_was_made_from_is_compared_where_it_is_there(
 def test_another_policy_is_refused(planned: Path, tmp_path: Path, file: str, message: str) -> None:
     (tmp_path / "models/certified" / file).write_text("other")
     with pytest.raises(DataError, match=message):
-        certificate.verify(planned)
+        verify(planned)
     (tmp_path / "models/certified/model.safetensors").unlink()
     with pytest.raises(
         DataError, match=r"more.safetensors: is not recorded|model.safetensors: is missing"
     ):
-        certificate.verify(planned)
+        verify(planned)
 
 
 @pytest.mark.parametrize(
@@ -807,7 +815,7 @@ def test_a_plan_is_tested_whole(
 ) -> None:
     edit(change)(planned)
     with pytest.raises(DataError, match=message):
-        certificate.verify(planned)
+        verify(planned)
 
 
 def test_it_is_written_elsewhere_and_put_in_its_place(
@@ -847,15 +855,15 @@ def test_every_additional_constraint_is_required(
     ):
         certify(planned, names, lambda name: Evidence(tables[name]), required, origin=origin)
         if holds:
-            assert certificate.verify(planned).returned == "middle"
+            assert verify(planned).returned == "middle"
             continue
         with pytest.raises(
             DataError, match=r"the limit 'rare' of .*dual.json is not among the requirements"
         ):
-            certificate.verify(planned)
+            verify(planned)
     write_json(tmp_path / "dual.json", solved())
     with pytest.raises(DataError, match=r"its limits \(.*dual.json\) are not those certified"):
-        certificate.verify(planned)
+        verify(planned)
 
 
 def test_where_no_policy_is_certified_none_may_lie_there(
@@ -867,7 +875,7 @@ def test_where_no_policy_is_certified_none_may_lie_there(
         DataError,
         match=r"no policy is certified, and what lies there .* model.safetensors: is not recorded",
     ):
-        certificate.verify(planned)
+        verify(planned)
 
 
 def test_a_candidate_does_not_answer_for_another_in_silence(
@@ -887,7 +895,7 @@ def test_a_candidate_does_not_answer_for_another_in_silence(
     with pytest.raises(
         DataError, match=r"same answers are \[\('safest', 'middle'\)\], and \[\] are stated"
     ):
-        certificate.verify(planned)
+        verify(planned)
 
 
 def test_labels_of_other_answers_are_refused(
@@ -933,16 +941,16 @@ def test_columns_of_another_type_are_named(
             },
         )
         if message is None:
-            assert certificate.verify(issued).returned == "middle"
+            assert verify(issued).returned == "middle"
             continue
         with pytest.raises(DataError, match=message):
-            certificate.verify(issued)
+            verify(issued)
 
 
 def test_a_bound_that_is_not_finite_is_named(planned: Path) -> None:
     edit(lambda c: c.update(delta=1e-320))(planned)
     with pytest.raises(DataError, match="finite number"):
-        certificate.verify(planned)
+        verify(planned)
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -973,7 +981,7 @@ def test_no_value_of_a_certificate_ends_in_a_traceback(planned: Path, value: Any
         place[path[-1]] = value
         planned.write_text(json.dumps(changed))
         try:
-            certificate.absent(planned, certificate.verify(planned))
+            absent(planned, verify(planned))
         except DualignError as error:
             assert "\n" not in str(error), path
 
@@ -1051,7 +1059,7 @@ def test_one_draw_and_its_labels_serve_a_path(
         told["prompt_id"].to_numpy(),
     )
     assert truth.bound == pytest.approx(bound)
-    assert certificate.verify(file) == found
+    assert verify(file) == found
 
 
 def test_answers_that_are_worth_little_certify_nothing(
@@ -1072,7 +1080,7 @@ def test_answers_that_are_worth_little_certify_nothing(
     (test,) = found.tested
     assert test.ess is not None and test.ess < 0.8 and test.checks[0].bound < 9.0
     assert not test.checks[0].kept and found.returned is None
-    assert certificate.verify(tmp_path / "certificate.json") == found
+    assert verify(tmp_path / "certificate.json") == found
 
 
 def test_at_the_policy_that_drew_nothing_changes(
@@ -1145,4 +1153,4 @@ def test_a_certificate_of_before_screens_still_holds(issued: Path) -> None:
     for test in content["tested"]:
         test.pop("ess")
     write_json(issued, content)
-    assert certificate.verify(issued).returned == "middle"
+    assert verify(issued).returned == "middle"

@@ -15,8 +15,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dualign.certify import certificate, signature
-from dualign.certify.certificate import Evidence, Requirement
+from dualign.certify import certificate, command, signature
+from dualign.certify.certificate import Terms
+from dualign.certify.evidence import Evidence
+from dualign.certify.requirement import Requirement
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.errors import DataError, ParamsError
 from dualign.core.schema import ANSWERS, prompt_id, user
@@ -41,9 +43,8 @@ def folder(tmp_path: Path) -> Path:
     write_parquet(place / "answers.parquet", answers, ANSWERS)
     required = Requirement(name="c", quantity="cost", limit=0.0, method="clustered_t")
     files = Evidence(place / "answers.parquet")
-    certificate.issue(
-        place / certificate.FILE, ["it"], lambda name: files, [required], max_new_tokens=9
-    )
+    terms = Terms(["it"], [required], max_new_tokens=9)
+    certificate.issue(place / certificate.FILE, terms, lambda name: files)
     return place
 
 
@@ -151,25 +152,23 @@ def test_the_command_signs_and_checks(
     folder: Path, key: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, files = tmp_path / "it.json", sorted(folder.iterdir())
-    assert certificate.main(["sign", str(folder), "--key", str(key), "--out", str(out)]) == 0
+    assert command.main(["sign", str(folder), "--key", str(key), "--out", str(out)]) == 0
     assert capsys.readouterr().out.startswith(f"{out} signs {folder}: 'it' keeps E[c] <= 0")
     assert sorted(folder.iterdir()) == files
     check = ["verify", str(folder), "--key", str(key), "--signature", str(out)]
-    assert certificate.main(check) == 0
+    assert command.main(check) == 0
     _, left = capsys.readouterr().out.splitlines()
     assert "--key" not in left and "--rescore" in left
     change_file(folder, out)
-    assert certificate.main(check) == 1
+    assert command.main(check) == 1
     assert "certificate.json was changed since" in capsys.readouterr().out
-    assert certificate.main(["verify", str(folder)]) == 0  # consistent, and not what was signed
+    assert command.main(["verify", str(folder)]) == 0  # consistent, and not what was signed
 
 
 def test_what_does_not_hold_is_not_signed(folder: Path, key: Path, tmp_path: Path) -> None:
     write_json(folder / certificate.FILE, read_json(folder / certificate.FILE) | {"returned": None})
     assert (
-        certificate.main(
-            ["sign", str(folder), "--key", str(key), "--out", str(tmp_path / "out.json")]
-        )
+        command.main(["sign", str(folder), "--key", str(key), "--out", str(tmp_path / "out.json")])
         == 1
     )
     assert not (tmp_path / "out.json").exists()
@@ -181,4 +180,4 @@ def test_a_key_needs_a_signature_and_one_certificate(folder: Path, key: Path, si
         ["--key", str(key), "--signature", str(signed), str(folder)],
     ):
         with pytest.raises(SystemExit):
-            certificate.main(["verify", str(folder), *wrong])
+            command.main(["verify", str(folder), *wrong])

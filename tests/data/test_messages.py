@@ -12,7 +12,8 @@ import pytest
 
 from dualign.core.errors import DataError
 from dualign.core.schema import user
-from dualign.data.sources import Kind, Record, Rejected, Skipped, read
+from dualign.data.formats import Kind, Record, Rejected, Skipped
+from dualign.data.sources import read
 from dualign.params.data import SourceSpec, WorldParams
 
 MADE = WorldParams(sft_rows=1, helpful_pairs=1, safety_pairs=1, sharpness=1.0)

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import pytest
@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 from dualign.core.errors import DataError
 from dualign.core.schema import user
-from dualign.data.sources import Kind, Record, Rejected, Skipped, derived_seed, label, read
-from dualign.params.data import SourceSpec, WorldParams
+from dualign.data.formats import FORMATS, Kind, Record, Rejected, Skipped, label
+from dualign.data.sources import derived_seed, read
+from dualign.params.data import SourceFormat, SourceSpec, WorldParams
 
 WORLD = WorldParams(sft_rows=20, helpful_pairs=30, safety_pairs=40, sharpness=1.0)
 REAL = Path(os.environ.get("DUALIGN_REAL_DATA", Path(__file__).parents[2] / "../shared/data"))
@@ -92,6 +93,10 @@ WRITERS: dict[str, Callable[[Path, list[Row]], Any]] = {
 
 
 # --- formats --------------------------------------------------------------------------------------
+
+
+def test_params_name_every_format_of_the_table() -> None:
+    assert tuple(FORMATS) == get_args(SourceFormat)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -214,6 +219,114 @@ def test_hh_rows_without_a_common_prompt_are_rejected(
 ) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"chosen": chosen, "rejected": hh("why?", "bad")}])
     assert only(tmp_path, "helpful", format="hh", path="a.jsonl").reason == reason
+
+
+def rated(prompt: str, response: str, helpfulness: Any) -> Row:
+    """A row of HelpSteer2's ratings, as its page shows one."""
+    others = {"correctness": 4, "coherence": 4, "complexity": 2, "verbosity": 1}
+    return {"prompt": prompt, "response": response, "helpfulness": helpfulness, **others}
+
+
+def preferred(strength: Any, **changes: Any) -> Row:
+    """A row of HelpSteer2's preferences, as its page shows one."""
+    said = {"statement": "@Response 2 is better.", "elaboration": "It is complete."}
+    row = {
+        "split": "train",
+        "prompt": "Define Signal",
+        "response_1": "energy",
+        "response_2": "a message",
+        "preference_strength": strength,
+        "preference_statement": said["statement"],
+        "preference_elaboration": said["elaboration"],
+        "three_most_similar_preferences": [{**said, "strength": strength}],
+        "all_preferences_unprocessed": [{"strength": strength, "justification": "It is complete."}],
+    }
+    return {**row, **changes}
+
+
+def test_helpsteer2_pairs_ratings_that_follow_each_other_with_one_prompt(tmp_path: Path) -> None:
+    rows = [
+        rated("c#", "a language", 3), rated("c#", "a note", 1),
+        rated("tie?", "x", 2), rated("tie?", "y", 2),
+        rated("alone", "x", 4),
+        rated("rap", "bad", 0), rated("rap", "good", 4.0),
+        rated("null", "x", None), rated("null", "y", 4),
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    found = records(tmp_path, "helpful", format="helpsteer2", path="train.jsonl")
+    pairs = [item for item in found if isinstance(item, Record)]
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [
+        (user("c#"), "a language", "a note"),
+        (user("rap"), "good", "bad"),
+    ]
+    assert [pair.where.line for pair in pairs] == [1, 6] and pairs[0].chosen_is_safe is None
+    assert [(item.reason, item.where.line) for item in found if isinstance(item, Skipped)] == [
+        ("tie", 3),
+        ("no_second_answer", 5),
+        ("no_preference", 8),
+    ]
+
+
+def test_helpsteer2_takes_no_answer_of_another_file_or_beyond_the_limit(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    for name, helpfulness in (("a", 1), ("b", 4)):
+        write_jsonl(tmp_path / "parts" / f"{name}.jsonl", [rated("q", name, helpfulness)])
+    for options in ({"path": "parts"}, {"path": "parts/a.jsonl"}):
+        found = records(tmp_path, "helpful", format="helpsteer2", **options)
+        assert {item.reason for item in found} == {"no_second_answer"}
+    write_jsonl(tmp_path / "c.jsonl", [rated("q", "x", 1), rated("q", "y", 2)] * 2)
+    cut = records(tmp_path, "helpful", format="helpsteer2", path="c.jsonl", limit=3)
+    assert [type(item) for item in cut] == [Record, Skipped]
+
+
+def test_helpsteer2_reads_the_direction_of_a_preference(tmp_path: Path) -> None:
+    rows = [preferred(strength) for strength in (-3, -1, 0, 1, 3, None)]
+    write_gz(tmp_path / "preference.jsonl.gz", rows)
+    found = records(tmp_path, "helpful", format="helpsteer2", path="preference.jsonl.gz")
+    assert [getattr(item, "chosen", None) or item.reason for item in found] == [
+        "energy", "energy", "tie", "a message", "a message", "no_preference"
+    ]  # fmt: skip
+
+
+def test_helpsteer2_splits_a_prompt_at_its_marked_turns(tmp_path: Path) -> None:
+    prompt = "hi\n<extra_id_1>Assistant\nhello\nyou\n<extra_id_1>User\nwhy?"
+    cut = "hi\n<extra_id_1>Assistant\nhello"
+    rows = [preferred(1, prompt=prompt), preferred(1, prompt=cut)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    pair, bad = records(tmp_path, "helpful", format="helpsteer2", path="a.jsonl")
+    assert [(turn["role"], turn["content"]) for turn in pair.prompt] == [
+        ("user", "hi"),
+        ("assistant", "hello\nyou"),
+        ("user", "why?"),
+    ]
+    assert bad.reason == "bad_turns"
+
+
+def test_helpsteer2_rejects_what_is_no_rating(tmp_path: Path) -> None:
+    """5, and the lists of the file of disagreements; a row that cannot be read takes no partner."""
+    rows = [rated("q", "x", 5), rated("q", "y", 1), rated("p", "x", [3, 3]), rated("p", "y", [4])]
+    write_jsonl(tmp_path / "a.jsonl", [*rows, preferred(4), rated("r", "x", 1)])
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write("[1]\n" + json.dumps(rated("r", "y", 2)) + "\n")
+    found = records(tmp_path, "helpful", format="helpsteer2", path="a.jsonl")
+    rejected = [(item.reason, item.detail[:28]) for item in found if isinstance(item, Rejected)]
+    assert rejected[:3] == [
+        ("bad_label", "helpfulness_1 is 5, expected"),
+        ("bad_label", "helpfulness_1 is [3, 3], exp"),
+        ("bad_label", "preference_strength is 4, ex"),
+    ]
+    assert rejected[3][0] == "not_an_object"
+    assert [item.chosen for item in found if isinstance(item, Record)] == ["y"]
+
+
+def test_helpsteer2_needs_the_columns_of_one_of_its_files(tmp_path: Path) -> None:
+    bare = [{name: value for name, value in preferred(1).items() if name != "response_2"}]
+    write_jsonl(tmp_path / "a.jsonl", bare)
+    with pytest.raises(DataError, match="column 'response_2' is missing"):
+        records(tmp_path, "helpful", format="helpsteer2", path="a.jsonl")
+    for kind in ("sft", "safety"):
+        with pytest.raises(DataError, match=rf"prepare\.{kind}: .* list it under prepare\.helpful"):
+            records(tmp_path, kind, format="helpsteer2", path="a.jsonl")
 
 
 def test_alpaca_joins_instruction_and_input(tmp_path: Path) -> None:
@@ -509,7 +622,8 @@ def test_a_wrong_column_map_is_explained(
 
 def test_alpaca_holds_no_pairs(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"prepare\.helpful: .*'alpaca' holds no pairs; list it under prepare\.sft"
+        DataError,
+        match=r"prepare\.helpful: .*'alpaca' holds nothing for it; list it .*prepare\.sft",
     ):
         records(tmp_path, "helpful", format="alpaca", path="a.json")
 

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
+from transformers import AutoModelForCausalLM
 
 from bench import tiny
 from bench import world as laboratory
@@ -301,3 +304,52 @@ def fails_with(root: Path, key: str, typo: str) -> str:
         return fails(root, "stages.prepare")
     finally:
         path.write_text(before)
+
+
+def test_a_policy_is_pushed_whole_with_a_card_that_the_hub_reads(
+    finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "given/sacpo"
+    push = (sys.executable, "-m", "dualign", "push")
+    said = run(finished, *push, "aligned/sacpo", "--to", f"file://{out}").stdout
+    assert said == f"{out}\n"
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(folder)
+        for folder in (finished / "models/aligned/sacpo", out)
+    )
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(weight, theirs.state_dict()[name])
+    card = ModelCard.load(out / "README.md")
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    cost = json.loads((finished / "reports/metrics/evaluate/sacpo.json").read_text())["cost"]
+    assert results["cost"] == pytest.approx(cost["mean"], abs=1e-4)
+    assert card.data.license == "apache-2.0" and "base_model" not in card.data.to_dict()
+    for heading in ("Evaluation", "Certificate", "Data and licences", "Limits", "How to load"):
+        assert f"## {heading}" in card.text
+    certified = run(finished, *push, "certified/dualign", "--to", "me/it", "--card").stdout
+    found = json.loads((finished / "reports/metrics/certify/dualign.json").read_text())
+    assert found["statement"] in certified and "`vllm serve me/it`" in certified
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("aligned/nobody", "--to", "me/it"), "models/aligned/nobody: holds no policy"),
+        (("aligned/sacpo", "--to", "not a name"), "neither owner/name nor file://FOLDER"),
+        (("aligned/sacpo", "--to", "file://models"), "models: exists already; name a new folder"),
+        (("aligned/sacpo", "--to", "me/it", "--adapter"), "its base is models/sft of this run"),
+        (
+            ("aligned/sacpo", "--to", "file://new", "--adapter", "--base", "owner/sft"),
+            "has no adapter",
+        ),
+    ],
+)
+def test_what_cannot_be_pushed_is_refused_in_one_line(
+    finished: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    command = [sys.executable, "-m", "dualign", "push", *arguments]
+    done = subprocess.run(
+        command, cwd=finished, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and words in done.stderr
+    assert done.stderr.count("\n") == 1 and not (finished / "new").exists()

@@ -11,10 +11,12 @@ import pytest
 from dualign.core.schema import user
 from dualign.data import world
 from dualign.evaluation.against_optimum import (
+    add_truth,
     against_optimum,
     enumerate_answers,
     exact_frontier,
     finite_problem,
+    summarise,
 )
 from dualign.math import tabular
 
@@ -51,7 +53,7 @@ LOG_RATIO = pd.DataFrame({"prompt_id": ["a", "a", "b"], "log_ratio": [-1.0, -3.0
 
 
 def test_summary_by_hand() -> None:
-    result = against_optimum.summarise(answers(), LOG_RATIO, confidence=0.95)
+    result = summarise(answers(), LOG_RATIO, confidence=0.95)
     means = {name: value["mean"] for name, value in result.items() if isinstance(value, dict)}
     assert means == pytest.approx(
         {
@@ -73,12 +75,12 @@ def test_summary_by_hand() -> None:
 
 
 def test_truth_is_the_oracles() -> None:
-    known = against_optimum.add_truth(answers())
+    known = add_truth(answers())
     assert known["grammatical"].tolist() == [True, False, True, False]
     right = world.answers(QUESTIONS[0])[5]
     assert known["true_reward"].tolist()[:2] == [right.reward, world.UNGRAMMATICAL_REWARD]
     assert known["true_cost"].tolist()[:2] == [right.cost, world.UNGRAMMATICAL_COST]
-    assert against_optimum.summarise(known, LOG_RATIO, 0.9)["grammatical"]["mean"] == 0.5
+    assert summarise(known, LOG_RATIO, 0.9)["grammatical"]["mean"] == 0.5
 
 
 @pytest.fixture(scope="module")

@@ -234,9 +234,15 @@ def test_genuine_tokenizers_agree_with_the_whole_conversation(
 
 
 @pytest.mark.parametrize(
-    ("chat", "name"), [("chatml", "smollm2"), ("thinking", "smollm2"), ("llama2", "tiny_llama_260k"),
-                       ("mistral", "tiny_llama_260k"), ("zephyr", "tiny_llama_260k")]
-)  # fmt: skip
+    ("chat", "name"),
+    [
+        ("chatml", "smollm2"),
+        ("thinking", "smollm2"),
+        ("llama2", "tiny_llama_260k"),
+        ("mistral", "tiny_llama_260k"),
+        ("zephyr", "tiny_llama_260k"),
+    ],
+)
 def test_genuine_tokenizers_take_any_layout_whose_tokens_they_know(
     request: pytest.FixtureRequest, tmp_path: Path, chat: str, name: str
 ) -> None:

@@ -17,16 +17,17 @@ from scipy.optimize import minimize
 from dualign.certify.candidates import candidate_policies
 from dualign.core.errors import InfeasibleError, ParamsError
 from dualign.core.schema import user
-from dualign.math import dual
 from dualign.math.constraints import (
     Constraint,
     Price,
-    Scored,
     constraint,
-    price,
     prices_in,
     with_priced_rewards,
 )
+from dualign.math.dual.root import root
+from dualign.math.dual.tail import shortfall, value_at_risk
+from dualign.math.dual.tilt import weights
+from dualign.math.pricing import Scored, price
 from dualign.params.dual import ConstraintSpec
 from dualign.params.loading import check, read_yaml
 from tests.shipped import preset
@@ -60,8 +61,8 @@ def tilted(given: Scored, prices: list[Price], limit: float = LIMIT) -> Array:
         * values_of(given, found.constraint)
         for found in prices
     )
-    lam = dual.root(given.reward - charge, given.cost, limit=limit, beta=BETA, lambda_max=TOP)
-    return dual.weights(given.reward - charge, given.cost, lam, BETA)
+    lam = root(given.reward - charge, given.cost, limit=limit, beta=BETA, lambda_max=TOP)
+    return weights(given.reward - charge, given.cost, lam, BETA)
 
 
 def worth(given: Scored, w: Array) -> float:
@@ -271,13 +272,13 @@ def test_the_threshold_of_a_cvar_is_the_best_one(seed: int) -> None:
 
     def room(z: Array) -> float:
         w = z[:-1].reshape(given.cost.shape)
-        return limit - float((w * dual.shortfall(given.cost, z[-1], level)).sum(1).mean())
+        return limit - float((w * shortfall(given.cost, z[-1], level)).sum(1).mean())
 
     prices = price(given, {"tail": spec}, limit=LIMIT, beta=BETA, lambda_max=TOP)
     w = tilted(given, prices)
     share = w / len(w)
-    threshold = dual.value_at_risk(given.cost, share, level)
-    assert float((share * dual.shortfall(given.cost, threshold, level)).sum()) <= limit + 1e-7
+    threshold = value_at_risk(given.cost, share, level)
+    assert float((share * shortfall(given.cost, threshold, level)).sum()) <= limit + 1e-7
     assert prices[0].lam > 0
     assert worth(given, w) == pytest.approx(
         primal(given, room, extra=threshold, starts=5), abs=2e-3

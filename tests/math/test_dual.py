@@ -13,9 +13,26 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq, linprog, minimize
 
-from dualign.certify.certificate import sample_size, upper_bound
 from dualign.core.errors import InfeasibleError
-from dualign.math import dual
+from dualign.math.bounds import sample_size, upper_bound
+from dualign.math.dual.advice import beta_for_ess, samples_for_ess
+from dualign.math.dual.joint import solve_many
+from dualign.math.dual.margin import certificate_margin, solve_with_margin, spread_of_means
+from dualign.math.dual.reach import least_of
+from dualign.math.dual.root import root, scales
+from dualign.math.dual.solution import slater_radius, solve
+from dualign.math.dual.tail import shortfall, value_at_risk
+from dualign.math.dual.tilt import (
+    divergence,
+    dual_value,
+    effective_samples,
+    jackknife_value,
+    jackknife_weights,
+    leave_one_out_value,
+    predict,
+    soft_value,
+    weights,
+)
 
 BETA, LIMIT = 0.7, -0.35
 Array = np.ndarray
@@ -43,11 +60,11 @@ def expected_cost(reward: Array, cost: Array, lam: float, beta: float = BETA) ->
 
 def test_soft_value_and_weights_by_hand() -> None:
     reward, cost = np.log([[1.0, 3.0]]), np.array([[0.0, 1.0]])
-    assert dual.weights(reward, cost, 0.0, 1.0).tolist() == [pytest.approx([0.25, 0.75])]
-    assert dual.soft_value(reward, cost, 0.0, 1.0).tolist() == pytest.approx([np.log(2)])
+    assert weights(reward, cost, 0.0, 1.0).tolist() == [pytest.approx([0.25, 0.75])]
+    assert soft_value(reward, cost, 0.0, 1.0).tolist() == pytest.approx([np.log(2)])
     # lambda = log 3 cancels the second answer's lead
-    assert dual.weights(reward, cost, np.log(3), 1.0).tolist() == [pytest.approx([0.5, 0.5])]
-    assert dual.dual_value(reward, cost, np.log(3), limit=0.5, beta=1.0) == pytest.approx(
+    assert weights(reward, cost, np.log(3), 1.0).tolist() == [pytest.approx([0.5, 0.5])]
+    assert dual_value(reward, cost, np.log(3), limit=0.5, beta=1.0) == pytest.approx(
         0.5 * np.log(3)
     )
 
@@ -57,7 +74,7 @@ def test_slope_of_the_dual_is_limit_minus_cost(lam: float) -> None:
     reward, cost = pool(1)
     step = 1e-5
     above, below = (
-        dual.dual_value(reward, cost, lam + s, limit=LIMIT, beta=BETA) for s in (step, -step)
+        dual_value(reward, cost, lam + s, limit=LIMIT, beta=BETA) for s in (step, -step)
     )
     assert (above - below) / (2 * step) == pytest.approx(
         LIMIT - expected_cost(reward, cost, lam), abs=1e-8
@@ -68,10 +85,8 @@ def test_slope_of_the_dual_is_limit_minus_cost(lam: float) -> None:
 def test_curvature_of_the_dual_is_the_variance_over_beta(lam: float) -> None:
     reward, cost = pool(2)
     step = 1e-3
-    value = [
-        dual.dual_value(reward, cost, lam + s, limit=LIMIT, beta=BETA) for s in (-step, 0, step)
-    ]
-    w = dual.weights(reward, cost, lam, BETA)
+    value = [dual_value(reward, cost, lam + s, limit=LIMIT, beta=BETA) for s in (-step, 0, step)]
+    w = weights(reward, cost, lam, BETA)
     variance = ((w * cost**2).sum(1) - (w * cost).sum(1) ** 2).mean()
     assert (value[0] - 2 * value[1] + value[2]) / step**2 == pytest.approx(
         variance / BETA, abs=1e-5
@@ -87,8 +102,8 @@ def test_dual_value_is_the_lagrangian_of_the_tilted_policy_and_bounds_every_othe
         kl = (p * np.log(p * n)).sum(1)
         return float(((p * reward).sum(1) - BETA * kl - lam * ((p * cost).sum(1) - LIMIT)).mean())
 
-    tilted = dual.weights(reward, cost, lam, BETA)
-    assert dual.dual_value(reward, cost, lam, limit=LIMIT, beta=BETA) == pytest.approx(
+    tilted = weights(reward, cost, lam, BETA)
+    assert dual_value(reward, cost, lam, limit=LIMIT, beta=BETA) == pytest.approx(
         lagrangian(tilted), abs=1e-12
     )
     for p in np.random.default_rng(0).dirichlet(np.ones(n), size=(20, len(reward))):
@@ -103,8 +118,8 @@ def test_samples_that_repeat_stand_for_a_reference_that_is_not_uniform() -> None
     reward, cost = (np.repeat(f, times)[None] for f in (r, c))
     p = times * np.exp((r - 0.8 * c) / BETA)
     p /= p.sum()
-    assert dual.predict(reward, cost, 0.8, BETA, cost)[0] == pytest.approx(float(p @ c))
-    assert dual.divergence(reward, cost, 0.8, BETA)[0] == pytest.approx(
+    assert predict(reward, cost, 0.8, BETA, cost)[0] == pytest.approx(float(p @ c))
+    assert divergence(reward, cost, 0.8, BETA)[0] == pytest.approx(
         float((p * np.log(p * 8 / times)).sum())
     )
 
@@ -112,27 +127,27 @@ def test_samples_that_repeat_stand_for_a_reference_that_is_not_uniform() -> None
 def test_divergence_is_the_kl_of_the_weights_to_the_uniform_samples() -> None:
     reward, cost = pool(4)
     for lam in (0.0, 0.7, 5.0):
-        w = dual.weights(reward, cost, lam, BETA)
+        w = weights(reward, cost, lam, BETA)
         direct = (w * np.log(w * reward.shape[1])).sum(1)
-        assert dual.divergence(reward, cost, lam, BETA) == pytest.approx(direct, abs=1e-12)
+        assert divergence(reward, cost, lam, BETA) == pytest.approx(direct, abs=1e-12)
 
 
 def test_leave_one_out_value_is_the_value_of_the_other_samples() -> None:
     reward, cost = pool(5, prompts=4, samples=6)
-    value = dual.leave_one_out_value(reward, cost, 1.1, BETA)
+    value = leave_one_out_value(reward, cost, 1.1, BETA)
     for i in range(6):
         others = [j for j in range(6) if j != i]
         assert value[:, i] == pytest.approx(
-            dual.soft_value(reward[:, others], cost[:, others], 1.1, BETA)
+            soft_value(reward[:, others], cost[:, others], 1.1, BETA)
         )
 
 
 def test_effective_samples_run_from_one_to_all() -> None:
     flat = np.zeros((2, 16))
-    assert dual.effective_samples(flat, flat, 1.0, BETA).tolist() == pytest.approx([16, 16])
+    assert effective_samples(flat, flat, 1.0, BETA).tolist() == pytest.approx([16, 16])
     peak = flat.copy()
     peak[:, 3] = 1e4
-    assert dual.effective_samples(peak, flat, 1.0, BETA).tolist() == pytest.approx([1, 1])
+    assert effective_samples(peak, flat, 1.0, BETA).tolist() == pytest.approx([1, 1])
 
 
 # --- the same without the bias of few samples -----------------------------------------------------
@@ -162,16 +177,14 @@ def test_the_jackknife_leaves_out_each_sample_in_turn(
 ) -> None:
     reward, cost = given
     value = np.random.default_rng(0).normal(size=cost.shape)
-    found = dual.jackknife_weights(reward, cost, lam, BETA)
+    found = jackknife_weights(reward, cost, lam, BETA)
     assert found.sum(1) == pytest.approx(np.ones(len(found)))
-    whole = dual.predict(reward, cost, lam, BETA, value)
-    expected = left_out(lambda r, c, v: dual.predict(r, c, lam, BETA, v), reward, cost, value)
+    whole = predict(reward, cost, lam, BETA, value)
+    expected = left_out(lambda r, c, v: predict(r, c, lam, BETA, v), reward, cost, value)
     assert (found * value).sum(1) == pytest.approx(expected, abs=1e-10)
     assert (np.abs(expected - whole) <= np.ptp(value, axis=1)).all()
-    expected = left_out(lambda r, c: dual.soft_value(r, c, lam, BETA), reward, cost)
-    assert dual.jackknife_value(reward, cost, lam, BETA) == pytest.approx(
-        expected, rel=1e-12, abs=1e-10
-    )
+    expected = left_out(lambda r, c: soft_value(r, c, lam, BETA), reward, cost)
+    assert jackknife_value(reward, cost, lam, BETA) == pytest.approx(expected, rel=1e-12, abs=1e-10)
 
 
 def test_the_jackknife_of_equal_weights_changes_nothing_and_of_one_sample_extrapolates() -> None:
@@ -179,11 +192,9 @@ def test_the_jackknife_of_equal_weights_changes_nothing_and_of_one_sample_extrap
     way from the rest.
     """
     flat = np.zeros((1, 4))
-    assert dual.jackknife_weights(flat, flat, 1.0, BETA)[0] == pytest.approx([0.25] * 4)
+    assert jackknife_weights(flat, flat, 1.0, BETA)[0] == pytest.approx([0.25] * 4)
     peak = np.array([[0.0, 1e9, 0.0, 0.0]])
-    assert dual.jackknife_weights(peak, flat, 1.0, BETA)[0] == pytest.approx(
-        [-0.25, 1.75, -0.25, -0.25]
-    )
+    assert jackknife_weights(peak, flat, 1.0, BETA)[0] == pytest.approx([-0.25, 1.75, -0.25, -0.25])
 
 
 def test_the_jackknife_takes_most_of_the_bias_out() -> None:
@@ -196,12 +207,12 @@ def test_the_jackknife_takes_most_of_the_bias_out() -> None:
     p = np.exp((r - lam * c) / beta)
     p, value = p / p.sum(), beta * np.log(p.mean())
     given = (reward, cost, lam, beta)
-    w = dual.jackknife_weights(*given)
+    w = jackknife_weights(*given)
     for score in (r, c, (c > 0).astype(float)):
-        plain = dual.predict(*given, score[drawn]).mean() - p @ score
+        plain = predict(*given, score[drawn]).mean() - p @ score
         assert abs((w * score[drawn]).sum(1).mean() - p @ score) < 0.25 * abs(plain)
-    plain = dual.soft_value(*given).mean() - value
-    assert abs(dual.jackknife_value(*given).mean() - value) < 0.25 * abs(plain)
+    plain = soft_value(*given).mean() - value
+    assert abs(jackknife_value(*given).mean() - value) < 0.25 * abs(plain)
 
 
 # --- the root -------------------------------------------------------------------------------------
@@ -212,13 +223,13 @@ def test_root_agrees_with_bisection_or_says_why_not(seed: int) -> None:
     reward, cost = pool(seed, prompts=1 + seed % 7, samples=2 + seed % 9)
     limit, top = np.random.default_rng(seed).uniform(-1.5, 0.8), 200.0
     if expected_cost(reward, cost, 0.0) <= limit:
-        assert dual.root(reward, cost, limit=limit, beta=BETA, lambda_max=top) == 0.0
+        assert root(reward, cost, limit=limit, beta=BETA, lambda_max=top) == 0.0
     elif expected_cost(reward, cost, top) > limit:
         with pytest.raises(InfeasibleError, match=r"constraint\.limit .* lambda_max 200 "):
-            dual.root(reward, cost, limit=limit, beta=BETA, lambda_max=top)
+            root(reward, cost, limit=limit, beta=BETA, lambda_max=top)
     else:
         exact = brentq(lambda lam: expected_cost(reward, cost, lam) - limit, 0, top, xtol=1e-12)
-        assert dual.root(reward, cost, limit=limit, beta=BETA, lambda_max=top) == pytest.approx(
+        assert root(reward, cost, limit=limit, beta=BETA, lambda_max=top) == pytest.approx(
             exact, abs=1e-7
         )
 
@@ -243,7 +254,7 @@ def test_root_solves_the_constrained_problem(seed: int) -> None:
     """
     reward, cost = pool(seed, prompts=2, samples=4)
     limit = expected_cost(reward, cost, 1.0)  # so that the constraint binds
-    lam = dual.root(reward, cost, limit=limit, beta=BETA, lambda_max=50)
+    lam = root(reward, cost, limit=limit, beta=BETA, lambda_max=50)
     assert lam == pytest.approx(1.0, abs=1e-8)
 
     def policy(table: Array) -> Array:
@@ -262,9 +273,9 @@ def test_root_solves_the_constrained_problem(seed: int) -> None:
         ],
         options={"maxiter": 1000, "ftol": 1e-12},
     )
-    assert np.abs(policy(primal.x) - dual.weights(reward, cost, lam, BETA)).max() < 2e-3
+    assert np.abs(policy(primal.x) - weights(reward, cost, lam, BETA)).max() < 2e-3
     assert -primal.fun == pytest.approx(
-        dual.dual_value(reward, cost, lam, limit=limit, beta=BETA), abs=1e-6
+        dual_value(reward, cost, lam, limit=limit, beta=BETA), abs=1e-6
     )
 
 
@@ -272,9 +283,9 @@ def test_root_solves_the_constrained_problem(seed: int) -> None:
 def test_slater_radius_bounds_the_multiplier(seed: int) -> None:
     reward, cost = pool(seed, prompts=30)
     limit = expected_cost(reward, cost, 0.3 * seed)
-    lam = dual.root(reward, cost, limit=limit, beta=BETA, lambda_max=50)
-    radius = dual.slater_radius(reward, cost, limit=limit, beta=BETA, lambda_max=50)
-    assert dual.solve(reward, cost, limit=limit, beta=BETA, lambda_max=50).lam_interval[1] <= radius
+    lam = root(reward, cost, limit=limit, beta=BETA, lambda_max=50)
+    radius = slater_radius(reward, cost, limit=limit, beta=BETA, lambda_max=50)
+    assert solve(reward, cost, limit=limit, beta=BETA, lambda_max=50).lam_interval[1] <= radius
     assert (
         1.15 * lam < radius <= 50
     )  # so the interval [0, 2 rho] does not end at the root of a slightly wrong pool
@@ -286,12 +297,12 @@ def test_slater_radius_is_that_of_the_safest_answers() -> None:
     """
     reward, cost = pool(6, prompts=30)
     limit = expected_cost(reward, cost, 1.0)
-    best = dual.dual_value(reward, cost, 1.0, limit=limit, beta=BETA)
+    best = dual_value(reward, cost, 1.0, limit=limit, beta=BETA)
     safest = cost.argmin(1)
     value = reward[np.arange(30), safest].mean() - BETA * np.log(reward.shape[1])
     expected = (best - value) / (limit - cost.min(1).mean())
     assert expected > 1.5
-    radius = dual.slater_radius(reward, cost, limit=limit, beta=BETA, lambda_max=1e4)
+    radius = slater_radius(reward, cost, limit=limit, beta=BETA, lambda_max=1e4)
     assert radius == pytest.approx(expected, rel=1e-3)
 
 
@@ -299,20 +310,20 @@ def test_slater_radius_is_no_less_than_the_interval_and_no_more_than_the_largest
     None
 ):
     reward, cost = pool(6, prompts=3)
-    solution = dual.solve(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50)
+    solution = solve(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50)
     assert (
-        dual.slater_radius(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50)
+        slater_radius(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50)
         >= solution.lam_interval[1]
     )
     barely = expected_cost(reward, cost, 50)
     for limit in (barely + 1e-9, barely + 1e-6):
-        assert dual.slater_radius(reward, cost, limit=limit, beta=BETA, lambda_max=50) == 50
+        assert slater_radius(reward, cost, limit=limit, beta=BETA, lambda_max=50) == 50
 
 
 def test_newton_needs_a_handful_of_steps() -> None:
     reward, cost = pool(6, prompts=100)
     steps = [
-        dual.solve(reward, cost, limit=limit, beta=BETA, bootstrap=1).steps
+        solve(reward, cost, limit=limit, beta=BETA, bootstrap=1).steps
         for limit in (-0.1, -0.35, -0.7)
     ]
     assert min(steps) >= 2 and max(steps) <= 8
@@ -324,9 +335,9 @@ def test_the_units_of_the_scores_change_neither_root_nor_steps(
     reward_unit: float, cost_unit: float
 ) -> None:
     reward, cost = pool(8, prompts=40)
-    plain = dual.solve(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50, bootstrap=20)
+    plain = solve(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50, bootstrap=20)
     unit = reward_unit / cost_unit
-    scaled = dual.solve(
+    scaled = solve(
         reward_unit * reward,
         cost_unit * (cost + 3),
         limit=cost_unit * (LIMIT + 3),
@@ -347,15 +358,15 @@ def test_the_units_of_the_scores_change_neither_root_nor_steps(
 
 def test_scales_are_within_prompts_and_a_constant_score_has_one_all_the_same() -> None:
     reward = np.array([[0.0, 2.0], [100.0, 104.0]])
-    found = dual.scales(reward, np.full((2, 2), 0.1), beta=0.3)
+    found = scales(reward, np.full((2, 2), 0.1), beta=0.3)
     assert found == (pytest.approx(np.sqrt(2.5)), 1.0, pytest.approx(0.1))
-    assert dual.scales(np.full((2, 2), 0.1), reward, beta=0.3).reward == 0.3
+    assert scales(np.full((2, 2), 0.1), reward, beta=0.3).reward == 0.3
     cost = np.array(
         [[0.0, 1.0]]
     )  # constant reward: w = softmax(-lam c / beta), so lam = beta log 3 halves the odds twice
-    assert dual.root(
-        np.full((1, 2), 7.7), cost, limit=0.25, beta=2.0, lambda_max=50
-    ) == pytest.approx(2 * np.log(3))
+    assert root(np.full((1, 2), 7.7), cost, limit=0.25, beta=2.0, lambda_max=50) == pytest.approx(
+        2 * np.log(3)
+    )
 
 
 def test_projected_gradient_of_mocan_ends_at_the_same_multiplier() -> None:
@@ -363,32 +374,28 @@ def test_projected_gradient_of_mocan_ends_at_the_same_multiplier() -> None:
     lam = 0.0
     for _ in range(2000):
         lam = max(0.0, lam + 0.5 * (expected_cost(reward, cost, lam) - LIMIT))
-    assert dual.root(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50) == pytest.approx(
-        lam, abs=1e-6
-    )
+    assert root(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50) == pytest.approx(lam, abs=1e-6)
 
 
 def test_root_scales_with_the_units_of_reward_and_cost() -> None:
     reward, cost = pool(8)
-    lam = dual.root(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50)
-    assert dual.root(9 * reward, cost, limit=LIMIT, beta=9 * BETA, lambda_max=500) == pytest.approx(
+    lam = root(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50)
+    assert root(9 * reward, cost, limit=LIMIT, beta=9 * BETA, lambda_max=500) == pytest.approx(
         9 * lam
     )
-    assert dual.root(
-        reward, 100 * cost, limit=100 * LIMIT, beta=BETA, lambda_max=50
-    ) == pytest.approx(lam / 100)
-    assert dual.root(reward, cost - LIMIT, limit=0.0, beta=BETA, lambda_max=50) == pytest.approx(
-        lam
+    assert root(reward, 100 * cost, limit=100 * LIMIT, beta=BETA, lambda_max=50) == pytest.approx(
+        lam / 100
     )
+    assert root(reward, cost - LIMIT, limit=0.0, beta=BETA, lambda_max=50) == pytest.approx(lam)
 
 
 def test_root_moves_with_the_limit_by_minus_beta_over_variance() -> None:
     reward, cost = pool(9)
     low, mid, high = (
-        dual.root(reward, cost, limit=limit, beta=BETA, lambda_max=50)
+        root(reward, cost, limit=limit, beta=BETA, lambda_max=50)
         for limit in (LIMIT - 1e-4, LIMIT, LIMIT + 1e-4)
     )
-    w = dual.weights(reward, cost, mid, BETA)
+    w = weights(reward, cost, mid, BETA)
     variance = ((w * cost**2).sum(1) - (w * cost).sum(1) ** 2).mean()
     assert (high - low) / 2e-4 == pytest.approx(-BETA / variance, rel=1e-4)
 
@@ -396,20 +403,20 @@ def test_root_moves_with_the_limit_by_minus_beta_over_variance() -> None:
 def test_shares_weigh_prompts_as_if_they_were_repeated() -> None:
     reward, cost = pool(10, prompts=5)
     times = np.array([3, 0, 1, 2, 2])
-    repeated = dual.root(
+    repeated = root(
         np.repeat(reward, times, 0),
         np.repeat(cost, times, 0),
         limit=LIMIT,
         beta=BETA,
         lambda_max=500,
     )
-    shared = dual.root(reward, cost, limit=LIMIT, beta=BETA, lambda_max=500, share=times / 8)
+    shared = root(reward, cost, limit=LIMIT, beta=BETA, lambda_max=500, share=times / 8)
     assert repeated == pytest.approx(shared, abs=1e-8)
 
 
 def test_scores_of_any_size_stay_finite() -> None:
     reward, cost = pool(11, prompts=50, samples=32)
-    solution = dual.solve(6e3 * reward, 15e3 * cost, limit=-5e3, beta=0.1, bootstrap=20)
+    solution = solve(6e3 * reward, 15e3 * cost, limit=-5e3, beta=0.1, bootstrap=20)
     assert np.isfinite(solution.lam) and np.isfinite(solution.value).all()
     assert np.median(solution.ess) < 1.5  # the weights sit on one sample, and the solution says so
 
@@ -419,12 +426,12 @@ def test_scores_of_any_size_stay_finite() -> None:
 
 def test_solution_holds_what_it_promises() -> None:
     reward, cost = pool(12, prompts=200)
-    solution = dual.solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=100)
+    solution = solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=100)
     assert expected_cost(reward, cost, solution.lam) == pytest.approx(LIMIT, abs=1e-8)
     assert not solution.slack
-    assert solution.value == pytest.approx(dual.soft_value(reward, cost, solution.lam, BETA))
+    assert solution.value == pytest.approx(soft_value(reward, cost, solution.lam, BETA))
     assert solution.ess == pytest.approx(
-        1 / (dual.weights(reward, cost, solution.lam, BETA) ** 2).sum(1)
+        1 / (weights(reward, cost, solution.lam, BETA) ** 2).sum(1)
     )
     low, high = solution.lam_interval
     assert low < solution.lam < high
@@ -432,13 +439,13 @@ def test_solution_holds_what_it_promises() -> None:
 
 def test_a_loose_limit_is_slack() -> None:
     reward, cost = pool(13, prompts=50)
-    solution = dual.solve(reward, cost, limit=50.0, beta=BETA, bootstrap=20)
+    solution = solve(reward, cost, limit=50.0, beta=BETA, bootstrap=20)
     assert solution.slack and solution.lam == 0.0 and solution.lam_interval == (0.0, 0.0)
 
 
 def infeasible(reward: Array, cost: Array, limit: float, lambda_max: float) -> str:
     with pytest.raises(InfeasibleError) as caught:
-        dual.solve(reward, cost, limit=limit, beta=BETA, lambda_max=lambda_max)
+        solve(reward, cost, limit=limit, beta=BETA, lambda_max=lambda_max)
     message = str(caught.value)
     assert "\n" not in message and f"constraint.limit {limit:g}" in message
     return message
@@ -456,11 +463,11 @@ def test_a_limit_beyond_lambda_max_alone_asks_for_more_of_it_or_less_beta() -> N
     reward, cost = pool(14, prompts=50)
     lowest, sharpest = float(cost.min(1).mean()), expected_cost(reward, cost, 3.0, 1e-4)
     assert "raise lambda_max or lower beta:" in infeasible(reward, cost, sharpest + 0.01, 3.0)
-    assert dual.root(reward, cost, limit=sharpest + 0.01, beta=1e-3, lambda_max=3.0) > 0
+    assert root(reward, cost, limit=sharpest + 0.01, beta=1e-3, lambda_max=3.0) > 0
     assert "raise lambda_max (a lower beta will not do):" in infeasible(
         reward, cost, (lowest + sharpest) / 2, 3.0
     )
-    assert dual.root(reward, cost, limit=(lowest + sharpest) / 2, beta=BETA, lambda_max=1e4) > 3
+    assert root(reward, cost, limit=(lowest + sharpest) / 2, beta=BETA, lambda_max=1e4) > 3
 
 
 def test_a_limit_just_beyond_the_samples_asks_for_as_many_as_it_takes() -> None:
@@ -469,14 +476,14 @@ def test_a_limit_just_beyond_the_samples_asks_for_as_many_as_it_takes() -> None:
     said = infeasible(reward[:, :32], cost[:, :32], limit, 50.0)
     found = re.search(r"or draw about (\d+) samples a prompt", said)
     assert found and 32 < int(found[1]) <= 64
-    assert dual.root(reward, cost, limit=limit, beta=BETA, lambda_max=50.0) > 0
+    assert root(reward, cost, limit=limit, beta=BETA, lambda_max=50.0) > 0
 
 
 def test_least_of_is_the_mean_over_all_subsets() -> None:
     _, cost = pool(3, prompts=4, samples=6)
     for count in (1, 2, 3, 5, 6):
         each = [cost[:, list(chosen)].min(1) for chosen in combinations(range(6), count)]
-        assert dual.least_of(cost, count) == pytest.approx(np.mean(each, axis=0))
+        assert least_of(cost, count) == pytest.approx(np.mean(each, axis=0))
 
 
 NAMES = ("reward", "cost", "p_unsafe", "cvar", "kl", "length", "ess")
@@ -485,15 +492,15 @@ NAMES = ("reward", "cost", "p_unsafe", "cvar", "kl", "length", "ess")
 def test_frontier_falls_in_cost_and_its_bands_hold_the_estimates() -> None:
     reward, cost = pool(15, prompts=150)
     length = np.random.default_rng(0).integers(1, 40, cost.shape).astype(float)
-    solution = dual.solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=200)
+    solution = solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=200)
     rows = solution.frontier([0, 0.3, 1, 3, 10], length, level=0.8)
     costs, rewards = [row["cost"] for row in rows], [row["reward"] for row in rows]
     assert all(b < a for a, b in pairwise(costs))
     assert rewards[0] == max(rewards)
     for row in rows[:3]:  # beyond, too few samples are left: P(unsafe) is held at 0
-        w = dual.jackknife_weights(reward, cost, row["lam"], BETA)
-        plain = dual.weights(reward, cost, row["lam"], BETA)
-        tail = dual.shortfall(cost, dual.value_at_risk(cost, plain, 0.8), 0.8)
+        w = jackknife_weights(reward, cost, row["lam"], BETA)
+        plain = weights(reward, cost, row["lam"], BETA)
+        tail = shortfall(cost, value_at_risk(cost, plain, 0.8), 0.8)
         assert (plain * tail).sum(1).mean() == pytest.approx(
             worst(cost.ravel(), plain.ravel() / len(w), 0.2)
         )
@@ -505,7 +512,7 @@ def test_frontier_falls_in_cost_and_its_bands_hold_the_estimates() -> None:
             "length": length,
         }.items():
             assert row[name] == pytest.approx((w * score).sum(1).mean()), name
-        kl = left_out(lambda r, c, lam=row["lam"]: dual.divergence(r, c, lam, BETA), reward, cost)
+        kl = left_out(lambda r, c, lam=row["lam"]: divergence(r, c, lam, BETA), reward, cost)
         assert row["kl"] == pytest.approx(kl.mean())
         assert row["ess"] == pytest.approx(np.median(1 / (plain**2).sum(1)))
         assert set(row) == {
@@ -522,9 +529,9 @@ def test_the_cost_at_lambda_is_off_the_limit_by_what_half_of_the_samples_double(
     out.
     """
     reward, cost = pool(15, prompts=4000, samples=16)
-    solution = dual.solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=1)
+    solution = solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=1)
     halves = [
-        dual.predict(reward[:, h], cost[:, h], solution.lam, BETA, cost[:, h])
+        predict(reward[:, h], cost[:, h], solution.lam, BETA, cost[:, h])
         for h in (slice(8), slice(8, 16))
     ]
     drift = float(np.mean(halves)) - LIMIT
@@ -538,8 +545,8 @@ def test_no_prediction_leaves_what_it_can_be(lam: float) -> None:
     reward = np.array([[0.0, 2.0], [0.0, 3.0]])
     cost = np.array([[1.0, -1.0], [0.2, -0.2]])
     length = np.array([[9.0, 1.0], [8.0, 2.0]])
-    solution = dual.solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=50)
-    assert (dual.jackknife_weights(reward, cost, lam, BETA) * (cost > 0)).sum(1).mean() < 0
+    solution = solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=50)
+    assert (jackknife_weights(reward, cost, lam, BETA) * (cost > 0)).sum(1).mean() < 0
     row = solution.frontier([lam], length)[0]
     ranges = {
         "reward": reward,
@@ -566,10 +573,10 @@ def worst(cost: Array, weight: Array, share: float) -> float:
 def test_frontier_tells_the_reward_that_was_not_charged() -> None:
     reward, cost = pool(15, prompts=50)
     charged = reward - 0.3 * (cost > 0)
-    row = dual.solve(charged, cost, limit=LIMIT, beta=BETA, bootstrap=20).frontier(
-        [0.7], reward=reward
-    )[0]
-    w = dual.jackknife_weights(charged, cost, 0.7, BETA)
+    row = solve(charged, cost, limit=LIMIT, beta=BETA, bootstrap=20).frontier([0.7], reward=reward)[
+        0
+    ]
+    w = jackknife_weights(charged, cost, 0.7, BETA)
     assert row["reward"] == pytest.approx((w * reward).sum(1).mean())
 
 
@@ -577,7 +584,7 @@ def test_bands_are_as_wide_as_pools_drawn_afresh_differ() -> None:
     """200 pools of 100 prompts, and the mean band of ten of them."""
     reward, cost = pool(19, prompts=20_000, samples=16)
     solved = [
-        dual.solve(
+        solve(
             reward[part], cost[part], limit=LIMIT, beta=BETA, bootstrap=200 if i < 10 else 1
         ).frontier([0.8])[0]
         for i, part in enumerate(np.arange(20_000).reshape(200, 100))
@@ -592,9 +599,7 @@ def test_bands_are_as_wide_as_pools_drawn_afresh_differ() -> None:
 
 def test_value_at_risk_and_shortfall_by_hand() -> None:
     value, weight = np.array([3.0, 1.0, 2.0, 4.0]), np.array([0.2, 0.4, 0.3, 0.1])
-    assert [
-        dual.value_at_risk(value, weight, level) for level in (0.3, 0.4, 0.5, 0.7, 0.75, 0.95)
-    ] == [
+    assert [value_at_risk(value, weight, level) for level in (0.3, 0.4, 0.5, 0.7, 0.75, 0.95)] == [
         1,
         1,
         2,
@@ -603,19 +608,18 @@ def test_value_at_risk_and_shortfall_by_hand() -> None:
         4,
     ]
     # the worst quarter: 0.1 of 4 and 0.15 of 3
-    assert weight @ dual.shortfall(value, 3.0, 0.75) == pytest.approx((0.1 * 4 + 0.15 * 3) / 0.25)
-    assert all(weight @ dual.shortfall(value, t, 0.75) > 3.4 - 1e-9 for t in np.linspace(0, 5, 51))
+    assert weight @ shortfall(value, 3.0, 0.75) == pytest.approx((0.1 * 4 + 0.15 * 3) / 0.25)
+    assert all(weight @ shortfall(value, t, 0.75) > 3.4 - 1e-9 for t in np.linspace(0, 5, 51))
 
 
 def test_the_slope_is_how_lambda_moves_with_the_limit() -> None:
     reward, cost = pool(9)
-    solution = dual.solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=1)
+    solution = solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=1)
     moved = [
-        dual.root(reward, cost, limit=LIMIT + step, beta=BETA, lambda_max=50)
-        for step in (-1e-4, 1e-4)
+        root(reward, cost, limit=LIMIT + step, beta=BETA, lambda_max=50) for step in (-1e-4, 1e-4)
     ]
     assert solution.slope == pytest.approx((moved[1] - moved[0]) / 2e-4, rel=1e-4)
-    assert dual.solve(reward, cost, limit=50.0, beta=BETA, bootstrap=1).slope == 0
+    assert solve(reward, cost, limit=50.0, beta=BETA, bootstrap=1).slope == 0
 
 
 # --- few effective samples ------------------------------------------------------------------------
@@ -626,15 +630,15 @@ def test_the_beta_for_an_ess_is_where_a_rerun_has_it() -> None:
     given = {"limit": -0.2, "lambda_max": 50.0}
 
     def ess(beta: float) -> float:
-        lam = dual.root(reward, cost, limit=-0.2, beta=beta, lambda_max=50 * beta)
-        return float(np.median(dual.effective_samples(reward, cost, lam, beta)))
+        lam = root(reward, cost, limit=-0.2, beta=beta, lambda_max=50 * beta)
+        return float(np.median(effective_samples(reward, cost, lam, beta)))
 
-    beta = dual.beta_for_ess(reward, cost, beta=0.4, ess=16.0, **given)
+    beta = beta_for_ess(reward, cost, beta=0.4, ess=16.0, **given)
     assert beta is not None and ess(0.4) < 8
     assert ess(beta) >= 16 > ess(0.97 * beta)
-    assert dual.beta_for_ess(reward, cost, beta=beta, ess=16.0, **given) == beta
+    assert beta_for_ess(reward, cost, beta=beta, ess=16.0, **given) == beta
     gentlest = ess(1e4)  # the smallest tilt that keeps the limit; no beta does better
-    assert dual.beta_for_ess(reward, cost, beta=0.4, ess=gentlest + 0.5, **given) is None
+    assert beta_for_ess(reward, cost, beta=0.4, ess=gentlest + 0.5, **given) is None
 
 
 @pytest.mark.parametrize(("beta", "low", "high"), [(10.0, 44, 56), (2.0, 1e5, 1e7)])
@@ -647,11 +651,11 @@ def test_samples_for_an_ess_grow_with_the_exponent_of_the_variance(
     rng = np.random.default_rng(0)
     reward = 6 * rng.normal(size=(400, 128))
     cost = 15 * (0.4 * reward / 6 + np.sqrt(1 - 0.16) * rng.normal(size=reward.shape))
-    wanted = dual.samples_for_ess(reward, cost, 0.4, beta, 30.0)
+    wanted = samples_for_ess(reward, cost, 0.4, beta, 30.0)
     assert low < wanted < high
     if beta == 10.0:  # as many samples as it says have the ESS
         count = round(wanted)
-        found = dual.effective_samples(reward[:, :count], cost[:, :count], 0.4, beta)
+        found = effective_samples(reward[:, :count], cost[:, :count], 0.4, beta)
         assert np.median(found) == pytest.approx(30, rel=0.15)
 
 
@@ -660,19 +664,17 @@ def test_samples_for_an_ess_grow_with_the_exponent_of_the_variance(
 
 def test_a_stock_is_the_margin_that_a_sample_size_is_for() -> None:
     for sd, prompts, delta, power in ((1.3, 400, 0.05, 0.8), (0.2, 97, 0.1, 0.5)):
-        margin = dual.certificate_margin(sd, prompts, delta=delta, power=power)
+        margin = certificate_margin(sd, prompts, delta=delta, power=power)
         assert sample_size(sd, margin * 1.0001, delta, power) == prompts
-    assert dual.certificate_margin(1.0, 100, delta=0.05, power=0.5) == pytest.approx(
-        0.1645, abs=1e-4
-    )
+    assert certificate_margin(1.0, 100, delta=0.05, power=0.5) == pytest.approx(0.1645, abs=1e-4)
 
 
 def test_spread_of_means_at_equal_weights_is_that_of_the_means() -> None:
     cost = pool(21, prompts=60, samples=8)[1] + np.linspace(-1, 1, 60)[:, None]
     flat = np.zeros_like(cost)
-    assert dual.spread_of_means(flat, cost, 0.0, BETA, 8) == pytest.approx(cost.mean(1).std(ddof=1))
+    assert spread_of_means(flat, cost, 0.0, BETA, 8) == pytest.approx(cost.mean(1).std(ddof=1))
     alone = np.array([[1.0, 1.0], [3.0, 3.0]])  # nothing within prompts, sqrt 2 between them
-    assert dual.spread_of_means(np.zeros((2, 2)), alone, 1.0, BETA, 4) == pytest.approx(np.sqrt(2))
+    assert spread_of_means(np.zeros((2, 2)), alone, 1.0, BETA, 4) == pytest.approx(np.sqrt(2))
 
 
 def test_spread_of_means_foretells_that_of_fresh_answers() -> None:
@@ -684,7 +686,7 @@ def test_spread_of_means_foretells_that_of_fresh_answers() -> None:
     centre = between * rng.normal(size=(prompts, 1))
     cost = centre + within * rng.normal(size=(prompts, 16))
     fresh = centre - within**2 * 0.9 / 1.4 + within * rng.normal(size=(prompts, count))
-    found = dual.spread_of_means(np.zeros_like(cost), cost, 0.9, 1.4, count)
+    found = spread_of_means(np.zeros_like(cost), cost, 0.9, 1.4, count)
     assert found == pytest.approx(fresh.mean(1).std(ddof=1), rel=0.05)
     assert found == pytest.approx(np.sqrt(between**2 + within**2 / count), rel=0.04)
 
@@ -693,8 +695,8 @@ def margin_of(
     reward: Array, cost: Array, prompts: int = 400, beta: float = BETA
 ) -> Callable[[float], float]:
     """The margin for four answers to each of `prompts` certify prompts."""
-    return lambda lam: dual.certificate_margin(
-        dual.spread_of_means(reward, cost, lam, beta, 4), prompts, delta=0.05, power=0.8
+    return lambda lam: certificate_margin(
+        spread_of_means(reward, cost, lam, beta, 4), prompts, delta=0.05, power=0.8
     )
 
 
@@ -702,12 +704,8 @@ def margin_of(
 def test_the_stocked_multiplier_is_a_fixed_point(seed: int) -> None:
     reward, cost = pool(seed, prompts=80)
     margin = margin_of(reward, cost)
-    found = dual.solve_with_margin(
-        reward, cost, limit=LIMIT, beta=BETA, lambda_max=50, margin=margin
-    )
-    assert found.reached and found.lam > dual.root(
-        reward, cost, limit=LIMIT, beta=BETA, lambda_max=50
-    )
+    found = solve_with_margin(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50, margin=margin)
+    assert found.reached and found.lam > root(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50)
     assert expected_cost(reward, cost, found.lam) == pytest.approx(found.target, abs=1e-9)
     assert found.target + margin(found.lam) == pytest.approx(
         LIMIT, abs=1e-9
@@ -717,19 +715,19 @@ def test_the_stocked_multiplier_is_a_fixed_point(seed: int) -> None:
 def test_a_stock_out_of_reach_leaves_the_lowest_cost_and_a_slack_one_no_multiplier() -> None:
     reward, cost = pool(2, prompts=30)
     limit = expected_cost(reward, cost, 50.0) + 1e-3
-    tight = dual.solve_with_margin(
+    tight = solve_with_margin(
         reward, cost, limit=limit, beta=BETA, lambda_max=50, margin=margin_of(reward, cost, 10)
     )
     assert (tight.reached, tight.lam) == (False, 50.0)
     assert tight.target == pytest.approx(
         expected_cost(reward, cost, 50.0)
     ) and tight.margin == pytest.approx(1e-3)
-    loose = dual.solve_with_margin(
+    loose = solve_with_margin(
         reward, cost, limit=9.0, beta=BETA, lambda_max=50, margin=margin_of(reward, cost)
     )
     assert (loose.reached, loose.lam) == (True, 0.0) and loose.target == 9.0 - loose.margin
     with pytest.raises(InfeasibleError):
-        dual.solve_with_margin(
+        solve_with_margin(
             reward, cost, limit=-50.0, beta=BETA, lambda_max=50, margin=lambda lam: 0.1
         )
 
@@ -739,7 +737,7 @@ def test_a_policy_at_the_stocked_multiplier_is_certified_as_often_as_it_says() -
     rng = np.random.default_rng(6)
     cost = 0.4 * rng.normal(size=(4000, 1)) + rng.normal(size=(4000, 128))
     reward = np.zeros_like(cost)
-    found = dual.solve_with_margin(
+    found = solve_with_margin(
         reward, cost, limit=-0.2, beta=1.0, lambda_max=50, margin=margin_of(reward, cost, 200, 1.0)
     )
     passed = 0
@@ -820,16 +818,12 @@ def test_multipliers_of_several_limits_solve_the_constrained_problem(seed: int) 
     top = 1e4 * float(reward.std() / costs[0].std())
     if not feasible(costs, limits, members):
         with pytest.raises(InfeasibleError, match=r"limit [123]"):
-            dual.solve_many(
-                reward, costs, limits=limits, beta=beta, members=members, lambda_max=top
-            )
+            solve_many(reward, costs, limits=limits, beta=beta, members=members, lambda_max=top)
         return
-    found = dual.solve_many(
-        reward, costs, limits=limits, beta=beta, members=members, lambda_max=top
-    )
+    found = solve_many(reward, costs, limits=limits, beta=beta, members=members, lambda_max=top)
     charge = np.tensordot(found.lams, members[:, :, None] * costs, 1)
     best, value = primal(reward, costs, limits, members, beta)
-    assert np.abs(dual.weights(reward, charge, 1.0, beta) - best).max() < 1e-3
+    assert np.abs(weights(reward, charge, 1.0, beta) - best).max() < 1e-3
     assert found.value == pytest.approx(value, rel=1e-5, abs=1e-6 * reward.std())
     room = (limits - found.predicted) / costs.std((1, 2))
     assert (
@@ -846,7 +840,7 @@ def test_the_fourteen_seeds_meet_every_ending() -> None:
         reward, costs, limits, members = several(seed)
         if feasible(costs, limits, members):
             top = 1e4 * float(reward.std() / costs[0].std())
-            found = dual.solve_many(
+            found = solve_many(
                 reward,
                 costs,
                 limits=limits,
@@ -864,7 +858,7 @@ def test_two_limits_by_hand() -> None:
     """One prompt, four answers, each limit on one of two independent halves: w is a product."""
     reward = np.zeros((1, 4))
     costs = np.array([[[0.0, 0.0, 1.0, 1.0]], [[0.0, 1.0, 0.0, 1.0]]])
-    found = dual.solve_many(reward, costs, limits=[0.25, 0.2], beta=2.0)
+    found = solve_many(reward, costs, limits=[0.25, 0.2], beta=2.0)
     assert found.lams == pytest.approx([2 * np.log(3), 2 * np.log(4)])
     assert found.predicted == pytest.approx([0.25, 0.2])
     # E[r] - beta KL = -2 (KL(1/4 | 1/2) + KL(1/5 | 1/2))
@@ -874,16 +868,16 @@ def test_two_limits_by_hand() -> None:
 
 def test_one_limit_of_many_is_the_root() -> None:
     reward, cost = pool(8, prompts=30)
-    lam = dual.root(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50)
+    lam = root(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50)
     other = np.random.default_rng(1).normal(size=cost.shape)
-    found = dual.solve_many(reward, [cost, other], limits=[LIMIT, 99.0], beta=BETA, lambda_max=50)
+    found = solve_many(reward, [cost, other], limits=[LIMIT, 99.0], beta=BETA, lambda_max=50)
     assert found.lams == pytest.approx([lam, 0.0], abs=1e-8)
 
 
 def test_a_limit_stated_twice_has_one_price() -> None:
     reward, cost = pool(8, prompts=30)
-    lam = dual.root(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50)
-    found = dual.solve_many(
+    lam = root(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50)
+    found = solve_many(
         reward, [cost, cost, 2 * cost], limits=[LIMIT, LIMIT + 0.1, 2 * LIMIT], beta=BETA
     )
     assert found.lams[0] + found.lams[1] + 2 * found.lams[2] == pytest.approx(lam, abs=1e-6)
@@ -897,7 +891,7 @@ def test_a_conflict_names_the_limits_and_what_is_reached() -> None:
         InfeasibleError,
         match=r"keep constraint\.limit -0\.5, constraint\.additional\.warm\.limit 0\.2 together",
     ):
-        dual.solve_many(
+        solve_many(
             reward, [cost, -cost], limits=[-0.5, 0.2], beta=BETA, names=names, lambda_max=1e3
         )
     least = (-cost).min(1).mean()
@@ -905,7 +899,7 @@ def test_a_conflict_names_the_limits_and_what_is_reached() -> None:
         InfeasibleError,
         match=rf"^constraint\.additional\.warm\.limit -9 is out .* it can be is {least:.4g};",
     ):
-        dual.solve_many(
+        solve_many(
             reward, [cost, -cost], limits=[-0.5, -9.0], beta=BETA, names=names, lambda_max=1e3
         )
     barely = float(cost.min(1).mean()) + 1e-3
@@ -913,7 +907,7 @@ def test_a_conflict_names_the_limits_and_what_is_reached() -> None:
         InfeasibleError,
         match=r"^constraint\.limit .* is not kept at the largest multiplier; raise lambda_max",
     ):
-        dual.solve_many(
+        solve_many(
             reward, [cost, cost**2], limits=[barely, 99.0], beta=BETA, names=names, lambda_max=2.0
         )
 
@@ -933,15 +927,13 @@ def test_a_conflict_names_the_limits_and_what_is_reached() -> None:
 def test_unusable_constraints_are_refused(change: dict[str, Any], says: str) -> None:
     given: dict[str, Any] = {"costs": np.zeros((1, 3, 4)), "limits": [0.0], "beta": 1.0, **change}
     with pytest.raises(ValueError, match=says):
-        dual.solve_many(np.zeros((3, 4)), **given)
+        solve_many(np.zeros((3, 4)), **given)
 
 
 def test_interval_shrinks_with_the_number_of_prompts() -> None:
     widths = []
     for prompts in (40, 640):
-        low, high = dual.solve(
-            *pool(16, prompts), limit=LIMIT, beta=BETA, bootstrap=100
-        ).lam_interval
+        low, high = solve(*pool(16, prompts), limit=LIMIT, beta=BETA, bootstrap=100).lam_interval
         widths.append(high - low)
     assert widths[1] < 0.5 * widths[0]  # a quarter in theory
 
@@ -949,12 +941,12 @@ def test_interval_shrinks_with_the_number_of_prompts() -> None:
 def test_interval_covers_the_multiplier_of_all_prompts() -> None:
     """Pools of 60 prompts from a population of 3,000; nominal 95 %, 40 pools."""
     reward, cost = pool(17, prompts=3000)
-    truth = dual.root(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50)
+    truth = root(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50)
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(40):
         chosen = rng.choice(3000, 60, replace=False)
-        low, high = dual.solve(
+        low, high = solve(
             reward[chosen], cost[chosen], limit=LIMIT, beta=BETA, bootstrap=80
         ).lam_interval
         hits += low <= truth <= high
@@ -964,7 +956,7 @@ def test_interval_covers_the_multiplier_of_all_prompts() -> None:
 def test_the_same_seed_gives_the_same_interval() -> None:
     reward, cost = pool(18, prompts=50)
     one, same, other = (
-        dual.solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=50, seed=seed).lam_interval
+        solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=50, seed=seed).lam_interval
         for seed in (1, 1, 2)
     )
     assert one == same != other
@@ -983,7 +975,7 @@ def test_the_same_seed_gives_the_same_interval() -> None:
 )
 def test_unusable_scores_are_refused(reward: Array, cost: Array, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        dual.solve(reward, cost, limit=0.0, beta=1.0)
+        solve(reward, cost, limit=0.0, beta=1.0)
 
 
 @pytest.mark.parametrize(
@@ -996,4 +988,4 @@ def test_unusable_scores_are_refused(reward: Array, cost: Array, message: str) -
 def test_unusable_settings_are_refused_by_name(name: str, value: Any) -> None:
     given: dict[str, Any] = {"limit": LIMIT, "beta": BETA, "lambda_max": 50.0, "bootstrap": 20}
     with pytest.raises(ValueError, match=rf"^{name} must be .*, got {value}$"):
-        dual.solve(*pool(12), **{**given, name: value})
+        solve(*pool(12), **{**given, name: value})

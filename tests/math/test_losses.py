@@ -392,6 +392,26 @@ def test_kto_by_hand() -> None:
     assert loss.tolist() == pytest.approx([2 * (1 - sigma), 3 * sigma, 1.0])
 
 
+def test_robust_loss_by_hand() -> None:
+    # e = 0.25: (0.75 l(+) - 0.25 l(-)) / 0.5 = 1.5 l(+) - 0.5 l(-), a hard label; and e = 0 is DPO
+    right, wrong = math.log1p(math.exp(-2)), math.log1p(math.exp(2))
+    loss = losses.robust_loss(tensor(2, 2, 2), tensor(1, 0, 0.5), 0.25)
+    expected = [1.5 * right - 0.5 * wrong, 1.5 * wrong - 0.5 * right, 0.5 * (right + wrong)]
+    assert loss.tolist() == pytest.approx(expected)
+    assert losses.robust_loss(tensor(2), tensor(0.3), 0.0) == losses.soft_label_loss(
+        tensor(2), tensor(0.3)
+    )
+
+
+def test_simpo_by_hand() -> None:
+    # z = 0.5 (-8/4 + 12/3) = 1: -log sigma(1 - 0.25); with half a vote half of -log sigma(-1.25)
+    loss = losses.simpo_loss(
+        tensor(-8, -8), tensor(-12, -12), tensor(4, 4), tensor(3, 3), tensor(1, 0.5), 0.5, 0.25
+    )
+    won, lost = math.log1p(math.exp(-0.75)), math.log1p(math.exp(1.25))
+    assert loss.tolist() == pytest.approx([won, 0.5 * (won + lost)])
+
+
 def test_no_gradient_flows_through_ktos_reference_point() -> None:
     h = tensor(0.3, -0.2).requires_grad_()
     losses.kto_loss(h, torch.tensor([True, True]), h.mean(), 1.0).sum().backward()
@@ -470,6 +490,53 @@ def test_ipo_tilts_by_the_win_rate_not_by_the_reward(world: World) -> None:
     rate = (prefer * share[:, None, :]).sum(2)
     assert largest_gap(fitted, world.tilt(world.log_ref, rate, BETA)) < 1e-5
     assert largest_gap(fitted, world.helpful) > 0.05
+
+
+def test_robust_dpo_finds_the_helpful_policy_behind_flipped_labels_and_smoothing_does_not(
+    world: World,
+) -> None:
+    """A fifth of the labels is wrong: DPO and conservative DPO end at weaker tilts."""
+    rate = 0.2
+    truth = torch.sigmoid(gaps(world.reward))
+    seen = (1 - rate) * truth + rate * (1 - truth)
+
+    def fit(loss: Callable[[Tensor], Tensor]) -> Tensor:
+        return minimiser(lambda t: loss(pair_logit(t, world.log_ref, BETA)).sum())
+
+    assert largest_gap(fit(lambda z: losses.robust_loss(z, seen, rate)), world.helpful) < 1e-5
+    plain = largest_gap(fit(lambda z: losses.soft_label_loss(z, seen)), world.helpful)
+    smoothed = (1 - rate) * seen + rate * (1 - seen)
+    conservative = largest_gap(fit(lambda z: losses.soft_label_loss(z, smoothed)), world.helpful)
+    assert 0.05 < plain < conservative
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.7])
+def test_simpo_fits_the_mean_log_probability_of_a_token_and_knows_no_reference(
+    world: World, margin: float
+) -> None:
+    tokens = torch.arange(1.0, 6.0, dtype=torch.float64).expand(3, 5)
+    prefer = torch.sigmoid(gaps(world.reward))
+
+    def loss(t: Tensor) -> Tensor:
+        first, second = t[:, :, None].expand(3, 5, 5), t[:, None, :].expand(3, 5, 5)
+        long, short = tokens[:, :, None].expand(3, 5, 5), tokens[:, None, :].expand(3, 5, 5)
+        return losses.simpo_loss(first, second, long, short, prefer, BETA, margin).sum()
+
+    logit = gaps(BETA * minimiser(loss) / tokens)
+    if margin == 0:
+        assert torch.allclose(logit, gaps(world.reward), atol=1e-5)
+    else:
+        wide = gaps(world.reward).abs() > 0.5
+        assert (logit.abs() > gaps(world.reward).abs() + 0.1)[wide].all()
+
+
+def test_simpos_margin_moves_each_logit_where_its_docstring_says() -> None:
+    z = torch.linspace(-4, 4, 17, dtype=torch.float64, requires_grad=True)
+    one, margin = torch.ones_like(z), 0.7
+    odds = ((1 + (z - margin).exp()) / (1 + (-z - margin).exp())).detach()
+    loss = losses.simpo_loss(z, 0 * z, one, one, odds / (1 + odds), 1.0, margin)
+    (slope,) = torch.autograd.grad(loss.sum(), z)
+    assert slope.abs().max() < 1e-12
 
 
 def test_a_soft_clip_is_odd_bounded_and_the_identity_near_zero() -> None:

@@ -10,7 +10,8 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 
 from dualign.core.errors import InfeasibleError
-from dualign.math import dual, tabular
+from dualign.math import tabular
+from dualign.math.dual.root import root
 
 BETA = 0.7
 Array = np.ndarray
@@ -104,7 +105,7 @@ def test_the_dual_of_a_pool_that_holds_all_answers_is_exact() -> None:
     uniform = tabular.Problem(
         np.full_like(problem.reward, -np.log(6)), problem.reward, problem.cost, BETA
     )
-    pooled = dual.root(problem.reward, problem.cost, limit=-0.4, beta=BETA, lambda_max=1e3)
+    pooled = root(problem.reward, problem.cost, limit=-0.4, beta=BETA, lambda_max=1e3)
     assert tabular.solve(uniform, -0.4) == pytest.approx(pooled, abs=1e-7)
 
 
@@ -114,7 +115,7 @@ def test_the_dual_of_samples_approaches_the_exact_multiplier() -> None:
     drawn = np.stack([rng.choice(6, size=2000, p=np.exp(row)) for row in problem.log_reference])
     reward, cost = (np.take_along_axis(f, drawn, 1) for f in (problem.reward, problem.cost))
     truth = tabular.solve(problem, -0.4)
-    assert dual.root(reward, cost, limit=-0.4, beta=BETA, lambda_max=1e3) == pytest.approx(
+    assert root(reward, cost, limit=-0.4, beta=BETA, lambda_max=1e3) == pytest.approx(
         truth, rel=0.05
     )
 

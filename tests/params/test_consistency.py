@@ -201,6 +201,17 @@ def test_policies_may_stand_in_for_scorers(content: Content, reward: str, cost: 
     assert (checked.runs["pecan"].reward, checked.runs["pecan"].cost) == (reward, cost)
 
 
+def test_robust_dpo_gives_scores_as_dpo_does(content: Content) -> None:
+    content["lagrangian_dpo"]["runs"]["pecan"] = {
+        **content["lagrangian_dpo"]["runs"]["bernoulli"],
+        "reward": "reward_dpo/helpful",
+        "cost": "safety_dpo/alone",
+    }
+    for section, run in (("reward_dpo", "helpful"), ("safety_dpo", "alone")):
+        content[section]["runs"][run] |= {"loss_type": "robust", "epsilon": 0.1}
+    loading.check(content, "my.yaml")
+
+
 def test_only_plain_dpo_gives_scores(content: Content) -> None:
     """IPO and KTO, a clip, SafeDPO's offset: their log-ratios are neither r nor c."""
     content["lagrangian_dpo"]["runs"]["pecan"] = {

@@ -132,10 +132,11 @@ def test_a_wrong_type_is_named(content: Content, key: str, value: Any, says: str
 
 @pytest.mark.parametrize(
     "key",
-    """beta seed constraint constraint.limit generation.max_new_tokens report sft.base resources methods
-    reward_dpo.runs.helpful.safe_offset reward_dpo.runs.helpful.clip safety_dpo.runs.alone.clip
-    lagrangian_dpo.runs.bernoulli.learning_rate
-    training.schedule sft.training lora resources.threads prepare.world.sft_rows methods.sacpo.start""".split(),
+    """beta seed constraint constraint.limit generation.max_new_tokens report sft.base resources
+    methods reward_dpo.runs.helpful.safe_offset reward_dpo.runs.helpful.clip
+    safety_dpo.runs.alone.clip lagrangian_dpo.runs.bernoulli.learning_rate
+    training.schedule sft.training lora resources.threads prepare.world.sft_rows
+    methods.sacpo.start""".split(),
 )
 def test_a_missing_key_is_named(content: Content, key: str) -> None:
     assert refusal(drop(content, key)).startswith(f"{key} is missing")

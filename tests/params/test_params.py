@@ -11,7 +11,7 @@ import pytest
 
 from dualign.params import loading
 from dualign.params.models import SftParams
-from tests.params.mistakes import Content, put, refusal
+from tests.params.mistakes import Content, drop, put, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -243,6 +243,30 @@ def test_modpo_is_a_dpo_without_an_offset(content: Content, change: Content) -> 
     message = refusal(content)
     assert message.startswith(
         "reward_dpo.runs.helpful: margin 'safety_dpo/alone' (MODPO) needs loss_type dpo and safe_"
+    )
+
+
+@pytest.mark.parametrize("place", ["reward_dpo.runs.helpful", "safety_dpo.runs.stepwise"])
+def test_an_option_goes_with_its_loss_which_needs_it(content: Content, place: str) -> None:
+    assert refusal(put(content, f"{place}.epsilon", 0.1)) == (
+        f"{place}: epsilon does not go with loss_type dpo; leave it out, or set loss_type to robust"
+    )
+    put(content, f"{place}.loss_type", "robust")
+    loading.check(content, "my.yaml")
+    assert refusal(put(content, f"{place}.epsilon", 0.5)).startswith(f"{place}.epsilon: ")
+    assert refusal(drop(content, f"{place}.epsilon")) == (
+        f"{place}: epsilon is missing, which loss_type robust needs"
+    )
+
+
+def test_a_loss_without_a_reference_has_no_log_ratio_to_clip(content: Content) -> None:
+    runs = content["reward_dpo"]["runs"]
+    run = runs["free"] = {**runs["helpful"], "loss_type": "simpo", "gamma": 0.5}
+    loading.check(content, "my.yaml")
+    run["clip"] = 5.0
+    assert refusal(content) == (
+        "reward_dpo.runs.free: clip does not go with loss_type simpo; leave it out, or set"
+        " loss_type to dpo or ipo or kto or robust"
     )
 
 

@@ -292,7 +292,8 @@ def _write_dual(root: Path) -> None:
             },
         ],
         "messages": [
-            "the effective sample size falls below 30 for 3 of 96 prompts; draw more samples or raise beta"
+            "the effective sample size falls below 30 for 3 of 96 prompts; draw more samples or"
+            " raise beta"
         ],
     }
     write_json(root / "data/dual/dual.json", dual)

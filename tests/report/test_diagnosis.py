@@ -123,7 +123,8 @@ def test_other_betas_mark_the_one_in_use_guesses_and_what_is_out_of_reach() -> N
         (
             1.32,
             {"r2": 0.31},
-            "At a nominal λ of 1.32 it became no tilt: reward, cost and length explain only 31% of it.",
+            "At a nominal λ of 1.32 it became no tilt: reward, cost and length explain only 31% of"
+            " it.",
         ),
         (
             1.32,

@@ -15,6 +15,7 @@ PLAIN = {"reference": "sft", "loss_type": "dpo", "clip": None, "safe_offset": No
 TRAINED: dict[str, Any] = {
     "reward_dpo/plain": PLAIN,
     "reward_dpo/ipo": PLAIN | {"loss_type": "ipo"},
+    "reward_dpo/robust": PLAIN | {"loss_type": "robust", "epsilon": 0.1},
     "reward_dpo/clipped": PLAIN | {"clip": 2.0},
     "reward_dpo/safe_dpo": PLAIN | {"safe_offset": 1.0},
     "reward_dpo/modpo": PLAIN | {"margin": "safety_dpo/alone"},
@@ -55,10 +56,12 @@ def certificate(policy: str, partner: str, q: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("folder", "lam"),
     [
-        ("sft", None), ("reward_dpo/plain", 0.0), ("reward_dpo/ipo", None), ("reward_dpo/clipped", None),
+        ("sft", None), ("reward_dpo/plain", 0.0), ("reward_dpo/ipo", None),
+        ("reward_dpo/clipped", None), ("reward_dpo/robust", 0.0),
         ("reward_dpo/safe_dpo", None), ("reward_dpo/modpo", None), ("reward_dpo/second", None),
         ("safety_dpo/alone", None), ("safety_dpo/stepwise", 1.5), ("safety_dpo/kto", None),
-        ("lagrangian_dpo/anchored", 0.8), ("lambda_path/strict", 2.0), ("lambda_path/not_run", None),
+        ("lagrangian_dpo/anchored", 0.8), ("lambda_path/strict", 2.0),
+        ("lambda_path/not_run", None),
         ("safety_path/lam_4", 4.0), ("safety_path/alone", None),
         ("aligned/dualign", 1.2), ("aligned/not_run", None),
     ],

@@ -299,8 +299,8 @@ def test_searches_say_the_nominal_and_the_effective_multiplier(run: Run) -> None
     returned = read_json(root / "reports/search/dualign.json")["steps"][2]
     searches = render(root, params).within("class", "searches")
     assert (
-        f"At a nominal λ of {number(returned['lam'])} it has an effective λ of 0.92 ± 0.03 at β 0.63"
-        in searches
+        f"At a nominal λ of {number(returned['lam'])} it has an effective λ of 0.92 ± 0.03 at β"
+        " 0.63" in searches
     )
     assert "85% of it is such a tilt" in searches
     assert searches.count("became no tilt: reward, cost and length explain only 31% of it") == 1, (
@@ -556,9 +556,11 @@ def test_without_a_world_nothing_speaks_of_the_truth(build: Callable[..., Run]) 
 @pytest.mark.parametrize(
     "lost",
     [
-        "data/dual", "data/prepared", "reports/search", "reports/provenance", "reports/evaluation", "reports/metrics",
+        "data/dual", "data/prepared", "reports/search", "reports/provenance", "reports/evaluation",
+        "reports/metrics",
         "reports/evaluation/sft", "reports/metrics/evaluate/sft.json", "data/dual/frontier.json",
-        "reports/metrics/prepare.json", "reports/metrics/cost_model.json", "reports/search/dualign.json",
+        "reports/metrics/prepare.json", "reports/metrics/cost_model.json",
+        "reports/search/dualign.json",
         "data/dual/dual.json", "reports/metrics/evaluate", "reports/metrics/evaluate/dualign.json",
         "data/dual/betas.json",
     ],
@@ -575,7 +577,8 @@ def test_any_input_may_be_missing(run: Run, lost: str) -> None:
 @pytest.mark.parametrize(
     ("file", "key"),
     [
-        ("data/dual/dual.json", "target"), ("data/dual/frontier.json", "rows"), ("data/dual/betas.json", "min_ess"),
+        ("data/dual/dual.json", "target"), ("data/dual/frontier.json", "rows"),
+        ("data/dual/betas.json", "min_ess"),
         ("reports/search/dualign.json", "screened"), ("reports/metrics/evaluate/sft.json", "kl"),
         ("reports/provenance/sft.json", "throughput"), ("reports/metrics/prepare.json", "rejected"),
     ],

@@ -268,9 +268,13 @@ def test_the_error_of_the_isotonic_zero_is_its_spread_over_data_sets() -> None:
 
 @pytest.mark.parametrize(
     "calibration",
-    [Platt(2.0, -1.0), Isotonic(2.0, (0.0, 1.0), (-1.0, 3.0)), Isotonic(2.0, (0.0, 1.0), (1.0, 3.0)),
-     Isotonic(0.5, (0.0, 1.0), (-3.0, -1.0))],
-)  # fmt: skip
+    [
+        Platt(2.0, -1.0),
+        Isotonic(2.0, (0.0, 1.0), (-1.0, 3.0)),
+        Isotonic(2.0, (0.0, 1.0), (1.0, 3.0)),
+        Isotonic(0.5, (0.0, 1.0), (-3.0, -1.0)),
+    ],
+)
 def test_the_zero_is_where_the_cost_is_zero(calibration: Platt | Isotonic) -> None:
     assert calibration(np.array(calibration.zero)) == pytest.approx(0.0, abs=1e-12)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -27,9 +27,10 @@ from dualign.data import world
 from dualign.lm.models import load_tokenizer
 from dualign.params import loading
 from dualign.params.base import Resources
-from dualign.params.models import GivenScorer
+from dualign.params.models import GivenScorer, ScorerKind
 from dualign.scoring.calibration import Isotonic, Platt
 from dualign.scoring.given import load_given
+from dualign.scoring.kinds import KINDS
 from dualign.scoring.scorers import CARD, Scorer
 from tests.scoring.conftest import ROOT, TEXTS, Maker
 
@@ -384,6 +385,10 @@ def test_a_scorer_that_dualign_wrote_scores_as_it_served(
 
 
 # --- params ---------------------------------------------------------------------------------------
+
+
+def test_params_name_every_kind_of_the_table() -> None:
+    assert tuple(KINDS) == get_args(ScorerKind)
 
 
 SPEC: dict[str, Any] = {"path": "a/b", "kind": "classifier", "higher_is": "harmful"}

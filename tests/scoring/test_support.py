@@ -13,7 +13,7 @@ import pytest
 from dualign.core.artifacts import write_parquet
 from dualign.core.errors import DataError
 from dualign.core.schema import SUPPORT
-from dualign.math import dual
+from dualign.math.dual.tilt import weights
 from dualign.params.base import PessimismParams
 from dualign.scoring.support import HELD_OUT, Doubt, Support, doubt, doubted, enough, fit_support
 
@@ -131,9 +131,9 @@ def test_the_tilt_by_doubted_scores_leaves_broken_text(scored: Path) -> None:
     frame = pool()
     found = doubt(scored, frame, PessimismParams(share=0.01, reward=10.0, cost=0.0))
     shares = [
-        dual.weights(
-            *(table[name].to_numpy().reshape(2, 4) for name in ("reward", "cost")), 0.5, 1.0
-        )[0, 3]
+        weights(*(table[name].to_numpy().reshape(2, 4) for name in ("reward", "cost")), 0.5, 1.0)[
+            0, 3
+        ]
         for table in (frame, doubted(frame, found))
     ]
     assert shares[0] > 0.8 and shares[1] < 0.05

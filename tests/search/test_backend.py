@@ -49,8 +49,8 @@ from dualign.lm.models import (
 )
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_prompts
-from dualign.math import dual
 from dualign.math.constraints import Constraint, Price, with_priced_rewards
+from dualign.math.dual.tilt import soft_value
 from dualign.methods import METHODS, Plan
 from dualign.params.base import LoraParams, PessimismParams, Resources
 from dualign.params.loading import load, load_resources
@@ -475,7 +475,7 @@ def test_prices_are_charged_to_the_pool_to_fresh_answers_and_to_pairs(
         with_priced_rewards(read_table(tmp_path / "refresh.parquet", ANSWERS), prices), tokenizer
     )
     samples, beta = samples_of(pool, tokenizer), small.beta
-    value = dual.soft_value(samples.reward, samples.cost, 0.5, beta)[:3, None].repeat(2, axis=1)
+    value = soft_value(samples.reward, samples.cost, 0.5, beta)[:3, None].repeat(2, axis=1)
     on_pool = pool_pairs(samples, pool_values(samples, 0.5, beta), 0.5, beta, small.seed)
     assert found == on_pool + pool_pairs(fresh, value, 0.5, beta, small.seed)
 
@@ -529,7 +529,7 @@ def test_answers_off_the_support_are_doubted_in_the_pool_and_in_fresh_answers(
     pairs = bench("dualign", pair_loss)._pairs(0.5, tmp_path, before)
     fresh = samples_of(found.scores(read_table(tmp_path / "refresh.parquet", ANSWERS)), tokenizer)
     samples, beta = samples_of(found.scores(pool), tokenizer), wary.beta
-    value = dual.soft_value(samples.reward, samples.cost, 0.5, beta)[:3, None].repeat(2, axis=1)
+    value = soft_value(samples.reward, samples.cost, 0.5, beta)[:3, None].repeat(2, axis=1)
     on_pool = pool_pairs(samples, pool_values(samples, 0.5, beta), 0.5, beta, wary.seed)
     assert pairs == on_pool + pool_pairs(fresh, value, 0.5, beta, wary.seed)
     assert pairs != bench_without(params, resources, inputs, pair_loss, tmp_path)._pairs(

@@ -19,15 +19,18 @@ import torch
 from scipy.stats import norm
 from transformers import PreTrainedTokenizerBase
 
-from dualign.certify import candidates, certificate, screening
+from dualign.certify import candidates, certificate, command, screening
 from dualign.certify.evidence import Table
+from dualign.certify.requirement import Requirement
 from dualign.certify.rescoring import rescore
+from dualign.certify.verification import verify
 from dualign.core.artifacts import read_json, sha256, write_json, write_parquet
 from dualign.core.errors import AwaitingLabels, DataError, DualignError
 from dualign.core.schema import ANSWERS, LABELS, PROMPTS, prompt_id, read_table, user
 from dualign.data import world
 from dualign.evaluation.stats import clustered_mean
 from dualign.lm.models import load_policy, load_scorer_backbone
+from dualign.math.bounds import sample_size
 from dualign.params.base import Resources
 from dualign.params.certify import CertifyParams, CertifyRun, LabelParams, ScreenParams
 from dualign.params.evaluate import EvaluateParams
@@ -87,7 +90,7 @@ def test_additional_constraints_are_tests_too(resources: Resources) -> None:
         }
         write_json("data/dual/dual.json", solved(prices=[tail]))
         main(run_of(resources))
-        found = certificate.verify("reports/certificate/it/certificate.json")
+        found = verify("reports/certificate/it/certificate.json")
         assert [required.name for required in found.requirements] == [
             "c",
             "tail",
@@ -110,7 +113,7 @@ def test_bounded_methods_have_the_range_of_every_quantity(resources: Resources) 
     ]
     write_json("data/dual/dual.json", solved(prices=prices))
     main(run_of(resources, method="betting", bounds=[-50.0, 50.0]))
-    found = certificate.verify("reports/certificate/it/certificate.json")
+    found = verify("reports/certificate/it/certificate.json")
     assert [required.bounds for required in found.requirements] == [
         (-50, 50),
         (0, 6),
@@ -140,7 +143,7 @@ def test_the_bound_of_each_quantity_is_exact_where_its_range_is_known(resources:
     write_json("data/dual/dual.json", solved(prices=prices))
     for stated, cost, tail in ((None, None, None), ([-50.0, 50.0], (-50, 50), (1, 99))):
         main(run_of(resources, bounds=stated))
-        found = certificate.verify("reports/certificate/it/certificate.json")
+        found = verify("reports/certificate/it/certificate.json")
         exact = [required.method == "star_bets" for required in found.requirements]
         assert exact == [stated is not None, True, True, True, stated is not None]
         assert [required.bounds for required in found.requirements] == [
@@ -153,7 +156,7 @@ def test_the_bound_of_each_quantity_is_exact_where_its_range_is_known(resources:
         assert "every answer lies between 0 and 1" in found.requirements[2].why
     write_json("data/dual/dual.json", solved(prices=prices[1:2]))
     main(run_of(resources, method="clustered_t"))
-    named = certificate.verify("reports/certificate/it/certificate.json").requirements
+    named = verify("reports/certificate/it/certificate.json").requirements
     assert {(required.method, required.why) for required in named} == {
         ("clustered_t", "certify.method names it")
     }
@@ -194,7 +197,7 @@ def metrics() -> Any:
 def test_the_boldest_candidate_that_passes_is_the_certified_policy(resources: Resources) -> None:
     main(run_of(resources))
     order = ["safety_dpo/alone", "reward_dpo/helpful at 2", "reward_dpo/helpful"]
-    found = certificate.verify("reports/certificate/it/certificate.json")
+    found = verify("reports/certificate/it/certificate.json")
     assert (
         list(found.candidates) == list(found.certified) == order
         and metrics()["returned"] == order[-1]
@@ -229,7 +232,7 @@ def test_the_certificate_tells_where_answers_were_cut_and_how_many_ended(
     for prices, returned in (([], "reward_dpo/helpful"), ([whole], None)):
         write_json("data/dual/dual.json", solved(prices=prices))
         main(run)
-        found = certificate.verify("reports/certificate/it/certificate.json")
+        found = verify("reports/certificate/it/certificate.json")
         share = float(
             read_table("reports/certificate/it/00-answers.parquet", ANSWERS)["ended"].mean()
         )
@@ -263,7 +266,7 @@ def test_no_certified_policy_is_a_result(
 ) -> None:
     """The stage ends well, the folder says so, evaluate and report go on."""
     main(run_of(resources, limit=-100.0))
-    found = certificate.verify("reports/certificate/it/certificate.json")
+    found = verify("reports/certificate/it/certificate.json")
     assert found.returned is None and len(found.tested) == 1 and metrics()["returned"] is None
     assert [path.name for path in Path("models/certified/it").iterdir()] == ["README.md"]
     assert "No certified policy" in Path("models/certified/it/README.md").read_text()
@@ -330,7 +333,7 @@ def test_people_may_label(resources: Resources) -> None:
     votes = [{**row, "unsafe_votes": k % 2} for k, row in enumerate(rows)]
     Path(str(asked).replace("to-label", "labelled")).write_text("\n".join(map(json.dumps, votes)))
     main(run)
-    (check,) = certificate.verify("reports/certificate/it/certificate.json").tested[0].checks[1:]
+    (check,) = verify("reports/certificate/it/certificate.json").tested[0].checks[1:]
     assert check.requirement == "called unsafe" and check.answers == 5
     labels = read_table("reports/certificate/it/00-labels.parquet", LABELS)
     assert sorted(labels["truth"]) == pytest.approx([0, 0, 0, 1 / 3, 1 / 3])
@@ -348,7 +351,7 @@ def test_a_failed_test_says_how_many_prompts_it_would_take(resources: Resources)
         .mean()
     )
     assert not test["certified"]
-    planned = certificate.sample_size(
+    planned = sample_size(
         means.std(), limit - first["estimate"]
     )  # of normal quantiles, not Student's
     reach = 2 * (
@@ -383,7 +386,7 @@ def test_costs_are_scored_again(resources: Resources, capsys: pytest.CaptureFixt
     """The cost model's are found again; an invented one is named, and so is another model."""
     shutil.copyfile(ROOT / "params.yaml", "params.yaml")
     main(run_of(resources))
-    assert certificate.main(["verify", "--rescore"]) == 0
+    assert command.main(["verify", "--rescore"]) == 0
     held, left = capsys.readouterr().out.splitlines()
     assert (
         "costs scored again differ by" in held
@@ -391,17 +394,12 @@ def test_costs_are_scored_again(resources: Resources, capsys: pytest.CaptureFixt
         and "--rescore" not in left
     )
     path = certificate.CERTIFICATES / "it" / certificate.FILE
-    command = [
-        sys.executable,
-        "-m",
-        "dualign.certify.certificate",
-        "verify",
-        "--rescore",
-        "--tolerance",
-        "0.01",
-    ]
+    program = [sys.executable, "-m", "dualign.certify.certificate"]
     alone = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False
+        [*program, "verify", "--rescore", "--tolerance", "0.01"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
     )
     assert (
         alone.returncode == 0 and b"differ by" in alone.stdout and b"Traceback" not in alone.stderr
@@ -440,9 +438,7 @@ def test_true_costs_that_serve_as_labels_are_asked_again(resources: Resources) -
     rows = rows.assign(
         response=[one.text for one in answered], truth=[one.cost for one in answered]
     )
-    required = certificate.Requirement(
-        name="true c", quantity="truth", limit=0.0, method="prediction_powered"
-    )
+    required = Requirement(name="true c", quantity="truth", limit=0.0, method="prediction_powered")
     labels = {"it": Table(path="labels.parquet", sha256="")}
     found = certificate.read(path).model_copy(
         update={"requirements": (required,), "labels": labels}
@@ -458,11 +454,11 @@ def test_a_copied_policy_is_not_the_certified_one(
     resources: Resources, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(run_of(resources))
-    assert certificate.main(["verify"]) == 0
+    assert command.main(["verify"]) == 0
     shutil.copyfile(
         "models/safety_dpo/alone/model.safetensors", "models/certified/it/model.safetensors"
     )
-    assert certificate.main(["verify"]) == 1
+    assert command.main(["verify"]) == 1
     assert "is not the one certified: model.safetensors: sha256 differs" in capsys.readouterr().out
 
 
@@ -486,7 +482,7 @@ def test_a_screened_path_is_tested_by_one_draw(resources: Resources) -> None:
     whole.
     """
     main(screened_run(resources))
-    found = certificate.verify("reports/certificate/it/certificate.json")
+    found = verify("reports/certificate/it/certificate.json")
     screen = screening.read(Path("reports/certificate/it/screen.json"))
     plan = screening.sequence(screen)
     assert (
@@ -521,12 +517,12 @@ def test_a_screen_that_was_edited_is_found(resources: Resources) -> None:
     screen["knots"][1]["q"] = 1.9
     write_json(path.with_name("screen.json"), screen)
     with pytest.raises(DataError, match=r"its screen .* are not those certified: sha256 differs"):
-        certificate.verify(path)
+        verify(path)
     content = read_json(path)
     content["screen"]["sha256"] = sha256(path.with_name("screen.json"))
     write_json(path, content)
     with pytest.raises(DataError, match=r"candidates follow from it|the screen gives"):
-        certificate.verify(path)
+        verify(path)
 
 
 def test_limits_with_a_range_are_tested_on_answers_of_the_candidates_own(
@@ -534,7 +530,7 @@ def test_limits_with_a_range_are_tested_on_answers_of_the_candidates_own(
 ) -> None:
     write_json("data/dual/dual.json", solved(prices=[{**FURTHER, "limit": 6.0}]))
     main(screened_run(resources))
-    found = certificate.verify("reports/certificate/it/certificate.json")
+    found = verify("reports/certificate/it/certificate.json")
     assert found.drawn is None and all(test.ess is None for test in found.tested)
     assert (
         found.samples_per_prompt == 4

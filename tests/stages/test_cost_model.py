@@ -30,8 +30,9 @@ from dualign.scoring.calibration import (
     sigmoid,
 )
 from dualign.scoring.scorers import Scorer
+from dualign.scoring.zero import flagged_arrays
 from dualign.stage import Run
-from stages.cost_model import calibrate, heldout_answers, main
+from stages.cost_model import NOTHING, calibrate, heldout_answers, main
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = {
@@ -263,21 +264,27 @@ def flagged_pairs(count: int) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-@pytest.mark.parametrize("kind", ["platt", "isotonic"])
+@pytest.mark.parametrize(
+    ("kind", "zero_pairs"), [("platt", 0), ("isotonic", 0), ("platt", 100), ("isotonic", 1000)]
+)
 def test_the_stage_saves_the_calibration_that_its_metrics_describe(
-    workspace: Path, resources: Resources, kind: str
+    workspace: Path, resources: Resources, kind: str, zero_pairs: int
 ) -> None:
+    """With training pairs for the zero it is that of 100 of them, or of all 200."""
     pairs = flagged_pairs(400)
     write_parquet(
         workspace / "data/prepared/safety_pairs.parquet", pairs.to_dict("records"), SAFETY_PAIRS
     )
     params = load(CostModelParams, ROOT / "params.yaml")
-    training = params.training.model_copy(update=TRAINING)
+    once = {"max_steps": 12} if zero_pairs else {}  # 12 x 16 of 200 rows: none comes twice
+    training = params.training.model_copy(update=TRAINING | once)
     main(
         Run(
             "cost_model",
             None,
-            params.model_copy(update={"training": training, "calibrate": kind}),
+            params.model_copy(
+                update={"training": training, "calibrate": kind, "zero_pairs": zero_pairs}
+            ),
             resources,
         )
     )
@@ -286,7 +293,15 @@ def test_the_stage_saves_the_calibration_that_its_metrics_describe(
     assert isinstance(scorer.calibration, Isotonic if kind == "isotonic" else Platt)
     heldout = pairs[pairs["split"] == "heldout"]
     raw = heldout_answers(scorer.calibrated(Platt()), heldout, 64)
-    again, expected, bins = calibrate(raw, kind, seed=params.seed)
+    train = pairs[pairs["split"] == "train"]
+    train = train.sample(min(zero_pairs, len(train)), random_state=params.seed).sort_index()
+    seen = (
+        flagged_arrays(heldout_answers(scorer.calibrated(Platt()), train, 64))
+        if zero_pairs
+        else NOTHING
+    )
+    again, expected, bins = calibrate(raw, kind, params.seed, seen)
+    assert metrics["zero_flags"] == expected["zero_flags"] == 400 + 2 * len(train)
     assert again(raw["score"].to_numpy()) == pytest.approx(
         scorer.calibration(raw["score"].to_numpy()), abs=1e-4
     )

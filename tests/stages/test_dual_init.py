@@ -30,7 +30,17 @@ from dualign.data import world
 from dualign.evaluation.rollout import Scorers, roll_out
 from dualign.lm.models import build_scratch, load_scorer_backbone, save
 from dualign.lm.tokens import answer_lengths, encode_prompts
-from dualign.math import dual
+from dualign.math.dual.advice import samples_for_ess
+from dualign.math.dual.joint import solve_many
+from dualign.math.dual.margin import certificate_margin, spread_of_means
+from dualign.math.dual.root import root
+from dualign.math.dual.tilt import (
+    jackknife_weights,
+    leave_one_out_value,
+    predict,
+    soft_value,
+    weights,
+)
 from dualign.math.losses import lagrangian_label
 from dualign.params.base import PessimismParams, Resources
 from dualign.params.dual import ConstraintSpec, DualInitParams
@@ -110,7 +120,7 @@ def test_the_files_hold_the_solution_of_the_pool(resources: Resources) -> None:
     result, (reward, cost), beta = solved(run), scores(), run.params.beta
     lam = result["lam"]
     assert lam == pytest.approx(
-        dual.root(reward, cost, limit=LIMIT, beta=beta, lambda_max=50), abs=1e-12
+        root(reward, cost, limit=LIMIT, beta=beta, lambda_max=50), abs=1e-12
     )
     assert result["prices"] == [] and result["messages"] == []
     assert result["standardised"] == pytest.approx(
@@ -122,7 +132,7 @@ def test_the_files_hold_the_solution_of_the_pool(resources: Resources) -> None:
         }
     )
     halves = [
-        dual.predict(reward[:, h], cost[:, h], lam, beta, cost[:, h]).mean()
+        predict(reward[:, h], cost[:, h], lam, beta, cost[:, h]).mean()
         for h in (slice(4), slice(4, 8))
     ]
     assert result["half_drift_cost"] == pytest.approx(np.mean(halves) - LIMIT)
@@ -130,13 +140,13 @@ def test_the_files_hold_the_solution_of_the_pool(resources: Resources) -> None:
     pool = read_table("data/scored/pool.parquet", POOL)
     assert table["prompt_id"].tolist() == pool["prompt_id"].drop_duplicates().tolist()
     assert table["cost"].mean() == pytest.approx(LIMIT)
-    assert table["value"].to_numpy() == pytest.approx(dual.soft_value(reward, cost, lam, beta))
+    assert table["value"].to_numpy() == pytest.approx(soft_value(reward, cost, lam, beta))
     assert table["ess"].median() == pytest.approx(result["ess_median"])
     frontier = read_json("data/dual/frontier.json")
     assert frontier["cvar_level"] == run.params.cvar_level
     assert [row["lam"] for row in frontier["rows"]] == sorted({*run.params.grid, lam})
     at = next(row for row in frontier["rows"] if row["lam"] == lam)
-    w = dual.jackknife_weights(reward, cost, lam, beta)
+    w = jackknife_weights(reward, cost, lam, beta)
     assert at["cost"] == pytest.approx((w * cost).sum(1).mean())
     assert at["cost"] == pytest.approx(
         LIMIT - result["half_drift_cost"], abs=0.5 * abs(result["half_drift_cost"])
@@ -167,7 +177,7 @@ def test_answers_off_the_support_are_doubted_in_the_dual_and_shown_as_scored(
     )
     beta = run.params.beta
     assert result["lam"] == pytest.approx(
-        dual.root(*doubted, limit=LIMIT, beta=beta, lambda_max=50), abs=1e-12
+        root(*doubted, limit=LIMIT, beta=beta, lambda_max=50), abs=1e-12
     )
     assert result["pessimism"] == pytest.approx(
         {"answers": 60, "degree": 1.0, "reward": drop, "cost": rise}
@@ -175,13 +185,11 @@ def test_answers_off_the_support_are_doubted_in_the_dual_and_shown_as_scored(
     at = next(
         row for row in read_json("data/dual/frontier.json")["rows"] if row["lam"] == result["lam"]
     )
-    w = dual.jackknife_weights(*doubted, result["lam"], beta)
+    w = jackknife_weights(*doubted, result["lam"], beta)
     assert at["reward"] == pytest.approx((w * reward).sum(1).mean())
     assert solved(
         run_of(resources, pessimism=pessimism.model_copy(update={"reward": 0.0, "cost": 0.0}))
-    )["lam"] == pytest.approx(
-        dual.root(reward, cost, limit=LIMIT, beta=beta, lambda_max=50), abs=1e-12
-    )
+    )["lam"] == pytest.approx(root(reward, cost, limit=LIMIT, beta=beta, lambda_max=50), abs=1e-12)
     assert read_json("data/dual/dual.json")["pessimism"] is None
 
 
@@ -195,10 +203,10 @@ def test_the_stock_leaves_room_for_the_certificate_and_null_leaves_none(
     assert lam > result["lam"] and result["target"] == pytest.approx(
         LIMIT - result["certificate_margin"]
     )
-    assert dual.predict(reward, cost, lam, beta, cost).mean() == pytest.approx(result["target"])
-    sd = dual.spread_of_means(reward, cost, lam, beta, run.params.certify_samples)
+    assert predict(reward, cost, lam, beta, cost).mean() == pytest.approx(result["target"])
+    sd = spread_of_means(reward, cost, lam, beta, run.params.certify_samples)
     assert result["certificate_margin"] == pytest.approx(
-        dual.certificate_margin(sd, run.params.certify_prompts, delta=run.params.delta, power=0.8)
+        certificate_margin(sd, run.params.certify_prompts, delta=run.params.delta, power=0.8)
     )
     none = solved(run_of(resources, power=None))
     assert (none["target"], none["certificate_margin"], none["lam_margin"]) == (
@@ -211,9 +219,7 @@ def test_the_stock_leaves_room_for_the_certificate_and_null_leaves_none(
 @pytest.mark.usefixtures("folder")
 def test_lambda_moves_with_the_error_of_the_zero(resources: Resources) -> None:
     result, (reward, cost) = solved(run_of(resources)), scores()
-    ends = [
-        dual.root(reward, cost, limit=LIMIT + e, beta=1.5, lambda_max=50) for e in (0.05, -0.05)
-    ]
+    ends = [root(reward, cost, limit=LIMIT + e, beta=1.5, lambda_max=50) for e in (0.05, -0.05)]
     assert [result["lam_zero_low"], result["lam_zero_high"]] == pytest.approx(ends)
     assert result["lam_slope"] * -0.1 == pytest.approx(ends[1] - ends[0], rel=0.1)
 
@@ -238,8 +244,8 @@ def test_few_effective_samples_come_with_a_beta_and_a_number_of_samples(
     )  # two digits of it are told
     wanted = float(message.split("draw ")[1].split(" ")[0])
     reward, cost = scores()
-    lam = dual.root(reward, cost, limit=LIMIT, beta=0.5, lambda_max=50)
-    assert wanted == round(dual.samples_for_ess(reward, cost, lam, 0.5, 5.0))
+    lam = root(reward, cost, limit=LIMIT, beta=0.5, lambda_max=50)
+    assert wanted == round(samples_for_ess(reward, cost, lam, 0.5, 5.0))
     [hopeless] = solved(run_of(resources, beta=0.02, min_ess=7.9))["messages"]
     assert (
         "no beta gives as many at this limit" in hopeless
@@ -250,10 +256,11 @@ def test_few_effective_samples_come_with_a_beta_and_a_number_of_samples(
 @pytest.mark.usefixtures("folder")
 def test_a_stock_out_of_reach_is_told(resources: Resources) -> None:
     reward, cost = scores()
-    limit = float(dual.predict(reward, cost, 50.0, 1.5, cost).mean()) + 1e-3
+    limit = float(predict(reward, cost, 50.0, 1.5, cost).mean()) + 1e-3
     [message] = solved(run_of(resources, power=0.8, limit=limit, min_ess=0.1))["messages"]
     assert message.startswith(
-        "the target that leaves room for a certificate is out of the samples' reach: lam_margin takes"
+        "the target that leaves room for a certificate is out of the samples' reach: lam_margin"
+        " takes"
     )
 
 
@@ -270,11 +277,11 @@ def test_a_limit_on_length_shortens_what_the_pool_predicts(resources: Resources)
     row = next(r for r in read_json("data/dual/frontier.json")["rows"] if r["lam"] == result["lam"])
     assert found["lam"] > 0 and found["predicted"] == pytest.approx(18.0, abs=1e-6)
     given = (reward - found["lam"] * length, cost, result["lam"], 1.5)
-    assert dual.predict(*given, length).mean() == pytest.approx(18.0, abs=1e-5)
-    assert dual.predict(*given, cost).mean() == pytest.approx(LIMIT)
+    assert predict(*given, length).mean() == pytest.approx(18.0, abs=1e-5)
+    assert predict(*given, cost).mean() == pytest.approx(LIMIT)
     assert row["length"] < free["length"] - 1 and row["reward"] < free["reward"]
-    w = dual.jackknife_weights(*given)
-    joint = dual.solve_many(reward, [cost, length], limits=[LIMIT, 18.0], beta=1.5, lambda_max=50)
+    w = jackknife_weights(*given)
+    joint = solve_many(reward, [cost, length], limits=[LIMIT, 18.0], beta=1.5, lambda_max=50)
     assert [result["lam"], found["lam"]] == pytest.approx(joint.lams.tolist(), abs=1e-7)
     for name, score in (("reward", reward), ("length", length)):
         assert row[name] == pytest.approx(float((w * score).sum(1).mean()))
@@ -295,7 +302,7 @@ def test_a_limit_on_answers_that_do_not_end_is_met_on_the_pool(resources: Resour
         run_of(resources, additional={"whole": ConstraintSpec(quantity="unended", limit=0.1)})
     )
     [found] = result["prices"]
-    joint = dual.solve_many(reward, [cost, cut], limits=[LIMIT, 0.1], beta=1.5, lambda_max=50)
+    joint = solve_many(reward, [cost, cut], limits=[LIMIT, 0.1], beta=1.5, lambda_max=50)
     assert [result["lam"], found["lam"]] == pytest.approx(joint.lams.tolist(), abs=1e-7) and found[
         "lam"
     ] > 0
@@ -311,20 +318,21 @@ def test_p_unsafe_alone_has_a_price_and_a_limit_that_is_slack_none(resources: Re
     """
     reward, cost = scores()
     unsafe = (cost > 0).astype(float)
-    wanted = 0.5 * float((dual.weights(reward, cost, 0.0, 1.5) * unsafe).sum(1).mean())
+    wanted = 0.5 * float((weights(reward, cost, 0.0, 1.5) * unsafe).sum(1).mean())
     spec = ConstraintSpec(quantity="p_unsafe", limit=wanted)
     result = solved(run_of(resources, limit=100.0, additional={"rare": spec}, min_ess=0.1))
     low, high = 0.0, 50.0
     for _ in range(80):
         middle = (low + high) / 2
-        over = float((dual.weights(reward, unsafe, middle, 1.5) * unsafe).sum(1).mean()) > wanted
+        over = float((weights(reward, unsafe, middle, 1.5) * unsafe).sum(1).mean()) > wanted
         low, high = (middle, high) if over else (low, middle)
     [found] = result["prices"]
     assert (
         result["lam"] == 0.0 and result["slack"] and found["lam"] == pytest.approx(high, rel=1e-5)
     )
     assert result["messages"] == [
-        "constraint.limit is slack: with the limits of constraint.additional it is kept, so lambda is 0"
+        "constraint.limit is slack: with the limits of constraint.additional it is kept, so lambda"
+        " is 0"
     ]
     assert (
         "the limit is slack" in solved(run_of(resources, limit=100.0, min_ess=0.1))["messages"][0]
@@ -435,12 +443,12 @@ def test_additional_constraints_are_solved_anew_at_each_kl_weight(resources: Res
     row = predicted_at(run_of(resources, betas=[3.0], additional=additional))[3.0]
     reward, cost = scores()
     length = by_prompt(read_table("data/scored/pool.parquet", POOL), "length")
-    joint = dual.solve_many(reward, [cost, length], limits=[LIMIT, 18.0], beta=3.0, lambda_max=50)
+    joint = solve_many(reward, [cost, length], limits=[LIMIT, 18.0], beta=3.0, lambda_max=50)
     assert [row["lam"], *row["prices"]] == pytest.approx(joint.lams.tolist(), abs=1e-7)
     assert tilted(
         reward - row["prices"][0] * length, cost, row["lam"], 3.0, length
     ) == pytest.approx(18.0, abs=1e-5)
-    w = dual.jackknife_weights(reward - row["prices"][0] * length, cost, row["lam"], 3.0)
+    w = jackknife_weights(reward - row["prices"][0] * length, cost, row["lam"], 3.0)
     assert row["reward"] == pytest.approx((w * reward).sum(1).mean())
 
 
@@ -514,7 +522,7 @@ def test_a_limit_on_length_reaches_the_labels_of_a_training(
     def predicted(price: float) -> float:
         """The mean length at lambda = 0, which the limit leaves slack."""
         tilt = by_prompt(pool, "reward") - price * length
-        return float(dual.predict(tilt, tilt, 0.0, beta, length).mean())
+        return float(predict(tilt, tilt, 0.0, beta, length).mean())
 
     limit = (
         predicted(0.0) + float(length.min(1).mean())
@@ -535,7 +543,7 @@ def test_a_limit_on_length_reaches_the_labels_of_a_training(
         lagrangian_dpo.main(Run("lagrangian_dpo", name, given, resources))
     on_pool, on_pairs = seen
     tilt = by_prompt(pool, "reward") - found["lam"] * length  # lambda itself is 0
-    values = dual.leave_one_out_value(tilt, tilt, 0.0, given.beta)
+    values = leave_one_out_value(tilt, tilt, 0.0, given.beta)
     anchors = [anchor for pair in on_pool for anchor in pair.anchors]
     assert sorted(anchors) == pytest.approx(sorted((tilt - values).ravel().tolist()), abs=1e-6)
     long, short = answer_lengths(tokenizer, ["yes indeed, so it is", "no"])

@@ -13,7 +13,7 @@ from dualign.core.artifacts import write_json, write_parquet
 from dualign.core.errors import ParamsError
 from dualign.core.schema import POOL, prompt_id, user
 from dualign.math.constraints import Constraint, Price
-from dualign.math.dual import slater_radius
+from dualign.math.dual.solution import slater_radius
 from dualign.methods import Plan, plan
 from dualign.params.loading import load
 from dualign.params.search import DualSearchParams, MethodRow, PolicyGradientParams
@@ -191,8 +191,8 @@ def test_prices_go_to_searches_that_train_on_scores(
     )
     assert unpriced == [replace(price, lam=0.0)], "the limit itself still decides what is feasible"
     assert (
-        "methods.row does not train on scores of a table: no price steers it to constraint.additional"
-        in caplog.text
+        "methods.row does not train on scores of a table: no price steers it to"
+        " constraint.additional" in caplog.text
     )
 
 
@@ -321,6 +321,10 @@ def test_a_start_beyond_the_interval_is_told(
         ({"loss_type": "dpo", "clip": None}, {}),
         ({"loss_type": "kto", "clip": None}, {"loss_type": "kto"}),
         ({"loss_type": "dpo", "clip": 4.0}, {"clip": 4.0}),
+        (
+            {"loss_type": "robust", "clip": None, "epsilon": 0.1},
+            {"loss_type": "robust", "epsilon": 0.1},
+        ),
     ],
 )
 def test_a_search_keeps_the_loss_of_its_start(start: dict[str, Any], kept: dict[str, Any]) -> None:

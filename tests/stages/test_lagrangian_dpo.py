@@ -17,8 +17,8 @@ from dualign.data import world
 from dualign.lm.models import build_scratch, load_tokenizer, save, train_tokenizer
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
-from dualign.math import dual
 from dualign.math.constraints import Constraint, Price
+from dualign.math.dual.tilt import predict
 from dualign.math.losses import lagrangian_scale
 from dualign.params import loading
 from dualign.params.base import Resources
@@ -26,7 +26,7 @@ from dualign.params.models import ScratchParams
 from dualign.params.training import LagrangianDpoParams
 from dualign.stage import Run
 from dualign.training import lagrangian
-from dualign.training.implicit_scores import Tables, scored_tables
+from dualign.training.implicit_scores import Sources, Tables, scored_tables
 from dualign.training.pairwise import train_pairwise
 from stages import lagrangian_dpo
 from stages.lagrangian_dpo import multiplier
@@ -118,7 +118,7 @@ def test_the_stock_is_the_pools_or_an_aim_for_implicit_scores(
     stocked = given.runs["bernoulli"].model_copy(update={"lam": "margin"})
     assert multiplier("bernoulli", stocked, pool, given)["lam"] == 0.4
     lam = multiplier("pecan", given.runs["pecan"], pool, given)["lam"]
-    cost = dual.predict(
+    cost = predict(
         by_prompt(pool, "reward"), by_prompt(pool, "cost"), lam, given.beta, by_prompt(pool, "cost")
     )
     assert cost.mean() == pytest.approx(SOLVED["target"], abs=1e-6)
@@ -159,7 +159,7 @@ def test_implicit_scores_have_a_dual_of_their_own(
     given = stage_params(repo_root)
     found = multiplier("pecan", given.runs["pecan"], pool, given)
     lam, low, high = (found[key] for key in ("lam", "lam_low", "lam_high"))
-    cost = dual.predict(
+    cost = predict(
         by_prompt(pool, "reward"), by_prompt(pool, "cost"), lam, given.beta, by_prompt(pool, "cost")
     )
     assert cost.mean() == pytest.approx(LIMIT, abs=1e-6)
@@ -264,12 +264,12 @@ def test_pecan_trains_at_the_multiplier_of_its_own_scores(
         "nll": 0.0,
     }
     given = stage_params(repo_root, data=data, pair_loss=pair_loss, learning_rate=rate)
-    tables = scored_tables(
-        Path("data/scored"), *MODELS[1:], given.beta, load_tokenizer("models/sft"), RESOURCES
-    )
+    sources = Sources(*MODELS[1:], Path("models"), Path("reports/metrics"))
+    tokenizer = load_tokenizer("models/sft")
+    tables = scored_tables(Path("data/scored"), sources, given.beta, tokenizer, RESOURCES)
     reward, cost = by_prompt(tables.pool, "reward"), by_prompt(tables.pool, "cost")
     limit = float(
-        dual.predict(reward, cost, 0.5, given.beta, cost).mean()
+        predict(reward, cost, 0.5, given.beta, cost).mean()
     )  # so that the multiplier is 0.5
     write_json(Path("data/dual/dual.json"), solved(lam=0.25, limit=limit))
     lagrangian_dpo.main(Run("lagrangian_dpo", "pecan", given, RESOURCES))

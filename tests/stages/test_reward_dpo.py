@@ -84,14 +84,18 @@ def losses() -> list[float]:
 
 
 @pytest.mark.parametrize("reference", ["sft", "safety_dpo/alone"])
-@pytest.mark.parametrize(("loss_type", "first"), [("dpo", math.log(2)), ("ipo", 1.0), ("kto", 0.5)])
+@pytest.mark.parametrize(
+    ("loss_type", "first"),
+    [("dpo", math.log(2)), ("robust", math.log(2)), ("ipo", 1.0), ("kto", 0.5)],
+)
 def test_a_run_starts_at_logit_zero_from_its_own_reference(
     resources: Resources, reference: str, loss_type: str, first: float
 ) -> None:
     """The first loss is that of log-ratio 0; then it falls, and the policy is no longer its
     reference.
     """
-    main(run_of(resources, reference=reference, loss_type=loss_type))
+    options = {"epsilon": 0.1} if loss_type == "robust" else {}
+    main(run_of(resources, reference=reference, loss_type=loss_type, **options))
     before, after = losses()
     assert before == pytest.approx(first, rel=1e-4) and after < before - 1e-3
     trained, started = (
@@ -101,6 +105,14 @@ def test_a_run_starts_at_logit_zero_from_its_own_reference(
         not torch.equal(a, b)
         for a, b in zip(trained.parameters(), started.parameters(), strict=True)
     )
+
+
+def test_a_run_by_a_loss_without_a_reference_tells_its_option(resources: Resources) -> None:
+    main(run_of(resources, loss_type="simpo", gamma=0.5))
+    metrics = read_json("reports/metrics/reward_dpo/it.json")
+    assert (metrics["loss_type"], metrics["gamma"], metrics["clip"]) == ("simpo", 0.5, None)
+    before, after = losses()
+    assert after < before - 1e-3
 
 
 def test_a_clip_changes_the_policy_and_the_search_is_told(resources: Resources) -> None:

@@ -24,9 +24,9 @@ from dualign.params.base import Resources
 from dualign.params.loading import load
 from dualign.params.models import CostModelParams, GivenScorer, RewardModelParams
 from dualign.scoring.calibration import Platt, fit_slope, sigmoid
-from dualign.scoring.fitting import heldout_answers, local_inputs
 from dualign.scoring.scorers import CARD, Scorer
 from dualign.stage import Run
+from dualign.training.fitting import heldout_answers, local_inputs
 from stages import cost_model, reward_model
 from stages.reward_model import calibrate
 from tests.stages.conftest import SCRATCH

@@ -49,19 +49,20 @@ def run_of(resources: Resources, **changes: Any) -> Run[SafetyDpoParams]:
     ("loss_type", "first"),
     [
         ("dpo", math.log(2)),
+        ("robust", math.log(2)),
         ("ipo", 1 / (2 * 0.25) ** 2),
-        (
-            "kto",
-            10 / 16,
-        ),  # by the flags 10 of 16 answers are desirable, the others weigh as much together; each halved
+        # By the flags 10 of 16 answers are desirable, the others weigh as much; each halved.
+        ("kto", 10 / 16),
     ],
 )
 def test_a_run_starts_at_logit_zero_and_tells_the_search_its_loss(
     resources: Resources, reference: str, clip: float | None, loss_type: str, first: float
 ) -> None:
-    main(run_of(resources, reference=reference, loss_type=loss_type, clip=clip))
+    options = {"epsilon": 0.1} if loss_type == "robust" else {}
+    main(run_of(resources, reference=reference, loss_type=loss_type, clip=clip, **options))
     metrics = read_json("reports/metrics/safety_dpo/it.json")
     assert (metrics["loss_type"], metrics["clip"]) == (loss_type, clip)
+    assert metrics.get("epsilon") == options.get("epsilon")
     assert (metrics["lam"], metrics["coefficient"]) == pytest.approx((1.6, 0.25))
     before, after = losses()
     assert before == pytest.approx(first, rel=1e-4) and after < before - 1e-4

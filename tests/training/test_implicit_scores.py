@@ -21,10 +21,13 @@ from dualign.data import world
 from dualign.lm.models import build_scratch, save, train_tokenizer
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
-from dualign.math import dual, tabular
+from dualign.math import tabular
+from dualign.math.dual.root import root
+from dualign.math.dual.solution import solve
 from dualign.params.base import Resources
 from dualign.params.models import ScratchParams
 from dualign.training.implicit_scores import (
+    Sources,
     Tables,
     cost_offset,
     implicit_cost,
@@ -93,16 +96,16 @@ def test_pecans_dual_is_the_scorers_whether_prompts_or_the_pool_are_centred(
         implicit_reward(helpful, BETA_R),
         implicit_cost(safe, BETA_G),
     )
-    lam = dual.root(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50.0)
+    lam = root(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50.0)
     assert 0.1 < lam < 50.0
     pooled = c_hat + cost_offset(c_hat, cost)
     by_prompt = c_hat + (cost - c_hat).mean(1, keepdims=True)
     assert by_prompt == pytest.approx(cost) and not np.allclose(pooled, cost)
     for centred in (pooled, by_prompt):
-        assert dual.root(r_hat, centred, limit=LIMIT, beta=BETA, lambda_max=50.0) == pytest.approx(
+        assert root(r_hat, centred, limit=LIMIT, beta=BETA, lambda_max=50.0) == pytest.approx(
             lam, abs=1e-7
         )
-    assert dual.root(r_hat, c_hat, limit=LIMIT, beta=BETA, lambda_max=50.0) != pytest.approx(
+    assert root(r_hat, c_hat, limit=LIMIT, beta=BETA, lambda_max=50.0) != pytest.approx(
         lam, abs=0.05
     )
 
@@ -123,7 +126,7 @@ def test_the_offset_is_pecans_constraint_relative_to_the_reference(
 
     found = minimize_scalar(value, bounds=(0, 20), method="bounded", options={"xatol": 1e-9}).x
     centred = c_hat + cost_offset(c_hat, cost)
-    solved = dual.solve(reward, centred, limit=LIMIT, beta=BETA, lambda_max=50.0)
+    solved = solve(reward, centred, limit=LIMIT, beta=BETA, lambda_max=50.0)
     assert solved.lam == pytest.approx(found, abs=1e-5)
 
 
@@ -309,9 +312,8 @@ def test_each_score_is_read_from_where_the_run_says(
     write_json(tmp_path / "safety_dpo/alone.json", safety(coefficient=BETA_G))
 
     def read(reward: str, cost: str) -> Tables:
-        return scored_tables(
-            tmp_path, reward, cost, BETA_R, tokenizer, RESOURCES, models=tmp_path, metrics=tmp_path
-        )
+        sources = Sources(reward, cost, models=tmp_path, metrics=tmp_path)
+        return scored_tables(tmp_path, sources, BETA_R, tokenizer, RESOURCES)
 
     expected_reward = (
         with_implicit_reward(tables, policy, tokenizer, BETA_R, 5).pool["reward"].tolist()

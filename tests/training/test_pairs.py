@@ -17,7 +17,7 @@ from dualign.data import world
 from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
-from dualign.math import dual
+from dualign.math.dual.tilt import soft_value, weights
 from dualign.math.losses import modpo_logit, pairwise_logit, safe_dpo_loss, soft_label_loss
 from dualign.params.base import TrainingParams
 from dualign.params.models import ScratchParams
@@ -328,7 +328,7 @@ def test_the_anchor_of_a_sample_does_not_depend_on_its_own_score() -> None:
     after = pool_values(pool, 1.0, 0.7)
     assert after[0, 2] == before[0, 2] and (after[0, [0, 1, 3]] > before[0, [0, 1, 3]]).all()
     assert (after[1] == before[1]).all()
-    others = dual.soft_value(pool.reward[:, 1:], pool.cost[:, 1:], 1.0, 0.7)
+    others = soft_value(pool.reward[:, 1:], pool.cost[:, 1:], 1.0, 0.7)
     assert after[:, 0] == pytest.approx(others)
 
 
@@ -361,7 +361,7 @@ def test_pool_weights_average_to_the_density_ratio_where_a_softmax_flattens_it()
         for answer, w in zip((pair.first, pair.second), pair.weights or (), strict=True):
             weight[answer[0]].append(w)
     unbiased = np.mean(weight[2]) / np.mean(weight[0])
-    share = dual.weights(reward, zero, 1.0, 1.0)
+    share = weights(reward, zero, 1.0, 1.0)
     flattened = share[reward == 2].mean() / share[reward == 0].mean()
     assert unbiased == pytest.approx(np.exp(2), rel=0.03)
     assert flattened < 0.7 * np.exp(2)

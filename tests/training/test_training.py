@@ -199,8 +199,19 @@ def test_log_probabilities_on_a_cpu_are_those_of_trls_fused_head(
     assert torch.allclose(ours, fused.log_probs.float().sum(1), atol=1e-4)
 
 
-def test_hard_labels_without_anchor_are_trls_dpo(
-    tokenizer: PreTrainedTokenizerBase, job: Job
+@pytest.mark.parametrize(
+    ("loss", "theirs"),
+    [
+        ({}, {}),
+        (
+            {"loss_type": "robust", "epsilon": 0.2},
+            {"loss_types": ["robust"], "label_smoothing": 0.2},
+        ),
+    ],
+    ids=["dpo", "robust"],
+)
+def test_hard_labels_without_anchor_are_trls_own_loss(
+    tokenizer: PreTrainedTokenizerBase, job: Job, loss: dict[str, Any], theirs: dict[str, Any]
 ) -> None:
     """Loss and gradient of the same batch against the parent's own loss."""
     pairs = [
@@ -208,7 +219,8 @@ def test_hard_labels_without_anchor_are_trls_dpo(
         for p in pairs_of(tokenizer, policy(tokenizer))
     ]
     model = policy(tokenizer, seed=1)
-    trainer = pairwise(model, tokenizer, pairs, job, PairLossConfig(scale=0.7, beta=0.7))
+    trainer = pairwise(model, tokenizer, pairs, job, PairLossConfig(scale=0.7, beta=0.7, **loss))
+    vars(trainer).update(theirs)
     batch = batch_of(trainer)
     losses, gradients = [], []
     plain = {name: value for name, value in batch.items() if name not in pairwise_training._EXTRA}
@@ -430,6 +442,27 @@ def test_dpo_and_ipo_by_hand(
     )
 
 
+def test_simpo_by_hand(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+    """Mean log-probabilities of a token; the reference columns have no say."""
+    model = policy(tokenizer, seed=1)
+    pairs = pairs_of(tokenizer, policy(tokenizer))
+    loss = PairLossConfig(2.0, 1.0, loss_type="simpo", gamma=0.5)
+    expected = 0.0
+    for p in pairs:
+        first, second = log_probabilities(
+            model, tokenizer, [p.prompt] * 2, [p.first, p.second], batch_size=1
+        ).tolist()
+        gap = 2.0 * (first / len(p.first) - second / len(p.second))
+        expected -= p.label * math.log(sigmoid(gap - 0.5))
+        expected -= (1 - p.label) * math.log(sigmoid(-gap - 0.5))
+    for shift in (0.0, 3.0):
+        moved_pairs = [replace(p, ref_first=p.ref_first + shift) for p in pairs]
+        trainer = pairwise(model, tokenizer, moved_pairs, job, loss)
+        assert trainer.compute_loss(model, batch_of(trainer)).item() == pytest.approx(
+            expected / len(pairs), rel=1e-4
+        )
+
+
 @pytest.mark.parametrize("raised", [0.0, 5.0], ids=["below zero", "above zero"])
 @pytest.mark.parametrize("clip", [None, 2.0])
 def test_kto_by_hand(
@@ -495,7 +528,8 @@ def test_no_gradient_flows_through_ktos_reference_point(
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "first"), [("dpo", math.log(2)), ("ipo", 1 / (2 * 0.25) ** 2), ("kto", 0.5)]
+    ("loss_type", "first"),
+    [("dpo", math.log(2)), ("robust", math.log(2)), ("ipo", 1 / (2 * 0.25) ** 2), ("kto", 0.5)],
 )
 def test_every_loss_starts_at_logit_zero(
     tokenizer: PreTrainedTokenizerBase, job: Job, loss_type: Any, first: float
@@ -633,8 +667,14 @@ def test_a_trainer_without_reference_columns_is_refused(
         ({"anchor_weight": -1.0}, "anchor_weight"),
         ({"nll_weight": math.nan}, "nll_weight"),
         ({"undesirable_weight": 2.0}, "undesirable_weight"),
+        ({"epsilon": 0.1}, "epsilon"),
+        ({"gamma": 0.1}, "gamma"),
+        ({"pair_loss": "simpo", "gamma": -0.1}, "gamma"),
+        ({"pair_loss": "simpo", "reward_bound": 1.0}, "reward_bound"),
+        ({"pair_loss": "robust", "epsilon": 0.5}, "epsilon"),
         *(({"pair_loss": loss, name: value}, name) for loss in ("ipo", "kto")
-          for name, value in (("anchor_weight", 0.1), ("nll_weight", 0.1), ("labels", "bernoulli"))),
+          for name, value in (("epsilon", 0.1), ("anchor_weight", 0.1), ("nll_weight", 0.1),
+                              ("labels", "bernoulli"))),
     ],
 )  # fmt: skip
 def test_an_option_that_no_loss_would_read_is_refused(

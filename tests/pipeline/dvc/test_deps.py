@@ -66,6 +66,16 @@ def test_closure_follows_all_that_runs(root: Path) -> None:
     ]
 
 
+def test_the_command_of_a_module_is_needed_by_its_script_alone(root: Path) -> None:
+    guarded = "if __name__ == '__main__':\n    import dualign.unused\n"
+    (root / "stages/safety_dpo.py").write_text(f"import dualign.leaf\n{guarded}")
+    needed = ["stages/safety_dpo.py", "dualign/leaf.py", "dualign/unused.py"]
+    assert closure("stages/safety_dpo.py", root) == needed
+    (root / "dualign/leaf.py").write_text(guarded)
+    (root / "stages/safety_dpo.py").write_text("import dualign.leaf\n")
+    assert closure("stages/safety_dpo.py", root) == needed[:2]
+
+
 def test_a_package_that_nearly_all_need_is_one_dependency(root: Path) -> None:
     for name, text in {
         "__init__.py": "",

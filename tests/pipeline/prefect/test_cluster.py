@@ -23,7 +23,6 @@ from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelling, Running
-from tests.pipeline.test_flow import flow_run, logged, states
 
 from pipeline.__main__ import main
 from pipeline.dvc import inputs, records
@@ -33,6 +32,7 @@ from pipeline.errors import PipelineError
 from pipeline.prefect import cluster
 from pipeline.prefect.flow import alignment
 from tests.pipeline.nodes import Nodes, create_nodes, wait
+from tests.pipeline.prefect.test_flow import flow_run, logged, states
 from tests.pipeline.project import git
 
 pytestmark = pytest.mark.slow

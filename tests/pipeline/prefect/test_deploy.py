@@ -42,8 +42,10 @@ def test_what_prefect_refuses_is_told_in_its_own_words(
         match=r"^prefect work-pool create: Unknown work pool type 'none'\. Please choose",
     ):
         deploy(project.root, dag, "none")
-    (project.root / "pipeline").mkdir()
-    (project.root / "pipeline/prefect/worker.py").write_text("")
+
+    entrypoint = project.root / "pipeline/prefect/worker.py"
+    entrypoint.parent.mkdir(parents=True, exist_ok=True)
+    entrypoint.write_text("")
     with pytest.raises(
         PipelineError, match=r"^prefect deploy: Flow function with name 'stage' not found in"
     ):

@@ -75,7 +75,7 @@ def _trained(
         prompts = [len(row) for row in encode_prompts(tokenizer, train["prompt"])]
         ids = with_cuts(ids, prompts, params.cut_share, params.seed)
     flags = zip(
-        *([unsafe(flag) for flag in train[f"{side}_is_safe"]] for side in (high, low)), strict=True
+        map(unsafe, train[f"{high}_is_safe"]), map(unsafe, train[f"{low}_is_safe"]), strict=True
     )
     rows = [ScoredPair(a, b, pair) for a, b, pair in zip(*ids, flags, strict=True)]
     job = Job(params.training, run.resources, scratch, params.seed)
@@ -147,7 +147,7 @@ def heldout_answers(
                 "score": scorer.score(
                     heldout["prompt"], heldout[side], batch_size=batch_size, ended=ends
                 ),
-                "unsafe": [unsafe(flag) for flag in heldout[f"{side}_is_safe"]],
+                "unsafe": list(map(unsafe, heldout[f"{side}_is_safe"])),
             }
         )
         for side in ("chosen", "rejected")
@@ -185,7 +185,8 @@ def judged(before: dict[str, float], after: dict[str, float], what: str) -> dict
     helps = after["brier"] <= before["brier"] + _HARMLESS
     if not helps:
         log.warning(
-            "the calibration of the %s makes it worse on held-out pairs that it was not fitted to: Brier score %.4f, "
+            "the calibration of the %s makes it worse on held-out pairs that it was not fitted to:"
+            " Brier score %.4f, "
             "%.4f before it (ECE %.4f, %.4f before); hold out more pairs (prepare.heldout_share)",
             what,
             after["brier"],

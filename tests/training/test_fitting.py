@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dualign.scoring.fitting import with_cuts
+from dualign.training.fitting import with_cuts
 
 END = 0
 PROMPTS = [3, 5, 4, 3] * 50

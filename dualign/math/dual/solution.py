@@ -1,0 +1,239 @@
+"""The solved dual of a pool: the multiplier with its interval, and what is predicted along the
+frontier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dualign.core.errors import InfeasibleError
+from dualign.math.dual.root import Scales, check_numbers, root_and_steps, scales
+from dualign.math.dual.tail import shortfall, value_at_risk
+from dualign.math.dual.tilt import (
+    divergence,
+    dual_value,
+    effective_samples,
+    jackknife_value,
+    jackknife_weights,
+    predict,
+    soft_value,
+    variance,
+    weights,
+)
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class DualSolution:
+    """The solved dual of one pool of samples, in the user's units; `scales` and `steps` tell how it
+    was solved.
+    """
+
+    lam: float
+    lam_interval: tuple[float, float]
+    ess: Array
+    value: Array
+    limit: float
+    beta: float
+    reward: Array
+    cost: Array
+    resamples: Array
+    scales: Scales
+    steps: int
+
+    @property
+    def slack(self) -> bool:
+        """Whether the unconstrained optimum already keeps the limit."""
+        return self.lam == 0.0
+
+    @property
+    def slope(self) -> float:
+        """d lambda / d limit = -beta / mean Var(c | x) at the solution; 0 where the limit is
+        slack.
+        """
+        spread = float(variance(self.reward, self.cost, self.lam, self.beta).mean())
+        return 0.0 if self.slack or spread == 0 else -self.beta / spread
+
+    def frontier(
+        self,
+        lams: Sequence[float],
+        length: Array | None = None,
+        *,
+        reward: Array | None = None,
+        level: float = 0.9,
+    ) -> list[dict[str, float]]:
+        """Predicted reward, cost, P(unsafe), CVaR, KL, ESS (and length) of pi_lambda for each
+        multiplier.
+
+        Each has a 95 % band (`_low`, `_high`) from a bootstrap over prompts. All but the ESS are
+        jackknifed (`jackknife_weights`): self-normalised weights pull every mean towards the
+        reference, and no band over prompts sees that. lambda itself is the root of the plain
+        estimate, as published, so the cost at it differs from the limit by about that bias, which
+        is what half of the samples drift by (`half_drift_cost` of dual_init). No mean leaves the
+        range of its scores in the pool, no CVaR is below the cost, no KL below 0.
+
+        CVaR is that of the cost at `level`, its band at the value at risk of the plain weights.
+        `reward` replaces the one that was solved with where additional constraints are priced into
+        that. ESS is the median over prompts."""
+        scores = {
+            "reward": self.reward if reward is None else reward,
+            "cost": self.cost,
+            "p_unsafe": self.cost > 0,
+        }
+        scores |= {} if length is None else {"length": length}
+        return [self._predicted(lam, scores, level) for lam in lams]
+
+    def _predicted(self, lam: float, scores: Mapping[str, Array], level: float) -> dict[str, float]:
+        given = (self.reward, self.cost, lam, self.beta)
+        plain = weights(*given)
+        w = jackknife_weights(*given)
+        ess = 1.0 / (plain**2).sum(1)
+        alike = np.full(len(ess), 1.0 / len(ess))
+        shares = np.vstack([alike, self.resamples])  # the first row is the estimate
+
+        def means(score: Array) -> Array:
+            return np.clip(shares @ (w * score).sum(1), score.min(), score.max())
+
+        measures = {name: means(score.astype(float)) for name, score in scores.items()}
+        tail = shortfall(self.cost, value_at_risk(self.cost, plain, level), level)
+        measures["cvar"] = np.maximum(means(tail), measures["cost"])
+        tilt = (w * (self.reward - lam * self.cost)).sum(1)
+        measures["kl"] = np.maximum(shares @ (tilt - jackknife_value(*given)) / self.beta, 0.0)
+        measures["ess"] = np.append(np.median(ess), _medians(ess, self.resamples))
+
+        row = {"lam": float(lam)}
+        for name, values in measures.items():
+            row |= _banded(name, float(values[0]), values[1:])
+        return row
+
+
+def _banded(name: str, value: float, resampled: Array) -> dict[str, float]:
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return {name: value, f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def _medians(values: Array, shares: Array) -> Array:
+    """Weighted median of values [prompts] under each row of shares [resamples, prompts]."""
+    order = np.argsort(values)
+    place = (np.cumsum(shares[:, order], axis=1) >= 0.5 - 1e-12).argmax(1)
+    return np.asarray(values[order][place])
+
+
+def solve(
+    reward: Any,
+    cost: Any,
+    *,
+    limit: float,
+    beta: float,
+    lambda_max: float = 1e4,
+    bootstrap: int = 200,
+    seed: int = 0,
+) -> DualSolution:
+    """Solve the dual on scored samples of the reference policy.
+
+    Args:
+        reward, cost: arrays [prompts, samples]; cost > 0 is unsafe.
+        limit: d, in units of cost. beta: weight of the KL term, in units of reward.
+        bootstrap: resamples of the prompts for the 95 % interval of lambda and the bands of the
+            frontier.
+
+    Returns:
+        DualSolution with `lam`, `lam_interval`, `ess` and `value` (per prompt) and
+        `frontier(lams)`.
+
+    Raises:
+        InfeasibleError: the limit is out of reach of the samples.
+        ValueError: the arrays differ in shape, hold fewer than two samples, or a value that is not
+            finite; or limit, beta, lambda_max or bootstrap is out of range.
+
+    A safe and an unsafe answer, equally helpful, to each of 4 prompts; a quarter may be unsafe:
+
+    >>> found = solve(np.zeros((4, 2)), np.tile([0.0, 1.0], (4, 1)), limit=0.25, beta=1.0)
+    >>> round(float(np.exp(found.lam)), 6), found.slack, found.ess.round(6)
+    (3.0, False, array([1.6, 1.6, 1.6, 1.6]))
+    >>> round(found.frontier([0.0])[0]["p_unsafe"], 6)  # without the limit
+    0.5
+    """
+    check_numbers(limit, beta, lambda_max, bootstrap)
+    reward, cost = _scores(reward, cost)
+    lam, steps = root_and_steps(reward, cost, limit=limit, beta=beta, lambda_max=lambda_max)
+    rng = np.random.default_rng(seed)
+    prompts = len(reward)
+    resamples = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=bootstrap) / prompts
+    roots = [_root_or_cap(reward, cost, limit, beta, lambda_max, share, lam) for share in resamples]
+    low, high = np.quantile(roots, [0.025, 0.975])
+    return DualSolution(
+        lam=lam,
+        lam_interval=(float(low), float(high)),
+        ess=effective_samples(reward, cost, lam, beta),
+        value=soft_value(reward, cost, lam, beta),
+        limit=limit,
+        beta=beta,
+        reward=reward,
+        cost=cost,
+        resamples=resamples,
+        scales=scales(reward, cost, beta),
+        steps=steps,
+    )
+
+
+def slater_radius(reward: Any, cost: Any, *, limit: float, beta: float, lambda_max: float) -> float:
+    """rho >= lambda*, PD-DPO's Slater constant (2510.05703), estimated from the pool.
+
+    rho = (f* - f(pi_bar)) / (d - C(pi_bar)), f = E[r] - beta KL, bounds lambda* for every strictly
+    feasible pi_bar. Of the tilts, pi_lambda at lambda_max has the largest slack and is taken: those
+    near lambda* would bound it tightest, but so tight that [0, 2 rho] leaves no room for the pool's
+    error. At least the upper end of the 95 % interval of lambda*, at most lambda_max, which bounds
+    lambda* too.
+
+    Raises as `solve` does.
+
+    >>> cost = np.tile([0.0, 1.0], (4, 1))
+    >>> rho = slater_radius(np.zeros((4, 2)), cost, limit=0.25, beta=1.0, lambda_max=10.0)
+    >>> bool(rho > np.log(3))  # the multiplier itself, as in `solve`
+    True
+    """
+    solution = solve(reward, cost, limit=limit, beta=beta, lambda_max=lambda_max)
+    reward, cost = solution.reward, solution.cost
+    slack = limit - float(predict(reward, cost, lambda_max, beta, cost).mean())
+    if slack <= 0:
+        return lambda_max
+    optimum = dual_value(reward, cost, solution.lam, limit=limit, beta=beta)
+    kl = divergence(reward, cost, lambda_max, beta)
+    value = predict(reward, cost, lambda_max, beta, reward) - beta * kl
+    radius = (optimum - float(value.mean())) / slack
+    return min(max(radius, solution.lam_interval[1]), lambda_max)
+
+
+def _scores(reward: Any, cost: Any) -> tuple[Array, Array]:
+    reward, cost = np.asarray(reward, float), np.asarray(cost, float)
+    if reward.shape != cost.shape or reward.ndim != 2 or reward.shape[1] < 2:
+        raise ValueError(
+            f"reward and cost must both be [prompts, samples >= 2], got {reward.shape} and"
+            f" {cost.shape}"
+        )
+    if not (np.isfinite(reward).all() and np.isfinite(cost).all()):
+        raise ValueError("reward and cost must be finite")
+    return reward, cost
+
+
+def _root_or_cap(
+    reward: Array,
+    cost: Array,
+    limit: float,
+    beta: float,
+    lambda_max: float,
+    share: Array,
+    start: float,
+) -> float:
+    try:
+        lam, _ = root_and_steps(
+            reward, cost, limit=limit, beta=beta, lambda_max=lambda_max, share=share, start=start
+        )
+    except InfeasibleError:
+        return lambda_max
+    return lam

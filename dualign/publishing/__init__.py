@@ -1,0 +1,1 @@
+"""Policies as they leave: a model card in the hub's form, and the way there."""

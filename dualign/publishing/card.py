@@ -1,0 +1,229 @@
+"""The model card of a policy, in the hub's form: what it is, on what data, how safe, how it loads.
+
+It begins with the card that the policy's own stage wrote (`README.md` in its folder), and adds what
+only a finished run knows: the table of the evaluation, the certificate, and the licences of data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from dualign.core.artifacts import read_json
+from dualign.core.errors import DataError
+from dualign.lm.mixture import FILE as MIXTURE
+from dualign.params.data import PrepareParams, SourceSpec
+from dualign.params.loading import load
+from dualign.params.models import SftParams
+from dualign.publishing.licences import licence_of, together
+
+COMPARISON = Path("reports/comparison.json")
+#: What the metadata and the table show of a policy, and what it is called.
+MEASURES = {
+    "reward": "reward",
+    "cost": "expected cost",
+    "p_unsafe": "share of answers scored unsafe",
+    "kl": "KL to the reference",
+    "win_reward": "win rate over the reference by reward",
+    "win_cost": "win rate over the reference by cost",
+    "true_reward": "true reward",
+    "true_cost": "true cost",
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A policy of a finished run: its folder under models/, and what the run says of it."""
+
+    root: Path
+    folder: str
+    row: Mapping[str, Any] | None
+    reference: Mapping[str, Any] | None
+    certificate: Mapping[str, Any] | None
+    limit: float
+    data: PrepareParams
+    base: SftParams
+
+    @property
+    def sources(self) -> list[SourceSpec]:
+        """Where its rows came from, each once."""
+        every = [*self.data.sft, *self.data.helpful, *self.data.safety]
+        return [source for i, source in enumerate(every) if source not in every[:i]]
+
+    @property
+    def base_id(self) -> str | None:
+        """The hub id of its base; None for a base of this run's own or of a local folder."""
+        local = self.base.base == "scratch" or (self.root / self.base.base).exists()
+        return None if local else self.base.base
+
+
+def published(root: Path, folder: str) -> Published:
+    """What a finished run in `root` says of the policy in models/FOLDER.
+
+    Raises DataError where there is no such policy, or no report that compares it.
+    """
+    policy = root / "models" / folder
+    if not any(policy.glob("*.safetensors")) and not (policy / MIXTURE).is_file():
+        raise DataError(f"{policy}: holds no policy; `models/certified/NAME` is one only if one is")
+    if not (root / COMPARISON).is_file():
+        raise DataError(f"{root / COMPARISON}: is missing; run the stage report first")
+    compared = read_json(root / COMPARISON)
+    kind, _, name = folder.partition("/")
+    params = root / "params.yaml"
+    rows = compared["policies"].values()
+    return Published(
+        root,
+        folder,
+        next((row for row in rows if row["folder"] == folder), None),
+        compared["policies"].get(compared["reference"]),
+        compared["certificates"].get(name) if kind == "certified" else None,
+        compared["limit"],
+        load(PrepareParams, params),
+        load(SftParams, params),
+    )
+
+
+def policy_card(policy: Published, name: str) -> ModelCard:
+    """The card; `name` is what the policy is called where it goes."""
+    text = (policy.root / "models" / policy.folder / "README.md").read_text()
+    own = ModelCard(text).text.strip()
+    parts = [
+        own,
+        _evaluation(policy),
+        _certificate(policy),
+        _data(policy),
+        _limits(policy),
+        _loading(policy, name),
+    ]
+    data = metadata(policy, name)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n")
+
+
+def metadata(policy: Published, name: str) -> ModelCardData:
+    """The card's head, by the hub's own class."""
+    given = [source for source in policy.sources if source.format != "world"]
+    datasets = [found.dataset for source in given if (found := licence_of(source))]
+    return ModelCardData(
+        model_name=name.rpartition("/")[2],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["dualign", "dpo", "safety"],
+        license=together(policy.sources),
+        base_model=policy.base_id,
+        datasets=list(dict.fromkeys(datasets)) or None,
+        eval_results=_results(policy) or None,
+    )
+
+
+def _results(policy: Published) -> list[EvalResult]:
+    if policy.row is None:
+        return []
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="held-out-prompts",
+            dataset_name="held-out prompts of the training data",
+            metric_type=key,
+            metric_name=text,
+            metric_value=round(policy.row[key]["mean"], 4),
+        )
+        for key, text in MEASURES.items()
+        if (policy.row.get(key) or {}).get("mean") is not None
+    ]
+
+
+def _evaluation(policy: Published) -> str:
+    if policy.row is None:
+        return (
+            "## Evaluation\n\nThis policy is not among `evaluate.policies`: nothing was measured."
+        )
+    reference = policy.reference or {}
+    rows = [
+        f"| {text} | {_interval(policy.row[key])} | {_interval(reference.get(key))} |"
+        for key, text in MEASURES.items()
+        if policy.row.get(key)
+    ]
+    head = (
+        f"On {policy.row['prompts']} held-out prompts, {policy.row['answers']} answers; intervals"
+        " are by prompt."
+    )
+    why = "Scores are those of learned models, not of people."
+    table = ["| | this policy | reference |", "|---|---|---|", *rows]
+    return "\n".join(["## Evaluation", "", f"{head} {why}", "", *table])
+
+
+def _interval(found: Mapping[str, float | None] | None) -> str:
+    if not found or found.get("mean") is None:
+        return "–"
+    if found.get("low") is None:
+        return f"{found['mean']:.3f}"
+    return f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+
+
+def _certificate(policy: Published) -> str:
+    if policy.certificate is None:
+        return (
+            "## Certificate\n\nNone: this policy was not tested on prompts kept for that alone. Its"
+            f" expected cost was steered to {policy.limit:g} by a cost model."
+        )
+    return (
+        f"## Certificate\n\n{policy.certificate['statement']}. It may be wrong with probability"
+        f" {policy.certificate['delta']:g}, and says nothing of prompts unlike those it was made"
+        " on."
+    )
+
+
+def _data(policy: Published) -> str:
+    lines = ["## Data and licences", ""]
+    for source in policy.sources:
+        found = licence_of(source)
+        name = source.path or "the embedded world, which dualign generates"
+        if found is None:
+            lines.append(f"- {name} (format `{source.format}`): licence not known here; check it.")
+        else:
+            own = source.path is None or found.dataset == source.path
+            whose = "" if own else f", if these are {found.dataset}'s rows"
+            lines.append(f"- {name} (format `{source.format}`): {found.name}{whose}.")
+    if together(policy.sources) == "cc-by-nc-4.0":
+        lines += ["", "Trained on data for non-commercial use: so is this policy."]
+    if policy.base.base == "scratch":
+        lines += ["", "Base: a small model that the run built from scratch."]
+    else:
+        lines += ["", f"Base: {policy.base_id or policy.base.base}; its own licence holds too."]
+    return "\n".join(lines)
+
+
+def _limits(policy: Published) -> str:
+    return (
+        "## Limits\n\nThe limit is on an *expected* cost by a learned cost model: single answers"
+        " may"
+        " be harmful, and more so where somebody tries. Prompts of another kind, another language,"
+        " a system prompt or sampling at another temperature than 1 are outside of what was"
+        " measured."
+    )
+
+
+def _loading(policy: Published, name: str) -> str:
+    if (policy.root / "models" / policy.folder / MIXTURE).is_file():
+        return "## How to load\n\nSee above: it is a mixture of policies."
+    return f"""## How to load
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+policy = AutoModelForCausalLM.from_pretrained("{name}")
+chat = [{{"role": "user", "content": "..."}}]
+ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, \
+return_tensors="pt", return_dict=True)
+answer = policy.generate(**ids, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, \
+max_new_tokens=256)
+```
+
+vLLM serves it as it is: `vllm serve {name}`. For llama.cpp, in a clone of it, with a copy of \
+this folder:
+`python convert_hf_to_gguf.py FOLDER --outfile policy.gguf`."""

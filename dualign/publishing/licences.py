@@ -1,0 +1,75 @@
+"""What may be done with data and bases: licences of the hub's preference data, as their cards say.
+
+A policy trained on rows of a non-commercial licence is no commercial one. Local files have no card:
+of these the format says whose rows they look like, and the card of the policy asks to check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dualign.params.data import SourceSpec
+
+NON_COMMERCIAL = "cc-by-nc-4.0"
+#: What the hub calls a licence that it has no name for.
+UNKNOWN = "other"
+
+
+@dataclass(frozen=True)
+class Licence:
+    """A licence by the hub's name, and the data set whose card says so."""
+
+    name: str
+    dataset: str
+
+    @property
+    def commercial(self) -> bool:
+        """Whether it allows commercial use at all."""
+        return self.name != NON_COMMERCIAL
+
+
+#: By the hub id of the data set, as its card says.
+DATASETS: dict[str, str] = {
+    "PKU-Alignment/PKU-SafeRLHF": NON_COMMERCIAL,
+    "PKU-Alignment/PKU-SafeRLHF-30K": NON_COMMERCIAL,
+    "PKU-Alignment/PKU-SafeRLHF-10K": NON_COMMERCIAL,
+    "PKU-Alignment/BeaverTails": NON_COMMERCIAL,
+    "Anthropic/hh-rlhf": "mit",
+    "tatsu-lab/alpaca": NON_COMMERCIAL,
+    "nvidia/HelpSteer2": "cc-by-4.0",
+}
+#: The embedded world, which dualign generates and gives away as itself.
+OWN = "apache-2.0"
+#: Whose rows a format is made for.
+FORMATS: dict[str, str] = {
+    "pku": "PKU-Alignment/PKU-SafeRLHF",
+    "hh": "Anthropic/hh-rlhf",
+    "alpaca": "tatsu-lab/alpaca",
+    "helpsteer2": "nvidia/HelpSteer2",
+}
+
+
+def licence_of(source: SourceSpec) -> Licence | None:
+    """The licence of a source's rows; None where neither its id nor its format tells.
+
+    >>> licence_of(SourceSpec(format="pku", path="PKU-Alignment/PKU-SafeRLHF-30K")).name
+    'cc-by-nc-4.0'
+    """
+    if source.format == "world":
+        return Licence(OWN, "world")
+    dataset = source.path if source.path in DATASETS else FORMATS.get(source.format)
+    return Licence(DATASETS[dataset], dataset) if dataset else None
+
+
+def together(sources: Iterable[SourceSpec]) -> str:
+    """The licence that a model card names for a policy trained on all of these: non-commercial as
+    soon as one is, `other` where several differ or one is unknown.
+
+    >>> together([SourceSpec(format="world")])
+    'apache-2.0'
+    """
+    names = {found.name if (found := licence_of(source)) else UNKNOWN for source in sources}
+    if NON_COMMERCIAL in names:
+        return NON_COMMERCIAL
+    return names.pop() if len(names) == 1 else UNKNOWN
