@@ -39,7 +39,7 @@ CODE = (
         "prefect.toml",
         "prefect.yaml",
     ),
-    *("data/raw", "models/base/README.md", "reports/search/README.md"),
+    *("data/raw", "data/suites", "models/base/README.md", "reports/search/README.md"),
 )
 #: DVC's folder of templates for its plots.
 TEMPLATES = ".dvc/plots"

@@ -128,7 +128,7 @@ def execute(main: Callable[[Run[P]], None], cls: type[P], argv: list[str] | None
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
-    for noisy in ("httpx", "datasets", "filelock"):
+    for noisy in ("httpx", "httpx2", "openai", "datasets", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     _on_signals(_interrupt)
     sys.unraisablehook = functools.partial(_dropped, sys.unraisablehook)

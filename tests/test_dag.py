@@ -35,6 +35,8 @@ BY_ITEM: dict[str, dict[str, list[str]]] = {
     "dual_search": {"methods": ["methods.${key}"]},
     "certify": {"certify.runs": ["certify.runs.${key}"]},
     "evaluate": {"evaluate.policies": []},
+    "answer": {"suites": ["suites.${key}"]},
+    "judge": {"judges": ["judges.${key}"]},
 }
 
 
@@ -88,9 +90,8 @@ def test_every_data_file_of_the_code_is_a_dependency() -> None:
         for path in files
         if path.suffix not in {".py", ".pyc", ".typed"}
     }
-    assert data <= listed, (
-        f"no module names {sorted(data - listed)}, so no stage runs again when they change"
-    )
+    unseen = {path for path in data if not {path, *map(str, Path(path).parents)} & listed}
+    assert not unseen, f"no module names {sorted(unseen)}, so no stage runs again when they change"
 
 
 @every_stage
@@ -223,8 +224,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params["safety_path"]["runs"] = {
         "strict": {"reference": "sft", "lam": 4.0, "loss_type": "dpo", "clip": None}
     }
+    suite = {"suite": "held_out", "path": None, "prompts": 4, "samples_per_prompt": 1}
+    params["suites"], params["judges"] = {"tea": suite}, {"ours": {"kind": "scorers"}}
     runs = (params[stage]["runs"] for stage in TRAININGS)
-    for items in (*runs, params["methods"]):
+    for items in (*runs, params["methods"], params["suites"], params["judges"]):
         items["twin"] = next(iter(items.values()))
     write(root / "params.yaml", params)
     Repo.init(str(root), no_scm=True).close()
@@ -304,9 +307,13 @@ def downstream(dag: dict[str, StageSpec], names: set[str]) -> set[str]:
 
 
 EVERY_RUN = (*(f"{stage}@*" for stage in TRAININGS), "dual_search@*", "evaluate@*")
+ASKING = ("answer@*", "judge@*")
 SCORERS = ("reward_model", "cost_model")
 EDITS = {
-    "seed": (123, ("prepare", "sft", *SCORERS, "score", "dual_init", *EVERY_RUN, "certify@*")),
+    "seed": (
+        123,
+        ("prepare", "sft", *SCORERS, "score", "dual_init", *EVERY_RUN, "certify@*", *ASKING),
+    ),
     "beta": (0.123, ("dual_init", *EVERY_RUN, "report")),
     "constraint.limit": (
         -1.23,
@@ -318,7 +325,10 @@ EDITS = {
         {"short": {"quantity": "length", "limit": 9.0}},
         ("dual_init", "evaluate@*"),
     ),
-    "generation.max_new_tokens": (123, ("score", "dual_search@*", "certify@*", "evaluate@*")),
+    "generation.max_new_tokens": (
+        123,
+        ("score", "dual_search@*", "certify@*", "evaluate@*", "answer@*"),
+    ),
     "training.batch_size": (
         123,
         ("sft", *SCORERS, *(f"{stage}@*" for stage in TRAININGS), "dual_search@*"),
@@ -341,7 +351,9 @@ EDITS = {
     "certify.prompts": (123, ("dual_init", "certify@*")),
     "certify.method": ("betting", ("certify@*",)),
     "evaluate.samples_per_prompt": (123, ("evaluate@*",)),
-    "evaluate.confidence": (0.678, ("evaluate@*", "report")),
+    "evaluate.confidence": (0.678, ("evaluate@*", "judge@*", "report")),
+    "answer.folder": ("data/raw", ("answer@*",)),
+    "judge.labelled": (123, ("judge@*",)),
     "report.title": ("Another", ("report",)),
     "resources.log_steps": (123, ()),
 }
@@ -413,6 +425,8 @@ def test_an_edit_reruns_the_stages_that_read_it(
         ("safety_path.runs.twin.lam", 1.23, "safety_path", ()),
         ("methods.twin.reference", "elsewhere", "dual_search", ()),
         ("methods.twin.online", {"ridge": 2.0}, "dual_search", ()),
+        ("suites.twin.prompts", 5, "answer", ()),
+        ("judges.twin.kind", "oracle", "judge", ()),
     ],
 )
 def test_an_edit_to_one_run_leaves_the_others(
@@ -430,7 +444,35 @@ def test_an_edit_to_one_run_leaves_the_others(
 def test_a_new_run_leaves_the_others(workspace: Path) -> None:
     new = {"reference": "sft", "lam": 1.0, "factor": 1.0, "loss_type": "kto", "clip": None}
     edits = [("safety_dpo.runs.another", new), ("evaluate.policies.another", "sft")]
-    assert set(status(workspace, *edits)) == {"safety_dpo@another", "evaluate@another", "report"}
+    answers = {"answer@tea", "answer@twin"}  # which ask the new policy alone (stages/answer.py)
+    trained = {"safety_dpo@another", "evaluate@another"}
+    assert set(status(workspace, *edits)) == trained | answers | {"report"}
+
+
+def test_without_suites_and_judges_the_graph_has_no_stage_of_theirs() -> None:
+    dag = load_dag(ROOT)
+    assert not matching(dag, "answer*", "judge*")
+
+
+def test_a_new_suite_or_judge_runs_alone(workspace: Path) -> None:
+    """The report reads the folder in which their metrics come to lie."""
+    suite = {"suite": "xstest", "path": None, "prompts": None, "samples_per_prompt": 1}
+    assert set(status(workspace, ("suites.new", suite))) == {"answer@new"}
+    assert set(status(workspace, ("judges.new", {"kind": "oracle"}))) == {"judge@new"}
+
+
+def test_answers_wait_for_every_policy_and_judges_for_every_answer(
+    dag: dict[str, StageSpec],
+) -> None:
+    policies = matching(
+        dag, "sft", "dual_search@*", "certify@*", *(f"{one}@*" for one in TRAININGS)
+    )
+    for name in ("answer@tea", "answer@twin"):
+        assert policies <= set(dag[name].upstream)
+    for name in ("judge@ours", "judge@twin"):
+        assert {"answer@tea", "answer@twin", "reward_model", "cost_model"} <= set(
+            dag[name].upstream
+        )
 
 
 def test_a_new_limit_retrains_nothing_before_the_dual(

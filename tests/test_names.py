@@ -41,6 +41,8 @@ KEYS = (
     "safety_path.runs",
     "methods",
     "certify.runs",
+    "suites",
+    "judges",
     "evaluate.policies",
     "constraint.additional",
 )
@@ -124,6 +126,10 @@ def whole() -> Content:
     content["safety_path"]["runs"] = {
         "strict": {"reference": "sft", "lam": 4.0, "loss_type": "dpo", "clip": None}
     }
+    content["suites"] = {
+        "tea": {"suite": "held_out", "path": None, "prompts": 4, "samples_per_prompt": 1}
+    }
+    content["judges"] = {"ours": {"kind": "scorers"}}
     content["constraint"]["additional"] = {"short": {"quantity": "length", "limit": 25}}
     return content
 
@@ -179,7 +185,7 @@ def test_params_take_the_names_that_are_names(whole: Content, key: str) -> None:
         loading.check(renamed(whole, key, name), "my.yaml")
 
 
-@pytest.mark.parametrize("key", KEYS[:7])
+@pytest.mark.parametrize("key", KEYS[:9])
 def test_a_run_has_no_dot_in_its_name_for_dvc_would_not_find_it(
     whole: Content, tmp_path: Path, key: str
 ) -> None:

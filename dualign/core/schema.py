@@ -121,6 +121,46 @@ LABELS = pa.schema(
     [*_PROMPT, ("response", pa.string()), ("cost", pa.float64()), ("truth", pa.float64())]
 )
 
+#: The prompts of a suite (`dualign.evaluation.suites`); `correct` has a 1 for each true choice.
+SUITE = pa.schema(
+    [
+        *_PROMPT,
+        ("category", pa.string()),
+        ("label", pa.string()),
+        ("choices", pa.list_(pa.string())),
+        ("correct", pa.list_(pa.int32())),
+    ]
+)
+#: Answers of a policy to a suite; `length` counts tokens with EOS, `ended` says that EOS was drawn.
+SUITE_ANSWERS = pa.schema(
+    [
+        *_PROMPT,
+        ("sample", pa.int32()),
+        ("response", pa.string()),
+        ("length", pa.int32()),
+        ("ended", pa.bool_()),
+    ]
+)
+#: How a policy takes the choices of a suite: their log-probabilities in nats, and a score.
+CHOICES = pa.schema([_PROMPT[0], ("logp", pa.list_(pa.float64())), ("score", pa.float64())])
+#: Verdicts of one judge on answers to suites (`dualign.judging.verdicts`): a failure, or scores.
+#: `repeat` counts times that the judge was asked the same, `raw` is the hash of what it wrote.
+VERDICTS = pa.schema(
+    [
+        *[(name, pa.string()) for name in ("judge", "suite", "policy", "prompt_id")],
+        ("sample", pa.int32()),
+        ("repeat", pa.int32()),
+        ("reward", pa.float64()),
+        ("cost", pa.float64()),
+        ("unsafe", pa.bool_()),
+        ("category", pa.string()),
+        ("refused", pa.bool_()),
+        ("win", pa.float64()),
+        ("raw", pa.string()),
+        ("failure", pa.string()),
+    ]
+)
+
 
 def user(text: str) -> list[Message]:
     """A one-turn prompt."""

@@ -181,6 +181,11 @@ def answers(prompt: str) -> tuple[Answer, ...]:
     return tuple(replies + refusals)
 
 
+def knows(prompt: str) -> bool:
+    """Whether a text is a question of the world."""
+    return prompt in _index()
+
+
 def score(prompt: str, text: str) -> tuple[float, float, bool]:
     """The oracle on free text: (r*, c*, grammatical). White space is forgiven, nothing else."""
     if prompt in _index():

@@ -149,8 +149,8 @@ def _sentences(cell: str) -> list[str]:
 #: Every suite that params may name.
 SUITES: dict[SuiteName, Suite] = {
     "held_out": Suite(
-        "held-out prompts", "held_out", "data/prepared/eval.parquet", "of the data", "prepare",
-        None,
+        "held-out prompts", "held_out", "data/prepared/eval.parquet", "of the data",
+        "prepare", None,
     ),
     "beavertails": Suite(
         "BeaverTails-Evaluation", "harm", "BeaverTails-Evaluation.json", "CC-BY-NC-4.0",

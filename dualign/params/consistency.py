@@ -67,6 +67,11 @@ def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: 
         raise ParamsError(
             f"{path}: evaluate.policies.sft is missing; win rates are measured against it"
         )
+    if content["judges"] and not content["suites"]:
+        raise ParamsError(
+            f"{path}: judges judge answers to suites, and suites is empty; name a suite, or set"
+            " judges to {}"
+        )
 
 
 #: How many prompts are used, and how many `prepare` draws for it.

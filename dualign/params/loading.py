@@ -11,7 +11,7 @@ import difflib
 import logging
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -34,6 +34,8 @@ _TOP_LEVEL = {
     "pessimism",
     "resources",
     "methods",
+    "suites",
+    "judges",
     *BLOCKS,
     *STAGES,
 }
@@ -198,29 +200,46 @@ def _explain(error: ValidationError, cls: type[BaseModel], where: str, path: str
     """
     found = error.errors()
     first = next((problem for problem in found if problem["type"] == "extra_forbidden"), found[0])
-    loc = [str(part) for part in first["loc"] if part != "[key]"]
+    loc, fields = _walked(cls, [str(part) for part in first["loc"] if part != "[key]"])
     shared = getattr(cls, "shared", {})
     key = ".".join(
         map(shown, [shared[loc[0]], *loc[1:]] if loc and loc[0] in shared else [where, *loc])
     )
     if first["type"] == "extra_forbidden":
-        return f"{path}: {key} is not a known key{_nearest(loc[-1], _fields_at(cls, loc[:-1]))}"
-    if first["type"] == "missing":
+        return f"{path}: {key} is not a known key{_nearest(loc[-1], fields)}"
+    if first["type"] == "union_tag_not_found":
+        key += ".kind"
+    if first["type"] in ("missing", "union_tag_not_found"):
         return f"{path}: {key} is missing; add it (params.yaml in the repository shows every key)"
     message = first["msg"].removeprefix("Value error, ")
     given = "" if isinstance(first["input"], dict | list) else f", got {cut(repr(first['input']))}"
     return f"{path}: {key}: {message[0].lower()}{message[1:]}{given}"
 
 
-def _fields_at(cls: type[BaseModel], loc: list[str]) -> list[str]:
-    """Field names of the model that `loc` leads to, walking through nested models, lists and dicts
-    of models.
-    """
+def _walked(cls: type[BaseModel], loc: list[str]) -> tuple[list[str], list[str]]:
+    """The keys that `loc` leads through, and the fields of the model that holds the last one.
+
+    Walks through nested models, lists and dicts of models; of a row that may be of several kinds,
+    pydantic puts the kind after the row's name, which is no key."""
+    keys: list[str] = []
+    models, named, holders = [cls], True, [cls]
     for part in loc:
-        if part in cls.model_fields:
-            models = _models_in(cls.model_fields[part].annotation)
-            cls = models[0] if models else cls
-    return list(cls.model_fields)
+        of_kind = [model for model in models if part in _kinds(model)]
+        if len(models) > 1 and of_kind and not named:
+            models = of_kind
+            continue
+        keys.append(part)
+        holders = models
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        inner = [model for field in fields for model in _models_in(field.annotation)]
+        named = bool(inner) and get_origin(fields[0].annotation) is dict
+        models = inner or models
+    return keys, [name for model in holders for name in model.model_fields]
+
+
+def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
+    """The values of a model's field `kind`."""
+    return get_args(model.model_fields["kind"].annotation) if "kind" in model.model_fields else ()
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

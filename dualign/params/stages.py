@@ -7,6 +7,7 @@ from dualign.params.certify import CertifyParams
 from dualign.params.data import PrepareParams
 from dualign.params.dual import DualInitParams
 from dualign.params.evaluate import EvaluateParams, ReportParams
+from dualign.params.judging import AnswerParams, JudgeParams
 from dualign.params.models import CostModelParams, RewardModelParams, ScoreParams, SftParams
 from dualign.params.search import DualSearchParams
 from dualign.params.training import (
@@ -34,6 +35,8 @@ STAGES: dict[str, type[StageParams]] = {
         DualSearchParams,
         CertifyParams,
         EvaluateParams,
+        AnswerParams,
+        JudgeParams,
         ReportParams,
     )
 }

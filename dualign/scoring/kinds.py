@@ -329,6 +329,21 @@ def _questions(
     return [row[: len(row) - found.trim] for row in rows]
 
 
+def _prompts(
+    loaded: Loaded,
+    reading: Reading,
+    prompts: Sequence[Sequence[Message]],
+    answers: Sequence[str],
+    ended: Ended,
+) -> Encoded:
+    """Prompts that hold the question themselves, up to where the verdict begins; `answers` are not
+    read.
+    """
+    found = verdict(loaded, reading)
+    rows = _asked(loaded.tokenizer, prompts, found.prefix)
+    return [row[: len(row) - found.trim] for row in rows]
+
+
 def verdict(loaded: Loaded, reading: Reading) -> Verdict:
     """The first token of each word of a guard's verdict, as they follow the end of its prompt.
 
@@ -414,6 +429,8 @@ def _verdict_odds(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -
     return torch.logsumexp(logits[:, found.unsafe], 1) - torch.logsumexp(logits[:, found.safe], 1)
 
 
+#: `question` is a guard for whatever it is asked (`dualign.judging.local`); no params name a scorer
+#: of that kind.
 KINDS = {
     "classifier": Kind(load_classifier, _check_one_output, _conversations, _logit),
     "labels": Kind(load_classifier, _check_label, _conversations, _label_odds),
@@ -421,4 +438,5 @@ KINDS = {
         _load_safe_rlhf, _check_one_output, _conversations, _logit, becomes_plain=True
     ),
     "guard": Kind(_load_guard, _check_verdict, _questions, _verdict_odds),
+    "question": Kind(_load_guard, _check_verdict, _prompts, _verdict_odds),
 }

@@ -44,6 +44,12 @@ class Member:
     unit: float = 1.0
     source: str = "the scorer"
 
+    @property
+    def longest(self) -> int:
+        """The most tokens that the model reads."""
+        context = context_of(self.loaded.model) or 1 << 20
+        return min(self.loaded.tokenizer.model_max_length, context, 1 << 20)
+
     @torch.inference_mode()
     def score(
         self,
@@ -75,11 +81,7 @@ class Member:
         """Rows longer than the model's context lose their beginning, but for the token that an
         encoder begins with.
         """
-        limit = min(
-            self.loaded.tokenizer.model_max_length,
-            context_of(self.loaded.model) or 1 << 20,
-            1 << 20,
-        )
+        limit = self.longest
         kept = 1 if is_encoder(self.loaded.tokenizer) else 0
         long = sum(len(row) > limit for row in rows)
         if long:

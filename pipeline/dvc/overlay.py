@@ -36,6 +36,8 @@ TABLES = (
     "methods",
     "certify.runs",
     "evaluate.policies",
+    "suites",
+    "judges",
 )
 
 

@@ -1,0 +1,1 @@
+"""Judges of answers: scorers, refusals, and language models that are asked."""

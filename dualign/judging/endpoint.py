@@ -1,0 +1,309 @@
+"""A language model behind any OpenAI-compatible endpoint, asked by `openai`'s own client.
+
+That client backs off, with jitter or as long as Retry-After says, after 429, 5xx, time-outs and
+lost connections. Here is what it leaves open: a budget that is checked before the first call, a
+cache, replies that hold no verdict, and when to stop asking."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import openai
+from pydantic import BaseModel, ValidationError
+
+from dualign.core.errors import DualignError, ParamsError
+from dualign.core.progress import Progress
+from dualign.judging.cache import Answered, Cache
+from dualign.judging.questions import Ask, Reply, Unusable
+from dualign.params.judging import REPLY_LENGTHS, OpenaiJudge
+
+log = logging.getLogger(__name__)
+
+#: How often a call is made whose reply holds no verdict, and how many calls in a row may be lost.
+ATTEMPTS, MAX_LOST = 2, 10
+#: Bytes of text to a token, on the low side, so that a budget is reckoned on the high side.
+_BYTES_PER_TOKEN = 3
+
+
+#: What servers say of a call that they do not understand, such as one by a schema.
+_NOT_TAKEN = (openai.BadRequestError, openai.UnprocessableEntityError)
+
+
+class _Lost(Unusable):
+    """No reply, although the client tried again and again."""
+
+
+class _Message(BaseModel):
+    content: str | None = None
+    refusal: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class _Completion(BaseModel):
+    """A chat completion, as far as it is read."""
+
+    choices: list[_Choice]
+    usage: _Usage | None = None
+
+
+class Endpoint:
+    """Carries questions to the endpoint of one judge, several at a time.
+
+    Raises ParamsError where the key is missing or the budget too small, DualignError where the
+    endpoint will not answer."""
+
+    def __init__(self, name: str, spec: OpenaiJudge, cache: Cache) -> None:
+        self._where, self._spec, self._cache = f"judges.{name}", spec, cache
+        self._client = openai.OpenAI(
+            base_url=spec.base_url,
+            api_key=_key_of(self._where, spec),
+            timeout=spec.timeout,
+            max_retries=spec.retries,
+        )
+        self._lock = threading.Lock()
+        self._by_schema, self._lost_in_a_row, self._spent = True, 0, 0.0
+        #: Calls of this run (tries of the client are one), and questions that needed none, since
+        #: they are known or equal to another one.
+        self.calls = self.saved = 0
+        #: What all replies have cost, those of the cache when they were bought.
+        self.money = 0.0
+
+    def __call__(self, asks: Sequence[Ask]) -> list[Reply]:
+        """A reply to each, in order; those that are known are not asked for again."""
+        keys = [self._key(ask) for ask in asks]
+        known = {key: self._cache.get(key) for key in dict.fromkeys(keys)}
+        waiting = {key: ask for key, ask in zip(keys, asks, strict=True) if known[key] is None}
+        self.saved += len(keys) - len(waiting)
+        self._check_budget(list(waiting.values()), len(keys))
+        failures = self._answer(waiting)
+        known |= {key: self._cache.get(key) for key in waiting}
+        self.money += sum(
+            self._price(reply.read, reply.written) for reply in known.values() if reply
+        )
+        return [
+            _reply(ask, known[key], failures.get(key)) for key, ask in zip(keys, asks, strict=True)
+        ]
+
+    def _key(self, ask: Ask) -> str:
+        """What a reply depends on, as a hash. Keys of users are no part of it."""
+        spec = self._spec
+        content = [spec.base_url, spec.model, ask.text, spec.parameters, ask.repeat]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _check_budget(self, asks: list[Ask], questions: int) -> None:
+        budget = self._spec.budget
+        money = sum(self._reckoned(ask) for ask in asks)
+        told = f"{len(asks)} calls are needed for {questions} questions, the others are answered"
+        if len(asks) > budget.calls:
+            raise ParamsError(
+                f"{self._where}: {told}, and budget.calls is {budget.calls}; raise it, or judge"
+                " fewer suites, policies or repeats"
+            )
+        if money > budget.money:
+            raise ParamsError(
+                f"{self._where}: {told}; they cost up to {money:.4g}, and budget.money is"
+                f" {budget.money:g}; raise it, or judge fewer suites, policies or repeats"
+            )
+        log.info("%s: %s; they cost up to %.4g", self._where, told, money)
+
+    def _reckoned(self, ask: Ask) -> float:
+        """The most that a call may cost, with a reply of full length."""
+        given = self._spec.parameters
+        longest = next(int(given[key]) for key in REPLY_LENGTHS if key in given)
+        return self._price(_tokens(ask.text), longest)
+
+    def _price(self, read: int, written: int) -> float:
+        price = self._spec.price
+        return (read * price.input + written * price.output) / 1000
+
+    def _answer(self, waiting: dict[str, Ask]) -> dict[str, str]:
+        """Ask what is waiting. The replies go into the cache as they come; returns the
+        failures.
+        """
+        if not waiting:
+            return {}
+        pool = ThreadPoolExecutor(self._spec.parallel)
+        calls = {pool.submit(self._ask, key, ask): key for key, ask in waiting.items()}
+        failures: dict[str, str] = {}
+        try:
+            with Progress("questions", len(calls)) as progress:
+                for call in as_completed(calls):
+                    failure = call.result()
+                    if failure is not None:
+                        failures[calls[call]] = failure
+                    progress.advance(1)
+        except BaseException:
+            self._client.close()  # calls under way end at their next try
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return failures
+
+    def _ask(self, key: str, ask: Ask) -> str | None:
+        """Get one reply into the cache; returns why there is none."""
+        failure = ""
+        for _ in range(ATTEMPTS):
+            try:
+                reply = self._call(ask)
+                ask.question.read(reply.text)
+            except _Lost as error:
+                self._count_lost(str(error))
+                return str(error)
+            except Unusable as error:
+                failure = str(error)
+                continue
+            self._cache.put(key, reply)
+            return None
+        return failure
+
+    def _call(self, ask: Ask) -> Answered:
+        """One reply to one call. By a schema where the server knows that, else without for the rest
+        of the run.
+        """
+        self._begin_call()
+        by_schema = self._by_schema
+        try:
+            body = self._send(ask, by_schema)
+        except _NOT_TAKEN as error:
+            if not by_schema:
+                raise Unusable(f"HTTP {error.status_code}") from None
+            body = self._sent_without(ask)
+        completion = _completion(body)
+        read, written = _used(completion, ask)
+        with self._lock:
+            self._spent += self._price(read, written)
+        return Answered(_text(completion), read, written)
+
+    def _begin_call(self) -> None:
+        """Count a call. Replies that hold no verdict cost calls, and a server may count more tokens
+        than were reckoned: stop before the budget is left behind.
+        """
+        budget = self._spec.budget
+        with self._lock:
+            if self.calls >= budget.calls or self._spent > budget.money:
+                raise DualignError(
+                    f"{self._where}: the budget is spent ({self.calls} calls, {self._spent:.4g});"
+                    " what was bought is kept, raise budget and run the stage again"
+                )
+            self.calls += 1
+
+    def _sent_without(self, ask: Ask) -> str:
+        try:
+            text = self._send(ask, by_schema=False)
+        except _NOT_TAKEN as error:
+            raise Unusable(f"HTTP {error.status_code}") from None
+        if self._by_schema:
+            log.info("%s: the endpoint takes no JSON schema; replies are read as text", self._where)
+        self._by_schema = False
+        return text
+
+    def _send(self, ask: Ask, by_schema: bool) -> str:
+        """The body of the response. Raises _Lost, one of _NOT_TAKEN, or DualignError where no
+        call can succeed.
+        """
+        body: dict[str, Any] = dict(self._spec.parameters)
+        if by_schema:
+            body["response_format"] = _schema(ask)
+        try:
+            response = self._client.chat.completions.with_raw_response.create(
+                model=self._spec.model, messages=[{"role": "user", "content": ask.text}],
+                extra_body=body,
+            )  # fmt: skip
+        except _NOT_TAKEN:
+            raise
+        except openai.APIStatusError as error:
+            if error.status_code in (401, 403, 404):  # its text may quote the key
+                raise DualignError(self._refusal(error.status_code)) from None
+            raise _Lost(f"HTTP {error.status_code}") from None
+        except openai.APITimeoutError:
+            raise _Lost(f"no answer in {self._spec.timeout:g} s") from None
+        except openai.APIConnectionError:
+            raise _Lost("no connection") from None
+        with self._lock:
+            self._lost_in_a_row = 0
+        return str(response.text)
+
+    def _refusal(self, status: int) -> str:
+        told = f"{self._where}: {self._spec.base_url} answers HTTP {status}"
+        if status == 404:
+            return f"{told}; check base_url and model {self._spec.model!r}"
+        return f"{told}; check the key in ${self._spec.key_variable} and what it may use"
+
+    def _count_lost(self, failure: str) -> None:
+        with self._lock:
+            self._lost_in_a_row += 1
+            if self._lost_in_a_row >= MAX_LOST:
+                raise DualignError(
+                    f"{self._where}: {MAX_LOST} calls in a row were lost ({failure}); see to"
+                    f" {self._spec.base_url} and run the stage again, which asks only for the rest"
+                )
+
+
+def _key_of(where: str, spec: OpenaiJudge) -> str:
+    if spec.key_variable is None:
+        return "none"
+    key = os.environ.get(spec.key_variable, "")
+    if not key:
+        raise ParamsError(
+            f"{where}: the environment variable {spec.key_variable} is not set; put the key there"
+        )
+    return key
+
+
+def _schema(ask: Ask) -> dict[str, Any]:
+    form = ask.question.form.model_json_schema()
+    described = {"name": ask.question.name, "strict": True, "schema": form}
+    return {"type": "json_schema", "json_schema": described}
+
+
+def _completion(body: str) -> _Completion:
+    try:
+        return _Completion.model_validate_json(body)
+    except ValidationError:
+        raise Unusable("no chat completion") from None
+
+
+def _text(completion: _Completion) -> str:
+    """What the model wrote. Raises Unusable where that is no whole reply."""
+    choice = completion.choices[0] if completion.choices else _Choice(message=_Message())
+    if choice.message.refusal or choice.finish_reason == "content_filter":
+        raise Unusable("refused")
+    if choice.finish_reason == "length":
+        raise Unusable("cut off at its length limit")
+    if not choice.message.content:
+        raise Unusable("empty")
+    return choice.message.content
+
+
+def _used(completion: _Completion, ask: Ask) -> tuple[int, int]:
+    """Tokens read and written, reckoned where the server does not count them."""
+    if completion.usage is not None:
+        return completion.usage.prompt_tokens, completion.usage.completion_tokens
+    written = completion.choices[0].message.content or "" if completion.choices else ""
+    return _tokens(ask.text), _tokens(written)
+
+
+def _tokens(text: str) -> int:
+    return len(text.encode()) // _BYTES_PER_TOKEN + 16
+
+
+def _reply(ask: Ask, known: Answered | None, failure: str | None) -> Reply:
+    if known is None:
+        return Reply(failure=failure)
+    return Reply(ask.question.read(known.text), known.text)

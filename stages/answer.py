@@ -1,0 +1,137 @@
+"""answer SUITE: every evaluated policy's answers to a suite of prompts -> reports/answers/SUITE.
+
+    python -m stages.answer xstest
+
+`_suite.parquet` holds the prompts, `POLICY.parquet` the answers of a policy; of a multiple-choice
+suite the log-likelihood of each choice. What a policy has answered is kept in the scratch folder
+by all that it depends on (the policy's files, the prompts, this suite's params, seed and code):
+another policy or suite makes no answer anew, and a kill loses the policy at hand."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from dualign.core.artifacts import listed, replacing, write_parquet
+from dualign.core.schema import CHOICES, SUITE, SUITE_ANSWERS, read_table
+from dualign.evaluation.stats import clustered_mean
+from dualign.evaluation.suites import read_suite
+from dualign.evaluation.truthful import choice_log_probabilities, mc1, mc2
+from dualign.lm.mixture import is_policy, policy_at
+from dualign.lm.models import load_tokenizer
+from dualign.lm.sampling import sample
+from dualign.lm.tokens import encode_prompts
+from dualign.params.evaluate import SuiteSpec
+from dualign.params.judging import AnswerParams
+from dualign.stage import Run, execute
+
+log = logging.getLogger("dualign")
+
+OUT = Path("reports/answers")
+MODELS = Path("models")
+#: Whose tokenizer all policies have.
+REFERENCE = MODELS / "sft"
+
+
+def main(run: Run[AnswerParams]) -> None:
+    """Run the stage."""
+    name, spec = run.pick(run.params.suites, "suites")
+    suite = read_suite(spec, Path(run.params.folder))
+    schema = SUITE_ANSWERS if suite["choices"].isna().all() else CHOICES
+    metrics: dict[str, Any] = {}
+    with replacing(OUT / name) as out:
+        out.mkdir()
+        write_parquet(out / "_suite.parquet", suite, SUITE)
+        for policy, folder in run.params.policies.items():
+            if not is_policy(MODELS / folder):
+                log.warning("models/%s holds no policy: none was certified", folder)
+                metrics[policy] = {"absent": True}
+                continue
+            answers = kept_or_made(run, policy, out / "_suite.parquet", schema)
+            write_parquet(out / f"{policy}.parquet", answers, schema)
+            metrics[policy] = told(answers)
+    run.metrics({"prompts": len(suite), "policies": metrics})
+
+
+def kept_or_made(
+    run: Run[AnswerParams], policy: str, suite: Path, schema: pa.Schema
+) -> pd.DataFrame:
+    """A policy's answers to the suite in a file: those of before if nothing differs, else new
+    ones.
+    """
+    name, spec = run.pick(run.params.suites, "suites")
+    folder = run.params.policies[policy]
+    alone = {"suites": {name: spec}, "policies": {policy: folder}}
+    narrowed = replace(run, params=run.params.model_copy(update=alone))
+    kept = narrowed.scratch(MODELS / folder, suite, *tokenizer_files()) / "answers.parquet"
+    if kept.is_file():
+        log.info("%s: answered by %s before", name, policy)
+        return read_table(kept, schema)
+    started = time.monotonic()
+    make = chosen if schema is CHOICES else answered
+    rows = make(run, policy, spec, read_table(suite, SUITE))
+    rate = len(rows) / (time.monotonic() - started)
+    run.throughput[f"{policy}_rows_per_second"] = rate
+    log.info("%s: %s answers, %.1f a second", name, policy, rate)
+    write_parquet(kept, rows, schema)
+    return read_table(kept, schema)
+
+
+def tokenizer_files() -> list[Path]:
+    """What of the reference policy's folder its tokenizer is made of, and no weights."""
+    return [path for path in listed(REFERENCE, "*") if path.suffix in (".json", ".jinja", ".model")]
+
+
+def answered(
+    run: Run[AnswerParams], policy: str, spec: SuiteSpec, suite: pd.DataFrame
+) -> pd.DataFrame:
+    """Drawn answers to every prompt: schema SUITE_ANSWERS."""
+    tokenizer = load_tokenizer(REFERENCE)
+    count = spec.samples_per_prompt
+    drawn = sample(
+        policy_at(MODELS / run.params.policies[policy], run.resources), tokenizer,
+        encode_prompts(tokenizer, suite["prompt"].tolist()),
+        count=count, max_new_tokens=run.params.max_new_tokens,
+        batch_size=run.resources.sampling_batch_size, seed=run.params.seed,
+    )  # fmt: skip
+    rows = suite.iloc[[answer.prompt for answer in drawn]][["prompt_id", "prompt"]]
+    return rows.assign(
+        sample=[draw % count for draw in range(len(drawn))],
+        response=[answer.text for answer in drawn],
+        length=[len(answer.tokens) for answer in drawn],
+        ended=[answer.ended for answer in drawn],
+    ).reset_index(drop=True)
+
+
+def chosen(
+    run: Run[AnswerParams], policy: str, spec: SuiteSpec, suite: pd.DataFrame
+) -> pd.DataFrame:
+    """The log-likelihood of every choice, and the score of the suite's kind: schema CHOICES."""
+    logp = choice_log_probabilities(
+        policy_at(MODELS / run.params.policies[policy], run.resources), load_tokenizer(REFERENCE),
+        suite, batch_size=run.resources.scoring_batch_size,
+    )  # fmt: skip
+    score = mc1 if spec.suite == "truthfulqa_mc1" else mc2
+    scores = [score(row, correct) for row, correct in zip(logp, suite["correct"], strict=True)]
+    return suite[["prompt_id"]].assign(logp=[row.tolist() for row in logp], score=scores)
+
+
+def told(answers: pd.DataFrame) -> dict[str, float | int]:
+    """What there is of a policy's answers, and how it chooses."""
+    prompts = answers["prompt_id"].to_numpy()
+    if "score" in answers:
+        score = clustered_mean(answers["score"].to_numpy(), prompts).mean
+        return {"questions": len(answers), "score": score}
+    means = {name: float(np.mean(answers[name])) for name in ("length", "ended")}
+    return {"answers": len(answers), **means}
+
+
+if __name__ == "__main__":
+    execute(main, AnswerParams)

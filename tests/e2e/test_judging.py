@@ -1,0 +1,130 @@
+"""Suites and judges in the whole graph, on a tiny world: what runs when one of them is new, and
+that no key of an endpoint is written anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import tiny
+from dualign.core.schema import SUITE_ANSWERS, VERDICTS, read_table
+from pipeline.dvc.parameters import assign
+from tests.e2e.test_pipeline import run
+from tests.judging.chat_server import ChatServer
+
+KEY = "sk-nobody-may-see-this"
+SUITE = {"suite": "held_out", "path": None, "prompts": 6, "samples_per_prompt": 2}
+#: Two trained policies, no search and no certificate.
+SMALL: dict[str, Any] = {
+    **tiny.TINY,
+    **dict.fromkeys(tiny.LENGTHS, 4),
+    "safety_dpo.runs": {
+        "alone": {"reference": "sft", "lam": 1.0, "factor": 1.0, "loss_type": "dpo", "clip": None}
+    },
+    "lagrangian_dpo.runs": {},
+    "methods": {},
+    "certify.runs": {},
+    "evaluate.policies": {"sft": "sft", "helpful": "reward_dpo/helpful"},
+    "suites": {"tea": SUITE},
+}
+
+
+def judges(url: str) -> dict[str, Any]:
+    endpoint = {
+        "kind": "openai", "base_url": url, "model": "m", "key_variable": "JUDGE_KEY",
+        "price": {"input": 0.5, "output": 1.5}, "budget": {"calls": 100, "money": 1000.0},
+    }  # fmt: skip
+    return {
+        "ours": {"kind": "scorers"},
+        "truth": {"kind": "oracle"},
+        "refusal": {"kind": "refusal"},
+        "better": {**endpoint, "question": "preference"},
+        "harm": {**endpoint, "question": "harm"},
+    }
+
+
+class Project:
+    """A copy of the repository that has run once, and the endpoint that its judges ask."""
+
+    def __init__(self, root: Path, server: ChatServer) -> None:
+        self.root, self.server, self.said = root, server, ""
+
+    def repro(self, **changes: Any) -> list[str]:
+        """Run what is stale after an edit; the stages that ran."""
+        path = self.root / "params.yaml"
+        path.write_text(assign(path.read_text(), changes))
+        done = run(self.root, sys.executable, "-m", "dvc", "repro")
+        self.said += done.stdout + done.stderr
+        return re.findall(r"Running stage '(.+)'", done.stdout)
+
+    def metrics(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.root / f"reports/metrics/{name}.json").read_text())
+        return found
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    root = tmp_path_factory.mktemp("judging") / "project"
+    root.mkdir()
+    with pytest.MonkeyPatch.context() as patch, ChatServer() as server:
+        patch.setenv("JUDGE_KEY", KEY)
+        tiny.copy(root, {**SMALL, "judges": judges(server.url)})
+        made = Project(root, server)
+        made.repro()
+        yield made
+
+
+@pytest.mark.slow
+def test_every_judge_has_judged_every_answer(project: Project) -> None:
+    answers = {
+        policy: read_table(project.root / f"reports/answers/tea/{policy}.parquet", SUITE_ANSWERS)
+        for policy in ("sft", "helpful")
+    }
+    assert {len(table) for table in answers.values()} == {12}
+    for judge in ("ours", "truth", "refusal", "harm"):
+        told = project.metrics(f"judge/{judge}")
+        assert told["failures"] == {} and told["suites"]["tea"].keys() == {"sft", "helpful"}
+        table = read_table(project.root / f"reports/judgements/{judge}/verdicts.parquet", VERDICTS)
+        assert len(table) == 24
+    better = project.metrics("judge/better")
+    assert better["suites"]["tea"].keys() == {"helpful"}
+    differ = int((answers["sft"]["response"] != answers["helpful"]["response"]).sum())
+    compared = sum('"answer_A"' in call["messages"][0]["content"] for call in project.server.calls)
+    assert compared <= 2 * differ and better["money"] > 0
+    assert project.metrics("judge/harm")["agreement"]["answers"] > 0
+
+
+@pytest.mark.slow
+def test_no_key_is_written_anywhere(project: Project) -> None:
+    assert project.server.keys == {f"Bearer {KEY}"}
+    assert KEY not in project.said
+    files = [path for path in project.root.rglob("*") if path.is_file()]
+    assert len(files) > 100
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+@pytest.mark.slow
+def test_only_what_is_new_runs(project: Project) -> None:
+    assert project.repro() == []
+    asked = len(project.server.calls)
+    more = judges(project.server.url) | {"again": {"kind": "scorers"}}
+    assert project.repro(judges=more) == ["judge@again", "report"]
+    files = [project.root / f"reports/answers/tea/{name}.parquet" for name in ("sft", "helpful")]
+    before = [path.read_bytes() for path in files]
+    policies = {**SMALL["evaluate.policies"], "safe": "safety_dpo/alone"}
+    ran = project.repro(**{"evaluate.policies": policies})
+    assert {"evaluate@safe", "answer@tea", *(f"judge@{name}" for name in more)} < set(ran)
+    assert "tea: answered by sft before" in project.said
+    assert "tea: answered by helpful before" in project.said
+    assert [path.read_bytes() for path in files] == before
+    assert len(project.server.calls) - asked <= 3 * 12, (
+        "12 of harm, 24 of preference, of `safe` alone"
+    )
+    assert project.metrics("judge/harm")["suites"]["tea"].keys() == {"sft", "helpful", "safe"}
