@@ -288,7 +288,9 @@ Each row simulates answers of which the true difference is known and counts the 
 it. Skewed costs on few prompts are what a t-interval is too sure of: the mean hangs on answers that
 30 prompts may not show. `prompts alone` is the interval that takes the trained policies for given,
 which says nothing of the method once training seeds differ; `spread of seeds` is in standard
-deviations of a prompt's difference."""
+deviations of a prompt's difference. Intervals of part 3 but that of the win rate are quantiles of
+bootstrap draws, 300 for Elo and 100 at equal length: of so few they hold the truth in 94.4 % and
+93.1 % at best; the library draws 1000."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

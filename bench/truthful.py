@@ -99,10 +99,13 @@ def _logged(out: Path, targets: str) -> Rows:
     (file,) = out.rglob(f"samples_local_{targets}_*.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows.sort(key=lambda row: row["doc_id"])
-    return [
-        {"logp": [float(one[0]) for one in row["filtered_resps"]], "score": float(row["acc"])}
-        for row in rows
-    ]
+    return list(map(_item, rows))
+
+
+def _item(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of lm-eval's samples, whose responses begin with a likelihood each."""
+    logp = [float(response[0]) for response in row["filtered_resps"]]
+    return {"logp": logp, "score": float(row["acc"])}
 
 
 # --- ours -----------------------------------------------------------------------------------------
@@ -131,7 +134,7 @@ def compared(one: Rows, other: Rows) -> dict[str, Any]:
     likelihoods = [
         np.abs(np.subtract(a["logp"], b["logp"])).max() for a, b in zip(one, other, strict=True)
     ]
-    mine, their = (np.array([row["score"] for row in rows]) for rows in (one, other))
+    mine, their = _scores(one), _scores(other)
     return {
         "items": len(one),
         "choices": sum(len(row["logp"]) for row in one),
@@ -144,11 +147,13 @@ def compared(one: Rows, other: Rows) -> dict[str, Any]:
 
 def differing(one: dict[str, Rows], other: dict[str, Rows]) -> list[int]:
     """The items of which some score differs by more than `LARGE`."""
-    scores = [
-        np.array([[row["score"] for row in rows] for rows in side.values()])
-        for side in (one, other)
-    ]
-    return np.flatnonzero((np.abs(scores[0] - scores[1]) > LARGE).any(0)).tolist()
+    apart = [np.abs(_scores(one[targets]) - _scores(other[targets])) > LARGE for targets in one]
+    return np.flatnonzero(np.any(apart, axis=0)).tolist()
+
+
+def _scores(rows: Rows) -> np.ndarray:
+    """The score of each item."""
+    return np.array([row["score"] for row in rows])
 
 
 def once_more(

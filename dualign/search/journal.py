@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from dualign.core.artifacts import write_json
 from dualign.core.errors import DualignError
@@ -63,9 +65,13 @@ class Step:
         return 1.0 if self.q is None else self.q
 
 
+#: Steps as the journal holds them.
+_STEPS = TypeAdapter(list[Step])
+
+
 def record(scratch: Path, steps: Sequence[Step]) -> list[Step]:
     """Write all steps so far into the journal in `scratch`, and return them."""
-    write_json(scratch / _JOURNAL, [asdict(step) for step in steps])
+    write_json(scratch / _JOURNAL, _STEPS.dump_python(list(steps)))
     return list(steps)
 
 

@@ -49,7 +49,7 @@ def step(number: int, lam: float, cost: float, q: float | None = None, **more: f
 
 
 ROOT_LAM = math.log(0.8 / 0.3) / 0.7  # where the curve meets the limit: 1.4012
-HISTORY: list[HistoryRow] = [{"step": 10, "lam": 1.1, "cost": 0.2, "reward": 0.5, "kl": 0.1}]
+HISTORY = [HistoryRow(step=10, lam=1.1, cost=0.2, reward=0.5, kl=0.1)]
 
 
 class Curve:

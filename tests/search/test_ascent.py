@@ -74,9 +74,8 @@ def test_an_ascent_trains_policy_and_multiplier_and_counts_its_answers(
 ) -> None:
     made, measured = climb(params, resources.model_copy(update={"log_steps": 1}), inputs, tmp_path)
     assert distance(made.policy, inputs.models / "sft") > 1e-3
-    assert [row["step"] for row in made.history] == [1, 2, 3] and made.lam == made.history[-1][
-        "lam"
-    ] > 1
+    assert [row.step for row in made.history] == [1, 2, 3]
+    assert made.lam == made.history[-1].lam > 1
     answers = read_table(tmp_path / "step-1/answers.parquet", ANSWERS)
     own = measured.generated_tokens - int(answers["length"].sum())
     assert read_json(tmp_path / "step-1/policy-losses.json")
@@ -122,5 +121,5 @@ def test_stretches_are_means_by_hand() -> None:
         "kl": [0.0, 0, 0, 0, 3.0],
     }
     rows = downsample(history, 2)
-    assert [(row["step"], row["lam"], row["kl"]) for row in rows] == [(3, 2.0, 0.0), (5, 4.5, 1.5)]
-    assert [row["lam"] for row in downsample(history, 50)] == history["lambda"]
+    assert [(row.step, row.lam, row.kl) for row in rows] == [(3, 2.0, 0.0), (5, 4.5, 1.5)]
+    assert [row.lam for row in downsample(history, 50)] == history["lambda"]

@@ -107,8 +107,8 @@ def test_a_search_out_of_tokens_returns_its_best_so_far(
     plan = by_rule("dual_gradient", returns)
     result = summary(Search(plan, wide, SearchContext(0.6, 0.6)), steps, stopped, before=0)
     allowed = [i for i, s in enumerate(steps) if feasible(s, wide)]
-    assert allowed and result["chosen"] == max(allowed, key=lambda i: steps[i].measured.reward)
-    assert result["chosen"] == 1 and result["feasible"]
+    assert allowed and result.chosen == max(allowed, key=lambda i: steps[i].measured.reward)
+    assert result.chosen == 1 and result.feasible
 
 
 def test_a_search_that_cannot_pay_for_its_closing_says_so(
@@ -188,9 +188,9 @@ def test_an_ascent_trains_once_and_tells_its_own_multiplier_and_course(
         Search(by_rule("ascent"), params, SearchContext(0.6, 0.6)), steps, stopped, before=0
     )
     assert (
-        result["history"] == HISTORY
-        and result["trainings"] == 1
-        and "history" not in result["steps"][1]
+        result.history == HISTORY
+        and result.trainings == 1
+        and "history" not in result.steps[1].model_fields_set
     )
     again = Curve(tmp_path / "again", lam_start=0.6)
     assert go("ascent", again, params, tmp_path / "s") == (steps, stopped) and not again.ascended
@@ -336,7 +336,7 @@ def test_the_tail_average_is_trained_once_more(
         "because",
         before=1,
     )
-    assert result["trainings"] == 1 + len(before) and result["chosen"] == last.step
+    assert result.trainings == 1 + len(before) and result.chosen == last.step
 
 
 @pytest.mark.parametrize("budget", [0, 1])

@@ -8,6 +8,7 @@ from typing import cast
 import pytest
 
 from dualign.core.records import SearchResult
+from dualign.core.records import as_row
 from dualign.evaluation.stats import ConstraintEstimate
 from dualign.methods import METHODS, Plan
 from dualign.params.search import DualSearchParams, OnlineParams
@@ -65,7 +66,7 @@ def test_the_best_keeps_the_aim_else_the_limit_else_costs_least(params: DualSear
     result = summary(
         Search(plan, params, SearchContext(0.6, 0.5, target_cost=-0.9)), STEPS, "b", before=1
     )
-    assert result["chosen"] == 1 and result["feasible"]  # feasible is a matter of the limit
+    assert result.chosen == 1 and result.feasible  # feasible is a matter of the limit
 
 
 def test_the_best_is_the_most_rewarding_within_the_limit(params: DualSearchParams) -> None:
@@ -112,11 +113,11 @@ def test_summary_counts_trainings_and_tokens(params: DualSearchParams) -> None:
     result = summary(
         Search(by_rule("newton"), params, SearchContext(0.6, 0.5)), STEPS, "because", before=2
     )
-    assert result["trainings"] == 2 + 3
-    assert result["generated_tokens"] == 400
-    assert (result["chosen"], result["feasible"], result["stopped"]) == (1, True, "because")
-    assert result["steps"][2]["lam"] == 2.0 and result["steps"][2]["cost"] == -0.6
-    assert "policy" not in result["steps"][0]  # folders of scratch mean nothing to a reader
+    assert result.trainings == 2 + 3
+    assert result.generated_tokens == 400
+    assert (result.chosen, result.feasible, result.stopped) == (1, True, "because")
+    assert result.steps[2].lam == 2.0 and result.steps[2].cost == -0.6
+    assert "policy" not in as_row(result.steps[0])  # folders of scratch mean nothing to a reader
 
 
 def test_the_slater_radius_and_its_source_are_on_record(params: DualSearchParams) -> None:
@@ -128,7 +129,7 @@ def test_the_slater_radius_and_its_source_are_on_record(params: DualSearchParams
             "b",
             before=2,
         )
-        assert (result["slater_radius"], result["slater_from"]) == (2.0, source)
+        assert (result.slater_radius, result.slater_from) == (2.0, source)
     assert "slater_radius" not in summary(
         Search(by_rule("grid"), params, SearchContext(0.6, 0.5)), STEPS, "b", before=2
     )
@@ -153,7 +154,7 @@ def test_a_round_counts_its_comparisons_and_both_its_trainings(
     plan = Plan("row", METHODS["o_pd_dpo"], "start", "reference")
     given = params.model_copy(update={"online": online})
     result = summary(Search(plan, given, SearchContext(0.6, 0.5, 2.0)), asked, "b", before=2)
-    assert (result["comparisons"], result["trainings"]) == (90, count)
+    assert (result.comparisons, result.trainings) == (90, count)
     offline = summary(
         Search(by_rule("projected_subgradient"), params, SearchContext(0.6, 0.5, 2.0)),
         asked,
@@ -171,7 +172,7 @@ def test_labels_are_counted(params: DualSearchParams) -> None:
     result = summary(
         Search(by_rule("newton"), params, SearchContext(0.6, 0.5)), labelled, "b", before=1
     )
-    assert result["labels"] == 160 and result["steps"][0]["model_cost"] == 0.1
+    assert result.labels == 160 and result.steps[0].model_cost == 0.1
 
 
 def limited(number: int, cost: float, reward: float, mean: float | None) -> Step:
