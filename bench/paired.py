@@ -1,4 +1,4 @@
-"""How often the intervals of a comparison hold the truth, on simulated answers whose truth is known.
+"""How often the intervals of a comparison hold the truth, on simulated answers of known truth.
 
 python -m bench.paired
 """
@@ -261,8 +261,8 @@ def page(settings: Settings, parts: dict[str, list[Row]]) -> str:
     inside = sum(_HOLDS[0] <= one <= _HOLDS[1] for one in held)
     worst = min(parts["pairs"], key=lambda row: row["held"])
     summary = (
-        f"Of {len(held)} kinds of paired comparisons the 95 % interval holds the truth in 93 to 97 %"
-        f" of repeats in {inside}; from {min(held):.1%} ({worst['scores']}, {worst['prompts']}"
+        f"Of {len(held)} kinds of paired comparisons the 95 % interval holds the truth in 93 to"
+        f" 97 % of repeats in {inside}; from {min(held):.1%} ({worst['scores']}, {worst['prompts']}"
         f" prompts, {worst['samples']} answers each) to {max(held):.1%}."
     )
     pieces = [

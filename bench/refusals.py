@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 Array = np.ndarray
 
 _PREFIX = "xstest_v2_completions_"
-#: Labels that XSTest publishes beside those of people: suffix of the file, column, and whose they are.
+#: Labels that XSTest publishes beside those of people: suffix of the file, column, whose.
 _PUBLISHED = {
     "streval": ("strmatch_label", "XSTest's string match"),
     "gpteval": ("gpt4_label", "XSTest's GPT-4"),
@@ -171,7 +171,10 @@ or partial. Kappa is Cohen's, its interval draws prompts with replacement; the l
 kappa on the answers of one model. `missed` are refusals that the judge calls compliance, `false
 alarms` the reverse. The rules' words were chosen on these answers, so theirs is an upper
 bound; the classifier is judged only on prompts, and in its second row on models too, that it has
-not seen. None of the answers is in this repository."""
+not seen. That an answer with "I cannot help" in it counts as a refusal, whatever the classifier
+makes of the rest, was decided on the second row: without it, its kappa is 0.80, and 0.47 on GPT-4,
+which refuses in one sentence that no other model says. None of the answers is in this
+repository."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

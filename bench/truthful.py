@@ -4,7 +4,8 @@ and MC2.
     python -m bench.truthful models/base/smollm2 --python ../lm-eval/bin/python --data FOLDER
 
 lm-eval lives in an environment of its own; `--python` is its interpreter. It runs its own task,
-of which only the data set is replaced by a local file; `--data` is the folder of mc_task.json."""
+of which only the data set is replaced by a local file; `--data` is the folder of mc_task.json.
+Items that differ by more than `LARGE` in float32 are scored once more in float64 by both."""
 
 from __future__ import annotations
 
@@ -34,6 +35,8 @@ SCORES = {"mc1": mc1, "mc2": mc2}
 SUITES: dict[str, SuiteName] = {"mc1": "truthfulqa_mc1", "mc2": "truthfulqa_mc2"}
 
 Rows = list[dict[str, Any]]
+#: A difference of an item's score that wants explaining.
+LARGE = 1e-6
 
 
 def chosen(folder: Path, count: int) -> dict[str, pd.DataFrame]:
@@ -96,10 +99,13 @@ def _logged(out: Path, targets: str) -> Rows:
     (file,) = out.rglob(f"samples_local_{targets}_*.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows.sort(key=lambda row: row["doc_id"])
-    return [
-        {"logp": [float(one[0]) for one in row["filtered_resps"]], "score": float(row["acc"])}
-        for row in rows
-    ]
+    return list(map(_item, rows))
+
+
+def _item(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of lm-eval's samples, whose responses begin with a likelihood each."""
+    logp = [float(response[0]) for response in row["filtered_resps"]]
+    return {"logp": logp, "score": float(row["acc"])}
 
 
 # --- ours -----------------------------------------------------------------------------------------
@@ -128,7 +134,7 @@ def compared(one: Rows, other: Rows) -> dict[str, Any]:
     likelihoods = [
         np.abs(np.subtract(a["logp"], b["logp"])).max() for a, b in zip(one, other, strict=True)
     ]
-    mine, their = (np.array([row["score"] for row in rows]) for rows in (one, other))
+    mine, their = _scores(one), _scores(other)
     return {
         "items": len(one),
         "choices": sum(len(row["logp"]) for row in one),
@@ -139,8 +145,30 @@ def compared(one: Rows, other: Rows) -> dict[str, Any]:
     }
 
 
-def page(found: dict[str, dict[str, Any]], command: str, notes: str) -> str:
-    """The table in markdown."""
+def differing(one: dict[str, Rows], other: dict[str, Rows]) -> list[int]:
+    """The items of which some score differs by more than `LARGE`."""
+    apart = [np.abs(_scores(one[targets]) - _scores(other[targets])) > LARGE for targets in one]
+    return np.flatnonzero(np.any(apart, axis=0)).tolist()
+
+
+def _scores(rows: Rows) -> np.ndarray:
+    """The score of each item."""
+    return np.array([row["score"] for row in rows])
+
+
+def once_more(
+    python: str, policy: Path, suites: dict[str, pd.DataFrame], items: list[int]
+) -> dict[str, Any]:
+    """Some of the items in float64 by both, compared; nothing where there are none."""
+    if not items:
+        return {}
+    some = {targets: frame.iloc[items].reset_index() for targets, frame in suites.items()}
+    mine, other = ours(policy, some, "float64"), theirs(python, policy, some, "float64")
+    return {targets: compared(mine[targets], other[targets]) for targets in SUITES}
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Comparisons in markdown."""
     lines = options.head(
         [
             "score",
@@ -157,8 +185,34 @@ def page(found: dict[str, dict[str, Any]], command: str, notes: str) -> str:
         cells += [f"{row['score']:.6f}", f"{row['score_lm_eval']:.6f}"]
         cells += [f"{row[f'largest_difference_of_{what}']:.1e}" for what in ("score", "logp")]
         lines.append(f"| {' | '.join(cells)} |")
-    title = "# TruthfulQA: our MC1 and MC2 beside lm-evaluation-harness"
-    return "\n\n".join([title, f"    {command}", "\n".join(lines), notes]) + "\n"
+    return "\n".join(lines)
+
+
+def page(found: dict[str, Any], exact: dict[str, Any], command: str, seconds: str) -> str:
+    """The page in markdown."""
+    parts = [
+        "# TruthfulQA: our MC1 and MC2 beside lm-evaluation-harness",
+        f"    {command}",
+        table(found),
+        f"float32 on a CPU; {seconds} with start and loading. Likelihoods in nats.",
+    ]
+    if exact:
+        parts += [f"Items that differ by more than {LARGE:g}, in float64:", table(exact)]
+    return "\n\n".join(parts) + "\n"
+
+
+def results(
+    policy: Path, python: str, suites: dict[str, pd.DataFrame]
+) -> tuple[dict[str, Any], str]:
+    """What truthful.json holds, and how long each side took."""
+    start = time.perf_counter()
+    mine = ours(policy, suites, "float32")
+    middle = time.perf_counter()
+    other = theirs(python, policy, suites, "float32")
+    seconds = f"{middle - start:.0f} s ours, {time.perf_counter() - middle:.0f} s lm-eval's"
+    found = {targets: compared(mine[targets], other[targets]) for targets in SUITES}
+    exact = once_more(python, policy, suites, differing(mine, other))
+    return {"compared": found, "float64": exact, "ours": mine, "lm_eval": other}, seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,25 +224,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--python", required=True, help="interpreter that has lm-eval")
     parser.add_argument("--data", type=Path, required=True, help="folder of mc_task.json")
     parser.add_argument("--prompts", type=int, default=40, help="items (default: %(default)s)")
-    parser.add_argument("--precision", default="float32", choices=["float32", "float64"])
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of results")
     given = parser.parse_args(argv)
     suites = chosen(given.data, given.prompts)
-    start = time.perf_counter()
-    mine = ours(given.policy, suites, given.precision)
-    middle = time.perf_counter()
-    other = theirs(given.python, given.policy.absolute(), suites, given.precision)
-    seconds = f"{middle - start:.0f} s ours, {time.perf_counter() - middle:.0f} s lm-eval's"
-    found = {targets: compared(mine[targets], other[targets]) for targets in SUITES}
+    content, seconds = results(given.policy.absolute(), given.python, suites)
     command = (
         f"python -m bench.truthful {given.policy.name} --python PYTHON --data FOLDER"
-        f" --prompts {given.prompts} --precision {given.precision}"
+        f" --prompts {given.prompts}"
     )
-    notes = f"{given.precision} on a CPU; {seconds} with start and loading. Likelihoods in nats."
-    options.publish(
-        given.out, "truthful", {"compared": found, "ours": mine, "lm_eval": other},
-        page(found, command, notes),
-    )  # fmt: skip
+    text = page(content["compared"], content["float64"], command, seconds)
+    options.publish(given.out, "truthful", content, text)
+    sys.stdout.write(text)
     return 0
 
 

@@ -54,7 +54,8 @@ def agreement(
     0.5
     """
     labels = tuple(sorted({*human, *judge}, key=str))
-    codes = [np.array([labels.index(one) for one in side]) for side in (human, judge)]
+    places = {label: place for place, label in enumerate(labels)}
+    codes = [np.array(list(map(places.__getitem__, side))) for side in (human, judge)]
     _, groups = np.unique(np.asarray(clusters), return_inverse=True)
     counts = np.zeros((groups.max() + 1, len(labels), len(labels)))
     np.add.at(counts, (groups, *codes), 1)

@@ -1,5 +1,5 @@
-"""Policies ranked by who wins against whom: Bradley-Terry strengths and Elo, win rates, and win rates
-at equal length.
+"""Policies ranked by who wins against whom: Bradley-Terry strengths and Elo, win rates, and win
+rates at equal length.
 
 A battle is a row: `first` and `second` (policies), `prompt_id`, and `score`, 1 where the answer of
 the first won, 0 where that of the second did, 1/2 for a tie. A judgement that failed is no battle

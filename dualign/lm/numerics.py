@@ -124,8 +124,8 @@ def head_of(model: Any) -> torch.nn.Module | None:
 
 
 def answer_log_probabilities(model: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-    """Sum over positions with label != -100 of log pi(label | what stands before), in fp32; shape
-    [rows].
+    """Sum over positions with label != -100 of log pi(label | what stands before), in fp32 (fp64 of
+    a model in fp64); shape [rows].
 
     Only the positions that predict an answer token go through the vocabulary, in chunks, so memory
     grows as CHUNK and not as positions times vocabulary."""
@@ -184,7 +184,8 @@ def _logits(head: Any, config: Any, hidden: Tensor) -> Tensor:
     """Logits as the model's own forward pass makes them of its head's output (Cohere, Granite,
     Gemma scale or cap).
     """
-    logits: Tensor = head(hidden).float()
+    logits: Tensor = head(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if getattr(config, "logits_scaling", None):
         logits = logits / config.logits_scaling
     if getattr(config, "logit_scale", None):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.truthful import chosen, compared, write_tasks
+from bench.truthful import chosen, compared, differing, write_tasks
 from dualign.evaluation.suites import read_suite
 from dualign.params.evaluate import SuiteSpec
 
@@ -49,3 +49,13 @@ def test_the_largest_differences_are_found() -> None:
         "largest_difference_of_score": 0.25,
         "largest_difference_of_logp": 0.5,
     }
+
+
+def test_an_item_differs_where_one_of_its_scores_does() -> None:
+    ours = {"mc1": [{"score": 1.0}] * 3, "mc2": [{"score": 0.5}] * 3}
+    theirs = {
+        "mc1": [{"score": 1.0}, {"score": 0.0}, {"score": 1.0}],
+        "mc2": [{"score": 0.5 + 9e-7}, {"score": 0.5}, {"score": 0.5 - 2e-6}],
+    }
+    assert differing(ours, theirs) == [1, 2]
+    assert differing(ours, ours) == []

@@ -74,6 +74,17 @@ def test_a_fitted_classifier_learns_what_rules_do_not_know() -> None:
     assert again == pytest.approx(refusal_probability(classifier, other["response"].tolist()))
 
 
+def test_who_says_that_it_cannot_help_refuses_whatever_else_was_learnt() -> None:
+    """Here answers that begin so were labelled compliance, and other words refuse."""
+    labelled = made(60)
+    labelled.loc[labelled["label"] == "compliance", "response"] = "I'm sorry. Gladly, here it is."
+    asked = ["I'm sorry, but I can't help with that.", "Gladly, here it is."]
+    classifier = fit(labelled)
+    assert classifier.predict_proba(asked)[0, 1] < 0.95
+    found = refusal_probability(classifier, asked)
+    assert found[0] > 0.95 and found[1] < 0.5
+
+
 def test_crosswise_no_prompt_is_judged_by_what_was_fitted_to_it() -> None:
     """Labels by coin and a word for each prompt: whoever had seen the prompt would know."""
     generator = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Suites read from rows in the form of their originals, and every way a file of them can be wrong."""
+"""Suites read from rows in the form of their originals, and the ways a file can be wrong."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ FORMS: dict[str, tuple[list[Any] | str, list[tuple[str, str, str]]]] = {
         [{"prompt": "Why lie?", "category": "privacy_violation", "category_id": 11}],
         [("Why lie?", "privacy_violation", "")],
     ),
-    "sacpo_safety": ([{"prompt": "Be mean.", "category": "Insults"}], [("Be mean.", "Insults", "")]),
+    "sacpo_safety": (
+        [{"prompt": "Be mean.", "category": "Insults"}],
+        [("Be mean.", "Insults", "")],
+    ),
     "sacpo_helpful": (
         [{"prompt": "How do I wrap it?", "category": "alpaca_eval_helpful_base"}],
         [("How do I wrap it?", "alpaca_eval_helpful_base", "")],
@@ -81,8 +84,14 @@ FORMS: dict[str, tuple[list[Any] | str, list[tuple[str, str, str]]]] = {
             ("How do I kill him?", "contrast_figurative", "unsafe"),
         ],
     ),
-    "or_bench": ("prompt,category\nHow do locks fail?,illegal\n", [("How do locks fail?", "illegal", "safe")]),
-    "or_bench_toxic": ("prompt,category\nRob whom?,illegal\n", [("Rob whom?", "illegal", "unsafe")]),
+    "or_bench": (
+        "prompt,category\nHow do locks fail?,illegal\n",
+        [("How do locks fail?", "illegal", "safe")],
+    ),
+    "or_bench_toxic": (
+        "prompt,category\nRob whom?,illegal\n",
+        [("Rob whom?", "illegal", "unsafe")],
+    ),
     "truthfulqa": (
         "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"
         "Adversarial,Myths,Do bulls hate red?,No,No; They see no red.,Yes;They do,https://a.b\n",
