@@ -1,4 +1,5 @@
-"""How often the intervals of a comparison hold the truth, on simulated answers of known truth.
+"""How often the intervals of a comparison hold the truth, on simulated answers whose truth is
+known.
 
 python -m bench.paired
 """

@@ -38,7 +38,8 @@ log = logging.getLogger(__name__)
 Array = np.ndarray
 
 _PREFIX = "xstest_v2_completions_"
-#: Labels that XSTest publishes beside those of people: suffix of the file, column, whose.
+#: Labels that XSTest publishes beside those of people: suffix of the file, column, and whose they
+#: are.
 _PUBLISHED = {
     "streval": ("strmatch_label", "XSTest's string match"),
     "gpteval": ("gpt4_label", "XSTest's GPT-4"),

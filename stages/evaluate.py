@@ -23,11 +23,11 @@ from dualign.evaluation.against_optimum import (
     against_optimum,
     exact_frontier,
     finite_problem,
-    summarise,
 )
 from dualign.evaluation.effective_tilt import TILT_SAMPLES, tilt_on
 from dualign.evaluation.rollout import Scorers, log_ratios, roll_out
 from dualign.evaluation.stats import clustered_mean
+from dualign.evaluation.summary import summarise
 from dualign.lm.mixture import Policy, is_policy, policy_at
 from dualign.math.constraints import constraint
 from dualign.math.dual.tail import value_at_risk

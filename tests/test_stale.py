@@ -78,3 +78,8 @@ def test_a_new_or_edited_preset_makes_nothing_stale(stages: dict[str, StageSpec]
     presets = ["params/new.yaml", *(f"params/{path.name}" for path in ROOT.glob("params/*.yaml"))]
     assert len(presets) > 5
     assert {path for path in presets if stale(path, stages)} == set()
+
+
+def test_a_word_about_a_measure_makes_the_report_stale_alone(stages: dict[str, StageSpec]) -> None:
+    """What is computed of answers stands elsewhere: a new explanation evaluates no policy anew."""
+    assert stale("dualign/evaluation/measures.py", stages) == {"report"}

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -218,7 +218,11 @@ def _require(seen: Iterable[str], choices: Choices, file: str, kind: str) -> Non
 
     Of several sets of columns one must be whole; a message speaks of the one that lacks least."""
     present = list(map(str, seen))
-    lacking = min(([name for name in names if name not in present] for names in choices), key=len)
+
+    def missing(names: Sequence[str]) -> list[str]:
+        return [name for name in names if name not in present]
+
+    lacking = min(map(missing, choices), key=len)
     if lacking and present:
         raise DataError(
             f"{file}: column {lacking[0]!r} is missing (prepare.{kind}); the file has:"

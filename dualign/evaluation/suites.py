@@ -149,8 +149,8 @@ def _sentences(cell: str) -> list[str]:
 #: Every suite that params may name.
 SUITES: dict[SuiteName, Suite] = {
     "held_out": Suite(
-        "held-out prompts", "held_out", "data/prepared/eval.parquet", "of the data", "prepare",
-        None,
+        "held-out prompts", "held_out", "data/prepared/eval.parquet", "of the data",
+        "prepare", None,
     ),
     "beavertails": Suite(
         "BeaverTails-Evaluation", "harm", "BeaverTails-Evaluation.json", "CC-BY-NC-4.0",
@@ -244,13 +244,13 @@ def _rows(spec: SuiteSpec, folder: Path, item: Callable[[Row], Item]) -> pd.Data
     items = [_item(row, item, spec, f"{place}:{line}") for line, row in raw]
     if not items:
         raise DataError(f"{place}: holds no rows; is the download complete?")
-    return pd.DataFrame([_asked(one) for one in items], columns=list(COLUMNS), dtype=object)
-
-
-def _asked(item: Item) -> tuple[Any, ...]:
-    """The values of `COLUMNS`."""
-    prompt = user(item.text)
-    return prompt_id(prompt), prompt, item.category, item.label, item.choices, item.correct
+    prompts = [user(item.text) for item in items]
+    rows = {
+        "prompt_id": map(prompt_id, prompts),
+        "prompt": prompts,
+        **{name: [getattr(item, name) for item in items] for name in COLUMNS[2:]},
+    }
+    return pd.DataFrame({name: pd.Series(list(rows[name]), dtype=object) for name in COLUMNS})
 
 
 def _item(row: Row | BadRow, item: Callable[[Row], Item], spec: SuiteSpec, where: str) -> Item:

@@ -83,7 +83,10 @@ def _skewed_quantile(shares: Array, t: float, count: int) -> Array:
     are few) show the tail."""
     squares = (shares**2).sum(-1)
     skewness = np.maximum((shares**3).sum(-1), 0) / np.where(squares > 0, squares, 1) ** 1.5
-    return t + (1 + SKEWNESS_INFLATION / math.sqrt(count)) * skewness * (1 + 2 * t**2) / 6
+    inflation = 1 + SKEWNESS_INFLATION / math.sqrt(count)
+    with np.errstate(invalid="ignore"):  # t is infinite for a delta next to nothing
+        quantile: Array = t + inflation * skewness * (1 + 2 * t**2) / 6
+    return quantile
 
 
 def bernstein_bound(means: Array, delta: float, bounds: Bounds) -> Array:

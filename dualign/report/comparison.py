@@ -10,7 +10,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 from scipy.special import stdtrit
 
 from dualign.core.artifacts import listed
@@ -23,14 +25,12 @@ from dualign.core.records import (
     read_record,
 )
 from dualign.core.schema import ANSWERS, read_table
+from dualign.evaluation.measures import MEASURES
 from dualign.evaluation.stats import clustered_mean
 from dualign.report.multipliers import nominal_multiplier
 
 #: The policy that win rates and gains are measured against.
 REFERENCE = "sft"
-#: What `evaluate` measures as {"mean", "low", "high"}: everywhere, and in the embedded world only.
-_MEASURES = ("reward", "cost", "p_unsafe", "kl", "length", "ended", "displacement", "off_support")
-_WORLD_MEASURES = ("true_reward", "true_cost", "grammatical")
 
 Interval = dict[str, float | None]
 
@@ -94,12 +94,22 @@ def compare(
 
 
 def read_answers(root: Path, policies: dict[str, str]) -> dict[str, pd.DataFrame]:
-    """The generated answers (`schema.ANSWERS`) of every policy that has any."""
+    """The generated answers (`schema.ANSWERS`) of every policy that has any, with the `category` of
+    their prompts where that was written.
+    """
     paths = {name: root / "reports/evaluation" / name / "answers.parquet" for name in policies}
-    tables = {name: read_table(path, ANSWERS) for name, path in paths.items() if path.is_file()}
+    tables = {name: _answers(path) for name, path in paths.items() if path.is_file()}
     return {
         name: table for name, table in tables.items() if len(table)
     }  # none of a policy that was not certified
+
+
+def _answers(path: Path) -> pd.DataFrame:
+    answers = read_table(path, ANSWERS)
+    if "category" not in answers and "category" in pq.read_schema(path).names:
+        column = pq.read_table(path, columns=["category"])["category"]
+        return answers.assign(category=column.to_pandas().to_numpy())
+    return answers
 
 
 def read_certificates(root: Path) -> dict[str, Any]:
@@ -122,15 +132,25 @@ def win_rate(
     """How often our answer has the higher `sign * score` than theirs to the same prompt; a tie
     counts one half.
 
-    Every answer of ours meets every answer of theirs; a prompt's share of wins is one observation.
-    The interval is Wilson's with the effective sample size that the spread between prompts implies,
-    so it stays inside [0, 1] and has a width even where one side wins everywhere. None without a
-    common prompt."""
+    Every answer of ours meets every answer of theirs; a prompt's share of wins is one observation,
+    and the interval that of a `share`. None without a common prompt."""
     gap = _gaps(ours, theirs, score) * sign
     if gap.empty:
         return None
-    prompts = gap.index.to_numpy()
-    found = clustered_mean(((gap > 0) + 0.5 * (gap == 0)).to_numpy(), prompts, confidence)
+    return share(((gap > 0) + 0.5 * (gap == 0)).to_numpy(), gap.index.to_numpy(), confidence)
+
+
+def share(values: np.ndarray, prompts: np.ndarray, confidence: float) -> Interval:
+    """The mean of values in [0, 1] over prompts; both have shape [answers].
+
+    The interval is Wilson's with the effective sample size that the spread between prompts implies,
+    so it stays inside [0, 1] and has a width even where all values are equal. No ends with one
+    prompt.
+
+    >>> share(np.zeros(20), np.arange(20), 0.95)["high"] > 0.15
+    True
+    """
+    found = clustered_mean(values, prompts, confidence)
     n, mean = len(set(prompts)), found.mean
     if n < 2:
         return _interval(mean)
@@ -185,8 +205,7 @@ def _against_reference(
 def _row(metrics: dict[str, Any], folder: str, limit: float | None) -> dict[str, Any]:
     row: dict[str, Any] = {"folder": folder, "kind": _kind(folder)}
     row |= {key: metrics.get(key) for key in ("prompts", "answers", "max_new_tokens")}
-    row |= {key: _measure(metrics.get(key)) for key in (*_MEASURES, *_WORLD_MEASURES)}
-    row |= {key: _value(metrics, key) for key in ("reward_share", "value_gap")}
+    row |= {measure.key: _measured(metrics.get(measure.key)) for measure in MEASURES}
     additional = {
         name: kept | {"standing": _standing(kept, kept["limit"])}
         for name, kept in metrics.get("additional", {}).items()
@@ -208,20 +227,19 @@ def _kind(folder: str) -> str:
     return "method" if folder.startswith(("aligned/", "certified/")) else "baseline"
 
 
-def _measure(value: Any) -> Interval | None:
-    """An interval as `evaluate` writes it; None where there is no mean."""
-    if not isinstance(value, dict) or value.get("mean") is None:
-        return None
-    return _interval(value["mean"], value.get("low"), value.get("high"))
+def _measured(value: Any) -> Interval | float | None:
+    """An interval or a number as `evaluate` writes it; None where there is no mean."""
+    if not isinstance(value, dict):
+        return value if value is None else float(value)
+    return (
+        None
+        if value.get("mean") is None
+        else _interval(value["mean"], value.get("low"), value.get("high"))
+    )
 
 
 def _interval(mean: float, low: float | None = None, high: float | None = None) -> Interval:
     return {"mean": mean, "low": low, "high": high}
-
-
-def _value(metrics: dict[str, Any], key: str) -> float | None:
-    value = metrics.get(key)
-    return None if value is None else float(value)
 
 
 def _standing(cost: Interval | None, limit: float | None) -> str | None:

@@ -259,8 +259,8 @@ def shift_error(cost: Array, unsafe: Array, prompts: Array) -> float:
 def shifted(calibration: Calibration, delta: float) -> Calibration:
     """The calibration with `delta` on every cost.
 
-    >>> shifted(Platt(2.0, -1.0), 1.0).zero
-    0.0
+    >>> shifted(Platt(2.0, -1.0), 3.0).offset
+    2.0
     """
     if isinstance(calibration, Platt):
         return replace(calibration, offset=calibration.offset + delta)
@@ -275,6 +275,14 @@ def shifted_zero_error(
 
     The cost at score s0 errs by (s0 - s) e_a + e_delta: s is the mean score by the weights of the
     logistic fit, e_a the error of the slope, e_delta that of the shift at a given slope.
+
+    It falls with either set:
+
+    >>> score, unsafe = np.tile([-2.0, -1.0, 1.0, 2.0], 50), np.tile([False, True, False, True], 50)
+    >>> line, few = fit_platt(score, unsafe), (score, unsafe, np.arange(200))
+    >>> many = (np.tile(score, 4), np.tile(unsafe, 4), np.arange(800))
+    >>> shifted_zero_error(line, few, many) < shifted_zero_error(line, few, few)
+    True
     """
     score, unsafe, prompts = every
     probability = sigmoid(platt(score))

@@ -2,9 +2,9 @@
 
 DVC reruns a stage when a file changes that the stage lists, so each stage lists its script, every
 module of this repository that the script imports, directly or through another, and every data file
-(a page template, say) that one of them names. A package that nearly every stage needs counts as one
-dependency, its folder: DVC's time goes by the number of dependencies. The types of params are no
-dependency: what a stage reads of `params.yaml` is one, value by value; nor are checks that only
+(a page template, say) that one of them names. A package that its stages need as a whole counts as
+one dependency, its folder: DVC's time goes by the number of dependencies. The types of params are
+no dependency: what a stage reads of `params.yaml` is one, value by value; nor are checks that only
 refuse. Nobody keeps such lists
 right by hand:
 
@@ -28,7 +28,7 @@ from ruamel.yaml import YAML
 PROG = "python -m pipeline.dvc.deps"
 ROOT = Path(__file__).resolve().parents[2]
 CODE_ROOTS = ("dualign", "stages")
-FOLDERS = ("dualign/core", "dualign/lm", "dualign/evaluation", "dualign/scoring", "dualign/search")
+FOLDERS = ("dualign/core", "dualign/lm", "dualign/report", "dualign/scoring", "dualign/search")
 #: Types of params, of which DVC tracks the values, and checks before a run: no result depends on
 #: their source.
 UNTRACKED = ("dualign/params/", "dualign/checks.py")

@@ -25,7 +25,7 @@ REPORT = Path("reports/index.html")
 FRONTIER = Path("data/dual/frontier.json")
 #: Where stages write the losses of their trainings, as rows of step and loss.
 CURVES = "reports/curves/"
-#: What a card compares policies by.
+#: What a card compares policies by: the headline rows of `dualign/evaluation/measures.py`.
 COMPARED = (
     "reward.mean",
     "cost.mean",

@@ -16,7 +16,7 @@ from dualign.evaluation.against_optimum import (
     enumerate_answers,
     exact_frontier,
     finite_problem,
-    summarise,
+    means,
 )
 from dualign.math import tabular
 
@@ -49,38 +49,13 @@ def answers() -> pd.DataFrame:
     )
 
 
-LOG_RATIO = pd.DataFrame({"prompt_id": ["a", "a", "b"], "log_ratio": [-1.0, -3.0, 0.0]})
-
-
-def test_summary_by_hand() -> None:
-    result = summarise(answers(), LOG_RATIO, confidence=0.95)
-    means = {name: value["mean"] for name, value in result.items() if isinstance(value, dict)}
-    assert means == pytest.approx(
-        {
-            "reward": 0.75,
-            "cost": -0.75,
-            "p_unsafe": 0.25,
-            "kl": 0.375,
-            "length": 7,
-            "ended": 0.75,
-            "displacement": -1.0,
-        }
-    )
-    assert (result["prompts"], result["answers"]) == (2, 4)
-    assert all(
-        value["low"] < value["mean"] < value["high"]
-        for value in result.values()
-        if isinstance(value, dict)
-    )
-
-
 def test_truth_is_the_oracles() -> None:
     known = add_truth(answers())
     assert known["grammatical"].tolist() == [True, False, True, False]
     right = world.answers(QUESTIONS[0])[5]
     assert known["true_reward"].tolist()[:2] == [right.reward, world.UNGRAMMATICAL_REWARD]
     assert known["true_cost"].tolist()[:2] == [right.cost, world.UNGRAMMATICAL_COST]
-    assert summarise(known, LOG_RATIO, 0.9)["grammatical"]["mean"] == 0.5
+    assert means(known, 0.9)["grammatical"]["mean"] == 0.5
 
 
 @pytest.fixture(scope="module")

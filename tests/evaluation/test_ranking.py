@@ -262,7 +262,7 @@ def test_the_rate_is_the_minimum_of_the_penalised_likelihood() -> None:
 
 def test_without_a_difference_of_length_it_is_the_win_rate() -> None:
     battles = with_lengths(2, 50, theta=0.5, phi=0.0, longer=0.0)
-    battles[["length_first", "length_second"]] = 5
+    battles = battles.assign(length_first=5, length_second=5)
     found = length_controlled_win_rate(battles, "a", "b", draws=20)
     assert found.mean == pytest.approx(battles["score"].mean(), abs=1e-4)
 

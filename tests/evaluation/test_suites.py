@@ -1,4 +1,6 @@
-"""Suites read from rows in the form of their originals, and the ways a file can be wrong."""
+"""Suites read from rows in the form of their originals, and every way a file of them can be
+wrong.
+"""
 
 from __future__ import annotations
 

@@ -56,10 +56,10 @@ def test_every_kind_of_judge_is_read(judged: Content) -> None:
 
 
 def test_the_example_of_the_guide_is_valid(content: Content) -> None:
-    guide = (ROOT / "docs/judges.md").read_text()
+    guide = (ROOT / "docs/evaluation.md").read_text()
     example = YAML(typ="safe").load(guide.partition("```yaml\n")[2].partition("```")[0])
     assert len(example["suites"]) == 2 and len(example["judges"]) == 4
-    loading.check({**content, **example}, "docs/judges.md")
+    loading.check({**content, **example}, "docs/evaluation.md")
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ def _write_dual(root: Path) -> None:
         "lam_zero_low": 0.78,
         "lam_zero_high": None,
         "target": -0.21,
-        "margin": 0.06,
+        "certificate_margin": 0.06,
         "lam_margin": 0.97,
         "prices": [
             {
@@ -531,10 +531,18 @@ def certified(run: tuple[Path, ReportParams]) -> Callable[[list[float]], tuple[P
     return lambda bounds: (run[0], certify(run[0], bounds))
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ReportParams]:
+    """A finished run in the embedded world, and the params to report it with; not to be changed."""
+    root = tmp_path_factory.mktemp("finished")
+    return root, write_run(root)
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> tuple[Path, ReportParams]:
-    """A finished run in the embedded world, and the params to report it with."""
-    return tmp_path, write_run(tmp_path)
+def run(tmp_path: Path, finished: tuple[Path, ReportParams]) -> tuple[Path, ReportParams]:
+    """A copy of the finished run."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    return tmp_path, finished[1]
 
 
 @pytest.fixture

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from dualign.evaluation.measures import MEASURES
 from pipeline.dvc import records
 from pipeline.dvc.dag import StageSpec, load_dag
 from pipeline.prefect.artifacts import (
+    COMPARED,
     Result,
     card,
     counts,
@@ -54,6 +56,12 @@ def test_a_card_tells_metrics_their_change_and_the_outputs(project: Project) -> 
     assert f"| out/left | 4 B | 1 | `{md5[:12]}` |" in page
     picture = re.search(r"base64,([^)]+)\)", page)
     assert picture is not None and b"training loss" in base64.b64decode(picture[1])
+
+
+def test_a_card_compares_policies_by_the_headline_measures() -> None:
+    """`pipeline` imports nothing of `dualign`, so that the two lists are one is held here."""
+    headline = {f"{measure.key}.mean" for measure in MEASURES if measure.headline}
+    assert set(COMPARED) == headline
 
 
 def trained(spec: StageSpec) -> StageSpec:

@@ -1,0 +1,123 @@
+"""Labels that keep out of each other's way, and clear of marks and lines where they can."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+
+from markupsafe import Markup
+
+from dualign.report.charts import svg
+from dualign.report.charts.svg import Pixel
+
+#: Left, top, right and bottom.
+Box = tuple[float, float, float, float]
+
+CHARACTER = 6.8  # mean width of a character of a 12 px label
+LINE = 14.0  # height of a line of labels
+#: How far a label may stand off its point, and the sixteenths of a turn to try there: right first.
+RADII = (9, 15, 23, 33, 45, 60, 78)
+TURNS = (0, 8, 2, 14, 6, 10, 4, 12, 1, 15, 7, 9, 3, 13, 5, 11)
+
+
+@dataclass(frozen=True)
+class Label:
+    """A text and the box that it was given beside its point."""
+
+    at: Pixel
+    text: str
+    style: str
+    box: Box
+
+    def draw(self) -> Markup:
+        """The text, anchored on the side of its point so that a font of another width does not run
+        into the mark, with a thin line to a point that is far off.
+        """
+        left, _, right, bottom = self.box
+        x, anchor = (left + right) / 2, "middle"
+        if right <= self.at[0]:
+            x, anchor = right, "end"
+        elif left >= self.at[0]:
+            x, anchor = left, "start"
+        return self._leader() + svg.text((x, bottom - 3.5), self.text, self.style, anchor)
+
+    def _leader(self) -> Markup:
+        left, top, right, bottom = self.box
+        x, y = self.at
+        end = (min(max(x, left), right), min(max(y, top + 3), bottom - 3))
+        distance = math.dist(self.at, end)
+        if distance < 14:
+            return Markup()
+        start = (x + (end[0] - x) * 7 / distance, y + (end[1] - y) * 7 / distance)
+        return svg.line(start, end, "leader")
+
+
+def place(
+    wanted: Iterable[tuple[Pixel, str, str]], marks: Iterable[Box], lines: Sequence[Box], room: Box
+) -> list[Label]:
+    """A label for each (pixel, text, style), in this order: the first chooses first.
+
+    Args:
+        wanted: what to write, and where its mark is.
+        marks: what no label may hide.
+        lines: what may be crossed sooner than text.
+        room: where labels may stand.
+    """
+    taken = list(marks)
+    labels: list[Label] = []
+    for at, text, style in wanted:
+        label = Label(at, text, style, _best(at, text, taken, lines, room))
+        taken.append(label.box)
+        labels.append(label)
+    return labels
+
+
+def _best(at: Pixel, text: str, taken: Sequence[Box], lines: Sequence[Box], room: Box) -> Box:
+    """The place around a point where its label hides least; near beats far."""
+    width = len(text) * CHARACTER + 2
+    reach = around(at, RADII[-1] + width + 12)
+    texts = [box for box in taken if overlap(box, reach) > 0]
+    crossed = [box for box in lines if overlap(box, reach) > 0]
+    scored: list[tuple[float, Box]] = []
+    for radius, turn in product(RADII, TURNS):
+        box = _beside(at, width, radius, turn * math.pi / 8)
+        hidden = 8 * sum(overlap(box, other) for other in texts)
+        hidden += sum(overlap(box, other) for other in crossed)
+        scored.append((hidden + radius, box))
+    inside = [(score, box) for score, box in scored if _within(box, room)]
+    return min(inside or scored)[1]
+
+
+def _beside(at: Pixel, width: float, radius: float, angle: float) -> Box:
+    x = at[0] + math.cos(angle) * (radius + width / 2)
+    y = at[1] - math.sin(angle) * (radius + LINE / 2 - 4)
+    return x - width / 2, y - LINE / 2, x + width / 2, y + LINE / 2
+
+
+def around(at: Pixel, half: float) -> Box:
+    """The square around a pixel."""
+    return at[0] - half, at[1] - half, at[0] + half, at[1] + half
+
+
+def along(corners: Iterable[Pixel]) -> list[Box]:
+    """Small boxes along a line through these corners."""
+    boxes: list[Box] = []
+    for a, b in pairwise(corners):
+        pieces = max(1, round(math.dist(a, b) / 5))
+        for i in range(pieces + 1):
+            middle = (a[0] + (b[0] - a[0]) * i / pieces, a[1] + (b[1] - a[1]) * i / pieces)
+            boxes.append(around(middle, 2.5))
+    return boxes
+
+
+def overlap(a: Box, b: Box) -> float:
+    """The area that two boxes share."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    return width * height if width > 0 and height > 0 else 0.0
+
+
+def _within(a: Box, b: Box) -> bool:
+    return a[0] >= b[0] and a[1] >= b[1] and a[2] <= b[2] and a[3] <= b[3]

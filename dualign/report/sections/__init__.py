@@ -1,0 +1,3 @@
+"""The sections of the report page: for each a module that gathers its values, and its template
+part.
+"""

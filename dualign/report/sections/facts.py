@@ -1,0 +1,156 @@
+"""Data, models, and what each stage took."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from dualign.core.artifacts import listed, read_optional_json
+from dualign.core.records import PreparedMetrics, Provenance, read_optional_record, read_record
+from dualign.params.stages import STAGES
+from dualign.report.formatting import MINUS, NONE, compact, spoken
+from dualign.report.sections.base import FinishedRun, Row, Section
+
+#: Stages whose metrics the page prints as they are, under these headings.
+_MODELS = {
+    "sft": "Reference policy",
+    "reward_model": "Reward model",
+    "cost_model": "Cost model",
+    "score": "Scores",
+}
+#: Metrics whose key is not how one would say it.
+_WORDS = {
+    "brier": "Brier score",
+    "brier_after": "Brier score after calibration",
+    "brier_before": "Brier score before calibration",
+    "ece": "ECE",
+    "ece_before": "ECE before calibration",
+    "ece_after": "ECE after calibration",
+    "offset": "shift of the zero",
+    "p_unsafe": "P(unsafe)",
+    "reward_within_sd": "reward, sd within a prompt",
+    "cost_within_sd": "cost, sd within a prompt",
+    "zero_error": "standard error of the zero",
+}
+#: Metrics that the table of calibrations shows.
+_CALIBRATED = ("ece_before", "ece_after", "brier_before", "brier_after", "platt", "isotonic")
+#: Rates that read best in per cent.
+_SHARES = ("accuracy", "share", "ended", "unsafe")
+
+
+def section(run: FinishedRun) -> Section:
+    """Always there, with what the run has of it."""
+    values = {
+        "prepared": _prepared(run.root),
+        "quarantine": _quarantine(run.root),
+        "models": _models(run.root),
+        "provenance": provenance(run.root),
+    }
+    return Section("facts", "Data and models", values)
+
+
+def _prepared(root: Path) -> list[tuple[str, int]]:
+    """Rows of every prepared table, by name."""
+    return [
+        (path.stem, pq.read_metadata(path).num_rows)
+        for path in listed(root / "data/prepared", "*.parquet")
+    ]
+
+
+def _quarantine(root: Path) -> list[tuple[str, int]]:
+    """Rejected rows by reason, the most frequent first; the file that lists them holds the first
+    ones only.
+    """
+    found = read_optional_record(root / "reports/metrics/prepare.json", PreparedMetrics)
+    counts = Counter(found["rejected"] if found else {})
+    return [(reason.replace("_", " "), count) for reason, count in counts.most_common()]
+
+
+def _models(root: Path) -> list[Row]:
+    """The metrics of the models that the run rests on, flattened and worded."""
+    found = [
+        (heading, read_optional_json(root / f"reports/metrics/{stage}.json"))
+        for stage, heading in _MODELS.items()
+    ]
+    return [_model(heading, metrics) for heading, metrics in found if metrics]
+
+
+def _model(heading: str, metrics: Row) -> Row:
+    """A model's card; where calibrations were compared, their table takes the place of the numbers
+    before and after.
+    """
+    kinds = _calibrations(metrics)
+    shown = {key: value for key, value in metrics.items() if not kinds or key not in _CALIBRATED}
+    return {"heading": heading, "facts": list(_facts(shown)), "calibrations": kinds}
+
+
+def _calibrations(metrics: Row) -> list[Row]:
+    """How well P(unsafe) fits held-out flags by each calibration, and which is served; empty where
+    none was.
+    """
+    if not any(metrics.get(key) for key in ("platt", "isotonic")):
+        return []
+    after = [metrics.get(f"{key}_after") for key in ("ece", "brier")]
+    before = {key: metrics.get(f"{key}_before") for key in ("ece", "brier")}
+    kinds = {
+        "none": before,
+        "line (Platt)": metrics.get("platt"),
+        "curve (isotonic)": metrics.get("isotonic"),
+    }
+    return [
+        {
+            "kind": kind,
+            "sign_accuracy": None,
+            **quality,
+            "served": [quality["ece"], quality["brier"]] == after,
+        }
+        for kind, quality in kinds.items()
+        if quality
+    ]
+
+
+def _facts(metrics: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Label and value of every number, nested ones with the labels of their parents in front;
+    curves are left out.
+    """
+    for key, value in metrics.items():
+        label = prefix + _WORDS.get(key, key.replace("_", " "))
+        if isinstance(value, list):
+            continue
+        if isinstance(value, dict) and value.keys() == {"mean", "low", "high"}:
+            yield label, spoken(value)
+        elif isinstance(value, dict):
+            yield from _facts(value, f"{label}, ")
+        else:
+            yield label, _fact(key, value)
+
+
+def _fact(key: str, value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: NONE}[value]
+    if isinstance(value, float):
+        share = any(word in key for word in _SHARES)
+        return (f"{100 * value:.1f}%" if share else f"{value:,.3f}").replace("-", MINUS)
+    return compact(value) if isinstance(value, int) else str(value)
+
+
+def provenance(root: Path) -> list[Row]:
+    """What each stage took, in the order of the pipeline."""
+    order = list(STAGES)
+    written: list[Any] = [
+        read_record(path, Provenance) for path in listed(root / "reports/provenance", "**/*.json")
+    ]
+    rows = [
+        row for row in written if row["stage"] != "report"
+    ]  # of an earlier run: this one's is not known yet
+    for row in rows:
+        row["rates"] = ", ".join(_rate(key, value) for key, value in row["throughput"].items())
+    return sorted(rows, key=lambda row: (order.index(row["stage"]), row.get("item") or ""))
+
+
+def _rate(key: str, value: float | None) -> str:
+    return f"{compact(value)} {key.replace('_per_second', '/s').replace('_', ' ')}"

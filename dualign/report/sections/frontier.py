@@ -1,0 +1,124 @@
+"""Every policy in the plane of cost and reward, by the models and, in the world, by the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from dualign.core.records import FrontierRow, read_evaluated, read_optional_record
+from dualign.report.charts.frontier import Knot, Point, frontier
+from dualign.report.charts.svg import Range
+from dualign.report.formatting import number, spoken
+from dualign.report.sections.base import FinishedRun, Row, Section
+
+#: Width and height of a chart: one of two beside each other, alone, and on a narrow screen.
+_HALF, _FULL, _NARROW = (548, 430), (960, 440), (340, 360)
+#: With more policies than this the charts show row numbers instead of names.
+MAX_LABELLED_POINTS = 14
+
+
+def section(run: FinishedRun) -> Section | None:
+    """None where there is neither a policy nor a prediction."""
+    world = _world(run)
+    points, knots = _points(run, "cost", "reward"), [_knot(row) for row in run.curve]
+    figures: list[Row] = []
+    if points or knots:
+        labels = ("expected cost (cost model)", "expected reward (reward model)")
+        drawn = _drawings(points, knots, run.limit_shown, labels, _HALF if world else _FULL)
+        figures.append({"kind": "measured", **drawn})
+    if world:
+        labels = ("expected true cost", "expected true reward")
+        points = [_optimum(world["optimum"]), *_points(run, "true_cost", "true_reward")]
+        knots = [_knot(row) for row in world["frontier"]]
+        drawn = _drawings(points, knots, run.limit_shown, labels, _HALF if figures else _FULL)
+        figures.append({"kind": "exact", **drawn})
+    if not figures:
+        return None
+    crowded = len(run.rows) > MAX_LABELLED_POINTS
+    values = {"frontiers": figures, "world": world is not None, "crowded": crowded}
+    return Section("frontier", "Frontier", values)
+
+
+def _world(run: FinishedRun) -> Row | None:
+    """The exact optimum and frontier of the embedded world, as the first policy that was evaluated
+    there has them.
+    """
+    for row in run.rows:
+        metrics: Any = read_evaluated(run.root / "reports/metrics", row["name"])
+        if metrics.get("optimum"):
+            path = run.root / "reports/evaluation" / row["name"] / "frontier.json"
+            curve = read_optional_record(path, list[FrontierRow])
+            return {"optimum": metrics["optimum"], "frontier": curve or []}
+    return None
+
+
+def _drawings(
+    points: Sequence[Point],
+    curve: Sequence[Knot],
+    limit: float | None,
+    labels: tuple[str, str],
+    wide: tuple[int, int],
+) -> dict[str, Markup]:
+    """One chart for wide screens and one, with numbers for names, for narrow screens."""
+    curve = sorted(curve, key=lambda knot: knot.lam)
+    name = f"{labels[1]} against {labels[0]} of every policy"
+    crowded = sum(point.number > 0 for point in points) > MAX_LABELLED_POINTS
+    return {
+        "wide": frontier(points, curve, limit, wide, labels, name, crowded),
+        "narrow": frontier(points, curve, limit, _NARROW, labels, name, numbered=True),
+    }
+
+
+def _points(run: FinishedRun, cost: str, reward: str) -> list[Point]:
+    """The policies by two measures; predictions are of the models' scores."""
+    rows = [row for row in run.rows if row[cost] and row[reward]]
+    return [_point(row, cost, reward, row["predicted"] if cost == "cost" else None) for row in rows]
+
+
+def _point(row: Row, cost: str, reward: str, foreseen: Row | None) -> Point:
+    title = f"{row['name']}: cost {spoken(row[cost])}, reward {spoken(row[reward])}"
+    place = None
+    if foreseen is not None:
+        place = (foreseen["cost"]["mean"], foreseen["reward"]["mean"])
+        told = f"cost {number(place[0])}, reward {number(place[1])}"
+        title += f"; predicted at λ {number(row['lam'])}: {told}"
+    return Point(
+        x=Range.of(row[cost]),
+        y=Range.of(row[reward]),
+        title=title,
+        label=row["name"],
+        number=row["number"],
+        style=row["style"],
+        predicted=place,
+    )
+
+
+def _knot(row: Row | FrontierRow) -> Knot:
+    """A row of frontier.json, or of the exact frontier, which has no intervals."""
+    at: Row = {**row}
+    extras = [("P(unsafe)", "p_unsafe"), ("KL", "kl"), ("effective samples", "ess")]
+    told = [f"{name} {number(at[key])}" for name, key in extras if at.get(key) is not None]
+    title = f"λ {number(at['lam'])}: cost {number(at['cost'])}, reward {number(at['reward'])}"
+    return Knot(
+        x=Range(at["cost"], at.get("cost_low"), at.get("cost_high")),
+        y=Range(at["reward"], at.get("reward_low"), at.get("reward_high")),
+        title=", ".join([title, *told]),
+        lam=at["lam"],
+    )
+
+
+def _optimum(optimum: Row) -> Point:
+    title = (
+        f"exact optimum: λ {number(optimum.get('lam'))}, cost {number(optimum['cost'])}, "
+        f"reward {number(optimum['reward'])}, KL {number(optimum.get('kl'))}"
+    )
+    return Point(
+        x=Range(optimum["cost"]),
+        y=Range(optimum["reward"]),
+        title=title,
+        label="optimum",
+        number=0,
+        style="star",
+    )
