@@ -7,8 +7,7 @@ from typing import cast
 
 import pytest
 
-from dualign.core.records import SearchResult
-from dualign.core.records import as_row
+from dualign.core.records import SearchResult, as_row
 from dualign.evaluation.stats import ConstraintEstimate
 from dualign.methods import METHODS, Plan
 from dualign.params.search import DualSearchParams, OnlineParams
