@@ -163,7 +163,7 @@ def test_what_does_not_go_together_is_refused_by_its_key(
     assert "\n" not in str(caught.value)
 
 
-def test_ours_may_merge_two_policies_of_the_path_and_aim_below_the_limit() -> None:
+def test_ours_may_merge_two_policies_of_the_path_and_target_below_the_limit() -> None:
     found = plan("mine", row("dualign", rule="merge", target="margin", **PATH))
     assert (found.method.rule, found.method.target, found.start, found.reference) == (
         "merge",

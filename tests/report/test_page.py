@@ -314,7 +314,7 @@ def test_searches_say_the_nominal_and_the_effective_multiplier(run: Run) -> None
     )
 
 
-def test_searches_show_the_aim_the_screening_and_the_reckonings(run: Run) -> None:
+def test_searches_show_the_target_the_screening_and_the_reckonings(run: Run) -> None:
     page = render(*run)
     searches = page.within("class", "searches")
     assert (

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dualign.core.records import as_row
 from dualign.methods import METHODS, Plan
 from dualign.params.search import DualSearchParams
 from dualign.search.loop import answers_drawn, run
@@ -41,7 +42,7 @@ def test_iterative_rules_end_on_the_limit(
 
 
 @pytest.mark.parametrize("rule", ["dual_gradient", "projected_subgradient", "newton", "merge"])
-def test_a_rule_ends_on_the_aim_below_the_limit(
+def test_a_rule_ends_on_the_target_below_the_limit(
     rule: str, params: DualSearchParams, tmp_path: Path
 ) -> None:
     generous = params.model_copy(update={"max_trainings": 50, "step_size": 2.0})
@@ -52,9 +53,8 @@ def test_a_rule_ends_on_the_aim_below_the_limit(
     assert stopped == "cost within noise of the target"
     assert abs(steps[-1].measured.cost - (LIMIT - 0.1)) <= bench.se
     known = SearchContext(1.2, 0.6, target_cost=LIMIT - 0.1)
-    assert summary(Search(by_rule(rule), generous, known), steps, stopped, before=1)[
-        "target"
-    ] == pytest.approx(LIMIT - 0.1)
+    found = summary(Search(by_rule(rule), generous, known), steps, stopped, before=1)
+    assert found.target == pytest.approx(LIMIT - 0.1)
 
 
 @pytest.mark.parametrize(
@@ -384,8 +384,7 @@ def test_p_unsafe_as_the_only_limit_moves_its_price_and_leaves_lambda_at_0(
         stopped,
         before=1,
     )
-    assert found["chosen"] == len(steps) - 1 and found["feasible"]
-    assert (
-        found["steps"][-1]["prices"] == list(steps[-1].prices)
-        and "covariance" not in found["steps"][-1]
+    assert found.chosen == len(steps) - 1 and found.feasible
+    assert found.steps[-1].prices == list(steps[-1].prices) and "covariance" not in as_row(
+        found.steps[-1]
     )

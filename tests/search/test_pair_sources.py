@@ -332,11 +332,8 @@ def test_a_round_compares_trains_both_policies_and_counts_what_it_took(
     assert bench.measure(0, bench.start).comparisons == 0
     losses = bench.losses(3)
     trainings = [f"step-{k}/{name}" for k in (1, 2) for name in ("helpful", "policy")]
-    assert [*dict.fromkeys(row["training"] for row in losses)] == trainings
-    assert (
-        all(row["step"] > 0 and math.isfinite(row["loss"]) for row in losses)
-        and bench.losses(1) == []
-    )
+    assert [*dict.fromkeys(row.training for row in losses)] == trainings
+    assert all(row.step > 0 and math.isfinite(row.loss) for row in losses) and bench.losses(1) == []
 
 
 def test_a_round_trains_on_all_pairs_so_far_from_its_own_helpful_policy(

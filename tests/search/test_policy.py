@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dualign.core.records import as_row
 from dualign.math.updates import line_root, newton_step, secant_step, tilt_step
 from dualign.methods import METHODS, Plan
 from dualign.params.search import DualSearchParams, OnlineParams
@@ -194,9 +195,10 @@ def test_policies_on_both_sides_of_the_limit_are_merged_in_place_of_a_training(
     rows = summary(
         Search(by_rule("newton"), params, SearchContext(0.6, 0.6)), steps, stopped, before=1
     )
-    assert (rows["trainings"], rows["chosen"]) == (2, 3)
-    assert rows["steps"][3]["blend"] == {"first": 0, "second": 1, "weight": bench.blended[1][2]}
-    assert rows["steps"][1]["blend"] is None
+    assert (rows.trainings, rows.chosen) == (2, 3)
+    blend = {"first": 0, "second": 1, "weight": bench.blended[1][2]}
+    assert as_row(rows.steps[3])["blend"] == blend
+    assert as_row(rows.steps[1])["blend"] is None
 
 
 def test_blends_have_their_budget_and_trainings_theirs(

@@ -10,6 +10,7 @@ import pytest
 
 from dualign.core.artifacts import write_json
 from dualign.core.errors import DataError, ParamsError
+from dualign.core.records import SolvedDual
 from dualign.math.constraints import Constraint, Price
 from dualign.methods import Plan, plan
 from dualign.params.loading import load
@@ -36,14 +37,14 @@ def row_of(method: str, start: str, reference: str, **options: Any) -> Plan:
     return plan("row", MethodRow.model_validate(given))
 
 
-def test_the_aim_is_the_limit_unless_the_row_says_stock_and_the_dual_knows_one() -> None:
+def test_the_target_is_the_limit_unless_the_row_says_margin_and_the_dual_knows_one() -> None:
     plain, stocked = (
         row_of("dualign", "lagrangian_dpo/anchored", "sft", target=target)
         for target in (None, "margin")
     )
-    known = solved()
+    known = SolvedDual(**solved())
     assert goal(plain, known) == (0.8, None) and goal(stocked, known) == (0.8, -0.3)
-    known = solved(lam_margin=1.1, target=-0.4)
+    known = SolvedDual(**solved(lam_margin=1.1, target=-0.4))
     assert goal(plain, known) == (0.8, None) and goal(stocked, known) == (1.1, -0.4)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import cast
 
 import pytest
 
@@ -22,6 +21,7 @@ from tests.search.curves import (
     step,
     tilted,
 )
+from tests.written import searched
 
 STEPS = [
     step(0, 0.5, cost=0.1, reward=2.0),
@@ -36,23 +36,22 @@ SWINGING = [step(0, 0.6, -0.05), step(1, 1.7, -0.36), step(2, 1.2, -0.24), step(
 
 def test_every_reckoning_is_on_record(params: DualSearchParams) -> None:
     steps = [replace(s, tilt=tilted(0.5 * s.lam)) for s in SWINGING]
-    rows = summary(
+    found = summary(
         Search(by_rule("newton"), params, SearchContext(0.6, 0.6)), steps, "b", before=1
-    )["steps"]
+    )
+    rows = [as_row(step) for step in found.steps]
     assert all(row["next"].keys() == {"newton", "tilt", "line"} for row in rows)
     assert rows[0]["next"]["line"] == pytest.approx(rows[0]["next"]["tilt"])
     assert rows[3]["next"] == asdict(corrections(steps, LIMIT, BETA))
     assert len(set(rows[3]["next"].values())) == 3
     assert rows[2]["tilt"]["lam_eff"] == pytest.approx(0.6)
-    assert (
-        "next"
-        not in summary(
-            Search(by_rule("grid"), params, SearchContext(0.6, 0.6)), steps, "b", before=1
-        )["steps"][0]
-    )
+    grid = summary(Search(by_rule("grid"), params, SearchContext(0.6, 0.6)), steps, "b", before=1)
+    assert "next" not in as_row(grid.steps[0])
 
 
-def test_the_best_keeps_the_aim_else_the_limit_else_costs_least(params: DualSearchParams) -> None:
+def test_the_best_keeps_the_target_else_the_limit_else_costs_least(
+    params: DualSearchParams,
+) -> None:
     plan = by_rule("newton", "best")
     assert (
         choose(Search(plan, params, SearchContext(0.6, 0.6, target_cost=-0.45)), STEPS) == 2
@@ -160,7 +159,7 @@ def test_a_round_counts_its_comparisons_and_both_its_trainings(
         "b",
         before=2,
     )
-    assert offline["trainings"] == 5
+    assert offline.trainings == 5
 
 
 def test_labels_are_counted(params: DualSearchParams) -> None:
@@ -204,7 +203,7 @@ def test_a_merge_tells_whether_it_is_naive(naive: bool, params: DualSearchParams
     found = summary(
         Search(by_rule("merge"), params, SearchContext(0.6, 1.0, naive=naive)), steps, "", before=2
     )
-    assert found["naive"] is naive
+    assert found.naive is naive
     assert "naive" not in summary(
         Search(by_rule("newton"), params, SearchContext(0.6, 1.0)), steps, "", before=2
     )
@@ -216,9 +215,10 @@ def test_metrics_of_a_step_hold_no_list() -> None:
     spent = {**counts, "feasible": True}
     rare = {"name": "short", "limit": 9.0, "share": 1.0, "mean": 8.5, "error": 0.2}
     steps = [{"additional": [rare], "prices": []}, {"additional": [rare], "prices": [0.1]}]
-    assert numbers(cast(SearchResult, {"steps": steps, "chosen": 1, **spent})) == {
-        "additional": {"short": {"mean": 8.5, "error": 0.2, "limit": 9.0}},
-        "prices": {"short": 0.1},
-        **spent,
-    }
-    assert numbers(cast(SearchResult, {"steps": steps, "chosen": 0, **spent}))["prices"] == {}
+    found = SearchResult(**searched(*steps, **spent))
+    metrics = numbers(found)
+    assert metrics["additional"] == {"short": {"mean": 8.5, "error": 0.2, "limit": 9.0}}
+    assert metrics["prices"] == {"short": 0.1}
+    assert spent.items() <= metrics.items() and metrics["step"] == 1
+    first = SearchResult(**searched(*steps, **spent, chosen=0))
+    assert numbers(first)["prices"] == {}

@@ -105,7 +105,7 @@ def test_a_merge_on_the_path_knows_both_its_multipliers(
     assert trainings(row, TrainedPolicy()) == 2
 
 
-def test_a_stocked_search_steers_to_the_aim(path: Path, params: DualSearchParams) -> None:
+def test_a_stocked_search_steers_to_the_target(path: Path, params: DualSearchParams) -> None:
     write_json("data/dual/dual.json", solved(lam_margin=1.1, target=-0.4))
     row = row_of(*PATH, rule="merge", target="margin")
     known = context(row, params, {"lam": 3.0})

@@ -111,7 +111,7 @@ def test_scorers_have_the_dual_of_the_pool(
     assert multiplier("bernoulli", given.runs["bernoulli"], pool, given) == expected
 
 
-def test_the_stock_is_the_pools_or_an_aim_for_implicit_scores(
+def test_the_stock_is_the_pools_or_an_target_for_implicit_scores(
     folder: Path, pool: pd.DataFrame, repo_root: Path
 ) -> None:
     given = stage_params(repo_root, lam="margin")

@@ -46,7 +46,7 @@ def test_trajectory_marks_the_chosen_step_and_its_errors() -> None:
     assert ends[1] - ends[0] == pytest.approx(98 * 2 * 0.05 / 0.8, abs=0.1)
 
 
-def test_trajectory_shows_the_aim_and_what_each_reckoning_asked_for() -> None:
+def test_trajectory_shows_the_target_and_what_each_reckoning_asked_for() -> None:
     tried = steps((0.5, None), (0.8, None))
     tried[0]["next"] = {"newton": 0.812, "tilt": None, "line": 0.9}  # type: ignore[assignment]
     aimed = ElementTree.fromstring(trajectory(tried, 0.0, (-0.3, 0.5), 1, "n", target=-0.1))
