@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dualign.core.records import Betas
 from dualign.report.diagnosis import (
     additional_by_step,
     additional_constraints,
@@ -98,7 +99,7 @@ def test_other_betas_mark_the_one_in_use_guesses_and_what_is_out_of_reach() -> N
     }
     out = {"beta": 3.0, "lam": None, "infeasible": "too far"}
     rows = [{"beta": 0.5, "ess": 3.9, **means}, {"beta": 1.5, "ess": 4.0, **means}, out]
-    few, own, far = other_betas({"rows": rows, "beta": 1.5, "min_ess": 4.0})
+    few, own, far = other_betas(Betas(rows=rows, beta=1.5, min_ess=4.0))
     assert [(row["in_use"], row["guess"]) for row in (few, own, far)] == [
         (False, True),
         (True, False),
@@ -107,7 +108,7 @@ def test_other_betas_mark_the_one_in_use_guesses_and_what_is_out_of_reach() -> N
     assert few["p_unsafe"] == {"mean": 0.1, "low": 0.05, "high": 0.2}
     assert own["lam"] == {"mean": 0.7, "low": None, "high": None} and own["infeasible"] == ""
     assert (far["beta"], far["lam"], far["infeasible"]) == (3.0, None, "too far")
-    assert other_betas({"rows": [], "beta": 1.5, "min_ess": 4.0}) == []
+    assert other_betas(Betas(rows=[], beta=1.5, min_ess=4.0)) == []
 
 
 @pytest.mark.parametrize(
