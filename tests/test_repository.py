@@ -165,7 +165,7 @@ NESTED = set(
     bench/bad_input.py bench/certified.py bench/cost.py bench/coverage.py bench/dense.py
     bench/engine.py bench/exact.py bench/frontier.py bench/house.py bench/independent.py
     bench/kills.py bench/real.py bench/regulated.py bench/search_cost.py bench/shares.py
-    bench/survival.py bench/truthful.py bench/world.py
+    bench/survival.py bench/world.py
     """.split()
 )
 
