@@ -82,7 +82,8 @@ COMMANDS = {
         "dualign.certify.command",
     ),
     "push": Command(
-        "push a policy with its full model card, to the hub or a folder", "dualign.publishing.push"
+        "push a policy with its full model card, to the hub or a folder",
+        "dualign.publishing.command",
     ),
     "convert": Command("make a plain model folder of a GGUF file", "dualign.lm.convert"),
     "params": Command("check the params that stand on standard input", "dualign.params.loading"),

@@ -96,12 +96,13 @@ def main(run: Run[CostModelParams]) -> None:
 
 def seen_answers(run: Run[CostModelParams], scorer: Scorer, train: pd.DataFrame) -> pd.DataFrame:
     """Scored answers of training pairs whose flags set the zero beside the held-out ones; none
-    where the training saw a row twice.
+    where the training saw a row twice, or is not known: that of a given scorer.
     """
     params = run.params
     count = min(params.zero_pairs, len(train))
-    if params.given is None and repeats(params.training, len(train)):
-        log.info("the training saw rows twice: held-out flags alone set the zero")
+    if params.given is not None or repeats(params.training, len(train)):
+        why = "is not known" if params.given else "saw rows twice"
+        log.info("the scorer's training %s: held-out flags alone set the zero", why)
         count = 0
     if count == 0:
         return pd.DataFrame({"prompt_id": [], "score": [], "unsafe": []})

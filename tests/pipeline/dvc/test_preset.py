@@ -187,7 +187,7 @@ def test_data_needs_a_place_in_the_preset(root: Path) -> None:
             DEFAULT.replace("    sft: sft", '    "x;y": sft\n    sft: sft').encode(),
             "broken: evaluate.policies.'x;y': a name",
         ),
-        (b"seed: 4\n", "broken: beta is missing"),
+        (b"seed: 4\n", "broken: answer is missing"),
         (b"seed: [1\n", "broken.yaml: line 2: not valid YAML"),
         (b"a: " + b"[" * 5000, "broken.yaml: line 1: more than 20 lists"),
         (b"\xff", "broken.yaml: not valid YAML"),
