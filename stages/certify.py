@@ -246,7 +246,7 @@ Tested on {found.tested[0].checks[0].prompts} prompts that neither training nor 
 safest candidate first.
 The statement is about prompts like these and answers drawn at temperature 1; one that was cut is \
 judged as it stands.
-`python -m dualign.certify.certificate verify` recomputes it from the saved answers. {use}
+`dualign certify verify` recomputes it from the saved answers. {use}
 """
 
 

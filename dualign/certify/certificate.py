@@ -5,7 +5,7 @@ A bound U(data) with P(mean cost > U) <= delta (`dualign.math.bounds`) is comput
 prompts that nothing else has seen, and a candidate is certified if U <= limit
 (`dualign.certify.sequence`).
 
-    python -m dualign.certify.certificate verify
+    dualign certify verify
 
 recomputes certificates from the saved answers (`dualign.certify.verification`). That prompts were
 kept from training and search, and that order, limits and range were chosen before the answers were
@@ -13,7 +13,6 @@ drawn, is assumed."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -309,9 +308,3 @@ def planned(screen: Path, candidates: Sequence[str]) -> screening.Planned:
             " tested"
         )
     return plan
-
-
-if __name__ == "__main__":
-    from dualign.certify.command import main
-
-    sys.exit(main())

@@ -13,7 +13,7 @@ from dualign.certify.verification import absent, verify
 from dualign.core.artifacts import listed
 from dualign.core.errors import DualignError
 
-PROG = "python -m dualign.certify.certificate"
+PROG = "python -m dualign.certify.command"
 #: Exit status of `verify` where every certificate holds, and one of them says that no policy is
 #: certified.
 NONE_CERTIFIED = 4
@@ -138,3 +138,7 @@ def _sign(folder: Path, key: Path, out: Path) -> int:
         return 1
     sys.stdout.write(f"{out} signs {folder}: {found.statement}\n")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """A signature of a folder's files: who holds the same key file sees whether anything was changed
 since.
 
-    python -m dualign.certify.certificate sign reports/certificate/dualign --key KEY --out
+    dualign certify sign reports/certificate/dualign --key KEY --out
     dualign.signature.json
 
 The signature is HMAC-SHA256 (RFC 2104) over the names and hashes of all files, by the bytes of a

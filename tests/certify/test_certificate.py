@@ -382,7 +382,7 @@ def test_answers_without_a_cost_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_command(issued: Path) -> None:
-    command = [sys.executable, "-m", "dualign.certify.certificate", "verify"]
+    command = [sys.executable, "-m", "dualign.certify.command", "verify"]
     right = subprocess.run([*command, str(issued)], capture_output=True, text=True, check=False)
     assert right.returncode == 0 and "holds: 'middle'" in right.stdout and right.stderr == ""
     issued.write_text(json.dumps({}))

@@ -394,7 +394,7 @@ def test_costs_are_scored_again(resources: Resources, capsys: pytest.CaptureFixt
         and "--rescore" not in left
     )
     path = certificate.CERTIFICATES / "it" / certificate.FILE
-    program = [sys.executable, "-m", "dualign.certify.certificate"]
+    program = [sys.executable, "-m", "dualign.certify.command"]
     alone = subprocess.run(
         [*program, "verify", "--rescore", "--tolerance", "0.01"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
