@@ -15,11 +15,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dualign.core.artifacts import read_json
 from dualign.core.errors import DataError
+from dualign.lm.card import HEAD
 from dualign.lm.mixture import FILE as MIXTURE
+from dualign.lm.mixture import is_policy
 from dualign.params.data import PrepareParams, SourceSpec
 from dualign.params.loading import load
 from dualign.params.models import SftParams
-from dualign.publishing.licences import licence_of, together
+from dualign.publishing.licences import NON_COMMERCIAL, licence_of, together
 
 COMPARISON = Path("reports/comparison.json")
 #: What the metadata and the table show of a policy, and what it is called.
@@ -67,7 +69,7 @@ def published(root: Path, folder: str) -> Published:
     Raises DataError where there is no such policy, or no report that compares it.
     """
     policy = root / "models" / folder
-    if not any(policy.glob("*.safetensors")) and not (policy / MIXTURE).is_file():
+    if not is_policy(policy):
         raise DataError(f"{policy}: holds no policy; `models/certified/NAME` is one only if one is")
     if not (root / COMPARISON).is_file():
         raise DataError(f"{root / COMPARISON}: is missing; run the stage report first")
@@ -89,29 +91,35 @@ def published(root: Path, folder: str) -> Published:
 
 def policy_card(policy: Published, name: str) -> ModelCard:
     """The card; `name` is what the policy is called where it goes."""
-    text = (policy.root / "models" / policy.folder / "README.md").read_text()
-    own = ModelCard(text).text.strip()
+    own = ModelCard(_own_card(policy))
     parts = [
-        own,
+        own.text.strip(),
         _evaluation(policy),
         _certificate(policy),
         _data(policy),
         _limits(policy),
         _loading(policy, name),
     ]
-    data = metadata(policy, name)
+    data = metadata(policy, name, own.data.to_dict())
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n")
 
 
-def metadata(policy: Published, name: str) -> ModelCardData:
-    """The card's head, by the hub's own class."""
+def _own_card(policy: Published) -> str:
+    """The card that dualign wrote into the policy's folder. Trainings write none, and PEFT's, which
+    lies beside an adapter, is a form to be filled in.
+    """
+    if policy.folder.startswith(("aligned/", "certified/")):
+        return (policy.root / "models" / policy.folder / "README.md").read_text()
+    return f"{HEAD}\n# {policy.folder}\n"
+
+
+def metadata(policy: Published, name: str, own: Mapping[str, Any]) -> ModelCardData:
+    """The card's head, by the hub's own class: what the stage's own card has, and what is added."""
     given = [source for source in policy.sources if source.format != "world"]
     datasets = [found.dataset for source in given if (found := licence_of(source))]
     return ModelCardData(
         model_name=name.rpartition("/")[2],
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["dualign", "dpo", "safety"],
+        **own,
         license=together(policy.sources),
         base_model=policy.base_id,
         datasets=list(dict.fromkeys(datasets)) or None,
@@ -188,7 +196,7 @@ def _data(policy: Published) -> str:
             own = source.path is None or found.dataset == source.path
             whose = "" if own else f", if these are {found.dataset}'s rows"
             lines.append(f"- {name} (format `{source.format}`): {found.name}{whose}.")
-    if together(policy.sources) == "cc-by-nc-4.0":
+    if together(policy.sources) == NON_COMMERCIAL:
         lines += ["", "Trained on data for non-commercial use: so is this policy."]
     if policy.base.base == "scratch":
         lines += ["", "Base: a small model that the run built from scratch."]

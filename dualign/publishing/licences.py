@@ -23,11 +23,6 @@ class Licence:
     name: str
     dataset: str
 
-    @property
-    def commercial(self) -> bool:
-        """Whether it allows commercial use at all."""
-        return self.name != NON_COMMERCIAL
-
 
 #: By the hub id of the data set, as its card says.
 DATASETS: dict[str, str] = {

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from dualign.core.artifacts import replacing
 from dualign.core.errors import DataError
-from dualign.lm.publish import ADAPTER
+from dualign.lm.publish import adapter_in, publish
 from dualign.publishing.card import Published, policy_card
 
 FOLDER = "file://"
@@ -25,11 +25,12 @@ def staged(policy: Published, name: str, out: Path, base: str | None) -> None:
     """
     source = policy.root / "models" / policy.folder
     if base is None:
-        shutil.copytree(source, out)
+        publish(source, out)
     else:
-        if not (source / ADAPTER).is_dir():
+        adapter = adapter_in(source)
+        if not (adapter / "adapter_config.json").is_file():
             raise DataError(f"{source}: has no adapter (rank 0 trains all weights); push it whole")
-        shutil.copytree(source / ADAPTER, out)
+        shutil.copytree(adapter, out)
         config = out / "adapter_config.json"
         content = json.loads(config.read_text())
         config.write_text(json.dumps(content | {"base_model_name_or_path": base}, indent=2))

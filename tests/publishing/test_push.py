@@ -1,0 +1,80 @@
+"""What is pushed needs no other folder, whatever stage made the policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
+
+from dualign.core.artifacts import read_json
+from dualign.data import world
+from dualign.lm import models
+from dualign.params.base import LoraParams, Resources
+from dualign.params.data import PrepareParams
+from dualign.params.loading import load, load_resources
+from dualign.params.models import ScratchParams, SftParams
+from dualign.publishing.card import Published
+from dualign.publishing.push import push
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXTS = [answer.text for prompt in world.prompts()[::500] for answer in world.answers(prompt)]
+SCRATCH = ScratchParams(
+    tokenizer="train",
+    vocab_size=320,
+    hidden_size=32,
+    layers=2,
+    heads=4,
+    intermediate_size=48,
+    context=64,
+)
+LORA = LoraParams(rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with models/sft and an adapter on it, as training stages leave them: without
+    a card.
+    """
+    monkeypatch.chdir(tmp_path)
+    resources: Resources = load_resources(ROOT / "params.yaml")
+    tokenizer = models.train_tokenizer(TEXTS, 320)
+    models.save(models.build_scratch(SCRATCH, tokenizer, 0), tokenizer, tmp_path / "models/sft")
+    model = models.with_lora(models.load_policy("models/sft", resources), LORA, 0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.01)
+    models.save(model, tokenizer, tmp_path / "models/reward_dpo/one")
+    return tmp_path
+
+
+def policy(root: Path, folder: str) -> Published:
+    params = ROOT / "params.yaml"
+    data, base = load(PrepareParams, params), load(SftParams, params)
+    return Published(root, folder, None, None, None, -0.8, data, base)
+
+
+def test_the_reference_has_a_card_although_its_stage_wrote_none(run: Path) -> None:
+    push(policy(run, "sft"), f"file://{run}/out")
+    card = ModelCard.load(run / "out/README.md")
+    assert "# sft" in card.text and card.data.tags == ["dualign", "dpo", "safety"]
+    assert card.data.library_name == "transformers" and "## How to load" in card.text
+
+
+def test_an_adapter_of_this_run_is_pushed_whole_or_on_a_base_that_others_have(run: Path) -> None:
+    one = policy(run, "reward_dpo/one")
+    push(one, f"file://{run}/whole")
+    card = ModelCard.load(run / "whole/README.md")
+    assert "# reward_dpo/one" in card.text and "More Information Needed" not in card.text
+    base, whole = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (run / "models/sft", run / "whole")
+    )
+    assert base.keys() == whole.keys()
+    assert any(not torch.equal(base[name], whole[name]) for name in base)
+    push(one, f"file://{run}/adapter", "owner/sft")
+    config = read_json(run / "adapter/adapter_config.json")
+    assert config["base_model_name_or_path"] == "owner/sft"
