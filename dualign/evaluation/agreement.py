@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from dualign.evaluation.stats import redrawn
+
 Array = np.ndarray
 
 
@@ -59,9 +61,7 @@ def agreement(
     counts = np.zeros((groups.max() + 1, len(labels), len(labels)))
     np.add.at(counts, (groups, *codes), 1)
     confusion = counts.sum(0)
-    weights = np.random.default_rng(seed).multinomial(
-        len(counts), np.full(len(counts), 1 / len(counts)), size=draws
-    )
+    weights = redrawn(np.random.default_rng(seed), len(counts), draws)
     drawn = np.tensordot(weights, counts, 1)
     kappas = [cohen_kappa(one) for one in drawn]
     low, high = np.nanquantile(kappas, [(1 - confidence) / 2, (1 + confidence) / 2])

@@ -18,7 +18,7 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from dualign.core.errors import DataError
-from dualign.evaluation.stats import Estimate, clustered_mean
+from dualign.evaluation.stats import Estimate, clustered_mean, redrawn
 
 Array = np.ndarray
 
@@ -142,10 +142,9 @@ def rank(
 def _redrawn(table: Array, draws: int, seed: int) -> Array:
     """Wins of prompts drawn with replacement; a draw in which some never met is drawn again."""
     generator = np.random.default_rng(seed)
-    even = np.full(len(table), 1 / len(table))
     found = np.zeros((0, *table.shape[1:]))
     while len(found) < draws:
-        wins = np.tensordot(generator.multinomial(len(table), even, size=draws), table, 1)
+        wins = np.tensordot(redrawn(generator, len(table), draws), table, 1)
         whole = _linked(wins + wins.transpose(0, 2, 1) > 0)
         found = np.concatenate([found, wins[whole]])[:draws]
     return found
@@ -284,6 +283,4 @@ def _bootstrap(
     statistic: Callable[[Array], float], count: int, draws: int, seed: int
 ) -> list[float]:
     """A statistic of weights of `count` prompts, drawn with replacement."""
-    generator = np.random.default_rng(seed)
-    weights = generator.multinomial(count, np.full(count, 1 / count), size=draws)
-    return [statistic(one) for one in weights]
+    return [statistic(one) for one in redrawn(np.random.default_rng(seed), count, draws)]

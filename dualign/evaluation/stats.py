@@ -87,6 +87,16 @@ def clustered_mean(values: Array, clusters: Array, confidence: float = 0.95) -> 
     return Estimate(mean, error, mean - reach, mean + reach)
 
 
+def redrawn(generator: np.random.Generator, count: int, draws: int) -> Array:
+    """How often each of `count` prompts comes when they are drawn with replacement; shape [draws,
+    count].
+
+    >>> redrawn(np.random.default_rng(0), 3, 5).sum(1).tolist()
+    [3, 3, 3, 3, 3]
+    """
+    return generator.multinomial(count, np.full(count, 1 / count), size=draws)
+
+
 def within_variance(values: Array, clusters: Array) -> float:
     """Mean over prompts of the unbiased variance of `values` within the prompt; prompts with one
     answer are left out.
