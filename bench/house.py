@@ -84,7 +84,7 @@ def measures(files: Sequence[Source]) -> dict[str, str]:
         "nesting": str(max(nesting(node) for node in functions)),
         "files > 400 lines": str(sum(len(file.lines) > 400 for file in files)),
         "packed assignments / kLOC": f"{sum(map(_packed, nodes)) / thousand:.1f}",
-        "nested comprehensions / kLOC": f"{sum(map(_nested, nodes)) / thousand:.1f}",
+        "nested comprehensions / kLOC": f"{sum(map(holds_another, nodes)) / thousand:.1f}",
         "`dict[str, Any]`": str(sum(line.count("dict[str, Any]") for line in lines)),
         f"lines > {WIDTH}": f"{np.mean([len(line) > WIDTH for line in lines]):.0%}",
     }
@@ -144,7 +144,7 @@ def _packed(node: ast.AST) -> bool:
     )
 
 
-def _nested(node: ast.AST) -> bool:
+def holds_another(node: ast.AST) -> bool:
     """Whether a comprehension holds a comprehension."""
     if not isinstance(node, _LOOPS):
         return False

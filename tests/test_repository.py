@@ -18,6 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from bench.house import holds_another
 from dualign.params.loading import check, read_yaml
 from pipeline.dvc.dag import load_dag
 from tests.shipped import SHIPPED, written
@@ -158,7 +159,6 @@ def test_functions_are_short_and_nothing_prints(path: Path) -> None:
             assert node.func.id != "print", f"{named(path)}:{node.lineno}: use logging"
 
 
-LOOPS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 #: Files that still hold a comprehension inside a comprehension. The list only gets shorter.
 NESTED = set(
     """
@@ -172,12 +172,8 @@ NESTED = set(
 
 def nested(path: Path) -> list[int]:
     """Lines at which a comprehension begins that holds another."""
-    loops = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, LOOPS)]
-    return [loop.lineno for loop in loops if holds_another(loop)]
-
-
-def holds_another(loop: ast.AST) -> bool:
-    return sum(isinstance(node, LOOPS) for node in ast.walk(loop)) > 1
+    tree = ast.parse(path.read_text())
+    return [node.lineno for node in ast.walk(tree) if holds_another(node)]  # type: ignore[attr-defined]
 
 
 def test_no_comprehension_holds_another() -> None:
