@@ -73,10 +73,8 @@ def main(run: Run[CostModelParams]) -> None:
 
     scorer = on_one_scale(scorer, lambda member: calibration_of(scored(member), params.calibrate))
     answers = scored(scorer)
-    seen = seen_answers(run, scorer, train)
-    calibration, quality, reliable = calibrate(
-        answers, params.calibrate, params.seed, flagged_arrays(seen)
-    )
+    seen = seen_flags(run, scorer, train)
+    calibration, quality, reliable = calibrate(answers, params.calibrate, params.seed, seen)
     cut = heldout_answers(scorer, heldout, run.resources.scoring_batch_size, ended=False)
     with replacing(OUT) as folder:
         scorer.calibrated(calibration).save(folder)
@@ -94,20 +92,21 @@ def main(run: Run[CostModelParams]) -> None:
     finished(scratch)
 
 
-def seen_answers(run: Run[CostModelParams], scorer: Scorer, train: pd.DataFrame) -> pd.DataFrame:
-    """Scored answers of training pairs whose flags set the zero beside the held-out ones; none
-    where the training saw a row twice, or is not known: that of a given scorer.
+def seen_flags(run: Run[CostModelParams], scorer: Scorer, train: pd.DataFrame) -> Flagged:
+    """Scored training flags that set the zero beside the held-out ones; none where nothing is
+    calibrated, and where the training saw a row twice or is not known, as that of a given scorer.
     """
     params = run.params
-    count = min(params.zero_pairs, len(train))
+    flagged = train[train[["chosen_is_safe", "rejected_is_safe"]].notna().any(axis=1)]
+    count = min(params.zero_pairs, len(flagged))
+    if count == 0 or params.calibrate == "none":
+        return NOTHING
     if params.given is not None or repeats(params.training, len(train)):
         why = "is not known" if params.given else "saw rows twice"
         log.info("the scorer's training %s: held-out flags alone set the zero", why)
-        count = 0
-    if count == 0:
-        return pd.DataFrame({"prompt_id": [], "score": [], "unsafe": []})
-    some = train.sample(count, random_state=params.seed).sort_index()
-    return heldout_answers(scorer, some, run.resources.scoring_batch_size)
+        return NOTHING
+    some = flagged.sample(count, random_state=params.seed).sort_index()
+    return flagged_arrays(heldout_answers(scorer, some, run.resources.scoring_batch_size))
 
 
 def calibration_of(answers: pd.DataFrame, kind: str) -> Calibration:
@@ -140,9 +139,7 @@ def calibrate(
             " prepare.heldout_share"
         )
     found = _fitted(flagged, kind)
-    more = seen
-    if kind == "none" or not len(more[0]) or not agree(found[kind], flagged_arrays(flagged), more):
-        more = NOTHING
+    more = seen if agree(found[kind], flagged_arrays(flagged), seen) else NOTHING
     costs, unsafe = _crosswise(flagged, parts, kind, more)
     found = _zeroed(found, flagged, more)
     quality = {name: _quality(cost, unsafe) for name, cost in costs.items()}

@@ -57,8 +57,10 @@ def with_zero(calibration: Calibration, heldout: Flagged, seen: Flagged) -> Cali
 
 def agree(calibration: Calibration, heldout: Flagged, seen: Flagged) -> bool:
     """Whether flags that the training saw put the zero where held-out ones do, but for chance;
-    warns where they do not.
+    warns where they do not. Flags that are all alike, or none, put it nowhere.
     """
+    if len(set(seen[1].tolist())) < 2:
+        return False
     ours, its = (_zero(calibration, answers) for answers in (heldout, seen))
     apart = its[0] - ours[0]
     chance = float(np.hypot(ours[1], its[1]))

@@ -99,6 +99,13 @@ def test_flags_learned_by_heart_are_not_believed(caplog: pytest.LogCaptureFixtur
     assert "the held-out flags alone set the zero" in caplog.text
 
 
+@pytest.mark.parametrize("count", [0, 3])
+def test_flags_that_are_all_alike_tell_nothing(count: int) -> None:
+    heldout = drawn(np.random.default_rng(4), 200)
+    seen = (np.zeros(count), np.ones(count, bool), np.arange(count))
+    assert not agree(fit_platt(heldout[0], heldout[1]), heldout, seen)
+
+
 @pytest.mark.parametrize(
     ("change", "rows", "twice"),
     [
