@@ -6,10 +6,10 @@ comes.
 
 A path of policies whose mean cost grows step by step, one of them exactly at the limit: a
 certificate for that one or a
-later one is false. Answers to a prompt are alike, and all policies answer the same prompts. Three
-sequences: a coarse grid on which every policy draws its own answers, which was the default before;
-a dense one of the same kind; and a dense one for which a single policy draws, weighed by the ratio
-of probabilities (`dualign.certify.certificate`)."""
+later one is false. Answers to a prompt are alike, and all policies answer the same prompts.
+Sequences: a coarse grid on which every policy draws its own answers; a dense one of the same kind;
+and dense ones with one draw for all, weighed by the ratio of probabilities: of the two policies at
+its ends, which is the default, and of a single policy (`dualign.certify.screening`)."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ _COARSE, _FINE = (
     0.2,
 )  # steps of the path in standard errors; 0.05 of a weight is 1.6 on the shipped path
 _REACH = 8.0  # the path starts so many standard errors below the limit, and goes half as far beyond
-_DRAWN = -1.6  # where the policy stands that draws for all
+_DRAWN = -1.6  # the middle of the policies that one draw serves
 _AT_ONCE = 50  # data sets side by side, which keeps them in the processor's cache
 _SCREENED = 400  # answers that tell which policies one draw can serve
 TITLES = {
-    "coarse": "coarse, own answers (the default before)",
+    "coarse": "coarse, own answers",
     "dense": "dense, own answers",
-    "weighed": "dense, one draw weighed (the default)",
+    "ends": "dense, one draw of both ends (the default)",
+    "middle": "dense, one draw of the middle",
     "far": "dense, one draw from 8 standard errors below",
     "unguarded": "*the same, however little it is worth*",
 }
@@ -57,7 +58,7 @@ class Settings(shares.Settings):
     """The same that `bench.shares` can change, with fewer repeats."""
 
     repeats: int = knob(1000, "data sets for each row")
-    samples: int = knob(16, "answers to a prompt of the policy that draws for all")
+    samples: int = knob(16, "answers to a prompt of the draw that serves all")
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,11 @@ class World:
     pi_to / pi_at."""
 
     title: str
-    draw: Callable[[np.random.Generator, tuple[int, ...], float], Array]
+    draw: Callable[[np.random.Generator, tuple[int, ...], float | Array], Array]
     ratio: Callable[[Array, float, float], Array]
 
 
-def _normal(rng: np.random.Generator, shape: tuple[int, ...], shift: float) -> Array:
+def _normal(rng: np.random.Generator, shape: tuple[int, ...], shift: float | Array) -> Array:
     return rng.standard_normal(shape) + shift
 
 
@@ -86,7 +87,7 @@ _SHAPE = 1.0  # of the gamma: skewness 2 / sqrt(shape)
 _MEAN = math.sqrt(_SHAPE)  # of the gamma of variance 1
 
 
-def _gamma(rng: np.random.Generator, shape: tuple[int, ...], shift: float) -> Array:
+def _gamma(rng: np.random.Generator, shape: tuple[int, ...], shift: float | Array) -> Array:
     return rng.gamma(_SHAPE, (_MEAN + shift) / _SHAPE, shape) - _MEAN
 
 
@@ -125,15 +126,24 @@ def means_of(
     return found
 
 
+def drawn(
+    world: World, icc: float, shape: tuple[int, ...], at: Array, rng: np.random.Generator
+) -> Array:
+    """Own parts of answers, each of one of the policies of means `at`, taken by chance."""
+    return world.draw(rng, shape, rng.choice(at, shape) / math.sqrt(1 - icc))
+
+
 def weighed(
-    world: World, icc: float, common: Array, parts: Array, at: float, to: Array
+    world: World, icc: float, common: Array, parts: Array, at: Array, to: Array
 ) -> Iterator[tuple[Array, Array]]:
-    """For each policy of mean in `to`, by the own parts that that of mean `at` drew: means
-    [repeats, prompts] of w c, and the share of answers [repeats] that these are worth."""
+    """For each policy of mean in `to`, by the own parts that those of means `at` drew in equal
+    parts: means [repeats, prompts] of w c, and the share of answers [repeats] that these are
+    worth."""
     scale = math.sqrt(1 - icc)
     costs = math.sqrt(icc) * common[..., None] + scale * parts
     for mean in to:
-        weight = np.exp(world.ratio(parts, mean / scale, at / scale))
+        inverse = [np.exp(world.ratio(parts, one / scale, mean / scale)) for one in at]
+        weight = 1 / np.mean(inverse, axis=0)
         yield (weight * costs).mean(-1), weight.mean((-2, -1)) ** 2 / (weight**2).mean((-2, -1))
 
 
@@ -199,13 +209,20 @@ def _shared(
     rng: np.random.Generator,
     settings: Settings,
 ) -> dict[str, Outcome]:
-    """The sequences for which one policy draws."""
+    """The sequences with one draw for all."""
+    whole = _path(_FINE)
+    middle, far = np.array([_DRAWN]), np.array([-_REACH])
+    near = whole[_worth(world, icc, middle * error, whole * error, rng) >= WORTH]
+    plans = {
+        "ends": (near, near[[0, -1]]),
+        "middle": (near, middle),
+        "far": (whole, far),
+        "unguarded": (whole, far),
+    }
     found = {}
-    for name, place in {"weighed": _DRAWN, "far": -_REACH, "unguarded": -_REACH}.items():
-        path, at = _path(_FINE), place * error
-        parts = world.draw(rng, (*common.shape, settings.samples), at / math.sqrt(1 - icc))
-        if name == "weighed":
-            path = path[_worth(world, icc, at, path * error, rng) >= WORTH]
+    for name, (path, places) in plans.items():
+        at = places * error
+        parts = drawn(world, icc, (*common.shape, settings.samples), at, rng)
         tests = weighed(world, icc, common, parts, at, path * error)
         least = 0.0 if name == "unguarded" else LEAST_ESS
         last = returned(_guarded(tests, least, settings.delta), len(path))
@@ -213,11 +230,11 @@ def _shared(
     return found
 
 
-def _worth(world: World, icc: float, at: float, path: Array, rng: np.random.Generator) -> Array:
+def _worth(world: World, icc: float, at: Array, path: Array, rng: np.random.Generator) -> Array:
     """The share of answers that those of one policy are worth along a path, as a screen of its own
     finds it.
     """
-    parts = world.draw(rng, (1, 1, _SCREENED), at / math.sqrt(1 - icc))
+    parts = drawn(world, icc, (1, 1, _SCREENED), at, rng)
     found = [worth for _, worth in weighed(world, icc, np.zeros((1, 1)), parts, at, path)]
     return np.concatenate(found)
 
@@ -274,10 +291,12 @@ coarse grid: what certainty costs. *Answers* are those drawn to each prompt, all
   fail, the sequence stops early, and every test costs answers.
 - With one draw the tests stand and fall together, their number costs nothing, and the answers that
   it saves go into that draw. What is left is the error of the prompts.
-- The policy that draws should stand near where the bound meets the limit, where its weights are
-  next to 1. From far away the weights are uneven, and the largest may not have been drawn: then no
-  bound of what was drawn holds. So a test
-  on weighted answers passes only if they are worth 80 % of their number; the last row shows why."""
+- Those that draw should stand near where the bound meets the limit, where weights are next to 1.
+  From far away the weights are uneven, and the largest may not have been drawn: then no bound of
+  what was drawn holds. So a test on weighted answers passes only if they are worth 80 % of their
+  number; the last row shows why.
+- Where both ends draw, no answer weighs more than twice at either, whatever the policies are: one
+  rare answer that the middle hardly gives can not stop the sequence at its first test."""
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtri
 
-from dualign.certify.certificate import Certificate, order
+from dualign.certify.certificate import Certificate, drawers, order
 from dualign.certify.evidence import DRAWN, Evidence, read_answers
 from dualign.certify.requirement import Requirement
 from dualign.certify.screening import Knot, Planned, Screen, Seen, seen
@@ -26,7 +26,7 @@ from dualign.data.labelling import truth, vote
 from dualign.evaluation.against_optimum import add_truth, means
 from dualign.evaluation.rollout import Scorers, log_ratios, roll_out
 from dualign.lm.merge import merge
-from dualign.lm.mixture import policy_at
+from dualign.lm.mixture import Mixture, Policy, policy_at
 from dualign.lm.publish import publish
 from dualign.params.base import SHARES
 from dualign.params.certify import CertifyParams, CertifyRun, LabelParams, ScreenParams
@@ -109,12 +109,9 @@ class CandidateEvidence:
         names = list(policies)
         counts = [params.samples_per_prompt] * len(names) if plan is None else plan.samples
         self._counts = dict(zip(names, counts, strict=True))
-        #: Who draws the answers by which the others, `_weighed`, are judged.
-        self._drawn: str | None = None
-        self._weighed: set[str] = set()
-        if plan is not None and plan.drawn is not None:
-            self._drawn = names[plan.drawn]
-            self._weighed = set(names[plan.own :])
+        #: Who draws the answers by which `_weighed` are judged, in equal parts.
+        self._drawers = drawers(plan, names)
+        self._weighed = set(names[plan.own :]) if plan is not None and plan.drawn else set[str]()
 
     def policy(self, name: str) -> Path:
         """The folder of a candidate."""
@@ -133,7 +130,8 @@ class CandidateEvidence:
             if name in self._weighed:
                 write_parquet(path, self._reweighted(name), REWEIGHTED)
             else:
-                write_parquet(path, self._draw(name), ANSWERS)
+                policy = policy_at(self.policy(name), self._scorers.resources)
+                write_parquet(path, self._draw(policy, self._counts[name]), ANSWERS)
         options = self._params.labels
         if options is None:
             return Evidence(path)
@@ -153,22 +151,26 @@ class CandidateEvidence:
 
     def _reweighted(self, name: str) -> pd.DataFrame:
         """The answers that are drawn for all, with the candidate's own log-probabilities."""
-        assert self._drawn is not None
-        path = self._path(self._drawn, "drawn")
+        path = self._path(self._drawers[0], "drawn")
         if not path.is_file():
-            write_parquet(path, self._draw(self._drawn), ANSWERS)
+            write_parquet(path, self._draw_for_all(), ANSWERS)
         drawn = read_table(path, ANSWERS)
-        if name == self._drawn:
-            return drawn.assign(**{DRAWN: drawn["logp"]})
         policy = policy_at(self.policy(name), self._scorers.resources)
         own = log_ratios(policy, drawn, self._scorers) + drawn["logp_ref"].to_numpy()
         return drawn.assign(logp=own, **{DRAWN: drawn["logp"]})
 
-    def _draw(self, name: str) -> pd.DataFrame:
+    def _draw_for_all(self) -> pd.DataFrame:
+        """Answers of the drawers' mixture: of two, none weighs more than 2 at either."""
+        count = len(self._drawers)
+        folders = tuple(self.policy(name) for name in self._drawers)
+        mixture = Mixture((1 / count,) * count, folders, self._scorers.resources)
+        return self._draw(mixture, self._counts[self._drawers[0]])
+
+    def _draw(self, policy: Policy, count: int) -> pd.DataFrame:
         params = self._params
         drawn = roll_out(
-            policy_at(self.policy(name), self._scorers.resources), self._prompts, self._scorers,
-            count=self._counts[name], max_new_tokens=params.max_new_tokens, seed=params.seed,
+            policy, self._prompts, self._scorers,
+            count=count, max_new_tokens=params.max_new_tokens, seed=params.seed,
         )  # fmt: skip
         return add_truth(drawn) if self._world else drawn
 

@@ -61,15 +61,15 @@ class Certificate(Record):
 
     `candidates` is the whole order, that of `plan`, `tested` the tests made, `tables` and `labels`
     what they were made on: `samples_per_prompt` answers to each of the first prompts of `prompts`
-    (by candidate, where they differ). Those of some candidates may be answers that `drawn`, another
-    of the order, gave. `screen` is what the order was chosen by (`dualign.certify.screening`).
-    `limits` holds the additional constraints, each of which must be among the `requirements`.
-    `same` are pairs of candidates with the same answers. Answers have at most `max_new_tokens`
-    tokens; `ended` is the share of each tested candidate's that ended by themselves. `weights` are
-    the hashes of the files of each tested candidate's model, `policy` is where the certified one
-    lies, `cost_model` the one that gave the costs. What a caller of `issue` did not name is None or
-    empty. `sampling_seeds` (of the answers) and `versions` (of the packages that computed it) tell
-    where it comes from; no check depends on them."""
+    (by candidate, where they differ). Those of some candidates may be answers that `drawn`, others
+    of the order, gave in equal parts. `screen` is what the order was chosen by
+    (`dualign.certify.screening`). `limits` holds the additional constraints, each of which must be
+    among the `requirements`. `same` are pairs of candidates with the same answers. Answers have at
+    most `max_new_tokens` tokens; `ended` is the share of each tested candidate's that ended by
+    themselves. `weights` are the hashes of the files of each tested candidate's model, `policy` is
+    where the certified one lies, `cost_model` the one that gave the costs. What a caller of `issue`
+    did not name is None or empty. `sampling_seeds` (of the answers) and `versions` (of the packages
+    that computed it) tell where it comes from; no check depends on them."""
 
     delta: float = Field(gt=0, lt=1)
     seed: int
@@ -83,7 +83,7 @@ class Certificate(Record):
     tables: dict[str, Table]
     labels: dict[str, Table]
     samples_per_prompt: Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]]
-    drawn: str | None = None
+    drawn: tuple[str, ...] = ()
     screen: Table | None = None
     same: tuple[tuple[str, str], ...]
     plan: CertifyRun | None
@@ -199,7 +199,7 @@ def issue(
         returned=decision.returned,
         ended={name: ended_share(files.answers, limit) for name, files in used.items()},
         samples_per_prompt=in_short(counts),
-        drawn=None if plan is None or plan.drawn is None else terms.candidates[plan.drawn],
+        drawn=drawers(plan, terms.candidates),
         same=same,
         sampling_seeds=dict(terms.sampling_seeds),
         versions={package: version(package) for package in ("numpy", "scipy")},
@@ -295,6 +295,11 @@ def agreed(
 def in_short(counts: Mapping[str, int]) -> int | dict[str, int]:
     """One number where all candidates have as many answers to a prompt, else that of each."""
     return next(iter(counts.values())) if len(set(counts.values())) == 1 else dict(counts)
+
+
+def drawers(plan: screening.Planned | None, candidates: Sequence[str]) -> tuple[str, ...]:
+    """The candidates whose answers serve others; empty where each draws its own."""
+    return () if plan is None else tuple(candidates[position] for position in plan.drawn)
 
 
 def planned(screen: Path, candidates: Sequence[str]) -> screening.Planned:

@@ -28,7 +28,7 @@ CARD = "README.md"
 _NEVER_NULL = ("prompt_id", "prompt", "sample", "response", "length", "ended")
 _IDENTITY = ("prompt_id", "sample", "response", "logp", "cost")
 _LABELLED = ("prompt_id", "response", "cost")
-#: The column of answers that another policy drew, by which they are weighed, and what is equal in
+#: The column of answers that other policies drew, by which they are weighed, and what is equal in
 #: all tables of such.
 DRAWN = "logp_drawn"
 _DRAWN_ALIKE = ("prompt_id", "sample", "response", "length", "ended", "cost", DRAWN)
@@ -126,9 +126,10 @@ def read_answers(path: Path) -> pd.DataFrame:
 
 
 def _weights(own: pd.Series, drawn: pd.Series, path: Path) -> np.ndarray:
-    """w = exp(log pi - log pi_drawn) of answers that another policy drew: E_drawn[w f] = E[f] for
-    every f.
-    """
+    """w = exp(log pi - log pi_drawn) of answers that others drew: E_drawn[w f] = E[f] for every f.
+
+    Where the mixture of two policies drew, w is at most 2 for either (the balance heuristic; Veach
+    and Guibas 1995)."""
     with np.errstate(over="ignore"):
         found: np.ndarray = np.exp(own.to_numpy(float) - drawn.to_numpy(float))
     wrong = np.flatnonzero(~np.isfinite(found))

@@ -67,8 +67,8 @@ class Screen(Record):
 
     `samples` answers to each of `prompts` prompts were drawn; a certificate at `delta` draws up to
     `samples_per_prompt` to each of `certify_prompts`, for about `tests` weights. `thrifty`: where a
-    bound is sure to pass, fewer answers. `reweighed`: one candidate draws the answers for all
-    weights near the limit."""
+    bound is sure to pass, fewer answers. `reweighed`: one draw serves all weights near the
+    limit."""
 
     prompts: int = Field(ge=2)
     samples: int = Field(ge=2)
@@ -90,13 +90,14 @@ class Planned(NamedTuple):
     """The weights to test, safest first, and the number of answers a prompt of each candidate, the
     fallback first.
 
-    The first `own` candidates draw their answers themselves; `drawn` is the position of the one
-    whose answers serve all later ones, None if these do as well."""
+    The first `own` candidates draw their answers themselves; `drawn` are the positions of those
+    whose answers, drawn in equal parts, serve all later ones: the first and the last of these. It
+    is empty if they draw their own as well."""
 
     weights: tuple[float, ...]
     samples: tuple[int, ...]
     own: int
-    drawn: int | None
+    drawn: tuple[int, ...]
 
 
 def read(path: Path) -> Screen:
@@ -168,10 +169,10 @@ def sequence(screen: Screen) -> Planned:
     """The weights to test and how many answers each has: a function of the screen alone.
 
     u is made monotone along the path and read off between the knots. Near the limit each level has
-    the last weight that is not expected above it. The one nearest to u = 0 draws the answers, if
-    one is to do so for others; then those at which weighted answers would be worth too few are left
-    out. The knots that are safer than all these are tested before them, on answers of their own, of
-    which a sure one needs but few (`_samples`): they catch a bad forecast."""
+    the last weight that is not expected above it. If one draw is to serve them all, those too far
+    from the one nearest to u = 0 are left out (`overlap`), and the two at the ends draw. The knots
+    that are safer than all these are tested before them, on answers of their own, of which a sure
+    one needs but few (`_samples`): they catch a bad forecast."""
     path = screen.path
     u, sigma = np.array([excess(knot, screen, screen.samples_per_prompt) for knot in path]).T
     knots = np.array([knot.q for knot in path], float)
@@ -181,15 +182,16 @@ def sequence(screen: Screen) -> Planned:
         np.flatnonzero(expected <= level) for level in levels(float(np.median(sigma)), screen.tests)
     ]
     near = sorted({int(found[-1]) for found in below if len(found)} - {0})
-    drawer = min(near, key=lambda index: abs(float(expected[index])), default=None)
-    if screen.reweighed and drawer is not None:
-        worth = overlap(path, grid, float(grid[drawer]))
+    if screen.reweighed and near:
+        middle = min(near, key=lambda index: abs(float(expected[index])))
+        worth = overlap(path, grid, float(grid[middle]))
         near = [index for index in near if worth[index] >= WORTH]
     net = [knot for knot in path if knot is path[0] or (near and (knot.q or 0) > grid[near[0]])]
     own = [_samples(knot, screen) for knot in screen.knots if knot.q is None or knot in net]
-    drawn = len(own) + near.index(drawer) if screen.reweighed and drawer is not None else None
+    ends = {len(own), len(own) + len(near) - 1} if screen.reweighed and near else set[int]()
     weights = (*(float(knot.q or 0) for knot in net), *(float(grid[index]) for index in near))
-    return Planned(weights, (*own, *(screen.samples_per_prompt for _ in near)), len(own), drawn)
+    samples = (*own, *(screen.samples_per_prompt for _ in near))
+    return Planned(weights, samples, len(own), tuple(sorted(ends)))
 
 
 def overlap(path: tuple[Knot, ...], weights: Array, drawn: float) -> Array:

@@ -18,6 +18,7 @@ from dualign.certify import evidence, screening
 from dualign.certify.certificate import (
     Certificate,
     agreed,
+    drawers,
     ended_share,
     in_short,
     order,
@@ -124,9 +125,11 @@ def _replanned(recorded: Certificate, folder: Path) -> screening.Planned | None:
     file = folder / recorded.screen.path
     _unchanged(folder, recorded.screen, "its screen")
     plan = planned(file, recorded.candidates)
-    drawn = None if plan.drawn is None else recorded.candidates[plan.drawn]
+    drawn = drawers(plan, recorded.candidates)
     if drawn != recorded.drawn:
-        raise DataError(f"answers were drawn by {recorded.drawn!r}, but the screen gives {drawn!r}")
+        raise DataError(
+            f"answers were drawn by {list(recorded.drawn)}, but the screen gives {list(drawn)}"
+        )
     if recorded.plan is not None and recorded.plan.weights != list(plan.weights):
         raise DataError(
             f"weights are {recorded.plan.weights}, but the screen gives {list(plan.weights)}"

@@ -111,8 +111,8 @@ ANSWERS = pa.schema(
         ("grammatical", pa.bool_()),
     ]
 )
-#: Answers that another policy drew: `logp` is the candidate's log-probability, `logp_drawn` that of
-#: the other.
+#: Answers that others drew: `logp` is the candidate's log-probability, `logp_drawn` that of those
+#: who drew.
 REWEIGHTED = pa.schema([*ANSWERS, ("logp_drawn", pa.float64())])
 #: Labels of some of those answers: the cost model's cost, and the truth as the labeller knows it (a
 #: true cost, or the
