@@ -15,7 +15,7 @@ import pytest
 
 from dualign.core.artifacts import write_json, write_parquet
 from dualign.core.schema import ANSWERS, PROMPTS, SFT, prompt_id, user
-from dualign.params.evaluate import ReportParams
+from dualign.params.report import ReportParams
 
 LIMIT = -0.15
 BETA = 0.5
@@ -62,6 +62,8 @@ def report_params(policies: dict[str, str] | None = None, **changes: Any) -> Rep
         "beta": BETA,
         "confidence": 0.95,
         "policies": policies or {name: folder for name, folder, *_ in POLICIES},
+        "suites": {},
+        "judges": {},
         "title": "Household questions: helpful within a harm budget",
         "sample_prompts": 4,
     }

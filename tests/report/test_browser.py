@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dualign.core.artifacts import read_json
-from dualign.params.evaluate import ReportParams
+from dualign.params.report import ReportParams
 from dualign.report.page import write
 from tests.report.browser import CHROMIUM, Tab, chromium
 

@@ -17,7 +17,7 @@ import pytest
 
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
-from dualign.params.evaluate import ReportParams
+from dualign.params.report import ReportParams
 from dualign.report.formatting import number
 from dualign.report.page import write
 

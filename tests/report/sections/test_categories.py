@@ -10,7 +10,7 @@ import pytest
 
 from dualign.core.artifacts import write_parquet
 from dualign.core.schema import ANSWERS
-from dualign.params.evaluate import ReportParams
+from dualign.params.report import ReportParams
 from dualign.report.page import write
 from dualign.report.sections import categories
 from dualign.report.sections.base import FinishedRun
@@ -41,8 +41,8 @@ def test_shares_by_category_are_those_of_its_answers(run: Run) -> None:
     answers = categorise(root, "caid")
     categorise(root, "sft")
     section = categories.section(FinishedRun(root, params))
-    assert section is not None and set(section.values["judged"]) == {"caid", "sft"}
-    rows = {row["name"]: row for row in section.values["categories"]}
+    assert section is not None and section.values["tables"][0]["judged"] == ["caid", "sft"]
+    rows = {row["name"]: row for row in section.values["tables"][0]["categories"]}
     assert list(rows) == [HOSTILE, "animals", "cooking"]
     animals = answers[answers["category"] == "animals"]
     expected = (animals["cost"] > 0).groupby(animals["prompt_id"]).mean()
@@ -77,6 +77,6 @@ def test_one_prompt_has_a_share_without_ends(run: Run) -> None:
     write_parquet(root / "reports/evaluation/caid/answers.parquet", only, SCHEMA)
     section = categories.section(FinishedRun(root, params))
     assert section is not None
-    (row,) = section.values["categories"]
+    (row,) = section.values["tables"][0]["categories"]
     assert (row["name"], row["prompts"]) == ("rare", 1)
     assert row["shares"]["caid"]["low"] is None
