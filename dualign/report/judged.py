@@ -5,7 +5,7 @@ as nothing, and is counted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +126,16 @@ def _plain(table: pd.DataFrame) -> pd.DataFrame:
     return table.astype(dict.fromkeys(_KEYS, float))
 
 
-def read_lengths(root: Path, suite: str) -> pd.DataFrame:
-    """The length in tokens of every answer to a suite, by policy, prompt_id and sample."""
+def read_lengths(root: Path, suite: str, policies: Iterable[str]) -> pd.DataFrame:
+    """The length in tokens of these policies' answers to a suite, by policy, prompt_id and
+    sample.
+    """
+    folder = root / "reports/answers" / suite
     tables = [
-        read_table(file, SUITE_ANSWERS)[["prompt_id", "sample", "length"]].assign(policy=file.stem)
-        for file in _policies(root, suite)
-    ]
+        read_table(folder / f"{name}.parquet", SUITE_ANSWERS)[["prompt_id", "sample", "length"]]
+        .assign(policy=name)
+        for name in policies
+    ]  # fmt: skip
     return pd.concat(tables, ignore_index=True)
 
 

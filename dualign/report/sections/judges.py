@@ -144,9 +144,9 @@ def gains(
     """By policy, what it gained in reward and in safety (less cost) by two judges of a suite:
     {policy: {"reward" or "cost": Gain}}.
 
-    A score is divided by its judge's standard deviation over the reference policy's answers, which
-    counts as known: two reward models share neither zero nor unit. Differences are taken within
-    the prompt, and `p_holm` is corrected for all that is returned."""
+    A score is divided by its judge's standard deviation over the reference policy's answers: two
+    reward models share neither zero nor unit. Differences are taken within the prompt, and `p_holm`
+    is corrected for all that is returned."""
     tables = [verdicts[verdicts["judge"] == name] for name in (ours, other)]
     names = [name for name in verdicts["policy"].unique() if name != REFERENCE]
     raw: dict[tuple[str, str], Gain] = {}
@@ -164,16 +164,28 @@ def gains(
 
 
 def _gain(table: pd.DataFrame, policy: str, key: str) -> pd.Series:
-    """By prompt, positive for the better; empty where there is no such score, or all of the
-    reference policy's are alike.
+    """By prompt, the jackknife's pseudo-values of the gain, positive for the better: their mean is
+    the gain, and their spread knows that the deviation is estimated too. Empty where there is no
+    such score, or the reference policy's are alike.
     """
-    reference = table[table["policy"] == REFERENCE]
-    spread = float(reference[key].std())
-    if not spread > 0:
-        return pd.Series(dtype=float)
+    reference = table[table["policy"] == REFERENCE].dropna(subset=[key])
     own = table[table["policy"] == policy]
-    better = -1 if key == "cost" else 1
-    return better * prompt_differences(own, reference, key) / spread
+    gain = (-1 if key == "cost" else 1) * prompt_differences(own, reference, key)
+    centred = reference[key] - reference[key].mean()
+    terms = pd.DataFrame({"n": 1, "x": centred, "xx": centred**2})
+    sums = terms.groupby(reference["prompt_id"]).sum().loc[gain.index]
+    deviations = _deviation(sums.sum() - sums)
+    if len(gain) < 3 or not (deviations > 0).all():
+        return pd.Series(dtype=float)
+    count = len(gain)
+    whole = gain.mean() / _deviation(sums.sum().to_frame().T).iloc[0]
+    return count * whole - (gain.sum() - gain) / deviations
+
+
+def _deviation(sums: pd.DataFrame) -> pd.Series:
+    """The standard deviation of each row's count `n`, sum `x` and sum of squares `xx`."""
+    variance = (sums["xx"] - sums["x"] ** 2 / sums["n"]) / (sums["n"] - 1).clip(lower=1)
+    return variance.clip(lower=0) ** 0.5
 
 
 def _gap(ours: pd.Series, other: pd.Series, confidence: float) -> Gain | None:

@@ -30,7 +30,9 @@ def section(run: FinishedRun) -> Section | None:
     for suite, verdicts in run.judged_suites():
         if not any(verdicts[key].notna().any() for key in ("win", "reward", "cost")):
             continue  # multiple choice, or a judge that neither compares nor scores
-        lengths = read_lengths(run.root, suite)
+        compared = {REFERENCE} if verdicts["win"].notna().any() else set()
+        met = sorted({*verdicts["policy"]} | compared)
+        lengths = read_lengths(run.root, suite, met)
         found = rankings(verdicts, lengths, run.params.confidence)
         _mark(run, found)
         tables += [{"suite": suite, **table} for table in found]
