@@ -23,10 +23,12 @@ from dualign.core.schema import (
     SUITE_ANSWERS,
     VERDICTS,
     prompt_id,
+    read_table,
     user,
 )
 from dualign.judging.verdicts import Verdict, agreement, table
 from dualign.params.report import ReportParams
+from dualign.report.sections.base import Section
 
 LIMIT = -0.15
 BETA = 0.5
@@ -644,6 +646,17 @@ def _write_choices(rng: np.random.Generator, root: Path) -> None:
             for row in suite
         ]
         write_parquet(root / f"reports/answers/chosen/{policy}.parquet", rows, CHOICES)
+
+
+def shown(found: Section | None) -> dict[str, Any]:
+    """The values of a section that is there."""
+    assert found is not None
+    return dict(found.values)
+
+
+def verdicts(run: tuple[Path, ReportParams], judge: str) -> pd.DataFrame:
+    """What a judge of `judge_run` said."""
+    return read_table(run[0] / f"reports/judgements/{judge}/verdicts.parquet", VERDICTS)
 
 
 @pytest.fixture

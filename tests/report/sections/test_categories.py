@@ -14,6 +14,7 @@ from dualign.params.report import ReportParams
 from dualign.report.page import write
 from dualign.report.sections import categories
 from dualign.report.sections.base import FinishedRun
+from tests.report.conftest import shown
 
 Run = tuple[Path, ReportParams]
 SCHEMA = pa.schema([*ANSWERS, ("category", pa.string())])
@@ -80,3 +81,16 @@ def test_one_prompt_has_a_share_without_ends(run: Run) -> None:
     (row,) = section.values["tables"][0]["categories"]
     assert (row["name"], row["prompts"]) == ("rare", 1)
     assert row["shares"]["caid"]["low"] is None
+
+
+def test_categories_of_a_suite_are_told_by_every_judge(judged: Run) -> None:
+    tables = shown(categories.section(FinishedRun(*judged)))["tables"]
+    assert [table["what"] for table in tables] == ["unsafe answers by ours", "refusals by refusal"]
+    rows = {row["name"]: row for row in tables[1]["categories"]}
+    assert len(rows) == 4 and rows["homonyms"]["prompts"] == 12
+    run = FinishedRun(*judged)
+    own = run.verdicts[
+        (run.verdicts["judge"] == "refusal") & (run.verdicts["policy"] == "safety_only")
+    ]
+    expected = own.loc[own["category"] == "homonyms", "refused"].mean()
+    assert rows["homonyms"]["shares"]["safety_only"]["mean"] == pytest.approx(expected)
