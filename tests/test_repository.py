@@ -210,6 +210,7 @@ def test_git_ignores_outputs_and_keeps_their_descriptions() -> None:
         "reports/search/README.md",
         "reports/answers/README.md",
         "reports/judgements/README.md",
+        "reports/seeds/README.md",
         "dvc.lock",
     ]
     asked = "\n".join([*outputs, *private, *kept])

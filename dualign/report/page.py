@@ -35,6 +35,7 @@ from dualign.report.sections import (
     refusals,
     rerun,
     searches,
+    seeds,
     suites,
     verdict,
 )
@@ -49,6 +50,7 @@ SECTIONS: tuple[Callable[[FinishedRun], Section | None], ...] = (
     searches.section,
     additional.section,
     methods.section,
+    seeds.section,
     suites.section,
     ranking.section,
     refusals.section,
