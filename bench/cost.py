@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 CODE = (
     *("dualign", "stages", "dvc.yaml", "params.yaml", ".dvcignore", "data/raw", "models/base"),
-    "reports/search/README.md",
+    *(f"reports/{kept}/README.md" for kept in ("search", "answers", "judgements", "seeds")),
 )
 WRITTEN = ("data", "models", "reports")
 #: A project of one stage, to see what DVC takes for itself.

@@ -66,7 +66,7 @@ def read_answers() -> tuple[pd.DataFrame, dict[tuple[str, str], str]]:
     """
     frames: list[pd.DataFrame] = []
     labels: dict[tuple[str, str], str] = {}
-    for folder in listed(ANSWERS, "*"):
+    for folder in listed(ANSWERS, "*/"):
         suite = read_table(folder / "_suite.parquet", SUITE)
         if suite["choices"].notna().any():
             continue

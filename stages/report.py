@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dualign.core.artifacts import write_json
-from dualign.params.evaluate import ReportParams
+from dualign.params.report import ReportParams
 from dualign.report.comparison import compare
 from dualign.report.curves import write_curves
 from dualign.report.page import write

@@ -425,8 +425,8 @@ def test_an_edit_reruns_the_stages_that_read_it(
         ("safety_path.runs.twin.lam", 1.23, "safety_path", ()),
         ("methods.twin.reference", "elsewhere", "dual_search", ()),
         ("methods.twin.online", {"ridge": 2.0}, "dual_search", ()),
-        ("suites.twin.prompts", 5, "answer", ()),
-        ("judges.twin.kind", "oracle", "judge", ()),
+        ("suites.twin.prompts", 5, "answer", ("report",)),
+        ("judges.twin.kind", "oracle", "judge", ("report",)),
     ],
 )
 def test_an_edit_to_one_run_leaves_the_others(
@@ -455,10 +455,10 @@ def test_without_suites_and_judges_the_graph_has_no_stage_of_theirs() -> None:
 
 
 def test_a_new_suite_or_judge_runs_alone(workspace: Path) -> None:
-    """The report reads the folder in which their metrics come to lie."""
+    """Beside the report, which shows what they find."""
     suite = {"suite": "xstest", "path": None, "prompts": None, "samples_per_prompt": 1}
-    assert set(status(workspace, ("suites.new", suite))) == {"answer@new"}
-    assert set(status(workspace, ("judges.new", {"kind": "oracle"}))) == {"judge@new"}
+    assert set(status(workspace, ("suites.new", suite))) == {"answer@new", "report"}
+    assert set(status(workspace, ("judges.new", {"kind": "oracle"}))) == {"judge@new", "report"}
 
 
 def test_answers_wait_for_every_policy_and_judges_for_every_answer(

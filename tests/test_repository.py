@@ -208,6 +208,9 @@ def test_git_ignores_outputs_and_keeps_their_descriptions() -> None:
         "models/README.md",
         "reports/README.md",
         "reports/search/README.md",
+        "reports/answers/README.md",
+        "reports/judgements/README.md",
+        "reports/seeds/README.md",
         "dvc.lock",
     ]
     asked = "\n".join([*outputs, *private, *kept])

@@ -1,4 +1,6 @@
-"""How well a judge agrees with people: confusion, accuracy and Cohen's kappa."""
+"""How well a judge agrees with people or with another: confusion, accuracy, Cohen's kappa, and the
+correlation of scores.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from dualign.evaluation.stats import redrawn
+from dualign.evaluation.stats import Estimate, redrawn
 
 Array = np.ndarray
 
@@ -69,3 +72,46 @@ def agreement(
     return Agreement(
         labels, confusion.astype(int), accuracy, cohen_kappa(confusion), float(low), float(high)
     )
+
+
+def rank_correlation(
+    first: Sequence[float] | Array,
+    second: Sequence[float] | Array,
+    clusters: Sequence[Hashable] | Array,
+    *,
+    confidence: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Spearman's correlation (1904) of two judges' scores of the same answers, whatever their
+    units; `clusters` are the prompts. Shape [answers] each.
+
+    The interval draws prompts with replacement; ranks are those among all answers. NaN where a
+    judge gives all answers the same score.
+
+    >>> rank_correlation([1.0, 2.0, 3.0], [10.0, 20.0, 90.0], ["a", "b", "c"]).mean
+    1.0
+    """
+    ranks = [pd.Series(np.asarray(side, dtype=float)).rank().to_numpy() for side in (first, second)]
+    x, y = (side - side.mean() for side in ranks)
+    _, groups = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = np.zeros((groups.max() + 1, 6))
+    np.add.at(sums, groups, np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y], axis=1))
+    drawn = _correlation(redrawn(np.random.default_rng(seed), len(sums), draws) @ sums)
+    drawn = drawn[~np.isnan(drawn)]
+    whole = float(_correlation(sums.sum(0)))
+    if not len(drawn):
+        return Estimate(whole, float("nan"), float("nan"), float("nan"))
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Estimate(whole, float(drawn.std()), float(low), float(high))
+
+
+def _correlation(sums: Array) -> Array:
+    """Pearson's correlation from sums of 1, x, y, x^2, y^2 and xy, shape [..., 6]; NaN where x or y
+    is constant.
+    """
+    count, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
+    spread = (count * xx - x * x) * (count * yy - y * y)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Array = np.where(spread > 1e-9, (count * xy - x * y) / np.sqrt(spread), np.nan)
+    return found

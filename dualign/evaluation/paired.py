@@ -22,7 +22,7 @@ from dualign.evaluation.stats import Estimate, clustered_mean
 Array = np.ndarray
 
 #: Columns of the table of `differences`.
-DIFFERENCES = ("first", "second", "prompts", "mean", "low", "high", "p_value", "p_holm")
+DIFFERENCES = ("first", "second", "prompts", "mean", "error", "low", "high", "p_value", "p_holm")
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ def differences(
     """Paired differences of policies in `column`, a row for each of `pairs` (default: all pairs).
 
     `scores` has a row for each answer: columns `policy`, `prompt_id` and `column`. The table has
-    the columns `DIFFERENCES`: the mean over prompts of first minus second with its interval, the
-    p-value of the paired t-test, and that with Holm's correction for all of the table's rows. The
-    intervals are those of single comparisons.
+    the columns `DIFFERENCES`: the mean over prompts of first minus second with its standard error
+    and interval, the p-value of the paired t-test, and that with Holm's correction for all of the
+    table's rows. The intervals are those of single comparisons.
 
     Raises:
         DataError: a pair names a policy without scores, or two that share no prompt.
@@ -120,7 +120,7 @@ def differences(
 
 def _difference(
     by_policy: dict[str, pd.DataFrame], first: str, second: str, column: str, confidence: float
-) -> tuple[str, str, int, float, float, float, float]:
+) -> tuple[str, str, int, float, float, float, float, float]:
     missing = [name for name in (first, second) if name not in by_policy]
     if missing:
         raise DataError(f"policy {missing[0]!r} has no scores; it has {', '.join(by_policy)}")
@@ -129,7 +129,7 @@ def _difference(
         raise DataError(f"policies {first!r} and {second!r} share no prompt with a {column}")
     found = mean_difference(values.to_numpy(), confidence)
     chance = no_difference(found, len(values))
-    return first, second, len(values), found.mean, found.low, found.high, chance
+    return first, second, len(values), found.mean, found.error, found.low, found.high, chance
 
 
 def mcnemar(first: Sequence[bool] | Array, second: Sequence[bool] | Array) -> Discordance:

@@ -65,22 +65,3 @@ class EvaluateParams(StageParams):
     samples_per_prompt: Few
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
     policies: dict[Name, Model]
-
-
-class ReportParams(StageParams):
-    """The report page."""
-
-    section = "report"
-    shared = {
-        "limit": "constraint.limit",
-        "beta": "beta",
-        "confidence": "evaluate.confidence",
-        "policies": "evaluate.policies",
-    }
-
-    limit: Number
-    beta: Positive
-    confidence: float
-    policies: dict[Name, Model]
-    title: str
-    sample_prompts: Annotated[int, Field(ge=0, le=10_000)]

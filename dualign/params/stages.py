@@ -6,9 +6,10 @@ from dualign.params.base import StageParams
 from dualign.params.certify import CertifyParams
 from dualign.params.data import PrepareParams
 from dualign.params.dual import DualInitParams
-from dualign.params.evaluate import EvaluateParams, ReportParams
+from dualign.params.evaluate import EvaluateParams
 from dualign.params.judging import AnswerParams, JudgeParams
 from dualign.params.models import CostModelParams, RewardModelParams, ScoreParams, SftParams
+from dualign.params.report import ReportParams
 from dualign.params.search import DualSearchParams
 from dualign.params.training import (
     LagrangianDpoParams,

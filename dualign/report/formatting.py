@@ -82,6 +82,25 @@ def percent(value: float | None) -> str:
     return f"{100 * value:.{1 if fine else 0}f}%".replace("-", MINUS)
 
 
+def signed(value: float, share: bool = False) -> str:
+    """A difference, with its sign; of shares in percentage points.
+
+    >>> signed(0.25), signed(0.25, share=True)
+    ('+0.25', '+25')
+    """
+    text = points(value) if share else number(value)
+    return text if text.startswith(MINUS) else f"+{text}"
+
+
+def points(share: float) -> str:
+    """A difference of shares in percentage points.
+
+    >>> points(0.123), points(0.012)
+    ('12', '1.2')
+    """
+    return f"{100 * share:.{0 if abs(share) >= 0.0995 else 1}f}".replace("-", MINUS)
+
+
 def compact(value: float | None) -> str:
     """A count: 950, 12,300, 1.2 M."""
     if value is None:
@@ -115,3 +134,12 @@ def spoken(interval: dict[str, float | None]) -> str:
     if interval["low"] is None or interval["high"] is None:
         return number(interval["mean"])
     return f"{number(interval['mean'])} ({number(interval['low'])} to {number(interval['high'])})"
+
+
+def plural(count: int, noun: str, more: str = "") -> str:
+    """A count with its noun; `more` is its plural where that takes no s.
+
+    >>> plural(1, "prompt"), plural(1200, "prompt")
+    ('1 prompt', '1,200 prompts')
+    """
+    return f"{compact(count)} {noun if count == 1 else more or noun + 's'}"

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dualign.core.artifacts import replacing
-from dualign.params.evaluate import ReportParams
+from dualign.params.report import ReportParams
 from dualign.report import formatting
 from dualign.report.diagnosis import is_tilt
 from dualign.report.sections import (
@@ -28,10 +28,15 @@ from dualign.report.sections import (
     certificate,
     facts,
     frontier,
+    judges,
     methods,
     multipliers,
+    ranking,
+    refusals,
     rerun,
     searches,
+    seeds,
+    suites,
     verdict,
 )
 from dualign.report.sections.base import FinishedRun, Section
@@ -45,6 +50,11 @@ SECTIONS: tuple[Callable[[FinishedRun], Section | None], ...] = (
     searches.section,
     additional.section,
     methods.section,
+    seeds.section,
+    suites.section,
+    ranking.section,
+    refusals.section,
+    judges.section,
     categories.section,
     multipliers.section,
     answers.section,
@@ -106,7 +116,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=formatting.visible,
     )
-    named = ("number", "precise", "percent", "compact", "duration", "memory")
+    named = ("number", "precise", "percent", "signed", "plural", "compact", "duration", "memory")
     environment.globals |= {name: getattr(formatting, name) for name in named}
     environment.globals["is_tilt"] = is_tilt
     environment.filters["number"] = formatting.number

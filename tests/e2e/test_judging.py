@@ -41,8 +41,10 @@ def judges(url: str) -> dict[str, Any]:
         "kind": "openai", "base_url": url, "model": "m", "key_variable": "JUDGE_KEY",
         "price": {"input": 0.5, "output": 1.5}, "budget": {"calls": 100, "money": 1000.0},
     }  # fmt: skip
+    second = {"path": "models/cost_model", "kind": "classifier", "higher_is": "harmful"}
     return {
         "ours": {"kind": "scorers"},
+        "other": {"kind": "independent", "cost": [second]},
         "truth": {"kind": "oracle"},
         "refusal": {"kind": "refusal"},
         "better": {**endpoint, "question": "preference"},
@@ -102,6 +104,22 @@ def test_every_judge_has_judged_every_answer(project: Project) -> None:
 
 
 @pytest.mark.slow
+def test_the_report_shows_what_judges_found(project: Project) -> None:
+    page = (project.root / "reports/index.html").read_text()
+    sections = re.findall(r'<section id="(suites|ranking|judges)">(.*?)</section>', page, re.S)
+    assert [name for name, _ in sections] == ["suites", "ranking", "judges"]
+    suites, ranking, judges = (text for _, text in sections)
+    assert re.findall(r'class="by">(\w+)', suites) == [
+        *("ours", "truth"), *("ours", "other", "truth"), *("ours", "other", "truth", "harm"),
+        "refusal", "better",
+    ]  # fmt: skip
+    told = project.metrics("judge/truth")["suites"]["tea"]["helpful"]["reward"]["mean"]
+    assert f'data-value="{told}"' in suites
+    assert "tea: better, preference of pairs" in ranking
+    assert "ours against other" in judges and "ours and harm" in judges
+
+
+@pytest.mark.slow
 def test_no_key_is_written_anywhere(project: Project) -> None:
     assert project.server.keys == {f"Bearer {KEY}"}
     assert KEY not in project.said
@@ -116,6 +134,11 @@ def test_only_what_is_new_runs(project: Project) -> None:
     asked = len(project.server.calls)
     more = judges(project.server.url) | {"again": {"kind": "scorers"}}
     assert project.repro(judges=more) == ["judge@again", "report"]
+    assert '<span class="by">again</span>' in (project.root / "reports/index.html").read_text()
+    assert project.repro(judges=judges(project.server.url)) == ["report"]
+    page = (project.root / "reports/index.html").read_text()
+    assert '<span class="by">again</span>' not in page, "its verdicts are left, and passed by"
+    project.repro(judges=more)
     files = [project.root / f"reports/answers/tea/{name}.parquet" for name in ("sft", "helpful")]
     before = [path.read_bytes() for path in files]
     policies = {**SMALL["evaluate.policies"], "safe": "safety_dpo/alone"}

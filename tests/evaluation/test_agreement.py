@@ -1,12 +1,15 @@
-"""Kappa against scikit-learn and by hand, and how often its interval holds the truth."""
+"""Kappa and rank correlation against scikit-learn and SciPy, and how often an interval holds the
+truth.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score, confusion_matrix
 
-from dualign.evaluation.agreement import agreement, cohen_kappa
+from dualign.evaluation.agreement import agreement, cohen_kappa, rank_correlation
 
 
 def labels(seed: int, size: int = 60) -> tuple[np.ndarray, np.ndarray]:
@@ -51,3 +54,33 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
         found = agreement(human.tolist(), judge.tolist(), prompts.tolist(), draws=300, seed=repeat)
         held += found.low <= 0.6 <= found.high
     assert 0.90 <= held / 200 <= 0.985
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_correlation_of_ranks_is_scipys_ties_and_units_aside(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    first = generator.normal(size=80).round(1)
+    second = np.exp(first + generator.normal(size=80))
+    found = rank_correlation(first, second, list(range(80)), draws=10)
+    assert found.mean == pytest.approx(spearmanr(first, second).statistic, abs=1e-12)
+
+
+def test_the_interval_of_a_correlation_is_that_of_its_prompts() -> None:
+    """Every answer given twice, under the same prompt, says no more; SciPy's own, over draws of
+    answers, is the same where each prompt has one.
+    """
+    generator = np.random.default_rng(0)
+    first = generator.normal(size=200)
+    second = first + generator.normal(size=200)
+    prompts = np.arange(200)
+    once = rank_correlation(first, second, prompts, seed=3)
+    twice = rank_correlation(*(np.tile(side, 2) for side in (first, second, prompts)), seed=3)
+    assert (once.low, once.high) == pytest.approx((twice.low, twice.high), abs=1e-9)
+    draws = generator.integers(0, 200, (2000, 200))
+    drawn = [spearmanr(first[draw], second[draw]).statistic for draw in draws]
+    assert (once.low, once.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.02)
+
+
+def test_a_judge_of_one_score_correlates_with_nobody() -> None:
+    found = rank_correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0], ["a", "b", "c"], draws=5)
+    assert np.isnan(found.mean) and np.isnan(found.low)

@@ -12,10 +12,12 @@ import pytest
 import statsmodels.api as sm
 from scipy.optimize import minimize
 from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
 
 from dualign.core.errors import DataError
 from dualign.evaluation.ranking import (
     battles_against,
+    battles_by_score,
     battles_of,
     bradley_terry,
     elo,
@@ -24,6 +26,7 @@ from dualign.evaluation.ranking import (
     win_rate,
     wins_by_prompt,
 )
+from dualign.evaluation.stats import redrawn
 
 STRENGTHS = {"a": 0.8, "b": 0.2, "c": -0.3, "d": -0.7}
 
@@ -208,6 +211,48 @@ def test_verdicts_become_battles_with_the_lengths_of_both_answers() -> None:
         ["b", "ref", 0.5, 8.0, 4.0],
     ]
     assert set(rank(battles, draws=5)["policy"]) == {"a", "b", "ref"}
+
+
+@pytest.mark.parametrize("more", [True, False])
+def test_by_scores_every_two_answers_to_a_prompt_meet_once(more: bool) -> None:
+    generator = np.random.default_rng(0)
+    rows = [
+        {"policy": name, "prompt_id": prompt, "sample": sample, "reward": generator.integers(3)}
+        for name in "cab"
+        for prompt in range(4)
+        for sample in range(2)
+    ]
+    scores = pd.DataFrame(rows).astype({"reward": float})
+    scores.loc[5, "reward"] = None
+    lengths = scores.assign(length=np.arange(len(scores)))
+    battles = battles_by_score(scores, "reward", lengths, more=more)
+    known = scores.dropna().set_index(["policy", "prompt_id", "sample"])["reward"]
+    assert len(battles) == 3 * 8 - 2, "an answer without a score meets nobody"
+    place = lengths.set_index(["policy", "prompt_id", "sample"])["length"]
+    for row in battles.itertuples():
+        one, other = (known[name, row.prompt_id, row.sample] for name in (row.first, row.second))
+        lead = one - other if more else other - one
+        assert row.first < row.second and row.score == (0.5 if lead == 0 else float(lead > 0))
+        assert row.length_first == place[row.first, row.prompt_id, row.sample]
+        assert row.length_second == place[row.second, row.prompt_id, row.sample]
+
+
+def test_the_interval_at_equal_length_is_that_of_fits_one_by_one() -> None:
+    """By scikit-learn, a fit for each draw of prompts."""
+    battles = with_lengths(4, 120, theta=0.2, phi=0.8, longer=0.2)
+    battles.loc[:9, "score"] = 0.5
+    gap = (battles["length_first"] - battles["length_second"]).to_numpy()
+    feature, score = np.tanh(gap / gap.std())[:, None], battles["score"].to_numpy()
+    rates = []
+    for drawn in redrawn(np.random.default_rng(0), 120, 60):
+        weight = np.concatenate([drawn * score, drawn * (1 - score)])
+        model = LogisticRegression(C=10.0, tol=1e-8, max_iter=1000)
+        outcome = np.repeat([1, 0], 120)
+        model.fit(np.tile(feature, (2, 1)), outcome, sample_weight=weight)
+        rates.append(expit(model.intercept_[0]))
+    found = length_controlled_win_rate(battles, "a", "b", draws=60)
+    expected = [np.std(rates, ddof=1), *np.quantile(rates, [0.025, 0.975])]
+    assert [found.error, found.low, found.high] == pytest.approx(expected, abs=1e-4)
 
 
 def test_an_answer_without_a_length_is_told() -> None:

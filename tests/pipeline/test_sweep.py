@@ -107,6 +107,8 @@ def test_a_sweep_leaves_the_workspace_alone_and_its_points_as_experiments(
         "git ignores the rows, and the points read them"
     )
     assert (project.root / "out/first").read_text() == "8 and my rows"
+    project.dvc("get", ".", "metrics-first.json", "--rev", "first.value=7", "-o", "seven.json")
+    assert json.loads((project.root / "seven.json").read_text())["accuracy"]["mean"] == 7
     shown = json.loads(project.dvc("exp", "show", "--json"))
     kept = {
         row["name"]: row["data"]

@@ -14,8 +14,21 @@ import pandas as pd
 import pytest
 
 from dualign.core.artifacts import write_json, write_parquet
-from dualign.core.schema import ANSWERS, PROMPTS, SFT, prompt_id, user
-from dualign.params.evaluate import ReportParams
+from dualign.core.schema import (
+    ANSWERS,
+    CHOICES,
+    PROMPTS,
+    SFT,
+    SUITE,
+    SUITE_ANSWERS,
+    VERDICTS,
+    prompt_id,
+    read_table,
+    user,
+)
+from dualign.judging.verdicts import Verdict, agreement, table
+from dualign.params.report import ReportParams
+from dualign.report.sections.base import Section
 
 LIMIT = -0.15
 BETA = 0.5
@@ -62,6 +75,8 @@ def report_params(policies: dict[str, str] | None = None, **changes: Any) -> Rep
         "beta": BETA,
         "confidence": 0.95,
         "policies": policies or {name: folder for name, folder, *_ in POLICIES},
+        "suites": {},
+        "judges": {},
         "title": "Household questions: helpful within a harm budget",
         "sample_prompts": 4,
     }
@@ -529,6 +544,125 @@ def certify(root: Path, bounds: list[float]) -> ReportParams:
 def certified(run: tuple[Path, ReportParams]) -> Callable[[list[float]], tuple[Path, ReportParams]]:
     """A finished run with a certificate: see `certify`."""
     return lambda bounds: (run[0], certify(run[0], bounds))
+
+
+#: Policies that answer suites: how much reward they gain, how much of it the training's scorers
+#: alone see, and how they refuse safe and unsafe prompts.
+ANSWERING = {
+    "sft": (0.0, 0.0, 0.1, 0.1),
+    "reward_dpo": (0.6, 1.2, 0.0, 0.1),
+    "safety_only": (-1.0, 0.0, 0.6, 0.9),
+    "dualign": (0.5, 0.0, 0.1, 0.9),
+}
+_KINDS = ("homonyms", "safe_targets", "contrast_homonyms", "contrast_safe_targets")
+_SCORER = {"path": "models/other", "kind": "classifier", "higher_is": "helpful"}
+_ENDPOINT = {
+    "kind": "openai", "base_url": "http://localhost/v1", "model": "m", "key_variable": None,
+    "price": {"input": 0, "output": 0}, "budget": {"calls": 0, "money": 0},
+}  # fmt: skip
+JUDGES: dict[str, Any] = {
+    "ours": {"kind": "scorers"},
+    "other": {"kind": "independent", "reward": [_SCORER]},
+    "refusal": {"kind": "refusal"},
+    "gpt": {**_ENDPOINT, "question": "preference"},
+}
+
+
+def judge_run(root: Path) -> ReportParams:
+    """Give a finished run two suites and four judges; its params."""
+    rng = np.random.default_rng(3)
+    asked = {f"Question {i}, please?": _KINDS[i % 4] for i in range(48)}
+    prompts = [
+        {
+            "prompt_id": prompt_id(user(text)),
+            "prompt": user(text),
+            "category": kind,
+            "label": "unsafe" if kind.startswith("contrast") else "safe",
+        }
+        for text, kind in asked.items()
+    ]
+    write_parquet(root / "reports/answers/asked/_suite.parquet", prompts, SUITE)
+    verdicts: list[Verdict] = []
+    for policy in ANSWERING:
+        drawn = [_answered(rng, policy, prompt) for prompt in prompts]
+        answers = [answer for answer, _ in drawn]
+        write_parquet(root / f"reports/answers/asked/{policy}.parquet", answers, SUITE_ANSWERS)
+        verdicts += [verdict for _, judged in drawn for verdict in judged]
+    for judge, spec in JUDGES.items():
+        own = table([verdict for verdict in verdicts if verdict.judge == judge])
+        write_parquet(root / f"reports/judgements/{judge}/verdicts.parquet", own, VERDICTS)
+        told = agreement(own, rng.random(len(own)) < 0.3, 0.95) if judge == "ours" else None
+        metrics = {"judge": judge, "kind": spec["kind"], "failures": {}, "agreement": told}
+        write_json(root / f"reports/metrics/judge/{judge}.json", metrics)
+    _write_choices(rng, root)
+    spec = {"path": None, "prompts": None, "samples_per_prompt": 1}
+    suites = {"asked": {"suite": "xstest", **spec}, "chosen": {"suite": "truthfulqa_mc1", **spec}}
+    return report_params(suites=suites, judges=JUDGES)
+
+
+def _answered(
+    rng: np.random.Generator, policy: str, prompt: dict[str, Any]
+) -> tuple[dict[str, Any], list[Verdict]]:
+    """An answer to a prompt of a suite, and what all judges say of it."""
+    gain, hacked, *refusing = ANSWERING[policy]
+    unsafe = prompt["label"] == "unsafe"
+    refuses = bool(rng.random() < refusing[unsafe])
+    reward, cost = rng.normal(gain), rng.normal(0.5 if unsafe and not refuses else -1.0, 0.3)
+    own = ("asked", policy, prompt["prompt_id"], 0)
+    judged = [
+        Verdict("ours", *own, reward=reward + hacked, cost=cost, unsafe=cost > 0),
+        Verdict("other", *own, reward=10 * (reward + rng.normal(0, 0.1))),
+        Verdict("refusal", *own, refused=refuses),
+    ]
+    if policy != "sft":
+        failed = rng.random() < 0.1
+        judged.append(
+            Verdict("gpt", *own, failure=HOSTILE)
+            if failed
+            else Verdict("gpt", *own, win=float(reward > rng.normal()))
+        )
+    answer = {"sample": 0, "response": SAFE, "length": int(rng.integers(5, 50)), "ended": True}
+    return {**prompt, **answer}, judged
+
+
+def _write_choices(rng: np.random.Generator, root: Path) -> None:
+    """A suite of multiple choice."""
+    questions = [user(f"Which is true of {i}?") for i in range(20)]
+    suite = [
+        {
+            "prompt_id": prompt_id(question), "prompt": question, "category": "", "label": "",
+            "choices": ["yes", "no"], "correct": [1, 0],
+        }
+        for question in questions
+    ]  # fmt: skip
+    write_parquet(root / "reports/answers/chosen/_suite.parquet", suite, SUITE)
+    for policy in ANSWERING:
+        rows = [
+            {
+                "prompt_id": row["prompt_id"],
+                "logp": [-1.0, -2.0],
+                "score": float(rng.random() < 0.5),
+            }
+            for row in suite
+        ]
+        write_parquet(root / f"reports/answers/chosen/{policy}.parquet", rows, CHOICES)
+
+
+def shown(found: Section | None) -> dict[str, Any]:
+    """The values of a section that is there."""
+    assert found is not None
+    return dict(found.values)
+
+
+def verdicts(run: tuple[Path, ReportParams], judge: str) -> pd.DataFrame:
+    """What a judge of `judge_run` said."""
+    return read_table(run[0] / f"reports/judgements/{judge}/verdicts.parquet", VERDICTS)
+
+
+@pytest.fixture
+def judged(run: tuple[Path, ReportParams]) -> tuple[Path, ReportParams]:
+    """A copy of the finished run, whose policies also answered suites that were judged."""
+    return run[0], judge_run(run[0])
 
 
 @pytest.fixture(scope="session")

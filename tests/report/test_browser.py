@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 
 from dualign.core.artifacts import read_json
-from dualign.params.evaluate import ReportParams
+from dualign.params.report import ReportParams
 from dualign.report.page import write
 from tests.report.browser import CHROMIUM, Tab, chromium
+from tests.report.conftest import judge_run
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
@@ -48,6 +50,26 @@ def tab(browser: Tab, page: tuple[Path, dict[str, Any]]) -> Iterator[Tab]:
     yield browser
     assert browser.complaints() == [] and browser.requests() == []
     assert browser.run("window.ran") is None
+
+
+@pytest.fixture(scope="module")
+def judged_page(
+    finished: tuple[Path, ReportParams], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The page of a run whose policies also answered suites that were judged."""
+    root = tmp_path_factory.mktemp("judged") / "run"
+    shutil.copytree(finished[0], root)
+    write(root, judge_run(root), root / "index.html")
+    return root / "index.html"
+
+
+@pytest.fixture
+def judged(browser: Tab, judged_page: Path) -> Iterator[Tab]:
+    """That page, freshly opened, under the same conditions."""
+    browser.events.clear()
+    browser.open(judged_page)
+    yield browser
+    assert browser.complaints() == [] and browser.requests() == []
 
 
 def click(tab: Tab, heading: str) -> None:
@@ -97,6 +119,56 @@ def test_every_line_of_every_chart_is_drawn(tab: Tab) -> None:
         "[...document.querySelectorAll('svg.chart line')].filter("
         "line => getComputedStyle(line).stroke === 'none').map(line => line.outerHTML)"
     ) == []  # fmt: skip
+
+
+JUDGED = "document.querySelectorAll('#suites table')[0]"
+
+
+def test_a_suite_is_sorted_by_any_judge(judged: Tab) -> None:
+    names = f"[...{JUDGED}.tBodies[0].rows].map(row => row.cells[0].childNodes[1].textContent)"
+    heading = "reward\N{NO-BREAK SPACE}↑ours, safe prompts"
+    values = (
+        f"(() => {{ const column = [...{JUDGED}.tHead.rows[0].cells].findIndex("
+        f"cell => cell.textContent === {heading!r});"
+        f" return [...{JUDGED}.tBodies[0].rows].map(row => +row.cells[column].dataset.value); }})()"
+    )
+    before = judged.run(names)
+    assert set(before) == {"sft", "dualign", "reward_dpo", "safety_only"}
+    judged.run(
+        f"[...{JUDGED}.querySelectorAll('button')]"
+        f".find(button => button.textContent === {heading!r}).click()"
+    )
+    assert judged.run(names) != before and judged.run(names)[0] == "reward_dpo"
+    assert judged.run(values) == sorted(judged.run(values), reverse=True)
+
+
+def test_folded_tables_open_by_a_click_and_are_sorted(judged: Tab) -> None:
+    closed = "document.querySelectorAll('#ranking details:not([open])')"
+    count = judged.run(f"{closed}.length")
+    assert count > 0
+    judged.run(f"{closed}[0].querySelector('summary').click()")
+    assert judged.run(f"{closed}.length") == count - 1
+    first = "[...document.querySelectorAll('#ranking details')].filter(d => d.open)[1]"
+    rows = f"[...{first}.querySelectorAll('tbody tr')].map(row => +row.cells[1].dataset.value)"
+    judged.run(f"{first}.querySelectorAll('thead button')[1].click()")
+    judged.run(f"{first}.querySelectorAll('thead button')[1].click()")
+    assert judged.run(rows) == sorted(judged.run(rows)) != []
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_the_page_of_judges_is_no_wider_than_the_window(
+    judged: Tab, width: int, scheme: str
+) -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    judged.call("Emulation.setDeviceMetricsOverride", **size)
+    media = {"name": "prefers-color-scheme", "value": scheme}
+    judged.call("Emulation.setEmulatedMedia", features=[media])
+    assert judged.run("document.documentElement.scrollWidth") <= width
+    assert judged.run("getComputedStyle(document.querySelector('.apart.worse')).color") == {
+        "light": "rgb(178, 64, 44)", "dark": "rgb(238, 136, 115)"
+    }[scheme]  # fmt: skip
+    judged.call("Emulation.clearDeviceMetricsOverride")
+    judged.call("Emulation.setEmulatedMedia", features=[])
 
 
 def test_answers_are_searched_and_filtered(tab: Tab) -> None:

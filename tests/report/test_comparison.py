@@ -12,7 +12,7 @@ import pytest
 
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
-from dualign.params.evaluate import ReportParams
+from dualign.params.report import ReportParams
 from dualign.report.comparison import compare, mean_gain, win_rate
 
 Run = tuple[Path, ReportParams]

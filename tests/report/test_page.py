@@ -17,7 +17,7 @@ import pytest
 
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
-from dualign.params.evaluate import ReportParams
+from dualign.params.report import ReportParams
 from dualign.report.formatting import number
 from dualign.report.page import write
 
@@ -127,6 +127,14 @@ def test_hostile_text_stays_text(run: Run, texts: dict[str, str]) -> None:
     # Title, heading, warning, search, rejected row and answer all show it as it is.
     assert sum(texts["hostile"] in text for text, _ in page.texts) >= 7
     assert "{{ 7*7 }}" in page.within("class", "answer"), "text is no template"
+
+
+def test_what_a_judge_failed_with_stays_text(judged: Run, texts: dict[str, str]) -> None:
+    page = render(*judged)
+    assert (page.count("script"), page.count("img")) == (1, 0)
+    assert texts["hostile"] in page.within("id", "suites")
+    anchors = {a["href"] for tag, a in page.elements if tag == "a"}
+    assert {"#suites", "#ranking", "#refusals", "#judges", "#categories"} <= anchors
 
 
 def test_policy_names_are_escaped(run: Run) -> None:
@@ -614,6 +622,22 @@ def test_characters_that_reorder_or_hide_are_written_out(run: Run) -> None:
     page = render(root, params.model_copy(update={"title": "safe \u202eelif\x00\u200b"}))
     assert "safe \\u202eelif\\u0000\\u200b" in page.text
     assert not set(page.html) & set("\u202e\x00\u200b")
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "reports/answers", "reports/judgements", "reports/metrics/judge", "reports/answers/chosen",
+        "reports/judgements/gpt", "reports/judgements/ours",
+        "reports/metrics/evaluate/sft.json",
+    ],
+)  # fmt: skip
+def test_anything_judged_may_be_missing(judged: Run, lost: str) -> None:
+    root, params = judged
+    (root / lost).rename(root / "elsewhere")
+    page = render(root, params)
+    assert page.count("section", "verdict") == 1
+    assert "None" not in page.text.replace("None.", "") and "nan" not in page.text.split()
 
 
 def test_nothing_ran_at_all(tmp_path: Path, params: Callable[..., ReportParams]) -> None:

@@ -44,7 +44,7 @@ TRAINS = MODELS | {"transformers.trainer", "trl", "datasets"}
 ALLOWED = {
     "prepare": TABLES,
     "dual_init": TABLES | {"scipy.optimize"},
-    "report": TABLES | {"jinja2"},
+    "report": TABLES | {"jinja2", "scipy.stats", "scipy.optimize"},  # where there are judges
     "score": MODELS,
     "evaluate": MODELS,
     "answer": MODELS,

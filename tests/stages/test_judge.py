@@ -62,6 +62,7 @@ def answered(
     )
     other = [world.Answer(text, 0.0, 0.0) for text in ("poison", "please", "poison, please")]
     write_suite("cups", [("What is in it?", "", other), ("And in that?", "unsafe", other)])
+    (workspace / "reports/answers/README.md").write_text("It stands in every checkout.")
     pairs = [{**row, "split": "heldout"} for row in rows("safer_response_id")]
     write_parquet(workspace / "data/prepared/safety_pairs.parquet", pairs, SAFETY_PAIRS)
     yield workspace

@@ -1,6 +1,8 @@
-"""A cost interval as a short line, for a cell of a table."""
+"""An interval as a short line, or single values as dots, for a cell of a table."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from markupsafe import Markup
 
@@ -8,12 +10,36 @@ from dualign.report.charts import svg
 from dualign.report.charts.svg import Range, Scale
 
 
-def strip(cost: Range, limit: float | None, costs: tuple[float, float], style: str) -> Markup:
-    """A cost interval with its mean and the limit; `costs` is the common domain of a column."""
-    x = Scale(*costs, 6, 124)
-    low = x(cost.mean if cost.low is None else cost.low)
-    high = x(cost.mean if cost.high is None else cost.high)
-    children = [] if limit is None else [svg.line((x(limit), 1), (x(limit), 21), "limit")]
+def strip(
+    value: Range,
+    limit: float | None,
+    extent: tuple[float, float],
+    style: str,
+    name: str = "cost interval against the limit",
+) -> Markup:
+    """An interval with its mean and the limit; `extent` is the common domain of a column."""
+    x = _across(extent)
+    low = x(value.mean if value.low is None else value.low)
+    high = x(value.mean if value.high is None else value.high)
+    children = _limit(x, limit)
     children.append(svg.line((low, 11), (high, 11), "bar"))
-    children.append(svg.circle((x(cost.mean), 11), 3.6, "dot"))
-    return svg.svg(130, 22, "cost interval against the limit", children, f"strip {style}")
+    children.append(svg.circle((x(value.mean), 11), 3.6, "dot"))
+    return svg.svg(130, 22, name, children, f"strip {style}")
+
+
+def dots(
+    values: Sequence[float], limit: float | None, extent: tuple[float, float], style: str
+) -> Markup:
+    """Costs of the same policy in several runs."""
+    x = _across(extent)
+    children = _limit(x, limit)
+    children += [svg.circle((x(value), 11), 3.0, "dot faint", f"{value:.3g}") for value in values]
+    return svg.svg(130, 22, "cost in each run against the limit", children, f"strip {style}")
+
+
+def _across(extent: tuple[float, float]) -> Scale:
+    return Scale(*extent, 6, 124)
+
+
+def _limit(x: Scale, limit: float | None) -> list[Markup]:
+    return [] if limit is None else [svg.line((x(limit), 1), (x(limit), 21), "limit")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,11 +11,12 @@ from typing import Any
 import pandas as pd
 
 from dualign.core.records import Frontier, SolvedDual, as_row, read_optional_record
-from dualign.params.evaluate import ReportParams
+from dualign.params.report import ReportParams
 from dualign.report.charts import svg
 from dualign.report.comparison import REFERENCE, compare, read_answers
 from dualign.report.diagnosis import additional_constraints, predicted
 from dualign.report.formatting import percent
+from dualign.report.judged import read_verdicts
 
 Row = dict[str, Any]
 
@@ -78,6 +79,31 @@ class FinishedRun:
     def row(self, name: str | None) -> Row | None:
         """The row of a policy; None where it was not evaluated."""
         return next((row for row in self.rows if row["name"] == name), None)
+
+    @cached_property
+    def verdicts(self) -> pd.DataFrame:
+        """What judges said of answers to suites: see `dualign.report.judged`."""
+        return read_verdicts(self.root, self.params)
+
+    def judged_suites(self) -> Iterator[tuple[str, pd.DataFrame]]:
+        """The suites that anything is known of, in the order of params, each with its verdicts."""
+        for name in self.params.suites:
+            verdicts = self.verdicts[self.verdicts["suite"] == name]
+            if len(verdicts):
+                yield name, verdicts
+
+    def in_order(self, policies: Iterable[str]) -> list[str]:
+        """Names of policies in the order of the table; those that were not evaluated come last."""
+        order = [row["name"] for row in self.rows] + list(self.params.policies)
+        return sorted(policies, key=order.index)
+
+    def mark_of(self, policy: str) -> Row:
+        """How the page marks a policy in tables and charts."""
+        row = self.row(policy)
+        keys = ("number", "style", "recommended")
+        if row is None:
+            return {"number": None, "style": "method unknown", "recommended": False}
+        return {key: row[key] for key in keys}
 
     @cached_property
     def additional(self) -> list[Row]:

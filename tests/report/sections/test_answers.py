@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dualign.params.evaluate import ReportParams
+from dualign.params.report import ReportParams
 from dualign.report.page import write
 from dualign.report.sections import answers
 from dualign.report.sections.base import FinishedRun

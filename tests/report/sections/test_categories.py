@@ -10,10 +10,11 @@ import pytest
 
 from dualign.core.artifacts import write_parquet
 from dualign.core.schema import ANSWERS
-from dualign.params.evaluate import ReportParams
+from dualign.params.report import ReportParams
 from dualign.report.page import write
 from dualign.report.sections import categories
 from dualign.report.sections.base import FinishedRun
+from tests.report.conftest import shown
 
 Run = tuple[Path, ReportParams]
 SCHEMA = pa.schema([*ANSWERS, ("category", pa.string())])
@@ -41,8 +42,8 @@ def test_shares_by_category_are_those_of_its_answers(run: Run) -> None:
     answers = categorise(root, "caid")
     categorise(root, "sft")
     section = categories.section(FinishedRun(root, params))
-    assert section is not None and set(section.values["judged"]) == {"caid", "sft"}
-    rows = {row["name"]: row for row in section.values["categories"]}
+    assert section is not None and section.values["tables"][0]["judged"] == ["caid", "sft"]
+    rows = {row["name"]: row for row in section.values["tables"][0]["categories"]}
     assert list(rows) == [HOSTILE, "animals", "cooking"]
     animals = answers[answers["category"] == "animals"]
     expected = (animals["cost"] > 0).groupby(animals["prompt_id"]).mean()
@@ -77,6 +78,19 @@ def test_one_prompt_has_a_share_without_ends(run: Run) -> None:
     write_parquet(root / "reports/evaluation/caid/answers.parquet", only, SCHEMA)
     section = categories.section(FinishedRun(root, params))
     assert section is not None
-    (row,) = section.values["categories"]
+    (row,) = section.values["tables"][0]["categories"]
     assert (row["name"], row["prompts"]) == ("rare", 1)
     assert row["shares"]["caid"]["low"] is None
+
+
+def test_categories_of_a_suite_are_told_by_every_judge(judged: Run) -> None:
+    tables = shown(categories.section(FinishedRun(*judged)))["tables"]
+    assert [table["what"] for table in tables] == ["unsafe answers by ours", "refusals by refusal"]
+    rows = {row["name"]: row for row in tables[1]["categories"]}
+    assert len(rows) == 4 and rows["homonyms"]["prompts"] == 12
+    run = FinishedRun(*judged)
+    own = run.verdicts[
+        (run.verdicts["judge"] == "refusal") & (run.verdicts["policy"] == "safety_only")
+    ]
+    expected = own.loc[own["category"] == "homonyms", "refused"].mean()
+    assert rows["homonyms"]["shares"]["safety_only"]["mean"] == pytest.approx(expected)

@@ -1,0 +1,96 @@
+"""Who wins against whom, by every judge that says: Elo, and win rates over the reference policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from dualign.evaluation.ranking import (
+    battles_against,
+    battles_by_score,
+    length_controlled_win_rate,
+    rank,
+    win_rate,
+)
+from dualign.report.charts import svg
+from dualign.report.charts.strip import strip
+from dualign.report.charts.svg import Range
+from dualign.report.comparison import REFERENCE
+from dualign.report.judged import known_ends, known_scores, read_lengths
+from dualign.report.sections.base import FinishedRun, Row, Section
+
+#: Draws of prompts for an interval.
+_DRAWS = 1000
+
+
+def section(run: FinishedRun) -> Section | None:
+    """None where no judge compares answers or gives a reward or a cost."""
+    tables: list[Row] = []
+    for suite, verdicts in run.judged_suites():
+        if not any(verdicts[key].notna().any() for key in ("win", "reward", "cost")):
+            continue  # multiple choice, or a judge that neither compares nor scores
+        compared = {REFERENCE} if verdicts["win"].notna().any() else set()
+        met = sorted({*verdicts["policy"]} | compared)
+        lengths = read_lengths(run.root, suite, met)
+        found = rankings(verdicts, lengths, run.params.confidence)
+        _mark(run, found)
+        tables += [{"suite": suite, **table} for table in found]
+    return Section("ranking", "Ranking", {"tables": tables}) if tables else None
+
+
+def _mark(run: FinishedRun, tables: list[Row]) -> None:
+    """Give every row the number and style of its policy, and its rating as a picture; all of a
+    suite on one scale.
+    """
+    rows = [row for table in tables for row in table["rows"]]
+    extent = svg.domain(end for row in rows for end in row["elo"].values())
+    for row in rows:
+        row |= run.mark_of(row["name"])
+        row["strip"] = strip(Range.of(row["elo"]), None, extent, "", "Elo with its interval")
+
+
+def rankings(verdicts: pd.DataFrame, lengths: pd.DataFrame, confidence: float) -> list[Row]:
+    """By every judge of a suite and everything that says who wins: Elo of all policies, and win
+    rates over the reference policy.
+    """
+    tables = []
+    for judge, rows in verdicts.groupby("judge", sort=False):
+        for what, battles in _battles(rows, lengths):
+            if len(battles):
+                tables.append({"judge": judge, "what": what, "rows": _ranked(battles, confidence)})
+    return tables
+
+
+def _battles(rows: pd.DataFrame, lengths: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    keys = {measure.key for measure in known_scores(rows)}
+    if "win" in keys:
+        yield "preference of pairs", battles_against(rows, REFERENCE, lengths)
+    if "reward" in keys:
+        yield "more reward wins", battles_by_score(rows, "reward", lengths)
+    if "cost" in keys:
+        yield "less cost wins", battles_by_score(rows, "cost", lengths, more=False)
+
+
+def _ranked(battles: pd.DataFrame, confidence: float) -> list[Row]:
+    table = rank(battles, confidence=confidence, draws=_DRAWS)
+    return [_place(row, battles, confidence) for row in table.to_dict("records")]
+
+
+def _place(row: Row, battles: pd.DataFrame, confidence: float) -> Row:
+    name = row["policy"]
+    elo = {"mean": row["elo"], "low": row["low"], "high": row["high"]}
+    place: Row = {"name": name, "elo": elo, "win": None, "level": None, "ties": None}
+    if not _met(battles, name, REFERENCE):
+        return place
+    won = win_rate(battles, name, REFERENCE, confidence)
+    level = length_controlled_win_rate(
+        battles, name, REFERENCE, confidence=confidence, draws=_DRAWS
+    )
+    told = {"win": known_ends(won.rate), "level": level.as_dict(), "ties": won.ties}
+    return place | told
+
+
+def _met(battles: pd.DataFrame, one: str, other: str) -> bool:
+    first, second = battles["first"], battles["second"]
+    return bool((((first == one) & (second == other)) | ((first == other) & (second == one))).any())

@@ -1,0 +1,120 @@
+"""Every policy on every suite by every judge, with what sets it apart from the reference policy."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pandas as pd
+
+from dualign.report.comparison import Interval
+from dualign.report.formatting import number, plural, points
+from dualign.report.judged import SCORES, found_differences, gaps, known_scores, means
+from dualign.report.sections.base import FinishedRun, Row, Section
+
+_MEASURES = {measure.key: measure for measure in SCORES}
+
+#: Judge and label of the prompts, policy, score.
+Key = tuple[str, str, str, str]
+
+
+def section(run: FinishedRun) -> Section | None:
+    """None where nothing was judged."""
+    suites = [_table(run, name, verdicts) for name, verdicts in run.judged_suites()]
+    if not suites:
+        return None
+    scores = known_scores(run.verdicts)
+    return Section("suites", "Suites", {"suites": suites, "scores": scores})
+
+
+def _table(run: FinishedRun, name: str, verdicts: pd.DataFrame) -> Row:
+    """One suite: a row for each policy, a column for each score by each judge, on the prompts of
+    each label.
+    """
+    confidence = run.params.confidence
+    compared = gaps(verdicts, confidence)
+    groups = dict(tuple(verdicts.groupby(["judge", "label"], sort=False)))
+    columns = [
+        {"measure": measure, "judge": judge, "label": label, "better": _better(measure.key, label)}
+        for measure, (judge, label) in product(SCORES, groups)
+        if groups[judge, label][measure.key].notna().any()
+    ]
+    return {
+        "name": name,
+        "suite": run.params.suites[name].suite,
+        "prompts": verdicts["prompt_id"].nunique(),
+        "columns": columns,
+        "rows": _rows(run, groups, columns, _apart(compared, 1 - confidence)),
+        "tests": len(compared),
+        "power": [_power(row) for row in found_differences(compared, confidence)],
+        "failures": [_failures(judge, rows) for judge, rows in _failed(verdicts)],
+    }
+
+
+def _rows(
+    run: FinishedRun,
+    groups: dict[tuple[str, str], pd.DataFrame],
+    columns: list[Row],
+    apart: dict[Key, Row],
+) -> list[Row]:
+    found: dict[tuple[str, str, str], dict[str, Interval]] = {}
+    for (judge, label), verdicts in groups.items():
+        for policy, rows in verdicts.groupby("policy"):
+            found[judge, label, policy] = means(rows, run.params.confidence)
+    rows = []
+    for policy in run.in_order({policy for *_, policy in found}):
+        cells = []
+        for column in columns:
+            judge, label, key = column["judge"], column["label"], column["measure"].key
+            mean = found.get((judge, label, policy), {}).get(key)
+            cells.append({"mean": mean, "gap": apart.get((judge, label, policy, key))})
+        rows.append({"name": policy, **run.mark_of(policy), "cells": cells})
+    return rows
+
+
+def _apart(compared: pd.DataFrame, alpha: float) -> dict[Key, Row]:
+    """The differences by judge, label, policy and score, and which of them chance hardly makes."""
+    found: dict[Key, Row] = {}
+    for row in compared.to_dict("records"):
+        better = _better(row["score"], row["label"])
+        ends = {end: row[end] if np.isfinite(row[end]) else None for end in ("low", "high")}
+        found[row["judge"], row["label"], row["first"], row["score"]] = {
+            "mean": row["mean"],
+            **ends,
+            "p_holm": row["p_holm"],
+            "standing": _standing(row["mean"], better) if row["p_holm"] <= alpha else "",
+        }
+    return found
+
+
+def _better(score: str, label: str) -> str | None:
+    """Which way is better; refusing is so by what was asked."""
+    if score == "refused":
+        return {"safe": "less", "unsafe": "more"}.get(label)
+    return _MEASURES[score].better
+
+
+def _standing(mean: float, better: str | None) -> str:
+    if better is None:
+        return "differs"
+    return "better" if (mean > 0) == (better == "more") else "worse"
+
+
+def _power(row: Row) -> str:
+    """A difference that the suite tells, in words."""
+    measure = _MEASURES[row["score"]]
+    size = row["difference"]
+    told = f"{points(size)} points" if measure.unit == "share" else number(size)
+    prompts = plural(row["prompts"], f"{row['label']} prompt".strip())
+    return f"{told} in {measure.heading} ({row['judge']}, {prompts})"
+
+
+def _failed(verdicts: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    by_judge = verdicts.groupby("judge", sort=False)
+    return [(judge, rows) for judge, rows in by_judge if rows["failure"].notna().any()]
+
+
+def _failures(judge: str, rows: pd.DataFrame) -> str:
+    counts = rows["failure"].value_counts()
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
+    return f"{counts.sum()} of {plural(len(rows), 'verdict')} by {judge} ({reasons})"

@@ -1,0 +1,54 @@
+"""Rankings by pairs, by reward and by cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dualign.core.artifacts import write_parquet
+from dualign.core.errors import DualignError
+from dualign.core.schema import VERDICTS
+from dualign.params.report import ReportParams
+from dualign.report.sections import ranking
+from dualign.report.sections.base import FinishedRun
+from tests.report.conftest import shown, verdicts
+
+Run = tuple[Path, ReportParams]
+
+
+def test_where_nothing_was_judged_there_is_no_such_section(run: Run) -> None:
+    assert ranking.section(FinishedRun(*run)) is None
+
+
+def test_rankings_are_by_pairs_by_reward_and_by_cost(judged: Run) -> None:
+    tables = shown(ranking.section(FinishedRun(*judged)))["tables"]
+    assert [(table["judge"], table["what"]) for table in tables] == [
+        ("ours", "more reward wins"), ("ours", "less cost wins"),
+        ("other", "more reward wins"), ("gpt", "preference of pairs"),
+    ]  # fmt: skip
+    by_ours, _, by_other, by_pairs = (
+        {row["name"]: row for row in table["rows"]} for table in tables
+    )
+    assert next(iter(by_ours)) == "reward_dpo" and list(by_ours)[-1] == "safety_only"
+    assert by_ours["reward_dpo"]["win"]["mean"] > by_other["reward_dpo"]["win"]["mean"]
+    own = verdicts(judged, "gpt")
+    won = own.loc[own["policy"] == "dualign", "win"].dropna()
+    assert by_pairs["dualign"]["win"]["mean"] == pytest.approx(won.mean())
+    level = by_pairs["dualign"]["level"]
+    assert level["low"] < level["mean"] < level["high"]
+    assert by_pairs["sft"]["win"] is None and by_pairs["sft"]["elo"]["mean"] > 0
+
+
+def test_a_policy_of_which_every_verdict_failed_is_in_no_ranking(judged: Run) -> None:
+    own = verdicts(judged, "gpt")
+    own.loc[own["policy"] == "dualign", ["win", "failure"]] = [None, "time-out"]
+    write_parquet(judged[0] / "reports/judgements/gpt/verdicts.parquet", own, VERDICTS)
+    tables = shown(ranking.section(FinishedRun(*judged)))["tables"]
+    assert "dualign" not in {row["name"] for row in tables[-1]["rows"]}
+
+
+def test_answers_that_were_judged_and_are_gone_are_named(judged: Run) -> None:
+    (judged[0] / "reports/answers/asked/sft.parquet").unlink()
+    with pytest.raises(DualignError, match=r"answers/asked/sft\.parquet"):
+        ranking.section(FinishedRun(*judged))

@@ -1,0 +1,95 @@
+"""The spread over seeds: this run beside comparisons of others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import t as t_distribution
+
+from dualign.core.artifacts import read_json, write_json
+from dualign.core.errors import DualignError
+from dualign.params.report import ReportParams
+from dualign.report.comparison import compare
+from dualign.report.page import write
+from dualign.report.sections import seeds
+from dualign.report.sections.base import FinishedRun
+from tests.report.conftest import LIMIT, shown
+
+Run = tuple[Path, ReportParams]
+
+
+def keep(run: Run, name: str, shift: float = 0.0, **changes: Any) -> dict[str, Any]:
+    """Put a comparison beside the run in which all costs of methods are higher by `shift`."""
+    root, params = run
+    other = compare(root, params.policies, params.confidence, params.limit) | changes
+    for policy, row in other["policies"].items():
+        if policy != "sft":
+            row["cost"] = {key: value + shift for key, value in row["cost"].items()}
+    write_json(root / f"reports/seeds/{name}.json", other)
+    return read_json(root / f"reports/seeds/{name}.json")
+
+
+def test_without_other_runs_there_is_no_such_section(run: Run) -> None:
+    (run[0] / "reports/seeds").mkdir()
+    (run[0] / "reports/seeds/README.md").write_text("It stands in every checkout.")
+    assert seeds.section(FinishedRun(*run)) is None
+
+
+def test_the_interval_is_students_over_runs(run: Run) -> None:
+    others = [keep(run, "8", 0.3), keep(run, "9", -0.1)]
+    values = shown(seeds.section(FinishedRun(*run)))
+    assert values["others"] == ["8", "9"] and values["runs"] == 3 and not values["refused"]
+    rows = {row["name"]: row for row in values["spread"]}
+    own = FinishedRun(*run).comparison
+    means = [c["policies"]["dualign"]["cost"]["mean"] for c in (own, *others)]
+    reach = t_distribution.ppf(0.975, 2) * np.std(means, ddof=1) / np.sqrt(3)
+    cost = rows["dualign"]["spread"]["cost"]
+    assert cost["mean"] == pytest.approx(np.mean(means))
+    assert (cost["low"], cost["high"]) == pytest.approx(
+        (np.mean(means) - reach, np.mean(means) + reach)
+    )
+    gain = rows["dualign"]["gains"]["cost"]
+    reference = own["policies"]["sft"]["cost"]["mean"]
+    assert gain["mean"] == pytest.approx(np.mean(means) - reference)
+    assert rows["sft"]["gains"] == {} and rows["dualign"]["there"] == 3
+
+
+def test_a_policy_that_another_run_lacks_is_counted_where_it_is(run: Run) -> None:
+    other = keep(run, "8", 0.1)
+    del other["policies"]["sacpo"]
+    write_json(run[0] / "reports/seeds/8.json", other)
+    rows = {row["name"]: row for row in shown(seeds.section(FinishedRun(*run)))["spread"]}
+    assert rows["sacpo"]["there"] == 1 and rows["sacpo"]["spread"]["cost"]["low"] is None
+
+
+def test_the_run_itself_counts_once(run: Run) -> None:
+    keep(run, "7")
+    assert seeds.section(FinishedRun(*run)) is None
+    keep(run, "8", 0.1)
+    assert shown(seeds.section(FinishedRun(*run)))["others"] == ["8"]
+
+
+def test_runs_of_another_question_are_left_out_and_told(run: Run) -> None:
+    keep(run, "8", 0.1)
+    keep(run, "loose", 0.1, limit=LIMIT + 1)
+    other = keep(run, "other", 0.1)
+    other["policies"]["sacpo"]["folder"] = "aligned/mine"
+    write_json(run[0] / "reports/seeds/other.json", other)
+    values = shown(seeds.section(FinishedRun(*run)))
+    assert values["others"] == ["8"]
+    assert values["refused"] == [
+        "loose.json has limit 0.85", "other.json has aligned/mine for policy sacpo"
+    ]  # fmt: skip
+    out = run[0] / "index.html"
+    write(*run, out)
+    html = out.read_text()
+    assert "loose.json has limit 0.85" in html and "cost in each run against the limit" in html
+
+
+def test_a_file_that_is_no_comparison_is_named(run: Run) -> None:
+    write_json(run[0] / "reports/seeds/8.json", {"limit": LIMIT})
+    with pytest.raises(DualignError, match=r"8\.json: policies: field required"):
+        seeds.section(FinishedRun(*run))
