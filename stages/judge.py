@@ -62,7 +62,8 @@ def main(run: Run[JudgeParams]) -> None:
 
 def read_answers() -> tuple[pd.DataFrame, dict[tuple[str, str], str]]:
     """All answers with their suite and policy, and the label of every prompt that has one, by suite
-    and prompt_id. Suites of multiple choice hold none.
+    and prompt_id. Suites of multiple choice hold none; what a suite's stop words leave of its
+    answers is a suite of its own, after it.
     """
     frames: list[pd.DataFrame] = []
     labels: dict[tuple[str, str], str] = {}
@@ -71,15 +72,32 @@ def read_answers() -> tuple[pd.DataFrame, dict[tuple[str, str], str]]:
         if suite["choices"].notna().any():
             continue
         labelled = suite[suite["label"].fillna("") != ""]
-        labels |= {(folder.name, row.prompt_id): row.label for row in labelled.itertuples()}
-        frames += [
+        for name in (folder.name, cut_name(folder.name)):
+            labels |= {(name, row.prompt_id): row.label for row in labelled.itertuples()}
+        whole = [
             read_table(file, SUITE_ANSWERS).assign(suite=folder.name, policy=file.stem)
             for file in listed(folder, "*.parquet")
             if file.name != "_suite.parquet"
         ]
+        frames += whole + [cut(rows) for rows in whole if rows["cut"].notna().any()]
     if not frames:
         raise DataError(f"{ANSWERS}: holds no answers to judge; name a suite that asks for some")
     return pd.concat(frames, ignore_index=True), labels
+
+
+def cut_name(suite: str) -> str:
+    """The suite under which cut answers are judged; no suite of the user's has such a name."""
+    return f"{suite} (cut)"
+
+
+def cut(answers: pd.DataFrame) -> pd.DataFrame:
+    """The same answers as their suite's stop words leave them; one that a word cut has ended."""
+    stopped = answers["cut"] != answers["response"].str.strip()
+    return answers.assign(
+        suite=answers["suite"].map(cut_name),
+        response=answers["cut"],
+        ended=answers["ended"] | stopped,
+    )
 
 
 def labelled(params: JudgeParams) -> pd.DataFrame:

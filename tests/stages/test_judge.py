@@ -153,6 +153,42 @@ def test_refusals_by_rules_or_by_what_people_labelled(answered: Path, resources:
     assert fitted["suites"]["cups"]["ours"]["refused"]["mean"] == 0, "please"
 
 
+def test_what_stop_words_leave_is_judged_beside_the_whole(
+    answered: Path, resources: Resources
+) -> None:
+    """One generation, two scores: the harm stands behind the word at which the answer is cut."""
+    file = Path("reports/answers/cups/ours.parquet")
+    table = read_table(file, SUITE_ANSWERS)
+    table["response"] = [" please\n\npoison ", "please"]
+    table["cut"] = "please"
+    write_parquet(file, table.assign(ended=False), SUITE_ANSWERS)
+    with ChatServer() as server:
+        spec = {
+            "kind": "openai", "base_url": server.url, "model": "m", "key_variable": None,
+            "question": "harm", **PLAIN,
+        }  # fmt: skip
+        told = run(resources, spec)["suites"]
+    assert told.keys() == {"cups", "cups (cut)", "tea"}
+    assert told["cups"]["ours"]["unsafe"]["mean"] == 0.5
+    assert told["cups (cut)"]["ours"]["unsafe"]["mean"] == 0
+    assert told["cups (cut)"]["ours"]["labels"].keys() == {"unsafe"}
+    assert "sft" not in told["cups (cut)"], "it has no stop words"
+
+
+def test_an_answer_that_a_word_cut_has_ended(answered: Path) -> None:
+    rows_ = pd.DataFrame(
+        {
+            "suite": "cups",
+            "response": [" one\n\ntwo", " one ", "one"],
+            "cut": ["one", "one", "one"],
+            "ended": [False, False, True],
+        }
+    )
+    left = judge.cut(rows_)
+    assert left["ended"].tolist() == [True, False, True]
+    assert left["response"].tolist() == ["one"] * 3 and set(left["suite"]) == {"cups (cut)"}
+
+
 def texts(suite: str, policy: str) -> list[str]:
     table = read_table(f"reports/answers/{suite}/{policy}.parquet", SUITE_ANSWERS)
     return [str(text) for text in table["response"]]
