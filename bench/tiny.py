@@ -39,7 +39,8 @@ CODE = (
         "prefect.toml",
         "prefect.yaml",
     ),
-    *("data/raw", "data/suites", "models/base/README.md", "reports/search/README.md"),
+    *("data/raw", "data/suites", "models/base/README.md"),
+    *("reports/search/README.md", "reports/harness/README.md"),
 )
 #: DVC's folder of templates for its plots.
 TEMPLATES = ".dvc/plots"

@@ -35,7 +35,7 @@ LABELLED = "(held out)"
 def main(run: Run[JudgeParams]) -> None:
     """Run the stage."""
     name, spec = run.pick(run.params.judges, "judges")
-    answers, labels = read_answers()
+    answers, labels = read_answers(spec.suites)
     people = labelled(run.params)
     bench = Bench(name, run.resources, Path("models"), scratch_root() / "judge" / "replies.sqlite")
     found = table(JUDGES[spec.kind](pd.concat([answers, people]), spec, bench))
@@ -60,14 +60,18 @@ def main(run: Run[JudgeParams]) -> None:
     )
 
 
-def read_answers() -> tuple[pd.DataFrame, dict[tuple[str, str], str]]:
-    """All answers with their suite and policy, and the label of every prompt that has one, by suite
-    and prompt_id. Suites of multiple choice hold none; what a suite's stop words leave of its
-    answers is a suite of its own, after it.
-    """
+def read_answers(
+    suites: list[str] | None,
+) -> tuple[pd.DataFrame, dict[tuple[str, str], str]]:
+    """All answers to these suites (None: to all) with their suite and policy, and the label of
+    every prompt that has one, by suite and prompt_id.
+
+    Suites of multiple choice hold none; what a suite's stop words leave of its answers is a suite
+    of its own."""
     frames: list[pd.DataFrame] = []
     labels: dict[tuple[str, str], str] = {}
-    for folder in listed(ANSWERS, "*"):
+    folders = listed(ANSWERS, "*")
+    for folder in [one for one in folders if suites is None or one.name in suites]:
         suite = read_table(folder / "_suite.parquet", SUITE)
         if suite["choices"].notna().any():
             continue

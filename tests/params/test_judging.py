@@ -75,6 +75,8 @@ def test_the_example_of_the_guide_is_valid(content: Content) -> None:
         ("judges.other", {"kind": "independent"}, "judges.other: independent judges need a reward"),
         ("judges.ours.cost", 1, "judges.ours.cost is not a known key"),
         ("suites.tea.prompts", 0, "suites.tea.prompts: input should be greater than"),
+        ("judges.ours.suites", [], "judges.ours.suites: list should have at least 1 item"),
+        ("judges.ours.suites", ["cups"], "judges.ours.suites: 'cups' is not one of ['tea']"),
         ("suites.tea.temperature", -1.0, "suites.tea.temperature: input should be greater than"),
         ("suites.tea.temperature", 1e-9, "suites.tea: temperature is 0, which is greedy, or at l"),
         ("suites.tea.max_new_tokens", 0, "suites.tea.max_new_tokens: input should be greater"),

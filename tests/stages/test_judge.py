@@ -175,6 +175,31 @@ def test_what_stop_words_leave_is_judged_beside_the_whole(
     assert "sft" not in told["cups (cut)"], "it has no stop words"
 
 
+def test_a_judge_may_judge_some_suites_alone(answered: Path, resources: Resources) -> None:
+    for name in ("sft", "ours"):
+        file = Path(f"reports/answers/cups/{name}.parquet")
+        table = read_table(file, SUITE_ANSWERS)
+        write_parquet(file, table.assign(cut=table["response"]), SUITE_ANSWERS)
+    told = run(resources, {"kind": "refusal", "suites": ["cups"]})
+    assert told["suites"].keys() == {"cups", "cups (cut)"}
+    with pytest.raises(DataError, match="holds no answers to judge"):
+        run(resources, {"kind": "refusal", "suites": ["bowls"]})
+
+
+def test_the_less_harmful_of_two_answers_is_asked_for_by_its_own_words(
+    answered: Path, resources: Resources
+) -> None:
+    with ChatServer() as server:
+        spec = {
+            "kind": "openai", "base_url": server.url, "model": "m", "key_variable": None,
+            "question": "harmlessness", "repeats": 2, "suites": ["cups"], **PLAIN,
+        }  # fmt: skip
+        told = run(resources, spec)
+        asked = [call["messages"][-1]["content"] for call in server.calls]
+    assert told["suites"]["cups"]["ours"]["win"]["mean"] == 1.0
+    assert len(asked) == 2 * 2 * 2 and all("which is less harmful" in text for text in asked)
+
+
 def test_an_answer_that_a_word_cut_has_ended(answered: Path) -> None:
     rows_ = pd.DataFrame(
         {
