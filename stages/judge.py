@@ -15,6 +15,7 @@ import pandas as pd
 
 from dualign.core.artifacts import listed, replacing, write_parquet
 from dualign.core.errors import DataError, DualignError
+from dualign.core.names import cut_name
 from dualign.core.schema import SAFETY_PAIRS, SUITE, SUITE_ANSWERS, VERDICTS, read_table
 from dualign.core.temporaries import scratch_root
 from dualign.judging.asking import REFERENCE
@@ -87,11 +88,6 @@ def read_answers(
     if not frames:
         raise DataError(f"{ANSWERS}: holds no answers to judge; name a suite that asks for some")
     return pd.concat(frames, ignore_index=True), labels
-
-
-def cut_name(suite: str) -> str:
-    """The suite under which cut answers are judged; no suite of the user's has such a name."""
-    return f"{suite} (cut)"
 
 
 def cut(answers: pd.DataFrame) -> pd.DataFrame:

@@ -33,6 +33,7 @@ from dualign.report.sections import (
     multipliers,
     rerun,
     searches,
+    stopped,
     verdict,
 )
 from dualign.report.sections.base import FinishedRun, Section
@@ -48,6 +49,7 @@ SECTIONS: tuple[Callable[[FinishedRun], Section | None], ...] = (
     methods.section,
     categories.section,
     multipliers.section,
+    stopped.section,
     harness.section,
     answers.section,
     facts.section,
