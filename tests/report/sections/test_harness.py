@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dualign.core.artifacts import write_json
 from dualign.core.errors import DataError
 from dualign.evaluation.harness import main
-from dualign.params.evaluate import ReportParams
 from dualign.report.page import write
 from dualign.report.sections import harness
 from dualign.report.sections.base import FinishedRun
 from tests.evaluation.test_harness import INSPECT, LM_EVAL
 
-Run = tuple[Path, ReportParams]
+Run = tuple[Path, Any]
 HOSTILE = "<script>alert(1)</script>"
 
 

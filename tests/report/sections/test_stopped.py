@@ -9,12 +9,11 @@ import pandas as pd
 
 from dualign.core.artifacts import write_json
 from dualign.judging.verdicts import Verdict, summarise, table
-from dualign.params.evaluate import ReportParams
 from dualign.report.page import write
 from dualign.report.sections import stopped
 from dualign.report.sections.base import FinishedRun
 
-Run = tuple[Path, ReportParams]
+Run = tuple[Path, Any]
 
 
 def judged(root: Path, *suites: str) -> dict[str, Any]:
