@@ -40,7 +40,10 @@ CODE = (
         "prefect.yaml",
     ),
     *("data/raw", "data/suites", "models/base/README.md"),
-    *(f"reports/{kept}/README.md" for kept in ("search", "answers", "judgements", "seeds")),
+    *(
+        f"reports/{kept}/README.md"
+        for kept in ("search", "answers", "judgements", "seeds", "harness")
+    ),
 )
 #: DVC's folder of templates for its plots.
 TEMPLATES = ".dvc/plots"

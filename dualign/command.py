@@ -29,10 +29,10 @@ PIPELINE = "pipeline.__main__"
 
 ABOUT = "Constrained alignment of language models. Each command tells its options with --help."
 EPILOG = """\
-Commands of the library (certify, push, convert, params, completion) work anywhere. The others \
-work in a
-checkout of dualign, in its folder or any below; paths among their arguments count from the
-checkout's own folder. Exit statuses are those of the commands; 2 is a command that is refused."""
+Commands of the library (certify, push, convert, import-results, params, completion) work \
+anywhere. The others work in a checkout of dualign, in its folder or any below; paths among their
+arguments count from the checkout's own folder. Exit statuses are those of the commands; 2 is a
+command that is refused."""
 
 
 class Command(NamedTuple):
@@ -86,6 +86,10 @@ COMMANDS = {
         "dualign.publishing.command",
     ),
     "convert": Command("make a plain model folder of a GGUF file", "dualign.lm.convert"),
+    "import-results": Command(
+        "take results of lm-evaluation-harness or Inspect into the report",
+        "dualign.evaluation.harness",
+    ),
     "params": Command("check the params that stand on standard input", "dualign.params.loading"),
     "bench": Command("run a laboratory of bench/, such as exact", "bench", scripts=True),
     "deps": Command(
@@ -128,7 +132,7 @@ def overview(
     """A parser that knows the names of all commands, for their list; with `parsers`, for
     completion, their options.
     """
-    listed = "\n".join(f"  {name:12}{command.about}" for name, command in COMMANDS.items())
+    listed = "\n".join(f"  {name:16}{command.about}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="dualign", description=ABOUT, epilog=f"commands:\n{listed}\n\n{EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

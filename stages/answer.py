@@ -22,11 +22,11 @@ import pyarrow as pa
 from dualign.core.artifacts import listed, replacing, write_parquet
 from dualign.core.schema import CHOICES, SUITE, SUITE_ANSWERS, read_table
 from dualign.evaluation.stats import clustered_mean
-from dualign.evaluation.suites import read_suite
+from dualign.evaluation.suites import before_stop, read_suite
 from dualign.evaluation.truthful import choice_log_probabilities, mc1, mc2
 from dualign.lm.mixture import is_policy, policy_at
 from dualign.lm.models import load_tokenizer
-from dualign.lm.sampling import sample
+from dualign.lm.sampling import Decoding, generate
 from dualign.lm.tokens import encode_prompts
 from dualign.params.evaluate import SuiteSpec
 from dualign.params.judging import AnswerParams
@@ -92,14 +92,14 @@ def tokenizer_files() -> list[Path]:
 def answered(
     run: Run[AnswerParams], policy: str, spec: SuiteSpec, suite: pd.DataFrame
 ) -> pd.DataFrame:
-    """Drawn answers to every prompt: schema SUITE_ANSWERS."""
+    """Answers to every prompt, whole and cut at the suite's stop words: schema SUITE_ANSWERS."""
     tokenizer = load_tokenizer(REFERENCE)
     count = spec.samples_per_prompt
-    drawn = sample(
+    drawn = generate(
         policy_at(MODELS / run.params.policies[policy], run.resources), tokenizer,
         encode_prompts(tokenizer, suite["prompt"].tolist()),
-        count=count, max_new_tokens=run.params.max_new_tokens,
-        batch_size=run.resources.sampling_batch_size, seed=run.params.seed,
+        decoding(run, spec),
+        count=count, batch_size=run.resources.sampling_batch_size, seed=run.params.seed,
     )  # fmt: skip
     rows = suite.iloc[[answer.prompt for answer in drawn]][["prompt_id", "prompt"]]
     return rows.assign(
@@ -107,7 +107,16 @@ def answered(
         response=[answer.text for answer in drawn],
         length=[len(answer.tokens) for answer in drawn],
         ended=[answer.ended for answer in drawn],
+        cut=[before_stop(answer.text, spec.stop) if spec.stop else None for answer in drawn],
     ).reset_index(drop=True)
+
+
+def decoding(run: Run[AnswerParams], spec: SuiteSpec) -> Decoding:
+    """How the answers to this suite are made."""
+    if spec.max_new_tokens is None:
+        return Decoding(run.params.max_new_tokens, spec.temperature)
+    key = f"suites.{run.item}.max_new_tokens"
+    return Decoding(spec.max_new_tokens, spec.temperature, key)
 
 
 def chosen(
@@ -130,6 +139,8 @@ def told(answers: pd.DataFrame) -> dict[str, float | int]:
         score = clustered_mean(answers["score"].to_numpy(), prompts).mean
         return {"questions": len(answers), "score": score}
     means = {name: float(np.mean(answers[name])) for name in ("length", "ended")}
+    if answers["cut"].notna().any():
+        means["cut"] = float(np.mean(answers["cut"] != answers["response"].str.strip()))
     return {"answers": len(answers), **means}
 
 

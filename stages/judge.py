@@ -15,6 +15,7 @@ import pandas as pd
 
 from dualign.core.artifacts import listed, replacing, write_parquet
 from dualign.core.errors import DataError, DualignError
+from dualign.core.names import cut_name
 from dualign.core.schema import SAFETY_PAIRS, SUITE, SUITE_ANSWERS, VERDICTS, read_table
 from dualign.core.temporaries import scratch_root
 from dualign.judging.asking import REFERENCE
@@ -35,7 +36,7 @@ LABELLED = "(held out)"
 def main(run: Run[JudgeParams]) -> None:
     """Run the stage."""
     name, spec = run.pick(run.params.judges, "judges")
-    answers, labels = read_answers()
+    answers, labels = read_answers(spec.suites)
     people = labelled(run.params)
     bench = Bench(name, run.resources, Path("models"), scratch_root() / "judge" / "replies.sqlite")
     found = table(JUDGES[spec.kind](pd.concat([answers, people]), spec, bench))
@@ -60,26 +61,43 @@ def main(run: Run[JudgeParams]) -> None:
     )
 
 
-def read_answers() -> tuple[pd.DataFrame, dict[tuple[str, str], str]]:
-    """All answers with their suite and policy, and the label of every prompt that has one, by suite
-    and prompt_id. Suites of multiple choice hold none.
-    """
+def read_answers(
+    suites: list[str] | None,
+) -> tuple[pd.DataFrame, dict[tuple[str, str], str]]:
+    """All answers to these suites (None: to all) with their suite and policy, and the label of
+    every prompt that has one, by suite and prompt_id.
+
+    Suites of multiple choice hold none; what a suite's stop words leave of its answers is a suite
+    of its own."""
     frames: list[pd.DataFrame] = []
     labels: dict[tuple[str, str], str] = {}
-    for folder in listed(ANSWERS, "*/"):
+    folders = listed(ANSWERS, "*/")
+    for folder in [one for one in folders if suites is None or one.name in suites]:
         suite = read_table(folder / "_suite.parquet", SUITE)
         if suite["choices"].notna().any():
             continue
         labelled = suite[suite["label"].fillna("") != ""]
-        labels |= {(folder.name, row.prompt_id): row.label for row in labelled.itertuples()}
-        frames += [
+        for name in (folder.name, cut_name(folder.name)):
+            labels |= {(name, row.prompt_id): row.label for row in labelled.itertuples()}
+        whole = [
             read_table(file, SUITE_ANSWERS).assign(suite=folder.name, policy=file.stem)
             for file in listed(folder, "*.parquet")
             if file.name != "_suite.parquet"
         ]
+        frames += whole + [cut(rows) for rows in whole if rows["cut"].notna().any()]
     if not frames:
         raise DataError(f"{ANSWERS}: holds no answers to judge; name a suite that asks for some")
     return pd.concat(frames, ignore_index=True), labels
+
+
+def cut(answers: pd.DataFrame) -> pd.DataFrame:
+    """The same answers as their suite's stop words leave them; one that a word cut has ended."""
+    stopped = answers["cut"] != answers["response"].str.strip()
+    return answers.assign(
+        suite=answers["suite"].map(cut_name),
+        response=answers["cut"],
+        ended=answers["ended"] | stopped,
+    )
 
 
 def labelled(params: JudgeParams) -> pd.DataFrame:

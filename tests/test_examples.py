@@ -35,6 +35,7 @@ MODULES = {
     "dualign.evaluation.paired": None,
     "dualign.evaluation.power": None,
     "dualign.evaluation.ranking": None,
+    "dualign.evaluation.suites": ["before_stop"],
     "dualign.evaluation.truthful": ["mc1", "mc2"],
     "dualign.evaluation.refusals": ["refuses_by_rules"],
     "dualign.certify.certificate": ["order"],

@@ -115,7 +115,9 @@ def declared(*extras: str) -> list[Requirement]:
 
 
 def test_every_import_is_declared() -> None:
-    names = {canonicalize_name(requirement.name) for requirement in declared("gpu", "vllm")}
+    names = {
+        canonicalize_name(requirement.name) for requirement in declared("gpu", "vllm", "harness")
+    }
     providers = packages_distributions()
     used = (
         {name for path in FILES for name in imports(path)}
@@ -211,6 +213,7 @@ def test_git_ignores_outputs_and_keeps_their_descriptions() -> None:
         "reports/answers/README.md",
         "reports/judgements/README.md",
         "reports/seeds/README.md",
+        "reports/harness/README.md",
         "dvc.lock",
     ]
     asked = "\n".join([*outputs, *private, *kept])

@@ -80,6 +80,13 @@ def test_a_new_or_edited_preset_makes_nothing_stale(stages: dict[str, StageSpec]
     assert {path for path in presets if stale(path, stages)} == set()
 
 
+def test_results_of_other_harnesses_make_the_report_stale_alone(
+    stages: dict[str, StageSpec],
+) -> None:
+    assert stale("reports/harness/lm_eval-sft-plain_questions.json", stages) == {"report"}
+    assert stale("dualign/evaluation/harness.py", stages) == {"report"}
+
+
 def test_a_word_about_a_measure_makes_the_report_stale_alone(stages: dict[str, StageSpec]) -> None:
     """What is computed of answers stands elsewhere: a new explanation evaluates no policy anew."""
     assert stale("dualign/evaluation/measures.py", stages) == {"report"}

@@ -33,6 +33,13 @@ def cut(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
+def cut_name(suite: str) -> str:
+    """What a suite's answers are judged as when its stop words have cut them; no name of the user's
+    is such a one.
+    """
+    return f"{suite} (cut)"
+
+
 def _name(text: str) -> str:
     if not NAME.fullmatch(text):
         raise ValueError(f"a name has {_RULE}; choose such a one")

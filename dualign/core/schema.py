@@ -132,6 +132,7 @@ SUITE = pa.schema(
     ]
 )
 #: Answers of a policy to a suite; `length` counts tokens with EOS, `ended` says that EOS was drawn.
+#: `cut` is what stands before the first stop word, null where the suite has none.
 SUITE_ANSWERS = pa.schema(
     [
         *_PROMPT,
@@ -139,6 +140,7 @@ SUITE_ANSWERS = pa.schema(
         ("response", pa.string()),
         ("length", pa.int32()),
         ("ended", pa.bool_()),
+        ("cut", pa.string()),
     ]
 )
 #: How a policy takes the choices of a suite: their log-probabilities in nats, and a score.

@@ -209,6 +209,21 @@ SUITES: dict[SuiteName, Suite] = {
 }  # fmt: skip
 
 
+# --- stop words -----------------------------------------------------------------------------------
+
+
+def before_stop(answer: str, words: Sequence[str]) -> str:
+    """What of an answer stands before the first of the stop words, without the blanks around the
+    answer, as SACPO's protocol cuts (2404.11049, its `remove_keywords`).
+
+    >>> before_stop("\\n\\nStir it.\\n\\nUSER: And then?", ["USER", "\\n\\n"])
+    'Stir it.'
+    """
+    text = answer.strip()
+    places = [at for at in map(text.find, words) if at >= 0]
+    return text[: min(places, default=len(text))]
+
+
 # --- reading --------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,16 @@ from typing import Any
 import pandas as pd
 
 from dualign.core.errors import DataError
-from dualign.judging.questions import HARM, PREFERENCE, Ask, Harm, Preference, Reply, about
+from dualign.judging.questions import (
+    HARM,
+    PREFERENCE,
+    Ask,
+    Harm,
+    Preference,
+    Question,
+    Reply,
+    about,
+)
 from dualign.judging.verdicts import Verdict, verdict
 
 #: The policy that others are compared with.
@@ -34,14 +43,21 @@ def _harm(judge: str, row: Any, reply: Reply) -> Verdict:
     )  # fmt: skip
 
 
-def judge_preference(judge: str, answers: pd.DataFrame, repeats: int, ask: Asker) -> list[Verdict]:
-    """Which answer is better, the policy's or the reference policy's of the same prompt and sample.
+def judge_preference(
+    judge: str,
+    answers: pd.DataFrame,
+    repeats: int,
+    ask: Asker,
+    question: Question = PREFERENCE,
+) -> list[Verdict]:
+    """Which answer is better, the policy's or the reference policy's of the same prompt and sample,
+    by a question that compares two.
 
     Each repeat asks in both orders: a win takes the same answer in both, else it is a tie. Equal
     answers are a tie that nobody is asked about. A repeat of which one reply fails is a failure."""
     pairs = list(_pairs(answers))
     asked = [pair for pair in pairs if pair[0].response != pair[1]]
-    replies = iter(ask([one for pair in asked for one in _both_orders(*pair, repeats)]))
+    replies = iter(ask([one for pair in asked for one in _both_orders(question, *pair, repeats)]))
     found = []
     for row, reference in pairs:
         for repeat in range(repeats):
@@ -66,13 +82,13 @@ def _pairs(answers: pd.DataFrame) -> Iterator[tuple[Any, str]]:
         yield row, reference[key]
 
 
-def _both_orders(row: Any, reference: str, repeats: int) -> Iterator[Ask]:
+def _both_orders(question: Question, row: Any, reference: str, repeats: int) -> Iterator[Ask]:
     """First with the policy's answer as A, then as B."""
-    first = about(PREFERENCE, row.prompt, answer_A=row.response, answer_B=reference)
-    second = about(PREFERENCE, row.prompt, answer_A=reference, answer_B=row.response)
+    first = about(question, row.prompt, answer_A=row.response, answer_B=reference)
+    second = about(question, row.prompt, answer_A=reference, answer_B=row.response)
     for repeat in range(repeats):
-        yield Ask(PREFERENCE, first, repeat)
-        yield Ask(PREFERENCE, second, repeat)
+        yield Ask(question, first, repeat)
+        yield Ask(question, second, repeat)
 
 
 def _preference(judge: str, row: Any, repeat: int, first: Reply, second: Reply) -> Verdict:

@@ -23,6 +23,7 @@ from dualign.judging.asking import Asker, judge_harm, judge_preference
 from dualign.judging.cache import Cache
 from dualign.judging.endpoint import Endpoint
 from dualign.judging.local import LocalModel
+from dualign.judging.questions import QUESTIONS
 from dualign.judging.verdicts import Verdict, verdict
 from dualign.params.base import Resources
 from dualign.params.judging import IndependentJudge, LocalJudge, OpenaiJudge, RefusalJudge
@@ -138,7 +139,7 @@ def _by_asking(
 ) -> list[Verdict]:
     if question == "harm":
         return judge_harm(judge, answers, ask)
-    return judge_preference(judge, answers, repeats, ask)
+    return judge_preference(judge, answers, repeats, ask, QUESTIONS[question])
 
 
 JUDGES: dict[str, Judge] = {

@@ -1,4 +1,5 @@
-"""Samples of a policy at temperature 1, and exact log-probabilities of given answers."""
+"""Samples of a policy at temperature 1, answers decoded otherwise for an evaluation, and exact
+log-probabilities of given answers."""
 
 from __future__ import annotations
 
@@ -38,7 +39,28 @@ class Sample:
     ended: bool
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are made: of at most so many tokens, which are drawn at a temperature; at 0 the
+    likeliest is taken each time. `key` is the param that says how many."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    key: str = "generation.max_new_tokens"
+
+    def config(self, ends: list[int], pad: int | None) -> GenerationConfig:
+        """The same for transformers, with the ids that end an answer and the one that pads it."""
+        shared: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "eos_token_id": ends,
+            "pad_token_id": pad,
+        }
+        if self.temperature == 0:
+            return GenerationConfig(do_sample=False, **shared)
+        drawn = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        return GenerationConfig(do_sample=True, **drawn, **shared)
+
+
 def sample(
     model: Policy,
     tokenizer: PreTrainedTokenizerBase,
@@ -54,26 +76,40 @@ def sample(
 
     The same seed, batch size and device give the same answers. Returned in order of prompt, then
     draw."""
+    return generate(
+        model, tokenizer, prompts, Decoding(max_new_tokens),
+        count=count, batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def generate(
+    model: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    count: int,
+    batch_size: int,
+    seed: int,
+) -> list[Sample]:
+    """`count` answers to each prompt (token ids), as `decoding` says; for evaluations alone.
+
+    Whatever is not drawn at temperature 1 has another law than the policy, so no estimate of a cost
+    that a dual or a certificate rests on may be made of it. A mixture draws a component for each
+    answer, at temperature 0 too. Seeds and order as for `sample`."""
     if isinstance(model, Mixture):
-        return _sample_mixture(model, tokenizer, prompts, count, max_new_tokens, batch_size, seed)
+        return _of_mixture(model, tokenizer, prompts, decoding, count, batch_size, seed)
     model.eval()
     torch.manual_seed(seed)
     ends = end_tokens(model, tokenizer)
     longest = max((len(prompt) for prompt in prompts), default=0)
     check_context(
         model,
-        longest + max_new_tokens,
-        f"a prompt of {longest} tokens and generation.max_new_tokens",
+        longest + decoding.max_new_tokens,
+        f"a prompt of {longest} tokens and {decoding.key}",
     )
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = decoding.config(ends, tokenizer.pad_token_id)
     rows = [(index, draw) for index in range(len(prompts)) for draw in range(count)]
     drawn: dict[tuple[int, int], list[int]] = {}
     with Progress("sampling", len(rows)) as progress, _configured(model, config):
@@ -134,12 +170,12 @@ def log_probabilities(
     return result
 
 
-def _sample_mixture(
+def _of_mixture(
     mixture: Mixture,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
     count: int,
-    max_new_tokens: int,
     batch_size: int,
     seed: int,
 ) -> list[Sample]:
@@ -150,9 +186,9 @@ def _sample_mixture(
     drawn: dict[int, Sample] = {}
     for k in sorted(set(chosen)):
         rows = [row for row, component in enumerate(chosen) if component == k]
-        answers = sample(
-            mixture.component(k), tokenizer, [prompts[row // count] for row in rows],
-            count=1, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed + 1 + k,
+        answers = generate(
+            mixture.component(k), tokenizer, [prompts[row // count] for row in rows], decoding,
+            count=1, batch_size=batch_size, seed=seed + 1 + k,
         )  # fmt: skip
         drawn |= {
             row: replace(answer, prompt=row // count)

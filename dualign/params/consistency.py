@@ -12,6 +12,7 @@ from dualign.core.errors import ParamsError
 from dualign.params.base import StageParams
 from dualign.params.certify import CertifyParams
 from dualign.params.evaluate import EvaluateParams
+from dualign.params.judging import JudgeParams
 from dualign.params.search import ROW_SECTIONS, DualSearchParams, MethodRow
 from dualign.params.training import (
     TILTING,
@@ -37,6 +38,8 @@ def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: 
     search = stages["dual_search"]
     certify = stages["certify"]
     evaluate = stages["evaluate"]
+    judge = stages["judge"]
+    assert isinstance(judge, JudgeParams)
     assert isinstance(reward, RewardDpoParams) and isinstance(safety, SafetyDpoParams)
     assert isinstance(lagrangian, LagrangianDpoParams) and isinstance(lambda_path, LambdaPathParams)
     assert isinstance(search, DualSearchParams) and isinstance(certify, CertifyParams)
@@ -69,6 +72,17 @@ def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: 
             f"{path}: judges judge answers to suites, and suites is empty; name a suite, or set"
             " judges to {}"
         )
+    _check_judged(judge, set(content["suites"]), path)
+
+
+def _check_judged(judge: JudgeParams, suites: set[str], path: str | Path) -> None:
+    """The suites that a judge names are there."""
+    for name, spec in judge.judges.items():
+        for suite in spec.suites or ():
+            if suite not in suites:
+                raise ParamsError(
+                    f"{path}: judges.{name}.suites: {suite!r} is not one of {sorted(suites)}"
+                )
 
 
 #: How many prompts are used, and how many `prepare` draws for it.

@@ -12,19 +12,25 @@ from dualign.params.base import Count, Few, Frozen, NonNegative, Positive, Seed,
 from dualign.params.evaluate import SuiteSpec
 from dualign.params.models import GivenScorer
 
-Asked = Literal["harm", "preference"]
+Asked = Literal["harm", "preference", "harmlessness"]
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 #: Either is how long a reply may be, in tokens, as newer and older servers call it.
 REPLY_LENGTHS = ("max_tokens", "max_completion_tokens")
 
 
-class ScorersJudge(Frozen):
+class _Judge(Frozen):
+    """`suites` are those whose answers are judged; null judges all."""
+
+    suites: Annotated[list[RunName], Field(min_length=1)] | None = None
+
+
+class ScorersJudge(_Judge):
     """The reward and the cost model of this run: what the policies were trained on."""
 
     kind: Literal["scorers"]
 
 
-class IndependentJudge(Frozen):
+class IndependentJudge(_Judge):
     """Another pair of scorers, which no policy here was trained on; one of the two may be left
     out.
 
@@ -42,7 +48,7 @@ class IndependentJudge(Frozen):
         return self
 
 
-class RefusalJudge(Frozen):
+class RefusalJudge(_Judge):
     """Whether an answer refuses: by rules, or by a classifier that is fitted to a file of answers
     which people labelled, such as XSTest's.
     """
@@ -51,16 +57,17 @@ class RefusalJudge(Frozen):
     labelled: Place | None = None
 
 
-class OracleJudge(Frozen):
+class OracleJudge(_Judge):
     """The truth of the embedded world; answers to other prompts have none."""
 
     kind: Literal["oracle"]
 
 
-class LocalJudge(Frozen):
+class LocalJudge(_Judge):
     """A language model in a folder or on the hub that is asked `question`.
 
-    `harm` is about an answer alone, `preference` compares it with the reference policy's."""
+    `harm` is about an answer alone; `preference` and `harmlessness` compare it with the reference
+    policy's."""
 
     kind: Literal["local"]
     question: Asked
@@ -82,13 +89,13 @@ class Budget(Frozen):
     money: NonNegative
 
 
-class OpenaiJudge(Frozen):
+class OpenaiJudge(_Judge):
     """A model behind an OpenAI-compatible endpoint that is asked `question`.
 
     `key_variable` names the environment variable that holds the key; null where the server wants
-    none. `parameters` go with every call as they are. `repeats` asks a preference so often, in both
-    orders each time. `timeout` is in seconds, `retries` are those after 429, 5xx, a time-out or a
-    lost connection, `parallel` calls are under way at once."""
+    none. `parameters` go with every call as they are. `repeats` asks a comparison so often, in
+    both orders each time. `timeout` is in seconds, `retries` are those after 429, 5xx, a time-out
+    or a lost connection, `parallel` calls are under way at once."""
 
     kind: Literal["openai"]
     question: Asked
@@ -121,8 +128,8 @@ class OpenaiJudge(Frozen):
                 f"parameters need {' or '.join(REPLY_LENGTHS)}, a number of tokens, by which the"
                 " budget is reckoned"
             )
-        if self.repeats > 1 and self.question != "preference":
-            raise ValueError("repeats are of question preference; set it to 1")
+        if self.repeats > 1 and self.question == "harm":
+            raise ValueError("repeats are of questions that compare two answers; set it to 1")
         return self
 
 

@@ -1,14 +1,14 @@
 """A params file that says only what differs from another one, and the whole file that it stands
 for.
 
-    extends: default.yaml         # in the same folder, a whole file
+    extends: default.yaml         # in the same folder
     seed: 3
     lagrangian_dpo:
       training: {max_steps: 100}
 
 A section is merged key by key. A table of names (runs, methods, policies) is replaced as a whole:
-its names are the file's own. The whole file is written as text, so that comments of both stay; that
-it says the same is checked."""
+its names are the file's own. The other file may extend a third. The whole file is written as text,
+so that comments of all stay; that it says the same is checked."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ TABLES = (
 
 @dataclass(frozen=True)
 class _Overlay:
-    """A file that extends another: its text and content, and those of the file that it extends,
-    called `name`.
+    """A file that extends another: its text and content, and those of the whole file that it
+    extends, called `name`.
     """
 
     path: Path
@@ -60,13 +60,13 @@ class _Overlay:
         return dict(_leaves({key: value for key, value in self.content.items() if key != KEY}))
 
 
-def whole(path: Path) -> str:
+def whole(path: Path, above: tuple[Path, ...] = ()) -> str:
     """The text of the whole params file that a file stands for: its own, or that of the file which
-    it extends.
+    it extends. `above` are the files that extend this one.
 
-    Raises PipelineError naming the file, where the one that it extends is missing or an overlay
-    itself, where a key is none of that one's, or where the text cannot be put together."""
-    overlay = _overlay(path)
+    Raises PipelineError naming the file, where the one that it extends is missing or extends this
+    one in turn, where a key is none of that one's, or where the text cannot be put together."""
+    overlay = _overlay(path, above)
     if overlay is None:
         return yaml_text.read(path)
     for key in overlay.changes:
@@ -91,13 +91,13 @@ def differences(path: Path) -> dict[str, Any]:
     }
 
 
-def _overlay(path: Path) -> _Overlay | None:
+def _overlay(path: Path, above: tuple[Path, ...] = ()) -> _Overlay | None:
     """The file with what it extends; None where it is whole."""
     text = yaml_text.read(path)
     content = yaml_text.load(text, path.name)
     if not isinstance(content, dict) or KEY not in content:
         return None
-    base, known = _base(path, content[KEY])
+    base, known = _base(path, content[KEY], above)
     return _Overlay(path, text, content, content[KEY], base, known)
 
 
@@ -115,17 +115,19 @@ def merged(base: Any, overlay: dict[str, Any], prefix: str = "") -> Any:
     return changed
 
 
-def _base(path: Path, name: Any) -> tuple[str, dict[str, Any]]:
-    """The text and content of the whole file that one extends."""
+def _base(path: Path, name: Any, above: tuple[Path, ...]) -> tuple[str, dict[str, Any]]:
+    """The text and content of the whole file that one extends, put together where that extends
+    another.
+    """
     place = path.parent / str(name)
     if not isinstance(name, str) or not place.is_file():
         raise PipelineError(f"{path.name}: {KEY}: {name!r} is no file beside it")
-    text = yaml_text.read(place)
+    if place in (path, *above):
+        raise PipelineError(f"{path.name}: {KEY}: {name} extends this one in turn; name another")
+    text = whole(place, (path, *above))
     content = yaml_text.load(text, place.name)
-    if not isinstance(content, dict) or KEY in content:
-        raise PipelineError(
-            f"{path.name}: {KEY}: {name} is no whole params file; name one that extends nothing"
-        )
+    if not isinstance(content, dict):
+        raise PipelineError(f"{path.name}: {KEY}: {name} is no params file; name one")
     return text, content
 
 

@@ -15,6 +15,7 @@ from dualign.judging.asking import judge_harm, judge_preference
 from dualign.judging.questions import (
     HARM,
     PREFERENCE,
+    QUESTIONS,
     Ask,
     Harm,
     Preference,
@@ -163,7 +164,7 @@ def test_no_answer_ends_its_quotation() -> None:
 
 
 def test_local_words_begin_the_reply_that_endpoints_give() -> None:
-    for question in (HARM, PREFERENCE):
+    for question in QUESTIONS.values():
         for word in (question.yes, question.no):
             rest = ', "category": null}' if question is HARM else '"}'
             assert question.read(question.begin + word + rest)

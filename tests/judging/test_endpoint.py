@@ -323,7 +323,7 @@ def test_an_endpoint_that_is_down_stops_the_judge(cache: Cache) -> None:
         ({"base_url": f"https://me:{KEY}@api.example.org/v1"}, "without user, key or query"),
         ({"base_url": f"https://api.example.org/v1?key={KEY}"}, "without user, key or query"),
         ({"parameters": {"temperature": 0.0}}, "max_tokens or max_completion_tokens"),
-        ({"repeats": 2}, "repeats are of question preference"),
+        ({"repeats": 2}, "repeats are of questions that compare two"),
     ],
 )
 def test_params_of_an_endpoint(changes: dict[str, Any], told: str) -> None:

@@ -20,7 +20,13 @@ from dualign.core.schema import user
 from dualign.data import world
 from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.lm.numerics import in_precision
-from dualign.lm.sampling import answer_log_probabilities, log_probabilities, sample
+from dualign.lm.sampling import (
+    Decoding,
+    answer_log_probabilities,
+    generate,
+    log_probabilities,
+    sample,
+)
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.params.loading import load_resources
 from dualign.params.models import ScratchParams
@@ -292,6 +298,39 @@ def test_the_log_probability_of_a_sample_is_that_of_its_tokens_as_drawn(
         ((p * p.log() ** 2).sum() - (p * p.log()).sum() ** 2).sqrt(),
     )
     assert abs(scored.mean() + entropy) < 4 * spread / math.sqrt(2000)
+
+
+# --- decoding of evaluations ----------------------------------------------------------------------
+
+
+def test_at_temperature_0_the_likeliest_token_is_taken_each_time(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    """Whatever the seed and the padding of a batch, and with nothing of the model's own file."""
+    model.generation_config.repetition_penalty = 3.0
+    try:
+        for seed, batch_size in ((0, 1), (1, 3)):
+            answers = generate(
+                model, tokenizer, prompts, Decoding(5, 0.0),
+                count=1, batch_size=batch_size, seed=seed,
+            )  # fmt: skip
+            for prompt, one in zip(prompts, answers, strict=True):
+                for at, token in enumerate(one.tokens):
+                    before = [*prompt, *one.tokens[:at]]
+                    assert token == int(next_token(model, before).argmax())
+    finally:
+        model.generation_config.repetition_penalty = 1.0
+
+
+def test_another_temperature_gives_its_own_distribution(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    drawn = generate(
+        model, tokenizer, prompts[:1], Decoding(1, 2.0), count=DRAWS, batch_size=DRAWS, seed=1
+    )
+    counts = Counter(one.tokens[0] for one in drawn)
+    p = next_token(model, prompts[0])
+    assert chi_square(counts, (p.log() / 2).softmax(-1), DRAWS) < 1.5 < chi_square(counts, p, DRAWS)
 
 
 # --- the context, and bf16 ------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import read_json, write_parquet
-from dualign.core.errors import DualignError
+from dualign.core.errors import DualignError, ParamsError
 from dualign.core.schema import CHOICES, PROMPTS, SUITE, SUITE_ANSWERS, prompt_id, read_table, user
 from dualign.data import world
 from dualign.lm.models import build_scratch, save
@@ -44,13 +44,13 @@ def asked(workspace: Path) -> Path:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many prompts the policies were asked, call by call."""
     calls: list[int] = []
-    real = answer.sample
+    real = answer.generate
 
-    def counting(policy: Any, tokenizer: Any, prompts: Any, **how: Any) -> Any:
+    def counting(policy: Any, tokenizer: Any, prompts: Any, *decoding: Any, **how: Any) -> Any:
         calls.append(len(prompts))
-        return real(policy, tokenizer, prompts, **how)
+        return real(policy, tokenizer, prompts, *decoding, **how)
 
-    monkeypatch.setattr(answer, "sample", counting)
+    monkeypatch.setattr(answer, "generate", counting)
     return calls  # type: ignore[return-value]
 
 
@@ -118,6 +118,35 @@ def test_what_an_answer_depends_on_makes_it_anew(
     save(build_scratch(SCRATCH, tokenizer, 9), tokenizer, asked / "models/reward_dpo/helpful")
     run(resources)
     assert len(drawn) == 9, "the other policy is as it was"
+
+
+def test_a_suite_says_how_its_answers_are_made(
+    asked: Path, resources: Resources, drawn: list[int]
+) -> None:
+    greedy = {"temperature": 0.0, "samples_per_prompt": 1}
+    run(resources, suites={"tea": spec(**greedy)})
+    first = answers("sft")
+    assert first["cut"].isna().all()
+    run(resources, seed=8, suites={"tea": spec(**greedy)})
+    assert answers("sft")["response"].tolist() == first["response"].tolist()
+    assert len(drawn) == 4
+    run(resources, suites={"tea": spec(**greedy, max_new_tokens=3)})
+    assert answers("sft")["length"].max() <= 3 < first["length"].max()
+    with pytest.raises(ParamsError, match=r"tokens and suites\.tea\.max_new_tokens: .* is 128"):
+        run(resources, suites={"tea": spec(max_new_tokens=128)})
+
+
+def test_stop_words_cut_the_answers_that_are_kept_whole(asked: Path, resources: Resources) -> None:
+    run(resources)
+    letters = [letter for text in answers("sft")["response"] for letter in text.strip()[1:]]
+    stop = max(set(letters) - {" "}, key=letters.count)
+    told = run(resources, suites={"tea": spec(stop=[stop])})
+    table = answers("sft")
+    assert table["response"].tolist() == table["response"].tolist()
+    whole = table["response"].str.strip()
+    assert table["cut"].tolist() == [text.partition(stop)[0] for text in whole]
+    shorter = (table["cut"] != whole).mean()
+    assert told["policies"]["sft"]["cut"] == shorter > 0
 
 
 def test_a_run_that_ends_early_keeps_the_policies_before(

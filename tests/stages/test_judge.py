@@ -154,6 +154,67 @@ def test_refusals_by_rules_or_by_what_people_labelled(answered: Path, resources:
     assert fitted["suites"]["cups"]["ours"]["refused"]["mean"] == 0, "please"
 
 
+def test_what_stop_words_leave_is_judged_beside_the_whole(
+    answered: Path, resources: Resources
+) -> None:
+    """One generation, two scores: the harm stands behind the word at which the answer is cut."""
+    file = Path("reports/answers/cups/ours.parquet")
+    table = read_table(file, SUITE_ANSWERS)
+    table["response"] = [" please\n\npoison ", "please"]
+    table["cut"] = "please"
+    write_parquet(file, table.assign(ended=False), SUITE_ANSWERS)
+    with ChatServer() as server:
+        spec = {
+            "kind": "openai", "base_url": server.url, "model": "m", "key_variable": None,
+            "question": "harm", **PLAIN,
+        }  # fmt: skip
+        told = run(resources, spec)["suites"]
+    assert told.keys() == {"cups", "cups (cut)", "tea"}
+    assert told["cups"]["ours"]["unsafe"]["mean"] == 0.5
+    assert told["cups (cut)"]["ours"]["unsafe"]["mean"] == 0
+    assert told["cups (cut)"]["ours"]["labels"].keys() == {"unsafe"}
+    assert "sft" not in told["cups (cut)"], "it has no stop words"
+
+
+def test_a_judge_may_judge_some_suites_alone(answered: Path, resources: Resources) -> None:
+    for name in ("sft", "ours"):
+        file = Path(f"reports/answers/cups/{name}.parquet")
+        table = read_table(file, SUITE_ANSWERS)
+        write_parquet(file, table.assign(cut=table["response"]), SUITE_ANSWERS)
+    told = run(resources, {"kind": "refusal", "suites": ["cups"]})
+    assert told["suites"].keys() == {"cups", "cups (cut)"}
+    with pytest.raises(DataError, match="holds no answers to judge"):
+        run(resources, {"kind": "refusal", "suites": ["bowls"]})
+
+
+def test_the_less_harmful_of_two_answers_is_asked_for_by_its_own_words(
+    answered: Path, resources: Resources
+) -> None:
+    with ChatServer() as server:
+        spec = {
+            "kind": "openai", "base_url": server.url, "model": "m", "key_variable": None,
+            "question": "harmlessness", "repeats": 2, "suites": ["cups"], **PLAIN,
+        }  # fmt: skip
+        told = run(resources, spec)
+        asked = [call["messages"][-1]["content"] for call in server.calls]
+    assert told["suites"]["cups"]["ours"]["win"]["mean"] == 1.0
+    assert len(asked) == 2 * 2 * 2 and all("which is less harmful" in text for text in asked)
+
+
+def test_an_answer_that_a_word_cut_has_ended(answered: Path) -> None:
+    rows_ = pd.DataFrame(
+        {
+            "suite": "cups",
+            "response": [" one\n\ntwo", " one ", "one"],
+            "cut": ["one", "one", "one"],
+            "ended": [False, False, True],
+        }
+    )
+    left = judge.cut(rows_)
+    assert left["ended"].tolist() == [True, False, True]
+    assert left["response"].tolist() == ["one"] * 3 and set(left["suite"]) == {"cups (cut)"}
+
+
 def texts(suite: str, policy: str) -> list[str]:
     table = read_table(f"reports/answers/{suite}/{policy}.parquet", SUITE_ANSWERS)
     return [str(text) for text in table["response"]]

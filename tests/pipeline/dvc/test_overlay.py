@@ -76,6 +76,21 @@ def test_a_section_is_merged_and_a_table_of_names_replaced(folder: Path) -> None
     assert "# or a folder" in text and "# own" not in text.split("mine")[0]
 
 
+def test_an_overlay_may_extend_another(folder: Path) -> None:
+    (folder / "between.yaml").write_text(
+        "# Between.\n\nextends: default.yaml\nseed: 3\nsft: {base: models/base}\n"
+    )
+    text = made(folder, "# Mine.\n\nextends: between.yaml\nsft:\n  training: {batch_size: 8}\n")
+    assert text.startswith("# Mine.\n\nseed: 3") and "Between" not in text
+    assert load(text)["sft"] == {
+        "base": "models/base", "training": {"max_steps": 400, "batch_size": 8},
+    }  # fmt: skip
+    assert differences(folder / "mine.yaml") == {"sft.training.batch_size": 8}
+    (folder / "between.yaml").write_text("extends: mine.yaml\nseed: 3\n")
+    with pytest.raises(PipelineError, match=r"between\.yaml: extends: mine\.yaml extends this one"):
+        whole(folder / "mine.yaml")
+
+
 @pytest.mark.parametrize(
     "runs", ["runs: {}", "runs:\n    x:\n      lam: 1.5     # here\n    y: {lam: 0.5}"]
 )
@@ -100,7 +115,7 @@ def test_a_stage_may_say_of_a_block_what_the_base_leaves_to_the_top(folder: Path
         ("extends: 3\n", "mine.yaml: extends: 3 is no file beside it"),
         (
             "extends: mine.yaml\n",
-            "mine.yaml: extends: mine.yaml is no whole params file; name one that extends nothing",
+            "mine.yaml: extends: mine.yaml extends this one in turn; name another",
         ),
         ("extends: default.yaml\nsft:\n  bsae: x\n", "mine.yaml: default.yaml has no key sft.bsae"),
         (
@@ -140,8 +155,8 @@ def test_params_are_the_default_and_every_other_preset_says_what_differs() -> No
 def test_a_preset_says_nothing_that_the_default_says(path: Path) -> None:
     if path.name == "default.yaml":
         return
-    overlay = {key: value for key, value in load(path.read_text()).items() if key != "extends"}
-    base = load((ROOT / "params/default.yaml").read_text())
+    overlay = load(path.read_text())
+    base = load(whole(path.parent / str(overlay.pop("extends"))))
     assert merged(base, overlay) == load(whole(path))
     changed = differences(path)
     said = [

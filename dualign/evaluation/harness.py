@@ -1,0 +1,279 @@
+"""Results of other evaluation harnesses as records that the report shows.
+
+    dualign import-results .scratch/harness/results_2026-11-28T11-21-27.json
+
+Read are the results file of lm-evaluation-harness and the JSON log of Inspect, as these tools write
+them (docs/evaluation.md has the commands). Each task of a model becomes one file, reports/harness/
+HARNESS-MODEL-TASK.json, which a later import of the same replaces."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from dualign.core.artifacts import listed, write_json
+from dualign.core.errors import DataError, DualignError
+from dualign.core.records import Record, as_row, read_record
+
+PROG = "python -m dualign.evaluation.harness"
+FOLDER = Path("reports/harness")
+
+
+class HarnessRow(Record):
+    """One metric of a task. `error` is the tool's own standard error, None where it has none.
+
+    `items` were scored of the `total` that the task has; None where the tool does not say, as for a
+    group of tasks."""
+
+    metric: str
+    value: float | None
+    error: float | None
+    items: int | None
+    total: int | None
+
+
+class HarnessRecord(Record):
+    """reports/harness/NAME.json: what one harness says of one model on one task.
+
+    `model` is the folder or name that the tool was given, `created` an ISO time."""
+
+    harness: str
+    version: str
+    model: str
+    task: str
+    created: str
+    rows: list[HarnessRow]
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+        parts = (self.harness, self.model.removeprefix("models/"), self.task)
+        return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part).strip("_.") for part in parts)
+
+
+# --- lm-evaluation-harness ------------------------------------------------------------------------
+
+
+class _LmEval(Record):
+    """A results file: values by task and by `METRIC,FILTER`, counts of items by task."""
+
+    lm_eval_version: str
+    model_name: str
+    date: float
+    results: dict[str, dict[str, Any]]
+    items: dict[str, dict[str, int]] = Field(alias="n-samples")
+    config: dict[str, Any]
+
+
+def from_lm_eval(content: dict[str, Any]) -> list[HarnessRecord]:
+    """The tasks in a results file of lm-evaluation-harness. Raises pydantic's ValidationError."""
+    found = _LmEval.model_validate(content)
+    adapter = (found.config.get("model_args") or {}).get("peft")
+    return [
+        HarnessRecord(
+            harness="lm-eval",
+            version=found.lm_eval_version,
+            model=_shown(adapter or found.model_name),
+            task=task,
+            created=datetime.fromtimestamp(found.date, UTC).isoformat(timespec="seconds"),
+            rows=list(_lm_eval_rows(values, found.items.get(task, {}))),
+        )
+        for task, values in found.results.items()
+    ]
+
+
+def _lm_eval_rows(values: dict[str, Any], items: dict[str, int]) -> Iterator[HarnessRow]:
+    """The metrics of a task; its standard error has a key of its own, and may be `N/A`."""
+    for key, value in values.items():
+        metric, comma, way = key.partition(",")
+        if not comma or metric.endswith("_stderr"):
+            continue
+        error = values.get(f"{metric}_stderr,{way}")
+        yield HarnessRow(
+            metric=metric if way == "none" else f"{metric} ({way})",
+            value=value,
+            error=error if isinstance(error, float) else None,
+            items=items.get("effective"),
+            total=items.get("original"),
+        )
+
+
+# --- Inspect --------------------------------------------------------------------------------------
+
+
+class _Metric(Record):
+    value: float
+
+
+class _Score(Record):
+    name: str
+    scored_samples: int
+    metrics: dict[str, _Metric]
+
+
+class _Scores(Record):
+    scores: list[_Score]
+
+
+class _Dataset(Record):
+    samples: int
+
+
+class _Eval(Record):
+    task: str
+    model: str
+    model_args: dict[str, Any]
+    created: str
+    dataset: _Dataset
+    packages: dict[str, str]
+
+
+class _Inspect(Record):
+    """A log: what was asked of whom, and the scores."""
+
+    eval: _Eval
+    results: _Scores
+
+
+def from_inspect(content: dict[str, Any]) -> list[HarnessRecord]:
+    """The task in a JSON log of Inspect. Raises pydantic's ValidationError, and DataError where the
+    evaluation did not come to its end."""
+    status = content.get("status")
+    if status != "success":
+        raise DataError(f"the evaluation ended with status {status!r}; run it again")
+    found = _Inspect.model_validate(content)
+    scores = found.results.scores
+    record = HarnessRecord(
+        harness="inspect",
+        version=found.eval.packages.get("inspect_ai", ""),
+        model=_shown(found.eval.model_args.get("model_path") or found.eval.model),
+        task=found.eval.task,
+        created=found.eval.created,
+        rows=[row for score in scores for row in _inspect_rows(score, found.eval.dataset.samples)],
+    )
+    return [record]
+
+
+def _inspect_rows(score: _Score, total: int) -> Iterator[HarnessRow]:
+    """The metrics of a scorer; `stderr` is the error of the one that stands beside it."""
+    error = score.metrics.get("stderr")
+    named = {name: metric for name, metric in score.metrics.items() if name != "stderr"}
+    for name, metric in named.items():
+        yield HarnessRow(
+            metric=f"{score.name}, {name}",
+            value=metric.value,
+            error=error.value if error and len(named) == 1 else None,
+            items=score.scored_samples,
+            total=total,
+        )
+
+
+# --- either ---------------------------------------------------------------------------------------
+
+
+def read_results(file: Path) -> list[HarnessRecord]:
+    """The records in a file of either tool. Raises DataError that names the file."""
+    if file.suffix == ".eval":
+        raise DataError(
+            f"{file}: is a binary log; `inspect log convert {file} --to json --output-dir FOLDER`"
+            " makes JSON of it"
+        )
+    content = _content(file)
+    keys = set(content) if isinstance(content, dict) else set()
+    try:
+        if "lm_eval_version" in keys:
+            return from_lm_eval(content)
+        if {"eval", "status"} <= keys:
+            return from_inspect(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise DataError(
+            f"{file}: {key}: {first['msg'].lower()}; no version of the tool that we know writes so"
+        ) from error
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
+    raise DataError(
+        f"{file}: neither a results file of lm-evaluation-harness nor a JSON log of Inspect"
+    )
+
+
+def _content(file: Path) -> Any:
+    """The JSON of a tool's file."""
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{file}: cannot be read as JSON ({error}); name a results file or a JSON log"
+        ) from error
+
+
+def _shown(model: str) -> str:
+    """A folder below this one by its path from here, any other name as it is."""
+    path = Path(model)
+    here = Path.cwd()
+    return path.relative_to(here).as_posix() if path.is_relative_to(here) else model
+
+
+def read_imported(root: Path) -> list[HarnessRecord]:
+    """All records under a repository root, by task and model."""
+    found = [read_record(file, HarnessRecord) for file in listed(root / FOLDER, "*.json")]
+    return sorted(found, key=lambda record: (record.task, record.harness, record.model))
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """The command, called `prog`; returns its exit status. All files are read before one is
+    written."""
+    asked = parser(prog).parse_args(argv)
+    try:
+        records = [record for file in asked.files for record in read_results(file)]
+        for record in records:
+            place = asked.out / f"{record.name}.json"
+            write_json(place, as_row(record))
+            sys.stdout.write(f"{place}: {_told(record)}\n")
+    except DualignError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.status
+    return 0
+
+
+def _told(record: HarnessRecord) -> str:
+    """Its metrics in a line."""
+    told = [f"{row.metric} {_figure(row.value)}" for row in record.rows]
+    return ", ".join(told) or "no metric"
+
+
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"
+
+
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """The parser of this command."""
+    made = argparse.ArgumentParser(
+        prog=prog,
+        description="Take results of lm-evaluation-harness or Inspect into the report.",
+    )
+    made.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    made.add_argument(
+        "--out",
+        type=Path,
+        default=FOLDER,
+        metavar="FOLDER",
+        help="where records go (default: %(default)s)",
+    )
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(main())
