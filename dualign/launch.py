@@ -149,11 +149,12 @@ def _end_as(stage: str, failures: dict[int, Any]) -> NoReturn:
         log.error("process %d of %s ended with status %d", rank, stage, failure.exitcode)
         sys.exit(failure.exitcode)
     log.error(
-        "process %d of %s was ended by %s, for want of memory perhaps; checkpoints are kept in %s,"
-        " run the stage again to go on from the last one",
+        "process %d of %s was ended by %s%s; checkpoints are kept in %s, run the stage again to go"
+        " on from the last one",
         rank,
         stage,
         failure.signal_name(),
+        ", for want of memory perhaps" if failure.exitcode == -signal.SIGKILL else "",
         scratch_root(),
     )
     sys.exit(128 - failure.exitcode)

@@ -107,6 +107,8 @@ class Run(Generic[P]):
             "code": _code(),
             "versions": {name: _version(name) for name in _PACKAGES},
         }
+        if ranks.world() > 1 and self.resources.distributed != "ddp":
+            key["distributed"] = self.resources.distributed  # a checkpoint of shards is another
         fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         folder = scratch_root() / self.name / fingerprint
         try:

@@ -194,7 +194,8 @@ def _logits(head: Any, config: Any, hidden: Tensor) -> Tensor:
     """Logits as the model's own forward pass makes them of its head's output (Cohere, Granite,
     Gemma scale or cap).
     """
-    logits: Tensor = head(hidden)
+    # Not by a call, whose hooks FSDP would take for another forward pass of the model.
+    logits: Tensor = head.forward(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if getattr(config, "logits_scaling", None):
         logits = logits / config.logits_scaling

@@ -399,7 +399,7 @@ class PairwiseTrainer(Shared, DPOTrainer):
             given = kwargs.get(name)
             for table in given.values() if isinstance(given, dict) else [given]:
                 _check_columns(getattr(table, "column_names", None) or [], args, name)
-        super().__init__(model, ref_model, args, **kwargs)
+        super().__init__(model, ref_model, args=args, **kwargs)
         if type(self.data_collator) is DataCollatorForPreference:
             self.data_collator = _PairCollator(**vars(self.data_collator))
         self._drawn = (-1, 0)  # step and part of the last draw of labels

@@ -32,6 +32,7 @@ from dualign.lm.loading import check_context
 from dualign.lm.numerics import device_of, precision_of
 from dualign.params.base import Resources, TrainingParams
 from dualign.training.checkpoints import Sealing, last_checkpoint
+from dualign.training.sharding import fsdp_arguments, is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "dataloader_pin_memory": not on_cpu,
         "optim": "adamw_torch",
         "ddp_find_unused_parameters": False,
+        **(fsdp_arguments() if is_sharded(resources) else {}),
     }
 
 
@@ -127,6 +129,7 @@ def run(trainer: Any, job: Job) -> Metrics:
     else:
         with faults_told(lambda told, _: _unwritten(job.scratch, told)):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.give_back()
     _drop_copy(trainer.model)
     state: TrainerState = trainer.state
     losses = [

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualign.training.sharding import Sharding
+
 #: Of a batch of which not every row counts: which do; bool [rows].
 COUNTED = "counted"
 
 
-class Shared:
+class Shared(Sharding):
     """A base of trainers whose losses are means over the rows of all processes.
 
     It counts no floating-point operations either: that took a walk through all weights at every
