@@ -17,12 +17,15 @@ import resource
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
+from dualign import launch
+from dualign.core import ranks
 from dualign.core.artifacts import is_full, listed, write_fault, write_json, write_rows
 from dualign.core.errors import DualignError, ParamsError
 from dualign.core.names import NAME, shown
@@ -104,6 +107,8 @@ class Run(Generic[P]):
             "code": _code(),
             "versions": {name: _version(name) for name in _PACKAGES},
         }
+        if ranks.world() > 1 and self.resources.distributed != "ddp":
+            key["distributed"] = self.resources.distributed  # a checkpoint of shards is another
         fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         folder = scratch_root() / self.name / fingerprint
         try:
@@ -116,17 +121,24 @@ class Run(Generic[P]):
         return folder
 
 
-def execute(main: Callable[[Run[P]], None], cls: type[P], argv: list[str] | None = None) -> None:
+def execute(
+    main: Callable[[Run[P]], None],
+    cls: type[P],
+    argv: list[str] | None = None,
+    *,
+    alone: bool = False,
+) -> None:
     """Run a stage script: `python -m stages.NAME [ITEM]`; ITEM may also be DVC's name of the stage,
-    `NAME@ITEM`.
+    `NAME@ITEM`. One that neither trains, samples nor scores is run by one process `alone`.
 
     Exits 2 after a DualignError, 3 where people's labels are awaited, 130 after an interrupt.
     """
     argv = sys.argv[1:] if argv is None else argv
     _collect_again()
     _quiet()
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.CRITICAL
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
+        level=level, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
     for noisy in ("httpx", "httpx2", "openai", "datasets", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -140,27 +152,46 @@ def execute(main: Callable[[Run[P]], None], cls: type[P], argv: list[str] | None
         item = _item(argv[0]) if argv else None
         run = Run(cls.section, item, *for_run(cls))
         _threads(run.resources)
-        started = time.monotonic()
-        main(run)
-        _provenance(run, time.monotonic() - started)
+        if not alone and launch.several(run.resources):
+            launch.start(run.name, run.resources)
+        else:
+            _work(main, run)
         _on_signals(_too_late)
     except DualignError as error:
-        log.error("%s", error)
-        sys.exit(error.status)
+        _end(str(error), error.status)
     except KeyboardInterrupt:
-        log.error(
-            "interrupted; checkpoints are kept in %s, run the stage again to go on from the"
-            " last one",
-            scratch_root(),
+        _end(
+            f"interrupted; checkpoints are kept in {scratch_root()}, run the stage again to go on"
+            " from the last one",
+            130,
         )
-        sys.exit(130)
     except Exception as error:
-        if not is_full(error):
-            raise
-        log.error("%s; free space there and run the stage again", write_fault(error))
-        sys.exit(DualignError.status)
+        if is_full(error):
+            _end(
+                f"{write_fault(error)}; free space there and run the stage again",
+                DualignError.status,
+            )
+        if launch.told(traceback.format_exc(), 1):
+            sys.exit(1)
+        raise
     finally:
         _on_signals(_too_late)
+
+
+def _work(main: Callable[[Run[P]], None], run: Run[P]) -> None:
+    """The stage itself, in each of its processes."""
+    launch.join(run.resources)
+    started = time.monotonic()
+    main(run)
+    _provenance(run, time.monotonic() - started)
+    ranks.leave()
+
+
+def _end(message: str, status: int) -> NoReturn:
+    """One line and an exit status."""
+    if not launch.told(message, status):
+        log.error("%s", message)
+    sys.exit(status)
 
 
 def _item(given: str) -> str:
@@ -176,8 +207,10 @@ def finished(scratch: Path) -> None:
 
     They go as a whole, since a rerun would take half of them for all: a kill may come here too.
     """
-    with contextlib.suppress(OSError), temporary_folder(room_for(scratch.parent)) as place:
-        scratch.rename(place / scratch.name)
+    with ranks.by_one() as mine, contextlib.suppress(OSError):
+        if mine:
+            with temporary_folder(room_for(scratch.parent)) as place:
+                scratch.rename(place / scratch.name)
 
 
 def _collect_again() -> None:
@@ -308,6 +341,7 @@ def _provenance(run: Run[P], seconds: float) -> None:
         "seconds": round(seconds, 2),
         "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
         "peak_gpu_mib": gpu,
+        "processes": ranks.world(),
         "throughput": run.throughput,
         "sources": run.sources,
     }

@@ -354,4 +354,4 @@ def _tell(solution: DualSolution, result: dict[str, Any], prices: list[Price]) -
 
 
 if __name__ == "__main__":
-    execute(main, DualInitParams)
+    execute(main, DualInitParams, alone=True)

@@ -139,4 +139,4 @@ def with_people(
 
 
 if __name__ == "__main__":
-    execute(main, JudgeParams)
+    execute(main, JudgeParams, alone=True)

@@ -31,4 +31,4 @@ def main(run: Run[PrepareParams]) -> None:
 
 
 if __name__ == "__main__":
-    execute(main, PrepareParams)
+    execute(main, PrepareParams, alone=True)

@@ -27,4 +27,4 @@ def main(run: Run[ReportParams]) -> None:
 
 
 if __name__ == "__main__":
-    execute(main, ReportParams)
+    execute(main, ReportParams, alone=True)

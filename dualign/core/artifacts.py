@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dualign.core.errors import DataError, DualignError
+from dualign.core.ranks import by_one
 from dualign.core.schema import to_table
 from dualign.core.temporaries import room_for, temporary_folder
 
@@ -41,8 +42,9 @@ _REMEDIES = {
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; on success it takes the place of `path`, on failure it is removed.
 
-    Works for a file and for a folder (created by the body). Raises DualignError where the place
-    cannot be written."""
+    Works for a file and for a folder (created by the body). Of several processes all write a
+    temporary, and the first one's is taken. Raises DualignError where the place cannot be
+    written."""
     path = Path(path)
 
     def refusal(told: str, remedy: str) -> DualignError:
@@ -54,7 +56,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(room_for(path.parent)) as place:
             yield place / path.name
-            _put(place / path.name, path)
+            with by_one() as mine:
+                if mine:
+                    _put(place / path.name, path)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from dualign.core.ranks import world
+
 log = logging.getLogger(__name__)
 
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
@@ -36,7 +38,7 @@ def watched() -> bool:
 
 class Progress:
     """Counts rows of one long step; in a log it writes a line every `every` seconds and one at the
-    end.
+    end. Of several processes each is taken to be as far as this one.
     """
 
     def __init__(self, what: str, total: int, every: float = 15.0) -> None:
@@ -54,10 +56,11 @@ class Progress:
         return self
 
     def advance(self, count: int) -> None:
-        """`count` more rows are done."""
-        self._done += count
+        """`count` more rows are done here."""
+        before = self._done
+        self._done = min(before + count * world(), self._total)
         if self._bar is not None:
-            self._bar.update(count)
+            self._bar.update(self._done - before)
         elif not self._quiet and time.monotonic() - self._last >= self._every:
             self._last = time.monotonic()
             rate = self._done / (self._last - self._start)

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from dualign.core import ranks
 from dualign.core.errors import ModelError, ParamsError
 from dualign.core.records import AdapterConfig, read_record
 from dualign.lm.loading import first_line, load_model, load_reported, require, with_adapter
@@ -317,9 +318,11 @@ def save(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
     """Write a Hugging Face folder (safetensors, tokenizer, chat template); an adapter saves itself
-    only.
+    only. Of several processes, which hold the same, one writes.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if ranks.rank() > 0:
+        return
     if not isinstance(model, PeftModel):
         model.config._name_or_path = ""
     model.save_pretrained(str(folder))

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from dualign.core import ranks
 from dualign.core.errors import ModelError
 from dualign.params.base import Resources
 
@@ -28,7 +30,7 @@ _SAME = 0.05
 
 def device_of(resources: Resources) -> torch.device:
     """The device to run on: CUDA where there is one, unless params say otherwise. One process uses
-    one GPU.
+    one GPU, of several each its own.
     """
     if resources.device == "cuda" and not torch.cuda.is_available():
         raise ModelError(
@@ -37,10 +39,12 @@ def device_of(resources: Resources) -> torch.device:
         )
     if resources.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if resources.processes != 1:
+        return torch.device("cuda", ranks.local_rank())
     if torch.cuda.device_count() > 1:
         raise ModelError(
-            f"torch sees {torch.cuda.device_count()} GPUs, and a stage runs on one: give each"
-            " process its own, e.g. CUDA_VISIBLE_DEVICES=0 dvc repro"
+            f"torch sees {torch.cuda.device_count()} GPUs, and a stage runs in one process: set"
+            " resources.processes to auto, or show it one, e.g. CUDA_VISIBLE_DEVICES=0 dvc repro"
         )
     return torch.device("cuda")
 
@@ -118,9 +122,15 @@ def _compute_in_bf16(model: Any, device: torch.device) -> None:
 
 def head_of(model: Any) -> torch.nn.Module | None:
     """What maps hidden states to logits or scores: the output embeddings, or a scorer's `score`."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    bare = _bare(model)
+    base = bare.get_base_model() if isinstance(bare, PeftModel) else bare
     head = base.get_output_embeddings()
     return head if head is not None else getattr(base, "score", None)
+
+
+def _bare(model: Any) -> Any:
+    """The model without what averages its gradients over processes."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def answer_log_probabilities(model: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
@@ -163,7 +173,7 @@ def _log_softmax_at(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     [positions], fp32.
     """
     head = head_of(model)
-    config = model.config.get_text_config()
+    config = _bare(model).config.get_text_config()
 
     def part(states: Tensor, wanted: Tensor) -> Tensor:
         logits = _logits(head, config, states)
@@ -184,7 +194,8 @@ def _logits(head: Any, config: Any, hidden: Tensor) -> Tensor:
     """Logits as the model's own forward pass makes them of its head's output (Cohere, Granite,
     Gemma scale or cap).
     """
-    logits: Tensor = head(hidden)
+    # Not by a call, whose hooks FSDP would take for another forward pass of the model.
+    logits: Tensor = head.forward(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if getattr(config, "logits_scaling", None):
         logits = logits / config.logits_scaling

@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from dualign.core import ranks
 from dualign.core.progress import Progress
 from dualign.lm.loading import check_context, context_of
 from dualign.lm.mixture import Mixture, Policy, mixture_log_probability
@@ -74,7 +76,8 @@ def sample(
     """`count` answers to each prompt (token ids), drawn from the policy itself: T = 1, no
     truncation of its tail.
 
-    The same seed, batch size and device give the same answers. Returned in order of prompt, then
+    The same seed, batch size and device give the same answers, in however many processes: each
+    batch has a seed of its own, and is drawn by one of them. Returned in order of prompt, then
     draw."""
     return generate(
         model, tokenizer, prompts, Decoding(max_new_tokens),
@@ -101,7 +104,6 @@ def generate(
     if isinstance(model, Mixture):
         return _of_mixture(model, tokenizer, prompts, decoding, count, batch_size, seed)
     model.eval()
-    torch.manual_seed(seed)
     ends = end_tokens(model, tokenizer)
     longest = max((len(prompt) for prompt in prompts), default=0)
     check_context(
@@ -111,12 +113,15 @@ def generate(
     )
     config = decoding.config(ends, tokenizer.pad_token_id)
     rows = [(index, draw) for index in range(len(prompts)) for draw in range(count)]
-    drawn: dict[tuple[int, int], list[int]] = {}
+    batches = _by_length(rows, [len(prompts[index]) for index, _ in rows], batch_size)
+    found: list[tuple[tuple[int, int], list[int]]] = []
     with Progress("sampling", len(rows)) as progress, _configured(model, config):
-        for batch in _by_length(rows, [len(prompts[index]) for index, _ in rows], batch_size):
+        for number, batch in ranks.share(list(enumerate(batches))):
+            torch.manual_seed(_batch_seed(seed, number))
             answers = _generate(model, tokenizer, [prompts[index] for index, _ in batch], config)
-            drawn.update(zip(batch, answers, strict=True))
+            found.extend(zip(batch, answers, strict=True))
             progress.advance(len(batch))
+        drawn = dict(ranks.gathered(found))
     ids = [drawn[row] for row in rows]
     texts = decode_answers(tokenizer, ids)
     return [
@@ -161,12 +166,15 @@ def log_probabilities(
             len(lengths),
             context,
         )
+    batches = list(_by_length(rows, [lengths[row] for row in rows], batch_size))
+    found = []
     with Progress("log-probabilities", len(rows)) as progress:
-        for batch in _by_length(rows, [lengths[row] for row in rows], batch_size):
-            result[batch] = _score(
-                model, tokenizer, [prompts[i] for i in batch], [answers[i] for i in batch]
-            )
+        for batch in ranks.share(batches):
+            own = [prompts[i] for i in batch], [answers[i] for i in batch]
+            found.append((batch, _score(model, tokenizer, *own)))
             progress.advance(len(batch))
+        for batch, logps in ranks.gathered(found):
+            result[batch] = logps
     return result
 
 
@@ -257,6 +265,13 @@ def _score(
         .double()
         .cpu()
     )
+
+
+def _batch_seed(seed: int, number: int) -> int:
+    """The seed of a batch: that of the draw for the first, others mixed from both. 32 bits, since a
+    CPU's generator reads no more.
+    """
+    return seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
 
 
 def _by_length(rows: list[T], lengths: Sequence[int], batch_size: int) -> Iterator[list[T]]:

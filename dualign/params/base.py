@@ -81,7 +81,9 @@ class Resources(Frozen):
     """How to run on this machine; DVC does not track it.
 
     `precision` is what matrices are multiplied in: `bf16` keeps weights that are trained in fp32,
-    `pure_bf16` does not."""
+    `pure_bf16` does not. A stage that trains, samples or scores runs in `processes` on each of
+    `nodes` machines, `auto` being one for each GPU; `distributed` says whether each holds the whole
+    model in training (`ddp`) or a shard of it (`fsdp2`)."""
 
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16", "pure_bf16"]
@@ -92,3 +94,6 @@ class Resources(Frozen):
     checkpoint_steps: Count
     log_steps: Count
     threads: Few | None
+    processes: Few | Literal["auto"] = 1
+    nodes: Few = 1
+    distributed: Literal["ddp", "fsdp2"] = "ddp"

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dualign.core import ranks
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import ModelError
 from dualign.core.progress import Progress
@@ -64,14 +65,16 @@ class Member:
         rows = self._cut(kind.encode(self.loaded, self.reading, prompts, answers, ended))
         output = np.zeros(len(rows))
         order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+        batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+        found = []
         with Progress(what, len(rows)) as progress:
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
+            for batch in ranks.share(batches):
                 ids, mask = self._padded([rows[i] for i in batch])
-                output[batch] = (
-                    kind.outputs(self.loaded, self.reading, ids, mask).double().cpu().numpy()
-                )
+                outputs = kind.outputs(self.loaded, self.reading, ids, mask)
+                found.append((batch, outputs.double().cpu().numpy()))
                 progress.advance(len(batch))
+            for batch, scores in ranks.gathered(found):
+                output[batch] = scores
         for step in self.steps:
             output = np.asarray(step(output))
         self._check(output)

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dualign.core.artifacts import sha256, write_json
+from dualign.core.ranks import by_one, gathered, rank
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +34,13 @@ class Sealing(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero:
-            return
         folder = Path(str(args.output_dir))
-        seal(folder / f"checkpoint-{state.global_step}")
-        for old in _newest_first(folder)[_KEPT:]:
-            shutil.rmtree(old, ignore_errors=True)
+        with by_one() as mine:  # all have written their part of it
+            if not (mine and state.is_world_process_zero):
+                return
+            seal(folder / f"checkpoint-{state.global_step}")
+            for old in _newest_first(folder)[_KEPT:]:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def seal(folder: Path) -> None:
@@ -54,6 +56,11 @@ def seal(folder: Path) -> None:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint in a folder; newer ones that are not are told of and removed."""
+    (found,) = gathered([_last_whole(folder)] if rank() == 0 else [])
+    return found
+
+
+def _last_whole(folder: Path) -> Path | None:
     for path in _newest_first(folder):
         why = fault(path)
         if why is None:

@@ -25,13 +25,13 @@ from dualign.training.run import (
     Job,
     Metrics,
     Model,
-    Uncounted,
     arguments,
     callbacks,
     run,
     tell_dropped,
     without_dropout,
 )
+from dualign.training.shares import COUNTED, Shared
 
 
 @dataclass(frozen=True)
@@ -364,7 +364,7 @@ def _check_columns(columns: Sequence[str], args: PairwiseConfig, table: str) -> 
             raise DataError(f"PairwiseTrainer: {table} has no column {name}; add it, {remedy}")
 
 
-class PairwiseTrainer(Uncounted, DPOTrainer):
+class PairwiseTrainer(Shared, DPOTrainer):
     """The losses of `PAIR_LOSSES` on reference columns; DPO with soft labels, anchors and NLL; see
     `dualign.math.losses`.
 
@@ -399,7 +399,7 @@ class PairwiseTrainer(Uncounted, DPOTrainer):
             given = kwargs.get(name)
             for table in given.values() if isinstance(given, dict) else [given]:
                 _check_columns(getattr(table, "column_names", None) or [], args, name)
-        super().__init__(model, ref_model, args, **kwargs)
+        super().__init__(model, ref_model, args=args, **kwargs)
         if type(self.data_collator) is DataCollatorForPreference:
             self.data_collator = _PairCollator(**vars(self.data_collator))
         self._drawn = (-1, 0)  # step and part of the last draw of labels
@@ -438,7 +438,8 @@ class PairwiseTrainer(Uncounted, DPOTrainer):
         label = self._label(inputs, logit)
         point = partial(self._reference_point, model, inputs)
         batch = PairBatch(*bounded, logit, label, (first, second), inputs, self.args, point)
-        loss = PAIR_LOSSES[self.args.pair_loss].loss(batch).mean()
+        counted = inputs.get(COUNTED)
+        loss = self.mean(PAIR_LOSSES[self.args.pair_loss].loss(batch), counted)
         if self.args.anchor_weight > 0:
             loss = loss + self.args.anchor_weight * self._anchor(inputs, ratio_first, ratio_second)
         if self.args.nll_weight > 0:
@@ -449,8 +450,10 @@ class PairwiseTrainer(Uncounted, DPOTrainer):
                 else (label, 1 - label)
             )
             weights = torch.cat(weight).to(logps.dtype)
-            loss = loss + self.args.nll_weight * losses.weighted_nll(logps, weights).mean()
-        self._record(logit, label, ratio_first, ratio_second)
+            loss = loss + self.args.nll_weight * self.mean(
+                losses.weighted_nll(logps, weights), counted
+            )
+        self._record(logit, label, torch.cat([ratio_first, ratio_second]), counted)
         return (loss, {}) if return_outputs else loss
 
     def _policy_logps(self, model: Model, inputs: dict[str, Any]) -> Tensor:
@@ -470,14 +473,15 @@ class PairwiseTrainer(Uncounted, DPOTrainer):
 
     def _reference_point(self, model: Model, inputs: dict[str, Any]) -> Tensor:
         """KTO's z = max(0, KL(pi || reference)) in nats: the mean log-ratio of mismatched answers,
-        over all devices.
+        over all processes.
 
         Each part of an accumulated batch has its own z, as in TRL's KTO.
         """
         with torch.no_grad():
             logps = self._policy_logps(model, inputs["mismatched"])
             ratios = self._bounded(logps - inputs["ref_mismatched_logps"])
-        point: Tensor = self.accelerator.gather(ratios.mean()).mean().clamp(min=0)
+            mean = self.mean(ratios, inputs.get(COUNTED))
+        point: Tensor = self.accelerator.gather(mean).mean().clamp(min=0)
         return point
 
     def _label(self, inputs: dict[str, Any], logit: Tensor) -> Tensor:
@@ -499,14 +503,17 @@ class PairwiseTrainer(Uncounted, DPOTrainer):
         )
         ratios = torch.cat([ratio_first, ratio_second])
         known = ~targets.isnan()
-        terms = losses.anchor_loss(ratios[known], targets[known], self.args.anchor_beta)
-        return terms.mean() if bool(known.any()) else ratios.sum() * 0.0
+        if COUNTED in inputs:
+            known = known & inputs[COUNTED].repeat(2)
+        # NaN would pass through the mask into the gradient.
+        terms = losses.anchor_loss(ratios, targets.nan_to_num(), self.args.anchor_beta)
+        return self.mean(terms, known)
 
-    def _record(
-        self, logit: Tensor, label: Tensor, ratio_first: Tensor, ratio_second: Tensor
-    ) -> None:
+    def _record(self, logit: Tensor, label: Tensor, ratios: Tensor, counted: Tensor | None) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
         with torch.no_grad():
-            metrics["accuracy"].append(((logit > 0) == (label > 0.5)).float().mean().item())
-            metrics["abs_logit"].append(logit.abs().mean().item())
-            metrics["log_ratio"].append(torch.cat([ratio_first, ratio_second]).mean().item())
+            right = ((logit > 0) == (label > 0.5)).float()
+            shown = {"accuracy": right, "abs_logit": logit.abs(), "log_ratio": ratios}
+            means = self.told(*(self.mean(values, counted) for values in shown.values()))
+        for name, mean in zip(shown, means, strict=True):
+            metrics[name].append(mean)

@@ -15,10 +15,11 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
@@ -41,8 +42,11 @@ from dualign.lm.sampling import sample
 from dualign.lm.tokens import decode_answers, encode_prompts
 from dualign.scoring.scorers import Scorer
 from dualign.training.run import Job, Metrics, Model, arguments, run, tell_dropped
+from dualign.training.sharding import Sharding
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -186,22 +190,23 @@ class _Ascent(TrainerCallback, ExportableState):
     def lagrangian(
         self, prompts: list[list[Message]], completion_ids: list[list[int]], **_: Any
     ) -> list[float]:
-        """TRL's reward function: one step of lambda, then (r - lambda c) / (1 + lambda) of each
-        answer.
+        """TRL's reward function: one step of lambda by the answers of all processes, then (r -
+        lambda c) / (1 + lambda) of each that is this one's.
         """
-        texts = decode_answers(self._tokenizer, completion_ids)
-        ended = [ids[-1:] == [self._tokenizer.eos_token_id] for ids in completion_ids]
+        asked = gather_object(prompts)
+        drawn = gather_object(completion_ids)
+        texts = decode_answers(self._tokenizer, drawn)
+        ended = [ids[-1:] == [self._tokenizer.eos_token_id] for ids in drawn]
         reward, cost = (
-            scorer.score(prompts, texts, batch_size=self._batch, ended=ended)
+            scorer.score(asked, texts, batch_size=self._batch, ended=ended)
             for scorer in self._scorers
         )
         if not (np.isfinite(reward).all() and np.isfinite(cost).all()):
             raise TrainingError(
                 "the reward or cost model gave a score that is NaN or infinite; train it again"
             )
-        costs = gather_object(cost.tolist())
         options = self._options
-        self._costs.extend(costs)
+        self._costs.extend(cost.tolist())
         mean = math.fsum(self._costs) / len(self._costs)
         self._log_lambda = log_lambda_step(
             self._log_lambda,
@@ -211,12 +216,12 @@ class _Ascent(TrainerCallback, ExportableState):
             options.lambda_min,
             options.lambda_max,
         )
-        self.generated_tokens += sum(gather_object([len(ids) for ids in completion_ids]))
+        self.generated_tokens += sum(map(len, drawn))
         self.history["lambda"].append(self.lam)
-        self.history["cost"].append(float(np.mean(costs)))
-        self.history["reward"].append(float(np.mean(gather_object(reward.tolist()))))
+        self.history["cost"].append(float(np.mean(cost)))
+        self.history["reward"].append(float(np.mean(reward)))
         values: list[float] = lagrangian_reward(reward, cost, self.lam).tolist()
-        return values
+        return _own(values)
 
     def state(self) -> dict[str, Any]:
         attributes = {
@@ -257,7 +262,7 @@ class _Ascent(TrainerCallback, ExportableState):
             log.info("step %d of %d: %s", state.global_step, state.max_steps, last)
 
 
-class PolicyGradientTrainer(RLOOTrainer):
+class PolicyGradientTrainer(Sharding, RLOOTrainer):
     """RLOOTrainer on answers that `dualign.lm.sampling` draws, with a KL weight that follows
     lambda.
     """
@@ -292,22 +297,22 @@ class PolicyGradientTrainer(RLOOTrainer):
         self.beta = kl_weight(options.beta, ascent.lam)
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any) -> list[list[int]]:
-        """Answers from our one sampler, so that training draws what evaluation draws."""
-        step = (
-            self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
-        )
+        """Answers from our one sampler, so that training draws what evaluation draws.
+
+        All processes draw for all prompts, which share out the batches."""
+        self.give_back()
         drawn = sample(
-            self.accelerator.unwrap_model(self.model),
+            self.whole,
             self._tokenizer,
-            prompt_ids,
+            gather_object(prompt_ids),
             count=1,
             max_new_tokens=self._options.max_new_tokens,
             batch_size=self._job.resources.sampling_batch_size,
-            seed=self._job.seed * 1_000_003
-            + step,  # so that a resumed run draws what an uninterrupted one would have
+            # So that a resumed run draws what an uninterrupted one would have.
+            seed=self._job.seed * 1_000_003 + self.state.global_step,
         )
         self.model.train()
-        return [answer.tokens for answer in drawn]
+        return [answer.tokens for answer in _own(drawn)]
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
         rewards = super()._calculate_rewards(*args)
@@ -366,6 +371,13 @@ class PolicyGradientTrainer(RLOOTrainer):
         with torch.no_grad():
             entropy = -(logps.exp() * logps).sum(-1)
         return logps.gather(-1, ids[:, -length:].unsqueeze(-1)).squeeze(-1), entropy
+
+
+def _own(rows: list[T]) -> list[T]:
+    """This process's part of what all of them have gathered, each as much."""
+    state = PartialState()
+    size = len(rows) // state.num_processes
+    return rows[state.process_index * size :][:size]
 
 
 def _config(options: PolicyGradient, job: Job, steps: int) -> RLOOConfig:

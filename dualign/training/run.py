@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from accelerate.utils import set_seed
 from peft import PeftModel
 from transformers import (
     PreTrainedModel,
@@ -23,6 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from dualign.core import ranks
 from dualign.core.artifacts import faults_told
 from dualign.core.errors import DataError, ParamsError, TrainingError
 from dualign.core.progress import watched
@@ -30,6 +32,7 @@ from dualign.lm.loading import check_context
 from dualign.lm.numerics import device_of, precision_of
 from dualign.params.base import Resources, TrainingParams
 from dualign.training.checkpoints import Sealing, last_checkpoint
+from dualign.training.sharding import fsdp_arguments, is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -50,14 +53,12 @@ class Job:
 
 
 def arguments(job: Job) -> dict[str, Any]:
+    """TRL's arguments. `batch_size` counts over all processes, which share it; raises ParamsError
+    where they cannot.
+    """
     training = job.training
     resources = job.resources
-    micro = min(resources.micro_batch_size or training.batch_size, training.batch_size)
-    if training.batch_size % micro:
-        raise ParamsError(
-            f"batch_size {training.batch_size} must be a multiple of resources.micro_batch_size"
-            f" {micro}"
-        )
+    micro = micro_batch(job)
     bf16 = precision_of(resources) is torch.bfloat16
     on_cpu = device_of(resources).type == "cpu"
     return {
@@ -66,7 +67,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "max_steps": training.max_steps or -1,
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
-        "gradient_accumulation_steps": training.batch_size // micro,
+        "gradient_accumulation_steps": training.batch_size // (micro * ranks.world()),
         "learning_rate": training.learning_rate,
         "warmup_steps": training.warmup,
         "lr_scheduler_type": training.schedule,
@@ -87,21 +88,31 @@ def arguments(job: Job) -> dict[str, Any]:
         "disable_tqdm": not watched(),
         "dataloader_pin_memory": not on_cpu,
         "optim": "adamw_torch",
+        "ddp_find_unused_parameters": False,
+        **(fsdp_arguments() if is_sharded(resources) else {}),
     }
 
 
-class Uncounted:
-    """A base of trainers that count no floating-point operations: it took a walk through all
-    weights at every step.
-    """
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0
+def micro_batch(job: Job) -> int:
+    """Rows of one process in one forward pass. Raises ParamsError where a batch is no multiple."""
+    batch = job.training.batch_size
+    processes = ranks.world()
+    share = batch // processes
+    micro = min(job.resources.micro_batch_size or share, share)
+    if share == 0 or batch % (micro * processes):
+        several = f" times {processes} processes" if processes > 1 else ""
+        raise ParamsError(
+            f"batch_size {batch} must be a multiple of resources.micro_batch_size"
+            f" {max(micro, 1)}{several}"
+        )
+    return micro
 
 
 def run(trainer: Any, job: Job) -> Metrics:
     """Train, from the last whole checkpoint if there is one; refuse a loss that is not finite."""
     check_context(trainer.model, job.training.max_length, "training.max_length")
+    if ranks.world() > 1:
+        set_seed(job.seed, device_specific=True)  # or all would drop out the same
     trainer.remove_callback(PrinterCallback)  # prints a dict per logged step beside our line
     trainer.add_callback(Sealing())
     checkpoint = last_checkpoint(job.scratch)
@@ -118,6 +129,7 @@ def run(trainer: Any, job: Job) -> Metrics:
     else:
         with faults_told(lambda told, _: _unwritten(job.scratch, told)):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.give_back()
     _drop_copy(trainer.model)
     state: TrainerState = trainer.state
     losses = [

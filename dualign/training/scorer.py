@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.nn.functional import logsigmoid
 from transformers import PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
@@ -17,13 +18,13 @@ from dualign.training.run import (
     Job,
     Metrics,
     Model,
-    Uncounted,
     arguments,
     callbacks,
     run,
     tell_dropped,
     without_dropout,
 )
+from dualign.training.shares import COUNTED, Shared
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class _FlagCollator(DataCollatorForPreference):
         return batch
 
 
-class ScorerTrainer(Uncounted, RewardTrainer):
+class ScorerTrainer(Shared, RewardTrainer):
     """RewardTrainer for a reward model, or for a cost model whose `chosen` is the more harmful
     answer.
     """
@@ -125,17 +126,19 @@ class ScorerTrainer(Uncounted, RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        flags = inputs.pop("flags").T.reshape(
-            -1
-        )  # [2 pairs]: all first answers, then all second ones, like the logits
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        score = outputs.logits.squeeze(-1).float()
-        known = flags >= 0
-        if self.args.sign_weight > 0 and bool(known.any()):
-            terms = losses.sign_loss(score[known], flags[known] == 1)
-            loss = (
-                loss + self.args.sign_weight * 2 * terms.mean()
-            )  # 2: the paper sums over both answers of a pair
+        # [2 pairs]: all first answers, then all second ones, like the logits
+        flags = inputs.pop("flags").T.reshape(-1)
+        counted = inputs.pop(COUNTED, None)
+        _, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        scores = outputs.logits.squeeze(-1)
+        high, low = scores.chunk(2)
+        loss = self.mean(-logsigmoid(high - low), counted)
+        score = scores.float()
+        if self.args.sign_weight > 0:
+            known = flags >= 0 if counted is None else (flags >= 0) & counted.repeat(2)
+            terms = losses.sign_loss(score, flags == 1)
+            # 2: the paper sums over both answers of a pair
+            loss = loss + self.args.sign_weight * 2 * self.mean(terms, known)
         if self.args.score_regularisation > 0:
-            loss = loss + self.args.score_regularisation * (score**2).mean()
+            loss = loss + self.args.score_regularisation * self.mean(score**2, counted)
         return (loss, outputs) if return_outputs else loss

@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from dualign.core import ranks
 from dualign.lm.numerics import answer_log_probabilities
 from dualign.lm.sampling import log_probabilities
 from dualign.training.run import (
     Job,
     Metrics,
     Model,
-    Uncounted,
     arguments,
     callbacks,
     run,
     tell_dropped,
 )
+from dualign.training.shares import Shared
 
 #: Label of a token that the loss leaves out.
 _IGNORED = -100
@@ -48,8 +51,30 @@ def train_sft(
         callbacks=callbacks(),
     )
     metrics = run(trainer, job)
-    metrics["heldout_loss"] = trainer.evaluate()["eval_loss"]
+    if ranks.world() == 1:
+        metrics["heldout_loss"] = trainer.evaluate()["eval_loss"]
+    else:
+        metrics["heldout_loss"] = _evaluated(model, tokenizer, heldout, job)
     return metrics
+
+
+def _evaluated(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[list[int], list[int]]],
+    job: Job,
+) -> float:
+    """What one process's trainer evaluates: the mean over rows of the loss a token of their batch,
+    whose rows are those of one forward pass.
+    """
+    kept = _fitting(rows, job.training.max_length)
+    tokens = torch.tensor([len(answer) for _, answer in kept], dtype=torch.float64)
+    logps = _logps(model, tokenizer, kept, job)
+    whole = job.training.batch_size
+    size = min(job.resources.micro_batch_size or whole, whole)
+    batches = zip(logps.split(size), tokens.split(size), strict=True)
+    sums = [-part.sum() / count.sum() * len(part) for part, count in batches]
+    return float(torch.stack(sums).sum()) / len(kept)
 
 
 def heldout_loss(
@@ -62,15 +87,28 @@ def heldout_loss(
     max_length.
     """
     kept = _fitting(rows, job.training.max_length)
-    prompts, answers = zip(*kept, strict=True)
-    logps = log_probabilities(
-        model, tokenizer, prompts, answers, batch_size=job.resources.scoring_batch_size
-    )
-    return -float(logps.sum()) / sum(map(len, answers))
+    logps = _logps(model, tokenizer, kept, job)
+    return -float(logps.sum()) / sum(len(answer) for _, answer in kept)
 
 
-class SupervisedTrainer(Uncounted, SFTTrainer):
+def _logps(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[list[int], list[int]]],
+    job: Job,
+) -> Tensor:
+    """log pi(answer | prompt) of each row, fp64."""
+    prompts, answers = zip(*rows, strict=True)
+    size = job.resources.scoring_batch_size
+    return log_probabilities(model, tokenizer, prompts, answers, batch_size=size)
+
+
+class SupervisedTrainer(Shared, SFTTrainer):
     """SFTTrainer whose loss puts only the answers' positions through the vocabulary, in fp32."""
+
+    def leave_out(self, batch: dict[str, Any], rows: Tensor) -> None:
+        """Leave the rows' tokens out, and out of their count."""
+        batch["labels"][rows] = _IGNORED
 
     def compute_loss(
         self,
@@ -86,7 +124,7 @@ class SupervisedTrainer(Uncounted, SFTTrainer):
             model, inputs["input_ids"], inputs["attention_mask"], labels
         )
         tokens = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        return -logps.sum() / tokens
+        return -logps.sum() * self.accelerator.num_processes / tokens
 
 
 def _fitting(

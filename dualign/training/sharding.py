@@ -1,0 +1,73 @@
+"""Training on shards of a model (FSDP2): each process holds a part of weights, gradients and
+optimiser, as torch's `fully_shard` lays them out through accelerate.
+
+What is trained is a copy, so that the model of the caller stays whole: it samples, scores and is
+saved as ever, and has the trained weights in the end."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
+
+from dualign.core import ranks
+from dualign.params.base import Resources
+
+
+def is_sharded(resources: Resources) -> bool:
+    """Whether a training here holds a shard of the model in each process."""
+    return ranks.world() > 1 and resources.distributed == "fsdp2"
+
+
+def fsdp_arguments() -> dict[str, Any]:
+    """What TRL's arguments need for it. Weights are computed with as the model itself says, not in
+    accelerate's mixed precision: a policy before its first step equals its reference.
+    """
+    config = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
+    return {"fsdp": True, "fsdp_config": config, "bf16": False}
+
+
+class Sharding:
+    """A base of trainers that train a copy of the model where it is sharded."""
+
+    model: Any
+    args: Any
+    accelerator: Any
+
+    def __init__(self, model: Any, *given: Any, args: Any, **options: Any) -> None:
+        if args.fsdp:  # or accelerate would go by the layers of the model before
+            AcceleratorState._reset_state()
+        self.whole = model
+        parent: Any = super()
+        parent.__init__(copy.deepcopy(model) if args.fsdp else model, *given, args=args, **options)
+        self.is_fsdp_enabled = bool(args.fsdp)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As `Trainer` does, and on CPUs too, where accelerate leaves FSDP out without a word.
+
+        While it is built the trainer has a whole model, hence no use for TRL's own reference."""
+        parent: Any = super()
+        parent.create_accelerator_and_postprocess()
+        if self.args.fsdp and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
+            state = self.accelerator.state
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        self.is_fsdp_enabled = False
+
+    def give_back(self) -> None:
+        """Put the trained weights into the model as it was passed."""
+        if self.model is self.whole:
+            return
+        trained = dict(self.model.named_parameters())
+        for name, weight in self.whole.named_parameters():
+            if weight.requires_grad:
+                weight.data.copy_(_full(trained[name]))
+
+
+def _full(weight: torch.Tensor) -> torch.Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight

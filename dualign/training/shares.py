@@ -1,0 +1,79 @@
+"""Batches that are split over processes: the loss is that of one process that has the whole batch.
+
+accelerate gives every process as many rows; where an epoch does not come out even, some come twice.
+They are marked here and count for nothing. Sums over the rows of a step are divided by what all
+processes have, and multiplied by their number, since gradients are averaged over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualign.training.sharding import Sharding
+
+#: Of a batch of which not every row counts: which do; bool [rows].
+COUNTED = "counted"
+
+
+class Shared(Sharding):
+    """A base of trainers whose losses are means over the rows of all processes.
+
+    It counts no floating-point operations either: that took a walk through all weights at every
+    step."""
+
+    accelerator: Any
+    args: Any
+    train_dataset: Any
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The parts of a step, and its tokens where the loss is divided by them; see `Trainer`."""
+        parent: Any = super()
+        batches, items = parent.get_batch_samples(epoch_iterator, num_batches, device)
+        counted = self._counted_rows()
+        if batches and counted is not None and self.accelerator.gradient_state.end_of_dataloader:
+            self.leave_out(batches[-1], ~counted.to(device))
+            items = parent._get_num_items_in_batch(batches, device)
+        return batches, items
+
+    def leave_out(self, batch: dict[str, Any], rows: Tensor) -> None:
+        """Mark rows of a batch, bool [rows], as none of this process's."""
+        batch[COUNTED] = ~rows
+
+    def mean(self, values: Tensor, counted: Tensor | None = None) -> Tensor:
+        """The part of this process in the mean over the rows of all, times their number; 0 where
+        none counts. `counted` is a mask of the rows that do, of `values` [rows, or answers].
+        """
+        if counted is None:
+            return values.mean()
+        kept = values[counted.repeat(len(values) // len(counted))]
+        if self.accelerator.num_processes == 1:
+            return kept.mean() if len(kept) else kept.sum()
+        rows = torch.tensor(float(len(kept)), device=kept.device)
+        everywhere = self.accelerator.reduce(rows, "mean")
+        return kept.sum() / everywhere.clamp(min=1 / self.accelerator.num_processes)
+
+    def told(self, *means: Tensor) -> list[float]:
+        """Means as `mean` gives them, over all processes."""
+        found = torch.stack(list(means)).detach()
+        everywhere: list[float] = self.accelerator.reduce(found, "mean").tolist()
+        return everywhere
+
+    def _counted_rows(self) -> Tensor | None:
+        """Which rows of this process's last batch in an epoch no process has before it; None where
+        they come out even.
+        """
+        processes = self.accelerator.num_processes
+        size = self.args.per_device_train_batch_size
+        left = len(self.train_dataset) % (size * processes)
+        if processes == 1 or left == 0:
+            return None
+        place = self.accelerator.process_index * size + torch.arange(size)
+        return place < left
