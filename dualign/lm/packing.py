@@ -7,6 +7,7 @@ replaced (transformers' attention interface) compute the same numbers in fewer t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +25,8 @@ PACKED = "dualign_packed"
 #: Largest difference between packed rows and padded ones of the same answers, as a share of their
 #: log-probabilities.
 _SAME = {torch.bfloat16: 2e-2, torch.float32: 1e-4, torch.float64: 1e-9}
-#: Least width of hidden states at which pairs are packed on a CPU. It pays below, too (1.4 times at
-#: 48), but the small models of the shipped world keep their bytes.
+#: Least width of hidden states at which answers are packed on a CPU. It pays below, too (1.4 times
+#: at 48), but the small models of the shipped world keep their bytes.
 WIDTH = 128
 #: A mask of four dimensions, which models hand to their attention as it is.
 _GIVEN = (1, 1, 1, 1)
@@ -171,17 +172,12 @@ def _joined(prompt: tuple[Tensor, ...], answer: tuple[Tensor, ...]) -> tuple[Ten
     return tuple(torch.cat(pair, 2) for pair in zip(prompt, answer, strict=True))
 
 
-def wide(model: Any) -> bool:
-    """Whether a model is so wide that on a CPU its pairs are packed without being asked for."""
-    return int(getattr(model.config.get_text_config(), "hidden_size", 0)) >= WIDTH
-
-
 def enable_packing(model: Any) -> bool:
     """Prepare a model for `packed_log_probabilities`; False, and nothing done, where it cannot.
 
     It can where its attention is transformers' sdpa, takes other interfaces, has no window, and a
     packed row gives the numbers of padded ones, which two short answers tell."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _base(model)
     config = base.config.get_text_config()
     if config._attn_implementation == PACKED:
         return True
@@ -196,6 +192,35 @@ def enable_packing(model: Any) -> bool:
         return True
     base.set_attn_implementation("sdpa")
     return False
+
+
+def wide(model: Any) -> bool:
+    """Whether a model is so wide that on a CPU its answers are packed without being asked for."""
+    return int(getattr(model.config.get_text_config(), "hidden_size", 0)) >= WIDTH
+
+
+def packs(model: Any) -> bool:
+    """Whether answers are packed without being asked for: on a CPU, where the model is wide and
+    can. It is prepared then.
+    """
+    return next(model.parameters()).device.type == "cpu" and wide(model) and enable_packing(model)
+
+
+@contextmanager
+def attention_kept(model: Any) -> Iterator[None]:
+    """What prepares the model for packed rows inside is undone at the end."""
+    base = _base(model)
+    before = base.config._attn_implementation
+    try:
+        yield
+    finally:
+        if base.config._attn_implementation != before:
+            base.set_attn_implementation(before)
+
+
+def _base(model: Any) -> Any:
+    """The model itself, without an adapter's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from dualign.lm.loading import check_context, context_of
 from dualign.lm.mixture import Mixture, Policy, mixture_log_probability
 from dualign.lm.models import end_tokens
 from dualign.lm.numerics import answer_log_probabilities
+from dualign.lm.packing import attention_kept, packed_log_probabilities, packs
 from dualign.lm.tokens import decode_answers
 
 log = logging.getLogger(__name__)
@@ -125,11 +126,16 @@ def log_probabilities(
             len(lengths),
             context,
         )
-    with Progress("log-probabilities", len(rows)) as progress:
+    with attention_kept(model), Progress("log-probabilities", len(rows)) as progress:
+        packed = packs(model)
+        if packed:
+            lengths = _of_prompts(prompts, lengths)
         for batch in _by_length(rows, [lengths[row] for row in rows], batch_size):
-            result[batch] = _score(
-                model, tokenizer, [prompts[i] for i in batch], [answers[i] for i in batch]
-            )
+            given = [prompts[i] for i in batch], [answers[i] for i in batch]
+            if packed:
+                result[batch] = packed_log_probabilities(model, *given).double().cpu()
+            else:
+                result[batch] = _score(model, tokenizer, *given)
             progress.advance(len(batch))
     return result
 
@@ -221,6 +227,16 @@ def _score(
         .double()
         .cpu()
     )
+
+
+def _of_prompts(prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[int]:
+    """For every row the longest of those with its prompt, so that sorted rows of a prompt lie side
+    by side.
+    """
+    longest: dict[tuple[int, ...], int] = {}
+    for prompt, length in zip(prompts, lengths, strict=True):
+        longest[tuple(prompt)] = max(length, longest.get(tuple(prompt), 0))
+    return [longest[tuple(prompt)] for prompt in prompts]
 
 
 def _by_length(rows: list[T], lengths: Sequence[int], batch_size: int) -> Iterator[list[T]]:

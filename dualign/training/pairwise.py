@@ -18,7 +18,13 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dualign.core.errors import DataError, ModelError, ParamsError
 from dualign.lm.numerics import answer_log_probabilities
-from dualign.lm.packing import enable_packing, packed_log_probabilities, wide
+from dualign.lm.packing import (
+    attention_kept,
+    enable_packing,
+    packed_log_probabilities,
+    packs,
+    wide,
+)
 from dualign.math import losses
 from dualign.params.training import LossType
 from dualign.training.pair_losses import PAIR_LOSSES, PairBatch
@@ -94,7 +100,8 @@ def train_pairwise(
     """Train a policy on pairs with `dualign.math.losses`; returns the loss curve and statistics of
     the last log line.
     """
-    return run(pairwise_trainer(model, tokenizer, pairs, pair_loss, job), job)
+    with attention_kept(model):
+        return run(pairwise_trainer(model, tokenizer, pairs, pair_loss, job), job)
 
 
 def pairwise_trainer(
@@ -485,15 +492,12 @@ class PairwiseTrainer(Uncounted, DPOTrainer):
         """Whether batches are packed. Raises ModelError where that was asked for and cannot be."""
         asked: bool | None = self.args.packed
         if asked is None:
-            asked = self.model.device.type == "cpu" and wide(self.model)
-        if not asked:
-            return False
-        able = enable_packing(self.model)
-        if self.args.packed and not able:
+            return packs(self.model)
+        if asked and not enable_packing(self.model):
             raise ModelError(
                 f"{type(self.model).__name__} cannot read packed pairs; set packed to None"
             )
-        return able
+        return asked
 
     def _bounded(self, ratio: Tensor) -> Tensor:
         """The log-ratios whose implicit rewards a h are clipped softly; the anchor keeps the

@@ -260,6 +260,7 @@ def test_hard_labels_without_anchor_are_trls_own_loss(
     assert torch.allclose(gradients[0], gradients[1], atol=1e-5)
 
 
+@pytest.mark.usefixtures("rows")
 def test_training_on_ids_ends_where_stock_dpo_on_text_ends(
     tokenizer: PreTrainedTokenizerBase, job: Job
 ) -> None:
@@ -292,7 +293,7 @@ def test_training_on_ids_ends_where_stock_dpo_on_text_ends(
     pairwise_training.train_pairwise(
         ours, tokenizer, pairs, PairLossConfig(0.5, 0.5), changed(job, max_steps=3)
     )
-    assert not same(before, weights(ours))
+    assert not same(before, weights(ours)) and ours.config._attn_implementation == "sdpa"
     for name, tensor in weights(ours).items():
         assert torch.allclose(tensor, stock.model.state_dict()[name], atol=2e-4), name
 
