@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from bench import options
@@ -52,6 +53,13 @@ SIDES = {"ours": "ours", "defaults": "TRL, defaults", "best": "TRL, best"}
 ROWS: dict[str, tuple[Any, Any, str]] = {
     "PKU": ("pku", "safety", "pku_safety/pairs.jsonl"),
     "HH": ("hh", "helpful", "hh_rlhf/helpful-base.test.jsonl.gz"),
+}
+#: Kinds of work, and what the profiler's names of their operations have in them.
+KINDS = {
+    "matrix products": ("::mm", "::addmm", "::bmm", "::_linear_pointwise"),
+    "attention": ("scaled_dot_product",),
+    "softmax over the vocabulary": ("log_softmax", "logsumexp"),
+    "optimiser": ("adamw",),
 }
 _BETA = 0.1
 #: Side of the square matrices whose product is timed.
@@ -209,6 +217,21 @@ def side(name: str, given: Settings, pairs: Sequence[Pair], talk: Connection) ->
         talk.send(told)
         trainer.train()
     talk.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    talk.recv()
+    talk.send(profiled(trainer, given.batch))
+
+
+def profiled(trainer: Any, batch: int) -> dict[str, float]:
+    """Clock seconds of one more step on the first batch, by kind of work."""
+    inputs = trainer.data_collator([trainer.train_dataset[row] for row in range(batch)])
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        trainer.training_step(trainer.model, inputs)
+        trainer.optimizer.step()
+    found = dict.fromkeys((*KINDS, "all else"), 0.0)
+    for event in seen.key_averages():
+        named = (kind for kind, names in KINDS.items() if any(name in event.key for name in names))
+        found[next(named, "all else")] += event.self_cpu_time_total / 1e6
+    return found
 
 
 def recorded(compute_loss: Callable[..., Any], losses: list[float]) -> Callable[..., Any]:
@@ -216,7 +239,7 @@ def recorded(compute_loss: Callable[..., Any], losses: list[float]) -> Callable[
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         loss = compute_loss(*args, **kwargs)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         return loss
 
     return noted
@@ -307,8 +330,9 @@ def measure(given: Settings) -> dict[str, Any]:
     torch.set_num_threads(given.threads)
     taken = [_step(talks, step) for step in range(len(pairs) // given.batch)]
     peaks = {name: talk.recv() for name, talk in talks.items()}
+    profiles = {name: _profile(talk) for name, talk in talks.items()}
     size = {key: value for key, value in told["ours"].items() if key != "reference"}
-    found = {"size": size, "peak_gib": peaks, "sources": {}}
+    found: dict[str, Any] = {"size": size, "peak_gib": peaks, "profile": profiles, "sources": {}}
     found["reference"] = {name: row["reference"] for name, row in told.items()}
     for k, (source, own) in enumerate(drawn.items()):
         first = k * (given.steps + 1) + 1
@@ -326,6 +350,12 @@ def _step(talks: Mapping[str, Any], step: int) -> dict[str, Any]:
         row[name] = talk.recv()
         log.info("step %d, %s: %.1f processor seconds", step, name, row[name]["processor"])
     return {**row, "rates": rates()}
+
+
+def _profile(talk: Any) -> dict[str, float]:
+    talk.send("profile")
+    found: dict[str, float] = talk.recv()
+    return found
 
 
 def _summed(
@@ -380,7 +410,17 @@ def page(given: Settings, found: dict[str, Any]) -> str:
     ]
     for source, rows in found["sources"].items():
         parts += [f"## {source}", _table(given, found, rows), _about(rows)]
+    parts += ["## Where the time of a step goes", _profiles(found["profile"])]
     return "\n\n".join([*parts, _NOTES]) + "\n"
+
+
+def _profiles(found: Mapping[str, Mapping[str, float]]) -> str:
+    """Shares of the clock seconds of one step, by kind of work."""
+    lines = options.head(["", *SIDES.values()])
+    for kind in (*KINDS, "all else"):
+        shares = [found[name][kind] / sum(found[name].values()) for name in SIDES]
+        lines.append(f"| {' | '.join([kind, *(f'{share:.0%}' for share in shares)])} |")
+    return "\n".join(lines)
 
 
 def _table(given: Settings, found: dict[str, Any], rows: dict[str, Any]) -> str:
