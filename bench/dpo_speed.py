@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,15 @@ log = logging.getLogger(__name__)
 
 PROGRAM = "python -m bench.dpo_speed"
 #: What is compared, and how it is called in the table.
-SIDES = {"ours": "ours", "defaults": "TRL, defaults", "best": "TRL, best"}
+SIDES = {
+    "trl": {"ours": "ours", "defaults": "TRL, defaults", "best": "TRL, best"},
+    "parts": {
+        "ours": "ours",
+        "padded": "with padded rows",
+        "torch": "with torch's products",
+        "neither": "with both",
+    },
+}
 #: Sources of pairs: their format, the kind of pair, and the file in the folder of the rows.
 ROWS: dict[str, tuple[Any, Any, str]] = {
     "PKU": ("pku", "safety", "pku_safety/pairs.jsonl"),
@@ -79,6 +88,7 @@ class Settings:
     rate: float = knob(1e-6, "learning rate")
     tokens: int = knob(512, "longest prompt with an answer")
     precision: str = knob("fp32", "fp32 or bf16")
+    against: str = knob("trl", "trl, or parts: ours without some of what makes it quick")
     threads: int = knob(1, "torch's threads")
     seed: int = knob(0, "seed of the rows")
 
@@ -87,6 +97,13 @@ class Settings:
             raise DualignError("batch, steps, tokens and threads must be at least 1, rate above 0")
         if self.precision not in ("fp32", "bf16"):
             raise DualignError(f"--precision {self.precision!r} is neither fp32 nor bf16")
+        if self.against not in SIDES:
+            raise DualignError(f"--against {self.against!r} is neither trl nor parts")
+
+    @property
+    def sides(self) -> dict[str, str]:
+        """What is compared, and how it is called in the table."""
+        return SIDES[self.against]
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -209,7 +226,7 @@ def side(name: str, given: Settings, pairs: Sequence[Pair], talk: Connection) ->
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as folder:
-        build = _ours if name == "ours" else _stock
+        build = _ours if given.against == "parts" or name == "ours" else _stock
         trainer, told = build(name, given, pairs, Path(folder))
         losses: list[float] = []
         trainer.compute_loss = recorded(trainer.compute_loss, losses)
@@ -261,6 +278,8 @@ def _ours(
     tokenizer = load_tokenizer(given.base)
     model = load_policy(given.base, resources, trained=True)
     size = size_of(model)
+    if name in ("torch", "neither"):
+        by_torch(model)
     began = time.process_time()
     known = with_reference(pairs, model, tokenizer, 2 * given.batch)
     reference = (time.process_time() - began) / len(pairs)
@@ -278,7 +297,16 @@ def _ours(
     job = Job(schedule, resources, folder, given.seed)
     trainer = pairwise_trainer(model, tokenizer, known, PairLossConfig(_BETA, _BETA), job)
     trainer.args.train_sampling_strategy = "sequential"
+    if name in ("padded", "neither"):
+        trainer._packed = False
     return trainer, {"reference": reference, **size}
+
+
+def by_torch(model: torch.nn.Module) -> None:
+    """Let the layers of a model multiply by torch's own product again."""
+    for module in model.modules():
+        if type(module) is onednn.OneDnnLinear:
+            module.__class__ = torch.nn.Linear  # type: ignore[assignment]
 
 
 def _stock(
@@ -286,8 +314,9 @@ def _stock(
 ) -> tuple[Any, dict[str, Any]]:
     """TRL's trainer, and what was before its first step."""
     best = name == "best"
-    model = AutoModelForCausalLM.from_pretrained(given.base, dtype=torch.float32)
-    again = AutoModelForCausalLM.from_pretrained(given.base, dtype=torch.float32)
+    load = partial(AutoModelForCausalLM.from_pretrained, given.base, dtype=torch.float32)
+    model = load()
+    reference = None if best else load()
     arguments = {
         "output_dir": str(folder),
         "beta": _BETA,
@@ -307,7 +336,7 @@ def _stock(
         arguments |= {"precompute_ref_batch_size": 2 * given.batch, "dataloader_pin_memory": False}
     began = time.process_time()
     tokenizer = load_tokenizer(given.base)
-    trainer = stock_trainer(model, None if best else again, tokenizer, pairs, arguments)
+    trainer = stock_trainer(model, reference, tokenizer, pairs, arguments)
     spent = (time.process_time() - began) / len(pairs)
     return trainer, {"reference": spent if best else 0.0}
 
@@ -321,7 +350,7 @@ def measure(given: Settings) -> dict[str, Any]:
     pairs = [pair for source in drawn.values() for pair in source]
     context = multiprocessing.get_context("spawn")
     talks: dict[str, Any] = {}
-    for name in SIDES:
+    for name in given.sides:
         talks[name], other = context.Pipe()
         arguments = (name, given, pairs, other)
         context.Process(target=side, args=arguments, daemon=True).start()
@@ -370,7 +399,7 @@ def _summed(
     found["rates"] = {
         way: statistics.median(row["rates"][way] for row in taken) for way in taken[0]["rates"]
     }
-    for name in SIDES:
+    for name in given.sides:
         found["sides"][name] = medians(name, given.batch, works, taken)
     return found
 
@@ -404,21 +433,22 @@ def medians(
 
 def page(given: Settings, found: dict[str, Any]) -> str:
     """The results as Markdown."""
+    what = "TRL's" if given.against == "trl" else "its parts"
     parts = [
-        f"# A DPO step: ours beside TRL's, {given.precision}",
+        f"# A DPO step: ours beside {what}, {given.precision}",
         f"    {options.command(PROGRAM, given)}",
     ]
     for source, rows in found["sources"].items():
         parts += [f"## {source}", _table(given, found, rows), _about(rows)]
-    parts += ["## Where the time of a step goes", _profiles(found["profile"])]
+    parts += ["## Where the time of a step goes", _profiles(given, found["profile"])]
     return "\n\n".join([*parts, _NOTES]) + "\n"
 
 
-def _profiles(found: Mapping[str, Mapping[str, float]]) -> str:
+def _profiles(given: Settings, found: Mapping[str, Mapping[str, float]]) -> str:
     """Shares of the clock seconds of one step, by kind of work."""
-    lines = options.head(["", *SIDES.values()])
+    lines = options.head(["", *given.sides.values()])
     for kind in (*KINDS, "all else"):
-        shares = [found[name][kind] / sum(found[name].values()) for name in SIDES]
+        shares = [found[name][kind] / sum(found[name].values()) for name in given.sides]
         lines.append(f"| {' | '.join([kind, *(f'{share:.0%}' for share in shares)])} |")
     return "\n".join(lines)
 
@@ -427,8 +457,8 @@ def _table(given: Settings, found: dict[str, Any], rows: dict[str, Any]) -> str:
     titles = ["", "processor s a step", "clock s", "pairs/s", "ours is faster, median (least)"]
     titles += ["an epoch", "peak GiB", "GFLOP/s", "of torch's rate", "of oneDNN's", "loss apart"]
     lines = options.head(titles)
-    whole = {name: _epoch(given, found, rows, name) for name in SIDES}
-    for name, title in SIDES.items():
+    whole = {name: _epoch(given, found, rows, name) for name in given.sides}
+    for name, title in given.sides.items():
         row = rows["sides"][name]
         cells = [title, f"{row['processor']:.2f}", f"{row['clock']:.2f}"]
         cells += [
@@ -467,8 +497,18 @@ process holds one trainer; its peak counts all that it has. *Loss apart*: the la
 from ours in any step."""
 
 
+def _changed(given: Settings) -> list[str]:
+    """What the names of the results say of a run that is not the usual one."""
+    usual = Settings()
+    return [
+        str(getattr(given, name))
+        for name in ("against", "precision")
+        if getattr(given, name) != getattr(usual, name)
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the laboratory; write dpo-speed.json and .md (dpo-speed-bf16 for bf16)."""
+    """Run the laboratory; write dpo-speed.json and .md (dpo-speed-bf16, dpo-speed-parts)."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     given, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
     try:
@@ -477,7 +517,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         return error.status
     given = replace(given, base=Path(given.base).name, data="FOLDER")
-    name = "dpo-speed" if given.precision == "fp32" else f"dpo-speed-{given.precision}"
+    name = "-".join(["dpo-speed", *_changed(given)])
     options.tell(out, name, PROGRAM, given, page(given, found), found=found)
     return 0
 

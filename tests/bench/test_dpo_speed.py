@@ -59,11 +59,19 @@ def test_a_folder_without_rows_is_named(tmp_path: Path) -> None:
         pairs_of(Settings(data=str(tmp_path / "nowhere")))
     with pytest.raises(DualignError, match="--precision 'fp8' is neither fp32 nor bf16"):
         Settings(precision="fp8")
+    with pytest.raises(DualignError, match="--against 'us' is neither trl nor parts"):
+        Settings(against="us")
+
+
+def test_results_are_named_for_what_is_unusual() -> None:
+    assert dpo_speed._changed(Settings(batch=2)) == []
+    assert dpo_speed._changed(Settings(precision="bf16", against="parts")) == ["parts", "bf16"]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("against", ["trl", "parts"])
 def test_all_sides_take_the_same_steps(
-    real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, against: str
 ) -> None:
     """A small model and real rows, in processes of their own: equal losses to 1e-5."""
     monkeypatch.setattr(dpo_speed, "_SQUARE", 64)
@@ -85,6 +93,7 @@ def test_all_sides_take_the_same_steps(
         steps=2,
         tokens=256,
         rate=1e-4,
+        against=against,
     )
     found = measure(given)
     for rows in found["sources"].values():
@@ -93,5 +102,6 @@ def test_all_sides_take_the_same_steps(
         assert rows["tokens"]["once"] < rows["tokens"]["real"] < rows["tokens"]["padded"]
     assert all(parts["matrix products"] > 0 for parts in found["profile"].values())
     text = page(given, found)
-    assert text.count("\n| TRL, best |") == 2 and "| optimiser |" in text
+    assert "\n| optimiser |" in text
+    assert all(text.count(f"\n| {title} |") == 2 for title in given.sides.values())
     assert min(found["peak_gib"].values()) > 0.1
