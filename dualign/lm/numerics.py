@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dualign.core import ranks
 from dualign.core.errors import ModelError
+from dualign.lm import onednn
 from dualign.params.base import Resources
 
 #: Elements of the vocabulary-wide logits that are held at once: 256 MiB in fp32.
@@ -90,6 +91,8 @@ def in_precision(model: Any, resources: Resources, *, trained: bool) -> Any:
     """
     device = device_of(resources)
     if precision_of(resources) is torch.float32:
+        if device.type == "cpu" and onednn.faster():
+            onednn.through_onednn(model)
         return model.float().to(device)
     pure = resources.precision == "pure_bf16"
     score = getattr(model, "score", None)
@@ -139,18 +142,18 @@ def answer_log_probabilities(model: Any, ids: Tensor, mask: Tensor, labels: Tens
 
     Only the positions that predict an answer token go through the vocabulary, in chunks, so memory
     grows as CHUNK and not as positions times vocabulary."""
-    hidden = _hidden(model, ids, mask)[:, :-1]
+    hidden = hidden_states(model, ids, mask)[:, :-1]
     targets = labels[:, 1:]
     known = targets != -100
-    found = _log_softmax_at(model, hidden[known], targets[known])
+    found = log_softmax_at(model, hidden[known], targets[known])
     table = torch.zeros(known.shape, device=found.device, dtype=found.dtype)
     table[known] = found
     return table.sum(1)
 
 
-def _hidden(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """What the model hands to its head; the head itself gets no position. [rows, positions,
-    hidden].
+def hidden_states(model: Any, ids: Tensor, mask: Tensor, **given: Any) -> Tensor:
+    """What the model hands to its head, which itself gets no position; `given` goes to its forward
+    pass. [rows, positions, hidden].
     """
     seen: list[Tensor] = []
 
@@ -162,13 +165,13 @@ def _hidden(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     assert head is not None
     hook = head.register_forward_pre_hook(keep)
     try:
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        model(input_ids=ids, attention_mask=mask, use_cache=False, **given)
     finally:
         hook.remove()
     return seen[0]
 
 
-def _log_softmax_at(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+def log_softmax_at(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     """log softmax of the logits at each target; hidden [positions, width], targets [positions];
     [positions], fp32.
     """
@@ -217,7 +220,7 @@ def check_head(model: Any, path: Any) -> None:
     own = torch.log_softmax(
         model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float(), -1
     )
-    hidden = _hidden(model, ids, mask)
+    hidden = hidden_states(model, ids, mask)
     ours = torch.log_softmax(_logits(head_of(model), model.config.get_text_config(), hidden), -1)
     model.train(training)
     gap = float((own - ours).abs().max())

@@ -22,6 +22,7 @@ from dualign.lm.loading import check_context, context_of
 from dualign.lm.mixture import Mixture, Policy, mixture_log_probability
 from dualign.lm.models import end_tokens
 from dualign.lm.numerics import answer_log_probabilities
+from dualign.lm.packing import attention_kept, packed_log_probabilities, packs
 from dualign.lm.tokens import decode_answers
 
 log = logging.getLogger(__name__)
@@ -166,12 +167,19 @@ def log_probabilities(
             len(lengths),
             context,
         )
+    packed = packs(model)
+    if packed:
+        lengths = _of_prompts(prompts, lengths)
     batches = list(_by_length(rows, [lengths[row] for row in rows], batch_size))
     found = []
-    with Progress("log-probabilities", len(rows)) as progress:
+    with attention_kept(model), Progress("log-probabilities", len(rows)) as progress:
         for batch in ranks.share(batches):
             own = [prompts[i] for i in batch], [answers[i] for i in batch]
-            found.append((batch, _score(model, tokenizer, *own)))
+            if packed:
+                logps = packed_log_probabilities(model, *own).double().cpu()
+            else:
+                logps = _score(model, tokenizer, *own)
+            found.append((batch, logps))
             progress.advance(len(batch))
         for batch, logps in ranks.gathered(found):
             result[batch] = logps
@@ -272,6 +280,16 @@ def _batch_seed(seed: int, number: int) -> int:
     CPU's generator reads no more.
     """
     return seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+
+
+def _of_prompts(prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[int]:
+    """For every row the longest of those with its prompt, so that sorted rows of a prompt lie side
+    by side.
+    """
+    longest: dict[tuple[int, ...], int] = {}
+    for prompt, length in zip(prompts, lengths, strict=True):
+        longest[tuple(prompt)] = max(length, longest.get(tuple(prompt), 0))
+    return [longest[tuple(prompt)] for prompt in prompts]
 
 
 def _by_length(rows: list[T], lengths: Sequence[int], batch_size: int) -> Iterator[list[T]]:

@@ -16,8 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from dualign.core.errors import DataError, ParamsError
+from dualign.core.errors import DataError, ModelError, ParamsError
 from dualign.lm.numerics import answer_log_probabilities
+from dualign.lm.packing import (
+    attention_kept,
+    enable_packing,
+    packed_log_probabilities,
+    packs,
+    wide,
+)
 from dualign.math import losses
 from dualign.params.training import LossType
 from dualign.training.pair_losses import PAIR_LOSSES, PairBatch
@@ -93,7 +100,8 @@ def train_pairwise(
     """Train a policy on pairs with `dualign.math.losses`; returns the loss curve and statistics of
     the last log line.
     """
-    return run(pairwise_trainer(model, tokenizer, pairs, pair_loss, job), job)
+    with attention_kept(model):
+        return run(pairwise_trainer(model, tokenizer, pairs, pair_loss, job), job)
 
 
 def pairwise_trainer(
@@ -115,7 +123,7 @@ def pairwise_trainer(
         )
     weighted = "undesirable_weight" in row.options
     args = PairwiseConfig(
-        **arguments(job),
+        **arguments(job) | {"optim": "adamw_torch_fused" if wide(model) else "adamw_torch"},
         beta=pair_loss.scale,
         max_length=None,
         # The base's is off already, see `without_dropout`; an adapter's is asked for.
@@ -234,6 +242,12 @@ class PairwiseConfig(DPOConfig):
         default=0.0, metadata={"help": "Share of labels that robust DPO expects to be wrong."}
     )
     gamma: float = field(default=0.0, metadata={"help": "SimPO's target margin of the logit."})
+    packed: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Read pairs without padding, their prompt once; none: on a CPU, where it pays."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -346,6 +360,17 @@ class _PairCollator(DataCollatorForPreference):
         }
 
 
+def _prompts_and_answers(inputs: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
+    """ids of the prompt and of the answer in every row of a padded batch."""
+    answered = inputs["completion_mask"].bool()
+    asked = inputs["attention_mask"].bool() & ~answered
+    found = []
+    for chosen in (asked, answered):
+        rows = zip(inputs["input_ids"], chosen, strict=True)
+        found.append([ids[kept].tolist() for ids, kept in rows])
+    return found[0], found[1]
+
+
 def _check_columns(columns: Sequence[str], args: PairwiseConfig, table: str) -> None:
     """Refuse a table without a column that the losses of `args` read; a stream that knows no
     columns passes.
@@ -403,6 +428,7 @@ class PairwiseTrainer(Shared, DPOTrainer):
         if type(self.data_collator) is DataCollatorForPreference:
             self.data_collator = _PairCollator(**vars(self.data_collator))
         self._drawn = (-1, 0)  # step and part of the last draw of labels
+        self._packed = self._can_pack()
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         if "prompt_ids" in dataset.column_names:
@@ -458,10 +484,23 @@ class PairwiseTrainer(Shared, DPOTrainer):
 
     def _policy_logps(self, model: Model, inputs: dict[str, Any]) -> Tensor:
         """Summed log-probabilities of [all first answers, all second answers]."""
+        if self._packed:
+            return packed_log_probabilities(model, *_prompts_and_answers(inputs))
         ids = inputs["input_ids"]
         mask = inputs["attention_mask"]
         labels = ids.masked_fill(inputs["completion_mask"] == 0, -100)
         return answer_log_probabilities(model, ids, mask, labels)
+
+    def _can_pack(self) -> bool:
+        """Whether batches are packed. Raises ModelError where that was asked for and cannot be."""
+        asked: bool | None = self.args.packed
+        if asked is None:
+            return packs(self.model)
+        if asked and not enable_packing(self.model):
+            raise ModelError(
+                f"{type(self.model).__name__} cannot read packed pairs; set packed to None"
+            )
+        return asked
 
     def _bounded(self, ratio: Tensor) -> Tensor:
         """The log-ratios whose implicit rewards a h are clipped softly; the anchor keeps the

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dualign.core.errors import ParamsError
 from dualign.core.schema import user
 from dualign.data import world
+from dualign.lm import packing
 from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.lm.numerics import in_precision
 from dualign.lm.sampling import (
@@ -86,21 +87,28 @@ def naive(model: torch.nn.Module, prompt: list[int], answer: list[int]) -> float
     )
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_log_probabilities_are_those_of_one_row_and_one_token_at_a_time(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
     batch_size: int,
+    packed: bool,
 ) -> None:
-    """Whatever the batch and its padding, in the order of the rows given."""
+    """Whatever the batch and its padding, in the order of the rows given; the model's attention is
+    its own again.
+    """
+    if packed:
+        monkeypatch.setattr(packing, "WIDTH", 0)
     answers = encode_answers(
         tokenizer,
         ["Stir it.", "You can warm it on low heat, then taste it.", "", "No.", "Just wait."],
     )
     rows = [prompts[i] for i in (0, 1, 2, 1, 0)]
     result = log_probabilities(model, tokenizer, rows, answers, batch_size=batch_size)
-    assert result.dtype == torch.float64
+    assert result.dtype == torch.float64 and model.config._attn_implementation == "sdpa"
     expected = [naive(model, prompt, answer) for prompt, answer in zip(rows, answers, strict=True)]
     assert result.tolist() == pytest.approx(expected, abs=1e-4)
 

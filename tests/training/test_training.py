@@ -24,9 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from dualign import PairwiseConfig, PairwiseTrainer
-from dualign.core.errors import DataError, DualignError, ParamsError
+from dualign.core.errors import DataError, DualignError, ModelError, ParamsError
 from dualign.core.schema import user
 from dualign.data import world
+from dualign.lm import packing
 from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_tokenizer, with_lora
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
@@ -92,6 +93,14 @@ def job(tmp_path: Path) -> Job:
         max_steps=8,
     )
     return Job(run, resources, tmp_path / "scratch", seed=3)
+
+
+@pytest.fixture(params=["padded", "packed"])
+def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a batch of pairs is read; small models are packed only when asked."""
+    if request.param == "packed":
+        monkeypatch.setattr(packing, "WIDTH", 0)
+    return str(request.param)
 
 
 def changed(job: Job, scratch: str | None = None, **updates: Any) -> Job:
@@ -210,17 +219,30 @@ def test_log_probabilities_on_a_cpu_are_those_of_trls_fused_head(
     ],
     ids=["dpo", "robust"],
 )
+@pytest.mark.parametrize("kind", ["plain", "checkpointed", "adapter"])
 def test_hard_labels_without_anchor_are_trls_own_loss(
-    tokenizer: PreTrainedTokenizerBase, job: Job, loss: dict[str, Any], theirs: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase,
+    job: Job,
+    loss: dict[str, Any],
+    theirs: dict[str, Any],
+    kind: str,
+    rows: str,
 ) -> None:
     """Loss and gradient of the same batch against the parent's own loss."""
     pairs = [
         Pair(p.prompt, p.first, p.second, p.ref_first, p.ref_second)
         for p in pairs_of(tokenizer, policy(tokenizer))
     ]
-    model = policy(tokenizer, seed=1)
-    trainer = pairwise(model, tokenizer, pairs, job, PairLossConfig(scale=0.7, beta=0.7, **loss))
+    model: Any = policy(tokenizer, seed=1)
+    if kind == "adapter":
+        model = with_lora(model, LORA.model_copy(update={"dropout": 0.0}), 0)
+    asked = changed(job, gradient_checkpointing=kind == "checkpointed")
+    trainer = pairwise(model, tokenizer, pairs, asked, PairLossConfig(scale=0.7, beta=0.7, **loss))
+    assert trainer._packed is (rows == "packed")
     vars(trainer).update(theirs)
+    if kind == "checkpointed":
+        model.gradient_checkpointing_enable()
+    model.train()
     batch = batch_of(trainer)
     losses, gradients = [], []
     plain = {name: value for name, value in batch.items() if name not in pairwise_training._EXTRA}
@@ -238,6 +260,7 @@ def test_hard_labels_without_anchor_are_trls_own_loss(
     assert torch.allclose(gradients[0], gradients[1], atol=1e-5)
 
 
+@pytest.mark.usefixtures("rows")
 def test_training_on_ids_ends_where_stock_dpo_on_text_ends(
     tokenizer: PreTrainedTokenizerBase, job: Job
 ) -> None:
@@ -270,11 +293,12 @@ def test_training_on_ids_ends_where_stock_dpo_on_text_ends(
     pairwise_training.train_pairwise(
         ours, tokenizer, pairs, PairLossConfig(0.5, 0.5), changed(job, max_steps=3)
     )
-    assert not same(before, weights(ours))
+    assert not same(before, weights(ours)) and ours.config._attn_implementation == "sdpa"
     for name, tensor in weights(ours).items():
         assert torch.allclose(tensor, stock.model.state_dict()[name], atol=2e-4), name
 
 
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("anchor", [0.0, 0.3])
 @pytest.mark.parametrize("nll", [0.0, 0.02])
 def test_the_whole_loss_by_hand(
@@ -442,6 +466,7 @@ def test_dpo_and_ipo_by_hand(
     )
 
 
+@pytest.mark.usefixtures("rows")
 def test_simpo_by_hand(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
     """Mean log-probabilities of a token; the reference columns have no say."""
     model = policy(tokenizer, seed=1)
@@ -463,6 +488,7 @@ def test_simpo_by_hand(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
         )
 
 
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("raised", [0.0, 5.0], ids=["below zero", "above zero"])
 @pytest.mark.parametrize("clip", [None, 2.0])
 def test_kto_by_hand(
@@ -503,6 +529,7 @@ def test_kto_by_hand(
     )
 
 
+@pytest.mark.usefixtures("rows")
 def test_no_gradient_flows_through_ktos_reference_point(
     tokenizer: PreTrainedTokenizerBase, job: Job
 ) -> None:
@@ -613,6 +640,7 @@ def trained_on(
     ]
 
 
+@pytest.mark.usefixtures("rows")
 def test_a_users_table_trains_as_with_stock_dpo(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
@@ -648,6 +676,21 @@ def test_a_trainer_without_reference_columns_is_refused(
     with pytest.raises(DualignError, match="PairwiseTrainer: args"):
         PairwiseTrainer(
             policy(tokenizer), args=given, train_dataset=own_table(), processing_class=tokenizer
+        )
+
+
+def test_packing_is_refused_to_a_model_that_cannot(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model = policy(tokenizer)
+    model.set_attn_implementation("eager")
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
+    with pytest.raises(ModelError, match="LlamaForCausalLM cannot read packed pairs; set packed"):
+        PairwiseTrainer(
+            model,
+            args=PairwiseConfig(**options, packed=True),
+            train_dataset=own_table(),
+            processing_class=tokenizer,
         )
 
 
@@ -858,11 +901,17 @@ Start = Callable[[], torch.nn.Module]
 Train = Callable[[torch.nn.Module, Job], Any]
 
 
-@pytest.fixture(params=["soft", "bernoulli", "adapter", "ipo", "kto", "sft", "scorer"])
+@pytest.fixture(params=["soft", "bernoulli", "adapter", "ipo", "kto", "packed", "sft", "scorer"])
 def kind(
-    request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase, job: Job, tmp_path: Path
+    request: pytest.FixtureRequest,
+    tokenizer: PreTrainedTokenizerBase,
+    job: Job,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[Start, Train]:
     """How each kind of run starts, and how it trains."""
+    if request.param == "packed":
+        monkeypatch.setattr(packing, "WIDTH", 0)
     if request.param == "sft":
         rows = conversation_rows(tokenizer, 20)
         return lambda: policy(tokenizer), lambda m, j: supervised.train_sft(

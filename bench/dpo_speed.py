@@ -1,0 +1,526 @@
+"""A DPO step beside TRL's: pairs a second, processor seconds and memory, on the same real rows.
+
+    python -m bench.dpo_speed --base FOLDER --data FOLDER
+
+Three trainers in a process each take every step in turn, so that they share the machine's moods:
+ours, TRL's `DPOTrainer` as it comes, and with its best settings (reference computed beforehand, no
+checkpointing of activations). All have the same weights, batches, learning rate, optimiser and
+threads. After every step the machine's rate of matrix products is measured, by torch's own product
+and by oneDNN's."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import random
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+
+from bench import options
+from bench.options import knob
+from dualign.core.errors import DualignError
+from dualign.data.formats import Record
+from dualign.data.sources import read
+from dualign.lm import onednn
+from dualign.lm.models import load_policy, load_tokenizer
+from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.params.base import Resources, TrainingParams
+from dualign.params.data import SourceSpec, WorldParams
+from dualign.params.loading import load_resources
+from dualign.training.pairs import with_reference
+from dualign.training.pairwise import Pair, PairLossConfig, pairwise_trainer
+from dualign.training.run import Job
+from dualign.training.stock import stock_trainer
+
+log = logging.getLogger(__name__)
+
+PROGRAM = "python -m bench.dpo_speed"
+#: What is compared, and how it is called in the table.
+SIDES = {
+    "trl": {"ours": "ours", "defaults": "TRL, defaults", "best": "TRL, best"},
+    "parts": {
+        "ours": "ours",
+        "padded": "with padded rows",
+        "torch": "with torch's products",
+        "neither": "with both",
+    },
+}
+#: Sources of pairs: their format, the kind of pair, and the file in the folder of the rows.
+ROWS: dict[str, tuple[Any, Any, str]] = {
+    "PKU": ("pku", "safety", "pku_safety/pairs.jsonl"),
+    "HH": ("hh", "helpful", "hh_rlhf/helpful-base.test.jsonl.gz"),
+}
+#: Kinds of work, and what the profiler's names of their operations have in them.
+KINDS = {
+    "matrix products": ("::mm", "::addmm", "::bmm", "::_linear_pointwise"),
+    "attention": ("scaled_dot_product",),
+    "softmax over the vocabulary": ("log_softmax", "logsumexp"),
+    "optimiser": ("adamw",),
+}
+_BETA = 0.1
+#: Side of the square matrices whose product is timed.
+_SQUARE = 2048
+#: The embedded world, which `read` wants to hear of and no source here is.
+_NO_WORLD = WorldParams(sft_rows=1, helpful_pairs=1, safety_pairs=1, sharpness=1.0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run can change; every field is an option of the command."""
+
+    base: str = knob("models/base/smollm2", "folder of a causal language model")
+    data: str = knob("", "folder with pku_safety/ and hh_rlhf/")
+    batch: int = knob(4, "pairs of a step")
+    steps: int = knob(5, "steps of each source that count, after one that does not")
+    rate: float = knob(1e-6, "learning rate")
+    tokens: int = knob(512, "longest prompt with an answer")
+    precision: str = knob("fp32", "fp32 or bf16")
+    against: str = knob("trl", "trl, or parts: ours without some of what makes it quick")
+    threads: int = knob(1, "torch's threads")
+    seed: int = knob(0, "seed of the rows")
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.steps, self.tokens, self.threads) < 1 or not self.rate > 0:
+            raise DualignError("batch, steps, tokens and threads must be at least 1, rate above 0")
+        if self.precision not in ("fp32", "bf16"):
+            raise DualignError(f"--precision {self.precision!r} is neither fp32 nor bf16")
+        if self.against not in SIDES:
+            raise DualignError(f"--against {self.against!r} is neither trl nor parts")
+
+    @property
+    def sides(self) -> dict[str, str]:
+        """What is compared, and how it is called in the table."""
+        return SIDES[self.against]
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def pairs_of(given: Settings) -> dict[str, list[Pair]]:
+    """One step more than is counted of every source, without reference columns."""
+    if not given.data or not Path(given.data).is_dir():
+        raise DualignError(f"--data {given.data!r} is no folder; name one")
+    return {source: _drawn(given, source) for source in ROWS}
+
+
+def _drawn(given: Settings, source: str) -> list[Pair]:
+    """Pairs of one source in a random order."""
+    form, kind, path = ROWS[source]
+    spec = SourceSpec(format=form, path=path)
+    found = read(spec, kind, Path(given.data).absolute(), _NO_WORLD, given.seed)
+    records = [item for item in found if isinstance(item, Record)]
+    random.Random(given.seed).shuffle(records)
+    count = (given.steps + 1) * given.batch
+    pairs = [
+        pair for pair in _encoded(given, records[: 4 * count]) if _length(pair) <= given.tokens
+    ]
+    if len(pairs) < count:
+        raise DualignError(f"{path}: too few rows of {given.tokens} tokens; raise --tokens")
+    return pairs[:count]
+
+
+def _encoded(given: Settings, records: Sequence[Record]) -> Iterator[Pair]:
+    tokenizer = load_tokenizer(given.base)
+    prompts = encode_prompts(tokenizer, [record.prompt for record in records])
+    chosen = encode_answers(tokenizer, [record.chosen for record in records])
+    rejected = encode_answers(tokenizer, [str(record.rejected) for record in records])
+    for ids in zip(prompts, chosen, rejected, strict=True):
+        yield Pair(*ids, ref_first=float("nan"), ref_second=float("nan"))
+
+
+def _length(pair: Pair) -> int:
+    """Tokens of the longer conversation."""
+    return len(pair.prompt) + max(len(pair.first), len(pair.second))
+
+
+# --- work of a step -------------------------------------------------------------------------------
+
+
+def size_of(model: PreTrainedModel) -> dict[str, int]:
+    """What the work of a step follows from: weights of the matrices and of the head, layers, and
+    width of the attention.
+    """
+    head = model.get_output_embeddings()
+    linear = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
+    config = model.config.get_text_config()
+    width = config.hidden_size // config.num_attention_heads
+    return {
+        "matrices": sum(module.weight.numel() for module in linear if module is not head),
+        "head": head.weight.numel(),
+        "layers": config.num_hidden_layers,
+        "attention": config.num_attention_heads * int(getattr(config, "head_dim", None) or width),
+    }
+
+
+def work(size: Mapping[str, int], pairs: Sequence[Pair]) -> float:
+    """GFLOP of a training step in the usual count: six operations a weight and token, every answer
+    with its prompt, without padding, the head on answers alone, attention causal.
+    """
+    operations = 0
+    for pair in pairs:
+        for answer in (pair.first, pair.second):
+            tokens = len(pair.prompt) + len(answer)
+            operations += 6 * size["matrices"] * tokens + 6 * size["head"] * len(answer)
+            operations += 6 * size["layers"] * size["attention"] * tokens**2
+    return operations / 1e9
+
+
+def tokens(pairs: Sequence[Pair]) -> dict[str, int]:
+    """Tokens of a step as a padded batch, without padding, and with each prompt once."""
+    lengths = [len(p.prompt) + len(answer) for p in pairs for answer in (p.first, p.second)]
+    once = [len(p.prompt) + len(p.first) + len(p.second) for p in pairs]
+    return {"padded": max(lengths) * len(lengths), "real": sum(lengths), "once": sum(once)}
+
+
+def rates() -> dict[str, float]:
+    """GFLOP of matrix products in a processor second now, by torch and by oneDNN."""
+    left = torch.randn(_SQUARE, _SQUARE)
+    ways: dict[str, Callable[[], torch.Tensor]] = {
+        "torch": lambda: left @ left,
+        "onednn": lambda: onednn.product(left, left),
+    }
+    found = {}
+    for name, product in ways.items():
+        began = time.process_time()
+        product()
+        found[name] = 2 * _SQUARE**3 / 1e9 / (time.process_time() - began)
+    return found
+
+
+# --- one side -------------------------------------------------------------------------------------
+
+
+class Paced(TrainerCallback):
+    """Takes a step when told to, and tells what it took."""
+
+    def __init__(self, talk: Connection, losses: list[float]) -> None:
+        self.talk = talk
+        self.losses = losses
+        self.began = (0.0, 0.0)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.talk.recv()
+        self.began = (time.process_time(), time.perf_counter())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        processor = time.process_time() - self.began[0]
+        clock = time.perf_counter() - self.began[1]
+        self.talk.send({"processor": processor, "clock": clock, "loss": self.losses[-1]})
+
+
+def side(name: str, given: Settings, pairs: Sequence[Pair], talk: Connection) -> None:
+    """A process: one trainer, paced by whoever holds the other end of `talk`."""
+    logging.basicConfig(level=logging.WARNING)
+    torch.set_num_threads(given.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        build = _ours if given.against == "parts" or name == "ours" else _stock
+        trainer, told = build(name, given, pairs, Path(folder))
+        losses: list[float] = []
+        trainer.compute_loss = recorded(trainer.compute_loss, losses)
+        trainer.add_callback(Paced(talk, losses))
+        talk.send(told)
+        trainer.train()
+    talk.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    talk.recv()
+    talk.send(profiled(trainer, given.batch))
+
+
+def profiled(trainer: Any, batch: int) -> dict[str, float]:
+    """Clock seconds of one more step on the first batch, by kind of work."""
+    inputs = trainer.data_collator([trainer.train_dataset[row] for row in range(batch)])
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        trainer.training_step(trainer.model, inputs)
+        trainer.optimizer.step()
+    found = dict.fromkeys((*KINDS, "all else"), 0.0)
+    for event in seen.key_averages():
+        named = (kind for kind, names in KINDS.items() if any(name in event.key for name in names))
+        found[next(named, "all else")] += event.self_cpu_time_total / 1e6
+    return found
+
+
+def recorded(compute_loss: Callable[..., Any], losses: list[float]) -> Callable[..., Any]:
+    """A trainer's loss that notes its value."""
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        loss = compute_loss(*args, **kwargs)
+        losses.append(float(loss.detach()))
+        return loss
+
+    return noted
+
+
+def _ours(
+    name: str, given: Settings, pairs: Sequence[Pair], folder: Path
+) -> tuple[Any, dict[str, Any]]:
+    """Our trainer, and what was before its first step."""
+    resources: Resources = load_resources().model_copy(
+        update={
+            "device": "cpu",
+            "precision": given.precision,
+            "micro_batch_size": None,
+            "checkpoint_steps": 10**6,
+            "log_steps": 1,
+        }
+    )
+    tokenizer = load_tokenizer(given.base)
+    model = load_policy(given.base, resources, trained=True)
+    size = size_of(model)
+    if name in ("torch", "neither"):
+        by_torch(model)
+    began = time.process_time()
+    known = with_reference(pairs, model, tokenizer, 2 * given.batch)
+    reference = (time.process_time() - began) / len(pairs)
+    schedule = TrainingParams(
+        epochs=1.0,
+        batch_size=given.batch,
+        learning_rate=given.rate,
+        adam_beta2=0.999,
+        warmup=0.0,
+        schedule="constant",
+        weight_decay=0.0,
+        max_length=given.tokens,
+        max_steps=len(pairs) // given.batch,
+    )
+    job = Job(schedule, resources, folder, given.seed)
+    trainer = pairwise_trainer(model, tokenizer, known, PairLossConfig(_BETA, _BETA), job)
+    trainer.args.train_sampling_strategy = "sequential"
+    if name in ("padded", "neither"):
+        trainer._packed = False
+    return trainer, {"reference": reference, **size}
+
+
+def by_torch(model: torch.nn.Module) -> None:
+    """Let the layers of a model multiply by torch's own product again."""
+    for module in model.modules():
+        if type(module) is onednn.OneDnnLinear:
+            module.__class__ = torch.nn.Linear  # type: ignore[assignment]
+
+
+def _stock(
+    name: str, given: Settings, pairs: Sequence[Pair], folder: Path
+) -> tuple[Any, dict[str, Any]]:
+    """TRL's trainer, and what was before its first step."""
+    best = name == "best"
+    load = partial(AutoModelForCausalLM.from_pretrained, given.base, dtype=torch.float32)
+    model = load()
+    reference = None if best else load()
+    arguments = {
+        "output_dir": str(folder),
+        "beta": _BETA,
+        "max_steps": len(pairs) // given.batch,
+        "per_device_train_batch_size": given.batch,
+        "learning_rate": given.rate,
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+        "bf16": given.precision == "bf16",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    if best:
+        arguments |= {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
+        arguments |= {"precompute_ref_batch_size": 2 * given.batch, "dataloader_pin_memory": False}
+    began = time.process_time()
+    tokenizer = load_tokenizer(given.base)
+    trainer = stock_trainer(model, reference, tokenizer, pairs, arguments)
+    spent = (time.process_time() - began) / len(pairs)
+    return trainer, {"reference": spent if best else 0.0}
+
+
+# --- all sides ------------------------------------------------------------------------------------
+
+
+def measure(given: Settings) -> dict[str, Any]:
+    """Every step of every side in turn; see `page` for what is kept."""
+    drawn = pairs_of(given)
+    pairs = [pair for source in drawn.values() for pair in source]
+    context = multiprocessing.get_context("spawn")
+    talks: dict[str, Any] = {}
+    for name in given.sides:
+        talks[name], other = context.Pipe()
+        arguments = (name, given, pairs, other)
+        context.Process(target=side, args=arguments, daemon=True).start()
+        other.close()
+    told = {name: talk.recv() for name, talk in talks.items()}
+    torch.set_num_threads(given.threads)
+    taken = [_step(talks, step) for step in range(len(pairs) // given.batch)]
+    peaks = {name: talk.recv() for name, talk in talks.items()}
+    profiles = {name: _profile(talk) for name, talk in talks.items()}
+    size = {key: value for key, value in told["ours"].items() if key != "reference"}
+    found: dict[str, Any] = {"size": size, "peak_gib": peaks, "profile": profiles, "sources": {}}
+    found["reference"] = {name: row["reference"] for name, row in told.items()}
+    for k, (source, own) in enumerate(drawn.items()):
+        first = k * (given.steps + 1) + 1
+        found["sources"][source] = _summed(
+            given, size, own[given.batch :], taken[first:][: given.steps]
+        )
+    return found
+
+
+def _step(talks: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """One step of all sides, one after the other, and the machine's rates after it."""
+    row: dict[str, Any] = {}
+    for name, talk in talks.items():
+        talk.send(step)
+        row[name] = talk.recv()
+        log.info("step %d, %s: %.1f processor seconds", step, name, row[name]["processor"])
+    return {**row, "rates": rates()}
+
+
+def _profile(talk: Any) -> dict[str, float]:
+    talk.send("profile")
+    found: dict[str, float] = talk.recv()
+    return found
+
+
+def _summed(
+    given: Settings, size: Mapping[str, int], pairs: Sequence[Pair], taken: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """The steps of one source, and their medians."""
+    batches = [pairs[k : k + given.batch] for k in range(0, len(pairs), given.batch)]
+    works = [work(size, batch) for batch in batches]
+    counts = [tokens(batch) for batch in batches]
+    found: dict[str, Any] = {"steps": taken, "gflop": works, "sides": {}}
+    found["tokens"] = {key: sum(row[key] for row in counts) for key in counts[0]}
+    found["rates"] = {
+        way: statistics.median(row["rates"][way] for row in taken) for way in taken[0]["rates"]
+    }
+    for name in given.sides:
+        found["sides"][name] = medians(name, given.batch, works, taken)
+    return found
+
+
+def medians(
+    name: str, batch: int, works: Sequence[float], taken: Sequence[dict[str, Any]]
+) -> dict[str, float]:
+    """Medians over steps: seconds, pairs a second, times that ours is faster, GFLOP in a processor
+    second; and the largest difference of a loss from ours.
+    """
+    own = [row[name] for row in taken]
+    processor = [row["processor"] for row in own]
+    ours = [row["ours"]["processor"] for row in taken]
+    speed = [done / spent for done, spent in zip(works, processor, strict=True)]
+    times = [theirs / mine for theirs, mine in zip(processor, ours, strict=True)]
+    apart = [abs(row[name]["loss"] - row["ours"]["loss"]) for row in taken]
+    clock = statistics.median(row["clock"] for row in own)
+    return {
+        "processor": statistics.median(processor),
+        "clock": clock,
+        "pairs_per_second": batch / clock,
+        "times": statistics.median(times),
+        "least_times": min(times),
+        "gflops": statistics.median(speed),
+        "loss_apart": max(apart),
+    }
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def page(given: Settings, found: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    what = "TRL's" if given.against == "trl" else "its parts"
+    parts = [
+        f"# A DPO step: ours beside {what}, {given.precision}",
+        f"    {options.command(PROGRAM, given)}",
+    ]
+    for source, rows in found["sources"].items():
+        parts += [f"## {source}", _table(given, found, rows), _about(rows)]
+    parts += ["## Where the time of a step goes", _profiles(given, found["profile"])]
+    return "\n\n".join([*parts, _NOTES]) + "\n"
+
+
+def _profiles(given: Settings, found: Mapping[str, Mapping[str, float]]) -> str:
+    """Shares of the clock seconds of one step, by kind of work."""
+    lines = options.head(["", *given.sides.values()])
+    for kind in (*KINDS, "all else"):
+        shares = [found[name][kind] / sum(found[name].values()) for name in given.sides]
+        lines.append(f"| {' | '.join([kind, *(f'{share:.0%}' for share in shares)])} |")
+    return "\n".join(lines)
+
+
+def _table(given: Settings, found: dict[str, Any], rows: dict[str, Any]) -> str:
+    titles = ["", "processor s a step", "clock s", "pairs/s", "ours is faster, median (least)"]
+    titles += ["an epoch", "peak GiB", "GFLOP/s", "of torch's rate", "of oneDNN's", "loss apart"]
+    lines = options.head(titles)
+    whole = {name: _epoch(given, found, rows, name) for name in given.sides}
+    for name, title in given.sides.items():
+        row = rows["sides"][name]
+        cells = [title, f"{row['processor']:.2f}", f"{row['clock']:.2f}"]
+        cells += [
+            f"{row['pairs_per_second']:.2f}",
+            f"{row['times']:.2f} ({row['least_times']:.2f})",
+        ]
+        cells += [f"{whole[name] / whole['ours']:.2f}", f"{found['peak_gib'][name]:.1f}"]
+        cells += [f"{row['gflops']:.0f}"]
+        cells += [f"{row['gflops'] / rows['rates'][way]:.0%}" for way in ("torch", "onednn")]
+        cells += [f"{row['loss_apart']:.1e}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _epoch(given: Settings, found: dict[str, Any], rows: dict[str, Any], name: str) -> float:
+    """Processor seconds that a pair takes in an epoch with its reference columns."""
+    return float(rows["sides"][name]["processor"] / given.batch + found["reference"][name])
+
+
+def _about(rows: dict[str, Any]) -> str:
+    count = rows["tokens"]
+    rate = rows["rates"]
+    return (
+        f"Median work {statistics.median(rows['gflop']):.0f} GFLOP a step. Tokens of all steps:"
+        f" {count['padded']} padded, {count['real']} without padding, {count['once']} with each"
+        f" prompt once. The machine's rate: {rate['torch']:.0f} GFLOP/s by torch's own product,"
+        f" {rate['onednn']:.0f} by oneDNN's."
+    )
+
+
+_NOTES = """\
+Medians over steps; processor seconds are of all threads. *An epoch* has the pass for reference
+columns in it, which TRL's defaults make at every step. Work is counted without padding, every
+answer with its prompt, so a trainer that reads a prompt once gains in the share of the rate. A
+process holds one trainer; its peak counts all that it has. *Loss apart*: the largest difference
+from ours in any step."""
+
+
+def _changed(given: Settings) -> list[str]:
+    """What the names of the results say of a run that is not the usual one."""
+    usual = Settings()
+    return [
+        str(getattr(given, name))
+        for name in ("against", "precision")
+        if getattr(given, name) != getattr(usual, name)
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the laboratory; write dpo-speed.json and .md (dpo-speed-bf16, dpo-speed-parts)."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    given, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
+    try:
+        found = measure(given)
+    except DualignError as error:
+        log.error("%s", error)
+        return error.status
+    given = replace(given, base=Path(given.base).name, data="FOLDER")
+    name = "-".join(["dpo-speed", *_changed(given)])
+    options.tell(out, name, PROGRAM, given, page(given, found), found=found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
