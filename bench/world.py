@@ -225,6 +225,10 @@ def _effort(lab: Lab, folder: str) -> dict[str, float]:
             search["trainings"],
             search["generated_tokens"],
         )  # a round trains two policies
+    for name in own:
+        if name.startswith("lagrangian_dpo@"):
+            drawn = read_json(lab.folder / f"reports/metrics/{name.replace('@', '/')}.json")
+            tokens += drawn.get("generated_tokens", 0)
     return {"trainings": trained, "generated_tokens": tokens, "seconds": seconds}
 
 

@@ -3,30 +3,36 @@
     python -m stages.lagrangian_dpo anchored
 
 The inner problem of C-DPO and MoCAN (scored pairs, labels drawn afresh), of PeCAN (the same, scored
-by policies), and ours (the pool, exact labels, anchor)."""
+by policies), and ours (the pool, exact labels, anchor;
+`refresh` trains once more, on the policy's own answers as well)."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
+from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.errors import InfeasibleError
 from dualign.core.records import SolvedDual, read_record, solved_multiplier
-from dualign.core.schema import by_prompt
-from dualign.lm.models import load_tokenizer
+from dualign.core.schema import ANSWERS, by_prompt, read_table
+from dualign.evaluation.rollout import Scorers, roll_out
+from dualign.lm.models import load_policy, load_tokenizer
 from dualign.lm.tokens import answer_lengths
-from dualign.math.constraints import prices_in, with_priced_rewards
+from dualign.math.constraints import Price, prices_in, with_priced_rewards
 from dualign.math.dual.solution import solve
-from dualign.params.training import LagrangianDpoParams, LagrangianRun
+from dualign.math.losses import lagrangian_scale
+from dualign.params.training import LagrangianDpoParams, LagrangianRun, RefreshParams
 from dualign.scoring.support import doubt, doubted
 from dualign.stage import Run, execute, finished
-from dualign.training.implicit_scores import Sources, Tables, scored_tables
+from dualign.training.implicit_scores import Sources, scored_tables
 from dualign.training.lagrangian import pairs_at, train_at
+from dualign.training.pairs import fresh_pairs, samples_of
 from dualign.training.run import Job
 
 log = logging.getLogger("dualign")
@@ -47,16 +53,30 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     sources = Sources(spec.reward, spec.cost, MODELS, METRICS)
     tables = scored_tables(SCORED, sources, params.beta, tokenizer, run.resources)
     found = multiplier(item, spec, tables.pool, params)
-    wary = spec.data == "pool" and not implicit(spec)
+    wary = spec.data == "pool" and not spec.implicit
     off_support = doubt(SCORED, tables.pool, params.pessimism) if wary else None
-    tables = with_prices(item, spec, tables, tokenizer)
-    frame = doubted(tables.pool, off_support) if spec.data == "pool" else tables.pairs
-    pairs = pairs_at(found["lam"], frame, spec.data, spec, params, tokenizer)
+    prices = prices_of(item, spec)
 
-    policies = (MODELS / spec.reward, MODELS / spec.cost, METRICS / f"{spec.cost}.json")
-    scratch = run.scratch(SCORED, DUAL, REFERENCE, *(policies if implicit(spec) else ()))
+    def charged(frame: pd.DataFrame) -> pd.DataFrame:
+        """A table as the training reads it."""
+        priced = with_priced_rewards(frame, prices, partial(answer_lengths, tokenizer))
+        return doubted(priced, off_support)
+
+    frame = charged(tables.pool if spec.data == "pool" else tables.pairs)
+    scorers = (MODELS / spec.reward, MODELS / spec.cost, METRICS / f"{spec.cost}.json")
+    scores = spec.implicit or spec.refresh is not None
+    scratch = run.scratch(SCORED, DUAL, REFERENCE, *(scorers if scores else ()))
     job = Job(params.training, run.resources, scratch, params.seed)
-    metrics = train_at(found["lam"], pairs, REFERENCE, spec, params, job, OUT / item)
+    if spec.refresh is None:
+        pairs = pairs_at(found["lam"], frame, spec.data, spec, params, tokenizer)
+        metrics = train_at(found["lam"], pairs, REFERENCE, spec, params, job, OUT / item)
+    else:
+        refresh = spec.refresh
+
+        def draw(policy: Path) -> pd.DataFrame:
+            return charged(own_answers(policy, tables.pool, refresh, params, job))
+
+        metrics = train_twice(found["lam"], frame, draw, spec, params, job, OUT / item)
 
     run.losses(metrics.pop("losses"))
     # A search that starts here looks at these, and takes the rest over.
@@ -64,9 +84,60 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     finished(scratch)
 
 
-def implicit(spec: LagrangianRun) -> bool:
-    """Whether a policy stands in for a scorer."""
-    return (spec.reward, spec.cost) != ("reward_model", "cost_model")
+def train_twice(
+    lam: float,
+    frame: pd.DataFrame,
+    draw: Callable[[Path], pd.DataFrame],
+    spec: LagrangianRun,
+    params: LagrangianDpoParams,
+    job: Job,
+    out: Path,
+) -> dict[str, Any]:
+    """Train on the pool, then go on on the pool and on the policy's own answers, which `draw` has
+    scored. What an interrupted run has of it is taken up again.
+    """
+    assert spec.refresh is not None
+    tokenizer = load_tokenizer(REFERENCE)
+    pairs = pairs_at(lam, frame, "pool", spec, params, tokenizer)
+    first = job.scratch / "first"
+    known = job.scratch / "first.json"
+    if not known.is_file():
+        begun = replace(job, scratch=job.scratch / "pool")
+        write_json(known, train_at(lam, pairs, REFERENCE, spec, params, begun, first))
+
+    fresh = draw(first)
+    scale = lagrangian_scale(lam, spec.pair_loss.normalised)
+    both = samples_of(frame, tokenizer), samples_of(fresh, tokenizer)
+    pairs += fresh_pairs(*both, lam, params.beta, params.seed + 1, scale)
+    again = spec.refresh.model_dump(include={"max_steps", "learning_rate"})
+    gone_on = replace(job, scratch=job.scratch / "own", seed=job.seed + 1)
+    metrics = train_at(lam, pairs, first, spec.model_copy(update=again), params, gone_on, out)
+
+    before = read_json(known)
+    steps = before["losses"][-1]["step"] if before["losses"] else 0
+    after = [{**row, "step": steps + row["step"]} for row in metrics["losses"]]
+    return {
+        **metrics,
+        "losses": [*before["losses"], *after],
+        "learning_rate": before["learning_rate"],  # what a training from the reference takes over
+        "generated_tokens": int(fresh["length"].sum()),
+    }
+
+
+def own_answers(
+    policy: Path, pool: pd.DataFrame, options: RefreshParams, params: LagrangianDpoParams, job: Job
+) -> pd.DataFrame:
+    """Scored answers of a policy to the first prompts of the pool, drawn once; schema ANSWERS."""
+    path = job.scratch / "answers.parquet"
+    if not path.is_file():
+        asked = pool.drop_duplicates("prompt_id")[["prompt_id", "prompt"]].head(options.prompts)
+        drawn = roll_out(
+            load_policy(policy, job.resources), asked, Scorers.load(job.resources),
+            count=options.samples_per_prompt, max_new_tokens=params.max_new_tokens,
+            seed=params.seed + 1,
+        )  # fmt: skip
+        write_parquet(path, drawn, ANSWERS)
+    return read_table(path, ANSWERS)
 
 
 def multiplier(
@@ -80,7 +151,7 @@ def multiplier(
     if not isinstance(spec.lam, str):
         return {"lam": spec.lam, "lam_from": "params.yaml"}
     known = read_record(DUAL, SolvedDual)
-    if not implicit(spec):
+    if not spec.implicit:
         return {"lam": solved_multiplier(known, spec.lam), "lam_from": str(DUAL)}
     try:
         solution = solve(
@@ -95,25 +166,18 @@ def multiplier(
     return {"lam": solution.lam, "lam_from": "implicit scores", "lam_low": low, "lam_high": high}
 
 
-def with_prices(
-    item: str, spec: LagrangianRun, tables: Tables, tokenizer: PreTrainedTokenizerBase
-) -> Tables:
-    """The tables with the prices of additional constraints in their rewards.
+def prices_of(item: str, spec: LagrangianRun) -> list[Price]:
+    """Prices of additional constraints, which are charged to rewards.
 
     A multiplier given as a number has none beside it, and prices of scorers mean nothing on
     implicit scores."""
     prices = prices_in(read_record(DUAL, SolvedDual).prices) if isinstance(spec.lam, str) else []
-    if prices and implicit(spec):
+    if prices and spec.implicit:
         log.warning(
             "lagrangian_dpo.runs.%s is scored by policies and ignores constraint.additional", item
         )
-        return tables
-    return Tables(
-        *(
-            with_priced_rewards(table, prices, partial(answer_lengths, tokenizer))
-            for table in tables
-        )
-    )
+        return []
+    return prices
 
 
 if __name__ == "__main__":

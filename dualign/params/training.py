@@ -173,16 +173,44 @@ class LagrangianSpec(Frozen):
     pair_loss: PairLossParams
 
 
+class RefreshParams(Frozen):
+    """A second training of a run, on the pool and on the policy's own answers to its first
+    `prompts`: they hold text that the pool does not.
+
+    `learning_rate` null takes the section's."""
+
+    prompts: Count
+    samples_per_prompt: Annotated[int, Field(ge=2)]
+    max_steps: Count
+    learning_rate: Positive | None
+
+
 class LagrangianRun(LagrangianSpec):
     """One Lagrangian DPO: its multiplier (`dual`, `margin` or a number), scores and pairs.
 
     `reward` and `cost` are folders under models/: the scorers (`reward_model`, `cost_model`), or
-    policies whose log-ratios stand in for them (`reward_dpo/NAME`, `safety_dpo/NAME`)."""
+    policies whose log-ratios stand in for them (`reward_dpo/NAME`, `safety_dpo/NAME`). `refresh`
+    null trains once."""
 
     lam: Solved | NonNegative
     reward: Model
     cost: Model
     data: Literal["pairs", "pool"]
+    refresh: RefreshParams | None = None
+
+    @property
+    def implicit(self) -> bool:
+        """Whether a policy stands in for a scorer."""
+        return (self.reward, self.cost) != ("reward_model", "cost_model")
+
+    @model_validator(mode="after")
+    def _refreshed_on_the_pool(self) -> LagrangianRun:
+        if self.refresh is not None and (self.data != "pool" or self.implicit):
+            raise ValueError(
+                "refresh adds answers to the pool and has them scored; it needs data: pool, reward:"
+                " reward_model and cost: cost_model, or set it to null"
+            )
+        return self
 
 
 class LagrangianParams(StageParams):
@@ -199,8 +227,14 @@ class LagrangianDpoParams(LagrangianParams):
     """Lagrangian DPO (the inner problem of C-DPO and MoCAN) at a fixed multiplier."""
 
     section = "lagrangian_dpo"
-    shared = {"seed": "seed", "beta": "beta", "pessimism": "pessimism"}
+    shared = {
+        "seed": "seed",
+        "beta": "beta",
+        "pessimism": "pessimism",
+        "max_new_tokens": "generation.max_new_tokens",
+    }
 
+    max_new_tokens: Count
     runs: dict[RunName, LagrangianRun]
 
 

@@ -15,7 +15,6 @@ from dualign.core.schema import SAFETY_PAIRS, SCORED_PAIRS, read_table
 from dualign.data.labelling import compare
 from dualign.evaluation.rollout import Scorers
 from dualign.lm.models import load_policy
-from dualign.math.dual.tilt import soft_value
 from dualign.search.answers import Answers
 from dualign.search.journal import Step
 from dualign.search.online import (
@@ -32,6 +31,7 @@ from dualign.search.tables import ScoredTables
 from dualign.search.task import SearchTask
 from dualign.search.trainer import PolicyTrainer
 from dualign.training.pairs import (
+    fresh_pairs,
     lagrangian_pairs,
     pool_pairs,
     pool_values,
@@ -97,8 +97,7 @@ class PoolPairs:
     """The pool at the new multiplier, and fresh answers of the policy before on some of its
     prompts.
 
-    Fresh answers find the text that no fixed pool holds; their anchors use the pool's soft value of
-    the prompt, so they need no new partition function."""
+    Fresh answers find the text that no fixed pool holds."""
 
     def __init__(
         self, task: SearchTask, scorers: Scorers, tables: ScoredTables, answers: Answers
@@ -122,9 +121,7 @@ class PoolPairs:
 
         drawn = self._answers.fresh(warm, self._prompts, folder)
         fresh = samples_of(self._tables.charged(drawn), self._tokenizer)
-        known = soft_value(samples.reward, samples.cost, lam, beta)[: len(self._prompts), None]
-        value = known.repeat(self._task.params.refresh_samples, axis=1)
-        return pairs + pool_pairs(fresh, value, lam, beta, seed, scale)
+        return pairs + fresh_pairs(samples, fresh, lam, beta, seed, scale)
 
 
 class FreshPairs:
