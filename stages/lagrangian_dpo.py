@@ -108,10 +108,11 @@ def train_twice(
     fresh = draw(first)
     scale = lagrangian_scale(lam, spec.pair_loss.normalised)
     both = samples_of(frame, tokenizer), samples_of(fresh, tokenizer)
-    pairs += fresh_pairs(*both, lam, params.beta, params.seed + 1, scale)
-    again = spec.refresh.model_dump(include={"max_steps", "learning_rate"})
+    own = fresh_pairs(*both, lam, params.beta, params.seed + 1, scale)
+    changed = spec.refresh.model_dump(include={"max_steps", "learning_rate"})
+    again = spec.model_copy(update=changed)
     gone_on = replace(job, scratch=job.scratch / "own", seed=job.seed + 1)
-    metrics = train_at(lam, pairs, first, spec.model_copy(update=again), params, gone_on, out)
+    metrics = train_at(lam, [*pairs, *own], first, again, params, gone_on, out)
 
     before = read_json(known)
     steps = before["losses"][-1]["step"] if before["losses"] else 0

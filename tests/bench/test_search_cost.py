@@ -310,7 +310,7 @@ def test_the_first_policy_is_that_of_the_stage(scored: Scored) -> None:
     from stages import lagrangian_dpo
 
     spec = load(LagrangianDpoParams)
-    anchored = spec.runs["anchored"].model_copy(update={"lam": 0.7})
+    anchored = spec.runs["anchored"].model_copy(update={"lam": 0.7, "refresh": None})
     params = spec.model_copy(update={"runs": {"anchored": anchored}})
     write_json("data/dual/dual.json", solved(lam=0.7))
     lagrangian_dpo.main(Run("lagrangian_dpo", "anchored", params, scored.resources))

@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from dualign.core.artifacts import read_json, write_json, write_parquet
-from dualign.core.errors import InfeasibleError
+from dualign.core.errors import InfeasibleError, ParamsError
 from dualign.core.schema import POOL, SCORED_PAIRS, by_prompt, user
 from dualign.data import world
-from dualign.lm.models import build_scratch, load_tokenizer, save, train_tokenizer
+from dualign.lm.models import (
+    build_scratch,
+    load_scorer_backbone,
+    load_tokenizer,
+    save,
+    train_tokenizer,
+)
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.math.constraints import Constraint, Price
-from dualign.math.dual.tilt import predict
+from dualign.math.dual.tilt import predict, soft_value
 from dualign.math.losses import lagrangian_scale
 from dualign.params import loading
 from dualign.params.base import Resources
 from dualign.params.models import ScratchParams
 from dualign.params.training import LagrangianDpoParams
+from dualign.scoring.calibration import Platt
+from dualign.scoring.scorers import Scorer
 from dualign.stage import Run
 from dualign.training import lagrangian
-from dualign.training.implicit_scores import Sources, Tables, scored_tables
+from dualign.training.implicit_scores import Sources, scored_tables
 from dualign.training.pairwise import train_pairwise
 from stages import lagrangian_dpo
-from stages.lagrangian_dpo import multiplier
+from stages.lagrangian_dpo import multiplier, own_answers
 from tests.written import safety, solved
 
 RESOURCES = Resources(
@@ -125,28 +135,20 @@ def test_the_stock_is_the_pools_or_an_target_for_implicit_scores(
 
 
 def test_prices_are_charged_with_a_solved_multiplier_on_the_scorers_scores(
-    folder: Path, pool: pd.DataFrame, repo_root: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, repo_root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_json("data/dual/dual.json", {**SOLVED, "limit": LIMIT, "prices": [PRICE.as_dict()]})
     given = stage_params(repo_root)
-    rows = pool.assign(prompt=[user("q")] * len(pool), length=np.arange(len(pool)), ended=True)
-    tables = Tables(rows, rows.assign(reward=1.0))
     runs = {
         name: given.runs["bernoulli"].model_copy(update={"lam": name})
         for name in ("dual", "margin")
     }
     for spec in runs.values():
-        charged = lagrangian_dpo.with_prices("it", spec, tables, None)  # type: ignore[arg-type]  # no texts to count
-        assert charged.pool["reward"].tolist() == pytest.approx(
-            (rows["reward"] - 0.1 * rows["length"]).tolist()
-        )
-        assert charged.pairs["reward"].tolist() == pytest.approx(
-            (1 - 0.1 * rows["length"]).tolist()
-        )
+        assert lagrangian_dpo.prices_of("it", spec) == [PRICE]
     by_hand = given.runs["bernoulli"].model_copy(update={"lam": 0.7})
-    assert lagrangian_dpo.with_prices("it", by_hand, tables, None).pool is rows  # type: ignore[arg-type]
+    assert lagrangian_dpo.prices_of("it", by_hand) == []
     assert not caplog.records
-    assert lagrangian_dpo.with_prices("pecan", given.runs["pecan"], tables, None) is tables  # type: ignore[arg-type]
+    assert lagrangian_dpo.prices_of("pecan", given.runs["pecan"]) == []
     assert (
         "lagrangian_dpo.runs.pecan is scored by policies and ignores constraint.additional"
         in caplog.text
@@ -312,7 +314,115 @@ def test_a_policy_in_place_of_a_scorer_makes_a_run_implicit(
     spec = loading.load(
         LagrangianDpoParams, Path(__file__).resolve().parents[2] / "params.yaml"
     ).runs["anchored"]
-    assert (
-        lagrangian_dpo.implicit(spec.model_copy(update={"reward": reward, "cost": cost}))
-        is expected
+    assert spec.model_copy(update={"reward": reward, "cost": cost}).implicit is expected
+
+
+REFRESH = {"prompts": 2, "samples_per_prompt": 2, "max_steps": 3, "learning_rate": None}
+
+
+@pytest.fixture
+def scorers(workspace: Path) -> Path:
+    """Scorers of random heads beside the policies."""
+    tokenizer = load_tokenizer("models/sft")
+    for seed, name in enumerate(("reward_model", "cost_model")):
+        backbone = load_scorer_backbone("models/sft", tokenizer, RESOURCES, seed)
+        torch.nn.init.normal_(backbone.score.weight, std=0.5)
+        Scorer(backbone, tokenizer, Platt(1.0, 0.0)).save(Path("models") / name)
+    write_json("reports/metrics/cost_model.json", {})
+    write_json("data/dual/dual.json", solved(lam=0.25, prices=[PRICE.as_dict()]))
+    return workspace
+
+
+def refreshed(root: Path) -> LagrangianDpoParams:
+    """The shipped params with a run `own` that trains on its own answers, on scores as they are."""
+    content = copy.deepcopy(loading.read_yaml(root / "params.yaml"))
+    section = content["lagrangian_dpo"]
+    section["runs"]["own"] = {
+        **section["runs"]["anchored"],
+        "max_steps": 2,
+        "refresh": REFRESH,
+    }
+    section["training"] |= {"max_steps": 2, "batch_size": 4, "max_length": 512}
+    content["pessimism"] |= {"reward": 0.0, "cost": 0.0}
+    content["generation"]["max_new_tokens"] = 6
+    checked = loading.check(content, "my.yaml")["lagrangian_dpo"]
+    assert isinstance(checked, LagrangianDpoParams)
+    return checked
+
+
+def test_a_refresh_goes_on_with_scored_and_priced_answers_of_the_policy(
+    scorers: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their reward is the scorer's less the price of their length, as the pool's, and their anchors
+    use the pool's value.
+    """
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        lagrangian, "train_pairwise", lambda *args: seen.append(args) or train_pairwise(*args)
     )
+    drawn: list[pd.DataFrame] = []
+    monkeypatch.setattr(
+        lagrangian_dpo, "own_answers", lambda *args: drawn.append(own_answers(*args)) or drawn[-1]
+    )
+    given = refreshed(repo_root)
+    lagrangian_dpo.main(Run("lagrangian_dpo", "own", given, RESOURCES))
+    first, second = seen
+    answers = drawn[0]
+    assert len(answers) == 4 and second[2][: len(first[2])] == first[2]
+    fresh = second[2][len(first[2]) :]
+    assert [pair.prompt for pair in fresh] == [pair.prompt for pair in first[2][::2][:2]]
+
+    pool = pd.read_parquet("data/scored/pool.parquet")
+    reward = by_prompt(pool, "reward") - 0.1 * by_prompt(pool, "length")
+    value = soft_value(reward, by_prompt(pool, "cost"), 0.25, given.beta)
+    target = answers["reward"] - 0.1 * answers["length"] - 0.25 * answers["cost"]
+    expected = target.to_numpy() - value[:2].repeat(2)
+    found = [anchor for pair in fresh for anchor in pair.anchors]
+    assert sorted(found) == pytest.approx(sorted(expected), abs=1e-6)
+
+    told = read_json("reports/metrics/lagrangian_dpo/own.json")
+    assert told["generated_tokens"] == answers["length"].sum() > 0
+    assert told["learning_rate"] == given.runs["own"].learning_rate
+    assert second[4].training.learning_rate == given.training.learning_rate
+    curve = read_json("reports/curves/lagrangian_dpo/own.json")
+    assert [row["step"] for row in curve] == [1, 2, 3, 4, 5]
+
+
+def test_a_refresh_that_was_interrupted_trains_and_draws_nothing_twice(
+    scorers: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run("lagrangian_dpo", "own", refreshed(repo_root), RESOURCES)
+    out = Path("models/lagrangian_dpo/own/model.safetensors")
+    lagrangian_dpo.main(run)
+    whole = out.read_bytes()
+    shutil.rmtree(out.parent)
+
+    trained: list[int] = []
+
+    def train_once(*args: Any) -> Any:
+        trained.append(len(args[2]))
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return train_pairwise(*args)
+
+    monkeypatch.setattr(lagrangian, "train_pairwise", train_once)
+    with pytest.raises(KeyboardInterrupt):
+        lagrangian_dpo.main(run)
+    monkeypatch.setattr(lagrangian_dpo, "roll_out", None)
+    lagrangian_dpo.main(run)
+    assert len(trained) == 3 and out.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "change", [{"data": "pairs"}, {"reward": "reward_dpo/helpful"}, {"cost": "safety_dpo/alone"}]
+)
+def test_a_refresh_without_the_pool_or_the_scorers_is_refused(
+    repo_root: Path, change: dict[str, str]
+) -> None:
+    content = copy.deepcopy(loading.read_yaml(repo_root / "params.yaml"))
+    row = content["lagrangian_dpo"]["runs"]["anchored"]
+    row |= {"refresh": REFRESH, **change}
+    if "data" in change:
+        row["pair_loss"] |= {"anchor": 0.0, "nll": 0.0}
+    with pytest.raises(ParamsError, match=r"lagrangian_dpo\.runs\.anchored.*refresh.*data: pool"):
+        loading.check(content, "my.yaml")
