@@ -3,8 +3,8 @@
     python -m stages.lagrangian_dpo anchored
 
 The inner problem of C-DPO and MoCAN (scored pairs, labels drawn afresh), of PeCAN (the same, scored
-by policies), and ours (the pool, exact labels, anchor;
-`refresh` trains once more, on the policy's own answers as well)."""
+by policies), and ours (the pool, exact labels, anchor). With `refresh` the policy then trains on
+its own answers."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def train_twice(
     job: Job,
     out: Path,
 ) -> dict[str, Any]:
-    """Train on the pool, then go on on the pool and on the policy's own answers, which `draw` has
-    scored. What an interrupted run has of it is taken up again.
+    """Train on the pool, then on the policy's own answers, which `draw` has scored. What an
+    interrupted run has of it is taken up again.
     """
     assert spec.refresh is not None
     tokenizer = load_tokenizer(REFERENCE)
@@ -112,7 +112,7 @@ def train_twice(
     changed = spec.refresh.model_dump(include={"max_steps", "learning_rate"})
     again = spec.model_copy(update=changed)
     gone_on = replace(job, scratch=job.scratch / "own", seed=job.seed + 1)
-    metrics = train_at(lam, [*pairs, *own], first, again, params, gone_on, out)
+    metrics = train_at(lam, own, first, again, params, gone_on, out)
 
     before = read_json(known)
     steps = before["losses"][-1]["step"] if before["losses"] else 0

@@ -174,8 +174,8 @@ class LagrangianSpec(Frozen):
 
 
 class RefreshParams(Frozen):
-    """A second training of a run, on the pool and on the policy's own answers to its first
-    `prompts`: they hold text that the pool does not.
+    """A second training of a run, on the policy's own answers to the first `prompts` of the pool:
+    they hold what the pool does not, text that no loss on the pool holds down.
 
     `learning_rate` null takes the section's."""
 
