@@ -16,6 +16,7 @@ from dualign.evaluation.paired import mean_difference
 from dualign.report.charts import svg
 from dualign.report.charts.strip import dots
 from dualign.report.comparison import REFERENCE
+from dualign.report.formatting import number
 from dualign.report.judged import known_ends
 from dualign.report.sections.base import FinishedRun, Row, Section
 
@@ -50,7 +51,8 @@ def _others(run: FinishedRun) -> tuple[dict[str, Row], list[str]]:
     """
     found: dict[str, Row] = {}
     refused = []
-    for path in listed(run.root / "reports/seeds", "*.json"):
+    paths = listed(run.root / "reports/seeds", "*.json")
+    for path in sorted(paths, key=lambda path: (len(path.stem), path.stem)):  # 9 before 11
         other = as_row(read_record(path, ComparedRun))
         wrong = _differs(other, run)
         if wrong:
@@ -63,7 +65,7 @@ def _others(run: FinishedRun) -> tuple[dict[str, Row], list[str]]:
 def _differs(other: Row, run: FinishedRun) -> str:
     """In what beside its seed another run differs; empty where in nothing that can be seen."""
     if other["limit"] != run.comparison["limit"]:
-        return f"has limit {other['limit']}"
+        return f"has limit {number(other['limit'])}"
     for name, policy in other["policies"].items():
         if policy.get("folder") != run.params.policies.get(name):
             return f"has {policy.get('folder')} for policy {name}"

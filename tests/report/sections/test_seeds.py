@@ -58,11 +58,15 @@ def test_the_interval_is_students_over_runs(run: Run) -> None:
 
 
 def test_a_policy_that_another_run_lacks_is_counted_where_it_is(run: Run) -> None:
-    other = keep(run, "8", 0.1)
+    other = keep(run, "11", 0.1)
     del other["policies"]["sacpo"]
-    write_json(run[0] / "reports/seeds/8.json", other)
+    write_json(run[0] / "reports/seeds/11.json", other)
+    keep(run, "9", 0.2)
+    assert shown(seeds.section(FinishedRun(*run)))["others"] == ["9", "11"]
     rows = {row["name"]: row for row in shown(seeds.section(FinishedRun(*run)))["spread"]}
-    assert rows["sacpo"]["there"] == 1 and rows["sacpo"]["spread"]["cost"]["low"] is None
+    assert rows["sacpo"]["there"] == 2 and rows["caid"]["there"] == 3
+    write(*run, run[0] / "index.html")
+    assert "sacpo is there in 2 of 3 runs" in (run[0] / "index.html").read_text()
 
 
 def test_the_run_itself_counts_once(run: Run) -> None:
@@ -74,19 +78,19 @@ def test_the_run_itself_counts_once(run: Run) -> None:
 
 def test_runs_of_another_question_are_left_out_and_told(run: Run) -> None:
     keep(run, "8", 0.1)
-    keep(run, "loose", 0.1, limit=LIMIT + 1)
+    keep(run, "loose", 0.1, limit=LIMIT - 1)
     other = keep(run, "other", 0.1)
     other["policies"]["sacpo"]["folder"] = "aligned/mine"
     write_json(run[0] / "reports/seeds/other.json", other)
     values = shown(seeds.section(FinishedRun(*run)))
     assert values["others"] == ["8"]
     assert values["refused"] == [
-        "loose.json has limit 0.85", "other.json has aligned/mine for policy sacpo"
+        "loose.json has limit −1.15", "other.json has aligned/mine for policy sacpo"
     ]  # fmt: skip
     out = run[0] / "index.html"
     write(*run, out)
     html = out.read_text()
-    assert "loose.json has limit 0.85" in html and "cost in each run against the limit" in html
+    assert "loose.json has limit −1.15" in html and "cost in each run against the limit" in html
 
 
 def test_a_file_that_is_no_comparison_is_named(run: Run) -> None:
