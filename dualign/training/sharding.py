@@ -42,8 +42,12 @@ class Sharding:
         if args.fsdp:  # or accelerate would go by the layers of the model before
             AcceleratorState._reset_state()
         self.whole = model
+        self._home = model.device
+        trained = copy.deepcopy(model) if args.fsdp else model
+        if args.fsdp:
+            model.to("cpu")  # until it is given back
         parent: Any = super()
-        parent.__init__(copy.deepcopy(model) if args.fsdp else model, *given, args=args, **options)
+        parent.__init__(trained, *given, args=args, **options)
         self.is_fsdp_enabled = bool(args.fsdp)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -67,6 +71,7 @@ class Sharding:
         for name, weight in self.whole.named_parameters():
             if weight.requires_grad:
                 weight.data.copy_(_full(trained[name]))
+        self.whole.to(self._home)
 
 
 def _full(weight: torch.Tensor) -> torch.Tensor:

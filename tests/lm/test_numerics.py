@@ -525,7 +525,8 @@ def test_more_than_one_visible_gpu_is_refused(
                 continue
             with pytest.raises(
                 ModelError,
-                match=r"^torch sees 2 GPUs, and a stage runs on one: .*CUDA_VISIBLE_DEVICES",
+                match=r"^torch sees 2 GPUs, .* in one process: .*CUDA_VISIBLE_DEVICES",
             ):
                 numerics.device_of(asked)
+            assert numerics.device_of(asked.model_copy(update={"processes": "auto"})).index == 0
         assert numerics.device_of(resources).type == "cpu"
