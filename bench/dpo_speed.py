@@ -51,12 +51,7 @@ PROGRAM = "python -m bench.dpo_speed"
 #: What is compared, and how it is called in the table.
 SIDES = {
     "trl": {"ours": "ours", "defaults": "TRL, defaults", "best": "TRL, best"},
-    "parts": {
-        "ours": "ours",
-        "padded": "with padded rows",
-        "torch": "with torch's products",
-        "neither": "with both",
-    },
+    "parts": {"ours": "ours", "padded": "padded rows", "before": "and torch's products"},
 }
 #: Sources of pairs: their format, the kind of pair, and the file in the folder of the rows.
 ROWS: dict[str, tuple[Any, Any, str]] = {
@@ -278,7 +273,7 @@ def _ours(
     tokenizer = load_tokenizer(given.base)
     model = load_policy(given.base, resources, trained=True)
     size = size_of(model)
-    if name in ("torch", "neither"):
+    if name == "before":
         by_torch(model)
     began = time.process_time()
     known = with_reference(pairs, model, tokenizer, 2 * given.batch)
@@ -297,7 +292,7 @@ def _ours(
     job = Job(schedule, resources, folder, given.seed)
     trainer = pairwise_trainer(model, tokenizer, known, PairLossConfig(_BETA, _BETA), job)
     trainer.args.train_sampling_strategy = "sequential"
-    if name in ("padded", "neither"):
+    if name in ("padded", "before"):
         trainer._packed = False
     return trainer, {"reference": reference, **size}
 
@@ -355,11 +350,11 @@ def measure(given: Settings) -> dict[str, Any]:
         arguments = (name, given, pairs, other)
         context.Process(target=side, args=arguments, daemon=True).start()
         other.close()
-    told = {name: talk.recv() for name, talk in talks.items()}
+    told = {name: _answered(name, talk, None) for name, talk in talks.items()}
     torch.set_num_threads(given.threads)
     taken = [_step(talks, step) for step in range(len(pairs) // given.batch)]
-    peaks = {name: talk.recv() for name, talk in talks.items()}
-    profiles = {name: _profile(talk) for name, talk in talks.items()}
+    peaks = {name: _answered(name, talk, None) for name, talk in talks.items()}
+    profiles = {name: _answered(name, talk, -1) for name, talk in talks.items()}
     size = {key: value for key, value in told["ours"].items() if key != "reference"}
     found: dict[str, Any] = {"size": size, "peak_gib": peaks, "profile": profiles, "sources": {}}
     found["reference"] = {name: row["reference"] for name, row in told.items()}
@@ -375,16 +370,22 @@ def _step(talks: Mapping[str, Any], step: int) -> dict[str, Any]:
     """One step of all sides, one after the other, and the machine's rates after it."""
     row: dict[str, Any] = {}
     for name, talk in talks.items():
-        talk.send(step)
-        row[name] = talk.recv()
+        row[name] = _answered(name, talk, step)
         log.info("step %d, %s: %.1f processor seconds", step, name, row[name]["processor"])
     return {**row, "rates": rates()}
 
 
-def _profile(talk: Any) -> dict[str, float]:
-    talk.send("profile")
-    found: dict[str, float] = talk.recv()
-    return found
+def _answered(name: str, talk: Any, asked: int | None) -> Any:
+    """What a side answers. Raises DualignError where it has ended."""
+    try:
+        if asked is not None:
+            talk.send(asked)
+        return talk.recv()
+    except (EOFError, OSError):
+        raise DualignError(
+            f"{name}: its process ended; where no fault is shown it was out of memory, so lower"
+            " --batch or --tokens"
+        ) from None
 
 
 def _summed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,13 @@ def test_a_folder_without_rows_is_named(tmp_path: Path) -> None:
         Settings(precision="fp8")
     with pytest.raises(DualignError, match="--against 'us' is neither trl nor parts"):
         Settings(against="us")
+
+
+def test_a_side_whose_process_ended_is_named() -> None:
+    talk, other = Pipe()
+    other.close()
+    with pytest.raises(DualignError, match="best: its process ended"):
+        dpo_speed._answered("best", talk, 0)
 
 
 def test_results_are_named_for_what_is_unusual() -> None:
