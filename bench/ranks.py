@@ -141,7 +141,8 @@ def _seconds(found: dict[str, Any]) -> str:
 
 
 def _row(work: str, found: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
-    one, two = (statistics.median(turn[work] for turn in found[count]) for count in COUNTS)
+    one = statistics.median(turn[work] for turn in found[1])
+    two = statistics.median(turn[work] for turn in found[2])
     return {"work": work, "one": one, "two": two, "speed_up": one / two}
 
 
