@@ -416,7 +416,8 @@ def each(of: Callable[[list[Any]], Any], rows: Sequence[Mapping[str, Any]]) -> d
     >>> each(sum, [{"padded": 3, "real": 2}, {"padded": 5, "real": 5}])
     {'padded': 8, 'real': 7}
     """
-    return {key: of([row[key] for row in rows]) for key in rows[0]}
+    columns = zip(*(row.values() for row in rows), strict=True)
+    return {key: of(list(column)) for key, column in zip(rows[0], columns, strict=True)}
 
 
 def medians(
