@@ -233,6 +233,14 @@ def side(name: str, given: Settings, pairs: Sequence[Pair], talk: Connection) ->
     talk.send(profiled(trainer, given.batch))
 
 
+def kind_of(operation: str) -> str:
+    """The kind of work that an operation of the profiler is."""
+    for kind, names in KINDS.items():
+        if any(name in operation for name in names):
+            return kind
+    return "all else"
+
+
 def profiled(trainer: Any, batch: int) -> dict[str, float]:
     """Clock seconds of one more step on the first batch, by kind of work."""
     inputs = trainer.data_collator([trainer.train_dataset[row] for row in range(batch)])
@@ -241,8 +249,7 @@ def profiled(trainer: Any, batch: int) -> dict[str, float]:
         trainer.optimizer.step()
     found = dict.fromkeys((*KINDS, "all else"), 0.0)
     for event in seen.key_averages():
-        named = (kind for kind, names in KINDS.items() if any(name in event.key for name in names))
-        found[next(named, "all else")] += event.self_cpu_time_total / 1e6
+        found[kind_of(event.key)] += event.self_cpu_time_total / 1e6
     return found
 
 
@@ -396,13 +403,21 @@ def _summed(
     works = [work(size, batch) for batch in batches]
     counts = [tokens(batch) for batch in batches]
     found: dict[str, Any] = {"steps": taken, "gflop": works, "sides": {}}
-    found["tokens"] = {key: sum(row[key] for row in counts) for key in counts[0]}
-    found["rates"] = {
-        way: statistics.median(row["rates"][way] for row in taken) for way in taken[0]["rates"]
-    }
+    found["tokens"] = each(sum, counts)
+    found["rates"] = each(statistics.median, [row["rates"] for row in taken])
     for name in given.sides:
         found["sides"][name] = medians(name, given.batch, works, taken)
     return found
+
+
+def each(of: Callable[[list[Any]], Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A number of every column of rows, such as its sum.
+
+    >>> each(sum, [{"padded": 3, "real": 2}, {"padded": 5, "real": 5}])
+    {'padded': 8, 'real': 7}
+    """
+    columns = zip(*(row.values() for row in rows), strict=True)
+    return {key: of(list(column)) for key, column in zip(rows[0], columns, strict=True)}
 
 
 def medians(
@@ -434,7 +449,7 @@ def medians(
 
 def page(given: Settings, found: dict[str, Any]) -> str:
     """The results as Markdown."""
-    what = "TRL's" if given.against == "trl" else "its parts"
+    what = {"trl": "TRL's", "parts": "ours without its parts"}[given.against]
     parts = [
         f"# A DPO step: ours beside {what}, {given.precision}",
         f"    {options.command(PROGRAM, given)}",

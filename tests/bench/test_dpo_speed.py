@@ -113,3 +113,13 @@ def test_all_sides_take_the_same_steps(
     assert "\n| optimiser |" in text
     assert all(text.count(f"\n| {title} |") == 2 for title in given.sides.values())
     assert min(found["peak_gib"].values()) > 0.1
+
+
+def test_operations_of_the_profiler_are_told_apart() -> None:
+    kinds = {
+        "aten::mm": "matrix products",
+        "mkldnn::_linear_pointwise": "matrix products",
+        "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
+        "aten::mul": "all else",
+    }
+    assert {name: dpo_speed.kind_of(name) for name in kinds} == kinds
