@@ -26,7 +26,7 @@ from dualign.evaluation.suites import read_suite
 from dualign.evaluation.truthful import choice_log_probabilities, mc1, mc2
 from dualign.lm.mixture import is_policy, policy_at
 from dualign.lm.models import load_tokenizer
-from dualign.lm.sampling import sample
+from dualign.lm.sampling import Draws, draw
 from dualign.lm.tokens import encode_prompts
 from dualign.params.evaluate import SuiteSpec
 from dualign.params.judging import AnswerParams
@@ -95,15 +95,14 @@ def answered(
     """Drawn answers to every prompt: schema SUITE_ANSWERS."""
     tokenizer = load_tokenizer(REFERENCE)
     count = spec.samples_per_prompt
-    drawn = sample(
+    drawn = draw(
         policy_at(MODELS / run.params.policies[policy], run.resources), tokenizer,
         encode_prompts(tokenizer, suite["prompt"].tolist()),
-        count=count, max_new_tokens=run.params.max_new_tokens,
-        batch_size=run.resources.sampling_batch_size, seed=run.params.seed,
+        Draws(count, run.params.max_new_tokens, run.params.seed), run.resources,
     )  # fmt: skip
     rows = suite.iloc[[answer.prompt for answer in drawn]][["prompt_id", "prompt"]]
     return rows.assign(
-        sample=[draw % count for draw in range(len(drawn))],
+        sample=[place % count for place in range(len(drawn))],
         response=[answer.text for answer in drawn],
         length=[len(answer.tokens) for answer in drawn],
         ended=[answer.ended for answer in drawn],

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dualign.core.progress import Progress
+from dualign.lm.engines import generate
+from dualign.lm.engines.check import check
+from dualign.lm.engines.interface import Answer, Request, by_length, row_seed
+from dualign.lm.engines.table import ENGINES
 from dualign.lm.loading import check_context, context_of
 from dualign.lm.mixture import Mixture, Policy, mixture_log_probability
 from dualign.lm.models import end_tokens
 from dualign.lm.numerics import answer_log_probabilities
 from dualign.lm.tokens import decode_answers
+from dualign.params.base import Resources
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,38 @@ class Sample:
     ended: bool
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Draws:
+    """What to draw: answers to each prompt, their longest, and the seed."""
+
+    count: int
+    max_new_tokens: int
+    seed: int
+
+
+def draw(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    wanted: Draws,
+    resources: Resources,
+) -> list[Sample]:
+    """Answers to prompts (token ids), drawn from the policy itself by `resources.engine`: T = 1, no
+    truncation of its tail.
+
+    Returned in order of prompt, then draw. A sample of the answers of every engine but `generate`
+    is checked against our own log-probabilities; raises ModelError where they differ."""
+    engine = ENGINES[resources.engine]
+
+    def answers(model: torch.nn.Module, request: Request) -> list[Answer]:
+        drawn = engine(model, tokenizer, request, resources)
+        if resources.engine != "generate":
+            check(model, request, drawn, resources)
+        return drawn
+
+    return _drawn(policy, tokenizer, prompts, wanted, (resources.sampling_batch_size, answers))
+
+
 def sample(
     model: Policy,
     tokenizer: PreTrainedTokenizerBase,
@@ -49,44 +80,15 @@ def sample(
     batch_size: int,
     seed: int,
 ) -> list[Sample]:
-    """`count` answers to each prompt (token ids), drawn from the policy itself: T = 1, no
-    truncation of its tail.
+    """`draw` by the engine `generate`: the same seed, batch size and device give the same
+    answers.
+    """
 
-    The same seed, batch size and device give the same answers. Returned in order of prompt, then
-    draw."""
-    if isinstance(model, Mixture):
-        return _sample_mixture(model, tokenizer, prompts, count, max_new_tokens, batch_size, seed)
-    model.eval()
-    torch.manual_seed(seed)
-    ends = end_tokens(model, tokenizer)
-    longest = max((len(prompt) for prompt in prompts), default=0)
-    check_context(
-        model,
-        longest + max_new_tokens,
-        f"a prompt of {longest} tokens and generation.max_new_tokens",
-    )
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    rows = [(index, draw) for index in range(len(prompts)) for draw in range(count)]
-    drawn: dict[tuple[int, int], list[int]] = {}
-    with Progress("sampling", len(rows)) as progress, _configured(model, config):
-        for batch in _by_length(rows, [len(prompts[index]) for index, _ in rows], batch_size):
-            answers = _generate(model, tokenizer, [prompts[index] for index, _ in batch], config)
-            drawn.update(zip(batch, answers, strict=True))
-            progress.advance(len(batch))
-    ids = [drawn[row] for row in rows]
-    texts = decode_answers(tokenizer, ids)
-    return [
-        Sample(index, tokens, text, bool(tokens) and tokens[-1] in ends)
-        for (index, _), tokens, text in zip(rows, ids, texts, strict=True)
-    ]
+    def answers(part: torch.nn.Module, request: Request) -> list[Answer]:
+        return generate.answer(part, tokenizer, request)
+
+    wanted = Draws(count, max_new_tokens, seed)
+    return _drawn(model, tokenizer, prompts, wanted, (batch_size, answers))
 
 
 @torch.inference_mode()
@@ -126,7 +128,7 @@ def log_probabilities(
             context,
         )
     with Progress("log-probabilities", len(rows)) as progress:
-        for batch in _by_length(rows, [lengths[row] for row in rows], batch_size):
+        for batch in by_length(rows, [lengths[row] for row in rows], batch_size):
             result[batch] = _score(
                 model, tokenizer, [prompts[i] for i in batch], [answers[i] for i in batch]
             )
@@ -134,70 +136,68 @@ def log_probabilities(
     return result
 
 
-def _sample_mixture(
-    mixture: Mixture,
+def _drawn(
+    policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    count: int,
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int,
+    wanted: Draws,
+    engine: tuple[int, Callable[[torch.nn.Module, Request], list[Answer]]],
 ) -> list[Sample]:
+    """Answers in order of prompt, then draw, by an engine and its batch size."""
+    rows = [(index, draw) for index in range(len(prompts)) for draw in range(wanted.count)]
+    batch_size, answers = engine
+    request = Request(
+        prompts=[prompts[index] for index, _ in rows],
+        seeds=[row_seed(wanted.seed, *row) for row in rows],
+        seed=wanted.seed,
+        ends=[],
+        max_new_tokens=wanted.max_new_tokens,
+        batch_size=batch_size,
+    )
+    drawn = _answered(policy, tokenizer, request, answers)
+    texts = decode_answers(tokenizer, [tokens for tokens, _ in drawn])
+    return [
+        Sample(index, tokens, text, ended)
+        for (index, _), (tokens, ended), text in zip(rows, drawn, texts, strict=True)
+    ]
+
+
+def _answered(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    request: Request,
+    answers: Callable[[torch.nn.Module, Request], list[Answer]],
+) -> list[tuple[list[int], bool]]:
+    """The ids of each answer, and whether it ended."""
+    if isinstance(policy, Mixture):
+        return _mixed(policy, tokenizer, request, answers)
+    request = replace(request, ends=end_tokens(policy, tokenizer))
+    check_context(
+        policy,
+        request.longest + request.max_new_tokens,
+        f"a prompt of {request.longest} tokens and generation.max_new_tokens",
+    )
+    drawn = [answer.tokens for answer in answers(policy, request)]
+    return [(tokens, bool(tokens) and tokens[-1] in request.ends) for tokens in drawn]
+
+
+def _mixed(
+    mixture: Mixture,
+    tokenizer: PreTrainedTokenizerBase,
+    request: Request,
+    answers: Callable[[torch.nn.Module, Request], list[Answer]],
+) -> list[tuple[list[int], bool]]:
     """Each answer from the component that is drawn for it; every component draws from a seed of its
     own.
     """
-    chosen = mixture.draw(len(prompts) * count, seed)
-    drawn: dict[int, Sample] = {}
+    chosen = mixture.draw(len(request.prompts), request.seed)
+    drawn: dict[int, tuple[list[int], bool]] = {}
     for k in sorted(set(chosen)):
         rows = [row for row, component in enumerate(chosen) if component == k]
-        answers = sample(
-            mixture.component(k), tokenizer, [prompts[row // count] for row in rows],
-            count=1, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed + 1 + k,
-        )  # fmt: skip
-        drawn |= {
-            row: replace(answer, prompt=row // count)
-            for row, answer in zip(rows, answers, strict=True)
-        }
+        part = request.of(rows, request.seed + 1 + k)
+        found = _answered(mixture.component(k), tokenizer, part, answers)
+        drawn.update(zip(rows, found, strict=True))
     return [drawn[row] for row in range(len(chosen))]
-
-
-@contextlib.contextmanager
-def _configured(model: torch.nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """The model under `config` alone: generate() takes what is left open, such as Qwen's penalties,
-    from its own.
-    """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    own = base.generation_config
-    base.generation_config = config
-    try:
-        yield
-    finally:
-        base.generation_config = own
-
-
-def _generate(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Sequence[int]],
-    config: GenerationConfig,
-) -> list[list[int]]:
-    device = next(model.parameters()).device
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    output = model.generate(
-        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
-    )  # type: ignore[operator]
-    return [_until_end(row, set(config.eos_token_id)) for row in output[:, width:].tolist()]
-
-
-def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
-    """Tokens up to and with the first that ends an answer."""
-    last = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: last + 1]
 
 
 def _score(
@@ -221,12 +221,3 @@ def _score(
         .double()
         .cpu()
     )
-
-
-def _by_length(rows: list[T], lengths: Sequence[int], batch_size: int) -> Iterator[list[T]]:
-    """Batches of rows of similar length, the longest first, so that a batch too large for memory
-    fails at once.
-    """
-    order = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
-    for start in range(0, len(order), batch_size):
-        yield [rows[i] for i in order[start : start + batch_size]]

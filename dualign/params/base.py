@@ -4,9 +4,9 @@ of them use.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 #: What numpy takes ends at 2**32 - 1; the other half is for seeds that are derived by adding to
 #: this one.
@@ -24,6 +24,7 @@ Two = Annotated[int, Field(ge=2, le=10_000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 #: Quantities that are 0 or 1, so that their mean is a share of the answers.
 SHARES = ("p_unsafe", "unended")
+EngineName = Literal["generate", "refill", "continuous", "vllm"]
 Quantity = Literal["cost", "p_unsafe", "cvar", "length", "unended"]
 
 
@@ -81,10 +82,14 @@ class Resources(Frozen):
     """How to run on this machine; DVC does not track it.
 
     `precision` is what matrices are multiplied in: `bf16` keeps weights that are trained in fp32,
-    `pure_bf16` does not."""
+    `pure_bf16` does not. `engine` draws answers; vLLM runs in this Python, in that of
+    `engine_python`, or behind `engine_url`."""
 
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16", "pure_bf16"]
+    engine: EngineName
+    engine_url: str | None
+    engine_python: str | None
     micro_batch_size: Count | None
     sampling_batch_size: Count
     scoring_batch_size: Count
@@ -92,3 +97,11 @@ class Resources(Frozen):
     checkpoint_steps: Count
     log_steps: Count
     threads: Few | None
+
+    @model_validator(mode="after")
+    def _one_vllm(self) -> Self:
+        if self.engine != "vllm" and (self.engine_url or self.engine_python):
+            raise ValueError("engine_url and engine_python are of engine vllm; set them to null")
+        if self.engine_url and self.engine_python:
+            raise ValueError("engine_url and engine_python exclude each other; set one to null")
+        return self
