@@ -30,9 +30,11 @@ EVIDENCE = 1e6
 #: Answers that are checked.
 SAMPLE = 32
 #: What a wrong engine may draw from: powers of the policy, its likeliest tokens, its nucleus.
-_POWERS = (0.8, 0.9, 1.1, 1.25, 2.0)
+_POWERS = (0.8, 0.9, 1.1, 1.25)
 _TOP_K = 50
 _TOP_P = 0.95
+#: Likeliest tokens among which a nucleus is looked for; a wider one is left alone.
+_WIDEST = 2048
 
 
 @torch.inference_mode()
@@ -40,12 +42,12 @@ def check(
     model: torch.nn.Module, request: Request, answers: Sequence[Answer], resources: Resources
 ) -> None:
     """Refuse answers of an engine that are not draws of `model`. Raises ModelError in one line."""
-    rows = range(0, len(answers), max(1, len(answers) // SAMPLE))
+    rows = range(0, len(answers), max(1, -(-len(answers) // SAMPLE)))
     bound = BOUND[precision_of(resources)]
     ratios = torch.zeros(len(_POWERS) + 2, dtype=torch.float64)
     for row in rows:
         tokens = answers[row].tokens
-        table = torch.log_softmax(answer_logits(model, request.prompts[row], tokens).double(), -1)
+        table = torch.log_softmax(answer_logits(model, request.prompts[row], tokens), -1)
         drawn = torch.tensor(tokens, device=table.device)
         found = table.gather(1, drawn.unsqueeze(1)).squeeze(1)
         _compare(answers[row], float(found.sum()), bound, resources.engine)
@@ -80,11 +82,19 @@ def log_ratios(table: Tensor, drawn: Tensor) -> Tensor:
     at = drawn.unsqueeze(1)
     own = table.gather(1, at).squeeze(1)
     found = [(torch.log_softmax(s * table, -1).gather(1, at).squeeze(1) - own) for s in _POWERS]
-    ordered = table.sort(1, descending=True).values.exp()
-    ahead = ordered.cumsum(1) - ordered
-    first = torch.arange(table.shape[1], device=table.device) < _TOP_K
-    for kept in (first.expand_as(ordered), ahead < _TOP_P):
-        least = torch.where(kept, ordered, 1.0).amin(1)
-        mass = (ordered * kept).sum(1)
-        found.append(torch.where(own.exp() >= least, -mass.log(), -torch.inf))
-    return torch.stack([ratio.sum() for ratio in found])
+    ordered = table.topk(min(_WIDEST, table.shape[1]), 1).values.exp()
+    first = torch.arange(ordered.shape[1], device=table.device) < _TOP_K
+    nucleus = ordered.cumsum(1) - ordered < _TOP_P
+    narrow = ordered.sum(1) >= _TOP_P
+    found.append(_cut(ordered, first.expand_as(ordered), own))
+    found.append(torch.where(narrow, _cut(ordered, nucleus, own), 0.0))
+    return torch.stack([ratio.double().sum() for ratio in found])
+
+
+def _cut(ordered: Tensor, kept: Tensor, own: Tensor) -> Tensor:
+    """log q / p of tokens for p cut to what is `kept` of its largest probabilities, `ordered`
+    [tokens, some]; `own` is log p of each token. [tokens], in nats.
+    """
+    least = torch.where(kept, ordered, 1.0).amin(1)
+    mass = torch.where(kept, ordered, 0.0).sum(1)
+    return torch.where(own.exp() >= least, -mass.log(), -torch.inf)
