@@ -150,8 +150,15 @@ def _worked(asked: dict[str, Any], folder: Path, python: str) -> list[Answer]:
             " that has vLLM"
         ) from error
     if done.returncode or not reply.is_file():
-        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        raise ModelError(f"resources.engine vllm: {python} failed ({lines[-1][:300]})")
+        told = _told(done.stderr) or f"status {done.returncode}"
+        raise ModelError(f"resources.engine vllm: {python} failed ({told})")
     return [
         Answer(row["tokens"], row["log_probabilities"]) for row in json.loads(reply.read_text())
     ]
+
+
+def _told(stderr: str) -> str:
+    """The line that says why: the last with an error's name, since warnings come after it."""
+    lines = stderr.strip().splitlines()
+    named = [line for line in lines if "Error" in line]
+    return (named or lines or [""])[-1].strip()[:300]

@@ -5,6 +5,7 @@ batch.
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -231,6 +232,9 @@ def test_vllm_that_is_not_there_is_told_in_one_line(
     missing = resources("vllm", 4, engine_python="/nowhere/python")
     with pytest.raises(ParamsError, match=r"^resources\.engine_python: /nowhere/python cannot"):
         draw(model, tokenizer, prompts, wanted, missing)
+    without = resources("vllm", 4, engine_python=sys.executable)
+    with pytest.raises(ModelError, match=r"failed \(ModuleNotFoundError: No module named 'vllm'\)"):
+        draw(model, tokenizer, prompts, wanted, without)
     away = resources("vllm", 4, engine_url="http://127.0.0.1:9/v1")
     with pytest.raises(ModelError, match=r"^resources\.engine_url http://127\.0\.0\.1:9/v1: "):
         draw(model, tokenizer, prompts, wanted, away)

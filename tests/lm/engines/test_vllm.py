@@ -69,7 +69,7 @@ def base(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("base")
     model = build_scratch(SCRATCH, tokenizer, seed=0)
     with torch.no_grad():
-        model.lm_head.weight.mul_(12)
+        model.lm_head.weight.mul_(4)
     model.generation_config.do_sample = True
     model.generation_config.temperature = 0.5
     model.generation_config.top_k = 5
@@ -167,9 +167,9 @@ def test_a_server_draws_from_the_policy_itself(
     assert drawn == draw(policy, tokenizer, prompts, WANTED, own)
     assert len(draw(adapted(base), tokenizer, prompts, WANTED, own)) == 24
     with torch.no_grad():
-        policy.lm_head.weight.mul_(1.1)
+        policy.lm_head.weight.mul_(1.3)
     with pytest.raises(ModelError, match="nats off ours"):
         draw(policy, tokenizer, prompts, WANTED, own)
-    policy.config._name_or_path = "/elsewhere"
+    policy.name_or_path = "/elsewhere"
     with pytest.raises(ParamsError, match="the policy is /elsewhere; start `vllm serve"):
         draw(policy, tokenizer, prompts, WANTED, own)
