@@ -45,6 +45,9 @@ from tests.written import safety, solved
 RESOURCES = Resources(
     device="cpu",
     precision="fp32",
+    engine="generate",
+    engine_url=None,
+    engine_python=None,
     micro_batch_size=None,
     sampling_batch_size=8,
     scoring_batch_size=8,
