@@ -127,7 +127,9 @@ def summary(given: Settings, rows: Sequence[dict[str, Any]]) -> list[dict[str, A
     """Medians over rounds by engine, and how often the baseline's answers a second each gives in
     the same round.
     """
-    by_engine = {name: [row for row in rows if row["engine"] == name] for name in given.engines}
+    by_engine: dict[str, list[dict[str, Any]]] = {name: [] for name in given.engines}
+    for row in rows:
+        by_engine[row["engine"]].append(row)
     base = by_engine[given.engines[0]]
     found = []
     for name, own in by_engine.items():
