@@ -142,12 +142,12 @@ def log_probabilities(
             len(lengths),
             context,
         )
-    packed = packs(model)
-    if packed:
-        lengths = _of_prompts(prompts, lengths)
-    batches = list(by_length(rows, [lengths[row] for row in rows], batch_size))
     found = []
     with attention_kept(model), Progress("log-probabilities", len(rows)) as progress:
+        packed = packs(model)
+        if packed:
+            lengths = _of_prompts(prompts, lengths)
+        batches = list(by_length(rows, [lengths[row] for row in rows], batch_size))
         for batch in ranks.share(batches):
             own = [prompts[i] for i in batch], [answers[i] for i in batch]
             if packed:
