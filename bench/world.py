@@ -227,8 +227,10 @@ def _effort(lab: Lab, folder: str) -> dict[str, float]:
         )  # a round trains two policies
     for name in own:
         if name.startswith("lagrangian_dpo@"):
-            drawn = read_json(lab.folder / f"reports/metrics/{name.replace('@', '/')}.json")
-            tokens += drawn.get("generated_tokens", 0)
+            metrics = read_json(lab.folder / f"reports/metrics/{name.replace('@', '/')}.json")
+            refreshed = "generated_tokens" in metrics  # it trained once more, on its own answers
+            trained += refreshed
+            tokens += metrics["generated_tokens"] if refreshed else 0
     return {"trainings": trained, "generated_tokens": tokens, "seconds": seconds}
 
 
