@@ -324,8 +324,8 @@ _NOTES = """\
 How to read it: every policy answers held-out prompts, and the world's oracle scores the text. `J* −
 J` is what a policy
 falls short of the exact constrained optimum in J = E[r*] − β KL; below 0 it buys reward by breaking
-the limit. *At the price of the limit* adds λ* (E[c*] − limit), so that neither a breach nor distance
-from the limit counts. J_0 is
+the limit. *At the price of the limit* adds λ* (E[c*] − limit), so that a breach earns nothing and
+distance costs nothing. J_0 is
 that of the policy nearest to the reference that keeps the limit: the reference itself where that
 keeps it. `mean
 within` counts the seeds whose mean true cost is within the limit, `within its interval` those where
