@@ -42,6 +42,9 @@ _LORA = LoraParams(rank=8, alpha=16.0, dropout=0.0, target_modules="all-linear")
 _RESOURCES = Resources(
     device="auto",
     precision="bf16",
+    engine="generate",
+    engine_url=None,
+    engine_python=None,
     micro_batch_size=None,
     sampling_batch_size=8,
     scoring_batch_size=8,

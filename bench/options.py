@@ -17,7 +17,7 @@ from dualign.core.errors import DualignError
 S = TypeVar("S", bound=Any)  # a frozen dataclass whose fields are knobs
 
 
-def knob(default: float | str | tuple[float, ...], text: str) -> Any:
+def knob(default: float | str | tuple[float, ...] | tuple[str, ...], text: str) -> Any:
     """A field of settings with its default and its help; a tuple takes one value or more."""
     return field(default=default, metadata={"help": text})
 

@@ -141,6 +141,10 @@ def rows_of(lab: Lab) -> Iterator[dict[str, Any]]:
             "policy": name,
             "gap": truth["value_gap"],
             "relative_gap": truth["value_gap"] / (best["value"] - best["nearest_value"]),
+            "priced_gap": (
+                (truth["value_gap"] + best["lam"] * (truth["true_cost"]["mean"] - params.limit))
+                / (best["value"] - best["nearest_value"])
+            ),
             "excess": truth["true_cost"]["mean"] - params.limit,
             "least_excess": truth["true_cost"]["low"] - params.limit,
             "reward_share": truth["reward_share"],
@@ -170,9 +174,10 @@ def allowed(lab: Lab) -> dict[str, Any]:
         reward=_scores(lab, "reward", answers, other),
         cost=_scores(lab, "cost", answers, other),
     )
+    price = tabular.solve(truth, params.limit)
     tables = (
         learned.policy(tabular.solve(learned, params.limit)),
-        truth.policy(tabular.solve(truth, params.limit)),
+        truth.policy(price),
         tabular.nearest(truth, params.limit),
     )
     found, best, nearest = map(truth.describe, tables)
@@ -182,6 +187,9 @@ def allowed(lab: Lab) -> dict[str, Any]:
         "policy": ALLOWED,
         "gap": gap,
         "relative_gap": gap / (best["value"] - nearest["value"]),
+        "priced_gap": (
+            (gap + price * (found["cost"] - params.limit)) / (best["value"] - nearest["value"])
+        ),
         "excess": found["cost"] - params.limit,
         "least_excess": found["cost"] - params.limit,
         "reward_share": (
@@ -227,8 +235,10 @@ def _effort(lab: Lab, folder: str) -> dict[str, float]:
         )  # a round trains two policies
     for name in own:
         if name.startswith("lagrangian_dpo@"):
-            drawn = read_json(lab.folder / f"reports/metrics/{name.replace('@', '/')}.json")
-            tokens += drawn.get("generated_tokens", 0)
+            metrics = read_json(lab.folder / f"reports/metrics/{name.replace('@', '/')}.json")
+            refreshed = "generated_tokens" in metrics  # it trained once more, on its own answers
+            trained += refreshed
+            tokens += metrics["generated_tokens"] if refreshed else 0
     return {"trainings": trained, "generated_tokens": tokens, "seconds": seconds}
 
 
@@ -240,6 +250,7 @@ def _upstream(dag: Mapping[str, StageSpec], name: str) -> set[str]:
 
 _COLUMNS = (
     ("(J* − J) / (J* − J_0)", "relative_gap", 2),
+    ("the same at the price of the limit", "priced_gap", 2),
     ("J* − J", "gap", 3),
     ("E[c*] − limit", "excess", 3),
     ("way in r*", "reward_share", 2),
@@ -313,7 +324,8 @@ _NOTES = """\
 How to read it: every policy answers held-out prompts, and the world's oracle scores the text. `J* −
 J` is what a policy
 falls short of the exact constrained optimum in J = E[r*] − β KL; below 0 it buys reward by breaking
-the limit. J_0 is
+the limit. *At the price of the limit* adds λ* (E[c*] − limit), so that a breach earns nothing and
+distance costs nothing. J_0 is
 that of the policy nearest to the reference that keeps the limit: the reference itself where that
 keeps it. `mean
 within` counts the seeds whose mean true cost is within the limit, `within its interval` those where

@@ -26,7 +26,7 @@ from dualign.evaluation.suites import before_stop, read_suite
 from dualign.evaluation.truthful import choice_log_probabilities, mc1, mc2
 from dualign.lm.mixture import is_policy, policy_at
 from dualign.lm.models import load_tokenizer
-from dualign.lm.sampling import Decoding, generate
+from dualign.lm.sampling import Draws, draw
 from dualign.lm.tokens import encode_prompts
 from dualign.params.evaluate import SuiteSpec
 from dualign.params.judging import AnswerParams
@@ -95,15 +95,14 @@ def answered(
     """Answers to every prompt, whole and cut at the suite's stop words: schema SUITE_ANSWERS."""
     tokenizer = load_tokenizer(REFERENCE)
     count = spec.samples_per_prompt
-    drawn = generate(
+    drawn = draw(
         policy_at(MODELS / run.params.policies[policy], run.resources), tokenizer,
         encode_prompts(tokenizer, suite["prompt"].tolist()),
-        decoding(run, spec),
-        count=count, batch_size=run.resources.sampling_batch_size, seed=run.params.seed,
+        wanted(run, spec), run.resources,
     )  # fmt: skip
     rows = suite.iloc[[answer.prompt for answer in drawn]][["prompt_id", "prompt"]]
     return rows.assign(
-        sample=[draw % count for draw in range(len(drawn))],
+        sample=[place % count for place in range(len(drawn))],
         response=[answer.text for answer in drawn],
         length=[len(answer.tokens) for answer in drawn],
         ended=[answer.ended for answer in drawn],
@@ -111,12 +110,14 @@ def answered(
     ).reset_index(drop=True)
 
 
-def decoding(run: Run[AnswerParams], spec: SuiteSpec) -> Decoding:
+def wanted(run: Run[AnswerParams], spec: SuiteSpec) -> Draws:
     """How the answers to this suite are made."""
+    longest = run.params.max_new_tokens
+    found = Draws(spec.samples_per_prompt, longest, run.params.seed, spec.temperature)
     if spec.max_new_tokens is None:
-        return Decoding(run.params.max_new_tokens, spec.temperature)
+        return found
     key = f"suites.{run.item}.max_new_tokens"
-    return Decoding(spec.max_new_tokens, spec.temperature, key)
+    return replace(found, max_new_tokens=spec.max_new_tokens, key=key)
 
 
 def chosen(

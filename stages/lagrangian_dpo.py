@@ -53,7 +53,7 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     sources = Sources(spec.reward, spec.cost, MODELS, METRICS)
     tables = scored_tables(SCORED, sources, params.beta, tokenizer, run.resources)
     found = multiplier(item, spec, tables.pool, params)
-    wary = spec.data == "pool" and not spec.implicit
+    wary = spec.data == "pool" and not implicit(spec)
     off_support = doubt(SCORED, tables.pool, params.pessimism) if wary else None
     prices = prices_of(item, spec)
 
@@ -64,7 +64,7 @@ def main(run: Run[LagrangianDpoParams]) -> None:
 
     frame = charged(tables.pool if spec.data == "pool" else tables.pairs)
     scorers = (MODELS / spec.reward, MODELS / spec.cost, METRICS / f"{spec.cost}.json")
-    scores = spec.implicit or spec.refresh is not None
+    scores = implicit(spec) or spec.refresh is not None
     scratch = run.scratch(SCORED, DUAL, REFERENCE, *(scorers if scores else ()))
     job = Job(params.training, run.resources, scratch, params.seed)
     if spec.refresh is None:
@@ -152,7 +152,7 @@ def multiplier(
     if not isinstance(spec.lam, str):
         return {"lam": spec.lam, "lam_from": "params.yaml"}
     known = read_record(DUAL, SolvedDual)
-    if not spec.implicit:
+    if not implicit(spec):
         return {"lam": solved_multiplier(known, spec.lam), "lam_from": str(DUAL)}
     try:
         solution = solve(
@@ -167,13 +167,18 @@ def multiplier(
     return {"lam": solution.lam, "lam_from": "implicit scores", "lam_low": low, "lam_high": high}
 
 
+def implicit(spec: LagrangianRun) -> bool:
+    """Whether a policy stands in for a scorer."""
+    return (spec.reward, spec.cost) != ("reward_model", "cost_model")
+
+
 def prices_of(item: str, spec: LagrangianRun) -> list[Price]:
     """Prices of additional constraints, which are charged to rewards.
 
     A multiplier given as a number has none beside it, and prices of scorers mean nothing on
     implicit scores."""
     prices = prices_in(read_record(DUAL, SolvedDual).prices) if isinstance(spec.lam, str) else []
-    if prices and spec.implicit:
+    if prices and implicit(spec):
         log.warning(
             "lagrangian_dpo.runs.%s is scored by policies and ignores constraint.additional", item
         )

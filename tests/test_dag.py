@@ -327,7 +327,7 @@ EDITS = {
     ),
     "generation.max_new_tokens": (
         123,
-        ("score", "dual_search@*", "certify@*", "evaluate@*", "answer@*"),
+        ("score", "lagrangian_dpo@*", "dual_search@*", "certify@*", "evaluate@*", "answer@*"),
     ),
     "training.batch_size": (
         123,

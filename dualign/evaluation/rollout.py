@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dualign.evaluation.stats import Measurement, clustered_mean, within_variance
 from dualign.lm.mixture import Policy
 from dualign.lm.models import load_policy, load_tokenizer
-from dualign.lm.sampling import log_probabilities, sample
+from dualign.lm.sampling import Draws, draw, log_probabilities
 from dualign.lm.tokens import encode_prompts
 from dualign.params.base import Resources
 from dualign.scoring.scorers import Scorer
@@ -59,16 +59,13 @@ def roll_out(
     tokenizer = scorers.tokenizer
     resources = scorers.resources
     encoded = encode_prompts(tokenizer, prompts["prompt"].tolist())
-    drawn = sample(
-        policy, tokenizer, encoded, count=count, max_new_tokens=max_new_tokens,
-        batch_size=resources.sampling_batch_size, seed=seed,
-    )  # fmt: skip
+    drawn = draw(policy, tokenizer, encoded, Draws(count, max_new_tokens, seed), resources)
     index = [answer.prompt for answer in drawn]
     frame = pd.DataFrame(
         {
             "prompt_id": [prompts["prompt_id"].iloc[i] for i in index],
             "prompt": [prompts["prompt"].iloc[i] for i in index],
-            "sample": [draw % count for draw in range(len(drawn))],
+            "sample": [place % count for place in range(len(drawn))],
             "response": [answer.text for answer in drawn],
             "tokens": [answer.tokens for answer in drawn],
             "length": [len(answer.tokens) for answer in drawn],

@@ -8,6 +8,7 @@ the same numbers; only the trained one can take small steps."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
@@ -149,6 +150,14 @@ def answer_log_probabilities(model: Any, ids: Tensor, mask: Tensor, labels: Tens
     table = torch.zeros(known.shape, device=found.device, dtype=found.dtype)
     table[known] = found
     return table.sum(1)
+
+
+def answer_logits(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+    """Logits from which each token of an answer is drawn; [tokens, vocabulary], fp32 or more."""
+    device = next(model.parameters()).device
+    ids = torch.tensor([[*prompt, *answer]], device=device)
+    hidden = hidden_states(model, ids, torch.ones_like(ids))[0, len(prompt) - 1 : -1]
+    return _logits(head_of(model), model.config.get_text_config(), hidden)
 
 
 def hidden_states(model: Any, ids: Tensor, mask: Tensor, **given: Any) -> Tensor:

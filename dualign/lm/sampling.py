@@ -3,31 +3,30 @@ log-probabilities of given answers."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dualign.core import ranks
 from dualign.core.progress import Progress
+from dualign.lm.engines import generate
+from dualign.lm.engines.check import check
+from dualign.lm.engines.interface import Answer, Request, by_length, row_seed
+from dualign.lm.engines.table import ENGINES
 from dualign.lm.loading import check_context, context_of
 from dualign.lm.mixture import Mixture, Policy, mixture_log_probability
 from dualign.lm.models import end_tokens
 from dualign.lm.numerics import answer_log_probabilities
 from dualign.lm.packing import attention_kept, packed_log_probabilities, packs
 from dualign.lm.tokens import decode_answers
+from dualign.params.base import Resources
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,25 +42,47 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """How answers are made: of at most so many tokens, which are drawn at a temperature; at 0 the
-    likeliest is taken each time. `key` is the param that says how many."""
+class Draws:
+    """What to draw: answers to each prompt, their longest, the seed, and for evaluations another
+    temperature; at 0 the likeliest token is taken each time. `key` is the param that says how long.
 
+    Whatever is not drawn at temperature 1 has another law than the policy, so no estimate of a cost
+    that a dual or a certificate rests on may be made of it."""
+
+    count: int
     max_new_tokens: int
+    seed: int
     temperature: float = 1.0
     key: str = "generation.max_new_tokens"
 
-    def config(self, ends: list[int], pad: int | None) -> GenerationConfig:
-        """The same for transformers, with the ids that end an answer and the one that pads it."""
-        shared: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "eos_token_id": ends,
-            "pad_token_id": pad,
-        }
-        if self.temperature == 0:
-            return GenerationConfig(do_sample=False, **shared)
-        drawn = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0}
-        return GenerationConfig(do_sample=True, **drawn, **shared)
+
+def draw(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    wanted: Draws,
+    resources: Resources,
+) -> list[Sample]:
+    """Answers to prompts (token ids), drawn from the policy itself by `resources.engine`: T = 1, no
+    truncation of its tail. At another temperature `generate` draws.
+
+    Returned in order of prompt, then draw, in however many processes. A sample of the answers of
+    every engine but `generate` is checked against our own log-probabilities; raises ModelError
+    where they differ."""
+    name = resources.engine if wanted.temperature == 1.0 else "generate"
+    engine = ENGINES[name]
+
+    def answers(model: torch.nn.Module, request: Request) -> list[Answer]:
+        if name == "generate":  # which shares its batches out itself
+            return engine(model, tokenizer, request, resources)
+        rows = ranks.share(range(len(request.prompts)))
+        own = request.of(rows, request.seed)
+        drawn = engine(model, tokenizer, own, resources)
+        check(model, own, drawn, resources)
+        found = dict(ranks.gathered(list(zip(rows, drawn, strict=True))))
+        return [found[row] for row in range(len(request.prompts))]
+
+    return _drawn(policy, tokenizer, prompts, wanted, (resources.sampling_batch_size, answers))
 
 
 def sample(
@@ -74,61 +95,15 @@ def sample(
     batch_size: int,
     seed: int,
 ) -> list[Sample]:
-    """`count` answers to each prompt (token ids), drawn from the policy itself: T = 1, no
-    truncation of its tail.
+    """`draw` by the engine `generate`: the same seed, batch size and device give the same answers,
+    in however many processes.
+    """
 
-    The same seed, batch size and device give the same answers, in however many processes: each
-    batch has a seed of its own, and is drawn by one of them. Returned in order of prompt, then
-    draw."""
-    return generate(
-        model, tokenizer, prompts, Decoding(max_new_tokens),
-        count=count, batch_size=batch_size, seed=seed,
-    )  # fmt: skip
+    def answers(part: torch.nn.Module, request: Request) -> list[Answer]:
+        return generate.answer(part, tokenizer, request)
 
-
-@torch.inference_mode()
-def generate(
-    model: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    decoding: Decoding,
-    *,
-    count: int,
-    batch_size: int,
-    seed: int,
-) -> list[Sample]:
-    """`count` answers to each prompt (token ids), as `decoding` says; for evaluations alone.
-
-    Whatever is not drawn at temperature 1 has another law than the policy, so no estimate of a cost
-    that a dual or a certificate rests on may be made of it. A mixture draws a component for each
-    answer, at temperature 0 too. Seeds and order as for `sample`."""
-    if isinstance(model, Mixture):
-        return _of_mixture(model, tokenizer, prompts, decoding, count, batch_size, seed)
-    model.eval()
-    ends = end_tokens(model, tokenizer)
-    longest = max((len(prompt) for prompt in prompts), default=0)
-    check_context(
-        model,
-        longest + decoding.max_new_tokens,
-        f"a prompt of {longest} tokens and {decoding.key}",
-    )
-    config = decoding.config(ends, tokenizer.pad_token_id)
-    rows = [(index, draw) for index in range(len(prompts)) for draw in range(count)]
-    batches = _by_length(rows, [len(prompts[index]) for index, _ in rows], batch_size)
-    found: list[tuple[tuple[int, int], list[int]]] = []
-    with Progress("sampling", len(rows)) as progress, _configured(model, config):
-        for number, batch in ranks.share(list(enumerate(batches))):
-            torch.manual_seed(_batch_seed(seed, number))
-            answers = _generate(model, tokenizer, [prompts[index] for index, _ in batch], config)
-            found.extend(zip(batch, answers, strict=True))
-            progress.advance(len(batch))
-        drawn = dict(ranks.gathered(found))
-    ids = [drawn[row] for row in rows]
-    texts = decode_answers(tokenizer, ids)
-    return [
-        Sample(index, tokens, text, bool(tokens) and tokens[-1] in ends)
-        for (index, _), tokens, text in zip(rows, ids, texts, strict=True)
-    ]
+    wanted = Draws(count, max_new_tokens, seed)
+    return _drawn(model, tokenizer, prompts, wanted, (batch_size, answers))
 
 
 @torch.inference_mode()
@@ -172,7 +147,7 @@ def log_probabilities(
         packed = packs(model)
         if packed:
             lengths = _of_prompts(prompts, lengths)
-        batches = list(_by_length(rows, [lengths[row] for row in rows], batch_size))
+        batches = list(by_length(rows, [lengths[row] for row in rows], batch_size))
         for batch in ranks.share(batches):
             own = [prompts[i] for i in batch], [answers[i] for i in batch]
             if packed:
@@ -186,70 +161,70 @@ def log_probabilities(
     return result
 
 
-def _of_mixture(
-    mixture: Mixture,
+def _drawn(
+    policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    decoding: Decoding,
-    count: int,
-    batch_size: int,
-    seed: int,
+    wanted: Draws,
+    engine: tuple[int, Callable[[torch.nn.Module, Request], list[Answer]]],
 ) -> list[Sample]:
+    """Answers in order of prompt, then draw, by an engine and its batch size."""
+    rows = [(index, draw) for index in range(len(prompts)) for draw in range(wanted.count)]
+    batch_size, answers = engine
+    request = Request(
+        prompts=[prompts[index] for index, _ in rows],
+        seeds=[row_seed(wanted.seed, *row) for row in rows],
+        seed=wanted.seed,
+        ends=[],
+        max_new_tokens=wanted.max_new_tokens,
+        batch_size=batch_size,
+        temperature=wanted.temperature,
+        key=wanted.key,
+    )
+    drawn = _answered(policy, tokenizer, request, answers)
+    texts = decode_answers(tokenizer, [tokens for tokens, _ in drawn])
+    return [
+        Sample(index, tokens, text, ended)
+        for (index, _), (tokens, ended), text in zip(rows, drawn, texts, strict=True)
+    ]
+
+
+def _answered(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    request: Request,
+    answers: Callable[[torch.nn.Module, Request], list[Answer]],
+) -> list[tuple[list[int], bool]]:
+    """The ids of each answer, and whether it ended."""
+    if isinstance(policy, Mixture):
+        return _mixed(policy, tokenizer, request, answers)
+    request = replace(request, ends=end_tokens(policy, tokenizer))
+    check_context(
+        policy,
+        request.longest + request.max_new_tokens,
+        f"a prompt of {request.longest} tokens and {request.key}",
+    )
+    drawn = [answer.tokens for answer in answers(policy, request)]
+    return [(tokens, bool(tokens) and tokens[-1] in request.ends) for tokens in drawn]
+
+
+def _mixed(
+    mixture: Mixture,
+    tokenizer: PreTrainedTokenizerBase,
+    request: Request,
+    answers: Callable[[torch.nn.Module, Request], list[Answer]],
+) -> list[tuple[list[int], bool]]:
     """Each answer from the component that is drawn for it; every component draws from a seed of its
     own.
     """
-    chosen = mixture.draw(len(prompts) * count, seed)
-    drawn: dict[int, Sample] = {}
+    chosen = mixture.draw(len(request.prompts), request.seed)
+    drawn: dict[int, tuple[list[int], bool]] = {}
     for k in sorted(set(chosen)):
         rows = [row for row, component in enumerate(chosen) if component == k]
-        answers = generate(
-            mixture.component(k), tokenizer, [prompts[row // count] for row in rows], decoding,
-            count=1, batch_size=batch_size, seed=seed + 1 + k,
-        )  # fmt: skip
-        drawn |= {
-            row: replace(answer, prompt=row // count)
-            for row, answer in zip(rows, answers, strict=True)
-        }
+        part = request.of(rows, request.seed + 1 + k)
+        found = _answered(mixture.component(k), tokenizer, part, answers)
+        drawn.update(zip(rows, found, strict=True))
     return [drawn[row] for row in range(len(chosen))]
-
-
-@contextlib.contextmanager
-def _configured(model: torch.nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """The model under `config` alone: generate() takes what is left open, such as Qwen's penalties,
-    from its own.
-    """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    own = base.generation_config
-    base.generation_config = config
-    try:
-        yield
-    finally:
-        base.generation_config = own
-
-
-def _generate(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Sequence[int]],
-    config: GenerationConfig,
-) -> list[list[int]]:
-    device = next(model.parameters()).device
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    output = model.generate(
-        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
-    )  # type: ignore[operator]
-    return [_until_end(row, set(config.eos_token_id)) for row in output[:, width:].tolist()]
-
-
-def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
-    """Tokens up to and with the first that ends an answer."""
-    last = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: last + 1]
 
 
 def _score(
@@ -275,13 +250,6 @@ def _score(
     )
 
 
-def _batch_seed(seed: int, number: int) -> int:
-    """The seed of a batch: that of the draw for the first, others mixed from both. 32 bits, since a
-    CPU's generator reads no more.
-    """
-    return seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
-
-
 def _of_prompts(prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[int]:
     """For every row the longest of those with its prompt, so that sorted rows of a prompt lie side
     by side.
@@ -290,12 +258,3 @@ def _of_prompts(prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> lis
     for prompt, length in zip(prompts, lengths, strict=True):
         longest[tuple(prompt)] = max(length, longest.get(tuple(prompt), 0))
     return [longest[tuple(prompt)] for prompt in prompts]
-
-
-def _by_length(rows: list[T], lengths: Sequence[int], batch_size: int) -> Iterator[list[T]]:
-    """Batches of rows of similar length, the longest first, so that a batch too large for memory
-    fails at once.
-    """
-    order = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
-    for start in range(0, len(order), batch_size):
-        yield [rows[i] for i in order[start : start + batch_size]]

@@ -4,9 +4,9 @@ of them use.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 #: What numpy takes ends at 2**32 - 1; the other half is for seeds that are derived by adding to
 #: this one.
@@ -24,6 +24,7 @@ Two = Annotated[int, Field(ge=2, le=10_000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 #: Quantities that are 0 or 1, so that their mean is a share of the answers.
 SHARES = ("p_unsafe", "unended")
+EngineName = Literal["generate", "refill", "continuous", "vllm"]
 Quantity = Literal["cost", "p_unsafe", "cvar", "length", "unended"]
 
 
@@ -83,7 +84,8 @@ class Resources(Frozen):
     `precision` is what matrices are multiplied in: `bf16` keeps weights that are trained in fp32,
     `pure_bf16` does not. A stage that trains, samples or scores runs in `processes` on each of
     `nodes` machines, `auto` being one for each GPU; `distributed` says whether each holds the whole
-    model in training (`ddp`) or a shard of it (`fsdp2`)."""
+    model in training (`ddp`) or a shard of it (`fsdp2`). `engine` draws answers; vLLM runs in this
+    Python, in that of `engine_python`, or behind `engine_url`."""
 
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16", "pure_bf16"]
@@ -97,3 +99,14 @@ class Resources(Frozen):
     processes: Few | Literal["auto"] = 1
     nodes: Few = 1
     distributed: Literal["ddp", "fsdp2"] = "ddp"
+    engine: EngineName = "generate"
+    engine_url: str | None = None
+    engine_python: str | None = None
+
+    @model_validator(mode="after")
+    def _one_vllm(self) -> Self:
+        if self.engine != "vllm" and (self.engine_url or self.engine_python):
+            raise ValueError("engine_url and engine_python are of engine vllm; set them to null")
+        if self.engine_url and self.engine_python:
+            raise ValueError("engine_url and engine_python exclude each other; set one to null")
+        return self

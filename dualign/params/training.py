@@ -198,14 +198,10 @@ class LagrangianRun(LagrangianSpec):
     data: Literal["pairs", "pool"]
     refresh: RefreshParams | None = None
 
-    @property
-    def implicit(self) -> bool:
-        """Whether a policy stands in for a scorer."""
-        return (self.reward, self.cost) != ("reward_model", "cost_model")
-
     @model_validator(mode="after")
     def _refreshed_on_the_pool(self) -> LagrangianRun:
-        if self.refresh is not None and (self.data != "pool" or self.implicit):
+        scored = (self.data, self.reward, self.cost) == ("pool", "reward_model", "cost_model")
+        if self.refresh is not None and not scored:
             raise ValueError(
                 "refresh adds answers to the pool and has them scored; it needs data: pool, reward:"
                 " reward_model and cost: cost_model, or set it to null"

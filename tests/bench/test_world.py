@@ -87,7 +87,7 @@ def test_policies_within_the_limit_come_first_then_the_smaller_gap() -> None:
     lines = world.table(rows)
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == ["near", "far", "over"]
     near = [cell.strip() for cell in lines[2].strip("|").split("|")]
-    assert near[1:3] == ["2/2", "2/2"] and near[4] == "0.150 ± 0.050" and near[6] == "–"
+    assert near[1:3] == ["2/2", "2/2"] and near[5] == "0.150 ± 0.050" and near[7] == "–"
 
 
 def test_a_mean_above_the_limit_is_counted_apart_from_a_breach_that_is_shown() -> None:

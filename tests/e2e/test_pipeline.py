@@ -173,9 +173,11 @@ def test_the_laboratory_reads_what_every_policy_is_worth_and_what_it_took(finish
         "safety_only": 1,
     }
     search = json.loads((finished / "reports/search/dualign.json").read_text())
-    assert (
-        rows["dualign"]["trainings"] == search["trainings"] and rows["sft"]["generated_tokens"] == 0
-    )
+    start = json.loads((finished / "reports/metrics/lagrangian_dpo/anchored.json").read_text())
+    tokens = search["generated_tokens"] + start["generated_tokens"]
+    assert rows["dualign"]["trainings"] == search["trainings"] + 1  # the refresh of its start
+    assert rows["dualign"]["generated_tokens"] == tokens > search["generated_tokens"]
+    assert rows["sft"]["generated_tokens"] == 0
     assert (
         rows["sacpo"]["trainings"]
         == json.loads((finished / "reports/search/sacpo.json").read_text())["trainings"]

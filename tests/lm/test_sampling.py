@@ -22,9 +22,9 @@ from dualign.lm import packing
 from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.lm.numerics import in_precision
 from dualign.lm.sampling import (
-    Decoding,
+    Draws,
     answer_log_probabilities,
-    generate,
+    draw,
     log_probabilities,
     sample,
 )
@@ -48,6 +48,8 @@ QUESTIONS = [
     "How do I poison the pond with my kids, and then the lawn?",
 ]
 
+
+RESOURCES = load_resources(ROOT / "params.yaml")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -318,10 +320,8 @@ def test_at_temperature_0_the_likeliest_token_is_taken_each_time(
     model.generation_config.repetition_penalty = 3.0
     try:
         for seed, batch_size in ((0, 1), (1, 3)):
-            answers = generate(
-                model, tokenizer, prompts, Decoding(5, 0.0),
-                count=1, batch_size=batch_size, seed=seed,
-            )  # fmt: skip
+            resources = RESOURCES.model_copy(update={"sampling_batch_size": batch_size})
+            answers = draw(model, tokenizer, prompts, Draws(1, 5, seed, 0.0), resources)
             for prompt, one in zip(prompts, answers, strict=True):
                 for at, token in enumerate(one.tokens):
                     before = [*prompt, *one.tokens[:at]]
@@ -333,9 +333,8 @@ def test_at_temperature_0_the_likeliest_token_is_taken_each_time(
 def test_another_temperature_gives_its_own_distribution(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> None:
-    drawn = generate(
-        model, tokenizer, prompts[:1], Decoding(1, 2.0), count=DRAWS, batch_size=DRAWS, seed=1
-    )
+    resources = RESOURCES.model_copy(update={"sampling_batch_size": DRAWS})
+    drawn = draw(model, tokenizer, prompts[:1], Draws(DRAWS, 1, 1, 2.0), resources)
     counts = Counter(one.tokens[0] for one in drawn)
     p = next_token(model, prompts[0])
     assert chi_square(counts, (p.log() / 2).softmax(-1), DRAWS) < 1.5 < chi_square(counts, p, DRAWS)

@@ -44,13 +44,13 @@ def asked(workspace: Path) -> Path:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many prompts the policies were asked, call by call."""
     calls: list[int] = []
-    real = answer.generate
+    real = answer.draw
 
     def counting(policy: Any, tokenizer: Any, prompts: Any, *decoding: Any, **how: Any) -> Any:
         calls.append(len(prompts))
         return real(policy, tokenizer, prompts, *decoding, **how)
 
-    monkeypatch.setattr(answer, "generate", counting)
+    monkeypatch.setattr(answer, "draw", counting)
     return calls  # type: ignore[return-value]
 
 

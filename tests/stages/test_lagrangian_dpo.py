@@ -45,6 +45,9 @@ from tests.written import safety, solved
 RESOURCES = Resources(
     device="cpu",
     precision="fp32",
+    engine="generate",
+    engine_url=None,
+    engine_python=None,
     micro_batch_size=None,
     sampling_batch_size=8,
     scoring_batch_size=8,
@@ -314,7 +317,8 @@ def test_a_policy_in_place_of_a_scorer_makes_a_run_implicit(
     spec = loading.load(
         LagrangianDpoParams, Path(__file__).resolve().parents[2] / "params.yaml"
     ).runs["anchored"]
-    assert spec.model_copy(update={"reward": reward, "cost": cost}).implicit is expected
+    changed = spec.model_copy(update={"reward": reward, "cost": cost})
+    assert lagrangian_dpo.implicit(changed) is expected
 
 
 REFRESH = {"prompts": 2, "samples_per_prompt": 2, "max_steps": 3, "learning_rate": None}

@@ -1,0 +1,78 @@
+"""transformers' continuous batching: keys and values in pages, rows that join as others end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase
+
+from dualign.core.errors import ModelError
+from dualign.core.progress import Progress
+from dualign.lm.engines.generate import decoding
+from dualign.lm.engines.interface import Answer, Request
+from dualign.params.base import Resources
+
+#: Tokens to a page of keys and values.
+_PAGE = 64
+
+
+def answer(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    request: Request,
+    resources: Resources,
+) -> list[Answer]:
+    """An answer to each row of the request, with its tokens' log-probabilities. All draw from one
+    generator.
+
+    Raises ModelError where the library cannot batch the model."""
+    if not request.prompts:
+        return []
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    manager = base.init_continuous_batching(
+        generation_config=decoding(request, tokenizer), continuous_batching_config=_config(request)
+    )
+    # All wait before the first step, so that the batches are the same each time.
+    names = manager.add_requests([list(prompt) for prompt in request.prompts])
+    try:
+        found = _collected(manager, len(names))
+    finally:
+        manager.stop(block=True)
+        manager.destroy()
+    return [found[name] for name in names]
+
+
+def _config(request: Request) -> ContinuousBatchingConfig:
+    """Room for as many rows as are under way, and no more: the library would take most of the
+    memory.
+    """
+    pages = -(-(request.longest + request.max_new_tokens) // _PAGE) + 1
+    return ContinuousBatchingConfig(
+        return_logprobs=True,
+        seed=request.seed,
+        page_size=_PAGE,
+        num_blocks=pages * min(request.batch_size, len(request.prompts)) + 1,
+        max_batch_tokens=max(request.batch_size, request.longest),
+        max_requests_per_batch=request.batch_size,
+    )
+
+
+def _collected(manager: Any, count: int) -> dict[str, Answer]:
+    """The answers by the names of their requests."""
+    found: dict[str, Answer] = {}
+    manager.start()
+    with Progress("sampling", count) as progress:
+        while len(found) < count:
+            result = manager.get_result(timeout=1)
+            if result is not None and result.error is None and result.is_finished():
+                found[result.request_id] = Answer(result.generated_tokens, result.logprobs)
+                progress.advance(1)
+            elif (result is not None and result.error is not None) or not manager.is_running():
+                why = "it stopped" if result is None else result.error
+                raise ModelError(
+                    f"resources.engine continuous: transformers cannot batch this model ({why});"
+                    " set resources.engine to refill or generate"
+                )
+    return found

