@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import options
+from bench.tiny import KEPT
 from dualign.core.artifacts import hashes, read_optional_json, replacing, sha256, write_json
 from dualign.core.errors import DualignError
 from pipeline.dvc.dag import StageSpec, load_dag
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 CODE = (
     *("dualign", "stages", "dvc.yaml", "params.yaml", ".dvcignore", "data/raw", "models/base"),
-    *(f"reports/{kept}/README.md" for kept in ("search", "answers", "judgements", "seeds")),
+    *KEPT,
 )
 WRITTEN = ("data", "models", "reports")
 #: A project of one stage, to see what DVC takes for itself.

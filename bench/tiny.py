@@ -28,6 +28,8 @@ from pipeline.dvc.parameters import assign
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
+#: What keeps the folders of reports that a stage reads though nothing may be in them.
+KEPT = [file.relative_to(ROOT).as_posix() for file in sorted(ROOT.glob("reports/*/README.md"))]
 CODE = (
     *(
         "dualign",
@@ -40,10 +42,7 @@ CODE = (
         "prefect.yaml",
     ),
     *("data/raw", "data/suites", "models/base/README.md"),
-    *(
-        f"reports/{kept}/README.md"
-        for kept in ("search", "answers", "judgements", "seeds", "harness")
-    ),
+    *KEPT,
 )
 #: DVC's folder of templates for its plots.
 TEMPLATES = ".dvc/plots"
