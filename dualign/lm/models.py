@@ -10,7 +10,6 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -32,7 +31,13 @@ from dualign.core import ranks
 from dualign.core.errors import ModelError, ParamsError
 from dualign.core.records import AdapterConfig, read_record
 from dualign.lm.loading import first_line, load_model, load_reported, require, with_adapter
-from dualign.lm.numerics import check_head, device_of, in_precision, precision_of
+from dualign.lm.numerics import (
+    check_head,
+    device_of,
+    in_precision,
+    precision_of,
+    without_adapter,
+)
 from dualign.lm.templates import read_template, settle
 from dualign.lm.tokens import PLAIN_TEMPLATE
 from dualign.params.base import LoraParams, Resources
@@ -300,7 +305,7 @@ def with_lora(
 
 def end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids at which an answer ends: the end of a turn, and all at which the base ends a text."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_adapter(model)
     listed = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
     others = listed if isinstance(listed, list) else [listed]
     return [

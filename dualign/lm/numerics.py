@@ -127,9 +127,14 @@ def _compute_in_bf16(model: Any, device: torch.device) -> None:
 def head_of(model: Any) -> torch.nn.Module | None:
     """What maps hidden states to logits or scores: the output embeddings, or a scorer's `score`."""
     bare = _bare(model)
-    base = bare.get_base_model() if isinstance(bare, PeftModel) else bare
+    base = without_adapter(bare)
     head = base.get_output_embeddings()
     return head if head is not None else getattr(base, "score", None)
+
+
+def without_adapter(model: Any) -> Any:
+    """The model itself, without an adapter's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _bare(model: Any) -> Any:
@@ -150,6 +155,24 @@ def answer_log_probabilities(model: Any, ids: Tensor, mask: Tensor, labels: Tens
     table = torch.zeros(known.shape, device=found.device, dtype=found.dtype)
     table[known] = found
     return table.sum(1)
+
+
+def padded_rows(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, mask and labels [rows, positions] of prompts with answers, as `answer_log_probabilities`
+    takes them.
+    """
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad)
+    labels = torch.full((len(rows), width), -100)
+    mask = torch.zeros_like(ids)
+    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+        labels[i, len(prompt) : len(row)] = ids[i, len(prompt) : len(row)]
+    return ids, mask, labels
 
 
 def answer_logits(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:

@@ -12,13 +12,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dualign.lm.numerics import answer_log_probabilities, hidden_states, log_softmax_at
+from dualign.lm.numerics import (
+    answer_log_probabilities,
+    hidden_states,
+    log_softmax_at,
+    padded_rows,
+    without_adapter,
+)
 
 #: Name of the attention in transformers: sdpa's, and for packed rows that of this module.
 PACKED = "dualign_packed"
@@ -177,7 +182,7 @@ def enable_packing(model: Any) -> bool:
 
     It can where its attention is transformers' sdpa, takes other interfaces, has no window, and a
     packed row gives the numbers of padded ones, which two short answers tell."""
-    base = _base(model)
+    base = without_adapter(model)
     config = base.config.get_text_config()
     if config._attn_implementation == PACKED:
         return True
@@ -209,18 +214,13 @@ def packs(model: Any) -> bool:
 @contextmanager
 def attention_kept(model: Any) -> Iterator[None]:
     """What prepares the model for packed rows inside is undone at the end."""
-    base = _base(model)
+    base = without_adapter(model)
     before = base.config._attn_implementation
     try:
         yield
     finally:
         if base.config._attn_implementation != before:
             base.set_attn_implementation(before)
-
-
-def _base(model: Any) -> Any:
-    """The model itself, without an adapter's wrapper."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @torch.no_grad()
@@ -233,21 +233,8 @@ def _agrees(model: Any) -> bool:
     training = model.training
     model.eval()
     packed = packed_log_probabilities(model, prompts, answers)
-    ids, mask, labels = _padded(prompts, answers, packed.device)
+    ids, mask, labels = (part.to(packed.device) for part in padded_rows(prompts, answers, 0))
     padded = answer_log_probabilities(model, ids, mask, labels)
     precision = hidden_states(model, ids, mask).dtype
     model.train(training)
     return bool(((packed - padded).abs() <= _SAME[precision] * padded.abs()).all())
-
-
-def _padded(
-    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, mask and labels [rows, positions] of prompts and answers."""
-    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-    places = torch.arange(longest, device=device)
-    mask = places < torch.tensor([[len(row)] for row in rows], device=device)
-    answered = mask & (places >= torch.tensor([[len(p)] for p in prompts], device=device))
-    return ids, mask.long(), ids.masked_fill(~answered, -100)

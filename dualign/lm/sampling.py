@@ -21,7 +21,7 @@ from dualign.lm.engines.table import ENGINES
 from dualign.lm.loading import check_context, context_of
 from dualign.lm.mixture import Mixture, Policy, mixture_log_probability
 from dualign.lm.models import end_tokens
-from dualign.lm.numerics import answer_log_probabilities
+from dualign.lm.numerics import answer_log_probabilities, padded_rows
 from dualign.lm.packing import attention_kept, packed_log_probabilities, packs
 from dualign.lm.tokens import decode_answers
 from dualign.params.base import Resources
@@ -82,7 +82,7 @@ def draw(
         found = dict(ranks.gathered(list(zip(rows, drawn, strict=True))))
         return [found[row] for row in range(len(request.prompts))]
 
-    return _drawn(policy, tokenizer, prompts, wanted, (resources.sampling_batch_size, answers))
+    return _drawn(policy, tokenizer, prompts, wanted, resources.sampling_batch_size, answers)
 
 
 def sample(
@@ -103,7 +103,7 @@ def sample(
         return generate.answer(part, tokenizer, request)
 
     wanted = Draws(count, max_new_tokens, seed)
-    return _drawn(model, tokenizer, prompts, wanted, (batch_size, answers))
+    return _drawn(model, tokenizer, prompts, wanted, batch_size, answers)
 
 
 @torch.inference_mode()
@@ -166,11 +166,11 @@ def _drawn(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     wanted: Draws,
-    engine: tuple[int, Callable[[torch.nn.Module, Request], list[Answer]]],
+    batch_size: int,
+    answers: Callable[[torch.nn.Module, Request], list[Answer]],
 ) -> list[Sample]:
-    """Answers in order of prompt, then draw, by an engine and its batch size."""
+    """Answers in order of prompt, then draw, by an engine."""
     rows = [(index, draw) for index in range(len(prompts)) for draw in range(wanted.count)]
-    batch_size, answers = engine
     request = Request(
         prompts=[prompts[index] for index, _ in rows],
         seeds=[row_seed(wanted.seed, *row) for row in rows],
@@ -234,20 +234,8 @@ def _score(
     answers: list[Sequence[int]],
 ) -> Tensor:
     device = next(model.parameters()).device
-    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-    labels = torch.full((len(rows), width), -100)
-    mask = torch.zeros_like(ids)
-    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-        labels[i, len(prompt) : len(row)] = ids[i, len(prompt) : len(row)]
-    return (
-        answer_log_probabilities(model, ids.to(device), mask.to(device), labels.to(device))
-        .double()
-        .cpu()
-    )
+    parts = padded_rows(prompts, answers, tokenizer.pad_token_id)
+    return answer_log_probabilities(model, *(part.to(device) for part in parts)).double().cpu()
 
 
 def _of_prompts(prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[int]:

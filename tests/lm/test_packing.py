@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig, PreTrainedModel
 
-from dualign.lm import models, packing
-from dualign.lm.numerics import answer_log_probabilities
+from dualign.lm import models
+from dualign.lm.numerics import answer_log_probabilities, padded_rows
 from dualign.lm.packing import enable_packing, packed_log_probabilities
 from dualign.training.run import without_dropout
 from tests.lm.test_numerics import CONFIGS, LORA, SMALL, stir
@@ -32,7 +32,7 @@ def built(name: str) -> PreTrainedModel:
 
 
 def padded(model: Any) -> Tensor:
-    given = packing._padded(PROMPTS, ANSWERS, torch.device("cpu"))
+    given = padded_rows(PROMPTS, ANSWERS, 0)
     return answer_log_probabilities(model, *given)
 
 

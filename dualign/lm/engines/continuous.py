@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase
 
 from dualign.core.errors import ModelError
 from dualign.core.progress import Progress
 from dualign.lm.engines.generate import decoding
 from dualign.lm.engines.interface import Answer, Request
+from dualign.lm.numerics import without_adapter
 from dualign.params.base import Resources
 
 #: Tokens to a page of keys and values.
@@ -30,8 +30,7 @@ def answer(
     Raises ModelError where the library cannot batch the model."""
     if not request.prompts:
         return []
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    manager = base.init_continuous_batching(
+    manager = without_adapter(model).init_continuous_batching(
         generation_config=decoding(request, tokenizer), continuous_batching_config=_config(request)
     )
     # All wait before the first step, so that the batches are the same each time.

@@ -9,12 +9,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dualign.core import ranks
 from dualign.core.progress import Progress
-from dualign.lm.engines.interface import Answer, Request, batch_seed, by_length, until_end
+from dualign.lm.engines.interface import (
+    Answer,
+    Request,
+    batch_seed,
+    by_length,
+    left_padded,
+    until_end,
+)
+from dualign.lm.numerics import without_adapter
 from dualign.params.base import Resources
 
 
@@ -64,7 +71,7 @@ def _configured(model: torch.nn.Module, config: GenerationConfig) -> Iterator[No
     """The model under `config` alone: generate() takes what is left open, such as Qwen's penalties,
     from its own.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_adapter(model)
     own = base.generation_config
     base.generation_config = config
     try:
@@ -80,12 +87,8 @@ def _generate(
     config: GenerationConfig,
 ) -> list[Answer]:
     device = next(model.parameters()).device
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    ids, mask = left_padded(prompts, tokenizer.pad_token_id)
+    width = ids.shape[1]
     output = model.generate(
         input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
     )  # type: ignore[operator]

@@ -90,6 +90,17 @@ def by_length(rows: Sequence[T], lengths: Sequence[int], batch_size: int) -> Ite
         yield [rows[i] for i in order[start : start + batch_size]]
 
 
+def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and mask [rows, positions] of prompts that all end at the last position."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
+
+
 def until_end(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:
     """Tokens up to and with the first that ends an answer.
 

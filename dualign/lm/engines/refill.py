@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
 from dualign.core.progress import Progress
-from dualign.lm.engines.interface import Answer, Request
+from dualign.lm.engines.interface import Answer, Request, left_padded
 from dualign.params.base import Resources
 
 #: The batch is cut, and waiting rows join it, once this part of its rows has ended. Each time all
@@ -164,12 +164,7 @@ class _Batch:
         that goes on has its own.
         """
         prompts = list(dict.fromkeys(row.prompt for row in joining))
-        width = max(map(len, prompts))
-        ids = torch.full((len(prompts), width), self._pad)
-        mask = torch.zeros_like(ids)
-        for at, prompt in enumerate(prompts):
-            ids[at, width - len(prompt) :] = torch.tensor(prompt)
-            mask[at, width - len(prompt) :] = 1
+        ids, mask = left_padded(prompts, self._pad)
         kept = _Kept(Cache(layer_class_to_replicate=_Layer), mask.to(self._device))
         logits = self._logits(ids, kept)
         place = {prompt: at for at, prompt in enumerate(prompts)}
