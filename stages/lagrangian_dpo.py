@@ -17,15 +17,16 @@ from typing import Any
 
 import pandas as pd
 
-from dualign.core.artifacts import read_json, write_json, write_parquet
+from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import InfeasibleError
 from dualign.core.records import SolvedDual, read_record, solved_multiplier
-from dualign.core.schema import ANSWERS, by_prompt, read_table
-from dualign.evaluation.rollout import Scorers, roll_out
+from dualign.core.schema import by_prompt
+from dualign.evaluation.rollout import Scorers, kept_answers, roll_out
 from dualign.lm.models import load_policy, load_tokenizer
 from dualign.lm.tokens import answer_lengths
 from dualign.math.constraints import Price, prices_in, with_priced_rewards
 from dualign.math.dual.solution import solve
+from dualign.math.dual.tilt import soft_value
 from dualign.math.losses import lagrangian_scale
 from dualign.params.training import LagrangianDpoParams, LagrangianRun, RefreshParams
 from dualign.scoring.support import doubt, doubted
@@ -98,17 +99,18 @@ def train_twice(
     """
     assert spec.refresh is not None
     tokenizer = load_tokenizer(REFERENCE)
-    pairs = pairs_at(lam, frame, "pool", spec, params, tokenizer)
     first = job.scratch / "first"
     known = job.scratch / "first.json"
     if not known.is_file():
+        pairs = pairs_at(lam, frame, "pool", spec, params, tokenizer)
         begun = replace(job, scratch=job.scratch / "pool")
         write_json(known, train_at(lam, pairs, REFERENCE, spec, params, begun, first))
 
     fresh = draw(first)
     scale = lagrangian_scale(lam, spec.pair_loss.normalised)
-    both = samples_of(frame, tokenizer), samples_of(fresh, tokenizer)
-    own = fresh_pairs(*both, lam, params.beta, params.seed + 1, scale)
+    value = soft_value(by_prompt(frame, "reward"), by_prompt(frame, "cost"), lam, params.beta)
+    answers = samples_of(fresh, tokenizer)
+    own = fresh_pairs(value, answers, lam, params.beta, params.seed + 1, scale)
     changed = spec.refresh.model_dump(include={"max_steps", "learning_rate"})
     again = spec.model_copy(update=changed)
     gone_on = replace(job, scratch=job.scratch / "own", seed=job.seed + 1)
@@ -129,16 +131,16 @@ def own_answers(
     policy: Path, pool: pd.DataFrame, options: RefreshParams, params: LagrangianDpoParams, job: Job
 ) -> pd.DataFrame:
     """Scored answers of a policy to the first prompts of the pool, drawn once; schema ANSWERS."""
-    path = job.scratch / "answers.parquet"
-    if not path.is_file():
+
+    def drawn() -> pd.DataFrame:
         asked = pool.drop_duplicates("prompt_id")[["prompt_id", "prompt"]].head(options.prompts)
-        drawn = roll_out(
+        return roll_out(
             load_policy(policy, job.resources), asked, Scorers.load(job.resources),
             count=options.samples_per_prompt, max_new_tokens=params.max_new_tokens,
             seed=params.seed + 1,
         )  # fmt: skip
-        write_parquet(path, drawn, ANSWERS)
-    return read_table(path, ANSWERS)
+
+    return kept_answers(job.scratch / "answers.parquet", drawn)
 
 
 def multiplier(

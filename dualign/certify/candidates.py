@@ -24,7 +24,7 @@ from dualign.core.errors import DataError
 from dualign.core.schema import ANSWERS, LABELS, REWEIGHTED, read_table
 from dualign.data.labelling import truth, vote
 from dualign.evaluation.against_optimum import add_truth, means
-from dualign.evaluation.rollout import Scorers, log_ratios, roll_out
+from dualign.evaluation.rollout import Scorers, kept_answers, log_ratios, roll_out
 from dualign.lm.merge import merge
 from dualign.lm.mixture import Mixture, Policy, policy_at
 from dualign.lm.publish import publish
@@ -151,10 +151,7 @@ class CandidateEvidence:
 
     def _reweighted(self, name: str) -> pd.DataFrame:
         """The answers that are drawn for all, with the candidate's own log-probabilities."""
-        path = self._path(self._drawers[0], "drawn")
-        if not path.is_file():
-            write_parquet(path, self._draw_for_all(), ANSWERS)
-        drawn = read_table(path, ANSWERS)
+        drawn = kept_answers(self._path(self._drawers[0], "drawn"), self._draw_for_all)
         policy = policy_at(self.policy(name), self._scorers.resources)
         own = log_ratios(policy, drawn, self._scorers) + drawn["logp_ref"].to_numpy()
         return drawn.assign(logp=own, **{DRAWN: drawn["logp"]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dualign.core.artifacts import write_parquet
+from dualign.core.schema import ANSWERS, read_table
 from dualign.evaluation.stats import Measurement, clustered_mean, within_variance
 from dualign.lm.mixture import Policy
 from dualign.lm.models import load_policy, load_tokenizer
@@ -90,6 +93,13 @@ def roll_out(
             ended=frame["ended"].tolist(),
         )
     return frame
+
+
+def kept_answers(path: Path, draw: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """The answers in a file, schema ANSWERS; they are drawn and written there if it is not."""
+    if not path.is_file():
+        write_parquet(path, draw(), ANSWERS)
+    return read_table(path, ANSWERS)
 
 
 def log_ratios(policy: Policy, samples: pd.DataFrame, scorers: Scorers) -> np.ndarray:

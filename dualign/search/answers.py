@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
-from dualign.core.artifacts import write_parquet
 from dualign.core.schema import ANSWERS, read_table
-from dualign.evaluation.rollout import Scorers, roll_out
+from dualign.evaluation.rollout import Scorers, kept_answers, roll_out
 from dualign.lm.mixture import policy_at
 from dualign.search.journal import Step
 from dualign.search.task import SearchTask
@@ -28,24 +28,22 @@ class Answers:
     def measured(self, policy: str, folder: Path) -> pd.DataFrame:
         """Answers of a step's policy to the search prompts; schema ANSWERS."""
         params = self._task.params
-        path = folder / "answers.parquet"
-        if not path.is_file():
-            self._draw(path, policy, self._task.prompts, params.samples_per_prompt, params.seed)
-        return read_table(path, ANSWERS)
+        drawn = partial(
+            self._draw, policy, self._task.prompts, params.samples_per_prompt, params.seed
+        )
+        return kept_answers(folder / "answers.parquet", drawn)
 
     def fresh(self, warm: Step, prompts: pd.DataFrame, folder: Path) -> pd.DataFrame:
         """Answers of the policy before to some prompts of the pool, for the training in `folder`;
         schema ANSWERS.
         """
         params = self._task.params
-        path = folder / _FRESH
-        if not path.is_file():
-            seed = params.seed + 1000 * (warm.step + 1)
-            self._draw(path, warm.policy, prompts, params.refresh_samples, seed)
-        return read_table(path, ANSWERS)
+        seed = params.seed + 1000 * (warm.step + 1)
+        drawn = partial(self._draw, warm.policy, prompts, params.refresh_samples, seed)
+        return kept_answers(folder / _FRESH, drawn)
 
-    def _draw(self, path: Path, policy: str, prompts: pd.DataFrame, count: int, seed: int) -> None:
-        drawn = roll_out(
+    def _draw(self, policy: str, prompts: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
+        return roll_out(
             policy_at(policy, self._task.resources),
             prompts,
             self._scorers,
@@ -53,7 +51,6 @@ class Answers:
             max_new_tokens=self._task.params.max_new_tokens,
             seed=seed,
         )
-        write_parquet(path, drawn, ANSWERS)
 
 
 def fresh_tokens(folder: Path) -> int:

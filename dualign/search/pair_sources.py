@@ -15,6 +15,7 @@ from dualign.core.schema import SAFETY_PAIRS, SCORED_PAIRS, read_table
 from dualign.data.labelling import compare
 from dualign.evaluation.rollout import Scorers
 from dualign.lm.models import load_policy
+from dualign.math.dual.tilt import soft_value
 from dualign.search.answers import Answers
 from dualign.search.journal import Step
 from dualign.search.online import (
@@ -121,7 +122,8 @@ class PoolPairs:
 
         drawn = self._answers.fresh(warm, self._prompts, folder)
         fresh = samples_of(self._tables.charged(drawn), self._tokenizer)
-        return pairs + fresh_pairs(samples, fresh, lam, beta, seed, scale)
+        value = soft_value(samples.reward, samples.cost, lam, beta)
+        return pairs + fresh_pairs(value, fresh, lam, beta, seed, scale)
 
 
 class FreshPairs:

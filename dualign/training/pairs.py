@@ -17,7 +17,7 @@ from dualign.core.errors import DataError
 from dualign.core.schema import Message, by_prompt
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
-from dualign.math.dual.tilt import leave_one_out_value, soft_value
+from dualign.math.dual.tilt import leave_one_out_value
 from dualign.math.losses import folded_reference, lagrangian_label, safe_dpo_direction
 from dualign.params.base import TrainingParams
 from dualign.params.training import LossType
@@ -287,14 +287,15 @@ def pool_pairs(
 
 
 def fresh_pairs(
-    pool: Samples, fresh: Samples, lam: float, beta: float, seed: int, scale: float = 1.0
+    value: Array, fresh: Samples, lam: float, beta: float, seed: int, scale: float = 1.0
 ) -> list[Pair]:
     """Random pairs of a policy's answers to the pool's first prompts, as `pool_pairs`.
 
-    Their anchors use the pool's V_lambda of the prompt, so they need no new partition function."""
+    Their anchors use the pool's V_lambda of the prompt, `value` [prompts of the pool], so they need
+    no new partition function."""
     prompts, count = fresh.reward.shape
-    known = soft_value(pool.reward, pool.cost, lam, beta)[:prompts, None]
-    return pool_pairs(fresh, known.repeat(count, axis=1), lam, beta, seed, scale)
+    known = value[:prompts, None].repeat(count, axis=1)
+    return pool_pairs(fresh, known, lam, beta, seed, scale)
 
 
 def pool_values(samples: Samples, lam: float, beta: float) -> Array:
