@@ -40,9 +40,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def whole() -> argparse.ArgumentParser:
-    """One parser of all commands with their options; outside of a checkout, options of those that
-    the library has.
-    """
+    """One parser of all commands; outside of a checkout, of those that the library has."""
     in_project = _in_project()
     parsers = {
         name: made

@@ -1,6 +1,4 @@
-"""What surrounds every stage: typed params, logging, scratch for checkpoints, provenance, and
-errors in one line.
-"""
+"""What surrounds a stage: params, logging, scratch, provenance, and errors in one line."""
 
 from __future__ import annotations
 
@@ -63,9 +61,7 @@ class Run(Generic[P]):
         return f"{self.stage}/{self.item}" if self.item else self.stage
 
     def pick(self, rows: Mapping[str, Row], where: str) -> tuple[str, Row]:
-        """This instance's name and its row in the table at key `where`. Raises ParamsError where it
-        has none.
-        """
+        """This instance's name and its row in the table `where`. Raises ParamsError without."""
         names = ", ".join(rows) or "none"
         if self.item is None:
             raise ParamsError(f"python -m stages.{self.stage} NAME: which one of {where}? {names}")
@@ -80,9 +76,7 @@ class Run(Generic[P]):
     def losses(
         self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ("step", "loss")
     ) -> None:
-        """Write the loss by step of this stage's trainings, a table for `dvc plots`; empty where
-        there was none.
-        """
+        """Write the loss by step of this stage's trainings for `dvc plots`; may be empty."""
         write_rows(Path("reports/curves") / f"{self.name}.json", rows, columns)
 
     def scratch(self, *inputs: str | Path) -> Path:
@@ -214,9 +208,7 @@ def finished(scratch: Path) -> None:
 
 
 def _collect_again() -> None:
-    """Look for garbage again where `stages` put it off, but not among what was imported, which
-    stays.
-    """
+    """Look for garbage again where `stages` put it off, but not among what was imported."""
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
@@ -246,9 +238,7 @@ def _threads(resources: Resources) -> None:
 
 
 def _on_signals(handler: Callable[[int, Any], None]) -> None:
-    """Have what stops a stage call `handler`; Ctrl-C too, except where a shell lets its background
-    jobs ignore it.
-    """
+    """Have what stops a stage call `handler`; Ctrl-C unless a shell's background job ignores it."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -276,9 +266,7 @@ def _dropped(before: Callable[[Any], Any], told: Any) -> None:
 
 
 def _too_late(signum: int, frame: Any) -> None:
-    """All is written, or has failed: an interrupt while the interpreter ends would be a traceback
-    and no more.
-    """
+    """All is written, or has failed: an interrupt now would be a traceback and no more."""
 
 
 def _digest(path: Path) -> str:

@@ -165,9 +165,7 @@ def _dvc(root: Path) -> Iterator[Finding]:
 
 
 def _reach(repo: Repo) -> str:
-    """Why the default remote does not answer, in one line; empty where it does, or there is
-    none.
-    """
+    """Why the default remote does not answer, in one line; empty where it does or is none."""
     if not repo.config["core"].get("remote"):
         return ""
     try:

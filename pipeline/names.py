@@ -73,9 +73,7 @@ def _check_name(name: str, where: str, dotless: bool) -> None:
 
 
 def _values(run: Any, used: set[str]) -> Iterator[tuple[str, Any]]:
-    """The values of a run that go into paths, with their keys; what is not there is for DVC to
-    say.
-    """
+    """The values of a run that go into paths, with keys; missing ones are for DVC to say."""
     for item in sorted(used):
         key = item.removeprefix("item")
         value = _dig(run, key[1:]) if key else run

@@ -107,9 +107,7 @@ def _short(text: object) -> str:
 
 
 def _measure(text: str) -> None:
-    """Raise _Refused where the text goes beyond a limit. Works on events, which need no
-    recursion.
-    """
+    """Raise _Refused for a text beyond a limit. Works on events, which need no recursion."""
     root = _Node(None, 1, 0)
     within = [root]  # the collections around an event, outermost first
     anchored: dict[str, _Node] = {}

@@ -63,9 +63,7 @@ def main(run: Run[AnswerParams]) -> None:
 def kept_or_made(
     run: Run[AnswerParams], policy: str, suite: Path, schema: pa.Schema
 ) -> pd.DataFrame:
-    """A policy's answers to the suite in a file: those of before if nothing differs, else new
-    ones.
-    """
+    """A policy's answers to a suite in a file: those kept if nothing differs, else new ones."""
     name, spec = run.pick(run.params.suites, "suites")
     folder = run.params.policies[policy]
     alone = {"suites": {name: spec}, "policies": {policy: folder}}

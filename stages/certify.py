@@ -110,9 +110,7 @@ def screened_once(
     scorers: Scorers,
     scratch: Path,
 ) -> Path | None:
-    """The file of the screen, made if it is not there; None where the weights are tested as they
-    stand.
-    """
+    """The file of the screen, made if missing; None where the weights are tested as they are."""
     if params.screen is None or len(row.weights) < 2:
         return None
     file = scratch / SCREEN
@@ -183,9 +181,7 @@ def tested_by(limit: Constraint, params: CertifyParams) -> dict[str, Any]:
 
 
 def copy_into(folder: Path, evidence: Evidence) -> Evidence:
-    """The files copied into the certificate's folder, where it finds them wherever the folder is
-    moved.
-    """
+    """The files copied into the certificate's folder, to be found where that is moved to."""
     copies = [None if file is None else folder / file.name for file in evidence]
     for file, copy in zip(evidence, copies, strict=True):
         if file is not None and copy is not None:
@@ -195,9 +191,7 @@ def copy_into(folder: Path, evidence: Evidence) -> Evidence:
 
 
 def describe(found: Certificate, evidence: CandidateEvidence) -> dict[str, Any]:
-    """The certificate as metrics: what it says, each test, and how many prompts a failed one would
-    have needed.
-    """
+    """The certificate as metrics: what it says, each test, the prompts that a failed one needs."""
     tests = []
     for test in found.tested:
         row = {

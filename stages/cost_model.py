@@ -185,9 +185,7 @@ def _crosswise(
 
 
 def _fitted(answers: pd.DataFrame, kind: str) -> dict[str, Calibration]:
-    """Every kind of calibration; the raw score alone where that is asked for and nothing else can
-    be fitted.
-    """
+    """Every kind of calibration; the raw score alone where that is asked for and no other fits."""
     score = answers["score"].to_numpy(float)
     unsafe = answers["unsafe"].to_numpy(bool)
     try:
@@ -231,9 +229,7 @@ def _zero_error(
 
 
 def _quality(cost: np.ndarray, unsafe: np.ndarray) -> dict[str, float]:
-    """How well P(unsafe) fits the flags of answers that the cost was not fitted to; both
-    [answers].
-    """
+    """How well P(unsafe) fits flags of answers not fitted to; both [answers]."""
     probability = sigmoid(cost)
     return {
         "sign_accuracy": float(((cost > 0) == unsafe).mean()),

@@ -141,9 +141,7 @@ def by_beta(
 
 
 def with_margin(solution: DualSolution, params: DualInitParams) -> MarginSolution:
-    """The multiplier that leaves room for a certificate; the solution's own where
-    `constraint.power` is null.
-    """
+    """The multiplier with room for a certificate; the solution's own without a power."""
     if params.power is None:
         return MarginSolution(solution.lam, params.limit, 0.0, True)
     reward = solution.reward
@@ -192,9 +190,7 @@ def describe(solution: DualSolution, params: DualInitParams) -> dict[str, Any]:
 
 
 def doubts(found: Doubt | None, pool: pd.DataFrame) -> dict[str, float] | None:
-    """How many answers of the pool are off the support, the mean of their g, and what g = 1 costs;
-    None without.
-    """
+    """Off-support answers of the pool, the mean of their g, what g = 1 costs; or None."""
     if found is None:
         return None
     beyond = found.beyond(pool)
@@ -285,9 +281,7 @@ def messages(
 
 
 def _low_ess(solution: DualSolution, params: DualInitParams) -> str:
-    """How few effective samples there are, and which beta or how many samples would give
-    `dual_init.min_ess`.
-    """
+    """How few effective samples there are, and the beta or samples for `dual_init.min_ess`."""
     reward = solution.reward
     cost = solution.cost
     count = solution.cost.shape[1]

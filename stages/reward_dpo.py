@@ -64,9 +64,7 @@ def training_pairs(
     policy: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Pair]:
-    """The helpful pairs of a run; SafeDPO's offset and MODPO's margin stand in their reference
-    columns.
-    """
+    """A run's helpful pairs; SafeDPO's offset and MODPO's margin are in reference columns."""
     params = run.params
     batch = run.resources.scoring_batch_size
     frame = read_table(PAIRS, HELPFUL_PAIRS)

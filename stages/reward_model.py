@@ -103,9 +103,7 @@ def _crossed(
 
 
 def _slope(gap: np.ndarray, unit: float, *, given: bool) -> float:
-    """The slope; a trained reward that points the wrong way keeps its own, a given one is
-    refused.
-    """
+    """The slope; a trained reward of the wrong way keeps its own, a given one is refused."""
     slope = fit_slope(gap, unit)
     if slope > 0:
         return slope
@@ -136,9 +134,7 @@ def _unfitted(*, given: bool) -> float:
 
 
 def _quality(gap: np.ndarray) -> dict[str, float]:
-    """How well sigma(gap) fits that chosen is the better answer: Brier score, and ECE of the more
-    likely answer.
-    """
+    """How well sigma(gap) fits that chosen is better: Brier score, ECE of the likelier answer."""
     right = gap > 0
     return {
         "ece": expected_calibration_error(sigmoid(np.abs(gap)), right),

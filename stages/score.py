@@ -134,9 +134,7 @@ def support_rows(pairs: pd.DataFrame, scorers: Scorers) -> pd.DataFrame:
 
 
 def enumerate_world(prompts: pd.DataFrame, scorers: Scorers) -> pd.DataFrame:
-    """Every grammatical answer to the prompts with its truth and logp_ref; empty outside the
-    world.
-    """
+    """Every grammatical answer with its truth and logp_ref; empty outside the world."""
     rows = enumerate_answers(prompts)
     if rows.empty:
         return rows

@@ -114,9 +114,7 @@ def untouched(params: SftParams, tokenizer: PreTrainedTokenizerBase) -> Model:
 
 
 def local_inputs(params: SftParams) -> list[Path]:
-    """The folders and files beside the data that the result depends on: what lies in them counts,
-    not their names.
-    """
+    """The files beside the data that the result depends on, by what lies in them."""
     named = (params.base, params.chat_template, params.scratch.tokenizer)
     return [Path(name) for name in named if name is not None and Path(name).exists()]
 
@@ -124,9 +122,7 @@ def local_inputs(params: SftParams) -> list[Path]:
 def encoded(
     rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[tuple[list[int], list[int]]]]:
-    """Ids of prompt and answer of the training and of the held-out rows. Raises DataError for a row
-    by number.
-    """
+    """Ids of the training rows and of the held-out ones. Raises DataError for a row by number."""
     try:
         ids = encode_conversations(tokenizer, rows["prompt"].tolist(), rows["response"].tolist())
     except DataError as error:

@@ -1,6 +1,4 @@
-"""The candidates of a certificate: which there are, their answers to the certify prompts, and
-labels of some.
-"""
+"""The candidates of a certificate, their answers to the certify prompts, and labels of some."""
 
 from __future__ import annotations
 
@@ -69,9 +67,7 @@ class CandidatePolicy:
 
 
 def candidate_policies(row: CertifyRun, models: Path, scratch: Path) -> dict[str, CandidatePolicy]:
-    """The candidates of a row by name, safest first: the fallback, then the policy at each
-    weight.
-    """
+    """The candidates of a row by name, safest first: fallback, then the policy at each weight."""
     policies = {}
     for name, q in order(row).items():
         if name == row.fallback != row.policy:
@@ -122,9 +118,7 @@ class CandidateEvidence:
         return self._policies[name]
 
     def files(self, name: str) -> Evidence:
-        """The files of a candidate's answers and labels. Raises AwaitingLabels while people's are
-        not there.
-        """
+        """The files of a candidate's answers and labels. Raises AwaitingLabels for people's."""
         path = self._path(name, "answers")
         if not path.is_file():
             if name in self._weighed:
@@ -228,18 +222,14 @@ def screen(
 
 
 def _bent(knot: Knot, answers: pd.DataFrame, next_ratio: np.ndarray, next_q: float) -> Knot:
-    """A knot with its `bend`, from the log-ratios to the reference that the next policy gives to
-    its answers.
-    """
+    """A knot with its `bend`, from the log-ratios that the next policy gives to its answers."""
     assert knot.q is not None
     change = next_ratio - (answers["logp"] - answers["logp_ref"]).to_numpy()
     return knot.model_copy(update={"bend": float(change.var()) / (next_q - knot.q) ** 2})
 
 
 def _shown(required: Requirement, answers: pd.DataFrame) -> Seen | None:
-    """What the answers show of a requirement; None where it is on prompts of which fewer than two
-    were screened.
-    """
+    """What the answers show of a requirement; None where it is on fewer than two prompts."""
     try:
         values = required.values(answers)
     except DataError:

@@ -250,9 +250,7 @@ def read(path: str | Path) -> Certificate:
 
 
 def ended_share(file: Path, max_new_tokens: int) -> float:
-    """The share of answers that ended by themselves. Raises DataError if one was not drawn with
-    `max_new_tokens`.
-    """
+    """The share of answers that ended. Raises DataError if one was drawn with another maximum."""
     answers = evidence.read_answers(file)
     length = answers["length"].to_numpy(int)
     ended = answers["ended"].to_numpy(bool)
@@ -303,9 +301,7 @@ def drawers(plan: screening.Planned | None, candidates: Sequence[str]) -> tuple[
 
 
 def planned(screen: Path, candidates: Sequence[str]) -> screening.Planned:
-    """What follows from the screen in a file. Raises DataError where it is none, or of another
-    number of candidates.
-    """
+    """What follows from a screen. Raises DataError for another number of candidates."""
     plan = screening.sequence(screening.read(screen))
     if len(plan.samples) != len(candidates):
         raise DataError(

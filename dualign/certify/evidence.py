@@ -48,18 +48,14 @@ class Table(Record):
 
 
 class Folder(Record):
-    """A model's folder, `path` relative to the certificate's; `files` are its hashes, without its
-    README.md.
-    """
+    """A model's folder, `path` relative to the certificate's; `files` are hashes, no README.md."""
 
     path: str
     files: dict[str, str]
 
 
 class Evidence(NamedTuple):
-    """What a candidate is judged by: the files of its answers (schema `ANSWERS`) and of their
-    labels (`LABELS`).
-    """
+    """The files of a candidate's answers (schema `ANSWERS`) and of their labels (`LABELS`)."""
 
     answers: Path
     labels: Path | None = None
@@ -84,9 +80,7 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def check_files(folder: Path, recorded: Mapping[str, str], what: str) -> None:
-    """Raises DataError naming the first file of a model's folder that is not as recorded; `what`
-    names the model.
-    """
+    """Raises DataError for the first file of a model that is not as recorded; `what` names it."""
     found = files(folder)
     for name in sorted({*recorded, *found}):
         if recorded.get(name) != found.get(name):
@@ -142,16 +136,12 @@ def _weights(own: pd.Series, drawn: pd.Series, path: Path) -> np.ndarray:
 
 
 def effective_share(weight: np.ndarray) -> float:
-    """(sum w)^2 / (n sum w^2): the share of answers that so many weighted ones are worth, 1 if all
-    weigh the same.
-    """
+    """(sum w)^2 / (n sum w^2): the share of answers that weighted ones are worth, 1 if alike."""
     return float(weight.sum() ** 2 / (len(weight) * (weight**2).sum()))
 
 
 def weights_of(labels: pd.DataFrame, answers: pd.DataFrame, path: Path) -> np.ndarray:
-    """The weight of each labelled answer. Raises DataError where one is none of the candidate's
-    answers.
-    """
+    """The weight of each labelled answer. Raises DataError where one is not the candidate's."""
     known = answers.drop_duplicates(list(_LABELLED)).set_index(list(_LABELLED))["weight"]
     found: np.ndarray = known.reindex(pd.MultiIndex.from_frame(labels[list(_LABELLED)])).to_numpy(
         float
@@ -165,9 +155,7 @@ def weights_of(labels: pd.DataFrame, answers: pd.DataFrame, path: Path) -> np.nd
 
 
 def check_drawn(tables: Mapping[str, pd.DataFrame]) -> None:
-    """Raises DataError where candidates that are judged by another's answers are not judged by the
-    same ones.
-    """
+    """Raises DataError where candidates judged by another's answers have different ones."""
     drawn = {name: answers for name, answers in tables.items() if DRAWN in answers}
     ordered = {
         name: answers[list(_DRAWN_ALIKE)].sort_values(["prompt_id", "sample"], ignore_index=True)
@@ -216,9 +204,7 @@ def _kind(kind: pa.DataType) -> str:
 
 
 def samples_per_prompt(answers: pd.DataFrame, path: Path) -> int:
-    """How many answers every prompt has. Raises DataError where prompts differ in it, or an answer
-    stands twice.
-    """
+    """Answers to a prompt. Raises DataError where prompts differ in it, or one stands twice."""
     counts = answers.groupby("prompt_id").size()
     few = counts.index[counts != counts.max()]
     if len(few):
@@ -241,9 +227,7 @@ def samples_per_prompt(answers: pd.DataFrame, path: Path) -> int:
 
 
 def check_answers(answers: pd.DataFrame, path: Path) -> None:
-    """Raises DataError where an id is not its prompt's, or a length not the number of the answer's
-    tokens.
-    """
+    """Raises DataError where an id is not its prompt's, or a length not that of the tokens."""
     check_ids(answers, path)
     lengths = np.array([0 if tokens is None else len(tokens) for tokens in answers["tokens"]])
     wrong = np.flatnonzero(lengths != answers["length"].to_numpy())
@@ -322,9 +306,7 @@ def _identity(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def check_prompts(file: Path, answers: pd.DataFrame) -> None:
-    """Raises DataError where the answers are not to the first prompts of the file (schema
-    `PROMPTS`).
-    """
+    """Raises DataError where the answers are not to the file's first prompts (`PROMPTS`)."""
     asked = set(answers["prompt_id"])
     given = set(read_table(file, PROMPTS)["prompt_id"].head(len(asked)))
     if asked != given:

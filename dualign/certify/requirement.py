@@ -86,9 +86,7 @@ class Requirement(Record):
 
     @property
     def reweighs(self) -> bool:
-        """Whether answers of another policy can be weighed for it: no range holds for a weighted
-        value.
-        """
+        """Whether it takes answers of another policy: no range holds for a weighted value."""
         if self.method == "prediction_powered":
             return self.quantity == "truth"
         return self.method == "clustered_t" and self.bounds is None and self.quantity not in SHARES

@@ -113,9 +113,7 @@ def read(path: Path) -> Screen:
 
 
 def seen(name: str, limit: float, values: Array) -> Seen:
-    """What values [prompts, samples] show; analysis of variance, and no less than nothing
-    `between`.
-    """
+    """What values [prompts, samples] show by analysis of variance; `between` is at least 0."""
     within = float(values.var(1, ddof=1).mean())
     between = float(values.mean(1).var(ddof=1)) - within / values.shape[1]
     return Seen(
@@ -216,9 +214,7 @@ def _grid(knots: Array) -> Array:
 
 
 def _samples(knot: Knot, screen: Screen) -> int:
-    """The least number of answers a prompt with which a candidate is expected to pass by _SURE
-    standard errors.
-    """
+    """The fewest answers a prompt with which a candidate should pass by _SURE standard errors."""
     if not screen.thrifty:
         return screen.samples_per_prompt
     for count in range(1, screen.samples_per_prompt):

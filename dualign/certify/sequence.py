@@ -80,9 +80,7 @@ class Decision:
 
     @property
     def returned(self) -> str | None:
-        """The last certified candidate, which is the most helpful one; None if the first test
-        failed.
-        """
+        """The last certified candidate, the most helpful one; None if the first test failed."""
         return self.certified[-1] if self.certified else None
 
 

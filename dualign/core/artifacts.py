@@ -63,9 +63,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def faults_told(refusal: Callable[[str, str], DualignError]) -> Iterator[None]:
-    """Raise what `refusal` makes of a fault of writing and its remedy, which may be empty; other
-    errors pass.
-    """
+    """Raise what `refusal` makes of a fault of writing and its remedy; other errors pass."""
     try:
         yield
     except DualignError:
@@ -101,9 +99,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def _number(error: BaseException) -> int | None:
-    """The system's number of an error, also where only its text holds one, and it is about
-    writing.
-    """
+    """The system's number of an error of writing, also where only its text holds one."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     found = _OS_ERROR.search(str(error))
@@ -111,9 +107,7 @@ def _number(error: BaseException) -> int | None:
 
 
 def _put(new: Path, path: Path) -> None:
-    """Move what is whole to its place, also where one file system is mounted twice, which renames
-    do not cross.
-    """
+    """Move what is whole to its place, also between mounts, which renames do not cross."""
     try:
         _rename(new, path)
     except OSError as error:
@@ -125,9 +119,7 @@ def _put(new: Path, path: Path) -> None:
 
 
 def _rename(new: Path, path: Path) -> None:
-    """Rename over what is there. An old folder goes as a whole too: half of it would be taken for
-    an output.
-    """
+    """Rename over what is there; an old folder goes as a whole, half would pass for an output."""
     if not (new.is_dir() and path.is_dir()):
         new.replace(path)
         return
@@ -140,9 +132,7 @@ def _rename(new: Path, path: Path) -> None:
 
 
 def listed(folder: Path, pattern: str) -> list[Path]:
-    """What a pattern finds in a folder, in order, but nothing hidden, such as what a killed process
-    was writing.
-    """
+    """What a pattern finds in a folder, in order, without what is hidden or half written."""
     found = sorted(folder.glob(pattern))
     return [path for path in found if not _hidden(path.relative_to(folder))]
 
@@ -207,9 +197,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_optional_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object of a file, or {} where there is no such file: its stage did not run, or did
-    not write it.
-    """
+    """The JSON object of a file, or {} where there is none, since its stage did not write it."""
     found = read_json(path) if Path(path).is_file() else {}
     if not isinstance(found, dict):
         raise DataError(

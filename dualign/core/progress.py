@@ -21,9 +21,7 @@ _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No bar and no line of any `Progress` that begins inside: steps of something longer that tells
-    its own.
-    """
+    """No bar and no line of a `Progress` that begins inside: steps of something longer."""
     token = _quiet.set(True)
     try:
         yield

@@ -20,9 +20,7 @@ R = TypeVar("R")
 
 
 class Record(BaseModel):
-    """What one stage writes and another reads: frozen, its fields by attribute. Further keys of a
-    file are kept.
-    """
+    """What one stage writes and another reads: frozen. Further keys of a file are kept."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -34,9 +32,7 @@ class PreparedMetrics(Record):
 
 
 class PriceRow(Record):
-    """An additional constraint with its multiplier, in data/dual/dual.json
-    (`dualign.math.constraints.Price`).
-    """
+    """A `dualign.math.constraints.Price` in data/dual/dual.json: a constraint, its multiplier."""
 
     name: str
     quantity: str
@@ -216,9 +212,7 @@ class SearchResult(Record):
 
 
 class LossRow(Record):
-    """A row of reports/curves/STAGE.json or STAGE/ITEM.json; nulls where a stage trained
-    nothing.
-    """
+    """A row of reports/curves/STAGE.json or STAGE/ITEM.json; nulls where nothing was trained."""
 
     training: str | None = None
     step: int | None
@@ -340,9 +334,7 @@ def read_trained(metrics: str | Path, folder: str) -> Mapping[str, Any]:
 
 
 def read_evaluated(metrics: str | Path, name: str) -> dict[str, Any] | None:
-    """What `evaluate` wrote of a policy in folder `metrics`, as a row; None where it was not
-    evaluated.
-    """
+    """What `evaluate` wrote of a policy, as a row; None where it was not evaluated."""
     path = Path(metrics) / "evaluate" / f"{name}.json"
     if not path.is_file():
         return None

@@ -200,9 +200,7 @@ def pair_id(prompt: Sequence[Message], chosen: str, rejected: str) -> str:
 
 
 def to_table(rows: pd.DataFrame | list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Rows as an Arrow table of exactly `schema`: extra columns are dropped, missing nullable ones
-    filled with null.
-    """
+    """Rows as an Arrow table of exactly `schema`: others are dropped, missing ones null."""
     frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows)
     columns = {
         name: frame[name].tolist() if name in frame.columns else [None] * len(frame)

@@ -44,9 +44,7 @@ _PKU_LABELS: dict[Kind, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """Where a row came from. `line` counts from 1: lines of a text file, rows of an array, parquet
-    or hub dataset.
-    """
+    """Where a row is from. `line` counts from 1: lines of a text, rows of anything else."""
 
     source: str
     file: str
@@ -55,9 +53,7 @@ class Where:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One usable row. In an sft record `chosen` is the answer and `rejected` is None; flags are
-    None where unknown.
-    """
+    """One usable row. In sft `chosen` is the answer, `rejected` None; unknown flags are None."""
 
     where: Where
     prompt: list[Message]
@@ -69,9 +65,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A row that is wrong: a short reason for counting, the detail in words, the start of the
-    row.
-    """
+    """A row that is wrong: a short reason to count by, the detail, and the row's start."""
 
     where: Where
     reason: str
@@ -92,9 +86,7 @@ Located = tuple[Where, Row | BadRow]
 
 
 def label(spec: SourceSpec) -> str:
-    """The name of a source in tables and metrics: its format, path, and split if it is not
-    `train`.
-    """
+    """The name of a source in tables and metrics: format, path, and split if not `train`."""
     split = f"[{spec.split}]" if spec.split != "train" else ""
     return spec.format if spec.path is None else f"{spec.format}:{spec.path}{split}"
 
@@ -165,9 +157,7 @@ def _hh(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) -> Itera
 
 
 def _dialogue(row: Row, column: str) -> tuple[list[Message], str]:
-    """Split `\\n\\nHuman: ... \\n\\nAssistant: ...` text at its last Assistant turn into prompt and
-    answer.
-    """
+    """Prompt and answer of `\\n\\nHuman: ... \\n\\nAssistant: ...`, split at its last Assistant."""
     before, *parts = _TURN.split("\n\n" + cells.text(row, column))
     turns: list[Message] = [
         {"role": _HH_ROLES[role], "content": content.strip()}
@@ -238,9 +228,7 @@ def _within(part: list[Message], whole: list[Message]) -> bool:
 
 
 def _checked(turns: list[Message], column: str) -> list[Message]:
-    """Chat templates take user and assistant in turn, after at most one system turn, and the user
-    last.
-    """
+    """Chat templates take user and assistant in turn, a system turn first, the user last."""
     roles = [turn["role"] for turn in turns]
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     if len(spoken) % 2 == 0 or spoken != (["user", "assistant"] * len(spoken))[: len(spoken)]:
@@ -281,9 +269,7 @@ def _marked_turns(prompt: str) -> list[Message]:
 
 
 def _two_ratings(rows: Iterator[Located]) -> Iterator[Located]:
-    """Ratings of two answers to one prompt, which follow each other in a file, as one row; one that
-    is left alone as a row of its own.
-    """
+    """Ratings of two answers to a prompt, one after the other, as a row; a lone one as its own."""
     waiting: tuple[Where, Row] | None = None
     for where, row in rows:
         if isinstance(row, BadRow) or "response" not in row:

@@ -182,9 +182,7 @@ def _people_compare(pairs: pd.DataFrame, folder: Path) -> pd.DataFrame:
 
 
 def _sides(prompt_id: str, *texts: str) -> list[str]:
-    """Both texts in the order of a hash: a reader's liking for the first answer must not favour one
-    policy.
-    """
+    """Both texts in the order of a hash, so that liking the first favours no policy."""
     return sorted(texts, key=lambda text: _hash(f"{prompt_id}\x1e{text}"))
 
 
@@ -199,9 +197,7 @@ def _hash(text: str) -> str:
 
 
 def _labels(items: list[Item], allowed: dict[str, Sequence[Any]], folder: Path) -> dict[str, Item]:
-    """The labelled row of each id, `allowed` the values of each field; asks if there are none
-    yet.
-    """
+    """The labelled row of each id, with `allowed` values; asks if there are none yet."""
     if not items:
         return {}
     unique = {item["id"]: item for item in sorted(items, key=lambda item: str(item["id"]))}

@@ -67,15 +67,11 @@ class Ledger:
         self.quarantine: list[dict[str, Any]] = []
 
     def count(self, kind: Kind, source: str, outcome: str) -> None:
-        """Note one record as `records` (every one), `skipped`, `duplicates`, `reserved` or
-        `kept`.
-        """
+        """Note a record as `records` (each is), `skipped`, `duplicates`, `reserved` or `kept`."""
         self.counts[kind, source, outcome] += 1
 
     def reject(self, kind: Kind, bad: Rejected) -> None:
-        """Note one record as rejected and put it in the quarantine, unless too many of its source
-        are there.
-        """
+        """Note one record as rejected, in quarantine unless too many of its source are there."""
         self.counts[kind, bad.where.source, "rejected"] += 1
         self.reasons[kind, bad.where.source, bad.reason] += 1
         beyond = self.counts[kind, bad.where.source, "rejected"] - QUARANTINE_LIMIT
@@ -216,9 +212,7 @@ def _family(record: Record) -> str:
 
 
 def _settled(rows: Iterable[Row], kind: Kind, ledger: Ledger) -> list[Row]:
-    """One row per identity, in the order of first appearance; rows that contradict each other are
-    voted on.
-    """
+    """One row per identity, in order of appearance; contradicting rows are voted on."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.key, []).append(row)
@@ -373,9 +367,7 @@ def _draw(
 
 
 def _place(seed: int, name: str, prompt_id: str) -> float:
-    """Where in [0, 1) a prompt stands in the draw of `name`: it depends on nothing but its
-    arguments.
-    """
+    """Where in [0, 1) a prompt stands in the draw of `name`, by its arguments alone."""
     return int.from_bytes(sha256(f"{seed}:{name}:{prompt_id}".encode()).digest()[:6]) / 2**48
 
 
@@ -468,9 +460,7 @@ def _metrics(
     sets: dict[str, dict[str, Kind]],
     ledger: Ledger,
 ) -> dict[str, Any]:
-    """Counts: per table and split, per set, per source and outcome, per reason; the balance of the
-    safety flags.
-    """
+    """Counts per table and split, set, source and outcome, reason; the flags' balance."""
     return {
         "tables": {TABLES[kind][0]: _splits(table) for kind, table in tables.items()},
         "prompts": {name: len(drawn) for name, drawn in sets.items()},

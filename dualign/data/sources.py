@@ -135,9 +135,7 @@ def derived_seed(seed: int, name: str) -> int:
 
 @dataclass
 class _Whole:
-    """The columns of every file of a source, the numbers in its label columns, and the texts that
-    say null.
-    """
+    """Columns of every file of a source, numbers in label columns, texts that say null."""
 
     kind: Kind
     columns: Choices
@@ -163,9 +161,7 @@ class _Whole:
             self.nulls.append(item.where)
 
     def check(self, place: str) -> None:
-        """Refuse a source without rows, a file without a column that is needed, and labels of
-        unclear meaning.
-        """
+        """Refuse a source without rows, a file without a needed column, and unclear labels."""
         if not self.seen:
             raise DataError(
                 f"{place}: holds no rows; put data in or remove it from prepare.{self.kind}"
@@ -199,9 +195,7 @@ def _labels(form: Format, kind: Kind, columns: Mapping[str, str]) -> tuple[str, 
 
 
 def _check_codes(codes: Counter[float], column: str, place: str) -> None:
-    """Refuse a column that codes the two answers otherwise, by 1 and 2, say: its 1 may mean what is
-    0 here.
-    """
+    """Refuse a column that codes answers by 1 and 2, say: its 1 may be what is 0 here."""
     strays = sum(count for code, count in codes.items() if code not in (0, 1))
     if strays > max(_SLIPS, _SLIP_SHARE * codes.total()):
         found = ", ".join(

@@ -1,6 +1,4 @@
-"""Evaluation on generated answers: estimates with prompt-clustered intervals, and in the world the
-truth.
-"""
+"""Estimates on answers with prompt-clustered intervals, and in the world the truth."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ _TRUTH = ("true_reward", "true_cost", "grammatical")
 
 
 def add_truth(answers: pd.DataFrame) -> pd.DataFrame:
-    """The oracle's true_reward, true_cost and grammatical for answers to questions of the embedded
-    world.
-    """
+    """The oracle's true_reward, true_cost and grammatical for answers in the world."""
     scored = [
         world.score(last_user_text(p), text)
         for p, text in zip(answers["prompt"], answers["response"], strict=True)
@@ -68,9 +64,7 @@ def _weighted(values: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
 
 
 def finite_problem(enumerated: pd.DataFrame, beta: float) -> tabular.Problem:
-    """The exact problem from the table of enumerated answers (columns prompt_id, logp_ref, reward,
-    cost).
-    """
+    """The exact problem from enumerated answers (prompt_id, logp_ref, reward, cost)."""
     count = int(enumerated.groupby("prompt_id", sort=False).size().iloc[0])
     logp, reward, cost = (
         enumerated[name].to_numpy(float).reshape(-1, count)
@@ -109,9 +103,7 @@ def against_optimum(
 
 
 def exact_frontier(problem: tabular.Problem, lam: float) -> list[dict[str, float]]:
-    """Reward, cost and KL of the exact optima at multipliers from 0 to thrice the optimum's, `lam`,
-    which is one.
-    """
+    """Reward, cost and KL of the exact optima at `lam` and others, from 0 to thrice that."""
     grid = sorted({0.0, lam, *np.linspace(0, max(3 * lam, 1.0), 25).tolist()})
     found = [problem.describe(problem.policy(point)) for point in grid]
     return [
@@ -121,9 +113,7 @@ def exact_frontier(problem: tabular.Problem, lam: float) -> list[dict[str, float
 
 
 def enumerate_answers(prompts: pd.DataFrame) -> pd.DataFrame:
-    """Every grammatical answer to each prompt of the world: prompt_id, prompt, response, reward,
-    cost (the truth).
-    """
+    """All grammatical answers of the world: prompt_id, prompt, response, true reward, cost."""
     rows = [
         {
             "prompt_id": row.prompt_id,

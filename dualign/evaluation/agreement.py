@@ -1,6 +1,4 @@
-"""How well a judge agrees with people or with another: confusion, accuracy, Cohen's kappa, and the
-correlation of scores.
-"""
+"""How well a judge agrees with people or another judge: kappa, accuracy, rank correlation."""
 
 from __future__ import annotations
 
@@ -107,9 +105,7 @@ def rank_correlation(
 
 
 def _correlation(sums: Array) -> Array:
-    """Pearson's correlation from sums of 1, x, y, x^2, y^2 and xy, shape [..., 6]; NaN where x or y
-    is constant.
-    """
+    """Pearson's correlation from sums of 1, x, y, x^2, y^2, xy [..., 6]; NaN for a constant."""
     count, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
     spread = (count * xx - x * x) * (count * yy - y * y)
     with np.errstate(divide="ignore", invalid="ignore"):

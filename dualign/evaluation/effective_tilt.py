@@ -84,17 +84,13 @@ def effective_tilt(log_ratio: Array, reward: Array, cost: Array, length: Array) 
 
 
 def tilt_on(samples: pd.DataFrame, log_ratio: Array) -> Tilt:
-    """The effective tilt on a table of schema POOL; `log_ratio` is log(pi / pi_ref) of its rows, in
-    any shape.
-    """
+    """The effective tilt on a POOL table; `log_ratio` is log(pi / pi_ref) of its rows."""
     reward, cost, length = (by_prompt(samples, name) for name in ("reward", "cost", "length"))
     return effective_tilt(np.reshape(log_ratio, reward.shape), reward, cost, length)
 
 
 def _tilt(slopes: Array, covariance: Array, r2: float | None) -> Tilt:
-    """The slopes and, by the delta method, beta_eff = 1 / a and lam_eff = -b / a of the slopes a of
-    r and b of c.
-    """
+    """Slopes and, by the delta method, beta_eff = 1 / a, lam_eff = -b / a (a of r, b of c)."""
     a, b, s = map(float, slopes)
     errors = [float(error) for error in np.sqrt(np.maximum(np.diag(covariance), 0))]
     slopes_only = Tilt(a, b, s, errors[0], errors[1], errors[2], None, None, None, None, r2)

@@ -24,9 +24,7 @@ from dualign.scoring.scorers import Scorer
 
 @dataclass(frozen=True)
 class Scorers:
-    """What scores a rollout: the reference policy with its tokenizer, the reward model and the cost
-    model.
-    """
+    """What scores a rollout: reference policy, tokenizer, reward model and cost model."""
 
     reference: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
@@ -103,9 +101,7 @@ def kept_answers(path: Path, draw: Callable[[], pd.DataFrame]) -> pd.DataFrame:
 
 
 def log_ratios(policy: Policy, samples: pd.DataFrame, scorers: Scorers) -> np.ndarray:
-    """log(pi / pi_ref) in nats of given answers (schema POOL, such as samples of the reference);
-    shape [rows].
-    """
+    """log(pi / pi_ref) in nats of given answers (schema POOL); shape [rows]."""
     prompts = encode_prompts(scorers.tokenizer, samples["prompt"].tolist())
     answers = [list(map(int, tokens)) for tokens in samples["tokens"]]
     logp = log_probabilities(

@@ -133,9 +133,7 @@ class Endpoint:
         return (read * price.input + written * price.output) / 1000
 
     def _answer(self, waiting: dict[str, Ask]) -> dict[str, str]:
-        """Ask what is waiting. The replies go into the cache as they come; returns the
-        failures.
-        """
+        """Ask what waits, caching replies as they come; returns the failures by key."""
         if not waiting:
             return {}
         pool = ThreadPoolExecutor(self._spec.parallel)
@@ -173,9 +171,7 @@ class Endpoint:
         return failure
 
     def _call(self, ask: Ask) -> Answered:
-        """One reply to one call. By a schema where the server knows that, else without for the rest
-        of the run.
-        """
+        """One reply to one call, by a schema until the server turns out not to know that."""
         self._begin_call()
         by_schema = self._by_schema
         try:
@@ -214,9 +210,7 @@ class Endpoint:
         return text
 
     def _send(self, ask: Ask, by_schema: bool) -> str:
-        """The body of the response. Raises _Lost, one of _NOT_TAKEN, or DualignError where no
-        call can succeed.
-        """
+        """The body of the response. Raises _Lost, one of _NOT_TAKEN, or DualignError."""
         body: dict[str, Any] = dict(self._spec.parameters)
         if by_schema:
             body["response_format"] = _schema(ask)

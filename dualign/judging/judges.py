@@ -87,9 +87,7 @@ def _scored(
 
 
 def _refusal(answers: pd.DataFrame, spec: RefusalJudge, bench: Bench) -> list[Verdict]:
-    """Whether an answer refuses: by rules, or by a classifier fitted to answers that people
-    labelled.
-    """
+    """Whether an answer refuses: by rules, or a classifier fitted to labelled answers."""
     responses = answers["response"].tolist()
     if spec.labelled is None:
         refused = [refuses_by_rules(response) for response in responses]

@@ -1,6 +1,4 @@
-"""Weighted sums of two policies in weight space: (1 - q) a + q b, exact for full weights and for
-LoRA adapters.
-"""
+"""Weighted sums of two policies in weight space, (1 - q) a + q b, exact for LoRA too."""
 
 from __future__ import annotations
 

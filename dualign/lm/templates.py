@@ -106,9 +106,7 @@ def _with_controls(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _with_bos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the BOS that the tokenizer puts before every text into a template that leaves it
-    out.
-    """
+    """Write the BOS that the tokenizer puts before every text into a template without it."""
     bos = tokenizer.bos_token
     if bos is None or tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
         return
@@ -122,9 +120,7 @@ def _with_bos(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _with_turn_end(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the token that the template writes after an answer the tokenizer's EOS, as the template
-    means it.
-    """
+    """Make the token that the template writes after an answer the tokenizer's EOS."""
     found = layout(tokenizer)
     if found.end is None:
         log.info("the chat template ends no turn; answers end with %s", tokenizer.eos_token)

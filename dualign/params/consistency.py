@@ -1,6 +1,4 @@
-"""Rules that tie the sections of `params.yaml` together: who starts from whose model, and whether
-that makes sense.
-"""
+"""Rules between sections of params.yaml: who starts from whose model, and if that fits."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ from dualign.params.training import (
 
 
 def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: str | Path) -> None:
-    """Raise ParamsError unless each run names models that some stage writes, and may be combined
-    with them.
-    """
+    """Raise ParamsError unless each run names models of stages that go together."""
     reward = stages["reward_dpo"]
     safety = stages["safety_dpo"]
     lagrangian = stages["lagrangian_dpo"]
@@ -209,9 +205,7 @@ def _cost_policies(safe: dict[str, SafetySpec]) -> set[str]:
 
 
 def _reward_policies(reward: RewardDpoParams) -> list[str]:
-    """Runs whose log-ratio to the reference policy is a reward, so that they are the tilt at
-    multiplier 0.
-    """
+    """Runs whose log-ratio to the reference is a reward: the tilt at multiplier 0."""
     return [
         f"reward_dpo/{name}"
         for name, run in reward.runs.items()
@@ -230,9 +224,7 @@ def _check_scores(
     lagrangian: LagrangianDpoParams,
     path: str | Path,
 ) -> None:
-    """A score is a scorer's, or the log-ratio to the reference policy of a plain DPO that started
-    there.
-    """
+    """A score is a scorer's, or the log-ratio of a plain DPO that started at the reference."""
     valid = {
         "reward": ["reward_model", *_reward_policies(reward)],
         "cost": ["cost_model", *_cost_policies(safe)],
@@ -250,9 +242,7 @@ def _check_scores(
 def _check_reference(
     name: str, row: MethodRow, safe: dict[str, SafetySpec], path: str | Path
 ) -> None:
-    """A search goes on against the reference of its start; naive merges and ours have a partner of
-    their own.
-    """
+    """A search keeps its start's reference; naive merges and ours have a partner instead."""
     trained = "sft" if row.start.startswith("lagrangian_dpo/") else None
     if row.start in safe:
         trained = safe[row.start].reference

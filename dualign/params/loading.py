@@ -46,9 +46,7 @@ P = TypeVar("P", bound=StageParams)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML 1.2 mapping (so `1e-5` is a number). Raises ParamsError that names the file and
-    line.
-    """
+    """Read a YAML 1.2 mapping (`1e-5` is a number). Raises ParamsError with file and line."""
     return mapping(yaml_text.read(Path(path)), path)
 
 
@@ -155,9 +153,7 @@ def _with_shared(
 def _block(
     content: dict[str, Any], section: dict[str, Any], where: str, path: str | Path
 ) -> dict[str, Any]:
-    """The section `training` or `lora` of a stage: the one at the top of the file, and what differs
-    from it.
-    """
+    """A stage's `training` or `lora`: that at the top of the file, and what differs from it."""
     name = where.rpartition(".")[2]
     if name not in section:
         raise ParamsError(

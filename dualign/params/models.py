@@ -22,9 +22,7 @@ from dualign.params.base import (
 
 
 class ScratchParams(Frozen):
-    """A small Llama built here, used when `sft.base` is `scratch`. `tokenizer` is `train` or a
-    folder.
-    """
+    """A small Llama, for `sft.base: scratch`. `tokenizer` is `train` or a folder."""
 
     tokenizer: Place
     vocab_size: Annotated[int, Field(ge=64, le=10**6)]
@@ -44,9 +42,7 @@ class ScratchParams(Frozen):
 
 
 class SftParams(StageParams):
-    """Supervised fine-tuning; the result is the reference policy. `train` false takes the base as
-    it is.
-    """
+    """Supervised fine-tuning of the reference policy; with `train` false the base is it."""
 
     section = "sft"
     shared = {"seed": "seed"}

@@ -1,6 +1,4 @@
-"""Params of the stages that train policies: reward_dpo, safety_dpo, lagrangian_dpo and the two
-paths.
-"""
+"""Params of reward_dpo, safety_dpo, lagrangian_dpo and the two paths, which train policies."""
 
 from __future__ import annotations
 

@@ -73,9 +73,7 @@ def _interval(row: Mapping[str, Any], key: str) -> dict[str, float | None]:
 
 
 def is_tilt(tilt: Mapping[str, Any]) -> bool:
-    """Whether reward, cost and length explain at least half of a policy's log-ratios, and it tilts
-    towards reward.
-    """
+    """Whether r, c and length explain half of the log-ratios, and it tilts towards reward."""
     return tilt.get("lam_eff") is not None and (tilt.get("r2") or 0.0) >= TILTED
 
 
@@ -165,9 +163,7 @@ def additional_by_step(steps: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def required_in_words(required: Mapping[str, Any]) -> dict[str, Any]:
-    """What a requirement of a certificate is on: `what` in words, and whether it is a `share`,
-    shown in per cent.
-    """
+    """What a requirement is on: `what` in words, and if it is a `share`, shown in per cent."""
     quantity, method = required["quantity"], required["method"]
     what = {
         "cost": "expected cost",
@@ -224,9 +220,7 @@ def _reach(check: Mapping[str, Any]) -> float:
 
 
 def _multiplier(required: Mapping[str, Any], solved: Mapping[str, Any]) -> float | None:
-    """The pool's multiplier of a requirement; the truth's is that of the cost, votes of people have
-    none.
-    """
+    """The pool's multiplier of a requirement; the truth's is the cost's, people's have none."""
     if required["quantity"] == "truth" or required["name"] == "c":
         return solved.get("lam")
     return next(

@@ -1,6 +1,4 @@
-"""Numbers and text as the page writes them: digits that a reader can use, a true minus sign,
-nothing invisible.
-"""
+"""Numbers and text as the page writes them: few digits, a true minus sign, nothing invisible."""
 
 from __future__ import annotations
 
@@ -61,9 +59,7 @@ def number(value: float | None) -> str:
 
 
 def precise(value: float | None) -> str:
-    """A number whose third digit matters: 0.123. Where that is nothing, its first digit:
-    0.00006.
-    """
+    """A number whose third digit matters: 0.123, or its first digit at least: 0.00006."""
     if value is None:
         return NONE
     digits = 3 if abs(value) >= 0.0005 or value == 0 else -math.floor(math.log10(abs(value)))

@@ -127,9 +127,7 @@ def _plain(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_lengths(root: Path, suite: str, policies: Iterable[str]) -> pd.DataFrame:
-    """The length in tokens of these policies' answers to a suite, by policy, prompt_id and
-    sample.
-    """
+    """Lengths in tokens of policies' answers to a suite, by policy, prompt_id and sample."""
     folder = root / "reports/answers" / suite
     tables = [
         read_table(folder / f"{name}.parquet", SUITE_ANSWERS)[["prompt_id", "sample", "length"]]

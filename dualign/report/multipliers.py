@@ -40,18 +40,14 @@ def nominal_multiplier(root: Path, folder: str, certificates: Mapping[str, Any])
 
 
 def merged_multiplier(q: float, lam: float | None, partner: float | None) -> float | None:
-    """(1 - q) lambda_partner + q lambda; the policy's own at weight 1, None where either is
-    unknown.
-    """
+    """(1 - q) lambda_partner + q lambda; the policy's own at weight 1, None if unknown."""
     if q == 1.0:
         return lam
     return None if lam is None or partner is None else (1 - q) * partner + q * lam
 
 
 def _certified(root: Path, certificate: Mapping[str, Any]) -> Row:
-    """The candidate that was returned; a certificate of an older run does not tell what it was
-    merged from.
-    """
+    """That of the returned candidate; a certificate of an older run names no parts."""
     tests = certificate.get("tests", [])
     test: Row = next((test for test in tests if test["candidate"] == certificate["returned"]), {})
     if "q" not in test:

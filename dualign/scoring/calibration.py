@@ -158,9 +158,7 @@ def fit_slope(gap: Array, centre: float = 0.0) -> float:
 
 
 def _mode(design: Array, flags: Array, centre: Array, precision: Array) -> Array:
-    """Mode of a logistic regression under independent Gaussian priors; design [n, k], flags (bool)
-    [n], others [k].
-    """
+    """Mode of a logistic regression under Gaussian priors; design [n, k], flags [n], rest [k]."""
     sign = np.where(flags, 1.0, -1.0)
 
     def loss(theta: Array) -> float:
@@ -362,9 +360,7 @@ def isotonic_zero_error(
 
 
 def _smoothed(blocks: Array) -> Array:
-    """(k + m p) / (n + m) of each block; rows: answers, unsafe ones, and the sums of scores and of
-    Platt's P.
-    """
+    """(k + m p) / (n + m) by block; rows: answers, unsafe ones, sums of scores and Platt's P."""
     count, unsafe, _, expected = blocks
     return np.asarray((unsafe + _PRIOR * expected / count) / (count + _PRIOR))
 

@@ -1,6 +1,4 @@
-"""Reward and cost models as they are served: a score for (prompt, answer), calibrated, on the scale
-that params use.
-"""
+"""Reward and cost models as served: calibrated scores of (prompt, answer), in params' units."""
 
 from __future__ import annotations
 
@@ -81,9 +79,7 @@ class Member:
         return output
 
     def _cut(self, rows: list[list[int]]) -> list[list[int]]:
-        """Rows longer than the model's context lose their beginning, but for the token that an
-        encoder begins with.
-        """
+        """Rows beyond the context lose their beginning, but for an encoder's first token."""
         limit = self.longest
         kept = 1 if is_encoder(self.loaded.tokenizer) else 0
         long = sum(len(row) > limit for row in rows)
@@ -132,9 +128,7 @@ class CalibrationCard(Frozen):
 
 
 class MemberCard(Reading):
-    """A member of a given scorer: the folder beside the card, how it is read, and what its output
-    goes through.
-    """
+    """A member of a given scorer: its folder, how it is read, what its output goes through."""
 
     folder: str
     source: str
@@ -143,9 +137,7 @@ class MemberCard(Reading):
 
 
 class Card(CalibrationCard):
-    """scorer.json: the calibration, and for given scorers their members and the weight of their
-    standard deviation.
-    """
+    """scorer.json: calibration; of given scorers also members and the weight of their sd."""
 
     members: list[MemberCard] = Field(default=[])
     spread: float = 0.0
@@ -195,9 +187,7 @@ class Scorer:
         return self.members[0].loaded.tokenizer
 
     def save(self, folder: Path) -> None:
-        """Write models, tokenizers and card; a classifier alone lies in the folder itself, others
-        in folders within.
-        """
+        """Write models, tokenizers and card; a lone classifier lies in the folder itself."""
         first = self.members[0]
         if len(self.members) == 1 and first.reading == PLAIN and not first.steps:
             save(first.loaded.model, first.loaded.tokenizer, folder)
@@ -223,9 +213,7 @@ class Scorer:
         what: str = "scores",
         ended: Sequence[bool] | None = None,
     ) -> np.ndarray:
-        """Calibrated scores, fp64, shape [rows]; `ended` False marks answers that were cut at the
-        length limit.
-        """
+        """Calibrated scores, fp64 [rows]; `ended` False marks answers cut at the limit."""
         prompts = list(prompts)
         answers = list(answers)
         table = np.stack(
@@ -257,9 +245,7 @@ def read_card(path: Path) -> Card:
 def conversations(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]], answers: Sequence[str]
 ) -> list[list[int]]:
-    """Ids of the whole templated conversation up to the end of the turn, cut on the left to the
-    tokenizer's limit.
-    """
+    """Ids of templated conversations up to the turn's end, cut on the left to the limit."""
     limit = min(tokenizer.model_max_length, 1 << 20)
     rows = encode_conversations(tokenizer, list(prompts), list(answers))
     return [(prompt + answer)[-limit:] for prompt, answer in rows]

@@ -49,9 +49,7 @@ class Support:
         return z
 
     def beyond(self, logp_ref: Array, length: Array) -> Array:
-        """g = min((z - t)_+, 1): 0 on the support, 1 from one standard deviation beyond its edge;
-        any shape.
-        """
+        """g = min((z - t)_+, 1): 0 on the support, 1 one standard deviation beyond its edge."""
         return np.clip(self.surprise(logp_ref, length) - self.threshold, 0.0, 1.0)
 
 
@@ -84,17 +82,13 @@ def fit_support(logp_ref: Array, length: Array, share: float) -> Support:
 
 
 def enough(logp_ref: Array, share: float) -> bool:
-    """Whether so many answers, those longer than the context left out, show so small a share;
-    `logp_ref` [answers].
-    """
+    """Whether so many answers within the context show so small a share; `logp_ref` [answers]."""
     return bool(np.isfinite(logp_ref).sum() * share >= 1)
 
 
 @dataclass(frozen=True)
 class Doubt:
-    """r~ = r - a g and c~ = c + b g: what an answer loses off the `support`, a and b in units of
-    reward and cost.
-    """
+    """r~ = r - a g and c~ = c + b g: what answers off the `support` lose; a, b in score units."""
 
     support: Support
     reward: float

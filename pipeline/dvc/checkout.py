@@ -45,9 +45,7 @@ def committed(root: Path) -> str:
 
 
 def published(root: Path) -> str:
-    """The commit of the workspace, which workers can fetch; raises PipelineError also where it was
-    not pushed.
-    """
+    """The workspace's commit, which workers can fetch; raises PipelineError if not pushed."""
     commit = committed(root)
     if not git(root, "branch", "--remotes", "--contains", commit):
         raise PipelineError(
@@ -122,9 +120,7 @@ def _remove(root: Path, tree: Path) -> None:
 
 
 def _share(root: Path, tree: Path) -> None:
-    """Give a tree the settings of its clone that git does not hold, and the clone's cache and
-    remote.
-    """
+    """Give a tree the settings of its clone that git does not hold, its cache and remote."""
     local = root / ".dvc" / "config.local"
     if local.exists():
         shutil.copy2(local, tree / ".dvc" / "config.local")
@@ -188,9 +184,7 @@ def asked(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def complaint(said: str) -> str:
-    """Why git refused, in one line; where it distrusts the owner of a folder, with its own
-    remedy.
-    """
+    """Why git refused, in one line; for a distrusted owner of a folder with git's remedy."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     remedy = next((line for line in lines if line.startswith("git config ")), "")
     if _distrusts(said) and remedy:

@@ -122,9 +122,7 @@ def _running(node: ast.AST, idle: tuple[str, ...]) -> Iterator[ast.AST]:
 
 
 def _submodule(module: str, name: str, root: Path) -> str:
-    """`module.name` where that is a module or a package, else `module`, which then defines
-    `name`.
-    """
+    """`module.name` where that is a module or package, else `module`, which defines `name`."""
     place = root.joinpath(*module.split("."), name)
     return f"{module}.{name}" if place.with_suffix(".py").is_file() or place.is_dir() else module
 
@@ -156,9 +154,7 @@ def _strings(tree: ast.AST) -> set[str]:
 
 
 def script_of(definition: dict[str, Any]) -> str:
-    """The script of a stage in dvc.yaml, from `python -m stages.sft` or `python -m stages.evaluate
-    ${key}`.
-    """
+    """A stage's script, from `python -m stages.sft` or `python -m stages.evaluate ${key}`."""
     module = definition["cmd"].split()[2]
     return str(module).replace(".", "/") + ".py"
 
@@ -182,9 +178,7 @@ def differences(root: Path = ROOT) -> list[Difference]:
 
 
 def write(root: Path = ROOT) -> None:
-    """Rewrite the code dependencies in dvc.yaml; comments, and all other keys and their order,
-    stay.
-    """
+    """Rewrite code dependencies in dvc.yaml; comments, other keys and their order stay."""
     document = _read(root)
     for definition in _definitions(document).values():
         data = [dep for dep in definition["deps"] if not is_code(dep)]

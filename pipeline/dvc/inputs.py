@@ -27,9 +27,7 @@ ANSWERS = "labelled-*.jsonl"
 
 
 def check_held(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) -> None:
-    """Raise PipelineError unless workers can have all that the stages read: from git, DVC, or at an
-    absolute path.
-    """
+    """Raise PipelineError unless workers can have all inputs: by git, DVC or absolute path."""
     stages = list(stages)
     missing = loose(root, dag, stages)
     for path in [] if missing else sorted(_deps(dag, stages)):
@@ -43,9 +41,7 @@ def check_held(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) 
 
 
 def carry(root: Path, tree: Path, dag: Mapping[str, StageSpec]) -> None:
-    """Link into a working tree of `root` what its stages read there and its commit lacks, but for
-    labels of people.
-    """
+    """Link into a tree of `root` what its stages read here and its commit lacks; no labels."""
     for name in loose(root, dag, dag):
         path = tree / name
         if not path.exists():

@@ -43,9 +43,7 @@ TABLES = (
 
 @dataclass(frozen=True)
 class _Overlay:
-    """A file that extends another: its text and content, and those of the whole file that it
-    extends, called `name`.
-    """
+    """A file that extends another: text and content of both; the other is called `name`."""
 
     path: Path
     text: str
@@ -80,9 +78,7 @@ def whole(path: Path, above: tuple[Path, ...] = ()) -> str:
 
 
 def differences(path: Path) -> dict[str, Any]:
-    """The keys that an overlay gives other values than the file that it extends has; none where it
-    is no overlay.
-    """
+    """The keys that an overlay gives other values than its base; none of a whole file."""
     overlay = _overlay(path)
     if overlay is None:
         return {}
@@ -116,9 +112,7 @@ def merged(base: Any, overlay: dict[str, Any], prefix: str = "") -> Any:
 
 
 def _base(path: Path, name: Any, above: tuple[Path, ...]) -> tuple[str, dict[str, Any]]:
-    """The text and content of the whole file that one extends, put together where that extends
-    another.
-    """
+    """Text and content of the whole file that one extends, put together if it extends too."""
     place = path.parent / str(name)
     if not isinstance(name, str) or not place.is_file():
         raise PipelineError(f"{path.name}: {KEY}: {name!r} is no file beside it")
@@ -178,9 +172,7 @@ def _body(text: str) -> str:
 
 
 def _with_blocks(text: str, overlay: _Overlay) -> str:
-    """The base's text with the keys of a stage's block that the base takes from the top, their
-    block in JSON.
-    """
+    """The base's text with a stage's block, which it takes from the top, written as JSON."""
     blocks: dict[str, dict[str, Any]] = {}
     for key, value in overlay.changes.items():
         section, _, name = key.rpartition(".")
@@ -202,9 +194,7 @@ def _spliced(text: str, overlay: _Overlay) -> str:
 
 
 def _edited(text: str, edits: Iterable[tuple[int, int, str]]) -> str:
-    """The text with new pieces in place of others, (start, end, new), of which none lies in
-    another.
-    """
+    """The text with pieces (start, end, new) replaced, none of which lies in another."""
     for start, end, new in sorted(edits, reverse=True):
         text = text[:start] + new + text[end:]
     return text

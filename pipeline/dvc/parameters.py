@@ -54,9 +54,7 @@ def assign(text: str, settings: Mapping[str, Any]) -> str:
 
 
 def span(text: str, key: str) -> tuple[int, int] | None:
-    """Where the value of a dotted key begins and ends in YAML text; None where there is no such
-    key.
-    """
+    """Where a dotted key's value begins and ends in YAML text; None without such a key."""
     pair = pair_at(composed(text), key)
     return None if pair is None else place(text, *pair)
 
@@ -95,9 +93,7 @@ def place(text: str, label: Node, node: Node) -> tuple[int, int]:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; what a kill leaves lies in DVC's own folder for such
-    things.
-    """
+    """Write a text file whole or not at all; what a kill leaves lies in a folder of DVC's."""
     path.parent.mkdir(exist_ok=True)
     room = path.parent / ".dvc" / "tmp"
     temporary = (room if room.is_dir() else path.parent) / f".{path.name}.{os.getpid()}.tmp"
@@ -113,9 +109,7 @@ def _mapping(text: str) -> dict[str, Any]:
 
 
 def _changed(content: Any, key: str, value: Any) -> Any:
-    """The content with one value replaced. An alias becomes a copy, so that nothing else changes
-    with it.
-    """
+    """The content with one value replaced. An alias becomes a copy, so nothing else changes."""
     name, _, rest = key.partition(".")
     if not rest:
         return {**content, name: value}

@@ -89,9 +89,7 @@ def written(repo: Repo, path: str) -> list[Any]:
 
 
 def fetch_metrics(repo: Repo, stage: str) -> None:
-    """Have DVC's cache hold the metrics that dvc.lock records of a stage; from the remote, if need
-    be.
-    """
+    """Have DVC's cache hold a stage's metrics by dvc.lock, from the remote if need be."""
     metrics = [
         out for out in repo.index.outs if out.metric and out.stage.name == stage and out.hash_info
     ]
@@ -123,9 +121,7 @@ def _changes(stage: Any, repo: Repo) -> Iterator[Any]:
 
 
 def _recorded_hash(repo: Repo, path: str, outs: Sequence[Any]) -> str | None:
-    """The hash that a path has once all `outs` are in place; None where their listings cannot be
-    had.
-    """
+    """The hash of a path with all `outs` in place; None where listings cannot be had."""
     for out in outs:
         if out.fs_path == path:
             return out.hash_info.value if out.hash_info else None

@@ -109,9 +109,7 @@ def _deployment(client: SyncPrefectClient, pool: str) -> UUID:
 
 
 class Cluster:
-    """The stages of `dag` at one commit, on the workers that serve the deployments of their
-    pools.
-    """
+    """The stages of `dag` at one commit, on workers that serve their pools' deployments."""
 
     def __init__(
         self,
@@ -170,9 +168,7 @@ class Cluster:
         self._stopped.set()
 
     def fetch_metrics(self, runner: LocalRunner) -> None:
-        """Put the metrics of the stages that have ended into the workspace, where `dvc metrics`
-        reads them.
-        """
+        """Put the metrics of stages that have ended where `dvc metrics` reads them."""
         paths = [path for name in self._ended for path in self._dag[name].metrics]
         try:
             runner.pull("metrics", paths, lambda *_: None)

@@ -1,6 +1,4 @@
-"""What makes a cluster of machines: work pools and deployments on a Prefect server, and a worker on
-each node.
-"""
+"""What makes a cluster: work pools and deployments on a Prefect server, workers on nodes."""
 
 from __future__ import annotations
 
@@ -78,9 +76,7 @@ def _prefect(root: Path, *command: str) -> None:
 
 
 def _complaint(said: str) -> str:
-    """The line in which Prefect says what is wrong: the last one, or the end of a traceback above
-    its closing line.
-    """
+    """The line in which Prefect says what is wrong: the last, or a traceback's above its end."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     told = [line for line in lines if line != "An exception occurred."]
     return re.sub(r"^(\w+\.)+\w+: ", "", told[-1]) if told else "failed"

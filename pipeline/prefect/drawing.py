@@ -1,6 +1,4 @@
-"""Pictures for Prefect's pages, which show SVG as an image only: no script, no style sheet, own
-background.
-"""
+"""Pictures for Prefect's pages, which show SVG as an image: no script, no style sheet."""
 
 from __future__ import annotations
 
@@ -207,9 +205,7 @@ def graph(dag: Mapping[str, StageSpec], states: Mapping[str, str]) -> str:
 
 
 def _columns(dag: Mapping[str, StageSpec]) -> list[list[str]]:
-    """The stages by their distance from the start; before the instances of a `foreach` stage comes
-    its name.
-    """
+    """The stages by distance from the start; a `foreach` stage's name precedes its instances."""
     families = nx.DiGraph()
     families.add_nodes_from(_family(name) for name in dag)
     families.add_edges_from(
@@ -238,9 +234,7 @@ def _family(stage: str) -> str:
 def _edge(
     start: tuple[float, float], end: tuple[float, float], boxes: Iterable[tuple[float, float]]
 ) -> str:
-    """A line from one box to another that passes the columns between them where they have no
-    box.
-    """
+    """A line between two boxes that crosses the columns between them where no box is."""
     x = start[0] + _BOX
     y = start[1] + _ROW / 2
     path = f"M{x:.0f} {y:.0f}"

@@ -46,9 +46,7 @@ def place(root: Path) -> str:
 
 
 def token(root: Path) -> str:
-    """What no other workspace has, even one of the same name: made once, kept in a folder that git
-    ignores.
-    """
+    """What no other workspace has, whatever its name: made once, in an ignored folder."""
     path = root / ".dvc" / "tmp" / "workspace"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,9 +8,7 @@ from prefect.exceptions import ObjectNotFound
 
 
 def obstacle(client: SyncPrefectClient, pool: str, queue: str | None = None) -> str:
-    """Why nobody takes a stage from a queue of a pool, in one line; empty where a worker is online
-    and may.
-    """
+    """Why nobody takes a stage from a pool's queue, in a line; empty if a worker may."""
     try:
         found = client.read_work_pool(pool)
     except ObjectNotFound:

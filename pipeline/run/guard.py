@@ -51,9 +51,7 @@ def main(argv: list[str]) -> int:
 
 
 def stop(pid: int, grace: float = GRACE) -> None:
-    """End the processes below `pid`, then wait for it to end by itself; kill it only if it does
-    not.
-    """
+    """End the processes below `pid`, then wait for it to end; kill it only if it does not."""
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):

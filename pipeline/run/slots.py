@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """The GPUs that stages may use, as CUDA_VISIBLE_DEVICES names them: those of that variable,
-    else of nvidia-smi.
-    """
+    """GPUs for stages as CUDA_VISIBLE_DEVICES names them: that variable's, else nvidia-smi's."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return tuple(name.strip() for name in chosen.split(",") if name.strip())

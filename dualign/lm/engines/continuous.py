@@ -44,9 +44,7 @@ def answer(
 
 
 def _config(request: Request) -> ContinuousBatchingConfig:
-    """Room for as many rows as are under way, and no more: the library would take most of the
-    memory.
-    """
+    """Room for the rows under way and no more: the library would take most of the memory."""
     pages = -(-(request.longest + request.max_new_tokens) // _PAGE) + 1
     return ContinuousBatchingConfig(
         return_logprobs=True,

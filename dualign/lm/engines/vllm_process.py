@@ -58,9 +58,7 @@ def answer(
 
 
 def folders(model: Any, tokenizer: PreTrainedTokenizerBase, room: Path) -> tuple[Path, Path | None]:
-    """The weights to load and the adapter on them, written to folder `room` as far as they lie
-    nowhere.
-    """
+    """Weights to load and the adapter on them, written to `room` if they lie nowhere."""
     written = room / "written"
     if isinstance(model, PeftModel):
         save(model, tokenizer, written)

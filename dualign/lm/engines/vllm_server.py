@@ -87,9 +87,7 @@ def _answers(client: openai.OpenAI, name: str, request: Request) -> list[Answer]
 
 
 def _body(name: str, prompt: list[int], seed: int, request: Request) -> dict[str, Any]:
-    """Everything is said, since the server takes what is not from the policy's own
-    generation_config.json.
-    """
+    """All is said: the server takes the rest from the policy's own generation_config.json."""
     return {
         "model": name,
         "prompt": prompt,

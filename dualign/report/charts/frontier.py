@@ -100,9 +100,7 @@ def frontier(
 def _plane(
     points: Sequence[Point], curve: Sequence[Knot], limit: float | None, size: tuple[int, int]
 ) -> Plane:
-    """The policies set the view: a frontier reaches far beyond them at both ends, and is cut off
-    there.
-    """
+    """The policies set the view: a frontier reaches far beyond them, and is cut off there."""
     policies = sum(point.style != "star" for point in points)
     seen: list[Mark] = [*points] if policies > 1 else [*points, *curve]
     costs = chain(*(mark.x.values() for mark in seen))
@@ -126,9 +124,7 @@ def _limit(plane: Plane, limit: float) -> list[Markup]:
 
 
 def _band(curve: Sequence[Knot], plane: Plane) -> Markup:
-    """The area between the best corners (less cost, more reward) and the worst corners of the
-    knots' intervals.
-    """
+    """The area between the best corners (less cost, more reward) of the knots and the worst."""
     best = [(knot.x.low, knot.y.high) for knot in curve]
     worst = [(knot.x.high, knot.y.low) for knot in reversed(curve)]
     corners = [plane.at(a, b) for a, b in [*best, *worst] if a is not None and b is not None]
@@ -204,9 +200,7 @@ def _labels(
 def _lines(
     points: Iterable[Point], curve: Iterable[Knot], limit: float | None, plane: Plane
 ) -> list[Box]:
-    """Boxes along the curve, the lines to it, the limit and the error bars, for labels to keep
-    clear of.
-    """
+    """Boxes along the curve, its lines, the limit and error bars, which labels keep clear of."""
     boxes = labels.along(plane.at(*knot.mean) for knot in curve)
     for point in points:
         if point.predicted is not None:
@@ -219,9 +213,7 @@ def _lines(
 
 
 def _multipliers(knots: Iterable[Knot], taken: Iterable[Box], plane: Plane) -> list[Markup]:
-    """λ above and to the left of the knots that have room: the side of the frontier that no policy
-    should reach.
-    """
+    """λ above and left of the knots that have room, where no policy should reach."""
     occupied = list(taken)
     texts: list[Markup] = []
     left, top = plane.left_top

@@ -67,9 +67,7 @@ def trajectory(
 
 
 def _moved(steps: Sequence[Step]) -> tuple[str, list[Step]]:
-    """What moved, and the steps with a value of it. The start of a merge has no weight of its own:
-    it is what weight 1 gives.
-    """
+    """What moved, and the steps with a value of it; a merge's start counts as weight 1."""
     if all(step.get("q") is None for step in steps):
         return "lam", list(steps)
     return "q", [step if step.get("q") is not None else {**step, "q": 1.0} for step in steps]

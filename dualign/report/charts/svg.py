@@ -80,9 +80,7 @@ def domain(values: Iterable[float | None], pad: float = 0.06) -> tuple[float, fl
 
 
 def near(limit: float | None, values: Iterable[float | None]) -> float | None:
-    """The limit where a chart of these values can show it: within three times their extent of them;
-    else None.
-    """
+    """The limit, if a chart can show it: within three times the extent of its values."""
     low, high = domain(values)
     reach = 3 * (high - low)
     return limit if limit is not None and low - reach <= limit <= high + reach else None

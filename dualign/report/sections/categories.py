@@ -55,9 +55,7 @@ def _table(name: str, what: str, answers: Mapping[str, pd.DataFrame], run: Finis
 
 
 def _category(name: str, tables: Mapping[str, pd.DataFrame], confidence: float) -> Row:
-    """Every policy's share of answers to prompts of a category, and the most prompts that one of
-    them answered.
-    """
+    """Every policy's share on prompts of a category, and the most prompts answered by one."""
     shares: dict[str, Interval | None] = {}
     prompts = 0
     for policy, frame in tables.items():

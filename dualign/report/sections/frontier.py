@@ -42,9 +42,7 @@ def section(run: FinishedRun) -> Section | None:
 
 
 def _world(run: FinishedRun) -> Row | None:
-    """The exact optimum and frontier of the embedded world, as the first policy that was evaluated
-    there has them.
-    """
+    """The exact optimum and frontier of the world, by the first policy evaluated there."""
     for row in run.rows:
         metrics: Any = read_evaluated(run.root / "reports/metrics", row["name"])
         if metrics.get("optimum"):

@@ -40,9 +40,7 @@ def section(run: FinishedRun) -> Section | None:
 
 
 def _mark(run: FinishedRun, tables: list[Row]) -> None:
-    """Give every row the number and style of its policy, and its rating as a picture; all of a
-    suite on one scale.
-    """
+    """Give every row its policy's number and style, and its rating drawn on a common scale."""
     rows = [row for table in tables for row in table["rows"]]
     extent = svg.domain(end for row in rows for end in row["elo"].values())
     for row in rows:
@@ -51,9 +49,7 @@ def _mark(run: FinishedRun, tables: list[Row]) -> None:
 
 
 def rankings(verdicts: pd.DataFrame, lengths: pd.DataFrame, confidence: float) -> list[Row]:
-    """By every judge of a suite and everything that says who wins: Elo of all policies, and win
-    rates over the reference policy.
-    """
+    """By every judge and what says who wins: Elo of all, and win rates over the reference."""
     tables = []
     for judge, rows in verdicts.groupby("judge", sort=False):
         for what, battles in _battles(rows, lengths):

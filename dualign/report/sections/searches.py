@@ -38,9 +38,7 @@ def _searches(run: FinishedRun) -> list[tuple[Row, SearchResult]]:
 
 
 def _panel(row: Row, search: SearchResult, limit: float) -> Row:
-    """A search with what its panel says: the target where that is not the limit, and each screened
-    weight once.
-    """
+    """What a search's panel says: a target other than the limit, each screened weight once."""
     steps = [as_row(step) for step in search.steps]
     returned: Row = next((step for step in steps if step["step"] == search.chosen), {})
     screened = {seen["q"]: seen for seen in search.screened}
@@ -58,9 +56,7 @@ def _panel(row: Row, search: SearchResult, limit: float) -> Row:
 
 
 def _heading(search: SearchResult, policy: str) -> str:
-    """The method's title, with the row's name where that is not the method's own; the policy's name
-    without a title.
-    """
+    """The method's title, with the row's name where that is another; else the policy's name."""
     if not search.title:
         return policy
     named = "" if search.name == search.method else f" ({search.name})"

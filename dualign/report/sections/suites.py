@@ -28,9 +28,7 @@ def section(run: FinishedRun) -> Section | None:
 
 
 def _table(run: FinishedRun, name: str, verdicts: pd.DataFrame) -> Row:
-    """One suite: a row for each policy, a column for each score by each judge, on the prompts of
-    each label.
-    """
+    """One suite: a row for each policy, a column for each score by judge and label."""
     confidence = run.params.confidence
     compared = gaps(verdicts, confidence)
     groups = dict(tuple(verdicts.groupby(["judge", "label"], sort=False)))
