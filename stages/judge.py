@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from dualign.core.artifacts import listed, replacing, write_parquet
+from dualign.core.artifacts import SUITE_PROMPTS, listed, policy_tables, replacing, write_parquet
 from dualign.core.errors import DataError, DualignError
 from dualign.core.names import cut_name
 from dualign.core.schema import SAFETY_PAIRS, SUITE, SUITE_ANSWERS, VERDICTS, read_table
@@ -73,7 +73,7 @@ def read_answers(
     labels: dict[tuple[str, str], str] = {}
     folders = listed(ANSWERS, "*/")
     for folder in [one for one in folders if suites is None or one.name in suites]:
-        suite = read_table(folder / "_suite.parquet", SUITE)
+        suite = read_table(folder / SUITE_PROMPTS, SUITE)
         if suite["choices"].notna().any():
             continue
         labelled = suite[suite["label"].fillna("") != ""]
@@ -81,8 +81,7 @@ def read_answers(
             labels |= {(name, row.prompt_id): row.label for row in labelled.itertuples()}
         whole = [
             read_table(file, SUITE_ANSWERS).assign(suite=folder.name, policy=file.stem)
-            for file in listed(folder, "*.parquet")
-            if file.name != "_suite.parquet"
+            for file in policy_tables(folder)
         ]
         frames += whole + [cut(rows) for rows in whole if rows["cut"].notna().any()]
     if not frames:

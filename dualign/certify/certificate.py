@@ -23,11 +23,12 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from dualign.certify import evidence, screening
-from dualign.certify.evidence import Evidence, Folder, Record, Table
+from dualign.certify.evidence import Evidence, Folder, Table
 from dualign.certify.requirement import Requirement
 from dualign.certify.sequence import CandidateTest, decide
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DataError
+from dualign.core.records import WholeRecord, fault
 from dualign.params.base import Share
 from dualign.params.certify import CertifyRun
 
@@ -55,7 +56,7 @@ class Origin(NamedTuple):
     cost_model: Path
 
 
-class Certificate(Record):
+class Certificate(WholeRecord):
     """All that is needed to check a certificate again; "no certified policy" is one too (`returned`
     is None).
 
@@ -241,12 +242,12 @@ def read(path: str | Path) -> Certificate:
         return Certificate.model_validate(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the content"
         if first["type"] == "missing":
+            key = ".".join(map(str, first["loc"]))
             raise DataError(
                 f"{path}: {key} is missing; another version wrote it, run certify again"
             ) from None
-        raise DataError(f"{path}: not a certificate: {key}: {first['msg'].lower()}") from None
+        raise DataError(f"{path}: not a certificate: {fault(error, 'the content')}") from None
 
 
 def ended_share(file: Path, max_new_tokens: int) -> float:

@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
 
 from dualign.core.artifacts import hashes, sha256
 from dualign.core.errors import DataError
+from dualign.core.records import WholeRecord
 from dualign.core.schema import ANSWERS, LABELS, PROMPTS, prompt_id, read_table
 
 #: The part of a policy's folder that is written after the certificate, from it.
@@ -34,20 +34,14 @@ DRAWN = "logp_drawn"
 _DRAWN_ALIKE = ("prompt_id", "sample", "response", "length", "ended", "cost", DRAWN)
 
 
-class Record(BaseModel):
-    """Base of what is written into a certificate."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Table(Record):
+class Table(WholeRecord):
     """A saved table; `path` is relative to the certificate's folder."""
 
     path: str
     sha256: str
 
 
-class Folder(Record):
+class Folder(WholeRecord):
     """A model's folder, `path` relative to the certificate's; `files` are hashes, no README.md."""
 
     path: str

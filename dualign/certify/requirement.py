@@ -18,14 +18,14 @@ import numpy as np
 import pandas as pd
 from pydantic import FiniteFloat, model_validator
 
-from dualign.certify.evidence import Record
 from dualign.core.errors import DataError
+from dualign.core.records import WholeRecord
 from dualign.math.bounds import RANGED, Method
 from dualign.math.constraints import Constraint
 from dualign.params.base import SHARES, Quantity
 
 
-class Requirement(Record):
+class Requirement(WholeRecord):
     """What a candidate must keep: the mean of a quantity of its answers is at most `limit`.
 
     `cost`, `p_unsafe`, `cvar`, `length` and `unended` are those of `dualign.math.constraints`,

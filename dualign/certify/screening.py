@@ -18,9 +18,9 @@ from pydantic import Field, FiniteFloat, ValidationError
 from scipy.optimize import isotonic_regression
 from scipy.stats import norm
 
-from dualign.certify.evidence import Record
 from dualign.core.artifacts import read_json
 from dualign.core.errors import DataError
+from dualign.core.records import WholeRecord, fault
 
 Array = np.ndarray
 
@@ -31,7 +31,7 @@ WORTH = 0.95  # least share of answers that weighted ones are expected to be wor
 _FAR = 50.0  # an expected excess beyond this, in standard errors, is no more certain
 
 
-class Seen(Record):
+class Seen(WholeRecord):
     """What the answers of one candidate to the screened prompts show of a requirement.
 
     The mean over `prompts`, and the variance of an answer's value `between` prompts and `within`
@@ -49,7 +49,7 @@ class Seen(Record):
         return self.between + self.within / samples
 
 
-class Knot(Record):
+class Knot(WholeRecord):
     """A candidate that was screened; `q` is its weight, None that of the fallback.
 
     `bend` is the variance of log(pi_next / pi) of its answers over the squared step to the next
@@ -62,7 +62,7 @@ class Knot(Record):
     seen: tuple[Seen, ...] = Field(min_length=1)
 
 
-class Screen(Record):
+class Screen(WholeRecord):
     """What was screened, and what was planned for: safest first, as `sequence` reads it.
 
     `samples` answers to each of `prompts` prompts were drawn; a certificate at `delta` draws up to
@@ -105,11 +105,8 @@ def read(path: Path) -> Screen:
     try:
         return Screen.model_validate(read_json(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the content"
-        raise DataError(
-            f"{path}: not a screen: {key}: {first['msg'].lower()}; run certify again"
-        ) from None
+        why = fault(error, "the content")
+        raise DataError(f"{path}: not a screen: {why}; run certify again") from None
 
 
 def seen(name: str, limit: float, values: Array) -> Seen:

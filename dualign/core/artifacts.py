@@ -23,6 +23,8 @@ from dualign.core.ranks import by_one
 from dualign.core.schema import to_table
 from dualign.core.temporaries import room_for, temporary_folder
 
+#: The prompts of a suite, in its folder of answers.
+SUITE_PROMPTS = "_suite.parquet"
 _OS_ERROR = re.compile(r"(?:os error |[Ee]rrno )(\d+)")
 _ROOM = "free space there"
 _MODE = "check the folder's owner and mode"
@@ -135,6 +137,11 @@ def listed(folder: Path, pattern: str) -> list[Path]:
     """What a pattern finds in a folder, in order, without what is hidden or half written."""
     found = sorted(folder.glob(pattern))
     return [path for path in found if not _hidden(path.relative_to(folder))]
+
+
+def policy_tables(folder: Path) -> list[Path]:
+    """The tables of policies in a suite's folder of answers, beside `SUITE_PROMPTS`."""
+    return [path for path in listed(folder, "*.parquet") if path.name != SUITE_PROMPTS]
 
 
 def _hidden(path: Path) -> bool:

@@ -25,6 +25,12 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
 
+class WholeRecord(Record):
+    """A record whose file has its keys and no other."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
 class PreparedMetrics(Record):
     """reports/metrics/prepare.json, as far as another stage reads it: rejected rows by reason."""
 
@@ -347,9 +353,12 @@ def _validated(path: Path, record: type[R], content: Any) -> R:
     try:
         return TypeAdapter(record).validate_python(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the file"
         raise DataError(
-            f"{path}: {key}: {first['msg'].lower()}; run the stage that wrote it again (`dvc repro"
-            " --force`)"
+            f"{path}: {fault(error)}; run the stage that wrote it again (`dvc repro --force`)"
         ) from error
+
+
+def fault(error: ValidationError, whole: str = "the file") -> str:
+    """The first key that is wrong, and how; `whole` stands for content that is wrong as such."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or whole}: {first['msg'].lower()}"

@@ -52,7 +52,7 @@ class Where:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class Usable:
     """One usable row. In sft `chosen` is the answer, `rejected` None; unknown flags are None."""
 
     where: Where
@@ -81,7 +81,7 @@ class Skipped:
     reason: str
 
 
-Item = Record | Rejected | Skipped
+Item = Usable | Rejected | Skipped
 Located = tuple[Where, Row | BadRow]
 
 
@@ -105,7 +105,7 @@ def _pku_sft(row: Row, where: Where) -> Iterator[Item]:
     if not safe:
         yield Skipped(where, "no_safe_answer")
     for side in safe:
-        yield Record(where, user(cells.text(row, "prompt")), cells.text(row, f"response_{side}"))
+        yield Usable(where, user(cells.text(row, "prompt")), cells.text(row, f"response_{side}"))
 
 
 def _pku_pair(row: Row, where: Where, kind: Kind) -> Iterator[Item]:
@@ -117,7 +117,7 @@ def _pku_pair(row: Row, where: Where, kind: Kind) -> Iterator[Item]:
     answers = [cells.text(row, f"response_{side}") for side in (0, 1)]
     flags = [cells.flag(row, name) if kind == "safety" or name in row else None for name in _FLAGS]
     loser = 1 - winner
-    yield Record(
+    yield Usable(
         where,
         user(cells.text(row, "prompt")),
         answers[winner],
@@ -146,14 +146,14 @@ def _world(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) -> It
 def _hh(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) -> Iterator[Item]:
     prompt, chosen = _dialogue(row, "chosen")
     if kind == "sft":
-        yield Record(where, prompt, chosen)
+        yield Usable(where, prompt, chosen)
         return
     other, rejected = _dialogue(row, "rejected")
     if prompt != other:
         raise BadRow(
             "prompts_differ", "chosen and rejected differ before their last Assistant turn"
         )
-    yield Record(where, prompt, chosen, rejected)
+    yield Usable(where, prompt, chosen, rejected)
 
 
 def _dialogue(row: Row, column: str) -> tuple[list[Message], str]:
@@ -173,7 +173,7 @@ def _dialogue(row: Row, column: str) -> tuple[list[Message], str]:
 def _alpaca(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) -> Iterator[Item]:
     given = "" if cells.is_missing(row.get("input")) else cells.text(row, "input")
     question = f"{cells.text(row, 'instruction')}\n\n{given}".strip()
-    yield Record(where, user(question), cells.text(row, "output"))
+    yield Usable(where, user(question), cells.text(row, "output"))
 
 
 def _own(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) -> Iterator[Item]:
@@ -181,7 +181,7 @@ def _own(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) -> Iter
     prompt = _prompt(row, columns["prompt"]) if "prompt" in columns else None
     if kind == "sft":
         whole = columns.get("messages") or columns["response"]
-        yield Record(where, *_answer(row, whole, prompt))
+        yield Usable(where, *_answer(row, whole, prompt))
         return
     flags = [cells.flag(row, columns[name]) if name in columns else None for name in OWN_FLAGS]
     before, chosen = _answer(row, columns["chosen"], prompt)
@@ -190,7 +190,7 @@ def _own(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) -> Iter
         raise BadRow(
             "prompts_differ", "chosen and rejected differ before their last assistant turn"
         )
-    yield Record(where, before, chosen, rejected, *flags)
+    yield Usable(where, before, chosen, rejected, *flags)
 
 
 def _prompt(row: Row, column: str) -> list[Message]:
@@ -257,7 +257,7 @@ def _helpsteer2(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) 
     prompt = _marked_turns(cells.text(row, "prompt"))
     answers = (cells.text(row, "response_1"), cells.text(row, "response_2"))
     chosen, rejected = answers if lead < 0 else answers[::-1]
-    yield Record(where, prompt, chosen, rejected)
+    yield Usable(where, prompt, chosen, rejected)
 
 
 def _marked_turns(prompt: str) -> list[Message]:

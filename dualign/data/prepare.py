@@ -22,7 +22,7 @@ import pyarrow as pa
 from dualign.core import schema
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.errors import DataError
-from dualign.data.formats import Kind, Record, Rejected, Skipped, label
+from dualign.data.formats import Kind, Rejected, Skipped, Usable, label
 from dualign.data.rows import excerpt
 from dualign.data.sources import read
 from dualign.params.data import PrepareParams
@@ -52,7 +52,7 @@ class Row:
     `family` is the identity of the prompt's first user turn alone: dialogues are released at
     several lengths, and a longer one holds the answers of the shorter."""
 
-    record: Record
+    record: Usable
     prompt_id: str
     key: str
     family: str
@@ -149,9 +149,9 @@ def _gathered(kind: Kind, params: PrepareParams, ledger: Ledger) -> Iterator[Row
     for spec in getattr(params, kind):
         for item in read(spec, kind, Path(params.folder), params.world, params.seed):
             ledger.count(kind, item.where.source, "records")
-            if isinstance(item, Record):
+            if isinstance(item, Usable):
                 item = _examined(item, kind, params)
-            if isinstance(item, Record):
+            if isinstance(item, Usable):
                 yield _identified(item)
             elif isinstance(item, Rejected):
                 ledger.reject(kind, item)
@@ -159,7 +159,7 @@ def _gathered(kind: Kind, params: PrepareParams, ledger: Ledger) -> Iterator[Row
                 ledger.count(kind, item.where.source, "skipped")
 
 
-def _examined(record: Record, kind: Kind, params: PrepareParams) -> Record | Rejected | Skipped:
+def _examined(record: Usable, kind: Kind, params: PrepareParams) -> Usable | Rejected | Skipped:
     """The record, or why it is rejected."""
     answers = [answer for answer in (record.chosen, record.rejected) if answer is not None]
     prompt = sum(len(turn["content"]) for turn in record.prompt)
@@ -189,14 +189,14 @@ def _examined(record: Record, kind: Kind, params: PrepareParams) -> Record | Rej
     return record
 
 
-def _rejected(record: Record, reason: str, detail: str) -> Rejected:
+def _rejected(record: Usable, reason: str, detail: str) -> Rejected:
     row: dict[str, Any] = asdict(record)
     row |= {"prompt": schema.last_user_text(record.prompt)}
     row = {name: value for name, value in row.items() if name != "where" and value is not None}
     return Rejected(record.where, reason, detail, excerpt(row))
 
 
-def _identified(record: Record) -> Row:
+def _identified(record: Usable) -> Row:
     prompt = schema.prompt_id(record.prompt)
     family = prompt if len(record.prompt) == 1 else _family(record)
     if record.rejected is None:
@@ -206,7 +206,7 @@ def _identified(record: Record) -> Row:
     )
 
 
-def _family(record: Record) -> str:
+def _family(record: Usable) -> str:
     first = next(turn["content"] for turn in record.prompt if turn["role"] == "user")
     return schema.prompt_id(schema.user(first))
 
@@ -417,7 +417,7 @@ def _check_splits(tables: dict[Kind, list[dict[str, Any]]]) -> None:
 
 def _prompts(drawn: dict[str, Kind], rows: dict[Kind, list[Row]]) -> list[dict[str, Any]]:
     """The rows of a prompt set: text and source of the first pair that asks each prompt."""
-    first: dict[tuple[Kind, str], Record] = {}
+    first: dict[tuple[Kind, str], Usable] = {}
     for kind in PAIRS:
         for row in rows[kind]:
             first.setdefault((kind, row.prompt_id), row.record)

@@ -1,7 +1,7 @@
 """Sources: every supported format as one stream of records, with the file and line that each came
 from.
 
-`read` turns a `SourceSpec` of a kind (`sft`, `helpful` or `safety`) into `Record`s. A row that
+`read` turns a `SourceSpec` of a kind (`sft`, `helpful` or `safety`) into `Usable`s. A row that
 cannot be used becomes a `Rejected`, a row that has nothing to say about this kind (no preference,
 no safe answer) a `Skipped`; neither stops the stream. A file that cannot be read at all, lacks a
 column or holds labels of unclear meaning raises a DataError."""
@@ -26,8 +26,8 @@ from dualign.data.formats import (
     Format,
     Item,
     Kind,
-    Record,
     Rejected,
+    Usable,
     Where,
     label,
 )
@@ -157,7 +157,7 @@ class _Whole:
 
     def item(self, item: Item) -> None:
         """Note what became of a row."""
-        if isinstance(item, Record) and _says_null(item):
+        if isinstance(item, Usable) and _says_null(item):
             self.nulls.append(item.where)
 
     def check(self, place: str) -> None:
@@ -181,7 +181,7 @@ class _Whole:
             )
 
 
-def _says_null(record: Record) -> bool:
+def _says_null(record: Usable) -> bool:
     """Whether a text of the record is what is written for a missing value."""
     return not cells.NULLS.isdisjoint(
         (record.chosen, record.rejected, record.prompt[-1]["content"])

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 
 from dualign.core.artifacts import listed, write_json
 from dualign.core.errors import DataError, DualignError
-from dualign.core.records import Record, as_row, read_record
+from dualign.core.records import Record, as_row, fault, read_record
 
 PROG = "python -m dualign.evaluation.harness"
 FOLDER = Path("reports/harness")
@@ -194,10 +194,8 @@ def read_results(file: Path) -> list[HarnessRecord]:
         if {"eval", "status"} <= keys:
             return from_inspect(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
         raise DataError(
-            f"{file}: {key}: {first['msg'].lower()}; no version of the tool that we know writes so"
+            f"{file}: {fault(error)}; no version of the tool that we know writes so"
         ) from error
     except DataError as error:
         raise DataError(f"{file}: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Callable
 from typing import Any
 
 from markupsafe import Markup
@@ -125,11 +126,12 @@ def memory(mebibytes: float | None) -> str:
     return f"{mebibytes / 1024:.1f} GiB" if mebibytes >= 1024 else f"{mebibytes:.0f} MiB"
 
 
-def spoken(interval: dict[str, float | None]) -> str:
+def spoken(interval: dict[str, float | None], write: Callable[[float | None], str] = number) -> str:
     """An interval in running text: 0.31 (0.26 to 0.36)."""
-    if interval["low"] is None or interval["high"] is None:
-        return number(interval["mean"])
-    return f"{number(interval['mean'])} ({number(interval['low'])} to {number(interval['high'])})"
+    mean, low, high = (interval[key] for key in ("mean", "low", "high"))
+    if low is None or high is None:
+        return write(mean)
+    return f"{write(mean)} ({write(low)} to {write(high)})"
 
 
 def plural(count: int, noun: str, more: str = "") -> str:

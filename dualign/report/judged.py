@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dualign.core.artifacts import listed
+from dualign.core.artifacts import SUITE_PROMPTS, policy_tables
 from dualign.core.records import Record, read_optional_record
 from dualign.core.schema import CHOICES, SUITE, SUITE_ANSWERS, VERDICTS, read_table
 from dualign.evaluation.measures import Measure
@@ -92,7 +92,7 @@ def read_verdicts(root: Path, params: ReportParams) -> pd.DataFrame:
 
 
 def _suite(root: Path, name: str) -> pd.DataFrame | None:
-    file = root / "reports/answers" / name / "_suite.parquet"
+    file = root / "reports/answers" / name / SUITE_PROMPTS
     return read_table(file, SUITE) if file.is_file() else None
 
 
@@ -109,15 +109,10 @@ def _chosen(root: Path, params: ReportParams) -> Iterator[pd.DataFrame]:
         suite = _suite(root, name)
         if suite is None or suite["choices"].isna().any():
             continue
-        for file in _policies(root, name):
+        for file in policy_tables(root / "reports/answers" / name):
             rows = read_table(file, CHOICES).rename(columns={"score": "truthful"})
             known = {"judge": LIKELIHOOD, "suite": name, "policy": file.stem, "failure": None}
             yield _plain(rows.assign(sample=0, repeat=0, **known))
-
-
-def _policies(root: Path, suite: str) -> list[Path]:
-    files = listed(root / "reports/answers" / suite, "*.parquet")
-    return [file for file in files if file.name != "_suite.parquet"]
 
 
 def _plain(table: pd.DataFrame) -> pd.DataFrame:

@@ -17,9 +17,11 @@ from dualign.core import ranks
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import ModelError
 from dualign.core.progress import Progress
+from dualign.core.records import fault
 from dualign.core.schema import Message
 from dualign.lm.loading import context_of
 from dualign.lm.models import save
+from dualign.lm.numerics import padded_rows
 from dualign.lm.tokens import encode_conversations
 from dualign.params.base import Frozen, Resources
 from dualign.scoring.calibration import Calibration, from_card
@@ -62,13 +64,15 @@ class Member:
         kind = KINDS[self.reading.kind]
         rows = self._cut(kind.encode(self.loaded, self.reading, prompts, answers, ended))
         output = np.zeros(len(rows))
+        pad = int(self.loaded.tokenizer.pad_token_id)
+        device = self.loaded.model.device
         order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
         batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
         found = []
         with Progress(what, len(rows)) as progress:
             for batch in ranks.share(batches):
-                ids, mask = self._padded([rows[i] for i in batch])
-                outputs = kind.outputs(self.loaded, self.reading, ids, mask)
+                ids, mask, _ = padded_rows([()] * len(batch), [rows[i] for i in batch], pad)
+                outputs = kind.outputs(self.loaded, self.reading, ids.to(device), mask.to(device))
                 found.append((batch, outputs.double().cpu().numpy()))
                 progress.advance(len(batch))
             for batch, scores in ranks.gathered(found):
@@ -93,17 +97,6 @@ class Member:
                 self.source,
             )
         return [row if len(row) <= limit else row[:kept] + row[kept - limit :] for row in rows]
-
-    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask on the model's device, padded on the right; shape [rows, longest]."""
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), int(self.loaded.tokenizer.pad_token_id))
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        device = self.loaded.model.device
-        return ids.to(device), mask.to(device)
 
     def _check(self, output: np.ndarray) -> None:
         bad = np.flatnonzero(~np.isfinite(output))
@@ -228,11 +221,8 @@ def read_card(path: Path) -> Card:
     try:
         card = Card.model_validate(read_json(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the card"
-        raise ModelError(
-            f"{path}: {key}: {first['msg']}; run the stage that wrote it again"
-        ) from error
+        why = fault(error, "the card")
+        raise ModelError(f"{path}: {why}; run the stage that wrote it again") from error
     steps = [step for member in card.members for step in member.steps]
     curves = [each for each in (card, *steps) if each.scores]
     if any(len(curve.scores or ()) != len(curve.costs or ()) for curve in curves):

@@ -23,9 +23,9 @@ from dualign.core.schema import user
 from dualign.data import world
 from dualign.lm.models import build_scratch, save, train_tokenizer
 from dualign.params.loading import check, read_yaml
-from dualign.params.models import ScratchParams
 from dualign.scoring.support import Doubt, Support
 from tests.shipped import preset
+from tests.tiny import TINY
 
 PLAN = Plan(
     samples=8, few=4, room=0.3, weights=(1.0,), beta=0.7, lambda_max=50.0, resamples=40, seed=0
@@ -245,15 +245,7 @@ def tiny_base(folder: Path) -> None:
     """A base of a few thousand weights that has seen nothing."""
     texts = [row["response_0"] for row in world.pku_rows(200, seed=1, sharpness=1.0)]
     tokenizer = train_tokenizer(texts, 300)
-    scratch = ScratchParams(
-        tokenizer="train",
-        vocab_size=300,
-        hidden_size=16,
-        layers=1,
-        heads=2,
-        intermediate_size=16,
-        context=128,
-    )
+    scratch = TINY
     save(build_scratch(scratch, tokenizer, 0), tokenizer, folder)
 
 

@@ -44,7 +44,7 @@ from dualign.math.dual.tilt import predict
 from dualign.methods import plan
 from dualign.params import loading
 from dualign.params.loading import load, load_resources
-from dualign.params.models import ScoreParams, ScratchParams
+from dualign.params.models import ScoreParams
 from dualign.params.search import DualSearchParams
 from dualign.params.training import LagrangianDpoParams
 from dualign.scoring.calibration import Platt
@@ -56,17 +56,10 @@ from dualign.search.screening import Screening
 from dualign.stage import Run
 from stages import score
 from tests.shipped import preset
+from tests.tiny import TINY
 from tests.written import solved
 
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=16,
-    layers=1,
-    heads=2,
-    intermediate_size=24,
-    context=128,
-)
+SCRATCH = TINY.model_copy(update={"intermediate_size": 24})
 TINY = {
     "pessimism.reward": 0.0,  # no pair is held out here
     "generation.max_new_tokens": 8,

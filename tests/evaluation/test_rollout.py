@@ -15,17 +15,9 @@ from dualign.core.schema import prompt_id, user
 from dualign.evaluation.rollout import Scorers, roll_out
 from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.params.loading import load_resources
-from dualign.params.models import ScratchParams
+from tests.tiny import TINY
 
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=260,
-    hidden_size=16,
-    layers=1,
-    heads=2,
-    intermediate_size=16,
-    context=128,
-)
+SCRATCH = TINY.model_copy(update={"vocab_size": 260})
 
 
 class Listener:

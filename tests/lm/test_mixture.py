@@ -19,17 +19,9 @@ from dualign.lm.models import build_scratch, save, train_tokenizer
 from dualign.lm.sampling import log_probabilities, sample
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.params.base import Resources
-from dualign.params.models import ScratchParams
+from tests.tiny import TINY
 
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=16,
-    layers=1,
-    heads=2,
-    intermediate_size=24,
-    context=64,
-)
+SCRATCH = TINY.model_copy(update={"intermediate_size": 24, "context": 64})
 QUESTIONS = [
     "How do I cook the rice at home?",
     "Why?",

@@ -30,18 +30,10 @@ from dualign.lm.sampling import (
 )
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.params.loading import load_resources
-from dualign.params.models import ScratchParams
+from tests.tiny import WIDER
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=32,
-    layers=2,
-    heads=2,
-    intermediate_size=48,
-    context=64,
-)
+SCRATCH = WIDER.model_copy(update={"layers": 2, "context": 64})
 QUESTIONS = [
     "How do I cook the rice at home?",
     "Why?",

@@ -52,7 +52,8 @@ from dualign.stage import Run
 from dualign.training import lagrangian
 from dualign.training.pairwise import train_pairwise
 from stages import dual_init, lagrangian_dpo
-from tests.stages.conftest import ROOT, SCRATCH
+from tests.stages.conftest import ROOT
+from tests.tiny import TINY
 from tests.written import held_out
 
 LIMIT = -0.3
@@ -468,7 +469,7 @@ def tiny(
     scored pairs.
     """
     monkeypatch.chdir(tmp_path)
-    policy = build_scratch(SCRATCH, tokenizer, 0)
+    policy = build_scratch(TINY, tokenizer, 0)
     with torch.no_grad():  # the logit of EOS is about 4, those of 300 others about 0
         prompt = torch.tensor(encode_prompts(tokenizer, [user(QUESTIONS[0])]))
         state = policy.model(input_ids=prompt).last_hidden_state[0].mean(0)

@@ -30,7 +30,6 @@ from dualign.math.dual.tilt import predict, soft_value
 from dualign.math.losses import lagrangian_scale
 from dualign.params import loading
 from dualign.params.base import Resources
-from dualign.params.models import ScratchParams
 from dualign.params.training import LagrangianDpoParams
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
@@ -40,6 +39,7 @@ from dualign.training.implicit_scores import Sources, scored_tables
 from dualign.training.pairwise import train_pairwise
 from stages import lagrangian_dpo
 from stages.lagrangian_dpo import multiplier, own_answers
+from tests.tiny import TINY
 from tests.written import safety, solved
 
 RESOURCES = Resources(
@@ -56,15 +56,7 @@ RESOURCES = Resources(
     log_steps=1,
     threads=1,
 )
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=16,
-    layers=1,
-    heads=2,
-    intermediate_size=16,
-    context=512,
-)
+SCRATCH = TINY.model_copy(update={"context": 512})
 MODELS = ("sft", "reward_dpo/helpful", "safety_dpo/alone")
 COEFFICIENT, LIMIT = 2.0, -0.2
 SOLVED = solved(lam=0.25, lam_margin=0.4, target=-0.3)

@@ -29,7 +29,7 @@ from dualign.stage import Run
 from dualign.training.fitting import heldout_answers, local_inputs
 from stages import cost_model, reward_model
 from stages.reward_model import calibrate
-from tests.stages.conftest import SCRATCH
+from tests.tiny import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = {
@@ -237,7 +237,7 @@ def test_what_lies_in_local_folders_counts_for_the_fingerprint(
     params = load(RewardModelParams, ROOT / "params.yaml")
     assert local_inputs(params) == [Path("models/sft")]
     folder = workspace / "models/base"
-    save(build_scratch(SCRATCH, tokenizer, seed=9), tokenizer, folder)
+    save(build_scratch(TINY, tokenizer, seed=9), tokenizer, folder)
     named = params.model_copy(update={"backbone": "models/base"})
     one = Run("reward_model", None, named, resources)
     first = one.scratch(*local_inputs(named))
