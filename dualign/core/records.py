@@ -6,7 +6,6 @@ that may not exist (an interval of one prompt, say) are null in JSON and None he
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -233,8 +232,24 @@ class IntervalRow(Record):
     high: float | None
 
 
+class LimitedInterval(IntervalRow):
+    """What answers show of an additional constraint."""
+
+    limit: float
+
+
+class Optimum(Record):
+    """The exact optimum of the embedded world."""
+
+    lam: float
+    cost: float
+    reward: float
+    kl: float
+
+
 class Evaluated(Record):
-    """reports/metrics/evaluate/NAME.json of a policy that is there."""
+    """reports/metrics/evaluate/NAME.json of a policy that is there; some of it is measured in the
+    embedded world alone, or where params ask for it."""
 
     policy: str
     prompts: int
@@ -246,6 +261,17 @@ class Evaluated(Record):
     kl: IntervalRow
     length: IntervalRow
     ended: IntervalRow
+    distinct_2: IntervalRow | None = None
+    displacement: IntervalRow | None = None
+    off_support: IntervalRow | None = None
+    true_reward: IntervalRow | None = None
+    true_cost: IntervalRow | None = None
+    grammatical: IntervalRow | None = None
+    reward_share: float | None = None
+    value_gap: float | None = None
+    tilt: dict[str, float | None] | None = None
+    optimum: Optimum | None = None
+    additional: dict[str, LimitedInterval] = {}
 
 
 class NotEvaluated(Record):
@@ -297,8 +323,10 @@ class AdapterConfig(Record):
     lora_alpha: float
 
 
-#: What the metrics of a policy hold, by the stage that trained it.
-TRAINED: dict[str, Any] = {
+#: The metrics of a policy's training.
+Trained = ReferenceMetrics | RewardMetrics | SafetyMetrics | LagrangianMetrics
+#: Those that a stage writes.
+TRAINED: dict[str, type[Trained]] = {
     "sft": ReferenceMetrics,
     "reward_dpo": RewardMetrics,
     "safety_dpo": SafetyMetrics,
@@ -331,22 +359,20 @@ def read_optional_record(path: str | Path, record: type[R]) -> R | None:
     return read_record(path, record) if Path(path).is_file() else None
 
 
-def read_trained(metrics: str | Path, folder: str) -> Mapping[str, Any]:
-    """The metrics of the stage that wrote models/FOLDER, in folder `metrics` (reports/metrics), as
-    a row: stages differ in what they write.
-    """
-    kind: type[Record] = TRAINED[folder.partition("/")[0]]
-    return as_row(read_record(Path(metrics) / f"{folder}.json", kind))
+def read_trained(metrics: Path, folder: str) -> Trained:
+    """What the stage that wrote models/FOLDER measured, in folder `metrics`."""
+    return read_record(metrics / f"{folder}.json", TRAINED[folder.partition("/")[0]])
 
 
-def read_evaluated(metrics: str | Path, name: str) -> dict[str, Any] | None:
-    """What `evaluate` wrote of a policy, as a row; None where it was not evaluated."""
-    path = Path(metrics) / "evaluate" / f"{name}.json"
+def read_evaluated(metrics: Path, name: str) -> Evaluated | NotEvaluated | None:
+    """What `evaluate` wrote of a policy in folder `metrics`; None where it was not evaluated."""
+    path = metrics / "evaluate" / f"{name}.json"
     if not path.is_file():
         return None
     content = read_json(path)
-    absent = isinstance(content, dict) and "absent" in content
-    return as_row(_validated(path, NotEvaluated if absent else Evaluated, content))
+    if isinstance(content, dict) and "absent" in content:
+        return _validated(path, NotEvaluated, content)
+    return _validated(path, Evaluated, content)
 
 
 def _validated(path: Path, record: type[R], content: Any) -> R:

@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dualign.core.records import SearchResult, SolvedDual, read_optional_record, read_trained
+from dualign.core.records import (
+    LagrangianMetrics,
+    ReferenceMetrics,
+    SafetyMetrics,
+    SearchResult,
+    SolvedDual,
+    Trained,
+    read_optional_record,
+    read_trained,
+)
 from dualign.params.training import TILTING
 
 Row = dict[str, Any]
@@ -35,8 +44,8 @@ def nominal_multiplier(root: Path, folder: str, certificates: Mapping[str, Any])
             read_optional_record(root / f"reports/search/{name}.json", SearchResult), _prices(root)
         )
     metrics = root / "reports/metrics"
-    known = read_trained(metrics, folder) if (metrics / f"{folder}.json").is_file() else {}
-    return _row(_trained(known, kind))
+    trained = (metrics / f"{folder}.json").is_file()
+    return _row(_trained(read_trained(metrics, folder)) if trained else None)
 
 
 def merged_multiplier(q: float, lam: float | None, partner: float | None) -> float | None:
@@ -77,22 +86,18 @@ def _prices(root: Path) -> list[float]:
     return [price.lam for price in known.prices] if known else []
 
 
-def _trained(metrics: Mapping[str, Any], kind: str) -> float | None:
+def _trained(policy: Trained) -> float | None:
     """The multiplier of a policy that no search made, from the metrics of its training."""
-    plain = metrics.get("loss_type") in TILTING and metrics.get("clip") is None
-    if kind == "reward_dpo":
-        helpful = (
-            metrics.get("reference") == "sft" == metrics.get("margin")
-            and metrics.get("safe_offset") is None
-        )
-        return 0.0 if plain and helpful else None
-    second = plain and str(metrics.get("reference")).startswith("reward_dpo/")
-    if kind in ("lagrangian_dpo", "lambda_path") or (
-        kind in ("safety_dpo", "safety_path") and second
-    ):
-        lam = metrics.get("lam")
-        return None if lam is None else float(lam)
-    return None
+    if isinstance(policy, LagrangianMetrics):
+        return policy.lam
+    if isinstance(policy, ReferenceMetrics):
+        return None
+    if policy.loss_type not in TILTING or policy.clip is not None:
+        return None
+    if isinstance(policy, SafetyMetrics):
+        return policy.lam if policy.reference.startswith("reward_dpo/") else None
+    helpful = policy.reference == "sft" == policy.margin and policy.safe_offset is None
+    return 0.0 if helpful else None
 
 
 def _row(

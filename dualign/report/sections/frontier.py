@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from markupsafe import Markup
 
-from dualign.core.records import FrontierRow, as_row, read_evaluated, read_optional_record
+from dualign.core.records import (
+    Evaluated,
+    FrontierRow,
+    Optimum,
+    as_row,
+    read_evaluated,
+    read_optional_record,
+)
 from dualign.report.charts.frontier import Knot, Point, frontier
 from dualign.report.charts.svg import Range
 from dualign.report.formatting import number, spoken
@@ -30,8 +36,8 @@ def section(run: FinishedRun) -> Section | None:
         figures.append({"kind": "measured", **drawn})
     if world:
         labels = ("expected true cost", "expected true reward")
-        points = [_optimum(world["optimum"]), *_points(run, "true_cost", "true_reward")]
-        knots = [_knot(row) for row in world["frontier"]]
+        points = [_optimum(world[0]), *_points(run, "true_cost", "true_reward")]
+        knots = [_knot(row) for row in world[1]]
         drawn = _drawings(points, knots, run.limit_shown, labels, _HALF if figures else _FULL)
         figures.append({"kind": "exact", **drawn})
     if not figures:
@@ -41,14 +47,13 @@ def section(run: FinishedRun) -> Section | None:
     return Section("frontier", "Frontier", values)
 
 
-def _world(run: FinishedRun) -> Row | None:
+def _world(run: FinishedRun) -> tuple[Optimum, list[FrontierRow]] | None:
     """The exact optimum and frontier of the world, by the first policy evaluated there."""
     for row in run.rows:
-        metrics: Any = read_evaluated(run.root / "reports/metrics", row["name"])
-        if metrics.get("optimum"):
+        evaluated = read_evaluated(run.root / "reports/metrics", row["name"])
+        if isinstance(evaluated, Evaluated) and evaluated.optimum is not None:
             path = run.root / "reports/evaluation" / row["name"] / "frontier.json"
-            curve = read_optional_record(path, list[FrontierRow])
-            return {"optimum": metrics["optimum"], "frontier": curve or []}
+            return evaluated.optimum, read_optional_record(path, list[FrontierRow]) or []
     return None
 
 
@@ -107,14 +112,14 @@ def _knot(row: Row | FrontierRow) -> Knot:
     )
 
 
-def _optimum(optimum: Row) -> Point:
+def _optimum(optimum: Optimum) -> Point:
     title = (
-        f"exact optimum: λ {number(optimum.get('lam'))}, cost {number(optimum['cost'])}, "
-        f"reward {number(optimum['reward'])}, KL {number(optimum.get('kl'))}"
+        f"exact optimum: λ {number(optimum.lam)}, cost {number(optimum.cost)}, "
+        f"reward {number(optimum.reward)}, KL {number(optimum.kl)}"
     )
     return Point(
-        x=Range(optimum["cost"]),
-        y=Range(optimum["reward"]),
+        x=Range(optimum.cost),
+        y=Range(optimum.reward),
         title=title,
         label="optimum",
         number=0,
