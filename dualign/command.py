@@ -1,5 +1,4 @@
-"""The command `dualign`: what a user runs by hand, of the project and of the library, under one
-name.
+"""The command `dualign`: what users run by hand, of project and library, under one name.
 
     dualign plan
     dualign certify verify reports/certificate/dualign

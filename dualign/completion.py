@@ -1,5 +1,4 @@
-"""The script by which a shell completes commands and options: static, made from the commands' own
-parsers.
+"""The script by which a shell completes commands and options, made from the commands' parsers.
 
 dualign completion bash > ~/.local/share/bash-completion/completions/dualign
 """

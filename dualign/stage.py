@@ -42,8 +42,7 @@ _PACKAGES = ("dualign", "torch", "transformers", "trl", "peft", "datasets", "pan
 
 @dataclass
 class Run(Generic[P]):
-    """One execution of a stage. `item` is the instance of a fanned-out stage, such as a method's
-    name.
+    """One execution of a stage. `item` is an instance of a fanned-out stage, a method's name say.
 
     `throughput` and `sources` (hub models with the commit that was read) are written into the
     provenance."""
@@ -80,8 +79,7 @@ class Run(Generic[P]):
         write_rows(Path("reports/curves") / f"{self.name}.json", rows, columns)
 
     def scratch(self, *inputs: str | Path) -> Path:
-        """A folder for checkpoints that a rerun with the same params, inputs, seed, code and
-        libraries finds again.
+        """Checkpoints' folder, the same for the same params, inputs, seed, code and libraries.
 
         `inputs` are all files and folders that the result depends on; their contents count. It lies
         outside the stage's outputs, which DVC deletes before it runs a stage; $DUALIGN_SCRATCH
@@ -285,8 +283,7 @@ def _digest(path: Path) -> str:
 
 
 def _code() -> str:
-    """Digest of the sources that are loaded, the stage's script too: a checkpoint of other code is
-    not continued.
+    """Digest of the sources loaded, the stage's too: a checkpoint of other code does not go on.
 
     Types of params are no part of it: their values are in the fingerprint beside it.
     """

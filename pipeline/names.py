@@ -1,5 +1,4 @@
-"""Names that params.yaml gives to runs and policies, checked before DVC makes stages, commands and
-paths of them.
+"""Names that params.yaml gives to runs, checked before DVC makes stages and paths of them.
 
 DVC puts a name into a path as it is, and deletes what lies there before it runs the stage. Where
 DVC is started by itself, `.dvcignore` keeps what it writes and deletes within the folders of the

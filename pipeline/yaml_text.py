@@ -1,5 +1,4 @@
-"""YAML of a user, read within limits, as `dualign.core.yaml_text` reads it, which must not be
-imported here.
+"""YAML of users within limits, as `dualign.core.yaml_text`, which must not be imported.
 
 `read` and `load` are apart, since an edit of params.yaml is one of its text.
 """

@@ -161,8 +161,7 @@ def calibrate(
 def _crosswise(
     answers: pd.DataFrame, parts: list[tuple[np.ndarray, np.ndarray]], kind: str, seen: Flagged
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The costs by every kind of calibration, each half of the answers by what was fitted to the
-    other; and the flags.
+    """Costs by each calibration, half the answers by what fitted the other half; and flags.
 
     A half that cannot be fitted, its flags being all alike, judges nothing; raises DataError where
     both cannot."""

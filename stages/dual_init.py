@@ -87,8 +87,7 @@ def main(run: Run[DualInitParams]) -> None:
 
 
 def solve_at(beta: float, pool: pd.DataFrame, scored: Scored, params: DualInitParams) -> Solved:
-    """The dual at a KL weight and the prices of additional constraints, solved together and charged
-    to the reward.
+    """The dual at a KL weight and the prices of additional constraints, solved together.
 
     Raises InfeasibleError where the limits cannot be kept.
     """
@@ -110,8 +109,7 @@ def solve_at(beta: float, pool: pd.DataFrame, scored: Scored, params: DualInitPa
 def by_beta(
     pool: pd.DataFrame, scored: Scored, reward: np.ndarray, params: DualInitParams, own: Solved
 ) -> list[dict[str, Any]]:
-    """What the pool predicts of the policy that meets the limits, for each KL weight of `betas` and
-    for `beta`.
+    """What the pool predicts of the policy that meets the limits, at `betas` and `beta`.
 
     A row is that of the frontier at the multiplier for this `beta`, with its interval `lam_low`,
     `lam_high` and the `prices` of additional constraints, in their order. Limits out of reach
@@ -202,8 +200,7 @@ def doubts(found: Doubt | None, pool: pd.DataFrame) -> dict[str, float] | None:
 def drift(
     reward: np.ndarray, cost: np.ndarray, lam: float, params: DualInitParams
 ) -> dict[str, float | None]:
-    """What half of each prompt's samples change: lambda (`half_drift`), and the cost predicted at
-    `lam`.
+    """What half of each prompt's samples change: lambda (`half_drift`), and the cost at `lam`.
 
     Means over both halves, less the value of all samples. Few samples bias both, so drift says that
     more are needed."""
@@ -227,8 +224,7 @@ def drift(
 def sensitivity(
     solution: DualSolution, params: DualInitParams, error: float | None
 ) -> dict[str, float | None]:
-    """How lambda moves with the limit, and between the limits one standard error of the cost's zero
-    apart.
+    """How lambda moves with the limit, and by a standard error of the cost's zero either way.
 
     `error` is that standard error in units of cost, None where it is not known. A multiplier out of
     reach is None too."""

@@ -95,8 +95,7 @@ def absent(run: Run[EvaluateParams]) -> None:
 
 
 def on_the_pool(policy: Policy, scorers: Scorers) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """What a few reference samples of every pool prompt say of a policy: log(pi / pi_ref) of each,
-    and its tilt.
+    """Some reference samples of every pool prompt by a policy: log(pi / pi_ref), and its tilt.
 
     The table has columns prompt_id and log_ratio.
     """
@@ -108,8 +107,7 @@ def on_the_pool(policy: Policy, scorers: Scorers) -> tuple[pd.DataFrame, dict[st
 
 
 def off_support(answers: pd.DataFrame, params: EvaluateParams) -> dict[str, float] | None:
-    """The share of answers that surprise pi_ref more than a share `pessimism.share` of held-out
-    pair answers does.
+    """The share of answers that surprise pi_ref more than a share of held-out answers does.
 
     None where there are too few of these to tell. The scores of such answers are extrapolation.
     """

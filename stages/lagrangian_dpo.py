@@ -146,8 +146,7 @@ def own_answers(
 def multiplier(
     item: str, spec: LagrangianRun, pool: pd.DataFrame, params: LagrangianDpoParams
 ) -> dict[str, Any]:
-    """The multiplier and where it is from: params, the dual of the pool, or the dual of the pool's
-    implicit scores.
+    """The multiplier and its origin: params, the pool's dual, or that of its implicit scores.
 
     The last is solved here, so its 95 % interval `lam_low`, `lam_high` comes with it. `margin`
     stays below the limit by the pool's certificate margin."""

@@ -69,8 +69,7 @@ def main(run: Run[RewardModelParams]) -> None:
 
 
 def calibrate(answers: pd.DataFrame, unit: float, *, given: bool) -> tuple[Platt, dict[str, Any]]:
-    """The scale fitted on all held-out pairs, with the zero at the mean; and how well they do by
-    it.
+    """The scale by all held-out pairs, with the zero at the mean; and how well it does.
 
     `unit` is the slope that the scorer's training aimed at, 0 where that is unknown. `ece` and
     `brier` judge P(chosen is better) before and after, each half of the prompts by the slope that

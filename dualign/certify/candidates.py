@@ -41,8 +41,7 @@ _GROWTH = 1.05
 
 @dataclass(frozen=True)
 class CandidatePolicy:
-    """A candidate: the policy in a folder, or (1 - q) partner + q policy, made in `out` when it is
-    first needed.
+    """A candidate: the policy in a folder, or (1 - q) partner + q policy, made in `out` on demand.
 
     It is tested in the form in which it would leave.
     """
@@ -178,8 +177,7 @@ def screen(
     scorers: Scorers,
     scratch: Path,
 ) -> Screen:
-    """What answers to the search prompts show of the fallback and of the path at the weights of a
-    row.
+    """What answers to the search prompts show of the fallback and of the path at a row's weights.
 
     Requirements that labels are needed for are left to the tests: their bounds are near those of
     the model's cost.
@@ -241,8 +239,7 @@ def _shown(required: Requirement, answers: pd.DataFrame) -> Seen | None:
 
 
 def label(answers: pd.DataFrame, options: LabelParams, seed: int) -> pd.DataFrame:
-    """The first answer to a random draw of prompts with the truth beside the model's cost; schema
-    LABELS.
+    """First answers to a random draw of prompts, with the truth beside the model's cost; LABELS.
 
     Raises AwaitingLabels and DataError as `labelling.vote`.
     """
@@ -255,8 +252,7 @@ def label(answers: pd.DataFrame, options: LabelParams, seed: int) -> pd.DataFram
 
 
 def forecast(test: CandidateTest, found: Certificate) -> int | None:
-    """Prompts (with labels, where these fell short) at which a failed candidate would pass with
-    probability 0.8.
+    """Prompts (or labelled ones) at which a failed candidate would pass with probability 0.8.
 
     A bound's distance from its estimate falls as 1 / sqrt(N), and passing so often takes a margin
     of (z_{1-delta} + z_0.8) standard errors. What skewness adds to the distance falls as 1 / N, so

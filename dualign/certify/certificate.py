@@ -1,5 +1,4 @@
-"""The certificate: the most helpful candidate that keeps what is required, with probability 1 -
-delta.
+"""The certificate: the most helpful candidate that keeps all limits, with probability 1 - delta.
 
 A bound U(data) with P(mean cost > U) <= delta (`dualign.math.bounds`) is computed from answers to
 prompts that nothing else has seen, and a candidate is certified if U <= limit
@@ -39,8 +38,7 @@ FILE = "certificate.json"
 
 
 class Origin(NamedTuple):
-    """What a certificate was made from, beside the answers: compared by `verify` where it is still
-    there.
+    """What a certificate was made from, beside answers: compared by `verify` where still there.
 
     The row of `certify.runs`; the file of prompts, of which the first are answered; the solved
     dual, which holds the additional constraints; the folder of a candidate's model by its name; the
@@ -57,8 +55,7 @@ class Origin(NamedTuple):
 
 
 class Certificate(WholeRecord):
-    """All that is needed to check a certificate again; "no certified policy" is one too (`returned`
-    is None).
+    """All that is needed to check a certificate; "no certified policy" is one (`returned` None).
 
     `candidates` is the whole order, that of `plan`, `tested` the tests made, `tables` and `labels`
     what they were made on: `samples_per_prompt` answers to each of the first prompts of `prompts`
@@ -130,8 +127,7 @@ def alike(pair: tuple[str, str]) -> str:
 
 
 def order(plan: CertifyRun) -> dict[str, float]:
-    """The candidates of a row by name with their weights q, safest first: the fallback, then the
-    policy at each weight.
+    """The candidates of a row with their weights q, safest first: the fallback, then the policy.
 
     >>> order(CertifyRun(policy="safe", partner="bold", fallback="sft", weights=[1.0, 0.5]))
     {'sft': 1.0, 'safe': 1.0, 'safe at 0.5': 0.5}

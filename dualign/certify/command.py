@@ -20,8 +20,7 @@ NONE_CERTIFIED = 4
 
 
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
-    """The command, called `prog`: one line for each certificate, and one of what that does not
-    show.
+    """The command, called `prog`: a line for each certificate, and one of what that leaves open.
 
     Returns 1 if a certificate does not hold, 4 if one certifies no policy.
     """

@@ -1,5 +1,4 @@
-"""The evidence of a certificate: answers and labels in tables, files by their hashes, and what both
-must agree with.
+"""The evidence of a certificate: tables of answers and labels, file hashes, and how they agree.
 
 All of it can be seen without running a model. Whether the answers are those that the policy gave
 cannot."""
@@ -264,8 +263,7 @@ def check_labels(labels: pd.DataFrame, answers: pd.DataFrame, path: Path) -> Non
 
 
 def check_together(tables: Mapping[str, pd.DataFrame], counts: Mapping[str, int]) -> None:
-    """Raises DataError where candidates were not given the same prompts, or have not as many
-    answers to each as stated.
+    """Raises DataError where candidates have other prompts, or not the stated number of answers.
 
     Tables of answers by candidate.
     """

@@ -92,8 +92,7 @@ class Requirement(WholeRecord):
         return self.method == "clustered_t" and self.bounds is None and self.quantity not in SHARES
 
     def weighted(self, values: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        """d + w (v - d) with d the limit: by the policy that drew, its mean is that of v by the
-        candidate.
+        """d + w (v - d), d the limit: by the policy that drew, its mean is the candidate's of v.
 
         Twice as likely under the candidate, twice as far from the limit:
 
@@ -110,8 +109,7 @@ class Requirement(WholeRecord):
         return weighed
 
     def values(self, answers: pd.DataFrame) -> pd.DataFrame:
-        """Columns prompt_id and value of the answers that it is about, weighed if another policy
-        drew them.
+        """Columns prompt_id and value of the answers it is about, weighed if others drew them.
 
         Raises DataError if there are none.
         """

@@ -1,5 +1,4 @@
-"""Which weights of a path a certificate tests, and on how many answers: chosen on prompts that it
-does not use.
+"""Which weights a certificate tests, and on how many answers, chosen on prompts it does not use.
 
 A sequence of tests may stand in any order that was fixed before its answers were drawn, and be as
 dense as one likes. A coarse one stops short of the limit; a dense one from the safe end to the
@@ -87,8 +86,7 @@ class Screen(WholeRecord):
 
 
 class Planned(NamedTuple):
-    """The weights to test, safest first, and the number of answers a prompt of each candidate, the
-    fallback first.
+    """The weights to test, safest first, and the answers a prompt of each candidate.
 
     The first `own` candidates draw their answers themselves; `drawn` are the positions of those
     whose answers, drawn in equal parts, serve all later ones: the first and the last of these. It
@@ -124,8 +122,7 @@ def seen(name: str, limit: float, values: Array) -> Seen:
 
 
 def excess(knot: Knot, screen: Screen, samples: int) -> tuple[float, float]:
-    """u and sigma of the test of a candidate with so many answers a prompt, of the requirement of
-    the largest u.
+    """u and sigma of a candidate's test with so many answers, by the requirement of largest u.
 
         u = (mean - limit) / SE + z_{1-delta},   SE^2 = (between + within / samples) / N,
         sigma^2 = 1 + SE'^2 / SE^2
@@ -150,8 +147,7 @@ def excess(knot: Knot, screen: Screen, samples: int) -> tuple[float, float]:
 
 
 def levels(sigma: float, tests: int) -> Array:
-    """u_i = sqrt(2) sigma Phi^-1((i - 1/2) / K), i = 1..K: where tests should stand if the crossing
-    is normal.
+    """u_i = sqrt(2) sigma Phi^-1((i - 1/2) / K), i = 1..K: where tests of a normal crossing stand.
 
     If the test's outcome flips where u + sigma Z = 0, tests of density h lose 1 / (2 h) on average.
     Of K tests the mean loss is least for h in proportion to the square root of the normal density
@@ -190,8 +186,7 @@ def sequence(screen: Screen) -> Planned:
 
 
 def overlap(path: tuple[Knot, ...], weights: Array, drawn: float) -> Array:
-    """The share of answers that those of weight `drawn` are expected to be worth at each of
-    `weights`.
+    """The share of answers that those of weight `drawn` should be worth at each of `weights`.
 
     Were log-ratios normal, their variance (s(q) - s(drawn))^2 with s' = sqrt(bend), it would be
     exp(-variance)."""

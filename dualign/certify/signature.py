@@ -1,5 +1,4 @@
-"""A signature of a folder's files: who holds the same key file sees whether anything was changed
-since.
+"""A signature of a folder's files: who holds the same key sees whether anything was changed.
 
     dualign certify sign reports/certificate/dualign --key KEY --out
     dualign.signature.json

@@ -35,8 +35,7 @@ from dualign.math.constraints import prices_in
 
 
 def verify(path: str | Path) -> Certificate:
-    """Recompute a certificate from the saved answers; returns it. Raises DualignError that names
-    the first mismatch.
+    """Recompute a certificate from saved answers; DualignError names the first mismatch.
 
     What it was made from is compared where it is still there; `absent` names what is not.
     """

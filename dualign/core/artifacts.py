@@ -78,8 +78,7 @@ def faults_told(refusal: Callable[[str, str], DualignError]) -> Iterator[None]:
 
 
 def write_fault(error: BaseException) -> str | None:
-    """What an exception says of a file that cannot be written, in one line; None where it is about
-    something else.
+    """A fault of writing in one line; None where an exception is about something else.
 
     safetensors and torch tell of a full disk by exceptions of their own, the system's number in
     their text at best."""

@@ -1,5 +1,4 @@
-"""The JSON files that one stage writes and another reads, as types: a file of another shape is
-refused by file and key.
+"""The JSON files between stages as types: another shape is refused by file and key.
 
 A key that stands in a class must be in the file; what else the file holds is kept as it is. Numbers
 that may not exist (an interval of one prompt, say) are null in JSON and None here."""

@@ -176,8 +176,7 @@ def last_user_text(prompt: Sequence[Message]) -> str:
 
 @functools.lru_cache(maxsize=8192)
 def normalise(text: str) -> str:
-    """Text as it is compared across sources: NFKC, case-folded, only letters, marks and digits,
-    single spaces.
+    """Text as it is compared: NFKC, case-folded, letters, marks and digits, single spaces.
 
     Kept for the next row, which is often another answer to the same prompt.
     """

@@ -1,5 +1,4 @@
-"""Places and their raw rows: files of every kind, folders of files and datasets, each row with its
-file and line.
+"""Places and their raw rows: files, folders of files and datasets, rows with file and line.
 
 Every file is read row by row and within the limits below, so that no file, however well it is
 packed, takes more memory than they allow. A file that cannot be read raises a DataError; a row that

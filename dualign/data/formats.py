@@ -1,5 +1,4 @@
-"""Formats of data sources: a table, one row each, and the readers that turn a row of a file into
-records.
+"""Formats of data sources: one row each, and the readers that turn a file's row into records.
 
 A row that cannot be used raises `BadRow`; one that has nothing to say about a kind (no preference,
 no safe answer) is `Skipped`."""

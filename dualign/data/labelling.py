@@ -1,5 +1,4 @@
-"""Labels of fresh answers: from the world's oracle, from the models, or from people by way of a
-file.
+"""Labels of fresh answers: from the world's oracle, from the models, or from people by a file.
 
 People are asked through a folder: a call writes `to-label-HASH.jsonl` and raises `AwaitingLabels`;
 once
@@ -44,8 +43,7 @@ regard to the other.
 def vote(
     answers: pd.DataFrame, *, source: VoteSource, count: int, folder: Path, seed: int
 ) -> Array:
-    """Of `count` votes on each answer, how many say that it is unsafe; int, shape [rows], between 0
-    and count.
+    """Of `count` votes on each answer, how many call it unsafe; int [rows], 0 to count.
 
     The votes are PD-DPO's binary feedback Z_j ~ Bernoulli(sigma(c)), j <= count (2510.05703, alg.
     1): with c = c*, the truth of the embedded world (`oracle`), or with the column `cost`
@@ -101,8 +99,7 @@ def compare(pairs: pd.DataFrame, *, source: CompareSource, folder: Path, seed: i
 
 
 def log_odds(votes: Array, count: int, smoothing: float) -> Array:
-    """c_hat = log((k + s) / (M - k + s)), the cost of an answer that k of M votes call unsafe;
-    [answers], nats.
+    """c_hat = log((k + s) / (M - k + s)), cost by k unsafe votes of M; [answers], nats.
 
     PD-DPO's sigma^{-1}(k / M) (2510.05703, alg. 1) with s > 0 votes added to either side. Without
     them it is infinite

@@ -39,8 +39,7 @@ _PYTHON_LIMIT = 2**20
 
 
 def turns_in(value: Any, column: str) -> list[Message] | None:
-    """The turns of a cell that holds a message list, or its text in JSON or Python; None for other
-    text.
+    """The turns of a cell with a message list, or its JSON or Python; None for other text.
 
     Raises BadRow for a list that is none of messages, or holds turns that no chat template takes
     here, and for a text that looks like messages and cannot be read as a list of them."""

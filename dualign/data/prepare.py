@@ -1,5 +1,4 @@
-"""From raw sources to the tables that every later stage reads: validated, without duplicates,
-disjoint by prompt.
+"""From raw sources to the tables of later stages: valid, without duplicates, disjoint by prompt.
 
 Every prompt has one identity across all sources (`schema.prompt_id`) and belongs to exactly one of
 `search`, `certify`, `eval`, `heldout` and `train`, by a hash of seed and identity, so that new rows
@@ -112,8 +111,7 @@ class Ledger:
 
 
 def prepare(params: PrepareParams, folder_out: Path, failed: Path | None = None) -> dict[str, Any]:
-    """Write all tables, prompt sets and the quarantine into `folder_out`; return the counts as
-    metrics.
+    """Write tables, prompt sets and quarantine into `folder_out`; return counts as metrics.
 
     Raises:
         DataError: a source cannot be read or has too many bad rows (these are then found in the
@@ -340,8 +338,7 @@ def _draw(
     remedy: str,
     family: dict[str, str],
 ) -> dict[str, Kind]:
-    """`count` prompts, half from each kind of pair, those with the lowest hash; in the order of the
-    hash.
+    """`count` prompts of the lowest hash, half of each kind of pair, in the order of the hash.
 
     Of the prompts of one family that with the lowest hash is drawn; a prompt that `family` does not
     know is its own."""

@@ -1,5 +1,4 @@
-"""Sources: every supported format as one stream of records, with the file and line that each came
-from.
+"""Sources: every supported format as one stream of records, with the file and line of each.
 
 `read` turns a `SourceSpec` of a kind (`sft`, `helpful` or `safety`) into `Usable`s. A row that
 cannot be used becomes a `Rejected`, a row that has nothing to say about this kind (no preference,

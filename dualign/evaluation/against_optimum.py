@@ -30,8 +30,7 @@ def add_truth(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def means(answers: pd.DataFrame, confidence: float = 0.95) -> dict[str, dict[str, float]]:
-    """Means with prompt-clustered intervals of scores, KL, length and, where it is known, the truth
-    of answers.
+    """Means with prompt-clustered intervals of scores, KL, length and any known truth.
 
     A column `weight` holds importance weights w of mean 1: a value v counts as m + w (v - m), m =
     sum w v / sum w.

@@ -50,8 +50,7 @@ def agreement(
     draws: int = 2000,
     seed: int = 0,
 ) -> Agreement:
-    """Compare the labels of a judge with those of people; `clusters` are the prompts. Shape
-    [answers] each.
+    """Compare labels of a judge with people's; `clusters` are the prompts; [answers] each.
 
     >>> agreement([1, 1, 0, 0], [1, 0, 0, 0], ["a", "b", "c", "d"]).kappa
     0.5

@@ -1,5 +1,4 @@
-"""The tilt that a policy in fact has, read off its log-probabilities of reference samples: no
-generation needed.
+"""The tilt that a policy has, read off its log-probabilities of reference samples.
 
 The optimum at multiplier lambda is log(pi / pi_ref) = (r - lambda c) / beta - log Z(x). So, within
 each prompt, the log-ratio of any policy may be regressed on the scores and on the length of the
@@ -32,8 +31,7 @@ _ROUNDING = 1e-3
 
 @dataclass(frozen=True)
 class Tilt:
-    """The regression of a policy's log-ratios. A slope is in nats a unit of reward, of cost, a
-    token.
+    """The regression of a policy's log-ratios. A slope is in nats a unit of score or a token.
 
     `beta_eff` is 1 / reward_slope and `lam_eff` is -cost_slope / reward_slope; None where the
     policy does not tilt towards reward. `*_se` are standard errors clustered by prompt. For a
@@ -57,8 +55,7 @@ class Tilt:
 
 
 def effective_tilt(log_ratio: Array, reward: Array, cost: Array, length: Array) -> Tilt:
-    """The effective tilt of a policy on samples of the reference, all of shape [prompts, samples >=
-    2].
+    """A policy's effective tilt on reference samples, all of shape [prompts, samples >= 2].
 
     Least squares of values centred within prompts. The covariance of the slopes is the sandwich
     with one block for each prompt, times prompts / (prompts - 1): answers to a prompt are alike,

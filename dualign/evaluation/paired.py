@@ -76,8 +76,7 @@ def no_difference(estimate: Estimate, prompts: int) -> float:
 
 
 def holm(p_values: Sequence[float] | Array) -> Array:
-    """Holm's adjusted p-values (1979): those at most alpha err together with at most alpha. Shape
-    [tests]; NaN is no test.
+    """Holm's adjusted p-values (1979): those up to alpha err together with at most alpha; [tests].
 
     >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
     [0.03, 0.06, 0.06]
@@ -133,8 +132,7 @@ def _difference(
 
 
 def mcnemar(first: Sequence[bool] | Array, second: Sequence[bool] | Array) -> Discordance:
-    """McNemar's exact test (1947) that two policies have a property, such as refusing, equally
-    often.
+    """McNemar's exact test (1947) that two policies have a property, as refusing, equally often.
 
     One answer of each to every prompt, in the same order, shape [prompts]. Several answers to a
     prompt are not independent: use `differences`.

@@ -1,5 +1,4 @@
-"""Policies ranked by who wins against whom: Bradley-Terry strengths and Elo, win rates, and win
-rates at equal length.
+"""Policies ranked by battles: Bradley-Terry and Elo, win rates, and those at equal length.
 
 A battle is a row: `first` and `second` (policies), `prompt_id`, and `score`, 1 where the answer of
 the first won, 0 where that of the second did, 1/2 for a tie. A judgement that failed is no battle
@@ -46,8 +45,7 @@ class WinRate:
 
 
 def bradley_terry(wins: Array) -> Array:
-    """Log-strengths s of mean 0 with P(i beats j) = sigma(s_i - s_j), by maximum likelihood
-    (Bradley and Terry 1952).
+    """Log-strengths s of mean 0 in P(i beats j) = sigma(s_i - s_j) (Bradley and Terry 1952).
 
     `wins[..., i, j]` counts wins of i over j, a tie as half a win of both; shape [..., policies,
     policies], one ranking for each of the first dimensions.
@@ -94,8 +92,7 @@ def elo(strengths: Array) -> Array:
 
 
 def wins_by_prompt(battles: pd.DataFrame, policies: list[str]) -> Array:
-    """Wins of the first index over the second in the battles of each prompt; shape [prompts,
-    policies, policies].
+    """Wins of the first index over the second by prompt; [prompts, policies, policies].
 
     >>> rows = pd.DataFrame({"first": ["a"], "second": ["b"], "prompt_id": ["x"], "score": [0.5]})
     >>> wins_by_prompt(rows, ["a", "b"]).tolist()

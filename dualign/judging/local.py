@@ -1,5 +1,4 @@
-"""A local language model as judge: the same questions, answered by the odds of the reply's first
-word.
+"""A local language model as judge: the questions answered by the odds of the reply's first word.
 
 The reply is not generated. Its beginning is given (`{"unsafe": `) and the probabilities of the two
 words that may follow are compared, as for a guard. A small model often writes no JSON, and would

@@ -1,5 +1,4 @@
-"""A mixture of policies in one folder: `mixture.json` (weights, lambdas) and one sub-folder for
-each component.
+"""A mixture of policies in one folder: `mixture.json` and a sub-folder for each component.
 
 It draws a component for every *answer*, so pi(y | x) = sum_k w_k pi_k(y | x) over whole answers;
 mixing the next-token distributions would be another policy."""

@@ -1,5 +1,4 @@
-"""Precision: what is computed in which, so that a policy before its first step equals its
-reference.
+"""Precision: what is computed in which, so that a policy first equals its reference.
 
 In bf16 the matrices multiply under autocast, hidden states between layers are bf16, norms and
 biases stay fp32, and the head over the vocabulary and its softmax are fp32. A frozen model keeps
@@ -58,8 +57,7 @@ def precision_of(resources: Resources) -> torch.dtype:
 
 
 class Fp32Head(torch.nn.Linear):
-    """A linear head that multiplies in fp32, whatever autocast says, what bf16 holds of hidden
-    states and weights.
+    """A linear head in fp32, under any autocast, whatever bf16 holds of states and weights.
 
     A trained head is rounded as a frozen one is stored, so that both give the same logits.
     """

@@ -1,5 +1,4 @@
-"""Policies as they leave the repository: whole weights, which load from any folder and on any
-machine.
+"""Policies as they leave the repository: whole weights, which load from any folder anywhere.
 
 Stages train adapters on `models/sft`, a name that means nothing elsewhere. What is published holds
 the base with the adapter folded in, in fp32, since bf16 would round most of a small change away.

@@ -111,8 +111,7 @@ def log_probabilities(
     *,
     batch_size: int,
 ) -> Tensor:
-    """log pi(answer | prompt) in nats, summed over the answer's tokens; fp64 tensor of shape
-    [rows].
+    """log pi(answer | prompt) in nats, summed over the answer's tokens; fp64 tensor [rows].
 
     NaN for a row that is longer than the model's context, which no training takes either.
     """

@@ -78,8 +78,7 @@ def _pinned(template: str, source: str) -> str:
 
 
 def _with_controls(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the tokens special with which the template opens and ends turns, so that text that
-    spells one stays text.
+    """Make a template's tokens of turns special, so that text that spells one stays text.
 
     Some tokenizers hold them as plain added tokens, which no decoder leaves out. Thoughts are left
     as they are."""

@@ -47,8 +47,7 @@ _LEADS = ("\n", "€", "0")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a template lays out an answer: the text after it up to and with the token that ends the
-    turn.
+    """How a template lays out an answer: the text after it, to the token that ends the turn.
 
     `end` is that token's text, None where the template writes none and EOS is appended; `after` is
     all that follows an answer. `extends` says that a whole conversation begins with its generation

@@ -91,8 +91,7 @@ _DRAWN = {
 
 
 def check_prompts(stages: dict[str, StageParams], path: str | Path, only: str = "") -> None:
-    """No estimate asks for more prompts than are drawn for it: it would be made on fewer, with a
-    wider error.
+    """No estimate asks for more prompts than are drawn for it, to be made on fewer.
 
     `only` leaves out the estimates of other stages than this one, which do without them. Raises
     ParamsError."""
@@ -161,8 +160,7 @@ def _check_search(section: dict[str, Any], search: DualSearchParams, path: str |
 def _check_references(
     reward: RewardDpoParams, safe: dict[str, SafetySpec], path: str | Path
 ) -> None:
-    """References and margins of the runs on preferences name models that the other kind writes, and
-    no circle.
+    """References and margins of runs on preferences name the other kind's models, in no circle.
 
     A margin is the cost that `losses.modpo_logit` asks for only if its policy is that of plain
     safety DPO from `sft`."""

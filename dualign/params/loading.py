@@ -1,5 +1,4 @@
-"""Reads `params.yaml`: the whole file is checked before anything runs, so a typo anywhere is found
-at once.
+"""Reads `params.yaml`: the whole file is checked before anything runs, for typos anywhere.
 
 python -m dualign.params.loading params.yaml < params.yaml
 """
@@ -58,8 +57,7 @@ def mapping(content: Any, path: str | Path) -> dict[str, Any]:
 
 
 def load(cls: type[P], path: str | Path = "params.yaml") -> P:
-    """Check the whole file, return the params of one stage. Raises ParamsError that names file, key
-    and remedy.
+    """Check the whole file, return a stage's params. Raises ParamsError with file, key, remedy.
 
     Estimates on more prompts than are drawn pass here: `for_run` and `check` refuse them.
     """
@@ -189,8 +187,7 @@ def _build(cls: type[M], values: Any, where: str, path: str | Path) -> M:
 
 
 def _explain(error: ValidationError, cls: type[BaseModel], where: str, path: str | Path) -> str:
-    """The first problem of a validation error as one line: file, key, what is wrong, nearest valid
-    key.
+    """The first problem of a validation error in a line: file, key, fault, nearest valid key.
 
     An unknown key comes before a missing one, since a typo makes both.
     """

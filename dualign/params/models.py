@@ -86,8 +86,7 @@ ScorerKind = Literal["classifier", "labels", "safe_rlhf", "guard"]
 
 
 class GivenScorer(Frozen):
-    """A scorer that exists already (docs/scorers.md): where it is, how it is read, and what a
-    higher score means.
+    """A scorer that exists already (docs/scorers.md): where, how it is read, what more means.
 
     `path` is a hub id or a folder; `label` names the output of a classifier of several; `template`
     is a Jinja file for a tokenizer without a chat template of its own. `unsafe`, `safe` and

@@ -1,5 +1,4 @@
-"""The tables of the whole run that `dvc plots` draws: the loss of every training, and the steps of
-every search.
+"""The tables of the whole run that `dvc plots` draws: losses of trainings, steps of searches.
 
 A stage writes its own curves. DVC draws one line per file that `dvc.yaml` names, and cannot name
 files by the rows of params.yaml; here they are one table, with the run in a column."""

@@ -1,5 +1,4 @@
-"""What trainings reached, what the pool predicted of what came of it, what tests were on, and which
-answers were cut.
+"""What trainings reached, predictions against outcomes, what tests were on, which answers were cut.
 
 Pure functions of what other stages wrote: a tilt as `dualign.evaluation.effective_tilt` reads it
 off a policy, the rows of
@@ -49,8 +48,7 @@ def predicted(
 
 
 def other_betas(table: Betas) -> list[Row]:
-    """The rows of data/dual/betas.json with each quantity as {"mean", "low", "high"}; an end that
-    is not known is None.
+    """The rows of betas.json, each quantity as {"mean", "low", "high"}; unknown ends are None.
 
     `in_use` marks the run's own beta, `guess` a row with fewer effective samples than `min_ess`.
     Where the limit is out of reach, `lam` is None."""
@@ -125,8 +123,7 @@ def additional_constraints(prices: Iterable[Mapping[str, Any]], rows: Sequence[R
 
 
 def cut_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One warning about the policies of which more answers than `CUT` did not end; empty where
-    there are none.
+    """One warning about policies of which more than `CUT` did not end; empty without such.
 
     `rows` are those of the comparison, each with `name`, the interval `ended` and `max_new_tokens`.
     """
@@ -186,8 +183,7 @@ def required_in_words(required: Mapping[str, Any]) -> dict[str, Any]:
 def prompts_gain(
     test: Row, requirements: Sequence[Mapping[str, Any]], solved: Mapping[str, Any]
 ) -> Row | None:
-    """What one more prompt, and twice as many, would take off the bound that is nearest to its
-    limit.
+    """What one more prompt, and twice as many, would take off the bound nearest to its limit.
 
     Nearest in units of its own reach, bound less estimate, which falls as 1 / sqrt(N) with the
     prompts (of the truth: with the labelled ones). `worth` is what twice as many are worth in E[r]

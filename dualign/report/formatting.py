@@ -20,8 +20,7 @@ _JOINERS = "\u200c\u200d"
 
 
 def visible(value: Any) -> Any:
-    """Text with control characters, and format characters that reorder or hide text, written out:
-    `\\u202e`.
+    """Text with control characters, and such as hide or reorder text, written out: `\\u202e`.
 
     Anything but plain text stays as it is. A page shows what a row holds, not what the row makes of
     the page."""

@@ -74,8 +74,7 @@ class JudgeMetrics(Record):
 
 
 def read_verdicts(root: Path, params: ReportParams) -> pd.DataFrame:
-    """A row for each verdict of a judge of params on an answer of one of its policies to one of its
-    suites.
+    """A row for each verdict of a judge of params on one of its policies' answers to a suite.
 
     Columns are judge, suite, policy, prompt_id, sample, repeat, failure, the keys of `SCORES` as
     numbers (null where there is none), and of the prompt its `label` and `category` ("" where it

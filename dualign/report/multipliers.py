@@ -1,5 +1,4 @@
-"""The multiplier that a policy was told: by its training, its search, or the merge that was
-certified.
+"""The multiplier that a policy was told: by its training, its search, or its certified merge.
 
 The optimum at lambda is the tilt (r - lambda c) / beta of the reference policy. A merge (1 - q) a +
 q b of two such policies is one too, to first order, at (1 - q) lambda_a + q lambda_b (P-SACPO,
@@ -27,8 +26,7 @@ Row = dict[str, Any]
 
 
 def nominal_multiplier(root: Path, folder: str, certificates: Mapping[str, Any]) -> Row:
-    """The nominal multiplier of a folder under models/: {"lam", "merge_weight", "on_curve",
-    "tilts"}.
+    """The nominal multiplier of a folder of models/: {"lam", "merge_weight", "on_curve", "tilts"}.
 
     `lam` is None where there is no such tilt: a mixture, the reference, DPO on safety alone, a loss
     that does not tilt, SafeDPO, MODPO, and a merge with one of them. `tilts`: whether it is one

@@ -1,5 +1,4 @@
-"""Kinds of scorers: how each is loaded, which text it reads, and which number of its outputs is the
-score.
+"""Kinds of scorers: how each is loaded, which text it reads, which output is the score.
 
 A scorer reads text, never another model's token ids, so it needs to share neither tokenizer nor
 template with the policy or with other scorers."""
@@ -102,8 +101,7 @@ Ended = Sequence[bool] | None
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind: `load` it, `check` how it is to be read, `encode` rows of text, read the scores of
-    a padded batch.
+    """One kind: `load` it, `check` how it is read, `encode` rows, read the scores of a batch.
 
     `becomes_plain`: loading makes it a classifier of one output, as which it is read and saved."""
 
@@ -133,8 +131,7 @@ def _load_guard(place: Place, resources: Resources) -> Loaded:
 
 
 def _load_safe_rlhf(place: Place, resources: Resources) -> Loaded:
-    """A score model of Safe RLHF as a classifier with a head of one output, read without that
-    repository's code.
+    """A score model of Safe RLHF as a classifier of one output, read without that code.
 
     Its bias and its normaliser, (s - mean) / sd of a reward and s / sd of a cost, are steps after
     the head."""

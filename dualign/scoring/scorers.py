@@ -137,8 +137,7 @@ class Card(CalibrationCard):
 
 
 class Scorer:
-    """Members whose scores are combined into one, and the calibration of that: usually one trained
-    classifier.
+    """Members whose scores are combined, and a calibration: usually one trained classifier.
 
     The score of several members is the calibration of their mean plus `spread` times their standard
     deviation."""

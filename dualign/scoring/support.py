@@ -1,5 +1,4 @@
-"""Pessimism off the support: a score of an answer unlike those that the scorers were fitted on is
-not believed.
+"""Pessimism off the support: scores of answers unlike the scorers' own data are not believed.
 
 A scorer is fitted on pairs; where no pair resembles an answer its score is extrapolation, and the
 tilt exp(r / beta) multiplies the mass of what is over-scored. How surprising an answer is to pi_ref
@@ -54,8 +53,7 @@ class Support:
 
 
 def fit_support(logp_ref: Array, length: Array, share: float) -> Support:
-    """The support of answers of shape [answers]: m(n) and s(n) by least squares, and the quantile 1
-    - `share` of z.
+    """The support of answers [answers]: m(n), s(n) by least squares, quantile 1 - `share` of z.
 
     s(n) is fitted to sqrt(pi / 2) |u - m(n)|, whose mean is the standard deviation of a normal.
     Answers longer than the context, whose log-probability is not finite, are left out. Raises
@@ -107,8 +105,7 @@ class Doubt:
 
 
 def doubt(scored: Path, pool: pd.DataFrame, params: PessimismParams) -> Doubt | None:
-    """What `params` ask for, in units of the pool's within-prompt standard deviations; None where
-    they ask for nothing.
+    """What `params` ask for, in the pool's within-prompt standard deviations; None for nothing.
 
     `scored` is the folder of stage `score`, `pool` of schema POOL with its scores as they are.
     """

@@ -58,8 +58,7 @@ def published(root: Path) -> str:
 def working_tree(
     root: Path, commit: str, name: str, log: Callable[[int, str], None]
 ) -> Iterator[tuple[Path, int]]:
-    """A working tree of a commit below the clone `root`, with its DVC cache and remote; removed at
-    the end.
+    """A working tree of a commit below `root`, with its DVC cache and remote; removed at the end.
 
     Yields the tree and a file descriptor that holds it for whoever it is passed on to. The tree of
     a killed run of the same `name` is replaced, once its processes have ended.
@@ -138,8 +137,7 @@ def _share(root: Path, tree: Path) -> None:
 
 
 def tracked_files(root: Path, path: str, which: str = "--cached") -> list[str]:
-    """The files at or in a path that git holds (`--cached`), or does not (`--others`); none outside
-    a repository.
+    """The files in a path that git holds (`--cached`) or not (`--others`); none outside of git.
 
     Raises PipelineError where there is a repository that git does not trust.
     """

@@ -62,8 +62,7 @@ class Difference:
 
 
 def closure(script: str, root: Path = ROOT) -> list[str]:
-    """The files, or folders of `FOLDERS`, that `script` needs, itself first, then sorted; paths
-    relative to `root`.
+    """The files or `FOLDERS` that `script` needs, itself first, then sorted, relative to `root`.
 
     Follows absolute imports of this repository's modules, inside functions too, but not those that
     never run: under `TYPE_CHECKING`, and under `if __name__ == "__main__"` of a module that is

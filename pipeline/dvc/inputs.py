@@ -1,5 +1,4 @@
-"""Files that stages read and that neither git nor DVC holds: a working tree of a commit lacks them,
-and so do workers.
+"""Files of stages that neither git nor DVC holds: working trees of a commit and workers lack them.
 
 Rows in data/raw, bases in models/base, templates and label files are such, for git ignores them.
 """
@@ -50,8 +49,7 @@ def carry(root: Path, tree: Path, dag: Mapping[str, StageSpec]) -> None:
 
 
 def loose(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) -> list[str]:
-    """The files that the stages read in `root`, or params.yaml names, and that neither git nor DVC
-    holds.
+    """Files that stages read in `root`, or params.yaml names, but neither git nor DVC holds.
 
     Raises PipelineError for a path that leads out of the workspace: it means another place in a
     working tree.

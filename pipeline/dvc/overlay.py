@@ -1,5 +1,4 @@
-"""A params file that says only what differs from another one, and the whole file that it stands
-for.
+"""A params file that says what differs from another, and the whole file that it stands for.
 
     extends: default.yaml         # in the same folder
     seed: 3

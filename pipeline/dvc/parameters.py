@@ -1,5 +1,4 @@
-"""Set keys of params.yaml. Comments and all else stay byte for byte; values are YAML 1.2, as every
-reader here has it.
+"""Set keys of params.yaml, the rest byte for byte; values are YAML 1.2, as for all readers.
 
 Whether a value makes sense is for the stage to say that reads it.
 """

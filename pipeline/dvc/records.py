@@ -1,5 +1,4 @@
-"""The records of dvc.lock: reading and merging them, and what they say about a graph whose files
-lie elsewhere.
+"""The records of dvc.lock: read, merged, and what they say of files that lie elsewhere.
 
 A coordinator holds dvc.lock and no outputs. Whether a stage is up to date follows from the records
 alone: what it read then, against what the stages before it wrote last and what git holds now.
@@ -55,8 +54,7 @@ def merge(root: Path, records: Mapping[str, Record]) -> None:
 def plan(
     root: Path, dag: Mapping[str, StageSpec], stages: Sequence[str] | None = None
 ) -> dict[str, StageStatus]:
-    """The status of `stages`, or of all, in the order of `dag`, by the records; no output need be
-    there.
+    """The status of `stages`, or of all, in `dag`'s order, by records; no output need be there.
 
     A result that the run cache holds counts as stale: the node that runs the stage finds it.
 

@@ -1,5 +1,4 @@
-"""Workers as a place where stages run: each stage is a flow run of the deployment for its pool
-(`meta: pool`).
+"""Workers as a place of stages: each is a flow run of its pool's deployment (`meta: pool`).
 
 The coordinator holds no outputs. It decides by the records of dvc.lock what is out of date, sends a
 worker the commit, the params and the records that the stage needs, and merges the record that comes
@@ -71,8 +70,7 @@ T = TypeVar("T")
 def joined(
     root: Path, dag: Mapping[str, StageSpec], stages: Sequence[str], runner: LocalRunner
 ) -> Iterator[Cluster]:
-    """The workers, for `stages`; at the end their metrics, which are small, are fetched into the
-    workspace.
+    """The workers, for `stages`; at the end their metrics are fetched into the workspace.
 
     Raises PipelineError where the commit, the inputs, the remote or the deployments are not as
     workers need them."""
@@ -197,8 +195,7 @@ class Cluster:
         return _Watch(run, pool, log, turn)
 
     def _recorded(self, task_run: UUID) -> UUID | None:
-        """A task run once the server knows it; until then it refuses flow runs below it. None where
-        it takes too long.
+        """A task run that the server knows, and may have flow runs below; None if that takes long.
 
         Prefect's server records task runs some time after they began, a busy one seconds later.
         """

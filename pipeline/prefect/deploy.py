@@ -29,8 +29,7 @@ def pools_of(dag: Mapping[str, StageSpec]) -> list[str]:
 
 
 def deploy(root: Path, dag: Mapping[str, StageSpec], kind: str) -> list[str]:
-    """Make the pools that are missing, of type `kind`, and apply prefect.yaml; returns what was
-    done, in lines.
+    """Make missing pools of type `kind`, apply prefect.yaml; returns what was done, in lines.
 
     Raises PipelineError where prefect.yaml lacks a deployment for a pool, or Prefect refuses it.
     """
@@ -85,8 +84,7 @@ def _complaint(said: str) -> str:
 def become_worker(
     root: Path, dag: Mapping[str, StageSpec], pool: str, limit: int, once: bool
 ) -> None:
-    """Turn this process into a Prefect worker whose stages run in the clone `root`; does not
-    return.
+    """Become a Prefect worker whose stages run in the clone `root`; does not return.
 
     Raises PipelineError where no stage has this pool.
     """

@@ -1,5 +1,4 @@
-"""The Prefect flow over the graph of dvc.yaml: a task run per stage, named after it, with DVC
-deciding what runs.
+"""The Prefect flow over dvc.yaml: a task run per stage, named after it; DVC decides what runs.
 
 Prefect schedules, shows and stops; what is up to date, and what a stage reads and writes, stays
 DVC's business, so a flow run and `dvc repro` leave the same workspace behind and may take turns.
@@ -299,8 +298,7 @@ def choose(root: Path, preset_name: str, settings: Mapping[str, Any]) -> dict[st
 
 
 def _execute(run: Run) -> None:
-    """Submit each stage once its upstream has ended well, and wait; whatever ends the wait early
-    stops the stages.
+    """Submit stages once their upstream has ended well, and wait; an early end stops them.
 
     A stage whose upstream failed gets no task run: Prefect would show it as pending for ever.
     """

@@ -99,8 +99,7 @@ def need() -> None:
 
 
 def use_running() -> None:
-    """Use the server on this machine if one runs, so that its pages show the run; else Prefect
-    starts its own.
+    """Use the server on this machine if one runs, to show the run; else Prefect starts its own.
 
     Raises PipelineError where one is configured and runs cannot use it.
     """

@@ -1,5 +1,4 @@
-"""Run a DVC command and, once its own standard input ends, stop it in the one order that leaves
-nothing behind.
+"""Run a DVC command and, once standard input ends, stop it so that nothing is left behind.
 
     python guard.py python -m dvc repro ...
 

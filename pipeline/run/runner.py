@@ -1,5 +1,4 @@
-"""Run a stage in a workspace as a DVC command, follow its output line by line, stop it without
-leaving anything behind.
+"""Run a stage in a workspace as a DVC command, follow its output, stop it with nothing left.
 
 The command is `dvc repro --single-item` in a process of its own: DVC as a library lets a stage
 write past every log and cannot be stopped. `--wait-for-lock` matters: a stage that ends while
@@ -51,8 +50,7 @@ _NOISE = re.compile(
 
 @contextlib.contextmanager
 def exclusive(root: Path) -> Iterator[int]:
-    """Hold the workspace for one run; yields a file descriptor that holds it too wherever it is
-    passed on.
+    """Hold the workspace for one run; yields a descriptor that holds it where it is passed on.
 
     Raises PipelineError while another run, or a stage that still stops, holds it.
     """
@@ -216,8 +214,7 @@ def _outcome(stage: str, line: str) -> Outcome | None:
 
 
 def failure(stage: str, lines: list[tuple[int, str]]) -> StageFailed:
-    """What went wrong, in one line: the stage's own error, else the last line that it wrote, else
-    DVC's.
+    """What went wrong, in one line: the stage's own error, else its last line, else DVC's.
 
     `lines` is the end of its output.
     """

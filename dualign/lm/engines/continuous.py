@@ -24,8 +24,7 @@ def answer(
     request: Request,
     resources: Resources,
 ) -> list[Answer]:
-    """An answer to each row of the request, with its tokens' log-probabilities. All draw from one
-    generator.
+    """An answer to each row, with its tokens' log-probabilities. All draw from one generator.
 
     Raises ModelError where the library cannot batch the model."""
     if not request.prompts:

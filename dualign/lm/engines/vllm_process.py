@@ -37,8 +37,7 @@ def answer(
     request: Request,
     resources: Resources,
 ) -> list[Answer]:
-    """An answer to each row of the request, with its tokens' log-probabilities. Each row has a seed
-    of its own.
+    """An answer to each row, with its tokens' log-probabilities. Each row has its own seed.
 
     Raises ParamsError where vLLM is not there or serves another policy, ModelError where it
     fails."""

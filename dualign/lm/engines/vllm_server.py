@@ -22,8 +22,7 @@ _OPEN = 128
 
 
 def answer(policy: Path, adapter: Path | None, request: Request, url: str) -> list[Answer]:
-    """An answer to each row, by the server's weights and the adapter in a folder that the server
-    can read.
+    """An answer to each row, by the server's weights and the adapter in a folder it can read.
 
     Raises ParamsError where the server holds another policy, ModelError where it does not answer
     as asked."""

@@ -35,8 +35,7 @@ def trajectory(
     name: str,
     target: float | None = None,
 ) -> Markup:
-    """One search: its knob (λ, or the merge weight q where that is what moves) above, its cost
-    below, by step.
+    """One search by step: its knob above (λ, or the merge weight q if that moves), cost below.
 
     Args:
         steps: as in reports/search/METHOD.json; error bars are one standard error of the cost.

@@ -90,8 +90,7 @@ def near(limit: float | None, values: Iterable[float | None]) -> float | None:
 
 
 def element(tag: str, *children: Markup | str, **attributes: object) -> Markup:
-    """An element; `class_` and `stroke_width` become class and stroke-width, text and values are
-    escaped.
+    """An element; `class_` and `stroke_width` lose their underscore, text is escaped.
 
     >>> print(element("text", "a < b", x=1.50, class_="tick"))
     <text x="1.5" class="tick">a &lt; b</text>
