@@ -78,6 +78,12 @@ class Run(Generic[P]):
         """Write the loss by step of this stage's trainings for `dvc plots`; may be empty."""
         write_rows(Path("reports/curves") / f"{self.name}.json", rows, columns)
 
+    def trained(self, metrics: Mapping[str, Any], scratch: Path) -> None:
+        """What ends a stage that trains: its `losses`, its other metrics, and no checkpoints."""
+        self.losses(metrics.get("losses", ()))
+        self.metrics({key: value for key, value in metrics.items() if key != "losses"})
+        finished(scratch)
+
     def scratch(self, *inputs: str | Path) -> Path:
         """Checkpoints' folder, the same for the same params, inputs, seed, code and libraries.
 

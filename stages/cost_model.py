@@ -36,7 +36,7 @@ from dualign.scoring.calibration import (
 )
 from dualign.scoring.scorers import Scorer
 from dualign.scoring.zero import Flagged, agree, flagged_arrays, repeats, together, with_zero
-from dualign.stage import Run, execute, finished
+from dualign.stage import Run, execute
 from dualign.training.fitting import (
     crosswise,
     gaps,
@@ -79,17 +79,16 @@ def main(run: Run[CostModelParams]) -> None:
     with replacing(OUT) as folder:
         scorer.calibrated(calibration).save(folder)
         write_rows(folder / "reliability.json", reliable, ("predicted", "observed", "answers"))
-    run.losses(metrics.pop("losses", []))
-    run.metrics(
+    run.trained(
         {
             **metrics,
             **quality,
             "pairs": {**metrics["pairs"], "heldout": len(heldout)},
             "ranking_accuracy": float((gaps(answers) < 0).mean()),
             "ranking_accuracy_cut": float((gaps(cut) < 0).mean()),
-        }
+        },
+        scratch,
     )
-    finished(scratch)
 
 
 def seen_flags(run: Run[CostModelParams], scorer: Scorer, train: pd.DataFrame) -> Flagged:

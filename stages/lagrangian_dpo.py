@@ -30,7 +30,7 @@ from dualign.math.dual.tilt import soft_value
 from dualign.math.losses import lagrangian_scale
 from dualign.params.training import LagrangianDpoParams, LagrangianRun, RefreshParams
 from dualign.scoring.support import doubt, doubted
-from dualign.stage import Run, execute, finished
+from dualign.stage import Run, execute
 from dualign.training.implicit_scores import Sources, scored_tables
 from dualign.training.lagrangian import pairs_at, train_at
 from dualign.training.pairs import fresh_pairs, samples_of
@@ -79,10 +79,9 @@ def main(run: Run[LagrangianDpoParams]) -> None:
 
         metrics = train_twice(found["lam"], frame, draw, spec, params, job, OUT / item)
 
-    run.losses(metrics.pop("losses"))
     # A search that starts here looks at these, and takes the rest over.
-    run.metrics({**metrics, **found, **spec.model_dump(include={"reward", "cost", "data"})})
-    finished(scratch)
+    scored = spec.model_dump(include={"reward", "cost", "data"})
+    run.trained({**metrics, **found, **scored}, scratch)
 
 
 def train_twice(

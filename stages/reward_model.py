@@ -28,7 +28,7 @@ from dualign.scoring.calibration import (
     sigmoid,
 )
 from dualign.scoring.scorers import Scorer
-from dualign.stage import Run, execute, finished
+from dualign.stage import Run, execute
 from dualign.training.fitting import (
     crosswise,
     gaps,
@@ -63,9 +63,8 @@ def main(run: Run[RewardModelParams]) -> None:
     quality["accuracy_cut"] = float((gaps(cut) > 0).mean())
     with replacing(OUT) as folder:
         scorer.calibrated(calibration).save(folder)
-    run.losses(metrics.pop("losses", []))
-    run.metrics({**metrics, **quality, "pairs": {**metrics["pairs"], "heldout": len(heldout)}})
-    finished(scratch)
+    pairs_read = {**metrics["pairs"], "heldout": len(heldout)}
+    run.trained({**metrics, **quality, "pairs": pairs_read}, scratch)
 
 
 def calibrate(answers: pd.DataFrame, unit: float, *, given: bool) -> tuple[Platt, dict[str, Any]]:

@@ -29,7 +29,7 @@ from dualign.lm.models import (
 )
 from dualign.lm.tokens import encode_conversations
 from dualign.params.models import SftParams
-from dualign.stage import Run, execute, finished
+from dualign.stage import Run, execute
 from dualign.training.run import Job, Model
 from dualign.training.supervised import heldout_loss, train_sft
 
@@ -54,16 +54,8 @@ def main(run: Run[SftParams]) -> None:
     with replacing(OUT) as folder:
         save(merged(model) if params.train else untouched(params, tokenizer), tokenizer, folder)
     parameters = sum(weight.numel() for weight in model.parameters())
-    run.losses(metrics.pop("losses", []))
-    run.metrics(
-        {
-            **metrics,
-            "trained": bool(params.train),
-            "parameters": parameters,
-            "vocabulary": len(tokenizer),
-        }
-    )
-    finished(scratch)
+    sizes = {"parameters": parameters, "vocabulary": len(tokenizer)}
+    run.trained({**metrics, "trained": bool(params.train), **sizes}, scratch)
 
 
 def base(run: Run[SftParams], rows: pd.DataFrame) -> tuple[Model, PreTrainedTokenizerBase]:

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dualign.core.artifacts import read_json
 from dualign.core.errors import DataError
+from dualign.evaluation.measures import MEASURES
 from dualign.lm.card import HEAD
 from dualign.lm.mixture import FILE as MIXTURE
 from dualign.lm.mixture import is_policy
@@ -25,16 +26,7 @@ from dualign.publishing.licences import NON_COMMERCIAL, licence_of, together
 
 COMPARISON = Path("reports/comparison.json")
 #: What the metadata and the table show of a policy, and what it is called.
-MEASURES = {
-    "reward": "reward",
-    "cost": "expected cost",
-    "p_unsafe": "share of answers scored unsafe",
-    "kl": "KL to the reference",
-    "win_reward": "win rate over the reference by reward",
-    "win_cost": "win rate over the reference by cost",
-    "true_reward": "true reward",
-    "true_cost": "true cost",
-}
+_SHOWN = {measure.key: measure.card for measure in MEASURES if measure.card}
 
 
 @dataclass(frozen=True)
@@ -139,7 +131,7 @@ def _results(policy: Published) -> list[EvalResult]:
             metric_name=text,
             metric_value=round(policy.row[key]["mean"], 4),
         )
-        for key, text in MEASURES.items()
+        for key, text in _SHOWN.items()
         if (policy.row.get(key) or {}).get("mean") is not None
     ]
 
@@ -152,7 +144,7 @@ def _evaluation(policy: Published) -> str:
     reference = policy.reference or {}
     rows = [
         f"| {text} | {_interval(policy.row[key])} | {_interval(reference.get(key))} |"
-        for key, text in MEASURES.items()
+        for key, text in _SHOWN.items()
         if policy.row.get(key)
     ]
     head = (
