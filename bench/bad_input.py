@@ -650,7 +650,8 @@ def _put(root: Path, contents: Mapping[str, bytes | None]) -> None:
 
 def outcome(case: Case) -> tuple[object, str]:
     """The exit status and the errors of a command; a traceback where it ends in one."""
-    errors, printed = io.StringIO(), io.StringIO()
+    errors = io.StringIO()
+    printed = io.StringIO()
     handler = logging.StreamHandler(errors)
     handler.setLevel(logging.ERROR)
     logging.getLogger().addHandler(handler)

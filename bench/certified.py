@@ -35,7 +35,9 @@ log = logging.getLogger(__name__)
 PROGRAM = "python -m bench.certified"
 #: The row of `certify`, and the policies that are judged: what the search returned, and what was
 #: certified.
-ROW, SEARCHED, CERTIFIED = "dualign", "dualign", "certified"
+ROW = "dualign"
+SEARCHED = "dualign"
+CERTIFIED = "certified"
 UNUSED = ("evaluate@sft", "report")
 #: The certificate that was the default before: every weight of a grid on answers of its own. Its
 #: folder in a run's.

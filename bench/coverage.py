@@ -169,7 +169,8 @@ def all_bounds(
 
     `mean` [...] moves the costs and their range. The limit is a mean cost of 0; for
     clopper_pearson, the share of unsafe prompts that goes with it."""
-    means, bounds = costs.mean(-1), world.range(icc)
+    means = costs.mean(-1)
+    bounds = world.range(icc)
     found = {
         **{name: bound + mean for name, bound in t_bounds(means, settings.delta).items()},
         "empirical_bernstein": bernstein_bound(means, settings.delta, bounds) + mean,
@@ -187,7 +188,8 @@ def t_bounds(means: Array, delta: float) -> dict[str, Array]:
     """The t bound [...] of means [..., prompts] with its term in the skewness and without; infinite
     without spread.
     """
-    count, spread = means.shape[-1], np.ptp(means, -1) > 1e-9
+    count = means.shape[-1]
+    spread = np.ptp(means, -1) > 1e-9
     plain = means.mean(-1) + student.ppf(1 - delta, count - 1) * means.std(-1, ddof=1) / math.sqrt(
         count
     )
@@ -219,10 +221,8 @@ def one_candidate(settings: Settings) -> list[dict[str, Any]]:
 def _rows(costs: Array, world: World, icc: float, settings: Settings) -> list[dict[str, Any]]:
     prompts = costs.shape[-2]
     share = unsafe_prompts(icc, settings.answers)
-    flag_error, error = (
-        math.sqrt(share * (1 - share) / prompts),
-        costs.mean(-1).std() / math.sqrt(prompts),
-    )
+    flag_error = math.sqrt(share * (1 - share) / prompts)
+    error = costs.mean(-1).std() / math.sqrt(prompts)
     return [
         {
             "method": method,
@@ -334,7 +334,8 @@ def _labelled_draw(
     kind: str, prompts: int, labelled: int, icc: float, rng: np.random.Generator, delta: float
 ) -> dict[str, float]:
     """One data set: the mean label and every bound, all less the true mean."""
-    shape, ids = (prompts, 2), np.arange(prompts)
+    shape = (prompts, 2)
+    ids = np.arange(prompts)
     truth = math.sqrt(icc) * rng.standard_normal((prompts, 1)) + math.sqrt(
         1 - icc
     ) * rng.standard_normal(shape)

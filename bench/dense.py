@@ -35,10 +35,9 @@ PROGRAM = "python -m bench.coverage dense"
 Array = np.ndarray
 _PROMPTS = (100, 400)
 _ICC = (0.1, 0.5)
-_COARSE, _FINE = (
-    1.6,
-    0.2,
-)  # steps of the path in standard errors; 0.05 of a weight is 1.6 on the shipped path
+# steps of the path in standard errors; 0.05 of a weight is 1.6 on the shipped path
+_COARSE = 1.6
+_FINE = 0.2
 _REACH = 8.0  # the path starts so many standard errors below the limit, and goes half as far beyond
 _DRAWN = -1.6  # the middle of the policies that one draw serves
 _AT_ONCE = 50  # data sets side by side, which keeps them in the processor's cache
@@ -95,7 +94,8 @@ def _gamma_ratio(parts: Array, to: float, at: float) -> Array:
     """Gammas of one shape k and means a, b: ln p_a / p_b = k (x / b - x / a - ln(a / b)), each a
     tilt of the other.
     """
-    a, b = _MEAN + to, _MEAN + at
+    a = _MEAN + to
+    b = _MEAN + at
     found: Array = _SHAPE * ((parts + _MEAN) * (1 / b - 1 / a) - math.log(a / b))
     return found
 
@@ -151,7 +151,8 @@ def returned(bounds: Iterator[Array], count: int) -> Array:
     """Of each repeat, the position of the last policy certified in sequence at limit 0; -1 for
     none.
     """
-    going, last = np.array(True), np.array(-1)
+    going = np.array(True)
+    last = np.array(-1)
     for index, bound in zip(range(count), bounds, strict=False):
         going = going & (bound <= 0)
         last = np.where(going, index, last)
@@ -211,7 +212,8 @@ def _shared(
 ) -> dict[str, Outcome]:
     """The sequences with one draw for all."""
     whole = _path(_FINE)
-    middle, far = np.array([_DRAWN]), np.array([-_REACH])
+    middle = np.array([_DRAWN])
+    far = np.array([-_REACH])
     near = whole[_worth(world, icc, middle * error, whole * error, rng) >= WORTH]
     plans = {
         "ends": (near, near[[0, -1]]),

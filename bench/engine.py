@@ -37,7 +37,8 @@ def served(
     and `logp`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder) / "asked.json", Path(folder) / "answered.json"
+        asked = Path(folder) / "asked.json"
+        answered = Path(folder) / "answered.json"
         asked.write_text(json.dumps({"prompts": prompts, "ids": ids, "max_new_tokens": longest}))
         subprocess.run([python, str(SIDE), str(policy), str(asked), str(answered)], check=True)
         rows: list[dict[str, Any]] = json.loads(answered.read_text())

@@ -252,7 +252,8 @@ def _gradient(lab: Laboratory, steps: Steps) -> float:
 
 def _projected(lab: Laboratory, steps: Steps) -> float:
     lam, policy = steps[-1]
-    s, cost = lab.settings, lab.measure(policy)[0]
+    s = lab.settings
+    cost = lab.measure(policy)[0]
     return updates.projected_subgradient_step(
         lam, cost, lab.limit, s.step_size, lab.radius, s.lambda_min
     )
@@ -272,7 +273,8 @@ def _newton(lab: Laboratory, steps: Steps) -> float:
 
 def _ascent(lab: Laboratory, steps: Steps) -> float:
     lam, policy = steps[-1]
-    s, cost = lab.settings, lab.measure(policy)[0]
+    s = lab.settings
+    cost = lab.measure(policy)[0]
     return math.exp(
         log_lambda_step(math.log(lam), cost, lab.limit, s.ascent_rate, s.lambda_min, s.lambda_max)
     )
@@ -341,13 +343,11 @@ class Method:
         return self.predicted is _optimal and self.returns == "last"
 
 
-_SACPO, _CAN, _CDPO, _PD, _OURS = (
-    "2404.11049",
-    "2405.19544",
-    "2403.02475",
-    "2510.05703",
-    "docs/methods.md",
-)
+_SACPO = "2404.11049"
+_CAN = "2405.19544"
+_CDPO = "2403.02475"
+_PD = "2510.05703"
+_OURS = "docs/methods.md"
 _RLHF = "2310.12773"
 METHODS = (
     Method("sacpo", "SACPO DPO(H) → DPO(S)", _SACPO, _sacpo, _GIVEN, before=1),
@@ -513,7 +513,8 @@ def against_optimum(lab: Laboratory, policy: Tensor) -> dict[str, float]:
     pi*), never negative.
     """
     found = lab.problem.describe(policy.numpy())
-    gap, excess = lab.optimum - found["value"], found["cost"] - lab.limit
+    gap = lab.optimum - found["value"]
+    excess = found["cost"] - lab.limit
     return {"gap": gap, "excess": excess, "distance": gap + lab.lam * excess}
 
 
@@ -541,7 +542,8 @@ def shared_losses() -> dict[Train, list[Method]]:
 
 def path(methods: Sequence[Method], lab: Laboratory) -> list[dict[str, Any]]:
     """The policies of one loss at fixed multiples of lambda*."""
-    names, points = [method.name for method in methods], []
+    names = [method.name for method in methods]
+    points = []
     for ratio in _PATH:
         lam = ratio * lab.lam
         policy = methods[0].train(lab, lam)

@@ -196,7 +196,8 @@ def slopes(lab: Lab) -> dict[str, Any]:
         answers = heldout_answers(
             scorer.calibrated(Platt()), pairs[pairs["split"] == "heldout"], batch
         )
-        gap, parts = gaps(answers), crosswise(answers[answers["side"] == "chosen"]["prompt_id"])
+        gap = gaps(answers)
+        parts = crosswise(answers[answers["side"] == "chosen"]["prompt_id"])
         halves = [fit_slope(gap[fit], scorer.members[0].unit) for fit, _ in parts]
         write_json(place, {"all": scorer.calibration.scale, "halves": halves})
     found: dict[str, Any] = read_json(place)

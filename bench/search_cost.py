@@ -214,8 +214,10 @@ class Scored:
 
     def context(self, row: Row, start: str, limit: float) -> SearchContext:
         """The multiplier of the pool, the first one, and PD-DPO's Slater radius, at a limit."""
-        reward, cost = by_prompt(self.pool, "reward"), by_prompt(self.pool, "cost")
-        beta, most = self.params.beta, self.params.lambda_max
+        reward = by_prompt(self.pool, "reward")
+        cost = by_prompt(self.pool, "cost")
+        beta = self.params.beta
+        most = self.params.lambda_max
         pool = root(reward, cost, limit=limit, beta=beta, lambda_max=most)
         if row.first == "pool":
             return SearchContext(pool, pool)
@@ -337,7 +339,8 @@ def run_row(scored: Scored, row: Row, limit: float) -> dict[str, Any]:
     started = time.process_time()
     steps = seek(Search(chosen, params, known), start, bench, scratch)
     seconds += time.process_time() - started
-    last, trainings = steps[-1], sum(step.trained for step in steps) + (row.first != "path")
+    last = steps[-1]
+    trainings = sum(step.trained for step in steps) + (row.first != "path")
     found = {
         "seed": scored.seed,
         "limit": limit,
@@ -404,7 +407,8 @@ def scored_at(seed: int, params: Path) -> Scored:
 
 def rows_of(row: Row, limits: Sequence[float], params: Path, seed: int) -> list[dict[str, Any]]:
     """One search for each limit, kept in a file of its own as it ends."""
-    scored, rows = scored_at(seed, params), []
+    scored = scored_at(seed, params)
+    rows = []
     for limit in limits:
         path = scored.folder / "rows" / f"{limit:g}-{row.name}.json"
         if not path.is_file():

@@ -112,7 +112,8 @@ WORLDS = (*(_rate(rate) for rate in (0.003, 0.01, 0.05, 0.3)), LENGTH)
 
 def all_bounds(answers: Array, delta: float, share: bool) -> dict[str, Array]:
     """Each method's bounds [...] of the mean of answers [..., prompts, answers] in [0, 1]."""
-    means, prompts = answers.mean(-1), answers.shape[-2]
+    means = answers.mean(-1)
+    prompts = answers.shape[-2]
     found = {
         "star_bets": star_bets(means, delta),
         "clustered_t": t_bound(means, delta),

@@ -226,13 +226,13 @@ def _effort(lab: Lab, folder: str) -> dict[str, float]:
     writer = next(name for name, spec in lab.dag.items() if f"models/{folder}" in spec.outs)
     own = sorted(_upstream(lab.dag, writer) - SHARED)
     seconds = sum(read_json(_ended(lab, name))["seconds"] for name in own)
-    trained, tokens = sum(name.partition("@")[0].endswith(("_dpo", "_path")) for name in own), 0
+    trained = sum(name.partition("@")[0].endswith(("_dpo", "_path")) for name in own)
+    tokens = 0
     if writer.startswith("dual_search@"):
         search = read_json(lab.folder / "reports/search" / f"{writer.partition('@')[2]}.json")
-        trained, tokens = (
-            search["trainings"],
-            search["generated_tokens"],
-        )  # a round trains two policies
+        # a round trains two policies
+        trained = search["trainings"]
+        tokens = search["generated_tokens"]
     for name in own:
         if name.startswith("lagrangian_dpo@"):
             metrics = read_json(lab.folder / f"reports/metrics/{name.replace('@', '/')}.json")

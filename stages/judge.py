@@ -42,7 +42,8 @@ def main(run: Run[JudgeParams]) -> None:
     found = table(JUDGES[spec.kind](pd.concat([answers, people]), spec, bench))
     check_failures(found, f"judges.{name}", run.params.max_failed)
     on_people = found["suite"] == LABELLED
-    verdicts, tried = found[~on_people], found[on_people]
+    verdicts = found[~on_people]
+    tried = found[on_people]
     with replacing(OUT / name) as out:
         out.mkdir()
         write_parquet(out / "verdicts.parquet", verdicts, VERDICTS)

@@ -43,7 +43,8 @@ class Progress:
         self._what = what
         self._total = total
         self._every = every
-        self._done, self._start = 0, time.monotonic()
+        self._done = 0
+        self._start = time.monotonic()
         self._last = self._start
         self._quiet = _quiet.get()
         self._bar = (

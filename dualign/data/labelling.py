@@ -82,10 +82,8 @@ def compare(pairs: pd.DataFrame, *, source: CompareSource, folder: Path, seed: i
     if source == "file":
         return _people_compare(pairs, folder)
     if source == "oracle":
-        (reward_first, cost_first), (reward_second, cost_second) = (
-            truth(pairs, "first"),
-            truth(pairs, "second"),
-        )
+        reward_first, cost_first = truth(pairs, "first")
+        reward_second, cost_second = truth(pairs, "second")
     else:
         reward_first = _finite(pairs, "reward_first")
         reward_second = _finite(pairs, "reward_second")

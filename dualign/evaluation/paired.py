@@ -140,7 +140,8 @@ def mcnemar(first: Sequence[bool] | Array, second: Sequence[bool] | Array) -> Di
     >>> mcnemar([1, 1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0])
     Discordance(only_first=6, only_second=0, p_value=0.03125)
     """
-    one, other = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    one = np.asarray(first, dtype=bool)
+    other = np.asarray(second, dtype=bool)
     table = [[(one & other).sum(), (one & ~other).sum()], [(~one & other).sum(), 0]]
     p_value = float(_mcnemar(table, exact=True).pvalue)
     return Discordance(int(table[0][1]), int(table[1][0]), min(p_value, 1.0))
@@ -162,7 +163,8 @@ def over_seeds(values: Array, confidence: float = 0.95) -> Estimate:
     if seeds < 2 or prompts < 2:
         raise DataError(f"{seeds} seeds and {prompts} prompts say nothing of their spread; needs 2")
     mean = float(table.mean())
-    by_seed, by_prompt = table.mean(1, keepdims=True), table.mean(0, keepdims=True)
+    by_seed = table.mean(1, keepdims=True)
+    by_prompt = table.mean(0, keepdims=True)
     squares = np.array(
         [
             prompts * ((by_seed - mean) ** 2).sum() / (seeds - 1),
@@ -175,7 +177,8 @@ def over_seeds(values: Array, confidence: float = 0.95) -> Estimate:
     if total > squares[:2].max():
         degrees = total**2 / (squares**2 / freedom).sum()
     else:
-        total, degrees = squares[:2].max(), freedom[squares[:2].argmax()]
+        total = squares[:2].max()
+        degrees = freedom[squares[:2].argmax()]
     error = float(np.sqrt(total / (seeds * prompts)))
     reach = float(stdtrit(degrees, 0.5 + confidence / 2)) * error
     return Estimate(mean, error, mean - reach, mean + reach)

@@ -20,12 +20,14 @@ from dualign.evaluation.stats import Estimate, clustered_mean, redrawn
 Array = np.ndarray
 
 #: Elo's scale: 400 points are odds of 10 to 1, and the mean of all policies is here.
-_ELO_MEAN, _ELO_SCALE = 1000.0, 400.0 / math.log(10)
+_ELO_MEAN = 1000.0
+_ELO_SCALE = 400.0 / math.log(10)
 #: Wins that are added to both sides of every pair that met, so that a strength stays finite where
 #: one side won all (Haldane's correction of log-odds).
 _PRIOR = 0.5
 #: Newton's steps, none above 1, until all are below the last.
-_STEPS, _CLOSE = 100, 1e-10
+_STEPS = 100
+_CLOSE = 1e-10
 #: Inverse weight of the ridge on the slope in length, which is of order 1: weak, and finite where
 #: lengths part wins from losses.
 _SLOPE_FREEDOM = 10.0
@@ -296,8 +298,10 @@ def _rates_at_equal_length(feature: Array, score: Array, weights: Array) -> Arra
 
     All draws take Newton's steps at once: a fit by scikit-learn takes 3 ms, and a page has ten
     thousand of them."""
-    wins, total = weights @ score, weights.sum(-1)
-    theta, phi = np.zeros(len(weights)), np.zeros(len(weights))
+    wins = weights @ score
+    total = weights.sum(-1)
+    theta = np.zeros(len(weights))
+    phi = np.zeros(len(weights))
     for _ in range(_STEPS):
         chance = expit(theta[:, None] + phi[:, None] * feature)
         pull = weights * (score - chance)
@@ -307,7 +311,8 @@ def _rates_at_equal_length(feature: Array, score: Array, weights: Array) -> Arra
         rows = [curvature.sum(-1), corner, corner, curvature @ feature**2 + 1 / _SLOPE_FREEDOM]
         matrix = np.stack(rows, axis=-1).reshape(-1, 2, 2) + 1e-12 * np.eye(2)
         step = np.linalg.solve(matrix, slopes[..., None])[..., 0].clip(-1, 1)
-        theta, phi = theta + step[:, 0], phi + step[:, 1]
+        theta = theta + step[:, 0]
+        phi = phi + step[:, 1]
         alone = (wins == 0) | (wins == total)  # no finite theta
         if alone.all() or np.abs(step[~alone]).max() < _CLOSE:
             break

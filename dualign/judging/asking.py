@@ -92,7 +92,8 @@ def _both_orders(question: Question, row: Any, reference: str, repeats: int) -> 
 
 
 def _preference(judge: str, row: Any, repeat: int, first: Reply, second: Reply) -> Verdict:
-    ours, theirs = first.verdict, second.verdict
+    ours = first.verdict
+    theirs = second.verdict
     if not isinstance(ours, Preference) or not isinstance(theirs, Preference):
         failure = first.failure or second.failure
         return verdict(judge, row, repeat=repeat, failure=failure)

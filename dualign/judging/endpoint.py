@@ -27,7 +27,8 @@ from dualign.params.judging import REPLY_LENGTHS, OpenaiJudge
 log = logging.getLogger(__name__)
 
 #: How often a call is made whose reply holds no verdict, and how many calls in a row may be lost.
-ATTEMPTS, MAX_LOST = 2, 10
+ATTEMPTS = 2
+MAX_LOST = 10
 #: Bytes of text to a token, on the low side, so that a budget is reckoned on the high side.
 _BYTES_PER_TOKEN = 3
 
@@ -69,7 +70,9 @@ class Endpoint:
     endpoint will not answer."""
 
     def __init__(self, name: str, spec: OpenaiJudge, cache: Cache) -> None:
-        self._where, self._spec, self._cache = f"judges.{name}", spec, cache
+        self._where = f"judges.{name}"
+        self._spec = spec
+        self._cache = cache
         self._client = openai.OpenAI(
             base_url=spec.base_url,
             api_key=_key_of(self._where, spec),
@@ -77,7 +80,9 @@ class Endpoint:
             max_retries=spec.retries,
         )
         self._lock = threading.Lock()
-        self._by_schema, self._lost_in_a_row, self._spent = True, 0, 0.0
+        self._by_schema = True
+        self._lost_in_a_row = 0
+        self._spent = 0.0
         #: Calls of this run (tries of the client are one), and questions that needed none, since
         #: they are known or equal to another one.
         self.calls = self.saved = 0

@@ -98,7 +98,8 @@ def agreement(
     judged = (verdicts["unsafe"].notna() & verdicts["failure"].isna()).to_numpy()
     if not judged.any():
         return None
-    rows, right = verdicts[judged], np.asarray(truth, bool)[judged]
+    rows = verdicts[judged]
+    right = np.asarray(truth, bool)[judged]
     said = rows["unsafe"].astype(bool).tolist()
     found = compare(right.tolist(), said, rows["prompt_id"].tolist(), confidence=confidence)
     told = {

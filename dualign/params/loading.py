@@ -215,7 +215,9 @@ def _walked(cls: type[BaseModel], loc: list[str]) -> tuple[list[str], list[str]]
     Walks through nested models, lists and dicts of models; of a row that may be of several kinds,
     pydantic puts the kind after the row's name, which is no key."""
     keys: list[str] = []
-    models, named, holders = [cls], True, [cls]
+    models = [cls]
+    named = True
+    holders = [cls]
     for part in loc:
         of_kind = [model for model in models if part in _kinds(model)]
         if len(models) > 1 and of_kind and not named:

@@ -161,7 +161,8 @@ def additional_by_step(steps: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 def required_in_words(required: Mapping[str, Any]) -> dict[str, Any]:
     """What a requirement is on: `what` in words, and if it is a `share`, shown in per cent."""
-    quantity, method = required["quantity"], required["method"]
+    quantity = required["quantity"]
+    method = required["method"]
     what = {
         "cost": "expected cost",
         "p_unsafe": "share of unsafe answers",

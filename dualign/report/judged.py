@@ -151,7 +151,8 @@ def means(verdicts: pd.DataFrame, confidence: float) -> dict[str, Interval]:
     found: dict[str, Interval] = {}
     for measure in known_scores(verdicts):
         rows = verdicts.dropna(subset=[measure.key])
-        values, prompts = rows[measure.key].to_numpy(), rows["prompt_id"].to_numpy()
+        values = rows[measure.key].to_numpy()
+        prompts = rows["prompt_id"].to_numpy()
         if measure.unit == "share":
             found[measure.key] = share(values, prompts, confidence)
         else:

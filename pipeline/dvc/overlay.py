@@ -203,7 +203,8 @@ def _edit(
     key: str, text: str, root: Node | None, source: str, own: Node | None
 ) -> tuple[int, int, str]:
     """Where the value of a key stands in the text, and what takes its place."""
-    (start, end), (begin, stop) = _place(text, root, key), _place(source, own, key)
+    start, end = _place(text, root, key)
+    begin, stop = _place(source, own, key)
     new = source[begin:stop]
     pair = pair_at(own, key)
     if pair is not None and isinstance(pair[1], CollectionNode) and not pair[1].flow_style:

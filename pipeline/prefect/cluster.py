@@ -250,7 +250,8 @@ class Cluster:
             return
         sign = self._sign_of_life(watch.id) if state.is_running() or state.is_cancelling() else None
         if (state.type, sign) != watch.sign:
-            watch.sign, watch.quiet = (state.type, sign), 0.0
+            watch.sign = (state.type, sign)
+            watch.quiet = 0.0
         watch.quiet += POLL
         if watch.quiet > (START if state.is_pending() else SILENCE):
             message = f"no sign of life from its worker for {watch.quiet:.0f} s"

@@ -26,7 +26,9 @@ COLOURS = {
     "Cancelled": "#7d5ba6",
 }
 _OTHER = "#e4e7eb"
-_INK, _PALE, _LINE = "#1f2933", "#cbd2d9", "#9fb3c8"
+_INK = "#1f2933"
+_PALE = "#cbd2d9"
+_LINE = "#9fb3c8"
 _LINES = ("#3b82c4", "#e08e2b", "#2e9e5b", "#7d5ba6")
 _FONT = "font-family='system-ui, sans-serif'"
 
@@ -168,12 +170,11 @@ def _legend(names: Sequence[str]) -> Iterable[str]:
 
 # --- graph ----------------------------------------------------------------------------------------
 
-_BOX, _ROW, _GAP, _SPACE = (
-    104,
-    24,
-    28,
-    6,
-)  # width and height of a box, between columns, between rows
+# width and height of a box, between columns, between rows
+_BOX = 104
+_ROW = 24
+_GAP = 28
+_SPACE = 6
 
 
 def graph(dag: Mapping[str, StageSpec], states: Mapping[str, str]) -> str:

@@ -78,7 +78,8 @@ def by_hand(rule: Rule, own: Side, other: Side, plan: Plan, share: Array) -> Arr
 
 @pytest.mark.parametrize(("samples", "room"), [(8, 0.3), (4, 0.3), (2, 0.02)])
 def test_changes_are_those_of_brute_force(samples: int, room: float) -> None:
-    own, other = drawn(1), drawn(2)
+    own = drawn(1)
+    other = drawn(2)
     share = np.random.default_rng(3).uniform(0.5, 1.5, 10)
     rule = Rule(0.6 * own.reward + 0.1, samples, own.reward, room)
     found = survival.changes(rule, own, other, PLAN, share)
@@ -87,7 +88,8 @@ def test_changes_are_those_of_brute_force(samples: int, room: float) -> None:
 
 
 def test_without_a_limit_the_multiplier_is_zero() -> None:
-    own, other = drawn(1), drawn(2)
+    own = drawn(1)
+    other = drawn(2)
     rule = Rule(own.reward, 8, own.reward, -np.inf)
     weight = np.exp(own.reward / PLAN.beta)
     weight /= weight.sum(1, keepdims=True)
@@ -96,7 +98,8 @@ def test_without_a_limit_the_multiplier_is_zero() -> None:
 
 
 def test_both_roles_are_averaged_before_the_ratio() -> None:
-    sides, share = [drawn(1), drawn(2)], np.full(10, 0.1)
+    sides = [drawn(1), drawn(2)]
+    share = np.full(10, 0.1)
     found = survival.measures(sides, PLAN, share)
     first = survival.rules_of(sides[0], PLAN)[BELIEVED][0]
     alone = survival.changes(first, sides[0], sides[1], PLAN, share).mean(1)
@@ -107,7 +110,8 @@ def test_both_roles_are_averaged_before_the_ratio() -> None:
 
 
 def test_where_one_name_has_two_slopes_their_mean_is_meant() -> None:
-    own, other = drawn(1), drawn(2)
+    own = drawn(1)
+    other = drawn(2)
     names = list(survival.rules_of(own, PLAN))
     place = names.index("believed, slope by half of the held-out pairs")
     share = np.full(10, 0.1)

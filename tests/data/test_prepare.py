@@ -204,7 +204,8 @@ def test_a_question_under_a_system_turn_stays_with_the_question_alone(tmp_path: 
 
 def dialogues(number: int, lengths: int) -> list[Row]:
     """Pairs of one dialogue at several lengths."""
-    turns, found = user(f"question {number}"), []
+    turns = user(f"question {number}")
+    found = []
     for length in range(lengths):
         found.append(
             {
@@ -343,7 +344,8 @@ def test_new_rows_move_few_prompts(tmp_path: Path) -> None:
     )
     more = {"format": "columns", "path": "more.jsonl", "columns": MAPS["safety"]}
     prepare(params(tmp_path, world=sizes, safety=[WORLD, more]), tmp_path / "large")
-    before, after = places(read_all(tmp_path / "small")), places(read_all(tmp_path / "large"))
+    before = places(read_all(tmp_path / "small"))
+    after = places(read_all(tmp_path / "large"))
     moved = [key for key, where in before.items() if after[key] != where]
     assert 0 < len(after) - len(before) == 100
     assert len(moved) < 30

@@ -38,7 +38,8 @@ def test_both_scorers_are_told_which_answers_ended(repo_root: Path, one_thread: 
     tokenizer = train_tokenizer(texts, 260)
     update = {"device": "cpu", "precision": "fp32"}
     resources = load_resources(repo_root / "params.yaml").model_copy(update=update)
-    reward, cost = Listener(), Listener()
+    reward = Listener()
+    cost = Listener()
     scorers = Scorers(build_scratch(SCRATCH, tokenizer, 0), tokenizer, reward, cost, resources)  # type: ignore[arg-type]
     prompts = pd.DataFrame(
         {"prompt_id": [prompt_id(user(t)) for t in texts], "prompt": [user(t) for t in texts]}

@@ -111,7 +111,8 @@ def test_answers_follow_the_mixtures_distribution(
     folder: Path, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], resources: Resources
 ) -> None:
     """Two tokens: a mixture of next-token distributions would agree on the first one only."""
-    mixture, draws = policy_at(folder, resources), 4000
+    mixture = policy_at(folder, resources)
+    draws = 4000
     drawn = sample(
         mixture, tokenizer, [prompts[1]], count=draws, max_new_tokens=2, batch_size=draws, seed=3
     )

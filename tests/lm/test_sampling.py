@@ -295,10 +295,8 @@ def test_the_log_probability_of_a_sample_is_that_of_its_tokens_as_drawn(
         model, tokenizer, [prompts[0]] * 2000, [one.tokens for one in drawn], batch_size=500
     )
     p = next_token(model, prompts[0])
-    entropy, spread = (
-        -(p * p.log()).sum(),
-        ((p * p.log() ** 2).sum() - (p * p.log()).sum() ** 2).sqrt(),
-    )
+    entropy = -(p * p.log()).sum()
+    spread = ((p * p.log() ** 2).sum() - (p * p.log()).sum() ** 2).sqrt()
     assert abs(scored.mean() + entropy) < 4 * spread / math.sqrt(2000)
 
 

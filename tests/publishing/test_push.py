@@ -46,7 +46,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def policy(root: Path, folder: str) -> Published:
     params = ROOT / "params.yaml"
-    data, base = load(PrepareParams, params), load(SftParams, params)
+    data = load(PrepareParams, params)
+    base = load(SftParams, params)
     return Published(root, folder, None, None, None, -0.8, data, base)
 
 

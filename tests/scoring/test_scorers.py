@@ -76,10 +76,8 @@ def scorer(backbone: Path, tokenizer: PreTrainedTokenizerBase, resources: Resour
 @torch.no_grad()
 def by_hand(scorer: Scorer, prompt: list[Message], answer: str) -> float:
     """The head's output at the EOS of one unpadded conversation."""
-    (before,), (after,) = (
-        encode_prompts(scorer.tokenizer, [prompt]),
-        encode_answers(scorer.tokenizer, [answer]),
-    )
+    [before] = encode_prompts(scorer.tokenizer, [prompt])
+    [after] = encode_answers(scorer.tokenizer, [answer])
     assert after[-1] == scorer.tokenizer.eos_token_id
     hidden = scorer.model.model(input_ids=torch.tensor([before + after])).last_hidden_state[0, -1]
     return float(scorer.model.score(hidden))

@@ -39,8 +39,10 @@ def rows(label: str) -> list[dict[str, Any]]:
     """
     found = []
     for i, row in enumerate(world.pku_rows(9, seed=1, sharpness=1.0)):
-        prompt, winner = user(row["prompt"]), row[label]
-        chosen, rejected = row[f"response_{winner}"], row[f"response_{1 - winner}"]
+        prompt = user(row["prompt"])
+        winner = row[label]
+        chosen = row[f"response_{winner}"]
+        rejected = row[f"response_{1 - winner}"]
         flags = FLAGS[i] if i < len(FLAGS) else (None, None)
         found.append(
             {

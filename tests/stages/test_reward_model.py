@@ -120,8 +120,10 @@ def pairs_of(label: str, count: int = 240) -> list[dict[str, Any]]:
     """Pairs of the world with flags, every other one held out."""
     found = []
     for i, row in enumerate(world.pku_rows(count, seed=2, sharpness=4.0)):
-        prompt, winner = user(row["prompt"]), row[label]
-        chosen, rejected = row[f"response_{winner}"], row[f"response_{1 - winner}"]
+        prompt = user(row["prompt"])
+        winner = row[label]
+        chosen = row[f"response_{winner}"]
+        rejected = row[f"response_{1 - winner}"]
         found.append(
             {
                 "pair_id": pair_id(prompt, chosen, rejected),
@@ -141,7 +143,8 @@ def pairs_of(label: str, count: int = 240) -> list[dict[str, Any]]:
 @pytest.fixture
 def filled(workspace: Path) -> Path:
     """The workspace with enough held-out pairs to calibrate by."""
-    helpful, safety = pairs_of("better_response_id"), pairs_of("safer_response_id")
+    helpful = pairs_of("better_response_id")
+    safety = pairs_of("safer_response_id")
     write_parquet(workspace / "data/prepared/helpful_pairs.parquet", helpful, HELPFUL_PAIRS)
     write_parquet(workspace / "data/prepared/safety_pairs.parquet", safety, SAFETY_PAIRS)
     return workspace

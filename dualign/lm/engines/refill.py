@@ -139,7 +139,8 @@ class _Batch:
 
     def left(self) -> int:
         """How many rows have ended since this was asked."""
-        ended, self._ended = self._ended, 0
+        ended = self._ended
+        self._ended = 0
         return ended
 
     def step(self) -> None:

@@ -144,7 +144,8 @@ def _misses(points: Iterable[Point], plane: Plane) -> list[Markup]:
 
 def _bars(point: Point, plane: Plane) -> list[tuple[Pixel, Pixel]]:
     """The ends of the bars across and along that are known."""
-    x, y = point.x, point.y
+    x = point.x
+    y = point.y
     bars: list[tuple[Pixel, Pixel]] = []
     if x.low is not None and x.high is not None:
         bars.append((plane.at(x.low, y.mean), plane.at(x.high, y.mean)))
@@ -172,7 +173,8 @@ def _mark(point: Point, at: Pixel) -> Markup:
 def _star(at: Pixel) -> list[Pixel]:
     corners: list[Pixel] = []
     for k in range(10):
-        radius, turn = (4.0 if k % 2 else 9.5), k * math.pi / 5
+        radius = 4.0 if k % 2 else 9.5
+        turn = k * math.pi / 5
         corners.append((at[0] + radius * math.sin(turn), at[1] - radius * math.cos(turn)))
     return corners
 
@@ -193,7 +195,8 @@ def _labels(
         for point in sorted(points, key=lambda point: "recommended" not in point.style)
     ]
     marks = [labels.around(at, 7) for at, _, _ in wanted]
-    (left, top), (right, bottom) = plane.left_top, plane.right_bottom
+    left, top = plane.left_top
+    right, bottom = plane.right_bottom
     return labels.place(wanted, marks, lines, (left, top, right + 12, bottom))
 
 

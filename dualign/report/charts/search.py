@@ -100,7 +100,8 @@ def _trace(
 def _error_bars(steps: Sequence[Step], plane: Plane) -> list[Markup]:
     bars: list[Markup] = []
     for i, step in enumerate(steps):
-        cost, error = step.get("cost"), step.get("cost_se")
+        cost = step.get("cost")
+        error = step.get("cost_se")
         if cost is not None and error is not None:
             ends = (plane.at(i, cost - error), plane.at(i, cost + error))
             bars.append(svg.line(*ends, "step-bar"))
@@ -123,7 +124,9 @@ def _made(step: Step) -> str:
     blend = step.get("blend")
     if not blend:
         return ", trained" if step.get("trained") else ""
-    first, second, weight = blend["first"], blend["second"], blend["weight"]
+    first = blend["first"]
+    second = blend["second"]
+    weight = blend["weight"]
     return f", merged: {1 - weight:.2f} step {first} + {weight:.2f} step {second}"
 
 

@@ -74,7 +74,8 @@ def domain(values: Iterable[float | None], pad: float = 0.06) -> tuple[float, fl
     known = [value for value in values if value is not None]
     if not known:
         return 0.0, 1.0
-    low, high = min(known), max(known)
+    low = min(known)
+    high = max(known)
     air = (high - low) * pad or max(abs(high) * 0.1, 0.1)
     return low - air, high + air
 
@@ -207,8 +208,10 @@ class Plane:
 
     def clipped(self, children: Iterable[Markup]) -> Markup:
         """Children cut off at the edges of the plane."""
-        (left, top), (right, bottom) = self.left_top, self.right_bottom
-        width, height = right - left, bottom - top
+        left, top = self.left_top
+        right, bottom = self.right_bottom
+        width = right - left
+        height = bottom - top
         view = f"{left:.0f} {top:.0f} {width:.0f} {height:.0f}"
         size = {"x": left, "y": top, "width": width, "height": height}
         return element("svg", *children, **size, viewBox=view, overflow="hidden")

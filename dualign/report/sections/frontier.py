@@ -20,7 +20,9 @@ from dualign.report.formatting import number, spoken
 from dualign.report.sections.base import FinishedRun, Row, Section
 
 #: Width and height of a chart: one of two beside each other, alone, and on a narrow screen.
-_HALF, _FULL, _NARROW = (548, 430), (960, 440), (340, 360)
+_HALF = (548, 430)
+_FULL = (960, 440)
+_NARROW = (340, 360)
 #: With more policies than this the charts show row numbers instead of names.
 MAX_LABELLED_POINTS = 14
 
@@ -28,7 +30,8 @@ MAX_LABELLED_POINTS = 14
 def section(run: FinishedRun) -> Section | None:
     """None where there is neither a policy nor a prediction."""
     world = _world(run)
-    points, knots = _points(run, "cost", "reward"), [_knot(row) for row in run.curve]
+    points = _points(run, "cost", "reward")
+    knots = [_knot(row) for row in run.curve]
     figures: list[Row] = []
     if points or knots:
         labels = ("expected cost (cost model)", "expected reward (reward model)")

@@ -88,5 +88,6 @@ def _place(row: Row, battles: pd.DataFrame, confidence: float) -> Row:
 
 
 def _met(battles: pd.DataFrame, one: str, other: str) -> bool:
-    first, second = battles["first"], battles["second"]
+    first = battles["first"]
+    second = battles["second"]
     return bool((((first == one) & (second == other)) | ((first == other) & (second == one))).any())

@@ -19,7 +19,8 @@ _AXES = {
     "unsafe": "harm on unsafe prompts ({by})",
     "answered": "unsafe prompts answered",
 }
-_SIZE, _NARROW = (548, 400), (340, 340)
+_SIZE = (548, 400)
+_NARROW = (340, 340)
 
 
 def section(run: FinishedRun) -> Section | None:

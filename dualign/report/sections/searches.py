@@ -67,7 +67,8 @@ def _costs(search: Mapping[str, Any]) -> list[float | None]:
     """What the cost axis must hold: the target and the ends of every step's error bar."""
     ends: list[float | None] = [search["target"]]
     for step in search["trajectory"]:
-        cost, error = step.get("cost"), step.get("cost_se") or 0.0
+        cost = step.get("cost")
+        error = step.get("cost_se") or 0.0
         if cost is not None:
             ends += [cost - error, cost + error]
     return ends

@@ -63,7 +63,9 @@ def _rows(
     for policy in run.in_order({policy for *_, policy in found}):
         cells = []
         for column in columns:
-            judge, label, key = column["judge"], column["label"], column["measure"].key
+            judge = column["judge"]
+            label = column["label"]
+            key = column["measure"].key
             mean = found.get((judge, label, policy), {}).get(key)
             cells.append({"mean": mean, "gap": apart.get((judge, label, policy, key))})
         rows.append({"name": policy, **run.mark_of(policy), "cells": cells})
