@@ -431,11 +431,9 @@ def _table(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> str:
     """One line a row: where it stands (`keys`), the method, the rate of false certificates, and
     power.
     """
-    powers = [
-        key
-        for key in ("best", *(f"power_{margin:g}" for margin in _MARGINS))
-        if any(key in row for row in rows)
-    ]
+    shown = set().union(*rows)
+    measured = ["best", *(f"power_{margin:g}" for margin in _MARGINS)]
+    powers = [key for key in measured if key in shown]
     heads = [
         key.replace("power_", "power at ").replace("best", "returns the best") for key in powers
     ]
@@ -485,10 +483,13 @@ def findings(parts: dict[str, list[dict[str, Any]]]) -> list[str]:
 def report(settings: Settings, parts: dict[str, list[dict[str, Any]]]) -> str:
     """The page in markdown."""
     titles = {world.name: world.title for world in (*WORLDS, *BEYOND)}
-    one, sequence, outside = (
-        [{**row, "cost": titles[row["world"]]} for row in parts[part]]
-        for part in ("one", "sequence", "beyond")
-    )
+
+    def titled(part: str) -> list[dict[str, Any]]:
+        return [{**row, "cost": titles[row["world"]]} for row in parts[part]]
+
+    one = titled("one")
+    sequence = titled("sequence")
+    outside = titled("beyond")
     pieces = [
         "# How often a certificate is false",
         f"    {options.command(PROGRAM, settings)}",

@@ -179,8 +179,9 @@ def sequences(
             | _shared(world, icc, error, common, rng, settings)
         )
     for name in TITLES:
-        stands, answers = (np.concatenate([part[name][k] for part in found]) for k in (0, 1))
-        yield {"sequence": name, **_measured(stands, answers, settings.delta)}
+        stands, answers = zip(*(part[name] for part in found), strict=True)
+        whole = (np.concatenate(stands), np.concatenate(answers))
+        yield {"sequence": name, **_measured(*whole, settings.delta)}
 
 
 def _own(
@@ -317,9 +318,10 @@ def findings(rows: Sequence[dict[str, Any]]) -> list[str]:
     """For each sequence the worst rate, and the means of what it loses and draws."""
     lines = []
     for name, title in TITLES.items():
-        own = [row for row in rows if row["sequence"] == name]
+        own = options.where(rows, sequence=name)
         worst = max(own, key=lambda row: row["rate"])
-        below, answers = (float(np.mean([row[key] for row in own])) for key in ("below", "answers"))
+        below = options.mean(own, "below")
+        answers = options.mean(own, "answers")
         lines.append(
             f"- {title}: false in {worst['rate']:.2%} ± {worst['error']:.2%} at worst"
             f" ({worst['world']}, ICC {worst['icc']:g}, {worst['prompts']} prompts); {below:.2f}"

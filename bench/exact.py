@@ -646,7 +646,7 @@ def _rounded(value: float, digits: int = 4) -> str:
 
 def _of(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The rows of each method, in the order of the table."""
-    return [[row for row in rows if row["method"] == method.name] for method in METHODS]
+    return [options.where(rows, method=method.name) for method in METHODS]
 
 
 def results_table(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -699,16 +699,16 @@ def findings(rows: Sequence[dict[str, Any]]) -> list[str]:
     lose it.
     """
     claimed = [row for row in rows if row["claims"]]
-    gap, excess = (max(abs(row[key]) for row in claimed) for key in ("gap", "excess"))
+    gap = max(abs(row["gap"]) for row in claimed)
+    excess = max(abs(row["excess"]) for row in claimed)
     lines = [
         f"Methods that claim π_λ*, worst of all problems: |J* − J| {gap:.1e}, |E[c] − limit|"
         f" {excess:.1e}."
     ]
     for own in _of(rows):
         if "emptied" in own[0]:
-            mass, before = (
-                fmean(row[key] for row in own) for key in ("emptied", "emptied_reference")
-            )
+            mass = options.mean(own, "emptied")
+            before = options.mean(own, "emptied_reference")
             lines.append(
                 f"{own[0]['title']}, mass on answers predicted to lose it: {before:.3f} before,"
                 f" {mass:.1e} after."

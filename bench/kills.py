@@ -220,10 +220,8 @@ def page(found: dict[str, Any]) -> str:
             "| stage | stops | while it ran | same bytes | told | left behind |",
         ]
         lines.append("|---|---|---|---|---|---|")
-        lines += [
-            _row(name, [t for t in trials if t.stage == name])
-            for name in sorted({t.stage for t in trials})
-        ]
+        for name in sorted({trial.stage for trial in trials}):
+            lines.append(_row(name, [trial for trial in trials if trial.stage == name]))
         lines += [_row(f"all ({mode})", trials), ""]
     return "\n".join(lines)
 

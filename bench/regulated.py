@@ -182,13 +182,15 @@ def _does(
     """Costs, reward and price of the regulated policy on the evaluation's prompts; without a bound,
     of the safe one.
     """
-    ratio, cost, true_cost, reward = (
-        np.concatenate([getattr(part, name) for part in tables], 1)
-        for name in ("ratio", "cost", "true_cost", "true_reward")
-    )
+
+    def whole(name: str) -> Array:
+        return np.concatenate([getattr(part, name) for part in tables], 1)
+
+    ratio = whole("ratio")
+    reward = whole("true_reward")
     at = 0.0 if bound is None else bound
-    found = regulated(ratio, np.clip(cost, low, high), reward, at)
-    truth = regulated(ratio, true_cost, reward, at)
+    found = regulated(ratio, np.clip(whole("cost"), low, high), reward, at)
+    truth = regulated(ratio, whole("true_cost"), reward, at)
     return {
         "cost": found.loss,
         "true_cost": truth.loss,

@@ -468,7 +468,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = options.head(heads)
     for row, own in _by_row(rows):
         trainings = [found["trainings"] for found in own]
-        means = {key: fmean(found[key] for found in own) for key in _MEANS}
+        means = {key: options.mean(own, key) for key in _MEANS}
         cells = [
             row.title + (f" (and {own[0]['before']} for all limits)" if own[0]["before"] else ""),
             f"{sum(found['met'] for found in own)}/{len(own)}",
@@ -498,27 +498,20 @@ def by_limit(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "|---" * (len(limits) + 1) + "|",
     ]
     for row, own in _by_row(rows):
-        cells = [
-            ", ".join(
-                f"{found['trainings']}{'' if found['met'] else '+'}"
-                for found in own
-                if found["limit"] == limit
-            )
-            for limit in limits
-        ]
+        cells = [_trainings(options.where(own, limit=limit)) for limit in limits]
         lines.append(f"| {row.title} | {' | '.join(cells)} |")
     return lines
+
+
+def _trainings(rows: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{row['trainings']}{'' if row['met'] else '+'}" for row in rows)
 
 
 def best_step_sizes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The step size with the fewest trainings for each method that was given several, in
     hindsight.
     """
-    means = {
-        row: fmean(found["trainings"] for found in own)
-        for row, own in _by_row(rows)
-        if row.step_size
-    }
+    means = {row: options.mean(own, "trainings") for row, own in _by_row(rows) if row.step_size}
     lines = []
     for method in dict.fromkeys(row.method for row in means):
         tried = [row for row in means if row.method == method]
@@ -533,7 +526,7 @@ def best_step_sizes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _by_row(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Row, list[Mapping[str, Any]]]]:
     """The searches that have been made, in the order of `ROWS`."""
-    found = [(row, [one for one in rows if one["row"] == row.name]) for row in ROWS]
+    found = [(row, options.where(rows, row=row.name)) for row in ROWS]
     return [(row, own) for row, own in found if own]
 
 
@@ -541,11 +534,14 @@ def page(
     settings: Settings, common: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
 ) -> str:
     """The page in markdown."""
-    tokens = fmean(found["pool_tokens"] for found in common)
-    score, helpful, path = (
-        fmean(sum(found["seconds"][stage] for stage in stages) for found in common)
-        for stages in (("score",), *SHARED.values())
-    )
+    tokens = options.mean(common, "pool_tokens")
+    seconds = [found["seconds"] for found in common]
+
+    def shared(*stages: str) -> float:
+        return sum(options.mean(seconds, stage) for stage in stages)
+
+    score = shared("score")
+    helpful, path = (shared(*stages) for stages in SHARED.values())
     parts = [
         "# What a search costs",
         f"    {options.command(PROGRAM, settings)}",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -320,7 +321,7 @@ def page(command: str, found: dict[str, Any]) -> str:
 
 
 def _across(table: dict[str, dict[str, float]]) -> list[list[Any]]:
-    return [[key, *(own[key] for own in table.values())] for key in table["A"]]
+    return [[key, *map(itemgetter(key), table.values())] for key in table["A"]]
 
 
 def _line(cells: Iterable[Any]) -> str:
