@@ -179,11 +179,11 @@ def enter(root: Path) -> None:
 
 def _script(name: str, package: str, rest: list[str]) -> NoReturn:
     """Become `python -m PACKAGE.SCRIPT`, since another checkout's library may be loaded here."""
-    known = scripts(package)
+    names = scripts(package)
     if not rest or rest[0].startswith("-"):
-        raise DualignError(f"usage: dualign {name} NAME ...; NAME is one of {', '.join(known)}")
-    if rest[0] not in known:
-        raise DualignError(f"dualign {name} {rest[0]}: no such {name}; {nearest(rest[0], known)}")
+        raise DualignError(f"usage: dualign {name} NAME ...; NAME is one of {', '.join(names)}")
+    if rest[0] not in names:
+        raise DualignError(f"dualign {name} {rest[0]}: no such {name}; {nearest(rest[0], names)}")
     os.execv(sys.executable, [sys.executable, "-m", f"{package}.{rest[0]}", *rest[1:]])
 
 

@@ -194,11 +194,11 @@ def _damages(root: Path, thorough: bool) -> Iterator[Finding]:
 def _locks(root: Path) -> Iterator[Finding]:
     try:
         with exclusive(root):
-            found = list(_dvc_locks(root))
+            findings = list(_dvc_locks(root))
     except PipelineError as error:
         yield Finding("note", f"locks: {error}")
         return
-    yield from found or [Finding("ok", "locks: no run is going on")]
+    yield from findings or [Finding("ok", "locks: no run is going on")]
 
 
 def _dvc_locks(root: Path) -> Iterator[Finding]:

@@ -111,11 +111,11 @@ def answered(
 def wanted(run: Run[AnswerParams], spec: SuiteSpec) -> Draws:
     """How the answers to this suite are made."""
     longest = run.params.max_new_tokens
-    found = Draws(spec.samples_per_prompt, longest, run.params.seed, spec.temperature)
+    draws = Draws(spec.samples_per_prompt, longest, run.params.seed, spec.temperature)
     if spec.max_new_tokens is None:
-        return found
+        return draws
     key = f"suites.{run.item}.max_new_tokens"
-    return replace(found, max_new_tokens=spec.max_new_tokens, key=key)
+    return replace(draws, max_new_tokens=spec.max_new_tokens, key=key)
 
 
 def chosen(

@@ -137,12 +137,12 @@ def calibrate(
             "flags of at least two prompts must be held out to judge the cost; raise"
             " prepare.heldout_share"
         )
-    found = _fitted(flagged, kind)
-    more = seen if agree(found[kind], flagged_arrays(flagged), seen) else NOTHING
+    fitted = _fitted(flagged, kind)
+    more = seen if agree(fitted[kind], flagged_arrays(flagged), seen) else NOTHING
     costs, unsafe = _crosswise(flagged, parts, kind, more)
-    found = _zeroed(found, flagged, more)
+    fitted = _zeroed(fitted, flagged, more)
     quality = {name: _quality(cost, unsafe) for name, cost in costs.items()}
-    served = found[kind]
+    served = fitted[kind]
     after = quality[kind]
     metrics = {
         "sign_accuracy": after["sign_accuracy"],
@@ -151,7 +151,7 @@ def calibrate(
         **{name: quality.get(name) for name in ("platt", "isotonic")},
         "scale": served.scale,
         "offset": float(served(np.zeros(1))[0]),
-        "zero_error": _zero_error(found, kind, flagged, more, seed),
+        "zero_error": _zero_error(fitted, kind, flagged, more, seed),
         "zero_flags": 0 if kind == "none" else len(flagged) + len(more[0]),
     }
     return served, metrics, reliability(sigmoid(costs[kind]), unsafe)
@@ -169,12 +169,12 @@ def _crosswise(
     refused: list[DataError] = []
     for fit, judge in parts:
         try:
-            found = _zeroed(_fitted(answers[fit], kind), answers[fit], seen)
+            fitted = _zeroed(_fitted(answers[fit], kind), answers[fit], seen)
         except DataError as error:
             refused.append(error)
             continue
         flags.append(answers[judge]["unsafe"].to_numpy(bool))
-        for name, each in found.items():
+        for name, each in fitted.items():
             costs.setdefault(name, []).append(each(answers[judge]["score"].to_numpy(float)))
     if not flags:
         raise refused[-1]

@@ -55,8 +55,8 @@ def main(run: Run[DualInitParams]) -> None:
     """Run the stage."""
     params = run.params
     raw = read_table(SCORED / "pool.parquet", POOL)
-    found = doubt(SCORED, raw, params.pessimism)
-    pool = doubted(raw, found)
+    doubtful = doubt(SCORED, raw, params.pessimism)
+    pool = doubted(raw, doubtful)
     prompts = pool.drop_duplicates("prompt_id")
     reward, cost, length, ended = (
         by_prompt(pool, name) for name in ("reward", "cost", "length", "ended")
@@ -67,7 +67,7 @@ def main(run: Run[DualInitParams]) -> None:
     margin = with_margin(solution, params)
     error = read_record(COST_MODEL, CostModelMetrics).zero_error
     result = describe(solution, params) | sensitivity(solution, params, error) | _named(margin)
-    result |= {"prices": [price.as_dict() for price in prices], "pessimism": doubts(found, raw)}
+    result |= {"prices": [price.as_dict() for price in prices], "pessimism": doubts(doubtful, raw)}
     result |= {"messages": messages(solution, params, margin, prices)}
     grid = sorted({*params.grid, solution.lam})
     believed = by_prompt(raw, "reward")  # what is shown is never lowered
@@ -256,24 +256,24 @@ def messages(
     prices: Sequence[Price] = (),
 ) -> list[str]:
     """What a user should know about this dual, with the remedy."""
-    found = []
+    advice = []
     if solution.slack and any(price.lam > 0 for price in prices):
-        found.append(
+        advice.append(
             "constraint.limit is slack: with the limits of constraint.additional it is kept, so"
             " lambda"
             " is 0"
         )
     elif solution.slack:
-        found.append("the limit is slack: the optimum without it keeps it, so lambda is 0")
+        advice.append("the limit is slack: the optimum without it keeps it, so lambda is 0")
     if not margin.reached:
-        found.append(
+        advice.append(
             "the target that leaves room for a certificate is out of the samples' reach: lam_margin"
             f" takes the lowest cost that is not, {margin.target:.4g}; raise certify.prompts or"
             " constraint.limit, or lower constraint.power"
         )
     if float(np.median(solution.ess)) < params.min_ess:
-        found.append(_low_ess(solution, params))
-    return found
+        advice.append(_low_ess(solution, params))
+    return advice
 
 
 def _low_ess(solution: DualSolution, params: DualInitParams) -> str:

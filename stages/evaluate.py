@@ -126,13 +126,13 @@ def additional_constraints(
 
     A CVaR is that of the answers, the mean of t + (c - t)_+ / (1 - level) at their value at risk t.
     """
-    found: dict[str, dict[str, float | None]] = {}
+    measured: dict[str, dict[str, float | None]] = {}
     for name, spec in additional.items():
         added = constraint(name, spec)
         rows = answers[added.applies(answers["prompt"].tolist())]
         if rows.empty:
             log.warning("%s.prompts: %r is found in no evaluated prompt", added.key, added.prompts)
-            found[name] = {"mean": None, "low": None, "high": None, "limit": spec.limit}
+            measured[name] = {"mean": None, "low": None, "high": None, "limit": spec.limit}
             continue
         cost, length, ended = (
             rows[column].to_numpy(float) for column in ("cost", "length", "ended")
@@ -142,8 +142,8 @@ def additional_constraints(
         values = clustered_mean(
             added.values(cost, length, ended), rows["prompt_id"].to_numpy(), confidence
         )
-        found[name] = {**values.as_dict(), "limit": spec.limit}
-    return found
+        measured[name] = {**values.as_dict(), "limit": spec.limit}
+    return measured
 
 
 if __name__ == "__main__":

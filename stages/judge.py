@@ -39,22 +39,22 @@ def main(run: Run[JudgeParams]) -> None:
     answers, labels = read_answers(spec.suites)
     people = labelled(run.params)
     bench = Bench(name, run.resources, Path("models"), scratch_root() / "judge" / "replies.sqlite")
-    found = table(JUDGES[spec.kind](pd.concat([answers, people]), spec, bench))
-    check_failures(found, f"judges.{name}", run.params.max_failed)
-    on_people = found["suite"] == LABELLED
-    verdicts = found[~on_people]
-    tried = found[on_people]
+    judged = table(JUDGES[spec.kind](pd.concat([answers, people]), spec, bench))
+    check_failures(judged, f"judges.{name}", run.params.max_failed)
+    on_people = judged["suite"] == LABELLED
+    verdicts = judged[~on_people]
+    tried = judged[on_people]
     with replacing(OUT / name) as out:
         out.mkdir()
         write_parquet(out / "verdicts.parquet", verdicts, VERDICTS)
         write_parquet(out / "labelled.parquet", tried, VERDICTS)
-    log.info("%s: %d verdicts, failures %s", name, len(verdicts), failures(found) or "none")
+    log.info("%s: %d verdicts, failures %s", name, len(verdicts), failures(judged) or "none")
     run.throughput |= bench.spent
     run.metrics(
         {
             "judge": name,
             "kind": spec.kind,
-            "failures": failures(found),
+            "failures": failures(judged),
             "money": bench.spent.get("money"),
             "agreement": with_people(tried, people, run.params.confidence),
             "suites": summarise(verdicts, labels, run.params.confidence),

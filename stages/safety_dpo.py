@@ -47,12 +47,12 @@ def multiplier(item: str, spec: SafetyRun) -> float:
     are not kept here."""
     if not isinstance(spec.lam, str):
         return spec.lam
-    known = read_record(DUAL, SolvedDual)
-    if known.prices:
+    solved = read_record(DUAL, SolvedDual)
+    if solved.prices:
         log.warning(
             "safety_dpo.runs.%s trains on preferences and ignores constraint.additional", item
         )
-    lam = solved_multiplier(known, spec.lam)
+    lam = solved_multiplier(solved, spec.lam)
     if lam == 0:
         log.warning(
             "safety_dpo.runs.%s: the multiplier is 0, since constraint.limit is slack, and at"

@@ -54,9 +54,9 @@ def main(run: Run[ScoreParams]) -> None:
     run.throughput["pool_tokens_per_second"] = float(
         pool["length"].sum() / (time.monotonic() - started)
     )
-    known = preference_pairs()
-    pairs = score_pairs(drawn_of(known, "train", params.pairs, params.seed), scorers)
-    support = support_rows(drawn_of(known, "heldout", _SUPPORT_PAIRS, params.seed), scorers)
+    preferences = preference_pairs()
+    pairs = score_pairs(drawn_of(preferences, "train", params.pairs, params.seed), scorers)
+    support = support_rows(drawn_of(preferences, "heldout", _SUPPORT_PAIRS, params.seed), scorers)
     evaluated = read_table(DATA / "eval.parquet", PROMPTS)
     enumerated = enumerate_world(evaluated[evaluated["source"] == "world"], scorers)
     with replacing(OUT) as folder:

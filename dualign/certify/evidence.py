@@ -74,14 +74,14 @@ def files(folder: Path) -> dict[str, str]:
 
 def check_files(folder: Path, recorded: Mapping[str, str], what: str) -> None:
     """Raises DataError for the first file of a model that is not as recorded; `what` names it."""
-    found = files(folder)
-    for name in sorted({*recorded, *found}):
-        if recorded.get(name) != found.get(name):
+    present = files(folder)
+    for name in sorted({*recorded, *present}):
+        if recorded.get(name) != present.get(name):
             how = (
                 "is not recorded"
                 if name not in recorded
                 else "is missing"
-                if name not in found
+                if name not in present
                 else "sha256 differs"
             )
             raise DataError(f"{what} ({folder}) is not the one certified: {name}: {how}")
@@ -118,14 +118,14 @@ def _weights(own: pd.Series, drawn: pd.Series, path: Path) -> np.ndarray:
     Where the mixture of two policies drew, w is at most 2 for either (the balance heuristic; Veach
     and Guibas 1995)."""
     with np.errstate(over="ignore"):
-        found: np.ndarray = np.exp(own.to_numpy(float) - drawn.to_numpy(float))
-    wrong = np.flatnonzero(~np.isfinite(found))
+        weights: np.ndarray = np.exp(own.to_numpy(float) - drawn.to_numpy(float))
+    wrong = np.flatnonzero(~np.isfinite(weights))
     if len(wrong):
         raise DataError(
             f"{path}: row {wrong[0]} has no weight: logp and {DRAWN} must be finite; run certify"
             " again"
         )
-    return found
+    return weights
 
 
 def effective_share(weight: np.ndarray) -> float:
@@ -135,16 +135,16 @@ def effective_share(weight: np.ndarray) -> float:
 
 def weights_of(labels: pd.DataFrame, answers: pd.DataFrame, path: Path) -> np.ndarray:
     """The weight of each labelled answer. Raises DataError where one is not the candidate's."""
-    known = answers.drop_duplicates(list(_LABELLED)).set_index(list(_LABELLED))["weight"]
-    found: np.ndarray = known.reindex(pd.MultiIndex.from_frame(labels[list(_LABELLED)])).to_numpy(
-        float
-    )
-    wrong = np.flatnonzero(np.isnan(found))
+    by_answer = answers.drop_duplicates(list(_LABELLED)).set_index(list(_LABELLED))["weight"]
+    weights: np.ndarray = by_answer.reindex(
+        pd.MultiIndex.from_frame(labels[list(_LABELLED)])
+    ).to_numpy(float)
+    wrong = np.flatnonzero(np.isnan(weights))
     if len(wrong):
         raise DataError(
             f"{path}: row {wrong[0]}: the labelled answer is none of the candidate's answers"
         )
-    return found
+    return weights
 
 
 def check_drawn(tables: Mapping[str, pd.DataFrame]) -> None:
@@ -171,9 +171,9 @@ def read_labels(path: Path) -> pd.DataFrame:
 
 def _read(path: Path, schema: pa.Schema) -> pd.DataFrame:
     frame = read_table(path, schema)
-    found = pq.read_schema(path)
+    stored = pq.read_schema(path)
     for field in schema:
-        kind = _kind(found.field(field.name).type)
+        kind = _kind(stored.field(field.name).type)
         expected = _kind(field.type)
         if kind != expected:
             raise DataError(
@@ -234,18 +234,18 @@ def check_answers(answers: pd.DataFrame, path: Path) -> None:
 
 def check_ids(frame: pd.DataFrame, path: Path) -> None:
     """Raises DataError where a prompt's id is not the hash of the prompt."""
-    known: dict[tuple[tuple[Any, Any], ...], str] = {}
+    ids: dict[tuple[tuple[Any, Any], ...], str] = {}
     for row, (stated, prompt) in enumerate(zip(frame["prompt_id"], frame["prompt"], strict=True)):
         key = tuple((turn["role"], turn["content"]) for turn in prompt)
-        if key not in known:
+        if key not in ids:
             if not all(isinstance(part, str) for turn in key for part in turn):
                 raise DataError(
                     f"{path}: row {row}: a turn of the prompt has no role or no content"
                 )
-            known[key] = prompt_id(prompt)
-        if stated != known[key]:
+            ids[key] = prompt_id(prompt)
+        if stated != ids[key]:
             raise DataError(
-                f"{path}: row {row}: prompt_id {stated} is not that of its prompt, {known[key]}"
+                f"{path}: row {row}: prompt_id {stated} is not that of its prompt, {ids[key]}"
             )
 
 
@@ -253,9 +253,9 @@ def check_labels(labels: pd.DataFrame, answers: pd.DataFrame, path: Path) -> Non
     """Raises DataError where a label is on no answer of the candidate with that cost."""
     check_ids(labels, path)
     keys = list(_LABELLED)
-    known = set(answers[keys].itertuples(index=False, name=None))
+    given = set(answers[keys].itertuples(index=False, name=None))
     for row, key in enumerate(labels[keys].itertuples(index=False, name=None)):
-        if key not in known:
+        if key not in given:
             raise DataError(
                 f"{path}: row {row}: the labelled answer to {key[0]} is none of the candidate's"
                 " answers"

@@ -129,21 +129,21 @@ def excess(knot: Knot, screen: Screen, samples: int) -> tuple[float, float]:
 
     The test passes if a normal variable of mean u and standard deviation sigma is at most 0: 1 is
     the certificate's own noise, SE' is the error of the screened mean."""
-    found = []
+    excesses = []
     for part in knot.seen:
         asked = screen.certify_prompts * part.prompts / screen.prompts
         error = math.sqrt(part.spread(samples) / asked)
-        known = math.sqrt(part.spread(screen.samples) / part.prompts)
+        screened = math.sqrt(part.spread(screen.samples) / part.prompts)
         gap = part.mean - part.limit
         u = gap / error if error > 0 else math.copysign(_FAR, gap)
-        ratio = known / error if error > 0 else 0.0
-        found.append(
+        ratio = screened / error if error > 0 else 0.0
+        excesses.append(
             (
                 float(np.clip(u, -_FAR, _FAR)) + float(norm.ppf(1 - screen.delta)),
                 math.hypot(1.0, ratio),
             )
         )
-    return max(found)
+    return max(excesses)
 
 
 def levels(sigma: float, tests: int) -> Array:
@@ -193,10 +193,10 @@ def overlap(path: tuple[Knot, ...], weights: Array, drawn: float) -> Array:
     knots = np.array([knot.q for knot in path], float)
     speeds = np.sqrt([knot.bend or 0.0 for knot in path[:-1]])
     way = np.concatenate([[0.0], np.cumsum(speeds * -np.diff(knots))])
-    found: Array = np.exp(
+    worth: Array = np.exp(
         -((np.interp(-weights, -knots, way) - np.interp(-drawn, -knots, way)) ** 2)
     )
-    return found
+    return worth
 
 
 def _grid(knots: Array) -> Array:

@@ -71,10 +71,10 @@ def faults_told(refusal: Callable[[str, str], DualignError]) -> Iterator[None]:
     except DualignError:
         raise
     except Exception as error:
-        told = write_fault(error)
-        if told is None:
+        fault = write_fault(error)
+        if fault is None:
             raise
-        raise refusal(told, _REMEDIES.get(_number(error) or 0, "")) from error
+        raise refusal(fault, _REMEDIES.get(_number(error) or 0, "")) from error
 
 
 def write_fault(error: BaseException) -> str | None:
@@ -103,8 +103,8 @@ def _number(error: BaseException) -> int | None:
     """The system's number of an error of writing, also where only its text holds one."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    found = _OS_ERROR.search(str(error))
-    return int(found[1]) if found is not None and int(found[1]) in _REMEDIES else None
+    match = _OS_ERROR.search(str(error))
+    return int(match[1]) if match is not None and int(match[1]) in _REMEDIES else None
 
 
 def _put(new: Path, path: Path) -> None:
@@ -134,8 +134,8 @@ def _rename(new: Path, path: Path) -> None:
 
 def listed(folder: Path, pattern: str) -> list[Path]:
     """What a pattern finds in a folder, in order, without what is hidden or half written."""
-    found = sorted(folder.glob(pattern))
-    return [path for path in found if not _hidden(path.relative_to(folder))]
+    paths = sorted(folder.glob(pattern))
+    return [path for path in paths if not _hidden(path.relative_to(folder))]
 
 
 def policy_tables(folder: Path) -> list[Path]:
@@ -156,8 +156,8 @@ def sha256(file: Path) -> str:
 
 def hashes(folder: Path) -> dict[str, str]:
     """The hashes of all files in a folder, by their paths in it."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in found}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -204,12 +204,12 @@ def read_json(path: str | Path) -> Any:
 
 def read_optional_json(path: str | Path) -> dict[str, Any]:
     """The JSON object of a file, or {} where there is none, since its stage did not write it."""
-    found = read_json(path) if Path(path).is_file() else {}
-    if not isinstance(found, dict):
+    content = read_json(path) if Path(path).is_file() else {}
+    if not isinstance(content, dict):
         raise DataError(
             f"{path}: not a JSON object; run the stage that wrote it again (`dvc repro --force`)"
         )
-    return found
+    return content
 
 
 def write_parquet(

@@ -95,15 +95,15 @@ def _of_folder(folder: Path, spec: SourceSpec, root: Path) -> Files:
 
 def _listed(folder: Path) -> list[Path]:
     """The files of a folder and its subfolders, below it, in order of their names."""
-    found: list[Path] = []
+    files: list[Path] = []
     try:
         for where, _, names in os.walk(folder, onerror=_raised):
-            found += [(Path(where) / name).relative_to(folder) for name in names]
+            files += [(Path(where) / name).relative_to(folder) for name in names]
     except OSError as error:
         raise DataError(
             f"{folder}: cannot be listed ({error.strerror}); check the permissions of the folder"
         ) from error
-    return sorted(found)
+    return sorted(files)
 
 
 def _raised(error: OSError) -> NoReturn:
@@ -147,14 +147,14 @@ def _plain_files(folder: Path, names: Sequence[Path], spec: SourceSpec) -> list[
             "%s: not read: %s, since only %s is", folder, ", ".join(map(str, others[:5])), _KINDS
         )
     named = {name: set(map(str.lower, _SPLIT.findall(name.as_posix()))) for name in files}
-    told = sorted(set().union(*named.values()))
-    if not told and spec.split == "train":
+    splits = sorted(set().union(*named.values()))
+    if not splits and spec.split == "train":
         return files
     kept = [name for name in files if spec.split in named[name]]
     if not kept:
         raise DataError(
             f"{folder}: no file's name speaks of split {spec.split!r}; names speak of:"
-            f" {', '.join(told) or 'none'}"
+            f" {', '.join(splits) or 'none'}"
         )
     return kept
 
@@ -188,8 +188,8 @@ def _root_cause(error: BaseException) -> str:
     cause = error
     while cause.__cause__ is not None or cause.__context__ is not None:
         cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-    told = [(str(one).strip() or type(one).__name__).splitlines()[0] for one in (error, cause)]
-    return ": ".join(dict.fromkeys(told))
+    lines = [(str(one).strip() or type(one).__name__).splitlines()[0] for one in (error, cause)]
+    return ": ".join(dict.fromkeys(lines))
 
 
 # --- text files -----------------------------------------------------------------------------------

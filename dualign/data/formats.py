@@ -314,10 +314,10 @@ class Format:
 def _mapped(spec: SourceSpec, kind: Kind) -> dict[str, str]:
     """The column map of format `columns`, checked against what the kind needs."""
     choices = FORMATS["columns"].columns[kind]
-    known = [*itertools.chain(*choices), *_BESIDE[kind]]
+    keys = [*itertools.chain(*choices), *_BESIDE[kind]]
     for name in spec.columns:
-        if name not in known:
-            valid = ", ".join(known)
+        if name not in keys:
+            valid = ", ".join(keys)
             raise DataError(
                 f"prepare.{kind}: {label(spec)}: columns has unknown key {name!r}; valid keys:"
                 f" {valid}"

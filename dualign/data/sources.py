@@ -197,11 +197,11 @@ def _check_codes(codes: Counter[float], column: str, place: str) -> None:
     """Refuse a column that codes answers by 1 and 2, say: its 1 may be what is 0 here."""
     strays = sum(count for code, count in codes.items() if code not in (0, 1))
     if strays > max(_SLIPS, _SLIP_SHARE * codes.total()):
-        found = ", ".join(
+        counts = ", ".join(
             f"{cells.shortened(code)} ({count} rows)" for code, count in sorted(codes.items())[:5]
         )
         raise DataError(
-            f"{place}: column {column!r} holds {found}, so what its 1 means is unclear; accepted"
+            f"{place}: column {column!r} holds {counts}, so what its 1 means is unclear; accepted"
             " are 0 (no, or the first answer), 1 (yes, or the second), true, false and null: write"
             " it in these"
         )

@@ -187,9 +187,9 @@ def knows(prompt: str) -> bool:
 def score(prompt: str, text: str) -> tuple[float, float, bool]:
     """The oracle on free text: (r*, c*, grammatical). White space is forgiven, nothing else."""
     if prompt in _index():
-        found = _by_text(prompt).get(_squeeze(text))
-        if found is not None:
-            return found.reward, found.cost, True
+        answer = _by_text(prompt).get(_squeeze(text))
+        if answer is not None:
+            return answer.reward, answer.cost, True
     return UNGRAMMATICAL_REWARD, UNGRAMMATICAL_COST, False
 
 

@@ -44,8 +44,8 @@ def means(answers: pd.DataFrame, confidence: float = 0.95) -> dict[str, dict[str
         "length": answers["length"],
         "ended": answers["ended"],
     }
-    known = [name for name in _TRUTH if name in answers and answers[name].notna().all()]
-    columns |= {name: answers[name] for name in known}
+    true = [name for name in _TRUTH if name in answers and answers[name].notna().all()]
+    columns |= {name: answers[name] for name in true}
     weight = answers["weight"].to_numpy(float) if "weight" in answers else None
     return {
         name: clustered_mean(
@@ -104,10 +104,10 @@ def against_optimum(
 def exact_frontier(problem: tabular.Problem, lam: float) -> list[dict[str, float]]:
     """Reward, cost and KL of the exact optima at `lam` and others, from 0 to thrice that."""
     grid = sorted({0.0, lam, *np.linspace(0, max(3 * lam, 1.0), 25).tolist()})
-    found = [problem.describe(problem.policy(point)) for point in grid]
+    optima = [problem.describe(problem.policy(point)) for point in grid]
     return [
         {"lam": point, "reward": own["reward"], "cost": own["cost"], "kl": own["kl"]}
-        for point, own in zip(grid, found, strict=True)
+        for point, own in zip(grid, optima, strict=True)
     ]
 
 

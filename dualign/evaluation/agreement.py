@@ -108,5 +108,5 @@ def _correlation(sums: Array) -> Array:
     count, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
     spread = (count * xx - x * x) * (count * yy - y * y)
     with np.errstate(divide="ignore", invalid="ignore"):
-        found: Array = np.where(spread > 1e-9, (count * xy - x * y) / np.sqrt(spread), np.nan)
-    return found
+        correlation: Array = np.where(spread > 1e-9, (count * xy - x * y) / np.sqrt(spread), np.nan)
+    return correlation

@@ -126,9 +126,18 @@ def _difference(
     values = prompt_differences(by_policy[first], by_policy[second], column)
     if values.empty:
         raise DataError(f"policies {first!r} and {second!r} share no prompt with a {column}")
-    found = mean_difference(values.to_numpy(), confidence)
-    chance = no_difference(found, len(values))
-    return first, second, len(values), found.mean, found.error, found.low, found.high, chance
+    estimate = mean_difference(values.to_numpy(), confidence)
+    chance = no_difference(estimate, len(values))
+    return (
+        first,
+        second,
+        len(values),
+        estimate.mean,
+        estimate.error,
+        estimate.low,
+        estimate.high,
+        chance,
+    )
 
 
 def mcnemar(first: Sequence[bool] | Array, second: Sequence[bool] | Array) -> Discordance:

@@ -45,8 +45,8 @@ def prompts_needed(
     if deviation == 0:
         return 2
     size = abs(difference) / deviation
-    found = TTestPower().solve_power(effect_size=size, alpha=alpha / comparisons, power=power)
-    return max(2, math.ceil(float(found)))
+    prompts = TTestPower().solve_power(effect_size=size, alpha=alpha / comparisons, power=power)
+    return max(2, math.ceil(float(prompts)))
 
 
 def difference_found(
@@ -62,8 +62,8 @@ def difference_found(
     >>> round(difference_found(199, 0.5), 3)
     0.1
     """
-    found = TTestPower().solve_power(nobs=prompts, alpha=alpha / comparisons, power=power)
-    return float(found) * deviation
+    size = TTestPower().solve_power(nobs=prompts, alpha=alpha / comparisons, power=power)
+    return float(size) * deviation
 
 
 def prompts_needed_by_mcnemar(

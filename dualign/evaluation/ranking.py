@@ -139,12 +139,12 @@ def rank(
 def _redrawn(table: Array, draws: int, seed: int) -> Array:
     """Wins of prompts drawn with replacement; a draw in which some never met is drawn again."""
     generator = np.random.default_rng(seed)
-    found = np.zeros((0, *table.shape[1:]))
-    while len(found) < draws:
+    kept = np.zeros((0, *table.shape[1:]))
+    while len(kept) < draws:
         wins = np.tensordot(redrawn(generator, len(table), draws), table, 1)
         whole = _linked(wins + wins.transpose(0, 2, 1) > 0)
-        found = np.concatenate([found, wins[whole]])[:draws]
-    return found
+        kept = np.concatenate([kept, wins[whole]])[:draws]
+    return kept
 
 
 def _check(battles: pd.DataFrame) -> None:
@@ -213,10 +213,10 @@ def battles_by_score(
 
 def _with_lengths(battles: pd.DataFrame, lengths: pd.DataFrame) -> pd.DataFrame:
     """Battles with the length of both answers."""
-    known = lengths.set_index(["policy", "prompt_id", "sample"])["length"]
+    by_answer = lengths.set_index(["policy", "prompt_id", "sample"])["length"]
     for side in ("first", "second"):
         keys = zip(battles[side], battles["prompt_id"], battles["sample"], strict=True)
-        battles[f"length_{side}"] = known.reindex(list(keys)).to_numpy(float)
+        battles[f"length_{side}"] = by_answer.reindex(list(keys)).to_numpy(float)
     return battles
 
 
@@ -234,11 +234,11 @@ def battles_of(battles: pd.DataFrame, policy: str, against: str) -> pd.DataFrame
         "length_second": "length_first",
     }
     turned = turned.rename(columns=swapped).assign(score=1 - turned["score"])
-    found = pd.concat([straight, turned], ignore_index=True)
-    if found.empty:
+    own = pd.concat([straight, turned], ignore_index=True)
+    if own.empty:
         raise DataError(f"policies {policy!r} and {against!r} never met")
-    _check(found)
-    return found
+    _check(own)
+    return own
 
 
 def win_rate(battles: pd.DataFrame, policy: str, against: str, confidence: float = 0.95) -> WinRate:

@@ -120,7 +120,7 @@ def _raised(probability: Array, responses: Sequence[str]) -> Array:
 def crosswise_probability(labelled: pd.DataFrame, folds: int = 10) -> Array:
     """P(refuses) of every labelled answer by a classifier that has seen no answer to its prompt."""
     responses = labelled["response"].tolist()
-    found: Array = cross_val_predict(
+    probability: Array = cross_val_predict(
         _untrained(),
         responses,
         refused(labelled),
@@ -128,7 +128,7 @@ def crosswise_probability(labelled: pd.DataFrame, folds: int = 10) -> Array:
         cv=GroupKFold(folds),
         method="predict_proba",
     )
-    return _raised(found[:, 1], responses)
+    return _raised(probability[:, 1], responses)
 
 
 # --- labels of people -----------------------------------------------------------------------------

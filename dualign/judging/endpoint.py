@@ -92,17 +92,18 @@ class Endpoint:
     def __call__(self, asks: Sequence[Ask]) -> list[Reply]:
         """A reply to each, in order; those that are known are not asked for again."""
         keys = [self._key(ask) for ask in asks]
-        known = {key: self._cache.get(key) for key in dict.fromkeys(keys)}
-        waiting = {key: ask for key, ask in zip(keys, asks, strict=True) if known[key] is None}
+        replies = {key: self._cache.get(key) for key in dict.fromkeys(keys)}
+        waiting = {key: ask for key, ask in zip(keys, asks, strict=True) if replies[key] is None}
         self.saved += len(keys) - len(waiting)
         self._check_budget(list(waiting.values()), len(keys))
         failures = self._answer(waiting)
-        known |= {key: self._cache.get(key) for key in waiting}
+        replies |= {key: self._cache.get(key) for key in waiting}
         self.money += sum(
-            self._price(reply.read, reply.written) for reply in known.values() if reply
+            self._price(reply.read, reply.written) for reply in replies.values() if reply
         )
         return [
-            _reply(ask, known[key], failures.get(key)) for key, ask in zip(keys, asks, strict=True)
+            _reply(ask, replies[key], failures.get(key))
+            for key, ask in zip(keys, asks, strict=True)
         ]
 
     def _key(self, ask: Ask) -> str:
@@ -114,18 +115,18 @@ class Endpoint:
     def _check_budget(self, asks: list[Ask], questions: int) -> None:
         budget = self._spec.budget
         money = sum(self._reckoned(ask) for ask in asks)
-        told = f"{len(asks)} calls are needed for {questions} questions, the others are answered"
+        needed = f"{len(asks)} calls are needed for {questions} questions, the others are answered"
         if len(asks) > budget.calls:
             raise ParamsError(
-                f"{self._where}: {told}, and budget.calls is {budget.calls}; raise it, or judge"
+                f"{self._where}: {needed}, and budget.calls is {budget.calls}; raise it, or judge"
                 " fewer suites, policies or repeats"
             )
         if money > budget.money:
             raise ParamsError(
-                f"{self._where}: {told}; they cost up to {money:.4g}, and budget.money is"
+                f"{self._where}: {needed}; they cost up to {money:.4g}, and budget.money is"
                 f" {budget.money:g}; raise it, or judge fewer suites, policies or repeats"
             )
-        log.info("%s: %s; they cost up to %.4g", self._where, told, money)
+        log.info("%s: %s; they cost up to %.4g", self._where, needed, money)
 
     def _reckoned(self, ask: Ask) -> float:
         """The most that a call may cost, with a reply of full length."""
@@ -239,10 +240,10 @@ class Endpoint:
         return str(response.text)
 
     def _refusal(self, status: int) -> str:
-        told = f"{self._where}: {self._spec.base_url} answers HTTP {status}"
+        answer = f"{self._where}: {self._spec.base_url} answers HTTP {status}"
         if status == 404:
-            return f"{told}; check base_url and model {self._spec.model!r}"
-        return f"{told}; check the key in ${self._spec.key_variable} and what it may use"
+            return f"{answer}; check base_url and model {self._spec.model!r}"
+        return f"{answer}; check the key in ${self._spec.key_variable} and what it may use"
 
     def _count_lost(self, failure: str) -> None:
         with self._lock:

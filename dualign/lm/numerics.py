@@ -140,10 +140,10 @@ def answer_log_probabilities(model: Any, ids: Tensor, mask: Tensor, labels: Tens
     grows as CHUNK and not as positions times vocabulary."""
     hidden = hidden_states(model, ids, mask)[:, :-1]
     targets = labels[:, 1:]
-    known = targets != -100
-    found = log_softmax_at(model, hidden[known], targets[known])
-    table = torch.zeros(known.shape, device=found.device, dtype=found.dtype)
-    table[known] = found
+    labelled = targets != -100
+    logp = log_softmax_at(model, hidden[labelled], targets[labelled])
+    table = torch.zeros(labelled.shape, device=logp.device, dtype=logp.dtype)
+    table[labelled] = logp
     return table.sum(1)
 
 

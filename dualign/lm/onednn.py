@@ -27,8 +27,8 @@ def faster() -> bool:
 
 def _of_intel() -> bool:
     """Whether the processor says that it is Intel's; where nothing says so, MKL is left alone."""
-    told = Path("/proc/cpuinfo")
-    return not told.is_file() or "GenuineIntel" in told.read_text()
+    cpuinfo = Path("/proc/cpuinfo")
+    return not cpuinfo.is_file() or "GenuineIntel" in cpuinfo.read_text()
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

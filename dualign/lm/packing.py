@@ -110,9 +110,9 @@ def packed_log_probabilities(
         packs=packs,
     )
     states = hidden[0].index_select(0, torch.tensor(row.sources, device=device))
-    found = log_softmax_at(model, states, torch.tensor(row.targets, device=device))
-    sums = torch.zeros(len(answers), device=device, dtype=found.dtype)
-    return sums.index_add(0, torch.tensor(row.owners, device=device), found)
+    logp = log_softmax_at(model, states, torch.tensor(row.targets, device=device))
+    sums = torch.zeros(len(answers), device=device, dtype=logp.dtype)
+    return sums.index_add(0, torch.tensor(row.owners, device=device), logp)
 
 
 def _begun(prompt: Sequence[int], answer: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:

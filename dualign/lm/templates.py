@@ -120,13 +120,13 @@ def _with_bos(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _with_turn_end(tokenizer: PreTrainedTokenizerBase) -> None:
     """Make the token that the template writes after an answer the tokenizer's EOS."""
-    found = layout(tokenizer)
-    if found.end is None:
+    form = layout(tokenizer)
+    if form.end is None:
         log.info("the chat template ends no turn; answers end with %s", tokenizer.eos_token)
-    elif found.end != tokenizer.eos_token:
+    elif form.end != tokenizer.eos_token:
         log.info(
-            "turns end with %s, which becomes EOS in place of %s", found.end, tokenizer.eos_token
+            "turns end with %s, which becomes EOS in place of %s", form.end, tokenizer.eos_token
         )
         literal = repr(tokenizer.eos_token)
         tokenizer.chat_template = _EOS.sub(lambda match: literal, tokenizer.chat_template)
-        tokenizer.eos_token = found.end
+        tokenizer.eos_token = form.end

@@ -81,9 +81,9 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]]
 ) -> list[list[int]]:
     """Token ids of each prompt, up to the answer. Raises DataError where the template refuses."""
-    found = layout(tokenizer)
-    ids = encode_rendered(tokenizer, prompts, lambda turns: _heads(tokenizer, turns, found))
-    return [row[: len(row) - found.trim] for row in ids]
+    form = layout(tokenizer)
+    ids = encode_rendered(tokenizer, prompts, lambda turns: _heads(tokenizer, turns, form))
+    return [row[: len(row) - form.trim] for row in ids]
 
 
 def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:
@@ -134,12 +134,12 @@ def _tails(
     tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], ended: Sequence[bool]
 ) -> list[list[int]]:
     """Ids after the prompt, up to the turn's end or, where `ended` is False, the text's."""
-    found = layout(tokenizer)
+    form = layout(tokenizer)
     question = user(QUESTION)
     (head,) = encode_prompts(tokenizer, [question])
     turns = [[*question, _assistant(answer)] for answer in answers]
-    ids = encode_rendered(tokenizer, turns, lambda marked: _wholes(tokenizer, marked, found, ended))
-    end = [] if found.end else [tokenizer.eos_token_id]
+    ids = encode_rendered(tokenizer, turns, lambda marked: _wholes(tokenizer, marked, form, ended))
+    end = [] if form.end else [tokenizer.eos_token_id]
     return [row[len(head) :] + (end if done else []) for row, done in zip(ids, ended, strict=True)]
 
 
@@ -311,11 +311,11 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list
 def _spelt(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Message]]) -> list[str]:
     """The control tokens that some content spells."""
     pattern = _control(tokenizer)
-    found: set[str] = set()
+    tokens: set[str] = set()
     for turns in rows:
         for turn in turns:
-            found.update(pattern.findall(turn["content"]))
-    return sorted(found)
+            tokens.update(pattern.findall(turn["content"]))
+    return sorted(tokens)
 
 
 def _marks(rows: Sequence[Sequence[Message]], count: int) -> list[str]:

@@ -126,8 +126,8 @@ _TRAINED = ("reward_dpo", "safety_dpo", "lagrangian_dpo", "lambda_path", "safety
 
 def _on_safety(safety: SafetyDpoParams, safety_path: SafetyPathParams) -> dict[str, SafetySpec]:
     """The runs on safety preferences, by their folders under models/."""
-    found: dict[str, SafetySpec] = {f"safety_dpo/{name}": run for name, run in safety.runs.items()}
-    return found | {f"safety_path/{name}": run for name, run in safety_path.runs.items()}
+    runs: dict[str, SafetySpec] = {f"safety_dpo/{name}": run for name, run in safety.runs.items()}
+    return runs | {f"safety_path/{name}": run for name, run in safety_path.runs.items()}
 
 
 def _check_written(named: dict[str, str], written: set[str], where: str, path: str | Path) -> None:

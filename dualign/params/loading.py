@@ -191,8 +191,10 @@ def _explain(error: ValidationError, cls: type[BaseModel], where: str, path: str
 
     An unknown key comes before a missing one, since a typo makes both.
     """
-    found = error.errors()
-    first = next((problem for problem in found if problem["type"] == "extra_forbidden"), found[0])
+    problems = error.errors()
+    first = next(
+        (problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0]
+    )
     loc, fields = _walked(cls, [str(part) for part in first["loc"] if part != "[key]"])
     shared = getattr(cls, "shared", {})
     key = ".".join(

@@ -180,14 +180,14 @@ def _certificate(policy: Published) -> str:
 def _data(policy: Published) -> str:
     lines = ["## Data and licences", ""]
     for source in policy.sources:
-        found = licence_of(source)
+        licence = licence_of(source)
         name = source.path or "the embedded world, which dualign generates"
-        if found is None:
+        if licence is None:
             lines.append(f"- {name} (format `{source.format}`): licence not known here; check it.")
         else:
-            own = source.path is None or found.dataset == source.path
-            whose = "" if own else f", if these are {found.dataset}'s rows"
-            lines.append(f"- {name} (format `{source.format}`): {found.name}{whose}.")
+            own = source.path is None or licence.dataset == source.path
+            whose = "" if own else f", if these are {licence.dataset}'s rows"
+            lines.append(f"- {name} (format `{source.format}`): {licence.name}{whose}.")
     if together(policy.sources) == NON_COMMERCIAL:
         lines += ["", "Trained on data for non-commercial use: so is this policy."]
     if policy.base.base == "scratch":

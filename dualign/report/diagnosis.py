@@ -128,8 +128,8 @@ def cut_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
     `rows` are those of the comparison, each with `name`, the interval `ended` and `max_new_tokens`.
     """
     shares = {row["name"]: 1 - row["ended"]["mean"] for row in rows if row["ended"] is not None}
-    told = [f"{percent(share)} of {name}" for name, share in shares.items() if share > CUT]
-    if not told:
+    shown = [f"{percent(share)} of {name}" for name, share in shares.items() if share > CUT]
+    if not shown:
         return ""
     limits = sorted({row["max_new_tokens"] for row in rows if row["max_new_tokens"] is not None})
     where = (
@@ -139,7 +139,7 @@ def cut_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     return (
         f"Answers were cut {where}, and their scores are those of unfinished text:"
-        f" {', '.join(told)}; raise generation.max_new_tokens."
+        f" {', '.join(shown)}; raise generation.max_new_tokens."
     )
 
 
@@ -150,13 +150,13 @@ def additional_by_step(steps: Sequence[Mapping[str, Any]]) -> list[Row]:
     if not rows or not all(rows):
         return []
     prices = [step.get("prices") or [] for step in steps]
-    found = []
+    constraints = []
     for k, known in enumerate(rows[-1]):
         if known["mean"] is not None:
             means = [row[k]["mean"] for row in rows]
             paid = [step[k] for step in prices] if all(prices) else []
-            found.append({**known, "means": means, "prices": paid})
-    return found
+            constraints.append({**known, "means": means, "prices": paid})
+    return constraints
 
 
 def required_in_words(required: Mapping[str, Any]) -> dict[str, Any]:

@@ -84,10 +84,12 @@ def read_verdicts(root: Path, params: ReportParams) -> pd.DataFrame:
     tables = [*_judged(root, params), *_chosen(root, params)]
     if not tables or not prompts:
         return pd.DataFrame(columns=[*_COLUMNS, "label", "category"])
-    found = pd.concat(tables, ignore_index=True)
-    found = found[found["suite"].isin(params.suites) & found["policy"].isin(params.policies)]
+    verdicts = pd.concat(tables, ignore_index=True)
+    verdicts = verdicts[
+        verdicts["suite"].isin(params.suites) & verdicts["policy"].isin(params.policies)
+    ]
     asked = pd.concat(prompts)[["suite", "prompt_id", "label", "category"]].fillna("")
-    return found.merge(asked, on=["suite", "prompt_id"], how="inner")
+    return verdicts.merge(asked, on=["suite", "prompt_id"], how="inner")
 
 
 def _suite(root: Path, name: str) -> pd.DataFrame | None:
@@ -110,8 +112,8 @@ def _chosen(root: Path, params: ReportParams) -> Iterator[pd.DataFrame]:
             continue
         for file in policy_tables(root / "reports/answers" / name):
             rows = read_table(file, CHOICES).rename(columns={"score": "truthful"})
-            known = {"judge": LIKELIHOOD, "suite": name, "policy": file.stem, "failure": None}
-            yield _plain(rows.assign(sample=0, repeat=0, **known))
+            fixed = {"judge": LIKELIHOOD, "suite": name, "policy": file.stem, "failure": None}
+            yield _plain(rows.assign(sample=0, repeat=0, **fixed))
 
 
 def _plain(table: pd.DataFrame) -> pd.DataFrame:
@@ -134,8 +136,8 @@ def read_lengths(root: Path, suite: str, policies: Iterable[str]) -> pd.DataFram
 def read_judges(root: Path, params: ReportParams) -> list[JudgeMetrics]:
     """What each judge's metrics say of itself."""
     paths = [root / "reports/metrics/judge" / f"{name}.json" for name in params.judges]
-    found = [read_optional_record(path, JudgeMetrics) for path in paths]
-    return [judge for judge in found if judge is not None]
+    judges = [read_optional_record(path, JudgeMetrics) for path in paths]
+    return [judge for judge in judges if judge is not None]
 
 
 # --- policies -------------------------------------------------------------------------------------
@@ -148,16 +150,16 @@ def known_scores(verdicts: pd.DataFrame) -> list[Measure]:
 
 def means(verdicts: pd.DataFrame, confidence: float) -> dict[str, Interval]:
     """The mean of each score that verdicts of one judge on one policy hold, clustered by prompt."""
-    found: dict[str, Interval] = {}
+    intervals: dict[str, Interval] = {}
     for measure in known_scores(verdicts):
         rows = verdicts.dropna(subset=[measure.key])
         values = rows[measure.key].to_numpy()
         prompts = rows["prompt_id"].to_numpy()
         if measure.unit == "share":
-            found[measure.key] = share(values, prompts, confidence)
+            intervals[measure.key] = share(values, prompts, confidence)
         else:
-            found[measure.key] = known_ends(clustered_mean(values, prompts, confidence))
-    return found
+            intervals[measure.key] = known_ends(clustered_mean(values, prompts, confidence))
+    return intervals
 
 
 def known_ends(estimate: Estimate) -> Interval:

@@ -80,8 +80,8 @@ def _searched(search: SearchResult | None, prices: list[float]) -> Row:
 
 def _prices(root: Path) -> list[float]:
     """The pool's prices of additional constraints, which the predicted frontier includes."""
-    known = read_optional_record(root / "data/dual/dual.json", SolvedDual)
-    return [price.lam for price in known.prices] if known else []
+    dual = read_optional_record(root / "data/dual/dual.json", SolvedDual)
+    return [price.lam for price in dual.prices] if dual else []
 
 
 def _trained(policy: Trained) -> float | None:

@@ -145,10 +145,10 @@ def fit_slope(gap: Array, centre: float = 0.0) -> float:
     size = max(float(np.sqrt(np.mean(gap**2))), 1e-12)
     middle = centre * size
     precision = (_WIDTH * (middle or 1.0)) ** -2
-    found = _mode(
+    mode = _mode(
         gap[:, None] / size, np.ones(len(gap), bool), np.array([middle]), np.array([precision])
     )
-    return float(found[0] / size)
+    return float(mode[0] / size)
 
 
 def _mode(design: Array, flags: Array, centre: Array, precision: Array) -> Array:

@@ -200,15 +200,15 @@ def _after_head(held: dict[str, float], config: Any, path: str) -> tuple[Calibra
 
 def _tensors(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
     """Those of the named tensors that the weights in a folder hold."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file in listed(folder, "*.safetensors"):
         with safe_open(str(file), "pt") as weights:
             held = set(weights.keys())
-            found |= {name: weights.get_tensor(name) for name in names if name in held}
+            tensors |= {name: weights.get_tensor(name) for name in names if name in held}
     for file in listed(folder, "pytorch_model*.bin"):
         weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        found |= {name: weights[name].clone() for name in names if name in weights}
-    return found
+        tensors |= {name: weights[name].clone() for name in names if name in weights}
+    return tensors
 
 
 def _ready(

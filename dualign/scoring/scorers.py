@@ -68,14 +68,14 @@ class Member:
         device = self.loaded.model.device
         order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
         batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-        found = []
+        scored = []
         with Progress(what, len(rows)) as progress:
             for batch in ranks.share(batches):
                 ids, mask, _ = padded_rows([()] * len(batch), [rows[i] for i in batch], pad)
                 outputs = kind.outputs(self.loaded, self.reading, ids.to(device), mask.to(device))
-                found.append((batch, outputs.double().cpu().numpy()))
+                scored.append((batch, outputs.double().cpu().numpy()))
                 progress.advance(len(batch))
-            for batch, scores in ranks.gathered(found):
+            for batch, scores in ranks.gathered(scored):
                 output[batch] = scores
         for step in self.steps:
             output = np.asarray(step(output))

@@ -58,9 +58,9 @@ def fit_support(logp_ref: Array, length: Array, share: float) -> Support:
     s(n) is fitted to sqrt(pi / 2) |u - m(n)|, whose mean is the standard deviation of a normal.
     Answers longer than the context, whose log-probability is not finite, are left out. Raises
     DataError where fewer than 1 / `share` are left: then none is beyond that quantile."""
-    known = np.isfinite(logp_ref)
-    logp_ref = logp_ref[known]
-    length = length[known]
+    finite = np.isfinite(logp_ref)
+    logp_ref = logp_ref[finite]
+    length = length[finite]
     if not enough(logp_ref, share):
         raise DataError(
             f"pessimism.share {share:g}: {len(logp_ref)} answers of held-out pairs do not show so"

@@ -141,10 +141,10 @@ def tracked_files(root: Path, path: str, which: str = "--cached") -> list[str]:
 
     Raises PipelineError where there is a repository that git does not trust.
     """
-    found = asked(root, "ls-files", "-z", which, "--", path)
-    if _distrusts(found.stderr):
-        raise PipelineError(f"git: {complaint(found.stderr)}")
-    return [file for file in found.stdout.split("\0") if file]
+    answer = asked(root, "ls-files", "-z", which, "--", path)
+    if _distrusts(answer.stderr):
+        raise PipelineError(f"git: {complaint(answer.stderr)}")
+    return [file for file in answer.stdout.split("\0") if file]
 
 
 def write_files(tree: Path, files: Mapping[str, str]) -> None:
@@ -175,9 +175,13 @@ def git(root: Path, *arguments: str) -> str:
 
 def asked(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A git command that may fail, its messages in English."""
-    told = {**os.environ, "LC_ALL": "C"}
+    environment = {**os.environ, "LC_ALL": "C"}
     return subprocess.run(
-        ["git", "-C", str(root), *arguments], env=told, capture_output=True, text=True, check=False
+        ["git", "-C", str(root), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

@@ -139,6 +139,6 @@ def _hidden(path: Path) -> bool:
 
 def questions(tree: Path) -> dict[str, str]:
     """What a stage in a working tree asks people for, by path."""
-    found = [path.relative_to(tree) for path in sorted(tree.rglob(QUESTIONS))]
-    whole = [path for path in found if not _hidden(path)]
+    paths = [path.relative_to(tree) for path in sorted(tree.rglob(QUESTIONS))]
+    whole = [path for path in paths if not _hidden(path)]
     return {path.as_posix(): (tree / path).read_text() for path in whole}

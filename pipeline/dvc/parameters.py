@@ -116,11 +116,11 @@ def _changed(content: Any, key: str, value: Any) -> Any:
 
 
 def _check_key(content: Any, key: str) -> None:
-    known = _keys(content)
-    if key in known:
+    keys = _keys(content)
+    if key in keys:
         return
-    same = [other for other in known if other.split(".")[-1] == key.split(".")[-1]]
-    near = same or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    same = [other for other in keys if other.split(".")[-1] == key.split(".")[-1]]
+    near = same or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"its sections are {', '.join(content)}"
     raise PipelineError(f"params.yaml: there is no key {key}; {hint}")
 

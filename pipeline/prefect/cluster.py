@@ -222,10 +222,10 @@ class Cluster:
 
         Raises _Lost where the worker has fallen silent, StageStopped where it does not stop when
         told to."""
-        told = False
+        reported = False
         while time.monotonic() < self._until:
-            if self._stopped.is_set() and not told:
-                told = True
+            if self._stopped.is_set() and not reported:
+                reported = True
                 self._patiently(lambda: self._client.set_flow_run_state(watch.id, Cancelling()))
             watch.run = self._patiently(lambda: self._client.read_flow_run(watch.id))
             if watch.run.start_time is not None:
@@ -233,7 +233,7 @@ class Cluster:
             if watch.run.state is not None and watch.run.state.is_final():
                 return self._report(watch.id)
             self._patiently(lambda: self._check(watch))
-            if told:
+            if reported:
                 time.sleep(POLL)
             else:
                 self._stopped.wait(POLL)
@@ -276,9 +276,9 @@ class Cluster:
 
     def _report(self, run: UUID) -> Report | None:
         """What the worker said, None where it ended without a word."""
-        found = self._patiently(lambda: self._artifacts(run))
+        reports = self._patiently(lambda: self._artifacts(run))
         return next(
-            (Report.of_page(str(made.data)) for made in found if made.description == REPORT), None
+            (Report.of_page(str(made.data)) for made in reports if made.description == REPORT), None
         )
 
     def _received(self, spec: StageSpec, report: Report, log: Log) -> Outcome:

@@ -387,13 +387,13 @@ def _task(run: Run, spec: StageSpec) -> Any:
 
 def conclusion(results: Mapping[str, Result]) -> State[None]:
     """The state of the whole run, with the first stage that failed in its message."""
-    told = artifacts.counts([result.state for result in results.values()])
+    counts = artifacts.counts([result.state for result in results.values()])
     failed = [result.message for result in results.values() if result.state == "Failed"]
     if failed:
-        return Failed(message=f"{failed[0]}; {told}")
+        return Failed(message=f"{failed[0]}; {counts}")
     waiting = [result.message for result in results.values() if result.state == WAITING]
     if waiting:
-        return Failed(name=WAITING, message=f"{waiting[0]}; {told}")
+        return Failed(name=WAITING, message=f"{waiting[0]}; {counts}")
     if any(result.state == "Cancelled" for result in results.values()):
-        return Cancelled(message=told)
-    return Completed(message=told)
+        return Cancelled(message=counts)
+    return Completed(message=counts)

@@ -147,8 +147,8 @@ def _worked(asked: dict[str, Any], folder: Path, python: str) -> list[Answer]:
             " that has vLLM"
         ) from error
     if done.returncode or not reply.is_file():
-        told = _told(done.stderr) or f"status {done.returncode}"
-        raise ModelError(f"resources.engine vllm: {python} failed ({told})")
+        why = _told(done.stderr) or f"status {done.returncode}"
+        raise ModelError(f"resources.engine vllm: {python} failed ({why})")
     return [
         Answer(row["tokens"], row["log_probabilities"]) for row in json.loads(reply.read_text())
     ]

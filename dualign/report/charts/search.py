@@ -133,8 +133,8 @@ def _made(step: Step) -> str:
 def _next(step: Step) -> str:
     """The multiplier that each reckoning asked for after a step."""
     asked = step.get("next") or {}
-    told = [f"{name} {lam:.3f}" for name, lam in asked.items() if lam is not None]
-    return f"; next λ by {', '.join(told)}" if told else ""
+    proposals = [f"{name} {lam:.3f}" for name, lam in asked.items() if lam is not None]
+    return f"; next λ by {', '.join(proposals)}" if proposals else ""
 
 
 def _numbers(steps: Sequence[Step], x: Scale) -> list[Markup]:

@@ -52,14 +52,14 @@ class FinishedRun:
     @cached_property
     def dual(self) -> Row:
         """data/dual/dual.json, empty where the pool's dual was not solved."""
-        found = read_optional_record(self.root / "data/dual/dual.json", SolvedDual)
-        return as_row(found) if found else {}
+        solved = read_optional_record(self.root / "data/dual/dual.json", SolvedDual)
+        return as_row(solved) if solved else {}
 
     @cached_property
     def curve(self) -> list[Row]:
         """The frontier that the pool predicts."""
-        found = read_optional_record(self.root / "data/dual/frontier.json", Frontier)
-        return [as_row(row) for row in found.rows] if found else []
+        frontier = read_optional_record(self.root / "data/dual/frontier.json", Frontier)
+        return [as_row(row) for row in frontier.rows] if frontier else []
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -111,8 +111,8 @@ class FinishedRun:
     @cached_property
     def limit_shown(self) -> float | None:
         """The limit on cost, if charts can show it beside all costs; None for one far off."""
-        known = ("cost_reference", "cost_unconstrained", "reachable_minimum")
-        return svg.near(self.params.limit, [*map(self.dual.get, known), *self.costs()])
+        keys = ("cost_reference", "cost_unconstrained", "reachable_minimum")
+        return svg.near(self.params.limit, [*map(self.dual.get, keys), *self.costs()])
 
     def costs(self) -> list[float | None]:
         """The means and ends of all costs."""

@@ -49,8 +49,8 @@ def _judged(run: FinishedRun) -> Iterator[Row]:
 
 def _table(name: str, what: str, answers: Mapping[str, pd.DataFrame], run: FinishedRun) -> Row:
     """Rows by category, columns by policy; `value` of the answers is 1, 0 or between."""
-    found = sorted({category for frame in answers.values() for category in frame["category"]})
-    rows = [_category(category, answers, run.params.confidence) for category in found]
+    categories = sorted({category for frame in answers.values() for category in frame["category"]})
+    rows = [_category(category, answers, run.params.confidence) for category in categories]
     return {"name": name, "what": what, "categories": rows, "judged": [*answers]}
 
 

@@ -69,18 +69,18 @@ def _prepared(root: Path) -> list[tuple[str, int]]:
 
 def _quarantine(root: Path) -> list[tuple[str, int]]:
     """Rejected rows by reason, most frequent first; the file lists the first rows only."""
-    found = read_optional_record(root / "reports/metrics/prepare.json", PreparedMetrics)
-    counts = Counter(found.rejected if found else {})
+    metrics = read_optional_record(root / "reports/metrics/prepare.json", PreparedMetrics)
+    counts = Counter(metrics.rejected if metrics else {})
     return [(reason.replace("_", " "), count) for reason, count in counts.most_common()]
 
 
 def _models(root: Path) -> list[Row]:
     """The metrics of the models that the run rests on, flattened and worded."""
-    found = [
+    models = [
         (heading, read_optional_json(root / f"reports/metrics/{stage}.json"))
         for stage, heading in _MODELS.items()
     ]
-    return [_model(heading, metrics) for heading, metrics in found if metrics]
+    return [_model(heading, metrics) for heading, metrics in models if metrics]
 
 
 def _model(heading: str, metrics: Row) -> Row:

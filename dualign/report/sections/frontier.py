@@ -88,8 +88,8 @@ def _point(row: Row, cost: str, reward: str, foreseen: Row | None) -> Point:
     place = None
     if foreseen is not None:
         place = (foreseen["cost"]["mean"], foreseen["reward"]["mean"])
-        told = f"cost {number(place[0])}, reward {number(place[1])}"
-        title += f"; predicted at λ {number(row['lam'])}: {told}"
+        scores = f"cost {number(place[0])}, reward {number(place[1])}"
+        title += f"; predicted at λ {number(row['lam'])}: {scores}"
     return Point(
         x=Range.of(row[cost]),
         y=Range.of(row[reward]),
@@ -105,12 +105,12 @@ def _knot(row: Row | FrontierRow) -> Knot:
     """A row of frontier.json, or of the exact frontier, which has no intervals."""
     at = as_row(row) if isinstance(row, FrontierRow) else row
     extras = [("P(unsafe)", "p_unsafe"), ("KL", "kl"), ("effective samples", "ess")]
-    told = [f"{name} {number(at[key])}" for name, key in extras if at.get(key) is not None]
+    details = [f"{name} {number(at[key])}" for name, key in extras if at.get(key) is not None]
     title = f"λ {number(at['lam'])}: cost {number(at['cost'])}, reward {number(at['reward'])}"
     return Knot(
         x=Range(at["cost"], at.get("cost_low"), at.get("cost_high")),
         y=Range(at["reward"], at.get("reward_low"), at.get("reward_high")),
-        title=", ".join([title, *told]),
+        title=", ".join([title, *details]),
         lam=at["lam"],
     )
 

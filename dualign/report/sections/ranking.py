@@ -33,9 +33,9 @@ def section(run: FinishedRun) -> Section | None:
         compared = {REFERENCE} if verdicts["win"].notna().any() else set()
         met = sorted({*verdicts["policy"]} | compared)
         lengths = read_lengths(run.root, suite, met)
-        found = rankings(verdicts, lengths, run.params.confidence)
-        _mark(run, found)
-        tables += [{"suite": suite, **table} for table in found]
+        ranked = rankings(verdicts, lengths, run.params.confidence)
+        _mark(run, ranked)
+        tables += [{"suite": suite, **table} for table in ranked]
     return Section("ranking", "Ranking", {"tables": tables}) if tables else None
 
 
@@ -83,8 +83,8 @@ def _place(row: Row, battles: pd.DataFrame, confidence: float) -> Row:
     level = length_controlled_win_rate(
         battles, name, REFERENCE, confidence=confidence, draws=_DRAWS
     )
-    told = {"win": known_ends(won.rate), "level": level.as_dict(), "ties": won.ties}
-    return place | told
+    rates = {"win": known_ends(won.rate), "level": level.as_dict(), "ties": won.ties}
+    return place | rates
 
 
 def _met(battles: pd.DataFrame, one: str, other: str) -> bool:

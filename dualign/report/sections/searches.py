@@ -29,12 +29,12 @@ def section(run: FinishedRun) -> Section | None:
 
 
 def _searches(run: FinishedRun) -> list[tuple[Row, SearchResult]]:
-    found = []
+    searches = []
     for row in run.rows:
         path = run.root / "reports/search" / f"{Path(row['folder']).name}.json"
         if row["folder"].startswith("aligned/") and path.is_file():
-            found.append((row, read_record(path, SearchResult)))
-    return found
+            searches.append((row, read_record(path, SearchResult)))
+    return searches
 
 
 def _panel(row: Row, search: SearchResult, limit: float) -> Row:
