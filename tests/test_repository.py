@@ -127,7 +127,7 @@ def test_every_import_is_declared() -> None:
     undeclared = {
         name
         for name in used
-        if not names & {canonicalize_name(dist) for dist in providers.get(name, [name])}
+        if names.isdisjoint(map(canonicalize_name, providers.get(name, [name])))
     }
     assert not undeclared, f"pyproject.toml: dependencies lack {sorted(undeclared)}"
 
@@ -138,9 +138,8 @@ def test_constraints_pin_every_dependency_within_its_range() -> None:
         for line in (ROOT / "constraints.txt").read_text().splitlines()
         if line and not line.startswith("#")
     ]
-    pins = {
-        canonicalize_name(name): version for name, version in (line.split("==") for line in lines)
-    }
+    halves = [line.split("==") for line in lines]
+    pins = {canonicalize_name(name): version for name, version in halves}
     for requirement in declared("test", "dev"):
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), (
             requirement
