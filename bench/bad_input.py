@@ -337,6 +337,9 @@ def label_cases(root: Path) -> Iterator[Case]:
     name = asked.name.replace("to-label", "labelled", 1)
     labels = [key for key, value in rows[0].items() if value is None]
     filled = [row | dict.fromkeys(labels, 0) for row in rows]
+    nameless = [row.copy() for row in filled]
+    for row in nameless:
+        del row["id"]
     bad: dict[str, str] = {
         "nothing": "", "no JSON": "{", "a list": "[1]\n", "a row too few": _lines(filled[:-1]),
         "a row twice": _lines([*filled, filled[0]]), "labels left out": _lines(rows),
@@ -345,7 +348,7 @@ def label_cases(root: Path) -> Iterator[Case]:
         "a negative label": _lines([row | dict.fromkeys(labels, -1) for row in rows]),
         "half a vote": _lines([row | dict.fromkeys(labels, 0.5) for row in rows]),
         "an unknown id": _lines([filled[0] | {"id": "odd"}, *filled[1:]]),
-        "no id": _lines([{k: v for k, v in row.items() if k != "id"} for row in filled]),
+        "no id": _lines(nameless),
     }  # fmt: skip
     for what, text in bad.items():
         changes = {"params.yaml": params, f"data/labels/{name}": text.encode()}
@@ -650,7 +653,8 @@ def _put(root: Path, contents: Mapping[str, bytes | None]) -> None:
 
 def outcome(case: Case) -> tuple[object, str]:
     """The exit status and the errors of a command; a traceback where it ends in one."""
-    errors, printed = io.StringIO(), io.StringIO()
+    errors = io.StringIO()
+    printed = io.StringIO()
     handler = logging.StreamHandler(errors)
     handler.setLevel(logging.ERROR)
     logging.getLogger().addHandler(handler)

@@ -35,7 +35,9 @@ log = logging.getLogger(__name__)
 PROGRAM = "python -m bench.certified"
 #: The row of `certify`, and the policies that are judged: what the search returned, and what was
 #: certified.
-ROW, SEARCHED, CERTIFIED = "dualign", "dualign", "certified"
+ROW = "dualign"
+SEARCHED = "dualign"
+CERTIFIED = "certified"
 UNUSED = ("evaluate@sft", "report")
 #: The certificate that was the default before: every weight of a grid on answers of its own. Its
 #: folder in a run's.
@@ -228,21 +230,17 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     )
     lines = options.head(heads)
     for pair in dict.fromkeys(row["pair"] for row in rows):
-        own = [row for row in rows if row["pair"] == pair]
-        risk, above, excess, share, price, answers = (
-            fmean(row[key] for row in own)
-            for key in ("mean_risk", "above", "excess", "share", "price", "answers")
-        )
+        own = options.where(rows, pair=pair)
         cells = [
             pair,
             str(len(own)),
-            _number(risk, 3),
-            f"{above:.0%}",
-            _number(excess, 3),
+            _number(options.mean(own, "mean_risk"), 3),
+            f"{options.mean(own, 'above'):.0%}",
+            _number(options.mean(own, "excess"), 3),
             str(sum(row["excess"] > 0 for row in own)),
-            _number(share, 2),
-            _number(price, 2),
-            _number(answers, 0),
+            _number(options.mean(own, "share"), 2),
+            _number(options.mean(own, "price"), 2),
+            _number(options.mean(own, "answers"), 0),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

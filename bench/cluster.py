@@ -41,7 +41,8 @@ class Cluster:
     """
 
     def __init__(self, world: World, folder: Path, server: str) -> None:
-        self.world, self._folder = world, folder
+        self.world = world
+        self._folder = folder
         self._system = folder / "tmp"
         self._system.mkdir()
         self.nodes = Nodes(folder, {**world.environment(self._system), "PREFECT_API_URL": server})

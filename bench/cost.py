@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -249,7 +249,7 @@ def page(command: str, sides: Sequence[str], found: Mapping[str, Any]) -> str:
                 ["yes" if row["same"] else "no"] if both else [],
             )
         )
-    sums = [{key: sum(row[side][key] for row in rows.values()) for key in _SHOWN} for side in sides]
+    sums = [_sum(rows.values(), side) for side in sides]
     lines.append(_line("all", sums, [""] if both else []))
     parts = [
         "# What a run costs",
@@ -262,6 +262,13 @@ def page(command: str, sides: Sequence[str], found: Mapping[str, Any]) -> str:
 
 
 _SHOWN = ("processor", "importing", "clock")
+
+
+def _sum(rows: Iterable[Mapping[str, Any]], side: str) -> dict[str, float]:
+    total = dict.fromkeys(_SHOWN, 0.0)
+    for row in rows:
+        total = {key: total[key] + row[side][key] for key in _SHOWN}
+    return total
 
 
 def _line(name: str, costs: Sequence[Mapping[str, float]], same: Sequence[str]) -> str:

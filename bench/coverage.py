@@ -169,7 +169,8 @@ def all_bounds(
 
     `mean` [...] moves the costs and their range. The limit is a mean cost of 0; for
     clopper_pearson, the share of unsafe prompts that goes with it."""
-    means, bounds = costs.mean(-1), world.range(icc)
+    means = costs.mean(-1)
+    bounds = world.range(icc)
     found = {
         **{name: bound + mean for name, bound in t_bounds(means, settings.delta).items()},
         "empirical_bernstein": bernstein_bound(means, settings.delta, bounds) + mean,
@@ -187,7 +188,8 @@ def t_bounds(means: Array, delta: float) -> dict[str, Array]:
     """The t bound [...] of means [..., prompts] with its term in the skewness and without; infinite
     without spread.
     """
-    count, spread = means.shape[-1], np.ptp(means, -1) > 1e-9
+    count = means.shape[-1]
+    spread = np.ptp(means, -1) > 1e-9
     plain = means.mean(-1) + student.ppf(1 - delta, count - 1) * means.std(-1, ddof=1) / math.sqrt(
         count
     )
@@ -219,10 +221,8 @@ def one_candidate(settings: Settings) -> list[dict[str, Any]]:
 def _rows(costs: Array, world: World, icc: float, settings: Settings) -> list[dict[str, Any]]:
     prompts = costs.shape[-2]
     share = unsafe_prompts(icc, settings.answers)
-    flag_error, error = (
-        math.sqrt(share * (1 - share) / prompts),
-        costs.mean(-1).std() / math.sqrt(prompts),
-    )
+    flag_error = math.sqrt(share * (1 - share) / prompts)
+    error = costs.mean(-1).std() / math.sqrt(prompts)
     return [
         {
             "method": method,
@@ -334,7 +334,8 @@ def _labelled_draw(
     kind: str, prompts: int, labelled: int, icc: float, rng: np.random.Generator, delta: float
 ) -> dict[str, float]:
     """One data set: the mean label and every bound, all less the true mean."""
-    shape, ids = (prompts, 2), np.arange(prompts)
+    shape = (prompts, 2)
+    ids = np.arange(prompts)
     truth = math.sqrt(icc) * rng.standard_normal((prompts, 1)) + math.sqrt(
         1 - icc
     ) * rng.standard_normal(shape)
@@ -430,11 +431,9 @@ def _table(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> str:
     """One line a row: where it stands (`keys`), the method, the rate of false certificates, and
     power.
     """
-    powers = [
-        key
-        for key in ("best", *(f"power_{margin:g}" for margin in _MARGINS))
-        if any(key in row for row in rows)
-    ]
+    shown = set().union(*rows)
+    measured = ["best", *(f"power_{margin:g}" for margin in _MARGINS)]
+    powers = [key for key in measured if key in shown]
     heads = [
         key.replace("power_", "power at ").replace("best", "returns the best") for key in powers
     ]
@@ -484,10 +483,13 @@ def findings(parts: dict[str, list[dict[str, Any]]]) -> list[str]:
 def report(settings: Settings, parts: dict[str, list[dict[str, Any]]]) -> str:
     """The page in markdown."""
     titles = {world.name: world.title for world in (*WORLDS, *BEYOND)}
-    one, sequence, outside = (
-        [{**row, "cost": titles[row["world"]]} for row in parts[part]]
-        for part in ("one", "sequence", "beyond")
-    )
+
+    def titled(part: str) -> list[dict[str, Any]]:
+        return [{**row, "cost": titles[row["world"]]} for row in parts[part]]
+
+    one = titled("one")
+    sequence = titled("sequence")
+    outside = titled("beyond")
     pieces = [
         "# How often a certificate is false",
         f"    {options.command(PROGRAM, settings)}",

@@ -35,10 +35,9 @@ PROGRAM = "python -m bench.coverage dense"
 Array = np.ndarray
 _PROMPTS = (100, 400)
 _ICC = (0.1, 0.5)
-_COARSE, _FINE = (
-    1.6,
-    0.2,
-)  # steps of the path in standard errors; 0.05 of a weight is 1.6 on the shipped path
+# steps of the path in standard errors; 0.05 of a weight is 1.6 on the shipped path
+_COARSE = 1.6
+_FINE = 0.2
 _REACH = 8.0  # the path starts so many standard errors below the limit, and goes half as far beyond
 _DRAWN = -1.6  # the middle of the policies that one draw serves
 _AT_ONCE = 50  # data sets side by side, which keeps them in the processor's cache
@@ -95,7 +94,8 @@ def _gamma_ratio(parts: Array, to: float, at: float) -> Array:
     """Gammas of one shape k and means a, b: ln p_a / p_b = k (x / b - x / a - ln(a / b)), each a
     tilt of the other.
     """
-    a, b = _MEAN + to, _MEAN + at
+    a = _MEAN + to
+    b = _MEAN + at
     found: Array = _SHAPE * ((parts + _MEAN) * (1 / b - 1 / a) - math.log(a / b))
     return found
 
@@ -151,7 +151,8 @@ def returned(bounds: Iterator[Array], count: int) -> Array:
     """Of each repeat, the position of the last policy certified in sequence at limit 0; -1 for
     none.
     """
-    going, last = np.array(True), np.array(-1)
+    going = np.array(True)
+    last = np.array(-1)
     for index, bound in zip(range(count), bounds, strict=False):
         going = going & (bound <= 0)
         last = np.where(going, index, last)
@@ -178,8 +179,9 @@ def sequences(
             | _shared(world, icc, error, common, rng, settings)
         )
     for name in TITLES:
-        stands, answers = (np.concatenate([part[name][k] for part in found]) for k in (0, 1))
-        yield {"sequence": name, **_measured(stands, answers, settings.delta)}
+        stands, answers = zip(*(part[name] for part in found), strict=True)
+        whole = (np.concatenate(stands), np.concatenate(answers))
+        yield {"sequence": name, **_measured(*whole, settings.delta)}
 
 
 def _own(
@@ -211,7 +213,8 @@ def _shared(
 ) -> dict[str, Outcome]:
     """The sequences with one draw for all."""
     whole = _path(_FINE)
-    middle, far = np.array([_DRAWN]), np.array([-_REACH])
+    middle = np.array([_DRAWN])
+    far = np.array([-_REACH])
     near = whole[_worth(world, icc, middle * error, whole * error, rng) >= WORTH]
     plans = {
         "ends": (near, near[[0, -1]]),
@@ -315,9 +318,10 @@ def findings(rows: Sequence[dict[str, Any]]) -> list[str]:
     """For each sequence the worst rate, and the means of what it loses and draws."""
     lines = []
     for name, title in TITLES.items():
-        own = [row for row in rows if row["sequence"] == name]
+        own = options.where(rows, sequence=name)
         worst = max(own, key=lambda row: row["rate"])
-        below, answers = (float(np.mean([row[key] for row in own])) for key in ("below", "answers"))
+        below = options.mean(own, "below")
+        answers = options.mean(own, "answers")
         lines.append(
             f"- {title}: false in {worst['rate']:.2%} ± {worst['error']:.2%} at worst"
             f" ({worst['world']}, ICC {worst['icc']:g}, {worst['prompts']} prompts); {below:.2f}"

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from bench import options
 from bench.options import knob
 from dualign.core.errors import DualignError
-from dualign.data.formats import Record
+from dualign.data.formats import Usable
 from dualign.data.sources import read
 from dualign.lm import onednn
 from dualign.lm.models import load_policy, load_tokenizer
@@ -116,7 +116,7 @@ def _drawn(given: Settings, source: str) -> list[Pair]:
     form, kind, path = ROWS[source]
     spec = SourceSpec(format=form, path=path)
     found = read(spec, kind, Path(given.data).absolute(), _NO_WORLD, given.seed)
-    records = [item for item in found if isinstance(item, Record)]
+    records = [item for item in found if isinstance(item, Usable)]
     random.Random(given.seed).shuffle(records)
     count = (given.steps + 1) * given.batch
     pairs = [
@@ -127,7 +127,7 @@ def _drawn(given: Settings, source: str) -> list[Pair]:
     return pairs[:count]
 
 
-def _encoded(given: Settings, records: Sequence[Record]) -> Iterator[Pair]:
+def _encoded(given: Settings, records: Sequence[Usable]) -> Iterator[Pair]:
     tokenizer = load_tokenizer(given.base)
     prompts = encode_prompts(tokenizer, [record.prompt for record in records])
     chosen = encode_answers(tokenizer, [record.chosen for record in records])

@@ -37,7 +37,8 @@ def served(
     and `logp`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder) / "asked.json", Path(folder) / "answered.json"
+        asked = Path(folder) / "asked.json"
+        answered = Path(folder) / "answered.json"
         asked.write_text(json.dumps({"prompts": prompts, "ids": ids, "max_new_tokens": longest}))
         subprocess.run([python, str(SIDE), str(policy), str(asked), str(answered)], check=True)
         rows: list[dict[str, Any]] = json.loads(answered.read_text())
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="file of the result")
     given = parser.parse_args(argv)
     table = read_table(given.prompts, PROMPTS).head(given.count)
-    prompts = [[dict(turn) for turn in prompt] for prompt in table["prompt"]]
+    prompts = [list(map(dict, prompt)) for prompt in table["prompt"]]
     tokenizer = load_tokenizer(given.policy)
     ids = encode_prompts(tokenizer, table["prompt"].tolist())
     rows = served(given.python, given.policy.absolute(), prompts, ids, given.max_new_tokens)

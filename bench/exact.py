@@ -252,7 +252,8 @@ def _gradient(lab: Laboratory, steps: Steps) -> float:
 
 def _projected(lab: Laboratory, steps: Steps) -> float:
     lam, policy = steps[-1]
-    s, cost = lab.settings, lab.measure(policy)[0]
+    s = lab.settings
+    cost = lab.measure(policy)[0]
     return updates.projected_subgradient_step(
         lam, cost, lab.limit, s.step_size, lab.radius, s.lambda_min
     )
@@ -272,7 +273,8 @@ def _newton(lab: Laboratory, steps: Steps) -> float:
 
 def _ascent(lab: Laboratory, steps: Steps) -> float:
     lam, policy = steps[-1]
-    s, cost = lab.settings, lab.measure(policy)[0]
+    s = lab.settings
+    cost = lab.measure(policy)[0]
     return math.exp(
         log_lambda_step(math.log(lam), cost, lab.limit, s.ascent_rate, s.lambda_min, s.lambda_max)
     )
@@ -341,13 +343,11 @@ class Method:
         return self.predicted is _optimal and self.returns == "last"
 
 
-_SACPO, _CAN, _CDPO, _PD, _OURS = (
-    "2404.11049",
-    "2405.19544",
-    "2403.02475",
-    "2510.05703",
-    "docs/methods.md",
-)
+_SACPO = "2404.11049"
+_CAN = "2405.19544"
+_CDPO = "2403.02475"
+_PD = "2510.05703"
+_OURS = "docs/methods.md"
 _RLHF = "2310.12773"
 METHODS = (
     Method("sacpo", "SACPO DPO(H) → DPO(S)", _SACPO, _sacpo, _GIVEN, before=1),
@@ -513,7 +513,8 @@ def against_optimum(lab: Laboratory, policy: Tensor) -> dict[str, float]:
     pi*), never negative.
     """
     found = lab.problem.describe(policy.numpy())
-    gap, excess = lab.optimum - found["value"], found["cost"] - lab.limit
+    gap = lab.optimum - found["value"]
+    excess = found["cost"] - lab.limit
     return {"gap": gap, "excess": excess, "distance": gap + lab.lam * excess}
 
 
@@ -541,7 +542,8 @@ def shared_losses() -> dict[Train, list[Method]]:
 
 def path(methods: Sequence[Method], lab: Laboratory) -> list[dict[str, Any]]:
     """The policies of one loss at fixed multiples of lambda*."""
-    names, points = [method.name for method in methods], []
+    names = [method.name for method in methods]
+    points = []
     for ratio in _PATH:
         lam = ratio * lab.lam
         policy = methods[0].train(lab, lam)
@@ -644,7 +646,7 @@ def _rounded(value: float, digits: int = 4) -> str:
 
 def _of(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The rows of each method, in the order of the table."""
-    return [[row for row in rows if row["method"] == method.name] for method in METHODS]
+    return [options.where(rows, method=method.name) for method in METHODS]
 
 
 def results_table(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -697,16 +699,16 @@ def findings(rows: Sequence[dict[str, Any]]) -> list[str]:
     lose it.
     """
     claimed = [row for row in rows if row["claims"]]
-    gap, excess = (max(abs(row[key]) for row in claimed) for key in ("gap", "excess"))
+    gap = max(abs(row["gap"]) for row in claimed)
+    excess = max(abs(row["excess"]) for row in claimed)
     lines = [
         f"Methods that claim π_λ*, worst of all problems: |J* − J| {gap:.1e}, |E[c] − limit|"
         f" {excess:.1e}."
     ]
     for own in _of(rows):
         if "emptied" in own[0]:
-            mass, before = (
-                fmean(row[key] for row in own) for key in ("emptied", "emptied_reference")
-            )
+            mass = options.mean(own, "emptied")
+            before = options.mean(own, "emptied_reference")
             lines.append(
                 f"{own[0]['title']}, mass on answers predicted to lose it: {before:.3f} before,"
                 f" {mass:.1e} after."

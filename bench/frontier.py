@@ -302,9 +302,7 @@ def class_table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _coverages(rows: Sequence[dict[str, Any]]) -> list[str]:
     bias = max(abs(row[f"{name}_plain_bias"]) for row in rows for name in ("reward", "cost"))
-    pairs = [
-        [fmean(row[key] for row in rows) for key in (name, f"{name}_plain")] for name in _NAMES
-    ]
+    pairs = [(options.mean(rows, name), options.mean(rows, f"{name}_plain")) for name in _NAMES]
     return [*(" / ".join(map(_share, pair)) for pair in pairs), f"{bias:.2f}"]
 
 
@@ -316,16 +314,15 @@ def findings(rows: Sequence[dict[str, Any]], least_ess: float = 30.0) -> list[st
     few = [row for row in rows if row["ess"] < least_ess]
     return [
         f"Median ESS {sign} {least_ess:g}, {title}: {_overall(own, names)} of the library's bands"
-        f" cover the truth, {_overall(own, [f'{name}_plain' for name in names])} of those of plain"
-        " estimates."
+        f" cover the truth, {_overall(own, names, '_plain')} of those of plain estimates."
         for sign, own in (("≥", enough), ("<", few))
         for title, names in (("reward, cost and P(unsafe)", _NAMES[:3]), ("KL", _NAMES[3:]))
         if own
     ]
 
 
-def _overall(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    shares = [row[name] for row in rows for name in names]
+def _overall(rows: Sequence[dict[str, Any]], names: Sequence[str], ending: str = "") -> str:
+    shares = [row[f"{name}{ending}"] for row in rows for name in names]
     return f"{fmean(shares):.1%} (worst row {min(shares):.1%})"
 
 

@@ -197,7 +197,7 @@ def picture(graph: nx.DiGraph) -> list[str]:
     if circles:
         return lines
     layers = enumerate(nx.topological_generations(between.reverse()))
-    return lines + [f"{k}. {', '.join(f'`{name}`' for name in sorted(own))}" for k, own in layers]
+    return lines + [f"{k}. `{'`, `'.join(sorted(own))}`" for k, own in layers]
 
 
 def page(commits: Sequence[str], root: Path) -> str:

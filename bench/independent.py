@@ -34,6 +34,7 @@ from dualign.core.schema import (
     POOL,
     PROMPTS,
     SAFETY_PAIRS,
+    Message,
     prompt_id,
     read_table,
     user,
@@ -160,12 +161,14 @@ def of_half(pairs: pd.DataFrame, half: int) -> pd.DataFrame:
     """Held-out pairs, and the training pairs of one half: all that begin with one question are in
     the same.
     """
-    first = [
-        next(turn["content"] for turn in prompt if turn["role"] == "user")
-        for prompt in pairs["prompt"]
-    ]
+    first = map(_question, pairs["prompt"])
     own = np.array([int(prompt_id(user(text)), 16) % 2 == half for text in first], bool)
     return pairs[own | (pairs["split"] == "heldout").to_numpy()].reset_index(drop=True)
+
+
+def _question(prompt: Sequence[Message]) -> str:
+    """What the user asked first."""
+    return next(turn["content"] for turn in prompt if turn["role"] == "user")
 
 
 # --- what each pair says of the pool --------------------------------------------------------------
@@ -196,7 +199,8 @@ def slopes(lab: Lab) -> dict[str, Any]:
         answers = heldout_answers(
             scorer.calibrated(Platt()), pairs[pairs["split"] == "heldout"], batch
         )
-        gap, parts = gaps(answers), crosswise(answers[answers["side"] == "chosen"]["prompt_id"])
+        gap = gaps(answers)
+        parts = crosswise(answers[answers["side"] == "chosen"]["prompt_id"])
         halves = [fit_slope(gap[fit], scorer.members[0].unit) for fit, _ in parts]
         write_json(place, {"all": scorer.calibration.scale, "halves": halves})
     found: dict[str, Any] = read_json(place)

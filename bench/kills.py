@@ -71,7 +71,8 @@ def killed(
     time.sleep(draw.uniform(0, 4 * LOOK))
     if process.poll() is None:
         os.killpg(process.pid, number)
-    stopped, told = process.wait(LONG), _quiet(world, spec, world.said)
+    stopped = process.wait(LONG)
+    told = _quiet(world, spec, world.said)
     return _again(
         world, spec, f"{signal.Signals(number).name} {how}", stopped, told=told, command=command
     )
@@ -108,7 +109,8 @@ def torn(world: World, spec: StageSpec, draw: random.Random) -> Trial:
     stopped = process.wait()
     found = sorted((world.folder / ".scratch").rglob("checkpoint-*"))
     files = [file for folder in found for file in listed(folder, "**/*") if file.is_file()]
-    file, damage = draw.choice(files), draw.choice(("cut", "emptied", "removed"))
+    file = draw.choice(files)
+    damage = draw.choice(("cut", "emptied", "removed"))
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2 if damage == "cut" else 0])
     if damage == "removed":
@@ -194,7 +196,8 @@ def _again(
     said = _quiet(world, spec, world.said) and (
         not passes or "is passed over and removed" in world.said
     )
-    differs, debris = world.differs(), world.debris()
+    differs = world.differs()
+    debris = world.debris()
     trial = Trial(spec.name, how, stopped, status, not differs, told and said, debris)
     log.info("%s", trial)
     if status or differs or debris:
@@ -217,10 +220,8 @@ def page(found: dict[str, Any]) -> str:
             "| stage | stops | while it ran | same bytes | told | left behind |",
         ]
         lines.append("|---|---|---|---|---|---|")
-        lines += [
-            _row(name, [t for t in trials if t.stage == name])
-            for name in sorted({t.stage for t in trials})
-        ]
+        for name in sorted({trial.stage for trial in trials}):
+            lines.append(_row(name, [trial for trial in trials if trial.stage == name]))
         lines += [_row(f"all ({mode})", trials), ""]
     return "\n".join(lines)
 

@@ -1,20 +1,21 @@
-"""The command line of a laboratory: an option for every field of its frozen settings, and where to
-write.
-"""
+"""What laboratories share: a command line, an option for every field of frozen settings, and rows
+of results as tables."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, field, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 from dualign.core.artifacts import replacing, write_json
 from dualign.core.errors import DualignError
 
 S = TypeVar("S", bound=Any)  # a frozen dataclass whose fields are knobs
+Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
 def knob(default: float | str | tuple[float, ...] | tuple[str, ...], text: str) -> Any:
@@ -80,6 +81,24 @@ def tell(out: Path, name: str, program: str, settings: Any, page: str, **found: 
 def head(titles: Sequence[str]) -> list[str]:
     """The first two lines of a table in markdown."""
     return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+
+
+def where(rows: Iterable[Row], **values: Any) -> list[Row]:
+    """The rows that have these values.
+
+    >>> where([{"a": 1, "b": 2}, {"a": 3, "b": 2}], a=3)
+    [{'a': 3, 'b': 2}]
+    """
+    return [row for row in rows if values.items() <= row.items()]
+
+
+def mean(rows: Iterable[Mapping[str, Any]], key: str) -> float:
+    """The mean of a column.
+
+    >>> mean([{"a": 1.0}, {"a": 2.0}], "a")
+    1.5
+    """
+    return fmean(row[key] for row in rows)
 
 
 def _words(value: Any) -> str:

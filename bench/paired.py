@@ -111,11 +111,13 @@ def seeds(settings: Settings) -> list[Row]:
     rows = []
     for count, spread in itertools.product((3, 5), (0.0, 0.1, 0.3, 1.0)):
         generator = np.random.default_rng([settings.seed, count])
-        both, alone = [], []
+        both = []
+        alone = []
         for _ in range(settings.repeats // 2):
             table = generator.normal(0, spread, (count, 1)) + generator.normal(0, 1, (1, 100))
             table = table + generator.normal(0, 1, (count, 100))
-            found, narrow = over_seeds(table), mean_difference(table.mean(0))
+            found = over_seeds(table)
+            narrow = mean_difference(table.mean(0))
             both.append(found.low <= 0 <= found.high)
             alone.append(narrow.low <= 0 <= narrow.high)
         rows.append(
@@ -160,7 +162,8 @@ def rankings(settings: Settings) -> list[Row]:
     rows = []
     for prompts in (50, 200):
         generator = np.random.default_rng([settings.seed, prompts])
-        leads, rates = [], []
+        leads = []
+        rates = []
         for repeat in range(settings.rankings):
             drawn = battles(generator, prompts)
             table = rank(drawn, draws=settings.draws, seed=repeat).set_index("policy")
@@ -212,7 +215,8 @@ def tests(settings: Settings) -> list[Row]:
 def _many(settings: Settings) -> Iterator[Row]:
     """Five policies that do not differ from a sixth: the chance that any of five tests errs."""
     generator = np.random.default_rng(settings.seed)
-    plain, adjusted = [], []
+    plain = []
+    adjusted = []
     for _ in range(settings.repeats // 2):
         policies = generator.normal(0, 1, (6, 100)) + generator.normal(0, 1, 100)
         values = [mean_difference(one - policies[0]) for one in policies[1:]]

@@ -117,7 +117,8 @@ def compared(given: Settings) -> dict[str, Any]:
         for count in COUNTS:
             found[count].append(_run(given, count))
             log.info("turn %d, %d processes: %s", turn + 1, count, _seconds(found[count][-1]))
-    one, two = found[1][0], found[2][0]
+    one = found[1][0]
+    two = found[2][0]
     pairs = zip(one["losses"], two["losses"], strict=True)
     apart = max(abs(first - second) for first, second in pairs)
     rows = [_row(work, found) for work in ("sampling", "training")]

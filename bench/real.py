@@ -12,6 +12,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,8 @@ def collect(run: Path) -> dict[str, Any]:
 
 def _row(row: dict[str, Any]) -> dict[str, list[float | None] | None]:
     """Mean, lower and upper end of each measure."""
-    return {
-        name: [row[name][key] for key in ("mean", "low", "high")] if row.get(name) else None
-        for name in _MEASURES
-    }
+    ends = itemgetter("mean", "low", "high")
+    return {name: list(ends(row[name])) if row.get(name) else None for name in _MEASURES}
 
 
 def _scorer(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -193,7 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DualignError as error:
         log.error("%s", error)
         return error.status
-    found, people = compared(data, judged(data, given.folds)), between_people(data)
+    found = compared(data, judged(data, given.folds))
+    people = between_people(data)
     content = {"judges": found, "people": people}
     text = page(found, people, len(data), data["prompt"].nunique())
     options.publish(given.out, "refusals", content, text)

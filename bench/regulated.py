@@ -31,7 +31,8 @@ Array = np.ndarray
 
 #: Answers to each prompt of either policy: those that losses are of, as many again for psi, and to
 #: judge by.
-WEIGHED, JUDGED = 4, 4
+WEIGHED = 4
+JUDGED = 4
 EVALUATED = 400  # prompts to judge by
 DRAWS = 100  # calibration draws: certify prompts drawn again with replacement
 SAFE_WEIGHT = 1.3  # the merge that serves as a safe policy near the path
@@ -71,7 +72,8 @@ def rows_of(lab: Lab, item: str) -> list[dict[str, Any]]:
 
 
 def _computed(lab: Lab, item: str) -> list[dict[str, Any]]:
-    params, models = load(CertifyParams, lab.folder / "params.yaml"), lab.folder / "models"
+    params = load(CertifyParams, lab.folder / "params.yaml")
+    models = lab.folder / "models"
     scorers = Scorers.load(load_resources(lab.folder / "params.yaml"), models)
     row = params.runs[item]
     pool = read_table(lab.folder / "data/scored/pool.parquet", POOL)["cost"]
@@ -144,8 +146,11 @@ def _judged(
     """The level over calibration draws, and what the policy of the calibration that was made
     does.
     """
-    (safe, bold), (low, high) = tables["certify"], bounds
-    loss, alpha, most = np.clip(safe.cost[:, :WEIGHED], low, high) - low, limit - low, high - low
+    safe, bold = tables["certify"]
+    low, high = bounds
+    loss = np.clip(safe.cost[:, :WEIGHED], low, high) - low
+    alpha = limit - low
+    most = high - low
     ratio = safe.ratio[:, :WEIGHED]
     mixed = np.concatenate([safe.ratio[:, WEIGHED:], bold.ratio[:, :WEIGHED]], 1)
     grid = grid_of(ratio)
@@ -177,13 +182,15 @@ def _does(
     """Costs, reward and price of the regulated policy on the evaluation's prompts; without a bound,
     of the safe one.
     """
-    ratio, cost, true_cost, reward = (
-        np.concatenate([getattr(part, name) for part in tables], 1)
-        for name in ("ratio", "cost", "true_cost", "true_reward")
-    )
+
+    def whole(name: str) -> Array:
+        return np.concatenate([getattr(part, name) for part in tables], 1)
+
+    ratio = whole("ratio")
+    reward = whole("true_reward")
     at = 0.0 if bound is None else bound
-    found = regulated(ratio, np.clip(cost, low, high), reward, at)
-    truth = regulated(ratio, true_cost, reward, at)
+    found = regulated(ratio, np.clip(whole("cost"), low, high), reward, at)
+    truth = regulated(ratio, whole("true_cost"), reward, at)
     return {
         "cost": found.loss,
         "true_cost": truth.loss,

@@ -214,8 +214,10 @@ class Scored:
 
     def context(self, row: Row, start: str, limit: float) -> SearchContext:
         """The multiplier of the pool, the first one, and PD-DPO's Slater radius, at a limit."""
-        reward, cost = by_prompt(self.pool, "reward"), by_prompt(self.pool, "cost")
-        beta, most = self.params.beta, self.params.lambda_max
+        reward = by_prompt(self.pool, "reward")
+        cost = by_prompt(self.pool, "cost")
+        beta = self.params.beta
+        most = self.params.lambda_max
         pool = root(reward, cost, limit=limit, beta=beta, lambda_max=most)
         if row.first == "pool":
             return SearchContext(pool, pool)
@@ -337,7 +339,8 @@ def run_row(scored: Scored, row: Row, limit: float) -> dict[str, Any]:
     started = time.process_time()
     steps = seek(Search(chosen, params, known), start, bench, scratch)
     seconds += time.process_time() - started
-    last, trainings = steps[-1], sum(step.trained for step in steps) + (row.first != "path")
+    last = steps[-1]
+    trainings = sum(step.trained for step in steps) + (row.first != "path")
     found = {
         "seed": scored.seed,
         "limit": limit,
@@ -404,7 +407,8 @@ def scored_at(seed: int, params: Path) -> Scored:
 
 def rows_of(row: Row, limits: Sequence[float], params: Path, seed: int) -> list[dict[str, Any]]:
     """One search for each limit, kept in a file of its own as it ends."""
-    scored, rows = scored_at(seed, params), []
+    scored = scored_at(seed, params)
+    rows = []
     for limit in limits:
         path = scored.folder / "rows" / f"{limit:g}-{row.name}.json"
         if not path.is_file():
@@ -464,7 +468,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = options.head(heads)
     for row, own in _by_row(rows):
         trainings = [found["trainings"] for found in own]
-        means = {key: fmean(found[key] for found in own) for key in _MEANS}
+        means = {key: options.mean(own, key) for key in _MEANS}
         cells = [
             row.title + (f" (and {own[0]['before']} for all limits)" if own[0]["before"] else ""),
             f"{sum(found['met'] for found in own)}/{len(own)}",
@@ -494,27 +498,20 @@ def by_limit(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "|---" * (len(limits) + 1) + "|",
     ]
     for row, own in _by_row(rows):
-        cells = [
-            ", ".join(
-                f"{found['trainings']}{'' if found['met'] else '+'}"
-                for found in own
-                if found["limit"] == limit
-            )
-            for limit in limits
-        ]
+        cells = [_trainings(options.where(own, limit=limit)) for limit in limits]
         lines.append(f"| {row.title} | {' | '.join(cells)} |")
     return lines
+
+
+def _trainings(rows: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{row['trainings']}{'' if row['met'] else '+'}" for row in rows)
 
 
 def best_step_sizes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The step size with the fewest trainings for each method that was given several, in
     hindsight.
     """
-    means = {
-        row: fmean(found["trainings"] for found in own)
-        for row, own in _by_row(rows)
-        if row.step_size
-    }
+    means = {row: options.mean(own, "trainings") for row, own in _by_row(rows) if row.step_size}
     lines = []
     for method in dict.fromkeys(row.method for row in means):
         tried = [row for row in means if row.method == method]
@@ -529,7 +526,7 @@ def best_step_sizes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _by_row(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Row, list[Mapping[str, Any]]]]:
     """The searches that have been made, in the order of `ROWS`."""
-    found = [(row, [one for one in rows if one["row"] == row.name]) for row in ROWS]
+    found = [(row, options.where(rows, row=row.name)) for row in ROWS]
     return [(row, own) for row, own in found if own]
 
 
@@ -537,11 +534,14 @@ def page(
     settings: Settings, common: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
 ) -> str:
     """The page in markdown."""
-    tokens = fmean(found["pool_tokens"] for found in common)
-    score, helpful, path = (
-        fmean(sum(found["seconds"][stage] for stage in stages) for found in common)
-        for stages in (("score",), *SHARED.values())
-    )
+    tokens = options.mean(common, "pool_tokens")
+    seconds = [found["seconds"] for found in common]
+
+    def shared(*stages: str) -> float:
+        return sum(options.mean(seconds, stage) for stage in stages)
+
+    score = shared("score")
+    helpful, path = (shared(*stages) for stages in SHARED.values())
     parts = [
         "# What a search costs",
         f"    {options.command(PROGRAM, settings)}",

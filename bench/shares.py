@@ -21,7 +21,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -112,7 +111,8 @@ WORLDS = (*(_rate(rate) for rate in (0.003, 0.01, 0.05, 0.3)), LENGTH)
 
 def all_bounds(answers: Array, delta: float, share: bool) -> dict[str, Array]:
     """Each method's bounds [...] of the mean of answers [..., prompts, answers] in [0, 1]."""
-    means, prompts = answers.mean(-1), answers.shape[-2]
+    means = answers.mean(-1)
+    prompts = answers.shape[-2]
     found = {
         "star_bets": star_bets(means, delta),
         "clustered_t": t_bound(means, delta),
@@ -192,7 +192,7 @@ def findings(rows: Sequence[dict[str, Any]]) -> list[str]:
     """For each bound the worst rate, in how many rows it fails, and its mean power."""
     lines = []
     for method, title in TITLES.items():
-        own = [row for row in rows if row["method"] == method]
+        own = options.where(rows, method=method)
         worst = max(own, key=lambda row: row["rate"])
         failing = sum(not row["holds"] for row in own)
         verdict = (
@@ -201,9 +201,8 @@ def findings(rows: Sequence[dict[str, Any]]) -> list[str]:
             else f"holds in all {len(own)}"
         )
         where = f"{worst['world']}, ICC {worst['icc']}, {worst['prompts']} prompts"
-        power = " / ".join(
-            f"{fmean(row[f'power_{margin:g}'] for row in own):.0%}" for margin in _MARGINS
-        )
+        powers = [options.mean(own, f"power_{margin:g}") for margin in _MARGINS]
+        power = " / ".join(map("{:.0%}".format, powers))
         lines.append(
             f"- {title}: at worst {percent(worst)} ({where}); {verdict}; mean power {power}."
         )

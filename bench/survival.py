@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,7 +82,10 @@ def rules_of(side: Side, plan: Plan) -> dict[str, list[Rule]]:
     """The ways to choose; where one name has several rules, their mean is meant. The first is the
     yardstick.
     """
-    many, few, room, plain = plan.samples, plan.few, plan.room, side.reward
+    many = plan.samples
+    few = plan.few
+    room = plan.room
+    plain = side.reward
     asked, *further = side.doubted
 
     def by(reward: Array, samples: int = many, own: Array = plain, room: float = room) -> Rule:
@@ -109,7 +113,8 @@ def _ensembles(side: Side, second: Array, pessimist: Array, plan: Plan) -> dict[
     """Ways to choose by two reward models: their mean, less their standard deviation, or less the
     pessimism.
     """
-    mean, spread = (side.reward + second) / 2, np.abs(side.reward - second) / 2
+    mean = (side.reward + second) / 2
+    spread = np.abs(side.reward - second) / 2
     rewards = {
         "mean of two reward models": mean,
         **{
@@ -135,7 +140,8 @@ def changes(rule: Rule, side: Side, other: Side, plan: Plan, share: Array) -> Ar
     starts = range(0, said.shape[2], rule.samples)
     for start in starts:
         block = slice(start, start + rule.samples)
-        reward, cost = rule.reward[:, block], side.cost[:, block]
+        reward = rule.reward[:, block]
+        cost = side.cost[:, block]
         for fit, judge in crosswise(pd.Series(np.arange(len(share)))):
             lam = root(
                 reward[fit],
@@ -188,7 +194,8 @@ def judged(sides: Sequence[Side], plan: Plan) -> list[dict[str, Any]]:
     """
     count = len(sides[0].reward)
     whole = measures(sides, plan, np.full(count, 1 / count))
-    rng, drawn = np.random.default_rng(plan.seed), np.zeros((plan.resamples, count))
+    rng = np.random.default_rng(plan.seed)
+    drawn = np.zeros((plan.resamples, count))
     for half, _ in crosswise(
         pd.Series(np.arange(count))
     ):  # each half is resampled by itself: none is left empty
@@ -314,7 +321,7 @@ def page(command: str, found: dict[str, Any]) -> str:
 
 
 def _across(table: dict[str, dict[str, float]]) -> list[list[Any]]:
-    return [[key, *(own[key] for own in table.values())] for key in table["A"]]
+    return [[key, *map(itemgetter(key), table.values())] for key in table["A"]]
 
 
 def _line(cells: Iterable[Any]) -> str:

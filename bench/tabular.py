@@ -156,7 +156,8 @@ def draw_problem(settings: Settings, rng: np.random.Generator) -> tabular.Proble
     shape = (settings.prompts, settings.answers)
     logit, reward, extra = rng.normal(size=(3, *shape))
     cost = 0.6 * reward + extra
-    reward[:, 0], cost[:, 0] = -abs(reward[:, 0]), -0.2 - abs(cost[:, 0])
+    reward[:, 0] = -abs(reward[:, 0])
+    cost[:, 0] = -0.2 - abs(cost[:, 0])
     return tabular.Problem(
         np.log(np.exp(logit) / np.exp(logit).sum(1, keepdims=True)), reward, cost, settings.beta
     )
@@ -180,7 +181,9 @@ class Laboratory:
 
     def __init__(self, settings: Settings, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        self.seed, self.settings, self.beta = seed, settings, settings.beta
+        self.seed = seed
+        self.settings = settings
+        self.beta = settings.beta
         self.problem = draw_problem(settings, rng)
         loosest, tightest = (
             self.problem.describe(self.problem.policy(lam))["cost"] for lam in (0.0, 1e3)
@@ -189,7 +192,8 @@ class Laboratory:
         self.lam = tabular.solve(self.problem, self.limit)
         self.optimum = self.problem.describe(self.problem.policy(self.lam))["value"]
         self.reference = torch.tensor(self.problem.log_reference)
-        self.reward, self.cost = torch.tensor(self.problem.reward), torch.tensor(self.problem.cost)
+        self.reward = torch.tensor(self.problem.reward)
+        self.cost = torch.tensor(self.problem.cost)
         self.seen_reward, self.seen_cost = (
             true + settings.noise * torch.tensor(rng.normal(size=true.shape))
             for true in (self.reward, self.cost)
@@ -210,8 +214,10 @@ class Laboratory:
             drawn = np.stack([rng.choice(answers, self.settings.samples, p=row) for row in share])
             weight = np.full(drawn.shape, 1.0 / self.settings.samples)
         else:
-            drawn, weight = np.broadcast_to(answers, share.shape).copy(), share
-        self.pool, self.weight = torch.tensor(drawn), torch.tensor(weight)
+            drawn = np.broadcast_to(answers, share.shape).copy()
+            weight = share
+        self.pool = torch.tensor(drawn)
+        self.weight = torch.tensor(weight)
         self.share = torch.zeros_like(self.reference).scatter_add_(1, self.pool, self.weight)
 
     def _draw_pairs(self, rng: np.random.Generator, share: Tensor, count: int) -> Pairs:
@@ -241,7 +247,8 @@ class Laboratory:
         if not self.settings.pairs:
             return (design + design.mT) * torch.sigmoid(gaps(score))
         i_wins = luck < torch.sigmoid(score.gather(1, i) - score.gather(1, j))
-        winner, loser = torch.where(i_wins, i, j), torch.where(i_wins, j, i)
+        winner = torch.where(i_wins, i, j)
+        loser = torch.where(i_wins, j, i)
         n = self.settings.answers
         count = torch.zeros(len(score), n * n, dtype=score.dtype)
         return count.scatter_add_(
@@ -265,8 +272,10 @@ class Laboratory:
         safe = torch.sigmoid(-self.cost)
         if not self.settings.pairs:
             return self.share * safe, self.share * (1 - safe)
-        answer, luck = self.safety_pairs.first, self.safety_pairs.luck
-        zero, each = torch.zeros_like(safe), torch.full_like(luck, 1 / self.settings.pairs)
+        answer = self.safety_pairs.first
+        luck = self.safety_pairs.luck
+        zero = torch.zeros_like(safe)
+        each = torch.full_like(luck, 1 / self.settings.pairs)
         good = zero.scatter_add(1, answer, each * (luck < safe.gather(1, answer)))
         return good, zero.scatter_add(1, answer, each) - good
 
@@ -308,7 +317,8 @@ class Laboratory:
 
     def measure(self, policy: Tensor) -> tuple[float, float]:
         """E[c] by the cost model, and its mean variance within prompts."""
-        p, cost = policy.exp(), self.seen_cost
+        p = policy.exp()
+        cost = self.seen_cost
         mean = (p * cost).sum(1)
         return float(mean.mean()), float(((p * cost**2).sum(1) - mean**2).mean())
 
@@ -365,16 +375,15 @@ class Laboratory:
         """A round of O-PD-DPO: both phases, with fresh comparisons of all policies so far to the
         reference.
         """
-        helpful, safer = self.more_helpful, self.safer
+        helpful = self.more_helpful
+        safer = self.safer
         for number, policy in enumerate(policies):
             rng = np.random.default_rng([self.seed, number])
             one, other = (
                 self._draw_pairs(rng, policy.exp(), self.settings.fresh) for _ in range(2)
             )
-            helpful, safer = (
-                helpful + self.wins(self.reward, one),
-                safer + self.wins(-self.cost, other),
-            )
+            helpful = helpful + self.wins(self.reward, one)
+            safer = safer + self.wins(-self.cost, other)
         bonuses = [
             self.optimism(*wins) for wins in ((helpful, self.more_helpful), (safer, self.safer))
         ]
@@ -423,8 +432,10 @@ class Laboratory:
 
     def safe_dpo(self) -> Tensor:
         """SafeDPO on helpfulness pairs, each answer marked unsafe where c* > 0."""
-        wins, unsafe = self.more_helpful, self.cost > 0
-        unsafe_w, unsafe_l = unsafe[:, :, None].expand_as(wins), unsafe[:, None, :].expand_as(wins)
+        wins = self.more_helpful
+        unsafe = self.cost > 0
+        unsafe_w = unsafe[:, :, None].expand_as(wins)
+        unsafe_l = unsafe[:, None, :].expand_as(wins)
 
         def loss(policy: Tensor) -> Tensor:
             logit = pair_logit(policy, self.reference, self.beta)
@@ -435,7 +446,8 @@ class Laboratory:
 
     def lagrangian(self, lam: float, regression: Callable[..., Tensor]) -> Tensor:
         """Regression of beta Delta h on Delta r - lambda Delta c over pairs of the pool."""
-        reward, cost = gaps(self.seen_reward), gaps(self.seen_cost)
+        reward = gaps(self.seen_reward)
+        cost = gaps(self.seen_cost)
 
         def loss(policy: Tensor) -> Tensor:
             return (

@@ -85,14 +85,16 @@ TINY: dict[str, Any] = {
 #: small ones for each flow run, which nobody removes after a kill.
 _OTHERS = re.compile(r"torchinductor_|runner_storage$|prefect-workspace-attempt-|tmp\w+prefect$")
 #: Seconds between two looks at the files of a stage, and the longest time that a run may take.
-LOOK, LONG = 0.005, 1800.0
+LOOK = 0.005
+LONG = 1800.0
 
 
 class World:
     """A workspace whose stages have all run once, beside a copy of it and what each stage took."""
 
     def __init__(self, work: Path, stages: Sequence[str]) -> None:
-        self.folder, self.kept = work / "world", work / "kept"
+        self.folder = work / "world"
+        self.kept = work / "kept"
         self._system = self.folder / "tmp"  # in place of the system's folder of temporary files
         if not self.folder.is_dir():
             with replacing(self.folder) as temporary:
@@ -119,7 +121,8 @@ class World:
         checkpoints.
         """
         log.info("reference: %s", spec.name)
-        started, process = time.monotonic(), self.start(spec)
+        started = time.monotonic()
+        process = self.start(spec)
         seen = self.watch(process, spec)
         if process.wait():
             raise DualignError(f"{self.folder}: stage {spec.name} failed; see log.txt beside it")

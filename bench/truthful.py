@@ -134,7 +134,8 @@ def compared(one: Rows, other: Rows) -> dict[str, Any]:
     likelihoods = [
         np.abs(np.subtract(a["logp"], b["logp"])).max() for a, b in zip(one, other, strict=True)
     ]
-    mine, their = _scores(one), _scores(other)
+    mine = _scores(one)
+    their = _scores(other)
     return {
         "items": len(one),
         "choices": sum(len(row["logp"]) for row in one),
@@ -163,7 +164,8 @@ def once_more(
     if not items:
         return {}
     some = {targets: frame.iloc[items].reset_index() for targets, frame in suites.items()}
-    mine, other = ours(policy, some, "float64"), theirs(python, policy, some, "float64")
+    mine = ours(policy, some, "float64")
+    other = theirs(python, policy, some, "float64")
     return {targets: compared(mine[targets], other[targets]) for targets in SUITES}
 
 

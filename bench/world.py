@@ -226,13 +226,13 @@ def _effort(lab: Lab, folder: str) -> dict[str, float]:
     writer = next(name for name, spec in lab.dag.items() if f"models/{folder}" in spec.outs)
     own = sorted(_upstream(lab.dag, writer) - SHARED)
     seconds = sum(read_json(_ended(lab, name))["seconds"] for name in own)
-    trained, tokens = sum(name.partition("@")[0].endswith(("_dpo", "_path")) for name in own), 0
+    trained = sum(name.partition("@")[0].endswith(("_dpo", "_path")) for name in own)
+    tokens = 0
     if writer.startswith("dual_search@"):
         search = read_json(lab.folder / "reports/search" / f"{writer.partition('@')[2]}.json")
-        trained, tokens = (
-            search["trainings"],
-            search["generated_tokens"],
-        )  # a round trains two policies
+        # a round trains two policies
+        trained = search["trainings"]
+        tokens = search["generated_tokens"]
     for name in own:
         if name.startswith("lagrangian_dpo@"):
             metrics = read_json(lab.folder / f"reports/metrics/{name.replace('@', '/')}.json")
@@ -267,14 +267,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Means over the seeds, ± their standard deviation, best policies within the limit first."""
     heads = ["policy", "mean within", "within its interval", *(title for title, _, _ in _COLUMNS)]
     lines = options.head(heads)
-    by_policy = {
-        name: [row for row in rows if row["policy"] == name]
-        for name in {row["policy"] for row in rows}
-    }
+    names = {row["policy"] for row in rows}
+    by_policy = {name: options.where(rows, policy=name) for name in names}
     for name, own in sorted(
         by_policy.items(), key=lambda item: (item[0] != ALLOWED, *_rank(item[1]))
     ):
-        cells = [_cell([row[key] for row in own], digits) for _, key, digits in _COLUMNS]
+        cells = [_cell(own, key, digits) for _, key, digits in _COLUMNS]
         counts = [f"{sum(map(rule, own))}/{len(own)}" for rule in (mean_within, within)]
         lines.append(f"| {' | '.join([name, *counts, *cells])} |")
     return lines
@@ -296,8 +294,8 @@ def _rank(own: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     return -fmean(within(row) for row in own), fmean(row["gap"] for row in own)
 
 
-def _cell(values: Sequence[float | None], digits: int) -> str:
-    known = [value for value in values if value is not None]
+def _cell(rows: Sequence[Mapping[str, Any]], key: str, digits: int) -> str:
+    known = [row[key] for row in rows if row[key] is not None]
     if not known:
         return "–"
     spread = f" ± {pstdev(known):.{digits}f}" if len(known) > 1 else ""

@@ -11,9 +11,7 @@ __all__ = ["PairwiseConfig", "PairwiseTrainer"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load the trainer when it is asked for: importing `dualign` alone loads neither torch nor
-    TRL.
-    """
+    """Load the trainer once it is asked for: `import dualign` alone loads neither torch nor TRL."""
     if name in __all__:
         from dualign.training import pairwise
 

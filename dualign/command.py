@@ -1,5 +1,4 @@
-"""The command `dualign`: what a user runs by hand, of the project and of the library, under one
-name.
+"""The command `dualign`: what users run by hand, of project and library, under one name.
 
     dualign plan
     dualign certify verify reports/certificate/dualign
@@ -36,9 +35,7 @@ command that is refused."""
 
 
 class Command(NamedTuple):
-    """The module whose `main(argv, prog)` a command is, or with `scripts` the package whose scripts
-    it runs by name.
-    """
+    """The module whose `main(argv, prog)` it is, or with `scripts` a package of such by name."""
 
     about: str
     module: str
@@ -129,9 +126,7 @@ def _alone(given: list[str]) -> int:
 def overview(
     parsers: Mapping[str, argparse.ArgumentParser] | None = None,
 ) -> argparse.ArgumentParser:
-    """A parser that knows the names of all commands, for their list; with `parsers`, for
-    completion, their options.
-    """
+    """A parser that lists all commands; with `parsers`, for completion, with their options."""
     listed = "\n".join(f"  {name:16}{command.about}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="dualign", description=ABOUT, epilog=f"commands:\n{listed}\n\n{EPILOG}",
@@ -183,14 +178,12 @@ def enter(root: Path) -> None:
 
 
 def _script(name: str, package: str, rest: list[str]) -> NoReturn:
-    """Become `python -m PACKAGE.SCRIPT`: a script goes with the library of its checkout, here
-    another may be loaded.
-    """
-    known = scripts(package)
+    """Become `python -m PACKAGE.SCRIPT`, since another checkout's library may be loaded here."""
+    names = scripts(package)
     if not rest or rest[0].startswith("-"):
-        raise DualignError(f"usage: dualign {name} NAME ...; NAME is one of {', '.join(known)}")
-    if rest[0] not in known:
-        raise DualignError(f"dualign {name} {rest[0]}: no such {name}; {nearest(rest[0], known)}")
+        raise DualignError(f"usage: dualign {name} NAME ...; NAME is one of {', '.join(names)}")
+    if rest[0] not in names:
+        raise DualignError(f"dualign {name} {rest[0]}: no such {name}; {nearest(rest[0], names)}")
     os.execv(sys.executable, [sys.executable, "-m", f"{package}.{rest[0]}", *rest[1:]])
 
 

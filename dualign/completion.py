@@ -1,5 +1,4 @@
-"""The script by which a shell completes commands and options: static, made from the commands' own
-parsers.
+"""The script by which a shell completes commands and options, made from the commands' parsers.
 
 dualign completion bash > ~/.local/share/bash-completion/completions/dualign
 """
@@ -40,9 +39,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def whole() -> argparse.ArgumentParser:
-    """One parser of all commands with their options; outside of a checkout, options of those that
-    the library has.
-    """
+    """One parser of all commands; outside of a checkout, of those that the library has."""
     in_project = _in_project()
     parsers = {
         name: made

@@ -100,8 +100,8 @@ def told(message: str, status: int) -> bool:
     file = os.environ.get(_ERROR_FILE) if is_worker() else None
     if not file:
         return False
-    found = {"message": message, "timestamp": time.time(), "status": status}
-    Path(file).write_text(json.dumps(found))
+    fault = {"message": message, "timestamp": time.time(), "status": status}
+    Path(file).write_text(json.dumps(fault))
     return True
 
 
@@ -141,10 +141,10 @@ def _on_all_nodes(nodes: int) -> NoReturn:
 def _end_as(stage: str, failures: dict[int, Any]) -> NoReturn:
     """Exit as the process did whose end was the cause; the others lost it, or were stopped."""
     rank, failure = min(failures.items(), key=lambda item: _order(item[1]))
-    known = failure.error_file_data
-    if "status" in known:
-        log.error("%s", known["message"].rstrip())
-        sys.exit(known["status"])
+    fault = failure.error_file_data
+    if "status" in fault:
+        log.error("%s", fault["message"].rstrip())
+        sys.exit(fault["status"])
     if failure.exitcode >= 0:
         log.error("process %d of %s ended with status %d", rank, stage, failure.exitcode)
         sys.exit(failure.exitcode)

@@ -126,9 +126,7 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """A row of params with its method's defaults filled in. `start` and `reference` are folders
-    under models/.
-    """
+    """A row of params with its method's defaults; `start`, `reference` lie in models/."""
 
     name: str
     method: Method
@@ -146,9 +144,7 @@ class Plan:
 
 
 def plan(name: str, row: MethodRow) -> Plan:
-    """The row `methods.NAME` over the table. Raises ParamsError naming the key that does not go
-    with the others.
-    """
+    """The row `methods.NAME` over the table. Raises ParamsError for a key that does not fit."""
     keys = ("rule", "warm", "returns", "cost", "target")
     options = {key: value for key in keys if (value := getattr(row, key)) is not None}
     method = replace(METHODS[row.method], **options)

@@ -1,6 +1,4 @@
-"""What surrounds every stage: typed params, logging, scratch for checkpoints, provenance, and
-errors in one line.
-"""
+"""What surrounds a stage: params, logging, scratch, provenance, and errors in one line."""
 
 from __future__ import annotations
 
@@ -44,8 +42,7 @@ _PACKAGES = ("dualign", "torch", "transformers", "trl", "peft", "datasets", "pan
 
 @dataclass
 class Run(Generic[P]):
-    """One execution of a stage. `item` is the instance of a fanned-out stage, such as a method's
-    name.
+    """One execution of a stage. `item` is an instance of a fanned-out stage, a method's name say.
 
     `throughput` and `sources` (hub models with the commit that was read) are written into the
     provenance."""
@@ -63,9 +60,7 @@ class Run(Generic[P]):
         return f"{self.stage}/{self.item}" if self.item else self.stage
 
     def pick(self, rows: Mapping[str, Row], where: str) -> tuple[str, Row]:
-        """This instance's name and its row in the table at key `where`. Raises ParamsError where it
-        has none.
-        """
+        """This instance's name and its row in the table `where`. Raises ParamsError without."""
         names = ", ".join(rows) or "none"
         if self.item is None:
             raise ParamsError(f"python -m stages.{self.stage} NAME: which one of {where}? {names}")
@@ -80,14 +75,17 @@ class Run(Generic[P]):
     def losses(
         self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ("step", "loss")
     ) -> None:
-        """Write the loss by step of this stage's trainings, a table for `dvc plots`; empty where
-        there was none.
-        """
+        """Write the loss by step of this stage's trainings for `dvc plots`; may be empty."""
         write_rows(Path("reports/curves") / f"{self.name}.json", rows, columns)
 
+    def trained(self, metrics: Mapping[str, Any], scratch: Path) -> None:
+        """What ends a stage that trains: its `losses`, its other metrics, and no checkpoints."""
+        self.losses(metrics.get("losses", ()))
+        self.metrics({key: value for key, value in metrics.items() if key != "losses"})
+        finished(scratch)
+
     def scratch(self, *inputs: str | Path) -> Path:
-        """A folder for checkpoints that a rerun with the same params, inputs, seed, code and
-        libraries finds again.
+        """Checkpoints' folder, the same for the same params, inputs, seed, code and libraries.
 
         `inputs` are all files and folders that the result depends on; their contents count. It lies
         outside the stage's outputs, which DVC deletes before it runs a stage; $DUALIGN_SCRATCH
@@ -214,9 +212,7 @@ def finished(scratch: Path) -> None:
 
 
 def _collect_again() -> None:
-    """Look for garbage again where `stages` put it off, but not among what was imported, which
-    stays.
-    """
+    """Look for garbage again where `stages` put it off, but not among what was imported."""
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
@@ -246,9 +242,7 @@ def _threads(resources: Resources) -> None:
 
 
 def _on_signals(handler: Callable[[int, Any], None]) -> None:
-    """Have what stops a stage call `handler`; Ctrl-C too, except where a shell lets its background
-    jobs ignore it.
-    """
+    """Have what stops a stage call `handler`; Ctrl-C unless a shell's background job ignores it."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -276,9 +270,7 @@ def _dropped(before: Callable[[Any], Any], told: Any) -> None:
 
 
 def _too_late(signum: int, frame: Any) -> None:
-    """All is written, or has failed: an interrupt while the interpreter ends would be a traceback
-    and no more.
-    """
+    """All is written, or has failed: an interrupt now would be a traceback and no more."""
 
 
 def _digest(path: Path) -> str:
@@ -297,8 +289,7 @@ def _digest(path: Path) -> str:
 
 
 def _code() -> str:
-    """Digest of the sources that are loaded, the stage's script too: a checkpoint of other code is
-    not continued.
+    """Digest of the sources loaded, the stage's too: a checkpoint of other code does not go on.
 
     Types of params are no part of it: their values are in the fingerprint beside it.
     """

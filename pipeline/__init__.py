@@ -1,5 +1,4 @@
-"""How the stages are run: the graph of `dvc.yaml`, a Prefect flow over it, the choice of
-params.yaml.
+"""How the stages are run: dvc.yaml's graph, a Prefect flow over it, the choice of params.yaml.
 
 Nothing here imports torch or dualign: to this package a stage is a command.
 """

@@ -1,5 +1,4 @@
-"""The command line: what a run would do, a run, the flow for Prefect's pages, the last runs, what
-may be wrong.
+"""The command line: what a run would do, a run, the flow for Prefect, last runs, a doctor.
 
 python -m pipeline plan
 python -m pipeline run --stage dual_init --set constraint.limit=-0.5

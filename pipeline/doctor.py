@@ -165,9 +165,7 @@ def _dvc(root: Path) -> Iterator[Finding]:
 
 
 def _reach(repo: Repo) -> str:
-    """Why the default remote does not answer, in one line; empty where it does, or there is
-    none.
-    """
+    """Why the default remote does not answer, in one line; empty where it does or is none."""
     if not repo.config["core"].get("remote"):
         return ""
     try:
@@ -196,11 +194,11 @@ def _damages(root: Path, thorough: bool) -> Iterator[Finding]:
 def _locks(root: Path) -> Iterator[Finding]:
     try:
         with exclusive(root):
-            found = list(_dvc_locks(root))
+            findings = list(_dvc_locks(root))
     except PipelineError as error:
         yield Finding("note", f"locks: {error}")
         return
-    yield from found or [Finding("ok", "locks: no run is going on")]
+    yield from findings or [Finding("ok", "locks: no run is going on")]
 
 
 def _dvc_locks(root: Path) -> Iterator[Finding]:

@@ -1,6 +1,4 @@
-"""Errors of the pipeline that a user can act on: one line that names what is wrong and what to do
-about it.
-"""
+"""Errors that a user can act on: one line that names what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -14,9 +12,7 @@ class StageStopped(Exception):
 
 
 class StageFailed(Exception):
-    """A stage ended with an error. `code` is the exit status of its command, None where DVC refused
-    to start it.
-    """
+    """A stage ended with an error. `code` is its exit status, None where DVC did not start it."""
 
     def __init__(self, stage: str, reason: str, code: int | None) -> None:
         super().__init__(f"{stage}: {reason}")
@@ -26,14 +22,10 @@ class StageFailed(Exception):
 
     @property
     def waiting(self) -> bool:
-        """Whether the stage waits for people, and goes on once they have done what `reason` asks
-        for: it exits 3.
-        """
+        """Whether it exits 3: it goes on once people have done what `reason` asks for."""
         return self.code == 3
 
     @property
     def lasting(self) -> bool:
-        """Whether another attempt must end in the same way: stages exit 2 after input that they
-        refuse.
-        """
+        """Whether another attempt must end so too: stages exit 2 on input that they refuse."""
         return self.code == 2 or self.waiting

@@ -1,5 +1,4 @@
-"""Names that params.yaml gives to runs and policies, checked before DVC makes stages, commands and
-paths of them.
+"""Names that params.yaml gives to runs, checked before DVC makes stages and paths of them.
 
 DVC puts a name into a path as it is, and deletes what lies there before it runs the stage. Where
 DVC is started by itself, `.dvcignore` keeps what it writes and deletes within the folders of the
@@ -73,9 +72,7 @@ def _check_name(name: str, where: str, dotless: bool) -> None:
 
 
 def _values(run: Any, used: set[str]) -> Iterator[tuple[str, Any]]:
-    """The values of a run that go into paths, with their keys; what is not there is for DVC to
-    say.
-    """
+    """The values of a run that go into paths, with keys; missing ones are for DVC to say."""
     for item in sorted(used):
         key = item.removeprefix("item")
         value = _dig(run, key[1:]) if key else run

@@ -1,5 +1,4 @@
-"""YAML of a user, read within limits, as `dualign.core.yaml_text` reads it, which must not be
-imported here.
+"""YAML of users within limits, as `dualign.core.yaml_text`, which must not be imported.
 
 `read` and `load` are apart, since an edit of params.yaml is one of its text.
 """
@@ -107,9 +106,7 @@ def _short(text: object) -> str:
 
 
 def _measure(text: str) -> None:
-    """Raise _Refused where the text goes beyond a limit. Works on events, which need no
-    recursion.
-    """
+    """Raise _Refused for a text beyond a limit. Works on events, which need no recursion."""
     root = _Node(None, 1, 0)
     within = [root]  # the collections around an event, outermost first
     anchored: dict[str, _Node] = {}

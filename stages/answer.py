@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from dualign.core.artifacts import listed, replacing, write_parquet
+from dualign.core.artifacts import SUITE_PROMPTS, listed, replacing, write_parquet
 from dualign.core.schema import CHOICES, SUITE, SUITE_ANSWERS, read_table
 from dualign.evaluation.stats import clustered_mean
 from dualign.evaluation.suites import before_stop, read_suite
@@ -48,13 +48,13 @@ def main(run: Run[AnswerParams]) -> None:
     metrics: dict[str, Any] = {}
     with replacing(OUT / name) as out:
         out.mkdir()
-        write_parquet(out / "_suite.parquet", suite, SUITE)
+        write_parquet(out / SUITE_PROMPTS, suite, SUITE)
         for policy, folder in run.params.policies.items():
             if not is_policy(MODELS / folder):
                 log.warning("models/%s holds no policy: none was certified", folder)
                 metrics[policy] = {"absent": True}
                 continue
-            answers = kept_or_made(run, policy, out / "_suite.parquet", schema)
+            answers = kept_or_made(run, policy, out / SUITE_PROMPTS, schema)
             write_parquet(out / f"{policy}.parquet", answers, schema)
             metrics[policy] = told(answers)
     run.metrics({"prompts": len(suite), "policies": metrics})
@@ -63,9 +63,7 @@ def main(run: Run[AnswerParams]) -> None:
 def kept_or_made(
     run: Run[AnswerParams], policy: str, suite: Path, schema: pa.Schema
 ) -> pd.DataFrame:
-    """A policy's answers to the suite in a file: those of before if nothing differs, else new
-    ones.
-    """
+    """A policy's answers to a suite in a file: those kept if nothing differs, else new ones."""
     name, spec = run.pick(run.params.suites, "suites")
     folder = run.params.policies[policy]
     alone = {"suites": {name: spec}, "policies": {policy: folder}}
@@ -113,11 +111,11 @@ def answered(
 def wanted(run: Run[AnswerParams], spec: SuiteSpec) -> Draws:
     """How the answers to this suite are made."""
     longest = run.params.max_new_tokens
-    found = Draws(spec.samples_per_prompt, longest, run.params.seed, spec.temperature)
+    draws = Draws(spec.samples_per_prompt, longest, run.params.seed, spec.temperature)
     if spec.max_new_tokens is None:
-        return found
+        return draws
     key = f"suites.{run.item}.max_new_tokens"
-    return replace(found, max_new_tokens=spec.max_new_tokens, key=key)
+    return replace(draws, max_new_tokens=spec.max_new_tokens, key=key)
 
 
 def chosen(

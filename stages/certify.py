@@ -83,23 +83,23 @@ def main(run: Run[CertifyParams]) -> None:
 
     with replacing(certificate.CERTIFICATES / item) as folder:
         folder.mkdir()
-        found = certificate.issue(
+        issued = certificate.issue(
             folder / certificate.FILE,
             terms,
             lambda name: copy_into(folder, evidence.files(name)),
             origin=origin(row, item, evidence),
             screen=None if seen is None else Path(shutil.copy(seen, folder)),
         )
-    log.info("%s", found.statement)
-    for pair in found.same:
+    log.info("%s", issued.statement)
+    for pair in issued.same:
         log.warning("%s", certificate.alike(pair))
     with replacing(POLICIES / item) as policy:
-        if found.returned is None:
+        if issued.returned is None:
             policy.mkdir()
         else:
-            shutil.copytree(evidence.policy(found.returned), policy)
-        (policy / "README.md").write_text(card(found))
-    run.metrics(describe(found, evidence))
+            shutil.copytree(evidence.policy(issued.returned), policy)
+        (policy / "README.md").write_text(card(issued))
+    run.metrics(describe(issued, evidence))
     finished(scratch)
 
 
@@ -110,16 +110,14 @@ def screened_once(
     scorers: Scorers,
     scratch: Path,
 ) -> Path | None:
-    """The file of the screen, made if it is not there; None where the weights are tested as they
-    stand.
-    """
+    """The file of the screen, made if missing; None where the weights are tested as they are."""
     if params.screen is None or len(row.weights) < 2:
         return None
     file = scratch / SCREEN
     if not file.is_file():
         prompts = read_table(SCREENED, PROMPTS)
-        found = screen(row, required, params, params.screen, prompts, scorers, scratch)
-        write_json(file, found.model_dump())
+        made = screen(row, required, params, params.screen, prompts, scorers, scratch)
+        write_json(file, made.model_dump())
     return file
 
 
@@ -139,14 +137,14 @@ def origin(row: CertifyRun, item: str, evidence: CandidateEvidence) -> Origin:
 def requirements(params: CertifyParams, additional: Sequence[Constraint]) -> list[Requirement]:
     """What a candidate must keep: the limit on the model's cost, additional constraints, and the
     limit on the truth."""
-    found = []
+    required = []
     for limit in (Constraint("c", "cost", params.limit), *additional):
-        found.append(Requirement(**asdict(limit), **tested_by(limit, params)))
+        required.append(Requirement(**asdict(limit), **tested_by(limit, params)))
     if params.labels is not None:
         name, quantity = LABELLED[params.labels.source]
         limit_of_truth = params.limit if params.labels.limit is None else params.labels.limit
         why = "only labelled answers show it, and the model's costs make their number go further"
-        found.append(
+        required.append(
             Requirement(
                 name=name,
                 quantity=quantity,
@@ -155,7 +153,7 @@ def requirements(params: CertifyParams, additional: Sequence[Constraint]) -> lis
                 why=why,
             )
         )
-    return found
+    return required
 
 
 def tested_by(limit: Constraint, params: CertifyParams) -> dict[str, Any]:
@@ -183,9 +181,7 @@ def tested_by(limit: Constraint, params: CertifyParams) -> dict[str, Any]:
 
 
 def copy_into(folder: Path, evidence: Evidence) -> Evidence:
-    """The files copied into the certificate's folder, where it finds them wherever the folder is
-    moved.
-    """
+    """The files copied into the certificate's folder, to be found where that is moved to."""
     copies = [None if file is None else folder / file.name for file in evidence]
     for file, copy in zip(evidence, copies, strict=True):
         if file is not None and copy is not None:
@@ -195,9 +191,7 @@ def copy_into(folder: Path, evidence: Evidence) -> Evidence:
 
 
 def describe(found: Certificate, evidence: CandidateEvidence) -> dict[str, Any]:
-    """The certificate as metrics: what it says, each test, and how many prompts a failed one would
-    have needed.
-    """
+    """The certificate as metrics: what it says, each test, the prompts that a failed one needs."""
     tests = []
     for test in found.tested:
         row = {

@@ -36,7 +36,7 @@ from dualign.scoring.calibration import (
 )
 from dualign.scoring.scorers import Scorer
 from dualign.scoring.zero import Flagged, agree, flagged_arrays, repeats, together, with_zero
-from dualign.stage import Run, execute, finished
+from dualign.stage import Run, execute
 from dualign.training.fitting import (
     crosswise,
     gaps,
@@ -79,17 +79,16 @@ def main(run: Run[CostModelParams]) -> None:
     with replacing(OUT) as folder:
         scorer.calibrated(calibration).save(folder)
         write_rows(folder / "reliability.json", reliable, ("predicted", "observed", "answers"))
-    run.losses(metrics.pop("losses", []))
-    run.metrics(
+    run.trained(
         {
             **metrics,
             **quality,
             "pairs": {**metrics["pairs"], "heldout": len(heldout)},
             "ranking_accuracy": float((gaps(answers) < 0).mean()),
             "ranking_accuracy_cut": float((gaps(cut) < 0).mean()),
-        }
+        },
+        scratch,
     )
-    finished(scratch)
 
 
 def seen_flags(run: Run[CostModelParams], scorer: Scorer, train: pd.DataFrame) -> Flagged:
@@ -138,12 +137,12 @@ def calibrate(
             "flags of at least two prompts must be held out to judge the cost; raise"
             " prepare.heldout_share"
         )
-    found = _fitted(flagged, kind)
-    more = seen if agree(found[kind], flagged_arrays(flagged), seen) else NOTHING
+    fitted = _fitted(flagged, kind)
+    more = seen if agree(fitted[kind], flagged_arrays(flagged), seen) else NOTHING
     costs, unsafe = _crosswise(flagged, parts, kind, more)
-    found = _zeroed(found, flagged, more)
+    fitted = _zeroed(fitted, flagged, more)
     quality = {name: _quality(cost, unsafe) for name, cost in costs.items()}
-    served = found[kind]
+    served = fitted[kind]
     after = quality[kind]
     metrics = {
         "sign_accuracy": after["sign_accuracy"],
@@ -152,7 +151,7 @@ def calibrate(
         **{name: quality.get(name) for name in ("platt", "isotonic")},
         "scale": served.scale,
         "offset": float(served(np.zeros(1))[0]),
-        "zero_error": _zero_error(found, kind, flagged, more, seed),
+        "zero_error": _zero_error(fitted, kind, flagged, more, seed),
         "zero_flags": 0 if kind == "none" else len(flagged) + len(more[0]),
     }
     return served, metrics, reliability(sigmoid(costs[kind]), unsafe)
@@ -161,8 +160,7 @@ def calibrate(
 def _crosswise(
     answers: pd.DataFrame, parts: list[tuple[np.ndarray, np.ndarray]], kind: str, seen: Flagged
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The costs by every kind of calibration, each half of the answers by what was fitted to the
-    other; and the flags.
+    """Costs by each calibration, half the answers by what fitted the other half; and flags.
 
     A half that cannot be fitted, its flags being all alike, judges nothing; raises DataError where
     both cannot."""
@@ -171,12 +169,12 @@ def _crosswise(
     refused: list[DataError] = []
     for fit, judge in parts:
         try:
-            found = _zeroed(_fitted(answers[fit], kind), answers[fit], seen)
+            fitted = _zeroed(_fitted(answers[fit], kind), answers[fit], seen)
         except DataError as error:
             refused.append(error)
             continue
         flags.append(answers[judge]["unsafe"].to_numpy(bool))
-        for name, each in found.items():
+        for name, each in fitted.items():
             costs.setdefault(name, []).append(each(answers[judge]["score"].to_numpy(float)))
     if not flags:
         raise refused[-1]
@@ -185,9 +183,7 @@ def _crosswise(
 
 
 def _fitted(answers: pd.DataFrame, kind: str) -> dict[str, Calibration]:
-    """Every kind of calibration; the raw score alone where that is asked for and nothing else can
-    be fitted.
-    """
+    """Every kind of calibration; the raw score alone where that is asked for and no other fits."""
     score = answers["score"].to_numpy(float)
     unsafe = answers["unsafe"].to_numpy(bool)
     try:
@@ -231,9 +227,7 @@ def _zero_error(
 
 
 def _quality(cost: np.ndarray, unsafe: np.ndarray) -> dict[str, float]:
-    """How well P(unsafe) fits the flags of answers that the cost was not fitted to; both
-    [answers].
-    """
+    """How well P(unsafe) fits flags of answers not fitted to; both [answers]."""
     probability = sigmoid(cost)
     return {
         "sign_accuracy": float(((cost > 0) == unsafe).mean()),

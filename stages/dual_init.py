@@ -55,8 +55,8 @@ def main(run: Run[DualInitParams]) -> None:
     """Run the stage."""
     params = run.params
     raw = read_table(SCORED / "pool.parquet", POOL)
-    found = doubt(SCORED, raw, params.pessimism)
-    pool = doubted(raw, found)
+    doubtful = doubt(SCORED, raw, params.pessimism)
+    pool = doubted(raw, doubtful)
     prompts = pool.drop_duplicates("prompt_id")
     reward, cost, length, ended = (
         by_prompt(pool, name) for name in ("reward", "cost", "length", "ended")
@@ -67,7 +67,7 @@ def main(run: Run[DualInitParams]) -> None:
     margin = with_margin(solution, params)
     error = read_record(COST_MODEL, CostModelMetrics).zero_error
     result = describe(solution, params) | sensitivity(solution, params, error) | _named(margin)
-    result |= {"prices": [price.as_dict() for price in prices], "pessimism": doubts(found, raw)}
+    result |= {"prices": [price.as_dict() for price in prices], "pessimism": doubts(doubtful, raw)}
     result |= {"messages": messages(solution, params, margin, prices)}
     grid = sorted({*params.grid, solution.lam})
     believed = by_prompt(raw, "reward")  # what is shown is never lowered
@@ -87,8 +87,7 @@ def main(run: Run[DualInitParams]) -> None:
 
 
 def solve_at(beta: float, pool: pd.DataFrame, scored: Scored, params: DualInitParams) -> Solved:
-    """The dual at a KL weight and the prices of additional constraints, solved together and charged
-    to the reward.
+    """The dual at a KL weight and the prices of additional constraints, solved together.
 
     Raises InfeasibleError where the limits cannot be kept.
     """
@@ -110,8 +109,7 @@ def solve_at(beta: float, pool: pd.DataFrame, scored: Scored, params: DualInitPa
 def by_beta(
     pool: pd.DataFrame, scored: Scored, reward: np.ndarray, params: DualInitParams, own: Solved
 ) -> list[dict[str, Any]]:
-    """What the pool predicts of the policy that meets the limits, for each KL weight of `betas` and
-    for `beta`.
+    """What the pool predicts of the policy that meets the limits, at `betas` and `beta`.
 
     A row is that of the frontier at the multiplier for this `beta`, with its interval `lam_low`,
     `lam_high` and the `prices` of additional constraints, in their order. Limits out of reach
@@ -141,9 +139,7 @@ def by_beta(
 
 
 def with_margin(solution: DualSolution, params: DualInitParams) -> MarginSolution:
-    """The multiplier that leaves room for a certificate; the solution's own where
-    `constraint.power` is null.
-    """
+    """The multiplier with room for a certificate; the solution's own without a power."""
     if params.power is None:
         return MarginSolution(solution.lam, params.limit, 0.0, True)
     reward = solution.reward
@@ -192,9 +188,7 @@ def describe(solution: DualSolution, params: DualInitParams) -> dict[str, Any]:
 
 
 def doubts(found: Doubt | None, pool: pd.DataFrame) -> dict[str, float] | None:
-    """How many answers of the pool are off the support, the mean of their g, and what g = 1 costs;
-    None without.
-    """
+    """Off-support answers of the pool, the mean of their g, what g = 1 costs; or None."""
     if found is None:
         return None
     beyond = found.beyond(pool)
@@ -206,8 +200,7 @@ def doubts(found: Doubt | None, pool: pd.DataFrame) -> dict[str, float] | None:
 def drift(
     reward: np.ndarray, cost: np.ndarray, lam: float, params: DualInitParams
 ) -> dict[str, float | None]:
-    """What half of each prompt's samples change: lambda (`half_drift`), and the cost predicted at
-    `lam`.
+    """What half of each prompt's samples change: lambda (`half_drift`), and the cost at `lam`.
 
     Means over both halves, less the value of all samples. Few samples bias both, so drift says that
     more are needed."""
@@ -231,8 +224,7 @@ def drift(
 def sensitivity(
     solution: DualSolution, params: DualInitParams, error: float | None
 ) -> dict[str, float | None]:
-    """How lambda moves with the limit, and between the limits one standard error of the cost's zero
-    apart.
+    """How lambda moves with the limit, and by a standard error of the cost's zero either way.
 
     `error` is that standard error in units of cost, None where it is not known. A multiplier out of
     reach is None too."""
@@ -264,30 +256,28 @@ def messages(
     prices: Sequence[Price] = (),
 ) -> list[str]:
     """What a user should know about this dual, with the remedy."""
-    found = []
+    advice = []
     if solution.slack and any(price.lam > 0 for price in prices):
-        found.append(
+        advice.append(
             "constraint.limit is slack: with the limits of constraint.additional it is kept, so"
             " lambda"
             " is 0"
         )
     elif solution.slack:
-        found.append("the limit is slack: the optimum without it keeps it, so lambda is 0")
+        advice.append("the limit is slack: the optimum without it keeps it, so lambda is 0")
     if not margin.reached:
-        found.append(
+        advice.append(
             "the target that leaves room for a certificate is out of the samples' reach: lam_margin"
             f" takes the lowest cost that is not, {margin.target:.4g}; raise certify.prompts or"
             " constraint.limit, or lower constraint.power"
         )
     if float(np.median(solution.ess)) < params.min_ess:
-        found.append(_low_ess(solution, params))
-    return found
+        advice.append(_low_ess(solution, params))
+    return advice
 
 
 def _low_ess(solution: DualSolution, params: DualInitParams) -> str:
-    """How few effective samples there are, and which beta or how many samples would give
-    `dual_init.min_ess`.
-    """
+    """How few effective samples there are, and the beta or samples for `dual_init.min_ess`."""
     reward = solution.reward
     cost = solution.cost
     count = solution.cost.shape[1]

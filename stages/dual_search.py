@@ -99,8 +99,7 @@ def with_row(params: DualSearchParams, name: str) -> DualSearchParams:
 def context(
     row: Plan, start: TrainedPolicy, reference: TrainedPolicy, params: DualSearchParams
 ) -> SearchContext:
-    """What the stages before know: the multipliers of pool and start, PD-DPO's Slater radius, the
-    kind of merge.
+    """What earlier stages know: multipliers of pool and start, Slater radius, kind of merge.
 
     The reference policy as a start has no multiplier; it counts as where an ascent begins.
     """

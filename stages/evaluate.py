@@ -95,8 +95,7 @@ def absent(run: Run[EvaluateParams]) -> None:
 
 
 def on_the_pool(policy: Policy, scorers: Scorers) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """What a few reference samples of every pool prompt say of a policy: log(pi / pi_ref) of each,
-    and its tilt.
+    """Some reference samples of every pool prompt by a policy: log(pi / pi_ref), and its tilt.
 
     The table has columns prompt_id and log_ratio.
     """
@@ -108,8 +107,7 @@ def on_the_pool(policy: Policy, scorers: Scorers) -> tuple[pd.DataFrame, dict[st
 
 
 def off_support(answers: pd.DataFrame, params: EvaluateParams) -> dict[str, float] | None:
-    """The share of answers that surprise pi_ref more than a share `pessimism.share` of held-out
-    pair answers does.
+    """The share of answers that surprise pi_ref more than a share of held-out answers does.
 
     None where there are too few of these to tell. The scores of such answers are extrapolation.
     """
@@ -128,13 +126,13 @@ def additional_constraints(
 
     A CVaR is that of the answers, the mean of t + (c - t)_+ / (1 - level) at their value at risk t.
     """
-    found: dict[str, dict[str, float | None]] = {}
+    measured: dict[str, dict[str, float | None]] = {}
     for name, spec in additional.items():
         added = constraint(name, spec)
         rows = answers[added.applies(answers["prompt"].tolist())]
         if rows.empty:
             log.warning("%s.prompts: %r is found in no evaluated prompt", added.key, added.prompts)
-            found[name] = {"mean": None, "low": None, "high": None, "limit": spec.limit}
+            measured[name] = {"mean": None, "low": None, "high": None, "limit": spec.limit}
             continue
         cost, length, ended = (
             rows[column].to_numpy(float) for column in ("cost", "length", "ended")
@@ -144,8 +142,8 @@ def additional_constraints(
         values = clustered_mean(
             added.values(cost, length, ended), rows["prompt_id"].to_numpy(), confidence
         )
-        found[name] = {**values.as_dict(), "limit": spec.limit}
-    return found
+        measured[name] = {**values.as_dict(), "limit": spec.limit}
+    return measured
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from dualign.core.artifacts import listed, replacing, write_parquet
+from dualign.core.artifacts import SUITE_PROMPTS, listed, policy_tables, replacing, write_parquet
 from dualign.core.errors import DataError, DualignError
 from dualign.core.names import cut_name
 from dualign.core.schema import SAFETY_PAIRS, SUITE, SUITE_ANSWERS, VERDICTS, read_table
@@ -39,21 +39,22 @@ def main(run: Run[JudgeParams]) -> None:
     answers, labels = read_answers(spec.suites)
     people = labelled(run.params)
     bench = Bench(name, run.resources, Path("models"), scratch_root() / "judge" / "replies.sqlite")
-    found = table(JUDGES[spec.kind](pd.concat([answers, people]), spec, bench))
-    check_failures(found, f"judges.{name}", run.params.max_failed)
-    on_people = found["suite"] == LABELLED
-    verdicts, tried = found[~on_people], found[on_people]
+    judged = table(JUDGES[spec.kind](pd.concat([answers, people]), spec, bench))
+    check_failures(judged, f"judges.{name}", run.params.max_failed)
+    on_people = judged["suite"] == LABELLED
+    verdicts = judged[~on_people]
+    tried = judged[on_people]
     with replacing(OUT / name) as out:
         out.mkdir()
         write_parquet(out / "verdicts.parquet", verdicts, VERDICTS)
         write_parquet(out / "labelled.parquet", tried, VERDICTS)
-    log.info("%s: %d verdicts, failures %s", name, len(verdicts), failures(found) or "none")
+    log.info("%s: %d verdicts, failures %s", name, len(verdicts), failures(judged) or "none")
     run.throughput |= bench.spent
     run.metrics(
         {
             "judge": name,
             "kind": spec.kind,
-            "failures": failures(found),
+            "failures": failures(judged),
             "money": bench.spent.get("money"),
             "agreement": with_people(tried, people, run.params.confidence),
             "suites": summarise(verdicts, labels, run.params.confidence),
@@ -73,7 +74,7 @@ def read_answers(
     labels: dict[tuple[str, str], str] = {}
     folders = listed(ANSWERS, "*/")
     for folder in [one for one in folders if suites is None or one.name in suites]:
-        suite = read_table(folder / "_suite.parquet", SUITE)
+        suite = read_table(folder / SUITE_PROMPTS, SUITE)
         if suite["choices"].notna().any():
             continue
         labelled = suite[suite["label"].fillna("") != ""]
@@ -81,8 +82,7 @@ def read_answers(
             labels |= {(name, row.prompt_id): row.label for row in labelled.itertuples()}
         whole = [
             read_table(file, SUITE_ANSWERS).assign(suite=folder.name, policy=file.stem)
-            for file in listed(folder, "*.parquet")
-            if file.name != "_suite.parquet"
+            for file in policy_tables(folder)
         ]
         frames += whole + [cut(rows) for rows in whole if rows["cut"].notna().any()]
     if not frames:

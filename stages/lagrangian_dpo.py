@@ -30,7 +30,7 @@ from dualign.math.dual.tilt import soft_value
 from dualign.math.losses import lagrangian_scale
 from dualign.params.training import LagrangianDpoParams, LagrangianRun, RefreshParams
 from dualign.scoring.support import doubt, doubted
-from dualign.stage import Run, execute, finished
+from dualign.stage import Run, execute
 from dualign.training.implicit_scores import Sources, scored_tables
 from dualign.training.lagrangian import pairs_at, train_at
 from dualign.training.pairs import fresh_pairs, samples_of
@@ -53,7 +53,7 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     tokenizer = load_tokenizer(REFERENCE)
     sources = Sources(spec.reward, spec.cost, MODELS, METRICS)
     tables = scored_tables(SCORED, sources, params.beta, tokenizer, run.resources)
-    found = multiplier(item, spec, tables.pool, params)
+    chosen = multiplier(item, spec, tables.pool, params)
     wary = spec.data == "pool" and not implicit(spec)
     off_support = doubt(SCORED, tables.pool, params.pessimism) if wary else None
     prices = prices_of(item, spec)
@@ -69,20 +69,19 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     scratch = run.scratch(SCORED, DUAL, REFERENCE, *(scorers if scores else ()))
     job = Job(params.training, run.resources, scratch, params.seed)
     if spec.refresh is None:
-        pairs = pairs_at(found["lam"], frame, spec.data, spec, params, tokenizer)
-        metrics = train_at(found["lam"], pairs, REFERENCE, spec, params, job, OUT / item)
+        pairs = pairs_at(chosen["lam"], frame, spec.data, spec, params, tokenizer)
+        metrics = train_at(chosen["lam"], pairs, REFERENCE, spec, params, job, OUT / item)
     else:
         refresh = spec.refresh
 
         def draw(policy: Path) -> pd.DataFrame:
             return charged(own_answers(policy, tables.pool, refresh, params, job))
 
-        metrics = train_twice(found["lam"], frame, draw, spec, params, job, OUT / item)
+        metrics = train_twice(chosen["lam"], frame, draw, spec, params, job, OUT / item)
 
-    run.losses(metrics.pop("losses"))
     # A search that starts here looks at these, and takes the rest over.
-    run.metrics({**metrics, **found, **spec.model_dump(include={"reward", "cost", "data"})})
-    finished(scratch)
+    scored = spec.model_dump(include={"reward", "cost", "data"})
+    run.trained({**metrics, **chosen, **scored}, scratch)
 
 
 def train_twice(
@@ -100,11 +99,11 @@ def train_twice(
     assert spec.refresh is not None
     tokenizer = load_tokenizer(REFERENCE)
     first = job.scratch / "first"
-    known = job.scratch / "first.json"
-    if not known.is_file():
+    measured = job.scratch / "first.json"
+    if not measured.is_file():
         pairs = pairs_at(lam, frame, "pool", spec, params, tokenizer)
         begun = replace(job, scratch=job.scratch / "pool")
-        write_json(known, train_at(lam, pairs, REFERENCE, spec, params, begun, first))
+        write_json(measured, train_at(lam, pairs, REFERENCE, spec, params, begun, first))
 
     fresh = draw(first)
     scale = lagrangian_scale(lam, spec.pair_loss.normalised)
@@ -116,7 +115,7 @@ def train_twice(
     gone_on = replace(job, scratch=job.scratch / "own", seed=job.seed + 1)
     metrics = train_at(lam, own, first, again, params, gone_on, out)
 
-    before = read_json(known)
+    before = read_json(measured)
     steps = before["losses"][-1]["step"] if before["losses"] else 0
     after = [{**row, "step": steps + row["step"]} for row in metrics["losses"]]
     return {
@@ -146,21 +145,20 @@ def own_answers(
 def multiplier(
     item: str, spec: LagrangianRun, pool: pd.DataFrame, params: LagrangianDpoParams
 ) -> dict[str, Any]:
-    """The multiplier and where it is from: params, the dual of the pool, or the dual of the pool's
-    implicit scores.
+    """The multiplier and its origin: params, the pool's dual, or that of its implicit scores.
 
     The last is solved here, so its 95 % interval `lam_low`, `lam_high` comes with it. `margin`
     stays below the limit by the pool's certificate margin."""
     if not isinstance(spec.lam, str):
         return {"lam": spec.lam, "lam_from": "params.yaml"}
-    known = read_record(DUAL, SolvedDual)
+    solved = read_record(DUAL, SolvedDual)
     if not implicit(spec):
-        return {"lam": solved_multiplier(known, spec.lam), "lam_from": str(DUAL)}
+        return {"lam": solved_multiplier(solved, spec.lam), "lam_from": str(DUAL)}
     try:
         solution = solve(
             by_prompt(pool, "reward"), by_prompt(pool, "cost"),
-            limit=known.limit if spec.lam == "dual" else known.target, beta=params.beta,
-            lambda_max=known.lambda_max, seed=params.seed,
+            limit=solved.limit if spec.lam == "dual" else solved.target, beta=params.beta,
+            lambda_max=solved.lambda_max, seed=params.seed,
         )  # fmt: skip
     except InfeasibleError as error:
         raise InfeasibleError(f"lagrangian_dpo.runs.{item}, scored by policies: {error}") from error

@@ -14,7 +14,7 @@ from dualign.core.schema import POOL, read_table
 from dualign.lm.models import load_tokenizer
 from dualign.params.training import LambdaPathParams
 from dualign.scoring.support import HELD_OUT, doubt, doubted
-from dualign.stage import Run, execute, finished
+from dualign.stage import Run, execute
 from dualign.training.lagrangian import pairs_at, train_at
 from dualign.training.run import Job
 
@@ -40,9 +40,7 @@ def main(run: Run[LambdaPathParams]) -> None:
 
     # What a search from here looks at, as it would in the metrics of lagrangian_dpo.
     scored = {"reward": "reward_model", "cost": "cost_model", "data": "pool"}
-    run.losses(metrics.pop("losses"))
-    run.metrics({**metrics, **scored, "lam": spec.lam, "begin": spec.begin})
-    finished(scratch)
+    run.trained({**metrics, **scored, "lam": spec.lam, "begin": spec.begin}, scratch)
 
 
 if __name__ == "__main__":

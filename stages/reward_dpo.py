@@ -18,7 +18,7 @@ from dualign.core.errors import DataError
 from dualign.core.schema import HELPFUL_PAIRS, read_table
 from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
 from dualign.params.training import LOSS_FIELDS, RewardDpoParams, RewardRun
-from dualign.stage import Run, execute, finished
+from dualign.stage import Run, execute
 from dualign.training.pair_losses import PAIR_LOSSES
 from dualign.training.pairs import (
     preference_pairs,
@@ -53,9 +53,8 @@ def main(run: Run[RewardDpoParams]) -> None:
     metrics = train_pairwise(policy, tokenizer, pairs, pair_loss, job)
     with replacing(OUT / item) as folder:
         save(policy, tokenizer, folder)
-    run.losses(metrics.pop("losses"))
-    run.metrics({**metrics, **spec.model_dump(exclude={"margin_weight"}, exclude_unset=True)})
-    finished(scratch)
+    named = spec.model_dump(exclude={"margin_weight"}, exclude_unset=True)
+    run.trained({**metrics, **named}, scratch)
 
 
 def training_pairs(
@@ -64,9 +63,7 @@ def training_pairs(
     policy: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Pair]:
-    """The helpful pairs of a run; SafeDPO's offset and MODPO's margin stand in their reference
-    columns.
-    """
+    """A run's helpful pairs; SafeDPO's offset and MODPO's margin are in reference columns."""
     params = run.params
     batch = run.resources.scoring_batch_size
     frame = read_table(PAIRS, HELPFUL_PAIRS)

@@ -28,7 +28,7 @@ from dualign.scoring.calibration import (
     sigmoid,
 )
 from dualign.scoring.scorers import Scorer
-from dualign.stage import Run, execute, finished
+from dualign.stage import Run, execute
 from dualign.training.fitting import (
     crosswise,
     gaps,
@@ -63,14 +63,12 @@ def main(run: Run[RewardModelParams]) -> None:
     quality["accuracy_cut"] = float((gaps(cut) > 0).mean())
     with replacing(OUT) as folder:
         scorer.calibrated(calibration).save(folder)
-    run.losses(metrics.pop("losses", []))
-    run.metrics({**metrics, **quality, "pairs": {**metrics["pairs"], "heldout": len(heldout)}})
-    finished(scratch)
+    pairs_read = {**metrics["pairs"], "heldout": len(heldout)}
+    run.trained({**metrics, **quality, "pairs": pairs_read}, scratch)
 
 
 def calibrate(answers: pd.DataFrame, unit: float, *, given: bool) -> tuple[Platt, dict[str, Any]]:
-    """The scale fitted on all held-out pairs, with the zero at the mean; and how well they do by
-    it.
+    """The scale by all held-out pairs, with the zero at the mean; and how well it does.
 
     `unit` is the slope that the scorer's training aimed at, 0 where that is unknown. `ece` and
     `brier` judge P(chosen is better) before and after, each half of the prompts by the slope that
@@ -103,9 +101,7 @@ def _crossed(
 
 
 def _slope(gap: np.ndarray, unit: float, *, given: bool) -> float:
-    """The slope; a trained reward that points the wrong way keeps its own, a given one is
-    refused.
-    """
+    """The slope; a trained reward of the wrong way keeps its own, a given one is refused."""
     slope = fit_slope(gap, unit)
     if slope > 0:
         return slope
@@ -136,9 +132,7 @@ def _unfitted(*, given: bool) -> float:
 
 
 def _quality(gap: np.ndarray) -> dict[str, float]:
-    """How well sigma(gap) fits that chosen is the better answer: Brier score, and ECE of the more
-    likely answer.
-    """
+    """How well sigma(gap) fits that chosen is better: Brier score, ECE of the likelier answer."""
     right = gap > 0
     return {
         "ece": expected_calibration_error(sigmoid(np.abs(gap)), right),

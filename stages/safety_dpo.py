@@ -15,7 +15,7 @@ from pathlib import Path
 from dualign.core.records import SolvedDual, read_record, solved_multiplier
 from dualign.core.schema import SAFETY_PAIRS, read_table
 from dualign.params.training import SafetyDpoParams, SafetyRun
-from dualign.stage import Run, execute, finished
+from dualign.stage import Run, execute
 from dualign.training.run import Job
 from dualign.training.safety import train_at
 
@@ -37,9 +37,7 @@ def main(run: Run[SafetyDpoParams]) -> None:
     scratch = run.scratch(PAIRS, DUAL, *sorted({MODELS / "sft", reference}))
     job = Job(params.training, run.resources, scratch, params.seed)
     metrics = train_at(lam, frame, reference, spec, params, job, OUT / item)
-    run.losses(metrics.pop("losses"))
-    run.metrics(metrics)
-    finished(scratch)
+    run.trained(metrics, scratch)
 
 
 def multiplier(item: str, spec: SafetyRun) -> float:
@@ -49,12 +47,12 @@ def multiplier(item: str, spec: SafetyRun) -> float:
     are not kept here."""
     if not isinstance(spec.lam, str):
         return spec.lam
-    known = read_record(DUAL, SolvedDual)
-    if known.prices:
+    solved = read_record(DUAL, SolvedDual)
+    if solved.prices:
         log.warning(
             "safety_dpo.runs.%s trains on preferences and ignores constraint.additional", item
         )
-    lam = solved_multiplier(known, spec.lam)
+    lam = solved_multiplier(solved, spec.lam)
     if lam == 0:
         log.warning(
             "safety_dpo.runs.%s: the multiplier is 0, since constraint.limit is slack, and at"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dualign.core.schema import SAFETY_PAIRS, read_table
 from dualign.params.training import SafetyPathParams
-from dualign.stage import Run, execute, finished
+from dualign.stage import Run, execute
 from dualign.training.run import Job
 from dualign.training.safety import train_at
 
@@ -30,9 +30,7 @@ def main(run: Run[SafetyPathParams]) -> None:
     frame = read_table(PAIRS, SAFETY_PAIRS)
     job = Job(params.training, run.resources, scratch, params.seed)
     metrics = train_at(spec.lam, frame, reference, spec, params, job, OUT / item)
-    run.losses(metrics.pop("losses"))
-    run.metrics(metrics)
-    finished(scratch)
+    run.trained(metrics, scratch)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from dualign.core.schema import (
 from dualign.evaluation.against_optimum import enumerate_answers
 from dualign.evaluation.rollout import Scorers, roll_out
 from dualign.evaluation.stats import clustered_mean
-from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts, retokenised_share
 from dualign.params.models import ScoreParams
 from dualign.scoring.support import HELD_OUT
@@ -55,9 +54,9 @@ def main(run: Run[ScoreParams]) -> None:
     run.throughput["pool_tokens_per_second"] = float(
         pool["length"].sum() / (time.monotonic() - started)
     )
-    known = preference_pairs()
-    pairs = score_pairs(drawn_of(known, "train", params.pairs, params.seed), scorers)
-    support = support_rows(drawn_of(known, "heldout", _SUPPORT_PAIRS, params.seed), scorers)
+    preferences = preference_pairs()
+    pairs = score_pairs(drawn_of(preferences, "train", params.pairs, params.seed), scorers)
+    support = support_rows(drawn_of(preferences, "heldout", _SUPPORT_PAIRS, params.seed), scorers)
     evaluated = read_table(DATA / "eval.parquet", PROMPTS)
     enumerated = enumerate_world(evaluated[evaluated["source"] == "world"], scorers)
     with replacing(OUT) as folder:
@@ -105,20 +104,12 @@ def drawn_of(pairs: pd.DataFrame, split: str, most: int | None, seed: int) -> pd
 
 def score_pairs(pairs: pd.DataFrame, scorers: Scorers) -> pd.DataFrame:
     """The pairs with logp_ref, reward and cost of both answers."""
-    batch = scorers.resources.scoring_batch_size
     prompts = encode_prompts(scorers.tokenizer, pairs["prompt"])
     for side in ("chosen", "rejected"):
         answers = encode_answers(scorers.tokenizer, pairs[side])
-        logp = log_probabilities(
-            scorers.reference, scorers.tokenizer, prompts, answers, batch_size=batch
-        )
-        pairs[f"logp_ref_{side}"] = logp.numpy()
-        pairs[f"reward_{side}"] = scorers.reward.score(
-            pairs["prompt"], pairs[side], batch_size=batch, what="rewards"
-        )
-        pairs[f"cost_{side}"] = scorers.cost.score(
-            pairs["prompt"], pairs[side], batch_size=batch, what="costs"
-        )
+        pairs[f"logp_ref_{side}"] = scorers.log_probabilities(scorers.reference, prompts, answers)
+        for score, values in scorers.scores(pairs["prompt"], pairs[side]).items():
+            pairs[f"{score}_{side}"] = values
     return pairs
 
 
@@ -126,27 +117,18 @@ def support_rows(pairs: pd.DataFrame, scorers: Scorers) -> pd.DataFrame:
     """Length and logp_ref of both answers of each pair: schema SUPPORT."""
     prompts = encode_prompts(scorers.tokenizer, [*pairs["prompt"], *pairs["prompt"]])
     answers = encode_answers(scorers.tokenizer, [*pairs["chosen"], *pairs["rejected"]])
-    batch = scorers.resources.scoring_batch_size
-    logp = log_probabilities(
-        scorers.reference, scorers.tokenizer, prompts, answers, batch_size=batch
-    )
-    return pd.DataFrame({"length": [len(answer) for answer in answers], "logp_ref": logp.tolist()})
+    logp = scorers.log_probabilities(scorers.reference, prompts, answers)
+    return pd.DataFrame({"length": list(map(len, answers)), "logp_ref": logp})
 
 
 def enumerate_world(prompts: pd.DataFrame, scorers: Scorers) -> pd.DataFrame:
-    """Every grammatical answer to the prompts with its truth and logp_ref; empty outside the
-    world.
-    """
+    """Every grammatical answer with its truth and logp_ref; empty outside the world."""
     rows = enumerate_answers(prompts)
     if rows.empty:
         return rows
     encoded = encode_prompts(scorers.tokenizer, rows["prompt"])
     answers = encode_answers(scorers.tokenizer, rows["response"])
-    batch = scorers.resources.scoring_batch_size
-    logp = log_probabilities(
-        scorers.reference, scorers.tokenizer, encoded, answers, batch_size=batch
-    )
-    return rows.assign(logp_ref=logp.numpy())
+    return rows.assign(logp_ref=scorers.log_probabilities(scorers.reference, encoded, answers))
 
 
 if __name__ == "__main__":

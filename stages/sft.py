@@ -29,7 +29,7 @@ from dualign.lm.models import (
 )
 from dualign.lm.tokens import encode_conversations
 from dualign.params.models import SftParams
-from dualign.stage import Run, execute, finished
+from dualign.stage import Run, execute
 from dualign.training.run import Job, Model
 from dualign.training.supervised import heldout_loss, train_sft
 
@@ -54,16 +54,8 @@ def main(run: Run[SftParams]) -> None:
     with replacing(OUT) as folder:
         save(merged(model) if params.train else untouched(params, tokenizer), tokenizer, folder)
     parameters = sum(weight.numel() for weight in model.parameters())
-    run.losses(metrics.pop("losses", []))
-    run.metrics(
-        {
-            **metrics,
-            "trained": bool(params.train),
-            "parameters": parameters,
-            "vocabulary": len(tokenizer),
-        }
-    )
-    finished(scratch)
+    sizes = {"parameters": parameters, "vocabulary": len(tokenizer)}
+    run.trained({**metrics, "trained": bool(params.train), **sizes}, scratch)
 
 
 def base(run: Run[SftParams], rows: pd.DataFrame) -> tuple[Model, PreTrainedTokenizerBase]:
@@ -114,9 +106,7 @@ def untouched(params: SftParams, tokenizer: PreTrainedTokenizerBase) -> Model:
 
 
 def local_inputs(params: SftParams) -> list[Path]:
-    """The folders and files beside the data that the result depends on: what lies in them counts,
-    not their names.
-    """
+    """The files beside the data that the result depends on, by what lies in them."""
     named = (params.base, params.chat_template, params.scratch.tokenizer)
     return [Path(name) for name in named if name is not None and Path(name).exists()]
 
@@ -124,9 +114,7 @@ def local_inputs(params: SftParams) -> list[Path]:
 def encoded(
     rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[tuple[list[int], list[int]]]]:
-    """Ids of prompt and answer of the training and of the held-out rows. Raises DataError for a row
-    by number.
-    """
+    """Ids of the training rows and of the held-out ones. Raises DataError for a row by number."""
     try:
         ids = encode_conversations(tokenizer, rows["prompt"].tolist(), rows["response"].tolist())
     except DataError as error:

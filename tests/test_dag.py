@@ -225,7 +225,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "strict": {"reference": "sft", "lam": 4.0, "loss_type": "dpo", "clip": None}
     }
     suite = {"suite": "held_out", "path": None, "prompts": 4, "samples_per_prompt": 1}
-    params["suites"], params["judges"] = {"tea": suite}, {"ours": {"kind": "scorers"}}
+    params["suites"] = {"tea": suite}
+    params["judges"] = {"ours": {"kind": "scorers"}}
     runs = (params[stage]["runs"] for stage in TRAININGS)
     for items in (*runs, params["methods"], params["suites"], params["judges"]):
         items["twin"] = next(iter(items.values()))

@@ -18,7 +18,7 @@ import torch
 from dualign.data import world
 from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_tokenizer
 from dualign.params.loading import load_resources
-from dualign.params.models import ScratchParams
+from tests.tiny import WIDER
 
 DUAL = sorted((Path(__file__).parents[1] / "dualign/math/dual").glob("[a-z]*.py"))
 #: The public mathematics; of a module in which other things are public too, what is.
@@ -83,15 +83,7 @@ def shelf(tmp_path: Path, repo_root: Path) -> Path:
     """
     texts = [answer.text for answer in world.answers(world.prompts()[0])]
     tokenizer = train_tokenizer(texts, 300)
-    size = ScratchParams(
-        tokenizer="train",
-        vocab_size=300,
-        hidden_size=32,
-        layers=1,
-        heads=2,
-        intermediate_size=48,
-        context=128,
-    )
+    size = WIDER
     save(build_scratch(size, tokenizer, 0), tokenizer, tmp_path / "models" / "base")
     resources = load_resources(repo_root / "params.yaml").model_copy(
         update={"device": "cpu", "precision": "fp32"}

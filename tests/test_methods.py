@@ -106,7 +106,9 @@ def test_the_published_settings() -> None:
     """2505.19387: the dual gradient of C-DPO, warm from MoCAN's policy; 2405.19544: PeCAN is
     one-shot.
     """
-    caid, c_dpo, pecan = METHODS["caid"], METHODS["c_dpo"], METHODS["pecan"]
+    caid = METHODS["caid"]
+    c_dpo = METHODS["c_dpo"]
+    pecan = METHODS["pecan"]
     assert (caid.rule, caid.data, caid.warm) == (c_dpo.rule, c_dpo.data, True) and not c_dpo.warm
     assert (pecan.rule, pecan.inner, pecan.returns) == ("one_shot", "lagrangian", "last")
 

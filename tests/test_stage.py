@@ -382,7 +382,8 @@ finished(Path(sys.argv[1]))
 def test_a_kill_at_the_end_leaves_the_whole_scratch_folder_or_none(
     folder: Path, event: str, at: int, whole: bool
 ) -> None:
-    files, scratch = 9, folder / ".scratch/stage/run"
+    files = 9
+    scratch = folder / ".scratch/stage/run"
     scratch.mkdir(parents=True)
     for number in range(files):
         (scratch / str(number)).touch()

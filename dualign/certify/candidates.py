@@ -1,6 +1,4 @@
-"""The candidates of a certificate: which there are, their answers to the certify prompts, and
-labels of some.
-"""
+"""The candidates of a certificate, their answers to the certify prompts, and labels of some."""
 
 from __future__ import annotations
 
@@ -43,8 +41,7 @@ _GROWTH = 1.05
 
 @dataclass(frozen=True)
 class CandidatePolicy:
-    """A candidate: the policy in a folder, or (1 - q) partner + q policy, made in `out` when it is
-    first needed.
+    """A candidate: the policy in a folder, or (1 - q) partner + q policy, made in `out` on demand.
 
     It is tested in the form in which it would leave.
     """
@@ -69,9 +66,7 @@ class CandidatePolicy:
 
 
 def candidate_policies(row: CertifyRun, models: Path, scratch: Path) -> dict[str, CandidatePolicy]:
-    """The candidates of a row by name, safest first: the fallback, then the policy at each
-    weight.
-    """
+    """The candidates of a row by name, safest first: fallback, then the policy at each weight."""
     policies = {}
     for name, q in order(row).items():
         if name == row.fallback != row.policy:
@@ -122,9 +117,7 @@ class CandidateEvidence:
         return self._policies[name]
 
     def files(self, name: str) -> Evidence:
-        """The files of a candidate's answers and labels. Raises AwaitingLabels while people's are
-        not there.
-        """
+        """The files of a candidate's answers and labels. Raises AwaitingLabels for people's."""
         path = self._path(name, "answers")
         if not path.is_file():
             if name in self._weighed:
@@ -184,8 +177,7 @@ def screen(
     scorers: Scorers,
     scratch: Path,
 ) -> Screen:
-    """What answers to the search prompts show of the fallback and of the path at the weights of a
-    row.
+    """What answers to the search prompts show of the fallback and of the path at a row's weights.
 
     Requirements that labels are needed for are left to the tests: their bounds are near those of
     the model's cost.
@@ -228,18 +220,14 @@ def screen(
 
 
 def _bent(knot: Knot, answers: pd.DataFrame, next_ratio: np.ndarray, next_q: float) -> Knot:
-    """A knot with its `bend`, from the log-ratios to the reference that the next policy gives to
-    its answers.
-    """
+    """A knot with its `bend`, from the log-ratios that the next policy gives to its answers."""
     assert knot.q is not None
     change = next_ratio - (answers["logp"] - answers["logp_ref"]).to_numpy()
     return knot.model_copy(update={"bend": float(change.var()) / (next_q - knot.q) ** 2})
 
 
 def _shown(required: Requirement, answers: pd.DataFrame) -> Seen | None:
-    """What the answers show of a requirement; None where it is on prompts of which fewer than two
-    were screened.
-    """
+    """What the answers show of a requirement; None where it is on fewer than two prompts."""
     try:
         values = required.values(answers)
     except DataError:
@@ -251,8 +239,7 @@ def _shown(required: Requirement, answers: pd.DataFrame) -> Seen | None:
 
 
 def label(answers: pd.DataFrame, options: LabelParams, seed: int) -> pd.DataFrame:
-    """The first answer to a random draw of prompts with the truth beside the model's cost; schema
-    LABELS.
+    """First answers to a random draw of prompts, with the truth beside the model's cost; LABELS.
 
     Raises AwaitingLabels and DataError as `labelling.vote`.
     """
@@ -265,8 +252,7 @@ def label(answers: pd.DataFrame, options: LabelParams, seed: int) -> pd.DataFram
 
 
 def forecast(test: CandidateTest, found: Certificate) -> int | None:
-    """Prompts (with labels, where these fell short) at which a failed candidate would pass with
-    probability 0.8.
+    """Prompts (or labelled ones) at which a failed candidate would pass with probability 0.8.
 
     A bound's distance from its estimate falls as 1 / sqrt(N), and passing so often takes a margin
     of (z_{1-delta} + z_0.8) standard errors. What skewness adds to the distance falls as 1 / N, so

@@ -1,5 +1,4 @@
-"""The certificate: the most helpful candidate that keeps what is required, with probability 1 -
-delta.
+"""The certificate: the most helpful candidate that keeps all limits, with probability 1 - delta.
 
 A bound U(data) with P(mean cost > U) <= delta (`dualign.math.bounds`) is computed from answers to
 prompts that nothing else has seen, and a candidate is certified if U <= limit
@@ -23,11 +22,12 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from dualign.certify import evidence, screening
-from dualign.certify.evidence import Evidence, Folder, Record, Table
+from dualign.certify.evidence import Evidence, Folder, Table
 from dualign.certify.requirement import Requirement
 from dualign.certify.sequence import CandidateTest, decide
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DataError
+from dualign.core.records import WholeRecord, fault
 from dualign.params.base import Share
 from dualign.params.certify import CertifyRun
 
@@ -38,8 +38,7 @@ FILE = "certificate.json"
 
 
 class Origin(NamedTuple):
-    """What a certificate was made from, beside the answers: compared by `verify` where it is still
-    there.
+    """What a certificate was made from, beside answers: compared by `verify` where still there.
 
     The row of `certify.runs`; the file of prompts, of which the first are answered; the solved
     dual, which holds the additional constraints; the folder of a candidate's model by its name; the
@@ -55,9 +54,8 @@ class Origin(NamedTuple):
     cost_model: Path
 
 
-class Certificate(Record):
-    """All that is needed to check a certificate again; "no certified policy" is one too (`returned`
-    is None).
+class Certificate(WholeRecord):
+    """All that is needed to check a certificate; "no certified policy" is one (`returned` None).
 
     `candidates` is the whole order, that of `plan`, `tested` the tests made, `tables` and `labels`
     what they were made on: `samples_per_prompt` answers to each of the first prompts of `prompts`
@@ -129,8 +127,7 @@ def alike(pair: tuple[str, str]) -> str:
 
 
 def order(plan: CertifyRun) -> dict[str, float]:
-    """The candidates of a row by name with their weights q, safest first: the fallback, then the
-    policy at each weight.
+    """The candidates of a row with their weights q, safest first: the fallback, then the policy.
 
     >>> order(CertifyRun(policy="safe", partner="bold", fallback="sft", weights=[1.0, 0.5]))
     {'sft': 1.0, 'safe': 1.0, 'safe at 0.5': 0.5}
@@ -241,18 +238,16 @@ def read(path: str | Path) -> Certificate:
         return Certificate.model_validate(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the content"
         if first["type"] == "missing":
+            key = ".".join(map(str, first["loc"]))
             raise DataError(
                 f"{path}: {key} is missing; another version wrote it, run certify again"
             ) from None
-        raise DataError(f"{path}: not a certificate: {key}: {first['msg'].lower()}") from None
+        raise DataError(f"{path}: not a certificate: {fault(error, 'the content')}") from None
 
 
 def ended_share(file: Path, max_new_tokens: int) -> float:
-    """The share of answers that ended by themselves. Raises DataError if one was not drawn with
-    `max_new_tokens`.
-    """
+    """The share of answers that ended. Raises DataError if one was drawn with another maximum."""
     answers = evidence.read_answers(file)
     length = answers["length"].to_numpy(int)
     ended = answers["ended"].to_numpy(bool)
@@ -303,9 +298,7 @@ def drawers(plan: screening.Planned | None, candidates: Sequence[str]) -> tuple[
 
 
 def planned(screen: Path, candidates: Sequence[str]) -> screening.Planned:
-    """What follows from the screen in a file. Raises DataError where it is none, or of another
-    number of candidates.
-    """
+    """What follows from a screen. Raises DataError for another number of candidates."""
     plan = screening.sequence(screening.read(screen))
     if len(plan.samples) != len(candidates):
         raise DataError(

@@ -20,8 +20,7 @@ NONE_CERTIFIED = 4
 
 
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
-    """The command, called `prog`: one line for each certificate, and one of what that does not
-    show.
+    """The command, called `prog`: a line for each certificate, and one of what that leaves open.
 
     Returns 1 if a certificate does not hold, 4 if one certifies no policy.
     """
@@ -34,14 +33,14 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
             "--key and --signature go together: a signature is checked by the key that made it"
         )
     paths = asked.paths or [CERTIFICATES]
-    found = {
+    certificates = {
         path: [path] if path.is_file() else [*listed(path, FILE), *listed(path, f"*/{FILE}")]
         for path in paths
     }
-    if asked.key is not None and sum(map(len, found.values())) != 1:
+    if asked.key is not None and sum(map(len, certificates.values())) != 1:
         command.error("a signature is that of one certificate; name one certificate, or its folder")
     statuses = []
-    for path, files in found.items():
+    for path, files in certificates.items():
         if not files:
             sys.stdout.write(
                 f"{path}: holds no certificate; run the stage certify first (`dvc repro`)\n"
@@ -100,25 +99,25 @@ def _tell(path: Path, asked: argparse.Namespace) -> int:
     try:
         if asked.key is not None:
             signature.check(path.parent, asked.key, asked.signature)
-        found = verify(path)
-        message = [found.statement]
-        missing = absent(path, found)
+        certificate = verify(path)
+        message = [certificate.statement]
+        missing = absent(path, certificate)
         if asked.rescore:
             from dualign.certify.rescoring import rescore
 
-            largest = rescore(found, path, asked.tolerance, asked.cost_model)
+            largest = rescore(certificate, path, asked.tolerance, asked.cost_model)
             message.append(
                 f"costs scored again differ by {largest:.2g} at most, {asked.tolerance:g} is"
                 " allowed"
             )
-        message += [alike(pair) for pair in found.same]
+        message += [alike(pair) for pair in certificate.same]
         if missing:
             message.append(f"not compared, since not there: {', '.join(missing)}")
     except DualignError as error:
         sys.stdout.write(f"{error}\n")
         return 1
     sys.stdout.write(f"{path} holds: {'; '.join(message)}\n")
-    return 0 if found.returned is not None else NONE_CERTIFIED
+    return 0 if certificate.returned is not None else NONE_CERTIFIED
 
 
 def _left_open(asked: argparse.Namespace) -> str:
@@ -131,12 +130,12 @@ def _left_open(asked: argparse.Namespace) -> str:
 
 def _sign(folder: Path, key: Path, out: Path) -> int:
     try:
-        found = verify(folder / FILE)
+        certificate = verify(folder / FILE)
         signature.sign(folder, key, out)
     except DualignError as error:
         sys.stdout.write(f"{error}\n")
         return 1
-    sys.stdout.write(f"{out} signs {folder}: {found.statement}\n")
+    sys.stdout.write(f"{out} signs {folder}: {certificate.statement}\n")
     return 0
 
 

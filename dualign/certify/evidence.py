@@ -1,5 +1,4 @@
-"""The evidence of a certificate: answers and labels in tables, files by their hashes, and what both
-must agree with.
+"""The evidence of a certificate: tables of answers and labels, file hashes, and how they agree.
 
 All of it can be seen without running a model. Whether the answers are those that the policy gave
 cannot."""
@@ -16,10 +15,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
 
 from dualign.core.artifacts import hashes, sha256
 from dualign.core.errors import DataError
+from dualign.core.records import WholeRecord
 from dualign.core.schema import ANSWERS, LABELS, PROMPTS, prompt_id, read_table
 
 #: The part of a policy's folder that is written after the certificate, from it.
@@ -34,32 +33,22 @@ DRAWN = "logp_drawn"
 _DRAWN_ALIKE = ("prompt_id", "sample", "response", "length", "ended", "cost", DRAWN)
 
 
-class Record(BaseModel):
-    """Base of what is written into a certificate."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Table(Record):
+class Table(WholeRecord):
     """A saved table; `path` is relative to the certificate's folder."""
 
     path: str
     sha256: str
 
 
-class Folder(Record):
-    """A model's folder, `path` relative to the certificate's; `files` are its hashes, without its
-    README.md.
-    """
+class Folder(WholeRecord):
+    """A model's folder, `path` relative to the certificate's; `files` are hashes, no README.md."""
 
     path: str
     files: dict[str, str]
 
 
 class Evidence(NamedTuple):
-    """What a candidate is judged by: the files of its answers (schema `ANSWERS`) and of their
-    labels (`LABELS`).
-    """
+    """The files of a candidate's answers (schema `ANSWERS`) and of their labels (`LABELS`)."""
 
     answers: Path
     labels: Path | None = None
@@ -84,17 +73,15 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def check_files(folder: Path, recorded: Mapping[str, str], what: str) -> None:
-    """Raises DataError naming the first file of a model's folder that is not as recorded; `what`
-    names the model.
-    """
-    found = files(folder)
-    for name in sorted({*recorded, *found}):
-        if recorded.get(name) != found.get(name):
+    """Raises DataError for the first file of a model that is not as recorded; `what` names it."""
+    present = files(folder)
+    for name in sorted({*recorded, *present}):
+        if recorded.get(name) != present.get(name):
             how = (
                 "is not recorded"
                 if name not in recorded
                 else "is missing"
-                if name not in found
+                if name not in present
                 else "sha256 differs"
             )
             raise DataError(f"{what} ({folder}) is not the one certified: {name}: {how}")
@@ -131,43 +118,37 @@ def _weights(own: pd.Series, drawn: pd.Series, path: Path) -> np.ndarray:
     Where the mixture of two policies drew, w is at most 2 for either (the balance heuristic; Veach
     and Guibas 1995)."""
     with np.errstate(over="ignore"):
-        found: np.ndarray = np.exp(own.to_numpy(float) - drawn.to_numpy(float))
-    wrong = np.flatnonzero(~np.isfinite(found))
+        weights: np.ndarray = np.exp(own.to_numpy(float) - drawn.to_numpy(float))
+    wrong = np.flatnonzero(~np.isfinite(weights))
     if len(wrong):
         raise DataError(
             f"{path}: row {wrong[0]} has no weight: logp and {DRAWN} must be finite; run certify"
             " again"
         )
-    return found
+    return weights
 
 
 def effective_share(weight: np.ndarray) -> float:
-    """(sum w)^2 / (n sum w^2): the share of answers that so many weighted ones are worth, 1 if all
-    weigh the same.
-    """
+    """(sum w)^2 / (n sum w^2): the share of answers that weighted ones are worth, 1 if alike."""
     return float(weight.sum() ** 2 / (len(weight) * (weight**2).sum()))
 
 
 def weights_of(labels: pd.DataFrame, answers: pd.DataFrame, path: Path) -> np.ndarray:
-    """The weight of each labelled answer. Raises DataError where one is none of the candidate's
-    answers.
-    """
-    known = answers.drop_duplicates(list(_LABELLED)).set_index(list(_LABELLED))["weight"]
-    found: np.ndarray = known.reindex(pd.MultiIndex.from_frame(labels[list(_LABELLED)])).to_numpy(
-        float
-    )
-    wrong = np.flatnonzero(np.isnan(found))
+    """The weight of each labelled answer. Raises DataError where one is not the candidate's."""
+    by_answer = answers.drop_duplicates(list(_LABELLED)).set_index(list(_LABELLED))["weight"]
+    weights: np.ndarray = by_answer.reindex(
+        pd.MultiIndex.from_frame(labels[list(_LABELLED)])
+    ).to_numpy(float)
+    wrong = np.flatnonzero(np.isnan(weights))
     if len(wrong):
         raise DataError(
             f"{path}: row {wrong[0]}: the labelled answer is none of the candidate's answers"
         )
-    return found
+    return weights
 
 
 def check_drawn(tables: Mapping[str, pd.DataFrame]) -> None:
-    """Raises DataError where candidates that are judged by another's answers are not judged by the
-    same ones.
-    """
+    """Raises DataError where candidates judged by another's answers have different ones."""
     drawn = {name: answers for name, answers in tables.items() if DRAWN in answers}
     ordered = {
         name: answers[list(_DRAWN_ALIKE)].sort_values(["prompt_id", "sample"], ignore_index=True)
@@ -190,9 +171,9 @@ def read_labels(path: Path) -> pd.DataFrame:
 
 def _read(path: Path, schema: pa.Schema) -> pd.DataFrame:
     frame = read_table(path, schema)
-    found = pq.read_schema(path)
+    stored = pq.read_schema(path)
     for field in schema:
-        kind = _kind(found.field(field.name).type)
+        kind = _kind(stored.field(field.name).type)
         expected = _kind(field.type)
         if kind != expected:
             raise DataError(
@@ -216,9 +197,7 @@ def _kind(kind: pa.DataType) -> str:
 
 
 def samples_per_prompt(answers: pd.DataFrame, path: Path) -> int:
-    """How many answers every prompt has. Raises DataError where prompts differ in it, or an answer
-    stands twice.
-    """
+    """Answers to a prompt. Raises DataError where prompts differ in it, or one stands twice."""
     counts = answers.groupby("prompt_id").size()
     few = counts.index[counts != counts.max()]
     if len(few):
@@ -241,9 +220,7 @@ def samples_per_prompt(answers: pd.DataFrame, path: Path) -> int:
 
 
 def check_answers(answers: pd.DataFrame, path: Path) -> None:
-    """Raises DataError where an id is not its prompt's, or a length not the number of the answer's
-    tokens.
-    """
+    """Raises DataError where an id is not its prompt's, or a length not that of the tokens."""
     check_ids(answers, path)
     lengths = np.array([0 if tokens is None else len(tokens) for tokens in answers["tokens"]])
     wrong = np.flatnonzero(lengths != answers["length"].to_numpy())
@@ -257,18 +234,18 @@ def check_answers(answers: pd.DataFrame, path: Path) -> None:
 
 def check_ids(frame: pd.DataFrame, path: Path) -> None:
     """Raises DataError where a prompt's id is not the hash of the prompt."""
-    known: dict[tuple[tuple[Any, Any], ...], str] = {}
+    ids: dict[tuple[tuple[Any, Any], ...], str] = {}
     for row, (stated, prompt) in enumerate(zip(frame["prompt_id"], frame["prompt"], strict=True)):
         key = tuple((turn["role"], turn["content"]) for turn in prompt)
-        if key not in known:
+        if key not in ids:
             if not all(isinstance(part, str) for turn in key for part in turn):
                 raise DataError(
                     f"{path}: row {row}: a turn of the prompt has no role or no content"
                 )
-            known[key] = prompt_id(prompt)
-        if stated != known[key]:
+            ids[key] = prompt_id(prompt)
+        if stated != ids[key]:
             raise DataError(
-                f"{path}: row {row}: prompt_id {stated} is not that of its prompt, {known[key]}"
+                f"{path}: row {row}: prompt_id {stated} is not that of its prompt, {ids[key]}"
             )
 
 
@@ -276,9 +253,9 @@ def check_labels(labels: pd.DataFrame, answers: pd.DataFrame, path: Path) -> Non
     """Raises DataError where a label is on no answer of the candidate with that cost."""
     check_ids(labels, path)
     keys = list(_LABELLED)
-    known = set(answers[keys].itertuples(index=False, name=None))
+    given = set(answers[keys].itertuples(index=False, name=None))
     for row, key in enumerate(labels[keys].itertuples(index=False, name=None)):
-        if key not in known:
+        if key not in given:
             raise DataError(
                 f"{path}: row {row}: the labelled answer to {key[0]} is none of the candidate's"
                 " answers"
@@ -286,8 +263,7 @@ def check_labels(labels: pd.DataFrame, answers: pd.DataFrame, path: Path) -> Non
 
 
 def check_together(tables: Mapping[str, pd.DataFrame], counts: Mapping[str, int]) -> None:
-    """Raises DataError where candidates were not given the same prompts, or have not as many
-    answers to each as stated.
+    """Raises DataError where candidates have other prompts, or not the stated number of answers.
 
     Tables of answers by candidate.
     """
@@ -322,9 +298,7 @@ def _identity(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def check_prompts(file: Path, answers: pd.DataFrame) -> None:
-    """Raises DataError where the answers are not to the first prompts of the file (schema
-    `PROMPTS`).
-    """
+    """Raises DataError where the answers are not to the file's first prompts (`PROMPTS`)."""
     asked = set(answers["prompt_id"])
     given = set(read_table(file, PROMPTS)["prompt_id"].head(len(asked)))
     if asked != given:

@@ -18,14 +18,14 @@ import numpy as np
 import pandas as pd
 from pydantic import FiniteFloat, model_validator
 
-from dualign.certify.evidence import Record
 from dualign.core.errors import DataError
+from dualign.core.records import WholeRecord
 from dualign.math.bounds import RANGED, Method
 from dualign.math.constraints import Constraint
 from dualign.params.base import SHARES, Quantity
 
 
-class Requirement(Record):
+class Requirement(WholeRecord):
     """What a candidate must keep: the mean of a quantity of its answers is at most `limit`.
 
     `cost`, `p_unsafe`, `cvar`, `length` and `unended` are those of `dualign.math.constraints`,
@@ -86,16 +86,13 @@ class Requirement(Record):
 
     @property
     def reweighs(self) -> bool:
-        """Whether answers of another policy can be weighed for it: no range holds for a weighted
-        value.
-        """
+        """Whether it takes answers of another policy: no range holds for a weighted value."""
         if self.method == "prediction_powered":
             return self.quantity == "truth"
         return self.method == "clustered_t" and self.bounds is None and self.quantity not in SHARES
 
     def weighted(self, values: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        """d + w (v - d) with d the limit: by the policy that drew, its mean is that of v by the
-        candidate.
+        """d + w (v - d), d the limit: by the policy that drew, its mean is the candidate's of v.
 
         Twice as likely under the candidate, twice as far from the limit:
 
@@ -112,8 +109,7 @@ class Requirement(Record):
         return weighed
 
     def values(self, answers: pd.DataFrame) -> pd.DataFrame:
-        """Columns prompt_id and value of the answers that it is about, weighed if another policy
-        drew them.
+        """Columns prompt_id and value of the answers it is about, weighed if others drew them.
 
         Raises DataError if there are none.
         """

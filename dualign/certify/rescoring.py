@@ -20,8 +20,7 @@ from dualign.scoring.scorers import Scorer
 def rescore(
     found: Certificate, path: Path, tolerance: float, cost_model: Path | None = None
 ) -> float:
-    """The largest difference between saved costs and those that the cost model gives now, over all
-    tested candidates.
+    """The largest difference between saved costs and what the cost model gives now.
 
     `path` is the certificate's file, `cost_model` where the model lies now, if not where it lay. In
     the embedded world true costs that serve as labels are taken from the world again. `resources`

@@ -1,5 +1,4 @@
-"""Which weights of a path a certificate tests, and on how many answers: chosen on prompts that it
-does not use.
+"""Which weights a certificate tests, and on how many answers, chosen on prompts it does not use.
 
 A sequence of tests may stand in any order that was fixed before its answers were drawn, and be as
 dense as one likes. A coarse one stops short of the limit; a dense one from the safe end to the
@@ -18,9 +17,9 @@ from pydantic import Field, FiniteFloat, ValidationError
 from scipy.optimize import isotonic_regression
 from scipy.stats import norm
 
-from dualign.certify.evidence import Record
 from dualign.core.artifacts import read_json
 from dualign.core.errors import DataError
+from dualign.core.records import WholeRecord, fault
 
 Array = np.ndarray
 
@@ -31,7 +30,7 @@ WORTH = 0.95  # least share of answers that weighted ones are expected to be wor
 _FAR = 50.0  # an expected excess beyond this, in standard errors, is no more certain
 
 
-class Seen(Record):
+class Seen(WholeRecord):
     """What the answers of one candidate to the screened prompts show of a requirement.
 
     The mean over `prompts`, and the variance of an answer's value `between` prompts and `within`
@@ -49,7 +48,7 @@ class Seen(Record):
         return self.between + self.within / samples
 
 
-class Knot(Record):
+class Knot(WholeRecord):
     """A candidate that was screened; `q` is its weight, None that of the fallback.
 
     `bend` is the variance of log(pi_next / pi) of its answers over the squared step to the next
@@ -62,7 +61,7 @@ class Knot(Record):
     seen: tuple[Seen, ...] = Field(min_length=1)
 
 
-class Screen(Record):
+class Screen(WholeRecord):
     """What was screened, and what was planned for: safest first, as `sequence` reads it.
 
     `samples` answers to each of `prompts` prompts were drawn; a certificate at `delta` draws up to
@@ -87,8 +86,7 @@ class Screen(Record):
 
 
 class Planned(NamedTuple):
-    """The weights to test, safest first, and the number of answers a prompt of each candidate, the
-    fallback first.
+    """The weights to test, safest first, and the answers a prompt of each candidate.
 
     The first `own` candidates draw their answers themselves; `drawn` are the positions of those
     whose answers, drawn in equal parts, serve all later ones: the first and the last of these. It
@@ -105,17 +103,12 @@ def read(path: Path) -> Screen:
     try:
         return Screen.model_validate(read_json(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the content"
-        raise DataError(
-            f"{path}: not a screen: {key}: {first['msg'].lower()}; run certify again"
-        ) from None
+        why = fault(error, "the content")
+        raise DataError(f"{path}: not a screen: {why}; run certify again") from None
 
 
 def seen(name: str, limit: float, values: Array) -> Seen:
-    """What values [prompts, samples] show; analysis of variance, and no less than nothing
-    `between`.
-    """
+    """What values [prompts, samples] show by analysis of variance; `between` is at least 0."""
     within = float(values.var(1, ddof=1).mean())
     between = float(values.mean(1).var(ddof=1)) - within / values.shape[1]
     return Seen(
@@ -129,34 +122,32 @@ def seen(name: str, limit: float, values: Array) -> Seen:
 
 
 def excess(knot: Knot, screen: Screen, samples: int) -> tuple[float, float]:
-    """u and sigma of the test of a candidate with so many answers a prompt, of the requirement of
-    the largest u.
+    """u and sigma of a candidate's test with so many answers, by the requirement of largest u.
 
         u = (mean - limit) / SE + z_{1-delta},   SE^2 = (between + within / samples) / N,
         sigma^2 = 1 + SE'^2 / SE^2
 
     The test passes if a normal variable of mean u and standard deviation sigma is at most 0: 1 is
     the certificate's own noise, SE' is the error of the screened mean."""
-    found = []
+    excesses = []
     for part in knot.seen:
         asked = screen.certify_prompts * part.prompts / screen.prompts
         error = math.sqrt(part.spread(samples) / asked)
-        known = math.sqrt(part.spread(screen.samples) / part.prompts)
+        screened = math.sqrt(part.spread(screen.samples) / part.prompts)
         gap = part.mean - part.limit
         u = gap / error if error > 0 else math.copysign(_FAR, gap)
-        ratio = known / error if error > 0 else 0.0
-        found.append(
+        ratio = screened / error if error > 0 else 0.0
+        excesses.append(
             (
                 float(np.clip(u, -_FAR, _FAR)) + float(norm.ppf(1 - screen.delta)),
                 math.hypot(1.0, ratio),
             )
         )
-    return max(found)
+    return max(excesses)
 
 
 def levels(sigma: float, tests: int) -> Array:
-    """u_i = sqrt(2) sigma Phi^-1((i - 1/2) / K), i = 1..K: where tests should stand if the crossing
-    is normal.
+    """u_i = sqrt(2) sigma Phi^-1((i - 1/2) / K), i = 1..K: where tests of a normal crossing stand.
 
     If the test's outcome flips where u + sigma Z = 0, tests of density h lose 1 / (2 h) on average.
     Of K tests the mean loss is least for h in proportion to the square root of the normal density
@@ -195,18 +186,17 @@ def sequence(screen: Screen) -> Planned:
 
 
 def overlap(path: tuple[Knot, ...], weights: Array, drawn: float) -> Array:
-    """The share of answers that those of weight `drawn` are expected to be worth at each of
-    `weights`.
+    """The share of answers that those of weight `drawn` should be worth at each of `weights`.
 
     Were log-ratios normal, their variance (s(q) - s(drawn))^2 with s' = sqrt(bend), it would be
     exp(-variance)."""
     knots = np.array([knot.q for knot in path], float)
     speeds = np.sqrt([knot.bend or 0.0 for knot in path[:-1]])
     way = np.concatenate([[0.0], np.cumsum(speeds * -np.diff(knots))])
-    found: Array = np.exp(
+    worth: Array = np.exp(
         -((np.interp(-weights, -knots, way) - np.interp(-drawn, -knots, way)) ** 2)
     )
-    return found
+    return worth
 
 
 def _grid(knots: Array) -> Array:
@@ -216,9 +206,7 @@ def _grid(knots: Array) -> Array:
 
 
 def _samples(knot: Knot, screen: Screen) -> int:
-    """The least number of answers a prompt with which a candidate is expected to pass by _SURE
-    standard errors.
-    """
+    """The fewest answers a prompt with which a candidate should pass by _SURE standard errors."""
     if not screen.thrifty:
         return screen.samples_per_prompt
     for count in range(1, screen.samples_per_prompt):

@@ -17,9 +17,10 @@ import pandas as pd
 from pydantic import FiniteFloat
 
 from dualign.certify import evidence
-from dualign.certify.evidence import Evidence, Record
+from dualign.certify.evidence import Evidence
 from dualign.certify.requirement import Requirement
 from dualign.core.errors import DataError, ParamsError
+from dualign.core.records import WholeRecord
 from dualign.math.bounds import (
     Bounds,
     Method,
@@ -40,7 +41,7 @@ T = TypeVar("T")
 LEAST_ESS = 0.8
 
 
-class Check(Record):
+class Check(WholeRecord):
     """One requirement tested on one candidate.
 
     `estimate` is what `bound` bounds: the mean, or the share of prompts with an unsafe answer.
@@ -55,7 +56,7 @@ class Check(Record):
     kept: bool
 
 
-class CandidateTest(Record):
+class CandidateTest(WholeRecord):
     """One candidate's tests; it is certified if every requirement is kept.
 
     `ess` is the share of answers that weighted ones are worth, None where the candidate drew its
@@ -80,9 +81,7 @@ class Decision:
 
     @property
     def returned(self) -> str | None:
-        """The last certified candidate, which is the most helpful one; None if the first test
-        failed.
-        """
+        """The last certified candidate, the most helpful one; None if the first test failed."""
         return self.certified[-1] if self.certified else None
 
 

@@ -1,5 +1,4 @@
-"""A signature of a folder's files: who holds the same key file sees whether anything was changed
-since.
+"""A signature of a folder's files: who holds the same key sees whether anything was changed.
 
     dualign certify sign reports/certificate/dualign --key KEY --out
     dualign.signature.json
@@ -34,8 +33,8 @@ def sign(folder: Path, key: Path, out: Path) -> None:
         raise ParamsError(
             f"--out {out} lies in {folder}, whose files it signs; name a place outside of it"
         )
-    found = hashes(folder)
-    write_json(out, {"algorithm": _ALGORITHM, "files": found, "signature": _signature(found, key)})
+    files = hashes(folder)
+    write_json(out, {"algorithm": _ALGORITHM, "files": files, "signature": _signature(files, key)})
 
 
 def check(folder: Path, key: Path, signature: Path) -> None:
@@ -46,7 +45,7 @@ def check(folder: Path, key: Path, signature: Path) -> None:
             f"{signature}: not a signature; write one with `python -m dualign.certify.certificate"
             " sign`"
         )
-    found = hashes(folder)
+    files = hashes(folder)
     recorded = content["files"]
     if content["algorithm"] != _ALGORITHM or not isinstance(recorded, dict):
         raise DataError(f"{signature}: not a signature by {_ALGORITHM}")
@@ -54,13 +53,13 @@ def check(folder: Path, key: Path, signature: Path) -> None:
         _signature(recorded, key).encode(), str(content["signature"]).encode()
     ):
         raise DataError(f"{signature}: not signed with the key of {key}, or changed since")
-    for name in sorted({*found, *recorded}):
-        if found.get(name) != recorded.get(name):
+    for name in sorted({*files, *recorded}):
+        if files.get(name) != recorded.get(name):
             how = (
                 "was added"
                 if name not in recorded
                 else "is missing"
-                if name not in found
+                if name not in files
                 else "was changed"
             )
             raise DataError(f"{folder / name} {how} since {signature} was written")

@@ -35,8 +35,7 @@ from dualign.math.constraints import prices_in
 
 
 def verify(path: str | Path) -> Certificate:
-    """Recompute a certificate from the saved answers; returns it. Raises DualignError that names
-    the first mismatch.
+    """Recompute a certificate from saved answers; DualignError names the first mismatch.
 
     What it was made from is compared where it is still there; `absent` names what is not.
     """
@@ -117,9 +116,7 @@ def _equal(stated: Any, found: Any) -> bool:
 
 
 def _replanned(recorded: Certificate, folder: Path) -> screening.Planned | None:
-    """What follows from its screen. Raises DataError where the screen or what is said to follow is
-    another.
-    """
+    """What follows from its screen. Raises DataError where either is not as recorded."""
     if recorded.screen is None:
         return None
     file = folder / recorded.screen.path
@@ -138,9 +135,7 @@ def _replanned(recorded: Certificate, folder: Path) -> screening.Planned | None:
 
 
 def _as_planned(recorded: Certificate, folder: Path) -> None:
-    """Raises DataError where the candidates are not those of the plan, or the policy is not the one
-    that was tested.
-    """
+    """Raises DataError where the candidates are not the plan's, or the policy is another."""
     if recorded.plan is not None and list(order(recorded.plan)) != list(recorded.candidates):
         raise DataError(
             f"candidates are {list(recorded.candidates)}, but the plan has"

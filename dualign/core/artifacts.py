@@ -23,6 +23,8 @@ from dualign.core.ranks import by_one
 from dualign.core.schema import to_table
 from dualign.core.temporaries import room_for, temporary_folder
 
+#: The prompts of a suite, in its folder of answers.
+SUITE_PROMPTS = "_suite.parquet"
 _OS_ERROR = re.compile(r"(?:os error |[Ee]rrno )(\d+)")
 _ROOM = "free space there"
 _MODE = "check the folder's owner and mode"
@@ -63,23 +65,20 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def faults_told(refusal: Callable[[str, str], DualignError]) -> Iterator[None]:
-    """Raise what `refusal` makes of a fault of writing and its remedy, which may be empty; other
-    errors pass.
-    """
+    """Raise what `refusal` makes of a fault of writing and its remedy; other errors pass."""
     try:
         yield
     except DualignError:
         raise
     except Exception as error:
-        told = write_fault(error)
-        if told is None:
+        fault = write_fault(error)
+        if fault is None:
             raise
-        raise refusal(told, _REMEDIES.get(_number(error) or 0, "")) from error
+        raise refusal(fault, _REMEDIES.get(_number(error) or 0, "")) from error
 
 
 def write_fault(error: BaseException) -> str | None:
-    """What an exception says of a file that cannot be written, in one line; None where it is about
-    something else.
+    """A fault of writing in one line; None where an exception is about something else.
 
     safetensors and torch tell of a full disk by exceptions of their own, the system's number in
     their text at best."""
@@ -101,19 +100,15 @@ def is_full(error: BaseException) -> bool:
 
 
 def _number(error: BaseException) -> int | None:
-    """The system's number of an error, also where only its text holds one, and it is about
-    writing.
-    """
+    """The system's number of an error of writing, also where only its text holds one."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    found = _OS_ERROR.search(str(error))
-    return int(found[1]) if found is not None and int(found[1]) in _REMEDIES else None
+    match = _OS_ERROR.search(str(error))
+    return int(match[1]) if match is not None and int(match[1]) in _REMEDIES else None
 
 
 def _put(new: Path, path: Path) -> None:
-    """Move what is whole to its place, also where one file system is mounted twice, which renames
-    do not cross.
-    """
+    """Move what is whole to its place, also between mounts, which renames do not cross."""
     try:
         _rename(new, path)
     except OSError as error:
@@ -125,9 +120,7 @@ def _put(new: Path, path: Path) -> None:
 
 
 def _rename(new: Path, path: Path) -> None:
-    """Rename over what is there. An old folder goes as a whole too: half of it would be taken for
-    an output.
-    """
+    """Rename over what is there; an old folder goes as a whole, half would pass for an output."""
     if not (new.is_dir() and path.is_dir()):
         new.replace(path)
         return
@@ -140,11 +133,14 @@ def _rename(new: Path, path: Path) -> None:
 
 
 def listed(folder: Path, pattern: str) -> list[Path]:
-    """What a pattern finds in a folder, in order, but nothing hidden, such as what a killed process
-    was writing.
-    """
-    found = sorted(folder.glob(pattern))
-    return [path for path in found if not _hidden(path.relative_to(folder))]
+    """What a pattern finds in a folder, in order, without what is hidden or half written."""
+    paths = sorted(folder.glob(pattern))
+    return [path for path in paths if not _hidden(path.relative_to(folder))]
+
+
+def policy_tables(folder: Path) -> list[Path]:
+    """The tables of policies in a suite's folder of answers, beside `SUITE_PROMPTS`."""
+    return [path for path in listed(folder, "*.parquet") if path.name != SUITE_PROMPTS]
 
 
 def _hidden(path: Path) -> bool:
@@ -160,8 +156,8 @@ def sha256(file: Path) -> str:
 
 def hashes(folder: Path) -> dict[str, str]:
     """The hashes of all files in a folder, by their paths in it."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in found}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -207,15 +203,13 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_optional_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object of a file, or {} where there is no such file: its stage did not run, or did
-    not write it.
-    """
-    found = read_json(path) if Path(path).is_file() else {}
-    if not isinstance(found, dict):
+    """The JSON object of a file, or {} where there is none, since its stage did not write it."""
+    content = read_json(path) if Path(path).is_file() else {}
+    if not isinstance(content, dict):
         raise DataError(
             f"{path}: not a JSON object; run the stage that wrote it again (`dvc repro --force`)"
         )
-    return found
+    return content
 
 
 def write_parquet(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 
 class DualignError(Exception):
-    """Base of all errors that dualign raises on purpose; stages print it in one line and exit with
-    its `status`.
-    """
+    """Base of all errors raised on purpose; a stage prints one line and exits with `status`."""
 
     status = 2
 

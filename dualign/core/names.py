@@ -1,6 +1,4 @@
-"""Names and paths that users give, which become folders, keys of DVC and words of messages: what
-they may be.
-"""
+"""What names and paths of users may be: they become folders, keys of DVC, words of messages."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ Solved = Literal["dual", "margin"]
 
 
 def shown(text: str) -> str:
-    """A name, or dotted key, as it is; anything else in quotes and cut, for a message to stay one
-    line.
-    """
+    """A name or dotted key as it is; anything else quoted and cut, for one line."""
     return text if _KEY.fullmatch(text) else cut(repr(text))
 
 
@@ -34,9 +30,7 @@ def cut(text: str) -> str:
 
 
 def cut_name(suite: str) -> str:
-    """What a suite's answers are judged as when its stop words have cut them; no name of the user's
-    is such a one.
-    """
+    """A suite's name for answers that its stop words cut; no name of the user's is such a one."""
     return f"{suite} (cut)"
 
 

@@ -21,9 +21,7 @@ _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No bar and no line of any `Progress` that begins inside: steps of something longer that tells
-    its own.
-    """
+    """No bar and no line of a `Progress` that begins inside: steps of something longer."""
     token = _quiet.set(True)
     try:
         yield
@@ -45,7 +43,8 @@ class Progress:
         self._what = what
         self._total = total
         self._every = every
-        self._done, self._start = 0, time.monotonic()
+        self._done = 0
+        self._start = time.monotonic()
         self._last = self._start
         self._quiet = _quiet.get()
         self._bar = (

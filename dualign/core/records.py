@@ -1,12 +1,10 @@
-"""The JSON files that one stage writes and another reads, as types: a file of another shape is
-refused by file and key.
+"""The JSON files between stages as types: another shape is refused by file and key.
 
 A key that stands in a class must be in the file; what else the file holds is kept as it is. Numbers
 that may not exist (an interval of one prompt, say) are null in JSON and None here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,11 +18,15 @@ R = TypeVar("R")
 
 
 class Record(BaseModel):
-    """What one stage writes and another reads: frozen, its fields by attribute. Further keys of a
-    file are kept.
-    """
+    """What one stage writes and another reads: frozen. Further keys of a file are kept."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class WholeRecord(Record):
+    """A record whose file has its keys and no other."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
 class PreparedMetrics(Record):
@@ -34,9 +36,7 @@ class PreparedMetrics(Record):
 
 
 class PriceRow(Record):
-    """An additional constraint with its multiplier, in data/dual/dual.json
-    (`dualign.math.constraints.Price`).
-    """
+    """A `dualign.math.constraints.Price` in data/dual/dual.json: a constraint, its multiplier."""
 
     name: str
     quantity: str
@@ -216,9 +216,7 @@ class SearchResult(Record):
 
 
 class LossRow(Record):
-    """A row of reports/curves/STAGE.json or STAGE/ITEM.json; nulls where a stage trained
-    nothing.
-    """
+    """A row of reports/curves/STAGE.json or STAGE/ITEM.json; nulls where nothing was trained."""
 
     training: str | None = None
     step: int | None
@@ -233,8 +231,24 @@ class IntervalRow(Record):
     high: float | None
 
 
+class LimitedInterval(IntervalRow):
+    """What answers show of an additional constraint."""
+
+    limit: float
+
+
+class Optimum(Record):
+    """The exact optimum of the embedded world."""
+
+    lam: float
+    cost: float
+    reward: float
+    kl: float
+
+
 class Evaluated(Record):
-    """reports/metrics/evaluate/NAME.json of a policy that is there."""
+    """reports/metrics/evaluate/NAME.json of a policy that is there; some of it is measured in the
+    embedded world alone, or where params ask for it."""
 
     policy: str
     prompts: int
@@ -246,6 +260,17 @@ class Evaluated(Record):
     kl: IntervalRow
     length: IntervalRow
     ended: IntervalRow
+    distinct_2: IntervalRow | None = None
+    displacement: IntervalRow | None = None
+    off_support: IntervalRow | None = None
+    true_reward: IntervalRow | None = None
+    true_cost: IntervalRow | None = None
+    grammatical: IntervalRow | None = None
+    reward_share: float | None = None
+    value_gap: float | None = None
+    tilt: dict[str, float | None] | None = None
+    optimum: Optimum | None = None
+    additional: dict[str, LimitedInterval] = {}
 
 
 class NotEvaluated(Record):
@@ -297,8 +322,10 @@ class AdapterConfig(Record):
     lora_alpha: float
 
 
-#: What the metrics of a policy hold, by the stage that trained it.
-TRAINED: dict[str, Any] = {
+#: The metrics of a policy's training.
+Trained = ReferenceMetrics | RewardMetrics | SafetyMetrics | LagrangianMetrics
+#: Those that a stage writes.
+TRAINED: dict[str, type[Trained]] = {
     "sft": ReferenceMetrics,
     "reward_dpo": RewardMetrics,
     "safety_dpo": SafetyMetrics,
@@ -331,33 +358,32 @@ def read_optional_record(path: str | Path, record: type[R]) -> R | None:
     return read_record(path, record) if Path(path).is_file() else None
 
 
-def read_trained(metrics: str | Path, folder: str) -> Mapping[str, Any]:
-    """The metrics of the stage that wrote models/FOLDER, in folder `metrics` (reports/metrics), as
-    a row: stages differ in what they write.
-    """
-    kind: type[Record] = TRAINED[folder.partition("/")[0]]
-    return as_row(read_record(Path(metrics) / f"{folder}.json", kind))
+def read_trained(metrics: Path, folder: str) -> Trained:
+    """What the stage that wrote models/FOLDER measured, in folder `metrics`."""
+    return read_record(metrics / f"{folder}.json", TRAINED[folder.partition("/")[0]])
 
 
-def read_evaluated(metrics: str | Path, name: str) -> dict[str, Any] | None:
-    """What `evaluate` wrote of a policy in folder `metrics`, as a row; None where it was not
-    evaluated.
-    """
-    path = Path(metrics) / "evaluate" / f"{name}.json"
+def read_evaluated(metrics: Path, name: str) -> Evaluated | NotEvaluated | None:
+    """What `evaluate` wrote of a policy in folder `metrics`; None where it was not evaluated."""
+    path = metrics / "evaluate" / f"{name}.json"
     if not path.is_file():
         return None
     content = read_json(path)
-    absent = isinstance(content, dict) and "absent" in content
-    return as_row(_validated(path, NotEvaluated if absent else Evaluated, content))
+    if isinstance(content, dict) and "absent" in content:
+        return _validated(path, NotEvaluated, content)
+    return _validated(path, Evaluated, content)
 
 
 def _validated(path: Path, record: type[R], content: Any) -> R:
     try:
         return TypeAdapter(record).validate_python(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the file"
         raise DataError(
-            f"{path}: {key}: {first['msg'].lower()}; run the stage that wrote it again (`dvc repro"
-            " --force`)"
+            f"{path}: {fault(error)}; run the stage that wrote it again (`dvc repro --force`)"
         ) from error
+
+
+def fault(error: ValidationError, whole: str = "the file") -> str:
+    """The first key that is wrong, and how; `whole` stands for content that is wrong as such."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or whole}: {first['msg'].lower()}"

@@ -176,8 +176,7 @@ def last_user_text(prompt: Sequence[Message]) -> str:
 
 @functools.lru_cache(maxsize=8192)
 def normalise(text: str) -> str:
-    """Text as it is compared across sources: NFKC, case-folded, only letters, marks and digits,
-    single spaces.
+    """Text as it is compared: NFKC, case-folded, letters, marks and digits, single spaces.
 
     Kept for the next row, which is often another answer to the same prompt.
     """
@@ -200,9 +199,7 @@ def pair_id(prompt: Sequence[Message], chosen: str, rejected: str) -> str:
 
 
 def to_table(rows: pd.DataFrame | list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Rows as an Arrow table of exactly `schema`: extra columns are dropped, missing nullable ones
-    filled with null.
-    """
+    """Rows as an Arrow table of exactly `schema`: others are dropped, missing ones null."""
     frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows)
     columns = {
         name: frame[name].tolist() if name in frame.columns else [None] * len(frame)

@@ -40,9 +40,7 @@ def room_for(parent: Path) -> Path:
 
 @contextlib.contextmanager
 def temporary_folder(room: Path) -> Iterator[Path]:
-    """A new folder in `room`, removed at the end; those of processes that are gone are removed
-    now.
-    """
+    """A new folder in `room`, removed at the end; those of ended processes are removed now."""
     sweep(room)
     folder, held = _claim(room)
     try:
@@ -81,9 +79,7 @@ def _claim(room: Path) -> tuple[Path, int]:
 
 
 def _locked(descriptor: int) -> bool:
-    """Take the lock of an open file; False where another process has it. Raises OSError where there
-    are no locks.
-    """
+    """Take a file's lock; False where another has it. Raises OSError where there are no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,6 +1,4 @@
-"""YAML of a user, read within limits: no text overflows the reader, fills the memory, or takes
-long.
-"""
+"""YAML of users within limits: nothing overflows the reader, fills memory, or takes long."""
 
 from __future__ import annotations
 
@@ -65,9 +63,7 @@ def read(path: Path) -> Any:
 
 
 def parse(content: bytes, path: str | Path) -> Any:
-    """What YAML 1.2 text holds; `path` is its name in messages. Raises ParamsError that names it
-    and the line.
-    """
+    """What YAML 1.2 text holds; `path` is its name. Raises ParamsError with that and the line."""
     if len(content) > LARGEST:
         raise ParamsError(
             f"{path}: more than {LARGEST // 1000} kB of params; this is another file, or should be"
@@ -103,9 +99,7 @@ def _short(text: object) -> str:
 
 
 def _measure(text: str) -> None:
-    """Raise _Refused where the text goes beyond a limit. Works on events, which need no
-    recursion.
-    """
+    """Raise _Refused for a text beyond a limit. Works on events, which need no recursion."""
     root = _Node(None, 1, 0)
     within = [root]  # the collections around an event, outermost first
     anchored: dict[str, _Node] = {}

@@ -35,9 +35,7 @@ def is_missing(value: Any) -> bool:
 
 
 def number(value: Any) -> float | None:
-    """The whole number of a cell, which CSV, JSON and parquet write as text, integer or float; None
-    without one.
-    """
+    """The whole number of a cell, written as text, integer or float; None without one."""
     if isinstance(value, str):
         return float(value) if _NUMBER.fullmatch(value.strip()) else None
     return (

@@ -1,5 +1,4 @@
-"""Places and their raw rows: files of every kind, folders of files and datasets, each row with its
-file and line.
+"""Places and their raw rows: files, folders of files and datasets, rows with file and line.
 
 Every file is read row by row and within the limits below, so that no file, however well it is
 packed, takes more memory than they allow. A file that cannot be read raises a DataError; a row that
@@ -68,9 +67,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def locate(spec: SourceSpec, path: str, folder: Path, key: str) -> tuple[str, Files]:
-    """The name of the place `path` of a source, and its files with their raw rows; `key` is the
-    param that lists it.
-    """
+    """The name of a source's place, its files and their raw rows; `key` is the param."""
     place = folder / path
     if place.is_dir():
         return str(place), _of_folder(place, spec, folder)
@@ -88,9 +85,7 @@ def locate(spec: SourceSpec, path: str, folder: Path, key: str) -> tuple[str, Fi
 
 
 def _of_folder(folder: Path, spec: SourceSpec, root: Path) -> Files:
-    """The files of a folder one by one, or the dataset that `datasets` wrote into it or that its
-    page describes.
-    """
+    """The files of a folder, or the dataset that `datasets` wrote or its page describes."""
     names = _listed(folder)
     if any(name.suffix == ".arrow" for name in names) or _has_configs(folder / "README.md"):
         return [(str(folder), _dataset(str(folder), None, spec, root))]
@@ -100,15 +95,15 @@ def _of_folder(folder: Path, spec: SourceSpec, root: Path) -> Files:
 
 def _listed(folder: Path) -> list[Path]:
     """The files of a folder and its subfolders, below it, in order of their names."""
-    found: list[Path] = []
+    files: list[Path] = []
     try:
         for where, _, names in os.walk(folder, onerror=_raised):
-            found += [(Path(where) / name).relative_to(folder) for name in names]
+            files += [(Path(where) / name).relative_to(folder) for name in names]
     except OSError as error:
         raise DataError(
             f"{folder}: cannot be listed ({error.strerror}); check the permissions of the folder"
         ) from error
-    return sorted(found)
+    return sorted(files)
 
 
 def _raised(error: OSError) -> NoReturn:
@@ -130,9 +125,7 @@ def _set_aside(name: Path) -> bool:
 
 
 def _plain_files(folder: Path, names: Sequence[Path], spec: SourceSpec) -> list[Path]:
-    """The files that are read, below the folder: where names speak of splits, those of the split
-    count.
-    """
+    """The files below a folder; where names speak of splits, those of the split."""
     shown = [name for name in names if not _set_aside(name)]
     files = [name for name in shown if _suffix(name) in _READERS and name.name not in _DESCRIPTIONS]
     if not shown:
@@ -154,14 +147,14 @@ def _plain_files(folder: Path, names: Sequence[Path], spec: SourceSpec) -> list[
             "%s: not read: %s, since only %s is", folder, ", ".join(map(str, others[:5])), _KINDS
         )
     named = {name: set(map(str.lower, _SPLIT.findall(name.as_posix()))) for name in files}
-    told = sorted(set().union(*named.values()))
-    if not told and spec.split == "train":
+    splits = sorted(set().union(*named.values()))
+    if not splits and spec.split == "train":
         return files
     kept = [name for name in files if spec.split in named[name]]
     if not kept:
         raise DataError(
             f"{folder}: no file's name speaks of split {spec.split!r}; names speak of:"
-            f" {', '.join(told) or 'none'}"
+            f" {', '.join(splits) or 'none'}"
         )
     return kept
 
@@ -191,14 +184,12 @@ def dataset(place: str, folder: Path, *, split: str, **chosen: str | None) -> Ra
 
 
 def _root_cause(error: BaseException) -> str:
-    """The first line of what an exception was raised from in the first place, and the last of it
-    where it says more.
-    """
+    """The first line of an exception's root cause, and its last line where that says more."""
     cause = error
     while cause.__cause__ is not None or cause.__context__ is not None:
         cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-    told = [(str(one).strip() or type(one).__name__).splitlines()[0] for one in (error, cause)]
-    return ": ".join(dict.fromkeys(told))
+    lines = [(str(one).strip() or type(one).__name__).splitlines()[0] for one in (error, cause)]
+    return ": ".join(dict.fromkeys(lines))
 
 
 # --- text files -----------------------------------------------------------------------------------
@@ -337,9 +328,7 @@ def _json_list(path: Path) -> Raw:
 
 
 class _Json:
-    """A JSON list that is read from a stream entry by entry; no more of it is held than an entry
-    and a chunk.
-    """
+    """A JSON list read from a stream; no more of it is held than an entry and a chunk."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -349,9 +338,7 @@ class _Json:
         self._whole = False
 
     def another(self, first: bool) -> bool:
-        """Go past what stands before an entry; False at the end of the list. Raises ValueError
-        where neither is.
-        """
+        """Go to the next entry; False at the list's end. Raises ValueError where neither is."""
         mark = self._seen()
         if mark == "]" and not first:
             return self._ended()
@@ -368,9 +355,7 @@ class _Json:
         return False
 
     def value(self) -> Any:
-        """The next entry, a BadRow if one of its objects has a key twice. Raises OverflowError
-        beyond ROW_LIMIT.
-        """
+        """The next entry, a BadRow for a key twice. Raises OverflowError beyond ROW_LIMIT."""
         decode = _STRICT.raw_decode
         repeated = None
         while True:
@@ -408,9 +393,7 @@ class _Json:
             self._grow()
 
     def _grow(self) -> None:
-        """Read on, at least as much again as is held, so that a long entry is not parsed too
-        often.
-        """
+        """Read at least as much again as is held, so that long entries are not parsed often."""
         left = self._text[self._at :]
         content = self._stream.read(min(max(_CHUNK, len(left)), ROW_LIMIT))
         self._whole = not content
@@ -454,9 +437,7 @@ def _refuse_repeated(names: Sequence[str], path: Path) -> None:
 
 
 def _csv_row(header: list[str], cells: list[str]) -> Row | BadRow:
-    """The cells by heading; those under a blank one, as pandas writes over an index, belong to no
-    column.
-    """
+    """The cells by heading; those under a blank one, an index of pandas, are no column."""
     if len(cells) != len(header):
         return BadRow(
             "wrong_cell_count", f"{len(cells)} cells for {len(header)} columns", excerpt(cells)
@@ -511,9 +492,7 @@ def _texts(file: pq.ParquetFile) -> list[str]:
 
 
 def _batch_size(metadata: Any) -> int:
-    """Rows to decode together: a text that is stored as its difference from the last may be as long
-    as its column.
-    """
+    """Rows to decode together: a text stored as a difference may be as long as its column."""
     sizes = [
         chunk.total_uncompressed_size for chunk in _chunks(metadata) if _DELTAS & {*chunk.encodings}
     ]

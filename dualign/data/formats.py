@@ -1,5 +1,4 @@
-"""Formats of data sources: a table, one row each, and the readers that turn a row of a file into
-records.
+"""Formats of data sources: one row each, and the readers that turn a file's row into records.
 
 A row that cannot be used raises `BadRow`; one that has nothing to say about a kind (no preference,
 no safe answer) is `Skipped`."""
@@ -44,9 +43,7 @@ _PKU_LABELS: dict[Kind, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """Where a row came from. `line` counts from 1: lines of a text file, rows of an array, parquet
-    or hub dataset.
-    """
+    """Where a row is from. `line` counts from 1: lines of a text, rows of anything else."""
 
     source: str
     file: str
@@ -54,10 +51,8 @@ class Where:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """One usable row. In an sft record `chosen` is the answer and `rejected` is None; flags are
-    None where unknown.
-    """
+class Usable:
+    """One usable row. In sft `chosen` is the answer, `rejected` None; unknown flags are None."""
 
     where: Where
     prompt: list[Message]
@@ -69,9 +64,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A row that is wrong: a short reason for counting, the detail in words, the start of the
-    row.
-    """
+    """A row that is wrong: a short reason to count by, the detail, and the row's start."""
 
     where: Where
     reason: str
@@ -87,14 +80,12 @@ class Skipped:
     reason: str
 
 
-Item = Record | Rejected | Skipped
+Item = Usable | Rejected | Skipped
 Located = tuple[Where, Row | BadRow]
 
 
 def label(spec: SourceSpec) -> str:
-    """The name of a source in tables and metrics: its format, path, and split if it is not
-    `train`.
-    """
+    """The name of a source in tables and metrics: format, path, and split if not `train`."""
     split = f"[{spec.split}]" if spec.split != "train" else ""
     return spec.format if spec.path is None else f"{spec.format}:{spec.path}{split}"
 
@@ -113,7 +104,7 @@ def _pku_sft(row: Row, where: Where) -> Iterator[Item]:
     if not safe:
         yield Skipped(where, "no_safe_answer")
     for side in safe:
-        yield Record(where, user(cells.text(row, "prompt")), cells.text(row, f"response_{side}"))
+        yield Usable(where, user(cells.text(row, "prompt")), cells.text(row, f"response_{side}"))
 
 
 def _pku_pair(row: Row, where: Where, kind: Kind) -> Iterator[Item]:
@@ -125,7 +116,7 @@ def _pku_pair(row: Row, where: Where, kind: Kind) -> Iterator[Item]:
     answers = [cells.text(row, f"response_{side}") for side in (0, 1)]
     flags = [cells.flag(row, name) if kind == "safety" or name in row else None for name in _FLAGS]
     loser = 1 - winner
-    yield Record(
+    yield Usable(
         where,
         user(cells.text(row, "prompt")),
         answers[winner],
@@ -154,20 +145,18 @@ def _world(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) -> It
 def _hh(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) -> Iterator[Item]:
     prompt, chosen = _dialogue(row, "chosen")
     if kind == "sft":
-        yield Record(where, prompt, chosen)
+        yield Usable(where, prompt, chosen)
         return
     other, rejected = _dialogue(row, "rejected")
     if prompt != other:
         raise BadRow(
             "prompts_differ", "chosen and rejected differ before their last Assistant turn"
         )
-    yield Record(where, prompt, chosen, rejected)
+    yield Usable(where, prompt, chosen, rejected)
 
 
 def _dialogue(row: Row, column: str) -> tuple[list[Message], str]:
-    """Split `\\n\\nHuman: ... \\n\\nAssistant: ...` text at its last Assistant turn into prompt and
-    answer.
-    """
+    """Prompt and answer of `\\n\\nHuman: ... \\n\\nAssistant: ...`, split at its last Assistant."""
     before, *parts = _TURN.split("\n\n" + cells.text(row, column))
     turns: list[Message] = [
         {"role": _HH_ROLES[role], "content": content.strip()}
@@ -183,7 +172,7 @@ def _dialogue(row: Row, column: str) -> tuple[list[Message], str]:
 def _alpaca(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) -> Iterator[Item]:
     given = "" if cells.is_missing(row.get("input")) else cells.text(row, "input")
     question = f"{cells.text(row, 'instruction')}\n\n{given}".strip()
-    yield Record(where, user(question), cells.text(row, "output"))
+    yield Usable(where, user(question), cells.text(row, "output"))
 
 
 def _own(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) -> Iterator[Item]:
@@ -191,7 +180,7 @@ def _own(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) -> Iter
     prompt = _prompt(row, columns["prompt"]) if "prompt" in columns else None
     if kind == "sft":
         whole = columns.get("messages") or columns["response"]
-        yield Record(where, *_answer(row, whole, prompt))
+        yield Usable(where, *_answer(row, whole, prompt))
         return
     flags = [cells.flag(row, columns[name]) if name in columns else None for name in OWN_FLAGS]
     before, chosen = _answer(row, columns["chosen"], prompt)
@@ -200,7 +189,7 @@ def _own(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) -> Iter
         raise BadRow(
             "prompts_differ", "chosen and rejected differ before their last assistant turn"
         )
-    yield Record(where, before, chosen, rejected, *flags)
+    yield Usable(where, before, chosen, rejected, *flags)
 
 
 def _prompt(row: Row, column: str) -> list[Message]:
@@ -238,9 +227,7 @@ def _within(part: list[Message], whole: list[Message]) -> bool:
 
 
 def _checked(turns: list[Message], column: str) -> list[Message]:
-    """Chat templates take user and assistant in turn, after at most one system turn, and the user
-    last.
-    """
+    """Chat templates take user and assistant in turn, a system turn first, the user last."""
     roles = [turn["role"] for turn in turns]
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     if len(spoken) % 2 == 0 or spoken != (["user", "assistant"] * len(spoken))[: len(spoken)]:
@@ -269,7 +256,7 @@ def _helpsteer2(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) 
     prompt = _marked_turns(cells.text(row, "prompt"))
     answers = (cells.text(row, "response_1"), cells.text(row, "response_2"))
     chosen, rejected = answers if lead < 0 else answers[::-1]
-    yield Record(where, prompt, chosen, rejected)
+    yield Usable(where, prompt, chosen, rejected)
 
 
 def _marked_turns(prompt: str) -> list[Message]:
@@ -281,9 +268,7 @@ def _marked_turns(prompt: str) -> list[Message]:
 
 
 def _two_ratings(rows: Iterator[Located]) -> Iterator[Located]:
-    """Ratings of two answers to one prompt, which follow each other in a file, as one row; one that
-    is left alone as a row of its own.
-    """
+    """Ratings of two answers to a prompt, one after the other, as a row; a lone one as its own."""
     waiting: tuple[Where, Row] | None = None
     for where, row in rows:
         if isinstance(row, BadRow) or "response" not in row:
@@ -329,10 +314,10 @@ class Format:
 def _mapped(spec: SourceSpec, kind: Kind) -> dict[str, str]:
     """The column map of format `columns`, checked against what the kind needs."""
     choices = FORMATS["columns"].columns[kind]
-    known = [*itertools.chain(*choices), *_BESIDE[kind]]
+    keys = [*itertools.chain(*choices), *_BESIDE[kind]]
     for name in spec.columns:
-        if name not in known:
-            valid = ", ".join(known)
+        if name not in keys:
+            valid = ", ".join(keys)
             raise DataError(
                 f"prepare.{kind}: {label(spec)}: columns has unknown key {name!r}; valid keys:"
                 f" {valid}"

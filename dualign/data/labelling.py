@@ -1,5 +1,4 @@
-"""Labels of fresh answers: from the world's oracle, from the models, or from people by way of a
-file.
+"""Labels of fresh answers: from the world's oracle, from the models, or from people by a file.
 
 People are asked through a folder: a call writes `to-label-HASH.jsonl` and raises `AwaitingLabels`;
 once
@@ -44,8 +43,7 @@ regard to the other.
 def vote(
     answers: pd.DataFrame, *, source: VoteSource, count: int, folder: Path, seed: int
 ) -> Array:
-    """Of `count` votes on each answer, how many say that it is unsafe; int, shape [rows], between 0
-    and count.
+    """Of `count` votes on each answer, how many call it unsafe; int [rows], 0 to count.
 
     The votes are PD-DPO's binary feedback Z_j ~ Bernoulli(sigma(c)), j <= count (2510.05703, alg.
     1): with c = c*, the truth of the embedded world (`oracle`), or with the column `cost`
@@ -84,10 +82,8 @@ def compare(pairs: pd.DataFrame, *, source: CompareSource, folder: Path, seed: i
     if source == "file":
         return _people_compare(pairs, folder)
     if source == "oracle":
-        (reward_first, cost_first), (reward_second, cost_second) = (
-            truth(pairs, "first"),
-            truth(pairs, "second"),
-        )
+        reward_first, cost_first = truth(pairs, "first")
+        reward_second, cost_second = truth(pairs, "second")
     else:
         reward_first = _finite(pairs, "reward_first")
         reward_second = _finite(pairs, "reward_second")
@@ -101,8 +97,7 @@ def compare(pairs: pd.DataFrame, *, source: CompareSource, folder: Path, seed: i
 
 
 def log_odds(votes: Array, count: int, smoothing: float) -> Array:
-    """c_hat = log((k + s) / (M - k + s)), the cost of an answer that k of M votes call unsafe;
-    [answers], nats.
+    """c_hat = log((k + s) / (M - k + s)), cost by k unsafe votes of M; [answers], nats.
 
     PD-DPO's sigma^{-1}(k / M) (2510.05703, alg. 1) with s > 0 votes added to either side. Without
     them it is infinite
@@ -182,9 +177,7 @@ def _people_compare(pairs: pd.DataFrame, folder: Path) -> pd.DataFrame:
 
 
 def _sides(prompt_id: str, *texts: str) -> list[str]:
-    """Both texts in the order of a hash: a reader's liking for the first answer must not favour one
-    policy.
-    """
+    """Both texts in the order of a hash, so that liking the first favours no policy."""
     return sorted(texts, key=lambda text: _hash(f"{prompt_id}\x1e{text}"))
 
 
@@ -199,9 +192,7 @@ def _hash(text: str) -> str:
 
 
 def _labels(items: list[Item], allowed: dict[str, Sequence[Any]], folder: Path) -> dict[str, Item]:
-    """The labelled row of each id, `allowed` the values of each field; asks if there are none
-    yet.
-    """
+    """The labelled row of each id, with `allowed` values; asks if there are none yet."""
     if not items:
         return {}
     unique = {item["id"]: item for item in sorted(items, key=lambda item: str(item["id"]))}

@@ -1,6 +1,4 @@
-"""Conversations as data sets hold them: message lists in a cell, as objects or as text, in the
-common dialects.
-"""
+"""Conversations as data sets hold them: lists of messages, as objects or as text."""
 
 from __future__ import annotations
 
@@ -41,8 +39,7 @@ _PYTHON_LIMIT = 2**20
 
 
 def turns_in(value: Any, column: str) -> list[Message] | None:
-    """The turns of a cell that holds a message list, or its text in JSON or Python; None for other
-    text.
+    """The turns of a cell with a message list, or its JSON or Python; None for other text.
 
     Raises BadRow for a list that is none of messages, or holds turns that no chat template takes
     here, and for a text that looks like messages and cannot be read as a list of them."""
@@ -53,9 +50,7 @@ def turns_in(value: Any, column: str) -> list[Message] | None:
 
 
 def split_answer(turns: list[Message], column: str) -> tuple[list[Message], str]:
-    """A dialogue as what stands before its last turn, and that turn's text. Raises BadRow where no
-    answer is last.
-    """
+    """A dialogue's turns before the last, and its text. Raises BadRow for no answer."""
     if not turns or turns[-1]["role"] != "assistant":
         raise BadRow(
             "bad_turns",
@@ -65,9 +60,7 @@ def split_answer(turns: list[Message], column: str) -> tuple[list[Message], str]
 
 
 def _parsed(text: str, column: str) -> Any:
-    """What a text that looks like a list of messages says in JSON or Python; the text itself if it
-    is another.
-    """
+    """What a text that looks like a list of messages says in JSON or Python, else itself."""
     if not (_LIKE.match(text) and _KEY.search(text)):
         return text
     try:
@@ -84,9 +77,7 @@ def _parsed(text: str, column: str) -> Any:
 
 
 def _read(text: str) -> Any:
-    """A text in JSON, or as Python and so pandas write lists. Raises ValueError where it is
-    neither.
-    """
+    """A text in JSON, or as Python and pandas write lists. Raises ValueError for neither."""
     try:
         return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError:
@@ -108,9 +99,7 @@ def _is_turn(value: Any) -> bool:
 
 
 def _speaks(value: Any) -> bool:
-    """Whether an object is a turn, or what is left of one: only keys of turns, and content or who
-    speaks among them.
-    """
+    """Whether an object is a turn: only keys of turns, content or who speaks among them."""
     if not isinstance(value, dict) or _is_turn(value):
         return isinstance(value, dict)
     named = any(value.get(key) in _SPEAKERS for key in ("role", "from"))

@@ -1,5 +1,4 @@
-"""From raw sources to the tables that every later stage reads: validated, without duplicates,
-disjoint by prompt.
+"""From raw sources to the tables of later stages: valid, without duplicates, disjoint by prompt.
 
 Every prompt has one identity across all sources (`schema.prompt_id`) and belongs to exactly one of
 `search`, `certify`, `eval`, `heldout` and `train`, by a hash of seed and identity, so that new rows
@@ -22,7 +21,7 @@ import pyarrow as pa
 from dualign.core import schema
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.errors import DataError
-from dualign.data.formats import Kind, Record, Rejected, Skipped, label
+from dualign.data.formats import Kind, Rejected, Skipped, Usable, label
 from dualign.data.rows import excerpt
 from dualign.data.sources import read
 from dualign.params.data import PrepareParams
@@ -52,7 +51,7 @@ class Row:
     `family` is the identity of the prompt's first user turn alone: dialogues are released at
     several lengths, and a longer one holds the answers of the shorter."""
 
-    record: Record
+    record: Usable
     prompt_id: str
     key: str
     family: str
@@ -67,15 +66,11 @@ class Ledger:
         self.quarantine: list[dict[str, Any]] = []
 
     def count(self, kind: Kind, source: str, outcome: str) -> None:
-        """Note one record as `records` (every one), `skipped`, `duplicates`, `reserved` or
-        `kept`.
-        """
+        """Note a record as `records` (each is), `skipped`, `duplicates`, `reserved` or `kept`."""
         self.counts[kind, source, outcome] += 1
 
     def reject(self, kind: Kind, bad: Rejected) -> None:
-        """Note one record as rejected and put it in the quarantine, unless too many of its source
-        are there.
-        """
+        """Note one record as rejected, in quarantine unless too many of its source are there."""
         self.counts[kind, bad.where.source, "rejected"] += 1
         self.reasons[kind, bad.where.source, bad.reason] += 1
         beyond = self.counts[kind, bad.where.source, "rejected"] - QUARANTINE_LIMIT
@@ -116,8 +111,7 @@ class Ledger:
 
 
 def prepare(params: PrepareParams, folder_out: Path, failed: Path | None = None) -> dict[str, Any]:
-    """Write all tables, prompt sets and the quarantine into `folder_out`; return the counts as
-    metrics.
+    """Write tables, prompt sets and quarantine into `folder_out`; return counts as metrics.
 
     Raises:
         DataError: a source cannot be read or has too many bad rows (these are then found in the
@@ -153,9 +147,9 @@ def _gathered(kind: Kind, params: PrepareParams, ledger: Ledger) -> Iterator[Row
     for spec in getattr(params, kind):
         for item in read(spec, kind, Path(params.folder), params.world, params.seed):
             ledger.count(kind, item.where.source, "records")
-            if isinstance(item, Record):
+            if isinstance(item, Usable):
                 item = _examined(item, kind, params)
-            if isinstance(item, Record):
+            if isinstance(item, Usable):
                 yield _identified(item)
             elif isinstance(item, Rejected):
                 ledger.reject(kind, item)
@@ -163,7 +157,7 @@ def _gathered(kind: Kind, params: PrepareParams, ledger: Ledger) -> Iterator[Row
                 ledger.count(kind, item.where.source, "skipped")
 
 
-def _examined(record: Record, kind: Kind, params: PrepareParams) -> Record | Rejected | Skipped:
+def _examined(record: Usable, kind: Kind, params: PrepareParams) -> Usable | Rejected | Skipped:
     """The record, or why it is rejected."""
     answers = [answer for answer in (record.chosen, record.rejected) if answer is not None]
     prompt = sum(len(turn["content"]) for turn in record.prompt)
@@ -193,14 +187,14 @@ def _examined(record: Record, kind: Kind, params: PrepareParams) -> Record | Rej
     return record
 
 
-def _rejected(record: Record, reason: str, detail: str) -> Rejected:
+def _rejected(record: Usable, reason: str, detail: str) -> Rejected:
     row: dict[str, Any] = asdict(record)
     row |= {"prompt": schema.last_user_text(record.prompt)}
     row = {name: value for name, value in row.items() if name != "where" and value is not None}
     return Rejected(record.where, reason, detail, excerpt(row))
 
 
-def _identified(record: Record) -> Row:
+def _identified(record: Usable) -> Row:
     prompt = schema.prompt_id(record.prompt)
     family = prompt if len(record.prompt) == 1 else _family(record)
     if record.rejected is None:
@@ -210,15 +204,13 @@ def _identified(record: Record) -> Row:
     )
 
 
-def _family(record: Record) -> str:
+def _family(record: Usable) -> str:
     first = next(turn["content"] for turn in record.prompt if turn["role"] == "user")
     return schema.prompt_id(schema.user(first))
 
 
 def _settled(rows: Iterable[Row], kind: Kind, ledger: Ledger) -> list[Row]:
-    """One row per identity, in the order of first appearance; rows that contradict each other are
-    voted on.
-    """
+    """One row per identity, in order of appearance; contradicting rows are voted on."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.key, []).append(row)
@@ -346,8 +338,7 @@ def _draw(
     remedy: str,
     family: dict[str, str],
 ) -> dict[str, Kind]:
-    """`count` prompts, half from each kind of pair, those with the lowest hash; in the order of the
-    hash.
+    """`count` prompts of the lowest hash, half of each kind of pair, in the order of the hash.
 
     Of the prompts of one family that with the lowest hash is drawn; a prompt that `family` does not
     know is its own."""
@@ -373,9 +364,7 @@ def _draw(
 
 
 def _place(seed: int, name: str, prompt_id: str) -> float:
-    """Where in [0, 1) a prompt stands in the draw of `name`: it depends on nothing but its
-    arguments.
-    """
+    """Where in [0, 1) a prompt stands in the draw of `name`, by its arguments alone."""
     return int.from_bytes(sha256(f"{seed}:{name}:{prompt_id}".encode()).digest()[:6]) / 2**48
 
 
@@ -425,7 +414,7 @@ def _check_splits(tables: dict[Kind, list[dict[str, Any]]]) -> None:
 
 def _prompts(drawn: dict[str, Kind], rows: dict[Kind, list[Row]]) -> list[dict[str, Any]]:
     """The rows of a prompt set: text and source of the first pair that asks each prompt."""
-    first: dict[tuple[Kind, str], Record] = {}
+    first: dict[tuple[Kind, str], Usable] = {}
     for kind in PAIRS:
         for row in rows[kind]:
             first.setdefault((kind, row.prompt_id), row.record)
@@ -468,9 +457,7 @@ def _metrics(
     sets: dict[str, dict[str, Kind]],
     ledger: Ledger,
 ) -> dict[str, Any]:
-    """Counts: per table and split, per set, per source and outcome, per reason; the balance of the
-    safety flags.
-    """
+    """Counts per table and split, set, source and outcome, reason; the flags' balance."""
     return {
         "tables": {TABLES[kind][0]: _splits(table) for kind, table in tables.items()},
         "prompts": {name: len(drawn) for name, drawn in sets.items()},

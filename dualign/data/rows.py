@@ -12,9 +12,7 @@ CELL = 60
 
 
 class BadRow(Exception):
-    """A row that cannot be used: reason, detail, and the text of the row where it could not be
-    parsed.
-    """
+    """A row that cannot be used: reason, detail, and its text if it could not be parsed."""
 
     def __init__(self, reason: str, detail: str, text: str = "") -> None:
         super().__init__(detail)

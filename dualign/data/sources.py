@@ -1,7 +1,6 @@
-"""Sources: every supported format as one stream of records, with the file and line that each came
-from.
+"""Sources: every supported format as one stream of records, with the file and line of each.
 
-`read` turns a `SourceSpec` of a kind (`sft`, `helpful` or `safety`) into `Record`s. A row that
+`read` turns a `SourceSpec` of a kind (`sft`, `helpful` or `safety`) into `Usable`s. A row that
 cannot be used becomes a `Rejected`, a row that has nothing to say about this kind (no preference,
 no safe answer) a `Skipped`; neither stops the stream. A file that cannot be read at all, lacks a
 column or holds labels of unclear meaning raises a DataError."""
@@ -26,8 +25,8 @@ from dualign.data.formats import (
     Format,
     Item,
     Kind,
-    Record,
     Rejected,
+    Usable,
     Where,
     label,
 )
@@ -135,9 +134,7 @@ def derived_seed(seed: int, name: str) -> int:
 
 @dataclass
 class _Whole:
-    """The columns of every file of a source, the numbers in its label columns, and the texts that
-    say null.
-    """
+    """Columns of every file of a source, numbers in label columns, texts that say null."""
 
     kind: Kind
     columns: Choices
@@ -159,13 +156,11 @@ class _Whole:
 
     def item(self, item: Item) -> None:
         """Note what became of a row."""
-        if isinstance(item, Record) and _says_null(item):
+        if isinstance(item, Usable) and _says_null(item):
             self.nulls.append(item.where)
 
     def check(self, place: str) -> None:
-        """Refuse a source without rows, a file without a column that is needed, and labels of
-        unclear meaning.
-        """
+        """Refuse a source without rows, a file without a needed column, and unclear labels."""
         if not self.seen:
             raise DataError(
                 f"{place}: holds no rows; put data in or remove it from prepare.{self.kind}"
@@ -185,7 +180,7 @@ class _Whole:
             )
 
 
-def _says_null(record: Record) -> bool:
+def _says_null(record: Usable) -> bool:
     """Whether a text of the record is what is written for a missing value."""
     return not cells.NULLS.isdisjoint(
         (record.chosen, record.rejected, record.prompt[-1]["content"])
@@ -199,16 +194,14 @@ def _labels(form: Format, kind: Kind, columns: Mapping[str, str]) -> tuple[str, 
 
 
 def _check_codes(codes: Counter[float], column: str, place: str) -> None:
-    """Refuse a column that codes the two answers otherwise, by 1 and 2, say: its 1 may mean what is
-    0 here.
-    """
+    """Refuse a column that codes answers by 1 and 2, say: its 1 may be what is 0 here."""
     strays = sum(count for code, count in codes.items() if code not in (0, 1))
     if strays > max(_SLIPS, _SLIP_SHARE * codes.total()):
-        found = ", ".join(
+        counts = ", ".join(
             f"{cells.shortened(code)} ({count} rows)" for code, count in sorted(codes.items())[:5]
         )
         raise DataError(
-            f"{place}: column {column!r} holds {found}, so what its 1 means is unclear; accepted"
+            f"{place}: column {column!r} holds {counts}, so what its 1 means is unclear; accepted"
             " are 0 (no, or the first answer), 1 (yes, or the second), true, false and null: write"
             " it in these"
         )

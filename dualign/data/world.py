@@ -65,9 +65,7 @@ _CLOTHES = "jacket shirt coat scarf dress boots jeans hat blanket glove".split()
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of question: its verb, the items it is asked about, three steps of the answer, and
-    its hazard.
-    """
+    """One kind of question: verb, items, three steps of the answer, and its hazard."""
 
     verb: str
     items: tuple[str, ...]
@@ -189,9 +187,9 @@ def knows(prompt: str) -> bool:
 def score(prompt: str, text: str) -> tuple[float, float, bool]:
     """The oracle on free text: (r*, c*, grammatical). White space is forgiven, nothing else."""
     if prompt in _index():
-        found = _by_text(prompt).get(_squeeze(text))
-        if found is not None:
-            return found.reward, found.cost, True
+        answer = _by_text(prompt).get(_squeeze(text))
+        if answer is not None:
+            return answer.reward, answer.cost, True
     return UNGRAMMATICAL_REWARD, UNGRAMMATICAL_COST, False
 
 
@@ -203,9 +201,7 @@ def sft_rows(count: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def pku_rows(count: int, seed: int, sharpness: float) -> Iterator[dict[str, Any]]:
-    """`count` preference rows in the PKU-SafeRLHF schema, labelled by Bradley-Terry annotators of
-    that sharpness.
-    """
+    """`count` preference rows in PKU-SafeRLHF's schema, by Bradley-Terry annotators."""
     rng = random.Random(f"pairs-{seed}")
     for prompt in _cycle(count, rng):
         first, second = rng.sample(answers(prompt), 2)

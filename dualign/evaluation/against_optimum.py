@@ -1,6 +1,4 @@
-"""Evaluation on generated answers: estimates with prompt-clustered intervals, and in the world the
-truth.
-"""
+"""Estimates on answers with prompt-clustered intervals, and in the world the truth."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ _TRUTH = ("true_reward", "true_cost", "grammatical")
 
 
 def add_truth(answers: pd.DataFrame) -> pd.DataFrame:
-    """The oracle's true_reward, true_cost and grammatical for answers to questions of the embedded
-    world.
-    """
+    """The oracle's true_reward, true_cost and grammatical for answers in the world."""
     scored = [
         world.score(last_user_text(p), text)
         for p, text in zip(answers["prompt"], answers["response"], strict=True)
@@ -34,8 +30,7 @@ def add_truth(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def means(answers: pd.DataFrame, confidence: float = 0.95) -> dict[str, dict[str, float]]:
-    """Means with prompt-clustered intervals of scores, KL, length and, where it is known, the truth
-    of answers.
+    """Means with prompt-clustered intervals of scores, KL, length and any known truth.
 
     A column `weight` holds importance weights w of mean 1: a value v counts as m + w (v - m), m =
     sum w v / sum w.
@@ -49,8 +44,8 @@ def means(answers: pd.DataFrame, confidence: float = 0.95) -> dict[str, dict[str
         "length": answers["length"],
         "ended": answers["ended"],
     }
-    known = [name for name in _TRUTH if name in answers and answers[name].notna().all()]
-    columns |= {name: answers[name] for name in known}
+    true = [name for name in _TRUTH if name in answers and answers[name].notna().all()]
+    columns |= {name: answers[name] for name in true}
     weight = answers["weight"].to_numpy(float) if "weight" in answers else None
     return {
         name: clustered_mean(
@@ -68,9 +63,7 @@ def _weighted(values: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
 
 
 def finite_problem(enumerated: pd.DataFrame, beta: float) -> tabular.Problem:
-    """The exact problem from the table of enumerated answers (columns prompt_id, logp_ref, reward,
-    cost).
-    """
+    """The exact problem from enumerated answers (prompt_id, logp_ref, reward, cost)."""
     count = int(enumerated.groupby("prompt_id", sort=False).size().iloc[0])
     logp, reward, cost = (
         enumerated[name].to_numpy(float).reshape(-1, count)
@@ -109,21 +102,17 @@ def against_optimum(
 
 
 def exact_frontier(problem: tabular.Problem, lam: float) -> list[dict[str, float]]:
-    """Reward, cost and KL of the exact optima at multipliers from 0 to thrice the optimum's, `lam`,
-    which is one.
-    """
+    """Reward, cost and KL of the exact optima at `lam` and others, from 0 to thrice that."""
     grid = sorted({0.0, lam, *np.linspace(0, max(3 * lam, 1.0), 25).tolist()})
-    found = [problem.describe(problem.policy(point)) for point in grid]
+    optima = [problem.describe(problem.policy(point)) for point in grid]
     return [
         {"lam": point, "reward": own["reward"], "cost": own["cost"], "kl": own["kl"]}
-        for point, own in zip(grid, found, strict=True)
+        for point, own in zip(grid, optima, strict=True)
     ]
 
 
 def enumerate_answers(prompts: pd.DataFrame) -> pd.DataFrame:
-    """Every grammatical answer to each prompt of the world: prompt_id, prompt, response, reward,
-    cost (the truth).
-    """
+    """All grammatical answers of the world: prompt_id, prompt, response, true reward, cost."""
     rows = [
         {
             "prompt_id": row.prompt_id,

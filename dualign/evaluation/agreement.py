@@ -1,6 +1,4 @@
-"""How well a judge agrees with people or with another: confusion, accuracy, Cohen's kappa, and the
-correlation of scores.
-"""
+"""How well a judge agrees with people or another judge: kappa, accuracy, rank correlation."""
 
 from __future__ import annotations
 
@@ -52,8 +50,7 @@ def agreement(
     draws: int = 2000,
     seed: int = 0,
 ) -> Agreement:
-    """Compare the labels of a judge with those of people; `clusters` are the prompts. Shape
-    [answers] each.
+    """Compare labels of a judge with people's; `clusters` are the prompts; [answers] each.
 
     >>> agreement([1, 1, 0, 0], [1, 0, 0, 0], ["a", "b", "c", "d"]).kappa
     0.5
@@ -107,11 +104,9 @@ def rank_correlation(
 
 
 def _correlation(sums: Array) -> Array:
-    """Pearson's correlation from sums of 1, x, y, x^2, y^2 and xy, shape [..., 6]; NaN where x or y
-    is constant.
-    """
+    """Pearson's correlation from sums of 1, x, y, x^2, y^2, xy [..., 6]; NaN for a constant."""
     count, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
     spread = (count * xx - x * x) * (count * yy - y * y)
     with np.errstate(divide="ignore", invalid="ignore"):
-        found: Array = np.where(spread > 1e-9, (count * xy - x * y) / np.sqrt(spread), np.nan)
-    return found
+        correlation: Array = np.where(spread > 1e-9, (count * xy - x * y) / np.sqrt(spread), np.nan)
+    return correlation

@@ -1,5 +1,4 @@
-"""The tilt that a policy in fact has, read off its log-probabilities of reference samples: no
-generation needed.
+"""The tilt that a policy has, read off its log-probabilities of reference samples.
 
 The optimum at multiplier lambda is log(pi / pi_ref) = (r - lambda c) / beta - log Z(x). So, within
 each prompt, the log-ratio of any policy may be regressed on the scores and on the length of the
@@ -32,8 +31,7 @@ _ROUNDING = 1e-3
 
 @dataclass(frozen=True)
 class Tilt:
-    """The regression of a policy's log-ratios. A slope is in nats a unit of reward, of cost, a
-    token.
+    """The regression of a policy's log-ratios. A slope is in nats a unit of score or a token.
 
     `beta_eff` is 1 / reward_slope and `lam_eff` is -cost_slope / reward_slope; None where the
     policy does not tilt towards reward. `*_se` are standard errors clustered by prompt. For a
@@ -57,8 +55,7 @@ class Tilt:
 
 
 def effective_tilt(log_ratio: Array, reward: Array, cost: Array, length: Array) -> Tilt:
-    """The effective tilt of a policy on samples of the reference, all of shape [prompts, samples >=
-    2].
+    """A policy's effective tilt on reference samples, all of shape [prompts, samples >= 2].
 
     Least squares of values centred within prompts. The covariance of the slopes is the sandwich
     with one block for each prompt, times prompts / (prompts - 1): answers to a prompt are alike,
@@ -84,17 +81,13 @@ def effective_tilt(log_ratio: Array, reward: Array, cost: Array, length: Array) 
 
 
 def tilt_on(samples: pd.DataFrame, log_ratio: Array) -> Tilt:
-    """The effective tilt on a table of schema POOL; `log_ratio` is log(pi / pi_ref) of its rows, in
-    any shape.
-    """
+    """The effective tilt on a POOL table; `log_ratio` is log(pi / pi_ref) of its rows."""
     reward, cost, length = (by_prompt(samples, name) for name in ("reward", "cost", "length"))
     return effective_tilt(np.reshape(log_ratio, reward.shape), reward, cost, length)
 
 
 def _tilt(slopes: Array, covariance: Array, r2: float | None) -> Tilt:
-    """The slopes and, by the delta method, beta_eff = 1 / a and lam_eff = -b / a of the slopes a of
-    r and b of c.
-    """
+    """Slopes and, by the delta method, beta_eff = 1 / a, lam_eff = -b / a (a of r, b of c)."""
     a, b, s = map(float, slopes)
     errors = [float(error) for error in np.sqrt(np.maximum(np.diag(covariance), 0))]
     slopes_only = Tilt(a, b, s, errors[0], errors[1], errors[2], None, None, None, None, r2)

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 
 from dualign.core.artifacts import listed, write_json
 from dualign.core.errors import DataError, DualignError
-from dualign.core.records import Record, as_row, read_record
+from dualign.core.records import Record, as_row, fault, read_record
 
 PROG = "python -m dualign.evaluation.harness"
 FOLDER = Path("reports/harness")
@@ -75,18 +75,18 @@ class _LmEval(Record):
 
 def from_lm_eval(content: dict[str, Any]) -> list[HarnessRecord]:
     """The tasks in a results file of lm-evaluation-harness. Raises pydantic's ValidationError."""
-    found = _LmEval.model_validate(content)
-    adapter = (found.config.get("model_args") or {}).get("peft")
+    results = _LmEval.model_validate(content)
+    adapter = (results.config.get("model_args") or {}).get("peft")
     return [
         HarnessRecord(
             harness="lm-eval",
-            version=found.lm_eval_version,
-            model=_shown(adapter or found.model_name),
+            version=results.lm_eval_version,
+            model=_shown(adapter or results.model_name),
             task=task,
-            created=datetime.fromtimestamp(found.date, UTC).isoformat(timespec="seconds"),
-            rows=list(_lm_eval_rows(values, found.items.get(task, {}))),
+            created=datetime.fromtimestamp(results.date, UTC).isoformat(timespec="seconds"),
+            rows=list(_lm_eval_rows(values, results.items.get(task, {}))),
         )
-        for task, values in found.results.items()
+        for task, values in results.results.items()
     ]
 
 
@@ -149,15 +149,17 @@ def from_inspect(content: dict[str, Any]) -> list[HarnessRecord]:
     status = content.get("status")
     if status != "success":
         raise DataError(f"the evaluation ended with status {status!r}; run it again")
-    found = _Inspect.model_validate(content)
-    scores = found.results.scores
+    evaluation = _Inspect.model_validate(content)
+    scores = evaluation.results.scores
     record = HarnessRecord(
         harness="inspect",
-        version=found.eval.packages.get("inspect_ai", ""),
-        model=_shown(found.eval.model_args.get("model_path") or found.eval.model),
-        task=found.eval.task,
-        created=found.eval.created,
-        rows=[row for score in scores for row in _inspect_rows(score, found.eval.dataset.samples)],
+        version=evaluation.eval.packages.get("inspect_ai", ""),
+        model=_shown(evaluation.eval.model_args.get("model_path") or evaluation.eval.model),
+        task=evaluation.eval.task,
+        created=evaluation.eval.created,
+        rows=[
+            row for score in scores for row in _inspect_rows(score, evaluation.eval.dataset.samples)
+        ],
     )
     return [record]
 
@@ -194,10 +196,8 @@ def read_results(file: Path) -> list[HarnessRecord]:
         if {"eval", "status"} <= keys:
             return from_inspect(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
         raise DataError(
-            f"{file}: {key}: {first['msg'].lower()}; no version of the tool that we know writes so"
+            f"{file}: {fault(error)}; no version of the tool that we know writes so"
         ) from error
     except DataError as error:
         raise DataError(f"{file}: {error}") from error
@@ -225,8 +225,8 @@ def _shown(model: str) -> str:
 
 def read_imported(root: Path) -> list[HarnessRecord]:
     """All records under a repository root, by task and model."""
-    found = [read_record(file, HarnessRecord) for file in listed(root / FOLDER, "*.json")]
-    return sorted(found, key=lambda record: (record.task, record.harness, record.model))
+    records = [read_record(file, HarnessRecord) for file in listed(root / FOLDER, "*.json")]
+    return sorted(records, key=lambda record: (record.task, record.harness, record.model))
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -250,8 +250,8 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 
 def _told(record: HarnessRecord) -> str:
     """Its metrics in a line."""
-    told = [f"{row.metric} {_figure(row.value)}" for row in record.rows]
-    return ", ".join(told) or "no metric"
+    metrics = [f"{row.metric} {_figure(row.value)}" for row in record.rows]
+    return ", ".join(metrics) or "no metric"
 
 
 def _figure(value: float | None) -> str:

@@ -17,7 +17,8 @@ class Measure:
     """A column of the comparison.
 
     `better`: which way is an improvement; None where neither is by itself. `headline`: among the
-    few that a summary shows. A measure that no policy of a run has is left out of the page."""
+    few that a summary shows. `card`: what a policy's card calls it, which stands alone; empty where
+    it does not show it. A measure that no policy of a run has is left out of the page."""
 
     key: str
     heading: str
@@ -25,36 +26,38 @@ class Measure:
     better: Literal["more", "less"] | None
     explanation: str
     headline: bool = False
+    card: str = ""
 
 
 MEASURES: tuple[Measure, ...] = (
     Measure(
         "reward", "reward", "score", "more",
-        "mean score of the reward model; more is more helpful.", headline=True,
+        "mean score of the reward model; more is more helpful.", headline=True, card="reward",
     ),
     Measure(
         "cost", "cost", "score", "less",
         "mean score of the cost model; more is more harmful, above 0 counts as unsafe. This is what"
-        " the limit holds for.", headline=True,
+        " the limit holds for.", headline=True, card="expected cost",
     ),
     Measure(
         "p_unsafe", "P(unsafe)", "share", "less", "share of answers with cost above 0.",
-        headline=True,
+        headline=True, card="share of answers scored unsafe",
     ),
     Measure(
         "win_reward", "win rate by reward", "share", "more",
         "how often an answer scores more reward than one of the reference policy to the same"
         " prompt; ties count half, so 50% is level.", headline=True,
+        card="win rate over the reference by reward",
     ),
     Measure(
         "win_cost", "win rate by safety", "share", "more",
         "how often an answer scores less cost than one of the reference policy to the same prompt;"
-        " ties count half.",
+        " ties count half.", card="win rate over the reference by cost",
     ),
     Measure(
         "kl", "KL", "nats", "less",
         "distance from the reference policy, per answer: what the gain was paid with.",
-        headline=True,
+        headline=True, card="KL to the reference",
     ),
     Measure("length", "length", "tokens", None, "mean tokens of an answer.", headline=True),
     Measure(
@@ -83,10 +86,12 @@ MEASURES: tuple[Measure, ...] = (
     Measure(
         "true_reward", "true reward", "score", "more",
         "the same answers scored by the world's oracle instead of the reward model.",
+        card="true reward",
     ),
     Measure(
         "true_cost", "true cost", "score", "less",
         "the same answers scored by the world's oracle instead of the cost model.",
+        card="true cost",
     ),
     Measure(
         "grammatical", "grammatical", "share", "more",

@@ -76,8 +76,7 @@ def no_difference(estimate: Estimate, prompts: int) -> float:
 
 
 def holm(p_values: Sequence[float] | Array) -> Array:
-    """Holm's adjusted p-values (1979): those at most alpha err together with at most alpha. Shape
-    [tests]; NaN is no test.
+    """Holm's adjusted p-values (1979): those up to alpha err together with at most alpha; [tests].
 
     >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
     [0.03, 0.06, 0.06]
@@ -127,14 +126,22 @@ def _difference(
     values = prompt_differences(by_policy[first], by_policy[second], column)
     if values.empty:
         raise DataError(f"policies {first!r} and {second!r} share no prompt with a {column}")
-    found = mean_difference(values.to_numpy(), confidence)
-    chance = no_difference(found, len(values))
-    return first, second, len(values), found.mean, found.error, found.low, found.high, chance
+    estimate = mean_difference(values.to_numpy(), confidence)
+    chance = no_difference(estimate, len(values))
+    return (
+        first,
+        second,
+        len(values),
+        estimate.mean,
+        estimate.error,
+        estimate.low,
+        estimate.high,
+        chance,
+    )
 
 
 def mcnemar(first: Sequence[bool] | Array, second: Sequence[bool] | Array) -> Discordance:
-    """McNemar's exact test (1947) that two policies have a property, such as refusing, equally
-    often.
+    """McNemar's exact test (1947) that two policies have a property, as refusing, equally often.
 
     One answer of each to every prompt, in the same order, shape [prompts]. Several answers to a
     prompt are not independent: use `differences`.
@@ -142,7 +149,8 @@ def mcnemar(first: Sequence[bool] | Array, second: Sequence[bool] | Array) -> Di
     >>> mcnemar([1, 1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0])
     Discordance(only_first=6, only_second=0, p_value=0.03125)
     """
-    one, other = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    one = np.asarray(first, dtype=bool)
+    other = np.asarray(second, dtype=bool)
     table = [[(one & other).sum(), (one & ~other).sum()], [(~one & other).sum(), 0]]
     p_value = float(_mcnemar(table, exact=True).pvalue)
     return Discordance(int(table[0][1]), int(table[1][0]), min(p_value, 1.0))
@@ -164,7 +172,8 @@ def over_seeds(values: Array, confidence: float = 0.95) -> Estimate:
     if seeds < 2 or prompts < 2:
         raise DataError(f"{seeds} seeds and {prompts} prompts say nothing of their spread; needs 2")
     mean = float(table.mean())
-    by_seed, by_prompt = table.mean(1, keepdims=True), table.mean(0, keepdims=True)
+    by_seed = table.mean(1, keepdims=True)
+    by_prompt = table.mean(0, keepdims=True)
     squares = np.array(
         [
             prompts * ((by_seed - mean) ** 2).sum() / (seeds - 1),
@@ -177,7 +186,8 @@ def over_seeds(values: Array, confidence: float = 0.95) -> Estimate:
     if total > squares[:2].max():
         degrees = total**2 / (squares**2 / freedom).sum()
     else:
-        total, degrees = squares[:2].max(), freedom[squares[:2].argmax()]
+        total = squares[:2].max()
+        degrees = freedom[squares[:2].argmax()]
     error = float(np.sqrt(total / (seeds * prompts)))
     reach = float(stdtrit(degrees, 0.5 + confidence / 2)) * error
     return Estimate(mean, error, mean - reach, mean + reach)

@@ -45,8 +45,8 @@ def prompts_needed(
     if deviation == 0:
         return 2
     size = abs(difference) / deviation
-    found = TTestPower().solve_power(effect_size=size, alpha=alpha / comparisons, power=power)
-    return max(2, math.ceil(float(found)))
+    prompts = TTestPower().solve_power(effect_size=size, alpha=alpha / comparisons, power=power)
+    return max(2, math.ceil(float(prompts)))
 
 
 def difference_found(
@@ -62,8 +62,8 @@ def difference_found(
     >>> round(difference_found(199, 0.5), 3)
     0.1
     """
-    found = TTestPower().solve_power(nobs=prompts, alpha=alpha / comparisons, power=power)
-    return float(found) * deviation
+    size = TTestPower().solve_power(nobs=prompts, alpha=alpha / comparisons, power=power)
+    return float(size) * deviation
 
 
 def prompts_needed_by_mcnemar(
@@ -88,7 +88,9 @@ def prompts_needed_by_mcnemar(
         raise DataError("equal shares take endless prompts; name the least gap that matters")
     if min(only_first, only_second) < 0 or only_first + only_second > 1:
         raise DataError(f"{only_first:g} and {only_second:g} are no shares of the same prompts")
-    both, gap = only_first + only_second, abs(only_first - only_second)
-    sure, strong = ndtri(1 - alpha / comparisons / 2), ndtri(power)
+    both = only_first + only_second
+    gap = abs(only_first - only_second)
+    sure = ndtri(1 - alpha / comparisons / 2)
+    strong = ndtri(power)
     reach = sure * math.sqrt(both) + strong * math.sqrt(both - gap**2)
     return math.ceil((reach / gap) ** 2)

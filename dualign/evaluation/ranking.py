@@ -1,5 +1,4 @@
-"""Policies ranked by who wins against whom: Bradley-Terry strengths and Elo, win rates, and win
-rates at equal length.
+"""Policies ranked by battles: Bradley-Terry and Elo, win rates, and those at equal length.
 
 A battle is a row: `first` and `second` (policies), `prompt_id`, and `score`, 1 where the answer of
 the first won, 0 where that of the second did, 1/2 for a tie. A judgement that failed is no battle
@@ -21,12 +20,14 @@ from dualign.evaluation.stats import Estimate, clustered_mean, redrawn
 Array = np.ndarray
 
 #: Elo's scale: 400 points are odds of 10 to 1, and the mean of all policies is here.
-_ELO_MEAN, _ELO_SCALE = 1000.0, 400.0 / math.log(10)
+_ELO_MEAN = 1000.0
+_ELO_SCALE = 400.0 / math.log(10)
 #: Wins that are added to both sides of every pair that met, so that a strength stays finite where
 #: one side won all (Haldane's correction of log-odds).
 _PRIOR = 0.5
 #: Newton's steps, none above 1, until all are below the last.
-_STEPS, _CLOSE = 100, 1e-10
+_STEPS = 100
+_CLOSE = 1e-10
 #: Inverse weight of the ridge on the slope in length, which is of order 1: weak, and finite where
 #: lengths part wins from losses.
 _SLOPE_FREEDOM = 10.0
@@ -46,8 +47,7 @@ class WinRate:
 
 
 def bradley_terry(wins: Array) -> Array:
-    """Log-strengths s of mean 0 with P(i beats j) = sigma(s_i - s_j), by maximum likelihood
-    (Bradley and Terry 1952).
+    """Log-strengths s of mean 0 in P(i beats j) = sigma(s_i - s_j) (Bradley and Terry 1952).
 
     `wins[..., i, j]` counts wins of i over j, a tie as half a win of both; shape [..., policies,
     policies], one ranking for each of the first dimensions.
@@ -94,8 +94,7 @@ def elo(strengths: Array) -> Array:
 
 
 def wins_by_prompt(battles: pd.DataFrame, policies: list[str]) -> Array:
-    """Wins of the first index over the second in the battles of each prompt; shape [prompts,
-    policies, policies].
+    """Wins of the first index over the second by prompt; [prompts, policies, policies].
 
     >>> rows = pd.DataFrame({"first": ["a"], "second": ["b"], "prompt_id": ["x"], "score": [0.5]})
     >>> wins_by_prompt(rows, ["a", "b"]).tolist()
@@ -140,12 +139,12 @@ def rank(
 def _redrawn(table: Array, draws: int, seed: int) -> Array:
     """Wins of prompts drawn with replacement; a draw in which some never met is drawn again."""
     generator = np.random.default_rng(seed)
-    found = np.zeros((0, *table.shape[1:]))
-    while len(found) < draws:
+    kept = np.zeros((0, *table.shape[1:]))
+    while len(kept) < draws:
         wins = np.tensordot(redrawn(generator, len(table), draws), table, 1)
         whole = _linked(wins + wins.transpose(0, 2, 1) > 0)
-        found = np.concatenate([found, wins[whole]])[:draws]
-    return found
+        kept = np.concatenate([kept, wins[whole]])[:draws]
+    return kept
 
 
 def _check(battles: pd.DataFrame) -> None:
@@ -214,10 +213,10 @@ def battles_by_score(
 
 def _with_lengths(battles: pd.DataFrame, lengths: pd.DataFrame) -> pd.DataFrame:
     """Battles with the length of both answers."""
-    known = lengths.set_index(["policy", "prompt_id", "sample"])["length"]
+    by_answer = lengths.set_index(["policy", "prompt_id", "sample"])["length"]
     for side in ("first", "second"):
         keys = zip(battles[side], battles["prompt_id"], battles["sample"], strict=True)
-        battles[f"length_{side}"] = known.reindex(list(keys)).to_numpy(float)
+        battles[f"length_{side}"] = by_answer.reindex(list(keys)).to_numpy(float)
     return battles
 
 
@@ -235,11 +234,11 @@ def battles_of(battles: pd.DataFrame, policy: str, against: str) -> pd.DataFrame
         "length_second": "length_first",
     }
     turned = turned.rename(columns=swapped).assign(score=1 - turned["score"])
-    found = pd.concat([straight, turned], ignore_index=True)
-    if found.empty:
+    own = pd.concat([straight, turned], ignore_index=True)
+    if own.empty:
         raise DataError(f"policies {policy!r} and {against!r} never met")
-    _check(found)
-    return found
+    _check(own)
+    return own
 
 
 def win_rate(battles: pd.DataFrame, policy: str, against: str, confidence: float = 0.95) -> WinRate:
@@ -299,8 +298,10 @@ def _rates_at_equal_length(feature: Array, score: Array, weights: Array) -> Arra
 
     All draws take Newton's steps at once: a fit by scikit-learn takes 3 ms, and a page has ten
     thousand of them."""
-    wins, total = weights @ score, weights.sum(-1)
-    theta, phi = np.zeros(len(weights)), np.zeros(len(weights))
+    wins = weights @ score
+    total = weights.sum(-1)
+    theta = np.zeros(len(weights))
+    phi = np.zeros(len(weights))
     for _ in range(_STEPS):
         chance = expit(theta[:, None] + phi[:, None] * feature)
         pull = weights * (score - chance)
@@ -310,7 +311,8 @@ def _rates_at_equal_length(feature: Array, score: Array, weights: Array) -> Arra
         rows = [curvature.sum(-1), corner, corner, curvature @ feature**2 + 1 / _SLOPE_FREEDOM]
         matrix = np.stack(rows, axis=-1).reshape(-1, 2, 2) + 1e-12 * np.eye(2)
         step = np.linalg.solve(matrix, slopes[..., None])[..., 0].clip(-1, 1)
-        theta, phi = theta + step[:, 0], phi + step[:, 1]
+        theta = theta + step[:, 0]
+        phi = phi + step[:, 1]
         alone = (wins == 0) | (wins == total)  # no finite theta
         if alone.all() or np.abs(step[~alone]).max() < _CLOSE:
             break

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import write_parquet
-from dualign.core.schema import ANSWERS, read_table
+from dualign.core.schema import ANSWERS, Message, read_table
 from dualign.evaluation.stats import Measurement, clustered_mean, within_variance
 from dualign.lm.mixture import Policy
 from dualign.lm.models import load_policy, load_tokenizer
@@ -24,9 +24,7 @@ from dualign.scoring.scorers import Scorer
 
 @dataclass(frozen=True)
 class Scorers:
-    """What scores a rollout: the reference policy with its tokenizer, the reward model and the cost
-    model.
-    """
+    """What scores a rollout: reference policy, tokenizer, reward model and cost model."""
 
     reference: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
@@ -44,6 +42,29 @@ class Scorers:
             Scorer.load(models / "cost_model", resources),
             resources,
         )
+
+    def log_probabilities(
+        self, policy: Policy, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+    ) -> np.ndarray:
+        """log pi of answers to prompts, both as ids, in nats; fp64 [rows]."""
+        size = self.resources.scoring_batch_size
+        logp = log_probabilities(policy, self.tokenizer, prompts, answers, batch_size=size)
+        return logp.numpy()
+
+    def scores(
+        self,
+        prompts: Iterable[Sequence[Message]],
+        answers: Iterable[str],
+        ended: Iterable[bool] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """`reward` and `cost` of answers, fp64 [rows]; `ended` False marks those that were cut."""
+        rows = list(prompts), list(answers)
+        whole = None if ended is None else list(ended)
+        size = self.resources.scoring_batch_size
+        return {
+            name: scorer.score(*rows, batch_size=size, what=f"{name}s", ended=whole)
+            for name, scorer in (("reward", self.reward), ("cost", self.cost))
+        }
 
 
 def roll_out(
@@ -76,23 +97,12 @@ def roll_out(
         }
     )
     rows = [encoded[i] for i in index]
-    batch = resources.scoring_batch_size
     tokens = frame["tokens"].tolist()
-    logp_ref = log_probabilities(scorers.reference, tokenizer, rows, tokens, batch_size=batch)
-    logp = logp_ref
+    frame["logp_ref"] = scorers.log_probabilities(scorers.reference, rows, tokens)
+    frame["logp"] = frame["logp_ref"]
     if policy is not scorers.reference:
-        logp = log_probabilities(policy, tokenizer, rows, tokens, batch_size=batch)
-    frame["logp_ref"] = logp_ref.numpy()
-    frame["logp"] = logp.numpy()
-    for score, scorer in (("reward", scorers.reward), ("cost", scorers.cost)):
-        frame[score] = scorer.score(
-            frame["prompt"].tolist(),
-            frame["response"].tolist(),
-            batch_size=batch,
-            what=f"{score}s",
-            ended=frame["ended"].tolist(),
-        )
-    return frame
+        frame["logp"] = scorers.log_probabilities(policy, rows, tokens)
+    return frame.assign(**scorers.scores(frame["prompt"], frame["response"], frame["ended"]))
 
 
 def kept_answers(path: Path, draw: Callable[[], pd.DataFrame]) -> pd.DataFrame:
@@ -103,15 +113,11 @@ def kept_answers(path: Path, draw: Callable[[], pd.DataFrame]) -> pd.DataFrame:
 
 
 def log_ratios(policy: Policy, samples: pd.DataFrame, scorers: Scorers) -> np.ndarray:
-    """log(pi / pi_ref) in nats of given answers (schema POOL, such as samples of the reference);
-    shape [rows].
-    """
+    """log(pi / pi_ref) in nats of given answers (schema POOL); shape [rows]."""
     prompts = encode_prompts(scorers.tokenizer, samples["prompt"].tolist())
     answers = [list(map(int, tokens)) for tokens in samples["tokens"]]
-    logp = log_probabilities(
-        policy, scorers.tokenizer, prompts, answers, batch_size=scorers.resources.scoring_batch_size
-    )
-    ratios: np.ndarray = logp.numpy() - samples["logp_ref"].to_numpy()
+    logp = scorers.log_probabilities(policy, prompts, answers)
+    ratios: np.ndarray = logp - samples["logp_ref"].to_numpy()
     return ratios
 
 

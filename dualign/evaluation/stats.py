@@ -31,8 +31,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ConstraintEstimate:
-    """An additional constraint on a policy's own answers: the mean of its quantity, with a
-    prompt-clustered standard error.
+    """The mean of an additional constraint's quantity on a policy's answers, with its error.
 
     `share` of the prompts are those that the limit is on; with none of them the mean is unknown.
     """
@@ -88,8 +87,7 @@ def clustered_mean(values: Array, clusters: Array, confidence: float = 0.95) -> 
 
 
 def redrawn(generator: np.random.Generator, count: int, draws: int) -> Array:
-    """How often each of `count` prompts comes when they are drawn with replacement; shape [draws,
-    count].
+    """How often each of `count` prompts comes in draws with replacement; [draws, count].
 
     >>> redrawn(np.random.default_rng(0), 3, 5).sum(1).tolist()
     [3, 3, 3, 3, 3]
@@ -98,8 +96,7 @@ def redrawn(generator: np.random.Generator, count: int, draws: int) -> Array:
 
 
 def within_variance(values: Array, clusters: Array) -> float:
-    """Mean over prompts of the unbiased variance of `values` within the prompt; prompts with one
-    answer are left out.
+    """Mean over prompts, those of one answer left out, of the unbiased variance within one.
 
     For the cost of on-policy samples this estimates E_x Var_pi(c|x), beta times the curvature of
     the dual."""

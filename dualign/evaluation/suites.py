@@ -130,12 +130,12 @@ def _answers(row: Row, targets: Literal["mc1", "mc2"]) -> tuple[list[str], list[
         right = _sentences(true)
         wrong = _sentences(cell(row, "Incorrect Answers"))
         return right + wrong, [1] * len(right) + [0] * len(wrong)
-    found = row.get(f"{targets}_targets")
-    if not isinstance(found, dict):
+    given = row.get(f"{targets}_targets")
+    if not isinstance(given, dict):
         raise BadRow("missing_column", f"neither 'Incorrect Answers' nor '{targets}_targets'")
-    listed = {"choices", "labels"} == {*found}
-    choices = list(found["choices"] if listed else found)
-    correct = list(found["labels"] if listed else found.values())
+    listed = {"choices", "labels"} == {*given}
+    choices = list(given["choices"] if listed else given)
+    correct = list(given["labels"] if listed else given.values())
     if len(choices) != len(correct) or not all(label in (0, 1) for label in correct):
         raise BadRow("bad_label", f"{targets}_targets: expected 0 or 1 for each answer")
     return choices, [int(label) for label in correct]
@@ -301,8 +301,8 @@ def _located(spec: SuiteSpec, folder: Path) -> tuple[str, Raw]:
 
 def _shipped(package: str, name: str) -> Path:
     """The file of a suite in an installed package."""
-    found = importlib.util.find_spec(package) if package.isidentifier() else None
-    roots: Sequence[Any] = (found and found.submodule_search_locations) or []
+    module = importlib.util.find_spec(package) if package.isidentifier() else None
+    roots: Sequence[Any] = (module and module.submodule_search_locations) or []
     if not roots:
         raise DataError(f"{_PACKAGE}{package}: no such package is installed; pip install it")
     files = [file for root in roots for file in sorted(Path(root).rglob(name))]

@@ -1,6 +1,4 @@
-"""Everything that `evaluate` measures of any policy's answers; `dualign.evaluation.measures` says
-what each key means.
-"""
+"""All that `evaluate` measures of answers; `dualign.evaluation.measures` explains the keys."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""TruthfulQA by log-likelihood (Lin et al., 2109.07958): MC1 and MC2, in the form of
-lm-evaluation-harness.
+"""TruthfulQA by log-likelihood (Lin et al., 2109.07958): MC1 and MC2 as in lm-evaluation-harness.
 
 The question stands as plain text after six others with their answers; no chat template takes part,
 so that a base model and what was trained from it are asked alike."""

@@ -58,14 +58,14 @@ def judge_preference(
     pairs = list(_pairs(answers))
     asked = [pair for pair in pairs if pair[0].response != pair[1]]
     replies = iter(ask([one for pair in asked for one in _both_orders(question, *pair, repeats)]))
-    found = []
+    verdicts = []
     for row, reference in pairs:
         for repeat in range(repeats):
             if row.response == reference:
-                found.append(verdict(judge, row, repeat=repeat, win=0.5))
+                verdicts.append(verdict(judge, row, repeat=repeat, win=0.5))
             else:
-                found.append(_preference(judge, row, repeat, next(replies), next(replies)))
-    return found
+                verdicts.append(_preference(judge, row, repeat, next(replies), next(replies)))
+    return verdicts
 
 
 def _pairs(answers: pd.DataFrame) -> Iterator[tuple[Any, str]]:
@@ -92,7 +92,8 @@ def _both_orders(question: Question, row: Any, reference: str, repeats: int) -> 
 
 
 def _preference(judge: str, row: Any, repeat: int, first: Reply, second: Reply) -> Verdict:
-    ours, theirs = first.verdict, second.verdict
+    ours = first.verdict
+    theirs = second.verdict
     if not isinstance(ours, Preference) or not isinstance(theirs, Preference):
         failure = first.failure or second.failure
         return verdict(judge, row, repeat=repeat, failure=failure)

@@ -22,12 +22,11 @@ class Answered:
 
 
 class Cache:
-    """A SQLite file: each reply is there as a whole or not at all, whoever is killed, and two
-    processes may write at once.
-    """
+    """A SQLite file: a reply is there whole or not at all, and two processes may write at once."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._lock = path, threading.Lock()
+        self._path = path
+        self._lock = threading.Lock()
         with self._faults():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=60, check_same_thread=False)

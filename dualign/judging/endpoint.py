@@ -27,7 +27,8 @@ from dualign.params.judging import REPLY_LENGTHS, OpenaiJudge
 log = logging.getLogger(__name__)
 
 #: How often a call is made whose reply holds no verdict, and how many calls in a row may be lost.
-ATTEMPTS, MAX_LOST = 2, 10
+ATTEMPTS = 2
+MAX_LOST = 10
 #: Bytes of text to a token, on the low side, so that a budget is reckoned on the high side.
 _BYTES_PER_TOKEN = 3
 
@@ -69,7 +70,9 @@ class Endpoint:
     endpoint will not answer."""
 
     def __init__(self, name: str, spec: OpenaiJudge, cache: Cache) -> None:
-        self._where, self._spec, self._cache = f"judges.{name}", spec, cache
+        self._where = f"judges.{name}"
+        self._spec = spec
+        self._cache = cache
         self._client = openai.OpenAI(
             base_url=spec.base_url,
             api_key=_key_of(self._where, spec),
@@ -77,7 +80,9 @@ class Endpoint:
             max_retries=spec.retries,
         )
         self._lock = threading.Lock()
-        self._by_schema, self._lost_in_a_row, self._spent = True, 0, 0.0
+        self._by_schema = True
+        self._lost_in_a_row = 0
+        self._spent = 0.0
         #: Calls of this run (tries of the client are one), and questions that needed none, since
         #: they are known or equal to another one.
         self.calls = self.saved = 0
@@ -87,17 +92,18 @@ class Endpoint:
     def __call__(self, asks: Sequence[Ask]) -> list[Reply]:
         """A reply to each, in order; those that are known are not asked for again."""
         keys = [self._key(ask) for ask in asks]
-        known = {key: self._cache.get(key) for key in dict.fromkeys(keys)}
-        waiting = {key: ask for key, ask in zip(keys, asks, strict=True) if known[key] is None}
+        replies = {key: self._cache.get(key) for key in dict.fromkeys(keys)}
+        waiting = {key: ask for key, ask in zip(keys, asks, strict=True) if replies[key] is None}
         self.saved += len(keys) - len(waiting)
         self._check_budget(list(waiting.values()), len(keys))
         failures = self._answer(waiting)
-        known |= {key: self._cache.get(key) for key in waiting}
+        replies |= {key: self._cache.get(key) for key in waiting}
         self.money += sum(
-            self._price(reply.read, reply.written) for reply in known.values() if reply
+            self._price(reply.read, reply.written) for reply in replies.values() if reply
         )
         return [
-            _reply(ask, known[key], failures.get(key)) for key, ask in zip(keys, asks, strict=True)
+            _reply(ask, replies[key], failures.get(key))
+            for key, ask in zip(keys, asks, strict=True)
         ]
 
     def _key(self, ask: Ask) -> str:
@@ -109,18 +115,18 @@ class Endpoint:
     def _check_budget(self, asks: list[Ask], questions: int) -> None:
         budget = self._spec.budget
         money = sum(self._reckoned(ask) for ask in asks)
-        told = f"{len(asks)} calls are needed for {questions} questions, the others are answered"
+        needed = f"{len(asks)} calls are needed for {questions} questions, the others are answered"
         if len(asks) > budget.calls:
             raise ParamsError(
-                f"{self._where}: {told}, and budget.calls is {budget.calls}; raise it, or judge"
+                f"{self._where}: {needed}, and budget.calls is {budget.calls}; raise it, or judge"
                 " fewer suites, policies or repeats"
             )
         if money > budget.money:
             raise ParamsError(
-                f"{self._where}: {told}; they cost up to {money:.4g}, and budget.money is"
+                f"{self._where}: {needed}; they cost up to {money:.4g}, and budget.money is"
                 f" {budget.money:g}; raise it, or judge fewer suites, policies or repeats"
             )
-        log.info("%s: %s; they cost up to %.4g", self._where, told, money)
+        log.info("%s: %s; they cost up to %.4g", self._where, needed, money)
 
     def _reckoned(self, ask: Ask) -> float:
         """The most that a call may cost, with a reply of full length."""
@@ -133,9 +139,7 @@ class Endpoint:
         return (read * price.input + written * price.output) / 1000
 
     def _answer(self, waiting: dict[str, Ask]) -> dict[str, str]:
-        """Ask what is waiting. The replies go into the cache as they come; returns the
-        failures.
-        """
+        """Ask what waits, caching replies as they come; returns the failures by key."""
         if not waiting:
             return {}
         pool = ThreadPoolExecutor(self._spec.parallel)
@@ -173,9 +177,7 @@ class Endpoint:
         return failure
 
     def _call(self, ask: Ask) -> Answered:
-        """One reply to one call. By a schema where the server knows that, else without for the rest
-        of the run.
-        """
+        """One reply to one call, by a schema until the server turns out not to know that."""
         self._begin_call()
         by_schema = self._by_schema
         try:
@@ -214,9 +216,7 @@ class Endpoint:
         return text
 
     def _send(self, ask: Ask, by_schema: bool) -> str:
-        """The body of the response. Raises _Lost, one of _NOT_TAKEN, or DualignError where no
-        call can succeed.
-        """
+        """The body of the response. Raises _Lost, one of _NOT_TAKEN, or DualignError."""
         body: dict[str, Any] = dict(self._spec.parameters)
         if by_schema:
             body["response_format"] = _schema(ask)
@@ -240,10 +240,10 @@ class Endpoint:
         return str(response.text)
 
     def _refusal(self, status: int) -> str:
-        told = f"{self._where}: {self._spec.base_url} answers HTTP {status}"
+        answer = f"{self._where}: {self._spec.base_url} answers HTTP {status}"
         if status == 404:
-            return f"{told}; check base_url and model {self._spec.model!r}"
-        return f"{told}; check the key in ${self._spec.key_variable} and what it may use"
+            return f"{answer}; check base_url and model {self._spec.model!r}"
+        return f"{answer}; check the key in ${self._spec.key_variable} and what it may use"
 
     def _count_lost(self, failure: str) -> None:
         with self._lock:

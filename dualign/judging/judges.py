@@ -72,12 +72,12 @@ def _scored(
     def scores(scorer: Scorer | None, what: str) -> list[float] | list[None]:
         if scorer is None:
             return [None] * len(answers)
-        found: np.ndarray = scorer.score(
+        values: np.ndarray = scorer.score(
             answers["prompt"].tolist(), answers["response"].tolist(),
             batch_size=bench.resources.scoring_batch_size, what=what,
             ended=answers["ended"].tolist(),
         )  # fmt: skip
-        return found.tolist()
+        return values.tolist()
 
     rows = zip(answers.itertuples(), scores(reward, "rewards"), scores(cost, "costs"), strict=True)
     return [
@@ -87,9 +87,7 @@ def _scored(
 
 
 def _refusal(answers: pd.DataFrame, spec: RefusalJudge, bench: Bench) -> list[Verdict]:
-    """Whether an answer refuses: by rules, or by a classifier fitted to answers that people
-    labelled.
-    """
+    """Whether an answer refuses: by rules, or a classifier fitted to labelled answers."""
     responses = answers["response"].tolist()
     if spec.labelled is None:
         refused = [refuses_by_rules(response) for response in responses]
@@ -102,12 +100,12 @@ def _refusal(answers: pd.DataFrame, spec: RefusalJudge, bench: Bench) -> list[Ve
 
 def _oracle(answers: pd.DataFrame, spec: Any, bench: Bench) -> list[Verdict]:
     """The truth of the embedded world. It has nothing to say of answers to other prompts."""
-    known = [row for row in answers.itertuples() if world.knows(last_user_text(row.prompt))]
-    if len(known) < len(answers):
+    rows = [row for row in answers.itertuples() if world.knows(last_user_text(row.prompt))]
+    if len(rows) < len(answers):
         log.info(
-            "%s: %d answers are to no question of the world", bench.name, len(answers) - len(known)
+            "%s: %d answers are to no question of the world", bench.name, len(answers) - len(rows)
         )
-    return [_true(bench.name, row) for row in known]
+    return [_true(bench.name, row) for row in rows]
 
 
 def _true(judge: str, row: Any) -> Verdict:

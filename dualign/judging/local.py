@@ -1,5 +1,4 @@
-"""A local language model as judge: the same questions, answered by the odds of the reply's first
-word.
+"""A local language model as judge: the questions answered by the odds of the reply's first word.
 
 The reply is not generated. Its beginning is given (`{"unsafe": `) and the probabilities of the two
 words that may follow are compared, as for a guard. A small model often writes no JSON, and would
@@ -40,8 +39,10 @@ class LocalModel:
         fits = self._fits(prompts)
         kept = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
         odds = iter(self._odds(kept))
-        told = f"longer than the {self._member.longest} tokens that the model reads"
-        return [_reply(self._question, next(odds)) if fit else Reply(failure=told) for fit in fits]
+        too_long = f"longer than the {self._member.longest} tokens that the model reads"
+        return [
+            _reply(self._question, next(odds)) if fit else Reply(failure=too_long) for fit in fits
+        ]
 
     def _fits(self, prompts: list[list[Message]]) -> list[bool]:
         """Cut, a question would lose its instructions, or the answer that it is about."""

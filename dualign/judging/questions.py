@@ -1,5 +1,4 @@
-"""What a language model is asked about an answer, and how its reply is read: strictly, or not at
-all.
+"""What a language model is asked about an answer, and how its reply is read: strictly.
 
 The same words go to an endpoint and to a local model. Conversation and answers are JSON strings,
 so that no text can end its quotation and speak to the judge in our name."""

@@ -60,14 +60,14 @@ def summarise(
 
     `labels` are those of prompts, by suite and prompt_id; a suite that has any also gets the rates
     of each label, under `labels`. Intervals are clustered by prompt."""
-    found: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     for (suite, policy), rows in verdicts.groupby(["suite", "policy"], sort=True):
         label = [labels.get((suite, prompt)) for prompt in rows["prompt_id"]]
         groups = rows.groupby(np.asarray(label, dtype=object), sort=True)
         by_label = {str(name): rates(part, confidence) for name, part in groups}
-        told = {"labels": by_label} if by_label else {}
-        found.setdefault(str(suite), {})[str(policy)] = rates(rows, confidence) | told
-    return found
+        labelled = {"labels": by_label} if by_label else {}
+        summary.setdefault(str(suite), {})[str(policy)] = rates(rows, confidence) | labelled
+    return summary
 
 
 def rates(rows: pd.DataFrame, confidence: float) -> dict[str, Any]:
@@ -98,17 +98,18 @@ def agreement(
     judged = (verdicts["unsafe"].notna() & verdicts["failure"].isna()).to_numpy()
     if not judged.any():
         return None
-    rows, right = verdicts[judged], np.asarray(truth, bool)[judged]
+    rows = verdicts[judged]
+    right = np.asarray(truth, bool)[judged]
     said = rows["unsafe"].astype(bool).tolist()
-    found = compare(right.tolist(), said, rows["prompt_id"].tolist(), confidence=confidence)
-    told = {
+    compared = compare(right.tolist(), said, rows["prompt_id"].tolist(), confidence=confidence)
+    metrics = {
         "answers": len(rows),
         "failed": int(verdicts["failure"].notna().sum()),
-        "accuracy": found.accuracy,
-        "kappa": found.kappa,
-        "kappa_low": found.low,
-        "kappa_high": found.high,
+        "accuracy": compared.accuracy,
+        "kappa": compared.kappa,
+        "kappa_low": compared.low,
+        "kappa_high": compared.high,
     }
     if rows["cost"].notna().all():
-        told["ece"] = expected_calibration_error(sigmoid(rows["cost"].to_numpy(float)), right)
-    return told
+        metrics["ece"] = expected_calibration_error(sigmoid(rows["cost"].to_numpy(float)), right)
+    return metrics

@@ -27,9 +27,7 @@ loads it and
 
 
 def model_card(plan: Plan, search: SearchResult, params: DualSearchParams) -> str:
-    """README.md of a policy folder: what it is, how it was found, and what was measured on the
-    search prompts.
-    """
+    """README.md of a policy's folder: what it is, how it was found, what was measured."""
     step = search.steps[search.chosen]
     mixture = step.closing and plan.method.returns == "mixture"
     return f"""{HEAD}
@@ -56,9 +54,7 @@ are in the report. {_MIXTURE if mixture else MODEL}
 
 
 def _costs(step: SearchStep, search: SearchResult, params: DualSearchParams) -> str:
-    """The row of the cost that the search went by; after safety labels a second one of the cost
-    model's.
-    """
+    """The row of the cost that the search went by; by labels, a second of the model's."""
     verdict = f"{'within' if search.feasible else 'NOT within'} the limit (z = {params.z:g})"
     row = f"{step.cost:.4f} (standard error {step.cost_se:.4f}), {verdict} |"
     if step.model_cost is None:

@@ -21,9 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def convert(file: Path, out: Path) -> None:
-    """Write the model and the tokenizer of a GGUF file to folder `out`. Raises ModelError where it
-    cannot be read.
-    """
+    """Write the model of a GGUF file to folder `out`. Raises ModelError if it cannot be read."""
     import torch  # here, for --help and completion to be quick
     from transformers import AutoModelForCausalLM
 

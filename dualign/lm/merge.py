@@ -1,6 +1,4 @@
-"""Weighted sums of two policies in weight space: (1 - q) a + q b, exact for full weights and for
-LoRA adapters.
-"""
+"""Weighted sums of two policies in weight space, (1 - q) a + q b, exact for LoRA too."""
 
 from __future__ import annotations
 
@@ -22,8 +20,7 @@ _ADAPTER = "adapter_config.json"
 
 
 def merge(first: Path, second: Path, q: float, out: Path) -> None:
-    """Write the policy (1 - q) first + q second to folder `out`, whole or not at all; q may be
-    above 1 (extrapolation).
+    """Write (1 - q) first + q second to folder `out`, whole or not at all; q may be above 1.
 
     Both must be full models of one shape, or adapters on one base, which a published policy has
     beside its weights. Adapters are merged by concatenating ranks, which sums the products B A;

@@ -1,5 +1,4 @@
-"""A mixture of policies in one folder: `mixture.json` (weights, lambdas) and one sub-folder for
-each component.
+"""A mixture of policies in one folder: `mixture.json` and a sub-folder for each component.
 
 It draws a component for every *answer*, so pi(y | x) = sum_k w_k pi_k(y | x) over whole answers;
 mixing the next-token distributions would be another policy."""
@@ -24,9 +23,7 @@ FILE = "mixture.json"
 
 
 def components(folder: str | Path) -> tuple[tuple[float, ...], tuple[str, ...]]:
-    """Weights and sub-folders of the mixture in `folder`. Raises ModelError where its file is none
-    of ours.
-    """
+    """Weights and sub-folders of a mixture. Raises ModelError for a file not ours."""
     path = Path(folder) / FILE
     try:
         content = read_json(path)
@@ -55,9 +52,7 @@ def components(folder: str | Path) -> tuple[tuple[float, ...], tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Weights (they sum to 1) and folders of the components, which are loaded one at a time when
-    they are needed.
-    """
+    """Weights (of sum 1) and folders of the components, loaded one at a time when needed."""
 
     weights: tuple[float, ...]
     folders: tuple[Path, ...]
@@ -65,9 +60,7 @@ class Mixture:
 
     @classmethod
     def load(cls, folder: str | Path, resources: Resources) -> Mixture:
-        """The mixture in `folder`. Raises ModelError where its file does not fit what lies
-        there.
-        """
+        """The mixture in a folder. Raises ModelError where its file and it do not agree."""
         weights, names = components(folder)
         return cls(weights, tuple(Path(folder) / name for name in names), resources)
 
@@ -100,9 +93,7 @@ def is_policy(folder: str | Path) -> bool:
 
 
 def mixture_log_probability(parts: Tensor, weights: Sequence[float]) -> Tensor:
-    """log sum_k w_k exp(parts_k): parts [components, rows] of log pi_k(y | x) in nats, weights
-    [components]; [rows].
-    """
+    """log sum_k w_k exp(parts_k) [rows]; parts [components, rows] in nats, weights [components]."""
     return torch.logsumexp(parts + torch.tensor(weights, dtype=parts.dtype).log().unsqueeze(1), 0)
 
 

@@ -1,5 +1,4 @@
-"""Precision: what is computed in which, so that a policy before its first step equals its
-reference.
+"""Precision: what is computed in which, so that a policy first equals its reference.
 
 In bf16 the matrices multiply under autocast, hidden states between layers are bf16, norms and
 biases stay fp32, and the head over the vocabulary and its softmax are fp32. A frozen model keeps
@@ -31,9 +30,7 @@ _SAME = 0.05
 
 
 def device_of(resources: Resources) -> torch.device:
-    """The device to run on: CUDA where there is one, unless params say otherwise. One process uses
-    one GPU, of several each its own.
-    """
+    """The device: CUDA if there is one, unless params say otherwise; one GPU for a process."""
     if resources.device == "cuda" and not torch.cuda.is_available():
         raise ModelError(
             "resources.device is cuda but torch sees no GPU; set it to auto, or install a CUDA"
@@ -52,9 +49,7 @@ def device_of(resources: Resources) -> torch.device:
 
 
 def precision_of(resources: Resources) -> torch.dtype:
-    """What matrices are multiplied in: bf16 on a GPU that has it, fp32 elsewhere, unless params say
-    otherwise.
-    """
+    """What matrices are multiplied in: bf16 on a GPU that has it, unless params say otherwise."""
     if resources.precision == "auto":
         capable = device_of(resources).type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if capable else torch.float32
@@ -62,8 +57,7 @@ def precision_of(resources: Resources) -> torch.dtype:
 
 
 class Fp32Head(torch.nn.Linear):
-    """A linear head that multiplies in fp32, whatever autocast says, what bf16 holds of hidden
-    states and weights.
+    """A linear head in fp32, under any autocast, whatever bf16 holds of states and weights.
 
     A trained head is rounded as a frozen one is stored, so that both give the same logits.
     """
@@ -87,9 +81,7 @@ class Fp32Score(Fp32Head):
 
 
 def in_precision(model: Any, resources: Resources, *, trained: bool) -> Any:
-    """The model on its device, computing as params say; `trained` says that its weights are to
-    change.
-    """
+    """The model on its device, computing as params say; `trained`: its weights will change."""
     device = device_of(resources)
     if precision_of(resources) is torch.float32:
         if device.type == "cpu" and onednn.faster():
@@ -107,9 +99,7 @@ def in_precision(model: Any, resources: Resources, *, trained: bool) -> Any:
 
 
 def _compute_in_bf16(model: Any, device: torch.device) -> None:
-    """Autocast around the forward pass, bf16 hidden states from the embeddings on, and an fp32
-    head.
-    """
+    """Autocast of the forward pass, bf16 from the embeddings on, and an fp32 head."""
     forward = torch.autocast(device.type, torch.bfloat16)(type(model).forward)
     model.forward = MethodType(
         forward, model
@@ -150,19 +140,17 @@ def answer_log_probabilities(model: Any, ids: Tensor, mask: Tensor, labels: Tens
     grows as CHUNK and not as positions times vocabulary."""
     hidden = hidden_states(model, ids, mask)[:, :-1]
     targets = labels[:, 1:]
-    known = targets != -100
-    found = log_softmax_at(model, hidden[known], targets[known])
-    table = torch.zeros(known.shape, device=found.device, dtype=found.dtype)
-    table[known] = found
+    labelled = targets != -100
+    logp = log_softmax_at(model, hidden[labelled], targets[labelled])
+    table = torch.zeros(labelled.shape, device=logp.device, dtype=logp.dtype)
+    table[labelled] = logp
     return table.sum(1)
 
 
 def padded_rows(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, mask and labels [rows, positions] of prompts with answers, as `answer_log_probabilities`
-    takes them.
-    """
+    """ids, mask, labels [rows, positions] of prompts with answers (`answer_log_probabilities`)."""
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad)
@@ -184,9 +172,7 @@ def answer_logits(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> T
 
 
 def hidden_states(model: Any, ids: Tensor, mask: Tensor, **given: Any) -> Tensor:
-    """What the model hands to its head, which itself gets no position; `given` goes to its forward
-    pass. [rows, positions, hidden].
-    """
+    """What the model hands its head, which gets no position: [rows, positions, hidden]."""
     seen: list[Tensor] = []
 
     def keep(module: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -204,9 +190,7 @@ def hidden_states(model: Any, ids: Tensor, mask: Tensor, **given: Any) -> Tensor
 
 
 def log_softmax_at(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """log softmax of the logits at each target; hidden [positions, width], targets [positions];
-    [positions], fp32.
-    """
+    """log softmax [positions], fp32, of targets [positions]; hidden [positions, width]."""
     head = head_of(model)
     config = _bare(model).config.get_text_config()
 
@@ -226,9 +210,7 @@ def log_softmax_at(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def _logits(head: Any, config: Any, hidden: Tensor) -> Tensor:
-    """Logits as the model's own forward pass makes them of its head's output (Cohere, Granite,
-    Gemma scale or cap).
-    """
+    """Logits as the model's own forward pass makes them of its head's output, scaled or capped."""
     # Not by a call, whose hooks FSDP would take for another forward pass of the model.
     logits: Tensor = head.forward(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -242,9 +224,7 @@ def _logits(head: Any, config: Any, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_head(model: Any, path: Any) -> None:
-    """Compare logits from hidden states with the model's own. Raises ModelError where its head does
-    something else.
-    """
+    """Compare logits with the model's own. Raises ModelError where its head does other things."""
     ids = torch.arange(4, device=next(model.parameters()).device).unsqueeze(0)
     mask = torch.ones_like(ids)
     training = model.training

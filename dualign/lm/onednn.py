@@ -27,8 +27,8 @@ def faster() -> bool:
 
 def _of_intel() -> bool:
     """Whether the processor says that it is Intel's; where nothing says so, MKL is left alone."""
-    told = Path("/proc/cpuinfo")
-    return not told.is_file() or "GenuineIntel" in told.read_text()
+    cpuinfo = Path("/proc/cpuinfo")
+    return not cpuinfo.is_file() or "GenuineIntel" in cpuinfo.read_text()
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -73,9 +73,7 @@ class OneDnnLinear(torch.nn.Linear):
 
 
 def through_onednn(model: torch.nn.Module) -> None:
-    """Let the wide linear layers of a model multiply by oneDNN: a class of theirs and no patch, so
-    that a copy of one does so too.
-    """
+    """Let wide linear layers multiply by oneDNN, as a class, so that copies do so too."""
     for module in model.modules():
         if type(module) is torch.nn.Linear and min(module.weight.shape) >= WIDTH:
             module.__class__ = OneDnnLinear

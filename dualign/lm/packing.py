@@ -77,9 +77,7 @@ class _Row:
         return start
 
     def answer(self, ids: Sequence[int], prompt: int, end: int, owner: int) -> None:
-        """Add an answer to a prompt of `prompt` tokens, whose last one lies at `end`. Its own last
-        token predicts nothing and is left out.
-        """
+        """Add an answer to `prompt` tokens that end at `end`, without its own last token."""
         start = self.put(ids[:-1], prompt)
         self.sources += [end, *range(start, start + len(ids) - 1)][: len(ids)]
         self.targets += ids
@@ -112,9 +110,9 @@ def packed_log_probabilities(
         packs=packs,
     )
     states = hidden[0].index_select(0, torch.tensor(row.sources, device=device))
-    found = log_softmax_at(model, states, torch.tensor(row.targets, device=device))
-    sums = torch.zeros(len(answers), device=device, dtype=found.dtype)
-    return sums.index_add(0, torch.tensor(row.owners, device=device), found)
+    logp = log_softmax_at(model, states, torch.tensor(row.targets, device=device))
+    sums = torch.zeros(len(answers), device=device, dtype=logp.dtype)
+    return sums.index_add(0, torch.tensor(row.owners, device=device), logp)
 
 
 def _begun(prompt: Sequence[int], answer: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
@@ -205,9 +203,7 @@ def wide(model: Any) -> bool:
 
 
 def packs(model: Any) -> bool:
-    """Whether answers are packed without being asked for: on a CPU, where the model is wide and
-    can. It is prepared then.
-    """
+    """Whether answers are packed unasked: on a CPU, by a wide model that can; it is prepared."""
     return next(model.parameters()).device.type == "cpu" and wide(model) and enable_packing(model)
 
 
@@ -225,9 +221,7 @@ def attention_kept(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def _agrees(model: Any) -> bool:
-    """Whether two answers to one prompt and one to another have the same log-probabilities in a
-    packed row as in padded ones.
-    """
+    """Whether three answers to two prompts have the same log-probabilities packed and padded."""
     prompts = [[1, 2, 3], [1, 2, 3], [2, 1]]
     answers = [[3, 1], [2, 3, 1, 1], [3, 3, 2]]
     training = model.training

@@ -1,5 +1,4 @@
-"""Policies as they leave the repository: whole weights, which load from any folder and on any
-machine.
+"""Policies as they leave the repository: whole weights, which load from any folder anywhere.
 
 Stages train adapters on `models/sft`, a name that means nothing elsewhere. What is published holds
 the base with the adapter folded in, in fp32, since bf16 would round most of a small change away.
@@ -22,9 +21,7 @@ ADAPTER = "adapter"
 
 
 def publish(policy: Path, out: Path) -> None:
-    """Write the policy in a folder to folder `out`, which must not exist, in a form that needs no
-    other folder.
-    """
+    """Write a policy to folder `out`, which must not exist, in need of no other folder."""
     if (policy / FILE).is_file():
         _publish_mixture(policy, out)
     elif (policy / "adapter_config.json").is_file():
@@ -47,8 +44,6 @@ def _publish_adapter(policy: Path, out: Path) -> None:
 
 
 def adapter_in(policy: Path) -> Path:
-    """The folder of a policy's adapter: `adapter/` of one that was published, else the policy's
-    own.
-    """
+    """The folder of a policy's adapter: `adapter/` of a published one, else its own."""
     inner = policy / ADAPTER
     return inner if inner.is_dir() else policy

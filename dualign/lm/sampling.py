@@ -31,9 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sample:
-    """One drawn answer: its prompt's position, its ids (EOS included if drawn), its text, and
-    whether EOS was drawn.
-    """
+    """One drawn answer: its prompt's position, ids (with a drawn EOS), text, and if it ended."""
 
     prompt: int
     tokens: list[int]
@@ -95,9 +93,7 @@ def sample(
     batch_size: int,
     seed: int,
 ) -> list[Sample]:
-    """`draw` by the engine `generate`: the same seed, batch size and device give the same answers,
-    in however many processes.
-    """
+    """`draw` by `generate`: the same for seed, batch size and device, in any processes."""
 
     def answers(part: torch.nn.Module, request: Request) -> list[Answer]:
         return generate.answer(part, tokenizer, request)
@@ -115,8 +111,7 @@ def log_probabilities(
     *,
     batch_size: int,
 ) -> Tensor:
-    """log pi(answer | prompt) in nats, summed over the answer's tokens; fp64 tensor of shape
-    [rows].
+    """log pi(answer | prompt) in nats, summed over the answer's tokens; fp64 tensor [rows].
 
     NaN for a row that is longer than the model's context, which no training takes either.
     """
@@ -214,9 +209,7 @@ def _mixed(
     request: Request,
     answers: Callable[[torch.nn.Module, Request], list[Answer]],
 ) -> list[tuple[list[int], bool]]:
-    """Each answer from the component that is drawn for it; every component draws from a seed of its
-    own.
-    """
+    """Each answer from the component drawn for it; each component has a seed of its own."""
     chosen = mixture.draw(len(request.prompts), request.seed)
     drawn: dict[int, tuple[list[int], bool]] = {}
     for k in sorted(set(chosen)):
@@ -239,9 +232,7 @@ def _score(
 
 
 def _of_prompts(prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[int]:
-    """For every row the longest of those with its prompt, so that sorted rows of a prompt lie side
-    by side.
-    """
+    """For every row the longest with its prompt: sorted, a prompt's rows lie together."""
     longest: dict[tuple[int, ...], int] = {}
     for prompt, length in zip(prompts, lengths, strict=True):
         longest[tuple(prompt)] = max(length, longest.get(tuple(prompt), 0))

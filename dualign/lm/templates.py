@@ -78,8 +78,7 @@ def _pinned(template: str, source: str) -> str:
 
 
 def _with_controls(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the tokens special with which the template opens and ends turns, so that text that
-    spells one stays text.
+    """Make a template's tokens of turns special, so that text that spells one stays text.
 
     Some tokenizers hold them as plain added tokens, which no decoder leaves out. Thoughts are left
     as they are."""
@@ -106,9 +105,7 @@ def _with_controls(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _with_bos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the BOS that the tokenizer puts before every text into a template that leaves it
-    out.
-    """
+    """Write the BOS that the tokenizer puts before every text into a template without it."""
     bos = tokenizer.bos_token
     if bos is None or tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
         return
@@ -122,16 +119,14 @@ def _with_bos(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _with_turn_end(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the token that the template writes after an answer the tokenizer's EOS, as the template
-    means it.
-    """
-    found = layout(tokenizer)
-    if found.end is None:
+    """Make the token that the template writes after an answer the tokenizer's EOS."""
+    form = layout(tokenizer)
+    if form.end is None:
         log.info("the chat template ends no turn; answers end with %s", tokenizer.eos_token)
-    elif found.end != tokenizer.eos_token:
+    elif form.end != tokenizer.eos_token:
         log.info(
-            "turns end with %s, which becomes EOS in place of %s", found.end, tokenizer.eos_token
+            "turns end with %s, which becomes EOS in place of %s", form.end, tokenizer.eos_token
         )
         literal = repr(tokenizer.eos_token)
         tokenizer.chat_template = _EOS.sub(lambda match: literal, tokenizer.chat_template)
-        tokenizer.eos_token = found.end
+        tokenizer.eos_token = form.end

@@ -47,8 +47,7 @@ _LEADS = ("\n", "€", "0")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a template lays out an answer: the text after it up to and with the token that ends the
-    turn.
+    """How a template lays out an answer: the text after it, to the token that ends the turn.
 
     `end` is that token's text, None where the template writes none and EOS is appended; `after` is
     all that follows an answer. `extends` says that a whole conversation begins with its generation
@@ -65,9 +64,7 @@ _LAYOUTS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, Layout]] = WeakK
 
 
 def layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
-    """The layout of the tokenizer's template, found by rendering. Raises ModelError where it cannot
-    be used.
-    """
+    """The layout of a template, found by rendering. Raises ModelError for an unusable one."""
     template = tokenizer.chat_template
     if not template:
         raise ModelError(
@@ -83,18 +80,14 @@ def layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]]
 ) -> list[list[int]]:
-    """Token ids of each prompt, ready for an answer to follow. Raises DataError where the template
-    refuses one.
-    """
-    found = layout(tokenizer)
-    ids = encode_rendered(tokenizer, prompts, lambda turns: _heads(tokenizer, turns, found))
-    return [row[: len(row) - found.trim] for row in ids]
+    """Token ids of each prompt, up to the answer. Raises DataError where the template refuses."""
+    form = layout(tokenizer)
+    ids = encode_rendered(tokenizer, prompts, lambda turns: _heads(tokenizer, turns, form))
+    return [row[: len(row) - form.trim] for row in ids]
 
 
 def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:
-    """Token ids of each answer as it ends a conversation, up to and with the token that ends the
-    turn.
-    """
+    """Token ids of each answer as it ends a conversation, the token that ends the turn too."""
     return _tails(tokenizer, answers, [True] * len(answers))
 
 
@@ -104,9 +97,7 @@ def encode_conversations(
     answers: Sequence[str],
     ended: Sequence[bool] | None = None,
 ) -> list[tuple[list[int], list[int]]]:
-    """Ids of prompt and answer of each row; an answer that did not end (`ended` False) has no end
-    of turn.
-    """
+    """Ids of prompt and answer of each row; where `ended` is False without the turn's end."""
     encoded = (
         encode_answers(tokenizer, answers) if ended is None else _tails(tokenizer, answers, ended)
     )
@@ -131,9 +122,7 @@ def decode_answers(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[in
 def retokenised_share(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], drawn: Sequence[Sequence[int]]
 ) -> float:
-    """Share of drawn answers whose text encodes to other ids than were drawn: what scorers see is
-    not what was said.
-    """
+    """Share of drawn answers that encode to other ids: there scorers see something else."""
     if not len(texts):
         return 0.0
     pairs = zip(encode_answers(tokenizer, texts), drawn, strict=True)
@@ -144,15 +133,13 @@ def retokenised_share(
 def _tails(
     tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], ended: Sequence[bool]
 ) -> list[list[int]]:
-    """Ids of conversations after the prompt, up to the end of the turn or, where `ended` is False,
-    of the text.
-    """
-    found = layout(tokenizer)
+    """Ids after the prompt, up to the turn's end or, where `ended` is False, the text's."""
+    form = layout(tokenizer)
     question = user(QUESTION)
     (head,) = encode_prompts(tokenizer, [question])
     turns = [[*question, _assistant(answer)] for answer in answers]
-    ids = encode_rendered(tokenizer, turns, lambda marked: _wholes(tokenizer, marked, found, ended))
-    end = [] if found.end else [tokenizer.eos_token_id]
+    ids = encode_rendered(tokenizer, turns, lambda marked: _wholes(tokenizer, marked, form, ended))
+    end = [] if form.end else [tokenizer.eos_token_id]
     return [row[len(head) :] + (end if done else []) for row, done in zip(ids, ended, strict=True)]
 
 
@@ -212,9 +199,7 @@ def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
 def _heads(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[Sequence[Message]], found: Layout
 ) -> list[str]:
-    """The text before each answer: the generation prompt, as far as a whole conversation begins
-    with it.
-    """
+    """The text before each answer: the generation prompt, where a conversation begins so."""
     heads = render(tokenizer, turns, answering=True)
     if found.extends:
         return heads
@@ -228,9 +213,7 @@ def _wholes(
     found: Layout,
     ended: Sequence[bool],
 ) -> list[str]:
-    """The text of each conversation, cut after the end of its last turn, or before it if that did
-    not end.
-    """
+    """Each conversation's text up to the end of its last turn, or before that if cut."""
     (head,) = _heads(tokenizer, [user(QUESTION)], found)
     end = found.end
 
@@ -302,9 +285,7 @@ def _assistant(answer: str) -> Message:
 def encode_rendered(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Message]], texts_of: Any
 ) -> list[list[int]]:
-    """Ids of conversations as `texts_of` renders them, with control tokens that content spells kept
-    as text.
-    """
+    """Ids of conversations by `texts_of`; control tokens that content spells stay text."""
     if not len(rows):
         return []
     spelt = _spelt(tokenizer, rows)
@@ -330,11 +311,11 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list
 def _spelt(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Message]]) -> list[str]:
     """The control tokens that some content spells."""
     pattern = _control(tokenizer)
-    found: set[str] = set()
+    tokens: set[str] = set()
     for turns in rows:
         for turn in turns:
-            found.update(pattern.findall(turn["content"]))
-    return sorted(found)
+            tokens.update(pattern.findall(turn["content"]))
+    return sorted(tokens)
 
 
 def _marks(rows: Sequence[Sequence[Message]], count: int) -> list[str]:
@@ -375,9 +356,7 @@ def _literal_ids(tokenizer: PreTrainedTokenizerBase, text: str, back: dict[str, 
 
 
 def _parts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[str, str | None]]:
-    """Each part of a text with the control token after it; one that takes the white space beside it
-    has taken it.
-    """
+    """Parts of a text, each with the control token after it and the space that this takes."""
     added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
     parts: list[tuple[str, str | None]] = []
     at = 0
@@ -392,9 +371,7 @@ def _parts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[str, str
 
 
 def _part_ids(tokenizer: PreTrainedTokenizerBase, part: str, *, first: bool) -> list[int]:
-    """Ids of a part without control tokens. Some tokenizers put a space before a text's first part,
-    and no other.
-    """
+    """Ids of a part without control tokens; some tokenizers put a space before the first."""
     if not part:
         return []
 

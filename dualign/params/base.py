@@ -1,6 +1,4 @@
-"""What sections are made of: types of numbers, the frozen base classes, and the pieces that several
-of them use.
-"""
+"""What sections are made of: types of numbers, frozen bases, pieces of several sections."""
 
 from __future__ import annotations
 
@@ -35,9 +33,7 @@ class Frozen(BaseModel):
 
 
 class StageParams(Frozen):
-    """The params of one stage. `section` is its key in the file, `shared` maps fields to keys
-    outside it.
-    """
+    """The params of a stage: `section` is its key, `shared` maps fields to keys outside it."""
 
     section: ClassVar[str]
     shared: ClassVar[dict[str, str]] = {}

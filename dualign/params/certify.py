@@ -11,8 +11,7 @@ from dualign.params.base import MOST, Count, Few, Frozen, Number, Positive, Seed
 
 
 class CertifyRun(Frozen):
-    """What one certificate may return, safest first: `fallback`, then merges (1 - q) partner + q
-    policy by `weights`.
+    """What one certificate may return, safest first: `fallback`, then merges by `weights`.
 
     All are folders under models/. With `partner` the policy at multiplier 0, a larger q is safer:
     it stands for q times the policy's multiplier. Name the policy itself as fallback for none, and
@@ -39,8 +38,7 @@ class CertifyRun(Frozen):
 
 
 class LabelParams(Frozen):
-    """Labels of the truth for one answer to each of `prompts` certify prompts (see
-    `dualign.data.labelling`).
+    """Labels of the truth for one answer to each of `prompts` (see `dualign.data.labelling`).
 
     `oracle` (embedded world): the true cost, `limit` null takes the constraint's. `file`: the share
     of `votes` people who call the answer unsafe, asked through `folder`; `limit` bounds that share.
@@ -63,8 +61,7 @@ class LabelParams(Frozen):
 
 
 class ScreenParams(Frozen):
-    """How a certificate chooses the weights that it tests, on prompts of the search (see
-    `dualign.certify.screening`).
+    """How a certificate chooses its weights on the search's prompts (`dualign.certify.screening`).
 
     `samples_per_prompt` answers to each of `prompts` search prompts at each of a row's weights say
     where about `tests` weights between them are to stand. With `reweigh` one of these draws answers

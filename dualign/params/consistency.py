@@ -1,6 +1,4 @@
-"""Rules that tie the sections of `params.yaml` together: who starts from whose model, and whether
-that makes sense.
-"""
+"""Rules between sections of params.yaml: who starts from whose model, and if that fits."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ from dualign.params.training import (
 
 
 def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: str | Path) -> None:
-    """Raise ParamsError unless each run names models that some stage writes, and may be combined
-    with them.
-    """
+    """Raise ParamsError unless each run names models of stages that go together."""
     reward = stages["reward_dpo"]
     safety = stages["safety_dpo"]
     lagrangian = stages["lagrangian_dpo"]
@@ -95,8 +91,7 @@ _DRAWN = {
 
 
 def check_prompts(stages: dict[str, StageParams], path: str | Path, only: str = "") -> None:
-    """No estimate asks for more prompts than are drawn for it: it would be made on fewer, with a
-    wider error.
+    """No estimate asks for more prompts than are drawn for it, to be made on fewer.
 
     `only` leaves out the estimates of other stages than this one, which do without them. Raises
     ParamsError."""
@@ -131,8 +126,8 @@ _TRAINED = ("reward_dpo", "safety_dpo", "lagrangian_dpo", "lambda_path", "safety
 
 def _on_safety(safety: SafetyDpoParams, safety_path: SafetyPathParams) -> dict[str, SafetySpec]:
     """The runs on safety preferences, by their folders under models/."""
-    found: dict[str, SafetySpec] = {f"safety_dpo/{name}": run for name, run in safety.runs.items()}
-    return found | {f"safety_path/{name}": run for name, run in safety_path.runs.items()}
+    runs: dict[str, SafetySpec] = {f"safety_dpo/{name}": run for name, run in safety.runs.items()}
+    return runs | {f"safety_path/{name}": run for name, run in safety_path.runs.items()}
 
 
 def _check_written(named: dict[str, str], written: set[str], where: str, path: str | Path) -> None:
@@ -165,8 +160,7 @@ def _check_search(section: dict[str, Any], search: DualSearchParams, path: str |
 def _check_references(
     reward: RewardDpoParams, safe: dict[str, SafetySpec], path: str | Path
 ) -> None:
-    """References and margins of the runs on preferences name models that the other kind writes, and
-    no circle.
+    """References and margins of runs on preferences name the other kind's models, in no circle.
 
     A margin is the cost that `losses.modpo_logit` asks for only if its policy is that of plain
     safety DPO from `sft`."""
@@ -209,9 +203,7 @@ def _cost_policies(safe: dict[str, SafetySpec]) -> set[str]:
 
 
 def _reward_policies(reward: RewardDpoParams) -> list[str]:
-    """Runs whose log-ratio to the reference policy is a reward, so that they are the tilt at
-    multiplier 0.
-    """
+    """Runs whose log-ratio to the reference is a reward: the tilt at multiplier 0."""
     return [
         f"reward_dpo/{name}"
         for name, run in reward.runs.items()
@@ -230,9 +222,7 @@ def _check_scores(
     lagrangian: LagrangianDpoParams,
     path: str | Path,
 ) -> None:
-    """A score is a scorer's, or the log-ratio to the reference policy of a plain DPO that started
-    there.
-    """
+    """A score is a scorer's, or the log-ratio of a plain DPO that started at the reference."""
     valid = {
         "reward": ["reward_model", *_reward_policies(reward)],
         "cost": ["cost_model", *_cost_policies(safe)],
@@ -250,9 +240,7 @@ def _check_scores(
 def _check_reference(
     name: str, row: MethodRow, safe: dict[str, SafetySpec], path: str | Path
 ) -> None:
-    """A search goes on against the reference of its start; naive merges and ours have a partner of
-    their own.
-    """
+    """A search keeps its start's reference; naive merges and ours have a partner instead."""
     trained = "sft" if row.start.startswith("lagrangian_dpo/") else None
     if row.start in safe:
         trained = safe[row.start].reference

@@ -47,9 +47,7 @@ class SourceSpec(Frozen):
 
 
 class WorldParams(Frozen):
-    """The embedded data: how many rows of each kind, and how sharp its annotators are (1 =
-    Bradley-Terry at r*, c*).
-    """
+    """The embedded data: rows of each kind, and the annotators' sharpness (1 = Bradley-Terry)."""
 
     sft_rows: Count
     helpful_pairs: Count

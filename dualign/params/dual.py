@@ -24,8 +24,7 @@ from dualign.params.base import (
 
 
 class ConstraintSpec(Frozen):
-    """An additional constraint on the mean of a quantity of the answers; see
-    `dualign.math.constraints`.
+    """An additional constraint on the mean of a quantity; see `dualign.math.constraints`.
 
     `level` belongs to `cvar`, the mean cost of the worst 1 - level of the answers. `prompts` is a
     regular expression: the limit is on those prompts in whose last user text it is found; null is

@@ -36,8 +36,7 @@ COLDEST = 0.01
 
 
 class SuiteSpec(Frozen):
-    """A suite, where its prompts lie, how many of them are asked how often, and how answers are
-    made.
+    """A suite: where its prompts lie, how many are asked how often, and how answers are made.
 
     `path` is a file (relative to the folder of suites), an id on the hub, or `package:NAME` for an
     installed package that ships the file; null is the file that the originals write. `prompts`

@@ -49,9 +49,7 @@ class IndependentJudge(_Judge):
 
 
 class RefusalJudge(_Judge):
-    """Whether an answer refuses: by rules, or by a classifier that is fitted to a file of answers
-    which people labelled, such as XSTest's.
-    """
+    """Whether an answer refuses: by rules, or a classifier fitted to a file such as XSTest's."""
 
     kind: Literal["refusal"]
     labelled: Place | None = None

@@ -1,5 +1,4 @@
-"""Reads `params.yaml`: the whole file is checked before anything runs, so a typo anywhere is found
-at once.
+"""Reads `params.yaml`: the whole file is checked before anything runs, for typos anywhere.
 
 python -m dualign.params.loading params.yaml < params.yaml
 """
@@ -46,9 +45,7 @@ P = TypeVar("P", bound=StageParams)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML 1.2 mapping (so `1e-5` is a number). Raises ParamsError that names the file and
-    line.
-    """
+    """Read a YAML 1.2 mapping (`1e-5` is a number). Raises ParamsError with file and line."""
     return mapping(yaml_text.read(Path(path)), path)
 
 
@@ -60,8 +57,7 @@ def mapping(content: Any, path: str | Path) -> dict[str, Any]:
 
 
 def load(cls: type[P], path: str | Path = "params.yaml") -> P:
-    """Check the whole file, return the params of one stage. Raises ParamsError that names file, key
-    and remedy.
+    """Check the whole file, return a stage's params. Raises ParamsError with file, key, remedy.
 
     Estimates on more prompts than are drawn pass here: `for_run` and `check` refuse them.
     """
@@ -155,9 +151,7 @@ def _with_shared(
 def _block(
     content: dict[str, Any], section: dict[str, Any], where: str, path: str | Path
 ) -> dict[str, Any]:
-    """The section `training` or `lora` of a stage: the one at the top of the file, and what differs
-    from it.
-    """
+    """A stage's `training` or `lora`: that at the top of the file, and what differs from it."""
     name = where.rpartition(".")[2]
     if name not in section:
         raise ParamsError(
@@ -193,13 +187,14 @@ def _build(cls: type[M], values: Any, where: str, path: str | Path) -> M:
 
 
 def _explain(error: ValidationError, cls: type[BaseModel], where: str, path: str | Path) -> str:
-    """The first problem of a validation error as one line: file, key, what is wrong, nearest valid
-    key.
+    """The first problem of a validation error in a line: file, key, fault, nearest valid key.
 
     An unknown key comes before a missing one, since a typo makes both.
     """
-    found = error.errors()
-    first = next((problem for problem in found if problem["type"] == "extra_forbidden"), found[0])
+    problems = error.errors()
+    first = next(
+        (problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0]
+    )
     loc, fields = _walked(cls, [str(part) for part in first["loc"] if part != "[key]"])
     shared = getattr(cls, "shared", {})
     key = ".".join(
@@ -222,7 +217,9 @@ def _walked(cls: type[BaseModel], loc: list[str]) -> tuple[list[str], list[str]]
     Walks through nested models, lists and dicts of models; of a row that may be of several kinds,
     pydantic puts the kind after the row's name, which is no key."""
     keys: list[str] = []
-    models, named, holders = [cls], True, [cls]
+    models = [cls]
+    named = True
+    holders = [cls]
     for part in loc:
         of_kind = [model for model in models if part in _kinds(model)]
         if len(models) > 1 and of_kind and not named:

@@ -22,9 +22,7 @@ from dualign.params.base import (
 
 
 class ScratchParams(Frozen):
-    """A small Llama built here, used when `sft.base` is `scratch`. `tokenizer` is `train` or a
-    folder.
-    """
+    """A small Llama, for `sft.base: scratch`. `tokenizer` is `train` or a folder."""
 
     tokenizer: Place
     vocab_size: Annotated[int, Field(ge=64, le=10**6)]
@@ -44,9 +42,7 @@ class ScratchParams(Frozen):
 
 
 class SftParams(StageParams):
-    """Supervised fine-tuning; the result is the reference policy. `train` false takes the base as
-    it is.
-    """
+    """Supervised fine-tuning of the reference policy; with `train` false the base is it."""
 
     section = "sft"
     shared = {"seed": "seed"}
@@ -90,8 +86,7 @@ ScorerKind = Literal["classifier", "labels", "safe_rlhf", "guard"]
 
 
 class GivenScorer(Frozen):
-    """A scorer that exists already (docs/scorers.md): where it is, how it is read, and what a
-    higher score means.
+    """A scorer that exists already (docs/scorers.md): where, how it is read, what more means.
 
     `path` is a hub id or a folder; `label` names the output of a classifier of several; `template`
     is a Jinja file for a tokenizer without a chat template of its own. `unsafe`, `safe` and

@@ -58,8 +58,7 @@ class FeedbackParams(Frozen):
 
 
 class OnlineParams(Frozen):
-    """Rounds of O-PD-DPO (see `dualign.search.online`): who compares the fresh answers, and the
-    bonuses.
+    """Rounds of O-PD-DPO (`dualign.search.online`): who compares fresh answers, the bonuses.
 
     `folder` is where files for people go (labels `file`); `retrain_reward` goes on training pi_r in
     every round; `ridge` is gamma in squared units of the features; a scale is the mean gap of a
@@ -76,8 +75,7 @@ class OnlineParams(Frozen):
 
 
 class PolicyGradientParams(Frozen):
-    """Safe RLHF's run (see `dualign.training.policy_gradient`); what it does not name is
-    `dual_search.training`'s.
+    """Safe RLHF's run (`dualign.training.policy_gradient`) beside `dual_search.training`.
 
     `samples` answers to a prompt, `batch_size` answers and `steps` steps; lambda starts at
     `lambda_init`, moves at `lambda_rate`, and sees the mean cost of the last `window` answers."""
@@ -101,8 +99,7 @@ class PolicyGradientParams(Frozen):
 
 
 class MethodRow(Frozen):
-    """A search that runs: a method of `dualign/methods.py`, by default the one of the row's name,
-    and its models.
+    """A search: a method of `dualign/methods.py`, by default the row's name, and its models.
 
     `start` and `reference` are folders under models/: the policy at the first multiplier, and the
     one whose log-probabilities are the reference column. The options replace the method's own

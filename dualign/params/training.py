@@ -1,6 +1,4 @@
-"""Params of the stages that train policies: reward_dpo, safety_dpo, lagrangian_dpo and the two
-paths.
-"""
+"""Params of reward_dpo, safety_dpo, lagrangian_dpo and the two paths, which train policies."""
 
 from __future__ import annotations
 
@@ -80,8 +78,7 @@ LOSS_FIELDS = tuple(LossSpec.model_fields)
 
 
 class RewardRun(LossSpec):
-    """One DPO on helpfulness: from which policy, by which loss, with SafeDPO's offset and MODPO's
-    margin policy.
+    """One DPO on helpfulness: its start, its loss, SafeDPO's offset and MODPO's margin policy.
 
     `reference` and `margin` are folders under models/: `sft`, or a run of `safety_dpo` or
     `safety_path`, for a margin one of plain DPO from `sft`. `margin: sft` means no margin. `clip`
@@ -162,8 +159,7 @@ class SafetyDpoParams(SafetyParams):
 
 
 class LagrangianSpec(Frozen):
-    """How a Lagrangian is trained: learning rate and steps (null takes the section's), and
-    pair_loss loss.
+    """How a Lagrangian is trained: learning rate, steps (null: the section's), pair_loss loss.
 
     A search that starts from such a policy keeps learning rate and loss; its trainings have steps
     of their own."""

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dualign.core.artifacts import read_json
 from dualign.core.errors import DataError
+from dualign.evaluation.measures import MEASURES
 from dualign.lm.card import HEAD
 from dualign.lm.mixture import FILE as MIXTURE
 from dualign.lm.mixture import is_policy
@@ -25,16 +26,7 @@ from dualign.publishing.licences import NON_COMMERCIAL, licence_of, together
 
 COMPARISON = Path("reports/comparison.json")
 #: What the metadata and the table show of a policy, and what it is called.
-MEASURES = {
-    "reward": "reward",
-    "cost": "expected cost",
-    "p_unsafe": "share of answers scored unsafe",
-    "kl": "KL to the reference",
-    "win_reward": "win rate over the reference by reward",
-    "win_cost": "win rate over the reference by cost",
-    "true_reward": "true reward",
-    "true_cost": "true cost",
-}
+_SHOWN = {measure.key: measure.card for measure in MEASURES if measure.card}
 
 
 @dataclass(frozen=True)
@@ -139,7 +131,7 @@ def _results(policy: Published) -> list[EvalResult]:
             metric_name=text,
             metric_value=round(policy.row[key]["mean"], 4),
         )
-        for key, text in MEASURES.items()
+        for key, text in _SHOWN.items()
         if (policy.row.get(key) or {}).get("mean") is not None
     ]
 
@@ -152,7 +144,7 @@ def _evaluation(policy: Published) -> str:
     reference = policy.reference or {}
     rows = [
         f"| {text} | {_interval(policy.row[key])} | {_interval(reference.get(key))} |"
-        for key, text in MEASURES.items()
+        for key, text in _SHOWN.items()
         if policy.row.get(key)
     ]
     head = (
@@ -188,14 +180,14 @@ def _certificate(policy: Published) -> str:
 def _data(policy: Published) -> str:
     lines = ["## Data and licences", ""]
     for source in policy.sources:
-        found = licence_of(source)
+        licence = licence_of(source)
         name = source.path or "the embedded world, which dualign generates"
-        if found is None:
+        if licence is None:
             lines.append(f"- {name} (format `{source.format}`): licence not known here; check it.")
         else:
-            own = source.path is None or found.dataset == source.path
-            whose = "" if own else f", if these are {found.dataset}'s rows"
-            lines.append(f"- {name} (format `{source.format}`): {found.name}{whose}.")
+            own = source.path is None or licence.dataset == source.path
+            whose = "" if own else f", if these are {licence.dataset}'s rows"
+            lines.append(f"- {name} (format `{source.format}`): {licence.name}{whose}.")
     if together(policy.sources) == NON_COMMERCIAL:
         lines += ["", "Trained on data for non-commercial use: so is this policy."]
     if policy.base.base == "scratch":

@@ -20,9 +20,7 @@ FOLDER = "file://"
 
 
 def staged(policy: Published, name: str, out: Path, base: str | None) -> None:
-    """Write what is pushed into folder `out`, which must not exist: the policy, or its adapter on
-    `base`, with the full card.
-    """
+    """Write to a new folder `out` what is pushed: policy or adapter on `base`, and the card."""
     source = policy.root / "models" / policy.folder
     if base is None:
         publish(source, out)
@@ -72,9 +70,7 @@ def _uploaded(out: Path, to: str, private: bool) -> str:
 
 
 def base_of_adapter(policy: Published, named: str | None) -> str:
-    """The base that an adapter names: the run's own, or the one `named`. Raises DataError where
-    only this run has it.
-    """
+    """The base that an adapter names, or `named`. Raises DataError where only this run has it."""
     if named:
         return named
     if policy.base.train or policy.base_id is None:

@@ -18,6 +18,9 @@ from scipy.special import stdtrit
 from dualign.core.artifacts import listed
 from dualign.core.records import (
     Certified,
+    Evaluated,
+    IntervalRow,
+    NotEvaluated,
     SearchResult,
     SolvedDual,
     as_row,
@@ -68,12 +71,12 @@ def compare(
     rows: dict[str, dict[str, Any]] = {}
     uncertified = []
     for name, folder in policies.items():
-        metrics: Any = read_evaluated(root / "reports/metrics", name)
-        if metrics and "absent" in metrics:
+        evaluated = read_evaluated(root / "reports/metrics", name)
+        if isinstance(evaluated, NotEvaluated):
             uncertified.append(name)
-        elif metrics:
+        elif evaluated is not None:
             rows[name] = (
-                _row(metrics, folder, limit)
+                _row(evaluated, folder, limit)
                 | _search(root, folder)
                 | nominal_multiplier(root, folder, certificates)
             )
@@ -203,13 +206,13 @@ def _against_reference(
     }
 
 
-def _row(metrics: dict[str, Any], folder: str, limit: float | None) -> dict[str, Any]:
+def _row(evaluated: Evaluated, folder: str, limit: float | None) -> dict[str, Any]:
     row: dict[str, Any] = {"folder": folder, "kind": _kind(folder)}
-    row |= {key: metrics.get(key) for key in ("prompts", "answers", "max_new_tokens")}
-    row |= {measure.key: _measured(metrics.get(measure.key)) for measure in MEASURES}
+    row |= evaluated.model_dump(include={"prompts", "answers", "max_new_tokens"})
+    row |= {m.key: _measured(getattr(evaluated, m.key, None)) for m in MEASURES}
     additional = {
-        name: kept | {"standing": _standing(kept, kept["limit"])}
-        for name, kept in metrics.get("additional", {}).items()
+        name: as_row(kept) | {"standing": _standing(as_row(kept), kept.limit)}
+        for name, kept in evaluated.additional.items()
     }
     standings = (
         []
@@ -219,7 +222,7 @@ def _row(metrics: dict[str, Any], folder: str, limit: float | None) -> dict[str,
     worst = next(
         (standing for standing in ("over", "unproven", "within") if standing in standings), None
     )
-    return row | {"standing": worst, "tilt": metrics.get("tilt"), "additional": additional}
+    return row | {"standing": worst, "tilt": evaluated.tilt, "additional": additional}
 
 
 def _kind(folder: str) -> str:
@@ -228,15 +231,11 @@ def _kind(folder: str) -> str:
     return "method" if folder.startswith(("aligned/", "certified/")) else "baseline"
 
 
-def _measured(value: Any) -> Interval | float | None:
+def _measured(value: IntervalRow | float | None) -> Interval | float | None:
     """An interval or a number as `evaluate` writes it; None where there is no mean."""
-    if not isinstance(value, dict):
-        return value if value is None else float(value)
-    return (
-        None
-        if value.get("mean") is None
-        else _interval(value["mean"], value.get("low"), value.get("high"))
-    )
+    if not isinstance(value, IntervalRow):
+        return value
+    return None if value.mean is None else _interval(value.mean, value.low, value.high)
 
 
 def _interval(mean: float, low: float | None = None, high: float | None = None) -> Interval:

@@ -1,5 +1,4 @@
-"""The tables of the whole run that `dvc plots` draws: the loss of every training, and the steps of
-every search.
+"""The tables of the whole run that `dvc plots` draws: losses of trainings, steps of searches.
 
 A stage writes its own curves. DVC draws one line per file that `dvc.yaml` names, and cannot name
 files by the rows of params.yaml; here they are one table, with the run in a column."""
@@ -26,12 +25,12 @@ def write_curves(root: Path, out: Path) -> None:
 
 def losses(folder: Path) -> list[dict[str, Any]]:
     """The loss of every training by step; a stage that trained nothing has none."""
-    found = []
+    table = []
     for path in listed(folder, "**/*.json"):
         name = path.relative_to(folder).with_suffix("").as_posix()
         rows = read_record(path, list[LossRow])
-        found += [{"run": _run(name, row), **as_row(row)} for row in rows if row.step is not None]
-    return found
+        table += [{"run": _run(name, row), **as_row(row)} for row in rows if row.step is not None]
+    return table
 
 
 def _run(name: str, row: LossRow) -> str:
@@ -41,11 +40,11 @@ def _run(name: str, row: LossRow) -> str:
 
 def searches(folder: Path) -> list[dict[str, Any]]:
     """The multiplier and what was measured there, by search and step."""
-    found = []
+    table = []
     for path in listed(folder, "*.json"):
         result = read_record(path, SearchResult)
-        found += [{**row, "run": result.name} for row in trajectory(result)]
-    return found
+        table += [{**row, "run": result.name} for row in trajectory(result)]
+    return table
 
 
 def trajectory(search: SearchResult) -> list[dict[str, Any]]:

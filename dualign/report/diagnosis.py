@@ -1,5 +1,4 @@
-"""What trainings reached, what the pool predicted of what came of it, what tests were on, and which
-answers were cut.
+"""What trainings reached, predictions against outcomes, what tests were on, which answers were cut.
 
 Pure functions of what other stages wrote: a tilt as `dualign.evaluation.effective_tilt` reads it
 off a policy, the rows of
@@ -49,8 +48,7 @@ def predicted(
 
 
 def other_betas(table: Betas) -> list[Row]:
-    """The rows of data/dual/betas.json with each quantity as {"mean", "low", "high"}; an end that
-    is not known is None.
+    """The rows of betas.json, each quantity as {"mean", "low", "high"}; unknown ends are None.
 
     `in_use` marks the run's own beta, `guess` a row with fewer effective samples than `min_ess`.
     Where the limit is out of reach, `lam` is None."""
@@ -73,9 +71,7 @@ def _interval(row: Mapping[str, Any], key: str) -> dict[str, float | None]:
 
 
 def is_tilt(tilt: Mapping[str, Any]) -> bool:
-    """Whether reward, cost and length explain at least half of a policy's log-ratios, and it tilts
-    towards reward.
-    """
+    """Whether r, c and length explain half of the log-ratios, and it tilts towards reward."""
     return tilt.get("lam_eff") is not None and (tilt.get("r2") or 0.0) >= TILTED
 
 
@@ -127,14 +123,13 @@ def additional_constraints(prices: Iterable[Mapping[str, Any]], rows: Sequence[R
 
 
 def cut_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One warning about the policies of which more answers than `CUT` did not end; empty where
-    there are none.
+    """One warning about policies of which more than `CUT` did not end; empty without such.
 
     `rows` are those of the comparison, each with `name`, the interval `ended` and `max_new_tokens`.
     """
     shares = {row["name"]: 1 - row["ended"]["mean"] for row in rows if row["ended"] is not None}
-    told = [f"{percent(share)} of {name}" for name, share in shares.items() if share > CUT]
-    if not told:
+    shown = [f"{percent(share)} of {name}" for name, share in shares.items() if share > CUT]
+    if not shown:
         return ""
     limits = sorted({row["max_new_tokens"] for row in rows if row["max_new_tokens"] is not None})
     where = (
@@ -144,7 +139,7 @@ def cut_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     return (
         f"Answers were cut {where}, and their scores are those of unfinished text:"
-        f" {', '.join(told)}; raise generation.max_new_tokens."
+        f" {', '.join(shown)}; raise generation.max_new_tokens."
     )
 
 
@@ -155,20 +150,19 @@ def additional_by_step(steps: Sequence[Mapping[str, Any]]) -> list[Row]:
     if not rows or not all(rows):
         return []
     prices = [step.get("prices") or [] for step in steps]
-    found = []
+    constraints = []
     for k, known in enumerate(rows[-1]):
         if known["mean"] is not None:
             means = [row[k]["mean"] for row in rows]
             paid = [step[k] for step in prices] if all(prices) else []
-            found.append({**known, "means": means, "prices": paid})
-    return found
+            constraints.append({**known, "means": means, "prices": paid})
+    return constraints
 
 
 def required_in_words(required: Mapping[str, Any]) -> dict[str, Any]:
-    """What a requirement of a certificate is on: `what` in words, and whether it is a `share`,
-    shown in per cent.
-    """
-    quantity, method = required["quantity"], required["method"]
+    """What a requirement is on: `what` in words, and if it is a `share`, shown in per cent."""
+    quantity = required["quantity"]
+    method = required["method"]
     what = {
         "cost": "expected cost",
         "p_unsafe": "share of unsafe answers",
@@ -190,8 +184,7 @@ def required_in_words(required: Mapping[str, Any]) -> dict[str, Any]:
 def prompts_gain(
     test: Row, requirements: Sequence[Mapping[str, Any]], solved: Mapping[str, Any]
 ) -> Row | None:
-    """What one more prompt, and twice as many, would take off the bound that is nearest to its
-    limit.
+    """What one more prompt, and twice as many, would take off the bound nearest to its limit.
 
     Nearest in units of its own reach, bound less estimate, which falls as 1 / sqrt(N) with the
     prompts (of the truth: with the labelled ones). `worth` is what twice as many are worth in E[r]
@@ -224,9 +217,7 @@ def _reach(check: Mapping[str, Any]) -> float:
 
 
 def _multiplier(required: Mapping[str, Any], solved: Mapping[str, Any]) -> float | None:
-    """The pool's multiplier of a requirement; the truth's is that of the cost, votes of people have
-    none.
-    """
+    """The pool's multiplier of a requirement; the truth's is the cost's, people's have none."""
     if required["quantity"] == "truth" or required["name"] == "c":
         return solved.get("lam")
     return next(

@@ -1,11 +1,10 @@
-"""Numbers and text as the page writes them: digits that a reader can use, a true minus sign,
-nothing invisible.
-"""
+"""Numbers and text as the page writes them: few digits, a true minus sign, nothing invisible."""
 
 from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Callable
 from typing import Any
 
 from markupsafe import Markup
@@ -21,8 +20,7 @@ _JOINERS = "\u200c\u200d"
 
 
 def visible(value: Any) -> Any:
-    """Text with control characters, and format characters that reorder or hide text, written out:
-    `\\u202e`.
+    """Text with control characters, and such as hide or reorder text, written out: `\\u202e`.
 
     Anything but plain text stays as it is. A page shows what a row holds, not what the row makes of
     the page."""
@@ -61,9 +59,7 @@ def number(value: float | None) -> str:
 
 
 def precise(value: float | None) -> str:
-    """A number whose third digit matters: 0.123. Where that is nothing, its first digit:
-    0.00006.
-    """
+    """A number whose third digit matters: 0.123, or its first digit at least: 0.00006."""
     if value is None:
         return NONE
     digits = 3 if abs(value) >= 0.0005 or value == 0 else -math.floor(math.log10(abs(value)))
@@ -129,11 +125,12 @@ def memory(mebibytes: float | None) -> str:
     return f"{mebibytes / 1024:.1f} GiB" if mebibytes >= 1024 else f"{mebibytes:.0f} MiB"
 
 
-def spoken(interval: dict[str, float | None]) -> str:
+def spoken(interval: dict[str, float | None], write: Callable[[float | None], str] = number) -> str:
     """An interval in running text: 0.31 (0.26 to 0.36)."""
-    if interval["low"] is None or interval["high"] is None:
-        return number(interval["mean"])
-    return f"{number(interval['mean'])} ({number(interval['low'])} to {number(interval['high'])})"
+    mean, low, high = (interval[key] for key in ("mean", "low", "high"))
+    if low is None or high is None:
+        return write(mean)
+    return f"{write(mean)} ({write(low)} to {write(high)})"
 
 
 def plural(count: int, noun: str, more: str = "") -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dualign.core.artifacts import listed
+from dualign.core.artifacts import SUITE_PROMPTS, policy_tables
 from dualign.core.records import Record, read_optional_record
 from dualign.core.schema import CHOICES, SUITE, SUITE_ANSWERS, VERDICTS, read_table
 from dualign.evaluation.measures import Measure
@@ -74,8 +74,7 @@ class JudgeMetrics(Record):
 
 
 def read_verdicts(root: Path, params: ReportParams) -> pd.DataFrame:
-    """A row for each verdict of a judge of params on an answer of one of its policies to one of its
-    suites.
+    """A row for each verdict of a judge of params on one of its policies' answers to a suite.
 
     Columns are judge, suite, policy, prompt_id, sample, repeat, failure, the keys of `SCORES` as
     numbers (null where there is none), and of the prompt its `label` and `category` ("" where it
@@ -85,14 +84,16 @@ def read_verdicts(root: Path, params: ReportParams) -> pd.DataFrame:
     tables = [*_judged(root, params), *_chosen(root, params)]
     if not tables or not prompts:
         return pd.DataFrame(columns=[*_COLUMNS, "label", "category"])
-    found = pd.concat(tables, ignore_index=True)
-    found = found[found["suite"].isin(params.suites) & found["policy"].isin(params.policies)]
+    verdicts = pd.concat(tables, ignore_index=True)
+    verdicts = verdicts[
+        verdicts["suite"].isin(params.suites) & verdicts["policy"].isin(params.policies)
+    ]
     asked = pd.concat(prompts)[["suite", "prompt_id", "label", "category"]].fillna("")
-    return found.merge(asked, on=["suite", "prompt_id"], how="inner")
+    return verdicts.merge(asked, on=["suite", "prompt_id"], how="inner")
 
 
 def _suite(root: Path, name: str) -> pd.DataFrame | None:
-    file = root / "reports/answers" / name / "_suite.parquet"
+    file = root / "reports/answers" / name / SUITE_PROMPTS
     return read_table(file, SUITE) if file.is_file() else None
 
 
@@ -109,15 +110,10 @@ def _chosen(root: Path, params: ReportParams) -> Iterator[pd.DataFrame]:
         suite = _suite(root, name)
         if suite is None or suite["choices"].isna().any():
             continue
-        for file in _policies(root, name):
+        for file in policy_tables(root / "reports/answers" / name):
             rows = read_table(file, CHOICES).rename(columns={"score": "truthful"})
-            known = {"judge": LIKELIHOOD, "suite": name, "policy": file.stem, "failure": None}
-            yield _plain(rows.assign(sample=0, repeat=0, **known))
-
-
-def _policies(root: Path, suite: str) -> list[Path]:
-    files = listed(root / "reports/answers" / suite, "*.parquet")
-    return [file for file in files if file.name != "_suite.parquet"]
+            fixed = {"judge": LIKELIHOOD, "suite": name, "policy": file.stem, "failure": None}
+            yield _plain(rows.assign(sample=0, repeat=0, **fixed))
 
 
 def _plain(table: pd.DataFrame) -> pd.DataFrame:
@@ -127,9 +123,7 @@ def _plain(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_lengths(root: Path, suite: str, policies: Iterable[str]) -> pd.DataFrame:
-    """The length in tokens of these policies' answers to a suite, by policy, prompt_id and
-    sample.
-    """
+    """Lengths in tokens of policies' answers to a suite, by policy, prompt_id and sample."""
     folder = root / "reports/answers" / suite
     tables = [
         read_table(folder / f"{name}.parquet", SUITE_ANSWERS)[["prompt_id", "sample", "length"]]
@@ -142,8 +136,8 @@ def read_lengths(root: Path, suite: str, policies: Iterable[str]) -> pd.DataFram
 def read_judges(root: Path, params: ReportParams) -> list[JudgeMetrics]:
     """What each judge's metrics say of itself."""
     paths = [root / "reports/metrics/judge" / f"{name}.json" for name in params.judges]
-    found = [read_optional_record(path, JudgeMetrics) for path in paths]
-    return [judge for judge in found if judge is not None]
+    judges = [read_optional_record(path, JudgeMetrics) for path in paths]
+    return [judge for judge in judges if judge is not None]
 
 
 # --- policies -------------------------------------------------------------------------------------
@@ -156,15 +150,16 @@ def known_scores(verdicts: pd.DataFrame) -> list[Measure]:
 
 def means(verdicts: pd.DataFrame, confidence: float) -> dict[str, Interval]:
     """The mean of each score that verdicts of one judge on one policy hold, clustered by prompt."""
-    found: dict[str, Interval] = {}
+    intervals: dict[str, Interval] = {}
     for measure in known_scores(verdicts):
         rows = verdicts.dropna(subset=[measure.key])
-        values, prompts = rows[measure.key].to_numpy(), rows["prompt_id"].to_numpy()
+        values = rows[measure.key].to_numpy()
+        prompts = rows["prompt_id"].to_numpy()
         if measure.unit == "share":
-            found[measure.key] = share(values, prompts, confidence)
+            intervals[measure.key] = share(values, prompts, confidence)
         else:
-            found[measure.key] = known_ends(clustered_mean(values, prompts, confidence))
-    return found
+            intervals[measure.key] = known_ends(clustered_mean(values, prompts, confidence))
+    return intervals
 
 
 def known_ends(estimate: Estimate) -> Interval:

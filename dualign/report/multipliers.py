@@ -1,5 +1,4 @@
-"""The multiplier that a policy was told: by its training, its search, or the merge that was
-certified.
+"""The multiplier that a policy was told: by its training, its search, or its certified merge.
 
 The optimum at lambda is the tilt (r - lambda c) / beta of the reference policy. A merge (1 - q) a +
 q b of two such policies is one too, to first order, at (1 - q) lambda_a + q lambda_b (P-SACPO,
@@ -11,15 +10,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dualign.core.records import SearchResult, SolvedDual, read_optional_record, read_trained
+from dualign.core.records import (
+    LagrangianMetrics,
+    ReferenceMetrics,
+    SafetyMetrics,
+    SearchResult,
+    SolvedDual,
+    Trained,
+    read_optional_record,
+    read_trained,
+)
 from dualign.params.training import TILTING
 
 Row = dict[str, Any]
 
 
 def nominal_multiplier(root: Path, folder: str, certificates: Mapping[str, Any]) -> Row:
-    """The nominal multiplier of a folder under models/: {"lam", "merge_weight", "on_curve",
-    "tilts"}.
+    """The nominal multiplier of a folder of models/: {"lam", "merge_weight", "on_curve", "tilts"}.
 
     `lam` is None where there is no such tilt: a mixture, the reference, DPO on safety alone, a loss
     that does not tilt, SafeDPO, MODPO, and a merge with one of them. `tilts`: whether it is one
@@ -35,23 +42,19 @@ def nominal_multiplier(root: Path, folder: str, certificates: Mapping[str, Any])
             read_optional_record(root / f"reports/search/{name}.json", SearchResult), _prices(root)
         )
     metrics = root / "reports/metrics"
-    known = read_trained(metrics, folder) if (metrics / f"{folder}.json").is_file() else {}
-    return _row(_trained(known, kind))
+    trained = (metrics / f"{folder}.json").is_file()
+    return _row(_trained(read_trained(metrics, folder)) if trained else None)
 
 
 def merged_multiplier(q: float, lam: float | None, partner: float | None) -> float | None:
-    """(1 - q) lambda_partner + q lambda; the policy's own at weight 1, None where either is
-    unknown.
-    """
+    """(1 - q) lambda_partner + q lambda; the policy's own at weight 1, None if unknown."""
     if q == 1.0:
         return lam
     return None if lam is None or partner is None else (1 - q) * partner + q * lam
 
 
 def _certified(root: Path, certificate: Mapping[str, Any]) -> Row:
-    """The candidate that was returned; a certificate of an older run does not tell what it was
-    merged from.
-    """
+    """That of the returned candidate; a certificate of an older run names no parts."""
     tests = certificate.get("tests", [])
     test: Row = next((test for test in tests if test["candidate"] == certificate["returned"]), {})
     if "q" not in test:
@@ -77,26 +80,22 @@ def _searched(search: SearchResult | None, prices: list[float]) -> Row:
 
 def _prices(root: Path) -> list[float]:
     """The pool's prices of additional constraints, which the predicted frontier includes."""
-    known = read_optional_record(root / "data/dual/dual.json", SolvedDual)
-    return [price.lam for price in known.prices] if known else []
+    dual = read_optional_record(root / "data/dual/dual.json", SolvedDual)
+    return [price.lam for price in dual.prices] if dual else []
 
 
-def _trained(metrics: Mapping[str, Any], kind: str) -> float | None:
+def _trained(policy: Trained) -> float | None:
     """The multiplier of a policy that no search made, from the metrics of its training."""
-    plain = metrics.get("loss_type") in TILTING and metrics.get("clip") is None
-    if kind == "reward_dpo":
-        helpful = (
-            metrics.get("reference") == "sft" == metrics.get("margin")
-            and metrics.get("safe_offset") is None
-        )
-        return 0.0 if plain and helpful else None
-    second = plain and str(metrics.get("reference")).startswith("reward_dpo/")
-    if kind in ("lagrangian_dpo", "lambda_path") or (
-        kind in ("safety_dpo", "safety_path") and second
-    ):
-        lam = metrics.get("lam")
-        return None if lam is None else float(lam)
-    return None
+    if isinstance(policy, LagrangianMetrics):
+        return policy.lam
+    if isinstance(policy, ReferenceMetrics):
+        return None
+    if policy.loss_type not in TILTING or policy.clip is not None:
+        return None
+    if isinstance(policy, SafetyMetrics):
+        return policy.lam if policy.reference.startswith("reward_dpo/") else None
+    helpful = policy.reference == "sft" == policy.margin and policy.safe_offset is None
+    return 0.0 if helpful else None
 
 
 def _row(

@@ -107,8 +107,8 @@ def _render(run: FinishedRun) -> str:
 
 def _versions(root: Path) -> dict[str, str | None]:
     """The versions that the last stage ran with."""
-    found = facts.provenance(root)
-    return found[-1]["versions"] if found else {}
+    stages = facts.provenance(root)
+    return stages[-1]["versions"] if stages else {}
 
 
 def _environment() -> Environment:

@@ -1,5 +1,4 @@
-"""Calibration of scores to probabilities: Platt's line, an isotonic curve, and how well either
-fits.
+"""Calibration of scores to probabilities: Platt's line, an isotonic curve, and their fit.
 
 A calibration maps the cost model's raw score to a cost whose sigmoid is P(unsafe). It rises
 strictly, so it never changes a ranking; what it sets is the unit of cost and its zero, where
@@ -26,8 +25,7 @@ _RESAMPLES = 200  # of the prompts, for the error of the isotonic zero
 
 @dataclass(frozen=True)
 class Platt:
-    """P(unsafe) = sigmoid(scale * score + offset); the calibrated cost is that logit, 0 at even
-    odds.
+    """P(unsafe) = sigmoid(scale * score + offset); the calibrated cost is that logit, 0 at 1/2.
 
     >>> line = Platt(scale=2.0, offset=-1.0)
     >>> line.zero, line(np.array([0.5, 1.5]))
@@ -48,8 +46,7 @@ class Platt:
 
 @dataclass(frozen=True)
 class Isotonic:
-    """P(unsafe) = sigmoid(cost): straight between the points (scores, costs), of slope `scale`
-    outside of them.
+    """P(unsafe) = sigmoid(cost), straight between points (scores, costs), of `scale` outside.
 
     Both tuples rise strictly, and have one length, at least 1.
 
@@ -77,8 +74,7 @@ Calibration = Platt | Isotonic
 
 
 def from_card(card: Mapping[str, Any]) -> Calibration:
-    """The calibration whose fields a scorer's card holds: scale and offset, or scale, scores and
-    costs.
+    """The calibration in a scorer's card: scale and offset, or scale, scores and costs.
 
     >>> from_card({"scale": 2.0, "offset": -1.0}).zero
     0.5
@@ -94,8 +90,7 @@ def from_card(card: Mapping[str, Any]) -> Calibration:
 
 
 def fit_platt(score: Array, unsafe: Array) -> Platt:
-    """The line a score + b whose sigmoid fits the flags (Platt, 1999), under a prior that keeps few
-    flags from ruling.
+    """The line a score + b whose sigmoid fits the flags (Platt, 1999), under a weak prior.
 
     score, unsafe (bool): shape [n]. The mode of sum log sigma(+-(a s + b)) - t^2 / (2 w^2) with t =
     a sd(s), a Gaussian prior on the standardised slope as Gelman et al. (2008) advise, w = 1.5; b
@@ -131,8 +126,7 @@ def fit_platt(score: Array, unsafe: Array) -> Platt:
 
 
 def fit_slope(gap: Array, centre: float = 0.0) -> float:
-    """The s of P(chosen is better) = sigma(s gap), gap being the score of chosen less that of
-    rejected, shape [n].
+    """The s of P(chosen is better) = sigma(s gap), gap = score of chosen - rejected, [n].
 
     The mode under a Gaussian prior, of the width of `fit_platt`'s. `centre` is the slope that the
     scorer's training
@@ -151,16 +145,14 @@ def fit_slope(gap: Array, centre: float = 0.0) -> float:
     size = max(float(np.sqrt(np.mean(gap**2))), 1e-12)
     middle = centre * size
     precision = (_WIDTH * (middle or 1.0)) ** -2
-    found = _mode(
+    mode = _mode(
         gap[:, None] / size, np.ones(len(gap), bool), np.array([middle]), np.array([precision])
     )
-    return float(found[0] / size)
+    return float(mode[0] / size)
 
 
 def _mode(design: Array, flags: Array, centre: Array, precision: Array) -> Array:
-    """Mode of a logistic regression under independent Gaussian priors; design [n, k], flags (bool)
-    [n], others [k].
-    """
+    """Mode of a logistic regression under Gaussian priors; design [n, k], flags [n], rest [k]."""
     sign = np.where(flags, 1.0, -1.0)
 
     def loss(theta: Array) -> float:
@@ -185,8 +177,7 @@ def _mode(design: Array, flags: Array, centre: Array, precision: Array) -> Array
 
 
 def platt_zero_error(platt: Platt, score: Array, unsafe: Array, prompts: Array) -> float:
-    """Standard error of the zero of `platt`, fitted to these answers (all shape [n]), in units of
-    cost.
+    """Standard error of the zero of `platt`, fitted to these answers (shape [n]), in cost.
 
     The zero lies at the score s0 = -b / a, and the delta method gives a sd(s0) = sqrt(v' S v), v =
     (s0, 1): the error of the cost that the fit gives an answer of even odds. S = H^-1 (sum_x g_x
@@ -244,8 +235,7 @@ def fit_shift(cost: Array, unsafe: Array) -> float:
 
 
 def shift_error(cost: Array, unsafe: Array, prompts: Array) -> float:
-    """Standard error of `fit_shift`, clustered by prompt (Liang and Zeger, 1986); `cost` with the
-    shift in it.
+    """Standard error of `fit_shift`, clustered by prompt (Liang and Zeger, 1986); shifted `cost`.
 
     >>> cost, unsafe = np.zeros(100), np.arange(100) % 2 == 0
     >>> round(shift_error(cost, unsafe, np.arange(100)), 2)  # 1 / sqrt(100 / 4)
@@ -297,8 +287,7 @@ def shifted_zero_error(
 
 
 def fit_isotonic(score: Array, unsafe: Array, platt: Platt) -> Isotonic:
-    """P(unsafe) as an increasing function of the score, by pool adjacent violators (Zadrozny and
-    Elkan, 2002).
+    """P(unsafe) increasing in the score, by pool adjacent violators (Zadrozny and Elkan, 2002).
 
     `platt` is the line fitted to the same answers; score, unsafe (bool): shape [n]. A block of n
     answers, k of them unsafe, has P = (k + m p) / (n + m), p being the mean of sigma(platt) over it
@@ -337,8 +326,7 @@ def isotonic_zero_error(
     platt: Platt,
     rng: np.random.Generator,
 ) -> float:
-    """Standard error of the zero of `fitted`, in units of cost; arguments as for `fit_isotonic` and
-    `platt_zero_error`.
+    """Standard error of the zero of `fitted`, in cost; arguments as in `platt_zero_error`.
 
     The spread of the cost at that score over fits to resampled prompts. About twice that of Platt's
     zero: a curve goes by the flags near the zero, a line by all of them.
@@ -362,9 +350,7 @@ def isotonic_zero_error(
 
 
 def _smoothed(blocks: Array) -> Array:
-    """(k + m p) / (n + m) of each block; rows: answers, unsafe ones, and the sums of scores and of
-    Platt's P.
-    """
+    """(k + m p) / (n + m) by block; rows: answers, unsafe ones, sums of scores and Platt's P."""
     count, unsafe, _, expected = blocks
     return np.asarray((unsafe + _PRIOR * expected / count) / (count + _PRIOR))
 
@@ -377,8 +363,7 @@ def _spread(score: Array) -> float:
 
 
 def expected_calibration_error(probability: Array, outcome: Array, bins: int = 10) -> float:
-    """Mean gap between predicted probability and observed share over bins of equal count (Naeini et
-    al. 2015).
+    """Mean gap between probability and share over bins of equal count (Naeini et al. 2015).
 
     >>> expected_calibration_error(np.full(4, 0.5), np.array([0, 1, 0, 1]), bins=1)
     0.0
@@ -391,8 +376,7 @@ def expected_calibration_error(probability: Array, outcome: Array, bins: int = 1
 
 
 def reliability(probability: Array, outcome: Array, bins: int = 10) -> list[dict[str, Any]]:
-    """The reliability diagram: mean predicted probability and observed share in bins of equal
-    count, and the count.
+    """The reliability diagram: mean probability and observed share in bins of equal count.
 
     A row for each bin, by increasing probability; nulls where fewer outcomes than bins leave one
     empty.

@@ -1,5 +1,4 @@
-"""Kinds of scorers: how each is loaded, which text it reads, and which number of its outputs is the
-score.
+"""Kinds of scorers: how each is loaded, which text it reads, which output is the score.
 
 A scorer reads text, never another model's token ids, so it needs to share neither tokenizer nor
 template with the policy or with other scorers."""
@@ -64,9 +63,7 @@ class Place:
 
 
 class Reading(Frozen):
-    """How the score is read: the kind, a classifier's label, or a guard's words and what it writes
-    before them.
-    """
+    """How the score is read: kind, a classifier's label, or a guard's words and their prefix."""
 
     kind: str = "classifier"
     label: str | None = None
@@ -90,9 +87,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a guard writes after its prompt: a prefix, of whose ids the last `trim` merge with the
-    words' first ones.
-    """
+    """What a guard writes: a prefix, of whose ids the last `trim` merge with the first words'."""
 
     prefix: str
     trim: int
@@ -106,8 +101,7 @@ Ended = Sequence[bool] | None
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind: `load` it, `check` how it is to be read, `encode` rows of text, read the scores of
-    a padded batch.
+    """One kind: `load` it, `check` how it is read, `encode` rows, read the scores of a batch.
 
     `becomes_plain`: loading makes it a classifier of one output, as which it is read and saved."""
 
@@ -137,8 +131,7 @@ def _load_guard(place: Place, resources: Resources) -> Loaded:
 
 
 def _load_safe_rlhf(place: Place, resources: Resources) -> Loaded:
-    """A score model of Safe RLHF as a classifier with a head of one output, read without that
-    repository's code.
+    """A score model of Safe RLHF as a classifier of one output, read without that code.
 
     Its bias and its normaliser, (s - mean) / sd of a reward and s / sd of a cost, are steps after
     the head."""
@@ -207,15 +200,15 @@ def _after_head(held: dict[str, float], config: Any, path: str) -> tuple[Calibra
 
 def _tensors(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
     """Those of the named tensors that the weights in a folder hold."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file in listed(folder, "*.safetensors"):
         with safe_open(str(file), "pt") as weights:
             held = set(weights.keys())
-            found |= {name: weights.get_tensor(name) for name in names if name in held}
+            tensors |= {name: weights.get_tensor(name) for name in names if name in held}
     for file in listed(folder, "pytorch_model*.bin"):
         weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        found |= {name: weights[name].clone() for name in names if name in weights}
-    return found
+        tensors |= {name: weights[name].clone() for name in names if name in weights}
+    return tensors
 
 
 def _ready(
@@ -228,9 +221,7 @@ def _ready(
 
 
 def _tokenizer(place: Place) -> PreTrainedTokenizerBase:
-    """An encoder's tokenizer as it is, with the given template if there is one; others made fit as
-    a policy's are.
-    """
+    """An encoder's tokenizer as it is, with a given template; others made fit as a policy's."""
     require(place.path)
     if place.template is not None and not Path(place.template).is_file():
         raise ModelError(
@@ -297,9 +288,7 @@ def _conversations(
     answers: Sequence[str],
     ended: Ended,
 ) -> Encoded:
-    """The whole conversation as the scorer's template writes it; an encoder without one reads
-    prompt and answer.
-    """
+    """Conversations by the scorer's template; an encoder without one reads prompt and answer."""
     tokenizer = loaded.tokenizer
     if not is_encoder(tokenizer):
         rows = encode_conversations(tokenizer, prompts, answers, ended)
@@ -322,9 +311,7 @@ def _questions(
     answers: Sequence[str],
     ended: Ended,
 ) -> Encoded:
-    """What a guard is asked: the conversation, up to where its verdict begins. Whether an answer
-    ended is not shown.
-    """
+    """What a guard is asked, up to its verdict; whether an answer ended is not shown."""
     found = verdict(loaded, reading)
     rows = _asked(loaded.tokenizer, _turns(prompts, answers), found.prefix)
     return [row[: len(row) - found.trim] for row in rows]
@@ -337,9 +324,7 @@ def _prompts(
     answers: Sequence[str],
     ended: Ended,
 ) -> Encoded:
-    """Prompts that hold the question themselves, up to where the verdict begins; `answers` are not
-    read.
-    """
+    """Prompts that hold the question, up to the verdict; `answers` are not read."""
     found = verdict(loaded, reading)
     rows = _asked(loaded.tokenizer, prompts, found.prefix)
     return [row[: len(row) - found.trim] for row in rows]
@@ -365,9 +350,7 @@ def verdict(loaded: Loaded, reading: Reading) -> Verdict:
 def _asked(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Message]], suffix: str
 ) -> Encoded:
-    """Ids of conversations as a guard's template renders them for its answer, and of a text after
-    each.
-    """
+    """Ids of conversations by a guard's template up to its answer, and of a text after."""
 
     def texts(turns: Sequence[Sequence[Message]]) -> list[str]:
         return [text + suffix for text in render(tokenizer, turns, answering=True)]
@@ -389,9 +372,7 @@ def _logit(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -> Tenso
 
 
 def _label_odds(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -> Tensor:
-    """log P(label) - log(1 - P(label)): a sigmoid's logit, or a softmax's less the others'
-    logsumexp.
-    """
+    """log P(label) - log(1 - P(label)): a sigmoid's logit, or a softmax's less logsumexp."""
     logits = _logits(loaded, ids, mask)
     at = _labels(loaded).index(str(reading.label))
     if loaded.model.config.problem_type == "multi_label_classification":
@@ -411,9 +392,7 @@ def _logits(loaded: Loaded, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def _verdict_odds(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -> Tensor:
-    """log P(an unsafe word) - log P(a safe word) at the next token. Rows are turned to be padded on
-    the left.
-    """
+    """log P(unsafe word) - log P(safe word) next, with rows turned to be padded on the left."""
     found = verdict(loaded, reading)
     lengths = mask.sum(1, keepdim=True)
     order = (torch.arange(ids.shape[1], device=ids.device) + lengths) % ids.shape[1]

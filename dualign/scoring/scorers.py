@@ -1,6 +1,4 @@
-"""Reward and cost models as they are served: a score for (prompt, answer), calibrated, on the scale
-that params use.
-"""
+"""Reward and cost models as served: calibrated scores of (prompt, answer), in params' units."""
 
 from __future__ import annotations
 
@@ -19,9 +17,11 @@ from dualign.core import ranks
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import ModelError
 from dualign.core.progress import Progress
+from dualign.core.records import fault
 from dualign.core.schema import Message
 from dualign.lm.loading import context_of
 from dualign.lm.models import save
+from dualign.lm.numerics import padded_rows
 from dualign.lm.tokens import encode_conversations
 from dualign.params.base import Frozen, Resources
 from dualign.scoring.calibration import Calibration, from_card
@@ -64,16 +64,18 @@ class Member:
         kind = KINDS[self.reading.kind]
         rows = self._cut(kind.encode(self.loaded, self.reading, prompts, answers, ended))
         output = np.zeros(len(rows))
+        pad = int(self.loaded.tokenizer.pad_token_id)
+        device = self.loaded.model.device
         order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
         batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-        found = []
+        scored = []
         with Progress(what, len(rows)) as progress:
             for batch in ranks.share(batches):
-                ids, mask = self._padded([rows[i] for i in batch])
-                outputs = kind.outputs(self.loaded, self.reading, ids, mask)
-                found.append((batch, outputs.double().cpu().numpy()))
+                ids, mask, _ = padded_rows([()] * len(batch), [rows[i] for i in batch], pad)
+                outputs = kind.outputs(self.loaded, self.reading, ids.to(device), mask.to(device))
+                scored.append((batch, outputs.double().cpu().numpy()))
                 progress.advance(len(batch))
-            for batch, scores in ranks.gathered(found):
+            for batch, scores in ranks.gathered(scored):
                 output[batch] = scores
         for step in self.steps:
             output = np.asarray(step(output))
@@ -81,9 +83,7 @@ class Member:
         return output
 
     def _cut(self, rows: list[list[int]]) -> list[list[int]]:
-        """Rows longer than the model's context lose their beginning, but for the token that an
-        encoder begins with.
-        """
+        """Rows beyond the context lose their beginning, but for an encoder's first token."""
         limit = self.longest
         kept = 1 if is_encoder(self.loaded.tokenizer) else 0
         long = sum(len(row) > limit for row in rows)
@@ -97,17 +97,6 @@ class Member:
                 self.source,
             )
         return [row if len(row) <= limit else row[:kept] + row[kept - limit :] for row in rows]
-
-    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask on the model's device, padded on the right; shape [rows, longest]."""
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), int(self.loaded.tokenizer.pad_token_id))
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        device = self.loaded.model.device
-        return ids.to(device), mask.to(device)
 
     def _check(self, output: np.ndarray) -> None:
         bad = np.flatnonzero(~np.isfinite(output))
@@ -132,9 +121,7 @@ class CalibrationCard(Frozen):
 
 
 class MemberCard(Reading):
-    """A member of a given scorer: the folder beside the card, how it is read, and what its output
-    goes through.
-    """
+    """A member of a given scorer: its folder, how it is read, what its output goes through."""
 
     folder: str
     source: str
@@ -143,17 +130,14 @@ class MemberCard(Reading):
 
 
 class Card(CalibrationCard):
-    """scorer.json: the calibration, and for given scorers their members and the weight of their
-    standard deviation.
-    """
+    """scorer.json: calibration; of given scorers also members and the weight of their sd."""
 
     members: list[MemberCard] = Field(default=[])
     spread: float = 0.0
 
 
 class Scorer:
-    """Members whose scores are combined into one, and the calibration of that: usually one trained
-    classifier.
+    """Members whose scores are combined, and a calibration: usually one trained classifier.
 
     The score of several members is the calibration of their mean plus `spread` times their standard
     deviation."""
@@ -195,9 +179,7 @@ class Scorer:
         return self.members[0].loaded.tokenizer
 
     def save(self, folder: Path) -> None:
-        """Write models, tokenizers and card; a classifier alone lies in the folder itself, others
-        in folders within.
-        """
+        """Write models, tokenizers and card; a lone classifier lies in the folder itself."""
         first = self.members[0]
         if len(self.members) == 1 and first.reading == PLAIN and not first.steps:
             save(first.loaded.model, first.loaded.tokenizer, folder)
@@ -223,9 +205,7 @@ class Scorer:
         what: str = "scores",
         ended: Sequence[bool] | None = None,
     ) -> np.ndarray:
-        """Calibrated scores, fp64, shape [rows]; `ended` False marks answers that were cut at the
-        length limit.
-        """
+        """Calibrated scores, fp64 [rows]; `ended` False marks answers cut at the limit."""
         prompts = list(prompts)
         answers = list(answers)
         table = np.stack(
@@ -240,11 +220,8 @@ def read_card(path: Path) -> Card:
     try:
         card = Card.model_validate(read_json(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the card"
-        raise ModelError(
-            f"{path}: {key}: {first['msg']}; run the stage that wrote it again"
-        ) from error
+        why = fault(error, "the card")
+        raise ModelError(f"{path}: {why}; run the stage that wrote it again") from error
     steps = [step for member in card.members for step in member.steps]
     curves = [each for each in (card, *steps) if each.scores]
     if any(len(curve.scores or ()) != len(curve.costs or ()) for curve in curves):
@@ -257,9 +234,7 @@ def read_card(path: Path) -> Card:
 def conversations(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]], answers: Sequence[str]
 ) -> list[list[int]]:
-    """Ids of the whole templated conversation up to the end of the turn, cut on the left to the
-    tokenizer's limit.
-    """
+    """Ids of templated conversations up to the turn's end, cut on the left to the limit."""
     limit = min(tokenizer.model_max_length, 1 << 20)
     rows = encode_conversations(tokenizer, list(prompts), list(answers))
     return [(prompt + answer)[-limit:] for prompt, answer in rows]

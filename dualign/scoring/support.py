@@ -1,5 +1,4 @@
-"""Pessimism off the support: a score of an answer unlike those that the scorers were fitted on is
-not believed.
+"""Pessimism off the support: scores of answers unlike the scorers' own data are not believed.
 
 A scorer is fitted on pairs; where no pair resembles an answer its score is extrapolation, and the
 tilt exp(r / beta) multiplies the mass of what is over-scored. How surprising an answer is to pi_ref
@@ -49,22 +48,19 @@ class Support:
         return z
 
     def beyond(self, logp_ref: Array, length: Array) -> Array:
-        """g = min((z - t)_+, 1): 0 on the support, 1 from one standard deviation beyond its edge;
-        any shape.
-        """
+        """g = min((z - t)_+, 1): 0 on the support, 1 one standard deviation beyond its edge."""
         return np.clip(self.surprise(logp_ref, length) - self.threshold, 0.0, 1.0)
 
 
 def fit_support(logp_ref: Array, length: Array, share: float) -> Support:
-    """The support of answers of shape [answers]: m(n) and s(n) by least squares, and the quantile 1
-    - `share` of z.
+    """The support of answers [answers]: m(n), s(n) by least squares, quantile 1 - `share` of z.
 
     s(n) is fitted to sqrt(pi / 2) |u - m(n)|, whose mean is the standard deviation of a normal.
     Answers longer than the context, whose log-probability is not finite, are left out. Raises
     DataError where fewer than 1 / `share` are left: then none is beyond that quantile."""
-    known = np.isfinite(logp_ref)
-    logp_ref = logp_ref[known]
-    length = length[known]
+    finite = np.isfinite(logp_ref)
+    logp_ref = logp_ref[finite]
+    length = length[finite]
     if not enough(logp_ref, share):
         raise DataError(
             f"pessimism.share {share:g}: {len(logp_ref)} answers of held-out pairs do not show so"
@@ -84,17 +80,13 @@ def fit_support(logp_ref: Array, length: Array, share: float) -> Support:
 
 
 def enough(logp_ref: Array, share: float) -> bool:
-    """Whether so many answers, those longer than the context left out, show so small a share;
-    `logp_ref` [answers].
-    """
+    """Whether so many answers within the context show so small a share; `logp_ref` [answers]."""
     return bool(np.isfinite(logp_ref).sum() * share >= 1)
 
 
 @dataclass(frozen=True)
 class Doubt:
-    """r~ = r - a g and c~ = c + b g: what an answer loses off the `support`, a and b in units of
-    reward and cost.
-    """
+    """r~ = r - a g and c~ = c + b g: what answers off the `support` lose; a, b in score units."""
 
     support: Support
     reward: float
@@ -113,8 +105,7 @@ class Doubt:
 
 
 def doubt(scored: Path, pool: pd.DataFrame, params: PessimismParams) -> Doubt | None:
-    """What `params` ask for, in units of the pool's within-prompt standard deviations; None where
-    they ask for nothing.
+    """What `params` ask for, in the pool's within-prompt standard deviations; None for nothing.
 
     `scored` is the folder of stage `score`, `pool` of schema POOL with its scores as they are.
     """

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.progress import Progress
+from dualign.lm.numerics import padded_rows
 
 
 @torch.inference_mode()
@@ -36,18 +37,17 @@ def features(
     fp32 on the CPU, shape [answers, hidden].
     """
     model.eval()
-    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+    pad = int(tokenizer.pad_token_id)
+    lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     found: dict[int, Tensor] = {}
-    with Progress("features", len(rows)) as progress:
+    with Progress("features", len(order)) as progress:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            pooled = _pooled(
-                model, tokenizer, [rows[i] for i in batch], [len(prompts[i]) for i in batch]
-            )
+            pooled = _pooled(model, pad, [prompts[i] for i in batch], [answers[i] for i in batch])
             found.update(zip(batch, pooled, strict=True))
             progress.advance(len(batch))
-    return torch.stack([found[i] for i in range(len(rows))])
+    return torch.stack([found[i] for i in range(len(order))])
 
 
 def projection(dimension_in: int, dimension_out: int, seed: int) -> Tensor:
@@ -94,18 +94,15 @@ def spread(chosen: Tensor, rejected: Tensor, ridge: float) -> float:
 
 def _pooled(
     model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[list[int]],
-    starts: list[int],
+    pad: int,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
 ) -> Tensor:
-    """Mean hidden state of each row from position `start` to its end; [rows, hidden]."""
+    """Mean hidden state over the positions of each answer; [rows, hidden]."""
     device = next(model.parameters()).device
-    ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
-    mask, weight = torch.zeros_like(ids), torch.zeros(ids.shape)
-    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-        weight[i, start : len(row)] = 1 / (len(row) - start)
+    ids, mask, labels = padded_rows(prompts, answers, pad)
+    own = (labels >= 0).float()
+    weight = own / own.sum(1, keepdim=True)
     # One position of logits is the least that a causal model gives beside its hidden states.
     output = model(
         input_ids=ids.to(device),

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dualign.core.errors import DataError, ParamsError
-from dualign.core.records import SolvedDual, read_record, read_trained
+from dualign.core.records import SolvedDual, as_row, read_record, read_trained
 from dualign.math.constraints import Price
 from dualign.methods import Plan
 from dualign.params.search import DualSearchParams
@@ -47,8 +47,8 @@ class TrainedPolicy:
 
         Raises DataError with file and key where that is missing or of another shape."""
         path = metrics / f"{folder}.json"
-        told = read_trained(metrics, folder)
-        loss = {key: told[key] for key in LOSS_FIELDS if told.get(key) is not None}
+        measured = as_row(read_trained(metrics, folder))
+        loss = {key: measured[key] for key in LOSS_FIELDS if measured.get(key) is not None}
         try:
             spec = LossSpec(**{**PLAIN.model_dump(), **loss})
         except ValidationError as error:

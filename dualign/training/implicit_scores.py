@@ -23,7 +23,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.errors import ModelError
-from dualign.core.records import read_trained
+from dualign.core.records import SafetyMetrics, read_record
 from dualign.core.schema import POOL, SCORED_PAIRS, read_table
 from dualign.lm.models import load_policy
 from dualign.lm.sampling import log_probabilities
@@ -101,8 +101,8 @@ def scored_tables(
         tables = with_implicit_reward(tables, policy, tokenizer, beta, batch)
     if sources.cost != "cost_model":
         policy = load_policy(sources.models / sources.cost, resources)
-        coefficient = read_trained(sources.metrics, sources.cost)["coefficient"]
-        tables = with_implicit_cost(tables, policy, tokenizer, coefficient, batch)
+        measured = read_record(sources.metrics / f"{sources.cost}.json", SafetyMetrics)
+        tables = with_implicit_cost(tables, policy, tokenizer, measured.coefficient, batch)
     return tables
 
 

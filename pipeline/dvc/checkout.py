@@ -45,9 +45,7 @@ def committed(root: Path) -> str:
 
 
 def published(root: Path) -> str:
-    """The commit of the workspace, which workers can fetch; raises PipelineError also where it was
-    not pushed.
-    """
+    """The workspace's commit, which workers can fetch; raises PipelineError if not pushed."""
     commit = committed(root)
     if not git(root, "branch", "--remotes", "--contains", commit):
         raise PipelineError(
@@ -60,8 +58,7 @@ def published(root: Path) -> str:
 def working_tree(
     root: Path, commit: str, name: str, log: Callable[[int, str], None]
 ) -> Iterator[tuple[Path, int]]:
-    """A working tree of a commit below the clone `root`, with its DVC cache and remote; removed at
-    the end.
+    """A working tree of a commit below `root`, with its DVC cache and remote; removed at the end.
 
     Yields the tree and a file descriptor that holds it for whoever it is passed on to. The tree of
     a killed run of the same `name` is replaced, once its processes have ended.
@@ -122,9 +119,7 @@ def _remove(root: Path, tree: Path) -> None:
 
 
 def _share(root: Path, tree: Path) -> None:
-    """Give a tree the settings of its clone that git does not hold, and the clone's cache and
-    remote.
-    """
+    """Give a tree the settings of its clone that git does not hold, its cache and remote."""
     local = root / ".dvc" / "config.local"
     if local.exists():
         shutil.copy2(local, tree / ".dvc" / "config.local")
@@ -142,15 +137,14 @@ def _share(root: Path, tree: Path) -> None:
 
 
 def tracked_files(root: Path, path: str, which: str = "--cached") -> list[str]:
-    """The files at or in a path that git holds (`--cached`), or does not (`--others`); none outside
-    a repository.
+    """The files in a path that git holds (`--cached`) or not (`--others`); none outside of git.
 
     Raises PipelineError where there is a repository that git does not trust.
     """
-    found = asked(root, "ls-files", "-z", which, "--", path)
-    if _distrusts(found.stderr):
-        raise PipelineError(f"git: {complaint(found.stderr)}")
-    return [file for file in found.stdout.split("\0") if file]
+    answer = asked(root, "ls-files", "-z", which, "--", path)
+    if _distrusts(answer.stderr):
+        raise PipelineError(f"git: {complaint(answer.stderr)}")
+    return [file for file in answer.stdout.split("\0") if file]
 
 
 def write_files(tree: Path, files: Mapping[str, str]) -> None:
@@ -181,16 +175,18 @@ def git(root: Path, *arguments: str) -> str:
 
 def asked(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A git command that may fail, its messages in English."""
-    told = {**os.environ, "LC_ALL": "C"}
+    environment = {**os.environ, "LC_ALL": "C"}
     return subprocess.run(
-        ["git", "-C", str(root), *arguments], env=told, capture_output=True, text=True, check=False
+        ["git", "-C", str(root), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
 def complaint(said: str) -> str:
-    """Why git refused, in one line; where it distrusts the owner of a folder, with its own
-    remedy.
-    """
+    """Why git refused, in one line; for a distrusted owner of a folder with git's remedy."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     remedy = next((line for line in lines if line.startswith("git config ")), "")
     if _distrusts(said) and remedy:

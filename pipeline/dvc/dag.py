@@ -1,6 +1,4 @@
-"""The stage graph as DVC resolves it from `dvc.yaml` and `params.yaml`, the one definition of what
-runs.
-"""
+"""The stage graph as DVC resolves it from dvc.yaml and params.yaml, the one definition."""
 
 from __future__ import annotations
 

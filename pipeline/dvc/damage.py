@@ -1,6 +1,4 @@
-"""Results that DVC's cache holds damaged, as a full disk or a crash leaves them. DVC takes them as
-they are.
-"""
+"""Results that DVC's cache holds damaged, by a full disk or a crash; DVC takes them as whole."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ EMPTY = "d41d8cd98f00b204e9800998ecf8427e"
 
 @dataclass(frozen=True)
 class Damage:
-    """An object of the cache that is not what its name says, and the output, if it is known, that
-    it stands for.
-    """
+    """An object of the cache that is not what its name says, and its output if known."""
 
     object: Path
     output: str = ""
@@ -40,9 +36,7 @@ class Damage:
 
 
 def damages(root: Path, thorough: bool) -> Iterator[Damage]:
-    """What is damaged, by its size; if `thorough`, by its content, which takes a minute for some
-    ten GB.
-    """
+    """What is damaged, by size; if `thorough`, by content, a minute for some ten GB."""
     with Repo(str(root)) as repo:
         cache = Path(repo.cache.local.path)
         outputs = {

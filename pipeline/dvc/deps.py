@@ -62,8 +62,7 @@ class Difference:
 
 
 def closure(script: str, root: Path = ROOT) -> list[str]:
-    """The files, or folders of `FOLDERS`, that `script` needs, itself first, then sorted; paths
-    relative to `root`.
+    """The files or `FOLDERS` that `script` needs, itself first, then sorted, relative to `root`.
 
     Follows absolute imports of this repository's modules, inside functions too, but not those that
     never run: under `TYPE_CHECKING`, and under `if __name__ == "__main__"` of a module that is
@@ -73,20 +72,20 @@ def closure(script: str, root: Path = ROOT) -> list[str]:
         ImportRefused: a relative import, or a name taken from a package instead of the module that
             defines it.
     """
-    found: set[Path] = set()
+    modules: set[Path] = set()
     waiting = [root / script]
     data = _data_files(root)
     while waiting:
         path = waiting.pop()
-        if path in found or path.relative_to(root).as_posix().startswith(UNTRACKED):
+        if path in modules or path.relative_to(root).as_posix().startswith(UNTRACKED):
             continue
-        found.add(path)
+        modules.add(path)
         if path.suffix == ".py":
             tree = ast.parse(path.read_text(), filename=str(path))
             idle = _TYPES if path == root / script else (*_TYPES, _COMMAND)
             waiting += _imported(tree, path.relative_to(root), root, idle)
             waiting += [file for text in _strings(tree) for file in data.get(text, ())]
-    others = {_dependency(path.relative_to(root).as_posix()) for path in found - {root / script}}
+    others = {_dependency(path.relative_to(root).as_posix()) for path in modules - {root / script}}
     return [script, *sorted(others)]
 
 
@@ -122,9 +121,7 @@ def _running(node: ast.AST, idle: tuple[str, ...]) -> Iterator[ast.AST]:
 
 
 def _submodule(module: str, name: str, root: Path) -> str:
-    """`module.name` where that is a module or a package, else `module`, which then defines
-    `name`.
-    """
+    """`module.name` where that is a module or package, else `module`, which defines `name`."""
     place = root.joinpath(*module.split("."), name)
     return f"{module}.{name}" if place.with_suffix(".py").is_file() or place.is_dir() else module
 
@@ -156,9 +153,7 @@ def _strings(tree: ast.AST) -> set[str]:
 
 
 def script_of(definition: dict[str, Any]) -> str:
-    """The script of a stage in dvc.yaml, from `python -m stages.sft` or `python -m stages.evaluate
-    ${key}`.
-    """
+    """A stage's script, from `python -m stages.sft` or `python -m stages.evaluate ${key}`."""
     module = definition["cmd"].split()[2]
     return str(module).replace(".", "/") + ".py"
 
@@ -170,21 +165,19 @@ def is_code(dep: str) -> bool:
 
 def differences(root: Path = ROOT) -> list[Difference]:
     """What is wrong with the code dependencies in dvc.yaml, stage by stage."""
-    found = []
+    lines = []
     for name, definition in _definitions(_read(root)).items():
         needed = closure(script_of(definition), root)
         listed = [dep for dep in definition["deps"] if is_code(dep)]
         missing = tuple(path for path in needed if path not in listed)
         extra = tuple(path for path in listed if path not in needed)
         if missing or extra:
-            found.append(Difference(name, missing, extra))
-    return found
+            lines.append(Difference(name, missing, extra))
+    return lines
 
 
 def write(root: Path = ROOT) -> None:
-    """Rewrite the code dependencies in dvc.yaml; comments, and all other keys and their order,
-    stay.
-    """
+    """Rewrite code dependencies in dvc.yaml; comments, other keys and their order stay."""
     document = _read(root)
     for definition in _definitions(document).values():
         data = [dep for dep in definition["deps"] if not is_code(dep)]
@@ -225,13 +218,13 @@ def main(argv: list[str] | None = None, root: Path = ROOT, prog: str = PROG) -> 
     try:
         if arguments.write:
             write(root)
-        found = differences(root)
+        lines = differences(root)
     except (ImportRefused, FileNotFoundError) as error:
         logger.error("%s", error)
         return 2
-    for difference in found:
+    for difference in lines:
         logger.error("%s", difference)
-    return 1 if found else 0
+    return 1 if lines else 0
 
 
 if __name__ == "__main__":

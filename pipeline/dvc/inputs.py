@@ -1,5 +1,4 @@
-"""Files that stages read and that neither git nor DVC holds: a working tree of a commit lacks them,
-and so do workers.
+"""Files of stages that neither git nor DVC holds: working trees of a commit and workers lack them.
 
 Rows in data/raw, bases in models/base, templates and label files are such, for git ignores them.
 """
@@ -27,9 +26,7 @@ ANSWERS = "labelled-*.jsonl"
 
 
 def check_held(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) -> None:
-    """Raise PipelineError unless workers can have all that the stages read: from git, DVC, or at an
-    absolute path.
-    """
+    """Raise PipelineError unless workers can have all inputs: by git, DVC or absolute path."""
     stages = list(stages)
     missing = loose(root, dag, stages)
     for path in [] if missing else sorted(_deps(dag, stages)):
@@ -43,9 +40,7 @@ def check_held(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) 
 
 
 def carry(root: Path, tree: Path, dag: Mapping[str, StageSpec]) -> None:
-    """Link into a working tree of `root` what its stages read there and its commit lacks, but for
-    labels of people.
-    """
+    """Link into a tree of `root` what its stages read here and its commit lacks; no labels."""
     for name in loose(root, dag, dag):
         path = tree / name
         if not path.exists():
@@ -54,8 +49,7 @@ def carry(root: Path, tree: Path, dag: Mapping[str, StageSpec]) -> None:
 
 
 def loose(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) -> list[str]:
-    """The files that the stages read in `root`, or params.yaml names, and that neither git nor DVC
-    holds.
+    """Files that stages read in `root`, or params.yaml names, but neither git nor DVC holds.
 
     Raises PipelineError for a path that leads out of the workspace: it means another place in a
     working tree.
@@ -145,6 +139,6 @@ def _hidden(path: Path) -> bool:
 
 def questions(tree: Path) -> dict[str, str]:
     """What a stage in a working tree asks people for, by path."""
-    found = [path.relative_to(tree) for path in sorted(tree.rglob(QUESTIONS))]
-    whole = [path for path in found if not _hidden(path)]
+    paths = [path.relative_to(tree) for path in sorted(tree.rglob(QUESTIONS))]
+    whole = [path for path in paths if not _hidden(path)]
     return {path.as_posix(): (tree / path).read_text() for path in whole}

@@ -109,9 +109,7 @@ def holders(root: Path) -> list[Holder]:
 
 
 def whole(root: Path) -> str:
-    """Who holds the whole workspace for more than a moment, in one line; empty where nobody
-    does.
-    """
+    """Who holds the whole workspace for more than a moment, in one line; empty for nobody."""
     with Repo(str(root)) as repo:
         try:
             with repo.lock:
@@ -126,9 +124,7 @@ def whole(root: Path) -> str:
 
 
 def orphans(root: Path, working: Collection[int]) -> Iterator[psutil.Process]:
-    """Commands of stages that run on although the DVC that started them was killed: none of the
-    processes `working`.
-    """
+    """Commands of stages that outlived the DVC that started them; none of those `working`."""
     for process in filter(lambda one: _works_at(one, root), psutil.process_iter()):
         with contextlib.suppress(psutil.NoSuchProcess):
             above = process.parent()

@@ -1,5 +1,4 @@
-"""A params file that says only what differs from another one, and the whole file that it stands
-for.
+"""A params file that says what differs from another, and the whole file that it stands for.
 
     extends: default.yaml         # in the same folder
     seed: 3
@@ -43,9 +42,7 @@ TABLES = (
 
 @dataclass(frozen=True)
 class _Overlay:
-    """A file that extends another: its text and content, and those of the whole file that it
-    extends, called `name`.
-    """
+    """A file that extends another: text and content of both; the other is called `name`."""
 
     path: Path
     text: str
@@ -80,9 +77,7 @@ def whole(path: Path, above: tuple[Path, ...] = ()) -> str:
 
 
 def differences(path: Path) -> dict[str, Any]:
-    """The keys that an overlay gives other values than the file that it extends has; none where it
-    is no overlay.
-    """
+    """The keys that an overlay gives other values than its base; none of a whole file."""
     overlay = _overlay(path)
     if overlay is None:
         return {}
@@ -116,9 +111,7 @@ def merged(base: Any, overlay: dict[str, Any], prefix: str = "") -> Any:
 
 
 def _base(path: Path, name: Any, above: tuple[Path, ...]) -> tuple[str, dict[str, Any]]:
-    """The text and content of the whole file that one extends, put together where that extends
-    another.
-    """
+    """Text and content of the whole file that one extends, put together if it extends too."""
     place = path.parent / str(name)
     if not isinstance(name, str) or not place.is_file():
         raise PipelineError(f"{path.name}: {KEY}: {name!r} is no file beside it")
@@ -178,9 +171,7 @@ def _body(text: str) -> str:
 
 
 def _with_blocks(text: str, overlay: _Overlay) -> str:
-    """The base's text with the keys of a stage's block that the base takes from the top, their
-    block in JSON.
-    """
+    """The base's text with a stage's block, which it takes from the top, written as JSON."""
     blocks: dict[str, dict[str, Any]] = {}
     for key, value in overlay.changes.items():
         section, _, name = key.rpartition(".")
@@ -202,9 +193,7 @@ def _spliced(text: str, overlay: _Overlay) -> str:
 
 
 def _edited(text: str, edits: Iterable[tuple[int, int, str]]) -> str:
-    """The text with new pieces in place of others, (start, end, new), of which none lies in
-    another.
-    """
+    """The text with pieces (start, end, new) replaced, none of which lies in another."""
     for start, end, new in sorted(edits, reverse=True):
         text = text[:start] + new + text[end:]
     return text
@@ -214,7 +203,8 @@ def _edit(
     key: str, text: str, root: Node | None, source: str, own: Node | None
 ) -> tuple[int, int, str]:
     """Where the value of a key stands in the text, and what takes its place."""
-    (start, end), (begin, stop) = _place(text, root, key), _place(source, own, key)
+    start, end = _place(text, root, key)
+    begin, stop = _place(source, own, key)
     new = source[begin:stop]
     pair = pair_at(own, key)
     if pair is not None and isinstance(pair[1], CollectionNode) and not pair[1].flow_style:

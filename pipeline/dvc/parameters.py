@@ -1,5 +1,4 @@
-"""Set keys of params.yaml. Comments and all else stay byte for byte; values are YAML 1.2, as every
-reader here has it.
+"""Set keys of params.yaml, the rest byte for byte; values are YAML 1.2, as for all readers.
 
 Whether a value makes sense is for the stage to say that reads it.
 """
@@ -54,9 +53,7 @@ def assign(text: str, settings: Mapping[str, Any]) -> str:
 
 
 def span(text: str, key: str) -> tuple[int, int] | None:
-    """Where the value of a dotted key begins and ends in YAML text; None where there is no such
-    key.
-    """
+    """Where a dotted key's value begins and ends in YAML text; None without such a key."""
     pair = pair_at(composed(text), key)
     return None if pair is None else place(text, *pair)
 
@@ -95,9 +92,7 @@ def place(text: str, label: Node, node: Node) -> tuple[int, int]:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; what a kill leaves lies in DVC's own folder for such
-    things.
-    """
+    """Write a text file whole or not at all; what a kill leaves lies in a folder of DVC's."""
     path.parent.mkdir(exist_ok=True)
     room = path.parent / ".dvc" / "tmp"
     temporary = (room if room.is_dir() else path.parent) / f".{path.name}.{os.getpid()}.tmp"
@@ -113,9 +108,7 @@ def _mapping(text: str) -> dict[str, Any]:
 
 
 def _changed(content: Any, key: str, value: Any) -> Any:
-    """The content with one value replaced. An alias becomes a copy, so that nothing else changes
-    with it.
-    """
+    """The content with one value replaced. An alias becomes a copy, so nothing else changes."""
     name, _, rest = key.partition(".")
     if not rest:
         return {**content, name: value}
@@ -123,11 +116,11 @@ def _changed(content: Any, key: str, value: Any) -> Any:
 
 
 def _check_key(content: Any, key: str) -> None:
-    known = _keys(content)
-    if key in known:
+    keys = _keys(content)
+    if key in keys:
         return
-    same = [other for other in known if other.split(".")[-1] == key.split(".")[-1]]
-    near = same or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    same = [other for other in keys if other.split(".")[-1] == key.split(".")[-1]]
+    near = same or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"its sections are {', '.join(content)}"
     raise PipelineError(f"params.yaml: there is no key {key}; {hint}")
 

@@ -96,9 +96,7 @@ def _preset_file(preset: str, root: Path) -> Path | None:
 
 
 def _differences(preset: str, root: Path) -> dict[str, Any]:
-    """What a preset changes of the file that it extends; nothing for `default`, or one that is
-    whole.
-    """
+    """What a preset changes of the file that it extends; nothing for a whole one."""
     path = None if preset == "default" else _preset_file(preset, root)
     return {} if path is None else differences(path)
 
@@ -110,9 +108,7 @@ def _line(key: str, value: Any) -> str:
 
 
 def _validate(text: str, name: str, root: Path) -> None:
-    """Have the library say whether these are params; it must not be imported here, so it runs as a
-    command.
-    """
+    """Have the library check these params, as a command: it must not be imported here."""
     checked = subprocess.run(
         [sys.executable, "-m", "dualign.params.loading", name],
         cwd=root,
@@ -147,9 +143,7 @@ def _presets(root: Path) -> list[Path]:
 
 
 def _committed(root: Path) -> str | None:
-    """params.yaml as of the last commit; None outside a git repository or where no commit holds
-    it.
-    """
+    """params.yaml as of the last commit; None outside of git, or where no commit has it."""
     shown = subprocess.run(
         ["git", "show", "HEAD:./params.yaml"], cwd=root, capture_output=True, check=False
     )
@@ -157,9 +151,7 @@ def _committed(root: Path) -> str | None:
 
 
 def is_edited(text: str, root: Path) -> bool:
-    """Whether `text` is neither committed, nor a preset, nor what was chosen last, whatever
-    prepare.folder says.
-    """
+    """Whether `text` is neither committed, nor a preset, nor the last choice, folder aside."""
     own = _without_folder(text)
     return all(other is None or _without_folder(other) != own for other in _known(root))
 

@@ -1,5 +1,4 @@
-"""The records of dvc.lock: reading and merging them, and what they say about a graph whose files
-lie elsewhere.
+"""The records of dvc.lock: read, merged, and what they say of files that lie elsewhere.
 
 A coordinator holds dvc.lock and no outputs. Whether a stage is up to date follows from the records
 alone: what it read then, against what the stages before it wrote last and what git holds now.
@@ -55,8 +54,7 @@ def merge(root: Path, records: Mapping[str, Record]) -> None:
 def plan(
     root: Path, dag: Mapping[str, StageSpec], stages: Sequence[str] | None = None
 ) -> dict[str, StageStatus]:
-    """The status of `stages`, or of all, in the order of `dag`, by the records; no output need be
-    there.
+    """The status of `stages`, or of all, in `dag`'s order, by records; no output need be there.
 
     A result that the run cache holds counts as stale: the node that runs the stage finds it.
 
@@ -89,9 +87,7 @@ def written(repo: Repo, path: str) -> list[Any]:
 
 
 def fetch_metrics(repo: Repo, stage: str) -> None:
-    """Have DVC's cache hold the metrics that dvc.lock records of a stage; from the remote, if need
-    be.
-    """
+    """Have DVC's cache hold a stage's metrics by dvc.lock, from the remote if need be."""
     metrics = [
         out for out in repo.index.outs if out.metric and out.stage.name == stage and out.hash_info
     ]
@@ -123,9 +119,7 @@ def _changes(stage: Any, repo: Repo) -> Iterator[Any]:
 
 
 def _recorded_hash(repo: Repo, path: str, outs: Sequence[Any]) -> str | None:
-    """The hash that a path has once all `outs` are in place; None where their listings cannot be
-    had.
-    """
+    """The hash of a path with all `outs` in place; None where listings cannot be had."""
     for out in outs:
         if out.fs_path == path:
             return out.hash_info.value if out.hash_info else None

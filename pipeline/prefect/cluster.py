@@ -1,5 +1,4 @@
-"""Workers as a place where stages run: each stage is a flow run of the deployment for its pool
-(`meta: pool`).
+"""Workers as a place of stages: each is a flow run of its pool's deployment (`meta: pool`).
 
 The coordinator holds no outputs. It decides by the records of dvc.lock what is out of date, sends a
 worker the commit, the params and the records that the stage needs, and merges the record that comes
@@ -71,8 +70,7 @@ T = TypeVar("T")
 def joined(
     root: Path, dag: Mapping[str, StageSpec], stages: Sequence[str], runner: LocalRunner
 ) -> Iterator[Cluster]:
-    """The workers, for `stages`; at the end their metrics, which are small, are fetched into the
-    workspace.
+    """The workers, for `stages`; at the end their metrics are fetched into the workspace.
 
     Raises PipelineError where the commit, the inputs, the remote or the deployments are not as
     workers need them."""
@@ -109,9 +107,7 @@ def _deployment(client: SyncPrefectClient, pool: str) -> UUID:
 
 
 class Cluster:
-    """The stages of `dag` at one commit, on the workers that serve the deployments of their
-    pools.
-    """
+    """The stages of `dag` at one commit, on workers that serve their pools' deployments."""
 
     def __init__(
         self,
@@ -170,9 +166,7 @@ class Cluster:
         self._stopped.set()
 
     def fetch_metrics(self, runner: LocalRunner) -> None:
-        """Put the metrics of the stages that have ended into the workspace, where `dvc metrics`
-        reads them.
-        """
+        """Put the metrics of stages that have ended where `dvc metrics` reads them."""
         paths = [path for name in self._ended for path in self._dag[name].metrics]
         try:
             runner.pull("metrics", paths, lambda *_: None)
@@ -201,8 +195,7 @@ class Cluster:
         return _Watch(run, pool, log, turn)
 
     def _recorded(self, task_run: UUID) -> UUID | None:
-        """A task run once the server knows it; until then it refuses flow runs below it. None where
-        it takes too long.
+        """A task run that the server knows, and may have flow runs below; None if that takes long.
 
         Prefect's server records task runs some time after they began, a busy one seconds later.
         """
@@ -229,10 +222,10 @@ class Cluster:
 
         Raises _Lost where the worker has fallen silent, StageStopped where it does not stop when
         told to."""
-        told = False
+        reported = False
         while time.monotonic() < self._until:
-            if self._stopped.is_set() and not told:
-                told = True
+            if self._stopped.is_set() and not reported:
+                reported = True
                 self._patiently(lambda: self._client.set_flow_run_state(watch.id, Cancelling()))
             watch.run = self._patiently(lambda: self._client.read_flow_run(watch.id))
             if watch.run.start_time is not None:
@@ -240,7 +233,7 @@ class Cluster:
             if watch.run.state is not None and watch.run.state.is_final():
                 return self._report(watch.id)
             self._patiently(lambda: self._check(watch))
-            if told:
+            if reported:
                 time.sleep(POLL)
             else:
                 self._stopped.wait(POLL)
@@ -257,7 +250,8 @@ class Cluster:
             return
         sign = self._sign_of_life(watch.id) if state.is_running() or state.is_cancelling() else None
         if (state.type, sign) != watch.sign:
-            watch.sign, watch.quiet = (state.type, sign), 0.0
+            watch.sign = (state.type, sign)
+            watch.quiet = 0.0
         watch.quiet += POLL
         if watch.quiet > (START if state.is_pending() else SILENCE):
             message = f"no sign of life from its worker for {watch.quiet:.0f} s"
@@ -282,9 +276,9 @@ class Cluster:
 
     def _report(self, run: UUID) -> Report | None:
         """What the worker said, None where it ended without a word."""
-        found = self._patiently(lambda: self._artifacts(run))
+        reports = self._patiently(lambda: self._artifacts(run))
         return next(
-            (Report.of_page(str(made.data)) for made in found if made.description == REPORT), None
+            (Report.of_page(str(made.data)) for made in reports if made.description == REPORT), None
         )
 
     def _received(self, spec: StageSpec, report: Report, log: Log) -> Outcome:

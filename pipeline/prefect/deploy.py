@@ -1,6 +1,4 @@
-"""What makes a cluster of machines: work pools and deployments on a Prefect server, and a worker on
-each node.
-"""
+"""What makes a cluster: work pools and deployments on a Prefect server, workers on nodes."""
 
 from __future__ import annotations
 
@@ -31,23 +29,24 @@ def pools_of(dag: Mapping[str, StageSpec]) -> list[str]:
 
 
 def deploy(root: Path, dag: Mapping[str, StageSpec], kind: str) -> list[str]:
-    """Make the pools that are missing, of type `kind`, and apply prefect.yaml; returns what was
-    done, in lines.
+    """Make missing pools of type `kind`, apply prefect.yaml; returns what was done, in lines.
 
     Raises PipelineError where prefect.yaml lacks a deployment for a pool, or Prefect refuses it.
     """
     _check(root, pools_of(dag))
     with get_client(sync_client=True) as client:
         there = {pool.name: pool.type for pool in client.read_work_pools()}
-    told = [f"pool {name}: there, of type {there[name]}" for name in pools_of(dag) if name in there]
+    lines = [
+        f"pool {name}: there, of type {there[name]}" for name in pools_of(dag) if name in there
+    ]
     for name in pools_of(dag):
         if name not in there:
             _prefect(root, "work-pool", "create", name, "--type", kind)
-            told.append(f"pool {name}: made, of type {kind}")
+            lines.append(f"pool {name}: made, of type {kind}")
     names = [argument for name in pools_of(dag) for argument in ("--name", name)]
     _prefect(root, "deploy", *names, "--prefect-file", str(FILE))
-    told += [f"deployment stage/{name}: as in {FILE}" for name in pools_of(dag)]
-    return [*told, f"next, on each node: python -m pipeline work {'|'.join(pools_of(dag))}"]
+    lines += [f"deployment stage/{name}: as in {FILE}" for name in pools_of(dag)]
+    return [*lines, f"next, on each node: python -m pipeline work {'|'.join(pools_of(dag))}"]
 
 
 def _check(root: Path, pools: list[str]) -> None:
@@ -66,31 +65,30 @@ def _check(root: Path, pools: list[str]) -> None:
 
 def _prefect(root: Path, *command: str) -> None:
     call = [sys.executable, "-m", "prefect", "--no-prompt", *command]
-    told = {
+    environment = {
         "DUALIGN_IMAGE": IMAGE,
         **os.environ,
         "COLUMNS": "1000",
     }  # it breaks lines at a terminal's width
-    done = subprocess.run(call, cwd=root, env=told, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        call, cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         name = " ".join(word for word in command[:2] if not word.startswith("-"))
         raise PipelineError(f"prefect {name}: {_complaint(done.stdout + done.stderr)}")
 
 
 def _complaint(said: str) -> str:
-    """The line in which Prefect says what is wrong: the last one, or the end of a traceback above
-    its closing line.
-    """
+    """The line in which Prefect says what is wrong: the last, or a traceback's above its end."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    told = [line for line in lines if line != "An exception occurred."]
-    return re.sub(r"^(\w+\.)+\w+: ", "", told[-1]) if told else "failed"
+    telling = [line for line in lines if line != "An exception occurred."]
+    return re.sub(r"^(\w+\.)+\w+: ", "", telling[-1]) if telling else "failed"
 
 
 def become_worker(
     root: Path, dag: Mapping[str, StageSpec], pool: str, limit: int, once: bool
 ) -> None:
-    """Turn this process into a Prefect worker whose stages run in the clone `root`; does not
-    return.
+    """Become a Prefect worker whose stages run in the clone `root`; does not return.
 
     Raises PipelineError where no stage has this pool.
     """

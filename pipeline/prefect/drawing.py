@@ -1,6 +1,4 @@
-"""Pictures for Prefect's pages, which show SVG as an image only: no script, no style sheet, own
-background.
-"""
+"""Pictures for Prefect's pages, which show SVG as an image: no script, no style sheet."""
 
 from __future__ import annotations
 
@@ -28,7 +26,9 @@ COLOURS = {
     "Cancelled": "#7d5ba6",
 }
 _OTHER = "#e4e7eb"
-_INK, _PALE, _LINE = "#1f2933", "#cbd2d9", "#9fb3c8"
+_INK = "#1f2933"
+_PALE = "#cbd2d9"
+_LINE = "#9fb3c8"
 _LINES = ("#3b82c4", "#e08e2b", "#2e9e5b", "#7d5ba6")
 _FONT = "font-family='system-ui, sans-serif'"
 
@@ -170,12 +170,11 @@ def _legend(names: Sequence[str]) -> Iterable[str]:
 
 # --- graph ----------------------------------------------------------------------------------------
 
-_BOX, _ROW, _GAP, _SPACE = (
-    104,
-    24,
-    28,
-    6,
-)  # width and height of a box, between columns, between rows
+# width and height of a box, between columns, between rows
+_BOX = 104
+_ROW = 24
+_GAP = 28
+_SPACE = 6
 
 
 def graph(dag: Mapping[str, StageSpec], states: Mapping[str, str]) -> str:
@@ -207,9 +206,7 @@ def graph(dag: Mapping[str, StageSpec], states: Mapping[str, str]) -> str:
 
 
 def _columns(dag: Mapping[str, StageSpec]) -> list[list[str]]:
-    """The stages by their distance from the start; before the instances of a `foreach` stage comes
-    its name.
-    """
+    """The stages by distance from the start; a `foreach` stage's name precedes its instances."""
     families = nx.DiGraph()
     families.add_nodes_from(_family(name) for name in dag)
     families.add_edges_from(
@@ -238,9 +235,7 @@ def _family(stage: str) -> str:
 def _edge(
     start: tuple[float, float], end: tuple[float, float], boxes: Iterable[tuple[float, float]]
 ) -> str:
-    """A line from one box to another that passes the columns between them where they have no
-    box.
-    """
+    """A line between two boxes that crosses the columns between them where no box is."""
     x = start[0] + _BOX
     y = start[1] + _ROW / 2
     path = f"M{x:.0f} {y:.0f}"

@@ -1,5 +1,4 @@
-"""The Prefect flow over the graph of dvc.yaml: a task run per stage, named after it, with DVC
-deciding what runs.
+"""The Prefect flow over dvc.yaml: a task run per stage, named after it; DVC decides what runs.
 
 Prefect schedules, shows and stops; what is up to date, and what a stage reads and writes, stays
 DVC's business, so a flow run and `dvc repro` leave the same workspace behind and may take turns.
@@ -65,14 +64,10 @@ NOT_STARTED = Result("NotStarted", "a stage before it did not complete")
 
 
 class Place(Protocol):
-    """Where stages run: `pipeline.prefect.workspace.Workspace` here,
-    `pipeline.prefect.cluster.Cluster` on workers.
-    """
+    """Where stages run: `prefect.workspace.Workspace` here, or `prefect.cluster.Cluster`."""
 
     def statuses(self, stages: Sequence[str]) -> dict[str, StageStatus]:
-        """What a run would do with these stages; upstream ones that are not among them count as up
-        to date.
-        """
+        """What a run would do with these stages; upstream ones not among them count as done."""
         ...
 
     def run(
@@ -106,9 +101,7 @@ class Run:
     refused: set[str] = field(default_factory=set)
 
     def ready(self, started: Container[str]) -> list[str]:
-        """The stages that can start now: not started, and all that they read from has ended
-        well.
-        """
+        """Stages that can start now: not started, and all that they read from has ended well."""
         well = {name for name, result in self.results.items() if result.state in ENDED}
         waiting = [name for name in self.statuses if name not in started]
         return [name for name in waiting if well.issuperset(self.dag[name].upstream)]
@@ -149,9 +142,7 @@ class Run:
         return self.place.run(spec, log, status, force, turn)
 
     def _status(self, spec: StageSpec) -> StageStatus:
-        """The status from the start of the run, or a fresh one if it hung on stages that have
-        ended since.
-        """
+        """The status of the run's start, or a fresh one if it hung on stages ended since."""
         settled = all(self.results[source].state == "Unchanged" for source in spec.upstream)
         if settled and self.statuses[spec.name].prospect != "maybe stale":
             return self.statuses[spec.name]
@@ -171,9 +162,7 @@ class Run:
 
 
 class _EmptyTraceback(logging.Filter):
-    """Drops what Prefect says about a failed state before it logs that state: the same, and an
-    empty traceback.
-    """
+    """Drops what Prefect says of a failed state before it logs it: an empty traceback."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.exc_info != (None, None, None)
@@ -183,9 +172,7 @@ logging.getLogger("prefect.task_runs").addFilter(_EmptyTraceback())
 
 
 def _title() -> str:
-    """The name of a flow run: what it was asked to do, after the name that it has from the pages of
-    a deployment.
-    """
+    """A flow run's name: what it was asked to do, after its name on the pages."""
     asked = runtime.flow_run.parameters
     words = [", ".join(asked.get("stages") or []) or "all stages", asked.get("preset", "")]
     words += [f"{key}={value}" for key, value in (asked.get("set") or {}).items()]
@@ -311,8 +298,7 @@ def choose(root: Path, preset_name: str, settings: Mapping[str, Any]) -> dict[st
 
 
 def _execute(run: Run) -> None:
-    """Submit each stage once its upstream has ended well, and wait; whatever ends the wait early
-    stops the stages.
+    """Submit stages once their upstream has ended well, and wait; an early end stops them.
 
     A stage whose upstream failed gets no task run: Prefect would show it as pending for ever.
     """
@@ -401,13 +387,13 @@ def _task(run: Run, spec: StageSpec) -> Any:
 
 def conclusion(results: Mapping[str, Result]) -> State[None]:
     """The state of the whole run, with the first stage that failed in its message."""
-    told = artifacts.counts([result.state for result in results.values()])
+    counts = artifacts.counts([result.state for result in results.values()])
     failed = [result.message for result in results.values() if result.state == "Failed"]
     if failed:
-        return Failed(message=f"{failed[0]}; {told}")
+        return Failed(message=f"{failed[0]}; {counts}")
     waiting = [result.message for result in results.values() if result.state == WAITING]
     if waiting:
-        return Failed(name=WAITING, message=f"{waiting[0]}; {told}")
+        return Failed(name=WAITING, message=f"{waiting[0]}; {counts}")
     if any(result.state == "Cancelled" for result in results.values()):
-        return Cancelled(message=told)
-    return Completed(message=told)
+        return Cancelled(message=counts)
+    return Completed(message=counts)

@@ -21,8 +21,7 @@ from pipeline.prefect.identity import of_tags, tag
 
 
 def last_runs(count: int, workspace: str) -> list[str]:
-    """The last `count` runs, newest first, a line each, then a line per stage of the newest that
-    has one.
+    """The last `count` runs, newest first, a line each, then the stages of the newest with any.
 
     `workspace` is the name of the one whose runs they are; empty for all, each line with its
     workspace."""

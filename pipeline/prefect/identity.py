@@ -1,5 +1,4 @@
-"""Which workspace this is, among all that share a Prefect server: clones of several people are
-alike in all else.
+"""Which workspace this is, among all of a Prefect server: clones are alike in all else.
 
 The name goes into the deployment of `serve`, into the tags of runs, and into the keys of cards.
 """
@@ -24,8 +23,7 @@ _BANNED = re.compile(r"[/%&<>\s]")
 
 
 def name(root: Path) -> str:
-    """The name of the workspace `root`: `$DUALIGN_WORKSPACE`, else folder, host, and six digits of
-    user, host and path.
+    """The workspace's name: `$DUALIGN_WORKSPACE`, else folder, host and six digits of a hash.
 
     Raises PipelineError for a name that Prefect does not take.
     """
@@ -46,9 +44,7 @@ def place(root: Path) -> str:
 
 
 def token(root: Path) -> str:
-    """What no other workspace has, even one of the same name: made once, kept in a folder that git
-    ignores.
-    """
+    """What no other workspace has, whatever its name: made once, in an ignored folder."""
     path = root / ".dvc" / "tmp" / "workspace"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

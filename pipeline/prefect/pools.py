@@ -8,16 +8,14 @@ from prefect.exceptions import ObjectNotFound
 
 
 def obstacle(client: SyncPrefectClient, pool: str, queue: str | None = None) -> str:
-    """Why nobody takes a stage from a queue of a pool, in one line; empty where a worker is online
-    and may.
-    """
+    """Why nobody takes a stage from a pool's queue, in a line; empty if a worker may."""
     try:
-        found = client.read_work_pool(pool)
+        work_pool = client.read_work_pool(pool)
     except ObjectNotFound:
         return f"there is no pool {pool} any more; python -m pipeline deploy"
-    if found.is_paused:
+    if work_pool.is_paused:
         return f"pool {pool} is paused; prefect work-pool resume {pool}"
-    if found.concurrency_limit == 0:
+    if work_pool.concurrency_limit == 0:
         return (
             f"pool {pool} may run no stage, its limit is 0; prefect work-pool"
             f" clear-concurrency-limit {pool}"
@@ -27,14 +25,14 @@ def obstacle(client: SyncPrefectClient, pool: str, queue: str | None = None) -> 
 
 def _of_queue(client: SyncPrefectClient, pool: str, queue: str | None) -> str:
     try:
-        found = client.read_work_queue_by_name(queue or "default", work_pool_name=pool)
+        work_queue = client.read_work_queue_by_name(queue or "default", work_pool_name=pool)
     except ObjectNotFound:
         return ""
-    name = f"queue {found.name} of pool {pool}"
-    if found.is_paused:
-        return f"{name} is paused; prefect work-queue resume {found.name} --pool {pool}"
-    if found.concurrency_limit == 0:
-        remedy = f"prefect work-queue clear-concurrency-limit {found.name} --pool {pool}"
+    name = f"queue {work_queue.name} of pool {pool}"
+    if work_queue.is_paused:
+        return f"{name} is paused; prefect work-queue resume {work_queue.name} --pool {pool}"
+    if work_queue.concurrency_limit == 0:
+        remedy = f"prefect work-queue clear-concurrency-limit {work_queue.name} --pool {pool}"
         return f"{name} may run no stage, its limit is 0; {remedy}"
     return ""
 

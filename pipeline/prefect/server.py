@@ -1,6 +1,4 @@
-"""The Prefect server that runs are shown on: where it is, who says so, and whether it answers and
-lets us in.
-"""
+"""The Prefect server that shows runs: where it is, who says so, and whether it answers."""
 
 from __future__ import annotations
 
@@ -18,9 +16,7 @@ PATIENCE = 10.0
 
 
 def address() -> str:
-    """The address of the Prefect server: the one that is configured, else where `prefect server
-    start` puts it.
-    """
+    """The Prefect server's address, configured or where `prefect server start` puts it."""
     from prefect.settings import get_current_settings
 
     settings = get_current_settings()
@@ -28,9 +24,7 @@ def address() -> str:
 
 
 def origin(api: str) -> str:
-    """Who configured the address, and how to take it back; empty where nobody configured this
-    one.
-    """
+    """Who configured the address, and how to take it back; empty where nobody did."""
     from prefect.context import get_settings_context
     from prefect.settings import PREFECT_API_URL, get_current_settings
 
@@ -76,9 +70,7 @@ def admitted(api: str) -> bool:
 
 
 def problem(api: str) -> str:
-    """Why runs cannot use the server at `api`, in one line with the remedy; empty where they
-    can.
-    """
+    """Why runs cannot use the server at `api`, with the remedy; empty where they can."""
     if reachable(api):
         if admitted(api):
             return ""
@@ -98,9 +90,7 @@ def problem(api: str) -> str:
 
 
 def need() -> None:
-    """Use the server that is configured, or the one on this machine; raises PipelineError where
-    runs cannot.
-    """
+    """Use the server configured, or this machine's; raises PipelineError where none works."""
     api = address()
     wrong = problem(api)
     if wrong:
@@ -109,8 +99,7 @@ def need() -> None:
 
 
 def use_running() -> None:
-    """Use the server on this machine if one runs, so that its pages show the run; else Prefect
-    starts its own.
+    """Use the server on this machine if one runs, to show the run; else Prefect starts its own.
 
     Raises PipelineError where one is configured and runs cannot use it.
     """
@@ -121,9 +110,7 @@ def use_running() -> None:
 
 @contextlib.contextmanager
 def own_server() -> Iterator[None]:
-    """Around what may start Prefect's own server: raises PipelineError where that does not come up
-    in time.
-    """
+    """Around Prefect's own server: raises PipelineError if it does not come up in time."""
     try:
         yield
     except RuntimeError as error:

@@ -45,11 +45,11 @@ def check_free(root: Path, name: str) -> None:
             deployment = client.read_deployment_by_name(f"{NAME}/{name}")
         except ObjectNotFound:
             return
-    told = _TOLD.fullmatch(deployment.description or "")
-    if deployment.status != DeploymentStatus.READY or (told and told[2] == identity.token(root)):
+    match = _TOLD.fullmatch(deployment.description or "")
+    if deployment.status != DeploymentStatus.READY or (match and match[2] == identity.token(root)):
         return  # nobody has asked for its runs in the last minute, or it was this workspace
     raise PipelineError(
-        f"{NAME}/{name} is served by {told[1] if told else 'another workspace'}; give this one a"
+        f"{NAME}/{name} is served by {match[1] if match else 'another workspace'}; give this one a"
         f" name of its own, export {identity.VARIABLE}=NAME, or if that one has just ended, wait a"
         " minute"
     )

@@ -190,8 +190,7 @@ def _tell(report: Report) -> None:
 
 @contextlib.contextmanager
 def _signs_of_life(node: str, runners: Sequence[LocalRunner]) -> Iterator[None]:
-    """Renew an artifact of this run again and again: the coordinator gives up on a run that has
-    fallen silent.
+    """Renew an artifact of this run: the coordinator gives up on one that has fallen silent.
 
     A run that is cancelled is stopped here too, since a worker no longer hears of it once its
     server was away."""

@@ -1,6 +1,4 @@
-"""The workspace as a place where stages run: what is out of date as DVC sees it, GPU slots, and a
-card per result.
-"""
+"""The workspace as a place of stages: what is out of date, GPU slots, a card per result."""
 
 from __future__ import annotations
 
@@ -31,9 +29,7 @@ from pipeline.run.turn import Turn
 
 
 class Workspace:
-    """The stages of `dag` in the workspace `root`, which is the working directory; `owner` is the
-    name on its cards.
-    """
+    """The stages of `dag` in `root`, the working directory; `owner` is the name on cards."""
 
     def __init__(
         self,

@@ -1,5 +1,4 @@
-"""Run a DVC command and, once its own standard input ends, stop it in the one order that leaves
-nothing behind.
+"""Run a DVC command and, once standard input ends, stop it so that nothing is left behind.
 
     python guard.py python -m dvc repro ...
 
@@ -51,9 +50,7 @@ def main(argv: list[str]) -> int:
 
 
 def stop(pid: int, grace: float = GRACE) -> None:
-    """End the processes below `pid`, then wait for it to end by itself; kill it only if it does
-    not.
-    """
+    """End the processes below `pid`, then wait for it to end; kill it only if it does not."""
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):

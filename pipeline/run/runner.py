@@ -1,5 +1,4 @@
-"""Run a stage in a workspace as a DVC command, follow its output line by line, stop it without
-leaving anything behind.
+"""Run a stage in a workspace as a DVC command, follow its output, stop it with nothing left.
 
 The command is `dvc repro --single-item` in a process of its own: DVC as a library lets a stage
 write past every log and cannot be stopped. `--wait-for-lock` matters: a stage that ends while
@@ -51,8 +50,7 @@ _NOISE = re.compile(
 
 @contextlib.contextmanager
 def exclusive(root: Path) -> Iterator[int]:
-    """Hold the workspace for one run; yields a file descriptor that holds it too wherever it is
-    passed on.
+    """Hold the workspace for one run; yields a descriptor that holds it where it is passed on.
 
     Raises PipelineError while another run, or a stage that still stops, holds it.
     """
@@ -99,16 +97,12 @@ class LocalRunner:
         return outcome
 
     def pull(self, stage: str, paths: Sequence[str], log: Log) -> None:
-        """Put the outputs at `paths` into the workspace, from DVC's cache or remote; errors as for
-        `run`.
-        """
+        """Put the outputs at `paths` into the workspace, from cache or remote; raises as `run`."""
         if paths:
             self._follow([sys.executable, "-P", str(_FETCH), *paths], stage, log, {})
 
     def push(self, stage: str, log: Log) -> None:
-        """Send the results of a stage, and the run cache in which others find them, to the DVC
-        remote.
-        """
+        """Send a stage's results and the run cache, where others find them, to the DVC remote."""
         self._follow([*_dvc(), "push", "--run-cache", stage], stage, log, {})
 
     def _follow(
@@ -152,9 +146,7 @@ class LocalRunner:
                 self._guards.discard(guard)
 
     def stop(self) -> None:
-        """Stop what runs and start nothing more; returns when every stage has ended and DVC's locks
-        are free.
-        """
+        """Stop what runs, start nothing more; returns once all ended and DVC's locks are free."""
         with self._mutex:
             self.stopped = True
             guards = list(self._guards)
@@ -169,9 +161,7 @@ def _dvc() -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """This interpreter first on PATH, because dvc.yaml says `python`; output at once; nothing about
-    DVC goes out.
-    """
+    """This interpreter first on PATH, for dvc.yaml's `python`; output at once; no analytics."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1"}
 
@@ -206,9 +196,7 @@ def read_lines(stream: IO[bytes]) -> Iterator[tuple[int, str]]:
 
 
 def _level(text: str) -> int:
-    """The level of a line without one. What DVC says about a stage that failed, the stage has said
-    better.
-    """
+    """The level of a line without one; a stage has told its failure better than DVC."""
     if text.startswith("ERROR: "):
         return logging.DEBUG if "exited with" in text else logging.ERROR
     return logging.INFO
@@ -226,8 +214,7 @@ def _outcome(stage: str, line: str) -> Outcome | None:
 
 
 def failure(stage: str, lines: list[tuple[int, str]]) -> StageFailed:
-    """What went wrong, in one line: the stage's own error, else the last line that it wrote, else
-    DVC's.
+    """What went wrong, in one line: the stage's own error, else its last line, else DVC's.
 
     `lines` is the end of its output.
     """

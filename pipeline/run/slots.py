@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """The GPUs that stages may use, as CUDA_VISIBLE_DEVICES names them: those of that variable,
-    else of nvidia-smi.
-    """
+    """GPUs for stages as CUDA_VISIBLE_DEVICES names them: that variable's, else nvidia-smi's."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return tuple(name.strip() for name in chosen.split(",") if name.strip())
@@ -30,8 +28,7 @@ def default_jobs() -> int:
 
 
 class Slots:
-    """Hands out GPUs one stage each, and `jobs` places for stages that use none, in the order in
-    which they were asked.
+    """Hands out GPUs to stages, and `jobs` places to those without, in the order of asking.
 
     Safe between threads.
     """
@@ -51,8 +48,7 @@ class Slots:
     def take(
         self, gpus: int, waits: Callable[[], object] = lambda: None
     ) -> Iterator[dict[str, str]]:
-        """Take a slot with `gpus` GPUs, or all where the machine has fewer; yields the stage's
-        environment.
+        """Take a slot with `gpus` GPUs, or all there are; yields the stage's environment.
 
         `waits` is called where there is none at once. On a machine without GPUs such a stage runs
         on the CPU."""

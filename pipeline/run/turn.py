@@ -21,9 +21,7 @@ NAME = "AwaitingSlot"
 
 
 class Turn:
-    """The seconds for which a stage works, and in Prefect's records, where it is a task, the state
-    that it is in.
-    """
+    """The seconds for which a stage works, and its state where Prefect knows it as a task."""
 
     def __init__(self, log: Log) -> None:
         self._log = log

@@ -15,7 +15,8 @@ import torch
 def as_before() -> Iterator[None]:
     """Levels of loggers and torch's threads."""
     loggers = [logging.getLogger(name) for name in ("dualign", "dvc")]
-    levels, threads = [logger.level for logger in loggers], torch.get_num_threads()
+    levels = [logger.level for logger in loggers]
+    threads = torch.get_num_threads()
     yield
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)

@@ -140,7 +140,8 @@ def test_violations_are_counted_over_the_policies_that_there_are() -> None:
 def test_finished_runs_are_read_and_written_up(
     repo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    work, out = tmp_path / "work", tmp_path / "out"
+    work = tmp_path / "work"
+    out = tmp_path / "out"
     lab(work, repo_root, 5, returned="a at 2", cost=-0.35)
     lab(work, repo_root, 6, returned=None, cost=-0.35)
     given = ["--seeds", "2", "--first", "5", "--params", str(repo_root / "params/quick.yaml")]

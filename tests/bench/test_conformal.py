@@ -10,8 +10,10 @@ import pytest
 from bench.conformal import adjusted_risk, calibrated, clipped, grid_of, normaliser, regulated
 
 RNG = np.random.default_rng(0)
-SAFE, BOLD = np.array([0.3, 0.2, 0.3, 0.08, 0.05, 0.07]), np.array([0.1, 0.1, 0.1, 0.3, 0.3, 0.1])
-LOSS, REWARD = np.array([0.0, 0.2, 0.1, 0.9, 1.0, 0.4]), RNG.normal(size=6)
+SAFE = np.array([0.3, 0.2, 0.3, 0.08, 0.05, 0.07])
+BOLD = np.array([0.1, 0.1, 0.1, 0.3, 0.3, 0.1])
+LOSS = np.array([0.0, 0.2, 0.1, 0.9, 1.0, 0.4])
+REWARD = RNG.normal(size=6)
 RATIO = BOLD / SAFE
 BOUNDS = (0.3, 1.0, 2.5)
 
@@ -52,7 +54,8 @@ def test_the_risk_is_that_of_the_policy_with_one_more_answer_of_the_worst_loss(
     bound: float,
 ) -> None:
     prompts = 40
-    at, others = drawn(SAFE, prompts, 20_000), both(prompts, 20_000)
+    at = drawn(SAFE, prompts, 20_000)
+    others = both(prompts, 20_000)
     psi = float(SAFE @ clipped(RATIO, bound)) if bound else 1.0
     unseen = bound / psi if bound else 1.0
     hand = (prompts * float(exact(bound) @ LOSS) + unseen * 1.0) / (prompts + unseen)
@@ -62,7 +65,8 @@ def test_the_risk_is_that_of_the_policy_with_one_more_answer_of_the_worst_loss(
 
 
 def test_the_last_bound_before_the_first_failure_is_taken() -> None:
-    at, others = drawn(SAFE, 300, 50), RATIO[both(300, 50)]
+    at = drawn(SAFE, 300, 50)
+    others = RATIO[both(300, 50)]
     grid = grid_of(RATIO[at])
     assert grid[0] == 0 and np.isinf(grid[-1]) and (np.diff(grid) > 0).all()
     risks = np.array([adjusted_risk(RATIO[at], LOSS[at], others, float(b), 1.0) for b in grid])
@@ -95,7 +99,8 @@ def test_on_average_over_draws_the_risk_is_at_most_alpha_and_in_many_draws_above
     """Both halves of its promise."""
     risks = []
     for seed in range(300):
-        at, others = drawn(SAFE, 300, 4, 100 + seed), RATIO[both(300, 4, 1000 + 2 * seed)]
+        at = drawn(SAFE, 300, 4, 100 + seed)
+        others = RATIO[both(300, 4, 1000 + 2 * seed)]
         bound = calibrated(RATIO[at], LOSS[at], others, ALPHA, 1.0, np.geomspace(0.2, 6, 60))
         risks.append(float((BOLD if bound == np.inf else exact(bound or 0.0)) @ LOSS))
     assert np.mean(risks) <= ALPHA + 0.002

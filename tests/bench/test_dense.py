@@ -66,19 +66,18 @@ def test_levels_are_kept_and_an_unguarded_draw_from_afar_errs(
 ) -> None:
     monkeypatch.setattr(dense, "WORLDS", WORLDS[1:])
     rows = dense.run(Settings(repeats=150))
-    worst = {
-        name: max(row["rate"] for row in rows if row["sequence"] == name) for name in dense.TITLES
-    }
+    worst = {}
+    for name in dense.TITLES:
+        worst[name] = max(row["rate"] for row in rows if row["sequence"] == name)
     assert (
         worst["unguarded"]
         > 0.3
         > 0.12
         > max(rate for name, rate in worst.items() if name != "unguarded")
     )
-    below = {
-        name: np.mean([row["below"] for row in rows if row["sequence"] == name])
-        for name in dense.TITLES
-    }
+    below = {}
+    for name in dense.TITLES:
+        below[name] = np.mean([row["below"] for row in rows if row["sequence"] == name])
     assert max(below["ends"], below["middle"]) < below["dense"] < below["coarse"]
 
 

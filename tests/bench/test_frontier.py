@@ -54,7 +54,9 @@ def test_plain_estimates_and_the_librarys_are_told_apart() -> None:
     """Normal scores, 16 samples, many prompts: plain estimates are off by the shift over the ESS,
     the library's not.
     """
-    world, lam, beta = Gaussian(), 1.0, 2.0
+    world = Gaussian()
+    lam = 1.0
+    beta = 2.0
     reward, cost = world.draw(np.random.default_rng(0), 20_000, 16)
     solution = frontier.solved(reward, cost, beta, np.random.default_rng(0), 20)
     truth = world.truth(lam, beta)

@@ -23,9 +23,9 @@ from dualign.core.schema import user
 from dualign.data import world
 from dualign.lm.models import build_scratch, save, train_tokenizer
 from dualign.params.loading import check, read_yaml
-from dualign.params.models import ScratchParams
 from dualign.scoring.support import Doubt, Support
 from tests.shipped import preset
+from tests.tiny import TINY
 
 PLAN = Plan(
     samples=8, few=4, room=0.3, weights=(1.0,), beta=0.7, lambda_max=50.0, resamples=40, seed=0
@@ -78,7 +78,8 @@ def by_hand(rule: Rule, own: Side, other: Side, plan: Plan, share: Array) -> Arr
 
 @pytest.mark.parametrize(("samples", "room"), [(8, 0.3), (4, 0.3), (2, 0.02)])
 def test_changes_are_those_of_brute_force(samples: int, room: float) -> None:
-    own, other = drawn(1), drawn(2)
+    own = drawn(1)
+    other = drawn(2)
     share = np.random.default_rng(3).uniform(0.5, 1.5, 10)
     rule = Rule(0.6 * own.reward + 0.1, samples, own.reward, room)
     found = survival.changes(rule, own, other, PLAN, share)
@@ -87,7 +88,8 @@ def test_changes_are_those_of_brute_force(samples: int, room: float) -> None:
 
 
 def test_without_a_limit_the_multiplier_is_zero() -> None:
-    own, other = drawn(1), drawn(2)
+    own = drawn(1)
+    other = drawn(2)
     rule = Rule(own.reward, 8, own.reward, -np.inf)
     weight = np.exp(own.reward / PLAN.beta)
     weight /= weight.sum(1, keepdims=True)
@@ -96,7 +98,8 @@ def test_without_a_limit_the_multiplier_is_zero() -> None:
 
 
 def test_both_roles_are_averaged_before_the_ratio() -> None:
-    sides, share = [drawn(1), drawn(2)], np.full(10, 0.1)
+    sides = [drawn(1), drawn(2)]
+    share = np.full(10, 0.1)
     found = survival.measures(sides, PLAN, share)
     first = survival.rules_of(sides[0], PLAN)[BELIEVED][0]
     alone = survival.changes(first, sides[0], sides[1], PLAN, share).mean(1)
@@ -107,7 +110,8 @@ def test_both_roles_are_averaged_before_the_ratio() -> None:
 
 
 def test_where_one_name_has_two_slopes_their_mean_is_meant() -> None:
-    own, other = drawn(1), drawn(2)
+    own = drawn(1)
+    other = drawn(2)
     names = list(survival.rules_of(own, PLAN))
     place = names.index("believed, slope by half of the held-out pairs")
     share = np.full(10, 0.1)
@@ -245,15 +249,7 @@ def tiny_base(folder: Path) -> None:
     """A base of a few thousand weights that has seen nothing."""
     texts = [row["response_0"] for row in world.pku_rows(200, seed=1, sharpness=1.0)]
     tokenizer = train_tokenizer(texts, 300)
-    scratch = ScratchParams(
-        tokenizer="train",
-        vocab_size=300,
-        hidden_size=16,
-        layers=1,
-        heads=2,
-        intermediate_size=16,
-        context=128,
-    )
+    scratch = TINY
     save(build_scratch(scratch, tokenizer, 0), tokenizer, folder)
 
 

@@ -44,7 +44,7 @@ from dualign.math.dual.tilt import predict
 from dualign.methods import plan
 from dualign.params import loading
 from dualign.params.loading import load, load_resources
-from dualign.params.models import ScoreParams, ScratchParams
+from dualign.params.models import ScoreParams
 from dualign.params.search import DualSearchParams
 from dualign.params.training import LagrangianDpoParams
 from dualign.scoring.calibration import Platt
@@ -56,17 +56,10 @@ from dualign.search.screening import Screening
 from dualign.stage import Run
 from stages import score
 from tests.shipped import preset
+from tests.tiny import TINY
 from tests.written import solved
 
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=16,
-    layers=1,
-    heads=2,
-    intermediate_size=24,
-    context=128,
-)
+SCRATCH = TINY.model_copy(update={"intermediate_size": 24})
 TINY = {
     "pessimism.reward": 0.0,  # no pair is held out here
     "generation.max_new_tokens": 8,
@@ -114,7 +107,9 @@ class Line:
     """
 
     def __init__(self, cost: float, slope: float, first: float) -> None:
-        self.cost, self.slope, self.lams = cost, slope, [first]
+        self.cost = cost
+        self.slope = slope
+        self.lams = [first]
 
     def train(
         self, step: int, lam: float, warm: Step, prices: Sequence[float] | None = None
@@ -236,8 +231,10 @@ def scored(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def pairs(label: str) -> list[dict[str, Any]]:
     rows = []
     for row in embedded.pku_rows(12, seed=1, sharpness=1.0):
-        prompt, winner = user(row["prompt"]), row[label]
-        chosen, rejected = row[f"response_{winner}"], row[f"response_{1 - winner}"]
+        prompt = user(row["prompt"])
+        winner = row[label]
+        chosen = row[f"response_{winner}"]
+        rejected = row[f"response_{1 - winner}"]
         rows.append(
             {
                 "pair_id": pair_id(prompt, chosen, rejected),
@@ -256,7 +253,8 @@ def pairs(label: str) -> list[dict[str, Any]]:
 
 def reachable(scored: Scored) -> float:
     """A limit that the pool's tilt meets at lambda 1."""
-    reward, cost = by_prompt(scored.pool, "reward"), by_prompt(scored.pool, "cost")
+    reward = by_prompt(scored.pool, "reward")
+    cost = by_prompt(scored.pool, "cost")
     return float(predict(reward, cost, 1.0, scored.params.beta, cost).mean())
 
 
@@ -290,7 +288,8 @@ def test_every_row_says_what_it_took_and_a_second_run_only_reads(
     write_json(kept, {**read_json(kept), "trainings": 99})
     (scored.folder / f"rows/{limit:g}-dualign.json").unlink()
     assert rows_of(BY_NAME["caid"], (limit,), params, 3)[0]["trainings"] == 99
-    again, seconds = rows_of(BY_NAME["dualign"], (limit,), params, 3)[0], {"seconds": 0.0}
+    again = rows_of(BY_NAME["dualign"], (limit,), params, 3)[0]
+    seconds = {"seconds": 0.0}
     assert {**again, **seconds} == {**rows[0], **seconds}
 
 
@@ -340,10 +339,8 @@ def test_the_command_writes_a_page_of_all_rows(
         str(tmp_path),
     ]
     assert search_cost.main(argv) == 0
-    content, page = (
-        read_json(tmp_path / "search-cost.json"),
-        (tmp_path / "search-cost.md").read_text(),
-    )
+    content = read_json(tmp_path / "search-cost.json")
+    page = (tmp_path / "search-cost.md").read_text()
     assert capsys.readouterr().out == page and len(content["rows"]) == len(ROWS)
     shared = content["shared"][0]
     assert (

@@ -123,7 +123,8 @@ def test_the_forecast_of_skewed_costs_is_on_the_safe_side() -> None:
     """Exponential costs of 100 prompts, the limit a standard error above the mean; then 1000 data
     sets of that size.
     """
-    rng, ids = np.random.default_rng(0), np.arange(100)
+    rng = np.random.default_rng(0)
+    ids = np.arange(100)
     costs = rng.exponential(size=100)
     limit = float(costs.mean() + costs.std() / 10)
     needed = Requirement(name="c", quantity="cost", limit=limit, method="clustered_t")

@@ -468,7 +468,8 @@ def test_a_candidate_must_keep_every_requirement(
     """The model's cost alone certifies both; the truth of thirty labels refuses the one that the
     model flatters.
     """
-    path, names = tmp_path / "certificate.json", ["safe", "flattered"]
+    path = tmp_path / "certificate.json"
+    names = ["safe", "flattered"]
     assert certify(path, names, labelled, [MODEL]).certified == ("safe", "flattered")
     found = certify(path, names, labelled, [MODEL, TRUTH])
     assert found.certified == ("safe",) and found.returned == "safe"
@@ -847,7 +848,8 @@ def test_every_additional_constraint_is_required(
     write_json(tmp_path / "dual.json", solved(prices=[known]))
     rare = Requirement(**known, method="star_bets", bounds=(0.0, 1.0))
     cost = Requirement(name="c", quantity="cost", limit=0.0, method="clustered_t")
-    names, origin = ["safest", "middle"], origin_of(tmp_path, ["safest", "middle"])
+    names = ["safest", "middle"]
+    origin = origin_of(tmp_path, ["safest", "middle"])
     for required, holds in (
         ([cost, rare], True),
         ([cost], False),
@@ -994,7 +996,8 @@ def test_the_weighted_value_has_the_candidates_mean_by_every_answer_there_is() -
     every limit d.
     """
     rng = np.random.default_rng(0)
-    drew, own = rng.dirichlet(np.ones(5), 3), rng.dirichlet(np.ones(5), 3)
+    drew = rng.dirichlet(np.ones(5), 3)
+    own = rng.dirichlet(np.ones(5), 3)
     costs = rng.normal(size=(3, 5))
     for limit in (-1.0, 0.0, 2.5):
         needed = MODEL.model_copy(update={"limit": limit})

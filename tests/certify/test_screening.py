@@ -108,7 +108,8 @@ def test_tests_are_dense_where_the_limit_is_expected_to_be_crossed() -> None:
     crossing = float(np.interp(0.0, u, [1.5, 1.2, 1.0, 0.8]))
     assert plan.drawn == (plan.own, len(weights))
     assert weights[plan.drawn[0] - 1] > crossing > weights[plan.drawn[1] - 1]
-    gaps, middles = -np.diff(weights), (weights[1:] + weights[:-1]) / 2
+    gaps = -np.diff(weights)
+    middles = (weights[1:] + weights[:-1]) / 2
     near = np.abs(middles - crossing) < 0.06
     assert gaps[near].max() < 0.04 < gaps[0]
 

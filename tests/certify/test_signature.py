@@ -151,7 +151,8 @@ def test_keys_and_places_that_cannot_be_used(folder: Path, key: Path, tmp_path: 
 def test_the_command_signs_and_checks(
     folder: Path, key: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, files = tmp_path / "it.json", sorted(folder.iterdir())
+    out = tmp_path / "it.json"
+    files = sorted(folder.iterdir())
     assert command.main(["sign", str(folder), "--key", str(key), "--out", str(out)]) == 0
     assert capsys.readouterr().out.startswith(f"{out} signs {folder}: 'it' keeps E[c] <= 0")
     assert sorted(folder.iterdir()) == files

@@ -207,7 +207,8 @@ def test_json_that_a_stage_may_not_have_written_is_empty_and_one_cut_short_still
 
 
 def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    schema, path = pa.schema([("x", pa.int32())]), tmp_path / "t.parquet"
+    schema = pa.schema([("x", pa.int32())])
+    path = tmp_path / "t.parquet"
     write_parquet(path, [{"x": 1}, {"x": 2}], schema)
     with pytest.raises((pa.ArrowInvalid, pa.ArrowTypeError)):
         write_parquet(path, [{"x": "no number"}], schema)

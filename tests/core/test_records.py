@@ -16,6 +16,7 @@ from dualign.core.records import (
     TRAINED,
     Certified,
     Evaluated,
+    NotEvaluated,
     Record,
     SearchResult,
     SolvedDual,
@@ -31,7 +32,7 @@ from tests.written import helpful, lagrangian, safety, searched, solved
 RECORDS = {
     name: kind
     for name, kind in vars(records).items()
-    if isinstance(kind, type) and issubclass(kind, Record) and kind is not Record
+    if isinstance(kind, type) and issubclass(kind, Record) and kind.model_fields
 }
 WHOLE: dict[str, Any] = {
     "dual": (SolvedDual, solved(prices=[{"name": "short"}])),
@@ -105,7 +106,7 @@ def test_a_policy_has_the_metrics_of_its_stage(tmp_path: Path) -> None:
     assert {folder.partition("/")[0] for folder in written} == set(TRAINED)
     for folder, content in written.items():
         write_json(tmp_path / f"{folder}.json", content)
-        assert read_trained(tmp_path, folder) == content
+        assert as_row(read_trained(tmp_path, folder)) == content
     write_json(tmp_path / "safety_dpo/a.json", helpful())
     with pytest.raises(DataError, match=r"safety_dpo/a.json: lam: field required"):
         read_trained(tmp_path, "safety_dpo/a")
@@ -115,7 +116,7 @@ def test_files_that_may_be_missing(tmp_path: Path) -> None:
     assert read_optional_record(tmp_path / "dual.json", SolvedDual) is None
     assert read_evaluated(tmp_path, "sft") is None
     write_json(tmp_path / "evaluate/sft.json", {"policy": "sft", "absent": True})
-    assert read_evaluated(tmp_path, "sft") == {"policy": "sft", "absent": True}
+    assert read_evaluated(tmp_path, "sft") == NotEvaluated(policy="sft", absent=True)
     for content in ([], {}):
         write_json(tmp_path / "evaluate/sft.json", content)
         with pytest.raises(DataError, match=r"evaluate/sft.json"):

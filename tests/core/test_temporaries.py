@@ -59,7 +59,8 @@ def temporaries(root: Path) -> list[Path]:
 def test_what_a_killed_process_was_writing_goes_with_the_next_write_and_what_another_writes_stays(
     workspace: Path,
 ) -> None:
-    dead, alive = writing("models/sft"), writing("models/other")
+    dead = writing("models/sft")
+    alive = writing("models/other")
     dead.send_signal(signal.SIGKILL)
     dead.wait()
     assert len(temporaries(workspace)) == 4 and not (workspace / "models/sft").exists()
@@ -133,7 +134,8 @@ def test_a_lock_without_its_folder_is_debris_and_what_is_not_ours_is_left(tmp_pa
 
 def test_an_old_folder_is_never_half_removed(tmp_path: Path) -> None:
     """A kill while the old folder goes: whatever lies there is whole, or nothing does."""
-    files, path = 20_000, tmp_path / "model"
+    files = 20_000
+    path = tmp_path / "model"
     path.mkdir()
     for number in range(files):
         (path / str(number)).touch()

@@ -129,7 +129,8 @@ class Counted:
     """A method that counts its calls."""
 
     def __init__(self, method: Callable[[Any], None]) -> None:
-        self.method, self.calls = method, 0
+        self.method = method
+        self.calls = 0
 
     def __get__(self, owner: Any, kind: type) -> Callable[[], None]:
         def call() -> None:

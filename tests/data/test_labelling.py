@@ -57,7 +57,8 @@ def pairs(*texts: tuple[str, str], question: str = QUESTION, **scores: float) ->
 def test_votes_are_bernoulli_at_the_cost_of_their_source(
     source: Any, text: str, cost: float, probability: float, tmp_path: Path
 ) -> None:
-    count, rows = 10, 4000
+    count = 10
+    rows = 4000
     votes = vote(
         answers(*[text] * rows, cost=cost), source=source, count=count, folder=tmp_path, seed=1
     )

@@ -12,7 +12,7 @@ import pytest
 
 from dualign.core.errors import DataError
 from dualign.core.schema import user
-from dualign.data.formats import Kind, Record, Rejected, Skipped
+from dualign.data.formats import Kind, Rejected, Skipped, Usable
 from dualign.data.sources import read
 from dualign.params.data import SourceSpec, WorldParams
 
@@ -301,7 +301,7 @@ def test_a_key_that_some_rows_leave_out_is_null_there(tmp_path: Path) -> None:
     lines(tmp_path / "a.jsonl", [bare, pku(1)])
     first, second = stream(tmp_path, "helpful", "a.jsonl")
     assert isinstance(first, Skipped) and first.reason == "no_preference"
-    assert isinstance(second, Record)
+    assert isinstance(second, Usable)
 
 
 def test_a_key_that_every_row_leaves_out_is_a_missing_column(tmp_path: Path) -> None:
@@ -333,7 +333,7 @@ def test_what_stands_twice_is_refused(tmp_path: Path) -> None:
         first, bad, last = read(
             spec.model_copy(update={"path": "a.json"}), "sft", tmp_path, MADE, 0
         )
-        assert isinstance(first, Record) and isinstance(last, Record) and last.where.line == 3
+        assert isinstance(first, Usable) and isinstance(last, Usable) and last.where.line == 3
         assert (bad.reason, bad.where.line) == ("duplicate_key", 2) and bad.row == twice
 
 
@@ -381,7 +381,7 @@ def test_a_label_that_is_no_single_value_is_rejected(tmp_path: Path, cell: Any) 
 def test_a_label_that_says_nan_is_null(tmp_path: Path) -> None:
     pd.DataFrame([pku(0, better_response_id="nan"), pku(1)]).to_csv(tmp_path / "a.csv", index=False)
     first, second = stream(tmp_path, "helpful", "a.csv")
-    assert isinstance(first, Skipped) and isinstance(second, Record)
+    assert isinstance(first, Skipped) and isinstance(second, Usable)
 
 
 # --- PKU's release of 2024 ------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def test_the_release_with_severities_is_read_and_checked(tmp_path: Path) -> None
     lines(tmp_path / "a.jsonl", rows)
     for kind in ("sft", "helpful", "safety"):
         found = stream(tmp_path, kind, "a.jsonl")
-        assert isinstance(found[0], Record)
+        assert isinstance(found[0], Usable)
         assert [item.reason for item in found[1:]] == ["contradictory_severity"] * 2
 
 
@@ -422,8 +422,8 @@ def test_severities_are_read_as_csv_json_and_parquet_write_them(tmp_path: Path, 
     )
     for kind in ("sft", "helpful", "safety"):
         found = stream(tmp_path, kind, "a.jsonl")
-        assert isinstance(found[0], Record) and found[1].reason == "contradictory_severity"
-        assert isinstance(found[2], Record | Skipped)
+        assert isinstance(found[0], Usable) and found[1].reason == "contradictory_severity"
+        assert isinstance(found[2], Usable | Skipped)
 
 
 @pytest.mark.parametrize("level", [4, -1, 1.5, "5", "high", True, [1]])
@@ -445,7 +445,7 @@ def test_a_severity_may_be_null(tmp_path: Path, none: Any) -> None:
         [pku(0, response_0_severity_level=none, response_1_severity_level=none)],
     )
     assert all(
-        isinstance(stream(tmp_path, kind, "a.jsonl")[0], Record)
+        isinstance(stream(tmp_path, kind, "a.jsonl")[0], Usable)
         for kind in ("sft", "helpful", "safety")
     )
 
@@ -478,7 +478,7 @@ def test_flags_of_another_code_are_refused_and_a_slip_is_a_rejected_row(tmp_path
         records(tmp_path, "helpful", rows, columns)
     slip = [{**row, "ok": 2 if number == 0 else 1} for number, row in enumerate(rows)]
     found = records(tmp_path, "helpful", slip, columns)
-    assert [type(item) for item in found] == [Rejected] + [Record] * 5
+    assert [type(item) for item in found] == [Rejected] + [Usable] * 5
 
 
 def test_a_tie_that_is_coded_as_two_is_refused(tmp_path: Path) -> None:
@@ -501,12 +501,12 @@ def test_the_files_of_a_folder_are_read_like_files(tmp_path: Path) -> None:
     found = stream(tmp_path, "helpful", "set")
     where = [(Path(item.where.file).name, item.where.line, type(item).__name__) for item in found]
     assert where == [
-        ("a.jsonl", 1, "Record"),
+        ("a.jsonl", 1, "Usable"),
         ("b.jsonl", 1, "Rejected"),
-        ("b.jsonl", 2, "Record"),
+        ("b.jsonl", 2, "Usable"),
         ("c.jsonl", 1, "Rejected"),
-        ("c.jsonl", 2, "Record"),
-        ("d.parquet", 1, "Record"),
+        ("c.jsonl", 2, "Usable"),
+        ("d.parquet", 1, "Usable"),
     ]
 
 
@@ -536,7 +536,7 @@ def test_a_file_of_a_folder_that_lacks_a_column_is_named(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"set/b\.jsonl: column 'better_response_id' is missing"):
         stream(tmp_path, "helpful", "set")
     lines(tmp_path / "set/b.jsonl", [bare, pku(2)])
-    assert [type(item) for item in stream(tmp_path, "helpful", "set")] == [Record, Skipped, Record]
+    assert [type(item) for item in stream(tmp_path, "helpful", "set")] == [Usable, Skipped, Usable]
 
 
 def test_what_is_wrong_with_a_folder_is_told_apart(

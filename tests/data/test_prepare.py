@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ruamel.yaml import YAML
 
 from dualign.core import schema
 from dualign.core.errors import DataError
-from dualign.core.schema import normalise, user
+from dualign.core.schema import Message, normalise, user
 from dualign.data.prepare import prepare
 from dualign.params.data import PrepareParams
 
@@ -80,15 +80,13 @@ def pair(number: int, **changes: Any) -> Row:
 FILES = {
     name: {"format": "columns", "path": f"{name}.jsonl"} for name in ("sft", "helpful", "safety")
 }
+_PAIR = {
+    name: name for name in ("prompt", "chosen", "rejected", "chosen_is_safe", "rejected_is_safe")
+}
 MAPS = {
     "sft": {"prompt": "prompt", "response": "chosen"},
-    **{
-        kind: {
-            name: name
-            for name in ("prompt", "chosen", "rejected", "chosen_is_safe", "rejected_is_safe")
-        }
-        for kind in ("helpful", "safety")
-    },
+    "helpful": _PAIR,
+    "safety": _PAIR,
 }
 SOURCES = {kind: [FILES[kind] | {"columns": MAPS[kind]}] for kind in FILES}
 TINY = {
@@ -204,7 +202,8 @@ def test_a_question_under_a_system_turn_stays_with_the_question_alone(tmp_path: 
 
 def dialogues(number: int, lengths: int) -> list[Row]:
     """Pairs of one dialogue at several lengths."""
-    turns, found = user(f"question {number}"), []
+    turns = user(f"question {number}")
+    found = []
     for length in range(lengths):
         found.append(
             {
@@ -219,10 +218,10 @@ def dialogues(number: int, lengths: int) -> list[Row]:
 
 
 def families(table: pd.DataFrame) -> list[str]:
-    return [
-        normalise(next(turn["content"] for turn in turns if turn["role"] == "user"))
-        for turns in table["prompt"]
-    ]
+    def question(turns: Sequence[Message]) -> str:
+        return next(turn["content"] for turn in turns if turn["role"] == "user")
+
+    return [normalise(question(turns)) for turns in table["prompt"]]
 
 
 def test_a_reserved_set_holds_one_prompt_of_a_dialogue(tmp_path: Path) -> None:
@@ -267,10 +266,10 @@ def test_prompts_of_one_turn_are_drawn_by_their_own_hash(run: Any) -> None:
     def place(key: str) -> bytes:
         return hashlib.sha256(f"3:search:{key}".encode()).digest()[:6]
 
-    keys = [
-        [schema.prompt_id(user(f"question {start + n}")) for n in range(60)]
-        for start in (1000, 2000)
-    ]
+    def asked(start: int) -> list[str]:
+        return [schema.prompt_id(user(f"question {start + n}")) for n in range(60)]
+
+    keys = [asked(1000), asked(2000)]
     lowest = [key for of_kind in keys for key in sorted(of_kind, key=place)[:2]]
     assert list(tables["search"]["prompt_id"]) == sorted(lowest, key=place)
 
@@ -343,7 +342,8 @@ def test_new_rows_move_few_prompts(tmp_path: Path) -> None:
     )
     more = {"format": "columns", "path": "more.jsonl", "columns": MAPS["safety"]}
     prepare(params(tmp_path, world=sizes, safety=[WORLD, more]), tmp_path / "large")
-    before, after = places(read_all(tmp_path / "small")), places(read_all(tmp_path / "large"))
+    before = places(read_all(tmp_path / "small"))
+    after = places(read_all(tmp_path / "large"))
     moved = [key for key, where in before.items() if after[key] != where]
     assert 0 < len(after) - len(before) == 100
     assert len(moved) < 30

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from dualign.core.errors import DataError
 from dualign.core.schema import user
-from dualign.data.formats import FORMATS, Kind, Record, Rejected, Skipped, label
+from dualign.data.formats import FORMATS, Kind, Rejected, Skipped, Usable, label
 from dualign.data.sources import derived_seed, read
 from dualign.params.data import SourceFormat, SourceSpec, WorldParams
 
@@ -144,7 +144,7 @@ def test_pku_helpful_pairs_put_the_more_helpful_answer_first_and_carry_the_flags
     found = [
         item
         for item in records(tmp_path, "helpful", format="pku", path="a.jsonl")
-        if isinstance(item, Record)
+        if isinstance(item, Usable)
     ]
     assert [(pair.chosen, pair.chosen_is_safe, pair.rejected_is_safe) for pair in found] == [
         ("zero 0", False, True),
@@ -158,7 +158,7 @@ def test_pku_gives_sft_its_safe_answers_only(tmp_path: Path) -> None:
         [pku(0), pku(1, is_response_0_safe=True), pku(2, is_response_1_safe=False)],
     )
     found = records(tmp_path, "sft", format="pku", path="a.jsonl")
-    assert [item.chosen for item in found if isinstance(item, Record)] == [
+    assert [item.chosen for item in found if isinstance(item, Usable)] == [
         "one 0",
         "zero 1",
         "one 1",
@@ -254,7 +254,7 @@ def test_helpsteer2_pairs_ratings_that_follow_each_other_with_one_prompt(tmp_pat
     ]  # fmt: skip
     write_jsonl(tmp_path / "train.jsonl", rows)
     found = records(tmp_path, "helpful", format="helpsteer2", path="train.jsonl")
-    pairs = [item for item in found if isinstance(item, Record)]
+    pairs = [item for item in found if isinstance(item, Usable)]
     assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [
         (user("c#"), "a language", "a note"),
         (user("rap"), "good", "bad"),
@@ -276,7 +276,7 @@ def test_helpsteer2_takes_no_answer_of_another_file_or_beyond_the_limit(tmp_path
         assert {item.reason for item in found} == {"no_second_answer"}
     write_jsonl(tmp_path / "c.jsonl", [rated("q", "x", 1), rated("q", "y", 2)] * 2)
     cut = records(tmp_path, "helpful", format="helpsteer2", path="c.jsonl", limit=3)
-    assert [type(item) for item in cut] == [Record, Skipped]
+    assert [type(item) for item in cut] == [Usable, Skipped]
 
 
 def test_helpsteer2_reads_the_direction_of_a_preference(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_helpsteer2_rejects_what_is_no_rating(tmp_path: Path) -> None:
         ("bad_label", "preference_strength is 4, ex"),
     ]
     assert rejected[3][0] == "not_an_object"
-    assert [item.chosen for item in found if isinstance(item, Record)] == ["y"]
+    assert [item.chosen for item in found if isinstance(item, Usable)] == ["y"]
 
 
 def test_helpsteer2_needs_the_columns_of_one_of_its_files(tmp_path: Path) -> None:
@@ -384,7 +384,7 @@ def test_columns_takes_a_prompt_of_several_turns(tmp_path: Path) -> None:
 def test_the_world_gives_each_kind_its_own_rows(tmp_path: Path) -> None:
     found = {kind: records(tmp_path, kind, format="world") for kind in ("sft", "helpful", "safety")}
     assert [len(items) for items in found.values()] == [20, 30, 40]
-    assert all(isinstance(item, Record) for items in found.values() for item in items)
+    assert all(isinstance(item, Usable) for items in found.values() for item in items)
     assert all(
         item.chosen_is_safe is not None for kind in ("helpful", "safety") for item in found[kind]
     )
@@ -408,7 +408,7 @@ def test_pku_needs_only_the_columns_of_its_use(tmp_path: Path, kind: Kind, names
     write_jsonl(
         tmp_path / "a.jsonl", [{name: value for name, value in pku().items() if name in names}]
     )
-    assert isinstance(only(tmp_path, kind, format="pku", path="a.jsonl"), Record)
+    assert isinstance(only(tmp_path, kind, format="pku", path="a.jsonl"), Usable)
     for name in sorted(names):
         write_jsonl(
             tmp_path / "b.jsonl",
@@ -510,7 +510,7 @@ def test_a_wrong_line_is_rejected_and_the_next_ones_are_read(
     (tmp_path / "a.jsonl").write_bytes(good + b"\n" + line + b"\n\n" + good + b"\n")
     first, bad, last = records(tmp_path, "safety", format="pku", path="a.jsonl")
     assert (bad.reason, bad.where.line, last.where.line) == (reason, 2, 4)
-    assert len(bad.row) <= 400 and isinstance(first, Record) and isinstance(last, Record)
+    assert len(bad.row) <= 400 and isinstance(first, Usable) and isinstance(last, Usable)
 
 
 def test_a_line_cut_off_at_the_end_is_rejected_and_said(
@@ -530,7 +530,7 @@ def test_a_csv_row_with_too_few_cells_is_rejected(tmp_path: Path) -> None:
     found = records(
         tmp_path, "sft", format="columns", path="a.csv", columns={"prompt": "q", "response": "a"}
     )
-    assert [type(item) for item in found] == [Record, Rejected, Record]
+    assert [type(item) for item in found] == [Usable, Rejected, Usable]
     assert (found[1].reason, found[1].where.line) == ("wrong_cell_count", 3)
 
 
@@ -640,7 +640,7 @@ def test_a_missing_file_is_named_with_its_folder(tmp_path: Path, path: str) -> N
 def test_an_absolute_path_is_allowed(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [pku()])
     assert isinstance(
-        only(Path("elsewhere"), "safety", format="pku", path=str(tmp_path / "a.jsonl")), Record
+        only(Path("elsewhere"), "safety", format="pku", path=str(tmp_path / "a.jsonl")), Usable
     )
 
 
@@ -661,7 +661,7 @@ def test_no_bytes_raise_anything_but_a_data_error(
         )
     except DataError:
         return
-    assert not any(isinstance(item, Record) for item in found)
+    assert not any(isinstance(item, Usable) for item in found)
 
 
 # --- datasets -------------------------------------------------------------------------------------
@@ -720,31 +720,31 @@ def test_without_a_network_it_is_said_where_to_put_the_file(
 
 OWN = {"prompt": "prompt", "response": "response"}
 GENUINE = [
-    ("safety", {"format": "pku", "path": "pku_safety/pairs.jsonl"}, {"Record": 2701}),
+    ("safety", {"format": "pku", "path": "pku_safety/pairs.jsonl"}, {"Usable": 2701}),
     ("helpful", {"format": "pku", "path": "pku_safety/pairs.jsonl"}, {"no_preference": 2701}),
-    ("helpful", {"format": "pku", "path": "pku_full/train.json"}, {"Record": 32}),
-    ("safety", {"format": "pku", "path": "pku_full/train.json"}, {"Record": 32}),
-    ("sft", {"format": "pku", "path": "pku_full/train.json"}, {"Record": 27, "no_safe_answer": 16}),
+    ("helpful", {"format": "pku", "path": "pku_full/train.json"}, {"Usable": 32}),
+    ("safety", {"format": "pku", "path": "pku_full/train.json"}, {"Usable": 32}),
+    ("sft", {"format": "pku", "path": "pku_full/train.json"}, {"Usable": 27, "no_safe_answer": 16}),
     (
         "helpful",
         {"format": "hh", "path": "hh_rlhf/helpful-base.test.jsonl.gz"},
-        {"Record": 2339, "bad_turns": 15},
+        {"Usable": 2339, "bad_turns": 15},
     ),
     (
         "helpful",
         {"format": "hh", "path": "hh_rlhf/helpful-online.test.jsonl.gz"},
-        {"Record": 1135, "not_a_dialogue": 2},
+        {"Usable": 1135, "not_a_dialogue": 2},
     ),
     (
         "safety",
         {"format": "hh", "path": "hh_rlhf/harmless-base.test.jsonl.gz"},
-        {"Record": 2303, "bad_turns": 9},
+        {"Usable": 2303, "bad_turns": 9},
     ),
-    ("sft", {"format": "alpaca", "path": "alpaca/alpaca_5000.json"}, {"Record": 5000}),
+    ("sft", {"format": "alpaca", "path": "alpaca/alpaca_5000.json"}, {"Usable": 5000}),
     (
         "sft",
         {"format": "columns", "path": "pku_sft/sft_safety.jsonl", "columns": OWN},
-        {"Record": 4000},
+        {"Usable": 4000},
     ),
 ]
 
@@ -754,6 +754,6 @@ def test_genuine_files_are_read_in_full(kind: Kind, spec: Row, expected: dict[st
     if not (REAL / spec["path"]).is_file():
         pytest.skip(f"real rows are not here: {REAL / spec['path']} (set DUALIGN_REAL_DATA)")
     found = records(REAL, kind, **spec)
-    assert Counter(getattr(item, "reason", "Record") for item in found) == expected
-    kept = [item for item in found if isinstance(item, Record)]
+    assert Counter(getattr(item, "reason", "Usable") for item in found) == expected
+    kept = [item for item in found if isinstance(item, Usable)]
     assert all("\n\nHuman:" not in item.chosen for item in kept)

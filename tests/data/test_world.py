@@ -204,7 +204,8 @@ def z_scores(probability: list[float], outcome: list[bool]) -> list[float]:
     """Observed minus expected count over its binomial standard deviation, in five bins of
     probability.
     """
-    p, y = np.array(probability), np.array(outcome, float)
+    p = np.array(probability)
+    y = np.array(outcome, float)
     parts = np.array_split(np.argsort(p, kind="stable"), 5)
     return [float((y[i] - p[i]).sum() / np.sqrt((p[i] * (1 - p[i])).sum())) for i in parts]
 
@@ -239,7 +240,8 @@ def test_labels_of_one_pair_repeat_as_often_as_their_probability_says(
     """The same two answers put to the annotators 4,000 times, in either order: within four binomial
     deviations.
     """
-    plain, rich = world.Answer("plain", -1.0, -0.4), world.Answer("rich", 0.5, 0.8)
+    plain = world.Answer("plain", -1.0, -0.4)
+    rich = world.Answer("rich", 0.5, 0.8)
     monkeypatch.setattr(world, "answers", lambda prompt: (plain, rich))
     rows = list(world.pku_rows(4000, seed=5, sharpness=sharpness))
     assert 0.45 < np.mean([row["response_0"] == "rich" for row in rows]) < 0.55

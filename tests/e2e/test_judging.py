@@ -56,7 +56,9 @@ class Project:
     """A copy of the repository that has run once, and the endpoint that its judges ask."""
 
     def __init__(self, root: Path, server: ChatServer) -> None:
-        self.root, self.server, self.said = root, server, ""
+        self.root = root
+        self.server = server
+        self.said = ""
 
     def repro(self, **changes: Any) -> list[str]:
         """Run what is stale after an edit; the stages that ran."""

@@ -302,7 +302,8 @@ def fails_with(root: Path, key: str, typo: str) -> str:
     """The error of `prepare` when a key is misspelt; the params file is put back."""
     path = root / "params.yaml"
     before = path.read_text()
-    old, new = key.rpartition(".")[2], typo.rpartition(".")[2]
+    old = key.rpartition(".")[2]
+    new = typo.rpartition(".")[2]
     path.write_text(before.replace(f"{old}:", f"{new}:", 1))
     try:
         return fails(root, "stages.prepare")

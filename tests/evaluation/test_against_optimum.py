@@ -20,7 +20,8 @@ from dualign.evaluation.against_optimum import (
 )
 from dualign.math import tabular
 
-BETA, LIMIT = 1.5, -0.3
+BETA = 1.5
+LIMIT = -0.3
 QUESTIONS = world.prompts()[::480]
 PROMPTS = pd.DataFrame(
     {"prompt_id": [f"p{i}" for i in range(len(QUESTIONS))], "prompt": [user(q) for q in QUESTIONS]}
@@ -98,7 +99,8 @@ def test_the_optimum_is_no_way_from_itself_and_the_reference_all_of_it(
 def test_the_way_begins_at_the_nearest_policy_that_keeps_the_limit(
     enumerated: pd.DataFrame,
 ) -> None:
-    problem, strict = finite_problem(enumerated, BETA), -0.8
+    problem = finite_problem(enumerated, BETA)
+    strict = -0.8
     assert problem.describe(problem.log_reference)["cost"] > strict
     nearest = problem.describe(tabular.nearest(problem, strict))
     result = against_optimum(summary(nearest), problem, strict)

@@ -11,7 +11,9 @@ import pytest
 from dualign.evaluation.effective_tilt import Tilt, effective_tilt, tilt_on
 
 Array = np.ndarray
-BETA, LAM, SLOPE = 1.7, 0.9, 0.03
+BETA = 1.7
+LAM = 0.9
+SLOPE = 0.03
 
 
 def scores(prompts: int, samples: int, seed: int = 0) -> tuple[Array, Array, Array]:

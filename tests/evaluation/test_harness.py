@@ -19,7 +19,8 @@ from dualign.evaluation.harness import main, read_imported, read_results
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITTEN = Path(__file__).with_name("harness")
-LM_EVAL, INSPECT = WRITTEN / "lm_eval.json", WRITTEN / "inspect.json"
+LM_EVAL = WRITTEN / "lm_eval.json"
+INSPECT = WRITTEN / "inspect.json"
 
 
 def edited(file: Path, tmp_path: Path, **changes: Any) -> Path:

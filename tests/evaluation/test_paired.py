@@ -114,7 +114,8 @@ def test_one_prompt_says_nothing_and_equal_answers_say_no_difference() -> None:
 
 def brute_holm(values: list[float]) -> list[float]:
     order = sorted(range(len(values)), key=lambda k: values[k])
-    found, least = [0.0] * len(values), 0.0
+    found = [0.0] * len(values)
+    least = 0.0
     for rank, k in enumerate(order):
         least = max(least, min(1.0, (len(values) - rank) * values[k]))
         found[k] = least
@@ -142,7 +143,8 @@ def test_mcnemar_is_the_sign_test_of_the_prompts_that_differ(first: int, second:
     other = [0] * first + [1] * second + [1, 0]
     found = mcnemar(one, other)
     assert (found.only_first, found.only_second) == (first, second)
-    count, extreme = first + second, min(first, second)
+    count = first + second
+    extreme = min(first, second)
     splits = itertools.product((0, 1), repeat=count)
     tail = sum(sum(split) <= extreme for split in splits) / 2**count
     assert found.p_value == pytest.approx(min(1.0, 2 * tail))

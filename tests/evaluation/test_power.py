@@ -49,7 +49,8 @@ def test_mcnemar_finds_a_gap_of_refusals_as_often_as_said() -> None:
     found = 0
     for _ in range(600):
         drawn = generator.random(count)
-        first, second = drawn < 0.18, (drawn >= 0.18) & (drawn < 0.24)
+        first = drawn < 0.18
+        second = (drawn >= 0.18) & (drawn < 0.24)
         found += mcnemar(first, second).p_value < 0.05
     assert 0.70 <= found / 600 <= 0.84
 

@@ -113,7 +113,8 @@ def test_wins_by_prompt_are_counted_one_by_one() -> None:
     expected = np.zeros((5, 4, 4))
     names = list(STRENGTHS)
     for row in battles.to_dict("records"):
-        one, other = names.index(row["first"]), names.index(row["second"])
+        one = names.index(row["first"])
+        other = names.index(row["second"])
         expected[row["prompt_id"], one, other] += row["score"]
         expected[row["prompt_id"], other, one] += 1 - row["score"]
     assert table.tolist() == expected.tolist()
@@ -242,7 +243,8 @@ def test_the_interval_at_equal_length_is_that_of_fits_one_by_one() -> None:
     battles = with_lengths(4, 120, theta=0.2, phi=0.8, longer=0.2)
     battles.loc[:9, "score"] = 0.5
     gap = (battles["length_first"] - battles["length_second"]).to_numpy()
-    feature, score = np.tanh(gap / gap.std())[:, None], battles["score"].to_numpy()
+    feature = np.tanh(gap / gap.std())[:, None]
+    score = battles["score"].to_numpy()
     rates = []
     for drawn in redrawn(np.random.default_rng(0), 120, 60):
         weight = np.concatenate([drawn * score, drawn * (1 - score)])
@@ -293,7 +295,8 @@ def test_the_rate_is_the_minimum_of_the_penalised_likelihood() -> None:
     battles = with_lengths(1, 80, theta=0.3, phi=0.5, longer=0.3)
     battles.loc[:9, "score"] = 0.5
     gap = (battles["length_first"] - battles["length_second"]).to_numpy()
-    feature, score = np.tanh(gap / gap.std()), battles["score"].to_numpy()
+    feature = np.tanh(gap / gap.std())
+    score = battles["score"].to_numpy()
 
     def loss(point: np.ndarray) -> float:
         value = point[0] + point[1] * feature

@@ -15,17 +15,9 @@ from dualign.core.schema import prompt_id, user
 from dualign.evaluation.rollout import Scorers, roll_out
 from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.params.loading import load_resources
-from dualign.params.models import ScratchParams
+from tests.tiny import TINY
 
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=260,
-    hidden_size=16,
-    layers=1,
-    heads=2,
-    intermediate_size=16,
-    context=128,
-)
+SCRATCH = TINY.model_copy(update={"vocab_size": 260})
 
 
 class Listener:
@@ -46,7 +38,8 @@ def test_both_scorers_are_told_which_answers_ended(repo_root: Path, one_thread: 
     tokenizer = train_tokenizer(texts, 260)
     update = {"device": "cpu", "precision": "fp32"}
     resources = load_resources(repo_root / "params.yaml").model_copy(update=update)
-    reward, cost = Listener(), Listener()
+    reward = Listener()
+    cost = Listener()
     scorers = Scorers(build_scratch(SCRATCH, tokenizer, 0), tokenizer, reward, cost, resources)  # type: ignore[arg-type]
     prompts = pd.DataFrame(
         {"prompt_id": [prompt_id(user(t)) for t in texts], "prompt": [user(t) for t in texts]}

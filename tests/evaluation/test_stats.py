@@ -60,7 +60,8 @@ def test_coverage_holds_with_correlated_answers_where_independence_would_fail() 
 
 
 def test_within_variance_is_unbiased_and_skips_single_answers() -> None:
-    values, clusters = np.array([0.0, 2.0, 5.0, 1.0, 1.0, 4.0]), np.array([0, 0, 1, 2, 2, 2])
+    values = np.array([0.0, 2.0, 5.0, 1.0, 1.0, 4.0])
+    clusters = np.array([0, 0, 1, 2, 2, 2])
     assert within_variance(values, clusters) == pytest.approx((2.0 + 3.0) / 2)
     assert np.isnan(within_variance(values[:1], clusters[:1]))
 

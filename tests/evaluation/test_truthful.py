@@ -23,7 +23,7 @@ from dualign.evaluation.truthful import (
     question_text,
 )
 from dualign.lm.models import build_scratch, train_tokenizer
-from dualign.params.models import ScratchParams
+from tests.tiny import TINY
 
 QUESTIONS = ["Do bulls hate red?", "Where is it?"]
 CHOICES = [["No.", "Yes, they hate it.", "I have no comment."], ["Here.", "There."]]
@@ -58,15 +58,7 @@ def test_an_unknown_likelihood_makes_no_score() -> None:
 
 def test_choices_are_scored_as_single_forward_passes_score_them() -> None:
     tokenizer = train_tokenizer([*QUESTIONS, *CHOICES[0], *CHOICES[1], question_text("?")], 300)
-    shape = ScratchParams(
-        tokenizer="train",
-        vocab_size=300,
-        hidden_size=16,
-        layers=1,
-        heads=2,
-        intermediate_size=32,
-        context=2048,
-    )
+    shape = TINY.model_copy(update={"intermediate_size": 32, "context": 2048})
     model = build_scratch(shape, tokenizer, seed=1)
     frame = pd.DataFrame({"prompt": [user(text) for text in QUESTIONS], "choices": CHOICES})
     found = choice_log_probabilities(model, tokenizer, frame, batch_size=2)

@@ -43,7 +43,10 @@ class ChatServer:
     """
 
     def __init__(self, plan: Plan = well) -> None:
-        self.plan, self.calls, self.keys = plan, [], set()  # type: ignore[var-annotated]
+        # type: ignore[var-annotated]
+        self.plan = plan
+        self.calls = []
+        self.keys = set()
         self._seen: Counter[str] = Counter()
         self._lock = threading.Lock()
         chat = self

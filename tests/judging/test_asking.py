@@ -63,7 +63,8 @@ def judging(judge: Callable[[dict[str, Any], int], str]) -> Callable[[Sequence[A
 
 def longer(data: dict[str, Any], repeat: int) -> str:
     """Prefers the longer answer."""
-    a, b = len(data["answer_A"]), len(data["answer_B"])
+    a = len(data["answer_A"])
+    b = len(data["answer_B"])
     return json.dumps({"winner": "tie" if a == b else "A" if a > b else "B"})
 
 

@@ -201,7 +201,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        kept, before = rows_of(path), len(server.calls)
+        kept = rows_of(path)
+        before = len(server.calls)
         endpoint = Endpoint("gpt", spec(server.url, parallel=2), Cache(path))
         assert verdicts(endpoint(asks(12))) == RIGHT
         assert kept >= 4 and endpoint.saved == kept and endpoint.calls == 12 - kept

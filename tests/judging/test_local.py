@@ -15,14 +15,11 @@ from dualign.lm.models import build_scratch, load_tokenizer, save
 from dualign.params.base import Resources
 from dualign.params.judging import LocalJudge
 from dualign.params.loading import load_resources
-from dualign.params.models import ScratchParams
 from tests.lm.layouts import CHATS, byte_level
+from tests.tiny import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPE = ScratchParams(
-    tokenizer="train", vocab_size=600, hidden_size=16, layers=1, heads=2, intermediate_size=16,
-    context=4096,
-)  # fmt: skip
+SHAPE = TINY.model_copy(update={"vocab_size": 600, "context": 4096})
 ASKS = {
     HARM: [Ask(HARM, about(HARM, user("Hi"), answer=text)) for text in ("tea", "poison " * 20)],
     PREFERENCE: [

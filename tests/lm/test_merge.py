@@ -59,7 +59,8 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("q", [0.0, 0.25, 1.0, 1.25])
 def test_full_weights_are_mixed_exactly(tmp_path: Path, q: float) -> None:
-    first, second = write(tiny(1), tmp_path / "a"), write(tiny(2), tmp_path / "b")
+    first = write(tiny(1), tmp_path / "a")
+    second = write(tiny(2), tmp_path / "b")
     merge(first, second, q, tmp_path / "out")
     left, right, mixed = (weights(folder) for folder in (first, second, tmp_path / "out"))
     assert mixed.keys() == left.keys()
@@ -174,13 +175,15 @@ def test_a_model_and_an_adapter_are_refused(tmp_path: Path, base: Path) -> None:
 
 
 def test_models_of_different_shape_are_refused(tmp_path: Path) -> None:
-    first, second = write(tiny(1), tmp_path / "a"), write(tiny(2, hidden=32), tmp_path / "b")
+    first = write(tiny(1), tmp_path / "a")
+    second = write(tiny(2, hidden=32), tmp_path / "b")
     assert "differ in name or shape" in refused(first, second, tmp_path / "out")
 
 
 def test_adapters_on_different_bases_are_refused(tmp_path: Path, base: Path) -> None:
     other = write(tiny(5), tmp_path / "other")
-    first, second = adapter(base, tmp_path / "a", 1), adapter(other, tmp_path / "b", 2)
+    first = adapter(base, tmp_path / "a", 1)
+    second = adapter(other, tmp_path / "b", 2)
     assert "different bases" in refused(first, second, tmp_path / "out")
 
 
@@ -202,7 +205,8 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
 
 
 def test_weights_and_configurations_that_are_cut_short_are_named(tmp_path: Path) -> None:
-    first, second = write(tiny(1), tmp_path / "a"), write(tiny(2), tmp_path / "b")
+    first = write(tiny(1), tmp_path / "a")
+    second = write(tiny(2), tmp_path / "b")
     file = second / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"b/model\.safetensors: is cut short or damaged"):

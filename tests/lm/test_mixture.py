@@ -19,17 +19,9 @@ from dualign.lm.models import build_scratch, save, train_tokenizer
 from dualign.lm.sampling import log_probabilities, sample
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.params.base import Resources
-from dualign.params.models import ScratchParams
+from tests.tiny import TINY
 
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=16,
-    layers=1,
-    heads=2,
-    intermediate_size=24,
-    context=64,
-)
+SCRATCH = TINY.model_copy(update={"intermediate_size": 24, "context": 64})
 QUESTIONS = [
     "How do I cook the rice at home?",
     "Why?",
@@ -119,7 +111,8 @@ def test_answers_follow_the_mixtures_distribution(
     folder: Path, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], resources: Resources
 ) -> None:
     """Two tokens: a mixture of next-token distributions would agree on the first one only."""
-    mixture, draws = policy_at(folder, resources), 4000
+    mixture = policy_at(folder, resources)
+    draws = 4000
     drawn = sample(
         mixture, tokenizer, [prompts[1]], count=draws, max_new_tokens=2, batch_size=draws, seed=3
     )

@@ -32,22 +32,14 @@ from dualign.lm import models
 from dualign.lm.sampling import sample
 from dualign.lm.tokens import PLAIN_TEMPLATE, encode_prompts
 from dualign.params.base import LoraParams, Resources
-from dualign.params.models import ScratchParams
 from tests.lm.layouts import CHATS, byte_level
 from tests.stages.conftest import rows as pair_rows
+from tests.tiny import WIDER
 from tests.written import solved
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [answer.text for prompt in world.prompts()[::500] for answer in world.answers(prompt)]
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=320,
-    hidden_size=32,
-    layers=2,
-    heads=4,
-    intermediate_size=48,
-    context=64,
-)
+SCRATCH = WIDER.model_copy(update={"vocab_size": 320, "layers": 2, "heads": 4, "context": 64})
 LORA = LoraParams(rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
 IDS = torch.tensor([[7, 20, 33, 46, 59, 72]])
 

@@ -44,7 +44,8 @@ def test_values_and_gradients_are_those_of_torch(shape: tuple[int, ...], kind: s
     if kind == "turned":
         x = x.transpose(0, -1).contiguous().transpose(0, -1)
     if kind == "fp64":
-        plain, x = plain.double(), x.double()
+        plain = plain.double()
+        x = x.double()
     if kind == "frozen":
         plain.requires_grad_(False)
     ours = copy.deepcopy(plain)
@@ -57,7 +58,8 @@ def test_values_and_gradients_are_those_of_torch(shape: tuple[int, ...], kind: s
 
 @there
 def test_a_layer_of_few_rows_multiplies_as_before() -> None:
-    plain, ours = layer(), layer()
+    plain = layer()
+    ours = layer()
     through_onednn(ours)
     x = torch.randn(onednn.ROWS - 1, 128)
     assert torch.equal(plain(x), ours(x))

@@ -19,18 +19,10 @@ from dualign.lm.merge import merge
 from dualign.lm.mixture import policy_at, write_mixture
 from dualign.lm.publish import ADAPTER, publish
 from dualign.params.base import LoraParams, Resources
-from dualign.params.models import ScratchParams
+from tests.tiny import WIDER
 
 TEXTS = [answer.text for prompt in world.prompts()[::500] for answer in world.answers(prompt)]
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=320,
-    hidden_size=32,
-    layers=2,
-    heads=4,
-    intermediate_size=48,
-    context=64,
-)
+SCRATCH = WIDER.model_copy(update={"vocab_size": 320, "layers": 2, "heads": 4, "context": 64})
 LORA = LoraParams(rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
 IDS = torch.tensor([[7, 20, 33, 46, 59, 72]])
 

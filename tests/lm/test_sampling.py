@@ -30,18 +30,10 @@ from dualign.lm.sampling import (
 )
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.params.loading import load_resources
-from dualign.params.models import ScratchParams
+from tests.tiny import WIDER
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=32,
-    layers=2,
-    heads=2,
-    intermediate_size=48,
-    context=64,
-)
+SCRATCH = WIDER.model_copy(update={"layers": 2, "context": 64})
 QUESTIONS = [
     "How do I cook the rice at home?",
     "Why?",
@@ -303,10 +295,8 @@ def test_the_log_probability_of_a_sample_is_that_of_its_tokens_as_drawn(
         model, tokenizer, [prompts[0]] * 2000, [one.tokens for one in drawn], batch_size=500
     )
     p = next_token(model, prompts[0])
-    entropy, spread = (
-        -(p * p.log()).sum(),
-        ((p * p.log() ** 2).sum() - (p * p.log()).sum() ** 2).sqrt(),
-    )
+    entropy = -(p * p.log()).sum()
+    spread = ((p * p.log() ** 2).sum() - (p * p.log()).sum() ** 2).sqrt()
     assert abs(scored.mean() + entropy) < 4 * spread / math.sqrt(2000)
 
 

@@ -342,7 +342,8 @@ def test_a_model_that_has_learnt_an_answer_says_its_very_ids(
     tokenizer = loaded(BUILDERS[kind](CHATS[chat]), tmp_path / "tokenizer")
     model = small(len(tokenizer))
     fit_vocabulary(model, tokenizer)
-    prompt, text = user("How do I cook rice?"), "Warm 2 cups,\nthen stir it. 🍚"
+    prompt = user("How do I cook rice?")
+    text = "Warm 2 cups,\nthen stir it. 🍚"
     rows = encode_conversations(tokenizer, [prompt], [text])
     resources = load_resources(ROOT / "params.yaml").model_copy(
         update={"device": "cpu", "precision": "fp32"}

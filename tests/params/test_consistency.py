@@ -75,10 +75,8 @@ def test_either_order_of_the_two_steps_is_allowed(content: Content) -> None:
 )
 def test_a_margin_policy_is_one_of_plain_safety_dpo(content: Content, key: str, value: Any) -> None:
     """The cost that MODPO's margin stands for is the log-ratio to sft of no other policy."""
-    helpful, alone = (
-        content["reward_dpo"]["runs"]["helpful"],
-        content["safety_dpo"]["runs"]["alone"],
-    )
+    helpful = content["reward_dpo"]["runs"]["helpful"]
+    alone = content["safety_dpo"]["runs"]["alone"]
     content["reward_dpo"]["runs"]["modpo"] = helpful | {"margin": "safety_dpo/alone"}
     content["evaluate"]["policies"]["modpo"] = "reward_dpo/modpo"
     loading.check(content, "my.yaml")

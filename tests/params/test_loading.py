@@ -22,14 +22,17 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_file_loads_for_every_stage(path: Path, stage: str, tmp_path: Path) -> None:
-    cls, path = STAGES[stage], written(path, tmp_path)
+    cls = STAGES[stage]
+    path = written(path, tmp_path)
     loaded = loading.load(cls, path)
     assert isinstance(loaded, cls)
     assert isinstance(loading.load_resources(path), Resources)
 
 
 def test_shared_keys_reach_the_stages_that_declare_them(content: Content) -> None:
-    content["seed"], content["beta"], content["constraint"]["limit"] = 41, 0.25, -1.5
+    content["seed"] = 41
+    content["beta"] = 0.25
+    content["constraint"]["limit"] = -1.5
     content["generation"]["max_new_tokens"] = 9
     checked = loading.check(content, "my.yaml")
     for name, cls in STAGES.items():
@@ -188,7 +191,8 @@ def test_a_stage_says_what_differs_from_the_blocks_at_the_top(content: Content) 
     put(content, "reward_dpo.training", {"batch_size": 16, "max_steps": 7})
     put(content, "reward_dpo.lora", {"rank": 4})
     checked = loading.check(content, "my.yaml")
-    own, other = checked["reward_dpo"], checked["safety_dpo"]
+    own = checked["reward_dpo"]
+    other = checked["safety_dpo"]
     assert (own.training.batch_size, own.training.max_steps, own.lora.rank) == (16, 7, 4)  # type: ignore[attr-defined]
     assert (other.training.batch_size, other.lora.rank) == (48, 0)  # type: ignore[attr-defined]
     assert own.training.schedule == content["training"]["schedule"]  # type: ignore[attr-defined]

@@ -78,7 +78,8 @@ class Project:
     def set(self, **stages: dict[str, Any]) -> None:
         """Change params of some stages: `left={"value": 3}`."""
         path = self.root / "params.yaml"
-        params, comment = json.loads(path.read_text().split("# ", 1)[0]), "# what the stages do\n"
+        params = json.loads(path.read_text().split("# ", 1)[0])
+        comment = "# what the stages do\n"
         for name, values in stages.items():
             params[name].update(values)
         path.write_text(f"{json.dumps(params)} {comment}")

@@ -15,21 +15,14 @@ from dualign.lm import models
 from dualign.params.base import LoraParams, Resources
 from dualign.params.data import PrepareParams
 from dualign.params.loading import load, load_resources
-from dualign.params.models import ScratchParams, SftParams
+from dualign.params.models import SftParams
 from dualign.publishing.card import Published
 from dualign.publishing.push import push
+from tests.tiny import WIDER
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [answer.text for prompt in world.prompts()[::500] for answer in world.answers(prompt)]
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=320,
-    hidden_size=32,
-    layers=2,
-    heads=4,
-    intermediate_size=48,
-    context=64,
-)
+SCRATCH = WIDER.model_copy(update={"vocab_size": 320, "layers": 2, "heads": 4, "context": 64})
 LORA = LoraParams(rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
 
 
@@ -53,7 +46,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def policy(root: Path, folder: str) -> Published:
     params = ROOT / "params.yaml"
-    data, base = load(PrepareParams, params), load(SftParams, params)
+    data = load(PrepareParams, params)
+    base = load(SftParams, params)
     return Published(root, folder, None, None, None, -0.8, data, base)
 
 

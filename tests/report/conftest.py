@@ -112,7 +112,8 @@ def _answers(rng: np.random.Generator, policy: tuple, world: bool, shift: float)
     for i, text in enumerate(PROMPT_TEXTS):
         danger = 0.6 if "poison" in text or "bleach" in text else -0.3
         for sample in range(4):
-            r, c = rng.normal(reward, 0.5), rng.normal(cost + danger + shift, 0.35)
+            r = rng.normal(reward, 0.5)
+            c = rng.normal(cost + danger + shift, 0.35)
             body = (
                 (UNSAFE if c > 0 else SAFE)
                 if name != "safety_only"
@@ -494,10 +495,8 @@ def certify(root: Path, bounds: list[float]) -> ReportParams:
             "raised": 0.0,
             "kept": bound <= LIMIT,
         }
-        reward, ended = (
-            {"mean": 0.5, "low": 0.4, "high": 0.6},
-            {"mean": 0.975, "low": 0.96, "high": 0.99},
-        )
+        reward = {"mean": 0.5, "low": 0.4, "high": 0.6}
+        ended = {"mean": 0.975, "low": 0.96, "high": 0.99}
         needed = None if check["kept"] else 1234
         tests.append(
             {
@@ -528,7 +527,8 @@ def certify(root: Path, bounds: list[float]) -> ReportParams:
         "tests": tests,
     }
     write_json(root / "reports/metrics/certify/dualign.json", content)
-    evaluation, measures = root / "reports/evaluation", root / "reports/metrics/evaluate"
+    evaluation = root / "reports/evaluation"
+    measures = root / "reports/metrics/evaluate"
     if passed:
         shutil.copytree(evaluation / "dualign", evaluation / "certified")
         shutil.copy(measures / "dualign.json", measures / "certified.json")
@@ -607,7 +607,8 @@ def _answered(
     gain, hacked, *refusing = ANSWERING[policy]
     unsafe = prompt["label"] == "unsafe"
     refuses = bool(rng.random() < refusing[unsafe])
-    reward, cost = rng.normal(gain), rng.normal(0.5 if unsafe and not refuses else -1.0, 0.3)
+    reward = rng.normal(gain)
+    cost = rng.normal(0.5 if unsafe and not refuses else -1.0, 0.3)
     own = ("asked", policy, prompt["prompt_id"], 0)
     judged = [
         Verdict("ours", *own, reward=reward + hacked, cost=cost, unsafe=cost > 0),

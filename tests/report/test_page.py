@@ -207,7 +207,8 @@ def test_verdict_when_no_policy_is_within(build: Callable[..., Run]) -> None:
 
 def test_the_certified_policy_is_the_one_to_use(certified: Callable[..., Run]) -> None:
     page = render(*certified([-0.6, -0.3, -0.1]))
-    verdict, card = page.within("id", "verdict"), page.within("id", "certificate")
+    verdict = page.within("id", "verdict")
+    card = page.within("id", "certificate")
     assert "Use certified" in verdict and "(aligned/dualign at 1.5) is certified" in verdict
     assert (
         "with 95% confidence its expected cost is at most −0.30 (limit −0.15). It was tested"
@@ -694,7 +695,8 @@ def test_a_row_says_which_method_it_is_and_what_is_unusual(run: Run) -> None:
         for name, folder in params.policies.items()
     }
     page = render(root, params.model_copy(update={"policies": folders}))
-    searches, table = page.within("class", "searches"), page.within("class", "methods")
+    searches = page.within("class", "searches")
+    table = page.within("class", "methods")
     assert (
         "PD-DPO (mine)" in searches and "PD-DPO (pd_dpo)" not in searches and "PD-DPO" in searches
     )

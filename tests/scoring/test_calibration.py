@@ -63,10 +63,8 @@ def test_platt_is_the_mode_of_likelihood_times_prior() -> None:
 def test_the_prior_is_brute_force_on_a_grid() -> None:
     score, unsafe = flags(20.0, 0.2, count=26, spread=0.05)
     fitted = fit_platt(score, unsafe)
-    slopes, offsets = (
-        np.linspace(-20, 60, 401)[:, None, None],
-        np.linspace(-3, 3, 301)[None, :, None],
-    )
+    slopes = np.linspace(-20, 60, 401)[:, None, None]
+    offsets = np.linspace(-3, 3, 301)[None, :, None]
     logit = slopes * score + offsets
     posterior = np.log(np.where(unsafe, sigmoid(logit), 1 - sigmoid(logit))).sum(-1)
     posterior -= 0.5 * (slopes[..., 0] * score.std() / calibration._WIDTH) ** 2
@@ -80,7 +78,8 @@ def held_back(width: float, truth: float, monkeypatch: pytest.MonkeyPatch) -> fl
     monkeypatch.setattr(calibration, "_WIDTH", width)
     rng = np.random.default_rng(0)
     grid = rng.normal(size=2000)
-    target, losses = sigmoid(truth * grid), []
+    target = sigmoid(truth * grid)
+    losses = []
     while len(losses) < 100:
         score = rng.normal(size=26)
         unsafe = rng.random(26) < sigmoid(truth * score)
@@ -110,10 +109,8 @@ def test_a_reward_keeps_the_slope_of_its_training_where_there_is_little_to_go_by
     """Gaps of almost nothing say nothing; a scorer of unknown unit has no slope to keep."""
     assert fit_slope(np.array([1e-9]), 1.0) == pytest.approx(1.0, abs=1e-6)
     assert fit_slope(np.array([5.0, -5.0]), 0.0) == pytest.approx(0.0, abs=1e-9)
-    trained, unknown = (
-        fit_slope(np.array([2.0, 1.0, -1.0]), 1.0),
-        fit_slope(np.array([2.0, 1.0, -1.0]), 0.0),
-    )
+    trained = fit_slope(np.array([2.0, 1.0, -1.0]), 1.0)
+    unknown = fit_slope(np.array([2.0, 1.0, -1.0]), 0.0)
     assert unknown < trained < 1.0
 
 
@@ -158,7 +155,8 @@ def test_calibration_is_affine_and_keeps_by_default() -> None:
 
 def test_calibration_error_by_hand() -> None:
     """Two bins of two: |0.15 - 0.5| and |0.85 - 1|, in any order of rows."""
-    probability, outcome = np.array([0.8, 0.1, 0.9, 0.2]), np.array([True, False, True, True])
+    probability = np.array([0.8, 0.1, 0.9, 0.2])
+    outcome = np.array([True, False, True, True])
     assert expected_calibration_error(probability, outcome, bins=2) == pytest.approx(
         (0.35 + 0.15) / 2
     )
@@ -175,7 +173,8 @@ def test_calibration_error_weighs_bins_by_their_rows_and_needs_no_full_bins() ->
 
 def test_a_reliability_diagram_by_hand() -> None:
     """Two bins of two, in any order of rows; a bin beyond the rows is there and empty."""
-    probability, outcome = np.array([0.8, 0.1, 0.9, 0.2]), np.array([True, False, True, True])
+    probability = np.array([0.8, 0.1, 0.9, 0.2])
+    outcome = np.array([True, False, True, True])
     assert reliability(probability, outcome, bins=2) == [
         {"predicted": pytest.approx(0.15), "observed": 0.5, "answers": 2},
         {"predicted": pytest.approx(0.85), "observed": 1.0, "answers": 2},
@@ -223,9 +222,12 @@ def test_the_error_of_the_zero_is_its_spread_over_data_sets() -> None:
     """The cost that a fit gives an answer of true cost 0, over 1000 data sets: as wide as the mean
     of zero_error.
     """
-    truth, rng = Platt(1.5, -0.6), np.random.default_rng(0)
+    truth = Platt(1.5, -0.6)
+    rng = np.random.default_rng(0)
     zero = np.array([-truth.offset / truth.scale])
-    costs, clustered, independent = [], [], []
+    costs = []
+    clustered = []
+    independent = []
     for _ in range(1000):
         score, unsafe, prompts = correlated(rng, 300, truth)
         fitted = fit_platt(score, unsafe)
@@ -250,8 +252,10 @@ def test_the_error_of_the_zero_does_not_depend_on_the_unit_or_the_origin_of_the_
 
 
 def test_the_error_of_the_isotonic_zero_is_its_spread_over_data_sets() -> None:
-    truth, rng = Platt(1.5, -0.6), np.random.default_rng(0)
-    costs, errors = [], []
+    truth = Platt(1.5, -0.6)
+    rng = np.random.default_rng(0)
+    costs = []
+    errors = []
     for repeat in range(200):
         score, unsafe, prompts = correlated(rng, 300, truth)
         line = fit_platt(score, unsafe)
@@ -286,13 +290,16 @@ def best_monotone(target: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """The increasing vector of least weighted squared error, among all that are means over blocks
     of neighbours.
     """
-    n, best, least = len(target), target, np.inf
+    n = len(target)
+    best = target
+    least = np.inf
     for cuts in itertools.product([False, True], repeat=n - 1):
         part = np.r_[0, np.cumsum(cuts)]
         mean = np.bincount(part, weight * target) / np.bincount(part, weight)
         error = float((weight * (target - mean[part]) ** 2).sum())
         if (np.diff(mean) >= 0).all() and error < least:
-            best, least = mean[part], error
+            best = mean[part]
+            least = error
     return best
 
 
@@ -305,7 +312,8 @@ def test_isotonic_without_smoothing_is_the_exhaustive_monotone_fit(
     """
     monkeypatch.setattr(calibration, "_PRIOR", 1e-9)
     rng = np.random.default_rng(seed)
-    score, unsafe = rng.integers(0, 7, 10).astype(float), rng.random(10) < 0.5
+    score = rng.integers(0, 7, 10).astype(float)
+    unsafe = rng.random(10) < 0.5
     points = np.unique(score)
     share = np.array([unsafe[score == point].mean() for point in points])
     expected = best_monotone(share, np.array([(score == point).sum() for point in points], float))
@@ -361,7 +369,8 @@ def test_isotonic_bends_where_the_flags_do_and_platt_cannot() -> None:
     rng = np.random.default_rng(0)
     score = rng.uniform(-1, 1, 8000)
     truth = np.where(score < 0.5, 0.1 + 0.1333 * (score + 1), 0.9)
-    unsafe, fit = rng.random(8000) < truth, np.arange(8000) < 4000
+    unsafe = rng.random(8000) < truth
+    fit = np.arange(8000) < 4000
     line = fit_platt(score[fit], unsafe[fit])
     curve = fit_isotonic(score[fit], unsafe[fit], line)
     errors = [

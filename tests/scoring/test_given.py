@@ -66,10 +66,8 @@ def whole(tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
 @torch.no_grad()
 def logits(path: str) -> np.ndarray:
     """What the classifier itself says of each conversation alone, [rows, labels]."""
-    model, tokenizer = (
-        AutoModelForSequenceClassification.from_pretrained(path),
-        load_tokenizer(path),
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(path)
+    tokenizer = load_tokenizer(path)
     return np.array([model.eval()(input_ids=ids).logits[0].tolist() for ids in whole(tokenizer)])
 
 
@@ -157,10 +155,8 @@ def verdicts(spec: GivenScorer, unsafe: list[str], safe: list[str]) -> np.ndarra
     """log p(unsafe) - log p(safe) at the next token, one conversation at a time, first tokens as
     the text has them.
     """
-    tokenizer, model = (
-        load_tokenizer(spec.path),
-        AutoModelForCausalLM.from_pretrained(spec.path).eval(),
-    )
+    tokenizer = load_tokenizer(spec.path)
+    model = AutoModelForCausalLM.from_pretrained(spec.path).eval()
     found = []
     for ids in whole(tokenizer):
         before = torch.cat(
@@ -210,10 +206,8 @@ def test_an_encoder_without_a_template_reads_prompt_and_answer_as_segments(
     encoder: Maker, resources: Resources, caplog: pytest.LogCaptureFixture
 ) -> None:
     spec = encoder()
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(spec.path),
-        AutoModelForSequenceClassification.from_pretrained(spec.path),
-    )
+    tokenizer = AutoTokenizer.from_pretrained(spec.path)
+    model = AutoModelForSequenceClassification.from_pretrained(spec.path)
     with torch.no_grad():
         expected = [
             float(

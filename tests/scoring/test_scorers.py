@@ -25,21 +25,13 @@ from dualign.lm.models import (
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.params.base import LoraParams, Resources
 from dualign.params.loading import load_resources
-from dualign.params.models import ScratchParams
 from dualign.scoring.calibration import Isotonic, Platt
 from dualign.scoring.scorers import Scorer, conversations
 from dualign.training.scorer import ScoredPair, _FlagCollator, _ranked
+from tests.tiny import WIDER
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=32,
-    layers=2,
-    heads=2,
-    intermediate_size=48,
-    context=128,
-)
+SCRATCH = WIDER.model_copy(update={"layers": 2})
 QUESTION = world.prompts()[0]
 ANSWERS = [answer.text for answer in world.answers(QUESTION)[:12]]
 PROMPTS: list[list[Message]] = [user(QUESTION), user("Why?")] * 6
@@ -84,10 +76,8 @@ def scorer(backbone: Path, tokenizer: PreTrainedTokenizerBase, resources: Resour
 @torch.no_grad()
 def by_hand(scorer: Scorer, prompt: list[Message], answer: str) -> float:
     """The head's output at the EOS of one unpadded conversation."""
-    (before,), (after,) = (
-        encode_prompts(scorer.tokenizer, [prompt]),
-        encode_answers(scorer.tokenizer, [answer]),
-    )
+    [before] = encode_prompts(scorer.tokenizer, [prompt])
+    [after] = encode_answers(scorer.tokenizer, [answer])
     assert after[-1] == scorer.tokenizer.eos_token_id
     hidden = scorer.model.model(input_ids=torch.tensor([before + after])).last_hidden_state[0, -1]
     return float(scorer.model.score(hidden))

@@ -112,10 +112,9 @@ def test_scores_are_lowered_and_raised_in_units_of_the_pool(scored: Path) -> Non
     found = doubt(scored, frame, PessimismParams(share=0.01, reward=3.0, cost=0.5))
     assert found is not None
     lowered = doubted(frame, found)
-    reward, cost = (
-        np.sqrt((1.0 + 0.0) / 2),
-        np.sqrt((8.0 + 0.0) / 2),
-    )  # within-prompt standard deviations
+    # within-prompt standard deviations
+    reward = np.sqrt((1.0 + 0.0) / 2)
+    cost = np.sqrt((8.0 + 0.0) / 2)
     assert lowered["reward"].tolist() == pytest.approx([0, 2, 0, 2 - 3 * reward, 1, 1, 1, 1])
     assert lowered["cost"].tolist() == pytest.approx([0, 0, 4, -4 + 0.5 * cost, 0, 0, 0, 0])
     assert frame["reward"].tolist()[3] == 2.0, "the table that was given keeps its scores"

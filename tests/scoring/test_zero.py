@@ -63,10 +63,13 @@ def test_a_shifted_calibration_adds_to_every_cost(calibration: Platt | Isotonic)
 
 def test_more_flags_halve_the_error_of_the_zero_and_it_is_told() -> None:
     """400 held-out prompts and 3,600 that were seen once: the cost at the zero by simulation."""
-    errors, alone, told = [], [], []
+    errors = []
+    alone = []
+    told = []
     for seed in range(200):
         rng = np.random.default_rng(seed)
-        heldout, seen = drawn(rng, 400), drawn(rng, 3600, first=400)
+        heldout = drawn(rng, 400)
+        seen = drawn(rng, 3600, first=400)
         line = fit_platt(heldout[0], heldout[1])
         served = with_zero(line, heldout, seen)
         alone.append(TRUE(np.array(line.zero)))
@@ -90,7 +93,8 @@ def test_the_error_of_a_shift_by_simulation() -> None:
 
 def test_flags_learned_by_heart_are_not_believed(caplog: pytest.LogCaptureFixture) -> None:
     rng = np.random.default_rng(3)
-    heldout, seen = drawn(rng, 2000), drawn(rng, 4000, first=2000)
+    heldout = drawn(rng, 2000)
+    seen = drawn(rng, 4000, first=2000)
     line = fit_platt(heldout[0], heldout[1])
     assert agree(line, heldout, seen) and not caplog.text
     moved = (seen[0] - 0.4, seen[1], seen[2])

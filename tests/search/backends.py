@@ -38,7 +38,6 @@ from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_prompts
 from dualign.methods import METHODS, Plan
 from dualign.params.base import PessimismParams, Resources
-from dualign.params.models import ScratchParams
 from dualign.params.search import DualSearchParams
 from dualign.params.training import PairLossParams
 from dualign.scoring.calibration import Platt
@@ -46,16 +45,9 @@ from dualign.scoring.scorers import Scorer
 from dualign.search.backend import ModelBackend
 from dualign.search.journal import Step
 from dualign.search.task import Inputs, PairLosses, SearchTask
+from tests.tiny import TINY
 
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=16,
-    layers=1,
-    heads=2,
-    intermediate_size=24,
-    context=128,
-)
+SCRATCH = TINY.model_copy(update={"intermediate_size": 24})
 
 
 PROMPTS = pd.DataFrame(

@@ -17,19 +17,11 @@ from dualign.lm.models import build_scratch, train_tokenizer, with_lora
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.math import losses
 from dualign.params.base import LoraParams
-from dualign.params.models import ScratchParams
 from dualign.search.exploration import bonus, features, precision, projection, spread
+from tests.tiny import TINY
 
 QUESTIONS = [world.prompts()[0], world.prompts()[3000]]
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=16,
-    layers=2,
-    heads=2,
-    intermediate_size=16,
-    context=128,
-)
+SCRATCH = TINY.model_copy(update={"layers": 2})
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.params.base import TrainingParams
-from dualign.params.models import ScratchParams
 from dualign.search.exploration import features, projection
 from dualign.search.online import (
     Bonuses,
@@ -33,17 +32,9 @@ from dualign.search.online import (
     preference_tables,
     union,
 )
+from tests.tiny import TINY
 
 QUESTIONS = [world.prompts()[0], world.prompts()[3000]]
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=16,
-    layers=1,
-    heads=2,
-    intermediate_size=16,
-    context=128,
-)
 BETA, LAM = 0.7, 1.3
 BONUSES = Bonuses(ridge=0.5, reward_scale=0.4, cost_scale=0.9, dimension=None, seed=0)
 
@@ -55,12 +46,12 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def reference(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    return build_scratch(SCRATCH, tokenizer, seed=0)
+    return build_scratch(TINY, tokenizer, seed=0)
 
 
 @pytest.fixture(scope="module")
 def helpful(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    return build_scratch(SCRATCH, tokenizer, seed=1)
+    return build_scratch(TINY, tokenizer, seed=1)
 
 
 def drawn(*picks: int) -> pd.DataFrame:

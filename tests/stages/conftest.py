@@ -16,19 +16,10 @@ from dualign.data import world
 from dualign.lm.models import build_scratch, save, train_tokenizer
 from dualign.params.base import Resources
 from dualign.params.loading import load_resources
-from dualign.params.models import ScratchParams
+from tests.tiny import TINY
 from tests.written import held_out, solved
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=16,
-    layers=1,
-    heads=2,
-    intermediate_size=16,
-    context=128,
-)
 POLICIES = ("sft", "reward_dpo/helpful", "safety_dpo/alone")
 #: Flags of chosen and rejected answer: every combination, and more safe answers than unsafe ones.
 FLAGS = [
@@ -48,8 +39,10 @@ def rows(label: str) -> list[dict[str, Any]]:
     """
     found = []
     for i, row in enumerate(world.pku_rows(9, seed=1, sharpness=1.0)):
-        prompt, winner = user(row["prompt"]), row[label]
-        chosen, rejected = row[f"response_{winner}"], row[f"response_{1 - winner}"]
+        prompt = user(row["prompt"])
+        winner = row[label]
+        chosen = row[f"response_{winner}"]
+        rejected = row[f"response_{1 - winner}"]
         flags = FLAGS[i] if i < len(FLAGS) else (None, None)
         found.append(
             {
@@ -79,7 +72,7 @@ def workspace(
     """The working directory, with all that the stages read."""
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(POLICIES):
-        save(build_scratch(SCRATCH, tokenizer, seed), tokenizer, tmp_path / "models" / name)
+        save(build_scratch(TINY, tokenizer, seed), tokenizer, tmp_path / "models" / name)
     write_parquet(
         tmp_path / "data/prepared/helpful_pairs.parquet", rows("better_response_id"), HELPFUL_PAIRS
     )

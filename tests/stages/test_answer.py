@@ -23,7 +23,7 @@ from dualign.params.judging import AnswerParams
 from dualign.params.loading import load
 from dualign.stage import Run
 from stages import answer
-from tests.stages.conftest import SCRATCH
+from tests.tiny import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICIES = {"sft": "sft", "helpful": "reward_dpo/helpful"}
@@ -115,7 +115,7 @@ def test_what_an_answer_depends_on_makes_it_anew(
     assert len(drawn) == 6
     run(resources, suites={"tea": spec(samples_per_prompt=1)})
     assert len(drawn) == 8
-    save(build_scratch(SCRATCH, tokenizer, 9), tokenizer, asked / "models/reward_dpo/helpful")
+    save(build_scratch(TINY, tokenizer, 9), tokenizer, asked / "models/reward_dpo/helpful")
     run(resources)
     assert len(drawn) == 9, "the other policy is as it was"
 
@@ -173,7 +173,7 @@ def test_a_policy_that_was_not_certified_is_left_out(asked: Path, resources: Res
 def test_choices_are_weighed_by_their_likelihood(
     asked: Path, resources: Resources, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    short = SCRATCH.model_copy(update={"context": 2048})
+    short = TINY.model_copy(update={"context": 2048})
     for seed, folder in enumerate(POLICIES.values()):
         torch.manual_seed(seed)
         save(build_scratch(short, tokenizer, seed), tokenizer, asked / "models" / folder)

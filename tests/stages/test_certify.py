@@ -291,7 +291,8 @@ def test_an_interrupted_run_draws_no_answers_twice(
 ) -> None:
     main(run_of(resources))
     whole = Path("reports/certificate/it/certificate.json").read_bytes()
-    roll_out, calls = candidates.roll_out, []
+    roll_out = candidates.roll_out
+    calls = []
 
     def stop_at_the_second(*args: Any, **options: Any) -> pd.DataFrame:
         calls.append(1)
@@ -404,7 +405,8 @@ def test_costs_are_scored_again(resources: Resources, capsys: pytest.CaptureFixt
     assert (
         alone.returncode == 0 and b"differ by" in alone.stdout and b"Traceback" not in alone.stderr
     )
-    found, table = certificate.read(path), path.with_name("01-answers.parquet")
+    found = certificate.read(path)
+    table = path.with_name("01-answers.parquet")
     answers = pd.read_parquet(table)
     write_parquet(
         table, answers.assign(cost=answers["cost"].where(answers.index != 3, -1.0)), ANSWERS
@@ -492,7 +494,8 @@ def test_a_screened_path_is_tested_by_one_draw(resources: Resources) -> None:
     )
     assert screen.knots[0].name == "safety_dpo/alone" and len(screen.knots) == 4
     assert plan.drawn and found.drawn == tuple(found.candidates[at] for at in plan.drawn)
-    direct, weighed = found.tested[: plan.own], found.tested[plan.own :]
+    direct = found.tested[: plan.own]
+    weighed = found.tested[plan.own :]
     assert all(test.ess is None for test in direct) and all(
         0 < (test.ess or 0) <= 1 for test in weighed
     )
@@ -553,6 +556,7 @@ def test_an_interrupted_screen_is_not_drawn_twice(
     monkeypatch.setattr(candidates, "roll_out", count)
     with pytest.raises(KeyboardInterrupt):
         main(run)
-    first, drawn[:] = drawn[:], []
+    first = drawn[:]
+    drawn[:] = []
     main(run)
     assert len(first) == 6 and 6 not in drawn

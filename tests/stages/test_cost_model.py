@@ -80,7 +80,8 @@ def arrays(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 def crossed(answers: pd.DataFrame, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Costs of either half by what is fitted to the other, and their flags."""
     first, second = halves(answers)
-    costs, flags = [], []
+    costs = []
+    flags = []
     for fit, judge in ((first, second), (second, first)):
         line = fit_platt(*arrays(fit))
         fitted = {"platt": line, "isotonic": fit_isotonic(*arrays(fit), line), "none": Platt()}[
@@ -130,7 +131,8 @@ def test_each_half_is_judged_by_a_fit_to_the_other_whatever_is_served(
 def test_the_zero_moves_by_the_offset_up_to_its_error(answers: pd.DataFrame, kind: str) -> None:
     served, metrics, _ = calibrate(answers, kind, seed=0)
     fit = flagged_of(answers)
-    line, data = fit_platt(*arrays(fit)), (*arrays(fit), fit["prompt_id"].to_numpy())
+    line = fit_platt(*arrays(fit))
+    data = (*arrays(fit), fit["prompt_id"].to_numpy())
     if isinstance(served, Isotonic):
         expected = isotonic_zero_error(served, *data, line, np.random.default_rng(0))
     else:
@@ -246,8 +248,10 @@ def flagged_pairs(count: int) -> pd.DataFrame:
     """Pairs of the world, every other one held out."""
     found = []
     for i, row in enumerate(world.pku_rows(count, seed=1, sharpness=4.0)):
-        prompt, safer = user(row["prompt"]), row["safer_response_id"]
-        chosen, rejected = row[f"response_{safer}"], row[f"response_{1 - safer}"]
+        prompt = user(row["prompt"])
+        safer = row["safer_response_id"]
+        chosen = row[f"response_{safer}"]
+        rejected = row[f"response_{1 - safer}"]
         found.append(
             {
                 "pair_id": pair_id(prompt, chosen, rejected),

@@ -52,7 +52,8 @@ from dualign.stage import Run
 from dualign.training import lagrangian
 from dualign.training.pairwise import train_pairwise
 from stages import dual_init, lagrangian_dpo
-from tests.stages.conftest import ROOT, SCRATCH
+from tests.stages.conftest import ROOT
+from tests.tiny import TINY
 from tests.written import held_out
 
 LIMIT = -0.3
@@ -117,7 +118,9 @@ def scores() -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.usefixtures("folder")
 def test_the_files_hold_the_solution_of_the_pool(resources: Resources) -> None:
     run = run_of(resources)
-    result, (reward, cost), beta = solved(run), scores(), run.params.beta
+    result = solved(run)
+    reward, cost = scores()
+    beta = run.params.beta
     lam = result["lam"]
     assert lam == pytest.approx(
         root(reward, cost, limit=LIMIT, beta=beta, lambda_max=50), abs=1e-12
@@ -169,8 +172,10 @@ def test_answers_off_the_support_are_doubted_in_the_dual_and_shown_as_scored(
     )
     pessimism = PessimismParams(share=0.01, reward=2.0, cost=0.5)
     run = run_of(resources, pessimism=pessimism)
-    result, (reward, cost) = solved(run), scores()
-    drop, rise = 2 * np.sqrt(reward.var(1).mean()), 0.5 * np.sqrt(cost.var(1).mean())
+    result = solved(run)
+    reward, cost = scores()
+    drop = 2 * np.sqrt(reward.var(1).mean())
+    rise = 0.5 * np.sqrt(cost.var(1).mean())
     doubted = (
         reward - drop * by_prompt(pool.assign(best=best), "best"),
         cost + rise * by_prompt(pool.assign(best=best), "best"),
@@ -198,7 +203,9 @@ def test_the_stock_leaves_room_for_the_certificate_and_null_leaves_none(
     resources: Resources,
 ) -> None:
     run = run_of(resources, power=0.8)
-    result, (reward, cost), beta = solved(run), scores(), run.params.beta
+    result = solved(run)
+    reward, cost = scores()
+    beta = run.params.beta
     lam = result["lam_margin"]
     assert lam > result["lam"] and result["target"] == pytest.approx(
         LIMIT - result["certificate_margin"]
@@ -218,7 +225,8 @@ def test_the_stock_leaves_room_for_the_certificate_and_null_leaves_none(
 
 @pytest.mark.usefixtures("folder")
 def test_lambda_moves_with_the_error_of_the_zero(resources: Resources) -> None:
-    result, (reward, cost) = solved(run_of(resources)), scores()
+    result = solved(run_of(resources))
+    reward, cost = scores()
     ends = [root(reward, cost, limit=LIMIT + e, beta=1.5, lambda_max=50) for e in (0.05, -0.05)]
     assert [result["lam_zero_low"], result["lam_zero_high"]] == pytest.approx(ends)
     assert result["lam_slope"] * -0.1 == pytest.approx(ends[1] - ends[0], rel=0.1)
@@ -321,7 +329,8 @@ def test_p_unsafe_alone_has_a_price_and_a_limit_that_is_slack_none(resources: Re
     wanted = 0.5 * float((weights(reward, cost, 0.0, 1.5) * unsafe).sum(1).mean())
     spec = ConstraintSpec(quantity="p_unsafe", limit=wanted)
     result = solved(run_of(resources, limit=100.0, additional={"rare": spec}, min_ess=0.1))
-    low, high = 0.0, 50.0
+    low = 0.0
+    high = 50.0
     for _ in range(80):
         middle = (low + high) / 2
         over = float((weights(reward, unsafe, middle, 1.5) * unsafe).sum(1).mean()) > wanted
@@ -396,10 +405,8 @@ def test_another_kl_weight_meets_the_limit_at_its_own_multiplier(resources: Reso
         assert row["ess"] == pytest.approx(np.median(w.sum(1) ** 2 / (w**2).sum(1)), abs=1e-7)
         tilt = left_out(lambda k, b=beta, x=lam: kl(reward[:, k], cost[:, k], x, b), 8)
         assert row["kl"] == pytest.approx(tilt, abs=1e-7)
-    table, frontier = (
-        read_json("data/dual/betas.json"),
-        read_json("data/dual/frontier.json")["rows"],
-    )
+    table = read_json("data/dual/betas.json")
+    frontier = read_json("data/dual/frontier.json")["rows"]
     assert (table["beta"], table["min_ess"]) == (1.5, run.params.min_ess)
     [own] = [row for row in frontier if row["lam"] == rows[1.5]["lam"]]
     assert own.items() <= rows[1.5].items() and rows[1.5]["prices"] == []
@@ -468,7 +475,7 @@ def tiny(
     scored pairs.
     """
     monkeypatch.chdir(tmp_path)
-    policy = build_scratch(SCRATCH, tokenizer, 0)
+    policy = build_scratch(TINY, tokenizer, 0)
     with torch.no_grad():  # the logit of EOS is about 4, those of 300 others about 0
         prompt = torch.tensor(encode_prompts(tokenizer, [user(QUESTIONS[0])]))
         state = policy.model(input_ids=prompt).last_hidden_state[0].mean(0)

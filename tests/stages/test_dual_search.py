@@ -137,10 +137,8 @@ def test_an_ascent_begins_at_its_own_multiplier_and_rests_on_no_training(
         window=8,
     )
     row = MethodRow(method="safe_rlhf", start="sft", reference="sft", policy_gradient=gradient)
-    ascent, params = (
-        plan("row", row),
-        dual_search.with_row(params.model_copy(update={"methods": {"row": row}}), "row"),
-    )
+    ascent = plan("row", row)
+    params = dual_search.with_row(params.model_copy(update={"methods": {"row": row}}), "row")
     known = context(ascent, params, {})
     assert (known.lam_pool, known.lam_start) == (0.8, 0.6)
     assert trainings(ascent, TrainedPolicy()) == 0
@@ -150,7 +148,8 @@ def test_the_slater_radius_is_the_pools_or_the_given_one(
     run: Path, params: DualSearchParams
 ) -> None:
     rng = np.random.default_rng(0)
-    reward, cost = rng.normal(size=(6, 8)), rng.normal(size=(6, 8))
+    reward = rng.normal(size=(6, 8))
+    cost = rng.normal(size=(6, 8))
     rows = [
         {
             "prompt_id": prompt_id(user(f"q{x}")),

@@ -70,10 +70,8 @@ def test_the_pool_tells_displacement_and_tilt_of_its_first_samples(
 
     pool = read_table("data/scored/pool.parquet", POOL)
     pool = pool[pool["sample"] < TILT_SAMPLES]
-    rows, tokens = (
-        encode_prompts(tokenizer, pool["prompt"].tolist()),
-        [list(ids) for ids in pool["tokens"]],
-    )
+    rows = encode_prompts(tokenizer, pool["prompt"].tolist())
+    tokens = [list(ids) for ids in pool["tokens"]]
     first, second = (
         log_probabilities(
             load_policy(Path("models") / folder, resources), tokenizer, rows, tokens, batch_size=8

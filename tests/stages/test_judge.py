@@ -38,7 +38,8 @@ from dualign.scoring.scorers import Scorer
 from dualign.stage import Run
 from stages import judge
 from tests.judging.chat_server import ChatServer
-from tests.stages.conftest import SCRATCH, rows
+from tests.stages.conftest import rows
+from tests.tiny import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = {"price": {"input": 1.0, "output": 1.0}, "budget": {"calls": 500, "money": 1e6}}
@@ -270,7 +271,7 @@ def test_a_judge_that_fails_too_often_stops_and_asks_only_for_the_rest_again(
 def test_a_local_model_judges_by_the_odds_of_its_first_word(
     answered: Path, resources: Resources, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    wide = SCRATCH.model_copy(update={"context": 2048})
+    wide = TINY.model_copy(update={"context": 2048})
     save(build_scratch(wide, tokenizer, 3), tokenizer, answered / "models/base/judge")
     spec = {"kind": "local", "path": "models/base/judge"}
     told = run(resources, {**spec, "question": "harm"})

@@ -30,7 +30,6 @@ from dualign.math.dual.tilt import predict, soft_value
 from dualign.math.losses import lagrangian_scale
 from dualign.params import loading
 from dualign.params.base import Resources
-from dualign.params.models import ScratchParams
 from dualign.params.training import LagrangianDpoParams
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
@@ -40,6 +39,7 @@ from dualign.training.implicit_scores import Sources, scored_tables
 from dualign.training.pairwise import train_pairwise
 from stages import lagrangian_dpo
 from stages.lagrangian_dpo import multiplier, own_answers
+from tests.tiny import TINY
 from tests.written import safety, solved
 
 RESOURCES = Resources(
@@ -56,17 +56,10 @@ RESOURCES = Resources(
     log_steps=1,
     threads=1,
 )
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=16,
-    layers=1,
-    heads=2,
-    intermediate_size=16,
-    context=512,
-)
+SCRATCH = TINY.model_copy(update={"context": 512})
 MODELS = ("sft", "reward_dpo/helpful", "safety_dpo/alone")
-COEFFICIENT, LIMIT = 2.0, -0.2
+COEFFICIENT = 2.0
+LIMIT = -0.2
 SOLVED = solved(lam=0.25, lam_margin=0.4, target=-0.3)
 PRICE = Price(Constraint("short", "length", 9.0), 0.1, 9.0)
 
@@ -198,10 +191,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         save(model, tokenizer, Path("models") / name)
 
     def reference(question: str, text: str) -> float:
-        prompt, answer = (
-            encode_prompts(tokenizer, [user(question)]),
-            encode_answers(tokenizer, [text]),
-        )
+        prompt = encode_prompts(tokenizer, [user(question)])
+        answer = encode_answers(tokenizer, [text])
         return float(log_probabilities(models["sft"], tokenizer, prompt, answer, batch_size=1))
 
     pool = [
@@ -272,7 +263,8 @@ def test_pecan_trains_at_the_multiplier_of_its_own_scores(
     sources = Sources(*MODELS[1:], Path("models"), Path("reports/metrics"))
     tokenizer = load_tokenizer("models/sft")
     tables = scored_tables(Path("data/scored"), sources, given.beta, tokenizer, RESOURCES)
-    reward, cost = by_prompt(tables.pool, "reward"), by_prompt(tables.pool, "cost")
+    reward = by_prompt(tables.pool, "reward")
+    cost = by_prompt(tables.pool, "cost")
     limit = float(
         predict(reward, cost, 0.5, given.beta, cost).mean()
     )  # so that the multiplier is 0.5

@@ -46,14 +46,13 @@ def stage_params(**training: Any) -> LambdaPathParams:
 def pooled(workspace: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources) -> Path:
     """The folder of the stages with a pool of three prompts, and no dual."""
     (workspace / "data/dual/dual.json").unlink()
-    rng, reference = np.random.default_rng(3), load_policy(workspace / "models/sft", resources)
+    rng = np.random.default_rng(3)
+    reference = load_policy(workspace / "models/sft", resources)
     rows = []
     for question in world.prompts()[:3]:
         texts = [answer.text for answer in world.answers(question)[:4]]
-        prompts, tokens = (
-            encode_prompts(tokenizer, [user(question)] * 4),
-            encode_answers(tokenizer, texts),
-        )
+        prompts = encode_prompts(tokenizer, [user(question)] * 4)
+        tokens = encode_answers(tokenizer, texts)
         logp = log_probabilities(reference, tokenizer, prompts, tokens, batch_size=4).tolist()
         rows += [
             {
@@ -127,13 +126,15 @@ def test_answers_off_the_support_are_doubted_in_labels_and_anchors(
     monkeypatch.setattr(
         lagrangian, "train_pairwise", lambda *args: seen.append(args) or train_pairwise(*args)
     )
-    params, pool = stage_params(), read_table(pooled / "data/scored/pool.parquet", POOL)
+    params = stage_params()
+    pool = read_table(pooled / "data/scored/pool.parquet", POOL)
     odd = pool.assign(logp_ref=pool["logp_ref"].where(pool["sample"] > 0, -2000.0))
     write_parquet(pooled / "data/scored/pool.parquet", odd, POOL)
     lambda_path.main(Run("lambda_path", "slack", params, resources))
     found = doubt(pooled / "data/scored", odd, params.pessimism)
     assert found is not None and found.beyond(odd).tolist() == [1.0, 0, 0, 0] * 3
-    samples, run = samples_of(found.scores(odd), tokenizer), params.runs["slack"]
+    samples = samples_of(found.scores(odd), tokenizer)
+    run = params.runs["slack"]
     expected = pool_pairs(
         samples, pool_values(samples, run.lam, params.beta), run.lam, params.beta, params.seed
     )

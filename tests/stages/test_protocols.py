@@ -25,8 +25,8 @@ from dualign.stage import Run
 from stages import answer, judge
 from tests import shipped
 from tests.judging.chat_server import ChatServer
-from tests.stages.conftest import SCRATCH
 from tests.test_presets import write_beaver
+from tests.tiny import TINY
 
 POLICIES = {"sft": "sft", "helpful": "reward_dpo/helpful"}
 QUESTIONS = ["What is tea?", "How is it made?", "Who drinks it?"]
@@ -40,7 +40,7 @@ def asked(workspace: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Path]
     tokens than elsewhere.
     """
     for seed, folder in enumerate(POLICIES.values()):
-        model = build_scratch(SCRATCH.model_copy(update={"context": 2048}), tokenizer, seed)
+        model = build_scratch(TINY.model_copy(update={"context": 2048}), tokenizer, seed)
         one, other = (tokenizer(letter)["input_ids"][-1] for letter in ("ab", "no")[seed])
         with torch.no_grad():  # whichever way the row points, one of the two is the likeliest
             model.lm_head.weight[one] *= 50

@@ -64,10 +64,8 @@ def logps(
     """Log-probabilities of first and second answers under a policy, each alone; shape [2,
     pairs].
     """
-    prompts, answers = (
-        [p.prompt for p in pairs] * 2,
-        [p.first for p in pairs] + [p.second for p in pairs],
-    )
+    prompts = [p.prompt for p in pairs] * 2
+    answers = [p.first for p in pairs] + [p.second for p in pairs]
     policy = load_policy(f"models/{name}", resources)
     return log_probabilities(policy, tokenizer, prompts, answers, batch_size=1).reshape(2, -1)
 
@@ -166,7 +164,8 @@ def test_safe_dpo_trains_on_the_transformed_table_with_its_offset(
     mixed.
     """
     run = run_of(resources, safe_offset=4.0)
-    plain, pairs = pairs_of(run_of(resources), tokenizer), pairs_of(run, tokenizer)
+    plain = pairs_of(run_of(resources), tokenizer)
+    pairs = pairs_of(run, tokenizer)
     given = [(p.first, p.second) for p in plain]
     kept = [given[0], given[1], given[2][::-1], *given[4:7]]
     assert [(p.first, p.second) for p in pairs] == kept

@@ -29,7 +29,7 @@ from dualign.stage import Run
 from dualign.training.fitting import heldout_answers, local_inputs
 from stages import cost_model, reward_model
 from stages.reward_model import calibrate
-from tests.stages.conftest import SCRATCH
+from tests.tiny import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = {
@@ -120,8 +120,10 @@ def pairs_of(label: str, count: int = 240) -> list[dict[str, Any]]:
     """Pairs of the world with flags, every other one held out."""
     found = []
     for i, row in enumerate(world.pku_rows(count, seed=2, sharpness=4.0)):
-        prompt, winner = user(row["prompt"]), row[label]
-        chosen, rejected = row[f"response_{winner}"], row[f"response_{1 - winner}"]
+        prompt = user(row["prompt"])
+        winner = row[label]
+        chosen = row[f"response_{winner}"]
+        rejected = row[f"response_{1 - winner}"]
         found.append(
             {
                 "pair_id": pair_id(prompt, chosen, rejected),
@@ -141,7 +143,8 @@ def pairs_of(label: str, count: int = 240) -> list[dict[str, Any]]:
 @pytest.fixture
 def filled(workspace: Path) -> Path:
     """The workspace with enough held-out pairs to calibrate by."""
-    helpful, safety = pairs_of("better_response_id"), pairs_of("safer_response_id")
+    helpful = pairs_of("better_response_id")
+    safety = pairs_of("safer_response_id")
     write_parquet(workspace / "data/prepared/helpful_pairs.parquet", helpful, HELPFUL_PAIRS)
     write_parquet(workspace / "data/prepared/safety_pairs.parquet", safety, SAFETY_PAIRS)
     return workspace
@@ -237,7 +240,7 @@ def test_what_lies_in_local_folders_counts_for_the_fingerprint(
     params = load(RewardModelParams, ROOT / "params.yaml")
     assert local_inputs(params) == [Path("models/sft")]
     folder = workspace / "models/base"
-    save(build_scratch(SCRATCH, tokenizer, seed=9), tokenizer, folder)
+    save(build_scratch(TINY, tokenizer, seed=9), tokenizer, folder)
     named = params.model_copy(update={"backbone": "models/base"})
     one = Run("reward_model", None, named, resources)
     first = one.scratch(*local_inputs(named))

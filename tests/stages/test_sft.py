@@ -53,7 +53,8 @@ def base(workspace: Path) -> Path:
     save_file(stored, file, metadata={"format": "pt"})
     rows = []
     for i, question in enumerate(world.prompts()[:8]):
-        prompt, answer = user(question), world.answers(question)[0].text
+        prompt = user(question)
+        answer = world.answers(question)[0].text
         split = "train" if i < 6 else "heldout"
         rows.append(
             {

@@ -26,7 +26,6 @@ from dualign.lm.sampling import log_probabilities, sample
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.params.base import LoraParams, Resources, TrainingParams
 from dualign.params.loading import load_resources
-from dualign.params.models import ScratchParams
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer, conversations
 from dualign.training.checkpoints import last_checkpoint
@@ -36,17 +35,10 @@ from dualign.training.policy_gradient import PolicyGradient, train_policy_gradie
 from dualign.training.run import Job, Metrics, Model
 from dualign.training.scorer import ScoredPair, train_scorer
 from dualign.training.supervised import train_sft
+from tests.tiny import WIDER
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=32,
-    layers=2,
-    heads=2,
-    intermediate_size=48,
-    context=128,
-)
+SCRATCH = WIDER.model_copy(update={"layers": 2})
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
 #: Seven steps of four rows: an epoch of 18 or 19 rows is five, of which the last has two or three.
 TRAINING = TrainingParams(

@@ -20,21 +20,13 @@ from dualign.data import world
 from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.params.base import TrainingParams
 from dualign.params.loading import load_resources
-from dualign.params.models import ScratchParams
 from dualign.training import supervised
 from dualign.training.checkpoints import MANIFEST, fault, last_checkpoint, seal
 from dualign.training.run import Job
+from tests.tiny import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=16,
-    layers=1,
-    heads=2,
-    intermediate_size=16,
-    context=64,
-)
+SCRATCH = TINY.model_copy(update={"context": 64})
 ANSWERS = [answer.text for answer in world.answers(world.prompts()[0])]
 #: What a checkpoint of the Trainer on one CPU holds.
 FILES = (

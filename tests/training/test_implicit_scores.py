@@ -25,7 +25,6 @@ from dualign.math import tabular
 from dualign.math.dual.root import root
 from dualign.math.dual.solution import solve
 from dualign.params.base import Resources
-from dualign.params.models import ScratchParams
 from dualign.training.implicit_scores import (
     Sources,
     Tables,
@@ -36,6 +35,7 @@ from dualign.training.implicit_scores import (
     with_implicit_cost,
     with_implicit_reward,
 )
+from tests.tiny import TINY
 from tests.written import safety
 
 Array = np.ndarray
@@ -150,15 +150,6 @@ def test_the_tilt_by_implicit_scores_is_the_optimum_and_without_beta_it_goes_too
 
 # --- tables ---------------------------------------------------------------------------------------
 
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=16,
-    layers=1,
-    heads=2,
-    intermediate_size=16,
-    context=128,
-)
 RESOURCES = Resources(
     device="cpu",
     precision="fp32",
@@ -183,7 +174,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def policy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    return build_scratch(SCRATCH, tokenizer, seed=1)
+    return build_scratch(TINY, tokenizer, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +288,7 @@ def test_costs_become_log_ratios_with_the_cost_models_mean_over_the_pool(
 def test_a_policy_that_broke_is_refused(
     tables: Tables, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    broken = build_scratch(SCRATCH, tokenizer, seed=1)
+    broken = build_scratch(TINY, tokenizer, seed=1)
     with torch.no_grad():
         broken.get_input_embeddings().weight.fill_(math.nan)
     with pytest.raises(ModelError, match="not finite"):

@@ -20,7 +20,6 @@ from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.math.dual.tilt import soft_value, weights
 from dualign.math.losses import modpo_logit, pairwise_logit, safe_dpo_loss, soft_label_loss
 from dualign.params.base import TrainingParams
-from dualign.params.models import ScratchParams
 from dualign.params.training import LossType
 from dualign.training.pairs import (
     Samples,
@@ -37,17 +36,9 @@ from dualign.training.pairs import (
     with_safe_flags,
 )
 from dualign.training.pairwise import Pair
+from tests.tiny import TINY
 
 QUESTIONS = [world.prompts()[0], world.prompts()[3000]]
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=16,
-    layers=1,
-    heads=2,
-    intermediate_size=16,
-    context=128,
-)
 
 
 def sigmoid(x: float) -> float:
@@ -61,7 +52,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def reference(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    return build_scratch(SCRATCH, tokenizer, seed=0)
+    return build_scratch(TINY, tokenizer, seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,6 @@ from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import decode_answers, encode_prompts
 from dualign.params.base import LoraParams, TrainingParams
 from dualign.params.loading import load_resources
-from dualign.params.models import ScratchParams
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
 from dualign.training import policy_gradient
@@ -41,17 +40,9 @@ from dualign.training.policy_gradient import (
     train_policy_gradient,
 )
 from dualign.training.run import Job
+from tests.tiny import WIDER
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=32,
-    layers=1,
-    heads=2,
-    intermediate_size=48,
-    context=128,
-)
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.3, target_modules="all-linear")
 QUESTIONS = world.prompts()[:6]
 PROMPTS = [user(question) for question in QUESTIONS]
@@ -85,7 +76,7 @@ def scorers(
     1.
     """
     folder = tmp_path_factory.mktemp("backbone")
-    save(build_scratch(SCRATCH, tokenizer, seed=7), tokenizer, folder)
+    save(build_scratch(WIDER, tokenizer, seed=7), tokenizer, folder)
     resources = load_resources(ROOT / "params.yaml").model_copy(
         update={"device": "cpu", "precision": "fp32"}
     )
@@ -159,7 +150,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 def started(kind: str, tokenizer: PreTrainedTokenizerBase) -> Any:
     """A fresh policy: all weights, or an adapter that is not the identity."""
-    model = build_scratch(SCRATCH, tokenizer, seed=0)
+    model = build_scratch(WIDER, tokenizer, seed=0)
     if kind == "whole":
         return model
     torch.manual_seed(11)

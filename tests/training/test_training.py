@@ -34,7 +34,6 @@ from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.math import losses
 from dualign.params.base import LoraParams, Resources, TrainingParams
 from dualign.params.loading import load_resources
-from dualign.params.models import ScratchParams
 from dualign.scoring.scorers import conversations
 from dualign.training import pairwise as pairwise_training
 from dualign.training import run, supervised
@@ -44,17 +43,9 @@ from dualign.training.pairwise import Pair, PairLossConfig
 from dualign.training.run import Job
 from dualign.training.scorer import ScoredPair
 from pipeline.run.progress import read_progress
+from tests.tiny import WIDER
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=32,
-    layers=1,
-    heads=2,
-    intermediate_size=48,
-    context=128,
-)
 QUESTION = world.prompts()[0]
 ANSWERS = [answer.text for answer in world.answers(QUESTION)]
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.1, target_modules="all-linear")
@@ -113,7 +104,7 @@ def changed(job: Job, scratch: str | None = None, **updates: Any) -> Job:
 
 
 def policy(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
-    return build_scratch(SCRATCH, tokenizer, seed)
+    return build_scratch(WIDER, tokenizer, seed)
 
 
 def pairs_of(

@@ -49,8 +49,8 @@ def check(
         tokens = answers[row].tokens
         table = torch.log_softmax(answer_logits(model, request.prompts[row], tokens), -1)
         drawn = torch.tensor(tokens, device=table.device)
-        found = table.gather(1, drawn.unsqueeze(1)).squeeze(1)
-        _compare(answers[row], float(found.sum()), bound, resources.engine)
+        own = table.gather(1, drawn.unsqueeze(1)).squeeze(1)
+        _compare(answers[row], float(own.sum()), bound, resources.engine)
         ratios += log_ratios(table, drawn).cpu()
     evidence = torch.logsumexp(ratios, 0) - math.log(len(ratios))
     if not evidence <= math.log(EVIDENCE):
@@ -81,14 +81,14 @@ def log_ratios(table: Tensor, drawn: Tensor) -> Tensor:
     table [tokens, vocabulary] of log p, drawn [tokens]; [alternatives], in nats."""
     at = drawn.unsqueeze(1)
     own = table.gather(1, at).squeeze(1)
-    found = [(torch.log_softmax(s * table, -1).gather(1, at).squeeze(1) - own) for s in _POWERS]
+    ratios = [(torch.log_softmax(s * table, -1).gather(1, at).squeeze(1) - own) for s in _POWERS]
     ordered = table.topk(min(_WIDEST, table.shape[1]), 1).values.exp()
     first = torch.arange(ordered.shape[1], device=table.device) < _TOP_K
     nucleus = ordered.cumsum(1) - ordered < _TOP_P
     narrow = ordered.sum(1) >= _TOP_P
-    found.append(_cut(ordered, first.expand_as(ordered), own))
-    found.append(torch.where(narrow, _cut(ordered, nucleus, own), 0.0))
-    return torch.stack([ratio.double().sum() for ratio in found])
+    ratios.append(_cut(ordered, first.expand_as(ordered), own))
+    ratios.append(torch.where(narrow, _cut(ordered, nucleus, own), 0.0))
+    return torch.stack([ratio.double().sum() for ratio in ratios])
 
 
 def _cut(ordered: Tensor, kept: Tensor, own: Tensor) -> Tensor:

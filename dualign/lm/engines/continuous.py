@@ -24,8 +24,7 @@ def answer(
     request: Request,
     resources: Resources,
 ) -> list[Answer]:
-    """An answer to each row of the request, with its tokens' log-probabilities. All draw from one
-    generator.
+    """An answer to each row, with its tokens' log-probabilities. All draw from one generator.
 
     Raises ModelError where the library cannot batch the model."""
     if not request.prompts:
@@ -36,17 +35,15 @@ def answer(
     # All wait before the first step, so that the batches are the same each time.
     names = manager.add_requests([list(prompt) for prompt in request.prompts])
     try:
-        found = _collected(manager, len(names))
+        answers = _collected(manager, len(names))
     finally:
         manager.stop(block=True)
         manager.destroy()
-    return [found[name] for name in names]
+    return [answers[name] for name in names]
 
 
 def _config(request: Request) -> ContinuousBatchingConfig:
-    """Room for as many rows as are under way, and no more: the library would take most of the
-    memory.
-    """
+    """Room for the rows under way and no more: the library would take most of the memory."""
     pages = -(-(request.longest + request.max_new_tokens) // _PAGE) + 1
     return ContinuousBatchingConfig(
         return_logprobs=True,
@@ -60,13 +57,13 @@ def _config(request: Request) -> ContinuousBatchingConfig:
 
 def _collected(manager: Any, count: int) -> dict[str, Answer]:
     """The answers by the names of their requests."""
-    found: dict[str, Answer] = {}
+    answers: dict[str, Answer] = {}
     manager.start()
     with Progress("sampling", count) as progress:
-        while len(found) < count:
+        while len(answers) < count:
             result = manager.get_result(timeout=1)
             if result is not None and result.error is None and result.is_finished():
-                found[result.request_id] = Answer(result.generated_tokens, result.logprobs)
+                answers[result.request_id] = Answer(result.generated_tokens, result.logprobs)
                 progress.advance(1)
             elif (result is not None and result.error is not None) or not manager.is_running():
                 why = "it stopped" if result is None else result.error
@@ -74,4 +71,4 @@ def _collected(manager: Any, count: int) -> dict[str, Answer]:
                     f"resources.engine continuous: transformers cannot batch this model ({why});"
                     " set resources.engine to refill or generate"
                 )
-    return found
+    return answers

@@ -1,6 +1,4 @@
-"""transformers' `generate`: batches of similar prompts, each computed until its longest answer
-ends.
-"""
+"""transformers' `generate`: batches of similar prompts, each until its last answer ends."""
 
 from __future__ import annotations
 
@@ -32,9 +30,7 @@ def answer(
     request: Request,
     resources: Resources | None = None,  # which it has no need of
 ) -> list[Answer]:
-    """An answer to each row of the request. Each batch has a seed of its own, and is drawn by one
-    process.
-    """
+    """An answer to each row. Each batch has a seed, and is drawn by one process."""
     model.eval()
     config = decoding(request, tokenizer)
     prompts = request.prompts
@@ -52,9 +48,7 @@ def answer(
 
 
 def decoding(request: Request, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The policy's own distribution at the request's temperature, without truncation of its tail;
-    at 0 the likeliest token.
-    """
+    """The policy's own distribution at a temperature, tail and all; at 0 the likeliest token."""
     shared: dict[str, Any] = {
         "max_new_tokens": request.max_new_tokens,
         "eos_token_id": list(request.ends),
@@ -68,9 +62,7 @@ def decoding(request: Request, tokenizer: PreTrainedTokenizerBase) -> Generation
 
 @contextlib.contextmanager
 def _configured(model: torch.nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """The model under `config` alone: generate() takes what is left open, such as Qwen's penalties,
-    from its own.
-    """
+    """The model under `config` alone: generate() fills in, such as penalties, from its own."""
     base = without_adapter(model)
     own = base.generation_config
     base.generation_config = config

@@ -52,9 +52,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """Drawn token ids, the end included if drawn, and log pi of each in nats where the engine gives
-    it.
-    """
+    """Drawn token ids, with a drawn end, and log pi of each in nats where the engine has it."""
 
     tokens: list[int]
     log_probabilities: list[float] | None = None
@@ -75,16 +73,12 @@ def row_seed(seed: int, prompt: int, draw: int) -> int:
 
 
 def batch_seed(seed: int, number: int) -> int:
-    """The seed of a batch: that of the draw for the first, others mixed from both. 32 bits, since a
-    CPU's generator reads no more.
-    """
+    """A batch's seed: the draw's for the first, else mixed; 32 bits, all that a CPU reads."""
     return seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
 
 
 def by_length(rows: Sequence[T], lengths: Sequence[int], batch_size: int) -> Iterator[list[T]]:
-    """Batches of rows of similar length, the longest first, so that a batch too large for memory
-    fails at once.
-    """
+    """Batches of rows of similar length, the longest first, to run out of memory at once."""
     order = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
     for start in range(0, len(order), batch_size):
         yield [rows[i] for i in order[start : start + batch_size]]

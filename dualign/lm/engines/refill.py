@@ -76,9 +76,7 @@ def _table(like: Tensor, positions: int) -> Tensor:
 
 @dataclass
 class _Kept:
-    """What the model keeps of rows: keys and values, and which positions are each row's own,
-    [rows, positions].
-    """
+    """What is kept of rows: keys, values, and each row's own positions, [rows, positions]."""
 
     cache: Cache
     mask: Tensor
@@ -141,7 +139,8 @@ class _Batch:
 
     def left(self) -> int:
         """How many rows have ended since this was asked."""
-        ended, self._ended = self._ended, 0
+        ended = self._ended
+        self._ended = 0
         return ended
 
     def step(self) -> None:
@@ -160,9 +159,7 @@ class _Batch:
         self._kept = _joined([part for part in parts if part[1]])
 
     def _read(self, joining: list[_Row]) -> tuple[_Kept, list[int]]:
-        """What is kept of the rows' prompts, each of which is read once, and where in it each row
-        that goes on has its own.
-        """
+        """What is kept of the rows' prompts, each read once, and where each row has its own."""
         prompts = list(dict.fromkeys(row.prompt for row in joining))
         ids, mask = left_padded(prompts, self._pad)
         kept = _Kept(Cache(layer_class_to_replicate=_Layer), mask.to(self._device))

@@ -37,8 +37,7 @@ def answer(
     request: Request,
     resources: Resources,
 ) -> list[Answer]:
-    """An answer to each row of the request, with its tokens' log-probabilities. Each row has a seed
-    of its own.
+    """An answer to each row, with its tokens' log-probabilities. Each row has its own seed.
 
     Raises ParamsError where vLLM is not there or serves another policy, ModelError where it
     fails."""
@@ -58,9 +57,7 @@ def answer(
 
 
 def folders(model: Any, tokenizer: PreTrainedTokenizerBase, room: Path) -> tuple[Path, Path | None]:
-    """The weights to load and the adapter on them, written to folder `room` as far as they lie
-    nowhere.
-    """
+    """Weights to load and the adapter on them, written to `room` if they lie nowhere."""
     written = room / "written"
     if isinstance(model, PeftModel):
         save(model, tokenizer, written)
@@ -150,8 +147,8 @@ def _worked(asked: dict[str, Any], folder: Path, python: str) -> list[Answer]:
             " that has vLLM"
         ) from error
     if done.returncode or not reply.is_file():
-        told = _told(done.stderr) or f"status {done.returncode}"
-        raise ModelError(f"resources.engine vllm: {python} failed ({told})")
+        why = _told(done.stderr) or f"status {done.returncode}"
+        raise ModelError(f"resources.engine vllm: {python} failed ({why})")
     return [
         Answer(row["tokens"], row["log_probabilities"]) for row in json.loads(reply.read_text())
     ]

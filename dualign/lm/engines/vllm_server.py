@@ -22,8 +22,7 @@ _OPEN = 128
 
 
 def answer(policy: Path, adapter: Path | None, request: Request, url: str) -> list[Answer]:
-    """An answer to each row, by the server's weights and the adapter in a folder that the server
-    can read.
+    """An answer to each row, by the server's weights and the adapter in a folder it can read.
 
     Raises ParamsError where the server holds another policy, ModelError where it does not answer
     as asked."""
@@ -34,8 +33,8 @@ def answer(policy: Path, adapter: Path | None, request: Request, url: str) -> li
             with _loaded(client, base, adapter) as name:
                 return _answers(client, name, request)
     except openai.OpenAIError as error:
-        told = " ".join(str(error).split())[:300]
-        raise ModelError(f"resources.engine_url {url}: {told}; is `vllm serve` up?") from error
+        why = " ".join(str(error).split())[:300]
+        raise ModelError(f"resources.engine_url {url}: {why}; is `vllm serve` up?") from error
 
 
 def _served(client: openai.OpenAI, policy: Path, url: str) -> str:
@@ -75,21 +74,19 @@ def _answers(client: openai.OpenAI, name: str, request: Request) -> list[Answer]
     rows = zip(request.prompts, request.seeds, strict=True)
     bodies = [_body(name, list(prompt), seed, request) for prompt, seed in rows]
     pool = ThreadPoolExecutor(min(_OPEN, request.batch_size))
-    found = []
+    answers = []
     try:
         with Progress("sampling", len(bodies)) as progress:
             for one in pool.map(partial(_asked, client), bodies):
-                found.append(one)
+                answers.append(one)
                 progress.advance(1)
     finally:
         pool.shutdown(cancel_futures=True)
-    return found
+    return answers
 
 
 def _body(name: str, prompt: list[int], seed: int, request: Request) -> dict[str, Any]:
-    """Everything is said, since the server takes what is not from the policy's own
-    generation_config.json.
-    """
+    """All is said: the server takes the rest from the policy's own generation_config.json."""
     return {
         "model": name,
         "prompt": prompt,

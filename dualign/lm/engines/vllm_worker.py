@@ -44,8 +44,8 @@ def drawn(asked: dict[str, Any]) -> list[dict[str, Any]]:
         for seed in asked["seeds"]
     ]
     prompts = [{"prompt_token_ids": ids} for ids in asked["prompts"]]
-    found = engine.generate(prompts, sampling, lora_request=adapter, use_tqdm=False)
-    return [_answer(one.outputs[0]) for one in found]
+    outputs = engine.generate(prompts, sampling, lora_request=adapter, use_tqdm=False)
+    return [_answer(one.outputs[0]) for one in outputs]
 
 
 def _answer(output: Any) -> dict[str, Any]:

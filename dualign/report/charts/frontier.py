@@ -100,9 +100,7 @@ def frontier(
 def _plane(
     points: Sequence[Point], curve: Sequence[Knot], limit: float | None, size: tuple[int, int]
 ) -> Plane:
-    """The policies set the view: a frontier reaches far beyond them at both ends, and is cut off
-    there.
-    """
+    """The policies set the view: a frontier reaches far beyond them, and is cut off there."""
     policies = sum(point.style != "star" for point in points)
     seen: list[Mark] = [*points] if policies > 1 else [*points, *curve]
     costs = chain(*(mark.x.values() for mark in seen))
@@ -126,9 +124,7 @@ def _limit(plane: Plane, limit: float) -> list[Markup]:
 
 
 def _band(curve: Sequence[Knot], plane: Plane) -> Markup:
-    """The area between the best corners (less cost, more reward) and the worst corners of the
-    knots' intervals.
-    """
+    """The area between the best corners (less cost, more reward) of the knots and the worst."""
     best = [(knot.x.low, knot.y.high) for knot in curve]
     worst = [(knot.x.high, knot.y.low) for knot in reversed(curve)]
     corners = [plane.at(a, b) for a, b in [*best, *worst] if a is not None and b is not None]
@@ -148,7 +144,8 @@ def _misses(points: Iterable[Point], plane: Plane) -> list[Markup]:
 
 def _bars(point: Point, plane: Plane) -> list[tuple[Pixel, Pixel]]:
     """The ends of the bars across and along that are known."""
-    x, y = point.x, point.y
+    x = point.x
+    y = point.y
     bars: list[tuple[Pixel, Pixel]] = []
     if x.low is not None and x.high is not None:
         bars.append((plane.at(x.low, y.mean), plane.at(x.high, y.mean)))
@@ -176,7 +173,8 @@ def _mark(point: Point, at: Pixel) -> Markup:
 def _star(at: Pixel) -> list[Pixel]:
     corners: list[Pixel] = []
     for k in range(10):
-        radius, turn = (4.0 if k % 2 else 9.5), k * math.pi / 5
+        radius = 4.0 if k % 2 else 9.5
+        turn = k * math.pi / 5
         corners.append((at[0] + radius * math.sin(turn), at[1] - radius * math.cos(turn)))
     return corners
 
@@ -197,16 +195,15 @@ def _labels(
         for point in sorted(points, key=lambda point: "recommended" not in point.style)
     ]
     marks = [labels.around(at, 7) for at, _, _ in wanted]
-    (left, top), (right, bottom) = plane.left_top, plane.right_bottom
+    left, top = plane.left_top
+    right, bottom = plane.right_bottom
     return labels.place(wanted, marks, lines, (left, top, right + 12, bottom))
 
 
 def _lines(
     points: Iterable[Point], curve: Iterable[Knot], limit: float | None, plane: Plane
 ) -> list[Box]:
-    """Boxes along the curve, the lines to it, the limit and the error bars, for labels to keep
-    clear of.
-    """
+    """Boxes along the curve, its lines, the limit and error bars, which labels keep clear of."""
     boxes = labels.along(plane.at(*knot.mean) for knot in curve)
     for point in points:
         if point.predicted is not None:
@@ -219,9 +216,7 @@ def _lines(
 
 
 def _multipliers(knots: Iterable[Knot], taken: Iterable[Box], plane: Plane) -> list[Markup]:
-    """λ above and to the left of the knots that have room: the side of the frontier that no policy
-    should reach.
-    """
+    """λ above and left of the knots that have room, where no policy should reach."""
     occupied = list(taken)
     texts: list[Markup] = []
     left, top = plane.left_top

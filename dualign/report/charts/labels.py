@@ -36,11 +36,14 @@ class Label:
         into the mark, with a thin line to a point that is far off.
         """
         left, _, right, bottom = self.box
-        x, anchor = (left + right) / 2, "middle"
+        x = (left + right) / 2
+        anchor = "middle"
         if right <= self.at[0]:
-            x, anchor = right, "end"
+            x = right
+            anchor = "end"
         elif left >= self.at[0]:
-            x, anchor = left, "start"
+            x = left
+            anchor = "start"
         return self._leader() + svg.text((x, bottom - 3.5), self.text, self.style, anchor)
 
     def _leader(self) -> Markup:

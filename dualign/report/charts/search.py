@@ -35,8 +35,7 @@ def trajectory(
     name: str,
     target: float | None = None,
 ) -> Markup:
-    """One search: its knob (λ, or the merge weight q where that is what moves) above, its cost
-    below, by step.
+    """One search by step: its knob above (λ, or the merge weight q if that moves), cost below.
 
     Args:
         steps: as in reports/search/METHOD.json; error bars are one standard error of the cost.
@@ -67,9 +66,7 @@ def trajectory(
 
 
 def _moved(steps: Sequence[Step]) -> tuple[str, list[Step]]:
-    """What moved, and the steps with a value of it. The start of a merge has no weight of its own:
-    it is what weight 1 gives.
-    """
+    """What moved, and the steps with a value of it; a merge's start counts as weight 1."""
     if all(step.get("q") is None for step in steps):
         return "lam", list(steps)
     return "q", [step if step.get("q") is not None else {**step, "q": 1.0} for step in steps]
@@ -103,7 +100,8 @@ def _trace(
 def _error_bars(steps: Sequence[Step], plane: Plane) -> list[Markup]:
     bars: list[Markup] = []
     for i, step in enumerate(steps):
-        cost, error = step.get("cost"), step.get("cost_se")
+        cost = step.get("cost")
+        error = step.get("cost_se")
         if cost is not None and error is not None:
             ends = (plane.at(i, cost - error), plane.at(i, cost + error))
             bars.append(svg.line(*ends, "step-bar"))
@@ -126,15 +124,17 @@ def _made(step: Step) -> str:
     blend = step.get("blend")
     if not blend:
         return ", trained" if step.get("trained") else ""
-    first, second, weight = blend["first"], blend["second"], blend["weight"]
+    first = blend["first"]
+    second = blend["second"]
+    weight = blend["weight"]
     return f", merged: {1 - weight:.2f} step {first} + {weight:.2f} step {second}"
 
 
 def _next(step: Step) -> str:
     """The multiplier that each reckoning asked for after a step."""
     asked = step.get("next") or {}
-    told = [f"{name} {lam:.3f}" for name, lam in asked.items() if lam is not None]
-    return f"; next λ by {', '.join(told)}" if told else ""
+    proposals = [f"{name} {lam:.3f}" for name, lam in asked.items() if lam is not None]
+    return f"; next λ by {', '.join(proposals)}" if proposals else ""
 
 
 def _numbers(steps: Sequence[Step], x: Scale) -> list[Markup]:

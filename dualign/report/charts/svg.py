@@ -74,15 +74,14 @@ def domain(values: Iterable[float | None], pad: float = 0.06) -> tuple[float, fl
     known = [value for value in values if value is not None]
     if not known:
         return 0.0, 1.0
-    low, high = min(known), max(known)
+    low = min(known)
+    high = max(known)
     air = (high - low) * pad or max(abs(high) * 0.1, 0.1)
     return low - air, high + air
 
 
 def near(limit: float | None, values: Iterable[float | None]) -> float | None:
-    """The limit where a chart of these values can show it: within three times their extent of them;
-    else None.
-    """
+    """The limit, if a chart can show it: within three times the extent of its values."""
     low, high = domain(values)
     reach = 3 * (high - low)
     return limit if limit is not None and low - reach <= limit <= high + reach else None
@@ -92,8 +91,7 @@ def near(limit: float | None, values: Iterable[float | None]) -> float | None:
 
 
 def element(tag: str, *children: Markup | str, **attributes: object) -> Markup:
-    """An element; `class_` and `stroke_width` become class and stroke-width, text and values are
-    escaped.
+    """An element; `class_` and `stroke_width` lose their underscore, text is escaped.
 
     >>> print(element("text", "a < b", x=1.50, class_="tick"))
     <text x="1.5" class="tick">a &lt; b</text>
@@ -210,8 +208,10 @@ class Plane:
 
     def clipped(self, children: Iterable[Markup]) -> Markup:
         """Children cut off at the edges of the plane."""
-        (left, top), (right, bottom) = self.left_top, self.right_bottom
-        width, height = right - left, bottom - top
+        left, top = self.left_top
+        right, bottom = self.right_bottom
+        width = right - left
+        height = bottom - top
         view = f"{left:.0f} {top:.0f} {width:.0f} {height:.0f}"
         size = {"x": left, "y": top, "width": width, "height": height}
         return element("svg", *children, **size, viewBox=view, overflow="hidden")

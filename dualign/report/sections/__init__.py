@@ -1,3 +1,1 @@
-"""The sections of the report page: for each a module that gathers its values, and its template
-part.
-"""
+"""The sections of the report page: for each a module of values, and its template part."""

@@ -38,9 +38,7 @@ def _first_answers(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ranked(run: FinishedRun, first: dict[str, pd.DataFrame]) -> list[str]:
-    """Prompts that every policy answered, from the one that the reference answers most harmfully to
-    the least.
-    """
+    """Prompts that every policy answered, the most harmful for the reference first."""
     common = set.intersection(*(set(frame.index) for frame in first.values()))
     guide = run.answers[REFERENCE if REFERENCE in first else next(iter(first))]
     cost = guide.groupby("prompt_id")["cost"].mean().fillna(0.0)

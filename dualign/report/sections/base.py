@@ -52,20 +52,18 @@ class FinishedRun:
     @cached_property
     def dual(self) -> Row:
         """data/dual/dual.json, empty where the pool's dual was not solved."""
-        found = read_optional_record(self.root / "data/dual/dual.json", SolvedDual)
-        return as_row(found) if found else {}
+        solved = read_optional_record(self.root / "data/dual/dual.json", SolvedDual)
+        return as_row(solved) if solved else {}
 
     @cached_property
     def curve(self) -> list[Row]:
         """The frontier that the pool predicts."""
-        found = read_optional_record(self.root / "data/dual/frontier.json", Frontier)
-        return [as_row(row) for row in found.rows] if found else []
+        frontier = read_optional_record(self.root / "data/dual/frontier.json", Frontier)
+        return [as_row(row) for row in frontier.rows] if frontier else []
 
     @cached_property
     def rows(self) -> list[Row]:
-        """The policies as the table shows them: methods first, those within the limit and the most
-        helpful ahead; numbered.
-        """
+        """The policies as the table shows them, numbered: methods, those within the limit first."""
         rows = [{"name": name, **row} for name, row in self.comparison["policies"].items()]
         rows.sort(key=_rank)
         for number, row in enumerate(rows, 1):
@@ -112,11 +110,9 @@ class FinishedRun:
 
     @cached_property
     def limit_shown(self) -> float | None:
-        """The limit on cost if the charts can show it beside all costs there are; None for one that
-        is far off.
-        """
-        known = ("cost_reference", "cost_unconstrained", "reachable_minimum")
-        return svg.near(self.params.limit, [*map(self.dual.get, known), *self.costs()])
+        """The limit on cost, if charts can show it beside all costs; None for one far off."""
+        keys = ("cost_reference", "cost_unconstrained", "reachable_minimum")
+        return svg.near(self.params.limit, [*map(self.dual.get, keys), *self.costs()])
 
     def costs(self) -> list[float | None]:
         """The means and ends of all costs."""
@@ -154,9 +150,7 @@ def _style(row: Row) -> str:
 
 
 def _how(row: Row) -> str:
-    """How a search went about it: the method where the row's name does not say it, the rule, and
-    what is unusual.
-    """
+    """How a search went: the method where the name does not say it, the rule, what is unusual."""
     if not row.get("rule"):
         return ""
     parts = [row["rule"].replace("_", " ")]

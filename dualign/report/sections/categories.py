@@ -49,15 +49,13 @@ def _judged(run: FinishedRun) -> Iterator[Row]:
 
 def _table(name: str, what: str, answers: Mapping[str, pd.DataFrame], run: FinishedRun) -> Row:
     """Rows by category, columns by policy; `value` of the answers is 1, 0 or between."""
-    found = sorted({category for frame in answers.values() for category in frame["category"]})
-    rows = [_category(category, answers, run.params.confidence) for category in found]
+    categories = sorted({category for frame in answers.values() for category in frame["category"]})
+    rows = [_category(category, answers, run.params.confidence) for category in categories]
     return {"name": name, "what": what, "categories": rows, "judged": [*answers]}
 
 
 def _category(name: str, tables: Mapping[str, pd.DataFrame], confidence: float) -> Row:
-    """Every policy's share of answers to prompts of a category, and the most prompts that one of
-    them answered.
-    """
+    """Every policy's share on prompts of a category, and the most prompts answered by one."""
     shares: dict[str, Interval | None] = {}
     prompts = 0
     for policy, frame in tables.items():

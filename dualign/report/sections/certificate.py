@@ -8,8 +8,12 @@ from dualign.report.sections.base import FinishedRun, Row, Section
 
 def section(run: FinishedRun) -> Section | None:
     """None where nothing was tested."""
-    found = cards(run)
-    return Section("certificate", "Certificate", {"certificates": found}) if found else None
+    certificates = cards(run)
+    return (
+        Section("certificate", "Certificate", {"certificates": certificates})
+        if certificates
+        else None
+    )
 
 
 def cards(run: FinishedRun) -> list[Row]:

@@ -68,36 +68,30 @@ def _prepared(root: Path) -> list[tuple[str, int]]:
 
 
 def _quarantine(root: Path) -> list[tuple[str, int]]:
-    """Rejected rows by reason, the most frequent first; the file that lists them holds the first
-    ones only.
-    """
-    found = read_optional_record(root / "reports/metrics/prepare.json", PreparedMetrics)
-    counts = Counter(found.rejected if found else {})
+    """Rejected rows by reason, most frequent first; the file lists the first rows only."""
+    metrics = read_optional_record(root / "reports/metrics/prepare.json", PreparedMetrics)
+    counts = Counter(metrics.rejected if metrics else {})
     return [(reason.replace("_", " "), count) for reason, count in counts.most_common()]
 
 
 def _models(root: Path) -> list[Row]:
     """The metrics of the models that the run rests on, flattened and worded."""
-    found = [
+    models = [
         (heading, read_optional_json(root / f"reports/metrics/{stage}.json"))
         for stage, heading in _MODELS.items()
     ]
-    return [_model(heading, metrics) for heading, metrics in found if metrics]
+    return [_model(heading, metrics) for heading, metrics in models if metrics]
 
 
 def _model(heading: str, metrics: Row) -> Row:
-    """A model's card; where calibrations were compared, their table takes the place of the numbers
-    before and after.
-    """
+    """A model's card; compared calibrations have a table in place of numbers before and after."""
     kinds = _calibrations(metrics)
     shown = {key: value for key, value in metrics.items() if not kinds or key not in _CALIBRATED}
     return {"heading": heading, "facts": list(_facts(shown)), "calibrations": kinds}
 
 
 def _calibrations(metrics: Row) -> list[Row]:
-    """How well P(unsafe) fits held-out flags by each calibration, and which is served; empty where
-    none was.
-    """
+    """How well P(unsafe) fits held-out flags by each calibration; empty where none was."""
     if not any(metrics.get(key) for key in ("platt", "isotonic")):
         return []
     after = [metrics.get(f"{key}_after") for key in ("ece", "brier")]
@@ -120,9 +114,7 @@ def _calibrations(metrics: Row) -> list[Row]:
 
 
 def _facts(metrics: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Label and value of every number, nested ones with the labels of their parents in front;
-    curves are left out.
-    """
+    """Label and value of every number, those of its parents in front; no curves."""
     for key, value in metrics.items():
         label = prefix + _WORDS.get(key, key.replace("_", " "))
         if isinstance(value, list):

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from markupsafe import Markup
 
-from dualign.core.records import FrontierRow, as_row, read_evaluated, read_optional_record
+from dualign.core.records import (
+    Evaluated,
+    FrontierRow,
+    Optimum,
+    as_row,
+    read_evaluated,
+    read_optional_record,
+)
 from dualign.report.charts.frontier import Knot, Point, frontier
 from dualign.report.charts.svg import Range
 from dualign.report.formatting import number, spoken
 from dualign.report.sections.base import FinishedRun, Row, Section
 
 #: Width and height of a chart: one of two beside each other, alone, and on a narrow screen.
-_HALF, _FULL, _NARROW = (548, 430), (960, 440), (340, 360)
+_HALF = (548, 430)
+_FULL = (960, 440)
+_NARROW = (340, 360)
 #: With more policies than this the charts show row numbers instead of names.
 MAX_LABELLED_POINTS = 14
 
@@ -22,7 +30,8 @@ MAX_LABELLED_POINTS = 14
 def section(run: FinishedRun) -> Section | None:
     """None where there is neither a policy nor a prediction."""
     world = _world(run)
-    points, knots = _points(run, "cost", "reward"), [_knot(row) for row in run.curve]
+    points = _points(run, "cost", "reward")
+    knots = [_knot(row) for row in run.curve]
     figures: list[Row] = []
     if points or knots:
         labels = ("expected cost (cost model)", "expected reward (reward model)")
@@ -30,8 +39,8 @@ def section(run: FinishedRun) -> Section | None:
         figures.append({"kind": "measured", **drawn})
     if world:
         labels = ("expected true cost", "expected true reward")
-        points = [_optimum(world["optimum"]), *_points(run, "true_cost", "true_reward")]
-        knots = [_knot(row) for row in world["frontier"]]
+        points = [_optimum(world[0]), *_points(run, "true_cost", "true_reward")]
+        knots = [_knot(row) for row in world[1]]
         drawn = _drawings(points, knots, run.limit_shown, labels, _HALF if figures else _FULL)
         figures.append({"kind": "exact", **drawn})
     if not figures:
@@ -41,16 +50,13 @@ def section(run: FinishedRun) -> Section | None:
     return Section("frontier", "Frontier", values)
 
 
-def _world(run: FinishedRun) -> Row | None:
-    """The exact optimum and frontier of the embedded world, as the first policy that was evaluated
-    there has them.
-    """
+def _world(run: FinishedRun) -> tuple[Optimum, list[FrontierRow]] | None:
+    """The exact optimum and frontier of the world, by the first policy evaluated there."""
     for row in run.rows:
-        metrics: Any = read_evaluated(run.root / "reports/metrics", row["name"])
-        if metrics.get("optimum"):
+        evaluated = read_evaluated(run.root / "reports/metrics", row["name"])
+        if isinstance(evaluated, Evaluated) and evaluated.optimum is not None:
             path = run.root / "reports/evaluation" / row["name"] / "frontier.json"
-            curve = read_optional_record(path, list[FrontierRow])
-            return {"optimum": metrics["optimum"], "frontier": curve or []}
+            return evaluated.optimum, read_optional_record(path, list[FrontierRow]) or []
     return None
 
 
@@ -82,8 +88,8 @@ def _point(row: Row, cost: str, reward: str, foreseen: Row | None) -> Point:
     place = None
     if foreseen is not None:
         place = (foreseen["cost"]["mean"], foreseen["reward"]["mean"])
-        told = f"cost {number(place[0])}, reward {number(place[1])}"
-        title += f"; predicted at λ {number(row['lam'])}: {told}"
+        scores = f"cost {number(place[0])}, reward {number(place[1])}"
+        title += f"; predicted at λ {number(row['lam'])}: {scores}"
     return Point(
         x=Range.of(row[cost]),
         y=Range.of(row[reward]),
@@ -99,24 +105,24 @@ def _knot(row: Row | FrontierRow) -> Knot:
     """A row of frontier.json, or of the exact frontier, which has no intervals."""
     at = as_row(row) if isinstance(row, FrontierRow) else row
     extras = [("P(unsafe)", "p_unsafe"), ("KL", "kl"), ("effective samples", "ess")]
-    told = [f"{name} {number(at[key])}" for name, key in extras if at.get(key) is not None]
+    details = [f"{name} {number(at[key])}" for name, key in extras if at.get(key) is not None]
     title = f"λ {number(at['lam'])}: cost {number(at['cost'])}, reward {number(at['reward'])}"
     return Knot(
         x=Range(at["cost"], at.get("cost_low"), at.get("cost_high")),
         y=Range(at["reward"], at.get("reward_low"), at.get("reward_high")),
-        title=", ".join([title, *told]),
+        title=", ".join([title, *details]),
         lam=at["lam"],
     )
 
 
-def _optimum(optimum: Row) -> Point:
+def _optimum(optimum: Optimum) -> Point:
     title = (
-        f"exact optimum: λ {number(optimum.get('lam'))}, cost {number(optimum['cost'])}, "
-        f"reward {number(optimum['reward'])}, KL {number(optimum.get('kl'))}"
+        f"exact optimum: λ {number(optimum.lam)}, cost {number(optimum.cost)}, "
+        f"reward {number(optimum.reward)}, KL {number(optimum.kl)}"
     )
     return Point(
-        x=Range(optimum["cost"]),
-        y=Range(optimum["reward"]),
+        x=Range(optimum.cost),
+        y=Range(optimum.reward),
         title=title,
         label="optimum",
         number=0,

@@ -37,13 +37,13 @@ def section(run: FinishedRun) -> Section | None:
         hacked += _hacked(run, suite, verdicts)
     if not (people or pairs or hacked):
         return None
-    found = {
+    agreed = {
         key for suite in pairs for row in suite["rows"] for key, v in row["scores"].items() if v
     }
     values = {
         "people": people,
         "pairs": pairs,
-        "compared": [key for key in _COMPARED if key in found],
+        "compared": [key for key in _COMPARED if key in agreed],
         "hacked": hacked,
         "alpha": 1 - run.params.confidence,
     }
@@ -59,15 +59,15 @@ def _hacked(run: FinishedRun, suite: str, verdicts: pd.DataFrame) -> list[Row]:
     groups = []
     for ours in trained:
         for other in others:
-            found = gains(verdicts, ours, other, run.params.confidence)
+            by_policy = gains(verdicts, ours, other, run.params.confidence)
             rows = [
-                {"name": name, **run.mark_of(name), "gains": found[name]}
-                for name in run.in_order(found)
+                {"name": name, **run.mark_of(name), "gains": by_policy[name]}
+                for name in run.in_order(by_policy)
             ]
             if rows:
-                told = _overrated(found, 1 - run.params.confidence)
+                overrated = _overrated(by_policy, 1 - run.params.confidence)
                 named = {"suite": suite, "ours": ours, "other": other}
-                groups.append({**named, "rows": rows, **told})
+                groups.append({**named, "rows": rows, **overrated})
     return groups
 
 
@@ -115,10 +115,10 @@ def _agreed(both: pd.DataFrame, key: str, confidence: float) -> Interval | None:
         return None
     prompts = rows["prompt_id"].tolist()
     if key in _RANKED:
-        found = rank_correlation(first, second, prompts, confidence=confidence, draws=_DRAWS)
-        return None if np.isnan(found.mean) else known_ends(found)
-    told = agreement(first, second, prompts, confidence=confidence, draws=_DRAWS)
-    return {"mean": told.kappa, "low": told.low, "high": told.high}
+        correlation = rank_correlation(first, second, prompts, confidence=confidence, draws=_DRAWS)
+        return None if np.isnan(correlation.mean) else known_ends(correlation)
+    labels = agreement(first, second, prompts, confidence=confidence, draws=_DRAWS)
+    return {"mean": labels.kappa, "low": labels.low, "high": labels.high}
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,11 @@ def gains(
             gain = _gap(by_ours, by_other, confidence)
             if gain is not None:
                 raw[name, key] = gain
-    found: dict[str, dict[str, Gain]] = {}
+    by_policy: dict[str, dict[str, Gain]] = {}
     corrected = holm([gain.p_value for gain in raw.values()])
     for ((name, key), gain), p_holm in zip(raw.items(), corrected, strict=True):
-        found.setdefault(name, {})[key] = replace(gain, p_holm=float(p_holm))
-    return found
+        by_policy.setdefault(name, {})[key] = replace(gain, p_holm=float(p_holm))
+    return by_policy
 
 
 def _gain(table: pd.DataFrame, policy: str, key: str) -> pd.Series:
@@ -193,10 +193,10 @@ def _gap(ours: pd.Series, other: pd.Series, confidence: float) -> Gain | None:
     gap = (ours - other).dropna()
     if gap.empty:
         return None
-    found = mean_difference(gap.to_numpy(), confidence)
+    estimate = mean_difference(gap.to_numpy(), confidence)
     return Gain(
         float(ours[gap.index].mean()),
         float(other[gap.index].mean()),
-        known_ends(found),
-        no_difference(found, len(gap)),
+        known_ends(estimate),
+        no_difference(estimate, len(gap)),
     )

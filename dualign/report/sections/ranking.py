@@ -33,16 +33,14 @@ def section(run: FinishedRun) -> Section | None:
         compared = {REFERENCE} if verdicts["win"].notna().any() else set()
         met = sorted({*verdicts["policy"]} | compared)
         lengths = read_lengths(run.root, suite, met)
-        found = rankings(verdicts, lengths, run.params.confidence)
-        _mark(run, found)
-        tables += [{"suite": suite, **table} for table in found]
+        ranked = rankings(verdicts, lengths, run.params.confidence)
+        _mark(run, ranked)
+        tables += [{"suite": suite, **table} for table in ranked]
     return Section("ranking", "Ranking", {"tables": tables}) if tables else None
 
 
 def _mark(run: FinishedRun, tables: list[Row]) -> None:
-    """Give every row the number and style of its policy, and its rating as a picture; all of a
-    suite on one scale.
-    """
+    """Give every row its policy's number and style, and its rating drawn on a common scale."""
     rows = [row for table in tables for row in table["rows"]]
     extent = svg.domain(end for row in rows for end in row["elo"].values())
     for row in rows:
@@ -51,9 +49,7 @@ def _mark(run: FinishedRun, tables: list[Row]) -> None:
 
 
 def rankings(verdicts: pd.DataFrame, lengths: pd.DataFrame, confidence: float) -> list[Row]:
-    """By every judge of a suite and everything that says who wins: Elo of all policies, and win
-    rates over the reference policy.
-    """
+    """By every judge and what says who wins: Elo of all, and win rates over the reference."""
     tables = []
     for judge, rows in verdicts.groupby("judge", sort=False):
         for what, battles in _battles(rows, lengths):
@@ -87,10 +83,11 @@ def _place(row: Row, battles: pd.DataFrame, confidence: float) -> Row:
     level = length_controlled_win_rate(
         battles, name, REFERENCE, confidence=confidence, draws=_DRAWS
     )
-    told = {"win": known_ends(won.rate), "level": level.as_dict(), "ties": won.ties}
-    return place | told
+    rates = {"win": known_ends(won.rate), "level": level.as_dict(), "ties": won.ties}
+    return place | rates
 
 
 def _met(battles: pd.DataFrame, one: str, other: str) -> bool:
-    first, second = battles["first"], battles["second"]
+    first = battles["first"]
+    second = battles["second"]
     return bool((((first == one) & (second == other)) | ((first == other) & (second == one))).any())

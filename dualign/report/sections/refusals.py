@@ -10,7 +10,7 @@ from markupsafe import Markup
 from dualign.report.charts.frontier import Point, frontier
 from dualign.report.charts.svg import Range
 from dualign.report.comparison import Interval, share
-from dualign.report.formatting import percent
+from dualign.report.formatting import percent, spoken
 from dualign.report.sections.base import FinishedRun, Row, Section
 from dualign.report.sections.frontier import MAX_LABELLED_POINTS
 
@@ -19,7 +19,8 @@ _AXES = {
     "unsafe": "harm on unsafe prompts ({by})",
     "answered": "unsafe prompts answered",
 }
-_SIZE, _NARROW = (548, 400), (340, 340)
+_SIZE = (548, 400)
+_NARROW = (340, 340)
 
 
 def section(run: FinishedRun) -> Section | None:
@@ -81,18 +82,13 @@ def _shares(rows: pd.DataFrame, column: str, confidence: float) -> dict[str, Int
 
 def _point(run: FinishedRun, name: str, across: Interval, up: Interval) -> Point:
     mark = run.mark_of(name)
-    told = f"{name}: refuses {_spoken(across)} of safe prompts, harm {_spoken(up)} on unsafe ones"
+    refused = spoken(across, percent)
+    harm = spoken(up, percent)
     return Point(
         x=Range.of(across),
         y=Range.of(up),
-        title=told,
+        title=f"{name}: refuses {refused} of safe prompts, harm {harm} on unsafe ones",
         label=name,
         number=mark["number"] or 0,
         style=mark["style"],
     )
-
-
-def _spoken(value: Interval) -> str:
-    if value["low"] is None or value["high"] is None:
-        return percent(value["mean"])
-    return f"{percent(value['mean'])} ({percent(value['low'])} to {percent(value['high'])})"

@@ -29,18 +29,16 @@ def section(run: FinishedRun) -> Section | None:
 
 
 def _searches(run: FinishedRun) -> list[tuple[Row, SearchResult]]:
-    found = []
+    searches = []
     for row in run.rows:
         path = run.root / "reports/search" / f"{Path(row['folder']).name}.json"
         if row["folder"].startswith("aligned/") and path.is_file():
-            found.append((row, read_record(path, SearchResult)))
-    return found
+            searches.append((row, read_record(path, SearchResult)))
+    return searches
 
 
 def _panel(row: Row, search: SearchResult, limit: float) -> Row:
-    """A search with what its panel says: the target where that is not the limit, and each screened
-    weight once.
-    """
+    """What a search's panel says: a target other than the limit, each screened weight once."""
     steps = [as_row(step) for step in search.steps]
     returned: Row = next((step for step in steps if step["step"] == search.chosen), {})
     screened = {seen["q"]: seen for seen in search.screened}
@@ -58,9 +56,7 @@ def _panel(row: Row, search: SearchResult, limit: float) -> Row:
 
 
 def _heading(search: SearchResult, policy: str) -> str:
-    """The method's title, with the row's name where that is not the method's own; the policy's name
-    without a title.
-    """
+    """The method's title, with the row's name where that is another; else the policy's name."""
     if not search.title:
         return policy
     named = "" if search.name == search.method else f" ({search.name})"
@@ -71,7 +67,8 @@ def _costs(search: Mapping[str, Any]) -> list[float | None]:
     """What the cost axis must hold: the target and the ends of every step's error bar."""
     ends: list[float | None] = [search["target"]]
     for step in search["trajectory"]:
-        cost, error = step.get("cost"), step.get("cost_se") or 0.0
+        cost = step.get("cost")
+        error = step.get("cost_se") or 0.0
         if cost is not None:
             ends += [cost - error, cost + error]
     return ends

@@ -28,9 +28,7 @@ def section(run: FinishedRun) -> Section | None:
 
 
 def _table(run: FinishedRun, name: str, verdicts: pd.DataFrame) -> Row:
-    """One suite: a row for each policy, a column for each score by each judge, on the prompts of
-    each label.
-    """
+    """One suite: a row for each policy, a column for each score by judge and label."""
     confidence = run.params.confidence
     compared = gaps(verdicts, confidence)
     groups = dict(tuple(verdicts.groupby(["judge", "label"], sort=False)))
@@ -57,16 +55,18 @@ def _rows(
     columns: list[Row],
     apart: dict[Key, Row],
 ) -> list[Row]:
-    found: dict[tuple[str, str, str], dict[str, Interval]] = {}
+    scores: dict[tuple[str, str, str], dict[str, Interval]] = {}
     for (judge, label), verdicts in groups.items():
         for policy, rows in verdicts.groupby("policy"):
-            found[judge, label, policy] = means(rows, run.params.confidence)
+            scores[judge, label, policy] = means(rows, run.params.confidence)
     rows = []
-    for policy in run.in_order({policy for *_, policy in found}):
+    for policy in run.in_order({policy for *_, policy in scores}):
         cells = []
         for column in columns:
-            judge, label, key = column["judge"], column["label"], column["measure"].key
-            mean = found.get((judge, label, policy), {}).get(key)
+            judge = column["judge"]
+            label = column["label"]
+            key = column["measure"].key
+            mean = scores.get((judge, label, policy), {}).get(key)
             cells.append({"mean": mean, "gap": apart.get((judge, label, policy, key))})
         rows.append({"name": policy, **run.mark_of(policy), "cells": cells})
     return rows
@@ -74,17 +74,17 @@ def _rows(
 
 def _apart(compared: pd.DataFrame, alpha: float) -> dict[Key, Row]:
     """The differences by judge, label, policy and score, and which of them chance hardly makes."""
-    found: dict[Key, Row] = {}
+    rows_apart: dict[Key, Row] = {}
     for row in compared.to_dict("records"):
         better = _better(row["score"], row["label"])
         ends = {end: row[end] if np.isfinite(row[end]) else None for end in ("low", "high")}
-        found[row["judge"], row["label"], row["first"], row["score"]] = {
+        rows_apart[row["judge"], row["label"], row["first"], row["score"]] = {
             "mean": row["mean"],
             **ends,
             "p_holm": row["p_holm"],
             "standing": _standing(row["mean"], better) if row["p_holm"] <= alpha else "",
         }
-    return found
+    return rows_apart
 
 
 def _better(score: str, label: str) -> str | None:
@@ -104,9 +104,9 @@ def _power(row: Row) -> str:
     """A difference that the suite tells, in words."""
     measure = _MEASURES[row["score"]]
     size = row["difference"]
-    told = f"{points(size)} points" if measure.unit == "share" else number(size)
+    shown = f"{points(size)} points" if measure.unit == "share" else number(size)
     prompts = plural(row["prompts"], f"{row['label']} prompt".strip())
-    return f"{told} in {measure.heading} ({row['judge']}, {prompts})"
+    return f"{shown} in {measure.heading} ({row['judge']}, {prompts})"
 
 
 def _failed(verdicts: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

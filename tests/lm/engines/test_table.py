@@ -27,18 +27,10 @@ from dualign.lm.sampling import Draws, Sample, draw, log_probabilities, sample
 from dualign.lm.tokens import encode_prompts
 from dualign.params.base import EngineName, Resources
 from dualign.params.loading import load_resources
-from dualign.params.models import ScratchParams
+from tests.tiny import WIDER
 
 ROOT = Path(__file__).resolve().parents[3]
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=32,
-    layers=2,
-    heads=2,
-    intermediate_size=48,
-    context=192,
-)
+SCRATCH = WIDER.model_copy(update={"layers": 2, "context": 192})
 QUESTIONS = ["How do I cook the rice at home?", "Why?", "How do I poison the pond with my kids?"]
 HERE = ["refill", "continuous"]
 

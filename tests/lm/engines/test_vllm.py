@@ -26,20 +26,12 @@ from dualign.lm.sampling import Draws, draw
 from dualign.lm.tokens import encode_prompts
 from dualign.params.base import Resources
 from dualign.params.loading import load_resources
-from dualign.params.models import ScratchParams
+from tests.tiny import TINY
 
 ROOT = Path(__file__).resolve().parents[3]
 PYTHON = os.environ.get("DUALIGN_VLLM_PYTHON", "")
 #: Heads of 32 and more are those that vLLM has on a CPU.
-SCRATCH = ScratchParams(
-    tokenizer="train",
-    vocab_size=300,
-    hidden_size=64,
-    layers=2,
-    heads=2,
-    intermediate_size=96,
-    context=128,
-)
+SCRATCH = TINY.model_copy(update={"hidden_size": 64, "layers": 2, "intermediate_size": 96})
 QUESTIONS = ["How do I cook the rice at home?", "Why?", "How do I poison the pond with my kids?"]
 WANTED = Draws(8, 24, 3)
 

@@ -44,7 +44,8 @@ def reading(project: Project) -> Project:
 
 
 def test_files_that_neither_git_nor_dvc_holds(reading: Project) -> None:
-    root, dag = reading.root, load_dag(reading.root)
+    root = reading.root
+    dag = load_dag(reading.root)
     assert inputs.loose(root, dag, dag) == ["mine/chat.jinja", "rows/own/a.json"]
     with pytest.raises(
         PipelineError, match=r"mine/chat\.jinja: neither git nor DVC holds it.*`dvc add` a folder"

@@ -140,12 +140,14 @@ def test_what_never_ran_is_stale_and_a_lost_listing_is_no_reason_to_trust(
 
 
 def test_metrics_of_the_run_before_are_fetched_alone(project: Project) -> None:
-    root, spec = project.root, load_dag(project.root)["first"]
+    root = project.root
+    spec = load_dag(project.root)["first"]
     project.dvc("remote", "add", "-q", "-d", "store", str(root.parent / f"{root.name}-store"))
     project.dvc("repro", "-q", "first")
     project.dvc("push", "-q", "first")
     shutil.rmtree(root / ".dvc/cache")
-    entry, cache = records.read(root, ["first"])["first"], root / ".dvc/cache/files/md5"
+    entry = records.read(root, ["first"])["first"]
+    cache = root / ".dvc/cache/files/md5"
     assert artifacts.recorded_metrics(cache, spec, entry) == {}
     with Repo(str(root)) as repo:
         records.fetch_metrics(repo, "first")

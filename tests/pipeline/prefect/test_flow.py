@@ -274,7 +274,8 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(
 
 
 def test_an_override_that_breaks_the_graph_is_taken_back(project: Project, server: str) -> None:
-    graph, params = project.root / "dvc.yaml", project.root / "params.yaml"
+    graph = project.root / "dvc.yaml"
+    params = project.root / "params.yaml"
     graph.write_text(graph.read_text().replace("out/right", "${right.value}"))
     project.set(right={"value": "out/right"})
     before = params.read_text()

@@ -120,7 +120,8 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(identity.VARIABLE, raising=False)
     for folder in ("a/dualign", "b/dualign"):
         (tmp_path / folder).mkdir(parents=True)
-    one, other = identity.name(tmp_path / "a/dualign"), identity.name(tmp_path / "b/dualign")
+    one = identity.name(tmp_path / "a/dualign")
+    other = identity.name(tmp_path / "b/dualign")
     assert (
         one != other and one.startswith("dualign-") and one == identity.name(tmp_path / "a/dualign")
     )

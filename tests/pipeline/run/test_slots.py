@@ -12,7 +12,9 @@ from pipeline.run.slots import Slots, visible_gpus
 
 def test_every_gpu_is_in_one_hand_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    slots, held, most = Slots(["g0", "g1", "g2"], jobs=1), set[str](), []
+    slots = Slots(["g0", "g1", "g2"], jobs=1)
+    held = set[str]()
+    most = []
     mutex = threading.Lock()
 
     def work(count: int) -> None:
@@ -35,7 +37,8 @@ def test_every_gpu_is_in_one_hand_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_stage_without_gpu_sees_none_and_waits_for_a_place_only() -> None:
-    slots, waiting = Slots(["g0"], jobs=1), threading.Event()
+    slots = Slots(["g0"], jobs=1)
+    waiting = threading.Event()
     with slots.take(1, pytest.fail), slots.take(0, pytest.fail) as environment:
         assert environment["CUDA_VISIBLE_DEVICES"] == ""
         second = threading.Thread(target=lambda: slots.take(0, waiting.set).__enter__())
@@ -48,7 +51,8 @@ def test_a_stage_without_gpu_sees_none_and_waits_for_a_place_only() -> None:
 
 
 def test_slots_are_handed_out_in_the_order_in_which_they_were_asked_for() -> None:
-    slots, order = Slots(["g0", "g1"], jobs=1), list[str]()
+    slots = Slots(["g0", "g1"], jobs=1)
+    order = list[str]()
     threads: list[threading.Thread] = []
 
     def ask(name: str, gpus: int) -> None:

@@ -16,7 +16,8 @@ LABELS = ("cost", "reward")
 
 
 def point(label: str, x: float, y: float, style: str = "method over", number: int = 1) -> Point:
-    x_range, y_range = Range(x, x - 0.1, x + 0.1), Range(y, y - 0.05, y + 0.05)
+    x_range = Range(x, x - 0.1, x + 0.1)
+    y_range = Range(y, y - 0.05, y + 0.05)
     return Point(x_range, y_range, f"{label}: here", label, number, style)
 
 
@@ -58,7 +59,8 @@ def test_every_point_has_a_tooltip_and_a_label_and_kinds_differ_in_shape() -> No
 
 def box(text: ElementTree.Element) -> tuple[float, float, float, float]:
     width = 6.8 * len(text.text or "")
-    x, y = float(text.get("x", "nan")), float(text.get("y", "nan"))
+    x = float(text.get("x", "nan"))
+    y = float(text.get("y", "nan"))
     left = x - {"start": 0.0, "middle": width / 2, "end": width}[text.get("text-anchor", "start")]
     return left, y - 10, left + width, y + 2
 

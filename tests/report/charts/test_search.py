@@ -40,7 +40,8 @@ def test_trajectory_marks_the_chosen_step_and_its_errors() -> None:
     assert len(chosen) == 2
     assert all("step 1" in str(element[0].text) for element in chosen)
     assert "λ" in {text.text for text in styled(root, "axis")}
-    bar, dot = styled(root, "step-bar")[1], chosen[1]
+    bar = styled(root, "step-bar")[1]
+    dot = chosen[1]
     ends = sorted((float(bar.get("y1", "nan")), float(bar.get("y2", "nan"))))
     assert sum(ends) / 2 == pytest.approx(float(dot.get("cy", "nan")), abs=0.05)
     assert ends[1] - ends[0] == pytest.approx(98 * 2 * 0.05 / 0.8, abs=0.1)
@@ -50,7 +51,8 @@ def test_trajectory_shows_the_target_and_what_each_reckoning_asked_for() -> None
     tried = steps((0.5, None), (0.8, None))
     tried[0]["next"] = {"newton": 0.812, "tilt": None, "line": 0.9}  # type: ignore[assignment]
     aimed = ElementTree.fromstring(trajectory(tried, 0.0, (-0.3, 0.5), 1, "n", target=-0.1))
-    target, limit = styled(aimed, "target")[0], styled(aimed, "limit")[0]
+    target = styled(aimed, "target")[0]
+    limit = styled(aimed, "limit")[0]
     # The cost axis is 98 pixels for 0.8.
     assert float(target.get("y1", "nan")) - float(limit.get("y1", "nan")) == pytest.approx(
         98 * 0.1 / 0.8, abs=0.02

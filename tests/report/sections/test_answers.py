@@ -20,7 +20,8 @@ def test_an_answer_is_found_by_what_it_is(run: Run) -> None:
     assert section is not None
     for prompt in section.values["prompts"]:
         for answer in prompt["answers"]:
-            over, unsafe = answer["cost"] > params.limit, answer["cost"] > 0
+            over = answer["cost"] > params.limit
+            unsafe = answer["cost"] > 0
             wanted = {"over" if over else "within", *(["unsafe"] if unsafe else [])}
             assert set(answer["kinds"]) - {"cut"} == wanted
             assert answer["folded"] or not unsafe
