@@ -54,15 +54,14 @@ def shared(model: Any) -> Any:
     """A copy of a model whose frozen weights have the same storage. Moving or casting them leaves
     the other as it is; arithmetic in place changes both.
     """
-    frozen = (weight for weight in model.parameters() if not weight.requires_grad)
-    return copy.deepcopy(model, {id(weight): _same(weight) for weight in frozen})
-
-
-def _same(weight: torch.nn.Parameter) -> torch.nn.Parameter:
-    """A parameter over the same numbers; one that is quantised, itself."""
-    if type(weight) is not torch.nn.Parameter:
-        return weight
-    return torch.nn.Parameter(weight.detach(), requires_grad=False)
+    memo: dict[int, Any] = {}
+    for weight in model.parameters():
+        state = getattr(weight, "quant_state", None)
+        if state is not None:  # in 4 bits, beside which lies what they stand for
+            memo |= {id(weight): weight, id(state): state}
+        elif not weight.requires_grad:
+            memo[id(weight)] = torch.nn.Parameter(weight.detach(), requires_grad=False)
+    return copy.deepcopy(model, memo)
 
 
 def own(model: torch.nn.Module) -> None:

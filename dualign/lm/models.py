@@ -39,6 +39,7 @@ from dualign.lm.numerics import (
     precision_of,
     without_adapter,
 )
+from dualign.lm.quantised import folded, is_quantised
 from dualign.lm.templates import read_template, settle
 from dualign.lm.tokens import PLAIN_TEMPLATE
 from dualign.params.base import LoraParams, Resources
@@ -205,8 +206,8 @@ def load_policy(
 
     `trained` says that all its weights are to change: they are fp32 then, under bf16 as well;
     `rounded` that they begin as what the precision computes with. An adapter's base is frozen
-    either way, and what is frozen is held once in a process (`dualign.lm.frozen`). Raises
-    ModelError as `load_model` does."""
+    either way, and what is frozen is held once in a process, so it must not be changed in place
+    (`dualign.lm.frozen.own` makes it the model's own). Raises ModelError as `load_model` does."""
     require(path)
     adapter = Path(path) / "adapter_config.json"
     base = adapter_base(path) if adapter.is_file() else str(path)
@@ -333,10 +334,14 @@ def end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Plain weights: adapters folded in, in fp32, since bf16 would lose most of a small adapter."""
+    """Plain weights: adapters folded in, in fp32, since bf16 would lose most of a small adapter.
+    What was in 4 bits are the weights that these stand for.
+    """
     if not isinstance(model, PeftModel):
         return model
     own(model)
+    if is_quantised(model):
+        return folded(model)
     return model.float().merge_and_unload()
 
 
