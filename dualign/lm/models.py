@@ -225,6 +225,10 @@ def load_policy(
 
     if whole or _sharded(resources):
         model = read()
+        if is_quantised(model):
+            raise ParamsError(
+                "resources.distributed: fsdp2 cannot shard a base in 4 bits; take ddp"
+            )
     else:
         how = (str(dtype), resources.precision, str(device_of(resources)), revision, gguf_file)
         model = frozen(base, read, *how)

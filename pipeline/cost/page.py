@@ -44,7 +44,7 @@ def reckon(
     try:
         base = base_of(params, root, parameters)
         tables = read_tables(params, root)
-        setting = Setting.of(base, machine, params["resources"])
+        setting = Setting.of(base, machine, params)
         reckoner = Reckoner(params, tables)
         works = {name: reckoner.work(name) for name in stages}
     except (KeyError, TypeError) as error:

@@ -28,6 +28,8 @@ from pipeline.cost.work import Piece, Work
 GIB = 2**30
 #: Bytes of a trained weight in fp32: itself, its gradient and AdamW's two moments.
 _TRAINED = 16
+#: Bytes of a weight in NF4 with quantised constants: 4.127 bits (2305.14314, section 3).
+_NF4 = 4.127 / 8
 #: Bytes that AdamW reads and writes of it at every step: it reads all four, and writes three.
 _STEPPED = 28
 #: Operations of a layer in a forward pass, each of which takes a launch.
@@ -51,10 +53,12 @@ class Setting:
     checkpointing: bool = False
     processes: int = 1
     sharded: bool = False
+    quantised: bool = False
 
     @classmethod
-    def of(cls, base: Base, machine: Machine, resources: Mapping[str, Any]) -> Setting:
-        """The setting that section `resources` asks for; `auto` processes are one."""
+    def of(cls, base: Base, machine: Machine, params: Mapping[str, Any]) -> Setting:
+        """The setting that params ask for; `auto` processes are one."""
+        resources = params["resources"]
         several = resources.get("processes", 1)
         processes = several if isinstance(several, int) else 1
         return cls(
@@ -64,6 +68,7 @@ class Setting:
             resources["gradient_checkpointing"],
             processes * resources.get("nodes", 1),
             resources.get("distributed") == "fsdp2",
+            params["lora"].get("quantise") is not None,
         )
 
     @property
@@ -72,6 +77,14 @@ class Setting:
         if self.precision == "auto":
             return 2 if self.machine.bf16 else 4
         return 4 if self.precision == "fp32" else 2
+
+    @property
+    def kept(self) -> float:
+        """Bytes of all weights of a base that is not trained."""
+        if not self.quantised:
+            return float(self.base.weights * self.bytes_each)
+        wide = self.base.weights - self.base.body
+        return self.base.body * _NF4 + wide * self.bytes_each
 
 
 @dataclass(frozen=True)
@@ -161,7 +174,7 @@ def _moving(piece: Piece, setting: Setting) -> float:
     steps = math.ceil(piece.rows / piece.batch) * piece.max_tokens
     before = piece.prompt + piece.max_tokens / 2
     kept = min(piece.rows, piece.batch) * before * 2 * base.layers * base.kv
-    return steps * (base.weights + kept) * setting.bytes_each / rate
+    return steps * (setting.kept + kept * setting.bytes_each) / rate
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -179,7 +192,7 @@ def trained(piece: Piece, base: Base) -> int:
 
 def memory_of(piece: Piece, held: int, setting: Setting) -> float:
     """GiB of one card while a piece is at work beside the models that are held."""
-    models = held * setting.base.weights * setting.bytes_each
+    models = held * setting.kept
     parts = _training(piece, setting) if piece.kind == "train" else _serving(piece, setting)
     return _CONTEXT + (models + sum(parts)) / GIB
 
@@ -190,7 +203,7 @@ def _training(piece: Piece, setting: Setting) -> Iterator[float]:
     pure = setting.precision == "pure_bf16"
     share = setting.processes if setting.sharded else 1
     if piece.rank:
-        yield base.weights * size / share
+        yield setting.kept / share
     yield trained(piece, base) * (_TRAINED // 2 if pure else _TRAINED) / share
     if size == 2 and not pure and not piece.rank:
         yield base.weights * 2.0  # autocast keeps what it has rounded for the length of a pass
@@ -202,7 +215,7 @@ def _training(piece: Piece, setting: Setting) -> Iterator[float]:
 def _serving(piece: Piece, setting: Setting) -> Iterator[float]:
     """Weights, what one layer holds of a batch, logits; of drawing keys and values too."""
     base = setting.base
-    yield base.weights * setting.bytes_each
+    yield setting.kept
     rows = min(piece.rows, piece.batch)
     tokens = rows * _longest(piece)
     if piece.kind == "draw":

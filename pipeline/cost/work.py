@@ -65,9 +65,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage does. `held` is how many models it holds beside the one at work, `trains_alone`
-    whether they are gone while it trains; `at_most` says that it may end earlier.
-    """
+    """What a stage does.
+
+    `held` is how many models with weights of their own it holds beside the one at work: adapters on
+    one base have none, scorers among them. `trains_alone` says whether they are gone while it
+    trains, `at_most` that it may end earlier."""
 
     pieces: tuple[Piece, ...]
     held: int = 0
@@ -136,7 +138,7 @@ class Reckoner:
             *[self._read(pairs, helpful.prompt, helpful.answer, scorer=True)] * 2,
         ]
         drawn = self._drawn(prompts, section["samples_per_prompt"], reads=1)
-        return Work((*drawn, *read), held=2)
+        return Work((*drawn, *read), held=self._scorers)
 
     def _reward_dpo(self, run: str) -> Work:
         row = self._params["reward_dpo"]["runs"][run]
@@ -171,7 +173,8 @@ class Reckoner:
             return Work(tuple(pieces))
         again = self._training("lagrangian_dpo", table, steps=refresh["max_steps"])
         drawn = self._drawn(refresh["prompts"], refresh["samples_per_prompt"], reads=2)
-        return Work((*pieces, *drawn, again), held=3, trains_alone=True)
+        held = self._beside("lagrangian_dpo")
+        return Work((*pieces, *drawn, again), held=held, trains_alone=True)
 
     def _lambda_path(self, run: str) -> Work:
         steps = self._params["lambda_path"]["runs"][run].get("max_steps")
@@ -197,7 +200,7 @@ class Reckoner:
             pieces += self._ascent(gradient)
         else:
             pieces += self._trainings(method) * trainings
-        return Work(tuple(pieces), held=3, at_most=True)
+        return Work(tuple(pieces), held=self._beside("dual_search"), at_most=True)
 
     def _trainings(self, method: str) -> list[Piece]:
         """One training of a search, with the answers or reference columns that it takes."""
@@ -218,19 +221,22 @@ class Reckoner:
         return [*self._drawn(prompts, options["samples"], reads=2), trained]
 
     def _certify(self, run: str) -> Work:
-        """The fallback and two ends of the path draw; candidates between them are read."""
+        """The fallback and two ends of the path draw; candidates between them are read. All are as
+        they would leave, in weights of their own.
+        """
+        held = self._scorers + 1
         section = self._params["certify"]
         weights = len(section["runs"][run]["weights"])
         own = self._drawn(section["prompts"], section["samples_per_prompt"], reads=2)
         screen = section["screen"]
         if screen is None or weights < 2:
-            return Work(tuple(own * (1 + weights)), held=3, at_most=True)
+            return Work(tuple(own * (1 + weights)), held=held, at_most=True)
         seen = self._drawn(screen["prompts"], screen["samples_per_prompt"], reads=3)
         if not screen["reweigh"]:
-            return Work((*seen * (1 + weights), *own * screen["tests"]), held=3, at_most=True)
+            return Work((*seen * (1 + weights), *own * screen["tests"]), held=held, at_most=True)
         answers = section["prompts"] * section["samples_per_prompt"]
         read = self._read(answers * screen["tests"], self._asked, self._tables.drawn)
-        return Work((*seen * (1 + weights), *own * 3, read), held=3, at_most=True)
+        return Work((*seen * (1 + weights), *own * 3, read), held=held, at_most=True)
 
     def _evaluate(self, policy: str) -> Work:
         section = self._params["evaluate"]
@@ -240,7 +246,31 @@ class Reckoner:
         drawn = self._drawn(
             section["prompts"], section["samples_per_prompt"], reads=2 if own else 1
         )
-        return Work((*drawn, self._read(tilt, pool.prompt, pool.answer)), held=3 if own else 2)
+        stage = section["policies"][policy].partition("/")[0]
+        apart = stage in ("aligned", "certified") or (own and not self._rank(stage))
+        held = self._scorers + (1 if apart else 0)
+        return Work((*drawn, self._read(tilt, pool.prompt, pool.answer)), held=held)
+
+    # --- models -----------------------------------------------------------------------------------
+
+    def _rank(self, section: str) -> int:
+        """The rank of a section's adapters, 0 where it trains all weights."""
+        lora = {**self._params["lora"], **self._params[section].get("lora", {})}
+        return int(lora["rank"])
+
+    @property
+    def _scorers(self) -> int:
+        """Scorers that are no adapters on models/sft."""
+        names = ("reward_model", "cost_model")
+        return sum(not self._is_adapter(self._params[name], self._rank(name)) for name in names)
+
+    @staticmethod
+    def _is_adapter(section: Mapping[str, Any], rank: int) -> bool:
+        return rank > 0 and section["given"] is None and section["backbone"] == "sft"
+
+    def _beside(self, section: str) -> int:
+        """Models beside a policy that a section trains: scorers and reference."""
+        return self._scorers + (0 if self._rank(section) else 1)
 
     # --- pieces -----------------------------------------------------------------------------------
 
@@ -274,7 +304,7 @@ class Reckoner:
         """A training of `sides` sequences a row; `steps` in place of those of the section."""
         own = self._params[section]
         training = {**self._params["training"], **own.get("training", {})}
-        lora = {**self._params["lora"], **own.get("lora", {})}
+        targets = {**self._params["lora"], **own.get("lora", {})}["target_modules"]
         steps = steps or training["max_steps"] or _steps(section, table, training)
         batch = min(self._resources["micro_batch_size"] or 10**9, training["batch_size"])
         return Piece(
@@ -285,8 +315,8 @@ class Reckoner:
             sides * batch,
             steps,
             scorer,
-            lora["rank"],
-            lora["target_modules"],
+            self._rank(section),
+            targets,
             training["max_length"],
         )
 

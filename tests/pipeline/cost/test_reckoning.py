@@ -87,6 +87,11 @@ def test_memory_of_training() -> None:
     assert memory_of(replace(train, rank=2), 2, SETTING) == pytest.approx(
         context + (two + lora) / GIB
     )
+    narrow = replace(SETTING, quantised=True)
+    base = 1200 * 4.127 / 8 + (BASE.weights - 1200) * 2
+    assert narrow.kept == pytest.approx(base)
+    quantised = base + 16 * adapters + activations * 2 + logits
+    assert memory_of(replace(train, rank=2), 0, narrow) == pytest.approx(context + quantised / GIB)
     shards = replace(SETTING, processes=2, sharded=True, precision="fp32")
     shared = 8 * BASE.weights + activations * 2 + logits
     assert memory_of(train, 0, shards) == pytest.approx(context + shared / GIB)

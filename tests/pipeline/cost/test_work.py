@@ -86,6 +86,24 @@ def test_lora_and_micro_batches(params: dict[str, Any]) -> None:
     assert (trained.rank, trained.batch) == (8, 8)
 
 
+def test_adapters_on_one_base_hold_it_once(params: dict[str, Any]) -> None:
+    def held(stage: str) -> int:
+        return Reckoner(params, TABLES).work(stage).held
+
+    stages = (
+        "score",
+        "dual_search@c_dpo",
+        "evaluate@reward_dpo",
+        "evaluate@dualign",
+        "evaluate@sft",
+    )
+    assert [held(stage) for stage in stages] == [2, 3, 3, 3, 2]
+    params["lora"]["rank"] = 8
+    assert [held(stage) for stage in stages] == [0, 0, 0, 1, 0]  # what is aligned leaves whole
+    params["cost_model"]["lora"] = {"rank": 0}
+    assert held("score") == 1 and held("certify@dualign") == 2
+
+
 def test_stages_without_a_model(params: dict[str, Any]) -> None:
     reckoner = Reckoner(params, TABLES)
     assert [reckoner.work(name) for name in ("prepare", "dual_init", "report")] == [None] * 3
