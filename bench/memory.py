@@ -5,13 +5,17 @@
 Each side runs in a process of its own, several times: it loads the base, computes what it needs
 beforehand and takes a few steps. Peaks are the kernel's (VmHWM), counted anew for each of the three
 phases. SFT reads both answers of every pair as rows of their own, so both sides read the same
-sequences in a step."""
+sequences in a step.
+
+Of LoRA it is asked what a stage holds that has a reference, a policy, a reward and a cost model:
+over one base, or with a base for each."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,9 +32,18 @@ from bench import dpo_speed, options
 from bench.options import knob
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
-from dualign.lm.models import load_policy, load_tokenizer
-from dualign.params.base import Resources, TrainingParams
+from dualign.lm import frozen
+from dualign.lm.models import (
+    load_policy,
+    load_scorer_backbone,
+    load_tokenizer,
+    save,
+    with_lora,
+)
+from dualign.params.base import LoraParams, Resources, TrainingParams
 from dualign.params.loading import load_resources
+from dualign.scoring.calibration import Platt
+from dualign.scoring.scorers import Scorer
 from dualign.training.pairs import with_reference
 from dualign.training.pairwise import Pair, PairLossConfig, train_pairwise
 from dualign.training.run import Job
@@ -46,6 +59,9 @@ SIDES = {
     "copy": "DPO that keeps a second model as reference",
     "chosen": "SFT, the preferred answers alone",
 }
+#: What a stage with LoRA holds, and how it is called in the table.
+HOLDING = {"shared": "one base for all", "apart": "a base for each"}
+_RANK = 8
 _PHASES = ("loaded", "before", "training")
 _BETA = 0.1
 
@@ -116,6 +132,37 @@ def side(name: str, given: Settings, out: Path) -> None:
     write_json(out, {"began": began, "loaded": loaded, "before": before, "training": peak()})
 
 
+def holding(name: str, given: Settings, out: Path) -> None:
+    """A process that loads what a stage of LoRA holds, and writes its memory in MiB."""
+    resources = _resources(given)
+    folder = Path(given.data)  # where `_laid_out` has put the models
+    peak()
+    models: list[Any] = []
+    for part in ("sft", "policy", "reward_model", "cost_model"):
+        if name == "apart":
+            frozen._HELD.clear()
+        scores = part.endswith("_model")
+        load = Scorer.load if scores else load_policy
+        models.append(load(folder / part, resources))
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmRSS"))
+    write_json(out, {"held": int(line.split()[1]) / 1024, "peak": peak()})
+
+
+def laid_out(given: Settings, folder: Path) -> None:
+    """The base as `sft`, with a policy and two scorers that are fresh adapters on it."""
+    sft = folder / "sft"
+    shutil.copytree(given.base, sft)
+    tokenizer = load_tokenizer(sft)
+    lora = LoraParams(rank=_RANK, alpha=16.0, dropout=0.0, target_modules="all-linear")
+    resources = _resources(given)
+    save(with_lora(load_policy(sft, resources), lora, 0), tokenizer, folder / "policy")
+    for name in ("reward_model", "cost_model"):
+        backbone = load_scorer_backbone(str(sft), tokenizer, resources, 0, trained=False)
+        model = with_lora(backbone, lora, 0, head=True)
+        Scorer(model.eval(), tokenizer, Platt()).save(folder / name)
+
+
 def supervised(pairs: Sequence[Pair], *, both: bool) -> list[tuple[list[int], list[int]]]:
     """Prompts with their preferred answers, or with both."""
     return [
@@ -152,10 +199,24 @@ def measure(given: Settings) -> dict[str, Any]:
         for name in SIDES:
             rounds[name].append(_measured(name, given))
             log.info("round %d, %s: %s", turn + 1, name, rounds[name][-1])
+    held = _held(given)
     weights = sum(
         weight.numel() for weight in load_policy(given.base, _resources(given)).parameters()
     )
-    return {"weights": weights, "rounds": rounds, "sides": _medians(rounds)}
+    return {"weights": weights, "rounds": rounds, "sides": _medians(rounds), "stage": held}
+
+
+def _held(given: Settings) -> dict[str, dict[str, float]]:
+    """Medians of what a stage of LoRA holds, and of its peak, in MiB."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        laid_out(given, Path(folder))
+        there = replace(given, data=folder)
+        for name in HOLDING:
+            rows = [_measured(name, there) for _ in range(given.rounds)]
+            found[name] = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+            log.info("a stage of LoRA, %s: %s", name, found[name])
+    return found
 
 
 def _medians(rounds: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, float]]:
@@ -200,9 +261,13 @@ def page(given: Settings, found: Mapping[str, Any]) -> str:
         f"The base has {found['weights'] / 1e6:.0f} million weights, {one:.2f} GiB once. Medians of"
         f" {given.rounds} processes."
     )
+    stage = options.head(["reference, policy and two scorers of LoRA", "held, GiB", "peak"])
+    for name, title in HOLDING.items():
+        row = found["stage"][name]
+        stage.append(f"| {title} | {row['held'] / 1024:.2f} | {row['peak'] / 1024:.2f} |")
     head = f"# Peak memory of DPO beside SFT, whole weights, {given.precision}"
     command = f"    {options.command(PROGRAM, given)}"
-    return "\n\n".join([head, command, "\n".join(lines), told, _NOTES]) + "\n"
+    return "\n\n".join([head, command, "\n".join(lines), told, "\n".join(stage), _NOTES]) + "\n"
 
 
 _NOTES = """\
@@ -228,6 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--side"]:
-        side(sys.argv[2], Settings(**json.loads(sys.argv[4])), Path(sys.argv[3]))
+        run = holding if sys.argv[2] in HOLDING else side
+        run(sys.argv[2], Settings(**json.loads(sys.argv[4])), Path(sys.argv[3]))
     else:
         sys.exit(main())

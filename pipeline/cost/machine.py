@@ -22,7 +22,8 @@ class Machine:
     `bf16` (0: it has none) and `fp32` are peaks in TFLOP/s, `bandwidth` is in GB/s, `memory` in
     GiB, `price` in dollars an hour. `mfu` is the assumed share of the peak in training and reading,
     `of_bandwidth` that of the bandwidth in drawing; `launch` the seconds that one operation takes
-    however small it is, `start` those until a stage has imported and loaded what it needs."""
+    however small it is, `step` those of an optimiser's step beside its operations (the loop, the
+    loader, the log), `start` those until a stage has imported and loaded what it needs."""
 
     name: str
     bf16: float
@@ -33,6 +34,7 @@ class Machine:
     mfu: float = 0.4
     of_bandwidth: float = 0.6
     launch: float = 1e-5
+    step: float = 8e-3
     start: float = 15.0
 
     def peak(self, bytes_each: int) -> float:

@@ -124,7 +124,8 @@ def notes(found: Reckoning, statuses: Mapping[str, StageStatus]) -> Iterator[str
     )
     yield (
         f"assumed: {card.mfu:.0%} of the peak (--mfu), {card.of_bandwidth:.0%} of the bandwidth,"
-        f" {card.launch * 1e6:g} us an operation, {card.start:g} s to start a stage;"
+        f" {card.launch * 1e6:g} us an operation and {card.step * 1e3:g} ms a step beside,"
+        f" {card.start:g} s to start a stage;"
         f" {setting.processes} process(es) that share a batch evenly"
     )
     left_out = [name for name in statuses if name not in found.costs]

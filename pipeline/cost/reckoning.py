@@ -152,7 +152,7 @@ def seconds_of(piece: Piece, setting: Setting) -> float:
     computing = operations(piece, setting.base, setting.checkpointing)
     computing /= machine.peak(setting.bytes_each) * machine.mfu
     launches = _passes(piece) * setting.base.layers * _LAUNCHES * machine.launch
-    return computing + launches + _moving(piece, setting)
+    return computing + launches + piece.steps * machine.step + _moving(piece, setting)
 
 
 def _passes(piece: Piece) -> float:

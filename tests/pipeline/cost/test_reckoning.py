@@ -22,7 +22,9 @@ BASE: Base = decoder(
     },
 )  # fmt: skip
 #: 1 TFLOP/s, 1 GB/s, nothing lost.
-CARD = Machine("card", 1, 0.5, 1, 1, 3600, mfu=1.0, of_bandwidth=1.0, launch=0.0, start=0.0)
+CARD = Machine(
+    "card", 1, 0.5, 1, 1, 3600, mfu=1.0, of_bandwidth=1.0, launch=0.0, step=0.0, start=0.0
+)
 SETTING = Setting(BASE, CARD)
 READ = Piece("read", rows=2, prompt=3, answer=1, batch=2)
 
@@ -49,9 +51,9 @@ def test_seconds_are_operations_and_the_optimisers_traffic() -> None:
     computing = 3 * operations(READ, BASE) / 1e12
     adam = 5 * 28 * BASE.weights / 1e9
     assert seconds_of(train, SETTING) == pytest.approx(computing + adam)
-    slower = replace(SETTING, machine=replace(CARD, mfu=0.5, launch=1e-3))
+    slower = replace(SETTING, machine=replace(CARD, mfu=0.5, launch=1e-3, step=0.1))
     launches = 3 * 1 * 40 * 1e-3
-    assert seconds_of(train, slower) == pytest.approx(2 * computing + adam + launches)
+    assert seconds_of(train, slower) == pytest.approx(2 * computing + adam + launches + 0.5)
     assert seconds_of(READ, replace(SETTING, precision="fp32")) == pytest.approx(
         operations(READ, BASE) / 0.5e12
     )
