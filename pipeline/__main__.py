@@ -1,6 +1,7 @@
 """The command line: what a run would do, a run, the flow for Prefect, last runs, a doctor.
 
 python -m pipeline plan
+python -m pipeline plan --cost --gpu h100
 python -m pipeline run --stage dual_init --set constraint.limit=-0.5
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from pipeline.prefect import identity, server
 
 if TYPE_CHECKING:
     from pipeline.dvc.dag import StageSpec
+    from pipeline.dvc.plan import StageStatus
 
 PROG = "python -m pipeline"
 EXIT = """exit status:
@@ -73,6 +75,32 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 
 def _none(parser: argparse.ArgumentParser) -> None:
     """A command without options."""
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cost",
+        action="store_true",
+        help="reckon memory, tokens, hours and money of every stage too",
+    )
+    parser.add_argument(
+        "--gpu",
+        metavar="CARD",
+        help="t4, l4, a10, rtx4090, l40s, a100-40, a100, h100-pcie, h100, h200 or b200 (default:"
+        " the card of this machine, else h100)",
+    )
+    parser.add_argument(
+        "--price", type=float, metavar="DOLLARS", help="of an hour of the card, in place of ours"
+    )
+    parser.add_argument(
+        "--mfu", type=float, metavar="SHARE", help="of the card's peak that is used (default 0.4)"
+    )
+    parser.add_argument(
+        "--parameters",
+        type=float,
+        metavar="N",
+        help="weights of the base, such as 8e9, where its config.json is not here",
+    )
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
@@ -198,7 +226,7 @@ def _check_root(root: Path) -> None:
         )
 
 
-def _say(lines: Sequence[str]) -> None:
+def _say(lines: Iterable[str]) -> None:
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     sys.stdout.flush()
 
@@ -222,7 +250,23 @@ def _plan(arguments: argparse.Namespace) -> int:
     ]
     _say(_columns([(name, status.prospect, ", ".join(status.reasons)) for name, status in changed]))
     _say([f"{len(dag) - len(changed)} of {len(dag)} stages are up to date"])
+    if arguments.cost:
+        _say(_reckoned(arguments, statuses))
     return 0
+
+
+def _reckoned(arguments: argparse.Namespace, statuses: Mapping[str, StageStatus]) -> Iterator[str]:
+    from pipeline import yaml_text
+    from pipeline.cost import page
+    from pipeline.cost.machine import machine
+
+    params = yaml_text.load(yaml_text.read(Path("params.yaml")))
+    card = machine(arguments.gpu).with_given(arguments.price, arguments.mfu)
+    found = page.reckon(params, Path.cwd(), card, list(statuses), arguments.parameters)
+    rows = page.rows(found, statuses)
+    yield ""
+    yield from _columns(rows)
+    yield from page.notes(found, statuses)
 
 
 def _dag() -> dict[str, StageSpec]:
@@ -327,7 +371,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 #: Every command: what runs it, what it does, and its options.
 _COMMANDS: dict[str, tuple[Any, str, Any]] = {
-    "plan": (_plan, "say what a run would do and why, without running anything", _none),
+    "plan": (_plan, "say what a run would do and why, without running anything", _plan_options),
     "run": (_run, "bring stages up to date", _run_options),
     "serve": (
         _serve,

@@ -27,6 +27,7 @@ from dualign.lm.models import (
     train_tokenizer,
     with_lora,
 )
+from dualign.lm.quantised import check_installed, is_quantised, quantise
 from dualign.lm.tokens import encode_conversations
 from dualign.params.models import SftParams
 from dualign.stage import Run, execute
@@ -40,6 +41,8 @@ OUT = Path("models/sft")
 def main(run: Run[SftParams]) -> None:
     """Run the stage."""
     params = run.params
+    if params.lora.quantise:
+        check_installed("lora.quantise nf4")
     rows = read_table(ROWS, SFT)
     scratch = run.scratch(ROWS, *local_inputs(params))
     model, tokenizer = base(run, rows)
@@ -51,9 +54,13 @@ def main(run: Run[SftParams]) -> None:
         metrics = train_sft(model, tokenizer, train, heldout, job)
     else:
         metrics = {"heldout_loss": heldout_loss(model, tokenizer, heldout, job)}
+    parameters = sum(weight.numel() for weight in model.parameters())
     with replacing(OUT) as folder:
         save(merged(model) if params.train else untouched(params, tokenizer), tokenizer, folder)
-    parameters = sum(weight.numel() for weight in model.parameters())
+        if params.lora.quantise:
+            quantise(folder)
+            narrow = load_policy(folder, run.resources)
+            metrics["heldout_loss_in_4_bits"] = heldout_loss(narrow, tokenizer, heldout, job)
     sizes = {"parameters": parameters, "vocabulary": len(tokenizer)}
     run.trained({**metrics, "trained": bool(params.train), **sizes}, scratch)
 
@@ -75,6 +82,10 @@ def base(run: Run[SftParams], rows: pd.DataFrame) -> tuple[Model, PreTrainedToke
             params.base, run.resources, params.revision,
             gguf_file=params.gguf_file, trained=whole, rounded=bool(params.train),
         )  # fmt: skip
+        if is_quantised(model):
+            raise ModelError(
+                f"sft.base: {params.base} is in 4 bits already; name the base that it was made of"
+            )
         run.sources["sft.base"] = getattr(model.config, "_commit_hash", None) or params.base
         fit_vocabulary(model, tokenizer, params.seed)
         return model, tokenizer

@@ -41,6 +41,10 @@ MODULES = {
     "dualign.certify.certificate": ["order"],
     "dualign.certify.requirement": ["Requirement.__str__", "Requirement.weighted"],
     "dualign.certify.sequence": ["fixed_sequence"],
+    "pipeline.cost.base": ["typical"],
+    "pipeline.cost.machine": ["card_of"],
+    "pipeline.cost.page": ["amount"],
+    "pipeline.cost.work": ["steps_of"],
 }
 #: Public for their neighbours alone: they check arguments.
 PLAIN = {

@@ -17,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from dualign.core.artifacts import listed
 from dualign.core.errors import ModelError, ParamsError
+from dualign.lm.quantised import MARK, check_installed
 
 _POINTER = b"version https://git-lfs"
 _NAMED = 3  # weights that an error names
@@ -87,8 +88,8 @@ def load_reported(
 def load_config(
     path: str | Path, revision: str | None = None, gguf_file: str | None = None
 ) -> PretrainedConfig:
-    """A model's configuration. Raises ModelError for one that needs foreign code or is
-    quantised.
+    """A model's configuration. Raises ModelError for one that needs foreign code, or is quantised
+    and not by `lora.quantise`.
     """
     options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
@@ -99,6 +100,9 @@ def load_config(
         raise ModelError(f"{path}: {_refusal(error)}") from error
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None and not gguf_file:
+        if getattr(config, MARK, False):
+            check_installed(str(path))
+            return config
         method = (
             quantised.get("quant_method")
             if isinstance(quantised, dict)

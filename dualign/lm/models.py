@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from dualign.core import ranks
 from dualign.core.errors import ModelError, ParamsError
 from dualign.core.records import AdapterConfig, read_record
+from dualign.lm.frozen import frozen, own
 from dualign.lm.loading import first_line, load_model, load_reported, require, with_adapter
 from dualign.lm.numerics import (
     check_head,
@@ -38,6 +39,7 @@ from dualign.lm.numerics import (
     precision_of,
     without_adapter,
 )
+from dualign.lm.quantised import folded, is_quantised
 from dualign.lm.templates import read_template, settle
 from dualign.lm.tokens import PLAIN_TEMPLATE
 from dualign.params.base import LoraParams, Resources
@@ -204,19 +206,40 @@ def load_policy(
 
     `trained` says that all its weights are to change: they are fp32 then, under bf16 as well;
     `rounded` that they begin as what the precision computes with. An adapter's base is frozen
-    either way. Raises ModelError as `load_model` does."""
+    either way, and what is frozen is held once in a process, so it must not be changed in place
+    (`dualign.lm.frozen.own` makes it the model's own). Raises ModelError as `load_model` does."""
     require(path)
     adapter = Path(path) / "adapter_config.json"
     base = adapter_base(path) if adapter.is_file() else str(path)
     computed = precision_of(resources)
     dtype = computed if rounded or computed is torch.float32 else "auto"
-    model = load_model(
-        AutoModelForCausalLM, base, dtype=dtype, revision=revision, gguf_file=gguf_file
-    )
     whole = trained and not adapter.is_file()
-    model = in_precision(model, resources, trained=whole)
-    check_head(model, base)
+
+    def read() -> PreTrainedModel:
+        model = load_model(
+            AutoModelForCausalLM, base, dtype=dtype, revision=revision, gguf_file=gguf_file
+        )
+        model = in_precision(model, resources, trained=whole)
+        check_head(model, base)
+        return model
+
+    if whole or _sharded(resources):
+        model = read()
+        if is_quantised(model):
+            raise ParamsError(
+                "resources.distributed: fsdp2 cannot shard a base in 4 bits; take ddp"
+            )
+    else:
+        how = (str(dtype), resources.precision, str(device_of(resources)), revision, gguf_file)
+        model = frozen(base, read, *how)
     return with_adapter(model, path).to(device_of(resources)) if adapter.is_file() else model
+
+
+def _sharded(resources: Resources) -> bool:
+    """Whether each process of several is to hold a shard of what is trained: of a copy, for which
+    the model itself makes room.
+    """
+    return ranks.world() > 1 and resources.distributed == "fsdp2"
 
 
 def adapter_base(path: str | Path) -> str:
@@ -315,8 +338,15 @@ def end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Plain weights: adapters folded in, in fp32, since bf16 would lose most of a small adapter."""
-    return model.float().merge_and_unload() if isinstance(model, PeftModel) else model
+    """Plain weights: adapters folded in, in fp32, since bf16 would lose most of a small adapter.
+    What was in 4 bits are the weights that these stand for.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    own(model)
+    if is_quantised(model):
+        return folded(model)
+    return model.float().merge_and_unload()
 
 
 def save(

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from dualign.core import ranks
 from dualign.core.errors import ModelError
 from dualign.lm import onednn
+from dualign.lm.quantised import cast, is_quantised
 from dualign.params.base import Resources
 
 #: Elements of the vocabulary-wide logits that are held at once: 256 MiB in fp32.
@@ -83,19 +84,32 @@ class Fp32Score(Fp32Head):
 def in_precision(model: Any, resources: Resources, *, trained: bool) -> Any:
     """The model on its device, computing as params say; `trained`: its weights will change."""
     device = device_of(resources)
-    if precision_of(resources) is torch.float32:
+    computed = precision_of(resources)
+    if is_quantised(model):
+        if trained:
+            raise ModelError("a base in 4 bits is never trained itself; set lora.rank above 0")
+        model = cast(model, computed, _of_score(model)).to(device)
+        if computed is not torch.float32:
+            _compute_in_bf16(model, device)
+        return model
+    if computed is torch.float32:
         if device.type == "cpu" and onednn.faster():
             onednn.through_onednn(model)
         return model.float().to(device)
     pure = resources.precision == "pure_bf16"
-    score = getattr(model, "score", None)
-    scored = set() if score is None else set(score.parameters())
+    scored = _of_score(model)
     for weight in model.parameters():
         narrow = pure if trained else weight.dim() > 1 and weight not in scored
         weight.data = weight.data.to(torch.bfloat16 if narrow else torch.float32)
     model.to(device)
     _compute_in_bf16(model, device)
     return model
+
+
+def _of_score(model: Any) -> set[Tensor]:
+    """The weights of a scorer's head."""
+    score = getattr(model, "score", None)
+    return set() if score is None else set(score.parameters())
 
 
 def _compute_in_bf16(model: Any, device: torch.device) -> None:

@@ -54,12 +54,15 @@ class TrainingParams(Frozen):
 
 
 class LoraParams(Frozen):
-    """Low-rank adapters; `rank` 0 trains all weights."""
+    """Low-rank adapters; `rank` 0 trains all weights. `quantise` puts the base that they are on,
+    models/sft, into 4 bits.
+    """
 
     rank: Annotated[int, Field(ge=0, le=10_000)]
     alpha: Positive
     dropout: Annotated[float, Field(ge=0, lt=1)]
     target_modules: list[str] | Literal["all-linear"]
+    quantise: Literal["nf4"] | None = None
 
 
 class PessimismParams(Frozen):

@@ -11,6 +11,7 @@ from dualign.params.base import StageParams
 from dualign.params.certify import CertifyParams
 from dualign.params.evaluate import EvaluateParams
 from dualign.params.judging import JudgeParams
+from dualign.params.models import ScorerParams
 from dualign.params.search import ROW_SECTIONS, DualSearchParams, MethodRow
 from dualign.params.training import (
     TILTING,
@@ -69,6 +70,30 @@ def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: 
             " judges to {}"
         )
     _check_judged(judge, set(content["suites"]), path)
+    _check_quantised(stages, path)
+
+
+def _check_quantised(stages: dict[str, StageParams], path: str | Path) -> None:
+    """There is one base, in 4 bits or not, and adapters alone are trained on one in 4 bits."""
+    loras = {name: stage.lora for name, stage in stages.items() if hasattr(stage, "lora")}
+    wanted = loras["sft"].quantise
+    for name, lora in loras.items():
+        if lora.quantise != wanted:
+            raise ParamsError(
+                f"{path}: {name}.lora.quantise: all stages share one base; set lora.quantise alone"
+            )
+        if wanted and lora.rank == 0 and _on_base(name, stages[name]):
+            raise ParamsError(
+                f"{path}: {name}.lora.rank: 0 trains all weights, and those of a base in 4 bits"
+                " cannot be trained; give a rank, or set lora.quantise to null"
+            )
+
+
+def _on_base(name: str, stage: StageParams) -> bool:
+    """Whether a stage trains on models/sft; `sft` itself makes it, of a base as it is."""
+    if isinstance(stage, ScorerParams):
+        return stage.given is None and stage.backbone == "sft"
+    return name != "sft" and bool(getattr(stage, "runs", True))
 
 
 def _check_judged(judge: JudgeParams, suites: set[str], path: str | Path) -> None:

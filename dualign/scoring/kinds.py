@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,17 @@ from transformers.utils import cached_file
 from dualign.core.artifacts import listed
 from dualign.core.errors import ModelError
 from dualign.core.schema import Message, user
-from dualign.lm.loading import load_config, load_model, require
-from dualign.lm.models import fit_vocabulary, load_tokenizer, made_fit, read_tokenizer
+from dualign.lm.loading import load_config, load_model, require, with_adapter
+from dualign.lm.models import (
+    adapter_base,
+    fit_vocabulary,
+    load_policy,
+    load_tokenizer,
+    made_fit,
+    read_tokenizer,
+)
 from dualign.lm.numerics import in_precision
+from dualign.lm.publish import ADAPTER
 from dualign.lm.templates import settle
 from dualign.lm.tokens import QUESTION, common_prefix, encode_conversations, encode_rendered, render
 from dualign.params.base import Frozen, Resources
@@ -122,6 +130,20 @@ def load_classifier(place: Place, resources: Resources) -> Loaded:
         AutoModelForSequenceClassification, place.path, dtype="auto", revision=place.revision
     )
     return _ready(model, tokenizer, resources)
+
+
+def load_adapted(folder: Path, resources: Resources) -> Loaded:
+    """A classifier of one output whose adapter and head lie in a folder, on the frozen base that
+    the adapter names: the one that policies compute with.
+    """
+    adapter = folder / ADAPTER
+    tokenizer = load_tokenizer(folder)
+    base = adapter_base(adapter)
+    policy = load_policy(base, resources)
+    backbone = getattr(policy, policy.base_model_prefix)
+    model = _headed(backbone, torch.zeros(1, backbone.config.get_text_config().hidden_size), base)
+    loaded = _ready(model, tokenizer, resources)
+    return replace(loaded, model=with_adapter(loaded.model, adapter).eval())
 
 
 def _load_guard(place: Place, resources: Resources) -> Loaded:

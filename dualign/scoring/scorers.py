@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,22 +11,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from pydantic import Field, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign.core import ranks
-from dualign.core.artifacts import read_json, write_json
+from dualign.core.artifacts import listed, read_json, sha256, write_json
 from dualign.core.errors import ModelError
 from dualign.core.progress import Progress
 from dualign.core.records import fault
 from dualign.core.schema import Message
 from dualign.lm.loading import context_of
-from dualign.lm.models import save
+from dualign.lm.models import adapter_base, merged, save
 from dualign.lm.numerics import padded_rows
+from dualign.lm.publish import ADAPTER
 from dualign.lm.tokens import encode_conversations
 from dualign.params.base import Frozen, Resources
 from dualign.scoring.calibration import Calibration, from_card
-from dualign.scoring.kinds import KINDS, PLAIN, Loaded, Place, Reading, is_encoder
+from dualign.scoring.kinds import (
+    KINDS,
+    PLAIN,
+    Loaded,
+    Place,
+    Reading,
+    is_encoder,
+    load_adapted,
+)
 
 log = logging.getLogger(__name__)
 
@@ -130,10 +141,13 @@ class MemberCard(Reading):
 
 
 class Card(CalibrationCard):
-    """scorer.json: calibration; of given scorers also members and the weight of their sd."""
+    """scorer.json: calibration; of given scorers also members and the weight of their sd, of one in
+    `adapter/` the hashes of the weights that it is on.
+    """
 
     members: list[MemberCard] = Field(default=[])
     spread: float = 0.0
+    base: dict[str, str] | None = None
 
 
 class Scorer:
@@ -160,8 +174,16 @@ class Scorer:
 
     @classmethod
     def load(cls, folder: str | Path, resources: Resources) -> Scorer:
-        """Load a folder that `save` wrote. Raises ModelError or DualignError naming the folder."""
+        """Load a folder that `save` wrote. Raises ModelError or DualignError naming the folder.
+
+        A scorer that was trained as an adapter is one on its base, which it shares with policies,
+        where that is here; elsewhere it has weights of its own.
+        """
         card = read_card(Path(folder) / CARD)
+        if card.base is not None and weights_of(adapter_base(Path(folder) / ADAPTER)) == card.base:
+            return cls.of(
+                [Member(load_adapted(Path(folder), resources), source=str(folder))], card.read()
+            )
         if not card.members:
             loaded = KINDS["classifier"].load(Place(str(folder)), resources)
             return cls.of([Member(loaded, source=str(folder))], card.read())
@@ -179,11 +201,19 @@ class Scorer:
         return self.members[0].loaded.tokenizer
 
     def save(self, folder: Path) -> None:
-        """Write models, tokenizers and card; a lone classifier lies in the folder itself."""
+        """Write models, tokenizers and card; a lone classifier lies in the folder itself, an adapter
+        beside the weights that it makes of its base.
+        """
         first = self.members[0]
         if len(self.members) == 1 and first.reading == PLAIN and not first.steps:
-            save(first.loaded.model, first.loaded.tokenizer, folder)
-            write_json(folder / CARD, asdict(self.calibration))
+            model = first.loaded.model
+            card = asdict(self.calibration)
+            if isinstance(model, PeftModel):
+                save(model, first.loaded.tokenizer, folder / ADAPTER)
+                card["base"] = weights_of(adapter_base(folder / ADAPTER))
+                model = merged(copy.deepcopy(model))
+            save(model, first.loaded.tokenizer, folder)
+            write_json(folder / CARD, card)
             return
         for i, member in enumerate(self.members):
             save(member.loaded.model, member.loaded.tokenizer, folder / str(i))
@@ -238,6 +268,12 @@ def conversations(
     limit = min(tokenizer.model_max_length, 1 << 20)
     rows = encode_conversations(tokenizer, list(prompts), list(answers))
     return [(prompt + answer)[-limit:] for prompt, answer in rows]
+
+
+def weights_of(base: str) -> dict[str, str] | None:
+    """The hashes of the files of weights in a folder, None where it has none."""
+    files = listed(Path(base), "*.safetensors")
+    return {file.name: sha256(file) for file in files} or None
 
 
 def _loaded(folder: Path, card: MemberCard, resources: Resources) -> Member:

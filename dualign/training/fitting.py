@@ -87,7 +87,8 @@ def _trained(
         sign_weight=sign_weight,
         regularisation=params.score_regularisation,
     )
-    return Scorer(merged(model), tokenizer, Platt()), {**metrics, "pairs": {"train": len(train)}}
+    kept = model.eval() if backbone == str(REFERENCE) else merged(model)
+    return Scorer(kept, tokenizer, Platt()), {**metrics, "pairs": {"train": len(train)}}
 
 
 def with_cuts(

@@ -38,6 +38,7 @@ from trl.trainer.utils import add_fused_lm_head
 from dualign.core.errors import DataError, ParamsError, TrainingError
 from dualign.core.progress import quiet, watched
 from dualign.core.schema import Message
+from dualign.lm.frozen import shared
 from dualign.lm.sampling import sample
 from dualign.lm.tokens import decode_answers, encode_prompts
 from dualign.scoring.scorers import Scorer
@@ -394,8 +395,10 @@ def _config(options: PolicyGradient, job: Job, steps: int) -> RLOOConfig:
 
 
 def _frozen(model: Model) -> Model:
-    """A copy of the model as it is, which no training changes."""
-    reference = copy.deepcopy(model)
+    """A copy of the model as it is, which no training changes; of an adapter's base there is one
+    still.
+    """
+    reference = shared(model)
     # A trainer before this one may have put its own forward on the instance; its copy would still
     # call the original's.
     reference.__dict__.pop("forward", None)

@@ -29,6 +29,7 @@ from transformers import (
 
 from dualign.core.errors import ModelError
 from dualign.lm import models, numerics
+from dualign.lm.frozen import own
 from dualign.lm.numerics import answer_log_probabilities
 from dualign.params.base import LoraParams, Resources, TrainingParams
 from dualign.training.pairwise import Pair, PairLossConfig, pairwise_trainer, train_pairwise
@@ -377,6 +378,7 @@ def test_a_copy_of_a_model_computes_what_the_model_did(folder: Path, resources: 
     given = long_rows(0)
     expected = by_batches(model, given, 8)
     twin = copy.deepcopy(model)
+    own(model)  # its weights are all frozen models' of this folder
     model.lm_head.weight.data.zero_()
     model.model.layers[0].mlp.up_proj.weight.data.zero_()
     assert torch.equal(by_batches(twin, given, 8), expected)

@@ -45,6 +45,19 @@ def test_a_reference_must_be_a_model_that_the_other_stage_writes(
     assert message.startswith(f"{key}: {value!r} is not one of [") and "'sft'" in message
 
 
+def test_a_base_in_4_bits_is_one_for_all_and_never_trained_itself(content: Content) -> None:
+    content["lora"] |= {"rank": 4, "quantise": "nf4"}
+    assert loading.check(content, "my.yaml")
+    content["reward_model"]["lora"] = {"quantise": None}
+    assert refusal(content).startswith("reward_model.lora.quantise: all stages share one base")
+    content["reward_model"]["lora"] = {"rank": 0}
+    assert refusal(content).startswith("reward_model.lora.rank: 0 trains all weights")
+    content["reward_model"]["backbone"] = "another"
+    assert loading.check(content, "my.yaml")
+    content["lora"]["rank"] = 0
+    assert "lora.rank: 0 trains all weights" in refusal(content)
+
+
 def test_runs_that_wait_for_each_other_are_refused(content: Content) -> None:
     message = refusal(put(content, "reward_dpo.runs.helpful.reference", "safety_dpo/stepwise"))
     assert message.startswith("runs wait for each other: ") and message.endswith(

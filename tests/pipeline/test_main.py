@@ -30,6 +30,30 @@ def test_plan(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "4 of 4 stages are up to date\n"
 
 
+def test_the_plan_with_its_cost(
+    repo_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(repo_root)
+    assert main(["plan", "--cost", "--gpu", "l4", "--price", "2", "--parameters", "1.5e9"]) == 0
+    _, _, table = capsys.readouterr().out.partition("stages are up to date\n\n")
+    head, *rows = table.splitlines()
+    assert head.split()[:3] == ["stage", "tokens", "trained"]
+    found = {row.split()[0]: row.split() for row in rows}
+    *_, hours, money = found["all"]
+    assert float(money) == pytest.approx(2 * float(hours), abs=0.02)
+    told = "\n".join(rows)
+    assert "1.5e+09 weights" in told and "l4, 121 TFLOP/s in bf16" in told and "40%" in told
+    assert "not reckoned: prepare, dual_init, report" in told
+    assert "more than the 24 GiB of l4: sft" in told
+
+
+def test_a_plan_whose_cost_cannot_be_told(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--cost"]) == 2
+    assert "params.yaml: a key is missing" in capsys.readouterr().err
+
+
 def test_run_and_status(
     project: Project,
     server: str,

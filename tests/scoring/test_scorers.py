@@ -16,6 +16,7 @@ from dualign.core.schema import Message, user
 from dualign.data import world
 from dualign.lm.models import (
     build_scratch,
+    load_policy,
     load_scorer_backbone,
     merged,
     save,
@@ -159,6 +160,47 @@ def test_a_scorer_trained_with_adapters_is_saved_whole(
         PROMPTS[:1], ANSWERS[:1], batch_size=1
     )
     assert scores.tolist() == pytest.approx([expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_scorer_of_adapters_computes_with_the_base_of_policies(
+    backbone: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    resources: Resources,
+    tmp_path: Path,
+    precision: str,
+) -> None:
+    own = resources.model_copy(update={"precision": precision})
+    lora = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
+    trained = load_scorer_backbone(str(backbone), tokenizer, own, 0, trained=False)
+    model = with_lora(trained, lora, 0, head=True)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            generator = torch.Generator().manual_seed(len(name))
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    scorer = Scorer(model.eval(), tokenizer, Platt(2.0, 0.1))
+    expected = scorer.score(PROMPTS, ANSWERS, batch_size=8)
+    scorer.save(tmp_path / "scorer")
+    assert np.array_equal(scorer.score(PROMPTS, ANSWERS, batch_size=8), expected)
+
+    policy = load_policy(backbone, own)
+    loaded = Scorer.load(tmp_path / "scorer", own)
+    assert np.array_equal(loaded.score(PROMPTS, ANSWERS, batch_size=8), expected)
+    held = {weight.data_ptr() for weight in policy.parameters()}
+    assert {
+        weight.data_ptr()
+        for name, weight in loaded.model.named_parameters()
+        if "lora_" not in name and "score" not in name
+    } <= held
+    # it is in the folder as a whole too, for where the base is another, or is not
+    other = Path(str(backbone)) / "model.safetensors"
+    other.rename(other.with_suffix(".gone"))
+    try:
+        whole = Scorer.load(tmp_path / "scorer", own).score(PROMPTS, ANSWERS, batch_size=8)
+    finally:
+        other.with_suffix(".gone").rename(other)
+    assert whole == pytest.approx(expected, abs=1e-4 if precision == "fp32" else 0.2)
+    assert not np.array_equal(whole, expected)
 
 
 def test_a_conversation_too_long_for_the_model_keeps_its_end(scorer: Scorer) -> None:

@@ -125,7 +125,7 @@ def test_a_merge_between_adapters_is_the_policy_between(
         save(policy, tokenizer, tmp_path / "models" / name)
         weights[name] = merged(policy).state_dict()
     bench = ours(params, resources, replace(inputs, models=tmp_path / "models"), tmp_path / "s")
-    between = load_policy(tmp_path / "models/sft", resources)
+    between = load_policy(tmp_path / "models/sft", resources, trained=True)
     first, second = weights.values()
     between.load_state_dict({key: 0.6 * first[key] + 0.4 * second[key] for key in first})
     save(between, tokenizer, tmp_path / "between")
