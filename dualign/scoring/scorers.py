@@ -72,7 +72,7 @@ class Member:
                 ids, mask = self._padded([rows[i] for i in batch])
                 outputs = kind.outputs(self.loaded, self.reading, ids, mask)
                 found.append((batch, outputs.double().cpu().numpy()))
-                progress.advance(len(batch))
+                progress.advance(len(batch), sum(len(rows[i]) for i in batch))
             for batch, scores in ranks.gathered(found):
                 output[batch] = scores
         for step in self.steps:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# dualign/training/run.py and dualign/core/progress.py write these lines.
-_STEP = re.compile(r"step (?P<done>\d+) of (?P<total>\d+): (?P<rest>.*)")
+# dualign/training/metering.py and dualign/core/progress.py write these lines.
+_STEP = re.compile(r"(?P<what>[^:]{1,80}: step) (?P<done>\d+) of (?P<total>\d+): (?P<rest>.*)")
 _ROWS = re.compile(r"(?P<what>[^:]{1,80}): (?P<done>\d+) of (?P<total>\d+), (?P<rest>.*)")
 
 
@@ -33,6 +33,4 @@ def read_progress(line: str) -> Progress | None:
     if match is None:
         return None
     groups = match.groupdict()
-    return Progress(
-        groups.get("what") or "step", int(groups["done"]), int(groups["total"]), groups["rest"]
-    )
+    return Progress(groups["what"], int(groups["done"]), int(groups["total"]), groups["rest"])

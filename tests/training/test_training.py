@@ -963,8 +963,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     before, expected = weights(whole), train(whole, changed(job, "whole"))
     assert expected["steps"] == 8 and not same(before, weights(whole))
     with monkeypatch.context() as patched:
-        for module in (pairwise_training, scorer_training, supervised):
-            patched.setattr(module, "callbacks", lambda: [Interruption(6)])
+        patched.setattr(run, "Telling", lambda *_: Interruption(6))
         with pytest.raises(KeyboardInterrupt):
             train(start(), changed(job, "broken"))
     assert (
@@ -1046,9 +1045,10 @@ def test_the_log_tells_how_far_a_run_is(
         train(start(), job)
     told = [progress for record in caplog.records if (progress := read_progress(record.message))]
     assert [progress.done for progress in told][-1] == told[-1].total > 1
-    assert re.search(r"^loss \d+\.\d{4}.*, \d+ tokens/s, \d+ s left$", told[-1].detail), told[
-        -1
-    ].detail
+    rates = r"\d+ tokens/s, \d+\.\d GFLOP/s, 0\.0 s left"
+    assert re.fullmatch(rf"loss \d+\.\d{{4}}.*, {rates}", told[-1].detail), told[-1].detail
+    last = [record.message for record in caplog.records if "peak memory" in record.message]
+    assert len(last) == 1 and re.match(r"training: \d+ tokens in \d+\.\d s, \d+ tok", last[0])
 
 
 def test_epochs_count_when_no_number_of_steps_is_given(
