@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ _TIMEOUT = 5
 @dataclass(frozen=True)
 class TrackedRun:
     """A run of a stage: its name, what tells it from others of that name, whether it goes on, where
-    files go, and the stage's params by dotted key.
+    files go, the stage's params by dotted key, and who is told what a person should know.
     """
 
     name: str
@@ -28,6 +29,7 @@ class TrackedRun:
     resumed: bool
     folder: Path
     params: Mapping[str, Any]
+    tell: Callable[[str], None]
 
     @property
     def key(self) -> str:
@@ -62,18 +64,24 @@ class WandB:
     def __init__(self, run: TrackedRun) -> None:
         import wandb
 
-        asked = {"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys()
         self._groups: set[str] = set()
-        self._run = wandb.init(
+        begin = partial(
+            wandb.init,
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run.name,
             id=run.key,
             resume="allow",
             dir=run.folder,
             config=dict(run.params),
-            mode=None if asked else "offline",
             settings=wandb.Settings(init_timeout=_TIMEOUT, silent=True, console="off"),
         )
+        asked = {"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys()
+        try:
+            self._run = begin(mode=None if asked else "offline")
+        except wandb.Error as error:
+            wandb.teardown()  # or it would say that the run is in use
+            self._run = begin(mode="offline")
+            run.tell(f"wandb keeps this run offline, `wandb sync` sends it: {first_line(error)}")
 
     def log(self, group: str, values: Mapping[str, float], step: int) -> None:
         if group not in self._groups:
@@ -178,6 +186,11 @@ class DVCLive:
 
     def end(self, status: int) -> None:
         self._live.end()
+
+
+def first_line(error: Exception) -> str:
+    """What is told of a tool's error."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def named(group: str, values: Mapping[str, float]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dualign.core.reporting import PATIENCE
-from dualign.tracking.adapters import ADAPTERS, TrackedRun, Tracker, prepare
+from dualign.tracking.adapters import ADAPTERS, TrackedRun, Tracker, first_line, prepare
 
 #: Exit status of a stage that ended without a word.
 _KILLED = 1
@@ -70,8 +70,7 @@ class Line:
             call()
         except Exception as error:  # of a tool that is not ours, and must stop nothing
             self._tracker = None
-            why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            self._tell(f"{self._name} is told no more of this run: {why}")
+            self._tell(f"{self._name} is told no more of this run: {first_line(error)}")
 
 
 def main(lines: Iterable[str], answers: TextIO) -> None:
@@ -90,7 +89,7 @@ def main(lines: Iterable[str], answers: TextIO) -> None:
     for message in messages:
         for tracker in trackers.values():
             if "identity" in message:
-                tracker.begin(TrackedRun(folder=folder, **message))
+                tracker.begin(TrackedRun(folder=folder, tell=tell, **message))
             elif "values" in message:
                 tracker.report(message)
         last = message if "status" in message else last
