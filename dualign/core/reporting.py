@@ -139,8 +139,8 @@ class Reporter:
             why,
             tracking_root(),
         )
-        self._process.kill()
-        self._process.wait()
+        with self._process as process:
+            process.kill()
         self._process = None
 
 
