@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from dualign import PairwiseConfig, PairwiseTrainer
+from dualign.core import work
 from dualign.core.errors import DataError, DualignError, ModelError, ParamsError
 from dualign.core.schema import user
 from dualign.data import world
@@ -1060,6 +1061,19 @@ def test_epochs_count_when_no_number_of_steps_is_given(
     )
     assert metrics["steps"] == 8  # 1.5 epochs of 5 steps, begun ones counted
     assert math.log(300) > metrics["heldout_loss"] > 0
+
+
+def test_the_tokens_of_a_training_are_those_of_its_rows(
+    tokenizer: PreTrainedTokenizerBase, job: Job
+) -> None:
+    rows = conversation_rows(tokenizer, 20)
+    work.begin(None)
+    supervised.train_sft(
+        policy(tokenizer), tokenizer, rows, rows[:4], changed(job, max_steps=None, epochs=1.0)
+    )
+    done = work.recorded()["training"]
+    assert done["tokens"] == sum(len(prompt) + len(answer) for prompt, answer in rows)
+    assert done["tflop"] > 0 and "mfu" not in done
 
 
 # --- what cannot be trained -----------------------------------------------------------------------
