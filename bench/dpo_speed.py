@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from bench import options
 from bench.options import knob
@@ -35,6 +35,7 @@ from dualign.core.errors import DualignError
 from dualign.data.formats import Usable
 from dualign.data.sources import read
 from dualign.lm import onednn
+from dualign.lm.flops import ModelSize, Tokens, size_of, training_flop
 from dualign.lm.models import load_policy, load_tokenizer
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.params.base import Resources, TrainingParams
@@ -144,33 +145,11 @@ def _length(pair: Pair) -> int:
 # --- work of a step -------------------------------------------------------------------------------
 
 
-def size_of(model: PreTrainedModel) -> dict[str, int]:
-    """What the work of a step follows from: weights of the matrices and of the head, layers, and
-    width of the attention.
-    """
-    head = model.get_output_embeddings()
-    linear = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
-    config = model.config.get_text_config()
-    width = config.hidden_size // config.num_attention_heads
-    return {
-        "matrices": sum(module.weight.numel() for module in linear if module is not head),
-        "head": head.weight.numel(),
-        "layers": config.num_hidden_layers,
-        "attention": config.num_attention_heads * int(getattr(config, "head_dim", None) or width),
-    }
-
-
-def work(size: Mapping[str, int], pairs: Sequence[Pair]) -> float:
-    """GFLOP of a training step in the usual count: six operations a weight and token, every answer
-    with its prompt, without padding, the head on answers alone, attention causal.
-    """
-    operations = 0
-    for pair in pairs:
-        for answer in (pair.first, pair.second):
-            tokens = len(pair.prompt) + len(answer)
-            operations += 6 * size["matrices"] * tokens + 6 * size["head"] * len(answer)
-            operations += 6 * size["layers"] * size["attention"] * tokens**2
-    return operations / 1e9
+def work(size: ModelSize, pairs: Sequence[Pair]) -> float:
+    """GFLOP of a training step in the usual count, every answer with its prompt."""
+    answers = [(len(p.prompt), len(answer)) for p in pairs for answer in (p.first, p.second)]
+    rows = (Tokens.of(prompt, answer) for prompt, answer in answers)
+    return training_flop(size, sum(rows, Tokens())) / 1e9
 
 
 def tokens(pairs: Sequence[Pair]) -> dict[str, int]:
@@ -301,7 +280,7 @@ def _ours(
     trainer.args.train_sampling_strategy = "sequential"
     if name in ("padded", "before"):
         trainer._packed = False
-    return trainer, {"reference": reference, **size}
+    return trainer, {"reference": reference, **asdict(size)}
 
 
 def by_torch(model: torch.nn.Module) -> None:
@@ -368,7 +347,7 @@ def measure(given: Settings) -> dict[str, Any]:
     for k, (source, own) in enumerate(drawn.items()):
         first = k * (given.steps + 1) + 1
         found["sources"][source] = _summed(
-            given, size, own[given.batch :], taken[first:][: given.steps]
+            given, ModelSize(**size), own[given.batch :], taken[first:][: given.steps]
         )
     return found
 
@@ -396,7 +375,7 @@ def _answered(name: str, talk: Any, asked: int | None) -> Any:
 
 
 def _summed(
-    given: Settings, size: Mapping[str, int], pairs: Sequence[Pair], taken: Sequence[dict[str, Any]]
+    given: Settings, size: ModelSize, pairs: Sequence[Pair], taken: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """The steps of one source, and their medians."""
     batches = [pairs[k : k + given.batch] for k in range(0, len(pairs), given.batch)]

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 from dualign import launch
-from dualign.core import ranks
+from dualign.core import ranks, reporting, work
 from dualign.core.artifacts import is_full, listed, write_fault, write_json, write_rows
 from dualign.core.errors import DualignError, ParamsError
 from dualign.core.names import NAME, shown
+from dualign.core.peaks import peak_of
 from dualign.core.temporaries import room_for, scratch_root, temporary_folder
 from dualign.params.base import Resources, StageParams
 from dualign.params.loading import for_run
@@ -71,6 +72,7 @@ class Run(Generic[P]):
     def metrics(self, content: dict[str, Any]) -> None:
         """Write this stage's DVC metrics file."""
         write_json(Path("reports/metrics") / f"{self.name}.json", content)
+        reporting.report(content, 0, "result")
 
     def losses(
         self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ("step", "loss")
@@ -116,6 +118,7 @@ class Run(Generic[P]):
                 f"{folder}: checkpoints cannot be kept there ({write_fault(error)}); name a folder"
                 " that can be written in $DUALIGN_SCRATCH"
             ) from error
+        reporting.resume(folder)
         return folder
 
 
@@ -179,9 +182,12 @@ def execute(
 def _work(main: Callable[[Run[P]], None], run: Run[P]) -> None:
     """The stage itself, in each of its processes."""
     launch.join(run.resources)
+    resources = run.resources
+    work.begin(peak_of(resources.peak_tflops, resources.device, resources.precision))
     started = time.monotonic()
-    main(run)
-    _provenance(run, time.monotonic() - started)
+    with reporting.reporting(resources.report_to, run.name, run.params.model_dump(mode="json")):
+        main(run)
+        _provenance(run, time.monotonic() - started)
     ranks.leave()
 
 
@@ -334,6 +340,7 @@ def _provenance(run: Run[P], seconds: float) -> None:
         "peak_gpu_mib": gpu,
         "processes": ranks.world(),
         "throughput": run.throughput,
+        "work": work.recorded(),
         "sources": run.sources,
     }
     write_json(Path("reports/provenance") / f"{run.name}.json", content)

@@ -139,6 +139,7 @@ def _run(
     ]
     told = {
         "DUALIGN_SCRATCH": str(root / ".scratch"),
+        "DUALIGN_TRACKING": str(root / "tracking"),
         **os.environ,
         identity.VARIABLE: identity.name(root),
     }

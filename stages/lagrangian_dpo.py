@@ -112,7 +112,7 @@ def train_twice(
     own = fresh_pairs(value, answers, lam, params.beta, params.seed + 1, scale)
     changed = spec.refresh.model_dump(include={"max_steps", "learning_rate"})
     again = spec.model_copy(update=changed)
-    gone_on = replace(job, scratch=job.scratch / "own", seed=job.seed + 1)
+    gone_on = replace(job, scratch=job.scratch / "own", seed=job.seed + 1, name="refresh")
     metrics = train_at(lam, own, first, again, params, gone_on, out)
 
     before = read_json(measured)

@@ -312,6 +312,7 @@ class Provenance(Record):
     seconds: float
     peak_rss_mib: float
     throughput: dict[str, float | None]
+    work: dict[str, dict[str, float | None]] = {}
 
 
 class AdapterConfig(Record):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dualign.core import ranks
-from dualign.core.progress import Progress
+from dualign.core import ranks, work
+from dualign.core.progress import Progress, silenced
+from dualign.core.work import Work
 from dualign.lm.engines import generate
 from dualign.lm.engines.check import check
 from dualign.lm.engines.interface import Answer, Request, by_length, row_seed
 from dualign.lm.engines.table import ENGINES
+from dualign.lm.flops import Tokens, reading_flop, size_of
 from dualign.lm.loading import check_context, context_of
 from dualign.lm.mixture import Mixture, Policy, mixture_log_probability
 from dualign.lm.models import end_tokens
@@ -150,7 +153,7 @@ def log_probabilities(
             else:
                 logps = _score(model, tokenizer, *own)
             found.append((batch, logps))
-            progress.advance(len(batch))
+            progress.advance(len(batch), sum(len(p) + len(a) for p, a in zip(*own, strict=True)))
         for batch, logps in ranks.gathered(found):
             result[batch] = logps
     return result
@@ -199,8 +202,26 @@ def _answered(
         request.longest + request.max_new_tokens,
         f"a prompt of {request.longest} tokens and {request.key}",
     )
+    began = time.monotonic()
     drawn = [answer.tokens for answer in answers(policy, request)]
+    _tell(policy, request, drawn, time.monotonic() - began)
     return [(tokens, bool(tokens) and tokens[-1] in request.ends) for tokens in drawn]
+
+
+def _tell(
+    policy: torch.nn.Module, request: Request, drawn: Sequence[Sequence[int]], seconds: float
+) -> None:
+    """Log what drawing took, and keep it for the provenance; tokens are those drawn, all work
+    counts.
+    """
+    rows = zip(request.prompts, drawn, strict=True)
+    tokens = sum((Tokens.of(len(prompt), len(answer)) for prompt, answer in rows), Tokens())
+    done = Work(tokens.answers, reading_flop(size_of(policy), tokens), max(seconds, 1e-9))
+    work.record("sampling", done)
+    if not silenced():
+        rates = done.told(work.peak())
+        memory = work.peak_memory()
+        log.info("sampling: %.0f tokens, %s, peak memory %.1f GiB", done.tokens, rates, memory)
 
 
 def _mixed(

@@ -22,6 +22,7 @@ Two = Annotated[int, Field(ge=2, le=10_000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 #: Quantities that are 0 or 1, so that their mean is a share of the answers.
 SHARES = ("p_unsafe", "unended")
+TrackerName = Literal["wandb", "mlflow", "tensorboard", "trackio", "dvclive"]
 EngineName = Literal["generate", "refill", "continuous", "vllm"]
 Quantity = Literal["cost", "p_unsafe", "cvar", "length", "unended"]
 
@@ -84,7 +85,9 @@ class Resources(Frozen):
     `pure_bf16` does not. A stage that trains, samples or scores runs in `processes` on each of
     `nodes` machines, `auto` being one for each GPU; `distributed` says whether each holds the whole
     model in training (`ddp`) or a shard of it (`fsdp2`). `engine` draws answers; vLLM runs in this
-    Python, in that of `engine_python`, or behind `engine_url`."""
+    Python, in that of `engine_python`, or behind `engine_url`. `report_to` names the trackers that
+    are told of a stage while it runs, `peak_tflops` what one device can do, against which MFU is
+    told."""
 
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16", "pure_bf16"]
@@ -101,6 +104,8 @@ class Resources(Frozen):
     engine: EngineName = "generate"
     engine_url: str | None = None
     engine_python: str | None = None
+    report_to: list[TrackerName] = []
+    peak_tflops: Positive | None = None
 
     @model_validator(mode="after")
     def _one_vllm(self) -> Self:

@@ -9,6 +9,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from dualign.core import units
+
 MINUS = "\N{MINUS SIGN}"
 NONE = "\N{EN DASH}"
 
@@ -108,14 +110,7 @@ def compact(value: float | None) -> str:
 
 def duration(seconds: float | None) -> str:
     """Wall time: 0.4 s, 12 s, 3 min 12 s, 2 h 05 min."""
-    if seconds is None:
-        return NONE
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    return NONE if seconds is None else units.duration(seconds)
 
 
 def memory(mebibytes: float | None) -> str:

@@ -85,7 +85,7 @@ class Member:
                 ids, mask, _ = padded_rows([()] * len(batch), [rows[i] for i in batch], pad)
                 outputs = kind.outputs(self.loaded, self.reading, ids.to(device), mask.to(device))
                 scored.append((batch, outputs.double().cpu().numpy()))
-                progress.advance(len(batch))
+                progress.advance(len(batch), sum(len(rows[i]) for i in batch))
             for batch, scores in ranks.gathered(scored):
                 output[batch] = scores
         for step in self.steps:
@@ -201,7 +201,7 @@ class Scorer:
         return self.members[0].loaded.tokenizer
 
     def save(self, folder: Path) -> None:
-        """Write models, tokenizers and card; a lone classifier lies in the folder itself, an adapter
+        """Write models, tokenizers and card; a lone classifier lies in the folder, an adapter
         beside the weights that it makes of its base.
         """
         first = self.members[0]

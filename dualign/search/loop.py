@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dualign.core.records import HistoryRow
+from dualign.core.reporting import report
 from dualign.evaluation.effective_tilt import Tilt
 from dualign.evaluation.stats import Measurement
 from dualign.math.updates import merge_multiplier, tail
@@ -21,6 +22,9 @@ from dualign.search.policy import Search, blend_first, jointly, rule_of, screene
 from dualign.search.screening import Screening
 
 log = logging.getLogger(__name__)
+
+#: What trackers are told of every step's policy, beside its multiplier.
+_REPORTED = ("cost", "cost_se", "reward", "kl", "generated_tokens")
 
 
 @dataclass(frozen=True)
@@ -270,3 +274,5 @@ def _log_step(step: Step, params: DualSearchParams) -> None:
         "step %d: lambda %.4f, cost %.4f +- %.4f (limit %g), reward %.4f, KL %.3f",
         step.step, step.lam, m.cost, m.cost_se, params.limit, m.reward, m.kl,
     )  # fmt: skip
+    numbers = {name: getattr(m, name) for name in _REPORTED}
+    report({"lambda": step.lam, "limit": params.limit, **numbers}, step.step, "search")

@@ -38,7 +38,8 @@ class PolicyTrainer:
     def job(self, training: TrainingParams, seed: int, out: Path) -> Job:
         """The training that ends in `out`."""
         checkpoints = out.with_name(f"{out.name}-checkpoints")
-        return Job(training, self._task.resources, checkpoints, seed)
+        name = f"{out.parent.name} {out.name}"
+        return Job(training, self._task.resources, checkpoints, seed, name)
 
     def adaptable(self, folder: Path, seed: int) -> Model:
         """The policy in a folder, with adapters where params ask for them; new ones are the same

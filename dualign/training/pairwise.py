@@ -33,7 +33,6 @@ from dualign.training.run import (
     Metrics,
     Model,
     arguments,
-    callbacks,
     run,
     tell_dropped,
     without_dropout,
@@ -143,7 +142,6 @@ def pairwise_trainer(
         args=args,
         train_dataset=pair_dataset(kept),
         processing_class=tokenizer,
-        callbacks=callbacks(),
     )
 
 

@@ -36,12 +36,13 @@ from trl import RLOOConfig, RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from dualign.core.errors import DataError, ParamsError, TrainingError
-from dualign.core.progress import quiet, watched
+from dualign.core.progress import quiet
 from dualign.core.schema import Message
 from dualign.lm.frozen import shared
 from dualign.lm.sampling import sample
 from dualign.lm.tokens import decode_answers, encode_prompts
 from dualign.scoring.scorers import Scorer
+from dualign.training.metering import Metered
 from dualign.training.run import Job, Metrics, Model, arguments, run, tell_dropped
 from dualign.training.sharding import Sharding
 
@@ -248,22 +249,8 @@ class _Ascent(TrainerCallback, ExportableState):
     ) -> None:
         self.restore(state)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if (
-            logs and "loss" in logs and not watched()
-        ):  # the loss itself is 0 but for rounding, whatever is learnt
-            last = ", ".join(f"{name} {values[-1]:.3f}" for name, values in self.history.items())
-            log.info("step %d of %d: %s", state.global_step, state.max_steps, last)
 
-
-class PolicyGradientTrainer(Sharding, RLOOTrainer):
+class PolicyGradientTrainer(Metered, Sharding, RLOOTrainer):
     """RLOOTrainer on answers that `dualign.lm.sampling` draws, with a KL weight that follows
     lambda.
     """
@@ -329,7 +316,17 @@ class PolicyGradientTrainer(Sharding, RLOOTrainer):
         self._ascent.history["kl"].append(
             seen["kl"][-1] * seen["completions/mean_length"][-1]
         )  # TRL's is per token
+        if self.meter is not None:
+            answers = output["completion_mask"]
+            self.meter.count(torch.cat([output["prompt_mask"], answers], 1), answers)
         return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As TRL's, with the last of our own history; the loss is 0 but for rounding, whatever is
+        learnt.
+        """
+        own = {name: values[-1] for name, values in self._ascent.history.items() if values}
+        super().log(logs | own, *args, **kwargs)
 
     def _get_per_token_logps_and_entropies(
         self,

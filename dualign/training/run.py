@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,20 +17,17 @@ from peft import PeftModel
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 
 from dualign.core import ranks
 from dualign.core.artifacts import faults_told
 from dualign.core.errors import DataError, ParamsError, TrainingError
-from dualign.core.progress import watched
 from dualign.lm.loading import check_context
 from dualign.lm.numerics import device_of, precision_of
 from dualign.params.base import Resources, TrainingParams
 from dualign.training.checkpoints import Sealing, last_checkpoint
+from dualign.training.metering import Meter, Telling, tell_whole
 from dualign.training.sharding import fsdp_arguments, is_sharded
 
 log = logging.getLogger(__name__)
@@ -43,13 +39,14 @@ Metrics: TypeAlias = dict[str, Any]
 @dataclass(frozen=True)
 class Job:
     """What every training run needs besides its model and data. `scratch` is this run's own
-    checkpoint folder.
+    checkpoint folder, `name` what logs and trackers call it.
     """
 
     training: TrainingParams
     resources: Resources
     scratch: Path
     seed: int
+    name: str = "training"
 
 
 def arguments(job: Job) -> dict[str, Any]:
@@ -79,13 +76,12 @@ def arguments(job: Job) -> dict[str, Any]:
         "use_cpu": on_cpu,
         "gradient_checkpointing": resources.gradient_checkpointing,
         "logging_steps": resources.log_steps,
-        "include_num_input_tokens_seen": "non_padding",  # for the rate in the log
         "logging_nan_inf_filter": (
             False
         ),  # it would show the mean in place of a loss that is not finite
         "save_steps": resources.checkpoint_steps,
         "report_to": "none",
-        "disable_tqdm": not watched(),
+        "disable_tqdm": True,  # `Telling` has a bar of its own
         "dataloader_pin_memory": not on_cpu,
         "optim": "adamw_torch",
         "ddp_find_unused_parameters": False,
@@ -115,6 +111,8 @@ def run(trainer: Any, job: Job) -> Metrics:
         set_seed(job.seed, device_specific=True)  # or all would drop out the same
     trainer.remove_callback(PrinterCallback)  # prints a dict per logged step beside our line
     trainer.add_callback(Sealing())
+    trainer.meter = Meter(trainer.model)
+    trainer.add_callback(Telling(job.name, trainer.meter))
     checkpoint = last_checkpoint(job.scratch)
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)
@@ -129,6 +127,7 @@ def run(trainer: Any, job: Job) -> Metrics:
     else:
         with faults_told(lambda told, _: _unwritten(job.scratch, told)):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        tell_whole(job.name, trainer.meter)
     trainer.give_back()
     _drop_copy(trainer.model)
     state: TrainerState = trainer.state
@@ -180,42 +179,6 @@ def _drop_copy(model: Model) -> None:
     """
     if isinstance(model, PeftModel) and "ref" in model.peft_config:
         model.delete_adapter("ref")
-
-
-class _PlainLog(TrainerCallback):
-    """One line per logged step for a log file; the Trainer's own bar serves a terminal."""
-
-    _started = 0.0
-    _first = 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._started = time.monotonic()
-        self._first = state.global_step
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs and "loss" in logs and not watched():
-            extra = "".join(
-                f", {key} {logs[key]:.3f}" for key in ("accuracy", "log_ratio") if key in logs
-            )
-            rate = logs.get("train_tokens_per_second")
-            extra += f", {rate:.0f} tokens/s" if rate else ""
-            each = (time.monotonic() - self._started) / max(state.global_step - self._first, 1)
-            left = each * (state.max_steps - state.global_step)
-            step = f"step {state.global_step} of {state.max_steps}"
-            log.info("%s: loss %.4f%s, %.0f s left", step, float(logs["loss"]), extra, left)
-
-
-def callbacks() -> list[TrainerCallback]:
-    return [_PlainLog()]
 
 
 def tell_dropped(given: int, kept: int, max_length: int) -> None:

@@ -19,7 +19,6 @@ from dualign.training.run import (
     Metrics,
     Model,
     arguments,
-    callbacks,
     run,
     tell_dropped,
     without_dropout,
@@ -66,7 +65,6 @@ def train_scorer(
         data_collator=_FlagCollator(pad_token_id=tokenizer.pad_token_id),
         train_dataset=_ranked(pairs, job.training.max_length),
         processing_class=tokenizer,
-        callbacks=callbacks(),
     )
     return run(trainer, job)
 

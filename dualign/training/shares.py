@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualign.training.metering import Metered
 from dualign.training.sharding import Sharding
 
 #: Of a batch of which not every row counts: which do; bool [rows].
 COUNTED = "counted"
 
 
-class Shared(Sharding):
+class Shared(Metered, Sharding):
     """A base of trainers whose losses are means over the rows of all processes.
 
-    It counts no floating-point operations either: that took a walk through all weights at every
-    step."""
+    It counts operations by its meter: transformers' own count took a walk through all weights at
+    every step."""
 
     accelerator: Any
     args: Any
@@ -41,6 +42,8 @@ class Shared(Sharding):
         if batches and counted is not None and self.accelerator.gradient_state.end_of_dataloader:
             self.leave_out(batches[-1], ~counted.to(device))
             items = parent._get_num_items_in_batch(batches, device)
+        for batch in batches:
+            self.measure(batch)
         return batches, items
 
     def leave_out(self, batch: dict[str, Any], rows: Tensor) -> None:

@@ -14,19 +14,16 @@ from trl import SFTConfig, SFTTrainer
 from dualign.core import ranks
 from dualign.lm.numerics import answer_log_probabilities
 from dualign.lm.sampling import log_probabilities
+from dualign.training.metering import IGNORED
 from dualign.training.run import (
     Job,
     Metrics,
     Model,
     arguments,
-    callbacks,
     run,
     tell_dropped,
 )
 from dualign.training.shares import Shared
-
-#: Label of a token that the loss leaves out.
-_IGNORED = -100
 
 
 def train_sft(
@@ -48,7 +45,6 @@ def train_sft(
         train_dataset=_supervised(train, job.training.max_length),
         eval_dataset=_supervised(heldout, job.training.max_length),
         processing_class=tokenizer,
-        callbacks=callbacks(),
     )
     metrics = run(trainer, job)
     if ranks.world() == 1:
@@ -108,7 +104,7 @@ class SupervisedTrainer(Shared, SFTTrainer):
 
     def leave_out(self, batch: dict[str, Any], rows: Tensor) -> None:
         """Leave the rows' tokens out, and out of their count."""
-        batch["labels"][rows] = _IGNORED
+        batch["labels"][rows] = IGNORED
 
     def compute_loss(
         self,
@@ -123,7 +119,9 @@ class SupervisedTrainer(Shared, SFTTrainer):
         logps = answer_log_probabilities(
             model, inputs["input_ids"], inputs["attention_mask"], labels
         )
-        tokens = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        tokens = (
+            (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        )
         return -logps.sum() * self.accelerator.num_processes / tokens
 
 
@@ -140,6 +138,6 @@ def _supervised(rows: Sequence[tuple[list[int], list[int]]], max_length: int) ->
     return Dataset.from_dict(
         {
             "input_ids": [prompt + answer for prompt, answer in kept],
-            "labels": [[_IGNORED] * len(prompt) + list(answer) for prompt, answer in kept],
+            "labels": [[IGNORED] * len(prompt) + list(answer) for prompt, answer in kept],
         }
     )

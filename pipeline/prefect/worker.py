@@ -104,6 +104,7 @@ def stage(
     node = socket.gethostname()
     started = time.monotonic()
     os.environ.setdefault("DUALIGN_SCRATCH", str(root / ".scratch"))  # checkpoints outlive the tree
+    os.environ.setdefault("DUALIGN_TRACKING", str(root / "tracking"))
     key = hashlib.sha256(
         json.dumps([stage, params, recorded], sort_keys=True).encode()
     ).hexdigest()[:12]

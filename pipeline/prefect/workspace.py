@@ -22,7 +22,7 @@ from pipeline.dvc.dag import StageSpec
 from pipeline.dvc.plan import StageStatus, one_line, plan
 from pipeline.prefect import artifacts
 from pipeline.prefect.artifacts import Result
-from pipeline.run.progress import Progress, read_progress
+from pipeline.run.progress import read_progress
 from pipeline.run.runner import LocalRunner, Log, Outcome
 from pipeline.run.slots import Slots
 from pipeline.run.turn import Turn
@@ -72,6 +72,7 @@ class Workspace:
             ) as environment:
                 turn.works()
                 outcome = self._runner.run(spec.name, relay, environment, force)
+        relay.ends(turn.seconds)
         if outcome != "Unchanged":
             self._card(spec, log, outcome, before, turn.seconds)
         return outcome
@@ -117,15 +118,19 @@ class _Relay:
             time.monotonic() - self._shown >= self.EVERY or progress.done >= progress.total
         ):
             self._shown = time.monotonic()
-            show(self.log, lambda: self._update(progress))
+            show(self.log, lambda: self._update(progress.percent, str(progress)))
 
-    def _update(self, progress: Progress) -> None:
+    def ends(self, seconds: float) -> None:
+        """Fill the bar, if there is one: the stage has ended well."""
+        if self._bar is not None:
+            message = f"ended after {artifacts.duration(seconds)}"
+            show(self.log, lambda: self._update(100.0, message))
+
+    def _update(self, percent: float, message: str) -> None:
         if self._bar is None:
-            self._bar = cast(
-                UUID, create_progress_artifact(progress.percent, self._key, str(progress))
-            )
+            self._bar = cast(UUID, create_progress_artifact(percent, self._key, message))
         else:
-            update_progress_artifact(self._bar, progress.percent, str(progress))
+            update_progress_artifact(self._bar, percent, message)
 
 
 def show(log: Log, create: Callable[[], object]) -> None:

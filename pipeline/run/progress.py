@@ -5,26 +5,31 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# dualign/training/run.py and dualign/core/progress.py write these lines.
-_STEP = re.compile(r"step (?P<done>\d+) of (?P<total>\d+): (?P<rest>.*)")
-_ROWS = re.compile(r"(?P<what>[^:]{1,80}): (?P<done>\d+) of (?P<total>\d+), (?P<rest>.*)")
+# dualign/training/metering.py and dualign/core/progress.py write these lines.
+_REST = r"(?P<detail>.*), (?P<left>[^,]*) left"
+_STEP = re.compile(r"(?P<what>[^:]{1,80}: step) (?P<done>\d+) of (?P<total>\d+): " + _REST)
+_ROWS = re.compile(r"(?P<what>[^:]{1,80}): (?P<done>\d+) of (?P<total>\d+), " + _REST)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` steps or rows; `detail` is the rest of the line: loss, rate, time left."""
+    """`done` of `total` steps or rows; `detail` is the rest of the line: loss, rates; `left` is the
+    time left, as the line has it.
+    """
 
     what: str
     done: int
     total: int
     detail: str
+    left: str
 
     @property
     def percent(self) -> float:
         return 100.0 * min(self.done / self.total, 1.0) if self.total else 0.0
 
     def __str__(self) -> str:
-        return f"{self.what} {self.done} of {self.total}: {self.detail}"
+        """The time left first: a card has room for sixty characters."""
+        return f"{self.left} left, {self.what} {self.done} of {self.total}, {self.detail}"
 
 
 def read_progress(line: str) -> Progress | None:
@@ -32,7 +37,6 @@ def read_progress(line: str) -> Progress | None:
     match = _STEP.fullmatch(line) or _ROWS.fullmatch(line)
     if match is None:
         return None
-    groups = match.groupdict()
-    return Progress(
-        groups.get("what") or "step", int(groups["done"]), int(groups["total"]), groups["rest"]
-    )
+    told = match.groupdict()
+    what = told["what"].replace(": ", " ")
+    return Progress(what, int(told["done"]), int(told["total"]), told["detail"], told["left"])

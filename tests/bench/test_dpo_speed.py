@@ -10,8 +10,9 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import dpo_speed
-from bench.dpo_speed import Settings, measure, medians, page, pairs_of, size_of, tokens, work
+from bench.dpo_speed import Settings, measure, medians, page, pairs_of, tokens, work
 from dualign.core.errors import DualignError
+from dualign.lm.flops import ModelSize, size_of
 from dualign.lm.models import build_scratch, load_tokenizer, save
 from dualign.params.models import ScratchParams
 from dualign.training.pairwise import Pair
@@ -30,7 +31,7 @@ def test_the_work_of_a_step_by_hand() -> None:
     )
     size = size_of(LlamaForCausalLM(config))
     layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 6
-    assert size == {"matrices": 3 * layer, "head": 80, "layers": 3, "attention": 8}
+    assert size == ModelSize(3 * layer, 0, 80, True, 3, 8)
     expected = 6 * 3 * layer * (5 + 8) + 6 * 80 * (2 + 5) + 6 * 3 * 8 * (5**2 + 8**2)
     assert work(size, [PAIR]) == pytest.approx(expected / 1e9)
 

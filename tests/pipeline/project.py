@@ -53,7 +53,7 @@ if "ask" in own["then"] and not pathlib.Path("labels/labelled-1.jsonl").exists()
     sys.exit(3)
 if own["then"] == "wait" and not kept.exists():
     signal.signal(signal.SIGTERM, stop)
-    say("I", "step 1 of 2: loss 0.5000")
+    say("I", "training: step 1 of 2: loss 0.5000, 7 tokens/s, 9 s left")
     time.sleep(120)
 pathlib.Path(f"out/{name}").parent.mkdir(exist_ok=True)
 rows = "".join(sorted(path.read_text() for path in pathlib.Path("rows").glob("*.txt")))

@@ -459,6 +459,7 @@ def _write_provenance(root: Path) -> None:
             "peak_rss_mib": 1433.0,
             "peak_gpu_mib": None,
             "throughput": {"tokens_per_second": 41250.0} if stage == "sft" else {},
+            "work": {"training": {"tokens_per_second": 52300.0, "mfu": 0.412}} if item else {},
         }
         name = f"{stage}/{item}" if item else stage
         write_json(root / "reports/provenance" / f"{name}.json", content)

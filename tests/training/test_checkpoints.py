@@ -20,7 +20,7 @@ from dualign.data import world
 from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.params.base import TrainingParams
 from dualign.params.loading import load_resources
-from dualign.training import supervised
+from dualign.training import run, supervised
 from dualign.training.checkpoints import MANIFEST, fault, last_checkpoint, seal
 from dualign.training.run import Job
 from tests.tiny import TINY
@@ -117,7 +117,7 @@ def interrupted(
     """
     scratch = tmp_path_factory.mktemp("interrupted")
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(supervised, "callbacks", lambda: [Interruption()])
+        patched.setattr(run, "Telling", lambda *_: Interruption())
         train(tokenizer, scratch)
     assert sorted(file.name for file in (scratch / "checkpoint-4").iterdir()) == FILES
     return scratch

@@ -404,7 +404,7 @@ def test_a_run_changes_policy_and_lambda_and_tells_its_course(
     first = log_lambda_step(math.log(1.5), history["cost"][0], -0.2, 0.02, 0.1, 20.0)
     assert history["lambda"][0] == pytest.approx(math.exp(first))
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("dualign")]
-    assert [line for line in lines if line.startswith("step 8 of 8: lambda ")]
+    assert [line for line in lines if line.startswith("training: step 8 of 8: lambda ")]
     assert not [
         line for line in lines if "scores" in line or "sampling" in line
     ]  # not a line for each rollout

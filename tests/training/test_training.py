@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from dualign import PairwiseConfig, PairwiseTrainer
+from dualign.core import work
 from dualign.core.errors import DataError, DualignError, ModelError, ParamsError
 from dualign.core.schema import user
 from dualign.data import world
@@ -954,8 +955,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     before, expected = weights(whole), train(whole, changed(job, "whole"))
     assert expected["steps"] == 8 and not same(before, weights(whole))
     with monkeypatch.context() as patched:
-        for module in (pairwise_training, scorer_training, supervised):
-            patched.setattr(module, "callbacks", lambda: [Interruption(6)])
+        patched.setattr(run, "Telling", lambda *_: Interruption(6))
         with pytest.raises(KeyboardInterrupt):
             train(start(), changed(job, "broken"))
     assert (
@@ -1037,9 +1037,10 @@ def test_the_log_tells_how_far_a_run_is(
         train(start(), job)
     told = [progress for record in caplog.records if (progress := read_progress(record.message))]
     assert [progress.done for progress in told][-1] == told[-1].total > 1
-    assert re.search(r"^loss \d+\.\d{4}.*, \d+ tokens/s, \d+ s left$", told[-1].detail), told[
-        -1
-    ].detail
+    rates = r"\d+ tokens/s, \d+\.\d GFLOP/s, 0\.0 s left"
+    assert re.fullmatch(rf"loss \d+\.\d{{4}}.*, {rates}", told[-1].detail), told[-1].detail
+    last = [record.message for record in caplog.records if "peak memory" in record.message]
+    assert len(last) == 1 and re.match(r"training: \d+ tokens in \d+\.\d s, \d+ tok", last[0])
 
 
 def test_epochs_count_when_no_number_of_steps_is_given(
@@ -1051,6 +1052,19 @@ def test_epochs_count_when_no_number_of_steps_is_given(
     )
     assert metrics["steps"] == 8  # 1.5 epochs of 5 steps, begun ones counted
     assert math.log(300) > metrics["heldout_loss"] > 0
+
+
+def test_the_tokens_of_a_training_are_those_of_its_rows(
+    tokenizer: PreTrainedTokenizerBase, job: Job
+) -> None:
+    rows = conversation_rows(tokenizer, 20)
+    work.begin(None)
+    supervised.train_sft(
+        policy(tokenizer), tokenizer, rows, rows[:4], changed(job, max_steps=None, epochs=1.0)
+    )
+    done = work.recorded()["training"]
+    assert done["tokens"] == sum(len(prompt) + len(answer) for prompt, answer in rows)
+    assert done["tflop"] > 0 and "mfu" not in done
 
 
 # --- what cannot be trained -----------------------------------------------------------------------

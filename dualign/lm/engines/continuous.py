@@ -64,7 +64,7 @@ def _collected(manager: Any, count: int) -> dict[str, Answer]:
             result = manager.get_result(timeout=1)
             if result is not None and result.error is None and result.is_finished():
                 answers[result.request_id] = Answer(result.generated_tokens, result.logprobs)
-                progress.advance(1)
+                progress.advance(1, len(result.generated_tokens))
             elif (result is not None and result.error is not None) or not manager.is_running():
                 why = "it stopped" if result is None else result.error
                 raise ModelError(

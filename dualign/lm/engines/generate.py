@@ -42,7 +42,7 @@ def answer(
             torch.manual_seed(batch_seed(request.seed, number))
             answers = _generate(model, tokenizer, [prompts[row] for row in batch], config)
             found.extend(zip(batch, answers, strict=True))
-            progress.advance(len(batch))
+            progress.advance(len(batch), sum(len(made.tokens) for made in answers))
         drawn = dict(ranks.gathered(found))
     return [drawn[row] for row in range(len(prompts))]
 

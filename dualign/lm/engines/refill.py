@@ -103,7 +103,7 @@ def answer(
             else:
                 batch.step()
             if left := batch.left():
-                progress.advance(left)
+                progress.advance(len(left), sum(left))
     return [Answer(row.tokens, row.log_probabilities) for row in rows]
 
 
@@ -124,7 +124,7 @@ class _Batch:
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self._rows: list[_Row] = []
         self._kept: _Kept | None = None
-        self._ended = 0
+        self._ended: list[int] = []
 
     @property
     def live(self) -> int:
@@ -137,10 +137,10 @@ class _Batch:
         full = joining >= max(1, int(_SHARE * self._request.batch_size))
         return self.live == 0 or full or gone >= max(1, int(_SHARE * len(self._rows)))
 
-    def left(self) -> int:
-        """How many rows have ended since this was asked."""
+    def left(self) -> list[int]:
+        """Tokens of each row that has ended since this was asked."""
         ended = self._ended
-        self._ended = 0
+        self._ended = []
         return ended
 
     def step(self) -> None:
@@ -193,7 +193,7 @@ class _Batch:
                 row.log_probabilities.append(value)
                 full = len(row.tokens) == self._request.max_new_tokens
                 row.ended = full or token in self._request.ends
-                self._ended += row.ended
+                self._ended += [len(row.tokens)] if row.ended else []
 
 
 def inverted(log_probabilities: Tensor, uniforms: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def _answers(client: openai.OpenAI, name: str, request: Request) -> list[Answer]
         with Progress("sampling", len(bodies)) as progress:
             for one in pool.map(partial(_asked, client), bodies):
                 answers.append(one)
-                progress.advance(1)
+                progress.advance(1, len(one.tokens))
     finally:
         pool.shutdown(cancel_futures=True)
     return answers

@@ -147,8 +147,17 @@ def provenance(root: Path) -> list[Row]:
         row for row in written if row["stage"] != "report"
     ]  # of an earlier run: this one's is not known yet
     for row in rows:
-        row["rates"] = ", ".join(_rate(key, value) for key, value in row["throughput"].items())
+        rates = [_rate(key, value) for key, value in row["throughput"].items()]
+        rates += [_work_rate(name, done) for name, done in row["work"].items()]
+        row["rates"] = ", ".join(rates)
     return sorted(rows, key=lambda row: (order.index(row["stage"]), row.get("item") or ""))
+
+
+def _work_rate(name: str, done: dict[str, float | None]) -> str:
+    """Tokens a second of a training or a sampling, and MFU where a peak is known."""
+    told = f"{name} {compact(done['tokens_per_second'])} tokens/s"
+    mfu = done.get("mfu")
+    return told if mfu is None else f"{told}, MFU {100 * mfu:.0f}%"
 
 
 def _rate(key: str, value: float | None) -> str:

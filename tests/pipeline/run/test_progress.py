@@ -11,11 +11,11 @@ from pipeline.run.progress import Progress, read_progress
 
 
 def test_a_step_of_training() -> None:
-    found = read_progress("step 50 of 200: loss 0.4123, accuracy 0.612, 5120 tokens/s, 42 s left")
-    assert found == Progress(
-        "step", 50, 200, "loss 0.4123, accuracy 0.612, 5120 tokens/s, 42 s left"
-    )
-    assert found.percent == 25.0 and str(found).startswith("step 50 of 200: loss")
+    detail = "loss 0.4123, accuracy 0.612, 5120 tokens/s"
+    found = read_progress(f"step-1 policy: step 50 of 200: {detail}, 4 min 02 s left")
+    assert found == Progress("step-1 policy step", 50, 200, detail, "4 min 02 s")
+    assert found.percent == 25.0
+    assert str(found) == f"4 min 02 s left, step-1 policy step 50 of 200, {detail}"
 
 
 def test_rows_of_a_long_task_as_dualign_logs_them(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,26 @@
+"""Numbers as people read them in a log."""
+
+from __future__ import annotations
+
+
+def duration(seconds: float) -> str:
+    """Wall time.
+
+    >>> duration(0.44), duration(12), duration(192), duration(7500)
+    ('0.4 s', '12 s', '3 min 12 s', '2 h 05 min')
+    """
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def flop_rate(rate: float) -> str:
+    """Operations a second.
+
+    >>> flop_rate(3.21e12), flop_rate(5.4e9), flop_rate(123)
+    ('3.2 TFLOP/s', '5.4 GFLOP/s', '0.0 GFLOP/s')
+    """
+    return f"{rate / 1e12:.1f} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.1f} GFLOP/s"

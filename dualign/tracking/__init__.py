@@ -1,0 +1,1 @@
+"""Trackers of experiments, in a process of their own."""
