@@ -55,6 +55,7 @@ SCORES: tuple[Measure, ...] = (
     ),
 )  # fmt: skip
 _KEYS = [measure.key for measure in SCORES]
+_SHARES = [measure.key for measure in SCORES if measure.unit == "share"]
 _ANSWER = ["policy", "prompt_id", "sample"]
 _COLUMNS = ["judge", "suite", *_ANSWER, "repeat", "failure", *_KEYS]
 #: What a difference must be found with: four times in five.
@@ -197,7 +198,10 @@ def _differences(rows: pd.DataFrame, key: str, confidence: float) -> pd.DataFram
     asked = rows.groupby("policy")["prompt_id"].agg(set)
     reference: set[str] = asked.get(REFERENCE, set())
     met = [name for name in asked.index if name != REFERENCE and asked[name] & reference]
-    return differences(rows, key, [(name, REFERENCE) for name in met], confidence=confidence)
+    found = differences(rows, key, [(name, REFERENCE) for name in met], confidence=confidence)
+    if key not in _SHARES:
+        return found
+    return found.assign(**{end: found[end].clip(-1, 1) for end in ("low", "high")})
 
 
 def _with_level(rows: pd.DataFrame, key: str) -> pd.DataFrame:
