@@ -304,6 +304,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 def _seeds(arguments: argparse.Namespace) -> int:
     import logging
+    import subprocess
 
     from pipeline.dvc.plan import select
     from pipeline.prefect.artifacts import current_metrics
@@ -318,8 +319,8 @@ def _seeds(arguments: argparse.Namespace) -> int:
     jobs = ["--jobs", str(arguments.jobs)] if arguments.jobs else []
     good = gather(root, found, jobs)
     if good:
-        own = parser().parse_args(["run", "--stage", REPORT, *jobs])
-        if code := _run(own):
+        own = [sys.executable, "-m", "pipeline", "run", "--stage", REPORT, *jobs]
+        if code := subprocess.run(own, check=False).returncode:
             return code
         metrics = current_metrics(root, _dag()[REPORT])
         found = [Point({"seed": own_seed(root)}, "this run", metrics), *found]
