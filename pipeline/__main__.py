@@ -308,7 +308,7 @@ def _seeds(arguments: argparse.Namespace) -> int:
 
     from pipeline.dvc.plan import select
     from pipeline.prefect.artifacts import current_metrics
-    from pipeline.seeds import REPORT, gather, own_seed, points
+    from pipeline.seeds import REPORT, columns, gather, own_seed, points
     from pipeline.sweep import Point, table
 
     root = Path.cwd()
@@ -324,7 +324,7 @@ def _seeds(arguments: argparse.Namespace) -> int:
             return code
         metrics = current_metrics(root, _dag()[REPORT])
         found = [Point({"seed": own_seed(root)}, "this run", metrics), *found]
-    _say(_columns(table(found, arguments.metrics)))
+    _say(_columns(table(found, arguments.metrics or columns(found))))
     return int(not good)
 
 

@@ -46,6 +46,15 @@ def points(root: Path, seeds: Sequence[int]) -> list[Point]:
     return [Point({"seed": seed}) for seed in seeds]
 
 
+def columns(found: Sequence[Point]) -> list[str]:
+    """The metrics that a table of runs shows: mean reward and cost of the policies that any of them
+    recommends; the report has all.
+    """
+    names = dict.fromkeys(point.metrics.get("recommended") for point in found)
+    known = [name for name in names if name]
+    return [f"policies.{name}.{key}.mean" for name in known for key in ("reward", "cost")]
+
+
 def gather(root: Path, found: Sequence[Point], options: Sequence[str]) -> bool:
     """Bring the runs of these points up to date, one after the other, and put their comparisons
     into `GATHERED`. Returns whether all ended well.

@@ -18,7 +18,7 @@ REPORT = """
 import json, pathlib
 params = json.loads(pathlib.Path("params.yaml").read_text().split("# ", 1)[0])
 cost = int(pathlib.Path("out/last").read_text()) + params["seed"] / 10
-compared = {"policies": {"sft": {"cost": cost}}}
+compared = {"policies": {"sft": {"cost": {"mean": cost}}}, "recommended": "sft"}
 pathlib.Path("reports/comparison.json").write_text(json.dumps(compared))
 others = sorted(path.stem for path in pathlib.Path("reports/seeds").glob("*.json"))
 pathlib.Path("reports/index.html").write_text(" ".join(others))
@@ -70,7 +70,7 @@ def seeding(project: Project, server: str, monkeypatch: pytest.MonkeyPatch) -> P
 def gathered(project: Project) -> dict[str, float]:
     found = sorted((project.root / GATHERED).glob("*.json"))
     contents = {path.stem: json.loads(path.read_text()) for path in found}
-    return {name: content["policies"]["sft"]["cost"] for name, content in contents.items()}
+    return {name: content["policies"]["sft"]["cost"]["mean"] for name, content in contents.items()}
 
 
 def ran(project: Project) -> list[str]:
