@@ -65,6 +65,10 @@ COMMANDS = {
         "run a grid of params, each point in a working tree of its own, as DVC experiments",
         PIPELINE,
     ),
+    "seeds": Command(
+        "run other training seeds, and this run, and show them side by side in the report",
+        PIPELINE,
+    ),
     "deploy": Command(
         "tell a Prefect server how workers run a stage: pools and the deployments of prefect.yaml",
         PIPELINE,

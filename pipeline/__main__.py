@@ -178,6 +178,16 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _seeds_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "seeds", nargs="+", type=_seed, metavar="SEED", help="seeds beside that of params.yaml"
+    )
+    parser.add_argument("--jobs", type=_positive, metavar="N", default=0, help="as for run")
+    parser.add_argument(
+        "--metric", action="append", metavar="M", dest="metrics", default=[], help="as for sweep"
+    )
+
+
 def _deploy_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--type",
@@ -211,6 +221,12 @@ def _doctor_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read all of DVC's cache too, for results that are damaged",
     )
+
+
+def _seed(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 0 or more")
+    return int(text)
 
 
 def _positive(text: str) -> int:
@@ -313,7 +329,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     import logging
 
     from pipeline.dvc.plan import select
-    from pipeline.sweep import grid, sweep, table
+    from pipeline.sweep import GOOD, grid, sweep, table
 
     points = grid(arguments.grid)
     select(_dag(), arguments.stages)
@@ -326,7 +342,33 @@ def _sweep(arguments: argparse.Namespace) -> int:
     options += ["--jobs", str(arguments.jobs)] if arguments.jobs else []
     sweep(Path.cwd(), points, arguments.stages, options, arguments.cluster)
     _say(_columns(table(points, arguments.metrics)))
-    return int(any(point.end != "completed" for point in points))
+    return int(any(point.end not in GOOD for point in points))
+
+
+def _seeds(arguments: argparse.Namespace) -> int:
+    import logging
+    import subprocess
+
+    from pipeline.dvc.plan import select
+    from pipeline.prefect.artifacts import current_metrics
+    from pipeline.seeds import REPORT, columns, gather, own_seed, points
+    from pipeline.sweep import Point, table
+
+    root = Path.cwd()
+    found = points(root, arguments.seeds)
+    select(_dag(), [REPORT])
+    server.use_running()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    jobs = ["--jobs", str(arguments.jobs)] if arguments.jobs else []
+    good = gather(root, found, jobs)
+    if good:
+        own = [sys.executable, "-m", "pipeline", "run", "--stage", REPORT, *jobs]
+        if code := subprocess.run(own, check=False).returncode:
+            return code
+        metrics = current_metrics(root, _dag()[REPORT])
+        found = [Point({"seed": own_seed(root)}, "this run", metrics), *found]
+    _say(_columns(table(found, arguments.metrics or columns(found))))
+    return int(not good)
 
 
 def _deploy(arguments: argparse.Namespace) -> int:
@@ -387,6 +429,11 @@ _COMMANDS: dict[str, tuple[Any, str, Any]] = {
         _sweep,
         "run a grid of params, each point in a working tree of its own, as DVC experiments",
         _sweep_options,
+    ),
+    "seeds": (
+        _seeds,
+        "run other training seeds, and this run, and show them side by side in the report",
+        _seeds_options,
     ),
     "deploy": (
         _deploy,

@@ -21,32 +21,38 @@ from pathlib import Path
 from typing import Any
 
 from dvc.exceptions import DvcException
-from dvc.repo.experiments.refs import ExpRefInfo
+from dvc.repo.experiments.refs import EXPS_NAMESPACE, ExpRefInfo
 
 from pipeline import names, yaml_text
-from pipeline.dvc import inputs
+from pipeline.dvc import inputs, records
 from pipeline.dvc.checkout import CARRIED, committed, git, published, working_tree, write_files
 from pipeline.dvc.dag import StageSpec, load_dag
 from pipeline.dvc.parameters import assign
-from pipeline.dvc.plan import one_line
+from pipeline.dvc.plan import one_line, select, with_upstream
 from pipeline.errors import PipelineError
 from pipeline.prefect import artifacts, identity
+from pipeline.run.fetch import fetch
 
 #: Columns of metrics in the table; `dvc exp show` has all.
 COLUMNS = 6
 #: How a point ended, by the exit status of `python -m pipeline run`.
 ENDS = {0: "completed", 1: "failed", 2: "refused", 3: "awaits labels", 130: "interrupted"}
+#: How a point ends whose results are those of its params, the second without a run.
+GOOD = ("completed", "up to date")
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Point:
-    """One choice of params, how its run ended, and the metrics of its stages by dotted key."""
+    """One choice of params, how its run ended, the metrics of its stages by dotted key, and the
+    texts of the files that hold these, by path.
+    """
 
     settings: dict[str, Any]
     end: str = "not run"
     metrics: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -85,7 +91,7 @@ def sweep(
     cluster: bool,
 ) -> None:
     """Run every point, and write into it how it ended and its metrics; points that completed become
-    experiments.
+    experiments, and one that is up to date by its experiment's records does not run again.
 
     Args:
         root: the workspace; its params.yaml and dvc.lock are where each point starts.
@@ -120,7 +126,7 @@ def _check_inputs(root: Path, cluster: bool) -> None:
     dag = load_dag(root)
     if cluster:
         inputs.check_held(root, dag, dag)
-    elif linked := inputs.loose(root, dag, dag):
+    elif linked := inputs.carried(root, dag):
         log.info(
             "%d files that git ignores are linked into each point's tree, first %s",
             len(linked),
@@ -144,6 +150,7 @@ def _run(
         identity.VARIABLE: identity.name(root),
     }
     files["params.yaml"] = assign(files["params.yaml"], point.settings)
+    files |= _recorded(root, point.name)
     with working_tree(root, commit, f"sweep-{point.name}", log.log) as (tree, _):
         write_files(tree, {**files, **inputs.answers(root)})
         try:
@@ -154,21 +161,54 @@ def _run(
             return
         if "--cluster" not in options:
             inputs.carry(root, tree, dag)
-        log.info("%s: starts", point.name)
-        command = [sys.executable, "-m", "pipeline", "run", *settings, *options]
-        code = _followed(command, tree, told, point.name)
-        point.end = ENDS.get(code, f"exit {code}")
+        wanted = [spec for spec in dag.values() if _counts(spec, dag, stages)]
+        if "--cluster" not in options and _is_current(tree, dag, stages) and _fetched(tree, wanted):
+            point.end = GOOD[1]
+        else:
+            log.info("%s: starts", point.name)
+            command = [sys.executable, "-m", "pipeline", "run", *settings, *options]
+            code = _followed(command, tree, told, point.name)
+            point.end = ENDS.get(code, f"exit {code}")
+            write_files(root, inputs.questions(tree))
         log.info("%s: %s", point.name, point.end)
-        write_files(root, inputs.questions(tree))
-        for spec in dag.values():
-            if (
-                spec.name in stages
-                or spec.name.split("@")[0] in stages
-                or (not stages and _is_last(spec, dag))
-            ):
-                point.metrics.update(artifacts.current_metrics(tree, spec))
-        if code == 0:
+        for spec in wanted:
+            point.metrics.update(artifacts.current_metrics(tree, spec))
+            there = [path for path in spec.metrics if (tree / path).is_file()]
+            point.files |= {path: (tree / path).read_text() for path in there}
+        if point.end in GOOD:
             _save(tree, commit, point.name)
+
+
+def _recorded(root: Path, name: str) -> dict[str, str]:
+    """dvc.lock of the newest experiment of a point: what its stages read when they last ran."""
+    newest = ("for-each-ref", "--sort=-committerdate", "--count=1", "--format=%(objectname)")
+    found = git(root, *newest, f"{EXPS_NAMESPACE}/*/*/{name}").strip()
+    return {"dvc.lock": git(root, "show", f"{found}:dvc.lock")} if found else {}
+
+
+def _is_current(tree: Path, dag: Mapping[str, StageSpec], stages: Sequence[str]) -> bool:
+    """Whether the records say that a run in a tree would do nothing, though it holds no output."""
+    if not (tree / "dvc.lock").exists():
+        return False
+    asked = with_upstream(dag, select(dag, stages)) if stages else None
+    statuses = records.plan(tree, dag, asked)
+    return all(status.prospect == "up to date" for status in statuses.values())
+
+
+def _fetched(tree: Path, wanted: Sequence[StageSpec]) -> bool:
+    """Put the metrics of stages into a tree; False where they are to be had nowhere any more."""
+    try:
+        fetch(tree, [path for spec in wanted for path in spec.metrics])
+    except DvcException:
+        return False
+    return True
+
+
+def _counts(spec: StageSpec, dag: Mapping[str, StageSpec], stages: Sequence[str]) -> bool:
+    """Whether the metrics of a stage are a point's."""
+    if not stages:
+        return not any(spec.name in other.upstream for other in dag.values())
+    return spec.name in stages or spec.name.split("@")[0] in stages
 
 
 def _followed(command: Sequence[str], tree: Path, environment: Mapping[str, str], name: str) -> int:
@@ -187,10 +227,6 @@ def _followed(command: Sequence[str], tree: Path, environment: Mapping[str, str]
         for line in process.stdout:
             log.info("%s | %s", name, line.rstrip())
     return process.returncode
-
-
-def _is_last(spec: StageSpec, dag: Mapping[str, StageSpec]) -> bool:
-    return not any(spec.name in other.upstream for other in dag.values())
 
 
 def _save(tree: Path, commit: str, name: str) -> None:

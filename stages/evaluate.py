@@ -26,11 +26,13 @@ from dualign.evaluation.against_optimum import (
 )
 from dualign.evaluation.effective_tilt import TILT_SAMPLES, tilt_on
 from dualign.evaluation.rollout import Scorers, log_ratios, roll_out
+from dualign.evaluation.shares import clustered_share
 from dualign.evaluation.stats import clustered_mean
 from dualign.evaluation.summary import summarise
 from dualign.lm.mixture import Policy, is_policy, policy_at
 from dualign.math.constraints import constraint
 from dualign.math.dual.tail import value_at_risk
+from dualign.params.base import SHARES
 from dualign.params.dual import ConstraintSpec
 from dualign.params.evaluate import EvaluateParams
 from dualign.scoring.support import HELD_OUT, columns, enough, fit_support
@@ -115,7 +117,7 @@ def off_support(answers: pd.DataFrame, params: EvaluateParams) -> dict[str, floa
     if not enough(logp_ref, params.support_share):
         return None
     beyond = fit_support(logp_ref, length, params.support_share).beyond(*columns(answers)) > 0
-    return clustered_mean(beyond, answers["prompt_id"].to_numpy(), params.confidence).as_dict()
+    return clustered_share(beyond, answers["prompt_id"].to_numpy(), params.confidence).as_dict()
 
 
 def additional_constraints(
@@ -139,9 +141,8 @@ def additional_constraints(
         )
         if spec.level is not None:
             added = replace(added, threshold=value_at_risk(cost, np.ones_like(cost), spec.level))
-        values = clustered_mean(
-            added.values(cost, length, ended), rows["prompt_id"].to_numpy(), confidence
-        )
+        mean = clustered_share if spec.quantity in SHARES else clustered_mean
+        values = mean(added.values(cost, length, ended), rows["prompt_id"].to_numpy(), confidence)
         measured[name] = {**values.as_dict(), "limit": spec.limit}
     return measured
 

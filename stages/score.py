@@ -27,6 +27,7 @@ from dualign.core.schema import (
 )
 from dualign.evaluation.against_optimum import enumerate_answers
 from dualign.evaluation.rollout import Scorers, roll_out
+from dualign.evaluation.shares import clustered_share
 from dualign.evaluation.stats import clustered_mean
 from dualign.lm.tokens import encode_answers, encode_prompts, retokenised_share
 from dualign.params.models import ScoreParams
@@ -77,7 +78,7 @@ def main(run: Run[ScoreParams]) -> None:
             "support_answers": len(support),
             "reward": clustered_mean(pool["reward"].to_numpy(), ids).as_dict(),
             "cost": clustered_mean(pool["cost"].to_numpy(), ids).as_dict(),
-            "p_unsafe": clustered_mean((pool["cost"] > 0).to_numpy(), ids).as_dict(),
+            "p_unsafe": clustered_share((pool["cost"] > 0).to_numpy(), ids).as_dict(),
             "reward_within_sd": float(pool.groupby("prompt_id")["reward"].std().mean()),
             "cost_within_sd": float(pool.groupby("prompt_id")["cost"].std().mean()),
         }

@@ -9,11 +9,14 @@ import pandas as pd
 
 from dualign.core.schema import last_user_text
 from dualign.data import world
+from dualign.evaluation.shares import clustered_share
 from dualign.evaluation.stats import clustered_mean
 from dualign.math import tabular
 
 #: What the world's oracle says of an answer; null elsewhere.
 _TRUTH = ("true_reward", "true_cost", "grammatical")
+#: What is a share of the answers.
+_SHARES = ("p_unsafe", "ended", "grammatical")
 
 
 def add_truth(answers: pd.DataFrame) -> pd.DataFrame:
@@ -47,12 +50,12 @@ def means(answers: pd.DataFrame, confidence: float = 0.95) -> dict[str, dict[str
     true = [name for name in _TRUTH if name in answers and answers[name].notna().all()]
     columns |= {name: answers[name] for name in true}
     weight = answers["weight"].to_numpy(float) if "weight" in answers else None
-    return {
-        name: clustered_mean(
-            _weighted(column.to_numpy(float), weight), prompts, confidence
-        ).as_dict()
-        for name, column in columns.items()
-    }
+    found = {}
+    for name, column in columns.items():
+        mean = clustered_share if name in _SHARES else clustered_mean
+        values = _weighted(column.to_numpy(float), weight)
+        found[name] = mean(values, prompts, confidence).as_dict()
+    return found
 
 
 def _weighted(values: np.ndarray, weight: np.ndarray | None) -> np.ndarray:

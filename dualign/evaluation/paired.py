@@ -46,11 +46,13 @@ def prompt_differences(
     >>> prompt_differences(one, one.assign(cost=one.cost - 1), "cost").tolist()
     [1.0, 1.0]
     """
-    means = []
-    for rows in (first, second):
-        known = rows.dropna(subset=[column])
-        means.append(known[column].astype(float).groupby(known[prompt]).mean())
+    means = [_prompt_means(rows, column, prompt) for rows in (first, second)]
     return (means[0] - means[1]).dropna()
+
+
+def _prompt_means(rows: pd.DataFrame, column: str, prompt: str = "prompt_id") -> pd.Series:
+    known = rows.dropna(subset=[column])
+    return known[column].astype(float).groupby(known[prompt]).mean()
 
 
 def mean_difference(values: Sequence[float] | Array, confidence: float = 0.95) -> Estimate:
@@ -110,7 +112,7 @@ def differences(
     >>> differences(rows.assign(cost=[1.0, 2.0, 3.0, 0.0, 0.0, 0.0]), "cost")["mean"].tolist()
     [2.0]
     """
-    by_policy = dict(tuple(scores.groupby("policy")))
+    by_policy = {name: _prompt_means(rows, column) for name, rows in scores.groupby("policy")}
     named = list(combinations(by_policy, 2)) if pairs is None else list(pairs)
     rows = [_difference(by_policy, first, second, column, confidence) for first, second in named]
     table = pd.DataFrame(rows, columns=list(DIFFERENCES[:-1]))
@@ -118,12 +120,12 @@ def differences(
 
 
 def _difference(
-    by_policy: dict[str, pd.DataFrame], first: str, second: str, column: str, confidence: float
+    by_policy: dict[str, pd.Series], first: str, second: str, column: str, confidence: float
 ) -> tuple[str, str, int, float, float, float, float, float]:
     missing = [name for name in (first, second) if name not in by_policy]
     if missing:
         raise DataError(f"policy {missing[0]!r} has no scores; it has {', '.join(by_policy)}")
-    values = prompt_differences(by_policy[first], by_policy[second], column)
+    values = (by_policy[first] - by_policy[second]).dropna()
     if values.empty:
         raise DataError(f"policies {first!r} and {second!r} share no prompt with a {column}")
     estimate = mean_difference(values.to_numpy(), confidence)

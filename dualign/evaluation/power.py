@@ -6,9 +6,11 @@ many tests Holm's correction is over, of which the first is at alpha / compariso
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 
-from scipy.special import ndtri
-from statsmodels.stats.power import TTestPower
+import numpy as np
+from scipy.optimize import brentq
+from scipy.special import nctdtr, ndtri, stdtrit
 
 from dualign.core.errors import DataError
 from dualign.evaluation.stats import Estimate
@@ -45,8 +47,15 @@ def prompts_needed(
     if deviation == 0:
         return 2
     size = abs(difference) / deviation
-    prompts = TTestPower().solve_power(effect_size=size, alpha=alpha / comparisons, power=power)
-    return max(2, math.ceil(float(prompts)))
+
+    def found(count: int) -> bool:
+        return _power(count, size, alpha / comparisons) >= power
+
+    most = 2
+    while not found(most):
+        most *= 2
+    counts = range(2, most + 1)
+    return counts[bisect_left(counts, True, key=found)]
 
 
 def difference_found(
@@ -62,8 +71,25 @@ def difference_found(
     >>> round(difference_found(199, 0.5), 3)
     0.1
     """
-    size = TTestPower().solve_power(nobs=prompts, alpha=alpha / comparisons, power=power)
-    return float(size) * deviation
+    level = alpha / comparisons
+
+    def missing(size: float) -> float:
+        return power - _power(prompts, size, level)
+
+    most = 1.0
+    while missing(most) > 0:
+        most *= 2
+    return float(brentq(missing, 0.0, most)) * deviation
+
+
+def _power(prompts: int, size: float, level: float) -> float:
+    """How often the two-sided paired t-test at `level` finds a mean of `size` standard deviations.
+
+    That of statsmodels ends in NaN for large sizes, and its solver then returns what is none."""
+    edge = float(stdtrit(prompts - 1, 1 - level / 2))
+    tails = nctdtr(prompts - 1, size * math.sqrt(prompts), np.array([-edge, edge]))
+    below, inside = np.nan_to_num(tails)  # so far from the centre that the share is 0
+    return float(below + 1 - inside)
 
 
 def prompts_needed_by_mcnemar(

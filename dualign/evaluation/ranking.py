@@ -15,7 +15,8 @@ from scipy.sparse.csgraph import connected_components
 from scipy.special import expit
 
 from dualign.core.errors import DataError
-from dualign.evaluation.stats import Estimate, clustered_mean, redrawn
+from dualign.evaluation.shares import clustered_share
+from dualign.evaluation.stats import Estimate, redrawn
 
 Array = np.ndarray
 
@@ -250,7 +251,7 @@ def win_rate(battles: pd.DataFrame, policy: str, against: str, confidence: float
     """
     own = battles_of(battles, policy, against)
     score = own["score"].to_numpy(float)
-    rate = clustered_mean(score, own["prompt_id"].to_numpy(), confidence)
+    rate = clustered_share(score, own["prompt_id"].to_numpy(), confidence)
     return WinRate(rate, float((score == 0.5).mean()), len(own))
 
 

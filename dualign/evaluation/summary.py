@@ -10,6 +10,7 @@ import pandas as pd
 
 from dualign.core.schema import normalise
 from dualign.evaluation.against_optimum import means
+from dualign.evaluation.shares import clustered_share
 from dualign.evaluation.stats import clustered_mean
 
 
@@ -25,7 +26,7 @@ def summarise(answers: pd.DataFrame, log_ratio: pd.DataFrame, confidence: float)
     )
     distinct = answers.groupby("prompt_id")["response"].agg(distinct_2)
     return means(answers, confidence) | {
-        "distinct_2": clustered_mean(
+        "distinct_2": clustered_share(
             distinct.to_numpy(), distinct.index.to_numpy(), confidence
         ).as_dict(),
         "displacement": displacement.as_dict(),

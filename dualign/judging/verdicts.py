@@ -11,11 +11,14 @@ import pandas as pd
 
 from dualign.core.schema import VERDICTS
 from dualign.evaluation.agreement import agreement as compare
+from dualign.evaluation.shares import clustered_share
 from dualign.evaluation.stats import clustered_mean
 from dualign.scoring.calibration import expected_calibration_error, sigmoid
 
 #: What a verdict may hold, each a mean per suite and policy.
 SCORES = ("reward", "cost", "unsafe", "refused", "win")
+#: Those that are shares of the answers.
+_SHARES = ("unsafe", "refused", "win")
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,12 @@ def rates(rows: pd.DataFrame, confidence: float) -> dict[str, Any]:
     """How many verdicts there are, how many failed, and the mean of every score that they hold."""
     good = rows[rows["failure"].isna()]
     scores = {name: good[good[name].notna()] for name in SCORES}
-    means = {
-        name: clustered_mean(part[name].astype(float), part["prompt_id"], confidence).as_dict()
-        for name, part in scores.items()
-        if len(part)
-    }
+    means = {}
+    for name, part in scores.items():
+        if len(part):
+            mean = clustered_share if name in _SHARES else clustered_mean
+            values, prompts = part[name].to_numpy(float), part["prompt_id"].to_numpy()
+            means[name] = mean(values, prompts, confidence).as_dict()
     return {"verdicts": len(good), "failed": len(rows) - len(good), **means}
 
 

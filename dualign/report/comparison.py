@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
-from scipy.special import stdtrit
 
 from dualign.core.artifacts import listed
 from dualign.core.records import (
@@ -30,6 +29,7 @@ from dualign.core.records import (
 )
 from dualign.core.schema import ANSWERS, read_table
 from dualign.evaluation.measures import MEASURES
+from dualign.evaluation.shares import clustered_share
 from dualign.evaluation.stats import clustered_mean
 from dualign.report.multipliers import nominal_multiplier
 
@@ -147,22 +147,15 @@ def win_rate(
 def share(values: np.ndarray, prompts: np.ndarray, confidence: float) -> Interval:
     """The mean of values in [0, 1] over prompts; both have shape [answers].
 
-    The interval is Wilson's with the effective sample size that the spread between prompts implies,
-    so it stays inside [0, 1] and has a width even where all values are equal. No ends with one
-    prompt.
+    The interval is that of `clustered_share`; no ends with one prompt.
 
     >>> share(np.zeros(20), np.arange(20), 0.95)["high"] > 0.15
     True
     """
-    found = clustered_mean(values, prompts, confidence)
-    n, mean = len(set(prompts)), found.mean
-    if n < 2:
-        return _interval(mean)
-    effective = mean * (1 - mean) / found.error**2 if found.error > 0 else n
-    z2 = float(stdtrit(n - 1, 0.5 + confidence / 2)) ** 2 / effective
-    centre = (mean + z2 / 2) / (1 + z2)
-    half = (z2 * (mean * (1 - mean) + z2 / 4)) ** 0.5 / (1 + z2)
-    return _interval(mean, max(0.0, centre - half), min(1.0, centre + half))
+    found = clustered_share(values, prompts, confidence)
+    if not math.isfinite(found.error):
+        return _interval(found.mean)
+    return _interval(found.mean, found.low, found.high)
 
 
 def mean_gain(

@@ -83,10 +83,12 @@ def percent(value: float | None) -> str:
 def signed(value: float, share: bool = False) -> str:
     """A difference, with its sign; of shares in percentage points.
 
-    >>> signed(0.25), signed(0.25, share=True)
-    ('+0.25', '+25')
+    >>> signed(0.25), signed(0.25, share=True), signed(-1e-17, share=True)
+    ('+0.25', '+25', '0.0')
     """
     text = points(value) if share else number(value)
+    if not text.strip(f"{MINUS}0."):
+        return text.removeprefix(MINUS)
     return text if text.startswith(MINUS) else f"+{text}"
 
 

@@ -17,10 +17,10 @@ from dualign.core.records import Record, read_optional_record
 from dualign.core.schema import CHOICES, SUITE, SUITE_ANSWERS, VERDICTS, read_table
 from dualign.evaluation.measures import Measure
 from dualign.evaluation.paired import DIFFERENCES, differences, holm
-from dualign.evaluation.power import difference_found
 from dualign.evaluation.stats import Estimate, clustered_mean
 from dualign.params.report import ReportParams
 from dualign.report.comparison import REFERENCE, Interval, share
+from dualign.report.differences import least_found, within_shares
 
 Row = dict[str, Any]
 
@@ -55,10 +55,9 @@ SCORES: tuple[Measure, ...] = (
     ),
 )  # fmt: skip
 _KEYS = [measure.key for measure in SCORES]
+_SHARES = [measure.key for measure in SCORES if measure.unit == "share"]
 _ANSWER = ["policy", "prompt_id", "sample"]
 _COLUMNS = ["judge", "suite", *_ANSWER, "repeat", "failure", *_KEYS]
-#: What a difference must be found with: four times in five.
-POWER = 0.8
 
 
 class JudgeMetrics(Record):
@@ -192,7 +191,8 @@ def _differences(rows: pd.DataFrame, key: str, confidence: float) -> pd.DataFram
     asked = rows.groupby("policy")["prompt_id"].agg(set)
     reference: set[str] = asked.get(REFERENCE, set())
     met = [name for name in asked.index if name != REFERENCE and asked[name] & reference]
-    return differences(rows, key, [(name, REFERENCE) for name in met], confidence=confidence)
+    found = differences(rows, key, [(name, REFERENCE) for name in met], confidence=confidence)
+    return within_shares(found) if key in _SHARES else found
 
 
 def _with_level(rows: pd.DataFrame, key: str) -> pd.DataFrame:
@@ -211,12 +211,8 @@ def found_differences(table: pd.DataFrame, confidence: float) -> list[Row]:
     for (judge, label), part in table.groupby(["judge", "label"], sort=False):
         score = next(key for key in ("win", "cost", *_KEYS) if (part["score"] == key).any())
         part = part[part["score"] == score]
-        prompts = int(part["prompts"].median())
-        deviation = float((part["error"] * np.sqrt(part["prompts"])).median())
-        if prompts > 5 and 0 < deviation < np.inf:
-            least = difference_found(
-                prompts, deviation, power=POWER, alpha=1 - confidence, comparisons=len(table)
-            )
+        least = least_found(part, confidence, len(table))
+        if least is not None:
             named = {"judge": judge, "label": label, "score": score}
-            rows.append({**named, "prompts": prompts, "difference": least})
+            rows.append({**named, "prompts": int(part["prompts"].median()), "difference": least})
     return rows

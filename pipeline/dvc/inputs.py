@@ -23,6 +23,9 @@ from pipeline.errors import PipelineError
 #: of their folder.
 QUESTIONS = "to-label-*.jsonl"
 ANSWERS = "labelled-*.jsonl"
+#: Results of others about the policies of this workspace, or beside them: a run of other params has
+#: other policies.
+OWN = ("reports/seeds/", "reports/harness/")
 
 
 def check_held(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) -> None:
@@ -40,12 +43,19 @@ def check_held(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) 
 
 
 def carry(root: Path, tree: Path, dag: Mapping[str, StageSpec]) -> None:
-    """Link into a tree of `root` what its stages read here and its commit lacks; no labels."""
-    for name in loose(root, dag, dag):
+    """Link into a working tree of `root` what its stages read there and its commit lacks, but for
+    labels of people and what is about the workspace's own run.
+    """
+    for name in carried(root, dag):
         path = tree / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.symlink_to(root / name)
+
+
+def carried(root: Path, dag: Mapping[str, StageSpec]) -> list[str]:
+    """The files that `carry` links."""
+    return [name for name in loose(root, dag, dag) if not name.startswith(OWN)]
 
 
 def loose(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) -> list[str]:

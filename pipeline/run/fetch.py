@@ -26,7 +26,7 @@ def fetch(root: Path, paths: Collection[str]) -> str:
         outs = [out for out in repo.index.outs if out.fs_path in wanted]
         imported = [out.fs_path for out in outs if out.stage.is_repo_import]
         transferred = 0
-        for odb, objects in _used(outs).items():
+        for odb, objects in _used([out for out in outs if out.changed_cache()]).items():
             done = repo.cloud.pull(objects, odb=odb)
             if done.failed:
                 raise DvcException(f"{len(done.failed)} files could not be fetched")

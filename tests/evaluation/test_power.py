@@ -37,6 +37,19 @@ def test_the_least_difference_is_the_inverse() -> None:
     assert prompts_needed(difference_found(150, 0.7), 0.7) == pytest.approx(150, abs=1)
 
 
+@pytest.mark.parametrize("prompts", [6, 12, 32, 100])
+@pytest.mark.parametrize("comparisons", [1, 45, 225, 1000])
+def test_few_prompts_and_many_comparisons_are_found_as_often(
+    prompts: int, comparisons: int
+) -> None:
+    least = difference_found(prompts, 1.0, comparisons=comparisons)
+    assert isinstance(least, float)
+    drawn = np.random.default_rng(0).normal(least, 1.0, (3000, prompts))
+    found = stats.ttest_1samp(drawn, 0.0, axis=1).pvalue < 0.05 / comparisons
+    assert found.mean() == pytest.approx(0.8, abs=0.025)
+    assert prompts_needed(least * 1.0001, 1.0, comparisons=comparisons) == prompts
+
+
 def test_the_spread_is_that_of_the_prompts() -> None:
     values = np.random.default_rng(0).normal(0, 3, 50)
     assert spread(mean_difference(values), 50) == pytest.approx(values.std(ddof=1))

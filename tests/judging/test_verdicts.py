@@ -11,7 +11,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from dualign.core.artifacts import write_parquet
 from dualign.core.schema import VERDICTS, read_table
-from dualign.evaluation.stats import clustered_mean
+from dualign.evaluation.shares import clustered_share
 from dualign.judging.verdicts import (
     Verdict,
     agreement,
@@ -40,7 +40,7 @@ def test_failures_are_counted_and_are_no_ties() -> None:
     told = summarise(rows, {}, 0.9)["tea"]["ours"]
     good = rows[rows["failure"].isna()]
     assert (told["verdicts"], told["failed"], failures(rows)) == (7, 1, {"refused": 1})
-    expected = clustered_mean(good["win"].to_numpy(float), good["prompt_id"].to_numpy(), 0.9)
+    expected = clustered_share(good["win"].to_numpy(float), good["prompt_id"].to_numpy(), 0.9)
     assert told["win"] == expected.as_dict()
     assert told.keys() == {"verdicts", "failed", "win", "refused"}, "nothing that nobody judged"
 

@@ -138,7 +138,7 @@ def test_the_guide_names_commands_that_exist(repo_root: Path) -> None:
         for line in page
     ]
     commands = [shlex.split(match[1], comments=True) for match in found if match]
-    told = {"plan", "run", "serve", "status", "doctor", "deploy", "work", "sweep"}
+    told = {"plan", "run", "serve", "status", "doctor", "deploy", "work", "sweep", "seeds"}
     assert {command[0] for command in commands} == told
     for command in commands:
         assert callable(parser().parse_args(command).command)

@@ -17,7 +17,7 @@ from tests.report.conftest import judge_run
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
-NAMES = "[...document.querySelectorAll('.methods.sortable tbody:first-of-type tr:not(.group) th')]"
+NAMES = "[...document.querySelectorAll('#methods .sortable tbody:first-of-type tr:not(.group) th')]"
 ORDER = f"{NAMES}.map(cell => cell.childNodes[1].textContent)"
 ALIGNED = ("dualign", "sacpo", "p_sacpo", "c_dpo", "pd_dpo", "mocan", "caid", "safe_dpo")
 HOSTILE = "</title><script>window.ran = true; alert(1)</script><img src=x onerror='window.ran = 1'>"
@@ -74,7 +74,7 @@ def judged(browser: Tab, judged_page: Path) -> Iterator[Tab]:
 
 def click(tab: Tab, heading: str) -> None:
     tab.run(
-        "[...document.querySelectorAll('.methods.sortable thead button')]"
+        "[...document.querySelectorAll('#methods .sortable thead button')]"
         f".find(button => button.textContent.trim().startsWith({heading!r})).click()"
     )
 
@@ -119,6 +119,25 @@ def test_every_line_of_every_chart_is_drawn(tab: Tab) -> None:
         "[...document.querySelectorAll('svg.chart line')].filter("
         "line => getComputedStyle(line).stroke === 'none').map(line => line.outerHTML)"
     ) == []  # fmt: skip
+
+
+def test_one_policy_at_a_time_is_compared_with_and_its_table_is_sorted(tab: Tab) -> None:
+    tables = "[...document.querySelectorAll('#differences details')]"
+    opened = f"{tables}.filter(d => d.open).map(d => d.querySelector('summary').textContent)"
+    recommended = tab.run(opened)
+    assert len(recommended) == 1 and tab.run(f"{tables}.length") == len(ALIGNED) + 3
+    tab.run(
+        f"{tables}.find(d => d.textContent.startsWith('compared with sft'))"
+        ".querySelector('summary').click()"
+    )
+    assert tab.run(opened) == ["compared with sft"]
+    rows = (
+        f"[...{tables}.find(d => d.open).querySelectorAll('tbody tr')]"
+        ".map(row => +row.cells[1].dataset.value)"
+    )
+    before = tab.run(rows)
+    tab.run(f"{tables}.find(d => d.open).querySelectorAll('thead button')[1].click()")
+    assert tab.run(rows) == sorted(before, reverse=True) != before
 
 
 JUDGED = "document.querySelectorAll('#suites table')[0]"

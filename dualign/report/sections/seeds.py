@@ -7,12 +7,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from dualign.core.artifacts import listed
 from dualign.core.records import Record, as_row, read_record
 from dualign.evaluation.measures import MEASURES, Measure
-from dualign.evaluation.paired import mean_difference
+from dualign.evaluation.shares import clustered_share
+from dualign.evaluation.stats import clustered_mean
 from dualign.report.charts import svg
 from dualign.report.charts.strip import dots
 from dualign.report.comparison import REFERENCE
@@ -83,7 +85,7 @@ def _known(measure: Measure, runs: list[Row]) -> bool:
 def _row(run: FinishedRun, name: str, runs: list[Row], measures: list[Measure]) -> Row:
     """A policy over all runs that have it."""
     there = [policies[name] for policies in runs if name in policies]
-    spread = {m.key: _over_runs(_means(there, m.key)) for m in measures}
+    spread = {m.key: _over_runs(_means(there, m.key), m.unit == "share") for m in measures}
     gains = {key: _over_runs(_gains(runs, name, key)) for key in ("reward", "cost")}
     return {
         "name": name,
@@ -111,9 +113,15 @@ def _gains(runs: list[Row], name: str, key: str) -> list[float]:
     return [mine - theirs for mine, theirs in zip(own, reference, strict=True)]
 
 
-def _over_runs(values: list[float]) -> Row | None:
-    """The mean with Student's interval over runs, each of which drew everything anew."""
-    return {**known_ends(mean_difference(values)), "values": values} if values else None
+def _over_runs(values: list[float], share: bool = False) -> Row | None:
+    """The mean with its interval over runs, each of which drew everything anew: Student's, or of
+    shares Wilson's.
+    """
+    if not values:
+        return None
+    mean = clustered_share if share else clustered_mean
+    found = mean(np.asarray(values), np.arange(len(values)))
+    return {**known_ends(found), "values": values}
 
 
 def _draw(run: FinishedRun, rows: list[Row], runs: list[Row]) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from itertools import product
 
-import numpy as np
 import pandas as pd
 
 from dualign.report.comparison import Interval
+from dualign.report.differences import shown
 from dualign.report.formatting import number, plural, points
 from dualign.report.judged import SCORES, found_differences, gaps, known_scores, means
 from dualign.report.sections.base import FinishedRun, Row, Section
@@ -76,14 +76,8 @@ def _apart(compared: pd.DataFrame, alpha: float) -> dict[Key, Row]:
     """The differences by judge, label, policy and score, and which of them chance hardly makes."""
     rows_apart: dict[Key, Row] = {}
     for row in compared.to_dict("records"):
-        better = _better(row["score"], row["label"])
-        ends = {end: row[end] if np.isfinite(row[end]) else None for end in ("low", "high")}
-        rows_apart[row["judge"], row["label"], row["first"], row["score"]] = {
-            "mean": row["mean"],
-            **ends,
-            "p_holm": row["p_holm"],
-            "standing": _standing(row["mean"], better) if row["p_holm"] <= alpha else "",
-        }
+        key = (row["judge"], row["label"], row["first"], row["score"])
+        rows_apart[key] = shown(row, _better(row["score"], row["label"]), alpha)
     return rows_apart
 
 
@@ -92,12 +86,6 @@ def _better(score: str, label: str) -> str | None:
     if score == "refused":
         return {"safe": "less", "unsafe": "more"}.get(label)
     return _MEASURES[score].better
-
-
-def _standing(mean: float, better: str | None) -> str:
-    if better is None:
-        return "differs"
-    return "better" if (mean > 0) == (better == "more") else "worse"
 
 
 def _power(row: Row) -> str:

@@ -1,0 +1,73 @@
+"""Other training seeds of this run: each is a run of the same graph in a working tree of its own,
+as a point of a sweep is, and what it compares goes beside this run's for the report.
+
+A seed draws everything anew, from the split of the data to the answers, so no stage of the graph is
+common to two of them. That is why seeds are runs, and not instances of every stage."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline import yaml_text
+from pipeline.dvc.parameters import replace_file
+from pipeline.errors import PipelineError
+from pipeline.sweep import GOOD, Point, sweep
+
+#: The stage that sets seeds side by side, and what it writes of each.
+REPORT = "report"
+COMPARISON = "reports/comparison.json"
+#: Where the report looks for the comparisons of other runs.
+GATHERED = Path("reports/seeds")
+
+log = logging.getLogger(__name__)
+
+
+def own_seed(root: Path) -> int:
+    """The seed of params.yaml. Raises PipelineError where it has none."""
+    content = yaml_text.load(yaml_text.read(root / "params.yaml"))
+    seed = content.get("seed") if isinstance(content, dict) else None
+    if not isinstance(seed, int):
+        raise PipelineError("params.yaml: seed is no whole number, and other seeds go beside it")
+    return seed
+
+
+def points(root: Path, seeds: Sequence[int]) -> list[Point]:
+    """The runs of these seeds; raises PipelineError for one that comes twice or is the own one."""
+    own = own_seed(root)
+    for seed in seeds:
+        if seed == own:
+            raise PipelineError(
+                f"{seed}: the seed of params.yaml, which counts anyway; name other seeds"
+            )
+        if seeds.count(seed) > 1:
+            raise PipelineError(f"{seed}: named twice; name each seed once")
+    return [Point({"seed": seed}) for seed in seeds]
+
+
+def columns(found: Sequence[Point]) -> list[str]:
+    """The metrics that a table of runs shows: mean reward and cost of the policies that any of them
+    recommends; the report has all.
+    """
+    names = dict.fromkeys(point.metrics.get("recommended") for point in found)
+    known = [name for name in names if name]
+    return [f"policies.{name}.{key}.mean" for name in known for key in ("reward", "cost")]
+
+
+def gather(root: Path, found: Sequence[Point], options: Sequence[str]) -> bool:
+    """Bring the runs of these points up to date, one after the other, and put their comparisons
+    into `GATHERED`. Returns whether all ended well.
+
+    Nothing is left there of a seed whose run did not, and nothing runs for one that is up to date.
+
+    Raises PipelineError as `sweep` does, before anything runs."""
+    for point in found:
+        sweep(root, [point], [REPORT], ["--stage", REPORT, *options], cluster=False)
+        path = root / GATHERED / f"{point.settings['seed']}.json"
+        if point.end in GOOD:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, point.files[COMPARISON])
+        else:
+            path.unlink(missing_ok=True)
+    return all(point.end in GOOD for point in found)
