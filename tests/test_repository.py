@@ -116,7 +116,8 @@ def declared(*extras: str) -> list[Requirement]:
 
 def test_every_import_is_declared() -> None:
     names = {
-        canonicalize_name(requirement.name) for requirement in declared("gpu", "vllm", "harness")
+        canonicalize_name(requirement.name)
+        for requirement in declared("gpu", "vllm", "harness", "qlora")
     }
     providers = packages_distributions()
     used = (
