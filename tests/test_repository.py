@@ -115,7 +115,7 @@ def declared(*extras: str) -> list[Requirement]:
 
 
 def test_every_import_is_declared() -> None:
-    extras = ("gpu", "vllm", "harness", "tracking")
+    extras = ("gpu", "vllm", "harness", "tracking", "qlora")
     names = {canonicalize_name(requirement.name) for requirement in declared(*extras)}
     names.add("mlflow")  # which mlflow-skinny holds too
     providers = packages_distributions()

@@ -17,6 +17,7 @@ from dualign.core.errors import DataError, ModelError, ParamsError
 from dualign.core.schema import SFT, prompt_id, user
 from dualign.data import world
 from dualign.lm.models import load_policy, save, with_lora
+from dualign.lm.quantised import is_quantised
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_conversations
 from dualign.params.base import LoraParams, Resources
@@ -163,6 +164,20 @@ def test_an_adapter_is_no_base(
     save(with_lora(load_policy(BASE, resources), lora, 0), tokenizer, Path("adapter"))
     with pytest.raises(ModelError, match=r"^sft\.base: adapter holds an adapter"):
         run(params(base="adapter"), resources)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_reference_is_put_into_4_bits(base: Path, resources: Resources, train: bool) -> None:
+    pytest.importorskip("bitsandbytes")
+    given = params(train=train)
+    lora = given.lora.model_copy(update={"rank": 2, "quantise": "nf4"})
+    run(given.model_copy(update={"lora": lora}), resources)
+    assert is_quantised(load_policy("models/sft", resources))
+    metrics = read_json("reports/metrics/sft.json")
+    assert abs(metrics["heldout_loss_in_4_bits"] - metrics["heldout_loss"]) < 0.5
+    again = given.model_copy(update={"lora": lora, "base": "models/sft"})
+    with pytest.raises(ModelError, match=r"^sft\.base: models/sft is in 4 bits already"):
+        run(again, resources)
 
 
 def test_a_checkpoint_belongs_to_the_contents_of_base_and_template(
