@@ -68,6 +68,11 @@ def artifacts(client: SyncPrefectClient, run: UUID) -> dict[str, str]:
     return {made.key or "": str(made.data) for made in client.read_artifacts(flow_run_filter=mine)}
 
 
+def described(client: SyncPrefectClient, run: UUID) -> list[tuple[str | None, str | None]]:
+    mine = FlowRunFilter(id=FlowRunFilterId(any_=[run]))
+    return [(made.type, made.description) for made in client.read_artifacts(flow_run_filter=mine)]
+
+
 def test_a_run_then_nothing_then_an_override_then_back(
     project: Project, client: SyncPrefectClient
 ) -> None:
@@ -341,7 +346,9 @@ def test_a_served_run_is_started_and_cancelled_from_the_pages(
             "jobs": 0,
         }
         run = client.create_flow_run_from_deployment(deployment.id, parameters=asked)
+        told = ("progress", "9 s left, training step 1 of 2, loss 0.5000, 7 tokens/s")
         until(lambda: any("step 1 of 2" in line for line in logged(client, run.id)))
+        until(lambda: told in described(client, run.id))
         client.set_flow_run_state(run.id, Cancelling(), force=True)
 
         def ended() -> str | None:
