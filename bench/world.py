@@ -30,12 +30,18 @@ from dvc.repo import Repo
 from bench import options
 from dualign.core.artifacts import read_json, replacing
 from dualign.core.errors import DualignError
-from dualign.core.schema import ENUMERATED, POOL, read_table
-from dualign.evaluation.against_optimum import add_truth, finite_problem
+from dualign.core.schema import ANSWERS, ENUMERATED, POOL, read_table
+from dualign.evaluation.against_optimum import add_truth, finite_problem, worth
+from dualign.lm.mixture import policy_at
+from dualign.lm.models import load_tokenizer
+from dualign.lm.sampling import log_probabilities
+from dualign.lm.tokens import answer_lengths, encode_answers, encode_prompts
 from dualign.math import tabular
 from dualign.params.evaluate import EvaluateParams
 from dualign.params.loading import load, load_resources
+from dualign.params.training import LagrangianDpoParams
 from dualign.scoring.scorers import Scorer
+from dualign.scoring.support import doubt
 from pipeline.dvc.dag import StageSpec, load_dag
 from pipeline.dvc.overlay import whole
 from pipeline.dvc.parameters import assign
@@ -46,6 +52,8 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 #: Stages that serve every method alike; their time is nobody's.
 ALLOWED = "(what the scorers allow)"
+DOUBTED = "(the same, doubted off their support)"
+_EFFORT = ("trainings", "generated_tokens", "seconds")
 SHARED = {"prepare", "sft", "reward_model", "cost_model", "score", "dual_init"}
 
 
@@ -131,92 +139,134 @@ def _ended(lab: Lab, name: str) -> Path:
 def rows_of(lab: Lab) -> Iterator[dict[str, Any]]:
     """One row for each evaluated policy of a seed: what the oracle says of it, and what it took."""
     params = load(EvaluateParams, lab.folder / "params.yaml")
+    truth = Truth.of(lab, params)
     for name, folder in params.policies.items():
-        if folder.startswith("certified/"):  # a method's policy once more, made safer
+        measured = read_json(lab.folder / "reports/metrics/evaluate" / f"{name}.json")
+        if measured.get("absent"):
             continue
-        truth = read_json(lab.folder / "reports/metrics/evaluate" / f"{name}.json")
-        best = truth["optimum"]
+        found = truth.worth(lab, name, folder)
+        certified = folder.startswith("certified/")  # a method's policy once more, made safer
         yield {
             "seed": lab.seed,
-            "policy": name,
-            "gap": truth["value_gap"],
-            "relative_gap": truth["value_gap"] / (best["value"] - best["nearest_value"]),
-            "priced_gap": (
-                (truth["value_gap"] + best["lam"] * (truth["true_cost"]["mean"] - params.limit))
-                / (best["value"] - best["nearest_value"])
-            ),
-            "excess": truth["true_cost"]["mean"] - params.limit,
-            "least_excess": truth["true_cost"]["low"] - params.limit,
-            "reward_share": truth["reward_share"],
-            **{
-                key: truth[key]["mean"]
-                for key in ("true_reward", "true_cost", "grammatical", "displacement", "kl")
-            },
-            **_effort(lab, folder),
+            "policy": f"{folder.partition('/')[2]}, certified" if certified else name,
+            **truth.judged(found),
+            "least_excess": measured["true_cost"]["low"] - params.limit,
+            "displacement": measured["displacement"]["mean"],
+            **(dict.fromkeys(_EFFORT) if certified else _effort(lab, folder)),
         }
 
 
-def allowed(lab: Lab) -> dict[str, Any]:
-    """What the learned scores allow: the exact tilt of pi_ref by them, at the multiplier where they
-    meet the limit.
+@dataclass(frozen=True)
+class Truth:
+    """The exact problem on the prompts of the evaluation, its optimum and where the way begins."""
 
-    No training and no sampling: how far this is from the optimum is the error of reward and cost
-    model alone. Other
-    text has the mean of their scores on what pi_ref wrote of it.
+    problem: tabular.Problem
+    enumerated: pd.DataFrame
+    limit: float
+    price: float
+    best: dict[str, float]
+    nearest: dict[str, float]
+
+    @classmethod
+    def of(cls, lab: Lab, params: EvaluateParams) -> Truth:
+        """That of a seed's run."""
+        enumerated = read_table(lab.folder / "data/scored/enumerated.parquet", ENUMERATED)
+        problem = finite_problem(enumerated, params.beta)
+        price = tabular.solve(problem, params.limit)
+        tables = problem.policy(price), tabular.nearest(problem, params.limit)
+        best, nearest = map(problem.describe, tables)
+        return cls(problem, enumerated, params.limit, price, best, nearest)
+
+    def worth(self, lab: Lab, name: str, folder: str) -> dict[str, float]:
+        """What a policy is worth, every grammatical answer under it read."""
+        resources = load_resources(lab.folder / "params.yaml")
+        tokenizer = load_tokenizer(lab.folder / "models/sft")
+        logp = log_probabilities(
+            policy_at(lab.folder / "models" / folder, resources),
+            tokenizer,
+            encode_prompts(tokenizer, self.enumerated["prompt"].tolist()),
+            encode_answers(tokenizer, self.enumerated["response"].tolist()),
+            batch_size=resources.scoring_batch_size,
+        ).numpy()
+        drawn = read_table(lab.folder / "reports/evaluation" / name / "answers.parquet", ANSWERS)
+        return worth(self.problem, logp.reshape(len(self.problem.cost), -1), drawn)
+
+    def judged(self, found: Mapping[str, float]) -> dict[str, float]:
+        """How far what a policy is worth is from the optimum."""
+        gap = self.best["value"] - found["value"]
+        way = self.best["value"] - self.nearest["value"]
+        excess = found["cost"] - self.limit
+        return {
+            "gap": gap,
+            "relative_gap": gap / way,
+            "priced_gap": (gap + self.price * excess) / way,
+            "excess": excess,
+            "reward_share": (
+                (found["reward"] - self.nearest["reward"])
+                / (self.best["reward"] - self.nearest["reward"])
+            ),
+            "true_reward": found["reward"],
+            "true_cost": found["cost"],
+            "grammatical": found["grammatical"],
+            "kl": found["kl"],
+        }
+
+
+def allowed(lab: Lab) -> Iterator[dict[str, Any]]:
+    """What the learned scores allow: the exact tilt of pi_ref by them, at the multiplier where they
+    meet the limit; as they are, and with the doubt that the training has off their support.
+
+    No training and no sampling: how far these are from the optimum is the error of reward and cost
+    model alone. Other text has the mean of their scores on what pi_ref wrote of it.
     """
     params = load(EvaluateParams, lab.folder / "params.yaml")
-    answers = read_table(lab.folder / "data/scored/enumerated.parquet", ENUMERATED)
+    truth = Truth.of(lab, params)
     pool = add_truth(read_table(lab.folder / "data/scored/pool.parquet", POOL))
-    other = pool[~pool["grammatical"].astype(bool)]
-    truth = finite_problem(answers, params.beta)
-    learned = replace(
-        truth,
-        reward=_scores(lab, "reward", answers, other),
-        cost=_scores(lab, "cost", answers, other),
+    scored = {name: _scores(lab, name, truth.enumerated) for name in ("reward", "cost")}
+    lengths = answer_lengths(
+        load_tokenizer(lab.folder / "models/sft"), truth.enumerated["response"]
     )
-    price = tabular.solve(truth, params.limit)
-    tables = (
-        learned.policy(tabular.solve(learned, params.limit)),
-        truth.policy(price),
-        tabular.nearest(truth, params.limit),
-    )
-    found, best, nearest = map(truth.describe, tables)
-    gap = best["value"] - found["value"]
-    return {
-        "seed": lab.seed,
-        "policy": ALLOWED,
-        "gap": gap,
-        "relative_gap": gap / (best["value"] - nearest["value"]),
-        "priced_gap": (
-            (gap + price * (found["cost"] - params.limit)) / (best["value"] - nearest["value"])
-        ),
-        "excess": found["cost"] - params.limit,
-        "least_excess": found["cost"] - params.limit,
-        "reward_share": (
-            (found["reward"] - nearest["reward"]) / (best["reward"] - nearest["reward"])
-        ),
-        "true_reward": found["reward"],
-        "true_cost": found["cost"],
-        "grammatical": 1 - float(np.exp(tables[0][:, -1]).mean()),
-        "displacement": None,
-        "kl": found["kl"],
-        **dict.fromkeys(("trainings", "generated_tokens", "seconds"), 0),
-    }
+    believed = truth.enumerated.assign(**scored, length=lengths)
+    pessimism = load(LagrangianDpoParams, lab.folder / "params.yaml").pessimism
+    found = doubt(lab.folder / "data/scored", pool, pessimism)
+    kinds = {ALLOWED: (believed, pool)}
+    if found is not None:
+        kinds[DOUBTED] = (found.scores(believed), found.scores(pool))
+    for name, (answers, drawn) in kinds.items():
+        learned = _learned(truth.problem, answers, drawn[~pool["grammatical"].astype(bool)])
+        policy = learned.policy(tabular.solve(learned, params.limit))
+        grammatical = 1 - float(np.exp(policy[:, -1]).mean())
+        judged = truth.judged({**truth.problem.describe(policy), "grammatical": grammatical})
+        yield {
+            "seed": lab.seed,
+            "policy": name,
+            **judged,
+            "least_excess": judged["excess"],
+            "displacement": None,
+            **dict.fromkeys(_EFFORT, 0),
+        }
 
 
-def _scores(lab: Lab, name: str, answers: pd.DataFrame, other: pd.DataFrame) -> np.ndarray:
-    """What the reward or cost model says of every grammatical answer, and last of other text,
-    [prompts, answers].
-    """
+def _learned(truth: tabular.Problem, answers: pd.DataFrame, other: pd.DataFrame) -> tabular.Problem:
+    """The problem by learned scores of each grammatical answer, and by their mean of other text."""
+
+    def tabled(name: str) -> np.ndarray:
+        known = answers[name].to_numpy(float).reshape(len(truth.cost), -1)
+        last = other[name].mean() if len(other) else 0.0
+        return np.hstack([known, np.full((len(known), 1), last)])
+
+    return replace(truth, reward=tabled("reward"), cost=tabled("cost"))
+
+
+def _scores(lab: Lab, name: str, answers: pd.DataFrame) -> np.ndarray:
+    """What the reward or cost model says of answers, [rows]."""
     resources = load_resources(lab.folder / "params.yaml")
     scorer = Scorer.load(lab.folder / "models" / f"{name}_model", resources)
-    scores = scorer.score(
+    return scorer.score(
         answers["prompt"].tolist(),
         answers["response"].tolist(),
         batch_size=resources.scoring_batch_size,
     )
-    table = scores.reshape(answers["prompt_id"].nunique(), -1)
-    return np.hstack([table, np.full((len(table), 1), other[name].mean() if len(other) else 0.0)])
 
 
 def _effort(lab: Lab, folder: str) -> dict[str, float]:
@@ -270,7 +320,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     names = {row["policy"] for row in rows}
     by_policy = {name: options.where(rows, policy=name) for name in names}
     for name, own in sorted(
-        by_policy.items(), key=lambda item: (item[0] != ALLOWED, *_rank(item[1]))
+        by_policy.items(), key=lambda item: (item[0] not in (ALLOWED, DOUBTED), *_rank(item[1]))
     ):
         cells = [_cell(own, key, digits) for _, key, digits in _COLUMNS]
         counts = [f"{sum(map(rule, own))}/{len(own)}" for rule in (mean_within, within)]
@@ -319,22 +369,23 @@ def page(command: str, params: Path, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 _NOTES = """\
-How to read it: every policy answers held-out prompts, and the world's oracle scores the text. `J* −
-J` is what a policy
-falls short of the exact constrained optimum in J = E[r*] − β KL; below 0 it buys reward by breaking
-the limit. *At the price of the limit* adds λ* (E[c*] − limit), so that a breach earns nothing and
-distance costs nothing. J_0 is
-that of the policy nearest to the reference that keeps the limit: the reference itself where that
-keeps it. `mean
-within` counts the seeds whose mean true cost is within the limit, `within its interval` those where
-the limit is not below the 95 % interval around that mean: there a breach is not shown, which is no
-proof that there is none, and a mean somewhat above the limit counts. `way in r*` is the way from
-that nearest policy to the optimum in true reward. `displacement` is the mean log-ratio of reference
-samples: it falls as mass leaves what the reference says. Trainings, tokens and seconds are those of
-the policy's own steps and of those that it starts from; data, reference, reward and cost models and
-the pool serve all alike. *What the scorers allow* is no policy but arithmetic: the exact tilt of
-the
-reference by the learned scores, so its distance is the scorers' error alone."""
+How to read it: a policy is worth what every grammatical answer to the held-out prompts is
+worth, by the world's oracle, at its probability under the policy. Nothing of that is drawn but
+the KL of other text, all of which has one score. `J* − J` is what a policy falls short of the
+exact constrained optimum in J = E[r*] − β KL; below 0 it buys reward by breaking the limit. *At
+the price of the limit* adds λ* (E[c*] − limit), so that a breach earns nothing and distance
+costs nothing. J_0 is that of the policy nearest to the reference that keeps the limit: the
+reference itself where that keeps it. `mean within` counts the seeds whose mean true cost is
+within the limit, `within its interval` those where the limit is not below the 95 % interval
+around the mean of the generated answers: there a breach is not shown, which is no proof that
+there is none, and a mean somewhat above the limit counts. `way in r*` is the way from that
+nearest policy to the optimum in true reward. `displacement` is the mean log-ratio of reference
+samples: it falls as mass leaves what the reference says. Trainings, tokens and seconds are
+those of the policy's own steps and of those that it starts from; data, reference, reward and
+cost models and the pool serve all alike. *What the scorers allow* is no policy but arithmetic:
+the exact tilt of the reference by the learned scores, so its distance is the scorers' error
+alone; *doubted* lowers the reward of answers off their support, as the training of dualign
+does. A certified policy's effort is not counted."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -372,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DualignError, OSError) as error:
         log.error("%s", error)
         return 1
-    rows = [row for lab in done for row in (*rows_of(lab), allowed(lab))]
+    rows = [row for lab in done for row in (*rows_of(lab), *allowed(lab))]
     command = (
         f"python -m bench.world --seeds {' '.join(map(str, given.seeds))} --params {given.params}"
     )

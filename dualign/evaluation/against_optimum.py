@@ -104,6 +104,28 @@ def against_optimum(
     }
 
 
+def worth(problem: tabular.Problem, logp: np.ndarray, answers: pd.DataFrame) -> dict[str, float]:
+    """E[r*], E[c*], KL, J and the grammatical share of a policy, summed over grammatical answers.
+
+    `logp` is the policy's log-probability of each, [prompts, grammatical answers] in the problem's
+    order. All other text shares r* and c*, so by the chain rule of KL only the log-ratios within it
+    have to be drawn: from `answers`, schema ANSWERS with the truth. What is left of the noise of a
+    rollout is that of its few ungrammatical answers."""
+    other = np.log(np.clip(1.0 - np.exp(logp).sum(1), np.finfo(float).tiny, None))
+    policy = np.hstack([logp, other[:, None]])
+    lumped = float((np.exp(other) * (other - problem.log_reference[:, -1])).mean())
+    drawn = answers[~answers["grammatical"].astype(bool)]
+    within = float((drawn["logp"] - drawn["logp_ref"]).sum()) / len(answers) - lumped
+    known = problem.describe(policy)
+    kl = known["kl"] + within
+    return {
+        **known,
+        "kl": kl,
+        "value": known["reward"] - problem.beta * kl,
+        "grammatical": 1.0 - float(np.exp(other).mean()),
+    }
+
+
 def exact_frontier(problem: tabular.Problem, lam: float) -> list[dict[str, float]]:
     """Reward, cost and KL of the exact optima at `lam` and others, from 0 to thrice that."""
     grid = sorted({0.0, lam, *np.linspace(0, max(3 * lam, 1.0), 25).tolist()})

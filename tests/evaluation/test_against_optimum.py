@@ -17,6 +17,7 @@ from dualign.evaluation.against_optimum import (
     exact_frontier,
     finite_problem,
     means,
+    worth,
 )
 from dualign.math import tabular
 
@@ -117,3 +118,27 @@ def test_the_exact_frontier_holds_the_optimum_and_falls(enumerated: pd.DataFrame
     assert any(row["cost"] == pytest.approx(LIMIT) for row in rows)
     assert all(b["cost"] <= a["cost"] for a, b in pairwise(rows))
     assert rows[0]["lam"] == 0.0 and rows[-1]["lam"] >= 3 * result["optimum"]["lam"] - 1e-9
+
+
+def test_a_policy_is_worth_what_all_its_answers_are_though_only_other_text_is_drawn() -> None:
+    policy = np.array([[0.5, 0.3, 0.15, 0.05], [0.2, 0.4, 0.1, 0.3]])  # the last two: other text
+    reference = np.array([[0.4, 0.5, 0.02, 0.08], [0.3, 0.3, 0.3, 0.1]])
+    reward = np.array([[1.0, 2.0, -3.0, -3.0], [0.5, -1.0, -3.0, -3.0]])
+    cost = np.array([[0.2, -0.1, 0.4, 0.4], [0.0, 1.0, 0.4, 0.4]])
+    listed = slice(None, 2)
+    problem = tabular.problem(
+        np.log(reference[:, listed]), reward[:, listed], cost[:, listed], rest=(-3.0, 0.4), beta=1.5
+    )
+    counts = (100 * policy).round().astype(int)  # so that the draws are the policy itself
+    rows = [
+        {"logp": np.log(policy[x, y]), "logp_ref": np.log(reference[x, y]), "grammatical": y < 2}
+        for x, y in np.ndindex(policy.shape)
+        for _ in range(counts[x, y])
+    ]
+    found = worth(problem, np.log(policy[:, listed]), pd.DataFrame(rows))
+    kl = (policy * np.log(policy / reference)).sum(1).mean()
+    assert found["kl"] == pytest.approx(kl)
+    assert found["reward"] == pytest.approx((policy * reward).sum(1).mean())
+    assert found["cost"] == pytest.approx((policy * cost).sum(1).mean())
+    assert found["value"] == pytest.approx(found["reward"] - 1.5 * kl)
+    assert found["grammatical"] == pytest.approx(policy[:, listed].sum(1).mean())
