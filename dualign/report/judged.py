@@ -212,7 +212,7 @@ def found_differences(table: pd.DataFrame, confidence: float) -> list[Row]:
         score = next(key for key in ("win", "cost", *_KEYS) if (part["score"] == key).any())
         part = part[part["score"] == score]
         least = least_found(part, confidence, len(table))
-        if least is not None:
+        if least is not None and not (score in _SHARES and least >= 1):  # no such difference
             named = {"judge": judge, "label": label, "score": score}
             rows.append({**named, "prompts": int(part["prompts"].median()), "difference": least})
     return rows

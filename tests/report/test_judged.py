@@ -141,6 +141,18 @@ def test_the_difference_that_is_told_takes_these_prompts(judged: Run) -> None:
     assert row["prompts"] == 24 and abs(needed - 24) <= 1
 
 
+def test_no_difference_of_shares_beyond_a_whole_is_told(judged: Run) -> None:
+    rows = asked(judged)
+    few = sorted(rows.loc[rows["label"] == "safe", "prompt_id"].unique())[:7]
+    rows = rows[(rows["judge"] == "refusal") & rows["prompt_id"].isin(few)].copy()
+    turns = {"sft": 0, "dualign": 1, "reward_dpo": 2, "safety_only": 3}
+    at = rows["prompt_id"].map(few.index)
+    rows["refused"] = (at % (rows["policy"].map(turns) + 2) == 0).astype(float)
+    table = gaps(rows, 0.95)
+    assert (table["error"] > 0.1).all(), "they differ"
+    assert found_differences(pd.concat([table] * 40), 0.95) == []
+
+
 def test_lengths_are_those_of_the_answers(judged: Run) -> None:
     lengths = read_lengths(judged[0], "asked", POLICIES)
     assert len(lengths) == 4 * 48 and set(lengths["policy"]) == POLICIES

@@ -16,6 +16,7 @@ from dualign.core.schema import ANSWERS, POOL, PROMPTS, by_prompt, prompt_id, re
 from dualign.data import world
 from dualign.evaluation.effective_tilt import TILT_SAMPLES, effective_tilt
 from dualign.evaluation.rollout import Scorers, roll_out
+from dualign.evaluation.shares import clustered_share
 from dualign.evaluation.stats import clustered_mean
 from dualign.lm.models import load_policy, load_scorer_backbone
 from dualign.lm.sampling import log_probabilities
@@ -128,13 +129,13 @@ def test_each_limit_has_its_mean_and_interval_by_prompt(answers: pd.DataFrame) -
     }  # fmt: skip
     kitchen = answers[answers["prompt_id"].str.contains("kitchen")]
     by_hand = (
-        ("short", answers, answers["length"]), ("whole", answers, ~answers["ended"]),
-        ("kitchen", kitchen, kitchen["cost"] > 0),
+        ("short", answers, answers["length"], clustered_mean),
+        ("whole", answers, ~answers["ended"], clustered_share),
+        ("kitchen", kitchen, kitchen["cost"] > 0, clustered_share),
     )  # fmt: skip
-    for name, rows, values in by_hand:
-        expected = clustered_mean(
-            values.to_numpy(float), rows["prompt_id"].to_numpy(), 0.9
-        ).as_dict()
+    for name, rows, values, mean in by_hand:
+        prompts = rows["prompt_id"].to_numpy()
+        expected = mean(values.to_numpy(float), prompts, 0.9).as_dict()
         assert {key: found[name][key] for key in expected} == pytest.approx(expected)
     tail = found["tail"]
     assert tail["mean"] == pytest.approx(
