@@ -81,7 +81,9 @@ def measure(given: Settings, work: Path) -> dict[str, Any]:
 def _mount(file: Path, folder: Path) -> None:
     """Let containers of the deployments see the remote and the repository; the image is here."""
     mounts = f"[{folder}:{folder}, {folder}/origin:/origin.git]"
-    own = f"        image_pull_policy: Never\n        volumes: {mounts}\n"
+    own = (
+        f"        image_pull_policy: Never\n        auto_remove: true\n        volumes: {mounts}\n"
+    )
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(f"{line}{own}" if "        image:" in line else line for line in lines))
 

@@ -22,7 +22,7 @@ printf '[storage]\ndriver="%s"\nrunroot="%s/run"\ngraphroot="%s/graph"\n' "${DRI
 cat >"$CONTAINERS_CONF" <<END
 [containers]
 netns="host"
-default_ulimits=["nofile=$(ulimit -n):$(ulimit -Hn)"]
+default_ulimits=["nofile=$(ulimit -n):$(ulimit -Hn)", "nproc=$(ulimit -u):$(ulimit -Hu)"]
 [engine]
 runtime="runc"
 cgroup_manager="cgroupfs"

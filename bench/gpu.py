@@ -232,6 +232,7 @@ def _fewer(place: Place) -> dict[str, Any]:
         "score": {"samples_per_prompt": draws, "pairs": 16 if small else 200},
         "cost_model": {"zero_pairs": 0},
         "dual_search": {"prompts": prompts, "samples_per_prompt": 2, "refresh_prompts": prompts},
+        "certify": {"prompts": prompts},
         **dict.fromkeys(("reward_dpo", "safety_dpo", "lagrangian_dpo"), fewer),
     }
 
