@@ -53,6 +53,7 @@ if [ -z "${WORKER:-}" ]; then
     "$folder/worker/bin/pip" install -q prefect prefect-docker -c "$here/constraints.txt"
     WORKER=$folder/worker/bin/python
 fi
+podman rm --all --force >/dev/null  # what a run that was killed has left
 podman system service --time 0 "unix://$folder/podman.sock" &
 service=$!
 export DOCKER_HOST=unix://$folder/podman.sock
