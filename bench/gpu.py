@@ -30,7 +30,7 @@ from bench.options import knob
 from bench.tiny import ROOT, copy
 from dualign.core.artifacts import listed, read_json, write_parquet
 from dualign.core.errors import DualignError
-from dualign.core.schema import PROMPTS, prompt_id
+from dualign.core.schema import PROMPTS, Message, prompt_id
 from dualign.lm.models import build_scratch, load_tokenizer, save
 from dualign.params.models import ScratchParams
 from pipeline.dvc.overlay import whole
@@ -180,7 +180,7 @@ def _sampling(place: Place) -> Sequence[str]:
 def _write_prompts(pairs: Path, out: Path) -> None:
     with pairs.open() as lines:
         texts = [json.loads(line)["prompt"] for line in itertools.islice(lines, 200)]
-    asked = [[{"role": "user", "content": text}] for text in dict.fromkeys(texts)]
+    asked = [[Message(role="user", content=text)] for text in dict.fromkeys(texts)]
     rows = [{"prompt_id": prompt_id(p), "prompt": p, "source": "pku"} for p in asked]
     write_parquet(out, rows, PROMPTS)
 
