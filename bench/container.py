@@ -9,7 +9,6 @@ the coordinator fetches the result."""
 from __future__ import annotations
 
 import logging
-import resource
 import subprocess
 import sys
 import tempfile
@@ -87,12 +86,6 @@ def _mount(file: Path, folder: Path) -> None:
     )
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(f"{line}{own}" if "        image:" in line else line for line in lines))
-
-
-def _limit(name: str, which: int) -> str:
-    """The limit of this process: podman's service asks for more, which not every machine allows."""
-    soft, hard = resource.getrlimit(which)
-    return f"{{name: {name}, soft: {soft}, hard: {hard}}}"
 
 
 def _call(folder: Path, told: dict[str, str], *command: str) -> str:

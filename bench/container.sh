@@ -19,14 +19,28 @@ trap stop EXIT
 mkdir -p "$images"
 export CONTAINERS_STORAGE_CONF=$folder/storage.conf CONTAINERS_CONF=$folder/containers.conf
 printf '[storage]\ndriver="%s"\nrunroot="%s/run"\ngraphroot="%s/graph"\n' "${DRIVER:-overlay}" "$images" "$images" >"$CONTAINERS_STORAGE_CONF"
+# A machine may not allow the limits that podman's service asks for; containers have those of the machine here.
+cat >"$folder/runtime" <<'END'
+#!/bin/bash
+for ((k = 1; k < $#; k++)); do
+    if [ "${!k}" = --bundle ]; then
+        next=$((k + 1))
+        python3 -c 'import json, sys; p = sys.argv[1]; c = json.load(open(p)); c["process"].pop("rlimits", 0); json.dump(c, open(p, "w"))' \
+            "${!next}/config.json"
+    fi
+done
+exec runc "$@"
+END
+chmod +x "$folder/runtime"
 cat >"$CONTAINERS_CONF" <<END
 [containers]
 netns="host"
-default_ulimits=["nofile=$(ulimit -n):$(ulimit -Hn)", "nproc=$(ulimit -u):$(ulimit -Hu)"]
 [engine]
-runtime="runc"
+runtime="bare"
 cgroup_manager="cgroupfs"
 events_logger="file"
+[engine.runtimes]
+bare=["$folder/runtime"]
 END
 
 if ! buildah inspect dualign-worker >/dev/null 2>&1; then
