@@ -233,6 +233,7 @@ def _fewer(place: Place) -> dict[str, Any]:
         "cost_model": {"zero_pairs": 0},
         "dual_search": {"prompts": prompts, "samples_per_prompt": 2, "refresh_prompts": prompts},
         "certify": {"prompts": prompts},
+        "evaluate": {"prompts": prompts},
         **dict.fromkeys(("reward_dpo", "safety_dpo", "lagrangian_dpo"), fewer),
     }
 
