@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, TrainerCallback
+from transformers import AutoModelForCausalLM, Qwen2Config, TrainerCallback
 
 from bench import options
 from bench.options import knob
@@ -202,29 +202,28 @@ def tokens(pairs: Sequence[Pair]) -> dict[str, int]:
     return {"padded": max(lengths) * len(lengths), "real": sum(lengths), "once": sum(once)}
 
 
-def rates(given: Settings) -> dict[str, float]:
-    """GFLOP of matrix products a second now: by torch, in the precision of the steps on a GPU, and
-    on a CPU, of whose processor seconds are meant, by oneDNN.
+def rates(cuda: bool = False, half: bool = False) -> dict[str, float]:
+    """GFLOP of matrix products a second now: by torch, in bf16 with `half`, and on
+    a CPU, of whose processor seconds are meant, by oneDNN.
     """
-    side, device = (_SQUARE_CUDA, "cuda") if given.cuda else (_SQUARE, "cpu")
-    half = given.cuda and given.precision == "bf16"
+    side, device = (_SQUARE_CUDA, "cuda") if cuda else (_SQUARE, "cpu")
     left = torch.randn(side, side, device=device, dtype=torch.bfloat16 if half else torch.float32)
     ways: dict[str, Callable[[], torch.Tensor]] = {"torch": lambda: left @ left}
-    if given.cuda:
+    if cuda:
         left @ left  # the first product also chooses a kernel
     else:
         ways["onednn"] = lambda: onednn.product(left, left)
     found = {}
     for name, product in ways.items():
-        began = seconds(given)
+        began = seconds(cuda)
         product()
-        found[name] = 2 * side**3 / 1e9 / (seconds(given) - began)
+        found[name] = 2 * side**3 / 1e9 / (seconds(cuda) - began)
     return found
 
 
-def seconds(given: Settings) -> float:
+def seconds(cuda: bool) -> float:
     """Seconds of this process's processors, or of the clock once a GPU has done what was asked."""
-    if not given.cuda:
+    if not cuda:
         return time.process_time()
     torch.cuda.synchronize()
     return time.perf_counter()
@@ -336,9 +335,9 @@ def _ours(
     size = size_of(model)
     if name == "before":
         by_torch(model)
-    began = seconds(given)
+    began = seconds(given.cuda)
     known = with_reference(pairs, model, tokenizer, 2 * given.batch)
-    reference = (seconds(given) - began) / len(pairs)
+    reference = (seconds(given.cuda) - began) / len(pairs)
     schedule = TrainingParams(
         epochs=1.0,
         batch_size=given.batch,
@@ -390,10 +389,10 @@ def _stock(
     if best:
         arguments |= {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
         arguments |= {"precompute_ref_batch_size": 2 * given.batch, "dataloader_pin_memory": False}
-    began = seconds(given)
+    began = seconds(given.cuda)
     tokenizer = load_tokenizer(given.base)
     trainer = stock_trainer(model, reference, tokenizer, pairs, arguments)
-    spent = (seconds(given) - began) / len(pairs)
+    spent = (seconds(given.cuda) - began) / len(pairs)
     return trainer, {"reference": spent if best else 0.0}
 
 
@@ -455,7 +454,7 @@ def _step(given: Settings, talks: Mapping[str, Any], step: int) -> dict[str, Any
     for name, talk in talks.items():
         row[name] = _answered(name, talk, step)
         log.info("step %d, %s: %.2f s", step, name, row[name]["processor"])
-    return {**row, "rates": rates(given)}
+    return {**row, "rates": rates(given.cuda, given.cuda and given.precision == "bf16")}
 
 
 def _joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
