@@ -214,7 +214,8 @@ def _held(given: Settings) -> dict[str, dict[str, float]]:
         there = replace(given, data=folder)
         for name in HOLDING:
             rows = [_measured(name, there) for _ in range(given.rounds)]
-            found[name] = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+            medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+            found[name] = {**medians, "processes": len(rows)}
             log.info("a stage of LoRA, %s: %s", name, found[name])
     return found
 
@@ -248,23 +249,26 @@ def _measured(name: str, given: Settings) -> dict[str, float]:
 
 def page(given: Settings, found: Mapping[str, Any]) -> str:
     """The results as Markdown."""
-    titles = ["", "loaded, GiB", "before training", "training", "peak", "over SFT"]
+    titles = ["", "loaded, GiB", "before training", "training", "peak", "over SFT", "processes"]
     lines = options.head(titles)
     sides = found["sides"]
     for name, title in SIDES.items():
         row = sides[name]
         cells = [title, *(f"{row[phase] / 1024:.2f}" for phase in (*_PHASES, "peak"))]
-        cells += [f"{row['peak'] / sides['sft']['peak']:.3f} ×"]
+        cells += [f"{row['peak'] / sides['sft']['peak']:.3f} ×", str(len(found["rounds"][name]))]
         lines.append(f"| {' | '.join(cells)} |")
     one = found["weights"] * (4 if given.precision == "fp32" else 2) / 2**30
     told = (
-        f"The base has {found['weights'] / 1e6:.0f} million weights, {one:.2f} GiB once. Medians of"
-        f" {given.rounds} processes."
+        f"The base has {found['weights'] / 1e6:.0f} million weights, {one:.2f} GiB once. Medians"
+        " over processes."
     )
-    stage = options.head(["reference, policy and two scorers of LoRA", "held, GiB", "peak"])
+    stage = options.head(
+        ["reference, policy and two scorers of LoRA", "held, GiB", "peak", "processes"]
+    )
     for name, title in HOLDING.items():
         row = found["stage"][name]
-        stage.append(f"| {title} | {row['held'] / 1024:.2f} | {row['peak'] / 1024:.2f} |")
+        cells = [title, f"{row['held'] / 1024:.2f}", f"{row['peak'] / 1024:.2f}"]
+        stage.append(f"| {' | '.join([*cells, str(row['processes'])])} |")
     head = f"# Peak memory of DPO beside SFT, whole weights, {given.precision}"
     command = f"    {options.command(PROGRAM, given)}"
     return "\n\n".join([head, command, "\n".join(lines), told, "\n".join(stage), _NOTES]) + "\n"

@@ -190,7 +190,8 @@ _NOTES = """\
 A ratio above 1: more was reckoned than the stage took. Searches and certificates are reckoned with
 all that their params allow, and end earlier. Measured seconds are of the processor where the run
 was measured by `bench.cost`, else of the clock, on which other work of the machine counts too. In
-the embedded world `score` also enumerates all grammatical answers, which is not reckoned."""
+the embedded world `score` also enumerates all grammatical answers, which is not reckoned. Memory of
+scorers of LoRA is reckoned as they are held now, over one base."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -35,11 +35,11 @@ def test_the_page_compares_with_sft() -> None:
 
     rounds = {"sft": [row(4096), row(2048), row(2048)], "dpo": [row(2560)] * 3}
     rounds |= {"copy": [row(3072)] * 3, "chosen": [row(1024)] * 3}
-    held = {name: {"held": 1024.0, "peak": 2048.0} for name in memory.HOLDING}
-    found = {"weights": 1 << 28, "sides": memory._medians(rounds), "stage": held}
+    held = {name: {"held": 1024.0, "peak": 2048.0, "processes": 5} for name in memory.HOLDING}
+    found = {"weights": 1 << 28, "rounds": rounds, "sides": memory._medians(rounds), "stage": held}
     page = memory.page(memory.Settings(), found)
-    assert "| DPO | 1.00 | 0.50 | 2.50 | 2.50 | 1.250 × |" in page
-    assert "1.00 GiB once" in page and "| one base for all | 1.00 | 2.00 |" in page
+    assert "| DPO | 1.00 | 0.50 | 2.50 | 2.50 | 1.250 × | 3 |" in page
+    assert "1.00 GiB once" in page and "| one base for all | 1.00 | 2.00 | 5 |" in page
 
 
 def test_settings_that_mean_nothing_are_refused() -> None:
