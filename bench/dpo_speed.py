@@ -243,10 +243,10 @@ class Paced(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.talk.recv()
-        self.began = (seconds(self.given), time.perf_counter())
+        self.began = (seconds(self.given.cuda), time.perf_counter())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        processor = seconds(self.given) - self.began[0]
+        processor = seconds(self.given.cuda) - self.began[0]
         clock = time.perf_counter() - self.began[1]
         self.talk.send({"processor": processor, "clock": clock, "loss": self.losses[-1]})
 
