@@ -399,6 +399,13 @@ def _stock(
 # --- all sides ------------------------------------------------------------------------------------
 
 
+def _union(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    whole: dict[str, Any] = {}
+    for part in parts:
+        whole |= part
+    return whole
+
+
 def measure(given: Settings) -> dict[str, Any]:
     """Every step of every side in turn; see `page` for what is kept."""
     drawn = pairs_of(given)
@@ -409,8 +416,9 @@ def measure(given: Settings) -> dict[str, Any]:
         if given.random:
             save_random(given, Path(folder))
         runs = [_together(group, own, pairs) for group in groups]
-    told, peaks, profiles = ({k: v for run in runs for k, v in run[of].items()} for of in _ENDS)
-    taken = [_joined(rows) for rows in zip(*(run["steps"] for run in runs), strict=True)]
+    told, peaks, profiles = (_union([run[of] for run in runs]) for of in _ENDS)
+    steps = [run["steps"] for run in runs]
+    taken = [_joined(rows) for rows in zip(*steps, strict=True)]
     size = {key: value for key, value in told["ours"].items() if key != "reference"}
     found: dict[str, Any] = {"size": size, "peak_gib": peaks, "profile": profiles, "sources": {}}
     found["reference"] = {name: row["reference"] for name, row in told.items()}

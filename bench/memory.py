@@ -214,8 +214,7 @@ def _held(given: Settings) -> dict[str, dict[str, float]]:
         there = replace(given, data=folder)
         for name in HOLDING:
             rows = [_measured(name, there) for _ in range(given.rounds)]
-            medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-            found[name] = {**medians, "processes": len(rows)}
+            found[name] = {**_median_of(rows), "processes": len(rows)}
             log.info("a stage of LoRA, %s: %s", name, found[name])
     return found
 
@@ -224,9 +223,15 @@ def _medians(rounds: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, d
     """The median of every phase; `peak` is the largest of a process."""
     found = {}
     for name, rows in rounds.items():
-        own = {phase: statistics.median(row[phase] for row in rows) for phase in _PHASES}
-        found[name] = {**own, "peak": statistics.median(max(row.values()) for row in rows)}
+        peaks = [max(row.values()) for row in rows]
+        found[name] = {**_median_of(rows), "peak": statistics.median(peaks)}
     return found
+
+
+def _median_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The median of every column."""
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    return {key: statistics.median(values) for key, values in columns.items()}
 
 
 def _measured(name: str, given: Settings) -> dict[str, float]:

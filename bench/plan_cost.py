@@ -166,12 +166,13 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    whole = [sum(row[key] for row in rows) for key in ("reckoned_seconds", "seconds")]
+    reckoned = sum(row["reckoned_seconds"] for row in rows)
+    measured = sum(row["seconds"] for row in rows)
     ratios = [row["ratio"] for row in rows]
     held = [row["memory_ratio"] for row in rows]
     return (
-        f"All stages: {whole[0]:.0f} s reckoned, {whole[1]:.0f} s measured, ratio"
-        f" {whole[0] / whole[1]:.2f}; of a stage {geometric(ratios):.2f} in the geometric mean"
+        f"All stages: {reckoned:.0f} s reckoned, {measured:.0f} s measured, ratio"
+        f" {reckoned / measured:.2f}; of a stage {geometric(ratios):.2f} in the geometric mean"
         f" ({min(ratios):.2f} to {max(ratios):.2f}), of its memory {geometric(held):.2f}"
         f" ({min(held):.2f} to {max(held):.2f})."
     )
