@@ -399,10 +399,10 @@ def _stock(
 # --- all sides ------------------------------------------------------------------------------------
 
 
-def _union(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _union(runs: Sequence[Mapping[str, Any]], of: str) -> dict[str, Any]:
     whole: dict[str, Any] = {}
-    for part in parts:
-        whole |= part
+    for run in runs:
+        whole |= run[of]
     return whole
 
 
@@ -416,7 +416,7 @@ def measure(given: Settings) -> dict[str, Any]:
         if given.random:
             save_random(given, Path(folder))
         runs = [_together(group, own, pairs) for group in groups]
-    told, peaks, profiles = (_union([run[of] for run in runs]) for of in _ENDS)
+    told, peaks, profiles = (_union(runs, of) for of in _ENDS)
     steps = [run["steps"] for run in runs]
     taken = [_joined(rows) for rows in zip(*steps, strict=True)]
     size = {key: value for key, value in told["ours"].items() if key != "reference"}

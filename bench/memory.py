@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from bench import dpo_speed, options
@@ -230,8 +231,7 @@ def _medians(rounds: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, d
 
 def _median_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The median of every column."""
-    columns = {key: [row[key] for row in rows] for key in rows[0]}
-    return {key: statistics.median(values) for key, values in columns.items()}
+    return pd.DataFrame(rows).median().to_dict()
 
 
 def _measured(name: str, given: Settings) -> dict[str, float]:
