@@ -431,8 +431,9 @@ def measure(given: Settings) -> dict[str, Any]:
         if given.random:
             save_random(given, Path(folder))
         runs = [_together(group, own, pairs) for group in groups]
-    told, peaks, profiles = ({k: v for run in runs for k, v in run[of].items()} for of in _ENDS)
-    taken = [_joined(rows) for rows in zip(*(run["steps"] for run in runs), strict=True)]
+    told, peaks, profiles = (_of_all(runs, of) for of in _ENDS)
+    steps = (run["steps"] for run in runs)
+    taken = [_joined(rows) for rows in zip(*steps, strict=True)]
     size = {key: value for key, value in told["ours"].items() if key != "reference"}
     found: dict[str, Any] = {"size": size, "peak_gib": peaks, "profile": profiles, "sources": {}}
     found["reference"] = {name: row["reference"] for name, row in told.items()}
@@ -477,6 +478,11 @@ def _step(given: Settings, talks: Mapping[str, Any], step: int) -> dict[str, Any
         row[name] = _answered(name, talk, step)
         log.info("step %d, %s: %.2f s", step, name, row[name]["processor"])
     return {**row, "rates": rates(given)}
+
+
+def _of_all(runs: Sequence[dict[str, Any]], what: str) -> dict[str, Any]:
+    """What sides tell, by side, of runs one after the other."""
+    return {name: value for run in runs for name, value in run[what].items()}
 
 
 def _joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
