@@ -399,13 +399,6 @@ def _stock(
 # --- all sides ------------------------------------------------------------------------------------
 
 
-def _union(runs: Sequence[Mapping[str, Any]], of: str) -> dict[str, Any]:
-    whole: dict[str, Any] = {}
-    for run in runs:
-        whole |= run[of]
-    return whole
-
-
 def measure(given: Settings) -> dict[str, Any]:
     """Every step of every side in turn; see `page` for what is kept."""
     drawn = pairs_of(given)
@@ -416,8 +409,8 @@ def measure(given: Settings) -> dict[str, Any]:
         if given.random:
             save_random(given, Path(folder))
         runs = [_together(group, own, pairs) for group in groups]
-    told, peaks, profiles = (_union(runs, of) for of in _ENDS)
-    steps = [run["steps"] for run in runs]
+    told, peaks, profiles = (_of_all(runs, of) for of in _ENDS)
+    steps = (run["steps"] for run in runs)
     taken = [_joined(rows) for rows in zip(*steps, strict=True)]
     size = {key: value for key, value in told["ours"].items() if key != "reference"}
     found: dict[str, Any] = {"size": size, "peak_gib": peaks, "profile": profiles, "sources": {}}
@@ -463,6 +456,11 @@ def _step(given: Settings, talks: Mapping[str, Any], step: int) -> dict[str, Any
         row[name] = _answered(name, talk, step)
         log.info("step %d, %s: %.2f s", step, name, row[name]["processor"])
     return {**row, "rates": rates(given.cuda, given.cuda and given.precision == "bf16")}
+
+
+def _of_all(runs: Sequence[dict[str, Any]], what: str) -> dict[str, Any]:
+    """What sides tell, by side, of runs one after the other."""
+    return {name: value for run in runs for name, value in run[what].items()}
 
 
 def _joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

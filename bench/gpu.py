@@ -230,7 +230,7 @@ def _fewer(place: Place) -> dict[str, Any]:
         },
         "sft": {"base": str(place.base)},
         "score": {"samples_per_prompt": draws, "pairs": 16 if small else 200},
-        "cost_model": {"zero_pairs": 0},
+        "cost_model": {"zero_pairs": 0, **({"calibrate": "none"} if small else {})},
         "dual_search": {"prompts": prompts, "samples_per_prompt": 2, "refresh_prompts": prompts},
         "certify": {"prompts": prompts},
         "evaluate": {"prompts": prompts},

@@ -41,7 +41,7 @@ def renewed(text: str, found: Mapping[str, str]) -> str:
     head = [line for line in text.splitlines() if line.startswith("#")]
     known = {_canonical(name): name for name in pins(text)}
     named = {known.get(_canonical(name), name): version for name, version in found.items()}
-    lines = [f"{name}=={named[name]}" for name in sorted(named, key=str.lower)]
+    lines = sorted((f"{name}=={version}" for name, version in named.items()), key=str.lower)
     return "\n".join([*head, *lines]) + "\n"
 
 
