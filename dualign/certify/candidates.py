@@ -15,7 +15,7 @@ from scipy.special import ndtri
 from dualign.certify.certificate import Certificate, drawers, order
 from dualign.certify.evidence import DRAWN, Evidence, read_answers
 from dualign.certify.requirement import Requirement
-from dualign.certify.screening import Knot, Planned, Screen, Seen, seen
+from dualign.certify.screening import Knot, Planned, Screen, Seen, parting, seen
 from dualign.certify.sequence import CandidateTest
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.errors import DataError
@@ -223,7 +223,7 @@ def _bent(knot: Knot, answers: pd.DataFrame, next_ratio: np.ndarray, next_q: flo
     """A knot with its `bend`, from the log-ratios that the next policy gives to its answers."""
     assert knot.q is not None
     change = next_ratio - (answers["logp"] - answers["logp_ref"]).to_numpy()
-    return knot.model_copy(update={"bend": float(change.var()) / (next_q - knot.q) ** 2})
+    return knot.model_copy(update={"bend": parting(change) / (next_q - knot.q) ** 2})
 
 
 def _shown(required: Requirement, answers: pd.DataFrame) -> Seen | None:

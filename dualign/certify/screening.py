@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import Field, FiniteFloat, ValidationError
 from scipy.optimize import isotonic_regression
+from scipy.special import logsumexp
 from scipy.stats import norm
 
 from dualign.core.artifacts import read_json
@@ -51,9 +52,9 @@ class Seen(WholeRecord):
 class Knot(WholeRecord):
     """A candidate that was screened; `q` is its weight, None that of the fallback.
 
-    `bend` is the variance of log(pi_next / pi) of its answers over the squared step to the next
-    weight of the path: how fast the policies part. None where nothing is reweighed, and at the end
-    of the path."""
+    `bend` is the variance of log(pi_next / pi) of its answers (`parting`) over the squared step to
+    the next weight of the path: how fast the policies part. None where nothing is reweighed, and at
+    the end of the path."""
 
     name: str
     q: float | None = Field(gt=0)
@@ -119,6 +120,20 @@ def seen(name: str, limit: float, values: Array) -> Seen:
         between=max(between, 0.0),
         within=within,
     )
+
+
+def parting(log_ratio: Array) -> float:
+    """The variance of log(q / p) by the affinity of p and q, -8 log E_p[sqrt(q / p)], from values
+    at answers drawn from p.
+
+    Where log-ratios are normal it is theirs. One answer of n that q all but never gives, whose
+    log-ratio alone would be most of a variance, costs 8 / n.
+
+    >>> round(parting(np.array([0.0] * 799 + [-60.0])), 3)
+    0.01
+    """
+    half = np.asarray(log_ratio, float).ravel() / 2
+    return max(-8.0 * float(logsumexp(half) - math.log(half.size)), 0.0)
 
 
 def excess(knot: Knot, screen: Screen, samples: int) -> tuple[float, float]:

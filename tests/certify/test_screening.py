@@ -19,6 +19,7 @@ from dualign.certify.screening import (
     excess,
     levels,
     overlap,
+    parting,
     read,
     seen,
     sequence,
@@ -157,6 +158,19 @@ def test_weights_at_which_one_draw_is_worth_little_are_left_out() -> None:
     assert max(least) >= 0.95
     assert min(plan.weights) > min(sequence(screen(*PATH)).weights) and max(plan.weights) == 1.5
     assert len(plan.samples) == len(plan.weights) + 1
+
+
+def test_how_far_policies_part_is_the_variance_of_normal_log_ratios_whatever_one_answer_is() -> (
+    None
+):
+    z = np.random.default_rng(0).normal(size=400_000)
+    for spread in (0.1, 0.5, 1.0):
+        drawn = spread * z - spread**2 / 2  # log(q / p) at answers of p
+        assert parting(drawn) == pytest.approx(spread**2, rel=0.02)
+    usual = 0.1 * z[:800] - 0.005
+    wild = np.append(usual[1:], -60.0)
+    assert wild.var() > 4 and parting(wild) == pytest.approx(parting(usual) + 8 / 800, abs=2e-3)
+    assert parting(np.zeros(5)) == 0.0
 
 
 def test_a_path_that_is_safe_or_harmful_throughout() -> None:
