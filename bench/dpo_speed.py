@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import random
-import resource
 import statistics
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, TrainerCallback
 from bench import options
 from bench.options import knob
 from dualign.core.errors import DualignError
+from dualign.core.work import peak_memory
 from dualign.data.formats import Usable
 from dualign.data.sources import read
 from dualign.lm import onednn
@@ -263,16 +263,9 @@ def side(name: str, given: Settings, pairs: Sequence[Pair], talk: Connection) ->
         trainer.add_callback(Paced(given, talk, losses))
         talk.send(told)
         trainer.train()
-    talk.send(_peak(given))
+    talk.send(peak_memory())
     talk.recv()
     talk.send(profiled(given, trainer))
-
-
-def _peak(given: Settings) -> float:
-    """Peak memory in GiB, of the GPU or of the process."""
-    if given.cuda:
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def kind_of(operation: str) -> str:

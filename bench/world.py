@@ -31,7 +31,7 @@ from bench import options
 from dualign.core.artifacts import read_json, replacing
 from dualign.core.errors import DualignError
 from dualign.core.schema import ANSWERS, ENUMERATED, POOL, read_table
-from dualign.evaluation.against_optimum import add_truth, finite_problem, worth
+from dualign.evaluation.against_optimum import add_truth, ends, finite_problem, worth
 from dualign.lm.mixture import policy_at
 from dualign.lm.models import load_tokenizer
 from dualign.lm.sampling import log_probabilities
@@ -172,10 +172,7 @@ class Truth:
         """That of a seed's run."""
         enumerated = read_table(lab.folder / "data/scored/enumerated.parquet", ENUMERATED)
         problem = finite_problem(enumerated, params.beta)
-        price = tabular.solve(problem, params.limit)
-        tables = problem.policy(price), tabular.nearest(problem, params.limit)
-        best, nearest = map(problem.describe, tables)
-        return cls(problem, enumerated, params.limit, price, best, nearest)
+        return cls(problem, enumerated, params.limit, *ends(problem, params.limit))
 
     def worth(self, lab: Lab, name: str, folder: str) -> dict[str, float]:
         """What a policy is worth, every grammatical answer under it read."""

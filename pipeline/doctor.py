@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from pipeline.dvc.dag import load_dag
 from pipeline.dvc.damage import damages
 from pipeline.dvc.plan import one_line
 from pipeline.errors import PipelineError
+from pipeline.pins import canonical, pins
 from pipeline.prefect import identity, server
 from pipeline.prefect.artifacts import size
 from pipeline.run.runner import exclusive
@@ -77,14 +77,9 @@ def _pins(root: Path) -> Iterator[Finding]:
             "note", "constraints.txt: not here, so the versions of packages are not checked"
         )
         return
-    pins = dict(
-        line.split("==")
-        for line in path.read_text().split()
-        if "==" in line and not line.startswith("#")
-    )
-    wanted = {_canonical(name): version for name, version in pins.items()}
+    wanted = {canonical(name): version for name, version in pins(path.read_text()).items()}
     installed = {
-        _canonical(dist.metadata["Name"]): dist.version
+        canonical(dist.metadata["Name"]): dist.version
         for dist in importlib.metadata.distributions()
     }
     other = [
@@ -101,11 +96,6 @@ def _pins(root: Path) -> Iterator[Finding]:
         yield Finding(
             "ok", f"versions: Python {sys.version.split()[0]}, packages as in constraints.txt"
         )
-
-
-def _canonical(package: str) -> str:
-    """The name under which package indexes know it: `ruamel.yaml` and `ruamel_yaml` are one."""
-    return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def _git(root: Path) -> Iterator[Finding]:

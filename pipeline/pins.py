@@ -39,8 +39,8 @@ def pins(text: str) -> dict[str, str]:
 def renewed(text: str, found: Mapping[str, str]) -> str:
     """A file of pins with these in place of its own; comments at its head stay."""
     head = [line for line in text.splitlines() if line.startswith("#")]
-    known = {_canonical(name): name for name in pins(text)}
-    named = {known.get(_canonical(name), name): version for name, version in found.items()}
+    known = {canonical(name): name for name in pins(text)}
+    named = {known.get(canonical(name), name): version for name, version in found.items()}
     lines = sorted((f"{name}=={version}" for name, version in named.items()), key=str.lower)
     return "\n".join([*head, *lines]) + "\n"
 
@@ -52,7 +52,8 @@ def changes(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:
             yield f"{name}: {old.get(name, 'new')} -> {new.get(name, 'no longer needed')}"
 
 
-def _canonical(name: str) -> str:
+def canonical(name: str) -> str:
+    """The name under which package indexes know it: `ruamel.yaml` and `ruamel_yaml` are one."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

@@ -77,6 +77,18 @@ def finite_problem(enumerated: pd.DataFrame, beta: float) -> tabular.Problem:
     )
 
 
+def ends(
+    problem: tabular.Problem, limit: float
+) -> tuple[float, dict[str, float], dict[str, float]]:
+    """lambda*, what the exact optimum is worth, and what the policy nearest to the reference that
+    keeps the limit is: the end and the beginning of the way.
+    """
+    lam = tabular.solve(problem, limit)
+    tables = problem.policy(lam), tabular.nearest(problem, limit)
+    best, nearest = map(problem.describe, tables)
+    return lam, best, nearest
+
+
 def against_optimum(
     summary: dict[str, Any], problem: tabular.Problem, limit: float
 ) -> dict[str, Any]:
@@ -86,10 +98,8 @@ def against_optimum(
     the reference that keeps the limit, which is the reference itself where that keeps it; None if
     both agree. `value_gap` is J* - J with J = E[r*] - beta KL, the KL measured on the generated
     answers."""
-    lam = tabular.solve(problem, limit)
-    best = problem.describe(problem.policy(lam))
+    lam, best, nearest = ends(problem, limit)
     reference = problem.describe(problem.log_reference)
-    nearest = problem.describe(tabular.nearest(problem, limit))
     reward = summary["true_reward"]["mean"]
     way = best["reward"] - nearest["reward"]
     return {
