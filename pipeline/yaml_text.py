@@ -1,24 +1,33 @@
-"""YAML of users within limits, as `dualign.core.yaml_text`, which must not be imported.
+"""YAML of users within limits: nothing overflows the reader, fills memory, or takes long.
 
-`read` and `load` are apart, since an edit of params.yaml is one of its text.
+This file is there twice, here for the library and there for the pipeline, but for the class of the
+errors: the library is installed without the pipeline, which must not import it. A test holds the
+two equal.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
+from ruamel.yaml.events import (
+    AliasEvent,
+    CollectionEndEvent,
+    CollectionStartEvent,
+    Event,
+    NodeEvent,
+    ScalarEvent,
+)
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError as Refused
 
 #: Bytes of a file, levels of lists and mappings, and values, where an alias counts as all that it
-#: repeats. The files in `params/` stay below 20 000, 8 and 1 000. A test holds the two modules
-#: together.
+#: repeats. The files in `params/` stay below 20 000, 8 and 1 000.
 LARGEST = 200_000
 DEEPEST = 20
 MOST_VALUES = 50_000
@@ -29,75 +38,69 @@ _DIGITS = re.compile(r"[-+]?[0-9][0-9a-fA-FxXoO_.]*")
 
 @dataclass
 class _Node:
-    """How many values a node holds, itself among them, and in how many levels below it."""
+    """How many values a node holds, itself among them, and how many levels it and they make."""
 
     anchor: str | None
     values: int
     levels: int
 
-    def take(self, inner: _Node) -> None:
-        """Count a node that lies in this one."""
-        self.values += inner.values
-        self.levels = max(self.levels, inner.levels + 1)
 
-
-class _Refused(Exception):
-    """The text is beyond a limit: on which line, and what is wrong."""
-
-    def __init__(self, event: Any, problem: str) -> None:
-        super().__init__(problem)
-        self.line = event.start_mark.line + 1 if event else 1
-
-
-def read(path: Path) -> str:
-    """The text of a file. Raises PipelineError that names it."""
+def read(path: Path, name: str | None = None) -> str:
+    """The text of a file. Raises an error that names it, by its path or `name`, and the remedy."""
+    name = name or str(path)
     try:
         with path.open("rb") as stream:
-            content = stream.read(LARGEST + 1)
-        if len(content) > LARGEST:
-            raise PipelineError(
-                f"{path.name}: more than {LARGEST // 1000} kB; params are shorter, so this is"
-                " another file"
-            )
+            return decoded(stream.read(LARGEST + 1), name)
+    except FileNotFoundError:
+        raise Refused(f"{name}: no such file; run from the folder that holds params.yaml") from None
+    except OSError as error:
+        raise Refused(
+            f"{name}: cannot be read ({error.strerror}); it must be a text file"
+        ) from None
+
+
+def decoded(content: bytes, name: str | Path) -> str:
+    """The text of a file's bytes; `name` is what errors call it."""
+    if len(content) > LARGEST:
+        raise Refused(
+            f"{name}: more than {LARGEST // 1000} kB of params; this is another file, or should be"
+            " shorter"
+        )
+    try:
         return content.decode().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise PipelineError(
-            f"{path.name}: not valid YAML ({error.reason}); save it as UTF-8 text"
-        ) from None
-    except OSError as error:
-        raise PipelineError(
-            f"{path.name}: cannot be read ({error.strerror}); it must be a text file"
-        ) from None
+        raise Refused(f"{name}: not valid YAML ({error.reason}); save it as UTF-8 text") from None
 
 
-def load(text: str, name: str = "params.yaml") -> Any:
-    """What YAML 1.2 text holds; `name` stands in messages. Raises PipelineError in one line."""
+def load(text: str, name: str | Path = "params.yaml") -> Any:
+    """What YAML 1.2 text holds. Raises an error with `name`, line and remedy, in one line."""
     check(text, name)
     try:
-        return YAML(typ="safe", pure=True).load(text)
+        return YAML(typ="safe").load(text)
     except YAMLError as error:
-        raise PipelineError(f"{name}:{_place(error)} not valid YAML; correct the file") from None
+        raise _invalid(error, name) from None
     except (ValueError, OverflowError) as error:  # a date or a number that Python has not
-        raise PipelineError(
-            f"{name}: a value cannot be read ({error}); correct it, or quote a text"
+        raise Refused(
+            f"{name}: a value cannot be read ({error}); correct it, or quote it if it is a text"
         ) from None
 
 
-def check(text: str, name: str = "params.yaml") -> None:
-    """Raise PipelineError where a text is no YAML, or is beyond a limit."""
+def check(text: str, name: str | Path = "params.yaml") -> None:
+    """Raise the same for text that is no YAML or beyond a limit, without making values of it."""
+    decoded(text.encode(), name)
     try:
-        if len(text) > LARGEST:
-            raise _Refused(None, f"more than {LARGEST // 1000} kB; params are shorter")
-        _measure(text)
+        for event, problem in _problems(text):
+            if problem:
+                raise Refused(f"{name}:{event.start_mark.line + 1}: {problem}")
     except YAMLError as error:
-        raise PipelineError(f"{name}:{_place(error)} not valid YAML; correct the file") from None
-    except _Refused as error:
-        raise PipelineError(f"{name}: line {error.line}: {error}") from None
+        raise _invalid(error, name) from None
 
 
-def _place(error: YAMLError) -> str:
-    where = getattr(error, "problem_mark", None)
-    return f" line {where.line + 1}:" if where else ""
+def _invalid(error: YAMLError, name: str | Path) -> Refused:
+    mark = getattr(error, "problem_mark", None)
+    where = f"{name}:{mark.line + 1}" if mark else name
+    why = getattr(error, "problem", None) or getattr(error, "reason", error)
+    return Refused(f"{where}: not valid YAML ({_short(why)}); correct it there")
 
 
 def _short(text: object) -> str:
@@ -105,56 +108,52 @@ def _short(text: object) -> str:
     return " ".join(str(text)[:200].split())
 
 
-def _measure(text: str) -> None:
-    """Raise _Refused for a text beyond a limit. Works on events, which need no recursion."""
-    root = _Node(None, 1, 0)
-    within = [root]  # the collections around an event, outermost first
+def _problems(text: str) -> Iterator[tuple[Event, str]]:
+    """Every event of a text and what is wrong with it, if anything; events need no recursion."""
+    within = [_Node(None, 1, 0)]  # the collections around an event, outermost first
     anchored: dict[str, _Node] = {}
     for event in YAML(typ="safe", pure=True).parse(text):
-        if isinstance(event, CollectionStartEvent | ScalarEvent) and event.tag is not None:
-            raise _Refused(
-                event, f"the tag {_short(event.tag)} is not read here; write the value without it"
-            )
+        yield event, _problem(event, anchored)
         if isinstance(event, CollectionStartEvent):
             within.append(_Node(event.anchor, 1, 1))
-            ended = None
-        elif isinstance(event, CollectionEndEvent):
-            ended = within.pop()
-        elif isinstance(event, ScalarEvent):
-            ended = _Node(event.anchor, 1, 0)
-            if (
-                len(event.value) > LONGEST_NUMBER
-                and event.implicit[0]
-                and _DIGITS.fullmatch(event.value)
-            ):
-                raise _Refused(
-                    event,
-                    f"a number of {len(event.value)} digits; write a shorter one, or quote a text",
-                )
-        elif isinstance(event, AliasEvent):
-            ended = _repeated(event, anchored)
+            levels = 0
+        elif isinstance(event, CollectionEndEvent | NodeEvent):
+            node = _ended(event, within, anchored)
+            within[-1].values += node.values
+            within[-1].levels = max(within[-1].levels, node.levels + 1)
+            levels = node.levels
         else:
             continue
-        if ended is not None:
-            within[-1].take(ended)
-            if ended.anchor is not None:
-                anchored[ended.anchor] = ended
-        if len(within) - 1 + (ended.levels if ended else 0) > DEEPEST:
-            raise _Refused(
-                event,
-                f"more than {DEEPEST} lists and mappings in each other; params have no such place",
-            )
+        if len(within) - 1 + levels > DEEPEST:
+            message = f"more than {DEEPEST} lists and mappings in each other"
+            yield event, f"{message}; params have no such place"
         if within[-1].values > MOST_VALUES:
-            raise _Refused(
-                event, f"more than {MOST_VALUES} values, with what aliases repeat; write fewer"
-            )
+            yield event, f"more than {MOST_VALUES} values, with what aliases repeat; write fewer"
 
 
-def _repeated(alias: AliasEvent, anchored: dict[str, _Node]) -> _Node:
-    if alias.anchor not in anchored:
-        raise _Refused(
-            alias,
-            f"*{_short(alias.anchor)} repeats what has not ended before it; write the value out",
-        )
-    node = anchored[alias.anchor]
-    return _Node(None, node.values, node.levels)
+def _problem(event: Event, anchored: dict[str, _Node]) -> str:
+    """What is wrong with an event by itself."""
+    if isinstance(event, AliasEvent) and event.anchor not in anchored:
+        name = _short(event.anchor)
+        return f"*{name} repeats what has not ended before it; write the value out"
+    tag = getattr(event, "tag", None)
+    if tag is not None:
+        return f"the tag {_short(tag)} is not read here; write the value without it"
+    if (
+        isinstance(event, ScalarEvent)
+        and len(event.value) > LONGEST_NUMBER
+        and event.implicit[0]
+        and _DIGITS.fullmatch(event.value)
+    ):
+        return f"a number of {len(event.value)} digits; write a shorter one, or quote a text"
+    return ""
+
+
+def _ended(event: Any, within: list[_Node], anchored: dict[str, _Node]) -> _Node:
+    """The node that ends with an event, which its anchor names from here on."""
+    if isinstance(event, AliasEvent):
+        return anchored[event.anchor]
+    node = within.pop() if isinstance(event, CollectionEndEvent) else _Node(event.anchor, 1, 0)
+    if node.anchor is not None:
+        anchored[node.anchor] = node
+    return node

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dualign.core import yaml_text
+from dualign.params import yaml_text
 from pipeline.dvc.overlay import whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,7 +15,7 @@ SHIPPED = [ROOT / "params.yaml", *PRESETS]
 
 def preset(name: str) -> dict[str, Any]:
     """The content of params/NAME.yaml written out whole."""
-    content: dict[str, Any] = yaml_text.parse(whole(ROOT / f"params/{name}.yaml").encode(), name)
+    content: dict[str, Any] = yaml_text.load(whole(ROOT / f"params/{name}.yaml"), name)
     return content
 
 

@@ -14,9 +14,9 @@ from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from dualign.core import yaml_text
 from dualign.core.errors import ParamsError
 from dualign.core.names import cut, shown
+from dualign.params import yaml_text
 from dualign.params.base import LoraParams, Resources, StageParams, TrainingParams
 from dualign.params.consistency import check_across, check_prompts
 from dualign.params.renamed import renamed_keys
@@ -46,7 +46,7 @@ P = TypeVar("P", bound=StageParams)
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML 1.2 mapping (`1e-5` is a number). Raises ParamsError with file and line."""
-    return mapping(yaml_text.read(Path(path)), path)
+    return mapping(yaml_text.load(yaml_text.read(Path(path)), path), path)
 
 
 def mapping(content: Any, path: str | Path) -> dict[str, Any]:
@@ -263,9 +263,8 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     logging.basicConfig(format="%(message)s")
     name = parser(prog).parse_args(argv).name
     try:
-        check(
-            mapping(yaml_text.parse(sys.stdin.buffer.read(yaml_text.LARGEST + 1), name), name), name
-        )
+        text = yaml_text.decoded(sys.stdin.buffer.read(yaml_text.LARGEST + 1), name)
+        check(mapping(yaml_text.load(text, name), name), name)
     except ParamsError as error:
         log.error("%s", error)
         return error.status

@@ -65,7 +65,7 @@ def whole(path: Path, above: tuple[Path, ...] = ()) -> str:
     one in turn, where a key is none of that one's, or where the text cannot be put together."""
     overlay = _overlay(path, above)
     if overlay is None:
-        return yaml_text.read(path)
+        return yaml_text.read(path, path.name)
     for key in overlay.changes:
         _check(key, overlay)
     made = _spliced(_with_blocks(_head(overlay.text) + _body(overlay.base), overlay), overlay)
@@ -88,7 +88,7 @@ def differences(path: Path) -> dict[str, Any]:
 
 def _overlay(path: Path, above: tuple[Path, ...] = ()) -> _Overlay | None:
     """The file with what it extends; None where it is whole."""
-    text = yaml_text.read(path)
+    text = yaml_text.read(path, path.name)
     content = yaml_text.load(text, path.name)
     if not isinstance(content, dict) or KEY not in content:
         return None

@@ -84,7 +84,7 @@ def test_a_value_that_an_alias_shares_is_refused() -> None:
 def test_what_is_no_yaml_is_refused() -> None:
     with pytest.raises(PipelineError, match=r"seed: inf is no number"):
         assign(TEXT, {"seed": float("inf")})
-    with pytest.raises(PipelineError, match=r"params.yaml: line \d+: not valid YAML"):
+    with pytest.raises(PipelineError, match=r"params.yaml:\d+: not valid YAML"):
         assign("a: [\n", {"a": 1})
 
 
