@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dualign.core.artifacts import replacing
 from dualign.core.errors import DataError
 from dualign.core.schema import HELPFUL_PAIRS, read_table
-from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
+from dualign.lm.models import load_policy, load_tokenizer
 from dualign.params.training import LOSS_FIELDS, RewardDpoParams, RewardRun
 from dualign.stage import Run, execute
 from dualign.training.pair_losses import PAIR_LOSSES
@@ -28,7 +27,7 @@ from dualign.training.pairs import (
     with_offset,
     with_reference,
 )
-from dualign.training.pairwise import Pair, PairLossConfig, train_pairwise
+from dualign.training.pairwise import Pair, PairLossConfig, fit_pairs
 from dualign.training.run import Job
 
 PAIRS = Path("data/prepared/helpful_pairs.parquet")
@@ -43,16 +42,13 @@ def main(run: Run[RewardDpoParams]) -> None:
     tokenizer = load_tokenizer("models/sft")
     policy = load_policy(MODELS / spec.reference, run.resources, trained=params.lora.rank == 0)
     pairs = training_pairs(run, spec, policy, tokenizer)
-    policy = with_lora(policy, params.lora, params.seed)
     scratch = run.scratch(
         PAIRS, *sorted({MODELS / name for name in ("sft", spec.reference, spec.margin)})
     )
     job = Job(params.training, run.resources, scratch, params.seed)
     chosen = spec.model_dump(include=set(LOSS_FIELDS), exclude_none=True)
     pair_loss = PairLossConfig(scale=params.beta, beta=params.beta, **chosen)
-    metrics = train_pairwise(policy, tokenizer, pairs, pair_loss, job)
-    with replacing(OUT / item) as folder:
-        save(policy, tokenizer, folder)
+    metrics = fit_pairs(policy, tokenizer, pairs, pair_loss, job, params.lora, OUT / item)
     named = spec.model_dump(exclude={"margin_weight"}, exclude_unset=True)
     run.trained({**metrics, **named}, scratch)
 

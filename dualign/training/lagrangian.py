@@ -11,12 +11,11 @@ from typing import Any, Literal
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from dualign.core.artifacts import replacing
-from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
+from dualign.lm.models import load_policy, load_tokenizer
 from dualign.math.losses import lagrangian_scale
 from dualign.params.training import LagrangianParams, LagrangianSpec
 from dualign.training.pairs import lagrangian_pairs, pool_pairs, pool_values, samples_of
-from dualign.training.pairwise import Pair, PairLossConfig, train_pairwise
+from dualign.training.pairwise import Pair, PairLossConfig, fit_pairs
 from dualign.training.run import Job
 
 
@@ -66,8 +65,6 @@ def train_at(
     )
     tokenizer = load_tokenizer(begin)
     policy = load_policy(begin, job.resources, trained=params.lora.rank == 0)
-    policy = with_lora(policy, params.lora, params.seed)
-    metrics = train_pairwise(policy, tokenizer, pairs, pair_loss, replace(job, training=training))
-    with replacing(out) as folder:
-        save(policy, tokenizer, folder)
+    job = replace(job, training=training)
+    metrics = fit_pairs(policy, tokenizer, pairs, pair_loss, job, params.lora, out)
     return {**metrics, "pair_loss": spec.pair_loss.model_dump(), "learning_rate": rate}

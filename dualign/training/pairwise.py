@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from dualign.core.artifacts import replacing
 from dualign.core.errors import DataError, ModelError, ParamsError
+from dualign.lm.models import save, with_lora
 from dualign.lm.numerics import answer_log_probabilities
 from dualign.lm.packing import (
     attention_kept,
@@ -26,6 +29,7 @@ from dualign.lm.packing import (
     wide,
 )
 from dualign.math import losses
+from dualign.params.base import LoraParams
 from dualign.params.training import LossType
 from dualign.training.pair_losses import PAIR_LOSSES, PairBatch
 from dualign.training.run import (
@@ -101,6 +105,23 @@ def train_pairwise(
     """
     with attention_kept(model):
         return run(pairwise_trainer(model, tokenizer, pairs, pair_loss, job), job)
+
+
+def fit_pairs(
+    policy: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    pair_loss: PairLossConfig,
+    job: Job,
+    lora: LoraParams,
+    out: Path,
+) -> Metrics:
+    """Train a policy, or a new adapter on it where `lora` asks for one, and save it in `out`."""
+    policy = with_lora(policy, lora, job.seed)
+    metrics = train_pairwise(policy, tokenizer, pairs, pair_loss, job)
+    with replacing(out) as folder:
+        save(policy, tokenizer, folder)
+    return metrics
 
 
 def pairwise_trainer(

@@ -7,11 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from dualign.core.artifacts import replacing
-from dualign.lm.models import load_policy, load_tokenizer, save, with_lora
+from dualign.lm.models import load_policy, load_tokenizer
 from dualign.params.training import LOSS_FIELDS, SafetyParams, SafetySpec
 from dualign.training.pairs import rows_within_budget, safety_training_pairs
-from dualign.training.pairwise import PairLossConfig, train_pairwise
+from dualign.training.pairwise import PairLossConfig, fit_pairs
 from dualign.training.run import Job
 
 
@@ -35,11 +34,8 @@ def train_at(
     pairs = safety_training_pairs(
         train, policy, tokenizer, job.resources.scoring_batch_size, spec.loss_type
     )
-    policy = with_lora(policy, params.lora, params.seed)
     chosen = spec.model_dump(include=set(LOSS_FIELDS), exclude_none=True)
     pair_loss = PairLossConfig(scale=params.beta / lam, beta=params.beta, **chosen)
-    metrics = train_pairwise(policy, tokenizer, pairs, pair_loss, job)
-    with replacing(out) as folder:
-        save(policy, tokenizer, folder)
+    metrics = fit_pairs(policy, tokenizer, pairs, pair_loss, job, params.lora, out)
     told = spec.model_dump(include={"reference", *LOSS_FIELDS}, exclude_unset=True)
     return {**metrics, "lam": lam, "coefficient": params.beta / lam, **told}

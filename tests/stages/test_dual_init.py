@@ -49,7 +49,7 @@ from dualign.params.training import LagrangianDpoParams
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
 from dualign.stage import Run
-from dualign.training import lagrangian
+from dualign.training import pairwise
 from dualign.training.pairwise import train_pairwise
 from stages import dual_init, lagrangian_dpo
 from tests.stages.conftest import ROOT
@@ -541,7 +541,7 @@ def test_a_limit_on_length_reaches_the_labels_of_a_training(
 
     seen: list[Any] = []
     monkeypatch.setattr(
-        lagrangian, "train_pairwise", lambda *args: seen.append(args[2]) or train_pairwise(*args)
+        pairwise, "train_pairwise", lambda *args: seen.append(args[2]) or train_pairwise(*args)
     )
     given = load(LagrangianDpoParams, ROOT / "params.yaml")
     training = given.training.model_copy(update={"max_steps": 1, "batch_size": 2})

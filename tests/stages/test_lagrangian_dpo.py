@@ -34,7 +34,7 @@ from dualign.params.training import LagrangianDpoParams
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
 from dualign.stage import Run
-from dualign.training import lagrangian
+from dualign.training import pairwise
 from dualign.training.implicit_scores import Sources, scored_tables
 from dualign.training.pairwise import train_pairwise
 from stages import lagrangian_dpo
@@ -251,7 +251,7 @@ def test_pecan_trains_at_the_multiplier_of_its_own_scores(
 ) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(
-        lagrangian, "train_pairwise", lambda *args: seen.extend(args) or train_pairwise(*args)
+        pairwise, "train_pairwise", lambda *args: seen.extend(args) or train_pairwise(*args)
     )
     pair_loss = {
         "labels": "soft",
@@ -354,7 +354,7 @@ def test_a_refresh_goes_on_with_scored_and_priced_answers_of_the_policy(
     """
     seen: list[Any] = []
     monkeypatch.setattr(
-        lagrangian, "train_pairwise", lambda *args: seen.append(args) or train_pairwise(*args)
+        pairwise, "train_pairwise", lambda *args: seen.append(args) or train_pairwise(*args)
     )
     drawn: list[pd.DataFrame] = []
     monkeypatch.setattr(
@@ -401,7 +401,7 @@ def test_a_refresh_that_was_interrupted_trains_and_draws_nothing_twice(
             raise KeyboardInterrupt
         return train_pairwise(*args)
 
-    monkeypatch.setattr(lagrangian, "train_pairwise", train_once)
+    monkeypatch.setattr(pairwise, "train_pairwise", train_once)
     with pytest.raises(KeyboardInterrupt):
         lagrangian_dpo.main(run)
     monkeypatch.setattr(lagrangian_dpo, "roll_out", None)

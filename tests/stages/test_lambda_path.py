@@ -22,7 +22,7 @@ from dualign.params.loading import check
 from dualign.params.training import LambdaPathParams
 from dualign.scoring.support import doubt
 from dualign.stage import Run
-from dualign.training import lagrangian
+from dualign.training import pairwise
 from dualign.training.pairs import pool_pairs, pool_values, samples_of
 from dualign.training.pairwise import train_pairwise
 from stages import lambda_path
@@ -86,7 +86,7 @@ def test_the_second_training_goes_on_from_the_first_against_the_same_reference(
 ) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(
-        lagrangian, "train_pairwise", lambda *args: seen.append(args) or train_pairwise(*args)
+        pairwise, "train_pairwise", lambda *args: seen.append(args) or train_pairwise(*args)
     )
     params = stage_params()
     for name in ("slack", "strict"):
@@ -124,7 +124,7 @@ def test_answers_off_the_support_are_doubted_in_labels_and_anchors(
 ) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(
-        lagrangian, "train_pairwise", lambda *args: seen.append(args) or train_pairwise(*args)
+        pairwise, "train_pairwise", lambda *args: seen.append(args) or train_pairwise(*args)
     )
     params = stage_params()
     pool = read_table(pooled / "data/scored/pool.parquet", POOL)
