@@ -223,7 +223,7 @@ def load_policy(
         check_head(model, base)
         return model
 
-    if whole or _sharded(resources):
+    if whole or is_sharded(resources):
         model = read()
         if is_quantised(model):
             raise ParamsError(
@@ -235,7 +235,7 @@ def load_policy(
     return with_adapter(model, path).to(device_of(resources)) if adapter.is_file() else model
 
 
-def _sharded(resources: Resources) -> bool:
+def is_sharded(resources: Resources) -> bool:
     """Whether each process of several is to hold a shard of what is trained: of a copy, for which
     the model itself makes room.
     """

@@ -21,6 +21,7 @@ from dualign.core.errors import ModelError
 from dualign.core.progress import Progress
 from dualign.core.records import fault
 from dualign.core.schema import Message
+from dualign.lm.engines.interface import by_length
 from dualign.lm.loading import context_of
 from dualign.lm.models import adapter_base, merged, save
 from dualign.lm.numerics import padded_rows
@@ -77,8 +78,7 @@ class Member:
         output = np.zeros(len(rows))
         pad = int(self.loaded.tokenizer.pad_token_id)
         device = self.loaded.model.device
-        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
-        batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+        batches = list(by_length(range(len(rows)), list(map(len, rows)), batch_size))
         scored = []
         with Progress(what, len(rows)) as progress:
             for batch in ranks.share(batches):

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.progress import Progress
+from dualign.lm.engines.interface import by_length
 from dualign.lm.numerics import padded_rows
 
 
@@ -39,15 +40,13 @@ def features(
     model.eval()
     pad = int(tokenizer.pad_token_id)
     lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     found: dict[int, Tensor] = {}
-    with Progress("features", len(order)) as progress:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+    with Progress("features", len(lengths)) as progress:
+        for batch in by_length(range(len(lengths)), lengths, batch_size):
             pooled = _pooled(model, pad, [prompts[i] for i in batch], [answers[i] for i in batch])
             found.update(zip(batch, pooled, strict=True))
             progress.advance(len(batch))
-    return torch.stack([found[i] for i in range(len(order))])
+    return torch.stack([found[i] for i in range(len(lengths))])
 
 
 def projection(dimension_in: int, dimension_out: int, seed: int) -> Tensor:

@@ -24,11 +24,12 @@ from dualign.core import ranks
 from dualign.core.artifacts import faults_told
 from dualign.core.errors import DataError, ParamsError, TrainingError
 from dualign.lm.loading import check_context
+from dualign.lm.models import is_sharded
 from dualign.lm.numerics import device_of, precision_of
 from dualign.params.base import Resources, TrainingParams
 from dualign.training.checkpoints import Sealing, last_checkpoint
 from dualign.training.metering import Meter, Telling, tell_whole
-from dualign.training.sharding import fsdp_arguments, is_sharded
+from dualign.training.sharding import fsdp_arguments
 
 log = logging.getLogger(__name__)
 

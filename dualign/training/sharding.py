@@ -14,14 +14,6 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
-from dualign.core import ranks
-from dualign.params.base import Resources
-
-
-def is_sharded(resources: Resources) -> bool:
-    """Whether a training here holds a shard of the model in each process."""
-    return ranks.world() > 1 and resources.distributed == "fsdp2"
-
 
 def fsdp_arguments() -> dict[str, Any]:
     """What TRL's arguments need for it. Weights are computed with as the model itself says, not in
