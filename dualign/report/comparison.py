@@ -7,6 +7,7 @@ harmful."""
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def compare(
             rows[name] = (
                 _row(evaluated, folder, limit)
                 | _search(root, folder)
-                | nominal_multiplier(root, folder, certificates)
+                | asdict(nominal_multiplier(root, folder, certificates))
             )
             rows[name]["certified"] = _certified(folder, certificates)
             rows[name] |= _against_reference(
@@ -92,7 +93,7 @@ def compare(
         "nearest": _nearest(rows, limit),
         "missing": [name for name in policies if name not in rows and name not in uncertified],
         "uncertified": uncertified,
-        "certificates": certificates,
+        "certificates": {name: as_row(found) for name, found in certificates.items()},
         "policies": rows,
     }
 
@@ -116,18 +117,18 @@ def _answers(path: Path) -> pd.DataFrame:
     return answers
 
 
-def read_certificates(root: Path) -> dict[str, Any]:
+def read_certificates(root: Path) -> dict[str, Certified]:
     """The metrics of every row of `certify`, by name."""
     return {
-        path.stem: as_row(read_record(path, Certified))
+        path.stem: read_record(path, Certified)
         for path in listed(root / "reports/metrics/certify", "*.json")
     }
 
 
-def _certified(folder: str, certificates: dict[str, Any]) -> bool:
+def _certified(folder: str, certificates: dict[str, Certified]) -> bool:
     """Whether a folder holds what a certificate is about."""
     where, _, name = folder.partition("/")
-    return where == "certified" and certificates.get(name, {}).get("returned") is not None
+    return where == "certified" and name in certificates and bool(certificates[name].returned)
 
 
 def win_rate(

@@ -7,10 +7,11 @@ q b of two such policies is one too, to first order, at (1 - q) lambda_a + q lam
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dualign.core.records import (
+    Certified,
     LagrangianMetrics,
     ReferenceMetrics,
     SafetyMetrics,
@@ -22,11 +23,10 @@ from dualign.core.records import (
 )
 from dualign.params.training import TILTING
 
-Row = dict[str, Any]
 
-
-def nominal_multiplier(root: Path, folder: str, certificates: Mapping[str, Any]) -> Row:
-    """The nominal multiplier of a folder of models/: {"lam", "merge_weight", "on_curve", "tilts"}.
+@dataclass(frozen=True)
+class Multiplier:
+    """What a policy was told, and the weight of the merge that it is.
 
     `lam` is None where there is no such tilt: a mixture, the reference, DPO on safety alone, a loss
     that does not tilt, SafeDPO, MODPO, and a merge with one of them. `tilts`: whether it is one
@@ -34,16 +34,27 @@ def nominal_multiplier(root: Path, folder: str, certificates: Mapping[str, Any])
     the predicted frontier at `lam` is about this policy; besides, the prices of additional
     constraints must be those of the curve, not corrected by a search or taken in another share by a
     merge."""
+
+    lam: float | None = None
+    merge_weight: float | None = None
+    on_curve: bool = True
+    tilts: bool = True
+
+
+def nominal_multiplier(
+    root: Path, folder: str, certificates: Mapping[str, Certified]
+) -> Multiplier:
+    """The nominal multiplier of a folder of models/."""
     kind, _, name = folder.partition("/")
     if kind == "certified":
-        return _certified(root, certificates.get(name, {}))
+        return _certified(root, certificates.get(name))
     if kind == "aligned":
         return _searched(
             read_optional_record(root / f"reports/search/{name}.json", SearchResult), _prices(root)
         )
     metrics = root / "reports/metrics"
     trained = (metrics / f"{folder}.json").is_file()
-    return _row(_trained(read_trained(metrics, folder)) if trained else None)
+    return Multiplier(_trained(read_trained(metrics, folder)) if trained else None)
 
 
 def merged_multiplier(q: float, lam: float | None, partner: float | None) -> float | None:
@@ -53,29 +64,29 @@ def merged_multiplier(q: float, lam: float | None, partner: float | None) -> flo
     return None if lam is None or partner is None else (1 - q) * partner + q * lam
 
 
-def _certified(root: Path, certificate: Mapping[str, Any]) -> Row:
-    """That of the returned candidate; a certificate of an older run names no parts."""
-    tests = certificate.get("tests", [])
-    test: Row = next((test for test in tests if test["candidate"] == certificate["returned"]), {})
-    if "q" not in test:
-        return _row(None)
-    policy, partner = (nominal_multiplier(root, test[key], {}) for key in ("policy", "partner"))
-    q = test["q"]
-    if q == 1.0:
+def _certified(root: Path, certificate: Certified | None) -> Multiplier:
+    """That of the returned candidate."""
+    if certificate is None:
+        return Multiplier()
+    test = next((t for t in certificate.tests if t.candidate == certificate.returned), None)
+    if test is None:
+        return Multiplier()
+    policy = nominal_multiplier(root, test.policy, {})
+    partner = nominal_multiplier(root, test.partner, {})
+    if test.q == 1.0:
         return policy
-    if not (policy["tilts"] and partner["tilts"]):
-        return _row(None, q, tilts=False)
-    return _row(
-        merged_multiplier(q, policy["lam"], partner["lam"]), q, on_curve=not any(_prices(root))
-    )
+    if not (policy.tilts and partner.tilts):
+        return Multiplier(None, test.q, on_curve=False, tilts=False)
+    lam = merged_multiplier(test.q, policy.lam, partner.lam)
+    return Multiplier(lam, test.q, on_curve=not any(_prices(root)))
 
 
-def _searched(search: SearchResult | None, prices: list[float]) -> Row:
+def _searched(search: SearchResult | None, prices: list[float]) -> Multiplier:
     if search is None:
-        return _row(None)
+        return Multiplier()
     chosen = search.steps[search.chosen]
     tilts = search.returns != "mixture" and not search.naive
-    return _row(chosen.lam, chosen.q, tilts and chosen.prices in ([], prices), tilts)
+    return Multiplier(chosen.lam, chosen.q, tilts and chosen.prices in ([], prices), tilts)
 
 
 def _prices(root: Path) -> list[float]:
@@ -96,14 +107,3 @@ def _trained(policy: Trained) -> float | None:
         return policy.lam if policy.reference.startswith("reward_dpo/") else None
     helpful = policy.reference == "sft" == policy.margin and policy.safe_offset is None
     return 0.0 if helpful else None
-
-
-def _row(
-    lam: float | None, merge_weight: float | None = None, on_curve: bool = True, tilts: bool = True
-) -> Row:
-    return {
-        "lam": lam,
-        "merge_weight": merge_weight,
-        "on_curve": on_curve and tilts,
-        "tilts": tilts,
-    }

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from dualign.core.artifacts import write_json
-from dualign.report.multipliers import merged_multiplier, nominal_multiplier
+from dualign.core.records import CandidateTest, Certified
+from dualign.report.multipliers import Multiplier, merged_multiplier, nominal_multiplier
 from tests.written import lagrangian, safety, searched, solved
 
 PLAIN = {"reference": "sft", "loss_type": "dpo", "clip": None, "safe_offset": None, "margin": "sft"}
@@ -45,12 +46,17 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def certificate(policy: str, partner: str, q: float) -> dict[str, Any]:
-    tests = [
-        {"candidate": "first"},
-        {"candidate": "it", "policy": policy, "partner": partner, "q": q},
-    ]
-    return {"row": {"returned": "it", "tests": tests}}
+def certificate(
+    policy: str, partner: str, q: float, returned: str | None = "it"
+) -> dict[str, Certified]:
+    parts = {"policy": policy, "partner": partner, "q": q}
+    first = CandidateTest(candidate="first", certified=False, checks=[], **parts | {"q": 0.5})
+    second = CandidateTest(candidate="it", certified=returned == "it", checks=[], **parts)
+    found = Certified(
+        returned=returned, statement="", delta=0.05, requirements=[],
+        candidates=["first", "it"], tests=[first, second],
+    )  # fmt: skip
+    return {"row": found}
 
 
 @pytest.mark.parametrize(
@@ -69,12 +75,7 @@ def certificate(policy: str, partner: str, q: float) -> dict[str, Any]:
 def test_a_training_was_told_a_multiplier_or_none(
     root: Path, folder: str, lam: float | None
 ) -> None:
-    assert nominal_multiplier(root, folder, {}) == {
-        "lam": lam,
-        "merge_weight": None,
-        "on_curve": True,
-        "tilts": True,
-    }
+    assert nominal_multiplier(root, folder, {}) == Multiplier(lam)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_a_training_was_told_a_multiplier_or_none(
 def test_the_frontier_is_not_about_naive_merges_and_mixtures(
     root: Path, name: str, weight: float | None, on_curve: bool
 ) -> None:
-    expected = {"lam": 1.1, "merge_weight": weight, "on_curve": on_curve, "tilts": on_curve}
+    expected = Multiplier(1.1, weight, on_curve, tilts=on_curve)
     assert nominal_multiplier(root, f"aligned/{name}", {}) == expected
 
 
@@ -104,8 +105,8 @@ def test_a_certified_merge_stands_for_what_its_policies_were_told(
     root: Path, policy: str, partner: str, q: float, lam: float | None
 ) -> None:
     found = nominal_multiplier(root, "certified/row", certificate(policy, partner, q))
-    assert found["lam"] == (None if lam is None else pytest.approx(lam))
-    assert found["merge_weight"] == (None if q == 1.0 else q)
+    assert found.lam == (None if lam is None else pytest.approx(lam))
+    assert found.merge_weight == (None if q == 1.0 else q)
 
 
 def test_a_merge_is_off_the_curve_where_it_takes_its_share_of_further_prices(root: Path) -> None:
@@ -115,16 +116,11 @@ def test_a_merge_is_off_the_curve_where_it_takes_its_share_of_further_prices(roo
         found = nominal_multiplier(
             root, "certified/row", certificate("aligned/dualign", "reward_dpo/plain", 1.5)
         )
-        assert found == {
-            "lam": pytest.approx(1.8),
-            "merge_weight": 1.5,
-            "on_curve": on_curve,
-            "tilts": True,
-        }
+        assert found == Multiplier(pytest.approx(1.8), 1.5, on_curve)
         whole = nominal_multiplier(
             root, "certified/row", certificate("aligned/dualign", "reward_dpo/plain", 1.0)
         )
-        assert whole["on_curve"]
+        assert whole.on_curve
 
 
 def test_a_search_that_corrected_prices_left_the_curve(root: Path) -> None:
@@ -132,27 +128,17 @@ def test_a_search_that_corrected_prices_left_the_curve(root: Path) -> None:
     for prices, on_curve in (([0.3], True), ([0.4], False), ([], True)):
         write_json(root / "reports/search/corrected.json", searched({"lam": 1.1, "prices": prices}))
         found = nominal_multiplier(root, "aligned/corrected", {})
-        assert (found["lam"], found["on_curve"], found["tilts"]) == (1.1, on_curve, True)
+        assert (found.lam, found.on_curve, found.tilts) == (1.1, on_curve, True)
     merged = nominal_multiplier(
         root, "certified/row", certificate("aligned/corrected", "reward_dpo/plain", 1.5)
     )
-    assert merged["lam"] == pytest.approx(1.65)
+    assert merged.lam == pytest.approx(1.65)
 
 
-@pytest.mark.parametrize(
-    "certificates",
-    [
-        {},
-        {"row": {"returned": None, "tests": [{"candidate": "it"}]}},
-        {"row": {"returned": "it", "tests": [{"candidate": "it"}]}},
-    ],
-)
-def test_no_certified_policy_and_older_certificates_tell_nothing(
-    root: Path, certificates: dict[str, Any]
-) -> None:
-    assert nominal_multiplier(root, "certified/row", certificates) == {
-        "lam": None, "merge_weight": None, "on_curve": True, "tilts": True,
-    }  # fmt: skip
+def test_where_no_policy_is_certified_nothing_is_told(root: Path) -> None:
+    without = certificate("aligned/dualign", "reward_dpo/plain", 1.5, returned=None)
+    for certificates in ({}, without):
+        assert nominal_multiplier(root, "certified/row", certificates) == Multiplier()
 
 
 def test_the_multiplier_of_a_merge_by_hand() -> None:
