@@ -297,6 +297,7 @@ all that a stage wrote but its provenance; where its inputs differ already, so d
 shows the clock."""
 
 
+@options.one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write cost.json and cost.md."""
     parser = argparse.ArgumentParser(
@@ -321,13 +322,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--stages goes with --inputs, a run that has written what they read")
     work = given.work.absolute()
     roots = {"now": ROOT, **({"before": given.before.absolute()} if given.before else {})}
-    try:
-        sides = [set_up(name, root, work, given.inputs) for name, root in reversed(roots.items())]
-        whole = given.inputs is not None or not given.stages
-        found = measure(sides, given.stages, work, whole=whole)
-    except DualignError as error:
-        log.error("%s", error)
-        return error.status
+    sides = [set_up(name, root, work, given.inputs) for name, root in reversed(roots.items())]
+    whole = given.inputs is not None or not given.stages
+    found = measure(sides, given.stages, work, whole=whole)
     options.publish(
         given.out, "cost", found, page(_command(given), [side.name for side in sides], found)
     )

@@ -314,15 +314,7 @@ def _ours(
     name: str, given: Settings, pairs: Sequence[Pair], folder: Path
 ) -> tuple[Any, dict[str, Any]]:
     """Our trainer, and what was before its first step."""
-    resources: Resources = load_resources().model_copy(
-        update={
-            "device": given.device,
-            "precision": given.precision,
-            "micro_batch_size": None,
-            "checkpoint_steps": 10**6,
-            "log_steps": 1,
-        }
-    )
+    resources = uninterrupted(given.device, given.precision)
     tokenizer = load_tokenizer(given.base)
     model = load_policy(given.base, resources, trained=True)
     size = size_of(model)
@@ -331,23 +323,27 @@ def _ours(
     began = seconds(given.cuda)
     known = with_reference(pairs, model, tokenizer, 2 * given.batch)
     reference = (seconds(given.cuda) - began) / len(pairs)
-    schedule = TrainingParams(
-        epochs=1.0,
-        batch_size=given.batch,
-        learning_rate=given.rate,
-        adam_beta2=0.999,
-        warmup=0.0,
-        schedule="constant",
-        weight_decay=0.0,
-        max_length=given.tokens,
-        max_steps=len(pairs) // given.batch,
-    )
-    job = Job(schedule, resources, folder, given.seed)
+    training = schedule(given.batch, given.rate, given.tokens, len(pairs) // given.batch)
+    job = Job(training, resources, folder, given.seed)
     trainer = pairwise_trainer(model, tokenizer, known, PairLossConfig(_BETA, _BETA), job)
     trainer.args.train_sampling_strategy = "sequential"
     if name in ("padded", "before"):
         trainer._packed = False
     return trainer, {"reference": reference, **asdict(size)}
+
+
+def uninterrupted(device: str, precision: str) -> Resources:
+    """The resources of params.yaml, for whole batches and without checkpoints."""
+    changed = {"device": device, "precision": precision, "micro_batch_size": None}
+    return load_resources().model_copy(update=changed | {"checkpoint_steps": 10**6, "log_steps": 1})
+
+
+def schedule(batch: int, rate: float, tokens: int, steps: int) -> TrainingParams:
+    """Steps at a constant learning rate."""
+    return TrainingParams(
+        epochs=1.0, batch_size=batch, learning_rate=rate, adam_beta2=0.999, warmup=0.0,
+        schedule="constant", weight_decay=0.0, max_length=tokens, max_steps=steps,
+    )  # fmt: skip
 
 
 def by_torch(model: torch.nn.Module) -> None:
@@ -604,15 +600,12 @@ def _changed(given: Settings) -> list[str]:
     ]
 
 
+@options.one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write dpo-speed.json and .md (dpo-speed-bf16, dpo-speed-parts)."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     given, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
-    try:
-        found = measure(given)
-    except DualignError as error:
-        log.error("%s", error)
-        return error.status
+    found = measure(given)
     given = replace(given, base=Path(given.base).name, data="FOLDER")
     name = "-".join(["dpo-speed", *_changed(given)])
     options.tell(out, name, PROGRAM, given, page(given, found), found=found)

@@ -28,7 +28,6 @@ from ruamel.yaml import YAML
 from bench import options
 from bench.cost import ROOT, commit, one_stage, set_up, spent
 from dualign.core.artifacts import replacing
-from dualign.core.errors import DualignError
 from pipeline.dvc.deps import is_code
 
 log = logging.getLogger(__name__)
@@ -165,6 +164,7 @@ each instance that lists a parameter;
 it reads `dvc.yaml` and `dvc.lock` twice, with `-P` once."""
 
 
+@options.one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write idle.json and idle.md."""
     parser = argparse.ArgumentParser(
@@ -184,11 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    try:
-        seconds = in_turn(projects(given.work.absolute(), given.inputs.absolute()))
-    except DualignError as error:
-        log.error("%s", error)
-        return error.status
+    seconds = in_turn(projects(given.work.absolute(), given.inputs.absolute()))
     options.publish(given.out, "idle", seconds, page(seconds))
     return 0
 

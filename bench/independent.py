@@ -48,8 +48,6 @@ from dualign.training.fitting import crosswise, gaps, heldout_answers
 from pipeline.dvc.overlay import whole
 from pipeline.dvc.parameters import assign
 
-log = logging.getLogger(__name__)
-
 PROGRAM = "python -m bench.independent"
 Array = np.ndarray
 
@@ -303,16 +301,13 @@ def _judged(sides: Sequence[Side], plan: Plan) -> list[dict[str, Any]]:
         ) from error
 
 
+@options.one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; write independent.md and independent.json. Returns the exit status."""
     settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("dvc").setLevel(logging.WARNING)
-    try:
-        found = found_in(laboratories(settings), settings)
-    except DualignError as error:
-        log.error("%s", error)
-        return error.status
+    found = found_in(laboratories(settings), settings)
     settings = replace(
         settings, data="FOLDER", base="FOLDER", work=Settings.work
     )  # folders of one machine say nothing

@@ -41,8 +41,7 @@ from dualign.lm.models import (
     save,
     with_lora,
 )
-from dualign.params.base import LoraParams, Resources, TrainingParams
-from dualign.params.loading import load_resources
+from dualign.params.base import LoraParams, Resources
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
 from dualign.training.pairs import with_reference
@@ -110,7 +109,7 @@ def peak() -> float:
 def side(name: str, given: Settings, out: Path) -> None:
     """A process: load, prepare and train as one side does, and write its peaks in MiB."""
     torch.set_num_threads(given.threads)
-    resources = _resources(given)
+    resources = dpo_speed.uninterrupted("cpu", given.precision)
     pairs = dpo_speed.pairs_of(given.rows)["PKU"][: given.steps * given.batch]
     tokenizer = load_tokenizer(given.base)
     began = peak()
@@ -135,7 +134,7 @@ def side(name: str, given: Settings, out: Path) -> None:
 
 def holding(name: str, given: Settings, out: Path) -> None:
     """A process that loads what a stage of LoRA holds, and writes its memory in MiB."""
-    resources = _resources(given)
+    resources = dpo_speed.uninterrupted("cpu", given.precision)
     folder = Path(given.data)  # where `_laid_out` has put the models
     peak()
     models: list[Any] = []
@@ -156,7 +155,7 @@ def laid_out(given: Settings, folder: Path) -> None:
     shutil.copytree(given.base, sft)
     tokenizer = load_tokenizer(sft)
     lora = LoraParams(rank=_RANK, alpha=16.0, dropout=0.0, target_modules="all-linear")
-    resources = _resources(given)
+    resources = dpo_speed.uninterrupted("cpu", given.precision)
     save(with_lora(load_policy(sft, resources), lora, 0), tokenizer, folder / "policy")
     for name in ("reward_model", "cost_model"):
         backbone = load_scorer_backbone(str(sft), tokenizer, resources, 0, trained=False)
@@ -173,19 +172,8 @@ def supervised(pairs: Sequence[Pair], *, both: bool) -> list[tuple[list[int], li
     ]
 
 
-def _resources(given: Settings) -> Resources:
-    changed = {
-        "device": "cpu", "precision": given.precision, "micro_batch_size": None,
-        "checkpoint_steps": 10**6, "log_steps": 10**6,
-    }  # fmt: skip
-    return load_resources().model_copy(update=changed)
-
-
 def _job(given: Settings, resources: Resources, folder: Path, batch: int) -> Job:
-    training = TrainingParams(
-        epochs=1.0, batch_size=batch, learning_rate=1e-6, adam_beta2=0.999, warmup=0.0,
-        schedule="constant", weight_decay=0.0, max_length=given.tokens, max_steps=given.steps,
-    )  # fmt: skip
+    training = dpo_speed.schedule(batch, 1e-6, given.tokens, given.steps)
     return Job(training, resources, folder, given.seed)
 
 
@@ -202,7 +190,10 @@ def measure(given: Settings) -> dict[str, Any]:
             log.info("round %d, %s: %s", turn + 1, name, rounds[name][-1])
     held = _held(given)
     weights = sum(
-        weight.numel() for weight in load_policy(given.base, _resources(given)).parameters()
+        weight.numel()
+        for weight in load_policy(
+            given.base, dpo_speed.uninterrupted("cpu", given.precision)
+        ).parameters()
     )
     return {"weights": weights, "rounds": rounds, "sides": _medians(rounds), "stage": held}
 
@@ -284,15 +275,12 @@ _NOTES = """\
 anew, so that of training holds weights, gradients, the optimiser's two moments and activations."""
 
 
+@options.one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write memory.json and memory.md (memory-bf16)."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     given, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
-    try:
-        found = measure(given)
-    except DualignError as error:
-        log.error("%s", error)
-        return error.status
+    found = measure(given)
     given = replace(given, base=Path(given.base).name, data="FOLDER")
     usual = given.precision == Settings().precision
     name = "memory" if usual else f"memory-{given.precision}"

@@ -18,7 +18,6 @@ from typing import Any
 
 from bench import options
 from dualign.core.artifacts import listed, read_json
-from dualign.core.errors import DualignError
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +106,7 @@ def _cell(values: list[float | None] | None) -> str:
     return f"{mean:.2f}" if low is None or high is None else f"{mean:.2f} ({low:.2f} to {high:.2f})"
 
 
+@options.one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables of a run. Returns the status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -119,11 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("bench/results"), help="folder (default: %(default)s)"
     )
     given = parser.parse_args(argv)
-    try:
-        found = collect(given.run)
-    except DualignError as error:
-        log.error("%s", error)
-        return error.status
+    found = collect(given.run)
     options.publish(given.out, given.name, found, page(found, f"{PROGRAM} --name {given.name}"))
     log.info("%s", given.out / f"{given.name}.md")
     return 0

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from bench import options
-from dualign.core.errors import DataError, DualignError
+from dualign.core.errors import DataError
 from dualign.data.files import read_file
 from dualign.evaluation.agreement import Agreement, agreement
 from dualign.evaluation.refusals import (
@@ -178,6 +178,7 @@ which refuses in one sentence that no other model says. None of the answers is i
 repository."""
 
 
+@options.one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write refusals.json and refusals.md."""
     parser = argparse.ArgumentParser(
@@ -188,11 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of results")
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    try:
-        data = read(given.data)
-    except DualignError as error:
-        log.error("%s", error)
-        return error.status
+    data = read(given.data)
     found = compared(data, judged(data, given.folds))
     people = between_people(data)
     content = {"judges": found, "people": people}
