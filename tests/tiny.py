@@ -1,7 +1,14 @@
-"""The model of a few thousand weights that tests train and ask."""
+"""The models of a few thousand weights that tests train and ask."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from dualign.lm.models import save
 from dualign.params.models import ScratchParams
 
 TINY = ScratchParams(
@@ -15,3 +22,19 @@ TINY = ScratchParams(
 )
 #: A little wider, where a training must learn something.
 WIDER = TINY.model_copy(update={"hidden_size": 32, "intermediate_size": 48})
+
+
+def llama(**shape: Any) -> LlamaForCausalLM:
+    """A Llama with random weights of seed 0, of two layers and two heads if nothing is said."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(**{"num_hidden_layers": 2, "num_attention_heads": 2} | shape)
+    )
+
+
+def saved_llama(tokenizer: PreTrainedTokenizerBase, folder: Path, **shape: Any) -> Path:
+    """Such a one with this tokenizer in a folder."""
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = llama(vocab_size=320, max_position_embeddings=64, **ends, **shape)
+    save(model, tokenizer, folder)
+    return folder

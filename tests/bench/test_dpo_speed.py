@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import dpo_speed
 from bench.dpo_speed import Settings, measure, medians, page, pairs_of, tokens, work
@@ -16,20 +15,14 @@ from dualign.lm.flops import ModelSize, size_of
 from dualign.lm.models import build_scratch, load_tokenizer, save
 from dualign.params.models import ScratchParams
 from dualign.training.pairwise import Pair
+from tests.tiny import llama
 
 PAIR = Pair([1] * 3, [2] * 2, [3] * 5, 0.0, 0.0)
 
 
 def test_the_work_of_a_step_by_hand() -> None:
-    config = LlamaConfig(
-        vocab_size=10,
-        hidden_size=8,
-        intermediate_size=6,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    size = size_of(LlamaForCausalLM(config))
+    shape = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 6}
+    size = size_of(llama(**shape, num_hidden_layers=3, num_key_value_heads=1))
     layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 6
     assert size == ModelSize(3 * layer, 0, 80, True, 3, 8)
     expected = 6 * 3 * layer * (5 + 8) + 6 * 80 * (2 + 5) + 6 * 3 * 8 * (5**2 + 8**2)

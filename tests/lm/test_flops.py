@@ -6,25 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from dualign.core.peaks import peak_of
 from dualign.lm.flops import ModelSize, Tokens, reading_flop, size_of, training_flop
+from tests.tiny import llama
 
 ROWS, LENGTH = 3, 7
-
-
-def llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=11,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config)
+SHAPE = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_key_value_heads": 1}
 
 
 def counted(model: torch.nn.Module, backward: bool) -> float:
@@ -44,7 +33,7 @@ def every_position() -> Tokens:
 
 
 def test_products_are_those_that_torch_counts() -> None:
-    model = llama()
+    model = llama(**SHAPE)
     size = size_of(model)
     assert (size.frozen, size.head, size.layers, size.attention) == (0, 88, 2, 8)
     assert training_flop(size, every_position()) == counted(model, backward=True)
@@ -52,7 +41,7 @@ def test_products_are_those_that_torch_counts() -> None:
 
 
 def test_a_frozen_base_has_no_gradient_of_its_weights() -> None:
-    base = llama()
+    base = llama(**SHAPE)
     whole = size_of(base)
     model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
     size = size_of(model)

@@ -13,8 +13,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerBase,
 )
 
@@ -26,6 +24,7 @@ from dualign.lm.models import train_tokenizer
 from dualign.params.base import LoraParams, Resources, TrainingParams
 from dualign.training.pairwise import Pair, PairLossConfig, train_pairwise
 from dualign.training.run import Job
+from tests.tiny import saved_llama
 
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
 IDS = torch.tensor([[3, 5, 8, 9, 11, 4]])
@@ -40,14 +39,8 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def base(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=64, initializer_range=0.4,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    models.save(LlamaForCausalLM(config), tokenizer, tmp_path / "base")
-    return tmp_path / "base"
+    shape = {"hidden_size": 16, "intermediate_size": 24, "initializer_range": 0.4}
+    return saved_llama(tokenizer, tmp_path / "base", **shape)
 
 
 def adapter(

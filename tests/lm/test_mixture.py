@@ -13,9 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign.core.errors import ModelError
 from dualign.core.schema import user
-from dualign.data import world
 from dualign.lm.mixture import Mixture, mixture_log_probability, policy_at, write_mixture
-from dualign.lm.models import build_scratch, save, train_tokenizer
+from dualign.lm.models import build_scratch, save
 from dualign.lm.sampling import log_probabilities, sample
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.params.base import Resources
@@ -29,11 +28,6 @@ QUESTIONS = [
 ]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return train_tokenizer([answer.text for answer in world.answers(world.prompts()[0])], 300)
 
 
 @pytest.fixture(scope="module")

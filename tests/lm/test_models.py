@@ -33,6 +33,7 @@ from dualign.lm.sampling import sample
 from dualign.lm.tokens import PLAIN_TEMPLATE, encode_prompts
 from dualign.params.base import LoraParams, Resources
 from tests.lm.layouts import CHATS, byte_level
+from tests.lm.test_numerics import stir
 from tests.stages.conftest import rows as pair_rows
 from tests.tiny import WIDER
 from tests.written import solved
@@ -242,14 +243,6 @@ def test_a_new_pad_token_gets_a_row_and_the_old_rows_stay(
 # --- adapters -------------------------------------------------------------------------------------
 
 
-def stir(model: torch.nn.Module) -> None:
-    """Give every adapter weight a value, as training would."""
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
-
-
 def test_fresh_adapters_change_nothing_and_train_alone(policy: Path, resources: Resources) -> None:
     plain = models.load_policy(policy, resources)
     before = logits(plain)
@@ -316,7 +309,7 @@ def test_a_genuine_llama_loads_and_samples_words(real_data: Path, resources: Res
     )
     drawn = sample(model, tokenizer, prompts, count=3, max_new_tokens=20, batch_size=6, seed=0)
     assert [one.prompt for one in drawn] == [0, 0, 0, 1, 1, 1]
-    assert all(any(c.isalpha() for c in one.text) for one in drawn)
+    assert all(any(map(str.isalpha, one.text)) for one in drawn)
     assert all(
         token < model.get_input_embeddings().num_embeddings for one in drawn for token in one.tokens
     )
@@ -344,10 +337,8 @@ def workspace(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     ).save_pretrained(folder / "base/grown")
     padless.save_pretrained(folder / "base/grown")
     pairs = pair_rows("better_response_id")
-    kept = {
-        name: [row[name] for row in pairs] for name in ("prompt_id", "prompt", "source", "split")
-    }
-    rows = pd.DataFrame(kept).assign(response=[row["chosen"] for row in pairs])
+    rows = pd.DataFrame(pairs)[["prompt_id", "prompt", "source", "split", "chosen"]]
+    rows = rows.rename(columns={"chosen": "response"})
     prepared = folder / "data/prepared"
     write_parquet(prepared / "sft.parquet", rows.to_dict("records"), SFT)
     write_parquet(prepared / "helpful_pairs.parquet", pairs, HELPFUL_PAIRS)

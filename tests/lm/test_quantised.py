@@ -11,8 +11,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerBase,
 )
 
@@ -27,6 +25,7 @@ from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
 from dualign.training.pairwise import Pair, PairLossConfig, train_pairwise
 from dualign.training.run import Job
+from tests.tiny import saved_llama
 
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", quantise="nf4")
 IDS = torch.tensor([[3, 5, 8, 9, 11, 4]])
@@ -41,14 +40,8 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def whole(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=64, initializer_range=0.2,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    models.save(LlamaForCausalLM(config), tokenizer, tmp_path / "base")
-    return tmp_path / "base"
+    shape = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.2}
+    return saved_llama(tokenizer, tmp_path / "base", **shape)
 
 
 @pytest.fixture

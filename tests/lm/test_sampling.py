@@ -17,9 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign.core.errors import ParamsError
 from dualign.core.schema import user
-from dualign.data import world
 from dualign.lm import packing
-from dualign.lm.models import build_scratch, train_tokenizer
+from dualign.lm.models import build_scratch
 from dualign.lm.numerics import in_precision
 from dualign.lm.sampling import (
     Draws,
@@ -44,11 +43,6 @@ QUESTIONS = [
 RESOURCES = load_resources(ROOT / "params.yaml")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return train_tokenizer([answer.text for answer in world.answers(world.prompts()[0])], 300)
 
 
 @pytest.fixture(scope="module")

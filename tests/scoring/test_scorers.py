@@ -25,7 +25,6 @@ from dualign.lm.models import (
 )
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.params.base import LoraParams, Resources
-from dualign.params.loading import load_resources
 from dualign.scoring.calibration import Isotonic, Platt
 from dualign.scoring.scorers import Scorer, conversations
 from dualign.training.scorer import ScoredPair, _FlagCollator, _ranked
@@ -39,13 +38,6 @@ PROMPTS: list[list[Message]] = [user(QUESTION), user("Why?")] * 6
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def resources() -> Resources:
-    return load_resources(ROOT / "params.yaml").model_copy(
-        update={"device": "cpu", "precision": "fp32"}
-    )
 
 
 @pytest.fixture(scope="module")

@@ -4,18 +4,22 @@ pairs of each kind.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import write_json, write_parquet
 from dualign.core.schema import HELPFUL_PAIRS, SAFETY_PAIRS, SUPPORT, pair_id, prompt_id, user
 from dualign.data import world
-from dualign.lm.models import build_scratch, save, train_tokenizer
+from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_tokenizer
 from dualign.params.base import Resources
 from dualign.params.loading import load_resources
+from dualign.scoring.calibration import Calibration, Platt
+from dualign.scoring.scorers import Scorer
 from tests.tiny import TINY
 from tests.written import held_out, solved
 
@@ -33,17 +37,14 @@ FLAGS = [
 ]
 
 
-def rows(label: str) -> list[dict[str, Any]]:
-    """Seven pairs with flags and one without, by the label of the world's annotators; one more row
-    is held out.
-    """
+def pairs_of(label: str, count: int, seed: int, sharpness: float = 4.0) -> list[dict[str, Any]]:
+    """Pairs of the world with flags by the label of its annotators, every other one held out."""
     found = []
-    for i, row in enumerate(world.pku_rows(9, seed=1, sharpness=1.0)):
+    for i, row in enumerate(world.pku_rows(count, seed, sharpness)):
         prompt = user(row["prompt"])
         winner = row[label]
         chosen = row[f"response_{winner}"]
         rejected = row[f"response_{1 - winner}"]
-        flags = FLAGS[i] if i < len(FLAGS) else (None, None)
         found.append(
             {
                 "pair_id": pair_id(prompt, chosen, rejected),
@@ -52,11 +53,21 @@ def rows(label: str) -> list[dict[str, Any]]:
                 "chosen": chosen,
                 "rejected": rejected,
                 "source": "world",
-                "split": "train" if i < 8 else "heldout",
-                "chosen_is_safe": flags[0],
-                "rejected_is_safe": flags[1],
+                "split": ("train", "heldout")[i % 2],
+                "chosen_is_safe": row[f"is_response_{winner}_safe"],
+                "rejected_is_safe": row[f"is_response_{1 - winner}_safe"],
             }
         )
+    return found
+
+
+def rows(label: str) -> list[dict[str, Any]]:
+    """Seven pairs with `FLAGS` and one without; one more row is held out."""
+    found = pairs_of(label, 9, seed=1, sharpness=1.0)
+    for row, flags in zip(found, [*FLAGS, *[(None, None)] * 2], strict=True):
+        row["chosen_is_safe"], row["rejected_is_safe"] = flags
+        row["split"] = "train"
+    found[-1]["split"] = "heldout"
     return found
 
 
@@ -82,6 +93,19 @@ def workspace(
     write_json(tmp_path / "data/dual/dual.json", solved())
     write_parquet(tmp_path / "data/scored/support.parquet", held_out(), SUPPORT)
     return tmp_path
+
+
+def save_scorers(
+    tokenizer: PreTrainedTokenizerBase,
+    resources: Resources,
+    calibration: Calibration = Platt(1.0, 0.0),  # noqa: B008 (frozen)
+    names: Sequence[str] = ("reward_model", "cost_model"),
+) -> None:
+    """Scorers of random heads on `models/sft`, beside it."""
+    for seed, name in enumerate(names):
+        model = load_scorer_backbone("models/sft", tokenizer, resources, seed)
+        torch.nn.init.normal_(model.score.weight, std=0.5)
+        Scorer(model, tokenizer, calibration).save(Path("models") / name)
 
 
 @pytest.fixture

@@ -29,18 +29,17 @@ from dualign.core.errors import AwaitingLabels, DataError, DualignError
 from dualign.core.schema import ANSWERS, LABELS, PROMPTS, prompt_id, read_table, user
 from dualign.data import world
 from dualign.evaluation.stats import clustered_mean
-from dualign.lm.models import load_policy, load_scorer_backbone
+from dualign.lm.models import load_policy
 from dualign.math.bounds import sample_size
 from dualign.params.base import Resources
 from dualign.params.certify import CertifyParams, CertifyRun, LabelParams, ScreenParams
 from dualign.params.evaluate import EvaluateParams
 from dualign.params.loading import load
 from dualign.report.comparison import compare
-from dualign.scoring.calibration import Platt
-from dualign.scoring.scorers import Scorer
 from dualign.stage import Run
 from stages.certify import main
 from stages.evaluate import main as evaluate
+from tests.stages.conftest import save_scorers
 from tests.written import solved
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,10 +52,7 @@ def ready(
     workspace: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources, one_thread: None
 ) -> None:
     """Prompts and scorers beside the policies of the workspace."""
-    for seed, name in enumerate(("reward_model", "cost_model")):
-        model = load_scorer_backbone("models/sft", tokenizer, resources, seed)
-        torch.nn.init.normal_(model.score.weight, std=0.5)
-        Scorer(model, tokenizer, Platt(1.0, 0.0)).save(workspace / "models" / name)
+    save_scorers(tokenizer, resources)
     rows = [
         {"prompt_id": prompt_id(user(text)), "prompt": user(text), "source": "world"}
         for text in TEXTS

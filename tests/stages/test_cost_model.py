@@ -14,8 +14,7 @@ import pytest
 
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import DataError
-from dualign.core.schema import SAFETY_PAIRS, pair_id, prompt_id, user
-from dualign.data import world
+from dualign.core.schema import SAFETY_PAIRS, user
 from dualign.params.base import Resources
 from dualign.params.loading import load
 from dualign.params.models import CostModelParams, GivenScorer
@@ -33,6 +32,7 @@ from dualign.scoring.scorers import Scorer
 from dualign.scoring.zero import flagged_arrays
 from dualign.stage import Run
 from stages.cost_model import NOTHING, calibrate, heldout_answers, main
+from tests.stages.conftest import pairs_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = {
@@ -222,7 +222,7 @@ def test_a_guard_may_be_the_cost_model(workspace: Path, resources: Resources) ->
     """
     write_parquet(
         workspace / "data/prepared/safety_pairs.parquet",
-        flagged_pairs(40).to_dict("records"),
+        pairs_of("safer_response_id", 40, seed=1),
         SAFETY_PAIRS,
     )
     params = load(CostModelParams, ROOT / "params.yaml")
@@ -244,30 +244,6 @@ def test_a_guard_may_be_the_cost_model(workspace: Path, resources: Resources) ->
     assert read_json("reports/metrics/cost_model.json")["calibration_helps"] is None
 
 
-def flagged_pairs(count: int) -> pd.DataFrame:
-    """Pairs of the world, every other one held out."""
-    found = []
-    for i, row in enumerate(world.pku_rows(count, seed=1, sharpness=4.0)):
-        prompt = user(row["prompt"])
-        safer = row["safer_response_id"]
-        chosen = row[f"response_{safer}"]
-        rejected = row[f"response_{1 - safer}"]
-        found.append(
-            {
-                "pair_id": pair_id(prompt, chosen, rejected),
-                "prompt_id": prompt_id(prompt),
-                "prompt": prompt,
-                "chosen": chosen,
-                "rejected": rejected,
-                "source": "world",
-                "split": ("train", "heldout")[i % 2],
-                "chosen_is_safe": row[f"is_response_{safer}_safe"],
-                "rejected_is_safe": row[f"is_response_{1 - safer}_safe"],
-            }
-        )
-    return pd.DataFrame(found)
-
-
 @pytest.mark.parametrize(
     ("kind", "zero_pairs"), [("platt", 0), ("isotonic", 0), ("platt", 100), ("isotonic", 1000)]
 )
@@ -275,7 +251,7 @@ def test_the_stage_saves_the_calibration_that_its_metrics_describe(
     workspace: Path, resources: Resources, kind: str, zero_pairs: int
 ) -> None:
     """With training pairs for the zero it is that of 100 of them, or of all 200."""
-    pairs = flagged_pairs(400)
+    pairs = pd.DataFrame(pairs_of("safer_response_id", 400, seed=1))
     write_parquet(
         workspace / "data/prepared/safety_pairs.parquet", pairs.to_dict("records"), SAFETY_PAIRS
     )

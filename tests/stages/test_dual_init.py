@@ -28,7 +28,7 @@ from dualign.core.schema import (
 )  # fmt: skip
 from dualign.data import world
 from dualign.evaluation.rollout import Scorers, roll_out
-from dualign.lm.models import build_scratch, load_scorer_backbone, save
+from dualign.lm.models import build_scratch, save
 from dualign.lm.tokens import answer_lengths, encode_prompts
 from dualign.math.dual.advice import samples_for_ess
 from dualign.math.dual.joint import solve_many
@@ -46,13 +46,11 @@ from dualign.params.base import PessimismParams, Resources
 from dualign.params.dual import ConstraintSpec, DualInitParams
 from dualign.params.loading import load
 from dualign.params.training import LagrangianDpoParams
-from dualign.scoring.calibration import Platt
-from dualign.scoring.scorers import Scorer
 from dualign.stage import Run
 from dualign.training import pairwise
 from dualign.training.pairwise import train_pairwise
 from stages import dual_init, lagrangian_dpo
-from tests.stages.conftest import ROOT
+from tests.stages.conftest import ROOT, save_scorers
 from tests.tiny import TINY
 from tests.written import held_out
 
@@ -481,10 +479,7 @@ def tiny(
         state = policy.model(input_ids=prompt).last_hidden_state[0].mean(0)
         policy.lm_head.weight[tokenizer.eos_token_id] = 4 * state / (state @ state)
     save(policy, tokenizer, Path("models/sft"))
-    for seed, name in enumerate(("reward_model", "cost_model")):
-        backbone = load_scorer_backbone("models/sft", tokenizer, resources, seed)
-        torch.nn.init.normal_(backbone.score.weight, std=0.5)
-        Scorer(backbone, tokenizer, Platt()).save(Path("models") / name)
+    save_scorers(tokenizer, resources)
     scorers = Scorers.load(resources)
     prompts = pd.DataFrame(
         [{"prompt_id": prompt_id(user(q)), "prompt": user(q), "source": "world"} for q in QUESTIONS]
@@ -492,6 +487,8 @@ def tiny(
     write_parquet("data/prepared/pool.parquet", prompts, PROMPTS)
     pool = roll_out(scorers.reference, prompts, scorers, count=6, max_new_tokens=12, seed=3)
     write_parquet("data/scored/pool.parquet", pool, POOL)
+    scores = ("reward", "cost", "logp_ref")
+    columns = [f"{name}_{side}" for name in scores for side in ("chosen", "rejected")]
     pairs = [
         {
             "pair_id": pair_id(user(q), "yes indeed, so it is", "no"),
@@ -502,11 +499,7 @@ def tiny(
             "source": "world",
             "split": "train",
             "kind": "helpful",
-            **{
-                f"{name}_{side}": 0.1
-                for name in ("reward", "cost", "logp_ref")
-                for side in ("chosen", "rejected")
-            },
+            **dict.fromkeys(columns, 0.1),
         }
         for q in QUESTIONS
     ]

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import read_json, write_parquet
@@ -18,7 +17,7 @@ from dualign.evaluation.effective_tilt import TILT_SAMPLES, effective_tilt
 from dualign.evaluation.rollout import Scorers, roll_out
 from dualign.evaluation.shares import clustered_share
 from dualign.evaluation.stats import clustered_mean
-from dualign.lm.models import load_policy, load_scorer_backbone
+from dualign.lm.models import load_policy
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_prompts
 from dualign.params.base import Resources
@@ -26,10 +25,10 @@ from dualign.params.dual import ConstraintSpec
 from dualign.params.evaluate import EvaluateParams
 from dualign.params.loading import load
 from dualign.scoring.calibration import Platt
-from dualign.scoring.scorers import Scorer
 from dualign.stage import Run
 from stages import evaluate
 from stages.evaluate import additional_constraints
+from tests.stages.conftest import save_scorers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,10 +40,7 @@ def judged(workspace: Path, tokenizer: PreTrainedTokenizerBase, resources: Resou
     """The folder of the stages with scorers, a pool of five samples a prompt, and prompts from
     nowhere in the world.
     """
-    for seed, name in enumerate(("reward_model", "cost_model")):
-        scorer = load_scorer_backbone("models/sft", tokenizer, resources, seed)
-        torch.nn.init.normal_(scorer.score.weight, std=0.5)
-        Scorer(scorer, tokenizer, Platt(1.0, 0.5)).save(workspace / "models" / name)
+    save_scorers(tokenizer, resources, Platt(1.0, 0.5))
     questions = world.prompts()[::900]
     prompts = [
         {"prompt_id": prompt_id(user(q)), "prompt": user(q), "source": "somewhere"}

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import read_json, write_parquet
@@ -29,7 +28,7 @@ from dualign.core.schema import (
 )
 from dualign.data import world
 from dualign.evaluation.refusals import refuses_by_rules
-from dualign.lm.models import build_scratch, load_scorer_backbone, save
+from dualign.lm.models import build_scratch, save
 from dualign.params.base import Resources
 from dualign.params.judging import JudgeParams
 from dualign.params.loading import load
@@ -38,7 +37,7 @@ from dualign.scoring.scorers import Scorer
 from dualign.stage import Run
 from stages import judge
 from tests.judging.chat_server import ChatServer
-from tests.stages.conftest import rows
+from tests.stages.conftest import rows, save_scorers
 from tests.tiny import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,10 +53,9 @@ def answered(
     """The folder of the stages with two suites answered by two policies, scorers and labelled
     answers.
     """
-    for seed, name in enumerate(("reward_model", "cost_model", "other_cost")):
-        scorer = load_scorer_backbone("models/sft", tokenizer, resources, seed)
-        torch.nn.init.normal_(scorer.score.weight, std=0.5)
-        Scorer(scorer, tokenizer, Platt(1.0, 0.5)).save(workspace / "models" / name)
+    save_scorers(
+        tokenizer, resources, Platt(1.0, 0.5), ("reward_model", "cost_model", "other_cost")
+    )
     write_suite(
         "tea", [(question, "safe", world.answers(question)) for question in world.prompts()[:4]]
     )

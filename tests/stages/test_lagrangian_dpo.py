@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.errors import InfeasibleError, ParamsError
@@ -18,7 +17,6 @@ from dualign.core.schema import POOL, SCORED_PAIRS, by_prompt, user
 from dualign.data import world
 from dualign.lm.models import (
     build_scratch,
-    load_scorer_backbone,
     load_tokenizer,
     save,
     train_tokenizer,
@@ -31,14 +29,13 @@ from dualign.math.losses import lagrangian_scale
 from dualign.params import loading
 from dualign.params.base import Resources
 from dualign.params.training import LagrangianDpoParams
-from dualign.scoring.calibration import Platt
-from dualign.scoring.scorers import Scorer
 from dualign.stage import Run
 from dualign.training import pairwise
 from dualign.training.implicit_scores import Sources, scored_tables
 from dualign.training.pairwise import train_pairwise
 from stages import lagrangian_dpo
 from stages.lagrangian_dpo import multiplier, own_answers
+from tests.stages.conftest import save_scorers
 from tests.tiny import TINY
 from tests.written import safety, solved
 
@@ -56,6 +53,7 @@ RESOURCES = Resources(
     log_steps=1,
     threads=1,
 )
+
 SCRATCH = TINY.model_copy(update={"context": 512})
 MODELS = ("sft", "reward_dpo/helpful", "safety_dpo/alone")
 COEFFICIENT = 2.0
@@ -178,13 +176,17 @@ def test_implicit_scores_that_cannot_meet_the_limit_name_their_run(
 # --- the whole stage ------------------------------------------------------------------------------
 
 
+def texts_of(question: str) -> list[str]:
+    return [answer.text for answer in world.answers(question)]
+
+
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the stages before PeCAN's would have left, on models of a few thousand weights."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(3)
     questions = world.prompts()[:3]
-    texts = [[answer.text for answer in world.answers(question)] for question in questions]
+    texts = [texts_of(question) for question in questions]
     tokenizer = train_tokenizer([*questions, *texts[0]], 300)
     models = {name: build_scratch(SCRATCH, tokenizer, seed) for seed, name in enumerate(MODELS)}
     for name, model in models.items():
@@ -211,6 +213,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for x, question in enumerate(questions)
         for i in range(4)
     ]
+    columns = [f"{name}_{side}" for name in ("reward", "cost") for side in ("chosen", "rejected")]
     pairs = [
         {
             "pair_id": str(x),
@@ -221,11 +224,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "source": "world",
             "split": "train",
             "kind": "helpful",
-            **{
-                f"{name}_{side}": rng.normal()
-                for name in ("reward", "cost")
-                for side in ("chosen", "rejected")
-            },
+            **dict(zip(columns, rng.normal(size=len(columns)), strict=True)),
             "logp_ref_chosen": reference(question, texts[x][3]),
             "logp_ref_rejected": reference(question, texts[x][9]),
         }
@@ -320,10 +319,7 @@ REFRESH = {"prompts": 2, "samples_per_prompt": 2, "max_steps": 3, "learning_rate
 def scorers(workspace: Path) -> Path:
     """Scorers of random heads beside the policies."""
     tokenizer = load_tokenizer("models/sft")
-    for seed, name in enumerate(("reward_model", "cost_model")):
-        backbone = load_scorer_backbone("models/sft", tokenizer, RESOURCES, seed)
-        torch.nn.init.normal_(backbone.score.weight, std=0.5)
-        Scorer(backbone, tokenizer, Platt(1.0, 0.0)).save(Path("models") / name)
+    save_scorers(tokenizer, RESOURCES)
     write_json("reports/metrics/cost_model.json", {})
     write_json("data/dual/dual.json", solved(lam=0.25, prices=[PRICE.as_dict()]))
     return workspace

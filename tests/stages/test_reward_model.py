@@ -17,8 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import DataError
-from dualign.core.schema import HELPFUL_PAIRS, SAFETY_PAIRS, pair_id, prompt_id, read_table, user
-from dualign.data import world
+from dualign.core.schema import HELPFUL_PAIRS, SAFETY_PAIRS, read_table
 from dualign.lm.models import build_scratch, load_scorer_backbone, save
 from dualign.params.base import Resources
 from dualign.params.loading import load
@@ -29,6 +28,7 @@ from dualign.stage import Run
 from dualign.training.fitting import heldout_answers, local_inputs
 from stages import cost_model, reward_model
 from stages.reward_model import calibrate
+from tests.stages.conftest import pairs_of
 from tests.tiny import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,35 +116,11 @@ def test_one_held_out_prompt_cannot_both_fit_and_judge(caplog: pytest.LogCapture
 # --- the stages -----------------------------------------------------------------------------------
 
 
-def pairs_of(label: str, count: int = 240) -> list[dict[str, Any]]:
-    """Pairs of the world with flags, every other one held out."""
-    found = []
-    for i, row in enumerate(world.pku_rows(count, seed=2, sharpness=4.0)):
-        prompt = user(row["prompt"])
-        winner = row[label]
-        chosen = row[f"response_{winner}"]
-        rejected = row[f"response_{1 - winner}"]
-        found.append(
-            {
-                "pair_id": pair_id(prompt, chosen, rejected),
-                "prompt_id": prompt_id(prompt),
-                "prompt": prompt,
-                "chosen": chosen,
-                "rejected": rejected,
-                "source": "world",
-                "split": ("train", "heldout")[i % 2],
-                "chosen_is_safe": row[f"is_response_{winner}_safe"],
-                "rejected_is_safe": row[f"is_response_{1 - winner}_safe"],
-            }
-        )
-    return found
-
-
 @pytest.fixture
 def filled(workspace: Path) -> Path:
     """The workspace with enough held-out pairs to calibrate by."""
-    helpful = pairs_of("better_response_id")
-    safety = pairs_of("safer_response_id")
+    helpful = pairs_of("better_response_id", 240, seed=2)
+    safety = pairs_of("safer_response_id", 240, seed=2)
     write_parquet(workspace / "data/prepared/helpful_pairs.parquet", helpful, HELPFUL_PAIRS)
     write_parquet(workspace / "data/prepared/safety_pairs.parquet", safety, SAFETY_PAIRS)
     return workspace

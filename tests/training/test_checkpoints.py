@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
@@ -24,6 +23,7 @@ from dualign.training import run, supervised
 from dualign.training.checkpoints import MANIFEST, fault, last_checkpoint, seal
 from dualign.training.run import Job
 from tests.tiny import TINY
+from tests.training.conftest import same
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = TINY.model_copy(update={"context": 64})
@@ -126,12 +126,6 @@ def interrupted(
 @pytest.fixture
 def scratch(interrupted: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(interrupted, tmp_path / "scratch"))
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(
-        torch.equal(left[name], right[name]) for name in left
-    )
 
 
 @pytest.mark.parametrize(

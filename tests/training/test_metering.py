@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerControl, TrainerState
+from transformers import LlamaForCausalLM, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
 from dualign.core import reporting, work
@@ -14,18 +14,12 @@ from dualign.lm.flops import Tokens, size_of, training_flop
 from dualign.training import metering
 from dualign.training.metering import Meter, Metered, Telling
 from pipeline.run.progress import read_progress
+from tests.tiny import llama
 
 
 @pytest.fixture
 def model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=11,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    return LlamaForCausalLM(config)
+    return llama(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=1)
 
 
 def batch() -> dict[str, torch.Tensor]:

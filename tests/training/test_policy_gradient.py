@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import RLOOTrainer
 
@@ -41,6 +40,7 @@ from dualign.training.policy_gradient import (
 )
 from dualign.training.run import Job
 from tests.tiny import WIDER
+from tests.training.conftest import same, weights
 
 ROOT = Path(__file__).resolve().parents[2]
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.3, target_modules="all-linear")
@@ -136,16 +136,6 @@ def changed(job: Job, scratch: str, **updates: Any) -> Job:
 def words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of every answer of one token."""
     return decode_answers(tokenizer, [[token] for token in range(len(tokenizer))])
-
-
-def weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(
-        torch.equal(left[name], right[name]) for name in left
-    )
 
 
 def started(kind: str, tokenizer: PreTrainedTokenizerBase) -> Any:

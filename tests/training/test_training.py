@@ -18,7 +18,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -45,6 +44,7 @@ from dualign.training.run import Job
 from dualign.training.scorer import ScoredPair
 from pipeline.run.progress import read_progress
 from tests.tiny import WIDER
+from tests.training.conftest import same, weights
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = world.prompts()[0]
@@ -152,16 +152,6 @@ def pairwise(
 def batch_of(trainer: Any) -> dict[str, Any]:
     """All rows of a trainer's data as one batch."""
     return trainer.data_collator(list(trainer.train_dataset))
-
-
-def weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(
-        torch.equal(left[name], right[name]) for name in left
-    )
 
 
 # --- pairwise losses ------------------------------------------------------------------------------
@@ -498,9 +488,9 @@ def test_kto_by_hand(
     trainer = pairwise(
         model, tokenizer, pairs, job, PairLossConfig(scale, 1.0, loss_type="kto", clip=clip)
     )
-    ratios = [
-        [moved(ratio, scale, clip) for ratio in ratios_of(model, tokenizer, p)] for p in pairs
-    ]
+    ratios = []
+    for pair in pairs:
+        ratios.append([moved(ratio, scale, clip) for ratio in ratios_of(model, tokenizer, pair)])
     point = max(0.0, sum(mismatched for _, _, mismatched in ratios) / len(pairs))
     assert point == 0.0 if raised == 0 else point > 1.0
     desirable = sum(sum(p.desirable) for p in pairs)

@@ -18,11 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualign.core.errors import ModelError, ParamsError
 from dualign.core.schema import user
-from dualign.data import world
 from dualign.lm.engines.interface import Answer, Request, row_seed
 from dualign.lm.engines.table import ENGINES
 from dualign.lm.mixture import policy_at, write_mixture
-from dualign.lm.models import build_scratch, save, train_tokenizer
+from dualign.lm.models import build_scratch, save
 from dualign.lm.sampling import Draws, Sample, draw, log_probabilities, sample
 from dualign.lm.tokens import encode_prompts
 from dualign.params.base import EngineName, Resources
@@ -35,11 +34,6 @@ QUESTIONS = ["How do I cook the rice at home?", "Why?", "How do I poison the pon
 HERE = ["refill", "continuous"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return train_tokenizer([answer.text for answer in world.answers(world.prompts()[0])], 300)
 
 
 def sharp(tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:

@@ -19,9 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign.core.errors import ModelError, ParamsError
 from dualign.core.schema import user
-from dualign.data import world
 from dualign.lm.engines.vllm_process import folders, is_plain
-from dualign.lm.models import build_scratch, load_policy, save, train_tokenizer
+from dualign.lm.models import build_scratch, load_policy, save
 from dualign.lm.sampling import Draws, draw
 from dualign.lm.tokens import encode_prompts
 from dualign.params.base import Resources
@@ -43,11 +42,6 @@ def resources(**others: object) -> Resources:
     own = load_resources(ROOT / "params.yaml").model_dump()
     own |= {"device": "cpu", "precision": "fp32", "engine": "vllm", "sampling_batch_size": 8}
     return Resources(**(own | others))
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return train_tokenizer([answer.text for answer in world.answers(world.prompts()[0])], 300)
 
 
 @pytest.fixture(scope="module")
