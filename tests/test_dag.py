@@ -9,6 +9,8 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +124,7 @@ def test_paths_in_the_script_are_declared(stage: str) -> None:
         for key in ("deps", "outs", "metrics")
         for path in definition[key]
     ]
-    undeclared = {
-        path
-        for path in used
-        if not any(within(path, other) or within(other, path) for other in known)
-    }
+    undeclared = {path for path in used if not any(map(partial(related, path), known))}
     assert not undeclared, (
         f"{script_of(definition)} uses {sorted(undeclared)}, which dvc.yaml does not list for"
         f" {stage}"
@@ -148,6 +146,10 @@ def paths(script: ast.Module) -> Iterator[str]:
                 left=ast.Name(id=name), op=ast.Div(), right=ast.Constant(value=str(file))
             ) if name in folders:
                 yield f"{folders[name]}/{file}"
+
+
+def related(path: str, other: str) -> bool:
+    return within(path, other) or within(other, path)
 
 
 def within(path: str, folder: str, separator: str = "/") -> bool:
@@ -197,7 +199,7 @@ def test_plots_draw_outputs_by_templates_that_are_there() -> None:
     for name, plot in (
         (name, plot) for item in read(ROOT / "dvc.yaml")["plots"] for name, plot in item.items()
     ):
-        undeclared = [file for file in plot["y"] if not any(within(file, out) for out in outs)]
+        undeclared = [file for file in plot["y"] if not any(map(partial(within, file), outs))]
         assert not undeclared, f"dvc.yaml: plots: {name}: no stage writes {undeclared[0]}"
         template = ROOT / f".dvc/plots/{plot['template']}.json"
         assert plot["template"] == "simple" or "<DVC_METRIC_DATA>" in template.read_text(), name
@@ -366,12 +368,11 @@ def readers(workspace: Path) -> dict[str, set[str]]:
     once.
     """
     found = status(workspace, *((key, value) for key, (value, _) in EDITS.items()))
-    return {
-        key: {
-            stage for stage, listed in found.items() if any(within(key, one, ".") for one in listed)
-        }
-        for key in EDITS
-    }
+    readers: dict[str, set[str]] = {key: set() for key in EDITS}
+    for key, (stage, listed) in product(EDITS, found.items()):
+        if any(within(key, one, ".") for one in listed):
+            readers[key].add(stage)
+    return readers
 
 
 def test_nothing_runs_again_without_an_edit(workspace: Path) -> None:
@@ -571,9 +572,9 @@ def test_runs_on_preferences_wait_for_their_reference_and_margin(tmp_path: Path)
     (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
     Repo.init(str(tmp_path), no_scm=True).close()
     dag = load_dag(tmp_path)
-    waits = {
-        name: {up for up in dag[name].upstream if "_dpo" in up} for name in matching(dag, "*_dpo@*")
-    }
+    waits = {}
+    for name in matching(dag, "*_dpo@*"):
+        waits[name] = {up for up in dag[name].upstream if "_dpo" in up}
     assert waits["reward_dpo@after_safety"] == waits["reward_dpo@modpo"] == {"safety_dpo@alone"}
     assert waits["safety_dpo@stepwise"] == {"reward_dpo@helpful"}
     assert waits["reward_dpo@helpful"] == waits["safety_dpo@alone"] == set()

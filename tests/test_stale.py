@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import get_args
 
 import pytest
@@ -22,20 +22,18 @@ def stages() -> dict[str, StageSpec]:
 
 def stale(path: str, stages: dict[str, StageSpec]) -> set[str]:
     """The stages of dvc.yaml that run again once a file is edited; of those fanned out all do."""
-    return {
-        name.partition("@")[0]
-        for name, stage in stages.items()
-        if any(path == dep or path.startswith(f"{dep}/") for dep in stage.deps)
-    }
+    holding = {path, *map(str, PurePosixPath(path).parents)}
+    return {name.partition("@")[0] for name, stage in stages.items() if holding & set(stage.deps)}
 
 
 def with_messages(folder: str) -> list[str]:
     """The modules of a folder that raise, so that a message may be edited there."""
-    return [
-        path.relative_to(ROOT).as_posix()
-        for path in sorted((ROOT / folder).rglob("*.py"))
-        if any(isinstance(node, ast.Raise) for node in ast.walk(ast.parse(path.read_text())))
-    ]
+    found = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        if any(isinstance(node, ast.Raise) for node in nodes):
+            found.append(path.relative_to(ROOT).as_posix())
+    return found
 
 
 @pytest.mark.parametrize("folder", ["dualign/params", "pipeline"])

@@ -210,7 +210,7 @@ def test_halves_share_no_training_question_and_all_held_out_pairs() -> None:
     pairs = pd.DataFrame({"prompt": [*prompts, *longer], "split": ["heldout", *["train"] * 39] * 2})
     halves = [independent.of_half(pairs, half) for half in (0, 1)]
     train = [half[half["split"] == "train"] for half in halves]
-    asked = [{prompt[0]["content"] for prompt in own["prompt"]} for own in train]
+    asked = [set(own["prompt"].map(lambda prompt: prompt[0]["content"])) for own in train]
     assert not asked[0] & asked[1] and len(asked[0] | asked[1]) == 39
     assert sum(map(len, train)) == 78 and min(map(len, train)) > 20
     assert all((half["split"] == "heldout").sum() == 2 for half in halves)

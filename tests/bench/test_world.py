@@ -78,6 +78,10 @@ def test_a_stage_that_fails_is_named(
     assert "prepare.world.sft_rows" in (tmp_path / "bad-1/log.txt").read_text()
 
 
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def test_policies_within_the_limit_come_first_then_the_smaller_gap() -> None:
     rows = [
         *(row("over", seed, gap=-1.0, least_excess=0.1) for seed in (1, 2)),
@@ -86,14 +90,12 @@ def test_policies_within_the_limit_come_first_then_the_smaller_gap() -> None:
     ]
     lines = world.table(rows)
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == ["near", "far", "over"]
-    near = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    near = cells(lines[2])
     assert near[1:3] == ["2/2", "2/2"] and near[5] == "0.150 ± 0.050" and near[7] == "–"
 
 
 def test_a_mean_above_the_limit_is_counted_apart_from_a_breach_that_is_shown() -> None:
     rows = [row("near", seed, excess=0.04, least_excess=-0.01) for seed in (1, 2)]
     rows += [row("near", 3, excess=-0.04), row("over", 3, excess=0.2, least_excess=0.1)]
-    near, over = (
-        [cell.strip() for cell in line.strip("|").split("|")] for line in world.table(rows)[2:]
-    )
+    near, over = map(cells, world.table(rows)[2:])
     assert near[:3] == ["near", "1/3", "3/3"] and over[:3] == ["over", "0/1", "0/1"]

@@ -465,7 +465,7 @@ def find(tables: dict[str, pd.DataFrame], prompt: str, kind: str = "safety") -> 
     """
     table = tables[f"{kind}_pairs"]
     rows = table[table["prompt"].map(lambda turns: turns[0]["content"] == prompt)]
-    return [{str(name): value for name, value in row.items()} for row in rows.to_dict("records")]
+    return rows.rename(columns=str).to_dict("records")
 
 
 def pairs_of(run: Any, *rows: Row, kind: str = "safety") -> tuple[list[Row], Row, list[Row]]:

@@ -340,7 +340,8 @@ def test_text_that_spells_a_control_token_opens_and_ends_nothing(
     }
     plain, *prompts = encode_prompts(tokenizer, [user("Hi"), *map(user, SPELT)])
     written = [token for token in plain if token in controls]
-    assert all([token for token in ids if token in controls] == written for ids in prompts)
+    for ids in prompts:
+        assert [token for token in ids if token in controls] == written
     for ids in encode_answers(tokenizer, SPELT):
         assert [token for token in ids if token in controls] == [tokenizer.eos_token_id]
 

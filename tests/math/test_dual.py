@@ -156,7 +156,7 @@ def test_effective_samples_run_from_one_to_all() -> None:
 def left_out(estimate: Callable[[Array, Array, Array], Array], *scores: Array) -> Array:
     """n f - (n - 1) mean_i f_(-i) of an estimate [prompts], each sample left out in turn."""
     count = scores[0].shape[1]
-    parts = [estimate(*(np.delete(score, i, 1) for score in scores)) for i in range(count)]
+    parts = [estimate(*np.delete(scores, i, 2)) for i in range(count)]
     return np.asarray(count * estimate(*scores) - (count - 1) * np.mean(parts, axis=0))
 
 

@@ -346,15 +346,11 @@ def _beta_rows() -> list[dict[str, Any]]:
         {"beta": BETA, "lam": LAM, "reward": 0.65, "kl": 0.94, "p_unsafe": 0.3, "ess": 71.2},
         {"beta": 1.0, "lam": 1.31, "reward": 0.44, "kl": 0.41, "p_unsafe": 0.335, "ess": 102.6},
     ]
-    found = [
-        {"beta": row.pop("beta"), "prices": [0.0123, 0.0]}
-        | {
-            f"{key}{end}": v * by
-            for key, v in row.items()
-            for end, by in (("", 1), ("_low", 0.93), ("_high", 1.06))
-        }
-        for row in means
-    ]
+    found: list[dict[str, Any]] = []
+    for row in means:
+        found.append({"beta": row.pop("beta"), "prices": [0.0123, 0.0]})
+        for end, by in (("", 1), ("_low", 0.93), ("_high", 1.06)):
+            found[-1] |= {f"{key}{end}": value * by for key, value in row.items()}
     return [
         *found,
         {

@@ -83,7 +83,7 @@ def test_nothing_is_predicted_beyond_the_rows(
 
 
 def test_a_frontier_without_bands_predicts_without_one() -> None:
-    bare = [{key: row[key] for key in ("lam", "cost", "reward")} for row in ROWS]
+    bare = [{"lam": row["lam"], "cost": row["cost"], "reward": row["reward"]} for row in ROWS]
     found = predicted(bare, 0.5)
     assert found is not None and found["cost"] == {"mean": 0.5, "low": None, "high": None}
 

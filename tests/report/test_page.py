@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
+from operator import itemgetter
 from pathlib import Path
 
 import pandas as pd
@@ -63,11 +64,10 @@ class Page(HTMLParser):
 
     def within(self, key: str, value: str) -> str:
         """All text inside elements that have this attribute, white space as one space."""
-        parts = [
-            text
-            for text, path in self.texts
-            if any(value in (a.get(key) or "").split() for _, a in path)
-        ]
+        parts = []
+        for text, path in self.texts:
+            if any(value in (a.get(key) or "").split() for _, a in path):
+                parts.append(text)
         return re.sub(r"\s+", " ", " ".join(parts))
 
     @property
@@ -159,9 +159,8 @@ def test_unsafe_answers_are_folded_away(run: Run, texts: dict[str, str]) -> None
         ]
         assert folds and all("open" not in fold for fold in folds)
     safe = [path for text, path in page.texts if texts["safe"] in text]
-    assert any(sum(tag == "details" for tag, _ in path) == 1 for path in safe), (
-        "in the fold of its question only"
-    )
+    folds = [list(map(itemgetter(0), path)).count("details") for path in safe]
+    assert 1 in folds, "in the fold of its question only"
 
 
 # --- content --------------------------------------------------------------------------------------
@@ -344,10 +343,8 @@ def test_nominal_effective_predicted_and_measured(run: Run) -> None:
     reached = page.within("id", "multipliers")
     assert not re.search(r"\bsft\b", reached), "it has no tilt but its own"
     assert re.search(r"safety_only no tilt", reached) and re.search(r"c_dpo no tilt", reached)
-    low, high = (
-        next(r for r in read_json(root / "data/dual/frontier.json")["rows"] if r["lam"] == x)
-        for x in (1.0, 1.5)
-    )
+    curve = {row["lam"]: row for row in read_json(root / "data/dual/frontier.json")["rows"]}
+    low, high = curve[1.0], curve[1.5]
     cost, reward = ((low[key] + high[key]) / 2 for key in ("cost", "reward"))
     row = reached[reached.index("mocan") :]
     assert row.startswith(f"mocan 1.25 0.78 ± 0.03 0.63 ± 0.01 0.02 ± 0.002 86% {number(cost)} ")

@@ -316,10 +316,11 @@ def test_isotonic_without_smoothing_is_the_exhaustive_monotone_fit(
     unsafe = rng.random(10) < 0.5
     points = np.unique(score)
     share = np.array([unsafe[score == point].mean() for point in points])
-    expected = best_monotone(share, np.array([(score == point).sum() for point in points], float))
+    counts = np.array([(score == point).sum() for point in points], float)
+    expected = best_monotone(share, counts)
     fitted = fit_isotonic(score, unsafe, Platt())
     centres = [points[expected == value] for value in np.unique(expected)]
-    sizes = [[(score == point).sum() for point in block] for block in centres]
+    sizes = [counts[expected == value] for value in np.unique(expected)]
     assert fitted.scores == pytest.approx(
         [np.average(b, weights=s) for b, s in zip(centres, sizes, strict=True)]
     )

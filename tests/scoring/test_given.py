@@ -163,10 +163,10 @@ def verdicts(spec: GivenScorer, unsafe: list[str], safe: list[str]) -> np.ndarra
             [ids, tokenizer(spec.prefix, return_tensors="pt")["input_ids"].long()], 1
         )
         probability = model(input_ids=before).logits[0, -1].softmax(-1)
-        odds = [
-            sum(probability[i] for i in {tokenizer(w)["input_ids"][0] for w in words})
-            for words in (unsafe, safe)
-        ]
+        odds = []
+        for words in (unsafe, safe):
+            firsts = {tokenizer(word)["input_ids"][0] for word in words}
+            odds.append(sum(probability[i] for i in firsts))
         found.append(float(torch.log(odds[0] / odds[1])))
     return np.array(found)
 

@@ -129,12 +129,10 @@ def test_no_pessimism_leaves_the_table_and_needs_no_held_out_answers(tmp_path: P
 def test_the_tilt_by_doubted_scores_leaves_broken_text(scored: Path) -> None:
     frame = pool()
     found = doubt(scored, frame, PessimismParams(share=0.01, reward=10.0, cost=0.0))
-    shares = [
-        weights(*(table[name].to_numpy().reshape(2, 4) for name in ("reward", "cost")), 0.5, 1.0)[
-            0, 3
-        ]
-        for table in (frame, doubted(frame, found))
-    ]
+    shares = []
+    for table in (frame, doubted(frame, found)):
+        reward, cost = (table[name].to_numpy().reshape(2, 4) for name in ("reward", "cost"))
+        shares.append(weights(reward, cost, 0.5, 1.0)[0, 3])
     assert shares[0] > 0.8 and shares[1] < 0.05
 
 

@@ -185,9 +185,9 @@ class Tilts(Curve):
         weight = np.exp(logit) / np.exp(logit).sum(1, keepdims=True)
         mean_c, mean_u = (weight * self.cost).sum(1), (weight * unsafe).sum(1)
         columns = [self.cost - mean_c[:, None], unsafe - mean_u[:, None]]
-        covariance = tuple(
-            tuple(float((weight * a * b).sum(1).mean()) for b in columns) for a in columns
-        )
+        products = np.array([weight * a * b for a in columns for b in columns])
+        entries = products.sum(2).mean(1).tolist()
+        covariance = (tuple(entries[:2]), tuple(entries[2:]))
         reward, cost = float((weight * self.reward).sum(1).mean()), float(mean_c.mean())
         additional = (ConstraintEstimate("rare", self.limit, 1.0, float(mean_u.mean()), self.se),)
         return Measurement(

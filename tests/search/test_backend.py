@@ -200,11 +200,10 @@ def test_a_tilt_is_towards_the_reward_that_is_trained_on(
         inputs.models / "sft", resources, inputs
     )
     pool = read_table(inputs.scored / "pool.parquet", POOL)
-    paid, free = (
-        effective_tilt(
-            ratio, *(by_prompt(table, name) for name in ("reward", "cost", "length"))
-        ).cost_slope
-        for table in (with_priced_rewards(pool, prices), pool)
-    )
+    slopes = []
+    for table in (with_priced_rewards(pool, prices), pool):
+        columns = [by_prompt(table, name) for name in ("reward", "cost", "length")]
+        slopes.append(effective_tilt(ratio, *columns).cost_slope)
+    paid, free = slopes
     assert bench.tilt(str(policy)).cost_slope == pytest.approx(paid, rel=1e-2)
     assert abs(paid - free) > 0.05 * abs(paid)

@@ -93,7 +93,8 @@ def dvclive_curve(folder: Path) -> Curve:
     (place,) = (folder / "dvclive").iterdir()
     lines = (place / "plots" / "metrics" / f"{KEY}.tsv").read_text().splitlines()
     assert lines[0].split("\t") == ["step", "loss"]
-    return [(int(step), float(loss)) for step, loss in (line.split("\t") for line in lines[1:])]
+    rows = (line.split("\t") for line in lines[1:])
+    return [(int(step), float(loss)) for step, loss in rows]
 
 
 CURVES: dict[str, Callable[[Path], Curve]] = {

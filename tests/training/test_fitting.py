@@ -8,10 +8,14 @@ from dualign.training.fitting import with_cuts
 
 END = 0
 PROMPTS = [3, 5, 4, 3] * 50
-SIDES = [
-    [[*range(1, 1 + prompt), *range(100, 100 + length), END] for prompt in PROMPTS]
-    for length in (20, 9)
-]
+
+
+def side(length: int) -> list[list[int]]:
+    """Prompts with answers of one length."""
+    return [[*range(1, 1 + prompt), *range(100, 100 + length), END] for prompt in PROMPTS]
+
+
+SIDES = [side(20), side(9)]
 
 
 def test_a_share_of_nothing_changes_nothing() -> None:

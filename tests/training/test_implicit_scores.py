@@ -177,13 +177,17 @@ def policy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     return build_scratch(TINY, tokenizer, seed=1)
 
 
+def texts_of(question: str) -> list[str]:
+    return [answer.text for answer in world.answers(question)]
+
+
 @pytest.fixture(scope="module")
 def tables(tokenizer: PreTrainedTokenizerBase) -> Tables:
     """Three prompts with two samples each, and two pairs; scores and reference columns are
     random.
     """
     rng = np.random.default_rng(2)
-    texts = [[answer.text for answer in world.answers(question)] for question in QUESTIONS]
+    texts = [texts_of(question) for question in QUESTIONS]
     pool = [
         {
             "prompt_id": str(x), "prompt": user(question), "sample": i, "response": texts[x][i],
@@ -209,7 +213,7 @@ def tables(tokenizer: PreTrainedTokenizerBase) -> Tables:
             "chosen_is_safe": True,
             "rejected_is_safe": None,
             "kind": "safety",
-            **{name: rng.normal() for name in scores},
+            **dict(zip(scores, rng.normal(size=len(scores)), strict=True)),
         }
         for x in range(2)
     ]
@@ -229,22 +233,16 @@ def by_hand(
 
     pool, pairs = tables
     rows = [ratio(row.prompt, row.tokens, row.logp_ref) for row in pool.itertuples()]
-    sides = [
-        [
-            ratio(row["prompt"], encode_answers(tokenizer, [row[side]])[0], row[f"logp_ref_{side}"])
-            for _, row in pairs.iterrows()
-        ]
-        for side in ("chosen", "rejected")
-    ]
-    return [rows, *sides]
+    found = [rows]
+    for side in ("chosen", "rejected"):
+        answers = encode_answers(tokenizer, pairs[side].tolist())
+        found.append(list(map(ratio, pairs["prompt"], answers, pairs[f"logp_ref_{side}"])))
+    return found
 
 
 def others(tables: Tables, name: str) -> list[pd.DataFrame]:
     """Both tables without the columns of one score."""
-    return [
-        frame.drop(columns=[column for column in frame if str(column).startswith(name)])
-        for frame in tables
-    ]
+    return [frame.loc[:, ~frame.columns.str.startswith(name)] for frame in tables]
 
 
 def test_rewards_become_log_ratios_in_both_tables(
@@ -268,9 +266,8 @@ def test_rewards_become_log_ratios_in_both_tables(
 def test_costs_become_log_ratios_with_the_cost_models_mean_over_the_pool(
     tables: Tables, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    pool, chosen, rejected = (
-        [-BETA_G * ratio for ratio in part] for part in by_hand(tables, policy, tokenizer)
-    )
+    parts = by_hand(tables, policy, tokenizer)
+    pool, chosen, rejected = (-BETA_G * np.array(part) for part in parts)
     offset = tables.pool["cost"].mean() - np.mean(pool)
     found = with_implicit_cost(tables, policy, tokenizer, BETA_G, batch_size=4)
     assert found.pool["cost"].mean() == pytest.approx(tables.pool["cost"].mean())

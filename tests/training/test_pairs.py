@@ -274,7 +274,7 @@ def test_lagrangian_pairs_have_the_joint_label_and_the_scored_columns(
 def samples(count: int) -> Samples:
     """Two prompts; an answer's ids say which prompt and sample it is."""
     rng = np.random.default_rng(1)
-    answers = [[[x, i] for i in range(count)] for x in range(2)]
+    answers = np.indices((2, count)).transpose(1, 2, 0).tolist()
     logp, reward, cost = (rng.normal(size=(2, count)) for _ in range(3))
     return Samples([[100], [200]], answers, logp, logp, reward, cost)
 
@@ -345,7 +345,7 @@ def test_pool_weights_average_to_the_density_ratio_where_a_softmax_flattens_it()
     rng = np.random.default_rng(0)
     reward = 2.0 * rng.integers(0, 2, size=(20_000, 4))
     zero = np.zeros_like(reward)
-    answers = [[[int(r)] for r in row] for row in reward]
+    answers = reward.astype(int)[:, :, None].tolist()
     pool = Samples([[0]] * len(reward), answers, zero, zero, reward, zero)
     weight: dict[int, list[float]] = {0: [], 2: []}
     for pair in pool_pairs(pool, pool_values(pool, 1.0, 1.0), 1.0, 1.0, seed=0):

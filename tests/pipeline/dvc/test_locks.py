@@ -29,13 +29,11 @@ NOWHERE = "http://127.0.0.1:9/api"
 
 def told(project: Project) -> dict[str, list[str]]:
     """What doctor says about locks, by level."""
-    found = [
-        finding for finding in examine(project.root, NOWHERE) if finding.what.startswith("locks: ")
-    ]
-    return {
-        level: [finding.what.removeprefix("locks: ") for finding in found if finding.level == level]
-        for level in ("ok", "note", "wrong")
-    }
+    found: dict[str, list[str]] = {"ok": [], "note": [], "wrong": []}
+    for finding in examine(project.root, NOWHERE):
+        if finding.what.startswith("locks: "):
+            found[finding.level].append(finding.what.removeprefix("locks: "))
+    return found
 
 
 @pytest.fixture(params=["/bin/sh", "/bin/bash"])

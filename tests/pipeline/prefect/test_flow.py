@@ -204,19 +204,17 @@ def test_the_time_of_a_stage_is_without_its_wait_for_a_slot(
         worked = (run.end_time - run.start_time).total_seconds()
         assert told is not None and 8 <= float(told[1]) <= worked + 0.1
         assert worked == pytest.approx(run.total_run_time.total_seconds(), abs=0.1)
-    states_of = {run.name: client.read_task_run_states(run.id) for run in (first, second)}
-    passed = {
-        name: [one.name for one in sorted(found, key=lambda one: one.timestamp)]
-        for name, found in states_of.items()
-    }
+    passed = {}
+    for run in (first, second):
+        states = sorted(client.read_task_run_states(run.id), key=lambda one: one.timestamp)
+        passed[run.name] = [one.name for one in states]
     assert (
         passed[first.name][-2:] == ["Running", "Completed"]
         and "AwaitingSlot" not in passed[first.name]
     )
     assert passed[second.name][-4:] == ["Running", "AwaitingSlot", "Running", "Completed"]
-    assert [one.type.value for one in states_of[second.name] if one.name == "AwaitingSlot"] == [
-        "PENDING"
-    ]
+    waiting = [one.type.value for one in states if one.name == "AwaitingSlot"]
+    assert waiting == ["PENDING"], "of the second, the last looked at"
     until(lambda: "waiting for a slot: other stages work" in logged(client, flow_run(state)))
 
 

@@ -25,10 +25,10 @@ def categorise(root: Path, policy: str) -> pd.DataFrame:
     """Give the prompts of a policy's answers a category by what they ask; some have none."""
     path = root / "reports/evaluation" / policy / "answers.parquet"
     answers = pd.read_parquet(path)
-    asked = [prompt[0]["content"] for prompt in answers["prompt"]]
-    kinds = {"poison": "animals", "bleach": HOSTILE, "egg": "cooking"}
-    found = [next((kinds[word] for word in kinds if word in text), None) for text in asked]
-    answers = answers.assign(category=found)
+    asked = answers["prompt"].map(lambda prompt: prompt[0]["content"])
+    answers["category"] = None
+    for word, kind in {"egg": "cooking", "bleach": HOSTILE, "poison": "animals"}.items():
+        answers.loc[asked.str.contains(word), "category"] = kind
     write_parquet(path, answers, SCHEMA)
     return answers
 

@@ -26,7 +26,10 @@ Run = tuple[Path, ReportParams]
 def tables(run: Run) -> dict[str, dict[str, Row]]:
     """The section's rows by what is subtracted and by policy."""
     values = shown(differences.section(FinishedRun(*run)))
-    return {t["name"]: {row["name"]: row["cells"] for row in t["rows"]} for t in values["tables"]}
+    found = {}
+    for table in values["tables"]:
+        found[table["name"]] = {row["name"]: row["cells"] for row in table["rows"]}
+    return found
 
 
 def test_every_two_policies_are_compared_as_scipy_does(finished: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,15 +22,17 @@ def test_where_nothing_was_judged_there_is_no_such_section(run: Run) -> None:
     assert ranking.section(FinishedRun(*run)) is None
 
 
+def by_name(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in rows}
+
+
 def test_rankings_are_by_pairs_by_reward_and_by_cost(judged: Run) -> None:
     tables = shown(ranking.section(FinishedRun(*judged)))["tables"]
     assert [(table["judge"], table["what"]) for table in tables] == [
         ("ours", "more reward wins"), ("ours", "less cost wins"),
         ("other", "more reward wins"), ("gpt", "preference of pairs"),
     ]  # fmt: skip
-    by_ours, _, by_other, by_pairs = (
-        {row["name"]: row for row in table["rows"]} for table in tables
-    )
+    by_ours, _, by_other, by_pairs = (by_name(table["rows"]) for table in tables)
     assert next(iter(by_ours)) == "reward_dpo" and list(by_ours)[-1] == "safety_only"
     assert by_ours["reward_dpo"]["win"]["mean"] > by_other["reward_dpo"]["win"]["mean"]
     own = verdicts(judged, "gpt")
