@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import pyarrow as pa
@@ -23,6 +24,10 @@ from dualign.core.ranks import by_one
 from dualign.core.schema import to_table
 from dualign.core.temporaries import room_for, temporary_folder
 
+T = TypeVar("T")
+#: Rows that are turned into a piece of a table together, and pieces that make a group of its file.
+_BATCH = 4096
+_BATCHES = 16
 #: The prompts of a suite, in its folder of answers.
 SUITE_PROMPTS = "_suite.parquet"
 _OS_ERROR = re.compile(r"(?:os error |[Ee]rrno )(\d+)")
@@ -219,6 +224,24 @@ def write_parquet(
     table = to_table(rows, schema)
     with replacing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
+
+
+def stream_parquet(path: str | Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
+    """Write one of dualign's tables from rows as they come, in groups that fit in memory."""
+    tables = (to_table(batch, schema) for batch in _batches(rows, _BATCH))
+    with (
+        replacing(path) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
+    ):
+        for group in _batches(tables, _BATCHES):
+            writer.write_table(pa.concat_tables(group).combine_chunks())
+
+
+def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Items in lists of `size`; the last one may be shorter."""
+    left = iter(items)
+    while batch := list(itertools.islice(left, size)):
+        yield batch
 
 
 def _finite(value: Any) -> Any:

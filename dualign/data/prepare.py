@@ -3,27 +3,34 @@
 Every prompt has one identity across all sources (`schema.prompt_id`) and belongs to exactly one of
 `search`, `certify`, `eval`, `heldout` and `train`, by a hash of seed and identity, so that new rows
 move few prompts. Rows that cannot be used go to `quarantine.jsonl` with the reason and the place
-they came from."""
+they came from.
+
+Texts wait in files (`dualign.data.spool`), so memory hardly grows with the rows."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from dualign.core import schema
-from dualign.core.artifacts import replacing, write_parquet
+from dualign.core.artifacts import replacing, stream_parquet, write_parquet
 from dualign.core.errors import DataError
+from dualign.core.temporaries import room_for, temporary_folder
 from dualign.data.formats import Kind, Rejected, Skipped, Usable, label
 from dualign.data.rows import excerpt
 from dualign.data.sources import read
+from dualign.data.spool import FLAGS, Flags, Spool
 from dualign.params.data import PrepareParams
 
 logger = logging.getLogger(__name__)
@@ -44,19 +51,6 @@ FAILED = "quarantine-failed.jsonl"
 QUARANTINE_LIMIT = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A record that passed, with the identity of its prompt and of the whole row.
-
-    `family` is the identity of the prompt's first user turn alone: dialogues are released at
-    several lengths, and a longer one holds the answers of the shorter."""
-
-    record: Usable
-    prompt_id: str
-    key: str
-    family: str
-
-
 class Ledger:
     """What became of every record: counts by kind, source and outcome, and the quarantine."""
 
@@ -65,9 +59,9 @@ class Ledger:
         self.reasons: Counter[tuple[Kind, str, str]] = Counter()
         self.quarantine: list[dict[str, Any]] = []
 
-    def count(self, kind: Kind, source: str, outcome: str) -> None:
-        """Note a record as `records` (each is), `skipped`, `duplicates`, `reserved` or `kept`."""
-        self.counts[kind, source, outcome] += 1
+    def count(self, kind: Kind, source: str, outcome: str, times: int = 1) -> None:
+        """Note records as `records` (each is), `skipped`, `duplicates`, `reserved` or `kept`."""
+        self.counts[kind, source, outcome] += times
 
     def reject(self, kind: Kind, bad: Rejected) -> None:
         """Note one record as rejected, in quarantine unless too many of its source are there."""
@@ -110,6 +104,55 @@ class Ledger:
         }
 
 
+@dataclass(frozen=True)
+class Settled:
+    """One row per identity, in order of appearance: arrays [rows].
+
+    `rows` are places in `spool`, `flags` are codes, as voted; `heldout` says which rows are not for
+    training."""
+
+    spool: Spool
+    rows: np.ndarray
+    flags: np.ndarray
+    heldout: np.ndarray
+
+    @property
+    def prompts(self) -> np.ndarray:
+        """The identities of the rows' prompts."""
+        return self.spool.prompts[self.rows]
+
+    @property
+    def families(self) -> np.ndarray:
+        """The identities of their first questions."""
+        return self.spool.families[self.rows]
+
+    def only(self, kept: np.ndarray) -> Settled:
+        """Those of the rows that a mask keeps."""
+        return Settled(self.spool, self.rows[kept], self.flags[kept], self.heldout[kept])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts, each once, and their families: arrays [prompts]."""
+
+    prompts: np.ndarray
+    families: np.ndarray
+
+    @classmethod
+    def by(cls, rows: Settled) -> Asked:
+        """The prompts of rows."""
+        prompts, first = np.unique(rows.prompts, return_index=True)
+        return cls(prompts, rows.families[first])
+
+    def only(self, kept: np.ndarray) -> Asked:
+        """Those of the prompts that a mask keeps."""
+        return Asked(self.prompts[kept], self.families[kept])
+
+
+#: Prompts of a set, each with the kind of pair that it was drawn from.
+Drawn = dict[int, Kind]
+
+
 def prepare(params: PrepareParams, folder_out: Path, failed: Path | None = None) -> dict[str, Any]:
     """Write tables, prompt sets and quarantine into `folder_out`; return counts as metrics.
 
@@ -121,36 +164,36 @@ def prepare(params: PrepareParams, folder_out: Path, failed: Path | None = None)
     ledger = Ledger()
     failed = failed or folder_out.with_name(FAILED)
     failed.unlink(missing_ok=True)
-    rows = {kind: _settled(_gathered(kind, params, ledger), kind, ledger) for kind in KINDS}
-    _check_sources(params, ledger, failed)
-    family = _families(rows)
-    reserved = _reserved(params, rows, family)
-    taken = {family[prompt] for drawn in reserved.values() for prompt in drawn}
-    tables = {kind: _table(rows[kind], kind, params, taken, ledger) for kind in KINDS}
-    _check_splits(tables)
-    train = {kind: _train_prompts(tables[kind]) for kind in PAIRS}
-    sets = {
-        **reserved,
-        "pool": _draw("pool", params.pool_prompts, train, params.seed, "prepare.pool_prompts", {}),
-    }
-    _write(
-        folder_out, tables, {name: _prompts(drawn, rows) for name, drawn in sets.items()}, ledger
-    )
-    return _metrics(params, tables, sets, ledger)
+    folder_out.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(room_for(folder_out.parent)) as folder, contextlib.ExitStack() as open_:
+        rows = {}
+        for kind in KINDS:
+            spool = open_.enter_context(contextlib.closing(Spool(folder / kind)))
+            _gather(kind, params, spool, ledger)
+            rows[kind] = _settled(spool, kind, params, ledger)
+        _check_sources(params, ledger, failed)
+        reserved, taken = _reserved(params, rows)
+        tables = {kind: _left(rows[kind], kind, taken, ledger) for kind in KINDS}
+        _check_splits(tables)
+        train = {kind: _train_prompts(tables[kind]) for kind in PAIRS}
+        pool = _draw("pool", params.pool_prompts, train, params.seed, "prepare.pool_prompts")
+        sets = {**reserved, "pool": pool}
+        _write(folder_out, tables, {name: _prompts(sets[name], rows) for name in sets}, ledger)
+        return _metrics(params, tables, sets, ledger)
 
 
 # --- rows: read, checked, settled -----------------------------------------------------------------
 
 
-def _gathered(kind: Kind, params: PrepareParams, ledger: Ledger) -> Iterator[Row]:
-    """The records of one kind that pass the checks of content."""
+def _gather(kind: Kind, params: PrepareParams, spool: Spool, ledger: Ledger) -> None:
+    """Keep the records of one kind that pass the checks of content."""
     for spec in getattr(params, kind):
         for item in read(spec, kind, Path(params.folder), params.world, params.seed):
             ledger.count(kind, item.where.source, "records")
             if isinstance(item, Usable):
                 item = _examined(item, kind, params)
             if isinstance(item, Usable):
-                yield _identified(item)
+                spool.add(item)
             elif isinstance(item, Rejected):
                 ledger.reject(kind, item)
             else:
@@ -194,59 +237,50 @@ def _rejected(record: Usable, reason: str, detail: str) -> Rejected:
     return Rejected(record.where, reason, detail, excerpt(row))
 
 
-def _identified(record: Usable) -> Row:
-    prompt = schema.prompt_id(record.prompt)
-    family = prompt if len(record.prompt) == 1 else _family(record)
-    if record.rejected is None:
-        return Row(record, prompt, f"{prompt}\x1e{record.chosen}", family)
-    return Row(
-        record, prompt, schema.pair_id(record.prompt, record.chosen, record.rejected), family
-    )
-
-
-def _family(record: Usable) -> str:
-    first = next(turn["content"] for turn in record.prompt if turn["role"] == "user")
-    return schema.prompt_id(schema.user(first))
-
-
-def _settled(rows: Iterable[Row], kind: Kind, ledger: Ledger) -> list[Row]:
+def _settled(spool: Spool, kind: Kind, params: PrepareParams, ledger: Ledger) -> Settled:
     """One row per identity, in order of appearance; contradicting rows are voted on."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.key, []).append(row)
-    settled = (
-        _elected(group, kind, ledger) if len(group) > 1 else group[0] for group in groups.values()
-    )
-    return [row for row in settled if row is not None]
+    rows = array("Q")
+    flags = array("b")
+    for group in spool.groups():
+        found = _elected(group.tolist(), spool, kind, ledger)
+        if found is not None:
+            rows.append(found[0])
+            flags.append(found[1])
+    places = np.array(rows, np.int64)
+    families, inverse = np.unique(spool.families[places], return_inverse=True)
+    heldout = _places(params.seed, "heldout", families) < params.heldout_share
+    return Settled(spool, places, np.array(flags), heldout[inverse])
 
 
-def _elected(group: list[Row], kind: Kind, ledger: Ledger) -> Row | None:
-    """The row that most of a group agree on; the outvoted are rejected, in a tie all of them.
+def _elected(group: list[int], spool: Spool, kind: Kind, ledger: Ledger) -> tuple[int, int] | None:
+    """The row that most of a group agree on, and its flags' code; the outvoted are rejected, in a
+    tie all of them.
 
     Helpful pairs rank by helpfulness: a tie of their flags leaves the flags unknown and keeps the
     pair.
     """
-    chosen = _majority([row.record.chosen for row in group])
-    agreeing = [row for row in group if row.record.chosen == chosen]
-    flags = [(row.record.chosen_is_safe, row.record.rejected_is_safe) for row in agreeing]
-    known = [pair for pair in flags if pair != (None, None)] or flags[:1]
-    pair = _majority(known)
-    if pair is None and kind == "helpful" and agreeing:
-        pair = (None, None)
-    if pair is None:
+    if len(group) == 1:
+        return group[0], spool.flags[group[0]]
+    ahead = spool.ahead
+    chosen = _majority([ahead[row] for row in group])
+    agreeing = [row for row in group if ahead[row] == chosen]
+    flags = _voted([FLAGS[spool.flags[row]] for row in agreeing], kind)
+    if flags is None:
         agreeing = []
-    for row in group:
-        if row not in agreeing:
-            detail = f"the same answers are labelled differently in {len(group)} rows"
-            ledger.reject(kind, _rejected(row.record, "contradictory_labels", detail))
+    for row in sorted({*group} - {*agreeing}):
+        record = spool[row]
+        detail = f"the same answers are labelled differently in {len(group)} rows"
+        ledger.reject(kind, _rejected(record, "contradictory_labels", detail))
     for row in agreeing[1:]:
-        ledger.count(kind, row.record.where.source, "duplicates")
-    if not agreeing or pair is None:
-        return None
-    return replace(
-        agreeing[0],
-        record=replace(agreeing[0].record, chosen_is_safe=pair[0], rejected_is_safe=pair[1]),
-    )
+        ledger.count(kind, spool.names[spool.sources[row]], "duplicates")
+    return None if flags is None else (agreeing[0], FLAGS.index(flags))
+
+
+def _voted(flags: list[Flags], kind: Kind) -> Flags | None:
+    """The flags that most rows with flags have; of a tie those of a helpful pair are unknown."""
+    unknown = (None, None)
+    found = _majority([pair for pair in flags if pair != unknown] or flags[:1])
+    return unknown if found is None and kind == "helpful" and flags else found
 
 
 T = TypeVar("T")
@@ -301,66 +335,67 @@ def _sources(params: PrepareParams, kind: Kind) -> list[str]:
 # --- prompts: which set each belongs to -----------------------------------------------------------
 
 
-def _train_prompts(table: list[dict[str, Any]]) -> set[str]:
-    return {row["prompt_id"] for row in table if row["split"] == "train"}
+def _train_prompts(table: Settled) -> Asked:
+    """The prompts of training rows, each as a family of its own."""
+    prompts = np.unique(table.prompts[~table.heldout])
+    return Asked(prompts, prompts)
 
 
 def _reserved(
-    params: PrepareParams, rows: dict[Kind, list[Row]], family: dict[str, str]
-) -> dict[str, dict[str, Kind]]:
-    """The prompts of search, certify and eval, each with the kind of pair that it was drawn from.
+    params: PrepareParams, rows: dict[Kind, Settled]
+) -> tuple[dict[str, Drawn], np.ndarray]:
+    """The prompts of search, certify and eval, and their families.
 
     Of what shares its first question a set holds one prompt, and no other set any.
     """
-    free: dict[Kind, set[str]] = {}
-    for kind in PAIRS:
-        free[kind] = {row.prompt_id for row in rows[kind]}
-    sets: dict[str, dict[str, Kind]] = {}
+    asked = {kind: Asked.by(rows[kind]) for kind in PAIRS}
+    free = asked
+    sets: dict[str, Drawn] = {}
+    taken = np.array([], np.uint64)
     for name in RESERVED:
         count = getattr(params, f"{name}_prompts")
-        sets[name] = _draw(name, count, free, params.seed, SET_SIZES, family)
-        taken = {family[prompt] for prompt in sets[name]}
-        for kind, ids in free.items():
-            free[kind] = {prompt for prompt in ids if family[prompt] not in taken}
-    return sets
+        sets[name] = _draw(name, count, free, params.seed, SET_SIZES)
+        drawn = np.array(list(sets[name]), np.uint64)
+        families = [free[kind].families[np.isin(free[kind].prompts, drawn)] for kind in PAIRS]
+        taken = np.concatenate([taken, *families])
+        free = {kind: one.only(~np.isin(one.families, taken)) for kind, one in free.items()}
+    return sets, taken
 
 
-def _families(rows: dict[Kind, list[Row]]) -> dict[str, str]:
-    """The family of every prompt of a pair."""
-    return {row.prompt_id: row.family for kind in PAIRS for row in rows[kind]}
-
-
-def _draw(
-    name: str,
-    count: int,
-    free: dict[Kind, set[str]],
-    seed: int,
-    remedy: str,
-    family: dict[str, str],
-) -> dict[str, Kind]:
+def _draw(name: str, count: int, free: dict[Kind, Asked], seed: int, remedy: str) -> Drawn:
     """`count` prompts of the lowest hash, half of each kind of pair, in the order of the hash.
 
-    Of the prompts of one family that with the lowest hash is drawn; a prompt that `family` does not
-    know is its own."""
-
-    def place(prompt_id: str) -> tuple[float, str]:
-        return _place(seed, name, prompt_id), prompt_id
-
-    drawn: dict[str, Kind] = {}
-    met: set[str] = set()
+    Of the prompts of one family that with the lowest hash is drawn."""
+    drawn: dict[int, tuple[float, Kind]] = {}
+    met: list[int] = []
     for kind, wanted in zip(PAIRS, (count - count // 2, count // 2), strict=True):
-        left: dict[str, str] = {}
-        for prompt in sorted(free[kind], key=place):
-            left.setdefault(family.get(prompt, prompt), prompt)
-        first = [prompt for group, prompt in left.items() if group not in met]
-        if len(first) < wanted:
+        prompts = free[kind].prompts
+        places = _places(seed, name, prompts)
+        order = np.lexsort((prompts, places))
+        families = free[kind].families[order]
+        _, first = np.unique(families, return_index=True)
+        fresh = np.isin(families[first], np.array(met, np.uint64), invert=True)
+        lowest = np.sort(first[fresh])[:wanted]
+        if len(lowest) < wanted:
             raise DataError(
                 f"prepare: the set {name!r} takes {wanted} prompts from the {kind} pairs, but"
-                f" {len(first)} are left; lower {remedy}, or add {kind} pairs with other prompts"
+                f" {len(lowest)} are left; lower {remedy}, or add {kind} pairs with other prompts"
             )
-        drawn |= dict.fromkeys(first[:wanted], kind)
-        met |= {family.get(prompt, prompt) for prompt in first[:wanted]}
-    return dict(sorted(drawn.items(), key=lambda item: place(item[0])))
+        met += families[lowest].tolist()
+        taken = order[lowest]
+        drawn |= {
+            prompt: (place, kind)
+            for prompt, place in zip(prompts[taken].tolist(), places[taken].tolist(), strict=True)
+        }
+    ordered = sorted(drawn, key=lambda prompt: (drawn[prompt][0], prompt))
+    return {prompt: drawn[prompt][1] for prompt in ordered}
+
+
+def _places(seed: int, name: str, identities: np.ndarray) -> np.ndarray:
+    """Where in [0, 1) each identity stands in the draw of `name`, by its arguments alone."""
+    return np.fromiter(
+        (_place(seed, name, f"{identity:016x}") for identity in identities), float, len(identities)
+    )
 
 
 def _place(seed: int, name: str, prompt_id: str) -> float:
@@ -368,61 +403,45 @@ def _place(seed: int, name: str, prompt_id: str) -> float:
     return int.from_bytes(sha256(f"{seed}:{name}:{prompt_id}".encode()).digest()[:6]) / 2**48
 
 
-def _table(
-    rows: list[Row], kind: Kind, params: PrepareParams, taken: set[str], ledger: Ledger
-) -> list[dict[str, Any]]:
-    """The rows of one table, without those whose first question is that of a reserved prompt."""
-    table = []
-    for row in rows:
-        ledger.count(kind, row.record.where.source, "reserved" if row.family in taken else "kept")
-        if row.family not in taken:
-            heldout = _place(params.seed, "heldout", row.family) < params.heldout_share
-            table.append(_as_dict(row, "heldout" if heldout else "train"))
-    return table
+def _left(rows: Settled, kind: Kind, taken: np.ndarray, ledger: Ledger) -> Settled:
+    """The rows of a table: those whose first question is not that of a reserved prompt."""
+    reserved = np.isin(rows.families, taken)
+    sources = rows.spool.sources[rows.rows]
+    for outcome, mask in (("reserved", reserved), ("kept", ~reserved)):
+        counts = np.bincount(sources[mask], minlength=len(rows.spool.names)).tolist()
+        for source, times in zip(rows.spool.names, counts, strict=True):
+            ledger.count(kind, source, outcome, times)
+    return rows.only(~reserved)
 
 
-def _as_dict(row: Row, split: str) -> dict[str, Any]:
-    record = row.record
-    common = {
-        "prompt_id": row.prompt_id,
-        "prompt": record.prompt,
-        "source": record.where.source,
-        "split": split,
-    }
-    if record.rejected is None:
-        return {**common, "response": record.chosen}
-    return {
-        **common,
-        "pair_id": row.key,
-        "chosen": record.chosen,
-        "rejected": record.rejected,
-        "chosen_is_safe": record.chosen_is_safe,
-        "rejected_is_safe": record.rejected_is_safe,
-    }
-
-
-def _check_splits(tables: dict[Kind, list[dict[str, Any]]]) -> None:
+def _check_splits(tables: dict[Kind, Settled]) -> None:
     for kind, table in tables.items():
+        counts = _splits(table)
         for split in SPLITS:
-            if not any(row["split"] == split for row in table):
+            if split not in counts:
                 raise DataError(
                     f"prepare.{kind}: {TABLES[kind][0]} has no row in split {split!r}: outside the"
-                    f" sets {len(table)} rows are left; add rows, raise prepare.heldout_share, or"
-                    f" lower {SET_SIZES}"
+                    f" sets {len(table.rows)} rows are left; add rows, raise prepare.heldout_share,"
+                    f" or lower {SET_SIZES}"
                 )
 
 
-def _prompts(drawn: dict[str, Kind], rows: dict[Kind, list[Row]]) -> list[dict[str, Any]]:
+def _prompts(drawn: Drawn, rows: dict[Kind, Settled]) -> list[dict[str, Any]]:
     """The rows of a prompt set: text and source of the first pair that asks each prompt."""
-    first: dict[tuple[Kind, str], Usable] = {}
-    for kind in PAIRS:
-        for row in rows[kind]:
-            first.setdefault((kind, row.prompt_id), row.record)
-    records = ((prompt, first[kind, prompt]) for prompt, kind in drawn.items())
-    return [
-        {"prompt_id": prompt, "prompt": rec.prompt, "source": rec.where.source}
-        for prompt, rec in records
-    ]
+    known = {kind: np.unique(rows[kind].prompts, return_index=True) for kind in PAIRS}
+    found = []
+    for prompt, kind in drawn.items():
+        prompts, first = known[kind]
+        row = rows[kind].rows[first[np.searchsorted(prompts, np.uint64(prompt))]]
+        record = rows[kind].spool[row]
+        found.append(
+            {
+                "prompt_id": f"{prompt:016x}",
+                "prompt": record.prompt,
+                "source": record.where.source,
+            }
+        )
+    return found
 
 
 # --- what is written ------------------------------------------------------------------------------
@@ -430,16 +449,42 @@ def _prompts(drawn: dict[str, Kind], rows: dict[Kind, list[Row]]) -> list[dict[s
 
 def _write(
     folder: Path,
-    tables: dict[Kind, list[dict[str, Any]]],
+    tables: dict[Kind, Settled],
     sets: dict[str, list[dict[str, Any]]],
     ledger: Ledger,
 ) -> None:
     for kind, table in tables.items():
         name, columns = TABLES[kind]
-        write_parquet(folder / f"{name}.parquet", table, columns)
+        stream_parquet(folder / f"{name}.parquet", _as_rows(table), columns)
     for name, prompts in sets.items():
         write_parquet(folder / f"{name}.parquet", prompts, schema.PROMPTS)
     _write_quarantine(folder / "quarantine.jsonl", ledger)
+
+
+def _as_rows(table: Settled) -> Iterator[dict[str, Any]]:
+    """The rows of a table as it is written."""
+    spool = table.spool
+    keys = spool.keys
+    prompts = spool.prompts
+    for row, code, heldout in zip(table.rows, table.flags, table.heldout, strict=True):
+        record = spool[row]
+        common = {
+            "prompt_id": f"{prompts[row]:016x}",
+            "prompt": record.prompt,
+            "source": record.where.source,
+            "split": "heldout" if heldout else "train",
+        }
+        if record.rejected is None:
+            yield {**common, "response": record.chosen}
+            continue
+        yield {
+            **common,
+            "pair_id": f"{keys[row]:016x}",
+            "chosen": record.chosen,
+            "rejected": record.rejected,
+            "chosen_is_safe": FLAGS[code][0],
+            "rejected_is_safe": FLAGS[code][1],
+        }
 
 
 def _write_quarantine(path: Path, ledger: Ledger) -> None:
@@ -453,8 +498,8 @@ def _write_quarantine(path: Path, ledger: Ledger) -> None:
 
 def _metrics(
     params: PrepareParams,
-    tables: dict[Kind, list[dict[str, Any]]],
-    sets: dict[str, dict[str, Kind]],
+    tables: dict[Kind, Settled],
+    sets: dict[str, Drawn],
     ledger: Ledger,
 ) -> dict[str, Any]:
     """Counts per table and split, set, source and outcome, reason; the flags' balance."""
@@ -467,23 +512,25 @@ def _metrics(
     }
 
 
-def _splits(table: list[dict[str, Any]]) -> dict[str, int]:
-    return dict(Counter(row["split"] for row in table))
+def _splits(table: Settled) -> dict[str, int]:
+    heldout = int(table.heldout.sum())
+    counts = {"train": len(table.heldout) - heldout, "heldout": heldout}
+    return {split: count for split, count in counts.items() if count}
 
 
 def _by_source(kind: Kind, params: PrepareParams, ledger: Ledger) -> dict[str, Any]:
     return {source: _outcomes(kind, source, ledger) for source in _sources(params, kind)}
 
 
-def _flags(table: list[dict[str, Any]]) -> dict[str, int]:
+def _flags(table: Settled) -> dict[str, int]:
     """Safety pairs by the flags of chosen and rejected answer; `unflagged` where one is unknown."""
     names = {True: "safe", False: "unsafe"}
-    pairs = [(row["chosen_is_safe"], row["rejected_is_safe"]) for row in table]
-    return dict(
-        Counter(
-            "unflagged" if None in pair else f"{names[pair[0]]}_{names[pair[1]]}" for pair in pairs
-        )
-    )
+    counts: Counter[str] = Counter()
+    for code, count in zip(*np.unique(table.flags, return_counts=True), strict=True):
+        first, second = FLAGS[code]
+        unknown = first is None or second is None
+        counts["unflagged" if unknown else f"{names[first]}_{names[second]}"] += int(count)
+    return dict(counts)
 
 
 def _outcomes(kind: Kind, source: str, ledger: Ledger) -> dict[str, Any]:

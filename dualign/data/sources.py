@@ -134,14 +134,16 @@ def derived_seed(seed: int, name: str) -> int:
 
 @dataclass
 class _Whole:
-    """Columns of every file of a source, numbers in label columns, texts that say null."""
+    """Columns of every file of a source, numbers in label columns, and how many texts say
+    null, the first of them where."""
 
     kind: Kind
     columns: Choices
     labels: tuple[str, ...]
     seen: dict[str, dict[str, None]] = field(default_factory=dict)
     codes: dict[str, Counter[float]] = field(default_factory=dict)
-    nulls: list[Where] = field(default_factory=list)
+    null: Where | None = None
+    nulls: int = 0
 
     def row(self, file: str, row: Row | BadRow) -> None:
         """Note a raw row."""
@@ -157,7 +159,8 @@ class _Whole:
     def item(self, item: Item) -> None:
         """Note what became of a row."""
         if isinstance(item, Usable) and _says_null(item):
-            self.nulls.append(item.where)
+            self.null = self.null or item.where
+            self.nulls += 1
 
     def check(self, place: str) -> None:
         """Refuse a source without rows, a file without a needed column, and unclear labels."""
@@ -169,14 +172,14 @@ class _Whole:
             _require(seen, self.columns, file, self.kind)
         for name, codes in self.codes.items():
             _check_codes(codes, name, place)
-        if self.nulls:
+        if self.null is not None:
             logger.warning(
                 "%s:%d: a text says just 'nan', 'None' or the like, and so do those of %d more"
                 " rows; if these are "
                 "missing values, leave the rows out",
-                self.nulls[0].file,
-                self.nulls[0].line,
-                len(self.nulls) - 1,
+                self.null.file,
+                self.null.line,
+                self.nulls - 1,
             )
 
 

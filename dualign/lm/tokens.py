@@ -41,6 +41,8 @@ _OPTIONS = {"enable_thinking": False}
 #: Private characters, which stand for control tokens that content spells while a template is
 #: rendered.
 _MARKS = (0xF0000, 0x10FF00)
+#: Texts that a tokenizer is given at once.
+_TOGETHER = 1024
 #: Put before a part of a text so that it is not the first; one of them does not merge with it.
 _LEADS = ("\n", "€", "0")
 
@@ -300,11 +302,18 @@ def encode_rendered(
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text, of which each is encoded once."""
+    """Ids of each text, of which each is encoded once.
+
+    A tokenizer keeps places and masks of a call's texts, many times what their ids take, so it is
+    given some at a time; and an id is one object, however often it comes."""
     distinct = list(dict.fromkeys(texts))
-    ids = dict(
-        zip(distinct, tokenizer(distinct, add_special_tokens=False)["input_ids"], strict=True)
-    )
+    one: dict[int, int] = {}
+    ids: dict[str, list[int]] = {}
+    for start in range(0, len(distinct), _TOGETHER):
+        some = distinct[start : start + _TOGETHER]
+        rows = tokenizer(some, add_special_tokens=False)["input_ids"]
+        for text, row in zip(some, rows, strict=True):
+            ids[text] = [one.setdefault(token, token) for token in row]
     return [list(ids[text]) for text in texts]
 
 

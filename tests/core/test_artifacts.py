@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dualign.core.artifacts import (
@@ -18,6 +19,7 @@ from dualign.core.artifacts import (
     read_json,
     read_optional_json,
     replacing,
+    stream_parquet,
     write_json,
     write_parquet,
     write_rows,
@@ -73,6 +75,21 @@ def test_a_table_of_records_holds_its_columns_and_is_never_empty(tmp_path: Path)
     assert read_json(path) == [{"step": None, "loss": None}]
     with pytest.raises(KeyError):
         write_rows(path, [{"step": 1}], ("step", "loss"))
+
+
+def test_a_streamed_table_is_that_of_all_rows_in_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = pa.schema([("a", pa.int32()), ("b", pa.string())])
+    rows = [{"a": n, "b": None if n % 3 else f"text {n}", "else": 1} for n in range(20)]
+    write_parquet(tmp_path / "whole.parquet", rows, columns)
+    stream_parquet(tmp_path / "one.parquet", iter(rows), columns)
+    assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    monkeypatch.setattr("dualign.core.artifacts._BATCH", 3)
+    monkeypatch.setattr("dualign.core.artifacts._BATCHES", 2)
+    stream_parquet(tmp_path / "many.parquet", iter(rows), columns)
+    assert pq.ParquetFile(tmp_path / "many.parquet").num_row_groups == 4
+    assert pq.read_table(tmp_path / "many.parquet") == pq.read_table(tmp_path / "whole.parquet")
 
 
 def test_nothing_is_visible_before_the_end(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -404,6 +405,29 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process(tmp_path: Path) -
     assert sorted(digests(tmp_path / "here")) == sorted(
         [f"{n}.parquet" for n in (*TABLES, *SETS)] + ["quarantine.jsonl"]
     )
+
+
+def held(folder: Path, rows: int) -> int:
+    """The most bytes that Python holds while so many rows of 6,000 characters are prepared."""
+    for kind in FILES:
+        lines = (
+            json.dumps(pair(n, chosen=f"{n} " * 600, rejected="no " * 1000)) for n in range(rows)
+        )
+        (folder / f"{kind}.jsonl").write_text("\n".join(lines))
+    limits = {"max_response_chars": 5000}
+    tracemalloc.start()
+    try:
+        prepare(params(folder, **SOURCES, **TINY | limits), folder / f"out-{rows}")
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_hold_the_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dualign.core.artifacts._BATCH", 32)
+    held(tmp_path, 60)
+    few, many = (held(tmp_path, rows) for rows in (200, 800))
+    assert many - few < 3 * 600 * 500  # three kinds; a row's texts alone are 6,000 bytes
 
 
 def test_another_seed_gives_other_sets(run: Any) -> None:

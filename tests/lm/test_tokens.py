@@ -450,3 +450,31 @@ def test_a_saved_tokenizer_gives_the_same_ids(talkers: dict, tmp_path: Path) -> 
         assert encode_answers(again, ODD + SPELT) == encode_answers(tokenizer, ODD + SPELT)
         assert again.chat_template == tokenizer.chat_template and len(again) == len(tokenizer)
         assert again.special_tokens_map == tokenizer.special_tokens_map
+
+
+def test_a_tokenizer_is_given_some_texts_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it keeps of a call's texts is many times what their ids take."""
+    tokenizer = train_tokenizer([*world.prompts()[:200], *ANSWERS], 300)
+    texts = [f"answer {n % 9} of {ANSWERS[n % len(ANSWERS)]}" for n in range(50)]
+    expected = encode_answers(tokenizer, texts)
+    asked = []
+    kind = type(tokenizer)
+    call = kind.__call__
+
+    def counted(self: PreTrainedTokenizerBase, given: str | list[str], **options: bool) -> object:
+        asked.append(1 if isinstance(given, str) else len(given))
+        return call(self, given, **options)
+
+    monkeypatch.setattr("dualign.lm.tokens._TOGETHER", 8)
+    monkeypatch.setattr(kind, "__call__", counted)
+    assert encode_answers(tokenizer, texts) == expected
+    assert max(asked) == 8 and sum(asked) >= len(set(texts))
+
+
+def test_an_id_is_one_object_however_often_it_comes() -> None:
+    """Ids beyond 256 would each be 28 bytes beside the 8 of their place in a list."""
+    tokenizer = train_tokenizer([*world.prompts()[:200], *ANSWERS], 400)
+    rows = encode_answers(tokenizer, ANSWERS)
+    tokens = [token for row in rows for token in row]
+    assert max(tokens) > 256
+    assert len({id(token) for token in tokens}) == len(set(tokens))
