@@ -6,7 +6,10 @@ harmful."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from dualign.core.records import (
     Evaluated,
     IntervalRow,
     NotEvaluated,
+    Provenance,
     SearchResult,
     SolvedDual,
     as_row,
@@ -36,6 +40,10 @@ from dualign.report.multipliers import nominal_multiplier
 
 #: The policy that win rates and gains are measured against.
 REFERENCE = "sft"
+#: Stages that make and measure no policy: their params say nothing of what a seed does.
+_BESIDE = ("answer", "judge", "report")
+#: Params that have a row for each instance of a stage.
+_FANS = ("methods", "runs", "policies")
 
 Interval = dict[str, float | None]
 
@@ -57,7 +65,8 @@ def compare(
         upper end of cost; with additional constraints that of the excess over any of them, in half
         widths of its interval), `missing` (policies that were not evaluated), `uncertified` (those
         that no candidate was certified for), `certificates` (what `certify` found, by its rows),
-        and `policies`, a row per evaluated policy. A row holds the measures of `evaluate`, its
+        `params` (a digest of every stage's params, `params_digests`), and `policies`, a row per
+        evaluated policy. A row holds the measures of `evaluate`, its
         `tilt`, the additional constraints that it keeps or not (`additional`), its `standing` to
         all limits, whether it is `certified`, the win rates and reward gain over the reference,
         what its search spent, and its nominal multiplier (`lam`); unknown values are null.
@@ -94,8 +103,36 @@ def compare(
         "missing": [name for name in policies if name not in rows and name not in uncertified],
         "uncertified": uncertified,
         "certificates": {name: as_row(found) for name, found in certificates.items()},
+        "params": params_digests(root),
         "policies": rows,
     }
+
+
+def params_digests(root: Path) -> dict[str, str]:
+    """By stage (`prepare`, `dual_search/sacpo`) a digest of the params that it ran with, without
+    the seed; of a stage with instances those that are this one's.
+
+    Read from what each stage wrote when it ran, so params that were edited since do not count."""
+    paths = listed(root / "reports/provenance", "**/*.json")
+    made = [read_record(path, Provenance) for path in paths]
+    return {
+        f"{stage.stage}/{stage.item}" if stage.item else stage.stage: _digest(stage)
+        for stage in made
+        if stage.stage not in _BESIDE
+    }
+
+
+def _digest(stage: Provenance) -> str:
+    params = {key: _of_item(stage.item, key, value) for key, value in stage.params.items()}
+    params.pop("seed", None)
+    return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _of_item(item: str | None, key: str, value: Any) -> Any:
+    """Of a table of instances this one's row."""
+    if key in _FANS and isinstance(value, Mapping):
+        return value.get(item)
+    return value
 
 
 def read_answers(root: Path, policies: dict[str, str]) -> dict[str, pd.DataFrame]:

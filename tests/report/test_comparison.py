@@ -12,8 +12,13 @@ import pytest
 
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
+from dualign.params.base import StageParams
+from dualign.params.loading import load
 from dualign.params.report import ReportParams
-from dualign.report.comparison import compare, mean_gain, win_rate
+from dualign.params.stages import STAGES
+from dualign.report.comparison import compare, mean_gain, params_digests, win_rate
+
+ROOT = Path(__file__).resolve().parents[2]
 
 Run = tuple[Path, ReportParams]
 
@@ -249,6 +254,62 @@ def test_what_did_not_run_is_missing_or_null(run: Run) -> None:
     assert table["policies"]["c_dpo"]["trainings"] is None
     assert table["policies"]["dualign"]["win_reward"] is None
     assert table["policies"]["caid"]["reward"] is None and table["recommended"] != "caid"
+
+
+def stages_of(file: Path) -> dict[str, StageParams]:
+    return {name: load(cls, file) for name, cls in STAGES.items()}
+
+
+def digests_with(root: Path, name: str, **params: object) -> dict[str, str]:
+    """The digests after a stage wrote other params; the stage's own file is as before."""
+    path = root / f"reports/provenance/{name}.json"
+    before = read_json(path)
+    write_json(path, before | {"params": params})
+    found = params_digests(root)
+    write_json(path, before)
+    return found
+
+
+def test_digests_tell_params_apart_by_stage_but_not_by_seed(run: Run) -> None:
+    root, _ = run
+    digests = [digests_with(root, "sft", seed=seed, rate=rate) for seed, rate in ((7, 1), (8, 1))]
+    assert digests[0] == digests[1] and set(digests[0]) == {"sft", "prepare", "dual_search/dualign"}
+    other = digests_with(root, "sft", seed=7, rate=2)
+    assert {name for name in other if other[name] != digests[0][name]} == {"sft"}
+
+
+def test_the_seed_is_all_that_digests_of_genuine_params_leave_out(tmp_path: Path) -> None:
+    text = (ROOT / "params.yaml").read_text()
+    found = []
+    for seed, beta in ((7, 1.5), (8, 1.5), (7, 1.6)):
+        file = tmp_path / "params.yaml"
+        file.write_text(
+            text.replace("seed: 7 ", f"seed: {seed} ").replace("beta: 1.5 ", f"beta: {beta} ")
+        )
+        for name, params in stages_of(file).items():
+            made = {"stage": name, "item": None, "params": params.model_dump(mode="json")}
+            rest = {"versions": {}, "seconds": 1.0, "peak_rss_mib": 1.0, "throughput": {}}
+            write_json(tmp_path / f"reports/provenance/{name}.json", made | rest)
+        found.append(params_digests(tmp_path))
+    assert found[0] == found[1] and set(found[0]) >= {"prepare", "dual_search", "evaluate"}
+    differ = {name for name in found[0] if found[0][name] != found[2][name]}
+    assert {"reward_dpo", "dual_init"} <= differ and not {"prepare", "sft"} & differ
+
+
+def test_an_instances_digest_is_of_its_own_row(run: Run) -> None:
+    root, _ = run
+    name = "dual_search/dualign"
+    alone = digests_with(root, name, methods={"dualign": 1})[name]
+    assert digests_with(root, name, methods={"dualign": 1, "sacpo": 1})[name] == alone
+    assert digests_with(root, name, methods={"dualign": 2})[name] != alone
+
+
+def test_judges_and_suites_do_not_count_among_the_params(run: Run) -> None:
+    root, _ = run
+    made = read_json(root / "reports/provenance/sft.json")
+    for stage in ("answer", "judge", "report"):
+        write_json(root / f"reports/provenance/{stage}.json", made | {"stage": stage})
+    assert set(params_digests(root)) == {"sft", "prepare", "dual_search/dualign"}
 
 
 def test_a_broken_file_is_named(run: Run) -> None:

@@ -24,6 +24,8 @@ from dualign.report.sections.base import FinishedRun, Row, Section
 
 #: Measures beside those of a summary: what the embedded world knows.
 _TRUE = ("true_reward", "true_cost")
+#: How many stages of other params a notice names.
+_NAMED = 3
 
 
 class ComparedRun(Record):
@@ -31,6 +33,7 @@ class ComparedRun(Record):
 
     limit: float | None
     policies: dict[str, dict[str, Any]]
+    params: dict[str, str] | None = None
 
 
 def section(run: FinishedRun) -> Section | None:
@@ -71,7 +74,18 @@ def _differs(other: Row, run: FinishedRun) -> str:
     for name, policy in other["policies"].items():
         if policy.get("folder") != run.params.policies.get(name):
             return f"has {policy.get('folder')} for policy {name}"
-    return ""
+    return _other_params(other["params"], run.comparison["params"])
+
+
+def _other_params(theirs: Mapping[str, str] | None, own: Mapping[str, str]) -> str:
+    """Which stages that both runs have ran with other params."""
+    if theirs is None:
+        return "does not tell its params: run `dualign seeds` again"
+    differ = [name for name, digest in theirs.items() if own.get(name, digest) != digest]
+    if not differ:
+        return ""
+    more = f" and {len(differ) - _NAMED} more" if len(differ) > _NAMED else ""
+    return f"has other params for {', '.join(differ[:_NAMED])}{more}"
 
 
 def _costs(compared: Mapping[str, Any]) -> Row:
