@@ -50,25 +50,25 @@ def gradients(model: Any, logps: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", ["plain", "lora", "checkpointed"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "granite", "cohere"])
 def test_values_and_gradients_are_those_of_padded_rows(name: str, kind: str) -> None:
+    """In fp64, where only what a model rounds to fp32 itself is left to differ, on any processor."""
     model: Any = without_dropout(built(name))
     if kind == "lora":
         model = models.with_lora(model, LORA, 0)
         stir(model)
     elif kind == "checkpointed":
         model.gradient_checkpointing_enable()
-    model.train()
+    model.double().train()
     values = padded(model)
     expected = gradients(model, values)
     assert enable_packing(model) and enable_packing(model)
     found = packed(model)
-    assert torch.allclose(found, values, atol=1e-5) and values.abs().max() > 5
+    assert torch.allclose(found, values, atol=1e-6) and values.abs().max() > 5
     assert torch.allclose(padded(model), values, atol=1e-6), "padded rows still are what they were"
     grads = gradients(model, found)
     assert grads.keys() == expected.keys() and len(grads) > 4
     for key, grad in grads.items():
-        assert torch.allclose(grad, expected[key], atol=1e-5 * float(expected[key].abs().max())), (
-            key
-        )
+        apart = float((grad - expected[key]).norm() / expected[key].norm())
+        assert apart < 1e-6, key
 
 
 def test_each_prompt_is_read_once_and_nothing_is_padded() -> None:
