@@ -3,9 +3,10 @@
     python -m bench.sampling --base models/base/smollm2 --prompts data/prepared/eval.parquet
 
 The engines take turns: each round draws with a new seed, the same for all, and the page gives
-medians over rounds. Seconds are those of the processor, on one thread unless `--threads` says
-otherwise, so that other work on the machine counts little; `generate` is what the others are held
-against. Each answer's log-probabilities are checked against ours, outside the time."""
+medians over rounds. On a CPU seconds are those of the processor, on one thread unless `--threads`
+says otherwise, so that other work on the machine counts little; on a GPU they are the clock's, once
+all its work is done. The first engine is what the others are held against. Each answer's
+log-probabilities are checked against ours, outside the time."""
 
 from __future__ import annotations
 
@@ -13,8 +14,9 @@ import logging
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,20 +65,22 @@ class Settings:
             raise DualignError(f"no engine that draws in this process: {', '.join(unknown)}")
 
 
-def measure(given: Settings) -> list[dict[str, Any]]:
-    """A row for each round and engine: seconds, answers, tokens and their shortest and longest."""
+def measure(given: Settings) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each round, one for each engine: seconds, answers, tokens and their shortest and
+    longest.
+    """
     resources = load_resources().model_copy(update={"precision": given.precision})
     tokenizer = load_tokenizer(given.base)
     model = load_policy(given.base, resources)
     prompts = _prompts(given, tokenizer)
-    rows = []
     for round_ in range(given.rounds):
+        rows = []
         request = _request(given, prompts, end_tokens(model, tokenizer), given.seed + round_)
         for engine in given.engines:
             own = resources.model_copy(update={"engine": engine})
             rows.append({"round": round_, **_timed(model, tokenizer, request, own)})
             log.info("%s", rows[-1])
-    return rows
+        yield rows
 
 
 def _prompts(given: Settings, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -105,22 +109,33 @@ def _timed(
     request: Request,
     resources: Resources,
 ) -> dict[str, Any]:
-    wall = time.perf_counter()
-    processor = time.process_time()
+    seconds = clock(next(model.parameters()).device)
+    began = seconds()
     answers = ENGINES[resources.engine](model, tokenizer, request, resources)
-    seconds = time.process_time() - processor
-    wall = time.perf_counter() - wall
+    spent = seconds() - began
     check(model, request, answers, resources)
     lengths = [len(answer.tokens) for answer in answers]
     return {
         "engine": resources.engine,
-        "seconds": seconds,
-        "wall_seconds": wall,
+        "device": next(model.parameters()).device.type,
+        "seconds": spent,
         "answers": len(lengths),
         "tokens": sum(lengths),
         "shortest": min(lengths),
         "longest": max(lengths),
     }
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """Seconds so far: of the processor, or by the clock where a GPU does the work."""
+    if device.type == "cpu":
+        return time.process_time
+
+    def finished() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return finished
 
 
 def summary(given: Settings, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -152,15 +167,19 @@ def _median(values: Any) -> float:
     return statistics.median(list(values))
 
 
-def page(given: Settings, found: Sequence[dict[str, Any]]) -> str:
+def page(given: Settings, rows: Sequence[dict[str, Any]]) -> str:
     """The results as Markdown."""
     base = given.engines[0]
+    rounds = len(rows) // len(given.engines)
+    seconds = "seconds of the processor" if rows[0]["device"] == "cpu" else "the clock"
     lines = [
-        f"`{options.command(PROGRAM, given)}`",
+        "# Answers a second by sampling engine",
         "",
-        f"{given.count * given.draws} answers a round, of at most {given.max_new_tokens} tokens;"
-        f" medians of {given.rounds} rounds, by processor seconds; torch {torch.__version__},"
-        f" transformers {transformers.__version__}.",
+        f"    {options.command(PROGRAM, given)}",
+        "",
+        f"{given.count * given.draws} answers a round, of at most {given.max_new_tokens} tokens,"
+        f" {given.batch} under way at a time; medians of {rounds} rounds, by {seconds}; torch"
+        f" {torch.__version__}, transformers {transformers.__version__}.",
         "",
         f"| engine | answers/s | times {base} (least to most) | tokens/s | tokens each |",
         "|---|---|---|---|---|",
@@ -169,20 +188,22 @@ def page(given: Settings, found: Sequence[dict[str, Any]]) -> str:
         f"| {row['engine']} | {row['answers_per_second']:.3f} | {row['ratio']:.2f}"
         f" ({row['least']:.2f} to {row['most']:.2f}) | {row['tokens_per_second']:.1f} |"
         f" {row['mean_length']:.0f} |"
-        for row in found
+        for row in summary(given, rows)
     ]
     return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the laboratory; its files hold the rows. Returns the status."""
+    """Run the laboratory; its files hold the rows of the rounds so far. Returns the status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     given, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
     torch.set_num_threads(given.threads)
-    rows = measure(given)
-    found = summary(given, rows)
-    content = {"settings": asdict(given), "summary": found, "rows": rows}
-    options.publish(out, "sampling", content, page(given, found))
+    told = replace(given, base=Path(given.base).name, prompts=Path(given.prompts).name)
+    rows: list[dict[str, Any]] = []
+    for found in measure(given):  # a run that is stopped leaves the rounds before
+        rows += found
+        own = {"summary": summary(given, rows), "rows": rows}
+        options.tell(out, "sampling", PROGRAM, told, page(told, rows), **own)
     return 0
 
 

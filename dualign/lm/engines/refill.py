@@ -1,10 +1,10 @@
-"""Our own engine: one batch whose rows leave as their answers end, and whose room new rows take.
+"""Our own engine: one batch whose rows leave as their answers end, and whose places new rows take.
 
-`generate` computes every row of a batch until the longest answer of it ends. Here the keys and
-values of the rows under way lie in one table, padded on the left; a row that has ended is cut out
-of it, and waiting ones join. Equal prompts that join together are read once. Each row draws from
-a generator of its own, by inversion of its next token's distribution, so what it draws does not
-depend on its batch, but for rounding."""
+`generate` computes every row of a batch until the longest answer of it ends, reads a prompt anew
+for each answer to it, and copies all keys and values at each step. Here a waiting row takes the
+place of one that has ended, nothing else moves (`cache`), and equal prompts are read once. Each row
+draws from a generator of its own, by inversion of its next token's distribution, so what it draws
+does not depend on its batch, but for rounding."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
 from dualign.core.progress import Progress
+from dualign.lm.engines.cache import Places, Read
 from dualign.lm.engines.interface import Answer, Request, left_padded
+from dualign.lm.numerics import without_adapter
 from dualign.params.base import Resources
 
-#: The batch is cut, and waiting rows join it, once this part of its rows has ended. Each time all
-#: keys and values are copied, which takes about as long as a step.
+#: Waiting rows join, or places that none takes are cut out, once this part of the rows has ended.
+#: To read a prompt takes about as long as a step, and so does a copy of all keys and values.
 _SHARE = 1 / 8
-#: Positions that a table of keys or values gains when it is full.
-_ROOM = 64
+#: Tokens of the vocabulary that are one block in the first of the two steps of a draw.
+_BLOCK = 256
+#: The largest number below 1.
+_BELOW_ONE = 1 - 2**-53
 
 
 @dataclass
@@ -39,47 +43,6 @@ class _Row:
     uniforms: np.ndarray
     tokens: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
-    ended: bool = False
-
-
-class _Layer(DynamicLayer):
-    """Keys and values of one layer, [rows, heads, positions, width], in tables with room for more
-    positions, so that a step copies none of them.
-    """
-
-    keys: Tensor
-    values: Tensor
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        used = self.get_seq_length()
-        ends = used + key_states.shape[-2]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self._tables = [_table(key_states, ends), _table(value_states, ends)]
-        elif ends > self._tables[0].shape[-2]:
-            held = (self.keys, self.values)
-            self._tables = [_table(states, ends) for states in held]
-            for table, states in zip(self._tables, held, strict=True):
-                table[:, :, :used] = states
-        for table, states in zip(self._tables, (key_states, value_states), strict=True):
-            table[:, :, used:ends] = states
-        self.keys, self.values = (table[:, :, :ends] for table in self._tables)
-        return self.keys, self.values
-
-
-def _table(like: Tensor, positions: int) -> Tensor:
-    rows, heads, _, width = like.shape
-    return like.new_empty(rows, heads, positions + _ROOM, width)
-
-
-@dataclass
-class _Kept:
-    """What is kept of rows: keys, values, and each row's own positions, [rows, positions]."""
-
-    cache: Cache
-    mask: Tensor
 
 
 @torch.inference_mode()
@@ -93,17 +56,11 @@ def answer(
     model.eval()
     seeded = zip(request.prompts, request.seeds, strict=True)
     rows = [_row(prompt, seed, request.max_new_tokens) for prompt, seed in seeded]
-    waiting = deque(sorted(rows, key=lambda row: -len(row.prompt)))
-    batch = _Batch(model, request, tokenizer.pad_token_id)
+    batch = _Batch(_Reader(model, tokenizer.pad_token_id), request, rows)
     with Progress("sampling", len(rows)) as progress:
-        while waiting or batch.live:
-            joining = min(request.batch_size - batch.live, len(waiting))
-            if batch.is_due(joining):
-                batch.renew([waiting.popleft() for _ in range(joining)])
-            else:
-                batch.step()
-            if left := batch.left():
-                progress.advance(len(left), sum(left))
+        while batch.goes_on:
+            if ended := batch.advance():
+                progress.advance(len(ended), sum(ended))
     return [Answer(row.tokens, row.log_probabilities) for row in rows]
 
 
@@ -112,127 +69,157 @@ def _row(prompt: Sequence[int], seed: int, longest: int) -> _Row:
     return _Row(tuple(prompt), generator.random(longest))
 
 
-class _Batch:
-    """The rows under way."""
+class _Reader:
+    """The model, and prompts that it has read for rows that still wait."""
 
-    def __init__(self, model: Any, request: Request, pad: int) -> None:
+    def __init__(self, model: Any, pad: int) -> None:
         self._model = model
-        self._request = request
         self._pad = pad
-        self._device = next(model.parameters()).device
-        known = inspect.signature(model.forward).parameters
+        self.device = next(model.parameters()).device
+        known = inspect.signature(without_adapter(model).forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-        self._rows: list[_Row] = []
-        self._kept: _Kept | None = None
-        self._ended: list[int] = []
+        self._past = "cache" if "cache" in known else "past_key_values"
+        self._read: dict[tuple[int, ...], Read] = {}
 
-    @property
-    def live(self) -> int:
-        """Rows that have not ended."""
-        return sum(not row.ended for row in self._rows)
+    def __contains__(self, prompt: tuple[int, ...]) -> bool:
+        return prompt in self._read
 
-    def is_due(self, joining: int) -> bool:
-        """Whether to `renew` the batch, for which so many rows wait and find room."""
-        gone = len(self._rows) - self.live
-        full = joining >= max(1, int(_SHARE * self._request.batch_size))
-        return self.live == 0 or full or gone >= max(1, int(_SHARE * len(self._rows)))
-
-    def left(self) -> list[int]:
-        """Tokens of each row that has ended since this was asked."""
-        ended = self._ended
-        self._ended = []
-        return ended
-
-    def step(self) -> None:
-        """One more token for each row."""
-        assert self._kept is not None
-        ids = torch.tensor([[row.tokens[-1]] for row in self._rows])
-        self._kept.mask = torch.nn.functional.pad(self._kept.mask, (0, 1), value=1)
-        self._draw(self._logits(ids, self._kept), self._rows)
-
-    def renew(self, joining: list[_Row]) -> None:
-        """Cut out the rows that have ended, and take in others, which draw their first token."""
-        parts = [] if self._kept is None else [(self._kept, _going(self._rows))]
-        if joining:
-            parts.append(self._read(joining))
-        self._rows = [row for row in [*self._rows, *joining] if not row.ended]
-        self._kept = _joined([part for part in parts if part[1]])
-
-    def _read(self, joining: list[_Row]) -> tuple[_Kept, list[int]]:
-        """What is kept of the rows' prompts, each read once, and where each row has its own."""
-        prompts = list(dict.fromkeys(row.prompt for row in joining))
-        ids, mask = left_padded(prompts, self._pad)
-        kept = _Kept(Cache(layer_class_to_replicate=_Layer), mask.to(self._device))
-        logits = self._logits(ids, kept)
-        place = {prompt: at for at, prompt in enumerate(prompts)}
-        self._draw(logits[[place[row.prompt] for row in joining]], joining)
-        return kept, [place[row.prompt] for row in joining if not row.ended]
-
-    def _logits(self, ids: Tensor, kept: _Kept) -> Tensor:
+    def logits(self, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """Logits of each row's next token, [rows, vocabulary], fp32."""
-        positions = (kept.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = self._model(
-            input_ids=ids.to(self._device),
-            attention_mask=kept.mask,
+            input_ids=ids.to(self.device),
+            attention_mask=mask,
             position_ids=positions,
-            past_key_values=kept.cache,
             use_cache=True,
+            **{self._past: cache},
             **self._options,
         )
         return output.logits[:, -1].float()
 
-    def _draw(self, logits: Tensor, rows: list[_Row]) -> None:
-        """Give each row its next token; those that have ended get none."""
-        log_probabilities = torch.log_softmax(logits, -1)
-        uniforms = [row.uniforms[min(len(row.tokens), len(row.uniforms) - 1)] for row in rows]
-        drawn = inverted(log_probabilities, torch.tensor(uniforms, device=self._device))
-        found = log_probabilities.gather(1, drawn.unsqueeze(1)).squeeze(1)
-        for row, token, value in zip(rows, drawn.tolist(), found.tolist(), strict=True):
-            if not row.ended:
-                row.tokens.append(token)
-                row.log_probabilities.append(value)
-                full = len(row.tokens) == self._request.max_new_tokens
-                row.ended = full or token in self._request.ends
-                self._ended += [len(row.tokens)] if row.ended else []
+    def read(self, prompts: Sequence[tuple[int, ...]]) -> list[Read]:
+        """Each prompt as it was read, in one pass for all that have not been yet."""
+        if new := list(dict.fromkeys(prompt for prompt in prompts if prompt not in self)):
+            ids, mask = left_padded(new, self._pad)
+            cache = Cache(layer_class_to_replicate=DynamicLayer)
+            logits = self.logits(ids, mask.to(self.device), cache)
+            for row, prompt in enumerate(new):
+                self._read[prompt] = Read.of(cache, row, len(prompt), logits[row])
+        return [self._read[prompt] for prompt in prompts]
+
+    def forget(self, but: tuple[int, ...] | None) -> None:
+        """Keep no prompt, or this one alone."""
+        self._read = {prompt: read for prompt, read in self._read.items() if prompt == but}
 
 
-def inverted(log_probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """The token of each row at which its distribution function passes a uniform number.
+class _Batch:
+    """The rows under way, each in its place, and those that wait; a free place has None.
 
-    log_probabilities [rows, vocabulary], uniforms [rows] in [0, 1), fp64; [rows].
+    The longest prompts come first, so that the tables are as long as any prompt that joins; equal
+    ones follow each other."""
+
+    def __init__(self, reader: _Reader, request: Request, rows: Sequence[_Row]) -> None:
+        self._reader = reader
+        self._request = request
+        self._waiting = deque(sorted(rows, key=lambda row: (-len(row.prompt), row.prompt)))
+        self._rows: list[_Row | None] = [None] * min(request.batch_size, len(rows))
+        self._places: Places | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a row waits or is under way."""
+        return bool(self._waiting or self._going())
+
+    def _going(self) -> dict[int, _Row]:
+        return {place: row for place, row in enumerate(self._rows) if row is not None}
+
+    def advance(self) -> list[int]:
+        """A token for each row under way, or the first for rows that join. Returns the tokens of
+        each answer that has ended.
+        """
+        free = [place for place, row in enumerate(self._rows) if row is None]
+        many = len(free) >= max(1, int(_SHARE * len(self._rows)))
+        if self._waiting and free and (many or self._waiting[0].prompt in self._reader):
+            return self._join(free[: len(self._waiting)])
+        if many:
+            self._cut()
+        return self._step()
+
+    def _join(self, free: list[int]) -> list[int]:
+        """Let waiting rows take places."""
+        joining = {place: self._waiting.popleft() for place in free}
+        reads = self._reader.read([row.prompt for row in joining.values()])
+        self._reader.forget(but=self._waiting[0].prompt if self._waiting else None)
+        if self._places is None:
+            self._places = Places(len(self._rows), reads[0])
+        for (place, row), read in zip(joining.items(), reads, strict=True):
+            self._rows[place] = row
+            self._places.begin(place, read)
+        return self._draw(torch.stack([read.logits for read in reads]), joining)
+
+    def _cut(self) -> None:
+        """Cut out the free places."""
+        assert self._places is not None
+        going = self._going()
+        self._places.keep(list(going), list(going))
+        self._rows = list(going.values())
+
+    def _step(self) -> list[int]:
+        """One more token for each row under way."""
+        assert self._places is not None
+        going = self._going()
+        ids = torch.tensor([[0 if row is None else row.tokens[-1]] for row in self._rows])
+        self._places.grow(list(going))
+        logits = self._reader.logits(ids, self._places.mask, self._places.cache)
+        return self._draw(logits[list(going)], going)
+
+    def _draw(self, logits: Tensor, rows: dict[int, _Row]) -> list[int]:
+        """Give each row its next token, and free the places of those that end."""
+        uniforms = [row.uniforms[len(row.tokens)] for row in rows.values()]
+        tokens, values = drawn(logits, torch.tensor(uniforms, device=logits.device))
+        ended = []
+        drawings = zip(rows.items(), tokens.tolist(), values.tolist(), strict=True)
+        for (place, row), token, value in drawings:
+            row.tokens.append(token)
+            row.log_probabilities.append(value)
+            if token in self._request.ends or len(row.tokens) == self._request.max_new_tokens:
+                self._rows[place] = None
+                ended.append(len(row.tokens))
+        return ended
+
+
+def drawn(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """The token of each row at which its distribution function passes a uniform number, and log pi
+    of it in nats.
+
+    logits [rows, vocabulary], uniforms [rows] in [0, 1), fp64; [rows] each. A block of tokens is
+    drawn first, then one of its tokens by what is left of the uniform number, so that sums in fp64
+    are of few numbers.
 
     >>> half = torch.tensor([[0.5, 0.0, 0.5]]).log()
-    >>> [int(inverted(half, torch.tensor([u]).double())) for u in (0.0, 0.49, 0.51, 0.99)]
+    >>> [int(drawn(half, torch.tensor([u]).double())[0]) for u in (0.0, 0.49, 0.51, 0.99)]
     [0, 0, 2, 2]
     """
-    function = log_probabilities.double().exp().cumsum(1)
+    largest = logits.amax(1, keepdim=True)
+    weights = (logits - largest).exp()
+    blocks = torch.nn.functional.pad(weights, (0, -weights.shape[1] % _BLOCK))
+    blocks = blocks.unflatten(1, (-1, _BLOCK))
+    sums = blocks.sum(2, dtype=torch.float64)
+    block, left = _passed(sums, uniforms)
+    own = blocks[torch.arange(len(blocks), device=blocks.device), block]
+    token, _ = _passed(own, left)
+    tokens = block * _BLOCK + token
+    shifted = logits.gather(1, tokens.unsqueeze(1)) - largest
+    return tokens, shifted.squeeze(1).double() - sums.sum(1).log()
+
+
+def _passed(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the distribution function of weights [rows, n] passes a uniform number [rows], and what
+    is left of that for a draw within: uniform again in [0, 1).
+    """
+    function = weights.double().cumsum(1)
     wanted = uniforms.unsqueeze(1) * function[:, -1:]
-    drawn = torch.searchsorted(function, wanted, right=True).squeeze(1)
-    return drawn.clamp(max=function.shape[1] - 1)
-
-
-def _going(rows: list[_Row]) -> list[int]:
-    return [at for at, row in enumerate(rows) if not row.ended]
-
-
-def _joined(parts: list[tuple[_Kept, list[int]]]) -> _Kept | None:
-    """The named rows of all parts in one table, without the positions that are no row's."""
-    if not parts:
-        return None
-    masks = [kept.mask[rows] for kept, rows in parts]
-    width = max(int(mask.shape[1] - mask.any(0).int().argmax()) for mask in masks)
-    cache = Cache(layer_class_to_replicate=_Layer)
-    for at in range(len(parts[0][0].cache.layers)):
-        layers = [(kept.cache.layers[at], rows) for kept, rows in parts]
-        keys = torch.cat([_aligned(layer.keys[rows], width, -2) for layer, rows in layers])
-        values = torch.cat([_aligned(layer.values[rows], width, -2) for layer, rows in layers])
-        cache.update(keys, values, at)
-    return _Kept(cache, torch.cat([_aligned(mask, width, -1) for mask in masks]))
-
-
-def _aligned(table: Tensor, width: int, axis: int) -> Tensor:
-    """The last `width` positions of an axis, zeros before them where there are fewer."""
-    held = table.shape[axis]
-    if held >= width:
-        return table.narrow(axis, held - width, width)
-    return torch.nn.functional.pad(table, (0, 0) * (-axis - 1) + (width - held, 0))
+    place = torch.searchsorted(function, wanted, right=True).clamp(max=function.shape[1] - 1)
+    weight = weights.double().gather(1, place)
+    left = 1 - (function.gather(1, place) - wanted) / weight
+    return place.squeeze(1), left.clamp(0, _BELOW_ONE).squeeze(1)
