@@ -71,7 +71,7 @@ def test_the_gap_of_two_judges_of_one_mind_holds_the_truth_as_often_as_it_says()
     rng = np.random.default_rng(0)
     names = [f"{prompt}" for prompt in range(48)]
     held = []
-    for _ in range(150):
+    for _ in range(100):
         tables = []
         for policy, gain in (("sft", 0.0), ("aligned", -1.0)):
             reward = rng.normal(gain, 1, len(names))
