@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtr, stdtrit
 from statsmodels.stats.contingency_tables import mcnemar as _mcnemar
-from statsmodels.stats.multitest import multipletests
 
 from dualign.core.errors import DataError
 from dualign.evaluation.stats import Estimate, clustered_mean
@@ -80,14 +79,18 @@ def no_difference(estimate: Estimate, prompts: int) -> float:
 def holm(p_values: Sequence[float] | Array) -> Array:
     """Holm's adjusted p-values (1979): those up to alpha err together with at most alpha; [tests].
 
+    The k-th smallest of n is the largest of (n - j + 1) p_(j), j <= k, and at most 1; nan stays.
+    Written out, since statsmodels' collects all garbage at each call, most of a report's time.
+
     >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
     [0.03, 0.06, 0.06]
     """
     values = np.asarray(p_values, dtype=float)
     adjusted = values.copy()
-    known = ~np.isnan(values)
-    if known.any():
-        adjusted[known] = multipletests(values[known], method="holm")[1]
+    known = np.flatnonzero(~np.isnan(values))
+    order = known[values[known].argsort(kind="stable")]
+    tests = np.arange(len(order), 0, -1)
+    adjusted[order] = np.maximum.accumulate(tests * values[order]).clip(max=1)
     return adjusted
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.sparse.csgraph import connected_components
 from scipy.special import expit
 
 from dualign.core.errors import DataError
@@ -82,7 +81,10 @@ def bradley_terry(wins: Array) -> Array:
 
 def _linked(met: Array) -> Array:
     """Whether each table [tables, policies, policies] of who met whom holds together."""
-    return np.array([connected_components(one, directed=False)[0] == 1 for one in met])
+    reach = met | np.eye(met.shape[-1], dtype=bool)
+    for _ in range(met.shape[-1].bit_length()):  # each time as far again
+        reach = reach @ reach
+    return reach.all((-1, -2))
 
 
 def elo(strengths: Array) -> Array:

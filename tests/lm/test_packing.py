@@ -50,7 +50,7 @@ def gradients(model: Any, logps: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", ["plain", "lora", "checkpointed"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "granite", "cohere"])
 def test_values_and_gradients_are_those_of_padded_rows(name: str, kind: str) -> None:
-    """In fp64, where only what a model rounds to fp32 itself is left to differ, on any processor."""
+    """In fp64: only what a model itself rounds to fp32 differs, on any processor."""
     model: Any = without_dropout(built(name))
     if kind == "lora":
         model = models.with_lora(model, LORA, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -83,14 +83,17 @@ def _best(at: Pixel, text: str, taken: Sequence[Box], lines: Sequence[Box], room
     reach = around(at, RADII[-1] + width + 12)
     texts = [box for box in taken if overlap(box, reach) > 0]
     crossed = [box for box in lines if overlap(box, reach) > 0]
-    scored: list[tuple[float, Box]] = []
-    for radius, turn in product(RADII, TURNS):
-        box = _beside(at, width, radius, turn * math.pi / 8)
-        hidden = 8 * sum(overlap(box, other) for other in texts)
-        hidden += sum(overlap(box, other) for other in crossed)
-        scored.append((hidden + radius, box))
-    inside = [(score, box) for score, box in scored if _within(box, room)]
-    return min(inside or scored)[1]
+    inside: list[tuple[float, Box]] = []
+    outside: list[tuple[float, Box]] = []
+    for radius in RADII:
+        if inside and min(inside)[0] < radius:
+            break  # no place farther off scores less than its distance
+        for turn in TURNS:
+            box = _beside(at, width, radius, turn * math.pi / 8)
+            hidden = 8 * sum(overlap(box, other) for other in texts)
+            hidden += sum(overlap(box, other) for other in crossed)
+            (inside if _within(box, room) else outside).append((hidden + radius, box))
+    return min(inside or outside)[1]
 
 
 def _beside(at: Pixel, width: float, radius: float, angle: float) -> Box:
