@@ -5,7 +5,8 @@ and MC2.
 
 lm-eval lives in an environment of its own; `--python` is its interpreter. It runs its own task,
 of which only the data set is replaced by a local file; `--data` is the folder of mc_task.json.
-Items that differ by more than `LARGE` in float32 are scored once more in float64 by both."""
+Items that differ by more than `LARGE` in float32 are scored once more in float64 by both.
+`--asked` takes all items and no model: what lm-eval asks for, token by token, and how it scores."""
 
 from __future__ import annotations
 
@@ -26,7 +27,13 @@ import torch
 from bench import options
 from dualign.core.schema import last_user_text
 from dualign.evaluation.suites import read_suite
-from dualign.evaluation.truthful import choice_log_probabilities, mc1, mc2
+from dualign.evaluation.truthful import (
+    PREAMBLE,
+    choice_ids,
+    choice_log_probabilities,
+    mc1,
+    mc2,
+)
 from dualign.lm.models import load_policy, load_tokenizer
 from dualign.params.evaluate import SuiteName, SuiteSpec
 from dualign.params.loading import load_resources
@@ -35,12 +42,14 @@ SCORES = {"mc1": mc1, "mc2": mc2}
 SUITES: dict[str, SuiteName] = {"mc1": "truthfulqa_mc1", "mc2": "truthfulqa_mc2"}
 
 Rows = list[dict[str, Any]]
+#: lm-eval's command line, with models that read the preamble once, or nothing.
+MODELS = Path(__file__).parent / "harness/lm_eval_models.py"
 #: A difference of an item's score that wants explaining.
 LARGE = 1e-6
 
 
-def chosen(folder: Path, count: int) -> dict[str, pd.DataFrame]:
-    """The same items of both suites."""
+def chosen(folder: Path, count: int | None) -> dict[str, pd.DataFrame]:
+    """The same items of both suites; all where `count` is None."""
     return {
         targets: read_suite(
             SuiteSpec(suite=name, path=None, prompts=count, samples_per_prompt=1), folder
@@ -81,18 +90,25 @@ def theirs(
     python: str, policy: Path, suites: dict[str, pd.DataFrame], precision: str
 ) -> dict[str, Rows]:
     """What lm-eval says of each item: its likelihoods `logp` and its `score`."""
+    stem = len(load_tokenizer(policy)(PREAMBLE)["input_ids"]) - 1  # the last may go on differently
+    with tempfile.TemporaryDirectory() as name:
+        model = ("hf-stem", f"pretrained={policy},dtype={precision},stem={stem}")
+        return lm_eval(python, model, suites, Path(name))
+
+
+def lm_eval(
+    python: str, model: tuple[str, str], suites: dict[str, pd.DataFrame], folder: Path
+) -> dict[str, Rows]:
+    """Run both tasks by lm-eval with a model and its arguments; its files lie in the folder."""
     code = "import lm_eval.tasks as t; print(t.__path__[0])"
     answer = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_tasks(folder, Path(answer.stdout.split()[-1]) / "truthfulqa", suites)
-        model = f"pretrained={policy},dtype={precision}"
-        command = [python, "-m", "lm_eval", "run", "--model", "hf", "--model_args", model]
-        command += ["--tasks", *(f"local_{targets}" for targets in SUITES)]
-        command += ["--include_path", name, "--device", "cpu", "--batch_size", "8"]
-        command += ["--log_samples", "--output_path", f"{name}/out"]
-        subprocess.run(command, check=True)
-        return {targets: _logged(folder / "out", targets) for targets in SUITES}
+    write_tasks(folder, Path(answer.stdout.split()[-1]) / "truthfulqa", suites)
+    command = [python, str(MODELS), "run", "--model", model[0], "--model_args", model[1]]
+    command += ["--tasks", *(f"local_{targets}" for targets in SUITES)]
+    command += ["--include_path", str(folder), "--device", "cpu", "--batch_size", "32"]
+    command += ["--log_samples", "--output_path", str(folder / "out")]
+    subprocess.run(command, check=True)
+    return {targets: _logged(folder / "out", targets) for targets in SUITES}
 
 
 def _logged(out: Path, targets: str) -> Rows:
@@ -124,6 +140,64 @@ def ours(policy: Path, suites: dict[str, pd.DataFrame], precision: str) -> dict[
             for row, correct in zip(logp, frame["correct"], strict=True)
         ]
     return found
+
+
+# --- without a model ------------------------------------------------------------------------------
+
+
+def asked(python: str, policy: Path, suites: dict[str, pd.DataFrame]) -> dict[str, Any]:
+    """Which ids lm-eval asks a model for, and its scores of likelihoods that are drawn, beside ours
+    of the same: everything but the forward pass."""
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "asked.jsonl"
+        model = ("hf-asked", f"pretrained={policy},asked={file}")
+        scored = lm_eval(python, model, suites, Path(name))
+        requests = [json.loads(line) for line in file.read_text().splitlines()]
+    drawn = {_key(row["before"], row["answer"]): float(row["logp"]) for row in requests}
+    tokenizer = load_tokenizer(policy)
+    found = {}
+    for targets, frame in suites.items():
+        logp = [drawn.get(_key(*ids), float("nan")) for ids in choice_ids(tokenizer, frame)]
+        found[targets] = alike(targets, frame, logp, scored[targets])
+    return found
+
+
+def _key(before: Sequence[int], answer: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(before), tuple(answer)
+
+
+def alike(
+    targets: str, suite: pd.DataFrame, logp: Sequence[float], scored: Rows
+) -> dict[str, int | float]:
+    """How many choices of a suite lm-eval asked for by the same ids (the others' `logp` is NaN),
+    and how far its scores of these likelihoods are from ours where all ids are the same."""
+    rows = np.split(np.asarray(logp), np.cumsum(suite["choices"].map(len))[:-1])
+    pairs = zip(rows, suite["correct"], strict=True)
+    mine = np.array([SCORES[targets](row, correct) for row, correct in pairs])
+    return {
+        "items": len(rows),
+        "choices": len(logp),
+        "same_ids": int(np.isfinite(logp).sum()),
+        "largest_difference_of_score": float(np.nanmax(np.abs(mine - _scores(scored)))),
+    }
+
+
+def page_of_asked(found: dict[str, dict[str, Any]], command: str) -> str:
+    """The page of `asked` in markdown."""
+    lines = options.head(
+        ["score", "items", "choices", "asked by the same ids", "largest difference of an item"]
+    )
+    for targets, row in found.items():
+        cells = [targets.upper(), *(f"{row[key]}" for key in ("items", "choices", "same_ids"))]
+        lines.append(f"| {' | '.join(cells)} | {row['largest_difference_of_score']:.1e} |")
+    parts = [
+        "# TruthfulQA: what lm-evaluation-harness asks a model, and how it scores the replies",
+        f"    {command}",
+        "\n".join(lines),
+        "No forward pass: the likelihood of a choice is a number drawn by its ids, the same for"
+        " lm-eval and for us. [The other page](truthful.md) has the likelihoods of a model.",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 # --- side by side ---------------------------------------------------------------------------------
@@ -196,7 +270,8 @@ def page(found: dict[str, Any], exact: dict[str, Any], command: str, seconds: st
         "# TruthfulQA: our MC1 and MC2 beside lm-evaluation-harness",
         f"    {command}",
         table(found),
-        f"float32 on a CPU; {seconds} with start and loading. Likelihoods in nats.",
+        f"float32 on a CPU; {seconds} with start and loading. Likelihoods in nats. lm-eval reads"
+        " the six questions that stand before all items once (`bench/harness/lm_eval_models.py`).",
     ]
     if exact:
         parts += [f"Items that differ by more than {LARGE:g}, in float64:", table(exact)]
@@ -226,14 +301,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--python", required=True, help="interpreter that has lm-eval")
     parser.add_argument("--data", type=Path, required=True, help="folder of mc_task.json")
     parser.add_argument("--prompts", type=int, default=40, help="items (default: %(default)s)")
+    parser.add_argument(
+        "--asked", action="store_true", help="all items, but no forward pass: truthful-asked.md"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of results")
     given = parser.parse_args(argv)
-    suites = chosen(given.data, given.prompts)
-    content, seconds = results(given.policy.absolute(), given.python, suites)
-    command = (
-        f"python -m bench.truthful {given.policy.name} --python PYTHON --data FOLDER"
-        f" --prompts {given.prompts}"
-    )
+    suites = chosen(given.data, None if given.asked else given.prompts)
+    command = f"python -m bench.truthful {given.policy.name} --python PYTHON --data FOLDER"
+    policy = given.policy.absolute()
+    if given.asked:
+        found = asked(given.python, policy, suites)
+        text = page_of_asked(found, f"{command} --asked")
+        options.publish(given.out, "truthful-asked", found, text)
+        return 0
+    content, seconds = results(policy, given.python, suites)
+    command = f"{command} --prompts {given.prompts}"
     text = page(content["compared"], content["float64"], command, seconds)
     options.publish(given.out, "truthful", content, text)
     sys.stdout.write(text)

@@ -184,6 +184,9 @@ def _seeds_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--jobs", type=_positive, metavar="N", default=0, help="as for run")
     parser.add_argument(
+        "--cluster", action="store_true", help="as for run; all seeds at the same time"
+    )
+    parser.add_argument(
         "--metric", action="append", metavar="M", dest="metrics", default=[], help="as for sweep"
     )
 
@@ -352,19 +355,25 @@ def _seeds(arguments: argparse.Namespace) -> int:
     from pipeline.dvc.plan import select
     from pipeline.prefect.artifacts import current_metrics
     from pipeline.seeds import REPORT, columns, gather, own_seed, points
-    from pipeline.sweep import Point, table
+    from pipeline.sweep import Point, fetched, table
 
     root = Path.cwd()
     found = points(root, arguments.seeds)
     select(_dag(), [REPORT])
-    server.use_running()
+    if arguments.cluster:
+        server.need()
+    else:
+        server.use_running()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     jobs = ["--jobs", str(arguments.jobs)] if arguments.jobs else []
-    good = gather(root, found, jobs)
+    good = gather(root, found, jobs, arguments.cluster)
     if good:
-        own = [sys.executable, "-m", "pipeline", "run", "--stage", REPORT, *jobs]
+        where = ["--cluster"] if arguments.cluster else []
+        own = [sys.executable, "-m", "pipeline", "run", "--stage", REPORT, *jobs, *where]
         if code := subprocess.run(own, check=False).returncode:
             return code
+        if arguments.cluster:
+            fetched(root, [_dag()[REPORT]])
         metrics = current_metrics(root, _dag()[REPORT])
         found = [Point({"seed": own_seed(root)}, "this run", metrics), *found]
     _say(_columns(table(found, arguments.metrics or columns(found))))

@@ -55,19 +55,26 @@ def columns(found: Sequence[Point]) -> list[str]:
     return [f"policies.{name}.{key}.mean" for name in known for key in ("reward", "cost")]
 
 
-def gather(root: Path, found: Sequence[Point], options: Sequence[str]) -> bool:
-    """Bring the runs of these points up to date, one after the other, and put their comparisons
-    into `GATHERED`. Returns whether all ended well.
+def gather(root: Path, found: Sequence[Point], options: Sequence[str], cluster: bool) -> bool:
+    """Bring the runs of these points up to date, and put their comparisons into `GATHERED`: on
+    workers all at the same time, here one after the other. Returns whether all ended well.
 
     Nothing is left there of a seed whose run did not, and nothing runs for one that is up to date.
 
     Raises PipelineError as `sweep` does, before anything runs."""
-    for point in found:
-        sweep(root, [point], [REPORT], ["--stage", REPORT, *options], cluster=False)
-        path = root / GATHERED / f"{point.settings['seed']}.json"
-        if point.end in GOOD:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, point.files[COMPARISON])
-        else:
-            path.unlink(missing_ok=True)
+    for points in [found] if cluster else [[point] for point in found]:
+        sweep(root, points, [REPORT], ["--stage", REPORT, *options], cluster)
+        for point in points:
+            _keep(root / GATHERED / f"{point.settings['seed']}.json", point)
     return all(point.end in GOOD for point in found)
+
+
+def _keep(path: Path, point: Point) -> None:
+    """Put a run's comparison there, or take away what is there of an earlier one."""
+    if point.end in GOOD and COMPARISON not in point.files:
+        point.end = "not fetched"  # neither cache nor remote has it any more
+    if point.end in GOOD:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, point.files[COMPARISON])
+    else:
+        path.unlink(missing_ok=True)

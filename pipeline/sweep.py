@@ -162,7 +162,7 @@ def _run(
         if "--cluster" not in options:
             inputs.carry(root, tree, dag)
         wanted = [spec for spec in dag.values() if _counts(spec, dag, stages)]
-        if "--cluster" not in options and _is_current(tree, dag, stages) and _fetched(tree, wanted):
+        if "--cluster" not in options and _is_current(tree, dag, stages) and fetched(tree, wanted):
             point.end = GOOD[1]
         else:
             log.info("%s: starts", point.name)
@@ -170,6 +170,8 @@ def _run(
             code = _followed(command, tree, told, point.name)
             point.end = ENDS.get(code, f"exit {code}")
             write_files(root, inputs.questions(tree))
+            if "--cluster" in options and point.end in GOOD:
+                fetched(tree, wanted)  # those of stages that no worker had to run, too
         log.info("%s: %s", point.name, point.end)
         for spec in wanted:
             point.metrics.update(artifacts.current_metrics(tree, spec))
@@ -195,7 +197,7 @@ def _is_current(tree: Path, dag: Mapping[str, StageSpec], stages: Sequence[str])
     return all(status.prospect == "up to date" for status in statuses.values())
 
 
-def _fetched(tree: Path, wanted: Sequence[StageSpec]) -> bool:
+def fetched(tree: Path, wanted: Sequence[StageSpec]) -> bool:
     """Put the metrics of stages into a tree; False where they are to be had nowhere any more."""
     try:
         fetch(tree, [path for spec in wanted for path in spec.metrics])

@@ -78,17 +78,21 @@ def encoded(tokenizer: PreTrainedTokenizerBase, before: str, answer: str) -> lis
     return [whole[: len(start)], whole[len(start) :]]
 
 
+def choice_ids(tokenizer: PreTrainedTokenizerBase, suite: pd.DataFrame) -> list[list[list[int]]]:
+    """Ids before every choice of a suite and of the choice, row after row (`encoded`)."""
+    texts = [question_text(last_user_text(prompt)) for prompt in suite["prompt"]]
+    return [
+        encoded(tokenizer, text, choice)
+        for text, choices in zip(texts, suite["choices"], strict=True)
+        for choice in choices
+    ]
+
+
 def choice_log_probabilities(
     model: Policy, tokenizer: PreTrainedTokenizerBase, suite: pd.DataFrame, *, batch_size: int
 ) -> list[Array]:
     """log pi(choice | question) of every choice of a suite (columns `prompt` and `choices`, as
     `read_suite` returns), in nats: an array of shape [choices] for each row."""
-    texts = [question_text(last_user_text(prompt)) for prompt in suite["prompt"]]
-    pairs = [
-        encoded(tokenizer, text, choice)
-        for text, choices in zip(texts, suite["choices"], strict=True)
-        for choice in choices
-    ]
-    questions, answers = zip(*pairs, strict=True)
+    questions, answers = zip(*choice_ids(tokenizer, suite), strict=True)
     logp = log_probabilities(model, tokenizer, questions, answers, batch_size=batch_size).numpy()
     return np.split(logp, np.cumsum(suite["choices"].map(len))[:-1])

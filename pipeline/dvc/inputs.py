@@ -24,14 +24,14 @@ from pipeline.errors import PipelineError
 QUESTIONS = "to-label-*.jsonl"
 ANSWERS = "labelled-*.jsonl"
 #: Results of others about the policies of this workspace, or beside them: a run of other params has
-#: other policies.
+#: other policies. Workers get those in JSON with the stage that reads them.
 OWN = ("reports/seeds/", "reports/harness/")
 
 
 def check_held(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) -> None:
     """Raise PipelineError unless workers can have all inputs: by git, DVC or absolute path."""
     stages = list(stages)
-    missing = loose(root, dag, stages)
+    missing = [name for name in loose(root, dag, stages) if not _travels(name)]
     for path in [] if missing else sorted(_deps(dag, stages)):
         if not tracked_files(root, path) and not _written(root, path):
             missing.append(path)
@@ -56,6 +56,15 @@ def carry(root: Path, tree: Path, dag: Mapping[str, StageSpec]) -> None:
 def carried(root: Path, dag: Mapping[str, StageSpec]) -> list[str]:
     """The files that `carry` links."""
     return [name for name in loose(root, dag, dag) if not name.startswith(OWN)]
+
+
+def results(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) -> dict[str, str]:
+    """The results of others that stages read here and neither git nor DVC holds, by path."""
+    return {name: (root / name).read_text() for name in filter(_travels, loose(root, dag, stages))}
+
+
+def _travels(name: str) -> bool:
+    return name.startswith(OWN) and name.endswith(".json")
 
 
 def loose(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) -> list[str]:

@@ -60,7 +60,8 @@ UNTAKEN = 20.0
 #: Seconds for which the server may lag behind with its records of task runs, and between two looks.
 LAG = 60.0
 LOOK = 0.2
-#: Bytes of labels that travel with a stage; Prefect's servers take 512 KiB of parameters.
+#: Bytes of labels and of results of others that travel with a stage; Prefect's servers take 512 KiB
+#: of parameters, of which records of stages are a third.
 ROOM = 300_000
 
 T = TypeVar("T")
@@ -139,8 +140,8 @@ class Cluster:
     ) -> Outcome:
         """Have one stage run on a worker, and take over its record.
 
-        Raises StageFailed, StageStopped, or PipelineError where labels of people are too many to
-        travel."""
+        Raises StageFailed, StageStopped, or PipelineError where labels of people or results of
+        others are too many to travel."""
         for _ in range(LOSSES):
             watch = self._submit(spec, force, log, turn)
             try:
@@ -181,7 +182,7 @@ class Cluster:
             "params": self._params,
             "recorded": records.read(self._root, [spec.name, *spec.upstream]),
             "force": force,
-            "answers": self._answers(),
+            "answers": self._carried(spec),
         }
         key = str(uuid4())  # an answer that is lost on its way does not make two runs
         parent = self._recorded(UUID(runtime.task_run.id))
@@ -207,15 +208,23 @@ class Cluster:
             time.sleep(LOOK)
         return task_run
 
-    def _answers(self) -> dict[str, str]:
-        """The labels of people that lie in the workspace."""
+    def _carried(self, spec: StageSpec) -> dict[str, str]:
+        """The labels of people that lie in the workspace, and the results of others that a stage
+        reads: other seeds' comparisons, for the report."""
         answers = inputs.answers(self._root)
         if sum(map(len, answers.values())) > ROOM:
             raise PipelineError(
                 f"{Path(min(answers)).parent}: more than {ROOM // 1000} kB of labels do not travel "
                 "with a stage; set `folder` in params.yaml to an absolute path that every node sees"
             )
-        return answers
+        results = inputs.results(self._root, self._dag, [spec.name])
+        if results and sum(map(len, (answers | results).values())) > ROOM:
+            raise PipelineError(
+                f"{Path(min(results)).parent}: more than {ROOM // 1000} kB of results and labels do"
+                " not travel with a stage; have git hold these results (`git add --force`, commit,"
+                " push)"
+            )
+        return answers | results
 
     def _follow(self, watch: _Watch) -> Report | None:
         """Wait until a flow run has ended; returns what its worker reported, if anything.

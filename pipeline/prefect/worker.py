@@ -98,7 +98,7 @@ def stage(
         params: the text of params.yaml.
         recorded: what dvc.lock holds about the stage and the stages that it reads from.
         force: run it even if nothing has changed.
-        answers: files that people have filled in, by path.
+        answers: files that people have filled in, and results of other runs, by path.
     """
     root = Path.cwd()
     node = socket.gethostname()

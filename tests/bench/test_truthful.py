@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.truthful import chosen, compared, differing, write_tasks
+from bench.truthful import alike, chosen, compared, differing, write_tasks
 from dualign.evaluation.suites import read_suite
 from dualign.params.evaluate import SuiteSpec
 
@@ -59,3 +60,23 @@ def test_an_item_differs_where_one_of_its_scores_does() -> None:
     }
     assert differing(ours, theirs) == [1, 2]
     assert differing(ours, ours) == []
+
+
+def test_without_a_model_scores_are_compared_and_other_ids_are_counted(data: Path) -> None:
+    suite = chosen(data, 2)["mc2"]
+    logp = [-1.0, -2.0, -3.0, -3.0, -2.0, -1.0]
+    false = [
+        math.exp(-2) / (1 + math.exp(-1) + math.exp(-2)),
+        1 / (1 + math.exp(-1) + math.exp(-2)),
+    ]
+    true = [1 - share for share in false]  # the last choice of each is the false one
+    found = alike("mc2", suite, logp, [{"logp": [], "score": score} for score in true])
+    assert found["same_ids"] == found["choices"] == 6 and found["items"] == 2
+    assert found["largest_difference_of_score"] < 1e-12
+    off = [{"logp": [], "score": score} for score in (true[0], true[1] + 0.25)]
+    assert alike("mc2", suite, logp, off)["largest_difference_of_score"] == pytest.approx(0.25)
+    assert alike("mc2", suite, [math.nan, *logp[1:]], off)["same_ids"] == 5
+
+
+def test_a_suite_without_a_number_is_the_whole_of_it(data: Path) -> None:
+    assert [len(frame) for frame in chosen(data, None).values()] == [3, 3]

@@ -67,6 +67,16 @@ READS = {
     "right": ("out/first",),
     "last": ("out/left", "out/right"),
 }
+# What it compares depends on the seed and on the stage before it; the page names other seeds.
+REPORT = """
+import json, pathlib
+params = json.loads(pathlib.Path("params.yaml").read_text().split("# ", 1)[0])
+cost = int(pathlib.Path("out/last").read_text()) + params["seed"] / 10
+compared = {"policies": {"sft": {"cost": {"mean": cost}}}, "recommended": "sft"}
+pathlib.Path("reports/comparison.json").write_text(json.dumps(compared))
+others = sorted(path.stem for path in pathlib.Path("reports/seeds").glob("*.json"))
+pathlib.Path("reports/index.html").write_text(" ".join(others))
+"""
 
 
 @dataclass(frozen=True)
@@ -160,6 +170,36 @@ def create(root: Path) -> Project:
     (root / "params.yaml").write_text(json.dumps(params) + "# ")
     made.set()
     return made
+
+
+def add_report(root: Path) -> None:
+    """Give a project seed 7, of which `first` makes use, and a report that other seeds stand in."""
+    graph = json.loads((root / "dvc.yaml").read_text())
+    graph["stages"]["first"]["params"].append("seed")
+    graph["stages"]["report"] = {
+        "desc": "The report",
+        "cmd": "python report.py",
+        "deps": ["report.py", "out/last", "reports/seeds"],
+        "params": ["seed"],
+        "outs": ["reports/index.html"],
+        "metrics": ["reports/comparison.json"],
+        "meta": {"pool": "cpu", "gpus": 0, "retries": 0},
+    }
+    (root / "dvc.yaml").write_text(json.dumps(graph))
+    (root / "report.py").write_text(REPORT)
+    params = json.loads((root / "params.yaml").read_text().split("# ", 1)[0])
+    (root / "params.yaml").write_text(json.dumps({"seed": 7, **params}) + "# ")
+    (root / "reports/seeds").mkdir(parents=True)
+    (root / "reports/seeds/README.md").write_text("Other seeds.")
+    ignored = (root / ".gitignore").read_text() + "/reports/seeds/*.json\n/reports/*.*\n"
+    (root / ".gitignore").write_text(ignored)
+
+
+def gathered(root: Path) -> dict[str, float]:
+    """The cost of sft in each comparison of another seed that lies in a project with a report."""
+    found = sorted((root / "reports/seeds").glob("*.json"))
+    contents = {path.stem: json.loads(path.read_text()) for path in found}
+    return {name: content["policies"]["sft"]["cost"]["mean"] for name, content in contents.items()}
 
 
 def environment() -> dict[str, str]:

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.seeds import GATHERED
-from tests.pipeline.project import Project, git
+from tests.pipeline.project import Project, add_report, gathered, git
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# What it compares depends on the seed and on the stage before it; the page names other seeds.
-REPORT = """
-import json, pathlib
-params = json.loads(pathlib.Path("params.yaml").read_text().split("# ", 1)[0])
-cost = int(pathlib.Path("out/last").read_text()) + params["seed"] / 10
-compared = {"policies": {"sft": {"cost": {"mean": cost}}}, "recommended": "sft"}
-pathlib.Path("reports/comparison.json").write_text(json.dumps(compared))
-others = sorted(path.stem for path in pathlib.Path("reports/seeds").glob("*.json"))
-pathlib.Path("reports/index.html").write_text(" ".join(others))
-"""
 # Whoever runs it, in whichever tree.
 NOTED = """
 import os, sys
@@ -42,35 +30,12 @@ def seeding(project: Project, server: str, monkeypatch: pytest.MonkeyPatch) -> P
         monkeypatch.setenv(f"GIT_{who}_NAME", "test")
         monkeypatch.setenv(f"GIT_{who}_EMAIL", "test@example.org")
     root = project.root
-    graph = json.loads((root / "dvc.yaml").read_text())
-    graph["stages"]["first"]["params"].append("seed")
-    graph["stages"]["report"] = {
-        "desc": "The report",
-        "cmd": "python report.py",
-        "deps": ["report.py", "out/last", "reports/seeds"],
-        "params": ["seed"],
-        "outs": ["reports/index.html"],
-        "metrics": ["reports/comparison.json"],
-        "meta": {"pool": "cpu", "gpus": 0, "retries": 0},
-    }
-    (root / "dvc.yaml").write_text(json.dumps(graph))
-    (root / "work.py").write_text((root / "work.py").read_text() + NOTED)
-    (root / "report.py").write_text(REPORT + NOTED)
-    params = json.loads((root / "params.yaml").read_text().split("# ", 1)[0])
-    (root / "params.yaml").write_text(json.dumps({"seed": 7, **params}) + "# ")
-    (root / "reports/seeds").mkdir(parents=True)
-    (root / "reports/seeds/README.md").write_text("Other seeds.")
-    ignored = (root / ".gitignore").read_text() + "/reports/seeds/*.json\n/reports/*.*\n"
-    (root / ".gitignore").write_text(ignored)
+    add_report(root)
+    for name in ("work.py", "report.py"):
+        (root / name).write_text((root / name).read_text() + NOTED)
     git(root, "add", ".")
     git(root, "commit", "-qm", "first")
     return project
-
-
-def gathered(project: Project) -> dict[str, float]:
-    found = sorted((project.root / GATHERED).glob("*.json"))
-    contents = {path.stem: json.loads(path.read_text()) for path in found}
-    return {name: content["policies"]["sft"]["cost"]["mean"] for name, content in contents.items()}
 
 
 def ran(project: Project) -> list[str]:
@@ -91,7 +56,7 @@ def test_one_line_runs_the_seeds_and_this_run_and_the_second_runs_nothing(
 ) -> None:
     before = (seeding.root / "params.yaml").read_text()
     assert main(["seeds", "8", "9"]) == 0
-    assert gathered(seeding) == {"8": 3.8, "9": 3.9}
+    assert gathered(seeding.root) == {"8": 3.8, "9": 3.9}
     assert (seeding.root / "reports/index.html").read_text() == "8 9"
     assert (seeding.root / "params.yaml").read_text() == before
     rows = [["7", "this", "run", "3.7"], ["8", "completed", "3.8"], ["9", "completed", "3.9"]]
@@ -103,7 +68,7 @@ def test_one_line_runs_the_seeds_and_this_run_and_the_second_runs_nothing(
     again = [["7", "this", "run", "3.7"], ["8", "up", "to", "date", "3.8"]]
     assert ends(capsys.readouterr().out)[:2] == again
     assert ran(seeding) == []
-    assert gathered(seeding) == {"8": 3.8, "9": 3.9}
+    assert gathered(seeding.root) == {"8": 3.8, "9": 3.9}
     assert (seeding.root / "reports/index.html").read_text() == "8 9"
 
 
@@ -112,7 +77,7 @@ def test_what_changed_runs_again_and_nothing_else(seeding: Project) -> None:
     ran(seeding)
     seeding.set(last={"value": 5})
     assert main(["seeds", "8"]) == 0
-    assert gathered(seeding) == {"8": 5.8}
+    assert gathered(seeding.root) == {"8": 5.8}
     assert ran(seeding) == ["last", "report", "report"], "of both runs, which share what is common"
 
 
@@ -122,7 +87,7 @@ def test_a_seed_that_fails_leaves_nothing_and_the_next_call_goes_on(
     assert main(["seeds", "8"]) == 0
     seeding.set(last={"then": "refuse"})
     assert main(["seeds", "8", "9"]) == 1
-    assert gathered(seeding) == {}, "what is there would be of other params"
+    assert gathered(seeding.root) == {}, "what is there would be of other params"
     out = capsys.readouterr().out
     assert [line.split()[:2] for line in out.splitlines()[-2:]] == [
         ["8", "failed"],
@@ -131,7 +96,7 @@ def test_a_seed_that_fails_leaves_nothing_and_the_next_call_goes_on(
     seeding.set(last={"then": "end"})
     ran(seeding)
     assert main(["seeds", "8", "9"]) == 0
-    assert gathered(seeding) == {"8": 3.8, "9": 3.9}
+    assert gathered(seeding.root) == {"8": 3.8, "9": 3.9}
     assert "first" not in ran(seeding)
 
 

@@ -14,7 +14,7 @@ from pipeline.dvc import inputs
 from pipeline.dvc.checkout import working_tree
 from pipeline.dvc.dag import load_dag
 from pipeline.errors import PipelineError
-from tests.pipeline.project import Project, git
+from tests.pipeline.project import Project, add_report, git
 
 
 @pytest.fixture
@@ -70,6 +70,25 @@ def test_a_tree_gets_them_and_dvc_finds_nothing_changed(reading: Project) -> Non
         shutil.copy2(root / "dvc.lock", tree)
         assert "rows" not in Project(tree).dvc("status", "first")
     assert Path(root, "rows/own/a.json").exists(), "the tree held links"
+
+
+def test_comparisons_of_other_seeds_travel_with_the_report_and_nothing_else_does(
+    project: Project,
+) -> None:
+    root = project.root
+    add_report(root)
+    git(root, "add", ".")
+    git(root, "commit", "-qm", "a report")
+    (root / "reports/seeds/8.json").write_text("{}")
+    dag = load_dag(root)
+    assert inputs.results(root, dag, ["report"]) == {"reports/seeds/8.json": "{}"}
+    assert inputs.results(root, dag, ["first"]) == {}
+    inputs.check_held(root, dag, dag)
+    git(root, "add", "--force", "reports/seeds/8.json")
+    assert inputs.results(root, dag, ["report"]) == {}, "git holds it, so workers have it"
+    (root / "reports/seeds/notes.txt").write_text("mine")
+    with pytest.raises(PipelineError, match=r"reports/seeds/notes\.txt: neither git nor DVC holds"):
+        inputs.check_held(root, dag, dag)
 
 
 def test_a_path_that_leads_out_of_the_workspace_is_refused(reading: Project) -> None:

@@ -33,7 +33,7 @@ from pipeline.prefect import cluster
 from pipeline.prefect.flow import alignment
 from tests.pipeline.nodes import Nodes, create_nodes, wait
 from tests.pipeline.prefect.test_flow import flow_run, logged, states
-from tests.pipeline.project import git
+from tests.pipeline.project import add_report, gathered, git
 
 pytestmark = pytest.mark.slow
 
@@ -239,6 +239,53 @@ def test_a_cancelled_stage_keeps_its_checkpoint_and_leaves_nothing(
 
 def is_running(made: FlowRun) -> bool:
     return made.state is not None and made.state.is_running()
+
+
+def test_seeds_run_side_by_side_and_stand_in_the_report_of_this_run(
+    nodes: Nodes,
+    client: SyncPrefectClient,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for who in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{who}_NAME", "test")
+        monkeypatch.setenv(f"GIT_{who}_EMAIL", "test@example.org")
+    root = nodes.coordinator.root
+    nodes.coordinator.set(**{name: {"then": "end"} for name in ("left", "right", "last")})
+    add_report(root)
+    git(root, "add", ".")
+    git(root, "commit", "-qm", "a report")
+    git(root, "push", "-q")
+    before = len(handed_out(client))
+
+    assert main(["seeds", "8", "9", "--cluster"]) == 0
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split()[-1] for line in table] == ["3.7", "3.8", "3.9"]
+    assert gathered(root) == {"8": 3.8, "9": 3.9}
+    reports = [made for made in handed_out(client) if made.name == "report"]
+    assert len({parent_of(client, made) for made in reports}) == 3, "a flow run for each seed"
+    nodes.dvc("pull", "-q", "report")
+    assert (root / "reports/index.html").read_text() == "8 9", "a worker had their comparisons"
+
+    made = len(handed_out(client))
+    assert made > before
+    assert main(["seeds", "8", "9", "--cluster"]) == 0
+    assert gathered(root) == {"8": 3.8, "9": 3.9} and len(handed_out(client)) == made
+
+
+def test_results_of_others_that_are_too_many_are_not_sent(
+    nodes: Nodes, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = nodes.coordinator.root
+    dag = load_dag(root)
+    place = cluster.Cluster(root, dag, "", {}, client)
+    others = {"reports/seeds/8.json", "reports/seeds/9.json"}
+    assert others <= set(place._carried(dag["report"]))
+    assert not others & set(place._carried(dag["first"]))
+    labels = sum(map(len, inputs.answers(root).values()))
+    monkeypatch.setattr(cluster, "ROOM", labels + 10)
+    with pytest.raises(PipelineError, match="reports/seeds: more than 0 kB of results and labels"):
+        place._carried(dag["report"])
 
 
 def test_a_question_that_is_half_written_is_not_sent(tmp_path: Path) -> None:
