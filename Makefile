@@ -61,7 +61,7 @@ endif
 	$(PYTHON) -m pipeline.repro
 
 test: $(ENV) ## run every test
-	$(PYTHON) -m pytest --numprocesses $(JOBS) --maxprocesses 4 --dist loadfile
+	$(PYTHON) -m pytest --numprocesses $(JOBS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 style: $(ENV) ## put code and dvc.yaml in order
 	$(PYTHON) -m ruff check --fix

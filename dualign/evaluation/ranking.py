@@ -84,7 +84,8 @@ def _linked(met: Array) -> Array:
     reach = met | np.eye(met.shape[-1], dtype=bool)
     for _ in range(met.shape[-1].bit_length()):  # each time as far again
         reach = reach @ reach
-    return reach.all((-1, -2))
+    whole: Array = reach.all((-1, -2))
+    return whole
 
 
 def elo(strengths: Array) -> Array:

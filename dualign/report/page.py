@@ -8,6 +8,7 @@ world, a policy without a search, a stage that did not run) is left out."""
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,7 @@ def _versions(root: Path) -> dict[str, str | None]:
     return stages[-1]["versions"] if stages else {}
 
 
+@functools.cache
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
