@@ -84,8 +84,7 @@ def _linked(met: Array) -> Array:
     reach = met | np.eye(met.shape[-1], dtype=bool)
     for _ in range(met.shape[-1].bit_length()):  # each time as far again
         reach = reach @ reach
-    whole: Array = reach.all((-1, -2))
-    return whole
+    return np.asarray(reach.all((-1, -2)))
 
 
 def elo(strengths: Array) -> Array:
