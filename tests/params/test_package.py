@@ -9,7 +9,7 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "dualign/params"
 #: The modules that read and check the file.
-READERS = ("loading.py", "consistency.py", "renamed.py")
+READERS = ("loading.py", "consistency.py", "renamed.py", "yaml_text.py")
 TYPES = sorted(path for path in FOLDER.glob("*.py") if path.name not in READERS)
 VALIDATORS = {"model_validator", "field_validator"}
 
