@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from dualign.core.artifacts import read_json, stream_parquet, write_json
 from dualign.core.errors import DualignError
 from dualign.core.schema import POOL, SCORED_PAIRS, by_prompt, read_table
 from dualign.core.temporaries import scratch_root, temporary_folder
+from dualign.core.work import host_peak
 from dualign.data.prepare import prepare
 from dualign.math.dual.solution import solve
 from dualign.params.data import PrepareParams
@@ -201,15 +201,11 @@ def part(name: str, size: int, out: Path) -> None:
     """A process: make the data in one of its own, then do the work and say what it took."""
     with temporary_folder(out.parent) as folder:
         work = PARTS[name](size, folder)
-        before = _peak()
+        before = 1024 * host_peak()
         began = time.process_time()
         work()
         seconds = time.process_time() - began
-        write_json(out, {"seconds": seconds, "before": before, "peak": _peak()})
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        write_json(out, {"seconds": seconds, "before": before, "peak": 1024 * host_peak()})
 
 
 # --- the pipeline ---------------------------------------------------------------------------------

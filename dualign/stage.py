@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import platform
-import resource
 import signal
 import sys
 import time
@@ -336,7 +335,7 @@ def _provenance(run: Run[P], seconds: float) -> None:
         "seed": getattr(run.params, "seed", None),
         "device": _device_name(),
         "seconds": round(seconds, 2),
-        "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "peak_rss_mib": round(1024 * work.host_peak(), 1),
         "peak_gpu_mib": gpu,
         "processes": ranks.world(),
         "throughput": run.throughput,

@@ -87,4 +87,9 @@ def peak_memory() -> float:
 
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             return torch.cuda.max_memory_allocated() / 2**30
+    return host_peak()
+
+
+def host_peak() -> float:
+    """The most memory of the host that this process has held, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
