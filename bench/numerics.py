@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from bench import options
+from bench import memory, options
 from bench.options import knob
 from dualign.core.errors import DualignError
 from dualign.lm.models import load_policy, load_tokenizer, with_lora
@@ -182,7 +182,7 @@ def measure(way: str, given: Settings) -> float:
     )
     mask = torch.ones_like(ids)
     ids, mask = ids.to(model.device), mask.to(model.device)
-    _forget_peak(model.device)
+    _peak(model.device)  # of loading, which takes more than the model holds
     before = _peak(model.device)
     with torch.inference_mode():
         if way == "chunked":
@@ -195,20 +195,13 @@ def measure(way: str, given: Settings) -> float:
     return _peak(model.device) - before
 
 
-def _forget_peak(device: torch.device) -> None:
-    """Begin the peak anew: loading a model takes more than it holds."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def _peak(device: torch.device) -> float:
-    """Peak memory in MiB since `_forget_peak`; of a CPU that of the process, as Linux counts it."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    """Peak memory in MiB since the last call; of a CPU that of the process, as Linux counts it."""
+    if device.type == "cpu":
+        return memory.peak()
+    held = torch.cuda.max_memory_allocated(device) / 2**20
+    torch.cuda.reset_peak_memory_stats(device)
+    return held
 
 
 def _conversations(
