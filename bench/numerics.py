@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from bench import memory, options
+from bench import options
+from bench.memory import peak
 from bench.options import knob
 from dualign.core.errors import DualignError
 from dualign.lm.models import load_policy, load_tokenizer, with_lora
@@ -198,7 +199,7 @@ def measure(way: str, given: Settings) -> float:
 def _peak(device: torch.device) -> float:
     """Peak memory in MiB since the last call; of a CPU that of the process, as Linux counts it."""
     if device.type == "cpu":
-        return memory.peak()
+        return peak()
     held = torch.cuda.max_memory_allocated(device) / 2**20
     torch.cuda.reset_peak_memory_stats(device)
     return held
