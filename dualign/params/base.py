@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 #: What numpy takes ends at 2**32 - 1; the other half is for seeds that are derived by adding to
 #: this one.
@@ -20,6 +21,17 @@ Count = Annotated[int, Field(ge=1, le=MOST)]
 Few = Annotated[int, Field(ge=1, le=10_000)]
 Two = Annotated[int, Field(ge=2, le=10_000)]
 Share = Annotated[float, Field(ge=0, le=1)]
+#: The address of a server, in which no user, key or query stands.
+ADDRESS = re.compile(r"https?://[^/?#@]+(/[^?#@]*)?")
+
+
+def _is_address(value: str) -> str:
+    if not ADDRESS.fullmatch(value):
+        raise ValueError("an address is http(s)://HOST:PORT/v1, without user, key or query")
+    return value
+
+
+Url = Annotated[str, AfterValidator(_is_address)]
 #: Quantities that are 0 or 1, so that their mean is a share of the answers.
 SHARES = ("p_unsafe", "unended")
 TrackerName = Literal["wandb", "mlflow", "tensorboard", "trackio", "dvclive"]
@@ -102,7 +114,7 @@ class Resources(Frozen):
     nodes: Few = 1
     distributed: Literal["ddp", "fsdp2"] = "ddp"
     engine: EngineName = "generate"
-    engine_url: str | None = None
+    engine_url: Url | None = None
     engine_python: str | None = None
     report_to: list[TrackerName] = []
     peak_tflops: Positive | None = None

@@ -8,7 +8,17 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dualign.core.names import Inside, Model, Name, Place, RunName
-from dualign.params.base import Count, Few, Frozen, NonNegative, Positive, Seed, Share, StageParams
+from dualign.params.base import (
+    ADDRESS,
+    Count,
+    Few,
+    Frozen,
+    NonNegative,
+    Positive,
+    Seed,
+    Share,
+    StageParams,
+)
 from dualign.params.evaluate import SuiteSpec
 from dualign.params.models import GivenScorer
 
@@ -116,7 +126,7 @@ class OpenaiJudge(_Judge):
                 "key_variable is the NAME of an environment variable (A-Z, 0-9, _), such as"
                 " OPENAI_API_KEY; the key itself never stands in this file"
             )
-        if not re.match(r"https?://[^/?#@]+(/[^?#@]*)?$", self.base_url):
+        if not ADDRESS.fullmatch(self.base_url):
             raise ValueError(
                 "base_url is http(s)://HOST/PATH without user, key or query; keys come from"
                 " key_variable"

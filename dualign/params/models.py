@@ -18,6 +18,7 @@ from dualign.params.base import (
     StageParams,
     TrainingParams,
     Two,
+    Url,
 )
 
 
@@ -89,8 +90,9 @@ class GivenScorer(Frozen):
     """A scorer that exists already (docs/scorers.md): where, how it is read, what more means.
 
     `path` is a hub id or a folder; `label` names the output of a classifier of several; `template`
-    is a Jinja file for a tokenizer without a chat template of its own. `unsafe`, `safe` and
-    `prefix` are what a guard says: the words of its verdict, and what it writes before them."""
+    is a Jinja file for a tokenizer without a chat template of its own. `url` is where vLLM serves
+    the weights. `unsafe`, `safe` and `prefix` are what a guard says: the words of its verdict, and
+    what it writes before them."""
 
     path: Place
     kind: ScorerKind
@@ -98,6 +100,7 @@ class GivenScorer(Frozen):
     revision: Place | None = None
     label: Place | None = None
     template: Place | None = None
+    url: Url | None = None
     unsafe: Annotated[list[str], Field(min_length=1)] = ["unsafe"]
     safe: Annotated[list[str], Field(min_length=1)] = ["safe"]
     prefix: str = ""
@@ -107,6 +110,10 @@ class GivenScorer(Frozen):
         if (self.kind == "labels") != (self.label is not None):
             raise ValueError(
                 "kind labels needs a label, the name of one output, and no other kind takes one"
+            )
+        if self.url is not None and self.kind not in ("classifier", "labels"):
+            raise ValueError(
+                "a server scores by kind classifier or labels; set url to null, or choose one"
             )
         if self.kind == "safe_rlhf" and self.template is not None:
             raise ValueError("kind safe_rlhf has a template of its own; remove template")

@@ -34,7 +34,7 @@ def load_given(
 
 
 def _member(spec: GivenScorer, meaning: Meaning, resources: Resources) -> Member:
-    own = (Path(spec.path) / CARD).is_file()
+    own = spec.url is None and (Path(spec.path) / CARD).is_file()
     member = _calibrated(spec, resources) if own else _foreign(spec, resources)
     log.info("%s: given, kind %s, higher is %s", spec.path, spec.kind, spec.higher_is)
     if spec.higher_is == meaning:
@@ -45,7 +45,8 @@ def _member(spec: GivenScorer, meaning: Meaning, resources: Resources) -> Member
 def _foreign(spec: GivenScorer, resources: Resources) -> Member:
     """A scorer of another maker, whose scale is not known."""
     kind = KINDS[spec.kind]
-    loaded = kind.load(Place(spec.path, spec.revision, spec.template), resources)
+    place = Place(spec.path, spec.revision, spec.template, spec.url, root=spec.path)
+    loaded = kind.load(place, resources)
     reading = Reading(**spec.model_dump(include=set(Reading.model_fields)))
     kind.check(loaded, reading, spec.path)
     if kind.becomes_plain:

