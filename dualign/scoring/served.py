@@ -72,7 +72,7 @@ class ServedClassifier(torch.nn.Module):
         """The logits of an answer of the server."""
         try:
             data = sorted(said["data"], key=lambda row: row["index"])
-            logits = [[float(value) for value in row["probs"]] for row in data]
+            logits = [list(map(float, row["probs"])) for row in data]
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{self._url}: its answer is none of vLLM's: {said!s:.200}") from error
         labels = self.config.num_labels
