@@ -96,12 +96,19 @@ def join(resources: Resources) -> None:
 
 
 def told(message: str, status: int) -> bool:
-    """Leave the telling of a fault to the launcher; False where there is none."""
+    """Leave the telling of a fault to the launcher; False where none can be told.
+
+    A launcher whose folder is gone has told of its own end already."""
     file = os.environ.get(_ERROR_FILE) if is_worker() else None
     if not file:
         return False
     fault = {"message": message, "timestamp": time.time(), "status": status}
-    Path(file).write_text(json.dumps(fault))
+    try:
+        Path(file).write_text(json.dumps(fault))
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
     return True
 
 

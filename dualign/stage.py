@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
@@ -142,21 +142,20 @@ def execute(
     )
     for noisy in ("httpx", "httpx2", "openai", "datasets", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    _on_signals(_interrupt)
     sys.unraisablehook = functools.partial(_dropped, sys.unraisablehook)
     try:
-        if len(argv) > 1 or argv[:1] in (["-h"], ["--help"]):
-            raise DualignError(
-                f"usage: python -m stages.{cls.section} [ITEM]; knobs are in params.yaml"
-            )
-        item = _item(argv[0]) if argv else None
-        run = Run(cls.section, item, *for_run(cls))
-        _threads(run.resources)
-        if not alone and launch.several(run.resources):
-            launch.start(run.name, run.resources)
-        else:
-            _work(main, run)
-        _on_signals(_too_late)
+        with _interruptible():
+            if len(argv) > 1 or argv[:1] in (["-h"], ["--help"]):
+                raise DualignError(
+                    f"usage: python -m stages.{cls.section} [ITEM]; knobs are in params.yaml"
+                )
+            item = _item(argv[0]) if argv else None
+            run = Run(cls.section, item, *for_run(cls))
+            _threads(run.resources)
+            if not alone and launch.several(run.resources):
+                launch.start(run.name, run.resources)
+            else:
+                _work(main, run)
     except DualignError as error:
         _end(str(error), error.status)
     except KeyboardInterrupt:
@@ -174,8 +173,6 @@ def execute(
         if launch.told(traceback.format_exc(), 1):
             sys.exit(1)
         raise
-    finally:
-        _on_signals(_too_late)
 
 
 def _work(main: Callable[[Run[P]], None], run: Run[P]) -> None:
@@ -244,6 +241,16 @@ def _threads(resources: Resources) -> None:
         import torch
 
         torch.set_num_threads(resources.threads)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """What stops a stage does so in here, and nothing afterwards, while its end is told."""
+    _on_signals(_interrupt)
+    try:
+        yield
+    finally:
+        _on_signals(_too_late)
 
 
 def _on_signals(handler: Callable[[int, Any], None]) -> None:

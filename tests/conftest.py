@@ -4,6 +4,7 @@ there are any.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -51,6 +52,14 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real rows at {folder}; set DUALIGN_REAL_DATA to a folder that has them")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported_once() -> None:
+    """What is imported by now is looked through for garbage no more, as in a stage: Accelerate has
+    all collected after each training, which took longer than a training as tiny as those here."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

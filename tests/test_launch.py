@@ -145,6 +145,18 @@ def test_two_machines_meet(tmp_path: Path, folder: Path) -> None:
     assert read_json(folder / "reports/metrics/dual_init/works.json")["world"] == 2
 
 
+def test_a_fault_is_left_to_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder goes last, so one without has told of its end; one that is full tells nothing."""
+    assert not launch.told("no prompt", 2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one of several")
+    for place in (tmp_path / "error.json", tmp_path / "gone" / "error.json"):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(place))
+        assert launch.told("no prompt", 2)
+    assert read_json(tmp_path / "error.json")["message"] == "no prompt"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/dev/full")
+    assert not launch.told("no prompt", 2)
+
+
 def test_how_many_are_started() -> None:
     one = load_resources(ROOT / "params.yaml")
     assert not launch.several(one)

@@ -238,6 +238,34 @@ def test_what_cleans_up_after_a_signal_is_let_be(folder: Path) -> None:
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
+class Interrupted(DataError):
+    """A fault during whose telling the stage is told to stop, as a launcher does to the others."""
+
+    def __str__(self) -> str:
+        at_once()
+        return "rows.jsonl:3: no prompt"
+
+
+def test_a_signal_while_a_fault_is_told_does_nothing(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        execute(failing(Interrupted()), DualInitParams, [])
+    assert caught.value.code == 2
+    assert [record.getMessage() for record in caplog.records] == ["rows.jsonl:3: no prompt"]
+
+    class Bug(ZeroDivisionError):
+        __str__ = Interrupted.__str__
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one of several")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+    monkeypatch.setattr(stage.launch, "join", lambda resources: None)
+    with pytest.raises(SystemExit) as caught:
+        execute(failing(Bug()), DualInitParams, [])
+    assert caught.value.code == 1
+    assert read_json(folder / "error.json")["message"].endswith("Bug: rows.jsonl:3: no prompt\n")
+
+
 def test_what_else_is_dropped_is_told(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

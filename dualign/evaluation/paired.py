@@ -16,7 +16,7 @@ from scipy.special import stdtr, stdtrit
 from statsmodels.stats.contingency_tables import mcnemar as _mcnemar
 
 from dualign.core.errors import DataError
-from dualign.evaluation.stats import Estimate, clustered_mean
+from dualign.evaluation.stats import Estimate, mean_of
 
 Array = np.ndarray
 
@@ -60,7 +60,7 @@ def mean_difference(values: Sequence[float] | Array, confidence: float = 0.95) -
     >>> mean_difference([1.0, 2.0, 3.0]).mean
     2.0
     """
-    return clustered_mean(np.asarray(values), np.arange(len(values)), confidence)
+    return mean_of(np.asarray(values, dtype=float), confidence)
 
 
 def no_difference(estimate: Estimate, prompts: int) -> float:
@@ -115,23 +115,36 @@ def differences(
     >>> differences(rows.assign(cost=[1.0, 2.0, 3.0, 0.0, 0.0, 0.0]), "cost")["mean"].tolist()
     [2.0]
     """
-    by_policy = {name: _prompt_means(rows, column) for name, rows in scores.groupby("policy")}
-    named = list(combinations(by_policy, 2)) if pairs is None else list(pairs)
-    rows = [_difference(by_policy, first, second, column, confidence) for first, second in named]
+    values = _by_policy(scores, column)
+    named = list(combinations(values, 2)) if pairs is None else list(pairs)
+    rows = [_difference(values, first, second, column, confidence) for first, second in named]
     table = pd.DataFrame(rows, columns=list(DIFFERENCES[:-1]))
     return table.assign(p_holm=holm(table["p_value"].to_numpy(float)))
 
 
+def _by_policy(scores: pd.DataFrame, column: str) -> dict[str, Array]:
+    """Each policy's means by prompt, in the same order of all prompts; nan where it has none."""
+    known = scores.dropna(subset=[column])
+    means = known[column].astype(float).groupby([known["prompt_id"], known["policy"]]).mean()
+    table = means.unstack()
+    names = sorted(scores["policy"].unique())
+    return {
+        name: table[name].to_numpy() if name in table else np.full(len(table), np.nan)
+        for name in names
+    }
+
+
 def _difference(
-    by_policy: dict[str, pd.Series], first: str, second: str, column: str, confidence: float
+    by_policy: dict[str, Array], first: str, second: str, column: str, confidence: float
 ) -> tuple[str, str, int, float, float, float, float, float]:
     missing = [name for name in (first, second) if name not in by_policy]
     if missing:
         raise DataError(f"policy {missing[0]!r} has no scores; it has {', '.join(by_policy)}")
-    values = (by_policy[first] - by_policy[second]).dropna()
-    if values.empty:
+    values = by_policy[first] - by_policy[second]  # nan where one has none
+    values = values[~np.isnan(values)]
+    if not len(values):
         raise DataError(f"policies {first!r} and {second!r} share no prompt with a {column}")
-    estimate = mean_difference(values.to_numpy(), confidence)
+    estimate = mean_difference(values, confidence)
     chance = no_difference(estimate, len(values))
     return (
         first,

@@ -74,9 +74,14 @@ def clustered_mean(values: Array, clusters: Array, confidence: float = 0.95) -> 
 
     `values` and `clusters` have shape [answers]; every prompt weighs the same, however many answers
     it has. With one cluster the error is infinite."""
-    means = (
-        pd.Series(np.asarray(values, dtype=float)).groupby(np.asarray(clusters)).mean().to_numpy()
-    )
+    grouped = pd.Series(np.asarray(values, dtype=float)).groupby(np.asarray(clusters))
+    return mean_of(grouped.mean().to_numpy(), confidence)
+
+
+def mean_of(means: Array, confidence: float = 0.95) -> Estimate:
+    """Mean of independent values, shape [clusters], with a Student-t interval; as
+    `clustered_mean` does with the means of clusters.
+    """
     count = len(means)
     if count < 2:
         return Estimate(float(means.mean()), float("inf"), float("-inf"), float("inf"))

@@ -182,17 +182,18 @@ def _end(guard: subprocess.Popen[bytes]) -> None:
 def read_lines(stream: IO[bytes]) -> Iterator[tuple[int, str]]:
     """The whole lines of a stage's output with their levels, without progress bars and DVC's hints.
 
-    A line that is overwritten in place (`\\r`) counts as it stands at its end.
+    A line that is overwritten in place (`\\r`) counts as it stands at its end. Closes the stream.
     """
-    for line in io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="\n"):
-        text = line.rstrip("\r\n").rsplit("\r", 1)[-1].rstrip()
-        if _NOISE.match(text) or _BAR.search(text):
-            continue
-        stamped = _STAMP.fullmatch(text)
-        if stamped:
-            yield _LEVELS[stamped[1]], stamped[2]
-        else:
-            yield _level(text), text
+    with io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="\n") as lines:
+        for line in lines:
+            text = line.rstrip("\r\n").rsplit("\r", 1)[-1].rstrip()
+            if _NOISE.match(text) or _BAR.search(text):
+                continue
+            stamped = _STAMP.fullmatch(text)
+            if stamped:
+                yield _LEVELS[stamped[1]], stamped[2]
+            else:
+                yield _level(text), text
 
 
 def _level(text: str) -> int:

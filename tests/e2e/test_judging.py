@@ -17,6 +17,7 @@ from bench import tiny
 from dualign.core.schema import SUITE_ANSWERS, VERDICTS, read_table
 from pipeline.dvc.parameters import assign
 from tests.e2e.test_pipeline import run
+from tests.e2e.warm import warm
 from tests.judging.chat_server import ChatServer
 
 KEY = "sk-nobody-may-see-this"
@@ -55,16 +56,17 @@ def judges(url: str) -> dict[str, Any]:
 class Project:
     """A copy of the repository that has run once, and the endpoint that its judges ask."""
 
-    def __init__(self, root: Path, server: ChatServer) -> None:
+    def __init__(self, root: Path, server: ChatServer, python: Path) -> None:
         self.root = root
         self.server = server
+        self.python = python
         self.said = ""
 
     def repro(self, **changes: Any) -> list[str]:
         """Run what is stale after an edit; the stages that ran."""
         path = self.root / "params.yaml"
         path.write_text(assign(path.read_text(), changes))
-        done = run(self.root, sys.executable, "-m", "dvc", "repro")
+        done = run(self.root, sys.executable, "-m", "dvc", "repro", python=self.python)
         self.said += done.stdout + done.stderr
         return re.findall(r"Running stage '(.+)'", done.stdout)
 
@@ -77,10 +79,14 @@ class Project:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     root = tmp_path_factory.mktemp("judging") / "project"
     root.mkdir()
-    with pytest.MonkeyPatch.context() as patch, ChatServer() as server:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        ChatServer() as server,
+        warm(tmp_path_factory.mktemp("warm")) as python,
+    ):
         patch.setenv("JUDGE_KEY", KEY)
         tiny.copy(root, {**SMALL, "judges": judges(server.url)})
-        made = Project(root, server)
+        made = Project(root, server, python)
         made.repro()
         yield made
 

@@ -107,9 +107,12 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(root: Path, *argv: str) -> subprocess.CompletedProcess[str]:
-    """Run a command that must succeed."""
-    done = subprocess.run(argv, cwd=root, env=environment(), capture_output=True, text=True)
+def run(root: Path, *argv: str, python: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command that must succeed; with the `python` of a folder, if that is given."""
+    own = environment()
+    if python is not None:
+        own["PATH"] = f"{python}{os.pathsep}{own['PATH']}"
+    done = subprocess.run(argv, cwd=root, env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 

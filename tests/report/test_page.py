@@ -88,11 +88,18 @@ def render(root: Path, params: ReportParams) -> Page:
     return Page(out.read_text(encoding="utf-8"))
 
 
+@pytest.fixture(scope="module")
+def page(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """The page of the finished run as it is."""
+    out = tmp_path_factory.mktemp("page") / "index.html"
+    write(*finished, out)
+    return Page(out.read_text(encoding="utf-8"))
+
+
 # --- safety ---------------------------------------------------------------------------------------
 
 
-def test_page_is_balanced_and_needs_nothing_from_outside(run: Run) -> None:
-    page = render(*run)
+def test_page_is_balanced_and_needs_nothing_from_outside(page: Page) -> None:
     assert {"iframe", "img", "object", "embed", "base", "form"}.isdisjoint(
         tag for tag, _ in page.elements
     )
@@ -191,8 +198,8 @@ def test_table_rows_have_a_cell_for_every_column(run: Run, build: Callable[..., 
         assert set(re.findall(r'colspan="(\d+)"', table)) == {str(columns)}
 
 
-def test_verdict_names_the_recommended_policy_and_its_numbers(run: Run) -> None:
-    verdict = render(*run).within("id", "verdict")
+def test_verdict_names_the_recommended_policy_and_its_numbers(page: Page) -> None:
+    verdict = page.within("id", "verdict")
     assert "Use caid" in verdict and "limit is −0.15" in verdict
     assert "−0.25 (−0.35 to −0.16)" in verdict and "of the way" in verdict
     assert "mistaken" not in verdict
@@ -276,8 +283,7 @@ def test_verdict_warns_where_the_truth_is_over_the_limit(run: Run) -> None:
     assert "The cost model is mistaken here" in render(root, params).within("id", "verdict")
 
 
-def test_answers_are_to_the_same_prompts(run: Run) -> None:
-    page = render(*run)
+def test_answers_are_to_the_same_prompts(page: Page) -> None:
     prompts = [text for text, style in page.leaves if style == ["turn"] and text.strip()]
     assert len(prompts) == len(set(prompts)) == 4
     assert "bleach" in prompts[0] or "poison" in prompts[0], "the most harmful first"
@@ -289,8 +295,7 @@ def test_no_samples_when_none_are_wanted(run: Run) -> None:
     assert page.count("article") == 0 and 'href="#answers"' not in page.html
 
 
-def test_facts_and_commands(run: Run) -> None:
-    page = render(*run)
+def test_facts_and_commands(page: Page) -> None:
     facts = page.within("id", "facts")
     for text in ("duplicate pair 5", "accuracy 73.1%", "sign accuracy 88.1%", "pairs, heldout 130"):
         assert text in facts
@@ -322,8 +327,7 @@ def test_searches_say_the_nominal_and_the_effective_multiplier(run: Run) -> None
     )
 
 
-def test_searches_show_the_target_the_screening_and_the_reckonings(run: Run) -> None:
-    page = render(*run)
+def test_searches_show_the_target_the_screening_and_the_reckonings(page: Page) -> None:
     searches = page.within("class", "searches")
     assert (
         page.count("line", "target") == 1
@@ -541,8 +545,8 @@ def test_without_a_guess_no_word_of_it_and_without_other_kl_weights_no_table(run
     assert "Other β" not in page.text and page.within("id", "betas") == ""
 
 
-def test_facts_about_the_multiplier_and_the_calibrations(run: Run) -> None:
-    facts = render(*run).within("id", "facts")
+def test_facts_about_the_multiplier_and_the_calibrations(page: Page) -> None:
+    facts = page.within("id", "facts")
     for text in (
         "change of λ̂, limit 0.1 lower +0.17",
         "zero of cost 0.05 (one standard error) off 0.78 to out of reach",

@@ -1,13 +1,18 @@
-"""Every training, sampling and scoring on tiny weights, for pytest to run in one process and in
-several.
+"""Every training, sampling and scoring on tiny weights, in one process and in several.
 
-    python -m tests.training.ranked PROCESSES DISTRIBUTED FOLDER KIND...
-"""
+    python -m tests.training.ranked PROCESSES,DISTRIBUTED,FOLDER,KIND,... ...
+
+All are copies of one process, since to import takes longer than to train; the launcher, which
+starts each anew, has its own tests."""
 
 from __future__ import annotations
 
+import gc
 import math
+import multiprocessing
+import os
 import shutil
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -215,16 +220,44 @@ def everything(kinds: list[str], how: Resources, folder: Path) -> dict[str, Any]
     return found
 
 
-def main() -> None:
-    processes, distributed, out, *kinds = sys.argv[1:]
-    how = resources(int(processes), distributed)
-    if launch.several(how):
-        launch.start("ranked", how)
-        return
-    torch.set_num_threads(1)
+def in_rank(rank: int, processes: int, distributed: str, folder: Path, kinds: list[str]) -> None:
+    """What one of the processes does; the environment is that of the launcher."""
+    if processes > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+            LOCAL_WORLD_SIZE=str(processes), TORCHELASTIC_RUN_ID="ranked",
+        )  # fmt: skip
+    how = resources(processes, distributed)
     launch.join(how)
-    write_json(Path(out) / "found.json", everything(kinds, how, Path(out)))
+    write_json(folder / "found.json", everything(kinds, how, folder))
     leave()
+
+
+def in_all(processes: int, distributed: str, folder: Path, kinds: list[str]) -> bool:
+    """Whether all of them ended well; each is a copy of this process, which has imported."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    fork = multiprocessing.get_context("fork")
+    ranks = [
+        fork.Process(target=in_rank, args=(rank, processes, distributed, folder, kinds))
+        for rank in range(processes)
+    ]
+    for each in ranks:
+        each.start()
+    for each in ranks:
+        each.join()
+    return not any(each.exitcode for each in ranks)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    gc.freeze()  # as a stage does
+    for run in sys.argv[1:]:
+        processes, distributed, folder, *kinds = run.split(",")
+        if not in_all(int(processes), distributed, Path(folder), kinds):
+            sys.exit(f"{run}: failed")
 
 
 if __name__ == "__main__":

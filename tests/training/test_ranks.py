@@ -12,31 +12,27 @@ import numpy as np
 import pytest
 
 from dualign.core.artifacts import read_json
-from tests.training import ranked
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAININGS = ["sft", "reward", "cost", "dpo", "safety_dpo", "lagrangian", "adapter"]
 GRADIENTS = ["gradient", "gradient_adapter"]
 ONLY_WHOLE = ["kto", "bernoulli"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one process finds."""
-    folder = tmp_path_factory.mktemp("one")
-    kinds = ["drawn", *TRAININGS, *GRADIENTS, *ONLY_WHOLE]
-    return ranked.everything(kinds, ranked.resources(1, "ddp"), folder)
-
-
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
-def two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two find."""
-    folder = tmp_path_factory.mktemp(request.param)
-    kinds = TRAININGS + GRADIENTS + (["drawn", *ONLY_WHOLE] if request.param == "ddp" else [])
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What one process finds, what two with whole models do, and what two with shards."""
+    whole = ["drawn", *TRAININGS, *GRADIENTS, *ONLY_WHOLE]
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "ddp", "fsdp2")}
+    runs = [
+        ",".join(["1", "ddp", str(folders["one"]), *whole]),
+        ",".join(["2", "ddp", str(folders["ddp"]), *whole]),
+        ",".join(["2", "fsdp2", str(folders["fsdp2"]), *TRAININGS, *GRADIENTS]),
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.training.ranked", "2", request.param, str(folder), *kinds],
+        [sys.executable, "-m", "tests.training.ranked", *runs],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -44,8 +40,19 @@ def two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = read_json(folder / "found.json")
-    return {**found, "distributed": request.param}
+    return {name: read_json(folder / "found.json") for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def one(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What one process finds."""
+    return found["one"]
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def two(request: pytest.FixtureRequest, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What two find."""
+    return {**found[request.param], "distributed": request.param}
 
 
 def losses(training: dict[str, Any]) -> list[float]:

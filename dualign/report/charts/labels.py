@@ -7,11 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 from markupsafe import Markup
 
 from dualign.report.charts import svg
 from dualign.report.charts.svg import Pixel
 
+Array = np.ndarray
 #: Left, top, right and bottom.
 Box = tuple[float, float, float, float]
 
@@ -69,31 +71,46 @@ def place(
         room: where labels may stand.
     """
     taken = list(marks)
+    crossed = _rows(lines)
     labels: list[Label] = []
     for at, text, style in wanted:
-        label = Label(at, text, style, _best(at, text, taken, lines, room))
+        label = Label(at, text, style, _best(at, text, _rows(taken), crossed, room))
         taken.append(label.box)
         labels.append(label)
     return labels
 
 
-def _best(at: Pixel, text: str, taken: Sequence[Box], lines: Sequence[Box], room: Box) -> Box:
-    """The place around a point where its label hides least; near beats far."""
+def _best(at: Pixel, text: str, taken: Array, lines: Array, room: Box) -> Box:
+    """The place around a point where its label hides least; near beats far. `taken` and `lines` are
+    boxes, shape [boxes, 4].
+    """
     width = len(text) * CHARACTER + 2
-    reach = around(at, RADII[-1] + width + 12)
-    texts = [box for box in taken if overlap(box, reach) > 0]
-    crossed = [box for box in lines if overlap(box, reach) > 0]
+    reach = _rows([around(at, RADII[-1] + width + 12)])
+    texts = taken[_shared(reach, taken)[0] > 0]
+    crossed = lines[_shared(reach, lines)[0] > 0]
     inside: list[tuple[float, Box]] = []
     outside: list[tuple[float, Box]] = []
     for radius in RADII:
         if inside and min(inside)[0] < radius:
             break  # no place farther off scores less than its distance
-        for turn in TURNS:
-            box = _beside(at, width, radius, turn * math.pi / 8)
-            hidden = 8 * sum(overlap(box, other) for other in texts)
-            hidden += sum(overlap(box, other) for other in crossed)
-            (inside if _within(box, room) else outside).append((hidden + radius, box))
+        boxes = [_beside(at, width, radius, turn * math.pi / 8) for turn in TURNS]
+        hidden = 8 * _shared(_rows(boxes), texts).sum(1) + _shared(_rows(boxes), crossed).sum(1)
+        for area, box in zip(hidden.tolist(), boxes, strict=True):
+            (inside if _within(box, room) else outside).append((area + radius, box))
     return min(inside or outside)[1]
+
+
+def _rows(boxes: Sequence[Box]) -> Array:
+    return np.array(boxes, dtype=float).reshape(-1, 4)
+
+
+def _shared(some: Array, others: Array) -> Array:
+    """The area that each of some boxes [m, 4] shares with each of others [n, 4]; [m, n]."""
+    begin = np.maximum(some[:, None, :2], others[:, :2])
+    end = np.minimum(some[:, None, 2:], others[:, 2:])
+    sides = (end - begin).clip(min=0)
+    area: Array = sides[..., 0] * sides[..., 1]
+    return area
 
 
 def _beside(at: Pixel, width: float, radius: float, angle: float) -> Box:

@@ -148,7 +148,8 @@ def test_lines_are_whole_and_bars_are_left_out() -> None:
         b" reproduce 'x': exited with 1\nERROR: no space\n\tgit add dvc.lock\nbad \xff byte"
         % (bars.encode(), bars.encode())
     )
-    assert list(read_lines(io.BytesIO(raw))) == [
+    stream = io.BytesIO(raw)
+    assert list(read_lines(stream)) == [
         (logging.INFO, "one"),
         (logging.WARNING, "two"),
         (logging.INFO, "three"),
@@ -156,6 +157,7 @@ def test_lines_are_whole_and_bars_are_left_out() -> None:
         (logging.ERROR, "ERROR: no space"),
         (logging.INFO, "bad \N{REPLACEMENT CHARACTER} byte"),
     ]
+    assert stream.closed, "or Python would warn of a pipe that nobody closed"
 
 
 @pytest.mark.parametrize(
