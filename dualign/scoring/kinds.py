@@ -134,24 +134,23 @@ def load_classifier(place: Place, resources: Resources) -> Loaded:
     """A sequence classifier of any number of outputs, here or at a server."""
     tokenizer = _tokenizer(place)
     if place.url is not None:
-        return Loaded(_served(place, tokenizer), tokenizer)
+        return Loaded(_served(place, place.url, tokenizer), tokenizer)
     model = load_model(
         AutoModelForSequenceClassification, place.path, dtype="auto", revision=place.revision
     )
     return _ready(model, tokenizer, resources)
 
 
-def _served(place: Place, tokenizer: PreTrainedTokenizerBase) -> Any:
-    from dualign.scoring.served import (
-        ServedClassifier,
-    )  # its client is imported by nothing else here
+def _served(place: Place, url: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+    # Its client takes half a second to import, and few scorers are served.
+    from dualign.scoring.served import ServedClassifier
 
     config = load_config(place.path, place.revision)
-    if "token_type_ids" in tokenizer.model_input_names and is_encoder(tokenizer):
+    if _has_segments(tokenizer):
         raise ModelError(
             f"{place.path}: reads two segments, of which a server is not told; set url to null"
         )
-    return ServedClassifier(config, place.root, str(place.url))
+    return ServedClassifier(config, place.root, url)
 
 
 def load_adapted(folder: Path, resources: Resources) -> Loaded:
@@ -283,6 +282,11 @@ def _tokenizer(place: Place) -> PreTrainedTokenizerBase:
 def is_encoder(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether texts are put between a CLS and a SEP token, as BERT's and its relatives' are."""
     return tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
+
+
+def _has_segments(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model is told which of two texts a token is of."""
+    return is_encoder(tokenizer) and "token_type_ids" in tokenizer.model_input_names
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -427,7 +431,7 @@ def _label_odds(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -> 
 
 def _logits(loaded: Loaded, ids: Tensor, mask: Tensor) -> Tensor:
     more: dict[str, Any] = {} if is_encoder(loaded.tokenizer) else {"use_cache": False}
-    if is_encoder(loaded.tokenizer) and "token_type_ids" in loaded.tokenizer.model_input_names:
+    if _has_segments(loaded.tokenizer):
         ends = (ids == loaded.tokenizer.sep_token_id).long()
         second = ends.cumsum(1) - ends  # 0 up to the first SEP, 1 up to the second
         more["token_type_ids"] = second.clamp(max=1) * mask

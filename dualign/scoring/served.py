@@ -7,8 +7,6 @@ here would have read."""
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -18,6 +16,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from dualign.core.errors import ModelError, ParamsError
+from dualign.lm import vllm_client
 
 
 class ServedClassifier(torch.nn.Module):
@@ -31,22 +30,18 @@ class ServedClassifier(torch.nn.Module):
         self.config = config
         self.device = torch.device("cpu")
         self._url = url
-        self._client = openai.OpenAI(
-            base_url=url, api_key=os.environ.get("VLLM_API_KEY", "none"), max_retries=5
-        )
+        self._client = vllm_client.connect(url, max_retries=5)
         self._name = self._held(root)
 
     def _held(self, root: str) -> str:
         """The name under which the server holds a folder or hub id."""
         try:
-            held = {
-                str(getattr(each, "root", each.id)): each.id for each in self._client.models.list()
-            }
+            held = vllm_client.held(self._client)
         except openai.OpenAIError as error:
             raise self._silent(error) from error
-        for given, name in held.items():
-            if given == root or Path(given).absolute() == Path(root).absolute():
-                return name
+        name = vllm_client.name_of(root, held)
+        if name is not None:
+            return name
         raise ParamsError(
             f"{self._url}: it serves {', '.join(held) or 'nothing'}, the scorer is {root}; start"
             f" `vllm serve {root} --runner pooling`, or set url to null"
@@ -81,21 +76,21 @@ class ServedClassifier(torch.nn.Module):
                 f"{self._url}: it gives {len(logits)} rows for {count}, or other than {labels}"
                 " outputs; it must serve the scorer as a classifier"
             )
-        if all(self._is_share(row) for row in logits) and labels > 1:
+        if labels > 1 and all(map(_is_distribution, logits)):
             raise ModelError(
-                f"{self._url}: it gives probabilities, where logits were asked for; vLLM 0.12 or"
-                " later gives them"
+                f"{self._url}: it gives probabilities, where logits were asked for; vLLM 0.32 gives"
+                " them"
             )
         return logits
-
-    @staticmethod
-    def _is_share(row: list[float]) -> bool:
-        return min(row) >= 0 and math.isclose(sum(row), 1.0, abs_tol=1e-4)
 
     def save_pretrained(self, folder: str) -> None:
         """Write the configuration; the weights stay where they are."""
         self.config.save_pretrained(folder)
 
     def _silent(self, error: openai.OpenAIError) -> ModelError:
-        why = " ".join(str(error).split())[:300]
+        why = vllm_client.reason(error)
         return ModelError(f"{self._url}: {why}; is `vllm serve --runner pooling` up?")
+
+
+def _is_distribution(row: list[float]) -> bool:
+    return min(row) >= 0 and math.isclose(sum(row), 1.0, abs_tol=1e-4)

@@ -12,7 +12,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from bench.ports import free_port
 from dualign import launch
 from dualign.core.artifacts import write_json
 from dualign.core.ranks import by_one, leave
@@ -235,10 +235,7 @@ def in_rank(rank: int, processes: int, distributed: str, folder: Path, kinds: li
 
 def in_all(processes: int, distributed: str, folder: Path, kinds: list[str]) -> bool:
     """Whether all of them ended well; each is a copy of this process, which has imported."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
     fork = multiprocessing.get_context("fork")
     ranks = [
         fork.Process(target=in_rank, args=(rank, processes, distributed, folder, kinds))

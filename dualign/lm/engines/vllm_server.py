@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ import openai
 
 from dualign.core.errors import ModelError, ParamsError
 from dualign.core.progress import Progress
+from dualign.lm import vllm_client
 from dualign.lm.engines.interface import Answer, Request
 
 #: Requests that are open at a time; the server makes its own batches of them.
@@ -26,23 +26,22 @@ def answer(policy: Path, adapter: Path | None, request: Request, url: str) -> li
 
     Raises ParamsError where the server holds another policy, ModelError where it does not answer
     as asked."""
-    key = os.environ.get("VLLM_API_KEY", "none")
     try:
-        with openai.OpenAI(base_url=url, api_key=key) as client:
+        with vllm_client.connect(url) as client:
             base = _served(client, policy, url)
             with _loaded(client, base, adapter) as name:
                 return _answers(client, name, request)
     except openai.OpenAIError as error:
-        why = " ".join(str(error).split())[:300]
+        why = vllm_client.reason(error)
         raise ModelError(f"resources.engine_url {url}: {why}; is `vllm serve` up?") from error
 
 
 def _served(client: openai.OpenAI, policy: Path, url: str) -> str:
     """The name under which the server holds the weights of a folder."""
-    held = {str(getattr(model, "root", model.id)): model.id for model in client.models.list()}
-    for root, name in held.items():
-        if Path(root).absolute() == policy:
-            return name
+    held = vllm_client.held(client)
+    name = vllm_client.name_of(policy, held)
+    if name is not None:
+        return name
     raise ParamsError(
         f"resources.engine_url {url}: it serves {', '.join(held) or 'nothing'}, the policy is"
         f" {policy}; start `vllm serve {policy}`, or set engine_url to null"

@@ -224,7 +224,7 @@ def _multipliers(knots: Iterable[Knot], taken: Iterable[Box], plane: Plane) -> l
         content = f"λ {knot.lam:.2g}"
         x, y = plane.at(*knot.mean)
         box = (x - 5 - len(content) * 5.6, y - 15, x - 5, y - 3)
-        crowded = any(labels.overlap(box, other) > 0 for other in occupied)
+        crowded = bool(labels.overlap([box], occupied).any())
         if box[0] >= left and box[1] >= top - 14 and not crowded:
             occupied.append((box[0] - 12, box[1] - 12, box[2] + 12, box[3] + 12))
             texts.append(svg.text((x - 5, y - 5), content, "knot-label", "end"))

@@ -16,6 +16,8 @@ from dualign.report.charts.svg import Pixel
 Array = np.ndarray
 #: Left, top, right and bottom.
 Box = tuple[float, float, float, float]
+#: Boxes as they are, or as an array [boxes, 4].
+Boxes = Sequence[Box] | Array
 
 CHARACTER = 6.8  # mean width of a character of a 12 px label
 LINE = 14.0  # height of a line of labels
@@ -85,32 +87,19 @@ def _best(at: Pixel, text: str, taken: Array, lines: Array, room: Box) -> Box:
     boxes, shape [boxes, 4].
     """
     width = len(text) * CHARACTER + 2
-    reach = _rows([around(at, RADII[-1] + width + 12)])
-    texts = taken[_shared(reach, taken)[0] > 0]
-    crossed = lines[_shared(reach, lines)[0] > 0]
+    reach = [around(at, RADII[-1] + width + 12)]
+    texts = taken[overlap(reach, taken)[0] > 0]
+    crossed = lines[overlap(reach, lines)[0] > 0]
     inside: list[tuple[float, Box]] = []
     outside: list[tuple[float, Box]] = []
     for radius in RADII:
         if inside and min(inside)[0] < radius:
             break  # no place farther off scores less than its distance
         boxes = [_beside(at, width, radius, turn * math.pi / 8) for turn in TURNS]
-        hidden = 8 * _shared(_rows(boxes), texts).sum(1) + _shared(_rows(boxes), crossed).sum(1)
+        hidden = 8 * overlap(boxes, texts).sum(1) + overlap(boxes, crossed).sum(1)
         for area, box in zip(hidden.tolist(), boxes, strict=True):
             (inside if _within(box, room) else outside).append((area + radius, box))
     return min(inside or outside)[1]
-
-
-def _rows(boxes: Sequence[Box]) -> Array:
-    return np.array(boxes, dtype=float).reshape(-1, 4)
-
-
-def _shared(some: Array, others: Array) -> Array:
-    """The area that each of some boxes [m, 4] shares with each of others [n, 4]; [m, n]."""
-    begin = np.maximum(some[:, None, :2], others[:, :2])
-    end = np.minimum(some[:, None, 2:], others[:, 2:])
-    sides = (end - begin).clip(min=0)
-    area: Array = sides[..., 0] * sides[..., 1]
-    return area
 
 
 def _beside(at: Pixel, width: float, radius: float, angle: float) -> Box:
@@ -135,11 +124,22 @@ def along(corners: Iterable[Pixel]) -> list[Box]:
     return boxes
 
 
-def overlap(a: Box, b: Box) -> float:
-    """The area that two boxes share."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    return width * height if width > 0 and height > 0 else 0.0
+def overlap(some: Boxes, others: Boxes) -> Array:
+    """The area that each of some boxes [m] shares with each of others [n]; [m, n].
+
+    >>> overlap([(0, 0, 2, 2)], [(1, 1, 3, 3), (2, 0, 4, 2)]).tolist()
+    [[1.0, 0.0]]
+    """
+    first = _rows(some)[:, None]
+    second = _rows(others)
+    begin = np.maximum(first[..., :2], second[:, :2])
+    end = np.minimum(first[..., 2:], second[:, 2:])
+    area: Array = (end - begin).clip(min=0).prod(-1)
+    return area
+
+
+def _rows(boxes: Boxes) -> Array:
+    return np.asarray(boxes, dtype=float).reshape(-1, 4)
 
 
 def _within(a: Box, b: Box) -> bool:
