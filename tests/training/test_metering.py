@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -48,6 +49,15 @@ def test_padding_and_prompts_are_told_apart(model: LlamaForCausalLM, kind: str) 
     assert trainer.meter.whole().tokens == 16
 
 
+@pytest.fixture
+def known_peak() -> Iterator[None]:
+    """A stage on a device of 1 TFLOP/s; the tests after it know of none again."""
+    work.begin(1e12)
+    yield
+    work.begin(None)
+
+
+@pytest.mark.usefixtures("known_peak")
 def test_a_long_step_is_told_before_the_next_logged_one(
     model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -56,7 +66,6 @@ def test_a_long_step_is_told_before_the_next_logged_one(
     monkeypatch.setattr(
         reporting, "report", lambda values, step, group: told.append((group, step, values))
     )
-    work.begin(1e12)
     given = Arguments("unused", use_cpu=True, report_to="none")
     meter = Meter(model)
     telling = Telling("step-1 policy", meter)
