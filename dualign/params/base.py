@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 #: What numpy takes ends at 2**32 - 1; the other half is for seeds that are derived by adding to
 #: this one.
@@ -24,14 +24,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 #: The address of a server, in which no user, key or query stands.
 ADDRESS = re.compile(r"https?://[^/?#@]+(/[^?#@]*)?")
 
-
-def _is_address(value: str) -> str:
-    if not ADDRESS.fullmatch(value):
-        raise ValueError("an address is http(s)://HOST:PORT/v1, without user, key or query")
-    return value
-
-
-Url = Annotated[str, AfterValidator(_is_address)]
+NO_ADDRESS = "an address is http(s)://HOST:PORT/v1, without user, key or query"
 #: Quantities that are 0 or 1, so that their mean is a share of the answers.
 SHARES = ("p_unsafe", "unended")
 TrackerName = Literal["wandb", "mlflow", "tensorboard", "trackio", "dvclive"]
@@ -114,7 +107,7 @@ class Resources(Frozen):
     nodes: Few = 1
     distributed: Literal["ddp", "fsdp2"] = "ddp"
     engine: EngineName = "generate"
-    engine_url: Url | None = None
+    engine_url: str | None = None
     engine_python: str | None = None
     report_to: list[TrackerName] = []
     peak_tflops: Positive | None = None
@@ -125,4 +118,6 @@ class Resources(Frozen):
             raise ValueError("engine_url and engine_python are of engine vllm; set them to null")
         if self.engine_url and self.engine_python:
             raise ValueError("engine_url and engine_python exclude each other; set one to null")
+        if self.engine_url is not None and not ADDRESS.fullmatch(self.engine_url):
+            raise ValueError(f"engine_url: {NO_ADDRESS}")
         return self

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from dualign.core.names import Place
 from dualign.params.base import (
+    ADDRESS,
+    NO_ADDRESS,
     Count,
     Few,
     Frozen,
@@ -18,7 +20,6 @@ from dualign.params.base import (
     StageParams,
     TrainingParams,
     Two,
-    Url,
 )
 
 
@@ -100,7 +101,7 @@ class GivenScorer(Frozen):
     revision: Place | None = None
     label: Place | None = None
     template: Place | None = None
-    url: Url | None = None
+    url: str | None = None
     unsafe: Annotated[list[str], Field(min_length=1)] = ["unsafe"]
     safe: Annotated[list[str], Field(min_length=1)] = ["safe"]
     prefix: str = ""
@@ -115,6 +116,8 @@ class GivenScorer(Frozen):
             raise ValueError(
                 "a server scores by kind classifier or labels; set url to null, or choose one"
             )
+        if self.url is not None and not ADDRESS.fullmatch(self.url):
+            raise ValueError(f"url: {NO_ADDRESS}")
         if self.kind == "safe_rlhf" and self.template is not None:
             raise ValueError("kind safe_rlhf has a template of its own; remove template")
         if self.kind != "guard" and self.model_fields_set & {"unsafe", "safe", "prefix"}:

@@ -231,3 +231,5 @@ def test_an_address_is_for_vllm_alone() -> None:
         resources("refill", 4, engine_url="http://127.0.0.1:8000/v1")
     with pytest.raises(ValueError, match="exclude each other"):
         resources("vllm", 4, engine_url="http://127.0.0.1:8000/v1", engine_python="python")
+    with pytest.raises(ValueError, match="engine_url: an address is http"):
+        resources("vllm", 4, engine_url="127.0.0.1:8000")
