@@ -4,6 +4,9 @@
 #
 # For GPUs, name an index with the CUDA build of torch that fits the driver of the nodes:
 #     --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128
+#
+# With vLLM in /opt/vllm, an environment of its own (resources.engine_python: /opt/vllm/bin/python, docs/engines.md):
+#     --build-arg VLLM=vllm==0.32.0
 
 FROM python:3.11-slim-bookworm
 
@@ -19,6 +22,10 @@ RUN mkdir dualign \
     && pip install --no-cache-dir --extra-index-url "$TORCH_INDEX" --constraint constraints.txt . dvc-s3 \
     && pip uninstall --yes dualign \
     && rm -r build dualign.egg-info
+
+# What pip is to install for vLLM; unquoted, so that it may be several words.
+ARG VLLM=
+RUN [ -z "$VLLM" ] || { python -m venv /opt/vllm && /opt/vllm/bin/pip install --no-cache-dir $VLLM; }
 
 # Stages run commits that the clone fetches from here; mount credentials, or use an address that needs none. Folders that
 # .dockerignore leaves out come back as git has them.

@@ -5,8 +5,9 @@
 #
 # Builds with buildah, in $IMAGES (a folder of images, /var/tmp/dualign-images unless set), unless the image is there.
 # Where python:3.11-slim-bookworm cannot be pulled, a Debian bookworm with its own Python takes its name. A pip.conf of the
-# machine and the folder $PIP_FIND_LINKS are seen while building. The worker, prefect-docker in an environment of its own,
-# talks to podman's service as to Docker's. Then `python -m bench.container` compares the stage with a run outside.
+# machine and the folder $PIP_FIND_LINKS are seen while building; $VLLM is the Dockerfile's VLLM. The worker, prefect-docker in
+# an environment of its own, talks to podman's service as to Docker's. Then `python -m bench.container` compares the stage with
+# a run outside.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 [ "${1:-}" != --install ] || { apt-get update -qq; apt-get install -qq -y --no-install-recommends buildah podman runc debootstrap; }
@@ -59,7 +60,7 @@ if ! buildah inspect dualign-worker >/dev/null 2>&1; then
         printf '[global]\nfind-links=%s\ncert=/etc/ssl/certs/ca-certificates.crt\n' "$PIP_FIND_LINKS" >"$folder/pip.conf"
         seen+=(-v "$folder/pip.conf:/etc/pip.conf:ro" -v "$PIP_FIND_LINKS:$PIP_FIND_LINKS:ro" --build-arg TORCH_INDEX=https://pypi.org/simple)
     fi
-    buildah bud --isolation chroot "${seen[@]}" --build-arg ORIGIN=file:///origin.git -t dualign-worker "$folder/context"
+    buildah bud --isolation chroot "${seen[@]}" --build-arg "VLLM=${VLLM:-}" --build-arg ORIGIN=file:///origin.git -t dualign-worker "$folder/context"
 fi
 
 if [ -z "${WORKER:-}" ]; then
