@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from bench import tiny
 from bench import world as laboratory
+from tests.e2e.warm import warm
 
 # The whole graph at its smallest: every stage and method runs for real, on models that learn next
 # to nothing.
@@ -133,7 +134,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository in which `dvc repro` has run to the end."""
     root = tmp_path_factory.mktemp("repository")
     copy_repository(root)
-    run(root, sys.executable, "-m", "dvc", "repro")
+    with warm(tmp_path_factory.mktemp("warm")) as python:
+        run(root, sys.executable, "-m", "dvc", "repro", python=python)
     return root
 
 
