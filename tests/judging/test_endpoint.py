@@ -18,9 +18,12 @@ from dualign.core.errors import DualignError, ParamsError
 from dualign.core.schema import user
 from dualign.judging.cache import Answered, Cache
 from dualign.judging.endpoint import ATTEMPTS, MAX_LOST, Endpoint
-from dualign.judging.questions import HARM, Ask, Harm, Reply, about
+from dualign.judging.questions import HARM, PREFERENCE, Ask, Harm, Preference, Reply, about
+from dualign.lm.models import build_scratch, save, train_tokenizer
 from dualign.params.judging import Budget, OpenaiJudge, Price
 from tests.judging.chat_server import ChatServer, Plan, well
+from tests.tiny import TINY
+from tests.vllm import has_vllm, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "sk-nobody-may-see-this"
@@ -330,3 +333,26 @@ def test_an_endpoint_that_is_down_stops_the_judge(cache: Cache) -> None:
 def test_params_of_an_endpoint(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         spec("http://h/v1", **changes)
+
+
+@has_vllm
+@pytest.mark.slow
+def test_vllm_keeps_to_the_schema_of_a_question_whatever_the_model(
+    cache: Cache, tmp_path: Path
+) -> None:
+    """A model of random weights: every reply is a verdict because the schema leaves no other."""
+    folder = tmp_path / "judge"
+    tokenizer = train_tokenizer([HARM.instructions, PREFERENCE.instructions], 600)
+    shape = {"hidden_size": 64, "layers": 1, "intermediate_size": 96, "context": 4096}
+    save(build_scratch(TINY.model_copy(update=shape), tokenizer, seed=0), tokenizer, folder)
+    terse = '{"backend": "xgrammar", "disable_any_whitespace": true}'
+    options = ("--max-model-len", "4096", "--structured-outputs-config", terse)
+    with serving(folder, tmp_path / "serve.log", *options) as url:
+        judge = spec(url, model=str(folder), key_variable=None, timeout=60.0)
+        replies = Endpoint("vllm", judge, cache)([*asks(4), *comparisons(4)])
+    assert [type(reply.verdict) for reply in replies] == 4 * [Harm] + 4 * [Preference], replies
+
+
+def comparisons(count: int) -> list[Ask]:
+    texts = [about(PREFERENCE, user("Tea?"), A=f"Yes, {i}", B="No") for i in range(count)]
+    return [Ask(PREFERENCE, text) for text in texts]
