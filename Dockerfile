@@ -23,9 +23,14 @@ RUN mkdir dualign \
     && pip uninstall --yes dualign \
     && rm -r build dualign.egg-info
 
-# What pip is to install for vLLM; unquoted, so that it may be several words.
+# What pip is to install for vLLM; unquoted, so that it may be several words. It loads libnuma and compiles with g++.
 ARG VLLM=
-RUN [ -z "$VLLM" ] || { python -m venv /opt/vllm && /opt/vllm/bin/pip install --no-cache-dir $VLLM; }
+RUN [ -z "$VLLM" ] \
+    || { apt-get update \
+    && apt-get install --yes --no-install-recommends libnuma1 g++ \
+    && rm -rf /var/lib/apt/lists/* \
+    && python -m venv /opt/vllm \
+    && /opt/vllm/bin/pip install --no-cache-dir $VLLM; }
 
 # Stages run commits that the clone fetches from here; mount credentials, or use an address that needs none. Folders that
 # .dockerignore leaves out come back as git has them.

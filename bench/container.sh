@@ -47,7 +47,7 @@ END
 if ! buildah inspect dualign-worker >/dev/null 2>&1; then
     if ! buildah pull -q "$base" 2>/dev/null; then
         echo "no $base to pull: a Debian bookworm stands in" >&2
-        debootstrap --variant=minbase --include=python3.11,python3-venv,ca-certificates bookworm "$folder/root" >/dev/null
+        debootstrap --variant=minbase --include=python3.11,python3-dev,python3-venv,ca-certificates bookworm "$folder/root" >/dev/null
         chroot "$folder/root" python3 -m venv /usr/local
         made=$(buildah from scratch)
         buildah add -q "$made" "$folder/root" /
