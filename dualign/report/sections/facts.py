@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from dualign.core.artifacts import listed, read_optional_json
 from dualign.core.records import (
+    IntervalRow,
     PreparedMetrics,
     Provenance,
     as_row,
@@ -120,7 +121,7 @@ def _facts(metrics: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str
         if isinstance(value, list):
             continue
         if isinstance(value, dict) and value.keys() == {"mean", "low", "high"}:
-            yield label, spoken(value)
+            yield label, spoken(IntervalRow(**value))
         elif isinstance(value, dict):
             yield from _facts(value, f"{label}, ")
         else:

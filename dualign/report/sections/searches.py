@@ -11,7 +11,7 @@ from dualign.report.charts import svg
 from dualign.report.charts.search import trajectory as drawn
 from dualign.report.curves import trajectory
 from dualign.report.diagnosis import additional_by_step, tilt_in_words
-from dualign.report.sections.base import FinishedRun, Row, Section
+from dualign.report.sections.base import FinishedRun, Row, Section, ShownPolicy
 
 
 def section(run: FinishedRun) -> Section | None:
@@ -20,7 +20,7 @@ def section(run: FinishedRun) -> Section | None:
     ends = [end for search in searches for end in _costs(search)]
     costs = svg.domain([run.limit_shown, *ends])
     for search in searches:
-        name = f"search of {search['row']['name']}: multiplier and cost by step"
+        name = f"search of {search['row'].name}: multiplier and cost by step"
         chosen = None if search.get("history") else search["chosen"]
         search["chart"] = drawn(
             search["trajectory"], run.limit_shown, costs, chosen, name, search["target"]
@@ -28,16 +28,16 @@ def section(run: FinishedRun) -> Section | None:
     return Section("searches", "Searches", {"searches": searches}) if searches else None
 
 
-def _searches(run: FinishedRun) -> list[tuple[Row, SearchResult]]:
+def _searches(run: FinishedRun) -> list[tuple[ShownPolicy, SearchResult]]:
     searches = []
     for row in run.rows:
-        path = run.root / "reports/search" / f"{Path(row['folder']).name}.json"
-        if row["folder"].startswith("aligned/") and path.is_file():
+        path = run.root / "reports/search" / f"{Path(row.folder).name}.json"
+        if row.folder.startswith("aligned/") and path.is_file():
             searches.append((row, read_record(path, SearchResult)))
     return searches
 
 
-def _panel(row: Row, search: SearchResult, limit: float) -> Row:
+def _panel(row: ShownPolicy, search: SearchResult, limit: float) -> Row:
     """What a search's panel says: a target other than the limit, each screened weight once."""
     steps = [as_row(step) for step in search.steps]
     returned: Row = next((step for step in steps if step["step"] == search.chosen), {})
@@ -46,7 +46,7 @@ def _panel(row: Row, search: SearchResult, limit: float) -> Row:
         **as_row(search),
         "row": row,
         "trajectory": trajectory(search),
-        "heading": _heading(search, row["name"]),
+        "heading": _heading(search, row.name),
         "returned": returned,
         "target": None if search.target == limit else search.target,
         "reached": tilt_in_words(returned.get("lam"), returned.get("tilt")),
