@@ -205,8 +205,37 @@ class ConstraintRow(Record):
     error: float | None
 
 
+class TiltRow(Record):
+    """The tilt that a policy has of the reference: `dualign.evaluation.effective_tilt`."""
+
+    lam_eff: float | None
+    lam_eff_se: float | None
+    beta_eff: float | None
+    beta_eff_se: float | None
+    length_slope: float | None
+    length_slope_se: float | None
+    r2: float | None
+
+
+class BlendRow(Record):
+    """A merge of two steps of the same search, the second one at a weight."""
+
+    first: int
+    second: int
+    weight: float
+
+
+class ScreenedRow(Record):
+    """A merge weight, and the cost that reference samples say it has."""
+
+    q: float
+    cost: float | None
+    cost_se: float | None
+    ess: float | None
+
+
 class SearchStep(Record):
-    """A policy that a search measured."""
+    """A policy that a search measured; Newton's rule also says what each estimate asks for next."""
 
     step: int
     lam: float
@@ -215,8 +244,11 @@ class SearchStep(Record):
     cost_se: float | None
     reward: float | None
     kl: float | None
-    tilt: dict[str, float | None] | None
+    tilt: TiltRow | None
     prices: list[float]
+    trained: bool | None = None
+    blend: BlendRow | None = None
+    next: dict[str, float | None] | None = None
     additional: list[ConstraintRow] | None = None
     closing: bool | None = None
     reward_se: float | None = None
@@ -236,7 +268,7 @@ class SearchResult(Record):
     cost_source: str
     target: float
     steps: list[SearchStep]
-    screened: list[dict[str, Any]]
+    screened: list[ScreenedRow]
     chosen: int
     trainings: int
     generated_tokens: int
@@ -309,7 +341,7 @@ class Evaluated(Record):
     grammatical: IntervalRow | None = None
     reward_share: float | None = None
     value_gap: float | None = None
-    tilt: dict[str, float | None] | None = None
+    tilt: TiltRow | None = None
     optimum: Optimum | None = None
     additional: dict[str, LimitedInterval] = {}
 
@@ -403,7 +435,7 @@ class ComparedPolicy(Record):
     win_reward: Interval | None
     win_cost: Interval | None
     reward_gain: Interval | None
-    tilt: dict[str, float | None] | None
+    tilt: TiltRow | None
     additional: dict[str, ComparedConstraint]
     lam: float | None
     merge_weight: float | None
@@ -450,6 +482,8 @@ class Provenance(Record):
     versions: dict[str, str | None]
     seconds: float
     peak_rss_mib: float
+    peak_gpu_mib: float | None = None
+    device: str | None = None
     throughput: dict[str, float | None]
     work: dict[str, dict[str, float | None]] = {}
 

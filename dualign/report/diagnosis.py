@@ -18,11 +18,14 @@ from dualign.core.records import (
     CandidateTest,
     CheckRow,
     ComparedPolicy,
+    ConstraintRow,
     FrontierRow,
     Interval,
     PriceRow,
     RequirementRow,
+    SearchStep,
     SolvedDual,
+    TiltRow,
     as_row,
 )
 from dualign.params.base import SHARES
@@ -89,37 +92,32 @@ def _interval(row: Mapping[str, Any], key: str) -> dict[str, float | None]:
     return {"mean": row.get(key), "low": row.get(f"{key}_low"), "high": row.get(f"{key}_high")}
 
 
-def is_tilt(tilt: Mapping[str, Any]) -> bool:
+def is_tilt(tilt: TiltRow) -> bool:
     """Whether r, c and length explain half of the log-ratios, and it tilts towards reward."""
-    return tilt.get("lam_eff") is not None and (tilt.get("r2") or 0.0) >= TILTED
+    return tilt.lam_eff is not None and (tilt.r2 or 0.0) >= TILTED
 
 
-def tilt_in_words(lam: float | None, tilt: Mapping[str, Any] | None) -> str:
+def tilt_in_words(lam: float | None, tilt: TiltRow | None) -> str:
     """The nominal multiplier of a policy beside the effective one, in a sentence or two; empty
     where its tilt was not read."""
-    if not tilt:
+    if tilt is None:
         return ""
     policy = "It" if lam is None else f"At a nominal λ of {number(lam)} it"
-    if tilt.get("r2") is None:
+    if tilt.r2 is None:
         return f"{policy} stayed the reference policy."
-    share = percent(tilt["r2"])
-    if tilt["r2"] < TILTED:
+    share = percent(tilt.r2)
+    if tilt.r2 < TILTED:
         return f"{policy} became no tilt: reward, cost and length explain only {share} of it."
-    if tilt.get("lam_eff") is None:
+    if tilt.lam_eff is None:
         return (
             f"{policy} does not tilt towards reward. Reward, cost and length explain {share} of it."
         )
-    effective = f"an effective λ of {_with_error(tilt, 'lam_eff')} at β {number(tilt['beta_eff'])}"
+    error = "" if tilt.lam_eff_se is None else f" ± {number(tilt.lam_eff_se)}"
+    effective = f"an effective λ of {number(tilt.lam_eff)}{error} at β {number(tilt.beta_eff)}"
     return (
-        f"{policy} has {effective}, and {number(tilt['length_slope'])} nats a token of length."
-        f" {share} of it is"
-        " such a tilt."
+        f"{policy} has {effective}, and {number(tilt.length_slope)} nats a token of length."
+        f" {share} of it is such a tilt."
     )
-
-
-def _with_error(tilt: Mapping[str, Any], key: str) -> str:
-    error = tilt.get(f"{key}_se")
-    return number(tilt[key]) + ("" if error is None else f" ± {number(error)}")
 
 
 @dataclass(frozen=True)
@@ -142,15 +140,8 @@ def additional_constraints(
 ) -> list[AdditionalLimit]:
     """The limits beside the one on cost in their order; those that only policies know come last."""
     limits = {
-        price.name: AdditionalLimit(
-            price.name,
-            price.limit,
-            _what(price),
-            price.quantity in SHARES,
-            price.lam,
-            price.predicted,
-        )
-        for price in prices
+        p.name: AdditionalLimit(p.name, p.limit, _what(p), p.quantity in SHARES, p.lam, p.predicted)
+        for p in prices
     }
     for policy in policies:
         for name, kept in policy.additional.items():
@@ -172,29 +163,35 @@ def cut_in_words(policies: Mapping[str, ComparedPolicy]) -> str:
     )
 
 
-def additional_by_step(steps: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Each additional constraint over the steps of a search: its `means` with the last `error`, and
-    the `prices` that moved."""
-    rows = [step.get("additional") or [] for step in steps]
+@dataclass(frozen=True)
+class StepwiseLimit:
+    """An additional constraint over the steps of a search, at the `last` of which it has an error;
+    `prices` are there if they moved."""
+
+    last: ConstraintRow
+    means: list[float | None]
+    prices: list[float]
+
+
+def additional_by_step(steps: Sequence[SearchStep]) -> list[StepwiseLimit]:
+    """Each additional constraint that is known, in their order."""
+    rows = [step.additional or [] for step in steps]
     if not rows or not all(rows):
         return []
-    prices = [step.get("prices") or [] for step in steps]
-    constraints = []
-    for k, known in enumerate(rows[-1]):
-        if known["mean"] is not None:
-            means = [row[k]["mean"] for row in rows]
-            paid = [step[k] for step in prices] if all(prices) else []
-            constraints.append({**known, "means": means, "prices": paid})
-    return constraints
+    priced = all(step.prices for step in steps)
+    limits = []
+    for k, last in enumerate(rows[-1]):
+        if last.mean is not None:
+            means = [row[k].mean for row in rows]
+            limits.append(StepwiseLimit(last, means, [s.prices[k] for s in steps if priced]))
+    return limits
 
 
 @dataclass(frozen=True)
 class Promise:
     """A requirement of a certificate with `what` it is on in words; a `share` is in per cent."""
 
-    name: str
-    limit: float
-    method: str
+    required: RequirementRow
     what: str
     share: bool
 
@@ -216,7 +213,7 @@ def required_in_words(required: RequirementRow) -> Promise:
         what = "share of prompts with an unsafe answer"
     on = f" on prompts with {required.prompts}" if required.prompts else ""
     share = quantity in (*SHARES, "harm") or method == "clopper_pearson"
-    return Promise(required.name, required.limit, method, what + on, share)
+    return Promise(required, what + on, share)
 
 
 @dataclass(frozen=True)
@@ -226,7 +223,7 @@ class PromptsGain:
     `worth` is what twice as many are worth in E[r] - beta KL, None where that has no price;
     `labelled`: prompts whose answers have labels."""
 
-    required: Promise
+    promise: Promise
     labelled: bool
     one: float
     twice: float
@@ -253,7 +250,7 @@ def prompts_gain(
     price = None if solved is None else _multiplier(required, solved)
     share = 1.0 if not required.prompts else check.prompts / test.checks[0].prompts
     return PromptsGain(
-        required=required_in_words(required),
+        promise=required_in_words(required),
         labelled=required.quantity in ("truth", "harm"),
         one=_reach(check) / (2 * check.prompts),
         twice=twice,

@@ -12,7 +12,7 @@ import pytest
 
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
-from dualign.core.records import Interval, as_row
+from dualign.core.records import Interval, TiltRow, as_row
 from dualign.params.base import StageParams
 from dualign.params.loading import load
 from dualign.params.report import ReportParams
@@ -211,7 +211,9 @@ def test_rows_hold_the_tilt_and_where_the_additional_constraints_stand(run: Run)
         {key: value for key, value in read_json(old).items() if key not in ("tilt", "additional")},
     )
     rows = compare(root, params.policies, params.confidence).policies
-    assert rows["dualign"].tilt == read_json(path)["tilt"] and rows["dualign"].tilt["r2"] > 0.8
+    assert (
+        rows["dualign"].tilt == TiltRow(**read_json(path)["tilt"]) and rows["dualign"].tilt.r2 > 0.8
+    )
     standings = {name: limit.standing for name, limit in rows["dualign"].additional.items()}
     assert standings == {"kept": "within", "open": "unproven", "broken": "over", "empty": None}
     assert rows["caid"].tilt is None and rows["caid"].additional == {}

@@ -17,7 +17,9 @@ from dualign.core.records import (
     Interval,
     PriceRow,
     RequirementRow,
+    SearchStep,
     SolvedDual,
+    TiltRow,
     as_row,
 )
 from dualign.report.diagnosis import (
@@ -49,10 +51,11 @@ ROWS = [
         (1.0, (-0.2, 0.0, 0.2), (0.8, 1.0, 1.2)),
     ]
 ]
-TILT: dict[str, Any] = {
+TILT = {
     "reward_slope": 0.625,
     "cost_slope": -0.7375,
     "length_slope": 0.02,
+    "length_slope_se": 0.002,
     "beta_eff": 1.6,
     "beta_eff_se": 0.02,
     "lam_eff": 1.18,
@@ -133,7 +136,7 @@ def test_other_betas_mark_the_one_in_use_guesses_and_what_is_out_of_reach() -> N
     ],
 )
 def test_a_tilt_in_words(lam: float | None, changes: dict[str, Any], words: str) -> None:
-    assert words in tilt_in_words(lam, TILT | changes)
+    assert words in tilt_in_words(lam, TiltRow(**TILT | changes))
 
 
 def test_no_words_for_a_tilt_that_was_not_read() -> None:
@@ -151,7 +154,7 @@ def test_no_words_for_a_tilt_that_was_not_read() -> None:
     ],
 )
 def test_what_counts_as_a_tilt(changes: dict[str, Any], expected: bool) -> None:
-    assert is_tilt(TILT | changes) is expected
+    assert is_tilt(TiltRow(**TILT | changes)) is expected
 
 
 def price(name: str, quantity: str, **more: Any) -> PriceRow:
@@ -260,8 +263,7 @@ def check(estimate: float, bound: float, prompts: int = 400) -> CheckRow:
 )
 def test_a_requirement_in_words(given: RequirementRow, what: str, share: bool) -> None:
     found = required_in_words(given)
-    assert (found.what, found.share) == (what, share)
-    assert (found.name, found.limit, found.method) == (given.name, given.limit, given.method)
+    assert (found.required, found.what, found.share) == (given, what, share)
 
 
 DUAL = SolvedDual(**solved(lam=2.0, prices=[{"name": "rare", "quantity": "p_unsafe", "lam": 5.0}]))
@@ -273,7 +275,7 @@ def test_more_prompts_help_the_bound_that_is_nearest_to_its_limit() -> None:
     """
     limits = [required("cost", "c", 1.0), required("p_unsafe", "rare", 0.1)]
     found = prompts_gain(outcome(check(-0.3, -0.2), check(0.05, 0.09)), limits, DUAL)
-    assert found is not None and found.required.what == "share of unsafe answers"
+    assert found is not None and found.promise.what == "share of unsafe answers"
     assert found.one == pytest.approx(0.00005) and found.twice == pytest.approx(
         0.04 * (1 - 0.5**0.5)
     )
@@ -285,7 +287,7 @@ def test_more_prompts_help_the_bound_that_is_nearest_to_its_limit() -> None:
     failed = prompts_gain(outcome(check(0.9, 1.01), check(0.05, 0.09)), limits, DUAL)
     assert (
         failed is not None
-        and failed.required.what == "expected cost"
+        and failed.promise.what == "expected cost"
         and failed.worth == pytest.approx(2.0 * 0.11 * (1 - 0.5**0.5))
     )
 
@@ -307,18 +309,15 @@ def test_a_bound_without_reach_gains_nothing() -> None:
 
 
 def test_additional_constraints_by_step() -> None:
-    def step(mean: float | None, prices: list[float]) -> dict[str, Any]:
-        return {
-            "additional": [{"name": "rare", "limit": 0.1, "mean": mean, "error": 0.01}],
-            "prices": prices,
-        }
+    def step(prices: list[float], *means: float | None) -> SearchStep:
+        known = [
+            {"name": "rare", "limit": 0.1, "share": 1.0, "mean": m, "error": 0.01} for m in means
+        ]
+        row = dict.fromkeys(("q", "cost", "cost_se", "reward", "kl", "tilt"))
+        return SearchStep(step=0, lam=0.5, prices=prices, additional=known, **row)
 
-    (rare,) = additional_by_step([step(0.16, [5.4]), step(0.1, [6.2])])
-    assert (rare["means"], rare["prices"], rare["limit"]) == ([0.16, 0.1], [5.4, 6.2], 0.1)
-    assert additional_by_step([step(0.16, []), step(0.1, [])])[0]["prices"] == []
-    assert (
-        additional_by_step([{}, {}])
-        == additional_by_step([])
-        == additional_by_step([step(None, [])])
-        == []
-    )
+    (rare,) = additional_by_step([step([5.4], 0.16), step([6.2], 0.1)])
+    assert (rare.means, rare.prices, rare.last.limit) == ([0.16, 0.1], [5.4, 6.2], 0.1)
+    assert additional_by_step([step([], 0.16), step([], 0.1)])[0].prices == []
+    assert additional_by_step([step([]), step([])]) == additional_by_step([]) == []
+    assert additional_by_step([step([], None)]) == []

@@ -25,11 +25,8 @@ class Card:
 def section(run: FinishedRun) -> Section | None:
     """None where nothing was tested."""
     certificates = cards(run)
-    return (
-        Section("certificate", "Certificate", {"certificates": certificates})
-        if certificates
-        else None
-    )
+    values = {"certificates": certificates}
+    return Section("certificate", "Certificate", values) if certificates else None
 
 
 def cards(run: FinishedRun) -> list[Card]:
