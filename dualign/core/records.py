@@ -459,7 +459,7 @@ class Comparison(Record):
     most reward among those whose intervals end within all limits. `nearest` has the lowest upper
     end of cost; with additional constraints that of the excess over any limit, in half widths of
     its interval. `missing` were not evaluated, and for `uncertified` no candidate was certified.
-    `certificates` are by row of `certify`. `params` are digests by stage, None in an older run."""
+    `certificates` are by row of `certify`, `params` digests by stage."""
 
     reference: str
     confidence: float
@@ -469,7 +469,7 @@ class Comparison(Record):
     missing: list[str]
     uncertified: list[str]
     certificates: dict[str, Certified]
-    params: dict[str, str] | None = None
+    params: dict[str, str]
     policies: dict[str, ComparedPolicy]
 
 

@@ -68,13 +68,11 @@ def _differs(other: Comparison, run: FinishedRun) -> str:
     for name, policy in other.policies.items():
         if policy.folder != run.params.policies.get(name):
             return f"has {policy.folder} for policy {name}"
-    return _other_params(other.params, run.comparison.params or {})
+    return _other_params(other.params, run.comparison.params)
 
 
-def _other_params(theirs: Mapping[str, str] | None, own: Mapping[str, str]) -> str:
+def _other_params(theirs: Mapping[str, str], own: Mapping[str, str]) -> str:
     """Which stages that both runs have ran with other params."""
-    if theirs is None:
-        return "does not tell its params: run `dualign seeds` again"
     differ = [name for name, digest in theirs.items() if own.get(name, digest) != digest]
     if not differ:
         return ""

@@ -99,17 +99,19 @@ def test_a_run_of_other_params_is_left_out_and_its_stages_are_named(run: Run) ->
     keep(run, "more", 0.1, params=own | {"evaluate/sft": "another stage"})
     keep(run, "other", 0.1, params=own | {"sft": "another"})
     keep(run, "others", 0.1, params=dict.fromkeys((*own, "score"), "another") | {"score": "same"})
-    keep(run, "silent", 0.1, params=None)
     values = shown(seeds.section(FinishedRun(*run)))
     assert values["others"] == ["8", "more"]
     assert values["refused"] == [
         "other.json has other params for sft",
         "others.json has other params for dual_search/dualign, prepare, sft",
-        "silent.json does not tell its params: run `dualign seeds` again",
     ]
 
 
-def test_a_file_that_is_no_comparison_is_named(run: Run) -> None:
-    write_json(run[0] / "reports/seeds/8.json", {"limit": LIMIT})
-    with pytest.raises(DualignError, match=r"8\.json: reference: field required"):
+@pytest.mark.parametrize("key", ["params", "policies"])
+def test_a_file_that_lacks_a_key_is_named(run: Run, key: str) -> None:
+    """Of an older release, say."""
+    other = keep(run, "8", 0.1)
+    del other[key]
+    write_json(run[0] / "reports/seeds/8.json", other)
+    with pytest.raises(DualignError, match=rf"8\.json: {key}: field required"):
         seeds.section(FinishedRun(*run))
