@@ -218,7 +218,8 @@ def _dual_limit(root: Path) -> float | None:
 def _against_reference(
     answers: Mapping[str, pd.DataFrame], name: str, confidence: float
 ) -> dict[str, Interval | None]:
-    ours, theirs = answers.get(name), answers.get(REFERENCE)
+    ours = answers.get(name)
+    theirs = answers.get(REFERENCE)
     if ours is None or theirs is None or name == REFERENCE:
         return {"win_reward": None, "win_cost": None, "reward_gain": None}
     return {

@@ -12,7 +12,7 @@ import pytest
 
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
-from dualign.core.records import Interval, TiltRow, as_row
+from dualign.core.records import Comparison, Interval, TiltRow, as_row, read_record
 from dualign.params.base import StageParams
 from dualign.params.loading import load
 from dualign.params.report import ReportParams
@@ -123,6 +123,8 @@ def test_a_row_for_every_policy(run: Run) -> None:
     assert list(table.policies) == list(params.policies)
     assert table.missing == []
     json.dumps(as_row(table), allow_nan=False)
+    write_json(root / "reports/comparison.json", as_row(table))
+    assert read_record(root / "reports/comparison.json", Comparison) == table
     kinds = {name: row.kind for name, row in table.policies.items()}
     assert kinds["sft"] == "reference"
     assert kinds["reward_dpo"] == kinds["safety_only"] == "baseline"

@@ -118,8 +118,10 @@ def _title(step: Step) -> str:
             error = getattr(step, f"{key}_se", None)
             spread = "" if error is None else f" ± {error:.3f}"
             parts.append(f"{name} {value:.3f}{spread}")
-    way, ahead = (_made(step), _next(step)) if isinstance(step, SearchStep) else ("", "")
-    return f"step {step.step}{way}: {', '.join(parts)}{ahead}"
+    measured = ", ".join(parts)
+    if isinstance(step, HistoryRow):
+        return f"step {step.step}: {measured}"
+    return f"step {step.step}{_made(step)}: {measured}{_next(step)}"
 
 
 def _made(step: SearchStep) -> str:
