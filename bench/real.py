@@ -12,12 +12,12 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from bench import options
 from dualign.core.artifacts import listed, read_json
+from dualign.core.records import ComparedPolicy, Comparison, read_record
 
 log = logging.getLogger(__name__)
 
@@ -29,29 +29,27 @@ def collect(run: Path) -> dict[str, Any]:
     """What the run's reports say: rows of policies, metrics of scorers, certificates, and the price
     of stages.
     """
-    compared = read_json(run / "reports/comparison.json")
+    compared = read_record(run / "reports/comparison.json", Comparison)
     scorers = {
         name: read_json(run / f"reports/metrics/{name}.json")
         for name in ("reward_model", "cost_model")
     }
     prices = [_price(read_json(path)) for path in listed(run / "reports/provenance", "**/*.json")]
     return {
-        "limit": compared["limit"],
-        "policies": {name: _row(row) for name, row in compared["policies"].items()},
-        "uncertified": compared["uncertified"],
+        "limit": compared.limit,
+        "policies": {name: _row(row) for name, row in compared.policies.items()},
+        "uncertified": compared.uncertified,
         "scorers": {name: _scorer(metrics) for name, metrics in scorers.items()},
-        "certificates": {
-            name: found["statement"] for name, found in compared["certificates"].items()
-        },
+        "certificates": {name: found.statement for name, found in compared.certificates.items()},
         "pool": read_json(run / "reports/metrics/score.json")["pool"],
         "stages": [price for price in prices if price["stage"] != "report"],
     }
 
 
-def _row(row: dict[str, Any]) -> dict[str, list[float | None] | None]:
+def _row(row: ComparedPolicy) -> dict[str, list[float | None] | None]:
     """Mean, lower and upper end of each measure."""
-    ends = itemgetter("mean", "low", "high")
-    return {name: list(ends(row[name])) if row.get(name) else None for name in _MEASURES}
+    found = {name: getattr(row, name) for name in _MEASURES}
+    return {name: [v.mean, v.low, v.high] if v else None for name, v in found.items()}
 
 
 def _scorer(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dualign.core.artifacts import write_json
+from dualign.core.records import as_row
 from dualign.params.report import ReportParams
 from dualign.report.comparison import compare
 from dualign.report.curves import write_curves
@@ -19,9 +20,8 @@ from dualign.stage import Run, execute
 def main(run: Run[ReportParams]) -> None:
     """Run the stage."""
     root = Path()
-    write_json(
-        root / "reports/comparison.json", compare(root, run.params.policies, run.params.confidence)
-    )
+    comparison = compare(root, run.params.policies, run.params.confidence)
+    write_json(root / "reports/comparison.json", as_row(comparison))
     write_curves(root, root / "reports/plots")
     write(root, run.params, root / "reports/index.html")
 

@@ -16,6 +16,10 @@ from dualign.core.names import Solved
 
 R = TypeVar("R")
 
+#: `within`: the whole interval is within the limit; `unproven`: only its mean is; `over`: not even
+#: that.
+Standing = Literal["within", "unproven", "over"]
+
 
 class Record(BaseModel):
     """What one stage writes and another reads: frozen. Further keys of a file are kept."""
@@ -48,9 +52,18 @@ class PriceRow(Record):
     predicted: float
 
 
+class Pessimism(Record):
+    """Answers of the pool off the support, and what full doubt takes off reward, adds to cost."""
+
+    answers: int
+    degree: float
+    reward: float
+    cost: float
+
+
 class SolvedDual(Record):
     """data/dual/dual.json: the multiplier of the pool, the one with a certificate margin, and what
-    they were solved for."""
+    they were solved for. Its diagnostics are for the report alone, and None in an older run."""
 
     lam: float
     lam_low: float | None
@@ -63,14 +76,36 @@ class SolvedDual(Record):
     slack: bool
     prices: list[PriceRow]
     messages: list[str]
+    prompts: int | None = None
+    samples: int | None = None
+    cost_reference: float | None = None
+    cost_unconstrained: float | None = None
+    reachable_minimum: float | None = None
+    ess_median: float | None = None
+    ess_low: float | None = None
+    half_drift: float | None = None
+    half_drift_cost: float | None = None
+    lam_slope: float | None = None
+    zero_error: float | None = None
+    lam_zero_low: float | None = None
+    lam_zero_high: float | None = None
+    certificate_margin: float | None = None
+    pessimism: Pessimism | None = None
 
 
 class FrontierRow(Record):
-    """A row of the predicted frontier; bands stand beside each mean."""
+    """A row of the predicted frontier, with its bands, or of the world's exact one, without."""
 
     lam: float
     cost: float
     reward: float
+    cost_low: float | None = None
+    cost_high: float | None = None
+    reward_low: float | None = None
+    reward_high: float | None = None
+    p_unsafe: float | None = None
+    kl: float | None = None
+    ess: float | None = None
 
 
 class Frontier(Record):
@@ -170,8 +205,37 @@ class ConstraintRow(Record):
     error: float | None
 
 
+class TiltRow(Record):
+    """The tilt that a policy has of the reference: `dualign.evaluation.effective_tilt`."""
+
+    lam_eff: float | None
+    lam_eff_se: float | None
+    beta_eff: float | None
+    beta_eff_se: float | None
+    length_slope: float | None
+    length_slope_se: float | None
+    r2: float | None
+
+
+class BlendRow(Record):
+    """A merge of two steps of the same search, the second one at a weight."""
+
+    first: int
+    second: int
+    weight: float
+
+
+class ScreenedRow(Record):
+    """A merge weight, and the cost that reference samples say it has."""
+
+    q: float
+    cost: float | None
+    cost_se: float | None
+    ess: float | None
+
+
 class SearchStep(Record):
-    """A policy that a search measured."""
+    """A policy that a search measured; Newton's rule also says what each estimate asks for next."""
 
     step: int
     lam: float
@@ -180,8 +244,11 @@ class SearchStep(Record):
     cost_se: float | None
     reward: float | None
     kl: float | None
-    tilt: dict[str, float | None] | None
+    tilt: TiltRow | None
     prices: list[float]
+    trained: bool | None = None
+    blend: BlendRow | None = None
+    next: dict[str, float | None] | None = None
     additional: list[ConstraintRow] | None = None
     closing: bool | None = None
     reward_se: float | None = None
@@ -201,7 +268,7 @@ class SearchResult(Record):
     cost_source: str
     target: float
     steps: list[SearchStep]
-    screened: list[dict[str, Any]]
+    screened: list[ScreenedRow]
     chosen: int
     trainings: int
     generated_tokens: int
@@ -229,6 +296,12 @@ class IntervalRow(Record):
     mean: float | None
     low: float | None
     high: float | None
+
+
+class Interval(IntervalRow):
+    """An interval whose mean is known; unknown ends are None."""
+
+    mean: float
 
 
 class LimitedInterval(IntervalRow):
@@ -268,7 +341,7 @@ class Evaluated(Record):
     grammatical: IntervalRow | None = None
     reward_share: float | None = None
     value_gap: float | None = None
-    tilt: dict[str, float | None] | None = None
+    tilt: TiltRow | None = None
     optimum: Optimum | None = None
     additional: dict[str, LimitedInterval] = {}
 
@@ -280,15 +353,38 @@ class NotEvaluated(Record):
     absent: Literal[True]
 
 
+class RequirementRow(Record):
+    """What a candidate must keep, in the metrics of `certify`."""
+
+    name: str
+    quantity: str
+    limit: float
+    method: str
+    level: float | None = None
+    prompts: str | None = None
+
+
+class CheckRow(Record):
+    """A requirement tested on a candidate: what `bound` bounds is `estimate`."""
+
+    prompts: int
+    estimate: float
+    bound: float
+    kept: bool
+
+
 class CandidateTest(Record):
     """A candidate's test in the metrics of `certify`."""
 
     candidate: str
     certified: bool
-    checks: list[dict[str, Any]]
+    checks: list[CheckRow]
     policy: str
     partner: str
     q: float
+    reward: IntervalRow
+    ended: IntervalRow
+    prompts_needed: int | None
 
 
 class Certified(Record):
@@ -297,9 +393,84 @@ class Certified(Record):
     returned: str | None
     statement: str
     delta: float
-    requirements: list[dict[str, Any]]
+    max_new_tokens: int
+    requirements: list[RequirementRow]
     candidates: list[str]
     tests: list[CandidateTest]
+
+
+class ComparedConstraint(LimitedInterval):
+    """An additional constraint on a policy's answers, and whether it is kept."""
+
+    standing: Standing | None
+
+
+class ComparedPolicy(Record):
+    """A policy in the comparison: its measures, what it was told, what its search spent.
+
+    `standing` is that to all limits, the worst. Measures, and what only a search has, are None
+    where they are unknown."""
+
+    folder: str
+    kind: Literal["method", "reference", "baseline"]
+    certified: bool
+    standing: Standing | None
+    prompts: int
+    answers: int
+    max_new_tokens: int
+    reward: Interval | None
+    cost: Interval | None
+    p_unsafe: Interval | None
+    kl: Interval | None
+    length: Interval | None
+    ended: Interval | None
+    distinct_2: Interval | None
+    displacement: Interval | None
+    off_support: Interval | None
+    true_reward: Interval | None
+    true_cost: Interval | None
+    grammatical: Interval | None
+    reward_share: float | None
+    value_gap: float | None
+    win_reward: Interval | None
+    win_cost: Interval | None
+    reward_gain: Interval | None
+    tilt: TiltRow | None
+    additional: dict[str, ComparedConstraint]
+    lam: float | None
+    merge_weight: float | None
+    on_curve: bool
+    tilts: bool
+    method: str | None
+    title: str | None
+    rule: str | None
+    returns: str | None
+    cost_source: str | None
+    trainings: int | None
+    generated_tokens: int | None
+    labels: int | None
+    stopped: str | None
+
+
+class Comparison(Record):
+    """reports/comparison.json: every evaluated policy by name, and which one to take.
+
+    `recommended` is the certified policy of most reward; in a run without certificates, the one of
+    most reward among those whose intervals end within all limits. `nearest` has the lowest upper
+    end of cost; with additional constraints that of the excess over any limit, in half widths of
+    its interval. `missing` were not evaluated, and for `uncertified` no candidate was certified.
+    `certificates` are by row of `certify`, `params` digests by stage."""
+
+    reference: str
+    confidence: float
+    limit: float | None
+    recommended: str | None
+    nearest: str | None
+    missing: list[str]
+    uncertified: list[str]
+    certificates: dict[str, Certified]
+    params: dict[str, str]
+    policies: dict[str, ComparedPolicy]
 
 
 class Provenance(Record):
@@ -311,6 +482,8 @@ class Provenance(Record):
     versions: dict[str, str | None]
     seconds: float
     peak_rss_mib: float
+    peak_gpu_mib: float | None = None
+    device: str | None = None
     throughput: dict[str, float | None]
     work: dict[str, dict[str, float | None]] = {}
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from dualign.core.artifacts import read_json
 from dualign.core.errors import DataError
+from dualign.core.records import Certified, ComparedPolicy, Comparison, Interval, read_record
 from dualign.evaluation.measures import MEASURES
 from dualign.lm.card import HEAD
 from dualign.lm.mixture import FILE as MIXTURE
@@ -35,10 +35,10 @@ class Published:
 
     root: Path
     folder: str
-    row: Mapping[str, Any] | None
-    reference: Mapping[str, Any] | None
-    certificate: Mapping[str, Any] | None
-    limit: float
+    row: ComparedPolicy | None
+    reference: ComparedPolicy | None
+    certificate: Certified | None
+    limit: float | None
     data: PrepareParams
     base: SftParams
 
@@ -65,17 +65,17 @@ def published(root: Path, folder: str) -> Published:
         raise DataError(f"{policy}: holds no policy; `models/certified/NAME` is one only if one is")
     if not (root / COMPARISON).is_file():
         raise DataError(f"{root / COMPARISON}: is missing; run the stage report first")
-    compared = read_json(root / COMPARISON)
+    compared = read_record(root / COMPARISON, Comparison)
     kind, _, name = folder.partition("/")
     params = root / "params.yaml"
-    rows = compared["policies"].values()
+    rows = compared.policies.values()
     return Published(
         root,
         folder,
-        next((row for row in rows if row["folder"] == folder), None),
-        compared["policies"].get(compared["reference"]),
-        compared["certificates"].get(name) if kind == "certified" else None,
-        compared["limit"],
+        next((row for row in rows if row.folder == folder), None),
+        compared.policies.get(compared.reference),
+        compared.certificates.get(name) if kind == "certified" else None,
+        compared.limit,
         load(PrepareParams, params),
         load(SftParams, params),
     )
@@ -129,10 +129,10 @@ def _results(policy: Published) -> list[EvalResult]:
             dataset_name="held-out prompts of the training data",
             metric_type=key,
             metric_name=text,
-            metric_value=round(policy.row[key]["mean"], 4),
+            metric_value=round(found.mean, 4),
         )
         for key, text in _SHOWN.items()
-        if (policy.row.get(key) or {}).get("mean") is not None
+        if (found := getattr(policy.row, key)) is not None
     ]
 
 
@@ -141,14 +141,13 @@ def _evaluation(policy: Published) -> str:
         return (
             "## Evaluation\n\nThis policy is not among `evaluate.policies`: nothing was measured."
         )
-    reference = policy.reference or {}
     rows = [
-        f"| {text} | {_interval(policy.row[key])} | {_interval(reference.get(key))} |"
+        f"| {text} | {_interval(found)} | {_interval(getattr(policy.reference, key, None))} |"
         for key, text in _SHOWN.items()
-        if policy.row.get(key)
+        if (found := getattr(policy.row, key)) is not None
     ]
     head = (
-        f"On {policy.row['prompts']} held-out prompts, {policy.row['answers']} answers; intervals"
+        f"On {policy.row.prompts} held-out prompts, {policy.row.answers} answers; intervals"
         " are by prompt."
     )
     why = "Scores are those of learned models, not of people."
@@ -156,23 +155,23 @@ def _evaluation(policy: Published) -> str:
     return "\n".join(["## Evaluation", "", f"{head} {why}", "", *table])
 
 
-def _interval(found: Mapping[str, float | None] | None) -> str:
-    if not found or found.get("mean") is None:
+def _interval(found: Interval | None) -> str:
+    if found is None:
         return "–"
-    if found.get("low") is None:
-        return f"{found['mean']:.3f}"
-    return f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+    if found.low is None:
+        return f"{found.mean:.3f}"
+    return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
 def _certificate(policy: Published) -> str:
     if policy.certificate is None:
-        return (
-            "## Certificate\n\nNone: this policy was not tested on prompts kept for that alone. Its"
-            f" expected cost was steered to {policy.limit:g} by a cost model."
-        )
+        none = "## Certificate\n\nNone: this policy was not tested on prompts kept for that alone."
+        if policy.limit is None:
+            return none
+        return f"{none} Its expected cost was steered to {policy.limit:g} by a cost model."
     return (
-        f"## Certificate\n\n{policy.certificate['statement']}. It may be wrong with probability"
-        f" {policy.certificate['delta']:g}, and says nothing of prompts unlike those it was made"
+        f"## Certificate\n\n{policy.certificate.statement}. It may be wrong with probability"
+        f" {policy.certificate.delta:g}, and says nothing of prompts unlike those it was made"
         " on."
     )
 

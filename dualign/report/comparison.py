@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -21,13 +21,18 @@ import pyarrow.parquet as pq
 from dualign.core.artifacts import listed
 from dualign.core.records import (
     Certified,
+    ComparedConstraint,
+    ComparedPolicy,
+    Comparison,
     Evaluated,
+    Interval,
     IntervalRow,
+    LimitedInterval,
     NotEvaluated,
     Provenance,
     SearchResult,
     SolvedDual,
-    as_row,
+    Standing,
     read_evaluated,
     read_optional_record,
     read_record,
@@ -35,7 +40,7 @@ from dualign.core.records import (
 from dualign.core.schema import ANSWERS, read_table
 from dualign.evaluation.measures import MEASURES
 from dualign.evaluation.shares import clustered_share
-from dualign.evaluation.stats import clustered_mean
+from dualign.evaluation.stats import Estimate, clustered_mean
 from dualign.report.multipliers import nominal_multiplier
 
 #: The policy that win rates and gains are measured against.
@@ -45,12 +50,19 @@ _BESIDE = ("answer", "judge", "report")
 #: Params that have a row for each instance of a stage.
 _FANS = ("methods", "runs", "policies")
 
-Interval = dict[str, float | None]
+#: What a row says of a policy's search.
+_OF_SEARCH = (
+    "method", "title", "rule", "returns", "cost_source",
+    "trainings", "generated_tokens", "labels", "stopped",
+)  # fmt: skip
+#: Measures of the answers of one policy alone.
+_MEASURED = tuple(m.key for m in MEASURES if m.key in Evaluated.model_fields)
+_WORST_FIRST: tuple[Standing, ...] = ("over", "unproven", "within")
 
 
 def compare(
     root: Path, policies: dict[str, str], confidence: float, limit: float | None = None
-) -> dict[str, Any]:
+) -> Comparison:
     """Compare the evaluated policies.
 
     Args:
@@ -60,52 +72,29 @@ def compare(
             they are.
         limit: the limit on expected cost; by default the one that data/dual/dual.json was made for.
 
-    Returns:
-        A JSON-able dict: `limit`, `reference`, `confidence`, `recommended`, `nearest` (the lowest
-        upper end of cost; with additional constraints that of the excess over any of them, in half
-        widths of its interval), `missing` (policies that were not evaluated), `uncertified` (those
-        that no candidate was certified for), `certificates` (what `certify` found, by its rows),
-        `params` (a digest of every stage's params, `params_digests`), and `policies`, a row per
-        evaluated policy. A row holds the measures of `evaluate`, its
-        `tilt`, the additional constraints that it keeps or not (`additional`), its `standing` to
-        all limits, whether it is `certified`, the win rates and reward gain over the reference,
-        what its search spent, and its nominal multiplier (`lam`); unknown values are null.
-        Recommended is the certified policy of most reward, or null; in a run without certificates,
-        the one of most reward among those whose intervals end within all limits.
-
     Raises:
         DualignError: a file is there but cannot be read.
     """
     limit = _dual_limit(root) if limit is None else limit
     answers, certificates = read_answers(root, policies), read_certificates(root)
-    rows: dict[str, dict[str, Any]] = {}
-    uncertified = []
-    for name, folder in policies.items():
-        evaluated = read_evaluated(root / "reports/metrics", name)
-        if isinstance(evaluated, NotEvaluated):
-            uncertified.append(name)
-        elif evaluated is not None:
-            rows[name] = (
-                _row(evaluated, folder, limit)
-                | _search(root, folder)
-                | asdict(nominal_multiplier(root, folder, certificates))
-            )
-            rows[name]["certified"] = _certified(folder, certificates)
-            rows[name] |= _against_reference(
-                answers.get(name), answers.get(REFERENCE), confidence, name
-            )
-    return {
-        "reference": REFERENCE,
-        "confidence": confidence,
-        "limit": limit,
-        "recommended": _recommended(rows, bool(certificates)),
-        "nearest": _nearest(rows, limit),
-        "missing": [name for name in policies if name not in rows and name not in uncertified],
-        "uncertified": uncertified,
-        "certificates": {name: as_row(found) for name, found in certificates.items()},
-        "params": params_digests(root),
-        "policies": rows,
-    }
+    evaluated = {name: read_evaluated(root / "reports/metrics", name) for name in policies}
+    rows: dict[str, ComparedPolicy] = {}
+    for name, found in evaluated.items():
+        if isinstance(found, Evaluated):
+            gains = _against_reference(answers, name, confidence)
+            rows[name] = _compared(root, policies[name], found, gains, limit, certificates)
+    return Comparison(
+        reference=REFERENCE,
+        confidence=confidence,
+        limit=limit,
+        recommended=_recommended(rows, bool(certificates)),
+        nearest=_nearest(rows, limit),
+        missing=[name for name, found in evaluated.items() if found is None],
+        uncertified=[name for name, found in evaluated.items() if isinstance(found, NotEvaluated)],
+        certificates=certificates,
+        params=params_digests(root),
+        policies=rows,
+    )
 
 
 def params_digests(root: Path) -> dict[str, str]:
@@ -187,13 +176,19 @@ def share(values: np.ndarray, prompts: np.ndarray, confidence: float) -> Interva
 
     The interval is that of `clustered_share`; no ends with one prompt.
 
-    >>> share(np.zeros(20), np.arange(20), 0.95)["high"] > 0.15
+    >>> share(np.zeros(20), np.arange(20), 0.95).high > 0.15
     True
     """
     found = clustered_share(values, prompts, confidence)
     if not math.isfinite(found.error):
-        return _interval(found.mean)
-    return _interval(found.mean, found.low, found.high)
+        return Interval(mean=found.mean, low=None, high=None)
+    return known_ends(found)
+
+
+def known_ends(estimate: Estimate) -> Interval:
+    """The interval of an estimate; no ends where they are infinite."""
+    low, high = (end if math.isfinite(end) else None for end in (estimate.low, estimate.high))
+    return Interval(mean=estimate.mean, low=low, high=high)
 
 
 def mean_gain(
@@ -205,12 +200,7 @@ def mean_gain(
     gap = _gaps(ours, theirs, score)
     if gap.empty:
         return None
-    found = clustered_mean(gap.to_numpy(), gap.index.to_numpy(), confidence)
-    return (
-        _interval(found.mean, found.low, found.high)
-        if math.isfinite(found.error)
-        else _interval(found.mean)
-    )
+    return known_ends(clustered_mean(gap.to_numpy(), gap.index.to_numpy(), confidence))
 
 
 def _gaps(ours: pd.DataFrame, theirs: pd.DataFrame, score: str) -> pd.Series:
@@ -226,8 +216,10 @@ def _dual_limit(root: Path) -> float | None:
 
 
 def _against_reference(
-    ours: pd.DataFrame | None, theirs: pd.DataFrame | None, confidence: float, name: str
+    answers: Mapping[str, pd.DataFrame], name: str, confidence: float
 ) -> dict[str, Interval | None]:
+    ours = answers.get(name)
+    theirs = answers.get(REFERENCE)
     if ours is None or theirs is None or name == REFERENCE:
         return {"win_reward": None, "win_cost": None, "reward_gain": None}
     return {
@@ -237,26 +229,48 @@ def _against_reference(
     }
 
 
-def _row(evaluated: Evaluated, folder: str, limit: float | None) -> dict[str, Any]:
-    row: dict[str, Any] = {"folder": folder, "kind": _kind(folder)}
-    row |= evaluated.model_dump(include={"prompts", "answers", "max_new_tokens"})
-    row |= {m.key: _measured(getattr(evaluated, m.key, None)) for m in MEASURES}
-    additional = {
-        name: as_row(kept) | {"standing": _standing(as_row(kept), kept.limit)}
-        for name, kept in evaluated.additional.items()
+def _compared(
+    root: Path,
+    folder: str,
+    evaluated: Evaluated,
+    gains: Mapping[str, Interval | None],
+    limit: float | None,
+    certificates: dict[str, Certified],
+) -> ComparedPolicy:
+    additional = {name: _kept(found) for name, found in evaluated.additional.items()}
+    search = _search(root, folder)
+    told: dict[str, Any] = {
+        **{key: _measured(getattr(evaluated, key)) for key in _MEASURED},
+        **{key: getattr(search, key, None) for key in _OF_SEARCH},
+        **asdict(nominal_multiplier(root, folder, certificates)),
+        **gains,
     }
-    standings = (
-        []
-        if limit is None
-        else [_standing(row["cost"], limit), *(k["standing"] for k in additional.values())]
+    return ComparedPolicy(
+        folder=folder,
+        kind=_kind(folder),
+        certified=_certified(folder, certificates),
+        standing=None if limit is None else _worst(evaluated.cost, limit, additional),
+        prompts=evaluated.prompts,
+        answers=evaluated.answers,
+        max_new_tokens=evaluated.max_new_tokens,
+        tilt=evaluated.tilt,
+        additional=additional,
+        **told,
     )
-    worst = next(
-        (standing for standing in ("over", "unproven", "within") if standing in standings), None
-    )
-    return row | {"standing": worst, "tilt": evaluated.tilt, "additional": additional}
 
 
-def _kind(folder: str) -> str:
+def _kept(found: LimitedInterval) -> ComparedConstraint:
+    return ComparedConstraint(**dict(found), standing=_standing(found, found.limit))
+
+
+def _worst(
+    cost: IntervalRow, limit: float, additional: Mapping[str, ComparedConstraint]
+) -> Standing | None:
+    standings = [_standing(cost, limit), *(kept.standing for kept in additional.values())]
+    return next((standing for standing in _WORST_FIRST if standing in standings), None)
+
+
+def _kind(folder: str) -> Literal["method", "reference", "baseline"]:
     if folder == "sft":
         return "reference"
     return "method" if folder.startswith(("aligned/", "certified/")) else "baseline"
@@ -266,64 +280,56 @@ def _measured(value: IntervalRow | float | None) -> Interval | float | None:
     """An interval or a number as `evaluate` writes it; None where there is no mean."""
     if not isinstance(value, IntervalRow):
         return value
-    return None if value.mean is None else _interval(value.mean, value.low, value.high)
+    return None if value.mean is None else Interval(mean=value.mean, low=value.low, high=value.high)
 
 
-def _interval(mean: float, low: float | None = None, high: float | None = None) -> Interval:
-    return {"mean": mean, "low": low, "high": high}
-
-
-def _standing(cost: Interval | None, limit: float | None) -> str | None:
-    """`within`: the whole interval is within the limit; `unproven`: only its mean is; `over`: not
-    even that.
-    """
-    if cost is None or limit is None or cost["mean"] is None:
+def _standing(found: IntervalRow, limit: float) -> Standing | None:
+    if found.mean is None:
         return None
-    if cost["high"] is not None and cost["high"] <= limit:
+    if found.high is not None and found.high <= limit:
         return "within"
-    return "unproven" if cost["mean"] <= limit else "over"
+    return "unproven" if found.mean <= limit else "over"
 
 
-def _search(root: Path, folder: str) -> dict[str, Any]:
-    """How the search of this policy went and what it spent; nulls for a policy that no search
-    made.
-    """
+def _search(root: Path, folder: str) -> SearchResult | None:
+    """How the search of this policy went; None for a policy that no search made."""
     path = root / "reports/search" / f"{Path(folder).name}.json"
-    found = read_optional_record(path, SearchResult) if folder.startswith("aligned/") else None
-    spent = ("trainings", "generated_tokens", "labels", "stopped")
-    return {
-        key: found and getattr(found, key)
-        for key in ("method", "title", "rule", "returns", "cost_source", *spent)
-    }
+    return read_optional_record(path, SearchResult) if folder.startswith("aligned/") else None
 
 
-def _recommended(rows: dict[str, dict[str, Any]], tested: bool) -> str | None:
+def _recommended(rows: Mapping[str, ComparedPolicy], tested: bool) -> str | None:
     """`tested`: there are certificates, and then nothing else is recommended."""
-    within = [
-        name for name, row in rows.items()
-        if row["reward"] and (row["certified"] if tested else row["standing"] == "within")
-    ]  # fmt: skip
-    return max(within, key=lambda name: rows[name]["reward"]["mean"], default=None)
+    within = {
+        name: row.reward.mean for name, row in rows.items()
+        if row.reward and (row.certified if tested else row.standing == "within")
+    }  # fmt: skip
+    return max(within, key=lambda name: within[name], default=None)
 
 
-def _nearest(rows: dict[str, dict[str, Any]], limit: float | None) -> str | None:
-    known = [name for name, row in rows.items() if row["cost"]]
-    return min(known, key=lambda name: _excess(rows[name], limit), default=None)
+def _nearest(rows: Mapping[str, ComparedPolicy], limit: float | None) -> str | None:
+    known = {
+        name: _excess(row.cost, limit, row.additional) for name, row in rows.items() if row.cost
+    }
+    return min(known, key=lambda name: known[name], default=None)
 
 
-def _excess(row: dict[str, Any], limit: float | None) -> float:
+def _excess(
+    cost: Interval, limit: float | None, additional: Mapping[str, ComparedConstraint]
+) -> float:
     """The upper end of cost; with additional constraints the largest excess of an upper end over
     its limit, in half widths."""
-    if not row["additional"] or limit is None:
-        return _upper(row["cost"])
-    ends = [
-        (row["cost"], limit),
-        *((kept, kept["limit"]) for kept in row["additional"].values() if kept["mean"] is not None),
-    ]
+    if not additional or limit is None:
+        return cost.mean if cost.high is None else cost.high
     return max(
-        (_upper(found) - bound) / max(_upper(found) - found["mean"], 1e-12) for found, bound in ends
+        _half_widths(cost.mean, cost.high, limit),
+        *(
+            _half_widths(kept.mean, kept.high, kept.limit)
+            for kept in additional.values()
+            if kept.mean is not None
+        ),
     )
 
 
-def _upper(cost: dict[str, float]) -> float:
-    return cost["mean"] if cost["high"] is None else cost["high"]
+def _half_widths(mean: float, high: float | None, limit: float) -> float:
+    upper = mean if high is None else high
+    return (upper - limit) / max(upper - mean, 1e-12)

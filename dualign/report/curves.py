@@ -5,11 +5,12 @@ files by the rows of params.yaml; here they are one table, with the run in a col
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dualign.core.artifacts import listed, replacing, write_rows
-from dualign.core.records import LossRow, SearchResult, as_row, read_record
+from dualign.core.records import HistoryRow, LossRow, SearchResult, SearchStep, as_row, read_record
 
 LOSSES = ("run", "step", "loss")
 SEARCHES = ("run", "step", "lam", "cost", "reward", "kl")
@@ -43,10 +44,10 @@ def searches(folder: Path) -> list[dict[str, Any]]:
     table = []
     for path in listed(folder, "*.json"):
         result = read_record(path, SearchResult)
-        table += [{**row, "run": result.name} for row in trajectory(result)]
+        table += [{**as_row(row), "run": result.name} for row in trajectory(result)]
     return table
 
 
-def trajectory(search: SearchResult) -> list[dict[str, Any]]:
+def trajectory(search: SearchResult) -> Sequence[SearchStep | HistoryRow]:
     """The steps of a search, or the history of the one training that moved lambda itself."""
-    return [as_row(row) for row in search.history or search.steps]
+    return search.history or search.steps

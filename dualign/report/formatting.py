@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from dualign.core import units
+from dualign.core.records import IntervalRow
 
 MINUS = "\N{MINUS SIGN}"
 NONE = "\N{EN DASH}"
@@ -122,12 +123,11 @@ def memory(mebibytes: float | None) -> str:
     return f"{mebibytes / 1024:.1f} GiB" if mebibytes >= 1024 else f"{mebibytes:.0f} MiB"
 
 
-def spoken(interval: dict[str, float | None], write: Callable[[float | None], str] = number) -> str:
+def spoken(interval: IntervalRow, write: Callable[[float | None], str] = number) -> str:
     """An interval in running text: 0.31 (0.26 to 0.36)."""
-    mean, low, high = (interval[key] for key in ("mean", "low", "high"))
-    if low is None or high is None:
-        return write(mean)
-    return f"{write(mean)} ({write(low)} to {write(high)})"
+    if interval.low is None or interval.high is None:
+        return write(interval.mean)
+    return f"{write(interval.mean)} ({write(interval.low)} to {write(interval.high)})"
 
 
 def plural(count: int, noun: str, more: str = "") -> str:

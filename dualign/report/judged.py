@@ -9,17 +9,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from dualign.core.artifacts import SUITE_PROMPTS, policy_tables
-from dualign.core.records import Record, read_optional_record
+from dualign.core.records import Interval, Record, read_optional_record
 from dualign.core.schema import CHOICES, SUITE, SUITE_ANSWERS, VERDICTS, read_table
 from dualign.evaluation.measures import Measure
 from dualign.evaluation.paired import DIFFERENCES, differences, holm
-from dualign.evaluation.stats import Estimate, clustered_mean
+from dualign.evaluation.stats import clustered_mean
 from dualign.params.report import ReportParams
-from dualign.report.comparison import REFERENCE, Interval, share
+from dualign.report.comparison import REFERENCE, known_ends, share
 from dualign.report.differences import least_found, within_shares
 
 Row = dict[str, Any]
@@ -159,14 +158,6 @@ def means(verdicts: pd.DataFrame, confidence: float) -> dict[str, Interval]:
         else:
             intervals[measure.key] = known_ends(clustered_mean(values, prompts, confidence))
     return intervals
-
-
-def known_ends(estimate: Estimate) -> Interval:
-    """The interval of an estimate; no ends where they are infinite."""
-    ends = {"low": estimate.low, "high": estimate.high}
-    return {"mean": estimate.mean} | {
-        name: value if np.isfinite(value) else None for name, value in ends.items()
-    }
 
 
 def gaps(verdicts: pd.DataFrame, confidence: float) -> pd.DataFrame:

@@ -111,7 +111,7 @@ def _render(run: FinishedRun) -> str:
 def _versions(root: Path) -> dict[str, str | None]:
     """The versions that the last stage ran with."""
     stages = facts.provenance(root)
-    return stages[-1]["versions"] if stages else {}
+    return stages[-1].versions if stages else {}
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import pytest
 
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
+from dualign.core.records import Comparison, Interval, TiltRow, as_row, read_record
 from dualign.params.base import StageParams
 from dualign.params.loading import load
 from dualign.params.report import ReportParams
@@ -49,17 +50,17 @@ def test_win_rate_is_the_mean_over_prompts_of_all_pairs_with_ties_halved(
     theirs = answers({f"p{i}": rng.integers(0, 4, 2 + i % 2).tolist() for i in range(3, 16)})
     found = win_rate(ours, theirs, score, 0.95, sign)
     assert found is not None
-    assert found["mean"] == pytest.approx(brute_force(ours, theirs, score, sign))
+    assert found.mean == pytest.approx(brute_force(ours, theirs, score, sign))
     mirrored = win_rate(theirs, ours, score, 0.95, sign)
-    assert mirrored is not None and mirrored["low"] is not None
-    assert found["mean"] + mirrored["mean"] == pytest.approx(1)
-    assert found["high"] == pytest.approx(1 - mirrored["low"])
+    assert mirrored is not None and mirrored.low is not None
+    assert found.mean + mirrored.mean == pytest.approx(1)
+    assert found.high == pytest.approx(1 - mirrored.low)
 
 
 def test_win_rate_weighs_prompts_not_answers() -> None:
     ours, theirs = answers({"a": [1.0] * 50, "b": [0.0]}), answers({"a": [0.0], "b": [1.0]})
     found = win_rate(ours, theirs, "reward", 0.9)
-    assert found is not None and found["mean"] == 0.5
+    assert found is not None and found.mean == 0.5
 
 
 def test_win_rate_everywhere_still_has_a_width() -> None:
@@ -67,9 +68,9 @@ def test_win_rate_everywhere_still_has_a_width() -> None:
     found = win_rate(
         answers({p: [1.0] for p in prompts}), answers({p: [0.0] for p in prompts}), "reward", 0.95
     )
-    assert found is not None and found["low"] is not None
-    assert found["mean"] == found["high"] == 1
-    assert 0.75 < found["low"] < 0.9
+    assert found is not None and found.low is not None
+    assert found.mean == found.high == 1
+    assert 0.75 < found.low < 0.9
 
 
 def test_win_rate_interval_covers_the_truth_when_answers_of_a_prompt_agree() -> None:
@@ -80,8 +81,8 @@ def test_win_rate_interval_covers_the_truth_when_answers_of_a_prompt_agree() -> 
         lead = rng.normal(0.3, 1.0, 30)
         ours = answers({p: [lead[i]] * 4 for i, p in enumerate(prompts)})
         found = win_rate(ours, answers({p: [0.0] * 4 for p in prompts}), "reward", 0.95)
-        assert found is not None and found["low"] is not None and found["high"] is not None
-        covered += found["low"] <= 0.6179 <= found["high"]  # P(N(0.3, 1) > 0)
+        assert found is not None and found.low is not None and found.high is not None
+        covered += found.low <= 0.6179 <= found.high  # P(N(0.3, 1) > 0)
     # Counting answers for prompts would cover in two thirds of the runs at best.
     assert covered >= 184
 
@@ -91,8 +92,8 @@ def test_few_common_prompts() -> None:
     assert win_rate(ours, answers({"c": [0.0]}), "reward", 0.95) is None
     assert mean_gain(ours, answers({"c": [0.0]}), "reward", 0.95) is None
     alone = answers({"a": [0.5]})
-    assert win_rate(ours, alone, "reward", 0.95) == {"mean": 1.0, "low": None, "high": None}
-    assert mean_gain(ours, alone, "reward", 0.95) == {"mean": 0.5, "low": None, "high": None}
+    assert win_rate(ours, alone, "reward", 0.95) == Interval(mean=1.0, low=None, high=None)
+    assert mean_gain(ours, alone, "reward", 0.95) == Interval(mean=0.5, low=None, high=None)
 
 
 def test_unscored_answers_do_not_count() -> None:
@@ -101,7 +102,7 @@ def test_unscored_answers_do_not_count() -> None:
         answers({"a": [0.0], "b": [0.0]}),
     )
     found = win_rate(ours, theirs, "reward", 0.95)
-    assert found is not None and found["mean"] == 1
+    assert found is not None and found.mean == 1
 
 
 def test_mean_gain_is_paired_by_prompt() -> None:
@@ -111,46 +112,45 @@ def test_mean_gain_is_paired_by_prompt() -> None:
     )
     found = mean_gain(ours, theirs, "reward", 0.95)
     assert found is not None
-    assert found["mean"] == pytest.approx(2.0)
+    assert found.mean == pytest.approx(2.0)
     # The prompts' levels (12 and 1) cancel: both gain 2, so nothing is uncertain.
-    assert found["low"] == found["high"] == pytest.approx(2.0)
+    assert found.low == found.high == pytest.approx(2.0)
 
 
 def test_a_row_for_every_policy(run: Run) -> None:
     root, params = run
     table = compare(root, params.policies, params.confidence)
-    assert list(table["policies"]) == list(params.policies)
-    assert table["missing"] == []
-    json.dumps(table, allow_nan=False)
-    kinds = {name: row["kind"] for name, row in table["policies"].items()}
+    assert list(table.policies) == list(params.policies)
+    assert table.missing == []
+    json.dumps(as_row(table), allow_nan=False)
+    write_json(root / "reports/comparison.json", as_row(table))
+    assert read_record(root / "reports/comparison.json", Comparison) == table
+    kinds = {name: row.kind for name, row in table.policies.items()}
     assert kinds["sft"] == "reference"
     assert kinds["reward_dpo"] == kinds["safety_only"] == "baseline"
     assert kinds["dualign"] == "method"
-    assert table["policies"]["sft"]["win_reward"] is None
-    merged = table["policies"]["p_sacpo"]
-    assert merged["merge_weight"] == pytest.approx(0.6) and merged["trainings"] == 5
-    assert table["policies"]["reward_dpo"]["trainings"] is None
+    assert table.policies["sft"].win_reward is None
+    merged = table.policies["p_sacpo"]
+    assert merged.merge_weight == pytest.approx(0.6) and merged.trainings == 5
+    assert table.policies["reward_dpo"].trainings is None
 
 
 def test_recommended_is_the_most_helpful_whose_whole_interval_is_within(run: Run) -> None:
     root, params = run
     table = compare(root, params.policies, params.confidence)
     within = {}
-    for name, row in table["policies"].items():
-        kept = all(k["high"] <= k["limit"] for k in row["additional"].values())
-        if kept and row["cost"]["high"] <= table["limit"]:
-            within[name] = row["reward"]["mean"]
-    assert table["recommended"] == max(within, key=lambda name: within[name])
+    for name, row in table.policies.items():
+        kept = all(k.high <= k.limit for k in row.additional.values())
+        if kept and row.cost.high <= table.limit:
+            within[name] = row.reward.mean
+    assert table.recommended == max(within, key=lambda name: within[name])
     # dualign has the higher reward and its mean is within, but its interval is not.
-    row = table["policies"]["dualign"]
-    assert row["standing"] == "unproven"
-    assert (
-        row["reward"]["mean"] > within[table["recommended"]]
-        and row["cost"]["mean"] < table["limit"]
-    )
-    for row in table["policies"].values():
-        broken = any(kept["mean"] > kept["limit"] for kept in row["additional"].values())
-        assert (row["standing"] == "over") == (row["cost"]["mean"] > table["limit"] or broken)
+    row = table.policies["dualign"]
+    assert row.standing == "unproven"
+    assert row.reward.mean > within[table.recommended] and row.cost.mean < table.limit
+    for row in table.policies.values():
+        broken = any(kept.mean > kept.limit for kept in row.additional.values())
+        assert (row.standing == "over") == (row.cost.mean > table.limit or broken)
 
 
 def test_a_slack_limit_on_cost_leaves_the_additional_constraints(run: Run) -> None:
@@ -163,23 +163,21 @@ def test_a_slack_limit_on_cost_leaves_the_additional_constraints(run: Run) -> No
         write_json(path, read_json(path) | {"additional": {"rare": rare}})
     policies = {name: params.policies[name] for name in shares}
     table = compare(root, policies, params.confidence, limit=100.0)
-    assert {row["standing"] for row in table["policies"].values()} == {"over"}
-    assert table["recommended"] is None and table["nearest"] == "dualign"
+    assert {row.standing for row in table.policies.values()} == {"over"}
+    assert table.recommended is None and table.nearest == "dualign"
 
 
 def test_nothing_is_recommended_where_all_are_over(build: Callable[..., Run]) -> None:
     root, params = build(shift=1.0)
     table = compare(root, params.policies, params.confidence)
-    assert table["recommended"] is None
+    assert table.recommended is None
     for path in (root / "reports/metrics/evaluate").glob(
         "*.json"
     ):  # without additional constraints
         write_json(path, read_json(path) | {"additional": {}})
     table = compare(root, params.policies, params.confidence)
-    assert table["recommended"] is None
-    assert table["nearest"] == min(
-        table["policies"], key=lambda n: table["policies"][n]["cost"]["high"]
-    )
+    assert table.recommended is None
+    assert table.nearest == min(table.policies, key=lambda n: table.policies[n].cost.high)
 
 
 def test_with_certificates_only_a_certified_policy_is_recommended(
@@ -187,23 +185,16 @@ def test_with_certificates_only_a_certified_policy_is_recommended(
 ) -> None:
     root, params = certified([-0.6, -0.3, -0.1])
     table = compare(root, params.policies, params.confidence)
-    assert table["recommended"] == "certified" and table["policies"]["certified"]["certified"]
-    assert (
-        not table["policies"]["dualign"]["certified"]
-        and table["policies"]["certified"]["trainings"] is None
-    )
-    assert list(table["certificates"]) == ["dualign"]
+    assert table.recommended == "certified" and table.policies["certified"].certified
+    assert not table.policies["dualign"].certified and table.policies["certified"].trainings is None
+    assert list(table.certificates) == ["dualign"]
 
 
 def test_without_a_certified_policy_none_is_recommended(certified: Callable[..., Run]) -> None:
     root, params = certified([-0.1])
     table = compare(root, params.policies, params.confidence)
-    assert (
-        table["recommended"] is None
-        and table["missing"] == []
-        and table["uncertified"] == ["certified"]
-    )
-    assert any(row["standing"] == "within" for row in table["policies"].values())
+    assert table.recommended is None and table.missing == [] and table.uncertified == ["certified"]
+    assert any(row.standing == "within" for row in table.policies.values())
 
 
 def test_rows_hold_the_tilt_and_where_the_additional_constraints_stand(run: Run) -> None:
@@ -221,25 +212,25 @@ def test_rows_hold_the_tilt_and_where_the_additional_constraints_stand(run: Run)
         old,
         {key: value for key, value in read_json(old).items() if key not in ("tilt", "additional")},
     )
-    rows = compare(root, params.policies, params.confidence)["policies"]
+    rows = compare(root, params.policies, params.confidence).policies
     assert (
-        rows["dualign"]["tilt"] == read_json(path)["tilt"] and rows["dualign"]["tilt"]["r2"] > 0.8
+        rows["dualign"].tilt == TiltRow(**read_json(path)["tilt"]) and rows["dualign"].tilt.r2 > 0.8
     )
-    standings = {name: limit["standing"] for name, limit in rows["dualign"]["additional"].items()}
+    standings = {name: limit.standing for name, limit in rows["dualign"].additional.items()}
     assert standings == {"kept": "within", "open": "unproven", "broken": "over", "empty": None}
-    assert rows["caid"]["tilt"] is None and rows["caid"]["additional"] == {}
+    assert rows["caid"].tilt is None and rows["caid"].additional == {}
 
 
 def test_the_limit_is_the_duals_unless_given(run: Run) -> None:
     root, params = run
-    assert compare(root, params.policies, 0.95)["limit"] == -0.15
-    assert compare(root, params.policies, 0.95, limit=5.0)["recommended"] == "caid", (
+    assert compare(root, params.policies, 0.95).limit == -0.15
+    assert compare(root, params.policies, 0.95, limit=5.0).recommended == "caid", (
         "others break additional constraints"
     )
     (root / "data/dual/dual.json").unlink()
     unlimited = compare(root, params.policies, 0.95)
-    assert unlimited["limit"] is None and unlimited["recommended"] is None
-    assert {row["standing"] for row in unlimited["policies"].values()} == {None}
+    assert unlimited.limit is None and unlimited.recommended is None
+    assert {row.standing for row in unlimited.policies.values()} == {None}
 
 
 def test_what_did_not_run_is_missing_or_null(run: Run) -> None:
@@ -250,10 +241,10 @@ def test_what_did_not_run_is_missing_or_null(run: Run) -> None:
     path = root / "reports/metrics/evaluate/caid.json"
     write_json(path, read_json(path) | {"reward": {"mean": None, "low": None, "high": None}})
     table = compare(root, params.policies, params.confidence)
-    assert table["missing"] == ["mocan"] and "mocan" not in table["policies"]
-    assert table["policies"]["c_dpo"]["trainings"] is None
-    assert table["policies"]["dualign"]["win_reward"] is None
-    assert table["policies"]["caid"]["reward"] is None and table["recommended"] != "caid"
+    assert table.missing == ["mocan"] and "mocan" not in table.policies
+    assert table.policies["c_dpo"].trainings is None
+    assert table.policies["dualign"].win_reward is None
+    assert table.policies["caid"].reward is None and table.recommended != "caid"
 
 
 def stages_of(file: Path) -> dict[str, StageParams]:

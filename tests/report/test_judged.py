@@ -80,7 +80,7 @@ def test_failures_count_in_no_mean(judged: Run) -> None:
     rows = rows[(rows["judge"] == "gpt") & (rows["policy"] == "dualign")]
     failed = rows["failure"].notna()
     assert 0 < failed.sum() < len(rows)
-    assert means(rows, 0.95)["win"]["mean"] == pytest.approx(rows.loc[~failed, "win"].mean())
+    assert means(rows, 0.95)["win"].mean == pytest.approx(rows.loc[~failed, "win"].mean())
 
 
 def test_differences_are_paired_and_corrected_over_the_whole_suite(judged: Run) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dualign.core.artifacts import write_json
-from dualign.core.records import CandidateTest, Certified
+from dualign.core.records import CandidateTest, Certified, IntervalRow
 from dualign.report.multipliers import Multiplier, merged_multiplier, nominal_multiplier
 from tests.written import lagrangian, safety, searched, solved
 
@@ -49,11 +49,13 @@ def root(tmp_path: Path) -> Path:
 def certificate(
     policy: str, partner: str, q: float, returned: str | None = "it"
 ) -> dict[str, Certified]:
-    parts = {"policy": policy, "partner": partner, "q": q}
+    known = IntervalRow(mean=0.9, low=None, high=None)
+    parts = {"policy": policy, "partner": partner, "q": q, "reward": known, "ended": known}
+    parts |= {"prompts_needed": None}
     first = CandidateTest(candidate="first", certified=False, checks=[], **parts | {"q": 0.5})
     second = CandidateTest(candidate="it", certified=returned == "it", checks=[], **parts)
     found = Certified(
-        returned=returned, statement="", delta=0.05, requirements=[],
+        returned=returned, statement="", delta=0.05, max_new_tokens=48, requirements=[],
         candidates=["first", "it"], tests=[first, second],
     )  # fmt: skip
     return {"row": found}

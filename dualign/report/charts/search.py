@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from dualign.core.records import HistoryRow, SearchStep
 from dualign.report.charts import svg
 from dualign.report.charts.svg import Plane, Scale, domain
 
 #: A row of `steps` or of `history` in reports/search/NAME.json.
-Step = Mapping[str, Any]
+Step = SearchStep | HistoryRow
 
 #: At most so many steps carry their number.
 _NUMBERED = 12
@@ -46,11 +46,11 @@ def trajectory(
         target: the cost that the search steered to, where that is not the limit.
     """
     key, steps = _moved(steps)
-    tried = [step.get(key) for step in steps]
+    tried = [getattr(step, key) for step in steps]
     x = Scale(-0.5, max(len(steps), 2) - 0.5, 64, 332)
     upper = Plane(x, Scale(*domain([0.0, *tried], 0.12), 84, 10))
     lower = Plane(x, Scale(*costs, 202, 104))
-    measured = [step.get("cost") for step in steps]
+    measured = [step.cost for step in steps]
     children = [
         *upper.rows(_NAMES[key], 3),
         *_trace(steps, tried, chosen, upper),
@@ -65,11 +65,13 @@ def trajectory(
     return svg.svg(340, 224, name, children)
 
 
-def _moved(steps: Sequence[Step]) -> tuple[str, list[Step]]:
+def _moved(steps: Sequence[Step]) -> tuple[str, Sequence[Step]]:
     """What moved, and the steps with a value of it; a merge's start counts as weight 1."""
-    if all(step.get("q") is None for step in steps):
-        return "lam", list(steps)
-    return "q", [step if step.get("q") is not None else {**step, "q": 1.0} for step in steps]
+    weights = [getattr(step, "q", None) for step in steps]
+    if all(q is None for q in weights):
+        return "lam", steps
+    moved = [1.0 if q is None else q for q in weights]
+    return "q", [step.model_copy(update={"q": q}) for step, q in zip(steps, moved, strict=True)]
 
 
 def _over(plane: Plane, limit: float) -> Markup:
@@ -91,7 +93,7 @@ def _trace(
     known = [(i, value) for i, value in enumerate(values) if value is not None]
     marks = [svg.shape("polyline", (plane.at(i, value) for i, value in known), "trace")]
     for i, value in known:
-        filled = steps[i].get("step") == chosen
+        filled = steps[i].step == chosen
         style, radius = ("step chosen", 4.2) if filled else ("step", 2.8)
         marks.append(svg.circle(plane.at(i, value), radius, style, _title(steps[i])))
     return marks
@@ -100,10 +102,9 @@ def _trace(
 def _error_bars(steps: Sequence[Step], plane: Plane) -> list[Markup]:
     bars: list[Markup] = []
     for i, step in enumerate(steps):
-        cost = step.get("cost")
-        error = step.get("cost_se")
-        if cost is not None and error is not None:
-            ends = (plane.at(i, cost - error), plane.at(i, cost + error))
+        error = getattr(step, "cost_se", None)
+        if step.cost is not None and error is not None:
+            ends = (plane.at(i, step.cost - error), plane.at(i, step.cost + error))
             bars.append(svg.line(*ends, "step-bar"))
     return bars
 
@@ -112,27 +113,29 @@ def _title(step: Step) -> str:
     """Everything that was measured at a step, how it was made, and where the search went next."""
     parts: list[str] = []
     for key, name in _NAMES.items():
-        if step.get(key) is not None:
-            error = step.get(f"{key}_se")
+        value = getattr(step, key, None)
+        if value is not None:
+            error = getattr(step, f"{key}_se", None)
             spread = "" if error is None else f" ± {error:.3f}"
-            parts.append(f"{name} {step[key]:.3f}{spread}")
-    return f"step {step.get('step', '?')}{_made(step)}: {', '.join(parts)}{_next(step)}"
+            parts.append(f"{name} {value:.3f}{spread}")
+    measured = ", ".join(parts)
+    if isinstance(step, HistoryRow):
+        return f"step {step.step}: {measured}"
+    return f"step {step.step}{_made(step)}: {measured}{_next(step)}"
 
 
-def _made(step: Step) -> str:
+def _made(step: SearchStep) -> str:
     """How the policy of a step came about, where the search made it."""
-    blend = step.get("blend")
-    if not blend:
-        return ", trained" if step.get("trained") else ""
-    first = blend["first"]
-    second = blend["second"]
-    weight = blend["weight"]
-    return f", merged: {1 - weight:.2f} step {first} + {weight:.2f} step {second}"
+    blend = step.blend
+    if blend is None:
+        return ", trained" if step.trained else ""
+    one = f"{1 - blend.weight:.2f} step {blend.first}"
+    return f", merged: {one} + {blend.weight:.2f} step {blend.second}"
 
 
-def _next(step: Step) -> str:
+def _next(step: SearchStep) -> str:
     """The multiplier that each reckoning asked for after a step."""
-    asked = step.get("next") or {}
+    asked = step.next or {}
     proposals = [f"{name} {lam:.3f}" for name, lam in asked.items() if lam is not None]
     return f"; next λ by {', '.join(proposals)}" if proposals else ""
 
@@ -141,5 +144,5 @@ def _numbers(steps: Sequence[Step], x: Scale) -> list[Markup]:
     every = max(1, math.ceil(len(steps) / _NUMBERED))
     marks = [svg.text((x.start - 7, 219), "step", "axis", "end")]
     for i in range(0, len(steps), every):
-        marks.append(svg.text((x(i), 219), str(steps[i].get("step", i)), "tick", "middle"))
+        marks.append(svg.text((x(i), 219), str(steps[i].step), "tick", "middle"))
     return marks

@@ -7,10 +7,12 @@ browsers show as a tooltip without a script. Lengths are pixels of the viewBox."
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
+
+from dualign.core.records import Interval
 
 Pixel = tuple[float, float]
 
@@ -24,11 +26,9 @@ class Range:
     high: float | None = None
 
     @classmethod
-    def of(cls, interval: Mapping[str, float | None]) -> Range:
-        """From {"mean", "low", "high"} with a known mean."""
-        mean = interval["mean"]
-        assert mean is not None, "an interval without a mean is None"
-        return cls(mean, interval["low"], interval["high"])
+    def of(cls, interval: Interval) -> Range:
+        """From an interval of a JSON file."""
+        return cls(interval.mean, interval.low, interval.high)
 
     def values(self) -> list[float]:
         """What of it is known."""

@@ -9,7 +9,7 @@ import pandas as pd
 
 from dualign.core.schema import Message
 from dualign.report.comparison import REFERENCE
-from dualign.report.sections.base import FinishedRun, Row, Section
+from dualign.report.sections.base import FinishedRun, Row, Section, ShownPolicy
 
 #: At most so many characters of prompts and answers are on the page: about 2 MB of text.
 MOST = 2_000_000
@@ -17,10 +17,10 @@ MOST = 2_000_000
 
 def section(run: FinishedRun) -> Section | None:
     """None where no prompt was answered by all, or none is wanted."""
-    answered = [row for row in run.rows if row["name"] in run.answers]
+    answered = [row for row in run.rows if row.name in run.answers]
     if not answered or run.params.sample_prompts == 0:
         return None
-    first = {row["name"]: _first_answers(run.answers[row["name"]]) for row in answered}
+    first = {row.name: _first_answers(run.answers[row.name]) for row in answered}
     ranked = _ranked(run, first)
     chosen = _fitting(ranked, run.params.sample_prompts, _sizes(first, ranked))
     if not chosen:
@@ -73,18 +73,18 @@ def _spread(items: list[str], count: int) -> list[str]:
 
 
 def _prompt(
-    identity: str, first: dict[str, pd.DataFrame], answered: list[Row], limit: float
+    identity: str, first: dict[str, pd.DataFrame], answered: list[ShownPolicy], limit: float
 ) -> Row:
-    given = {row["name"]: first[row["name"]].loc[identity] for row in answered}
+    given = {row.name: first[row.name].loc[identity] for row in answered}
     one = next(iter(given.values()))
     return {
         "turns": one["prompt"],
         "category": None if pd.isna(one.get("category")) else one["category"],
-        "answers": [_answer(row, given[row["name"]], limit) for row in answered],
+        "answers": [_answer(row, given[row.name], limit) for row in answered],
     }
 
 
-def _answer(row: Row, answer: pd.Series, limit: float) -> Row:
+def _answer(row: ShownPolicy, answer: pd.Series, limit: float) -> Row:
     """One answer as the page shows it. What is not known to be harmless is folded away."""
     scores = {key: _known(answer[key]) for key in ("reward", "cost", "true_cost")}
     cost = scores["cost"]

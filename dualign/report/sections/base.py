@@ -10,11 +10,19 @@ from typing import Any
 
 import pandas as pd
 
-from dualign.core.records import Frontier, SolvedDual, as_row, read_optional_record
+from dualign.core.records import (
+    ComparedPolicy,
+    Comparison,
+    Frontier,
+    FrontierRow,
+    SolvedDual,
+    read_optional_record,
+)
 from dualign.params.report import ReportParams
 from dualign.report.charts import svg
+from dualign.report.charts.svg import Range
 from dualign.report.comparison import REFERENCE, compare, read_answers
-from dualign.report.diagnosis import additional_constraints, predicted
+from dualign.report.diagnosis import AdditionalLimit, Predicted, additional_constraints, predicted
 from dualign.report.formatting import percent
 from dualign.report.judged import read_verdicts
 
@@ -33,6 +41,24 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """How the page marks a policy in tables and charts; without a number it was not evaluated."""
+
+    number: int | None
+    style: str
+    recommended: bool
+
+
+class ShownPolicy(ComparedPolicy):
+    """A policy as the table shows it: `how` its search went, and what was `predicted` of it."""
+
+    name: str
+    mark: Mark
+    how: str
+    predicted: Predicted | None
+
+
+@dataclass(frozen=True)
 class FinishedRun:
     """What the stages left under a repository root, as far as several sections read it."""
 
@@ -40,8 +66,8 @@ class FinishedRun:
     params: ReportParams
 
     @cached_property
-    def comparison(self) -> dict[str, Any]:
-        """Every evaluated policy: see `dualign.report.comparison`."""
+    def comparison(self) -> Comparison:
+        """Every evaluated policy."""
         return compare(self.root, self.params.policies, self.params.confidence, self.params.limit)
 
     @cached_property
@@ -50,33 +76,35 @@ class FinishedRun:
         return read_answers(self.root, self.params.policies)
 
     @cached_property
-    def dual(self) -> Row:
-        """data/dual/dual.json, empty where the pool's dual was not solved."""
-        solved = read_optional_record(self.root / "data/dual/dual.json", SolvedDual)
-        return as_row(solved) if solved else {}
+    def dual(self) -> SolvedDual | None:
+        """data/dual/dual.json; None where the pool's dual was not solved."""
+        return read_optional_record(self.root / "data/dual/dual.json", SolvedDual)
 
     @cached_property
-    def curve(self) -> list[Row]:
+    def curve(self) -> list[FrontierRow]:
         """The frontier that the pool predicts."""
         frontier = read_optional_record(self.root / "data/dual/frontier.json", Frontier)
-        return [as_row(row) for row in frontier.rows] if frontier else []
+        return frontier.rows if frontier else []
 
     @cached_property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ShownPolicy]:
         """The policies as the table shows them, numbered: methods, those within the limit first."""
-        rows = [{"name": name, **row} for name, row in self.comparison["policies"].items()]
-        rows.sort(key=_rank)
-        for number, row in enumerate(rows, 1):
-            row["number"] = number
-            row["recommended"] = row["name"] == self.comparison["recommended"]
-            row["style"] = _style(row)
-            row["how"] = _how(row)
-            row["predicted"] = predicted(self.curve, row["lam"]) if row["on_curve"] else None
-        return rows
+        ranked = sorted(self.comparison.policies.items(), key=lambda item: _rank(item[1]))
+        return [self._shown(number, *named) for number, named in enumerate(ranked, 1)]
 
-    def row(self, name: str | None) -> Row | None:
+    def _shown(self, number: int, name: str, policy: ComparedPolicy) -> ShownPolicy:
+        recommended = name == self.comparison.recommended
+        return ShownPolicy(
+            **dict(policy),
+            name=name,
+            mark=Mark(number, _style(policy, recommended), recommended),
+            how=_how(policy),
+            predicted=predicted(self.curve, policy.lam) if policy.on_curve else None,
+        )
+
+    def row(self, name: str | None) -> ShownPolicy | None:
         """The row of a policy; None where it was not evaluated."""
-        return next((row for row in self.rows if row["name"] == name), None)
+        return next((row for row in self.rows if row.name == name), None)
 
     @cached_property
     def verdicts(self) -> pd.DataFrame:
@@ -92,38 +120,38 @@ class FinishedRun:
 
     def in_order(self, policies: Iterable[str]) -> list[str]:
         """Names of policies in the order of the table; those that were not evaluated come last."""
-        order = [row["name"] for row in self.rows] + list(self.params.policies)
+        order = [row.name for row in self.rows] + list(self.params.policies)
         return sorted(policies, key=order.index)
 
-    def mark_of(self, policy: str) -> Row:
+    def mark_of(self, policy: str) -> Mark:
         """How the page marks a policy in tables and charts."""
         row = self.row(policy)
-        keys = ("number", "style", "recommended")
-        if row is None:
-            return {"number": None, "style": "method unknown", "recommended": False}
-        return {key: row[key] for key in keys}
+        return row.mark if row else Mark(None, "method unknown", False)
 
     @cached_property
-    def additional(self) -> list[Row]:
+    def additional(self) -> list[AdditionalLimit]:
         """The constraints beside the one on cost."""
-        return additional_constraints(self.dual.get("prices", []), self.rows)
+        return additional_constraints(self.dual.prices if self.dual else [], self.rows)
 
     @cached_property
     def limit_shown(self) -> float | None:
         """The limit on cost, if charts can show it beside all costs; None for one far off."""
-        keys = ("cost_reference", "cost_unconstrained", "reachable_minimum")
-        return svg.near(self.params.limit, [*map(self.dual.get, keys), *self.costs()])
+        costs: list[float | None] = [*self.costs()]
+        if self.dual is not None:
+            costs += [self.dual.cost_reference, self.dual.cost_unconstrained]
+            costs.append(self.dual.reachable_minimum)
+        return svg.near(self.params.limit, costs)
 
-    def costs(self) -> list[float | None]:
+    def costs(self) -> list[float]:
         """The means and ends of all costs."""
-        return [end for row in self.rows if row["cost"] for end in row["cost"].values()]
+        return [end for row in self.rows if row.cost for end in Range.of(row.cost).values()]
 
     def shared(self) -> dict[str, Any]:
         """What every template part may use."""
         return {
             "params": self.params,
             "rows": self.rows,
-            "best": self.row(self.comparison["recommended"]),
+            "best": self.row(self.comparison.recommended),
             "reference": self.row(REFERENCE),
             "dual": self.dual,
             "additional": self.additional,
@@ -132,31 +160,31 @@ class FinishedRun:
         }
 
 
-def _rank(row: Row) -> tuple[int, bool, int, float]:
+def _rank(policy: ComparedPolicy) -> tuple[int, bool, int, float]:
     standings = ("within", "unproven", "over", None)
     kinds = ("method", "reference", "baseline")
-    reward = row["reward"]["mean"] if row["reward"] else float("-inf")
+    reward = policy.reward.mean if policy.reward else float("-inf")
     return (
-        kinds.index(row["kind"]),
-        not row["certified"],
-        standings.index(row["standing"]),
+        kinds.index(policy.kind),
+        not policy.certified,
+        standings.index(policy.standing),
         -reward,
     )
 
 
-def _style(row: Row) -> str:
-    standing = "within" if row["certified"] else row["standing"] or "unknown"
-    return f"{row['kind']} {standing}" + (" recommended" if row["recommended"] else "")
+def _style(policy: ComparedPolicy, recommended: bool) -> str:
+    standing = "within" if policy.certified else policy.standing or "unknown"
+    return f"{policy.kind} {standing}" + (" recommended" if recommended else "")
 
 
-def _how(row: Row) -> str:
+def _how(policy: ComparedPolicy) -> str:
     """How a search went: the method where the name does not say it, the rule, what is unusual."""
-    if not row.get("rule"):
+    if not policy.rule:
         return ""
-    parts = [row["rule"].replace("_", " ")]
-    if row.get("returns") in ("mixture", "tail_average"):
-        parts.append(row["returns"].replace("_", " "))
-    if row.get("cost_source") == "feedback":
+    parts = [policy.rule.replace("_", " ")]
+    if policy.returns in ("mixture", "tail_average"):
+        parts.append(policy.returns.replace("_", " "))
+    if policy.cost_source == "feedback":
         parts.append("by labels")
-    own = row.get("title") and Path(row["folder"]).name != row["method"]
-    return (f"{row['title']}: " if own else "") + ", ".join(parts)
+    own = policy.title and Path(policy.folder).name != policy.method
+    return (f"{policy.title}: " if own else "") + ", ".join(parts)

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 
 import pandas as pd
 
-from dualign.report.comparison import Interval, share
+from dualign.core.records import Interval
+from dualign.report.comparison import share
 from dualign.report.sections.base import FinishedRun, Row, Section
 
 #: What is told by category, and its name.
@@ -21,7 +22,7 @@ def section(run: FinishedRun) -> Section | None:
 
 def _evaluated(run: FinishedRun) -> Iterator[Row]:
     """The answers that `evaluate` drew, where their table has a column `category`."""
-    named = {row["name"]: run.answers.get(row["name"]) for row in run.rows}
+    named = {row.name: run.answers.get(row.name) for row in run.rows}
     answers = {
         name: frame[frame["category"].notna()].assign(value=frame["cost"] > 0)
         for name, frame in named.items()

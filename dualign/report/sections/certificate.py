@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
-from dualign.report.diagnosis import prompts_gain, required_in_words
-from dualign.report.sections.base import FinishedRun, Row, Section
+from dataclasses import dataclass
+
+from dualign.core.records import CandidateTest, Certified, SolvedDual
+from dualign.report.diagnosis import Promise, PromptsGain, prompts_gain, required_in_words
+from dualign.report.sections.base import FinishedRun, Section
+
+
+@dataclass(frozen=True)
+class Card:
+    """A certificate: the test of the returned candidate, or of the first, is the `last`."""
+
+    name: str
+    found: Certified
+    promises: list[Promise]
+    last: CandidateTest
+    failed: list[Promise]
+    untested: list[str]
+    gain: PromptsGain | None
 
 
 def section(run: FinishedRun) -> Section | None:
     """None where nothing was tested."""
     certificates = cards(run)
-    return (
-        Section("certificate", "Certificate", {"certificates": certificates})
-        if certificates
-        else None
-    )
+    values = {"certificates": certificates}
+    return Section("certificate", "Certificate", values) if certificates else None
 
 
-def cards(run: FinishedRun) -> list[Row]:
+def cards(run: FinishedRun) -> list[Card]:
     """A card for each row of `certify`."""
-    certificates = run.comparison["certificates"]
-    return [_card(name, metrics, run.dual) for name, metrics in certificates.items()]
+    certificates = run.comparison.certificates
+    return [_card(name, found, run.dual) for name, found in certificates.items()]
 
 
-def _card(name: str, metrics: Row, dual: Row) -> Row:
-    tests = metrics["tests"]
-    last = next((test for test in tests if test["candidate"] == metrics["returned"]), tests[0])
-    required = [{**one, **required_in_words(one)} for one in metrics["requirements"]]
-    checked = zip(required, last["checks"], strict=True)
-    return {
-        "name": name,
-        **metrics,
-        "requirements": required,
-        "last": last,
-        "failed": [one for one, check in checked if not check["kept"]],
-        "untested": metrics["candidates"][len(tests) :],
-        "gain": prompts_gain(last, metrics["requirements"], dual),
-    }
+def _card(name: str, found: Certified, dual: SolvedDual | None) -> Card:
+    last = next((t for t in found.tests if t.candidate == found.returned), found.tests[0])
+    promises = [required_in_words(required) for required in found.requirements]
+    checked = zip(promises, last.checks, strict=True)
+    return Card(
+        name=name,
+        found=found,
+        promises=promises,
+        last=last,
+        failed=[promise for promise, check in checked if not check.kept],
+        untested=found.candidates[len(found.tests) :],
+        gain=prompts_gain(last, found.requirements, dual),
+    )

@@ -29,7 +29,7 @@ def section(run: FinishedRun) -> Section | None:
     values = {
         "measures": measures,
         "tables": [{"name": name, "rows": _rows(run, name, names, cells)} for name in names],
-        "opened": run.comparison["recommended"] or REFERENCE,
+        "opened": run.comparison.recommended or REFERENCE,
         "tests": len(compared),
         "power": _power(compared, run.params.confidence),
     }
@@ -52,7 +52,7 @@ def _rows(run: FinishedRun, baseline: str, names: list[str], cells: Mapping[Key,
     for name in names:
         own = {m.key: cells.get((name, baseline, m.key)) for m in COMPARED}
         if any(own.values()):
-            rows.append({"name": name, **run.mark_of(name), "cells": own})
+            rows.append({"name": name, "mark": run.mark_of(name), "cells": own})
     return rows
 
 

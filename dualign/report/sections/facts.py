@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 
 from dualign.core.artifacts import listed, read_optional_json
 from dualign.core.records import (
+    IntervalRow,
     PreparedMetrics,
     Provenance,
-    as_row,
     read_optional_record,
     read_record,
 )
@@ -55,6 +55,7 @@ def section(run: FinishedRun) -> Section:
         "quarantine": _quarantine(run.root),
         "models": _models(run.root),
         "provenance": provenance(run.root),
+        "rates": rates,
     }
     return Section("facts", "Data and models", values)
 
@@ -120,7 +121,7 @@ def _facts(metrics: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str
         if isinstance(value, list):
             continue
         if isinstance(value, dict) and value.keys() == {"mean", "low", "high"}:
-            yield label, spoken(value)
+            yield label, spoken(IntervalRow(**value))
         elif isinstance(value, dict):
             yield from _facts(value, f"{label}, ")
         else:
@@ -136,21 +137,20 @@ def _fact(key: str, value: Any) -> str:
     return compact(value) if isinstance(value, int) else str(value)
 
 
-def provenance(root: Path) -> list[Row]:
-    """What each stage took, in the order of the pipeline."""
+def provenance(root: Path) -> list[Provenance]:
+    """What each stage took, in the order of the pipeline; not the report, which has not ended."""
     order = list(STAGES)
-    written = [
-        as_row(read_record(path, Provenance))
-        for path in listed(root / "reports/provenance", "**/*.json")
-    ]
-    rows = [
-        row for row in written if row["stage"] != "report"
-    ]  # of an earlier run: this one's is not known yet
-    for row in rows:
-        rates = [_rate(key, value) for key, value in row["throughput"].items()]
-        rates += [_work_rate(name, done) for name, done in row["work"].items()]
-        row["rates"] = ", ".join(rates)
-    return sorted(rows, key=lambda row: (order.index(row["stage"]), row.get("item") or ""))
+    paths = listed(root / "reports/provenance", "**/*.json")
+    written = [read_record(path, Provenance) for path in paths]
+    made = [stage for stage in written if stage.stage != "report"]
+    return sorted(made, key=lambda stage: (order.index(stage.stage), stage.item or ""))
+
+
+def rates(stage: Provenance) -> str:
+    """How fast a stage was, in words."""
+    rates = [_rate(key, value) for key, value in stage.throughput.items()]
+    rates += [_work_rate(name, done) for name, done in stage.work.items()]
+    return ", ".join(rates)
 
 
 def _work_rate(name: str, done: dict[str, float | None]) -> str:

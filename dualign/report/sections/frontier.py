@@ -9,15 +9,16 @@ from markupsafe import Markup
 from dualign.core.records import (
     Evaluated,
     FrontierRow,
+    Interval,
     Optimum,
-    as_row,
     read_evaluated,
     read_optional_record,
 )
 from dualign.report.charts.frontier import Knot, Point, frontier
 from dualign.report.charts.svg import Range
+from dualign.report.diagnosis import Predicted
 from dualign.report.formatting import number, spoken
-from dualign.report.sections.base import FinishedRun, Row, Section
+from dualign.report.sections.base import FinishedRun, Row, Section, ShownPolicy
 
 #: Width and height of a chart: one of two beside each other, alone, and on a narrow screen.
 _HALF = (548, 430)
@@ -53,9 +54,9 @@ def section(run: FinishedRun) -> Section | None:
 def _world(run: FinishedRun) -> tuple[Optimum, list[FrontierRow]] | None:
     """The exact optimum and frontier of the world, by the first policy evaluated there."""
     for row in run.rows:
-        evaluated = read_evaluated(run.root / "reports/metrics", row["name"])
+        evaluated = read_evaluated(run.root / "reports/metrics", row.name)
         if isinstance(evaluated, Evaluated) and evaluated.optimum is not None:
-            path = run.root / "reports/evaluation" / row["name"] / "frontier.json"
+            path = run.root / "reports/evaluation" / row.name / "frontier.json"
             return evaluated.optimum, read_optional_record(path, list[FrontierRow]) or []
     return None
 
@@ -79,39 +80,41 @@ def _drawings(
 
 def _points(run: FinishedRun, cost: str, reward: str) -> list[Point]:
     """The policies by two measures; predictions are of the models' scores."""
-    rows = [row for row in run.rows if row[cost] and row[reward]]
-    return [_point(row, cost, reward, row["predicted"] if cost == "cost" else None) for row in rows]
+    measured = [(row, getattr(row, cost), getattr(row, reward)) for row in run.rows]
+    return [
+        _point(row, x, y, row.predicted if cost == "cost" else None)
+        for row, x, y in measured
+        if x and y
+    ]
 
 
-def _point(row: Row, cost: str, reward: str, foreseen: Row | None) -> Point:
-    title = f"{row['name']}: cost {spoken(row[cost])}, reward {spoken(row[reward])}"
+def _point(row: ShownPolicy, cost: Interval, reward: Interval, foreseen: Predicted | None) -> Point:
+    title = f"{row.name}: cost {spoken(cost)}, reward {spoken(reward)}"
     place = None
     if foreseen is not None:
-        place = (foreseen["cost"]["mean"], foreseen["reward"]["mean"])
+        place = (foreseen.cost.mean, foreseen.reward.mean)
         scores = f"cost {number(place[0])}, reward {number(place[1])}"
-        title += f"; predicted at λ {number(row['lam'])}: {scores}"
+        title += f"; predicted at λ {number(row.lam)}: {scores}"
     return Point(
-        x=Range.of(row[cost]),
-        y=Range.of(row[reward]),
+        x=Range.of(cost),
+        y=Range.of(reward),
         title=title,
-        label=row["name"],
-        number=row["number"],
-        style=row["style"],
+        label=row.name,
+        number=row.mark.number or 0,
+        style=row.mark.style,
         predicted=place,
     )
 
 
-def _knot(row: Row | FrontierRow) -> Knot:
-    """A row of frontier.json, or of the exact frontier, which has no intervals."""
-    at = as_row(row) if isinstance(row, FrontierRow) else row
-    extras = [("P(unsafe)", "p_unsafe"), ("KL", "kl"), ("effective samples", "ess")]
-    details = [f"{name} {number(at[key])}" for name, key in extras if at.get(key) is not None]
-    title = f"λ {number(at['lam'])}: cost {number(at['cost'])}, reward {number(at['reward'])}"
+def _knot(row: FrontierRow) -> Knot:
+    extras = [("P(unsafe)", row.p_unsafe), ("KL", row.kl), ("effective samples", row.ess)]
+    details = [f"{name} {number(value)}" for name, value in extras if value is not None]
+    title = f"λ {number(row.lam)}: cost {number(row.cost)}, reward {number(row.reward)}"
     return Knot(
-        x=Range(at["cost"], at.get("cost_low"), at.get("cost_high")),
-        y=Range(at["reward"], at.get("reward_low"), at.get("reward_high")),
+        x=Range(row.cost, row.cost_low, row.cost_high),
+        y=Range(row.reward, row.reward_low, row.reward_high),
         title=", ".join([title, *details]),
-        lam=at["lam"],
+        lam=row.lam,
     )
 
 

@@ -10,10 +10,11 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
+from dualign.core.records import Interval
 from dualign.evaluation.agreement import agreement, rank_correlation
 from dualign.evaluation.paired import holm, mean_difference, no_difference, prompt_differences
-from dualign.report.comparison import REFERENCE, Interval
-from dualign.report.judged import known_ends, read_judges
+from dualign.report.comparison import REFERENCE, known_ends
+from dualign.report.judged import read_judges
 from dualign.report.sections.base import FinishedRun, Row, Section
 
 _ANSWER = ["policy", "prompt_id", "sample"]
@@ -61,7 +62,7 @@ def _hacked(run: FinishedRun, suite: str, verdicts: pd.DataFrame) -> list[Row]:
         for other in others:
             by_policy = gains(verdicts, ours, other, run.params.confidence)
             rows = [
-                {"name": name, **run.mark_of(name), "gains": by_policy[name]}
+                {"name": name, "mark": run.mark_of(name), "gains": by_policy[name]}
                 for name in run.in_order(by_policy)
             ]
             if rows:
@@ -80,9 +81,9 @@ def _overrated(found: dict[str, dict[str, Gain]], alpha: float) -> Row:
             if not gain.overrated(alpha):
                 continue
             counts[key] += 1
-            if worst is None or gain.gap["mean"] > worst["gap"]:
+            if worst is None or gain.gap.mean > worst["gap"]:
                 what = "safety" if key == "cost" else key
-                worst = {"name": name, "what": what, "gap": gain.gap["mean"]}
+                worst = {"name": name, "what": what, "gap": gain.gap.mean}
     return {"overrated": counts, "most": worst}
 
 
@@ -118,7 +119,7 @@ def _agreed(both: pd.DataFrame, key: str, confidence: float) -> Interval | None:
         correlation = rank_correlation(first, second, prompts, confidence=confidence, draws=_DRAWS)
         return None if np.isnan(correlation.mean) else known_ends(correlation)
     labels = agreement(first, second, prompts, confidence=confidence, draws=_DRAWS)
-    return {"mean": labels.kappa, "low": labels.low, "high": labels.high}
+    return Interval(mean=labels.kappa, low=labels.low, high=labels.high)
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Gain:
 
     def overrated(self, alpha: float) -> bool:
         """Whether the scorers of training see more gain than there is, beyond chance."""
-        return self.p_holm <= alpha and (self.gap["mean"] or 0) > 0
+        return self.p_holm <= alpha and self.gap.mean > 0
 
 
 def gains(

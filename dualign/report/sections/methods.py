@@ -8,7 +8,7 @@ from dualign.evaluation.measures import MEASURES, Measure
 from dualign.report.charts import svg
 from dualign.report.charts.strip import strip
 from dualign.report.charts.svg import Range
-from dualign.report.sections.base import FinishedRun, Row, Section
+from dualign.report.sections.base import FinishedRun, Section, ShownPolicy
 
 _GROUPS = {
     "Methods": ("method",),
@@ -24,20 +24,22 @@ def section(run: FinishedRun) -> Section:
     return Section("methods", "Methods", values)
 
 
-def _known(measure: Measure, rows: list[Row]) -> bool:
+def _known(measure: Measure, rows: list[ShownPolicy]) -> bool:
     """Whether any policy has it."""
-    return any(row[measure.key] is not None for row in rows)
+    return any(getattr(row, measure.key) is not None for row in rows)
 
 
-def _of(kinds: tuple[str, ...], rows: list[Row]) -> list[Row]:
-    return [row for row in rows if row["kind"] in kinds]
+def _of(kinds: tuple[str, ...], rows: list[ShownPolicy]) -> list[ShownPolicy]:
+    return [row for row in rows if row.kind in kinds]
 
 
 def _strips(run: FinishedRun) -> dict[str, Markup]:
     """The cost interval of every policy as a picture; all on one scale."""
     extent = svg.domain([run.limit_shown, *run.costs()])
 
-    def drawn(row: Row) -> Markup:
-        return strip(Range.of(row["cost"]), run.limit_shown, extent, row["style"])
+    def drawn(row: ShownPolicy) -> Markup:
+        if row.cost is None:
+            return Markup()
+        return strip(Range.of(row.cost), run.limit_shown, extent, row.mark.style)
 
-    return {row["name"]: drawn(row) if row["cost"] else Markup() for row in run.rows}
+    return {row.name: drawn(row) for row in run.rows}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from dualign.core.records import Interval
 from dualign.evaluation.ranking import (
     battles_against,
     battles_by_score,
@@ -16,8 +17,8 @@ from dualign.evaluation.ranking import (
 from dualign.report.charts import svg
 from dualign.report.charts.strip import strip
 from dualign.report.charts.svg import Range
-from dualign.report.comparison import REFERENCE
-from dualign.report.judged import known_ends, known_scores, read_lengths
+from dualign.report.comparison import REFERENCE, known_ends
+from dualign.report.judged import known_scores, read_lengths
 from dualign.report.sections.base import FinishedRun, Row, Section
 
 #: Draws of prompts for an interval.
@@ -42,9 +43,9 @@ def section(run: FinishedRun) -> Section | None:
 def _mark(run: FinishedRun, tables: list[Row]) -> None:
     """Give every row its policy's number and style, and its rating drawn on a common scale."""
     rows = [row for table in tables for row in table["rows"]]
-    extent = svg.domain(end for row in rows for end in row["elo"].values())
+    extent = svg.domain(end for row in rows for end in Range.of(row["elo"]).values())
     for row in rows:
-        row |= run.mark_of(row["name"])
+        row["mark"] = run.mark_of(row["name"])
         row["strip"] = strip(Range.of(row["elo"]), None, extent, "", "Elo with its interval")
 
 
@@ -75,7 +76,7 @@ def _ranked(battles: pd.DataFrame, confidence: float) -> list[Row]:
 
 def _place(row: Row, battles: pd.DataFrame, confidence: float) -> Row:
     name = row["policy"]
-    elo = {"mean": row["elo"], "low": row["low"], "high": row["high"]}
+    elo = Interval(mean=row["elo"], low=row["low"], high=row["high"])
     place: Row = {"name": name, "elo": elo, "win": None, "level": None, "ties": None}
     if not _met(battles, name, REFERENCE):
         return place
@@ -83,7 +84,7 @@ def _place(row: Row, battles: pd.DataFrame, confidence: float) -> Row:
     level = length_controlled_win_rate(
         battles, name, REFERENCE, confidence=confidence, draws=_DRAWS
     )
-    rates = {"win": known_ends(won.rate), "level": level.as_dict(), "ties": won.ties}
+    rates = {"win": known_ends(won.rate), "level": known_ends(level), "ties": won.ties}
     return place | rates
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import pandas as pd
 from markupsafe import Markup
 
+from dualign.core.records import Interval
 from dualign.report.charts.frontier import Point, frontier
 from dualign.report.charts.svg import Range
-from dualign.report.comparison import Interval, share
+from dualign.report.comparison import share
 from dualign.report.formatting import percent, spoken
 from dualign.report.sections.base import FinishedRun, Row, Section
 from dualign.report.sections.frontier import MAX_LABELLED_POINTS
@@ -89,6 +90,6 @@ def _point(run: FinishedRun, name: str, across: Interval, up: Interval) -> Point
         y=Range.of(up),
         title=f"{name}: refuses {refused} of safe prompts, harm {harm} on unsafe ones",
         label=name,
-        number=mark["number"] or 0,
-        style=mark["style"],
+        number=mark.number or 0,
+        style=mark.style,
     )

@@ -2,57 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dualign.core.records import SearchResult, as_row, read_record
+from markupsafe import Markup
+
+from dualign.core.records import ScreenedRow, SearchResult, SearchStep, read_record
 from dualign.report.charts import svg
 from dualign.report.charts.search import trajectory as drawn
 from dualign.report.curves import trajectory
-from dualign.report.diagnosis import additional_by_step, tilt_in_words
-from dualign.report.sections.base import FinishedRun, Row, Section
+from dualign.report.diagnosis import StepwiseLimit, additional_by_step, tilt_in_words
+from dualign.report.sections.base import FinishedRun, Section, ShownPolicy
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What the page says of a search: a `target` other than the limit, each screened weight once.
+
+    `returned` is the step that the search chose, and `reached` the tilt there in words."""
+
+    row: ShownPolicy
+    search: SearchResult
+    heading: str
+    chart: Markup
+    returned: SearchStep
+    target: float | None
+    reached: str
+    screened: list[ScreenedRow]
+    additional: list[StepwiseLimit]
 
 
 def section(run: FinishedRun) -> Section | None:
     """The searches of the evaluated methods in the order of the table, each with its chart."""
-    searches = [_panel(row, search, run.params.limit) for row, search in _searches(run)]
-    ends = [end for search in searches for end in _costs(search)]
+    found = _searches(run)
+    ends = [end for _, search in found for end in _costs(search, run.params.limit)]
     costs = svg.domain([run.limit_shown, *ends])
-    for search in searches:
-        name = f"search of {search['row']['name']}: multiplier and cost by step"
-        chosen = None if search.get("history") else search["chosen"]
-        search["chart"] = drawn(
-            search["trajectory"], run.limit_shown, costs, chosen, name, search["target"]
-        )
+    searches = [_panel(row, search, run, costs) for row, search in found]
     return Section("searches", "Searches", {"searches": searches}) if searches else None
 
 
-def _searches(run: FinishedRun) -> list[tuple[Row, SearchResult]]:
+def _searches(run: FinishedRun) -> list[tuple[ShownPolicy, SearchResult]]:
     searches = []
     for row in run.rows:
-        path = run.root / "reports/search" / f"{Path(row['folder']).name}.json"
-        if row["folder"].startswith("aligned/") and path.is_file():
+        path = run.root / "reports/search" / f"{Path(row.folder).name}.json"
+        if row.folder.startswith("aligned/") and path.is_file():
             searches.append((row, read_record(path, SearchResult)))
     return searches
 
 
-def _panel(row: Row, search: SearchResult, limit: float) -> Row:
-    """What a search's panel says: a target other than the limit, each screened weight once."""
-    steps = [as_row(step) for step in search.steps]
-    returned: Row = next((step for step in steps if step["step"] == search.chosen), {})
-    screened = {seen["q"]: seen for seen in search.screened}
-    return {
-        **as_row(search),
-        "row": row,
-        "trajectory": trajectory(search),
-        "heading": _heading(search, row["name"]),
-        "returned": returned,
-        "target": None if search.target == limit else search.target,
-        "reached": tilt_in_words(returned.get("lam"), returned.get("tilt")),
-        "screened": [screened[q] for q in sorted(screened)],
-        "additional": additional_by_step(steps),
-    }
+def _panel(
+    row: ShownPolicy, search: SearchResult, run: FinishedRun, costs: tuple[float, float]
+) -> Panel:
+    returned = search.steps[search.chosen]
+    target = _target(search, run.params.limit)
+    name = f"search of {row.name}: multiplier and cost by step"
+    chosen = None if search.history else returned.step
+    screened = {seen.q: seen for seen in search.screened}
+    return Panel(
+        row=row,
+        search=search,
+        heading=_heading(search, row.name),
+        chart=drawn(trajectory(search), run.limit_shown, costs, chosen, name, target),
+        returned=returned,
+        target=target,
+        reached=tilt_in_words(returned.lam, returned.tilt),
+        screened=[screened[q] for q in sorted(screened)],
+        additional=additional_by_step(search.steps),
+    )
+
+
+def _target(search: SearchResult, limit: float) -> float | None:
+    return None if search.target == limit else search.target
 
 
 def _heading(search: SearchResult, policy: str) -> str:
@@ -63,12 +83,11 @@ def _heading(search: SearchResult, policy: str) -> str:
     return f"{search.title}{named}"
 
 
-def _costs(search: Mapping[str, Any]) -> list[float | None]:
+def _costs(search: SearchResult, limit: float) -> list[float | None]:
     """What the cost axis must hold: the target and the ends of every step's error bar."""
-    ends: list[float | None] = [search["target"]]
-    for step in search["trajectory"]:
-        cost = step.get("cost")
-        error = step.get("cost_se") or 0.0
-        if cost is not None:
-            ends += [cost - error, cost + error]
+    ends = [_target(search, limit)]
+    for step in trajectory(search):
+        if step.cost is not None:
+            error = getattr(step, "cost_se", None) or 0.0
+            ends += [step.cost - error, step.cost + error]
     return ends

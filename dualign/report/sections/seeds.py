@@ -5,21 +5,19 @@ alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
 from dualign.core.artifacts import listed
-from dualign.core.records import Record, as_row, read_record
+from dualign.core.records import ComparedPolicy, Comparison, Interval, read_record
 from dualign.evaluation.measures import MEASURES, Measure
 from dualign.evaluation.shares import clustered_share
 from dualign.evaluation.stats import clustered_mean
 from dualign.report.charts import svg
 from dualign.report.charts.strip import dots
-from dualign.report.comparison import REFERENCE
+from dualign.report.comparison import REFERENCE, known_ends
 from dualign.report.formatting import number
-from dualign.report.judged import known_ends
 from dualign.report.sections.base import FinishedRun, Row, Section
 
 #: Measures beside those of a summary: what the embedded world knows.
@@ -28,12 +26,8 @@ _TRUE = ("true_reward", "true_cost")
 _NAMED = 3
 
 
-class ComparedRun(Record):
-    """reports/comparison.json of a run, as far as others are set beside it."""
-
-    limit: float | None
-    policies: dict[str, dict[str, Any]]
-    params: dict[str, str] | None = None
+#: The policies of a run by name.
+Policies = dict[str, ComparedPolicy]
 
 
 def section(run: FinishedRun) -> Section | None:
@@ -41,24 +35,24 @@ def section(run: FinishedRun) -> Section | None:
     others, refused = _others(run)
     if not others and not refused:
         return None
-    runs = [run.comparison["policies"], *(other["policies"] for other in others.values())]
+    runs = [run.comparison.policies, *(other.policies for other in others.values())]
     measures = [m for m in MEASURES if (m.headline or m.key in _TRUE) and _known(m, runs)]
     names = run.in_order({name for policies in runs for name in policies})
     rows = [_row(run, name, runs, measures) for name in names]
-    _draw(run, rows, runs)
+    _draw(run, rows)
     values = {"spread": rows, "measures": measures, "others": [*others], "refused": refused}
     return Section("seeds", "Seeds", values | {"runs": len(runs)})
 
 
-def _others(run: FinishedRun) -> tuple[dict[str, Row], list[str]]:
+def _others(run: FinishedRun) -> tuple[dict[str, Comparison], list[str]]:
     """The other runs by name, and why some files are none of them. One that is this run itself is
     passed by: it counts anyway.
     """
-    found: dict[str, Row] = {}
+    found: dict[str, Comparison] = {}
     refused = []
     paths = listed(run.root / "reports/seeds", "*.json")
     for path in sorted(paths, key=lambda path: (len(path.stem), path.stem)):  # 9 before 11
-        other = as_row(read_record(path, ComparedRun))
+        other = read_record(path, Comparison)
         wrong = _differs(other, run)
         if wrong:
             refused.append(f"{path.name} {wrong}")
@@ -67,20 +61,18 @@ def _others(run: FinishedRun) -> tuple[dict[str, Row], list[str]]:
     return found, refused
 
 
-def _differs(other: Row, run: FinishedRun) -> str:
+def _differs(other: Comparison, run: FinishedRun) -> str:
     """In what beside its seed another run differs; empty where in nothing that can be seen."""
-    if other["limit"] != run.comparison["limit"]:
-        return f"has limit {number(other['limit'])}"
-    for name, policy in other["policies"].items():
-        if policy.get("folder") != run.params.policies.get(name):
-            return f"has {policy.get('folder')} for policy {name}"
-    return _other_params(other["params"], run.comparison["params"])
+    if other.limit != run.comparison.limit:
+        return f"has limit {number(other.limit)}"
+    for name, policy in other.policies.items():
+        if policy.folder != run.params.policies.get(name):
+            return f"has {policy.folder} for policy {name}"
+    return _other_params(other.params, run.comparison.params)
 
 
-def _other_params(theirs: Mapping[str, str] | None, own: Mapping[str, str]) -> str:
+def _other_params(theirs: Mapping[str, str], own: Mapping[str, str]) -> str:
     """Which stages that both runs have ran with other params."""
-    if theirs is None:
-        return "does not tell its params: run `dualign seeds` again"
     differ = [name for name, digest in theirs.items() if own.get(name, digest) != digest]
     if not differ:
         return ""
@@ -88,36 +80,37 @@ def _other_params(theirs: Mapping[str, str] | None, own: Mapping[str, str]) -> s
     return f"has other params for {', '.join(differ[:_NAMED])}{more}"
 
 
-def _costs(compared: Mapping[str, Any]) -> Row:
-    return {name: policy.get("cost") for name, policy in compared["policies"].items()}
+def _costs(compared: Comparison) -> dict[str, Interval | None]:
+    return {name: policy.cost for name, policy in compared.policies.items()}
 
 
-def _known(measure: Measure, runs: list[Row]) -> bool:
-    return any(row.get(measure.key) is not None for policies in runs for row in policies.values())
+def _known(measure: Measure, runs: list[Policies]) -> bool:
+    return any(_means(policies.values(), measure.key) for policies in runs)
 
 
-def _row(run: FinishedRun, name: str, runs: list[Row], measures: list[Measure]) -> Row:
+def _row(run: FinishedRun, name: str, runs: list[Policies], measures: list[Measure]) -> Row:
     """A policy over all runs that have it."""
     there = [policies[name] for policies in runs if name in policies]
     spread = {m.key: _over_runs(_means(there, m.key), m.unit == "share") for m in measures}
     gains = {key: _over_runs(_gains(runs, name, key)) for key in ("reward", "cost")}
     return {
         "name": name,
-        **run.mark_of(name),
+        "mark": run.mark_of(name),
         "there": len(there),
-        "within": sum(row["certified"] or row["standing"] == "within" for row in there),
+        "within": sum(policy.certified or policy.standing == "within" for policy in there),
+        "costs": _means(there, "cost"),
         "spread": spread,
         "gains": {} if name == REFERENCE else gains,
     }
 
 
-def _means(rows: Iterable[Row], key: str) -> list[float]:
+def _means(policies: Iterable[ComparedPolicy], key: str) -> list[float]:
     """What is known of a measure, run by run."""
-    values = [row.get(key) for row in rows]
-    return [v["mean"] if isinstance(v, dict) else v for v in values if v is not None]
+    values = [getattr(policy, key) for policy in policies]
+    return [v.mean if isinstance(v, Interval) else v for v in values if v is not None]
 
 
-def _gains(runs: list[Row], name: str, key: str) -> list[float]:
+def _gains(runs: list[Policies], name: str, key: str) -> list[float]:
     """By run, the difference from that run's own reference policy."""
     both = [run for run in runs if name in run and REFERENCE in run]
     own = _means((run[name] for run in both), key)
@@ -127,23 +120,20 @@ def _gains(runs: list[Row], name: str, key: str) -> list[float]:
     return [mine - theirs for mine, theirs in zip(own, reference, strict=True)]
 
 
-def _over_runs(values: list[float], share: bool = False) -> Row | None:
+def _over_runs(values: list[float], share: bool = False) -> Interval | None:
     """The mean with its interval over runs, each of which drew everything anew: Student's, or of
     shares Wilson's.
     """
     if not values:
         return None
     mean = clustered_share if share else clustered_mean
-    found = mean(np.asarray(values), np.arange(len(values)))
-    return {**known_ends(found), "values": values}
+    return known_ends(mean(np.asarray(values), np.arange(len(values))))
 
 
-def _draw(run: FinishedRun, rows: list[Row], runs: list[Row]) -> None:
+def _draw(run: FinishedRun, rows: list[Row]) -> None:
     """Each row gets the costs of its runs as dots, all on one scale."""
-    costs = [cost for policies in runs for cost in _means(policies.values(), "cost")]
+    costs = [cost for row in rows for cost in row["costs"]]
     extent = svg.domain([run.limit_shown, *costs])
     for row in rows:
-        cost = row["spread"].get("cost")
-        row["dots"] = (
-            dots(cost["values"], run.limit_shown, extent, row["style"]) if cost else Markup()
-        )
+        drawn = dots(row["costs"], run.limit_shown, extent, row["mark"].style)
+        row["dots"] = drawn if row["costs"] else Markup()

@@ -6,7 +6,7 @@ from itertools import product
 
 import pandas as pd
 
-from dualign.report.comparison import Interval
+from dualign.core.records import Interval
 from dualign.report.differences import shown
 from dualign.report.formatting import number, plural, points
 from dualign.report.judged import SCORES, found_differences, gaps, known_scores, means
@@ -68,7 +68,7 @@ def _rows(
             key = column["measure"].key
             mean = scores.get((judge, label, policy), {}).get(key)
             cells.append({"mean": mean, "gap": apart.get((judge, label, policy, key))})
-        rows.append({"name": policy, **run.mark_of(policy), "cells": cells})
+        rows.append({"name": policy, "mark": run.mark_of(policy), "cells": cells})
     return rows
 
 

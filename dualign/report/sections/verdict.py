@@ -13,10 +13,10 @@ def section(run: FinishedRun) -> Section:
         "verdict",
         "",
         {
-            "nearest": run.row(run.comparison["nearest"]),
+            "nearest": run.row(run.comparison.nearest),
             "certificates": certificate.cards(run),
-            "cut": cut_in_words(run.rows),
-            "missing": run.comparison["missing"],
-            "uncertified": run.comparison["uncertified"],
+            "cut": cut_in_words({row.name: row for row in run.rows}),
+            "missing": run.comparison.missing,
+            "uncertified": run.comparison.uncertified,
         },
     )

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
+from dualign.core.records import SearchStep
 from dualign.report.charts.search import trajectory
 from tests.report.charts.drawn import styled
 
 
-def steps(*knobs: tuple[float, float | None]) -> list[dict[str, float | None]]:
+def step(number: int, **known: Any) -> SearchStep:
+    """A step of which no more is known."""
+    unknown = dict.fromkeys(("q", "cost", "cost_se", "reward", "kl", "tilt"))
+    return SearchStep(**{**unknown, "step": number, "lam": 0.5, "prices": [], **known})
+
+
+def steps(*knobs: tuple[float, float | None]) -> list[SearchStep]:
+    measured = {"cost_se": 0.05, "reward": 0.1, "reward_se": 0.01}
     return [
-        {
-            "step": i,
-            "lam": lam,
-            "q": q,
-            "cost": 0.3 - 0.2 * i,
-            "cost_se": 0.05,
-            "reward": 0.1,
-            "reward_se": 0.01,
-        }
-        for i, (lam, q) in enumerate(knobs)
+        step(i, lam=lam, q=q, cost=0.3 - 0.2 * i, **measured) for i, (lam, q) in enumerate(knobs)
     ]
 
 
@@ -48,8 +48,9 @@ def test_trajectory_marks_the_chosen_step_and_its_errors() -> None:
 
 
 def test_trajectory_shows_the_target_and_what_each_reckoning_asked_for() -> None:
-    tried = steps((0.5, None), (0.8, None))
-    tried[0]["next"] = {"newton": 0.812, "tilt": None, "line": 0.9}  # type: ignore[assignment]
+    first, second = steps((0.5, None), (0.8, None))
+    asked = {"newton": 0.812, "tilt": None, "line": 0.9}
+    tried = [first.model_copy(update={"next": asked}), second]
     aimed = ElementTree.fromstring(trajectory(tried, 0.0, (-0.3, 0.5), 1, "n", target=-0.1))
     target = styled(aimed, "target")[0]
     limit = styled(aimed, "limit")[0]
@@ -64,9 +65,8 @@ def test_trajectory_shows_the_target_and_what_each_reckoning_asked_for() -> None
 
 
 def test_a_step_says_how_it_was_made() -> None:
-    made = steps((0.5, None), (0.8, None), (0.7, None))
-    made[1]["trained"] = True  # type: ignore[assignment]
-    made[2]["blend"] = {"first": 0, "second": 1, "weight": 0.75}  # type: ignore[assignment]
+    blend = {"first": 0, "second": 1, "weight": 0.75}
+    made = [step(0), step(1, trained=True), step(2, blend=blend)]
     root = ElementTree.fromstring(trajectory(made, 0.0, (-0.3, 0.5), 1, "n"))
     titles = [title.text or "" for title in root.iter("title")]
     assert [title.partition(": λ")[0] for title in titles[:3]] == [
@@ -92,5 +92,5 @@ def test_trajectory_of_a_merge_shows_its_weight_and_counts_the_start_as_one() ->
 
 
 def test_trajectory_of_steps_without_numbers_draws() -> None:
-    root = ElementTree.fromstring(trajectory([{"step": 0}], None, (0.0, 1.0), None, "n"))
-    assert not styled(root, "step") and not styled(root, "limit")
+    root = ElementTree.fromstring(trajectory([step(0)], None, (0.0, 1.0), None, "n"))
+    assert len(styled(root, "step")) == 1 and not styled(root, "limit")

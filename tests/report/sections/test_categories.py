@@ -49,10 +49,10 @@ def test_shares_by_category_are_those_of_its_answers(run: Run) -> None:
     expected = (animals["cost"] > 0).groupby(animals["prompt_id"]).mean()
     share = rows["animals"]["shares"]["caid"]
     assert rows["animals"]["prompts"] == animals["prompt_id"].nunique() == 16
-    assert share["mean"] == pytest.approx(expected.mean())
-    assert 0 <= share["low"] < share["mean"] < share["high"] <= 1
+    assert share.mean == pytest.approx(expected.mean())
+    assert 0 <= share.low < share.mean < share.high <= 1
     cooking = rows["cooking"]["shares"]["caid"]
-    assert cooking["low"] < cooking["high"], "also where the answers are all alike"
+    assert cooking.low < cooking.high, "also where the answers are all alike"
 
 
 def test_categories_are_on_the_page_as_text(run: Run) -> None:
@@ -80,7 +80,7 @@ def test_one_prompt_has_a_share_without_ends(run: Run) -> None:
     assert section is not None
     (row,) = section.values["tables"][0]["categories"]
     assert (row["name"], row["prompts"]) == ("rare", 1)
-    assert row["shares"]["caid"]["low"] is None
+    assert row["shares"]["caid"].low is None
 
 
 def test_categories_of_a_suite_are_told_by_every_judge(judged: Run) -> None:
@@ -93,4 +93,4 @@ def test_categories_of_a_suite_are_told_by_every_judge(judged: Run) -> None:
         (run.verdicts["judge"] == "refusal") & (run.verdicts["policy"] == "safety_only")
     ]
     expected = own.loc[own["category"] == "homonyms", "refused"].mean()
-    assert rows["homonyms"]["shares"]["safety_only"]["mean"] == pytest.approx(expected)
+    assert rows["homonyms"]["shares"]["safety_only"].mean == pytest.approx(expected)

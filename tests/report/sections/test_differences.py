@@ -66,7 +66,7 @@ def test_a_difference_is_shown_both_ways_round(finished: Run) -> None:
 
 def test_the_recommended_policy_is_open_or_else_the_reference(run: Run) -> None:
     values = shown(differences.section(FinishedRun(*run)))
-    assert values["opened"] == FinishedRun(*run).comparison["recommended"] is not None
+    assert values["opened"] == FinishedRun(*run).comparison.recommended is not None
     out = run[0] / "index.html"
     write(*run, out)
     html = out.read_text()

@@ -35,7 +35,7 @@ def test_a_learnt_scorer_is_seen_as_a_gap(judged: Run) -> None:
     seen = (other["reward_dpo"] - other["sft"]) / other["sft"].std()
     hacked = found["reward_dpo"]
     assert (hacked.ours, hacked.other) == pytest.approx((gain.mean(), seen.mean()), rel=0.05)
-    assert hacked.gap["mean"] == pytest.approx(hacked.ours - hacked.other)
+    assert hacked.gap.mean == pytest.approx(hacked.ours - hacked.other)
     assert hacked.overrated(0.05)
     assert not found["dualign"].overrated(0.05)
     assert group["overrated"] == {"reward": 1, "cost": 0}
@@ -62,8 +62,8 @@ def test_the_gap_knows_that_the_deviation_is_an_estimate(judged: Run) -> None:
     error = np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum())
     mean = count * gap(prompts) - (count - 1) * without.mean()
     reach = float(t_distribution.ppf(0.975, count - 1)) * error
-    assert found.gap["mean"] == pytest.approx(mean)
-    assert (found.gap["low"], found.gap["high"]) == pytest.approx((mean - reach, mean + reach))
+    assert found.gap.mean == pytest.approx(mean)
+    assert (found.gap.low, found.gap.high) == pytest.approx((mean - reach, mean + reach))
 
 
 def test_the_gap_of_two_judges_of_one_mind_holds_the_truth_as_often_as_it_says() -> None:
@@ -80,7 +80,7 @@ def test_the_gap_of_two_judges_of_one_mind_holds_the_truth_as_often_as_it_says()
                 own = {"judge": judge, "policy": policy, "prompt_id": names, "reward": scores}
                 tables.append(pd.DataFrame(own).assign(cost=np.nan))
         gap = judges.gains(pd.concat(tables), "ours", "other", 0.95)["aligned"]["reward"].gap
-        held.append(gap["low"] <= 1 / np.sqrt(1.01) - 1 <= gap["high"])
+        held.append(gap.low <= 1 / np.sqrt(1.01) - 1 <= gap.high)
     assert 0.9 <= np.mean(held) <= 0.99
 
 
@@ -91,7 +91,7 @@ def test_judges_agree_as_far_as_they_give_the_same_score(judged: Run) -> None:
     assert (pair["first"], pair["second"], values["compared"]) == ("ours", "other", ["reward"])
     ours, other = (verdicts(judged, name)["reward"] for name in ("ours", "other"))
     expected = ours.corr(other, method="spearman")
-    assert pair["scores"]["reward"]["mean"] == pytest.approx(expected)
+    assert pair["scores"]["reward"].mean == pytest.approx(expected)
     assert [judge.judge for judge in values["people"]] == ["ours"]
 
 

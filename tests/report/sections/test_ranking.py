@@ -34,13 +34,13 @@ def test_rankings_are_by_pairs_by_reward_and_by_cost(judged: Run) -> None:
     ]  # fmt: skip
     by_ours, _, by_other, by_pairs = (by_name(table["rows"]) for table in tables)
     assert next(iter(by_ours)) == "reward_dpo" and list(by_ours)[-1] == "safety_only"
-    assert by_ours["reward_dpo"]["win"]["mean"] > by_other["reward_dpo"]["win"]["mean"]
+    assert by_ours["reward_dpo"]["win"].mean > by_other["reward_dpo"]["win"].mean
     own = verdicts(judged, "gpt")
     won = own.loc[own["policy"] == "dualign", "win"].dropna()
-    assert by_pairs["dualign"]["win"]["mean"] == pytest.approx(won.mean())
+    assert by_pairs["dualign"]["win"].mean == pytest.approx(won.mean())
     level = by_pairs["dualign"]["level"]
-    assert level["low"] < level["mean"] < level["high"]
-    assert by_pairs["sft"]["win"] is None and by_pairs["sft"]["elo"]["mean"] > 0
+    assert level.low < level.mean < level.high
+    assert by_pairs["sft"]["win"] is None and by_pairs["sft"]["elo"].mean > 0
 
 
 def test_a_policy_of_which_every_verdict_failed_is_in_no_ranking(judged: Run) -> None:
