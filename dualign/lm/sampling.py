@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from dualign.core import ranks, work
 from dualign.core.progress import Progress, silenced
 from dualign.core.work import Work
+from dualign.lm.batches import by_length
 from dualign.lm.engines import generate
 from dualign.lm.engines.check import check
-from dualign.lm.engines.interface import Answer, Request, by_length, row_seed
+from dualign.lm.engines.interface import Answer, Request, row_seed
 from dualign.lm.engines.table import ENGINES
 from dualign.lm.flops import Tokens, reading_flop, size_of
 from dualign.lm.loading import check_context, context_of

@@ -21,7 +21,7 @@ from dualign.core.errors import ModelError
 from dualign.core.progress import Progress
 from dualign.core.records import fault
 from dualign.core.schema import Message
-from dualign.lm.engines.interface import by_length
+from dualign.lm.batches import by_length
 from dualign.lm.loading import context_of
 from dualign.lm.models import adapter_base, merged, save
 from dualign.lm.numerics import padded_rows

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.progress import Progress
-from dualign.lm.engines.interface import by_length
+from dualign.lm.batches import by_length
 from dualign.lm.numerics import padded_rows
 
 

@@ -12,9 +12,8 @@ from dualign.core.artifacts import write_json
 from dualign.core.errors import DataError, ParamsError
 from dualign.core.records import SolvedDual
 from dualign.math.constraints import Constraint, Price
-from dualign.methods import Plan, plan
 from dualign.params.loading import load
-from dualign.params.search import DualSearchParams, MethodRow
+from dualign.params.search import DualSearchParams
 from dualign.params.training import LossSpec, PairLossParams
 from dualign.search.start import (
     TrainedPolicy,
@@ -26,15 +25,11 @@ from dualign.search.start import (
     steerable,
     trainings,
 )
+from tests.search.plans import row_of
 from tests.written import lagrangian, safety, solved
 
 SFT = TrainedPolicy()
 STEPWISE = {"lam": 1.2, "reference": "reward_dpo/helpful"}
-
-
-def row_of(method: str, start: str, reference: str, **options: Any) -> Plan:
-    given = {"method": method, "start": start, "reference": reference, **options}
-    return plan("row", MethodRow.model_validate(given))
 
 
 def test_the_target_is_the_limit_unless_the_row_says_margin_and_the_dual_knows_one() -> None:

@@ -21,6 +21,7 @@ from dualign.search.start import (
     trainings,
 )
 from stages import dual_search
+from tests.search.plans import row_of
 from tests.written import lagrangian, safety, solved
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,11 +39,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_json("data/dual/dual.json", solved())
     write_json("reports/metrics/safety_dpo/alone.json", safety())
     return tmp_path
-
-
-def row_of(method: str, start: str, reference: str, **options: Any) -> Plan:
-    given = {"method": method, "start": start, "reference": reference, **options}
-    return plan("row", MethodRow.model_validate(given))
 
 
 def context(row: Plan, params: DualSearchParams, start: dict[str, Any]) -> SearchContext:

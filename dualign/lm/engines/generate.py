@@ -11,11 +11,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dualign.core import ranks
 from dualign.core.progress import Progress
+from dualign.lm.batches import by_length
 from dualign.lm.engines.interface import (
     Answer,
     Request,
     batch_seed,
-    by_length,
     left_padded,
     until_end,
 )

@@ -4,17 +4,14 @@ An engine draws from the policy itself: temperature 1, no truncation of its tail
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from dualign.params.base import Resources
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,13 +72,6 @@ def row_seed(seed: int, prompt: int, draw: int) -> int:
 def batch_seed(seed: int, number: int) -> int:
     """A batch's seed: the draw's for the first, else mixed; 32 bits, all that a CPU reads."""
     return seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
-
-
-def by_length(rows: Sequence[T], lengths: Sequence[int], batch_size: int) -> Iterator[list[T]]:
-    """Batches of rows of similar length, the longest first, to run out of memory at once."""
-    order = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
-    for start in range(0, len(order), batch_size):
-        yield [rows[i] for i in order[start : start + batch_size]]
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
