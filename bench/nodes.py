@@ -90,11 +90,15 @@ class Nodes:
         self.workers.pop(name).wait()
 
     def stop(self) -> None:
-        """Stop all workers."""
+        """Stop all workers; one that does not end in a minute is killed."""
         for worker in self.workers.values():
             worker.send_signal(signal.SIGTERM)
         for worker in self.workers.values():
-            worker.wait(60)
+            try:
+                worker.wait(60)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                worker.wait()
         self.workers.clear()
 
     def log(self, name: str) -> str:
