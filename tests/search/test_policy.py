@@ -312,10 +312,10 @@ def test_screening_saves_measurements(
     result = summary(
         Search(by_rule("merge"), exact, SearchContext(0.4, 4.0)), fewer, stopped, before=2
     )
-    assert [seen["q"] for seen in result.screened] == seeing.screened
+    assert [seen.q for seen in result.screened] == seeing.screened
     assert (
-        result.screened[0].keys() == {"q", "cost", "cost_se", "ess"}
-        and result.screened[0]["q"] == 1.0
+        set(type(result.screened[0]).model_fields) == {"q", "cost", "cost_se", "ess"}
+        and result.screened[0].q == 1.0
     )
 
 
