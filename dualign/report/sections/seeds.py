@@ -135,5 +135,6 @@ def _draw(run: FinishedRun, rows: list[Row]) -> None:
     costs = [cost for row in rows for cost in row["costs"]]
     extent = svg.domain([run.limit_shown, *costs])
     for row in rows:
-        drawn = dots(row["costs"], run.limit_shown, extent, row["mark"].style)
-        row["dots"] = drawn if row["costs"] else Markup()
+        row["dots"] = Markup()
+        if row["costs"]:
+            row["dots"] = dots(row["costs"], run.limit_shown, extent, row["mark"].style)
