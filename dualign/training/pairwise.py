@@ -31,6 +31,7 @@ from dualign.lm.packing import (
 from dualign.math import losses
 from dualign.params.base import LoraParams
 from dualign.params.training import LossType
+from dualign.training.columns import id_column, table_of
 from dualign.training.pair_losses import PAIR_LOSSES, PairBatch
 from dualign.training.run import (
     Job,
@@ -200,16 +201,16 @@ def pair_dataset(pairs: Sequence[Pair]) -> Dataset:
     """Pairs as the tokenised columns that `PairwiseTrainer` reads."""
     columns = _columns(pairs)
     if all(pair.mismatched is not None for pair in pairs):
-        columns["mismatched_ids"] = [pair.mismatched for pair in pairs]
+        columns["mismatched_ids"] = id_column(pair.mismatched or [] for pair in pairs)
         columns["ref_mismatched_logps"] = [pair.ref_mismatched for pair in pairs]
-    return Dataset.from_dict(columns)
+    return table_of(columns)
 
 
-def _columns(pairs: Sequence[Pair]) -> dict[str, list[Any]]:
+def _columns(pairs: Sequence[Pair]) -> dict[str, Any]:
     return {
-        "prompt_ids": [p.prompt for p in pairs],
-        "chosen_ids": [p.first for p in pairs],
-        "rejected_ids": [p.second for p in pairs],
+        "prompt_ids": id_column(p.prompt for p in pairs),
+        "chosen_ids": id_column(p.first for p in pairs),
+        "rejected_ids": id_column(p.second for p in pairs),
         "ref_chosen_logps": [p.ref_first for p in pairs],
         "ref_rejected_logps": [p.ref_second for p in pairs],
         "label": [p.label for p in pairs],

@@ -14,6 +14,7 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from dualign.math import losses
+from dualign.training.columns import id_column, table_of
 from dualign.training.run import (
     Job,
     Metrics,
@@ -72,10 +73,10 @@ def train_scorer(
 def _ranked(pairs: Sequence[ScoredPair], max_length: int) -> Dataset:
     kept = [pair for pair in pairs if max(len(pair.high), len(pair.low)) <= max_length]
     tell_dropped(len(pairs), len(kept), max_length)
-    return Dataset.from_dict(
+    return table_of(
         {
-            "chosen_ids": [pair.high for pair in kept],
-            "rejected_ids": [pair.low for pair in kept],
+            "chosen_ids": id_column(pair.high for pair in kept),
+            "rejected_ids": id_column(pair.low for pair in kept),
             "flags": [[_flag(pair.unsafe[0]), _flag(pair.unsafe[1])] for pair in kept],
         }
     )

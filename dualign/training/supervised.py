@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from dualign.core import ranks
 from dualign.lm.numerics import answer_log_probabilities
 from dualign.lm.sampling import log_probabilities
+from dualign.training.columns import id_column, table_of
 from dualign.training.metering import IGNORED
 from dualign.training.run import (
     Job,
@@ -135,9 +136,9 @@ def _fitting(
 
 def _supervised(rows: Sequence[tuple[list[int], list[int]]], max_length: int) -> Dataset:
     kept = _fitting(rows, max_length)
-    return Dataset.from_dict(
+    return table_of(
         {
-            "input_ids": [prompt + answer for prompt, answer in kept],
-            "labels": [[IGNORED] * len(prompt) + list(answer) for prompt, answer in kept],
+            "input_ids": id_column(prompt + answer for prompt, answer in kept),
+            "labels": id_column([IGNORED] * len(prompt) + answer for prompt, answer in kept),
         }
     )
