@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,16 @@ def parse(argument: str) -> tuple[str, Any]:
 def assign(text: str, settings: Mapping[str, Any]) -> str:
     """The text of params.yaml with new values for some keys, such as {"constraint.limit": -0.5}.
 
-    Raises PipelineError where a key is not there, or its place in the file cannot be edited alone.
+    What a section takes from the block of that name at the top, say `cost_model.training.epochs`,
+    is put into the section. Raises PipelineError where a key is not there, or its place in the file
+    cannot be edited alone.
     """
     for key, value in settings.items():
         content = _mapping(text)
-        _check_key(content, key)
+        inherited = _inherited(content)
+        _check_key([*_keys(content), *inherited], content, key)
         expected = _changed(content, key, value)
-        text = _written(text, key, value)
+        text = (_added if key in inherited else _written)(text, key, value)
         if yaml_text.load(text) != expected:
             raise PipelineError(
                 f"params.yaml: {key} cannot be set alone (an alias, or an unusual layout); edit the"
@@ -115,8 +118,7 @@ def _changed(content: Any, key: str, value: Any) -> Any:
     return {**content, name: _changed(content[name], rest, value)}
 
 
-def _check_key(content: Any, key: str) -> None:
-    keys = _keys(content)
+def _check_key(keys: Sequence[str], content: Mapping[str, Any], key: str) -> None:
     if key in keys:
         return
     same = [other for other in keys if other.split(".")[-1] == key.split(".")[-1]]
@@ -135,22 +137,66 @@ def _keys(content: Any, prefix: str = "") -> list[str]:
     ]
 
 
+def _inherited(content: Mapping[str, Any]) -> list[str]:
+    """The keys that sections could have and take from the block of that name at the top."""
+    found = []
+    for key in _keys(content):
+        section, _, name = key.rpartition(".")
+        own = _value(content, key)
+        block = content.get(name)
+        if section and isinstance(own, dict) and isinstance(block, dict):
+            found += [f"{key}.{inner}" for inner in block if inner not in own]
+    return found
+
+
+def _value(content: Any, key: str) -> Any:
+    for name in key.split("."):
+        content = content.get(name) if isinstance(content, dict) else None
+    return content
+
+
 def _written(text: str, key: str, value: Any) -> str:
+    shown = _shown(key, value)
+    place = span(text, key)
+    if place is None:
+        raise _placeless(key)
+    start, end = place
+    gap = " " if text[start - 1 : start] == ":" else ""
+    return text[:start] + gap + shown + text[end:]
+
+
+def _added(text: str, key: str, value: Any) -> str:
+    """The text with the key as the first of its mapping."""
+    section, _, name = key.rpartition(".")
+    entry = f"{name}: {_shown(key, value)}"
+    pair = pair_at(composed(text), section)
+    if pair is None or not isinstance(pair[1], MappingNode):
+        raise _placeless(key)
+    node = pair[1]
+    if node.flow_style:
+        start = text.index("{", node.start_mark.index) + 1
+        after = ", " if node.value else ""
+    else:
+        first = node.value[0][0].start_mark
+        start = first.index
+        after = "\n" + " " * first.column
+    return text[:start] + entry + after + text[start:]
+
+
+def _shown(key: str, value: Any) -> str:
     try:
-        shown = json.dumps(value, ensure_ascii=False, allow_nan=False)  # JSON is YAML 1.2
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)  # JSON is YAML 1.2
     except (TypeError, ValueError, RecursionError):
         raise PipelineError(
             f"params.yaml: {key}: {_told(value)} is no number, text, truth value, list or mapping"
         ) from None
-    place = span(text, key)
-    if place is None:
-        raise PipelineError(
-            f"params.yaml: {key} comes from a merge (<<), or an alias, and has no place of its own;"
-            " edit the file"
-        )
-    start, end = place
-    gap = " " if text[start - 1 : start] == ":" else ""
-    return text[:start] + gap + shown + text[end:]
+
+
+def _placeless(key: str) -> PipelineError:
+    return PipelineError(
+        f"params.yaml: {key} comes from a merge (<<), or an alias, and has no place of its own;"
+        " edit the file"
+    )
 
 
 def _told(value: Any) -> str:

@@ -57,6 +57,53 @@ def test_a_value_changes_and_all_else_stays(key: str, value: Any, old: str, new:
     assert place == value and type(place) is type(value)
 
 
+INHERITING = """\
+training: {epochs: 1.0, max_steps: null}   # of every training
+reward:
+  training: {}
+cost:
+  training: {max_steps: 5}   # short
+policy:
+  runs:
+    a: {training: {}}
+  training:
+    max_steps: 7   # long
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [
+        ("reward.training.epochs", "training: {}", "training: {epochs: 2.0}"),
+        ("cost.training.epochs", "{max_steps: 5}", "{epochs: 2.0, max_steps: 5}"),
+        ("policy.training.epochs", "    max_steps: 7", "    epochs: 2.0\n    max_steps: 7"),
+        ("policy.runs.a.training.epochs", "a: {training: {}}", "a: {training: {epochs: 2.0}}"),
+        ("cost.training.max_steps", "max_steps: 5", "max_steps: 2.0"),
+    ],
+)
+def test_what_a_section_takes_from_the_top_is_put_into_it(key: str, old: str, new: str) -> None:
+    assert assign(INHERITING, {key: 2.0}) == INHERITING.replace(old, new, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("reward.training.epoch", "did you mean reward.training.epochs?"),
+        ("reward.epochs", "did you mean training.epochs?"),
+        ("reward.lora.rank", "no key reward.lora.rank"),
+    ],
+)
+def test_a_section_takes_nothing_else(key: str, hint: str) -> None:
+    with pytest.raises(PipelineError, match=hint.replace("?", r"\?")):
+        assign(INHERITING, {key: 2.0})
+
+
+def test_an_aliased_section_takes_nothing() -> None:
+    text = "training: {epochs: 1}\na: {training: &x {}}\nb: {training: *x}\n"
+    with pytest.raises(PipelineError, match="cannot be set alone"):
+        assign(text, {"b.training.epochs": 2})
+
+
 def test_several_keys_at_once() -> None:
     assert load(assign(TEXT, {"seed": 1, "lora.alpha": 2.0}))["lora"]["alpha"] == 2.0
 
