@@ -112,9 +112,10 @@ class GivenScorer(Frozen):
             raise ValueError(
                 "kind labels needs a label, the name of one output, and no other kind takes one"
             )
-        if self.url is not None and self.kind not in ("classifier", "labels"):
+        if self.url is not None and self.kind == "safe_rlhf":
             raise ValueError(
-                "a server scores by kind classifier or labels; set url to null, or choose one"
+                "a server scores by kind classifier, labels or guard; set url to null, or choose"
+                " one"
             )
         if self.url is not None and not ADDRESS.fullmatch(self.url):
             raise ValueError(f"url: {NO_ADDRESS}")

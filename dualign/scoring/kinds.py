@@ -93,9 +93,9 @@ PLAIN = Reading()
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, the tokenizer that belongs to it, and what its raw output still goes through."""
+    """A model, here or at a server, its tokenizer, and what its raw output still goes through."""
 
-    model: PreTrainedModel
+    model: Any
     tokenizer: PreTrainedTokenizerBase
     steps: tuple[Calibration, ...] = ()
 
@@ -134,14 +134,14 @@ def load_classifier(place: Place, resources: Resources) -> Loaded:
     """A sequence classifier of any number of outputs, here or at a server."""
     tokenizer = _tokenizer(place)
     if place.url is not None:
-        return Loaded(_served(place, place.url, tokenizer), tokenizer)
+        return _served_classifier(place, place.url, tokenizer)
     model = load_model(
         AutoModelForSequenceClassification, place.path, dtype="auto", revision=place.revision
     )
     return _ready(model, tokenizer, resources)
 
 
-def _served(place: Place, url: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _served_classifier(place: Place, url: str, tokenizer: PreTrainedTokenizerBase) -> Loaded:
     # Its client takes half a second to import, and few scorers are served.
     from dualign.scoring.served import ServedClassifier
 
@@ -150,7 +150,7 @@ def _served(place: Place, url: str, tokenizer: PreTrainedTokenizerBase) -> Any:
         raise ModelError(
             f"{place.path}: reads two segments, of which a server is not told; set url to null"
         )
-    return ServedClassifier(config, place.root, url)
+    return Loaded(ServedClassifier(config, place.root, url), tokenizer)
 
 
 def load_adapted(folder: Path, resources: Resources) -> Loaded:
@@ -168,7 +168,13 @@ def load_adapted(folder: Path, resources: Resources) -> Loaded:
 
 
 def _load_guard(place: Place, resources: Resources) -> Loaded:
+    """A language model that says a verdict, here or at a server."""
     tokenizer = load_tokenizer(place.path, place.revision, place.template)
+    if place.url is not None:
+        from dualign.scoring.served import ServedGuard
+
+        config = load_config(place.path, place.revision)
+        return Loaded(ServedGuard(config, place.root, place.url), tokenizer)
     model = load_model(AutoModelForCausalLM, place.path, dtype="auto", revision=place.revision)
     return _ready(model, tokenizer, resources)
 
@@ -440,8 +446,19 @@ def _logits(loaded: Loaded, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def _verdict_odds(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -> Tensor:
-    """log P(unsafe word) - log P(safe word) next, with rows turned to be padded on the left."""
+    """log P(unsafe word) - log P(safe word) next."""
     found = verdict(loaded, reading)
+    tokens = [*found.unsafe, *found.safe]
+    if reading.url is None:
+        logits = _next_logits(loaded, ids, mask)[:, tokens]
+    else:
+        logits = loaded.model.log_shares(ids, mask, tokens)
+    count = len(found.unsafe)
+    return torch.logsumexp(logits[:, :count], 1) - torch.logsumexp(logits[:, count:], 1)
+
+
+def _next_logits(loaded: Loaded, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits of the next token, [rows, vocabulary], with rows turned to be padded on the left."""
     lengths = mask.sum(1, keepdim=True)
     order = (torch.arange(ids.shape[1], device=ids.device) + lengths) % ids.shape[1]
     ids = ids.gather(1, order)
@@ -454,8 +471,8 @@ def _verdict_odds(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -
         use_cache=False,
         logits_to_keep=1,
     )
-    logits = output.logits[:, -1].double()
-    return torch.logsumexp(logits[:, found.unsafe], 1) - torch.logsumexp(logits[:, found.safe], 1)
+    logits: Tensor = output.logits[:, -1].double()
+    return logits
 
 
 #: `question` is a guard for whatever it is asked (`dualign.judging.local`); no params name a scorer

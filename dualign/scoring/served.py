@@ -1,5 +1,5 @@
-"""A classifier whose weights a server of vLLM holds (`vllm serve --runner pooling`), asked by
-`openai`'s own client in place of a forward pass.
+"""Scorers whose weights a server of vLLM holds, a classifier (`vllm serve --runner pooling`) or a
+guard (`vllm serve`), asked by `openai`'s own client in place of a forward pass.
 
 Tokenizer and configuration are read here and token ids are sent, so the server reads what a model
 here would have read."""
@@ -7,7 +7,8 @@ here would have read."""
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import openai
 import torch
@@ -19,8 +20,11 @@ from dualign.core.errors import ModelError, ParamsError
 from dualign.lm import vllm_client
 
 
-class ServedClassifier(torch.nn.Module):
-    """What scoring asks of a classifier: its configuration, its device, and logits of rows."""
+class Served(torch.nn.Module):
+    """What scoring asks of a model that is not here: its configuration, its device, its rows."""
+
+    #: What the server is started with beside the model.
+    options: ClassVar[str] = ""
 
     def __init__(self, config: PretrainedConfig, root: str, url: str) -> None:
         """`root` is the folder or hub id that the server at `url` must hold.
@@ -44,32 +48,56 @@ class ServedClassifier(torch.nn.Module):
             return name
         raise ParamsError(
             f"{self._url}: it serves {', '.join(held) or 'nothing'}, the scorer is {root}; start"
-            f" `vllm serve {root} --runner pooling`, or set url to null"
+            f" `vllm serve {root}{self.options}`, or set url to null"
         )
+
+    def ask(self, what: str, **body: Any) -> Any:
+        """What the server says at an address beside `/v1`, asked of the model."""
+        address = f"{self._url.removesuffix('/v1')}/{what}"
+        try:
+            return self._client.post(address, cast_to=object, body={"model": self._name, **body})
+        except openai.OpenAIError as error:
+            raise self._silent(error) from error
+
+    def rows_of(self, said: Any, key: str) -> list[Any]:
+        """What each row of an answer has under a key, in the order of the question."""
+        try:
+            return [row[key] for row in sorted(said["data"], key=lambda row: row["index"])]
+        except (KeyError, TypeError) as error:
+            raise self.strange(said) from error
+
+    def strange(self, said: Any) -> ModelError:
+        """That an answer is not what vLLM gives."""
+        return ModelError(f"{self._url}: its answer is none of vLLM's: {said!s:.200}")
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write the configuration; the weights stay where they are."""
+        self.config.save_pretrained(folder)
+
+    def _silent(self, error: openai.OpenAIError) -> ModelError:
+        why = vllm_client.reason(error)
+        return ModelError(f"{self._url}: {why}; is `vllm serve{self.options}` up?")
+
+
+class ServedClassifier(Served):
+    """A sequence classifier at a server: logits of rows."""
+
+    options = " --runner pooling"
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, **_: Any
     ) -> SequenceClassifierOutput:
         """Logits, [rows, labels]: ids and mask are [rows, positions], padded on either side."""
-        rows = [
-            ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)
-        ]
-        body = {"model": self._name, "input": rows, "use_activation": False}
-        try:
-            said: Any = self._client.post(
-                f"{self._url.removesuffix('/v1')}/classify", cast_to=object, body=body
-            )
-        except openai.OpenAIError as error:
-            raise self._silent(error) from error
+        rows = unpadded(input_ids, attention_mask)
+        said = self.ask("classify", input=rows, use_activation=False)
         return SequenceClassifierOutput(logits=torch.tensor(self._read(said, len(rows))))
 
     def _read(self, said: Any, count: int) -> list[list[float]]:
         """The logits of an answer of the server."""
         try:
-            data = sorted(said["data"], key=lambda row: row["index"])
-            logits = [list(map(float, row["probs"])) for row in data]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{self._url}: its answer is none of vLLM's: {said!s:.200}") from error
+            logits = [list(map(float, row)) for row in self.rows_of(said, "probs")]
+        except (TypeError, ValueError) as error:
+            raise self.strange(said) from error
         labels = self.config.num_labels
         if len(logits) != count or any(len(row) != labels for row in logits):
             raise ModelError(
@@ -83,13 +111,47 @@ class ServedClassifier(torch.nn.Module):
             )
         return logits
 
-    def save_pretrained(self, folder: str) -> None:
-        """Write the configuration; the weights stay where they are."""
-        self.config.save_pretrained(folder)
 
-    def _silent(self, error: openai.OpenAIError) -> ModelError:
-        why = vllm_client.reason(error)
-        return ModelError(f"{self._url}: {why}; is `vllm serve --runner pooling` up?")
+class ServedGuard(Served):
+    """A language model at a server that is asked for the next token."""
+
+    def log_shares(
+        self, input_ids: Tensor, attention_mask: Tensor, tokens: Sequence[int]
+    ) -> Tensor:
+        """log P(token) of each of `tokens` coming next if one of them does, [rows, tokens].
+
+        A question of vLLM's tells of one token, so each is asked for; the server has the rows in
+        its cache from the first on."""
+        rows = unpadded(input_ids, attention_mask)
+        asked = [self._shares(rows, [token, *_without(tokens, token)]) for token in tokens]
+        return torch.tensor(asked, dtype=torch.float64).T.log()
+
+    def _shares(self, rows: list[list[int]], tokens: list[int]) -> list[float]:
+        """P(the first of the tokens) of each row, given that one of them comes next."""
+        said = self.ask("generative_scoring", query=[], items=rows, label_token_ids=tokens)
+        try:
+            shares = [float(score) for score in self.rows_of(said, "score")]
+            read = int(said["usage"]["prompt_tokens"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise self.strange(said) from error
+        if len(shares) != len(rows) or not all(0 <= share <= 1 for share in shares):
+            raise self.strange(said)
+        if read != sum(map(len, rows)):
+            raise ModelError(
+                f"{self._url}: it reads {read} of {sum(map(len, rows))} tokens; start it with a"
+                " larger --max-model-len"
+            )
+        return shares
+
+
+def unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The ids of each row, [rows, positions], without its padding."""
+    rows = zip(ids, mask.bool(), strict=True)
+    return [row[kept].tolist() for row, kept in rows]
+
+
+def _without(tokens: Sequence[int], token: int) -> list[int]:
+    return [other for other in tokens if other != token]
 
 
 def _is_distribution(row: list[float]) -> bool:

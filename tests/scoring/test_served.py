@@ -1,4 +1,6 @@
-"""Classifiers whose weights vLLM holds: what it says, and what is said where it does not."""
+"""Classifiers and guards whose weights vLLM holds: what it says, and what is said where it does
+not.
+"""
 
 from __future__ import annotations
 
@@ -59,6 +61,32 @@ def test_a_server_scores_as_the_weights_do_and_so_does_what_was_saved(
         assert not list((tmp_path / "saved").rglob("*.safetensors"))
         assert scored(Scorer.load(tmp_path / "saved", resources)) == pytest.approx(here, abs=1e-4)
     with pytest.raises(ModelError, match="is `vllm serve --runner pooling` up"):
+        scored(scorer)
+
+
+@has_vllm
+@pytest.mark.slow
+def test_a_guard_at_a_server_scores_as_here(
+    guard: Maker, resources: Resources, tmp_path: Path
+) -> None:
+    """Of several words and a prefix, too; a row that its context does not hold is not cut in
+    silence.
+    """
+    spec = guard()
+    several = guard(unsafe=["unsafe", "no"], safe=["safe"], prefix=" So")
+    here, of_several = (scored(load(each, resources)) for each in (spec, several))
+    assert here.std() > 0.1 and of_several.std() > 0.1
+    with serving(Path(spec.path), tmp_path / "log") as url:
+        scorer = load(spec.model_copy(update={"url": url}), resources)
+        assert scored(scorer) == pytest.approx(here, abs=1e-4)
+        other = load(several.model_copy(update={"url": url}), resources)
+        assert scored(other) == pytest.approx(of_several, abs=1e-4)
+        scorer.save(tmp_path / "saved")
+        assert not list((tmp_path / "saved").rglob("*.safetensors"))
+        assert scored(Scorer.load(tmp_path / "saved", resources)) == pytest.approx(here, abs=1e-4)
+        with pytest.raises(ModelError, match="start it with a larger --max-model-len"):
+            scorer.score(PROMPTS[:1], [" ".join(ANSWERS)], batch_size=1)
+    with pytest.raises(ModelError, match="is `vllm serve` up"):
         scored(scorer)
 
 
@@ -160,12 +188,35 @@ def test_rows_come_in_the_order_that_they_say(classifier: Maker, resources: Reso
     assert scores.tolist() == [3, 1, 0, 2]
 
 
+SCORE = {"index": 0, "object": "score", "score": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"object": "error"}, "its answer is none of vLLM's"),
+        ({"data": [SCORE] * 4}, "its answer is none of vLLM's"),
+        ({"data": [SCORE], "usage": {"prompt_tokens": 9}}, "its answer is none of vLLM's"),
+        ({"data": [SCORE | {"score": 2}] * 4, "usage": {"prompt_tokens": 9}}, "none of vLLM's"),
+        ({"data": [SCORE] * 4, "usage": {"prompt_tokens": 9}}, "it reads 9 of"),
+    ],
+)
+def test_what_a_guards_server_says_is_read_strictly(
+    guard: Maker, resources: Resources, answer: Any, message: str
+) -> None:
+    spec = guard()
+    with answering(spec.path, answer) as url:
+        scorer = load(spec.model_copy(update={"url": url}), resources)
+        with pytest.raises(ModelError, match=message):
+            scored(scorer)
+
+
 @pytest.mark.parametrize("url", ["localhost:8000", "http://me:key@host/v1", "http://host/v1?key=1"])
 def test_an_address_is_one(url: str) -> None:
     with pytest.raises(ValueError, match="an address is http"):
         GivenScorer(path="p", kind="classifier", higher_is="harmful", url=url)
 
 
-def test_a_guard_is_not_served() -> None:
-    with pytest.raises(ValueError, match="a server scores by kind classifier or labels"):
-        GivenScorer(path="p", kind="guard", higher_is="harmful", url="http://host/v1")
+def test_a_score_model_of_safe_rlhf_is_not_served() -> None:
+    with pytest.raises(ValueError, match="a server scores by kind classifier, labels or guard"):
+        GivenScorer(path="p", kind="safe_rlhf", higher_is="harmful", url="http://host/v1")
