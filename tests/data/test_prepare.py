@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from ruamel.yaml import YAML
@@ -23,7 +24,7 @@ from ruamel.yaml import YAML
 from dualign.core import schema
 from dualign.core.errors import DataError
 from dualign.core.schema import Message, normalise, user
-from dualign.data.prepare import prepare
+from dualign.data.prepare import _places, prepare
 from dualign.params.data import PrepareParams
 
 ROOT = Path(__file__).parents[2]
@@ -718,3 +719,21 @@ def test_genuine_sources_together(tmp_path: Path) -> None:
         == metrics["rejected"]
     )
     assert metrics["sources"]["sft"]["columns:pku_sft/sft_safety.jsonl"]["duplicates"] == 57
+
+
+def test_a_set_is_a_fair_draw_over_seeds() -> None:
+    """The mean of whatever a prompt is worth strays as far as that of a random sample does."""
+    rng = np.random.default_rng(0)
+    identities = rng.integers(0, 2**63, 1500).astype(np.uint64)
+    worth = rng.standard_normal(len(identities))
+    size = 150
+    error = worth.std() * np.sqrt((1 - size / len(worth)) / size)
+
+    means = []
+    for seed in range(200):
+        lowest = np.argsort(_places(seed, "certify", identities))[:size]
+        means.append(worth[lowest].mean())
+    strays = (np.array(means) - worth.mean()) / error
+
+    assert abs(strays.mean()) < 4 / np.sqrt(200)
+    assert abs((strays**2).mean() - 1) < 4 * np.sqrt(2 / 200)
