@@ -276,7 +276,7 @@ def check_together(tables: Mapping[str, pd.DataFrame], counts: Mapping[str, int]
         if each != counts.get(name):
             raise DataError(
                 f"candidate {name!r} has {each:g} answers to each prompt, and {counts.get(name)}"
-                " are stated"
+                " are stated; take the certificate and the answers of one run, or certify again"
             )
 
 

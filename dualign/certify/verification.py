@@ -125,11 +125,13 @@ def _replanned(recorded: Certificate, folder: Path) -> screening.Planned | None:
     drawn = drawers(plan, recorded.candidates)
     if drawn != recorded.drawn:
         raise DataError(
-            f"answers were drawn by {list(recorded.drawn)}, but the screen gives {list(drawn)}"
+            f"answers were drawn by {list(recorded.drawn)}, but the screen gives {list(drawn)};"
+            " take the files of one run, or certify again"
         )
     if recorded.plan is not None and recorded.plan.weights != list(plan.weights):
         raise DataError(
-            f"weights are {recorded.plan.weights}, but the screen gives {list(plan.weights)}"
+            f"weights are {recorded.plan.weights}, but the screen gives"
+            f" {list(plan.weights)}; take the files of one run, or certify again"
         )
     return plan
 
