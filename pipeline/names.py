@@ -14,6 +14,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipeline import yaml_text
+from pipeline.dvc.parameters import value_at
 from pipeline.errors import PipelineError
 
 #: As `dualign.core.names` has it.
@@ -40,7 +41,7 @@ def check(root: Path, text: str | None = None) -> None:
 def _check_runs(foreach: str, definition: Mapping[str, Any], content: Any) -> None:
     """Check the runs of one stage: their names, and the values of which paths are made."""
     place = "".join(_TEMPLATE.findall(foreach)[:1])
-    runs = _dig(content, place)
+    runs = value_at(content, place)
     names = dict.fromkeys(map(str, runs)) if isinstance(runs, list) else runs
     if not isinstance(names, dict):
         return
@@ -75,15 +76,9 @@ def _values(run: Any, used: set[str]) -> Iterator[tuple[str, Any]]:
     """The values of a run that go into paths, with keys; missing ones are for DVC to say."""
     for item in sorted(used):
         key = item.removeprefix("item")
-        value = _dig(run, key[1:]) if key else run
+        value = value_at(run, key[1:]) if key else run
         if value is not None:
             yield key, value
-
-
-def _dig(content: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
-        content = content.get(key) if isinstance(content, dict) else None
-    return content
 
 
 def _shown(value: object) -> str:

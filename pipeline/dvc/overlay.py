@@ -20,7 +20,7 @@ from typing import Any
 from ruamel.yaml.nodes import CollectionNode, Node
 
 from pipeline import yaml_text
-from pipeline.dvc.parameters import composed, pair_at, place
+from pipeline.dvc.parameters import composed, pair_at, place, value_at
 from pipeline.errors import PipelineError
 
 KEY = "extends"
@@ -82,7 +82,9 @@ def differences(path: Path) -> dict[str, Any]:
     if overlay is None:
         return {}
     return {
-        key: value for key, value in overlay.changes.items() if _at(overlay.known, key) != value
+        key: value
+        for key, value in overlay.changes.items()
+        if value_at(overlay.known, key) != value
     }
 
 
@@ -142,21 +144,13 @@ def _check(key: str, overlay: _Overlay) -> None:
 
 
 def _lacks(content: Any, key: str) -> bool:
-    return bool(_at(content, key, missing=KEY) == KEY)
+    return bool(value_at(content, key, missing=KEY) == KEY)
 
 
 def _block(known: Any, key: str) -> bool:
     """Whether a stage has a section of the same name as one at the top, which holds this key."""
     section, _, rest = key.partition(".")
     return not _lacks(known, f"{section}.{rest.partition('.')[0]}") and not _lacks(known, rest)
-
-
-def _at(content: Any, key: str, missing: Any = None) -> Any:
-    for name in key.split("."):
-        if not isinstance(content, dict) or name not in content:
-            return missing
-        content = content[name]
-    return content
 
 
 def _head(text: str) -> str:
@@ -176,7 +170,7 @@ def _with_blocks(text: str, overlay: _Overlay) -> str:
     for key, value in overlay.changes.items():
         section, _, name = key.rpartition(".")
         if _lacks(overlay.known, key):
-            blocks.setdefault(section, dict(_at(overlay.known, section)))[name] = value
+            blocks.setdefault(section, dict(value_at(overlay.known, section)))[name] = value
     root = composed(text)
     edits = [
         (*_place(text, root, key), json.dumps(block, ensure_ascii=False))

@@ -142,16 +142,19 @@ def _inherited(content: Mapping[str, Any]) -> list[str]:
     found = []
     for key in _keys(content):
         section, _, name = key.rpartition(".")
-        own = _value(content, key)
+        own = value_at(content, key)
         block = content.get(name)
         if section and isinstance(own, dict) and isinstance(block, dict):
             found += [f"{key}.{inner}" for inner in block if inner not in own]
     return found
 
 
-def _value(content: Any, key: str) -> Any:
+def value_at(content: Any, key: str, missing: Any = None) -> Any:
+    """The value of a dotted key, or `missing` where there is none."""
     for name in key.split("."):
-        content = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(content, dict) or name not in content:
+            return missing
+        content = content[name]
     return content
 
 

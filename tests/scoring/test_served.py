@@ -126,6 +126,14 @@ def answering(root: str, answer: Any) -> Iterator[str]:
         server.server_close()
 
 
+def refused(spec: GivenScorer, resources: Resources, answer: Any, message: str) -> None:
+    """Scoring at a server that says so ends with the message."""
+    with answering(spec.path, answer) as url:
+        scorer = load(spec.model_copy(update={"url": url}), resources)
+        with pytest.raises(ModelError, match=message):
+            scored(scorer)
+
+
 def test_a_server_of_another_model_is_refused(classifier: Maker, resources: Resources) -> None:
     spec = classifier()
     with answering("/another", {}) as url, pytest.raises(ParamsError) as error:
@@ -159,11 +167,7 @@ ROW = {"index": 0, "label": "LABEL_0", "probs": [0.5], "num_classes": 1}
 def test_an_answer_of_another_kind_is_refused(
     classifier: Maker, resources: Resources, answer: Any, message: str
 ) -> None:
-    spec = classifier()
-    with answering(spec.path, answer) as url:
-        scorer = load(spec.model_copy(update={"url": url}), resources)
-        with pytest.raises(ModelError, match=message):
-            scored(scorer)
+    refused(classifier(), resources, answer, message)
 
 
 def test_probabilities_are_no_logits(labels: Maker, resources: Resources) -> None:
@@ -171,10 +175,7 @@ def test_probabilities_are_no_logits(labels: Maker, resources: Resources) -> Non
     names = json.loads((Path(spec.path) / "config.json").read_text())["id2label"]
     shares = [1 / len(names)] * len(names)
     answer = {"data": [{"index": i, "probs": shares} for i in range(4)]}
-    with answering(spec.path, answer) as url:
-        scorer = load(spec.model_copy(update={"url": url}), resources)
-        with pytest.raises(ModelError, match="it gives probabilities, where logits were asked for"):
-            scored(scorer)
+    refused(spec, resources, answer, "it gives probabilities, where logits were asked for")
 
 
 def test_rows_come_in_the_order_that_they_say(classifier: Maker, resources: Resources) -> None:
@@ -204,11 +205,7 @@ SCORE = {"index": 0, "object": "score", "score": 0.5}
 def test_what_a_guards_server_says_is_read_strictly(
     guard: Maker, resources: Resources, answer: Any, message: str
 ) -> None:
-    spec = guard()
-    with answering(spec.path, answer) as url:
-        scorer = load(spec.model_copy(update={"url": url}), resources)
-        with pytest.raises(ModelError, match=message):
-            scored(scorer)
+    refused(guard(), resources, answer, message)
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "http://me:key@host/v1", "http://host/v1?key=1"])
