@@ -14,7 +14,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipeline import yaml_text
-from pipeline.dvc.parameters import value_at
+from pipeline.dotted import value_at
 from pipeline.errors import PipelineError
 
 #: As `dualign.core.names` has it.

@@ -20,7 +20,8 @@ from typing import Any
 from ruamel.yaml.nodes import CollectionNode, Node
 
 from pipeline import yaml_text
-from pipeline.dvc.parameters import composed, pair_at, place, value_at
+from pipeline.dotted import value_at
+from pipeline.dvc.parameters import composed, pair_at, place
 from pipeline.errors import PipelineError
 
 KEY = "extends"

@@ -17,6 +17,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import CollectionNode, MappingNode, Node
 
 from pipeline import yaml_text
+from pipeline.dotted import value_at
 from pipeline.errors import PipelineError
 
 
@@ -147,15 +148,6 @@ def _inherited(content: Mapping[str, Any]) -> list[str]:
         if section and isinstance(own, dict) and isinstance(block, dict):
             found += [f"{key}.{inner}" for inner in block if inner not in own]
     return found
-
-
-def value_at(content: Any, key: str, missing: Any = None) -> Any:
-    """The value of a dotted key, or `missing` where there is none."""
-    for name in key.split("."):
-        if not isinstance(content, dict) or name not in content:
-            return missing
-        content = content[name]
-    return content
 
 
 def _written(text: str, key: str, value: Any) -> str:
