@@ -154,7 +154,9 @@ def laid_out(given: Settings, folder: Path) -> None:
     sft = folder / "sft"
     shutil.copytree(given.base, sft)
     tokenizer = load_tokenizer(sft)
-    lora = LoraParams(rank=_RANK, alpha=16.0, dropout=0.0, target_modules="all-linear")
+    lora = LoraParams(
+        rank=_RANK, alpha=16.0, dropout=0.0, target_modules="all-linear", quantise=None
+    )
     resources = dpo_speed.uninterrupted("cpu", given.precision)
     save(with_lora(load_policy(sft, resources), lora, 0), tokenizer, folder / "policy")
     for name in ("reward_model", "cost_model"):

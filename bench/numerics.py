@@ -39,13 +39,18 @@ log = logging.getLogger(__name__)
 
 PROGRAM = "python -m bench.numerics"
 PRECISIONS = ("fp32", "bf16", "pure_bf16")
-_LORA = LoraParams(rank=8, alpha=16.0, dropout=0.0, target_modules="all-linear")
+_LORA = LoraParams(rank=8, alpha=16.0, dropout=0.0, target_modules="all-linear", quantise=None)
 _RESOURCES = Resources(
     device="auto",
     precision="bf16",
     engine="generate",
     engine_url=None,
     engine_python=None,
+    processes=1,
+    nodes=1,
+    distributed="ddp",
+    report_to=[],
+    peak_tflops=None,
     micro_batch_size=None,
     sampling_batch_size=8,
     scoring_batch_size=8,

@@ -69,6 +69,13 @@ def _resources(processes: int) -> Resources:
         log_steps=1,
         threads=1,
         processes=processes,
+        nodes=1,
+        distributed="ddp",
+        engine="generate",
+        engine_url=None,
+        engine_python=None,
+        report_to=[],
+        peak_tflops=None,
     )
 
 

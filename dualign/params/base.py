@@ -68,7 +68,7 @@ class LoraParams(Frozen):
     alpha: Positive
     dropout: Annotated[float, Field(ge=0, lt=1)]
     target_modules: list[str] | Literal["all-linear"]
-    quantise: Literal["nf4"] | None = None
+    quantise: Literal["nf4"] | None
 
 
 class PessimismParams(Frozen):
@@ -103,14 +103,14 @@ class Resources(Frozen):
     checkpoint_steps: Count
     log_steps: Count
     threads: Few | None
-    processes: Few | Literal["auto"] = 1
-    nodes: Few = 1
-    distributed: Literal["ddp", "fsdp2"] = "ddp"
-    engine: EngineName = "generate"
-    engine_url: str | None = None
-    engine_python: str | None = None
-    report_to: list[TrackerName] = []
-    peak_tflops: Positive | None = None
+    processes: Few | Literal["auto"]
+    nodes: Few
+    distributed: Literal["ddp", "fsdp2"]
+    engine: EngineName
+    engine_url: str | None
+    engine_python: str | None
+    report_to: list[TrackerName]
+    peak_tflops: Positive | None
 
     @model_validator(mode="after")
     def _one_vllm(self) -> Self:

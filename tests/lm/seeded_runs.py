@@ -19,7 +19,7 @@ from dualign.stage import Run
 from stages import reward_dpo, safety_dpo, sft
 
 ROOT = Path(__file__).resolve().parents[2]
-LORA = LoraParams(rank=4, alpha=8.0, dropout=0.1, target_modules="all-linear")
+LORA = LoraParams(rank=4, alpha=8.0, dropout=0.1, target_modules="all-linear", quantise=None)
 STEPS = {"batch_size": 4, "max_steps": 3, "max_length": 128, "learning_rate": 2e-3, "warmup": 0.0}
 
 

@@ -26,7 +26,7 @@ from dualign.training.pairwise import Pair, PairLossConfig, train_pairwise
 from dualign.training.run import Job
 from tests.tiny import saved_llama
 
-LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
+LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", quantise=None)
 IDS = torch.tensor([[3, 5, 8, 9, 11, 4]])
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -33,7 +33,7 @@ from dualign.lm import loading, models
 from dualign.params.base import LoraParams, Resources
 from tests.lm.layouts import CHATS, byte_level
 
-LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
+LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", quantise=None)
 SMALL = {
     "vocab_size": 96,
     "hidden_size": 16,

@@ -37,7 +37,7 @@ from dualign.training.run import Job, without_dropout
 from dualign.training.supervised import train_sft
 from tests.lm.layouts import CHATS, byte_level
 
-LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
+LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", quantise=None)
 SMALL = {
     "vocab_size": 90,
     "hidden_size": 16,

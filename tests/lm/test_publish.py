@@ -23,7 +23,7 @@ from tests.tiny import WIDER
 
 TEXTS = [answer.text for prompt in world.prompts()[::500] for answer in world.answers(prompt)]
 SCRATCH = WIDER.model_copy(update={"vocab_size": 320, "layers": 2, "heads": 4, "context": 64})
-LORA = LoraParams(rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
+LORA = LoraParams(rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear", quantise=None)
 IDS = torch.tensor([[7, 20, 33, 46, 59, 72]])
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -137,7 +137,7 @@ def test_model_tokenizer_and_calibration_come_back_from_disk(
 def test_a_scorer_trained_with_adapters_is_saved_whole(
     backbone: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources, tmp_path: Path
 ) -> None:
-    lora = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
+    lora = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", quantise=None)
     model = with_lora(classifier(backbone, tokenizer, resources), lora, 0, head=True)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -163,7 +163,7 @@ def test_a_scorer_of_adapters_computes_with_the_base_of_policies(
     precision: str,
 ) -> None:
     own = resources.model_copy(update={"precision": precision})
-    lora = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
+    lora = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", quantise=None)
     trained = load_scorer_backbone(str(backbone), tokenizer, own, 0, trained=False)
     model = with_lora(trained, lora, 0, head=True)
     for name, parameter in model.named_parameters():

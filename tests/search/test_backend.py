@@ -113,7 +113,9 @@ def test_a_merge_between_adapters_is_the_policy_between(
     not factors.
     """
     shutil.copytree(inputs.models, tmp_path / "models")
-    lora = LoraParams(rank=2, alpha=6.0, dropout=0.0, target_modules=["q_proj", "v_proj"])
+    lora = LoraParams(
+        rank=2, alpha=6.0, dropout=0.0, target_modules=["q_proj", "v_proj"], quantise=None
+    )
     tokenizer, weights = load_tokenizer(inputs.models / "sft"), {}
     for seed, name in enumerate(("reward_dpo/helpful", "safety_dpo/one")):
         policy = with_lora(load_policy(tmp_path / "models/sft", resources), lora, 0)

@@ -80,7 +80,9 @@ def test_an_adapter_has_features_too(
     plain = build_scratch(SCRATCH, tokenizer, seed=0)
     expected = features(plain, tokenizer, *rows, batch_size=4)
     lora = with_lora(
-        plain, LoraParams(rank=2, alpha=4, dropout=0.0, target_modules="all-linear"), 0
+        plain,
+        LoraParams(rank=2, alpha=4, dropout=0.0, target_modules="all-linear", quantise=None),
+        0,
     )
     assert torch.allclose(features(lora, tokenizer, *rows, batch_size=4), expected, atol=1e-6)
 

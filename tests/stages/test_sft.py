@@ -160,7 +160,7 @@ def test_rows_longer_than_the_context_are_refused_before_training(
 def test_an_adapter_is_no_base(
     base: Path, resources: Resources, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    lora = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
+    lora = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", quantise=None)
     save(with_lora(load_policy(BASE, resources), lora, 0), tokenizer, Path("adapter"))
     with pytest.raises(ModelError, match=r"^sft\.base: adapter holds an adapter"):
         run(params(base="adapter"), resources)

@@ -44,7 +44,7 @@ from tests.tiny import WIDER
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = WIDER.model_copy(update={"layers": 2})
-LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
+LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", quantise=None)
 #: Seven steps of four rows: an epoch of 18 or 19 rows is five, of which the last has two or three.
 TRAINING = TrainingParams(
     epochs=1.0,

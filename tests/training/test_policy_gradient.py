@@ -43,7 +43,7 @@ from tests.tiny import WIDER
 from tests.training.conftest import same, weights
 
 ROOT = Path(__file__).resolve().parents[2]
-LORA = LoraParams(rank=2, alpha=4.0, dropout=0.3, target_modules="all-linear")
+LORA = LoraParams(rank=2, alpha=4.0, dropout=0.3, target_modules="all-linear", quantise=None)
 QUESTIONS = world.prompts()[:6]
 PROMPTS = [user(question) for question in QUESTIONS]
 OPTIONS = PolicyGradient(

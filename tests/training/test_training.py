@@ -49,7 +49,7 @@ from tests.training.conftest import same, weights
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = world.prompts()[0]
 ANSWERS = [answer.text for answer in world.answers(QUESTION)]
-LORA = LoraParams(rank=2, alpha=4.0, dropout=0.1, target_modules="all-linear")
+LORA = LoraParams(rank=2, alpha=4.0, dropout=0.1, target_modules="all-linear", quantise=None)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
