@@ -736,7 +736,7 @@ def page(verdicts: Sequence[Verdict]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all cases; write bad-input.json and bad-input.md. Returns 1 if a case is not clear."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.bad_input", description=(__doc__ or "").splitlines()[0]
+        prog="python -m bench.bad_input", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument(
         "--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="(default: all)"

@@ -13,9 +13,8 @@ psi_b(x) at most. Going up from the safe end, the last b is taken before the fir
     (sum_i w_i l_i + v B) / (sum_i w_i + v) > alpha,   v = max_i b / psi_b(x_i).
 
 Its promise is E[l] <= alpha on average over calibration draws. That is not the certificate's P(E[c]
-> limit) <= delta
-for the policy returned: a method whose risk is at alpha on average is above it in about every other
-draw.
+> limit) <= delta for the policy returned: a method whose risk is at alpha on average is above it in
+about every other draw.
 
 psi_b belongs to a prompt here, because a server answers every prompt; a common one would be that of
 a policy that leaves prompts out. It is estimated from other answers to the prompt than those that

@@ -1,7 +1,7 @@
 """What a run costs in processor time, stage by stage, and a second `dvc repro` with nothing to do.
 
-    python -m bench.cost python -m bench.cost --before ../dualign-before --inputs FINISHED --stages
-    prepare sft evaluate@dualign
+    python -m bench.cost
+    python -m bench.cost --before ../dualign-before --inputs FINISHED --stages prepare sft
 
 Runs every stage by hand, in order, in a folder of its own, and asks the system for the processor
 seconds of user and kernel. With `--before`, another checkout, each stage runs there too, right
@@ -301,7 +301,7 @@ shows the clock."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write cost.json and cost.md."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.cost", description=(__doc__ or "").splitlines()[0]
+        prog="python -m bench.cost", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--before", type=Path, help="another checkout to compare with")
     parser.add_argument(

@@ -1,20 +1,18 @@
 """How often each bound of `dualign.math.bounds` certifies falsely, on answers whose mean
 cost is exactly at the limit.
 
-    python -m bench.coverage                  # minutes on one core python -m bench.coverage
-    --repeats 2000 python -m bench.coverage shares           # quantities of known range instead,
-    such as P(unsafe): see bench.shares python -m bench.coverage frontier         # the bands of the
-    predicted frontier instead: see bench.frontier python -m bench.coverage dense            # a
-    dense sequence of tests along a path instead: see bench.dense
+    python -m bench.coverage              # minutes on one core
+    python -m bench.coverage --repeats 2000
+    python -m bench.coverage shares       # of quantities of known range, such as P(unsafe)
+    python -m bench.coverage frontier     # of the bands of the predicted frontier
+    python -m bench.coverage dense        # of a dense sequence of tests along a path
 
 Three parts: one candidate, a sequence of five, and costs corrected by labels. A false certificate
-is one for a
-candidate at or above the limit; nominally delta of the repeats have one. Power is the share of
-repeats that certify when the limit lies some standard errors above the mean. Three procedures that
-the library does not offer stand beside
-for comparison: t without the term in the skewness, a t bound that takes answers for independent,
-and testing every
-candidate. A fourth part has costs that clustered t does not hold for.
+is one for a candidate at or above the limit; nominally delta of the repeats have one. Power is the
+share of repeats that certify when the limit lies some standard errors above the mean. Three
+procedures that the library does not offer stand beside for comparison: t without the term in the
+skewness, a t bound that takes answers for independent, and testing every candidate. A fourth part
+has costs that clustered t does not hold for.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ comes.
     python -m bench.coverage dense --repeats 500
 
 A path of policies whose mean cost grows step by step, one of them exactly at the limit: a
-certificate for that one or a
-later one is false. Answers to a prompt are alike, and all policies answer the same prompts.
-Sequences: a coarse grid on which every policy draws its own answers; a dense one of the same kind;
-and dense ones with one draw for all, weighed by the ratio of probabilities: of the two policies at
-its ends, which is the default, and of a single policy (`dualign.certify.screening`)."""
+certificate for that one or a later one is false. Answers to a prompt are alike, and all policies
+answer the same prompts. Sequences: a coarse grid on which every policy draws its own answers; a
+dense one of the same kind; and dense ones with one draw for all, weighed by the ratio of
+probabilities: of the two policies at its ends, which is the default, and of a single policy
+(`dualign.certify.screening`)."""
 
 from __future__ import annotations
 

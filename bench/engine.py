@@ -68,7 +68,7 @@ def compared(
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw and compare; print JSON, and write it to `--out` where that is given."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.engine", description=(__doc__ or "").splitlines()[0]
+        prog="python -m bench.engine", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("policy", type=Path, help="folder of whole weights")
     parser.add_argument(

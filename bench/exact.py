@@ -6,9 +6,9 @@ tabular policies.
     scores, partial coverage
 
 A method is a row of one table: a loss, and a rule for the multiplier. Every policy is really
-trained (`bench.tabular`);
-beside it stands the closed form that theory gives for its minimiser. E[c] is measured by the cost
-model on the policy's exact distribution; the results are judged by r* and c*."""
+trained (`bench.tabular`); beside it stands the closed form that theory gives for its minimiser.
+E[c] is measured by the cost model on the policy's exact distribution; the results are judged by r*
+and c*."""
 
 from __future__ import annotations
 

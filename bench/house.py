@@ -223,10 +223,12 @@ def page(commits: Sequence[str], root: Path) -> str:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.house", description="Measure style.")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.house", description=(__doc__ or "").split("\n\n")[0]
+    )
     parser.add_argument("--at", nargs="+", default=["HEAD"], metavar="COMMIT")
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     sys.stdout.write(page(asked.at, Path.cwd()) + "\n")
     return 0
 

@@ -5,11 +5,10 @@ very most.
 
 FINISHED is a folder that holds what a finished run of this checkout wrote (its `data`, `models` and
 `reports`). Its outputs are put beside other forms of `dvc.yaml` as well, which nobody should use,
-since they forget what a stage
-depends on or run too much again: they say how much lies in the number of parameters and of
-dependencies. All are run
-in turn, beside a project of one stage, so that they share the machine's moods. Each is the median,
-and the least, of the processor seconds of user and kernel."""
+since they forget what a stage depends on or run too much again: they say how much lies in the
+number of parameters and of dependencies. All are run in turn, beside a project of one stage, so
+that they share the machine's moods. Each is the median, and the least, of the processor seconds of
+user and kernel."""
 
 from __future__ import annotations
 
@@ -168,7 +167,7 @@ it reads `dvc.yaml` and `dvc.lock` twice, with `-P` once."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write idle.json and idle.md."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.idle", description=(__doc__ or "").splitlines()[0]
+        prog="python -m bench.idle", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument(
         "--inputs",

@@ -5,10 +5,9 @@ peace, and no debris.
     python -m bench.kills --count 50 --disk | --torn | --pipeline | --worker
 
 Runs the graph once on a tiny world, then takes one stage instance after the other at random:
-forgets its outputs,
-starts it, stops it, runs it again and compares. `--disk` lets no file grow beyond a random size
-instead, `--torn` damages one file of a checkpoint, `--pipeline` kills `python -m pipeline run`.
-Results of several modes are kept side by side. The world is that of `bench.tiny`.
+forgets its outputs, starts it, stops it, runs it again and compares. `--disk` lets no file grow
+beyond a random size instead, `--torn` damages one file of a checkpoint, `--pipeline` kills `python
+-m pipeline run`. Results of several modes are kept side by side. The world is that of `bench.tiny`.
 
 `--worker` has `python -m pipeline run --cluster` hand the stage to a worker, takes the power from
 that worker once it has the stage in hand, and starts it again (`bench.cluster`). There the run
@@ -273,7 +272,7 @@ def write(out: Path, mode: str, command: str, trials: Sequence[Trial]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write kills.json and kills.md. Returns 1 if a stop was not made good."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.kills", description=(__doc__ or "").splitlines()[0]
+        prog="python -m bench.kills", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--count", type=int, default=20, help="stops (default: %(default)s)")
     parser.add_argument(

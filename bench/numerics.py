@@ -4,11 +4,10 @@ the head.
     python -m bench.numerics --base models/base/smollm2
 
 Part 1: log(pi / pi_ref) in nats of answers under a policy that no step has changed, against its
-reference column, by
-batch size, for full weights and LoRA. Part 2: the change of the weights after some steps of
-supervised training in bf16 (fp32 masters), in pure bf16, and in fp32, from one start. Part 3: the
-memory that the log-probabilities of long answers take with the chunked head, beside the logits of
-all positions at once."""
+reference column, by batch size, for full weights and LoRA. Part 2: the change of the weights after
+some steps of supervised training in bf16 (fp32 masters), in pure bf16, and in fp32, from one start.
+Part 3: the memory that the log-probabilities of long answers take with the chunked head, beside the
+logits of all positions at once."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def parse(
 
     The metadata of every field holds its `help`; `about` is the module's docstring.
     """
-    parser = argparse.ArgumentParser(prog=program, description=about.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=program, description=about.split("\n\n")[0])
     for knob in fields(settings):
         default: Any = knob.default
         many = isinstance(default, tuple)

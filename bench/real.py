@@ -108,7 +108,7 @@ def _cell(values: list[float | None] | None) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables of a run. Returns the status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "--run", type=Path, default=Path(), help="folder of the run (default: here)"
     )

@@ -182,7 +182,7 @@ repository."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write refusals.json and refusals.md."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.refusals", description=(__doc__ or "").splitlines()[0]
+        prog="python -m bench.refusals", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--data", type=Path, required=True, help="a copy of XSTest's repository")
     parser.add_argument("--folds", type=int, default=5, help="(default: %(default)s)")

@@ -5,13 +5,10 @@ can show.
     python -m bench.coverage shares --repeats 500
 
 Answers that are unsafe at a given rate, and answer lengths as a share of the longest, are drawn
-with the limit exactly
-at the truth: a bound at or below it is a false certificate. Answers to a prompt are alike: each
-repeats the prompt's
-draw with probability sqrt(ICC). Power is the share of repeats that certify when the limit lies some
-standard errors above.
-The bounds are those of a certificate: `clustered_t` takes the exact bound where no prompt has any
-unsafe answer. Two
+with the limit exactly at the truth: a bound at or below it is a false certificate. Answers to a
+prompt are alike: each repeats the prompt's draw with probability sqrt(ICC). Power is the share of
+repeats that certify when the limit lies some standard errors above. The bounds are those of a
+certificate: `clustered_t` takes the exact bound where no prompt has any unsafe answer. Two
 Clopper-Pearson bounds stand beside: on prompts with any unsafe answer, whose share is the larger,
 and on one answer to each prompt, which leaves the others out."""
 

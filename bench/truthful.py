@@ -295,7 +295,7 @@ def results(
 def main(argv: Sequence[str] | None = None) -> int:
     """Score by both and compare; write truthful.json and truthful.md."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.truthful", description=(__doc__ or "").splitlines()[0]
+        prog="python -m bench.truthful", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("policy", type=Path, help="folder of whole weights")
     parser.add_argument("--python", required=True, help="interpreter that has lm-eval")

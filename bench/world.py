@@ -390,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     status.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m bench.world", description=(__doc__ or "").splitlines()[0]
+        prog="python -m bench.world", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
     parser.add_argument(

@@ -70,7 +70,7 @@ def _install(folder: Path, kept: Sequence[str]) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the status of the tests."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    parser = argparse.ArgumentParser(prog=PROG, description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog=PROG, description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--keep", nargs="*", default=["torch"], help="(default: torch)")
     parser.add_argument("--folder", type=Path, default=ROOT / ".scratch/pins", help="environment")
     parser.add_argument("--tests", nargs="*", default=["tests"], help="(default: all)")

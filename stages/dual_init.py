@@ -4,10 +4,8 @@ data/dual.
     python -m stages.dual_init
 
 Seconds on a CPU: a new `constraint.limit` reruns from here. Additional constraints
-(`constraint.additional`) are
-solved together with
-the limit, and their prices charged to the reward. The same is done at other KL weights
-(`dual_init.betas`)."""
+(`constraint.additional`) are solved together with the limit, and their prices charged to the
+reward. The same is done at other KL weights (`dual_init.betas`)."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The parser of this command."""
     made = argparse.ArgumentParser(
         prog=prog,
-        description=(__doc__ or "").splitlines()[0],
+        description=(__doc__ or "").split("\n\n")[0],
         epilog="exit status: 0 all hold, 1 one does not, 4 all hold and one certifies no policy",
     )
     commands = made.add_subparsers(required=True, dest="command")

@@ -5,8 +5,7 @@
 
 The signature is HMAC-SHA256 (RFC 2104) over the names and hashes of all files, by the bytes of a
 key file. Whoever has the key can sign, so it tells outsiders from those who share it, and these not
-from each other. It is written beside the
-folder, not into it: DVC owns the folder.
+from each other. It is written beside the folder, not into it: DVC owns the folder.
 """
 
 from __future__ import annotations

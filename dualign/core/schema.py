@@ -1,9 +1,8 @@
 """The one place that knows the tables: their columns, their types, and the sign of cost.
 
 Cost: bigger is more harmful; c > 0 means unsafe, c < 0 means safe (the Safe RLHF convention).
-Reward: bigger is more
-helpful. In every preference table `chosen` is the answer that the annotator preferred: the more
-helpful one in helpful pairs, the **safer** one in safety pairs."""
+Reward: bigger is more helpful. In every preference table `chosen` is the answer that the annotator
+preferred: the more helpful one in helpful pairs, the **safer** one in safety pairs."""
 
 from __future__ import annotations
 

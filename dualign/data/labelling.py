@@ -1,9 +1,8 @@
 """Labels of fresh answers: from the world's oracle, from the models, or from people by a file.
 
 People are asked through a folder: a call writes `to-label-HASH.jsonl` and raises `AwaitingLabels`;
-once
-`labelled-HASH.jsonl` lies beside it, the same call reads the labels. HASH is over what is asked, so
-that a rerun finds its own file; equal items are asked once."""
+once `labelled-HASH.jsonl` lies beside it, the same call reads the labels. HASH is over what is
+asked, so that a rerun finds its own file; equal items are asked once."""
 
 from __future__ import annotations
 
@@ -100,11 +99,10 @@ def log_odds(votes: Array, count: int, smoothing: float) -> Array:
     """c_hat = log((k + s) / (M - k + s)), cost by k unsafe votes of M; [answers], nats.
 
     PD-DPO's sigma^{-1}(k / M) (2510.05703, alg. 1) with s > 0 votes added to either side. Without
-    them it is infinite
-    wherever all votes agree: 41 % of the answers with c = 1 at M = 3, 4 % at M = 10. s = 1/2
-    (Haldane, 1956) removes
-    the bias of order 1 / M. What is left draws c_hat towards 0, most where votes agree, for |c_hat|
-    cannot exceed log((M + s) / s), 3.04 at M = 10. E c_hat - c at M = 10, for c = 1, 2, 3:
+    them it is infinite wherever all votes agree: 41 % of the answers with c = 1 at M = 3, 4 % at M
+    = 10. s = 1/2 (Haldane, 1956) removes the bias of order 1 / M. What is left draws c_hat towards
+    0, most where votes agree, for |c_hat| cannot exceed log((M + s) / s), 3.04 at M = 10. E c_hat -
+    c at M = 10, for c = 1, 2, 3:
 
         s = 1/2:   0.00  -0.09  -0.47
         s = 1:    -0.12  -0.40  -0.95

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The parser of this command."""
-    made = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
+    made = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").split("\n\n")[0])
     made.add_argument("file", type=Path, metavar="FILE.gguf")
     made.add_argument("out", type=Path, metavar="FOLDER")
     return made

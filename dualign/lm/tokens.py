@@ -236,8 +236,7 @@ def render(
     """Each conversation as the template writes it, with `answering` up to where an answer begins.
 
     Rows that are alike are rendered once: prompts come back in every pair and every sample. Raises
-    DataError that names
-    the row which the template refuses, ModelError if it is no Jinja template.
+    DataError that names the row which the template refuses, ModelError if it is no Jinja template.
     """
 
     def one(turns: Sequence[Message]) -> str:

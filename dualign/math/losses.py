@@ -1,9 +1,8 @@
 """The losses, as pure functions of tensors.
 
 Notation: h(y) = log pi(y|x) - log pi_ref(y|x); Delta f = f(y_w) - f(y_l) for a pair whose first
-answer is called w.
-All tensors have shape [pairs] unless said otherwise; log-probabilities are in nats and summed over
-tokens."""
+answer is called w. All tensors have shape [pairs] unless said otherwise; log-probabilities are in
+nats and summed over tokens."""
 
 from __future__ import annotations
 

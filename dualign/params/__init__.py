@@ -7,6 +7,5 @@ what it does not declare, and `dvc.yaml` lists exactly that. The section `resour
 does not track it.
 
 Types, validators and the reading of the file, nothing that computes: DVC tracks the values that a
-stage reads, so an
-edit here makes no stage stale.
+stage reads, so an edit here makes no stage stale.
 """

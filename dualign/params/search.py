@@ -103,8 +103,8 @@ class MethodRow(Frozen):
 
     `start` and `reference` are folders under models/: the policy at the first multiplier, and the
     one whose log-probabilities are the reference column. The options replace the method's own
-    choice; null keeps it. The sections
-    at the end belong to rows that need them: cost `feedback`, O-PD-DPO, Safe RLHF.
+    choice; null keeps it. The sections at the end belong to rows that need them: cost `feedback`,
+    O-PD-DPO, Safe RLHF.
     """
 
     method: MethodName

@@ -1,8 +1,8 @@
 """What trainings reached, predictions against outcomes, what tests were on, which answers were cut.
 
 Pure functions of what other stages wrote: a tilt as `dualign.evaluation.effective_tilt` reads it
-off a policy, the rows of
-data/dual/frontier.json and of betas.json beside it, and the prices in data/dual/dual.json.
+off a policy, the rows of data/dual/frontier.json and of betas.json beside it, and the prices in
+data/dual/dual.json.
 """
 
 from __future__ import annotations

@@ -129,11 +129,9 @@ def fit_slope(gap: Array, centre: float = 0.0) -> float:
     """The s of P(chosen is better) = sigma(s gap), gap = score of chosen - rejected, [n].
 
     The mode under a Gaussian prior, of the width of `fit_platt`'s. `centre` is the slope that the
-    scorer's training
-    aimed at: s has mean `centre` and standard deviation 1.5 centre, so it stays there if there is
-    little to go by
-    (Bradley-Terry: centre 1). Where that is unknown centre is 0, and s rms(gap) has mean 0 and
-    standard deviation 1.5. Negative if gaps point the wrong way.
+    scorer's training aimed at: s has mean `centre` and standard deviation 1.5 centre, so it stays
+    there if there is little to go by (Bradley-Terry: centre 1). Where that is unknown centre is 0,
+    and s rms(gap) has mean 0 and standard deviation 1.5. Negative if gaps point the wrong way.
 
     Gaps that point both ways alike say nothing; all one way, with nothing known before, they say
     something:

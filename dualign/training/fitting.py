@@ -98,8 +98,8 @@ def with_cuts(
     last half.
 
     A scorer that has read ends of turns alone says next to nothing of an answer that was cut: its
-    score is that of the
-    last token, whatever that is. `prompts` holds the tokens of each prompt, of which none is cut.
+    score is that of the last token, whatever that is. `prompts` holds the tokens of each prompt, of
+    which none is cut.
     """
     rng = np.random.default_rng(seed)
     chosen = rng.random(len(prompts)) < share

@@ -139,12 +139,10 @@ def train_policy_gradient(
 
     `job.training.batch_size` counts answers per step, a multiple of `options.samples`; an epoch
     draws as many prompts as there are. Prompts that leave no room for an answer in `max_length` are
-    left out. Returns, beside the metrics of
-    every run, the last lambda, the count of generated tokens, and the history by step: the lambda
-    of
-    the step, mean
-    cost and reward of its answers, and their KL to the reference in nats an answer. Raises
-    ParamsError, DataError, or TrainingError for scores that are not finite."""
+    left out. Returns, beside the metrics of every run, the last lambda, the count of generated
+    tokens, and the history by step: the lambda of the step, mean cost and reward of its answers,
+    and their KL to the reference in nats an answer. Raises ParamsError, DataError, or TrainingError
+    for scores that are not finite."""
     kept = _fitting(tokenizer, prompts, options.max_new_tokens, job.training.max_length)
     ascent = _Ascent(tokenizer, reward, cost, options, job.resources.scoring_batch_size)
     trainer = PolicyGradientTrainer(model, ascent, kept, tokenizer, options, job)

@@ -5,8 +5,7 @@ module of this repository that the script imports, directly or through another, 
 (a page template, say) that one of them names. A package that its stages need as a whole counts as
 one dependency, its folder: DVC's time goes by the number of dependencies. The types of params are
 no dependency: what a stage reads of `params.yaml` is one, value by value; nor are checks that only
-refuse. Nobody keeps such lists
-right by hand:
+refuse. Nobody keeps such lists right by hand:
 
     python -m pipeline.dvc.deps           # say what is wrong, exit 1
     python -m pipeline.dvc.deps --write   # put it right
@@ -206,7 +205,7 @@ def _yaml() -> YAML:
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The parser of this command."""
-    made = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").split("\n")[0])
+    made = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").split("\n\n")[0])
     made.add_argument("--write", action="store_true", help="rewrite dvc.yaml")
     return made
 

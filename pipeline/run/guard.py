@@ -3,11 +3,10 @@
     python guard.py python -m dvc repro ...
 
 DVC must not be signalled: it would die at once, its stage would train on as an orphan, and its lock
-would stay. So the
-processes below DVC get SIGTERM and time to write a checkpoint, then SIGKILL; DVC sees its command
-fail, releases its locks and exits. Whoever started the guard holds the other end of its standard
-input, so the same happens when that process is killed. No module of this repository is imported,
-for the start to be quick."""
+would stay. So the processes below DVC get SIGTERM and time to write a checkpoint, then SIGKILL; DVC
+sees its command fail, releases its locks and exits. Whoever started the guard holds the other end
+of its standard input, so the same happens when that process is killed. No module of this repository
+is imported, for the start to be quick."""
 
 from __future__ import annotations
 
