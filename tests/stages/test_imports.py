@@ -26,6 +26,7 @@ HEAVY = {
     "jinja2",
     "tokenizers",
     "sympy",
+    "openai",
     "dvc",
     "prefect",
 }
@@ -48,7 +49,8 @@ ALLOWED = {
     "score": MODELS,
     "evaluate": MODELS,
     "answer": MODELS,
-    "judge": MODELS | {"sklearn", "scipy.stats"},  # one judge needs less, but a stage has all kinds
+    "judge": MODELS
+    | {"sklearn", "scipy.stats", "openai"},  # one judge needs less, but a stage has all kinds
     "certify": MODELS | {"scipy.stats"},
     **dict.fromkeys(
         (

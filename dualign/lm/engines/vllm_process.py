@@ -19,7 +19,6 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.errors import ModelError, ParamsError
-from dualign.lm.engines import vllm_server
 from dualign.lm.engines.interface import Answer, Request
 from dualign.lm.models import adapter_base, save
 from dualign.lm.numerics import precision_of
@@ -46,6 +45,9 @@ def answer(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if resources.engine_url:
+            # Its client takes half a second to import, and few engines are servers.
+            from dualign.lm.engines import vllm_server
+
             policy, adapter = _served_folders(model, tokenizer, folder)
             return vllm_server.answer(policy, adapter, request, resources.engine_url)
         policy, adapter = folders(model, tokenizer, folder)
