@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -69,33 +71,38 @@ ALLOWED = {
 }
 
 
-def imported(stage: str) -> set[str]:
-    """The heavy libraries that are loaded once a stage's script has been."""
-    code = (
-        f"import gc; gc.disable(); import stages.{stage}, sys, json;"
-        " print(json.dumps(list(sys.modules)))"
-    )
+#: Stages that one process imports in turn: each may import what those before it may, and more.
+CHAINS = (
+    ("report",),
+    ("prepare", "dual_init", "score", "evaluate", "answer", "certify", "judge"),
+    tuple(sorted(stage for stage, allowed in ALLOWED.items() if allowed == TRAINS)),
+)
+
+
+def imported(stages: Sequence[str]) -> list[set[str]]:
+    """The heavy libraries that are loaded once a stage's script has been, for each in turn."""
+    code = "import gc, json, sys; gc.disable()\n"
+    for stage in stages:
+        code += f"import stages.{stage}; print(json.dumps(list(sys.modules)))\n"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    return HEAVY & set(json.loads(done.stdout.splitlines()[-1]))
+    lines = done.stdout.splitlines()[-len(stages) :]
+    return [HEAVY & set(json.loads(line)) for line in lines]
 
 
 def test_every_stage_is_listed() -> None:
     scripts = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__"}
-    assert scripts == set(ALLOWED)
+    assert scripts == set(ALLOWED) == {stage for chain in CHAINS for stage in chain}
 
 
-@pytest.mark.parametrize(
-    "stage", sorted(stage for stage, allowed in ALLOWED.items() if allowed != TRAINS)
-)
-def test_a_stage_that_trains_nothing_imports_what_it_uses(stage: str) -> None:
-    assert imported(stage) <= ALLOWED[stage]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "stage", sorted(stage for stage, allowed in ALLOWED.items() if allowed == TRAINS)
-)
-def test_a_stage_that_trains_imports_what_it_uses(stage: str) -> None:
-    assert imported(stage) <= ALLOWED[stage]
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: chain[0])
+def test_a_stage_imports_what_it_uses(chain: tuple[str, ...]) -> None:
+    allowed = [ALLOWED[stage] for stage in chain]
+    assert all(one <= other for one, other in itertools.pairwise(allowed)), "or a chain says less"
+    excess = {
+        stage: found - may
+        for stage, found, may in zip(chain, imported(chain), allowed, strict=True)
+        if found - may
+    }
+    assert excess == {}
