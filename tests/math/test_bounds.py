@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from typing import Any, get_args
 
 import numpy as np
@@ -228,21 +229,45 @@ def test_clopper_pearson_counts_prompts_with_an_unsafe_answer() -> None:
     assert bound == pytest.approx(float(bounds.binomial_bound(np.array(1), 3, 0.05)))
 
 
-@pytest.mark.parametrize("p", [0.05, 0.3, 0.5, 0.8, 0.97])
-@pytest.mark.parametrize("delta", [0.05, 0.25])
-def test_bounds_for_every_n_hold_on_all_outcomes(p: float, delta: float) -> None:
-    """The exact chance that a bound falls below p, over all 2^10 outcomes of ten flags."""
-    outcomes = np.array(list(itertools.product([0.0, 1.0], repeat=10)))
-    chance = np.prod(np.where(outcomes == 1, p, 1 - p), axis=1)
-    found = {
+@cache
+def on_flags(delta: float) -> dict[str, np.ndarray]:
+    """Each bound on all 2^10 outcomes of ten flags."""
+    outcomes = flags()
+    return {
         "betting": bounds.betting_bound(outcomes, delta, (0.0, 1.0)),
         "star_bets": bounds.star_bound(outcomes, delta, (0.0, 1.0)),
         "bernstein": bounds.bernstein_bound(outcomes, delta, (0.0, 1.0)),
         "clopper_pearson": bounds.binomial_bound(outcomes.sum(1), 10, delta),
     }
+
+
+def flags() -> np.ndarray:
+    return np.array(list(itertools.product([0.0, 1.0], repeat=10)))
+
+
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.5, 0.8, 0.97])
+@pytest.mark.parametrize("delta", [0.05, 0.25])
+def test_bounds_for_every_n_hold_on_all_outcomes(p: float, delta: float) -> None:
+    """The exact chance that a bound falls below p, over all 2^10 outcomes of ten flags."""
+    chance = np.prod(np.where(flags() == 1, p, 1 - p), axis=1)
+    found = on_flags(delta)
     for name, bound in found.items():
         assert chance[bound < p].sum() <= delta, name
     assert found["betting"].min() < 0.9 and found["star_bets"].min() < 0.9
+
+
+@cache
+def on_pairs(delta: float) -> dict[str, np.ndarray]:
+    """Each bound with a range on all 3^8 outcomes of two answers to each of eight prompts."""
+    return {
+        "betting": bounds.betting_bound(pairs() / 2, delta, (0.0, 1.0)),
+        "star_bets": bounds.star_bound(pairs() / 2, delta, (0.0, 1.0)),
+        "bernstein": bounds.bernstein_bound(pairs() / 2, delta, (0.0, 1.0)),
+    }
+
+
+def pairs() -> np.ndarray:
+    return np.array(list(itertools.product([0, 1, 2], repeat=8)))
 
 
 @pytest.mark.parametrize("shares", [(0.9, 0.06, 0.04), (0.5, 0.3, 0.2), (0.1, 0.2, 0.7)])
@@ -253,12 +278,11 @@ def test_bounds_with_a_range_hold_on_all_outcomes_of_shares(
     """Two answers to each of eight prompts, none, one or both unsafe: the bounds' error over all
     3^8 outcomes.
     """
-    outcomes = np.array(list(itertools.product([0, 1, 2], repeat=8)))
-    chance = np.prod(np.array(shares)[outcomes], axis=1)
+    chance = np.prod(np.array(shares)[pairs()], axis=1)
     mean = shares[1] / 2 + shares[2]
     assert chance.sum() == pytest.approx(1)
-    for bound in (bounds.betting_bound, bounds.star_bound, bounds.bernstein_bound):
-        assert chance[bound(outcomes / 2, delta, (0.0, 1.0)) <= mean].sum() <= delta, bound.__name__
+    for name, bound in on_pairs(delta).items():
+        assert chance[bound <= mean].sum() <= delta, name
 
 
 @every_method
