@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ UNTRACKED = ("dualign/params/", "dualign/checks.py")
 #: Conditions that are false as a stage runs.
 _TYPES = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 _COMMAND = "__name__ == '__main__'"
+
+_Import = ast.Import | ast.ImportFrom
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +83,10 @@ def closure(script: str, root: Path = ROOT) -> list[str]:
             continue
         modules.add(path)
         if path.suffix == ".py":
-            tree = ast.parse(path.read_text(), filename=str(path))
             idle = _TYPES if path == root / script else (*_TYPES, _COMMAND)
-            waiting += _imported(tree, path.relative_to(root), root, idle)
-            waiting += [file for text in _strings(tree) for file in data.get(text, ())]
+            imports, strings = _read_source(path.read_text(), str(path), idle)
+            waiting += _imported(imports, path.relative_to(root), root)
+            waiting += [file for text in strings for file in data.get(text, ())]
     others = {_dependency(path.relative_to(root).as_posix()) for path in modules - {root / script}}
     return [script, *sorted(others)]
 
@@ -93,18 +96,26 @@ def _dependency(path: str) -> str:
     return next((folder for folder in FOLDERS if path.startswith(f"{folder}/")), path)
 
 
-def _imported(tree: ast.AST, path: Path, root: Path, idle: tuple[str, ...]) -> Iterator[Path]:
-    for node in _running(tree, idle):
-        if isinstance(node, ast.ImportFrom):
-            if node.level:
-                raise ImportRefused(
-                    f"{path}:{node.lineno}: relative import; write the module's full name"
-                )
-            modules = [_submodule(node.module or "", alias.name, root) for alias in node.names]
-        elif isinstance(node, ast.Import):
+@functools.cache
+def _read_source(source: str, name: str, idle: tuple[str, ...]) -> tuple[list[_Import], set[str]]:
+    """A module's imports that run, and the last path component of each of its strings.
+
+    Seventeen stages share most of their modules, so what is read of one is kept."""
+    tree = ast.parse(source, filename=name)
+    imports = [node for node in _running(tree, idle) if isinstance(node, _Import)]
+    return imports, _strings(tree)
+
+
+def _imported(imports: Iterable[_Import], path: Path, root: Path) -> Iterator[Path]:
+    for node in imports:
+        if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
+        elif node.level:
+            raise ImportRefused(
+                f"{path}:{node.lineno}: relative import; write the module's full name"
+            )
         else:
-            continue
+            modules = [_submodule(node.module or "", alias.name, root) for alias in node.names]
         for module in modules:
             if module.split(".")[0] in CODE_ROOTS:
                 yield _module_file(module, f"{path}:{node.lineno}", root)

@@ -258,7 +258,7 @@ def test_bounds_for_every_n_hold_on_all_outcomes(p: float, delta: float) -> None
 
 @cache
 def on_pairs(delta: float) -> dict[str, np.ndarray]:
-    """Each bound with a range on all 3^8 outcomes of two answers to each of eight prompts."""
+    """Each bound with a range on all 3^7 outcomes of two answers to each of seven prompts."""
     return {
         "betting": bounds.betting_bound(pairs() / 2, delta, (0.0, 1.0)),
         "star_bets": bounds.star_bound(pairs() / 2, delta, (0.0, 1.0)),
@@ -267,7 +267,7 @@ def on_pairs(delta: float) -> dict[str, np.ndarray]:
 
 
 def pairs() -> np.ndarray:
-    return np.array(list(itertools.product([0, 1, 2], repeat=8)))
+    return np.array(list(itertools.product([0, 1, 2], repeat=7)))
 
 
 @pytest.mark.parametrize("shares", [(0.9, 0.06, 0.04), (0.5, 0.3, 0.2), (0.1, 0.2, 0.7)])
@@ -275,8 +275,8 @@ def pairs() -> np.ndarray:
 def test_bounds_with_a_range_hold_on_all_outcomes_of_shares(
     shares: tuple[float, ...], delta: float
 ) -> None:
-    """Two answers to each of eight prompts, none, one or both unsafe: the bounds' error over all
-    3^8 outcomes.
+    """Two answers to each of seven prompts, none, one or both unsafe: the bounds' error over all
+    3^7 outcomes.
     """
     chance = np.prod(np.array(shares)[pairs()], axis=1)
     mean = shares[1] / 2 + shares[2]
