@@ -102,9 +102,10 @@ def laboratories(settings: Settings) -> list[Lab]:
         if not folder or not Path(folder).is_dir():
             raise DualignError(f"--{name} {folder!r} is no folder; name one")
     work = Path(settings.work).absolute()
-    whole = run(set_up(settings.seed, edited(settings, work), work), 1, ["prepare", "sft"])
+    params = edited(settings, work)
+    whole = run(set_up(settings.seed, params, work), 1, ["prepare", "sft"])
     seeds = range(settings.seed + 1, settings.seed + (5 if settings.second else 3))
-    labs = [set_up(seed, edited(settings, work), work) for seed in seeds]
+    labs = [set_up(seed, params, work) for seed in seeds]
     for k, lab in enumerate(labs):
         stocked(lab, whole, k % 2)
         run(lab, 1, ["reward_model", "cost_model"] if k < 2 else ["reward_model"])

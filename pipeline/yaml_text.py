@@ -112,7 +112,7 @@ def _problems(text: str) -> Iterator[tuple[Event, str]]:
     """Every event of a text and what is wrong with it, if anything; events need no recursion."""
     within = [_Node(None, 1, 0)]  # the collections around an event, outermost first
     anchored: dict[str, _Node] = {}
-    for event in YAML(typ="safe", pure=True).parse(text):
+    for event in YAML(typ="safe").parse(text):
         yield event, _problem(event, anchored)
         if isinstance(event, CollectionStartEvent):
             within.append(_Node(event.anchor, 1, 1))

@@ -42,13 +42,13 @@ def assign(text: str, settings: Mapping[str, Any]) -> str:
     is put into the section. Raises PipelineError where a key is not there, or its place in the file
     cannot be edited alone.
     """
+    content = _mapping(text)
     for key, value in settings.items():
-        content = _mapping(text)
         inherited = _inherited(content)
         _check_key([*_keys(content), *inherited], content, key)
-        expected = _changed(content, key, value)
+        content = _changed(content, key, value)
         text = (_added if key in inherited else _written)(text, key, value)
-        if yaml_text.load(text) != expected:
+        if yaml_text.load(text) != content:
             raise PipelineError(
                 f"params.yaml: {key} cannot be set alone (an alias, or an unusual layout); edit the"
                 " file"
