@@ -5,6 +5,7 @@ base.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from dualign.data import world
 from dualign.lm.models import build_scratch, save, train_tokenizer
 from dualign.params.loading import check, read_yaml
 from dualign.scoring.support import Doubt, Support
+from tests.e2e.warm import warm
 from tests.shipped import preset
 from tests.tiny import TINY
 
@@ -272,7 +274,11 @@ def small_params(source: Path, target: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_runs_is_taken_up_and_tells_no_folder(
-    repo_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    repo_root: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     tiny_base(tmp_path / "base")
     small_params(repo_root / "params.yaml", tmp_path / "small.yaml")
@@ -285,7 +291,9 @@ def test_the_command_runs_is_taken_up_and_tells_no_folder(
         "--reserved 8 --prompts 6 --samples 8 --few 4 --room 0.2 --resamples 10 --second 1 --out"
         f" {tmp_path}/out"
     )
-    assert independent.main(options.split()) == 0, caplog.text
+    with warm(tmp_path_factory.mktemp("warm")) as python:
+        monkeypatch.setattr(sys, "executable", str(python / "python"))
+        assert independent.main(options.split()) == 0, caplog.text
     page = (tmp_path / "out/independent.md").read_text()
     content = json.loads((tmp_path / "out/independent.json").read_text())
     assert content["command"] in page and str(tmp_path / "base") not in page + json.dumps(content)
