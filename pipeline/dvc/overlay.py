@@ -21,7 +21,7 @@ from ruamel.yaml.nodes import CollectionNode, Node
 
 from pipeline import yaml_text
 from pipeline.dotted import value_at
-from pipeline.dvc.parameters import composed, pair_at, place
+from pipeline.dvc.parameters import composed, inherited, pair_at, place
 from pipeline.errors import PipelineError
 
 KEY = "extends"
@@ -139,19 +139,12 @@ def _leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _check(key: str, overlay: _Overlay) -> None:
     """The base has this key, or it is one of a block that the base takes from the top."""
-    if not _lacks(overlay.known, key) or _block(overlay.known, key):
-        return
-    raise PipelineError(f"{overlay.path.name}: {overlay.name} has no key {key}")
+    if _lacks(overlay.known, key) and key not in inherited(overlay.known):
+        raise PipelineError(f"{overlay.path.name}: {overlay.name} has no key {key}")
 
 
 def _lacks(content: Any, key: str) -> bool:
     return bool(value_at(content, key, missing=KEY) == KEY)
-
-
-def _block(known: Any, key: str) -> bool:
-    """Whether a stage has a section of the same name as one at the top, which holds this key."""
-    section, _, rest = key.partition(".")
-    return not _lacks(known, f"{section}.{rest.partition('.')[0]}") and not _lacks(known, rest)
 
 
 def _head(text: str) -> str:

@@ -44,10 +44,10 @@ def assign(text: str, settings: Mapping[str, Any]) -> str:
     """
     content = _mapping(text)
     for key, value in settings.items():
-        inherited = _inherited(content)
-        _check_key([*_keys(content), *inherited], content, key)
+        taken = inherited(content)
+        _check_key([*_keys(content), *taken], content, key)
         content = _changed(content, key, value)
-        text = (_added if key in inherited else _written)(text, key, value)
+        text = (_added if key in taken else _written)(text, key, value)
         if yaml_text.load(text) != content:
             raise PipelineError(
                 f"params.yaml: {key} cannot be set alone (an alias, or an unusual layout); edit the"
@@ -138,7 +138,7 @@ def _keys(content: Any, prefix: str = "") -> list[str]:
     ]
 
 
-def _inherited(content: Mapping[str, Any]) -> list[str]:
+def inherited(content: Mapping[str, Any]) -> list[str]:
     """The keys that sections could have and take from the block of that name at the top."""
     found = []
     for key in _keys(content):
