@@ -109,8 +109,7 @@ def _add(root: Path, commit: str, tree: Path) -> None:
 
 
 def _has(root: Path, commit: str) -> bool:
-    command = ["git", "-C", str(root), "cat-file", "-e", f"{commit}^{{commit}}"]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return asked(root, "cat-file", "-e", f"{commit}^{{commit}}").returncode == 0
 
 
 def _remove(root: Path, tree: Path) -> None:

@@ -33,6 +33,10 @@ class StageStatus:
     reasons: tuple[str, ...] = ()
 
 
+#: Tells the status of a DVC stage, and whether no upstream stage will change.
+Look = Callable[[Any, Repo, bool], StageStatus]
+
+
 def plan(
     root: Path, dag: Mapping[str, StageSpec], stages: Sequence[str] | None = None
 ) -> dict[str, StageStatus]:
@@ -44,24 +48,30 @@ def plan(
 
     Raises PipelineError where DVC cannot tell, say while another command writes what a stage reads.
     """
-    names = [name for name in dag if stages is None or name in stages]
-    statuses: dict[str, StageStatus] = {}
+    return statuses(root, dag, stages, _status)
+
+
+def statuses(
+    root: Path, dag: Mapping[str, StageSpec], stages: Sequence[str] | None, look: Look
+) -> dict[str, StageStatus]:
+    """The status of each stage by `look`; arguments and errors as of `plan`."""
+    found: dict[str, StageStatus] = {}
     try:
         with Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
             loaded = {
                 stage.name: stage for stage in repo.index.stages if isinstance(stage, PipelineStage)
             }
-            for name in names:
+            for name in [name for name in dag if stages is None or name in stages]:
                 before = {
-                    statuses[source].prospect for source in dag[name].upstream if source in statuses
+                    found[source].prospect for source in dag[name].upstream if source in found
                 }
-                statuses[name] = _status(loaded[name], repo, settled=before <= {"up to date"})
+                found[name] = look(loaded[name], repo, before <= {"up to date"})
     except DvcException as error:
         raise PipelineError(f"DVC cannot tell what is out of date: {meaning(str(error))}") from None
-    return statuses
+    return found
 
 
-def _status(stage: Any, repo: Any, settled: bool) -> StageStatus:
+def _status(stage: Any, repo: Repo, settled: bool) -> StageStatus:
     entries: list[Any] = next(iter(stage.status(check_updates=False).values()), [])
     return status_of(stage, entries, settled, lambda: _restorable(stage, repo))
 

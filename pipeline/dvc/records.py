@@ -11,9 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dvc.exceptions import DvcException
-from dvc.repo import Repo, lock_repo
-from dvc.stage import PipelineStage
+from dvc.repo import Repo
 from dvc.utils.serialize import load_yaml, modify_yaml
 from dvc_data.hashfile.hash import file_md5
 from dvc_data.hashfile.hash_info import HashInfo
@@ -21,9 +19,7 @@ from dvc_data.hashfile.tree import Tree
 
 from pipeline.dvc.checkout import tracked_files
 from pipeline.dvc.dag import StageSpec
-from pipeline.dvc.locks import meaning
-from pipeline.dvc.plan import StageStatus, status_of
-from pipeline.errors import PipelineError
+from pipeline.dvc.plan import StageStatus, status_of, statuses
 
 #: The record of a stage, as dvc.lock has it.
 Record = dict[str, Any]
@@ -60,23 +56,11 @@ def plan(
 
     Raises PipelineError where DVC cannot tell.
     """
-    statuses: dict[str, StageStatus] = {}
-    try:
-        with Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
-            loaded = {
-                stage.name: stage for stage in repo.index.stages if isinstance(stage, PipelineStage)
-            }
-            for name in [name for name in dag if stages is None or name in stages]:
-                before = {
-                    statuses[source].prospect for source in dag[name].upstream if source in statuses
-                }
-                changes = list(_changes(loaded[name], repo))
-                statuses[name] = status_of(
-                    loaded[name], changes, before <= {"up to date"}, lambda: False
-                )
-    except DvcException as error:
-        raise PipelineError(f"DVC cannot tell what is out of date: {meaning(str(error))}") from None
-    return statuses
+    return statuses(root, dag, stages, _status)
+
+
+def _status(stage: Any, repo: Repo, settled: bool) -> StageStatus:
+    return status_of(stage, list(_changes(stage, repo)), settled, lambda: False)
 
 
 def written(repo: Repo, path: str) -> list[Any]:
