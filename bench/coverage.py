@@ -22,6 +22,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -519,19 +520,33 @@ def run(settings: Settings) -> dict[str, list[dict[str, Any]]]:
     }
 
 
+#: Simulations that this command runs as well, and the names of their files.
+_OTHERS: dict[str, tuple[ModuleType, str]] = {
+    "frontier": (frontier, "frontier-coverage"),
+    "shares": (shares, "share-coverage"),
+    "dense": (dense, "dense-coverage"),
+}
+
+
+def _run_other(other: ModuleType, name: str, argv: Sequence[str]) -> None:
+    """Run another simulation; write its rows, NAME.json, and its page, NAME.md and stdout."""
+    settings, out = options.parse(other.Settings, other.PROGRAM, other.__doc__ or "", argv)
+    rows = other.run(settings)
+    page = other.report(settings, rows)
+    options.tell(out, name, other.PROGRAM, settings, page, rows=rows)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the simulation; write certificate-coverage.json and certificate-coverage.md, and the page
     to stdout.
 
-    With `frontier`, `shares` or `dense` as first argument run `bench.frontier` and so on with the
-    rest instead."""
+    With one of `_OTHERS` as first argument run that with the rest instead."""
     given = sys.argv[1:] if argv is None else list(argv)
-    others = {"frontier": frontier.main, "shares": shares.main, "dense": dense.main}
-    if given and given[0] in others:
-        others[given[0]](given[1:])
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if given and given[0] in _OTHERS:
+        _run_other(*_OTHERS[given[0]], given[1:])
         return
     settings, out = options.parse(Settings, PROGRAM, __doc__ or "", given)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     parts = run(settings)
     options.tell(out, "certificate-coverage", PROGRAM, settings, report(settings, parts), **parts)
 

@@ -340,13 +340,3 @@ def report(settings: Settings, rows: Sequence[dict[str, Any]]) -> str:
         "\n".join(class_table(rows)),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the simulation; write frontier-coverage.json and frontier-coverage.md, and the page to
-    stdout.
-    """
-    settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    rows = run(settings)
-    options.tell(out, "frontier-coverage", PROGRAM, settings, report(settings, rows), rows=rows)
