@@ -5,10 +5,8 @@ not.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from dualign.params.models import GivenScorer
 from dualign.scoring.given import load_given
 from dualign.scoring.scorers import Scorer
 from tests.scoring.conftest import TEXTS, Maker
+from tests.servers import Handler, Server
 from tests.vllm import has_vllm, serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,33 +96,19 @@ def test_a_guard_at_a_server_scores_as_here(
 def answering(root: str, answer: Any) -> Iterator[str]:
     """A server that holds `root` and gives one answer to every question."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Asked(Handler):
         def do_GET(self) -> None:
-            self._say({"object": "list", "data": [{"id": "m", "object": "model", "root": root}]})
+            self._tell({"object": "list", "data": [{"id": "m", "object": "model", "root": root}]})
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
-            self._say(answer)
+            self._tell(answer)
 
-        def _say(self, content: Any) -> None:
-            body = json.dumps(content).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+        def _tell(self, content: Any) -> None:
+            self.say(json.dumps(content).encode())
 
-        def log_message(self, *_: Any) -> None:
-            """Nothing: the log is pytest's."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with Server(Asked) as server:
+        yield server.url
 
 
 def refused(spec: GivenScorer, resources: Resources, answer: Any, message: str) -> None:
