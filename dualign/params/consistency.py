@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dualign.core.errors import ParamsError
 from dualign.params.base import StageParams
@@ -24,26 +24,26 @@ from dualign.params.training import (
     SafetySpec,
 )
 
+P = TypeVar("P", bound=StageParams)
+
+
+def params_of(cls: type[P], stages: dict[str, StageParams]) -> P:
+    """The params of one stage, by their type."""
+    found = stages[cls.section]
+    assert isinstance(found, cls)
+    return found
+
 
 def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: str | Path) -> None:
     """Raise ParamsError unless each run names models of stages that go together."""
-    reward = stages["reward_dpo"]
-    safety = stages["safety_dpo"]
-    lagrangian = stages["lagrangian_dpo"]
-    lambda_path = stages["lambda_path"]
-    safety_path = stages["safety_path"]
-    search = stages["dual_search"]
-    certify = stages["certify"]
-    evaluate = stages["evaluate"]
-    judge = stages["judge"]
-    assert isinstance(judge, JudgeParams)
-    assert isinstance(reward, RewardDpoParams) and isinstance(safety, SafetyDpoParams)
-    assert isinstance(lagrangian, LagrangianDpoParams) and isinstance(lambda_path, LambdaPathParams)
-    assert isinstance(search, DualSearchParams) and isinstance(certify, CertifyParams)
-    assert isinstance(evaluate, EvaluateParams) and isinstance(safety_path, SafetyPathParams)
-    safe = _on_safety(safety, safety_path)
+    reward = params_of(RewardDpoParams, stages)
+    lambda_path = params_of(LambdaPathParams, stages)
+    search = params_of(DualSearchParams, stages)
+    certify = params_of(CertifyParams, stages)
+    evaluate = params_of(EvaluateParams, stages)
+    safe = _on_safety(params_of(SafetyDpoParams, stages), params_of(SafetyPathParams, stages))
     _check_references(reward, safe, path)
-    _check_scores(reward, safe, lagrangian, path)
+    _check_scores(reward, safe, params_of(LagrangianDpoParams, stages), path)
     _check_path(lambda_path, path)
     _check_search(content["dual_search"], search, path)
     written = {"sft", *(f"{stage}/{name}" for stage in _TRAINED for name in content[stage]["runs"])}
@@ -69,7 +69,7 @@ def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: 
             f"{path}: judges judge answers to suites, and suites is empty; name a suite, or set"
             " judges to {}"
         )
-    _check_judged(judge, set(content["suites"]), path)
+    _check_judged(params_of(JudgeParams, stages), set(content["suites"]), path)
     _check_quantised(stages, path)
 
 
@@ -120,18 +120,16 @@ def check_prompts(stages: dict[str, StageParams], path: str | Path, only: str = 
 
     `only` leaves out the estimates of other stages than this one, which do without them. Raises
     ParamsError."""
-    search = stages["dual_search"]
-    assert isinstance(search, DualSearchParams)
     asked = {key: (_number(stages, key), drawn) for key, drawn in _DRAWN.items()}
-    for name, row in search.methods.items():
+    for name, row in params_of(DualSearchParams, stages).methods.items():
         if row.feedback:
             asked[f"methods.{name}.feedback.prompts"] = (
                 row.feedback.prompts,
                 "prepare.search_prompts",
             )
-    certify = stages["certify"]
-    if isinstance(certify, CertifyParams) and certify.screen is not None:
-        asked["certify.screen.prompts"] = (certify.screen.prompts, "prepare.search_prompts")
+    screen = params_of(CertifyParams, stages).screen
+    if screen is not None:
+        asked["certify.screen.prompts"] = (screen.prompts, "prepare.search_prompts")
     for key, (count, drawn) in asked.items():
         there = _number(stages, drawn)
         user = key.partition(".")[0].replace("methods", "dual_search")
@@ -213,13 +211,16 @@ def _check_references(
     needs: dict[str, set[str]] = {}
     for (own, _), (folder, _) in named.items():
         needs.setdefault(own, set()).add(folder)
+    _check_circles(needs, "set one reference to sft", path)
+
+
+def _check_circles(needs: dict[str, set[str]], remedy: str, path: str | Path) -> None:
+    """No run needs another that needs it in turn."""
     try:
         TopologicalSorter(needs).prepare()
     except CycleError as error:
         circle = " <- ".join(error.args[1])
-        raise ParamsError(
-            f"{path}: runs wait for each other: {circle}; set one reference to sft"
-        ) from None
+        raise ParamsError(f"{path}: runs wait for each other: {circle}; {remedy}") from None
 
 
 def _cost_policies(safe: dict[str, SafetySpec]) -> set[str]:
@@ -297,15 +298,8 @@ def _check_path(given: LambdaPathParams, path: str | Path) -> None:
                 f"{path}: lambda_path.runs.{name}.begin: {run.begin!r} is not one of"
                 f" {sorted(valid)}"
             )
-    try:
-        TopologicalSorter(
-            {f"lambda_path/{name}": {run.begin} for name, run in given.runs.items()}
-        ).prepare()
-    except CycleError as error:
-        circle = " <- ".join(error.args[1])
-        raise ParamsError(
-            f"{path}: runs wait for each other: {circle}; let one begin at sft"
-        ) from None
+    needs = {f"lambda_path/{name}": {run.begin} for name, run in given.runs.items()}
+    _check_circles(needs, "let one begin at sft", path)
 
 
 def _check_ends(name: str, row: MethodRow, given: LambdaPathParams, path: str | Path) -> None:

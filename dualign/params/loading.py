@@ -18,7 +18,7 @@ from dualign.core.errors import ParamsError
 from dualign.core.names import cut, shown
 from dualign.params import yaml_text
 from dualign.params.base import LoraParams, Resources, StageParams, TrainingParams
-from dualign.params.consistency import check_across, check_prompts
+from dualign.params.consistency import check_across, check_prompts, params_of
 from dualign.params.renamed import renamed_keys
 from dualign.params.stages import STAGES
 
@@ -61,7 +61,7 @@ def load(cls: type[P], path: str | Path = "params.yaml") -> P:
 
     Estimates on more prompts than are drawn pass here: `for_run` and `check` refuse them.
     """
-    return _sections(read_yaml(path), path)[cls.section]  # type: ignore[return-value]
+    return params_of(cls, _sections(read_yaml(path), path))
 
 
 def for_run(cls: type[P], path: str | Path = "params.yaml") -> tuple[P, Resources]:
@@ -72,7 +72,7 @@ def for_run(cls: type[P], path: str | Path = "params.yaml") -> tuple[P, Resource
     content = read_yaml(path)
     stages = _sections(content, path)
     check_prompts(stages, path, cls.section)
-    return stages[cls.section], _resources(content, path)  # type: ignore[return-value]
+    return params_of(cls, stages), _resources(content, path)
 
 
 def load_resources(path: str | Path = "params.yaml") -> Resources:
