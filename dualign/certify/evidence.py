@@ -27,6 +27,8 @@ CARD = "README.md"
 _NEVER_NULL = ("prompt_id", "prompt", "sample", "response", "length", "ended")
 _IDENTITY = ("prompt_id", "sample", "response", "logp", "cost")
 _LABELLED = ("prompt_id", "response", "cost")
+#: What to do about files that do not belong together.
+ONE_RUN = "take the files of one run, or certify again"
 #: The column of answers that other policies drew, by which they are weighed, and what is equal in
 #: all tables of such.
 DRAWN = "logp_drawn"
@@ -276,7 +278,7 @@ def check_together(tables: Mapping[str, pd.DataFrame], counts: Mapping[str, int]
         if each != counts.get(name):
             raise DataError(
                 f"candidate {name!r} has {each:g} answers to each prompt, and {counts.get(name)}"
-                " are stated; take the certificate and the answers of one run, or certify again"
+                f" are stated; {ONE_RUN}"
             )
 
 

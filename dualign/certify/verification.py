@@ -126,12 +126,12 @@ def _replanned(recorded: Certificate, folder: Path) -> screening.Planned | None:
     if drawn != recorded.drawn:
         raise DataError(
             f"answers were drawn by {list(recorded.drawn)}, but the screen gives {list(drawn)};"
-            " take the files of one run, or certify again"
+            f" {evidence.ONE_RUN}"
         )
     if recorded.plan is not None and recorded.plan.weights != list(plan.weights):
         raise DataError(
             f"weights are {recorded.plan.weights}, but the screen gives"
-            f" {list(plan.weights)}; take the files of one run, or certify again"
+            f" {list(plan.weights)}; {evidence.ONE_RUN}"
         )
     return plan
 
