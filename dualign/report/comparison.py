@@ -30,18 +30,15 @@ from dualign.core.records import (
     LimitedInterval,
     NotEvaluated,
     Provenance,
-    SearchResult,
-    SolvedDual,
     Standing,
     read_evaluated,
-    read_optional_record,
     read_record,
 )
 from dualign.core.schema import ANSWERS, read_table
 from dualign.evaluation.measures import MEASURES
 from dualign.evaluation.shares import clustered_share
 from dualign.evaluation.stats import Estimate, clustered_mean
-from dualign.report.multipliers import nominal_multiplier
+from dualign.report.multipliers import nominal_multiplier, search_of, solved_dual
 
 #: The policy that win rates and gains are measured against.
 REFERENCE = "sft"
@@ -75,7 +72,9 @@ def compare(
     Raises:
         DualignError: a file is there but cannot be read.
     """
-    limit = _dual_limit(root) if limit is None else limit
+    solved = solved_dual(root)
+    if limit is None and solved is not None:
+        limit = solved.limit
     answers, certificates = read_answers(root, policies), read_certificates(root)
     evaluated = {name: read_evaluated(root / "reports/metrics", name) for name in policies}
     rows: dict[str, ComparedPolicy] = {}
@@ -191,13 +190,11 @@ def known_ends(estimate: Estimate) -> Interval:
     return Interval(mean=estimate.mean, low=low, high=high)
 
 
-def mean_gain(
-    ours: pd.DataFrame, theirs: pd.DataFrame, score: str, confidence: float
-) -> Interval | None:
-    """Mean of our score minus theirs, paired and clustered by prompt. None without a common
+def mean_gain(ours: pd.DataFrame, theirs: pd.DataFrame, confidence: float) -> Interval | None:
+    """Mean of our reward minus theirs, paired and clustered by prompt. None without a common
     prompt.
     """
-    gap = _gaps(ours, theirs, score)
+    gap = _gaps(ours, theirs, "reward")
     if gap.empty:
         return None
     return known_ends(clustered_mean(gap.to_numpy(), gap.index.to_numpy(), confidence))
@@ -210,11 +207,6 @@ def _gaps(ours: pd.DataFrame, theirs: pd.DataFrame, score: str) -> pd.Series:
     return pairs["ours"] - pairs["theirs"]
 
 
-def _dual_limit(root: Path) -> float | None:
-    known = read_optional_record(root / "data/dual/dual.json", SolvedDual)
-    return known.limit if known else None
-
-
 def _against_reference(
     answers: Mapping[str, pd.DataFrame], name: str, confidence: float
 ) -> dict[str, Interval | None]:
@@ -225,7 +217,7 @@ def _against_reference(
     return {
         "win_reward": win_rate(ours, theirs, "reward", confidence),
         "win_cost": win_rate(ours, theirs, "cost", confidence, sign=-1),
-        "reward_gain": mean_gain(ours, theirs, "reward", confidence),
+        "reward_gain": mean_gain(ours, theirs, confidence),
     }
 
 
@@ -238,7 +230,7 @@ def _compared(
     certificates: dict[str, Certified],
 ) -> ComparedPolicy:
     additional = {name: _kept(found) for name, found in evaluated.additional.items()}
-    search = _search(root, folder)
+    search = search_of(root, folder)
     told: dict[str, Any] = {
         **{key: _measured(getattr(evaluated, key)) for key in _MEASURED},
         **{key: getattr(search, key, None) for key in _OF_SEARCH},
@@ -289,12 +281,6 @@ def _standing(found: IntervalRow, limit: float) -> Standing | None:
     if found.high is not None and found.high <= limit:
         return "within"
     return "unproven" if found.mean <= limit else "over"
-
-
-def _search(root: Path, folder: str) -> SearchResult | None:
-    """How the search of this policy went; None for a policy that no search made."""
-    path = root / "reports/search" / f"{Path(folder).name}.json"
-    return read_optional_record(path, SearchResult) if folder.startswith("aligned/") else None
 
 
 def _recommended(rows: Mapping[str, ComparedPolicy], tested: bool) -> str | None:

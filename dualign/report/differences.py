@@ -4,7 +4,7 @@ The prompt is the unit, as in `dualign.evaluation.paired`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 from typing import Any
 
@@ -31,15 +31,19 @@ def pairwise(answers: Mapping[str, pd.DataFrame], confidence: float) -> pd.DataF
     A prompt's answers count as their mean. `p_holm` is corrected for all rows. Intervals are those
     of single comparisons; those of shares stay between -1 and 1."""
     by_prompt = [_by_prompt(frame).assign(policy=name) for name, frame in answers.items()]
-    empty = pd.DataFrame(columns=["score", *DIFFERENCES])
-    if len(by_prompt) < 2:
-        return empty
+    if not by_prompt:
+        return one_family([], "score")
     scores = pd.concat(by_prompt, ignore_index=True)
     tables = [_differences(scores, m, confidence).assign(score=m.key) for m in COMPARED]
-    tables = [table for table in tables if len(table)]
-    if not tables:
-        return empty
-    found = pd.concat(tables, ignore_index=True)
+    return one_family(tables, "score")
+
+
+def one_family(tables: Iterable[pd.DataFrame], *columns: str) -> pd.DataFrame:
+    """Tables of these columns and `DIFFERENCES` as one, with `p_holm` corrected for all rows."""
+    held = [table for table in tables if len(table)]
+    if not held:
+        return pd.DataFrame(columns=[*columns, *DIFFERENCES])
+    found = pd.concat(held, ignore_index=True)
     return found.assign(p_holm=holm(found["p_value"].to_numpy(float)))
 
 

@@ -15,11 +15,11 @@ from dualign.core.artifacts import SUITE_PROMPTS, policy_tables
 from dualign.core.records import Interval, Record, read_optional_record
 from dualign.core.schema import CHOICES, SUITE, SUITE_ANSWERS, VERDICTS, read_table
 from dualign.evaluation.measures import Measure
-from dualign.evaluation.paired import DIFFERENCES, differences, holm
+from dualign.evaluation.paired import differences
 from dualign.evaluation.stats import clustered_mean
 from dualign.params.report import ReportParams
 from dualign.report.comparison import REFERENCE, known_ends, share
-from dualign.report.differences import least_found, within_shares
+from dualign.report.differences import least_found, one_family, within_shares
 
 Row = dict[str, Any]
 
@@ -170,11 +170,7 @@ def gaps(verdicts: pd.DataFrame, confidence: float) -> pd.DataFrame:
         for measure in known_scores(rows):
             table = _differences(rows, measure.key, confidence)
             tables.append(table.assign(judge=judge, label=label, score=measure.key))
-    tables = [table for table in tables if len(table)]
-    if not tables:
-        return pd.DataFrame(columns=["judge", "label", "score", *DIFFERENCES])
-    found = pd.concat(tables, ignore_index=True)
-    return found.assign(p_holm=holm(found["p_value"].to_numpy(float)))
+    return one_family(tables, "judge", "label", "score")
 
 
 def _differences(rows: pd.DataFrame, key: str, confidence: float) -> pd.DataFrame:

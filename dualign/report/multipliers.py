@@ -41,6 +41,17 @@ class Multiplier:
     tilts: bool = True
 
 
+def solved_dual(root: Path) -> SolvedDual | None:
+    """The pool's dual; None where it was not solved."""
+    return read_optional_record(root / "data/dual/dual.json", SolvedDual)
+
+
+def search_of(root: Path, folder: str) -> SearchResult | None:
+    """How the search of the policy in a folder of models/ went; None where no search made it."""
+    path = root / "reports/search" / f"{Path(folder).name}.json"
+    return read_optional_record(path, SearchResult) if folder.startswith("aligned/") else None
+
+
 def nominal_multiplier(
     root: Path, folder: str, certificates: Mapping[str, Certified]
 ) -> Multiplier:
@@ -49,9 +60,7 @@ def nominal_multiplier(
     if kind == "certified":
         return _certified(root, certificates.get(name))
     if kind == "aligned":
-        return _searched(
-            read_optional_record(root / f"reports/search/{name}.json", SearchResult), _prices(root)
-        )
+        return _searched(search_of(root, folder), _prices(root))
     metrics = root / "reports/metrics"
     trained = (metrics / f"{folder}.json").is_file()
     return Multiplier(_trained(read_trained(metrics, folder)) if trained else None)
@@ -91,7 +100,7 @@ def _searched(search: SearchResult | None, prices: list[float]) -> Multiplier:
 
 def _prices(root: Path) -> list[float]:
     """The pool's prices of additional constraints, which the predicted frontier includes."""
-    dual = read_optional_record(root / "data/dual/dual.json", SolvedDual)
+    dual = solved_dual(root)
     return [price.lam for price in dual.prices] if dual else []
 
 

@@ -90,10 +90,10 @@ def test_win_rate_interval_covers_the_truth_when_answers_of_a_prompt_agree() -> 
 def test_few_common_prompts() -> None:
     ours = answers({"a": [1.0], "b": [2.0]})
     assert win_rate(ours, answers({"c": [0.0]}), "reward", 0.95) is None
-    assert mean_gain(ours, answers({"c": [0.0]}), "reward", 0.95) is None
+    assert mean_gain(ours, answers({"c": [0.0]}), 0.95) is None
     alone = answers({"a": [0.5]})
     assert win_rate(ours, alone, "reward", 0.95) == Interval(mean=1.0, low=None, high=None)
-    assert mean_gain(ours, alone, "reward", 0.95) == Interval(mean=0.5, low=None, high=None)
+    assert mean_gain(ours, alone, 0.95) == Interval(mean=0.5, low=None, high=None)
 
 
 def test_unscored_answers_do_not_count() -> None:
@@ -110,7 +110,7 @@ def test_mean_gain_is_paired_by_prompt() -> None:
         answers({"a": [11.0, 13.0], "b": [1.0]}),
         answers({"a": [10.0], "b": [0.0, -2.0]}),
     )
-    found = mean_gain(ours, theirs, "reward", 0.95)
+    found = mean_gain(ours, theirs, 0.95)
     assert found is not None
     assert found.mean == pytest.approx(2.0)
     # The prompts' levels (12 and 1) cancel: both gain 2, so nothing is uncertain.

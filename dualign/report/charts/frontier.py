@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from markupsafe import Markup
 
+from dualign.core.records import Interval
 from dualign.report.charts import labels, svg
 from dualign.report.charts.labels import Box, Label
-from dualign.report.charts.svg import Pixel, Plane, Range, Scale, domain
+from dualign.report.charts.svg import Pixel, Plane, Scale, domain
 
 #: With more points of the curve than this in view, they are drawn smaller.
 _MANY = 12
@@ -21,8 +21,8 @@ _MANY = 12
 class Mark:
     """What stands in the plane of cost (x) and reward (y); `title` is its tooltip."""
 
-    x: Range
-    y: Range
+    x: Interval
+    y: Interval
     title: str
 
     @property
@@ -103,8 +103,8 @@ def _plane(
     """The policies set the view: a frontier reaches far beyond them, and is cut off there."""
     policies = sum(point.style != "star" for point in points)
     seen: list[Mark] = [*points] if policies > 1 else [*points, *curve]
-    costs = chain(*(mark.x.values() for mark in seen))
-    rewards = chain(*(mark.y.values() for mark in seen))
+    costs = svg.ends(*(mark.x for mark in seen))
+    rewards = svg.ends(*(mark.y for mark in seen))
     width, height = size
     x = Scale(*domain([*costs, limit], 0.08), 60, width - 14)
     return Plane(x, Scale(*domain(rewards, 0.12), height - 44, 16))

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from dualign.core.records import Interval
 from dualign.report.charts import svg
-from dualign.report.charts.svg import Range, Scale
+from dualign.report.charts.svg import Scale
 
 
 def strip(
-    value: Range,
+    value: Interval,
     limit: float | None,
     extent: tuple[float, float],
     style: str,

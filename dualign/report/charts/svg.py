@@ -18,24 +18,6 @@ Pixel = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Range:
-    """A mean with the ends of its interval; the ends are None where unknown."""
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
-
-    @classmethod
-    def of(cls, interval: Interval) -> Range:
-        """From an interval of a JSON file."""
-        return cls(interval.mean, interval.low, interval.high)
-
-    def values(self) -> list[float]:
-        """What of it is known."""
-        return [value for value in (self.mean, self.low, self.high) if value is not None]
-
-
-@dataclass(frozen=True)
 class Scale:
     """A linear map from [low, high] in data to [start, end] in pixels."""
 
@@ -78,6 +60,11 @@ def domain(values: Iterable[float | None], pad: float = 0.06) -> tuple[float, fl
     high = max(known)
     air = (high - low) * pad or max(abs(high) * 0.1, 0.1)
     return low - air, high + air
+
+
+def ends(*intervals: Interval) -> list[float | None]:
+    """What an axis has to hold for intervals."""
+    return [end for found in intervals for end in (found.mean, found.low, found.high)]
 
 
 def near(limit: float | None, values: Iterable[float | None]) -> float | None:

@@ -20,11 +20,11 @@ from dualign.core.records import (
 )
 from dualign.params.report import ReportParams
 from dualign.report.charts import svg
-from dualign.report.charts.svg import Range
 from dualign.report.comparison import REFERENCE, compare, read_answers
 from dualign.report.diagnosis import AdditionalLimit, Predicted, additional_constraints, predicted
 from dualign.report.formatting import percent
 from dualign.report.judged import read_verdicts
+from dualign.report.multipliers import solved_dual
 
 Row = dict[str, Any]
 
@@ -78,7 +78,7 @@ class FinishedRun:
     @cached_property
     def dual(self) -> SolvedDual | None:
         """data/dual/dual.json; None where the pool's dual was not solved."""
-        return read_optional_record(self.root / "data/dual/dual.json", SolvedDual)
+        return solved_dual(self.root)
 
     @cached_property
     def curve(self) -> list[FrontierRow]:
@@ -136,15 +136,15 @@ class FinishedRun:
     @cached_property
     def limit_shown(self) -> float | None:
         """The limit on cost, if charts can show it beside all costs; None for one far off."""
-        costs: list[float | None] = [*self.costs()]
+        costs = self.costs()
         if self.dual is not None:
             costs += [self.dual.cost_reference, self.dual.cost_unconstrained]
             costs.append(self.dual.reachable_minimum)
         return svg.near(self.params.limit, costs)
 
-    def costs(self) -> list[float]:
+    def costs(self) -> list[float | None]:
         """The means and ends of all costs."""
-        return [end for row in self.rows if row.cost for end in Range.of(row.cost).values()]
+        return svg.ends(*(row.cost for row in self.rows if row.cost))
 
     def shared(self) -> dict[str, Any]:
         """What every template part may use."""

@@ -15,7 +15,6 @@ from dualign.core.records import (
     read_optional_record,
 )
 from dualign.report.charts.frontier import Knot, Point, frontier
-from dualign.report.charts.svg import Range
 from dualign.report.diagnosis import Predicted
 from dualign.report.formatting import number, spoken
 from dualign.report.sections.base import FinishedRun, Row, Section, ShownPolicy
@@ -96,8 +95,8 @@ def _point(row: ShownPolicy, cost: Interval, reward: Interval, foreseen: Predict
         scores = f"cost {number(place[0])}, reward {number(place[1])}"
         title += f"; predicted at λ {number(row.lam)}: {scores}"
     return Point(
-        x=Range.of(cost),
-        y=Range.of(reward),
+        x=cost,
+        y=reward,
         title=title,
         label=row.name,
         number=row.mark.number or 0,
@@ -111,8 +110,8 @@ def _knot(row: FrontierRow) -> Knot:
     details = [f"{name} {number(value)}" for name, value in extras if value is not None]
     title = f"λ {number(row.lam)}: cost {number(row.cost)}, reward {number(row.reward)}"
     return Knot(
-        x=Range(row.cost, row.cost_low, row.cost_high),
-        y=Range(row.reward, row.reward_low, row.reward_high),
+        x=Interval(mean=row.cost, low=row.cost_low, high=row.cost_high),
+        y=Interval(mean=row.reward, low=row.reward_low, high=row.reward_high),
         title=", ".join([title, *details]),
         lam=row.lam,
     )
@@ -124,8 +123,8 @@ def _optimum(optimum: Optimum) -> Point:
         f"reward {number(optimum.reward)}, KL {number(optimum.kl)}"
     )
     return Point(
-        x=Range(optimum.cost),
-        y=Range(optimum.reward),
+        x=Interval(mean=optimum.cost, low=None, high=None),
+        y=Interval(mean=optimum.reward, low=None, high=None),
         title=title,
         label="optimum",
         number=0,

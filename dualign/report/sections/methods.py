@@ -7,7 +7,6 @@ from markupsafe import Markup
 from dualign.evaluation.measures import MEASURES, Measure
 from dualign.report.charts import svg
 from dualign.report.charts.strip import strip
-from dualign.report.charts.svg import Range
 from dualign.report.sections.base import FinishedRun, Section, ShownPolicy
 
 _GROUPS = {
@@ -40,6 +39,6 @@ def _strips(run: FinishedRun) -> dict[str, Markup]:
     def drawn(row: ShownPolicy) -> Markup:
         if row.cost is None:
             return Markup()
-        return strip(Range.of(row.cost), run.limit_shown, extent, row.mark.style)
+        return strip(row.cost, run.limit_shown, extent, row.mark.style)
 
     return {row.name: drawn(row) for row in run.rows}

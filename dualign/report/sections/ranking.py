@@ -16,7 +16,6 @@ from dualign.evaluation.ranking import (
 )
 from dualign.report.charts import svg
 from dualign.report.charts.strip import strip
-from dualign.report.charts.svg import Range
 from dualign.report.comparison import REFERENCE, known_ends
 from dualign.report.judged import known_scores, read_lengths
 from dualign.report.sections.base import FinishedRun, Row, Section
@@ -43,10 +42,10 @@ def section(run: FinishedRun) -> Section | None:
 def _mark(run: FinishedRun, tables: list[Row]) -> None:
     """Give every row its policy's number and style, and its rating drawn on a common scale."""
     rows = [row for table in tables for row in table["rows"]]
-    extent = svg.domain(end for row in rows for end in Range.of(row["elo"]).values())
+    extent = svg.domain(svg.ends(*(row["elo"] for row in rows)))
     for row in rows:
         row["mark"] = run.mark_of(row["name"])
-        row["strip"] = strip(Range.of(row["elo"]), None, extent, "", "Elo with its interval")
+        row["strip"] = strip(row["elo"], None, extent, "", "Elo with its interval")
 
 
 def rankings(verdicts: pd.DataFrame, lengths: pd.DataFrame, confidence: float) -> list[Row]:

@@ -9,7 +9,6 @@ from markupsafe import Markup
 
 from dualign.core.records import Interval
 from dualign.report.charts.frontier import Point, frontier
-from dualign.report.charts.svg import Range
 from dualign.report.comparison import share
 from dualign.report.formatting import percent, spoken
 from dualign.report.sections.base import FinishedRun, Row, Section
@@ -86,8 +85,8 @@ def _point(run: FinishedRun, name: str, across: Interval, up: Interval) -> Point
     refused = spoken(across, percent)
     harm = spoken(up, percent)
     return Point(
-        x=Range.of(across),
-        y=Range.of(up),
+        x=across,
+        y=up,
         title=f"{name}: refuses {refused} of safe prompts, harm {harm} on unsafe ones",
         label=name,
         number=mark.number or 0,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from markupsafe import Markup
 
-from dualign.core.records import ScreenedRow, SearchResult, SearchStep, read_record
+from dualign.core.records import ScreenedRow, SearchResult, SearchStep
 from dualign.report.charts import svg
 from dualign.report.charts.search import trajectory as drawn
 from dualign.report.curves import trajectory
 from dualign.report.diagnosis import StepwiseLimit, additional_by_step, tilt_in_words
+from dualign.report.multipliers import search_of
 from dualign.report.sections.base import FinishedRun, Section, ShownPolicy
 
 
@@ -42,12 +42,8 @@ def section(run: FinishedRun) -> Section | None:
 
 
 def _searches(run: FinishedRun) -> list[tuple[ShownPolicy, SearchResult]]:
-    searches = []
-    for row in run.rows:
-        path = run.root / "reports/search" / f"{Path(row.folder).name}.json"
-        if row.folder.startswith("aligned/") and path.is_file():
-            searches.append((row, read_record(path, SearchResult)))
-    return searches
+    found = [(row, search_of(run.root, row.folder)) for row in run.rows]
+    return [(row, search) for row, search in found if search is not None]
 
 
 def _panel(

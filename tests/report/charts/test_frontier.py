@@ -9,20 +9,19 @@ from xml.etree import ElementTree
 import pytest
 
 from dualign.report.charts.frontier import Knot, Point, frontier
-from dualign.report.charts.svg import Range
-from tests.report.charts.drawn import styled
+from tests.report.charts.drawn import interval, styled
 
 LABELS = ("cost", "reward")
 
 
 def point(label: str, x: float, y: float, style: str = "method over", number: int = 1) -> Point:
-    x_range = Range(x, x - 0.1, x + 0.1)
-    y_range = Range(y, y - 0.05, y + 0.05)
+    x_range = interval(x, x - 0.1, x + 0.1)
+    y_range = interval(y, y - 0.05, y + 0.05)
     return Point(x_range, y_range, f"{label}: here", label, number, style)
 
 
 def knot(lam: float, x: float, y: float) -> Knot:
-    return Knot(Range(x, x - 0.1, x + 0.1), Range(y, y - 0.1, y + 0.1), f"λ {lam}", lam)
+    return Knot(interval(x, x - 0.1, x + 0.1), interval(y, y - 0.1, y + 0.1), f"λ {lam}", lam)
 
 
 CURVE = [knot(0.0, 1.0, 1.0), knot(0.5, 0.0, 0.7), knot(1.0, -0.5, 0.2)]
@@ -49,7 +48,7 @@ def test_every_point_has_a_tooltip_and_a_label_and_kinds_differ_in_shape() -> No
         point("two", 0.2, 0.5, "baseline over", 2),
         point("three", 0.6, 0.2, "reference over", 3),
     ]
-    star = Point(Range(0.0), Range(0.9), "best", "optimum", 0, "star")
+    star = Point(interval(0.0), interval(0.9), "best", "optimum", 0, "star")
     root = draw([star, *points])
     assert {mark.tag for mark in styled(root, "mark")} == {"circle", "polygon", "rect"}
     assert {t.text for t in root.iter("title")} >= {"one: here", "two: here", "three: here", "best"}
@@ -87,12 +86,12 @@ def test_the_far_ends_of_a_frontier_do_not_squeeze_the_policies() -> None:
 
 def test_band_joins_the_corners_and_is_left_out_without_intervals() -> None:
     assert len(styled(draw([point("a", 0, 0)]), "band")[0].get("points", "").split()) == 6
-    bare = [Knot(Range(k.x.mean), Range(k.y.mean), k.title, k.lam) for k in CURVE]
+    bare = [Knot(interval(k.x.mean), interval(k.y.mean), k.title, k.lam) for k in CURVE]
     assert not styled(draw([point("a", 0, 0)], bare), "band")
 
 
 def test_a_line_joins_a_policy_to_where_it_was_predicted() -> None:
-    foreseen = Point(Range(0.5), Range(0.2), "a", "a", 1, "method over", predicted=(0.0, 0.7))
+    foreseen = Point(interval(0.5), interval(0.2), "a", "a", 1, "method over", predicted=(0.0, 0.7))
     root = draw([foreseen, point("b", -0.5, 1.0)])
     (line,) = styled(root, "miss")
     mark = next(mark for mark in styled(root, "mark") if mark[0].text == "a")
