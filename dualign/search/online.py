@@ -3,7 +3,7 @@
     fresh = preference_tables(compare(collect(current, baseline), ...), source)  # current: pi_k's
     exploration.observe(fresh)
     data = union(offline, *rounds, fresh)
-    pi_r from phase_one(data, pi_ref, ...), coefficient beta
+    pi_r from preference_pairs(data.helpful, pi_ref, ...), coefficient beta: DPO (eq. 15)
     pi_k+1 from phase_two(data, pi_r, exploration, lambda, beta, ...), coefficient beta / lambda
 
 Every function depends on its arguments alone: a search that keeps its fresh tables and reads them
@@ -251,19 +251,7 @@ def _alpha(seen: _Seen, spread: float) -> float:
     return seen.scale / spread if spread else 0.0
 
 
-# --- what both phases train on --------------------------------------------------------------------
-
-
-def phase_one(
-    data: Preferences,
-    reference: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-) -> list[Pair]:
-    """Helpful pairs with log pi_ref as reference column: DPO with coefficient beta leads to pi_r
-    (eq. 15).
-    """
-    return preference_pairs(data.helpful, reference, tokenizer, batch_size)
+# --- what the second phase trains on --------------------------------------------------------------
 
 
 def phase_two(

@@ -23,7 +23,6 @@ from dualign.search.online import (
     Exploration,
     Preferences,
     collect,
-    phase_one,
     phase_two,
     preference_tables,
     union,
@@ -36,6 +35,7 @@ from dualign.training.pairs import (
     lagrangian_pairs,
     pool_pairs,
     pool_values,
+    preference_pairs,
     rows_within_budget,
     safety_training_pairs,
     samples_of,
@@ -180,8 +180,8 @@ class FreshPairs:
         if not self._online.retrain_reward or out.is_dir():
             return
         task = self._task
-        pairs = phase_one(
-            data,
+        pairs = preference_pairs(
+            data.helpful,
             self._scorers.reference,
             self._scorers.tokenizer,
             task.resources.scoring_batch_size,

@@ -4,7 +4,7 @@ generation.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import softmax
@@ -22,10 +22,6 @@ class Screening:
     cost: float
     cost_se: float
     ess: float
-
-    def as_dict(self) -> dict[str, float]:
-        """The fields, as a search's summary holds them."""
-        return asdict(self)
 
 
 def off_policy_cost(log_ratio: Array, cost: Array) -> tuple[float, float, float]:

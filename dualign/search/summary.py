@@ -77,7 +77,7 @@ def summary(search: Search, steps: Sequence[Step], stopped: str, before: int) ->
         "cost_source": method.cost,
         "target": search.target,
         "steps": [_row(search, steps[: i + 1]) for i in range(len(steps))],
-        "screened": [seen.as_dict() for step in steps for seen in step.screened],
+        "screened": [asdict(seen) for step in steps for seen in step.screened],
         "chosen": chosen,
         "feasible": feasible(steps[chosen], params),
         "trainings": before + (2 if retrains else 1) * sum(step.trained for step in steps),

@@ -20,19 +20,18 @@ from dualign.data.labelling import compare
 from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
-from dualign.params.base import TrainingParams
 from dualign.search.exploration import features, projection
 from dualign.search.online import (
     Bonuses,
     Exploration,
     Preferences,
     collect,
-    phase_one,
     phase_two,
     preference_tables,
     union,
 )
-from tests.tiny import TINY
+from dualign.training.pairs import preference_pairs
+from tests.tiny import TINY, short_training
 
 QUESTIONS = [world.prompts()[0], world.prompts()[3000]]
 BETA, LAM = 0.7, 1.3
@@ -168,16 +167,8 @@ def test_a_union_holds_all_rows_and_a_run_is_given_those_it_reaches(tmp_path: Pa
         == ["round-0"] * 6 + ["round-1"] * 2
     )
     assert data.safety["chosen_is_safe"].tolist() == [True] * 6 + [None] * 2
-    training = TrainingParams(
-        epochs=1.0,
-        batch_size=2,
-        learning_rate=1e-3,
-        adam_beta2=0.99,
-        warmup=0.1,
-        schedule="cosine",
-        weight_decay=0.0,
-        max_length=10,
-        max_steps=2,
+    training = short_training(
+        batch_size=2, warmup=0.1, schedule="cosine", max_length=10, max_steps=2
     )
     reached = data.rows_within_budget(training, seed=0)
     assert len(reached.helpful) == len(reached.safety) == 4
@@ -345,23 +336,7 @@ def test_rounds_lower_bonuses_in_whatever_order_they_come(
     assert torch.allclose(ends[0], ends[1], rtol=1e-6)
 
 
-# --- what both phases train on --------------------------------------------------------------------
-
-
-def test_phase_one_is_dpo_on_the_helpful_pairs(
-    reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    data = fresh((0, 1), (10, 11), tmp_path)
-    for pair, row in zip(
-        phase_one(data, reference, tokenizer, 3), data.helpful.itertuples(), strict=True
-    ):
-        assert [pair.first, pair.second] == encode_answers(
-            tokenizer, [row.chosen, row.rejected]
-        ) and pair.label == 1
-        alone = log_probabilities(
-            reference, tokenizer, [pair.prompt] * 2, [pair.first, pair.second], batch_size=1
-        )
-        assert [pair.ref_first, pair.ref_second] == pytest.approx(alone.tolist(), abs=1e-4)
+# --- what the second phase trains on --------------------------------------------------------------
 
 
 def test_phase_two_has_the_safer_answer_first_and_bonuses_in_its_reference(
@@ -399,7 +374,7 @@ def test_a_round_depends_on_its_seeds_alone(
         data = union(offline, current)
         for part in (offline, current):
             explored.observe(part)
-        first = phase_one(data, reference, tokenizer, 4)
+        first = preference_pairs(data.helpful, reference, tokenizer, 4)
         return first, phase_two(data, helpful, tokenizer, 4, explored, lam=LAM, beta=BETA)
 
     one, same, other = play(1), play(1), play(2)
