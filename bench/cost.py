@@ -27,7 +27,7 @@ from typing import Any
 from bench import options
 from bench.tiny import KEPT
 from dualign.core.artifacts import hashes, read_optional_json, replacing, sha256, write_json
-from dualign.core.errors import DualignError
+from dualign.core.errors import DualignError, one_line
 from pipeline.dvc.dag import StageSpec, load_dag
 
 log = logging.getLogger(__name__)
@@ -297,7 +297,7 @@ all that a stage wrote but its provenance; where its inputs differ already, so d
 shows the clock."""
 
 
-@options.one_line
+@one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write cost.json and cost.md."""
     parser = argparse.ArgumentParser(

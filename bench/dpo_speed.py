@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, TrainerCallback
 
 from bench import options
 from bench.options import knob
-from dualign.core.errors import DualignError
+from dualign.core.errors import DualignError, one_line
 from dualign.core.work import peak_memory
 from dualign.data.formats import Usable
 from dualign.data.sources import read
@@ -600,7 +600,7 @@ def _changed(given: Settings) -> list[str]:
     ]
 
 
-@options.one_line
+@one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write dpo-speed.json and .md (dpo-speed-bf16, dpo-speed-parts)."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

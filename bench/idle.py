@@ -27,6 +27,7 @@ from ruamel.yaml import YAML
 from bench import options
 from bench.cost import ROOT, commit, one_stage, set_up, spent
 from dualign.core.artifacts import replacing
+from dualign.core.errors import one_line
 from pipeline.dvc.deps import is_code
 
 log = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ each instance that lists a parameter;
 it reads `dvc.yaml` and `dvc.lock` twice, with `-P` once."""
 
 
-@options.one_line
+@one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write idle.json and idle.md."""
     parser = argparse.ArgumentParser(

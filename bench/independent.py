@@ -28,7 +28,7 @@ from bench.options import knob
 from bench.survival import Plan, Side, agreement, centred, judged, page, unlike
 from bench.world import Lab, run, set_up
 from dualign.core.artifacts import read_json, replacing, write_json, write_parquet
-from dualign.core.errors import DualignError, InfeasibleError
+from dualign.core.errors import DualignError, InfeasibleError, one_line
 from dualign.core.schema import (
     HELPFUL_PAIRS,
     POOL,
@@ -302,7 +302,7 @@ def _judged(sides: Sequence[Side], plan: Plan) -> list[dict[str, Any]]:
         ) from error
 
 
-@options.one_line
+@one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; write independent.md and independent.json. Returns the exit status."""
     settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)

@@ -31,7 +31,7 @@ from bench import options
 from bench.cluster import Cluster, on_nodes
 from bench.tiny import LONG, LOOK, World, watch
 from dualign.core.artifacts import listed, read_optional_json
-from dualign.core.errors import DualignError
+from dualign.core.errors import DualignError, one_line
 from pipeline.dvc.dag import StageSpec
 
 log = logging.getLogger(__name__)
@@ -268,7 +268,7 @@ def write(out: Path, mode: str, command: str, trials: Sequence[Trial]) -> None:
     options.publish(out, "kills", found, page(found))
 
 
-@options.one_line
+@one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write kills.json and kills.md. Returns 1 if a stop was not made good."""
     parser = argparse.ArgumentParser(

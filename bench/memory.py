@@ -32,7 +32,7 @@ import torch
 from bench import dpo_speed, options
 from bench.options import knob
 from dualign.core.artifacts import read_json, write_json
-from dualign.core.errors import DualignError
+from dualign.core.errors import DualignError, one_line
 from dualign.lm import frozen
 from dualign.lm.models import (
     load_policy,
@@ -277,7 +277,7 @@ _NOTES = """\
 anew, so that of training holds weights, gradients, the optimiser's two moments and activations."""
 
 
-@options.one_line
+@one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write memory.json and memory.md (memory-bf16)."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

@@ -4,21 +4,16 @@ of results as tables."""
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, field, fields
-from functools import wraps
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from dualign.core.artifacts import replacing, write_json
 from dualign.core.errors import DualignError
 
-log = logging.getLogger(__name__)
-
-P = ParamSpec("P")
 S = TypeVar("S", bound=Any)  # a frozen dataclass whose fields are knobs
 Row = TypeVar("Row", bound=Mapping[str, Any])
 
@@ -55,20 +50,6 @@ def parse(
         return settings(**given), out
     except DualignError as error:
         parser.error(str(error))
-
-
-def one_line(main: Callable[P, int]) -> Callable[P, int]:
-    """A command that tells an error of ours in one line, and ends with its status."""
-
-    @wraps(main)
-    def told(*args: P.args, **kwargs: P.kwargs) -> int:
-        try:
-            return main(*args, **kwargs)
-        except DualignError as error:
-            log.error("%s", error)
-            return error.status
-
-    return told
 
 
 def command(program: str, settings: Any) -> str:

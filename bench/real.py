@@ -17,6 +17,7 @@ from typing import Any
 
 from bench import options
 from dualign.core.artifacts import listed, read_json
+from dualign.core.errors import one_line
 from dualign.core.records import ComparedPolicy, Comparison, read_record
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def _cell(values: list[float | None] | None) -> str:
     return f"{mean:.2f}" if low is None or high is None else f"{mean:.2f} ({low:.2f} to {high:.2f})"
 
 
-@options.one_line
+@one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables of a run. Returns the status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")

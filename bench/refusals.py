@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from bench import options
-from dualign.core.errors import DataError
+from dualign.core.errors import DataError, one_line
 from dualign.data.files import read_file
 from dualign.evaluation.agreement import Agreement, agreement
 from dualign.evaluation.refusals import (
@@ -178,7 +178,7 @@ which refuses in one sentence that no other model says. None of the answers is i
 repository."""
 
 
-@options.one_line
+@one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write refusals.json and refusals.md."""
     parser = argparse.ArgumentParser(

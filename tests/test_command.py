@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import re
@@ -335,4 +336,4 @@ def test_every_command_has_a_main_that_takes_its_name() -> None:
     for command in COMMANDS.values():
         if not command.scripts:
             main = importlib.import_module(command.module).main
-            assert "prog" in main.__code__.co_varnames[: main.__code__.co_argcount], command.module
+            assert "prog" in inspect.signature(main).parameters, command.module

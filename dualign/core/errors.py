@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec
+
+P = ParamSpec("P")
+
 
 class DualignError(Exception):
     """Base of all errors raised on purpose; a stage prints one line and exits with `status`."""
@@ -33,3 +40,17 @@ class AwaitingLabels(DualignError):
     """People are asked for labels; the stage goes on once their file is there. Nothing is wrong."""
 
     status = 3
+
+
+def one_line(main: Callable[P, int]) -> Callable[P, int]:
+    """A command that tells an error of ours on standard error, and ends with its status."""
+
+    @wraps(main)
+    def told(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except DualignError as error:
+            sys.stderr.write(f"{error}\n")
+            return error.status
+
+    return told

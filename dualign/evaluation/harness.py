@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from dualign.core.artifacts import listed, write_json
-from dualign.core.errors import DataError, DualignError
+from dualign.core.errors import DataError, one_line
 from dualign.core.records import Record, as_row, fault, read_record
 
 PROG = "python -m dualign.evaluation.harness"
@@ -232,19 +232,16 @@ def read_imported(root: Path) -> list[HarnessRecord]:
 # --- the command ----------------------------------------------------------------------------------
 
 
+@one_line
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """The command, called `prog`; returns its exit status. All files are read before one is
     written."""
     asked = parser(prog).parse_args(argv)
-    try:
-        records = [record for file in asked.files for record in read_results(file)]
-        for record in records:
-            place = asked.out / f"{record.name}.json"
-            write_json(place, as_row(record))
-            sys.stdout.write(f"{place}: {_told(record)}\n")
-    except DualignError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.status
+    records = [record for file in asked.files for record in read_results(file)]
+    for record in records:
+        place = asked.out / f"{record.name}.json"
+        write_json(place, as_row(record))
+        sys.stdout.write(f"{place}: {_told(record)}\n")
     return 0
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dualign.core.errors import DualignError
+from dualign.core.errors import one_line
 
 PROG = "python -m dualign.lm.convert"
 
@@ -38,15 +38,12 @@ def convert(file: Path, out: Path) -> None:
     log.info("%s: %d weights", out, sum(weight.numel() for weight in model.parameters()))
 
 
+@one_line
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """The command, called `prog`; returns its exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     asked = parser(prog).parse_args(argv)
-    try:
-        convert(asked.file, asked.out)
-    except DualignError as error:
-        log.error("%s", error)
-        return error.status
+    convert(asked.file, asked.out)
     return 0
 
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import logging
 import sys
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from dualign.core.errors import ParamsError
+from dualign.core.errors import ParamsError, one_line
 from dualign.core.names import cut, shown
 from dualign.params import yaml_text
 from dualign.params.base import LoraParams, Resources, StageParams, TrainingParams
@@ -38,8 +37,6 @@ _TOP_LEVEL = {
     *BLOCKS,
     *STAGES,
 }
-
-log = logging.getLogger("dualign")
 
 P = TypeVar("P", bound=StageParams)
 
@@ -258,16 +255,12 @@ def _refuse_unknown(content: dict[str, Any], valid: set[str], where: str, path: 
             )
 
 
+@one_line
 def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     """The command, called `prog`: check the params on standard input; returns the exit status."""
-    logging.basicConfig(format="%(message)s")
     name = parser(prog).parse_args(argv).name
-    try:
-        text = yaml_text.decoded(sys.stdin.buffer.read(yaml_text.LARGEST + 1), name)
-        check(mapping(yaml_text.load(text, name), name), name)
-    except ParamsError as error:
-        log.error("%s", error)
-        return error.status
+    text = yaml_text.decoded(sys.stdin.buffer.read(yaml_text.LARGEST + 1), name)
+    check(mapping(yaml_text.load(text, name), name), name)
     return 0
 
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dualign.core.errors import DualignError
+from dualign.core.errors import one_line
 
 PROG = "python -m dualign.publishing.command"
 
@@ -34,14 +34,10 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     return made
 
 
+@one_line
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Push one policy; returns the exit status."""
-    asked = parser(prog).parse_args(argv)
-    try:
-        sys.stdout.write(_pushed(asked))
-    except DualignError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
+    sys.stdout.write(_pushed(parser(prog).parse_args(argv)))
     return 0
 
 

@@ -71,7 +71,7 @@ def test_the_page_gives_median_and_least_as_multiples_of_one_stage() -> None:
 
 
 def test_a_run_that_has_not_ended_is_refused_in_one_line(
-    project: Path, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+    project: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in cost.WRITTEN:
         (project / name).mkdir(exist_ok=True)
@@ -80,5 +80,6 @@ def test_a_run_that_has_not_ended_is_refused_in_one_line(
         idle.main(["--inputs", str(project), "--work", str(work), "--out", str(work)])
         == DualignError.status
     )
-    assert "does not exist" in caplog.messages[-1] and "\n" not in caplog.messages[-1]
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "does not exist" in told
     assert not (work / "idle.json").exists()

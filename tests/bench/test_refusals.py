@@ -58,7 +58,7 @@ def test_a_model_that_is_left_out_is_judged_by_the_others(repository: Path) -> N
 
 
 def test_a_folder_without_answers_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--data", str(tmp_path)]) == 2
-    assert "no file xstest_v2_completions_MODEL.csv" in caplog.text
+    assert "no file xstest_v2_completions_MODEL.csv" in capsys.readouterr().err
