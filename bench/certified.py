@@ -155,9 +155,9 @@ def violations(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
 
 def page(settings: Settings, delta: float, rows: Sequence[Mapping[str, Any]]) -> str:
     """The page in markdown."""
-    parts = [
-        "# How often a certified policy breaks the limit",
-        f"    {options.command(PROGRAM, settings)}",
+    return options.page(
+        "How often a certified policy breaks the limit",
+        options.command(PROGRAM, settings),
         (
             f"{len(rows)} runs of `{settings.params}`, each with its own data, models and"
             f" certificate, at δ = {delta:g}."
@@ -167,8 +167,7 @@ def page(settings: Settings, delta: float, rows: Sequence[Mapping[str, Any]]) ->
         _NOTES,
         "## Every run",
         "\n".join(table(rows)),
-    ]
-    return "\n\n".join(parts) + "\n"
+    )
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -251,14 +251,13 @@ def page(command: str, sides: Sequence[str], found: Mapping[str, Any]) -> str:
         )
     sums = [_sum(rows.values(), side) for side in sides]
     lines.append(_line("all", sums, [""] if both else []))
-    parts = [
-        "# What a run costs",
-        f"    {command}",
+    return options.page(
+        "What a run costs",
+        command,
         "\n".join(lines),
         *_idle(sides, found.get("idle")),
         _NOTES,
-    ]
-    return "\n\n".join(parts) + "\n"
+    )
 
 
 _SHOWN = ("processor", "importing", "clock")

@@ -489,9 +489,9 @@ def report(settings: Settings, parts: dict[str, list[dict[str, Any]]]) -> str:
     one = titled("one")
     sequence = titled("sequence")
     outside = titled("beyond")
-    pieces = [
-        "# How often a certificate is false",
-        f"    {options.command(PROGRAM, settings)}",
+    return options.page(
+        "How often a certificate is false",
+        options.command(PROGRAM, settings),
         (
             f"{settings.repeats} repeats, {settings.answers} answers a prompt, delta"
             f" {settings.delta:g}."
@@ -506,8 +506,7 @@ def report(settings: Settings, parts: dict[str, list[dict[str, Any]]]) -> str:
         _table(parts["corrected"], ("labels", "labelled", "icc", "prompts")),
         "## 4. Beyond clustered t",
         _table(outside, ("cost", "icc", "prompts")),
-    ]
-    return "\n\n".join(pieces) + "\n"
+    )
 
 
 def run(settings: Settings) -> dict[str, list[dict[str, Any]]]:

@@ -332,9 +332,9 @@ def findings(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def report(settings: Settings, rows: Sequence[dict[str, Any]]) -> str:
     """The page in markdown."""
-    parts = [
-        "# How often a dense sequence errs, and how near it comes",
-        f"    {options.command(PROGRAM, settings)}",
+    return options.page(
+        "How often a dense sequence errs, and how near it comes",
+        options.command(PROGRAM, settings),
         (
             f"{settings.repeats} repeats, {settings.answers} answers a prompt of each policy or"
             f" {settings.samples} of one, delta {settings.delta:g}."
@@ -342,5 +342,4 @@ def report(settings: Settings, rows: Sequence[dict[str, Any]]) -> str:
         "\n".join(findings(rows)),
         _NOTES,
         "\n".join(table(rows)),
-    ]
-    return "\n\n".join(parts) + "\n"
+    )

@@ -728,9 +728,9 @@ def report(
         f"pairs {settings.pairs}, score noise {settings.noise:g}, reference samples"
         f" {settings.samples} (0: exact)"
     )
-    parts = [
-        "# Tabular policies against the exact optimum",
-        f"    {options.command(PROGRAM, settings)}",
+    return options.page(
+        "Tabular policies against the exact optimum",
+        options.command(PROGRAM, settings),
         f"{size}; {data}.",
         "\n".join(results_table(rows)),
         "\n".join(f"- {line}" for line in findings(rows)),
@@ -741,8 +741,7 @@ def report(
             " alone."
         ),
         "\n".join(path_table(points)),
-    ]
-    return "\n\n".join(parts) + "\n"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

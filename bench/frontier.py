@@ -328,9 +328,9 @@ def _overall(rows: Sequence[dict[str, Any]], names: Sequence[str], ending: str =
 
 def report(settings: Settings, rows: Sequence[dict[str, Any]]) -> str:
     """The page in markdown."""
-    parts = [
-        "# How often the bands of the predicted frontier cover the truth",
-        f"    {options.command(PROGRAM, settings)}",
+    return options.page(
+        "How often the bands of the predicted frontier cover the truth",
+        options.command(PROGRAM, settings),
         (
             f"{settings.pools} pools a row, {settings.bootstrap} resamples a band; β of {_BETAS}, λ"
             f" of {_LAMS}, {_SAMPLES} samples a prompt."
@@ -338,5 +338,4 @@ def report(settings: Settings, rows: Sequence[dict[str, Any]]) -> str:
         "\n".join(f"- {line}" for line in findings(rows)),
         _NOTES,
         "\n".join(class_table(rows)),
-    ]
-    return "\n\n".join(parts) + "\n"
+    )

@@ -78,6 +78,11 @@ def tell(out: Path, name: str, program: str, settings: Any, page: str, **found: 
     sys.stdout.write(page)
 
 
+def page(title: str, by: str, *parts: str) -> str:
+    """A page in markdown: its title, the command that gives it, and its parts."""
+    return "\n\n".join([f"# {title}", f"    {by}", *parts]) + "\n"
+
+
 def head(titles: Sequence[str]) -> list[str]:
     """The first two lines of a table in markdown."""
     return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]

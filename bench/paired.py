@@ -270,9 +270,9 @@ def page(settings: Settings, parts: dict[str, list[Row]]) -> str:
         f" 97 % of repeats in {inside}; from {min(held):.1%} ({worst['scores']}, {worst['prompts']}"
         f" prompts, {worst['samples']} answers each) to {max(held):.1%}."
     )
-    pieces = [
-        "# How often the intervals of a comparison hold the truth",
-        f"    {options.command(PROGRAM, settings)}",
+    return options.page(
+        "How often the intervals of a comparison hold the truth",
+        options.command(PROGRAM, settings),
         summary,
         _NOTES,
         "## 1. Two policies on the same prompts",
@@ -283,8 +283,7 @@ def page(settings: Settings, parts: dict[str, list[Row]]) -> str:
         table(parts["rankings"], ["held"]),
         "## 4. Tests at 5 %",
         table(parts["tests"], ["found"]),
-    ]
-    return "\n\n".join(pieces) + "\n"
+    )
 
 
 _NOTES = """\

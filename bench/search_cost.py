@@ -542,9 +542,9 @@ def page(
 
     score = shared("score")
     helpful, path = (shared(*stages) for stages in SHARED.values())
-    parts = [
-        "# What a search costs",
-        f"    {options.command(PROGRAM, settings)}",
+    return options.page(
+        "What a search costs",
+        options.command(PROGRAM, settings),
         (
             f"{len(settings.seeds)} seeds × {len(settings.limits)} limits; trainings of"
             f" {settings.steps} steps of {settings.pairs} pairs. Once for all searches of a seed:"
@@ -558,8 +558,7 @@ def page(
         "## Trainings by limit",
         "One number for each seed; `+` means that the test was not met.",
         "\n".join(by_limit(rows)),
-    ]
-    return "\n\n".join(parts) + "\n"
+    )
 
 
 _NOTES = f"""\

@@ -228,9 +228,9 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def report(settings: Settings, rows: Sequence[dict[str, Any]]) -> str:
     """The page in markdown."""
-    parts = [
-        "# How often a bound errs where the range is known",
-        f"    {options.command(PROGRAM, settings)}",
+    return options.page(
+        "How often a bound errs where the range is known",
+        options.command(PROGRAM, settings),
         (
             f"{settings.repeats} repeats, {settings.answers} answers a prompt, delta"
             f" {settings.delta:g}."
@@ -238,5 +238,4 @@ def report(settings: Settings, rows: Sequence[dict[str, Any]]) -> str:
         "\n".join(findings(rows)),
         _NOTES,
         "\n".join(table(rows)),
-    ]
-    return "\n\n".join(parts) + "\n"
+    )

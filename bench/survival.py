@@ -296,9 +296,9 @@ def page(command: str, found: dict[str, Any]) -> str:
         cells = [_cell((row["more"] if more else row)[key]) for key, more in _COLUMNS.values()]
         lines.append(f"| {' | '.join([row['rule'], *cells])} |")
     pool = [list(row.values()) for row in found["pool"]]
-    parts = [
-        "# What an independent pair of scorers sees of the tilt's gain",
-        f"    {command}",
+    return options.page(
+        "What an independent pair of scorers sees of the tilt's gain",
+        command,
         found["about"],
         "\n".join(lines),
         _NOTES,
@@ -316,8 +316,7 @@ def page(command: str, found: dict[str, Any]) -> str:
                 *map(_line, found["agreement"].items()),
             ]
         ),
-    ]
-    return "\n\n".join(parts) + "\n"
+    )
 
 
 def _across(table: dict[str, dict[str, float]]) -> list[list[Any]]:

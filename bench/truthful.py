@@ -190,14 +190,13 @@ def page_of_asked(found: dict[str, dict[str, Any]], command: str) -> str:
     for targets, row in found.items():
         cells = [targets.upper(), *(f"{row[key]}" for key in ("items", "choices", "same_ids"))]
         lines.append(f"| {' | '.join(cells)} | {row['largest_difference_of_score']:.1e} |")
-    parts = [
-        "# TruthfulQA: what lm-evaluation-harness asks a model, and how it scores the replies",
-        f"    {command}",
+    return options.page(
+        "TruthfulQA: what lm-evaluation-harness asks a model, and how it scores the replies",
+        command,
         "\n".join(lines),
         "No forward pass: the likelihood of a choice is a number drawn by its ids, the same for"
         " lm-eval and for us. [The other page](truthful.md) has the likelihoods of a model.",
-    ]
-    return "\n\n".join(parts) + "\n"
+    )
 
 
 # --- side by side ---------------------------------------------------------------------------------

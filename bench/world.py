@@ -352,17 +352,16 @@ def _cell(rows: Sequence[Mapping[str, Any]], key: str, digits: int) -> str:
 def page(command: str, params: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     """The page in markdown."""
     seeds = sorted({row["seed"] for row in rows})
-    parts = [
-        "# Language models of the world against the exact optimum",
-        f"    {command}",
+    return options.page(
+        "Language models of the world against the exact optimum",
+        command,
         (
             f"{len(seeds)} seeds ({', '.join(map(str, seeds))}) of `{params}`; numbers are means"
             " over the seeds, ± their standard deviation."
         ),
         "\n".join(table(rows)),
         _NOTES,
-    ]
-    return "\n\n".join(parts) + "\n"
+    )
 
 
 _NOTES = """\
