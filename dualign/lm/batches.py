@@ -1,9 +1,11 @@
-"""Rows in batches of similar length, which waste little on padding."""
+"""Rows in batches of similar length, which waste little on padding, and rows without it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
+
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -17,3 +19,9 @@ def by_length(rows: Sequence[T], lengths: Sequence[int], batch_size: int) -> Ite
     order = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
     for start in range(0, len(order), batch_size):
         yield [rows[i] for i in order[start : start + batch_size]]
+
+
+def unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The ids of each row that a mask keeps, say those that are no padding; [rows, positions]."""
+    rows = zip(ids, mask.bool(), strict=True)
+    return [row[kept].tolist() for row, kept in rows]

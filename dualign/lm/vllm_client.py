@@ -8,6 +8,8 @@ from typing import Any
 
 import openai
 
+from dualign.core.errors import ParamsError
+
 
 def connect(url: str, **options: Any) -> openai.OpenAI:
     """A client of the server, with the key of $VLLM_API_KEY."""
@@ -30,6 +32,22 @@ def name_of(root: str | Path, names: dict[str, str]) -> str | None:
         if given == str(root) or Path(given).absolute() == Path(root).absolute():
             return name
     return None
+
+
+def served(
+    client: openai.OpenAI, root: str | Path, where: str, what: str, key: str, options: str = ""
+) -> str:
+    """The name under which the server at `where`, which `key` of params names, holds `what`.
+
+    Raises ParamsError where it holds something else; `options` are those it is started with."""
+    names = held(client)
+    name = name_of(root, names)
+    if name is None:
+        raise ParamsError(
+            f"{where}: it serves {', '.join(names) or 'nothing'}, the {what} is {root}; start"
+            f" `vllm serve {root}{options}`, or set {key} to null"
+        )
+    return name
 
 
 def reason(error: openai.OpenAIError) -> str:

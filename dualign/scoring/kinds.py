@@ -366,9 +366,7 @@ def _questions(
     ended: Ended,
 ) -> Encoded:
     """What a guard is asked, up to its verdict; whether an answer ended is not shown."""
-    found = verdict(loaded, reading)
-    rows = _asked(loaded.tokenizer, _turns(prompts, answers), found.prefix)
-    return [row[: len(row) - found.trim] for row in rows]
+    return _prompts(loaded, reading, _turns(prompts, answers), answers, ended)
 
 
 def _prompts(

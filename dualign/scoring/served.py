@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from dualign.core.errors import ModelError, ParamsError
+from dualign.core.errors import ModelError
 from dualign.lm import vllm_client
+from dualign.lm.batches import unpadded
 
 
 class Served(torch.nn.Module):
@@ -40,16 +41,9 @@ class Served(torch.nn.Module):
     def _held(self, root: str) -> str:
         """The name under which the server holds a folder or hub id."""
         try:
-            held = vllm_client.held(self._client)
+            return vllm_client.served(self._client, root, self._url, "scorer", "url", self.options)
         except openai.OpenAIError as error:
             raise self._silent(error) from error
-        name = vllm_client.name_of(root, held)
-        if name is not None:
-            return name
-        raise ParamsError(
-            f"{self._url}: it serves {', '.join(held) or 'nothing'}, the scorer is {root}; start"
-            f" `vllm serve {root}{self.options}`, or set url to null"
-        )
 
     def ask(self, what: str, **body: Any) -> Any:
         """What the server says at an address beside `/v1`, asked of the model."""
@@ -142,12 +136,6 @@ class ServedGuard(Served):
                 " larger --max-model-len"
             )
         return shares
-
-
-def unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """The ids of each row, [rows, positions], without its padding."""
-    rows = zip(ids, mask.bool(), strict=True)
-    return [row[kept].tolist() for row, kept in rows]
 
 
 def _without(tokens: Sequence[int], token: int) -> list[int]:

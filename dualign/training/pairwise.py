@@ -19,6 +19,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dualign.core.artifacts import replacing
 from dualign.core.errors import DataError, ModelError, ParamsError
+from dualign.lm.batches import unpadded
 from dualign.lm.models import save, with_lora
 from dualign.lm.numerics import answer_log_probabilities
 from dualign.lm.packing import (
@@ -384,11 +385,7 @@ def _prompts_and_answers(inputs: dict[str, Any]) -> tuple[list[list[int]], list[
     """ids of the prompt and of the answer in every row of a padded batch."""
     answered = inputs["completion_mask"].bool()
     asked = inputs["attention_mask"].bool() & ~answered
-    found = []
-    for chosen in (asked, answered):
-        rows = zip(inputs["input_ids"], chosen, strict=True)
-        found.append([ids[kept].tolist() for ids, kept in rows])
-    return found[0], found[1]
+    return unpadded(inputs["input_ids"], asked), unpadded(inputs["input_ids"], answered)
 
 
 def _check_columns(columns: Sequence[str], args: PairwiseConfig, table: str) -> None:

@@ -26,26 +26,15 @@ def answer(policy: Path, adapter: Path | None, request: Request, url: str) -> li
 
     Raises ParamsError where the server holds another policy, ModelError where it does not answer
     as asked."""
+    where = f"resources.engine_url {url}"
     try:
         with vllm_client.connect(url) as client:
-            base = _served(client, policy, url)
+            base = vllm_client.served(client, policy, where, "policy", "engine_url")
             with _loaded(client, base, adapter) as name:
                 return _answers(client, name, request)
     except openai.OpenAIError as error:
         why = vllm_client.reason(error)
-        raise ModelError(f"resources.engine_url {url}: {why}; is `vllm serve` up?") from error
-
-
-def _served(client: openai.OpenAI, policy: Path, url: str) -> str:
-    """The name under which the server holds the weights of a folder."""
-    held = vllm_client.held(client)
-    name = vllm_client.name_of(policy, held)
-    if name is not None:
-        return name
-    raise ParamsError(
-        f"resources.engine_url {url}: it serves {', '.join(held) or 'nothing'}, the policy is"
-        f" {policy}; start `vllm serve {policy}`, or set engine_url to null"
-    )
+        raise ModelError(f"{where}: {why}; is `vllm serve` up?") from error
 
 
 @contextlib.contextmanager
