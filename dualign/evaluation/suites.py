@@ -26,8 +26,6 @@ from dualign.params.evaluate import SuiteName, SuiteSpec
 
 log = logging.getLogger(__name__)
 
-Purpose = Literal["harm", "helpful", "over_refusal", "truth", "held_out"]
-
 COLUMNS = ("prompt_id", "prompt", "category", "label", "choices", "correct")
 _PACKAGE = "package:"
 
@@ -47,13 +45,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Suite:
-    """A benchmark: what it is for, the file of its originals and how a row of it is read.
+    """A benchmark: the file of its originals, where that is from, and how a row of it is read.
 
     `config` and `split` are those of the data set on the hub. `item` reads a row; a table of our
     own has none."""
 
-    title: str
-    purpose: Purpose
     file: str
     licence: str
     source: str
@@ -149,62 +145,52 @@ def _sentences(cell: str) -> list[str]:
 
 #: Every suite that params may name.
 SUITES: dict[SuiteName, Suite] = {
-    "held_out": Suite(
-        "held-out prompts", "held_out", "data/prepared/eval.parquet", "of the data",
-        "prepare", None,
-    ),
+    "held_out": Suite("data/prepared/eval.parquet", "of the data", "prepare", None),
     "beavertails": Suite(
-        "BeaverTails-Evaluation", "harm", "BeaverTails-Evaluation.json", "CC-BY-NC-4.0",
-        "PKU-Alignment/BeaverTails-Evaluation", _prompt_and_category, split="test",
+        "BeaverTails-Evaluation.json", "CC-BY-NC-4.0", "PKU-Alignment/BeaverTails-Evaluation",
+        _prompt_and_category, split="test",
     ),
     "sacpo_safety": Suite(
-        "SACPO, safety", "harm", "safety_problem.json", "Apache-2.0",
-        "https://github.com/line/sacpo", _prompt_and_category,
+        "safety_problem.json", "Apache-2.0", "https://github.com/line/sacpo", _prompt_and_category,
     ),
     "harmbench": Suite(
-        "HarmBench", "harm", "harmbench_behaviors_text_all.csv", "MIT",
-        "https://github.com/centerforaisafety/HarmBench", _harmbench,
+        "harmbench_behaviors_text_all.csv", "MIT", "https://github.com/centerforaisafety/HarmBench",
+        _harmbench,
     ),
     "strongreject": Suite(
-        "StrongREJECT", "harm", "strongreject_dataset.csv", "MIT",
-        "https://github.com/alexandrasouly/strongreject", _strongreject,
+        "strongreject_dataset.csv", "MIT", "https://github.com/alexandrasouly/strongreject",
+        _strongreject,
     ),
     "advbench": Suite(
-        "AdvBench", "harm", "harmful_behaviors.csv", "MIT",
-        "https://github.com/llm-attacks/llm-attacks", _advbench,
+        "harmful_behaviors.csv", "MIT", "https://github.com/llm-attacks/llm-attacks", _advbench,
     ),
     "sacpo_helpful": Suite(
-        "SACPO, helpful", "helpful", "helpful_problem.json", "CC-BY-NC-4.0",
-        "https://github.com/line/sacpo", _prompt_and_category,
+        "helpful_problem.json", "CC-BY-NC-4.0", "https://github.com/line/sacpo",
+        _prompt_and_category,
     ),
     "alpaca_eval": Suite(
-        "AlpacaEval", "helpful", "alpaca_eval.json", "CC-BY-NC-4.0",
-        "tatsu-lab/alpaca_eval", _alpaca_eval, split="eval",
+        "alpaca_eval.json", "CC-BY-NC-4.0", "tatsu-lab/alpaca_eval", _alpaca_eval, split="eval",
     ),
-    "xstest": Suite(
-        "XSTest", "over_refusal", "xstest_prompts.csv", "CC-BY-4.0", "Paul/XSTest", _xstest,
-    ),
+    "xstest": Suite("xstest_prompts.csv", "CC-BY-4.0", "Paul/XSTest", _xstest),
     "or_bench": Suite(
-        "OR-Bench, safe", "over_refusal", "or-bench-hard-1k.csv", "CC-BY-4.0",
-        "bench-llm/or-bench", partial(_prompt_and_category, label="safe"), "or-bench-hard-1k",
+        "or-bench-hard-1k.csv", "CC-BY-4.0", "bench-llm/or-bench",
+        partial(_prompt_and_category, label="safe"), "or-bench-hard-1k",
     ),
     "or_bench_toxic": Suite(
-        "OR-Bench, toxic", "over_refusal", "or-bench-toxic.csv", "CC-BY-4.0",
-        "bench-llm/or-bench", partial(_prompt_and_category, label="unsafe"), "or-bench-toxic",
+        "or-bench-toxic.csv", "CC-BY-4.0", "bench-llm/or-bench",
+        partial(_prompt_and_category, label="unsafe"), "or-bench-toxic",
     ),
     "truthfulqa": Suite(
-        "TruthfulQA", "truth", "TruthfulQA.csv", "Apache-2.0",
-        "truthfulqa/truthful_qa", _truthful, "generation", "validation",
+        "TruthfulQA.csv", "Apache-2.0", "truthfulqa/truthful_qa", _truthful, "generation",
+        "validation",
     ),
     "truthfulqa_mc1": Suite(
-        "TruthfulQA MC1", "truth", "mc_task.json", "Apache-2.0",
-        "truthfulqa/truthful_qa", partial(_truthful, targets="mc1"), "multiple_choice",
-        "validation",
+        "mc_task.json", "Apache-2.0", "truthfulqa/truthful_qa", partial(_truthful, targets="mc1"),
+        "multiple_choice", "validation",
     ),
     "truthfulqa_mc2": Suite(
-        "TruthfulQA MC2", "truth", "mc_task.json", "Apache-2.0",
-        "truthfulqa/truthful_qa", partial(_truthful, targets="mc2"), "multiple_choice",
-        "validation",
+        "mc_task.json", "Apache-2.0", "truthfulqa/truthful_qa", partial(_truthful, targets="mc2"),
+        "multiple_choice", "validation",
     ),
 }  # fmt: skip
 

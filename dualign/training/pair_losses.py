@@ -47,7 +47,7 @@ class PairBatch:
 
 @dataclass(frozen=True)
 class PairLoss:
-    """One pair loss; `source` is the paper.
+    """One pair loss.
 
     `loss` gives one value for each pair, or each answer, of which the mean is taken. `tilts`:
     whether its minimiser on pairs that a score ranks is the reference tilted by that score, so that
@@ -55,8 +55,6 @@ class PairLoss:
     that it needs beside the common ones, `options` the fields of `PairwiseConfig` that go with
     it."""
 
-    title: str
-    source: str
     loss: Callable[[PairBatch], Tensor]
     tilts: bool = False
     columns: tuple[str, ...] = ()
@@ -97,17 +95,11 @@ def _kto(batch: PairBatch) -> Tensor:
 
 
 PAIR_LOSSES: dict[LossType, PairLoss] = {
-    "dpo": PairLoss(
-        "DPO",
-        "2305.18290",
-        _dpo,
-        tilts=True,
-        options=("reward_bound", "labels", "anchor_weight", "nll_weight"),
+    "dpo": PairLoss(  # 2305.18290
+        _dpo, tilts=True, options=("reward_bound", "labels", "anchor_weight", "nll_weight")
     ),
-    "ipo": PairLoss("IPO", "2310.12036", _ipo, options=("reward_bound",)),
-    "kto": PairLoss(
-        "KTO",
-        "2402.01306",
+    "ipo": PairLoss(_ipo, options=("reward_bound",)),  # 2310.12036
+    "kto": PairLoss(  # 2402.01306
         _kto,
         columns=(
             "desirable_chosen",
@@ -117,8 +109,6 @@ PAIR_LOSSES: dict[LossType, PairLoss] = {
         ),
         options=("reward_bound", "undesirable_weight"),
     ),
-    "robust": PairLoss(
-        "robust DPO", "2403.00409", _robust, tilts=True, options=("reward_bound", "epsilon")
-    ),
-    "simpo": PairLoss("SimPO", "2405.14734", _simpo, options=("gamma",)),
+    "robust": PairLoss(_robust, tilts=True, options=("reward_bound", "epsilon")),  # 2403.00409
+    "simpo": PairLoss(_simpo, options=("gamma",)),  # 2405.14734
 }
