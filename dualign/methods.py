@@ -207,15 +207,10 @@ def _problems(method: Method, row: MethodRow) -> list[str]:
         "policy_gradient": method.inner == "policy_gradient",
     }
     for key, needs in needed.items():
-        checks[key] = (
-            (getattr(row, key) is not None) == needs,
-            "is missing; docs/methods.md shows its keys",
-        )
+        why = "is missing; docs/methods.md shows its keys"
         if not needs:
-            checks[key] = (
-                checks[key][0],
-                f"{method.name} with cost {method.cost!r} does not read it; leave it out",
-            )
+            why = f"{method.name} with cost {method.cost!r} does not read it; leave it out"
+        checks[key] = ((getattr(row, key) is not None) == needs, why)
     return [f"{key}: {problem}" for key, (holds, problem) in checks.items() if not holds]
 
 

@@ -104,42 +104,27 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--stage",
-        action="append",
-        metavar="S",
-        dest="stages",
-        default=[],
-        help="this stage and what it reads from, where out of date; repeat for more; dual_search"
-        " means all of it",
+    told = (
+        "this stage and what it reads from, where out of date; repeat for more; dual_search means"
+        " all of it"
     )
+    _repeatable(parser, "--stage", "S", "stages", told)
     parser.add_argument(
         "--force",
         action="store_true",
         help="run the stages of --stage, or all, even if nothing has changed",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        metavar="KEY=VALUE",
-        dest="settings",
-        default=[],
-        help="write a new value into params.yaml first, such as constraint.limit=-0.5; repeat for"
-        " more",
+    told = (
+        "write a new value into params.yaml first, such as constraint.limit=-0.5; repeat for more"
     )
+    _repeatable(parser, "--set", "KEY=VALUE", "settings", told)
     parser.add_argument(
         "--params",
         metavar="FILE",
         default="",
         help="put this preset in place of params.yaml first; or `default`",
     )
-    parser.add_argument(
-        "--jobs",
-        type=_positive,
-        metavar="N",
-        default=0,
-        help="stages side by side on the CPU (default: half the cores, at most 4)",
-    )
+    _jobs(parser, "stages side by side on the CPU (default: half the cores, at most 4)")
     parser.add_argument(
         "--cluster",
         action="store_true",
@@ -160,35 +145,27 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "grid", nargs="+", metavar="KEY=VALUE,...", help="the values of a key of params.yaml"
     )
-    parser.add_argument(
-        "--stage", action="append", metavar="S", dest="stages", default=[], help="as for run"
-    )
-    parser.add_argument("--jobs", type=_positive, metavar="N", default=0, help="as for run")
+    _repeatable(parser, "--stage", "S", "stages", "as for run")
+    _jobs(parser, "as for run")
     parser.add_argument(
         "--cluster", action="store_true", help="as for run; all points at the same time"
     )
-    parser.add_argument(
-        "--metric",
-        action="append",
-        metavar="M",
-        dest="metrics",
-        default=[],
-        help="a column of the table, such as policies.*.cost.mean; repeat for more (default: some"
-        " that differ)",
+    told = (
+        "a column of the table, such as policies.*.cost.mean; repeat for more (default: some that"
+        " differ)"
     )
+    _repeatable(parser, "--metric", "M", "metrics", told)
 
 
 def _seeds_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "seeds", nargs="+", type=_seed, metavar="SEED", help="seeds beside that of params.yaml"
     )
-    parser.add_argument("--jobs", type=_positive, metavar="N", default=0, help="as for run")
+    _jobs(parser, "as for run")
     parser.add_argument(
         "--cluster", action="store_true", help="as for run; all seeds at the same time"
     )
-    parser.add_argument(
-        "--metric", action="append", metavar="M", dest="metrics", default=[], help="as for sweep"
-    )
+    _repeatable(parser, "--metric", "M", "metrics", "as for sweep")
 
 
 def _deploy_options(parser: argparse.ArgumentParser) -> None:
@@ -224,6 +201,17 @@ def _doctor_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read all of DVC's cache too, for results that are damaged",
     )
+
+
+def _repeatable(
+    parser: argparse.ArgumentParser, option: str, metavar: str, dest: str, told: str
+) -> None:
+    """An option that may come more than once, whose values are a list."""
+    parser.add_argument(option, action="append", metavar=metavar, dest=dest, default=[], help=told)
+
+
+def _jobs(parser: argparse.ArgumentParser, told: str) -> None:
+    parser.add_argument("--jobs", type=_positive, metavar="N", default=0, help=told)
 
 
 def _seed(text: str) -> int:

@@ -66,13 +66,18 @@ def absent(path: str | Path, recorded: Certificate) -> list[str]:
     return [name for name, there in found.items() if not there]
 
 
-def _unchanged(folder: Path, table: Table, what: str) -> None:
+def _unchanged(folder: Path, table: Table | None, what: str) -> Path | None:
+    """The file of a table; None where none is recorded, or it is there no more. Raises DataError
+    where it is another one."""
+    if table is None or not (folder / table.path).is_file():
+        return None
     file = folder / table.path
-    if file.is_file() and sha256(file) != table.sha256:
+    if sha256(file) != table.sha256:
         raise DataError(
             f"{what} ({file}) are not those certified: sha256 differs; run certify again, or bring"
             " back the file"
         )
+    return file
 
 
 def _recomputed(recorded: Certificate, folder: Path) -> None:
@@ -91,10 +96,7 @@ def _recomputed(recorded: Certificate, folder: Path) -> None:
         if not _equal(stated, found):
             raise DataError(f"{key} is {stated!r}, but the answers give {found!r}")
 
-    prompts = None
-    if recorded.prompts is not None and (folder / recorded.prompts.path).is_file():
-        _unchanged(folder, recorded.prompts, "its prompts")
-        prompts = folder / recorded.prompts.path
+    prompts = _unchanged(folder, recorded.prompts, "its prompts")
     counts, same = agreed(used, prompts, _replanned(recorded, folder))
     count = in_short(counts)
     if count != recorded.samples_per_prompt:
@@ -143,9 +145,9 @@ def _as_planned(recorded: Certificate, folder: Path) -> None:
             f"candidates are {list(recorded.candidates)}, but the plan has"
             f" {list(order(recorded.plan))}"
         )
-    if recorded.limits is not None and (folder / recorded.limits.path).is_file():
-        _unchanged(folder, recorded.limits, "its limits")
-        _all_required(folder / recorded.limits.path, recorded.requirements)
+    limits = _unchanged(folder, recorded.limits, "its limits")
+    if limits is not None:
+        _all_required(limits, recorded.requirements)
     tested = sorted(test.name for test in recorded.tested)
     if recorded.weights and sorted(recorded.weights) != tested:
         raise DataError(

@@ -195,16 +195,9 @@ def judged(before: dict[str, float], after: dict[str, float], what: str) -> dict
             after["ece"],
             before["ece"],
         )
-    numbers = {
-        f"{name}_{when}": found[name]
-        for name in ("ece", "brier")
-        for when, found in _when(before, after)
-    }
+    times = {"before": before, "after": after}
+    numbers = {f"{name}_{when}": times[when][name] for name in ("ece", "brier") for when in times}
     return {**numbers, "calibration_helps": helps}
-
-
-def _when(before: dict[str, float], after: dict[str, float]) -> list[tuple[str, dict[str, float]]]:
-    return [("before", before), ("after", after)]
 
 
 def unsafe(is_safe: bool | None) -> bool | None:

@@ -102,15 +102,6 @@ def become_worker(
         signal.SIGINT, signal.SIG_DFL
     )  # it ends a worker, and shells have background jobs ignore it
     name = f"{os.uname().nodename}-{os.getpid()}"
-    worker = [
-        "worker",
-        "start",
-        "--pool",
-        pool,
-        "--name",
-        name,
-        "--limit",
-        str(limit),
-        *(["--run-once"] if once else []),
-    ]
+    worker = ["worker", "start", "--pool", pool, "--name", name, "--limit", str(limit)]
+    worker += ["--run-once"] if once else []
     os.execv(sys.executable, [sys.executable, "-m", "prefect", *worker])
