@@ -9,7 +9,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dualign.lm.models import save
+from dualign.params.base import Resources, TrainingParams
+from dualign.params.loading import load_resources
 from dualign.params.models import ScratchParams
+
+ROOT = Path(__file__).resolve().parents[1]
 
 TINY = ScratchParams(
     tokenizer="train",
@@ -22,6 +26,30 @@ TINY = ScratchParams(
 )
 #: A little wider, where a training must learn something.
 WIDER = TINY.model_copy(update={"hidden_size": 32, "intermediate_size": 48})
+
+
+def short_training(**changes: Any) -> TrainingParams:
+    """One step of four rows at a constant rate."""
+    return TrainingParams(
+        **{
+            "epochs": 1.0,
+            "batch_size": 4,
+            "learning_rate": 1e-3,
+            "adam_beta2": 0.99,
+            "warmup": 0.0,
+            "schedule": "constant",
+            "weight_decay": 0.0,
+            "max_length": 300,
+            "max_steps": 1,
+        }
+        | changes
+    )
+
+
+def on_cpu(**changes: Any) -> Resources:
+    """The resources of params.yaml, in fp32 on the CPU."""
+    fixed = {"device": "cpu", "precision": "fp32"}
+    return load_resources(ROOT / "params.yaml").model_copy(update=fixed | changes)
 
 
 def llama(**shape: Any) -> LlamaForCausalLM:

@@ -14,8 +14,7 @@ import pandas as pd
 from dualign.core.schema import prompt_id, user
 from dualign.evaluation.rollout import Scorers, roll_out
 from dualign.lm.models import build_scratch, train_tokenizer
-from dualign.params.loading import load_resources
-from tests.tiny import TINY
+from tests.tiny import TINY, on_cpu
 
 SCRATCH = TINY.model_copy(update={"vocab_size": 260})
 
@@ -36,8 +35,7 @@ class Listener:
 def test_both_scorers_are_told_which_answers_ended(repo_root: Path, one_thread: None) -> None:
     texts = ["how are you", "what is this", "why not"]
     tokenizer = train_tokenizer(texts, 260)
-    update = {"device": "cpu", "precision": "fp32"}
-    resources = load_resources(repo_root / "params.yaml").model_copy(update=update)
+    resources = on_cpu()
     reward = Listener()
     cost = Listener()
     scorers = Scorers(build_scratch(SCRATCH, tokenizer, 0), tokenizer, reward, cost, resources)  # type: ignore[arg-type]

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from dualign.data import world
 from dualign.lm.models import train_tokenizer
 from dualign.params.base import Resources
-from dualign.params.loading import load_resources
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.tiny import on_cpu
 
 
 @pytest.fixture(scope="session")
 def resources() -> Resources:
     """A CPU and fp32."""
-    return load_resources(ROOT / "params.yaml").model_copy(
-        update={"device": "cpu", "precision": "fp32"}
-    )
+    return on_cpu()
 
 
 @pytest.fixture(scope="module")

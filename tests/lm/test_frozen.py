@@ -21,10 +21,10 @@ from dualign.lm import models, numerics
 from dualign.lm.frozen import _HELD, shared
 from dualign.lm.loading import load_model, with_adapter
 from dualign.lm.models import train_tokenizer
-from dualign.params.base import LoraParams, Resources, TrainingParams
+from dualign.params.base import LoraParams, Resources
 from dualign.training.pairwise import Pair, PairLossConfig, train_pairwise
 from dualign.training.run import Job
-from tests.tiny import saved_llama
+from tests.tiny import saved_llama, short_training
 
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", quantise=None)
 IDS = torch.tensor([[3, 5, 8, 9, 11, 4]])
@@ -93,10 +93,7 @@ def test_a_training_beside_others_ends_as_it_does_alone(
         Pair([3, 5], [8, 9, 1], [11, 4, 1], -9.0, -8.0),
         Pair([6], [7, 1], [12, 1], -7.0, -7.5),
     ]
-    training = TrainingParams(
-        epochs=1.0, batch_size=2, learning_rate=0.05, adam_beta2=0.99, warmup=0.0,
-        schedule="constant", weight_decay=0.0, max_length=32, max_steps=3,
-    )  # fmt: skip
+    training = short_training(batch_size=2, learning_rate=0.05, max_length=32, max_steps=3)
 
     def trained(model: PeftModel, scratch: str) -> Tensor:
         job = Job(training, resources, tmp_path / scratch, 0)

@@ -31,11 +31,12 @@ from dualign.core.errors import ModelError
 from dualign.lm import models, numerics
 from dualign.lm.frozen import own
 from dualign.lm.numerics import answer_log_probabilities
-from dualign.params.base import LoraParams, Resources, TrainingParams
+from dualign.params.base import LoraParams, Resources
 from dualign.training.pairwise import Pair, PairLossConfig, pairwise_trainer, train_pairwise
 from dualign.training.run import Job, without_dropout
 from dualign.training.supervised import train_sft
 from tests.lm.layouts import CHATS, byte_level
+from tests.tiny import short_training
 
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", quantise=None)
 SMALL = {
@@ -112,24 +113,6 @@ def padded_tokenizer() -> PreTrainedTokenizerBase:
     tokenizer = byte_level(CHATS["gemma"])
     tokenizer.pad_token = "<pad>"
     return tokenizer
-
-
-def short_training(**changes: Any) -> TrainingParams:
-    """One step of four rows at a constant rate."""
-    return TrainingParams(
-        **{
-            "epochs": 1.0,
-            "batch_size": 4,
-            "learning_rate": 1e-3,
-            "adam_beta2": 0.99,
-            "warmup": 0.0,
-            "schedule": "constant",
-            "weight_decay": 0.0,
-            "max_length": 300,
-            "max_steps": 1,
-        }
-        | changes
-    )
 
 
 def gradients(model: Any, of: Callable[..., Tensor], given: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -20,12 +20,12 @@ from dualign.lm import models, quantised
 from dualign.lm.loading import load_config
 from dualign.lm.publish import publish
 from dualign.lm.sampling import log_probabilities
-from dualign.params.base import LoraParams, Resources, TrainingParams
+from dualign.params.base import LoraParams, Resources
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
 from dualign.training.pairwise import Pair, PairLossConfig, train_pairwise
 from dualign.training.run import Job
-from tests.tiny import saved_llama
+from tests.tiny import saved_llama, short_training
 
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", quantise="nf4")
 IDS = torch.tensor([[3, 5, 8, 9, 11, 4]])
@@ -97,10 +97,7 @@ def test_a_policy_before_its_first_step_is_the_base_in_4_bits(
     column = log_probabilities(reference, tokenizer, prompts, answers, batch_size=4).tolist()
     pairs = [Pair(prompts[i], answers[i], answers[i + 1], column[i], column[i + 1]) for i in (0, 2)]
     model = models.with_lora(models.load_policy(base, own), LORA, 0)
-    training = TrainingParams(
-        epochs=1.0, batch_size=2, learning_rate=1e-2, adam_beta2=0.99, warmup=0.0,
-        schedule="constant", weight_decay=0.0, max_length=32, max_steps=1,
-    )  # fmt: skip
+    training = short_training(batch_size=2, learning_rate=1e-2, max_length=32)
     metrics = train_pairwise(
         model, tokenizer, pairs, PairLossConfig(1.0, 1.0), Job(training, own, tmp_path / "s", 0)
     )

@@ -29,7 +29,7 @@ from dualign.lm.sampling import (
 )
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.params.loading import load_resources
-from tests.tiny import WIDER
+from tests.tiny import WIDER, on_cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = WIDER.model_copy(update={"layers": 2, "context": 64})
@@ -368,9 +368,7 @@ def test_first_tokens_follow_the_models_distribution_in_bf16(
     """As the scorer gives it: its log-probabilities of all first tokens are a distribution, and the
     sampler's.
     """
-    resources = load_resources(ROOT / "params.yaml").model_copy(
-        update={"device": "cpu", "precision": "bf16"}
-    )
+    resources = on_cpu(precision="bf16")
     plain = build_scratch(SCRATCH, tokenizer, seed=0).eval()
     with torch.no_grad():
         plain.lm_head.weight.mul_(12)

@@ -18,13 +18,10 @@ from dualign.core.schema import user
 from dualign.lm.models import fit_vocabulary, load_tokenizer
 from dualign.lm.sampling import sample
 from dualign.lm.tokens import decode_answers, encode_answers, encode_conversations, encode_prompts
-from dualign.params.base import TrainingParams
-from dualign.params.loading import load_resources
 from dualign.training.run import Job
 from dualign.training.supervised import train_sft
 from tests.lm.layouts import BUILDERS, CHATS, LLAMA3, Chat, byte_fallback, byte_level
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.tiny import on_cpu, short_training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -345,20 +342,8 @@ def test_a_model_that_has_learnt_an_answer_says_its_very_ids(
     prompt = user("How do I cook rice?")
     text = "Warm 2 cups,\nthen stir it. 🍚"
     rows = encode_conversations(tokenizer, [prompt], [text])
-    resources = load_resources(ROOT / "params.yaml").model_copy(
-        update={"device": "cpu", "precision": "fp32"}
-    )
-    training = TrainingParams(
-        epochs=1.0,
-        batch_size=1,
-        learning_rate=1e-2,
-        adam_beta2=0.99,
-        warmup=0.0,
-        schedule="constant",
-        weight_decay=0.0,
-        max_length=256,
-        max_steps=100,
-    )
+    resources = on_cpu()
+    training = short_training(batch_size=1, learning_rate=1e-2, max_length=256, max_steps=100)
     metrics = train_sft(
         model, tokenizer, rows, rows, Job(training, resources, tmp_path / "scratch", seed=1)
     )

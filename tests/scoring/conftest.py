@@ -25,8 +25,8 @@ from transformers import (
 from dualign.data import world
 from dualign.lm.models import save, train_tokenizer
 from dualign.params.base import Resources
-from dualign.params.loading import load_resources
 from dualign.params.models import GivenScorer
+from tests.tiny import on_cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [answer.text for question in world.prompts()[:3] for answer in world.answers(question)[:12]]
@@ -48,9 +48,7 @@ Maker = Callable[..., GivenScorer]
 
 @pytest.fixture(scope="module")
 def resources() -> Resources:
-    return load_resources(ROOT / "params.yaml").model_copy(
-        update={"device": "cpu", "precision": "fp32"}
-    )
+    return on_cpu()
 
 
 def shaken(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dualign.params.base import TrainingParams
 from dualign.scoring.calibration import (
     Isotonic,
     Platt,
@@ -22,17 +21,10 @@ from dualign.scoring.calibration import (
     sigmoid,
 )
 from dualign.scoring.zero import agree, flagged_arrays, repeats, together, with_zero
+from tests.tiny import short_training
 
-TRAINING = TrainingParams(
-    epochs=1.0,
-    batch_size=10,
-    learning_rate=1e-3,
-    adam_beta2=0.99,
-    warmup=0.1,
-    schedule="cosine",
-    weight_decay=0.0,
-    max_length=64,
-    max_steps=None,
+TRAINING = short_training(
+    batch_size=10, warmup=0.1, schedule="cosine", max_length=64, max_steps=None
 )
 TRUE = Platt(scale=1.5, offset=-0.6)
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from dualign.params.base import PessimismParams, Resources
-from dualign.params.loading import load, load_resources
+from dualign.params.loading import load
 from dualign.params.search import DualSearchParams, FeedbackParams
 from tests.search.curves import BETA, LIMIT, ROOT, Curve
+from tests.tiny import on_cpu
 
 if TYPE_CHECKING:
     from dualign.search.task import Inputs
@@ -47,9 +48,7 @@ def bench(tmp_path: Path) -> Curve:
 
 @pytest.fixture(scope="session")
 def resources() -> Resources:
-    return load_resources(ROOT / "params.yaml").model_copy(
-        update={"device": "cpu", "precision": "fp32"}
-    )
+    return on_cpu()
 
 
 @pytest.fixture(scope="session")

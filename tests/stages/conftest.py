@@ -17,10 +17,9 @@ from dualign.core.schema import HELPFUL_PAIRS, SAFETY_PAIRS, SUPPORT, pair_id, p
 from dualign.data import world
 from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_tokenizer
 from dualign.params.base import Resources
-from dualign.params.loading import load_resources
 from dualign.scoring.calibration import Calibration, Platt
 from dualign.scoring.scorers import Scorer
-from tests.tiny import TINY
+from tests.tiny import TINY, on_cpu
 from tests.written import held_out, solved
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,5 +109,4 @@ def save_scorers(
 
 @pytest.fixture
 def resources() -> Resources:
-    update = {"device": "cpu", "precision": "fp32", "micro_batch_size": None, "log_steps": 1}
-    return load_resources(ROOT / "params.yaml").model_copy(update=update)
+    return on_cpu(micro_batch_size=None, log_steps=1)

@@ -29,8 +29,7 @@ from dualign.data import world
 from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_tokenizer, with_lora
 from dualign.lm.sampling import log_probabilities, sample
 from dualign.lm.tokens import encode_answers, encode_prompts
-from dualign.params.base import LoraParams, Resources, TrainingParams
-from dualign.params.loading import load_resources
+from dualign.params.base import LoraParams, Resources
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer, conversations
 from dualign.training.checkpoints import last_checkpoint
@@ -40,23 +39,12 @@ from dualign.training.policy_gradient import PolicyGradient, train_policy_gradie
 from dualign.training.run import Job, Metrics, Model
 from dualign.training.scorer import ScoredPair, train_scorer
 from dualign.training.supervised import train_sft
-from tests.tiny import WIDER
+from tests.tiny import WIDER, on_cpu, short_training
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = WIDER.model_copy(update={"layers": 2})
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", quantise=None)
 #: Seven steps of four rows: an epoch of 18 or 19 rows is five, of which the last has two or three.
-TRAINING = TrainingParams(
-    epochs=1.0,
-    batch_size=4,
-    learning_rate=1e-3,
-    adam_beta2=0.99,
-    warmup=0.0,
-    schedule="linear",
-    weight_decay=0.01,
-    max_length=120,
-    max_steps=7,
-)
+TRAINING = short_training(schedule="linear", weight_decay=0.01, max_length=120, max_steps=7)
 QUESTIONS = world.prompts()[:2]
 ANSWERS = [answer.text for answer in world.answers(QUESTIONS[0])][:38]
 TOKENIZER = train_tokenizer([*ANSWERS, *QUESTIONS], 300)
@@ -85,17 +73,14 @@ GRADIENT = PolicyGradient(
 
 
 def resources(processes: int, distributed: str) -> Resources:
-    how = {
-        "device": "cpu",
-        "precision": "fp32",
-        "processes": processes,
-        "distributed": distributed,
-        "sampling_batch_size": 4,
-        "checkpoint_steps": 4,
-        "log_steps": 1,
-        "threads": 1,
-    }
-    return load_resources(ROOT / "params.yaml").model_copy(update=how)
+    return on_cpu(
+        processes=processes,
+        distributed=distributed,
+        sampling_batch_size=4,
+        checkpoint_steps=4,
+        log_steps=1,
+        threads=1,
+    )
 
 
 def policy(seed: int = 0) -> Model:

@@ -17,15 +17,12 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from dualign.core.errors import TrainingError
 from dualign.data import world
 from dualign.lm.models import build_scratch, train_tokenizer
-from dualign.params.base import TrainingParams
-from dualign.params.loading import load_resources
 from dualign.training import run, supervised
 from dualign.training.checkpoints import MANIFEST, fault, last_checkpoint, seal
 from dualign.training.run import Job
-from tests.tiny import TINY
+from tests.tiny import TINY, on_cpu, short_training
 from tests.training.conftest import same
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = TINY.model_copy(update={"context": 64})
 ANSWERS = [answer.text for answer in world.answers(world.prompts()[0])]
 #: What a checkpoint of the Trainer on one CPU holds.
@@ -63,27 +60,22 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 def job_in(scratch: Path) -> Job:
     """Six steps of two rows, a checkpoint at every other."""
-    update = {
-        "device": "cpu",
-        "precision": "fp32",
-        "micro_batch_size": None,
-        "gradient_checkpointing": False,
-        "checkpoint_steps": 2,
-        "log_steps": 1,
-    }
-    training = TrainingParams(
-        epochs=1.0,
+    training = short_training(
         batch_size=2,
         learning_rate=1e-2,
         adam_beta2=0.999,
         warmup=0.25,
         schedule="cosine",
-        weight_decay=0.0,
         max_length=60,
         max_steps=6,
     )
     return Job(
-        training, load_resources(ROOT / "params.yaml").model_copy(update=update), scratch, seed=3
+        training,
+        on_cpu(
+            micro_batch_size=None, gradient_checkpointing=False, checkpoint_steps=2, log_steps=1
+        ),
+        scratch,
+        seed=3,
     )
 
 

@@ -19,7 +19,6 @@ from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.math.dual.tilt import soft_value, weights
 from dualign.math.losses import modpo_logit, pairwise_logit, safe_dpo_loss, soft_label_loss
-from dualign.params.base import TrainingParams
 from dualign.params.training import LossType
 from dualign.training.pairs import (
     Samples,
@@ -36,7 +35,7 @@ from dualign.training.pairs import (
     with_safe_flags,
 )
 from dualign.training.pairwise import Pair
-from tests.tiny import TINY
+from tests.tiny import TINY, short_training
 
 QUESTIONS = [world.prompts()[0], world.prompts()[3000]]
 
@@ -368,16 +367,8 @@ def test_pairs_depend_on_the_seed_and_an_odd_sample_is_left_out() -> None:
 
 def test_a_run_is_given_the_rows_that_it_reaches() -> None:
     frame = pd.DataFrame({"row": range(100)})
-    training = TrainingParams(
-        epochs=1.0,
-        batch_size=8,
-        learning_rate=1e-3,
-        adam_beta2=0.99,
-        warmup=0.1,
-        schedule="cosine",
-        weight_decay=0.0,
-        max_length=10,
-        max_steps=5,
+    training = short_training(
+        batch_size=8, warmup=0.1, schedule="cosine", max_length=10, max_steps=5
     )
     some = rows_within_budget(frame, training, seed=0)["row"].tolist()
     assert len(set(some)) == 40 and some == sorted(some) and max(some) > 50

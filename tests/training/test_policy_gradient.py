@@ -25,7 +25,6 @@ from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_t
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import decode_answers, encode_prompts
 from dualign.params.base import LoraParams, TrainingParams
-from dualign.params.loading import load_resources
 from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
 from dualign.training import policy_gradient
@@ -39,10 +38,9 @@ from dualign.training.policy_gradient import (
     train_policy_gradient,
 )
 from dualign.training.run import Job
-from tests.tiny import WIDER
+from tests.tiny import WIDER, on_cpu, short_training
 from tests.training.conftest import same, weights
 
-ROOT = Path(__file__).resolve().parents[2]
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.3, target_modules="all-linear", quantise=None)
 QUESTIONS = world.prompts()[:6]
 PROMPTS = [user(question) for question in QUESTIONS]
@@ -77,9 +75,7 @@ def scorers(
     """
     folder = tmp_path_factory.mktemp("backbone")
     save(build_scratch(WIDER, tokenizer, seed=7), tokenizer, folder)
-    resources = load_resources(ROOT / "params.yaml").model_copy(
-        update={"device": "cpu", "precision": "fp32"}
-    )
+    resources = on_cpu()
 
     def scorer(seed: int) -> Scorer:
         model = load_scorer_backbone(str(folder), tokenizer, resources, seed)
@@ -96,28 +92,16 @@ def scorers(
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
     """Eight steps of two prompts with four answers each, a checkpoint at the fourth."""
-    resources = load_resources(ROOT / "params.yaml").model_copy(
-        update={
-            "device": "cpu",
-            "precision": "fp32",
-            "micro_batch_size": None,
-            "sampling_batch_size": 128,
-            "scoring_batch_size": 128,
-            "gradient_checkpointing": False,
-            "checkpoint_steps": 4,
-            "log_steps": 1,
-        }
+    resources = on_cpu(
+        micro_batch_size=None,
+        sampling_batch_size=128,
+        scoring_batch_size=128,
+        gradient_checkpointing=False,
+        checkpoint_steps=4,
+        log_steps=1,
     )
-    training = TrainingParams(
-        epochs=1.0,
-        batch_size=8,
-        learning_rate=1e-2,
-        adam_beta2=0.99,
-        warmup=0.0,
-        schedule="linear",
-        weight_decay=0.0,
-        max_length=120,
-        max_steps=8,
+    training = short_training(
+        batch_size=8, learning_rate=1e-2, schedule="linear", max_length=120, max_steps=8
     )
     return Job(training, resources, tmp_path / "scratch", seed=3)
 

@@ -33,7 +33,6 @@ from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.math import losses
 from dualign.params.base import LoraParams, Resources, TrainingParams
-from dualign.params.loading import load_resources
 from dualign.scoring.scorers import conversations
 from dualign.training import pairwise as pairwise_training
 from dualign.training import run, supervised
@@ -43,7 +42,7 @@ from dualign.training.pairwise import Pair, PairLossConfig
 from dualign.training.run import Job
 from dualign.training.scorer import ScoredPair
 from pipeline.run.progress import read_progress
-from tests.tiny import WIDER
+from tests.tiny import WIDER, on_cpu, short_training
 from tests.training.conftest import same, weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,24 +62,14 @@ def tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
     """Eight steps of four rows, a checkpoint at the fourth."""
-    resources = load_resources(ROOT / "params.yaml").model_copy(
-        update={
-            "device": "cpu",
-            "precision": "fp32",
-            "micro_batch_size": None,
-            "gradient_checkpointing": False,
-            "checkpoint_steps": 4,
-            "log_steps": 1,
-        }
+    resources = on_cpu(
+        micro_batch_size=None, gradient_checkpointing=False, checkpoint_steps=4, log_steps=1
     )
-    run = TrainingParams(
-        epochs=1.0,
-        batch_size=4,
+    run = short_training(
         learning_rate=1e-2,
         adam_beta2=0.999,
         warmup=0.25,
         schedule="cosine",
-        weight_decay=0.0,
         max_length=120,
         max_steps=8,
     )
