@@ -177,16 +177,9 @@ class Endpoint:
         return failure
 
     def _call(self, ask: Ask) -> Answered:
-        """One reply to one call, by a schema until the server turns out not to know that."""
+        """One reply to one call."""
         self._begin_call()
-        by_schema = self._by_schema
-        try:
-            body = self._send(ask, by_schema)
-        except _NOT_TAKEN as error:
-            if not by_schema:
-                raise Unusable(f"HTTP {error.status_code}") from None
-            body = self._sent_without(ask)
-        completion = _completion(body)
+        completion = _completion(self._sent(ask, self._by_schema))
         read, written = _used(completion, ask)
         with self._lock:
             self._spent += self._price(read, written)
@@ -205,15 +198,18 @@ class Endpoint:
                 )
             self.calls += 1
 
-    def _sent_without(self, ask: Ask) -> str:
+    def _sent(self, ask: Ask, by_schema: bool) -> str:
+        """What `_send` returns, by a schema until the server turns out not to know that."""
         try:
-            text = self._send(ask, by_schema=False)
+            body = self._send(ask, by_schema)
         except _NOT_TAKEN as error:
+            if by_schema:
+                return self._sent(ask, by_schema=False)
             raise Unusable(f"HTTP {error.status_code}") from None
-        if self._by_schema:
+        if self._by_schema and not by_schema:
             log.info("%s: the endpoint takes no JSON schema; replies are read as text", self._where)
-        self._by_schema = False
-        return text
+            self._by_schema = False
+        return body
 
     def _send(self, ask: Ask, by_schema: bool) -> str:
         """The body of the response. Raises _Lost, one of _NOT_TAKEN, or DualignError."""
