@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def on_the_pool(policy: Policy, scorers: Scorers) -> tuple[pd.DataFrame, dict[st
     pool = pool[pool["sample"] < TILT_SAMPLES]
     ratios = log_ratios(policy, pool, scorers)
     table = pd.DataFrame({"prompt_id": pool["prompt_id"].to_numpy(), "log_ratio": ratios})
-    return table, tilt_on(pool, ratios).as_dict()
+    return table, asdict(tilt_on(pool, ratios))
 
 
 def off_support(answers: pd.DataFrame, params: EvaluateParams) -> dict[str, float] | None:

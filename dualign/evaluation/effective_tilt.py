@@ -14,7 +14,7 @@ nats a token), and how much of the policy is such a tilt at all (R^2). All array
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -48,10 +48,6 @@ class Tilt:
     lam_eff: float | None
     lam_eff_se: float | None
     r2: float | None
-
-    def as_dict(self) -> dict[str, float | None]:
-        """The fields, as metrics files and searches hold them."""
-        return asdict(self)
 
 
 def effective_tilt(log_ratio: Array, reward: Array, cost: Array, length: Array) -> Tilt:

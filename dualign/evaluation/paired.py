@@ -7,8 +7,9 @@ their mean, and differences are taken within the prompt, which removes what all 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -136,7 +137,7 @@ def _by_policy(scores: pd.DataFrame, column: str) -> dict[str, Array]:
 
 def _difference(
     by_policy: dict[str, Array], first: str, second: str, column: str, confidence: float
-) -> tuple[str, str, int, float, float, float, float, float]:
+) -> tuple[Any, ...]:
     missing = [name for name in (first, second) if name not in by_policy]
     if missing:
         raise DataError(f"policy {missing[0]!r} has no scores; it has {', '.join(by_policy)}")
@@ -146,16 +147,7 @@ def _difference(
         raise DataError(f"policies {first!r} and {second!r} share no prompt with a {column}")
     estimate = mean_difference(values, confidence)
     chance = no_difference(estimate, len(values))
-    return (
-        first,
-        second,
-        len(values),
-        estimate.mean,
-        estimate.error,
-        estimate.low,
-        estimate.high,
-        chance,
-    )
+    return first, second, len(values), *astuple(estimate), chance
 
 
 def mcnemar(first: Sequence[bool] | Array, second: Sequence[bool] | Array) -> Discordance:

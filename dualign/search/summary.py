@@ -108,7 +108,7 @@ def _row(search: Search, steps: Sequence[Step]) -> dict[str, Any]:
         "q": step.q,
         "trained": step.trained,
         "closing": step.closing,
-        "tilt": step.tilt.as_dict() if step.tilt else None,
+        "tilt": asdict(step.tilt) if step.tilt else None,
         "prices": list(step.prices),
         "blend": asdict(step.blend) if step.blend else None,
     }

@@ -73,7 +73,7 @@ def simulated(count: int) -> Iterator[Tilt]:
 
 
 def test_errors_are_the_spread_over_pools() -> None:
-    table = pd.DataFrame([tilt.as_dict() for tilt in simulated(400)])
+    table = pd.DataFrame(list(simulated(400)))
     for name in ("reward_slope", "cost_slope", "length_slope", "beta_eff", "lam_eff"):
         assert table[f"{name}_se"].mean() == pytest.approx(table[name].std(), rel=0.12), name
     inside = (table["lam_eff"] - LAM).abs() <= 1.96 * table["lam_eff_se"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +79,7 @@ def known(tilt: Tilt) -> dict[str, float]:
     """The figures of a tilt: beta_eff and lam_eff are none where the policy goes against the
     reward.
     """
-    return {name: value for name, value in tilt.as_dict().items() if value is not None}
+    return {name: value for name, value in asdict(tilt).items() if value is not None}
 
 
 def test_a_policys_tilt_is_read_off_the_first_samples(

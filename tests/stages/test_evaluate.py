@@ -3,6 +3,7 @@ constraints, beside its answers."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_the_pool_tells_displacement_and_tilt_of_its_first_samples(
     expected = clustered_mean(ratio, pool["prompt_id"].to_numpy(), params.confidence)
     assert told["displacement"] == pytest.approx(expected.as_dict(), abs=1e-4)
     scores = [by_prompt(pool, name) for name in ("reward", "cost", "length")]
-    tilt = effective_tilt(np.reshape(ratio, scores[0].shape), *scores).as_dict()
+    tilt = asdict(effective_tilt(np.reshape(ratio, scores[0].shape), *scores))
     assert told["tilt"].keys() == tilt.keys()
     assert {
         key: told["tilt"][key] for key in ("reward_slope", "cost_slope", "r2")
