@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import options
-from bench.tiny import KEPT
+from bench.tiny import KEPT, copy_over
 from dualign.core.artifacts import hashes, read_optional_json, replacing, sha256, write_json
 from dualign.core.errors import DualignError, one_line
 from pipeline.dvc.dag import StageSpec, load_dag
@@ -61,19 +61,11 @@ def set_up(name: str, root: Path, work: Path, inputs: Path | None) -> Side:
         return side
     with replacing(side.folder) as folder:
         for path in CODE:
-            _copy(root / path, folder / path)
+            copy_over(root / path, folder / path)
         for path in WRITTEN if inputs is not None else ():
             shutil.copytree(Path(str(inputs)) / path, folder / path, dirs_exist_ok=True)
         _call(["-m", "dvc", "init", "--no-scm"], folder)
     return side
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_dir():
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-    else:
-        shutil.copyfile(source, target)
 
 
 # --- measuring ------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ class World:
         if process.wait():
             raise DualignError(f"{self.folder}: stage {spec.name} failed; see log.txt beside it")
         for out in outs_of(spec):
-            _copy_over(self.folder / out, self.kept / out)
+            copy_over(self.folder / out, self.kept / out)
         torn = any("checkpoint-4" in path for state in seen for path in state)
         return {"seconds": time.monotonic() - started, "changes": len(seen), "checkpoints": torn}
 
@@ -215,7 +215,7 @@ class World:
             _remove(self.folder / path)
         for name in self.costs:
             for out in outs_of(self.dag[name]):
-                _copy_over(self.kept / out, self.folder / out)
+                copy_over(self.kept / out, self.folder / out)
 
 
 def outs_of(spec: StageSpec) -> list[str]:
@@ -272,16 +272,17 @@ def temporaries(system: Path) -> list[str]:
 def copy(folder: Path, params: Mapping[str, Any]) -> None:
     """A repository with the code and the shipped params, these changed."""
     for name in CODE:
-        _copy_over(ROOT / name, folder / name)
+        copy_over(ROOT / name, folder / name)
     (folder / "params.yaml").write_text(assign((ROOT / "params.yaml").read_text(), params))
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, cwd=folder, check=True)
-    _copy_over(
+    copy_over(
         ROOT / TEMPLATES, folder / TEMPLATES
     )  # only now: `dvc init` refuses where there is a .dvc
 
 
-def _copy_over(source: Path, target: Path) -> None:
+def copy_over(source: Path, target: Path) -> None:
+    """Put a file or folder in the place of another."""
     _remove(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():

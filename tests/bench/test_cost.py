@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import cost
+from bench.tiny import copy_over
 from dualign.core.errors import DualignError
 
 BURN = "import time\nend = time.process_time() + {seconds}\nwhile time.process_time() < end: pass"
@@ -68,7 +69,7 @@ def test_a_stage_is_measured_on_both_sides_and_compared(tmp_path: Path) -> None:
     """`prepare` on this checkout and on a copy of it whose world has another seed."""
     other = tmp_path / "other"
     for path in cost.CODE:
-        cost._copy(cost.ROOT / path, other / path)
+        copy_over(cost.ROOT / path, other / path)
     params = other / "params.yaml"
     params.write_text(params.read_text().replace("\nseed: 7", "\nseed: 8"))
     sides = [
