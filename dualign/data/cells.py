@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Any
 
 from dualign.data.messages import check_unicode, turns_in
@@ -35,14 +36,14 @@ def is_missing(value: Any) -> bool:
 
 
 def number(value: Any) -> float | None:
-    """The whole number of a cell, written as text, integer or float; None without one."""
+    """The number of a cell, of a text a whole one; None without one. Databases write whole numbers
+    as decimals.
+    """
     if isinstance(value, str):
         return float(value) if _NUMBER.fullmatch(value.strip()) else None
-    return (
-        value
-        if isinstance(value, int | float) and not isinstance(value, bool) and value == value
-        else None
-    )
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or value != value:
+        return None
+    return float(value) if isinstance(value, Decimal) else value
 
 
 def code(row: Row, column: str, valid: range, expected: str = "") -> int | None:

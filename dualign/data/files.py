@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dualign.core.errors import DataError
+from dualign.data.hub import HUB_ID, dataset, is_saved, saved
 from dualign.data.rows import EXCERPT, BadRow, RepeatedKey, Row, excerpt, unique
 from dualign.params.data import SourceSpec
 
@@ -45,9 +46,7 @@ _CHUNK = 2**20
 Raw = Iterator[tuple[int, Row | BadRow]]
 Files = Iterable[tuple[str, Raw]]
 
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+)?")
-#: Files that describe a data set and hold no rows; and words of names that say which split a file
-#: belongs to.
+#: Files that describe a data set and hold no rows.
 _DESCRIPTIONS = {
     "dataset_info.json",
     "dataset_infos.json",
@@ -56,7 +55,9 @@ _DESCRIPTIONS = {
     "metadata.json",
     "config.json",
 }
-_SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
+#: One of some words in a file's name, and no part of a longer one; words that name a split.
+_WORD = "(?<![a-z])({})(?![a-z])"
+_SPLIT = re.compile(_WORD.format("train|test|validation|valid|val|dev|eval"), re.IGNORECASE)
 #: Kinds of files that lie beside data and hold none.
 _PROSE = {"", ".md", ".txt", ".py", ".yaml", ".yml", ".dvc"}
 _BOM = b"\xef\xbb\xbf"
@@ -87,7 +88,10 @@ def locate(spec: SourceSpec, path: str, folder: Path, key: str) -> tuple[str, Fi
 def _of_folder(folder: Path, spec: SourceSpec, root: Path) -> Files:
     """The files of a folder, or the dataset that `datasets` wrote or its page describes."""
     names = _listed(folder)
-    if any(name.suffix == ".arrow" for name in names) or _has_configs(folder / "README.md"):
+    arrow = any(name.suffix == ".arrow" for name in names)
+    if arrow and is_saved(folder):
+        return [(str(folder), saved(folder, spec.split))]
+    if arrow or _has_configs(folder / "README.md"):
         return [(str(folder), _dataset(str(folder), None, spec, root))]
     files = [folder / name for name in _plain_files(folder, names, spec)]
     return ((str(file), _reader(file)(file)) for file in files)
@@ -146,11 +150,12 @@ def _plain_files(folder: Path, names: Sequence[Path], spec: SourceSpec) -> list[
         logger.warning(
             "%s: not read: %s, since only %s is", folder, ", ".join(map(str, others[:5])), _KINDS
         )
-    named = {name: set(map(str.lower, _SPLIT.findall(name.as_posix()))) for name in files}
-    splits = sorted(set().union(*named.values()))
+    spoken = [_SPLIT.findall(name.as_posix()) for name in files]
+    splits = sorted({word.lower() for words in spoken for word in words})
     if not splits and spec.split == "train":
         return files
-    kept = [name for name in files if spec.split in named[name]]
+    own = re.compile(_WORD.format(re.escape(spec.split)), re.IGNORECASE)
+    kept = [name for name in files if own.search(name.as_posix())]
     if not kept:
         raise DataError(
             f"{folder}: no file's name speaks of split {spec.split!r}; names speak of:"
@@ -162,34 +167,6 @@ def _plain_files(folder: Path, names: Sequence[Path], spec: SourceSpec) -> list[
 def _dataset(name: str, inner: str | None, spec: SourceSpec, folder: Path) -> Raw:
     """Rows of a hub dataset, or of the folder `inner` in it, or of a local dataset folder."""
     return dataset(name, folder, split=spec.split, revision=spec.revision, data_dir=inner)
-
-
-def dataset(place: str, folder: Path, *, split: str, **chosen: str | None) -> Raw:
-    """Rows of a hub dataset or of a local dataset folder; `chosen` goes to `load_dataset`.
-
-    Raises a DataError that says to put the file into `folder` where it cannot be loaded.
-    """
-    import datasets  # slow to import, and only needed here
-
-    datasets.disable_progress_bars()
-    try:
-        table = datasets.load_dataset(place, split=split, **chosen)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        why = _root_cause(error)
-        raise DataError(
-            f"{place}: split {split!r} cannot be loaded as a dataset ({why}); check path,"
-            f" split and revision, or put the file into {folder}"
-        ) from error
-    yield from enumerate(table, start=1)
-
-
-def _root_cause(error: BaseException) -> str:
-    """The first line of an exception's root cause, and its last line where that says more."""
-    cause = error
-    while cause.__cause__ is not None or cause.__context__ is not None:
-        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-    lines = [(str(one).strip() or type(one).__name__).splitlines()[0] for one in (error, cause)]
-    return ": ".join(dict.fromkeys(lines))
 
 
 # --- text files -----------------------------------------------------------------------------------
@@ -209,13 +186,14 @@ def _reader(path: Path) -> Callable[[Path], Raw]:
 
 def _suffix(path: Path) -> str:
     """The suffix that names the format, below .gz or .xz."""
-    return (path.with_suffix("") if path.suffix in _PACKED else path).suffix
+    packed = path.suffix.lower() in _PACKED
+    return (path.with_suffix("") if packed else path).suffix.lower()
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """The unpacked bytes of a file; whatever goes wrong while they are read is a DataError."""
-    opener: Callable[..., IO[bytes]] = _PACKED.get(path.suffix, open)
+    opener: Callable[..., IO[bytes]] = _PACKED.get(path.suffix.lower(), open)
     try:
         with opener(path, "rb") as stream:
             yield stream
@@ -422,7 +400,8 @@ def _csv(path: Path) -> Raw:
                 line = reader.line_num + 1
         except csv.Error as error:
             raise DataError(
-                f"{path}:{line}: not valid CSV ({error}); is a quote left open here?"
+                f"{path}:{line}: not valid CSV ({error}); is a quote left open here, or are cells"
+                " parted by something else than commas, or lines by a bare carriage return?"
             ) from error
         except UnicodeDecodeError as error:
             raise DataError(

@@ -98,6 +98,14 @@ def _is_turn(value: Any) -> bool:
     )
 
 
+def _keys_of(turn: dict[str, Any]) -> tuple[str, str]:
+    """The keys that a turn says who speaks and what by; in a table of both kinds the other two are
+    null.
+    """
+    pairs = [pair for pair in _KEYS if pair[0] in turn and pair[1] in turn]
+    return next((pair for pair in pairs if turn[pair[0]] is not None), pairs[0])
+
+
 def _speaks(value: Any) -> bool:
     """Whether an object is a turn: only keys of turns, content or who speaks among them."""
     if not isinstance(value, dict) or _is_turn(value):
@@ -111,7 +119,7 @@ def _turn(value: Any, column: str) -> Message:
         raise BadRow("bad_turns", f"{column} must be text or a list of {{role, content}} turns")
     if value.get("tool_calls"):
         raise BadRow("bad_turns", f"{column}: a turn calls a tool, which is no text to train on")
-    role_key, content_key = next(pair for pair in _KEYS if pair[0] in value and pair[1] in value)
+    role_key, content_key = _keys_of(value)
     role = _ROLES.get(str(value[role_key]), str(value[role_key]))
     if role not in _SPOKEN:
         raise BadRow("bad_turns", f"{column}: a turn of {role!r} is none of {', '.join(_SPOKEN)}")

@@ -302,13 +302,17 @@ def _check_sources(params: PrepareParams, ledger: Ledger, failed: Path) -> None:
             if rejected > params.max_rejected_share * records:
                 _write_quarantine(failed, ledger)
                 raise DataError(_too_many(params, kind, source, ledger, failed))
-            if records == rejected + ledger.of(kind, source, "skipped"):
+            skipped = ledger.of(kind, source, "skipped")
+            if records == rejected + skipped:
                 raise DataError(
                     f"prepare.{kind}: {source} gives nothing: of {records} records {rejected} are"
                     " rejected and the others have no preference, or no safe answer, of this kind;"
                     f" remove it from prepare.{kind}"
                 )
-            logger.info("%s: %s: %d records, %d rejected", kind, source, records, rejected)
+            others = f", {skipped} skipped" if skipped else ""
+            logger.info(
+                "%s: %s: %d records, %d rejected%s", kind, source, records, rejected, others
+            )
 
 
 def _too_many(params: PrepareParams, kind: Kind, source: str, ledger: Ledger, failed: Path) -> str:

@@ -210,6 +210,11 @@ def _check_codes(codes: Counter[float], column: str, place: str) -> None:
         )
 
 
+def _heading(name: str) -> str:
+    """A column's name, in quotes where white space at its ends would not be seen."""
+    return name if name == name.strip() else repr(name)
+
+
 def _require(seen: Iterable[str], choices: Choices, file: str, kind: str) -> None:
     """Refuse a file of which no row has a column; one that some rows leave out is null there.
 
@@ -223,5 +228,5 @@ def _require(seen: Iterable[str], choices: Choices, file: str, kind: str) -> Non
     if lacking and present:
         raise DataError(
             f"{file}: column {lacking[0]!r} is missing (prepare.{kind}); the file has:"
-            f" {', '.join(present)}"
+            f" {', '.join(map(_heading, present))}"
         )

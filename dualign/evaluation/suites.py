@@ -19,7 +19,8 @@ import pandas as pd
 
 from dualign.core.errors import DataError
 from dualign.core.schema import PROMPTS, prompt_id, read_table, user
-from dualign.data.files import HUB_ID, Raw, dataset, read_file
+from dualign.data.files import Raw, read_file
+from dualign.data.hub import HUB_ID, dataset
 from dualign.data.messages import check_unicode
 from dualign.data.rows import BadRow, Row
 from dualign.params.evaluate import SuiteName, SuiteSpec

@@ -314,6 +314,20 @@ def test_every_type_of_parquet_is_read_as_it_was_written(tmp_path: Path) -> None
     assert [number for number, _ in rows_of(tmp_path / "a.parquet")] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("name", ["A.JSONL", "a.Jsonl.GZ"])
+def test_a_kind_of_file_may_be_named_in_capitals(tmp_path: Path, name: str) -> None:
+    text = b'{"a": 1}\n'
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("GZ") else text)
+    assert rows_of(tmp_path / name) == [(1, {"a": 1})]
+
+
+@pytest.mark.parametrize("text", ['a;b\n"x";"y"\n', "a,b\rx,y\r"])
+def test_another_separator_is_thought_of(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    told = refusal(tmp_path / "a.csv")
+    assert "something else than commas, or lines by a bare carriage return" in told
+
+
 @pytest.mark.parametrize("encoding", ["PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])
 def test_every_encoding_of_texts_is_read(tmp_path: Path, encoding: str) -> None:
     table = pa.table({"a": [f"text {n}" for n in range(3000)]})

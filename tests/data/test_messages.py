@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,19 @@ def test_pairs_of_messages(tmp_path: Path, row: dict[str, Any], columns: dict[st
 def test_a_whole_dialogue_is_a_supervised_row(tmp_path: Path, turns: list[dict[str, str]]) -> None:
     (found,) = records(tmp_path, "sft", [{"messages": turns}], {"messages": "messages"})
     assert (found.prompt, found.chosen) == (TALK, "So.")
+
+
+def test_turns_of_both_kinds_may_stand_in_one_table(tmp_path: Path) -> None:
+    """A table gives every turn all keys, and null for those of the other kind."""
+    given = [said("q") | {"role": "user"}, said("a"), *SHAREGPT, {"from": "gpt", "value": "So."}]
+    keys = dict.fromkeys(("role", "content", "from", "value"))
+    turns = [keys | turn for turn in given]
+    pd.DataFrame({"talk": [turns[:2], turns[2:]]}).to_parquet(tmp_path / "rows.parquet")
+    spec = SourceSpec(format="columns", path="rows.parquet", columns={"messages": "talk"})
+    first, second = read(spec, "sft", tmp_path, MADE, 0)
+    assert isinstance(first, Usable) and isinstance(second, Usable)
+    assert (first.prompt, first.chosen) == (user("q"), "a")
+    assert (second.prompt, second.chosen) == (TALK, "So.")
 
 
 def test_text_parts_of_a_message_are_joined(tmp_path: Path) -> None:
@@ -426,6 +440,14 @@ def test_severities_are_read_as_csv_json_and_parquet_write_them(tmp_path: Path, 
         assert isinstance(found[2], Usable | Skipped)
 
 
+def test_labels_may_be_decimals_as_databases_write_them(tmp_path: Path) -> None:
+    marks = {name: Decimal(pku(0)[name]) for name in ("better_response_id", "safer_response_id")}
+    pd.DataFrame([pku(0) | marks]).to_parquet(tmp_path / "rows.parquet")
+    spec = SourceSpec(format="pku", path="rows.parquet")
+    (row,) = read(spec, "safety", tmp_path, MADE, 0)
+    assert isinstance(row, Usable) and (row.chosen, row.rejected) == ("a", "b")
+
+
 @pytest.mark.parametrize("level", [4, -1, 1.5, "5", "high", True, [1]])
 def test_a_severity_out_of_its_range_is_rejected(tmp_path: Path, level: Any) -> None:
     lines(tmp_path / "a.jsonl", [pku(0, response_1_severity_level=level)])
@@ -527,6 +549,19 @@ def test_a_split_is_a_word_of_a_name_and_not_a_part_of_one(tmp_path: Path) -> No
     lines(tmp_path / "set/dev.jsonl", [pku(5)])
     lines(tmp_path / "set/train-0.jsonl", [pku(6), pku(7)])
     assert [len(stream(tmp_path, "helpful", "set", split)) for split in ("train", "dev")] == [2, 1]
+
+
+def test_a_split_may_have_a_name_of_its_own(tmp_path: Path) -> None:
+    for count, name in enumerate(("train_prefs", "train_sft", "test_prefs"), start=1):
+        rows = [pku(number) for number in range(count)]
+        lines(tmp_path / f"set/{name}-00000-of-00001.jsonl", rows)
+    found = [stream(tmp_path, "helpful", "set", split) for split in ("train_sft", "train", "test")]
+    assert list(map(len, found)) == [2, 3, 3]
+
+
+def test_a_column_that_ends_in_white_space_is_shown_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the file has: 'prompt\\xa0', chosen, rejected"):
+        records(tmp_path, "helpful", [{"prompt\xa0": "q", "chosen": "a", "rejected": "b"}], PAIR)
 
 
 def test_a_file_of_a_folder_that_lacks_a_column_is_named(tmp_path: Path) -> None:
