@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from dualign.core.artifacts import replacing
 from dualign.core.errors import DataError, ModelError
 from dualign.core.schema import SFT, read_table
-from dualign.lm.loading import check_context, load_model
+from dualign.lm.loading import check_causal, check_context, load_model
 from dualign.lm.models import (
     build_scratch,
     fit_vocabulary,
@@ -27,6 +27,7 @@ from dualign.lm.models import (
     train_tokenizer,
     with_lora,
 )
+from dualign.lm.numerics import precision_of
 from dualign.lm.quantised import check_installed, is_quantised, quantise
 from dualign.lm.tokens import encode_conversations
 from dualign.params.models import SftParams
@@ -87,6 +88,7 @@ def base(run: Run[SftParams], rows: pd.DataFrame) -> tuple[Model, PreTrainedToke
                 f"sft.base: {params.base} is in 4 bits already; name the base that it was made of"
             )
         run.sources["sft.base"] = getattr(model.config, "_commit_hash", None) or params.base
+        check_causal(model, params.base, precision_of(run.resources))
         fit_vocabulary(model, tokenizer, params.seed)
         return model, tokenizer
     if params.scratch.tokenizer == "train":

@@ -5,6 +5,7 @@ an error by name.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from dualign.lm.quantised import MARK, check_installed
 
 _POINTER = b"version https://git-lfs"
 _NAMED = 3  # weights that an error names
+#: What a configuration may ask a forward pass to return, as everything here reads it.
+_RETURNED = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 #: Configuration keys that hold the longest sequence that a model can read.
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
@@ -60,6 +63,10 @@ def load_reported(
             quantised base, or one that needs code of its own.
     """
     require(path)
+    if (Path(path) / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{path}: holds an adapter; name its base, or a folder that has it folded in"
+        )
     check_files(Path(path))
     config = load_config(path, revision, gguf_file)
     options |= {"gguf_file": gguf_file} if gguf_file else {"config": _with(config, options)}
@@ -98,6 +105,8 @@ def load_config(
         )
     except Exception as error:  # as above
         raise ModelError(f"{path}: {_refusal(error)}") from error
+    for name, value in _RETURNED.items():
+        setattr(config, name, value)
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None and not gguf_file:
         if getattr(config, MARK, False):
@@ -113,6 +122,26 @@ def load_config(
             " unquantised ones"
         )
     return config
+
+
+def check_causal(model: Any, path: str | Path, precision: torch.dtype) -> None:
+    """Refuse a model whose probability of a token depends on those after it, by more than rounding
+    in the precision that it computes in.
+
+    Encoders such as BERT load as causal language models too."""
+    model.eval()
+    with torch.no_grad():
+        rows = [torch.tensor([ids], device=model.device) for ids in ([1, 2, 1, 2], [1, 3, 3, 3])]
+        first, second = (
+            model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0, 0].float()
+            for row in rows
+        )
+    rounding = math.sqrt(torch.finfo(precision).eps) * float(first.abs().max())
+    if float((first - second).abs().max()) > rounding:
+        raise ModelError(
+            f"{path}: {type(model).__name__} reads ahead: its probability of a token depends on the"
+            " tokens after it; take a causal language model"
+        )
 
 
 def context_of(model: torch.nn.Module) -> int | None:

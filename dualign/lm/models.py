@@ -40,8 +40,8 @@ from dualign.lm.numerics import (
     without_adapter,
 )
 from dualign.lm.quantised import folded, is_quantised
-from dualign.lm.templates import read_template, settle
-from dualign.lm.tokens import PLAIN_TEMPLATE
+from dualign.lm.templates import own_template, read_template, settle
+from dualign.lm.tokens import PLAIN_TEMPLATE, told
 from dualign.params.base import LoraParams, Resources
 from dualign.params.models import ScratchParams
 
@@ -102,7 +102,7 @@ def read_tokenizer(
     require(path)
     options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(path), revision=revision, trust_remote_code=False, **options
         )
     except Exception as error:  # transformers raises many kinds here, down to bare Exception
@@ -110,6 +110,13 @@ def read_tokenizer(
             f"{path}: no usable tokenizer ({first_line(error)}); put tokenizer.json and"
             " tokenizer_config.json there"
         ) from error
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    if not set(tokenizer.get_vocab()) - added:  # transformers makes an empty one without a word
+        raise ModelError(
+            f"{path}: the tokenizer has no vocabulary beside {len(added)} control tokens; put"
+            " tokenizer.json there"
+        )
+    return tokenizer
 
 
 def made_fit(
@@ -122,10 +129,8 @@ def made_fit(
                 f"{path}: the tokenizer names no eos_token; set it in tokenizer_config.json"
             )
         tokenizer.eos_token = "<|end|>" if "<|end|>" in tokenizer.get_vocab() else "<|endoftext|>"
-    tokenizer.chat_template = (
-        read_template(chat_template) if chat_template else tokenizer.chat_template
-    )
-    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    found = read_template(chat_template) if chat_template else own_template(tokenizer, str(path))
+    tokenizer.chat_template = found or PLAIN_TEMPLATE
     settle(tokenizer, str(chat_template or path))
     _with_pad(tokenizer)
     return tokenizer
@@ -278,7 +283,7 @@ def _savable(config: GenerationConfig) -> GenerationConfig:
         config.validate(strict=True)
     except ValueError as error:
         log.warning(
-            "generation_config.json is left out, since it cannot be saved (%s)", first_line(error)
+            "generation_config.json is left out, since it cannot be saved (%s)", told(error)
         )
         return GenerationConfig(bos_token_id=config.bos_token_id)
     return config
@@ -299,7 +304,7 @@ def with_lora(
     head.
 
     Adapters are drawn from `seed`. Raises ParamsError for target modules that the model does not
-    have."""
+    have, and for dropout on what cannot have it."""
     if lora.rank == 0 or isinstance(model, PeftModel):
         return model
     config = LoraConfig(
@@ -310,15 +315,20 @@ def with_lora(
         target_modules=lora.target_modules,
         modules_to_save=["score"] if head else None,
     )
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+    ]
     try:
         with seeded(seed):
             return get_peft_model(model, config)
     except ValueError as error:
-        linear = (
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear | Conv1D)
-        )
+        if "lora_dropout" in str(error):  # weights of experts are one tensor and no module
+            raise ParamsError(
+                f"lora.dropout {lora.dropout:g} does not go with the experts of"
+                f" {type(model).__name__}; set it to 0"
+            ) from error
         names = sorted({name.rpartition(".")[2] for name in linear})
         raise ParamsError(
             f"lora.target_modules {lora.target_modules} does not fit {type(model).__name__}"

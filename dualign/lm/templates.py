@@ -33,7 +33,7 @@ _ANSWER = "Sure."
 def read_template(path: str) -> str:
     """The text of a Jinja file. Raises ModelError where it cannot be read, or holds nothing."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(
             f"sft.chat_template: {path} cannot be read ({error}); give a Jinja file or null"
@@ -41,6 +41,21 @@ def read_template(path: str) -> str:
     if not text.strip():
         raise ModelError(f"sft.chat_template: {path} is empty; give a Jinja file or null")
     return text
+
+
+def own_template(tokenizer: PreTrainedTokenizerBase, source: str) -> str | None:
+    """The template that a tokenizer has, of several by name the default one."""
+    found: str | dict[str, str] | None = tokenizer.chat_template
+    if not isinstance(found, dict):
+        return found
+    names = ", ".join(sorted(found))
+    if "default" not in found:
+        raise ModelError(
+            f"{source}: the tokenizer has chat templates {names} and none is named default; give"
+            " one of them as sft.chat_template"
+        )
+    log.info("%s: of chat templates %s the default one is taken", source, names)
+    return found["default"]
 
 
 def settle(tokenizer: PreTrainedTokenizerBase, source: str) -> None:

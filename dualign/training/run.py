@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -35,6 +36,9 @@ log = logging.getLogger(__name__)
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 Metrics: TypeAlias = dict[str, Any]
+#: Attributes of modules that hold a rate of dropout, or of the noise of a router, beside those of
+#: `torch.nn.Dropout`: Llama's attention_dropout, OPT's dropout and layerdrop.
+_NOISE = re.compile("drop|jitter")
 
 
 @dataclass(frozen=True)
@@ -165,12 +169,17 @@ def _unwritten(scratch: Path, told: str) -> TrainingError:
 
 
 def without_dropout(model: Model) -> Model:
-    """The model without the dropout of its base, which pairs and scores do not want; an adapter's
-    own is kept.
+    """The model without the dropout of its base, which pairs and scores do not want, nor its other
+    noise; an adapter's own is kept.
     """
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
+        if "lora_" in name:
+            continue
+        if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        for key, value in vars(module).items():
+            if isinstance(value, float) and _NOISE.search(key):
+                setattr(module, key, 0.0)
     return model
 
 

@@ -17,10 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -313,6 +316,40 @@ def test_a_model_of_another_kind_is_refused(llama: Path, resources: Resources) -
     assert refusal(llama, resources).startswith(": cannot be loaded as a causal language model (")
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_causal_model_does_not_read_ahead(name: str, precision: torch.dtype) -> None:
+    loading.check_causal(built(name).to(precision), name, precision)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertConfig(**SMALL, initializer_range=0.2),
+        Gemma3TextConfig(**SMALL, use_bidirectional_attention=True, tie_word_embeddings=False),
+    ],
+    ids=["bert", "gemma3"],
+)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_an_encoder_that_loads_as_a_causal_model_is_refused(
+    config: PretrainedConfig, precision: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(precision)
+    with pytest.raises(ModelError, match=r"^mine: \w+ reads ahead: .*take a causal language model"):
+        loading.check_causal(model, "mine", precision)
+
+
+@pytest.mark.parametrize("asked", ["output_attentions", "output_hidden_states", "return_dict"])
+def test_what_a_configuration_asks_to_return_changes_nothing(
+    llama: Path, resources: Resources, asked: str
+) -> None:
+    expected = models.load_policy(llama, resources)(IDS)
+    change_json(llama / "config.json", **{asked: asked != "return_dict"})
+    found = models.load_policy(llama, resources, trained=True)(IDS)
+    assert torch.equal(found.logits, expected.logits) and found.keys() == expected.keys()
+
+
 # --- adapters -------------------------------------------------------------------------------------
 
 
@@ -409,6 +446,14 @@ def test_lora_targets_that_a_model_lacks_are_told_with_those_it_has(
         models.with_lora(models.load_policy(llama, resources), lora, 0)
 
 
+def test_dropout_on_experts_is_told_as_what_it_is() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, num_local_experts=2))
+    told = r"^lora\.dropout 0\.1 does not go with the experts of MixtralForCausalLM; set it to 0$"
+    with pytest.raises(ParamsError, match=told):
+        models.with_lora(model, LORA.model_copy(update={"dropout": 0.1}), 0)
+
+
 def test_a_gpt2_that_has_no_linear_modules_takes_adapters(
     tmp_path: Path, resources: Resources
 ) -> None:
@@ -420,6 +465,15 @@ def test_a_gpt2_that_has_no_linear_modules_takes_adapters(
         ParamsError, match=r"has c_attn, c_fc, c_proj, lm_head; or write all-linear"
     ):
         models.with_lora(models.load_policy(tmp_path, resources), lora, 0)
+
+
+def test_an_adapter_is_no_backbone_even_with_its_base_beside_it(adapter: Path, llama: Path) -> None:
+    """transformers would load both, with the base frozen for a training of all its weights."""
+    for file in adapter.glob("adapter_*"):
+        (llama / file.name).write_bytes(file.read_bytes())
+    for folder in (adapter, llama):
+        with pytest.raises(ModelError, match=f"^{folder}: holds an adapter; name its base"):
+            loading.load_model(AutoModelForSequenceClassification, folder, dtype="auto")
 
 
 # --- settings and context -------------------------------------------------------------------------
@@ -443,6 +497,7 @@ def test_settings_of_sampling_that_cannot_be_saved_are_left_out(
     with caplog.at_level(logging.WARNING):
         models.fit_vocabulary(model, tokenizer)
     assert caplog.text.count("generation_config.json is left out, since it cannot be saved") == 1
+    assert "(GenerationConfig is invalid: - `temperature`" in caplog.text
     models.save(model, tokenizer, llama.parent / "saved")
     saved = json.loads((llama.parent / "saved" / "generation_config.json").read_text())
     assert "temperature" not in saved and saved["bos_token_id"] == 1

@@ -115,6 +115,19 @@ def test_a_base_without_tokenizer_is_refused_in_one_line(
     assert one_line(caught).startswith(f"{tmp_path / 'bare'}: ")
 
 
+def test_a_tokenizer_that_knows_control_tokens_alone_is_refused(tmp_path: Path) -> None:
+    """As transformers makes of a folder that has lost its tokenizer.json."""
+    token = {"content": "<|endoftext|>", "special": True}
+    named = {"tokenizer_class": "GPT2Tokenizer", "eos_token": token["content"]}
+    config = {**named, "added_tokens_decoder": {"0": token}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    told = r"no vocabulary beside \d+ control tokens; put tokenizer\.json there"
+    with pytest.raises(ModelError, match=told) as caught:
+        models.load_tokenizer(tmp_path)
+    assert one_line(caught).startswith(f"{tmp_path}: ")
+
+
 def test_a_pad_equal_to_eos_is_replaced(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.save_pretrained(tmp_path)
     path = tmp_path / "tokenizer_config.json"

@@ -226,6 +226,30 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path, chat_template=str(tmp_path / "mine.jinja"))
 
 
+def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path: Path) -> None:
+    """Editors of Windows write one, and carriage returns."""
+    given = byte_level(CHATS["chatml"])
+    plain = loaded(given, tmp_path / "plain")
+    written = CHATS["chatml"].template.replace("\n", "\r\n").encode()
+    (tmp_path / "mine.jinja").write_bytes(b"\xef\xbb\xbf" + written)
+    marked = load_tokenizer(tmp_path / "plain", chat_template=str(tmp_path / "mine.jinja"))
+    prompts = [user("Who wrote it?")]
+    assert encode_prompts(marked, prompts) == encode_prompts(plain, prompts)
+
+
+def test_of_several_templates_the_default_one_is_taken(tmp_path: Path) -> None:
+    given = byte_level(CHATS["chatml"])
+    written = CHATS["chatml"].template
+    alone = loaded(given, tmp_path / "alone").chat_template
+    given.chat_template = {"default": written, "tool_use": "{{ tools }}"}
+    assert loaded(given, tmp_path / "several").chat_template == alone
+    given.chat_template = {"rag": written, "tool_use": "{{ tools }}"}
+    told = r"has chat templates rag, tool_use and none is named default; give one .* sft\.chat_"
+    with pytest.raises(ModelError, match=told):
+        loaded(given, tmp_path / "others")
+    assert loaded(given, tmp_path / "others", written).chat_template == alone
+
+
 def test_an_empty_template_is_refused(tmp_path: Path) -> None:
     byte_level(CHATS["chatml"]).save_pretrained(tmp_path)
     path = tmp_path / "mine.jinja"

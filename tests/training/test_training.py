@@ -19,7 +19,13 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from dualign import PairwiseConfig, PairwiseTrainer
@@ -52,6 +58,33 @@ LORA = LoraParams(rank=2, alpha=4.0, dropout=0.1, target_modules="all-linear", q
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+#: Rates of dropout as architectures name them: of modules, and of functions that attention calls.
+NOISY: dict[str, dict[str, float]] = {
+    "llama": {"attention_dropout": 0.5},
+    "gpt2": {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5},
+    "opt": {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5},
+    "phi": {"attention_dropout": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5},
+    "mixtral": {"attention_dropout": 0.5, "router_jitter_noise": 0.5, "num_key_value_heads": 2},
+}
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_no_noise_of_the_base_is_left_and_an_adapters_own_is(name: str) -> None:
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+    config = AutoConfig.for_model(name, **size, **NOISY[name])
+    model = AutoModelForCausalLM.from_config(config)
+    targets = ["q_proj", "c_attn"]  # not the experts of Mixtral, which take no dropout
+    lora = LORA.model_copy(update={"target_modules": targets})
+    adapted = run.without_dropout(with_lora(model, lora, 0)).train()
+    dropouts = [one for name, one in adapted.named_modules() if "lora_dropout.d" in name]
+    assert dropouts and {one.p for one in dropouts} == {LORA.dropout}
+    for one in dropouts:
+        one.p = 0.0
+    ids = torch.arange(1, 9)[None]
+    assert torch.equal(adapted(input_ids=ids).logits, adapted(input_ids=ids).logits)
 
 
 @pytest.fixture(scope="module")
