@@ -36,10 +36,10 @@ def read_template(path: str) -> str:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(
-            f"sft.chat_template: {path} cannot be read ({error}); give a Jinja file or null"
+            f"{path}: cannot be read as a chat template ({error}); give a Jinja file or null"
         ) from error
     if not text.strip():
-        raise ModelError(f"sft.chat_template: {path} is empty; give a Jinja file or null")
+        raise ModelError(f"{path}: the chat template is empty; give a Jinja file or null")
     return text
 
 

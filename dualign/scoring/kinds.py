@@ -39,7 +39,7 @@ from dualign.lm.models import (
 )
 from dualign.lm.numerics import in_precision
 from dualign.lm.publish import ADAPTER
-from dualign.lm.templates import settle
+from dualign.lm.templates import own_template, read_template, settle
 from dualign.lm.tokens import QUESTION, common_prefix, encode_conversations, encode_rendered, render
 from dualign.params.base import Frozen, Resources
 from dualign.scoring.calibration import Calibration, Platt
@@ -279,9 +279,8 @@ def _tokenizer(place: Place) -> PreTrainedTokenizerBase:
     tokenizer = read_tokenizer(place.path, place.revision)
     if not is_encoder(tokenizer):
         return made_fit(tokenizer, place.path, place.template)
-    tokenizer.chat_template = (
-        Path(place.template).read_text() if place.template else tokenizer.chat_template
-    )
+    own = own_template(tokenizer, place.path)
+    tokenizer.chat_template = read_template(place.template) if place.template else own
     return tokenizer
 
 

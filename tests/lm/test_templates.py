@@ -221,7 +221,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     byte_level(CHATS["chatml"]).save_pretrained(tmp_path)
     (tmp_path / "mine.jinja").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(
-        ModelError, match=r"^sft\.chat_template: .*mine\.jinja cannot be read .* or null$"
+        ModelError, match=r"^/.*mine\.jinja: cannot be read as a chat template .* or null$"
     ):
         load_tokenizer(tmp_path, chat_template=str(tmp_path / "mine.jinja"))
 
@@ -255,7 +255,7 @@ def test_an_empty_template_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.jinja"
     path.write_text("\n")
     with pytest.raises(
-        ModelError, match=r"^sft\.chat_template: .*mine\.jinja is empty; give a Jinja file or null$"
+        ModelError, match=r"^/.*mine\.jinja: the chat template is empty; give a Jinja file or null$"
     ):
         load_tokenizer(tmp_path, chat_template=str(path))
 

@@ -239,6 +239,17 @@ def test_an_encoder_reads_what_a_given_template_writes(
     assert one == pytest.approx(other) and one.std() > 0.01
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe{"])
+def test_a_template_of_an_encoder_that_says_nothing_is_refused(
+    encoder: Maker, resources: Resources, tmp_path: Path, content: bytes
+) -> None:
+    """Without a word of it prompt and answer would be read as segments."""
+    file = tmp_path / "answer.jinja"
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match=f"^{file}: .*chat template.* give a Jinja file or null$"):
+        load_given([encoder(template=str(file))], "helpful", 0.0, resources)
+
+
 def test_safe_rlhf_stores_its_weights_in_either_format(
     safe_rlhf: Maker, resources: Resources
 ) -> None:
