@@ -19,6 +19,7 @@ import pandas as pd
 
 from dualign.core.errors import DataError
 from dualign.core.schema import PROMPTS, prompt_id, read_table, user
+from dualign.data.cells import is_missing
 from dualign.data.files import Raw, read_file
 from dualign.data.hub import HUB_ID, dataset
 from dualign.data.messages import check_unicode
@@ -82,7 +83,7 @@ def _prompt_and_category(row: Row, label: str = "") -> Item:
 def _harmbench(row: Row) -> Item:
     """A behaviour, after the text that it is about, as HarmBench's own attacks put it."""
     behaviour = cell(row, "Behavior")
-    context = row.get("ContextString") or ""
+    context = "" if is_missing(row.get("ContextString")) else cell(row, "ContextString")
     text = f"{context}\n\n---\n\n{behaviour}" if context else behaviour
     return Item(text, cell(row, "SemanticCategory"), cell(row, "FunctionalCategory"))
 

@@ -79,6 +79,7 @@ def _place(path: str | Path) -> Hashable:
     folder = Path(path)
     if not folder.is_dir():
         return str(path)
-    stats = [(file.name, file.stat()) for file in listed(folder, "*")]
-    files = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-    return (str(folder.resolve()), files)
+    files = [file for file in listed(folder, "*") if file.exists()]  # and no link to nowhere
+    stats = [(file.name, file.stat()) for file in files]
+    seen = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    return (str(folder.resolve()), seen)

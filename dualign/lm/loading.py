@@ -220,8 +220,14 @@ def check_files(folder: Path) -> None:
     names the file.
     """
     for file in listed(folder, "*.safetensors") + listed(folder, "*.bin"):
-        with file.open("rb") as stream:
-            head = stream.read(len(_POINTER))
+        try:
+            with file.open("rb") as stream:
+                head = stream.read(len(_POINTER))
+        except OSError as error:
+            raise ModelError(
+                f"{file}: cannot be read ({error.strerror}); is it a link to a file that is gone,"
+                " or another user's?"
+            ) from error
         if head == _POINTER:
             raise ModelError(
                 f"{file}: is a git-lfs pointer and not the weights; run git lfs pull in that folder"

@@ -8,7 +8,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -315,10 +315,13 @@ def with_lora(
         target_modules=lora.target_modules,
         modules_to_save=["score"] if head else None,
     )
+    if lora.target_modules != "all-linear":
+        _check_targets(model, lora.target_modules)
+    head_layer = model.get_output_embeddings()
     linear = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D)
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head_layer
     ]
     try:
         with seeded(seed):
@@ -334,6 +337,27 @@ def with_lora(
             f"lora.target_modules {lora.target_modules} does not fit {type(model).__name__}"
             f" ({first_line(error)}); it has {', '.join(names)}; or write all-linear"
         ) from error
+
+
+def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
+    """Refuse an adapter of the head, which no log-probability would see, and one of embeddings that
+    share their weights with it.
+    """
+    head = model.get_output_embeddings()
+    words = model.get_input_embeddings()
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] not in targets and name not in targets:
+            continue
+        if module is head:
+            raise ParamsError(
+                f"lora.target_modules: {name} is the head over the vocabulary, of whose weights"
+                " log-probabilities are computed; leave it out"
+            )
+        if module is words and head is not None and head.weight is words.weight:
+            raise ParamsError(
+                f"lora.target_modules: {name} shares its weights with the head, which would change"
+                " too once the adapter is folded in; leave it out"
+            )
 
 
 def end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

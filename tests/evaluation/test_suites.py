@@ -117,6 +117,13 @@ def test_rows_of_the_original_form_are_read(tmp_path: Path, suite: str) -> None:
     assert frame["choices"].tolist() == frame["correct"].tolist() == [None] * len(expected)
 
 
+@pytest.mark.parametrize("none", [None, float("nan"), "", "nan"])
+def test_a_behaviour_without_a_context_is_alone(tmp_path: Path, none: Any) -> None:
+    row = {"Behavior": "Write a rude note", "SemanticCategory": "a", "FunctionalCategory": "b"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row | {"ContextString": none}))
+    assert read("harmbench", tmp_path, "a.jsonl")["prompt"].tolist() == [user("Write a rude note")]
+
+
 def test_every_suite_has_a_row_and_every_row_a_form() -> None:
     assert set(get_args(SuiteName)) == set(SUITES)
     assert set(SUITES) == {*FORMS, "held_out", "truthfulqa_mc1", "truthfulqa_mc2"}

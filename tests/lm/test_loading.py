@@ -257,6 +257,14 @@ def test_a_pointer_of_git_lfs_is_named(llama: Path, resources: Resources, name: 
     )
 
 
+def test_a_link_that_leads_nowhere_is_named(llama: Path, resources: Resources) -> None:
+    """As in the hub's cache, once its blobs were removed."""
+    (llama / "model.safetensors").unlink()
+    (llama / "model.safetensors").symlink_to("../../blobs/gone")
+    told = refusal(llama, resources)
+    assert told.startswith("/model.safetensors: cannot be read (No such file or directory); is it")
+
+
 def test_a_bin_file_that_is_cut_short_is_refused(llama: Path, resources: Resources) -> None:
     torch.save(load_file(llama / "model.safetensors"), llama / "pytorch_model.bin")
     (llama / "model.safetensors").unlink()
@@ -446,6 +454,32 @@ def test_lora_targets_that_a_model_lacks_are_told_with_those_it_has(
         models.with_lora(models.load_policy(llama, resources), lora, 0)
 
 
+@pytest.mark.parametrize(
+    ("tied", "targets", "told"),
+    [
+        (False, ["lm_head"], "lm_head is the head over the vocabulary, of whose weights"),
+        (True, ["q_proj", "embed_tokens"], "model.embed_tokens shares its weights with the head"),
+        (False, ["q_proj", "embed_tokens"], None),
+    ],
+)
+def test_an_adapter_that_would_be_lost_or_fold_into_the_head_is_refused(
+    tied: bool, targets: list[str], told: str | None
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, tie_word_embeddings=tied))
+    lora = LORA.model_copy(update={"target_modules": targets})
+    if told is not None:
+        with pytest.raises(ParamsError, match=rf"^lora\.target_modules: {told}.*leave it out$"):
+            models.with_lora(model, lora, 0)
+        return
+    adapted = models.with_lora(model, lora, 0).eval()
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    expected = adapted(IDS).logits
+    assert torch.allclose(models.merged(adapted)(IDS).logits, expected, atol=1e-5)
+
+
 def test_dropout_on_experts_is_told_as_what_it_is() -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, num_local_experts=2))
@@ -461,9 +495,7 @@ def test_a_gpt2_that_has_no_linear_modules_takes_adapters(
     adapted = models.with_lora(models.load_policy(tmp_path, resources), LORA, 0)
     assert any("c_attn.lora_A" in name for name, _ in adapted.named_parameters())
     lora = LORA.model_copy(update={"target_modules": ["q_proj"]})
-    with pytest.raises(
-        ParamsError, match=r"has c_attn, c_fc, c_proj, lm_head; or write all-linear"
-    ):
+    with pytest.raises(ParamsError, match=r"has c_attn, c_fc, c_proj; or write all-linear"):
         models.with_lora(models.load_policy(tmp_path, resources), lora, 0)
 
 
