@@ -423,10 +423,12 @@ def _logit(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -> Tenso
 
 
 def _label_odds(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -> Tensor:
-    """log P(label) - log(1 - P(label)): a sigmoid's logit, or a softmax's less logsumexp."""
+    """log P(label) - log(1 - P(label)): a sigmoid's logit, or a softmax's less logsumexp. Outputs
+    of a regression, such as ratings of several attributes, are no odds and stay what they are.
+    """
     logits = _logits(loaded, ids, mask)
     at = _labels(loaded).index(str(reading.label))
-    if loaded.model.config.problem_type == "multi_label_classification":
+    if loaded.model.config.problem_type in ("multi_label_classification", "regression"):
         return logits[:, at]
     others = torch.cat([logits[:, :at], logits[:, at + 1 :]], 1)
     return logits[:, at] - torch.logsumexp(others, 1)

@@ -97,6 +97,12 @@ def test_a_label_under_a_sigmoid_gives_its_log_odds(labels: Maker, resources: Re
     assert scored(spec, resources) == pytest.approx(np.log(share / (1 - share)), abs=1e-4)
 
 
+def test_an_output_of_a_regression_is_the_score(labels: Maker, resources: Resources) -> None:
+    """As of reward models that rate several attributes, each for itself."""
+    spec = labels("regression", "threat")
+    assert scored(spec, resources) == pytest.approx(logits(spec.path)[:, 2], abs=1e-5)
+
+
 @torch.no_grad()
 def beaver(spec: GivenScorer) -> np.ndarray:
     """Safe RLHF by hand: LlamaModel and head at the last token of its own text, rendered by its own
