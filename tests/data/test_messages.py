@@ -360,6 +360,21 @@ def test_missing_values_written_as_text_are_told(
     assert "a.jsonl:2: a text says just 'nan'" in caplog.text and "1 more rows" in caplog.text
 
 
+@pytest.mark.parametrize("none", ["No input", "<noinput>", "< No Input >.", "no input required."])
+def test_an_input_that_says_that_it_is_none_is_none(tmp_path: Path, none: str) -> None:
+    lines(tmp_path / "a.jsonl", [{"instruction": "q", "input": none, "output": "a"}])
+    spec = SourceSpec(format="alpaca", path="a.jsonl")
+    (row,) = read(spec, "sft", tmp_path, MADE, 0)
+    assert isinstance(row, Usable) and row.prompt == user("q")
+
+
+def test_an_input_that_speaks_of_no_input_is_kept(tmp_path: Path) -> None:
+    given = "no input voltage"
+    lines(tmp_path / "a.jsonl", [{"instruction": "q", "input": given, "output": "a"}])
+    (row,) = read(SourceSpec(format="alpaca", path="a.jsonl"), "sft", tmp_path, MADE, 0)
+    assert isinstance(row, Usable) and row.prompt == user(f"q\n\n{given}")
+
+
 @pytest.mark.parametrize("none", [None, float("nan"), "nan", "None", "", " ", "<NA>"])
 def test_an_input_that_is_missing_is_none(tmp_path: Path, none: Any) -> None:
     lines(tmp_path / "a.jsonl", [{"instruction": "Sing.", "input": none, "output": "la"}])
