@@ -12,6 +12,8 @@ from dualign.data.rows import BadRow, Row
 #: What programs write for a missing value; a number as CSV, JSON and parquet write it; and the two
 #: truth values.
 NULLS = {"nan", "NaN", "None", "null", "NULL", "N/A", "#N/A", "NA", "<NA>"}
+#: What Alpaca's own rows say of a missing input or output: `<noinput>`, `No Output`.
+_NOTHING = re.compile(r"\W*no\W?(in|out)put( needed| required)?\W*", re.IGNORECASE)
 _NUMBER = re.compile(r"[+-]?[0-9]{1,9}(\.0*)?")
 _TRUTH = {"false": 0, "true": 1}
 
@@ -31,8 +33,13 @@ def text(row: Row, column: str) -> str:
 def is_missing(value: Any) -> bool:
     """Whether a cell is null, not a number, blank, or text that stands for these."""
     if isinstance(value, str):
-        return value.strip() in {"", *NULLS}
+        return not value.strip() or says_nothing(value)
     return value is None or value != value
+
+
+def says_nothing(value: str) -> bool:
+    """Whether a text is just what is written for a missing one."""
+    return value.strip() in NULLS or _NOTHING.fullmatch(value) is not None
 
 
 def number(value: Any) -> float | None:

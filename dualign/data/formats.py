@@ -24,8 +24,6 @@ _FLAGS = ("is_response_0_safe", "is_response_1_safe")
 _SEVERITY = ("response_0_severity_level", "response_1_severity_level")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _HELPSTEER2_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")
-#: What stands in some of Alpaca's own rows where there is no input: `<noinput>`.
-_NO_INPUT = re.compile(r"\W*no\W?input( needed| required)?\W*", re.IGNORECASE)
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 OWN_FLAGS = ("chosen_is_safe", "rejected_is_safe")
 _ANSWER = ("prompt", "response")
@@ -172,9 +170,7 @@ def _dialogue(row: Row, column: str) -> tuple[list[Message], str]:
 
 
 def _alpaca(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) -> Iterator[Item]:
-    value = row.get("input")
-    none = cells.is_missing(value) or (isinstance(value, str) and _NO_INPUT.fullmatch(value))
-    given = "" if none else cells.text(row, "input")
+    given = "" if cells.is_missing(row.get("input")) else cells.text(row, "input")
     question = f"{cells.text(row, 'instruction')}\n\n{given}".strip()
     yield Usable(where, user(question), cells.text(row, "output"))
 

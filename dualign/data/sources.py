@@ -185,9 +185,8 @@ class _Whole:
 
 def _says_null(record: Usable) -> bool:
     """Whether a text of the record is what is written for a missing value."""
-    return not cells.NULLS.isdisjoint(
-        (record.chosen, record.rejected, record.prompt[-1]["content"])
-    )
+    texts = (record.chosen, record.rejected, record.prompt[-1]["content"])
+    return any(map(cells.says_nothing, filter(None, texts)))
 
 
 def _labels(form: Format, kind: Kind, columns: Mapping[str, str]) -> tuple[str, ...]:

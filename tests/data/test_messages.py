@@ -354,7 +354,7 @@ def test_what_stands_twice_is_refused(tmp_path: Path) -> None:
 def test_missing_values_written_as_text_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lines(tmp_path / "a.jsonl", [pku(0), pku(1, response_0="nan"), pku(2, response_1="None")])
+    lines(tmp_path / "a.jsonl", [pku(0), pku(1, response_0="nan"), pku(2, response_1="<nooutput>")])
     with caplog.at_level(logging.WARNING):
         stream(tmp_path, "helpful", "a.jsonl")
     assert "a.jsonl:2: a text says just 'nan'" in caplog.text and "1 more rows" in caplog.text
