@@ -76,7 +76,7 @@ class _LmEval(Record):
 def from_lm_eval(content: dict[str, Any]) -> list[HarnessRecord]:
     """The tasks in a results file of lm-evaluation-harness. Raises pydantic's ValidationError."""
     results = _LmEval.model_validate(content)
-    adapter = (results.config.get("model_args") or {}).get("peft")
+    adapter = _arguments(results.config.get("model_args")).get("peft")
     return [
         HarnessRecord(
             harness="lm-eval",
@@ -88,6 +88,14 @@ def from_lm_eval(content: dict[str, Any]) -> list[HarnessRecord]:
         )
         for task, values in results.results.items()
     ]
+
+
+def _arguments(given: Any) -> dict[str, Any]:
+    """What the model was loaded with: a mapping, or `KEY=VALUE,...` as on the command line."""
+    if isinstance(given, str):
+        pairs = (part.partition("=") for part in given.split(","))
+        return {key.strip(): value for key, _, value in pairs}
+    return given if isinstance(given, dict) else {}
 
 
 def _lm_eval_rows(values: dict[str, Any], items: dict[str, int]) -> Iterator[HarnessRow]:
@@ -210,7 +218,7 @@ def _content(file: Path) -> Any:
     """The JSON of a tool's file."""
     try:
         return json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{file}: cannot be read as JSON ({error}); name a results file or a JSON log"
         ) from error

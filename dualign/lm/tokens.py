@@ -154,9 +154,11 @@ def _found_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
     answer = _ANSWERS[0]
     (head,) = render(tokenizer, [question], answering=True)
     (whole,) = render(tokenizer, [[*question, _assistant(answer)]])
-    if QUESTION not in head or answer not in whole.rpartition(QUESTION)[2]:
+    alike = common_prefix(head, whole)
+    if QUESTION not in head[:alike] or answer not in whole[alike:]:
         raise ModelError(
-            "the chat template ignores its messages; give another Jinja file as sft.chat_template"
+            "the chat template ignores its messages, or writes a question otherwise once it is"
+            " answered; give another Jinja file as sft.chat_template"
         )
     after = whole.rpartition(answer)[2]
     extends = whole.startswith(head)

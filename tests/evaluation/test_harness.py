@@ -54,6 +54,14 @@ def test_inspect_tells_each_scorer_with_its_error() -> None:
     assert row.error == metrics["stderr"]["value"] and row.items == row.total == 12
 
 
+@pytest.mark.parametrize("given", ["", None, "pretrained=models/sft,peft=models/ours,dtype=float"])
+def test_arguments_may_be_those_of_the_command_line(tmp_path: Path, given: str | None) -> None:
+    """As older versions of lm-evaluation-harness write them."""
+    named = json.loads(LM_EVAL.read_text())["model_name"]
+    (record,) = read_results(edited(LM_EVAL, tmp_path, config={"model_args": given}))
+    assert record.model == ("models/ours" if given else named)
+
+
 def test_an_adapter_is_the_model_and_a_part_of_the_items_is_told(tmp_path: Path) -> None:
     config = {"model_args": {"pretrained": "models/sft", "peft": "models/aligned/ours/adapter"}}
     counts = {"plain_questions": {"original": 450, "effective": 12}}
@@ -126,10 +134,12 @@ def test_files_of_neither_are_refused_and_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     Path("list.json").write_text("[]")
     Path("half.json").write_text(LM_EVAL.read_text()[:100])
+    Path("deep.json").write_text("[" * 100_000)
     shutil.copy(INSPECT, "log.eval")
     for name, told in (
         ("list.json", "list.json: neither a results file of lm-evaluation-harness nor a JSON log"),
         ("half.json", "half.json: cannot be read as JSON"),
+        ("deep.json", "deep.json: cannot be read as JSON"),
         ("none.json", "none.json: cannot be read as JSON"),
         ("log.eval", "log.eval: is a binary log; `inspect log convert log.eval --to json"),
     ):

@@ -201,6 +201,8 @@ def test_a_date_that_cannot_be_pinned_is_refused(tmp_path: Path, call: str) -> N
         ("{% for turn in messages %}{{ turn['content'] }}", "is no valid Jinja (line 1: "),
         ("{{ 'Hello' }}{{ eos_token }}", "ignores its messages"),
         ("{{ messages[0]['content'] }}", "ignores its messages"),
+        ("USER: {{ messages[-1]['content'] }}{{ eos_token }}", "writes a question otherwise"),
+        ("{{ messages | length }}{{ messages | map(attribute='content') | join }}", "otherwise"),
         ("{{ raise_exception('never') }}", "refuses a question and its answer (never)"),
         ("{{ messages[0]['content'] + 1 }}", "refuses a question and its answer"),
         ("{{ messages.nothing.there }}", "refuses a question and its answer"),
