@@ -257,9 +257,9 @@ def _rows(path: Path) -> Iterator[tuple[int, Item]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(
-                    f"{path}:{number}: not valid JSON ({error.msg}); one object a line"
+                    f"{path}:{number}: not valid JSON ({error}); one object a line"
                 ) from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number}: not a JSON object; one object a line")

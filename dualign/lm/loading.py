@@ -243,7 +243,7 @@ def _check_shards(index: Path) -> None:
     """Every shard that an index names is there."""
     try:
         shards = set(json.loads(index.read_text())["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{index}: is no index of shards ({first_line(error)}); download it again"
         ) from error
@@ -264,7 +264,7 @@ def _check_length(file: Path) -> None:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length)) if length < size else {}
         ends = [row["data_offsets"][1] for name, row in header.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         header = {}
         ends = []
     if not header or 8 + length + max(ends, default=0) != size:

@@ -343,6 +343,8 @@ def test_a_comparison_names_a_side(tmp_path: Path) -> None:
     ("text", "says"),
     [
         (b"{", ":1: not valid JSON"),
+        (b"[" * 100_000, ":1: not valid JSON"),
+        (b'{"id": ' + b"9" * 5000 + b"}", ":1: not valid JSON"),
         (b"\n[1]", ":2: not a JSON object"),
         (b"\xff", "cannot be read as UTF-8"),
     ],

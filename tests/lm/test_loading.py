@@ -218,8 +218,17 @@ def test_a_file_that_is_cut_short_is_named(llama: Path, resources: Resources, ke
     )
 
 
-def test_a_file_of_noise_is_named(llama: Path, resources: Resources) -> None:
-    (llama / "model.safetensors").write_bytes(b"<html>not found</html>" * 40)
+@pytest.mark.parametrize(
+    "noise",
+    [
+        b"<html>not found</html>" * 40,
+        (100_000).to_bytes(8, "little") + b"[" * 200_000,
+        (5000).to_bytes(8, "little") + b"9" * 9000,
+    ],
+    ids=["html", "nested", "number"],
+)
+def test_a_file_of_noise_is_named(llama: Path, resources: Resources, noise: bytes) -> None:
+    (llama / "model.safetensors").write_bytes(noise)
     assert (
         refusal(llama, resources)
         == "/model.safetensors: is cut short or damaged; download it again"
