@@ -5,6 +5,7 @@ an error by name.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from dualign.core.artifacts import listed
 from dualign.core.errors import ModelError, ParamsError
 from dualign.lm.quantised import MARK, check_installed
+
+log = logging.getLogger(__name__)
 
 _POINTER = b"version https://git-lfs"
 _NAMED = 3  # weights that an error names
@@ -89,6 +92,7 @@ def load_reported(
     if dtype == "auto":
         _as_stored(Path(path), model)
     _check_finite(path, model)
+    _keep_head(path, model)
     return (_plain(model) if gguf_file else model), sorted(report["missing_keys"])
 
 
@@ -308,6 +312,25 @@ def _as_stored(folder: Path, model: PreTrainedModel) -> None:
                     and stored.get_slice(name).get_dtype() == "F32"
                 ):
                     weights[name].data = stored.get_tensor(name)
+
+
+def _keep_head(path: str | Path, model: PreTrainedModel) -> None:
+    """Let the configuration say of the head what the checkpoint does: transformers keeps a head
+    that differs from the embeddings, and ties it after all once the vocabulary grows.
+    """
+    head = model.get_output_embeddings()
+    words = model.get_input_embeddings()
+    configs = [model.config, model.config.get_text_config()]
+    tied = [one for one in configs if getattr(one, "tie_word_embeddings", False)]
+    if not tied or head is None or head.weight is words.weight:
+        return
+    log.warning(
+        "%s: config.json ties the head to the embeddings, but the checkpoint has a head of its own,"
+        " which is kept",
+        path,
+    )
+    for config in tied:
+        config.tie_word_embeddings = False
 
 
 def _check_finite(path: str | Path, model: torch.nn.Module) -> None:

@@ -136,6 +136,31 @@ def test_shards_load_as_one_file_does(tmp_path: Path, resources: Resources) -> N
     )
 
 
+def test_a_head_of_its_own_is_kept_where_the_configuration_ties_it(
+    llama: Path, resources: Resources, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A vocabulary that grows would tie the two, and the base be another model."""
+    change_json(llama / "config.json", tie_word_embeddings=True)
+    model = models.load_policy(llama, resources, trained=True)
+    assert "has a head of its own, which is kept" in caplog.text
+    expected = model(IDS).logits[..., :96]
+    model.resize_token_embeddings(128, mean_resizing=False)
+    assert torch.equal(model(IDS).logits[..., :96], expected)
+    models.save(model, byte_level(CHATS["zephyr"]), llama.parent / "saved")
+    caplog.clear()
+    again = models.load_policy(llama.parent / "saved", resources)
+    assert torch.equal(again(IDS).logits[..., :96], expected) and not caplog.text
+
+
+def test_a_tied_head_stays_tied(tmp_path: Path, resources: Resources) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = models.load_policy(tmp_path, resources, trained=True)
+    assert model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
 def test_a_bin_file_loads(llama: Path, resources: Resources) -> None:
     torch.save(load_file(llama / "model.safetensors"), llama / "pytorch_model.bin")
     (llama / "model.safetensors").unlink()
