@@ -61,7 +61,8 @@ def set_up(name: str, root: Path, work: Path, inputs: Path | None) -> Side:
         return side
     with replacing(side.folder) as folder:
         for path in CODE:
-            copy_over(root / path, folder / path)
+            if (root / path).exists():  # an older checkout has not all of them
+                copy_over(root / path, folder / path)
         for path in WRITTEN if inputs is not None else ():
             shutil.copytree(Path(str(inputs)) / path, folder / path, dirs_exist_ok=True)
         _call(["-m", "dvc", "init", "--no-scm"], folder)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -53,12 +53,14 @@ class Layout:
 
     `end` is that token's text, None where the template writes none and EOS is appended; `after` is
     all that follows an answer. `extends` says that a whole conversation begins with its generation
-    prompt. `trim` counts ids at the end of a prompt that merge with the answer's first characters;
-    they count as the answer's."""
+    prompt, `asks` that what both begin with holds the question; a guard's template need not, which
+    reads whole conversations alone. `trim` counts ids at the end of a prompt that merge with the
+    answer's first characters; they count as the answer's."""
 
     end: str | None
     after: str
     extends: bool
+    asks: bool
     trim: int = 0
 
 
@@ -82,8 +84,15 @@ def layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]]
 ) -> list[list[int]]:
-    """Token ids of each prompt, up to the answer. Raises DataError where the template refuses."""
+    """Token ids of each prompt, up to the answer. Raises DataError where the template refuses one,
+    ModelError where it writes a question otherwise once it is answered.
+    """
     form = layout(tokenizer)
+    if not form.asks:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: the chat template writes a question otherwise once it is"
+            " answered; give another Jinja file as sft.chat_template"
+        )
     ids = encode_rendered(tokenizer, prompts, lambda turns: _heads(tokenizer, turns, form))
     return [row[: len(row) - form.trim] for row in ids]
 
@@ -154,11 +163,9 @@ def _found_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
     answer = _ANSWERS[0]
     (head,) = render(tokenizer, [question], answering=True)
     (whole,) = render(tokenizer, [[*question, _assistant(answer)]])
-    alike = common_prefix(head, whole)
-    if QUESTION not in head[:alike] or answer not in whole[alike:]:
+    if QUESTION not in head or answer not in whole.rpartition(QUESTION)[2]:
         raise ModelError(
-            "the chat template ignores its messages, or writes a question otherwise once it is"
-            " answered; give another Jinja file as sft.chat_template"
+            "the chat template ignores its messages; give another Jinja file as sft.chat_template"
         )
     after = whole.rpartition(answer)[2]
     extends = whole.startswith(head)
@@ -168,8 +175,9 @@ def _found_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
             " both agree"
         )
     control = _control(tokenizer).search(after)
-    found = Layout(control[0] if control else None, after, extends)
-    return Layout(found.end, after, extends, _merged(tokenizer, found))
+    asks = QUESTION in head[: common_prefix(head, whole)]
+    found = Layout(control[0] if control else None, after, extends, asks)
+    return replace(found, trim=_merged(tokenizer, found))
 
 
 def _merged(tokenizer: PreTrainedTokenizerBase, found: Layout) -> int:

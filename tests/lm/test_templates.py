@@ -201,8 +201,6 @@ def test_a_date_that_cannot_be_pinned_is_refused(tmp_path: Path, call: str) -> N
         ("{% for turn in messages %}{{ turn['content'] }}", "is no valid Jinja (line 1: "),
         ("{{ 'Hello' }}{{ eos_token }}", "ignores its messages"),
         ("{{ messages[0]['content'] }}", "ignores its messages"),
-        ("USER: {{ messages[-1]['content'] }}{{ eos_token }}", "writes a question otherwise"),
-        ("{{ messages | length }}{{ messages | map(attribute='content') | join }}", "otherwise"),
         ("{{ raise_exception('never') }}", "refuses a question and its answer (never)"),
         ("{{ messages[0]['content'] + 1 }}", "refuses a question and its answer"),
         ("{{ messages.nothing.there }}", "refuses a question and its answer"),
@@ -217,6 +215,16 @@ def test_a_template_that_cannot_be_used_is_refused_in_one_line(
     tmp_path: Path, template: str, says: str
 ) -> None:
     assert says in refusal(byte_level(CHATS["chatml"]), tmp_path, template)
+
+
+def test_a_template_that_changes_an_answered_question_gives_no_prompts(tmp_path: Path) -> None:
+    """It can be loaded: a guard, which reads whole conversations, may have such a one."""
+    template = "{{ messages | length }}{{ messages | map(attribute='content') | join }}"
+    (tmp_path / "mine.jinja").write_text(template)
+    byte_level(CHATS["chatml"]).save_pretrained(tmp_path)
+    given = load_tokenizer(tmp_path, chat_template=str(tmp_path / "mine.jinja"))
+    with pytest.raises(ModelError, match=r"writes a question otherwise once it is answered"):
+        encode_prompts(given, [user("Who wrote it?")])
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
