@@ -201,7 +201,11 @@ def read_json(path: str | Path) -> Any:
         raise DualignError(
             f"{path}:{error.lineno}: not valid JSON ({error.msg}); run its stage again"
         ) from error
-    except (RecursionError, ValueError) as error:  # a number of thousands of digits, too
+    except RecursionError as error:
+        raise DualignError(
+            f"{path}: JSON nested too deeply to be a stage's; run its stage again"
+        ) from error
+    except ValueError as error:  # a number of thousands of digits
         raise DualignError(f"{path}: no JSON of a stage ({error}); run its stage again") from error
 
 

@@ -90,7 +90,9 @@ def _become(arguments: list[str]) -> None:
     """`python -m MODULE ...`, in this process."""
     option, module, *rest = arguments
     assert option == "-m" and module.startswith("stages.")
-    sys.path[:] = [os.getcwd(), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    others = [path for path in sys.path if path not in ("", str(ROOT))]
+    sys.path[:] = [os.getcwd(), *filter(None, named), *others]
     importlib.invalidate_caches()
     sys.argv = ["-m", *rest]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
