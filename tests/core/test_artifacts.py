@@ -210,10 +210,11 @@ def test_json_that_is_missing_or_cut_short_is_named(tmp_path: Path) -> None:
     (tmp_path / "cut.json").write_text('{"a": 1,\n "b": ')
     with pytest.raises(DualignError, match=r"cut\.json:2: not valid JSON"):
         read_json(tmp_path / "cut.json")
-    for number, text in enumerate(("[" * 100_000, "9" * 5000)):
-        (tmp_path / f"{number}.json").write_text(text)
-        with pytest.raises(DualignError, match=rf"{number}\.json: no JSON of a stage"):
-            read_json(tmp_path / f"{number}.json")
+    wrong = {"JSON nested too deeply": "[" * 100_000, "no JSON of a stage": "9" * 5000}
+    for why, text in wrong.items():
+        (tmp_path / "odd.json").write_text(text)
+        with pytest.raises(DualignError, match=rf"odd\.json: {why}"):
+            read_json(tmp_path / "odd.json")
 
 
 def test_json_that_a_stage_may_not_have_written_is_empty_and_one_cut_short_still_named(
