@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign.core.errors import DataError, ModelError
 from dualign.core.schema import user
-from dualign.lm.tokens import QUESTION, layout, render, told
+from dualign.lm.tokens import QUESTION, TEMPLATE, layout, render, told
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def own_template(tokenizer: PreTrainedTokenizerBase, source: str) -> str | None:
     if "default" not in found:
         raise ModelError(
             f"{source}: the tokenizer has chat templates {names} and none is named default; give"
-            " one of them as sft.chat_template"
+            f" one of them as {TEMPLATE}"
         )
     log.info("%s: of chat templates %s the default one is taken", source, names)
     return found["default"]
@@ -73,7 +73,7 @@ def settle(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
     except DataError as error:
         raise ModelError(
             f"{source}: the chat template refuses a question and its answer"
-            f" ({told(error.__cause__ or error)}); give another Jinja file as sft.chat_template"
+            f" ({told(error.__cause__ or error)}); give another Jinja file as {TEMPLATE}"
         ) from error
 
 
@@ -83,7 +83,7 @@ def _pinned(template: str, source: str) -> str:
     if "strftime_now" in _HARMLESS.sub("", dated):
         raise ModelError(
             f"{source}: the chat template asks for today's date in a way that cannot be pinned;"
-            " write a date into a copy of it and name that as sft.chat_template"
+            f" write a date into a copy of it and name that as {TEMPLATE}"
         )
     if dated != template:
         log.info(

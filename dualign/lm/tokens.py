@@ -33,6 +33,8 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
 )
 
+#: The keys of params that name a template.
+TEMPLATE = "sft.chat_template (of a scorer: template)"
 #: What is asked of every template: a question, and answers that begin in different ways.
 QUESTION = "Who wrote it?"
 _ANSWERS = ("Sure", "I", "1", '"No"', "élan", "The end.")
@@ -91,7 +93,7 @@ def encode_prompts(
     if not form.asks:
         raise ModelError(
             f"{tokenizer.name_or_path}: the chat template writes a question otherwise once it is"
-            " answered; give another Jinja file as sft.chat_template"
+            f" answered; give another Jinja file as {TEMPLATE}"
         )
     ids = encode_rendered(tokenizer, prompts, lambda turns: _heads(tokenizer, turns, form))
     return [row[: len(row) - form.trim] for row in ids]
@@ -165,7 +167,7 @@ def _found_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
     (whole,) = render(tokenizer, [[*question, _assistant(answer)]])
     if QUESTION not in head or answer not in whole.rpartition(QUESTION)[2]:
         raise ModelError(
-            "the chat template ignores its messages; give another Jinja file as sft.chat_template"
+            f"the chat template ignores its messages; give another Jinja file as {TEMPLATE}"
         )
     after = whole.rpartition(answer)[2]
     extends = whole.startswith(head)
@@ -269,14 +271,14 @@ def render(
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(
                 f"the chat template is no valid Jinja (line {error.lineno}: {told(error)}); mend"
-                " the tokenizer's, or give a file as sft.chat_template"
+                f" the tokenizer's, or give a file as {TEMPLATE}"
             ) from error
         except Exception as error:  # whatever the template's expressions raise
             roles = ", ".join(turn["role"] for turn in turns)
             raise DataError(
                 f"row {row} (turns {roles}: {turns[-1]['content'][:40]!r}): the chat template"
                 f" refuses it ({told(error)}); leave such rows out, or give another template as"
-                " sft.chat_template"
+                f" {TEMPLATE}"
             ) from error
     return texts
 

@@ -409,7 +409,8 @@ def test_a_tokenizer_without_template_is_refused(scratch: PreTrainedTokenizerBas
 def test_a_row_that_the_template_refuses_is_named(talkers: dict) -> None:
     tokenizer = talkers["gemma", "byte_level"]
     with pytest.raises(
-        DataError, match=r"^row 2 \(turns system, user.*no system turn.*sft\.chat_template$"
+        DataError,
+        match=r"^row 2 \(turns system, user.*no system turn.*sft\.chat_template \(of .*\)$",
     ) as caught:
         encode_prompts(tokenizer, [user("hi"), TALK[:2]])
     assert "\n" not in str(caught.value)
