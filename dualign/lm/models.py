@@ -317,12 +317,6 @@ def with_lora(
     )
     if lora.target_modules != "all-linear":
         _check_targets(model, lora.target_modules)
-    head_layer = model.get_output_embeddings()
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head_layer
-    ]
     try:
         with seeded(seed):
             return get_peft_model(model, config)
@@ -332,6 +326,12 @@ def with_lora(
                 f"lora.dropout {lora.dropout:g} does not go with the experts of"
                 f" {type(model).__name__}; set it to 0"
             ) from error
+        head_layer = model.get_output_embeddings()
+        linear = (
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear | Conv1D) and module is not head_layer
+        )
         names = sorted({name.rpartition(".")[2] for name in linear})
         raise ParamsError(
             f"lora.target_modules {lora.target_modules} does not fit {type(model).__name__}"

@@ -27,7 +27,6 @@ from dualign.math.constraints import Constraint, Price
 from dualign.math.dual.tilt import predict, soft_value
 from dualign.math.losses import lagrangian_scale
 from dualign.params import loading
-from dualign.params.base import Resources
 from dualign.params.training import LagrangianDpoParams
 from dualign.stage import Run
 from dualign.training import pairwise
@@ -36,28 +35,10 @@ from dualign.training.pairwise import train_pairwise
 from stages import lagrangian_dpo
 from stages.lagrangian_dpo import multiplier, own_answers
 from tests.stages.conftest import save_scorers
-from tests.tiny import TINY
+from tests.tiny import TINY, on_cpu
 from tests.written import safety, solved
 
-RESOURCES = Resources(
-    device="cpu",
-    precision="fp32",
-    engine="generate",
-    engine_url=None,
-    engine_python=None,
-    processes=1,
-    nodes=1,
-    distributed="ddp",
-    report_to=[],
-    peak_tflops=None,
-    micro_batch_size=None,
-    sampling_batch_size=8,
-    scoring_batch_size=8,
-    gradient_checkpointing=False,
-    checkpoint_steps=100,
-    log_steps=1,
-    threads=1,
-)
+RESOURCES = on_cpu(sampling_batch_size=8, scoring_batch_size=8, checkpoint_steps=100, log_steps=1)
 
 SCRATCH = TINY.model_copy(update={"context": 512})
 MODELS = ("sft", "reward_dpo/helpful", "safety_dpo/alone")

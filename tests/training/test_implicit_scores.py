@@ -24,7 +24,6 @@ from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.math import tabular
 from dualign.math.dual.root import root
 from dualign.math.dual.solution import solve
-from dualign.params.base import Resources
 from dualign.training.implicit_scores import (
     Sources,
     Tables,
@@ -35,7 +34,7 @@ from dualign.training.implicit_scores import (
     with_implicit_cost,
     with_implicit_reward,
 )
-from tests.tiny import TINY
+from tests.tiny import TINY, on_cpu
 from tests.written import safety
 
 Array = np.ndarray
@@ -150,25 +149,7 @@ def test_the_tilt_by_implicit_scores_is_the_optimum_and_without_beta_it_goes_too
 
 # --- tables ---------------------------------------------------------------------------------------
 
-RESOURCES = Resources(
-    device="cpu",
-    precision="fp32",
-    engine="generate",
-    engine_url=None,
-    engine_python=None,
-    processes=1,
-    nodes=1,
-    distributed="ddp",
-    report_to=[],
-    peak_tflops=None,
-    micro_batch_size=None,
-    sampling_batch_size=8,
-    scoring_batch_size=5,
-    gradient_checkpointing=False,
-    checkpoint_steps=100,
-    log_steps=100,
-    threads=1,
-)
+RESOURCES = on_cpu(sampling_batch_size=8, scoring_batch_size=5, checkpoint_steps=100, log_steps=100)
 QUESTIONS = world.prompts()[:3]
 
 
