@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
+import signal
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -111,7 +112,12 @@ def use_running() -> None:
 @contextlib.contextmanager
 def own_server() -> Iterator[None]:
     """Around Prefect's own server: raises PipelineError if it does not come up in time."""
+    from prefect.settings import get_current_settings
+
+    settings = get_current_settings()
     try:
+        if not settings.api.url and settings.server.ephemeral.enabled:
+            _start()
         yield
     except RuntimeError as error:
         if "ephemeral Prefect API server" not in str(error):
@@ -120,6 +126,18 @@ def own_server() -> Iterator[None]:
             "Prefect's own server did not come up; start one in another terminal, prefect server"
             " start, or give it more time: PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS=600"
         ) from error
+
+
+def _start() -> None:
+    """Start Prefect's own server, deaf to Ctrl-C: a terminal sends it there too, and without the
+    server a run that stops asks for minutes."""
+    from prefect.server.api.server import SubprocessASGIServer
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the process inherits it
+    try:
+        SubprocessASGIServer().start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _use(api: str) -> None:

@@ -4,6 +4,8 @@ not answer.
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +87,24 @@ def test_a_server_of_ones_own_that_does_not_come_up_is_one_line(
         and "\nPrefect's own server did not come up; start one in another terminal" in said
     )
     assert "Traceback" not in said
+
+
+def test_ctrl_c_in_a_terminal_reaches_no_server_of_ones_own(project: Project, home: Path) -> None:
+    """A terminal sends it to all processes; without its server the run would ask for minutes."""
+    project.set(first={"then": "wait"})
+    bare = {name: value for name, value in environment().items() if not name.startswith("PREFECT_")}
+    run = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "run", "--stage", "first"],
+        cwd=project.root,
+        env={**bare, "PREFECT_HOME": str(home), "PREFECT_SERVER_API_PORT": "9"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert run.stderr is not None
+    assert any("step 1 of 2" in line for line in run.stderr)
+    os.killpg(run.pid, signal.SIGINT)
+    rest = run.stderr.read()
+    run.stderr.close()
+    assert run.wait() == 130, rest
+    assert "Cancelled" in rest and "Unable to connect" not in rest and "Traceback" not in rest
