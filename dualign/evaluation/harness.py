@@ -74,8 +74,11 @@ class _LmEval(Record):
 
 
 def from_lm_eval(content: dict[str, Any]) -> list[HarnessRecord]:
-    """The tasks in a results file of lm-evaluation-harness. Raises pydantic's ValidationError."""
+    """The tasks in a results file of lm-evaluation-harness. Raises pydantic's ValidationError, and
+    DataError where there is none."""
     results = _LmEval.model_validate(content)
+    if not results.results:
+        raise DataError("holds no task; run the evaluation again")
     adapter = _arguments(results.config.get("model_args")).get("peft")
     return [
         HarnessRecord(
@@ -245,8 +248,15 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """The command, called `prog`; returns its exit status. All files are read before one is
     written."""
     asked = parser(prog).parse_args(argv)
-    records = [record for file in asked.files for record in read_results(file)]
-    for record in records:
+    records: dict[str, HarnessRecord] = {}
+    for file in asked.files:
+        for record in read_results(file):
+            if records.setdefault(record.name, record) != record:
+                raise DataError(
+                    f"{file}: {record.task} of {record.model} has other results than before it, and"
+                    f" {record.name}.json can hold one; import one of them"
+                )
+    for record in records.values():
         place = asked.out / f"{record.name}.json"
         write_json(place, as_row(record))
         sys.stdout.write(f"{place}: {_told(record)}\n")

@@ -23,6 +23,7 @@ from dualign.params.data import PrepareParams, SourceSpec
 from dualign.params.loading import load
 from dualign.params.models import SftParams
 from dualign.publishing.licences import NON_COMMERCIAL, licence_of, together
+from dualign.scoring.scorers import CARD as SCORER
 
 COMPARISON = Path("reports/comparison.json")
 #: What the metadata and the table show of a policy, and what it is called.
@@ -61,7 +62,7 @@ def published(root: Path, folder: str) -> Published:
     Raises DataError where there is no such policy, or no report that compares it.
     """
     policy = root / "models" / folder
-    if not is_policy(policy):
+    if not is_policy(policy) or (policy / SCORER).is_file():
         raise DataError(f"{policy}: holds no policy; `models/certified/NAME` is one only if one is")
     if not (root / COMPARISON).is_file():
         raise DataError(f"{root / COMPARISON}: is missing; run the stage report first")

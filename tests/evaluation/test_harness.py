@@ -110,9 +110,22 @@ def test_an_import_writes_a_file_for_each_task_and_a_later_one_replaces_it(
     assert read_json(f"reports/harness/{names[1]}.json")["rows"][0]["error"] is None
 
 
+def test_two_results_of_one_name_are_refused_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 0 and of 5 examples, say: the later would take the place of the earlier."""
+    monkeypatch.chdir(tmp_path)
+    other = edited(LM_EVAL, tmp_path, results={"plain_questions": {"acc,none": 0.5}})
+    assert main([str(LM_EVAL), str(other)]) == 2
+    assert "plain_questions of models/aligned/dualign has other results" in capsys.readouterr().err
+    assert not Path("reports").exists()
+    assert main([str(LM_EVAL), str(LM_EVAL)]) == 0
+
+
 @pytest.mark.parametrize(
     ("file", "changes", "told"),
     [
+        (LM_EVAL, {"results": {}}, r"lm_eval\.json: holds no task"),
         (LM_EVAL, {"results": []}, r"lm_eval\.json: results: input should be a valid dictionary"),
         (LM_EVAL, {"model_name": None}, r"lm_eval\.json: model_name: input should be a valid str"),
         (LM_EVAL, {"lm_eval_version": 4}, r"lm_eval\.json: lm_eval_version: input should be a v"),

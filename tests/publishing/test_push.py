@@ -10,13 +10,14 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from dualign.core.artifacts import read_json
+from dualign.core.errors import DataError
 from dualign.data import world
 from dualign.lm import models
 from dualign.params.base import LoraParams, Resources
 from dualign.params.data import PrepareParams
 from dualign.params.loading import load, load_resources
 from dualign.params.models import SftParams
-from dualign.publishing.card import Published
+from dualign.publishing.card import Published, published
 from dualign.publishing.push import push
 from tests.tiny import WIDER
 
@@ -72,3 +73,10 @@ def test_an_adapter_of_this_run_is_pushed_whole_or_on_a_base_that_others_have(ru
     push(one, f"file://{run}/adapter", "owner/sft")
     config = read_json(run / "adapter/adapter_config.json")
     assert config["base_model_name_or_path"] == "owner/sft"
+
+
+def test_a_scorer_is_no_policy(run: Path) -> None:
+    """A card that loads it as one would give others a model without its head."""
+    (run / "models/sft/scorer.json").write_text("{}")
+    with pytest.raises(DataError, match="models/sft: holds no policy"):
+        published(run, "sft")
