@@ -8,6 +8,7 @@ python -m pipeline run --stage dual_init --set constraint.limit=-0.5
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -43,6 +44,11 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     except BrokenPipeError:  # whoever reads, `head` say, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.stderr.write(f"{error.filename or Path.cwd()}: {error.strerror}\n")
+        return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run again to go on\n")
         return 130
@@ -134,7 +140,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 def _status_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--last", type=_positive, default=5, metavar="N", help="how many runs (default 5)"
+        "--last", type=_count, default=5, metavar="N", help="how many runs (default 5, at most 200)"
     )
     parser.add_argument(
         "--all", action="store_true", help="those of every workspace that shares the server"
@@ -226,6 +232,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if _positive(text) > 200:
+        raise argparse.ArgumentTypeError(f"{text} is more than the 200 that a server tells of")
+    return int(text)
+
+
 def _check_root(root: Path) -> None:
     if not (root / "dvc.yaml").is_file() or not (root / ".dvc").is_dir():
         raise PipelineError(
@@ -290,10 +302,10 @@ def _dag() -> dict[str, StageSpec]:
 
 def _run(arguments: argparse.Namespace) -> int:
     from pipeline import names, yaml_text
-    from pipeline.dvc.parameters import assign, parse
+    from pipeline.dvc.parameters import assign, settings_of
     from pipeline.dvc.plan import select
 
-    settings = dict(parse(setting) for setting in arguments.settings)
+    settings = settings_of(arguments.settings)
     if not arguments.params:  # a slip of the pen need not wait for a server
         names.check(Path.cwd(), assign(yaml_text.read(Path("params.yaml")), settings))
         select(_dag(), arguments.stages)

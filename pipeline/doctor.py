@@ -60,12 +60,7 @@ def _graph(root: Path) -> Iterator[Finding]:
     try:
         dag = load_dag(root)
     except (DvcException, PipelineError) as error:
-        remedy = (
-            "; take one side of a merge, git checkout --ours dvc.lock, then run"
-            if "'dvc.lock'" in str(error)
-            else ""
-        )
-        yield Finding("wrong", f"dvc.yaml, params.yaml: {one_line(error)}{remedy}")
+        yield Finding("wrong", f"dvc.yaml, params.yaml: {one_line(error)}")
         return
     yield Finding("ok", f"dvc.yaml: {len(dag)} stages")
 

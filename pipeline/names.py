@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from pipeline import yaml_text
 from pipeline.dotted import value_at
 from pipeline.errors import PipelineError
@@ -28,13 +26,11 @@ def check(root: Path, text: str | None = None) -> None:
 
     Raises PipelineError, in one line, for a name that is none.
     """
-    params = root / "params.yaml"
-    if text is None and not params.exists():
-        return  # DVC says which key it lacks
-    content = yaml_text.load(yaml_text.read(params) if text is None else text)
-    graph = YAML(typ="safe").load(yaml_text.read(root / "dvc.yaml"))
-    for stage in graph["stages"].values():
-        if "foreach" in stage:
+    content = yaml_text.load(yaml_text.read(root / "params.yaml") if text is None else text)
+    graph = yaml_text.load(yaml_text.read(root / "dvc.yaml"), "dvc.yaml")
+    stages = value_at(graph, "stages")
+    for stage in stages.values() if isinstance(stages, dict) else ():
+        if isinstance(stage, dict) and "foreach" in stage:
             _check_runs(str(stage["foreach"]), stage["do"], content)
 
 

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from pipeline import names, yaml_text
 from pipeline.dvc import inputs, records
 from pipeline.dvc.checkout import CARRIED, committed, git, published, working_tree, write_files
 from pipeline.dvc.dag import StageSpec, load_dag
-from pipeline.dvc.parameters import assign
+from pipeline.dvc.parameters import assign, check_once
 from pipeline.dvc.plan import one_line, select, with_upstream
 from pipeline.errors import PipelineError
 from pipeline.prefect import artifacts, identity
@@ -35,6 +36,8 @@ from pipeline.run.fetch import fetch
 
 #: Columns of metrics in the table; `dvc exp show` has all.
 COLUMNS = 6
+#: Bytes of a point's name, of which files of 255 at most are named.
+LONGEST = 200
 #: How a point ended, by the exit status of `python -m pipeline run`.
 ENDS = {0: "completed", 1: "failed", 2: "refused", 3: "awaits labels", 130: "interrupted"}
 #: How a point ends whose results are those of its params, the second without a run.
@@ -58,7 +61,11 @@ class Point:
     def name(self) -> str:
         """`beta=0.1,constraint.limit=-0.5`, without what git forbids in a name."""
         text = ",".join(f"{key}={json.dumps(value)}" for key, value in self.settings.items())
-        return re.sub(r"\.{2,}|[^\w.,=+-]+", "-", text).strip(".-")
+        name = re.sub(r"\.{2,}|[^\w.,=+-]+", "-", text).strip(".-")
+        if len(name.encode()) <= LONGEST:
+            return name
+        cut = name.encode()[: LONGEST - 9].decode(errors="ignore")
+        return f"{cut}-{sha256(text.encode()).hexdigest()[:8]}"
 
 
 def grid(arguments: Sequence[str]) -> list[Point]:
@@ -78,9 +85,24 @@ def grid(arguments: Sequence[str]) -> list[Point]:
                 f"{argument}: write key=value,value,... for example constraint.limit=-0.5,0"
             )
         axes[key.strip()] = values
-    return [
+    check_once([argument.partition("=")[0].strip() for argument in arguments])
+    points = [
         Point(dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())
     ]
+    _check_names(points)
+    return points
+
+
+def _check_names(points: Sequence[Point]) -> None:
+    """Raise PipelineError for points of one name, of which one would be kept as the other."""
+    seen: dict[str, Point] = {}
+    for point in points:
+        if point.name in seen:
+            raise PipelineError(
+                f"{point.name}: two points have this name; write each value once, and values that"
+                " differ in more than signs"
+            )
+        seen[point.name] = point
 
 
 def sweep(

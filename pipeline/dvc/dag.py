@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import networkx as nx
+from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
 
 from pipeline import names
+from pipeline.errors import PipelineError
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,11 @@ def load_dag(root: str | Path = ".") -> dict[str, StageSpec]:
     What `dvc add` tracks is data, not a stage.
 
     Raises dvc.exceptions.DvcException where dvc.yaml is invalid or names a key that params.yaml
-    lacks, and before that PipelineError where a name in params.yaml is none."""
+    lacks, and before that PipelineError where a name in params.yaml is none, or where dvc.lock
+    cannot be read."""
     names.check(Path(root))
     with Repo(str(root)) as repo:
-        graph = repo.index.graph  # an edge points from a stage to what it reads
+        graph = _graph(repo)  # an edge points from a stage to what it reads
         place = {stage: i for i, stage in enumerate(repo.index.stages)}
         order = nx.lexicographical_topological_sort(
             graph.reverse(copy=False), key=place.__getitem__
@@ -55,6 +58,18 @@ def load_dag(root: str | Path = ".") -> dict[str, StageSpec]:
         return {
             stage.name: _spec(stage, graph) for stage in order if isinstance(stage, PipelineStage)
         }
+
+
+def _graph(repo: Repo) -> nx.DiGraph:
+    try:
+        return repo.index.graph
+    except DvcException as error:
+        if "dvc.lock'" not in str(error):
+            raise
+        raise PipelineError(
+            f"{error}; take one side of a merge, git checkout --ours dvc.lock, or git checkout HEAD"
+            " dvc.lock"
+        ) from None
 
 
 def _spec(stage: Any, graph: nx.DiGraph) -> StageSpec:

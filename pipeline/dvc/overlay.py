@@ -69,10 +69,15 @@ def whole(path: Path, above: tuple[Path, ...] = ()) -> str:
         return yaml_text.read(path, path.name)
     for key in overlay.changes:
         _check(key, overlay)
-    made = _spliced(_with_blocks(_head(overlay.text) + _body(overlay.base), overlay), overlay)
-    if yaml_text.load(made) != merged(overlay.known, overlay.content):
+    try:
+        made = _spliced(_with_blocks(_head(overlay.text) + _body(overlay.base), overlay), overlay)
+        same = yaml_text.load(made) == merged(overlay.known, overlay.content)
+    except PipelineError:
+        same = False
+    if not same:
         raise PipelineError(
-            f"{path.name}: cannot be written out whole (an alias, or an unusual layout)"
+            f"{path.name}: cannot be written out whole (an alias, a merge, a key with dots, or an"
+            " unusual layout); write each key in its section, as default.yaml does"
         )
     return made
 
@@ -118,7 +123,7 @@ def _base(path: Path, name: Any, above: tuple[Path, ...]) -> tuple[str, dict[str
     place = path.parent / str(name)
     if not isinstance(name, str) or not place.is_file():
         raise PipelineError(f"{path.name}: {KEY}: {name!r} is no file beside it")
-    if place in (path, *above):
+    if any(place.samefile(other) for other in (path, *above)):
         raise PipelineError(f"{path.name}: {KEY}: {name} extends this one in turn; name another")
     text = whole(place, (path, *above))
     content = yaml_text.load(text, place.name)
@@ -204,7 +209,8 @@ def _edit(
 
 def _place(text: str, root: Node | None, key: str) -> tuple[int, int]:
     pair = pair_at(root, key)
-    assert pair is not None  # `_check` and `_leaves` found the key
+    if pair is None:
+        raise PipelineError(f"{key} is no key of a section of its own; write it as in default.yaml")
     return place(text, *pair)
 
 

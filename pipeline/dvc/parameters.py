@@ -5,9 +5,11 @@ Whether a value makes sense is for the stage to say that reads it.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,20 @@ def parse(argument: str) -> tuple[str, Any]:
         return key.strip(), yaml_text.load(text, "the value")
     except PipelineError as error:
         raise PipelineError(f"{key.strip()[:100]}: {error}; put a text in quotes") from None
+
+
+def settings_of(arguments: Sequence[str]) -> dict[str, Any]:
+    """Assignments by key. Raises PipelineError for what is none, and for a key that comes twice."""
+    pairs = [parse(argument) for argument in arguments]
+    check_once([key for key, _ in pairs])
+    return dict(pairs)
+
+
+def check_once(keys: Sequence[str]) -> None:
+    """Raise PipelineError for a key that is set twice: one of its values would be lost."""
+    for key in keys:
+        if keys.count(key) > 1:
+            raise PipelineError(f"{key}: set twice; set it once")
 
 
 def assign(text: str, settings: Mapping[str, Any]) -> str:
@@ -96,12 +112,25 @@ def place(text: str, label: Node, node: Node) -> tuple[int, int]:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; what a kill leaves lies in a folder of DVC's."""
-    path.parent.mkdir(exist_ok=True)
-    room = path.parent / ".dvc" / "tmp"
-    temporary = (room if room.is_dir() else path.parent) / f".{path.name}.{os.getpid()}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
+    """Write a text file whole or not at all; what a kill leaves lies in a folder of DVC's.
+
+    A link stays one, and the file that it leads to keeps its mode. Raises PipelineError where the
+    place cannot be written."""
+    target = path.resolve()
+    room = target.parent / ".dvc" / "tmp"
+    temporary = (room if room.is_dir() else target.parent) / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        target.parent.mkdir(exist_ok=True)
+        temporary.write_text(text)
+        if target.exists():
+            shutil.copymode(target, temporary)
+        temporary.replace(target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise PipelineError(
+            f"{path}: cannot be written ({error.strerror}) and is as it was; mend that"
+        ) from None
 
 
 def _mapping(text: str) -> dict[str, Any]:

@@ -35,10 +35,6 @@ _SHOWN = 80
 logger = logging.getLogger(__name__)
 
 
-class PresetError(ValueError):
-    """The preset cannot be used, or would overwrite the user's own edits."""
-
-
 def select(preset: str, data: str | None = None, force: bool = False, root: Path = ROOT) -> None:
     """Make `root`/params.yaml a copy of a preset, with `prepare.folder` set to `data` if given.
 
@@ -46,16 +42,13 @@ def select(preset: str, data: str | None = None, force: bool = False, root: Path
     relative `data` is relative to `root`.
 
     Raises:
-        PresetError: no such preset, or one that no stage would take; no such folder; or params.yaml
-            holds the user's own edits and `force` is not set.
+        PipelineError: no such preset, or one that no stage would take; no such folder; or
+            params.yaml holds the user's own edits and `force` is not set.
     """
-    try:
-        text = _preset_text(preset, root)
-    except PipelineError as error:
-        raise PresetError(str(error)) from None
+    text = _preset_text(preset, root)
     if data is not None:
         if not (root / data).is_dir():
-            raise PresetError(
+            raise PipelineError(
                 f"{data}: no such folder; --data takes the folder that holds the data files"
             )
         text = _with_folder(text, data, preset)
@@ -63,7 +56,7 @@ def select(preset: str, data: str | None = None, force: bool = False, root: Path
     target = root / "params.yaml"
     if target.exists() and is_edited(_text(target), root):
         if not force:
-            raise PresetError(
+            raise PipelineError(
                 "params.yaml holds your own edits; copy it into params/ under a name of its own, "
                 "or add --force to have it kept as params.yaml.saved"
             )
@@ -79,7 +72,7 @@ def _preset_text(preset: str, root: Path) -> str:
     if preset == "default":
         committed = _committed(root)
         if committed is None:
-            raise PresetError("default: there is no commit with a params.yaml to go back to")
+            raise PipelineError("default: there is no commit with a params.yaml to go back to")
         return committed
     path = _preset_file(preset, root)
     if path is not None:
@@ -87,7 +80,7 @@ def _preset_text(preset: str, root: Path) -> str:
     names = {"default": "default", **{path.stem: f"params/{path.name}" for path in _presets(root)}}
     near = difflib.get_close_matches(Path(preset).stem, names, n=1, cutoff=0.5)
     hint = f"did you mean {names[near[0]]}?" if near else f"one of {', '.join(names.values())}"
-    raise PresetError(f"{preset}: no such preset; {hint}")
+    raise PipelineError(f"{preset}: no such preset; {hint}")
 
 
 def _preset_file(preset: str, root: Path) -> Path | None:
@@ -118,7 +111,7 @@ def _validate(text: str, name: str, root: Path) -> None:
     )
     if checked.returncode:
         said = checked.stderr.decode(errors="replace").strip().splitlines()
-        raise PresetError(
+        raise PipelineError(
             said[-1]
             if said
             else f"{name}: cannot be checked; python -m dualign.params.loading does not run"
@@ -135,7 +128,10 @@ def _whole(path: Path) -> str:
 
 def _text(path: Path) -> str:
     """The text of a file of the user's, whatever it holds."""
-    return path.read_text(errors="replace")
+    try:
+        return path.read_text(errors="replace")
+    except OSError as error:
+        raise PipelineError(f"{path}: cannot be read ({error.strerror}); remove it") from None
 
 
 def _presets(root: Path) -> list[Path]:
@@ -171,7 +167,7 @@ def _without_folder(text: str) -> str:
 def _with_folder(text: str, folder: str, name: str) -> str:
     place = span(text, "prepare.folder")
     if place is None:
-        raise PresetError(f"{name}: it has no key prepare.folder to hold --data")
+        raise PipelineError(f"{name}: it has no key prepare.folder to hold --data")
     return text[: place[0]] + json.dumps(folder, ensure_ascii=False) + text[place[1] :]
 
 
@@ -208,7 +204,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT, prog: str = PROG) -> 
     arguments = parser(prog).parse_args(argv)
     try:
         select(arguments.preset, arguments.data, arguments.force, root)
-    except PresetError as error:
+    except PipelineError as error:
         logger.error("%s", error)
         return 2
     return 0

@@ -291,7 +291,7 @@ def choose(root: Path, preset_name: str, settings: Mapping[str, Any]) -> dict[st
                 parameters.replace_file(root / preset.LAST, changed)
             parameters.replace_file(path, changed)
         return load_dag(root)
-    except (DvcException, preset.PresetError, PipelineError) as error:
+    except (DvcException, PipelineError) as error:
         if before is not None:
             parameters.replace_file(path, before)
         raise PipelineError(one_line(error)) from None

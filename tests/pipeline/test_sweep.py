@@ -26,6 +26,15 @@ def test_points_are_the_product_of_the_values() -> None:
     for wrong in ("a", "a=", "=1", "a=[1", "a=1,,2"):
         with pytest.raises(PipelineError, match="write key=value"):
             grid([wrong])
+    for twice in (["a=1", "b=2", "a=3"], ["a=1,1"], ['a="x/y","x?y"']):
+        with pytest.raises(PipelineError, match=r"set twice|two points have this name"):
+            grid(twice)
+
+
+def test_a_name_fits_into_that_of_a_file_and_stays_its_own() -> None:
+    many = [f"a=[{'x, ' * 100}{last}]" for last in "yz"]
+    names = [grid([one])[0].name for one in many]
+    assert all(len(name) < 250 for name in names) and names[0] != names[1]
 
 
 def test_a_table_shows_what_differs_or_what_is_asked_for() -> None:

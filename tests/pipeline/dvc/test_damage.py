@@ -12,7 +12,9 @@ import pytest
 from dvc.repo import Repo
 
 from pipeline.doctor import examine
+from pipeline.dvc.dag import load_dag
 from pipeline.dvc.damage import damages
+from pipeline.errors import PipelineError
 from tests.pipeline.project import Project
 
 
@@ -71,3 +73,20 @@ def test_a_merge_of_dvc_lock_that_was_left_open_is_told(project: Project) -> Non
         one.what for one in examine(project.root, "http://127.0.0.1:9/api") if one.level == "wrong"
     ]
     assert "'dvc.lock'" in wrong and "git checkout --ours dvc.lock" in wrong
+    with pytest.raises(PipelineError, match=r"git checkout --ours dvc\.lock"):
+        load_dag(project.root)
+
+
+@pytest.mark.parametrize("content", ["<<<<<<< HEAD\nstages:\n", "stages: 3\n", "- 1\n"])
+def test_a_dvc_yaml_that_is_none_is_told(project: Project, content: str) -> None:
+    (project.root / "dvc.yaml").write_text(content)
+    (wrong, *_) = [
+        one.what for one in examine(project.root, "http://127.0.0.1:9/api") if one.level == "wrong"
+    ]
+    assert "dvc.yaml" in wrong and "\n" not in wrong
+
+
+def test_missing_params_are_told_by_name(project: Project) -> None:
+    (project.root / "params.yaml").unlink()
+    with pytest.raises(PipelineError, match=r"params\.yaml: no such file"):
+        load_dag(project.root)

@@ -122,6 +122,17 @@ def test_a_stage_may_say_of_a_block_what_the_base_leaves_to_the_top(folder: Path
             "extends: default.yaml\nsft:\n  training: {batch: 1}\n",
             "mine.yaml: default.yaml has no key sft.training.batch",
         ),
+        *(
+            (
+                f"extends: default.yaml\n{layout}\n",
+                "mine.yaml: cannot be written out whole (an alias",
+            )
+            for layout in (
+                "<<: {seed: 3}",
+                "sft.base: x",
+                "seed: &a 3\ntraining: {batch_size: *a}",
+            )
+        ),
     ],
 )
 def test_what_cannot_be_written_out_is_refused_in_one_line(
@@ -130,6 +141,12 @@ def test_what_cannot_be_written_out_is_refused_in_one_line(
     with pytest.raises(PipelineError) as caught:
         made(folder, overlay)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_a_circle_is_told_whatever_its_files_are_called(folder: Path) -> None:
+    (folder / "other.yaml").write_text(f"extends: ../{folder.name}/mine.yaml\n")
+    with pytest.raises(PipelineError, match=r"other\.yaml: extends: .*mine\.yaml extends this one"):
+        made(folder, f"extends: ../{folder.name}/other.yaml\n")
 
 
 def test_differences_are_the_keys_with_other_values(folder: Path) -> None:

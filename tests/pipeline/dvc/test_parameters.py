@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.dvc.parameters import assign, parse, span
+from pipeline.dvc.parameters import assign, parse, replace_file, settings_of, span
 from pipeline.errors import PipelineError
 
 TEXT = """\
@@ -143,6 +144,30 @@ def test_assignments_are_read_as_yaml_1_2() -> None:
     for bad in ("a", "=1", "a=[1"):
         with pytest.raises(PipelineError):
             parse(bad)
+
+
+def test_a_key_is_set_once() -> None:
+    assert settings_of(["a=1", "b=2"]) == {"a": 1, "b": 2}
+    with pytest.raises(PipelineError, match=r"^a: set twice; set it once$"):
+        settings_of(["a=1", "b=2", " a=3"])
+
+
+def test_a_file_is_written_through_its_link_and_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    kept = tmp_path / "shared" / "mine.yaml"
+    kept.write_text("old")
+    kept.chmod(0o600)
+    link = tmp_path / "params.yaml"
+    link.symlink_to(kept)
+    replace_file(link, "new")
+    assert link.is_symlink() and kept.read_text() == "new" and kept.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_that_cannot_be_written_is_told_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").mkdir()
+    with pytest.raises(PipelineError, match=r"params\.yaml: cannot be written \(Is a directory\)"):
+        replace_file(tmp_path / "params.yaml", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
 
 
 def test_the_span_of_a_key() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.dvc.preset import PresetError, main, select
+from pipeline.dvc.preset import main, select
+from pipeline.errors import PipelineError
 
 ROOT = Path(__file__).resolve().parents[3]
 DEFAULT = (ROOT / "params.yaml").read_text().replace("seed: 7 ", "seed: 1  # λ")
@@ -114,7 +115,7 @@ def test_edits_are_not_lost(root: Path, caplog: pytest.LogCaptureFixture) -> Non
 )
 def test_any_edit_counts(root: Path, edit: str) -> None:
     (root / "params.yaml").write_text(edit)
-    with pytest.raises(PresetError, match="your own edits"):
+    with pytest.raises(PipelineError, match="your own edits"):
         select("default", root=root)
 
 
@@ -143,6 +144,13 @@ def test_params_may_be_absent(root: Path) -> None:
     assert params(root) == SMALL
 
 
+def test_params_that_are_a_folder_are_told(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (root / "params.yaml").unlink()
+    (root / "params.yaml").mkdir()
+    assert main(["small-cpu"], root) == 2
+    assert "params.yaml: cannot be read (Is a directory)" in caplog.text
+
+
 def test_without_a_commit_presets_work_and_default_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +159,7 @@ def test_without_a_commit_presets_work_and_default_says_why(
     (tmp_path / "params/small.yaml").write_text(SMALL)
     select("small", root=tmp_path)
     assert params(tmp_path) == SMALL
-    with pytest.raises(PresetError, match="no commit"):
+    with pytest.raises(PipelineError, match="no commit"):
         select("default", root=tmp_path)
 
 
@@ -175,7 +183,7 @@ def test_a_mistake_is_named_in_one_line(
 
 def test_data_needs_a_place_in_the_preset(root: Path) -> None:
     (root / "params/bare.yaml").write_text("seed: 4\n")
-    with pytest.raises(PresetError, match=r"no key prepare\.folder"):
+    with pytest.raises(PipelineError, match=r"no key prepare\.folder"):
         select("bare", "my rows", root=root)
 
 
