@@ -8,14 +8,13 @@ python -m pipeline run --stage dual_init --set constraint.limit=-0.5
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, fault
 from pipeline.prefect import identity, server
 
 if TYPE_CHECKING:
@@ -45,9 +44,9 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not fault(error):
             raise
-        sys.stderr.write(f"{error.filename or Path.cwd()}: {error.strerror}\n")
+        sys.stderr.write(f"{fault(error)}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run again to go on\n")

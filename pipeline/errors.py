@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 
 class PipelineError(Exception):
     """The pipeline cannot run as asked; the command line prints it and exits with status 2."""
+
+
+def fault(error: OSError) -> str:
+    """A file that cannot be had, or a full disk, in one line; empty for other errors."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if error.filename is None and not full:
+        return ""
+    remedy = "free space there" if full else "mend that"
+    return f"{error.filename or Path.cwd()}: {error.strerror}; {remedy} and run again"
 
 
 class StageStopped(Exception):

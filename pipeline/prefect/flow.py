@@ -35,7 +35,7 @@ from pipeline import names, yaml_text
 from pipeline.dvc import parameters, preset
 from pipeline.dvc.dag import StageSpec, load_dag
 from pipeline.dvc.plan import StageStatus, one_line, select, with_upstream
-from pipeline.errors import PipelineError, StageFailed, StageStopped
+from pipeline.errors import PipelineError, StageFailed, StageStopped, fault
 from pipeline.prefect import artifacts, identity
 from pipeline.prefect.artifacts import Result
 from pipeline.prefect.cluster import joined
@@ -228,6 +228,10 @@ def alignment(
                 return _carry_out(run)
     except PipelineError as error:
         return Failed(name=REFUSED, message=str(error))
+    except OSError as error:
+        if not fault(error):
+            raise
+        return Failed(name=REFUSED, message=fault(error))
     except KeyboardInterrupt:
         return Cancelled(message="interrupted; the next run goes on where this one stopped")
 

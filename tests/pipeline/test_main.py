@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import main, parser
+from pipeline.errors import fault
 from pipeline.prefect import identity
 from tests.pipeline.project import Project
 
@@ -169,3 +172,35 @@ def test_prefect_takes_its_settings_from_the_repository(repo_root: Path) -> None
         ).returncode
         == 0
     )
+
+
+def test_a_file_of_dvc_that_cannot_be_had_is_told_in_one_line(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(project.root / ".dvc/tmp")
+    (project.root / ".dvc/tmp").write_text("")
+    for command in (["plan"], ["run", "--stage", "first"]):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert ".dvc/tmp" in said and said.endswith("; mend that and run again\n")
+
+
+def test_a_full_disk_is_told_though_the_system_names_no_file() -> None:
+    full = fault(OSError(errno.ENOSPC, "No space left on device"))
+    assert full == f"{Path.cwd()}: No space left on device; free space there and run again"
+    assert fault(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")) == ""
+
+
+def test_a_server_tells_of_200_runs_at_most(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["status", "--last", "201"])
+    assert "201 is more than the 200" in capsys.readouterr().err
+
+
+def test_a_key_is_set_once(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (project.root / "params.yaml").read_text()
+    assert main(["run", "--set", "first.value=3", "--set", "first.value=4"]) == 2
+    assert capsys.readouterr().err == "first.value: set twice; set it once\n"
+    assert (project.root / "params.yaml").read_text() == before

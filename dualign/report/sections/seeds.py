@@ -53,7 +53,7 @@ def _others(run: FinishedRun) -> tuple[dict[str, Comparison], list[str]]:
     paths = listed(run.root / "reports/seeds", "*.json")
     for path in sorted(paths, key=lambda path: (len(path.stem), path.stem)):  # 9 before 11
         other = read_record(path, Comparison)
-        wrong = _differs(other, run)
+        wrong = _differs(other, run) or _repeats(other, found)
         if wrong:
             refused.append(f"{path.name} {wrong}")
         elif _costs(other) != _costs(run.comparison):
@@ -69,6 +69,12 @@ def _differs(other: Comparison, run: FinishedRun) -> str:
         if policy.folder != run.params.policies.get(name):
             return f"has {policy.folder} for policy {name}"
     return _other_params(other.params, run.comparison.params)
+
+
+def _repeats(other: Comparison, found: Mapping[str, Comparison]) -> str:
+    """Which run it is a copy of; empty where of none. Counted twice, seeds would seem to agree."""
+    twins = (name for name, known in found.items() if _costs(known) == _costs(other))
+    return next((f"has the results of {name}.json" for name in twins), "")
 
 
 def _other_params(theirs: Mapping[str, str], own: Mapping[str, str]) -> str:

@@ -75,6 +75,14 @@ def test_the_run_itself_counts_once(run: Run) -> None:
     assert shown(seeds.section(FinishedRun(*run)))["others"] == ["8"]
 
 
+def test_a_copy_of_another_run_counts_once_and_is_told(run: Run) -> None:
+    keep(run, "8", 0.1)
+    keep(run, "9", 0.1)
+    values = shown(seeds.section(FinishedRun(*run)))
+    assert values["others"] == ["8"] and values["runs"] == 2
+    assert values["refused"] == ["9.json has the results of 8.json"]
+
+
 def test_runs_of_another_question_are_left_out_and_told(run: Run) -> None:
     keep(run, "8", 0.1)
     keep(run, "loose", 0.1, limit=LIMIT - 1)
@@ -96,7 +104,7 @@ def test_a_run_of_other_params_is_left_out_and_its_stages_are_named(run: Run) ->
     own = FinishedRun(*run).comparison.params
     assert set(own) == {"sft", "prepare", "dual_search/dualign"}
     keep(run, "8", 0.1)
-    keep(run, "more", 0.1, params=own | {"evaluate/sft": "another stage"})
+    keep(run, "more", 0.2, params=own | {"evaluate/sft": "another stage"})
     keep(run, "other", 0.1, params=own | {"sft": "another"})
     keep(run, "others", 0.1, params=dict.fromkeys((*own, "score"), "another") | {"score": "same"})
     values = shown(seeds.section(FinishedRun(*run)))
