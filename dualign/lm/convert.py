@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dualign.core.errors import one_line
+from dualign.core.errors import ModelError, one_line
 
 PROG = "python -m dualign.lm.convert"
 
@@ -21,7 +21,9 @@ log = logging.getLogger(__name__)
 
 
 def convert(file: Path, out: Path) -> None:
-    """Write the model of a GGUF file to folder `out`. Raises ModelError if it cannot be read."""
+    """Write the model of a GGUF file to a new folder `out`. Raises ModelError if it cannot be read,
+    or something is there."""
+    _check(file, out)
     import torch  # here, for --help and completion to be quick
     from transformers import AutoModelForCausalLM
 
@@ -36,6 +38,18 @@ def convert(file: Path, out: Path) -> None:
     with replacing(out) as folder:
         save(model, tokenizer, folder)
     log.info("%s: %d weights", out, sum(weight.numel() for weight in model.parameters()))
+
+
+def _check(file: Path, out: Path) -> None:
+    if out.exists():
+        raise ModelError(f"{out}: exists already; name a new folder")
+    try:
+        with file.open("rb") as stream:
+            magic = stream.read(4)
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror}); name a GGUF file") from error
+    if magic != b"GGUF":
+        raise ModelError(f"{file}: no GGUF file, or a download that broke off; fetch it again")
 
 
 @one_line

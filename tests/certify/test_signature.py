@@ -140,6 +140,10 @@ def test_another_key_is_refused(folder: Path, key: Path, signed: Path) -> None:
 def test_keys_and_places_that_cannot_be_used(folder: Path, key: Path, tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match=r"lies in .*, whose files it signs"):
         signature.sign(folder, key, folder / "signature.json")
+    secret = key.read_bytes()
+    with pytest.raises(ParamsError, match="is the key itself"):
+        signature.sign(folder, key, key)
+    assert key.read_bytes() == secret
     key.write_bytes(b"short")
     with pytest.raises(ParamsError, match="5 bytes are too short to be a key"):
         signature.sign(folder, key, tmp_path / "signature.json")
