@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     except BrokenPipeError:  # whoever reads, `head` say, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
+    except (OSError, UnicodeEncodeError) as error:
         if not fault(error):
             raise
         sys.stderr.write(f"{fault(error)}\n")

@@ -10,8 +10,13 @@ class PipelineError(Exception):
     """The pipeline cannot run as asked; the command line prints it and exits with status 2."""
 
 
-def fault(error: OSError) -> str:
-    """A file that cannot be had, or a full disk, in one line; empty for other errors."""
+def fault(error: OSError | UnicodeEncodeError) -> str:
+    """A file that cannot be had, or whose name is no UTF-8, or a full disk, in one line; empty for
+    other errors."""
+    if isinstance(error, UnicodeEncodeError):
+        foreign = "\udc80" <= error.object[error.start] <= "\udcff"
+        told = f"{error.object!a}: a name that is no UTF-8, which DVC cannot take; rename that file"
+        return told if foreign else ""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     if error.filename is None and not full:
         return ""

@@ -180,6 +180,7 @@ def asked(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         env=environment,
         capture_output=True,
         text=True,
+        errors="surrogateescape",  # a file's name may be of any encoding
         check=False,
     )
 

@@ -228,7 +228,7 @@ def alignment(
                 return _carry_out(run)
     except PipelineError as error:
         return Failed(name=REFUSED, message=str(error))
-    except OSError as error:
+    except (OSError, UnicodeEncodeError) as error:
         if not fault(error):
             raise
         return Failed(name=REFUSED, message=fault(error))

@@ -175,7 +175,7 @@ def test_prefect_takes_its_settings_from_the_repository(repo_root: Path) -> None
 
 
 def test_a_file_of_dvc_that_cannot_be_had_is_told_in_one_line(
-    project: Project, capsys: pytest.CaptureFixture[str]
+    project: Project, server: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(project.root / ".dvc/tmp")
     (project.root / ".dvc/tmp").write_text("")
@@ -189,6 +189,21 @@ def test_a_full_disk_is_told_though_the_system_names_no_file() -> None:
     full = fault(OSError(errno.ENOSPC, "No space left on device"))
     assert full == f"{Path.cwd()}: No space left on device; free space there and run again"
     assert fault(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")) == ""
+
+
+def test_a_name_that_is_no_utf_8_is_told(
+    project: Project, server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DVC and its database know no other; a folder of somebody's rows may hold one."""
+    graph = project.root / "dvc.yaml"
+    graph.write_text(
+        graph.read_text().replace('"deps": ["work.py"]', '"deps": ["work.py", "rows"]')
+    )
+    (project.root / "rows").mkdir()
+    (project.root / os.fsdecode(b"rows/caf\xe9.txt")).write_text("1")
+    for command in (["plan"], ["run", "--stage", "first"]):
+        assert main(command) == 2
+        assert "caf\\udce9.txt': a name that is no UTF-8" in capsys.readouterr().err
 
 
 def test_a_server_tells_of_200_runs_at_most(
