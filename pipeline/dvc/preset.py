@@ -14,6 +14,7 @@ import difflib
 import itertools
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline import yaml_text
 from pipeline.dvc.overlay import differences, whole
 from pipeline.dvc.parameters import replace_file, span
 from pipeline.errors import PipelineError
@@ -31,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAST = Path(".scratch/params.yaml")
 #: Characters of a value that are shown.
 _SHOWN = 80
+_REMARK = re.compile(r"(?:^|\s)#\s*(.*\S)", re.MULTILINE)
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +152,25 @@ def _committed(root: Path) -> str | None:
 def is_edited(text: str, root: Path) -> bool:
     """Whether `text` is neither committed, nor a preset, nor the last choice, folder aside."""
     own = _without_folder(text)
-    return all(other is None or _without_folder(other) != own for other in _known(root))
+    known = map(_without_folder, filter(None, _known(root)))
+    return own not in known and not _rewritten(own, root)
+
+
+def _rewritten(own: str, root: Path) -> bool:
+    """Whether a text says what the last choice or the commit does: `dvc exp run -S` writes
+    params.yaml anew in a layout of its own, with all values and remarks.
+    """
+    last = root / LAST
+    known = (_text(last) if last.is_file() else None, _committed(root))
+    return any(other and _said(_without_folder(other)) == _said(own) for other in known)
+
+
+def _said(text: str) -> tuple[Any, list[str]]:
+    """The values and the remarks of a parameter file; of one that cannot be read its text."""
+    try:
+        return yaml_text.load(text), _REMARK.findall(text)
+    except PipelineError:
+        return text, []
 
 
 def _known(root: Path) -> Iterator[str | None]:

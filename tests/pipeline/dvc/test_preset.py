@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from dvc.utils.hydra import apply_overrides
 from ruamel.yaml import YAML
 
-from pipeline.dvc.preset import main, select
+from pipeline.dvc.preset import is_edited, main, select
 from pipeline.errors import PipelineError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -117,6 +119,18 @@ def test_any_edit_counts(root: Path, edit: str) -> None:
     (root / "params.yaml").write_text(edit)
     with pytest.raises(PipelineError, match="your own edits"):
         select("default", root=root)
+
+
+def test_params_that_dvc_wrote_anew_are_no_edit(root: Path) -> None:
+    """`dvc exp run -S` lays the file out in its own way; values and remarks are the same."""
+    shutil.copy(ROOT / "params/default.yaml", root / "params/shipped.yaml")
+    select("shipped", root=root)
+    before = params(root)
+    assert apply_overrides(root / "params.yaml", ["constraint.limit=-0.5"]) is None
+    assert is_edited(params(root), root), "another limit"
+    apply_overrides(root / "params.yaml", ["constraint.limit=-0.8"])
+    assert params(root) != before and not is_edited(params(root), root)
+    assert is_edited(params(root) + "# mine\n", root)
 
 
 def test_force_keeps_each_edited_file(root: Path, caplog: pytest.LogCaptureFixture) -> None:
