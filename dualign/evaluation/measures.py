@@ -101,7 +101,8 @@ MEASURES: tuple[Measure, ...] = (
         "reward_share", "way to optimum", "share", "more",
         "true reward gained on the policy nearest to the reference that keeps the limit (the"
         " reference, where it does), as a share of what the exact optimum within the limit gains."
-        " Above 100% is possible for a policy that breaks the limit.",
+        " Above 100% is possible for a policy that breaks the limit, or has more KL than the"
+        " optimum.",
     ),
     Measure(
         "value_gap", "value gap", "score", "less",

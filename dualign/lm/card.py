@@ -55,7 +55,8 @@ are in the report. {_MIXTURE if mixture else MODEL}
 
 def _costs(step: SearchStep, search: SearchResult, params: DualSearchParams) -> str:
     """The row of the cost that the search went by; by labels, a second of the model's."""
-    verdict = f"{'within' if search.feasible else 'NOT within'} the limit (z = {params.z:g})"
+    kept = "feasible: no limit is" if search.feasible else "NOT feasible: a limit is"
+    verdict = f"{kept} exceeded by more than {params.z:g} standard errors"
     row = f"{step.cost:.4f} (standard error {step.cost_se:.4f}), {verdict} |"
     if step.model_cost is None:
         return f"| cost | {row}"

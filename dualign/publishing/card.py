@@ -40,6 +40,7 @@ class Published:
     reference: ComparedPolicy | None
     certificate: Certified | None
     limit: float | None
+    confidence: float
     data: PrepareParams
     base: SftParams
 
@@ -77,6 +78,7 @@ def published(root: Path, folder: str) -> Published:
         compared.policies.get(compared.reference),
         compared.certificates.get(name) if kind == "certified" else None,
         compared.limit,
+        compared.confidence,
         load(PrepareParams, params),
         load(SftParams, params),
     )
@@ -148,8 +150,8 @@ def _evaluation(policy: Published) -> str:
         if (found := getattr(policy.row, key)) is not None
     ]
     head = (
-        f"On {policy.row.prompts} held-out prompts, {policy.row.answers} answers; intervals"
-        " are by prompt."
+        f"On {policy.row.prompts} held-out prompts, {policy.row.answers} answers;"
+        f" {100 * policy.confidence:g} % intervals, by prompt, each of one measure alone."
     )
     why = "Scores are those of learned models, not of people."
     table = ["| | this policy | reference |", "|---|---|---|", *rows]
@@ -167,7 +169,7 @@ def _interval(found: Interval | None) -> str:
 def _certificate(policy: Published) -> str:
     if policy.certificate is None:
         none = "## Certificate\n\nNone: this policy was not tested on prompts kept for that alone."
-        if policy.limit is None:
+        if policy.limit is None or not policy.folder.startswith("aligned/"):
             return none
         return f"{none} Its expected cost was steered to {policy.limit:g} by a cost model."
     return (
@@ -210,6 +212,7 @@ def _limits(policy: Published) -> str:
 def _loading(policy: Published, name: str) -> str:
     if (policy.root / "models" / policy.folder / MIXTURE).is_file():
         return "## How to load\n\nSee above: it is a mixture of policies."
+    longest = 256 if policy.row is None else policy.row.max_new_tokens
     return f"""## How to load
 
 ```python
@@ -221,7 +224,7 @@ chat = [{{"role": "user", "content": "..."}}]
 ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, \
 return_tensors="pt", return_dict=True)
 answer = policy.generate(**ids, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, \
-max_new_tokens=256)
+max_new_tokens={longest})
 ```
 
 vLLM serves it as it is: `vllm serve {name}`. For llama.cpp, in a clone of it, with a copy of \

@@ -331,6 +331,7 @@ def test_a_policy_is_pushed_whole_with_a_card_that_the_hub_reads(
     assert card.data.license == "apache-2.0" and "base_model" not in card.data.to_dict()
     for heading in ("Evaluation", "Certificate", "Data and licences", "Limits", "How to load"):
         assert f"## {heading}" in card.text
+    assert "95 % intervals, by prompt" in card.text
     certified = run(finished, *push, "certified/dualign", "--to", "me/it", "--card").stdout
     found = json.loads((finished / "reports/metrics/certify/dualign.json").read_text())
     assert found["statement"] in certified and "`vllm serve me/it`" in certified

@@ -29,7 +29,7 @@ def card(plan: Plan, *steps: Step) -> str:
 def test_a_model_loads_by_itself() -> None:
     text = card(Plan("sacpo", METHODS["sacpo"], "safety_dpo/one", "reward_dpo/helpful"), STEP)
     assert "# SACPO\n" in text and "2404.11049" in text and "| multiplier lambda | 0.7500 |" in text
-    assert "| cost | -0.5000 (standard error 0.0200), within the limit" in text
+    assert "| cost | -0.5000 (standard error 0.0200), feasible: no limit is" in text
     assert "Load with `AutoModelForCausalLM.from_pretrained`" in text and "mixture" not in text
 
 
@@ -55,7 +55,5 @@ def test_both_estimates_of_a_cost_by_labels_are_shown() -> None:
         Plan("x", METHODS["pd_dpo"], "safety_dpo/one", "reward_dpo/helpful"),
         replace(STEP, measured=measured),
     )
-    assert (
-        "| cost by 60 safety labels | -0.2000 (standard error 0.0200), NOT within the limit" in text
-    )
+    assert "| cost by 60 safety labels | -0.2000 (standard error 0.0200), NOT feasible: a" in text
     assert "| cost by the cost model | -0.5000 (standard error 0.0200) |" in text

@@ -8,14 +8,20 @@ from dualign.core.records import CandidateTest, Certified, SolvedDual
 from dualign.report.diagnosis import Promise, PromptsGain, prompts_gain, required_in_words
 from dualign.report.sections.base import FinishedRun, Section
 
+#: Methods whose level holds for many prompts.
+_FOR_MANY = ("clustered_t", "prediction_powered")
+
 
 @dataclass(frozen=True)
 class Card:
-    """A certificate: the test of the returned candidate, or of the first, is the `last`."""
+    """A certificate: the test of the returned candidate, or of the first, is the `last`.
+
+    `exact`: its level holds for every number of prompts."""
 
     name: str
     found: Certified
     promises: list[Promise]
+    exact: bool
     last: CandidateTest
     failed: list[Promise]
     untested: list[str]
@@ -43,6 +49,7 @@ def _card(name: str, found: Certified, dual: SolvedDual | None) -> Card:
         name=name,
         found=found,
         promises=promises,
+        exact=not any(required.method in _FOR_MANY for required in found.requirements),
         last=last,
         failed=[promise for promise, check in checked if not check.kept],
         untested=found.candidates[len(found.tests) :],

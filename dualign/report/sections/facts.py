@@ -18,7 +18,7 @@ from dualign.core.records import (
     read_record,
 )
 from dualign.params.stages import STAGES
-from dualign.report.formatting import MINUS, NONE, compact, spoken
+from dualign.report.formatting import MINUS, NONE, compact, number, percent, spoken
 from dualign.report.sections.base import FinishedRun, Row, Section
 
 #: Stages whose metrics the page prints as they are, under these headings.
@@ -30,22 +30,32 @@ _MODELS = {
 }
 #: Metrics whose key is not how one would say it.
 _WORDS = {
+    "accuracy_cut": "accuracy, answers cut",
     "brier": "Brier score",
     "brier_after": "Brier score after calibration",
     "brier_before": "Brier score before calibration",
+    "calibration_helps": "calibration makes it no worse",
     "ece": "ECE",
     "ece_before": "ECE before calibration",
     "ece_after": "ECE after calibration",
+    "heldout": "held out",
+    "heldout_loss": "held-out loss",
+    "mean_gap": "mean gap of a pair",
     "offset": "shift of the zero",
     "p_unsafe": "P(unsafe)",
+    "ranking_accuracy_cut": "ranking accuracy, answers cut",
+    "retokenised": "tokenised otherwise than drawn",
     "reward_within_sd": "reward, sd within a prompt",
+    "scale": "slope of the calibration",
+    "support_answers": "answers that show the support",
     "cost_within_sd": "cost, sd within a prompt",
     "zero_error": "standard error of the zero",
+    "zero_flags": "flags that set the zero",
 }
 #: Metrics that the table of calibrations shows.
 _CALIBRATED = ("ece_before", "ece_after", "brier_before", "brier_after", "platt", "isotonic")
 #: Rates that read best in per cent.
-_SHARES = ("accuracy", "share", "ended", "unsafe")
+_SHARES = ("accuracy", "share", "ended", "unsafe", "retokenised")
 
 
 def section(run: FinishedRun) -> Section:
@@ -121,7 +131,7 @@ def _facts(metrics: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str
         if isinstance(value, list):
             continue
         if isinstance(value, dict) and value.keys() == {"mean", "low", "high"}:
-            yield label, spoken(IntervalRow(**value))
+            yield label, spoken(IntervalRow(**value), percent if _is_share(key) else number)
         elif isinstance(value, dict):
             yield from _facts(value, f"{label}, ")
         else:
@@ -132,9 +142,13 @@ def _fact(key: str, value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: NONE}[value]
     if isinstance(value, float):
-        share = any(word in key for word in _SHARES)
-        return (f"{100 * value:.1f}%" if share else f"{value:,.3f}").replace("-", MINUS)
+        told = f"{100 * value:.1f}%" if _is_share(key) else f"{value:,.3f}"
+        return told.replace("-", MINUS)
     return compact(value) if isinstance(value, int) else str(value)
+
+
+def _is_share(key: str) -> bool:
+    return any(word in key for word in _SHARES)
 
 
 def provenance(root: Path) -> list[Provenance]:

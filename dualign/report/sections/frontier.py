@@ -25,6 +25,9 @@ _FULL = (960, 440)
 _NARROW = (340, 360)
 #: With more policies than this the charts show row numbers instead of names.
 MAX_LABELLED_POINTS = 14
+#: Median effective samples from which bands cover the truth as often as they say
+#: (bench/results/frontier-coverage.md).
+ENOUGH_SAMPLES = 30
 
 
 def section(run: FinishedRun) -> Section | None:
@@ -46,7 +49,8 @@ def section(run: FinishedRun) -> Section | None:
     if not figures:
         return None
     crowded = len(run.rows) > MAX_LABELLED_POINTS
-    values = {"frontiers": figures, "world": world is not None, "crowded": crowded}
+    few = run.dual is not None and (run.dual.ess_median or 0.0) < ENOUGH_SAMPLES
+    values = {"frontiers": figures, "world": world is not None, "crowded": crowded, "few": few}
     return Section("frontier", "Frontier", values)
 
 

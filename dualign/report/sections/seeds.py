@@ -97,8 +97,9 @@ def _known(measure: Measure, runs: list[Policies]) -> bool:
 def _row(run: FinishedRun, name: str, runs: list[Policies], measures: list[Measure]) -> Row:
     """A policy over all runs that have it."""
     there = [policies[name] for policies in runs if name in policies]
-    spread = {m.key: _over_runs(_means(there, m.key), m.unit == "share") for m in measures}
-    gains = {key: _over_runs(_gains(runs, name, key)) for key in ("reward", "cost")}
+    level = run.params.confidence
+    spread = {m.key: _over_runs(_means(there, m.key), level, m.unit == "share") for m in measures}
+    gains = {key: _over_runs(_gains(runs, name, key), level) for key in ("reward", "cost")}
     return {
         "name": name,
         "mark": run.mark_of(name),
@@ -126,14 +127,14 @@ def _gains(runs: list[Policies], name: str, key: str) -> list[float]:
     return [mine - theirs for mine, theirs in zip(own, reference, strict=True)]
 
 
-def _over_runs(values: list[float], share: bool = False) -> Interval | None:
+def _over_runs(values: list[float], level: float, share: bool = False) -> Interval | None:
     """The mean with its interval over runs, each of which drew everything anew: Student's, or of
     shares Wilson's.
     """
     if not values:
         return None
     mean = clustered_share if share else clustered_mean
-    return known_ends(mean(np.asarray(values), np.arange(len(values))))
+    return known_ends(mean(np.asarray(values), np.arange(len(values)), level))
 
 
 def _draw(run: FinishedRun, rows: list[Row]) -> None:

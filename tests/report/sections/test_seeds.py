@@ -56,6 +56,19 @@ def test_the_interval_is_students_over_runs(run: Run) -> None:
     assert rows["sft"]["gains"] == {} and rows["dualign"]["there"] == 3
 
 
+@pytest.mark.parametrize("key", ["cost", "p_unsafe"])
+def test_the_interval_is_at_the_level_of_the_params(run: Run, key: str) -> None:
+    root, params = run
+    keep(run, "8", 0.3)
+    wide, narrow = (
+        shown(seeds.section(FinishedRun(root, params.model_copy(update={"confidence": level}))))
+        for level in (0.95, 0.8)
+    )
+    for at, other in zip(narrow["spread"], wide["spread"], strict=True):
+        inner, outer = at["spread"][key], other["spread"][key]
+        assert outer.low < inner.low < inner.mean < inner.high < outer.high or at["name"] == "sft"
+
+
 def test_a_policy_that_another_run_lacks_is_counted_where_it_is(run: Run) -> None:
     other = keep(run, "11", 0.1)
     del other["policies"]["sacpo"]
