@@ -174,22 +174,24 @@ class Plane:
     def rows(self, title: str, count: int = 6) -> list[Markup]:
         """The y axis: grid lines with their values, and its title."""
         ticks = self.y.ticks(count)
+        labelled = zip(ticks, _labels(ticks), strict=True)
         left = self.x.start - 7
         middle = (self.y.start + self.y.end) / 2
         turned = f"rotate(-90 10 {middle:.1f})"
         return [
             *(self.across(v, "grid") for v in ticks),
-            *(text((left, self.y(v) + 4), _tick(v), "tick", "end") for v in ticks),
+            *(text((left, self.y(v) + 4), s, "tick", "end") for v, s in labelled),
             text((10, middle), title, "axis", "middle", transform=turned),
         ]
 
     def columns(self, title: str) -> list[Markup]:
         """The x axis, a value about every 80 pixels."""
         ticks = self.x.ticks(max(3, int((self.x.end - self.x.start) / 80)))
+        labelled = zip(ticks, _labels(ticks), strict=True)
         below = self.y.start + 17
         return [
             *(self.upright(v, "grid") for v in ticks),
-            *(text((self.x(v), below), _tick(v), "tick", "middle") for v in ticks),
+            *(text((self.x(v), below), s, "tick", "middle") for v, s in labelled),
             text((self.x.end, below + 19), title, "axis", "end"),
         ]
 
@@ -204,5 +206,12 @@ class Plane:
         return element("svg", *children, **size, viewBox=view, overflow="hidden")
 
 
-def _tick(value: float) -> str:
-    return f"{value + 0.0:g}".replace("-", "\N{MINUS SIGN}")
+def _labels(ticks: list[float]) -> list[str]:
+    """The values of an axis, each with the decimals that one of them needs.
+
+    >>> _labels([0.0, 0.25, 0.5])
+    ['0.00', '0.25', '0.50']
+    """
+    decimals = [f"{tick:.12f}".rstrip("0").partition(".")[2] for tick in ticks]
+    most = max(map(len, decimals), default=0)
+    return [f"{tick + 0.0:.{most}f}".replace("-", "\N{MINUS SIGN}") for tick in ticks]

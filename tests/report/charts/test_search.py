@@ -86,7 +86,7 @@ def test_trajectory_of_a_merge_shows_its_weight_and_counts_the_start_as_one() ->
     ][:2]
     labels = [label for label in styled(root, "tick") if label.get("text-anchor") == "end"]
     ticks = {label.text: float(label.get("y", "nan")) - 4 for label in labels[:3]}
-    assert upper[0] == pytest.approx(ticks["1"], abs=0.05) and upper[1] == pytest.approx(
+    assert upper[0] == pytest.approx(ticks["1.0"], abs=0.05) and upper[1] == pytest.approx(
         ticks["0.5"], abs=0.05
     )
 
