@@ -4,6 +4,7 @@ for anything, and its notebook runs.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
+import pandas as pd
 import pytest
 
 pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
@@ -117,6 +120,20 @@ def test_every_method_has_a_page() -> None:
     for name, method in METHODS.items():
         assert f"[{method.title.removesuffix(' (ours)')}](methods/" in overview, name
         assert f"  {name}:" in told, f"no page shows a row of methods.{name}"
+
+
+def test_the_table_of_the_readme_is_that_of_its_bench() -> None:
+    rows = json.loads((ROOT / "bench/results/shipped/world.json").read_text())["rows"]
+    found = pd.DataFrame(rows).groupby("policy").mean(numeric_only=True)
+    names = {"reference": "sft", "reward DPO": "reward_dpo", "safety DPO": "safety_only"}
+    line = re.compile(r"^\| \[?([\w -]+?)(?:\]\(.*\))? \|(.*%.*)\|$", re.MULTILINE)
+    table = line.findall((ROOT / "README.md").read_text())
+    assert len(table) == 9
+    for name, cells in table:
+        mean = found.loc[names.get(name, name.lower().replace("-", "_"))]
+        told = [float(c.strip(" %").replace("−", "-")) for c in cells.split("|")]
+        whole = [mean.excess, 100 * mean.reward_share, 100 * mean.grammatical, abs(mean.kl)]
+        assert np.abs(np.subtract(told, whole) / [0.01, 1, 0.1, 0.01]).max() <= 0.501, name
 
 
 def test_the_notebook_runs_and_prints_what_it_shows() -> None:
