@@ -86,12 +86,12 @@ MEASURES: tuple[Measure, ...] = (
     Measure(
         "true_reward", "true reward", "score", "more",
         "the same answers scored by the world's oracle instead of the reward model.",
-        card="true reward",
+        card="true reward, by the world's oracle",
     ),
     Measure(
         "true_cost", "true cost", "score", "less",
         "the same answers scored by the world's oracle instead of the cost model.",
-        card="true cost",
+        card="true cost, by the world's oracle",
     ),
     Measure(
         "grammatical", "grammatical", "share", "more",

@@ -173,9 +173,9 @@ def _certificate(policy: Published) -> str:
             return none
         return f"{none} Its expected cost was steered to {policy.limit:g} by a cost model."
     return (
-        f"## Certificate\n\n{policy.certificate.statement}. It may be wrong with probability"
-        f" {policy.certificate.delta:g}, and says nothing of prompts unlike those it was made"
-        " on."
+        f"## Certificate\n\n{policy.certificate.statement}. Such a test is wrong with"
+        f" probability {policy.certificate.delta:g} at most, if its bound holds, and says"
+        " nothing of prompts unlike those it was made on."
     )
 
 

