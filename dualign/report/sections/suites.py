@@ -94,7 +94,7 @@ def _power(row: Row) -> str:
     size = row["difference"]
     shown = f"{points(size)} points" if measure.unit == "share" else number(size)
     prompts = plural(row["prompts"], f"{row['label']} prompt".strip())
-    return f"{shown} in {measure.heading} ({row['judge']}, {prompts})"
+    return f"{shown} in {measure.heading} ({row['judge'].strip('()')}, {prompts})"
 
 
 def _failed(verdicts: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
