@@ -16,7 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,7 +102,7 @@ def _settled(params: Path, settings: Mapping[str, Any]) -> str:
         raise DualignError(f"{params}: {error}") from error
 
 
-def run(lab: Lab, threads: int, stages: Sequence[str] | None = None) -> Lab:
+def run(lab: Lab, threads: int, stages: Collection[str] | None = None) -> Lab:
     """Run the stages of a seed (default: all) that have not ended, in order; output goes to log.txt
     in the folder.
     """
@@ -136,11 +136,26 @@ def _ended(lab: Lab, name: str) -> Path:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def rows_of(lab: Lab) -> Iterator[dict[str, Any]]:
-    """One row for each evaluated policy of a seed: what the oracle says of it, and what it took."""
+def stages_for(lab: Lab, policies: Sequence[str]) -> set[str]:
+    """The stages that the evaluation of these policies needs. Raises DualignError for one that the
+    params do not evaluate.
+    """
+    known = [name.partition("@")[2] for name in lab.dag if name.startswith("evaluate@")]
+    for name in policies:
+        if name not in known:
+            raise DualignError(f"--policies: {name} is not evaluated; choose of {', '.join(known)}")
+    return set[str]().union(*(_upstream(lab.dag, f"evaluate@{name}") for name in policies))
+
+
+def rows_of(lab: Lab, policies: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """One row for each evaluated policy of a seed (None: all): what the oracle says of it, and what
+    it took.
+    """
     params = load(EvaluateParams, lab.folder / "params.yaml")
     truth = Truth.of(lab, params)
     for name, folder in params.policies.items():
+        if policies is not None and name not in policies:
+            continue
         measured = read_json(lab.folder / "reports/metrics/evaluate" / f"{name}.json")
         if measured.get("absent"):
             continue
@@ -399,6 +414,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of the embedded world",
     )
     parser.add_argument("--limit", type=float, help="in place of that of params")
+    parser.add_argument(
+        "--policies", nargs="+", help="those alone are run and judged; all if nothing is said"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="seeds that run at the same time")
     parser.add_argument(
         "--work", type=Path, default=Path(".scratch/bench-world"), help="folder of the runs"
@@ -414,16 +432,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         labs = [
             set_up(seed, given.params, given.work.absolute(), given.limit) for seed in given.seeds
         ]
+        chosen = given.policies and stages_for(labs[0], given.policies)
         with ThreadPoolExecutor(given.jobs) as pool:
-            done = list(pool.map(lambda lab: run(lab, threads), labs))
+            done = list(pool.map(lambda lab: run(lab, threads, chosen), labs))
     except (DualignError, OSError) as error:
         log.error("%s", error)
         return 1
-    rows = [row for lab in done for row in (*rows_of(lab), *allowed(lab))]
+    rows = [row for lab in done for row in (*rows_of(lab, given.policies), *allowed(lab))]
     command = (
         f"python -m bench.world --seeds {' '.join(map(str, given.seeds))} --params {given.params}"
     )
     command += "" if given.limit is None else f" --limit {given.limit:g}"
+    command += f" --policies {' '.join(given.policies)}" if given.policies else ""
     text = page(command, given.params, rows)
     options.publish(given.out, "world", {"command": command, "rows": rows}, text)
     sys.stdout.write(text)

@@ -28,13 +28,14 @@ from dualign.math.constraints import Price, prices_in, with_priced_rewards
 from dualign.math.dual.solution import solve
 from dualign.math.dual.tilt import soft_value
 from dualign.math.losses import lagrangian_scale
-from dualign.params.training import LagrangianDpoParams, LagrangianRun, RefreshParams
+from dualign.params.training import LagrangianDpoParams, LagrangianRun
 from dualign.scoring.support import doubt, doubted
 from dualign.stage import Run, execute
 from dualign.training.implicit_scores import Sources, scored_tables
 from dualign.training.lagrangian import pairs_at, train_at
 from dualign.training.pairs import fresh_pairs, samples_of
-from dualign.training.run import Job
+from dualign.training.run import Job, Metrics
+from dualign.training.soup import soup
 
 log = logging.getLogger("dualign")
 
@@ -68,16 +69,19 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     scores = implicit(spec) or spec.refresh is not None
     scratch = run.scratch(SCORED, DUAL, REFERENCE, *(scorers if scores else ()))
     job = Job(params.training, run.resources, scratch, params.seed)
-    if spec.refresh is None:
+
+    def draw(policy: Path, job: Job) -> pd.DataFrame:
+        """Its own answers, as the training reads them."""
+        return charged(own_answers(policy, tables.pool, spec, params, job))
+
+    def train(job: Job, out: Path) -> Metrics:
+        """One policy."""
+        if spec.refresh is not None:
+            return train_twice(chosen["lam"], frame, draw, spec, params, job, out)
         pairs = pairs_at(chosen["lam"], frame, spec.data, spec, params, tokenizer)
-        metrics = train_at(chosen["lam"], pairs, REFERENCE, spec, params, job, OUT / item)
-    else:
-        refresh = spec.refresh
+        return train_at(chosen["lam"], pairs, REFERENCE, spec, params, job, out)
 
-        def draw(policy: Path) -> pd.DataFrame:
-            return charged(own_answers(policy, tables.pool, refresh, params, job))
-
-        metrics = train_twice(chosen["lam"], frame, draw, spec, params, job, OUT / item)
+    metrics = soup(spec.soup, train, job, OUT / item)
 
     # A search that starts here looks at these, and takes the rest over.
     scored = spec.model_dump(include={"reward", "cost", "data"})
@@ -87,12 +91,12 @@ def main(run: Run[LagrangianDpoParams]) -> None:
 def train_twice(
     lam: float,
     frame: pd.DataFrame,
-    draw: Callable[[Path], pd.DataFrame],
+    draw: Callable[[Path, Job], pd.DataFrame],
     spec: LagrangianRun,
     params: LagrangianDpoParams,
     job: Job,
     out: Path,
-) -> dict[str, Any]:
+) -> Metrics:
     """Train on the pool, then on the policy's own answers, which `draw` has scored. What an
     interrupted run has of it is taken up again.
     """
@@ -105,11 +109,11 @@ def train_twice(
         begun = replace(job, scratch=job.scratch / "pool")
         write_json(measured, train_at(lam, pairs, REFERENCE, spec, params, begun, first))
 
-    fresh = draw(first)
+    fresh = draw(first, job)
     scale = lagrangian_scale(lam, spec.pair_loss.normalised)
     value = soft_value(by_prompt(frame, "reward"), by_prompt(frame, "cost"), lam, params.beta)
     answers = samples_of(fresh, tokenizer)
-    own = fresh_pairs(value, answers, lam, params.beta, params.seed + 1, scale)
+    own = fresh_pairs(value, answers, lam, params.beta, job.seed + 1, scale)
     changed = spec.refresh.model_dump(include={"max_steps", "learning_rate"})
     again = spec.model_copy(update=changed)
     gone_on = replace(job, scratch=job.scratch / "own", seed=job.seed + 1, name="refresh")
@@ -127,16 +131,18 @@ def train_twice(
 
 
 def own_answers(
-    policy: Path, pool: pd.DataFrame, options: RefreshParams, params: LagrangianDpoParams, job: Job
+    policy: Path, pool: pd.DataFrame, spec: LagrangianRun, params: LagrangianDpoParams, job: Job
 ) -> pd.DataFrame:
     """Scored answers of a policy to the first prompts of the pool, drawn once; schema ANSWERS."""
+    options = spec.refresh
+    assert options is not None
 
     def drawn() -> pd.DataFrame:
         asked = pool.drop_duplicates("prompt_id")[["prompt_id", "prompt"]].head(options.prompts)
         return roll_out(
             load_policy(policy, job.resources), asked, Scorers.load(job.resources),
             count=options.samples_per_prompt, max_new_tokens=params.max_new_tokens,
-            seed=params.seed + 1,
+            seed=job.seed + 1,
         )  # fmt: skip
 
     return kept_answers(job.scratch / "answers.parquet", drawn)

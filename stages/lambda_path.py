@@ -8,6 +8,7 @@ without training."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from dualign.core.schema import POOL, read_table
@@ -17,6 +18,7 @@ from dualign.scoring.support import HELD_OUT, doubt, doubted
 from dualign.stage import Run, execute
 from dualign.training.lagrangian import pairs_at, train_at
 from dualign.training.run import Job
+from dualign.training.soup import soup
 
 SCORED = Path("data/scored")
 SAMPLES = SCORED / "pool.parquet"
@@ -36,7 +38,8 @@ def main(run: Run[LambdaPathParams]) -> None:
     pairs = pairs_at(spec.lam, pool, "pool", spec, params, tokenizer)
 
     job = Job(params.training, run.resources, scratch, params.seed)
-    metrics = train_at(spec.lam, pairs, begin, spec, params, job, OUT / item)
+    train = partial(train_at, spec.lam, pairs, begin, spec, params)
+    metrics = soup(spec.soup, train, job, OUT / item)
 
     # What a search from here looks at, as it would in the metrics of lagrangian_dpo.
     scored = {"reward": "reward_model", "cost": "cost_model", "data": "pool"}

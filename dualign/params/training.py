@@ -161,11 +161,13 @@ class SafetyDpoParams(SafetyParams):
 class LagrangianSpec(Frozen):
     """How a Lagrangian is trained: learning rate, steps (null: the section's), pair_loss loss.
 
-    A search that starts from such a policy keeps learning rate and loss; its trainings have steps
-    of their own."""
+    Of `soup` trainings that differ in the order of their rows, the mean of the weights is kept. A
+    search that starts from such a policy keeps learning rate and loss; its trainings have steps of
+    their own."""
 
     learning_rate: Positive | None
     max_steps: Count | None = None
+    soup: Count = 1
     pair_loss: PairLossParams
 
 

@@ -163,22 +163,24 @@ class Reckoner:
         section = self._params["lagrangian_dpo"]
         row = section["runs"][run]
         table = self._pool() if row["data"] == "pool" else self._scored_pairs()
-        pieces = [self._training("lagrangian_dpo", table, steps=row.get("max_steps"))]
-        implicit = [name for name in (row["reward"], row["cost"]) if not name.endswith("_model")]
-        pieces += [self._read(2.0 * _known(table.rows, run), table.prompt, table.answer)] * len(
-            implicit
-        )
+        trained = self._training("lagrangian_dpo", table, steps=row.get("max_steps"))
+        soup = row.get("soup", 1)
         refresh = row.get("refresh")
         if refresh is None:
-            return Work(tuple(pieces))
+            implicit = [
+                name for name in (row["reward"], row["cost"]) if not name.endswith("_model")
+            ]
+            read = self._read(2.0 * _known(table.rows, run), table.prompt, table.answer)
+            return Work((*[trained] * soup, *[read] * len(implicit)))
         again = self._training("lagrangian_dpo", table, steps=refresh["max_steps"])
         drawn = self._drawn(refresh["prompts"], refresh["samples_per_prompt"], reads=2)
         held = self._beside("lagrangian_dpo")
-        return Work((*pieces, *drawn, again), held=held, trains_alone=True)
+        return Work((trained, *drawn, again) * soup, held=held, trains_alone=True)
 
     def _lambda_path(self, run: str) -> Work:
-        steps = self._params["lambda_path"]["runs"][run].get("max_steps")
-        return Work((self._training("lambda_path", self._pool(), steps=steps),))
+        row = self._params["lambda_path"]["runs"][run]
+        trained = self._training("lambda_path", self._pool(), steps=row.get("max_steps"))
+        return Work((trained,) * row.get("soup", 1))
 
     def _search(self, run: str) -> Work:
         """Every policy is measured on its own answers, and read on the pool."""

@@ -50,6 +50,17 @@ def test_a_folder_of_other_params_is_refused_and_one_of_the_same_is_taken_up(
         world.set_up(3, params, tmp_path)
 
 
+def test_chosen_policies_need_the_stages_before_them_alone(repo_root: Path, tmp_path: Path) -> None:
+    lab = world.set_up(3, repo_root / "params.yaml", tmp_path)
+    needed = world.stages_for(lab, ["sft", "certified"])
+    assert {"prepare", "lagrangian_dpo@anchored", "certify@dualign", "evaluate@sft"} <= needed
+    assert not {"dual_search@sacpo", "evaluate@dualign", "report"} & needed
+    with pytest.raises(
+        DualignError, match=r"--policies: dualing is not evaluated; choose of sft, "
+    ):
+        world.stages_for(lab, ["dualing"])
+
+
 def test_params_without_a_seed_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("beta: 1.0\n")
     with pytest.raises(DualignError, match=r"bad\.yaml: .*seed"):

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.errors import InfeasibleError, ParamsError
@@ -311,7 +313,7 @@ def scorers(workspace: Path) -> Path:
     return workspace
 
 
-def refreshed(root: Path) -> LagrangianDpoParams:
+def refreshed(root: Path, soup: int = 1) -> LagrangianDpoParams:
     """The shipped params with a run `own` that trains on its own answers, on scores as they are."""
     content = copy.deepcopy(loading.read_yaml(root / "params.yaml"))
     section = content["lagrangian_dpo"]
@@ -319,6 +321,7 @@ def refreshed(root: Path) -> LagrangianDpoParams:
         **section["runs"]["anchored"],
         "max_steps": 2,
         "refresh": REFRESH,
+        "soup": soup,
     }
     section["training"] |= {"max_steps": 2, "batch_size": 4, "max_length": 512}
     content["pessimism"] |= {"reward": 0.0, "cost": 0.0}
@@ -389,6 +392,20 @@ def test_a_refresh_that_was_interrupted_trains_and_draws_nothing_twice(
     monkeypatch.setattr(lagrangian_dpo, "roll_out", None)
     lagrangian_dpo.main(run)
     assert len(trained) == 3 and out.read_bytes() == whole
+
+
+def test_members_of_a_soup_draw_answers_of_their_own(scorers: Path, repo_root: Path) -> None:
+    """The first member is what is trained alone, and the tokens of all are counted."""
+    out = Path("models/lagrangian_dpo/own/model.safetensors")
+    told: dict[int, dict[str, Any]] = {}
+    weights: dict[int, dict[str, torch.Tensor]] = {}
+    for count in (1, 2):
+        lagrangian_dpo.main(Run("lagrangian_dpo", "own", refreshed(repo_root, count), RESOURCES))
+        told[count] = read_json("reports/metrics/lagrangian_dpo/own.json")
+        weights[count] = load_file(out)
+    assert told[2]["generated_tokens"] > told[1]["generated_tokens"]
+    assert told[2]["steps"] == told[1]["steps"]
+    assert any(not torch.equal(weights[1][name], weights[2][name]) for name in weights[1])
 
 
 @pytest.mark.parametrize(

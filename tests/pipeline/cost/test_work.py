@@ -51,6 +51,28 @@ def test_a_training_of_pairs_and_its_reference_columns(params: dict[str, Any]) -
     assert Reckoner(params, TABLES).work("reward_dpo@helpful").pieces[0].steps == 32
 
 
+def test_every_member_of_a_soup_trains_and_draws(params: dict[str, Any]) -> None:
+    row = params["lagrangian_dpo"]["runs"]["anchored"]
+    for soup in (1, 3):
+        row["soup"] = soup
+        pieces = Reckoner(params, TABLES).work("lagrangian_dpo@anchored").pieces
+        kinds = [piece.kind for piece in pieces]
+        assert (kinds.count("train"), kinds.count("draw")) == (2 * soup, soup)
+    row["refresh"] = None
+    once = Reckoner(params, TABLES).work("lagrangian_dpo@anchored").pieces
+    assert [piece.kind for piece in once] == ["train"] * 3
+
+    strict = {
+        "lam": 2.0,
+        "begin": "sft",
+        "learning_rate": None,
+        "soup": 2,
+        "pair_loss": row["pair_loss"],
+    }
+    params["lambda_path"]["runs"] = {"strict": strict}
+    assert len(Reckoner(params, TABLES).work("lambda_path@strict").pieces) == 2
+
+
 def test_answers_are_drawn_read_and_scored(params: dict[str, Any]) -> None:
     drawn, own, reference, reward, cost, tilt = (
         Reckoner(params, TABLES).work("evaluate@dualign").pieces

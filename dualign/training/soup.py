@@ -1,0 +1,73 @@
+"""Model soups: one policy from several trainings that differ in the order of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import pandas as pd
+
+from dualign.core.artifacts import read_json, write_json
+from dualign.lm.merge import merge
+from dualign.training.run import Job, Metrics
+
+#: Seeds of members lie this far apart, so that none has that of another's second training.
+_APART = 1000
+#: Metrics of which a soup has the mean of its members'.
+_MEANS = ("loss", "accuracy", "abs_logit", "log_ratio")
+
+#: A training of this job that saves its policy in this folder and returns its metrics.
+Train = Callable[[Job, Path], Metrics]
+
+
+def soup(count: int, train: Train, job: Job, out: Path) -> Metrics:
+    """Train `count` policies and save the mean of their weights in `out` (2203.05482).
+
+    Trainings from one start end in one basin, where the log-probabilities of mean weights are near
+    the mean of log-probabilities. So what each has got wrong by the order of its rows and by its
+    own draws shrinks as in a mean of `count` estimates: the odd text that a single training raises
+    by chance above all. Members that an interrupted run has trained are not trained again. The
+    metrics are means of theirs, generated tokens the sum. A count of 1 is the training itself."""
+    if count == 1:
+        return train(job, out)
+    members = [_member(number, train, job) for number in range(count)]
+    _save_mean([folder / "policy" for folder in members], job.scratch, out)
+    return combined([read_json(folder / "metrics.json") for folder in members])
+
+
+def _member(number: int, train: Train, job: Job) -> Path:
+    """The folder of a member, which holds its policy and its metrics."""
+    folder = job.scratch / f"member-{number}"
+    measured = folder / "metrics.json"
+    if not measured.is_file():
+        own = replace(job, scratch=folder / "training", seed=job.seed + _APART * number)
+        write_json(measured, train(own, folder / "policy"))
+    return folder
+
+
+def _save_mean(policies: Sequence[Path], scratch: Path, out: Path) -> None:
+    """Write the mean of the policies' weights to `out`, one policy after the other."""
+    mean = policies[0]
+    for count, policy in enumerate(policies[1:], start=2):
+        merged = out if count == len(policies) else scratch / f"mean-{count}"
+        merge(mean, policy, 1 / count, merged)
+        mean = merged
+
+
+def combined(found: Sequence[Metrics]) -> Metrics:
+    """The metrics of a soup from those of its members.
+
+    >>> combined([{"steps": 2, "loss": 1.0, "losses": [{"step": 2, "loss": 1.0}]},
+    ...           {"steps": 2, "loss": 3.0, "losses": [{"step": 2, "loss": 3.0}]}])
+    {'steps': 2, 'loss': 2.0, 'losses': [{'step': 2, 'loss': 2.0}]}
+    """
+    first = found[0]
+    rows = pd.DataFrame([row for metrics in found for row in metrics["losses"]])
+    curve = rows.groupby("step", as_index=False).mean().to_dict("records") if len(rows) else []
+    known = [key for key in _MEANS if first.get(key) is not None]
+    means = {key: fmean(metrics[key] for metrics in found) for key in known}
+    drawn = "generated_tokens"
+    total = {drawn: sum(metrics[drawn] for metrics in found)} if drawn in first else {}
+    return {**first, **means, **total, "losses": curve}
