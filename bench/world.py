@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, pstdev
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ from dualign.scoring.scorers import Scorer
 from dualign.scoring.support import doubt
 from pipeline.dvc.dag import StageSpec, load_dag
 from pipeline.dvc.overlay import whole
-from pipeline.dvc.parameters import assign
+from pipeline.dvc.parameters import assign, parse
 from pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
@@ -75,12 +76,14 @@ class Lab:
         return load_dag(self.folder)
 
 
-def set_up(seed: int, params: Path, work: Path, limit: float | None = None) -> Lab:
-    """Make the folder of a seed (limit None: that of params). Raises DualignError if it holds a run
-    of other params.
+def set_up(
+    seed: int, params: Path, work: Path, settings: Mapping[str, Any] = MappingProxyType({})
+) -> Lab:
+    """Make the folder of a seed; `settings` take the place of values of params. Raises DualignError
+    if it holds a run of other params.
     """
     folder = work / f"{params.stem}-{seed}"
-    text = _settled(params, {"seed": seed} | ({} if limit is None else {"constraint.limit": limit}))
+    text = _settled(params, {"seed": seed, **settings})
     if not folder.is_dir():
         with replacing(folder) as temporary:
             temporary.mkdir()
@@ -415,6 +418,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--limit", type=float, help="in place of that of params")
     parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="other values for keys of params"
+    )
+    parser.add_argument(
         "--policies", nargs="+", help="those alone are run and judged; all if nothing is said"
     )
     parser.add_argument("--jobs", type=int, default=1, help="seeds that run at the same time")
@@ -429,13 +435,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("dvc").setLevel(logging.WARNING)
     threads = max(1, (os.cpu_count() or 1) // given.jobs)
     try:
-        labs = [
-            set_up(seed, given.params, given.work.absolute(), given.limit) for seed in given.seeds
-        ]
+        settings = dict(map(parse, given.set))
+        settings |= {} if given.limit is None else {"constraint.limit": given.limit}
+        work = given.work.absolute()
+        labs = [set_up(seed, given.params, work, settings) for seed in given.seeds]
         chosen = given.policies and stages_for(labs[0], given.policies)
         with ThreadPoolExecutor(given.jobs) as pool:
             done = list(pool.map(lambda lab: run(lab, threads, chosen), labs))
-    except (DualignError, OSError) as error:
+    except (DualignError, PipelineError, OSError) as error:
         log.error("%s", error)
         return 1
     rows = [row for lab in done for row in (*rows_of(lab, given.policies), *allowed(lab))]
@@ -443,6 +450,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"python -m bench.world --seeds {' '.join(map(str, given.seeds))} --params {given.params}"
     )
     command += "" if given.limit is None else f" --limit {given.limit:g}"
+    command += f" --set {' '.join(given.set)}" if given.set else ""
     command += f" --policies {' '.join(given.policies)}" if given.policies else ""
     text = page(command, given.params, rows)
     options.publish(given.out, "world", {"command": command, "rows": rows}, text)

@@ -33,8 +33,8 @@ def test_each_seed_has_a_folder_of_its_own_that_differs_in_the_seed_alone(
     assert list(labs[0].dag)[:2] == ["prepare", "sft"] and "report" in labs[0].dag
 
 
-def test_a_limit_may_be_given_in_place_of_that_of_params(repo_root: Path, tmp_path: Path) -> None:
-    lab = world.set_up(3, repo_root / "params.yaml", tmp_path, limit=-0.3)
+def test_a_value_may_be_given_in_place_of_that_of_params(repo_root: Path, tmp_path: Path) -> None:
+    lab = world.set_up(3, repo_root / "params.yaml", tmp_path, {"constraint.limit": -0.3})
     assert load(EvaluateParams, lab.folder / "params.yaml").limit == -0.3
 
 
