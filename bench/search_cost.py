@@ -567,8 +567,8 @@ rule until the cost
 of the policy's own answers to the search prompts is at most z standard errors above the limit and
 at most {TOLERANCE:g} (or z standard errors) from it, z as in the params, or 12 policies are
 trained. λ̂ is the multiplier of the pool. Merges train nothing for a limit; *policies* counts what
-was measured. dualign as shipped trains once more where its first policy meets the test already;
-that is left out here. Tokens are those that the policies generate to be measured or trained on;
+was measured. The shipped start of dualign also trains on its own answers, as a soup of two, and its
+search merges; that is left out here. Tokens are those that the policies generate to be measured or trained on;
 seconds are the processor's. `E[c*] − limit` and `J* − J` are those of the policy that ended the
 search, by the oracle on held-out prompts: what the scorers misjudge is in them."""
 
