@@ -568,9 +568,9 @@ of the policy's own answers to the search prompts is at most z standard errors a
 at most {TOLERANCE:g} (or z standard errors) from it, z as in the params, or 12 policies are
 trained. λ̂ is the multiplier of the pool. Merges train nothing for a limit; *policies* counts what
 was measured. The shipped start of dualign also trains on its own answers, as a soup of two, and its
-search merges; that is left out here. Tokens are those that the policies generate to be measured or trained on;
-seconds are the processor's. `E[c*] − limit` and `J* − J` are those of the policy that ended the
-search, by the oracle on held-out prompts: what the scorers misjudge is in them."""
+search merges; that is left out here. Tokens are those that the policies generate to be measured or
+trained on; seconds are the processor's. `E[c*] − limit` and `J* − J` are those of the policy that
+ended the search, by the oracle on held-out prompts: what the scorers misjudge is in them."""
 
 
 def publish(

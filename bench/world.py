@@ -302,7 +302,9 @@ def _effort(lab: Lab, folder: str) -> dict[str, float]:
         if name.startswith("lagrangian_dpo@"):
             metrics = read_json(lab.folder / f"reports/metrics/{name.replace('@', '/')}.json")
             refreshed = "generated_tokens" in metrics  # it trained once more, on its own answers
-            trained += refreshed
+            runs = load(LagrangianDpoParams, lab.folder / "params.yaml").runs
+            members = runs[name.partition("@")[2]].soup
+            trained += members * (1 + refreshed) - 1  # one of them has been counted
             tokens += metrics["generated_tokens"] if refreshed else 0
     return {"trainings": trained, "generated_tokens": tokens, "seconds": seconds}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from statistics import fmean
 
 import pandas as pd
 
@@ -64,10 +64,11 @@ def combined(found: Sequence[Metrics]) -> Metrics:
     {'steps': 2, 'loss': 2.0, 'losses': [{'step': 2, 'loss': 2.0}]}
     """
     first = found[0]
-    rows = pd.DataFrame([row for metrics in found for row in metrics["losses"]])
+    rows = pd.DataFrame(list(chain.from_iterable(metrics["losses"] for metrics in found)))
     curve = rows.groupby("step", as_index=False).mean().to_dict("records") if len(rows) else []
+    table = pd.DataFrame(found)
     known = [key for key in _MEANS if first.get(key) is not None]
-    means = {key: fmean(metrics[key] for metrics in found) for key in known}
+    means = {key: float(table[key].mean()) for key in known}
     drawn = "generated_tokens"
-    total = {drawn: sum(metrics[drawn] for metrics in found)} if drawn in first else {}
+    total = {drawn: int(table[drawn].sum())} if drawn in first else {}
     return {**first, **means, **total, "losses": curve}
