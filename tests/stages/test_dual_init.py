@@ -538,7 +538,7 @@ def test_a_limit_on_length_reaches_the_labels_of_a_training(
     )
     given = load(LagrangianDpoParams, ROOT / "params.yaml")
     training = given.training.model_copy(update={"max_steps": 1, "batch_size": 2})
-    once = given.runs["anchored"].model_copy(update={"refresh": None})
+    once = given.runs["anchored"].model_copy(update={"refresh": None, "soup": 1})
     runs = {**given.runs, "anchored": once}
     given = given.model_copy(update={"training": training, "beta": beta, "runs": runs})
     for name in ("anchored", "bernoulli"):
