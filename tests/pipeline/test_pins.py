@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
 
 from pipeline.pins import changes, pins, renewed
 
@@ -21,3 +25,17 @@ def test_a_file_of_pins_is_renewed() -> None:
 def test_the_pins_that_are_there_come_back_as_they_are() -> None:
     text = (ROOT / "constraints.txt").read_text()
     assert renewed(text, pins(text)) == text
+
+
+def test_every_pin_installs_on_the_oldest_python() -> None:
+    """A release of today may want a later 3.11 than a distribution's own."""
+    oldest = "3.11.0"
+    checked = 0
+    for name, version in pins((ROOT / "constraints.txt").read_text()).items():
+        with contextlib.suppress(PackageNotFoundError):
+            found = distribution(name)
+            if found.version.partition("+")[0] == version:
+                wanted = found.metadata.get("Requires-Python") or ""
+                assert SpecifierSet(wanted).contains(oldest), f"{name} {version}: {wanted}"
+                checked += 1
+    assert checked > 100
