@@ -17,11 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from dualign.certify import certificate, screening
+from dualign.certify import certificate, screening, sequence
 from dualign.certify.candidates import (
     MODELS,
     CandidateEvidence,
-    CandidatePolicy,
     candidate_policies,
     forecast,
     screen,
@@ -30,7 +29,15 @@ from dualign.certify.certificate import Certificate, Origin, Terms
 from dualign.certify.evidence import Evidence
 from dualign.certify.requirement import Requirement
 from dualign.core.artifacts import replacing, write_json
-from dualign.core.records import SolvedDual, read_record
+from dualign.core.records import (
+    CandidateTest,
+    Certified,
+    CheckRow,
+    RequirementRow,
+    SolvedDual,
+    as_row,
+    read_record,
+)
 from dualign.core.schema import PROMPTS, read_table
 from dualign.evaluation.rollout import Scorers
 from dualign.lm.card import HEAD, MODEL
@@ -99,7 +106,7 @@ def main(run: Run[CertifyParams]) -> None:
         else:
             shutil.copytree(evidence.policy(issued.returned), policy)
         (policy / "README.md").write_text(card(issued))
-    run.metrics(describe(issued, evidence))
+    run.metrics(as_row(describe(issued, evidence)))
     finished(scratch)
 
 
@@ -190,37 +197,34 @@ def copy_into(folder: Path, evidence: Evidence) -> Evidence:
     return Evidence(copies[0], copies[1])
 
 
-def describe(found: Certificate, evidence: CandidateEvidence) -> dict[str, Any]:
+def describe(found: Certificate, evidence: CandidateEvidence) -> Certified:
     """The certificate as metrics: what it says, each test, the prompts that a failed one needs."""
-    tests = []
-    for test in found.tested:
-        row = {
-            "candidate": test.name,
-            "certified": test.certified,
-            "checks": [check.model_dump() for check in test.checks],
-            **made_of(evidence.candidate(test.name)),
-            **evidence.measured(test.name),
-            "prompts_needed": forecast(test, found),
-        }
-        tests.append(row)
-    return {
-        "returned": found.returned,
-        "statement": found.statement,
-        "delta": found.delta,
-        "max_new_tokens": found.max_new_tokens,
-        "requirements": [required.model_dump() for required in found.requirements],
-        "candidates": list(found.candidates),
-        "tests": tests,
-    }
+    return Certified(
+        returned=found.returned,
+        statement=found.statement,
+        delta=found.delta,
+        max_new_tokens=found.max_new_tokens,
+        requirements=[RequirementRow(**required.model_dump()) for required in found.requirements],
+        candidates=list(found.candidates),
+        tests=[describe_test(test, found, evidence) for test in found.tested],
+    )
 
 
-def made_of(candidate: CandidatePolicy) -> dict[str, Any]:
-    """A candidate as (1 - q) partner + q policy, folders under models/."""
-    return {
-        "policy": candidate.policy.relative_to(MODELS).as_posix(),
-        "partner": candidate.partner.relative_to(MODELS).as_posix(),
-        "q": candidate.q,
-    }
+def describe_test(
+    test: sequence.CandidateTest, found: Certificate, evidence: CandidateEvidence
+) -> CandidateTest:
+    """A candidate, (1 - q) partner + q policy of folders under models/, and how it was tested."""
+    candidate = evidence.candidate(test.name)
+    return CandidateTest(
+        candidate=test.name,
+        certified=test.certified,
+        checks=[CheckRow(**check.model_dump()) for check in test.checks],
+        policy=candidate.policy.relative_to(MODELS).as_posix(),
+        partner=candidate.partner.relative_to(MODELS).as_posix(),
+        q=candidate.q,
+        prompts_needed=forecast(test, found),
+        **evidence.measured(test.name),
+    )
 
 
 def card(found: Certificate) -> str:

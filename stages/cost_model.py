@@ -18,6 +18,7 @@ import pandas as pd
 
 from dualign.core.artifacts import replacing, write_rows
 from dualign.core.errors import DataError
+from dualign.core.records import CostModelMetrics, as_row
 from dualign.core.schema import SAFETY_PAIRS, read_table
 from dualign.params.models import CostModelParams
 from dualign.scoring.calibration import (
@@ -79,16 +80,13 @@ def main(run: Run[CostModelParams]) -> None:
     with replacing(OUT) as folder:
         scorer.calibrated(calibration).save(folder)
         write_rows(folder / "reliability.json", reliable, ("predicted", "observed", "answers"))
-    run.trained(
-        {
-            **metrics,
-            **quality,
-            "pairs": {**metrics["pairs"], "heldout": len(heldout)},
-            "ranking_accuracy": float((gaps(answers) < 0).mean()),
-            "ranking_accuracy_cut": float((gaps(cut) < 0).mean()),
-        },
-        scratch,
+    told = CostModelMetrics(
+        ranking_accuracy=float((gaps(answers) < 0).mean()),
+        ranking_accuracy_cut=float((gaps(cut) < 0).mean()),
+        **quality,
     )
+    pairs_read = {**metrics["pairs"], "heldout": len(heldout)}
+    run.trained({**metrics, **as_row(told), "pairs": pairs_read}, scratch)
 
 
 def seen_flags(run: Run[CostModelParams], scorer: Scorer, train: pd.DataFrame) -> Flagged:

@@ -12,14 +12,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from dualign.core.artifacts import replacing, write_json, write_parquet
 from dualign.core.errors import InfeasibleError
-from dualign.core.records import CostModelMetrics, read_record
+from dualign.core.records import (
+    BetaRow,
+    Betas,
+    CostModelMetrics,
+    Frontier,
+    FrontierRow,
+    Pessimism,
+    PriceRow,
+    SolvedDual,
+    Standardised,
+    as_row,
+    read_record,
+)
 from dualign.core.schema import DUAL_PROMPTS, POOL, by_prompt, read_table
 from dualign.math.constraints import Price, with_priced_rewards
 from dualign.math.dual.advice import beta_for_ess, samples_for_ess
@@ -64,23 +75,22 @@ def main(run: Run[DualInitParams]) -> None:
     solution, prices = own
     margin = with_margin(solution, params)
     error = read_record(COST_MODEL, CostModelMetrics).zero_error
-    result = describe(solution, params) | sensitivity(solution, params, error) | _named(margin)
-    result |= {"prices": [price.as_dict() for price in prices], "pessimism": doubts(doubtful, raw)}
-    result |= {"messages": messages(solution, params, margin, prices)}
+    result = describe(solution, params, margin, prices, error, doubts(doubtful, raw))
     grid = sorted({*params.grid, solution.lam})
     believed = by_prompt(raw, "reward")  # what is shown is never lowered
-    frontier = solution.frontier(grid, length, reward=believed, level=params.cvar_level)
+    rows = solution.frontier(grid, length, reward=believed, level=params.cvar_level)
+    frontier = Frontier(
+        rows=[FrontierRow.model_validate(row) for row in rows], cvar_level=params.cvar_level
+    )
     betas = by_beta(pool, scored, believed, params, own)
     with replacing(OUT) as folder:
         folder.mkdir()
-        write_json(folder / "dual.json", result)
-        write_json(folder / "frontier.json", {"rows": frontier, "cvar_level": params.cvar_level})
-        write_json(
-            folder / "betas.json", {"rows": betas, "beta": params.beta, "min_ess": params.min_ess}
-        )
+        write_json(folder / "dual.json", as_row(result))
+        write_json(folder / "frontier.json", as_row(frontier))
+        write_json(folder / "betas.json", as_row(betas))
         write_parquet(folder / "prompts.parquet", by_prompts(solution, prompts), DUAL_PROMPTS)
     _tell(solution, result, prices)
-    numbers = {key: value for key, value in result.items() if key != "messages"}
+    numbers = result.model_dump(exclude={"messages", "prices"})
     run.metrics(numbers | {"prices": {price.constraint.name: price.lam for price in prices}})
 
 
@@ -106,34 +116,33 @@ def solve_at(beta: float, pool: pd.DataFrame, scored: Scored, params: DualInitPa
 
 def by_beta(
     pool: pd.DataFrame, scored: Scored, reward: np.ndarray, params: DualInitParams, own: Solved
-) -> list[dict[str, Any]]:
+) -> Betas:
     """What the pool predicts of the policy that meets the limits, at `betas` and `beta`.
 
     A row is that of the frontier at the multiplier for this `beta`, with its interval `lam_low`,
     `lam_high` and the `prices` of additional constraints, in their order. Limits out of reach
     within `lambda_max` leave `lam` None and say why in `infeasible`. `own` is solved at `beta`
     itself, `reward` is the one that is shown. Empty without `betas`."""
-    rows: list[dict[str, Any]] = []
+    rows: list[BetaRow] = []
     for beta in sorted({*params.betas, params.beta}) if params.betas else ():
         try:
             solution, prices = own if beta == params.beta else solve_at(beta, pool, scored, params)
         except InfeasibleError as error:
-            rows.append({"beta": beta, "lam": None, "infeasible": str(error)})
+            rows.append(BetaRow(beta=beta, lam=None, infeasible=str(error)))
             continue
-        [row] = solution.frontier(
+        [measures] = solution.frontier(
             [solution.lam], scored.length, reward=reward, level=params.cvar_level
         )
-        low, high = solution.lam_interval
-        rows.append(
-            {
-                "beta": beta,
-                **row,
-                "lam_low": low,
-                "lam_high": high,
-                "prices": [found.lam for found in prices],
-            }
-        )
-    return rows
+        rows.append(_beta_row(beta, measures, solution, prices))
+    return Betas(rows=rows, beta=params.beta, min_ess=params.min_ess)
+
+
+def _beta_row(
+    beta: float, measures: dict[str, float], solution: DualSolution, prices: Sequence[Price]
+) -> BetaRow:
+    low, high = solution.lam_interval
+    multipliers = {"lam_low": low, "lam_high": high, "prices": [found.lam for found in prices]}
+    return BetaRow.model_validate({**measures, **multipliers, "beta": beta})
 
 
 def with_margin(solution: DualSolution, params: DualInitParams) -> MarginSolution:
@@ -154,51 +163,77 @@ def with_margin(solution: DualSolution, params: DualInitParams) -> MarginSolutio
     )
 
 
-def describe(solution: DualSolution, params: DualInitParams) -> dict[str, Any]:
-    """The solved dual with its diagnostics, as data/dual/dual.json holds it."""
-    reward = solution.reward
+def describe(
+    solution: DualSolution,
+    params: DualInitParams,
+    margin: MarginSolution,
+    prices: Sequence[Price],
+    error: float | None,
+    pessimism: Pessimism | None,
+) -> SolvedDual:
+    """The solved dual with its diagnostics, as data/dual/dual.json holds it.
+
+    `error` is the standard error of the cost's zero, None where it is not known."""
     cost = solution.cost
-    beta = solution.beta
+    half_drift, half_drift_cost = drift(solution.reward, cost, solution.lam, params)
+    zero_low, zero_high = at_zero_error(solution, params, error)
+    return SolvedDual(
+        lam=solution.lam,
+        lam_low=solution.lam_interval[0],
+        lam_high=solution.lam_interval[1],
+        lam_slope=solution.slope,
+        zero_error=error,
+        lam_zero_low=zero_low,
+        lam_zero_high=zero_high,
+        limit=params.limit,
+        target=margin.target,
+        certificate_margin=margin.margin,
+        lam_margin=margin.lam,
+        lambda_max=params.lambda_max,
+        beta=solution.beta,
+        slack=solution.slack,
+        prices=[PriceRow(**price.as_dict()) for price in prices],
+        cost_reference=float(cost.mean()),
+        cost_unconstrained=_cost(solution, 0.0),
+        reachable_minimum=_cost(solution, params.lambda_max),
+        prompts=cost.shape[0],
+        samples=cost.shape[1],
+        ess_median=float(np.median(solution.ess)),
+        ess_low=float(np.quantile(solution.ess, 0.1)),
+        half_drift=half_drift,
+        half_drift_cost=half_drift_cost,
+        newton_steps=solution.steps,
+        standardised=standardised(solution),
+        pessimism=pessimism,
+        messages=messages(solution, params, margin, prices),
+    )
+
+
+def standardised(solution: DualSolution) -> Standardised:
+    """The dual in units of the scores' standard deviations."""
     scales = solution.scales
-    return {
-        "lam": solution.lam,
-        "lam_low": solution.lam_interval[0],
-        "lam_high": solution.lam_interval[1],
-        "limit": params.limit,
-        "lambda_max": params.lambda_max,
-        "beta": beta,
-        "cost_reference": float(cost.mean()),
-        "cost_unconstrained": _cost(solution, 0.0),
-        "reachable_minimum": _cost(solution, params.lambda_max),
-        "ess_median": float(np.median(solution.ess)),
-        "ess_low": float(np.quantile(solution.ess, 0.1)),
-        "prompts": cost.shape[0],
-        "samples": cost.shape[1],
-        "slack": solution.slack,
-        "newton_steps": solution.steps,
-        "standardised": {
-            "reward_sd": scales.reward,
-            "cost_sd": scales.cost,
-            "beta": beta / scales.reward,
-            "lam": solution.lam * scales.cost / scales.reward,
-        },
-    } | drift(reward, cost, solution.lam, params)
+    return Standardised(
+        reward_sd=scales.reward,
+        cost_sd=scales.cost,
+        beta=solution.beta / scales.reward,
+        lam=solution.lam * scales.cost / scales.reward,
+    )
 
 
-def doubts(found: Doubt | None, pool: pd.DataFrame) -> dict[str, float] | None:
+def doubts(found: Doubt | None, pool: pd.DataFrame) -> Pessimism | None:
     """Off-support answers of the pool, the mean of their g, what g = 1 costs; or None."""
     if found is None:
         return None
     beyond = found.beyond(pool)
     off = beyond > 0
     degree = float(beyond[off].mean()) if off.any() else 0.0
-    return {"answers": int(off.sum()), "degree": degree, "reward": found.reward, "cost": found.cost}
+    return Pessimism(answers=int(off.sum()), degree=degree, reward=found.reward, cost=found.cost)
 
 
 def drift(
     reward: np.ndarray, cost: np.ndarray, lam: float, params: DualInitParams
-) -> dict[str, float | None]:
-    """What half of each prompt's samples change: lambda (`half_drift`), and the cost at `lam`.
+) -> tuple[float | None, float]:
+    """What half of each prompt's samples change: lambda, and the cost at `lam`.
 
     Means over both halves, less the value of all samples. Few samples bias both, so drift says that
     more are needed."""
@@ -213,16 +248,14 @@ def drift(
         if predict(r, c, params.lambda_max, beta, c).mean() <= params.limit:
             roots.append(root(r, c, limit=params.limit, beta=beta, lambda_max=params.lambda_max))
     whole = predict(reward, cost, lam, beta, cost).mean()
-    return {
-        "half_drift": float(np.mean(roots) - lam) if roots else None,
-        "half_drift_cost": float(np.mean(costs) - whole),
-    }
+    half_drift = float(np.mean(roots) - lam) if roots else None
+    return half_drift, float(np.mean(costs) - whole)
 
 
-def sensitivity(
+def at_zero_error(
     solution: DualSolution, params: DualInitParams, error: float | None
-) -> dict[str, float | None]:
-    """How lambda moves with the limit, and by a standard error of the cost's zero either way.
+) -> tuple[float | None, float | None]:
+    """Lambda where the cost's zero is a standard error lower and higher.
 
     `error` is that standard error in units of cost, None where it is not known. A multiplier out of
     reach is None too."""
@@ -239,19 +272,16 @@ def sensitivity(
         except InfeasibleError:
             return None
 
-    return {
-        "lam_slope": solution.slope,
-        "zero_error": error,
-        "lam_zero_low": None if error is None else at(params.limit + error),
-        "lam_zero_high": None if error is None else at(params.limit - error),
-    }
+    if error is None:
+        return None, None
+    return at(params.limit + error), at(params.limit - error)
 
 
 def messages(
     solution: DualSolution,
     params: DualInitParams,
     margin: MarginSolution,
-    prices: Sequence[Price] = (),
+    prices: Sequence[Price],
 ) -> list[str]:
     """What a user should know about this dual, with the remedy."""
     advice = []
@@ -322,19 +352,15 @@ def _cost(solution: DualSolution, lam: float) -> float:
     return float(predict(solution.reward, solution.cost, lam, solution.beta, solution.cost).mean())
 
 
-def _named(margin: MarginSolution) -> dict[str, float]:
-    return {"target": margin.target, "certificate_margin": margin.margin, "lam_margin": margin.lam}
-
-
-def _tell(solution: DualSolution, result: dict[str, Any], prices: list[Price]) -> None:
-    for message in result["messages"]:
+def _tell(solution: DualSolution, result: SolvedDual, prices: list[Price]) -> None:
+    for message in result.messages:
         log.warning("%s", message)
     log.info(
         "lambda %.4f, 95 %% interval %.4f to %.4f, median ESS %.1f of %d, %d Newton steps",
         solution.lam,
         *solution.lam_interval,
-        result["ess_median"],
-        result["samples"],
+        result.ess_median,
+        result.samples,
         solution.steps,
     )
     for found in prices:

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from dualign.core.artifacts import replacing, write_json, write_parquet
+from dualign.core.records import Evaluated, FrontierRow, NotEvaluated, as_row
 from dualign.core.schema import ANSWERS, ENUMERATED, POOL, PROMPTS, SUPPORT, read_table
 from dualign.evaluation.against_optimum import (
     add_truth,
@@ -68,7 +69,7 @@ def main(run: Run[EvaluateParams]) -> None:
     log_ratio, tilt = on_the_pool(policy, scorers)
     metrics = summarise(answers, log_ratio, params.confidence) | {"tilt": tilt}
     metrics["off_support"] = off_support(answers, params)
-    frontier: list[dict[str, float]] = []
+    frontier: list[FrontierRow] = []
     if world:
         enumerated = read_table(SCORED / "enumerated.parquet", ENUMERATED)
         kept = enumerated[enumerated["prompt_id"].isin(prompts["prompt_id"])]
@@ -83,8 +84,9 @@ def main(run: Run[EvaluateParams]) -> None:
         out.mkdir()
         write_parquet(out / "answers.parquet", answers, ANSWERS)
         if world:
-            write_json(out / "frontier.json", frontier)
-    run.metrics({**metrics, "policy": item, "max_new_tokens": params.max_new_tokens})
+            write_json(out / "frontier.json", [as_row(point) for point in frontier])
+    told = Evaluated(policy=item, max_new_tokens=params.max_new_tokens, **metrics)
+    run.metrics(as_row(told))
 
 
 def absent(run: Run[EvaluateParams]) -> None:
@@ -93,7 +95,7 @@ def absent(run: Run[EvaluateParams]) -> None:
         out.mkdir()
         write_parquet(out / "answers.parquet", [], ANSWERS)
     log.warning("models/%s holds no policy: none was certified", run.params.policies[str(run.item)])
-    run.metrics({"policy": run.item, "absent": True})
+    run.metrics(as_row(NotEvaluated(policy=str(run.item), absent=True)))
 
 
 def on_the_pool(policy: Policy, scorers: Scorers) -> tuple[pd.DataFrame, dict[str, Any]]:

@@ -19,7 +19,13 @@ import pandas as pd
 
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import InfeasibleError
-from dualign.core.records import SolvedDual, read_record, solved_multiplier
+from dualign.core.records import (
+    LagrangianMetrics,
+    SolvedDual,
+    as_row,
+    read_record,
+    solved_multiplier,
+)
 from dualign.core.schema import by_prompt
 from dualign.evaluation.rollout import Scorers, kept_answers, roll_out
 from dualign.lm.models import load_policy, load_tokenizer
@@ -84,8 +90,10 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     metrics = soup(spec.soup, train, job, OUT / item)
 
     # A search that starts here looks at these, and takes the rest over.
-    scored = spec.model_dump(include={"reward", "cost", "data"})
-    run.trained({**metrics, **chosen, **scored}, scratch)
+    told = LagrangianMetrics(
+        reward=spec.reward, cost=spec.cost, data=spec.data, **chosen, **metrics
+    )
+    run.trained(as_row(told), scratch)
 
 
 def train_twice(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from dualign.core.records import LagrangianMetrics, as_row
 from dualign.core.schema import POOL, read_table
 from dualign.lm.models import load_tokenizer
 from dualign.params.training import LambdaPathParams
@@ -42,8 +43,15 @@ def main(run: Run[LambdaPathParams]) -> None:
     metrics = soup(spec.soup, train, job, OUT / item)
 
     # What a search from here looks at, as it would in the metrics of lagrangian_dpo.
-    scored = {"reward": "reward_model", "cost": "cost_model", "data": "pool"}
-    run.trained({**metrics, **scored, "lam": spec.lam, "begin": spec.begin}, scratch)
+    told = LagrangianMetrics(
+        lam=spec.lam,
+        reward="reward_model",
+        cost="cost_model",
+        data="pool",
+        begin=spec.begin,
+        **metrics,
+    )
+    run.trained(as_row(told), scratch)
 
 
 if __name__ == "__main__":

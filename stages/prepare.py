@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dualign.checks import check_methods
 from dualign.core.artifacts import replacing
+from dualign.core.records import PreparedMetrics, as_row
 from dualign.data.prepare import FAILED, prepare
 from dualign.params.data import PrepareParams
 from dualign.params.loading import load
@@ -27,7 +28,7 @@ def main(run: Run[PrepareParams]) -> None:
     with replacing(OUT) as folder:
         folder.mkdir()
         metrics = prepare(run.params, folder, OUT.with_name(FAILED))
-    run.metrics(metrics)
+    run.metrics(as_row(PreparedMetrics.model_validate(metrics)))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core.errors import DataError
+from dualign.core.records import RewardMetrics, as_row
 from dualign.core.schema import HELPFUL_PAIRS, read_table
 from dualign.lm.models import load_policy, load_tokenizer
 from dualign.params.training import LOSS_FIELDS, RewardDpoParams, RewardRun
@@ -49,8 +50,13 @@ def main(run: Run[RewardDpoParams]) -> None:
     chosen = spec.model_dump(include=set(LOSS_FIELDS), exclude_none=True)
     pair_loss = PairLossConfig(scale=params.beta, beta=params.beta, **chosen)
     metrics = fit_pairs(policy, tokenizer, pairs, pair_loss, job, params.lora, OUT / item)
-    named = spec.model_dump(exclude={"margin_weight"}, exclude_unset=True)
-    run.trained({**metrics, **named}, scratch)
+    told = RewardMetrics(
+        reference=spec.reference,
+        safe_offset=spec.safe_offset,
+        margin=spec.margin,
+        **spec.model_dump(include=set(LOSS_FIELDS), exclude_unset=True),
+    )
+    run.trained(metrics | as_row(told), scratch)
 
 
 def training_pairs(

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dualign.core.artifacts import replacing
 from dualign.core.errors import DataError, ModelError
+from dualign.core.records import ReferenceMetrics, as_row
 from dualign.core.schema import SFT, read_table
 from dualign.lm.loading import check_causal, check_context, load_model
 from dualign.lm.models import (
@@ -62,8 +63,13 @@ def main(run: Run[SftParams]) -> None:
             quantise(folder)
             narrow = load_policy(folder, run.resources)
             metrics["heldout_loss_in_4_bits"] = heldout_loss(narrow, tokenizer, heldout, job)
-    sizes = {"parameters": parameters, "vocabulary": len(tokenizer)}
-    run.trained({**metrics, "trained": bool(params.train), **sizes}, scratch)
+    told = ReferenceMetrics(
+        heldout_loss=metrics["heldout_loss"],
+        parameters=parameters,
+        vocabulary=len(tokenizer),
+        trained=bool(params.train),
+    )
+    run.trained(metrics | as_row(told), scratch)
 
 
 def base(run: Run[SftParams], rows: pd.DataFrame) -> tuple[Model, PreTrainedTokenizerBase]:

@@ -61,6 +61,15 @@ class Pessimism(Record):
     cost: float
 
 
+class Standardised(Record):
+    """A solved dual in units of the scores' standard deviations within a prompt."""
+
+    reward_sd: float
+    cost_sd: float
+    beta: float
+    lam: float
+
+
 class SolvedDual(Record):
     """data/dual/dual.json: the multiplier of the pool, the one with a certificate margin, and what
     they were solved for. Its diagnostics are for the report alone, and None in an older run."""
@@ -90,6 +99,8 @@ class SolvedDual(Record):
     lam_zero_low: float | None = None
     lam_zero_high: float | None = None
     certificate_margin: float | None = None
+    newton_steps: int | None = None
+    standardised: Standardised | None = None
     pessimism: Pessimism | None = None
 
 
@@ -116,10 +127,17 @@ class Frontier(Record):
 
 
 class BetaRow(Record):
-    """What the pool predicts at one KL weight; `lam` is None where the limit is out of reach."""
+    """What the pool predicts at one KL weight: measures as in `FrontierRow`, and the multipliers.
+
+    `lam` is None where the limit is out of reach, and `infeasible` says why. `prices` are those of
+    additional constraints, in their order."""
 
     beta: float
     lam: float | None
+    lam_low: float | None = None
+    lam_high: float | None = None
+    prices: list[float] | None = None
+    infeasible: str | None = None
 
 
 class Betas(Record):
@@ -133,6 +151,8 @@ class Betas(Record):
 class CostModelMetrics(Record):
     """reports/metrics/cost_model.json, as far as another stage reads it."""
 
+    ranking_accuracy: float | None = None
+    ranking_accuracy_cut: float | None = None
     zero_error: float | None
 
 
@@ -141,6 +161,8 @@ class ReferenceMetrics(Record):
 
     heldout_loss: float | None
     parameters: int
+    vocabulary: int | None = None
+    trained: bool | None = None
 
 
 class RewardMetrics(Record):
@@ -168,6 +190,9 @@ class LagrangianMetrics(Record):
 
     lam: float
     lam_from: str | None = None
+    lam_low: float | None = None
+    lam_high: float | None = None
+    begin: str | None = None
     reward: str
     cost: str
     data: str

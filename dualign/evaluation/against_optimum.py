@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dualign.core.records import FrontierRow
 from dualign.core.schema import last_user_text
 from dualign.data import world
 from dualign.evaluation.shares import clustered_share
@@ -136,12 +137,12 @@ def worth(problem: tabular.Problem, logp: np.ndarray, answers: pd.DataFrame) -> 
     }
 
 
-def exact_frontier(problem: tabular.Problem, lam: float) -> list[dict[str, float]]:
+def exact_frontier(problem: tabular.Problem, lam: float) -> list[FrontierRow]:
     """Reward, cost and KL of the exact optima at `lam` and others, from 0 to thrice that."""
     grid = sorted({0.0, lam, *np.linspace(0, max(3 * lam, 1.0), 25).tolist()})
     optima = [problem.describe(problem.policy(point)) for point in grid]
     return [
-        {"lam": point, "reward": own["reward"], "cost": own["cost"], "kl": own["kl"]}
+        FrontierRow(lam=point, reward=own["reward"], cost=own["cost"], kl=own["kl"])
         for point, own in zip(grid, optima, strict=True)
     ]
 

@@ -13,26 +13,35 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dualign.core.artifacts import read_json, write_json
-from dualign.core.errors import ModelError
+from dualign.core.artifacts import write_json
+from dualign.core.errors import DataError, ModelError
 from dualign.core.names import NAME, shown
+from dualign.core.records import Record, as_row, read_record
 from dualign.lm.models import load_policy
 from dualign.params.base import Resources
 
 FILE = "mixture.json"
 
 
+class Recipe(Record):
+    """mixture.json: the components' sub-folders, their weights, and the multipliers they are at."""
+
+    weights: list[float]
+    components: list[str]
+    lambdas: list[float] | None = None
+
+
 def components(folder: str | Path) -> tuple[tuple[float, ...], tuple[str, ...]]:
     """Weights and sub-folders of a mixture. Raises ModelError for a file not ours."""
     path = Path(folder) / FILE
     try:
-        content = read_json(path)
-        weights = tuple(float(weight) for weight in content["weights"])
-        names = tuple(str(name) for name in content["components"])
-    except (KeyError, TypeError, ValueError) as error:
+        recipe = read_record(path, Recipe)
+    except DataError as error:
         raise ModelError(
             f"{path}: lists no weights and components; run the search that wrote it again"
         ) from error
+    weights = tuple(recipe.weights)
+    names = tuple(recipe.components)
     if (
         len(weights) != len(names)
         or min(weights, default=0.0) <= 0
@@ -103,4 +112,5 @@ def write_mixture(policies: Sequence[str | Path], lams: Sequence[float], out: Pa
     for name, policy in zip(names, policies, strict=True):
         shutil.copytree(policy, out / name)
     weights = [1 / len(names)] * len(names)
-    write_json(out / FILE, {"weights": weights, "components": names, "lambdas": list(lams)})
+    recipe = Recipe(weights=weights, components=names, lambdas=list(lams))
+    write_json(out / FILE, as_row(recipe))

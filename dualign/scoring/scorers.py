@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -123,8 +122,8 @@ class CalibrationCard(Frozen):
 
     scale: float
     offset: float = 0.0
-    scores: list[float] | None = None
-    costs: list[float] | None = None
+    scores: Sequence[float] | None = None
+    costs: Sequence[float] | None = None
 
     def read(self) -> Calibration:
         """The calibration."""
@@ -148,6 +147,10 @@ class Card(CalibrationCard):
     members: list[MemberCard] = Field(default=[])
     spread: float = 0.0
     base: dict[str, str] | None = None
+
+    def write(self, path: Path) -> None:
+        """Write what `read_card` reads."""
+        write_json(path, self.model_dump(exclude_unset=True))
 
 
 class Scorer:
@@ -207,20 +210,20 @@ class Scorer:
         first = self.members[0]
         if len(self.members) == 1 and first.reading == PLAIN and not first.steps:
             model = first.loaded.model
-            card = asdict(self.calibration)
+            card = Card(**asdict(self.calibration))
             if isinstance(model, PeftModel):
                 save(model, first.loaded.tokenizer, folder / ADAPTER)
-                card["base"] = weights_of(adapter_base(folder / ADAPTER))
+                base = weights_of(adapter_base(folder / ADAPTER))
+                card = card.model_copy(update={"base": base})
                 model = merged(copy.deepcopy(model))
             save(model, first.loaded.tokenizer, folder)
-            write_json(folder / CARD, card)
+            card.write(folder / CARD)
             return
         for i, member in enumerate(self.members):
             save(member.loaded.model, member.loaded.tokenizer, folder / str(i))
         cards = [_card_of(str(i), member) for i, member in enumerate(self.members)]
-        write_json(
-            folder / CARD, {**asdict(self.calibration), "spread": self.spread, "members": cards}
-        )
+        card = Card(**asdict(self.calibration), spread=self.spread, members=cards)
+        card.write(folder / CARD)
 
     def calibrated(self, calibration: Calibration) -> Scorer:
         """The same members behind another calibration."""
@@ -292,14 +295,12 @@ def _loaded(folder: Path, card: MemberCard, resources: Resources) -> Member:
     )
 
 
-def _card_of(folder: str, member: Member) -> dict[str, Any]:
+def _card_of(folder: str, member: Member) -> MemberCard:
     """What `_loaded` reads."""
-    steps = [asdict(step) for step in member.steps]
-    reading = member.reading.model_dump()
-    return {
-        **reading,
-        "folder": folder,
-        "source": member.source,
-        "unit": member.unit,
-        "steps": steps,
-    }
+    return MemberCard(
+        folder=folder,
+        source=member.source,
+        unit=member.unit,
+        steps=[CalibrationCard(**asdict(step)) for step in member.steps],
+        **member.reading.model_dump(),
+    )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from dualign.core.records import SafetyMetrics, as_row
 from dualign.lm.models import load_policy, load_tokenizer
 from dualign.params.training import LOSS_FIELDS, SafetyParams, SafetySpec
 from dualign.training.pairs import rows_within_budget, safety_training_pairs
@@ -37,5 +38,10 @@ def train_at(
     chosen = spec.model_dump(include=set(LOSS_FIELDS), exclude_none=True)
     pair_loss = PairLossConfig(scale=params.beta / lam, beta=params.beta, **chosen)
     metrics = fit_pairs(policy, tokenizer, pairs, pair_loss, job, params.lora, out)
-    told = spec.model_dump(include={"reference", *LOSS_FIELDS}, exclude_unset=True)
-    return {**metrics, "lam": lam, "coefficient": params.beta / lam, **told}
+    told = SafetyMetrics(
+        lam=lam,
+        coefficient=params.beta / lam,
+        reference=spec.reference,
+        **spec.model_dump(include=set(LOSS_FIELDS), exclude_unset=True),
+    )
+    return metrics | as_row(told)

@@ -115,9 +115,9 @@ def test_the_exact_frontier_holds_the_optimum_and_falls(enumerated: pd.DataFrame
     problem = finite_problem(enumerated, BETA)
     result = against_optimum(summary(problem.describe(problem.log_reference)), problem, LIMIT)
     rows = exact_frontier(problem, result["optimum"]["lam"])
-    assert any(row["cost"] == pytest.approx(LIMIT) for row in rows)
-    assert all(b["cost"] <= a["cost"] for a, b in pairwise(rows))
-    assert rows[0]["lam"] == 0.0 and rows[-1]["lam"] >= 3 * result["optimum"]["lam"] - 1e-9
+    assert any(row.cost == pytest.approx(LIMIT) for row in rows)
+    assert all(b.cost <= a.cost for a, b in pairwise(rows))
+    assert rows[0].lam == 0.0 and rows[-1].lam >= 3 * result["optimum"]["lam"] - 1e-9
 
 
 def test_a_policy_is_worth_what_all_its_answers_are_though_only_other_text_is_drawn() -> None:
