@@ -120,7 +120,8 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         help="run the stages of --stage, or all, even if nothing has changed",
     )
     told = (
-        "write a new value into params.yaml first, such as constraint.limit=-0.5; repeat for more"
+        "write a new value into params.yaml first, such as constraint.limit=-0.5; +KEY adds a key;"
+        " repeat for more"
     )
     _repeatable(parser, "--set", "KEY=VALUE", "settings", told)
     parser.add_argument(

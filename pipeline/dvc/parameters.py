@@ -22,6 +22,9 @@ from pipeline import yaml_text
 from pipeline.dotted import value_at
 from pipeline.errors import PipelineError
 
+#: Begins a key that may be new, as for DVC's `-S`.
+ADDS = "+"
+
 
 def parse(argument: str) -> tuple[str, Any]:
     """`constraint.limit=-0.5` as key and value. Raises PipelineError where it is no assignment."""
@@ -46,8 +49,9 @@ def settings_of(arguments: Sequence[str]) -> dict[str, Any]:
 
 def check_once(keys: Sequence[str]) -> None:
     """Raise PipelineError for a key that is set twice: one of its values would be lost."""
-    for key in keys:
-        if keys.count(key) > 1:
+    plain = [key.removeprefix(ADDS) for key in keys]
+    for key in plain:
+        if plain.count(key) > 1:
             raise PipelineError(f"{key}: set twice; set it once")
 
 
@@ -55,15 +59,17 @@ def assign(text: str, settings: Mapping[str, Any]) -> str:
     """The text of params.yaml with new values for some keys, such as {"constraint.limit": -0.5}.
 
     What a section takes from the block of that name at the top, say `cost_model.training.epochs`,
-    is put into the section. Raises PipelineError where a key is not there, or its place in the file
-    cannot be edited alone.
+    is put into the section. A key that begins with `+` may be new in its mapping. Raises
+    PipelineError where a key is not there, or its place in the file cannot be edited alone.
     """
     content = _mapping(text)
-    for key, value in settings.items():
-        taken = inherited(content)
-        _check_key([*_keys(content), *taken], content, key)
+    for named, value in settings.items():
+        key = named.removeprefix(ADDS)
+        here = _keys(content)
+        addable = [key] if named != key and _has_room(content, key) else inherited(content)
+        _check_key([*here, *addable], content, key)
         content = _changed(content, key, value)
-        text = (_added if key in taken else _written)(text, key, value)
+        text = (_written if key in here else _added)(text, key, value)
         if yaml_text.load(text) != content:
             raise PipelineError(
                 f"params.yaml: {key} cannot be set alone (an alias, or an unusual layout); edit the"
@@ -154,7 +160,14 @@ def _check_key(keys: Sequence[str], content: Mapping[str, Any], key: str) -> Non
     same = [other for other in keys if other.split(".")[-1] == key.split(".")[-1]]
     near = same or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"its sections are {', '.join(content)}"
-    raise PipelineError(f"params.yaml: there is no key {key}; {hint}")
+    new = f", or {ADDS}{key} adds it" if _has_room(content, key) else ""
+    raise PipelineError(f"params.yaml: there is no key {key}; {hint}{new}")
+
+
+def _has_room(content: Mapping[str, Any], key: str) -> bool:
+    """Whether the mapping that the key would be in is there, below the top."""
+    place, _, _ = key.rpartition(".")
+    return place in _keys(content) and isinstance(value_at(content, place), dict)
 
 
 def _keys(content: Any, prefix: str = "") -> list[str]:

@@ -103,8 +103,25 @@ def _line(key: str, value: Any) -> str:
     return f"{key}: {text}" if len(text) <= _SHOWN else f"{key}: {text[:_SHOWN]}..."
 
 
+def check_change(before: str, after: str, root: Path) -> None:
+    """Raise PipelineError for new values that no stage takes.
+
+    Where none took the params before either, it is for the stages to say what is wrong."""
+    refused = _refusal(after, "params.yaml", root)
+    if refused and not _refusal(before, "params.yaml", root):
+        raise PipelineError(refused)
+
+
 def _validate(text: str, name: str, root: Path) -> None:
-    """Have the library check these params, as a command: it must not be imported here."""
+    refused = _refusal(text, name, root)
+    if refused:
+        raise PipelineError(refused)
+
+
+def _refusal(text: str, name: str, root: Path) -> str:
+    """What the library says against these params, or nothing; asked as a command, since it must not
+    be imported here.
+    """
     checked = subprocess.run(
         [sys.executable, "-m", "dualign.params.loading", name],
         cwd=root,
@@ -112,13 +129,11 @@ def _validate(text: str, name: str, root: Path) -> None:
         capture_output=True,
         check=False,
     )
-    if checked.returncode:
-        said = checked.stderr.decode(errors="replace").strip().splitlines()
-        raise PipelineError(
-            said[-1]
-            if said
-            else f"{name}: cannot be checked; python -m dualign.params.loading does not run"
-        )
+    if checked.returncode == 0:
+        return ""
+    said = checked.stderr.decode(errors="replace").strip().splitlines()
+    unchecked = f"{name}: cannot be checked; python -m dualign.params.loading does not run"
+    return said[-1] if said else unchecked
 
 
 def _whole(path: Path) -> str:

@@ -289,6 +289,7 @@ def choose(root: Path, preset_name: str, settings: Mapping[str, Any]) -> dict[st
             text = yaml_text.read(path)
             changed = parameters.assign(text, settings)
             names.check(root, changed)
+            preset.check_change(text, changed, root)
             if not preset.is_edited(
                 text, root
             ):  # then the new values are not the user's own edits either

@@ -124,6 +124,31 @@ def test_an_unknown_key_is_refused(key: str, hint: str) -> None:
         assign(TEXT, {key: 1})
 
 
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [
+        ("methods.a.steps", "a: {start: sft}", "a: {steps: 4, start: sft}"),
+        ("methods.c", "  a: {start", "  c: 4\n  a: {start"),
+        ("constraint.delta", "  limit: -0.3", "  delta: 4\n  limit: -0.3"),
+        ("lora.rank", "rank: 0,", "rank: 4,"),
+    ],
+)
+def test_a_plus_adds_a_key_to_a_mapping_that_is_there(key: str, old: str, new: str) -> None:
+    assert assign(TEXT, {f"+{key}": 4}) == TEXT.replace(old, new)
+
+
+@pytest.mark.parametrize("key", ["zzz", "zzz.of", "seed.of", "revision.of", "methods.zzzzzzz.of"])
+def test_a_plus_makes_no_mapping(key: str) -> None:
+    with pytest.raises(PipelineError, match=f"no key {key}; ") as refused:
+        assign(TEXT, {f"+{key}": 4})
+    assert "adds it" not in str(refused.value)
+
+
+def test_an_unknown_key_may_be_a_new_one() -> None:
+    with pytest.raises(PipelineError, match=r"constraint.limit\?, or \+constraint.limt adds it$"):
+        assign(TEXT, {"constraint.limt": 1})
+
+
 def test_a_value_that_an_alias_shares_is_refused() -> None:
     with pytest.raises(PipelineError, match="cannot be set alone"):
         assign("a: &x {b: 1}\nc: *x\n", {"c.b": 2})
@@ -150,6 +175,8 @@ def test_a_key_is_set_once() -> None:
     assert settings_of(["a=1", "b=2"]) == {"a": 1, "b": 2}
     with pytest.raises(PipelineError, match=r"^a: set twice; set it once$"):
         settings_of(["a=1", "b=2", " a=3"])
+    with pytest.raises(PipelineError, match=r"^a: set twice; set it once$"):
+        settings_of(["a=1", "+a=3"])
 
 
 def test_a_file_is_written_through_its_link_and_keeps_its_mode(tmp_path: Path) -> None:

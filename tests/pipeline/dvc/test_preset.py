@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from dvc.utils.hydra import apply_overrides
 from ruamel.yaml import YAML
 
-from pipeline.dvc.preset import is_edited, main, select
+from pipeline.dvc.parameters import assign
+from pipeline.dvc.preset import check_change, is_edited, main, select
 from pipeline.errors import PipelineError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,6 +56,25 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def params(root: Path) -> str:
     return (root / "params.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("beta", "0,5"), ("+lagrangian_dpo.runs.anchored.soups", 2), ("certify.prompts", 0)],
+)
+def test_new_values_that_no_stage_takes_are_refused(root: Path, key: str, value: object) -> None:
+    with pytest.raises(PipelineError, match=f"^params.yaml: {re.escape(key.lstrip('+'))}"):
+        check_change(DEFAULT, assign(DEFAULT, {key: value}), root)
+
+
+def test_new_values_that_the_stages_take_pass(root: Path) -> None:
+    check_change(
+        DEFAULT, assign(DEFAULT, {"beta": 0.5, "+lagrangian_dpo.runs.bernoulli.soup": 2}), root
+    )
+
+
+def test_params_that_no_stage_took_before_are_left_to_the_stages(root: Path) -> None:
+    check_change(BROKEN, assign(BROKEN, {"beta": 0.5}), root)
 
 
 @pytest.mark.parametrize("name", ["params/small-cpu.yaml", "small-cpu.yaml", "small-cpu"])
