@@ -3,11 +3,11 @@ certificate, over many seeds.
 
     python -m bench.certified --jobs 2
 
-Runs `params/quick.yaml` once for each seed, in a folder of its own, as far as the certificate, and
-lets the world's oracle judge the certified policy on prompts that neither it nor the certificate
-has seen; beside it the policy that the search alone would have returned, what the same certificate
-finds on the coarse grid of before, and Conformal Policy Control (`bench.conformal`), all on the
-same models. A run that was interrupted goes on where it stopped."""
+Runs `params/quick.yaml`, or the file that `--params` names, once for each seed, in a folder of its
+own, as far as dualign's certificate. The world's oracle judges the certified policy on prompts that
+neither it nor the certificate has seen; beside it the policy that the search alone would have
+returned, what the same certificate finds on the coarse grid of before, and Conformal Policy Control
+(`bench.conformal`), all on the same models. A run that was interrupted goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ PROGRAM = "python -m bench.certified"
 ROW = "dualign"
 SEARCHED = "dualign"
 CERTIFIED = "certified"
-UNUSED = ("evaluate@sft", "report")
 #: The certificate that was the default before: every weight of a grid on answers of its own. Its
 #: folder in a run's.
 COARSE = {"samples_per_prompt": 4, "screen": None}
@@ -329,7 +328,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def judged(lab: world.Lab) -> dict[str, Any]:
     """Run a seed as far as it is needed, and read it."""
-    world.run(lab, 1, [name for name in lab.dag if name not in UNUSED])
+    needed = world.stages_for(lab, (SEARCHED, CERTIFIED))
+    world.run(lab, 1, [name for name in lab.dag if name in needed])
     grid = row_of(world.run(beside(lab), 1, AGAIN))
     own = {key.replace(CERTIFIED, BESIDE): grid[key] for key in grid if key.startswith(CERTIFIED)}
     own |= {f"{BESIDE}_{key}": grid[key] for key in ("returned", "tests", "answers")}
