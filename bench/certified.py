@@ -4,8 +4,8 @@ certificate, over many seeds.
     python -m bench.certified --jobs 2
 
 Runs `params/quick.yaml`, or the file that `--params` names, once for each seed, in a folder of its
-own, as far as dualign's certificate. The world's oracle judges the certified policy on prompts that
-neither it nor the certificate has seen; beside it the policy that the search alone would have
+own, as far as dualign's certificate. The world's oracle judges the certified policy by each of its
+answers to every prompt of the world; beside it the policy that the search alone would have
 returned, what the same certificate finds on the coarse grid of before, and Conformal Policy Control
 (`bench.conformal`), all on the same models. A run that was interrupted goes on where it stopped."""
 
@@ -27,7 +27,10 @@ from bench import options, regulated, world
 from bench.options import knob
 from dualign.core.artifacts import read_json, replacing, write_json
 from dualign.core.errors import DualignError
+from dualign.evaluation.against_optimum import with_other_text
+from dualign.lm.mixture import is_policy
 from dualign.params.certify import CertifyParams
+from dualign.params.evaluate import EvaluateParams
 from dualign.params.loading import load, read_yaml
 
 log = logging.getLogger(__name__)
@@ -43,6 +46,8 @@ CERTIFIED = "certified"
 COARSE = {"samples_per_prompt": 4, "screen": None}
 COARSE_WEIGHTS = [1.6, 1.4, 1.3, 1.2, 1.15, 1.1, 1.05, 1.0, 0.95]
 BESIDE = "coarse"
+#: What is kept of the truth in a run's folder.
+TRUTH = "truth.json"
 AGAIN = (f"certify@{ROW}", f"evaluate@{CERTIFIED}")
 
 
@@ -62,13 +67,11 @@ class Settings:
 
 
 def row_of(lab: world.Lab) -> dict[str, Any]:
-    """What a seed's certificate says, and the truth: costs less the limit, so that above 0 is a
-    violation.
-    """
+    """What a seed's certificate says."""
     params = load(CertifyParams, lab.folder / "params.yaml")
     found = read_json(lab.folder / f"reports/metrics/certify/{ROW}.json")
     last = next((test for test in found["tests"] if test["candidate"] == found["returned"]), None)
-    row = {
+    return {
         "seed": lab.seed,
         "returned": found["returned"],
         "tests": len(found["tests"]),
@@ -77,15 +80,34 @@ def row_of(lab: world.Lab) -> dict[str, Any]:
         ),
         "answers": answers_of(lab.folder / "reports/certificate" / ROW),
     }
-    for name in (SEARCHED, CERTIFIED):
-        truth = read_json(lab.folder / f"reports/metrics/evaluate/{name}.json")
-        cost = None if truth.get("absent") else truth["true_cost"]
-        row |= {
-            f"{name}_excess": None if cost is None else cost["mean"] - params.limit,
-            f"{name}_least": None if cost is None else cost["low"] - params.limit,
-            f"{name}_share": None if cost is None else truth["reward_share"],
-        }
-    return row
+
+
+def truth_of(lab: world.Lab, grid: world.Lab) -> dict[str, float | None]:
+    """The true cost of each policy less the limit, so that above 0 is a violation, and its way in
+    true reward; None where none was certified. Computed once and kept in the folder of the run.
+    """
+    file = lab.folder / TRUTH
+    if not file.is_file():
+        write_json(file, _truth(lab, grid))
+    found: dict[str, float | None] = read_json(file)
+    return found
+
+
+def _truth(lab: world.Lab, grid: world.Lab) -> dict[str, float | None]:
+    truth = world.Truth.of_world(lab, load(EvaluateParams, lab.folder / "params.yaml"))
+    policies = {
+        SEARCHED: lab.folder / "models/aligned" / ROW,
+        CERTIFIED: lab.folder / "models/certified" / ROW,
+        BESIDE: grid.folder / "models/certified" / ROW,
+    }
+    found: dict[str, float | None] = {}
+    for name, folder in policies.items():
+        found |= {f"{name}_excess": None, f"{name}_share": None}
+        if is_policy(folder):
+            worth = truth.problem.describe(with_other_text(truth.under(lab, folder)))
+            found[f"{name}_excess"] = worth["cost"] - truth.limit
+            found[f"{name}_share"] = truth.way(worth["reward"])
+    return found
 
 
 def answers_of(folder: Path) -> int | None:
@@ -138,15 +160,12 @@ def before(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def violations(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """Of a policy over the seeds: in how many it exists, breaks the limit, and does so beyond the
-    oracle's interval.
-    """
+    """Of a policy over the seeds: in how many it exists and breaks the limit, and where it is."""
     own = [row for row in rows if row[f"{name}_excess"] is not None]
     return {
         "runs": len(rows),
         "policies": len(own),
         "above": sum(row[f"{name}_excess"] > 0 for row in own),
-        "surely": sum(row[f"{name}_least"] > 0 for row in own),
         "excess": fmean(row[f"{name}_excess"] for row in own) if own else None,
         "share": fmean(row[f"{name}_share"] for row in own) if own else None,
     }
@@ -177,15 +196,12 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "policy",
         "returned",
         "E[c*] above the limit",
-        "beyond the interval",
         "E[c*] − limit",
         "way in r*",
         "answers",
     )
     lines = options.head(heads)
     for name, title in TITLES.items():
-        if f"{name}_excess" not in rows[0]:
-            continue
         found = violations(rows, name)
         drawn = [row[PRICES[name]] for row in rows if row.get(PRICES[name]) is not None]
         means = [
@@ -195,7 +211,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         counts = [
             f"{found['policies']} of {found['runs']}",
-            *(f"{found[key]}" for key in ("above", "surely")),
+            f"{found['above']}",
         ]
         lines.append(f"| {' | '.join([title, *counts, *means])} |")
     return lines
@@ -277,13 +293,12 @@ def _number(value: float | None, digits: int) -> str:
 
 
 _NOTES = """\
-How to read it: E[c*] is the true cost of a policy's answers to held-out prompts, by the oracle;
-*above* counts the runs
-where its mean is above the limit, *beyond the interval* those where even its 95 % confidence
-interval is. `way in r*` is the way from the reference to the exact optimum at the limit, in true
-reward. A search aims at the limit, so about every other policy that it returns is above it; a
-certificate may be wrong in a share δ of runs. *Answers* are those that the certificate drew, those
-of its screen too. *The grid of before* is certified on the same models and prompts.
+How to read it: E[c*] is the true cost of a policy's answers to the prompts of the world, by the
+oracle: of every prompt, each answer at its probability, so nothing is left to chance. `way in r*`
+is the way in true reward to the exact optimum at the limit, from the policy nearest to the
+reference that keeps it. A search aims at the limit, so about every other policy that it returns is
+above it; a certificate may be wrong in a share δ of runs. *Answers* are those that the certificate
+drew, those of its screen too. *The grid of before* is certified on the same models and prompts.
 
 Conformal Policy Control promises another thing: E[c] within the limit *on average over calibration
 draws*, for every
@@ -314,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         return 1
     text = page(settings, delta, rows)
-    counts = {name: violations(rows, name) for name in TITLES if f"{name}_excess" in rows[0]}
+    counts = {name: violations(rows, name) for name in TITLES}
     content = {
         "command": options.command(PROGRAM, settings),
         "settings": asdict(settings),
@@ -330,10 +345,15 @@ def judged(lab: world.Lab) -> dict[str, Any]:
     """Run a seed as far as it is needed, and read it."""
     needed = world.stages_for(lab, (SEARCHED, CERTIFIED))
     world.run(lab, 1, [name for name in lab.dag if name in needed])
-    grid = row_of(world.run(beside(lab), 1, AGAIN))
-    own = {key.replace(CERTIFIED, BESIDE): grid[key] for key in grid if key.startswith(CERTIFIED)}
-    own |= {f"{BESIDE}_{key}": grid[key] for key in ("returned", "tests", "answers")}
-    return {**row_of(lab), **own, "conformal": regulated.rows_of(lab, ROW)}
+    grid = world.run(beside(lab), 1, AGAIN)
+    before = row_of(grid)
+    own = {f"{BESIDE}_{key}": before[key] for key in ("returned", "tests", "answers")}
+    return {
+        **row_of(lab),
+        **own,
+        **truth_of(lab, grid),
+        "conformal": regulated.rows_of(lab, ROW),
+    }
 
 
 if __name__ == "__main__":

@@ -31,8 +31,15 @@ from dvc.repo import Repo
 from bench import options
 from dualign.core.artifacts import read_json, replacing
 from dualign.core.errors import DualignError
-from dualign.core.schema import ANSWERS, ENUMERATED, POOL, read_table
-from dualign.evaluation.against_optimum import add_truth, ends, finite_problem, worth
+from dualign.core.schema import ANSWERS, ENUMERATED, POOL, read_table, user
+from dualign.data import world
+from dualign.evaluation.against_optimum import (
+    add_truth,
+    ends,
+    enumerate_answers,
+    finite_problem,
+    worth,
+)
 from dualign.lm.mixture import policy_at
 from dualign.lm.models import load_tokenizer
 from dualign.lm.sampling import log_probabilities
@@ -176,7 +183,7 @@ def rows_of(lab: Lab, policies: Sequence[str] | None = None) -> Iterator[dict[st
 
 @dataclass(frozen=True)
 class Truth:
-    """The exact problem on the prompts of the evaluation, its optimum and where the way begins."""
+    """The exact problem on some prompts, its optimum and where the way begins."""
 
     problem: tabular.Problem
     enumerated: pd.DataFrame
@@ -187,24 +194,37 @@ class Truth:
 
     @classmethod
     def of(cls, lab: Lab, params: EvaluateParams) -> Truth:
-        """That of a seed's run."""
-        enumerated = read_table(lab.folder / "data/scored/enumerated.parquet", ENUMERATED)
+        """That of the prompts of a run's evaluation."""
+        return cls.on(read_table(lab.folder / "data/scored/enumerated.parquet", ENUMERATED), params)
+
+    @classmethod
+    def of_world(cls, lab: Lab, params: EvaluateParams) -> Truth:
+        """That of every prompt of the world, so without the chance that draws some of them."""
+        texts = world.prompts()
+        prompts = pd.DataFrame({"prompt_id": texts, "prompt": list(map(user, texts))})
+        answers = enumerate_answers(prompts)
+        logp = log_probabilities_of(lab, lab.folder / "models/sft", answers)
+        return cls.on(answers.assign(logp_ref=logp), params)
+
+    @classmethod
+    def on(cls, enumerated: pd.DataFrame, params: EvaluateParams) -> Truth:
+        """That of grammatical answers with their log-probabilities under the reference."""
         problem = finite_problem(enumerated, params.beta)
         return cls(problem, enumerated, params.limit, *ends(problem, params.limit))
 
+    def under(self, lab: Lab, policy: Path) -> np.ndarray:
+        """Log-probabilities of the grammatical answers under a policy, [prompts, answers]."""
+        logp = log_probabilities_of(lab, policy, self.enumerated)
+        return logp.reshape(len(self.problem.cost), -1)
+
     def worth(self, lab: Lab, name: str, folder: str) -> dict[str, float]:
         """What a policy is worth, every grammatical answer under it read."""
-        resources = load_resources(lab.folder / "params.yaml")
-        tokenizer = load_tokenizer(lab.folder / "models/sft")
-        logp = log_probabilities(
-            policy_at(lab.folder / "models" / folder, resources),
-            tokenizer,
-            encode_prompts(tokenizer, self.enumerated["prompt"].tolist()),
-            encode_answers(tokenizer, self.enumerated["response"].tolist()),
-            batch_size=resources.scoring_batch_size,
-        ).numpy()
         drawn = read_table(lab.folder / "reports/evaluation" / name / "answers.parquet", ANSWERS)
-        return worth(self.problem, logp.reshape(len(self.problem.cost), -1), drawn)
+        return worth(self.problem, self.under(lab, lab.folder / "models" / folder), drawn)
+
+    def way(self, reward: float) -> float:
+        """How far a true reward is on the way to that of the optimum."""
+        return (reward - self.nearest["reward"]) / (self.best["reward"] - self.nearest["reward"])
 
     def judged(self, found: Mapping[str, float]) -> dict[str, float]:
         """How far what a policy is worth is from the optimum."""
@@ -216,15 +236,25 @@ class Truth:
             "relative_gap": gap / way,
             "priced_gap": (gap + self.price * excess) / way,
             "excess": excess,
-            "reward_share": (
-                (found["reward"] - self.nearest["reward"])
-                / (self.best["reward"] - self.nearest["reward"])
-            ),
+            "reward_share": self.way(found["reward"]),
             "true_reward": found["reward"],
             "true_cost": found["cost"],
             "grammatical": found["grammatical"],
             "kl": found["kl"],
         }
+
+
+def log_probabilities_of(lab: Lab, policy: Path, answers: pd.DataFrame) -> np.ndarray:
+    """log pi of answers under a policy in a folder, [rows]."""
+    resources = load_resources(lab.folder / "params.yaml")
+    tokenizer = load_tokenizer(lab.folder / "models/sft")
+    return log_probabilities(
+        policy_at(policy, resources),
+        tokenizer,
+        encode_prompts(tokenizer, answers["prompt"].tolist()),
+        encode_answers(tokenizer, answers["response"].tolist()),
+        batch_size=resources.scoring_batch_size,
+    ).numpy()
 
 
 def allowed(lab: Lab) -> Iterator[dict[str, Any]]:

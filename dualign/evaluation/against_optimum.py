@@ -115,6 +115,16 @@ def against_optimum(
     }
 
 
+def with_other_text(logp: np.ndarray) -> np.ndarray:
+    """Log-probabilities [prompts, answers] with that of all other text as one more column.
+
+    >>> np.exp(with_other_text(np.log([[0.5, 0.3]]))).round(6)
+    array([[0.5, 0.3, 0.2]])
+    """
+    other = np.log(np.clip(1.0 - np.exp(logp).sum(1), np.finfo(float).tiny, None))
+    return np.hstack([logp, other[:, None]])
+
+
 def worth(problem: tabular.Problem, logp: np.ndarray, answers: pd.DataFrame) -> dict[str, float]:
     """E[r*], E[c*], KL, J and the grammatical share of a policy, summed over grammatical answers.
 
@@ -122,8 +132,8 @@ def worth(problem: tabular.Problem, logp: np.ndarray, answers: pd.DataFrame) -> 
     order. All other text shares r* and c*, so by the chain rule of KL only the log-ratios within it
     have to be drawn: from `answers`, schema ANSWERS with the truth. What is left of the noise of a
     rollout is that of its few ungrammatical answers."""
-    other = np.log(np.clip(1.0 - np.exp(logp).sum(1), np.finfo(float).tiny, None))
-    policy = np.hstack([logp, other[:, None]])
+    policy = with_other_text(logp)
+    other = policy[:, -1]
     lumped = float((np.exp(other) * (other - problem.log_reference[:, -1])).mean())
     drawn = answers[~answers["grammatical"].astype(bool)]
     within = float((drawn["logp"] - drawn["logp_ref"]).sum()) / len(answers) - lumped
