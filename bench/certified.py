@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -48,6 +49,8 @@ COARSE_WEIGHTS = [1.6, 1.4, 1.3, 1.2, 1.15, 1.1, 1.05, 1.0, 0.95]
 BESIDE = "coarse"
 #: What is kept of the truth in a run's folder.
 TRUTH = "truth.json"
+#: transformers changes what is global while it loads a model, so one thread at a time does.
+_LOADING = threading.Lock()
 AGAIN = (f"certify@{ROW}", f"evaluate@{CERTIFIED}")
 
 
@@ -348,12 +351,10 @@ def judged(lab: world.Lab) -> dict[str, Any]:
     grid = world.run(beside(lab), 1, AGAIN)
     before = row_of(grid)
     own = {f"{BESIDE}_{key}": before[key] for key in ("returned", "tests", "answers")}
-    return {
-        **row_of(lab),
-        **own,
-        **truth_of(lab, grid),
-        "conformal": regulated.rows_of(lab, ROW),
-    }
+    with _LOADING:
+        truth = truth_of(lab, grid)
+        conformal = regulated.rows_of(lab, ROW)
+    return {**row_of(lab), **own, **truth, "conformal": conformal}
 
 
 if __name__ == "__main__":
