@@ -26,7 +26,12 @@ log = logging.getLogger(__name__)
 _POINTER = b"version https://git-lfs"
 _NAMED = 3  # weights that an error names
 #: What a configuration may ask a forward pass to return, as everything here reads it.
-_RETURNED = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+_RETURNED = {
+    "return_dict": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_router_logits": False,
+}
 #: Configuration keys that hold the longest sequence that a model can read.
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
@@ -110,7 +115,8 @@ def load_config(
     except Exception as error:  # as above
         raise ModelError(f"{path}: {_refusal(error)}") from error
     for name, value in _RETURNED.items():
-        setattr(config, name, value)
+        if hasattr(config, name):
+            setattr(config, name, value)
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None and not gguf_file:
         if getattr(config, MARK, False):
