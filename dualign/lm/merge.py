@@ -24,7 +24,8 @@ def merge(first: Path, second: Path, q: float, out: Path) -> None:
 
     Both must be full models of one shape, or adapters on one base, which a published policy has
     beside its weights. Adapters are merged by concatenating ranks, which sums the products B A;
-    averaging A and B apart (PEFT's `linear`) would add cross terms."""
+    averaging A and B apart (PEFT's `linear`) would add cross terms. The scale alpha / r stays that
+    of the first, so a training that goes on from there moves as far in a step."""
     if all((adapter_in(path) / _ADAPTER).is_file() for path in (first, second)):
         first = adapter_in(first)
         second = adapter_in(second)
@@ -63,10 +64,12 @@ def _merge_adapters(first: Path, second: Path, q: float, out: Path) -> None:
         _check_plain(folder, config)
     if configs[0].base_model_name_or_path != configs[1].base_model_name_or_path:
         raise ModelError(f"{first} and {second}: adapters on different bases cannot be merged")
+    if configs[0].rank_pattern.keys() != configs[1].rank_pattern.keys():
+        raise ModelError(f"{first} and {second}: adapters of different weights cannot be merged")
     left = _tensors(first)
     right = _tensors(second)
     _same(left, right, first, second)
-    scales = [config.lora_alpha / config.r for config in configs]
+    scale, other = (config.lora_alpha / config.r for config in configs)
     experts = _experts(first, configs[0])
     mixed: dict[str, torch.Tensor] = {}
     for name in left:
@@ -74,26 +77,22 @@ def _merge_adapters(first: Path, second: Path, q: float, out: Path) -> None:
             parts = 1 if len(left[name]) == configs[0].r else experts
             mixed[name] = _stacked(left[name], right[name], parts)
         elif ".lora_B." in name:
-            scaled = [
-                (1 - q) * scales[0] * left[name].double(),
-                q * scales[1] * right[name].double(),
-            ]
+            scaled = [(1 - q) * left[name].double(), q * other / scale * right[name].double()]
             mixed[name] = torch.cat(scaled, 1).to(left[name].dtype).contiguous()
         else:
             raise ModelError(
                 f"{first}: {name} is no LoRA weight; only plain LoRA adapters can be merged"
             )
     rank = configs[0].r + configs[1].r
-    patterns = {
-        key: configs[0].rank_pattern[key] + configs[1].rank_pattern[key]
-        for key in configs[0].rank_pattern
+    ranks = {
+        key: own + configs[1].rank_pattern[key] for key, own in configs[0].rank_pattern.items()
     }
     merged: dict[str, Any] = {
         **as_row(configs[0]),
         "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": patterns,
-        "alpha_pattern": patterns,
+        "lora_alpha": scale * rank,
+        "rank_pattern": ranks,
+        "alpha_pattern": {key: scale * own for key, own in ranks.items()},
     }
     (out / _ADAPTER).write_text(json.dumps(merged, indent=2, sort_keys=True))
     save_file(mixed, out / "adapter_model.safetensors", metadata={"format": "pt"})
