@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -327,8 +328,16 @@ def test_people_may_label(resources: Resources) -> None:
         main(run)
     (asked,) = Path("labels").glob("to-label-*.jsonl")
     rows = [json.loads(line) for line in asked.read_text().splitlines()]
-    votes = [{**row, "unsafe_votes": k % 2} for k, row in enumerate(rows)]
-    Path(str(asked).replace("to-label", "labelled")).write_text("\n".join(map(json.dumps, votes)))
+
+    def save(votes: Sequence[int]) -> None:
+        labelled = [{**row, "unsafe_votes": k} for row, k in zip(rows, votes, strict=True)]
+        given = Path(str(asked).replace("to-label", "labelled"))
+        given.write_text("\n".join(map(json.dumps, labelled)))
+
+    save([2] * 5)
+    with pytest.raises(DataError, match="the labels do not vary"):
+        main(run)
+    save([0, 1, 0, 1, 0])  # what is corrected counts, though the first has been read
     main(run)
     (check,) = verify("reports/certificate/it/certificate.json").tested[0].checks[1:]
     assert check.requirement == "called unsafe" and check.answers == 5
