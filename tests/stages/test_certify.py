@@ -433,6 +433,15 @@ def test_costs_are_scored_again(resources: Resources, capsys: pytest.CaptureFixt
         rescore(found, path, 100.0, Path("elsewhere"))
 
 
+@pytest.mark.parametrize("tolerance", ["nan", "-1", "inf"])
+def test_a_tolerance_that_says_nothing_is_refused(
+    tolerance: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["verify", "--rescore", "--tolerance", tolerance])
+    assert f"must be 0 or above, and finite, got {tolerance}" in capsys.readouterr().err
+
+
 def test_true_costs_that_serve_as_labels_are_asked_again(resources: Resources) -> None:
     shutil.copyfile(ROOT / "params.yaml", "params.yaml")
     main(run_of(resources))
