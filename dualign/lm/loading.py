@@ -164,7 +164,7 @@ def context_of(model: torch.nn.Module) -> int | None:
     return next((int(value) for value in found if isinstance(value, int) and value > 0), None)
 
 
-def check_context(model: torch.nn.Module, tokens: int, what: str) -> None:
+def check_context(model: torch.nn.Module, tokens: int, what: str, remedy: str = "lower it") -> None:
     """Refuse sequences longer than a model can read. Raises ParamsError that says `what` is that
     long.
     """
@@ -172,7 +172,7 @@ def check_context(model: torch.nn.Module, tokens: int, what: str) -> None:
     if context is not None and tokens > context:
         name = getattr(getattr(model, "config", None), "_name_or_path", "") or "the model"
         raise ParamsError(
-            f"{what}: {tokens} tokens, but the context of {name} is {context}; lower it"
+            f"{what}: {tokens} tokens, but the context of {name} is {context}; {remedy}"
         )
 
 
