@@ -48,7 +48,9 @@ CODE = (
 TEMPLATES = ".dvc/plots"
 #: The keys that say how long trainings are; that of the scorers is the one at the top.
 LENGTHS = (
-    *("training.max_steps", "lagrangian_dpo.runs.anchored.max_steps"),
+    "training.max_steps",
+    "lagrangian_dpo.runs.anchored.max_steps",
+    "lagrangian_dpo.runs.anchored.refresh.max_steps",
     *(
         f"{stage}.training.max_steps"
         for stage in ("sft", "reward_dpo", "safety_dpo", "lagrangian_dpo", "dual_search")

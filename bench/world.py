@@ -321,21 +321,15 @@ def _effort(lab: Lab, folder: str) -> dict[str, float]:
     writer = next(name for name, spec in lab.dag.items() if f"models/{folder}" in spec.outs)
     own = sorted(_upstream(lab.dag, writer) - SHARED)
     seconds = sum(read_json(_ended(lab, name))["seconds"] for name in own)
-    trained = sum(name.partition("@")[0].endswith(("_dpo", "_path")) for name in own)
-    tokens = 0
+    aligned = [name for name in own if name.partition("@")[0].endswith(("_dpo", "_path"))]
+    metrics = lab.folder / "reports/metrics"
+    measured = [read_json(metrics / f"{name.replace('@', '/')}.json") for name in aligned]
+    trained = sum(row.get("trainings", 1) for row in measured)
+    tokens = sum(row.get("generated_tokens", 0) for row in measured)  # own answers of a start
     if writer.startswith("dual_search@"):
         search = read_json(lab.folder / "reports/search" / f"{writer.partition('@')[2]}.json")
-        # a round trains two policies
         trained = search["trainings"]
-        tokens = search["generated_tokens"]
-    for name in own:
-        if name.startswith("lagrangian_dpo@"):
-            metrics = read_json(lab.folder / f"reports/metrics/{name.replace('@', '/')}.json")
-            refreshed = "generated_tokens" in metrics  # it trained once more, on its own answers
-            runs = load(LagrangianDpoParams, lab.folder / "params.yaml").runs
-            members = runs[name.partition("@")[2]].soup
-            trained += members * (1 + refreshed) - 1  # one of them has been counted
-            tokens += metrics["generated_tokens"] if refreshed else 0
+        tokens += search["generated_tokens"]
     return {"trainings": trained, "generated_tokens": tokens, "seconds": seconds}
 
 

@@ -24,6 +24,8 @@ from dualign.core.errors import DualignError
 
 #: Exit status where a command cannot be carried out as asked.
 REFUSED = 2
+#: That of a shell where nobody reads what is told any more.
+UNREAD = 141
 PIPELINE = "pipeline.__main__"
 
 ABOUT = "Constrained alignment of language models. Each command tells its options with --help."
@@ -111,10 +113,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise DualignError(f"dualign {name}: no such command; {nearest(name, COMMANDS)}")
-        return _call(name, rest)
+        status = _call(name, rest)
+        sys.stdout.flush()
+        return status
     except DualignError as error:
         sys.stderr.write(f"{error}\n")
         return REFUSED
+    except BrokenPipeError:  # whoever reads, `head` say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
 
 
 def _alone(given: list[str]) -> int:

@@ -222,9 +222,7 @@ def _collect_again() -> None:
 
 def _quiet() -> None:
     """No progress bars or notices of the libraries: the stages log their own."""
-    warnings.filterwarnings(
-        "ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning
-    )
+    ignore_warnings()
     if "transformers" in sys.modules:
         from transformers.utils import logging as hf_logging
 
@@ -241,6 +239,15 @@ def _threads(resources: Resources) -> None:
         import torch
 
         torch.set_num_threads(resources.threads)
+
+
+def ignore_warnings() -> None:
+    """Leave out what libraries warn of each other."""
+    # TRL and PEFT call it by its old name; PEFT looks for experts' weights among modules.
+    old_name = "`(is_)?gradient_checkpointing(_enable)?` is deprecated"
+    warnings.filterwarnings("ignore", message=old_name, category=FutureWarning)
+    unmatched = "The following (rank|alpha)_pattern keys did not match any targeted module"
+    warnings.filterwarnings("ignore", message=unmatched, category=RuntimeWarning)
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ def main(run: Run[DualSearchParams]) -> None:
     backend = ModelBackend(task)
     steps, stopped = search_policies(search, backend.start, backend, scratch)
 
-    result = summary(search, steps, stopped, before=trainings(row, start))
+    result = summary(search, steps, stopped, before=trainings(row, start, reference))
     chosen = steps[result.chosen]
     log.info(
         "%s; the policy of step %d at lambda %.4f is returned", stopped, chosen.step, chosen.lam

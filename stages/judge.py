@@ -8,12 +8,13 @@ answers that people have called safe or unsafe, by which the judge itself is jud
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from dualign.core.artifacts import SUITE_PROMPTS, listed, policy_tables, replacing, write_parquet
+from dualign.core.artifacts import SUITE_PROMPTS, policy_tables, replacing, write_parquet
 from dualign.core.errors import DataError, DualignError
 from dualign.core.names import cut_name
 from dualign.core.schema import SAFETY_PAIRS, SUITE, SUITE_ANSWERS, VERDICTS, read_table
@@ -36,7 +37,7 @@ LABELLED = "(held out)"
 def main(run: Run[JudgeParams]) -> None:
     """Run the stage."""
     name, spec = run.pick(run.params.judges, "judges")
-    answers, labels = read_answers(spec.suites)
+    answers, labels = read_answers(spec.suites or list(run.params.suites))
     people = labelled(run.params)
     bench = Bench(name, run.resources, Path("models"), scratch_root() / "judge" / "replies.sqlite")
     judged = table(JUDGES[spec.kind](pd.concat([answers, people]), spec, bench))
@@ -63,17 +64,16 @@ def main(run: Run[JudgeParams]) -> None:
 
 
 def read_answers(
-    suites: list[str] | None,
+    suites: Sequence[str],
 ) -> tuple[pd.DataFrame, dict[tuple[str, str], str]]:
-    """All answers to these suites (None: to all) with their suite and policy, and the label of
-    every prompt that has one, by suite and prompt_id.
+    """All answers to these suites with their suite and policy, and the label of every prompt that
+    has one, by suite and prompt_id. Other suites may lie there, which params have had before.
 
     Suites of multiple choice hold none; what a suite's stop words leave of its answers is a suite
     of its own."""
     frames: list[pd.DataFrame] = []
     labels: dict[tuple[str, str], str] = {}
-    folders = listed(ANSWERS, "*/")
-    for folder in [one for one in folders if suites is None or one.name in suites]:
+    for folder in [ANSWERS / name for name in sorted(suites)]:
         suite = read_table(folder / SUITE_PROMPTS, SUITE)
         if suite["choices"].notna().any():
             continue

@@ -124,7 +124,8 @@ def train_twice(
     own = fresh_pairs(value, answers, lam, params.beta, job.seed + 1, scale)
     changed = spec.refresh.model_dump(include={"max_steps", "learning_rate"})
     again = spec.model_copy(update=changed)
-    gone_on = replace(job, scratch=job.scratch / "own", seed=job.seed + 1, name="refresh")
+    name = f"{job.name.removesuffix('training')}refresh"
+    gone_on = replace(job, scratch=job.scratch / "own", seed=job.seed + 1, name=name)
     metrics = train_at(lam, own, first, again, params, gone_on, out)
 
     before = read_json(measured)
@@ -134,6 +135,7 @@ def train_twice(
         **metrics,
         "losses": [*before["losses"], *after],
         "learning_rate": before["learning_rate"],  # what a training from the reference takes over
+        "trainings": before["trainings"] + metrics["trainings"],
         "generated_tokens": int(fresh["length"].sum()),
     }
 

@@ -190,6 +190,16 @@ def test_certificates_are_verified_anywhere(site: Path, elsewhere: Path) -> None
     )
 
 
+def test_a_reader_that_has_enough_is_no_fault(repo_root: Path) -> None:
+    """As of `dualign completion bash | head`; nor is it told as success, which it may not be."""
+    command = [sys.executable, "-m", "dualign", "completion", "bash"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, cwd=repo_root, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_params_are_checked_anywhere(site: Path, elsewhere: Path) -> None:
     text = (ROOT / "params.yaml").read_text()
     assert dualign(site, elsewhere, "params", given=text).returncode == 0

@@ -427,7 +427,7 @@ def test_an_edit_reruns_the_stages_that_read_it(
         ("safety_path.runs.twin.lam", 1.23, "safety_path", ()),
         ("methods.twin.reference", "elsewhere", "dual_search", ()),
         ("methods.twin.online", {"ridge": 2.0}, "dual_search", ()),
-        ("suites.twin.prompts", 5, "answer", ("report",)),
+        ("suites.twin.prompts", 5, "answer", ("judge@*", "report")),
         ("judges.twin.kind", "oracle", "judge", ("report",)),
     ],
 )
@@ -456,10 +456,13 @@ def test_without_suites_and_judges_the_graph_has_no_stage_of_theirs() -> None:
     assert not matching(dag, "answer*", "judge*")
 
 
-def test_a_new_suite_or_judge_runs_alone(workspace: Path) -> None:
+def test_a_new_judge_runs_alone_and_a_new_suite_before_all_judges(
+    workspace: Path, dag: dict[str, StageSpec]
+) -> None:
     """Beside the report, which shows what they find."""
     suite = {"suite": "xstest", "path": None, "prompts": None, "samples_per_prompt": 1}
-    assert set(status(workspace, ("suites.new", suite))) == {"answer@new", "report"}
+    judges = matching(dag, "judge@*")
+    assert set(status(workspace, ("suites.new", suite))) == {"answer@new", "report"} | judges
     assert set(status(workspace, ("judges.new", {"kind": "oracle"}))) == {"judge@new", "report"}
 
 

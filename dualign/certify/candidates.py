@@ -129,9 +129,9 @@ class CandidateEvidence:
         if options is None:
             return Evidence(path)
         labelled = self._path(name, "labels")
-        if not labelled.is_file():
-            answers = read_table(path, ANSWERS)
-            write_parquet(labelled, label(answers, options, self._params.seed), LABELS)
+        answers = read_table(path, ANSWERS)
+        # Read anew by every run: people may have corrected their labels since the last one.
+        write_parquet(labelled, label(answers, options, self._params.seed), LABELS)
         return Evidence(path, labelled)
 
     def measured(self, name: str) -> dict[str, Any]:

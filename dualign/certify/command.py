@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +73,10 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         help="run the cost model on the answers again (loads torch)",
     )
     check.add_argument(
-        "--tolerance", type=float, default=1e-3, help="of costs scored again (default: %(default)s)"
+        "--tolerance",
+        type=_tolerance,
+        default=1e-3,
+        help="of costs scored again (default: %(default)s)",
     )
     check.add_argument(
         "--cost-model", type=Path, help="its folder, if it no longer lies where it lay"
@@ -93,6 +97,14 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         help="where to write the signature, outside of the folder",
     )
     return made
+
+
+def _tolerance(text: str) -> float:
+    """A tolerance that some difference can exceed."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be 0 or above, and finite, got {text}")
+    return value
 
 
 def _tell(path: Path, asked: argparse.Namespace) -> int:

@@ -235,12 +235,14 @@ def _check_labels(
 ) -> Check:
     """The mean truth of all answers by the labels of some of them.
 
-    Where nobody calls any answer harmful there is no spread to go by, and P(a labelled answer is
-    called harmful by anyone), which is the larger, is bounded instead."""
+    Where nobody calls any answer harmful, or all call every one so, there is no spread to go by,
+    and P(a labelled answer is called harmful by anyone), which is the larger, is bounded instead.
+    """
     prompts = int(labels["prompt_id"].nunique())
-    if required.quantity == "harm" and not labels["truth"].any():
-        estimate = 0.0
-        bound = float(binomial_bound(np.array(0), prompts, delta))
+    truth = labels["truth"]
+    if required.quantity == "harm" and (not truth.any() or (truth == 1).all()):
+        estimate = float(truth.max())
+        bound = float(binomial_bound(np.array(estimate * prompts), prompts, delta))
     else:
         estimate, bound = corrected(
             answers["cost"],

@@ -519,6 +519,9 @@ class AdapterConfig(Record):
     base_model_name_or_path: str
     r: int
     lora_alpha: float
+    target_parameters: list[str] | None = None
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
 
 
 #: The metrics of a policy's training.

@@ -256,11 +256,25 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
                     f"{file}: {record.task} of {record.model} has other results than before it, and"
                     f" {record.name}.json can hold one; import one of them"
                 )
-    for record in records.values():
-        place = asked.out / f"{record.name}.json"
+    places = {asked.out / f"{record.name}.json": record for record in records.values()}
+    for place, record in places.items():
+        _check_place(place, record)
+    for place, record in places.items():
         write_json(place, as_row(record))
         sys.stdout.write(f"{place}: {_told(record)}\n")
     return 0
+
+
+def _check_place(place: Path, record: HarnessRecord) -> None:
+    """Refuse to take the place of another model's or task's results, whose name differs by signs
+    that a file name has not.
+    """
+    known = read_record(place, HarnessRecord) if place.is_file() else record
+    if (known.model, known.task) != (record.model, record.task):
+        raise DataError(
+            f"{place}: holds {known.task} of {known.model}, and {record.task} of {record.model}"
+            " would take its place; move the file away, or call one of the two otherwise"
+        )
 
 
 def _told(record: HarnessRecord) -> str:

@@ -26,7 +26,12 @@ log = logging.getLogger(__name__)
 _POINTER = b"version https://git-lfs"
 _NAMED = 3  # weights that an error names
 #: What a configuration may ask a forward pass to return, as everything here reads it.
-_RETURNED = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+_RETURNED = {
+    "return_dict": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_router_logits": False,
+}
 #: Configuration keys that hold the longest sequence that a model can read.
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
@@ -110,7 +115,8 @@ def load_config(
     except Exception as error:  # as above
         raise ModelError(f"{path}: {_refusal(error)}") from error
     for name, value in _RETURNED.items():
-        setattr(config, name, value)
+        if hasattr(config, name):
+            setattr(config, name, value)
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None and not gguf_file:
         if getattr(config, MARK, False):
@@ -158,7 +164,7 @@ def context_of(model: torch.nn.Module) -> int | None:
     return next((int(value) for value in found if isinstance(value, int) and value > 0), None)
 
 
-def check_context(model: torch.nn.Module, tokens: int, what: str) -> None:
+def check_context(model: torch.nn.Module, tokens: int, what: str, remedy: str = "lower it") -> None:
     """Refuse sequences longer than a model can read. Raises ParamsError that says `what` is that
     long.
     """
@@ -166,7 +172,7 @@ def check_context(model: torch.nn.Module, tokens: int, what: str) -> None:
     if context is not None and tokens > context:
         name = getattr(getattr(model, "config", None), "_name_or_path", "") or "the model"
         raise ParamsError(
-            f"{what}: {tokens} tokens, but the context of {name} is {context}; lower it"
+            f"{what}: {tokens} tokens, but the context of {name} is {context}; {remedy}"
         )
 
 

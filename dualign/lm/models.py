@@ -401,13 +401,14 @@ def save(
 
 
 def _sort_targets(config: Path) -> None:
-    """The adapter's target modules in order: peft writes a set of them, in another order in every
-    process.
+    """What an adapter changes, modules and experts' weights, in order: peft writes sets of them, in
+    another order in every process.
     """
     content = json.loads(config.read_text())
-    if isinstance(content.get("target_modules"), list):
-        content["target_modules"] = sorted(content["target_modules"])
-        config.write_text(json.dumps(content, indent=2, sort_keys=True))
+    for key in ("target_modules", "target_parameters"):
+        if isinstance(content.get(key), list):
+            content[key] = sorted(content[key])
+    config.write_text(json.dumps(content, indent=2, sort_keys=True))
 
 
 # --- scorers --------------------------------------------------------------------------------------

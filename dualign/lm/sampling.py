@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -198,15 +199,24 @@ def _answered(
     if isinstance(policy, Mixture):
         return _mixed(policy, tokenizer, request, answers)
     request = replace(request, ends=end_tokens(policy, tokenizer))
-    check_context(
-        policy,
-        request.longest + request.max_new_tokens,
-        f"a prompt of {request.longest} tokens and {request.key}",
-    )
+    _check_room(policy, tokenizer, request)
     began = time.monotonic()
     drawn = [answer.tokens for answer in answers(policy, request)]
     _tell(policy, request, drawn, time.monotonic() - began)
     return [(tokens, bool(tokens) and tokens[-1] in request.ends) for tokens in drawn]
+
+
+def _check_room(
+    policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, request: Request
+) -> None:
+    """Refuse a prompt after which the longest answer has no room, by its first words."""
+    prompt = max(request.prompts, key=len, default=())
+    words = textwrap.shorten(tokenizer.decode(prompt, skip_special_tokens=True), 60)
+    what = f"a prompt of {len(prompt)} tokens ({words!r}) and {request.key}"
+    least = len(prompt) + 1
+    fits = least <= (context_of(policy) or least)
+    remedy = "lower it" if fits else "leave the prompt out"
+    check_context(policy, len(prompt) + request.max_new_tokens, what, remedy)
 
 
 def _tell(

@@ -166,16 +166,22 @@ class AnswerParams(StageParams):
 
 
 class JudgeParams(StageParams):
-    """Verdicts of one judge on these answers.
+    """Verdicts of one judge on the answers to these suites.
 
     `labelled` held-out answers with a person's is-safe flag show how a judge of harm agrees with
     people. More failures than the share `max_failed` stop the stage."""
 
     section = "judge"
-    shared = {"seed": "seed", "confidence": "evaluate.confidence", "judges": "judges"}
+    shared = {
+        "seed": "seed",
+        "confidence": "evaluate.confidence",
+        "suites": "suites",
+        "judges": "judges",
+    }
 
     seed: Seed
     confidence: float
+    suites: dict[RunName, SuiteSpec]
     judges: dict[RunName, JudgeSpec]
     labelled: Annotated[int, Field(ge=0, le=10**6)]
     max_failed: Share

@@ -39,7 +39,6 @@ class Published:
     row: ComparedPolicy | None
     reference: ComparedPolicy | None
     certificate: Certified | None
-    limit: float | None
     confidence: float
     data: PrepareParams
     base: SftParams
@@ -77,7 +76,6 @@ def published(root: Path, folder: str) -> Published:
         next((row for row in rows if row.folder == folder), None),
         compared.policies.get(compared.reference),
         compared.certificates.get(name) if kind == "certified" else None,
-        compared.limit,
         compared.confidence,
         load(PrepareParams, params),
         load(SftParams, params),
@@ -169,9 +167,9 @@ def _interval(found: Interval | None) -> str:
 def _certificate(policy: Published) -> str:
     if policy.certificate is None:
         none = "## Certificate\n\nNone: this policy was not tested on prompts kept for that alone."
-        if policy.limit is None or not policy.folder.startswith("aligned/"):
+        if not policy.folder.startswith("aligned/"):
             return none
-        return f"{none} Its expected cost was steered to {policy.limit:g} by a cost model."
+        return f"{none} Its expected cost was steered to the limit above by a cost model."
     return (
         f"## Certificate\n\n{policy.certificate.statement}. Such a test is wrong with"
         f" probability {policy.certificate.delta:g} at most, if its bound holds, and says"

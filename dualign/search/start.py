@@ -29,7 +29,8 @@ class TrainedPolicy:
     """A policy of an earlier stage as that describes it; None where it has no such thing.
 
     `lam` is the multiplier it was trained at, taken from `lam_from`; `reward` and `cost` are what
-    scored its pairs, `data` which these were. The other fields are those of its training."""
+    scored its pairs, `data` which these were, `trainings` how many made it. The other fields are
+    those of its training."""
 
     lam: float | None = None
     lam_from: str | None = None
@@ -40,6 +41,7 @@ class TrainedPolicy:
     loss_spec: LossSpec = PLAIN
     pair_loss: PairLossParams | None = None
     learning_rate: float | None = None
+    trainings: int = 1
 
     @classmethod
     def read(cls, metrics: Path, folder: str) -> TrainedPolicy:
@@ -135,12 +137,13 @@ def goal(plan: Plan, solved: SolvedDual) -> tuple[float, float | None]:
     return solved.lam_margin, solved.target
 
 
-def trainings(plan: Plan, start: TrainedPolicy) -> int:
-    """How many policies were aligned for the start: itself, its reference, those whose log-ratios
-    score its pairs.
+def trainings(plan: Plan, start: TrainedPolicy, reference: TrainedPolicy) -> int:
+    """How many policies were trained for the start: itself, all members of a soup, its reference,
+    those whose log-ratios score its pairs.
     """
-    needed = {plan.start, plan.reference, *start.scores}
-    return sum("_dpo" in folder or "_path/" in folder for folder in needed)
+    needed = dict.fromkeys(start.scores, 1)
+    needed |= {plan.reference: reference.trainings, plan.start: start.trainings}
+    return sum(n for folder, n in needed.items() if "_dpo" in folder or "_path/" in folder)
 
 
 def steerable(plan: Plan, prices: Sequence[Price]) -> list[Price]:

@@ -52,7 +52,7 @@ def train_at(
 
     A learning rate or number of steps that `spec` names takes the place of the job's. Returns the
     training's metrics, with the learning rate and the pair loss that a search from there takes
-    over."""
+    over; it counts as one of `trainings`."""
     rate = spec.learning_rate or job.training.learning_rate
     steps = spec.max_steps or job.training.max_steps
     training = job.training.model_copy(update={"learning_rate": rate, "max_steps": steps})
@@ -67,4 +67,5 @@ def train_at(
     policy = load_policy(begin, job.resources, trained=params.lora.rank == 0)
     job = replace(job, training=training)
     metrics = fit_pairs(policy, tokenizer, pairs, pair_loss, job, params.lora, out)
-    return {**metrics, "pair_loss": spec.pair_loss.model_dump(), "learning_rate": rate}
+    taken_over = {"pair_loss": spec.pair_loss.model_dump(), "learning_rate": rate}
+    return {**metrics, **taken_over, "trainings": 1}

@@ -11,12 +11,15 @@ import pandas as pd
 
 from dualign.core.artifacts import read_json, write_json
 from dualign.lm.merge import merge
+from dualign.stage import finished
 from dualign.training.run import Job, Metrics
 
 #: Seeds of members lie this far apart, so that none has that of another's second training.
 _APART = 1000
 #: Metrics of which a soup has the mean of its members'.
 _MEANS = ("loss", "accuracy", "abs_logit", "log_ratio")
+#: Those of which it has the sum.
+_SUMS = ("trainings", "generated_tokens")
 
 #: A training of this job that saves its policy in this folder and returns its metrics.
 Train = Callable[[Job, Path], Metrics]
@@ -29,7 +32,8 @@ def soup(count: int, train: Train, job: Job, out: Path) -> Metrics:
     the mean of log-probabilities. So what each has got wrong by the order of its rows and by its
     own draws shrinks as in a mean of `count` estimates: the odd text that a single training raises
     by chance above all. Members that an interrupted run has trained are not trained again. The
-    metrics are means of theirs, generated tokens the sum. A count of 1 is the training itself."""
+    metrics are means of theirs; trainings and generated tokens add up. A count of 1 is the training
+    itself."""
     if count == 1:
         return train(job, out)
     members = [_member(number, train, job) for number in range(count)]
@@ -38,12 +42,17 @@ def soup(count: int, train: Train, job: Job, out: Path) -> Metrics:
 
 
 def _member(number: int, train: Train, job: Job) -> Path:
-    """The folder of a member, which holds its policy and its metrics."""
+    """The folder of a member, which holds its policy and its metrics, but no checkpoints: these are
+    larger, and of no use any more.
+    """
     folder = job.scratch / f"member-{number}"
     measured = folder / "metrics.json"
+    checkpoints = folder / "training"
     if not measured.is_file():
-        own = replace(job, scratch=folder / "training", seed=job.seed + _APART * number)
+        name = f"{folder.name} {job.name}"
+        own = replace(job, scratch=checkpoints, seed=job.seed + _APART * number, name=name)
         write_json(measured, train(own, folder / "policy"))
+    finished(checkpoints)
     return folder
 
 
@@ -69,6 +78,5 @@ def combined(found: Sequence[Metrics]) -> Metrics:
     table = pd.DataFrame(found)
     known = [key for key in _MEANS if first.get(key) is not None]
     means = {key: float(table[key].mean()) for key in known}
-    drawn = "generated_tokens"
-    total = {drawn: int(table[drawn].sum())} if drawn in first else {}
-    return {**first, **means, **total, "losses": curve}
+    sums = {key: int(table[key].sum()) for key in _SUMS if key in first}
+    return {**first, **means, **sums, "losses": curve}

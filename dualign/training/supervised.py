@@ -26,6 +26,9 @@ from dualign.training.run import (
 )
 from dualign.training.shares import Shared
 
+#: Of the config of a mixture of experts: whether it tells its routing, and the weight of that loss.
+_ROUTER = ("output_router_logits", "router_aux_loss_coef")
+
 
 def train_sft(
     model: Model,
@@ -39,7 +42,8 @@ def train_sft(
     """
     # The rows fit, and their labels are made here: TRL would walk through them twice, one by one,
     # for the same.
-    args = SFTConfig(**arguments(job), max_length=None, packing=False)
+    options = {"max_length": None, "packing": False, "router_aux_loss_coef": 0.0}
+    args = SFTConfig(**arguments(job), **options)
     trainer = SupervisedTrainer(
         model,
         args=args,
@@ -101,7 +105,17 @@ def _logps(
 
 
 class SupervisedTrainer(Shared, SFTTrainer):
-    """SFTTrainer whose loss puts only the answers' positions through the vocabulary, in fp32."""
+    """SFTTrainer whose loss puts only the answers' positions through the vocabulary, in fp32.
+
+    It is that of the answers alone, also for a mixture of experts. TRL writes its choice into the
+    model's config, which is what generates and leaves later; here that stays the base's."""
+
+    def __init__(self, model: Model, *given: Any, **options: Any) -> None:
+        config = model.config.get_text_config()
+        before = {key: getattr(config, key) for key in _ROUTER if hasattr(config, key)}
+        super().__init__(model, *given, **options)
+        for key, value in before.items():
+            setattr(config, key, value)
 
     def leave_out(self, batch: dict[str, Any], rows: Tensor) -> None:
         """Leave the rows' tokens out, and out of their count."""

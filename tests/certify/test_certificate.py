@@ -487,10 +487,15 @@ def test_a_candidate_must_keep_every_requirement(
     assert verify(path) == found
 
 
-def test_labels_without_any_harm_have_the_exact_bound(tmp_path: Path) -> None:
-    """0 of 20 prompts: 1 - 0.05^(1/20)."""
+@pytest.mark.parametrize(("harm_of_all", "bound"), [(0.0, 1 - 0.05 ** (1 / 20)), (1.0, 1.0)])
+def test_labels_of_one_kind_have_the_exact_bound(
+    tmp_path: Path, harm_of_all: float, bound: float
+) -> None:
+    """0 of 20 prompts: 1 - 0.05^(1/20). Where all are harmful the policy is not certified, and the
+    stage goes on to say so.
+    """
     costs, prompts = answers(-2.0)
-    frame = pd.DataFrame({"prompt_id": prompts[:60:3], "cost": costs[:60:3], "truth": 0.0})
+    frame = pd.DataFrame({"prompt_id": prompts[:60:3], "cost": costs[:60:3], "truth": harm_of_all})
     write_parquet(tmp_path / "labels.parquet", labels_of(frame, np.arange(0, 60, 3)), LABELS)
     files = Evidence(
         save(tmp_path / "answers.parquet", costs, prompts), tmp_path / "labels.parquet"
@@ -499,10 +504,10 @@ def test_labels_without_any_harm_have_the_exact_bound(tmp_path: Path) -> None:
         name="called unsafe", quantity="harm", limit=0.15, method="prediction_powered"
     )
     found = certify(tmp_path / "certificate.json", ["a"], lambda name: files, [MODEL, harm])
-    assert (
-        found.tested[0].checks[1].bound == pytest.approx(1 - 0.05 ** (1 / 20))
-        and found.returned == "a"
-    )
+    check = found.tested[0].checks[1]
+    assert (check.estimate, check.bound) == (harm_of_all, pytest.approx(bound))
+    assert found.returned == ("a" if harm_of_all == 0 else None)
+    assert verify(tmp_path / "certificate.json") == found
 
 
 def test_no_unsafe_answer_has_the_exact_bound(tmp_path: Path) -> None:

@@ -122,6 +122,18 @@ def test_two_results_of_one_name_are_refused_and_nothing_is_written(
     assert main([str(LM_EVAL), str(LM_EVAL)]) == 0
 
 
+def test_results_of_another_model_under_the_same_name_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file name has few signs: `me/a` and `me_a` are one in it."""
+    monkeypatch.chdir(tmp_path)
+    assert main([str(edited(LM_EVAL, tmp_path, model_name="me/a", config={}))]) == 0
+    before = {file: file.read_text() for file in Path("reports/harness").iterdir()}
+    assert main([str(edited(LM_EVAL, tmp_path, model_name="me_a", config={}))]) == 2
+    assert "of me/a, and plain_questions of me_a would take its place" in capsys.readouterr().err
+    assert {file: file.read_text() for file in Path("reports/harness").iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("file", "changes", "told"),
     [

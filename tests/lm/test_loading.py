@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from dualign import stage
 from dualign.core.errors import DataError, ModelError, ParamsError
 from dualign.lm import loading, models
 from dualign.params.base import LoraParams, Resources
@@ -520,6 +522,25 @@ def test_dropout_on_experts_is_told_as_what_it_is() -> None:
     told = r"^lora\.dropout 0\.1 does not go with the experts of MixtralForCausalLM; set it to 0$"
     with pytest.raises(ParamsError, match=told):
         models.with_lora(model, LORA.model_copy(update={"dropout": 0.1}), 0)
+
+
+def test_adapters_of_experts_are_told_of_by_no_warning_and_saved_in_order(tmp_path: Path) -> None:
+    """A stage shows a library's warnings in its log, and these are of no use to anyone."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stage.ignore_warnings()
+        model = AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, num_local_experts=2))
+        adapted = models.with_lora(model, LORA, 0)
+        adapted.save_pretrained(tmp_path)
+        config = tmp_path / "adapter_config.json"
+        content = json.loads(config.read_text())
+        content["target_parameters"].sort(reverse=True)
+        config.write_text(json.dumps(content))
+        models._sort_targets(config)
+        loading.with_adapter(AutoModelForCausalLM.from_config(model.config), tmp_path)
+    saved = json.loads(config.read_text())["target_parameters"]
+    assert len(saved) > 1 and saved == sorted(saved)
 
 
 def test_a_gpt2_that_has_no_linear_modules_takes_adapters(

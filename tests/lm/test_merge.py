@@ -12,7 +12,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 from dualign.core.errors import DualignError, ModelError
 from dualign.lm.merge import merge
@@ -34,7 +41,7 @@ def tiny(seed: int, hidden: int = 16, dtype: torch.dtype = torch.float32) -> Lla
     return LlamaForCausalLM(config).to(dtype)
 
 
-def write(model: LlamaForCausalLM, folder: Path, shard: str = "5GB") -> Path:
+def write(model: PreTrainedModel, folder: Path, shard: str = "5GB") -> Path:
     model.save_pretrained(folder, max_shard_size=shard)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "README.md").write_text("the card of another model")
@@ -112,8 +119,7 @@ def adapter(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,
-        target_modules=["q_proj", "v_proj", "down_proj"],
-        **more,
+        **{"target_modules": ["q_proj", "v_proj", "down_proj"], **more},
     )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     generator = torch.Generator().manual_seed(seed)
@@ -152,11 +158,41 @@ def test_a_merged_adapter_says_its_rank_and_can_be_merged_again(tmp_path: Path, 
     first, second = (adapter(base, tmp_path / str(seed), seed) for seed in (1, 2))
     merge(first, second, 0.5, tmp_path / "once")
     config = json.loads((tmp_path / "once" / "adapter_config.json").read_text())
-    assert config["r"] == config["lora_alpha"] == 8
+    assert (config["r"], config["lora_alpha"]) == (8, 16)  # a training goes on at the same scale
     merge(tmp_path / "once", first, 0.5, tmp_path / "twice")
     left, right, mixed = (folded(base, folder) for folder in (first, second, tmp_path / "twice"))
     for name, tensor in mixed.items():
         assert torch.allclose(tensor, 0.75 * left[name] + 0.25 * right[name], atol=1e-5), name
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    """A base whose experts' weights are one tensor each, which PEFT adapts as such."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=64, num_local_experts=2, **shape, **heads)
+    return write(MixtralForCausalLM(config), tmp_path / "mixture")
+
+
+def test_adapters_of_experts_are_mixed_as_products_again_and_again(
+    tmp_path: Path, mixture: Path
+) -> None:
+    """Their ranks lie expert by expert in A and rank by rank in B, and PEFT fuses two matrices of
+    each expert under a rank of its own.
+    """
+    first = adapter(mixture, tmp_path / "a", 1, target_modules="all-linear")
+    second = adapter(mixture, tmp_path / "b", 2, rank=2, alpha=3.0, target_modules="all-linear")
+    merge(first, second, 0.4, tmp_path / "once")
+    merge(tmp_path / "once", second, 1.25, tmp_path / "twice")
+    left, right, mixed = (folded(mixture, folder) for folder in (first, second, tmp_path / "once"))
+    twice = folded(mixture, tmp_path / "twice")
+    experts = [name for name in mixed if "experts" in name]
+    assert len(experts) == 2 and not torch.allclose(left[experts[0]], right[experts[0]], atol=1e-2)
+    for name, tensor in mixed.items():
+        assert torch.allclose(tensor, 0.6 * left[name] + 0.4 * right[name], atol=1e-5), name
+        expected = 1.25 * right[name] - 0.25 * tensor
+        assert torch.allclose(twice[name], expected, atol=1e-5), name
 
 
 # --- what cannot be merged ------------------------------------------------------------------------

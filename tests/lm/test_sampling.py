@@ -343,9 +343,11 @@ def test_answers_that_would_leave_the_context_are_refused(
     assert one.ended or len(one.tokens) == 44
     with pytest.raises(
         ParamsError,
-        match=r"^a prompt of 20 tokens and generation\.max_new_tokens: 65 tokens.*is 64",
+        match=r"^a prompt of 20 tokens \('.+'\) and generation.*: 65 tokens.*is 64; lower",
     ):
         sample(model, tokenizer, [prompt], max_new_tokens=45, **options)
+    with pytest.raises(ParamsError, match=r"64 tokens \('.+'\).*is 64; leave the prompt out$"):
+        sample(model, tokenizer, [[9] * 64], max_new_tokens=4, **options)
 
 
 def test_rows_beyond_the_context_have_no_log_probability(

@@ -49,7 +49,7 @@ def policy(root: Path, folder: str) -> Published:
     params = ROOT / "params.yaml"
     data = load(PrepareParams, params)
     base = load(SftParams, params)
-    return Published(root, folder, None, None, None, -0.8, 0.95, data, base)
+    return Published(root, folder, None, None, None, 0.95, data, base)
 
 
 def test_the_reference_has_a_card_although_its_stage_wrote_none(run: Path) -> None:

@@ -74,6 +74,7 @@ def test_prices_go_to_searches_that_train_on_scores(
             1,
         ),
         (("dualign", "lagrangian_dpo/anchored", "sft"), {}, 1),
+        (("dualign", "lagrangian_dpo/anchored", "reward_dpo/helpful"), {"trainings": 4}, 5),
         (
             ("pecan", "lagrangian_dpo/pecan", "sft"),
             {"reward": "reward_dpo/helpful", "cost": "safety_dpo/alone"},
@@ -84,7 +85,7 @@ def test_prices_go_to_searches_that_train_on_scores(
 def test_every_aligned_policy_behind_a_start_is_counted(
     row: tuple[str, str, str], start: dict[str, Any], count: int
 ) -> None:
-    assert trainings(row_of(*row), TrainedPolicy(**start)) == count
+    assert trainings(row_of(*row), TrainedPolicy(**start), TrainedPolicy()) == count
 
 
 def test_a_start_on_other_scores_is_not_retrained() -> None:

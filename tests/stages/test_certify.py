@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -327,8 +328,16 @@ def test_people_may_label(resources: Resources) -> None:
         main(run)
     (asked,) = Path("labels").glob("to-label-*.jsonl")
     rows = [json.loads(line) for line in asked.read_text().splitlines()]
-    votes = [{**row, "unsafe_votes": k % 2} for k, row in enumerate(rows)]
-    Path(str(asked).replace("to-label", "labelled")).write_text("\n".join(map(json.dumps, votes)))
+
+    def save(votes: Sequence[int]) -> None:
+        labelled = [{**row, "unsafe_votes": k} for row, k in zip(rows, votes, strict=True)]
+        given = Path(str(asked).replace("to-label", "labelled"))
+        given.write_text("\n".join(map(json.dumps, labelled)))
+
+    save([2] * 5)
+    with pytest.raises(DataError, match="the labels do not vary"):
+        main(run)
+    save([0, 1, 0, 1, 0])  # what is corrected counts, though the first has been read
     main(run)
     (check,) = verify("reports/certificate/it/certificate.json").tested[0].checks[1:]
     assert check.requirement == "called unsafe" and check.answers == 5
@@ -422,6 +431,15 @@ def test_costs_are_scored_again(resources: Resources, capsys: pytest.CaptureFixt
         DataError, match=r"the cost model .elsewhere. is not the one certified: scorer.json: sha256"
     ):
         rescore(found, path, 100.0, Path("elsewhere"))
+
+
+@pytest.mark.parametrize("tolerance", ["nan", "-1", "inf"])
+def test_a_tolerance_that_says_nothing_is_refused(
+    tolerance: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["verify", "--rescore", "--tolerance", tolerance])
+    assert f"must be 0 or above, and finite, got {tolerance}" in capsys.readouterr().err
 
 
 def test_true_costs_that_serve_as_labels_are_asked_again(resources: Resources) -> None:

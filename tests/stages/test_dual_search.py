@@ -98,7 +98,7 @@ def test_a_merge_on_the_path_knows_both_its_multipliers(
         0.2,
         False,
     )
-    assert trainings(row, TrainedPolicy()) == 2
+    assert trainings(row, TrainedPolicy(), TrainedPolicy()) == 2
 
 
 def test_a_stocked_search_steers_to_the_target(path: Path, params: DualSearchParams) -> None:
@@ -117,7 +117,7 @@ def test_safety_first_takes_the_multiplier_of_its_first_step(
 ) -> None:
     swapped = row_of("sacpo", "reward_dpo/swapped", "safety_dpo/alone", rule="one_shot")
     assert context(swapped, params, {}).lam_start == 1.25
-    assert trainings(swapped, TrainedPolicy()) == 2
+    assert trainings(swapped, TrainedPolicy(), TrainedPolicy()) == 2
 
 
 def test_an_ascent_begins_at_its_own_multiplier_and_rests_on_no_training(
@@ -137,7 +137,7 @@ def test_an_ascent_begins_at_its_own_multiplier_and_rests_on_no_training(
     params = dual_search.with_row(params.model_copy(update={"methods": {"row": row}}), "row")
     known = context(ascent, params, {})
     assert (known.lam_pool, known.lam_start) == (0.8, 0.6)
-    assert trainings(ascent, TrainedPolicy()) == 0
+    assert trainings(ascent, TrainedPolicy(), TrainedPolicy()) == 0
 
 
 def test_the_slater_radius_is_the_pools_or_the_given_one(

@@ -41,6 +41,7 @@ from tests.stages.conftest import rows, save_scorers
 from tests.tiny import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
+SUITE_SPEC = {"suite": "held_out", "path": None, "prompts": None, "samples_per_prompt": 1}
 PLAIN = {"price": {"input": 1.0, "output": 1.0}, "budget": {"calls": 500, "money": 1e6}}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,7 +87,9 @@ def write_suite(name: str, content: list[tuple[str, str, Any]]) -> None:
 def run(resources: Resources, spec: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """Run the stage for one judge; its metrics."""
     params = load(JudgeParams, ROOT / "params.yaml").model_dump()
-    params = JudgeParams.model_validate({**params, "judges": {"it": spec}, **changes})
+    suites = dict.fromkeys(("tea", "cups"), SUITE_SPEC)
+    params = {**params, "suites": suites, "judges": {"it": spec}, **changes}
+    params = JudgeParams.model_validate(params)
     judge.main(Run("judge", "it", params, resources))
     found: dict[str, Any] = read_json("reports/metrics/judge/it.json")
     return found
@@ -182,8 +185,12 @@ def test_a_judge_may_judge_some_suites_alone(answered: Path, resources: Resource
         write_parquet(file, table.assign(cut=table["response"]), SUITE_ANSWERS)
     told = run(resources, {"kind": "refusal", "suites": ["cups"]})
     assert told["suites"].keys() == {"cups", "cups (cut)"}
+    suite = Path("reports/answers/cups/_suite.parquet")
+    chosen = read_table(suite, SUITE)
+    chosen["choices"] = [["yes", "no"]] * len(chosen)
+    write_parquet(suite, chosen, SUITE)
     with pytest.raises(DataError, match="holds no answers to judge"):
-        run(resources, {"kind": "refusal", "suites": ["bowls"]})
+        run(resources, {"kind": "refusal", "suites": ["cups"]})
 
 
 def test_the_less_harmful_of_two_answers_is_asked_for_by_its_own_words(
@@ -284,5 +291,13 @@ def test_a_local_model_judges_by_the_odds_of_its_first_word(
 
 
 def test_without_answers_there_is_nothing_to_judge(workspace: Path, resources: Resources) -> None:
-    with pytest.raises(DataError, match="reports/answers: holds no answers to judge"):
+    with pytest.raises(DataError, match=r"reports/answers/cups/_suite\.parquet: no such file"):
         run(resources, {"kind": "scorers"})
+
+
+def test_a_suite_that_params_name_no_more_is_not_judged(
+    answered: Path, resources: Resources
+) -> None:
+    """Its answers stay on the disk; a judge that is paid for would be asked of them."""
+    told = run(resources, {"kind": "refusal"}, suites={"tea": SUITE_SPEC})
+    assert told["suites"].keys() == {"tea"} == set(verdicts()["suite"])

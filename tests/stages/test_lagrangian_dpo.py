@@ -404,6 +404,7 @@ def test_members_of_a_soup_draw_answers_of_their_own(scorers: Path, repo_root: P
         told[count] = read_json("reports/metrics/lagrangian_dpo/own.json")
         weights[count] = load_file(out)
     assert told[2]["generated_tokens"] > told[1]["generated_tokens"]
+    assert [told[count]["trainings"] for count in (1, 2)] == [2, 4]
     assert told[2]["steps"] == told[1]["steps"]
     assert any(not torch.equal(weights[1][name], weights[2][name]) for name in weights[1])
 

@@ -22,17 +22,21 @@ class Trainer:
 
     def __init__(self, stops: int | None = None) -> None:
         self.seeds: list[int] = []
+        self.names: list[str] = []
         self.stops = stops
 
     def __call__(self, job: Job, out: Path) -> Metrics:
         if len(self.seeds) == self.stops:
             raise KeyboardInterrupt
         self.seeds.append(job.seed)
+        self.names.append(job.name)
+        (job.scratch / "checkpoint-2").mkdir(parents=True)
         out.mkdir(parents=True)
         (out / "config.json").write_text("{}")
         save_file(drawn(job.seed), out / "model.safetensors", metadata={"format": "pt"})
         rows = [{"step": step, "loss": float(job.seed + step)} for step in (1, 2)]
-        return {"steps": 2, "loss": rows[-1]["loss"], "losses": rows, "generated_tokens": 5}
+        sums = {"trainings": 2, "generated_tokens": 5}
+        return {"steps": 2, "loss": rows[-1]["loss"], "losses": rows, **sums}
 
 
 def drawn(seed: int) -> dict[str, torch.Tensor]:
@@ -52,7 +56,7 @@ def test_a_soup_is_the_mean_of_its_members(tmp_path: Path, count: int) -> None:
     mean = sum(trainer.seeds) / count
     assert told["losses"] == [{"step": 1, "loss": mean + 1}, {"step": 2, "loss": mean + 2}]
     assert (told["steps"], told["loss"]) == (2, mean + 2)
-    assert told["generated_tokens"] == 5 * count
+    assert (told["trainings"], told["generated_tokens"]) == (2 * count, 5 * count)
 
 
 def test_seeds_of_members_are_apart_from_those_of_other_runs(tmp_path: Path) -> None:
@@ -74,3 +78,14 @@ def test_a_soup_that_was_interrupted_trains_no_member_twice(tmp_path: Path) -> N
     assert len(again.seeds) == 1
     whole = (tmp_path / "whole/out/model.safetensors").read_bytes()
     assert (tmp_path / "out/model.safetensors").read_bytes() == whole
+
+
+def test_members_have_names_of_their_own_and_leave_no_checkpoints(tmp_path: Path) -> None:
+    """Logs and trackers tell them apart, and a disk holds the checkpoints of one of them."""
+    trainer = Trainer()
+    soup(2, trainer, job_in(tmp_path), tmp_path / "out")
+    assert trainer.names == ["member-0 training", "member-1 training"]
+    assert not list(tmp_path.rglob("checkpoint-*"))
+    alone = Trainer()
+    soup(1, alone, job_in(tmp_path / "one"), tmp_path / "one/out")
+    assert alone.names == ["training"]

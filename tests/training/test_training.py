@@ -22,6 +22,8 @@ from torch.nn.functional import logsigmoid
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -1078,6 +1080,27 @@ def test_the_tokens_of_a_training_are_those_of_its_rows(
     done = work.recorded()["training"]
     assert done["tokens"] == sum(len(prompt) + len(answer) for prompt, answer in rows)
     assert done["tflop"] > 0 and "mfu" not in done
+
+
+def test_a_mixture_of_experts_keeps_its_config_and_generates(
+    tokenizer: PreTrainedTokenizerBase, job: Job
+) -> None:
+    """TRL has it tell its routing, on which generation fails, and adds a loss for that where it
+    evaluates.
+    """
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    tokens = {"vocab_size": 320, "pad_token_id": 0, "eos_token_id": 1}
+    model = MixtralForCausalLM(MixtralConfig(**size, **heads, **tokens))
+    rows = conversation_rows(tokenizer, 8)
+    told = supervised.train_sft(model, tokenizer, rows, rows[:1], changed(job, max_steps=1))
+    assert not model.config.output_router_logits and model.config.router_aux_loss_coef == 0.001
+    left = supervised.heldout_loss(model, tokenizer, rows[:1], job)
+    assert told["heldout_loss"] == pytest.approx(left, abs=1e-5)
+    ids = torch.tensor([[0, 5, 6], [7, 5, 6]])
+    drawn = model.generate(ids, attention_mask=(ids > 0).long(), max_new_tokens=3, min_new_tokens=3)
+    assert drawn.shape == (2, 6)
 
 
 # --- what cannot be trained -----------------------------------------------------------------------
