@@ -6,6 +6,7 @@ per-prompt means.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,10 +79,13 @@ def clustered_mean(values: Array, clusters: Array, confidence: float = 0.95) -> 
     return mean_of(grouped.mean().to_numpy(), confidence)
 
 
-def mean_of(means: Array, confidence: float = 0.95) -> Estimate:
-    """Mean of independent values, shape [clusters], with a Student-t interval; as
-    `clustered_mean` does with the means of clusters.
+def mean_of(values: Sequence[float] | Array, confidence: float = 0.95) -> Estimate:
+    """Mean of independent values, such as differences by prompt, with a Student-t interval.
+
+    >>> mean_of([1.0, 2.0, 3.0]).mean
+    2.0
     """
+    means = np.asarray(values, dtype=float)
     count = len(means)
     if count < 2:
         return Estimate(float(means.mean()), float("inf"), float("-inf"), float("inf"))
