@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import pandas as pd
 
-from dualign.core.artifacts import read_json, write_json
 from dualign.lm.merge import merge
-from dualign.training.run import Job, Metrics
+from dualign.training.run import Job, Metrics, trained_once
 
 #: Seeds of members lie this far apart, so that none has that of another's second training.
 _APART = 1000
@@ -32,19 +32,14 @@ def soup(count: int, train: Train, job: Job, out: Path) -> Metrics:
     metrics are means of theirs, generated tokens the sum. A count of 1 is the training itself."""
     if count == 1:
         return train(job, out)
-    members = [_member(number, train, job) for number in range(count)]
-    _save_mean([folder / "policy" for folder in members], job.scratch, out)
-    return combined([read_json(folder / "metrics.json") for folder in members])
-
-
-def _member(number: int, train: Train, job: Job) -> Path:
-    """The folder of a member, which holds its policy and its metrics."""
-    folder = job.scratch / f"member-{number}"
-    measured = folder / "metrics.json"
-    if not measured.is_file():
+    folders = [job.scratch / f"member-{number}" for number in range(count)]
+    found = []
+    for number, folder in enumerate(folders):
         own = replace(job, scratch=folder / "training", seed=job.seed + _APART * number)
-        write_json(measured, train(own, folder / "policy"))
-    return folder
+        member = partial(train, own, folder / "policy")
+        found.append(trained_once(folder / "metrics.json", member))
+    _save_mean([folder / "policy" for folder in folders], job.scratch, out)
+    return combined(found)
 
 
 def _save_mean(policies: Sequence[Path], scratch: Path, out: Path) -> None:
