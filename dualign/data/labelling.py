@@ -115,10 +115,9 @@ def log_odds(votes: Array, count: int, smoothing: float) -> Array:
 
 def truth(frame: pd.DataFrame, column: str) -> tuple[Array, Array]:
     """r* and c* of the texts in `column`; shape [rows] each."""
-    questions = set(world.prompts())
     asked = [last_user_text(prompt) for prompt in frame["prompt"]]
     for name, question in zip(frame["prompt_id"], asked, strict=True):
-        if question not in questions:
+        if not world.knows(question):
             raise DataError(
                 f"prompt {name}: no question of the embedded world, so the oracle does not know it;"
                 " take labels from the models or from a file"
