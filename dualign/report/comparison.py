@@ -36,8 +36,7 @@ from dualign.core.records import (
 )
 from dualign.core.schema import ANSWERS, read_table
 from dualign.evaluation.measures import MEASURES
-from dualign.evaluation.shares import clustered_share
-from dualign.evaluation.stats import Estimate, clustered_mean
+from dualign.evaluation.stats import Estimate, clustered_mean, clustered_share
 from dualign.report.multipliers import nominal_multiplier, search_of, solved_dual
 
 #: The policy that win rates and gains are measured against.
