@@ -339,7 +339,7 @@ def other_answers_and_hash(path: Path) -> None:
         (edit(lambda c: c["labels"].update(other={"path": "x", "sha256": ""})), "labels is"),
         (
             edit(lambda c: c["requirements"][0].update(prompts="(")),
-            r"c: prompts '\(' is no regular expression",
+            r"requirements\.0\.prompts: .*this is no regular expression",
         ),
         (
             edit(lambda c: c["requirements"][0].update(quantity="cvar")),
