@@ -17,9 +17,10 @@ import pandas as pd
 from scipy.special import expit
 
 from bench import options
-from dualign.evaluation.paired import holm, mcnemar, mean_difference, no_difference, over_seeds
+from dualign.evaluation.paired import holm, mcnemar, no_difference, over_seeds
 from dualign.evaluation.power import prompts_needed, prompts_needed_by_mcnemar
 from dualign.evaluation.ranking import elo, length_controlled_win_rate, rank, win_rate
+from dualign.evaluation.stats import mean_of
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def pairs(settings: Settings) -> list[Row]:
     ):
         generator = np.random.default_rng([settings.seed, prompts, samples])
         tables = draw(generator, settings.repeats, prompts, samples)
-        found = [mean_difference(values) for values in tables]
+        found = [mean_of(values) for values in tables]
         held = np.mean([one.low <= truth <= one.high for one in found])
         rows.append({"scores": kind, "prompts": prompts, "samples": samples, "held": float(held)})
         log.info("%s, %d prompts: %.3f", kind, prompts, held)
@@ -117,7 +118,7 @@ def seeds(settings: Settings) -> list[Row]:
             table = generator.normal(0, spread, (count, 1)) + generator.normal(0, 1, (1, 100))
             table = table + generator.normal(0, 1, (count, 100))
             found = over_seeds(table)
-            narrow = mean_difference(table.mean(0))
+            narrow = mean_of(table.mean(0))
             both.append(found.low <= 0 <= found.high)
             alone.append(narrow.low <= 0 <= narrow.high)
         rows.append(
@@ -219,7 +220,7 @@ def _many(settings: Settings) -> Iterator[Row]:
     adjusted = []
     for _ in range(settings.repeats // 2):
         policies = generator.normal(0, 1, (6, 100)) + generator.normal(0, 1, 100)
-        values = [mean_difference(one - policies[0]) for one in policies[1:]]
+        values = [mean_of(one - policies[0]) for one in policies[1:]]
         chances = [no_difference(one, 100) for one in values]
         plain.append(min(chances) < 0.05)
         adjusted.append(holm(chances).min() < 0.05)
@@ -231,7 +232,7 @@ def _power(settings: Settings) -> Iterator[Row]:
     generator = np.random.default_rng(settings.seed)
     count = prompts_needed(0.25, 1.0)
     drawn = generator.normal(0.25, 1.0, (settings.repeats, count))
-    chances = [no_difference(mean_difference(one), count) for one in drawn]
+    chances = [no_difference(mean_of(one), count) for one in drawn]
     title = f"paired t, difference 0.25 sd, {count} prompts"
     yield {"test": title, "found": float(np.mean(np.array(chances) < 0.05)), "said": "80 %"}
     count = prompts_needed_by_mcnemar(0.15, 0.05)

@@ -23,12 +23,12 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from dualign import launch
 from dualign.core import ranks, reporting, work
-from dualign.core.artifacts import is_full, listed, write_fault, write_json, write_rows
+from dualign.core.artifacts import is_full, listed, sha256, write_fault, write_json, write_rows
 from dualign.core.errors import DualignError, ParamsError
 from dualign.core.names import NAME, shown
 from dualign.core.peaks import peak_of
 from dualign.core.temporaries import room_for, scratch_root, temporary_folder
-from dualign.params.base import Resources, StageParams
+from dualign.params.base import FANS, Resources, StageParams
 from dualign.params.loading import for_run
 
 log = logging.getLogger("dualign")
@@ -92,11 +92,7 @@ class Run(Generic[P]):
         outside the stage's outputs, which DVC deletes before it runs a stage; $DUALIGN_SCRATCH
         moves it. Raises DualignError where an input is missing or the folder cannot be made."""
         described = self.params.model_dump(mode="json")
-        for fan in (
-            "methods",
-            "runs",
-            "policies",
-        ):  # of what is fanned out, the other items do not matter
+        for fan in FANS:  # the other items do not matter
             if self.item in described.get(fan, {}):
                 described[fan] = described[fan][self.item]
         key = {
@@ -302,8 +298,7 @@ def _digest(path: Path) -> str:
     files = [file for file in listed(path, "**/*") if file.is_file()] if path.is_dir() else [path]
     for file in files:
         digest.update(str(file.relative_to(path)).encode())
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+        digest.update(bytes.fromhex(sha256(file)))
     return digest.hexdigest()
 
 

@@ -27,8 +27,7 @@ from dualign.evaluation.against_optimum import (
 )
 from dualign.evaluation.effective_tilt import TILT_SAMPLES, tilt_on
 from dualign.evaluation.rollout import Scorers, log_ratios, roll_out
-from dualign.evaluation.shares import clustered_share
-from dualign.evaluation.stats import clustered_mean
+from dualign.evaluation.stats import clustered_mean, clustered_share
 from dualign.evaluation.summary import summarise
 from dualign.lm.mixture import Policy, is_policy, policy_at
 from dualign.math.constraints import constraint

@@ -17,7 +17,6 @@ from typing import Any
 
 import pandas as pd
 
-from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import InfeasibleError
 from dualign.core.records import (
     LagrangianMetrics,
@@ -40,7 +39,7 @@ from dualign.stage import Run, execute
 from dualign.training.implicit_scores import Sources, scored_tables
 from dualign.training.lagrangian import pairs_at, train_at
 from dualign.training.pairs import fresh_pairs, samples_of
-from dualign.training.run import Job, Metrics
+from dualign.training.run import Job, Metrics, trained_once
 from dualign.training.soup import soup
 
 log = logging.getLogger("dualign")
@@ -111,12 +110,14 @@ def train_twice(
     assert spec.refresh is not None
     tokenizer = load_tokenizer(REFERENCE)
     first = job.scratch / "first"
-    measured = job.scratch / "first.json"
-    if not measured.is_file():
+
+    def begin() -> Metrics:
+        """The training on the pool."""
         pairs = pairs_at(lam, frame, "pool", spec, params, tokenizer)
         begun = replace(job, scratch=job.scratch / "pool")
-        write_json(measured, train_at(lam, pairs, REFERENCE, spec, params, begun, first))
+        return train_at(lam, pairs, REFERENCE, spec, params, begun, first)
 
+    before = trained_once(job.scratch / "first.json", begin)
     fresh = draw(first, job)
     scale = lagrangian_scale(lam, spec.pair_loss.normalised)
     value = soft_value(by_prompt(frame, "reward"), by_prompt(frame, "cost"), lam, params.beta)
@@ -128,7 +129,6 @@ def train_twice(
     gone_on = replace(job, scratch=job.scratch / "own", seed=job.seed + 1, name=name)
     metrics = train_at(lam, own, first, again, params, gone_on, out)
 
-    before = read_json(measured)
     steps = before["losses"][-1]["step"] if before["losses"] else 0
     after = [{**row, "step": steps + row["step"]} for row in metrics["losses"]]
     return {

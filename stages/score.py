@@ -27,8 +27,7 @@ from dualign.core.schema import (
 )
 from dualign.evaluation.against_optimum import enumerate_answers
 from dualign.evaluation.rollout import Scorers, roll_out
-from dualign.evaluation.shares import clustered_share
-from dualign.evaluation.stats import clustered_mean
+from dualign.evaluation.stats import clustered_mean, clustered_share
 from dualign.lm.tokens import encode_answers, encode_prompts, retokenised_share
 from dualign.params.models import ScoreParams
 from dualign.scoring.support import HELD_OUT

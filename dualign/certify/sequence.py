@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -85,14 +85,6 @@ class Decision:
         return self.certified[-1] if self.certified else None
 
 
-class CandidateCosts(NamedTuple):
-    """A policy's costs on the certify prompts; both arrays [answers]."""
-
-    name: str
-    costs: Any
-    prompts: Any
-
-
 def fixed_sequence(
     candidates: Iterable[tuple[str, Any, Any]],
     *,
@@ -102,8 +94,8 @@ def fixed_sequence(
     bounds: Bounds | None = None,
     seed: int = 0,
 ) -> Decision:
-    """Certify candidates (`CandidateCosts` or such a tuple), safest first, until one fails: bound
-    <= limit, each at delta.
+    """Certify candidates (name, costs, prompts), both [answers], safest first, until one fails:
+    bound <= limit, each at delta.
 
     A candidate above the limit is certified only if the first such in the order passes its test, so
     the chance of any false certificate is delta at most: no multiplicity is paid (Maurer, Hothorn

@@ -42,10 +42,7 @@ def check(folder: Path, key: Path, signature: Path) -> None:
     """Raises DataError where `signature` is not that of the folder's files by the key."""
     content = read_json(signature)
     if not isinstance(content, dict) or content.keys() != {"algorithm", "files", "signature"}:
-        raise DataError(
-            f"{signature}: not a signature; write one with `python -m dualign.certify.certificate"
-            " sign`"
-        )
+        raise DataError(f"{signature}: not a signature; write one with `dualign certify sign`")
     files = hashes(folder)
     recorded = content["files"]
     if content["algorithm"] != _ALGORITHM or not isinstance(recorded, dict):

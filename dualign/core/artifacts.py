@@ -230,16 +230,16 @@ def write_parquet(
 
 def stream_parquet(path: str | Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
     """Write one of dualign's tables from rows as they come, in groups that fit in memory."""
-    tables = (to_table(batch, schema) for batch in _batches(rows, _BATCH))
+    tables = (to_table(batch, schema) for batch in batches(rows, _BATCH))
     with (
         replacing(path) as temporary,
         pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
     ):
-        for group in _batches(tables, _BATCHES):
+        for group in batches(tables, _BATCHES):
             writer.write_table(pa.concat_tables(group).combine_chunks())
 
 
-def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Items in lists of `size`; the last one may be shorter."""
     left = iter(items)
     while batch := list(itertools.islice(left, size)):

@@ -72,6 +72,14 @@ def _inside(text: str) -> str:
     return text
 
 
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"this is no regular expression ({error}); correct it") from None
+    return text
+
+
 #: The key of a row that a message, a table or a file is named after.
 Name = Annotated[str, AfterValidator(_name)]
 #: The same where DVC follows the row by its key (`reward_dpo.runs.NAME`).
@@ -82,3 +90,5 @@ Model = Annotated[str, AfterValidator(_model)]
 Place = Annotated[str, AfterValidator(_place)]
 #: A path in a folder of ours, or an absolute one.
 Inside = Annotated[str, AfterValidator(_inside)]
+#: A regular expression.
+Pattern = Annotated[str, AfterValidator(_pattern)]

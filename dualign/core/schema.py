@@ -185,16 +185,21 @@ def normalise(text: str) -> str:
     )
 
 
+def identity(text: str) -> str:
+    """16 hex digits of a hash by which a text is known."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def prompt_id(prompt: Sequence[Message]) -> str:
     """Identity of a prompt across sources: 16 hex digits of the normalised turns."""
     key = "\x1e".join(f"{turn['role']}\x1f{normalise(turn['content'])}" for turn in prompt)
-    return hashlib.sha256(key.encode()).hexdigest()[:16]
+    return identity(key)
 
 
 def pair_id(prompt: Sequence[Message], chosen: str, rejected: str) -> str:
     """Identity of a pair, whichever side is preferred: 16 hex digits of prompt and both answers."""
     first, second = sorted((chosen, rejected))
-    return hashlib.sha256("\x1e".join((prompt_id(prompt), first, second)).encode()).hexdigest()[:16]
+    return identity("\x1e".join((prompt_id(prompt), first, second)))
 
 
 def to_table(rows: pd.DataFrame | list[dict[str, Any]], schema: pa.Schema) -> pa.Table:

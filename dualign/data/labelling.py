@@ -6,7 +6,6 @@ asked, so that a rerun finds its own file; equal items are asked once."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from scipy.special import expit
 
 from dualign.core.artifacts import replacing
 from dualign.core.errors import AwaitingLabels, DataError
-from dualign.core.schema import Message, last_user_text
+from dualign.core.schema import Message, identity, last_user_text
 from dualign.data import world
 
 Array = np.ndarray
@@ -115,10 +114,9 @@ def log_odds(votes: Array, count: int, smoothing: float) -> Array:
 
 def truth(frame: pd.DataFrame, column: str) -> tuple[Array, Array]:
     """r* and c* of the texts in `column`; shape [rows] each."""
-    questions = set(world.prompts())
     asked = [last_user_text(prompt) for prompt in frame["prompt"]]
     for name, question in zip(frame["prompt_id"], asked, strict=True):
-        if question not in questions:
+        if not world.knows(question):
             raise DataError(
                 f"prompt {name}: no question of the embedded world, so the oracle does not know it;"
                 " take labels from the models or from a file"
@@ -176,17 +174,13 @@ def _people_compare(pairs: pd.DataFrame, folder: Path) -> pd.DataFrame:
 
 def _sides(prompt_id: str, *texts: str) -> list[str]:
     """Both texts in the order of a hash, so that liking the first favours no policy."""
-    return sorted(texts, key=lambda text: _hash(f"{prompt_id}\x1e{text}"))
+    return sorted(texts, key=lambda text: identity(f"{prompt_id}\x1e{text}"))
 
 
 def _item(prompt: Sequence[Message], content: Item, empty: Item) -> Item:
     """One row to label: what is asked, with an id of its content, and the fields to fill."""
     asked = {"conversation": [dict(turn) for turn in prompt], **content}
-    return {"id": _hash(json.dumps(asked)), **asked, **empty}
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {"id": identity(json.dumps(asked)), **asked, **empty}
 
 
 def _labels(items: list[Item], allowed: dict[str, Sequence[Any]], folder: Path) -> dict[str, Item]:
@@ -195,7 +189,7 @@ def _labels(items: list[Item], allowed: dict[str, Sequence[Any]], folder: Path) 
         return {}
     unique = {item["id"]: item for item in sorted(items, key=lambda item: str(item["id"]))}
     lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in unique.values())
-    name = _hash(lines)
+    name = identity(lines)
     asked = folder / f"to-label-{name}.jsonl"
     given = folder / f"labelled-{name}.jsonl"
     if given.is_file():

@@ -5,7 +5,6 @@ So a million rows take some 40 MiB, however long their texts are."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from array import array
@@ -117,8 +116,7 @@ class Spool:
 def _key(record: Usable, prompt: str) -> str:
     """The identity of a whole row, whichever side it prefers."""
     if record.rejected is None:
-        text = f"{prompt}\x1e{record.chosen}"
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return schema.identity(f"{prompt}\x1e{record.chosen}")
     return schema.pair_id(record.prompt, record.chosen, record.rejected)
 
 

@@ -10,8 +10,7 @@ import pandas as pd
 from dualign.core.records import FrontierRow
 from dualign.core.schema import last_user_text
 from dualign.data import world
-from dualign.evaluation.shares import clustered_share
-from dualign.evaluation.stats import clustered_mean
+from dualign.evaluation.stats import clustered_mean, clustered_share
 from dualign.math import tabular
 
 #: What the world's oracle says of an answer; null elsewhere.

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtr, stdtrit
-from statsmodels.stats.contingency_tables import mcnemar as _mcnemar
+from scipy.special import bdtr, stdtr, stdtrit
 
 from dualign.core.errors import DataError
 from dualign.evaluation.stats import Estimate, mean_of
@@ -35,9 +34,7 @@ class Discordance:
     p_value: float
 
 
-def prompt_differences(
-    first: pd.DataFrame, second: pd.DataFrame, column: str, prompt: str = "prompt_id"
-) -> pd.Series:
+def prompt_differences(first: pd.DataFrame, second: pd.DataFrame, column: str) -> pd.Series:
     """Mean of `column` by prompt, first minus second, for the prompts that both have a value of.
 
     A row is an answer; one whose value is null, such as a failed judgement, does not count.
@@ -46,28 +43,19 @@ def prompt_differences(
     >>> prompt_differences(one, one.assign(cost=one.cost - 1), "cost").tolist()
     [1.0, 1.0]
     """
-    means = [_prompt_means(rows, column, prompt) for rows in (first, second)]
+    means = [_prompt_means(rows, column) for rows in (first, second)]
     return (means[0] - means[1]).dropna()
 
 
-def _prompt_means(rows: pd.DataFrame, column: str, prompt: str = "prompt_id") -> pd.Series:
+def _prompt_means(rows: pd.DataFrame, column: str) -> pd.Series:
     known = rows.dropna(subset=[column])
-    return known[column].astype(float).groupby(known[prompt]).mean()
-
-
-def mean_difference(values: Sequence[float] | Array, confidence: float = 0.95) -> Estimate:
-    """The mean of differences by prompt, shape [prompts], with a Student-t interval.
-
-    >>> mean_difference([1.0, 2.0, 3.0]).mean
-    2.0
-    """
-    return mean_of(np.asarray(values, dtype=float), confidence)
+    return known[column].astype(float).groupby(known["prompt_id"]).mean()
 
 
 def no_difference(estimate: Estimate, prompts: int) -> float:
     """Two-sided p-value of a mean of 0 by the paired t-test over prompts.
 
-    >>> round(no_difference(mean_difference([1.0, 2.0, 3.0]), 3), 4)
+    >>> round(no_difference(mean_of([1.0, 2.0, 3.0]), 3), 4)
     0.0742
     """
     if prompts < 2:
@@ -145,13 +133,14 @@ def _difference(
     values = values[~np.isnan(values)]
     if not len(values):
         raise DataError(f"policies {first!r} and {second!r} share no prompt with a {column}")
-    estimate = mean_difference(values, confidence)
+    estimate = mean_of(values, confidence)
     chance = no_difference(estimate, len(values))
     return first, second, len(values), *astuple(estimate), chance
 
 
 def mcnemar(first: Sequence[bool] | Array, second: Sequence[bool] | Array) -> Discordance:
-    """McNemar's exact test (1947) that two policies have a property, as refusing, equally often.
+    """McNemar's exact test (1947) that two policies have a property, as refusing, equally often:
+    2 P(Bin(b + c, 1/2) <= min(b, c)) with b and c the prompts on which one of them alone has it.
 
     One answer of each to every prompt, in the same order, shape [prompts]. Several answers to a
     prompt are not independent: use `differences`.
@@ -161,9 +150,10 @@ def mcnemar(first: Sequence[bool] | Array, second: Sequence[bool] | Array) -> Di
     """
     one = np.asarray(first, dtype=bool)
     other = np.asarray(second, dtype=bool)
-    table = [[(one & other).sum(), (one & ~other).sum()], [(~one & other).sum(), 0]]
-    p_value = float(_mcnemar(table, exact=True).pvalue)
-    return Discordance(int(table[0][1]), int(table[1][0]), min(p_value, 1.0))
+    only_first = int((one & ~other).sum())
+    only_second = int((~one & other).sum())
+    tail = float(bdtr(min(only_first, only_second), only_first + only_second, 0.5))
+    return Discordance(only_first, only_second, min(2 * tail, 1.0))
 
 
 def over_seeds(values: Array, confidence: float = 0.95) -> Estimate:

@@ -14,8 +14,7 @@ import pandas as pd
 from scipy.special import expit
 
 from dualign.core.errors import DataError
-from dualign.evaluation.shares import clustered_share
-from dualign.evaluation.stats import Estimate, redrawn
+from dualign.evaluation.stats import Estimate, clustered_share, redrawn
 
 Array = np.ndarray
 

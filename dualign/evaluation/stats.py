@@ -1,4 +1,4 @@
-"""Means and intervals of quantities that are measured several times per prompt.
+"""Means, shares and intervals of quantities that are measured several times per prompt.
 
 Answers to one prompt are correlated, so the prompt is the unit: all standard errors are those of
 per-prompt means.
@@ -6,6 +6,7 @@ per-prompt means.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,10 +79,37 @@ def clustered_mean(values: Array, clusters: Array, confidence: float = 0.95) -> 
     return mean_of(grouped.mean().to_numpy(), confidence)
 
 
-def mean_of(means: Array, confidence: float = 0.95) -> Estimate:
-    """Mean of independent values, shape [clusters], with a Student-t interval; as
-    `clustered_mean` does with the means of clusters.
+def clustered_share(values: Array, clusters: Array, confidence: float = 0.95) -> Estimate:
+    """Mean over clusters of the cluster means of `values` in [0, 1]; both have shape [answers].
+
+    The interval is Wilson's (1927) with Student's quantile and the effective sample size that the
+    spread between clusters implies, p (1 - p) / SE^2. So it stays inside [0, 1], and has a width
+    even where all values are equal. With one cluster it is [0, 1], and the error is infinite.
+
+    >>> few = clustered_share(np.array([1.0, 1.0, 1.0, 0.0]), np.arange(4))
+    >>> round(few.low, 2), round(few.high, 2)
+    (0.14, 0.98)
     """
+    found = clustered_mean(np.asarray(values, dtype=float), clusters, confidence)
+    count, mean = len(set(clusters)), found.mean
+    if count < 2:
+        return Estimate(mean, found.error, 0.0, 1.0)
+    inside = min(max(mean, 0.0), 1.0)  # importance weights can take a mean a little beyond
+    spread = inside * (1 - inside)
+    effective = spread / found.error**2 if found.error > 0 and spread > 0 else count
+    z2 = float(stdtrit(count - 1, 0.5 + confidence / 2)) ** 2 / effective
+    centre = (inside + z2 / 2) / (1 + z2)
+    half = (z2 * (spread + z2 / 4)) ** 0.5 / (1 + z2)
+    return Estimate(mean, found.error, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def mean_of(values: Sequence[float] | Array, confidence: float = 0.95) -> Estimate:
+    """Mean of independent values, such as differences by prompt, with a Student-t interval.
+
+    >>> mean_of([1.0, 2.0, 3.0]).mean
+    2.0
+    """
+    means = np.asarray(values, dtype=float)
     count = len(means)
     if count < 2:
         return Estimate(float(means.mean()), float("inf"), float("-inf"), float("inf"))

@@ -10,8 +10,7 @@ import pandas as pd
 
 from dualign.core.schema import normalise
 from dualign.evaluation.against_optimum import means
-from dualign.evaluation.shares import clustered_share
-from dualign.evaluation.stats import clustered_mean
+from dualign.evaluation.stats import clustered_mean, clustered_share
 
 
 def summarise(answers: pd.DataFrame, log_ratio: pd.DataFrame, confidence: float) -> dict[str, Any]:

@@ -11,8 +11,7 @@ import pandas as pd
 
 from dualign.core.schema import VERDICTS
 from dualign.evaluation.agreement import agreement as compare
-from dualign.evaluation.shares import clustered_share
-from dualign.evaluation.stats import clustered_mean
+from dualign.evaluation.stats import clustered_mean, clustered_share
 from dualign.scoring.calibration import expected_calibration_error, sigmoid
 
 #: What a verdict may hold, each a mean per suite and policy.

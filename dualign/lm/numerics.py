@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from dualign.core import ranks
@@ -165,16 +166,16 @@ def padded_rows(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ids, mask, labels [rows, positions] of prompts with answers (`answer_log_probabilities`)."""
-    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad)
-    labels = torch.full((len(rows), width), -100)
-    mask = torch.zeros_like(ids)
-    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-        labels[i, len(prompt) : len(row)] = ids[i, len(prompt) : len(row)]
-    return ids, mask, labels
+    pairs = list(zip(prompts, answers, strict=True))
+    rows = [torch.tensor([*prompt, *answer], dtype=torch.long) for prompt, answer in pairs]
+    labels = [
+        torch.tensor([-100] * len(prompt) + [*answer], dtype=torch.long) for prompt, answer in pairs
+    ]
+    return (
+        pad_sequence(rows, batch_first=True, padding_value=pad),
+        pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        pad_sequence(labels, batch_first=True, padding_value=-100),
+    )
 
 
 def answer_logits(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:

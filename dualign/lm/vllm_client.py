@@ -1,4 +1,4 @@
-"""A server of vLLM as `openai`'s own client sees it: what it holds, and why it does not answer."""
+"""A server of vLLM as `openai`'s own client sees it, and what it holds."""
 
 from __future__ import annotations
 
@@ -48,8 +48,3 @@ def served(
             f" `vllm serve {root}{options}`, or set {key} to null"
         )
     return name
-
-
-def reason(error: openai.OpenAIError) -> str:
-    """Why a call failed, in one line."""
-    return " ".join(str(error).split())[:300]

@@ -27,6 +27,8 @@ ADDRESS = re.compile(r"https?://[^/?#@]+(/[^?#@]*)?")
 NO_ADDRESS = "an address is http(s)://HOST:PORT/v1, without user, key or query"
 #: Quantities that are 0 or 1, so that their mean is a share of the answers.
 SHARES = ("p_unsafe", "unended")
+#: Params that have a row for each instance of a stage.
+FANS = ("methods", "runs", "policies")
 TrackerName = Literal["wandb", "mlflow", "tensorboard", "trackio", "dvclive"]
 EngineName = Literal["generate", "refill", "continuous", "vllm"]
 Quantity = Literal["cost", "p_unsafe", "cvar", "length", "unended"]

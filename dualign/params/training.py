@@ -19,8 +19,9 @@ from dualign.params.base import (
     TrainingParams,
 )
 
-#: The keys of `dualign.training.pair_losses.PAIR_LOSSES`, those of its losses that tilt, and the
-#: options of each: what checks must know of the table without loading torch.
+#: The keys of `dualign.training.pair_losses.PAIR_LOSSES`; those of its losses that tilt, whose
+#: minimiser on pairs that a score ranks is the reference tilted by that score, so that its
+#: log-ratios are a score, its steps add up and its policies can be merged; the options of each.
 LossType = Literal["dpo", "ipo", "kto", "robust", "simpo"]
 TILTING: tuple[LossType, ...] = ("dpo", "robust")
 LOSS_OPTIONS: dict[LossType, tuple[str, ...]] = {

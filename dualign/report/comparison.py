@@ -36,16 +36,14 @@ from dualign.core.records import (
 )
 from dualign.core.schema import ANSWERS, read_table
 from dualign.evaluation.measures import MEASURES
-from dualign.evaluation.shares import clustered_share
-from dualign.evaluation.stats import Estimate, clustered_mean
+from dualign.evaluation.stats import Estimate, clustered_mean, clustered_share
+from dualign.params.base import FANS
 from dualign.report.multipliers import nominal_multiplier, search_of, solved_dual
 
 #: The policy that win rates and gains are measured against.
 REFERENCE = "sft"
 #: Stages that make and measure no policy: their params say nothing of what a seed does.
 _BESIDE = ("answer", "judge", "report")
-#: Params that have a row for each instance of a stage.
-_FANS = ("methods", "runs", "policies")
 
 #: What a row says of a policy's search.
 _OF_SEARCH = (
@@ -118,7 +116,7 @@ def _digest(stage: Provenance) -> str:
 
 def _of_item(item: str | None, key: str, value: Any) -> Any:
     """Of a table of instances this one's row."""
-    if key in _FANS and isinstance(value, Mapping):
+    if key in FANS and isinstance(value, Mapping):
         return value.get(item)
     return value
 

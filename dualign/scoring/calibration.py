@@ -6,7 +6,6 @@ P(unsafe) = 1/2."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,19 +70,6 @@ class Isotonic:
 
 
 Calibration = Platt | Isotonic
-
-
-def from_card(card: Mapping[str, Any]) -> Calibration:
-    """The calibration in a scorer's card: scale and offset, or scale, scores and costs.
-
-    >>> from_card({"scale": 2.0, "offset": -1.0}).zero
-    0.5
-    >>> from_card({"scale": 1.0, "scores": [0.0, 2.0], "costs": [-1.0, 3.0]}).zero
-    0.5
-    """
-    if "scores" in card:
-        return Isotonic(card["scale"], tuple(card["scores"]), tuple(card["costs"]))
-    return Platt(card["scale"], card["offset"])
 
 
 # --- fits -----------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from dualign.lm.numerics import padded_rows
 from dualign.lm.publish import ADAPTER
 from dualign.lm.tokens import encode_conversations
 from dualign.params.base import Frozen, Resources
-from dualign.scoring.calibration import Calibration, from_card
+from dualign.scoring.calibration import Calibration, Isotonic, Platt
 from dualign.scoring.kinds import (
     KINDS,
     PLAIN,
@@ -126,8 +126,14 @@ class CalibrationCard(Frozen):
     costs: Sequence[float] | None = None
 
     def read(self) -> Calibration:
-        """The calibration."""
-        return from_card(self.model_dump(exclude_none=True))
+        """The calibration.
+
+        >>> CalibrationCard(scale=2.0, offset=-1.0).read()
+        Platt(scale=2.0, offset=-1.0)
+        """
+        if self.scores is None or self.costs is None:
+            return Platt(self.scale, self.offset)
+        return Isotonic(self.scale, tuple(self.scores), tuple(self.costs))
 
 
 class MemberCard(Reading):

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from dualign.core.errors import ModelError
 from dualign.lm import vllm_client
 from dualign.lm.batches import unpadded
+from dualign.lm.tokens import told
 
 
 class Served(torch.nn.Module):
@@ -69,7 +70,7 @@ class Served(torch.nn.Module):
         self.config.save_pretrained(folder)
 
     def _silent(self, error: openai.OpenAIError) -> ModelError:
-        why = vllm_client.reason(error)
+        why = told(error)
         return ModelError(f"{self._url}: {why}; is `vllm serve{self.options}` up?")
 
 

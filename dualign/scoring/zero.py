@@ -42,11 +42,8 @@ def flagged_arrays(answers: pd.DataFrame) -> Flagged:
 
 def together(first: Flagged, second: Flagged) -> Flagged:
     """The answers of both."""
-    return (
-        np.concatenate([first[0], second[0]]),
-        np.concatenate([first[1], second[1]]),
-        np.concatenate([first[2], second[2]]),
-    )
+    score, unsafe, prompts = map(np.concatenate, zip(first, second, strict=True))
+    return score, unsafe, prompts
 
 
 def with_zero(calibration: Calibration, heldout: Flagged, seen: Flagged) -> Calibration:

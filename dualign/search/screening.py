@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import softmax
 
+from dualign.evaluation.stats import mean_of
+
 Array = np.ndarray
 
 
@@ -37,6 +39,5 @@ def off_policy_cost(log_ratio: Array, cost: Array) -> tuple[float, float, float]
     number."""
     log_ratio, cost = np.asarray(log_ratio, float), np.asarray(cost, float)
     weight = softmax(log_ratio, axis=1)
-    each = (weight * cost).sum(1)
-    error = float(each.std(ddof=1) / np.sqrt(len(each))) if len(each) > 1 else float("inf")
-    return float(each.mean()), error, float(np.median(1 / (weight**2).sum(1)))
+    found = mean_of((weight * cost).sum(1))
+    return found.mean, found.error, float(np.median(1 / (weight**2).sum(1)))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
+
+from dualign.core.artifacts import batches
 
 _IDS = pa.list_(pa.int32())
 #: Rows that are turned into a chunk of a column at once.
@@ -17,10 +18,7 @@ _TOGETHER = 4096
 
 def id_column(rows: Iterable[Sequence[int]]) -> pa.ChunkedArray:
     """A column of token ids, one list a row, at four bytes an id."""
-    left = iter(rows)
-    chunks = [pa.array([], type=_IDS)]
-    while some := list(islice(left, _TOGETHER)):
-        chunks.append(pa.array(some, type=_IDS))
+    chunks = [pa.array(some, type=_IDS) for some in batches(rows, _TOGETHER)]
     return pa.chunked_array(chunks, type=_IDS)
 
 

@@ -1,8 +1,8 @@
 """The pair losses that a policy can be trained by: a table, one row each.
 
 A loss is a pure function of `dualign.math.losses`; a row says how it is computed from a batch, and
-all that training, params, report and searches must know of it. Their names, and what checks of
-params need without torch, stand in `dualign.params.training` as well."""
+what that takes. Their names, and which of them tilt, stand in `dualign.params.training`, where
+params, report and searches read them without torch."""
 
 from __future__ import annotations
 
@@ -49,14 +49,11 @@ class PairBatch:
 class PairLoss:
     """One pair loss.
 
-    `loss` gives one value for each pair, or each answer, of which the mean is taken. `tilts`:
-    whether its minimiser on pairs that a score ranks is the reference tilted by that score, so that
-    its log-ratios are a score, its steps add up and its policies can be merged. `columns` are those
-    that it needs beside the common ones, `options` the fields of `PairwiseConfig` that go with
-    it."""
+    `loss` gives one value for each pair, or each answer, of which the mean is taken. `columns` are
+    those that it needs beside the common ones, `options` the fields of `PairwiseConfig` that go
+    with it."""
 
     loss: Callable[[PairBatch], Tensor]
-    tilts: bool = False
     columns: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
 
@@ -96,7 +93,7 @@ def _kto(batch: PairBatch) -> Tensor:
 
 PAIR_LOSSES: dict[LossType, PairLoss] = {
     "dpo": PairLoss(  # 2305.18290
-        _dpo, tilts=True, options=("reward_bound", "labels", "anchor_weight", "nll_weight")
+        _dpo, options=("reward_bound", "labels", "anchor_weight", "nll_weight")
     ),
     "ipo": PairLoss(_ipo, options=("reward_bound",)),  # 2310.12036
     "kto": PairLoss(  # 2402.01306
@@ -109,6 +106,6 @@ PAIR_LOSSES: dict[LossType, PairLoss] = {
         ),
         options=("reward_bound", "undesirable_weight"),
     ),
-    "robust": PairLoss(_robust, tilts=True, options=("reward_bound", "epsilon")),  # 2403.00409
+    "robust": PairLoss(_robust, options=("reward_bound", "epsilon")),  # 2403.00409
     "simpo": PairLoss(_simpo, options=("gamma",)),  # 2405.14734
 }

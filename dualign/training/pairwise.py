@@ -73,8 +73,7 @@ class PairLossConfig:
     """A pair loss: its type, scale a (beta of DPO and KTO, tau of IPO), the bound of the implicit
     rewards a h(y).
 
-    `beta` is the KL weight of the anchor. Raises ParamsError where label mode, anchor or NLL are
-    given to a loss that they do not go with."""
+    `beta` is the KL weight of the anchor."""
 
     scale: float
     beta: float
@@ -85,14 +84,6 @@ class PairLossConfig:
     clip: float | None = None
     epsilon: float = 0.0
     gamma: float = 0.0
-
-    def __post_init__(self) -> None:
-        joint = "labels" in PAIR_LOSSES[self.loss_type].options
-        if not joint and (self.labels != "soft" or self.anchor or self.nll):
-            raise ParamsError(
-                f"loss_type {self.loss_type!r} takes no anchor, no nll and no bernoulli labels; "
-                "set anchor and nll to 0 and labels to soft, or loss_type to dpo"
-            )
 
 
 def train_pairwise(
@@ -138,11 +129,6 @@ def pairwise_trainer(
     """
     kept = fitting(pairs, job.training.max_length)
     row = PAIR_LOSSES[pair_loss.loss_type]
-    if "mismatched_ids" in row.columns and any(pair.mismatched is None for pair in kept):
-        raise DataError(
-            f"{pair_loss.loss_type}: a pair has no mismatched answer; build the pairs with"
-            " `mismatched=True`"
-        )
     weighted = "undesirable_weight" in row.options
     args = PairwiseConfig(
         **arguments(job) | {"optim": "adamw_torch_fused" if wide(model) else "adamw_torch"},

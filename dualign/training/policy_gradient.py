@@ -35,7 +35,7 @@ from transformers.trainer_callback import ExportableState
 from trl import RLOOConfig, RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from dualign.core.errors import DataError, ParamsError, TrainingError
+from dualign.core.errors import DataError, TrainingError
 from dualign.core.progress import quiet
 from dualign.core.schema import Message
 from dualign.lm.frozen import shared
@@ -59,8 +59,8 @@ class PolicyGradient:
     `beta` is the KL weight in units of reward [0.01], `limit` d in units of cost [0], `samples` the
     answers drawn to each prompt [1: it has a critic], `max_new_tokens` their longest length. lambda
     starts at `lambda_init` [1], moves at `lambda_rate` eta [0.1] between `lambda_min` [none] and
-    `lambda_max` [5], and sees the mean cost of the last `window` answers [128]. Raises ParamsError
-    where a value makes no sense."""
+    `lambda_max` [5], and sees the mean cost of the last `window` answers [128]. What
+    makes sense stands in `dualign.params.search`."""
 
     beta: float
     limit: float
@@ -71,23 +71,6 @@ class PolicyGradient:
     lambda_min: float
     lambda_max: float
     window: int
-
-    def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise ParamsError(f"beta must be above 0, not {self.beta}")
-        if self.samples < 2:
-            raise ParamsError(
-                f"samples must be at least 2, not {self.samples}: the others of a prompt are the"
-                " baseline"
-            )
-        if self.window < 1:
-            raise ParamsError(f"window must be at least 1, not {self.window}")
-        if not 0 < self.lambda_min <= self.lambda_init <= self.lambda_max:
-            raise ParamsError(
-                f"lambda_min {self.lambda_min}, lambda_init {self.lambda_init} and lambda_max"
-                f" {self.lambda_max} must be above 0 and in this order; lambda moves in proportion"
-                " to itself and would never leave 0"
-            )
 
 
 # --- mathematics ----------------------------------------------------------------------------------
@@ -419,11 +402,6 @@ def _fitting(
 def _steps(prompts: int, samples: int, job: Job) -> tuple[int, int]:
     """Steps of the run, and prompts per step."""
     training = job.training
-    if training.batch_size % samples:
-        raise ParamsError(
-            f"batch_size {training.batch_size} must be a multiple of samples {samples}: whole"
-            " prompts"
-        )
     each = training.batch_size // samples
     return training.max_steps or math.ceil(training.epochs * prompts / each), each
 

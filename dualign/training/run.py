@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from dualign.core import ranks
-from dualign.core.artifacts import faults_told
+from dualign.core.artifacts import faults_told, read_json, write_json
 from dualign.core.errors import DataError, ParamsError, TrainingError
 from dualign.lm.loading import check_context
 from dualign.lm.models import is_sharded
@@ -157,6 +158,16 @@ def run(trainer: Any, job: Job) -> Metrics:
         "losses": losses,
         **shown,
     }
+
+
+def trained_once(file: Path, train: Callable[[], Metrics]) -> Metrics:
+    """The metrics in a file of a training that has ended; without one it is done, and they are
+    written there.
+    """
+    if not file.is_file():
+        write_json(file, train())
+    metrics: Metrics = read_json(file)
+    return metrics
 
 
 def _unwritten(scratch: Path, told: str) -> TrainingError:

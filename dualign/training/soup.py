@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import pandas as pd
 
-from dualign.core.artifacts import read_json, write_json
 from dualign.lm.merge import merge
 from dualign.stage import finished
-from dualign.training.run import Job, Metrics
+from dualign.training.run import Job, Metrics, trained_once
 
 #: Seeds of members lie this far apart, so that none has that of another's second training.
 _APART = 1000
@@ -36,24 +36,22 @@ def soup(count: int, train: Train, job: Job, out: Path) -> Metrics:
     itself."""
     if count == 1:
         return train(job, out)
-    members = [_member(number, train, job) for number in range(count)]
-    _save_mean([folder / "policy" for folder in members], job.scratch, out)
-    return combined([read_json(folder / "metrics.json") for folder in members])
+    folders = [job.scratch / f"member-{number}" for number in range(count)]
+    found = [_member(number, folder, train, job) for number, folder in enumerate(folders)]
+    _save_mean([folder / "policy" for folder in folders], job.scratch, out)
+    return combined(found)
 
 
-def _member(number: int, train: Train, job: Job) -> Path:
-    """The folder of a member, which holds its policy and its metrics, but no checkpoints: these are
+def _member(number: int, folder: Path, train: Train, job: Job) -> Metrics:
+    """The metrics of a member, whose folder then holds its policy but no checkpoints: these are
     larger, and of no use any more.
     """
-    folder = job.scratch / f"member-{number}"
-    measured = folder / "metrics.json"
     checkpoints = folder / "training"
-    if not measured.is_file():
-        name = f"{folder.name} {job.name}"
-        own = replace(job, scratch=checkpoints, seed=job.seed + _APART * number, name=name)
-        write_json(measured, train(own, folder / "policy"))
+    name = f"{folder.name} {job.name}"
+    own = replace(job, scratch=checkpoints, seed=job.seed + _APART * number, name=name)
+    metrics = trained_once(folder / "metrics.json", partial(train, own, folder / "policy"))
     finished(checkpoints)
-    return folder
+    return metrics
 
 
 def _save_mean(policies: Sequence[Path], scratch: Path, out: Path) -> None:

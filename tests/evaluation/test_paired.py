@@ -16,11 +16,11 @@ from dualign.evaluation.paired import (
     differences,
     holm,
     mcnemar,
-    mean_difference,
     no_difference,
     over_seeds,
     prompt_differences,
 )
+from dualign.evaluation.stats import mean_of
 
 
 def scores(seed: int = 0, prompts: int = 30, samples: int = 2) -> pd.DataFrame:
@@ -104,9 +104,9 @@ def test_pairs_without_scores_are_named() -> None:
 
 
 def test_one_prompt_says_nothing_and_equal_answers_say_no_difference() -> None:
-    assert math.isnan(no_difference(mean_difference([1.0]), 1))
-    assert no_difference(mean_difference([0.0, 0.0]), 2) == 1.0
-    assert no_difference(mean_difference([1.0, 1.0]), 2) == 0.0
+    assert math.isnan(no_difference(mean_of([1.0]), 1))
+    assert no_difference(mean_of([0.0, 0.0]), 2) == 1.0
+    assert no_difference(mean_of([1.0, 1.0]), 2) == 0.0
 
 
 # --- many comparisons -----------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_intervals_over_seeds_hold_the_truth_as_often_as_they_say(
 def test_prompts_alone_are_not_enough_where_seeds_differ() -> None:
     generator = np.random.default_rng(1)
     tables = [crossed(generator, 3, 60, 1.0) for _ in range(300)]
-    narrow = [mean_difference(table.mean(0)) for table in tables]
+    narrow = [mean_of(table.mean(0)) for table in tables]
     assert np.mean([one.low <= 0 <= one.high for one in narrow]) < 0.6
 
 

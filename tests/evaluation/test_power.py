@@ -7,13 +7,14 @@ import pytest
 from scipy import stats
 
 from dualign.core.errors import DataError
-from dualign.evaluation.paired import mcnemar, mean_difference
+from dualign.evaluation.paired import mcnemar
 from dualign.evaluation.power import (
     difference_found,
     prompts_needed,
     prompts_needed_by_mcnemar,
     spread,
 )
+from dualign.evaluation.stats import mean_of
 
 
 @pytest.mark.parametrize("power", [0.5, 0.8, 0.95])
@@ -52,7 +53,7 @@ def test_few_prompts_and_many_comparisons_are_found_as_often(
 
 def test_the_spread_is_that_of_the_prompts() -> None:
     values = np.random.default_rng(0).normal(0, 3, 50)
-    assert spread(mean_difference(values), 50) == pytest.approx(values.std(ddof=1))
+    assert spread(mean_of(values), 50) == pytest.approx(values.std(ddof=1))
 
 
 def test_mcnemar_finds_a_gap_of_refusals_as_often_as_said() -> None:

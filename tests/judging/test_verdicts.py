@@ -11,7 +11,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from dualign.core.artifacts import write_parquet
 from dualign.core.schema import VERDICTS, read_table
-from dualign.evaluation.shares import clustered_share
+from dualign.evaluation.stats import clustered_share
 from dualign.judging.verdicts import (
     Verdict,
     agreement,

@@ -181,7 +181,6 @@ def test_additional_constraints_are_read_with_what_they_leave_out(content: Conte
             {"quantity": "length", "level": None, "limit": 0.0},
             "the limit of length is in tokens and above 0, not 0",
         ),
-        ({"prompts": "(child"}, "prompts '(child' is no regular expression"),
     ],
 )
 def test_a_additional_constraint_that_makes_no_sense_is_refused(
@@ -189,6 +188,14 @@ def test_a_additional_constraint_that_makes_no_sense_is_refused(
 ) -> None:
     message = refusal(put(content, "constraint.additional", {"it": FURTHER | change}))
     assert message.startswith(f"constraint.additional.it: {says}")
+
+
+def test_an_additional_constraint_on_no_regular_expression_is_refused(content: Content) -> None:
+    message = refusal(
+        put(content, "constraint.additional", {"it": FURTHER | {"prompts": "(child"}})
+    )
+    assert message.startswith("constraint.additional.it.prompts: this is no regular expression")
+    assert message.endswith("correct it, got '(child'")
 
 
 def test_a_additional_constraint_of_an_unknown_quantity_is_refused(content: Content) -> None:

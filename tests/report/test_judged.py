@@ -11,8 +11,9 @@ import pytest
 from dualign.core.artifacts import write_parquet
 from dualign.core.errors import DataError
 from dualign.core.schema import SUITE, VERDICTS, read_table
-from dualign.evaluation.paired import holm, mean_difference
+from dualign.evaluation.paired import holm
 from dualign.evaluation.power import prompts_needed
+from dualign.evaluation.stats import mean_of
 from dualign.params.report import ReportParams
 from dualign.report.judged import (
     LIKELIHOOD,
@@ -92,7 +93,7 @@ def test_differences_are_paired_and_corrected_over_the_whole_suite(judged: Run) 
     assert (table["p_holm"] > table["p_value"] - 1e-12).all()
     own = rows[(rows["judge"] == "ours") & (rows["label"] == "unsafe")]
     by_policy = own.pivot(index="prompt_id", columns="policy", values="cost")
-    expected = mean_difference((by_policy["dualign"] - by_policy["sft"]).to_numpy())
+    expected = mean_of((by_policy["dualign"] - by_policy["sft"]).to_numpy())
     found = table[
         (table["judge"] == "ours") & (table["label"] == "unsafe")
         & (table["first"] == "dualign") & (table["score"] == "cost")

@@ -21,12 +21,12 @@ from dualign.scoring.calibration import (
     fit_isotonic,
     fit_platt,
     fit_slope,
-    from_card,
     isotonic_zero_error,
     platt_zero_error,
     reliability,
     sigmoid,
 )
+from dualign.scoring.scorers import CalibrationCard
 
 
 def flags(
@@ -408,4 +408,4 @@ def test_flags_that_scores_separate_perfectly_keep_isotonic_finite_and_its_signs
     "saved", [Platt(1.7, -0.3), Isotonic(1.2, (-0.5, 0.1, 2.0), (-2.0, 0.25, 0.75))]
 )
 def test_a_calibration_comes_back_from_its_card(saved: Platt | Isotonic) -> None:
-    assert from_card(json.loads(json.dumps(asdict(saved)))) == saved
+    assert CalibrationCard(**json.loads(json.dumps(asdict(saved)))).read() == saved

@@ -16,8 +16,7 @@ from dualign.core.schema import ANSWERS, POOL, PROMPTS, by_prompt, prompt_id, re
 from dualign.data import world
 from dualign.evaluation.effective_tilt import TILT_SAMPLES, effective_tilt
 from dualign.evaluation.rollout import Scorers, roll_out
-from dualign.evaluation.shares import clustered_share
-from dualign.evaluation.stats import clustered_mean
+from dualign.evaluation.stats import clustered_mean, clustered_share
 from dualign.lm.models import load_policy
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_prompts

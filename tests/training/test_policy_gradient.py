@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import RLOOTrainer
 
-from dualign.core.errors import DataError, DualignError, ParamsError, TrainingError
+from dualign.core.errors import DataError, DualignError, TrainingError
 from dualign.core.schema import Message, user
 from dualign.data import world
 from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_tokenizer, with_lora
@@ -489,32 +489,6 @@ def test_each_step_draws_afresh_and_again_the_same_when_it_is_repeated(
 
 
 # --- what cannot be trained -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"beta": 0.0}, "beta must be above 0"),
-        ({"samples": 1}, "samples must be at least 2, not 1"),
-        ({"window": 0}, "window must be at least 1, not 0"),
-        (
-            {"lambda_min": 0.0},
-            r"lambda_min 0\.0, lambda_init 1\.5 and lambda_max 20\.0 must be above 0",
-        ),
-        ({"lambda_max": 1.0}, "in this order"),
-        ({"lambda_init": 0.05}, "in this order"),
-    ],
-)
-def test_options_without_sense_are_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ParamsError, match=message):
-        replace(OPTIONS, **change)
-
-
-def test_a_batch_that_holds_no_whole_prompts_is_refused(
-    tokenizer: PreTrainedTokenizerBase, train: Train, job: Job
-) -> None:
-    with pytest.raises(ParamsError, match="batch_size 6 must be a multiple of samples 4"):
-        train(started("whole", tokenizer), changed(job, "odd", batch_size=6))
 
 
 def test_prompts_without_room_for_an_answer_are_left_out(

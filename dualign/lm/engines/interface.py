@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from dualign.params.base import Resources
@@ -76,13 +77,12 @@ def batch_seed(seed: int, number: int) -> int:
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """ids and mask [rows, positions] of prompts that all end at the last position."""
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask
+    rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
+    ones = [torch.ones_like(row) for row in rows]
+    return (
+        pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left"),
+        pad_sequence(ones, batch_first=True, padding_side="left"),
+    )
 
 
 def until_end(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:

@@ -16,6 +16,7 @@ from dualign.core.errors import ModelError, ParamsError
 from dualign.core.progress import Progress
 from dualign.lm import vllm_client
 from dualign.lm.engines.interface import Answer, Request
+from dualign.lm.tokens import told
 
 #: Requests that are open at a time; the server makes its own batches of them.
 _OPEN = 128
@@ -33,7 +34,7 @@ def answer(policy: Path, adapter: Path | None, request: Request, url: str) -> li
             with _loaded(client, base, adapter) as name:
                 return _answers(client, name, request)
     except openai.OpenAIError as error:
-        why = vllm_client.reason(error)
+        why = told(error)
         raise ModelError(f"{where}: {why}; is `vllm serve` up?") from error
 
 

@@ -12,7 +12,8 @@ import pandas as pd
 
 from dualign.core.records import Interval
 from dualign.evaluation.agreement import agreement, rank_correlation
-from dualign.evaluation.paired import holm, mean_difference, no_difference, prompt_differences
+from dualign.evaluation.paired import holm, no_difference, prompt_differences
+from dualign.evaluation.stats import mean_of
 from dualign.report.comparison import REFERENCE, known_ends
 from dualign.report.judged import read_judges
 from dualign.report.sections.base import FinishedRun, Row, Section
@@ -194,7 +195,7 @@ def _gap(ours: pd.Series, other: pd.Series, confidence: float) -> Gain | None:
     gap = (ours - other).dropna()
     if gap.empty:
         return None
-    estimate = mean_difference(gap.to_numpy(), confidence)
+    estimate = mean_of(gap.to_numpy(), confidence)
     return Gain(
         float(ours[gap.index].mean()),
         float(other[gap.index].mean()),

@@ -12,8 +12,7 @@ from markupsafe import Markup
 from dualign.core.artifacts import listed
 from dualign.core.records import ComparedPolicy, Comparison, Interval, read_record
 from dualign.evaluation.measures import MEASURES, Measure
-from dualign.evaluation.shares import clustered_share
-from dualign.evaluation.stats import clustered_mean
+from dualign.evaluation.stats import clustered_mean, clustered_share
 from dualign.report.charts import svg
 from dualign.report.charts.strip import dots
 from dualign.report.comparison import REFERENCE, known_ends
