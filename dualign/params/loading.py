@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from dualign.core.errors import ParamsError, one_line
 from dualign.core.names import cut, shown
@@ -22,6 +25,8 @@ from dualign.params.renamed import renamed_keys
 from dualign.params.stages import STAGES
 
 PROG = "python -m dualign.params.loading"
+#: How pydantic begins to say what a value should be.
+_ASKS = "Input should be "
 #: Sections at the top that a stage's own section of the same name adds to: it says what differs.
 BLOCKS: dict[str, type[BaseModel]] = {"training": TrainingParams, "lora": LoraParams}
 _TOP_LEVEL = {
@@ -192,32 +197,54 @@ def _explain(error: ValidationError, cls: type[BaseModel], where: str, path: str
     first = next(
         (problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0]
     )
-    loc, fields = _walked(cls, [str(part) for part in first["loc"] if part != "[key]"])
+    loc, fields = _place(first, cls)
     shared = getattr(cls, "shared", {})
     key = ".".join(
         map(shown, [shared[loc[0]], *loc[1:]] if loc and loc[0] in shared else [where, *loc])
     )
     if first["type"] == "extra_forbidden":
         return f"{path}: {key} is not a known key{_nearest(loc[-1], fields)}"
-    if first["type"] == "union_tag_not_found":
+    if first["type"].startswith("union_tag"):
         key += ".kind"
+    if first["type"] == "union_tag_invalid":
+        tags = first["ctx"]
+        return f"{path}: {key}: input should be one of {tags['expected_tags']}, got {tags['tag']!r}"
     if first["type"] in ("missing", "union_tag_not_found"):
         return f"{path}: {key} is missing; add it (params.yaml in the repository shows every key)"
-    message = first["msg"].removeprefix("Value error, ")
     given = "" if isinstance(first["input"], dict | list) else f", got {cut(repr(first['input']))}"
-    return f"{path}: {key}: {message[0].lower()}{message[1:]}{given}"
+    same = [problem for problem in problems if _place(problem, cls)[0] == loc]
+    return f"{path}: {key}: {_faults(same)}{given}"
+
+
+def _place(problem: ErrorDetails, cls: type[BaseModel]) -> tuple[list[str], list[str]]:
+    """Where a problem is, as `_walked` says it."""
+    return _walked(cls, [str(part) for part in problem["loc"] if part != "[key]"])
+
+
+def _faults(problems: Sequence[ErrorDetails]) -> str:
+    """What is wrong with one value: of a value that may be of several kinds, what each asks for."""
+    told = [problem["msg"].partition(" or instance of ")[0] for problem in problems]
+    first, *others = dict.fromkeys(told)
+    message = first.removeprefix("Value error, ")
+    asked = [other.removeprefix(_ASKS) for other in others if other.startswith(_ASKS)]
+    return ", or ".join([f"{message[0].lower()}{message[1:]}", *asked])
 
 
 def _walked(cls: type[BaseModel], loc: list[str]) -> tuple[list[str], list[str]]:
     """The keys that `loc` leads through, and the fields of the model that holds the last one.
 
     Walks through nested models, lists and dicts of models; of a row that may be of several kinds,
-    pydantic puts the kind after the row's name, which is no key."""
+    pydantic puts the kind after the row's name, which is no key; nor is the type that it puts after
+    a value that may be of several."""
     keys: list[str] = []
     models = [cls]
     named = True
     holders = [cls]
+    several = False
     for part in loc:
+        if several and not part.isdigit():
+            several = False  # of a value that may be of several types, the name of one
+            continue
         of_kind = [model for model in models if part in _kinds(model)]
         if len(models) > 1 and of_kind and not named:
             models = of_kind
@@ -226,6 +253,7 @@ def _walked(cls: type[BaseModel], loc: list[str]) -> tuple[list[str], list[str]]
         holders = models
         fields = [model.model_fields[part] for model in models if part in model.model_fields]
         inner = [model for field in fields for model in _models_in(field.annotation)]
+        several = not inner and any(_is_union(field.annotation) for field in fields)
         named = bool(inner) and get_origin(fields[0].annotation) is dict
         models = inner or models
     return keys, [name for model in holders for name in model.model_fields]
@@ -234,6 +262,13 @@ def _walked(cls: type[BaseModel], loc: list[str]) -> tuple[list[str], list[str]]
 def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
     """The values of a model's field `kind`."""
     return get_args(model.model_fields["kind"].annotation) if "kind" in model.model_fields else ()
+
+
+def _is_union(annotation: Any) -> bool:
+    """Whether a value may be of several types beside null."""
+    if get_origin(annotation) not in (Union, UnionType):
+        return False
+    return len([one for one in get_args(annotation) if one is not NoneType]) > 1
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -65,7 +65,11 @@ def test_the_example_of_the_guide_is_valid(content: Content) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
-        ("judges.gpt.kind", "gpt", "judges.gpt: input tag 'gpt' found using 'kind' does not match"),
+        (
+            "judges.gpt.kind",
+            "gpt",
+            "judges.gpt.kind: input should be one of 'scorers'",
+        ),
         ("judges.gpt", {}, "judges.gpt.kind is missing"),
         ("judges.gpt.modle", "m", "judges.gpt.modle is not a known key; did you mean 'model'?"),
         ("judges.openai.pth", "m", "judges.openai.pth is not a known key; did you mean 'path'?"),

@@ -125,11 +125,25 @@ def test_an_unknown_key_like_no_other_lists_the_valid_ones(content: Content) -> 
         ("prepare.sft", {"format": "world"}, "valid list"),
         ("sft", [1, 2], "must hold keys and values"),
         ("resources", None, "valid dictionary"),
+        ("certify.labels", "yes", "certify.labels: input should be a valid dictionary, got 'yes'"),
+        ("resources.processes", "all", "a valid integer, or 'auto', got 'all'"),
+        ("dual_search.slater_radius", "pol", "a valid number, or 'pool', got 'pol'"),
+        ("lora.target_modules", 3, "a valid list, or 'all-linear', got 3"),
+        (
+            "lagrangian_dpo.runs.anchored.lam",
+            -1,
+            "lam: input should be 'dual' or 'margin', or greater than or equal to 0, got -1",
+        ),
     ],
 )
 def test_a_wrong_type_is_named(content: Content, key: str, value: Any, says: str) -> None:
     message = refusal(put(content, key, value))
     assert message.split(":")[0].split(" ")[0] == key and says in message
+
+
+def test_a_wrong_item_of_a_value_of_several_types_is_named(content: Content) -> None:
+    message = refusal(put(content, "lora.target_modules", ["q_proj", 3]))
+    assert message.startswith("lora.target_modules.1: input should be a valid string")
 
 
 @pytest.mark.parametrize(
