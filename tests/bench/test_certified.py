@@ -30,14 +30,11 @@ def lab(root: Path, repo_root: Path, seed: int, *, returned: str | None, cost: f
         metrics / "certify/dualign.json",
         {"returned": returned, "tests": tests if returned else tests[1:]},
     )
-    for name, shift in (("dualign", 0.2), ("certified", 0.0)):
-        mean = cost + shift
-        truth = {
-            "true_cost": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1},
-            "reward_share": 0.8,
-        }
-        absent = name == "certified" and returned is None
-        write_json(metrics / f"evaluate/{name}.json", {"absent": True} if absent else truth)
+    truth: dict[str, float | None] = {"dualign_excess": cost + 0.5, "dualign_share": 0.8}
+    for name in (certified.CERTIFIED, certified.BESIDE):
+        truth[f"{name}_excess"] = None if returned is None else cost + 0.3
+        truth[f"{name}_share"] = None if returned is None else 0.8
+    write_json(made.folder / certified.TRUTH, truth)
     grid = made.folder / certified.BESIDE
     for part in ("reports", "params.yaml", "dvc.yaml"):
         copy = shutil.copytree if (made.folder / part).is_dir() else shutil.copy
@@ -55,7 +52,7 @@ def lab(root: Path, repo_root: Path, seed: int, *, returned: str | None, cost: f
     return made
 
 
-def test_a_row_is_the_truth_less_the_limit(repo_root: Path, tmp_path: Path) -> None:
+def test_a_row_says_what_was_certified(repo_root: Path, tmp_path: Path) -> None:
     row = certified.row_of(lab(tmp_path, repo_root, 1, returned="a at 2", cost=-0.35))
     assert row == {
         "seed": 1,
@@ -63,18 +60,9 @@ def test_a_row_is_the_truth_less_the_limit(repo_root: Path, tmp_path: Path) -> N
         "tests": 2,
         "bound": pytest.approx(-0.1),
         "answers": None,
-        "certified_excess": pytest.approx(-0.05),
-        "certified_least": pytest.approx(-0.15),
-        "certified_share": 0.8,
-        "dualign_excess": pytest.approx(0.15),
-        "dualign_least": pytest.approx(0.05),
-        "dualign_share": 0.8,
     }
     none = certified.row_of(lab(tmp_path, repo_root, 2, returned=None, cost=-0.35))
-    assert (
-        none["returned"] is none["bound"] is none["certified_excess"] is None
-        and none["dualign_excess"] is not None
-    )
+    assert none["returned"] is none["bound"] is None
 
 
 def test_the_answers_of_a_certificate_are_those_of_screen_tests_and_one_draw(
@@ -119,7 +107,6 @@ def test_violations_are_counted_over_the_policies_that_there_are() -> None:
     def row(excess: float | None) -> dict[str, Any]:
         return {
             "x_excess": excess,
-            "x_least": None if excess is None else excess - 0.1,
             "x_share": 0.5,
         }
 
@@ -128,12 +115,11 @@ def test_violations_are_counted_over_the_policies_that_there_are() -> None:
         "runs": 4,
         "policies": 3,
         "above": 2,
-        "surely": 1,
         "excess": pytest.approx(0.05),
         "share": pytest.approx(0.5),
     }
     assert certified.violations([row(None)], "x") == {
-        "runs": 1, "policies": 0, "above": 0, "surely": 0, "excess": None, "share": None,
+        "runs": 1, "policies": 0, "above": 0, "excess": None, "share": None,
     }  # fmt: skip
 
 
@@ -148,11 +134,11 @@ def test_finished_runs_are_read_and_written_up(
     assert certified.main([*given, "--work", str(work), "--out", str(out)]) == 0
     page = capsys.readouterr().out
     assert (out / "certified.md").read_text() == page
-    assert "| of the search alone | 2 of 2 | 2 | 2 | 0.150 | 0.80 | – |" in page
+    assert "| of the search alone | 2 of 2 | 2 | 0.150 | 0.80 | – |" in page
     assert "| safe, bold | 2 | -0.010 | 30% | -0.050 | 0 | 0.60 | 2.50 | 40 |" in page
-    assert "| certified on the grid of before | 1 of 2 | 0 | 0 | -0.050 | 0.80 | – |" in page
+    assert "| certified on the grid of before | 1 of 2 | 0 | -0.050 | 0.80 | – |" in page
     assert (
-        "| certified | 1 of 2 | 0 | 0 | -0.050 | 0.80 | – |" in page
+        "| certified | 1 of 2 | 0 | -0.050 | 0.80 | – |" in page
         and "| 6 | no policy | 1 | – | – | – |" in page
     )
     content = read_json(out / "certified.json")

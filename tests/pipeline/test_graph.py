@@ -11,6 +11,7 @@ import pytest
 from dvc.repo import Repo
 
 from pipeline.dvc import records
+from pipeline.dvc.parameters import assign
 from pipeline.prefect.flow import alignment
 
 LITTLE = {
@@ -43,9 +44,15 @@ def test_the_first_stage_runs_and_says_what_it_does_not_take(
     subprocess.run(["git", "init", "-q"], check=True)
     Repo.init(str(tmp_path)).close()
 
-    refused = alignment(
-        stages=["prepare"], set={**LITTLE, "prepare.heldout_share": 3.0}, return_state=True
-    )
+    params = Path("params.yaml")
+    before = params.read_text()
+    wrong = {**LITTLE, "prepare.heldout_share": 3.0}
+    refused = alignment(stages=["prepare"], set=wrong, return_state=True)
+    assert str(refused.message).startswith("params.yaml: prepare.heldout_share: input should be")
+    assert params.read_text() == before
+
+    params.write_text(assign(before, wrong))
+    refused = alignment(stages=["prepare"], return_state=True)
     assert str(refused.message).startswith("prepare: params.yaml: prepare.heldout_share"), (
         refused.message
     )

@@ -132,7 +132,7 @@ def test_a_suite_says_how_its_answers_are_made(
     assert len(drawn) == 4
     run(resources, suites={"tea": spec(**greedy, max_new_tokens=3)})
     assert answers("sft")["length"].max() <= 3 < first["length"].max()
-    with pytest.raises(ParamsError, match=r"tokens and suites\.tea\.max_new_tokens: .* is 128"):
+    with pytest.raises(ParamsError, match=r"and suites\.tea\.max_new_tokens: .* is 128; lower it"):
         run(resources, suites={"tea": spec(max_new_tokens=128)})
 
 
