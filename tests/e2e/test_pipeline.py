@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,9 @@ from transformers import AutoModelForCausalLM
 
 from bench import tiny
 from bench import world as laboratory
+from dualign.evaluation.against_optimum import with_other_text
+from dualign.params.evaluate import EvaluateParams
+from dualign.params.loading import load
 from tests.e2e.warm import warm
 
 # The whole graph at its smallest: every stage and method runs for real, on models that learn next
@@ -166,6 +170,26 @@ def test_rows_on_their_own_answers_say_what_they_took(finished: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_truth_of_the_world_is_that_of_its_prompts(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the world has no prompts but those of the evaluation, both truths are one."""
+    lab = laboratory.Lab(7, finished)
+    params = load(EvaluateParams, finished / "params.yaml")
+    known = laboratory.Truth.of(lab, params)
+    texts = [turns[-1]["content"] for turns in known.enumerated["prompt"]]
+    only = SimpleNamespace(prompts=lambda: tuple(dict.fromkeys(texts)))
+    monkeypatch.setattr(laboratory, "world", only)
+    found = laboratory.Truth.of_world(lab, params)
+    assert found.problem.log_reference == pytest.approx(known.problem.log_reference, abs=1e-4)
+    assert found.best == pytest.approx(known.best, rel=1e-4)
+
+    logp = with_other_text(found.under(lab, finished / "models/sft"))
+    assert found.problem.describe(logp)["cost"] == pytest.approx(
+        known.problem.describe(known.problem.log_reference)["cost"], abs=1e-4
+    )
+
+
 def test_the_laboratory_reads_what_every_policy_is_worth_and_what_it_took(finished: Path) -> None:
     rows = {row["policy"]: row for row in laboratory.rows_of(laboratory.Lab(7, finished))}
     comparison = json.loads((finished / "reports/comparison.json").read_text())
