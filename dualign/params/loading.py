@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from dualign.core.errors import ParamsError, one_line
 from dualign.core.names import cut, shown
@@ -216,12 +215,12 @@ def _explain(error: ValidationError, cls: type[BaseModel], where: str, path: str
     return f"{path}: {key}: {_faults(same)}{given}"
 
 
-def _place(problem: ErrorDetails, cls: type[BaseModel]) -> tuple[list[str], list[str]]:
+def _place(problem: Mapping[str, Any], cls: type[BaseModel]) -> tuple[list[str], list[str]]:
     """Where a problem is, as `_walked` says it."""
     return _walked(cls, [str(part) for part in problem["loc"] if part != "[key]"])
 
 
-def _faults(problems: Sequence[ErrorDetails]) -> str:
+def _faults(problems: Sequence[Mapping[str, Any]]) -> str:
     """What is wrong with one value: of a value that may be of several kinds, what each asks for."""
     told = [problem["msg"].partition(" or instance of ")[0] for problem in problems]
     first, *others = dict.fromkeys(told)
