@@ -51,7 +51,7 @@ BESIDE = "coarse"
 TRUTH = "truth.json"
 #: transformers changes what is global while it loads a model, so one thread at a time does.
 _LOADING = threading.Lock()
-AGAIN = (f"certify@{ROW}", f"evaluate@{CERTIFIED}")
+AGAIN = (f"certify@{ROW}",)
 
 
 @dataclass(frozen=True)
@@ -212,10 +212,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             _number(found["share"], 2),
             _number(fmean(drawn) if drawn else None, 0),
         ]
-        counts = [
-            f"{found['policies']} of {found['runs']}",
-            f"{found['above']}",
-        ]
+        counts = [f"{found['policies']} of {found['runs']}", str(found["above"])]
         lines.append(f"| {' | '.join([title, *counts, *means])} |")
     return lines
 
@@ -349,8 +346,8 @@ def judged(lab: world.Lab) -> dict[str, Any]:
     needed = world.stages_for(lab, (SEARCHED, CERTIFIED))
     world.run(lab, 1, [name for name in lab.dag if name in needed])
     grid = world.run(beside(lab), 1, AGAIN)
-    before = row_of(grid)
-    own = {f"{BESIDE}_{key}": before[key] for key in ("returned", "tests", "answers")}
+    found = row_of(grid)
+    own = {f"{BESIDE}_{key}": found[key] for key in ("returned", "tests", "answers")}
     with _LOADING:
         truth = truth_of(lab, grid)
         conformal = regulated.rows_of(lab, ROW)
