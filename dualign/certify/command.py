@@ -101,7 +101,10 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 
 def _tolerance(text: str) -> float:
     """A tolerance that some difference can exceed."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"must be 0 or above, and finite, got {text}")
     return value

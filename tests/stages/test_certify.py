@@ -433,7 +433,7 @@ def test_costs_are_scored_again(resources: Resources, capsys: pytest.CaptureFixt
         rescore(found, path, 100.0, Path("elsewhere"))
 
 
-@pytest.mark.parametrize("tolerance", ["nan", "-1", "inf"])
+@pytest.mark.parametrize("tolerance", ["nan", "-1", "inf", "x"])
 def test_a_tolerance_that_says_nothing_is_refused(
     tolerance: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
