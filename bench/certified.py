@@ -63,6 +63,7 @@ class Settings:
     params: str = knob("params/quick.yaml", "a params file of the embedded world")
     jobs: int = knob(1, "runs at the same time, each on one thread")
     work: str = knob(".scratch/bench-certified", "folder of the runs")
+    known: str = knob("", "a certified.json of the same params, whose seeds are not run again")
 
     def __post_init__(self) -> None:
         if min(self.seeds, self.jobs) < 1:
@@ -318,12 +319,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("dvc").setLevel(logging.WARNING)
     seeds = range(settings.first, settings.first + settings.seeds)
     try:
+        found = known_rows(settings)
         labs = [
             world.set_up(seed, Path(settings.params), Path(settings.work).absolute())
             for seed in seeds
         ]
+        new = [lab for lab in labs if lab.seed not in found]
         with ThreadPoolExecutor(settings.jobs) as pool:
-            rows = list(pool.map(judged, labs))
+            found |= {row["seed"]: row for row in pool.map(judged, new)}
+        rows = [found[seed] for seed in seeds]
         delta = load(CertifyParams, labs[0].folder / "params.yaml").delta
     except (DualignError, OSError) as error:
         log.error("%s", error)
@@ -339,6 +343,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.publish(out, "certified", content, text)
     sys.stdout.write(text)
     return 0
+
+
+def known_rows(settings: Settings) -> dict[int, dict[str, Any]]:
+    """The rows of the file that `known` names, by seed. Raises DualignError where it is of other
+    params.
+    """
+    if not settings.known:
+        return {}
+    content = read_json(Path(settings.known))
+    if content["settings"]["params"] != settings.params:
+        raise DualignError(
+            f"{settings.known} is of {content['settings']['params']}, not of {settings.params};"
+            " leave out --known"
+        )
+    return {row["seed"]: row for row in content["rows"]}
 
 
 def judged(lab: world.Lab) -> dict[str, Any]:

@@ -150,3 +150,26 @@ def test_finished_runs_are_read_and_written_up(
         )
         == 1
     )
+
+
+def test_seeds_of_an_earlier_run_are_kept_if_its_params_are_the_same(
+    repo_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quick = str(repo_root / "params/quick.yaml")
+    lab(tmp_path / "first", repo_root, 5, returned="a at 2", cost=-0.35)
+    lab(tmp_path / "second", repo_root, 6, returned="a at 2", cost=-0.45)
+    out = ["--out", str(tmp_path / "out")]
+    first = ["--seeds", "1", "--first", "5", "--params", quick, "--work", str(tmp_path / "first")]
+    assert certified.main([*first, *out]) == 0
+
+    known = ["--known", str(tmp_path / "out/certified.json")]
+    both = ["--seeds", "2", "--first", "5", "--work", str(tmp_path / "second"), *known, *out]
+    assert certified.main([*both, "--params", quick]) == 0
+    rows = read_json(tmp_path / "out/certified.json")["rows"]
+    assert [(row["seed"], row["certified_excess"]) for row in rows] == [
+        (5, pytest.approx(-0.05)),
+        (6, pytest.approx(-0.15)),
+    ]
+
+    assert certified.main([*both, "--params", str(repo_root / "params.yaml")]) == 1
+    assert "quick.yaml" in caplog.text and "leave out --known" in caplog.text
