@@ -114,6 +114,8 @@ def _has(root: Path, commit: str) -> bool:
 
 def _remove(root: Path, tree: Path) -> None:
     shutil.rmtree(tree, ignore_errors=True)
+    # git holds a tree locked while it makes it, and for ever if it is killed then.
+    asked(root, "worktree", "unlock", str(tree))
     git(root, "worktree", "prune")
 
 

@@ -134,6 +134,22 @@ def test_a_tree_that_a_killed_run_left_is_replaced_or_tidied(clone: Path) -> Non
     assert not tree.exists()
 
 
+def test_a_tree_that_git_was_killed_in_making_is_replaced_or_tidied(clone: Path) -> None:
+    tree = clone / ".dvc/tmp/stages/one"
+
+    def killed() -> None:
+        tree.parent.mkdir(parents=True, exist_ok=True)
+        git(clone, "worktree", "add", "-q", "--detach", str(tree), "HEAD")
+        git(clone, "worktree", "lock", "--reason", "initializing", str(tree))
+
+    killed()
+    with working_tree(clone, "HEAD", "one", logging.log) as (made, _):
+        assert (made / "work.py").exists()
+    killed()
+    prune_worktrees(clone)
+    assert not tree.exists() and git(clone, "worktree", "list").count("\n") == 1
+
+
 def test_the_same_stage_waits_for_its_turn(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkout, "PATIENCE", 0.0)
     told: list[str] = []
