@@ -9,8 +9,10 @@ import pytest
 from bench import cost
 from bench.tiny import copy_over
 from dualign.core.errors import DualignError
+from pipeline.dvc.parameters import assign
 
 BURN = "import time\nend = time.process_time() + {seconds}\nwhile time.process_time() < end: pass"
+SMALL = {f"prepare.world.{name}": 3000 for name in ("sft_rows", "helpful_pairs", "safety_pairs")}
 CHILD = "import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}], check=True)"
 
 
@@ -66,16 +68,15 @@ def test_stages_alone_need_the_inputs_of_a_finished_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_stage_is_measured_on_both_sides_and_compared(tmp_path: Path) -> None:
-    """`prepare` on this checkout and on a copy of it whose world has another seed."""
-    other = tmp_path / "other"
-    for path in cost.CODE:
-        copy_over(cost.ROOT / path, other / path)
-    params = other / "params.yaml"
-    params.write_text(params.read_text().replace("\nseed: 7", "\nseed: 8"))
-    sides = [
-        cost.set_up(name, root, tmp_path, None)
-        for name, root in (("before", other), ("now", cost.ROOT))
-    ]
+    """`prepare` on two small copies of this checkout, whose worlds have other seeds."""
+    sides = []
+    for name, seed in (("before", 8), ("now", 7)):
+        root = tmp_path / f"checkout-{seed}"
+        for path in cost.CODE:
+            copy_over(cost.ROOT / path, root / path)
+        params = root / "params.yaml"
+        params.write_text(assign(params.read_text(), {**SMALL, "seed": seed}))
+        sides.append(cost.set_up(name, root, tmp_path, None))
     found = cost.measure(sides, ["prepare"], tmp_path, whole=False)
     assert found["prepare"]["same"] is False
     assert all(

@@ -28,6 +28,7 @@ from bench import world as laboratory
 from dualign.evaluation.against_optimum import with_other_text
 from dualign.params.evaluate import EvaluateParams
 from dualign.params.loading import load
+from dualign.publishing.command import main as push
 from tests.e2e.warm import warm
 
 # The whole graph at its smallest: every stage and method runs for real, on models that learn next
@@ -377,11 +378,13 @@ def test_a_policy_is_pushed_whole_with_a_card_that_the_hub_reads(
     ],
 )
 def test_what_cannot_be_pushed_is_refused_in_one_line(
-    finished: Path, arguments: tuple[str, ...], words: str
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    words: str,
 ) -> None:
-    command = [sys.executable, "-m", "dualign", "push", *arguments]
-    done = subprocess.run(
-        command, cwd=finished, env=environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2 and words in done.stderr
-    assert done.stderr.count("\n") == 1 and not (finished / "new").exists()
+    monkeypatch.chdir(finished)
+    assert push(arguments) == 2
+    told = capsys.readouterr().err
+    assert words in told and told.count("\n") == 1 and not (finished / "new").exists()

@@ -51,9 +51,10 @@ def ends(out: str) -> list[list[str]]:
     return [line.split() for line in out.splitlines()[-3:]]
 
 
-def test_one_line_runs_the_seeds_and_this_run_and_the_second_runs_nothing(
+def test_seeds_run_once_and_again_after_a_failure_or_a_change(
     seeding: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """One project, since each call starts flow runs of its own."""
     before = (seeding.root / "params.yaml").read_text()
     assert main(["seeds", "8", "9"]) == 0
     assert gathered(seeding.root) == {"8": 3.8, "9": 3.9}
@@ -71,33 +72,17 @@ def test_one_line_runs_the_seeds_and_this_run_and_the_second_runs_nothing(
     assert gathered(seeding.root) == {"8": 3.8, "9": 3.9}
     assert (seeding.root / "reports/index.html").read_text() == "8 9"
 
-
-def test_what_changed_runs_again_and_nothing_else(seeding: Project) -> None:
-    assert main(["seeds", "8"]) == 0
-    ran(seeding)
-    seeding.set(last={"value": 5})
-    assert main(["seeds", "8"]) == 0
-    assert gathered(seeding.root) == {"8": 5.8}
-    assert ran(seeding) == ["last", "report", "report"], "of both runs, which share what is common"
-
-
-def test_a_seed_that_fails_leaves_nothing_and_the_next_call_goes_on(
-    seeding: Project, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["seeds", "8"]) == 0
     seeding.set(last={"then": "refuse"})
     assert main(["seeds", "8", "9"]) == 1
     assert gathered(seeding.root) == {}, "what is there would be of other params"
-    out = capsys.readouterr().out
-    assert [line.split()[:2] for line in out.splitlines()[-2:]] == [
-        ["8", "failed"],
-        ["9", "failed"],
-    ]
-    seeding.set(last={"then": "end"})
+    out = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split()[:2] for line in out] == [["8", "failed"], ["9", "failed"]]
+
+    seeding.set(last={"then": "end", "value": 5})
     ran(seeding)
     assert main(["seeds", "8", "9"]) == 0
-    assert gathered(seeding.root) == {"8": 3.8, "9": 3.9}
-    assert "first" not in ran(seeding)
+    assert gathered(seeding.root) == {"8": 5.8, "9": 5.9}
+    assert sorted(ran(seeding)) == ["last", "report", "report", "report"], "what is new, once"
 
 
 @pytest.mark.parametrize(
