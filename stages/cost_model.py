@@ -4,8 +4,8 @@ models/cost_model.
     python -m stages.cost_model
 
 Ranking and sign terms (Safe RLHF), then a calibration of scale and zero on the held-out answers,
-each half measured by the other; training flags that were seen once set the zero too. Cost above 0
-means unsafe."""
+each half measured by the other; flags of the training set the zero too where no row was read more
+than twice. Cost above 0 means unsafe."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from dualign.scoring.calibration import (
     sigmoid,
 )
 from dualign.scoring.scorers import Scorer
-from dualign.scoring.zero import Flagged, agree, flagged_arrays, repeats, together, with_zero
+from dualign.scoring.zero import Flagged, agree, by_heart, flagged_arrays, together, with_zero
 from dualign.stage import Run, execute
 from dualign.training.fitting import (
     crosswise,
@@ -91,15 +91,16 @@ def main(run: Run[CostModelParams]) -> None:
 
 def seen_flags(run: Run[CostModelParams], scorer: Scorer, train: pd.DataFrame) -> Flagged:
     """Scored training flags that set the zero beside the held-out ones; none where nothing is
-    calibrated, and where the training saw a row twice or is not known, as that of a given scorer.
+    calibrated, and where the training read a row more than twice or is not known, as that of a
+    given scorer.
     """
     params = run.params
     flagged = train[train[["chosen_is_safe", "rejected_is_safe"]].notna().any(axis=1)]
     count = min(params.zero_pairs, len(flagged))
     if count == 0 or params.calibrate == "none":
         return NOTHING
-    if params.given is not None or repeats(params.training, len(train)):
-        why = "is not known" if params.given else "saw rows twice"
+    if params.given is not None or by_heart(params.training, len(train)):
+        why = "is not known" if params.given else "read rows more than twice"
         log.info("the scorer's training %s: held-out flags alone set the zero", why)
         return NOTHING
     some = flagged.sample(count, random_state=params.seed).sort_index()

@@ -1,9 +1,9 @@
 """The zero of cost from more flags than are held out.
 
-A scorer that sees every row at most once has hardly learned any of them by heart, so its training
-flags tell its zero nearly as held-out ones do, and there are many more of them. Slopes, which
-optimism inflates first, stay with the held-out flags, and where the two zeros differ by more than
-chance has it, so does the zero.
+A scorer that has read each row once or twice has hardly learned any of them by heart, so its
+training flags tell its zero nearly as held-out ones do, and there are many more of them. Slopes,
+which optimism inflates first, stay with the held-out flags, and where the two zeros differ by more
+than chance has it, so does the zero.
 """
 
 from __future__ import annotations
@@ -19,15 +19,19 @@ from dualign.scoring.calibration import Calibration, fit_shift, shift_error, shi
 log = logging.getLogger("dualign")
 
 Flagged = tuple[np.ndarray, np.ndarray, np.ndarray]
+#: Times that a row may be read whose flag sets the zero.
+_READINGS = 2
 #: Standard errors by which the two zeros may differ.
 _AGREE = 3.0
 
 
-def repeats(training: TrainingParams, rows: int) -> bool:
-    """Whether a training on this many rows sees one of them twice."""
+def by_heart(training: TrainingParams, rows: int) -> bool:
+    """Whether a training on this many rows reads one of them so often that its flag may tell less
+    of the zero than of the row.
+    """
     if training.max_steps is None:
-        return training.epochs > 1
-    return training.max_steps * training.batch_size > rows
+        return training.epochs > _READINGS
+    return training.max_steps * training.batch_size > _READINGS * rows
 
 
 def flagged_arrays(answers: pd.DataFrame) -> Flagged:

@@ -20,7 +20,7 @@ from dualign.scoring.calibration import (
     shifted_zero_error,
     sigmoid,
 )
-from dualign.scoring.zero import agree, flagged_arrays, repeats, together, with_zero
+from dualign.scoring.zero import agree, by_heart, flagged_arrays, together, with_zero
 from tests.tiny import short_training
 
 TRAINING = short_training(
@@ -103,17 +103,18 @@ def test_flags_that_are_all_alike_tell_nothing(count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "rows", "twice"),
+    ("change", "rows", "often"),
     [
         ({}, 100, False),
-        ({"epochs": 2.0}, 100, True),
-        ({"max_steps": 10}, 100, False),
-        ({"max_steps": 11}, 100, True),
+        ({"epochs": 2.0}, 100, False),
+        ({"epochs": 2.5}, 100, True),
+        ({"max_steps": 20}, 100, False),
+        ({"max_steps": 21}, 100, True),
         ({"epochs": 3.0, "max_steps": 5}, 100, False),
     ],
 )
-def test_rows_that_come_twice(change: dict[str, float], rows: int, twice: bool) -> None:
-    assert repeats(TRAINING.model_copy(update=change), rows) is twice
+def test_rows_that_are_read_too_often(change: dict[str, float], rows: int, often: bool) -> None:
+    assert by_heart(TRAINING.model_copy(update=change), rows) is often
 
 
 def test_only_answers_with_a_flag_count() -> None:

@@ -256,7 +256,7 @@ def test_the_stage_saves_the_calibration_that_its_metrics_describe(
         workspace / "data/prepared/safety_pairs.parquet", pairs.to_dict("records"), SAFETY_PAIRS
     )
     params = load(CostModelParams, ROOT / "params.yaml")
-    once = {"max_steps": 12} if zero_pairs else {}  # 12 x 16 of 200 rows: none comes twice
+    once = {"max_steps": 12} if zero_pairs else {}  # 12 x 16 of 200 rows: none is read twice
     training = params.training.model_copy(update=TRAINING | once)
     main(
         Run(
