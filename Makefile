@@ -4,7 +4,7 @@
 #
 # Each target makes .venv first if it is missing or out of date. To use an environment of your own:
 #     make test PYTHON=python
-# Tests run in as many processes as there are cores, up to four; another number:
+# Tests run in one process more than there are cores, since some of them wait, up to four; another number:
 #     make test JOBS=1
 # A machine without a GPU can take PyTorch's smaller build:
 #     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make env
@@ -32,7 +32,7 @@ NONE := { echo 'make env: found no Python 3.11, 3.12 or 3.13; install one, or uv
 # pip of that environment, or uv where there is one.
 INSTALL = $(if $(shell command -v uv),uv pip install --python $(PYTHON),$(PYTHON) -m pip install)
 
-JOBS := auto
+JOBS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
 
 # Recipes read these as the shell has them: a path may hold quotes.
 export PARAMS DATA
