@@ -363,13 +363,16 @@ def reliability(probability: Array, outcome: Array, bins: int = 10) -> list[dict
     """The reliability diagram: mean probability and observed share in bins of equal count.
 
     A row for each bin, by increasing probability; nulls where fewer outcomes than bins leave one
-    empty.
+    empty. Answers of one probability may lie in several bins: each counts as the share among them,
+    so that the order of rows says nothing.
 
     >>> reliability(np.array([0.25, 0.75]), np.array([0, 1]), bins=1)
     [{'predicted': 0.5, 'observed': 0.5, 'answers': 2}]
     """
+    _, equal = np.unique(probability, return_inverse=True)
+    share = (np.bincount(equal, outcome) / np.bincount(equal))[equal]
     order = np.argsort(probability, kind="stable")
-    return [_bin(probability[part], outcome[part]) for part in np.array_split(order, bins)]
+    return [_bin(probability[part], share[part]) for part in np.array_split(order, bins)]
 
 
 def _bin(probability: Array, outcome: Array) -> dict[str, Any]:

@@ -185,6 +185,15 @@ def test_a_reliability_diagram_by_hand() -> None:
     ]
 
 
+def test_equal_probabilities_have_one_calibration_error_in_any_order_of_rows() -> None:
+    """Tables list chosen answers before rejected ones, and a judge may say one of few numbers."""
+    probability = np.repeat([0.25, 0.5], 40)
+    outcome = np.tile(np.repeat([False, True], 20), 2)
+    assert expected_calibration_error(probability, outcome) == pytest.approx(0.125)
+    mixed = np.random.default_rng(0).permutation(80)
+    assert reliability(probability[mixed], outcome[mixed]) == reliability(probability, outcome)
+
+
 def test_calibration_lowers_the_calibration_error() -> None:
     score, unsafe = flags(0.3, 1.0)
     before = expected_calibration_error(sigmoid(score), unsafe)
