@@ -15,6 +15,9 @@ from scipy.special import stdtrit  # scipy.stats has it too, and takes ten times
 
 Array = np.ndarray
 
+#: Standard errors of a share below this are the rounding of equal values, such as 2/3.
+_ROUNDING = 1e-12
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -96,7 +99,8 @@ def clustered_share(values: Array, clusters: Array, confidence: float = 0.95) ->
         return Estimate(mean, found.error, 0.0, 1.0)
     inside = min(max(mean, 0.0), 1.0)  # importance weights can take a mean a little beyond
     spread = inside * (1 - inside)
-    effective = spread / found.error**2 if found.error > 0 and spread > 0 else count
+    varied = found.error > _ROUNDING and spread > 0
+    effective = spread / found.error**2 if varied else count
     z2 = float(stdtrit(count - 1, 0.5 + confidence / 2)) ** 2 / effective
     centre = (inside + z2 / 2) / (1 + z2)
     half = (z2 * (spread + z2 / 4)) ** 0.5 / (1 + z2)

@@ -104,6 +104,14 @@ def test_it_stays_inside_and_has_a_width(share: float, prompts: int) -> None:
         assert found.high - found.low > 0.05
 
 
+def test_prompts_alike_up_to_rounding_are_as_many_as_they_are() -> None:
+    """Ten prompts of 2/3 each, whose mean is another number by its last digit."""
+    found = clustered_share(np.tile([1.0, 1.0, 0.0], 10), np.repeat(np.arange(10), 3))
+    for end in (found.low, found.high):
+        wilson = student.ppf(0.975, 9) ** 2 * end * (1 - end) / 10
+        assert (end - 2 / 3) ** 2 == pytest.approx(wilson)
+
+
 def test_it_covers_a_rare_share_of_few_prompts_better_than_students() -> None:
     """20 prompts of 4 answers alike, 8 % unsafe."""
     rng = np.random.default_rng(2)
