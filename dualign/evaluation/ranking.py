@@ -271,7 +271,8 @@ def length_controlled_win_rate(
     Battles also have `length_first` and `length_second`, in characters or tokens. AlpacaEval 2 adds
     a term for how hard its own instructions are, known from its leaderboard, and weighs in two
     gamed baselines; neither is there for prompts of another suite. phi has a weak ridge. The
-    interval draws prompts with replacement.
+    interval draws prompts with replacement; where all battles end alike, all draws do, and it is
+    that of `win_rate`.
 
     >>> rows = pd.DataFrame({"first": "a", "second": "b", "prompt_id": range(4)})
     >>> rows = rows.assign(score=[1.0, 1.0, 0.0, 0.0], length_first=[9, 9, 1, 1], length_second=5)
@@ -282,9 +283,11 @@ def length_controlled_win_rate(
     longer = (own["length_first"] - own["length_second"]).to_numpy(float)
     if np.isnan(longer).any():
         raise DataError(f"{policy!r} against {against!r}: some answers have no length; give all")
+    score = own["score"].to_numpy(float)
+    if np.ptp(score) == 0:
+        return clustered_share(score, own["prompt_id"].to_numpy(), confidence)
     spread = longer.std()
     feature = np.tanh(longer / spread) if spread > 0 else np.zeros(len(longer))
-    score = own["score"].to_numpy(float)
     prompts, names = pd.factorize(own["prompt_id"])
     drawn = redrawn(np.random.default_rng(seed), len(names), draws)
     weights = np.concatenate([np.ones((1, len(names))), drawn])[:, prompts]

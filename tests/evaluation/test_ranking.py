@@ -315,6 +315,13 @@ def test_without_a_difference_of_length_it_is_the_win_rate() -> None:
     assert found.mean == pytest.approx(battles["score"].mean(), abs=1e-4)
 
 
-def test_who_wins_all_wins_all_at_equal_length() -> None:
-    battles = with_lengths(3, 20, theta=0.0, phi=0.0, longer=0.0).assign(score=1.0)
-    assert length_controlled_win_rate(battles, "a", "b", draws=5).mean == 1.0
+@pytest.mark.parametrize("score", [0.0, 0.5, 1.0])
+def test_battles_that_end_alike_do_so_at_equal_length_and_are_no_more_than_they_are(
+    score: float,
+) -> None:
+    """Draws of prompts have no spread then: 20 wins of 20 are no 100 % for sure."""
+    battles = with_lengths(3, 20, theta=0.0, phi=0.0, longer=0.0).assign(score=score)
+    found = length_controlled_win_rate(battles, "a", "b", draws=5)
+    assert found.mean == score
+    assert found == win_rate(battles, "a", "b").rate
+    assert found.high - found.low > 0.15
