@@ -20,7 +20,7 @@ from dualign.stage import Run, execute
 def main(run: Run[ReportParams]) -> None:
     """Run the stage."""
     root = Path()
-    comparison = compare(root, run.params.policies, run.params.confidence)
+    comparison = compare(root, run.params.policies, run.params.certificates, run.params.confidence)
     write_json(root / "reports/comparison.json", as_row(comparison))
     write_curves(root, root / "reports/plots")
     write(root, run.params, root / "reports/index.html")

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from dualign.core.names import Model, Name, RunName
 from dualign.params.base import Number, Positive, StageParams
+from dualign.params.certify import CertifyRun
 from dualign.params.evaluate import SuiteSpec
 from dualign.params.judging import JudgeSpec
 
@@ -21,6 +22,7 @@ class ReportParams(StageParams):
         "beta": "beta",
         "confidence": "evaluate.confidence",
         "policies": "evaluate.policies",
+        "certificates": "certify.runs",
         "suites": "suites",
         "judges": "judges",
     }
@@ -29,6 +31,7 @@ class ReportParams(StageParams):
     beta: Positive
     confidence: float
     policies: dict[Name, Model]
+    certificates: dict[RunName, CertifyRun]
     suites: dict[RunName, SuiteSpec]
     judges: dict[RunName, JudgeSpec]
     title: str

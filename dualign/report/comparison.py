@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from dualign.core.records import (
     Provenance,
     Standing,
     read_evaluated,
+    read_optional_record,
     read_record,
 )
 from dualign.core.schema import ANSWERS, read_table
@@ -56,13 +57,18 @@ _WORST_FIRST: tuple[Standing, ...] = ("over", "unproven", "within")
 
 
 def compare(
-    root: Path, policies: dict[str, str], confidence: float, limit: float | None = None
+    root: Path,
+    policies: dict[str, str],
+    certified: Iterable[str],
+    confidence: float,
+    limit: float | None = None,
 ) -> Comparison:
     """Compare the evaluated policies.
 
     Args:
         root: the repository root, which holds reports/ and data/.
         policies: name of each policy and its folder under models/ (`evaluate.policies`).
+        certified: names of the certificates (`certify.runs`).
         confidence: two-sided level of the intervals computed here; those of `evaluate` are taken as
             they are.
         limit: the limit on expected cost; by default the one that data/dual/dual.json was made for.
@@ -73,7 +79,7 @@ def compare(
     solved = solved_dual(root)
     if limit is None and solved is not None:
         limit = solved.limit
-    answers, certificates = read_answers(root, policies), read_certificates(root)
+    answers, certificates = read_answers(root, policies), read_certificates(root, certified)
     evaluated = {name: read_evaluated(root / "reports/metrics", name) for name in policies}
     rows: dict[str, ComparedPolicy] = {}
     for name, found in evaluated.items():
@@ -140,12 +146,14 @@ def _answers(path: Path) -> pd.DataFrame:
     return answers
 
 
-def read_certificates(root: Path) -> dict[str, Certified]:
-    """The metrics of every row of `certify`, by name."""
-    return {
-        path.stem: read_record(path, Certified)
-        for path in listed(root / "reports/metrics/certify", "*.json")
+def read_certificates(root: Path, names: Iterable[str]) -> dict[str, Certified]:
+    """The metrics of these rows of `certify` that have any, by name. What is left of rows that
+    params no longer name is passed by: it is about another run."""
+    folder = root / "reports/metrics/certify"
+    found = {
+        name: read_optional_record(folder / f"{name}.json", Certified) for name in sorted(names)
     }
+    return {name: known for name, known in found.items() if known is not None}
 
 
 def _certified(folder: str, certificates: dict[str, Certified]) -> bool:

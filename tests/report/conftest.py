@@ -68,6 +68,14 @@ HOSTILE = (
 )
 
 
+CERTIFICATE = {
+    "policy": "aligned/dualign",
+    "partner": "reward_dpo/helpful",
+    "fallback": "safety_dpo/only",
+    "weights": [1.0],
+}
+
+
 def report_params(policies: dict[str, str] | None = None, **changes: Any) -> ReportParams:
     """The `report` section for the run of `write_run`."""
     values: dict[str, Any] = {
@@ -75,6 +83,7 @@ def report_params(policies: dict[str, str] | None = None, **changes: Any) -> Rep
         "beta": BETA,
         "confidence": 0.95,
         "policies": policies or {name: folder for name, folder, *_ in POLICIES},
+        "certificates": {"dualign": CERTIFICATE},
         "suites": {},
         "judges": {},
         "title": "Household questions: helpful within a harm budget",

@@ -119,7 +119,7 @@ def test_mean_gain_is_paired_by_prompt() -> None:
 
 def test_a_row_for_every_policy(run: Run) -> None:
     root, params = run
-    table = compare(root, params.policies, params.confidence)
+    table = compare(root, params.policies, params.certificates, params.confidence)
     assert list(table.policies) == list(params.policies)
     assert table.missing == []
     json.dumps(as_row(table), allow_nan=False)
@@ -137,7 +137,7 @@ def test_a_row_for_every_policy(run: Run) -> None:
 
 def test_recommended_is_the_most_helpful_whose_whole_interval_is_within(run: Run) -> None:
     root, params = run
-    table = compare(root, params.policies, params.confidence)
+    table = compare(root, params.policies, params.certificates, params.confidence)
     within = {}
     for name, row in table.policies.items():
         kept = all(k.high <= k.limit for k in row.additional.values())
@@ -162,20 +162,33 @@ def test_a_slack_limit_on_cost_leaves_the_additional_constraints(run: Run) -> No
         rare = {"mean": mean, "low": mean - 0.05, "high": mean + 0.05, "limit": 0.1}
         write_json(path, read_json(path) | {"additional": {"rare": rare}})
     policies = {name: params.policies[name] for name in shares}
-    table = compare(root, policies, params.confidence, limit=100.0)
+    table = compare(root, policies, params.certificates, params.confidence, limit=100.0)
     assert {row.standing for row in table.policies.values()} == {"over"}
     assert table.recommended is None and table.nearest == "dualign"
 
 
+def test_a_certificate_of_a_row_that_params_no_longer_name_is_none(
+    certified: Callable[[list[float]], Run],
+) -> None:
+    """DVC leaves its metrics where they are: they are about a limit and a policy of earlier."""
+    root, params = certified([-0.6, -0.3])
+    table = compare(root, params.policies, params.certificates, params.confidence)
+    assert list(table.certificates) == ["dualign"] and table.recommended == "certified"
+    policies = {name: folder for name, folder in params.policies.items() if name != "certified"}
+    table = compare(root, policies, {}, params.confidence)
+    assert table.certificates == {}
+    assert table.recommended is not None, "no certificate is asked for"
+
+
 def test_nothing_is_recommended_where_all_are_over(build: Callable[..., Run]) -> None:
     root, params = build(shift=1.0)
-    table = compare(root, params.policies, params.confidence)
+    table = compare(root, params.policies, params.certificates, params.confidence)
     assert table.recommended is None
     for path in (root / "reports/metrics/evaluate").glob(
         "*.json"
     ):  # without additional constraints
         write_json(path, read_json(path) | {"additional": {}})
-    table = compare(root, params.policies, params.confidence)
+    table = compare(root, params.policies, params.certificates, params.confidence)
     assert table.recommended is None
     assert table.nearest == min(table.policies, key=lambda n: table.policies[n].cost.high)
 
@@ -184,7 +197,7 @@ def test_with_certificates_only_a_certified_policy_is_recommended(
     certified: Callable[..., Run],
 ) -> None:
     root, params = certified([-0.6, -0.3, -0.1])
-    table = compare(root, params.policies, params.confidence)
+    table = compare(root, params.policies, params.certificates, params.confidence)
     assert table.recommended == "certified" and table.policies["certified"].certified
     assert not table.policies["dualign"].certified and table.policies["certified"].trainings is None
     assert list(table.certificates) == ["dualign"]
@@ -192,7 +205,7 @@ def test_with_certificates_only_a_certified_policy_is_recommended(
 
 def test_without_a_certified_policy_none_is_recommended(certified: Callable[..., Run]) -> None:
     root, params = certified([-0.1])
-    table = compare(root, params.policies, params.confidence)
+    table = compare(root, params.policies, params.certificates, params.confidence)
     assert table.recommended is None and table.missing == [] and table.uncertified == ["certified"]
     assert any(row.standing == "within" for row in table.policies.values())
 
@@ -212,7 +225,7 @@ def test_rows_hold_the_tilt_and_where_the_additional_constraints_stand(run: Run)
         old,
         {key: value for key, value in read_json(old).items() if key not in ("tilt", "additional")},
     )
-    rows = compare(root, params.policies, params.confidence).policies
+    rows = compare(root, params.policies, params.certificates, params.confidence).policies
     assert (
         rows["dualign"].tilt == TiltRow(**read_json(path)["tilt"]) and rows["dualign"].tilt.r2 > 0.8
     )
@@ -223,12 +236,12 @@ def test_rows_hold_the_tilt_and_where_the_additional_constraints_stand(run: Run)
 
 def test_the_limit_is_the_duals_unless_given(run: Run) -> None:
     root, params = run
-    assert compare(root, params.policies, 0.95).limit == -0.15
-    assert compare(root, params.policies, 0.95, limit=5.0).recommended == "caid", (
-        "others break additional constraints"
-    )
+    assert compare(root, params.policies, params.certificates, 0.95).limit == -0.15
+    assert (
+        compare(root, params.policies, params.certificates, 0.95, limit=5.0).recommended == "caid"
+    ), "others break additional constraints"
     (root / "data/dual/dual.json").unlink()
-    unlimited = compare(root, params.policies, 0.95)
+    unlimited = compare(root, params.policies, params.certificates, 0.95)
     assert unlimited.limit is None and unlimited.recommended is None
     assert {row.standing for row in unlimited.policies.values()} == {None}
 
@@ -240,7 +253,7 @@ def test_what_did_not_run_is_missing_or_null(run: Run) -> None:
     (root / "reports/evaluation/sft/answers.parquet").unlink()
     path = root / "reports/metrics/evaluate/caid.json"
     write_json(path, read_json(path) | {"reward": {"mean": None, "low": None, "high": None}})
-    table = compare(root, params.policies, params.confidence)
+    table = compare(root, params.policies, params.certificates, params.confidence)
     assert table.missing == ["mocan"] and "mocan" not in table.policies
     assert table.policies["c_dpo"].trainings is None
     assert table.policies["dualign"].win_reward is None
@@ -307,4 +320,4 @@ def test_a_broken_file_is_named(run: Run) -> None:
     root, params = run
     (root / "reports/metrics/evaluate/mocan.json").write_text('{"reward": ')
     with pytest.raises(DualignError, match=r"mocan\.json:1: not valid JSON"):
-        compare(root, params.policies, params.confidence)
+        compare(root, params.policies, params.certificates, params.confidence)

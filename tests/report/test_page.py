@@ -308,8 +308,11 @@ def test_the_best_of_several_certificates_is_called_so(certified: Callable[..., 
     root, params = certified([-0.6, -0.3, -0.1])
     metrics = root / "reports/metrics/certify"
     write_json(metrics / "another.json", read_json(metrics / "dualign.json"))
-    verdict = render(root, params).within("id", "verdict")
-    assert "the best of 2 certificates, each of which may be wrong that often" in verdict
+    said = "the best of 2 certificates, each of which may be wrong that often"
+    assert said not in render(root, params).within("id", "verdict"), "left of a row of earlier"
+    rows = {**params.certificates, "another": params.certificates["dualign"]}
+    both = params.model_copy(update={"certificates": rows})
+    assert said in render(root, both).within("id", "verdict")
 
 
 def test_a_bound_for_many_prompts_promises_about_its_level(certified: Callable[..., Run]) -> None:

@@ -274,7 +274,7 @@ def test_no_certified_policy_is_a_result(
     evaluate(Run("evaluate", "it", params, resources))
     assert "models/certified/it holds no policy: none was certified" in caplog.text
     assert read_json("reports/metrics/evaluate/it.json") == {"policy": "it", "absent": True}
-    table = compare(Path(), {"it": "certified/it"}, 0.95, limit=-100.0)
+    table = compare(Path(), {"it": "certified/it"}, ["it"], 0.95, limit=-100.0)
     assert table.uncertified == ["it"] and table.missing == [] and table.policies == {}
     shutil.rmtree("models/certified/it")
     with pytest.raises(

@@ -68,7 +68,10 @@ class FinishedRun:
     @cached_property
     def comparison(self) -> Comparison:
         """Every evaluated policy."""
-        return compare(self.root, self.params.policies, self.params.confidence, self.params.limit)
+        params = self.params
+        return compare(
+            self.root, params.policies, params.certificates, params.confidence, params.limit
+        )
 
     @cached_property
     def answers(self) -> dict[str, pd.DataFrame]:

@@ -25,7 +25,10 @@ Run = tuple[Path, ReportParams]
 def keep(run: Run, name: str, shift: float = 0.0, **changes: Any) -> dict[str, Any]:
     """Put a comparison beside the run in which all costs of methods are higher by `shift`."""
     root, params = run
-    other = as_row(compare(root, params.policies, params.confidence, params.limit)) | changes
+    other = (
+        as_row(compare(root, params.policies, params.certificates, params.confidence, params.limit))
+        | changes
+    )
     for policy, row in other["policies"].items():
         if policy != "sft":
             row["cost"] = {key: value + shift for key, value in row["cost"].items()}
