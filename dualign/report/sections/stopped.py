@@ -6,18 +6,22 @@ from collections.abc import Iterator
 from operator import itemgetter
 from typing import Any
 
-from dualign.core.artifacts import listed, read_optional_json
+from dualign.core.artifacts import read_optional_json
 from dualign.core.names import cut_name
 from dualign.report.sections.base import FinishedRun, Row, Section
 
 
 def section(run: FinishedRun) -> Section | None:
-    """None where no suite has stop words."""
-    files = listed(run.root / "reports/metrics/judge", "*.json")
+    """None where no suite has stop words. What is left of judges, suites and policies that params
+    no longer name is passed by.
+    """
+    metrics = run.root / "reports/metrics/judge"
+    told = {name: read_optional_json(metrics / f"{name}.json") for name in run.params.judges}
     rows = [
-        {"judge": file.stem, **row}
-        for file in files
-        for row in _rows(read_optional_json(file).get("suites", {}))
+        {"judge": judge, **row}
+        for judge, content in told.items()
+        for row in _rows(content.get("suites", {}))
+        if row["suite"] in run.params.suites and row["policy"] in run.params.policies
     ]
     rows.sort(key=itemgetter("suite", "judge", "score", "policy"))
     return Section("stopped", "Stop words", {"stopped": rows}) if rows else None
