@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from dualign.core.artifacts import replacing
@@ -57,9 +57,11 @@ def push(policy: Published, to: str, base: str | None = None, *, private: bool =
         staged(policy, to, out, base)
         try:
             return _uploaded(out, to, private)
-        except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise DataError(f"{to}: cannot be pushed ({reason}); `hf auth login`?") from error
+        except Exception as error:  # the hub's client has errors of its own, its network others
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(
+                f"{to}: cannot be pushed ({reason}); look after the network and `hf auth login`"
+            ) from error
 
 
 def _uploaded(out: Path, to: str, private: bool) -> str:

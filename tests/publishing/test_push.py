@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM
 
 from dualign.core.artifacts import read_json
@@ -73,6 +73,16 @@ def test_an_adapter_of_this_run_is_pushed_whole_or_on_a_base_that_others_have(ru
     push(one, f"file://{run}/adapter", "owner/sft")
     config = read_json(run / "adapter/adapter_config.json")
     assert config["base_model_name_or_path"] == "owner/sft"
+
+
+def test_a_hub_that_is_not_reached_is_told_in_one_line(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client raises errors of the network that are none of the system's."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(DataError, match=r"^owner/sft: cannot be pushed \(.*refused.*\); look"):
+        push(policy(run, "sft"), "owner/sft")
 
 
 def test_a_scorer_is_no_policy(run: Path) -> None:
