@@ -82,8 +82,10 @@ def published(root: Path, folder: str) -> Published:
     )
 
 
-def policy_card(policy: Published, name: str) -> ModelCard:
-    """The card; `name` is what the policy is called where it goes."""
+def policy_card(policy: Published, name: str, base: str | None = None) -> ModelCard:
+    """The card; `name` is what the policy is called where it goes, `base` what its adapter, which
+    goes alone, is on; None for whole weights.
+    """
     own = ModelCard(_own_card(policy))
     parts = [
         own.text.strip(),
@@ -91,9 +93,9 @@ def policy_card(policy: Published, name: str) -> ModelCard:
         _certificate(policy),
         _data(policy),
         _limits(policy),
-        _loading(policy, name),
+        _loading(policy, name, base),
     ]
-    data = metadata(policy, name, own.data.to_dict())
+    data = metadata(policy, name, own.data.to_dict(), base)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n")
 
 
@@ -106,7 +108,9 @@ def _own_card(policy: Published) -> str:
     return f"{HEAD}\n# {policy.folder}\n"
 
 
-def metadata(policy: Published, name: str, own: Mapping[str, Any]) -> ModelCardData:
+def metadata(
+    policy: Published, name: str, own: Mapping[str, Any], base: str | None = None
+) -> ModelCardData:
     """The card's head, by the hub's own class: what the stage's own card has, and what is added."""
     given = [source for source in policy.sources if source.format != "world"]
     datasets = [found.dataset for source in given if (found := licence_of(source))]
@@ -114,7 +118,7 @@ def metadata(policy: Published, name: str, own: Mapping[str, Any]) -> ModelCardD
         model_name=name.rpartition("/")[2],
         **own,
         license=together(policy.sources),
-        base_model=policy.base_id,
+        base_model=base or policy.base_id,
         datasets=list(dict.fromkeys(datasets)) or None,
         eval_results=_results(policy) or None,
     )
@@ -207,7 +211,7 @@ def _limits(policy: Published) -> str:
     )
 
 
-def _loading(policy: Published, name: str) -> str:
+def _loading(policy: Published, name: str, base: str | None) -> str:
     if (policy.root / "models" / policy.folder / MIXTURE).is_file():
         return "## How to load\n\nSee above: it is a mixture of policies."
     longest = 256 if policy.row is None else policy.row.max_new_tokens
@@ -225,6 +229,17 @@ answer = policy.generate(**ids, do_sample=True, temperature=1.0, top_p=1.0, top_
 max_new_tokens={longest})
 ```
 
-vLLM serves it as it is: `vllm serve {name}`. For llama.cpp, in a clone of it, with a copy of \
-this folder:
-`python convert_hf_to_gguf.py FOLDER --outfile policy.gguf`."""
+{_served(name, base)}"""
+
+
+def _served(name: str, base: str | None) -> str:
+    if base is not None:
+        return (
+            f"It is a LoRA adapter on `{base}`, which Transformers loads with it where `peft` is"
+            f" installed. vLLM serves both: `vllm serve {base} --enable-lora --lora-modules"
+            f" policy={name}`."
+        )
+    return (
+        f"vLLM serves it as it is: `vllm serve {name}`. For llama.cpp, in a clone of it, with a"
+        " copy of this folder:\n`python convert_hf_to_gguf.py FOLDER --outfile policy.gguf`."
+    )

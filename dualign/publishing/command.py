@@ -44,12 +44,12 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 def _pushed(asked: argparse.Namespace) -> str:
     """What to print: the card, or where the policy lies now."""
     from dualign.publishing.card import policy_card, published  # these import torch
-    from dualign.publishing.push import base_of_adapter, push
+    from dualign.publishing.push import base_of_adapter, name_at, push
 
     policy = published(Path.cwd(), asked.policy.removeprefix("models/").strip("/"))
-    if asked.card:
-        return str(policy_card(policy, asked.to))
     base = base_of_adapter(policy, asked.base) if asked.adapter else None
+    if asked.card:
+        return str(policy_card(policy, name_at(asked.to), base))
     return f"{push(policy, asked.to, base, private=asked.private)}\n"
 
 

@@ -19,6 +19,11 @@ from dualign.publishing.card import Published, policy_card
 FOLDER = "file://"
 
 
+def name_at(to: str) -> str:
+    """What a policy is called at the target of a push: `owner/name`, or its folder's name."""
+    return Path(to.removeprefix(FOLDER)).name if to.startswith(FOLDER) else to
+
+
 def staged(policy: Published, name: str, out: Path, base: str | None) -> None:
     """Write to a new folder `out` what is pushed: policy or adapter on `base`, and the card."""
     source = policy.root / "models" / policy.folder
@@ -32,7 +37,7 @@ def staged(policy: Published, name: str, out: Path, base: str | None) -> None:
         config = out / "adapter_config.json"
         content = json.loads(config.read_text())
         config.write_text(json.dumps(content | {"base_model_name_or_path": base}, indent=2))
-    (out / "README.md").write_text(str(policy_card(policy, name)))
+    (out / "README.md").write_text(str(policy_card(policy, name, base)))
 
 
 def push(policy: Published, to: str, base: str | None = None, *, private: bool = False) -> str:
@@ -46,7 +51,7 @@ def push(policy: Published, to: str, base: str | None = None, *, private: bool =
         if out.exists():
             raise DataError(f"{out}: exists already; name a new folder")
         with replacing(out) as temporary:
-            staged(policy, out.name, temporary, base)
+            staged(policy, name_at(to), temporary, base)
         return str(out)
     try:
         validate_repo_id(to)

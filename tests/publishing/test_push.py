@@ -17,6 +17,7 @@ from dualign.params.base import LoraParams, Resources
 from dualign.params.data import PrepareParams
 from dualign.params.loading import load, load_resources
 from dualign.params.models import SftParams
+from dualign.publishing import card, command
 from dualign.publishing.card import Published, published
 from dualign.publishing.push import push
 from tests.tiny import WIDER
@@ -54,16 +55,17 @@ def policy(root: Path, folder: str) -> Published:
 
 def test_the_reference_has_a_card_although_its_stage_wrote_none(run: Path) -> None:
     push(policy(run, "sft"), f"file://{run}/out")
-    card = ModelCard.load(run / "out/README.md")
-    assert "# sft" in card.text and card.data.tags == ["dualign", "dpo", "safety"]
-    assert card.data.library_name == "transformers" and "## How to load" in card.text
+    made = ModelCard.load(run / "out/README.md")
+    assert "# sft" in made.text and made.data.tags == ["dualign", "dpo", "safety"]
+    assert made.data.library_name == "transformers" and "## How to load" in made.text
 
 
 def test_an_adapter_of_this_run_is_pushed_whole_or_on_a_base_that_others_have(run: Path) -> None:
     one = policy(run, "reward_dpo/one")
     push(one, f"file://{run}/whole")
-    card = ModelCard.load(run / "whole/README.md")
-    assert "# reward_dpo/one" in card.text and "More Information Needed" not in card.text
+    made = ModelCard.load(run / "whole/README.md")
+    assert "# reward_dpo/one" in made.text and "More Information Needed" not in made.text
+    assert "`vllm serve whole`" in made.text
     base, whole = (
         AutoModelForCausalLM.from_pretrained(folder).state_dict()
         for folder in (run / "models/sft", run / "whole")
@@ -73,6 +75,26 @@ def test_an_adapter_of_this_run_is_pushed_whole_or_on_a_base_that_others_have(ru
     push(one, f"file://{run}/adapter", "owner/sft")
     config = read_json(run / "adapter/adapter_config.json")
     assert config["base_model_name_or_path"] == "owner/sft"
+    made = ModelCard.load(run / "adapter/README.md")
+    assert made.data.base_model == "owner/sft", "what the hub takes for its base"
+    assert "vllm serve owner/sft --enable-lora --lora-modules policy=adapter" in made.text
+    assert "serves it as it is" not in made.text and "gguf" not in made.text
+
+
+@pytest.mark.parametrize("adapter", [(), ("--adapter", "--base", "owner/sft")])
+def test_the_card_that_is_printed_is_the_one_that_is_pushed(
+    run: Path,
+    adapter: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(card, "published", policy)
+    asked = ["reward_dpo/one", "--to", f"file://{run}/out", *adapter]
+    assert command.main([*asked, "--card"]) == 0
+    printed = capsys.readouterr().out
+    assert command.main(asked) == 0
+    assert (run / "out/README.md").read_text() == printed
+    assert 'from_pretrained("out")' in printed
 
 
 def test_a_hub_that_is_not_reached_is_told_in_one_line(
