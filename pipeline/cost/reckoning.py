@@ -23,7 +23,7 @@ from typing import Any
 
 from pipeline.cost.base import Base
 from pipeline.cost.machine import Machine
-from pipeline.cost.work import Piece, Work
+from pipeline.cost.work import Piece, Work, processes_of
 
 GIB = 2**30
 #: Bytes of a trained weight in fp32: itself, its gradient and AdamW's two moments.
@@ -57,16 +57,14 @@ class Setting:
 
     @classmethod
     def of(cls, base: Base, machine: Machine, params: Mapping[str, Any]) -> Setting:
-        """The setting that params ask for; `auto` processes are one."""
+        """The setting that params ask for."""
         resources = params["resources"]
-        several = resources.get("processes", 1)
-        processes = several if isinstance(several, int) else 1
         return cls(
             base,
             machine,
             resources["precision"],
             resources["gradient_checkpointing"],
-            processes * resources.get("nodes", 1),
+            processes_of(resources),
             resources.get("distributed") == "fsdp2",
             params["lora"].get("quantise") is not None,
         )
@@ -147,12 +145,13 @@ def operations(piece: Piece, base: Base, checkpointing: bool = False) -> float:
 
 
 def seconds_of(piece: Piece, setting: Setting) -> float:
-    """Seconds of a piece on one card."""
+    """Seconds of a piece on all cards together, each of which takes every step of a training."""
     machine = setting.machine
     computing = operations(piece, setting.base, setting.checkpointing)
     computing /= machine.peak(setting.bytes_each) * machine.mfu
     launches = _passes(piece) * setting.base.layers * _LAUNCHES * machine.launch
-    return computing + launches + piece.steps * machine.step + _moving(piece, setting)
+    steps = piece.steps * setting.processes
+    return computing + launches + steps * machine.step + _moving(piece, setting)
 
 
 def _passes(piece: Piece) -> float:
@@ -168,7 +167,8 @@ def _moving(piece: Piece, setting: Setting) -> float:
     rate = setting.machine.bandwidth * 1e9 * setting.machine.of_bandwidth
     base = setting.base
     if piece.kind == "train":
-        return piece.steps * trained(piece, base) * _STEPPED / rate
+        copies = 1 if setting.sharded else setting.processes
+        return piece.steps * copies * trained(piece, base) * _STEPPED / rate
     if piece.kind != "draw":
         return 0.0
     steps = math.ceil(piece.rows / piece.batch) * piece.max_tokens
@@ -207,8 +207,7 @@ def _training(piece: Piece, setting: Setting) -> Iterator[float]:
     yield trained(piece, base) * (_TRAINED // 2 if pure else _TRAINED) / share
     if size == 2 and not pure and not piece.rank:
         yield base.weights * 2.0  # autocast keeps what it has rounded for the length of a pass
-    tokens = piece.batch / setting.processes * _longest(piece)
-    yield tokens * size * _kept(base, setting.checkpointing)
+    yield piece.batch * _longest(piece) * size * _kept(base, setting.checkpointing)
     yield 0.0 if piece.scorer else _logits(piece.batch * piece.answer, base)
 
 

@@ -43,8 +43,8 @@ class Piece:
     """Sequences of one shape: `train` (`steps` of the optimiser), `read` by a policy, `score` by a
     scorer, whose head has one output, or `draw`.
 
-    `prompt` and `answer` are mean tokens, `batch` the rows of a forward pass; `lora` is the rank
-    and the targets of what is trained, rank 0 being all weights."""
+    `prompt` and `answer` are mean tokens, `batch` the rows of a forward pass of one process; `lora`
+    is the rank and the targets of what is trained, rank 0 being all weights."""
 
     kind: Literal["train", "read", "score", "draw"]
     rows: float
@@ -75,6 +75,12 @@ class Work:
     held: int = 0
     trains_alone: bool = False
     at_most: bool = False
+
+
+def processes_of(resources: Mapping[str, Any]) -> int:
+    """How many processes share a stage's work; `auto` is taken for one on each machine."""
+    several = resources.get("processes", 1)
+    return (several if isinstance(several, int) else 1) * int(resources.get("nodes", 1))
 
 
 class Reckoner:
@@ -308,7 +314,8 @@ class Reckoner:
         training = {**self._params["training"], **own.get("training", {})}
         targets = {**self._params["lora"], **own.get("lora", {})}["target_modules"]
         steps = steps or training["max_steps"] or _steps(section, table, training)
-        batch = min(self._resources["micro_batch_size"] or 10**9, training["batch_size"])
+        share = max(training["batch_size"] // processes_of(self._resources), 1)
+        batch = min(self._resources["micro_batch_size"] or share, share)
         return Piece(
             "train",
             float(sides * steps * training["batch_size"]),

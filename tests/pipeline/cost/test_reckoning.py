@@ -54,6 +54,10 @@ def test_seconds_are_operations_and_the_optimisers_traffic() -> None:
     slower = replace(SETTING, machine=replace(CARD, mfu=0.5, launch=1e-3, step=0.1))
     launches = 3 * 1 * 40 * 1e-3
     assert seconds_of(train, slower) == pytest.approx(2 * computing + adam + launches + 0.5)
+    two = replace(slower, processes=2)  # each of them takes every step with weights of its own
+    assert seconds_of(train, two) == pytest.approx(2 * computing + 2 * adam + launches + 1.0)
+    shards = replace(two, sharded=True)
+    assert seconds_of(train, shards) == pytest.approx(2 * computing + adam + launches + 1.0)
     assert seconds_of(READ, replace(SETTING, precision="fp32")) == pytest.approx(
         operations(READ, BASE) / 0.5e12
     )
@@ -95,7 +99,7 @@ def test_memory_of_training() -> None:
     quantised = base + 16 * adapters + activations * 2 + logits
     assert memory_of(replace(train, rank=2), 0, narrow) == pytest.approx(context + quantised / GIB)
     shards = replace(SETTING, processes=2, sharded=True, precision="fp32")
-    shared = 8 * BASE.weights + activations * 2 + logits
+    shared = 8 * BASE.weights + activations * 4 + logits
     assert memory_of(train, 0, shards) == pytest.approx(context + shared / GIB)
     kept = 4 * 8 * (10 + 9 * 10 + 4 * 40)
     checkpointed = 16 * BASE.weights + kept * 4 + logits

@@ -108,6 +108,18 @@ def test_lora_and_micro_batches(params: dict[str, Any]) -> None:
     assert (trained.rank, trained.batch) == (8, 8)
 
 
+@pytest.mark.parametrize(("micro", "batch"), [(None, 8), (1, 1), (64, 8)])
+def test_a_micro_batch_is_that_of_one_process(
+    params: dict[str, Any], micro: int | None, batch: int
+) -> None:
+    """As `dualign.training.run.micro_batch` takes it: of 64 rows each of 8 processes has 8."""
+    params["safety_dpo"]["training"] = {**params["safety_dpo"]["training"], "batch_size": 64}
+    params["resources"] |= {"processes": 4, "nodes": 2, "micro_batch_size": micro}
+    trained = Reckoner(params, TABLES).work("safety_dpo@alone").pieces[0]
+    assert trained.batch == 2 * batch
+    assert trained.rows == 2 * 64 * trained.steps
+
+
 def test_adapters_on_one_base_hold_it_once(params: dict[str, Any]) -> None:
     def held(stage: str) -> int:
         return Reckoner(params, TABLES).work(stage).held
