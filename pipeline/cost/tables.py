@@ -98,14 +98,20 @@ def _mean(values: Sequence[float]) -> float:
 def _expected(name: str, params: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """Rows by params: those of the embedded world, and the limits of other sources."""
     prepare = params["prepare"]
-    counts = [
-        prepare["world"][_TABLES[name][0]] if source["format"] == "world" else source.get("limit")
-        for source in prepare[name]
-    ]
+    made = prepare["world"][_TABLES[name][0]]
+    counts = [_most(source, made) for source in prepare[name]]
     if any(rows is None for rows in counts):
         return None, None
     heldout = round(sum(counts) * prepare["heldout_share"])
     return sum(counts) - heldout, heldout
+
+
+def _most(source: Mapping[str, Any], made: int) -> int | None:
+    """The most rows that a source can give; `made` are the world's. None where nothing says."""
+    limit: int | None = source.get("limit")
+    if source["format"] != "world":
+        return limit
+    return made if limit is None else min(made, limit)
 
 
 def _drawn(params: Mapping[str, Any], root: Path) -> float:

@@ -159,6 +159,12 @@ def test_lengths_and_rows_by_params(params: dict[str, Any], tmp_path: Path) -> N
     found = read_tables(params, tmp_path)
     assert found.helpful == Table(43200, 4800, 64.0, 64.0)  # 48000 less a tenth; 128 tokens
     assert found.drawn == 40 and not found.measured
+    params["prepare"]["helpful"] = [
+        {"format": "world", "limit": 1000},
+        {"format": "world", "limit": 10**6},
+        {"format": "hh", "path": "x.jsonl", "limit": 1000},
+    ]
+    assert read_tables(params, tmp_path).helpful == Table(45000, 5000, 64.0, 64.0)
     params["prepare"]["helpful"] = [{"format": "hh", "path": "x.jsonl"}]
     assert read_tables(params, tmp_path).helpful.rows is None
 
