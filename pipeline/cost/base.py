@@ -96,7 +96,7 @@ def base_of(params: Mapping[str, Any], root: Path, parameters: float | None = No
         )
     try:
         return decoder(str(sft["base"]), json.loads(file.read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PipelineError(
             f"{file}: no shape of a decoder can be read from it ({type(error).__name__}: {error});"
             " give --parameters, such as 8e9"

@@ -124,12 +124,19 @@ def _drawn(params: Mapping[str, Any], root: Path) -> float:
 
 
 def _counter(params: Mapping[str, Any], root: Path) -> Callable[[str], int]:
-    """How many tokens a text has, by the tokenizer of the reference, or of the base."""
+    """How many tokens a text has, by the tokenizer of the reference, or of the base. Raises
+    PipelineError for one that cannot be read.
+    """
     places = (root / "models" / "sft", root / str(params["sft"]["base"]))
     file = next((place / "tokenizer.json" for place in places if _has(place)), None)
     if file is None:
         return lambda text: round(len(text) / _CHARACTERS)
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # of its own, without a class
+        raise PipelineError(
+            f"{file}: cannot be read as a tokenizer ({error}); is the download complete?"
+        ) from None
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 

@@ -75,5 +75,8 @@ def test_what_is_not_here_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "moe" / "config.json").write_text("{}")
     with pytest.raises(PipelineError, match=r"KeyError: 'hidden_size'"):
         base_of({"sft": {"base": "moe"}}, tmp_path)
+    (tmp_path / "moe" / "config.json").write_text("[]")
+    with pytest.raises(PipelineError, match=r"no shape of a decoder.*--parameters"):
+        base_of({"sft": {"base": "moe"}}, tmp_path)
     with pytest.raises(PipelineError, match="give how many weights"):
         typical(8)

@@ -169,6 +169,17 @@ def test_lengths_and_rows_by_params(params: dict[str, Any], tmp_path: Path) -> N
     assert read_tables(params, tmp_path).helpful.rows is None
 
 
+def test_a_tokenizer_that_is_none_is_told_in_one_line(
+    params: dict[str, Any], tmp_path: Path
+) -> None:
+    """A clone without LFS holds its address in place of the file."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    params["sft"]["base"] = "base"
+    with pytest.raises(PipelineError, match=r"base/tokenizer\.json: cannot be read.*complete\?$"):
+        read_tables(params, tmp_path)
+
+
 def test_lengths_and_rows_of_data(params: dict[str, Any], tmp_path: Path) -> None:
     def pair(split: str, prompt: int, answer: int) -> dict[str, Any]:
         row = dict.fromkeys(HELPFUL_PAIRS.names)
