@@ -31,6 +31,15 @@ def test_points_are_the_product_of_the_values() -> None:
             grid(twice)
 
 
+def test_a_date_is_no_value() -> None:
+    """YAML makes one of three numbers, which a title may begin with."""
+    with pytest.raises(PipelineError, match=r"report.title=2026-11-29: YAML reads a date here"):
+        grid(["report.title=2026-11-29,b"])
+    assert [point.settings for point in grid(['report.title="2026-11-29"'])] == [
+        {"report.title": "2026-11-29"}
+    ]
+
+
 def test_a_name_fits_into_that_of_a_file_and_stays_its_own() -> None:
     many = [f"a=[{'x, ' * 100}{last}]" for last in "yz"]
     names = [grid([one])[0].name for one in many]
