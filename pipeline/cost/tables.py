@@ -100,10 +100,11 @@ def _expected(name: str, params: Mapping[str, Any]) -> tuple[int | None, int | N
     prepare = params["prepare"]
     made = prepare["world"][_TABLES[name][0]]
     counts = [_most(source, made) for source in prepare[name]]
-    if any(rows is None for rows in counts):
+    known = [rows for rows in counts if rows is not None]
+    if len(known) < len(counts):
         return None, None
-    heldout = round(sum(counts) * prepare["heldout_share"])
-    return sum(counts) - heldout, heldout
+    heldout = round(sum(known) * prepare["heldout_share"])
+    return sum(known) - heldout, heldout
 
 
 def _most(source: Mapping[str, Any], made: int) -> int | None:
