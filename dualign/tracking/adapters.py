@@ -6,6 +6,7 @@ name a server."""
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -119,7 +120,8 @@ class MLflow:
 
     def log(self, group: str, values: Mapping[str, float], step: int) -> None:
         now = int(1000 * time.time())
-        rows = [self._metric(key, value, now, step) for key, value in named(group, values).items()]
+        told = {mlflow_name(key): value for key, value in named(group, values).items()}
+        rows = [self._metric(key, value, now, step) for key, value in told.items()]
         self._client.log_batch(self._id, metrics=rows)
 
     def end(self, status: int) -> None:
@@ -191,6 +193,15 @@ class DVCLive:
 def first_line(error: Exception) -> str:
     """What is told of a tool's error."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def mlflow_name(key: str) -> str:
+    """A key as MLflow takes it, which refuses all numbers of a step for one name of another kind.
+
+    >>> mlflow_name("result/suites.tea (cut).cost")
+    'result/suites.tea _cut_.cost'
+    """
+    return re.sub(r"[^\w/. :-]", "_", key)
 
 
 def named(group: str, values: Mapping[str, float]) -> dict[str, float]:

@@ -180,7 +180,7 @@ def test_a_killed_run_goes_on_and_its_reader_finds_all(
     gone(int(ended.stdout))
     again = Reporter([name], "dual_search/ours", {"training": {"rate": 0.5}, "base": None})
     again.resume(workspace / "scratch")
-    again.report({"loss": 0.25, "kl": 2}, 4, "training")
+    again.report({"loss": 0.25, "kl": 2, "tea (cut)": {"cost": 1.5}}, 4, "training")
     again.close(0)
     losses = [(step, pytest.approx(1 / step)) for step in (1, 2, 3, 4)]
     assert CURVES[name](workspace / "tracking") == losses
