@@ -73,10 +73,7 @@ def _pins(root: Path) -> Iterator[Finding]:
         )
         return
     wanted = {canonical(name): version for name, version in pins(path.read_text()).items()}
-    installed = {
-        canonical(dist.metadata["Name"]): dist.version
-        for dist in importlib.metadata.distributions()
-    }
+    installed = _installed()
     other = [
         f"{name} {installed[name]} (tested with {version})"
         for name, version in wanted.items()
@@ -91,6 +88,14 @@ def _pins(root: Path) -> Iterator[Finding]:
         yield Finding(
             "ok", f"versions: Python {sys.version.split()[0]}, packages as in constraints.txt"
         )
+
+
+def _installed() -> dict[str, str]:
+    """Versions by package; what an interrupted pip leaves behind has no name, and is none."""
+    found = importlib.metadata.distributions()
+    return {
+        canonical(dist.metadata["Name"]): dist.version for dist in found if "Name" in dist.metadata
+    }
 
 
 def _git(root: Path) -> Iterator[Finding]:

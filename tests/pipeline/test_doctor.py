@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
 from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
@@ -53,6 +54,17 @@ def test_what_is_not_as_it_should_be(project: Project) -> None:
     assert "not-installed" not in notes
     with exclusive(project.root):
         assert "another run uses this workspace" in findings(project, "note")
+
+
+def test_what_an_interrupted_pip_left_is_no_package(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip renames what it replaces, and a kill leaves it there: a folder without METADATA."""
+    (tmp_path / "~orch-2.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    version = doctor.importlib.metadata.version("dvc")
+    (project.root / "constraints.txt").write_text(f"dvc=={version}\n")
+    assert "as in constraints.txt" in findings(project, "ok")
 
 
 def test_a_remote_that_answers_or_does_not(project: Project) -> None:
