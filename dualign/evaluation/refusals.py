@@ -101,8 +101,17 @@ def _untrained() -> Pipeline:
 
 
 def fit(labelled: pd.DataFrame) -> Pipeline:
-    """A classifier of answers, fitted to rows of `read_labelled`."""
-    return _untrained().fit(labelled["response"].tolist(), refused(labelled))
+    """A classifier of answers, fitted to rows of `read_labelled`.
+
+    Raises DataError where no two answers have a word in common.
+    """
+    try:
+        return _untrained().fit(labelled["response"].tolist(), refused(labelled))
+    except ValueError as error:  # of n-grams that stand in one answer alone none is kept
+        raise DataError(
+            f"{len(labelled)} labelled answers are too few or too unlike to learn from"
+            f" ({str(error).partition('.')[0]}); label more of them"
+        ) from error
 
 
 def refusal_probability(classifier: Pipeline, responses: Sequence[str]) -> Array:

@@ -147,6 +147,13 @@ def test_a_wrong_labelled_file_is_refused(
     assert str(caught.value).startswith(str(path)) and message in str(caught.value)
 
 
+def test_too_few_labelled_answers_are_told_in_one_line() -> None:
+    rows = [("q", "No.", "refusal"), ("q", "д", "compliance")]
+    labelled = pd.DataFrame(rows, columns=["prompt", "response", "label"])
+    with pytest.raises(DataError, match=r"^2 labelled answers are too few.*label more of them$"):
+        fit(labelled)
+
+
 def test_a_missing_labelled_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file; name a file of labelled answers"):
         read_labelled(tmp_path / "none.csv")
