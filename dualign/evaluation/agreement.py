@@ -50,7 +50,8 @@ def agreement(
     draws: int = 2000,
     seed: int = 0,
 ) -> Agreement:
-    """Compare labels of a judge with people's; `clusters` are the prompts; [answers] each.
+    """Compare labels of a judge with people's; `clusters` are the prompts; [answers] each. Kappa
+    and its interval are NaN where all labels are one.
 
     >>> agreement([1, 1, 0, 0], [1, 0, 0, 0], ["a", "b", "c", "d"]).kappa
     0.5
@@ -63,8 +64,10 @@ def agreement(
     confusion = counts.sum(0)
     weights = redrawn(np.random.default_rng(seed), len(counts), draws)
     drawn = np.tensordot(weights, counts, 1)
-    kappas = [cohen_kappa(one) for one in drawn]
-    low, high = np.nanquantile(kappas, [(1 - confidence) / 2, (1 + confidence) / 2])
+    kappas = np.array([cohen_kappa(one) for one in drawn])
+    known = kappas[~np.isnan(kappas)]
+    ends = [(1 - confidence) / 2, (1 + confidence) / 2]
+    low, high = np.quantile(known, ends) if len(known) else (np.nan, np.nan)
     accuracy = float(np.trace(confusion) / confusion.sum())
     return Agreement(
         labels, confusion.astype(int), accuracy, cohen_kappa(confusion), float(low), float(high)

@@ -4,6 +4,8 @@ truth.
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
@@ -30,6 +32,10 @@ def test_kappa_and_confusion_are_scikit_learns(seed: int) -> None:
 
 def test_one_label_alone_has_no_kappa() -> None:
     assert np.isnan(cohen_kappa(np.array([[5]])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = agreement([True] * 3, [True] * 3, ["a", "b", "b"])
+    assert found.accuracy == 1 and np.isnan([found.kappa, found.low, found.high]).all()
 
 
 def test_the_interval_is_that_of_prompts_drawn_again() -> None:
