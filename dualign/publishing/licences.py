@@ -53,7 +53,8 @@ def licence_of(source: SourceSpec) -> Licence | None:
     """
     if source.format == "world":
         return Licence(OWN, "world")
-    dataset = source.path if source.path in DATASETS else FORMATS.get(source.format)
+    named = "/".join((source.path or "").split("/")[:2])  # an id may go on with a folder in it
+    dataset = named if named in DATASETS else FORMATS.get(source.format)
     return Licence(DATASETS[dataset], dataset) if dataset else None
 
 

@@ -13,6 +13,10 @@ WORLD = SourceSpec(format="world")
 PKU = SourceSpec(format="pku", path="PKU-Alignment/PKU-SafeRLHF-30K")
 HH = SourceSpec(format="hh", path="hh/train.jsonl.gz")
 OWN = SourceSpec(format="columns", path="own.jsonl", columns={"prompt": "question"})
+#: A folder in a data set, as `prepare` takes it.
+INNER = SourceSpec(
+    format="columns", path="PKU-Alignment/BeaverTails/round0", columns={"prompt": "prompt"}
+)
 
 
 @pytest.mark.parametrize(
@@ -20,6 +24,7 @@ OWN = SourceSpec(format="columns", path="own.jsonl", columns={"prompt": "questio
     [
         (PKU, Licence("cc-by-nc-4.0", "PKU-Alignment/PKU-SafeRLHF-30K")),
         (HH, Licence("mit", "Anthropic/hh-rlhf")),
+        (INNER, Licence("cc-by-nc-4.0", "PKU-Alignment/BeaverTails")),
         (WORLD, Licence("apache-2.0", "world")),
         (OWN, None),
     ],
