@@ -9,21 +9,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from pydantic import ValidationError
 
 from dualign.core.errors import DataError
-from dualign.core.records import Certified, ComparedPolicy, Comparison, Interval, read_record
+from dualign.core.records import (
+    Certified,
+    ComparedPolicy,
+    Comparison,
+    Interval,
+    Provenance,
+    fault,
+    read_record,
+)
 from dualign.evaluation.measures import MEASURES
 from dualign.lm.card import HEAD
 from dualign.lm.mixture import FILE as MIXTURE
 from dualign.lm.mixture import is_policy
+from dualign.params.base import StageParams
 from dualign.params.data import PrepareParams, SourceSpec
-from dualign.params.loading import load
 from dualign.params.models import SftParams
 from dualign.publishing.licences import NON_COMMERCIAL, licence_of, together
 from dualign.scoring.scorers import CARD as SCORER
+
+P = TypeVar("P", bound=StageParams)
 
 COMPARISON = Path("reports/comparison.json")
 #: What the metadata and the table show of a policy, and what it is called.
@@ -59,7 +70,8 @@ class Published:
 def published(root: Path, folder: str) -> Published:
     """What a finished run in `root` says of the policy in models/FOLDER.
 
-    Raises DataError where there is no such policy, or no report that compares it.
+    Data and base are those that it was made from, whatever params.yaml names by now. Raises
+    DualignError where there is no such policy, or no report that compares it.
     """
     policy = root / "models" / folder
     if not is_policy(policy) or (policy / SCORER).is_file():
@@ -68,7 +80,6 @@ def published(root: Path, folder: str) -> Published:
         raise DataError(f"{root / COMPARISON}: is missing; run the stage report first")
     compared = read_record(root / COMPARISON, Comparison)
     kind, _, name = folder.partition("/")
-    params = root / "params.yaml"
     rows = compared.policies.values()
     return Published(
         root,
@@ -77,9 +88,21 @@ def published(root: Path, folder: str) -> Published:
         compared.policies.get(compared.reference),
         compared.certificates.get(name) if kind == "certified" else None,
         compared.confidence,
-        load(PrepareParams, params),
-        load(SftParams, params),
+        _ran_with(PrepareParams, root),
+        _ran_with(SftParams, root),
     )
+
+
+def _ran_with(params: type[P], root: Path) -> P:
+    """The params that a stage last ran with. Raises DualignError where its provenance has none."""
+    path = root / "reports/provenance" / f"{params.section}.json"
+    try:
+        return params.model_validate(read_record(path, Provenance).params)
+    except ValidationError as error:
+        raise DataError(
+            f"{path}: params: {fault(error)}; run the stage again (`dvc repro --force"
+            f" {params.section}`)"
+        ) from error
 
 
 def policy_card(policy: Published, name: str, base: str | None = None) -> ModelCard:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM
 
-from dualign.core.artifacts import read_json
+from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DataError
+from dualign.core.records import Comparison, Provenance, as_row
 from dualign.data import world
 from dualign.lm import models
 from dualign.params.base import LoraParams, Resources
@@ -18,7 +21,7 @@ from dualign.params.data import PrepareParams
 from dualign.params.loading import load, load_resources
 from dualign.params.models import SftParams
 from dualign.publishing import card, command
-from dualign.publishing.card import Published, published
+from dualign.publishing.card import Published, policy_card, published
 from dualign.publishing.push import push
 from tests.tiny import WIDER
 
@@ -95,6 +98,38 @@ def test_the_card_that_is_printed_is_the_one_that_is_pushed(
     assert command.main(asked) == 0
     assert (run / "out/README.md").read_text() == printed
     assert 'from_pretrained("out")' in printed
+
+
+def test_the_card_is_about_the_data_of_the_run_not_of_params_that_were_changed_since(
+    run: Path,
+) -> None:
+    """Of other data the licence would be another one."""
+    compared = Comparison(
+        reference="sft", confidence=0.95, limit=0.0, recommended=None, nearest=None, missing=[],
+        uncertified=[], certificates={}, params={}, policies={},
+    )  # fmt: skip
+    write_json(run / "reports/comparison.json", as_row(compared))
+    source = {"format": "pku", "path": "PKU-Alignment/PKU-SafeRLHF-30K"}
+    data = load(PrepareParams, ROOT / "params.yaml").model_dump(mode="json")
+    base = load(SftParams, ROOT / "params.yaml").model_dump(mode="json")
+    ran = {"prepare": data | {"safety": [source]}, "sft": base | {"base": "owner/base"}}
+    for stage, params in ran.items():
+        write_provenance(run, stage, params)
+    shutil.copy(ROOT / "params.yaml", run)  # of the world, and from scratch
+    made = policy_card(published(run, "sft"), "owner/it")
+    assert made.data.license == "cc-by-nc-4.0" and made.data.base_model == "owner/base"
+    assert "PKU-SafeRLHF-30K (format `pku`): cc-by-nc-4.0." in made.text
+    write_provenance(run, "prepare", {})
+    with pytest.raises(DataError, match=r"provenance/prepare\.json: params: .*force prepare"):
+        published(run, "sft")
+
+
+def write_provenance(root: Path, stage: str, params: dict[str, Any]) -> None:
+    ran = Provenance(
+        stage=stage, item=None, params=params, versions={}, seconds=1.0, peak_rss_mib=1.0,
+        throughput={},
+    )  # fmt: skip
+    write_json(root / f"reports/provenance/{stage}.json", as_row(ran))
 
 
 def test_a_hub_that_is_not_reached_is_told_in_one_line(
