@@ -22,6 +22,7 @@ from dualign.core.records import (
     Interval,
     Provenance,
     fault,
+    read_optional_record,
     read_record,
 )
 from dualign.evaluation.measures import MEASURES
@@ -70,8 +71,8 @@ class Published:
 def published(root: Path, folder: str) -> Published:
     """What a finished run in `root` says of the policy in models/FOLDER.
 
-    Data and base are those that it was made from, whatever params.yaml names by now. Raises
-    DualignError where there is no such policy, or no report that compares it.
+    Data, base and certificate are those of the stages that made it, whatever params.yaml names by
+    now. Raises DualignError where there is no such policy, or no report that compares it.
     """
     policy = root / "models" / folder
     if not is_policy(policy) or (policy / SCORER).is_file():
@@ -81,12 +82,13 @@ def published(root: Path, folder: str) -> Published:
     compared = read_record(root / COMPARISON, Comparison)
     kind, _, name = folder.partition("/")
     rows = compared.policies.values()
+    certificate = root / "reports/metrics/certify" / f"{name}.json"
     return Published(
         root,
         folder,
         next((row for row in rows if row.folder == folder), None),
         compared.policies.get(compared.reference),
-        compared.certificates.get(name) if kind == "certified" else None,
+        read_optional_record(certificate, Certified) if kind == "certified" else None,
         compared.confidence,
         _ran_with(PrepareParams, root),
         _ran_with(SftParams, root),

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DataError
-from dualign.core.records import Comparison, Provenance, as_row
+from dualign.core.records import Certified, Comparison, Provenance, as_row
 from dualign.data import world
 from dualign.lm import models
+from dualign.lm.card import HEAD
 from dualign.params.base import LoraParams, Resources
 from dualign.params.data import PrepareParams
 from dualign.params.loading import load, load_resources
@@ -104,11 +105,7 @@ def test_the_card_is_about_the_data_of_the_run_not_of_params_that_were_changed_s
     run: Path,
 ) -> None:
     """Of other data the licence would be another one."""
-    compared = Comparison(
-        reference="sft", confidence=0.95, limit=0.0, recommended=None, nearest=None, missing=[],
-        uncertified=[], certificates={}, params={}, policies={},
-    )  # fmt: skip
-    write_json(run / "reports/comparison.json", as_row(compared))
+    write_comparison(run)
     source = {"format": "pku", "path": "PKU-Alignment/PKU-SafeRLHF-30K"}
     data = load(PrepareParams, ROOT / "params.yaml").model_dump(mode="json")
     base = load(SftParams, ROOT / "params.yaml").model_dump(mode="json")
@@ -122,6 +119,31 @@ def test_the_card_is_about_the_data_of_the_run_not_of_params_that_were_changed_s
     write_provenance(run, "prepare", {})
     with pytest.raises(DataError, match=r"provenance/prepare\.json: params: .*force prepare"):
         published(run, "sft")
+
+
+def test_the_certificate_is_the_one_that_came_with_the_policy(run: Path) -> None:
+    """The page's may be of before, or without a row that params no longer name."""
+    write_comparison(run)
+    for stage, params in (("prepare", PrepareParams), ("sft", SftParams)):
+        write_provenance(run, stage, load(params, ROOT / "params.yaml").model_dump(mode="json"))
+    shutil.copytree(run / "models/sft", run / "models/certified/strict")
+    (run / "models/certified/strict/README.md").write_text(f"{HEAD}\n# strict\n")
+    found = Certified(
+        returned="strict", statement="Kept", delta=0.05, max_new_tokens=9, requirements=[],
+        candidates=[], tests=[],
+    )  # fmt: skip
+    write_json(run / "reports/metrics/certify/strict.json", as_row(found))
+    assert "Kept. Such a test" in policy_card(published(run, "certified/strict"), "o/it").text
+    assert "None: this policy was not tested" in policy_card(published(run, "sft"), "o/it").text
+
+
+def write_comparison(root: Path) -> None:
+    """A report of no policy."""
+    compared = Comparison(
+        reference="sft", confidence=0.95, limit=0.0, recommended=None, nearest=None, missing=[],
+        uncertified=[], certificates={}, params={}, policies={},
+    )  # fmt: skip
+    write_json(root / "reports/comparison.json", as_row(compared))
 
 
 def write_provenance(root: Path, stage: str, params: dict[str, Any]) -> None:
