@@ -126,11 +126,14 @@ def policy_card(policy: Published, name: str, base: str | None = None) -> ModelC
 
 def _own_card(policy: Published) -> str:
     """The card that dualign wrote into the policy's folder. Trainings write none, and PEFT's, which
-    lies beside an adapter, is a form to be filled in.
+    lies beside an adapter, is a form to be filled in. Raises DataError where it is gone.
     """
-    if policy.folder.startswith(("aligned/", "certified/")):
-        return (policy.root / "models" / policy.folder / "README.md").read_text()
-    return f"{HEAD}\n# {policy.folder}\n"
+    if not policy.folder.startswith(("aligned/", "certified/")):
+        return f"{HEAD}\n# {policy.folder}\n"
+    path = policy.root / "models" / policy.folder / "README.md"
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; run the stage that made the policy again")
+    return path.read_text()
 
 
 def metadata(

@@ -164,6 +164,12 @@ def test_a_hub_that_is_not_reached_is_told_in_one_line(
         push(policy(run, "sft"), "owner/sft")
 
 
+def test_a_policy_whose_card_is_gone_is_told(run: Path) -> None:
+    shutil.copytree(run / "models/sft", run / "models/aligned/one")
+    with pytest.raises(DataError, match=r"aligned/one/README\.md: no such file; run the stage"):
+        push(policy(run, "aligned/one"), f"file://{run}/out")
+
+
 def test_a_scorer_is_no_policy(run: Path) -> None:
     """A card that loads it as one would give others a model without its head."""
     (run / "models/sft/scorer.json").write_text("{}")
