@@ -37,11 +37,12 @@ def prompts_needed(
     `power`; `deviation` is the standard deviation of the difference over prompts.
 
     Raises:
-        DataError: the difference is 0, which no number of prompts finds.
+        DataError: the difference is 0, which no number of prompts finds, or a number is none.
 
     >>> prompts_needed(0.1, 0.5)
     199
     """
+    _check(power, alpha, difference=difference, deviation=deviation)
     if difference == 0:
         raise DataError("a difference of 0 takes endless prompts; name the least one that matters")
     if deviation == 0:
@@ -66,20 +67,39 @@ def difference_found(
     alpha: float = 0.05,
     comparisons: int = 1,
 ) -> float:
-    """The least true difference that so many prompts find with probability `power`.
+    """The least true difference that so many prompts find with probability `power`; 0 where the
+    test errs as often as that.
+
+    Raises:
+        DataError: fewer than two prompts, which have no spread, or a number is none.
 
     >>> round(difference_found(199, 0.5), 3)
     0.1
     """
+    _check(power, alpha, deviation=deviation)
+    if prompts < 2:
+        raise DataError(f"{prompts} prompts tell no difference; ask two at least")
     level = alpha / comparisons
 
     def missing(size: float) -> float:
         return power - _power(prompts, size, level)
 
+    if missing(0.0) <= 0:
+        return 0.0
     most = 1.0
     while missing(most) > 0:
         most *= 2
     return float(brentq(missing, 0.0, most)) * deviation
+
+
+def _check(power: float, alpha: float, **measured: float) -> None:
+    """Raise DataError for what no test has, and of which the searches here would make a number."""
+    for name, share in {"power": power, "alpha": alpha}.items():
+        if not 0 < share < 1:
+            raise DataError(f"{name} is {share:g}, expected a share above 0 and below 1")
+    for name, value in measured.items():
+        if not math.isfinite(value):
+            raise DataError(f"{name} is {value}; measure it on more prompts")
 
 
 def _power(prompts: int, size: float, level: float) -> float:
@@ -110,6 +130,7 @@ def prompts_needed_by_mcnemar(
     >>> prompts_needed_by_mcnemar(0.15, 0.05)
     155
     """
+    _check(power, alpha, only_first=only_first, only_second=only_second)
     if only_first == only_second:
         raise DataError("equal shares take endless prompts; name the least gap that matters")
     if min(only_first, only_second) < 0 or only_first + only_second > 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -36,6 +38,7 @@ def test_more_comparisons_take_more_prompts_and_are_found_as_often() -> None:
 
 def test_the_least_difference_is_the_inverse() -> None:
     assert prompts_needed(difference_found(150, 0.7), 0.7) == pytest.approx(150, abs=1)
+    assert difference_found(150, 0.7, power=0.04) == 0, "the test finds none more often"
 
 
 @pytest.mark.parametrize("prompts", [6, 12, 32, 100])
@@ -49,6 +52,24 @@ def test_few_prompts_and_many_comparisons_are_found_as_often(
     found = stats.ttest_1samp(drawn, 0.0, axis=1).pvalue < 0.05 / comparisons
     assert found.mean() == pytest.approx(0.8, abs=0.025)
     assert prompts_needed(least * 1.0001, 1.0, comparisons=comparisons) == prompts
+
+
+@pytest.mark.parametrize(
+    ("reckon", "message"),
+    [
+        (lambda: prompts_needed(0.1, spread(mean_of([1.0]), 1)), "deviation is inf; measure it"),
+        (lambda: prompts_needed(float("nan"), 1.0), "difference is nan; measure it"),
+        (lambda: prompts_needed(0.1, 1.0, power=1.0), "power is 1, expected a share"),
+        (lambda: prompts_needed(0.1, 1.0, alpha=0.0), "alpha is 0, expected a share"),
+        (lambda: difference_found(10, float("nan")), "deviation is nan; measure it"),
+        (lambda: difference_found(1, 1.0), "1 prompts tell no difference; ask two at least"),
+        (lambda: prompts_needed_by_mcnemar(float("nan"), 0.1), "only_first is nan; measure it"),
+    ],
+)
+def test_what_no_test_can_have_is_refused(reckon: Callable[[], object], message: str) -> None:
+    """A spread of one prompt is infinite, and one that is none took two prompts."""
+    with pytest.raises(DataError, match=message):
+        reckon()
 
 
 def test_the_spread_is_that_of_the_prompts() -> None:
