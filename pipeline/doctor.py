@@ -7,11 +7,12 @@ import importlib.metadata
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dvc.config import ConfigError
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
@@ -123,9 +124,7 @@ def _dvc(root: Path) -> Iterator[Finding]:
             types = list(repo.cache.local.cache_types)
             cache = Path(repo.cache.local.path)
     except DvcException as error:
-        yield Finding(
-            "wrong", f"DVC: {one_line(error)}; run `dvc init` in the root of the repository"
-        )
+        yield Finding("wrong", f"DVC: {one_line(error)}; {_remedy(error)}")
         return
     if not remote:
         yield Finding(
@@ -139,19 +138,31 @@ def _dvc(root: Path) -> Iterator[Finding]:
         )
     else:
         yield Finding("ok", f"DVC remote: {remote}")
-    cache.mkdir(parents=True, exist_ok=True)
+    yield _cache(root, cache, types)
+
+
+def _remedy(error: DvcException) -> str:
+    """What makes a repository of DVC readable again. `dvc init` would not: its folder is there."""
+    if isinstance(error, ConfigError):
+        return (
+            "mend .dvc/config or .dvc/config.local, or take it back by `git checkout .dvc/config`"
+        )
+    return "`git init` makes a repository of git, `dvc config core.no_scm true` does without"
+
+
+def _cache(root: Path, cache: Path, types: Sequence[str]) -> Finding:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        told = f"DVC cache: {cache} cannot be made ({error.strerror})"
+        return Finding("wrong", f"{told}; mount it, or `dvc cache dir FOLDER` names another")
     if types[:1] == ["hardlink"] and cache.stat().st_dev != root.stat().st_dev:
-        yield Finding(
-            "note",
-            f"DVC cache: {cache} is on another disk, so outputs are linked by symlink or copied",
-        )
-    elif "hardlink" not in types and "symlink" not in types:
-        yield Finding(
-            "note",
-            "DVC cache: outputs are kept twice; `dvc config cache.type hardlink,symlink,copy`",
-        )
-    else:
-        yield Finding("ok", f"DVC cache: {cache}, links {', '.join(types)}")
+        told = f"DVC cache: {cache} is on another disk, so outputs are linked by symlink or copied"
+        return Finding("note", told)
+    if "hardlink" not in types and "symlink" not in types:
+        remedy = "`dvc config cache.type hardlink,symlink,copy`"
+        return Finding("note", f"DVC cache: outputs are kept twice; {remedy}")
+    return Finding("ok", f"DVC cache: {cache}, links {', '.join(types)}")
 
 
 def _reach(repo: Repo) -> str:

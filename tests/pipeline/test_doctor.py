@@ -84,6 +84,23 @@ def test_what_keeps_a_run_from_working(project: Project, monkeypatch: pytest.Mon
     assert "dvc.yaml" in wrong and "'gone'" in wrong and "dvc gc --workspace" in wrong
 
 
+def test_a_cache_that_cannot_be_made_is_one_finding_of_all(project: Project) -> None:
+    """Of a disk that is not mounted, say; it ended the examination."""
+    (project.root / "taken").write_text("")
+    project.dvc("cache", "dir", "-q", str(project.root / "taken/cache"))
+    wrong = findings(project, "wrong")
+    assert "taken/cache/files/md5 cannot be made (Not a directory); mount it" in wrong
+    assert "disk: " in findings(project, "ok")
+
+
+def test_no_remedy_takes_what_is_there(project: Project) -> None:
+    """`dvc init -f`, which is what `dvc init` asks for then, removes the cache."""
+    config = project.root / ".dvc/config"
+    config.write_text(config.read_text() + "[corex]\n    a = b\n")
+    wrong = findings(project, "wrong")
+    assert "data['corex']; mend .dvc/config" in wrong and "dvc init" not in wrong
+
+
 @pytest.mark.slow
 def test_a_server_with_a_password(
     project: Project, tmp_path_factory: pytest.TempPathFactory
