@@ -132,9 +132,15 @@ def _answers(row: Row, targets: Literal["mc1", "mc2"]) -> tuple[list[str], list[
     if not isinstance(given, dict):
         raise BadRow("missing_column", f"neither 'Incorrect Answers' nor '{targets}_targets'")
     listed = {"choices", "labels"} == {*given}
-    choices = list(given["choices"] if listed else given)
-    correct = list(given["labels"] if listed else given.values())
-    if len(choices) != len(correct) or not all(label in (0, 1) for label in correct):
+    choices = given["choices"] if listed else [*given]
+    correct = given["labels"] if listed else [*given.values()]
+    if not (isinstance(choices, list) and all(isinstance(text, str) for text in choices)):
+        raise BadRow("not_text", f"{targets}_targets: expected a list of texts to choose from")
+    if (
+        not isinstance(correct, list)
+        or len(choices) != len(correct)
+        or not all(label in (0, 1) for label in correct)
+    ):
         raise BadRow("bad_label", f"{targets}_targets: expected 0 or 1 for each answer")
     return choices, [int(label) for label in correct]
 

@@ -249,6 +249,14 @@ def test_a_hub_id_that_cannot_be_had_says_where_to_put_the_file(
             2,
             "label is 'safe', but type 'contrast_homonyms' is unsafe",
         ),
+        *(
+            ("truthfulqa_mc2", [QUESTION | {"mc2_targets": targets}], 1, message)
+            for targets, message in (
+                ({"choices": [None, "No."], "labels": [1, 0]}, "mc2_targets: expected a list of"),
+                ({"choices": "ab", "labels": [1, 0]}, "mc2_targets: expected a list of texts"),
+                ({"choices": ["a", "b"], "labels": None}, "mc2_targets: expected 0 or 1 for each"),
+            )
+        ),
         ("truthfulqa_mc1", [QUESTION], 1, "neither 'Incorrect Answers' nor 'mc1_targets'"),
         (
             "truthfulqa_mc1",
