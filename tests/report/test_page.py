@@ -304,6 +304,22 @@ def test_verdict_says_where_a_certified_policy_is_over_the_limit_on_other_prompt
     assert f"{said}: −0.10 (−0.20 to 0.00), where −0.15 is allowed" in verdict
 
 
+def test_a_certified_policy_that_was_not_evaluated_is_not_said_to_be_none(
+    certified: Callable[..., Run],
+) -> None:
+    """Whoever adds a certificate may forget to list it, or has not evaluated it yet."""
+    root, params = certified([-0.6, -0.3, -0.1])
+    named = {name: folder for name, folder in params.policies.items() if name != "certified"}
+    for policies in (named, params.policies):
+        page = render(root, params.model_copy(update={"policies": policies}))
+        verdict = page.within("id", "verdict")
+        assert ("The certified policy was not evaluated" in verdict) == (policies is named)
+        assert ("models/certified/dualign is certified" in verdict) == (policies is named)
+        assert "Not even the first candidate" not in verdict and "do not deploy" not in verdict
+    (root / "reports/metrics/evaluate/certified.json").unlink()
+    assert "The certified policy was not evaluated" in render(root, params).within("id", "verdict")
+
+
 def test_the_best_of_several_certificates_is_called_so(certified: Callable[..., Run]) -> None:
     root, params = certified([-0.6, -0.3, -0.1])
     metrics = root / "reports/metrics/certify"
