@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from dvc.repo import Repo
@@ -240,7 +240,7 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "E[c*] − limit",
         "runs with E[c*] above",
         "way in r*",
-        "answers for one served",
+        "answers for one served, median run",
         "answers to calibrate",
     )
     lines = options.head(heads)
@@ -254,7 +254,7 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             _number(options.mean(own, "excess"), 3),
             str(sum(row["excess"] > 0 for row in own)),
             _number(options.mean(own, "share"), 2),
-            _number(options.mean(own, "price"), 2),
+            _number(median(row["price"] for row in own), 2),
             _number(options.mean(own, "answers"), 0),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -307,7 +307,8 @@ number of prompts, and of a loss with a range; a certificate says of the one pol
 that it is within the limit, in all but a share δ of draws. *Over draws* is by the cost model, of
 whose cost that promise is: calibration prompts drawn again with replacement on the same models. No
 weights come out: pi_0 and pi_t both run for every answer,
-and an answer is drawn until one is kept."""
+and an answer is drawn until one is kept. That takes without end where every answer to a prompt is
+far likelier under pi_t, so one prompt can make the mean of a run huge."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
