@@ -86,25 +86,25 @@ def grid(arguments: Sequence[str]) -> list[Point]:
             )
         axes[key.strip()] = values
     check_once([argument.partition("=")[0].strip() for argument in arguments])
+    for key, values in axes.items():
+        for value in values:
+            _check_value(key, value)
     points = [
         Point(dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())
     ]
-    _check_values(points)
     _check_names(points)
     return points
 
 
-def _check_values(points: Sequence[Point]) -> None:
+def _check_value(key: str, value: Any) -> None:
     """Raise PipelineError for a value that YAML reads and no param can be, such as a date."""
-    for point in points:
-        for key, value in point.settings.items():
-            try:
-                json.dumps(value)
-            except TypeError:
-                raise PipelineError(
-                    f"{key}={value}: YAML reads a {type(value).__name__} here, which no param is;"
-                    f" put it into quotes, as in {key}='\"{value}\"'"
-                ) from None
+    try:
+        json.dumps(value)
+    except TypeError:
+        raise PipelineError(
+            f"{key}={value}: YAML reads a {type(value).__name__} here, which no param is;"
+            f" put it into quotes, as in {key}='\"{value}\"'"
+        ) from None
 
 
 def _check_names(points: Sequence[Point]) -> None:
