@@ -15,7 +15,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import pandas as pd
 import torch
 
 from bench import options
+from dualign.core.errors import DualignError
 from dualign.core.schema import last_user_text
 from dualign.evaluation.suites import read_suite
 from dualign.evaluation.truthful import (
@@ -100,15 +100,26 @@ def lm_eval(
     python: str, model: tuple[str, str], suites: dict[str, pd.DataFrame], folder: Path
 ) -> dict[str, Rows]:
     """Run both tasks by lm-eval with a model and its arguments; its files lie in the folder."""
-    code = "import lm_eval.tasks as t; print(t.__path__[0])"
-    answer = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
-    write_tasks(folder, Path(answer.stdout.split()[-1]) / "truthfulqa", suites)
+    write_tasks(folder, tasks_of(python), suites)
     command = [python, str(MODELS), "run", "--model", model[0], "--model_args", model[1]]
     command += ["--tasks", *(f"local_{targets}" for targets in SUITES)]
     command += ["--include_path", str(folder), "--device", "cpu", "--batch_size", "32"]
     command += ["--log_samples", "--output_path", str(folder / "out")]
     subprocess.run(command, check=True)
     return {targets: _logged(folder / "out", targets) for targets in SUITES}
+
+
+def tasks_of(python: str) -> Path:
+    """The folder of lm-eval's tasks of TruthfulQA. Raises DualignError without an lm-eval."""
+    code = "import lm_eval.tasks as t; print(t.__path__[0])"
+    try:
+        answer = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise DualignError(
+            f"--python {python}: no interpreter with lm-eval; make an environment for it and"
+            " `pip install 'lm-eval[hf]'` there"
+        ) from error
+    return Path(answer.stdout.split()[-1]) / "truthfulqa"
 
 
 def _logged(out: Path, targets: str) -> Rows:
@@ -263,32 +274,27 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def page(found: dict[str, Any], exact: dict[str, Any], command: str, seconds: str) -> str:
+def page(found: dict[str, Any], exact: dict[str, Any], command: str) -> str:
     """The page in markdown."""
     parts = [
         "# TruthfulQA: our MC1 and MC2 beside lm-evaluation-harness",
         f"    {command}",
         table(found),
-        f"float32 on a CPU; {seconds} with start and loading. Likelihoods in nats. lm-eval reads"
-        " the six questions that stand before all items once (`bench/harness/lm_eval_models.py`).",
+        "float32 on a CPU; likelihoods in nats. lm-eval reads the six questions that stand before"
+        " all items once (`bench/harness/lm_eval_models.py`).",
     ]
     if exact:
         parts += [f"Items that differ by more than {LARGE:g}, in float64:", table(exact)]
     return "\n\n".join(parts) + "\n"
 
 
-def results(
-    policy: Path, python: str, suites: dict[str, pd.DataFrame]
-) -> tuple[dict[str, Any], str]:
-    """What truthful.json holds, and how long each side took."""
-    start = time.perf_counter()
+def results(policy: Path, python: str, suites: dict[str, pd.DataFrame]) -> dict[str, Any]:
+    """What truthful.json holds."""
     mine = ours(policy, suites, "float32")
-    middle = time.perf_counter()
     other = theirs(python, policy, suites, "float32")
-    seconds = f"{middle - start:.0f} s ours, {time.perf_counter() - middle:.0f} s lm-eval's"
     found = {targets: compared(mine[targets], other[targets]) for targets in SUITES}
     exact = once_more(python, policy, suites, differing(mine, other))
-    return {"compared": found, "float64": exact, "ours": mine, "lm_eval": other}, seconds
+    return {"compared": found, "float64": exact, "ours": mine, "lm_eval": other}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -305,7 +311,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of results")
     given = parser.parse_args(argv)
-    suites = chosen(given.data, None if given.asked else given.prompts)
+    try:
+        tasks_of(given.python)  # told at once, where ours take an hour
+        suites = chosen(given.data, None if given.asked else given.prompts)
+    except DualignError as error:
+        parser.exit(error.status, f"{error}\n")
     command = f"python -m bench.truthful {given.policy.name} --python PYTHON --data FOLDER"
     policy = given.policy.absolute()
     if given.asked:
@@ -313,9 +323,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = page_of_asked(found, f"{command} --asked")
         options.publish(given.out, "truthful-asked", found, text)
         return 0
-    content, seconds = results(policy, given.python, suites)
+    content = results(policy, given.python, suites)
     command = f"{command} --prompts {given.prompts}"
-    text = page(content["compared"], content["float64"], command, seconds)
+    text = page(content["compared"], content["float64"], command)
     options.publish(given.out, "truthful", content, text)
     sys.stdout.write(text)
     return 0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.truthful import alike, chosen, compared, differing, write_tasks
+from bench.truthful import alike, chosen, compared, differing, main, write_tasks
+from dualign.core.errors import DualignError
 from dualign.evaluation.suites import read_suite
 from dualign.params.evaluate import SuiteSpec
 
@@ -80,3 +82,13 @@ def test_without_a_model_scores_are_compared_and_other_ids_are_counted(data: Pat
 
 def test_a_suite_without_a_number_is_the_whole_of_it(data: Path) -> None:
     assert [len(frame) for frame in chosen(data, None).values()] == [3, 3]
+
+
+@pytest.mark.parametrize("python", [sys.executable, "no/such/python"])
+def test_an_interpreter_without_lm_eval_is_told_before_anything_is_read(
+    python: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["no/such/model", "--python", python, "--data", str(data)])
+    assert ended.value.code == DualignError.status
+    assert f"--python {python}: no interpreter with lm-eval" in capsys.readouterr().err
