@@ -5,7 +5,8 @@ and MC2.
 
 lm-eval lives in an environment of its own; `--python` is its interpreter. It runs its own task,
 of which only the data set is replaced by a local file; `--data` is the folder of mc_task.json.
-Items that differ by more than `LARGE` in float32 are scored once more in float64 by both.
+Items that differ by more than `LARGE` in float32 are scored once more in float64 by both, norms
+too (`bench/harness/exact_norms.py`).
 `--asked` takes all items and no model: what lm-eval asks for, token by token, and how it scores."""
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import pandas as pd
 import torch
 
 from bench import options
+from bench.harness.exact_norms import exact_norms
 from dualign.core.errors import DualignError
 from dualign.core.schema import last_user_text
 from dualign.evaluation.suites import read_suite
@@ -142,6 +144,8 @@ def ours(policy: Path, suites: dict[str, pd.DataFrame], precision: str) -> dict[
     """The same of our code."""
     resources = load_resources().model_copy(update={"precision": "fp32", "device": "cpu"})
     model = load_policy(policy, resources).to(getattr(torch, precision))
+    if precision == "float64":
+        exact_norms(model)
     tokenizer = load_tokenizer(policy)
     found: dict[str, Rows] = {}
     for targets, frame in suites.items():
@@ -284,7 +288,7 @@ def page(found: dict[str, Any], exact: dict[str, Any], command: str) -> str:
         " all items once (`bench/harness/lm_eval_models.py`).",
     ]
     if exact:
-        parts += [f"Items that differ by more than {LARGE:g}, in float64:", table(exact)]
+        parts += [f"Items that differ by more than {LARGE:g}, in float64, norms too:", table(exact)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from exact_norms import exact_norms
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -35,6 +36,8 @@ class SharedStem(HFLM):
 
     def __init__(self, *args: Any, stem: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.model.dtype is torch.float64:
+            exact_norms(self.model)
         self._length = int(stem)
         self._stem: tuple[Tensor, DynamicCache] | None = None
 
