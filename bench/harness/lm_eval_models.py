@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from exact_norms import exact_norms
+from exact_norms import exact_norms  # type: ignore[import-not-found]  # in this file's folder
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM

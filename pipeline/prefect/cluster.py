@@ -40,6 +40,7 @@ from pipeline.dvc.dag import StageSpec
 from pipeline.dvc.plan import StageStatus, one_line
 from pipeline.errors import PipelineError, StageFailed, StageStopped
 from pipeline.prefect import identity, pools
+from pipeline.prefect.parcel import packed
 from pipeline.prefect.worker import BEAT, LIFE, NAME, REPORT, Report
 from pipeline.run.runner import LocalRunner, Log, Outcome
 from pipeline.run.turn import Turn
@@ -60,8 +61,8 @@ UNTAKEN = 20.0
 #: Seconds for which the server may lag behind with its records of task runs, and between two looks.
 LAG = 60.0
 LOOK = 0.2
-#: Bytes of labels and of results of others that travel with a stage; Prefect's servers take 512 KiB
-#: of parameters, of which records of stages are a third.
+#: Bytes of labels and of results of others that travel with a stage, packed; Prefect's servers take
+#: 512 KiB of parameters, of which records of stages are a third.
 ROOM = 300_000
 
 T = TypeVar("T")
@@ -182,7 +183,7 @@ class Cluster:
             "params": self._params,
             "recorded": records.read(self._root, [spec.name, *spec.upstream]),
             "force": force,
-            "answers": self._carried(spec),
+            "files": self._carried(spec),
         }
         key = str(uuid4())  # an answer that is lost on its way does not make two runs
         parent = self._recorded(UUID(runtime.task_run.id))
@@ -208,23 +209,25 @@ class Cluster:
             time.sleep(LOOK)
         return task_run
 
-    def _carried(self, spec: StageSpec) -> dict[str, str]:
+    def _carried(self, spec: StageSpec) -> str:
         """The labels of people that lie in the workspace, and the results of others that a stage
-        reads: other seeds' comparisons, for the report."""
+        reads, packed: other seeds' comparisons, for the report."""
         answers = inputs.answers(self._root)
-        if sum(map(len, answers.values())) > ROOM:
+        if len(packed(answers)) > ROOM:
             raise PipelineError(
-                f"{Path(min(answers)).parent}: more than {ROOM // 1000} kB of labels do not travel "
-                "with a stage; set `folder` in params.yaml to an absolute path that every node sees"
+                f"{Path(min(answers)).parent}: more than {ROOM // 1000} kB of labels, packed, do"
+                " not travel with a stage; set `folder` in params.yaml to an absolute path that"
+                " every node sees"
             )
         results = inputs.results(self._root, self._dag, [spec.name])
-        if results and sum(map(len, (answers | results).values())) > ROOM:
+        parcel = packed(answers | results)
+        if results and len(parcel) > ROOM:
             raise PipelineError(
-                f"{Path(min(results)).parent}: more than {ROOM // 1000} kB of results and labels do"
-                " not travel with a stage; have git hold these results (`git add --force`, commit,"
-                " push)"
+                f"{Path(min(results)).parent}: more than {ROOM // 1000} kB of results and labels,"
+                " packed, do not travel with a stage; have git hold these results (`git add"
+                " --force`, commit, push)"
             )
-        return answers | results
+        return parcel
 
     def _follow(self, watch: _Watch) -> Report | None:
         """Wait until a flow run has ended; returns what its worker reported, if anything.

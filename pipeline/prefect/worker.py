@@ -39,6 +39,7 @@ from pipeline.dvc.dag import StageSpec, load_dag
 from pipeline.dvc.plan import StageStatus
 from pipeline.errors import PipelineError, StageFailed, StageStopped
 from pipeline.prefect import identity
+from pipeline.prefect.parcel import unpacked
 from pipeline.prefect.workspace import Workspace
 from pipeline.run.runner import LocalRunner, Log
 from pipeline.run.slots import Slots, visible_gpus
@@ -88,7 +89,7 @@ def stage(
     params: str,
     recorded: dict[str, Any],
     force: bool = False,
-    answers: dict[str, str] = {},  # noqa: B006  (Prefect shows it in the form)
+    files: str = "",
 ) -> State[None]:
     """Run one stage on this node, whose clone of the repository is the working directory.
 
@@ -98,7 +99,7 @@ def stage(
         params: the text of params.yaml.
         recorded: what dvc.lock holds about the stage and the stages that it reads from.
         force: run it even if nothing has changed.
-        answers: files that people have filled in, and results of other runs, by path.
+        files: what people have filled in, and results of other runs, packed by a coordinator.
     """
     root = Path.cwd()
     node = socket.gethostname()
@@ -116,7 +117,7 @@ def stage(
             _signs_of_life(node, runners),
             working_tree(root, commit, f"{stage.replace('/', '-')}-{key}", log) as (tree, lock),
         ):
-            write_files(tree, {"params.yaml": params, **answers})
+            write_files(tree, {"params.yaml": params, **unpacked(files)})
             runners.append(LocalRunner(tree, lock, pull=True))
             report = _run(tree, runners[0], stage, recorded, force, log, node)
     except StageStopped:

@@ -31,6 +31,7 @@ from pipeline.dvc.plan import StageStatus
 from pipeline.errors import PipelineError
 from pipeline.prefect import cluster
 from pipeline.prefect.flow import alignment
+from pipeline.prefect.parcel import packed, unpacked
 from tests.pipeline.nodes import Nodes, create_nodes, wait
 from tests.pipeline.prefect.test_flow import flow_run, logged, states
 from tests.pipeline.project import add_report, gathered, git
@@ -274,9 +275,9 @@ def test_results_of_others_that_are_too_many_are_not_sent(
     dag = load_dag(root)
     place = cluster.Cluster(root, dag, "", {}, client)
     others = {"reports/seeds/8.json", "reports/seeds/9.json"}
-    assert others <= set(place._carried(dag["report"]))
-    assert not others & set(place._carried(dag["first"]))
-    labels = sum(map(len, inputs.answers(root).values()))
+    assert others <= set(unpacked(place._carried(dag["report"])))
+    assert not others & set(unpacked(place._carried(dag["first"])))
+    labels = len(packed(inputs.answers(root)))
     monkeypatch.setattr(cluster, "ROOM", labels + 10)
     with pytest.raises(PipelineError, match="reports/seeds: more than 0 kB of results and labels"):
         place._carried(dag["report"])
