@@ -41,7 +41,7 @@ from pipeline.dvc.plan import StageStatus, one_line
 from pipeline.errors import PipelineError, StageFailed, StageStopped
 from pipeline.prefect import identity, pools
 from pipeline.prefect.parcel import packed
-from pipeline.prefect.worker import BEAT, LIFE, NAME, REPORT, Report
+from pipeline.prefect.worker import BEAT, LIFE, NAME, REPORT, Report, stage
 from pipeline.run.runner import LocalRunner, Log, Outcome
 from pipeline.run.turn import Turn
 
@@ -100,12 +100,20 @@ def _check_remote(root: Path) -> None:
 
 
 def _deployment(client: SyncPrefectClient, pool: str) -> UUID:
+    """The deployment of a pool. Raises PipelineError where there is none, or one of other code."""
     try:
-        return client.read_deployment_by_name(f"{NAME}/{pool}").id
+        made = client.read_deployment_by_name(f"{NAME}/{pool}")
     except ObjectNotFound:
         raise PipelineError(
             f"no deployment {NAME}/{pool} on the Prefect server; `python -m pipeline deploy`"
         ) from None
+    schema = made.parameter_openapi_schema or {}
+    if set(schema.get("properties", {})) != set(stage.parameters.properties):
+        raise PipelineError(
+            f"deployment {NAME}/{pool} is of another version of pipeline/, whose stages take other"
+            " parameters; `python -m pipeline deploy`, then start the workers again on this version"
+        )
+    return made.id
 
 
 class Cluster:

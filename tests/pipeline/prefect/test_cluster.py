@@ -32,6 +32,7 @@ from pipeline.errors import PipelineError
 from pipeline.prefect import cluster
 from pipeline.prefect.flow import alignment
 from pipeline.prefect.parcel import packed, unpacked
+from pipeline.prefect.worker import NAME, stage
 from tests.pipeline.nodes import Nodes, create_nodes, wait
 from tests.pipeline.prefect.test_flow import flow_run, logged, states
 from tests.pipeline.project import add_report, gathered, git
@@ -281,6 +282,17 @@ def test_results_of_others_that_are_too_many_are_not_sent(
     monkeypatch.setattr(cluster, "ROOM", labels + 10)
     with pytest.raises(PipelineError, match="reports/seeds: more than 0 kB of results and labels"):
         place._carried(dag["report"])
+
+
+def test_a_deployment_of_another_version_is_told(client: SyncPrefectClient) -> None:
+    flow = client.create_flow_from_name(NAME)
+    for pool, schema in (("now", stage.parameters.model_dump()), ("older", {"properties": {}})):
+        client.create_deployment(flow, pool, parameter_openapi_schema=schema)
+    assert cluster._deployment(client, "now")
+    with pytest.raises(PipelineError, match="stage/older is of another version of pipeline/"):
+        cluster._deployment(client, "older")
+    with pytest.raises(PipelineError, match="no deployment stage/none"):
+        cluster._deployment(client, "none")
 
 
 def test_a_question_that_is_half_written_is_not_sent(tmp_path: Path) -> None:
