@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,6 +66,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             yield place / path.name
             with by_one() as mine:
                 if mine:
+                    _open_to_readers(place / path.name, place.stat().st_mode & 0o666)
                     _put(place / path.name, path)
 
 
@@ -110,6 +112,14 @@ def _number(error: BaseException) -> int | None:
         return error.errno
     match = _OS_ERROR.search(str(error))
     return int(match[1]) if match is not None and int(match[1]) in _REMEDIES else None
+
+
+def _open_to_readers(new: Path, mode: int) -> None:
+    """Give files that a library made for its process alone the mode of any new file: safetensors
+    does so with weights, which another account could then neither serve nor pull."""
+    for file in [new, *new.rglob("*")]:
+        if file.is_file() and stat.S_IMODE(file.stat().st_mode) == 0o600:
+            file.chmod(mode)
 
 
 def _put(new: Path, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dualign.core.artifacts import (
     listed,
@@ -161,6 +164,29 @@ def test_a_disk_that_is_full_is_one_line_whoever_writes(tmp_path: Path) -> None:
         sum("File too large" in line and "ulimit" in line for line in lines) == 3
     )  # torch does not say why
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "umask, mode, folder", [(0o022, 0o644, 0o755), (0o002, 0o664, 0o775), (0o077, 0o600, 0o700)]
+)
+def test_weights_may_be_read_by_whoever_may_read_other_files(
+    umask: int, mode: int, folder: int, tmp_path: Path
+) -> None:
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / "model") as made:
+            made.mkdir()
+            save_file({"weight": torch.zeros(1)}, made / "model.safetensors")
+            (made / "config.json").write_text("{}")
+            (made / "run.sh").write_text("")
+            (made / "run.sh").chmod(0o700)
+    finally:
+        os.umask(before)
+    found = {
+        path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()
+    }
+    assert found == {"model.safetensors": mode, "config.json": mode, "run.sh": 0o700}
+    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == folder
 
 
 def test_what_is_hidden_is_not_listed(tmp_path: Path) -> None:
