@@ -27,6 +27,8 @@ _PRIOR = 0.5
 #: Newton's steps, none above 1, until all are below the last.
 _STEPS = 100
 _CLOSE = 1e-10
+#: How often all prompts are drawn again for draws in which all policies met.
+_ROUNDS = 20
 #: Inverse weight of the ridge on the slope in length, which is of order 1: weak, and finite where
 #: lengths part wins from losses.
 _SLOPE_FREEDOM = 10.0
@@ -118,7 +120,9 @@ def rank(
     """Policies in order of strength: columns `policy`, `elo`, `low`, `high` and `battles`.
 
     Elo is relative: `low` and `high` are quantiles over draws of prompts of a policy's lead on the
-    mean of all. To tell two apart take their own battles (`win_rate`).
+    mean of all. To tell two apart take their own battles (`win_rate`). Draws tell nothing of a
+    policy that won or lost all its battles, nor of any where there is one prompt, or where in most
+    draws some never met: their ends are infinite.
 
     Raises:
         DataError: a battle has no score in [0, 1], or is a policy's with itself.
@@ -131,21 +135,34 @@ def rank(
     policies = sorted({*battles["first"], *battles["second"]})
     table = wins_by_prompt(battles, policies)
     ratings = elo(bradley_terry(table.sum(0)))
-    drawn = elo(bradley_terry(_redrawn(table, draws, seed)))
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    low, high = _ends(table, confidence, draws, seed)
     fought = (table + table.transpose(0, 2, 1)).sum((0, 2)).round().astype(int)
     rows = {"policy": policies, "elo": ratings, "low": low, "high": high, "battles": fought}
     return pd.DataFrame(rows).sort_values("elo", ascending=False, ignore_index=True)
 
 
+def _ends(table: Array, confidence: float, draws: int, seed: int) -> tuple[Array, Array]:
+    """The ends of every policy's interval; infinite where draws tell nothing of it."""
+    known = np.minimum(table.sum((0, 1)), table.sum((0, 2))) > 0
+    drawn = _redrawn(table, draws, seed)
+    if len(table) == 1 or len(drawn) < draws:
+        return np.full(len(known), -np.inf), np.full(len(known), np.inf)
+    quantiles = [(1 - confidence) / 2, (1 + confidence) / 2]
+    low, high = np.quantile(elo(bradley_terry(drawn)), quantiles, axis=0)
+    return np.where(known, low, -np.inf), np.where(known, high, np.inf)
+
+
 def _redrawn(table: Array, draws: int, seed: int) -> Array:
-    """Wins of prompts drawn with replacement; a draw in which some never met is drawn again."""
+    """Wins of prompts drawn with replacement; a draw in which some never met is drawn again, and
+    where most are such, fewer come."""
     generator = np.random.default_rng(seed)
     kept = np.zeros((0, *table.shape[1:]))
-    while len(kept) < draws:
+    for _ in range(_ROUNDS):
         wins = np.tensordot(redrawn(generator, len(table), draws), table, 1)
         whole = _linked(wins + wins.transpose(0, 2, 1) > 0)
         kept = np.concatenate([kept, wins[whole]])[:draws]
+        if len(kept) == draws:
+            break
     return kept
 
 

@@ -137,6 +137,22 @@ def test_an_answer_judged_twice_makes_no_interval_narrower() -> None:
     assert narrow.between(0.95, 1.1).all()
 
 
+def test_who_won_or_lost_all_has_no_interval_and_nobody_where_draws_part_them() -> None:
+    prompts = [1, 2, 2, 3]
+    all_won = pd.DataFrame({"first": "a", "second": "b", "prompt_id": prompts, "score": 1.0})
+    others = fought(4, 40)
+    table = rank(pd.concat([all_won.assign(second="b"), others[others["first"] != "a"]]), draws=50)
+    by_name = table.set_index("policy")
+    assert np.isinf(by_name.loc["a", ["low", "high"]].astype(float)).all()
+    assert np.isfinite(by_name.drop("a")[["low", "high"]]).all(axis=None)
+    assert np.isinf(rank(all_won, draws=50)[["low", "high"]]).all(axis=None)
+    chain = [(first, second) for first, second in itertools.pairwise("abcdefghijklmnop")]
+    apart = pd.DataFrame(chain, columns=["first", "second"]).assign(prompt_id=range(15), score=0.5)
+    assert np.isinf(rank(apart, draws=50)[["low", "high"]]).all(axis=None)  # without end before
+    alone = others[others["prompt_id"] == others["prompt_id"].iloc[0]]
+    assert np.isinf(rank(alone, draws=50)[["low", "high"]]).all(axis=None)
+
+
 def test_ratings_do_not_depend_on_who_is_named_first() -> None:
     battles = fought(2, 30)
     turned = battles.rename(columns={"first": "second", "second": "first"})

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pandas as pd
 
-from dualign.core.records import Interval
 from dualign.evaluation.ranking import (
     battles_against,
     battles_by_score,
@@ -14,6 +14,7 @@ from dualign.evaluation.ranking import (
     rank,
     win_rate,
 )
+from dualign.evaluation.stats import Estimate
 from dualign.report.charts import svg
 from dualign.report.charts.strip import strip
 from dualign.report.comparison import REFERENCE, known_ends
@@ -75,7 +76,7 @@ def _ranked(battles: pd.DataFrame, confidence: float) -> list[Row]:
 
 def _place(row: Row, battles: pd.DataFrame, confidence: float) -> Row:
     name = row["policy"]
-    elo = Interval(mean=row["elo"], low=row["low"], high=row["high"])
+    elo = known_ends(Estimate(row["elo"], math.nan, row["low"], row["high"]))
     place: Row = {"name": name, "elo": elo, "win": None, "level": None, "ties": None}
     if not _met(battles, name, REFERENCE):
         return place

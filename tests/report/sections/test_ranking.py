@@ -51,6 +51,16 @@ def test_a_policy_of_which_every_verdict_failed_is_in_no_ranking(judged: Run) ->
     assert "dualign" not in {row["name"] for row in tables[-1]["rows"]}
 
 
+def test_the_rating_of_who_won_all_has_no_interval(judged: Run) -> None:
+    own = verdicts(judged, "gpt")
+    own.loc[(own["policy"] == "dualign") & own["win"].notna(), "win"] = 1.0
+    write_parquet(judged[0] / "reports/judgements/gpt/verdicts.parquet", own, VERDICTS)
+    tables = shown(ranking.section(FinishedRun(*judged)))["tables"]
+    rows = by_name(tables[-1]["rows"])
+    assert rows["dualign"]["elo"].low is None and rows["dualign"]["elo"].high is None
+    assert rows["sft"]["elo"].low is not None
+
+
 def test_answers_that_were_judged_and_are_gone_are_named(judged: Run) -> None:
     (judged[0] / "reports/answers/asked/sft.parquet").unlink()
     with pytest.raises(DualignError, match=r"answers/asked/sft\.parquet"):
