@@ -45,7 +45,7 @@ SUITES: dict[str, SuiteName] = {"mc1": "truthfulqa_mc1", "mc2": "truthfulqa_mc2"
 
 Rows = list[dict[str, Any]]
 #: lm-eval's command line, with models that read the preamble once, or nothing.
-MODELS = Path(__file__).parent / "harness/lm_eval_models.py"
+MODELS = "bench.harness.lm_eval_models"
 #: A difference of an item's score that wants explaining.
 LARGE = 1e-6
 
@@ -103,7 +103,7 @@ def lm_eval(
 ) -> dict[str, Rows]:
     """Run both tasks by lm-eval with a model and its arguments; its files lie in the folder."""
     write_tasks(folder, tasks_of(python), suites)
-    command = [python, str(MODELS), "run", "--model", model[0], "--model_args", model[1]]
+    command = [python, "-m", MODELS, "run", "--model", model[0], "--model_args", model[1]]
     command += ["--tasks", *(f"local_{targets}" for targets in SUITES)]
     command += ["--include_path", str(folder), "--device", "cpu", "--batch_size", "32"]
     command += ["--log_samples", "--output_path", str(folder / "out")]

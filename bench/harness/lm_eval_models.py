@@ -1,6 +1,6 @@
 """lm-evaluation-harness with two more models, for `python -m bench.truthful`.
 
-    python bench/harness/lm_eval_models.py run --model hf-stem --model_args pretrained=FOLDER,stem=9
+    python -m bench.harness.lm_eval_models run --model hf-stem --model_args pretrained=FOLDER,stem=9
 
 `hf-stem` is lm-eval's own `hf`, which reads the tokens that all requests begin with once. `stem` is
 their number. Requests, tokens, likelihoods and scores stay lm-eval's: here the keys and values of
@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from exact_norms import exact_norms  # type: ignore[import-not-found]  # in this file's folder
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import DynamicCache
+
+from bench.harness.exact_norms import exact_norms
 
 Likelihoods = list[tuple[float, bool]]
 
