@@ -19,7 +19,6 @@ from dualign.core.records import (
     Certified,
     ComparedPolicy,
     Comparison,
-    Interval,
     Provenance,
     fault,
     read_optional_record,
@@ -32,7 +31,9 @@ from dualign.lm.mixture import is_policy
 from dualign.params.base import StageParams
 from dualign.params.data import PrepareParams, SourceSpec
 from dualign.params.models import SftParams
+from dualign.params.report import ReportParams
 from dualign.publishing.licences import NON_COMMERCIAL, licence_of, together
+from dualign.publishing.suites import interval, judged_suites
 from dualign.scoring.scorers import CARD as SCORER
 
 P = TypeVar("P", bound=StageParams)
@@ -44,14 +45,17 @@ _SHOWN = {measure.key: measure.card for measure in MEASURES if measure.card}
 
 @dataclass(frozen=True)
 class Published:
-    """A policy of a finished run: its folder under models/, and what the run says of it."""
+    """A policy of a finished run: its folder under models/, and what the run says of it.
+
+    `name` is its row among `evaluate.policies`, None where it has none."""
 
     root: Path
     folder: str
+    name: str | None
     row: ComparedPolicy | None
     reference: ComparedPolicy | None
     certificate: Certified | None
-    confidence: float
+    compared: ReportParams
     data: PrepareParams
     base: SftParams
 
@@ -80,16 +84,17 @@ def published(root: Path, folder: str) -> Published:
     if not (root / COMPARISON).is_file():
         raise DataError(f"{root / COMPARISON}: is missing; run the stage report first")
     compared = read_record(root / COMPARISON, Comparison)
-    kind, _, name = folder.partition("/")
-    rows = compared.policies.values()
-    certificate = root / "reports/metrics/certify" / f"{name}.json"
+    kind, _, run = folder.partition("/")
+    named = [name for name, row in compared.policies.items() if row.folder == folder]
+    certificate = root / "reports/metrics/certify" / f"{run}.json"
     return Published(
         root,
         folder,
-        next((row for row in rows if row.folder == folder), None),
+        named[0] if named else None,
+        compared.policies[named[0]] if named else None,
         compared.policies.get(compared.reference),
         read_optional_record(certificate, Certified) if kind == "certified" else None,
-        compared.confidence,
+        _ran_with(ReportParams, root),
         _ran_with(PrepareParams, root),
         _ran_with(SftParams, root),
     )
@@ -114,7 +119,9 @@ def policy_card(policy: Published, name: str, base: str | None = None) -> ModelC
     own = ModelCard(_own_card(policy))
     parts = [
         own.text.strip(),
+        _method(policy),
         _evaluation(policy),
+        judged_suites(policy.root, policy.compared, policy.name) if policy.name else "",
         _certificate(policy),
         _data(policy),
         _limits(policy),
@@ -169,31 +176,35 @@ def _results(policy: Published) -> list[EvalResult]:
     ]
 
 
+def _method(policy: Published) -> str:
+    """What it was trained for, where that is a tilt by reward and cost."""
+    if policy.row is None or policy.row.lam is None or not policy.row.tilts:
+        return ""
+    others = ", and the prices of its other limits" if policy.row.additional else ""
+    return (
+        f"## Objective\n\nReward, less {policy.row.lam:.4g} times the cost (the nominal multiplier"
+        f" lambda), {policy.compared.beta:g} times the KL divergence to the reference policy"
+        f" (beta){others}."
+    )
+
+
 def _evaluation(policy: Published) -> str:
     if policy.row is None:
         return (
             "## Evaluation\n\nThis policy is not among `evaluate.policies`: nothing was measured."
         )
     rows = [
-        f"| {text} | {_interval(found)} | {_interval(getattr(policy.reference, key, None))} |"
+        f"| {text} | {interval(found)} | {interval(getattr(policy.reference, key, None))} |"
         for key, text in _SHOWN.items()
         if (found := getattr(policy.row, key)) is not None
     ]
     head = (
         f"On {policy.row.prompts} held-out prompts, {policy.row.answers} answers;"
-        f" {100 * policy.confidence:g} % intervals, by prompt, each of one measure alone."
+        f" {100 * policy.compared.confidence:g} % intervals, by prompt, each of one measure alone."
     )
     why = "Scores are those of learned models, not of people."
     table = ["| | this policy | reference |", "|---|---|---|", *rows]
     return "\n".join(["## Evaluation", "", f"{head} {why}", "", *table])
-
-
-def _interval(found: Interval | None) -> str:
-    if found is None:
-        return "–"
-    if found.low is None:
-        return f"{found.mean:.3f}"
-    return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
 def _certificate(policy: Published) -> str:

@@ -21,6 +21,7 @@ from dualign.params.base import LoraParams, Resources
 from dualign.params.data import PrepareParams
 from dualign.params.loading import load, load_resources
 from dualign.params.models import SftParams
+from dualign.params.report import ReportParams
 from dualign.publishing import card, command
 from dualign.publishing.card import Published, policy_card, published
 from dualign.publishing.push import push
@@ -54,7 +55,7 @@ def policy(root: Path, folder: str) -> Published:
     params = ROOT / "params.yaml"
     data = load(PrepareParams, params)
     base = load(SftParams, params)
-    return Published(root, folder, None, None, None, 0.95, data, base)
+    return Published(root, folder, None, None, None, None, load(ReportParams, params), data, base)
 
 
 def test_the_reference_has_a_card_although_its_stage_wrote_none(run: Path) -> None:
@@ -110,6 +111,7 @@ def test_the_card_is_about_the_data_of_the_run_not_of_params_that_were_changed_s
     data = load(PrepareParams, ROOT / "params.yaml").model_dump(mode="json")
     base = load(SftParams, ROOT / "params.yaml").model_dump(mode="json")
     ran = {"prepare": data | {"safety": [source]}, "sft": base | {"base": "owner/base"}}
+    ran["report"] = load(ReportParams, ROOT / "params.yaml").model_dump(mode="json")
     for stage, params in ran.items():
         write_provenance(run, stage, params)
     shutil.copy(ROOT / "params.yaml", run)  # of the world, and from scratch
@@ -124,7 +126,7 @@ def test_the_card_is_about_the_data_of_the_run_not_of_params_that_were_changed_s
 def test_the_certificate_is_the_one_that_came_with_the_policy(run: Path) -> None:
     """The page's may be of before, or without a row that params no longer name."""
     write_comparison(run)
-    for stage, params in (("prepare", PrepareParams), ("sft", SftParams)):
+    for stage, params in (("prepare", PrepareParams), ("sft", SftParams), ("report", ReportParams)):
         write_provenance(run, stage, load(params, ROOT / "params.yaml").model_dump(mode="json"))
     shutil.copytree(run / "models/sft", run / "models/certified/strict")
     (run / "models/certified/strict/README.md").write_text(f"{HEAD}\n# strict\n")
