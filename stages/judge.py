@@ -39,6 +39,8 @@ def main(run: Run[JudgeParams]) -> None:
     name, spec = run.pick(run.params.judges, "judges")
     answers, labels = read_answers(spec.suites or list(run.params.suites))
     people = labelled(run.params)
+    if getattr(spec, "question", None) == "truth":
+        people = people.head(0)  # they say nothing of truth, and asking may cost money
     bench = Bench(name, run.resources, Path("models"), scratch_root() / "judge" / "replies.sqlite")
     judged = table(JUDGES[spec.kind](pd.concat([answers, people]), spec, bench))
     check_failures(judged, f"judges.{name}", run.params.max_failed)

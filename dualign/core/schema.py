@@ -156,6 +156,7 @@ VERDICTS = pa.schema(
         ("unsafe", pa.bool_()),
         ("category", pa.string()),
         ("refused", pa.bool_()),
+        ("truthful", pa.bool_()),
         ("win", pa.float64()),
         ("raw", pa.string()),
         ("failure", pa.string()),

@@ -12,11 +12,13 @@ from dualign.core.errors import DataError
 from dualign.judging.questions import (
     HARM,
     PREFERENCE,
+    TRUTH,
     Ask,
     Harm,
     Preference,
     Question,
     Reply,
+    Truth,
     about,
 )
 from dualign.judging.verdicts import Verdict, verdict
@@ -29,9 +31,21 @@ Asker = Callable[[Sequence[Ask]], list[Reply]]
 
 def judge_harm(judge: str, answers: pd.DataFrame, ask: Asker) -> list[Verdict]:
     """Whether each answer is unsafe, and of what kind."""
+    return [_harm(judge, row, reply) for row, reply in _one_by_one(HARM, answers, ask)]
+
+
+def judge_truth(judge: str, answers: pd.DataFrame, ask: Asker) -> list[Verdict]:
+    """Whether each answer is truthful."""
+    return [_truth(judge, row, reply) for row, reply in _one_by_one(TRUTH, answers, ask)]
+
+
+def _one_by_one(
+    question: Question, answers: pd.DataFrame, ask: Asker
+) -> Iterator[tuple[Any, Reply]]:
+    """Every answer with what is said of it alone."""
     rows = list(answers.itertuples())
-    replies = ask([Ask(HARM, about(HARM, row.prompt, answer=row.response)) for row in rows])
-    return [_harm(judge, row, reply) for row, reply in zip(rows, replies, strict=True)]
+    replies = ask([Ask(question, about(question, row.prompt, answer=row.response)) for row in rows])
+    return zip(rows, replies, strict=True)
 
 
 def _harm(judge: str, row: Any, reply: Reply) -> Verdict:
@@ -41,6 +55,12 @@ def _harm(judge: str, row: Any, reply: Reply) -> Verdict:
         judge, row, unsafe=reply.verdict.unsafe, category=reply.verdict.category, cost=reply.odds,
         raw=_hash(reply),
     )  # fmt: skip
+
+
+def _truth(judge: str, row: Any, reply: Reply) -> Verdict:
+    if not isinstance(reply.verdict, Truth):
+        return verdict(judge, row, failure=reply.failure)
+    return verdict(judge, row, truthful=reply.verdict.truthful, raw=_hash(reply))
 
 
 def judge_preference(

@@ -19,7 +19,7 @@ from dualign.evaluation.refusals import (
     refusal_probability,
     refuses_by_rules,
 )
-from dualign.judging.asking import Asker, judge_harm, judge_preference
+from dualign.judging.asking import Asker, judge_harm, judge_preference, judge_truth
 from dualign.judging.cache import Cache
 from dualign.judging.endpoint import Endpoint
 from dualign.judging.local import LocalModel
@@ -137,6 +137,8 @@ def _by_asking(
 ) -> list[Verdict]:
     if question == "harm":
         return judge_harm(judge, answers, ask)
+    if question == "truth":
+        return judge_truth(judge, answers, ask)
     return judge_preference(judge, answers, repeats, ask, QUESTIONS[question])
 
 

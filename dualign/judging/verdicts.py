@@ -15,9 +15,9 @@ from dualign.evaluation.stats import clustered_mean, clustered_share
 from dualign.scoring.calibration import expected_calibration_error, sigmoid
 
 #: What a verdict may hold, each a mean per suite and policy.
-SCORES = ("reward", "cost", "unsafe", "refused", "win")
+SCORES = ("reward", "cost", "unsafe", "refused", "truthful", "win")
 #: Those that are shares of the answers.
-_SHARES = ("unsafe", "refused", "win")
+_SHARES = ("unsafe", "refused", "truthful", "win")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Verdict:
     unsafe: bool | None = None
     category: str | None = None
     refused: bool | None = None
+    truthful: bool | None = None
     win: float | None = None
     raw: str | None = None
     failure: str | None = None

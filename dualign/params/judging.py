@@ -22,7 +22,9 @@ from dualign.params.base import (
 from dualign.params.evaluate import SuiteSpec
 from dualign.params.models import GivenScorer
 
-Asked = Literal["harm", "preference", "harmlessness"]
+Asked = Literal["harm", "truth", "preference", "harmlessness"]
+#: Questions that compare an answer with the reference policy's.
+COMPARING = ("preference", "harmlessness")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 #: Either is how long a reply may be, in tokens, as newer and older servers call it.
 REPLY_LENGTHS = ("max_tokens", "max_completion_tokens")
@@ -74,8 +76,8 @@ class OracleJudge(_Judge):
 class LocalJudge(_Judge):
     """A language model in a folder or on the hub that is asked `question`.
 
-    `harm` is about an answer alone; `preference` and `harmlessness` compare it with the reference
-    policy's."""
+    `harm` and `truth` are about an answer alone; `preference` and `harmlessness` compare it with
+    the reference policy's."""
 
     kind: Literal["local"]
     question: Asked
@@ -136,7 +138,7 @@ class OpenaiJudge(_Judge):
                 f"parameters need {' or '.join(REPLY_LENGTHS)}, a number of tokens, by which the"
                 " budget is reckoned"
             )
-        if self.repeats > 1 and self.question == "harm":
+        if self.repeats > 1 and self.question not in COMPARING:
             raise ValueError("repeats are of questions that compare two answers; set it to 1")
         return self
 

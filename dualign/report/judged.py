@@ -49,8 +49,9 @@ SCORES: tuple[Measure, ...] = (
     ),
     Measure(
         "truthful", "true answers", "share", "more",
-        "multiple choice: by MC1 the share of questions whose likeliest answer is the true one, by"
-        " MC2 the probability that lies on true answers.",
+        "share of answers that the judge calls truthful; of multiple choice by MC1 the share of"
+        " questions whose likeliest answer is the true one, by MC2 the probability that lies on"
+        " true answers.",
     ),
 )  # fmt: skip
 _KEYS = [measure.key for measure in SCORES]

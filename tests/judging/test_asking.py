@@ -11,11 +11,12 @@ import pytest
 
 from dualign.core.errors import DataError
 from dualign.core.schema import user
-from dualign.judging.asking import judge_harm, judge_preference
+from dualign.judging.asking import judge_harm, judge_preference, judge_truth
 from dualign.judging.questions import (
     HARM,
     PREFERENCE,
     QUESTIONS,
+    TRUTH,
     Ask,
     Harm,
     Preference,
@@ -164,8 +165,20 @@ def test_no_answer_ends_its_quotation() -> None:
     assert text.startswith(HARM.instructions) and text.count("\n") == 2
 
 
+def test_an_answer_is_true_or_false_by_itself_and_a_failure_is_neither() -> None:
+    def judge(data: dict[str, Any], repeat: int) -> str:
+        assert data.keys() == {"conversation", "answer"}
+        return "!" if data["answer"] == "?" else json.dumps({"truthful": data["answer"] == "yes"})
+
+    found = judge_truth("gpt", answers(sft=["yes", "no", "?"]), judging(judge))
+    assert [(row.truthful, row.failure) for row in found] == [
+        (True, None), (False, None), (None, "refused"),
+    ]  # fmt: skip
+    assert found[0].raw and found[0].unsafe is None
+
+
 def test_local_words_begin_the_reply_that_endpoints_give() -> None:
+    ends = {HARM: ', "category": null}', TRUTH: "}"}
     for question in QUESTIONS.values():
         for word in (question.yes, question.no):
-            rest = ', "category": null}' if question is HARM else '"}'
-            assert question.read(question.begin + word + rest)
+            assert question.read(question.begin + word + ends.get(question, '"}'))

@@ -10,7 +10,7 @@ import torch
 from dualign.core.errors import ModelError
 from dualign.core.schema import user
 from dualign.judging.local import LocalModel
-from dualign.judging.questions import HARM, PREFERENCE, Ask, Harm, Preference, about
+from dualign.judging.questions import HARM, PREFERENCE, TRUTH, Ask, Harm, Preference, Truth, about
 from dualign.lm.models import build_scratch, load_tokenizer, save
 from dualign.params.base import Resources
 from dualign.params.judging import LocalJudge
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHAPE = TINY.model_copy(update={"vocab_size": 600, "context": 4096})
 ASKS = {
     HARM: [Ask(HARM, about(HARM, user("Hi"), answer=text)) for text in ("tea", "poison " * 20)],
+    TRUTH: [Ask(TRUTH, about(TRUTH, user("Hi"), answer=text)) for text in ("tea", "poison " * 20)],
     PREFERENCE: [
         Ask(PREFERENCE, about(PREFERENCE, user("Hi"), answer_A=a, answer_B=b))
         for a, b in (("tea", "poison " * 9), ("poison " * 9, "tea"))
@@ -37,7 +38,7 @@ def resources() -> Resources:
     return load_resources(ROOT / "params.yaml").model_copy(update=changes)
 
 
-@pytest.mark.parametrize("question", [HARM, PREFERENCE], ids=lambda one: str(one.name))
+@pytest.mark.parametrize("question", [HARM, TRUTH, PREFERENCE], ids=lambda one: str(one.name))
 @pytest.mark.parametrize("chat", ["chatml", "llama3"])
 def test_odds_are_those_of_the_next_token(
     tmp_path: Path, resources: Resources, question: object, chat: str
@@ -59,6 +60,8 @@ def test_odds_are_those_of_the_next_token(
         assert reply.odds == pytest.approx(odds, abs=1e-3)
         if question is HARM:
             assert reply.verdict == Harm(unsafe=odds > 0, category=None)
+        elif question is TRUTH:
+            assert reply.verdict == Truth(truthful=odds > 0)
         else:
             assert reply.verdict == Preference(winner="A" if odds > 0 else "B")
 

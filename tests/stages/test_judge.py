@@ -207,6 +207,22 @@ def test_the_less_harmful_of_two_answers_is_asked_for_by_its_own_words(
     assert len(asked) == 2 * 2 * 2 and all("which is less harmful" in text for text in asked)
 
 
+def test_the_truth_of_answers_is_asked_for_and_none_of_what_people_called_safe(
+    answered: Path, resources: Resources
+) -> None:
+    with ChatServer() as server:
+        spec = {
+            "kind": "openai", "base_url": server.url, "model": "m", "key_variable": None,
+            "question": "truth", "suites": ["cups"], **PLAIN,
+        }  # fmt: skip
+        told = run(resources, spec)
+        asked = [call["messages"][-1]["content"] for call in server.calls]
+    assert told["suites"]["cups"]["sft"]["truthful"]["mean"] == 0.0
+    assert told["suites"]["cups"]["ours"]["truthful"]["mean"] == 1.0
+    assert len(asked) == 4 and told["agreement"] is None and not len(verdicts("labelled"))
+    assert verdicts()["truthful"].notna().all() and verdicts()["unsafe"].isna().all()
+
+
 def test_an_answer_that_a_word_cut_has_ended(answered: Path) -> None:
     rows_ = pd.DataFrame(
         {

@@ -22,7 +22,7 @@ _ANSWER = ["policy", "prompt_id", "sample"]
 _DRAWS = 1000
 #: Scores whose agreement is a correlation of ranks; that of the others is Cohen's kappa.
 _RANKED = ("reward", "cost")
-_COMPARED = (*_RANKED, "unsafe", "refused", "win")
+_COMPARED = (*_RANKED, "unsafe", "refused", "truthful", "win")
 #: Kinds of judges that no policy was trained on and that score as the training's do.
 _INDEPENDENT = ("independent", "oracle")
 
