@@ -15,7 +15,7 @@ from dualign.core.artifacts import SUITE_PROMPTS, policy_tables
 from dualign.core.records import Interval, Record, read_optional_record
 from dualign.core.schema import CHOICES, SUITE, SUITE_ANSWERS, VERDICTS, read_table
 from dualign.evaluation.measures import Measure
-from dualign.evaluation.paired import differences
+from dualign.evaluation.paired import differences, mcnemar
 from dualign.evaluation.stats import clustered_mean
 from dualign.params.report import ReportParams
 from dualign.report.comparison import REFERENCE, known_ends, share
@@ -56,6 +56,8 @@ SCORES: tuple[Measure, ...] = (
 )  # fmt: skip
 _KEYS = [measure.key for measure in SCORES]
 _SHARES = [measure.key for measure in SCORES if measure.unit == "share"]
+#: Scores that are yes or no of an answer; those of MC2 lie between.
+_FLAGS = ("unsafe", "refused", "truthful")
 _ANSWER = ["policy", "prompt_id", "sample"]
 _COLUMNS = ["judge", "suite", *_ANSWER, "repeat", "failure", *_KEYS]
 
@@ -165,7 +167,8 @@ def gaps(verdicts: pd.DataFrame, confidence: float) -> pd.DataFrame:
     """Paired differences from the reference policy in every score, by judge and label of a suite's
     prompts: columns judge, label, score and `DIFFERENCES`, of which `first` is the policy.
 
-    `p_holm` is corrected for all rows: one family for a suite."""
+    `p_value` is the paired t-test's; of yes or no with one answer to a prompt McNemar's. `p_holm`
+    is corrected for all rows: one family for a suite."""
     tables = []
     for (judge, label), rows in verdicts.groupby(["judge", "label"], sort=False):
         for measure in known_scores(rows):
@@ -180,7 +183,22 @@ def _differences(rows: pd.DataFrame, key: str, confidence: float) -> pd.DataFram
     reference: set[str] = asked.get(REFERENCE, set())
     met = [name for name in asked.index if name != REFERENCE and asked[name] & reference]
     found = differences(rows, key, [(name, REFERENCE) for name in met], confidence=confidence)
+    if _is_one_flag(rows, key):
+        flags = rows.pivot(index="prompt_id", columns="policy", values=key)
+        found = found.assign(p_value=[_uneven(flags, name) for name in met])
     return within_shares(found) if key in _SHARES else found
+
+
+def _is_one_flag(rows: pd.DataFrame, key: str) -> bool:
+    """Whether a score is yes or no, of one answer of each policy to a prompt."""
+    once = not rows.duplicated(["policy", "prompt_id"]).any()
+    return key in _FLAGS and once and bool(rows[key].isin((0, 1)).all())
+
+
+def _uneven(flags: pd.DataFrame, policy: str) -> float:
+    """McNemar's p-value of a policy beside the reference policy, on the prompts that both have."""
+    both = flags[[policy, REFERENCE]].dropna()
+    return mcnemar(both[policy].to_numpy(), both[REFERENCE].to_numpy()).p_value
 
 
 def _with_level(rows: pd.DataFrame, key: str) -> pd.DataFrame:

@@ -11,7 +11,7 @@ import pytest
 from dualign.core.artifacts import write_parquet
 from dualign.core.errors import DataError
 from dualign.core.schema import SUITE, VERDICTS, read_table
-from dualign.evaluation.paired import holm
+from dualign.evaluation.paired import differences, holm, mcnemar
 from dualign.evaluation.power import prompts_needed
 from dualign.evaluation.stats import mean_of
 from dualign.params.report import ReportParams
@@ -101,6 +101,36 @@ def test_differences_are_paired_and_corrected_over_the_whole_suite(judged: Run) 
     assert (found["mean"], found["error"]) == pytest.approx((expected.mean, expected.error))
     assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
     assert found["p_holm"] < 0.05, "it refuses unsafe prompts far more often"
+
+
+def test_refusals_of_one_answer_a_prompt_are_compared_by_mcnemar(judged: Run) -> None:
+    rows = asked(judged)
+    table = gaps(rows[rows["judge"] == "refusal"], 0.95)
+    for _, found in table.iterrows():
+        own = rows[(rows["judge"] == "refusal") & (rows["label"] == found["label"])]
+        by_policy = own.pivot(index="prompt_id", columns="policy", values="refused")
+        expected = mcnemar(by_policy[found["first"]].to_numpy(), by_policy["sft"].to_numpy())
+        assert found["p_value"] == expected.p_value
+
+
+def test_two_prompts_alone_tell_no_refusals_apart(judged: Run) -> None:
+    """Their differences have no spread, for which a t-test would be certain."""
+    rows = asked(judged)
+    two = sorted(rows.loc[rows["label"] == "safe", "prompt_id"].unique())[:2]
+    rows = rows[(rows["judge"] == "refusal") & rows["prompt_id"].isin(two)].copy()
+    rows["refused"] = (rows["policy"] == "dualign").astype(float)
+    table = gaps(rows, 0.95).set_index("first")
+    assert table.loc["dualign", "mean"] == 1 and table.loc["dualign", "p_value"] == 0.5
+
+
+def test_several_answers_a_prompt_are_compared_by_their_means(judged: Run) -> None:
+    rows = asked(judged)
+    rows = rows[rows["judge"] == "refusal"]
+    again = pd.concat([rows, rows.assign(sample=1)])
+    expected = differences(rows[rows["label"] == "safe"], "refused", [("dualign", "sft")])
+    found = gaps(again, 0.95)
+    row = found[(found["label"] == "safe") & (found["first"] == "dualign")].iloc[0]
+    assert row["p_value"] == pytest.approx(expected["p_value"][0])
 
 
 def test_a_preference_is_compared_with_its_being_level(judged: Run) -> None:
