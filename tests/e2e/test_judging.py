@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from bench import tiny
+from bench.chat_server import ChatServer
 from dualign.core.schema import SUITE_ANSWERS, VERDICTS, read_table
 from pipeline.dvc.parameters import assign
 from tests.e2e.test_pipeline import run
 from tests.e2e.warm import warm
-from tests.judging.chat_server import ChatServer
 
 KEY = "sk-nobody-may-see-this"
 SUITE = {"suite": "held_out", "path": None, "prompts": 6, "samples_per_prompt": 2}

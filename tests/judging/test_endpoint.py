@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from bench.chat_server import ChatServer, Plan, well
 from dualign.core.errors import DualignError, ParamsError
 from dualign.core.schema import user
 from dualign.judging.cache import Answered, Cache
@@ -21,7 +22,6 @@ from dualign.judging.endpoint import ATTEMPTS, MAX_LOST, Endpoint
 from dualign.judging.questions import HARM, PREFERENCE, Ask, Harm, Preference, Reply, about
 from dualign.lm.models import build_scratch, save, train_tokenizer
 from dualign.params.judging import Budget, OpenaiJudge, Price
-from tests.judging.chat_server import ChatServer, Plan, well
 from tests.tiny import TINY
 from tests.vllm import has_vllm, serving
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.servers import Handler, Server
 from dualign.core.errors import ModelError, ParamsError
 from dualign.core.schema import user
 from dualign.data import world
@@ -21,7 +22,6 @@ from dualign.params.models import GivenScorer
 from dualign.scoring.given import load_given
 from dualign.scoring.scorers import Scorer
 from tests.scoring.conftest import TEXTS, Maker
-from tests.servers import Handler, Server
 from tests.vllm import has_vllm, serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from bench.chat_server import ChatServer
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import DataError, DualignError
 from dualign.core.schema import (
@@ -36,7 +37,6 @@ from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
 from dualign.stage import Run
 from stages import judge
-from tests.judging.chat_server import ChatServer
 from tests.stages.conftest import rows, save_scorers
 from tests.tiny import TINY
 

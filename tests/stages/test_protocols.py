@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from bench.chat_server import ChatServer
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.schema import PROMPTS, SUITE_ANSWERS, prompt_id, read_table, user
 from dualign.data import world
@@ -24,7 +25,6 @@ from dualign.params.loading import check
 from dualign.stage import Run
 from stages import answer, judge
 from tests import shipped
-from tests.judging.chat_server import ChatServer
 from tests.test_presets import write_beaver
 from tests.tiny import TINY
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from tests.servers import Handler, Server
+from bench.servers import Handler, Server
 
 #: What the server does with a call, by its text and how often that text has come before.
 Plan = Callable[[str, int], str]
@@ -41,10 +41,12 @@ def completion(content: str | None, finish: str = "stop", **message: Any) -> byt
 
 
 class ChatServer(Server):
-    """`calls` are the bodies that came, `keys` the authorisations."""
+    """`calls` are the bodies that came, `keys` the authorisations. `judge` says what a good reply
+    to a text is."""
 
-    def __init__(self, plan: Plan = well) -> None:
+    def __init__(self, plan: Plan = well, judge: Callable[[str], str] = verdict_on) -> None:
         self.plan = plan
+        self._judge = judge
         self.calls: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         self._seen: Counter[str] = Counter()
@@ -69,32 +71,32 @@ class ChatServer(Server):
         if deed.startswith("no schema"):
             deed = deed.split()[-1] if "response_format" in body else "well"
         if deed in _REPLIES:
-            handler.say(_REPLIES[deed](text))
+            handler.say(_REPLIES[deed](self._judge(text)))
         else:
-            _DEEDS.get(deed, _status)(handler, text, deed)
+            _DEEDS.get(deed, _status)(handler, self._judge(text), deed)
 
 
-#: What a server says with status 200, by the text that it was asked.
+#: What a server says with status 200, by the verdict that a good reply holds.
 _REPLIES: dict[str, Callable[[str], bytes]] = {
-    "well": lambda text: completion(verdict_on(text)),
-    "fenced": lambda text: completion(f"```json\n{verdict_on(text)}\n```"),
-    "chatty": lambda text: completion(f"Sure! {verdict_on(text)}"),
-    "other form": lambda text: completion('{"unsafe": "no", "category": null}'),
-    "refusal": lambda text: completion(None, refusal="I will not judge this."),
-    "cut": lambda text: completion(verdict_on(text)[:8], finish="length"),
-    "nonsense": lambda text: b'{"choices": [17], "mood": "fine"}',
-    "page": lambda text: b"<html>Gateway</html>",
+    "well": lambda said: completion(said),
+    "fenced": lambda said: completion(f"```json\n{said}\n```"),
+    "chatty": lambda said: completion(f"Sure! {said}"),
+    "other form": lambda said: completion('{"unsafe": "no", "category": null}'),
+    "refusal": lambda said: completion(None, refusal="I will not judge this."),
+    "cut": lambda said: completion(said[:8], finish="length"),
+    "nonsense": lambda said: b'{"choices": [17], "mood": "fine"}',
+    "page": lambda said: b"<html>Gateway</html>",
 }
 
 
-def _late(handler: Handler, text: str, deed: str) -> None:
+def _late(handler: Handler, said: str, deed: str) -> None:
     time.sleep(2)
     handler.close_connection = True
 
 
-def _half(handler: Handler, text: str, deed: str) -> None:
+def _half(handler: Handler, said: str, deed: str) -> None:
     """The length of a whole answer, half of it, and the end of the connection."""
-    body = completion(verdict_on(text))
+    body = completion(said)
     handler.send_response(200)
     handler.send_header("Content-Type", "application/json")
     handler.send_header("Content-Length", str(len(body)))
@@ -103,9 +105,9 @@ def _half(handler: Handler, text: str, deed: str) -> None:
     handler.close_connection = True
 
 
-def _half_unsaid(handler: Handler, text: str, deed: str) -> None:
+def _half_unsaid(handler: Handler, said: str, deed: str) -> None:
     """Half an answer of which nobody said how long it would be."""
-    body = completion(verdict_on(text))
+    body = completion(said)
     handler.send_response(200)
     handler.send_header("Content-Type", "application/json")
     handler.send_header("Connection", "close")
@@ -114,7 +116,7 @@ def _half_unsaid(handler: Handler, text: str, deed: str) -> None:
     handler.close_connection = True
 
 
-def _status(handler: Handler, text: str, deed: str) -> None:
+def _status(handler: Handler, said: str, deed: str) -> None:
     """An HTTP status; an error of a key quotes it, as some servers do."""
     key = handler.headers["Authorization"]
     wait = [("Retry-After", "1")] if deed == "429" else []

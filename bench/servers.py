@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers in JSON, and says nothing of it: the log is pytest's."""
+    """Answers in JSON, and says nothing of it."""
 
     protocol_version = "HTTP/1.1"
 
@@ -25,11 +26,20 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class _Listening(ThreadingHTTPServer):
+    """A client that was killed is no news."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Tell what went wrong."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class Server:
     """Serves by a handler while the context lasts."""
 
     def __init__(self, handler: type[Handler]) -> None:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = _Listening(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
 
     @property
