@@ -54,9 +54,12 @@ class SuiteSpec(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> SuiteSpec:
-        given = self.model_fields_set & {"temperature", "max_new_tokens", "stop"}
-        if given and self.suite in CHOOSING:
-            keys = ", ".join(sorted(given))
+        # What a stage leaves of its params gives every field, so being given is no matter.
+        fields = type(self).model_fields
+        drawing = ("max_new_tokens", "stop", "temperature")
+        drawn = [name for name in drawing if getattr(self, name) != fields[name].default]
+        if drawn and self.suite in CHOOSING:
+            keys = ", ".join(drawn)
             raise ValueError(f"{self.suite} weighs given answers and draws none; remove {keys}")
         if 0 < self.temperature < COLDEST:
             raise ValueError(f"temperature is 0, which is greedy, or at least {COLDEST}")

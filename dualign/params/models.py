@@ -121,7 +121,11 @@ class GivenScorer(Frozen):
             raise ValueError(f"url: {NO_ADDRESS}")
         if self.kind == "safe_rlhf" and self.template is not None:
             raise ValueError("kind safe_rlhf has a template of its own; remove template")
-        if self.kind != "guard" and self.model_fields_set & {"unsafe", "safe", "prefix"}:
+        # What a stage leaves of its params gives every field, so being given is no matter.
+        fields = type(self).model_fields
+        verdict = ("unsafe", "safe", "prefix")
+        changed = [name for name in verdict if getattr(self, name) != fields[name].default]
+        if changed and self.kind != "guard":
             raise ValueError(
                 "unsafe, safe and prefix are a guard's verdict; remove them, or choose kind guard"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,18 @@ import pytest
 
 from dualign.params import loading
 from dualign.params.models import SftParams
+from tests import shipped
 from tests.params.mistakes import Content, drop, put, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "params").glob("*.yaml")))
+def test_what_a_stage_leaves_of_its_params_is_read_again(name: str) -> None:
+    """Model cards read the params that stages ran with, in which every field stands."""
+    for params in loading.check(shipped.preset(name), name).values():
+        left = json.loads(json.dumps(params.model_dump(mode="json")))
+        assert type(params).model_validate(left) == params, type(params).__name__
 
 
 def test_params_cannot_be_changed_after_loading() -> None:
