@@ -1,24 +1,28 @@
-"""The tables of a finished run as Markdown: policies, scorers, certificates, time and memory of
-every stage.
+"""The tables of a finished run as Markdown: policies, scorers, certificates, what judges are worth,
+time and memory of every stage.
 
     python -m bench.real --run . --name smollm2-cpu
 
 Reads reports/ of the run that lies in `--run` and writes bench/results/NAME.md and NAME.json.
-Nothing is computed anew."""
+Nothing is computed anew but how judges agree and differ, as on the page of the report."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bench import options
 from dualign.core.artifacts import listed, read_json
 from dualign.core.errors import one_line
-from dualign.core.records import ComparedPolicy, Comparison, read_record
+from dualign.core.records import ComparedPolicy, Comparison, Provenance, read_record
+from dualign.params.report import ReportParams
+from dualign.report.sections import judges
+from dualign.report.sections.base import FinishedRun
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +47,31 @@ def collect(run: Path) -> dict[str, Any]:
         "scorers": {name: _scorer(metrics) for name, metrics in scorers.items()},
         "certificates": {name: found.statement for name, found in compared.certificates.items()},
         "pool": read_json(run / "reports/metrics/score.json")["pool"],
+        **_judged(run),
         "stages": [price for price in prices if price["stage"] != "report"],
     }
+
+
+def _judged(run: Path) -> dict[str, Any]:
+    """How judges agree with people, and by suite and independent judge what every policy gained by
+    the training scorers and by that judge, in standard deviations of the reference's scores.
+    """
+    ran = read_record(run / "reports/provenance/report.json", Provenance)
+    section = judges.section(FinishedRun(run, ReportParams.model_validate(ran.params)))
+    if section is None:
+        return {"people": {}, "gaps": []}
+    gaps = [
+        {"suite": group["suite"], "other": group["other"], "policy": row["name"], **_gains(row)}
+        for group in section.values["hacked"]
+        for row in group["rows"]
+    ]
+    people = {judge.judge: judge.agreement for judge in section.values["people"]}
+    return {"people": people, "gaps": gaps}
+
+
+def _gains(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By score, the gain by either judge and the gap between them with its interval."""
+    return {key: asdict(gain) | {"gap": dict(gain.gap)} for key, gain in row["gains"].items()}
 
 
 def _row(row: ComparedPolicy) -> dict[str, list[float | None] | None]:
@@ -86,6 +113,7 @@ def page(found: dict[str, Any], command: str) -> str:
         *(f"Certificate `{name}`: {said}." for name, said in found["certificates"].items()),
         "",
     ]
+    lines += [*_judges(found["people"], found["gaps"])]
     lines += ["| stage | seconds | peak MiB |", "|---|---|---|"]
     lines += [
         f"| {row['stage']} | {row['seconds']:.0f} | {row['mib']:.0f} |" for row in found["stages"]
@@ -96,6 +124,32 @@ def page(found: dict[str, Any], command: str) -> str:
         f" {max(row['mib'] for row in found['stages']):.0f} |"
     )
     return "\n".join(lines) + "\n"
+
+
+def _judges(people: dict[str, Any], gaps: list[dict[str, Any]]) -> Iterator[str]:
+    """The tables of judges, each with an empty line after it; nothing where nobody judged."""
+    if people:
+        yield from options.head(["judge", "answers", "agrees with people", "kappa", "ECE"])
+        for name, told in people.items():
+            kappa = _cell([told[key] for key in ("kappa", "kappa_low", "kappa_high")])
+            ece = f"{told['ece']:.3f}" if told.get("ece") is not None else ""
+            yield f"| {name} | {told['answers']} | {told['accuracy']:.0%} | {kappa} | {ece} |"
+        yield ""
+    if gaps:
+        scores = ("reward", "safety")
+        named = [f"{score}, {what}" for score in scores for what in ("own", "other's", "gap")]
+        yield from options.head(["suite", "the other", "policy", *named])
+        for row in gaps:
+            cells = [*_gain(row.get("reward")), *_gain(row.get("cost"))]
+            yield f"| {row['suite']} | {row['other']} | {row['policy']} | {' | '.join(cells)} |"
+        yield ""
+
+
+def _gain(gain: dict[str, Any] | None) -> list[str]:
+    if gain is None:
+        return ["", "", ""]
+    gap = _cell([gain["gap"][key] for key in ("mean", "low", "high")])
+    return [f"{gain['ours']:.2f}", f"{gain['other']:.2f}", gap]
 
 
 def _cell(values: list[float | None] | None) -> str:
