@@ -16,6 +16,7 @@ import pytest
 from bench import tiny
 from bench.chat_server import ChatServer
 from dualign.core.schema import SUITE_ANSWERS, VERDICTS, read_table
+from dualign.publishing.card import policy_card, published
 from pipeline.dvc.parameters import assign
 from tests.e2e.test_pipeline import run
 from tests.e2e.warm import warm
@@ -134,6 +135,9 @@ def test_no_key_is_written_anywhere(project: Project) -> None:
     files = [path for path in project.root.rglob("*") if path.is_file()]
     assert len(files) > 100
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
+    card = str(policy_card(published(project.root, "reward_dpo/helpful"), "owner/it"))
+    assert "| tea | better (openai) | preferred |" in card and KEY not in card
+    assert "held-out answers that people called safe or unsafe, harm says the same of" in card
 
 
 @pytest.mark.slow
