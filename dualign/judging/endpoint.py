@@ -131,7 +131,7 @@ class Endpoint:
     def _reckoned(self, ask: Ask) -> float:
         """The most that a call may cost, with a reply of full length."""
         given = self._spec.parameters
-        longest = next(int(given[key]) for key in REPLY_LENGTHS if key in given)
+        longest = max(int(given[key]) for key in REPLY_LENGTHS if key in given)
         return self._price(_tokens(ask.text), longest)
 
     def _price(self, read: int, written: int) -> float:

@@ -28,6 +28,9 @@ COMPARING = ("preference", "harmlessness")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 #: Either is how long a reply may be, in tokens, as newer and older servers call it.
 REPLY_LENGTHS = ("max_tokens", "max_completion_tokens")
+#: Keys of a call that are the judge's own: another model than it names, replies in another form
+#: than it reads, or several, which nobody reckoned with.
+_OWN = ("model", "messages", "n", "response_format", "stream")
 
 
 class _Judge(Frozen):
@@ -133,11 +136,15 @@ class OpenaiJudge(_Judge):
                 "base_url is http(s)://HOST/PATH without user, key or query; keys come from"
                 " key_variable"
             )
-        if not any(type(self.parameters.get(key)) is int for key in REPLY_LENGTHS):
+        lengths = [self.parameters[key] for key in REPLY_LENGTHS if key in self.parameters]
+        if not lengths or not all(type(length) is int and length > 0 for length in lengths):
             raise ValueError(
-                f"parameters need {' or '.join(REPLY_LENGTHS)}, a number of tokens, by which the"
-                " budget is reckoned"
+                f"parameters need {' or '.join(REPLY_LENGTHS)}, a number of tokens above 0, by"
+                " which the budget is reckoned"
             )
+        own = [key for key in _OWN if key in self.parameters]
+        if own:
+            raise ValueError(f"parameters: remove {', '.join(own)}, which the judge gives itself")
         if self.repeats > 1 and self.question not in COMPARING:
             raise ValueError("repeats are of questions that compare two answers; set it to 1")
         return self

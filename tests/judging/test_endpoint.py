@@ -262,6 +262,15 @@ def test_a_budget_of_money_is_reckoned_on_the_high_side_before_the_first_call(
         assert not server.calls
 
 
+def test_the_longer_of_two_lengths_is_reckoned_with(cache: Cache) -> None:
+    both = {"max_tokens": 1, "max_completion_tokens": 10**6}
+    with ChatServer() as server:
+        dear = spec(server.url, parameters=both, budget=Budget(calls=100, money=1000.0))
+        with pytest.raises(ParamsError, match=r"they cost up to 2000, and budget\.money is 1000;"):
+            Endpoint("gpt", dear, cache)(asks(1))
+        assert not server.calls
+
+
 def test_an_endpoint_that_counts_more_tokens_than_reckoned_is_stopped(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,6 +336,12 @@ def test_an_endpoint_that_is_down_stops_the_judge(cache: Cache) -> None:
         ({"base_url": f"https://me:{KEY}@api.example.org/v1"}, "without user, key or query"),
         ({"base_url": f"https://api.example.org/v1?key={KEY}"}, "without user, key or query"),
         ({"parameters": {"temperature": 0.0}}, "max_tokens or max_completion_tokens"),
+        ({"parameters": {"max_tokens": -1}}, "a number of tokens above 0"),
+        ({"parameters": {"max_tokens": 9, "max_completion_tokens": 9.5}}, "tokens above 0"),
+        (
+            {"parameters": {"max_tokens": 9, "model": "n", "stream": True}},
+            "remove model, stream, which",
+        ),
         ({"repeats": 2}, "repeats are of questions that compare two"),
     ],
 )
