@@ -5,7 +5,7 @@
 `_suite.parquet` holds the prompts, `POLICY.parquet` the answers of a policy; of a multiple-choice
 suite the log-likelihood of each choice. What a policy has answered is kept in the scratch folder
 by all that it depends on (the policy's files, the prompts, this suite's params, seed and code):
-another policy or suite makes no answer anew, and a kill loses the policy at hand."""
+another policy or suite makes no answer anew, and a kill loses the part of the prompts at hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dualign.core.schema import CHOICES, SUITE, SUITE_ANSWERS, read_table
 from dualign.evaluation.stats import clustered_mean
 from dualign.evaluation.suites import before_stop, read_suite
 from dualign.evaluation.truthful import choice_log_probabilities, mc1, mc2
-from dualign.lm.mixture import is_policy, policy_at
+from dualign.lm.mixture import Policy, is_policy, policy_at
 from dualign.lm.models import load_tokenizer
 from dualign.lm.sampling import Draws, draw
 from dualign.lm.tokens import encode_prompts
@@ -38,6 +38,8 @@ OUT = Path("reports/answers")
 MODELS = Path("models")
 #: Whose tokenizer all policies have.
 REFERENCE = MODELS / "sft"
+#: How many prompts are answered before their answers are kept.
+PART = 256
 
 
 def main(run: Run[AnswerParams]) -> None:
@@ -72,14 +74,36 @@ def kept_or_made(
     if kept.is_file():
         log.info("%s: answered by %s before", name, policy)
         return read_table(kept, schema)
-    started = time.monotonic()
+    rows = in_parts(run, policy, read_table(suite, SUITE), schema, kept.parent)
+    write_parquet(kept, rows, schema)
+    for part in listed(kept.parent, "part-*.parquet"):
+        part.unlink(missing_ok=True)  # another process may be ahead
+    return read_table(kept, schema)
+
+
+def in_parts(
+    run: Run[AnswerParams], policy: str, suite: pd.DataFrame, schema: pa.Schema, folder: Path
+) -> pd.DataFrame:
+    """A policy's answers to a suite, made and kept in `folder` part by part; those of a part that a
+    run before this one has left are taken as they are.
+    """
+    name, spec = run.pick(run.params.suites, "suites")
+    model = policy_at(MODELS / run.params.policies[policy], run.resources)
     make = chosen if schema is CHOICES else answered
-    rows = make(run, policy, spec, read_table(suite, SUITE))
-    rate = len(rows) / (time.monotonic() - started)
+    started = time.monotonic()
+    made = 0
+    parts = []
+    for start in range(0, len(suite), PART):
+        kept = folder / f"part-{start}.parquet"
+        if not kept.is_file():
+            rows = make(run, model, spec, suite.iloc[start : start + PART], start)
+            write_parquet(kept, rows, schema)
+            made += len(rows)
+        parts.append(read_table(kept, schema))
+    rate = made / (time.monotonic() - started)
     run.throughput[f"{policy}_rows_per_second"] = rate
     log.info("%s: %s answers, %.1f a second", name, policy, rate)
-    write_parquet(kept, rows, schema)
-    return read_table(kept, schema)
+    return pd.concat(parts, ignore_index=True)
 
 
 def tokenizer_files() -> list[Path]:
@@ -88,15 +112,16 @@ def tokenizer_files() -> list[Path]:
 
 
 def answered(
-    run: Run[AnswerParams], policy: str, spec: SuiteSpec, suite: pd.DataFrame
+    run: Run[AnswerParams], policy: Policy, spec: SuiteSpec, suite: pd.DataFrame, start: int
 ) -> pd.DataFrame:
-    """Answers to every prompt, whole and cut at the suite's stop words: schema SUITE_ANSWERS."""
+    """Answers to the prompts of a part, whole and cut at the suite's stop words: schema
+    SUITE_ANSWERS. A part that starts elsewhere draws by another seed.
+    """
     tokenizer = load_tokenizer(REFERENCE)
     count = spec.samples_per_prompt
     drawn = draw(
-        policy_at(MODELS / run.params.policies[policy], run.resources), tokenizer,
-        encode_prompts(tokenizer, suite["prompt"].tolist()),
-        wanted(run, spec), run.resources,
+        policy, tokenizer, encode_prompts(tokenizer, suite["prompt"].tolist()),
+        wanted(run, spec, run.params.seed + start), run.resources,
     )  # fmt: skip
     rows = suite.iloc[[answer.prompt for answer in drawn]][["prompt_id", "prompt"]]
     return rows.assign(
@@ -108,10 +133,10 @@ def answered(
     ).reset_index(drop=True)
 
 
-def wanted(run: Run[AnswerParams], spec: SuiteSpec) -> Draws:
+def wanted(run: Run[AnswerParams], spec: SuiteSpec, seed: int) -> Draws:
     """How the answers to this suite are made."""
     longest = run.params.max_new_tokens
-    draws = Draws(spec.samples_per_prompt, longest, run.params.seed, spec.temperature)
+    draws = Draws(spec.samples_per_prompt, longest, seed, spec.temperature)
     if spec.max_new_tokens is None:
         return draws
     key = f"suites.{run.item}.max_new_tokens"
@@ -119,12 +144,14 @@ def wanted(run: Run[AnswerParams], spec: SuiteSpec) -> Draws:
 
 
 def chosen(
-    run: Run[AnswerParams], policy: str, spec: SuiteSpec, suite: pd.DataFrame
+    run: Run[AnswerParams], policy: Policy, spec: SuiteSpec, suite: pd.DataFrame, start: int
 ) -> pd.DataFrame:
-    """The log-likelihood of every choice, and the score of the suite's kind: schema CHOICES."""
+    """The log-likelihood of every choice, and the score of the suite's kind: schema CHOICES. They
+    are the same wherever a part starts.
+    """
     logp = choice_log_probabilities(
-        policy_at(MODELS / run.params.policies[policy], run.resources), load_tokenizer(REFERENCE),
-        suite, batch_size=run.resources.scoring_batch_size,
+        policy, load_tokenizer(REFERENCE), suite,
+        batch_size=run.resources.scoring_batch_size,
     )  # fmt: skip
     score = mc1 if spec.suite == "truthfulqa_mc1" else mc2
     scores = [score(row, correct) for row, correct in zip(logp, suite["correct"], strict=True)]

@@ -163,6 +163,31 @@ def test_a_run_that_ends_early_keeps_the_policies_before(
     assert drawn == [6, 6]
 
 
+def test_a_kill_loses_the_part_at_hand_and_changes_nothing(
+    asked: Path, resources: Resources, drawn: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answer, "PART", 2)
+    run(resources, policies={"sft": "sft"})
+    whole = (asked / "reports/answers/tea/sft.parquet").read_bytes()
+    assert drawn == [2, 2, 2]
+    monkeypatch.setenv("DUALIGN_SCRATCH", str(asked / "elsewhere"))
+    counting = answer.draw
+
+    def killed(*given: Any) -> Any:
+        if len(drawn) == 5:
+            raise KeyboardInterrupt
+        return counting(*given)
+
+    monkeypatch.setattr(answer, "draw", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(resources, policies={"sft": "sft"})
+    monkeypatch.setattr(answer, "draw", counting)
+    run(resources, policies={"sft": "sft"})
+    assert drawn == [2, 2, 2, 2, 2, 2], "the first two of the second run were kept"
+    assert (asked / "reports/answers/tea/sft.parquet").read_bytes() == whole
+    assert not [*(asked / "elsewhere").rglob("part-*")]
+
+
 def test_a_policy_that_was_not_certified_is_left_out(asked: Path, resources: Resources) -> None:
     (asked / "models/certified/ours").mkdir(parents=True)
     told = run(resources, policies={**POLICIES, "certified": "certified/ours"})
