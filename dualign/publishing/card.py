@@ -32,7 +32,7 @@ from dualign.params.base import StageParams
 from dualign.params.data import PrepareParams, SourceSpec
 from dualign.params.models import SftParams
 from dualign.params.report import ReportParams
-from dualign.publishing.licences import NON_COMMERCIAL, licence_of, together
+from dualign.publishing.licences import NON_COMMERCIAL, licence_of, licence_of_base, together
 from dualign.publishing.suites import interval, judged_suites
 from dualign.scoring.scorers import CARD as SCORER
 
@@ -70,6 +70,12 @@ class Published:
         """The hub id of its base; None for a base of this run's own or of a local folder."""
         local = self.base.base == "scratch" or (self.root / self.base.base).exists()
         return None if local else self.base.base
+
+    @property
+    def licence(self) -> str:
+        """What its data and its base allow, by the hub's name."""
+        folder = self.root / self.base.base
+        return together(self.sources, licence_of_base(self.base.base, folder))
 
 
 def published(root: Path, folder: str) -> Published:
@@ -152,7 +158,7 @@ def metadata(
     return ModelCardData(
         model_name=name.rpartition("/")[2],
         **own,
-        license=together(policy.sources),
+        license=policy.licence,
         base_model=base or policy.base_id,
         datasets=list(dict.fromkeys(datasets)) or None,
         eval_results=_results(policy) or None,
@@ -231,8 +237,8 @@ def _data(policy: Published) -> str:
             own = source.path is None or licence.dataset == source.path
             whose = "" if own else f", if these are {licence.dataset}'s rows"
             lines.append(f"- {name} (format `{source.format}`): {licence.name}{whose}.")
-    if together(policy.sources) == NON_COMMERCIAL:
-        lines += ["", "Trained on data for non-commercial use: so is this policy."]
+    if policy.licence == NON_COMMERCIAL:
+        lines += ["", "Data or base are for non-commercial use: so is this policy."]
     if policy.base.base == "scratch":
         lines += ["", "Base: a small model that the run built from scratch."]
     else:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import ModelCard
 
 from dualign.params.data import SourceSpec
 
@@ -58,14 +61,30 @@ def licence_of(source: SourceSpec) -> Licence | None:
     return Licence(DATASETS[dataset], dataset) if dataset else None
 
 
-def together(sources: Iterable[SourceSpec]) -> str:
-    """The licence that a model card names for a policy trained on all of these: non-commercial as
-    soon as one is, `other` where several differ or one is unknown.
+def licence_of_base(base: str, folder: Path) -> str | None:
+    """The licence of a base, by the hub's name: of one in a folder that of its README.md, `other`
+    where that says none, or for a hub id; None for a model built from scratch.
+    """
+    if base == "scratch":
+        return None
+    card = folder / "README.md"
+    try:
+        found = ModelCard.load(card).data.license if card.is_file() else None
+    except Exception:  # YAML, or a file of another kind: not a card of the hub's form
+        found = None
+    return found if isinstance(found, str) else UNKNOWN
 
-    >>> together([SourceSpec(format="world")])
+
+def together(sources: Iterable[SourceSpec], base: str | None) -> str:
+    """The licence that a model card names for a policy trained on all of these rows from a base
+    under licence `base`: non-commercial as soon as one is, `other` where several differ or one is
+    unknown.
+
+    >>> together([SourceSpec(format="world")], None)
     'apache-2.0'
     """
     names = {found.name if (found := licence_of(source)) else UNKNOWN for source in sources}
+    names.update([base] if base else [])
     if NON_COMMERCIAL in names:
         return NON_COMMERCIAL
     return names.pop() if len(names) == 1 else UNKNOWN

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from dualign.params.data import SourceSpec
-from dualign.publishing.licences import DATASETS, FORMATS, Licence, licence_of, together
+from dualign.publishing.licences import (
+    DATASETS,
+    FORMATS,
+    Licence,
+    licence_of,
+    licence_of_base,
+    together,
+)
 
 WORLD = SourceSpec(format="world")
 PKU = SourceSpec(format="pku", path="PKU-Alignment/PKU-SafeRLHF-30K")
@@ -34,17 +42,42 @@ def test_an_id_tells_before_the_format(source: SourceSpec, licence: Licence | No
 
 
 @pytest.mark.parametrize(
-    ("sources", "name"),
+    ("sources", "base", "name"),
     [
-        ([HH, PKU, OWN], "cc-by-nc-4.0"),
-        ([HH, HH], "mit"),
-        ([HH, OWN], "other"),
-        ([WORLD], "apache-2.0"),
-        ([WORLD, HH], "other"),
+        ([HH, PKU, OWN], None, "cc-by-nc-4.0"),
+        ([HH, HH], None, "mit"),
+        ([HH, OWN], None, "other"),
+        ([WORLD], None, "apache-2.0"),
+        ([WORLD, HH], None, "other"),
+        ([WORLD], "apache-2.0", "apache-2.0"),
+        ([WORLD], "llama3.2", "other"),
+        ([HH], "cc-by-nc-4.0", "cc-by-nc-4.0"),
+        ([PKU], "other", "cc-by-nc-4.0"),
     ],
 )
-def test_the_strictest_licence_counts(sources: list[SourceSpec], name: str) -> None:
-    assert together(sources) == name
+def test_the_strictest_licence_counts(
+    sources: list[SourceSpec], base: str | None, name: str
+) -> None:
+    assert together(sources, base) == name
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlicense: llama3.2\n---\n# A base\n", "llama3.2"),
+        ("---\ntags: [a]\n---\n# A base\n", "other"),
+        ("# A base\n", "other"),
+        ("---\nlicense: [\n---\n", "other"),
+        (None, "other"),
+    ],
+)
+def test_a_base_in_a_folder_has_the_licence_of_its_card(
+    card: str | None, licence: str, tmp_path: Path
+) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert licence_of_base("models/base/it", tmp_path) == licence
+    assert licence_of_base("scratch", tmp_path) is None
 
 
 def test_every_format_is_one_that_prepare_reads() -> None:
