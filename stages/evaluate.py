@@ -1,5 +1,5 @@
 """evaluate POLICY: a policy's own answers to held-out prompts -> reports/evaluation/POLICY and its
-metrics.
+metrics. Once the answers are drawn, a killed run does not draw them again.
 
 python -m stages.evaluate dualign
 """
@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from dualign.evaluation.against_optimum import (
     finite_problem,
 )
 from dualign.evaluation.effective_tilt import TILT_SAMPLES, tilt_on
-from dualign.evaluation.rollout import Scorers, log_ratios, roll_out
+from dualign.evaluation.rollout import Scorers, kept_answers, log_ratios, roll_out
 from dualign.evaluation.stats import clustered_mean, clustered_share
 from dualign.evaluation.summary import summarise
 from dualign.lm.mixture import Policy, is_policy, policy_at
@@ -36,13 +37,15 @@ from dualign.params.base import SHARES
 from dualign.params.dual import ConstraintSpec
 from dualign.params.evaluate import EvaluateParams
 from dualign.scoring.support import HELD_OUT, columns, enough, fit_support
-from dualign.stage import Run, execute
+from dualign.stage import Run, execute, finished
 
 log = logging.getLogger("dualign")
 
 PROMPT_SET = Path("data/prepared/eval.parquet")
 SCORED = Path("data/scored")
 OUT = Path("reports/evaluation")
+#: What scores the answers, and the policy that they are compared with.
+SCORERS = [Path("models") / name for name in ("sft", "reward_model", "cost_model")]
 
 
 def main(run: Run[EvaluateParams]) -> None:
@@ -55,14 +58,8 @@ def main(run: Run[EvaluateParams]) -> None:
         return absent(run)
     scorers = Scorers.load(run.resources)
     policy = scorers.reference if folder == "sft" else policy_at(path, run.resources)
-    started = time.monotonic()
-    answers = roll_out(
-        policy, prompts, scorers,
-        count=params.samples_per_prompt, max_new_tokens=params.max_new_tokens, seed=params.seed,
-    )  # fmt: skip
-    run.throughput["tokens_per_second"] = float(
-        answers["length"].sum() / (time.monotonic() - started)
-    )
+    scratch = run.scratch(path, PROMPT_SET, *SCORERS)
+    answers = kept_answers(scratch / "answers.parquet", partial(drawn, run, policy, scorers))
     world = bool((prompts["source"] == "world").all())
     answers = add_truth(answers) if world else answers
     log_ratio, tilt = on_the_pool(policy, scorers)
@@ -86,6 +83,21 @@ def main(run: Run[EvaluateParams]) -> None:
             write_json(out / "frontier.json", [as_row(point) for point in frontier])
     told = Evaluated(policy=item, max_new_tokens=params.max_new_tokens, **metrics)
     run.metrics(as_row(told))
+    finished(scratch)
+
+
+def drawn(run: Run[EvaluateParams], policy: Policy, scorers: Scorers) -> pd.DataFrame:
+    """A policy's answers to the held-out prompts, scored: schema ANSWERS."""
+    params = run.params
+    prompts = read_table(PROMPT_SET, PROMPTS).head(params.prompts)
+    started = time.monotonic()
+    answers = roll_out(
+        policy, prompts, scorers,
+        count=params.samples_per_prompt, max_new_tokens=params.max_new_tokens, seed=params.seed,
+    )  # fmt: skip
+    seconds = time.monotonic() - started
+    run.throughput["tokens_per_second"] = float(answers["length"].sum() / seconds)
+    return answers
 
 
 def absent(run: Run[EvaluateParams]) -> None:

@@ -3,6 +3,7 @@ constraints, beside its answers."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -54,14 +55,46 @@ def judged(workspace: Path, tokenizer: PreTrainedTokenizerBase, resources: Resou
     return workspace
 
 
+def short() -> EvaluateParams:
+    """Two policies, two short answers to a prompt."""
+    shipped = load(EvaluateParams, ROOT / "params.yaml")
+    policies = {"sft": "sft", "helpful": "reward_dpo/helpful"}
+    return shipped.model_copy(
+        update={"policies": policies, "max_new_tokens": 6, "samples_per_prompt": 2}
+    )
+
+
+def written(run: Run[EvaluateParams]) -> dict[Path, bytes]:
+    """What the stage writes but for its provenance."""
+    evaluate.main(run)
+    files = [*Path("reports/evaluation").rglob("*.*"), *Path("reports/metrics").rglob("*.json")]
+    return {path: path.read_bytes() for path in files}
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_killed_evaluation_goes_on_with_the_answers_that_it_has_drawn(
+    judged: Path, resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run("evaluate", "helpful", short(), resources)
+    whole = written(run)
+    assert len(whole) == 2 and list(Path(".scratch").rglob("*.parquet")) == []
+    shutil.rmtree("reports/evaluation")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "summarise", interrupted)
+        evaluate.main(run)
+    monkeypatch.setattr(evaluate, "roll_out", interrupted)  # which would draw again
+    assert written(run) == whole
+    assert list(Path(".scratch").rglob("*.parquet")) == []
+
+
 def test_the_pool_tells_displacement_and_tilt_of_its_first_samples(
     judged: Path, resources: Resources, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    shipped = load(EvaluateParams, ROOT / "params.yaml")
-    policies = {"sft": "sft", "helpful": "reward_dpo/helpful"}
-    params = shipped.model_copy(
-        update={"policies": policies, "max_new_tokens": 6, "samples_per_prompt": 2}
-    )
+    params = short()
+    policies = params.policies
     for name in policies:
         evaluate.main(Run("evaluate", name, params, resources))
 
