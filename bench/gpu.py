@@ -95,9 +95,14 @@ class Part:
 def _tests(place: Place) -> Sequence[str]:
     """Tests marked `gpu`; files without any are not even read."""
     files = [str(file) for file in sorted((ROOT / "tests").rglob("test_*.py"))]
-    marked = [file for file in files if "mark.gpu" in Path(file).read_text()]
+    marked = [file for file in files if _names_a_gpu(Path(file).read_text())]
     report = f"--junit-xml={place.out / 'tests.xml'}"
     return ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", report, *marked]
+
+
+def _names_a_gpu(test: str) -> bool:
+    """Whether a file of tests has any for a GPU."""
+    return "mark.gpu" in test or "DEVICES" in test
 
 
 def _tested(place: Place) -> list[Row]:

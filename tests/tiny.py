@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -14,6 +15,18 @@ from dualign.params.loading import load_resources
 from dualign.params.models import ScratchParams
 
 ROOT = Path(__file__).resolve().parents[1]
+
+#: The CPU, and a GPU where there is one: the code is the same. `bench.gpu` runs files that name it.
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+        ],
+    ),
+]
 
 TINY = ScratchParams(
     tokenizer="train",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from dualign.core.errors import ModelError
 from dualign.core.progress import Progress
@@ -29,20 +33,41 @@ def answer(
     Raises ModelError where the library cannot batch the model."""
     if not request.prompts:
         return []
-    manager = without_adapter(model).init_continuous_batching(
-        generation_config=decoding(request, tokenizer), continuous_batching_config=_config(request)
+    base = without_adapter(model)
+    manager = base.init_continuous_batching(
+        generation_config=decoding(request, tokenizer),
+        continuous_batching_config=_config(request, base),
     )
     # All wait before the first step, so that the batches are the same each time.
     names = manager.add_requests([list(prompt) for prompt in request.prompts])
-    try:
-        answers = _collected(manager, len(names))
-    finally:
-        manager.stop(block=True)
-        manager.destroy()
+    with _cast_to_the_pages():
+        try:
+            answers = _collected(manager, len(names))
+        finally:
+            manager.stop(block=True)
+            manager.destroy()
     return [answers[name] for name in names]
 
 
-def _config(request: Request) -> ContinuousBatchingConfig:
+@contextlib.contextmanager
+def _cast_to_the_pages() -> Iterator[None]:
+    """Let pages take keys and values of another precision than the first weight's, which is theirs.
+
+    Under autocast they are bf16 though the weights that are trained are fp32, and keys are fp32
+    behind a norm of their own, as Qwen3's, though its matrices are bf16."""
+    update = PagedAttentionCache.update
+
+    def cast(cache: Any, keys: Tensor, values: Tensor, *rest: Any, **more: Any) -> Any:
+        return update(cache, keys.to(cache.dtype), values.to(cache.dtype), *rest, **more)
+
+    PagedAttentionCache.update = cast
+    try:
+        yield
+    finally:
+        PagedAttentionCache.update = update
+
+
+def _config(request: Request, model: Any) -> ContinuousBatchingConfig:
     """Room for the rows under way and no more: the library would take most of the memory."""
     pages = -(-(request.longest + request.max_new_tokens) // _PAGE) + 1
     return ContinuousBatchingConfig(
@@ -52,7 +77,14 @@ def _config(request: Request) -> ContinuousBatchingConfig:
         num_blocks=pages * min(request.batch_size, len(request.prompts)) + 1,
         max_batch_tokens=max(request.batch_size, request.longest),
         max_requests_per_batch=request.batch_size,
+        auto_switch_to_flash=_is_half(model),
     )
+
+
+def _is_half(model: Any) -> bool:
+    """Whether queries, keys and pages all are of 16 bits, as flash attention demands."""
+    normed = any(name.endswith("q_norm") for name, _ in model.named_modules())
+    return model.dtype.itemsize == 2 and not normed
 
 
 def _collected(manager: Any, count: int) -> dict[str, Answer]:
