@@ -5,12 +5,14 @@ merged into a temporary folder first."""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,17 @@ from transformers import PreTrainedTokenizerBase
 from dualign.core.errors import ModelError, ParamsError
 from dualign.lm.engines.interface import Answer, Request
 from dualign.lm.models import adapter_base, save
-from dualign.lm.numerics import precision_of
+from dualign.lm.numerics import device_of, precision_of
 from dualign.lm.publish import publish
 from dualign.params.base import Resources
 
 _WORKER = Path(__file__).with_name("vllm_worker.py")
 #: Ranks for which vLLM has room.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+#: What vLLM takes of a GPU's memory that this process leaves free.
+_SHARE = 0.9
+#: Variables of the launcher of several processes, beside those that begin with TORCHELASTIC_.
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def answer(
@@ -54,8 +60,10 @@ def answer(
         asked = _asked(policy, adapter, request) | {
             "rank": _rank(model),
             "dtype": _dtype(resources),
+            "memory": _memory(device_of(resources)),
         }
-        return _worked(asked, folder, _python(resources))
+        own = environment(os.environ, device_of(resources))
+        return _worked(asked, folder, _python(resources), own)
 
 
 def folders(model: Any, tokenizer: PreTrainedTokenizerBase, room: Path) -> tuple[Path, Path | None]:
@@ -105,6 +113,39 @@ def _dtype(resources: Resources) -> str:
     return "float32" if precision_of(resources) is torch.float32 else "bfloat16"
 
 
+def _memory(device: torch.device) -> float | None:
+    """The part of its GPU that vLLM may take, beside what this process holds there; None on a CPU.
+
+    It would want nine tenths of the whole, and refuse to start where less is free."""
+    if device.type == "cpu":
+        return None
+    gc.collect()
+    torch.cuda.empty_cache()  # what a training before has left
+    free, whole = torch.cuda.mem_get_info(device)
+    return _SHARE * free / whole
+
+
+def environment(variables: Mapping[str, str], device: torch.device) -> dict[str, str]:
+    """The worker's environment: it sees the GPU of this process alone, and takes itself for none of
+    several processes, of which it would look for the others.
+
+    >>> environment({"RANK": "1", "CUDA_VISIBLE_DEVICES": "4,5"}, torch.device("cuda", 1))
+    {'CUDA_VISIBLE_DEVICES': '5', 'PYTHONSAFEPATH': '1'}
+    """
+    own = {
+        name: value
+        for name, value in variables.items()
+        if not name.startswith(("TORCHELASTIC_", "LOCAL_", "GROUP_", "ROLE_"))
+        and name not in _LAUNCHED
+    }
+    if device.type == "cuda":
+        at = device.index or 0
+        seen = variables.get("CUDA_VISIBLE_DEVICES")
+        own["CUDA_VISIBLE_DEVICES"] = seen.split(",")[at] if seen else str(at)
+    # Without the worker's folder, whose modules might hide others.
+    return own | {"PYTHONSAFEPATH": "1"}
+
+
 def _asked(policy: Path, adapter: Path | None, request: Request) -> dict[str, Any]:
     return {
         "policy": str(policy),
@@ -128,7 +169,9 @@ def _python(resources: Resources) -> str:
     return resources.engine_python or sys.executable
 
 
-def _worked(asked: dict[str, Any], folder: Path, python: str) -> list[Answer]:
+def _worked(
+    asked: dict[str, Any], folder: Path, python: str, variables: dict[str, str]
+) -> list[Answer]:
     """Ask the worker by files."""
     question = folder / "asked.json"
     reply = folder / "answered.json"
@@ -136,12 +179,7 @@ def _worked(asked: dict[str, Any], folder: Path, python: str) -> list[Answer]:
     command = [python, str(_WORKER), str(question), str(reply)]
     try:
         done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            # Without the worker's folder, whose modules might hide others.
-            env=os.environ | {"PYTHONSAFEPATH": "1"},
+            command, capture_output=True, text=True, errors="replace", env=variables
         )
     except OSError as error:
         raise ParamsError(

@@ -18,6 +18,7 @@ from vllm.lora.request import LoRARequest
 
 def drawn(asked: dict[str, Any]) -> list[dict[str, Any]]:
     """Token ids of an answer to each prompt, and the log-probability of each token."""
+    memory = {} if asked["memory"] is None else {"gpu_memory_utilization": asked["memory"]}
     engine = LLM(
         asked["policy"],
         dtype=asked["dtype"],
@@ -28,6 +29,7 @@ def drawn(asked: dict[str, Any]) -> list[dict[str, Any]]:
         logprobs_mode="processed_logprobs",
         enable_lora=asked["adapter"] is not None,
         max_lora_rank=asked["rank"],
+        **memory,
     )
     adapter = asked["adapter"] and LoRARequest("adapter", 1, asked["adapter"])
     sampling = [

@@ -4,6 +4,9 @@ process of its own and behind `vllm serve`.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,15 +15,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerBase
 
+from bench.ports import free_port
 from dualign.core.errors import ModelError, ParamsError
 from dualign.core.schema import user
-from dualign.lm.engines.vllm_process import folders, is_plain
+from dualign.lm.engines.vllm_process import environment, folders, is_plain
 from dualign.lm.models import build_scratch, load_policy, save
 from dualign.lm.sampling import Draws, draw
 from dualign.lm.tokens import encode_prompts
 from dualign.params.base import Resources
 from dualign.params.loading import load_resources
-from tests.tiny import TINY
+from tests.tiny import DEVICES, TINY
 from tests.vllm import PYTHON, has_vllm, serving
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -87,17 +91,56 @@ def test_an_adapter_is_sampled_on_its_base_and_merged_where_vllm_has_no_room(
         draw(other, tokenizer, [[5]], WANTED, resources(engine_url="http://127.0.0.1:9/v1"))
 
 
+def test_a_worker_of_one_of_several_processes_looks_for_no_others() -> None:
+    """Its own process group begins, as vLLM's does; torch takes the launcher's variables for a
+    store of the launcher's, and waits for it."""
+    code = f"""
+import datetime, torch.distributed as d
+d.init_process_group("gloo", init_method="tcp://127.0.0.1:{free_port()}", rank=0, world_size=1,
+                     timeout=datetime.timedelta(seconds=2))
+"""
+    launched = {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": "sft",
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+    }
+    given = {**os.environ, **launched}
+    for variables, begins in ((given, False), (environment(given, torch.device("cpu")), True)):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=variables, capture_output=True, check=False
+        )
+        assert (done.returncode == 0) == begins, done.stderr
+
+
+def test_a_worker_sees_the_gpu_of_its_process_alone() -> None:
+    second = torch.device("cuda", 1)
+    assert environment({}, second)["CUDA_VISIBLE_DEVICES"] == "1"
+    assert environment({"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}, second)["CUDA_VISIBLE_DEVICES"] == (
+        "GPU-b"
+    )
+    assert environment({"A": "1"}, torch.device("cuda"))["CUDA_VISIBLE_DEVICES"] == "0"
+    assert "CUDA_VISIBLE_DEVICES" not in environment({}, torch.device("cpu"))
+
+
 @has_vllm
 @pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("lora", [False, True])
 def test_vllm_draws_from_the_policy_itself(
-    base: Path, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], lora: bool
+    base: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    lora: bool,
+    device: str,
 ) -> None:
     """The check holds log-probabilities and draws against ours; temperature 0.5 of the folder's own
     settings would fail it.
     """
-    policy = adapted(base) if lora else load_policy(base, resources())
-    drawn = draw(policy, tokenizer, prompts, WANTED, resources(engine_python=PYTHON))
+    own = resources(engine_python=PYTHON, device=device)
+    policy = (adapted(base) if lora else load_policy(base, own)).to(device)
+    drawn = draw(policy, tokenizer, prompts, WANTED, own)
     assert [one.prompt for one in drawn] == [row // 8 for row in range(24)]
     assert all(one.ended or len(one.tokens) == 24 for one in drawn)
     assert len({tuple(one.tokens) for one in drawn}) > 12
