@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dualign.lm import models
 from dualign.lm.engines.check import check
 from dualign.lm.engines.interface import Request
 from dualign.lm.engines.table import ENGINES
+from dualign.lm.numerics import Fp32Head, answer_log_probabilities, padded_rows
+from dualign.lm.packing import enable_packing, packed_log_probabilities
 from dualign.params.base import EngineName, Resources
 from tests.lm.test_numerics import CONFIGS, LORA
 from tests.tiny import DEVICES, on_cpu
@@ -30,6 +33,28 @@ REQUEST = Request(
     max_new_tokens=8,
     batch_size=4,
 )
+
+
+PROMPTS = [[4, 5, 6], [9, 8], [4, 5, 6], [9, 8], [9, 8]]
+ANSWERS = [[7, 8, 2], [5], [9, 2], [3, 4, 5, 6, 2], [2, 7, 11]]
+
+
+def padded(model: Any) -> list[tuple[Tensor, ...]]:
+    """Each answer as a row of its own."""
+    device = next(model.parameters()).device
+    rows = zip(PROMPTS, ANSWERS, strict=True)
+    made = [padded_rows([prompt], [answer], 0) for prompt, answer in rows]
+    return [tuple(part.to(device) for part in row) for row in made]
+
+
+def gradients(model: Any, logps: Tensor) -> dict[str, Tensor]:
+    """Of a weighted sum, by weight; none where nothing is trained."""
+    model.zero_grad()
+    if not logps.requires_grad:
+        return {}
+    (logps * torch.arange(1.0, 6.0, device=logps.device)).sum().backward()
+    named = model.named_parameters()
+    return {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
 
 
 @pytest.fixture(params=DEVICES)
@@ -69,3 +94,47 @@ def test_every_engine_draws_from_every_policy(
     check(model, REQUEST, answers, own)
     assert {next(model.parameters()).device.type} == {own.device}
     assert len(answers) == 6 and all(0 < len(answer.tokens) <= 8 for answer in answers)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_head_multiplies_what_bf16_holds_in_fp32(device: str) -> None:
+    """Values to rounding of sums, gradients to bf16's, both against fp64; what is set for it is set
+    back."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(3, 5, 64, generator=generator).to(device).requires_grad_()
+    weight = torch.randn(90, 64, generator=generator).to(device)
+    bias = torch.randn(90, generator=generator).to(device)
+    given = torch.randn(3, 5, 90, generator=generator).to(device)
+    head = Fp32Head(64, 90)
+    head.weight, head.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+    before = torch.backends.cuda.matmul.fp32_precision
+    with torch.autocast(device, torch.bfloat16):
+        found = head(states)
+    (found * given).sum().backward()
+    assert torch.backends.cuda.matmul.fp32_precision == before
+    exact = states.detach().bfloat16().double().requires_grad_()
+    matrix = weight.bfloat16().double().requires_grad_()
+    expected = exact @ matrix.t() + bias.double()
+    (expected * given.double()).sum().backward()
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), expected, atol=1e-4)
+    for gradient, wanted in ((states.grad, exact.grad), (head.weight.grad, matrix.grad)):
+        assert gradient is not None and wanted is not None
+        assert (gradient.double() - wanted).norm() < 0.01 * wanted.norm()
+
+
+@pytest.mark.parametrize("kind", ["frozen", "trained", "lora"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_packed_rows_are_those_of_padded_ones(
+    name: str, kind: str, in_bf16: Resources, tmp_path: Path
+) -> None:
+    """Values and gradients, to the rounding of bf16; on a GPU by flash attention."""
+    model = policy(saved(name, tmp_path), kind, in_bf16).train()
+    expected = torch.cat([answer_log_probabilities(model, *rows) for rows in padded(model)])
+    wanted = gradients(model, expected)
+    assert enable_packing(model)
+    found = packed_log_probabilities(model, PROMPTS, ANSWERS)
+    assert torch.allclose(found, expected, rtol=0.02, atol=0.05) and expected.abs().max() > 5
+    got = gradients(model, found)
+    for key, gradient in wanted.items():
+        assert (got[key] - gradient).norm() < 0.1 * gradient.norm() + 1e-4, key
