@@ -23,5 +23,6 @@ def by_length(rows: Sequence[T], lengths: Sequence[int], batch_size: int) -> Ite
 
 def unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
     """The ids of each row that a mask keeps, say those that are no padding; [rows, positions]."""
-    rows = zip(ids, mask.bool(), strict=True)
+    # At once to the host: of a GPU each row would wait for all that was asked of it before.
+    rows = zip(ids.cpu(), mask.bool().cpu(), strict=True)
     return [row[kept].tolist() for row, kept in rows]

@@ -2,17 +2,23 @@
 
 One row of tokens holds the prompts, each followed by the answers to it. Positions of every answer
 go on from its prompt's, and it attends to that prompt and to itself. Models whose attention can be
-replaced (transformers' attention interface) compute the same numbers in fewer tokens."""
+replaced (transformers' attention interface) compute the same numbers in fewer tokens. In bf16 on a
+GPU all answers of a row are one call of flash attention, of sequences that each have a length of
+their own; elsewhere each answer is a call of sdpa's."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -37,18 +43,67 @@ WIDTH = 128
 _GIVEN = (1, 1, 1, 1)
 
 
-@dataclass
-class Packs:
-    """Where prompts and answers lie in a packed row: lengths of every prompt and of its answers,
-    and masks of the answers after the first, [1, 1, answer, prompt + answer].
+#: CUDA's first version of GPUs with bf16 and flash attention, and the widest heads of the latter.
+_AMPERE = (8, 0)
+_HEAD = 256
+#: Whether this torch knows of keys that several queries share: 2.12 and later.
+_GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+class Sequences(NamedTuple):
+    """The calls of a packed row as one: where the queries of each begin and end, int32 [calls + 1],
+    which tokens are their keys, [all keys], where those of each begin and end, and the most of
+    both. The last query of a call sees all its keys, each one before it a key less.
     """
 
-    lengths: list[list[int]] = field(default_factory=list)
-    masks: list[list[Tensor]] = field(default_factory=list)
+    queries: Tensor
+    tokens: Tensor
+    keys: Tensor
+    longest: tuple[int, int]
 
-    def add(self, prompt: int, answers: Sequence[int], device: torch.device) -> None:
+
+@dataclass
+class Packs:
+    """Where prompts and answers lie in a packed row: lengths of every prompt and of its answers."""
+
+    device: torch.device
+    lengths: list[list[int]] = field(default_factory=list)
+
+    def add(self, prompt: int, answers: Sequence[int]) -> None:
         self.lengths.append([prompt, *answers])
-        self.masks.append([_continued(prompt, length, device) for length in answers[1:]])
+
+    @cached_property
+    def masks(self) -> list[list[Tensor]]:
+        """Of every prompt the masks of the answers after its first, [1, 1, answer, prompt +
+        answer].
+        """
+        return [
+            [_continued(prompt, length, self.device) for length in others]
+            for prompt, _, *others in self.lengths
+        ]
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The prompt with its first answer, then each other answer behind that prompt."""
+        queries: list[int] = []
+        tokens: list[list[int]] = []
+        start = 0
+        for prompt, first, *others in self.lengths:
+            asked = list(range(start, start + prompt))
+            start += prompt + first
+            queries.append(prompt + first)
+            tokens.append(list(range(asked[0], start)))
+            for length in filter(None, others):
+                queries.append(length)
+                tokens.append([*asked, *range(start, start + length)])
+                start += length
+        sizes = [len(row) for row in tokens]
+        ends = [
+            torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=self.device)
+            for counts in (queries, sizes)
+        ]
+        every = torch.tensor([token for row in tokens for token in row], device=self.device)
+        return Sequences(ends[0], every, ends[1], (max(queries), max(sizes)))
 
 
 def _continued(prompt: int, answer: int, device: torch.device) -> Tensor:
@@ -96,12 +151,12 @@ def packed_log_probabilities(
     pairs = [_begun(*pair) for pair in zip(prompts, answers, strict=True)]
     answers = [answer for _, answer in pairs]
     row = _Row()
-    packs = Packs()
+    packs = Packs(device)
     for prompt, owners in _by_prompt([prompt for prompt, _ in pairs]).items():
         start = row.put(prompt, 0)
         for owner in owners:
             row.answer(answers[owner], len(prompt), start + len(prompt) - 1, owner)
-        packs.add(len(prompt), [max(0, len(answers[owner]) - 1) for owner in owners], device)
+        packs.add(len(prompt), [max(0, len(answers[owner]) - 1) for owner in owners])
     hidden = hidden_states(
         model,
         torch.tensor([row.ids], device=device),
@@ -131,7 +186,7 @@ def _by_prompt(prompts: Sequence[Sequence[int]]) -> dict[tuple[int, ...], list[i
 # --- attention ------------------------------------------------------------------------------------
 
 
-def _attention(
+def attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -146,6 +201,8 @@ def _attention(
     if packs is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     kwargs.pop("is_causal", None)
+    if flashes(value) and not kwargs.get("dropout"):
+        return _flash(query, key, value, packs.sequences, kwargs.get("scaling")), None
     sizes = [length for lengths in packs.lengths for length in lengths]
     parts = zip(*(states.split(sizes, 2) for states in (query, key, value)), strict=True)
     found = []
@@ -157,6 +214,38 @@ def _attention(
             made, _ = sdpa_attention_forward(module, *states, mask, is_causal=causal, **kwargs)
             found.append(made)
     return torch.cat(found, 1), None
+
+
+def flashes(value: Tensor) -> bool:
+    """Whether flash attention takes values [..., width] of this kind, where they are."""
+    if value.device.type != "cuda" or value.dtype is not torch.bfloat16:
+        return False
+    width = value.shape[-1]
+    capable = torch.cuda.get_device_capability(value.device) >= _AMPERE
+    return _GROUPED and capable and width % 8 == 0 and width <= _HEAD
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float | None
+) -> Tensor:
+    """Attention of a packed row in one call; shapes are those of `attention`."""
+    # Norms of queries and keys hand them on in fp32, which autocast rounds for sdpa alone.
+    asked, known, held = (
+        states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value)
+    )
+    made = varlen_attn(
+        asked.contiguous(),
+        known.index_select(0, sequences.tokens),
+        held.index_select(0, sequences.tokens),
+        sequences.queries,
+        sequences.keys,
+        *sequences.longest,
+        scale=scaling,
+        window_size=(-1, 0),  # causal, by the ends of queries and keys
+        enable_gqa=True,
+    )
+    assert isinstance(made, Tensor)
+    return made[None]
 
 
 def _calls(
@@ -188,7 +277,7 @@ def enable_packing(model: Any) -> bool:
         return False
     if getattr(config, "sliding_window", None) is not None:
         return False
-    AttentionInterface.register(PACKED, _attention)
+    AttentionInterface.register(PACKED, attention)
     AttentionMaskInterface.register(PACKED, sdpa_mask)
     base.set_attn_implementation(PACKED)
     if _agrees(model):
@@ -198,13 +287,35 @@ def enable_packing(model: Any) -> bool:
 
 
 def wide(model: Any) -> bool:
-    """Whether a model is so wide that on a CPU its answers are packed without being asked for."""
+    """Whether a model is so wide that its answers are packed without being asked for."""
     return int(getattr(model.config.get_text_config(), "hidden_size", 0)) >= WIDTH
 
 
 def packs(model: Any) -> bool:
-    """Whether answers are packed unasked: on a CPU, by a wide model that can; it is prepared."""
-    return next(model.parameters()).device.type == "cpu" and wide(model) and enable_packing(model)
+    """Whether answers are packed unasked, by a wide model that can; it is prepared. On a GPU flash
+    attention must take them, or every answer would be a call of its own.
+    """
+    if not wide(model):
+        return False
+    if next(model.parameters()).device.type != "cpu" and not _takes_flash(model):
+        return False
+    return enable_packing(model)
+
+
+def _takes_flash(model: Any) -> bool:
+    """Whether the values of a model's attention are such as flash attention takes."""
+    config = model.config.get_text_config()
+    each = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    device = next(model.parameters()).device
+    return flashes(torch.empty(0, each, dtype=_precision(model), device=device))
+
+
+@torch.no_grad()
+def _precision(model: Any) -> torch.dtype:
+    """What states are held in between layers; a norm may hand them on in fp32."""
+    words = without_adapter(model).get_input_embeddings()
+    states: Tensor = words(torch.zeros((1, 1), dtype=torch.long, device=words.weight.device))
+    return states.dtype
 
 
 @contextmanager
@@ -229,6 +340,5 @@ def _agrees(model: Any) -> bool:
     packed = packed_log_probabilities(model, prompts, answers)
     ids, mask, labels = (part.to(packed.device) for part in padded_rows(prompts, answers, 0))
     padded = answer_log_probabilities(model, ids, mask, labels)
-    precision = hidden_states(model, ids, mask).dtype
     model.train(training)
-    return bool(((packed - padded).abs() <= _SAME[precision] * padded.abs()).all())
+    return bool(((packed - padded).abs() <= _SAME[_precision(model)] * padded.abs()).all())

@@ -251,9 +251,7 @@ class PairwiseConfig(DPOConfig):
     gamma: float = field(default=0.0, metadata={"help": "SimPO's target margin of the logit."})
     packed: bool | None = field(
         default=None,
-        metadata={
-            "help": "Read pairs without padding, their prompt once; none: on a CPU, where it pays."
-        },
+        metadata={"help": "Read pairs without padding, their prompt once; none: where it pays."},
     )
 
     def __post_init__(self) -> None:

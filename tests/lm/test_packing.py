@@ -14,7 +14,13 @@ from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig, PreTr
 
 from dualign.lm import models
 from dualign.lm.numerics import answer_log_probabilities, padded_rows
-from dualign.lm.packing import enable_packing, packed_log_probabilities
+from dualign.lm.packing import (
+    Packs,
+    Sequences,
+    attention,
+    enable_packing,
+    packed_log_probabilities,
+)
 from dualign.training.run import without_dropout
 from tests.lm.test_numerics import CONFIGS, LORA, SMALL, stir
 
@@ -107,3 +113,34 @@ def test_a_model_that_cannot_is_left_as_it_is(reason: str) -> None:
     before = model.config._attn_implementation, model.training
     assert not enable_packing(model)
     assert (model.config._attn_implementation, model.training) == before
+
+
+def by_calls(query: Tensor, key: Tensor, value: Tensor, plan: Sequences, scale: float) -> Tensor:
+    """Attention of each call by brute force, [tokens, heads, width]: its last query sees all its
+    keys, each one before it a key less."""
+    known, held = key[plan.tokens], value[plan.tokens]
+    made = []
+    for call in range(len(plan.queries) - 1):
+        first, last = plan.queries[call : call + 2].tolist()
+        begin, end = plan.keys[call : call + 2].tolist()
+        for place in range(first, last):
+            seen = slice(begin, end - (last - 1 - place))
+            weights = (query[place, :, None] * known[seen].transpose(0, 1)).sum(-1) * scale
+            made.append(torch.einsum("hk,khw->hw", weights.softmax(-1), held[seen]))
+    return torch.stack(made)
+
+
+def test_one_call_of_sequences_is_a_call_for_each_answer() -> None:
+    """What flash attention is asked on a GPU, against what sdpa is asked elsewhere."""
+    torch.manual_seed(0)
+    packs = Packs(torch.device("cpu"))
+    packs.add(3, [2, 0, 4])
+    packs.add(2, [0, 3])
+    packs.add(4, [1])
+    states = [torch.randn(1, 2, 19, 4, dtype=torch.float64) for _ in range(3)]
+    found, _ = attention(torch.nn.Module(), *states, None, packs=packs, scaling=0.3)
+    plan = packs.sequences
+    assert plan.longest == (5, 7)
+    assert plan.queries.tolist() == [0, 5, 9, 11, 14, 19]
+    expected = by_calls(*(part[0].transpose(0, 1) for part in states), plan, 0.3)
+    assert torch.allclose(found[0], expected)
