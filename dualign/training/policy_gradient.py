@@ -39,6 +39,7 @@ from dualign.core.errors import DataError, TrainingError
 from dualign.core.progress import quiet
 from dualign.core.schema import Message
 from dualign.lm.frozen import shared
+from dualign.lm.numerics import precision_of
 from dualign.lm.sampling import sample
 from dualign.lm.tokens import decode_answers, encode_prompts
 from dualign.scoring.scorers import Scorer
@@ -318,13 +319,9 @@ class PolicyGradientTrainer(Metered, Sharding, RLOOTrainer):
         batch_size: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor, None]:
-        """On a CPU TRL's fused head scores every position; here only those of the answers go
-        through the vocabulary.
+        """Only the positions of answers go through the vocabulary, in fp32, as where answers are
+        drawn and read: TRL's fused head rounds logits to bf16, and scores every position of a CPU.
         """
-        if input_ids.is_cuda:
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
-            )
         size = batch_size or len(input_ids)
         parts = [
             self._answer_logps(model, ids, mask, logits_to_keep)
@@ -342,7 +339,9 @@ class PolicyGradientTrainer(Metered, Sharding, RLOOTrainer):
         """log pi of the last `length` tokens, and the entropy where each was drawn; both [rows,
         length], in nats.
         """
-        with self.accelerator.autocast():
+        # Of itself the reference has no autocast, and accelerate has none where it shards.
+        half = precision_of(self._job.resources) is torch.bfloat16
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=half):
             output = model(
                 input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=length + 1
             )

@@ -1,6 +1,6 @@
 """Every training, sampling and scoring on tiny weights, in one process and in several.
 
-    python -m tests.training.ranked PROCESSES,DISTRIBUTED,FOLDER,KIND,... ...
+    python -m tests.training.ranked PROCESSES,DISTRIBUTED,DEVICE,PRECISION,FOLDER,KIND,... ...
 
 All are copies of one process, since to import takes longer than to train; the launcher, which
 starts each anew, has its own tests."""
@@ -27,6 +27,7 @@ from dualign.core.ranks import by_one, leave
 from dualign.core.schema import user
 from dualign.data import world
 from dualign.lm.models import build_scratch, load_scorer_backbone, save, train_tokenizer, with_lora
+from dualign.lm.numerics import in_precision
 from dualign.lm.sampling import log_probabilities, sample
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.params.base import LoraParams, Resources
@@ -72,8 +73,10 @@ GRADIENT = PolicyGradient(
 )
 
 
-def resources(processes: int, distributed: str) -> Resources:
+def resources(processes: int, distributed: str, device: str, precision: str) -> Resources:
     return on_cpu(
+        device=device,
+        precision=precision,
         processes=processes,
         distributed=distributed,
         sampling_batch_size=4,
@@ -83,20 +86,20 @@ def resources(processes: int, distributed: str) -> Resources:
     )
 
 
-def policy(seed: int = 0) -> Model:
-    return build_scratch(SCRATCH, TOKENIZER, seed)
+def policy(how: Resources, seed: int = 0) -> Model:
+    return in_precision(build_scratch(SCRATCH, TOKENIZER, seed), how, trained=True)
 
 
 def classifier(folder: Path, how: Resources) -> Model:
     with by_one() as mine:
         if mine:
-            save(policy(7), TOKENIZER, folder)
+            save(policy(how, 7), TOKENIZER, folder)
     model = load_scorer_backbone(str(folder), TOKENIZER, how, 1)
     torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(1))
     return model
 
 
-def pairs(count: int = 19) -> list[Pair]:
+def pairs(how: Resources, count: int = 19) -> list[Pair]:
     """Pairs with soft labels, weights, anchors on some, and answers to another prompt."""
     ids = encode_answers(TOKENIZER, ANSWERS)
     rows = [
@@ -113,7 +116,7 @@ def pairs(count: int = 19) -> list[Pair]:
         )
         for i in range(count)
     ]
-    return with_reference(with_mismatched(rows), policy(1), TOKENIZER, 16)
+    return with_reference(with_mismatched(rows), policy(how, 1), TOKENIZER, 16)
 
 
 def scored_pairs() -> list[ScoredPair]:
@@ -133,14 +136,14 @@ def trained(kind: str, job: Job, folder: Path) -> tuple[Model, Metrics]:
         model = classifier(folder / "base", job.resources)
         weights = {"sign_weight": 0.7, "regularisation": 0.01} if kind == "cost" else {}
         return model, train_scorer(model, TOKENIZER, scored_pairs(), job, **weights)
-    model = policy()
+    model = policy(job.resources)
     if kind == "sft":
         rows = supervised_rows()
         return model, train_sft(model, TOKENIZER, rows, rows[:7], job)
     model = with_lora(model, LORA, 3) if kind.endswith("adapter") else model
     if kind.startswith("gradient"):
         return model, ascended(model, job, folder)
-    return model, train_pairwise(model, TOKENIZER, pairs(), LOSSES[kind], job)
+    return model, train_pairwise(model, TOKENIZER, pairs(job.resources), LOSSES[kind], job)
 
 
 def ascended(model: Model, job: Job, folder: Path) -> Metrics:
@@ -185,10 +188,11 @@ def summed(model: Model) -> dict[str, list[float]]:
 def drawn(how: Resources, folder: Path) -> dict[str, Any]:
     """Answers in batches of four, their log-probabilities and scores."""
     prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0]]
-    answers = sample(policy(), TOKENIZER, prompts, count=5, max_new_tokens=9, batch_size=4, seed=11)
+    model = policy(how)
+    answers = sample(model, TOKENIZER, prompts, count=5, max_new_tokens=9, batch_size=4, seed=11)
     asked = [prompts[answer.prompt] for answer in answers]
     logps = log_probabilities(
-        policy(), TOKENIZER, asked, [answer.tokens for answer in answers], batch_size=4
+        model, TOKENIZER, asked, [answer.tokens for answer in answers], batch_size=4
     )
     scorer = Scorer(classifier(folder / "base", how), TOKENIZER, Platt())
     texts = [answer.text for answer in answers]
@@ -205,26 +209,27 @@ def everything(kinds: list[str], how: Resources, folder: Path) -> dict[str, Any]
     return found
 
 
-def in_rank(rank: int, processes: int, distributed: str, folder: Path, kinds: list[str]) -> None:
+def in_rank(rank: int, how: Resources, folder: Path, kinds: list[str]) -> None:
     """What one of the processes does; the environment is that of the launcher."""
-    if processes > 1:
+    if how.processes != 1:
         os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
-            LOCAL_WORLD_SIZE=str(processes), TORCHELASTIC_RUN_ID="ranked",
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(how.processes),
+            LOCAL_WORLD_SIZE=str(how.processes), TORCHELASTIC_RUN_ID="ranked",
         )  # fmt: skip
-    how = resources(processes, distributed)
+    elif how.device == "cuda":  # one process is to see one GPU
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        os.environ["CUDA_VISIBLE_DEVICES"] = first
     launch.join(how)
     write_json(folder / "found.json", everything(kinds, how, folder))
     leave()
 
 
-def in_all(processes: int, distributed: str, folder: Path, kinds: list[str]) -> bool:
+def in_all(processes: int, how: Resources, folder: Path, kinds: list[str]) -> bool:
     """Whether all of them ended well; each is a copy of this process, which has imported."""
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
     fork = multiprocessing.get_context("fork")
     ranks = [
-        fork.Process(target=in_rank, args=(rank, processes, distributed, folder, kinds))
-        for rank in range(processes)
+        fork.Process(target=in_rank, args=(rank, how, folder, kinds)) for rank in range(processes)
     ]
     for each in ranks:
         each.start()
@@ -237,8 +242,9 @@ def main() -> None:
     torch.set_num_threads(1)
     gc.freeze()  # as a stage does
     for run in sys.argv[1:]:
-        processes, distributed, folder, *kinds = run.split(",")
-        if not in_all(int(processes), distributed, Path(folder), kinds):
+        processes, distributed, device, precision, folder, *kinds = run.split(",")
+        how = resources(int(processes), distributed, device, precision)
+        if not in_all(int(processes), how, Path(folder), kinds):
             sys.exit(f"{run}: failed")
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dualign.core.artifacts import read_json
 
@@ -17,22 +19,17 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAININGS = ["sft", "reward", "cost", "dpo", "safety_dpo", "lagrangian", "adapter"]
 GRADIENTS = ["gradient", "gradient_adapter"]
 ONLY_WHOLE = ["kto", "bernoulli"]
+IN_BF16 = ["dpo", "adapter", "gradient"]
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What one process finds, what two with whole models do, and what two with shards."""
-    whole = ["drawn", *TRAININGS, *GRADIENTS, *ONLY_WHOLE]
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "ddp", "fsdp2")}
-    runs = [
-        ",".join(["1", "ddp", str(folders["one"]), *whole]),
-        ",".join(["2", "ddp", str(folders["ddp"]), *whole]),
-        ",".join(["2", "fsdp2", str(folders["fsdp2"]), *TRAININGS, *GRADIENTS]),
-    ]
+def ranked(tmp_path_factory: pytest.TempPathFactory, runs: dict[str, Sequence[str]]) -> Any:
+    """What each run finds, by name, of which `tests.training.ranked` tells the first words."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in runs}
+    given = [",".join([*how[:4], str(folders[name]), *how[4:]]) for name, how in runs.items()]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.training.ranked", *runs],
+        [sys.executable, "-m", "tests.training.ranked", *given],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -41,6 +38,21 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     )
     assert done.returncode == 0, done.stderr
     return {name: read_json(folder / "found.json") for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What one process finds, what two with whole models do, and what two with shards."""
+    whole = ["drawn", *TRAININGS, *GRADIENTS, *ONLY_WHOLE]
+    runs = {
+        "one": ["1", "ddp", "cpu", "fp32", *whole],
+        "ddp": ["2", "ddp", "cpu", "fp32", *whole],
+        "fsdp2": ["2", "fsdp2", "cpu", "fp32", *TRAININGS, *GRADIENTS],
+        "one-bf16": ["1", "ddp", "cpu", "bf16", *IN_BF16],
+        "fsdp2-bf16": ["2", "fsdp2", "cpu", "bf16", *IN_BF16],
+    }
+    found: dict[str, dict[str, Any]] = ranked(tmp_path_factory, runs)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +104,41 @@ def test_they_draw_and_score_the_same(one: dict[str, Any], two: dict[str, Any]) 
         pytest.skip("the models that sample and score are whole")
     assert two["drawn"] == one["drawn"]
     assert len(np.unique(one["drawn"]["scores"])) > 10
+
+
+@pytest.mark.parametrize("kind", IN_BF16)
+def test_shards_train_as_one_process_does_in_bf16(
+    found: dict[str, dict[str, Any]], kind: str
+) -> None:
+    """To the rounding of bf16; a policy gradient begins at its reference, whose KL is 0 then."""
+    one, two = (found[name][kind]["whole"] for name in ("one-bf16", "fsdp2-bf16"))
+    assert losses(two) == pytest.approx(losses(one), rel=0.01, abs=0.01)
+    if kind == "gradient":
+        assert one["history"]["kl"][0] == two["history"]["kl"][0] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_a_gpu_trains_as_a_cpu_does(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Of several, all of them together too, which meet by NCCL."""
+    kinds = [*TRAININGS, *ONLY_WHOLE]
+    runs = {name: ["1", "ddp", name, "fp32", *kinds] for name in ("cpu", "cuda")}
+    if torch.cuda.device_count() > 1:
+        runs |= {name: ["2", name, "cuda", "fp32", *TRAININGS] for name in ("ddp", "fsdp2")}
+    found = ranked(tmp_path_factory, runs)
+    expected = found.pop("cpu")
+    for name, trainings in found.items():
+        for kind, training in trainings.items():
+            wanted = losses(expected[kind]["whole"])
+            assert losses(training["whole"]) == pytest.approx(wanted, rel=1e-3, abs=1e-3), name
+            assert training["resumed"]["steps"] == training["whole"]["steps"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_everything_runs_on_a_gpu_in_bf16(tmp_path_factory: pytest.TempPathFactory) -> None:
+    kinds = ["drawn", *TRAININGS, *GRADIENTS, *ONLY_WHOLE]
+    found = ranked(tmp_path_factory, {"cuda": ["1", "ddp", "cuda", "bf16", *kinds]})["cuda"]
+    assert found.keys() == set(kinds)
+    for kind in GRADIENTS:
+        assert found[kind]["whole"]["history"]["kl"][0] == 0
