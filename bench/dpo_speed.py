@@ -64,7 +64,7 @@ ROWS: dict[str, tuple[Any, Any, str]] = {
 #: Kinds of work, and what the profiler's names of their operations have in them.
 KINDS = {
     "matrix products": ("::mm", "::addmm", "::bmm", "::_linear_pointwise"),
-    "attention": ("scaled_dot_product",),
+    "attention": ("scaled_dot_product", "flash_attention", "efficient_attention", "varlen_attn"),
     "softmax over the vocabulary": ("log_softmax", "logsumexp"),
     "optimiser": ("adamw",),
 }

@@ -30,6 +30,7 @@ from bench.options import knob
 from bench.tiny import ROOT, copy
 from dualign.core.artifacts import listed, read_json, write_parquet
 from dualign.core.errors import DualignError
+from dualign.core.peaks import named_peak
 from dualign.core.schema import PROMPTS, Message, prompt_id
 from dualign.lm.models import build_scratch, load_tokenizer, save
 from dualign.params.models import ScratchParams
@@ -38,8 +39,6 @@ from pipeline.dvc.overlay import whole
 log = logging.getLogger(__name__)
 
 PROGRAM = "python -m bench.gpu"
-#: Peak of bf16 matrix products without sparsity in TFLOP/s, as makers state it.
-PEAKS = {"H100": 989, "H200": 989, "A100": 312}
 _TARGET = "dual_search@dualign"
 _SMALL = ScratchParams(
     tokenizer="train", vocab_size=49152, hidden_size=64, layers=2, heads=2, intermediate_size=128,
@@ -79,7 +78,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the run, its share of the time, its command, and what its results say."""
+    """A part of the run, its share of the time, its command, and what its results say; of a
+    `partial` one also those of a part that was stopped.
+    """
 
     name: str
     share: float
@@ -87,6 +88,7 @@ class Part:
     rows: Callable[[Place], list[Row]]
     on_gpu: bool = False
     from_rows: bool = False
+    partial: bool = False
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -168,12 +170,12 @@ def _mfu(ours: dict[str, float]) -> str:
     """The share of the stated peak, on a GPU of which it is known."""
     if not torch.cuda.is_available():
         return ""
-    known = [peak for name, peak in PEAKS.items() if name in torch.cuda.get_device_name()]
-    return f", MFU {ours['gflops'] / 1000 / known[0]:.0%}" if known else ""
+    peak = named_peak(torch.cuda.get_device_name())
+    return f", MFU {ours['gflops'] * 1e9 / peak:.0%}" if peak else ""
 
 
 def _sampling(place: Place) -> Sequence[str]:
-    sizes = "--count 64 --draws 4 --batch 128 --max-new-tokens 256 --rounds 3 --precision bf16"
+    sizes = "--count 48 --draws 4 --batch 96 --max-new-tokens 128 --rounds 3 --precision bf16"
     if place.given.small:
         sizes = "--count 2 --draws 1 --batch 2 --max-new-tokens 8 --rounds 1"
     prompts = place.out / "prompts.parquet"
@@ -257,14 +259,15 @@ def _price(row: dict[str, Any]) -> str:
     return f"{row['seconds']:.0f} s, {row['peak_rss_mib'] / 1024:.1f} GiB of the process"
 
 
+#: Most of a part is the start of its processes, some ten seconds each, whatever the GPU.
 PARTS = (
-    Part("tests", 1, _tests, _tested, on_gpu=True),
-    Part("numerics", 2, _numerics, _numbers),
-    Part("DPO step, 135M", 2, _speed(""), _speeds(""), from_rows=True),
-    Part("DPO step, 0.5B", 2, _speed("0.5b"), _speeds("0.5b"), from_rows=True),
-    Part("DPO step, 1.5B", 3, _speed("1.5b"), _speeds("1.5b"), from_rows=True),
-    Part("sampling", 3, _sampling, _sampled, from_rows=True),
-    Part("preset smollm2-gpu", 5, _preset, _stages, from_rows=True),
+    Part("tests", 3, _tests, _tested, on_gpu=True),
+    Part("numerics", 2.5, _numerics, _numbers),
+    Part("DPO step, 135M", 2.5, _speed(""), _speeds(""), from_rows=True),
+    Part("DPO step, 0.5B", 2.5, _speed("0.5b"), _speeds("0.5b"), from_rows=True),
+    Part("DPO step, 1.5B", 3.5, _speed("1.5b"), _speeds("1.5b"), from_rows=True),
+    Part("sampling", 3, _sampling, _sampled, from_rows=True, partial=True),
+    Part("preset smollm2-gpu", 6, _preset, _stages, from_rows=True, partial=True),
 )
 
 
@@ -284,7 +287,7 @@ def measure(place: Place) -> Iterator[dict[str, Any]]:
         began = time.monotonic()
         fault = _missing(part, place) or _ran(part, place, limit)
         try:
-            rows = [] if fault and part.name != PARTS[-1].name else part.rows(place)
+            rows = [] if fault and not part.partial else part.rows(place)
         except (OSError, DualignError, KeyError, StopIteration) as error:
             rows, fault = [], fault or f"its results cannot be read: {error!r}"
         seconds = time.monotonic() - began

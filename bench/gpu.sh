@@ -69,6 +69,7 @@ run() {
             *) usage ;;
         esac
     done
+    export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0} # of several the first: a stage alone is to see one
     (cd "$parts" 2>/dev/null && sha256sum --quiet --check sums.txt) || die "$parts: its parts are not all there, or not whole"
     bare=$(mktemp -d)
     trap 'rm -rf "$bare"' EXIT

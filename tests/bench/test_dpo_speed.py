@@ -114,6 +114,8 @@ def test_operations_of_the_profiler_are_told_apart() -> None:
         "aten::mm": "matrix products",
         "mkldnn::_linear_pointwise": "matrix products",
         "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
+        "aten::_efficient_attention_forward": "attention",
+        "aten::_flash_attention_backward": "attention",
         "aten::mul": "all else",
     }
     assert {name: dpo_speed.kind_of(name) for name in kinds} == kinds

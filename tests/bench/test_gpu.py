@@ -29,12 +29,14 @@ def test_a_fault_is_a_row_and_stops_nothing(place: Place, monkeypatch: pytest.Mo
     parts = (
         part("fails", "import sys; print('the reason'); sys.exit(3)"),
         part("rows", "", from_rows=True),
+        part("half done", "import sys; sys.exit(3)", partial=True),
         part("runs", ""),
         part("sleeps", "import time; time.sleep(100)"),
     )
     monkeypatch.setattr(gpu, "PARTS", parts)
     found = {row["part"]: row for row in measure(place)}
     assert found["fails"]["fault"] == "status 3: the reason" and not found["fails"]["rows"]
+    assert found["half done"]["fault"] and found["half done"]["rows"] == [("what", "found")]
     assert found["rows"]["fault"] == "needs rows; pack with --data"
     assert found["runs"]["fault"] == "" and found["runs"]["rows"] == [("what", "found")]
     assert found["sleeps"]["fault"].startswith("stopped after its ")
@@ -49,6 +51,12 @@ def test_a_fault_is_a_row_and_stops_nothing(place: Place, monkeypatch: pytest.Mo
 def test_tests_for_a_gpu_are_told_apart(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "PARTS", gpu.PARTS[:1])
     assert [row["fault"] for row in measure(place)] == ["needs a GPU"]
+
+
+def test_files_with_tests_for_a_gpu_are_found(place: Place) -> None:
+    named = {Path(file).name for file in gpu.PARTS[0].command(place) if file.endswith(".py")}
+    assert {"test_numerics.py", "test_devices.py", "test_ranks.py", "test_vllm.py"} <= named
+    assert "test_cells.py" not in named
 
 
 def said(*arguments: str) -> tuple[int, str]:
