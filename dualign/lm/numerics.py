@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from dualign.core import ranks
 from dualign.core.errors import ModelError
 from dualign.lm import onednn
+from dualign.lm.kernels import fuse
 from dualign.lm.quantised import cast, is_quantised
 from dualign.params.base import Resources
 
@@ -122,6 +123,8 @@ def in_precision(model: Any, resources: Resources, *, trained: bool) -> Any:
     """The model on its device, computing as params say; `trained`: its weights will change."""
     device = device_of(resources)
     computed = precision_of(resources)
+    if device.type == "cuda":
+        fuse(model)
     if is_quantised(model):
         if trained:
             raise ModelError("a base in 4 bits is never trained itself; set lora.rank above 0")

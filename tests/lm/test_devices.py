@@ -138,3 +138,28 @@ def test_packed_rows_are_those_of_padded_ones(
     got = gradients(model, found)
     for key, gradient in wanted.items():
         assert (got[key] - gradient).norm() < 0.1 * gradient.norm() + 1e-4, key
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_ligers_kernels_compute_the_same(
+    name: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("liger_kernel")
+    how = on_cpu(device="cuda", precision=precision)
+    folder = saved(name, tmp_path)
+    with monkeypatch.context() as without:
+        without.setattr("dualign.lm.kernels.is_liger_kernel_available", lambda: False)
+        plain = policy(folder, "trained", how)
+        expected = torch.cat([answer_log_probabilities(plain, *rows) for rows in padded(plain)])
+        wanted = gradients(plain, expected)
+    model = policy(folder, "trained", how)
+    assert "Liger" in repr(model.model.norm.forward)
+    found = torch.cat([answer_log_probabilities(model, *rows) for rows in padded(model)])
+    close = 1e-4 if precision == "fp32" else 0.02
+    assert torch.allclose(found, expected, rtol=close, atol=close)
+    got = gradients(model, found)
+    for key, gradient in wanted.items():
+        assert (got[key] - gradient).norm() < 5 * close * gradient.norm() + 1e-4, key
