@@ -9,13 +9,17 @@ import sys
 #: counts.
 PEAKS = {
     "NVIDIA B200": 2250.0,
+    "NVIDIA GH200": 989.4,
     "NVIDIA H200": 989.4,
+    "NVIDIA H200 NVL": 835.5,
     "NVIDIA H100": 989.4,  # SXM5, "NVIDIA H100 80GB HBM3"
     "NVIDIA H100 NVL": 835.5,
     "NVIDIA H100 PCIe": 756.5,
     "NVIDIA A100": 312.0,
+    "NVIDIA A40": 149.7,
     "NVIDIA A10": 125.0,
     "NVIDIA A10G": 70.0,
+    "NVIDIA L40": 181.0,
     "NVIDIA L40S": 362.1,
     "NVIDIA L4": 121.0,
     "NVIDIA GeForce RTX 4090": 165.2,
@@ -35,7 +39,7 @@ def peak_of(stated: float | None, device: str, precision: str) -> float | None:
         return None
     import torch
 
-    if not torch.cuda.is_available() or not torch.cuda.is_bf16_supported():
+    if not torch.cuda.is_available() or not torch.cuda.is_bf16_supported(including_emulation=False):
         return None
     return named_peak(torch.cuda.get_device_name())
 

@@ -55,7 +55,9 @@ def device_of(resources: Resources) -> torch.device:
 def precision_of(resources: Resources) -> torch.dtype:
     """What matrices are multiplied in: bf16 on a GPU that has it, unless params say otherwise."""
     if resources.precision == "auto":
-        capable = device_of(resources).type == "cuda" and torch.cuda.is_bf16_supported()
+        # Cards before Ampere have it by emulation, which is slower than fp32.
+        on_gpu = device_of(resources).type == "cuda"
+        capable = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if capable else torch.float32
     return torch.float32 if resources.precision == "fp32" else torch.bfloat16
 

@@ -218,7 +218,7 @@ def attention(
 
 def flashes(value: Tensor) -> bool:
     """Whether flash attention takes values [..., width] of this kind, where they are."""
-    if value.device.type != "cuda" or value.dtype is not torch.bfloat16:
+    if value.device.type != "cuda" or value.dtype is not torch.bfloat16 or not torch.version.cuda:
         return False
     width = value.shape[-1]
     capable = torch.cuda.get_device_capability(value.device) >= _AMPERE

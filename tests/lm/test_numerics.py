@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -515,3 +516,18 @@ def test_more_than_one_visible_gpu_is_refused(
                 numerics.device_of(asked)
             assert numerics.device_of(asked.model_copy(update={"processes": "auto"})).index == 0
         assert numerics.device_of(resources).type == "cpu"
+
+
+@pytest.mark.parametrize(("major", "expected"), [(7, torch.float32), (8, torch.bfloat16)])
+def test_a_card_that_only_emulates_bf16_computes_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, resources: Resources, major: int, expected: torch.dtype
+) -> None:
+    """What torch asks a T4 and an A100: both take a tensor in bf16."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    card = SimpleNamespace(major=major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    asked = resources.model_copy(update={"device": "cuda", "precision": "auto"})
+    assert numerics.precision_of(asked) is expected
