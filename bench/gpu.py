@@ -256,7 +256,8 @@ def _provenance(place: Place) -> list[Path]:
 
 
 def _price(row: dict[str, Any]) -> str:
-    return f"{row['seconds']:.0f} s, {row['peak_rss_mib'] / 1024:.1f} GiB of the process"
+    gpu = f", {row['peak_gpu_mib'] / 1024:.1f} GiB of the GPU" if row.get("peak_gpu_mib") else ""
+    return f"{row['seconds']:.0f} s, {row['peak_rss_mib'] / 1024:.1f} GiB of the process{gpu}"
 
 
 #: Most of a part is the start of its processes, some ten seconds each, whatever the GPU.

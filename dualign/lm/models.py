@@ -291,8 +291,11 @@ def _savable(config: GenerationConfig) -> GenerationConfig:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random draws of torch from `seed`; those outside go on as if none had been made."""
-    with torch.random.fork_rng():
+    """Random draws of torch from `seed`; those outside go on as if none had been made.
+
+    Of several GPUs only this process's is touched: each other would give it room."""
+    own = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(own):
         torch.manual_seed(seed)
         yield
 

@@ -163,3 +163,13 @@ def test_ligers_kernels_compute_the_same(
     got = gradients(model, found)
     for key, gradient in wanted.items():
         assert (got[key] - gradient).norm() < 5 * close * gradient.norm() + 1e-4, key
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_draws_outside_go_on_as_if_none_had_been_made(device: str) -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3, device=device)
+    torch.manual_seed(1)
+    with models.seeded(5):
+        inside = torch.rand(3, device=device)
+    assert torch.equal(torch.rand(3, device=device), expected) and not torch.equal(inside, expected)
