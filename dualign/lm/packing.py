@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
@@ -77,10 +77,10 @@ class Packs:
         """Of every prompt the masks of the answers after its first, [1, 1, answer, prompt +
         answer].
         """
-        return [
-            [_continued(prompt, length, self.device) for length in others]
-            for prompt, _, *others in self.lengths
-        ]
+        made = []
+        for prompt, _, *others in self.lengths:
+            made.append([_continued(prompt, length, self.device) for length in others])
+        return made
 
     @cached_property
     def sequences(self) -> Sequences:
@@ -98,12 +98,15 @@ class Packs:
                 tokens.append([*asked, *range(start, start + length)])
                 start += length
         sizes = [len(row) for row in tokens]
-        ends = [
-            torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=self.device)
-            for counts in (queries, sizes)
-        ]
-        every = torch.tensor([token for row in tokens for token in row], device=self.device)
-        return Sequences(ends[0], every, ends[1], (max(queries), max(sizes)))
+        return Sequences(
+            self._ends(queries),
+            torch.tensor(list(chain(*tokens)), device=self.device),
+            self._ends(sizes),
+            (max(queries), max(sizes)),
+        )
+
+    def _ends(self, sizes: Sequence[int]) -> Tensor:
+        return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=self.device)
 
 
 def _continued(prompt: int, answer: int, device: torch.device) -> Tensor:

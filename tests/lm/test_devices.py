@@ -42,9 +42,11 @@ ANSWERS = [[7, 8, 2], [5], [9, 2], [3, 4, 5, 6, 2], [2, 7, 11]]
 def padded(model: Any) -> list[tuple[Tensor, ...]]:
     """Each answer as a row of its own."""
     device = next(model.parameters()).device
-    rows = zip(PROMPTS, ANSWERS, strict=True)
-    made = [padded_rows([prompt], [answer], 0) for prompt, answer in rows]
-    return [tuple(part.to(device) for part in row) for row in made]
+    made = []
+    for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
+        ids, mask, labels = padded_rows([prompt], [answer], 0)
+        made.append((ids.to(device), mask.to(device), labels.to(device)))
+    return made
 
 
 def gradients(model: Any, logps: Tensor) -> dict[str, Tensor]:
