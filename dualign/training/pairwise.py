@@ -466,7 +466,7 @@ class PairwiseTrainer(Shared, DPOTrainer):
         point = partial(self._reference_point, model, inputs)
         batch = PairBatch(*bounded, logit, label, (first, second), inputs, self.args, point)
         counted = inputs.get(COUNTED)
-        loss = self.mean(PAIR_LOSSES[self.args.pair_loss].loss(batch), counted)
+        loss = self.part(PAIR_LOSSES[self.args.pair_loss].loss(batch), inputs)
         if self.args.anchor_weight > 0:
             loss = loss + self.args.anchor_weight * self._anchor(inputs, ratio_first, ratio_second)
         if self.args.nll_weight > 0:
@@ -477,8 +477,8 @@ class PairwiseTrainer(Shared, DPOTrainer):
                 else (label, 1 - label)
             )
             weights = torch.cat(weight).to(logps.dtype)
-            loss = loss + self.args.nll_weight * self.mean(
-                losses.weighted_nll(logps, weights), counted
+            loss = loss + self.args.nll_weight * self.part(
+                losses.weighted_nll(logps, weights), inputs
             )
         self._record(logit, label, torch.cat([ratio_first, ratio_second]), counted)
         return (loss, {}) if return_outputs else loss
@@ -537,17 +537,21 @@ class PairwiseTrainer(Shared, DPOTrainer):
         draws = [torch.bernoulli(label.cpu(), generator=generator) for _ in range(part + 1)]
         return draws[-1].to(logit.device)
 
+    def known(self, batch: dict[str, Any]) -> Tensor | None:
+        """Which answers have an anchor, [answers]."""
+        if self.args.anchor_weight == 0:
+            return None
+        known = ~torch.cat([batch["anchor_chosen"], batch["anchor_rejected"]]).isnan()
+        return known & batch[COUNTED].repeat(2) if COUNTED in batch else known
+
     def _anchor(self, inputs: dict[str, Any], ratio_first: Tensor, ratio_second: Tensor) -> Tensor:
         targets = torch.cat([inputs["anchor_chosen"], inputs["anchor_rejected"]]).to(
             ratio_first.dtype
         )
         ratios = torch.cat([ratio_first, ratio_second])
-        known = ~targets.isnan()
-        if COUNTED in inputs:
-            known = known & inputs[COUNTED].repeat(2)
         # NaN would pass through the mask into the gradient.
         terms = losses.anchor_loss(ratios, targets.nan_to_num(), self.args.anchor_beta)
-        return self.mean(terms, known)
+        return self.part(terms, inputs, self.known(inputs))
 
     def _record(self, logit: Tensor, label: Tensor, ratios: Tensor, counted: Tensor | None) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
@@ -118,6 +119,11 @@ class ScorerTrainer(Shared, RewardTrainer):
         if "flags" not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, "flags"]
 
+    def known(self, batch: dict[str, Any]) -> Tensor:
+        """Which answers have a flag, [answers]."""
+        known: Tensor = batch["flags"].T.reshape(-1) >= 0
+        return known & batch[COUNTED].repeat(2) if COUNTED in batch else known
+
     def compute_loss(
         self,
         model: Model,
@@ -125,19 +131,20 @@ class ScorerTrainer(Shared, RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
+        known = self.known(inputs)
         # [2 pairs]: all first answers, then all second ones, like the logits
         flags = inputs.pop("flags").T.reshape(-1)
         counted = inputs.pop(COUNTED, None)
         _, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        batch = inputs if counted is None else {**inputs, COUNTED: counted}
         scores = outputs.logits.squeeze(-1)
         high, low = scores.chunk(2)
-        loss = self.mean(-logsigmoid(high - low), counted)
+        loss = self.part(-logsigmoid(high - low), batch)
         score = scores.float()
         if self.args.sign_weight > 0:
-            known = flags >= 0 if counted is None else (flags >= 0) & counted.repeat(2)
             terms = losses.sign_loss(score, flags == 1)
             # 2: the paper sums over both answers of a pair
-            loss = loss + self.args.sign_weight * 2 * self.mean(terms, known)
+            loss = loss + self.args.sign_weight * 2 * self.part(terms, batch, known)
         if self.args.score_regularisation > 0:
-            loss = loss + self.args.score_regularisation * self.mean(score**2, counted)
+            loss = loss + self.args.score_regularisation * self.part(score**2, batch)
         return (loss, outputs) if return_outputs else loss

@@ -2,11 +2,12 @@
 
 accelerate gives every process as many rows; where an epoch does not come out even, some come twice.
 They are marked here and count for nothing. Sums over the rows of a step are divided by what all
-processes have, and multiplied by their number, since gradients are averaged over them."""
+processes have, and multiplied by their number, since gradients are averaged over them; and so they
+are over the parts of a step, its micro-batches, of which the last may be a smaller one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ from dualign.training.sharding import Sharding
 COUNTED = "counted"
 
 
+def pairs_in(batch: Mapping[str, Any]) -> int:
+    """Pairs of a part of a batch, whose first answers lie before all second ones."""
+    return len(batch["attention_mask"]) // 2
+
+
 class Shared(Metered, Sharding):
     """A base of trainers whose losses are means over the rows of all processes.
 
@@ -28,6 +34,7 @@ class Shared(Metered, Sharding):
     accelerator: Any
     args: Any
     train_dataset: Any
+    _totals: tuple[float, float] | None = None
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0
@@ -44,11 +51,39 @@ class Shared(Metered, Sharding):
             items = parent._get_num_items_in_batch(batches, device)
         for batch in batches:
             self.measure(batch)
+        self._totals = self._counted(batches, device) if len(batches) > 1 else None
         return batches, items
 
     def leave_out(self, batch: dict[str, Any], rows: Tensor) -> None:
         """Mark rows of a batch, bool [rows], as none of this process's."""
         batch[COUNTED] = ~rows
+
+    def known(self, batch: dict[str, Any]) -> Tensor | None:
+        """Which answers of a part of a batch its second term has a target for, if it has one."""
+        return None
+
+    def _counted(
+        self, batches: Sequence[dict[str, Any]], device: torch.device
+    ) -> tuple[float, float]:
+        """Rows that count in an average part of a step, and answers that `known` tells."""
+        rows = [batch[COUNTED].sum() if COUNTED in batch else pairs_in(batch) for batch in batches]
+        known = [mask.sum() for mask in map(self.known, batches) if mask is not None]
+        totals = torch.tensor([float(sum(rows)), float(sum(known))], device=device)
+        everywhere = self.accelerator.reduce(totals, "mean") / len(batches)
+        return float(everywhere[0]), float(everywhere[1])
+
+    def part(self, values: Tensor, batch: dict[str, Any], known: Tensor | None = None) -> Tensor:
+        """What a part of a step adds to its mean, times the number of parts and of processes: of
+        values [rows, or answers], those that count or, with `known`, those that this says."""
+        if self._totals is None:
+            return self.mean(values, batch.get(COUNTED) if known is None else known)
+        rows, answers = self._totals
+        if known is not None:
+            return values[known].sum() / max(answers, 1e-9)
+        each = len(values) // pairs_in(batch)
+        counted = batch.get(COUNTED)
+        kept = values if counted is None else values[counted.repeat(each)]
+        return kept.sum() / (each * rows)
 
     def mean(self, values: Tensor, counted: Tensor | None = None) -> Tensor:
         """The part of this process in the mean over the rows of all, times their number; 0 where

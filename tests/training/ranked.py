@@ -74,11 +74,16 @@ GRADIENT = PolicyGradient(
 
 
 def resources(processes: int, distributed: str, device: str, precision: str) -> Resources:
+    """Shards as a 7B on eight GPUs has them (docs/cluster.md): a row in a forward pass, and
+    activations checkpointed."""
+    sharded = distributed == "fsdp2"
     return on_cpu(
         device=device,
         precision=precision,
         processes=processes,
         distributed=distributed,
+        micro_batch_size=1 if sharded else None,
+        gradient_checkpointing=sharded,
         sampling_batch_size=4,
         checkpoint_steps=4,
         log_steps=1,

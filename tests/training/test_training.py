@@ -1033,6 +1033,40 @@ def test_parts_of_a_batch_add_up_to_the_whole(
         assert torch.allclose(tensor, weights(parts)[name], atol=1e-4), name
 
 
+@pytest.mark.parametrize("what", ["flags", "anchors"])
+def test_parts_of_a_step_weigh_what_they_have(
+    tokenizer: PreTrainedTokenizerBase, job: Job, tmp_path: Path, what: str
+) -> None:
+    """Micro-batches of 1 and 3 make the steps of a batch of 6, though not every answer has a flag
+    or an anchor, and the last step of an epoch has fewer rows."""
+    found = []
+    for micro in (None, 1, 3):
+        own = changed(
+            job, str(micro), batch_size=6, epochs=2.0, max_steps=None, micro_batch_size=micro
+        )
+        if what == "flags":
+            model = scorer(tokenizer, tmp_path / "policy", job.resources)
+            given = [(None, None), (True, None), (True, False)]
+            rows = [
+                ScoredPair(pair.high, pair.low, given[i % 3])
+                for i, pair in enumerate(scored_pairs(tokenizer)[:10])
+            ]
+            scorer_training.train_scorer(model, tokenizer, rows, own, sign_weight=1.0)
+        else:
+            model = policy(tokenizer)
+            pairs = pairs_of(tokenizer, policy(tokenizer), anchored=True)[:10]
+            some = [
+                replace(pair, anchors=(math.nan, pair.anchors[1])) if i % 3 else pair
+                for i, pair in enumerate(pairs)
+            ]
+            loss = PairLossConfig(1.0, 1.0, "soft", anchor=0.5, nll=0.02)
+            pairwise_training.train_pairwise(model, tokenizer, some, loss, own)
+        found.append(weights(model))
+    for name, tensor in found[0].items():
+        for other in found[1:]:
+            assert torch.allclose(tensor, other[name], atol=1e-5), name
+
+
 def test_metrics_tell_the_course_of_a_run(
     kind: tuple[Start, Train], job: Job, request: pytest.FixtureRequest
 ) -> None:
