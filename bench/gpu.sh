@@ -86,7 +86,7 @@ from pathlib import Path
 root = Path(sys.argv[1])
 project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
 extras = project["optional-dependencies"]
-wanted = [*project["dependencies"], *extras["test"], *extras["gguf"]]
+wanted = [*project["dependencies"], *extras["test"], *extras["gguf"], *extras["qlora"]]
 try:
     kept = {"torch", *(re.match(r"[\w.-]+", need)[0] for need in metadata.requires("torch"))}
 except metadata.PackageNotFoundError:

@@ -25,7 +25,7 @@ from dualign.scoring.calibration import Platt
 from dualign.scoring.scorers import Scorer
 from dualign.training.pairwise import Pair, PairLossConfig, train_pairwise
 from dualign.training.run import Job
-from tests.tiny import saved_llama, short_training
+from tests.tiny import DEVICES, saved_llama, short_training
 
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", quantise="nf4")
 IDS = torch.tensor([[3, 5, 8, 9, 11, 4]])
@@ -53,14 +53,15 @@ def base(whole: Path) -> Path:
 
 def logits(model: torch.nn.Module) -> Tensor:
     with torch.no_grad():
-        return model(input_ids=IDS).logits.float()
+        return model(input_ids=IDS.to(next(model.parameters()).device)).logits.float()
 
 
 def stirred(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(1)
     for weight in model.parameters():
         if weight.requires_grad:
-            weight.data = std * torch.randn(weight.shape, generator=generator)
+            drawn = torch.randn(weight.shape, generator=generator)
+            weight.data = std * drawn.to(weight.device)
     return model
 
 
@@ -82,6 +83,7 @@ def test_it_is_near_the_whole_one_in_an_eighth_of_its_matrices(
     assert again.model.layers[0].mlp.up_proj.weight is matrix
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_policy_before_its_first_step_is_the_base_in_4_bits(
     base: Path,
@@ -89,8 +91,9 @@ def test_a_policy_before_its_first_step_is_the_base_in_4_bits(
     resources: Resources,
     tmp_path: Path,
     precision: str,
+    device: str,
 ) -> None:
-    own = resources.model_copy(update={"precision": precision, "log_steps": 1})
+    own = resources.model_copy(update={"precision": precision, "device": device, "log_steps": 1})
     reference = models.load_policy(base, own)
     prompts = [[3, 5], [3, 5], [6], [6]]
     answers = [[8, 9, 1], [11, 4, 1], [7, 1], [12, 1]]
@@ -125,6 +128,7 @@ def test_an_adapter_comes_back_and_what_leaves_is_whole(
     assert torch.equal(logits(loaded), expected)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_scorer_on_it(
     base: Path,
@@ -132,8 +136,9 @@ def test_a_scorer_on_it(
     resources: Resources,
     tmp_path: Path,
     precision: str,
+    device: str,
 ) -> None:
-    own = resources.model_copy(update={"precision": precision})
+    own = resources.model_copy(update={"precision": precision, "device": device})
     backbone = models.load_scorer_backbone(str(base), tokenizer, own, 0, trained=False)
     model = stirred(models.with_lora(backbone, LORA, 0, head=True))
     scorer = Scorer(model.eval(), tokenizer, Platt())
