@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -94,25 +95,37 @@ class Part:
 # --- parts ----------------------------------------------------------------------------------------
 
 
-def _tests(place: Place) -> Sequence[str]:
-    """Tests marked `gpu`; files without any are not even read."""
-    files = [str(file) for file in sorted((ROOT / "tests").rglob("test_*.py"))]
-    marked = [file for file in files if _names_a_gpu(Path(file).read_text())]
-    report = f"--junit-xml={place.out / 'tests.xml'}"
-    return ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", report, *marked]
+def _tests(chosen: str) -> Callable[[Place], Sequence[str]]:
+    """Tests marked `gpu` that are `chosen` too; files without any are not even read."""
+
+    def command(place: Place) -> Sequence[str]:
+        files = [str(file) for file in sorted((ROOT / "tests").rglob("test_*.py"))]
+        marked = [file for file in files if _names_a_gpu(Path(file).read_text())]
+        report = f"--junit-xml={_report(place, chosen)}"
+        wanted = ["-m", f"gpu and {chosen}", "-p", "no:cacheprovider"]
+        return ["-m", "pytest", "-q", *wanted, report, *marked]
+
+    return command
+
+
+def _report(place: Place, chosen: str) -> Path:
+    return place.out / f"tests-{chosen.replace(' ', '-')}.xml"
 
 
 def _names_a_gpu(test: str) -> bool:
     """Whether a file of tests has any for a GPU."""
-    return "mark.gpu" in test or "DEVICES" in test
+    return re.search(r"mark\.gpu\b|\bDEVICES\b", test) is not None
 
 
-def _tested(place: Place) -> list[Row]:
-    from xml.etree import ElementTree
+def _tested(chosen: str) -> Callable[[Place], list[Row]]:
+    def rows(place: Place) -> list[Row]:
+        from xml.etree import ElementTree
 
-    suite = ElementTree.parse(place.out / "tests.xml").getroot()[0].attrib
-    kinds = ("tests", "failures", "errors", "skipped")
-    return [("marked gpu", ", ".join(f"{suite[kind]} {kind}" for kind in kinds))]
+        suite = ElementTree.parse(_report(place, chosen)).getroot()[0].attrib
+        kinds = ("tests", "failures", "errors", "skipped")
+        return [("marked gpu", ", ".join(f"{suite[kind]} {kind}" for kind in kinds))]
+
+    return rows
 
 
 def _numerics(place: Place) -> Sequence[str]:
@@ -262,7 +275,8 @@ def _price(row: dict[str, Any]) -> str:
 
 #: Most of a part is the start of its processes, some ten seconds each, whatever the GPU.
 PARTS = (
-    Part("tests", 3, _tests, _tested, on_gpu=True),
+    Part("tests", 2.5, _tests("not slow"), _tested("not slow"), on_gpu=True, partial=True),
+    Part("tests of trainings", 3.5, _tests("slow"), _tested("slow"), on_gpu=True, partial=True),
     Part("numerics", 2.5, _numerics, _numbers),
     Part("DPO step, 135M", 2.5, _speed(""), _speeds(""), from_rows=True),
     Part("DPO step, 0.5B", 2.5, _speed("0.5b"), _speeds("0.5b"), from_rows=True),
