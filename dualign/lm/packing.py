@@ -9,6 +9,7 @@ their own; elsewhere each answer is a call of sdpa's."""
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ from dualign.lm.numerics import (
     padded_rows,
     without_adapter,
 )
+from dualign.lm.tokens import told
+
+log = logging.getLogger(__name__)
 
 #: Name of the attention in transformers: sdpa's, and for packed rows that of this module.
 PACKED = "dualign_packed"
@@ -283,10 +287,14 @@ def enable_packing(model: Any) -> bool:
     AttentionInterface.register(PACKED, attention)
     AttentionMaskInterface.register(PACKED, sdpa_mask)
     base.set_attn_implementation(PACKED)
-    if _agrees(model):
-        return True
-    base.set_attn_implementation("sdpa")
-    return False
+    try:
+        able = _agrees(model)
+    except RuntimeError as error:  # a kernel that this device or this width lacks
+        log.warning("answers are read with padding: a packed row failed (%s)", told(error))
+        able = False
+    if not able:
+        base.set_attn_implementation("sdpa")
+    return able
 
 
 def wide(model: Any) -> bool:
@@ -340,8 +348,10 @@ def _agrees(model: Any) -> bool:
     answers = [[3, 1], [2, 3, 1, 1], [3, 3, 2]]
     training = model.training
     model.eval()
-    packed = packed_log_probabilities(model, prompts, answers)
-    ids, mask, labels = (part.to(packed.device) for part in padded_rows(prompts, answers, 0))
-    padded = answer_log_probabilities(model, ids, mask, labels)
-    model.train(training)
+    try:
+        packed = packed_log_probabilities(model, prompts, answers)
+        ids, mask, labels = (part.to(packed.device) for part in padded_rows(prompts, answers, 0))
+        padded = answer_log_probabilities(model, ids, mask, labels)
+    finally:
+        model.train(training)
     return bool(((packed - padded).abs() <= _SAME[_precision(model)] * padded.abs()).all())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig, PreTrainedModel
 
-from dualign.lm import models
+from dualign.lm import models, packing
 from dualign.lm.numerics import answer_log_probabilities, padded_rows
 from dualign.lm.packing import (
     Packs,
@@ -128,6 +128,21 @@ def by_calls(query: Tensor, key: Tensor, value: Tensor, plan: Sequences, scale: 
             weights = (query[place, :, None] * known[seen].transpose(0, 1)).sum(-1) * scale
             made.append(torch.einsum("hk,khw->hw", weights.softmax(-1), held[seen]))
     return torch.stack(made)
+
+
+def test_a_device_that_cannot_pack_has_padded_rows_and_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = built("llama").train()
+    expected = padded(model)
+
+    def refusing(*_: object, **__: object) -> None:
+        raise RuntimeError("no kernel image is available\nfor this device")
+
+    monkeypatch.setattr(packing, "attention", refusing)
+    assert not enable_packing(model)
+    assert "with padding: a packed row failed (no kernel image is available for" in caplog.text
+    assert torch.equal(padded(model), expected) and model.training
 
 
 def test_one_call_of_sequences_is_a_call_for_each_answer() -> None:
