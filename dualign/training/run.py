@@ -69,7 +69,6 @@ def arguments(job: Job) -> dict[str, Any]:
         "num_train_epochs": training.epochs,
         "max_steps": training.max_steps or -1,
         "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": micro,
         "gradient_accumulation_steps": training.batch_size // (micro * ranks.world()),
         "learning_rate": training.learning_rate,
         "warmup_steps": training.warmup,

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from dualign.core import ranks
 from dualign.lm.numerics import answer_log_probabilities
 from dualign.lm.sampling import log_probabilities
 from dualign.training.columns import id_column, table_of
@@ -38,8 +36,9 @@ def train_sft(
     job: Job,
 ) -> Metrics:
     """Maximise log pi(answer | prompt) on (prompt ids, answer ids); returns losses per answer
-    token, in nats.
+    token, in nats, with that of `heldout` after training.
     """
+    measured = _fitting(heldout, job.training.max_length)  # told before training, if none fits
     # The rows fit, and their labels are made here: TRL would walk through them twice, one by one,
     # for the same.
     options = {"max_length": None, "packing": False, "router_aux_loss_coef": 0.0}
@@ -48,34 +47,11 @@ def train_sft(
         model,
         args=args,
         train_dataset=_supervised(train, job.training.max_length),
-        eval_dataset=_supervised(heldout, job.training.max_length),
         processing_class=tokenizer,
     )
     metrics = run(trainer, job)
-    if ranks.world() == 1:
-        metrics["heldout_loss"] = trainer.evaluate()["eval_loss"]
-    else:
-        metrics["heldout_loss"] = _evaluated(model, tokenizer, heldout, job)
+    metrics["heldout_loss"] = heldout_loss(model, tokenizer, measured, job)
     return metrics
-
-
-def _evaluated(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[tuple[list[int], list[int]]],
-    job: Job,
-) -> float:
-    """What one process's trainer evaluates: the mean over rows of the loss a token of their batch,
-    whose rows are those of one forward pass.
-    """
-    kept = _fitting(rows, job.training.max_length)
-    tokens = torch.tensor([len(answer) for _, answer in kept], dtype=torch.float64)
-    logps = _logps(model, tokenizer, kept, job)
-    whole = job.training.batch_size
-    size = min(job.resources.micro_batch_size or whole, whole)
-    batches = zip(logps.split(size), tokens.split(size), strict=True)
-    sums = [-part.sum() / count.sum() * len(part) for part, count in batches]
-    return float(torch.stack(sums).sum()) / len(kept)
 
 
 def heldout_loss(
