@@ -227,16 +227,48 @@ def _wholes(
     found: Layout,
     ended: Sequence[bool],
 ) -> list[str]:
-    """Each conversation's text up to the end of its last turn, or before that if cut."""
+    """The text of each conversation, which asks `QUESTION`, up to the end of its last turn, or
+    before that if cut.
+    """
     (head,) = _heads(tokenizer, [user(QUESTION)], found)
     end = found.end
+    texts = _opened(tokenizer, turns, head, found)
 
     def cut(whole: str, done: bool) -> str:
         if end is None or not done:
             return whole.removesuffix(found.after)
         return whole[: whole.index(end, len(head)) + len(end)]
 
-    return [cut(whole, done) for whole, done in zip(render(tokenizer, turns), ended, strict=True)]
+    return [cut(whole, done) for whole, done in zip(texts, ended, strict=True)]
+
+
+def _opened(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Sequence[Message]],
+    head: str,
+    found: Layout,
+) -> list[str]:
+    """Each conversation's text, which begins with `head`.
+
+    Some templates take a thought out of an answer and write it before the rest; where `head` has an
+    empty one, such an answer does not follow it, and stands there as it is.
+    """
+    texts = render(tokenizer, turns)
+    astray = [row for row, text in enumerate(texts) if not text.startswith(head)]
+    if not astray:
+        return texts
+    (whole,) = render(tokenizer, [[*user(QUESTION), _assistant(_ANSWERS[0])]])
+    before = whole.rpartition(_ANSWERS[0])[0]
+    for row in astray:
+        texts[row] = before + turns[row][-1]["content"] + found.after
+    log.warning(
+        "the chat template takes thoughts out of %d of %d answers; these stay as they are, the"
+        " first is %r",
+        len(astray),
+        len(texts),
+        turns[astray[0]][-1]["content"][:40],
+    )
+    return texts
 
 
 def render(

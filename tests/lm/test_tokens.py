@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from dualign.core.errors import DataError, ModelError
 from dualign.core.schema import Message, user
 from dualign.data import world
-from dualign.lm.models import load_tokenizer, train_tokenizer
+from dualign.lm.models import load_tokenizer, made_fit, train_tokenizer
 from dualign.lm.tokens import (
     answer_lengths,
     decode_answers,
@@ -26,7 +26,7 @@ from dualign.lm.tokens import (
     render,
     retokenised_share,
 )
-from tests.lm.layouts import BUILDERS, CHATS, THINKING
+from tests.lm.layouts import BUILDERS, CHATS, THINKING, byte_level
 
 ANSWERS = [answer.text for answer in world.answers(world.prompts()[0])]
 TALK: list[Message] = [
@@ -423,6 +423,37 @@ def test_a_thinking_template_is_asked_for_answers_without_thoughts(talkers: dict
     (ids,) = encode_prompts(talkers["thinking", "byte_level"], [TALK])
     text = talkers["thinking", "byte_level"].decode(ids)
     assert text.count("<think>") == 1 and text.rstrip().endswith("</think>")
+
+
+#: As Qwen3's: a thought is taken out of an answer, and an empty one stands where there is none.
+THOUGHTFUL = (
+    "{%- for turn in messages %}{{- '<|im_start|>' + turn['role'] + '\\n' }}{%- set content ="
+    " turn['content'] %}{%- if turn['role'] == 'assistant' %}{%- set parts ="
+    " content.split('</think>') %}{%- set thought = parts[0].split('<think>')[-1].strip() if"
+    " parts[1:] else '' %}{{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}{%- set content ="
+    " parts[-1].lstrip() %}{%- endif %}{{- content + '<|im_end|>\\n' }}{%- endfor %}{%- if"
+    " add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{%-"
+    " endif %}"
+)
+
+
+def test_an_answer_with_a_thought_of_its_own_loses_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its template's text does not begin with the prompt's empty thought."""
+    tokenizer = made_fit(byte_level(CHATS["thinking"]), "base")
+    tokenizer.chat_template = THOUGHTFUL
+    answers = [
+        "Yes.",
+        "<think>\nso long a thought\n</think>\n\nYes.",
+        "It says </think>, <|im_end|>",
+    ]
+    (prompt,) = encode_prompts(tokenizer, [user("Why?")])
+    for text, ids in zip(answers, encode_answers(tokenizer, answers), strict=True):
+        assert tokenizer.decode(prompt + ids).endswith(f"<think>\n\n</think>\n\n{text}<|im_end|>")
+    ((_, cut),) = encode_conversations(tokenizer, [user("Why?")], answers[1:2], [False])
+    assert tokenizer.decode(prompt + cut).endswith(f"</think>\n\n{answers[1]}")
+    assert "takes thoughts out of 2 of 3 answers" in caplog.text
 
 
 def test_no_rows_are_no_ids(scratch: PreTrainedTokenizerBase) -> None:
