@@ -94,6 +94,7 @@ def load_reported(
             " complete?"
         ) from error
     _check_report(path, report, fresh)
+    _check_unused(path, model, sorted(report["unexpected_keys"]))
     if dtype == "auto":
         _as_stored(Path(path), model)
     _check_finite(path, model)
@@ -297,6 +298,24 @@ def _check_report(path: str | Path, report: dict[str, Any], fresh: Sequence[str]
             f"{path}: the checkpoint lacks {_some(missing)}, which would be random{hint}; take the"
             " whole checkpoint"
         )
+
+
+def _check_unused(path: str | Path, model: PreTrainedModel, unused: Sequence[str]) -> None:
+    """Refuse weights that are left out of layers which compute without them, such as biases that
+    config.json does not name; of other weights that a policy has no place for a warning tells.
+
+    Heads of other kinds, on whose weights nothing here depends, come with many checkpoints."""
+    base: Any = model.base_model
+    layers = {name for name, one in base.named_modules() if [*one.parameters(recurse=False)]}
+    prefix = f"{model.base_model_prefix}."
+    lost = [name for name in unused if name.removeprefix(prefix).rpartition(".")[0] in layers]
+    if lost:
+        raise ModelError(
+            f"{path}: the checkpoint holds {_some(lost)}, which these layers do not take by"
+            " config.json; mend it (attention_bias, say), or take another checkpoint"
+        )
+    if unused and model.get_output_embeddings() is not None:
+        log.warning("%s: the model has no place for %s, which are left out", path, _some(unused))
 
 
 def _as_stored(folder: Path, model: PreTrainedModel) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
@@ -204,6 +205,39 @@ def test_missing_weights_are_named(llama: Path, resources: Resources) -> None:
         ": the checkpoint lacks model.layers.1.mlp.down_proj.weight, model.layers.1.mlp.gate_proj"
     )
     assert said.endswith("which would be random; take the whole checkpoint")
+
+
+def test_a_part_of_a_layer_that_would_be_left_out_is_named(
+    tmp_path: Path, resources: Resources
+) -> None:
+    """Biases of attention that config.json denies: the rest would load."""
+    folder = tmp_path / "biased"
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL, attention_bias=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    change_json(folder / "config.json", attention_bias=False)
+    told = refusal(folder, resources)
+    assert "model.layers.0.self_attn.k_proj.bias" in told and "and 5 more" in told
+    assert "attention_bias" in told
+    with pytest.raises(ModelError, match=r"k_proj\.bias"):
+        loading.load_model(AutoModel, folder, dtype="auto")
+
+
+def test_weights_without_a_place_are_told(
+    llama: Path, resources: Resources, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A layer beyond those that config.json counts, and the head of a value."""
+
+    def told() -> list[str]:
+        return [one.message for one in caplog.records if one.name == loading.__name__]
+
+    models.load_policy(llama, resources)
+    extra = {"v_head.weight": torch.ones(1), "model.layers.2.mlp.up_proj.weight": torch.ones(1)}
+    change_weights(llama, lambda state: state.update(extra))
+    loading.load_model(AutoModel, llama, dtype="auto")
+    assert not told()
+    loading.load_model(AutoModelForCausalLM, llama, dtype="auto")
+    assert "no place for model.layers.2.mlp.up_proj.weight, v_head.weight" in told()[0]
 
 
 def test_weights_of_another_architecture_are_named(llama: Path, resources: Resources) -> None:
