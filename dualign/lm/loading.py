@@ -94,7 +94,8 @@ def load_reported(
             " complete?"
         ) from error
     _check_report(path, report, fresh)
-    _check_unused(path, model, sorted(report["unexpected_keys"]))
+    if not getattr(config, MARK, False):  # which stores scales beside its weights
+        _check_unused(path, model, sorted(report["unexpected_keys"]))
     if dtype == "auto":
         _as_stored(Path(path), model)
     _check_finite(path, model)
