@@ -163,7 +163,20 @@ def context_of(model: torch.nn.Module) -> int | None:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = [getattr(text, key, None) for key in _CONTEXT]
-    return next((int(value) for value in found if isinstance(value, int) and value > 0), None)
+    context = next((int(value) for value in found if isinstance(value, int) and value > 0), None)
+    return context and context - _first_position(model)
+
+
+def _first_position(model: torch.nn.Module) -> int:
+    """The position of a text's first token: RoBERTa and its relatives count from behind that of
+    padding.
+    """
+    padding = [
+        getattr(module, "padding_idx", None)
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings")
+    ]
+    return next((place + 1 for place in padding if place is not None), 0)
 
 
 def check_context(model: torch.nn.Module, tokens: int, what: str, remedy: str = "lower it") -> None:

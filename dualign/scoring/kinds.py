@@ -352,7 +352,7 @@ def _conversations(
         ]
     texts = ["\n".join(map(itemgetter("content"), prompt)) for prompt in prompts]
     return [
-        tokenizer(prompt, answer)["input_ids"]
+        tokenizer(prompt, answer, split_special_tokens=True)["input_ids"]
         for prompt, answer in zip(texts, answers, strict=True)
     ]
 

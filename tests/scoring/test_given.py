@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaModel,
     PreTrainedTokenizerBase,
+    RobertaConfig,
 )
 
 from dualign.core.errors import DualignError, ModelError, ParamsError
@@ -32,7 +34,7 @@ from dualign.scoring.calibration import Isotonic, Platt
 from dualign.scoring.given import load_given
 from dualign.scoring.kinds import KINDS
 from dualign.scoring.scorers import CARD, Scorer
-from tests.scoring.conftest import ROOT, TEXTS, Maker
+from tests.scoring.conftest import ROOT, SIZES, TEXTS, Maker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -228,6 +230,41 @@ def test_an_encoder_without_a_template_reads_prompt_and_answer_as_segments(
         expected, abs=1e-5
     )
     assert "cut off" not in caplog.text
+    scorer.score([user("Why? " * 50)], ANSWERS[:1], batch_size=1)
+    assert "1 of 1 conversations are longer than the 24 tokens" in caplog.text
+
+
+def test_words_that_spell_an_encoders_control_tokens_stay_words(
+    encoder: Maker, resources: Resources
+) -> None:
+    """A [SEP] of the question's own would begin the second segment there."""
+    spec = encoder()
+    tokenizer = AutoTokenizer.from_pretrained(spec.path)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.save_pretrained(spec.path)
+    scorer = load_given([spec], "helpful", 0.0, resources)
+    spelt, unknown = (
+        scorer.score([user(f"Why {text} so?")], ["Yes [SEP] no."], batch_size=1)
+        for text in ("[SEP]", "{sep}")
+    )
+    assert spelt == pytest.approx(unknown, abs=1e-6)
+
+
+def test_an_encoder_that_counts_positions_from_behind_padding_reads_so_much_less(
+    encoder: Maker, resources: Resources, caplog: pytest.LogCaptureFixture
+) -> None:
+    """RoBERTa's max_position_embeddings is 514 where it reads 512; its tokenizer need not say."""
+    spec = encoder()
+    AutoModelForSequenceClassification.from_config(
+        RobertaConfig(
+            vocab_size=len(AutoTokenizer.from_pretrained(spec.path)),
+            num_labels=1,
+            pad_token_id=1,
+            type_vocab_size=2,
+            **SIZES | {"max_position_embeddings": 26},
+        )
+    ).save_pretrained(spec.path)
+    scorer = load_given([spec], "helpful", 0.0, resources)
     scorer.score([user("Why? " * 50)], ANSWERS[:1], batch_size=1)
     assert "1 of 1 conversations are longer than the 24 tokens" in caplog.text
 
