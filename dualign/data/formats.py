@@ -328,7 +328,24 @@ def _mapped(spec: SourceSpec, kind: Kind) -> dict[str, str]:
         raise DataError(
             f"prepare.{kind}: {label(spec)}: columns lacks {lacking!r}; it must map {either}"
         )
+    _refuse_ambiguous(spec, kind)
     return spec.columns
+
+
+def _refuse_ambiguous(spec: SourceSpec, kind: Kind) -> None:
+    """Refuse a map of which nobody knows which answer or flag it means."""
+    mapped = list(spec.columns.values())
+    for name, column in spec.columns.items():
+        if mapped.count(column) > 1:
+            raise DataError(
+                f"prepare.{kind}: {label(spec)}: columns maps {name!r} to {column!r}, and another"
+                " name too; map each name to a column of its own"
+            )
+    if {"messages", "response"} <= spec.columns.keys():
+        raise DataError(
+            f"prepare.{kind}: {label(spec)}: columns maps 'messages', which end with their answer,"
+            " and 'response'; map messages alone, or prompt and response"
+        )
 
 
 _PAIR: Choices = (("chosen", "rejected"),)

@@ -10,6 +10,7 @@ import json
 import logging
 import lzma
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
@@ -616,6 +617,33 @@ def test_a_wrong_column_map_is_explained(
     write_csv(tmp_path / "a.csv", [{"q": "why?", "a": "so"}])
     with pytest.raises(DataError, match=message):
         records(tmp_path, "sft", format="columns", path="a.csv", columns=columns)
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns", "message"),
+    [
+        (
+            "safety",
+            {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_is_safe": "ok"}
+            | {"rejected_is_safe": "ok"},
+            "prepare.safety: columns:a.csv: columns maps 'chosen_is_safe' to 'ok', and another name"
+            " too; map each name to a column of its own",
+        ),
+        (
+            "sft",
+            {"messages": "q", "response": "a"},
+            "prepare.sft: columns:a.csv: columns maps 'messages', which end with their answer, and"
+            " 'response'; map messages alone, or prompt and response",
+        ),
+    ],
+)
+def test_a_column_map_of_two_meanings_is_refused(
+    tmp_path: Path, kind: Kind, columns: dict[str, str], message: str
+) -> None:
+    """The second flag would be the first one's; the response would not be read."""
+    write_csv(tmp_path / "a.csv", [{"q": "why?", "a": "so", "b": "no", "ok": 1}])
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        records(tmp_path, kind, format="columns", path="a.csv", columns=columns)
 
 
 def test_alpaca_holds_no_pairs(tmp_path: Path) -> None:
