@@ -83,6 +83,9 @@ class SftParams(StageParams):
         return self
 
 
+#: Words of a verdict, none of them empty.
+Words = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+
 #: The keys of `dualign.scoring.kinds.KINDS`.
 ScorerKind = Literal["classifier", "labels", "safe_rlhf", "guard"]
 
@@ -102,8 +105,8 @@ class GivenScorer(Frozen):
     label: Place | None = None
     template: Place | None = None
     url: str | None = None
-    unsafe: Annotated[list[str], Field(min_length=1)] = ["unsafe"]
-    safe: Annotated[list[str], Field(min_length=1)] = ["safe"]
+    unsafe: Words = ["unsafe"]
+    safe: Words = ["safe"]
     prefix: str = ""
 
     @model_validator(mode="after")

@@ -478,6 +478,10 @@ SPEC: dict[str, Any] = {"path": "a/b", "kind": "classifier", "higher_is": "harmf
             "cost_model.given.0: a guard's score is the ",
         ),
         (
+            {"given": [{**SPEC, "kind": "guard", "unsafe": [""]}]},
+            "cost_model.given.0.unsafe.0: string should have at least 1 character, got ''",
+        ),
+        (
             {"given": [SPEC], "backbone": "c/d"},
             "cost_model: given scorers are not trained, so backbone must be sft",
         ),
