@@ -161,7 +161,20 @@ def _plain_files(folder: Path, names: Sequence[Path], spec: SourceSpec) -> list[
             f"{folder}: no file's name speaks of split {spec.split!r}; names speak of:"
             f" {', '.join(splits) or 'none'}"
         )
+    bare = [name for name, words in zip(files, spoken, strict=True) if not words]
+    _tell_left_out(folder, [name for name in bare if name not in kept])
     return kept
+
+
+def _tell_left_out(folder: Path, names: Sequence[Path]) -> None:
+    """Warn of files that are read for no split, since their names speak of none."""
+    if names:
+        logger.warning(
+            "%s: not read: %s, whose names speak of no split as those of other files do; name them"
+            " after one, or give them as sources of their own",
+            folder,
+            ", ".join(map(str, names[:5])),
+        )
 
 
 def _dataset(name: str, inner: str | None, spec: SourceSpec, folder: Path) -> Raw:

@@ -566,6 +566,18 @@ def test_a_split_is_a_word_of_a_name_and_not_a_part_of_one(tmp_path: Path) -> No
     assert [len(stream(tmp_path, "helpful", "set", split)) for split in ("train", "dev")] == [2, 1]
 
 
+def test_files_that_speak_of_no_split_beside_others_that_do_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, name in enumerate(("chats", "train-0", "test", "mine")):
+        lines(tmp_path / f"set/{name}.jsonl", [pku(number)])
+    assert len(stream(tmp_path, "helpful", "set")) == 1
+    assert f"{tmp_path / 'set'}: not read: chats.jsonl, mine.jsonl, whose names" in caplog.text
+    caplog.clear()
+    assert len(stream(tmp_path, "helpful", "set", "mine")) == 1
+    assert "not read: chats.jsonl, whose names" in caplog.text
+
+
 def test_a_split_may_have_a_name_of_its_own(tmp_path: Path) -> None:
     for count, name in enumerate(("train_prefs", "train_sft", "test_prefs"), start=1):
         rows = [pku(number) for number in range(count)]
