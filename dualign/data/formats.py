@@ -22,8 +22,8 @@ Kind = Literal["sft", "helpful", "safety"]
 
 _FLAGS = ("is_response_0_safe", "is_response_1_safe")
 _SEVERITY = ("response_0_severity_level", "response_1_severity_level")
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_HELPSTEER2_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")
+_TURN = re.compile(r"\r?\n\r?\n(Human|Assistant):")
+_HELPSTEER2_TURN = re.compile(r"\r?\n<extra_id_1>(User|Assistant)\r?\n")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 OWN_FLAGS = ("chosen_is_safe", "rejected_is_safe")
 _ANSWER = ("prompt", "response")

@@ -205,6 +205,27 @@ def test_hh_is_split_at_the_last_assistant_turn(tmp_path: Path) -> None:
     assert only(tmp_path, "sft", format="hh", path="a.jsonl").chosen == "good"
 
 
+def test_turns_are_split_at_line_ends_of_windows_too(tmp_path: Path) -> None:
+    """An unsplit answer would hold the turns after it, an unsplit prompt the marks of its turns."""
+    dialogues = [hh("hi", "hello", "why?", answer) for answer in ("good", "bad")]
+    marked = "hi\n<extra_id_1>Assistant\nhello\n<extra_id_1>User\nwhy?"
+    rows = {
+        "hh": dict(zip(("chosen", "rejected"), dialogues, strict=True)),
+        "helpsteer2": {"prompt": marked, "response_1": "bad", "response_2": "good"}
+        | {"preference_strength": 1},
+    }
+    for form, row in rows.items():
+        write_jsonl(tmp_path / "unix.jsonl", [row])
+        windows = {name: str(cell).replace("\n", "\r\n") for name, cell in row.items()}
+        write_jsonl(tmp_path / "windows.jsonl", [windows])
+        ours, theirs = (
+            only(tmp_path, "helpful", format=form, path=f"{name}.jsonl")
+            for name in ("unix", "windows")
+        )
+        assert len(ours.prompt) == 3 and ours.chosen == "good"
+        assert (theirs.prompt, theirs.chosen, theirs.rejected) == (ours.prompt, "good", "bad")
+
+
 @pytest.mark.parametrize(
     ("chosen", "reason"),
     [
