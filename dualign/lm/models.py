@@ -41,7 +41,7 @@ from dualign.lm.numerics import (
 )
 from dualign.lm.quantised import folded, is_quantised
 from dualign.lm.templates import own_template, read_template, settle
-from dualign.lm.tokens import PLAIN_TEMPLATE, told
+from dualign.lm.tokens import PLAIN_TEMPLATE, TEMPLATE, told
 from dualign.params.base import LoraParams, Resources
 from dualign.params.models import ScratchParams
 
@@ -130,6 +130,14 @@ def made_fit(
             )
         tokenizer.eos_token = "<|end|>" if "<|end|>" in tokenizer.get_vocab() else "<|endoftext|>"
     found = read_template(chat_template) if chat_template else own_template(tokenizer, str(path))
+    if not found:
+        log.warning(
+            "%s: the tokenizer has no chat template, so conversations are written as Alpaca's are"
+            " (BEGINNING OF CONVERSATION: USER: ...); where it was trained on others, give its own"
+            " as %s",
+            path,
+            TEMPLATE,
+        )
     tokenizer.chat_template = found or PLAIN_TEMPLATE
     settle(tokenizer, str(chat_template or path))
     _with_pad(tokenizer)

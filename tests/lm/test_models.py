@@ -154,7 +154,7 @@ def test_a_tokenizer_without_eos_is_completed_or_refused(
 
 
 def test_a_chat_template_may_be_given_kept_or_added(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer.save_pretrained(tmp_path)
     assert models.load_tokenizer(tmp_path).chat_template == tokenizer.chat_template
@@ -168,7 +168,9 @@ def test_a_chat_template_may_be_given_kept_or_added(
     with pytest.raises(ModelError, match=r"gone\.jinja: cannot be read as a chat template"):
         models.load_tokenizer(tmp_path, chat_template=str(tmp_path / "gone.jinja"))
     (tmp_path / "chat_template.jinja").unlink()
+    assert "has no chat template" not in caplog.text
     assert models.load_tokenizer(tmp_path).chat_template == PLAIN_TEMPLATE
+    assert f"{tmp_path}: the tokenizer has no chat template" in caplog.text
 
 
 # --- policies -------------------------------------------------------------------------------------
