@@ -39,7 +39,7 @@ from dualign.lm.models import (
 )
 from dualign.lm.numerics import in_precision
 from dualign.lm.publish import ADAPTER
-from dualign.lm.templates import own_template, read_template, settle
+from dualign.lm.templates import own_template, read_template
 from dualign.lm.tokens import QUESTION, common_prefix, encode_conversations, encode_rendered, render
 from dualign.params.base import Frozen, Resources
 from dualign.scoring.calibration import Calibration, Platt
@@ -192,9 +192,9 @@ def _load_safe_rlhf(place: Place, resources: Resources) -> Loaded:
             f"{place.path}: is no score model of Safe RLHF with one output (architectures {names}"
             " in config.json); choose kind classifier, labels or guard"
         )
-    tokenizer = load_tokenizer(place.path, place.revision)
+    tokenizer = read_tokenizer(place.path, place.revision)
     tokenizer.chat_template = SAFE_RLHF_TEMPLATE
-    settle(tokenizer, place.path)
+    made_fit(tokenizer, place.path)
     backbone = load_model(AutoModel, place.path, dtype="auto", revision=place.revision)
     folder = Path(
         str(cached_file(place.path, "config.json", revision=place.revision))
