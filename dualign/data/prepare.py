@@ -277,9 +277,12 @@ def _elected(group: list[int], spool: Spool, kind: Kind, ledger: Ledger) -> tupl
 
 
 def _voted(flags: list[Flags], kind: Kind) -> Flags | None:
-    """The flags that most rows with flags have; of a tie those of a helpful pair are unknown."""
+    """The flags that most rows with both have, or else those with one; of a tie those of a helpful
+    pair are unknown.
+    """
     unknown = (None, None)
-    found = _majority([pair for pair in flags if pair != unknown] or flags[:1])
+    whole = [pair for pair in flags if None not in pair]
+    found = _majority(whole or [pair for pair in flags if pair != unknown] or flags[:1])
     return unknown if found is None and kind == "helpful" and flags else found
 
 

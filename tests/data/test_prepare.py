@@ -547,6 +547,11 @@ def test_flags_are_voted_on_by_the_rows_that_have_them(run: Any) -> None:
     assert [(row["chosen_is_safe"], row["rejected_is_safe"]) for row in left] == [(True, False)]
     left, _, bad = pairs_of(run, pair(99), pair(99, rejected_is_safe=True))
     assert left == [] and [row["reason"] for row in bad] == ["contradictory_labels"] * 2
+    one = {"rejected_is_safe": None}
+    left, _, bad = pairs_of(run, pair(99, **one), pair(99, **one), pair(99))
+    assert [(row["chosen_is_safe"], row["rejected_is_safe"]) for row in left] == [(True, False)]
+    left, _, bad = pairs_of(run, pair(99, **one), pair(99, **none))
+    assert [(row["chosen_is_safe"], row["rejected_is_safe"]) for row in left] == [(True, None)]
     left, _, bad = pairs_of(run, pair(99, **none), pair(99, **none))
     assert [row["chosen_is_safe"] for row in left] == [None] and bad == []
 
