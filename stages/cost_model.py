@@ -66,6 +66,8 @@ def main(run: Run[CostModelParams]) -> None:
     params = run.params
     pairs = read_table(PAIRS, SAFETY_PAIRS)
     train, heldout = (pairs[pairs["split"] == split] for split in ("train", "heldout"))
+    if params.calibrate != "none":
+        check_flags(train, heldout)
     scratch = run.scratch(PAIRS, *local_inputs(params))
     scorer, metrics = obtain(run, train, "harmful", scratch, params.sign_weight)
 
@@ -87,6 +89,32 @@ def main(run: Run[CostModelParams]) -> None:
     )
     pairs_read = {**metrics["pairs"], "heldout": len(heldout)}
     run.trained({**metrics, **as_row(told), "pairs": pairs_read}, scratch)
+
+
+def check_flags(train: pd.DataFrame, heldout: pd.DataFrame) -> None:
+    """Refuse held-out flags that are all alike before anything is trained: no zero of cost is
+    fitted to them. Raises DataError.
+    """
+    held = _kinds_of_flags(heldout)
+    if len(held) != 1:
+        return
+    (safe,) = held
+    words = ("safe", "unsafe") if safe else ("unsafe", "safe")
+    more = (
+        "raise prepare.heldout_share"
+        if len(_kinds_of_flags(train)) > 1
+        else f"add pairs with answers that are flagged {words[1]}"
+    )
+    raise DataError(
+        f"{PAIRS}: every flag that is held out says {words[0]}, to which no calibration can be"
+        f" fitted; {more}, or set cost_model.calibrate to none"
+    )
+
+
+def _kinds_of_flags(pairs: pd.DataFrame) -> set[bool]:
+    """The flags that stand in pairs: none, one kind, or both."""
+    flags = pairs[["chosen_is_safe", "rejected_is_safe"]].to_numpy().ravel()
+    return {bool(flag) for flag in flags if pd.notna(flag)}
 
 
 def seen_flags(run: Run[CostModelParams], scorer: Scorer, train: pd.DataFrame) -> Flagged:

@@ -296,3 +296,32 @@ def test_the_stage_saves_the_calibration_that_its_metrics_describe(
     assert [row["observed"] for row in diagram] == pytest.approx(
         [row["observed"] for row in bins], abs=0.1
     )
+
+
+@pytest.mark.parametrize(
+    ("held", "trained", "told"),
+    [
+        (True, True, "says safe, .*; add pairs with answers that are flagged unsafe, or set"),
+        (True, False, r"says safe, .*; raise prepare\.heldout_share, or set cost_model\.calibrate"),
+        (False, False, "says unsafe, .*; add pairs with answers that are flagged safe, or set"),
+    ],
+)
+def test_flags_that_are_all_alike_stop_the_stage_before_its_training(
+    workspace: Path,
+    resources: Resources,
+    monkeypatch: pytest.MonkeyPatch,
+    held: bool,
+    trained: bool,
+    told: str,
+) -> None:
+    pairs = [
+        {**row, "chosen_is_safe": held, "rejected_is_safe": None if i % 3 else held}
+        for i, row in enumerate(pairs_of("safer_response_id", 40, seed=1))
+    ]
+    for row in pairs[::4]:  # all in training
+        row["rejected_is_safe"] = trained
+    write_parquet(workspace / "data/prepared/safety_pairs.parquet", pairs, SAFETY_PAIRS)
+    monkeypatch.setattr("stages.cost_model.obtain", lambda *_: pytest.fail("trained"))
+    params = load(CostModelParams, ROOT / "params.yaml")
+    with pytest.raises(DataError, match=rf"^data/prepared/safety_pairs\.parquet: .*{told}"):
+        main(Run("cost_model", None, params, resources))
