@@ -7,6 +7,7 @@ import functools
 import gc
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -25,16 +26,18 @@ from dualign import launch
 from dualign.core import ranks, reporting, work
 from dualign.core.artifacts import is_full, listed, sha256, write_fault, write_json, write_rows
 from dualign.core.errors import DualignError, ParamsError
-from dualign.core.names import NAME, shown
+from dualign.core.names import NAME, cut, shown
 from dualign.core.peaks import peak_of
 from dualign.core.temporaries import room_for, scratch_root, temporary_folder
-from dualign.params.base import FANS, Resources, StageParams
-from dualign.params.loading import for_run
+from dualign.params.base import Resources, StageParams
+from dualign.params.loading import for_run, section
 
 log = logging.getLogger("dualign")
 
 P = TypeVar("P", bound=StageParams)
 Row = TypeVar("Row")
+#: The parameters of the run.
+PARAMS = Path("params.yaml")
 #: Seconds after which a stage that was told to stop, and goes on, is told again.
 AGAIN = 0.2
 _PACKAGES = ("dualign", "torch", "transformers", "trl", "peft", "datasets", "pandas", "numpy")
@@ -45,7 +48,7 @@ class Run(Generic[P]):
     """One execution of a stage. `item` is an instance of a fanned-out stage, a method's name say.
 
     `throughput` and `sources` (hub models with the commit that was read) are written into the
-    provenance."""
+    provenance. `file` is where the params are from, if they are from one."""
 
     stage: str
     item: str | None
@@ -53,6 +56,7 @@ class Run(Generic[P]):
     resources: Resources
     throughput: dict[str, float] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    file: Path | None = None
 
     @property
     def name(self) -> str:
@@ -69,9 +73,28 @@ class Run(Generic[P]):
         return self.item, rows[self.item]
 
     def metrics(self, content: dict[str, Any]) -> None:
-        """Write this stage's DVC metrics file."""
+        """Write this stage's DVC metrics file. Raises ParamsError as `check_unedited` does."""
+        self.check_unedited()
         write_json(Path("reports/metrics") / f"{self.name}.json", content)
         reporting.report(content, 0, "result")
+
+    def check_unedited(self) -> None:
+        """Raise ParamsError where the file has other params by now, of this instance: DVC reads it
+        when the stage has ended, and would record the result as one of theirs.
+        """
+        if self.file is None:
+            return
+        cls = type(self.params)
+        before = self.params.of_item(self.item)
+        after = section(cls, self.file).of_item(self.item)
+        keys = {name: cls.shared.get(name, f"{cls.section}.{name}") for name in before}
+        edits = [_edits(before[name], after[name], key) for name, key in keys.items()]
+        if edited := next(itertools.chain(*edits), ""):
+            raise ParamsError(
+                f"{self.file}: {edited} while {self.name} ran, and its result would pass for one of"
+                " the new value; put the old one back, which goes on from the last checkpoint, or"
+                " keep the new one, and run again"
+            )
 
     def losses(
         self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ("step", "loss")
@@ -91,12 +114,8 @@ class Run(Generic[P]):
         `inputs` are all files and folders that the result depends on; their contents count. It lies
         outside the stage's outputs, which DVC deletes before it runs a stage; $DUALIGN_SCRATCH
         moves it. Raises DualignError where an input is missing or the folder cannot be made."""
-        described = self.params.model_dump(mode="json")
-        for fan in FANS:  # the other items do not matter
-            if self.item in described.get(fan, {}):
-                described[fan] = described[fan][self.item]
         key = {
-            "params": described,
+            "params": self.params.of_item(self.item),
             "item": self.item,
             "inputs": [_digest(Path(path)) for path in inputs],
             "code": _code(),
@@ -146,7 +165,7 @@ def execute(
                     f"usage: python -m stages.{cls.section} [ITEM]; knobs are in params.yaml"
                 )
             item = _item(argv[0]) if argv else None
-            run = Run(cls.section, item, *for_run(cls))
+            run = Run(cls.section, item, *for_run(cls, PARAMS), file=PARAMS)
             _threads(run.resources)
             if not alone and launch.several(run.resources):
                 launch.start(run.name, run.resources)
@@ -179,8 +198,19 @@ def _work(main: Callable[[Run[P]], None], run: Run[P]) -> None:
     started = time.monotonic()
     with reporting.reporting(resources.report_to, run.name, run.params.model_dump(mode="json")):
         main(run)
+        run.check_unedited()
         _provenance(run, time.monotonic() - started)
     ranks.leave()
+
+
+def _edits(before: Any, after: Any, key: str) -> Iterator[str]:
+    """What became of each key that has another value, such as `seed was edited (1, now 2)`."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in dict.fromkeys([*before, *after]):
+            inner = f"{key}.{name}"
+            yield from _edits(before.get(name), after.get(name), inner)
+    elif before != after:
+        yield f"{key} was edited ({cut(json.dumps(before))}, now {cut(json.dumps(after))})"
 
 
 def _end(message: str, status: int) -> NoReturn:

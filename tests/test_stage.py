@@ -30,6 +30,7 @@ from dualign.params.loading import load, load_resources
 from dualign.params.search import DualSearchParams
 from dualign.params.training import SafetyDpoParams
 from dualign.stage import Run, execute, finished
+from pipeline.dvc.parameters import assign
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,6 +69,65 @@ def test_a_stage_that_ends_writes_where_its_numbers_come_from(folder: Path) -> N
     assert provenance["seed"] == load(DualInitParams).seed
     assert provenance["throughput"] == {"prompts_per_second": 7.0}
     assert provenance["versions"]["torch"] and provenance["seconds"] >= 0
+
+
+def edit(folder: Path, key: str, value: object) -> None:
+    """Give a key of params.yaml another value, as a user does in an editor."""
+    path = folder / "params.yaml"
+    path.write_text(assign(path.read_text(), {key: value}))
+
+
+def test_params_that_are_edited_while_a_stage_runs_end_it_before_its_checkpoints_go(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """DVC reads params.yaml after the stage, and would record the new value for the old result."""
+    before = load(DualInitParams)
+
+    def main(run: Run[DualInitParams]) -> None:
+        scratch = run.scratch()
+        edit(folder, "constraint.limit", -0.9)
+        run.metrics({"lam": 1.5})
+        finished(scratch)
+
+    with pytest.raises(SystemExit) as ended:
+        execute(main, DualInitParams, [])
+    assert ended.value.code == 2
+    assert (
+        f"params.yaml: constraint.limit was edited ({before.limit}, now -0.9) while dual_init"
+        in (caplog.text)
+    )
+    assert not (folder / "reports/metrics/dual_init.json").exists()
+    assert list((folder / ".scratch/dual_init").iterdir())
+
+
+def test_params_that_are_edited_at_the_end_of_a_stage_end_it(folder: Path) -> None:
+    with pytest.raises(SystemExit):
+        execute(lambda run: edit(folder, "beta", 0.9), DualInitParams, [])
+    assert not (folder / "reports/provenance/dual_init.json").exists()
+
+
+def test_what_another_stage_or_instance_reads_may_be_edited_meanwhile(folder: Path) -> None:
+    own, other = list(load(SafetyDpoParams).runs)[:2]
+
+    def main(run: Run[SafetyDpoParams]) -> None:
+        edit(folder, f"safety_dpo.runs.{other}.factor", 9.0)
+        edit(folder, "evaluate.prompts", 77)
+        edit(folder, "sft.training", "a slip of the pen")
+        run.metrics({})
+
+    execute(main, SafetyDpoParams, [own])
+
+
+def test_the_own_instance_may_not(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own = next(iter(load(SafetyDpoParams).runs))
+
+    def main(run: Run[SafetyDpoParams]) -> None:
+        edit(folder, f"safety_dpo.runs.{own}.factor", 9.0)
+        run.metrics({})
+
+    with pytest.raises(SystemExit):
+        execute(main, SafetyDpoParams, [own])
+    assert f"safety_dpo.runs.{own}.factor was edited" in caplog.text
 
 
 def test_an_item_has_files_of_its_own(folder: Path) -> None:

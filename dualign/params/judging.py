@@ -166,6 +166,7 @@ class AnswerParams(StageParams):
         "suites": "suites",
         "policies": "evaluate.policies",
     }
+    fans = ("suites",)
 
     seed: Seed
     max_new_tokens: Count
@@ -187,6 +188,7 @@ class JudgeParams(StageParams):
         "suites": "suites",
         "judges": "judges",
     }
+    fans = ("judges",)
 
     seed: Seed
     confidence: float

@@ -76,6 +76,12 @@ def for_run(cls: type[P], path: str | Path = "params.yaml") -> tuple[P, Resource
     return params_of(cls, stages), _resources(content, path)
 
 
+def section(cls: type[P], path: str | Path) -> P:
+    """A stage's params by themselves: what the rest of the file holds does not matter."""
+    content = read_yaml(path)
+    return _build(cls, _with_shared(cls, content, path), cls.section, path)
+
+
 def load_resources(path: str | Path = "params.yaml") -> Resources:
     """The `resources` section."""
     return _resources(read_yaml(path), path)
