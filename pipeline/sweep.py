@@ -26,7 +26,15 @@ from dvc.repo.experiments.refs import EXPS_NAMESPACE, ExpRefInfo
 
 from pipeline import names, yaml_text
 from pipeline.dvc import inputs, records
-from pipeline.dvc.checkout import CARRIED, committed, git, published, working_tree, write_files
+from pipeline.dvc.checkout import (
+    CARRIED,
+    committed,
+    git,
+    lasting,
+    published,
+    working_tree,
+    write_files,
+)
 from pipeline.dvc.dag import StageSpec, load_dag
 from pipeline.dvc.parameters import assign, check_once
 from pipeline.dvc.plan import one_line, select, with_upstream
@@ -180,9 +188,8 @@ def _run(
         for word in ("--set", f"{key}={json.dumps(value)}")
     ]
     told = {
-        "DUALIGN_SCRATCH": str(root / ".scratch"),
-        "DUALIGN_TRACKING": str(root / "tracking"),
         **os.environ,
+        **lasting(root),
         identity.VARIABLE: identity.name(root),
     }
     files["params.yaml"] = assign(files["params.yaml"], point.settings)

@@ -45,7 +45,7 @@ _IDENTITY = "tracker-run"
 
 def tracking_root() -> Path:
     """The folder of what trackers write here: `tracking`, or $DUALIGN_TRACKING."""
-    return Path(os.environ.get("DUALIGN_TRACKING", "tracking"))
+    return Path(os.environ.get("DUALIGN_TRACKING") or "tracking")
 
 
 class Reporter:

@@ -20,7 +20,7 @@ _LOCK = ".lock"
 
 def scratch_root() -> Path:
     """The folder of checkpoints and temporaries: `.scratch`, or $DUALIGN_SCRATCH."""
-    return Path(os.environ.get("DUALIGN_SCRATCH", ".scratch"))
+    return Path(os.environ.get("DUALIGN_SCRATCH") or ".scratch")
 
 
 def room_for(parent: Path) -> Path:
@@ -28,7 +28,7 @@ def room_for(parent: Path) -> Path:
 
     In a workspace that is `tmp` of the scratch folder, or of `.scratch` where $DUALIGN_SCRATCH is
     elsewhere: DVC looks into the folders of outputs, and would call them changed."""
-    roots = [scratch_root()] if "DUALIGN_SCRATCH" in os.environ else []
+    roots = [scratch_root()] if os.environ.get("DUALIGN_SCRATCH") else []
     roots += [Path(".scratch")] if Path("dvc.yaml").is_file() else []
     for room in [root / "tmp" for root in roots]:
         with contextlib.suppress(OSError):  # a place that cannot be used is done without

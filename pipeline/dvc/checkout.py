@@ -26,6 +26,8 @@ CARRIED = ("params.yaml", "dvc.lock")
 #: two looks.
 PATIENCE = 60.0
 PAUSE = 5.0
+#: Variables that name folders of what stages keep outside of DVC, and where these lie by default.
+OUTSIDE = {"DUALIGN_SCRATCH": ".scratch", "DUALIGN_TRACKING": "tracking"}
 
 
 def committed(root: Path) -> str:
@@ -146,6 +148,11 @@ def tracked_files(root: Path, path: str, which: str = "--cached") -> list[str]:
     if _distrusts(answer.stderr):
         raise PipelineError(f"git: {complaint(answer.stderr)}")
     return [file for file in answer.stdout.split("\0") if file]
+
+
+def lasting(root: Path) -> dict[str, str]:
+    """The variables by which what stages keep outside of DVC lies in `root`, and outlives a tree."""
+    return {name: str(root / (os.environ.get(name) or folder)) for name, folder in OUTSIDE.items()}
 
 
 def write_files(tree: Path, files: Mapping[str, str]) -> None:

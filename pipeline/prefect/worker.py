@@ -34,7 +34,7 @@ from pydantic import BaseModel
 
 from pipeline import names
 from pipeline.dvc import inputs, records
-from pipeline.dvc.checkout import working_tree, write_files
+from pipeline.dvc.checkout import lasting, working_tree, write_files
 from pipeline.dvc.dag import StageSpec, load_dag
 from pipeline.dvc.plan import StageStatus
 from pipeline.errors import PipelineError, StageFailed, StageStopped
@@ -104,8 +104,7 @@ def stage(
     root = Path.cwd()
     node = socket.gethostname()
     started = time.monotonic()
-    os.environ.setdefault("DUALIGN_SCRATCH", str(root / ".scratch"))  # checkpoints outlive the tree
-    os.environ.setdefault("DUALIGN_TRACKING", str(root / "tracking"))
+    os.environ.update(lasting(root))
     key = hashlib.sha256(
         json.dumps([stage, params, recorded], sort_keys=True).encode()
     ).hexdigest()[:12]

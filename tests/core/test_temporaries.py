@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from dualign.core.artifacts import _put, replacing, write_json
+from dualign.core.reporting import tracking_root
 from dualign.core.temporaries import room_for, scratch_root, sweep, temporary_folder
 
 WRITER = """
@@ -34,6 +35,16 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dvc.yaml").touch()
     return tmp_path
+
+
+def test_an_empty_variable_names_no_folder(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints would lie in the root of the workspace."""
+    monkeypatch.setenv("DUALIGN_SCRATCH", "")
+    monkeypatch.setenv("DUALIGN_TRACKING", "")
+    assert scratch_root() == Path(".scratch") and tracking_root() == Path("tracking")
+    assert room_for(workspace) == Path(".scratch/tmp")
 
 
 def until(holds: Callable[[], bool]) -> None:

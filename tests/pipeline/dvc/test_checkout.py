@@ -18,6 +18,7 @@ from pipeline.doctor import examine
 from pipeline.dvc import checkout
 from pipeline.dvc.checkout import (
     committed,
+    lasting,
     prune_worktrees,
     published,
     tracked_files,
@@ -148,6 +149,19 @@ def test_a_tree_that_git_was_killed_in_making_is_replaced_or_tidied(clone: Path)
     killed()
     prune_worktrees(clone)
     assert not tree.exists() and git(clone, "worktree", "list").count("\n") == 1
+
+
+def test_checkpoints_outlive_a_tree_also_where_a_variable_is_empty_or_relative(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DUALIGN_SCRATCH", "")
+    monkeypatch.setenv("DUALIGN_TRACKING", "runs")
+    assert lasting(tmp_path) == {
+        "DUALIGN_SCRATCH": str(tmp_path / ".scratch"),
+        "DUALIGN_TRACKING": str(tmp_path / "runs"),
+    }
+    monkeypatch.setenv("DUALIGN_SCRATCH", "/elsewhere")
+    assert lasting(tmp_path)["DUALIGN_SCRATCH"] == "/elsewhere"
 
 
 def test_the_same_stage_waits_for_its_turn(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
