@@ -28,6 +28,7 @@ from pipeline import names, yaml_text
 from pipeline.dvc import inputs, records
 from pipeline.dvc.checkout import (
     CARRIED,
+    check_identity,
     committed,
     git,
     lasting,
@@ -144,9 +145,10 @@ def sweep(
         options: for `python -m pipeline run` in each tree, beside the point's own.
         cluster: all at the same time, on workers, instead of one after the other, here.
 
-    Raises PipelineError, before anything runs, for a key that is not there, or a commit or files
-    that points or workers cannot have."""
+    Raises PipelineError, before anything runs, for a key that is not there, a commit or files that
+    points or workers cannot have, or where git cannot commit."""
     commit = published(root) if cluster else committed(root)
+    check_identity(root)
     _check_inputs(root, cluster)
     for point in points:
         names.check(root, assign(yaml_text.read(root / "params.yaml"), point.settings))

@@ -46,6 +46,15 @@ def committed(root: Path) -> str:
     return git(root, "rev-parse", "HEAD").strip()
 
 
+def check_identity(root: Path) -> None:
+    """Raise PipelineError where git does not know whose a commit is, as in many containers."""
+    if any(asked(root, "var", f"GIT_{who}_IDENT").returncode for who in ("AUTHOR", "COMMITTER")):
+        raise PipelineError(
+            "git does not know whose the commits are that experiments become; git config user.name"
+            " NAME, and git config user.email ADDRESS"
+        )
+
+
 def published(root: Path) -> str:
     """The workspace's commit, which workers can fetch; raises PipelineError if not pushed."""
     commit = committed(root)

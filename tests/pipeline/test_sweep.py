@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -147,3 +149,19 @@ def test_a_sweep_is_refused_before_anything_runs(
     (project.root / "work.py").write_text("")
     assert main(["sweep", "left.value=1,2"]) == 2
     assert "1 files differ from the last commit, first work.py" in capsys.readouterr().err
+
+
+def test_a_sweep_whose_experiments_git_could_not_commit_is_refused_before_anything_runs(
+    project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Git tells it by itself when the first point has run, hours later perhaps."""
+    git(project.root, "add", ".")
+    git(project.root, "commit", "-qm", "first")
+    for who, what in itertools.product(("AUTHOR", "COMMITTER"), ("NAME", "EMAIL")):
+        monkeypatch.delenv(f"GIT_{who}_{what}", raising=False)
+    monkeypatch.delenv("EMAIL", raising=False)
+    for file in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
+        monkeypatch.setenv(file, os.devnull)
+    git(project.root, "config", "user.useConfigOnly", "true")
+    assert main(["sweep", "left.value=1,2"]) == 2
+    assert "git config user.email ADDRESS" in capsys.readouterr().err
