@@ -34,6 +34,10 @@ COMPARED = (
     "length.mean",
     "win_reward.mean",
 )
+#: The key of such a number; a policy's name may have dots.
+_OF_POLICY = re.compile(
+    rf"policies\.(?P<name>.+)\.(?P<column>{'|'.join(map(re.escape, COMPARED))})"
+)
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,9 @@ def policies_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[
     """A comparison's numbers that matter most, a row per policy, each with what has changed; the
     file has the rest.
     """
-    names = dict.fromkeys(
-        match[1] for key in after if (match := re.match(r"policies\.([^.]+)\.", key))
-    )
-    columns = {key.split(".", 2)[2] for key in after if re.match(r"policies\.[^.]+\.", key)}
+    found = [match for key in after if (match := _OF_POLICY.fullmatch(key))]
+    names = dict.fromkeys(match["name"] for match in found)
+    columns = {match["column"] for match in found}
     shown = [column for column in COMPARED if column in columns]
     rows = []
     for name in names:

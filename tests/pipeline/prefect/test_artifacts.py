@@ -112,14 +112,14 @@ def test_changes_of_metrics() -> None:
 def test_a_comparison_has_a_row_for_each_policy() -> None:
     policies = {
         "a": {"cost": {"mean": 0.1, "low": 0.0}, "odd": 3},
-        "b": {"cost": {"mean": 0.2}, "reward": {"mean": 1}},
+        "b-v1.1": {"cost": {"mean": 0.2}, "reward": {"mean": 1}},
     }
     after = flatten({"policies": policies, "limit": -0.3})
     assert policies_table({"policies.a.cost.mean": 0.3}, after)[0].splitlines() == [
         "| policy | reward | cost |",
         "|---|---:|---:|",
         "| a |  | 0.1 (-0.2) |",
-        "| b | 1 | 0.2 |",
+        "| b-v1.1 | 1 | 0.2 |",
     ]
     assert (
         "policies" not in metrics_table({}, after)[0] and policies_table({}, {"limit": 1.0}) == []
