@@ -160,7 +160,7 @@ def tracked_files(root: Path, path: str, which: str = "--cached") -> list[str]:
 
 
 def lasting(root: Path) -> dict[str, str]:
-    """The variables by which what stages keep outside of DVC lies in `root`, and outlives a tree."""
+    """The variables by which what stages keep outside of DVC lies in `root` and outlives trees."""
     return {name: str(root / (os.environ.get(name) or folder)) for name, folder in OUTSIDE.items()}
 
 
