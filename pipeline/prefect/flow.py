@@ -281,7 +281,9 @@ def choose(root: Path, preset_name: str, settings: Mapping[str, Any]) -> dict[st
     Raises PipelineError, with params.yaml as it was, for a preset, key or value that does not do.
     """
     path = root / "params.yaml"
-    before = yaml_text.read(path) if path.exists() else None
+    before = {
+        place: yaml_text.read(place) for place in (path, root / preset.LAST) if place.exists()
+    }
     try:
         if preset_name:
             preset.select(preset_name, root=root)
@@ -297,8 +299,8 @@ def choose(root: Path, preset_name: str, settings: Mapping[str, Any]) -> dict[st
             parameters.replace_file(path, changed)
         return load_dag(root)
     except (DvcException, PipelineError) as error:
-        if before is not None:
-            parameters.replace_file(path, before)
+        for place, text in before.items():
+            parameters.replace_file(place, text)
         raise PipelineError(one_line(error)) from None
 
 

@@ -19,9 +19,12 @@ from prefect.client.schemas.objects import State
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Cancelling
 
+from pipeline.dvc import preset
+from pipeline.dvc.parameters import assign
+from pipeline.errors import PipelineError
 from pipeline.prefect import identity
 from pipeline.prefect.artifacts import key_of
-from pipeline.prefect.flow import alignment
+from pipeline.prefect.flow import alignment, choose
 from tests.pipeline.project import Project, environment, until
 
 STAGES = ("first", "left", "right", "last")
@@ -285,6 +288,26 @@ def test_an_override_that_breaks_the_graph_is_taken_back(project: Project, serve
     state = alignment(set={"right.value": "out/left"}, return_state=True)
     assert state.name == "Refused" and "out/left" in str(state.message)
     assert params.read_text() == before
+
+
+def test_a_refused_preset_makes_no_edit_of_earlier_values(
+    tmp_path: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Params that `--set` wrote would be taken for the user's own, and keep the next preset out."""
+    monkeypatch.setenv("PYTHONPATH", str(repo_root))  # where the library lies that checks a preset
+    shipped = (repo_root / "params.yaml").read_text()
+    was_set = assign(shipped, {"seed": 5})
+    for name, text in (
+        ("params/small.yaml", shipped),
+        ("params.yaml", was_set),
+        (preset.LAST, was_set),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(PipelineError, match="there is no key sed"):
+        choose(tmp_path, "small", {"sed": 6})
+    assert (tmp_path / "params.yaml").read_text() == was_set
+    assert not preset.is_edited(was_set, tmp_path)
 
 
 @pytest.mark.parametrize(
