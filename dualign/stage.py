@@ -151,7 +151,8 @@ def execute(
     argv = sys.argv[1:] if argv is None else argv
     _collect_again()
     _quiet()
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.CRITICAL
+    quiet = launch.is_worker() and os.environ.get("RANK", "0") != "0"
+    level = logging.CRITICAL if quiet else logging.INFO
     logging.basicConfig(
         level=level, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )

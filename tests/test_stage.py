@@ -106,6 +106,18 @@ def test_params_that_are_edited_at_the_end_of_a_stage_end_it(folder: Path) -> No
     assert not (folder / "reports/provenance/dual_init.json").exists()
 
 
+def test_a_stage_that_no_launcher_has_started_speaks_whatever_rank_its_machine_has(
+    folder: Path,
+) -> None:
+    """Jobs of Kubernetes and Slurm give each of their machines a RANK."""
+    (folder / "wrong.py").write_text(SCRIPT.replace("print(run.scratch())", "run.pick({}, 'rows')"))
+    told = {**os.environ, "RANK": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "wrong.py"], env=told, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "which one of rows? none" in done.stderr
+
+
 def test_what_another_stage_or_instance_reads_may_be_edited_meanwhile(folder: Path) -> None:
     own, other = list(load(SafetyDpoParams).runs)[:2]
 
