@@ -95,7 +95,7 @@ def base(run: Run[SftParams], rows: pd.DataFrame) -> tuple[Model, PreTrainedToke
             )
         run.sources["sft.base"] = getattr(model.config, "_commit_hash", None) or params.base
         check_causal(model, params.base, precision_of(run.resources))
-        fit_vocabulary(model, tokenizer, params.seed)
+        fit_vocabulary(model, tokenizer)
         return model, tokenizer
     if params.scratch.tokenizer == "train":
         train = rows[rows["split"] == "train"]
@@ -120,7 +120,7 @@ def untouched(params: SftParams, tokenizer: PreTrainedTokenizerBase) -> Model:
         revision=params.revision,
         gguf_file=params.gguf_file,
     )
-    fit_vocabulary(model, tokenizer, params.seed)
+    fit_vocabulary(model, tokenizer)
     return model
 
 

@@ -260,19 +260,19 @@ def adapter_base(path: str | Path) -> str:
     return read_record(Path(path) / "adapter_config.json", AdapterConfig).base_model_name_or_path
 
 
-def fit_vocabulary(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0
-) -> None:
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make the model's embeddings, special ids and end tokens agree with the tokenizer.
 
-    New rows are drawn from `seed`, and the vocabulary is rounded up to a multiple of 64. Generation
-    ends at every token that ends a turn or that the base ends a text with; other settings of
-    sampling are dropped where they are not valid."""
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        with seeded(seed):
+    New rows are the mean of the others, and the vocabulary is rounded up to a multiple of 64.
+    Generation ends at every token that ends a turn or that the base ends a text with; other
+    settings of sampling are dropped where they are not valid."""
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        with seeded(0):
             model.resize_token_embeddings(
                 len(tokenizer), mean_resizing=False, pad_to_multiple_of=64
             )
+        _take_means(model, known)
     ends = end_tokens(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
@@ -281,6 +281,17 @@ def fit_vocabulary(
         model.generation_config = _savable(generation)
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+
+
+@torch.no_grad()
+def _take_means(model: PreTrainedModel, known: int) -> None:
+    """Give the tokens after the `known` ones the mean of their rows, so that their logits are the
+    mean of the others. Rows near 0 have logits near 0, where those of a base such as GPT-2 lie far
+    below: it would say nothing but new tokens (Hewitt, 2021).
+    """
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for weight in () if layer is None else layer.parameters():
+            weight[known:] = weight[:known].float().mean(0)
 
 
 def _savable(config: GenerationConfig) -> GenerationConfig:
@@ -441,7 +452,7 @@ def load_scorer_backbone(
         model, missing = load_reported(
             AutoModelForSequenceClassification, path, dtype="auto", fresh=("score.",), num_labels=1
         )
-    fit_vocabulary(model, tokenizer, seed)
+    fit_vocabulary(model, tokenizer)
     if missing:
         torch.nn.init.zeros_(model.score.weight)
     else:

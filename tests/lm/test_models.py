@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -18,6 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -253,6 +256,31 @@ def test_a_new_pad_token_gets_a_row_and_the_old_rows_stay(
     assert model.get_input_embeddings().num_embeddings == 384  # a multiple of 64
     assert torch.equal(logits(model)[..., :320], before)
     assert model.config.pad_token_id == model.generation_config.pad_token_id == 320
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_new_token_is_as_probable_as_others_are_on_average(
+    tokenizer: PreTrainedTokenizerBase, tied: bool
+) -> None:
+    """All logits of GPT-2 lie far below 0, where those of rows near 0 would be."""
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=tied
+    )
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(4.0)
+        model.lm_head.weight -= 1.0
+    before = logits(model)
+    assert float(before.max()) < -50
+    larger = copy.deepcopy(tokenizer)
+    larger.add_special_tokens({"pad_token": "<|another|>"})
+    models.fit_vocabulary(model, larger)
+    after = logits(model)
+    known = len(tokenizer)
+    assert torch.equal(after[..., :known], before) and after.shape[-1] > known
+    mean = before.mean(-1, keepdim=True).expand_as(after[..., known:])
+    assert torch.allclose(after[..., known:], mean, rtol=1e-4)
 
 
 # --- adapters -------------------------------------------------------------------------------------
