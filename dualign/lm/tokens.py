@@ -248,13 +248,17 @@ def _opened(
     head: str,
     found: Layout,
 ) -> list[str]:
-    """Each conversation's text, which begins with `head`.
+    """Each conversation's text, which begins with `head` and has the answer after it.
 
-    Some templates take a thought out of an answer and write it before the rest; where `head` has an
-    empty one, such an answer does not follow it, and stands there as it is.
+    Some templates take a thought out of an answer, to leave it out, or to write it where `head` has
+    an empty one. Such an answer stands after `head` as it is.
     """
     texts = render(tokenizer, turns)
-    astray = [row for row, text in enumerate(texts) if not text.startswith(head)]
+    astray = [
+        row
+        for row, text in enumerate(texts)
+        if not text.startswith(head) or turns[row][-1]["content"] not in text[len(head) :]
+    ]
     if not astray:
         return texts
     (whole,) = render(tokenizer, [[*user(QUESTION), _assistant(_ANSWERS[0])]])

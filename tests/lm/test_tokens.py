@@ -456,6 +456,13 @@ def test_an_answer_with_a_thought_of_its_own_loses_nothing(
     assert "takes thoughts out of 2 of 3 answers" in caplog.text
 
 
+def test_an_answer_keeps_a_thought_that_the_template_would_leave_out(talkers: dict) -> None:
+    tokenizer = talkers["reasoner", "byte_level"]
+    answers = ["a thought</think>Yes.", "Yes."]
+    for text, ids in zip(answers, encode_answers(tokenizer, answers), strict=True):
+        assert tokenizer.decode(ids) == f"{text}<|sentence_end|>"
+
+
 def test_no_rows_are_no_ids(scratch: PreTrainedTokenizerBase) -> None:
     assert (
         encode_prompts(scratch, [])
