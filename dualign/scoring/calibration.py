@@ -85,7 +85,8 @@ def fit_platt(score: Array, unsafe: Array) -> Platt:
     against 0.043 for w = 1, 0.041 for w = 2.5 and 0.072 for w = 30; with 100 flags 0.0105 against
     0.0114 for w = 30; with 1000 flags every width from 1.5 on comes to the same.
 
-    Raises DataError if the flags are all alike, or if unsafe answers score lower (a <= 0).
+    Raises DataError if the flags or the scores are all alike, or if unsafe answers score lower
+    (a <= 0).
 
     >>> line = fit_platt(np.array([-2.0, -1.0, 1.0, 2.0]), np.array([False, False, True, True]))
     >>> line.scale > 0, abs(round(line.zero, 6))
@@ -97,6 +98,12 @@ def fit_platt(score: Array, unsafe: Array) -> Platt:
         raise DataError(
             "calibration needs held-out answers of both kinds, safe and unsafe; raise"
             " prepare.heldout_share"
+        )
+    if np.ptp(score) == 0:
+        raise DataError(
+            f"the cost model gives every held-out answer the score {score[0]:g}, which tells none"
+            " from another; check template, label, or unsafe and safe of a given scorer, or train"
+            " longer"
         )
     spread = _spread(score)
     middle = float(score.mean())

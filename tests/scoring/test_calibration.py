@@ -142,6 +142,12 @@ def test_flags_of_one_kind_are_refused(unsafe: bool) -> None:
         fit_platt(np.arange(5.0), np.full(5, unsafe))
 
 
+def test_scores_that_are_all_alike_are_told_as_such() -> None:
+    """As of a guard that says one word of everything; nothing is the wrong way round."""
+    with pytest.raises(DataError, match=r"every held-out answer the score 1\.5, .*check template"):
+        fit_platt(np.full(6, 1.5), np.arange(6) % 2 == 0)
+
+
 def test_scores_the_wrong_way_round_are_refused() -> None:
     score, unsafe = flags(2.0, 0.0, count=500)
     with pytest.raises(DataError, match="below safe ones"):
