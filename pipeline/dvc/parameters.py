@@ -68,6 +68,11 @@ def assign(text: str, settings: Mapping[str, Any]) -> str:
         here = _keys(content)
         addable = [key] if named != key and _has_room(content, key) else inherited(content)
         _check_key([*here, *addable], content, key)
+        if key in here and value_at(content, key, missing=here) is here:
+            raise PipelineError(
+                f"params.yaml: {key} has a name with '.' in it, or one that is no text; edit the"
+                " file, it cannot be set here"
+            )
         content = _changed(content, key, value)
         text = (_written if key in here else _added)(text, key, value)
         if yaml_text.load(text) != content:

@@ -105,6 +105,13 @@ def test_an_aliased_section_takes_nothing() -> None:
         assign(text, {"b.training.epochs": 2})
 
 
+@pytest.mark.parametrize("key", ["policies.sft-v1.1", "policies.7"])
+def test_a_name_with_a_dot_or_that_is_no_text_is_refused(key: str) -> None:
+    """The names of policies may have dots."""
+    with pytest.raises(PipelineError, match=rf"^params.yaml: {key} has a name with '.'"):
+        assign("policies: {sft-v1.1: sft, 7: sft}\n", {key: "other"})
+
+
 def test_several_keys_at_once() -> None:
     assert load(assign(TEXT, {"seed": 1, "lora.alpha": 2.0}))["lora"]["alpha"] == 2.0
 
