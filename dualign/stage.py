@@ -85,8 +85,8 @@ class Run(Generic[P]):
         if self.file is None:
             return
         cls = type(self.params)
-        before = self.params.of_item(self.item)
-        after = section(cls, self.file).of_item(self.item)
+        before = _of_item(self.params, self.item)
+        after = _of_item(section(cls, self.file), self.item)
         keys = {name: cls.shared.get(name, f"{cls.section}.{name}") for name in before}
         edits = [_edits(before[name], after[name], key) for name, key in keys.items()]
         if edited := next(itertools.chain(*edits), ""):
@@ -115,7 +115,7 @@ class Run(Generic[P]):
         outside the stage's outputs, which DVC deletes before it runs a stage; $DUALIGN_SCRATCH
         moves it. Raises DualignError where an input is missing or the folder cannot be made."""
         key = {
-            "params": self.params.of_item(self.item),
+            "params": _of_item(self.params, self.item),
             "item": self.item,
             "inputs": [_digest(Path(path)) for path in inputs],
             "code": _code(),
@@ -202,6 +202,15 @@ def _work(main: Callable[[Run[P]], None], run: Run[P]) -> None:
         run.check_unedited()
         _provenance(run, time.monotonic() - started)
     ranks.leave()
+
+
+def _of_item(params: StageParams, item: str | None) -> dict[str, Any]:
+    """All values as JSON has them, without the rows of other instances of the stage."""
+    described = params.model_dump(mode="json")
+    for fan in params.fans:
+        if item in described.get(fan, {}):
+            described[fan] = {item: described[fan][item]}
+    return described
 
 
 def _edits(before: Any, after: Any, key: str) -> Iterator[str]:

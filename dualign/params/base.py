@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -48,14 +48,6 @@ class StageParams(Frozen):
     section: ClassVar[str]
     shared: ClassVar[dict[str, str]] = {}
     fans: ClassVar[tuple[str, ...]] = FANS
-
-    def of_item(self, item: str | None) -> dict[str, Any]:
-        """All values as JSON has them, without the rows of other instances than `item`."""
-        described = self.model_dump(mode="json")
-        for fan in self.fans:
-            if item in described.get(fan, {}):
-                described[fan] = {item: described[fan][item]}
-        return described
 
 
 class TrainingParams(Frozen):
