@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from dualign.core.errors import DataError
 from dualign.data.hub import HUB_ID, dataset, is_saved, saved
+from dualign.data.labels import features_of, with_names
 from dualign.data.rows import EXCERPT, BadRow, RepeatedKey, Row, excerpt, unique
 from dualign.params.data import SourceSpec
 
@@ -452,10 +453,12 @@ def _parquet(path: Path) -> Raw:
             texts = _texts(file)
             size = _batch_size(file.metadata)
             schema = file.schema_arrow
+            features = features_of(schema)
         with pq.ParquetFile(path, read_dictionary=texts) as file:
             for first, batch in _numbered(file.iter_batches(batch_size=size)):
                 for start, piece in _pieces(first, batch, path):
-                    yield from enumerate(_unpacked(piece, schema).to_pylist(), start=start)
+                    rows = enumerate(_unpacked(piece, schema).to_pylist(), start=start)
+                    yield from with_names(rows, features)
     except (pa.ArrowException, OSError) as error:
         why = str(error).strip().splitlines()[0]
         raise DataError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dualign.core.errors import DataError
+from dualign.data.labels import with_names
 from dualign.data.rows import Row
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+)?")
@@ -32,7 +33,7 @@ def dataset(
         f"{place}: split {split!r}",
         remedy,
     )
-    yield from enumerate(table, start=1)
+    yield from with_names(enumerate(table, start=1), table.features.to_dict())
 
 
 def is_saved(folder: Path) -> bool:
@@ -55,7 +56,8 @@ def saved(folder: Path, split: str) -> Iterator[tuple[int, Row]]:
                 f"{folder}: has no split {split!r}; the saved dataset has {', '.join(table)}"
             )
         table = table[split]
-    yield from enumerate(table.with_format(None), start=1)
+    rows = enumerate(table.with_format(None), start=1)
+    yield from with_names(rows, table.features.to_dict())
 
 
 def _loaded(load: Callable[[], Any], what: str, remedy: str) -> Any:
