@@ -60,7 +60,7 @@ def carried(root: Path, dag: Mapping[str, StageSpec]) -> list[str]:
 
 def results(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) -> dict[str, str]:
     """The results of others that stages read here and neither git nor DVC holds, by path."""
-    return {name: (root / name).read_text() for name in filter(_travels, loose(root, dag, stages))}
+    return {name: _text(root, root / name) for name in filter(_travels, loose(root, dag, stages))}
 
 
 def _travels(name: str) -> bool:
@@ -145,10 +145,22 @@ def answers(root: Path) -> dict[str, str]:
     """The labels of people that lie in the workspace, by path."""
     folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
     return {
-        file.relative_to(root).as_posix(): file.read_text()
+        file.relative_to(root).as_posix(): _text(root, file)
         for path in folders
         for file in path.rglob(ANSWERS)
     }
+
+
+def _text(root: Path, file: Path) -> str:
+    """A file's text. Raises PipelineError where it is none."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise PipelineError(
+            f"{file.relative_to(root).as_posix()}: cannot be read ({why}), so it cannot travel with"
+            " a stage; save it anew as UTF-8"
+        ) from error
 
 
 def _hidden(path: Path) -> bool:

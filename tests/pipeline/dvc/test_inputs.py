@@ -91,6 +91,18 @@ def test_comparisons_of_other_seeds_travel_with_the_report_and_nothing_else_does
         inputs.check_held(root, dag, dag)
 
 
+def test_labels_that_are_no_text_are_named(tmp_path: Path) -> None:
+    labels = tmp_path / "data/labels/labelled-1.jsonl"
+    labels.parent.mkdir(parents=True)
+    labels.write_bytes("größer".encode())
+    assert inputs.answers(tmp_path) == {"data/labels/labelled-1.jsonl": "größer"}
+    labels.write_bytes("größer".encode("latin-1"))
+    with pytest.raises(
+        PipelineError, match=r"labels/labelled-1\.jsonl: cannot be read \(not UTF-8"
+    ):
+        inputs.answers(tmp_path)
+
+
 def test_a_path_that_leads_out_of_the_workspace_is_refused(reading: Project) -> None:
     graph = json.loads((reading.root / "dvc.yaml").read_text())
     graph["stages"]["first"]["deps"].append("../elsewhere")
