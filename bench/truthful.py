@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def lm_eval(
     return {targets: _logged(folder / "out", targets) for targets in SUITES}
 
 
+@cache
 def tasks_of(python: str) -> Path:
     """The folder of lm-eval's tasks of TruthfulQA. Raises DualignError without an lm-eval."""
     code = "import lm_eval.tasks as t; print(t.__path__[0])"

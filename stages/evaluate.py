@@ -59,7 +59,9 @@ def main(run: Run[EvaluateParams]) -> None:
     scorers = Scorers.load(run.resources)
     policy = scorers.reference if folder == "sft" else policy_at(path, run.resources)
     scratch = run.scratch(path, PROMPT_SET, *SCORERS)
-    answers = kept_answers(scratch / "answers.parquet", partial(drawn, run, policy, scorers))
+    answers = kept_answers(
+        scratch / "answers.parquet", partial(drawn, run, policy, prompts, scorers)
+    )
     world = bool((prompts["source"] == "world").all())
     answers = add_truth(answers) if world else answers
     log_ratio, tilt = on_the_pool(policy, scorers)
@@ -86,10 +88,11 @@ def main(run: Run[EvaluateParams]) -> None:
     finished(scratch)
 
 
-def drawn(run: Run[EvaluateParams], policy: Policy, scorers: Scorers) -> pd.DataFrame:
+def drawn(
+    run: Run[EvaluateParams], policy: Policy, prompts: pd.DataFrame, scorers: Scorers
+) -> pd.DataFrame:
     """A policy's answers to the held-out prompts, scored: schema ANSWERS."""
     params = run.params
-    prompts = read_table(PROMPT_SET, PROMPTS).head(params.prompts)
     started = time.monotonic()
     answers = roll_out(
         policy, prompts, scorers,

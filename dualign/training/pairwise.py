@@ -541,8 +541,7 @@ class PairwiseTrainer(Shared, DPOTrainer):
         """Which answers have an anchor, [answers]."""
         if self.args.anchor_weight == 0:
             return None
-        known = ~torch.cat([batch["anchor_chosen"], batch["anchor_rejected"]]).isnan()
-        return known & batch[COUNTED].repeat(2) if COUNTED in batch else known
+        return ~torch.cat([batch["anchor_chosen"], batch["anchor_rejected"]]).isnan()
 
     def _anchor(self, inputs: dict[str, Any], ratio_first: Tensor, ratio_second: Tensor) -> Tensor:
         targets = torch.cat([inputs["anchor_chosen"], inputs["anchor_rejected"]]).to(

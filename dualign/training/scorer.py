@@ -122,7 +122,7 @@ class ScorerTrainer(Shared, RewardTrainer):
     def known(self, batch: dict[str, Any]) -> Tensor:
         """Which answers have a flag, [answers]."""
         known: Tensor = batch["flags"].T.reshape(-1) >= 0
-        return known & batch[COUNTED].repeat(2) if COUNTED in batch else known
+        return known
 
     def compute_loss(
         self,

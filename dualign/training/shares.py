@@ -25,6 +25,11 @@ def pairs_in(batch: Mapping[str, Any]) -> int:
     return len(batch["attention_mask"]) // 2
 
 
+def among_counted(known: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """Of a mask of answers those of rows that count; [answers], first ones before second ones."""
+    return known & batch[COUNTED].repeat(2) if COUNTED in batch else known
+
+
 class Shared(Metered, Sharding):
     """A base of trainers whose losses are means over the rows of all processes.
 
@@ -59,7 +64,9 @@ class Shared(Metered, Sharding):
         batch[COUNTED] = ~rows
 
     def known(self, batch: dict[str, Any]) -> Tensor | None:
-        """Which answers of a part of a batch its second term has a target for, if it has one."""
+        """Which answers of a part of a batch its second term has a target for, if it has one; those
+        of rows that do not count may be among them.
+        """
         return None
 
     def _counted(
@@ -67,7 +74,11 @@ class Shared(Metered, Sharding):
     ) -> tuple[float, float]:
         """Rows that count in an average part of a step, and answers that `known` tells."""
         rows = [batch[COUNTED].sum() if COUNTED in batch else pairs_in(batch) for batch in batches]
-        known = [mask.sum() for mask in map(self.known, batches) if mask is not None]
+        known = [
+            among_counted(mask, batch).sum()
+            for batch in batches
+            if (mask := self.known(batch)) is not None
+        ]
         totals = torch.tensor([float(sum(rows)), float(sum(known))], device=device)
         everywhere = self.accelerator.reduce(totals, "mean") / len(batches)
         return float(everywhere[0]), float(everywhere[1])
@@ -75,6 +86,7 @@ class Shared(Metered, Sharding):
     def part(self, values: Tensor, batch: dict[str, Any], known: Tensor | None = None) -> Tensor:
         """What a part of a step adds to its mean, times the number of parts and of processes: of
         values [rows, or answers], those that count or, with `known`, those that this says."""
+        known = known if known is None else among_counted(known, batch)
         if self._totals is None:
             return self.mean(values, batch.get(COUNTED) if known is None else known)
         rows, answers = self._totals

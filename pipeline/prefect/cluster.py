@@ -221,21 +221,21 @@ class Cluster:
         """The labels of people that lie in the workspace, and the results of others that a stage
         reads, packed: other seeds' comparisons, for the report."""
         answers = inputs.answers(self._root)
+        results = inputs.results(self._root, self._dag, [spec.name])
+        parcel = packed(answers | results)
+        if len(parcel) <= ROOM:
+            return parcel
         if len(packed(answers)) > ROOM:
             raise PipelineError(
                 f"{Path(min(answers)).parent}: more than {ROOM // 1000} kB of labels, packed, do"
                 " not travel with a stage; set `folder` in params.yaml to an absolute path that"
                 " every node sees"
             )
-        results = inputs.results(self._root, self._dag, [spec.name])
-        parcel = packed(answers | results)
-        if results and len(parcel) > ROOM:
-            raise PipelineError(
-                f"{Path(min(results)).parent}: more than {ROOM // 1000} kB of results and labels,"
-                " packed, do not travel with a stage; have git hold these results (`git add"
-                " --force`, commit, push)"
-            )
-        return parcel
+        raise PipelineError(
+            f"{Path(min(results)).parent}: more than {ROOM // 1000} kB of results and labels,"
+            " packed, do not travel with a stage; have git hold these results (`git add --force`,"
+            " commit, push)"
+        )
 
     def _follow(self, watch: _Watch) -> Report | None:
         """Wait until a flow run has ended; returns what its worker reported, if anything.
