@@ -40,6 +40,8 @@ Row = TypeVar("Row")
 PARAMS = Path("params.yaml")
 #: Seconds after which a stage that was told to stop, and goes on, is told again.
 AGAIN = 0.2
+#: When this process began, in seconds since the epoch.
+_STARTED = time.time()
 _PACKAGES = ("dualign", "torch", "transformers", "trl", "peft", "datasets", "pandas", "numpy")
 
 
@@ -343,18 +345,29 @@ def _digest(path: Path) -> str:
 
 
 def _code() -> str:
-    """Digest of the sources loaded, the stage's too: a checkpoint of other code does not go on.
+    """Digest of the sources loaded: a checkpoint of other code does not go on."""
+    return hashlib.sha256("".join(_digest(file) for file in _loaded()).encode()).hexdigest()
 
-    Types of params are no part of it: their values are in the fingerprint beside it.
+
+def _edited() -> list[str]:
+    """The sources loaded that were written since this process began."""
+    return [
+        os.path.relpath(file)
+        for file in _loaded()
+        if not file.exists() or file.stat().st_mtime > _STARTED
+    ]
+
+
+def _loaded() -> list[Path]:
+    """The sources loaded, the stage's too. Types of params are no part of it: their values are in
+    fingerprints and provenance.
     """
     files = {
-        str(module.__file__)
+        Path(str(module.__file__))
         for name, module in list(sys.modules.items())
         if _is_code(_own_name(name, module)) and getattr(module, "__file__", None)
     }
-    return hashlib.sha256(
-        "".join(_digest(Path(file)) for file in sorted(files)).encode()
-    ).hexdigest()
+    return sorted(files)
 
 
 def _is_code(name: str) -> bool:
@@ -367,8 +380,22 @@ def _own_name(name: str, module: Any) -> str:
     return spec.name if name == "__main__" and spec is not None else name
 
 
+def _tell_edited(run: Run[P], files: Sequence[str]) -> None:
+    """Warn of code that was edited meanwhile: DVC reads it now that the stage has ended."""
+    if files:
+        log.warning(
+            "edited while %s ran: %s; DVC takes the result for one of the new code. If that makes"
+            " another result, run it again: dvc repro --force --single-item %s",
+            run.name,
+            ", ".join(files),
+            run.name.replace("/", "@"),
+        )
+
+
 def _provenance(run: Run[P], seconds: float) -> None:
     gpu = None
+    edited = _edited()
+    _tell_edited(run, edited)
     if "torch" in sys.modules:
         import torch
 
@@ -390,6 +417,7 @@ def _provenance(run: Run[P], seconds: float) -> None:
         "throughput": run.throughput,
         "work": work.recorded(),
         "sources": run.sources,
+        "edited": edited,
     }
     write_json(Path("reports/provenance") / f"{run.name}.json", content)
     log.info("%s done in %.1f s, peak memory %.0f MiB", run.name, seconds, content["peak_rss_mib"])

@@ -410,12 +410,13 @@ if __name__ == "__main__":
 """
 
 
-def test_scratch_is_anothers_when_the_script_of_the_stage_changes(folder: Path) -> None:
-    """Under `python -m stages.NAME` the script is `__main__`."""
+@pytest.fixture
+def own_stage(folder: Path) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """Runs a script as `python -m stages.own`, which must succeed."""
     (folder / "stages").mkdir()
     (folder / "stages/__init__.py").touch()
 
-    def scratch(script: str) -> str:
+    def ran(script: str) -> subprocess.CompletedProcess[str]:
         (folder / "stages/own.py").write_text(script)
         environment = {
             **os.environ,
@@ -425,9 +426,32 @@ def test_scratch_is_anothers_when_the_script_of_the_stage_changes(folder: Path) 
         command = [sys.executable, "-m", "stages.own"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return done.stdout
+        return done
 
-    assert scratch(SCRIPT) == scratch(SCRIPT) != scratch(SCRIPT + "# another rule\n")
+    return ran
+
+
+def test_scratch_is_anothers_when_the_script_of_the_stage_changes(
+    own_stage: Callable[[str], subprocess.CompletedProcess[str]],
+) -> None:
+    """Under `python -m stages.NAME` the script is `__main__`."""
+    first, again, other = (
+        own_stage(script).stdout for script in (SCRIPT, SCRIPT, SCRIPT + "# another rule\n")
+    )
+    assert first == again != other
+
+
+def test_code_that_is_edited_while_a_stage_runs_is_told(
+    folder: Path, own_stage: Callable[[str], subprocess.CompletedProcess[str]]
+) -> None:
+    """DVC reads it after the stage, and records the new code for the old result."""
+    own_stage(SCRIPT)
+    assert read_json(folder / "reports/provenance/dual_init.json")["edited"] == []
+    edits = "open(__file__, 'a').write('# another rule')"
+    told = own_stage(SCRIPT.replace("print(run.scratch())", edits)).stderr
+    assert "edited while dual_init ran: stages/own.py; DVC takes the result for one of" in told
+    assert "dvc repro --force --single-item dual_init" in told
+    assert read_json(folder / "reports/provenance/dual_init.json")["edited"] == ["stages/own.py"]
 
 
 def test_scratch_wants_its_inputs_and_a_place_that_can_be_written(

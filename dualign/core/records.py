@@ -499,7 +499,8 @@ class Comparison(Record):
 
 
 class Provenance(Record):
-    """reports/provenance/STAGE.json or STAGE/ITEM.json."""
+    """reports/provenance/STAGE.json or STAGE/ITEM.json. `edited` is code that was edited while the
+    stage ran."""
 
     stage: str
     item: str | None
@@ -511,6 +512,20 @@ class Provenance(Record):
     device: str | None = None
     throughput: dict[str, float | None]
     work: dict[str, dict[str, float | None]] = {}
+    edited: list[str] = []
+
+
+class EarlierRun(Record):
+    """reports/earlier/run.json: what this run is set beside.
+
+    `name` is what the user called it, a revision of git or an experiment, and `date` the day of its
+    commit."""
+
+    name: str
+    commit: str
+    date: str
+    comparison: Comparison
+    stages: list[Provenance]
 
 
 class AdapterConfig(Record):
