@@ -71,6 +71,7 @@ COMMANDS = {
         "run other training seeds, and this run, and show them side by side in the report",
         PIPELINE,
     ),
+    "since": Command("put an earlier run beside this one: the report shows what changed", PIPELINE),
     "deploy": Command(
         "tell a Prefect server how workers run a stage: pools and the deployments of prefect.yaml",
         PIPELINE,

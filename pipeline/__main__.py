@@ -174,6 +174,16 @@ def _seeds_options(parser: argparse.ArgumentParser) -> None:
     _repeatable(parser, "--metric", "M", "metrics", "as for sweep")
 
 
+def _since_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "revision",
+        nargs="?",
+        metavar="REVISION",
+        help="a commit, branch or tag of git, or a DVC experiment (default: the newest commit with"
+        " other results than these)",
+    )
+
+
 def _deploy_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--type",
@@ -380,6 +390,20 @@ def _seeds(arguments: argparse.Namespace) -> int:
     return int(not good)
 
 
+def _since(arguments: argparse.Namespace) -> int:
+    from pipeline.earlier import KEPT, keep
+
+    whose = keep(Path.cwd(), arguments.revision)
+    _say(
+        [
+            f"{KEPT}: the run of {whose}",
+            "dvc repro report now shows what changed since (on workers: python -m pipeline run"
+            " --stage report --cluster)",
+        ]
+    )
+    return 0
+
+
 def _deploy(arguments: argparse.Namespace) -> int:
     server.need()
     from pipeline.prefect.deploy import deploy
@@ -443,6 +467,11 @@ _COMMANDS: dict[str, tuple[Any, str, Any]] = {
         _seeds,
         "run other training seeds, and this run, and show them side by side in the report",
         _seeds_options,
+    ),
+    "since": (
+        _since,
+        "put an earlier run beside this one: the report shows what changed since",
+        _since_options,
     ),
     "deploy": (
         _deploy,

@@ -206,6 +206,7 @@ def test_git_ignores_outputs_and_keeps_their_descriptions() -> None:
         "reports/answers/README.md",
         "reports/judgements/README.md",
         "reports/seeds/README.md",
+        "reports/earlier/README.md",
         "reports/harness/README.md",
         "dvc.lock",
     ]

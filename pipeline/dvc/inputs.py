@@ -25,7 +25,7 @@ QUESTIONS = "to-label-*.jsonl"
 ANSWERS = "labelled-*.jsonl"
 #: Results of others about the policies of this workspace, or beside them: a run of other params has
 #: other policies. Workers get those in JSON with the stage that reads them.
-OWN = ("reports/seeds/", "reports/harness/")
+OWN = ("reports/seeds/", "reports/earlier/", "reports/harness/")
 
 
 def check_held(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) -> None:

@@ -35,7 +35,7 @@ def test_the_first_stage_runs_and_says_what_it_does_not_take(
     repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: str
 ) -> None:
     ignored = shutil.ignore_patterns("__pycache__")
-    kept = ("reports/search", "reports/answers", "reports/judgements", "reports/seeds")
+    kept = [f"reports/{name}" for name in ("search", "answers", "judgements", "seeds", "earlier")]
     for name in ("dualign", "stages", "data/raw", *kept):
         shutil.copytree(repo_root / name, tmp_path / name, ignore=ignored)
     for name in ("dvc.yaml", "params.yaml", ".dvcignore"):

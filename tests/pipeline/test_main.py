@@ -141,7 +141,9 @@ def test_the_guide_names_commands_that_exist(repo_root: Path) -> None:
         for line in page
     ]
     commands = [shlex.split(match[1], comments=True) for match in found if match]
-    told = {"plan", "run", "serve", "status", "doctor", "deploy", "work", "sweep", "seeds"}
+    told = {
+        "plan", "run", "serve", "status", "doctor", "deploy", "work", "sweep", "seeds", "since",
+    }  # fmt: skip
     assert {command[0] for command in commands} == told
     for command in commands:
         assert callable(parser().parse_args(command).command)

@@ -382,8 +382,8 @@ def test_facts_and_commands(page: Page) -> None:
     for command in (
         "dvc repro --single-item STAGE",
         "constraint.limit",
-        "dvc params diff",
-        "dvc metrics diff",
+        "dualign since",
+        "dvc repro report",
     ):
         assert command in commands
     assert "the effective sample size falls below 30" in page.text
