@@ -25,8 +25,6 @@ from bench.options import knob
 from bench.tiny import World, differs
 from dualign.core.errors import DualignError
 
-log = logging.getLogger(__name__)
-
 PROGRAM = "python -m bench.container"
 POOL = "gpu"
 

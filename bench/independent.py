@@ -49,7 +49,6 @@ from pipeline.dvc.overlay import whole
 from pipeline.dvc.parameters import assign
 
 PROGRAM = "python -m bench.independent"
-Array = np.ndarray
 
 _PREPARED = Path("data/prepared")
 _PAIRS = {"helpful_pairs": HELPFUL_PAIRS, "safety_pairs": SAFETY_PAIRS}

@@ -6,7 +6,6 @@ common to two of them. That is why seeds are runs, and not instances of every st
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +19,6 @@ REPORT = "report"
 COMPARISON = "reports/comparison.json"
 #: Where the report looks for the comparisons of other runs.
 GATHERED = Path("reports/seeds")
-
-log = logging.getLogger(__name__)
 
 
 def own_seed(root: Path) -> int:

@@ -115,7 +115,6 @@ def hostile(count: int) -> list[str]:
 
 
 HOSTILE = hostile(150)
-SHOWN = [json.dumps(name) for name in HOSTILE]
 
 
 @pytest.fixture(scope="module")

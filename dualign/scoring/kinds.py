@@ -5,7 +5,6 @@ template with the policy or with other scorers."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -43,8 +42,6 @@ from dualign.lm.templates import own_template, read_template
 from dualign.lm.tokens import QUESTION, common_prefix, encode_conversations, encode_rendered, render
 from dualign.params.base import Frozen, Resources
 from dualign.scoring.calibration import Calibration, Platt
-
-log = logging.getLogger(__name__)
 
 #: What Safe RLHF's score models read: prompts.py of PKU-Alignment/safe-rlhf, and the end of the
 #: text after the answer.

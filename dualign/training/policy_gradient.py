@@ -10,7 +10,6 @@ pretraining term are left out: an answer is used once, by the policy that drew i
 from __future__ import annotations
 
 import copy
-import logging
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -46,8 +45,6 @@ from dualign.scoring.scorers import Scorer
 from dualign.training.metering import Metered
 from dualign.training.run import Job, Metrics, Model, arguments, run, tell_dropped
 from dualign.training.sharding import Sharding
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
