@@ -13,16 +13,6 @@ from scipy.optimize import brentq
 from scipy.special import nctdtr, ndtri, stdtrit
 
 from dualign.core.errors import DataError
-from dualign.evaluation.stats import Estimate
-
-
-def spread(estimate: Estimate, prompts: int) -> float:
-    """The standard deviation over prompts that an estimate of `prompts` prompts has.
-
-    >>> spread(Estimate(mean=0.1, error=0.05, low=0.0, high=0.2), prompts=100)
-    0.5
-    """
-    return estimate.error * math.sqrt(prompts)
 
 
 def prompts_needed(
