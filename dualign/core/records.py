@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from dualign.core.artifacts import read_json
+from dualign.core.artifacts import listed, read_json
 from dualign.core.errors import DataError
 from dualign.core.names import Solved
 
@@ -578,6 +578,12 @@ def read_optional_record(path: str | Path, record: type[R]) -> R | None:
 def read_trained(metrics: Path, folder: str) -> Trained:
     """What the stage that wrote models/FOLDER measured, in folder `metrics`."""
     return read_record(metrics / f"{folder}.json", TRAINED[folder.partition("/")[0]])
+
+
+def read_provenance(root: Path) -> list[Provenance]:
+    """What every stage of a run wrote of itself, by the names of the files."""
+    paths = listed(root / "reports/provenance", "**/*.json")
+    return [read_record(path, Provenance) for path in paths]
 
 
 def read_evaluated(metrics: Path, name: str) -> Evaluated | NotEvaluated | None:

@@ -57,10 +57,14 @@ def settings(stages: Iterable[Provenance]) -> Settings:
     """By stage its params and versions, by dotted key; of a table of instances its own row."""
     found: Settings = {}
     for stage in stages:
-        own = {key: _own(stage.item, key, value) for key, value in stage.params.items()}
         versions = {f"version of {name}": version for name, version in stage.versions.items()}
-        found[label(stage)] = _flat(own) | versions
+        found[label(stage)] = _flat(params_of(stage)) | versions
     return found
+
+
+def params_of(stage: Provenance) -> dict[str, Any]:
+    """What a stage ran with; of a table of instances its own row."""
+    return {key: _own(stage.item, key, value) for key, value in stage.params.items()}
 
 
 def _own(item: str | None, key: str, value: Any) -> Any:

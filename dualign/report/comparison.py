@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from dualign.core.artifacts import listed
 from dualign.core.records import (
     Certified,
     ComparedConstraint,
@@ -33,12 +32,12 @@ from dualign.core.records import (
     Standing,
     read_evaluated,
     read_optional_record,
-    read_record,
+    read_provenance,
 )
 from dualign.core.schema import ANSWERS, read_table
 from dualign.evaluation.measures import MEASURES
 from dualign.evaluation.stats import Estimate, clustered_mean, clustered_share
-from dualign.params.base import FANS
+from dualign.report.changes import label, params_of
 from dualign.report.multipliers import nominal_multiplier, search_of, solved_dual
 
 #: The policy that win rates and gains are measured against.
@@ -105,26 +104,14 @@ def params_digests(root: Path) -> dict[str, str]:
     the seed; of a stage with instances those that are this one's.
 
     Read from what each stage wrote when it ran, so params that were edited since do not count."""
-    paths = listed(root / "reports/provenance", "**/*.json")
-    made = [read_record(path, Provenance) for path in paths]
-    return {
-        f"{stage.stage}/{stage.item}" if stage.item else stage.stage: _digest(stage)
-        for stage in made
-        if stage.stage not in _BESIDE
-    }
+    made = [stage for stage in read_provenance(root) if stage.stage not in _BESIDE]
+    return {label(stage): _digest(stage) for stage in made}
 
 
 def _digest(stage: Provenance) -> str:
-    params = {key: _of_item(stage.item, key, value) for key, value in stage.params.items()}
+    params = params_of(stage)
     params.pop("seed", None)
     return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _of_item(item: str | None, key: str, value: Any) -> Any:
-    """Of a table of instances this one's row."""
-    if key in FANS and isinstance(value, Mapping):
-        return value.get(item)
-    return value
 
 
 def read_answers(root: Path, policies: dict[str, str]) -> dict[str, pd.DataFrame]:

@@ -15,7 +15,7 @@ from dualign.core.records import (
     PreparedMetrics,
     Provenance,
     read_optional_record,
-    read_record,
+    read_provenance,
 )
 from dualign.params.stages import STAGES
 from dualign.report.formatting import MINUS, NONE, compact, number, percent, spoken
@@ -154,9 +154,7 @@ def _is_share(key: str) -> bool:
 def provenance(root: Path) -> list[Provenance]:
     """What each stage took, in the order of the pipeline; not the report, which has not ended."""
     order = list(STAGES)
-    paths = listed(root / "reports/provenance", "**/*.json")
-    written = [read_record(path, Provenance) for path in paths]
-    made = [stage for stage in written if stage.stage != "report"]
+    made = [stage for stage in read_provenance(root) if stage.stage != "report"]
     return sorted(made, key=lambda stage: (order.index(stage.stage), stage.item or ""))
 
 
