@@ -719,8 +719,7 @@ def page(verdicts: Sequence[Verdict]) -> str:
         "",
         "    python -m bench.bad_input",
         "",
-        "| kind | tried | clear | unclear |",
-        "|---|---|---|---|",
+        *options.head(["kind", "tried", "clear", "unclear"]),
     ]
     rows = [*tried.items(), ("all", len(verdicts))]
     for kind, count in rows:

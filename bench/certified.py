@@ -214,7 +214,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             _number(fmean(drawn) if drawn else None, 0),
         ]
         counts = [f"{found['policies']} of {found['runs']}", str(found["above"])]
-        lines.append(f"| {' | '.join([title, *counts, *means])} |")
+        lines.append(options.line([title, *counts, *means]))
     return lines
 
 
@@ -257,7 +257,7 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             _number(median(row["price"] for row in own), 2),
             _number(options.mean(own, "answers"), 0),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(options.line(cells))
     return lines
 
 

@@ -265,7 +265,7 @@ def _sum(rows: Iterable[Mapping[str, Any]], side: str) -> dict[str, float]:
 
 def _line(name: str, costs: Sequence[Mapping[str, float]], same: Sequence[str]) -> str:
     cells = [f"{cost[key]:.1f}" for cost in costs for key in _SHOWN]
-    return f"| {' | '.join([name, *cells, *same])} |"
+    return options.line([name, *cells, *same])
 
 
 def _idle(sides: Sequence[str], idle: Mapping[str, float] | None) -> list[str]:

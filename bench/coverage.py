@@ -436,14 +436,11 @@ def _table(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> str:
     heads = [
         key.replace("power_", "power at ").replace("best", "returns the best") for key in powers
     ]
-    lines = [
-        f"| {' | '.join([*keys, 'bound', 'false', *heads])} |",
-        "|---" * (len(keys) + 2 + len(powers)) + "|",
-    ]
+    lines = options.head([*keys, "bound", "false", *heads])
     for row in rows:
         cells = [*(str(row[key]) for key in keys), _TITLES[row["method"]], percent(row)]
         cells += [f"{row[key]:.1%}" if key in row else "–" for key in powers]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(options.line(cells))
     return "\n".join(lines)
 
 

@@ -310,7 +310,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
             row["world"], f"{row['icc']:g}", str(row["prompts"]), TITLES[row["sequence"]],
             percent(row), f"{row['below']:.2f}", f"{row['answers']:.0f}",
         ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(options.line(cells))
     return lines
 
 

@@ -541,7 +541,7 @@ def _profiles(given: Settings, found: Mapping[str, Mapping[str, float]]) -> str:
     lines = options.head(["", *given.sides.values()])
     for kind in (*KINDS, "all else"):
         shares = [found[name][kind] / sum(found[name].values()) for name in given.sides]
-        lines.append(f"| {' | '.join([kind, *(f'{share:.0%}' for share in shares)])} |")
+        lines.append(options.line([kind, *(f"{share:.0%}" for share in shares)]))
     return "\n".join(lines)
 
 
@@ -563,7 +563,7 @@ def _table(given: Settings, found: dict[str, Any], rows: dict[str, Any]) -> str:
         cells += [f"{row['gflops']:.0f}"]
         cells += [f"{row['gflops'] / rate:.0%}" for rate in rows["rates"].values()]
         cells += [f"{row['loss_apart']:.1e}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(options.line(cells))
     return "\n".join(lines)
 
 

@@ -651,13 +651,9 @@ def _of(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def results_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """One line a method."""
-    lines = [
-        (
-            "| method | source | J* − J | E[c] − limit | β KL to π* | predicted J* − J | predicted"
-            " E[c] − limit | off by | λ / λ* | trainings |"
-        ),
-        "|---" * 10 + "|",
-    ]
+    titles = ["method", "source", "J* − J", "E[c] − limit", "β KL to π*", "predicted J* − J"]
+    titles += ["predicted E[c] − limit", "off by", "λ / λ*", "trainings"]
+    lines = options.head(titles)
     for own in _of(rows):
         off = f"{max(row['deviation'] for row in own):.0e}" if "deviation" in own[0] else "–"
         ratio = [{"ratio": row["lam"] / row["lam_star"]} for row in own]
@@ -671,17 +667,15 @@ def results_table(rows: Sequence[dict[str, Any]]) -> list[str]:
             _cell(own, "predicted_excess"),
             off,
             _cell(ratio, "ratio", 3),
+            _cell(own, "trainings", 1),
         ]
-        lines.append(f"| {' | '.join(cells)} | {_cell(own, 'trainings', 1)} |")
+        lines.append(options.line(cells))
     return lines
 
 
 def path_table(points: Sequence[dict[str, Any]]) -> list[str]:
     """E[c] - limit (J* - J) at multiples of lambda*."""
-    lines = [
-        "| method | " + " | ".join(f"{ratio:g} λ*" for ratio in _PATH) + " |",
-        "|---" * (len(_PATH) + 1) + "|",
-    ]
+    lines = options.head(["method", *(f"{ratio:g} λ*" for ratio in _PATH)])
     for methods in shared_losses().values():
         cells = ["; ".join(method.title for method in methods)]
         for ratio in _PATH:
@@ -690,7 +684,7 @@ def path_table(points: Sequence[dict[str, Any]]) -> list[str]:
                 f"{_rounded(fmean(p['excess'] for p in at))}"
                 f" ({_rounded(fmean(p['gap'] for p in at))})"
             )
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(options.line(cells))
     return lines
 
 

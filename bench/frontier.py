@@ -283,8 +283,8 @@ def _share(value: float) -> str:
 
 def class_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each world, class of ESS and count of prompts."""
-    head = ["world", "median ESS", "prompts", "rows", "reward", "cost", "P(unsafe)", "KL", "bias"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    titles = ["world", "median ESS", "prompts", "rows", "reward", "cost", "P(unsafe)", "KL", "bias"]
+    lines = options.head(titles)
     for world in dict.fromkeys(row["world"] for row in rows):
         for lower in _CLASSES:
             for prompts in _PROMPTS:
@@ -296,7 +296,7 @@ def class_table(rows: Sequence[dict[str, Any]]) -> list[str]:
                 ]
                 if own:
                     cells = [world, ess_class(lower), str(prompts), str(len(own))]
-                    lines.append(f"| {' | '.join([*cells, *_coverages(own)])} |")
+                    lines.append(options.line([*cells, *_coverages(own)]))
     return lines
 
 

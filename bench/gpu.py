@@ -371,7 +371,7 @@ def page(found: dict[str, Any]) -> str:
         rows = [*([("", part["fault"])] if part["fault"] else []), *part["rows"]]
         for k, (what, value) in enumerate(rows):
             first = [part["part"], f"{part['seconds']:.0f}"] if k == 0 else ["", ""]
-            lines.append(f"| {' | '.join([*first, what, value.replace('|', '/')])} |")
+            lines.append(options.line([*first, what, value.replace("|", "/")]))
     return "\n".join(lines) + "\n"
 
 

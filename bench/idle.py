@@ -144,7 +144,7 @@ def page(seconds: Mapping[str, Sequence[float]]) -> str:
         median = statistics.median(runs)
         cells = [f"{median:.2f}", f"{min(runs):.2f}"]
         cells += [f"{median / statistics.median(one):.2f}", f"{min(runs) / min(one):.2f}"]
-        lines.append(f"| {' | '.join([name, *cells])} |")
+        lines.append(options.line([name, *cells]))
     title = "# What a second `dvc repro` with nothing to do takes"
     parts = [
         title,

@@ -213,12 +213,8 @@ def page(found: dict[str, Any]) -> str:
     lines = ["# Kills", ""]
     for mode, result in sorted(found.items()):
         trials = [Trial(**row) for row in result["trials"]]
-        lines += [
-            f"`{result['command']}`",
-            "",
-            "| stage | stops | while it ran | same bytes | told | left behind |",
-        ]
-        lines.append("|---|---|---|---|---|---|")
+        titles = ["stage", "stops", "while it ran", "same bytes", "told", "left behind"]
+        lines += [f"`{result['command']}`", "", *options.head(titles)]
         for name in sorted({trial.stage for trial in trials}):
             lines.append(_row(name, [trial for trial in trials if trial.stage == name]))
         lines += [_row(f"all ({mode})", trials), ""]
@@ -233,7 +229,7 @@ def _row(name: str, trials: Sequence[Trial]) -> str:
         sum(trial.told for trial in trials),
         sum(len(trial.debris) for trial in trials),
     )
-    return f"| {name} | {' | '.join(map(str, counts))} |"
+    return options.line([name, *map(str, counts)])
 
 
 def trials_of(world: World, mode: str, count: int, seed: int) -> Iterator[Trial]:

@@ -254,7 +254,7 @@ def page(given: Settings, found: Mapping[str, Any]) -> str:
         row = sides[name]
         cells = [title, *(f"{row[phase] / 1024:.2f}" for phase in (*_PHASES, "peak"))]
         cells += [f"{row['peak'] / sides['sft']['peak']:.3f} ×", str(len(found["rounds"][name]))]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(options.line(cells))
     one = found["weights"] * (4 if given.precision == "fp32" else 2) / 2**30
     told = (
         f"The base has {found['weights'] / 1e6:.0f} million weights, {one:.2f} GiB once. Medians"
@@ -266,7 +266,7 @@ def page(given: Settings, found: Mapping[str, Any]) -> str:
     for name, title in HOLDING.items():
         row = found["stage"][name]
         cells = [title, f"{row['held'] / 1024:.2f}", f"{row['peak'] / 1024:.2f}"]
-        stage.append(f"| {' | '.join([*cells, str(row['processes'])])} |")
+        stage.append(options.line([*cells, str(row["processes"])]))
     head = f"# Peak memory of DPO beside SFT, whole weights, {given.precision}"
     command = f"    {options.command(PROGRAM, given)}"
     return "\n\n".join([head, command, "\n".join(lines), told, "\n".join(stage), _NOTES]) + "\n"

@@ -227,7 +227,7 @@ def page(settings: Settings, rows: list[Row]) -> str:
 
 
 def _line(row: Row, keys: Iterable[str]) -> str:
-    return f"| {' | '.join(str(row.get(key, '')) for key in keys)} |"
+    return options.line(str(row.get(key, "")) for key in keys)
 
 
 _NOTES = """\

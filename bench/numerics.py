@@ -232,24 +232,20 @@ def page(given: Settings, found: dict[str, list[dict[str, Any]]]) -> str:
     lines = [
         f"`{options.command(PROGRAM, given)}`",
         "",
-        "| policy at step 0 | batch | largest log-ratio, nats |",
-        "|---|---|---|",
+        *options.head(["policy at step 0", "batch", "largest log-ratio, nats"]),
     ]
     lines += [
         f"| {row['policy']} | {row['batch']} | {row['log_ratio']:.5f} |"
         for row in found["log_ratios"]
     ]
-    lines += [
-        "",
-        "| training | cosine to fp32's change | its norm | weights unmoved | shift of log pi |",
-        "|---|---|---|---|---|",
-    ]
+    titles = ["training", "cosine to fp32's change", "its norm", "weights unmoved"]
+    lines += ["", *options.head([*titles, "shift of log pi"])]
     lines += [
         f"| {row['precision']} | {row['cosine']:.4f} | {row['norm']:.3f} | {row['unmoved']:.1%} |"
         f" {row['shift']:+.3f} |"
         for row in found["training"]
     ]
-    lines += ["", "| head | MiB above the model |", "|---|---|"]
+    lines += ["", *options.head(["head", "MiB above the model"])]
     lines += [f"| {row['head']} | {row['mib']:.0f} |" for row in found["memory"]]
     return "\n".join(lines) + "\n"
 

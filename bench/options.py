@@ -85,7 +85,12 @@ def page(title: str, by: str, *parts: str) -> str:
 
 def head(titles: Sequence[str]) -> list[str]:
     """The first two lines of a table in markdown."""
-    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    return [line(titles), "|---" * len(titles) + "|"]
+
+
+def line(cells: Iterable[str]) -> str:
+    """A line of a table in markdown."""
+    return f"| {' | '.join(cells)} |"
 
 
 def where(rows: Iterable[Row], **values: Any) -> list[Row]:

@@ -257,7 +257,7 @@ def table(rows: Sequence[Row], shares: Sequence[str]) -> str:
             f"{value:.1%}" if name in shares else "" if value is None else f"{value}"
             for name, value in row.items()
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(options.line(cells))
     return "\n".join(lines)
 
 

@@ -161,7 +161,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells += [f"{row[key]:.1f}" for key in ("reckoned_seconds", "seconds")]
         cells += [f"{row['ratio']:.2f}"]
         cells += [f"{row[key]:.2f}" for key in ("reckoned_gib", "gib", "memory_ratio")]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(options.line(cells))
     return "\n".join(lines)
 
 

@@ -162,8 +162,7 @@ def page(given: Settings, found: dict[str, Any]) -> str:
         f"`{PROGRAM}`: medians of {given.rounds} turns, seconds of work; {os.cpu_count()} cores,"
         " one thread a process.",
         "",
-        "| work | one process | two | speed-up |",
-        "|---|---|---|---|",
+        *options.head(["work", "one process", "two", "speed-up"]),
     ]
     for row in found["rows"]:
         lines.append(

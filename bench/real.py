@@ -97,12 +97,12 @@ def page(found: dict[str, Any], command: str) -> str:
         f"Limit {found['limit']:g}. Mean and 95 % interval, clustered by prompt.",
         "",
     ]
-    lines += [f"| policy | {' | '.join(_MEASURES)} |", f"|---|{'---|' * len(_MEASURES)}"]
+    lines += options.head(["policy", *_MEASURES])
     for name, row in found["policies"].items():
         cells = [_cell(row[measure]) for measure in _MEASURES]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(options.line([name, *cells]))
     lines += [f"| {name} | no certified policy |" for name in found["uncertified"]]
-    lines += ["", "| scorer | measured on held-out pairs |", "|---|---|"]
+    lines += ["", *options.head(["scorer", "measured on held-out pairs"])]
     for name, metrics in found["scorers"].items():
         told = ", ".join(
             f"{key} {value:.3f}" for key, value in metrics.items() if isinstance(value, float)
@@ -114,7 +114,7 @@ def page(found: dict[str, Any], command: str) -> str:
         "",
     ]
     lines += [*_judges(found["people"], found["gaps"])]
-    lines += ["| stage | seconds | peak MiB |", "|---|---|---|"]
+    lines += options.head(["stage", "seconds", "peak MiB"])
     lines += [
         f"| {row['stage']} | {row['seconds']:.0f} | {row['mib']:.0f} |" for row in found["stages"]
     ]
@@ -141,7 +141,7 @@ def _judges(people: dict[str, Any], gaps: list[dict[str, Any]]) -> Iterator[str]
         yield from options.head(["suite", "the other", "policy", *named])
         for row in gaps:
             cells = [*_gain(row.get("reward")), *_gain(row.get("cost"))]
-            yield f"| {row['suite']} | {row['other']} | {row['policy']} | {' | '.join(cells)} |"
+            yield options.line([row["suite"], row["other"], row["policy"], *cells])
         yield ""
 
 

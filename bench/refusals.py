@@ -142,9 +142,9 @@ def page(found: dict[str, Any], people: dict[str, Any], answers: int, prompts: i
     lines = options.head(head)
     for name, row in found.items():
         own = [f"{row['models'][model]:.2f}" for model in models]
-        lines.append(f"| {' | '.join([name, *_cells(row['all']), *own])} |")
+        lines.append(options.line([name, *_cells(row["all"]), *own]))
     lines.append(
-        f"| {' | '.join(['one annotator by the other', *_cells(people), *['' for _ in models]])} |"
+        options.line(["one annotator by the other", *_cells(people), *["" for _ in models]])
     )
     parts = [
         "# Does an answer refuse? Beside people's labels of XSTest",

@@ -181,8 +181,9 @@ def page(given: Settings, rows: Sequence[dict[str, Any]]) -> str:
         f" {given.batch} under way at a time; medians of {rounds} rounds, by {seconds}; torch"
         f" {torch.__version__}, transformers {transformers.__version__}.",
         "",
-        f"| engine | answers/s | times {base} (least to most) | tokens/s | tokens each |",
-        "|---|---|---|---|---|",
+        *options.head(
+            ["engine", "answers/s", f"times {base} (least to most)", "tokens/s", "tokens each"]
+        ),
     ]
     lines += [
         f"| {row['engine']} | {row['answers_per_second']:.3f} | {row['ratio']:.2f}"

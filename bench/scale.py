@@ -306,7 +306,7 @@ def page(given: Settings, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> s
             ratio = "" if last is None else f"{each / last:.2f} ×"
             cells = [f"{row['size']:,}", f"{each:.3f}", ratio, f"{row['peak']:.0f}"]
             cells += [f"{row['before']:.0f}", str(row["processes"])]
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(options.line(cells))
             last = each
         parts.append("\n".join(lines))
     return "\n\n".join([*parts, _pipeline(found["methods"]), _NOTES]) + "\n"
@@ -318,7 +318,7 @@ def _pipeline(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         cells = [str(row["methods"]), str(row["instances"])]
         cells += [f"{row[key]:.2f}" if "peak" not in key else f"{row[key]:.0f}" for key in _KEYS]
-        lines.append(f"| {' | '.join([*cells, str(row['processes'])])} |")
+        lines.append(options.line([*cells, str(row["processes"])]))
     return "\n".join(lines)
 
 

@@ -475,7 +475,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{median(trainings):g}", f"{fmean(trainings):.1f}", f"{max(trainings)}",
             *(f"{means[key]:.{digits}f}" for key, digits in _MEANS.items()),
         ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(options.line(cells))
     return lines
 
 
@@ -493,13 +493,10 @@ _MEANS = {
 def by_limit(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Trainings of every seed at each limit."""
     limits = sorted({found["limit"] for found in rows}, reverse=True)
-    lines = [
-        "| search | " + " | ".join(f"d = {limit:g}" for limit in limits) + " |",
-        "|---" * (len(limits) + 1) + "|",
-    ]
+    lines = options.head(["search", *(f"d = {limit:g}" for limit in limits)])
     for row, own in _by_row(rows):
         cells = [_trainings(options.where(own, limit=limit)) for limit in limits]
-        lines.append(f"| {row.title} | {' | '.join(cells)} |")
+        lines.append(options.line([row.title, *cells]))
     return lines
 
 

@@ -222,7 +222,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         power = [f"{row[f'power_{margin:g}']:.1%}" for margin in _MARGINS]
         place = [row["world"], f"{row['icc']:g}", str(row["prompts"])]
         cells = [*place, TITLES[row["method"]], percent(row), f"{row['bound']:.4f}", *power]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(options.line(cells))
     return lines
 
 

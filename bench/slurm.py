@@ -136,7 +136,7 @@ def page(given: Settings, rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         same = "the same bytes" if row["same_weights"] else "others"
         cells = [row["way"], row["nodes"] or "", f"{row['seconds']:.0f}", f"{row['apart']:.1e}"]
-        lines.append(f"| {' | '.join([*cells, same])} |")
+        lines.append(options.line([*cells, same]))
     return "\n".join(lines) + "\n"
 
 

@@ -294,7 +294,7 @@ def page(command: str, found: dict[str, Any]) -> str:
     lines = options.head(["the tilt goes by", *_COLUMNS])
     for row in found["rules"]:
         cells = [_cell((row["more"] if more else row)[key]) for key, more in _COLUMNS.values()]
-        lines.append(f"| {' | '.join([row['rule'], *cells])} |")
+        lines.append(options.line([row["rule"], *cells]))
     pool = [list(row.values()) for row in found["pool"]]
     return options.page(
         "What an independent pair of scorers sees of the tilt's gain",
@@ -328,7 +328,7 @@ def _line(cells: Iterable[Any]) -> str:
         f"{cell:.3g}" if isinstance(cell, float) else str("–" if cell is None else cell)
         for cell in cells
     ]
-    return f"| {' | '.join(words)} |"
+    return options.line(words)
 
 
 def _cell(estimate: Sequence[float]) -> str:

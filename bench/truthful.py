@@ -206,7 +206,7 @@ def page_of_asked(found: dict[str, dict[str, Any]], command: str) -> str:
     )
     for targets, row in found.items():
         cells = [targets.upper(), *(f"{row[key]}" for key in ("items", "choices", "same_ids"))]
-        lines.append(f"| {' | '.join(cells)} | {row['largest_difference_of_score']:.1e} |")
+        lines.append(options.line([*cells, f"{row['largest_difference_of_score']:.1e}"]))
     return options.page(
         "TruthfulQA: what lm-evaluation-harness asks a model, and how it scores the replies",
         command,
@@ -276,7 +276,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         cells = [targets.upper(), f"{row['items']}", f"{row['choices']}"]
         cells += [f"{row['score']:.6f}", f"{row['score_lm_eval']:.6f}"]
         cells += [f"{row[f'largest_difference_of_{what}']:.1e}" for what in ("score", "logp")]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(options.line(cells))
     return "\n".join(lines)
 
 

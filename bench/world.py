@@ -365,7 +365,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ):
         cells = [_cell(own, key, digits) for _, key, digits in _COLUMNS]
         counts = [f"{sum(map(rule, own))}/{len(own)}" for rule in (mean_within, within)]
-        lines.append(f"| {' | '.join([name, *counts, *cells])} |")
+        lines.append(options.line([name, *counts, *cells]))
     return lines
 
 
