@@ -9,7 +9,6 @@ that is taken."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import io
@@ -734,17 +733,12 @@ def page(verdicts: Sequence[Verdict]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all cases; write bad-input.json and bad-input.md. Returns 1 if a case is not clear."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.bad_input", description=(__doc__ or "").split("\n\n")[0]
-    )
+    parser = options.parser("python -m bench.bad_input", __doc__)
     parser.add_argument(
         "--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="(default: all)"
     )
     parser.add_argument(
         "--work", type=Path, default=Path(".scratch/bench-kills"), help="folder of the tiny world"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("bench/results"), help="folder of the results"
     )
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

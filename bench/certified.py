@@ -315,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the study; write certified.json and .md, and the page to stdout. Returns the exit
     status.
     """
-    settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
+    settings, out = options.parse(Settings, PROGRAM, __doc__, argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("dvc").setLevel(logging.WARNING)
     seeds = range(settings.first, settings.first + settings.seeds)

@@ -120,7 +120,7 @@ def page(given: Settings, found: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; its files hold the result. Returns the status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    given, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
+    given, out = options.parse(Settings, PROGRAM, __doc__, argv)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(given, Path(folder))
     options.publish(out, "container", found, page(given, found))

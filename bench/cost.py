@@ -292,9 +292,7 @@ shows the clock."""
 @one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write cost.json and cost.md."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.cost", description=(__doc__ or "").split("\n\n")[0]
-    )
+    parser = options.parser("python -m bench.cost", __doc__)
     parser.add_argument("--before", type=Path, help="another checkout to compare with")
     parser.add_argument(
         "--inputs", type=Path, help="folder of a finished run, whose outputs are copied first"
@@ -304,9 +302,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--work", type=Path, default=Path(".scratch/bench-cost"), help="folder of the runs"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("bench/results"), help="folder of the results"
     )
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

@@ -526,7 +526,7 @@ _OTHERS: dict[str, tuple[ModuleType, str]] = {
 
 def _run_other(other: ModuleType, name: str, argv: Sequence[str]) -> None:
     """Run another simulation; write its rows, NAME.json, and its page, NAME.md and stdout."""
-    settings, out = options.parse(other.Settings, other.PROGRAM, other.__doc__ or "", argv)
+    settings, out = options.parse(other.Settings, other.PROGRAM, other.__doc__, argv)
     rows = other.run(settings)
     page = other.report(settings, rows)
     options.tell(out, name, other.PROGRAM, settings, page, rows=rows)
@@ -542,7 +542,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given and given[0] in _OTHERS:
         _run_other(*_OTHERS[given[0]], given[1:])
         return
-    settings, out = options.parse(Settings, PROGRAM, __doc__ or "", given)
+    settings, out = options.parse(Settings, PROGRAM, __doc__, given)
     parts = run(settings)
     options.tell(out, "certificate-coverage", PROGRAM, settings, report(settings, parts), **parts)
 

@@ -604,7 +604,7 @@ def _changed(given: Settings) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write dpo-speed.json and .md (dpo-speed-bf16, dpo-speed-parts)."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    given, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
+    given, out = options.parse(Settings, PROGRAM, __doc__, argv)
     found = measure(given)
     given = replace(given, base=Path(given.base).name, data="FOLDER")
     name = "-".join(["dpo-speed", *_changed(given)])

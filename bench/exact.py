@@ -740,7 +740,7 @@ def report(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the laboratory; write exact-tabular.json and exact-tabular.md, and the page to stdout."""
-    settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
+    settings, out = options.parse(Settings, PROGRAM, __doc__, argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows, points = run(settings)
     page = report(settings, rows, points)

@@ -378,7 +378,7 @@ def page(found: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all parts; write gpu.json and gpu.md. Returns the status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    given, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
+    given, out = options.parse(Settings, PROGRAM, __doc__, argv)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

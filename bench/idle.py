@@ -12,7 +12,6 @@ user and kernel."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import shutil
 import statistics
@@ -167,9 +166,7 @@ it reads `dvc.yaml` and `dvc.lock` twice, with `-P` once."""
 @one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write idle.json and idle.md."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.idle", description=(__doc__ or "").split("\n\n")[0]
-    )
+    parser = options.parser("python -m bench.idle", __doc__)
     parser.add_argument(
         "--inputs",
         type=Path,
@@ -178,9 +175,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--work", type=Path, default=Path(".scratch/bench-idle"), help="folder of the runs"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("bench/results"), help="folder of the results"
     )
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

@@ -304,7 +304,7 @@ def _judged(sides: Sequence[Side], plan: Plan) -> list[dict[str, Any]]:
 @one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; write independent.md and independent.json. Returns the exit status."""
-    settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
+    settings, out = options.parse(Settings, PROGRAM, __doc__, argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("dvc").setLevel(logging.WARNING)
     found = found_in(laboratories(settings), settings)

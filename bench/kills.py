@@ -15,7 +15,6 @@ waits 25 seconds for a sign of life, not a minute."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import random
@@ -267,9 +266,7 @@ def write(out: Path, mode: str, command: str, trials: Sequence[Trial]) -> None:
 @one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write kills.json and kills.md. Returns 1 if a stop was not made good."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.kills", description=(__doc__ or "").split("\n\n")[0]
-    )
+    parser = options.parser("python -m bench.kills", __doc__)
     parser.add_argument("--count", type=int, default=20, help="stops (default: %(default)s)")
     parser.add_argument(
         "--seed", type=int, default=0, help="of what is stopped and when (default: %(default)s)"
@@ -285,9 +282,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         modes.add_argument(f"--{mode}", action="store_const", const=mode, dest="mode")
     parser.add_argument(
         "--work", type=Path, default=Path(".scratch/bench-kills"), help="folder of the runs"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("bench/results"), help="folder of the results"
     )
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

@@ -281,7 +281,7 @@ anew, so that of training holds weights, gradients, the optimiser's two moments 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write memory.json and memory.md (memory-bf16)."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    given, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
+    given, out = options.parse(Settings, PROGRAM, __doc__, argv)
     found = measure(given)
     given = replace(given, base=Path(given.base).name, data="FOLDER")
     usual = given.precision == Settings().precision

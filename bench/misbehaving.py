@@ -242,7 +242,7 @@ asks to wait."""
 @one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run it; write misbehaving.json and misbehaving.md, and the page to stdout."""
-    settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
+    settings, out = options.parse(Settings, PROGRAM, __doc__, argv)
     rows = list(runs(settings))
     options.tell(out, "misbehaving", PROGRAM, settings, page(settings, rows), runs=rows)
     return 0

@@ -253,7 +253,7 @@ def page(given: Settings, found: dict[str, list[dict[str, Any]]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; its files hold the rows. Returns the status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    given, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
+    given, out = options.parse(Settings, PROGRAM, __doc__, argv)
     found = {"log_ratios": log_ratios(given), "training": training(given), "memory": memory(given)}
     options.publish(out, "numerics", {"settings": asdict(given), **found}, page(given, found))
     return 0

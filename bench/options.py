@@ -23,25 +23,36 @@ def knob(default: float | str | tuple[float, ...] | tuple[str, ...], text: str) 
     return field(default=default, metadata={"help": text})
 
 
+def parser(program: str, about: str | None) -> argparse.ArgumentParser:
+    """The command line of a laboratory with `--out`, the folder of its results; `about` is the
+    module's docstring, of which its help shows the first paragraph.
+    """
+    made = argparse.ArgumentParser(prog=program, description=(about or "").split("\n\n")[0])
+    made.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench/results"),
+        help="folder of the results (default: %(default)s)",
+    )
+    return made
+
+
 def parse(
-    settings: type[S], program: str, about: str, argv: Sequence[str] | None
+    settings: type[S], program: str, about: str | None, argv: Sequence[str] | None
 ) -> tuple[S, Path]:
     """The settings that a command line asks for, and the folder of its results; a bad value ends
     the program.
 
-    The metadata of every field holds its `help`; `about` is the module's docstring.
+    The metadata of every field holds its `help`; `about` as for `parser`.
     """
-    parser = argparse.ArgumentParser(prog=program, description=about.split("\n\n")[0])
+    asked = parser(program, about)
     for knob in fields(settings):
         default: Any = knob.default
         many = isinstance(default, tuple)
         kind, count = (type(default[0]), "+") if many else (type(default), None)
         text = f"{knob.metadata['help']} (default: {_words(default)})"
-        parser.add_argument(_option(knob.name), type=kind, nargs=count, default=default, help=text)
-    parser.add_argument(
-        "--out", type=Path, default=Path("bench/results"), help="folder (default: %(default)s)"
-    )
-    given: dict[str, Any] = vars(parser.parse_args(argv))
+        asked.add_argument(_option(knob.name), type=kind, nargs=count, default=default, help=text)
+    given: dict[str, Any] = vars(asked.parse_args(argv))
     out: Path = given.pop("out")
     given = {
         name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
@@ -49,7 +60,7 @@ def parse(
     try:
         return settings(**given), out
     except DualignError as error:
-        parser.error(str(error))
+        asked.error(str(error))
 
 
 def command(program: str, settings: Any) -> str:

@@ -299,7 +299,7 @@ bootstrap draws, 300 for Elo and 100 at equal length: of so few they hold the tr
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the simulation; write paired.json and paired.md, and the page to stdout."""
-    settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
+    settings, out = options.parse(Settings, PROGRAM, __doc__, argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     laboratories = {"pairs": pairs, "seeds": seeds, "rankings": rankings, "tests": tests}
     parts = {name: laboratory(settings) for name, laboratory in laboratories.items()}

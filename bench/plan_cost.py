@@ -198,7 +198,7 @@ scorers of LoRA is reckoned as they are held now, over one base."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write plan-cost.json and plan-cost.md."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    given, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
+    given, out = options.parse(Settings, PROGRAM, __doc__, argv)
     try:
         card = machine(given.mfu)
         runs = {run.partition("=")[0]: Path(run.partition("=")[2]) for run in given.runs}

@@ -8,7 +8,6 @@ Nothing is computed anew but how judges agree and differ, as on the page of the 
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -163,14 +162,11 @@ def _cell(values: list[float | None] | None) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables of a run. Returns the status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=(__doc__ or "").split("\n\n")[0])
+    parser = options.parser(PROGRAM, __doc__)
     parser.add_argument(
         "--run", type=Path, default=Path(), help="folder of the run (default: here)"
     )
     parser.add_argument("--name", default="real", help="name of the files (default: %(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("bench/results"), help="folder (default: %(default)s)"
-    )
     given = parser.parse_args(argv)
     found = collect(given.run)
     options.publish(given.out, given.name, found, page(found, f"{PROGRAM} --name {given.name}"))

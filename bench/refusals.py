@@ -8,7 +8,6 @@ beside them its files of automated labels, where they are to be compared)."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -181,12 +180,9 @@ repository."""
 @one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write refusals.json and refusals.md."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.refusals", description=(__doc__ or "").split("\n\n")[0]
-    )
+    parser = options.parser("python -m bench.refusals", __doc__)
     parser.add_argument("--data", type=Path, required=True, help="a copy of XSTest's repository")
     parser.add_argument("--folds", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of results")
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     data = read(given.data)

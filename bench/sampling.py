@@ -197,7 +197,7 @@ def page(given: Settings, rows: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; its files hold the rows of the rounds so far. Returns the status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    given, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
+    given, out = options.parse(Settings, PROGRAM, __doc__, argv)
     torch.set_num_threads(given.threads)
     told = replace(given, base=Path(given.base).name, prompts=Path(given.prompts).name)
     rows: list[dict[str, Any]] = []

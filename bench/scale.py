@@ -331,7 +331,7 @@ begins, after imports and the writing of the data."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write scale.json and scale.md."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    given, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
+    given, out = options.parse(Settings, PROGRAM, __doc__, argv)
     work = (scratch_root() / "bench-scale").absolute()
     work.mkdir(parents=True, exist_ok=True)
     try:

@@ -591,7 +591,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; its files hold the rows that have ended, and the page goes to stdout.
     Returns the status.
     """
-    settings, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
+    settings, out = options.parse(Settings, PROGRAM, __doc__, argv)
     _quiet()
     params = Path(settings.work).absolute() / "search-cost.yaml"
     rows: list[dict[str, Any]] = []

@@ -143,7 +143,7 @@ def page(given: Settings, rows: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; its files hold the rows. Returns the status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    given, out = options.parse(Settings, PROGRAM, __doc__ or "", argv)
+    given, out = options.parse(Settings, PROGRAM, __doc__, argv)
     if shutil.which("srun") is None:
         raise DualignError("there is no srun here; start this by bench/slurm.sh")
     with tempfile.TemporaryDirectory(dir=given.work or None) as folder:

@@ -11,7 +11,6 @@ too (`bench/harness/exact_norms.py`).
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -305,9 +304,7 @@ def results(policy: Path, python: str, suites: dict[str, pd.DataFrame]) -> dict[
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Score by both and compare; write truthful.json and truthful.md."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.truthful", description=(__doc__ or "").split("\n\n")[0]
-    )
+    parser = options.parser("python -m bench.truthful", __doc__)
     parser.add_argument("policy", type=Path, help="folder of whole weights")
     parser.add_argument("--python", required=True, help="interpreter that has lm-eval")
     parser.add_argument("--data", type=Path, required=True, help="folder of mc_task.json")
@@ -315,7 +312,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--asked", action="store_true", help="all items, but no forward pass: truthful-asked.md"
     )
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of results")
     given = parser.parse_args(argv)
     try:
         tasks_of(given.python)  # told at once, where ours take an hour

@@ -9,7 +9,6 @@ stopped; a finished one is only read."""
 
 from __future__ import annotations
 
-import argparse
 import functools
 import logging
 import os
@@ -432,9 +431,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the laboratory; write world.json and world.md, and the page to stdout. Returns the exit
     status.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.world", description=(__doc__ or "").split("\n\n")[0]
-    )
+    parser = options.parser("python -m bench.world", __doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
     parser.add_argument(
         "--params",
@@ -452,9 +449,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="seeds that run at the same time")
     parser.add_argument(
         "--work", type=Path, default=Path(".scratch/bench-world"), help="folder of the runs"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("bench/results"), help="folder of the results"
     )
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

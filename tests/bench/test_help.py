@@ -12,7 +12,7 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 COMMANDS = sorted(
     path.stem
     for path in BENCH.glob("*.py")
-    if "ArgumentParser(" in path.read_text() or "options.parse(" in path.read_text()
+    if "ArgumentParser(" in path.read_text() or "options.parse" in path.read_text()
 )
 
 
