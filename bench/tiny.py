@@ -6,7 +6,6 @@ first made."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -20,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dualign.core.artifacts import read_optional_json, replacing, write_json
+from dualign.core.artifacts import hashes, read_optional_json, replacing, sha256, write_json
 from dualign.core.errors import DualignError
 from pipeline.dvc.dag import StageSpec, load_dag
 from pipeline.dvc.parameters import assign
@@ -300,10 +299,6 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _digest(path: Path) -> dict[str, str]:
-    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    return {
-        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in files
-        if file.is_file()
-    }
+def _digest(path: Path) -> str | dict[str, str]:
+    """Of a file or a folder; none where nothing is."""
+    return sha256(path) if path.is_file() else hashes(path)
