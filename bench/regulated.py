@@ -18,6 +18,7 @@ import pandas as pd
 
 from bench.conformal import adjusted_risk, calibrated, clipped, grid_of, regulated
 from bench.world import Lab
+from dualign.certify.evidence import effective_share
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.schema import POOL, PROMPTS, by_prompt, read_table
 from dualign.evaluation.against_optimum import add_truth
@@ -200,8 +201,6 @@ def _does(
 
 
 def _effective(ratio: Array, bound: float | None) -> float:
-    """The share of calibration answers that the weights min{rho, b} leave, by (sum w)^2 / (n sum
-    w^2).
-    """
+    """The share of calibration answers that the weights min{rho, b} leave."""
     weight = clipped(ratio, 0.0 if bound is None else bound).ravel()
-    return float(weight.sum() ** 2 / (len(weight) * (weight**2).sum()))
+    return effective_share(weight)
