@@ -422,11 +422,7 @@ def rows_of(row: Row, limits: Sequence[float], params: Path, seed: int) -> list[
 
 def shared(scored: Scored) -> dict[str, Any]:
     """What serves all searches of a seed: the tokens of the pool, and the seconds of each stage."""
-    written = {
-        name: scored.folder / "reports/provenance" / f"{name.replace('@', '/')}.json"
-        for name in STAGES
-    }
-    seconds = {name: read_json(path)["seconds"] for name, path in written.items()}
+    seconds = {name: read_json(world.ended(scored.folder, name))["seconds"] for name in STAGES}
     return {
         "seed": scored.seed,
         "pool_tokens": int(scored.pool["length"].sum()),

@@ -122,7 +122,7 @@ def run(lab: Lab, threads: int, stages: Collection[str] | None = None) -> Lab:
         "GOMP_SPINCOUNT": "0",
     }
     for name, spec in lab.dag.items():
-        if (stages is not None and name not in stages) or _ended(lab, name).is_file():
+        if (stages is not None and name not in stages) or ended(lab.folder, name).is_file():
             continue
         log.info("seed %d: %s", lab.seed, name)
         command = [sys.executable, *spec.by_hand.split()[1:]]
@@ -137,9 +137,9 @@ def run(lab: Lab, threads: int, stages: Collection[str] | None = None) -> Lab:
     return lab
 
 
-def _ended(lab: Lab, name: str) -> Path:
-    """The file that a stage writes last."""
-    return lab.folder / "reports/provenance" / f"{name.replace('@', '/')}.json"
+def ended(folder: Path, name: str) -> Path:
+    """The file that a stage of the run in `folder` writes last."""
+    return folder / "reports/provenance" / f"{name.replace('@', '/')}.json"
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def _effort(lab: Lab, folder: str) -> dict[str, float]:
     """
     writer = next(name for name, spec in lab.dag.items() if f"models/{folder}" in spec.outs)
     own = sorted(_upstream(lab.dag, writer) - SHARED)
-    seconds = sum(read_json(_ended(lab, name))["seconds"] for name in own)
+    seconds = sum(read_json(ended(lab.folder, name))["seconds"] for name in own)
     aligned = [name for name in own if name.partition("@")[0].endswith(("_dpo", "_path"))]
     metrics = lab.folder / "reports/metrics"
     measured = [read_json(metrics / f"{name.replace('@', '/')}.json") for name in aligned]
