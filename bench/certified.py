@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -335,14 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     text = page(settings, delta, rows)
     counts = {name: violations(rows, name) for name in TITLES}
-    content = {
-        "command": options.command(PROGRAM, settings),
-        "settings": asdict(settings),
-        **counts,
-        "rows": rows,
-    }
-    options.publish(out, "certified", content, text)
-    sys.stdout.write(text)
+    options.tell(out, "certified", PROGRAM, settings, text, **counts, rows=rows)
     return 0
 
 
