@@ -21,9 +21,6 @@ from dualign.report.comparison import REFERENCE, known_ends
 from dualign.report.judged import known_scores, read_lengths
 from dualign.report.sections.base import FinishedRun, Row, Section
 
-#: Draws of prompts for an interval.
-_DRAWS = 1000
-
 
 def section(run: FinishedRun) -> Section | None:
     """None where no judge compares answers or gives a reward or a cost."""
@@ -70,7 +67,7 @@ def _battles(rows: pd.DataFrame, lengths: pd.DataFrame) -> Iterator[tuple[str, p
 
 
 def _ranked(battles: pd.DataFrame, confidence: float) -> list[Row]:
-    table = rank(battles, confidence=confidence, draws=_DRAWS)
+    table = rank(battles, confidence=confidence)
     return [_place(row, battles, confidence) for row in table.to_dict("records")]
 
 
@@ -81,9 +78,7 @@ def _place(row: Row, battles: pd.DataFrame, confidence: float) -> Row:
     if not _met(battles, name, REFERENCE):
         return place
     won = win_rate(battles, name, REFERENCE, confidence)
-    level = length_controlled_win_rate(
-        battles, name, REFERENCE, confidence=confidence, draws=_DRAWS
-    )
+    level = length_controlled_win_rate(battles, name, REFERENCE, confidence=confidence)
     rates = {"win": known_ends(won.rate), "level": known_ends(level), "ties": won.ties}
     return place | rates
 
