@@ -122,3 +122,6 @@ MEASURES: tuple[Measure, ...] = (
         "generated_tokens", "generated tokens", "count", "less", "tokens sampled by its search.",
     ),
 )  # fmt: skip
+
+#: What is set side by side of two runs: the headlines, and what the embedded world knows.
+OF_RUNS = tuple(m for m in MEASURES if m.headline or m.key in ("true_reward", "true_cost"))

@@ -17,14 +17,12 @@ from dualign.core.records import (
     Provenance,
     fault,
 )
-from dualign.evaluation.measures import MEASURES, Measure
+from dualign.evaluation.measures import MEASURES, OF_RUNS, Measure
 from dualign.report.changes import change, changed_settings, label
 from dualign.report.differences import one_family, shown
 from dualign.report.sections.base import FinishedRun, Row, Section
 from dualign.report.sections.facts import provenance
 
-#: Measures beside the headline ones: what the embedded world knows.
-_TRUE = ("true_reward", "true_cost")
 #: The policy and the measure.
 Key = tuple[str, str]
 
@@ -80,7 +78,7 @@ def _cells(run: FinishedRun, earlier: EarlierRun, names: list[str]) -> dict[Key,
     """The change of each measure that both runs know of a policy, as the page shows it."""
     now, then = run.comparison.policies, earlier.comparison.policies
     tables = []
-    for name, measure in product(names, _measures()):
+    for name, measure in product(names, OF_RUNS):
         was, became = _interval(then[name], measure), _interval(now[name], measure)
         if was is not None and became is not None:
             found = change(was, became, run.params.confidence)
@@ -92,10 +90,6 @@ def _cells(run: FinishedRun, earlier: EarlierRun, names: list[str]) -> dict[Key,
         (row["policy"], row["key"]): shown(row, better[row["key"]], alpha)
         for row in changes.to_dict("records")
     }
-
-
-def _measures() -> list[Measure]:
-    return [m for m in MEASURES if m.headline or m.key in _TRUE]
 
 
 def _interval(policy: ComparedPolicy, measure: Measure) -> Interval | None:

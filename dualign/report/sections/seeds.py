@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from dualign.core.artifacts import listed
 from dualign.core.records import ComparedPolicy, Comparison, Interval, read_record
-from dualign.evaluation.measures import MEASURES, Measure
+from dualign.evaluation.measures import OF_RUNS, Measure
 from dualign.evaluation.stats import clustered_mean, clustered_share
 from dualign.report.charts import svg
 from dualign.report.charts.strip import dots
@@ -19,8 +19,6 @@ from dualign.report.comparison import REFERENCE, known_ends
 from dualign.report.formatting import number
 from dualign.report.sections.base import FinishedRun, Row, Section
 
-#: Measures beside those of a summary: what the embedded world knows.
-_TRUE = ("true_reward", "true_cost")
 #: How many stages of other params a notice names.
 _NAMED = 3
 
@@ -35,7 +33,7 @@ def section(run: FinishedRun) -> Section | None:
     if not others and not refused:
         return None
     runs = [run.comparison.policies, *(other.policies for other in others.values())]
-    measures = [m for m in MEASURES if (m.headline or m.key in _TRUE) and _known(m, runs)]
+    measures = [m for m in OF_RUNS if _known(m, runs)]
     names = run.in_order({name for policies in runs for name in policies})
     rows = [_row(run, name, runs, measures) for name in names]
     _draw(run, rows)
