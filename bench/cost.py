@@ -47,16 +47,15 @@ TIMES = 3
 
 @dataclass(frozen=True)
 class Side:
-    """One checkout and the folder in which its stages run."""
+    """The folder in which the stages of one checkout run."""
 
     name: str
-    root: Path
     folder: Path
 
 
 def set_up(name: str, root: Path, work: Path, inputs: Path | None) -> Side:
     """The folder of a side, made from its checkout's files where it is not there yet."""
-    side = Side(name, root, work / name)
+    side = Side(name, work / name)
     if side.folder.is_dir():
         return side
     with replacing(side.folder) as folder:
@@ -101,9 +100,9 @@ def spent(command: Sequence[str], folder: Path) -> dict[str, float]:
     }
 
 
-def least(command: Sequence[str], folder: Path) -> float:
-    """The fewest processor seconds of a few runs of a command."""
-    return min(spent(command, folder)["processor"] for _ in range(TIMES))
+def least(folder: Path) -> float:
+    """The fewest processor seconds of a few runs of `dvc repro`."""
+    return min(spent(["-m", "dvc", "repro"], folder)["processor"] for _ in range(TIMES))
 
 
 @functools.cache
@@ -115,7 +114,7 @@ def importing(script: str, folder: Path) -> float:
 def idle(folder: Path) -> float:
     """Processor seconds of `dvc repro` where nothing is to be done."""
     commit(folder)
-    return least(["-m", "dvc", "repro"], folder)
+    return least(folder)
 
 
 def commit(folder: Path) -> None:
@@ -192,7 +191,7 @@ def measure(
             write_json(work / "costs.json", found)
     if whole:
         found["idle"] = {side.name: idle(side.folder) for side in sides}
-        found["idle"]["one stage"] = least(["-m", "dvc", "repro"], one_stage(work))
+        found["idle"]["one stage"] = least(one_stage(work))
         write_json(work / "costs.json", found)
     return found
 
