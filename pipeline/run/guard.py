@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     return process.wait()
 
 
-def stop(pid: int, grace: float = GRACE) -> None:
+def stop(pid: int) -> None:
     """End the processes below `pid`, then wait for it to end; kill it only if it does not."""
     import psutil
 
@@ -56,7 +56,7 @@ def stop(pid: int, grace: float = GRACE) -> None:
         parent = psutil.Process(pid)
         family = parent.children(recursive=True)
         _each(family, psutil.Process.terminate)
-        psutil.wait_procs(family, timeout=grace)
+        psutil.wait_procs(family, timeout=GRACE)
         left = {*family, *_children(parent)}
         _each(left, psutil.Process.kill)
         if psutil.wait_procs([parent], timeout=RELEASE)[1]:
