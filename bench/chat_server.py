@@ -95,22 +95,13 @@ def _late(handler: Handler, said: str, deed: str) -> None:
 
 
 def _half(handler: Handler, said: str, deed: str) -> None:
-    """The length of a whole answer, half of it, and the end of the connection."""
+    """Half an answer and the end of the connection; `unsaid` is how long the whole would be."""
     body = completion(said)
+    unsaid = deed == "half unsaid"
+    length = ("Connection", "close") if unsaid else ("Content-Length", str(len(body)))
     handler.send_response(200)
     handler.send_header("Content-Type", "application/json")
-    handler.send_header("Content-Length", str(len(body)))
-    handler.end_headers()
-    handler.wfile.write(body[: len(body) // 2])
-    handler.close_connection = True
-
-
-def _half_unsaid(handler: Handler, said: str, deed: str) -> None:
-    """Half an answer of which nobody said how long it would be."""
-    body = completion(said)
-    handler.send_response(200)
-    handler.send_header("Content-Type", "application/json")
-    handler.send_header("Connection", "close")
+    handler.send_header(*length)
     handler.end_headers()
     handler.wfile.write(body[: len(body) // 2])
     handler.close_connection = True
@@ -126,5 +117,5 @@ def _status(handler: Handler, said: str, deed: str) -> None:
 _DEEDS: dict[str, Callable[[Handler, str, str], None]] = {
     "late": _late,
     "half": _half,
-    "half unsaid": _half_unsaid,
+    "half unsaid": _half,
 }
