@@ -87,7 +87,7 @@ class Shared(Metered, Sharding):
         """What a part of a step adds to its mean, times the number of parts and of processes: of
         values [rows, or answers], those that count or, with `known`, those that this says."""
         known = known if known is None else among_counted(known, batch)
-        if self._totals is None:
+        if self._totals is None or not self.model.training:  # an evaluation has no parts
             return self.mean(values, batch.get(COUNTED) if known is None else known)
         rows, answers = self._totals
         if known is not None:

@@ -769,6 +769,36 @@ def test_a_table_without_a_column_that_the_loss_reads_is_refused(
         PairwiseTrainer(policy(tokenizer), args=args, processing_class=tokenizer, **tables)
 
 
+def test_a_loss_on_held_out_pairs_does_not_depend_on_the_parts_of_a_step(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Measured before a training whose steps have two parts, and after it, which changes nothing
+    at learning rate 0.
+    """
+    args = PairwiseConfig(
+        str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        per_device_eval_batch_size=4,
+        max_steps=1,
+        learning_rate=0.0,
+        save_strategy="no",
+    )
+    trainer = PairwiseTrainer(
+        policy(tokenizer),
+        args=args,
+        train_dataset=own_table(),
+        eval_dataset=own_table(swapped=True),
+        processing_class=tokenizer,
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(before, rel=1e-6)
+
+
 def test_importing_the_library_loads_neither_torch_nor_trl() -> None:
     code = (
         "import sys, dualign; assert not {'torch', 'trl'} & set(sys.modules);"
