@@ -38,6 +38,7 @@ from dualign.core.errors import DataError, TrainingError
 from dualign.core.progress import quiet
 from dualign.core.schema import Message
 from dualign.lm.frozen import shared
+from dualign.lm.models import end_tokens
 from dualign.lm.numerics import precision_of
 from dualign.lm.sampling import sample
 from dualign.lm.tokens import decode_answers, encode_prompts
@@ -125,7 +126,8 @@ def train_policy_gradient(
     and their KL to the reference in nats an answer. Raises ParamsError, DataError, or TrainingError
     for scores that are not finite."""
     kept = _fitting(tokenizer, prompts, options.max_new_tokens, job.training.max_length)
-    ascent = _Ascent(tokenizer, reward, cost, options, job.resources.scoring_batch_size)
+    ends = end_tokens(model, tokenizer)
+    ascent = _Ascent(tokenizer, ends, reward, cost, options, job.resources.scoring_batch_size)
     trainer = PolicyGradientTrainer(model, ascent, kept, tokenizer, options, job)
     metrics = run(trainer, job)
     ascent.restore(trainer.state)  # of a run that had ended before
@@ -148,17 +150,17 @@ class _Ascent(TrainerCallback, ExportableState):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
+        ends: Sequence[int],
         reward: Scorer,
         cost: Scorer,
         options: PolicyGradient,
         batch: int,
     ) -> None:
-        self._tokenizer, self._scorers, self._options, self._batch = (
-            tokenizer,
-            (reward, cost),
-            options,
-            batch,
-        )
+        self._tokenizer = tokenizer
+        self._ends = ends
+        self._scorers = (reward, cost)
+        self._options = options
+        self._batch = batch
         self._log_lambda = math.log(options.lambda_init)
         self._costs: deque[float] = deque(maxlen=options.window)
         self.generated_tokens = 0
@@ -177,7 +179,7 @@ class _Ascent(TrainerCallback, ExportableState):
         asked = gather_object(prompts)
         drawn = gather_object(completion_ids)
         texts = decode_answers(self._tokenizer, drawn)
-        ended = [ids[-1:] == [self._tokenizer.eos_token_id] for ids in drawn]
+        ended = [ids[-1] in self._ends for ids in drawn]
         reward, cost = (
             scorer.score(asked, texts, batch_size=self._batch, ended=ended)
             for scorer in self._scorers

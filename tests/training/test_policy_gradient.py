@@ -44,6 +44,8 @@ from tests.training.conftest import same, weights
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.3, target_modules="all-linear", quantise=None)
 QUESTIONS = world.prompts()[:6]
 PROMPTS = [user(question) for question in QUESTIONS]
+#: What the base ends a text with, beside the end of a turn.
+TEXT_END = "<|system|>"
 OPTIONS = PolicyGradient(
     beta=0.5,
     limit=-0.2,
@@ -147,7 +149,8 @@ def ascent_of(
     scorers: tuple[Scorer, Scorer],
     options: PolicyGradient = OPTIONS,
 ) -> policy_gradient._Ascent:
-    return policy_gradient._Ascent(tokenizer, *scorers, options, 64)
+    ends = [tokenizer.convert_tokens_to_ids(name) for name in (tokenizer.eos_token, TEXT_END)]
+    return policy_gradient._Ascent(tokenizer, ends, *scorers, options, 64)
 
 
 # --- mathematics ----------------------------------------------------------------------------------
@@ -213,6 +216,23 @@ def test_answers_are_rewarded_by_the_models_own_scores(
     assert ascent.history["lambda"][-1] == pytest.approx(lam)
     assert ascent.history["reward"][-1] == pytest.approx(r.mean(), rel=1e-4)
     assert ascent.history["cost"][-1] == pytest.approx(c.mean(), rel=1e-4)
+
+
+def test_an_answer_that_ends_the_text_is_no_cut_one(
+    tokenizer: PreTrainedTokenizerBase, scorers: tuple[Scorer, Scorer]
+) -> None:
+    """A base ends a text with other tokens than a turn, after which nothing is drawn either; as in
+    every table the scorers read the end of a turn there.
+    """
+    ends = tokenizer.convert_tokens_to_ids([tokenizer.eos_token, TEXT_END])
+    rewards = [
+        ascent_of(tokenizer, scorers).lagrangian(
+            prompts=[PROMPTS[0]], completion_ids=[[20, 40, *end]]
+        )
+        for end in ([ends[0]], [ends[1]], [])
+    ]
+    assert rewards[1] == pytest.approx(rewards[0])
+    assert rewards[2] != pytest.approx(rewards[0], abs=1e-4)
 
 
 def test_trl_renders_prompts_as_we_do(
