@@ -65,9 +65,9 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     prices = prices_of(item, spec)
 
     def charged(frame: pd.DataFrame) -> pd.DataFrame:
-        """A table as the training reads it."""
-        priced = with_priced_rewards(frame, prices, partial(answer_lengths, tokenizer))
-        return doubted(priced, off_support)
+        """A table as the training reads it: prices are on doubted costs, as in the dual."""
+        lengths = partial(answer_lengths, tokenizer)
+        return with_priced_rewards(doubted(frame, off_support), prices, lengths)
 
     frame = charged(tables.pool if spec.data == "pool" else tables.pairs)
     scorers = (MODELS / spec.reward, MODELS / spec.cost, METRICS / f"{spec.cost}.json")

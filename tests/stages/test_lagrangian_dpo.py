@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.errors import InfeasibleError, ParamsError
-from dualign.core.schema import POOL, SCORED_PAIRS, by_prompt, user
+from dualign.core.schema import POOL, SCORED_PAIRS, SUPPORT, by_prompt, read_table, user
 from dualign.data import world
 from dualign.lm.models import (
     build_scratch,
@@ -25,14 +25,16 @@ from dualign.lm.models import (
 )
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
-from dualign.math.constraints import Constraint, Price
+from dualign.math.constraints import Constraint, Price, with_priced_rewards
 from dualign.math.dual.tilt import predict, soft_value
 from dualign.math.losses import lagrangian_scale
 from dualign.params import loading
 from dualign.params.training import LagrangianDpoParams
+from dualign.scoring import support as support_of
 from dualign.stage import Run
 from dualign.training import pairwise
 from dualign.training.implicit_scores import Sources, scored_tables
+from dualign.training.pairs import pool_pairs, pool_values, samples_of
 from dualign.training.pairwise import train_pairwise
 from stages import lagrangian_dpo
 from stages.lagrangian_dpo import multiplier, own_answers
@@ -367,6 +369,33 @@ def test_a_refresh_goes_on_with_scored_and_priced_answers_of_the_policy(
     assert second[4].training.learning_rate == given.training.learning_rate
     curve = read_json("reports/curves/lagrangian_dpo/own.json")
     assert [row["step"] for row in curve] == [1, 2, 3, 4, 5]
+
+
+def test_prices_are_on_the_costs_that_their_dual_was_solved_with(
+    workspace: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A price on unsafe answers falls on those whose doubted cost is above 0 too."""
+    price = Price(Constraint("rarely", "p_unsafe", 0.1), 2.0, 0.1)
+    write_json("data/dual/dual.json", solved(lam=0.25, prices=[price.as_dict()]))
+    support = pd.DataFrame({"length": [1, 2] * 50, "logp_ref": [-1.0, -1.5] * 50})
+    write_parquet(Path("data/scored/support.parquet"), support, SUPPORT)
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        pairwise, "train_pairwise", lambda *args: seen.append(args) or train_pairwise(*args)
+    )
+    given = refreshed(repo_root)
+    run = given.runs["own"].model_copy(update={"refresh": None})
+    wary = given.pessimism.model_copy(update={"share": 0.1, "cost": 9.0})
+    given = given.model_copy(update={"runs": {"own": run}, "pessimism": wary})
+    lagrangian_dpo.main(Run("lagrangian_dpo", "own", given, RESOURCES))
+
+    pool = read_table("data/scored/pool.parquet", POOL)
+    doubted = support_of.doubted(pool, support_of.doubt(Path("data/scored"), pool, wary))
+    assert ((doubted["cost"] > 0) != (pool["cost"] > 0)).any()
+    charged = with_priced_rewards(doubted, [price])
+    samples = samples_of(charged, load_tokenizer("models/sft"))
+    value = pool_values(samples, 0.25, given.beta)
+    assert seen[0][2] == pool_pairs(samples, value, 0.25, given.beta, given.seed)
 
 
 def test_a_refresh_that_was_interrupted_trains_and_draws_nothing_twice(
