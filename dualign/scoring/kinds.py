@@ -282,8 +282,11 @@ def _tokenizer(place: Place) -> PreTrainedTokenizerBase:
 
 
 def is_encoder(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether texts are put between a CLS and a SEP token, as BERT's and its relatives' are."""
-    return tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
+    """Whether texts are put between a CLS and a SEP token, as BERT's and its relatives' are; some
+    language models, such as LLM-jp's, have such tokens and put them nowhere.
+    """
+    around = {tokenizer.cls_token_id, tokenizer.sep_token_id}
+    return None not in around and around <= set(tokenizer("a")["input_ids"])
 
 
 def _has_segments(tokenizer: PreTrainedTokenizerBase) -> bool:

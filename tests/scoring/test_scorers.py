@@ -4,6 +4,7 @@ were.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,23 @@ def test_training_scores_the_same_ids_at_the_same_place(scorer: Scorer) -> None:
     with torch.no_grad():
         trained = scorer.model(**batch).logits.squeeze(-1)
     assert scorer.score(PROMPTS, ANSWERS, batch_size=4) == pytest.approx(trained.numpy(), abs=1e-5)
+
+
+def test_tokens_for_encoders_make_none_of_a_language_model(
+    backbone: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources
+) -> None:
+    """LLM-jp's tokenizers have a CLS and a SEP token, which stand in no text; a scorer on such a
+    base still tells an answer that was cut.
+    """
+    named = copy.deepcopy(tokenizer)
+    named.add_special_tokens({"cls_token": "<|user|>", "sep_token": "<|system|>"})
+    scorer = Scorer(classifier(backbone, named, resources), named, Platt())
+    plain = Scorer(scorer.model, tokenizer, Platt())
+    for ended in ([True] * 12, [False] * 12):
+        found, expected = (
+            one.score(PROMPTS, ANSWERS, batch_size=4, ended=ended) for one in (scorer, plain)
+        )
+        assert found == pytest.approx(expected)
 
 
 def test_order_and_company_of_a_row_change_nothing(scorer: Scorer) -> None:
