@@ -274,8 +274,10 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
             )
         _take_means(model, known)
     ends = end_tokens(model, tokenizer)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.eos_token_id = tokenizer.eos_token_id
+    # Of a model of texts and images the text's own config too, by which scores are read.
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
+        config.eos_token_id = tokenizer.eos_token_id
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         model.generation_config = _savable(generation)

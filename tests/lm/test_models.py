@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Gemma3Config,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -334,6 +336,40 @@ def test_a_fresh_scorer_scores_zero(
     adapted = models.with_lora(model, LORA, 0, head=True)
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert any("score" in name for name in trained) and any("lora_" in name for name in trained)
+
+
+@torch.no_grad()
+def test_a_scorer_of_texts_and_images_is_read_at_the_last_token_of_a_text(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Its config of the text has a pad token of its own."""
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "pad_token_id": 9,
+    }
+    seen = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=seen, num_labels=1)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    models.fit_vocabulary(model, tokenizer)
+    row = [20, 21, 22]
+    padded = torch.tensor([[*row, *[tokenizer.pad_token_id] * 2]])
+    found = model(input_ids=padded, attention_mask=torch.tensor([[1, 1, 1, 0, 0]])).logits
+    alone = model(input_ids=torch.tensor([row]), attention_mask=torch.ones(1, 3)).logits
+    assert torch.allclose(found, alone, atol=1e-5)
 
 
 # --- a genuine model ------------------------------------------------------------------------------
