@@ -102,18 +102,18 @@ def with_mismatched(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def with_safe_flags(pairs: Sequence[Pair], frame: pd.DataFrame) -> list[Pair]:
-    """The pairs of `frame`, an answer desirable where its flag says safe; without both flags, the
-    chosen one alone.
+    """The pairs of `frame`, an answer desirable where its flag says safe; without a flag of its own
+    the chosen one is, the rejected one is not.
     """
     flags = zip(frame["chosen_is_safe"], frame["rejected_is_safe"], strict=True)
     return [
-        (
-            pair
-            if pd.isna(chosen) or pd.isna(rejected)
-            else replace(pair, desirable=(bool(chosen), bool(rejected)))
-        )
+        replace(pair, desirable=(_known(chosen, True), _known(rejected, False)))
         for pair, (chosen, rejected) in zip(pairs, flags, strict=True)
     ]
+
+
+def _known(flag: bool | None, otherwise: bool) -> bool:
+    return otherwise if pd.isna(flag) else bool(flag)
 
 
 def safety_training_pairs(

@@ -178,8 +178,8 @@ def test_an_answer_is_desirable_if_its_flag_says_safe(flagged: pd.DataFrame) -> 
         (True, False),
         (False, True),
         (False, False),
-        (True, False),
-        (True, False),
+        (True, True),  # the safer one of a safe one
+        (False, False),
     ]
 
 
