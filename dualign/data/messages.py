@@ -14,6 +14,7 @@ from dualign.data.rows import BadRow, unique
 _KEYS = (("role", "content"), ("from", "value"))
 _ROLES = {"human": "user", "gpt": "assistant", "prompter": "user"}
 _SPOKEN = ("system", "user", "assistant")
+_NO_SYSTEM: Message = {"role": "system", "content": ""}
 _SPEAKERS = (*_ROLES, *_SPOKEN, "developer", "tool", "function", "bot", "model")
 _TURN_KEYS = {
     "role",
@@ -41,12 +42,14 @@ _PYTHON_LIMIT = 2**20
 def turns_in(value: Any, column: str) -> list[Message] | None:
     """The turns of a cell with a message list, or its JSON or Python; None for other text.
 
+    A first system turn without text, as tables hold it that have a place for one, is left out.
     Raises BadRow for a list that is none of messages, or holds turns that no chat template takes
     here, and for a text that looks like messages and cannot be read as a list of them."""
     listed = _parsed(value, column) if isinstance(value, str) else value
     if not isinstance(listed, list):
         return None
-    return [_turn(one, column) for one in listed]
+    turns = [_turn(one, column) for one in listed]
+    return turns[1:] if turns[:1] == [_NO_SYSTEM] else turns
 
 
 def split_answer(turns: list[Message], column: str) -> tuple[list[Message], str]:

@@ -180,6 +180,30 @@ def test_a_conversation_that_cannot_be_used_is_rejected(
     assert isinstance(found, Rejected) and found.reason == reason
 
 
+NOTHING = {"role": "system", "content": " "}
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": [NOTHING, *user("Why?")], "chosen": "So.", "rejected": "No."}, PAIR),
+        ({"prompt": "Why?", "chosen": [NOTHING, said("So.")], "rejected": [said("No.")]}, PAIR),
+        (
+            {
+                "chosen": [NOTHING, *user("Why?"), said("So.")],
+                "rejected": [*user("Why?"), said("No.")],
+            },
+            {"chosen": "chosen", "rejected": "rejected"},
+        ),
+    ],
+)
+def test_a_system_turn_without_text_is_none(
+    tmp_path: Path, row: dict[str, Any], columns: dict[str, str]
+) -> None:
+    (found,) = records(tmp_path, "helpful", [row], columns)
+    assert (found.prompt, found.chosen, found.rejected) == (user("Why?"), "So.", "No.")
+
+
 MORE = [*TALK, said("So?"), *user("And?")]
 
 
