@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -88,6 +89,20 @@ def label(spec: SourceSpec) -> str:
     """The name of a source in tables and metrics: format, path, and split if not `train`."""
     split = f"[{spec.split}]" if spec.split != "train" else ""
     return spec.format if spec.path is None else f"{spec.format}:{spec.path}{split}"
+
+
+def source_names(specs: Sequence[SourceSpec]) -> list[str]:
+    """What the sources of a kind are called: their labels, numbered where one path is read in
+    several ways, say by other columns.
+    """
+    times: Counter[str] = Counter()
+    found = []
+    for spec in specs:
+        name = label(spec)
+        times[name] += 1
+        again = times[name] > 1 and spec.path is not None
+        found.append(f"{name} ({times[name]})" if again else name)
+    return found
 
 
 # --- readers: of a row, by kind, with the map of format `columns` --------------------------------

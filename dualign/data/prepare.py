@@ -27,7 +27,7 @@ from dualign.core import schema
 from dualign.core.artifacts import replacing, stream_parquet, write_parquet
 from dualign.core.errors import DataError
 from dualign.core.temporaries import room_for, temporary_folder
-from dualign.data.formats import Kind, Rejected, Skipped, Usable, label
+from dualign.data.formats import Kind, Rejected, Skipped, Usable, source_names
 from dualign.data.rows import excerpt
 from dualign.data.sources import read
 from dualign.data.spool import FLAGS, Flags, Spool
@@ -187,8 +187,9 @@ def prepare(params: PrepareParams, folder_out: Path, failed: Path | None = None)
 
 def _gather(kind: Kind, params: PrepareParams, spool: Spool, ledger: Ledger) -> None:
     """Keep the records of one kind that pass the checks of content."""
-    for spec in getattr(params, kind):
-        for item in read(spec, kind, Path(params.folder), params.world, params.seed):
+    specs = getattr(params, kind)
+    for spec, source in zip(specs, source_names(specs), strict=True):
+        for item in read(spec, kind, Path(params.folder), params.world, params.seed, source):
             ledger.count(kind, item.where.source, "records")
             if isinstance(item, Usable):
                 item = _examined(item, kind, params)
@@ -336,7 +337,7 @@ def _too_many(params: PrepareParams, kind: Kind, source: str, ledger: Ledger, fa
 
 
 def _sources(params: PrepareParams, kind: Kind) -> list[str]:
-    return list(dict.fromkeys(label(spec) for spec in getattr(params, kind)))
+    return list(dict.fromkeys(source_names(getattr(params, kind))))
 
 
 # --- prompts: which set each belongs to -----------------------------------------------------------

@@ -41,9 +41,15 @@ _SLIP_SHARE = 0.05
 
 
 def read(
-    spec: SourceSpec, kind: Kind, folder: Path, made: WorldParams, seed: int
+    spec: SourceSpec,
+    kind: Kind,
+    folder: Path,
+    made: WorldParams,
+    seed: int,
+    source: str | None = None,
 ) -> Iterator[Item]:
-    """Stream the records of one source; `made` and `seed` are used by format `world` only.
+    """Stream the records of one source; `made` and `seed` are used by format `world` only, `source`
+    is what it is called, its label by default.
 
     Raises:
         DataError: the file or dataset is missing, unreadable or empty, lacks a column, or its
@@ -53,7 +59,8 @@ def read(
     columns = form.check(spec, kind) if form.check else {}
     place, files = _located(spec, kind, folder, made, seed)
     whole = _Whole(kind, _needed(form, kind, columns), _labels(form, kind, columns))
-    rows = _noted(itertools.islice(_rows(files), spec.limit), label(spec), whole)
+    called = source or label(spec)
+    rows = _noted(itertools.islice(_rows(files), spec.limit), called, whole)
     for where, row in form.join(rows) if form.join else rows:
         for item in _records(row, where, form, kind, columns):
             whole.item(item)

@@ -624,6 +624,19 @@ def test_the_quarantine_of_a_source_is_bounded_and_every_row_counted(
     )
 
 
+def test_two_readings_of_one_path_are_counted_apart(tmp_path: Path) -> None:
+    """Together they would have half of their rows rejected, which is allowed."""
+    write_files(tmp_path)
+    rows = [{**pair(number), "worst": f"good {number}"} for number in range(60)]
+    (tmp_path / "helpful.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (good,) = SOURCES["helpful"]
+    wrong = {**good, "columns": {**MAPS["helpful"], "rejected": "worst"}}
+    named = re.escape("prepare.helpful: columns:helpful.jsonl (2): 60 of 60 records rejected")
+    changes = {**SOURCES, **TINY, "helpful": [good, wrong]}
+    with pytest.raises(DataError, match=named):
+        prepare(params(tmp_path, **changes), tmp_path / "out")
+
+
 def test_a_source_that_says_nothing_of_its_kind_is_refused(tmp_path: Path) -> None:
     write_files(tmp_path)
     row = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": None}
