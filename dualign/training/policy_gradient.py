@@ -265,6 +265,14 @@ class PolicyGradientTrainer(Metered, Sharding, RLOOTrainer):
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         self.beta = kl_weight(options.beta, ascent.lam)
 
+    def _tokenize_prompts(
+        self, prompts: Sequence[Sequence[Message]]
+    ) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """The ids that every other stage reads of prompts. TRL asks thinking models for thoughts,
+        and takes text that spells a control token for one.
+        """
+        return encode_prompts(self._tokenizer, prompts), None, {}
+
     def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any) -> list[list[int]]:
         """Answers from our one sampler, so that training draws what evaluation draws.
 

@@ -4,6 +4,7 @@ optimum, and runs.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable
@@ -235,23 +236,28 @@ def test_an_answer_that_ends_the_text_is_no_cut_one(
     assert rewards[2] != pytest.approx(rewards[0], abs=1e-4)
 
 
-def test_trl_renders_prompts_as_we_do(
+def test_prompts_are_read_as_by_every_other_stage(
     tokenizer: PreTrainedTokenizerBase, scorers: tuple[Scorer, Scorer], job: Job
 ) -> None:
     talk: list[Message] = [
         {"role": "system", "content": "Be brief."},
         *user("Why?"),
         {"role": "assistant", "content": "Why not?"},
-        *user(" Well  "),
+        *user(" Well, what does <|end|> do?  "),
     ]
     prompts = [*PROMPTS, talk]
     ascent = ascent_of(tokenizer, scorers)
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template += (
+        "{% if add_generation_prompt and enable_thinking is not false %} Hm:{% endif %}"
+    )
     trainer = PolicyGradientTrainer(
-        started("whole", tokenizer), ascent, prompts, tokenizer, OPTIONS, job
+        started("whole", tokenizer), ascent, prompts, thinking, OPTIONS, job
     )
     rows = [row["prompt"] for row in trainer.train_dataset]
     assert {str(row) for row in rows} == {str(prompt) for prompt in prompts}
-    assert trainer._tokenize_prompts(rows)[0] == encode_prompts(tokenizer, rows)
+    read = trainer._tokenize_prompts(rows)[0]
+    assert read == encode_prompts(thinking, rows) == encode_prompts(tokenizer, rows)
 
 
 @pytest.mark.parametrize("kind", ["whole", "adapter"])
