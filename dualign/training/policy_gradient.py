@@ -375,6 +375,7 @@ def _config(options: PolicyGradient, job: Job, steps: int) -> RLOOConfig:
         disable_dropout=True,
         # Or TRL would load a reference from the model's path, empty or stale perhaps; set after.
         beta=0.0,
+        router_aux_loss_coef=0.0,
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerBase
 from trl import RLOOTrainer
 
 from dualign.core.errors import DataError, DualignError, TrainingError
@@ -408,6 +408,18 @@ def test_a_run_changes_policy_and_lambda_and_tells_its_course(
     assert not [
         line for line in lines if "scores" in line or "sampling" in line
     ]  # not a line for each rollout
+
+
+def test_a_mixture_of_experts_is_trained_on_its_rewards_alone(
+    tokenizer: PreTrainedTokenizerBase, train: Train, job: Job
+) -> None:
+    """TRL adds a loss for its routing, of which our log-probabilities tell nothing."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    tokens = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 1}
+    model = MixtralForCausalLM(MixtralConfig(**size, **heads, **tokens))
+    assert train(model, changed(job, "experts", max_steps=1))["steps"] == 1
 
 
 def test_the_reference_is_the_policy_as_it_is_passed(
