@@ -20,7 +20,7 @@ from dualign.core.work import Work
 from dualign.lm.batches import by_length
 from dualign.lm.engines import generate
 from dualign.lm.engines.check import check
-from dualign.lm.engines.interface import Answer, Request, row_seed
+from dualign.lm.engines.interface import Answer, Request, row_seed, seed_for
 from dualign.lm.engines.table import ENGINES
 from dualign.lm.flops import Tokens, reading_flop, size_of
 from dualign.lm.loading import check_context, context_of
@@ -171,10 +171,11 @@ def _drawn(
 ) -> list[Sample]:
     """Answers in order of prompt, then draw, by an engine."""
     rows = [(index, draw) for index in range(len(prompts)) for draw in range(wanted.count)]
+    seed = seed_for(wanted.seed, prompts)
     request = Request(
         prompts=[prompts[index] for index, _ in rows],
-        seeds=[row_seed(wanted.seed, *row) for row in rows],
-        seed=wanted.seed,
+        seeds=[row_seed(seed, *row) for row in rows],
+        seed=seed,
         ends=[],
         max_new_tokens=wanted.max_new_tokens,
         batch_size=batch_size,

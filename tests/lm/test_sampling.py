@@ -234,6 +234,22 @@ def test_the_same_seed_gives_the_same_answers_in_order_of_prompt_and_draw(
     assert [prompt for prompt, _ in draw(5)] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
+@pytest.mark.parametrize("engine", ["generate", "refill"])
+def test_draws_to_other_prompts_are_independent_at_one_seed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, engine: str
+) -> None:
+    """What a search measures, and picks a policy by, says nothing of the noise in a certificate."""
+    resources = RESOURCES.model_copy(update={"engine": engine, "sampling_batch_size": 64})
+    score = torch.randn(len(tokenizer), generator=torch.Generator().manual_seed(0))
+    first = [[2, word, 3] for word in range(20, 26)]
+    second = [[2, word, 3] for word in range(30, 36)]
+    found = []
+    for asked in (first, second):
+        drawn = draw(model, tokenizer, asked, Draws(100, 4, seed=0), resources)
+        found.append(torch.stack([score[one.tokens].mean() for one in drawn]))
+    assert abs(float(torch.corrcoef(torch.stack(found))[0, 1])) < 0.13  # 3 standard errors
+
+
 def test_answers_end_at_eos_or_at_the_limit(
     tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
