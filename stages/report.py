@@ -22,7 +22,7 @@ def main(run: Run[ReportParams]) -> None:
     root = Path()
     comparison = compare(root, run.params.policies, run.params.certificates, run.params.confidence)
     write_json(root / "reports/comparison.json", as_row(comparison))
-    write_curves(root, root / "reports/plots")
+    write_curves(root, run.params, root / "reports/plots")
     write(root, run.params, root / "reports/index.html")
 
 

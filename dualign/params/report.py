@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -11,6 +11,9 @@ from dualign.params.base import Number, Positive, StageParams
 from dualign.params.certify import CertifyRun
 from dualign.params.evaluate import SuiteSpec
 from dualign.params.judging import JudgeSpec
+
+#: Rows of which the report reads the names.
+Rows = dict[RunName, Any]
 
 
 class ReportParams(StageParams):
@@ -25,6 +28,12 @@ class ReportParams(StageParams):
         "certificates": "certify.runs",
         "suites": "suites",
         "judges": "judges",
+        "reward_dpo": "reward_dpo.runs",
+        "safety_dpo": "safety_dpo.runs",
+        "lagrangian_dpo": "lagrangian_dpo.runs",
+        "lambda_path": "lambda_path.runs",
+        "safety_path": "safety_path.runs",
+        "methods": "methods",
     }
 
     limit: Number
@@ -34,5 +43,24 @@ class ReportParams(StageParams):
     certificates: dict[RunName, CertifyRun]
     suites: dict[RunName, SuiteSpec]
     judges: dict[RunName, JudgeSpec]
+    reward_dpo: Rows
+    safety_dpo: Rows
+    lagrangian_dpo: Rows
+    lambda_path: Rows
+    safety_path: Rows
+    methods: Rows
     title: str
     sample_prompts: Annotated[int, Field(ge=0, le=10_000)]
+
+    def named(self, stage: str, item: str | None) -> bool:
+        """Whether an instance of a stage is one of these params, as the only one (None) is. Files
+        of others may lie beside its own, of a row that was removed or renamed.
+        """
+        rows = {
+            "dual_search": self.methods,
+            "certify": self.certificates,
+            "evaluate": self.policies,
+            "answer": self.suites,
+            "judge": self.judges,
+        }
+        return item is None or item in rows.get(stage, getattr(self, stage, ()))

@@ -11,24 +11,30 @@ from typing import Any
 
 from dualign.core.artifacts import listed, replacing, write_rows
 from dualign.core.records import HistoryRow, LossRow, SearchResult, SearchStep, as_row, read_record
+from dualign.params.report import ReportParams
 
 LOSSES = ("run", "step", "loss")
 SEARCHES = ("run", "step", "lam", "cost", "reward", "kl")
 
 
-def write_curves(root: Path, out: Path) -> None:
-    """Write loss.json and search.json into a folder."""
+def write_curves(root: Path, params: ReportParams, out: Path) -> None:
+    """Write loss.json and search.json into a folder. What is left of runs and methods that params
+    no longer name is passed by.
+    """
     with replacing(out) as folder:
         folder.mkdir()
-        write_rows(folder / "loss.json", losses(root / "reports/curves"), LOSSES)
-        write_rows(folder / "search.json", searches(root / "reports/search"), SEARCHES)
+        write_rows(folder / "loss.json", losses(root / "reports/curves", params), LOSSES)
+        write_rows(folder / "search.json", searches(root / "reports/search", params), SEARCHES)
 
 
-def losses(folder: Path) -> list[dict[str, Any]]:
+def losses(folder: Path, params: ReportParams) -> list[dict[str, Any]]:
     """The loss of every training by step; a stage that trained nothing has none."""
     table = []
     for path in listed(folder, "**/*.json"):
         name = path.relative_to(folder).with_suffix("").as_posix()
+        stage, _, item = name.partition("/")
+        if not params.named(stage, item or None):
+            continue
         rows = read_record(path, list[LossRow])
         table += [{"run": _run(name, row), **as_row(row)} for row in rows if row.step is not None]
     return table
@@ -39,10 +45,11 @@ def _run(name: str, row: LossRow) -> str:
     return f"{name}/{row.training}" if "training" in row.model_fields_set else name
 
 
-def searches(folder: Path) -> list[dict[str, Any]]:
+def searches(folder: Path, params: ReportParams) -> list[dict[str, Any]]:
     """The multiplier and what was measured there, by search and step."""
     table = []
-    for path in listed(folder, "*.json"):
+    paths = listed(folder, "*.json")
+    for path in (path for path in paths if params.named("dual_search", path.stem)):
         result = read_record(path, SearchResult)
         table += [{**as_row(row), "run": result.name} for row in trajectory(result)]
     return table

@@ -105,14 +105,14 @@ def _render(run: FinishedRun) -> str:
         "script_hash": f"sha256-{base64.b64encode(digest).decode()}",
         "parts": [part(section) for section in sections],
         "contents": [section for section in sections if section.contents],
-        "versions": _versions(run.root),
+        "versions": _versions(run),
     }
     return environment.get_template("page.html").render({**shared, **values})
 
 
-def _versions(root: Path) -> dict[str, str | None]:
+def _versions(run: FinishedRun) -> dict[str, str | None]:
     """The versions that the last stage ran with."""
-    stages = facts.provenance(root)
+    stages = facts.provenance(run)
     return stages[-1].versions if stages else {}
 
 

@@ -86,6 +86,9 @@ def report_params(policies: dict[str, str] | None = None, **changes: Any) -> Rep
         "certificates": {"dualign": CERTIFICATE},
         "suites": {},
         "judges": {},
+        **{stage: {} for stage in ("safety_dpo", "lagrangian_dpo", "lambda_path", "safety_path")},
+        "reward_dpo": {"helpful": {}},
+        "methods": {name: {} for name, folder, *_ in POLICIES if folder.startswith("aligned/")},
         "title": "Household questions: helpful within a harm budget",
         "sample_prompts": 4,
     }

@@ -693,6 +693,16 @@ def test_the_page_does_not_tell_of_an_earlier_report(run: Run) -> None:
     assert render(root, params).html == page.html, "a second run writes the same page"
 
 
+def test_the_table_of_stages_has_none_that_params_no_longer_name(run: Run) -> None:
+    root, params = run
+    page = render(root, params)
+    for stage in ("dual_search", "evaluate", "safety_dpo", "judge"):
+        old = read_json(root / "reports/provenance/dual_search/dualign.json")
+        gone = old | {"stage": stage, "item": "renamed"}
+        write_json(root / f"reports/provenance/{stage}/renamed.json", gone)
+    assert render(root, params).html == page.html
+
+
 def test_characters_that_reorder_or_hide_are_written_out(run: Run) -> None:
     root, params = run
     page = render(root, params.model_copy(update={"title": "safe \u202eelif\x00\u200b"}))

@@ -32,7 +32,7 @@ def section(run: FinishedRun) -> Section | None:
     earlier = _earlier(run.root)
     if earlier is None:
         return None
-    stages = provenance(run.root)
+    stages = provenance(run)
     then = earlier.comparison.policies
     both = run.in_order(then.keys() & run.comparison.policies.keys())
     cells = _cells(run, earlier, both)

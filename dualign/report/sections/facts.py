@@ -64,7 +64,7 @@ def section(run: FinishedRun) -> Section:
         "prepared": _prepared(run.root),
         "quarantine": _quarantine(run.root),
         "models": _models(run.root),
-        "provenance": provenance(run.root),
+        "provenance": provenance(run),
         "rates": rates,
     }
     return Section("facts", "Data and models", values)
@@ -151,10 +151,16 @@ def _is_share(key: str) -> bool:
     return any(word in key for word in _SHARES)
 
 
-def provenance(root: Path) -> list[Provenance]:
-    """What each stage took, in the order of the pipeline; not the report, which has not ended."""
+def provenance(run: FinishedRun) -> list[Provenance]:
+    """What each stage took, in the order of the pipeline; not the report, which has not ended, and
+    no instance that params no longer name.
+    """
     order = list(STAGES)
-    made = [stage for stage in read_provenance(root) if stage.stage != "report"]
+    made = [
+        stage
+        for stage in read_provenance(run.root)
+        if stage.stage != "report" and run.params.named(stage.stage, stage.item)
+    ]
     return sorted(made, key=lambda stage: (order.index(stage.stage), stage.item or ""))
 
 

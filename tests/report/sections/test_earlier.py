@@ -28,7 +28,7 @@ def kept(run: Run) -> dict[str, Any]:
         commit="0123456789abcdef",
         date="2026-11-30",
         comparison=finished.comparison,
-        stages=provenance(run[0]),
+        stages=provenance(finished),
     )
     row: dict[str, Any] = as_row(record)
     return row
