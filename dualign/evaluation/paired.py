@@ -23,6 +23,9 @@ Array = np.ndarray
 #: Columns of the table of `differences`.
 DIFFERENCES = ("first", "second", "prompts", "mean", "error", "low", "high", "p_value", "p_holm")
 
+#: Standard errors below this share of their mean are the rounding of equal values.
+_ROUNDING = 1e-12
+
 
 @dataclass(frozen=True)
 class Discordance:
@@ -53,15 +56,16 @@ def _prompt_means(rows: pd.DataFrame, column: str) -> pd.Series:
 
 
 def no_difference(estimate: Estimate, prompts: int) -> float:
-    """Two-sided p-value of a mean of 0 by the paired t-test over prompts.
+    """Two-sided p-value of a mean of 0 by the paired t-test over prompts; where all differ alike
+    there is no spread to go by, and it is the sign test's, 2^(1 - prompts).
 
     >>> round(no_difference(mean_of([1.0, 2.0, 3.0]), 3), 4)
     0.0742
     """
     if prompts < 2:
         return float("nan")
-    if estimate.error == 0:
-        return 1.0 if estimate.mean == 0 else 0.0
+    if estimate.error <= _ROUNDING * abs(estimate.mean):
+        return 1.0 if estimate.mean == 0 else 2.0 ** (1 - prompts)
     return float(2 * stdtr(prompts - 1, -abs(estimate.mean) / estimate.error))
 
 

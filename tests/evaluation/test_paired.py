@@ -106,7 +106,13 @@ def test_pairs_without_scores_are_named() -> None:
 def test_one_prompt_says_nothing_and_equal_answers_say_no_difference() -> None:
     assert math.isnan(no_difference(mean_of([1.0]), 1))
     assert no_difference(mean_of([0.0, 0.0]), 2) == 1.0
-    assert no_difference(mean_of([1.0, 1.0]), 2) == 0.0
+
+
+def test_equal_differences_are_no_surer_than_as_many_signs() -> None:
+    """Three prompts on which one policy is always unsafe and the other never are not certain."""
+    for size in (1.0, -1.0, 0.1):
+        assert no_difference(mean_of([size] * 3), 3) == 0.25
+    assert no_difference(mean_of([1.0] * 9), 9) == mcnemar([1] * 9, [0] * 9).p_value
 
 
 # --- many comparisons -----------------------------------------------------------------------------
