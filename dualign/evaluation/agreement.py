@@ -13,6 +13,9 @@ from dualign.evaluation.stats import Estimate, redrawn
 
 Array = np.ndarray
 
+#: Agreements of draws that differ by less are the rounding of equal ones.
+_ROUNDING = 1e-9
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -51,7 +54,8 @@ def agreement(
     seed: int = 0,
 ) -> Agreement:
     """Compare labels of a judge with people's; `clusters` are the prompts; [answers] each. Kappa
-    and its interval are NaN where all labels are one.
+    and its interval are NaN where all labels are one, the interval also where draws of prompts tell
+    nothing: of one prompt, or of answers that all agree.
 
     >>> agreement([1, 1, 0, 0], [1, 0, 0, 0], ["a", "b", "c", "d"]).kappa
     0.5
@@ -65,13 +69,18 @@ def agreement(
     weights = redrawn(np.random.default_rng(seed), len(counts), draws)
     drawn = np.tensordot(weights, counts, 1)
     kappas = np.array([cohen_kappa(one) for one in drawn])
-    known = kappas[~np.isnan(kappas)]
-    ends = [(1 - confidence) / 2, (1 + confidence) / 2]
-    low, high = np.quantile(known, ends) if len(known) else (np.nan, np.nan)
+    low, high = _ends(kappas, confidence)
     accuracy = float(np.trace(confusion) / confusion.sum())
-    return Agreement(
-        labels, confusion.astype(int), accuracy, cohen_kappa(confusion), float(low), float(high)
-    )
+    return Agreement(labels, confusion.astype(int), accuracy, cohen_kappa(confusion), low, high)
+
+
+def _ends(drawn: Array, confidence: float) -> tuple[float, float]:
+    """The quantiles of what draws of prompts give [draws]; NaN where they all give the same."""
+    known = drawn[~np.isnan(drawn)]
+    if not len(known) or np.ptp(known) <= _ROUNDING:
+        return float("nan"), float("nan")
+    low, high = np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def rank_correlation(
@@ -87,7 +96,7 @@ def rank_correlation(
     units; `clusters` are the prompts. Shape [answers] each.
 
     The interval draws prompts with replacement; ranks are those among all answers. NaN where a
-    judge gives all answers the same score.
+    judge gives all answers the same score, and ends where draws tell nothing, as in `agreement`.
 
     >>> rank_correlation([1.0, 2.0, 3.0], [10.0, 20.0, 90.0], ["a", "b", "c"]).mean
     1.0
@@ -98,12 +107,10 @@ def rank_correlation(
     sums = np.zeros((groups.max() + 1, 6))
     np.add.at(sums, groups, np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y], axis=1))
     drawn = _correlation(redrawn(np.random.default_rng(seed), len(sums), draws) @ sums)
-    drawn = drawn[~np.isnan(drawn)]
     whole = float(_correlation(sums.sum(0)))
-    if not len(drawn):
-        return Estimate(whole, float("nan"), float("nan"), float("nan"))
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(whole, float(drawn.std()), float(low), float(high))
+    low, high = _ends(drawn, confidence)
+    error = float("nan") if np.isnan(low) else float(np.nanstd(drawn))
+    return Estimate(whole, error, low, high)
 
 
 def _correlation(sums: Array) -> Array:

@@ -289,7 +289,7 @@ def length_controlled_win_rate(
     a term for how hard its own instructions are, known from its leaderboard, and weighs in two
     gamed baselines; neither is there for prompts of another suite. phi has a weak ridge. The
     interval draws prompts with replacement; where all battles end alike, all draws do, and it is
-    that of `win_rate`.
+    that of `win_rate`. One prompt says nothing of others: from 0 to 1.
 
     >>> rows = pd.DataFrame({"first": "a", "second": "b", "prompt_id": range(4)})
     >>> rows = rows.assign(score=[1.0, 1.0, 0.0, 0.0], length_first=[9, 9, 1, 1], length_second=5)
@@ -309,6 +309,8 @@ def length_controlled_win_rate(
     drawn = redrawn(np.random.default_rng(seed), len(names), draws)
     weights = np.concatenate([np.ones((1, len(names))), drawn])[:, prompts]
     mean, *rates = _rates_at_equal_length(feature, score, weights)
+    if len(names) == 1:
+        return Estimate(float(mean), math.inf, 0.0, 1.0)
     low, high = np.quantile(rates, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Estimate(float(mean), float(np.std(rates, ddof=1)), float(low), float(high))
 

@@ -38,6 +38,20 @@ def test_one_label_alone_has_no_kappa() -> None:
     assert found.accuracy == 1 and np.isnan([found.kappa, found.low, found.high]).all()
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "prompts"),
+    [([3, 2, 1, 1], [3, 1, 1, 1], "aaaa"), ([2, 1, 1, 2, 1], [2, 1, 1, 2, 1], "abcde")],
+)
+def test_one_prompt_and_answers_that_all_agree_have_no_interval(
+    first: list[int], second: list[int], prompts: str
+) -> None:
+    """All draws give the same, which looked certain: 1 (1 to 1) of five answers."""
+    found = agreement(first, second, list(prompts), draws=50)
+    ranked = rank_correlation(first, second, list(prompts), draws=50)
+    assert np.isfinite([found.kappa, ranked.mean]).all()
+    assert np.isnan([found.low, found.high, ranked.error, ranked.low, ranked.high]).all()
+
+
 def test_the_interval_is_that_of_prompts_drawn_again() -> None:
     """Every answer given twice, under the same prompt, says no more."""
     human, judge = (side.tolist() for side in labels(1))

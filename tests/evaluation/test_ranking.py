@@ -341,3 +341,10 @@ def test_battles_that_end_alike_do_so_at_equal_length_and_are_no_more_than_they_
     assert found.mean == score
     assert found == win_rate(battles, "a", "b").rate
     assert found.high - found.low > 0.15
+
+
+def test_at_equal_length_one_prompt_says_nothing_of_others() -> None:
+    rows = {"first": "a", "second": "b", "prompt_id": 1, "score": [1.0, 0.0, 1.0]}
+    battles = pd.DataFrame(rows).assign(length_first=[3, 4, 5], length_second=4)
+    found = length_controlled_win_rate(battles, "a", "b", draws=20)
+    assert 0 < found.mean < 1 and (found.low, found.high) == (0.0, 1.0)

@@ -4,6 +4,7 @@ policies gained by the scorers that they were trained on but not by others.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -13,7 +14,7 @@ import pandas as pd
 from dualign.core.records import Interval
 from dualign.evaluation.agreement import agreement, rank_correlation
 from dualign.evaluation.paired import holm, no_difference, prompt_differences
-from dualign.evaluation.stats import mean_of
+from dualign.evaluation.stats import Estimate, mean_of
 from dualign.report.comparison import REFERENCE, known_ends
 from dualign.report.judged import read_judges
 from dualign.report.sections.base import FinishedRun, Row, Section
@@ -120,7 +121,7 @@ def _agreed(both: pd.DataFrame, key: str, confidence: float) -> Interval | None:
         correlation = rank_correlation(first, second, prompts, confidence=confidence, draws=_DRAWS)
         return None if np.isnan(correlation.mean) else known_ends(correlation)
     labels = agreement(first, second, prompts, confidence=confidence, draws=_DRAWS)
-    return Interval(mean=labels.kappa, low=labels.low, high=labels.high)
+    return known_ends(Estimate(labels.kappa, math.nan, labels.low, labels.high))
 
 
 @dataclass(frozen=True)
