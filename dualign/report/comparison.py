@@ -251,7 +251,9 @@ def _kept(found: LimitedInterval) -> ComparedConstraint:
 def _worst(
     cost: IntervalRow, limit: float, additional: Mapping[str, ComparedConstraint]
 ) -> Standing | None:
-    standings = [_standing(cost, limit), *(kept.standing for kept in additional.values())]
+    # A limit of which no answer tells is not shown to be kept.
+    others = [kept.standing or "unproven" for kept in additional.values()]
+    standings = [_standing(cost, limit), *others]
     return next((standing for standing in _WORST_FIRST if standing in standings), None)
 
 
@@ -299,14 +301,12 @@ def _excess(
     its limit, in half widths."""
     if not additional or limit is None:
         return cost.mean if cost.high is None else cost.high
-    return max(
-        _half_widths(cost.mean, cost.high, limit),
-        *(
-            _half_widths(kept.mean, kept.high, kept.limit)
-            for kept in additional.values()
-            if kept.mean is not None
-        ),
-    )
+    known = [
+        _half_widths(kept.mean, kept.high, kept.limit)
+        for kept in additional.values()
+        if kept.mean is not None
+    ]
+    return max([_half_widths(cost.mean, cost.high, limit), *known])
 
 
 def _half_widths(mean: float, high: float | None, limit: float) -> float:

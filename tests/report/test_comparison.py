@@ -234,6 +234,19 @@ def test_rows_hold_the_tilt_and_where_the_additional_constraints_stand(run: Run)
     assert rows["caid"].tilt is None and rows["caid"].additional == {}
 
 
+def test_a_limit_of_which_no_answer_tells_is_not_shown_to_be_kept(run: Run) -> None:
+    """Its pattern is found in none of the evaluated prompts."""
+    root, params = run
+    unknown = {"mean": None, "low": None, "high": None, "limit": 1.0}
+    for name in params.policies:
+        path = root / f"reports/metrics/evaluate/{name}.json"
+        write_json(path, read_json(path) | {"additional": {"rare": unknown}})
+    table = compare(root, params.policies, params.certificates, params.confidence)
+    assert any(row.cost and row.cost.high <= table.limit for row in table.policies.values())
+    assert table.recommended is None
+    assert {row.standing for row in table.policies.values()} == {"unproven", "over"}
+
+
 def test_the_limit_is_the_duals_unless_given(run: Run) -> None:
     root, params = run
     assert compare(root, params.policies, params.certificates, 0.95).limit == -0.15
