@@ -223,6 +223,7 @@ def describe_test(
         partner=candidate.partner.relative_to(MODELS).as_posix(),
         q=candidate.q,
         prompts_needed=forecast(test, found),
+        ess=test.ess,
         **evidence.measured(test.name),
     )
 

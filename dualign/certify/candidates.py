@@ -16,7 +16,7 @@ from dualign.certify.certificate import Certificate, drawers, order
 from dualign.certify.evidence import DRAWN, Evidence, read_answers
 from dualign.certify.requirement import Requirement
 from dualign.certify.screening import Knot, Planned, Screen, Seen, parting, seen
-from dualign.certify.sequence import CandidateTest
+from dualign.certify.sequence import LEAST_ESS, CandidateTest
 from dualign.core.artifacts import replacing, write_parquet
 from dualign.core.errors import DataError
 from dualign.core.schema import ANSWERS, LABELS, REWEIGHTED, read_table
@@ -258,9 +258,11 @@ def forecast(test: CandidateTest, found: Certificate) -> int | None:
     of (z_{1-delta} + z_0.8) standard errors. What skewness adds to the distance falls as 1 / N, so
     for skewed costs the number is on the safe side. The bound of a share of which none was seen
     falls as 1 / N (the exact one is 1 - delta^(1 / N)): there it is the number that passes if again
-    none is seen. None for a candidate that passed, and where an estimate is above
-    its limit: no number would show that it is below.
+    none is seen. None for a candidate that passed, and where no number of prompts would do: an
+    estimate is above its limit, or answers that others drew are worth less than `LEAST_ESS`.
     """
+    if test.ess is not None and test.ess < LEAST_ESS:
+        return None
     power = 1 + float(ndtri(0.8) / ndtri(1 - found.delta))
     failed = [
         (required, check)

@@ -399,7 +399,8 @@ class CheckRow(Record):
 
 
 class CandidateTest(Record):
-    """A candidate's test in the metrics of `certify`."""
+    """A candidate's test in the metrics of `certify`. `ess` is the share of answers that weighted
+    ones are worth, None where it drew its answers itself."""
 
     candidate: str
     certified: bool
@@ -410,6 +411,7 @@ class CandidateTest(Record):
     reward: IntervalRow
     ended: IntervalRow
     prompts_needed: int | None
+    ess: float | None = None
 
 
 class Certified(Record):

@@ -117,6 +117,8 @@ def test_the_forecast_is_that_of_the_plan() -> None:
     assert forecast(tested(-0.1), found) == pytest.approx(sample_size(2.0, 0.1), abs=2)
     assert forecast(tested(-0.2), found) is None  # it passed
     assert forecast(tested(0.01), found) is None
+    uneven = tested(-0.1).model_copy(update={"ess": 0.7})
+    assert forecast(uneven, found) is None, "more prompts make no weight more even"
 
 
 def test_the_forecast_of_skewed_costs_is_on_the_safe_side() -> None:

@@ -693,6 +693,20 @@ def test_the_page_does_not_tell_of_an_earlier_report(run: Run) -> None:
     assert render(root, params).html == page.html, "a second run writes the same page"
 
 
+def test_a_test_that_failed_for_its_weights_says_so(certified: Callable[..., Run]) -> None:
+    """Its bound is within the limit, so that it looked as if it had passed."""
+    root, params = certified([-0.6, -0.3, -0.2])
+    path = root / "reports/metrics/certify/dualign.json"
+    found = read_json(path)
+    *passed, last = found["tests"]
+    last |= {"certified": False, "ess": 0.7, "checks": [last["checks"][0] | {"kept": False}]}
+    write_json(path, found | {"tests": [*passed, last], "returned": passed[-1]["candidate"]})
+    card = render(root, params).within("class", "certificate")
+    assert card.count("failed although") == 1
+    assert f"{last['candidate']} failed although its bounds are within" in card
+    assert "worth 70% of their number" in card
+
+
 def test_the_table_of_stages_has_none_that_params_no_longer_name(run: Run) -> None:
     root, params = run
     page = render(root, params)

@@ -16,7 +16,8 @@ _FOR_MANY = ("clustered_t", "prediction_powered")
 class Card:
     """A certificate: the test of the returned candidate, or of the first, is the `last`.
 
-    `exact`: its level holds for every number of prompts."""
+    `exact`: its level holds for every number of prompts. `uneven` failed with every bound within
+    its limit: the answers of others, by which they were judged, are worth too little to them."""
 
     name: str
     found: Certified
@@ -24,6 +25,7 @@ class Card:
     exact: bool
     last: CandidateTest
     failed: list[Promise]
+    uneven: list[CandidateTest]
     untested: list[str]
     gain: PromptsGain | None
 
@@ -52,6 +54,13 @@ def _card(name: str, found: Certified, dual: SolvedDual | None) -> Card:
         exact=not any(required.method in _FOR_MANY for required in found.requirements),
         last=last,
         failed=[promise for promise, check in checked if not check.kept],
+        uneven=[test for test in found.tests if not test.certified and _bounded(test, found)],
         untested=found.candidates[len(found.tests) :],
         gain=prompts_gain(last, found.requirements, dual),
     )
+
+
+def _bounded(test: CandidateTest, found: Certified) -> bool:
+    """Whether every bound is within its limit."""
+    checked = zip(test.checks, found.requirements, strict=True)
+    return all(check.bound <= required.limit for check, required in checked)
