@@ -154,7 +154,8 @@ def metadata(
 ) -> ModelCardData:
     """The card's head, by the hub's own class: what the stage's own card has, and what is added."""
     given = [source for source in policy.sources if source.format != "world"]
-    datasets = [found.dataset for source in given if (found := licence_of(source))]
+    licences = [licence_of(source) for source in given]
+    datasets = [found.dataset for found in licences if found and found.named]
     return ModelCardData(
         model_name=name.rpartition("/")[2],
         **own,
@@ -234,8 +235,7 @@ def _data(policy: Published) -> str:
         if licence is None:
             lines.append(f"- {name} (format `{source.format}`): licence not known here; check it.")
         else:
-            own = source.path is None or licence.dataset == source.path
-            whose = "" if own else f", if these are {licence.dataset}'s rows"
+            whose = "" if licence.named else f", if these are {licence.dataset}'s rows; check it"
             lines.append(f"- {name} (format `{source.format}`): {licence.name}{whose}.")
     if policy.licence == NON_COMMERCIAL:
         lines += ["", "Data or base are for non-commercial use: so is this policy."]

@@ -1,7 +1,8 @@
 """What may be done with data and bases: licences of the hub's preference data, as their cards say.
 
 A policy trained on rows of a non-commercial licence is no commercial one. Local files have no card:
-of these the format says whose rows they look like, and the card of the policy asks to check.
+of these the format says whose rows they look like, and the card of the policy asks to check. Other
+rows may have the same format, so its head takes no permission from it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ UNKNOWN = "other"
 
 @dataclass(frozen=True)
 class Licence:
-    """A licence by the hub's name, and the data set whose card says so."""
+    """A licence by the hub's name, and the data set whose card says so; `named` where the source
+    names that data set, and not its format alone."""
 
     name: str
     dataset: str
+    named: bool
 
 
 #: By the hub id of the data set, as its card says.
@@ -55,10 +58,10 @@ def licence_of(source: SourceSpec) -> Licence | None:
     'cc-by-nc-4.0'
     """
     if source.format == "world":
-        return Licence(OWN, "world")
+        return Licence(OWN, "world", named=True)
     named = "/".join((source.path or "").split("/")[:2])  # an id may go on with a folder in it
     dataset = named if named in DATASETS else FORMATS.get(source.format)
-    return Licence(DATASETS[dataset], dataset) if dataset else None
+    return Licence(DATASETS[dataset], dataset, dataset == named) if dataset else None
 
 
 def licence_of_base(base: str, folder: Path) -> str | None:
@@ -77,14 +80,21 @@ def licence_of_base(base: str, folder: Path) -> str | None:
 
 def together(sources: Iterable[SourceSpec], base: str | None) -> str:
     """The licence that a model card names for a policy trained on all of these rows from a base
-    under licence `base`: non-commercial as soon as one is, `other` where several differ or one is
-    unknown.
+    under licence `base`: non-commercial as soon as one is or looks so, `other` where several differ
+    or one is unknown.
 
     >>> together([SourceSpec(format="world")], None)
     'apache-2.0'
     """
-    names = {found.name if (found := licence_of(source)) else UNKNOWN for source in sources}
+    names = {_in_the_head(licence_of(source)) for source in sources}
     names.update([base] if base else [])
     if NON_COMMERCIAL in names:
         return NON_COMMERCIAL
     return names.pop() if len(names) == 1 else UNKNOWN
+
+
+def _in_the_head(found: Licence | None) -> str:
+    """What rows of a licence allow for sure."""
+    if found is None or not (found.named or found.name == NON_COMMERCIAL):
+        return UNKNOWN
+    return found.name

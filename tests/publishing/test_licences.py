@@ -20,6 +20,8 @@ from dualign.publishing.licences import (
 WORLD = SourceSpec(format="world")
 PKU = SourceSpec(format="pku", path="PKU-Alignment/PKU-SafeRLHF-30K")
 HH = SourceSpec(format="hh", path="hh/train.jsonl.gz")
+HUB = SourceSpec(format="hh", path="Anthropic/hh-rlhf")
+LIKE_PKU = SourceSpec(format="pku", path="own/train.jsonl")
 OWN = SourceSpec(format="columns", path="own.jsonl", columns={"prompt": "question"})
 #: A folder in a data set, as `prepare` takes it.
 INNER = SourceSpec(
@@ -30,10 +32,10 @@ INNER = SourceSpec(
 @pytest.mark.parametrize(
     ("source", "licence"),
     [
-        (PKU, Licence("cc-by-nc-4.0", "PKU-Alignment/PKU-SafeRLHF-30K")),
-        (HH, Licence("mit", "Anthropic/hh-rlhf")),
-        (INNER, Licence("cc-by-nc-4.0", "PKU-Alignment/BeaverTails")),
-        (WORLD, Licence("apache-2.0", "world")),
+        (PKU, Licence("cc-by-nc-4.0", "PKU-Alignment/PKU-SafeRLHF-30K", named=True)),
+        (HH, Licence("mit", "Anthropic/hh-rlhf", named=False)),
+        (INNER, Licence("cc-by-nc-4.0", "PKU-Alignment/BeaverTails", named=True)),
+        (WORLD, Licence("apache-2.0", "world", named=True)),
         (OWN, None),
     ],
 )
@@ -45,7 +47,9 @@ def test_an_id_tells_before_the_format(source: SourceSpec, licence: Licence | No
     ("sources", "base", "name"),
     [
         ([HH, PKU, OWN], None, "cc-by-nc-4.0"),
-        ([HH, HH], None, "mit"),
+        ([HUB, HUB], None, "mit"),
+        ([HH, HH], None, "other"),
+        ([LIKE_PKU], None, "cc-by-nc-4.0"),
         ([HH, OWN], None, "other"),
         ([WORLD], None, "apache-2.0"),
         ([WORLD, HH], None, "other"),
@@ -58,6 +62,7 @@ def test_an_id_tells_before_the_format(source: SourceSpec, licence: Licence | No
 def test_the_strictest_licence_counts(
     sources: list[SourceSpec], base: str | None, name: str
 ) -> None:
+    """Many a private file has the format of hh: that gives nobody leave to copy it."""
     assert together(sources, base) == name
 
 
