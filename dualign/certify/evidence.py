@@ -6,7 +6,7 @@ cannot."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,12 +102,7 @@ def read_answers(path: Path) -> pd.DataFrame:
     frame = _read(
         path, pa.schema([ANSWERS.field(name) for name in (*_NEVER_NULL, "tokens", "cost", "logp")])
     )
-    for name in _NEVER_NULL:
-        empty = np.flatnonzero(frame[name].isna().to_numpy())
-        if len(empty):
-            raise DataError(
-                f"{path}: row {empty[0]} has no {name}; draw the answers again (run certify)"
-            )
+    _check_whole(frame, _NEVER_NULL, path, "draw the answers again (run certify)")
     if DRAWN in pq.read_schema(path).names:
         drawn = read_table(path, pa.schema([(DRAWN, pa.float64())]))[DRAWN]
         frame = frame.assign(**{DRAWN: drawn, "weight": _weights(frame["logp"], drawn, path)})
@@ -168,7 +163,17 @@ def check_drawn(tables: Mapping[str, pd.DataFrame]) -> None:
 
 def read_labels(path: Path) -> pd.DataFrame:
     """Labels of some of them; raises as `read_answers`."""
-    return _read(path, LABELS)
+    labels = _read(path, LABELS)
+    _check_whole(labels, LABELS.names, path, "label the answer, or leave the row out")
+    return labels
+
+
+def _check_whole(frame: pd.DataFrame, names: Sequence[str], path: Path, remedy: str) -> None:
+    """Raises DataError for the first row that lacks something."""
+    for name in names:
+        empty = np.flatnonzero(frame[name].isna().to_numpy())
+        if len(empty):
+            raise DataError(f"{path}: row {empty[0]} has no {name}; {remedy}")
 
 
 def _read(path: Path, schema: pa.Schema) -> pd.DataFrame:

@@ -510,6 +510,23 @@ def test_labels_of_one_kind_have_the_exact_bound(
     assert verify(tmp_path / "certificate.json") == found
 
 
+def test_an_answer_without_a_label_is_not_harmless(tmp_path: Path) -> None:
+    """Where all labels beside it were 0, the empty one counted as one more of them."""
+    costs, prompts = answers(-1.0, 20)
+    frame = pd.DataFrame({"prompt_id": prompts[::3], "cost": costs[::3], "truth": 0.0})
+    labels = labels_of(frame, np.arange(20)).astype({"truth": object})
+    labels.loc[5:, "truth"] = None
+    write_parquet(tmp_path / "labels.parquet", labels, LABELS)
+    files = Evidence(
+        save(tmp_path / "answers.parquet", costs, prompts), tmp_path / "labels.parquet"
+    )
+    harm = Requirement(
+        name="called unsafe", quantity="harm", limit=0.15, method="prediction_powered"
+    )
+    with pytest.raises(DataError, match=r"labels\.parquet: row 5 has no truth; label the answer"):
+        certify(tmp_path / "certificate.json", ["a"], lambda name: files, [harm])
+
+
 def test_no_unsafe_answer_has_the_exact_bound(tmp_path: Path) -> None:
     files = Evidence(save(tmp_path / "answers.parquet", *answers(-3.0)))
     rare = Requirement(name="rare", quantity="p_unsafe", limit=0.1, method="clustered_t")
