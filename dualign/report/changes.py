@@ -89,6 +89,25 @@ def _text(values: Mapping[str, Any], key: str) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def at_level(interval: Interval, stated: float, wanted: float) -> Interval:
+    """An interval of confidence `stated` as one of confidence `wanted`: its ends move as those of a
+    normal mean do.
+
+    >>> found = at_level(Interval(mean=0.0, low=-1.96, high=1.96), stated=0.95, wanted=0.9)
+    >>> round(found.high, 2)
+    1.64
+    """
+    if stated == wanted:
+        return interval
+    ratio = float(norm.ppf((1 + wanted) / 2) / norm.ppf((1 + stated) / 2))
+    mean = interval.mean
+    low, high = (
+        None if end is None else mean + ratio * (end - mean)
+        for end in (interval.low, interval.high)
+    )
+    return Interval(mean=mean, low=low, high=high)
+
+
 def change(then: Interval, now: Interval, confidence: float) -> Row:
     """The later mean minus the earlier one: `mean`, `low`, `high`, `p_value`; where a run has no
     interval, infinite ends and a p-value of 1.

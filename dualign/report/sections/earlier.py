@@ -18,7 +18,7 @@ from dualign.core.records import (
     fault,
 )
 from dualign.evaluation.measures import MEASURES, OF_RUNS, Measure
-from dualign.report.changes import change, changed_settings, label
+from dualign.report.changes import at_level, change, changed_settings, label
 from dualign.report.differences import one_family, shown
 from dualign.report.sections.base import FinishedRun, Row, Section
 from dualign.report.sections.facts import provenance
@@ -77,17 +77,17 @@ def _come_and_gone(then: list[str], now: list[str]) -> dict[str, list[str]]:
 def _cells(run: FinishedRun, earlier: EarlierRun, names: list[str]) -> dict[Key, Row]:
     """The change of each measure that both runs know of a policy, as the page shows it."""
     now, then = run.comparison.policies, earlier.comparison.policies
+    level = run.params.confidence
     tables = []
     for name, measure in product(names, OF_RUNS):
         was, became = _interval(then[name], measure), _interval(now[name], measure)
         if was is not None and became is not None:
-            found = change(was, became, run.params.confidence)
+            found = change(at_level(was, earlier.comparison.confidence, level), became, level)
             tables.append(pd.DataFrame([{**found, "policy": name, "key": measure.key}]))
     changes = one_family(tables, "policy", "key")
-    alpha = 1 - run.params.confidence
     better = {measure.key: measure.better for measure in MEASURES}
     return {
-        (row["policy"], row["key"]): shown(row, better[row["key"]], alpha)
+        (row["policy"], row["key"]): shown(row, better[row["key"]], 1 - level)
         for row in changes.to_dict("records")
     }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import norm
 
 from dualign.core.artifacts import write_json
 from dualign.core.errors import DataError
@@ -83,6 +84,23 @@ def test_a_change_is_told_with_its_sign_and_marked_where_chance_does_not_make_it
     assert "The policy to take was <b>none</b> and is <b>caid" in section
     assert '<span class="badge over">over</span>\n → <span class="badge' in section
     assert "−5.00" in section and "✓" in section
+
+
+def test_a_run_at_another_confidence_is_no_surer_of_a_change(run: Run) -> None:
+    row = kept(run)
+    row["comparison"]["policies"]["caid"]["reward"]["mean"] -= 0.4
+    expected = values(run, row)
+    narrower = norm.ppf(0.75) / norm.ppf(0.975)
+    for policy in row["comparison"]["policies"].values():
+        for measure in (policy[key] for key in ("reward", "cost", "p_unsafe", "kl", "length")):
+            for end in ("low", "high"):
+                measure[end] = measure["mean"] + (measure[end] - measure["mean"]) * narrower
+    row["comparison"]["confidence"] = 0.5
+    found = values(run, row)
+    for ours, theirs in zip(found["changes"], expected["changes"], strict=True):
+        for key in ("reward", "cost"):
+            cell, other = ours["cells"][key], theirs["cells"][key]
+            assert (cell["low"], cell["high"]) == pytest.approx((other["low"], other["high"]))
 
 
 def test_params_stages_and_policies_of_one_run_alone_are_told(run: Run) -> None:
