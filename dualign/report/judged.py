@@ -26,6 +26,8 @@ Row = dict[str, Any]
 #: Who says how a policy chooses among given answers: its own log-likelihoods. No judge of params
 #: has such a name.
 LIKELIHOOD = "(log-likelihood)"
+#: Why there is no likelihood of a choice.
+_TOO_LONG = "longer than the context"
 
 #: What a verdict may hold, as the page shows it.
 SCORES: tuple[Measure, ...] = (
@@ -106,15 +108,18 @@ def _judged(root: Path, params: ReportParams) -> Iterator[pd.DataFrame]:
 
 
 def _chosen(root: Path, params: ReportParams) -> Iterator[pd.DataFrame]:
-    """How policies choose, in the suites of multiple choice."""
+    """How policies choose, in the suites of multiple choice. A question of which a policy has no
+    likelihood is a failure, as a verdict that did not come about.
+    """
     for name in params.suites:
         suite = _suite(root, name)
         if suite is None or suite["choices"].isna().any():
             continue
         for file in policy_tables(root / "reports/answers" / name):
             rows = read_table(file, CHOICES).rename(columns={"score": "truthful"})
-            fixed = {"judge": LIKELIHOOD, "suite": name, "policy": file.stem, "failure": None}
-            yield _plain(rows.assign(sample=0, repeat=0, **fixed))
+            failed = rows["truthful"].isna().map({True: _TOO_LONG, False: None})
+            fixed = {"judge": LIKELIHOOD, "suite": name, "policy": file.stem}
+            yield _plain(rows.assign(sample=0, repeat=0, failure=failed, **fixed))
 
 
 def _plain(table: pd.DataFrame) -> pd.DataFrame:

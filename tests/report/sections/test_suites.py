@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dualign.core.artifacts import write_parquet
+from dualign.core.schema import CHOICES, read_table
 from dualign.params.report import ReportParams
 from dualign.report.sections import suites
 from dualign.report.sections.base import FinishedRun
@@ -49,6 +51,17 @@ def test_what_chance_hardly_makes_is_called_better_or_worse(judged: Run) -> None
     (told,) = table["failures"]
     assert told.startswith(f"{failed} of 144 verdicts by gpt")
     assert any("in cost (ours, 24 unsafe prompts)" in sentence for sentence in table["power"])
+
+
+def test_a_question_without_a_likelihood_is_counted_as_failed(judged: Run) -> None:
+    """With its choices it is longer than the context: what is left are the short ones."""
+    path = judged[0] / "reports/answers/chosen/dualign.parquet"
+    rows = read_table(path, CHOICES)
+    write_parquet(path, rows.assign(score=rows["score"].where(rows.index >= 3)), CHOICES)
+    table = shown(suites.section(FinishedRun(*judged)))["suites"][1]
+    assert table["failures"] == [
+        "3 of 80 verdicts by (log-likelihood) (longer than the context: 3)"
+    ]
 
 
 def test_labels_of_one_policy_alone_have_no_differences(judged: Run) -> None:
