@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from pydantic import ValidationError
 
+from dualign.certify.certificate import CERTIFICATES, FILE, read
+from dualign.certify.evidence import check_files
 from dualign.core.errors import DataError
 from dualign.core.records import (
     Certified,
@@ -82,7 +84,8 @@ def published(root: Path, folder: str) -> Published:
     """What a finished run in `root` says of the policy in models/FOLDER.
 
     Data, base and certificate are those of the stages that made it, whatever params.yaml names by
-    now. Raises DualignError where there is no such policy, or no report that compares it.
+    now. Raises DualignError where there is no such policy, no report that compares it, or where it
+    is not the one that its certificate is about.
     """
     policy = root / "models" / folder
     if not is_policy(policy) or (policy / SCORER).is_file():
@@ -92,18 +95,30 @@ def published(root: Path, folder: str) -> Published:
     compared = read_record(root / COMPARISON, Comparison)
     kind, _, run = folder.partition("/")
     named = [name for name, row in compared.policies.items() if row.folder == folder]
-    certificate = root / "reports/metrics/certify" / f"{run}.json"
     return Published(
         root,
         folder,
         named[0] if named else None,
         compared.policies[named[0]] if named else None,
         compared.policies.get(compared.reference),
-        read_optional_record(certificate, Certified) if kind == "certified" else None,
+        _certificate_of(root, policy, run) if kind == "certified" else None,
         _ran_with(ReportParams, root),
         _ran_with(PrepareParams, root),
         _ran_with(SftParams, root),
     )
+
+
+def _certificate_of(root: Path, policy: Path, run: str) -> Certified | None:
+    """What `certify` said of the policy in a folder, whose files are those that it tested."""
+    issued = root / CERTIFICATES / run / FILE
+    if issued.is_file():
+        found = read(issued)
+        tested = found.weights.get(found.returned or "", {})
+        try:
+            check_files(policy, tested, f"the policy {found.returned!r}")
+        except DataError as error:
+            raise DataError(f"{error}; run certify again, or bring back its files") from error
+    return read_optional_record(root / "reports/metrics/certify" / f"{run}.json", Certified)
 
 
 def _ran_with(params: type[P], root: Path) -> P:

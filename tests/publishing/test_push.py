@@ -11,6 +11,9 @@ import torch
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM
 
+from dualign.certify.certificate import Certificate
+from dualign.certify.evidence import files
+from dualign.certify.requirement import Requirement
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DataError
 from dualign.core.records import Certified, Comparison, Provenance, as_row
@@ -137,6 +140,26 @@ def test_the_certificate_is_the_one_that_came_with_the_policy(run: Path) -> None
     write_json(run / "reports/metrics/certify/strict.json", as_row(found))
     assert "Kept. Such a test" in policy_card(published(run, "certified/strict"), "o/it").text
     assert "None: this policy was not tested" in policy_card(published(run, "sft"), "o/it").text
+    issued = certificate_of("strict", files(run / "models/certified/strict"))
+    write_json(run / "reports/certificate/strict/certificate.json", issued.model_dump())
+    assert published(run, "certified/strict").certificate == found
+    (run / "models/certified/strict/config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"not the one certified: config\.json: .*; run certify"):
+        published(run, "certified/strict")
+
+
+def certificate_of(name: str, weights: dict[str, str]) -> Certificate:
+    """A certificate of one policy with these files."""
+    limit = Requirement(name="c", quantity="cost", limit=0.0, method="clustered_t")
+    none: dict[str, Any] = {
+        key: {} for key in ("ended", "tables", "labels", "sampling_seeds", "versions")
+    }
+    none |= dict.fromkeys(("plan", "prompts", "limits", "policy", "cost_model"))
+    return Certificate(
+        delta=0.05, seed=0, max_new_tokens=9, requirements=(limit,), candidates=(name,),
+        tested=(), certified=(name,), returned=name, samples_per_prompt=1, same=(),
+        weights={name: weights}, **none,
+    )  # fmt: skip
 
 
 def write_comparison(root: Path) -> None:
