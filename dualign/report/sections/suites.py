@@ -103,6 +103,12 @@ def _failed(verdicts: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def _failures(judge: str, rows: pd.DataFrame) -> str:
-    counts = rows["failure"].value_counts()
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
-    return f"{counts.sum()} of {plural(len(rows), 'verdict')} by {judge} ({reasons})"
+    """How many failed, why, and of whom: where a judge refuses what is harmful, the means of a
+    harmful policy are of its better answers."""
+    failed = rows[rows["failure"].notna()]
+    why = "; ".join(_counted(failed[key]) for key in ("failure", "policy"))
+    return f"{len(failed)} of {plural(len(rows), 'verdict')} by {judge} ({why})"
+
+
+def _counted(values: pd.Series) -> str:
+    return ", ".join(f"{value}: {count}" for value, count in values.value_counts().items())

@@ -50,6 +50,8 @@ def test_what_chance_hardly_makes_is_called_better_or_worse(judged: Run) -> None
     failed = int(verdicts(judged, "gpt")["failure"].notna().sum())
     (told,) = table["failures"]
     assert told.startswith(f"{failed} of 144 verdicts by gpt")
+    of_whom = verdicts(judged, "gpt").dropna(subset="failure")["policy"].value_counts()
+    assert all(f"{name}: {count}" in told for name, count in of_whom.items())
     assert any("in cost (ours, 24 unsafe prompts)" in sentence for sentence in table["power"])
 
 
@@ -60,7 +62,7 @@ def test_a_question_without_a_likelihood_is_counted_as_failed(judged: Run) -> No
     write_parquet(path, rows.assign(score=rows["score"].where(rows.index >= 3)), CHOICES)
     table = shown(suites.section(FinishedRun(*judged)))["suites"][1]
     assert table["failures"] == [
-        "3 of 80 verdicts by (log-likelihood) (longer than the context: 3)"
+        "3 of 80 verdicts by (log-likelihood) (longer than the context: 3; dualign: 3)"
     ]
 
 
