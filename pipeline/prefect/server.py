@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import os
 import signal
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from pipeline.errors import PipelineError
 
@@ -133,11 +135,20 @@ def _start() -> None:
     server a run that stops asks for minutes."""
     from prefect.server.api.server import SubprocessASGIServer
 
+    server = SubprocessASGIServer()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the process inherits it
     try:
-        SubprocessASGIServer().start()
+        server.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    signal.signal(signal.SIGTERM, functools.partial(_end_with, server.stop))
+
+
+def _end_with(stop: Callable[[], None], number: int, frame: Any) -> None:
+    """End by a signal that Python does not clean up after, as it would, but not before `stop`."""
+    stop()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def _use(api: str) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.pipeline.project import Project, environment
@@ -89,8 +90,13 @@ def test_a_server_of_ones_own_that_does_not_come_up_is_one_line(
     assert "Traceback" not in said
 
 
-def test_ctrl_c_in_a_terminal_reaches_no_server_of_ones_own(project: Project, home: Path) -> None:
-    """A terminal sends it to all processes; without its server the run would ask for minutes."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_of_ones_own_outlives_no_run_and_hears_no_ctrl_c(
+    project: Project, home: Path, number: signal.Signals
+) -> None:
+    """A terminal sends it to all processes; without its server the run would ask for minutes.
+    SIGTERM goes to the run alone.
+    """
     project.set(first={"then": "wait"})
     bare = {name: value for name, value in environment().items() if not name.startswith("PREFECT_")}
     run = subprocess.Popen(
@@ -103,8 +109,14 @@ def test_ctrl_c_in_a_terminal_reaches_no_server_of_ones_own(project: Project, ho
     )
     assert run.stderr is not None
     assert any("step 1 of 2" in line for line in run.stderr)
-    os.killpg(run.pid, signal.SIGINT)
+    below = psutil.Process(run.pid).children(recursive=True)  # the stage, and the server
+    assert any("uvicorn" in process.cmdline() for process in below)
+    if number == signal.SIGINT:
+        os.killpg(run.pid, number)
+    else:
+        os.kill(run.pid, number)
     rest = run.stderr.read()
     run.stderr.close()
-    assert run.wait() == 130, rest
+    assert run.wait() == (130 if number == signal.SIGINT else -number), rest
     assert "Cancelled" in rest and "Unable to connect" not in rest and "Traceback" not in rest
+    assert psutil.wait_procs(below, timeout=30)[1] == []
