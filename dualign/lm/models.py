@@ -442,6 +442,7 @@ def load_scorer_backbone(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
     resources: Resources,
+    seed: int,
     *,
     trained: bool = True,
 ) -> PreTrainedModel:
@@ -449,7 +450,7 @@ def load_scorer_backbone(
 
     A head that the checkpoint has is kept; a fresh one begins at zero. `trained` as for
     `load_policy`."""
-    with seeded(0):  # a head is drawn before it is set to zero, and nobody else's draws may move
+    with seeded(seed):
         model, missing = load_reported(
             AutoModelForSequenceClassification, path, dtype="auto", fresh=("score.",), num_labels=1
         )

@@ -64,7 +64,7 @@ PESSIMISTIC = PessimismParams(share=0.4, reward=2.0, cost=0.0)
 def scorer(
     folder: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources, seed: int
 ) -> Any:
-    model = load_scorer_backbone(str(folder), tokenizer, resources)
+    model = load_scorer_backbone(str(folder), tokenizer, resources, seed)
     torch.nn.init.normal_(model.score.weight, std=0.5)
     return model
 
