@@ -71,7 +71,9 @@ COMMANDS = {
         "run other training seeds, and this run, and show them side by side in the report",
         PIPELINE,
     ),
-    "since": Command("put an earlier run beside this one: the report shows what changed", PIPELINE),
+    "since": Command(
+        "put an earlier run beside this one: the report shows what changed since", PIPELINE
+    ),
     "deploy": Command(
         "tell a Prefect server how workers run a stage: pools and the deployments of prefect.yaml",
         PIPELINE,

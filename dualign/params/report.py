@@ -51,16 +51,3 @@ class ReportParams(StageParams):
     methods: Rows
     title: str
     sample_prompts: Annotated[int, Field(ge=0, le=10_000)]
-
-    def named(self, stage: str, item: str | None) -> bool:
-        """Whether an instance of a stage is one of these params, as the only one (None) is. Files
-        of others may lie beside its own, of a row that was removed or renamed.
-        """
-        rows = {
-            "dual_search": self.methods,
-            "certify": self.certificates,
-            "evaluate": self.policies,
-            "answer": self.suites,
-            "judge": self.judges,
-        }
-        return item is None or item in rows.get(stage, getattr(self, stage, ()))

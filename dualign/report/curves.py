@@ -12,6 +12,7 @@ from typing import Any
 from dualign.core.artifacts import listed, replacing, write_rows
 from dualign.core.records import HistoryRow, LossRow, SearchResult, SearchStep, as_row, read_record
 from dualign.params.report import ReportParams
+from dualign.report.named import named
 
 LOSSES = ("run", "step", "loss")
 SEARCHES = ("run", "step", "lam", "cost", "reward", "kl")
@@ -33,7 +34,7 @@ def losses(folder: Path, params: ReportParams) -> list[dict[str, Any]]:
     for path in listed(folder, "**/*.json"):
         name = path.relative_to(folder).with_suffix("").as_posix()
         stage, _, item = name.partition("/")
-        if not params.named(stage, item or None):
+        if not named(params, stage, item or None):
             continue
         rows = read_record(path, list[LossRow])
         table += [{"run": _run(name, row), **as_row(row)} for row in rows if row.step is not None]
@@ -49,7 +50,7 @@ def searches(folder: Path, params: ReportParams) -> list[dict[str, Any]]:
     """The multiplier and what was measured there, by search and step."""
     table = []
     paths = listed(folder, "*.json")
-    for path in (path for path in paths if params.named("dual_search", path.stem)):
+    for path in (path for path in paths if named(params, "dual_search", path.stem)):
         result = read_record(path, SearchResult)
         table += [{**as_row(row), "run": result.name} for row in trajectory(result)]
     return table

@@ -53,7 +53,7 @@ def test_labels_replace_the_cost_that_the_search_goes_by_and_nothing_else(
 def test_many_labels_agree_with_the_cost_model(
     params: DualSearchParams, resources: Resources, inputs: Inputs, tmp_path: Path
 ) -> None:
-    every = params.feedback.model_copy(update={"prompts": len(PROMPTS), "labels": 4000})
+    every = params.feedback.model_copy(update={"prompts": len(PROMPTS), "labels": 40_000})
     many = params.model_copy(update={"feedback": every})
     found = bench_of(many, resources, inputs, tmp_path, cost="feedback").measure(
         0, str(inputs.models / "sft")

@@ -233,7 +233,7 @@ def test_the_certificate_tells_where_answers_were_cut_and_how_many_ended(
         share = float(
             read_table("reports/certificate/it/00-answers.parquet", ANSWERS)["ended"].mean()
         )
-        assert 0 < share < 0.5 and found.returned == returned
+        assert share < 0.5 and found.returned == returned
         assert (found.max_new_tokens, found.ended) == (40, {"reward_dpo/helpful": share})
         said = f"for answers of at most 40 tokens, of which {100 * share:.4g} % ended by themselves"
         assert (

@@ -19,6 +19,7 @@ from dualign.core.records import (
 )
 from dualign.params.stages import STAGES
 from dualign.report.formatting import MINUS, NONE, compact, number, percent, spoken
+from dualign.report.named import named
 from dualign.report.sections.base import FinishedRun, Row, Section
 
 #: Stages whose metrics the page prints as they are, under these headings.
@@ -159,7 +160,7 @@ def provenance(run: FinishedRun) -> list[Provenance]:
     made = [
         stage
         for stage in read_provenance(run.root)
-        if stage.stage != "report" and run.params.named(stage.stage, stage.item)
+        if stage.stage != "report" and named(run.params, stage.stage, stage.item)
     ]
     return sorted(made, key=lambda stage: (order.index(stage.stage), stage.item or ""))
 
