@@ -288,7 +288,7 @@ def test_the_command_runs_is_taken_up_and_tells_no_folder(
         f" {tmp_path}/work "
     )
     options += (
-        "--reserved 8 --prompts 6 --samples 8 --few 4 --room 0.05 --resamples 10 --second 1 --out"
+        "--reserved 8 --prompts 6 --samples 8 --few 4 --room -0.05 --resamples 10 --second 1 --out"
         f" {tmp_path}/out"
     )
     with warm(tmp_path_factory.mktemp("warm")) as python:
