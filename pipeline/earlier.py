@@ -18,6 +18,7 @@ from pipeline.dvc.checkout import asked, git
 from pipeline.dvc.parameters import replace_file
 from pipeline.errors import PipelineError
 
+#: What the report compares of a run.
 COMPARISON = "reports/comparison.json"
 PROVENANCE = "reports/provenance"
 #: Where the report looks for it.

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from pipeline import yaml_text
 from pipeline.dvc.parameters import replace_file
+from pipeline.earlier import COMPARISON
 from pipeline.errors import PipelineError
 from pipeline.sweep import GOOD, Point, sweep
 
-#: The stage that sets seeds side by side, and what it writes of each.
+#: The stage that sets seeds side by side.
 REPORT = "report"
-COMPARISON = "reports/comparison.json"
 #: Where the report looks for the comparisons of other runs.
 GATHERED = Path("reports/seeds")
 

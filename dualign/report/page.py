@@ -112,8 +112,7 @@ def _render(run: FinishedRun) -> str:
 
 def _versions(run: FinishedRun) -> dict[str, str | None]:
     """The versions that the last stage ran with."""
-    stages = facts.provenance(run)
-    return stages[-1].versions if stages else {}
+    return run.provenance[-1].versions if run.provenance else {}
 
 
 @functools.cache

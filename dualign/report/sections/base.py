@@ -15,16 +15,20 @@ from dualign.core.records import (
     Comparison,
     Frontier,
     FrontierRow,
+    Provenance,
     SolvedDual,
     read_optional_record,
+    read_provenance,
 )
 from dualign.params.report import ReportParams
+from dualign.params.stages import STAGES
 from dualign.report.charts import svg
 from dualign.report.comparison import REFERENCE, compare, read_answers
 from dualign.report.diagnosis import AdditionalLimit, Predicted, additional_constraints, predicted
 from dualign.report.formatting import percent
 from dualign.report.judged import read_verdicts
 from dualign.report.multipliers import solved_dual
+from dualign.report.named import named
 
 Row = dict[str, Any]
 
@@ -77,6 +81,19 @@ class FinishedRun:
     def answers(self) -> dict[str, pd.DataFrame]:
         """The generated answers of every policy that has any."""
         return read_answers(self.root, self.params.policies)
+
+    @cached_property
+    def provenance(self) -> list[Provenance]:
+        """What each stage took, in the order of the pipeline; not the report, which has not ended,
+        and no instance that params no longer name.
+        """
+        order = list(STAGES)
+        made = [
+            stage
+            for stage in read_provenance(self.root)
+            if stage.stage != "report" and named(self.params, stage.stage, stage.item)
+        ]
+        return sorted(made, key=lambda stage: (order.index(stage.stage), stage.item or ""))
 
     @cached_property
     def dual(self) -> SolvedDual | None:

@@ -21,7 +21,6 @@ from dualign.evaluation.measures import MEASURES, OF_RUNS, Measure
 from dualign.report.changes import at_level, change, changed_settings, label
 from dualign.report.differences import one_family, shown
 from dualign.report.sections.base import FinishedRun, Row, Section
-from dualign.report.sections.facts import provenance
 
 #: The policy and the measure.
 Key = tuple[str, str]
@@ -32,7 +31,7 @@ def section(run: FinishedRun) -> Section | None:
     earlier = _earlier(run.root)
     if earlier is None:
         return None
-    stages = provenance(run)
+    stages = run.provenance
     then = earlier.comparison.policies
     both = run.in_order(then.keys() & run.comparison.policies.keys())
     cells = _cells(run, earlier, both)
@@ -78,13 +77,14 @@ def _cells(run: FinishedRun, earlier: EarlierRun, names: list[str]) -> dict[Key,
     """The change of each measure that both runs know of a policy, as the page shows it."""
     now, then = run.comparison.policies, earlier.comparison.policies
     level = run.params.confidence
-    tables = []
+    found = []
     for name, measure in product(names, OF_RUNS):
         was, became = _interval(then[name], measure), _interval(now[name], measure)
         if was is not None and became is not None:
-            found = change(at_level(was, earlier.comparison.confidence, level), became, level)
-            tables.append(pd.DataFrame([{**found, "policy": name, "key": measure.key}]))
-    changes = one_family(tables, "policy", "key")
+            before = at_level(was, earlier.comparison.confidence, level)
+            changed = change(before, became, level)
+            found.append({**changed, "policy": name, "key": measure.key})
+    changes = one_family([pd.DataFrame(found)], "policy", "key")
     better = {measure.key: measure.better for measure in MEASURES}
     return {
         (row["policy"], row["key"]): shown(row, better[row["key"]], 1 - level)

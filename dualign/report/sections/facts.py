@@ -15,11 +15,8 @@ from dualign.core.records import (
     PreparedMetrics,
     Provenance,
     read_optional_record,
-    read_provenance,
 )
-from dualign.params.stages import STAGES
 from dualign.report.formatting import MINUS, NONE, compact, number, percent, spoken
-from dualign.report.named import named
 from dualign.report.sections.base import FinishedRun, Row, Section
 
 #: Stages whose metrics the page prints as they are, under these headings.
@@ -65,7 +62,7 @@ def section(run: FinishedRun) -> Section:
         "prepared": _prepared(run.root),
         "quarantine": _quarantine(run.root),
         "models": _models(run.root),
-        "provenance": provenance(run),
+        "provenance": run.provenance,
         "rates": rates,
     }
     return Section("facts", "Data and models", values)
@@ -150,19 +147,6 @@ def _fact(key: str, value: Any) -> str:
 
 def _is_share(key: str) -> bool:
     return any(word in key for word in _SHARES)
-
-
-def provenance(run: FinishedRun) -> list[Provenance]:
-    """What each stage took, in the order of the pipeline; not the report, which has not ended, and
-    no instance that params no longer name.
-    """
-    order = list(STAGES)
-    made = [
-        stage
-        for stage in read_provenance(run.root)
-        if stage.stage != "report" and named(run.params, stage.stage, stage.item)
-    ]
-    return sorted(made, key=lambda stage: (order.index(stage.stage), stage.item or ""))
 
 
 def rates(stage: Provenance) -> str:

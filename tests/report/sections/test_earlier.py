@@ -15,7 +15,6 @@ from dualign.params.report import ReportParams
 from dualign.report.page import write
 from dualign.report.sections import earlier
 from dualign.report.sections.base import FinishedRun
-from dualign.report.sections.facts import provenance
 from tests.report.conftest import shown
 
 Run = tuple[Path, ReportParams]
@@ -29,7 +28,7 @@ def kept(run: Run) -> dict[str, Any]:
         commit="0123456789abcdef",
         date="2026-11-30",
         comparison=finished.comparison,
-        stages=provenance(finished),
+        stages=finished.provenance,
     )
     row: dict[str, Any] = as_row(record)
     return row
