@@ -1,10 +1,10 @@
-"""The tables of a finished run as Markdown: policies, scorers, certificates, what judges are worth,
-time and memory of every stage.
+"""The tables of a finished run as Markdown: policies and how they differ from the reference,
+scorers, certificates, what judges are worth, time and memory of every stage.
 
     python -m bench.real --run . --name smollm2-cpu
 
 Reads reports/ of the run that lies in `--run` and writes bench/results/NAME.md and NAME.json.
-Nothing is computed anew but how judges agree and differ, as on the page of the report."""
+Nothing is computed anew but how policies and judges differ, as on the page of the report."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from typing import Any
 from bench import options
 from dualign.core.artifacts import listed, read_json
 from dualign.core.errors import one_line
-from dualign.core.records import ComparedPolicy, Comparison, Provenance, read_record
+from dualign.core.records import ComparedPolicy, Comparison, Provenance, as_row, read_record
 from dualign.params.report import ReportParams
-from dualign.report.sections import judges
+from dualign.report.sections import differences, judges
 from dualign.report.sections.base import FinishedRun
 
 log = logging.getLogger(__name__)
 
 PROGRAM = "python -m bench.real"
+#: Measures of a candidate beside its bounds.
+_TOLD = ("reward", "ended")
 _MEASURES = ("reward", "cost", "p_unsafe", "kl", "length", "ended", "displacement")
 
 
@@ -34,6 +36,7 @@ def collect(run: Path) -> dict[str, Any]:
     of stages.
     """
     compared = read_record(run / "reports/comparison.json", Comparison)
+    page = _finished(run)
     scorers = {
         name: read_json(run / f"reports/metrics/{name}.json")
         for name in ("reward_model", "cost_model")
@@ -44,19 +47,33 @@ def collect(run: Path) -> dict[str, Any]:
         "policies": {name: _row(row) for name, row in compared.policies.items()},
         "uncertified": compared.uncertified,
         "scorers": {name: _scorer(metrics) for name, metrics in scorers.items()},
-        "certificates": {name: found.statement for name, found in compared.certificates.items()},
+        "differences": _from_reference(page),
+        "certificates": {name: as_row(found) for name, found in compared.certificates.items()},
         "pool": read_json(run / "reports/metrics/score.json")["pool"],
-        **_judged(run),
+        **_judged(page),
         "stages": [price for price in prices if price["stage"] != "report"],
     }
 
 
-def _judged(run: Path) -> dict[str, Any]:
+def _finished(run: Path) -> FinishedRun:
+    """The run as its report read it."""
+    ran = read_record(run / "reports/provenance/report.json", Provenance)
+    return FinishedRun(run, ReportParams.model_validate(ran.params))
+
+
+def _from_reference(run: FinishedRun) -> dict[str, Any]:
+    """By policy and measure, the paired difference from the reference policy."""
+    section = differences.section(run)
+    tables = section.values["tables"] if section else []
+    found = [table["rows"] for table in tables if table["name"] == run.comparison.reference]
+    return {row["name"]: row["cells"] for rows in found for row in rows}
+
+
+def _judged(run: FinishedRun) -> dict[str, Any]:
     """How judges agree with people, and by suite and independent judge what every policy gained by
     the training scorers and by that judge, in standard deviations of the reference's scores.
     """
-    ran = read_record(run / "reports/provenance/report.json", Provenance)
-    section = judges.section(FinishedRun(run, ReportParams.model_validate(ran.params)))
+    section = judges.section(run)
     if section is None:
         return {"people": {}, "gaps": []}
     gaps = [
@@ -101,17 +118,16 @@ def page(found: dict[str, Any], command: str) -> str:
         cells = [_cell(row[measure]) for measure in _MEASURES]
         lines.append(options.line([name, *cells]))
     lines += [f"| {name} | no certified policy |" for name in found["uncertified"]]
-    lines += ["", *options.head(["scorer", "measured on held-out pairs"])]
+    lines += ["", *_differences(found["differences"])]
+    lines += options.head(["scorer", "measured on held-out pairs"])
     for name, metrics in found["scorers"].items():
         told = ", ".join(
             f"{key} {value:.3f}" for key, value in metrics.items() if isinstance(value, float)
         )
         lines.append(f"| {name} | {told} |")
-    lines += [
-        "",
-        *(f"Certificate `{name}`: {said}." for name, said in found["certificates"].items()),
-        "",
-    ]
+    lines.append("")
+    for name, certificate in found["certificates"].items():
+        lines += [*_candidates(name, certificate)]
     lines += [*_judges(found["people"], found["gaps"])]
     lines += options.head(["stage", "seconds", "peak MiB"])
     lines += [
@@ -123,6 +139,41 @@ def page(found: dict[str, Any], command: str) -> str:
         f" {max(row['mib'] for row in found['stages']):.0f} |"
     )
     return "\n".join(lines) + "\n"
+
+
+def _differences(found: dict[str, Any]) -> Iterator[str]:
+    """The table of paired differences, with an empty line after it; nothing without any."""
+    if not found:
+        return
+    measures = [measure for measure in _MEASURES if any(row.get(measure) for row in found.values())]
+    yield from options.head(["minus the reference, paired", *measures])
+    for name, row in found.items():
+        yield options.line([name, *(_difference(row.get(measure)) for measure in measures)])
+    yield ""
+    yield "In bold what chance does not make, after Holm's correction."
+    yield ""
+
+
+def _difference(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return ""
+    told = _cell([cell[key] for key in ("mean", "low", "high")])
+    return f"**{told}**" if cell["standing"] else told
+
+
+def _candidates(name: str, certificate: dict[str, Any]) -> Iterator[str]:
+    """What a certificate says, and each test behind it."""
+    yield f"Certificate `{name}`: {certificate['statement']}."
+    yield ""
+    required = [row["name"] for row in certificate["requirements"]]
+    named = [f"{what} {of}" for what in required for of in ("estimate", "bound")]
+    yield from options.head(["candidate, safest first", *named, "reward", "ended", "passed"])
+    for test in certificate["tests"]:
+        bounds = [f"{check[key]:.3f}" for check in test["checks"] for key in ("estimate", "bound")]
+        means = [_cell([test[key][end] for end in ("mean", "low", "high")]) for key in _TOLD]
+        passed = "yes" if test["certified"] else "no"
+        yield options.line([test["candidate"], *bounds, *means, passed])
+    yield ""
 
 
 def _judges(people: dict[str, Any], gaps: list[dict[str, Any]]) -> Iterator[str]:
