@@ -28,6 +28,7 @@ from transformers import (
 
 from dualign.core.artifacts import read_json
 from dualign.core.errors import DualignError
+from dualign.core.records import Comparison, read_record
 from dualign.params.loading import check, load, load_resources
 from dualign.params.stages import STAGES
 from dualign.params.training import SafetyPathParams
@@ -268,6 +269,28 @@ def test_a_preset_runs_from_its_data_to_its_report(
     compared = read_json("reports/comparison.json")
     assert set(compared["policies"]) == set(thinned["evaluate"]["policies"])
     assert thinned["report"]["title"] in Path("reports/index.html").read_text()
+
+
+def test_an_audit_certifies_the_base_and_trains_no_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = cut(shipped.preset("audit"), tmp_path / "base")
+    check(copy.deepcopy(content), "params.yaml")
+    write_base("llama", "chatml", tmp_path / "base")
+    Path("dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+    Path("data/raw").mkdir(parents=True)
+    with contextlib.closing(Repo.init(str(tmp_path), no_scm=True)):
+        dag = graph(content)
+    for name in ordered(dag):
+        run_stage(name)
+    assert {path.name for path in Path("models").iterdir()} == {
+        "sft", "reward_model", "cost_model", "certified",
+    }  # fmt: skip
+    compared = read_record("reports/comparison.json", Comparison)
+    assert compared.certificates["audited"].returned == "sft" == compared.recommended
+    for file in Path("models/sft").glob("*.safetensors"):
+        assert file.read_bytes() == Path("models/certified/audited", file.name).read_bytes()
 
 
 def test_sacpo_is_trained_at_the_published_coefficients() -> None:

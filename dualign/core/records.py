@@ -425,6 +425,11 @@ class Certified(Record):
     candidates: list[str]
     tests: list[CandidateTest]
 
+    @property
+    def passed(self) -> CandidateTest | None:
+        """The test of what is returned; None where nothing is."""
+        return next((test for test in self.tests if test.candidate == self.returned), None)
+
 
 class ComparedConstraint(LimitedInterval):
     """An additional constraint on a policy's answers, and whether it is kept."""

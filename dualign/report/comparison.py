@@ -143,10 +143,15 @@ def read_certificates(root: Path, names: Iterable[str]) -> dict[str, Certified]:
     return {name: known for name, known in found.items() if known is not None}
 
 
-def _certified(folder: str, certificates: dict[str, Certified]) -> bool:
-    """Whether a folder holds what a certificate is about."""
-    where, _, name = folder.partition("/")
-    return where == "certified" and name in certificates and bool(certificates[name].returned)
+def certified_by(folder: str, certificates: Mapping[str, Certified]) -> str | None:
+    """The certificate that returned the policy in a folder of models/: as models/certified/NAME,
+    or as the candidate that it is without a merge. None where none did."""
+    for name, found in certificates.items():
+        passed = found.passed
+        whole = passed.policy if passed and passed.q == 1.0 else None
+        if passed and folder in (f"certified/{name}", whole):
+            return name
+    return None
 
 
 def win_rate(
@@ -233,7 +238,7 @@ def _compared(
     return ComparedPolicy(
         folder=folder,
         kind=_kind(folder),
-        certified=_certified(folder, certificates),
+        certified=certified_by(folder, certificates) is not None,
         standing=None if limit is None else _worst(evaluated.cost, limit, additional),
         prompts=evaluated.prompts,
         answers=evaluated.answers,
@@ -284,7 +289,12 @@ def _recommended(rows: Mapping[str, ComparedPolicy], tested: bool) -> str | None
         name: row.reward.mean for name, row in rows.items()
         if row.reward and (row.certified if tested else row.standing == "within")
     }  # fmt: skip
-    return max(within, key=lambda name: within[name], default=None)
+
+    def order(name: str) -> tuple[float, bool]:
+        """Of equals the certificate's own folder: it holds the policy as it was tested."""
+        return within[name], rows[name].folder.startswith("certified/")
+
+    return max(within, key=order, default=None)
 
 
 def _nearest(rows: Mapping[str, ComparedPolicy], limit: float | None) -> str | None:

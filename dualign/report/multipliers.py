@@ -75,9 +75,7 @@ def merged_multiplier(q: float, lam: float | None, partner: float | None) -> flo
 
 def _certified(root: Path, certificate: Certified | None) -> Multiplier:
     """That of the returned candidate."""
-    if certificate is None:
-        return Multiplier()
-    test = next((t for t in certificate.tests if t.candidate == certificate.returned), None)
+    test = certificate.passed if certificate else None
     if test is None:
         return Multiplier()
     policy = nominal_multiplier(root, test.policy, {})

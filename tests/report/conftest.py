@@ -473,15 +473,15 @@ def _write_provenance(root: Path) -> None:
         write_json(root / "reports/provenance" / f"{name}.json", content)
 
 
-def certify(root: Path, bounds: list[float]) -> ReportParams:
+def certify(root: Path, bounds: list[float], fallback: str = "safety_dpo/only") -> ReportParams:
     """Add a certificate whose candidates have these bounds, the last one certified evaluated as
     `certified`.
 
     Its answers are those of dualign. Bounds are 0.05 above the estimates; a candidate is left over
     at the end."""
     weights = [1.5 - 0.1 * k for k in range(len(bounds))]
-    names = ["safety_dpo/only", *(f"aligned/dualign at {q:g}" for q in weights)]
-    made = [{"policy": "safety_dpo/only", "partner": "safety_dpo/only", "q": 1.0}]
+    names = [fallback, *(f"aligned/dualign at {q:g}" for q in weights)]
+    made = [{"policy": fallback, "partner": fallback, "q": 1.0}]
     made += [
         {"policy": "aligned/dualign", "partner": "reward_dpo/helpful", "q": q} for q in weights
     ]
@@ -539,7 +539,7 @@ def certify(root: Path, bounds: list[float]) -> ReportParams:
     evaluation = root / "reports/evaluation"
     measures = root / "reports/metrics/evaluate"
     if passed:
-        shutil.copytree(evaluation / "dualign", evaluation / "certified")
+        shutil.copytree(evaluation / "dualign", evaluation / "certified", dirs_exist_ok=True)
         shutil.copy(measures / "dualign.json", measures / "certified.json")
     else:
         write_parquet(evaluation / "certified/answers.parquet", [], ANSWERS)

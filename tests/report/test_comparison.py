@@ -18,6 +18,7 @@ from dualign.params.loading import load
 from dualign.params.report import ReportParams
 from dualign.params.stages import STAGES
 from dualign.report.comparison import compare, mean_gain, params_digests, win_rate
+from tests.report.conftest import certify
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -201,6 +202,33 @@ def test_with_certificates_only_a_certified_policy_is_recommended(
     assert table.recommended == "certified" and table.policies["certified"].certified
     assert not table.policies["dualign"].certified and table.policies["certified"].trainings is None
     assert list(table.certificates) == ["dualign"]
+
+
+def test_a_policy_that_a_certificate_returned_as_it_is_is_certified_where_it_lies_too(
+    run: Run,
+) -> None:
+    """Merges have a folder of their own; a fallback is also the policy that was trained."""
+    root, params = run
+    named = {**params.policies, "certified": "certified/dualign"}
+    both = ("certified/dualign", "safety_dpo/only")
+    certify(root, [-0.6, 0.1])
+    table = compare(root, named, params.certificates, params.confidence)
+    assert {row.folder for row in table.policies.values() if row.certified} == set(both)
+    del named["certified"]
+    table = compare(root, named, params.certificates, params.confidence)
+    assert table.recommended == "safety_only"
+    certify(root, [-0.6, -0.3, 0.1])
+    table = compare(root, named, params.certificates, params.confidence)
+    assert table.recommended is None, "a bolder candidate, a merge, was returned"
+
+
+def test_of_equals_the_folder_that_certify_wrote_is_recommended(run: Run) -> None:
+    root, params = run
+    certify(root, [-0.6, 0.1], fallback="aligned/dualign")  # `certified` has dualign's answers
+    named = {**params.policies, "certified": "certified/dualign"}
+    table = compare(root, named, params.certificates, params.confidence)
+    assert table.policies["dualign"].reward == table.policies["certified"].reward
+    assert table.policies["dualign"].certified and table.recommended == "certified"
 
 
 def test_without_a_certified_policy_none_is_recommended(certified: Callable[..., Run]) -> None:

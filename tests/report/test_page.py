@@ -21,6 +21,7 @@ from dualign.core.errors import DualignError
 from dualign.params.report import ReportParams
 from dualign.report.formatting import number
 from dualign.report.page import write
+from tests.report.conftest import certify, report_params
 
 Run = tuple[Path, ReportParams]
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -242,6 +243,17 @@ def test_the_search_of_a_certified_policy_is_shown_once(certified: Callable[...,
     assert (
         render(*certified([-0.6, -0.3, -0.1])).within("id", "searches").count("dualign found") == 1
     )
+
+
+def test_a_reference_that_is_certified_as_it_is_is_the_one_to_keep(run: Run) -> None:
+    """An audit trains nothing: the certificate is of the model that was brought."""
+    root, _ = run
+    certify(root, [-0.3], fallback="sft")
+    alone = report_params({"sft": "sft"})
+    verdict = render(root, alone).within("id", "verdict")
+    assert "Keep the reference policy, sft" in verdict
+    assert "sft is certified: with 95% confidence its expected cost is at most −0.30" in verdict
+    assert "was not evaluated" not in verdict and "no policy with more reward" not in verdict
 
 
 def test_no_certified_policy_is_the_answer(certified: Callable[..., Run]) -> None:

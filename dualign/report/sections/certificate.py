@@ -44,7 +44,7 @@ def cards(run: FinishedRun) -> list[Card]:
 
 
 def _card(name: str, found: Certified, dual: SolvedDual | None) -> Card:
-    last = next((t for t in found.tests if t.candidate == found.returned), found.tests[0])
+    last = found.passed or found.tests[0]
     promises = [required_in_words(required) for required in found.requirements]
     checked = zip(promises, last.checks, strict=True)
     return Card(
