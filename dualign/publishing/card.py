@@ -36,6 +36,7 @@ from dualign.params.models import SftParams
 from dualign.params.report import ReportParams
 from dualign.publishing.licences import NON_COMMERCIAL, licence_of, licence_of_base, together
 from dualign.publishing.suites import interval, judged_suites
+from dualign.report.comparison import certified_by
 from dualign.scoring.scorers import CARD as SCORER
 
 P = TypeVar("P", bound=StageParams)
@@ -49,7 +50,8 @@ _SHOWN = {measure.key: measure.card for measure in MEASURES if measure.card}
 class Published:
     """A policy of a finished run: its folder under models/, and what the run says of it.
 
-    `name` is its row among `evaluate.policies`, None where it has none."""
+    `name` is its row among `evaluate.policies`, None where it has none. `returned_by` is the row of
+    `certify` that returned this policy, which `certificate` tells of the folder that it wrote."""
 
     root: Path
     folder: str
@@ -57,6 +59,7 @@ class Published:
     row: ComparedPolicy | None
     reference: ComparedPolicy | None
     certificate: Certified | None
+    returned_by: str | None
     compared: ReportParams
     data: PrepareParams
     base: SftParams
@@ -94,18 +97,32 @@ def published(root: Path, folder: str) -> Published:
         raise DataError(f"{root / COMPARISON}: is missing; run the stage report first")
     compared = read_record(root / COMPARISON, Comparison)
     kind, _, run = folder.partition("/")
-    named = [name for name, row in compared.policies.items() if row.folder == folder]
+    name = _evaluated(folder, compared)
     return Published(
         root,
         folder,
-        named[0] if named else None,
-        compared.policies[named[0]] if named else None,
+        name,
+        compared.policies[name] if name else None,
         compared.policies.get(compared.reference),
         _certificate_of(root, policy, run) if kind == "certified" else None,
+        certified_by(folder, compared.certificates),
         _ran_with(ReportParams, root),
         _ran_with(PrepareParams, root),
         _ran_with(SftParams, root),
     )
+
+
+def _evaluated(folder: str, compared: Comparison) -> str | None:
+    """The policy in a folder by the name that it was evaluated under; one that was certified as it
+    is may have been evaluated where it was trained."""
+    folders = {row.folder: name for name, row in compared.policies.items()}
+    kind, _, run = folder.partition("/")
+    alike = [
+        name
+        for trained, name in folders.items()
+        if kind == "certified" and certified_by(trained, compared.certificates) == run
+    ]
+    return folders.get(folder) or next(iter(alike), None)
 
 
 def _certificate_of(root: Path, policy: Path, run: str) -> Certified | None:
@@ -230,6 +247,12 @@ def _evaluation(policy: Published) -> str:
 
 
 def _certificate(policy: Published) -> str:
+    if policy.certificate is None and policy.returned_by:
+        certified = f"models/certified/{policy.returned_by}"
+        return (
+            f"## Certificate\n\nThis policy was certified, as {certified}, whose card holds the"
+            " certificate."
+        )
     if policy.certificate is None:
         none = "## Certificate\n\nNone: this policy was not tested on prompts kept for that alone."
         if not policy.folder.startswith("aligned/"):

@@ -28,6 +28,8 @@ from dualign.params.report import ReportParams
 from dualign.publishing import card, command
 from dualign.publishing.card import Published, policy_card, published
 from dualign.publishing.push import push
+from dualign.report.comparison import compare
+from tests.report.conftest import certify, write_run
 from tests.tiny import WIDER
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +60,8 @@ def policy(root: Path, folder: str) -> Published:
     params = ROOT / "params.yaml"
     data = load(PrepareParams, params)
     base = load(SftParams, params)
-    return Published(root, folder, None, None, None, None, load(ReportParams, params), data, base)
+    compared = load(ReportParams, params)
+    return Published(root, folder, None, None, None, None, None, compared, data, base)
 
 
 def test_the_reference_has_a_card_although_its_stage_wrote_none(run: Path) -> None:
@@ -160,6 +163,24 @@ def certificate_of(name: str, weights: dict[str, str]) -> Certificate:
         tested=(), certified=(name,), returned=name, samples_per_prompt=1, same=(),
         weights={name: weights}, **none,
     )  # fmt: skip
+
+
+def test_a_reference_certified_as_it_is_was_measured_once_and_either_folder_says_so(
+    run: Path,
+) -> None:
+    write_run(run)
+    params = certify(run, [-0.3], fallback="sft")
+    compared = compare(run, {"sft": "sft"}, params.certificates, 0.95)
+    write_json(run / "reports/comparison.json", as_row(compared))
+    for stage, of in (("prepare", PrepareParams), ("sft", SftParams), ("report", ReportParams)):
+        write_provenance(run, stage, load(of, ROOT / "params.yaml").model_dump(mode="json"))
+    shutil.copytree(run / "models/sft", run / "models/certified/dualign")
+    (run / "models/certified/dualign/README.md").write_text(f"{HEAD}\n# sft\n")
+    issued = policy_card(published(run, "certified/dualign"), "o/it").text
+    assert "not among `evaluate.policies`" not in issued and "held-out prompts, " in issued
+    trained = policy_card(published(run, "sft"), "o/it").text
+    assert "This policy was certified, as models/certified/dualign," in trained
+    assert "None: " in policy_card(published(run, "reward_dpo/one"), "o/it").text
 
 
 def write_comparison(root: Path) -> None:
